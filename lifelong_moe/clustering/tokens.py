@@ -1,0 +1,81 @@
+"""What a token is like, from the company it keeps: an embedding that exists before any model is trained.
+
+Shapes: N tokens of the stream, V vocabulary size, D width.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import coo_array, csr_array
+from sklearn.utils.extmath import randomized_svd
+
+from lifelong_moe.clustering.kmeans import Floats, one_thread, unit_rows
+from lifelong_moe.errors import DataError
+
+SMOOTHING = 0.75
+"""Exponent on context counts; without it rare contexts get the largest mutual information."""
+
+
+def token_embedding(
+    token_stream: NDArray[np.integer], vocab_size: int, width: int, *, seed: int, window: int = 4
+) -> Floats:
+    """Embed each token of the vocabulary by what stands near it.
+
+    Positive pointwise mutual information ``max(0, ln(P(w, c) / (P(w) · P_0.75(c))))`` over a symmetric window, then a
+    truncated SVD, rows ``U · sqrt(S)`` normalized.
+
+    Args:
+        token_stream: Token ids in order, integer ``(N,)``. Borders between documents are not known here; a pair across
+            one is noise of ``window / document length``.
+        vocab_size: V.
+        width: D. Columns beyond the vocabulary's size are zeros.
+        seed: Of the randomized SVD and of the rows of tokens that were not seen.
+        window: Neighbours on each side.
+
+    Returns:
+        float32 ``(V, D)``, rows of unit length. A token without any informative neighbour gets a pseudo-random row that
+        depends on seed, V, D and token only.
+
+    Raises:
+        DataError: If the stream holds fewer than two tokens.
+        ValueError: If a token id is outside the vocabulary, or ``width`` or ``window`` is below 1.
+
+    Source:
+        Levy & Goldberg 2014 (factorization of PPMI) and Levy, Goldberg & Dagan 2015 (smoothing 0.75, ``sqrt(S)``).
+    """
+    if width < 1 or window < 1:
+        raise ValueError(f"width and window must be at least 1, got {width} and {window}")
+    if len(token_stream) < 2:
+        raise DataError(f"token embeddings need at least two tokens, but the stream holds {len(token_stream)}.")
+    if token_stream.min() < 0 or token_stream.max() >= vocab_size:
+        raise ValueError(f"token ids must be in [0, {vocab_size}), got {token_stream.min()} to {token_stream.max()}")
+    information_VV = _ppmi(_pair_counts(token_stream.astype(np.int64), vocab_size, window))
+    embedding_VD = np.zeros((vocab_size, width))
+    if information_VV.nnz:
+        with one_thread():
+            left_VR, singular_R, _ = randomized_svd(information_VV, min(width, vocab_size), random_state=seed % 2**32)
+        embedding_VD[:, : len(singular_R)] = left_VR * np.sqrt(singular_R)
+        embedding_VD[np.diff(information_VV.indptr) == 0] = 0.0  # there U holds rounding errors
+    random_VD = np.random.default_rng(seed).standard_normal((vocab_size, width))
+    return unit_rows(np.where(embedding_VD.any(axis=1, keepdims=True), embedding_VD, random_VD))
+
+
+def _pair_counts(token_ids_N: NDArray[np.int64], vocab_size: int, window: int) -> csr_array:
+    """How often two tokens stand at most ``window`` apart, float64 sparse ``(V, V)``, symmetric."""
+    total_VV = csr_array((vocab_size, vocab_size), dtype=np.float64)
+    for distance in range(1, min(window, len(token_ids_N) - 1) + 1):
+        pairs = (token_ids_N[:-distance], token_ids_N[distance:])
+        total_VV = total_VV + coo_array((np.ones(len(pairs[0])), pairs), shape=(vocab_size, vocab_size)).tocsr()
+    return csr_array(total_VV + total_VV.T)
+
+
+def _ppmi(pairs_VV: csr_array) -> csr_array:
+    count_V = np.asarray(pairs_VV.sum(axis=1)).ravel()
+    context_V = count_V**SMOOTHING
+    context_V /= context_V.sum()
+    entries = pairs_VV.tocoo()
+    rows, columns = entries.coords
+    information = np.log(entries.data / (count_V[rows] * context_V[columns]))
+    informative = information > 0
+    return csr_array((information[informative], (rows[informative], columns[informative])), shape=pairs_VV.shape)

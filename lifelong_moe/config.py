@@ -1,0 +1,362 @@
+"""The run configuration: the packages' sections composed, read from YAML and overrides. Torch-free.
+
+One path in: YAML, then ``key=value`` overrides, then each section merged over its dataclass by OmegaConf. Below
+this module only plain dataclasses travel.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lifelong_moe.data.config import SourceConfig, TokenizerConfig
+from lifelong_moe.errors import ConfigError
+from lifelong_moe.evaluation.config import EvaluateConfig
+from lifelong_moe.growth.config import GrowConfig
+from lifelong_moe.model.config import ModelConfig
+from lifelong_moe.retention.config import DistillConfig, DistillText, ReplayConfig, TrunkConfig
+from lifelong_moe.routing.config import Level, RoutingConfig
+from lifelong_moe.tracking.config import TrackingConfig
+from lifelong_moe.training.config import CheckpointConfig, OptimConfig, TrainerConfig
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+MAX_CONFIG_BYTES = 1 << 20
+
+
+class Method(StrEnum):
+    """How the model learns from the stream."""
+
+    lifelong = "lifelong"
+    sequential = "sequential"
+
+
+@dataclass(kw_only=True)
+class StageConfig:
+    """One training episode on one distribution; ``stage_defaults`` are merged under each."""
+
+    data: str
+    """The distribution to learn, a key of ``distributions``."""
+    name: str | None = None
+    """The stage's name; the distribution's by default, numbered if that is taken."""
+    tokens: int = 500_000
+    """Training tokens, replayed ones included."""
+    grow: GrowConfig = field(default_factory=GrowConfig)
+    """Growth, from the second stage on."""
+    trunk: TrunkConfig = field(default_factory=TrunkConfig)
+    """Training of the shared parts, from the second stage on."""
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    """Distillation from the previous stage's model, from the second stage on."""
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
+    """Replay of earlier stages' text, from the second stage on."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizer and schedule."""
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1:
+            raise ConfigError(f"tokens={self.tokens} must be positive.")
+        if self.name is not None and not NAME.fullmatch(self.name):
+            raise ConfigError(f"name={self.name} may hold letters, digits, '_', '-' and '.' only.")
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """A whole run: the stream of distributions and how one model learns them all."""
+
+    run: str
+    """Name of the run; its results are under ``mlruns/runs/<run>/``."""
+    method: Method = Method.lifelong
+    """``lifelong`` grows, freezes, distils and replays; ``sequential`` just trains on."""
+    seed: int = 0
+    """Seed of initialization, sample order and clustering."""
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    """Text to tokens."""
+    distributions: dict[str, SourceConfig]
+    """Every distribution that is trained or evaluated, by name."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The transformer's shape."""
+    routing: RoutingConfig = field(default_factory=RoutingConfig)
+    """How tokens reach experts."""
+    stages: list[StageConfig]
+    """The stream, in order."""
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    """Held-out measurement."""
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    """Lightning's own words."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Step checkpoints."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """MLflow."""
+
+    def __post_init__(self) -> None:
+        if not NAME.fullmatch(self.run):
+            raise ConfigError(f"run={self.run} may hold letters, digits, '_', '-' and '.' only.")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed={self.seed} must lie between 0 and 2**32 - 1.")
+        if not self.stages:
+            raise ConfigError("stages is empty; a run needs at least one, such as stages: [{data: NAME}].")
+        for name in self.distributions:
+            if not NAME.fullmatch(name):
+                raise ConfigError(f"distributions.{name} may hold letters, digits, '_', '-' and '.' only.")
+        for i, stage in enumerate(self.stages):
+            _require_known(stage.data, self.distributions, f"stages[{i}].data")
+            self._check_batch(i, stage)
+            self._check_experts(i, stage)
+            if i and self.method == Method.lifelong:
+                _check_distillation(i, stage)
+        for i, name in enumerate(self.evaluate.also):
+            _require_known(name, self.distributions, f"evaluate.also[{i}]")
+        first = self.stages[0].data
+        if self.tokenizer.train_on not in (None, first):
+            raise ConfigError(
+                f"tokenizer.train_on={self.tokenizer.train_on} must be the first stage's distribution ({first}): "
+                f"a tokenizer that saw later stages leaks the future."
+            )
+        if self.routing.mode == "cluster" and self.routing.level == Level.document and not self.model.document_mask:
+            raise ConfigError(
+                "routing.level=document assigns experts a document at a time, so attention must stop at document "
+                "borders. Set model.document_mask=true."
+            )
+        if self.routing.top_k > self.model.experts:
+            raise ConfigError(f"routing.top_k={self.routing.top_k} must not exceed model.experts={self.model.experts}.")
+        self._name_stages()
+
+    def _check_batch(self, i: int, stage: StageConfig) -> None:
+        context, tokens = self.model.context, stage.optim.batch_tokens
+        if tokens % context:
+            raise ConfigError(
+                f"stages[{i}].optim.batch_tokens={tokens} must be a multiple of model.context={context}; "
+                f"the nearest is {max(1, round(tokens / context)) * context}."
+            )
+        sequences, accumulate = tokens // context, self.trainer.accumulate_grad_batches
+        if sequences % accumulate:
+            raise ConfigError(
+                f"trainer.accumulate_grad_batches={accumulate} must divide the {sequences} sequences of a step "
+                f"(stages[{i}].optim.batch_tokens / model.context); valid are "
+                f"{', '.join(str(d) for d in range(1, sequences + 1) if sequences % d == 0)}."
+            )
+        if stage.tokens < tokens:
+            raise ConfigError(f"stages[{i}].tokens={stage.tokens} is less than one step of {tokens} tokens.")
+
+    def _check_experts(self, i: int, stage: StageConfig) -> None:
+        """Clusters and labels own experts; each needs ``top_k`` of them."""
+        experts = self.model.experts if i == 0 else stage.grow.experts
+        by_group = self.routing.mode == "label" or (
+            self.routing.mode == "cluster" and self.routing.level == Level.document
+        )
+        if not by_group or experts == 0:
+            return
+        groups = 1 if self.routing.mode == "label" else (self.routing.clusters or 1)
+        if experts < groups * self.routing.top_k:
+            key = "model.experts" if i == 0 else f"stages[{i}].grow.experts"
+            raise ConfigError(
+                f"{key}={experts} is too few: {groups} group(s) of routing.top_k={self.routing.top_k} experts each "
+                f"need {groups * self.routing.top_k}."
+            )
+
+    def _name_stages(self) -> None:
+        taken: set[str] = set()
+        for i, stage in enumerate(self.stages):
+            if stage.name is None:
+                candidates = (stage.data if n == 1 else f"{stage.data}-{n}" for n in range(1, len(self.stages) + 1))
+                stage.name = next(name for name in candidates if name not in taken)
+            elif stage.name in taken:
+                raise ConfigError(f"stages[{i}].name={stage.name} is taken by an earlier stage.")
+            taken.add(stage.name)
+
+    @property
+    def evaluated(self) -> list[str]:
+        """Distributions measured after each stage: the stream's, in order of first use, then ``evaluate.also``."""
+        return list(dict.fromkeys([stage.data for stage in self.stages] + self.evaluate.also))
+
+
+def _check_distillation(i: int, stage: StageConfig) -> None:
+    if stage.distill.weight and stage.distill.text == DistillText.replay and not stage.replay.fraction:
+        raise ConfigError(
+            f"stages[{i}].distill.text=replay needs stages[{i}].replay.fraction above 0. Set it, or distill.text=new, "
+            f"or distill.weight=0."
+        )
+
+
+SECTIONS: dict[str, type] = {
+    "tokenizer": TokenizerConfig,
+    "model": ModelConfig,
+    "routing": RoutingConfig,
+    "evaluate": EvaluateConfig,
+    "trainer": TrainerConfig,
+    "checkpoint": CheckpointConfig,
+    "tracking": TrackingConfig,
+}
+T = TypeVar("T")
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> tuple[RunConfig, dict[str, Any]]:
+    """Read a YAML file, apply ``key=value`` overrides, validate, and build the run's configuration.
+
+    Args:
+        path: YAML file.
+        overrides: Such as ``seed=1`` or ``stages[1].grow.experts=4``; the value is YAML.
+
+    Returns:
+        The configuration, and the same as plain data with interpolations such as ``${oc.env:TOKEN}`` left
+        unresolved, which is what may be logged.
+
+    Raises:
+        ConfigError: One line with the full key or file and line, what was required and what came.
+    """
+    raw = _read_yaml(Path(path))
+    for override in overrides or []:
+        _apply_override(raw, override)
+    return build_config(raw), OmegaConf.to_container(raw, resolve=False)  # type: ignore[return-value]
+
+
+def build_config(raw: DictConfig) -> RunConfig:
+    """Validate plain configuration data and build the dataclasses; see :func:`load_config`."""
+    known = {f.name for f in dataclasses.fields(RunConfig)} | {"stage_defaults"}
+    for key in raw:
+        _require_known(str(key), known, "key")
+    values: dict[str, Any] = {name: _section(cls, raw.get(name), name) for name, cls in SECTIONS.items()}
+    sources = _mapping(raw, "distributions")
+    names = [str(name) for name in sources]
+    values["distributions"] = {
+        name: _section(SourceConfig, sources._get_node(name), f"distributions.{name}") for name in names
+    }
+    values["stages"] = _stages(raw)
+    scalars = _section(_Scalars, OmegaConf.masked_copy(raw, ["run", "method", "seed"]), "")
+    config = RunConfig(run=scalars.run, method=scalars.method, seed=scalars.seed, **values)
+    _require_finite(config, "")
+    return config
+
+
+@dataclass(kw_only=True)
+class _Scalars:
+    run: str
+    method: Method = Method.lifelong
+    seed: int = 0
+
+
+def _stages(raw: DictConfig) -> list[StageConfig]:
+    stages = raw.get("stages")
+    if not isinstance(stages, ListConfig):
+        raise ConfigError("stages must be a list, such as stages: [{data: english_docs}, {data: python_code}].")
+    defaults = raw.get("stage_defaults") or OmegaConf.create({})
+    if not isinstance(defaults, DictConfig):
+        raise ConfigError("stage_defaults must be a mapping.")
+    with _errors_under("stage_defaults"):
+        OmegaConf.merge(OmegaConf.structured(StageConfig), defaults)
+    built = []
+    for i, stage in enumerate(stages):
+        if not isinstance(stage, DictConfig):
+            raise ConfigError(f"stages[{i}] must be a mapping with at least data: NAME; got {stage!r}.")
+        built.append(_section(StageConfig, stage, f"stages[{i}]", under=defaults))
+    return built
+
+
+def _mapping(raw: DictConfig, key: str) -> DictConfig:
+    node = raw.get(key)
+    if not isinstance(node, DictConfig) or not node:
+        raise ConfigError(f"{key} must be a non-empty mapping.")
+    return node
+
+
+def _section(cls: type[T], node: Any, path: str, under: DictConfig | None = None) -> T:
+    """Merge a node over its dataclass and build it; every error carries the full path."""
+    if node is None:
+        node = OmegaConf.create({})
+    if not isinstance(node, DictConfig):
+        raise ConfigError(f"{path} must be a mapping; got {node!r}.")
+    with _errors_under(path):
+        parts = [OmegaConf.structured(cls), *([under] if under else []), node]
+        return OmegaConf.to_object(OmegaConf.merge(*parts))  # type: ignore[return-value]
+
+
+class _errors_under:  # noqa: N801 - a context manager, named like the statement it forms
+    """Turn OmegaConf's errors, and ours without a full path, into a one-line ConfigError under ``path``."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, OmegaConfBaseException):
+            key = getattr(error, "full_key", None) or ""
+            lines = str(getattr(error, "msg", None) or error).splitlines()
+            text = " ".join(line.strip() for line in lines if not re.match(r"\s*(full_key|object_type)", line))
+            dot = "." if self.path and key and not str(key).startswith("[") else ""
+            where = f"{self.path}{dot}{key}" or "config"
+            raise ConfigError(f"{where}: {text}") from None
+        if isinstance(error, ConfigError):
+            text = str(error)
+            section = self.path.split(".")[-1]
+            if not self.path or text.startswith(f"{section}."):
+                raise error
+            raise ConfigError(f"{self.path}: {text}") from None
+
+
+def _read_yaml(path: Path) -> DictConfig:
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
+        hint = f" Did you mean {path.parent / near[0]}?" if near else ""
+        raise ConfigError(f"{path}: no such file.{hint}")
+    if path.stat().st_size > MAX_CONFIG_BYTES:
+        raise ConfigError(f"{path}: over {MAX_CONFIG_BYTES:,} bytes; is this a configuration file?")
+    try:
+        loaded = OmegaConf.load(path)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 (byte {error.start}).") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}{line}: {getattr(error, 'problem', None) or 'not YAML'}.") from None
+    except (OmegaConfBaseException, OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: {str(error).splitlines()[0] if str(error) else 'too deeply nested'}") from None
+    if not isinstance(loaded, DictConfig) or not loaded:
+        raise ConfigError(f"{path}: must hold a mapping such as run: NAME; it is empty or a list.")
+    return loaded
+
+
+def _apply_override(raw: DictConfig, override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r} must have the form key=value.")
+    try:
+        parsed = OmegaConf.from_dotlist([f"value={value}"])._get_node("value")
+        OmegaConf.update(raw, key, parsed, force_add=True)
+    except (OmegaConfBaseException, yaml.YAMLError, AttributeError, IndexError, TypeError, ValueError) as error:
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(f"override {override!r} cannot be applied: {text}") from None
+
+
+def _require_known(name: str, known: Any, what: str) -> None:
+    if name not in known:
+        near = difflib.get_close_matches(name, list(known), n=1)
+        hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(sorted(known))}."
+        raise ConfigError(f"{what} {name} is unknown. {hint}" if what == "key" else f"{what}={name} is unknown. {hint}")
+
+
+def _require_finite(value: Any, path: str) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{path}={value} must be finite.")
+    for key, child in _children(value):
+        _require_finite(child, f"{path}{key}" if key.startswith("[") or not path else f"{path}.{key}")
+
+
+def _children(value: Any) -> list[tuple[str, Any]]:
+    if dataclasses.is_dataclass(value):
+        return [(f.name, getattr(value, f.name)) for f in dataclasses.fields(value)]
+    if isinstance(value, dict):
+        return [(str(k), v) for k, v in value.items()]
+    if isinstance(value, list):
+        return [(f"[{i}]", v) for i, v in enumerate(value)]
+    return []

@@ -1,0 +1,83 @@
+"""Training samples: consecutive blocks of a token shard, as tensors. The only file of this package that needs torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from lifelong_moe.data.order import SampleOrder
+from lifelong_moe.data.shards import TokenShard
+from lifelong_moe.errors import DataError
+
+
+@dataclass(frozen=True, eq=False)
+class BlockSource:
+    """A shard cut into blocks of ``context`` inputs; documents run on from one block into the next."""
+
+    shard: TokenShard
+    context: int
+    """Tokens a block (S)."""
+    bos_id: int
+    group_ids: np.ndarray | None = None
+    """Cluster or label of each token of the shard ``(num_tokens,)``; None if routing needs none."""
+
+    def __post_init__(self) -> None:
+        if self.context < 1:
+            raise ValueError(f"context={self.context} must be positive")
+        if self.group_ids is not None and self.group_ids.shape != (self.shard.num_tokens,):
+            raise ValueError(f"group_ids {self.group_ids.shape} for {self.shard.num_tokens} tokens")
+        if len(self) == 0:
+            raise DataError(
+                f"too few tokens: one block of context {self.context} needs {self.context + 1}, "
+                f"the training text has {self.shard.num_tokens}."
+            )
+
+    def __len__(self) -> int:
+        """Return the number of blocks; the last token of a block's targets is the first input of the next."""
+        return max(0, self.shard.num_tokens - 1) // self.context
+
+    def block(self, index: int) -> dict[str, Tensor]:
+        """Return block ``index`` as int64 tensors ``(S,)``; see ``BlockDataset``."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"block {index} of {len(self)}")
+        start, end = index * self.context, (index + 1) * self.context
+        tokens = torch.from_numpy(self.shard.tokens[start : end + 1].astype(np.int64))
+        token_ids, target_ids = tokens[:-1], tokens[1:].clone()
+        if self.group_ids is None:
+            group_ids = torch.zeros_like(token_ids)
+        else:
+            group_ids = torch.from_numpy(self.group_ids[start:end].astype(np.int64))
+        return {
+            "token_ids": token_ids.clone(),
+            "target_ids": target_ids,
+            "document_ids": torch.cumsum(token_ids == self.bos_id, dim=0),
+            "group_ids": group_ids,
+        }
+
+
+class BlockDataset(Dataset[dict[str, Tensor]]):
+    """Sample ``n`` of a stage, for any ``n``: how many there are is for the sampler to say.
+
+    A sample is a dict of int64 tensors ``(S,)``: ``token_ids``; ``target_ids``, shifted by one; ``document_ids``,
+    the number of BOS up to and including a position (0 is the rest of a document begun in an earlier block);
+    ``group_ids``, aligned with the inputs, 0 without groups. ``replayed`` is a bool scalar.
+    """
+
+    def __init__(self, sources: Sequence[BlockSource], order: SampleOrder) -> None:
+        """Join sources and order.
+
+        Args:
+            sources: Source 0 is the new text, the others are replayed.
+            order: Made for these sources' numbers of blocks.
+        """
+        self._sources = list(sources)
+        self._order = order
+
+    def __getitem__(self, n: int) -> dict[str, Tensor]:
+        source, block = self._order.at(n)
+        return {**self._sources[source].block(block), "replayed": torch.tensor(source != 0)}

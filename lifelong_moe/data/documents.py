@@ -1,0 +1,171 @@
+"""Documents, and how a list of them becomes a corpus: duplicates out, capped, split, in canonical order."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from lifelong_moe.data.config import SourceConfig
+from lifelong_moe.data.storage import text_sha256
+from lifelong_moe.errors import DataError
+
+_NOT_ALPHANUMERIC = re.compile(r"[\W_]+")
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One text, never empty."""
+
+    text: str
+    source: str
+    """Split unit: documents of one unit are never divided between train and held-out."""
+    origin: str = field(default="", compare=False, repr=False)
+    """``file:line`` if known, for messages only."""
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of the UTF-8 text, hexadecimal."""
+        return text_sha256(self.text)
+
+    @property
+    def num_bytes(self) -> int:
+        """Length of the UTF-8 text."""
+        return len(self.text.encode("utf-8"))
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """A distribution's documents. Both lists are in order of document hash, which is also their shuffle."""
+
+    name: str
+    train: list[Document]
+    heldout: list[Document]
+    train_hash: str
+    """SHA-256 over the sorted document hashes: file names and their order do not count."""
+    heldout_hash: str
+
+
+def documents_hash(documents: Iterable[Document]) -> str:
+    """Return one SHA-256 for a set of documents, whatever their order, names and files."""
+    return text_sha256("\n".join(sorted(document.hash for document in documents)))
+
+
+def normalized_hash(text: str) -> str:
+    """Return a hash that two texts share if they differ only in case, spaces and punctuation.
+
+    A text without letters and digits stands for itself; otherwise all such texts would be one.
+    """
+    return text_sha256(_NOT_ALPHANUMERIC.sub("", text.casefold()) or text)
+
+
+def build_corpus(
+    name: str, documents: Sequence[Document], config: SourceConfig, heldout: Sequence[Document] | None = None
+) -> Corpus:
+    """Turn documents into a distribution: drop duplicates, cap, split by source unit, sort by hash.
+
+    Both the cap and the split decide by a hash of the unit's name, each with its own salt, so neither depends on the
+    order of documents, and a unit stays on its side of the split when others are added.
+
+    Args:
+        name: The distribution.
+        documents: All documents, or with ``heldout`` the training documents.
+        config: ``heldout_fraction`` and ``max_bytes``.
+        heldout: Explicit held-out documents; they are neither capped nor split.
+
+    Returns:
+        The corpus, with at least one document on each side.
+
+    Raises:
+        DataError: Over half the documents are duplicates, too few documents or units, or a training document is in
+            the held-out set.
+    """
+    if heldout is not None:
+        train, held = _distinct(documents), _distinct(heldout)
+        _refuse_overlap(train, held)
+        if config.max_bytes is not None:
+            train = _capped(train, config.max_bytes, least=1)
+    else:
+        distinct = _distinct(documents)
+        if config.max_bytes is not None:
+            distinct = _capped(distinct, config.max_bytes, least=2)
+        train, held = _split(distinct, config.heldout_fraction)
+    for side, kept in (("training", train), ("held-out", held)):
+        if not kept:
+            raise DataError(f"there are no {side} documents.")
+    return Corpus(name, _in_hash_order(train), _in_hash_order(held), documents_hash(train), documents_hash(held))
+
+
+def _distinct(documents: Sequence[Document]) -> list[Document]:
+    """Keep one document of each set of duplicates: the first by (source, hash), so that reading order is moot."""
+    kept: dict[str, Document] = {}
+    for document in documents:
+        key = normalized_hash(document.text)
+        other = kept.get(key)
+        if other is None or (document.source, document.hash) < (other.source, other.hash):
+            kept[key] = document
+    duplicates = len(documents) - len(kept)
+    if 2 * duplicates > len(documents):
+        raise DataError(
+            f"{duplicates} of {len(documents)} documents are duplicates of others (case, spaces "
+            "and punctuation aside); at most half may be. Is a file matched or concatenated twice?"
+        )
+    return list(kept.values())
+
+
+def _units(documents: Iterable[Document]) -> dict[str, list[Document]]:
+    units: dict[str, list[Document]] = {}
+    for document in documents:
+        units.setdefault(document.source, []).append(document)
+    return units
+
+
+def _unit_hash(salt: str, unit: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{salt}\n{unit}".encode()).digest(), "big")
+
+
+def _capped(documents: list[Document], max_bytes: int, least: int) -> list[Document]:
+    """Take whole units in hash order, passing over those that no longer fit, but at least ``least`` units."""
+    units = _units(documents)
+    kept: list[Document] = []
+    total = taken = 0
+    for unit in sorted(units, key=lambda unit: _unit_hash("cap", unit)):
+        size = sum(document.num_bytes for document in units[unit])
+        if taken < least or total + size <= max_bytes:
+            kept += units[unit]
+            total, taken = total + size, taken + 1
+    return kept
+
+
+def _split(documents: list[Document], fraction: float) -> tuple[list[Document], list[Document]]:
+    """Hold out each unit whose hash lies in the lowest ``fraction`` of all hashes; at least one unit a side."""
+    units = _units(documents)
+    if len(units) < 2:
+        raise DataError(
+            f"{len(documents)} distinct document(s) in {len(units)} source unit(s) are too few to "
+            "split; at least 2 units are needed. Add documents, or give heldout_files."
+        )
+    order = sorted(units, key=lambda unit: _unit_hash("split", unit))
+    threshold = int(fraction * 2**256)
+    num_held = sum(_unit_hash("split", unit) < threshold for unit in order)
+    num_held = min(max(num_held, 1), len(order) - 1)
+    held = [document for unit in order[:num_held] for document in units[unit]]
+    train = [document for unit in order[num_held:] for document in units[unit]]
+    assert not {normalized_hash(d.text) for d in held} & {normalized_hash(d.text) for d in train}
+    return train, held
+
+
+def _refuse_overlap(train: list[Document], heldout: list[Document]) -> None:
+    held = {normalized_hash(document.text): document for document in heldout}
+    for document in train:
+        twin = held.get(normalized_hash(document.text))
+        if twin is not None:
+            raise DataError(
+                f"{document.origin or document.source}: this training document is also in the held-out set "
+                f"({twin.origin or twin.source}); remove it from one of the two."
+            )
+
+
+def _in_hash_order(documents: list[Document]) -> list[Document]:
+    return sorted(documents, key=lambda document: document.hash)

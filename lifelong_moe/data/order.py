@@ -1,0 +1,144 @@
+"""Which sample comes when: a pure function of (sizes, replay fraction, seed, sample number).
+
+Nothing is carried from step to step, so a run resumes at any step, and neither data workers nor the number of
+processes change what is seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+
+import numpy as np
+
+
+class SampleOrder:
+    """Order of a stage's samples: new text, with replayed text spread evenly through it."""
+
+    def __init__(self, blocks: Sequence[int], replay_fraction: float, seed: int) -> None:
+        """Fix the order.
+
+        Args:
+            blocks: Blocks of each source. Source 0 is the new text, the others are replayed.
+            replay_fraction: Share of samples that are replayed, 0 to 1; read as the decimal number that it prints as.
+            seed: Not negative.
+
+        Raises:
+            ValueError: An empty source, a share outside 0 to 1, or a share above 0 with nothing to replay.
+        """
+        if not blocks or min(blocks) < 1:
+            raise ValueError(f"every source needs at least one block; got {list(blocks)}")
+        if not 0 <= replay_fraction <= 1:
+            raise ValueError(f"replay_fraction={replay_fraction} must lie between 0 and 1")
+        if replay_fraction > 0 and len(blocks) == 1:
+            raise ValueError(f"replay_fraction={replay_fraction}, but there is no source to replay")
+        self._blocks = tuple(int(size) for size in blocks)
+        # Decimal, so that 0.05 means exactly one in twenty.
+        self._replay = Fraction(str(replay_fraction))
+        self._seed = seed
+        self._permutations: dict[int, tuple[int, np.ndarray]] = {}
+
+    def num_replayed(self, n: int) -> int:
+        """Return how many of the first ``n`` samples are replayed."""
+        return n * self._replay.numerator // self._replay.denominator
+
+    def at(self, n: int) -> tuple[int, int]:
+        """Return (source, block) of sample ``n``, counted from 0 over the whole stage.
+
+        Every source is gone through in a fresh permutation each epoch; replays go round the replayed sources.
+        """
+        if n < 0:
+            raise ValueError(f"sample {n} does not exist")
+        replayed = self.num_replayed(n)
+        if self.num_replayed(n + 1) > replayed:
+            num_sources = len(self._blocks) - 1
+            source, index = 1 + replayed % num_sources, replayed // num_sources
+        else:
+            source, index = 0, n - replayed
+        epoch, position = divmod(index, self._blocks[source])
+        return source, int(self._permutation(source, epoch)[position])
+
+    def _permutation(self, source: int, epoch: int) -> np.ndarray:
+        held = self._permutations.get(source)
+        if held is None or held[0] != epoch:
+            generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self._seed, source, epoch])))
+            held = (epoch, generator.permutation(self._blocks[source]))
+            self._permutations[source] = held
+        return held[1]
+
+
+def batch_indices(step: int, micro: int, *, global_batch: int, accumulate: int, rank: int, world: int) -> range:
+    """Return the sample numbers of one micro-batch on one process.
+
+    The global batch of a step is samples ``step * global_batch`` and on; micro-batch after micro-batch, and within
+    one rank after rank, they are dealt in contiguous slices. So a step sees the same samples however it is divided.
+
+    Args:
+        step: Optimizer step, from 0.
+        micro: Micro-batch within the step, from 0.
+        global_batch: Samples a step, over all processes and micro-batches.
+        accumulate: Micro-batches a step.
+        rank: This process, from 0.
+        world: Processes.
+
+    Raises:
+        ValueError: ``global_batch`` is not divisible, or an index is out of range.
+    """
+    if min(global_batch, accumulate, world) < 1 or global_batch % (accumulate * world):
+        raise ValueError(
+            f"a global batch of {global_batch} samples cannot be divided among accumulate={accumulate} micro-batches "
+            f"of world={world} processes"
+        )
+    if step < 0 or not 0 <= micro < accumulate or not 0 <= rank < world:
+        raise ValueError(f"step={step}, micro={micro} of {accumulate}, rank={rank} of {world} is out of range")
+    size = global_batch // (accumulate * world)
+    start = step * global_batch + (micro * world + rank) * size
+    return range(start, start + size)
+
+
+class StepBatchSampler:
+    """Micro-batches of one process, as lists of sample numbers, from ``start_step`` to the end of the stage.
+
+    The length is that of the whole stage even when it starts later: a progress bar and a schedule count from 0.
+    """
+
+    def __init__(
+        self,
+        num_steps: int,
+        global_batch: int,
+        accumulate: int = 1,
+        start_step: int = 0,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        """Fix the division; see ``batch_indices``.
+
+        Raises:
+            ValueError: ``global_batch`` is not divisible, or ``start_step`` lies beyond the stage.
+        """
+        if not 0 <= start_step <= num_steps:
+            raise ValueError(f"start_step={start_step} lies outside the stage's {num_steps} steps")
+        batch_indices(0, 0, global_batch=global_batch, accumulate=accumulate, rank=rank, world=world)
+        self.num_steps = num_steps
+        self.global_batch = global_batch
+        self.accumulate = accumulate
+        self.start_step = start_step
+        self.rank = rank
+        self.world = world
+
+    def __len__(self) -> int:
+        return self.num_steps * self.accumulate
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self.start_step, self.num_steps):
+            for micro in range(self.accumulate):
+                yield list(
+                    batch_indices(
+                        step,
+                        micro,
+                        global_batch=self.global_batch,
+                        accumulate=self.accumulate,
+                        rank=self.rank,
+                        world=self.world,
+                    )
+                )

@@ -1,0 +1,197 @@
+"""Tokens on disk: written once per (documents, tokenizer), verified on opening, mapped into memory.
+
+A part (train or held-out) is one directory ``cache/tokens/<documents16>-<tokenizer16>/`` with raw little-endian
+arrays and a manifest of their sizes and hashes. A directory appears by rename, so it is whole or absent.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lifelong_moe.data.documents import Corpus, Document
+from lifelong_moe.data.storage import canonical_json, file_sha256, sync_directory, temporary_path
+from lifelong_moe.data.tokenizer import Tokenizer
+
+FORMAT_VERSION = 1
+_FILES = ("tokens.bin", "offsets.bin", "text_bytes.bin")
+_BATCH_BYTES = 4 << 20
+"""Text encoded at a time; bounds memory."""
+
+
+@dataclass(frozen=True, eq=False)
+class TokenShard:
+    """Documents as one row of tokens; document ``i`` is ``tokens[offsets[i]:offsets[i + 1]]`` and begins with BOS."""
+
+    tokens: np.ndarray
+    """Token ids ``(num_tokens,)``, uint16 or uint32, mapped from disk and read-only."""
+    offsets: np.ndarray
+    """int64 ``(num_documents + 1,)``."""
+    text_bytes: np.ndarray
+    """UTF-8 bytes of each source text, int64 ``(num_documents,)``."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens, one BOS per document included."""
+        return len(self.tokens)
+
+    @property
+    def num_documents(self) -> int:
+        """Documents."""
+        return len(self.text_bytes)
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Text bytes per token; BOS does not count, as it stands for no text."""
+        return float(self.text_bytes.sum() / max(1, self.num_tokens - self.num_documents))
+
+    def document(self, index: int) -> np.ndarray:
+        """Return the token ids of one document, BOS first."""
+        if not 0 <= index < self.num_documents:
+            raise IndexError(f"document {index} of {self.num_documents}")
+        return self.tokens[self.offsets[index] : self.offsets[index + 1]]
+
+
+@dataclass(frozen=True, eq=False)
+class TokenizedCorpus:
+    """A distribution as tokens, with the hashes that name it."""
+
+    name: str
+    train: TokenShard
+    heldout: TokenShard
+    train_hash: str
+    heldout_hash: str
+    tokenizer_hash: str
+
+
+def tokenize_corpus(corpus: Corpus, tokenizer: Tokenizer, cache: Path) -> TokenizedCorpus:
+    """Tokenize both parts of a corpus, or open what was tokenized before.
+
+    Args:
+        corpus: Documents in canonical order.
+        tokenizer: Also decides the width of a token on disk: 2 bytes up to 65,536 entries, else 4.
+        cache: ``cache/tokens/`` holds the arrays. A damaged part is made again, the other one left alone.
+    """
+    shards = [
+        _open_or_build(documents, cache / "tokens" / f"{key[:16]}-{tokenizer.hash[:16]}", tokenizer)
+        for documents, key in ((corpus.train, corpus.train_hash), (corpus.heldout, corpus.heldout_hash))
+    ]
+    return TokenizedCorpus(corpus.name, shards[0], shards[1], corpus.train_hash, corpus.heldout_hash, tokenizer.hash)
+
+
+def tokenize_documents(documents: Sequence[Document], tokenizer: Tokenizer) -> TokenShard:
+    """Tokenize in memory, in the order given; for text that is measured once and not kept."""
+    encoded = tokenizer.encode_batch([document.text for document in documents])
+    rows = [np.array([tokenizer.bos_id, *ids], dtype=np.int64) for ids in encoded]
+    offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
+    text_bytes = np.array([document.num_bytes for document in documents], dtype=np.int64)
+    return TokenShard(tokens=np.concatenate(rows), offsets=offsets, text_bytes=text_bytes)
+
+
+def _open_or_build(documents: Sequence[Document], directory: Path, tokenizer: Tokenizer) -> TokenShard:
+    shard = _open(directory)
+    if shard is None:
+        _build(documents, directory, tokenizer)
+        shard = _open(directory)
+        if shard is None:
+            raise OSError(f"{directory}: what was written a moment ago does not verify")
+    return shard
+
+
+def _open(directory: Path) -> TokenShard | None:
+    """Map a part into memory if its manifest verifies."""
+    manifest = _read_manifest(directory)
+    if manifest is None:
+        return None
+    for name in _FILES:
+        path, entry = directory / name, manifest["files"][name]
+        if not path.is_file() or path.stat().st_size != entry["size"] or file_sha256(path) != entry["sha256"]:
+            return None
+    return TokenShard(
+        tokens=np.memmap(directory / "tokens.bin", dtype=manifest["dtype"], mode="r"),
+        offsets=np.fromfile(directory / "offsets.bin", dtype="<i8"),
+        text_bytes=np.fromfile(directory / "text_bytes.bin", dtype="<i8"),
+    )
+
+
+def _read_manifest(directory: Path) -> dict[str, Any] | None:
+    try:
+        manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
+        if manifest["version"] != FORMAT_VERSION or manifest["dtype"] not in ("<u2", "<u4"):
+            return None
+        if any(set(manifest["files"][name]) != {"size", "sha256"} for name in _FILES):
+            return None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return dict(manifest)
+
+
+def _build(documents: Sequence[Document], directory: Path, tokenizer: Tokenizer) -> None:
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    work = temporary_path(directory.parent)
+    work.mkdir()
+    try:
+        dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
+        _write_arrays(documents, work, tokenizer, dtype)
+        files = {name: {"size": (work / name).stat().st_size, "sha256": file_sha256(work / name)} for name in _FILES}
+        manifest = canonical_json({"version": FORMAT_VERSION, "dtype": dtype, "files": files})
+        (work / "manifest.json").write_text(manifest, encoding="utf-8")
+        for name in (*_FILES, "manifest.json"):
+            _sync_file(work / name)
+        sync_directory(work)
+        _move_into_place(work, directory)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _write_arrays(documents: Sequence[Document], work: Path, tokenizer: Tokenizer, dtype: str) -> None:
+    lengths: list[int] = []
+    text_bytes: list[int] = []
+    with (work / "tokens.bin").open("wb") as stream:
+        for batch in _batches(documents):
+            for ids in tokenizer.encode_batch([document.text for document in batch]):
+                np.array([tokenizer.bos_id, *ids], dtype=dtype).tofile(stream)
+                lengths.append(len(ids) + 1)
+            text_bytes += [document.num_bytes for document in batch]
+    np.array([0, *itertools.accumulate(lengths)], dtype="<i8").tofile(work / "offsets.bin")
+    np.array(text_bytes, dtype="<i8").tofile(work / "text_bytes.bin")
+
+
+def _batches(documents: Sequence[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += document.num_bytes
+        if size >= _BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def _move_into_place(work: Path, directory: Path) -> None:
+    """Rename ``work`` to ``directory``, putting a damaged predecessor aside; another process may win the race."""
+    if directory.exists() and _open(directory) is None:
+        damaged = temporary_path(directory.parent)
+        os.replace(directory, damaged)
+        shutil.rmtree(damaged, ignore_errors=True)
+    try:
+        os.replace(work, directory)
+    except OSError:
+        if _open(directory) is None:  # not lost to another process that wrote the same
+            raise
+    sync_directory(directory.parent)

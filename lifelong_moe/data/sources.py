@@ -1,0 +1,36 @@
+"""From a distribution's configuration to its documents."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lifelong_moe.data.config import SourceConfig
+from lifelong_moe.data.documents import Corpus, build_corpus
+
+
+def read_corpus(name: str, config: SourceConfig, cache: Path) -> Corpus:
+    """Read, check and split the documents of one distribution.
+
+    Args:
+        name: The distribution; used in messages and in the corpus.
+        config: Where its documents come from.
+        cache: Directory for what is expensive to extract again.
+
+    Returns:
+        Documents in canonical order, train and held-out apart.
+
+    Raises:
+        DataError: Documents are missing, malformed, duplicated or too few.
+    """
+    if config.builtin is not None:
+        from lifelong_moe.data.builtin import builtin_documents
+
+        return build_corpus(name, builtin_documents(config.builtin, cache), config)
+    if config.files is not None:
+        from lifelong_moe.data.files import read_documents
+
+        heldout = None if config.heldout_files is None else read_documents(config.heldout_files, config)
+        return build_corpus(name, read_documents(config.files, config), config, heldout)
+    from lifelong_moe.data.hub import hub_documents
+
+    return build_corpus(name, hub_documents(config), config)

@@ -1,0 +1,195 @@
+"""Byte-level BPE with one special token, trained once and then fixed for good."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lifelong_moe.data.config import TokenizerConfig
+from lifelong_moe.data.documents import Corpus
+from lifelong_moe.data.storage import canonical_json, text_sha256, write_atomic
+from lifelong_moe.errors import ConfigError
+
+if TYPE_CHECKING:
+    import tokenizers
+
+BOS = "<|bos|>"
+"""Begins every document and so separates them; the only special token, id 0."""
+KNOWN_BOS = (BOS, "<s>", "<|begin_of_text|>", "<|startoftext|>", "<|endoftext|>", "[BOS]", "<bos>")
+"""What a given tokenizer may call its document separator, in order of preference."""
+RECIPE_VERSION = 1
+"""Raised whenever the same text would yield another tokenizer."""
+_KEY_LENGTH = 16
+
+
+class Tokenizer:
+    """Text to token ids and back. Immutable; two with equal ``hash`` are equal."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, text: str | None = None) -> None:
+        """Wrap a ``tokenizers.Tokenizer``.
+
+        Args:
+            backend: The tokenizer.
+            text: The ``tokenizer.json`` that it was read from, if any. The hash is of this text and not of how the
+                installed version of ``tokenizers`` would write it, so an upgrade changes no stage key.
+
+        Raises:
+            ConfigError: It has no special token that can begin a document, or text could forge that token.
+        """
+        self._text = canonical_json(json.loads(backend.to_str() if text is None else text))
+        self._hash = text_sha256(self._text)
+        # A special token's name within a text is text like any other; only we place the real one.
+        backend.encode_special_tokens = True
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self._vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        self._bos_id = self._find_bos()
+
+    def _find_bos(self) -> int:
+        added = self._backend.get_added_tokens_decoder().items()
+        special = {token.content: index for index, token in added if token.special}
+        for name in KNOWN_BOS:
+            if name not in special:
+                continue
+            if special[name] in self._backend.encode(name, add_special_tokens=False).ids:
+                raise ConfigError(f"tokenizer: the text {name} encodes as the special token {name}; it must not.")
+            return special[name]
+        raise ConfigError(
+            f"tokenizer: no special token that can begin a document; needs one of {', '.join(KNOWN_BOS)}, "
+            f"has {', '.join(sorted(special)[:8]) or 'none'}."
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        """Largest token id + 1, special tokens included."""
+        return self._vocab_size
+
+    @property
+    def bos_id(self) -> int:
+        """Id of the token that begins every document."""
+        return self._bos_id
+
+    @property
+    def text(self) -> str:
+        """Its ``tokenizer.json``."""
+        return self._text
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of the canonical JSON text, which is also what ``save`` writes."""
+        return self._hash
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Encode texts without adding any special token; special-token strings in them are plain text."""
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def encode(self, text: str) -> list[int]:
+        """Encode one text; see ``encode_batch``."""
+        return self.encode_batch([text])[0]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of token ids, leaving out document separators."""
+        kept = [int(index) for index in ids if int(index) != self._bos_id]
+        return str(self._backend.decode(kept, skip_special_tokens=False))
+
+    def save(self, path: Path) -> None:
+        """Write ``tokenizer.json`` atomically; ``tokenizers`` and transformers read it."""
+        write_atomic(Path(path), self._text.encode("utf-8"))
+
+    @classmethod
+    def load(cls, path: Path) -> Tokenizer:
+        """Read a ``tokenizer.json``, ours or a given one.
+
+        Raises:
+            ConfigError: The file is missing, is no tokenizer, or has no token that can begin a document.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"tokenizer.file={path} cannot be read: {error}.") from error
+        try:
+            return cls.from_text(text)
+        except ConfigError as error:
+            raise ConfigError(f"tokenizer.file={path}: {error}") from error
+
+    @classmethod
+    def from_text(cls, text: str) -> Tokenizer:
+        """Build a tokenizer from the text of a ``tokenizer.json``.
+
+        Raises:
+            ConfigError: The text is no tokenizer, or has no token that can begin a document.
+        """
+        import tokenizers
+
+        try:
+            backend = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # tokenizers raises bare Exception for whatever is wrong with the text
+            raise ConfigError(f"not a tokenizer.json: {' '.join(str(error).split())}.") from error
+        return cls(backend, text)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Tokenizer.from_text, (self._text,))
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Train byte-level BPE: the same texts in the same order give the same bytes, for any number of threads.
+
+    Args:
+        texts: Training texts.
+        vocab_size: Entries wanted, ``<|bos|>`` and the 256 bytes included. A tiny corpus yields fewer.
+
+    Returns:
+        A tokenizer that decodes what it encoded to the byte.
+    """
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[BOS],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return Tokenizer(backend)
+
+
+def recipe(config: TokenizerConfig) -> dict[str, str | int]:
+    """Return what a stage key includes of how the tokenizer came about; its hash says the rest."""
+    if config.file is not None:
+        return {"kind": "file"}
+    return {"kind": "byte_level_bpe", "vocab_size": config.vocab_size, "version": RECIPE_VERSION}
+
+
+def prepare_tokenizer(config: TokenizerConfig, corpus: Corpus, cache: Path) -> Tokenizer:
+    """Load the given tokenizer, or train one on ``corpus.train``, once per recipe and training text.
+
+    Args:
+        config: Recipe, or ``file``.
+        corpus: The first stage's documents; the held-out ones are not looked at.
+        cache: ``cache/tokenizers/<key>.json`` holds what was trained. A damaged file is trained again.
+
+    Raises:
+        ConfigError: ``config.file`` is not usable.
+    """
+    if config.file is not None:
+        return Tokenizer.load(Path(config.file))
+    key = text_sha256(canonical_json({"recipe": recipe(config), "train_hash": corpus.train_hash}))[:_KEY_LENGTH]
+    path = cache / "tokenizers" / f"{key}.json"
+    proof = path.with_suffix(".sha256")
+    try:
+        text = path.read_text(encoding="utf-8")
+        if proof.read_text(encoding="ascii") == text_sha256(text):
+            return Tokenizer.from_text(text)
+    except (FileNotFoundError, UnicodeDecodeError):
+        pass
+    tokenizer = train_tokenizer((document.text for document in corpus.train), config.vocab_size)
+    tokenizer.save(path)
+    write_atomic(proof, tokenizer.hash.encode("ascii"))
+    return tokenizer

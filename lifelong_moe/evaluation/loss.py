@@ -1,0 +1,107 @@
+"""Held-out loss of a model on one distribution: each token scored once, with nothing that comes after it.
+
+Legend: W windows, S window length, T scored tokens, L layers, E experts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lifelong_moe.data.windows import EvaluationSet
+from lifelong_moe.model.groups import label_group
+from lifelong_moe.model.transformer import LanguageModel
+from lifelong_moe.ops.losses import token_nats
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured on one distribution."""
+
+    nats_per_token: float
+    """Mean cross-entropy of the scored tokens."""
+    bits_per_byte: float
+    """Total cross-entropy in bits over the UTF-8 bytes of the source text."""
+    tokens: int
+    """Tokens scored."""
+    bytes: int
+    """Bytes of their text."""
+    documents: int
+    """Documents they come from."""
+    expert_counts: list[list[int]]
+    """Assignments of scored tokens per layer and expert."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON data."""
+        return asdict(self)
+
+
+def with_groups(model: LanguageModel, windows: EvaluationSet, distribution: str | None) -> EvaluationSet:
+    """Give each token its document cluster, from the text before it, or its distribution's label."""
+    if model.document_clusters is not None:
+        return windows.with_groups(model.document_clusters.group_ids)
+    if model.architecture.routing.mode == "label":
+        group = label_group(model.architecture, distribution)
+        return windows.with_groups(lambda ids: np.full(len(ids), group, dtype=np.int64))
+    return windows
+
+
+@torch.no_grad()
+def evaluate(
+    model: LanguageModel, windows: EvaluationSet, *, distribution: str | None, batch_tokens: int
+) -> Evaluation:
+    """Score held-out windows.
+
+    Args:
+        model: On any device; left in the mode it was in.
+        windows: Overlapping windows, each beginning with BOS.
+        distribution: The text's distribution if it is known; only ``routing.mode=label`` looks at it.
+        batch_tokens: Tokens a forward pass.
+    """
+    training, device = model.training, model.embedding.weight.device
+    model.eval()
+    windows = with_groups(model, windows, distribution)
+    total, counts = 0.0, None
+    for batch in _batches(windows, batch_tokens):
+        arrays = {name: torch.from_numpy(array).to(device) for name, array in batch.items()}
+        output = model(
+            arrays["token_ids"],
+            document_ids_BS=torch.zeros_like(arrays["token_ids"]),
+            group_ids_BS=arrays["group_ids"],
+            mask_BS=arrays["valid"],
+        )
+        scored = arrays["scored"]
+        nats_T = token_nats(output.hidden_BSD[scored], model.head.weight, arrays["target_ids"][scored])
+        total += float(nats_T.double().sum())
+        batch_counts = torch.stack(
+            [
+                torch.bincount(routing.expert_ids_TK[scored.flatten()].flatten(), minlength=routing.num_experts)
+                for routing in output.routings
+            ]
+        )
+        counts = batch_counts if counts is None else counts + batch_counts
+    model.train(training)
+    return Evaluation(
+        nats_per_token=total / windows.num_tokens,
+        bits_per_byte=total / math.log(2) / windows.num_bytes,
+        tokens=windows.num_tokens,
+        bytes=windows.num_bytes,
+        documents=windows.num_documents,
+        expert_counts=counts.tolist() if counts is not None else [],
+    )
+
+
+def _batches(windows: EvaluationSet, batch_tokens: int) -> Iterator[dict[str, NDArray[Any]]]:
+    """Consecutive windows (they are sorted by length), as many as fit, without the padding common to all."""
+    rows = max(1, batch_tokens // windows.token_ids.shape[1])
+    for start in range(0, len(windows.token_ids), rows):
+        part = slice(start, start + rows)
+        length = int(windows.valid[part].sum(axis=1).max())
+        names = ("token_ids", "target_ids", "scored", "valid", "group_ids")
+        yield {name: getattr(windows, name)[part, :length] for name in names}

@@ -1,0 +1,106 @@
+"""The machine-readable result of a run. Pure: from numbers and names to plain JSON data.
+
+Keys of ``report.json`` (schema 1); matrices have a row after each stage and a column for each distribution:
+
+===========================  ==================================================================================
+``schema``                   1
+``run``, ``method``          names
+``seed``                     of the run
+``distributions``            columns: the trained ones in order of first use, then those only evaluated
+``loss_at_init``             nats per token of the untrained model, by column
+``bits_per_byte_at_init``    the same in bits per byte of source text
+``loss_nats_per_token``      the loss matrix R
+``bits_per_byte``            the same in bits per byte
+``forgetting``               {distribution: R[last, j] − R[j, j]} in nats, trained distributions
+``backward_transfer``        mean over earlier distributions of R[j, j] − R[last, j]; null with one stage
+``forward_transfer``         mean over later distributions of R_init[j] − R[j−1, j]; null with one stage
+``bytes_per_token``          {distribution: bytes of text a token}, held-out text
+``stages``                   a list, one object a stage: ``name``, ``data``, ``key``, ``routing``,
+                             ``experts_per_layer``, ``parameters_total``, ``parameters_active``,
+                             ``parameters_trainable``, ``tokens``, ``active_flops``, ``tokens_per_second``,
+                             ``seconds``, ``epochs``, ``shared`` (trained by another run), ``training`` (what else
+                             training measured)
+``routing``                  {distribution: {``entropy``, ``max_over_mean``, ``dead_experts``, ``leak``}} after the
+                             last stage
+``expert_counts``            {distribution: assignments per layer and expert} after the last stage
+===========================  ==================================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from lifelong_moe.evaluation.matrix import backward_transfer, forgetting, forward_transfer
+from lifelong_moe.evaluation.routing import routing_statistics
+
+SCHEMA = 1
+
+
+def build_report(
+    *,
+    run: str,
+    method: str,
+    seed: int,
+    distributions: Sequence[str],
+    init: Mapping[str, Mapping[str, Any]],
+    evaluations: Sequence[Mapping[str, Mapping[str, Any]]],
+    stages: Sequence[Mapping[str, Any]],
+    births: Sequence[int],
+) -> dict[str, Any]:
+    """Build the report of the stages there are so far.
+
+    Args:
+        run: Name of the run.
+        method: Its method.
+        seed: Its seed.
+        distributions: Columns.
+        init: Evaluation of the untrained model by distribution.
+        evaluations: For each stage, evaluations by distribution.
+        stages: For each stage, the fields that the table above lists.
+        births: Stage in which each expert of a layer was born, after the last stage.
+    """
+    trained = [stage["data"] for stage in stages]
+    columns = [name for name in distributions if name in trained]
+    learned_after = [max(i for i, data in enumerate(trained) if data == name) for name in columns]
+    first_learned = [trained.index(name) for name in columns]
+    nats = _matrix(evaluations, distributions, "nats_per_token")
+    init_nats = [init[name]["nats_per_token"] for name in distributions]
+    last = evaluations[-1]
+    statistics = {
+        name: asdict(
+            routing_statistics(
+                np.asarray(last[name]["expert_counts"]),
+                list(births),
+                learned_after[columns.index(name)] if name in columns else len(stages),
+            )
+        )
+        for name in distributions
+    }
+    return {
+        "schema": SCHEMA,
+        "run": run,
+        "method": method,
+        "seed": seed,
+        "distributions": list(distributions),
+        "loss_at_init": init_nats,
+        "bits_per_byte_at_init": [init[name]["bits_per_byte"] for name in distributions],
+        "loss_nats_per_token": nats,
+        "bits_per_byte": _matrix(evaluations, distributions, "bits_per_byte"),
+        "forgetting": dict(zip(columns, forgetting(nats, learned_after).tolist(), strict=True)),
+        "backward_transfer": backward_transfer(nats, learned_after),
+        "forward_transfer": forward_transfer(nats, init_nats, first_learned),
+        "bytes_per_token": {name: init[name]["bytes"] / init[name]["tokens"] for name in distributions},
+        "stages": [dict(stage) for stage in stages],
+        "routing": statistics,
+        "expert_counts": {name: last[name]["expert_counts"] for name in distributions},
+    }
+
+
+def _matrix(
+    evaluations: Sequence[Mapping[str, Mapping[str, Any]]], distributions: Sequence[str], field: str
+) -> list[list[float]]:
+    return [[row[name][field] for name in distributions] for row in evaluations]

@@ -1,0 +1,1 @@
+"""Add, freeze and initialize experts."""

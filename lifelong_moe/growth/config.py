@@ -1,0 +1,50 @@
+"""How many experts a stage adds and how they begin. Torch-free."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from lifelong_moe.errors import ConfigError
+
+
+class ExpertInit(StrEnum):
+    """How a new expert's weights begin."""
+
+    copy = "copy"
+    random = "random"
+
+
+class RouterInit(StrEnum):
+    """How a new expert's router row begins."""
+
+    random = "random"
+    copy = "copy"
+    centroid = "centroid"
+
+
+@dataclass(kw_only=True)
+class GrowConfig:
+    """Growth at the start of a stage; from the second stage on."""
+
+    experts: int = 2
+    """New experts per layer; 0 adds none, and then nothing is frozen either."""
+    init: ExpertInit = ExpertInit.copy
+    """``copy`` the experts that the new data uses most, with noise; or ``random``."""
+    noise: float = 0.01
+    """Standard deviation of the noise on a copy, relative to the copied matrix's own deviation."""
+    router: RouterInit = RouterInit.random
+    """New router rows: ``random``, ``copy`` of the copied expert's row, or ``centroid`` (FAISS k-means of the new
+    data's hidden states at that layer, scaled to the old rows' length). Clustered routers always use centroids."""
+    sample_tokens: int = 20_000
+    """Tokens of the new data on which expert usage and hidden states are measured."""
+    min_share: float = 0.01
+    """Warn when a new expert ends its stage with less than this share of the new data's assignments."""
+
+    def __post_init__(self) -> None:
+        if self.experts < 0:
+            raise ConfigError(f"grow.experts={self.experts} must not be negative.")
+        if self.noise < 0:
+            raise ConfigError(f"grow.noise={self.noise} must not be negative.")
+        if self.sample_tokens < 1:
+            raise ConfigError(f"grow.sample_tokens={self.sample_tokens} must be positive.")

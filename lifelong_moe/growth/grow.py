@@ -1,0 +1,98 @@
+"""Add experts to a model: freeze the old ones, make new ones, and prove that nothing has changed yet.
+
+Legend: D model width, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor
+
+from lifelong_moe.clustering.kmeans import spherical_kmeans
+from lifelong_moe.growth.config import ExpertInit, GrowConfig, RouterInit
+from lifelong_moe.growth.observe import Observation, observe, sample_logits
+from lifelong_moe.model.experts import Expert
+from lifelong_moe.model.moe import MoELayer
+from lifelong_moe.model.transformer import LanguageModel
+
+NOOP_TOLERANCE = 1e-5
+
+
+def grow(model: LanguageModel, stage: str, config: GrowConfig, sample: Mapping[str, Tensor], seed: int) -> None:
+    """Freeze all experts and router rows, then add ``config.experts`` new ones to every layer.
+
+    Args:
+        model: Changed in place; its architecture gains a generation.
+        stage: The stage that the new experts are born in.
+        config: How many, and how they begin.
+        sample: Blocks of the new data; see :func:`lifelong_moe.growth.observe.observe`.
+        seed: Of noise, random rows and clustering.
+
+    Raises:
+        RuntimeError: If holding the new rows far down does not restore the old logits to 1e-5: a bug of ours.
+    """
+    before = sample_logits(model, sample)
+    observations = observe(model, sample)
+    model.freeze_experts()
+    model.add_experts(config.experts)
+    model.architecture = model.architecture.grown(stage, config.experts)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for layer, seen in zip(model.moe_layers(), observations, strict=True):
+            copied = most_used(seen.counts_E, config.experts)
+            _begin_experts(layer, copied, config, model.architecture.model.init_std, generator)
+            if layer.router.trained:
+                layer.router.set_rows(_new_rows(layer, seen, copied, config, generator, seed))
+    check_noop(model, sample, before)
+
+
+def most_used(counts_E: Tensor, num: int) -> list[int]:
+    """The ``num`` experts with the largest counts, ties to the lower index; repeated in order if too few."""
+    order = torch.argsort(counts_E, descending=True, stable=True).tolist()
+    return [order[i % len(order)] for i in range(num)]
+
+
+def check_noop(model: LanguageModel, sample: Mapping[str, Tensor], before: Tensor) -> None:
+    """Assert that with the new rows held far down the logits are as before growth."""
+    with ExitStack() as held:
+        for layer in model.moe_layers():
+            held.enter_context(layer.router.holding_down())
+        drift = float((sample_logits(model, sample) - before).abs().max())
+    if not drift <= NOOP_TOLERANCE:
+        raise RuntimeError(f"growth changed the logits by {drift:.2e} with new experts held down; at most 1e-5 allowed")
+
+
+def _begin_experts(
+    layer: MoELayer, copied: list[int], config: GrowConfig, init_std: float, generator: torch.Generator
+) -> None:
+    """Fill the new experts: copies with relative noise, or random matrices."""
+    for new, source in zip(layer.banks.active, copied, strict=True):
+        old: Expert = layer.banks.experts[source]  # type: ignore[assignment]
+        for parameter, origin in zip(new.parameters(), old.parameters(), strict=True):
+            noise = torch.randn(origin.shape, generator=generator).to(origin)
+            if config.init == ExpertInit.copy:
+                parameter.copy_(origin + config.noise * origin.std() * noise)
+            else:
+                parameter.copy_(init_std * noise)
+
+
+def _new_rows(
+    layer: MoELayer,
+    seen: Observation,
+    copied: list[int],
+    config: GrowConfig,
+    generator: torch.Generator,
+    seed: int,
+) -> Tensor:
+    """Rows for the new experts ``(num, D)``, at the old rows' scale."""
+    rows: list[Tensor] = [row for rows in list(layer.router.rows)[:-1] for row in rows]  # type: ignore[arg-type]
+    old_ED = torch.stack(rows)
+    if config.router == RouterInit.copy:
+        return old_ED[copied]
+    if config.router == RouterInit.centroid:
+        centroids = spherical_kmeans(seen.inputs_ND.numpy(), config.experts, seed=seed)
+        return torch.from_numpy(centroids).to(old_ED) * old_ED.norm(dim=1).mean()
+    return torch.randn(config.experts, old_ED.shape[1], generator=generator).to(old_ED) * old_ED.std()

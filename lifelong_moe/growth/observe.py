@@ -1,0 +1,76 @@
+"""What a model does with a sample of the new data: expert usage and hidden states at each layer.
+
+Legend: B batch, S sequence, N sampled tokens, D model width, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lifelong_moe.model.transformer import LanguageModel
+
+FORWARD_TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One layer's view of the sample."""
+
+    inputs_ND: Tensor
+    """Input of the mixture-of-experts layer, float32 ``(N, D)``, one row a sampled token."""
+    counts_E: Tensor
+    """Assignments each expert received, int64 ``(E,)``."""
+
+
+def model_inputs(batch: Mapping[str, Tensor], rows: slice | Tensor = slice(None)) -> dict[str, Tensor]:
+    """The model's arguments from a batch of blocks, or from some of its rows."""
+    return {
+        "token_ids_BS": batch["token_ids"][rows],
+        "document_ids_BS": batch["document_ids"][rows],
+        "group_ids_BS": batch["group_ids"][rows],
+    }
+
+
+@torch.no_grad()
+def observe(model: LanguageModel, sample: Mapping[str, Tensor]) -> list[Observation]:
+    """Run the model over a sample and keep what each mixture-of-experts layer saw.
+
+    Args:
+        model: Any model; left as it was.
+        sample: Blocks as the data module makes them, ``token_ids`` ``(B, S)`` among them.
+
+    Returns:
+        One observation a layer, bottom to top.
+    """
+    inputs: list[list[Tensor]] = [[] for _ in model.moe_layers()]
+    counts: list[Tensor] = []
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, args, kept=kept: kept.append(args[0].float().cpu()))
+        for layer, kept in zip(model.moe_layers(), inputs, strict=True)
+    ]
+    training = model.training
+    model.eval()
+    try:
+        blocks = max(1, FORWARD_TOKENS // sample["token_ids"].shape[1])
+        for start in range(0, len(sample["token_ids"]), blocks):
+            output = model(**model_inputs(sample, slice(start, start + blocks)))
+            counts.append(torch.stack([routing.counts_E.cpu() for routing in output.routings]))
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    return [Observation(torch.cat(x), c) for x, c in zip(inputs, torch.stack(counts).sum(dim=0), strict=True)]
+
+
+@torch.no_grad()
+def sample_logits(model: LanguageModel, sample: Mapping[str, Tensor], blocks: int = 4) -> Tensor:
+    """Logits of the sample's first blocks, float32, in evaluation mode."""
+    training = model.training
+    model.eval()
+    hidden = model(**model_inputs(sample, slice(0, blocks))).hidden_BSD
+    model.train(training)
+    return model.logits(hidden).float()

@@ -1,0 +1,1 @@
+"""RunConfig to a graph of stage specifications."""

@@ -1,0 +1,83 @@
+"""What a run would train and what it would cost, before anything is trained. Torch-free until a stage is opened."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lifelong_moe.config import RunConfig
+from lifelong_moe.methods.graph import stage_specs
+from lifelong_moe.model.architecture import Architecture
+from lifelong_moe.model.cost import ParameterCount, count_parameters
+from lifelong_moe.retention.config import TrunkTraining
+from lifelong_moe.training.spec import StageSpec
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """A stage with its key and its cost."""
+
+    index: int
+    spec: StageSpec
+    key: str
+    parent_key: str | None
+    architecture: Architecture
+    """At the end of the stage."""
+    parameters: ParameterCount
+    trainable: int
+    """Parameters that this stage trains."""
+    flops: int
+    """Active FLOPs, the teacher's included."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on: whole steps."""
+        return self.spec.steps * self.spec.optim.batch_tokens
+
+    @property
+    def routing(self) -> str:
+        """The routing in a word or two."""
+        routing = self.spec.routing
+        return f"cluster/{routing.level}" if routing.mode == "cluster" else routing.mode
+
+
+def plan_stages(
+    config: RunConfig, data_hashes: Mapping[str, str], tokenizer: Mapping[str, Any], bos_id: int
+) -> list[PlannedStage]:
+    """Resolve all stages of a run.
+
+    Args:
+        config: The run.
+        data_hashes: Hash of each distribution's training documents.
+        tokenizer: ``recipe``, ``hash`` and ``vocab_size``.
+        bos_id: Its document separator.
+    """
+    planned: list[PlannedStage] = []
+    identity = {"recipe": tokenizer["recipe"], "hash": tokenizer["hash"]}
+    for index, spec in enumerate(stage_specs(config)):
+        parent = None if spec.parent is None else planned[spec.parent]
+        before = parent.architecture if parent else None
+        after = spec.architecture(before, tokenizer["vocab_size"], bos_id)
+        parent_key = parent.key if parent else None
+        planned.append(
+            PlannedStage(
+                index=index,
+                spec=spec,
+                key=spec.key(parent_key, data_hashes[spec.data], dict(data_hashes), identity),
+                parent_key=parent_key,
+                architecture=after,
+                parameters=count_parameters(after),
+                trainable=trainable_parameters(spec, after),
+                flops=spec.flops(after, before),
+            )
+        )
+    return planned
+
+
+def trainable_parameters(spec: StageSpec, architecture: Architecture) -> int:
+    """Parameters that a stage trains."""
+    count = count_parameters(architecture)
+    frozen_trunk = spec.trunk is not None and spec.trunk.train == TrunkTraining.frozen
+    experts = count.newest if architecture.frozen else count.total - count.trunk
+    return experts + (0 if frozen_trunk else count.trunk)

@@ -1,0 +1,1 @@
+"""The decoder-only mixture-of-experts transformer: attention, expert banks, generation, cost."""

@@ -1,0 +1,66 @@
+"""Parameters and floating-point operations from the shape alone. Torch-free, so that a plan costs nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lifelong_moe.model.architecture import Architecture
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """How many numbers a model has, uses per token, and trains."""
+
+    total: int
+    """All parameters."""
+    active: int
+    """Those that one token's forward pass uses: the trunk, the router, and ``top_k`` experts a layer."""
+    trunk: int
+    """Attention, norms, embedding and head."""
+    per_expert: int
+    """One expert."""
+    newest: int
+    """Experts and router rows of the newest generation."""
+
+
+def count_parameters(architecture: Architecture) -> ParameterCount:
+    """Count parameters without building the model."""
+    config, top_k = architecture.model, architecture.routing.top_k
+    head_width = config.width // config.heads
+    attention = 2 * config.width * head_width * (config.heads + config.kv_heads)
+    norms = 2 * config.width
+    tables = architecture.vocab_size * config.width * (1 if config.tie_embeddings else 2)
+    trunk = config.layers * (attention + norms) + config.width + tables
+    per_expert = 3 * config.width * config.expert_width
+    row = config.width if architecture.routing.mode == "learned" else 0
+    experts = architecture.num_experts
+    newest = architecture.generations[-1].experts
+    return ParameterCount(
+        total=trunk + config.layers * experts * (per_expert + row),
+        active=trunk + config.layers * (top_k * per_expert + experts * row),
+        trunk=trunk,
+        per_expert=per_expert,
+        newest=config.layers * newest * (per_expert + row),
+    )
+
+
+def forward_flops_per_token(architecture: Architecture) -> int:
+    """Multiply-adds times two of one token's forward pass, attention over half a context included.
+
+    The embedding is a look-up and costs none; the head does.
+    """
+    config = architecture.model
+    count = count_parameters(architecture)
+    lookup = architecture.vocab_size * config.width
+    matrices = count.active - (0 if config.tie_embeddings else lookup)
+    attention = 2 * config.layers * config.width * config.context // 2
+    return 2 * (matrices + attention)
+
+
+def training_flops(architecture: Architecture, tokens: int, teacher: Architecture | None, teacher_tokens: int) -> int:
+    """Active FLOPs of a stage: three forward passes' worth a token, and the teacher's forward passes.
+
+    Weight gradients that frozen experts skip are not subtracted: arms compare at what they could cost.
+    """
+    student = 3 * forward_flops_per_token(architecture) * tokens
+    return student + (forward_flops_per_token(teacher) * teacher_tokens if teacher else 0)

@@ -1,0 +1,108 @@
+"""Reorder tokens by expert and sum the experts' outputs back: a fast way, and a readable one to check it against.
+
+Legend: T tokens, K experts chosen per token, N = rows handed to experts (T·K when every token chooses K),
+E experts, D model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def sort_by_expert(expert_idx_N: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Order assignments by expert, stably.
+
+    Args:
+        expert_idx_N: Expert of each assignment, int64 ``(N,)``.
+        num_experts: E.
+
+    Returns:
+        ``order_N``, the assignments sorted by expert and then by position, and ``counts_E``, int64 assignments
+        per expert.
+    """
+    order_N = torch.argsort(expert_idx_N, stable=True)
+    return order_N, torch.bincount(expert_idx_N, minlength=num_experts)
+
+
+class _GatherTokens(torch.autograd.Function):
+    """``x[order // K]``, whose backward gathers and sums; autograd's own would scatter with ``index_add``."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, order_N: Tensor, inverse_N: Tensor, top_k: int) -> Tensor:
+        ctx.save_for_backward(inverse_N)
+        ctx.top_k = top_k
+        return x_TD.index_select(0, order_N // top_k if top_k > 1 else order_N)
+
+    @staticmethod
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
+        (inverse_N,) = ctx.saved_tensors
+        grad_TKD = grad_ND.index_select(0, inverse_N).view(-1, ctx.top_k, grad_ND.shape[-1])
+        return grad_TKD.sum(dim=1), None, None, None
+
+
+class _Permute(torch.autograd.Function):
+    """``rows[permutation]``; the backward gathers by the inverse permutation."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_ND: Tensor, permutation_N: Tensor, inverse_N: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse_N)
+        return rows_ND.index_select(0, permutation_N)
+
+    @staticmethod
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
+        (inverse_N,) = ctx.saved_tensors
+        return grad_ND.index_select(0, inverse_N), None, None
+
+
+def inverse_permutation(order_N: Tensor) -> Tensor:
+    """The permutation that undoes ``order_N``, int64 ``(N,)``."""
+    inverse_N = torch.empty_like(order_N)
+    inverse_N[order_N] = torch.arange(order_N.numel(), device=order_N.device)
+    return inverse_N
+
+
+def dispatch(x_TD: Tensor, order_N: Tensor, inverse_N: Tensor, top_k: int) -> Tensor:
+    """Rows for the experts, sorted by expert.
+
+    Args:
+        x_TD: Tokens ``(T, D)``.
+        order_N: From :func:`sort_by_expert` over the flattened ``(T, K)`` choices, so that ``order // K`` is a token.
+        inverse_N: Its inverse.
+        top_k: K.
+
+    Returns:
+        ``(T·K, D)``; deterministic in the backward pass too.
+    """
+    return _GatherTokens.apply(x_TD, order_N, inverse_N, top_k)
+
+
+def combine(rows_ND: Tensor, weights_TK: Tensor, order_N: Tensor, inverse_N: Tensor) -> Tensor:
+    """Weighted sum of each token's expert outputs, ``(T, D)``; the inverse of :func:`dispatch`."""
+    num_tokens, top_k = weights_TK.shape
+    rows_TKD = _Permute.apply(rows_ND, inverse_N, order_N).view(num_tokens, top_k, -1)
+    return (rows_TKD * weights_TK.to(rows_ND.dtype).unsqueeze(-1)).sum(dim=1)
+
+
+def mixture_readable(
+    x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, experts: Sequence[Callable[[Tensor], Tensor]]
+) -> Tensor:
+    """What dispatch, experts and combine compute together, one token at a time.
+
+    Args:
+        x_TD: Tokens ``(T, D)``.
+        expert_ids_TK: Chosen experts, int64 ``(T, K)``.
+        weights_TK: Gate weights ``(T, K)``.
+        experts: One function from ``(n, D)`` to ``(n, D)`` each.
+
+    Returns:
+        ``(T, D)``. The oracle of the fast path; slow.
+    """
+    out = []
+    for x_D, expert_ids_K, weights_K in zip(x_TD, expert_ids_TK.tolist(), weights_TK, strict=True):
+        outputs = [w * experts[e](x_D.unsqueeze(0)).squeeze(0) for e, w in zip(expert_ids_K, weights_K, strict=True)]
+        out.append(torch.stack(outputs).sum(dim=0))
+    return torch.stack(out) if out else x_TD.new_zeros(x_TD.shape)

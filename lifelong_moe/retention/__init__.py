@@ -1,0 +1,1 @@
+"""What holds old knowledge in place: the teacher that a stage distils from."""

@@ -1,0 +1,1 @@
+"""Hidden states to `Routing`: one file a router, one registry."""

@@ -1,0 +1,160 @@
+"""What a router is given, what it answers, and what all routers share.
+
+Legend: T tokens, D model width, K experts per token, E experts, N rows handed to experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import torch
+from torch import Tensor, nn
+
+from lifelong_moe.errors import ConfigError
+from lifelong_moe.ops.dispatch import combine, dispatch, inverse_permutation, sort_by_expert
+from lifelong_moe.routing.config import RoutingConfig
+
+HELD_DOWN = -1e4
+"""Added to the newest rows' scores by the step-0 check: far below any real score, far above float underflow."""
+
+
+class Causality(StrEnum):
+    """What a token's routing may depend on: the classes of the field's survey."""
+
+    token_local = "A"
+    ordered = "B"
+    leaks_when_full = "C"
+    leaks = "D"
+
+
+@dataclass(frozen=True)
+class RoutingContext:
+    """What a router may look at besides the hidden states."""
+
+    token_ids_T: Tensor
+    """Token ids, int64 ``(T,)``."""
+    mask_T: Tensor
+    """True for real tokens, bool ``(T,)``."""
+    group_ids_T: Tensor
+    """Document cluster or label of each token, int64 ``(T,)``; zeros where routing has no groups."""
+    features_TF: Tensor | None = None
+    """Frozen token features ``(T, F)``, where clusters are made of them."""
+
+
+@dataclass(frozen=True)
+class RouterLoss:
+    """One auxiliary loss of one layer."""
+
+    value: Tensor
+    """Unweighted scalar, float32."""
+    coefficient: float
+    """Its factor in the training loss."""
+
+
+@dataclass
+class Routing:
+    """A router's answer. The layer only calls ``dispatch``, ``counts_E`` and ``combine``, so an answer of another
+    kind (slots, experts that pick tokens) is a subclass and the layer stays as it is."""
+
+    expert_ids_TK: Tensor
+    """Chosen experts, int64 ``(T, K)``, distinct within a row."""
+    weights_TK: Tensor
+    """Gate weights, float32 ``(T, K)``."""
+    num_experts: int
+    """E."""
+    losses: dict[str, RouterLoss] = field(default_factory=dict)
+    """Auxiliary losses by name; empty in evaluation."""
+
+    def __post_init__(self) -> None:
+        self._order_N, self.counts_E = sort_by_expert(self.expert_ids_TK.reshape(-1), self.num_experts)
+        self._inverse_N = inverse_permutation(self._order_N)
+
+    def dispatch(self, x_TD: Tensor) -> Tensor:
+        """Rows for the experts ``(N, D)``, sorted by expert; ``counts_E`` says how many each gets."""
+        return dispatch(x_TD, self._order_N, self._inverse_N, self.expert_ids_TK.shape[1])
+
+    def combine(self, rows_ND: Tensor) -> Tensor:
+        """Weighted sum of the experts' outputs per token, ``(T, D)``."""
+        return combine(rows_ND, self.weights_TK, self._order_N, self._inverse_N)
+
+
+class Router(nn.Module):
+    """Base of all routers. Experts come in generations: those a stage is born with, in order.
+
+    A subclass implements :meth:`forward` and :meth:`add_experts`. One of your own is named in the config by its
+    dotted path and built as ``YourRouter(config, width=..., layer=..., **config.options)``.
+    """
+
+    causality: Causality = Causality.token_local
+    """The strictest promise this router keeps; C and D are refused in a decoder."""
+    trained: bool = True
+    """Whether gradient decides; clustered and labelled routing is decided before training."""
+
+    def __init__(self, config: RoutingConfig, *, width: int, layer: int) -> None:
+        super().__init__()
+        self.config = config
+        self.width = width
+        self.layer = layer
+        self.generations: list[int] = []
+        self.held_down = False
+
+    @property
+    def num_experts(self) -> int:
+        """E, over all generations."""
+        return sum(self.generations)
+
+    def forward(self, x_TD: Tensor, context: RoutingContext) -> Routing:
+        """Choose experts for each token."""
+        raise TypeError(f"{type(self).__name__} must implement forward(x_TD, context) -> Routing")
+
+    def add_experts(self, num: int) -> None:
+        """Make room for a new generation of ``num`` experts."""
+        raise TypeError(f"{type(self).__name__} must implement add_experts(num)")
+
+    def set_rows(self, rows_ED: Tensor) -> None:
+        """Begin the newest generation's rows with these, ``(num, D)``."""
+        raise ConfigError(f"routing.mode={self.config.mode} has no router rows to begin; set grow.router=random.")
+
+    def freeze(self) -> None:
+        """Stop training every row there is now; generations added later train."""
+        for parameter in self.parameters():
+            parameter.requires_grad_(False)
+
+    @contextmanager
+    def holding_down(self) -> Iterator[None]:
+        """Within this context the newest generation is never chosen: growth must then change nothing."""
+        self.held_down = True
+        try:
+            yield
+        finally:
+            self.held_down = False
+
+    def _hold(self, scores_TE: Tensor) -> Tensor:
+        if not self.held_down:
+            return scores_TE
+        bias_E = scores_TE.new_zeros(self.num_experts)
+        bias_E[self.num_experts - self.generations[-1] :] = HELD_DOWN
+        return scores_TE + bias_E
+
+
+def token_hash(token_ids_T: Tensor, salt: int) -> Tensor:
+    """A fixed pseudo-random non-negative integer per token id, int64 ``(T,)`` (multiplicative hashing, 31 bits)."""
+    mixed = (token_ids_T + 0x9E37 * (salt + 1)) * 2654435761 % (1 << 32)
+    return ((mixed >> 15) ^ mixed) * 2246822519 % (1 << 32) >> 1
+
+
+def hashed_experts(token_ids_T: Tensor, start_T: Tensor, size_T: Tensor, top_k: int, salt: int) -> Tensor:
+    """``top_k`` consecutive experts of ``[start, start + size)``, the first chosen by the token id's hash.
+
+    Returns:
+        int64 ``(T, K)``, distinct within a row if ``size >= top_k``.
+
+    Source:
+        Hash layers (arXiv:2106.04426), random hash; there with K = 1.
+    """
+    first_T1 = token_hash(token_ids_T, salt).unsqueeze(1)
+    offsets_K = torch.arange(top_k, device=token_ids_T.device)
+    return start_T.unsqueeze(1) + (first_T1 + offsets_K) % size_T.unsqueeze(1)

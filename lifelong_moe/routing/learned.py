@@ -1,0 +1,63 @@
+"""Mixtral's router: softmax over trained rows, top-k, dropless."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lifelong_moe.ops.router_losses import load_balancing_loss, router_z_loss
+from lifelong_moe.routing.base import Router, RouterLoss, Routing, RoutingContext
+from lifelong_moe.routing.config import BalanceOver, RoutingConfig
+
+
+class LearnedRouter(Router):
+    """``p = softmax(x W^T)``; the k largest, their weights divided by their sum if ``renormalize``.
+
+    The rows of each generation are a Parameter of their own, so that frozen ones have no gradient, no moments and
+    no decay. Logits and softmax are float32 under autocast too.
+
+    Source:
+        Mixtral (arXiv:2401.04088), section 2.1; losses from Switch (arXiv:2101.03961) and ST-MoE
+        (arXiv:2202.08906). Class A: a token's routing depends on that token alone.
+    """
+
+    def __init__(self, config: RoutingConfig, *, width: int, layer: int) -> None:
+        super().__init__(config, width=width, layer=layer)
+        self.rows = nn.ParameterList()
+
+    def add_experts(self, num: int) -> None:
+        """Add ``num`` rows, uninitialized; the model's or growth's initialization fills them."""
+        device = self.rows[0].device if self.generations else None
+        self.rows.append(nn.Parameter(torch.zeros(num, self.width, device=device)))
+        self.generations.append(num)
+
+    def set_rows(self, rows_ED: Tensor) -> None:
+        """Begin the newest generation's rows with ``(num, D)``."""
+        with torch.no_grad():
+            self.rows[-1].copy_(rows_ED)
+
+    def forward(self, x_TD: Tensor, context: RoutingContext) -> Routing:
+        """Choose the k most probable experts for each token; losses come along in training mode."""
+        with torch.autocast(x_TD.device.type, enabled=False):
+            logits_TE = F.linear(x_TD.float(), torch.cat([rows.float() for rows in self.rows]))
+            logits_TE = self._hold(logits_TE)
+            probs_TE = logits_TE.softmax(dim=-1)
+            weights_TK, expert_ids_TK = probs_TE.topk(self.config.top_k, dim=-1)
+            if self.config.renormalize:
+                weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
+            losses = self._losses(logits_TE, probs_TE, expert_ids_TK, context.mask_T) if self.training else {}
+        return Routing(expert_ids_TK, weights_TK, self.num_experts, losses)
+
+    def _losses(
+        self, logits_TE: Tensor, probs_TE: Tensor, expert_ids_TK: Tensor, mask_T: Tensor
+    ) -> dict[str, RouterLoss]:
+        config, losses = self.config, {}
+        if config.balance_loss:
+            active_only = config.balance_over == BalanceOver.active
+            first = self.num_experts - self.generations[-1] if active_only else 0
+            value = load_balancing_loss(probs_TE, expert_ids_TK, mask_T, first)
+            losses["balance"] = RouterLoss(value, config.balance_loss)
+        if config.z_loss:
+            losses["z"] = RouterLoss(router_z_loss(logits_TE, mask_T), config.z_loss)
+        return losses

@@ -1,0 +1,37 @@
+"""From ``routing.mode`` to a router: built-in names and dotted paths alike."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from lifelong_moe.errors import ConfigError
+from lifelong_moe.routing.base import Causality, Router
+from lifelong_moe.routing.config import ROUTERS, RoutingConfig
+
+
+def build_router(config: RoutingConfig, *, width: int, layer: int) -> Router:
+    """Build one layer's router.
+
+    Args:
+        config: The run's routing.
+        width: D.
+        layer: The layer's index, from 0.
+
+    Raises:
+        ConfigError: If a dotted path cannot be imported, is no :class:`Router`, or breaks causality.
+    """
+    path = ROUTERS.get(config.mode, config.mode)
+    module, _, name = path.rpartition(".")
+    try:
+        build = getattr(import_module(module), name)
+        router = build(config, width=width, layer=layer, **config.options)
+    except (ImportError, AttributeError, TypeError) as error:
+        raise ConfigError(f"routing.mode={config.mode} cannot be built: {error}.") from None
+    if not isinstance(router, Router):
+        raise ConfigError(f"routing.mode={config.mode} must build a lifelong_moe.routing.base.Router.")
+    if router.causality in (Causality.leaks_when_full, Causality.leaks):
+        raise ConfigError(
+            f"routing.mode={config.mode} lets later tokens change earlier ones (class {router.causality}); "
+            f"a decoder cannot use it."
+        )
+    return router

@@ -1,0 +1,1 @@
+"""The content-addressed stage store: keys, manifests, atomic commit, lock, lineage."""

@@ -1,0 +1,134 @@
+"""Directories and files that exist whole or not at all, whatever kills the process."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import socket
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lifelong_moe.errors import CorruptError, ResourceError
+from lifelong_moe.stages.keys import canonical_json, file_hash
+
+MANIFEST = "manifest.json"
+TMP = ".tmp-"
+
+
+def write_directory(target: Path, files: Mapping[str, Callable[[Path], object]]) -> None:
+    """Write files and their manifest to a temporary directory beside ``target``, then rename it.
+
+    Everything is flushed to disk before the rename, and the rename after it. If ``target`` is there already, another
+    process was first with the same content address: its version stays.
+
+    Args:
+        target: Directory to appear; its parents are made.
+        files: For each file name a function that writes it to the path it is given.
+
+    Raises:
+        ResourceError: If the disk is full; ``target`` is then untouched.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    tmp = _temporary(target.parent)
+    try:
+        tmp.mkdir()
+        for name, write in files.items():
+            write(tmp / name)
+            sync(tmp / name)
+        entries = {name: {"bytes": (tmp / name).stat().st_size, "sha256": file_hash(tmp / name)} for name in files}
+        (tmp / MANIFEST).write_text(canonical_json({"files": entries}))
+        sync(tmp / MANIFEST)
+        sync(tmp)
+        _publish(tmp, target)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ResourceError(f"{target}: no space left on the disk; nothing committed was touched.") from error
+        raise
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+
+
+def _publish(tmp: Path, target: Path) -> None:
+    try:
+        os.rename(tmp, target)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+    sync(target.parent)
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Replace a file's content atomically and durably."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = _temporary(path.parent)
+    try:
+        tmp.write_text(text, encoding="utf-8")
+        sync(tmp)
+        os.replace(tmp, path)
+        sync(path.parent)
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Flush a file or a directory to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def verify_directory(directory: Path) -> dict[str, Any]:
+    """Check every file against the manifest.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        CorruptError: Naming the file and both hashes, or what is missing.
+    """
+    manifest_path = directory / MANIFEST
+    try:
+        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+        entries = manifest["files"].items()
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise CorruptError(f"{manifest_path}: unreadable ({type(error).__name__}); the directory is damaged.") from None
+    for name, entry in entries:
+        path = directory / name
+        if not path.is_file():
+            raise CorruptError(f"{path}: missing, but the manifest lists it.")
+        found = file_hash(path)
+        if found != entry["sha256"]:
+            raise CorruptError(f"{path}: SHA-256 is {found}, but the manifest says {entry['sha256']}.")
+    return manifest
+
+
+def _temporary(parent: Path) -> Path:
+    """A new name that says which process of which machine writes there."""
+    return parent / f"{TMP}{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+
+
+def remove_temporary(parent: Path) -> int:
+    """Remove what killed processes of this machine left half written; returns how many entries there were."""
+    found = [path for path in parent.glob(f"{TMP}{socket.gethostname()}-*") if not _writer_lives(path)]
+    for path in found:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    return len(found)
+
+
+def _writer_lives(path: Path) -> bool:
+    try:
+        os.kill(int(path.name.rsplit("-", 2)[1]), 0)
+    except (ProcessLookupError, ValueError, IndexError):
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,36 @@
+"""One process at a time on one thing. Saves work; correctness never depends on it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lifelong_moe.errors import TryAgainError
+
+
+@contextmanager
+def locked(path: Path, what: str) -> Iterator[None]:
+    """Hold an advisory lock; the system releases it however the process ends.
+
+    Args:
+        path: Lock file; made if absent, never removed.
+        what: What is locked, for the message.
+
+    Raises:
+        TryAgainError: If another process holds it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            raise TryAgainError(f"{what} is being worked on by process {holder}; try again later.") from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield

@@ -1,0 +1,106 @@
+"""Runs: named references to stages, with a ledger of what happened.
+
+``head.json`` holds ``run``, ``method``, ``seed``, ``config`` (unresolved), ``plan`` (keys of all stages), ``stages``
+(keys of the committed ones), ``evaluations`` (what the report is made of) and ``mlflow`` (ids of its runs).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from lifelong_moe.errors import ConfigError, CorruptError
+from lifelong_moe.stages.atomic import remove_temporary, replace_file
+from lifelong_moe.stages.keys import SHORT, canonical_json
+
+
+class RunRecord:
+    """The directory ``mlruns/runs/<run>/``."""
+
+    def __init__(self, root: Path, run: str) -> None:
+        self.run = run
+        self.path = root / "runs" / run
+
+    @property
+    def lock_path(self) -> Path:
+        """File that a working process locks."""
+        return self.path / ".lock"
+
+    def head(self) -> dict[str, Any] | None:
+        """What the run refers to; None if it never started."""
+        return self._read("head.json")
+
+    def set_head(self, head: dict[str, Any]) -> None:
+        """Replace the head atomically."""
+        replace_file(self.path / "head.json", json.dumps(head, indent=1, ensure_ascii=False, allow_nan=False))
+
+    def report(self) -> dict[str, Any] | None:
+        """The machine-readable result; None before the first stage is evaluated."""
+        return self._read("report.json")
+
+    def set_report(self, report: dict[str, Any]) -> None:
+        """Replace the report atomically."""
+        replace_file(self.path / "report.json", json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False))
+
+    def log(self, event: str, **fields: Any) -> None:
+        """Append a line to the ledger and flush it to disk."""
+        line = canonical_json({"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "event": event, **fields})
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / "ledger.jsonl").open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def clean(self) -> int:
+        """Remove what killed processes left half written."""
+        return remove_temporary(self.path)
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        path = self.path / name
+        if not path.is_file():
+            return None
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CorruptError(f"{path}: not JSON ({error}).") from None
+
+
+def require_head(root: Path, run: str) -> dict[str, Any]:
+    """The head of a run that must exist.
+
+    Raises:
+        ConfigError: Naming the runs there are.
+    """
+    head = RunRecord(root, run).head()
+    if head is None:
+        there = sorted(p.parent.name for p in (root / "runs").glob("*/head.json"))
+        known = f"There are {', '.join(there)}." if there else "There are none yet."
+        raise ConfigError(f"run {run} does not exist under {root / 'runs'}. {known}")
+    return head
+
+
+class EvaluationStore:
+    """Evaluations under ``mlruns/evaluations/``, by stage and by held-out text with its settings."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root / "evaluations"
+
+    def _path(self, stage_key: str, data_key: str) -> Path:
+        return self.root / f"{stage_key[:SHORT]}-{data_key[:SHORT]}.json"
+
+    def find(self, stage_key: str, data_key: str) -> dict[str, Any] | None:
+        """A stored evaluation; None if it was never made, or if its file is damaged: it can be made again."""
+        try:
+            stored = json.loads(self._path(stage_key, data_key).read_text(encoding="utf-8"))
+            same = stored["stage"] == stage_key and stored["data"] == data_key
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return stored["result"] if same else None
+
+    def add(self, stage_key: str, data_key: str, result: dict[str, Any]) -> None:
+        """Store an evaluation atomically."""
+        stored = {"stage": stage_key, "data": data_key, "result": result}
+        replace_file(self._path(stage_key, data_key), canonical_json(stored))

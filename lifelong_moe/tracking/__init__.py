@@ -1,0 +1,1 @@
+"""Records in MLflow: the only package that imports it, and never at import time."""

@@ -1,0 +1,65 @@
+"""Start the MLflow UI on our database; a bare ``mlflow ui`` looks for ``./mlflow.db`` and would not find it."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+from lifelong_moe.errors import ConfigError
+from lifelong_moe.tracking.connection import is_server, probe, resolve_uri, without_credentials
+
+
+def serve_command(uri: str | None, root: Path, port: int, host: str = "127.0.0.1") -> tuple[list[str], dict[str, str]]:
+    """Build the command that serves the MLflow UI.
+
+    Args:
+        uri: Tracking URI of the config; None means what :func:`resolve_uri` chooses.
+        root: The ``mlruns/`` directory; made if absent, since the server cannot open a database in no directory.
+        port: TCP port to listen on.
+        host: Interface to listen on; loopback unless the user asks for more.
+
+    Returns:
+        Arguments and the full environment for ``subprocess``.
+
+    Raises:
+        ConfigError: If the URI is a server already.
+    """
+    uri = resolve_uri(uri, root)
+    if is_server(uri):
+        raise ConfigError(
+            f"tracking.uri={without_credentials(uri)} is a server already; open it in a browser, "
+            "or unset tracking.uri and MLFLOW_TRACKING_URI to serve the local database."
+        )
+    root = root.absolute()
+    root.mkdir(parents=True, exist_ok=True)
+    artifacts = str(root / "artifacts")
+    argv = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri]
+    # Both default to the working directory, and would litter it.
+    argv += ["--default-artifact-root", artifacts, "--artifacts-destination", artifacts]
+    argv += ["--host", host, "--port", str(port), "--workers", "1"]
+    environment = os.environ | {
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        # Not used by us, and it makes the start 36 s instead of 14 s.
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    }
+    return argv, environment
+
+
+def wait_until_up(url: str, seconds: float) -> bool:
+    """Wait for a server to answer.
+
+    Args:
+        url: Its address, such as ``http://127.0.0.1:5000``.
+        seconds: Longest wait.
+
+    Returns:
+        True as soon as it answers, False if it did not within the time.
+    """
+    deadline = time.monotonic() + seconds
+    while (left := deadline - time.monotonic()) > 0:
+        if probe(url, min(left, 2.0)) is None:
+            return True
+        time.sleep(min(0.2, max(0.0, deadline - time.monotonic())))
+    return False

@@ -1,0 +1,1 @@
+"""Lightning: module, data, schedules, callbacks, logger, checkpoints, and one stage's story."""

@@ -1,0 +1,156 @@
+"""What goes along with the training loop: meter and curves, progress, step checkpoints, interruption."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from lifelong_moe.errors import TryAgainError
+from lifelong_moe.training.checkpoint import as_float, checkpoint_path, checkpoints
+from lifelong_moe.training.interrupt import Interrupt
+
+LOG_SECONDS = 15.0
+
+
+class Meter(Callback):
+    """Training curves, tokens per second, and the share of time spent waiting for data."""
+
+    def __init__(self, step_tokens: int, every_steps: int) -> None:
+        self.step_tokens, self.every_steps = step_tokens, every_steps
+        self.seconds = 0.0
+        self.data_seconds = 0.0
+        self.last: dict[str, float] = {}
+        self._stepped = 0
+        self._mark = self._step_began = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self._mark = time.perf_counter()
+        self._stepped = trainer.global_step
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """What passed since the last batch's end was spent on data (and on the loop itself)."""
+        self._step_began = time.perf_counter()
+        self.data_seconds += self._step_began - self._mark
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Advance the clock; every ``every_steps`` log a point of each curve."""
+        now = time.perf_counter()
+        self.seconds += now - self._mark
+        self._mark = now
+        step = trainer.global_step
+        due = step // self.every_steps > self._stepped // self.every_steps
+        self._stepped = step
+        if not (due or step == trainer.max_steps) or trainer.logger is None:
+            return
+        self.last = {f"train/{name}": as_float(value) for name, value in outputs["parts"].items()}
+        grad_norm = getattr(pl_module, "grad_norm", None)
+        extra = {
+            "train/learning_rate": trainer.optimizers[0].param_groups[-1]["lr"],
+            "train/tokens": float(step * self.step_tokens),
+            "train/nonfinite_steps": float(pl_module.nonfinite_steps),  # type: ignore[arg-type]
+            "speed/tokens_per_second": step * self.step_tokens / self.seconds,
+            "speed/data_fraction": self.data_seconds / self.seconds,
+        }
+        if grad_norm is not None:
+            extra["train/grad_norm"] = as_float(grad_norm)
+        trainer.logger.log_metrics({**self.last, **extra}, step=step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Time spent so far, so that an interrupted stage reports all of it."""
+        return {"seconds": self.seconds, "data_seconds": self.data_seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue the clock."""
+        self.seconds, self.data_seconds = state_dict["seconds"], state_dict["data_seconds"]
+
+
+class ProgressReport(Callback):
+    """A bar on a terminal; a plain line every 15 seconds elsewhere."""
+
+    def __init__(self, title: str, console: Console, enabled: bool, meter: Meter) -> None:
+        self.title, self.console, self.enabled, self.meter = title, console, enabled, meter
+        self._bar: Progress | None = None
+        self._task: Any = None
+        self._said = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show the bar."""
+        self._said = time.monotonic()
+        if not (self.enabled and self.console.is_terminal):
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("steps · {task.fields[text]}"),
+            TimeRemainingColumn(),
+        )
+        self._bar = Progress(*columns, console=self.console, transient=True)
+        self._bar.start()
+        self._task = self._bar.add_task(
+            self.title, total=trainer.max_steps, completed=trainer.global_step, text="starting"
+        )
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Move the bar, or say a line."""
+        if not self.enabled:
+            return
+        if self._bar is not None:
+            self._bar.update(self._task, completed=trainer.global_step, text=self._text(trainer, outputs))
+        elif time.monotonic() - self._said >= LOG_SECONDS:
+            self._said = time.monotonic()
+            self.console.print(
+                f"{self.title}: step {trainer.global_step}/{trainer.max_steps}, {self._text(trainer, outputs)}"
+            )
+
+    def _text(self, trainer: Trainer, outputs: Any) -> str:
+        speed = trainer.global_step * self.meter.step_tokens / max(self.meter.seconds, 1e-9)
+        return f"loss {as_float(outputs['parts']['loss']):.3f}, {speed:,.0f} tokens/s"
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Take the bar away, also after an error."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+class StepCheckpoint(Callback):
+    """Commit a checkpoint every so many steps, keep the newest few; on a request to stop, commit one and stop."""
+
+    def __init__(self, work: Path, phase: int, every_steps: int, keep: int, interrupt: Interrupt) -> None:
+        self.work, self.phase, self.every_steps, self.keep = work, phase, every_steps, keep
+        self.interrupt = interrupt
+        self._saved = -1
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save at a step boundary.
+
+        Raises:
+            TryAgainError: If a stop was requested; the checkpoint is committed by then.
+        """
+        step = trainer.global_step
+        at_boundary = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if not at_boundary or step == self._saved:
+            return
+        if self.interrupt.requested or step % self.every_steps == 0:
+            trainer.save_checkpoint(checkpoint_path(self.work, self.phase, step))
+            self._saved = step
+            for old in checkpoints(self.work)[: -self.keep]:
+                shutil.rmtree(old, ignore_errors=True)
+        if self.interrupt.requested:
+            raise TryAgainError(
+                f"stopped by SIGTERM after step {step}, which is checkpointed; run the same command again to continue."
+            )

@@ -1,0 +1,116 @@
+"""How a stage is optimized and what Lightning is told. Torch-free."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from lifelong_moe.errors import ConfigError
+
+
+class Schedule(StrEnum):
+    """Shape of the learning rate over a stage, after warm-up."""
+
+    cosine = "cosine"
+    constant = "constant"
+
+
+@dataclass(kw_only=True)
+class OptimConfig:
+    """AdamW, warmed up anew in each stage."""
+
+    lr: float = 1e-3
+    """Peak learning rate."""
+    schedule: Schedule = Schedule.cosine
+    """``cosine`` decays to ``min_lr_fraction`` at the stage's end."""
+    warmup_fraction: float = 0.05
+    """Share of the stage's steps over which the rate rises linearly."""
+    min_lr_fraction: float = 0.1
+    """Final rate of the cosine, relative to the peak."""
+    batch_tokens: int = 8192
+    """Tokens an optimizer step over all devices and accumulation steps; a multiple of ``model.context``."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay on matrices; norms have none."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise ConfigError(f"optim.lr={self.lr} must be positive.")
+        for key in ("warmup_fraction", "min_lr_fraction"):
+            if not 0.0 <= getattr(self, key) <= 1.0:
+                raise ConfigError(f"optim.{key}={getattr(self, key)} must lie in [0, 1].")
+        for key in ("beta1", "beta2"):
+            if not 0.0 <= getattr(self, key) < 1.0:
+                raise ConfigError(f"optim.{key}={getattr(self, key)} must lie in [0, 1).")
+        if self.batch_tokens < 1:
+            raise ConfigError(f"optim.batch_tokens={self.batch_tokens} must be positive.")
+        if self.weight_decay < 0:
+            raise ConfigError(f"optim.weight_decay={self.weight_decay} must not be negative.")
+
+
+PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-mixed")
+
+
+@dataclass(kw_only=True)
+class TrainerConfig:
+    """Arguments of ``lightning.Trainer``, under their own names."""
+
+    accelerator: str = "auto"
+    """``auto``, ``cpu``, ``gpu``, ..."""
+    devices: Any = 1
+    """How many devices, or which."""
+    num_nodes: int = 1
+    """Machines."""
+    strategy: str = "auto"
+    """``auto``, ``ddp``, ..."""
+    precision: str = "32-true"
+    """``32-true``, ``bf16-mixed``, ``bf16-true`` or ``16-mixed``; part of a stage's key."""
+    gradient_clip_val: float = 1.0
+    """Largest gradient norm; 0 does not clip; part of a stage's key."""
+    accumulate_grad_batches: int = 1
+    """Micro-batches a step; the global batch stays ``optim.batch_tokens``."""
+    num_workers: int = 0
+    """Processes that load data; sample order does not depend on it."""
+    log_every_n_steps: int = 10
+    """Steps between two logged points of a training curve."""
+    enable_progress_bar: bool = True
+    """Show a progress bar where the output is a terminal."""
+    deterministic: bool | None = None
+    """Refuse operations without a deterministic implementation; by default on for CPU."""
+    benchmark: bool | None = None
+    """Let cuDNN choose algorithms by timing."""
+    detect_anomaly: bool = False
+    """Trace the operation that made a NaN; slow."""
+    profiler: str | None = None
+    """``simple``, ``advanced`` or ``pytorch``."""
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ConfigError(f"trainer.precision={self.precision} is unknown; there are {', '.join(PRECISIONS)}.")
+        if not isinstance(self.devices, (int, str, list)):
+            raise ConfigError(f"trainer.devices={self.devices} must be a number, a list or a string.")
+        for key in ("num_nodes", "accumulate_grad_batches", "log_every_n_steps"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"trainer.{key}={getattr(self, key)} must be at least 1.")
+        for key in ("gradient_clip_val", "num_workers"):
+            if getattr(self, key) < 0:
+                raise ConfigError(f"trainer.{key}={getattr(self, key)} must not be negative.")
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    """Step checkpoints within a stage; never part of its key."""
+
+    every_steps: int = 50
+    """Steps between two checkpoints."""
+    keep: int = 2
+    """Newest checkpoints kept; older ones are removed."""
+
+    def __post_init__(self) -> None:
+        for key in ("every_steps", "keep"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"checkpoint.{key}={getattr(self, key)} must be at least 1.")

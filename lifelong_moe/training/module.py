@@ -1,0 +1,142 @@
+"""One phase of a stage as a LightningModule: loss, optimizer, and what is never stepped on.
+
+Legend: B sequences, S length, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from lifelong_moe.errors import CorruptError, DivergedError
+from lifelong_moe.growth.observe import model_inputs
+from lifelong_moe.model.transformer import LanguageModel
+from lifelong_moe.ops.losses import distillation_loss, linear_cross_entropy
+from lifelong_moe.retention.teacher import distilled_rows
+from lifelong_moe.routing.base import Routing
+from lifelong_moe.training.optimizer import build_optimizer, rate_factor
+from lifelong_moe.training.spec import Phase, StageSpec
+
+MAX_NONFINITE = 3
+"""Steps in a row without a finite gradient after which training gives up."""
+log = logging.getLogger(__name__)
+
+
+class StageModule(LightningModule):
+    """Next-token loss, router losses, and distillation from the teacher on some of the sequences."""
+
+    def __init__(self, model: LanguageModel, spec: StageSpec, phase: Phase, teacher: LanguageModel | None) -> None:
+        super().__init__()
+        self.model = model
+        self.spec = spec
+        self.phase = phase
+        # In a tuple, so that it is no submodule: not saved, not trained, not counted.
+        self._teacher = (teacher,)
+        self.strict_loading = False  # step checkpoints leave frozen tensors out; on_load_checkpoint checks names
+        self.nonfinite_steps = 0
+        self.nonfinite_in_a_row = 0
+        self.assignments_before: Tensor | None = None
+        """Clusters of a sample when the phase began, to measure how much they churn; kept over interruptions."""
+
+    def on_fit_start(self) -> None:
+        """The teacher follows to the device; what it shares with the student is there already."""
+        if self._teacher[0] is not None:
+            self._teacher[0].to(self.device)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """Loss of one micro-batch; its parts ride along, detached, for callbacks to log."""
+        output = self.model(**model_inputs(batch))
+        head_VD = self.model.head.weight
+        parts = {"loss": linear_cross_entropy(output.hidden_BSD.flatten(0, 1), head_VD, batch["target_ids"].flatten())}
+        total = parts["loss"]
+        for name, (value, coefficient) in mean_router_losses(output.routings).items():
+            parts[f"{name}_loss"] = value
+            total = total + coefficient * value
+        distilled = self._distillation(batch, output.hidden_BSD)
+        if distilled is not None and self.spec.distill is not None:
+            parts["distill_loss"] = distilled
+            total = total + self.spec.distill.weight * distilled
+        return {"loss": total, "parts": {name: value.detach() for name, value in parts.items()}}  # type: ignore[dict-item]
+
+    def _distillation(self, batch: dict[str, Tensor], hidden_BSD: Tensor) -> Tensor | None:
+        teacher, config = self._teacher[0], self.spec.distill
+        if teacher is None or config is None:
+            return None
+        rows = distilled_rows(batch["replayed"], config)
+        if not len(rows):
+            return None
+        with torch.no_grad():
+            teacher_TV = teacher.logits(teacher(**model_inputs(batch, rows)).hidden_BSD.flatten(0, 1))
+        student_TV = self.model.logits(hidden_BSD[rows].flatten(0, 1))
+        return distillation_loss(student_TV, teacher_TV, config.temperature)
+
+    def configure_optimizers(self) -> Any:
+        """AdamW over what trains; the rate is a pure function of the step."""
+        optimizer = build_optimizer(self.model, self.spec.optim, self.spec.trunk)
+        schedule = LambdaLR(optimizer, lambda step: rate_factor(step, self.phase.steps, self.spec.optim))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by norm; a gradient that is not finite is dropped whole, so that the step changes nothing.
+
+        Raises:
+            DivergedError: After three such steps in a row.
+        """
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        limit = self.spec.gradient_clip or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+        self.grad_norm = norm.detach()
+        if bool(torch.isfinite(norm)):
+            self.nonfinite_in_a_row = 0
+            return
+        for parameter in parameters:
+            parameter.grad = None  # absent, not zero: AdamW then applies neither moments nor decay
+        self.nonfinite_steps += 1
+        self.nonfinite_in_a_row += 1
+        log.warning("stage %s, step %d: gradient is not finite; step skipped", self.spec.name, self.global_step)
+        if self.nonfinite_in_a_row >= MAX_NONFINITE:
+            raise DivergedError(
+                f"stage {self.spec.name}: {MAX_NONFINITE} steps in a row without a finite gradient (last: step "
+                f"{self.global_step}); nothing was committed. Lower optim.lr or set trainer.gradient_clip_val."
+            )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave frozen tensors out: the stage that bore them holds them."""
+        frozen = {f"model.{n}" for n, p in self.model.named_parameters() if not p.requires_grad}
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {name: tensor for name, tensor in state.items() if name not in frozen}
+        checkpoint["nonfinite"] = [self.nonfinite_steps, self.nonfinite_in_a_row]
+        checkpoint["random_state"] = torch.get_rng_state()
+        checkpoint["assignments_before"] = self.assignments_before
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that the checkpoint holds exactly what trains, then restore counters and random state."""
+        frozen = {f"model.{n}" for n, p in self.model.named_parameters() if not p.requires_grad}
+        expected = set(self.state_dict()) - frozen
+        if set(checkpoint["state_dict"]) != expected:
+            odd = sorted(set(checkpoint["state_dict"]) ^ expected)
+            raise CorruptError(f"step checkpoint of stage {self.spec.name} does not fit its model: {odd[0]}.")
+        self.nonfinite_steps, self.nonfinite_in_a_row = checkpoint["nonfinite"]
+        torch.set_rng_state(checkpoint["random_state"])
+        self.assignments_before = checkpoint["assignments_before"]
+
+
+def mean_router_losses(routings: list[Routing]) -> dict[str, tuple[Tensor, float]]:
+    """Each auxiliary loss's mean over layers, with its coefficient."""
+    names = routings[0].losses if routings else {}
+    return {
+        name: (torch.stack([r.losses[name].value for r in routings]).mean(), routings[0].losses[name].coefficient)
+        for name in names
+    }

@@ -1,0 +1,347 @@
+"""One stage from beginning to end: restore, assign, grow, freeze, train, commit."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from rich.console import Console
+from torch import Tensor
+
+from lifelong_moe.data.shards import TokenizedCorpus
+from lifelong_moe.data.tokenizer import Tokenizer
+from lifelong_moe.errors import DivergedError
+from lifelong_moe.growth.clusters import fit_clusters
+from lifelong_moe.growth.grow import grow
+from lifelong_moe.growth.observe import observe
+from lifelong_moe.model.architecture import Architecture
+from lifelong_moe.model.transformer import LanguageModel, initialize
+from lifelong_moe.retention.teacher import make_teacher
+from lifelong_moe.routing.config import Features, Level
+from lifelong_moe.stages.keys import SHORT
+from lifelong_moe.stages.lock import locked
+from lifelong_moe.stages.store import CommittedStage, StageStore
+from lifelong_moe.training.callbacks import Meter, ProgressReport, StepCheckpoint
+from lifelong_moe.training.checkpoint import SafeCheckpointIO, newest_checkpoint
+from lifelong_moe.training.config import CheckpointConfig, TrainerConfig
+from lifelong_moe.training.data import StageData, new_text_sample, stage_dataset
+from lifelong_moe.training.interrupt import Interrupt
+from lifelong_moe.training.logger import BatchedLogger, Send
+from lifelong_moe.training.module import StageModule
+from lifelong_moe.training.optimizer import freeze_trunk
+from lifelong_moe.training.spec import Phase, StageSpec
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StageEnvironment:
+    """Everything around a stage that its result does not depend on."""
+
+    store: StageStore
+    work: Path
+    """``mlruns/work``."""
+    trainer: TrainerConfig
+    checkpoint: CheckpointConfig
+    interrupt: Interrupt
+    console: Console
+    send: Send
+    """Receives training curves."""
+    run_id: str | None = None
+
+
+def load_model(store: StageStore, stage: CommittedStage) -> LanguageModel:
+    """The model as a stage committed it, on the CPU."""
+    model = LanguageModel(Architecture.from_json(stage.config["architecture"]))
+    tensors = store.tensors(stage)
+    if model.architecture.model.tie_embeddings:
+        tensors["head.weight"] = tensors["embedding.weight"]
+    model.load_state_dict(tensors, strict=True)
+    return model
+
+
+def initial_model(architecture: Architecture, seed: int) -> LanguageModel:
+    """The untrained model that a first stage begins with."""
+    model = LanguageModel(architecture)
+    initialize(model, seed)
+    return model
+
+
+def train_stage(
+    spec: StageSpec,
+    key: str,
+    index: int,
+    parent: CommittedStage | None,
+    corpora: Mapping[str, TokenizedCorpus],
+    tokenizer: Tokenizer,
+    recipe: Mapping[str, Any],
+    environment: StageEnvironment,
+) -> CommittedStage:
+    """Train one stage and commit it; continue from its newest step checkpoint if there is one.
+
+    Args:
+        spec: What to train.
+        key: Its content address.
+        index: Its position in the stream; seeds of growth and clustering depend on it.
+        parent: The committed stage that it continues.
+        corpora: Tokenized text by distribution.
+        tokenizer: That made the corpora's tokens.
+        recipe: What it was made by.
+        environment: Where and how to run.
+
+    Raises:
+        TryAgainError: If another process trains this stage, or SIGTERM came; a checkpoint is committed by then.
+        DivergedError: If gradients stay non-finite.
+    """
+    work = environment.work / key[:SHORT]
+    with locked(work / ".lock", f"stage {spec.name}"):
+        model, teacher = _prepare(spec, index, parent, corpora[spec.data], tokenizer, environment.store)
+        resumed = newest_checkpoint(work)
+        phases, measured, first_step = spec.phases(), [], 0
+        for number, phase in enumerate(phases):
+            if resumed is None or number >= resumed[0]:
+                resume = resumed[1] if resumed is not None and number == resumed[0] else None
+                if phase.fits_clusters and resume is None:
+                    _fit_clusters(model, spec, index, corpora[spec.data])
+                run = _PhaseRun(number, phase, first_step, work, resume)
+                measured.append(_train_phase(model, teacher, spec, run, corpora, environment))
+            first_step += phase.steps
+        metrics = _stage_metrics(model, spec, measured, corpora[spec.data])
+        hashes = {name: corpora[name].train_hash for name in (spec.data, *spec.replayed)}
+        identity = {
+            "key": key,
+            "name": spec.name,
+            "parent": parent.key if parent else None,
+            "spec": spec.to_json(),
+            "architecture": model.architecture.to_json(),
+            "data": hashes,
+            "tokenizer": {"recipe": dict(recipe), "hash": tokenizer.hash},
+        }
+        stage = _commit(identity, parent, model, metrics, environment.store, None if parent else tokenizer.text)
+    shutil.rmtree(work, ignore_errors=True)
+    return stage
+
+
+def _prepare(
+    spec: StageSpec,
+    index: int,
+    parent: CommittedStage | None,
+    corpus: TokenizedCorpus,
+    tokenizer: Tokenizer,
+    store: StageStore,
+) -> tuple[LanguageModel, LanguageModel | None]:
+    """Restore or begin, keep the teacher, grow and freeze."""
+    vocab_size, bos_id = tokenizer.vocab_size, tokenizer.bos_id
+    if parent is None:
+        return initial_model(spec.architecture(None, vocab_size, bos_id), spec.seed), None
+    model = load_model(store, parent)
+    freeze_trunk(model, spec.trunk)
+    teacher = make_teacher(model, _unchanging(model, spec)) if spec.distill else None
+    if spec.grow:
+        sample = new_text_sample(model, spec, corpus, spec.grow.sample_tokens)
+        grow(model, spec.name, spec.grow, sample, _stage_seed(spec, index))
+    model.architecture = spec.architecture(Architecture.from_json(parent.config["architecture"]), vocab_size, bos_id)
+    return model, teacher
+
+
+def _unchanging(model: LanguageModel, spec: StageSpec) -> list[Tensor]:
+    """Tensors that this stage will not train; the teacher shares them."""
+    shared: list[Tensor] = [p for p in model.parameters() if not p.requires_grad]
+    if spec.grow:
+        shared += [p for layer in model.moe_layers() for p in layer.parameters()]
+    return shared
+
+
+def _stage_seed(spec: StageSpec, index: int) -> int:
+    return spec.seed + 1000 * index
+
+
+def _fit_clusters(model: LanguageModel, spec: StageSpec, index: int, corpus: TokenizedCorpus) -> None:
+    sample = new_text_sample(model, spec, corpus, spec.routing.sample_tokens)
+    documents = [corpus.train.document(i) for i in range(corpus.train.num_documents)]
+    fit_clusters(model, documents, corpus.train.tokens, sample, _stage_seed(spec, index))
+
+
+@dataclass(frozen=True)
+class _PhaseRun:
+    """One phase's place in its stage."""
+
+    number: int
+    phase: Phase
+    first_step: int
+    work: Path
+    resume: Path | None
+
+
+def _train_phase(
+    model: LanguageModel,
+    teacher: LanguageModel | None,
+    spec: StageSpec,
+    run: _PhaseRun,
+    corpora: Mapping[str, TokenizedCorpus],
+    environment: StageEnvironment,
+) -> dict[str, Any]:
+    """Train one phase with a fresh Trainer and optimizer; returns what was measured."""
+    config, phase = environment.trainer, run.phase
+    module = StageModule(model, spec, phase, teacher)
+    if run.resume is not None:
+        environment.console.print(f"{spec.name}: continuing from {run.resume.name}")
+        if phase.fits_clusters:  # groups of the training text depend on centroids, which the checkpoint holds
+            state = SafeCheckpointIO().load_checkpoint(run.resume)["state_dict"]
+            module.load_state_dict(state, strict=False)
+    else:
+        module.assignments_before = _sample_assignments(model, spec, corpora[spec.data])
+    data = StageData(
+        stage_dataset(model, spec, corpora),
+        spec,
+        first_step=run.first_step,
+        steps=phase.steps,
+        accumulate=config.accumulate_grad_batches,
+        num_workers=config.num_workers,
+    )
+    meter = Meter(spec.optim.batch_tokens, config.log_every_n_steps)
+    title = spec.name if phase.name == "train" else f"{spec.name} ({phase.name})"
+    checkpoint = environment.checkpoint
+    callbacks = [
+        meter,
+        ProgressReport(title, environment.console, config.enable_progress_bar, meter),
+        StepCheckpoint(run.work, run.number, checkpoint.every_steps, checkpoint.keep, environment.interrupt),
+    ]
+    logger = BatchedLogger(spec.name, environment.run_id, environment.send, run.first_step)
+    trainer = build_trainer(config, phase.steps, callbacks, logger)
+    model.train()
+    with environment.interrupt.until_step_boundary():
+        trainer.fit(module, data, ckpt_path=run.resume, weights_only=True)
+    model.cpu()
+    if trainer.global_step != phase.steps:
+        raise RuntimeError(f"stage {spec.name}: trained {trainer.global_step} of {phase.steps} steps")
+    measured: dict[str, Any] = {
+        "seconds": meter.seconds,
+        "data_seconds": meter.data_seconds,
+        "nonfinite_steps": module.nonfinite_steps,
+        "final": meter.last,
+    }
+    if module.assignments_before is not None:
+        after = _sample_assignments(model, spec, corpora[spec.data])
+        assert after is not None
+        measured["assignment_churn"] = float(module.assignments_before.ne(after).double().mean())
+    return measured
+
+
+def build_trainer(config: TrainerConfig, steps: int, callbacks: list[Any], logger: BatchedLogger) -> Trainer:
+    """A Lightning Trainer for so many steps; what a stage needs of its own stays ours."""
+    on_cpu = config.accelerator == "cpu" or (config.accelerator == "auto" and not torch.cuda.is_available())
+    deterministic = on_cpu if config.deterministic is None else config.deterministic
+    with warnings.catch_warnings():
+        # One process and few workers are a choice here, not an oversight.
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        return Trainer(
+            accelerator=config.accelerator,
+            devices=config.devices,
+            num_nodes=config.num_nodes,
+            strategy=config.strategy,
+            precision=config.precision,  # type: ignore[arg-type]
+            accumulate_grad_batches=config.accumulate_grad_batches,
+            log_every_n_steps=1,  # our Meter decides
+            deterministic=deterministic,
+            benchmark=config.benchmark,
+            detect_anomaly=config.detect_anomaly,
+            profiler=config.profiler,
+            max_steps=steps,
+            max_epochs=-1,
+            callbacks=callbacks,
+            logger=logger,
+            plugins=[SafeCheckpointIO()],
+            use_distributed_sampler=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+
+
+def _sample_assignments(model: LanguageModel, spec: StageSpec, corpus: TokenizedCorpus) -> Tensor | None:
+    """First expert of each sampled token at each layer, where fixed centroids look at moving hidden states."""
+    routing = spec.routing
+    if not (routing.mode == "cluster" and routing.level == Level.token and routing.features == Features.hidden):
+        return None
+    sample = new_text_sample(model, spec, corpus, 4 * spec.model.context)
+    model.eval()
+    with torch.no_grad():
+        output = model(sample["token_ids"], document_ids_BS=sample["document_ids"])
+    return torch.stack([r.expert_ids_TK[:, 0] for r in output.routings])
+
+
+def _stage_metrics(
+    model: LanguageModel,
+    spec: StageSpec,
+    measured: list[dict[str, Any]],
+    corpus: TokenizedCorpus,
+) -> dict[str, Any]:
+    """What the stage reports of its training."""
+    seconds = sum(m["seconds"] for m in measured)
+    tokens = spec.steps * spec.optim.batch_tokens
+    metrics: dict[str, Any] = {
+        "tokens": tokens,
+        "steps": spec.steps,
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+        "data_fraction": sum(m["data_seconds"] for m in measured) / seconds,
+        "nonfinite_steps": sum(m["nonfinite_steps"] for m in measured),
+        "final": measured[-1]["final"],
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "epochs": tokens * (1 - spec.replay_fraction) / corpus.train.num_tokens,
+    }
+    if "assignment_churn" in measured[-1]:
+        metrics["assignment_churn"] = measured[-1]["assignment_churn"]
+    if spec.grow:
+        metrics["new_expert_share"] = _new_expert_share(model, spec, corpus)
+    return metrics
+
+
+def _new_expert_share(model: LanguageModel, spec: StageSpec, corpus: TokenizedCorpus) -> float:
+    """Smallest share of the new data's assignments that any new expert gets; warns if next to none."""
+    assert spec.grow is not None
+    sample = new_text_sample(model, spec, corpus, spec.grow.sample_tokens)
+    shares = [seen.counts_E / seen.counts_E.sum() for seen in observe(model, sample)]
+    smallest = min(float(share[-spec.grow.experts :].min()) for share in shares)
+    if smallest < spec.grow.min_share:
+        log.warning(
+            "stage %s: a new expert gets %.2f %% of the new data's assignments, less than %.0f %%",
+            spec.name, 100 * smallest, 100 * spec.grow.min_share,
+        )  # fmt: skip
+    return smallest
+
+
+def _commit(
+    identity: dict[str, Any],
+    parent: CommittedStage | None,
+    model: LanguageModel,
+    metrics: Mapping[str, Any],
+    store: StageStore,
+    tokenizer: str | None,
+) -> CommittedStage:
+    """Commit what this stage changed; what it did not change is borrowed, and proved to be the same bits."""
+    state, name = model.state_dict(), identity["name"]
+    if model.architecture.model.tie_embeddings:
+        del state["head.weight"]  # the same tensor as the embedding
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    borrowed: dict[str, str] = {}
+    if parent is not None:
+        old = store.tensors(parent)
+        same = (n for n in old if n not in trained and torch.equal(old[n], state[n].cpu()))
+        borrowed = {n: store.holder(parent, n) for n in same}
+        frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
+        if changed := sorted(frozen & set(old) - set(borrowed)):
+            raise RuntimeError(f"stage {name}: frozen tensor {changed[0]} changed in training")
+    own = {n: tensor for n, tensor in state.items() if n not in borrowed}
+    for n, tensor in own.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise DivergedError(f"stage {name}: {n} holds values that are not finite; nothing was committed.")
+    return store.commit(identity, metrics, own, borrowed, tokenizer)

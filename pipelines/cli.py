@@ -1,0 +1,176 @@
+"""The command line. Nothing heavy is imported before a command's own arguments and configuration are known good."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from lifelong_moe.errors import LifelongError
+
+app = typer.Typer(
+    add_completion=True,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Keep one mixture-of-experts language model learning along a stream of data distributions.",
+)
+ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, such as configs/quickstart.yaml.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as seed=1.")]
+RunName = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
+StageName = Annotated[str | None, typer.Option("--stage", help="A committed stage of the run; the last by default.")]
+Label = Annotated[str | None, typer.Option("--label", help="Known distribution of the text, for routing.mode=label.")]
+
+
+def console(as_json: bool = False) -> Console:
+    """Where people read; with ``--json`` standard output is for the program that asked."""
+    return Console(stderr=as_json, soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else 140)
+
+
+def check_config(path: str, overrides: list[str] | None) -> list[str]:
+    """Refuse a wrong configuration before torch is imported."""
+    from lifelong_moe.config import load_config
+
+    load_config(path, overrides or [])
+    return overrides or []
+
+
+def finish(result: Any, as_json: bool) -> None:
+    """Print the result for a script, if one asked."""
+    if as_json:
+        print(json.dumps(result, ensure_ascii=False))
+
+
+@app.command()
+def run(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Let the run's name refer to other stages.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train the stages that are not committed yet, evaluate each, and report."""
+    checked = check_config(config, overrides)
+    from pipelines import quiet
+    from pipelines.run import run as story
+
+    quiet.libraries()
+    finish(story(config, checked, replace, console(as_json)), as_json)
+
+
+@app.command()
+def plan(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Show what a run would do and what it would cost; trains nothing."""
+    checked = check_config(config, overrides)
+    from pipelines.plan import plan as story
+
+    finish(story(config, checked, console(as_json)), as_json)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Names of runs.")], as_json: AsJson = False
+) -> None:
+    """Show the tables of runs side by side."""
+    from pipelines.inspectors import report as story
+
+    finish(story(runs, console(as_json)), as_json)
+
+
+@app.command()
+def status(run: RunName, as_json: AsJson = False) -> None:
+    """Show which stages are committed, under way and to do."""
+    from pipelines.inspectors import status as story
+
+    finish(story(run, console(as_json)), as_json)
+
+
+@app.command()
+def lineage(run: RunName, as_json: AsJson = False) -> None:
+    """Show which stage, on which data, bore which experts, with hashes."""
+    from pipelines.inspectors import lineage as story
+
+    finish(story(run, console(as_json)), as_json)
+
+
+@app.command()
+def evaluate(
+    run: RunName,
+    data: Annotated[str, typer.Option("--data", help="Path or glob of .jsonl, .txt or .parquet files.")],
+    stage: StageName = None,
+    label: Label = None,
+    as_json: AsJson = False,
+) -> None:
+    """Loss and bits per byte of any stage on any text."""
+    from pipelines.inspectors import evaluate as story
+
+    finish(story(run, stage, data, label, console(as_json)), as_json)
+
+
+@app.command()
+def generate(
+    run: RunName,
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    stage: StageName = None,
+    max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.", min=1)] = 100,
+    temperature: Annotated[float, typer.Option(help="0 takes the most probable token.", min=0.0)] = 0.8,
+    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens up to this mass.", min=0.01)] = 0.95,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    label: Label = None,
+    as_json: AsJson = False,
+) -> None:
+    """Continue a text."""
+    from pipelines.inspectors import generate as story
+
+    result = story(
+        run,
+        stage,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        label=label,
+        console=console(as_json),
+    )
+    finish(result, as_json)
+
+
+@app.command()
+def ui(
+    port: Annotated[int, typer.Option(help="Port on this machine.")] = 5000,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    browser: Annotated[bool, typer.Option(help="Open a browser.")] = True,
+    experiment: Annotated[str, typer.Option(help="MLflow experiment.")] = "lifelong-moe",
+) -> None:
+    """Start the MLflow UI on our database, at the comparison of runs."""
+    from pipelines.ui import ui as story
+
+    raise typer.Exit(story(port, host, browser, experiment, console()))
+
+
+def main() -> None:
+    """Entry point: a person's mistake costs one line and its exit code; only our own bugs show a traceback."""
+    sys.exit(exit_code(app))
+
+
+def exit_code(command: Callable[[], Any]) -> int:
+    """Run a command and turn our errors into one line on standard error and their exit code."""
+    try:
+        command()
+    except LifelongError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    main()

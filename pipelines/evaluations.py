@@ -1,0 +1,67 @@
+"""Held-out loss of any stage on any distribution, measured once and kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from lifelong_moe.config import RunConfig
+from lifelong_moe.data.prepare import PreparedData
+from lifelong_moe.data.windows import evaluation_windows
+from lifelong_moe.evaluation.loss import evaluate
+from lifelong_moe.model.transformer import LanguageModel
+from lifelong_moe.stages.keys import content_key
+from lifelong_moe.stages.runs import EvaluationStore
+
+
+def evaluation_device(accelerator: str) -> torch.device:
+    """Where evaluation runs: where training does."""
+    cuda = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    return torch.device("cuda" if cuda else "cpu")
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Measures models on the run's distributions; what was measured before is looked up."""
+
+    config: RunConfig
+    data: PreparedData
+    store: EvaluationStore
+    console: Console
+
+    def key(self, distribution: str) -> str:
+        """What a stored evaluation depends on besides the model."""
+        settings: dict[str, Any] = {
+            "heldout": self.data.corpora[distribution].heldout_hash,
+            "tokenizer": self.data.tokenizer.hash,
+            "tokens": self.config.evaluate.tokens,
+            "context": self.config.model.context,
+        }
+        if self.config.routing.mode == "label":
+            settings["label"] = distribution
+        return content_key(settings)
+
+    def missing(self, stage_key: str) -> list[str]:
+        """Distributions that this stage was not measured on yet."""
+        return [name for name in self.config.evaluated if self.store.find(stage_key, self.key(name)) is None]
+
+    def __call__(self, stage_key: str, title: str, load: Callable[[], LanguageModel]) -> dict[str, dict[str, Any]]:
+        """Evaluations by distribution; the model is loaded only if one is missing."""
+        missing = self.missing(stage_key)
+        if missing:
+            device = evaluation_device(self.config.trainer.accelerator)
+            model = load().to(device)
+            with self.console.status(f"{title}: evaluating") as status:
+                for name in missing:
+                    status.update(f"{title}: evaluating on {name}")
+                    heldout = self.data.corpora[name].heldout
+                    windows = evaluation_windows(heldout, self.config.model.context, self.config.evaluate.tokens)
+                    batch = self.config.evaluate.batch_tokens
+                    result = evaluate(model, windows, distribution=name, batch_tokens=batch)
+                    self.store.add(stage_key, self.key(name), result.to_json())
+        found = {name: self.store.find(stage_key, self.key(name)) for name in self.config.evaluated}
+        return {name: result for name, result in found.items() if result is not None}

@@ -1,0 +1,84 @@
+"""`lifelong-moe plan`: what a run would do and what it would cost. Prepares data, trains nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from lifelong_moe.model.cost import count_parameters
+from lifelong_moe.stages.keys import SHORT
+from lifelong_moe.stages.runs import RunRecord
+from lifelong_moe.stages.store import StageStore
+from pipelines import render
+from pipelines.workspace import ROOT, Prepared, prepare
+
+BYTES = {"32-true": 4, "bf16-mixed": 4, "16-mixed": 4, "bf16-true": 2}
+
+
+def plan(config_path: str, overrides: list[str], console: Console) -> dict[str, Any]:
+    """Show the stages with keys, sizes and cost; returns the same as plain data."""
+    prepared = prepare(config_path, overrides)
+    store = StageStore(ROOT)
+    head = RunRecord(ROOT, prepared.config.run).head()
+    rows = [_row(i, prepared, store) for i in range(len(prepared.plan))]
+    speed = [s.metrics["tokens_per_second"] for p in prepared.plan if (s := store.find(p.key))]
+    render.data_table(console, prepared)
+    _print(console, rows, speed)
+    if head is not None and head["plan"][: len(rows)] != [row["key"] for row in rows][: len(head["plan"])]:
+        console.print(
+            f"[yellow]run={head['run']} exists with other stages; running needs run=NAME or --replace.[/yellow]"
+        )
+    return {"run": prepared.config.run, "method": prepared.config.method.value, "stages": rows}
+
+
+def _row(i: int, prepared: Prepared, store: StageStore) -> dict[str, Any]:
+    planned = prepared.plan[i]
+    spec, count = planned.spec, planned.parameters
+    before = count_parameters(prepared.plan[spec.parent].architecture) if spec.parent is not None else None
+    return {
+        "name": spec.name,
+        "key": planned.key,
+        "action": "committed" if store.find(planned.key) else "train",
+        "routing": planned.routing,
+        "experts_per_layer": planned.architecture.num_experts,
+        "new_experts_per_layer": spec.grow.experts
+        if spec.grow
+        else (0 if before else planned.architecture.num_experts),
+        "parameters_total": count.total,
+        "parameters_active": count.active,
+        "parameters_trainable": planned.trainable,
+        "tokens": planned.tokens,
+        "epochs": planned.tokens * (1 - spec.replay_fraction) / prepared.data.corpora[spec.data].train.num_tokens,
+        "replay_fraction": spec.replay_fraction,
+        "teacher_tokens": spec.teacher_tokens,
+        "active_flops": planned.flops,
+        # The stage stores what it trains; a step checkpoint adds two moments, and two checkpoints are kept.
+        "disk_bytes": planned.trainable * BYTES[spec.precision] * 7,
+    }
+
+
+def _print(console: Console, rows: list[dict[str, Any]], speed: list[float]) -> None:
+    table = Table(title="Plan", title_justify="left")
+    for header in ("stage", "key", "", "experts", "total", "active", "trains", "tokens", "epochs", "replay", "FLOPs"):
+        table.add_column(header, justify="left" if header in ("stage", "key", "") else "right")
+    for row in rows:
+        table.add_row(
+            row["name"],
+            row["key"][:SHORT],
+            row["action"],
+            f"{row['experts_per_layer']} (+{row['new_experts_per_layer']})",
+            *(render.millions(row[f"parameters_{kind}"]) for kind in ("total", "active", "trainable")),
+            f"{row['tokens']:,}",
+            f"{row['epochs']:.2f}",
+            f"{row['replay_fraction']:.0%}",
+            f"{row['active_flops']:.1e}",
+        )
+    console.print(table)
+    todo = [row for row in rows if row["action"] == "train"]
+    tokens, disk = sum(row["tokens"] for row in todo), sum(row["disk_bytes"] for row in todo)
+    text = f"{len(todo)} of {len(rows)} stages to train: {tokens:,} tokens, at most {disk / 1e6:.0f} MB of disk"
+    if speed and todo:
+        text += f", about {tokens / (sum(speed) / len(speed)):.0f} s at the speed of the stages committed so far"
+    console.print(text + ".")

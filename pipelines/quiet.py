@@ -1,0 +1,16 @@
+"""What libraries say that does not concern the person at the terminal."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+
+def libraries() -> None:
+    """Keep warnings and errors of ours and theirs; drop banners, tips and notes to developers."""
+    for name in ("lightning.pytorch", "lightning.fabric", "mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*loader strategy is deprecated.*")
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)

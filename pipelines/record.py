@@ -1,0 +1,187 @@
+"""What a run leaves in MLflow: one parent run, a child a stage, datasets, figures, notes and registered versions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from lifelong_moe.evaluation import figures
+from lifelong_moe.methods.plan import PlannedStage
+from lifelong_moe.stages.runs import RunRecord
+from lifelong_moe.stages.store import CommittedStage
+from lifelong_moe.tracking.tracker import Tracker
+from lifelong_moe.training.logger import Row
+from pipelines import render
+from pipelines.workspace import Prepared
+
+
+class MlflowRecord:
+    """Keeps the ids of a run's MLflow runs in its head, so that continuing appends and repeating adds nothing."""
+
+    def __init__(self, tracker: Tracker, prepared: Prepared, head: dict[str, Any], record: RunRecord) -> None:
+        self.tracker, self.prepared, self.head, self.record = tracker, prepared, head, record
+        self.ids: dict[str, Any] = head["mlflow"]
+        self.ids.setdefault("stages", {})
+        self._open: str | None = None
+        complete = len(self.ids["stages"]) == len(prepared.plan) and self.ids.get("complete")
+        self.active = tracker.active and not (complete and tracker.run_exists(self.ids["run"]))
+        if self.active:
+            self._start()
+
+    def _start(self) -> None:
+        config = self.prepared.config
+        params = {**self.prepared.raw, "method": config.method.value, "seed": config.seed, "stages": len(config.stages)}
+        params |= {f"routing.{key}": getattr(config.routing, key) for key in ("mode", "level", "top_k")}
+        params.pop("run", None)
+        tags = {"lifelong.run": config.run, "lifelong.kind": "run", "lifelong.method": config.method.value}
+        known = self.ids.get("run")
+        self.ids["run"] = self.tracker.start_run(config.run, run_id=known, params=params, tags=tags)
+        if self.ids["run"] != known:
+            self.ids["stages"] = {}
+        self.record.set_head(self.head)
+        for name, corpus in self.prepared.data.corpora.items():
+            context = "training" if name in {s.data for s in config.stages} else "evaluation"
+            self._dataset(self.ids["run"], name, corpus.train_hash, context)
+
+    def _dataset(self, run_id: str | None, name: str, digest: str, context: str) -> None:
+        shard = self.prepared.data.corpora[name].train
+        source = self.prepared.config.distributions[name]
+        origin = source.builtin or source.files or f"{source.hf}@{source.revision}"
+        profile = {
+            "documents": shard.num_documents,
+            "tokens": shard.num_tokens,
+            "bytes_per_token": round(shard.bytes_per_token, 3),
+        }
+        self.tracker.log_dataset(
+            run_id, name=name, digest=digest[:32], context=context, source=str(origin), profile=profile
+        )
+
+    def stage_begins(self, planned: PlannedStage) -> str | None:
+        """Open the stage's child run, or take it up again."""
+        if not self.active:
+            return None
+        spec = planned.spec
+        tags = {"lifelong.run": self.prepared.config.run, "lifelong.kind": "stage", "lifelong.stage_key": planned.key}
+        params = {
+            "stage": planned.index,
+            "data": spec.data,
+            "routing": planned.routing,
+            "experts_per_layer": planned.architecture.num_experts,
+            "parameters_total": planned.parameters.total,
+            "parameters_active": planned.parameters.active,
+            "parameters_trainable": planned.trainable,
+            "tokens": planned.tokens,
+            "lr": spec.optim.lr,
+            "replay_fraction": spec.replay_fraction,
+            "distill_weight": spec.distill.weight if spec.distill else 0.0,
+            "trunk": spec.trunk.train.value if spec.trunk else "full",
+        }
+        name = f"{self.prepared.config.run} · {planned.index} {spec.name}"
+        run_id = self.tracker.start_run(
+            name, run_id=self.ids["stages"].get(planned.key), parent_id=self.ids["run"], params=params, tags=tags
+        )
+        self.ids["stages"][planned.key] = self._open = run_id
+        self.record.set_head(self.head)
+        for distribution in (spec.data, *spec.replayed):
+            context = "training" if distribution == spec.data else "replay"
+            digest = self.prepared.data.corpora[distribution].train_hash
+            self._dataset(run_id, distribution, digest, context)
+        return run_id
+
+    def curves(self, run_id: str | None, points: list[Row]) -> None:
+        """Training curves of a stage."""
+        if self.active:
+            self.tracker.log_metrics(run_id, points)
+
+    def stage_done(self, planned: PlannedStage, stage: CommittedStage, report: dict[str, Any], shared: bool) -> None:
+        """Summaries on the parent and the child, figures so far, and the stage's registered version."""
+        if not self.active:
+            return
+        if planned.key not in self.ids["stages"]:
+            self.stage_begins(planned)
+        run_id = self.ids["stages"][planned.key]
+        rows = summary_rows(report, planned.index)
+        self.tracker.log_metrics(self.ids["run"], rows)
+        self.tracker.log_metrics(run_id, rows)
+        self.tracker.set_note(run_id, render.stage_note(report, planned.index, shared))
+        self._figures(run_id, report)
+        config = self.prepared.config
+        tags = {"stage_key": planned.key, "stage": planned.spec.name, "run": config.run, "data": planned.spec.data}
+        if planned.parent_key:
+            tags["parent_key"] = planned.parent_key
+        tags["weights_sha256"] = stage.weights_hash
+        self.tracker.register_version(
+            f"lifelong-moe.{config.run}",
+            stage.path,
+            run_id=run_id,
+            tags=tags,
+            description=render.stage_note(report, planned.index, shared),
+        )
+        self.tracker.finish(run_id)
+        self._open = None
+
+    def _figures(self, run_id: str | None, report: dict[str, Any]) -> None:
+        stages, distributions = [s["name"] for s in report["stages"]], report["distributions"]
+        loss, init = report["bits_per_byte"], report["bits_per_byte_at_init"]
+        self.tracker.log_figure(
+            run_id, figures.loss_matrix_figure(loss, stages, distributions, init=init), "figures/loss_matrix.png"
+        )
+        self.tracker.log_figure(
+            run_id, figures.curves_figure(loss, stages, distributions, init=init), "figures/curves.png"
+        )
+        self.tracker.log_figure(
+            run_id,
+            figures.expert_load_figure(
+                {name: np.asarray(counts) for name, counts in report["expert_counts"].items()},
+                self._births(len(stages)),
+            ),
+            "figures/expert_load.png",
+        )
+
+    def _births(self, stages: int) -> list[str]:
+        return self.prepared.plan[stages - 1].architecture.expert_births()
+
+    def run_done(self, report: dict[str, Any], console: Console) -> None:
+        """The parent's note, figures and final numbers."""
+        if self.active:
+            self._figures(self.ids["run"], report)
+            self.tracker.set_note(self.ids["run"], render.run_note(report))
+            self.tracker.log_text(self.ids["run"], render.report_json(report), "report.json")
+            self.tracker.finish(self.ids["run"])
+            self.ids["complete"] = self.tracker.active
+            self.record.set_head(self.head)
+        if self.tracker.active:
+            console.print(f"MLflow: {self.tracker.ui_url([self.ids['run']])}  (start it with: lifelong-moe ui)")
+        elif self.tracker.problem:
+            console.print(f"[yellow]{self.tracker.problem}[/yellow]")
+
+    def interrupted(self) -> None:
+        """Close what is open; continuing takes it up again."""
+        if self.active:
+            for run_id in (self._open, self.ids.get("run")):
+                if run_id is not None:
+                    self.tracker.finish(run_id, "KILLED")
+
+
+def summary_rows(report: dict[str, Any], index: int) -> list[Row]:
+    """A stage's summary as points at step = stage index, the same on parent and child."""
+    rows: list[Row] = []
+    stage, last = report["stages"][index], index
+    for j, name in enumerate(report["distributions"]):
+        rows.append((f"eval/{name}/nats_per_token", report["loss_nats_per_token"][last][j], index))
+        rows.append((f"eval/{name}/bits_per_byte", report["bits_per_byte"][last][j], index))
+    rows += [(f"forgetting/{name}", value, index) for name, value in report["forgetting"].items()]
+    for name, statistics in report["routing"].items():
+        rows += [(f"routing/{name}/{key}", float(value), index) for key, value in statistics.items()]
+    for key in ("backward_transfer", "forward_transfer"):
+        if report[key] is not None:
+            rows.append((f"summary/{key}", report[key], index))
+    mean = sum(report["bits_per_byte"][last]) / len(report["distributions"])
+    rows.append(("summary/mean_bits_per_byte", mean, index))
+    for key in ("experts_per_layer", "parameters_total", "parameters_active", "parameters_trainable"):
+        rows.append((f"size/{key}", float(stage[key]), index))
+    for key in ("tokens_per_second", "seconds", "active_flops"):
+        rows.append((f"cost/{key}", float(stage[key]), index))
+    return rows

@@ -1,0 +1,160 @@
+"""What a person reads: tables for the terminal, Markdown for MLflow."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from pipelines.workspace import Prepared
+
+
+def data_table(console: Console, prepared: Prepared) -> None:
+    """Distributions with fingerprints, sizes and bytes per token."""
+    table = Table(title="Data", title_justify="left")
+    for column in ("distribution", "documents", "train tokens", "held-out tokens", "bytes/token", "fingerprint"):
+        table.add_column(column, justify="left" if column in ("distribution", "fingerprint") else "right")
+    for name, corpus in prepared.data.corpora.items():
+        table.add_row(
+            name,
+            f"{corpus.train.num_documents:,} + {corpus.heldout.num_documents:,}",
+            f"{corpus.train.num_tokens:,}",
+            f"{corpus.heldout.num_tokens:,}",
+            f"{corpus.train.bytes_per_token:.2f}",
+            f"{corpus.train_hash[:12]} / {corpus.heldout_hash[:12]}",
+        )
+    console.print(table)
+    tokenizer = prepared.data.tokenizer
+    console.print(f"tokenizer: {tokenizer.vocab_size:,} entries, {tokenizer.hash[:12]}")
+
+
+def report(console: Console, reports: list[dict[str, Any]]) -> None:
+    """Loss matrices, then one table of all runs side by side."""
+    for one in reports:
+        console.print(_matrix_table(one))
+        console.print(_stages_table(one))
+    console.print(_summary_table(reports))
+
+
+def _matrix_table(one: dict[str, Any]) -> Table:
+    table = Table(title=f"{one['run']} ({one['method']}): held-out bits per byte", title_justify="left")
+    table.add_column("after stage")
+    for name in one["distributions"]:
+        table.add_column(name, justify="right")
+    table.add_row("(untrained)", *(f"{value:.3f}" for value in one["bits_per_byte_at_init"]), style="dim")
+    for stage, row in zip(one["stages"], one["bits_per_byte"], strict=True):
+        cells = (
+            f"[bold]{value:.3f}[/bold]" if name == stage["data"] else f"{value:.3f}"
+            for name, value in zip(one["distributions"], row, strict=True)
+        )
+        table.add_row(stage["name"], *cells)
+    return table
+
+
+def _stages_table(one: dict[str, Any]) -> Table:
+    table = Table(title=f"{one['run']}: stages", title_justify="left")
+    headers = ("stage", "routing", "experts", "total", "active", "trainable", "tokens", "epochs", "tokens/s", "seconds")
+    for header in headers:
+        table.add_column(header, justify="left" if header in ("stage", "routing") else "right")
+    for stage in one["stages"]:
+        table.add_row(
+            stage["name"] + (" (shared)" if stage["shared"] else ""),
+            stage["routing"],
+            str(stage["experts_per_layer"]),
+            *(millions(stage[f"parameters_{kind}"]) for kind in ("total", "active", "trainable")),
+            f"{stage['tokens']:,}",
+            f"{stage['epochs']:.2f}",
+            f"{stage['tokens_per_second']:,.0f}",
+            f"{stage['seconds']:.0f}",
+        )
+    return table
+
+
+def summary_lines(one: dict[str, Any]) -> list[tuple[str, str]]:
+    """Name and value of each summary number of a run."""
+    last = one["bits_per_byte"][-1]
+    learned = [
+        one["bits_per_byte"][i][one["distributions"].index(stage["data"])]
+        for i, stage in enumerate(one["stages"])
+        if i > 0
+    ]
+    lines = [("method", one["method"]), ("routing", one["stages"][-1]["routing"]), ("seed", str(one["seed"]))]
+    lines += [(f"forgetting of {name} (nats/token)", f"{value:+.3f}") for name, value in one["forgetting"].items()]
+    lines += [
+        ("backward transfer (nats/token)", _signed(one["backward_transfer"])),
+        ("forward transfer (nats/token)", _signed(one["forward_transfer"])),
+        ("newly learned, mean (bits/byte)", f"{sum(learned) / len(learned):.3f}" if learned else "–"),
+        ("final mean (bits/byte)", f"{sum(last) / len(last):.3f}"),
+        ("experts per layer", str(one["stages"][-1]["experts_per_layer"])),
+        ("parameters total / active", f"{_size(one, 'total')} / {_size(one, 'active')}"),
+        ("tokens", f"{sum(stage['tokens'] for stage in one['stages']):,}"),
+        ("active FLOPs", f"{sum(stage['active_flops'] for stage in one['stages']):.2e}"),
+        ("training seconds", f"{sum(stage['seconds'] for stage in one['stages']):.0f}"),
+    ]
+    lines += [(f"router leak of {name}", f"{row['leak']:.1%}") for name, row in one["routing"].items()]
+    lines.append(("dead experts", str(max(row["dead_experts"] for row in one["routing"].values()))))
+    return lines
+
+
+def _summary_table(reports: list[dict[str, Any]]) -> Table:
+    table = Table(title="Side by side" if len(reports) > 1 else "Summary", title_justify="left")
+    table.add_column("")
+    for one in reports:
+        table.add_column(one["run"], justify="right")
+    columns = [dict(summary_lines(one)) for one in reports]
+    for key in dict.fromkeys(key for column in columns for key in column):
+        table.add_row(key, *(column.get(key, "–") for column in columns))
+    return table
+
+
+def run_note(one: dict[str, Any]) -> str:
+    """Markdown on the run's MLflow page."""
+    lines = [f"**{one['run']}** · {one['method']} · seed {one['seed']}", "", "Held-out bits per byte:", ""]
+    lines += _markdown_matrix(one)
+    lines += ["", "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in summary_lines(one))]
+    return "\n".join(lines)
+
+
+def stage_note(one: dict[str, Any], index: int, shared: bool) -> str:
+    """Markdown on a stage's MLflow page and model version."""
+    stage = one["stages"][index]
+    lines = [
+        f"Stage {index} **{stage['name']}** of {one['run']} · `{stage['key'][:16]}`"
+        + (" · trained by another run and shared" if shared else ""),
+        "",
+        f"{stage['experts_per_layer']} experts a layer · {millions(stage['parameters_total'])} parameters, "
+        f"{millions(stage['parameters_active'])} active, {millions(stage['parameters_trainable'])} trained · "
+        f"{stage['tokens']:,} tokens",
+        "",
+        "Held-out bits per byte so far:",
+        "",
+        *_markdown_matrix(one),
+    ]
+    return "\n".join(lines)
+
+
+def _markdown_matrix(one: dict[str, Any]) -> list[str]:
+    lines = ["| after | " + " | ".join(one["distributions"]) + " |", "|---|" + "---:|" * len(one["distributions"])]
+    for stage, row in zip(one["stages"], one["bits_per_byte"], strict=True):
+        lines.append(f"| {stage['name']} | " + " | ".join(f"{value:.3f}" for value in row) + " |")
+    return lines
+
+
+def report_json(one: dict[str, Any]) -> str:
+    """The report as text."""
+    return json.dumps(one, indent=1, ensure_ascii=False)
+
+
+def millions(count: int) -> str:
+    """``1.23M``."""
+    return f"{count / 1e6:.2f}M"
+
+
+def _size(one: dict[str, Any], kind: str) -> str:
+    return millions(one["stages"][-1][f"parameters_{kind}"])
+
+
+def _signed(value: float | None) -> str:
+    return "–" if value is None else f"{value:+.3f}"

@@ -1,0 +1,200 @@
+"""`lifelong-moe run`: train the stages that are not committed yet, evaluate each, and report."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from typing import Any
+
+from rich.console import Console
+
+from lifelong_moe.config import RunConfig
+from lifelong_moe.errors import ConfigError
+from lifelong_moe.evaluation.report import build_report
+from lifelong_moe.methods.plan import PlannedStage
+from lifelong_moe.model.architecture import Architecture
+from lifelong_moe.stages.keys import SHORT, content_key
+from lifelong_moe.stages.lock import locked
+from lifelong_moe.stages.runs import EvaluationStore, RunRecord
+from lifelong_moe.stages.store import CommittedStage, StageStore
+from lifelong_moe.tracking.tracker import Tracker
+from lifelong_moe.training.interrupt import Interrupt, handling_sigterm
+from lifelong_moe.training.stage import StageEnvironment, initial_model, load_model, train_stage
+from pipelines import render
+from pipelines.evaluations import Evaluator
+from pipelines.record import MlflowRecord
+from pipelines.workspace import ROOT, Prepared, prepare
+
+log = logging.getLogger(__name__)
+
+
+def run(config_path: str, overrides: list[str], replace: bool, console: Console) -> dict[str, Any]:
+    """Run or continue a run; returns its report.
+
+    Raises:
+        ConfigError: If the configuration is wrong, or the run's name belongs to another configuration.
+        TryAgainError: If another process works on this run, or SIGTERM came.
+    """
+    prepared = prepare(config_path, overrides)
+    record = RunRecord(ROOT, prepared.config.run)
+    with handling_sigterm() as interrupt, locked(record.lock_path, f"run {record.run}"):
+        record.clean()
+        head = _open_head(record, prepared, replace)
+        report, trained = _run_stages(prepared, record, head, interrupt, console)
+    render.report(console, [report])
+    if not trained:
+        console.print(f"Nothing to train: all {len(prepared.plan)} stages of {record.run} are committed.")
+    return report
+
+
+def _run_stages(
+    prepared: Prepared, record: RunRecord, head: dict[str, Any], interrupt: Interrupt, console: Console
+) -> tuple[dict[str, Any], int]:
+    """Restore or train, evaluate, record: stage after stage. Returns the report and how many stages were trained."""
+    config, data = prepared.config, prepared.data
+    store = StageStore(ROOT)
+    store.clean()
+    render.data_table(console, prepared)
+    tracker = Tracker.connect(config.tracking, ROOT)
+    if tracker.problem:
+        console.print(f"[yellow]{tracker.problem}[/yellow]")
+    mlflow = MlflowRecord(tracker, prepared, head, record)
+    evaluator = Evaluator(config, data, EvaluationStore(ROOT), console)
+    init = _evaluate_init(prepared, evaluator)
+    committed: list[CommittedStage] = []
+    rows: list[dict[str, Any]] = []
+    evaluations: list[dict[str, dict[str, Any]]] = []
+    report: dict[str, Any] = {}
+    trained = 0
+    try:
+        for planned in prepared.plan:
+            stage = store.find(planned.key)
+            shared = stage is not None and planned.key not in head["trained"]
+            if stage is None:
+                stage = _train(planned, committed, prepared, mlflow, store, interrupt, console)
+                head["trained"].append(planned.key)
+                trained += 1
+            committed.append(stage)
+            evaluations.append(evaluator(planned.key, planned.spec.name, partial(load_model, store, stage)))
+            rows.append(_stage_row(planned, stage, shared))
+            report = build_report(
+                run=config.run,
+                method=config.method.value,
+                seed=config.seed,
+                distributions=config.evaluated,
+                init=init,
+                evaluations=evaluations,
+                stages=rows,
+                births=stage_births(stage, prepared.plan),
+            )
+            _record(record, head, planned, report)
+            mlflow.stage_done(planned, stage, report, shared)
+        mlflow.run_done(report, console)
+    except BaseException:
+        mlflow.interrupted()
+        raise
+    return report, trained
+
+
+def _train(
+    planned: PlannedStage,
+    committed: list[CommittedStage],
+    prepared: Prepared,
+    mlflow: MlflowRecord,
+    store: StageStore,
+    interrupt: Interrupt,
+    console: Console,
+) -> CommittedStage:
+    config, data, spec = prepared.config, prepared.data, planned.spec
+    run_id = mlflow.stage_begins(planned)
+    environment = StageEnvironment(
+        store=store,
+        work=ROOT / "work",
+        trainer=config.trainer,
+        checkpoint=config.checkpoint,
+        interrupt=interrupt,
+        console=console,
+        send=lambda points: mlflow.curves(run_id, points),
+        run_id=run_id,
+    )
+    parent = None if spec.parent is None else committed[spec.parent]
+    return train_stage(spec, planned.key, planned.index, parent, data.corpora, data.tokenizer, data.recipe, environment)
+
+
+def _evaluate_init(prepared: Prepared, evaluator: Evaluator) -> dict[str, dict[str, Any]]:
+    """The untrained model on every distribution: what forward transfer is measured against."""
+    first = prepared.plan[0]
+    architecture = Architecture.from_json(first.architecture.to_json())
+    key = content_key({"init": architecture.to_json(), "seed": prepared.config.seed})
+    return evaluator(key, "untrained model", lambda: initial_model(architecture, prepared.config.seed))
+
+
+def stage_births(stage: CommittedStage, plan: list[PlannedStage]) -> list[int]:
+    """Index of the birth stage of each expert of a layer."""
+    index = {planned.spec.name: planned.index for planned in plan}
+    architecture = Architecture.from_json(stage.config["architecture"])
+    return [index[name] for name in architecture.expert_births()]
+
+
+def _stage_row(planned: PlannedStage, stage: CommittedStage, shared: bool) -> dict[str, Any]:
+    """A stage's entry in the report."""
+    metrics = dict(stage.metrics)
+    return {
+        "name": planned.spec.name,
+        "data": planned.spec.data,
+        "key": planned.key,
+        "routing": planned.routing,
+        "experts_per_layer": planned.architecture.num_experts,
+        "parameters_total": planned.parameters.total,
+        "parameters_active": planned.parameters.active,
+        "parameters_trainable": metrics.pop("trainable_parameters"),
+        "tokens": metrics.pop("tokens"),
+        "active_flops": planned.flops,
+        "tokens_per_second": metrics.pop("tokens_per_second"),
+        "seconds": metrics.pop("seconds"),
+        "epochs": metrics.pop("epochs"),
+        "shared": shared,
+        "weights_sha256": stage.weights_hash,
+        "training": metrics,
+    }
+
+
+def _open_head(record: RunRecord, prepared: Prepared, replace: bool) -> dict[str, Any]:
+    """Begin or continue a run; a name whose stages would change is refused."""
+    keys = [planned.key for planned in prepared.plan]
+    head = record.head()
+    if head is not None and not replace:
+        known = min(len(keys), len(head["plan"]))
+        if head["plan"][:known] != keys[:known]:
+            raise ConfigError(_changed(record.run, head, prepared.config, keys))
+    if head is None or replace:
+        trained = head["trained"] if head else []
+        head = {"run": record.run, "stages": [], "trained": trained, "mlflow": {}}
+    head |= {
+        "method": prepared.config.method.value,
+        "seed": prepared.config.seed,
+        "config": prepared.raw,
+        "plan": keys,
+        "stages": [key for key in head["stages"] if key in keys],
+        "tokenizer": prepared.data.tokenizer.hash,
+    }
+    record.set_head(head)
+    return head
+
+
+def _changed(run: str, head: dict[str, Any], config: RunConfig, keys: list[str]) -> str:
+    first = next(i for i, (old, new) in enumerate(zip(head["plan"], keys, strict=False)) if old != new)
+    return (
+        f"run={run} exists with another configuration or other data: stage {first} ({config.stages[first].name}) was "
+        f"{head['plan'][first][:SHORT]} and would be {keys[first][:SHORT]}. Choose run=NAME, or --replace to let this "
+        f"name refer to the new stages."
+    )
+
+
+def _record(record: RunRecord, head: dict[str, Any], planned: PlannedStage, report: dict[str, Any]) -> None:
+    """The ledger, the report, then the head: a crash in between only repeats what is idempotent."""
+    if planned.key not in head["stages"]:
+        record.log("stage", name=planned.spec.name, key=planned.key)
+        head["stages"].append(planned.key)
+    record.set_report(report)
+    record.set_head(head)

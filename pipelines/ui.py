@@ -1,0 +1,41 @@
+"""`lifelong-moe ui`: the MLflow UI on our database, opened at the comparison of runs."""
+
+from __future__ import annotations
+
+import subprocess
+import webbrowser
+
+from rich.console import Console
+
+from lifelong_moe.errors import ConfigError
+from lifelong_moe.tracking.config import TrackingConfig
+from lifelong_moe.tracking.links import ui_url
+from lifelong_moe.tracking.server import serve_command, wait_until_up
+from lifelong_moe.tracking.tracker import Tracker
+from pipelines.workspace import ROOT
+
+START_SECONDS = 90.0
+
+
+def ui(port: int, host: str, browser: bool, experiment: str, console: Console) -> int:
+    """Serve until interrupted; returns the server's exit code."""
+    tracker = Tracker.connect(TrackingConfig(experiment=experiment), ROOT)
+    if tracker.experiment_id is None:
+        raise ConfigError(tracker.problem or "nothing is tracked.")
+    command, environment = serve_command(None, ROOT, port, host)
+    base = f"http://{host}:{port}"
+    url = ui_url(base, tracker.experiment_id)
+    console.print("starting the MLflow UI …")
+    server = subprocess.Popen(command, env=environment)
+    try:
+        if not wait_until_up(base, START_SECONDS):
+            raise ConfigError(f"the MLflow UI does not answer at {base}; is port {port} taken? Choose --port.")
+        console.print(f"MLflow: {url}   (Ctrl-C stops it)", soft_wrap=True)
+        if browser:
+            webbrowser.open(url)
+        return server.wait()
+    except KeyboardInterrupt:
+        return 0
+    finally:
+        server.terminate()
+        server.wait()

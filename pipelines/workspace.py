@@ -1,0 +1,36 @@
+"""Where things are, and how a configuration becomes a plan. All output is under the current directory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lifelong_moe.config import RunConfig, load_config
+from lifelong_moe.data.prepare import PreparedData, prepare_data
+from lifelong_moe.methods.plan import PlannedStage, plan_stages
+
+ROOT = Path("mlruns")
+CACHE = Path("data/cache")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A configuration with its data and its plan."""
+
+    config: RunConfig
+    raw: dict[str, Any]
+    """The configuration as written, interpolations unresolved: the only form that is logged."""
+    data: PreparedData
+    plan: list[PlannedStage]
+
+
+def prepare(config_path: str, overrides: list[str]) -> Prepared:
+    """Read the configuration, prepare its data, and plan its stages."""
+    config, raw = load_config(config_path, overrides)
+    first, trained = config.stages[0].data, [stage.data for stage in config.stages]
+    used = {name: config.distributions[name] for name in config.evaluated}
+    data = prepare_data(used, config.tokenizer, first, trained, CACHE)
+    hashes = {name: corpus.train_hash for name, corpus in data.corpora.items()}
+    plan = plan_stages(config, hashes, data.tokenizer_identity(), data.tokenizer.bos_id)
+    return Prepared(config, raw, data, plan)

@@ -1,0 +1,227 @@
+"""What is really in MLflow after tracking, asked through its own client; and training without MLflow."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import socket
+import sqlite3
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib.figure import Figure
+
+from lifelong_moe.tracking.config import TrackingConfig
+from lifelong_moe.tracking.connection import prepare_environment
+from lifelong_moe.tracking.tracker import Tracker
+
+# MLflow 3.17's own tables use an option that SQLAlchemy 2.1 has deprecated; nothing of ours.
+pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
+
+
+@pytest.fixture(autouse=True)
+def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tracker sets defaults for the process; no test may depend on another's."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for name in ("MAX_RETRIES", "TIMEOUT", "BACKOFF_FACTOR"):
+        monkeypatch.setenv(f"MLFLOW_HTTP_REQUEST_{name}", "1")
+
+
+@pytest.fixture(scope="session")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty MLflow database; creating one takes seconds."""
+    prepare_environment()  # before the import: no telemetry from tests either
+    from mlflow import MlflowClient
+
+    database = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    MlflowClient(f"sqlite:///{database}").search_experiments()
+    return database
+
+
+@pytest.fixture
+def root(template: Path, tmp_path: Path) -> Path:
+    root = tmp_path / "my mlruns"
+    root.mkdir()
+    shutil.copy(template, root / "mlflow.db")
+    return root
+
+
+@pytest.fixture
+def tracker(root: Path) -> Tracker:
+    tracker = Tracker.connect(TrackingConfig(), root)
+    assert tracker.problem is None
+    return tracker
+
+
+def client(root: Path) -> Any:
+    from mlflow import MlflowClient
+
+    return MlflowClient(f"sqlite:///{root}/mlflow.db")
+
+
+def started(tracker: Tracker, name: str = "run", **options: Any) -> str:
+    run_id = tracker.start_run(name, **options)
+    assert run_id is not None
+    return run_id
+
+
+def test_parent_and_child_with_params_tags_and_note(root: Path, tracker: Tracker) -> None:
+    parent = started(tracker, "arm", params={"routing": {"top_k": 2}}, tags={"lifelong.run": "arm"}, note="# Arm")
+    child = started(tracker, "arm / stage", parent_id=parent)
+    tracker.finish(child)
+    runs = client(root).search_runs([tracker.experiment_id], f"tags.mlflow.parentRunId = '{parent}'")
+    assert [(run.info.run_id, run.info.run_name, run.info.status) for run in runs] == [
+        (child, "arm / stage", "FINISHED")
+    ]
+    stored = client(root).get_run(parent)
+    assert stored.info.status == "RUNNING"
+    assert stored.data.params == {"routing.top_k": "2"}
+    assert stored.data.tags["lifelong.run"] == "arm"
+    assert stored.data.tags["mlflow.note.content"] == "# Arm"
+    tracker.set_note(parent, "x" * 9000)
+    note = client(root).get_run(parent).data.tags["mlflow.note.content"]
+    assert len(note) == 8000 and note.endswith("… [cut, 9000 characters]")
+
+
+def test_metrics_keep_their_steps_and_say_what_is_absent(root: Path, tracker: Tracker) -> None:
+    run_id = started(tracker)
+    rows = [("train/loss", math.inf if step == 3 else step / 2, step) for step in range(2500)]
+    tracker.log_metrics(run_id, iter(rows))
+    tracker.log_metrics(run_id, [])
+    history = client(root).get_metric_history(run_id, "train/loss")
+    points = {(point.step, point.value) for point in history}
+    assert points == {(step, value) for _, value, step in rows if step != 3}
+    assert [(p.step, p.value) for p in client(root).get_metric_history(run_id, "train/loss_absent")] == [(3, 1.0)]
+
+
+def test_many_and_long_params_are_all_there(root: Path, tracker: Tracker) -> None:
+    run_id = started(tracker, params={"many": {f"k{i}": i for i in range(250)}, "long": "x" * 7000})
+    params = client(root).get_run(run_id).data.params
+    assert len(params) == 251
+    assert len(params["long"]) == 6000
+
+
+def test_dataset_digest_and_profile(root: Path, tracker: Tracker) -> None:
+    run_id = started(tracker)
+    for _ in range(2):  # a resumed stage logs it again
+        tracker.log_dataset(
+            run_id, name="wiki_en", digest="ab" * 32, context="training", source="data/wiki", profile={"documents": 3}
+        )
+    (logged,) = client(root).get_run(run_id).inputs.dataset_inputs
+    assert (logged.dataset.name, logged.dataset.digest) == ("wiki_en", "ab" * 18)
+    assert json.loads(logged.dataset.profile) == {"documents": 3}
+    assert [(tag.key, tag.value) for tag in logged.tags] == [("mlflow.data.context", "training")]
+
+
+def test_figures_and_texts_lie_under_our_root(root: Path, tracker: Tracker) -> None:
+    run_id = started(tracker)
+    tracker.log_figure(run_id, Figure(), "figures/loss_matrix.png")
+    tracker.log_text(run_id, "# report", "report.md")
+    artifacts = root / "artifacts" / run_id / "artifacts"
+    assert (artifacts / "figures/loss_matrix.png").read_bytes().startswith(b"\x89PNG")
+    assert (artifacts / "report.md").read_text() == "# report"
+    assert {item.path for item in client(root).list_artifacts(run_id)} == {"figures", "report.md"}
+
+
+def test_a_stage_is_registered_once(root: Path, tracker: Tracker) -> None:
+    run_id = started(tracker)
+    stage = root / "stages" / "s-0123"
+    tags = {"stage_key": "0123", "gate": "passed"}
+
+    def register(stage_key: str, alias: str | None = None) -> str | None:
+        given = tags | {"stage_key": stage_key}
+        return tracker.register_version("demo", stage, run_id=run_id, tags=given, description="first", alias=alias)
+
+    assert [register("0123"), register("4567"), register("0123", alias="champion")] == ["1", "2", "1"]
+    version = client(root).get_model_version_by_alias("demo", "champion")
+    assert (str(version.version), version.run_id, version.source, version.status) == ("1", run_id, str(stage), "READY")
+    assert version.tags == tags | {"directory": str(stage)}
+    assert version.description == "first"
+
+
+def test_resuming_takes_up_the_same_run(root: Path, tracker: Tracker) -> None:
+    run_id = started(tracker, "arm", params={"seed": 0, "lr": 0.1}, tags={"a": "1"})
+    tracker.finish(run_id, "FAILED")
+    again = Tracker.connect(TrackingConfig(), root)
+    assert again.experiment_id == tracker.experiment_id
+    assert again.run_exists(run_id) and not again.run_exists("0" * 32) and not again.run_exists("not an id!")
+    assert started(again, "arm", run_id=run_id, params={"seed": 1, "lr": 0.1, "new": 2}, tags={"a": "2"}) == run_id
+    (run,) = client(root).search_runs([again.experiment_id])
+    assert run.info.status == "RUNNING"
+    assert run.data.params == {"seed": "0", "lr": "0.1", "new": "2"}  # MLflow forbids changing one
+    assert run.data.tags["a"] == "2"
+    assert again.problem is None
+
+
+def test_a_run_that_is_gone_is_created_anew(root: Path, tracker: Tracker) -> None:
+    deleted = started(tracker)
+    client(root).delete_run(deleted)
+    assert not tracker.run_exists(deleted)
+    assert started(tracker, run_id=deleted) not in (None, deleted)
+
+
+def test_disabled_tracker_does_nothing(tmp_path: Path) -> None:
+    tracker = Tracker.connect(TrackingConfig(enabled=False), tmp_path / "mlruns")
+    assert tracker.problem is not None and "tracking.enabled=false" in tracker.problem
+    assert not tracker.active
+    assert tracker.start_run("a") is None
+    assert not tracker.run_exists("a")
+    tracker.log_metrics("a", [("m", 1.0, 0)])
+    tracker.log_dataset("a", name="d", digest="0", context="training", source="s", profile={})
+    tracker.log_figure("a", Figure(), "f.png")
+    tracker.set_note("a", "note")
+    tracker.finish("a")
+    assert tracker.register_version("m", tmp_path, run_id="a", tags={"stage_key": "0"}) is None
+    assert (tracker.ui_url(), tracker.experiment_id) == ("", None)
+    assert not (tmp_path / "mlruns").exists()
+
+
+@pytest.fixture(params=["refused", "silent"])
+def dead_port(request: pytest.FixtureRequest) -> Iterator[int]:
+    """A port that refuses, or one that accepts and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        if request.param == "silent":
+            yield port
+            return
+    yield port
+
+
+def test_unreachable_server_is_told_within_ten_seconds(dead_port: int, tmp_path: Path) -> None:
+    started_at = time.monotonic()
+    tracker = Tracker.connect(TrackingConfig(uri=f"http://user:secret@127.0.0.1:{dead_port}"), tmp_path)
+    assert time.monotonic() - started_at < 10
+    assert not tracker.active and tracker.start_run("a") is None
+    assert tracker.problem is not None and "\n" not in tracker.problem
+    assert f"http://127.0.0.1:{dead_port}" in tracker.problem and "secret" not in tracker.problem
+
+
+def test_store_that_dies_later_is_reported_once(root: Path, tracker: Tracker, caplog: pytest.LogCaptureFixture) -> None:
+    run_id = started(tracker)
+    with sqlite3.connect(root / "mlflow.db") as connection:  # as good as a dead server, and quicker
+        connection.execute("DROP TABLE metrics")
+    connection.close()
+    for step in range(2):
+        tracker.log_metrics(run_id, [("loss", 1.0, step)])
+    assert not tracker.active and tracker.problem is not None
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("lifelong_moe")] == [
+        tracker.problem
+    ]
+    assert "\n" not in tracker.problem and "failed, so no more is recorded" in tracker.problem
+
+
+def test_deleted_experiment_is_not_revived(root: Path, tracker: Tracker) -> None:
+    client(root).delete_experiment(tracker.experiment_id)
+    again = Tracker.connect(TrackingConfig(), root)
+    assert again.problem is not None and "'lifelong-moe' is deleted" in again.problem
+
+
+def test_our_own_mistakes_are_raised(tracker: Tracker) -> None:
+    run_id = started(tracker)
+    with pytest.raises(KeyError, match="stage_key"):
+        tracker.register_version("m", Path(), run_id=run_id, tags={})
+    assert tracker.active

@@ -1,0 +1,64 @@
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from lifelong_moe.clustering.balanced import balanced_assign
+from lifelong_moe.clustering.documents import prefix_features
+from lifelong_moe.clustering.kmeans import assign, spherical_kmeans
+
+VOCAB = 20
+TOKENS = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=60).map(np.array)
+VALUES = st.floats(-4, 4, width=16)
+
+
+@given(tokens=TOKENS, other=TOKENS, cut=st.integers(0, 60), chunk=st.integers(1, 16), width=st.integers(1, 5))
+def test_no_later_token_changes_an_earlier_prefix(
+    tokens: np.ndarray, other: np.ndarray, cut: int, chunk: int, width: int
+) -> None:
+    """Replace everything from ``cut`` on, with a text of another length."""
+    cut = min(cut, len(tokens))
+    projection = np.random.default_rng(width).normal(size=(VOCAB, width)).astype(np.float32)
+    before = prefix_features(tokens, projection, chunk)
+    after = prefix_features(np.concatenate([tokens[:cut], other]), projection, chunk)
+    rows = min(cut // chunk + 1, len(before), len(after))  # row c reads the tokens before c * chunk
+    assert before[:rows].tobytes() == after[:rows].tobytes()
+
+
+@given(
+    features=arrays.arrays(np.float32, st.tuples(st.integers(1, 40), st.just(3)), elements=VALUES),
+    centroids=arrays.arrays(np.float32, st.tuples(st.integers(1, 9), st.just(3)), elements=VALUES),
+    data=st.data(),
+)
+def test_assignment_follows_its_row(features: np.ndarray, centroids: np.ndarray, data: st.DataObject) -> None:
+    """Any order, any scale, any company: the row keeps its cluster."""
+    labels = assign(features, centroids)
+    order = np.array(data.draw(st.permutations(range(len(features)))))
+    np.testing.assert_array_equal(assign(features[order] * 8, centroids), labels[order])
+    np.testing.assert_array_equal(assign(features[:1], centroids), labels[:1])
+
+
+@settings(max_examples=60)
+@given(
+    features=arrays.arrays(np.float32, st.tuples(st.integers(1, 40), st.just(3)), elements=VALUES),
+    centroids=arrays.arrays(np.float32, st.tuples(st.integers(1, 9), st.just(3)), elements=VALUES),
+)
+def test_no_cluster_is_ever_overfull(features: np.ndarray, centroids: np.ndarray) -> None:
+    labels = balanced_assign(features, centroids)
+    assert labels.shape == (len(features),)
+    assert np.bincount(labels, minlength=len(centroids)).max() <= -(-len(features) // len(centroids))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    features=arrays.arrays(np.float32, st.tuples(st.integers(8, 40), st.just(3)), elements=VALUES),
+    k=st.integers(1, 4),
+    num_fixed=st.integers(0, 3),
+    seed=st.integers(0, 2**40),
+)
+def test_centroids_are_finite_and_of_unit_length(features: np.ndarray, k: int, num_fixed: int, seed: int) -> None:
+    features[:4] = np.eye(4, 3) + np.eye(4, 3, k=-1)  # so that at least four rows have a direction
+    fixed = features[:num_fixed].copy()
+    centroids = spherical_kmeans(features, k, seed=seed, fixed_KD=fixed)
+    assert centroids.shape == (k, 3)
+    np.testing.assert_allclose(np.linalg.norm(centroids, axis=1), 1, atol=1e-5)

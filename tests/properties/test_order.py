@@ -1,0 +1,56 @@
+"""What holds for any sizes, shares, seeds and divisions."""
+
+from fractions import Fraction
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lifelong_moe.data.order import SampleOrder, StepBatchSampler
+
+sizes = st.lists(st.integers(1, 12), min_size=2, max_size=4)
+shares = st.integers(0, 100).map(lambda percent: percent / 100)
+seeds = st.integers(0, 2**32 - 1)
+
+
+@given(sizes, shares, seeds)
+def test_each_block_of_each_source_comes_once_an_epoch(blocks: list[int], share: float, seed: int) -> None:
+    order = SampleOrder(blocks, share, seed)
+    seen: dict[int, list[int]] = {}
+    for n in range(300):
+        source, block = order.at(n)
+        seen.setdefault(source, []).append(block)
+    for source, drawn in seen.items():
+        size = blocks[source]
+        for start in range(0, len(drawn) - size + 1, size):
+            assert sorted(drawn[start : start + size]) == list(range(size))
+
+
+@given(sizes, shares, seeds, st.integers(1, 400))
+def test_replay_share_is_exact_at_every_length(blocks: list[int], share: float, seed: int, length: int) -> None:
+    order = SampleOrder(blocks, share, seed)
+    sources = [order.at(n)[0] for n in range(length)]
+    replayed = [source for source in sources if source]
+    assert len(replayed) == length * Fraction(str(share)) // 1 == order.num_replayed(length)
+    counts = [replayed.count(source) for source in range(1, len(blocks))]
+    assert max(counts) - min(counts) <= 1
+
+
+@given(sizes, shares, seeds, st.lists(st.integers(0, 500), min_size=1, max_size=30))
+def test_order_has_no_memory(blocks: list[int], share: float, seed: int, asked: list[int]) -> None:
+    order = SampleOrder(blocks, share, seed)
+    assert [order.at(n) for n in asked] == [SampleOrder(blocks, share, seed).at(n) for n in asked]
+
+
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(1, 6), st.data())
+def test_division_and_resumption_change_nothing(
+    size: int, accumulate: int, world: int, num_steps: int, data: st.DataObject
+) -> None:
+    start = data.draw(st.integers(0, num_steps))
+    batch = size * accumulate * world
+    samplers = [StepBatchSampler(num_steps, batch, accumulate, 0, rank, world) for rank in range(world)]
+    micro_batches = list(zip(*samplers, strict=True))
+    assert [n for ranks in micro_batches for part in ranks for n in part] == list(range(num_steps * batch))
+    for rank, sampler in enumerate(samplers):
+        resumed = StepBatchSampler(num_steps, batch, accumulate, start, rank, world)
+        assert list(resumed) == list(sampler)[start * accumulate :]
+        assert len(resumed) == len(sampler) == num_steps * accumulate

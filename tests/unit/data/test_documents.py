@@ -1,0 +1,118 @@
+"""Duplicates, the cap, the split and the canonical order."""
+
+import hashlib
+
+import pytest
+
+from lifelong_moe.data.config import SourceConfig
+from lifelong_moe.data.documents import Document, build_corpus, documents_hash, normalized_hash
+from lifelong_moe.errors import DataError
+
+CONFIG = SourceConfig(files="unused")
+
+
+def _documents(units: int, pieces: int = 2) -> list[Document]:
+    return [Document(f"text {unit} piece {piece}", f"unit{unit}") for unit in range(units) for piece in range(pieces)]
+
+
+def test_document_hash_is_that_of_its_utf8_text() -> None:
+    assert Document("é", "x").hash == hashlib.sha256(b"\xc3\xa9").hexdigest()
+    assert Document("é", "x").num_bytes == 2
+
+
+def test_origin_is_no_part_of_a_document() -> None:
+    assert Document("a", "u", "f:1") == Document("a", "u", "g:2")
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [("Hello, World!", "hello world", True), ("STRASSE", "straße", True), ("ab", "abc", False), ("...", "!!!", False)],
+)
+def test_normalized_hash(one: str, other: str, same: bool) -> None:
+    assert (normalized_hash(one) == normalized_hash(other)) is same
+
+
+def test_corpus_is_independent_of_the_order_of_documents() -> None:
+    documents = _documents(40)
+    assert build_corpus("a", documents, CONFIG) == build_corpus("a", documents[::-1], CONFIG)
+
+
+def test_corpus_is_in_hash_order_and_its_hash_is_over_sorted_hashes() -> None:
+    corpus = build_corpus("a", _documents(40), CONFIG)
+    hashes = [document.hash for document in corpus.train]
+    assert hashes == sorted(hashes)
+    assert corpus.train_hash == hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+    assert corpus.heldout_hash == documents_hash(corpus.heldout) != corpus.train_hash
+
+
+def test_units_are_never_divided_and_nothing_is_lost() -> None:
+    corpus = build_corpus("a", _documents(60, pieces=3), SourceConfig(files="unused", heldout_fraction=0.3))
+    train, held = ({document.source for document in side} for side in (corpus.train, corpus.heldout))
+    assert not train & held
+    assert len(train | held) == 60
+    assert 8 <= len(held) <= 28  # binomial(60, 0.3): 18 ± 3.5
+    assert len(corpus.train) + len(corpus.heldout) == 180
+
+
+def test_a_unit_stays_held_out_when_others_are_added() -> None:
+    few = {document.source for document in build_corpus("a", _documents(100), CONFIG).heldout}
+    many = {document.source for document in build_corpus("a", _documents(150), CONFIG).heldout}
+    assert few <= many
+
+
+@pytest.mark.parametrize("fraction", [1e-9, 1 - 1e-9])
+def test_each_side_has_at_least_one_unit(fraction: float) -> None:
+    corpus = build_corpus("a", _documents(5, 1), SourceConfig(files="unused", heldout_fraction=fraction))
+    assert min(len(corpus.train), len(corpus.heldout)) == 1
+
+
+def test_one_unit_is_too_few() -> None:
+    with pytest.raises(DataError, match=r"^2 distinct document\(s\) in 1 source unit\(s\) are too few"):
+        build_corpus("a", _documents(1), CONFIG)
+
+
+def test_duplicates_are_dropped_whatever_their_order() -> None:
+    documents = [*_documents(20, 1), Document("TEXT 3, piece 0.", "other")]
+    corpus = build_corpus("a", documents, CONFIG)
+    assert len(corpus.train) + len(corpus.heldout) == 20
+    assert build_corpus("a", documents[::-1], CONFIG) == corpus
+
+
+def test_half_duplicates_pass_and_more_do_not() -> None:
+    build_corpus("a", _documents(10, 1) * 2, CONFIG)
+    with pytest.raises(DataError, match=r"^20 of 30 documents are duplicates"):
+        build_corpus("a", _documents(10, 1) * 3, CONFIG)
+
+
+def test_cap_takes_whole_units_and_is_filled() -> None:
+    documents = [Document(f"{unit:03}-{piece}" * 10, f"unit{unit}") for unit in range(100) for piece in range(2)]
+    corpus = build_corpus("a", documents, SourceConfig(files="unused", max_bytes=1000))
+    kept = corpus.train + corpus.heldout
+    assert sum(document.num_bytes for document in kept) == 1000  # units of 2 * 50 bytes
+    assert len({document.source for document in kept}) == 10
+    assert corpus.heldout
+
+
+def test_cap_leaves_a_unit_on_each_side() -> None:
+    corpus = build_corpus("a", _documents(9), SourceConfig(files="unused", max_bytes=1))
+    assert (len(corpus.train), len(corpus.heldout)) == (2, 2)
+
+
+def test_explicit_heldout_is_neither_split_nor_capped() -> None:
+    heldout = [Document(f"held {n}", f"h{n}") for n in range(5)]
+    corpus = build_corpus("a", _documents(4), SourceConfig(files="unused", max_bytes=40), heldout)
+    assert len(corpus.heldout) == 5
+    assert sum(document.num_bytes for document in corpus.train) == 28  # one unit of two documents of 14 bytes
+
+
+def test_training_document_in_the_heldout_set_is_named() -> None:
+    train = [Document("one", "a", "t.jsonl:1"), Document("Two!", "b", "t.jsonl:2")]
+    with pytest.raises(DataError, match=r"^t\.jsonl:2: .* also in the held-out set \(h\.jsonl:7\)"):
+        build_corpus("a", train, CONFIG, [Document("two", "c", "h.jsonl:7")])
+
+
+def test_no_documents() -> None:
+    with pytest.raises(DataError, match="too few"):
+        build_corpus("a", [], CONFIG)
+    with pytest.raises(DataError, match="no held-out documents"):
+        build_corpus("a", _documents(3), CONFIG, [])

@@ -1,0 +1,115 @@
+"""Where records go, and how soon a dead store is recognized. No MLflow here: it takes seconds to import."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lifelong_moe.errors import ConfigError
+from lifelong_moe.tracking.connection import probe, resolve_uri, without_credentials
+from lifelong_moe.tracking.links import ui_url
+from lifelong_moe.tracking.server import serve_command, wait_until_up
+
+
+@pytest.fixture
+def listener() -> Iterator[socket.socket]:
+    """A socket that accepts connections (the kernel does) and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server
+
+
+def answering(server: socket.socket, status: str) -> str:
+    """Answer one request with a status; returns the address."""
+
+    def answer() -> None:
+        connection, _ = server.accept()
+        with connection:
+            connection.recv(4096)
+            connection.sendall(f"HTTP/1.1 {status}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode())
+
+    threading.Thread(target=answer, daemon=True).start()
+    return f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+def refused_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def test_uri_comes_from_config_then_environment_then_root(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://environment")
+    assert resolve_uri("http://config", tmp_path) == "http://config"
+    assert resolve_uri(None, tmp_path) == "http://environment"
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    monkeypatch.chdir(tmp_path)
+    assert resolve_uri(None, Path("mlruns")) == f"sqlite:///{tmp_path}/mlruns/mlflow.db"
+
+
+def test_credentials_are_not_shown() -> None:
+    assert without_credentials("https://user:p%40ss@host:5000/x") == "https://host:5000/x"
+    assert without_credentials("https://host:5000/x") == "https://host:5000/x"
+
+
+def test_refused_port_is_told_at_once() -> None:
+    started = time.monotonic()
+    problem = probe(f"http://127.0.0.1:{refused_port()}")
+    assert problem is not None and "refused" in problem
+    assert time.monotonic() - started < 2
+
+
+def test_silent_server_is_given_up_in_time(listener: socket.socket) -> None:
+    started = time.monotonic()
+    assert probe(f"http://127.0.0.1:{listener.getsockname()[1]}", seconds=0.5) is not None
+    assert time.monotonic() - started < 2
+
+
+@pytest.mark.parametrize(("status", "up"), [("200 OK", True), ("404 Not Found", True), ("503 Unavailable", False)])
+def test_only_a_server_error_counts_as_down(listener: socket.socket, status: str, up: bool) -> None:
+    problem = probe(answering(listener, status))
+    assert (problem is None) == up
+
+
+def test_database_that_cannot_be_opened_is_down(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a directory")
+    (tmp_path / "text.db").write_text("not a database " * 100)
+    assert probe(f"sqlite:///{tmp_path}/file/mlflow.db") is not None
+    assert "not a database" in (probe(f"sqlite:///{tmp_path}/text.db") or "")
+    assert probe(f"sqlite:///{tmp_path}/new/mlflow.db") is None
+    assert probe(f"postgresql://user:secret@127.0.0.1:{refused_port()}/mlflow") is not None
+
+
+def test_ui_command_serves_our_database(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    argv, environment = serve_command(None, tmp_path / "mlruns", 5001)
+    assert argv[:4] == [sys.executable, "-m", "mlflow", "server"]
+    options = dict(zip(argv[4::2], argv[5::2], strict=True))
+    assert options["--backend-store-uri"] == f"sqlite:///{tmp_path}/mlruns/mlflow.db"
+    assert (options["--host"], options["--port"], options["--workers"]) == ("127.0.0.1", "5001", "1")
+    assert environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] == "false"
+    assert environment["MLFLOW_DISABLE_TELEMETRY"] == "true"
+    with pytest.raises(ConfigError, match=r"tracking\.uri=http://host is a server already"):
+        serve_command("http://user:secret@host", tmp_path, 5001)
+
+
+def test_waiting_ends_with_the_server_or_the_time(listener: socket.socket) -> None:
+    assert wait_until_up(answering(listener, "200 OK"), 5)
+    assert not wait_until_up(f"http://127.0.0.1:{refused_port()}", 0.3)
+
+
+def test_links_open_the_charts() -> None:
+    query = "#/experiments/7/runs?workflowType=machine_learning&compareRunsMode=CHART"
+    assert ui_url("sqlite:////x/mlflow.db", "7") == f"http://127.0.0.1:5000/{query}"
+    chosen = ui_url("https://user:secret@host/mlflow/", "7", ["a", "b"])
+    assert chosen == f"https://host/mlflow/{query}&searchFilter=attributes.run_id%20IN%20%28%27a%27%2C%20%27b%27%29"
+
+
+def test_importing_the_package_does_not_import_mlflow() -> None:
+    code = "import sys, lifelong_moe.tracking.tracker, lifelong_moe.tracking.server; sys.exit('mlflow' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
