@@ -25,7 +25,7 @@ from lifelong_moe.evaluation.config import EvaluateConfig
 from lifelong_moe.growth.config import GrowConfig
 from lifelong_moe.model.config import ModelConfig
 from lifelong_moe.retention.config import DistillConfig, DistillText, ReplayConfig, TrunkConfig
-from lifelong_moe.routing.config import Level, RoutingConfig
+from lifelong_moe.routing.config import Features, Level, RoutingConfig
 from lifelong_moe.tracking.config import TrackingConfig
 from lifelong_moe.training.config import CheckpointConfig, OptimConfig, TrainerConfig
 
@@ -146,6 +146,11 @@ class RunConfig:
             )
         if stage.tokens < tokens:
             raise ConfigError(f"stages[{i}].tokens={stage.tokens} is less than one step of {tokens} tokens.")
+        if i == 0 and _clusters_hidden(self.routing) and stage.tokens < 2 * tokens:
+            raise ConfigError(
+                f"stages[0].tokens={stage.tokens} is less than two steps of {tokens} tokens; routing.features=hidden "
+                f"needs one before clusters are fitted and one after."
+            )
 
     def _check_experts(self, i: int, stage: StageConfig) -> None:
         """Clusters and labels own experts; each needs ``top_k`` of them."""
@@ -153,7 +158,8 @@ class RunConfig:
         by_group = self.routing.mode == "label" or (
             self.routing.mode == "cluster" and self.routing.level == Level.document
         )
-        if not by_group or experts == 0:
+        grows = i == 0 or self.method == Method.lifelong
+        if not by_group or not grows or experts == 0:
             return
         groups = 1 if self.routing.mode == "label" else (self.routing.clusters or 1)
         if experts < groups * self.routing.top_k:
@@ -177,6 +183,10 @@ class RunConfig:
     def evaluated(self) -> list[str]:
         """Distributions measured after each stage: the stream's, in order of first use, then ``evaluate.also``."""
         return list(dict.fromkeys([stage.data for stage in self.stages] + self.evaluate.also))
+
+
+def _clusters_hidden(routing: RoutingConfig) -> bool:
+    return routing.mode == "cluster" and routing.level == Level.token and routing.features == Features.hidden
 
 
 def _check_distillation(i: int, stage: StageConfig) -> None:
@@ -226,9 +236,9 @@ def build_config(raw: DictConfig) -> RunConfig:
         _require_known(str(key), known, "key")
     values: dict[str, Any] = {name: _section(cls, raw.get(name), name) for name, cls in SECTIONS.items()}
     sources = _mapping(raw, "distributions")
-    names = [str(name) for name in sources]
+    names = {str(key): key for key in sources}  # one such as 2024 is a number in YAML
     values["distributions"] = {
-        name: _section(SourceConfig, sources._get_node(name), f"distributions.{name}") for name in names
+        name: _section(SourceConfig, sources._get_node(key), f"distributions.{name}") for name, key in names.items()
     }
     values["stages"] = _stages(raw)
     scalars = _section(_Scalars, OmegaConf.masked_copy(raw, ["run", "method", "seed"]), "")
@@ -292,7 +302,8 @@ class _errors_under:  # noqa: N801 - a context manager, named like the statement
         if isinstance(error, OmegaConfBaseException):
             key = getattr(error, "full_key", None) or ""
             lines = str(getattr(error, "msg", None) or error).splitlines()
-            text = " ".join(line.strip() for line in lines if not re.match(r"\s*(full_key|object_type)", line))
+            extra = re.compile(r"\s*(full_key|object_type|reference_type)")
+            text = " ".join(line.strip() for line in lines if not extra.match(line))
             dot = "." if self.path and key and not str(key).startswith("[") else ""
             where = f"{self.path}{dot}{key}" or "config"
             raise ConfigError(f"{where}: {text}") from None
@@ -301,7 +312,8 @@ class _errors_under:  # noqa: N801 - a context manager, named like the statement
             section = self.path.split(".")[-1]
             if not self.path or text.startswith(f"{section}."):
                 raise error
-            raise ConfigError(f"{self.path}: {text}") from None
+            joint = "." if re.match(r"[a-z_0-9.]+=", text) else ": "
+            raise ConfigError(f"{self.path}{joint}{text}") from None
 
 
 def _read_yaml(path: Path) -> DictConfig:
@@ -318,7 +330,7 @@ def _read_yaml(path: Path) -> DictConfig:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{line}: {getattr(error, 'problem', None) or 'not YAML'}.") from None
+        raise ConfigError(f"{path}{line}: {(getattr(error, 'problem', None) or 'not YAML').rstrip('.')}.") from None
     except (OmegaConfBaseException, OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: {str(error).splitlines()[0] if str(error) else 'too deeply nested'}") from None
     if not isinstance(loaded, DictConfig) or not loaded:

@@ -29,12 +29,11 @@ def status(run: str, console: Console) -> dict[str, Any]:
     """Stages committed, under way, and to do."""
     head, store = require_head(ROOT, run), StageStore(ROOT)
     stages = []
-    names = [stage.get("name") or stage["data"] for stage in head["config"]["stages"]]
-    for name, key in zip(names, head["plan"], strict=True):
+    for name, key in zip(head["names"], head["plan"], strict=True):
         stage = store.find(key)
         steps = None if stage else work_under_way(ROOT / "work" / key[:SHORT])
         state = "committed" if stage else ("to do" if steps is None else "under way")
-        stages.append({"name": stage.name if stage else name, "key": key, "state": state, "checkpoint_step": steps})
+        stages.append({"name": name, "key": key, "state": state, "checkpoint_step": steps})
     table = Table(title=f"run {run}", title_justify="left")
     for header in ("stage", "key", "state", "checkpoint"):
         table.add_column(header)

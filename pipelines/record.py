@@ -18,14 +18,25 @@ from pipelines.workspace import Prepared
 
 
 class MlflowRecord:
-    """Keeps the ids of a run's MLflow runs in its head, so that continuing appends and repeating adds nothing."""
+    """Keeps in the run's head what MLflow has been told, so that continuing appends and repeating adds nothing.
 
-    def __init__(self, tracker: Tracker, prepared: Prepared, head: dict[str, Any], record: RunRecord) -> None:
-        self.tracker, self.prepared, self.head, self.record = tracker, prepared, head, record
+    Args:
+        tracker: MLflow, or nothing.
+        prepared: The run.
+        head: Its ``mlflow`` holds the ids of ``run`` and ``stages``, the summaries ``logged`` of each stage, and the
+            ``content`` that was recorded to the end.
+        record: Where the head is kept.
+        content: Names all that there is to record: stages and evaluations.
+    """
+
+    def __init__(
+        self, tracker: Tracker, prepared: Prepared, head: dict[str, Any], record: RunRecord, content: str
+    ) -> None:
+        self.tracker, self.prepared, self.head, self.record, self.content = tracker, prepared, head, record, content
         self.ids: dict[str, Any] = head["mlflow"]
-        self.ids.setdefault("stages", {})
+        self.ids |= {"run": None, "stages": {}, "logged": {}} | self.ids
         self._open: str | None = None
-        complete = len(self.ids["stages"]) == len(prepared.plan) and self.ids.get("complete")
+        complete = self.ids.get("content") == content
         self.active = tracker.active and not (complete and tracker.run_exists(self.ids["run"]))
         if self.active:
             self._start()
@@ -36,10 +47,12 @@ class MlflowRecord:
         params |= {f"routing.{key}": getattr(config.routing, key) for key in ("mode", "level", "top_k")}
         params.pop("run", None)
         tags = {"lifelong.run": config.run, "lifelong.kind": "run", "lifelong.method": config.method.value}
-        known = self.ids.get("run")
-        self.ids["run"] = self.tracker.start_run(config.run, run_id=known, params=params, tags=tags)
-        if self.ids["run"] != known:
-            self.ids["stages"] = {}
+        known = self.ids["run"]
+        run_id = self.tracker.start_run(config.run, run_id=known, params=params, tags=tags)
+        if run_id is None:
+            return
+        if run_id != known:
+            self.ids |= {"run": run_id, "stages": {}, "logged": {}}
         self.record.set_head(self.head)
         for name, corpus in self.prepared.data.corpora.items():
             context = "training" if name in {s.data for s in config.stages} else "evaluation"
@@ -47,16 +60,15 @@ class MlflowRecord:
 
     def _dataset(self, run_id: str | None, name: str, digest: str, context: str) -> None:
         shard = self.prepared.data.corpora[name].train
-        source = self.prepared.config.distributions[name]
-        origin = source.builtin or source.files or f"{source.hf}@{source.revision}"
+        source = self.prepared.raw["distributions"][name]  # as written: a reference to a secret stays a reference
+        if not isinstance(source, str):
+            source = source.get("builtin") or source.get("files") or f"{source['hf']}@{source['revision']}"
         profile = {
             "documents": shard.num_documents,
             "tokens": shard.num_tokens,
             "bytes_per_token": round(shard.bytes_per_token, 3),
         }
-        self.tracker.log_dataset(
-            run_id, name=name, digest=digest[:32], context=context, source=str(origin), profile=profile
-        )
+        self.tracker.log_dataset(run_id, name=name, digest=digest[:32], context=context, source=source, profile=profile)
 
     def stage_begins(self, planned: PlannedStage) -> str | None:
         """Open the stage's child run, or take it up again."""
@@ -82,6 +94,8 @@ class MlflowRecord:
         run_id = self.tracker.start_run(
             name, run_id=self.ids["stages"].get(planned.key), parent_id=self.ids["run"], params=params, tags=tags
         )
+        if run_id is None:
+            return None
         self.ids["stages"][planned.key] = self._open = run_id
         self.record.set_head(self.head)
         for distribution in (spec.data, *spec.replayed):
@@ -101,10 +115,14 @@ class MlflowRecord:
             return
         if planned.key not in self.ids["stages"]:
             self.stage_begins(planned)
-        run_id = self.ids["stages"][planned.key]
-        rows = summary_rows(report, planned.index)
+        run_id = self.ids["stages"].get(planned.key)
+        logged = self.ids["logged"].setdefault(planned.key, {})
+        rows = [row for row in summary_rows(report, planned.index) if logged.get(row[0]) != row[1]]
         self.tracker.log_metrics(self.ids["run"], rows)
         self.tracker.log_metrics(run_id, rows)
+        if self.tracker.active:
+            logged |= {key: value for key, value, _ in rows}
+            self.record.set_head(self.head)
         self.tracker.set_note(run_id, render.stage_note(report, planned.index, shared))
         self._figures(run_id, report)
         config = self.prepared.config
@@ -150,17 +168,17 @@ class MlflowRecord:
             self.tracker.set_note(self.ids["run"], render.run_note(report))
             self.tracker.log_text(self.ids["run"], render.report_json(report), "report.json")
             self.tracker.finish(self.ids["run"])
-            self.ids["complete"] = self.tracker.active
+            self.ids["content"] = self.content if self.tracker.active else None
             self.record.set_head(self.head)
         if self.tracker.active:
             console.print(f"MLflow: {self.tracker.ui_url([self.ids['run']])}  (start it with: lifelong-moe ui)")
-        elif self.tracker.problem:
+        elif self.tracker.problem and self.active:  # else it was said at the start
             console.print(f"[yellow]{self.tracker.problem}[/yellow]")
 
     def interrupted(self) -> None:
         """Close what is open; continuing takes it up again."""
         if self.active:
-            for run_id in (self._open, self.ids.get("run")):
+            for run_id in (self._open, self.ids["run"]):
                 if run_id is not None:
                     self.tracker.finish(run_id, "KILLED")
 
@@ -183,5 +201,5 @@ def summary_rows(report: dict[str, Any], index: int) -> list[Row]:
     for key in ("experts_per_layer", "parameters_total", "parameters_active", "parameters_trainable"):
         rows.append((f"size/{key}", float(stage[key]), index))
     for key in ("tokens_per_second", "seconds", "active_flops"):
-        rows.append((f"cost/{key}", float(stage[key]), index))
+        rows.append((f"usage/{key}", float(stage[key]), index))
     return rows

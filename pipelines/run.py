@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 from rich.console import Console
 
 from lifelong_moe.config import RunConfig
-from lifelong_moe.errors import ConfigError
+from lifelong_moe.errors import ConfigError, TryAgainError
 from lifelong_moe.evaluation.report import build_report
 from lifelong_moe.methods.plan import PlannedStage
 from lifelong_moe.model.architecture import Architecture
@@ -35,12 +38,13 @@ def run(config_path: str, overrides: list[str], replace: bool, console: Console)
         ConfigError: If the configuration is wrong, or the run's name belongs to another configuration.
         TryAgainError: If another process works on this run, or SIGTERM came.
     """
-    prepared = prepare(config_path, overrides)
-    record = RunRecord(ROOT, prepared.config.run)
-    with handling_sigterm() as interrupt, locked(record.lock_path, f"run {record.run}"):
-        record.clean()
-        head = _open_head(record, prepared, replace)
-        report, trained = _run_stages(prepared, record, head, interrupt, console)
+    with handling_sigterm() as interrupt:
+        prepared = prepare(config_path, overrides)
+        record = RunRecord(ROOT, prepared.config.run)
+        with locked(record.lock_path, f"run {record.run}"):
+            record.clean()
+            head = _open_head(record, prepared, replace)
+            report, trained = _run_stages(prepared, record, head, interrupt, console)
     render.report(console, [report])
     if not trained:
         console.print(f"Nothing to train: all {len(prepared.plan)} stages of {record.run} are committed.")
@@ -58,8 +62,9 @@ def _run_stages(
     tracker = Tracker.connect(config.tracking, ROOT)
     if tracker.problem:
         console.print(f"[yellow]{tracker.problem}[/yellow]")
-    mlflow = MlflowRecord(tracker, prepared, head, record)
     evaluator = Evaluator(config, data, EvaluationStore(ROOT), console)
+    content = content_key([[planned.key for planned in prepared.plan], [evaluator.key(d) for d in config.evaluated]])
+    mlflow = MlflowRecord(tracker, prepared, head, record, content)
     init = _evaluate_init(prepared, evaluator)
     committed: list[CommittedStage] = []
     rows: list[dict[str, Any]] = []
@@ -71,9 +76,10 @@ def _run_stages(
             stage = store.find(planned.key)
             shared = stage is not None and planned.key not in head["trained"]
             if stage is None:
-                stage = _train(planned, committed, prepared, mlflow, store, interrupt, console)
-                head["trained"].append(planned.key)
+                with _claimed(planned.key, head, record, interrupt):
+                    stage = _train(planned, committed, prepared, mlflow, store, interrupt, console)
                 trained += 1
+            shutil.rmtree(ROOT / "work" / planned.key[:SHORT], ignore_errors=True)  # killed right after its commit
             committed.append(stage)
             evaluations.append(evaluator(planned.key, planned.spec.name, partial(load_model, store, stage)))
             rows.append(_stage_row(planned, stage, shared))
@@ -94,6 +100,21 @@ def _run_stages(
         mlflow.interrupted()
         raise
     return report, trained
+
+
+@contextmanager
+def _claimed(key: str, head: dict[str, Any], record: RunRecord, interrupt: Interrupt) -> Iterator[None]:
+    """Say beforehand who trains a stage: if we are killed right after its commit, it still is this run's."""
+    if key not in head["trained"]:
+        head["trained"].append(key)
+        record.set_head(head)
+    try:
+        yield
+    except TryAgainError:
+        if not interrupt.requested:  # another run is at it
+            head["trained"].remove(key)
+            record.set_head(head)
+        raise
 
 
 def _train(
@@ -175,6 +196,7 @@ def _open_head(record: RunRecord, prepared: Prepared, replace: bool) -> dict[str
         "seed": prepared.config.seed,
         "config": prepared.raw,
         "plan": keys,
+        "names": [planned.spec.name for planned in prepared.plan],
         "stages": [key for key in head["stages"] if key in keys],
         "tokenizer": prepared.data.tokenizer.hash,
     }

@@ -28,9 +28,9 @@ class Prepared:
 def prepare(config_path: str, overrides: list[str]) -> Prepared:
     """Read the configuration, prepare its data, and plan its stages."""
     config, raw = load_config(config_path, overrides)
-    first, trained = config.stages[0].data, [stage.data for stage in config.stages]
+    trained = [stage.data for stage in config.stages]
     used = {name: config.distributions[name] for name in config.evaluated}
-    data = prepare_data(used, config.tokenizer, first, trained, CACHE)
+    data = prepare_data(used, config.tokenizer, trained, config.model.context, CACHE)
     hashes = {name: corpus.train_hash for name, corpus in data.corpora.items()}
     plan = plan_stages(config, hashes, data.tokenizer_identity(), data.tokenizer.bos_id)
     return Prepared(config, raw, data, plan)

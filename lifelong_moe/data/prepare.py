@@ -35,33 +35,48 @@ class PreparedData:
 
 
 def prepare_data(
-    sources: Mapping[str, SourceConfig], tokenizer: TokenizerConfig, train_on: str, trained: list[str], cache: Path
+    sources: Mapping[str, SourceConfig],
+    tokenizer: TokenizerConfig,
+    trained: list[str],
+    context: int,
+    cache: Path,
 ) -> PreparedData:
     """Read, check and tokenize every distribution; what is in the cache already is only verified.
 
     Args:
         sources: Distributions by name, those of the stages and those only evaluated.
         tokenizer: How text becomes tokens.
-        train_on: The first stage's distribution, whose training text the tokenizer is trained on.
-        trained: Distributions whose training text some stage reads.
+        trained: Distributions that the stages train on, in order; the tokenizer is trained on the first one's text.
+        context: Tokens in a training block; each trained distribution must fill at least one.
         cache: Directory for extracted text, tokenizers and tokens.
 
     Raises:
-        DataError: If documents cannot be read, or a training document is held out elsewhere.
+        DataError: If documents cannot be read or are too few, or a training document is held out elsewhere.
     """
-    corpora = {}
-    for name, source in sources.items():
-        try:
-            corpora[name] = read_corpus(name, source, cache)
-        except ConfigError as error:
-            raise ConfigError(f"distributions.{name}: {error}") from None
-        except DataError as error:
-            raise DataError(f"distributions.{name}: {error}") from None
+    # A person's own files first: a mistake in them is then found before the cache is written.
+    order = sorted(sources, key=lambda name: sources[name].builtin is not None)
+    read = {name: _read(name, sources[name], cache) for name in order}
+    corpora = {name: read[name] for name in sources}
     _require_disjoint(corpora, trained)
-    made = prepare_tokenizer(tokenizer, corpora[train_on], cache)
+    made = prepare_tokenizer(tokenizer, corpora[trained[0]], cache)
     tokens = {name: tokenize_corpus(corpus, made, cache) for name, corpus in corpora.items()}
-    _warn_if_coarse(tokens, train_on)
+    for name in trained:
+        if tokens[name].train.num_tokens <= context:
+            raise DataError(
+                f"distributions.{name}: too few tokens: {tokens[name].train.num_tokens} of training text do not fill "
+                f"one block of model.context={context}."
+            )
+    _warn_if_coarse(tokens, trained[0])
     return PreparedData(made, recipe(tokenizer), tokens)
+
+
+def _read(name: str, source: SourceConfig, cache: Path) -> Corpus:
+    try:
+        return read_corpus(name, source, cache)
+    except ConfigError as error:
+        raise ConfigError(f"distributions.{name}: {error}") from None
+    except DataError as error:
+        raise DataError(f"distributions.{name}: {error}") from None
 
 
 def _require_disjoint(corpora: Mapping[str, Corpus], trained: list[str]) -> None:

@@ -18,8 +18,8 @@ Keys of ``report.json`` (schema 1); matrices have a row after each stage and a c
 ``stages``                   a list, one object a stage: ``name``, ``data``, ``key``, ``routing``,
                              ``experts_per_layer``, ``parameters_total``, ``parameters_active``,
                              ``parameters_trainable``, ``tokens``, ``active_flops``, ``tokens_per_second``,
-                             ``seconds``, ``epochs``, ``shared`` (trained by another run), ``training`` (what else
-                             training measured)
+                             ``seconds``, ``epochs``, ``shared`` (trained by another run), ``weights_sha256``,
+                             ``training`` (what else training measured)
 ``routing``                  {distribution: {``entropy``, ``max_over_mean``, ``dead_experts``, ``leak``}} after the
                              last stage
 ``expert_counts``            {distribution: assignments per layer and expert} after the last stage

@@ -33,9 +33,9 @@ class GrowConfig:
     """``copy`` the experts that the new data uses most, with noise; or ``random``."""
     noise: float = 0.01
     """Standard deviation of the noise on a copy, relative to the copied matrix's own deviation."""
-    router: RouterInit = RouterInit.random
-    """New router rows: ``random``, ``copy`` of the copied expert's row, or ``centroid`` (FAISS k-means of the new
-    data's hidden states at that layer, scaled to the old rows' length). Clustered routers always use centroids."""
+    router: RouterInit = RouterInit.centroid
+    """New router rows: ``centroid`` (FAISS k-means of the new data's hidden states at that layer, scaled to the old
+    rows' length), ``random``, or ``copy`` of the copied expert's row. Clustered routers always use centroids."""
     sample_tokens: int = 20_000
     """Tokens of the new data on which expert usage and hidden states are measured."""
     min_share: float = 0.01

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lifelong_moe.clustering.kmeans import spherical_kmeans
+from lifelong_moe.errors import ConfigError
 from lifelong_moe.growth.config import ExpertInit, GrowConfig, RouterInit
 from lifelong_moe.growth.observe import Observation, observe, sample_logits
 from lifelong_moe.model.experts import Expert
@@ -44,8 +45,10 @@ def grow(model: LanguageModel, stage: str, config: GrowConfig, sample: Mapping[s
         for layer, seen in zip(model.moe_layers(), observations, strict=True):
             copied = most_used(seen.counts_E, config.experts)
             _begin_experts(layer, copied, config, model.architecture.model.init_std, generator)
-            if layer.router.trained:
+            if hasattr(layer.router, "rows"):
                 layer.router.set_rows(_new_rows(layer, seen, copied, config, generator, seed))
+            elif layer.router.trained and config.router != RouterInit.random:  # one of the user's own kind
+                raise ConfigError(f"grow.router={config.router} needs a router with rows; set grow.router=random.")
     check_noop(model, sample, before)
 
 

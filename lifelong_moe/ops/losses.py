@@ -19,7 +19,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden_TD: Tensor, head_VD: Tensor, target_T: Tensor, chunk: int) -> Tensor:
-        dtype = torch.get_autocast_dtype(hidden_TD.device.type) if torch.is_autocast_enabled() else hidden_TD.dtype
+        device = hidden_TD.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_TD.dtype
         head = head_VD.to(dtype)
         total = torch.zeros((), dtype=torch.float32, device=hidden_TD.device)
         grad_hidden = torch.empty_like(hidden_TD) if ctx.needs_input_grad[0] else None

@@ -27,7 +27,7 @@ class DistillText(StrEnum):
 class TrunkConfig:
     """The shared parts: everything but experts and router rows."""
 
-    train: TrunkTraining = TrunkTraining.gentle
+    train: TrunkTraining = TrunkTraining.full
     """``frozen``, ``gentle`` (at ``lr_scale`` times the rate) or ``full``."""
     lr_scale: float = 0.1
     """Learning-rate factor of a ``gentle`` trunk."""
@@ -41,7 +41,7 @@ class TrunkConfig:
 class DistillConfig:
     """Distillation from the previous stage's model: per-token KL x T squared."""
 
-    weight: float = 1.0
+    weight: float = 0.3
     """Factor on the distillation loss; 0 turns it off."""
     temperature: float = 2.0
     """Softens teacher and student alike."""

@@ -25,7 +25,7 @@ def build_router(config: RoutingConfig, *, width: int, layer: int) -> Router:
     try:
         build = getattr(import_module(module), name)
         router = build(config, width=width, layer=layer, **config.options)
-    except (ImportError, AttributeError, TypeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ConfigError(f"routing.mode={config.mode} cannot be built: {error}.") from None
     if not isinstance(router, Router):
         raise ConfigError(f"routing.mode={config.mode} must build a lifelong_moe.routing.base.Router.")

@@ -15,6 +15,8 @@ from lifelong_moe.errors import TryAgainError
 def locked(path: Path, what: str) -> Iterator[None]:
     """Hold an advisory lock; the system releases it however the process ends.
 
+    The lock is POSIX's: children do not inherit it, so data workers that outlive a killed run hold nothing.
+
     Args:
         path: Lock file; made if absent, never removed.
         what: What is locked, for the message.
@@ -25,8 +27,8 @@ def locked(path: Path, what: str) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
             file.seek(0)
             holder = file.read().strip() or "unknown"
             raise TryAgainError(f"{what} is being worked on by process {holder}; try again later.") from None

@@ -1,7 +1,8 @@
 """Runs: named references to stages, with a ledger of what happened.
 
-``head.json`` holds ``run``, ``method``, ``seed``, ``config`` (unresolved), ``plan`` (keys of all stages), ``stages``
-(keys of the committed ones), ``evaluations`` (what the report is made of) and ``mlflow`` (ids of its runs).
+``head.json`` holds ``run``, ``method``, ``seed``, ``config`` (unresolved), ``plan`` and ``names`` (keys and names of
+all stages), ``stages`` (keys of the committed ones), ``trained`` (keys of those that this run itself trains),
+``tokenizer`` (its hash) and ``mlflow`` (what has been recorded there).
 """
 
 from __future__ import annotations

@@ -65,12 +65,13 @@ class Meter(Callback):
         trainer.logger.log_metrics({**self.last, **extra}, step=step)
 
     def state_dict(self) -> dict[str, Any]:
-        """Time spent so far, so that an interrupted stage reports all of it."""
-        return {"seconds": self.seconds, "data_seconds": self.data_seconds}
+        """Time spent and the last point, so that an interrupted stage reports all of it."""
+        return {"seconds": self.seconds, "data_seconds": self.data_seconds, "last": self.last}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue the clock."""
         self.seconds, self.data_seconds = state_dict["seconds"], state_dict["data_seconds"]
+        self.last = state_dict["last"]
 
 
 class ProgressReport(Callback):
@@ -133,6 +134,10 @@ class StepCheckpoint(Callback):
         self.interrupt = interrupt
         self._saved = -1
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Be the only one who hears SIGTERM."""
+        self.interrupt.take_over()
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -146,6 +151,8 @@ class StepCheckpoint(Callback):
         if not at_boundary or step == self._saved:
             return
         if self.interrupt.requested or step % self.every_steps == 0:
+            if trainer.logger is not None:
+                trainer.logger.save()  # a run that continues from here does not log these points again
             trainer.save_checkpoint(checkpoint_path(self.work, self.phase, step))
             self._saved = step
             for old in checkpoints(self.work)[: -self.keep]:

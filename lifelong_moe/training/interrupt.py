@@ -7,6 +7,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import NoReturn
 
 from lifelong_moe.errors import TryAgainError
 
@@ -22,12 +23,29 @@ class Interrupt:
 
     @contextmanager
     def until_step_boundary(self) -> Iterator[None]:
-        """Within this context a request only sets ``requested``; somebody inside looks at it."""
+        """Within this context a request only sets ``requested``; somebody inside looks at it.
+
+        Raises:
+            TryAgainError: On leaving, if the request came too late for anybody inside to see it.
+            KeyboardInterrupt: If Lightning made an exit of it.
+        """
         self.deferred = True
         try:
             yield
+        except SystemExit as stop:
+            if isinstance(stop.__context__, KeyboardInterrupt):
+                signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning ignores it from then on
+                raise KeyboardInterrupt from None
+            if not self.requested:
+                raise
         finally:
             self.deferred = False
+        if self.requested:
+            self._stop()
+
+    def take_over(self) -> None:
+        """Undo a handler that a library put around ours: Lightning's would end training between two micro-batches."""
+        signal.signal(signal.SIGTERM, self.handle)
 
     def handle(self, signum: int, frame: FrameType | None) -> None:
         """Signal handler: the first signal asks, a second one ends the process at once."""
@@ -35,7 +53,10 @@ class Interrupt:
             os._exit(EXIT_CODE)
         self.requested = True
         if not self.deferred:
-            raise TryAgainError("stopped by SIGTERM between two stages; run the same command again to continue.")
+            self._stop()
+
+    def _stop(self) -> NoReturn:
+        raise TryAgainError("stopped by SIGTERM between two steps of work; run the same command again to continue.")
 
 
 @contextmanager

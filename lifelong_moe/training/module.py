@@ -46,9 +46,9 @@ class StageModule(LightningModule):
         """Clusters of a sample when the phase began, to measure how much they churn; kept over interruptions."""
 
     def on_fit_start(self) -> None:
-        """The teacher follows to the device; what it shares with the student is there already."""
+        """The teacher follows to the device and dtype; what it shares with the student is there already."""
         if self._teacher[0] is not None:
-            self._teacher[0].to(self.device)
+            self._teacher[0].to(self.device, self.model.embedding.weight.dtype)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Loss of one micro-batch; its parts ride along, detached, for callbacks to log."""

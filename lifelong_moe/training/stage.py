@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 import shutil
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from lifelong_moe.model.architecture import Architecture
 from lifelong_moe.model.transformer import LanguageModel, initialize
 from lifelong_moe.retention.teacher import make_teacher
 from lifelong_moe.routing.config import Features, Level
+from lifelong_moe.stages.atomic import replace_file
 from lifelong_moe.stages.keys import SHORT
 from lifelong_moe.stages.lock import locked
 from lifelong_moe.stages.store import CommittedStage, StageStore
@@ -111,7 +113,9 @@ def train_stage(
                 if phase.fits_clusters and resume is None:
                     _fit_clusters(model, spec, index, corpora[spec.data])
                 run = _PhaseRun(number, phase, first_step, work, resume)
-                measured.append(_train_phase(model, teacher, spec, run, corpora, environment))
+                done = _train_phase(model, teacher, spec, run, corpora, environment)
+                replace_file(work / f"phase-{number}.json", json.dumps(done))
+            measured.append(json.loads((work / f"phase-{number}.json").read_text(encoding="utf-8")))
             first_step += phase.steps
         metrics = _stage_metrics(model, spec, measured, corpora[spec.data])
         hashes = {name: corpora[name].train_hash for name in (spec.data, *spec.replayed)}
@@ -239,31 +243,28 @@ def build_trainer(config: TrainerConfig, steps: int, callbacks: list[Any], logge
     """A Lightning Trainer for so many steps; what a stage needs of its own stays ours."""
     on_cpu = config.accelerator == "cpu" or (config.accelerator == "auto" and not torch.cuda.is_available())
     deterministic = on_cpu if config.deterministic is None else config.deterministic
-    with warnings.catch_warnings():
-        # One process and few workers are a choice here, not an oversight.
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        return Trainer(
-            accelerator=config.accelerator,
-            devices=config.devices,
-            num_nodes=config.num_nodes,
-            strategy=config.strategy,
-            precision=config.precision,  # type: ignore[arg-type]
-            accumulate_grad_batches=config.accumulate_grad_batches,
-            log_every_n_steps=1,  # our Meter decides
-            deterministic=deterministic,
-            benchmark=config.benchmark,
-            detect_anomaly=config.detect_anomaly,
-            profiler=config.profiler,
-            max_steps=steps,
-            max_epochs=-1,
-            callbacks=callbacks,
-            logger=logger,
-            plugins=[SafeCheckpointIO()],
-            use_distributed_sampler=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
+    return Trainer(
+        accelerator=config.accelerator,
+        devices=config.devices,
+        num_nodes=config.num_nodes,
+        strategy=config.strategy,
+        precision=config.precision,  # type: ignore[arg-type]
+        accumulate_grad_batches=config.accumulate_grad_batches,
+        log_every_n_steps=1,  # our Meter decides
+        deterministic=deterministic,
+        benchmark=config.benchmark,
+        detect_anomaly=config.detect_anomaly,
+        profiler=config.profiler,
+        max_steps=steps,
+        max_epochs=-1,
+        callbacks=callbacks,
+        logger=logger,
+        plugins=[SafeCheckpointIO()],
+        use_distributed_sampler=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
 
 
 def _sample_assignments(model: LanguageModel, spec: StageSpec, corpus: TokenizedCorpus) -> Tensor | None:
@@ -294,7 +295,8 @@ def _stage_metrics(
         "tokens_per_second": tokens / seconds,
         "data_fraction": sum(m["data_seconds"] for m in measured) / seconds,
         "nonfinite_steps": sum(m["nonfinite_steps"] for m in measured),
-        "final": measured[-1]["final"],
+        # A loss that was not finite is absent here; nonfinite_steps says why.
+        "final": {name: value for name, value in measured[-1]["final"].items() if math.isfinite(value)},
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "epochs": tokens * (1 - spec.replay_fraction) / corpus.train.num_tokens,
     }

@@ -16,11 +16,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from lifelong_moe.tracking.config import TrackingConfig
-from lifelong_moe.tracking.connection import prepare_environment
 from lifelong_moe.tracking.tracker import Tracker
-
-# MLflow 3.17's own tables use an option that SQLAlchemy 2.1 has deprecated; nothing of ours.
-pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
 
 
 @pytest.fixture(autouse=True)
@@ -29,17 +25,6 @@ def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     for name in ("MAX_RETRIES", "TIMEOUT", "BACKOFF_FACTOR"):
         monkeypatch.setenv(f"MLFLOW_HTTP_REQUEST_{name}", "1")
-
-
-@pytest.fixture(scope="session")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty MLflow database; creating one takes seconds."""
-    prepare_environment()  # before the import: no telemetry from tests either
-    from mlflow import MlflowClient
-
-    database = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    MlflowClient(f"sqlite:///{database}").search_experiments()
-    return database
 
 
 @pytest.fixture

@@ -1,0 +1,70 @@
+"""Write docs/configuration.md from the docstrings of the configuration's dataclasses; run it after a change."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import sys
+from enum import Enum
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from lifelong_moe.config import RunConfig
+
+INTRODUCTION = """# Configuration
+
+Made from the docstrings by `python docs/generate_configuration.py`; a test keeps it true.
+
+A run is one YAML file, and any key can be set on the command line: `lifelong-moe run FILE seed=1
+stage_defaults.tokens=100000 'stages[1].grow.experts=4'`. `stage_defaults` holds what all `stages` have in common.
+A key that does not exist, or a value that cannot be, costs one line and exit code 2 before anything is written.
+"""
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """The docstring under each field of a dataclass."""
+    body = ast.parse(inspect.getsource(cls)).body[0].body  # type: ignore[attr-defined]
+    docs = {}
+    for field, text in pairwise(body):
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+            docs[field.target.id] = " ".join(str(text.value.value).split())  # type: ignore[union-attr]
+    return docs
+
+
+def default_text(field: dataclasses.Field[Any]) -> str:
+    """The default as YAML would write it."""
+    if field.default is not dataclasses.MISSING:
+        value = field.default.value if isinstance(field.default, Enum) else field.default
+        return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    if field.default_factory is not dataclasses.MISSING:
+        return str(field.default_factory())
+    return "required"
+
+
+def section(cls: type, path: str) -> list[str]:
+    """A table for one dataclass, then the sections inside it."""
+    hints, docs = get_type_hints(cls), field_docs(cls)
+    rows, inner = [], []
+    for field in dataclasses.fields(cls):
+        kind = hints[field.name]
+        nested = next((k for k in (kind, *get_args(kind)) if dataclasses.is_dataclass(k)), None)
+        name = f"{path}.{field.name}" if path else field.name
+        if nested is not None:
+            suffix = ".NAME" if field.name == "distributions" else "[i]" if field.name == "stages" else ""
+            inner += section(nested, name + suffix)
+        else:
+            rows.append(f"| `{field.name}` | `{default_text(field)}` | {docs[field.name]} |")
+    title = f"## `{path}`" if path else "## The run"
+    return [title, "", str(inspect.getdoc(cls)), "", "| key | default | |", "|---|---|---|", *rows, "", *inner]
+
+
+def configuration() -> str:
+    """The whole page."""
+    return (INTRODUCTION + "\n" + "\n".join(section(RunConfig, "")).rstrip() + "\n").replace("``", "`")
+
+
+if __name__ == "__main__":
+    Path(__file__).with_name("configuration.md").write_text(configuration(), encoding="utf-8")
+    sys.exit(0)

@@ -1,0 +1,211 @@
+"""To and from Mixtral checkpoints, under the names that transformers, vLLM and lm-evaluation-harness read from disk.
+
+Both directions work on plain data, so transformers itself is not needed. In memory transformers 5 fuses a layer's
+experts into 3-D tensors; on disk every expert has ``w1`` (gate), ``w2`` (down) and ``w3`` (up) of its own.
+
+Legend: D model width, E experts, F expert width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lifelong_moe.errors import CheckpointError, ConfigError
+from lifelong_moe.model.architecture import Architecture, Generation
+from lifelong_moe.model.config import ModelConfig
+from lifelong_moe.model.transformer import LanguageModel
+from lifelong_moe.routing.config import RoutingConfig
+
+BLOCK_NAMES = {
+    "attention_norm.weight": "input_layernorm.weight",
+    "attention.query.weight": "self_attn.q_proj.weight",
+    "attention.key.weight": "self_attn.k_proj.weight",
+    "attention.value.weight": "self_attn.v_proj.weight",
+    "attention.output.weight": "self_attn.o_proj.weight",
+    "moe_norm.weight": "post_attention_layernorm.weight",
+}
+"""Our name of a tensor in a block → Mixtral's."""
+REQUIRED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "num_local_experts",
+    "num_experts_per_tok",
+    "max_position_embeddings",
+    "bos_token_id",
+)
+"""Keys that a Mixtral config must have, integers all."""
+
+
+def to_mixtral(model: LanguageModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A model as ``config.json`` and tensors of a ``MixtralForCausalLM``.
+
+    Experts of all generations stand in order of birth. A document ends where the next one begins, so BOS is EOS too.
+
+    Args:
+        model: With learned routing; left as it is.
+
+    Returns:
+        Plain JSON data, and copies of the weights on the CPU, ready for ``safetensors.torch.save_file``.
+
+    Raises:
+        ConfigError: If Mixtral cannot express the model's routing.
+    """
+    architecture = model.architecture
+    routing = architecture.routing
+    if routing.mode != "learned":
+        raise ConfigError(f"routing.mode={routing.mode} has no Mixtral form; only learned routing can be exported.")
+    if not routing.renormalize:
+        raise ConfigError("routing.renormalize=false has no Mixtral form: Mixtral always renormalizes gate weights.")
+    tensors = {name: _copy(tensor) for name, tensor in _shared_tensors(model)}
+    for i, layer in enumerate(model.moe_layers()):
+        prefix = f"model.layers.{i}.block_sparse_moe"
+        tensors[f"{prefix}.gate.weight"] = _copy(torch.cat(list(layer.router.rows)))  # type: ignore[arg-type]
+        for e, expert in enumerate(layer.banks.experts):
+            gate_FD, up_FD = expert.gate_up.chunk(2)  # type: ignore[operator]
+            for name, tensor in (("w1", gate_FD), ("w2", expert.down), ("w3", up_FD)):
+                tensors[f"{prefix}.experts.{e}.{name}.weight"] = _copy(tensor)  # type: ignore[arg-type]
+    return _mixtral_config(architecture), tensors
+
+
+def from_mixtral(config: Mapping[str, Any], state_dict: Mapping[str, Tensor], stage: str = "mixtral") -> LanguageModel:
+    """A Mixtral checkpoint as a model of ours; all its experts are the first generation.
+
+    Args:
+        config: Its ``config.json``.
+        state_dict: Its tensors under their names on disk, any floating-point type; the model is float32.
+        stage: Birth stage of the experts.
+
+    Returns:
+        On the CPU, everything trainable.
+
+    Raises:
+        ConfigError: If the config asks for what our decoder does not do.
+        CheckpointError: If a tensor is missing, unknown or of the wrong shape.
+    """
+    model = LanguageModel(_architecture(config, stage))
+    expected = dict(_shared_tensors(model))
+    found = dict(state_dict)
+    if model.architecture.model.tie_embeddings:
+        found.pop("lm_head.weight", None)  # some writers keep the copy
+    for i, layer in enumerate(model.moe_layers()):
+        prefix = f"model.layers.{i}.block_sparse_moe"
+        expected[f"{prefix}.gate.weight"] = layer.router.rows[0]  # type: ignore[index]
+        for e, expert in enumerate(layer.banks.experts):
+            gate_FD, up_FD = expert.gate_up.detach().chunk(2)  # type: ignore[operator]
+            for name, tensor in (("w1", gate_FD), ("w2", expert.down), ("w3", up_FD)):
+                expected[f"{prefix}.experts.{e}.{name}.weight"] = tensor  # type: ignore[assignment]
+    _check_names(set(expected), set(found))
+    with torch.no_grad():
+        for name, target in expected.items():
+            if found[name].shape != target.shape:
+                raise CheckpointError(
+                    f"{name} has shape {tuple(found[name].shape)}, but its config asks for {tuple(target.shape)}."
+                )
+            target.copy_(found[name])
+    return model
+
+
+def _shared_tensors(model: LanguageModel) -> Iterator[tuple[str, Tensor]]:
+    """Mixtral's name and our tensor of everything but experts and routers."""
+    yield "model.embed_tokens.weight", model.embedding.weight
+    for i, block in enumerate(model.blocks):
+        for ours, theirs in BLOCK_NAMES.items():
+            yield f"model.layers.{i}.{theirs}", block.get_parameter(ours)
+    yield "model.norm.weight", model.norm.weight
+    if not model.architecture.model.tie_embeddings:
+        yield "lm_head.weight", model.head.weight
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+
+
+def _mixtral_config(architecture: Architecture) -> dict[str, Any]:
+    model = architecture.model
+    return {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "vocab_size": architecture.vocab_size,
+        "hidden_size": model.width,
+        "intermediate_size": model.expert_width,
+        "num_hidden_layers": model.layers,
+        "num_attention_heads": model.heads,
+        "num_key_value_heads": model.kv_heads,
+        "num_local_experts": architecture.num_experts,
+        "num_experts_per_tok": architecture.routing.top_k,
+        "hidden_act": "silu",
+        "max_position_embeddings": model.context,
+        "sliding_window": None,
+        "rms_norm_eps": model.norm_eps,
+        "rope_theta": model.rope_base,
+        "tie_word_embeddings": model.tie_embeddings,
+        "initializer_range": model.init_std,
+        "bos_token_id": architecture.bos_id,
+        "eos_token_id": architecture.bos_id,
+        "dtype": "float32",
+    }
+
+
+def _architecture(config: Mapping[str, Any], stage: str) -> Architecture:
+    """The architecture of a Mixtral config, whose every key that matters is one we can honour."""
+    for key, wanted in {"model_type": "mixtral", "hidden_act": "silu"}.items():
+        if config.get(key) != wanted:
+            raise ConfigError(f"Mixtral config: {key}={config.get(key)} is not supported; only {wanted} is.")
+    for key in ("sliding_window", "quantization_config"):
+        if config.get(key) is not None:
+            raise ConfigError(f"Mixtral config: {key}={config[key]} is not supported; it must be null.")
+    for key in REQUIRED:
+        if not isinstance(config.get(key), int):
+            raise ConfigError(f"Mixtral config: {key}={config.get(key)} must be an integer.")
+    head_width = config["hidden_size"] // config["num_attention_heads"]
+    if config.get("head_dim") not in (None, head_width):
+        raise ConfigError(
+            f"Mixtral config: head_dim={config['head_dim']} is not supported; it must be hidden_size / "
+            f"num_attention_heads = {head_width}."
+        )
+    return Architecture(
+        model=ModelConfig(
+            layers=config["num_hidden_layers"],
+            width=config["hidden_size"],
+            heads=config["num_attention_heads"],
+            kv_heads=config["num_key_value_heads"],
+            expert_width=config["intermediate_size"],
+            experts=config["num_local_experts"],
+            context=config["max_position_embeddings"],
+            rope_base=_rope_base(config),
+            norm_eps=config.get("rms_norm_eps", 1e-5),
+            tie_embeddings=config.get("tie_word_embeddings", False),
+            init_std=config.get("initializer_range", 0.02),
+        ),
+        routing=RoutingConfig(top_k=config["num_experts_per_tok"]),
+        vocab_size=config["vocab_size"],
+        bos_id=config["bos_token_id"],
+        generations=(Generation(stage, config["num_local_experts"]),),
+    )
+
+
+def _rope_base(config: Mapping[str, Any]) -> float:
+    """Rotary base; transformers 5 writes ``rope_parameters``, earlier ones ``rope_theta`` and ``rope_scaling``."""
+    rope = config.get("rope_parameters") or {}
+    kind = rope.get("rope_type", "default")
+    scaling = config.get("rope_scaling")
+    if kind != "default" or (scaling and scaling.get("rope_type", scaling.get("type")) != "default"):
+        raise ConfigError(f"Mixtral config: rotary scaling {scaling or rope} is not supported; only the default is.")
+    return float(rope.get("rope_theta", config.get("rope_theta", 1e6)))
+
+
+def _check_names(expected: set[str], found: set[str]) -> None:
+    if missing := sorted(expected - found):
+        fused = any(".mlp.experts." in name for name in found)
+        hint = " Its experts are fused, as in memory; give the tensors of a saved checkpoint." if fused else ""
+        raise CheckpointError(f"{len(missing)} of {len(expected)} tensors are missing, such as {missing[0]}.{hint}")
+    if unknown := sorted(found - expected):
+        raise CheckpointError(f"{unknown[0]} is no tensor of a Mixtral of this config.")

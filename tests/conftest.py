@@ -1,0 +1,166 @@
+"""Tiny models and what they eat; helpers come as fixtures, because test folders are no packages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import settings
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from lifelong_moe.config import RunConfig, build_config
+from lifelong_moe.model.architecture import Architecture, Generation
+from lifelong_moe.model.config import ModelConfig
+from lifelong_moe.model.transformer import LanguageModel, initialize
+from lifelong_moe.routing.cluster import TokenClusterRouter
+from lifelong_moe.routing.config import Features, Level, RoutingConfig
+
+torch.set_num_threads(1)
+torch.set_warn_always(True)  # else only the first test to provoke a warning fails on it
+# One core, shared: what an example costs says nothing about the code.
+settings.register_profile("tests", deadline=None, derandomize=True, max_examples=25)
+settings.load_profile("tests")
+
+VOCAB = 61
+ROUTER_KINDS: dict[str, dict[str, Any]] = {
+    "learned": {},
+    "token_embedding": {"mode": "cluster", "level": Level.token, "features": Features.embedding},
+    "token_hidden": {"mode": "cluster", "level": Level.token, "features": Features.hidden},
+    "document": {"mode": "cluster", "level": Level.document},
+    "label": {"mode": "label"},
+}
+
+
+def build_architecture(
+    kind: str = "learned",
+    generations: tuple[int, ...] = (4,),
+    *,
+    model: Mapping[str, Any] | None = None,
+    routing: Mapping[str, Any] | None = None,
+) -> Architecture:
+    """Two layers of width 16; generation g is born in stage ``s<g>`` and all but the newest are frozen."""
+    shape: dict[str, Any] = {"layers": 2, "width": 16, "heads": 4, "kv_heads": 2, "expert_width": 8, "context": 16}
+    # Far larger than usual, so that logits differ by whole units and a difference of 1e-6 means equal.
+    shape |= {"experts": generations[0], "init_std": 0.3, "document_mask": kind == "document"}
+    router = {"feature_width": 6, "chunk_tokens": 4} | ROUTER_KINDS[kind]
+    return Architecture(
+        model=ModelConfig(**(shape | dict(model or {}))),
+        routing=RoutingConfig(**(router | dict(routing or {}))),
+        vocab_size=VOCAB,
+        bos_id=0,
+        generations=tuple(Generation(f"s{g}", experts) for g, experts in enumerate(generations)),
+        frozen=len(generations) - 1,
+        labels=tuple((f"d{g}", g) for g in range(len(generations))) if kind == "label" else (),
+    )
+
+
+def fill_clusters(model: LanguageModel, seed: int) -> None:
+    """Random unit centroids of every generation, in place of fitted ones."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def unit(tensor: Tensor) -> None:
+        tensor.copy_(F.normalize(torch.randn(tensor.shape, generator=generator), dim=-1))
+
+    if model.token_features is not None:
+        unit(model.token_features)
+    if model.document_clusters is not None:
+        for buffer in model.document_clusters.buffers():
+            unit(buffer)
+    for layer in model.moe_layers():
+        if isinstance(layer.router, TokenClusterRouter):
+            for centroids in layer.router.centroids():
+                unit(centroids)
+            layer.router.hashing = False
+
+
+def build_model(
+    kind: str = "learned", generations: tuple[int, ...] = (4,), *, seed: int = 0, **sections: Any
+) -> LanguageModel:
+    """A filled model of that architecture, in training mode."""
+    model = LanguageModel(build_architecture(kind, generations, **sections))
+    initialize(model, seed)
+    fill_clusters(model, seed)
+    return model
+
+
+def build_batch(blocks: int = 4, length: int = 16, *, seed: int = 0, groups: int = 1) -> dict[str, Tensor]:
+    """Random blocks as the data module makes them; two documents a block, every other block replayed."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, VOCAB, (blocks, length + 1), generator=generator)
+    return {
+        "token_ids": ids[:, :-1],
+        "target_ids": ids[:, 1:],
+        "document_ids": (torch.arange(length) >= length // 2).long().expand(blocks, length).clone(),
+        "group_ids": torch.randint(0, groups, (blocks, length), generator=generator),
+        "replayed": torch.arange(blocks) % 2 == 1,
+    }
+
+
+def build_raw(**changes: Any) -> dict[str, Any]:
+    """Plain configuration data of a run of two stages."""
+    raw: dict[str, Any] = {
+        "run": "tiny",
+        "distributions": {
+            "english": {"builtin": "english_docs"},
+            "python": {"builtin": "python_code"},
+        },
+        "model": {"layers": 2, "width": 16, "heads": 4, "kv_heads": 2, "expert_width": 8, "experts": 4, "context": 16},
+        "stage_defaults": {"tokens": 640, "optim": {"batch_tokens": 64}},
+        "stages": [{"data": "english"}, {"data": "python"}],
+    }
+    return raw | changes
+
+
+def build_run(*overrides: str, **changes: Any) -> RunConfig:
+    """That run, with ``key=value`` overrides."""
+    raw = OmegaConf.create(build_raw(**changes))
+    for override in overrides:
+        key, _, value = override.partition("=")
+        OmegaConf.update(raw, key, OmegaConf.from_dotlist([f"value={value}"])._get_node("value"), force_add=True)
+    return build_config(raw)
+
+
+@pytest.fixture(params=ROUTER_KINDS)
+def router_kind(request: pytest.FixtureRequest) -> str:
+    """Each way of routing in turn."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def make_architecture() -> Callable[..., Architecture]:
+    """``build_architecture``."""
+    return build_architecture
+
+
+@pytest.fixture(scope="session")
+def make_model() -> Callable[..., LanguageModel]:
+    """``build_model``."""
+    return build_model
+
+
+@pytest.fixture(scope="session")
+def make_batch() -> Callable[..., dict[str, Tensor]]:
+    """``build_batch``."""
+    return build_batch
+
+
+@pytest.fixture(scope="session")
+def make_raw() -> Callable[..., dict[str, Any]]:
+    """``build_raw``."""
+    return build_raw
+
+
+@pytest.fixture(scope="session")
+def make_run() -> Callable[..., RunConfig]:
+    """``build_run``."""
+    return build_run
+
+
+@pytest.fixture(scope="session")
+def fitted() -> Callable[[LanguageModel, int], None]:
+    """``fill_clusters``."""
+    return fill_clusters

@@ -1,0 +1,311 @@
+"""The command line as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines.cli import app
+from tests.e2e.conftest import Cli
+from tests.tiny import CONTEXT, SEQUENCES, STEPS, TOKENS, tiny_config, write_config
+
+SHA256 = re.compile(r"[0-9a-f]{64}")
+COMMANDS = sorted(str(command.name or command.callback.__name__) for command in app.registered_commands)  # type: ignore[union-attr]
+QUICK_SECONDS = 1.5
+HEAVY = ("torch", "lightning", "mlflow", "transformers", "datasets", "faiss", "tokenizers", "matplotlib")
+
+
+def files(root: Path) -> list[str]:
+    return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
+
+
+def in_subprocess(*arguments: str) -> tuple[subprocess.CompletedProcess[str], float, set[str]]:
+    """The installed command in a process of its own: result, seconds, and modules that it imported."""
+    script = (
+        "import atexit, json, sys\n"
+        "atexit.register(lambda: print('MODULES ' + json.dumps(sorted(sys.modules)), file=sys.stderr))\n"
+        f"sys.argv = ['lifelong-moe', *{list(arguments)!r}]\n"
+        "from pipelines.cli import main\n"
+        "main()\n"
+    )
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    seconds = time.perf_counter() - began
+    lines = done.stderr.splitlines()
+    modules = set(json.loads(lines[-1].removeprefix("MODULES ")))
+    done.stderr = "\n".join(lines[:-1])
+    return done, seconds, modules
+
+
+def test_help_of_every_command(cli: Cli) -> None:
+    overview = cli("--help")
+    assert overview.code == 0
+    for command in COMMANDS:
+        assert f" {command} " in overview.out
+        shown = cli(command, "--help")
+        assert shown.code == 0
+        assert f"lifelong-moe {command}" in shown.out or f" {command} " in shown.out
+        assert "Usage" in shown.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("run", "nosuch.yaml"), "ConfigError: nosuch.yaml: no such file."),
+        (("run", "tini.yaml"), "ConfigError: tini.yaml: no such file. Did you mean tiny.yaml?"),
+        (("plan", "tiny.yaml", "modle.width=64"), "ConfigError: key modle is unknown. Did you mean model?"),
+        (("run", "tiny.yaml", "model.widht=64"), "ConfigError: model.widht: "),
+        (("run", "tiny.yaml", "stages[1].grow.expert=4"), "ConfigError: stages[1].grow.expert: "),
+        (("run", "tiny.yaml", "seed"), "ConfigError: override 'seed' must have the form key=value."),
+        (("run", "tiny.yaml", "method=magic"), "ConfigError: method: "),
+    ],
+)
+def test_mistakes_in_a_configuration_cost_one_line(
+    lab: Path, cli: Cli, arguments: tuple[str, ...], message: str
+) -> None:
+    before = files(lab)
+    result = cli(*arguments)
+    assert result.code == 2
+    assert result.out == "" and result.err.count("\n") == 1
+    assert result.err.startswith(message)
+    assert files(lab) == before
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("--help",), ("run", "nosuch.yaml"), ("run", "tiny.yaml", "model.widht=64"), ("plan", "tiny.yaml", "seed=x")],
+)
+def test_mistakes_are_answered_at_once(lab: Path, arguments: tuple[str, ...]) -> None:
+    before = files(lab)
+    attempts = []
+    for _ in range(3):
+        done, seconds, modules = in_subprocess(*arguments)
+        assert done.returncode == (0 if "--help" in arguments else 2)
+        assert "Traceback" not in done.stderr
+        assert not modules & set(HEAVY)
+        attempts.append(seconds)
+        if seconds < QUICK_SECONDS:
+            break
+    assert min(attempts) < QUICK_SECONDS, attempts
+    assert files(lab) == before
+
+
+def test_unknown_command_and_option(cli: Cli) -> None:
+    assert cli("rum", "tiny.yaml").code == 2
+    assert cli("run", "tiny.yaml", "--jsno").code == 2
+
+
+def test_plan_trains_nothing(lab: Path, cli: Cli) -> None:
+    result = cli("plan", "tiny.yaml")
+    assert result.code == 0
+    assert f"2 of 2 stages to train: {2 * TOKENS:,} tokens" in result.out
+    assert not (lab / "mlruns").exists()
+    planned = cli("plan", "tiny.yaml", "--json")
+    plan = json.loads(planned.out)
+    assert (plan["run"], plan["method"]) == ("tiny", "lifelong")
+    assert [(row["name"], row["action"], row["tokens"]) for row in plan["stages"]] == [
+        ("fruit", "train", TOKENS),
+        ("code", "train", TOKENS),
+    ]
+    assert [row["new_experts_per_layer"] for row in plan["stages"]] == [2, 2]
+    assert all(SHA256.fullmatch(row["key"]) and row["disk_bytes"] > 0 for row in plan["stages"])
+    assert plan["stages"][1]["teacher_tokens"] == round(STEPS * SEQUENCES * CONTEXT * 0.25)
+    assert not (lab / "mlruns").exists()
+
+
+def test_plan_knows_what_is_committed(trained: Path, cli: Cli) -> None:
+    before = files(trained / "mlruns")
+    result = cli("plan", "tiny.yaml")
+    assert "0 of 2 stages to train" in result.out and result.out.count("committed") == 2
+    changed = cli("plan", "tiny.yaml", "stages[1].tokens=2048")
+    assert "1 of 2 stages to train: 2,048 tokens" in changed.out
+    assert "running needs run=NAME or --replace" in changed.out
+    assert "s at the speed of the stages committed so far" in changed.out
+    assert files(trained / "mlruns") == before
+
+
+def test_run_then_ask_everything(lab: Path, cli: Cli) -> None:
+    result = cli("run", "tiny.yaml", "--json")
+    assert result.code == 0, result.err
+    report = json.loads(result.out)
+    assert report == json.loads((lab / "mlruns/runs/tiny/report.json").read_text())
+    again = cli("run", "tiny.yaml")
+    assert again.code == 0 and "Nothing to train: all 2 stages of tiny are committed." in again.out
+    refused = cli("run", "tiny.yaml", "seed=1")
+    assert refused.code == 2 and "or --replace" in refused.err
+    assert cli("run", "tiny.yaml", "seed=1", "--replace", "stages=[{data: fruit}]").code == 0
+
+
+def test_report_of_two_runs(trained: Path, cli: Cli) -> None:
+    result = cli("report", "tiny", "naive")
+    assert result.code == 0
+    for text in ("tiny (lifelong)", "naive (sequential)", "Side by side", "forgetting of fruit", "(untrained)"):
+        assert text in result.out
+    reports = json.loads(cli("report", "tiny", "naive", "--json").out)
+    assert [report["run"] for report in reports] == ["tiny", "naive"]
+    unknown = cli("report", "tiny", "tony")
+    assert unknown.code == 2 and unknown.err.count("\n") == 1 and "There are naive, tiny." in unknown.err
+
+
+def test_status_of_what_is_done_under_way_and_to_do(lab: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lifelong_moe.errors import ResourceError
+    from lifelong_moe.training.callbacks import StepCheckpoint
+
+    original = StepCheckpoint.on_train_batch_end
+
+    def on_train_batch_end(self: Any, trainer: Any, pl_module: Any, *args: Any) -> None:
+        original(self, trainer, pl_module, *args)
+        if (pl_module.spec.name, trainer.global_step) == ("code", 10):
+            raise ResourceError("stopped by the test")
+
+    config = tiny_config(("fruit", "code", "sea"))
+    config["stages"].append({"data": "code"})
+    write_config(config)
+    monkeypatch.setattr(StepCheckpoint, "on_train_batch_end", on_train_batch_end)
+    assert cli("run", "tiny.yaml").code == 8
+    status = json.loads(cli("status", "tiny", "--json").out)
+    assert [(row["name"], row["state"], row["checkpoint_step"]) for row in status["stages"]] == [
+        ("fruit", "committed", None),
+        ("code", "under way", 8),
+        ("sea", "to do", None),
+        ("code-2", "to do", None),
+    ]
+    shown = cli("status", "tiny").out
+    assert "committed" in shown and "under way" in shown and "step 8" in shown and "to do" in shown
+    assert cli("status", "tony").code == 2
+
+
+def test_lineage(trained: Path, cli: Cli) -> None:
+    rows = json.loads(cli("lineage", "tiny", "--json").out)
+    assert [row["name"] for row in rows] == ["fruit", "code"]
+    assert [row["experts"] for row in rows] == ["fruit/L0..1/E0..1", "code/L0..1/E2..3"]
+    assert rows[0]["parent"] is None and rows[1]["parent"] == rows[0]["key"]
+    assert set(rows[1]["data"]) == {"fruit", "code"}
+    assert rows[0]["borrowed_tensors"] == 0 < rows[1]["borrowed_tensors"]
+    assert all(SHA256.fullmatch(row["weights_sha256"]) for row in rows)
+    shown = cli("lineage", "tiny").out
+    assert "code/L0..1/E2..3" in shown and "lineage of tiny" in shown
+
+
+def test_evaluate_any_text(trained: Path, cli: Cli) -> None:
+    result = cli("evaluate", "tiny", "--data", "sea.jsonl", "--json")
+    assert result.code == 0, result.err
+    measured = json.loads(result.out)
+    assert (measured["run"], measured["stage"]) == ("tiny", "code")
+    assert measured["documents"] == 160 and measured["tokens"] > 0
+    bits = measured["nats_per_token"] * measured["tokens"] / math.log(2) / measured["bytes"]
+    assert measured["bits_per_byte"] == pytest.approx(bits)
+    first = json.loads(cli("evaluate", "tiny", "--data", "sea.jsonl", "--stage", "fruit", "--json").out)
+    assert first["stage"] == "fruit" and first["nats_per_token"] != measured["nats_per_token"]
+    assert "bits/byte (160 documents" in cli("evaluate", "tiny", "--data", "sea.jsonl").out
+    unknown = cli("evaluate", "tiny", "--data", "sea.jsonl", "--stage", "sea")
+    assert unknown.code == 2 and "there are fruit, code." in unknown.err
+    absent = cli("evaluate", "tiny", "--data", "nosuch*.jsonl")
+    assert absent.code == 2 and absent.err.count("\n") == 1
+
+
+def test_evaluate_scores_as_the_run_did(trained: Path, cli: Cli) -> None:
+    """On text without a split the measure is the report's own."""
+    report = json.loads((trained / "mlruns/runs/tiny/report.json").read_text())
+    (trained / "heldout").mkdir(exist_ok=True)
+    from lifelong_moe.data.config import SourceConfig
+    from lifelong_moe.data.sources import read_corpus
+
+    corpus = read_corpus("fruit", SourceConfig(files="fruit.jsonl", heldout_fraction=0.1), Path("data/cache"))
+    text = "".join(json.dumps({"text": document.text}) + "\n" for document in corpus.heldout)
+    Path("heldout/fruit.jsonl").write_text(text)
+    measured = json.loads(cli("evaluate", "tiny", "--data", "heldout/fruit.jsonl", "--json").out)
+    if measured["tokens"] == sum(report["expert_counts"]["fruit"][0]):  # all of it fits evaluate.tokens
+        assert measured["nats_per_token"] == pytest.approx(report["loss_nats_per_token"][1][0], rel=1e-9)
+    else:
+        assert measured["nats_per_token"] == pytest.approx(report["loss_nats_per_token"][1][0], rel=0.1)
+
+
+def test_generate(trained: Path, cli: Cli) -> None:
+    result = cli("generate", "tiny", "apple [bold]pear", "--max-new-tokens", "12", "--seed", "3")
+    assert result.code == 0, result.err
+    assert result.out.startswith("apple [bold]pear")
+    answers = [
+        json.loads(cli("generate", "tiny", "apple", "--max-new-tokens", "12", "--seed", seed, "--json").out)
+        for seed in ("3", "3", "4")
+    ]
+    assert answers[0] == answers[1] != answers[2]
+    assert answers[0]["prompt"] == "apple" and 0 < answers[0]["tokens"] <= 12
+    longer = cli("generate", "tiny", "apple", "--max-new-tokens", str(2 * CONTEXT), "--temperature", "0", "--json")
+    assert longer.code == 0, longer.err
+    assert cli("generate", "tiny", "", "--max-new-tokens", "4").code == 0
+    assert cli("generate", "tiny", "apple", "--max-new-tokens", "0").code == 2
+
+
+BAD_LINES = {
+    "malformed": (b'{"text": "a b c"', "malformed JSON at column 17"),
+    "no text": (b'{"txt": "a"}', "text"),
+    "not a string": (b'{"text": 5}', "text"),
+    "not UTF-8": (b'{"text": "\xff"}', "UTF-8"),
+    "blank": (b'{"text": "  "}', "text"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_LINES)
+@pytest.mark.parametrize("command", ["run", "plan"])
+def test_bad_documents_cost_one_line(lab: Path, cli: Cli, case: str, command: str) -> None:
+    line, reason = BAD_LINES[case]
+    with (lab / "code.jsonl").open("ab") as file:
+        file.write(line + b"\n")
+    result = cli(command, "tiny.yaml")
+    assert result.code == 2
+    assert result.err.count("\n") == 1 and "Traceback" not in result.err
+    assert re.match(r"DataError: distributions\.code: code\.jsonl:161:", result.err), result.err
+    assert reason.lower() in result.err.lower()
+    assert not (lab / "mlruns").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"), [(b"", "documents"), (b'{"text": "only one"}\n', "too few")], ids=["empty", "one"]
+)
+def test_too_few_documents(lab: Path, cli: Cli, content: bytes, reason: str) -> None:
+    (lab / "code.jsonl").write_bytes(content)
+    result = cli("run", "tiny.yaml")
+    assert result.code == 2 and result.err.count("\n") == 1
+    assert reason in result.err
+    assert not (lab / "mlruns").exists()
+
+
+def test_too_little_text_for_a_block(lab: Path, cli: Cli) -> None:
+    lines = [json.dumps({"text": f"w{i}"}) for i in range(3)]
+    (lab / "code.jsonl").write_text("\n".join(lines) + "\n")
+    result = cli("run", "tiny.yaml")
+    assert result.code == 2 and result.err.splitlines()[-1].startswith("DataError"), result.err
+    assert "Traceback" not in result.err
+    assert not (lab / "mlruns").exists()
+
+
+def test_own_bug_keeps_its_traceback(lab: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object) -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr("pipelines.run.prepare", broken)
+    with pytest.raises(ZeroDivisionError):
+        cli("run", "tiny.yaml")
+
+
+def test_installed_command(lab: Path) -> None:
+    command = Path(sys.executable).parent / "lifelong-moe"
+    if not command.is_file():
+        pytest.skip("the package is not installed here")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [command, "run", "tiny.yaml", "stages=[{data: fruit}]"], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert "tiny (lifelong)" in done.stdout
+    assert [line for line in done.stderr.splitlines() if not line.startswith("WARNING: code has")] == []

@@ -1,0 +1,165 @@
+"""What we ship: every configuration loads, every command in the README parses, and report.json is as documented."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import pytest
+import typer
+
+from lifelong_moe.config import load_config
+from lifelong_moe.evaluation import report as report_module
+from lifelong_moe.methods.graph import stage_specs
+from pipelines.cli import app
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = sorted((ROOT / "configs").glob("**/*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_configuration_loads(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in re.findall(r"oc\.env:(\w+)", path.read_text(encoding="utf-8")):
+        monkeypatch.setenv(name, "/somewhere")
+    config, raw = load_config(path)
+    assert config.run and raw["stages"]
+    specs = stage_specs(config)
+    assert all(spec.steps > 0 for spec in specs)
+    json.dumps([spec.to_json() for spec in specs], allow_nan=False)
+
+
+def code_lines(markdown: str) -> list[str]:
+    """Lines of fenced and indented code, continuation lines joined, without prompts and comments."""
+    fenced = re.findall(r"^```[^\n]*\n(.*?)^```", markdown, flags=re.MULTILINE | re.DOTALL)
+    indented = re.findall(r"^(?: {4}|\t)(.+)$", markdown, flags=re.MULTILINE)
+    text = "\n".join([*fenced, *indented]).replace("\\\n", " ")
+    return [line.strip().removeprefix("$ ").strip() for line in text.splitlines() if line.strip()]
+
+
+def shell_words(line: str) -> list[str]:
+    """Words of the first ``lifelong-moe`` command in a line; none if there is none."""
+    try:
+        words = shlex.split(line, comments=True)
+    except ValueError:  # not a command line at all
+        return []
+    while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
+        words = words[1:]
+    if not words or Path(words[0]).name != "lifelong-moe":
+        return []
+    ends = [i for i, word in enumerate(words) if word in ("|", "&&", ";", "||", ">", "&")]
+    return words[1 : ends[0] if ends else None]
+
+
+def documented() -> list[tuple[str, str]]:
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+    return [
+        (f"{page.relative_to(ROOT)}: {line}", line)
+        for page in pages
+        if page.is_file()
+        for line in code_lines(page.read_text(encoding="utf-8"))
+    ]
+
+
+def test_commands_in_the_documentation_parse(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIFELONG_DATA", "/somewhere")
+    group = typer.main.get_command(app)
+    assert isinstance(group, click.Group) or hasattr(group, "resolve_command")
+    for where, line in documented():
+        words = shell_words(line)
+        if not words or words[0].startswith("-"):
+            continue
+        context = group.make_context("lifelong-moe", list(words), resilient_parsing=True)
+        name, command, rest = group.resolve_command(context, list(words))  # type: ignore[attr-defined]
+        assert command is not None, where
+        try:
+            parsed = command.make_context(name, list(rest), parent=context)
+        except Exception as error:
+            pytest.fail(f"{where}: {error}")
+        path = parsed.params.get("config")
+        if path is not None and (ROOT / path).is_file():
+            load_config(ROOT / path, list(parsed.params.get("overrides") or []))
+        elif path is not None and path.startswith("configs/"):
+            pytest.fail(f"{where}: {path} does not exist")
+
+
+def test_make_targets_in_the_documentation_exist() -> None:
+    targets = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    for where, line in documented():
+        for target in re.findall(r"^make ([a-z][\w-]*)", line):
+            assert target in targets, where
+
+
+def test_commands_in_code_are_found() -> None:
+    page = (
+        "```\n$ FOO=1 .venv/bin/lifelong-moe run a.yaml \\\n  seed=1  # why\n```\n\n    lifelong-moe status a | head\n"
+    )
+    assert [shell_words(line) for line in code_lines(page)] == [["run", "a.yaml", "seed=1"], ["status", "a"]]
+
+
+@pytest.fixture
+def report(trained: Path) -> dict[str, Any]:
+    return json.loads((trained / "mlruns/runs/tiny/report.json").read_text())
+
+
+def documented_keys(text: str) -> set[str]:
+    """Names in double backquotes in the first column of the module's table, and those that describe a stage."""
+    keys: set[str] = set()
+    for line in text.splitlines():
+        if re.match(r"``\w+``", line):
+            keys |= set(re.findall(r"``(\w+)``", line[:28]))
+    return keys
+
+
+def test_report_has_exactly_the_documented_keys(report: dict[str, Any]) -> None:
+    text = report_module.__doc__ or ""
+    assert set(report) == documented_keys(text)
+    described = text[text.index("``stages``") : text.index("``routing``                  {")]
+    stage_keys = set(re.findall(r"``(\w+)``", described)) - {"stages"}
+    for stage in report["stages"]:
+        assert set(stage) == stage_keys
+    described = text[text.index("``routing``                  {") : text.index("``expert_counts``")]
+    statistics = set(re.findall(r"``(\w+)``", described)) - {"routing"}
+    for row in report["routing"].values():
+        assert set(row) == statistics
+
+
+def test_report_has_the_documented_shapes(report: dict[str, Any]) -> None:
+    names, stages = report["distributions"], report["stages"]
+    assert report["schema"] == report_module.SCHEMA
+    assert (report["run"], report["method"], report["seed"]) == ("tiny", "lifelong", 0)
+    for key in ("loss_nats_per_token", "bits_per_byte"):
+        assert np.asarray(report[key]).shape == (len(stages), len(names))
+    for key in ("loss_at_init", "bits_per_byte_at_init"):
+        assert np.asarray(report[key]).shape == (len(names),)
+    for key in ("bytes_per_token", "routing", "expert_counts"):
+        assert list(report[key]) == names
+    for counts in report["expert_counts"].values():
+        assert np.asarray(counts).shape == (2, stages[-1]["experts_per_layer"])
+    for stage in stages:
+        assert isinstance(stage["training"], dict) and isinstance(stage["shared"], bool)
+        assert stage["tokens"] == stage["training"]["steps"] * 128
+        assert stage["parameters_total"] >= stage["parameters_active"]
+        assert stage["tokens_per_second"] == pytest.approx(stage["tokens"] / stage["seconds"])
+    json.dumps(report, allow_nan=False)
+
+
+def test_report_follows_from_the_loss_matrix(report: dict[str, Any]) -> None:
+    names = report["distributions"]
+    matrix, init = np.asarray(report["loss_nats_per_token"]), np.asarray(report["loss_at_init"])
+    trained = [stage["data"] for stage in report["stages"]]
+    assert trained == names == ["fruit", "code"]
+    assert report["forgetting"] == pytest.approx({"fruit": matrix[1, 0] - matrix[0, 0], "code": 0.0})
+    assert report["backward_transfer"] == pytest.approx(matrix[0, 0] - matrix[1, 0])
+    assert report["forward_transfer"] == pytest.approx(init[1] - matrix[0, 1])
+    per_byte = np.array([report["bytes_per_token"][name] for name in names])
+    assert np.asarray(report["bits_per_byte"]) == pytest.approx(matrix / math.log(2) / per_byte)
+    assert np.asarray(report["bits_per_byte_at_init"]) == pytest.approx(init / math.log(2) / per_byte)
+    counts = np.asarray(report["expert_counts"]["fruit"])
+    assert report["routing"]["fruit"]["leak"] == pytest.approx(counts[:, 2:].sum() / counts.sum())
+    assert report["routing"]["code"]["leak"] == 0.0

@@ -1,0 +1,45 @@
+"""A working directory with tiny corpora, one thread, and signals put back."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from lifelong_moe.tracking.connection import prepare_environment
+from tests.tiny import write_corpora
+
+
+@pytest.fixture(autouse=True)
+def single_threaded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Bits are compared at one thread; what a run changes for its process is put back."""
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    threads, handler = torch.get_num_threads(), signal.getsignal(signal.SIGTERM)
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)  # Lightning turns it on for the process
+    assert signal.getsignal(signal.SIGTERM) is handler
+
+
+@pytest.fixture(scope="session")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty MLflow database; creating one takes seconds."""
+    prepare_environment()  # before the import: no telemetry from tests either
+    from mlflow import MlflowClient
+
+    database = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    MlflowClient(f"sqlite:///{database}").search_experiments()
+    return database
+
+
+@pytest.fixture
+def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current directory, with ``fruit.jsonl``, ``code.jsonl`` and ``sea.jsonl`` in it and nothing else."""
+    monkeypatch.chdir(tmp_path)
+    write_corpora(tmp_path)
+    return tmp_path

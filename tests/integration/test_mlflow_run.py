@@ -1,0 +1,218 @@
+"""What a whole run leaves in MLflow, however often it is repeated or killed; and runs without MLflow."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import socket
+import sqlite3
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipelines.cli import exit_code
+from tests.tiny import fork, tiny_config, train, write_config
+
+
+@pytest.fixture
+def config(lab: Path, template: Path) -> dict[str, Any]:
+    """A two-stage run that is recorded in an empty database."""
+    (lab / "mlruns").mkdir()
+    shutil.copy(template, lab / "mlruns/mlflow.db")
+    config = tiny_config(tracking={"enabled": True})
+    write_config(config)
+    return config
+
+
+def client() -> Any:
+    from mlflow import MlflowClient
+
+    return MlflowClient(f"sqlite:///{Path('mlruns/mlflow.db').absolute()}")
+
+
+def runs() -> tuple[list[Any], list[Any]]:
+    """Parents and their children, oldest first."""
+    asked = client()
+    experiment = asked.get_experiment_by_name("lifelong-moe")
+    found = asked.search_runs([experiment.experiment_id], order_by=["attributes.start_time ASC"])
+    parents = [run for run in found if "mlflow.parentRunId" not in run.data.tags]
+    return parents, [run for run in found if "mlflow.parentRunId" in run.data.tags]
+
+
+def points(run: Any, key: str) -> list[tuple[int, float]]:
+    return [(point.step, point.value) for point in client().get_metric_history(run.info.run_id, key)]
+
+
+def contexts(run: Any) -> dict[str, set[str]]:
+    return {
+        given.dataset.name: {tag.value for tag in given.tags if tag.key == "mlflow.data.context"}
+        for given in client().get_run(run.info.run_id).inputs.dataset_inputs
+    }
+
+
+def artifacts(run: Any) -> set[str]:
+    root = Path("mlruns/artifacts") / run.info.run_id / "artifacts"
+    return {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
+
+
+FIGURES = {"figures/loss_matrix.png", "figures/curves.png", "figures/expert_load.png"}
+
+
+def test_two_stages(lab: Path, config: dict[str, Any]) -> None:
+    report, printed = train()
+    (parent,), children = runs()
+    assert "MLflow: http://127.0.0.1:5000/#/experiments/" in printed
+    assert [run.info.run_name for run in (parent, *children)] == ["tiny", "tiny · 0 fruit", "tiny · 1 code"]
+    assert {run.info.status for run in (parent, *children)} == {"FINISHED"}
+    assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
+    assert [run.data.tags["lifelong.stage_key"] for run in children] == [stage["key"] for stage in report["stages"]]
+    for j, name in enumerate(report["distributions"]):
+        nats = [(i, row[j]) for i, row in enumerate(report["loss_nats_per_token"])]
+        assert points(parent, f"eval/{name}/nats_per_token") == nats
+        for i, child in enumerate(children):
+            assert points(child, f"eval/{name}/nats_per_token") == [nats[i]]
+        assert [step for step, _ in points(parent, f"routing/{name}/leak")] == [0, 1]
+    assert points(parent, "forgetting/fruit")[-1] == (1, report["forgetting"]["fruit"])
+    assert points(parent, "size/experts_per_layer") == [(0, 2.0), (1, 4.0)]
+    assert points(parent, "summary/backward_transfer") == [(1, report["backward_transfer"])]
+    for child in children:
+        for key in ("train/loss", "train/learning_rate", "train/grad_norm", "speed/tokens_per_second"):
+            assert [step for step, _ in points(child, key)] == [4, 8, 12], key
+        final = report["stages"][children.index(child)]["training"]["final"]["train/loss"]
+        assert points(child, "train/loss")[-1] == (12, pytest.approx(final))
+    assert not points(parent, "train/loss")
+    assert parent.data.params["routing.mode"] == "learned" and parent.data.params["model.width"] == "32"
+    assert children[1].data.params["experts_per_layer"] == "4"
+    assert contexts(parent) == {"fruit": {"training"}, "code": {"training"}}
+    assert contexts(children[0]) == {"fruit": {"training"}}
+    assert contexts(children[1]) == {"code": {"training"}, "fruit": {"replay"}}
+    assert artifacts(parent) == FIGURES | {"report.json"}
+    assert artifacts(children[0]) == artifacts(children[1]) == FIGURES
+    stored = json.loads((lab / f"mlruns/artifacts/{parent.info.run_id}/artifacts/report.json").read_text())
+    assert stored == report
+    for run in (parent, *children):
+        note = run.data.tags["mlflow.note.content"]
+        assert "| after | fruit | code |" in note and "tiny" in note
+    versions = sorted(client().search_model_versions("name = 'lifelong-moe.tiny'"), key=lambda v: int(v.version))
+    assert [version.tags["stage_key"] for version in versions] == [stage["key"] for stage in report["stages"]]
+    assert [version.run_id for version in versions] == [run.info.run_id for run in children]
+    assert all((Path(version.source) / "model.safetensors").is_file() for version in versions)
+    assert versions[1].tags["parent_key"] == report["stages"][0]["key"]
+    assert versions[1].tags["weights_sha256"] == report["stages"][1]["weights_sha256"]
+
+
+def test_repeating_adds_nothing_and_another_arm_adds_its_own(lab: Path, config: dict[str, Any]) -> None:
+    train()
+    before = (lab / "mlruns/mlflow.db").read_bytes()
+    train()
+    assert (lab / "mlruns/mlflow.db").read_bytes() == before
+    train("tiny.yaml", "run=naive", "method=sequential")
+    parents, children = runs()
+    assert [run.info.run_name for run in parents] == ["tiny", "naive"]
+    assert [run.info.run_name for run in children][2:] == ["naive · 0 fruit", "naive · 1 code"]
+    assert "trained by another run and shared" in children[2].data.tags["mlflow.note.content"]
+    assert not points(children[2], "train/loss") and points(children[3], "train/loss")
+    config["stages"].append({"data": "fruit"})
+    train(write_config(config))
+    parents, children = runs()
+    assert len(parents) == 2 and [run.info.run_name for run in children][4:] == ["tiny · 2 fruit-2"]
+    assert [step for step, _ in points(parents[0], "eval/code/bits_per_byte")][-1] == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="autograd does not survive a fork once CUDA is there")
+def test_killed_run_is_taken_up_again(lab: Path, config: dict[str, Any]) -> None:
+    from tests.tiny import kill_self
+
+    def action() -> None:
+        from lifelong_moe.training.callbacks import StepCheckpoint
+
+        original = StepCheckpoint.on_train_batch_end
+
+        def on_train_batch_end(self: Any, trainer: Any, pl_module: Any, *args: Any) -> None:
+            original(self, trainer, pl_module, *args)
+            if (pl_module.spec.name, trainer.global_step) == ("code", 10):
+                kill_self()
+
+        StepCheckpoint.on_train_batch_end = on_train_batch_end  # type: ignore[method-assign]
+        train()
+
+    child = fork(action)
+    assert child.wait() == -signal.SIGKILL, child.output
+    ids = json.loads((lab / "mlruns/runs/tiny/head.json").read_text())["mlflow"]
+    (parent,), children = runs()
+    assert [run.info.status for run in (parent, *children)] == ["RUNNING", "FINISHED", "RUNNING"]
+    report, _ = train()
+    (parent,), children = runs()
+    assert parent.info.run_id == ids["run"]
+    assert [run.info.run_id for run in children] == list(ids["stages"].values())
+    assert {run.info.status for run in (parent, *children)} == {"FINISHED"}
+    assert [step for step, _ in points(children[1], "train/loss")] == [4, 8, 12]  # none lost, none twice
+    assert [step for step, _ in points(parent, "eval/code/nats_per_token")] == [0, 1]
+    assert len(client().search_model_versions("name = 'lifelong-moe.tiny'")) == 2
+    assert len(report["stages"]) == 2
+
+
+def test_stopped_run_is_shown_as_killed(lab: Path, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lifelong_moe.training.callbacks.StepCheckpoint.on_train_batch_end", stop)
+        assert exit_code(lambda: train()) == 130
+    (parent,), children = runs()
+    assert [run.info.status for run in (parent, *children)] == ["KILLED", "KILLED"]
+    train()
+    (parent,), children = runs()
+    assert [run.info.status for run in (parent, *children)] == ["FINISHED"] * 3
+
+
+def test_unreachable_server_stops_nothing_and_a_later_start_records(lab: Path, config: dict[str, Any]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    began = time.monotonic()
+    report, printed = train("tiny.yaml", f"tracking.uri=http://me:canary@127.0.0.1:{port}")
+    assert time.monotonic() - began < 10
+    told = [line for line in printed.splitlines() if f"http://127.0.0.1:{port}" in line]
+    assert len(told) == 1 and "nothing is recorded" in told[0]
+    assert "canary" not in printed and len(report["stages"]) == 2
+    again, printed = train()
+    assert "Nothing to train" in printed and again == report
+    (parent,), children = runs()
+    assert len(children) == 2
+    assert [step for step, _ in points(parent, "eval/fruit/nats_per_token")] == [0, 1]
+
+
+def test_database_that_dies_in_the_run(lab: Path, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    import pipelines.run as story
+
+    original = story.train_stage
+
+    def train_stage(spec: Any, *args: Any) -> Any:
+        if spec.name == "code":
+            with sqlite3.connect("mlruns/mlflow.db") as connection:
+                connection.execute("DROP TABLE metrics")
+            connection.close()
+        return original(spec, *args)
+
+    monkeypatch.setattr(story, "train_stage", train_stage)
+    report, printed = train()
+    assert len(report["stages"]) == 2
+    assert sum("no more is recorded" in line for line in printed.splitlines()) == 1
+
+
+def test_secrets_stay_references(lab: Path, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    (lab / "canary-7f3a").mkdir()
+    shutil.copy(lab / "fruit.jsonl", lab / "canary-7f3a")
+    config["distributions"]["fruit"]["files"] = "${oc.env:SECRET_FOLDER}/fruit.jsonl"
+    config["tracking"]["experiment"] = "${oc.env:EXPERIMENT}"
+    monkeypatch.setenv("SECRET_FOLDER", "canary-7f3a")
+    monkeypatch.setenv("EXPERIMENT", "lifelong-moe")
+    _, printed = train(write_config(config))
+    assert "canary-7f3a" not in printed
+    for path in (lab / "mlruns").rglob("*"):
+        assert not path.is_file() or b"canary-7f3a" not in path.read_bytes(), path
+    assert runs()[0]

@@ -1,0 +1,297 @@
+"""Killed at any moment and continued by the same command: the weights of a run that nothing disturbed, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lifelong_moe.errors import TryAgainError
+from lifelong_moe.stages.store import StageStore
+from lifelong_moe.training.callbacks import StepCheckpoint
+from tests.tiny import STEPS, Child, fork, hashes, kill_self, tiny_config, train, write_config, write_corpora
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="autograd does not survive a fork once CUDA is there")
+
+EVEN = {"top_k": 1, "renormalize": False}
+MODES: dict[str, dict[str, Any]] = {
+    "learned": {"routing": EVEN},
+    "embedding": {"routing": {**EVEN, "mode": "cluster", "sample_tokens": 2048}},
+    "hidden": {"routing": {**EVEN, "mode": "cluster", "features": "hidden", "sample_tokens": 2048}},
+    "document": {
+        "routing": {**EVEN, "mode": "cluster", "level": "document", "chunk_tokens": 8, "sample_tokens": 2048},
+        "model": {"document_mask": True},
+    },
+    "label": {"routing": {**EVEN, "mode": "label"}},
+    "tied": {"routing": EVEN, "model": {"tie_embeddings": True}},
+    "accumulating": {"routing": EVEN, "trainer": {"accumulate_grad_batches": 2}},
+    "bf16": {"routing": EVEN, "trainer": {"precision": "bf16-true"}},
+}
+Point = tuple[str, str, int]
+"""Stage, phase, and the trainer's step in it."""
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[list[str], dict[str, Any]]]:
+    """Hashes and report of a mode's run that nothing disturbed; made once a mode."""
+    made: dict[str, tuple[list[str], dict[str, Any]]] = {}
+
+    def of(mode: str) -> tuple[list[str], dict[str, Any]]:
+        if mode not in made:
+            before, root = os.getcwd(), tmp_path_factory.mktemp(mode)
+            os.chdir(root)
+            try:
+                write_corpora(root)
+                report, _ = train(write_config(tiny_config(**MODES[mode])))
+                made[mode] = hashes(), report
+            finally:
+                os.chdir(before)
+        return made[mode]
+
+    return of
+
+
+def at(point: Point, act: Callable[[], object], *, saved: bool) -> None:
+    """Make this process act at a step boundary: before its checkpoint, or once that is committed."""
+    original = StepCheckpoint.on_train_batch_end
+
+    def on_train_batch_end(
+        self: StepCheckpoint, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        here = (pl_module.spec.name, pl_module.phase.name, trainer.global_step) == point
+        if here and not saved:
+            act()
+        original(self, trainer, pl_module, outputs, batch, batch_idx)
+        if here and saved:
+            act()
+
+    StepCheckpoint.on_train_batch_end = on_train_batch_end  # type: ignore[method-assign]
+
+
+def killed(point: Point, *, saved: bool = False, config: str = "tiny.yaml") -> Child:
+    """A run in a child process that gets SIGKILL at a point."""
+
+    def action() -> None:
+        at(point, kill_self, saved=saved)
+        train(config)
+
+    child = fork(action)
+    assert child.wait() == -signal.SIGKILL, child.output
+    return child
+
+
+def measured(report: dict[str, Any]) -> dict[str, Any]:
+    """What of a report must not depend on interruptions: everything but the clock."""
+    plain = json.loads(json.dumps(report))
+    for stage in plain["stages"]:
+        del stage["seconds"], stage["tokens_per_second"], stage["training"]["data_fraction"]
+    return plain
+
+
+@pytest.mark.parametrize(
+    ("mode", "point", "saved", "continues"),
+    [
+        ("learned", ("fruit", "train", 3), False, None),
+        ("learned", ("fruit", "train", 8), True, "fruit: continuing from step-0-00000008"),
+        ("learned", ("fruit", "train", 12), True, "fruit: continuing from step-0-00000012"),
+        ("learned", ("code", "train", 8), False, "code: continuing from step-0-00000004"),
+        ("embedding", ("code", "train", 8), True, "code: continuing from step-0-00000008"),
+        ("document", ("code", "train", 8), True, "code: continuing from step-0-00000008"),
+        ("label", ("code", "train", 6), False, "code: continuing from step-0-00000004"),
+        ("tied", ("code", "train", 8), True, "code: continuing from step-0-00000008"),
+        ("accumulating", ("code", "train", 6), False, "code: continuing from step-0-00000004"),
+        ("bf16", ("code", "train", 6), False, "code: continuing from step-0-00000004"),
+    ],
+)
+def test_killed_in_a_stage(
+    lab: Path,
+    uninterrupted: Callable[[str], tuple[list[str], dict[str, Any]]],
+    mode: str,
+    point: Point,
+    saved: bool,
+    continues: str | None,
+) -> None:
+    expected, expected_report = uninterrupted(mode)
+    write_config(tiny_config(**MODES[mode]))
+    killed(point, saved=saved)
+    report, printed = train()
+    assert hashes() == expected
+    assert measured(report) == measured(expected_report)
+    said = [line for line in printed.splitlines() if "continuing" in line]
+    assert said == ([continues] if continues else [])
+    assert [path.name for path in (lab / "mlruns/work").iterdir()] == []
+    assert list((lab / "mlruns").rglob(".tmp-*")) == []
+
+
+@pytest.mark.parametrize(
+    ("point", "saved", "continues"),
+    [
+        (("fruit", "hash", 5), False, "fruit: continuing from step-0-00000004"),
+        (("fruit", "train", 2), False, "fruit: continuing from step-0-00000004"),
+        (("fruit", "train", 4), True, "fruit: continuing from step-1-00000004"),
+        (("code", "train", 6), False, "code: continuing from step-0-00000004"),
+    ],
+)
+def test_killed_in_each_phase_of_clusters_of_hidden_states(
+    lab: Path,
+    uninterrupted: Callable[[str], tuple[list[str], dict[str, Any]]],
+    monkeypatch: pytest.MonkeyPatch,
+    point: Point,
+    saved: bool,
+    continues: str | None,
+) -> None:
+    monkeypatch.setattr("lifelong_moe.training.spec.HASH_WARMUP", 0.5)
+    expected, expected_report = uninterrupted("hidden")
+    assert expected_report["stages"][0]["training"]["steps"] == STEPS
+    write_config(tiny_config(**MODES["hidden"]))
+    killed(point, saved=saved)
+    report, printed = train()
+    assert hashes() == expected
+    assert measured(report) == measured(expected_report)
+    said = [line for line in printed.splitlines() if "continuing" in line]
+    assert said == ([continues] if continues else [])
+
+
+def test_a_stage_reports_the_time_of_all_its_phases_and_attempts(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lifelong_moe.training.spec.HASH_WARMUP", 0.5)
+    write_config(tiny_config(("fruit",), **MODES["hidden"]))
+
+    def slow_hashing() -> None:
+        at(("fruit", "hash", 1), lambda: time.sleep(1.0), saved=False)
+        at(("fruit", "train", 4), kill_self, saved=True)
+        train()
+
+    assert fork(slow_hashing).wait() == -signal.SIGKILL
+    report, _ = train()
+    stage = report["stages"][0]
+    assert stage["seconds"] > 1.0
+    assert stage["tokens_per_second"] == pytest.approx(stage["tokens"] / stage["seconds"])
+
+
+def test_killed_between_two_stages_and_twice_in_one(
+    lab: Path, uninterrupted: Callable[[str], tuple[list[str], dict[str, Any]]]
+) -> None:
+    expected, expected_report = uninterrupted("learned")
+    write_config(tiny_config(**MODES["learned"]))
+
+    def after_first_commit() -> None:
+        commit = StageStore.commit
+
+        def commit_and_die(self: StageStore, *args: Any, **kwargs: Any) -> Any:
+            commit(self, *args, **kwargs)
+            kill_self()
+
+        StageStore.commit = commit_and_die  # type: ignore[method-assign]
+        train()
+
+    assert fork(after_first_commit).wait() == -signal.SIGKILL
+    first = next((lab / "mlruns/stages").glob("fruit-*/model.safetensors")).stat()
+    killed(("code", "train", 5))
+    killed(("code", "train", 7))
+    report, printed = train()
+    assert next((lab / "mlruns/stages").glob("fruit-*/model.safetensors")).stat() == first
+    assert "code: continuing from step-0-00000004" in printed
+    assert hashes() == expected
+    assert measured(report) == measured(expected_report)
+    assert list((lab / "mlruns/work").iterdir()) == []
+
+
+def test_number_of_data_workers_changes_nothing(
+    lab: Path, uninterrupted: Callable[[str], tuple[list[str], dict[str, Any]]]
+) -> None:
+    expected, expected_report = uninterrupted("learned")
+    write_config(tiny_config(**MODES["learned"], trainer={"num_workers": 2}))
+    killed(("code", "train", 6))
+    report, printed = train()  # at once: orphaned workers of the killed run hold no lock
+    assert "code: continuing from step-0-00000004" in printed
+    assert hashes() == expected
+    assert measured(report) == measured(expected_report)
+
+
+def terminate() -> None:
+    """Ask this process to stop."""
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("mode", ["learned", "accumulating"])
+def test_sigterm_checkpoints_and_continues(
+    lab: Path, uninterrupted: Callable[[str], tuple[list[str], dict[str, Any]]], mode: str
+) -> None:
+    expected, expected_report = uninterrupted(mode)
+    write_config(tiny_config(**MODES[mode]))
+
+    def action() -> None:
+        start = StepCheckpoint.on_train_batch_start
+
+        def on_train_batch_start(
+            self: StepCheckpoint, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+        ) -> None:
+            here = (pl_module.spec.name, trainer.global_step) == ("code", 5)
+            if here and not self.interrupt.requested:  # with accumulation: in the middle of a step
+                terminate()
+            start(self, trainer, pl_module, batch, batch_idx)
+
+        StepCheckpoint.on_train_batch_start = on_train_batch_start  # type: ignore[method-assign]
+        train()
+
+    child = fork(action)
+    assert child.wait() == TryAgainError.exit_code, child.output
+    assert child.output.splitlines()[-1] == (
+        "TryAgainError: stopped by SIGTERM after step 6, which is checkpointed; run the same command again to continue."
+    )
+    report, printed = train()
+    assert "code: continuing from step-0-00000006" in printed
+    assert hashes() == expected
+    assert measured(report) == measured(expected_report)
+
+
+@pytest.mark.parametrize("function", ["pipelines.run.prepare", "pipelines.run.build_report"])
+def test_sigterm_outside_of_training(lab: Path, monkeypatch: pytest.MonkeyPatch, function: str) -> None:
+    write_config(tiny_config(("fruit",)))
+    monkeypatch.setattr(function, lambda *args, **kwargs: terminate())
+    child = fork(train)
+    assert child.wait() == TryAgainError.exit_code, child.output
+    assert "Traceback" not in child.output
+    monkeypatch.undo()
+    os.chdir(lab)
+    train()
+
+
+def test_sigterm_after_the_last_step_stops_before_the_next_stage(lab: Path) -> None:
+    write_config(tiny_config())
+
+    def action() -> None:
+        end = StepCheckpoint.on_train_end
+
+        def on_train_end(self: StepCheckpoint, trainer: Any, pl_module: Any) -> None:
+            terminate()
+            end(self, trainer, pl_module)
+
+        StepCheckpoint.on_train_end = on_train_end  # type: ignore[method-assign]
+        train()
+
+    child = fork(action)
+    assert child.wait() == TryAgainError.exit_code, child.output
+    _, printed = train()
+    assert "fruit: continuing from step-0-00000012" in printed
+
+
+def test_second_sigterm_exits_at_once(lab: Path) -> None:
+    write_config(tiny_config(("fruit",)))
+
+    def action() -> None:
+        at(("fruit", "train", 6), lambda: (terminate(), terminate()), saved=False)
+        train()
+
+    child = fork(action)
+    assert child.wait() == TryAgainError.exit_code, child.output
+    assert "stopped by SIGTERM" not in child.output
+    assert [path.name for path in (lab / "mlruns").glob("work/*/step-*")] == ["step-0-00000004"]
+    train()

@@ -1,0 +1,154 @@
+"""Every way of routing goes through growth to the end, and measures the same when asked twice."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from lifelong_moe.errors import ConfigError
+from lifelong_moe.stages.store import StageStore
+from lifelong_moe.training.stage import load_model
+from pipelines.inspectors import evaluate, generate
+from tests.tiny import tiny_config, train, write_config
+
+ONE = {"top_k": 1, "renormalize": False}
+CLUSTER = {**ONE, "mode": "cluster", "sample_tokens": 2048, "feature_width": 16}
+ROUTERS = '''
+import torch
+from torch import nn
+
+from lifelong_moe.routing.base import Router, Routing, hashed_experts
+
+
+class RoundRobin(Router):
+    """By token id; nothing to train."""
+
+    trained = False
+
+    def __init__(self, config, *, width, layer, offset=0):
+        super().__init__(config, width=width, layer=layer)
+        self.offset = offset
+
+    def add_experts(self, num):
+        self.generations.append(num)
+
+    def forward(self, x_TD, context):
+        k = self.config.top_k
+        ids_T1 = (context.token_ids_T + self.offset).unsqueeze(1) + torch.arange(k)
+        allowed = self.num_experts - (self.generations[-1] if self.held_down else 0)
+        return Routing(ids_T1 % allowed, torch.full(ids_T1.shape, 1.0 / k), self.num_experts)
+
+
+class Own(Router):
+    """Trained, with parameters of its own kind."""
+
+    def __init__(self, config, *, width, layer):
+        super().__init__(config, width=width, layer=layer)
+        self.vectors = nn.ParameterList()
+
+    def add_experts(self, num):
+        self.generations.append(num)
+        self.vectors.append(nn.Parameter(torch.full((num, self.width), 0.01)))
+
+    def forward(self, x_TD, context):
+        scores_TE = self._hold(x_TD.float() @ torch.cat(list(self.vectors)).t())
+        weights_TK, ids_TK = scores_TE.sigmoid().topk(self.config.top_k, dim=-1)
+        return Routing(ids_TK, weights_TK, self.num_experts)
+'''
+
+MODES: dict[str, dict[str, Any]] = {
+    "learned": {"routing": {"balance_over": "active"}, "model": {"experts": 4}},
+    "learned top 1": {"routing": ONE},
+    "token clusters of embeddings": {"routing": CLUSTER},
+    "token clusters of hidden states": {"routing": {**CLUSTER, "features": "hidden"}},
+    "document clusters": {
+        "routing": {**CLUSTER, "level": "document", "chunk_tokens": 8}, "model": {"document_mask": True},
+    },
+    "labels": {"routing": {**ONE, "mode": "label"}},
+    "own, fixed": {"routing": {**ONE, "mode": "my_routers.RoundRobin", "options": {"offset": 3}}},
+    "own, trained": {"routing": {**ONE, "mode": "my_routers.Own"}},
+    "tied embeddings": {"routing": ONE, "model": {"tie_embeddings": True}},
+}  # fmt: skip
+
+
+@pytest.fixture
+def routers(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``my_routers`` can be imported, as if a user had written it."""
+    (lab / "my_routers.py").write_text(ROUTERS)
+    monkeypatch.syspath_prepend(lab)
+    monkeypatch.delitem(__import__("sys").modules, "my_routers", raising=False)
+
+
+@pytest.mark.usefixtures("routers")
+@pytest.mark.parametrize("mode", MODES)
+def test_two_stages_to_the_end(lab: Path, mode: str) -> None:
+    config = tiny_config(**MODES[mode])
+    report, _ = train(write_config(config))
+    born = report["stages"][0]["experts_per_layer"]
+    assert [stage["experts_per_layer"] for stage in report["stages"]] == [born, born + 2]
+    for i, stage in enumerate(report["stages"]):
+        scored = report["loss_nats_per_token"][i]
+        assert all(0 < value < 8 for value in scored), stage["name"]
+    assert report["loss_nats_per_token"][1][1] < report["loss_at_init"][1]
+    top_k = config["routing"]["top_k"]
+    for name, counts in report["expert_counts"].items():
+        tokens = {sum(layer) for layer in counts}
+        assert len(tokens) == 1 and tokens.pop() % top_k == 0, name
+    shutil.rmtree(lab / "mlruns/evaluations")
+    again, printed = train()
+    assert "Nothing to train" in printed
+    assert again == report
+    store = StageStore(Path("mlruns"))
+    last = store.get(report["stages"][1]["key"])
+    model = load_model(store, last)
+    check_evaluation_and_generation("code" if mode == "labels" else None)
+    if "own" in mode:  # what a router of the user's own has is not in the cost formulas
+        return
+    assert sum(p.numel() for p in model.parameters()) == report["stages"][1]["parameters_total"]
+    assert (
+        sum(p.numel() for p in model.parameters() if p.requires_grad) == (report["stages"][1]["parameters_trainable"])
+    )
+
+
+def check_evaluation_and_generation(label: str | None) -> None:
+    """From the store, on other text, repeatable."""
+    console = Console(file=io.StringIO())
+    scored = [evaluate("tiny", stage, "sea.jsonl", label, console) for stage in ("fruit", "code", "code")]
+    assert scored[1] == scored[2]
+    assert scored[0]["tokens"] == scored[1]["tokens"] > 0
+    options: dict[str, Any] = {"max_new_tokens": 8, "top_p": 1.0, "label": label, "console": console}
+    said = [
+        generate("tiny", None, "apple", temperature=temperature, seed=seed, **options)["text"]
+        for temperature, seed in ((0.0, 0), (0.0, 1), (5.0, 1), (5.0, 1), (5.0, 2))
+    ]
+    assert said[0] == said[1] and said[2] == said[3] != said[4]
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_bfloat16(lab: Path, precision: str) -> None:
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("no bfloat16 kernels on this machine")
+    write_config(tiny_config(routing={"top_k": 2, "renormalize": True}, trainer={"precision": precision}))
+    report, _ = train()
+    assert report["loss_nats_per_token"][1][1] < report["loss_at_init"][1]
+    store = StageStore(Path("mlruns"))
+    stage = store.get(report["stages"][1]["key"])
+    tensors = store.tensors(stage)
+    again, printed = train()
+    assert "Nothing to train" in printed and again == report
+    kept = torch.float32 if precision == "bf16-mixed" else torch.bfloat16
+    assert {tensor.dtype for tensor in tensors.values()} == {kept}
+
+
+@pytest.mark.usefixtures("routers")
+def test_rows_cannot_be_asked_of_a_router_without_rows(lab: Path) -> None:
+    config = tiny_config(**MODES["own, trained"])
+    config["stage_defaults"]["grow"]["router"] = "centroid"
+    with pytest.raises(ConfigError, match=r"grow.router=centroid .* set grow.router=random"):
+        train(write_config(config))

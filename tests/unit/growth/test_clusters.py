@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lifelong_moe.growth.clusters import fit_clusters
+from lifelong_moe.growth.config import GrowConfig
+from lifelong_moe.growth.grow import grow
+from lifelong_moe.model.architecture import Architecture
+from lifelong_moe.model.transformer import LanguageModel, initialize
+
+MakeArchitecture = Callable[..., Architecture]
+Batch = Callable[..., dict[str, Tensor]]
+CLUSTERED = ["token_embedding", "token_hidden", "document"]
+
+
+def corpus(low: int, high: int) -> list[NDArray[np.int64]]:
+    """Forty documents of BOS and tokens from a range; even ones use its lower half, odd ones its upper."""
+    rng, middle = np.random.default_rng(low), (low + high) // 2
+    bounds = [(low, middle), (middle, high)]
+    return [np.append(0, rng.integers(*bounds[i % 2], size=30)) for i in range(40)]
+
+
+def unfitted(architecture: Architecture) -> LanguageModel:
+    model = LanguageModel(architecture)
+    initialize(model, 0)
+    return model
+
+
+def fit(model: LanguageModel, documents: list[NDArray[np.int64]], sample: dict[str, Tensor], seed: int = 0) -> None:
+    fit_clusters(model, documents, np.concatenate(documents), sample, seed)
+
+
+@pytest.mark.parametrize("kind", CLUSTERED)
+def test_a_second_stage_leaves_the_first_one_s_clusters_alone(
+    make_architecture: MakeArchitecture, make_batch: Batch, kind: str
+) -> None:
+    model, sample = unfitted(make_architecture(kind)), make_batch()
+    fit(model, corpus(1, 31), sample)
+    first = {name: tensor.clone() for name, tensor in model.named_buffers() if "_G" not in name}
+    assert first and all(tensor.any() for tensor in first.values())
+    grow(model, "new", GrowConfig(experts=2), sample, seed=0)
+    fit(model, corpus(31, 61), sample, seed=1)
+    after = dict(model.named_buffers())
+    assert all(torch.equal(after[name], tensor) for name, tensor in first.items())
+    new = {name: tensor for name, tensor in after.items() if name not in first and "_G" not in name}
+    assert new and all(torch.isfinite(tensor).all() and tensor.any() for tensor in new.values())
+
+
+@pytest.mark.parametrize("kind", CLUSTERED)
+def test_fitting_is_a_function_of_the_seed(make_architecture: MakeArchitecture, make_batch: Batch, kind: str) -> None:
+    models = [unfitted(make_architecture(kind)) for _ in range(2)]
+    for model in models:
+        fit(model, corpus(1, 31), make_batch())
+    first, second = (dict(model.named_buffers()) for model in models)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_documents_of_one_kind_share_experts(make_architecture: MakeArchitecture, make_batch: Batch) -> None:
+    model = unfitted(make_architecture("document"))
+    documents = corpus(1, 31)
+    fit(model, documents, make_batch())
+    assert model.document_clusters is not None
+    groups = [model.document_clusters.group_ids(document) for document in documents]
+    assert all(group[:4].tolist() == [0] * 4 for group in groups)  # chunk 0 goes by the fixed prior
+    late = np.array([group[-1] for group in groups])
+    assert len(set(late[::2])) == len(set(late[1::2])) == 1 and late[0] != late[1]
+
+
+def test_each_chunk_s_group_is_that_of_the_text_before_it(
+    make_architecture: MakeArchitecture, make_batch: Batch
+) -> None:
+    model = unfitted(make_architecture("document"))
+    documents = corpus(1, 31)
+    fit(model, documents, make_batch())
+    clusters = model.document_clusters
+    assert clusters is not None
+    mixed = np.concatenate([documents[0], documents[1][1:]])
+    whole = clusters.group_ids(mixed)
+    for length in range(1, len(mixed) + 1):
+        assert clusters.group_ids(mixed[:length]).tolist() == whole[:length].tolist()
+    assert len(set(whole)) == 2
+
+
+@pytest.mark.parametrize("kind", ["learned", "label"])
+def test_other_routing_fits_nothing(make_architecture: MakeArchitecture, make_batch: Batch, kind: str) -> None:
+    model = unfitted(make_architecture(kind))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    fit(model, corpus(1, 31), make_batch())
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())

@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from lifelong_moe.growth import grow as grow_module
+from lifelong_moe.growth.config import ExpertInit, GrowConfig, RouterInit
+from lifelong_moe.growth.grow import check_noop, grow, most_used
+from lifelong_moe.growth.observe import observe, sample_logits
+from lifelong_moe.model.experts import Expert
+from lifelong_moe.model.transformer import LanguageModel
+from lifelong_moe.routing.base import Router
+from lifelong_moe.training.config import OptimConfig
+from lifelong_moe.training.optimizer import build_optimizer
+
+Make = Callable[..., LanguageModel]
+Batch = Callable[..., dict[str, Tensor]]
+
+
+def rows(router: Router) -> list[Tensor]:
+    return [p.detach() for p in router.parameters()]
+
+
+def matrices(expert: torch.nn.Module) -> tuple[Tensor, Tensor]:
+    assert isinstance(expert, Expert)
+    return expert.gate_up.detach(), expert.down.detach()
+
+
+@pytest.mark.parametrize("init", list(ExpertInit))
+@pytest.mark.parametrize("generations", [(4,), (4, 2)])
+def test_growth_changes_nothing_until_the_new_experts_are_let_in(
+    make_model: Make, make_batch: Batch, router_kind: str, init: ExpertInit, generations: tuple[int, ...]
+) -> None:
+    model, sample = make_model(router_kind, generations), make_batch(groups=len(generations))
+    before, old = sample_logits(model, sample), {n: p.clone() for n, p in model.state_dict().items()}
+    grow(model, "new", GrowConfig(experts=2, init=init), sample, seed=3)
+    for layer in model.moe_layers():
+        assert layer.router.generations == [*generations, 2] and not layer.router.held_down
+        assert len(layer.banks) == sum(generations) + 2 and layer.banks.num_frozen == sum(generations)
+    assert model.training
+    assert model.architecture.generations[-1].stage == "new" and model.architecture.frozen == len(generations)
+    state = model.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in old.items())
+    check_noop(model, sample, before)
+
+
+@pytest.mark.parametrize("router", list(RouterInit))
+def test_every_router_init_is_a_no_op_too(make_model: Make, make_batch: Batch, router: RouterInit) -> None:
+    model = make_model()
+    grow(model, "new", GrowConfig(experts=3, router=router), make_batch(), seed=0)
+    assert all(bool(layer.router.parameters()) and rows(layer.router)[-1].any() for layer in model.moe_layers())
+
+
+def test_new_learned_rows_do_change_the_logits_afterwards(make_model: Make, make_batch: Batch) -> None:
+    model, sample = make_model(), make_batch()
+    before = sample_logits(model, sample)
+    grow(model, "new", GrowConfig(experts=2, init=ExpertInit.random), sample, seed=0)
+    assert float((sample_logits(model, sample) - before).abs().max()) > 0.1
+
+
+def test_a_broken_growth_is_noticed(make_model: Make, make_batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, sample = make_model(), make_batch()
+    begin = grow_module._begin_experts
+
+    def clumsy(layer, *args):  # type: ignore[no-untyped-def]
+        begin(layer, *args)
+        next(layer.banks.experts[0].parameters())[0, 0] += 1.0
+
+    monkeypatch.setattr(grow_module, "_begin_experts", clumsy)
+    with pytest.raises(RuntimeError, match=r"growth changed the logits by .* at most 1e-5 allowed"):
+        grow(model, "new", GrowConfig(experts=2), sample, seed=0)
+
+
+def test_a_not_a_number_counts_as_a_change(make_model: Make, make_batch: Batch) -> None:
+    model, sample = make_model(), make_batch()
+    with pytest.raises(RuntimeError, match="growth changed the logits by nan"):
+        check_noop(model, sample, sample_logits(model, sample) * float("nan"))
+
+
+def test_most_used_by_hand() -> None:
+    assert most_used(torch.tensor([3, 9, 9, 1]), 3) == [1, 2, 0]  # a tie goes to the lower index
+    assert most_used(torch.tensor([5, 5, 5]), 2) == [0, 1]
+    assert most_used(torch.tensor([1, 2]), 5) == [1, 0, 1, 0, 1]
+
+
+def usage(model: LanguageModel, sample: dict[str, Tensor]) -> list[list[int]]:
+    return [seen.counts_E.tolist() for seen in observe(model, sample)]
+
+
+def test_copies_of_the_most_used_experts(make_model: Make, make_batch: Batch) -> None:
+    model, sample = make_model(), make_batch()
+    counts = usage(model, sample)
+    grow(model, "new", GrowConfig(experts=2, noise=0.0, router=RouterInit.copy), sample, seed=0)
+    for layer, counts_E in zip(model.moe_layers(), counts, strict=True):
+        order = sorted(range(4), key=lambda e: -counts_E[e])
+        for new, source in zip(layer.banks.active, order[:2], strict=True):
+            copied, origin = matrices(new), matrices(layer.banks.experts[source])
+            assert all(torch.equal(a, b) for a, b in zip(copied, origin, strict=True))
+        old_rows, new_rows = rows(layer.router)
+        assert torch.equal(new_rows, old_rows[order[:2]])
+
+
+def test_noise_is_relative_to_the_copied_matrix(make_model: Make, make_batch: Batch) -> None:
+    model = make_model(model={"width": 64, "expert_width": 64})
+    sample = make_batch()
+    counts = usage(model, sample)
+    grow(model, "new", GrowConfig(experts=1, noise=0.1), sample, seed=0)
+    for layer, counts_E in zip(model.moe_layers(), counts, strict=True):
+        source = layer.banks.experts[counts_E.index(max(counts_E))]
+        for new, old in zip(matrices(layer.banks.active[0]), matrices(source), strict=True):
+            assert float((new - old).std() / old.std()) == pytest.approx(0.1, rel=0.05)
+
+
+def test_random_experts_and_rows(make_model: Make, make_batch: Batch) -> None:
+    model, sample = make_model(model={"width": 64, "expert_width": 64}), make_batch()
+    grow(model, "new", GrowConfig(experts=4, init=ExpertInit.random, router=RouterInit.random), sample, seed=0)
+    for layer in model.moe_layers():
+        gate_up, _ = matrices(layer.banks.active[0])
+        assert float(gate_up.std()) == pytest.approx(0.3, rel=0.05)  # init_std of the fixture
+        old_rows, new_rows = rows(layer.router)
+        assert float(new_rows.std()) == pytest.approx(float(old_rows.std()), rel=0.15)
+
+
+def test_centroid_rows_point_at_the_new_data(make_model: Make, make_batch: Batch) -> None:
+    model, sample = make_model(), make_batch()
+    inputs = [seen.inputs_ND for seen in observe(model, sample)]
+    grow(model, "new", GrowConfig(experts=2, router=RouterInit.centroid), sample, seed=0)
+    for layer, x in zip(model.moe_layers(), inputs, strict=True):
+        old_rows, new_rows = rows(layer.router)
+        torch.testing.assert_close(new_rows.norm(dim=1), old_rows.norm(dim=1).mean().expand(2))
+        # Each hidden state is nearer to one of two centroids than to the mean of them all.
+        unit = torch.nn.functional.normalize(x, dim=-1)
+        nearest = (unit @ torch.nn.functional.normalize(new_rows, dim=-1).t()).max(dim=1).values
+        assert float(nearest.mean()) > float((unit @ torch.nn.functional.normalize(x.mean(0), dim=0)).mean())
+
+
+def test_a_seed_decides(make_model: Make, make_batch: Batch) -> None:
+    grown = []
+    for seed in (1, 1, 2):
+        model = make_model()
+        grow(model, "new", GrowConfig(experts=2), make_batch(), seed=seed)
+        grown.append(model.state_dict())
+    assert all(torch.equal(grown[0][name], grown[1][name]) for name in grown[0])
+    differing = {name for name in grown[0] if not torch.equal(grown[0][name], grown[2][name])}
+    assert differing == {n for n in grown[0] if "experts.4." in n or "experts.5." in n or "rows.1" in n}
+
+
+def test_frozen_tensors_do_not_train_and_stay_the_same_bits(
+    make_model: Make, make_batch: Batch, router_kind: str
+) -> None:
+    model, batch = make_model(router_kind), make_batch(groups=2)
+    old = {name for name, _ in model.named_parameters() if ".moe." in name}
+    grow(model, "new", GrowConfig(experts=2), make_batch(), seed=0)
+    optimizer = build_optimizer(model, OptimConfig(lr=0.1, weight_decay=0.5), None)
+    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for _ in range(4):
+        optimizer.zero_grad()
+        hidden = model(batch["token_ids"], group_ids_BS=batch["group_ids"]).hidden_BSD
+        logits = model.logits(hidden).flatten(0, 1)
+        torch.nn.functional.cross_entropy(logits, batch["target_ids"].flatten()).backward()
+        optimizer.step()
+    for name, parameter in model.named_parameters():
+        if name in old:
+            assert id(parameter) not in known and parameter.grad is None, name
+            assert torch.equal(parameter, before[name]), name
+        else:
+            assert id(parameter) in known, name
+            assert not torch.equal(parameter, before[name]), name
+
+
+def test_observing_leaves_the_model_as_it_was(make_model: Make, make_batch: Batch) -> None:
+    for training in (True, False):
+        model, sample = make_model().train(training), make_batch(blocks=3)
+        seen = observe(model, sample)
+        assert model.training is training
+        assert not any(layer._forward_pre_hooks for layer in model.moe_layers())
+        assert [one.inputs_ND.shape for one in seen] == [(48, 16)] * 2
+        assert all(int(one.counts_E.sum()) == 48 * 2 for one in seen)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [({"experts": -1}, "grow.experts=-1"), ({"noise": -0.1}, "grow.noise=-0.1"), ({"sample_tokens": 0}, "positive")],
+)
+def test_values_out_of_range(keys: dict[str, float], message: str) -> None:
+    with pytest.raises(Exception, match=message):
+        GrowConfig(**keys)  # type: ignore[arg-type]

@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from lifelong_moe.config import Method, RunConfig
+from lifelong_moe.methods.graph import stage_specs
+from lifelong_moe.methods.plan import PlannedStage, plan_stages
+from lifelong_moe.model.cost import count_parameters
+
+MakeRun = Callable[..., RunConfig]
+HASHES = {"english": "e", "python": "p"}
+TOKENIZER = {"recipe": {"vocab_size": 300}, "hash": "t", "vocab_size": 300}
+
+
+def plan(config: RunConfig, **hashes: str) -> list[PlannedStage]:
+    return plan_stages(config, HASHES | hashes, TOKENIZER, bos_id=0)
+
+
+def keys(config: RunConfig) -> list[str]:
+    return [stage.key for stage in plan(config)]
+
+
+def test_the_first_stage_is_the_same_under_every_method(make_run: MakeRun) -> None:
+    found = {method: keys(make_run(f"method={method}")) for method in Method}
+    assert len({stages[0] for stages in found.values()}) == 1
+    assert len({stages[1] for stages in found.values()}) == len(Method)
+
+
+IN_EVERY_KEY = [
+    "seed=1", "model.layers=3", "model.width=32", "model.experts=5", "model.context=32", "model.tie_embeddings=true",
+    "routing.top_k=3", "routing.balance_loss=0.02", "routing.mode=label", "trainer.precision=bf16-mixed",
+    "trainer.gradient_clip_val=0.5", "stage_defaults.tokens=1280", "stage_defaults.optim.lr=0.5",
+    "stage_defaults.optim.batch_tokens=128", "stages[0].optim.schedule=constant",
+]  # fmt: skip
+FROM_THE_SECOND_ON = [
+    "stage_defaults.grow.experts=3", "stage_defaults.grow.experts=0", "stage_defaults.grow.init=random",
+    "stage_defaults.grow.router=centroid", "stage_defaults.trunk.train=frozen", "stage_defaults.trunk.lr_scale=0.2",
+    "stage_defaults.distill.weight=0.5", "stage_defaults.distill.weight=0", "stage_defaults.distill.temperature=3",
+    "stage_defaults.distill.text=new", "stage_defaults.distill.fraction=0.5", "stage_defaults.replay.fraction=0.5",
+    "stages[1].tokens=704", "stages[1].name=second", "method=sequential",
+]  # fmt: skip
+IN_NO_KEY = [
+    "run=other", "evaluate.tokens=5", "evaluate.also=[python]", "evaluate.batch_tokens=64", "tracking.enabled=false",
+    "tracking.uri=sqlite:///x.db", "tracking.experiment=x", "trainer.accelerator=cpu", "trainer.devices=2",
+    "trainer.strategy=ddp", "trainer.num_workers=3", "trainer.accumulate_grad_batches=2",
+    "trainer.log_every_n_steps=3", "trainer.enable_progress_bar=false", "checkpoint.every_steps=7",
+    "checkpoint.keep=1", "distributions.python.heldout_fraction=0.2",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def before(make_run: MakeRun) -> list[str]:
+    """Keys of the run as it is."""
+    return keys(make_run())
+
+
+@pytest.mark.parametrize("override", IN_EVERY_KEY)
+def test_in_the_first_key_and_hence_in_every_later_one(make_run: MakeRun, before: list[str], override: str) -> None:
+    after = keys(make_run(override))
+    assert before[0] != after[0] and before[1] != after[1]
+
+
+@pytest.mark.parametrize("override", FROM_THE_SECOND_ON)
+def test_the_first_stage_has_nothing_to_grow_hold_or_replay(
+    make_run: MakeRun, before: list[str], override: str
+) -> None:
+    after = keys(make_run(override))
+    assert before[0] == after[0] and before[1] != after[1]
+
+
+@pytest.mark.parametrize("override", IN_NO_KEY)
+def test_in_no_key(make_run: MakeRun, before: list[str], override: str) -> None:
+    assert keys(make_run(override)) == before
+
+
+def test_data_is_in_the_key_of_its_stage_and_of_later_ones(make_run: MakeRun) -> None:
+    base, python, english = (plan(make_run(), **h) for h in ({}, {"python": "x"}, {"english": "x"}))
+    assert [a.key == b.key for a, b in zip(base, python, strict=True)] == [True, False]
+    assert [a.key == b.key for a, b in zip(base, english, strict=True)] == [False, False]
+
+
+def test_lifelong_by_hand(make_run: MakeRun) -> None:
+    first, second = stage_specs(make_run("stage_defaults.replay.fraction=0.25"))
+    assert (first.parent, first.grow, first.trunk, first.distill, first.replayed) == (None, None, None, None, ())
+    assert first.replay_fraction == 0.0
+    assert second.parent == 0 and second.replayed == ("english",) and second.replay_fraction == 0.25
+    assert second.grow is not None and second.trunk is not None and second.distill is not None
+
+
+def test_sequential_by_hand(make_run: MakeRun) -> None:
+    for spec in stage_specs(make_run("method=sequential")):
+        assert (spec.grow, spec.trunk, spec.distill, spec.replayed, spec.replay_fraction) == (None, None, None, (), 0.0)
+
+
+def test_what_is_replayed_when_a_distribution_comes_back(make_run: MakeRun) -> None:
+    stages = [{"data": "english"}, {"data": "python"}, {"data": "english"}, {"data": "english"}]
+    specs = stage_specs(make_run(stages=stages))
+    assert [spec.replayed for spec in specs] == [(), ("english",), ("python",), ("python",)]
+    assert [spec.name for spec in specs] == ["english", "python", "english-2", "english-3"]
+    assert [spec.parent for spec in specs] == [None, 0, 1, 2]
+
+
+def test_the_same_text_again_has_nothing_to_replay(make_run: MakeRun) -> None:
+    spec = stage_specs(make_run(stages=[{"data": "english"}, {"data": "english"}]))[1]
+    assert spec.replayed == () and spec.replay_fraction == 0.0
+
+
+def test_a_plan_by_hand(make_run: MakeRun) -> None:
+    first, second = plan(make_run())
+    assert (first.index, first.parent_key, second.parent_key) == (0, None, first.key)
+    assert [stage.architecture.num_experts for stage in (first, second)] == [4, 6]
+    assert first.tokens == second.tokens == 640 and first.routing == "learned"
+    assert first.trainable == first.parameters.total
+    assert second.trainable == second.parameters.trunk + second.parameters.newest < second.parameters.total
+    assert second.flops > first.flops > 0
+    frozen = plan(make_run("stage_defaults.trunk.train=frozen"))[1]
+    assert frozen.trainable == frozen.parameters.newest == count_parameters(frozen.architecture).newest
+    assert plan(make_run("routing.mode=cluster"))[0].routing == "cluster/token"
+
+
+def test_a_plan_without_growth(make_run: MakeRun) -> None:
+    second = plan(make_run("method=sequential"))[1]
+    assert second.architecture.num_experts == 4 and second.architecture.frozen == 0
+    assert second.trainable == second.parameters.total

@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from lifelong_moe.model.generation import generate, sample_token
+from lifelong_moe.model.groups import label_group
+from lifelong_moe.model.transformer import LanguageModel
+
+Make = Callable[..., LanguageModel]
+PROMPT = [5, 17, 3]
+
+
+def group_row(model: LanguageModel, ids: list[int], distribution: str | None) -> Tensor:
+    if model.document_clusters is not None:
+        return torch.from_numpy(model.document_clusters.group_ids(np.asarray(ids))).unsqueeze(0)
+    return torch.full((1, len(ids)), label_group(model.architecture, distribution))
+
+
+def greedy_without_cache(model: LanguageModel, count: int, distribution: str | None) -> list[int]:
+    """The whole text again for each token."""
+    ids, context = [0, *PROMPT], model.architecture.model.context
+    for _ in range(count):
+        assert len(ids) <= context
+        with torch.no_grad():
+            hidden = model(torch.tensor([ids]), group_ids_BS=group_row(model, ids, distribution)).hidden_BSD
+        ids.append(int(model.logits(hidden[0, -1]).argmax()))
+    return ids[4:]
+
+
+@pytest.mark.parametrize("distribution", [None, "d1"])
+def test_the_cache_gives_what_a_full_forward_pass_gives(
+    make_model: Make, router_kind: str, distribution: str | None
+) -> None:
+    for seed in range(3):
+        model = make_model(router_kind, (4, 2), seed=seed).eval()
+        expected = greedy_without_cache(model, 12, distribution)
+        if 0 in expected:
+            expected = expected[: expected.index(0)]
+        found = generate(model, PROMPT, max_new_tokens=12, temperature=0, distribution=distribution)
+        assert list(found) == expected
+
+
+def test_cached_logits_equal_full_logits(make_model: Make, router_kind: str) -> None:
+    model = make_model(router_kind, (4, 2)).eval()
+    ids = torch.randint(1, 61, (2, 12), generator=torch.Generator().manual_seed(0))
+    groups = torch.arange(12).expand(2, 12) // 6
+    with torch.no_grad():
+        full = model(ids, group_ids_BS=groups).hidden_BSD
+        output = model(ids[:, :5], group_ids_BS=groups[:, :5])
+        torch.testing.assert_close(output.hidden_BSD, full[:, :5], atol=1e-5, rtol=0)
+        for t in range(5, 12):
+            output = model(ids[:, t : t + 1], group_ids_BS=groups[:, t : t + 1], past=output.cache)
+            torch.testing.assert_close(output.hidden_BSD[:, 0], full[:, t], atol=1e-5, rtol=0)
+
+
+def test_a_text_longer_than_the_context_goes_on(make_model: Make, router_kind: str) -> None:
+    model = make_model(router_kind, (4, 2))
+    lengths = []
+    hook = model.register_forward_pre_hook(
+        lambda _, args, kwargs: lengths.append((args[0].shape[1], kwargs.get("past") is not None)), with_kwargs=True
+    )
+    with torch.no_grad():
+        model.head.weight[0] = 0.0  # BOS is never the most probable token
+    model.head.weight.requires_grad_(False)
+    tokens = list(generate(model, list(range(1, 31)), max_new_tokens=25, temperature=0))
+    hook.remove()
+    assert len(tokens) == 25
+    # Context 16: BOS and the newest 8, then one by one until the cache is full, then again.
+    prefills = [i for i, (_, cached) in enumerate(lengths) if not cached]
+    assert [lengths[i][0] for i in prefills] == [9] * len(prefills)
+    assert prefills == [0, 8, 16, 24]
+
+
+def test_it_stops_at_the_document_s_end(make_model: Make) -> None:
+    model = make_model().eval()
+    with torch.no_grad():
+        model.head.weight.zero_()
+        model.norm.weight.zero_()
+    assert list(generate(model, PROMPT, max_new_tokens=9, temperature=0)) == []  # argmax of equal logits is BOS, 0
+
+
+def test_seeds_decide(make_model: Make) -> None:
+    model = make_model()
+    texts = [list(generate(model, PROMPT, max_new_tokens=12, temperature=2.0, top_p=1.0, seed=s)) for s in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+    assert list(generate(model, PROMPT, max_new_tokens=0)) == []
+
+
+def test_top_p_cuts_the_tail() -> None:
+    # Probabilities 0.5, 0.3, 0.15, 0.05: the smallest set with at least 0.6 is the first two.
+    logits, generator = torch.tensor([0.15, 0.5, 0.05, 0.3]).log(), torch.Generator().manual_seed(0)
+    drawn = [sample_token(logits, 1.0, 0.6, generator) for _ in range(400)]
+    assert set(drawn) == {1, 3}
+    assert drawn.count(1) / 400 == pytest.approx(0.5 / 0.8, abs=0.07)
+    assert {sample_token(logits, 1.0, 0.5, generator) for _ in range(50)} == {1}
+    assert {sample_token(logits, 1.0, 1.0, generator) for _ in range(400)} == {0, 1, 2, 3}
+    assert sample_token(logits, 0, 0.1, generator) == 1

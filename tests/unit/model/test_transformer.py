@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lifelong_moe.model.architecture import Architecture
+from lifelong_moe.model.attention import rotary_tables, rotate
+from lifelong_moe.model.transformer import LanguageModel, document_attention_mask, initialize
+from lifelong_moe.routing.base import Router
+from lifelong_moe.routing.cluster import TokenClusterRouter
+
+Make = Callable[..., LanguageModel]
+MakeArchitecture = Callable[..., Architecture]
+
+
+def random_ids(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randint(1, 61, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_documents_of_a_block_do_not_see_each_other(make_model: Make, router_kind: str) -> None:
+    model = make_model(router_kind, (4, 2), model={"document_mask": True}).eval()
+    ids = random_ids(1, 12)
+    documents = torch.tensor([[0] * 5 + [1] * 4 + [2] * 3])
+    with torch.no_grad():
+        packed = model(ids, document_ids_BS=documents).hidden_BSD
+        # Rotary positions only matter by their differences, so a document may begin at any of them.
+        alone = torch.cat([model(part).hidden_BSD for part in ids.split([5, 4, 3], dim=1)], dim=1)
+    torch.testing.assert_close(packed, alone, atol=1e-5, rtol=0)
+
+
+def test_without_the_mask_a_block_is_one_sequence(make_model: Make) -> None:
+    model, ids = make_model().eval(), random_ids(1, 12)
+    documents = torch.tensor([[0] * 6 + [1] * 6])
+    with torch.no_grad():
+        assert torch.equal(model(ids, document_ids_BS=documents).hidden_BSD, model(ids).hidden_BSD)
+
+
+def test_the_mask_by_hand() -> None:
+    mask = document_attention_mask(torch.tensor([[3, 3, 5]]))
+    assert mask.tolist() == [[[[True, False, False], [True, True, False], [False, False, True]]]]
+
+
+def test_rotary_angles_by_hand() -> None:
+    cos, sin = rotary_tables(3, 4, 100.0, torch.device("cpu"))
+    angles = torch.tensor([[0.0, 0.0], [1.0, 0.1], [2.0, 0.2]]).repeat(1, 2)
+    torch.testing.assert_close(cos, angles.cos())
+    torch.testing.assert_close(sin, angles.sin())
+    # Halves turn against each other: (1, 0, 0, 0) at position 1 becomes (cos 1, 0, sin 1, 0).
+    turned = rotate(torch.tensor([1.0, 0, 0, 0]), cos[1], sin[1])
+    torch.testing.assert_close(turned, torch.tensor([math.cos(1), 0, math.sin(1), 0]))
+
+
+def test_right_padding_changes_nothing(make_model: Make, router_kind: str) -> None:
+    model, ids = make_model(router_kind, (4, 2)).eval(), random_ids(2, 10)
+    padded = F.pad(ids, (0, 3))
+    mask = torch.arange(13).expand(2, 13) < 10
+    with torch.no_grad():
+        found = model(padded, mask_BS=mask).hidden_BSD[:, :10]
+        torch.testing.assert_close(found, model(ids).hidden_BSD, atol=1e-5, rtol=0)
+
+
+def test_tied_embeddings_are_one_tensor(make_model: Make) -> None:
+    model = make_model(model={"tie_embeddings": True})
+    assert model.head.weight is model.embedding.weight
+    assert "head.weight" not in dict(model.named_parameters())
+    hidden = model(random_ids(1, 4)).hidden_BSD
+    torch.testing.assert_close(model.logits(hidden), hidden @ model.embedding.weight.t())
+    untied = make_model()
+    assert untied.head.weight is not untied.embedding.weight
+
+
+def test_initialization_is_a_function_of_the_seed(make_architecture: MakeArchitecture) -> None:
+    models = [LanguageModel(make_architecture()) for _ in range(3)]
+    for model, seed in zip(models, (5, 5, 6), strict=True):
+        torch.manual_seed(seed + len(model.blocks))  # the global generator is not looked at
+        initialize(model, seed)
+    first, second, other = ([p.detach() for p in model.parameters()] for model in models)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True) if a.dim() > 1)
+
+
+def test_initial_deviations(make_architecture: MakeArchitecture) -> None:
+    shape = {"width": 64, "expert_width": 64, "layers": 2, "init_std": 0.02}
+    model = LanguageModel(make_architecture(model=shape))
+    initialize(model, 0)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            assert torch.equal(parameter, torch.ones(64))
+        else:
+            expected = 0.01 if name.endswith(("output.weight", "down")) else 0.02  # sqrt(2 * 2 layers) = 2
+            assert float(parameter.detach().std()) == pytest.approx(expected, rel=0.15), name
+
+
+def test_banks_follow_the_architecture(make_model: Make) -> None:
+    model = make_model("learned", (4, 2, 3))
+    for layer in model.moe_layers():
+        assert (len(layer.banks.frozen), len(layer.banks.active)) == (6, 3)
+        assert layer.router.generations == [4, 2, 3] and layer.router.num_experts == 9
+        trained = [p.requires_grad for p in layer.router.parameters()]
+        assert trained == [False, False, True]
+    trainable = {n for n, p in model.named_parameters() if p.requires_grad and ".experts." in n}
+    assert {int(name.split(".experts.")[1].split(".")[0]) for name in trainable} == {6, 7, 8}
+    assert not any(".moe." in name for name in model.trunk_parameters())
+    assert "blocks.0.attention.query.weight" in model.trunk_parameters()
+
+
+def test_an_expert_without_tokens_has_a_zero_gradient_not_none(make_model: Make) -> None:
+    model = make_model("label", (2, 2))
+    model(random_ids(2, 8), group_ids_BS=torch.zeros(2, 8, dtype=torch.int64)).hidden_BSD.sum().backward()
+    for layer in model.moe_layers():
+        assert all(
+            p.grad is not None and not p.grad.any() for expert in layer.banks.active for p in expert.parameters()
+        )
+        assert all(p.grad is None for expert in layer.banks.frozen for p in expert.parameters())
+
+
+def test_weights_survive_a_state_dict(make_model: Make, make_architecture: MakeArchitecture, router_kind: str) -> None:
+    model, ids = make_model(router_kind, (4, 2)).eval(), random_ids(2, 8)
+    again = LanguageModel(make_architecture(router_kind, (4, 2))).eval()
+    again.load_state_dict(model.state_dict(), strict=True)
+    with torch.no_grad():
+        assert torch.equal(model(ids).hidden_BSD, again(ids).hidden_BSD)
+    routers: list[Router] = [layer.router for layer in again.moe_layers()]
+    assert not any(isinstance(router, TokenClusterRouter) and router.hashing for router in routers)
+
+
+def test_architecture_survives_json(make_architecture: MakeArchitecture, router_kind: str) -> None:
+    architecture = make_architecture(router_kind, (4, 2), model={"tie_embeddings": True})
+    assert Architecture.from_json(json.loads(json.dumps(architecture.to_json()))) == architecture
+
+
+def test_architecture_grows_and_learns_labels(make_architecture: MakeArchitecture) -> None:
+    first = make_architecture("learned", (4,)).labelled("english")
+    second = first.grown("s1", 2).labelled("python").labelled("english")
+    assert (first.frozen, second.frozen) == (0, 1)
+    assert second.expert_births() == ["s0"] * 4 + ["s1"] * 2
+    assert second.num_experts == 6 and second.labels == (("english", 0), ("python", 1))
+
+
+def test_a_cache_takes_one_token_at_a_time(make_model: Make) -> None:
+    model, ids = make_model().eval(), random_ids(1, 4)
+    cache = model(ids).cache
+    with pytest.raises(ValueError, match="one at a time"):
+        model(ids, past=cache)

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lifelong_moe.ops.router_losses import load_balancing_loss, router_z_loss
+
+ALL = torch.ones(2, dtype=torch.bool)
+
+
+def test_balance_by_hand() -> None:
+    # Three experts, top-1, both tokens choose expert 0: f = (1, 0, 0), p_0 = (0.8 + 0.6) / 2 = 0.7; 3 * 0.7.
+    probs = torch.tensor([[0.8, 0.1, 0.1], [0.6, 0.3, 0.1]])
+    assert float(load_balancing_loss(probs, torch.tensor([[0], [0]]), ALL)) == pytest.approx(2.1)
+
+
+def test_balance_by_hand_for_two_choices() -> None:
+    # f = (1, 1/2, 1/2), p = (0.7, 0.2, 0.1); E / K * sum f p = 3 / 2 * (0.7 + 0.1 + 0.05).
+    probs = torch.tensor([[0.8, 0.1, 0.1], [0.6, 0.3, 0.1]])
+    assert float(load_balancing_loss(probs, torch.tensor([[0, 2], [0, 1]]), ALL)) == pytest.approx(1.275)
+
+
+@given(st.integers(1, 6), st.integers(1, 6))
+def test_balance_is_one_at_perfect_balance(num_experts: int, top_k: int) -> None:
+    top_k = min(top_k, num_experts)
+    ids = (torch.arange(num_experts).unsqueeze(1) + torch.arange(top_k)) % num_experts  # each expert K times
+    probs = torch.full((num_experts, num_experts), 1 / num_experts)
+    mask = torch.ones(num_experts, dtype=torch.bool)
+    assert float(load_balancing_loss(probs, ids, mask)) == pytest.approx(1.0)
+
+
+def test_collapse_costs_the_number_of_experts() -> None:
+    probs = torch.tensor([[0.0, 1.0, 0.0, 0.0]] * 2)
+    assert float(load_balancing_loss(probs, torch.tensor([[1], [1]]), ALL)) == 4.0
+
+
+def test_only_probabilities_carry_gradient() -> None:
+    # d/dp[t, e] = E * f_e / T; f = (1, 0, 0).
+    probs = torch.tensor([[0.8, 0.1, 0.1], [0.6, 0.3, 0.1]], requires_grad=True)
+    load_balancing_loss(probs, torch.tensor([[0], [0]]), ALL).backward()
+    torch.testing.assert_close(probs.grad, torch.tensor([[1.5, 0.0, 0.0], [1.5, 0.0, 0.0]]))
+
+
+def test_first_expert_by_hand() -> None:
+    # Of experts 2 and 3: choices 2, 2, 3 → f = (2/3, 1/3); p sums (0.1 + 0.3, 0.1 + 0.1) → (2/3, 1/3).
+    probs = torch.tensor([[0.5, 0.3, 0.1, 0.1], [0.3, 0.3, 0.3, 0.1]])
+    ids = torch.tensor([[0, 2], [2, 3]])
+    value = load_balancing_loss(probs, ids, ALL, first_expert=2)
+    assert float(value) == pytest.approx(2 * (4 / 9 + 1 / 9))
+
+
+def test_first_expert_without_assignments_is_zero() -> None:
+    probs = torch.tensor([[0.5, 0.5, 0.0], [0.5, 0.5, 0.0]], requires_grad=True)
+    value = load_balancing_loss(probs, torch.tensor([[0, 1], [1, 0]]), ALL, first_expert=2)
+    value.backward()
+    assert value.item() == 0.0
+    assert probs.grad is not None and bool(torch.isfinite(probs.grad).all())
+
+
+@given(st.integers(1, 5), st.integers(0, 3), st.integers(0, 1000))
+def test_padding_has_no_effect(real: int, first: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(real + 4, 5, generator=generator)
+    ids = logits.topk(2).indices
+    mask = torch.zeros(real + 4, dtype=torch.bool)
+    mask[torch.randperm(real + 4, generator=generator)[:real]] = True
+    with_padding = load_balancing_loss(logits.softmax(-1), ids, mask, first)
+    kept = torch.ones(real, dtype=torch.bool)
+    assert torch.equal(with_padding, load_balancing_loss(logits.softmax(-1)[mask], ids[mask], kept, first))
+    assert torch.equal(router_z_loss(logits, mask), router_z_loss(logits[mask], kept))
+
+
+def test_z_loss_by_hand() -> None:
+    assert float(router_z_loss(torch.zeros(2, 8), ALL)) == pytest.approx(math.log(8) ** 2)
+    # logsumexp (ln 1, ln 3) = ln 4; logsumexp (0, 0) = ln 2
+    logits = torch.tensor([[0.0, math.log(3.0)], [0.0, 0.0]])
+    assert float(router_z_loss(logits, ALL)) == pytest.approx((math.log(4) ** 2 + math.log(2) ** 2) / 2)
+
+
+def test_nothing_to_average_is_refused() -> None:
+    none = torch.zeros(2, dtype=torch.bool)
+    with pytest.raises(ValueError, match="at least one unmasked token"):
+        load_balancing_loss(torch.full((2, 2), 0.5), torch.tensor([[0], [1]]), none)
+    with pytest.raises(ValueError, match="at least one unmasked token"):
+        router_z_loss(torch.zeros(2, 2), none)

@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+
+import pytest
+import torch
+from torch import Tensor
+
+from lifelong_moe.growth.config import ExpertInit, GrowConfig
+from lifelong_moe.growth.grow import grow
+from lifelong_moe.model.transformer import LanguageModel
+from lifelong_moe.ops.losses import distillation_loss
+from lifelong_moe.retention.config import DistillConfig, DistillText, ReplayConfig, TrunkConfig
+from lifelong_moe.retention.teacher import distilled_rows, make_teacher
+
+Make = Callable[..., LanguageModel]
+Batch = Callable[..., dict[str, Tensor]]
+
+
+def expert_parameters(model: LanguageModel) -> list[Tensor]:
+    return [p for layer in model.moe_layers() for p in layer.parameters()]
+
+
+def logits(model: LanguageModel, batch: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        hidden = model(batch["token_ids"], group_ids_BS=batch["group_ids"]).hidden_BSD
+        return model.logits(hidden.flatten(0, 1))
+
+
+def test_it_shares_what_cannot_change_and_copies_the_rest(make_model: Make) -> None:
+    model = make_model(model={"tie_embeddings": True})
+    shared = expert_parameters(model)
+    teacher = make_teacher(model, shared)
+    theirs = {name: p.data_ptr() for name, p in teacher.named_parameters()}
+    for name, parameter in model.named_parameters():
+        assert (theirs[name] == parameter.data_ptr()) is (".moe." in name), name
+    assert teacher.head.weight is teacher.embedding.weight
+    assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
+    assert all(p.requires_grad for name, p in model.named_parameters() if ".moe." not in name)
+
+
+def test_growth_and_training_leave_the_teacher_alone(make_model: Make, make_batch: Batch, router_kind: str) -> None:
+    model, batch = make_model(router_kind), make_batch()
+    teacher = make_teacher(model, expert_parameters(model))
+    before = logits(teacher, batch)
+    grow(model, "new", GrowConfig(experts=2, init=ExpertInit.random), batch, seed=0)
+    assert all(layer.router.generations == [4] and len(layer.banks) == 4 for layer in teacher.moe_layers())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(1.0)
+    assert torch.equal(logits(teacher, batch), before)
+
+
+def test_no_divergence_before_the_first_step(make_model: Make, make_batch: Batch, router_kind: str) -> None:
+    model, batch = make_model(router_kind).eval(), make_batch()
+    teacher = make_teacher(model, expert_parameters(model))
+    grow(model, "new", GrowConfig(experts=2), batch, seed=0)
+    with ExitStack() as held:
+        for layer in model.moe_layers():
+            held.enter_context(layer.router.holding_down())
+        student = logits(model, batch)
+    assert float(distillation_loss(student, logits(teacher, batch), 2.0)) == pytest.approx(0.0, abs=1e-6)
+
+
+NEW_OLD = torch.tensor([False, True, False, True, False, True])
+
+
+@pytest.mark.parametrize(
+    ("text", "fraction", "expected"),
+    [
+        (DistillText.replay, 1.0, [1, 3, 5]),
+        (DistillText.new, 1.0, [0, 2, 4]),
+        (DistillText.replay, 0.5, [1, 3]),  # 1.5, rounded up
+        (DistillText.new, 0.01, [0]),
+    ],
+)
+def test_which_sequences_are_distilled_on(text: DistillText, fraction: float, expected: list[int]) -> None:
+    assert distilled_rows(NEW_OLD, DistillConfig(text=text, fraction=fraction)).tolist() == expected
+
+
+def test_nothing_to_distil_on() -> None:
+    none = torch.zeros(4, dtype=torch.bool)
+    assert distilled_rows(none, DistillConfig(text=DistillText.replay)).tolist() == []
+    assert distilled_rows(~none, DistillConfig(text=DistillText.new)).tolist() == []
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: TrunkConfig(lr_scale=0.0), r"trunk\.lr_scale=0\.0 must lie in \(0, 1\]"),
+        (lambda: DistillConfig(weight=-1.0), r"distill\.weight=-1\.0 must not be negative"),
+        (lambda: DistillConfig(temperature=0.0), r"distill\.temperature=0\.0 must be positive"),
+        (lambda: DistillConfig(fraction=0.0), r"distill\.fraction=0\.0 must lie in \(0, 1\]"),
+        (lambda: ReplayConfig(fraction=1.0), r"replay\.fraction=1\.0 must lie in \[0, 1\)"),
+    ],
+)
+def test_values_out_of_range(build: Callable[[], object], message: str) -> None:
+    with pytest.raises(Exception, match=message):
+        build()

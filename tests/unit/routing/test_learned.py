@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from lifelong_moe.routing.base import Router, RoutingContext
+from lifelong_moe.routing.config import BalanceOver
+
+Make = Callable[..., Router]
+Context = Callable[..., RoutingContext]
+
+ROWS = torch.tensor([[math.log(2), 0, 0], [math.log(3), 0, 0], [0, math.log(5), 0]])
+
+
+def test_weights_by_hand(make_router: Make, make_context: Context) -> None:
+    router = make_router(3).eval()
+    router.set_rows(ROWS)
+    # x = e1: probabilities (2, 3, 1) / 6; x = e2: (1, 1, 5) / 7, of the tie the lower index.
+    routing = router(torch.tensor([[1.0, 0, 0], [0, 1.0, 0]]), make_context(2))
+    assert routing.expert_ids_TK[0].tolist() == [1, 0] and routing.expert_ids_TK[1, 0] == 2
+    torch.testing.assert_close(routing.weights_TK, torch.tensor([[3 / 5, 2 / 5], [5 / 6, 1 / 6]]))
+    assert routing.weights_TK.dtype == torch.float32
+
+
+def test_without_renormalizing_the_weights_are_the_probabilities(make_router: Make, make_context: Context) -> None:
+    for top_k, expected in ((2, [3 / 6, 2 / 6]), (1, [3 / 6])):
+        router = make_router(3, renormalize=False, top_k=top_k).eval()
+        router.set_rows(ROWS)
+        weights = router(torch.tensor([[1.0, 0, 0]]), make_context(1)).weights_TK
+        torch.testing.assert_close(weights, torch.tensor([expected]))
+
+
+def test_old_rows_have_no_gradient_once_frozen(make_router: Make, make_context: Context) -> None:
+    router = make_router(3)
+    router.set_rows(ROWS)
+    router.freeze()
+    router.add_experts(2)
+    router.set_rows(torch.tensor([[3.0, 0, 1], [2.0, 1, 0]]))
+    old, new = router.parameters()
+    assert torch.equal(old, ROWS)
+    assert not old.requires_grad and new.requires_grad
+    routing = router(torch.tensor([[1.0, 2, 3]]), make_context(1))
+    loss = routing.weights_TK[0, 0] + sum(part.value for part in routing.losses.values())
+    loss.backward()
+    assert old.grad is None
+    assert new.grad is not None and bool(new.grad.abs().sum() > 0)
+
+
+def test_the_task_loss_alone_reaches_the_router(make_router: Make, make_context: Context) -> None:
+    router = make_router(3).eval()
+    router.set_rows(ROWS)
+    router(torch.tensor([[1.0, 2, 3]]), make_context(1)).weights_TK[0, 0].backward()
+    (rows,) = router.parameters()
+    assert rows.grad is not None and bool(rows.grad.abs().sum() > 1e-3)
+
+
+def test_losses_come_in_training_only_and_only_if_asked_for(make_router: Make, make_context: Context) -> None:
+    x, context = torch.ones(4, 3), make_context(4)
+    router = make_router(3)
+    losses = router(x, context).losses
+    assert {name: loss.coefficient for name, loss in losses.items()} == {"balance": 0.01, "z": 0.001}
+    assert losses["z"].value.item() == pytest.approx(math.log(3) ** 2)  # rows begin at zero
+    assert router.eval()(x, context).losses == {}
+    assert set(make_router(3, z_loss=0.0)(x, context).losses) == {"balance"}
+    assert set(make_router(3, balance_loss=0.0)(x, context).losses) == {"z"}
+    assert set(make_router(3, balance_loss=0.0, z_loss=0.0)(x, context).losses) == set()
+
+
+def test_padding_is_in_no_loss(make_router: Make, make_context: Context) -> None:
+    router = make_router(3)
+    router.set_rows(ROWS)
+    x = torch.tensor([[1.0, 0, 0], [0, 1.0, 0], [9.0, 9, 9]])
+    padded = router(x, make_context(3, mask=torch.tensor([True, True, False]))).losses
+    plain = router(x[:2], make_context(2)).losses
+    assert all(torch.equal(padded[name].value, plain[name].value) for name in plain)
+
+
+def test_balance_over_the_active_experts(make_router: Make, make_context: Context) -> None:
+    # Every token goes to frozen experts 0 and 1: nothing to balance among the active ones, all to balance over all.
+    x, context = torch.tensor([[1.0, 0, 0]] * 4), make_context(4)
+    values = {}
+    for over in BalanceOver:
+        router = make_router(2, 2, balance_over=over)
+        with torch.no_grad():
+            next(router.parameters()).copy_(torch.tensor([[9.0, 0, 0], [8.0, 0, 0]]))
+        values[str(over)] = router(x, context).losses["balance"].value.item()
+    assert values["active"] == 0.0
+    assert values["all"] == pytest.approx(2.0, abs=1e-3)
+
+
+def test_float32_under_autocast(make_router: Make, make_context: Context) -> None:
+    router = make_router(3)
+    # 1 and 1 + 2^-10 are the same number in bfloat16, so only float32 sees which expert is the better one.
+    router.set_rows(torch.tensor([[1.0, 0, 0], [1.0 + 2**-10, 0, 0], [0.0, 0, 0]]))
+    x, context = torch.tensor([[1.0, 0, 0]]), make_context(1)
+    expected = router(x, context)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        routing = router(x, context)
+    assert routing.expert_ids_TK.tolist() == [[1, 0]]
+    assert routing.weights_TK.dtype == torch.float32 and torch.equal(routing.weights_TK, expected.weights_TK)
+    assert all(torch.equal(routing.losses[name].value, expected.losses[name].value) for name in expected.losses)
+
+
+def test_held_down_rows_change_nothing(make_router: Make, make_context: Context) -> None:
+    x = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
+    router = make_router(3, renormalize=False).eval()
+    router.set_rows(ROWS)
+    before = router(x, make_context(20))
+    router.add_experts(2)
+    router.set_rows(10 * torch.ones(2, 3))
+    with router.holding_down():
+        held = router(x, make_context(20))
+    assert torch.equal(held.expert_ids_TK, before.expert_ids_TK)
+    torch.testing.assert_close(held.weights_TK, before.weights_TK, atol=1e-7, rtol=0)
+    assert router(x, make_context(20)).expert_ids_TK.max() >= 3  # the bias is gone
+
+
+def test_holding_down_ends_with_an_error_too(make_router: Make) -> None:
+    router = make_router(3)
+    with pytest.raises(KeyError), router.holding_down():
+        raise KeyError
+    assert not router.held_down

@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lifelong_moe.errors import ConfigError
+from lifelong_moe.routing.base import Causality, Router, Routing, RoutingContext
+from lifelong_moe.routing.config import RoutingConfig
+from lifelong_moe.routing.learned import LearnedRouter
+from lifelong_moe.routing.registry import build_router
+
+
+class FirstExperts(Router):
+    """Sends every token to the first experts from ``skip`` on."""
+
+    trained = False
+
+    def __init__(self, config: RoutingConfig, *, width: int, layer: int, skip: int = 0) -> None:
+        super().__init__(config, width=width, layer=layer)
+        self.skip = skip
+
+    def add_experts(self, num: int) -> None:
+        self.generations.append(num)
+
+    def forward(self, x_TD: Tensor, context: RoutingContext) -> Routing:
+        top_k = self.config.top_k
+        ids = (self.skip + torch.arange(top_k)).expand(len(x_TD), top_k)
+        return Routing(ids, torch.full((len(x_TD), top_k), 1 / top_k), self.num_experts)
+
+
+class Capacity(FirstExperts):
+    causality = Causality.leaks_when_full
+
+
+class ExpertChoice(FirstExperts):
+    causality = Causality.leaks
+
+
+class Ordered(FirstExperts):
+    causality = Causality.ordered
+
+
+@pytest.fixture(autouse=True)
+def my_package(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The classes above, importable as ``mine.routers.NAME``."""
+    module = ModuleType("mine.routers")
+    vars(module).update(First=FirstExperts, C=Capacity, D=ExpertChoice, B=Ordered, number=3, make=lambda *a, **k: 3)
+    monkeypatch.setitem(sys.modules, "mine", ModuleType("mine"))
+    monkeypatch.setitem(sys.modules, "mine.routers", module)
+    yield
+
+
+def build(**config: Any) -> Router:
+    return build_router(RoutingConfig(**config), width=4, layer=1)
+
+
+def test_built_in_names() -> None:
+    assert isinstance(build(), LearnedRouter)
+    assert {type(build(mode=mode)).__name__ for mode in ("label", "cluster")} == {"LabelRouter", "TokenClusterRouter"}
+
+
+@pytest.mark.parametrize(("mode", "near"), [("lerned", "learned"), ("clusters", "cluster"), ("lable", "label")])
+def test_a_typo_names_what_was_meant(mode: str, near: str) -> None:
+    with pytest.raises(ConfigError, match=rf"routing\.mode={mode} is unknown; .* Did you mean {near}\?"):
+        RoutingConfig(mode=mode)
+
+
+def test_a_router_of_your_own() -> None:
+    router = build(mode="mine.routers.First", options={"skip": 1})
+    router.add_experts(4)
+    context = RoutingContext(torch.zeros(3, dtype=torch.int64), torch.ones(3).bool(), torch.zeros(3).long())
+    routing = router(torch.zeros(3, 4), context)
+    assert routing.counts_E.tolist() == [0, 3, 3, 0] and router.layer == 1
+    assert build(mode="mine.routers.B").causality == "B"
+
+
+@pytest.mark.parametrize("letter", ["C", "D"])
+def test_what_leaks_the_future_is_refused(letter: str) -> None:
+    message = rf"routing\.mode=mine\.routers\.{letter} lets later tokens change earlier ones \(class {letter}\)"
+    with pytest.raises(ConfigError, match=message):
+        build(mode=f"mine.routers.{letter}")
+
+
+@pytest.mark.parametrize(
+    ("mode", "options", "message"),
+    [
+        ("mine.routers.Missing", {}, "has no attribute 'Missing'"),
+        ("nowhere.at.All", {}, "No module named 'nowhere'"),
+        (".All", {}, "cannot be built"),
+        ("..All", {}, "cannot be built"),
+        ("mine.routers.number", {}, "not callable"),
+        ("mine.routers.First", {"jump": 1}, "unexpected keyword argument 'jump'"),
+        ("mine.routers.make", {}, "must build a lifelong_moe.routing.base.Router"),
+    ],
+)
+def test_what_cannot_be_built_costs_one_line(mode: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        build(mode=mode, options=options)
+    assert str(caught.value).startswith(f"routing.mode={mode} ") and "\n" not in str(caught.value)
+
+
+def test_options_are_for_your_own_router_only() -> None:
+    with pytest.raises(ConfigError, match=r"routing\.options is for routers named by dotted path, not for learned"):
+        RoutingConfig(options={"skip": 1})
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"top_k": 0}, "routing.top_k=0 must be at least 1"),
+        ({"top_k": 1}, "routing.renormalize=true with routing.top_k=1"),
+        ({"balance_loss": -0.1}, "routing.balance_loss=-0.1 must not be negative"),
+        ({"z_loss": -1.0}, "routing.z_loss=-1.0 must not be negative"),
+        ({"scale": 0.0}, "routing.scale=0.0 must be positive"),
+        ({"chunk_tokens": 0}, "routing.chunk_tokens=0 must be positive"),
+        ({"sample_tokens": -5}, "routing.sample_tokens=-5 must be positive"),
+        ({"feature_width": 0}, "routing.feature_width=0 must be positive"),
+        ({"clusters": 0}, "routing.clusters=0 must be at least 1"),
+    ],
+)
+def test_values_out_of_range(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message.replace(".", r"\.")):
+        RoutingConfig(**keys)
+
+
+def test_one_expert_a_token_where_the_router_is_not_trained_or_not_renormalized() -> None:
+    assert RoutingConfig(top_k=1, renormalize=False).top_k == 1
+    assert RoutingConfig(top_k=1, mode="label").top_k == 1
+
+
+def test_an_unfinished_router_says_what_is_missing() -> None:
+    router = Router(RoutingConfig(), width=4, layer=0)
+    with pytest.raises(TypeError, match=r"Router must implement add_experts\(num\)"):
+        router.add_experts(1)
+    with pytest.raises(ConfigError, match=r"set grow\.router=random"):
+        router.set_rows(torch.zeros(1, 4))

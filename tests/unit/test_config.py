@@ -1,0 +1,320 @@
+"""A user's mistake costs one clear line that names the full key."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lifelong_moe.config import Method, RunConfig, load_config
+from lifelong_moe.errors import ConfigError
+from lifelong_moe.growth.config import ExpertInit
+from lifelong_moe.routing.config import Level
+
+YAML = """\
+run: tiny
+distributions: {english: {builtin: english_docs}, python: {builtin: python_code}}
+model: {layers: 2, width: 16, heads: 4, kv_heads: 2, expert_width: 8, experts: 4, context: 16}
+stage_defaults: {tokens: 640, optim: {batch_tokens: 64}}
+stages: [{data: english}, {data: python}]
+"""
+Load = Callable[..., RunConfig]
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Load:
+    """Write a file, load it with overrides."""
+
+    def write_and_load(*overrides: str, text: str | bytes = YAML) -> RunConfig:
+        path = tmp_path / "run.yaml"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return load_config(path, list(overrides))[0]
+
+    return write_and_load
+
+
+def error(load: Load, *overrides: str, text: str | bytes = YAML) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(*overrides, text=text)
+    message = str(caught.value)
+    assert "\n" not in message and caught.value.exit_code == 2
+    return message
+
+
+def test_defaults_are_merged_under_each_stage(load: Load) -> None:
+    config = load("stage_defaults.grow.experts=3", "stages[1].grow.init=random")
+    assert [stage.tokens for stage in config.stages] == [640, 640]
+    assert [stage.grow.experts for stage in config.stages] == [3, 3]
+    assert [stage.grow.init for stage in config.stages] == [ExpertInit.copy, ExpertInit.random]
+    assert [stage.name for stage in config.stages] == ["english", "python"]
+    assert config.method is Method.lifelong and config.evaluated == ["english", "python"]
+
+
+OVERRIDES: list[tuple[str, Callable[[RunConfig], Any], Any]] = [
+    ("seed=7", lambda c: c.seed, 7),
+    ("method=sequential", lambda c: c.method, Method.sequential),
+    ("run=other", lambda c: c.run, "other"),
+    ("run=1", lambda c: c.run, "1"),
+    ("stages[1].grow.experts=4", lambda c: [s.grow.experts for s in c.stages], [2, 4]),
+    ("stages.1.tokens=704", lambda c: [s.tokens for s in c.stages], [640, 704]),
+    ("stages[1].grow={experts: 3, noise: 0.5}", lambda c: (c.stages[1].grow.experts, c.stages[1].grow.noise), (3, 0.5)),
+    ("stage_defaults.optim.lr=1e-2", lambda c: c.stages[0].optim.lr, 0.01),
+    ("evaluate.also=[python]", lambda c: c.evaluate.also, ["python"]),
+    ("stages=[{data: python}]", lambda c: [s.name for s in c.stages], ["python"]),
+    ("distributions.c={builtin: cpp_headers}", lambda c: sorted(c.distributions), ["c", "english", "python"]),
+    ("tracking.uri=sqlite:///a=b.db", lambda c: c.tracking.uri, "sqlite:///a=b.db"),
+    ("tracking.uri=null", lambda c: c.tracking.uri, None),
+    ("routing.clusters=2", lambda c: c.routing.clusters, 2),
+    ("trainer.devices=[0, 1]", lambda c: c.trainer.devices, [0, 1]),
+    ("trainer.devices=auto", lambda c: c.trainer.devices, "auto"),
+    ("model.tie_embeddings=true", lambda c: c.model.tie_embeddings, True),
+    ("tokenizer.train_on=english", lambda c: c.tokenizer.train_on, "english"),
+]
+
+
+@pytest.mark.parametrize(("override", "read", "expected"), OVERRIDES, ids=[o[0] for o in OVERRIDES])
+def test_overrides(load: Load, override: str, read: Callable[[RunConfig], Any], expected: Any) -> None:
+    assert read(load(override)) == expected
+
+
+def test_later_overrides_win(load: Load) -> None:
+    assert load("seed=1", "seed=2").seed == 2
+
+
+def test_only_plain_dataclasses_come_out(load: Load) -> None:
+    config = load("routing.mode=a.b.C", "routing.options={x: {y: [1]}}")
+    assert type(config.routing.options) is dict and type(config.routing.options["x"]["y"]) is list
+    assert type(config.stages) is list and type(config.distributions) is dict
+    assert config.routing.level is Level.token
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("modle.layers=3", "key modle is unknown. Did you mean model?"),
+        ("model.layer=3", "model.layer: Key 'layer' not in 'ModelConfig'. Did you mean: 'layers'?"),
+        ("routing.topk=3", "routing.topk: Key 'topk' not in 'RoutingConfig'. Did you mean: 'top_k'?"),
+        (
+            "trainer.precisoin=x",
+            "trainer.precisoin: Key 'precisoin' not in 'TrainerConfig'. Did you mean: 'precision'?",
+        ),
+        (
+            "stages[1].grow.expert=3",
+            "stages[1].grow.expert: Key 'expert' not in 'GrowConfig'. Did you mean: 'experts'?",
+        ),
+        ("stages[0].token=3", "stages[0].token: Key 'token' not in 'StageConfig'. Did you mean: 'tokens'?"),
+        (
+            "stage_defaults.grow.expert=3",
+            "stage_defaults.grow.expert: Key 'expert' not in 'GrowConfig'. Did you mean: 'experts'?",
+        ),
+        (
+            "distributions.english.bultin=x",
+            "distributions.english.bultin: Key 'bultin' not in 'SourceConfig'. Did you mean: 'builtin'?",
+        ),
+        ("stages[0].data=englsh", "stages[0].data=englsh is unknown. Did you mean english?"),
+        ("evaluate.also=[python, pyton]", "evaluate.also[1]=pyton is unknown. Did you mean python?"),
+    ],
+)
+def test_a_typo_shows_the_full_path_and_what_was_meant(load: Load, override: str, expected: str) -> None:
+    assert error(load, override) == expected
+
+
+def test_an_unknown_key_near_nothing_lists_what_there_is(load: Load) -> None:
+    message = error(load, "zzz=3")
+    assert message.startswith("key zzz is unknown. There are checkpoint, distributions, ")
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("seed=abc", "seed: Value 'abc' of type 'str' could not be converted to Integer"),
+        ("seed=1.5", "seed: Value '1.5' of type 'float' could not be converted to Integer"),
+        ("seed=true", "seed: Value 'True' of type 'bool' could not be converted to Integer"),
+        ("model.layers=two", "model.layers: Value 'two' of type 'str' could not be converted to Integer"),
+        ("model.layers=null", "model.layers: Incompatible value 'None' for field of type 'int'"),
+        ("run=", "run: Incompatible value 'None' for field of type 'str'"),
+        ("method=lifelnog", "method: Invalid value 'lifelnog', expected one of [lifelong, sequential]"),
+        ("routing.level=documnt", "routing.level: Invalid value 'documnt', expected one of [token, document]"),
+        ("model=3", "model must be a mapping; got 3."),
+        ("distributions=null", "distributions must be a non-empty mapping."),
+        ("distributions.english=3", "distributions.english must be a mapping; got 3."),
+        ("stage_defaults=3", "stage_defaults must be a mapping."),
+        ("stages=[english]", "stages[0] must be a mapping with at least data: NAME; got 'english'."),
+        ("stages=3", "stages must be a list, such as stages: [{data: english_docs}, {data: python_code}]."),
+    ],
+)
+def test_a_value_of_the_wrong_kind(load: Load, override: str, expected: str) -> None:
+    assert error(load, override) == expected
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("stage_defaults.optim.lr=.nan", "stages[0].optim.lr=nan must be finite."),
+        ("stages[1].optim.lr=.inf", "stages[1].optim.lr=inf must be finite."),
+        ("routing.z_loss=.nan", "routing.z_loss=nan must be finite."),
+        ("routing.mode=a.b routing.options={x: [1, .inf]}", "routing.options.x[1]=inf must be finite."),
+        ("seed=-1", "seed=-1 must lie between 0 and 2**32 - 1."),
+        ("seed=4294967296", "seed=4294967296 must lie between 0 and 2**32 - 1."),
+        ("run=a/b", "run=a/b may hold letters, digits, '_', '-' and '.' only."),
+        ("stages=[]", "stages is empty; a run needs at least one, such as stages: [{data: NAME}]."),
+        ("stages[1].optim.lr=-1", "stages[1].optim.lr=-1.0 must be positive."),
+        ("stages[1].tokens=0", "stages[1].tokens=0 must be positive."),
+        ("stages[1].grow.experts=-1", "stages[1].grow.experts=-1 must not be negative."),
+        ("model.layers=0", "model.layers=0 must be at least 1."),
+        ("model.kv_heads=3", "model.heads=4 must be a multiple of model.kv_heads=3."),
+        ("model.context=4", "model.context=4 must be at least 8."),
+        ("stages[1].name=english", "stages[1].name=english is taken by an earlier stage."),
+        ("routing.top_k=5", "routing.top_k=5 must not exceed model.experts=4."),
+        ("trainer.devices=1.5", "trainer.devices=1.5 must be a number, a list or a string."),
+        ("checkpoint.keep=0", "checkpoint.keep=0 must be at least 1."),
+        (
+            "distributions.english.builtin=englsh",
+            "distributions.english.builtin=englsh is unknown; there are english_docs, python_code, cpp_headers.",
+        ),
+        (
+            "distributions.english.hf=x",
+            "distributions.english: a distribution needs exactly one of builtin, files and hf; got builtin, hf.",
+        ),
+        (
+            "routing.top_k=1",
+            "routing.renormalize=true with routing.top_k=1 makes every gate weight 1, so the router gets no gradient. "
+            "Set routing.renormalize=false or routing.top_k=2.",
+        ),
+        (
+            "stage_defaults.replay.fraction=0 stage_defaults.distill.text=replay",
+            "stages[1].distill.text=replay needs stages[1].replay.fraction above 0. Set it, or distill.text=new, or "
+            "distill.weight=0.",
+        ),
+        (
+            "stages[1].optim.batch_tokens=100",
+            "stages[1].optim.batch_tokens=100 must be a multiple of model.context=16; the nearest is 96.",
+        ),
+        (
+            "stages[1].optim.batch_tokens=7",
+            "stages[1].optim.batch_tokens=7 must be a multiple of model.context=16; the nearest is 16.",
+        ),
+        ("stages[1].tokens=63", "stages[1].tokens=63 is less than one step of 64 tokens."),
+        (
+            "trainer.accumulate_grad_batches=3",
+            "trainer.accumulate_grad_batches=3 must divide the 4 sequences of a step (stages[0].optim.batch_tokens / "
+            "model.context); valid are 1, 2, 4.",
+        ),
+        (
+            "tokenizer.train_on=python",
+            "tokenizer.train_on=python must be the first stage's distribution (english): a tokenizer that saw later "
+            "stages leaks the future.",
+        ),
+        (
+            "routing.mode=cluster routing.level=document",
+            "routing.level=document assigns experts a document at a time, so attention must stop at document borders. "
+            "Set model.document_mask=true.",
+        ),
+        (
+            "routing.mode=label stages[1].grow.experts=1",
+            "stages[1].grow.experts=1 is too few: 1 group(s) of routing.top_k=2 experts each need 2.",
+        ),
+        (
+            "model.document_mask=true routing.mode=cluster routing.level=document routing.clusters=3",
+            "model.experts=4 is too few: 3 group(s) of routing.top_k=2 experts each need 6.",
+        ),
+        (
+            "routing.mode=cluster routing.features=hidden stages[0].tokens=64",
+            "stages[0].tokens=64 is less than two steps of 64 tokens; routing.features=hidden needs one before "
+            "clusters are fitted and one after.",
+        ),
+    ],
+)
+def test_a_combination_that_cannot_work(load: Load, override: str, expected: str) -> None:
+    parts = override.split(" ") if "{" not in override else override.split(" ", 1)
+    assert error(load, *parts) == expected
+
+
+def test_what_the_mistakes_above_leave_alone(load: Load) -> None:
+    sequential = ["method=sequential", "stage_defaults.replay.fraction=0", "stage_defaults.distill.text=replay"]
+    assert load(*sequential).stages[1].replay.fraction == 0
+    assert load("method=sequential", "routing.mode=label", "stages[1].grow.experts=1").stages[1].grow.experts == 1
+    assert load("routing.mode=label", "stages[1].grow.experts=0").stages[1].grow.experts == 0
+    assert load("routing.top_k=1", "routing.renormalize=false").routing.top_k == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("seed", "override 'seed' must have the form key=value."),
+        ("=3", "override '=3' must have the form key=value."),
+        ("stages[5].tokens=3", "override 'stages[5].tokens=3' cannot be applied: list index out of range"),
+        ("stages[x].tokens=3", "override 'stages[x].tokens=3' cannot be applied: Index 'x' (str) is not an int"),
+        ("seed=[1", "override 'seed=[1' cannot be applied: while parsing a flow sequence"),
+    ],
+)
+def test_an_override_that_cannot_be_applied(load: Load, override: str, expected: str) -> None:
+    assert error(load, override) == expected
+
+
+def bomb(opening: str, closing: str, item: str) -> str:
+    lines = [f"a0: &a0 [{','.join('x' * 10)}]"]
+    for i in range(1, 9):
+        items = ",".join(item.format(j) + f"*a{i - 1}" for j in range(10))
+        lines.append(f"a{i}: &a{i} {opening}{items}{closing}")
+    return YAML + "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "run.yaml: must hold a mapping such as run: NAME; it is empty or a list."),
+        ("# nothing\n", "run.yaml: must hold a mapping such as run: NAME; it is empty or a list."),
+        ("- a\n", "run.yaml: must hold a mapping such as run: NAME; it is empty or a list."),
+        (YAML + "seed: 1\nseed: 2\n", "run.yaml:7: found duplicate key seed."),
+        (YAML.replace("layers: 2,", "layers: 2, layers: 3,"), "run.yaml:3: found duplicate key layers."),
+        ("run: [1\n", "run.yaml:2: did not find expected ',' or ']'."),
+        ("run: x\n\tseed: 3\n", "run.yaml:2: found a tab character that violates indentation."),
+        ("run: é\n".encode("latin1"), "run.yaml: not UTF-8 (byte 5)."),
+        (b"run: a\x00b\n", "run.yaml: not YAML."),
+        ("run: !!python/object/apply:os.getcwd []\n", "run.yaml:1: could not determine a constructor for the tag"),
+        (YAML + "---\nrun: b\n", "run.yaml:6: but found another document."),
+        (YAML + "x: &x [*x]\n", "run.yaml:6: YAML recursive aliases are not supported."),
+        ("run: " + "[" * 5000 + "]" * 5000, "run.yaml: maximum recursion depth exceeded"),
+        (YAML + "#" + "x" * (1 << 20), "run.yaml: over 1,048,576 bytes; is this a configuration file?"),
+        (bomb("[", "]", ""), "YAML node expansion exceeds the configured limit"),
+        (bomb("{", "}", "k{}: "), "YAML node expansion exceeds the configured limit"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_a_file_that_cannot_be_read(load: Load, text: str | bytes, message: str) -> None:
+    began = time.monotonic()
+    assert message in error(load, text=text)
+    assert time.monotonic() - began < 2
+
+
+def test_a_missing_file_names_one_like_it(tmp_path: Path) -> None:
+    (tmp_path / "quickstart.yaml").write_text(YAML)
+    with pytest.raises(ConfigError, match=r"quikstart\.yaml: no such file\. Did you mean .*/quickstart\.yaml\?"):
+        load_config(tmp_path / "quikstart.yaml")
+    with pytest.raises(ConfigError, match="no such file"):
+        load_config(tmp_path)
+
+
+def test_a_name_that_yaml_takes_for_a_number(load: Load) -> None:
+    config = load(text=YAML.replace("python:", "2024:").replace("data: python", "data: 2024"))
+    assert list(config.distributions) == ["english", "2024"] and config.stages[1].data == "2024"
+
+
+def test_stages_on_one_distribution_are_numbered(load: Load) -> None:
+    stages = "stages=[{data: english}, {data: english, name: english-2}, {data: english}, {data: python}]"
+    assert [s.name for s in load(stages).stages] == ["english", "english-2", "english-3", "python"]
+
+
+def test_secrets_stay_out_of_what_is_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRACKING", "http://user:secret@host")
+    (tmp_path / "run.yaml").write_text(YAML + "tracking: {uri: '${oc.env:TRACKING}'}\n")
+    config, raw = load_config(tmp_path / "run.yaml")
+    assert config.tracking.uri == "http://user:secret@host"
+    assert raw["tracking"]["uri"] == "${oc.env:TRACKING}"
+    monkeypatch.delenv("TRACKING")
+    with pytest.raises(ConfigError, match=r"tracking\.uri: .*TRACKING.* not found"):
+        load_config(tmp_path / "run.yaml")

@@ -1,0 +1,208 @@
+"""One phase in a real Trainer: what a step is made of, and what is never stepped on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor
+from torch.nn import Parameter
+from torch.utils.data import DataLoader
+
+from lifelong_moe.config import RunConfig
+from lifelong_moe.errors import CorruptError, DivergedError
+from lifelong_moe.methods.graph import stage_specs
+from lifelong_moe.model.transformer import LanguageModel
+from lifelong_moe.ops.losses import distillation_loss
+from lifelong_moe.retention.teacher import make_teacher
+from lifelong_moe.training.module import StageModule
+
+Make = Callable[..., LanguageModel]
+Batch = Callable[..., dict[str, Tensor]]
+MakeRun = Callable[..., RunConfig]
+STEPS = 6
+
+
+class Snapshots(Callback):
+    """Parameters and optimizer state after each step."""
+
+    def __init__(self) -> None:
+        self.parameters: list[dict[str, Tensor]] = []
+        self.moments: list[list[Tensor]] = []
+
+    def on_train_batch_end(self, trainer: Trainer, module: Any, *args: Any) -> None:
+        if trainer.fit_loop._should_accumulate():
+            return
+        self.parameters.append({n: p.detach().clone() for n, p in module.model.named_parameters()})
+        state = trainer.optimizers[0].state
+        self.moments.append([value.clone() for s in state.values() for value in s.values()])
+
+
+class BadGradient(Callback):
+    """Make one parameter's gradient not finite in some backward passes, counted from 0."""
+
+    def __init__(self, parameter: Tensor, at: set[int], value: float) -> None:
+        self.seen = 0
+
+        def hook(grad: Tensor) -> Tensor:
+            bad = self.seen in at
+            self.seen += 1
+            return grad.index_fill(0, torch.tensor([0]), value) if bad else grad
+
+        parameter.register_hook(hook)
+
+
+def fit(module: StageModule, batches: list[dict[str, Tensor]], *callbacks: Callback, accumulate: int = 1) -> Trainer:
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=len(batches) // accumulate,
+        accumulate_grad_batches=accumulate,
+        callbacks=list(callbacks),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
+    return trainer
+
+
+def stage_module(
+    make_run: MakeRun, model: LanguageModel, *overrides: str, stage: int = 0, teacher: LanguageModel | None = None
+) -> StageModule:
+    spec = stage_specs(make_run("stage_defaults.optim.lr=0.01", "stage_defaults.optim.weight_decay=0.5", *overrides))
+    module = StageModule(model, spec[stage], spec[stage].phases()[0], teacher)
+    model.train()
+    return module
+
+
+def equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("clip", ["trainer.gradient_clip_val=1.0", "trainer.gradient_clip_val=0"])
+def test_a_bad_gradient_is_dropped_whole(
+    make_run: MakeRun, make_model: Make, make_batch: Batch, value: float, clip: str
+) -> None:
+    model = make_model()
+    module, seen = stage_module(make_run, model, clip), Snapshots()
+    bad = BadGradient(model.embedding.weight, {2}, value)
+    trainer = fit(module, [make_batch(seed=i) for i in range(STEPS)], seen, bad)
+    assert trainer.global_step == STEPS and len(seen.parameters) == STEPS
+    # Neither gradient nor moments nor weight decay (0.5 here) moved anything in step 2, and only there.
+    changed = [not equal(seen.parameters[i], seen.parameters[i - 1]) for i in range(1, STEPS)]
+    assert changed == [True, False, True, True, True]
+    assert all(torch.equal(a, b) for a, b in zip(seen.moments[1], seen.moments[2], strict=True))
+    assert (module.nonfinite_steps, module.nonfinite_in_a_row) == (1, 0)
+    assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
+
+
+def test_a_bad_micro_batch_drops_its_step(make_run: MakeRun, make_model: Make, make_batch: Batch) -> None:
+    model = make_model()
+    module, seen = stage_module(make_run, model), Snapshots()
+    bad = BadGradient(model.embedding.weight, {2}, float("nan"))  # the first half of step 1
+    fit(module, [make_batch(seed=i) for i in range(STEPS)], seen, bad, accumulate=2)
+    assert len(seen.parameters) == 3
+    assert equal(seen.parameters[0], seen.parameters[1]) and not equal(seen.parameters[1], seen.parameters[2])
+    assert module.nonfinite_steps == 1
+
+
+def test_three_in_a_row_is_divergence(make_run: MakeRun, make_model: Make, make_batch: Batch) -> None:
+    model = make_model()
+    module, seen = stage_module(make_run, model), Snapshots()
+    bad = BadGradient(model.embedding.weight, {1, 2, 3}, float("nan"))
+    with pytest.raises(DivergedError, match=r"stage english: 3 steps in a row .* nothing was committed") as caught:
+        fit(module, [make_batch(seed=i) for i in range(STEPS)], seen, bad)
+    assert caught.value.exit_code == 6 and "\n" not in str(caught.value)
+    assert equal(dict(model.named_parameters()), seen.parameters[0])  # type: ignore[arg-type]
+
+
+def test_two_in_a_row_twice_are_not(make_run: MakeRun, make_model: Make, make_batch: Batch) -> None:
+    model = make_model()
+    module = stage_module(make_run, model)
+    fit(module, [make_batch(seed=i) for i in range(STEPS)], BadGradient(model.norm.weight, {0, 1, 3, 4}, float("nan")))
+    assert (module.nonfinite_steps, module.nonfinite_in_a_row) == (4, 0)
+
+
+def test_a_parameter_that_is_not_finite_ends_training(make_run: MakeRun, make_model: Make, make_batch: Batch) -> None:
+    model = make_model()
+    with torch.no_grad():
+        model.norm.weight[0] = float("nan")
+    with pytest.raises(DivergedError):
+        fit(stage_module(make_run, model), [make_batch(seed=i) for i in range(STEPS)])
+
+
+def test_gradients_are_clipped_by_norm(make_run: MakeRun, make_model: Make) -> None:
+    for limit, expected in (("1.0", [0.6, 0.8]), ("0", [3.0, 4.0]), ("100.0", [3.0, 4.0])):
+        module = stage_module(make_run, make_model(), f"trainer.gradient_clip_val={limit}")
+        weight = Parameter(torch.zeros(2))
+        weight.grad = torch.tensor([3.0, 4.0])
+        module.configure_gradient_clipping(torch.optim.SGD([weight], lr=1.0))
+        assert weight.grad.tolist() == pytest.approx(expected, abs=1e-5)
+        assert float(module.grad_norm) == 5.0
+
+
+def test_the_loss_is_the_sum_of_its_parts(make_run: MakeRun, make_model: Make, make_batch: Batch) -> None:
+    model, batch = make_model(), make_batch()
+    teacher = make_teacher(make_model(seed=1), [])
+    overrides = [f"stage_defaults.distill.{kv}" for kv in ("weight=3.0", "temperature=2.0", "text=replay")]
+    module = stage_module(make_run, model, *overrides, stage=1, teacher=teacher)
+    step = module.training_step(batch, 0)
+    parts: Any = {name: value.item() for name, value in step["parts"].items()}
+    assert set(parts) == {"loss", "balance_loss", "z_loss", "distill_loss"}
+    expected = parts["loss"] + 0.01 * parts["balance_loss"] + 0.001 * parts["z_loss"] + 3.0 * parts["distill_loss"]
+    assert step["loss"].item() == pytest.approx(expected, rel=1e-6)
+
+    with torch.no_grad():
+        outputs = [m(batch["token_ids"]) for m in (model, teacher)]
+        student, other = (
+            m.logits(o.hidden_BSD[[1, 3]].flatten(0, 1)) for m, o in zip((model, teacher), outputs, strict=True)
+        )
+        logits = model.logits(outputs[0].hidden_BSD).flatten(0, 1)
+    # Rows 1 and 3 are the replayed ones.
+    assert parts["distill_loss"] == pytest.approx(float(distillation_loss(student, other, 2.0)), rel=1e-4)
+    nats = torch.nn.functional.cross_entropy(logits, batch["target_ids"].flatten())
+    assert parts["loss"] == pytest.approx(float(nats), rel=1e-5)
+    balance = torch.stack([r.losses["balance"].value for r in outputs[0].routings]).mean()
+    assert parts["balance_loss"] == pytest.approx(float(balance), rel=1e-5)
+
+
+def test_without_replayed_text_there_is_nothing_to_distil(
+    make_run: MakeRun, make_model: Make, make_batch: Batch
+) -> None:
+    batch = make_batch() | {"replayed": torch.zeros(4, dtype=torch.bool)}
+    module = stage_module(make_run, make_model(), stage=1, teacher=make_teacher(make_model(seed=1), []))
+    assert "distill_loss" not in module.training_step(batch, 0)["parts"]
+
+
+def test_the_teacher_is_no_part_of_the_module(make_run: MakeRun, make_model: Make) -> None:
+    model = make_model()
+    module = stage_module(make_run, model, stage=1, teacher=make_teacher(make_model(seed=1), []))
+    assert set(module.state_dict()) == {f"model.{name}" for name in model.state_dict()}
+    assert sum(1 for _ in module.parameters()) == sum(1 for _ in model.parameters())
+
+
+def test_a_checkpoint_holds_exactly_what_trains(make_run: MakeRun, make_model: Make) -> None:
+    model = make_model("learned", (4, 2))
+    module = stage_module(make_run, model, stage=1)
+    module.nonfinite_steps, module.nonfinite_in_a_row = 5, 2
+    torch.manual_seed(7)
+    checkpoint: dict[str, Any] = {"state_dict": module.state_dict()}
+    module.on_save_checkpoint(checkpoint)
+    expected = torch.rand(3)
+    trained = {f"model.{name}" for name, p in model.named_parameters() if p.requires_grad}
+    assert set(checkpoint["state_dict"]) == trained
+
+    torch.manual_seed(99)
+    again = stage_module(make_run, make_model("learned", (4, 2), seed=1), stage=1)
+    again.on_load_checkpoint(checkpoint)
+    assert (again.nonfinite_steps, again.nonfinite_in_a_row) == (5, 2)
+    assert torch.equal(torch.rand(3), expected)
+
+    for broken in (trained - {"model.norm.weight"}, trained | {"model.blocks.0.moe.router.rows.0"}):
+        with pytest.raises(CorruptError, match="step checkpoint of stage python does not fit its model"):
+            again.on_load_checkpoint(checkpoint | {"state_dict": dict.fromkeys(broken)})
