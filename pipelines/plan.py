@@ -14,7 +14,7 @@ from lifelong_moe.stages.store import StageStore
 from pipelines import render
 from pipelines.workspace import ROOT, Prepared, prepare
 
-BYTES = {"32-true": 4, "bf16-mixed": 4, "16-mixed": 4, "bf16-true": 2}
+BYTES = {"32-true": 4, "bf16-mixed": 4, "bf16-true": 2}
 
 
 def plan(config_path: str, overrides: list[str], console: Console) -> dict[str, Any]:

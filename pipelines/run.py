@@ -62,7 +62,9 @@ def _run_stages(
     tracker = Tracker.connect(config.tracking, ROOT)
     if tracker.problem:
         console.print(f"[yellow]{tracker.problem}[/yellow]")
-    evaluator = Evaluator(config, data, EvaluationStore(ROOT), console)
+    evaluations_kept = EvaluationStore(ROOT)
+    evaluations_kept.clean()
+    evaluator = Evaluator(config, data, evaluations_kept, console)
     content = content_key([[planned.key for planned in prepared.plan], [evaluator.key(d) for d in config.evaluated]])
     mlflow = MlflowRecord(tracker, prepared, head, record, content)
     init = _evaluate_init(prepared, evaluator)

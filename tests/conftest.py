@@ -109,7 +109,14 @@ def build_raw(**changes: Any) -> dict[str, Any]:
             "python": {"builtin": "python_code"},
         },
         "model": {"layers": 2, "width": 16, "heads": 4, "kv_heads": 2, "expert_width": 8, "experts": 4, "context": 16},
-        "stage_defaults": {"tokens": 640, "optim": {"batch_tokens": 64}},
+        "stage_defaults": {  # spelled out, so that a better default breaks no test
+            "tokens": 640,
+            "grow": {"experts": 2, "init": "copy", "router": "random"},
+            "trunk": {"train": "gentle", "lr_scale": 0.1},
+            "distill": {"weight": 1.0, "temperature": 2.0, "text": "replay", "fraction": 1.0},
+            "replay": {"fraction": 0.05},
+            "optim": {"batch_tokens": 64, "schedule": "cosine"},
+        },
         "stages": [{"data": "english"}, {"data": "python"}],
     }
     return raw | changes

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from lifelong_moe.clustering.kmeans import spherical_kmeans
-from lifelong_moe.errors import ConfigError
 from lifelong_moe.growth.config import ExpertInit, GrowConfig, RouterInit
 from lifelong_moe.growth.observe import Observation, observe, sample_logits
+from lifelong_moe.model.config import ModelConfig
 from lifelong_moe.model.experts import Expert
 from lifelong_moe.model.moe import MoELayer
-from lifelong_moe.model.transformer import LanguageModel
+from lifelong_moe.model.transformer import LanguageModel, initial_std
 
 NOOP_TOLERANCE = 1e-5
 
@@ -44,11 +44,9 @@ def grow(model: LanguageModel, stage: str, config: GrowConfig, sample: Mapping[s
     with torch.no_grad():
         for layer, seen in zip(model.moe_layers(), observations, strict=True):
             copied = most_used(seen.counts_E, config.experts)
-            _begin_experts(layer, copied, config, model.architecture.model.init_std, generator)
-            if hasattr(layer.router, "rows"):
+            _begin_experts(layer, copied, config, model.architecture.model, generator)
+            if layer.router.row_generations():
                 layer.router.set_rows(_new_rows(layer, seen, copied, config, generator, seed))
-            elif layer.router.trained and config.router != RouterInit.random:  # one of the user's own kind
-                raise ConfigError(f"grow.router={config.router} needs a router with rows; set grow.router=random.")
     check_noop(model, sample, before)
 
 
@@ -69,17 +67,17 @@ def check_noop(model: LanguageModel, sample: Mapping[str, Tensor], before: Tenso
 
 
 def _begin_experts(
-    layer: MoELayer, copied: list[int], config: GrowConfig, init_std: float, generator: torch.Generator
+    layer: MoELayer, copied: list[int], config: GrowConfig, shape: ModelConfig, generator: torch.Generator
 ) -> None:
-    """Fill the new experts: copies with relative noise, or random matrices."""
+    """Fill the new experts: copies with relative noise, or matrices as random as at the very beginning."""
     for new, source in zip(layer.banks.active, copied, strict=True):
         old: Expert = layer.banks.experts[source]  # type: ignore[assignment]
-        for parameter, origin in zip(new.parameters(), old.parameters(), strict=True):
+        for (name, parameter), origin in zip(new.named_parameters(), old.parameters(), strict=True):
             noise = torch.randn(origin.shape, generator=generator).to(origin)
             if config.init == ExpertInit.copy:
                 parameter.copy_(origin + config.noise * origin.std() * noise)
             else:
-                parameter.copy_(init_std * noise)
+                parameter.copy_(initial_std(f".{name}", shape) * noise)
 
 
 def _new_rows(
@@ -91,8 +89,7 @@ def _new_rows(
     seed: int,
 ) -> Tensor:
     """Rows for the new experts ``(num, D)``, at the old rows' scale."""
-    rows: list[Tensor] = [row for rows in list(layer.router.rows)[:-1] for row in rows]  # type: ignore[arg-type]
-    old_ED = torch.stack(rows)
+    old_ED = torch.cat(layer.router.row_generations()[:-1])
     if config.router == RouterInit.copy:
         return old_ED[copied]
     if config.router == RouterInit.centroid:

@@ -13,6 +13,7 @@ The first stage has nothing to grow from, to hold on to or to replay, so it is t
 from __future__ import annotations
 
 from lifelong_moe.config import Method, RunConfig, StageConfig
+from lifelong_moe.retention.config import DistillText
 from lifelong_moe.training.spec import StageSpec
 
 
@@ -25,6 +26,7 @@ def _spec(config: RunConfig, i: int, stage: StageConfig) -> StageSpec:
     later = i > 0 and config.method == Method.lifelong
     earlier = dict.fromkeys(s.data for s in config.stages[:i] if s.data != stage.data)
     replays = later and stage.replay.fraction > 0 and bool(earlier)
+    distils = later and stage.distill.weight > 0 and (replays or stage.distill.text == DistillText.new)
     assert stage.name is not None
     return StageSpec(
         name=stage.name,
@@ -35,7 +37,7 @@ def _spec(config: RunConfig, i: int, stage: StageConfig) -> StageSpec:
         tokens=stage.tokens,
         grow=stage.grow if later and stage.grow.experts else None,
         trunk=stage.trunk if later else None,
-        distill=stage.distill if later and stage.distill.weight else None,
+        distill=stage.distill if distils else None,
         optim=stage.optim,
         model=config.model,
         routing=config.routing,

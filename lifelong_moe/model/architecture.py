@@ -49,10 +49,9 @@ class Architecture:
         return replace(self, generations=generations, frozen=len(self.generations))
 
     def labelled(self, distribution: str) -> Architecture:
-        """The distribution's label points to the newest generation, unless it is known already."""
-        if distribution in dict(self.labels):
-            return self
-        return replace(self, labels=(*self.labels, (distribution, len(self.generations) - 1)))
+        """The distribution's label points to the newest generation."""
+        labels = {**dict(self.labels), distribution: len(self.generations) - 1}
+        return replace(self, labels=tuple(labels.items()))
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON data."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lifelong_moe.model.architecture import Architecture
 from lifelong_moe.model.attention import Attention, KeyValue, rotary_tables
+from lifelong_moe.model.config import ModelConfig
 from lifelong_moe.model.experts import ExpertBanks
 from lifelong_moe.model.groups import DocumentClusters
 from lifelong_moe.model.moe import MoELayer
@@ -178,16 +179,15 @@ def initialize(model: LanguageModel, seed: int) -> None:
                                     the stream's variance does not grow with depth
     ==============================  ==========================================================
     """
-    config = model.architecture.model
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
             nn.init.ones_(parameter)
         else:
-            std = config.init_std / (2 * config.layers) ** 0.5 if is_residual(name) else config.init_std
-            nn.init.normal_(parameter, std=std, generator=generator)
+            nn.init.normal_(parameter, std=initial_std(name, model.architecture.model), generator=generator)
 
 
-def is_residual(name: str) -> bool:
-    """Whether a matrix writes into the residual stream."""
-    return name.endswith(("attention.output.weight", ".down"))
+def initial_std(name: str, config: ModelConfig) -> float:
+    """Deviation that a matrix begins with; smaller where it writes into the residual stream."""
+    residual = name.endswith(("attention.output.weight", ".down"))
+    return config.init_std / (2 * config.layers) ** 0.5 if residual else config.init_std

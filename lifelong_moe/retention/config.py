@@ -41,8 +41,8 @@ class TrunkConfig:
 class DistillConfig:
     """Distillation from the previous stage's model: per-token KL x T squared."""
 
-    weight: float = 0.3
-    """Factor on the distillation loss; 0 turns it off."""
+    weight: float = 0.1
+    """Factor on the distillation loss, a mean over distilled tokens; 0 turns it off."""
     temperature: float = 2.0
     """Softens teacher and student alike."""
     text: DistillText = DistillText.replay

@@ -114,6 +114,10 @@ class Router(nn.Module):
         """Make room for a new generation of ``num`` experts."""
         raise TypeError(f"{type(self).__name__} must implement add_experts(num)")
 
+    def row_generations(self) -> list[Tensor]:
+        """Trained rows of each generation ``(E_g, D)``, oldest first; empty where a router has none."""
+        return []
+
     def set_rows(self, rows_ED: Tensor) -> None:
         """Begin the newest generation's rows with these, ``(num, D)``."""
         raise ConfigError(f"routing.mode={self.config.mode} has no router rows to begin; set grow.router=random.")

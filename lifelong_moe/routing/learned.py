@@ -32,6 +32,10 @@ class LearnedRouter(Router):
         self.rows.append(nn.Parameter(torch.zeros(num, self.width, device=device)))
         self.generations.append(num)
 
+    def row_generations(self) -> list[Tensor]:
+        """Each generation's rows."""
+        return list(self.rows)
+
     def set_rows(self, rows_ED: Tensor) -> None:
         """Begin the newest generation's rows with ``(num, D)``."""
         with torch.no_grad():

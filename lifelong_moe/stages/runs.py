@@ -89,6 +89,10 @@ class EvaluationStore:
     def __init__(self, root: Path) -> None:
         self.root = root / "evaluations"
 
+    def clean(self) -> int:
+        """Remove what killed processes left half written."""
+        return remove_temporary(self.root)
+
     def _path(self, stage_key: str, data_key: str) -> Path:
         return self.root / f"{stage_key[:SHORT]}-{data_key[:SHORT]}.json"
 

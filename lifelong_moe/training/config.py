@@ -52,7 +52,7 @@ class OptimConfig:
             raise ConfigError(f"optim.weight_decay={self.weight_decay} must not be negative.")
 
 
-PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-mixed")
+PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 
 
 @dataclass(kw_only=True)
@@ -68,7 +68,7 @@ class TrainerConfig:
     strategy: str = "auto"
     """``auto``, ``ddp``, ..."""
     precision: str = "32-true"
-    """``32-true``, ``bf16-mixed``, ``bf16-true`` or ``16-mixed``; part of a stage's key."""
+    """``32-true``, ``bf16-mixed`` or ``bf16-true``; part of a stage's key."""
     gradient_clip_val: float = 1.0
     """Largest gradient norm; 0 does not clip; part of a stage's key."""
     accumulate_grad_batches: int = 1

@@ -61,11 +61,17 @@ class StageModule(LightningModule):
             total = total + coefficient * value
         distilled = self._distillation(batch, output.hidden_BSD)
         if distilled is not None and self.spec.distill is not None:
-            parts["distill_loss"] = distilled
-            total = total + self.spec.distill.weight * distilled
+            kl, share = distilled
+            parts["distill_loss"] = kl
+            total = total + self.spec.distill.weight * share * kl
         return {"loss": total, "parts": {name: value.detach() for name, value in parts.items()}}  # type: ignore[dict-item]
 
-    def _distillation(self, batch: dict[str, Tensor], hidden_BSD: Tensor) -> Tensor | None:
+    def _distillation(self, batch: dict[str, Tensor], hidden_BSD: Tensor) -> tuple[Tensor, float] | None:
+        """Mean KL of the distilled sequences, and how many they are relative to the expected number.
+
+        The expected number is a constant, so the gradient of a step does not depend on how its sequences are divided
+        into micro-batches, some of which have none to distil.
+        """
         teacher, config = self._teacher[0], self.spec.distill
         if teacher is None or config is None:
             return None
@@ -75,7 +81,8 @@ class StageModule(LightningModule):
         with torch.no_grad():
             teacher_TV = teacher.logits(teacher(**model_inputs(batch, rows)).hidden_BSD.flatten(0, 1))
         student_TV = self.model.logits(hidden_BSD[rows].flatten(0, 1))
-        return distillation_loss(student_TV, teacher_TV, config.temperature)
+        expected = len(batch["replayed"]) * self.spec.distilled_share
+        return distillation_loss(student_TV, teacher_TV, config.temperature), len(rows) / expected
 
     def configure_optimizers(self) -> Any:
         """AdamW over what trains; the rate is a pure function of the step."""

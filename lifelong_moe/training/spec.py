@@ -64,12 +64,17 @@ class StageSpec:
         return self.optim.batch_tokens // self.model.context
 
     @property
+    def distilled_share(self) -> float:
+        """Share of the stage's sequences that a teacher is asked about."""
+        if self.distill is None:
+            return 0.0
+        share = self.replay_fraction if self.distill.text == DistillText.replay else 1 - self.replay_fraction
+        return share * self.distill.fraction
+
+    @property
     def teacher_tokens(self) -> int:
         """Tokens of the stage that a teacher is asked about, nearly."""
-        if self.distill is None:
-            return 0
-        share = self.replay_fraction if self.distill.text == DistillText.replay else 1 - self.replay_fraction
-        return round(self.steps * self.optim.batch_tokens * share * self.distill.fraction)
+        return round(self.steps * self.optim.batch_tokens * self.distilled_share)
 
     def phases(self) -> list[Phase]:
         """The stage's parts in order; one, but where clusters are made of hidden states that must be learned first."""
@@ -89,7 +94,10 @@ class StageSpec:
             architecture = Architecture(self.model, self.routing, vocab_size, bos_id, first)
         else:
             architecture = parent.grown(self.name, self.grow.experts) if self.grow else parent
-        return architecture.labelled(self.data) if self.routing.mode == "label" else architecture
+        if self.routing.mode != "label":
+            return architecture
+        known = self.data in dict(architecture.labels)
+        return architecture.labelled(self.data) if self.grow or not known else architecture
 
     def flops(self, architecture: Architecture, parent: Architecture | None) -> int:
         """Active FLOPs of the stage, the teacher's forward passes included."""

@@ -84,8 +84,10 @@ def main() -> int:
             except CorruptError:
                 counts["torn"] += 1
         began = time.perf_counter()
-        if fork(train).wait() != 0:
+        child = fork(train)
+        if child.wait() != 0:
             counts["did not continue"] += 1
+            print(child.output, file=sys.stderr)
             continue
         resumed_seconds.append(time.perf_counter() - began)
         after = committed()

@@ -157,6 +157,9 @@ def test_killed_run_is_taken_up_again(lab: Path, config: dict[str, Any]) -> None
 
 
 def test_stopped_run_is_shown_as_killed(lab: Path, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    config["stages"].pop()
+    write_config(config)
+
     def stop(*args: Any) -> None:
         raise KeyboardInterrupt
 
@@ -167,7 +170,7 @@ def test_stopped_run_is_shown_as_killed(lab: Path, config: dict[str, Any], monke
     assert [run.info.status for run in (parent, *children)] == ["KILLED", "KILLED"]
     train()
     (parent,), children = runs()
-    assert [run.info.status for run in (parent, *children)] == ["FINISHED"] * 3
+    assert [run.info.status for run in (parent, *children)] == ["FINISHED"] * 2
 
 
 def test_unreachable_server_stops_nothing_and_a_later_start_records(lab: Path, config: dict[str, Any]) -> None:
@@ -209,6 +212,7 @@ def test_secrets_stay_references(lab: Path, config: dict[str, Any], monkeypatch:
     shutil.copy(lab / "fruit.jsonl", lab / "canary-7f3a")
     config["distributions"]["fruit"]["files"] = "${oc.env:SECRET_FOLDER}/fruit.jsonl"
     config["tracking"]["experiment"] = "${oc.env:EXPERIMENT}"
+    config["stages"].pop()
     monkeypatch.setenv("SECRET_FOLDER", "canary-7f3a")
     monkeypatch.setenv("EXPERIMENT", "lifelong-moe")
     _, printed = train(write_config(config))

@@ -11,7 +11,6 @@ import pytest
 import torch
 from rich.console import Console
 
-from lifelong_moe.errors import ConfigError
 from lifelong_moe.stages.store import StageStore
 from lifelong_moe.training.stage import load_model
 from pipelines.inspectors import evaluate, generate
@@ -144,11 +143,3 @@ def test_bfloat16(lab: Path, precision: str) -> None:
     assert "Nothing to train" in printed and again == report
     kept = torch.float32 if precision == "bf16-mixed" else torch.bfloat16
     assert {tensor.dtype for tensor in tensors.values()} == {kept}
-
-
-@pytest.mark.usefixtures("routers")
-def test_rows_cannot_be_asked_of_a_router_without_rows(lab: Path) -> None:
-    config = tiny_config(**MODES["own, trained"])
-    config["stage_defaults"]["grow"]["router"] = "centroid"
-    with pytest.raises(ConfigError, match=r"grow.router=centroid .* set grow.router=random"):
-        train(write_config(config))

@@ -131,6 +131,20 @@ def test_killed_while_a_step_checkpoint_is_written(lab: Path, expected: list[str
 
 
 @needs_fork
+def test_killed_while_an_evaluation_is_written(lab: Path) -> None:
+    write_config(tiny_config(("fruit",)))
+
+    def action() -> None:
+        die_at(atomic, "sync", lambda path: path.parent.name == "evaluations", after=False)
+        train()
+
+    assert fork(action).wait() == -signal.SIGKILL
+    assert len(list((lab / "mlruns/evaluations").glob(".tmp-*"))) == 1
+    train()
+    assert list((lab / "mlruns").rglob(".tmp-*")) == []
+
+
+@needs_fork
 def test_killed_between_ledger_report_and_head(lab: Path, expected: list[str]) -> None:
     write_config(tiny_config())
     for name in ("report.json", "head.json"):

@@ -18,7 +18,7 @@ YAML = """\
 run: tiny
 distributions: {english: {builtin: english_docs}, python: {builtin: python_code}}
 model: {layers: 2, width: 16, heads: 4, kv_heads: 2, expert_width: 8, experts: 4, context: 16}
-stage_defaults: {tokens: 640, optim: {batch_tokens: 64}}
+stage_defaults: {tokens: 640, grow: {experts: 2, init: copy}, optim: {batch_tokens: 64}}
 stages: [{data: english}, {data: python}]
 """
 Load = Callable[..., RunConfig]

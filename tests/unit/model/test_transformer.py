@@ -137,10 +137,12 @@ def test_architecture_survives_json(make_architecture: MakeArchitecture, router_
 
 def test_architecture_grows_and_learns_labels(make_architecture: MakeArchitecture) -> None:
     first = make_architecture("learned", (4,)).labelled("english")
-    second = first.grown("s1", 2).labelled("python").labelled("english")
+    second = first.grown("s1", 2).labelled("python")
     assert (first.frozen, second.frozen) == (0, 1)
     assert second.expert_births() == ["s0"] * 4 + ["s1"] * 2
     assert second.num_experts == 6 and second.labels == (("english", 0), ("python", 1))
+    # A distribution that comes back and grows moves to its new experts; otherwise they would never see a token.
+    assert second.grown("s2", 2).labelled("english").labels == (("english", 2), ("python", 1))
 
 
 def test_a_cache_takes_one_token_at_a_time(make_model: Make) -> None:

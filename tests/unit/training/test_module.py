@@ -154,7 +154,10 @@ def test_the_loss_is_the_sum_of_its_parts(make_run: MakeRun, make_model: Make, m
     step = module.training_step(batch, 0)
     parts: Any = {name: value.item() for name, value in step["parts"].items()}
     assert set(parts) == {"loss", "balance_loss", "z_loss", "distill_loss"}
-    expected = parts["loss"] + 0.01 * parts["balance_loss"] + 0.001 * parts["z_loss"] + 3.0 * parts["distill_loss"]
+    # 2 of 4 sequences are replayed, where spec.replay_fraction lets expect fewer: their KL counts for more.
+    share = 2 / (4 * module.spec.replay_fraction)
+    distilled = 3.0 * share * parts["distill_loss"]
+    expected = parts["loss"] + 0.01 * parts["balance_loss"] + 0.001 * parts["z_loss"] + distilled
     assert step["loss"].item() == pytest.approx(expected, rel=1e-6)
 
     with torch.no_grad():
@@ -206,3 +209,20 @@ def test_a_checkpoint_holds_exactly_what_trains(make_run: MakeRun, make_model: M
     for broken in (trained - {"model.norm.weight"}, trained | {"model.blocks.0.moe.router.rows.0"}):
         with pytest.raises(CorruptError, match="step checkpoint of stage python does not fit its model"):
             again.on_load_checkpoint(checkpoint | {"state_dict": dict.fromkeys(broken)})
+
+
+def test_distillation_does_not_depend_on_how_a_step_is_divided(
+    make_run: MakeRun, make_model: Make, make_batch: Batch
+) -> None:
+    """Micro-batches of one sequence, some of them with nothing to distil, average to the whole batch's loss."""
+    teacher = make_teacher(make_model(seed=1), [])
+    overrides = ["stage_defaults.distill.weight=3.0", "stage_defaults.distill.text=replay"]
+    module = stage_module(make_run, make_model(), *overrides, stage=1, teacher=teacher)
+    batch = make_batch()
+
+    def loss(part: dict[str, Any]) -> Any:
+        step: Any = module.training_step(part, 0)
+        return (step["loss"] - 0.01 * step["parts"]["balance_loss"]).item()  # balance is per micro-batch by nature
+
+    parts = [{name: value[i : i + 1] for name, value in batch.items()} for i in range(len(batch["replayed"]))]
+    assert loss(batch) == pytest.approx(sum(map(loss, parts)) / len(parts), rel=1e-5)
