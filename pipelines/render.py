@@ -30,6 +30,17 @@ def data_table(console: Console, prepared: Prepared) -> None:
     console.print(f"tokenizer: {tokenizer.vocab_size:,} entries, {tokenizer.hash[:12]}")
 
 
+def stage_line(
+    console: Console, stage: dict[str, Any], evaluations: dict[str, dict[str, Any]], distributions: list[str]
+) -> None:
+    """One line when a stage is there."""
+    losses = ", ".join(f"{name} {evaluations[name]['bits_per_byte']:.3f}" for name in distributions)
+    how = "shared with another run" if stage["shared"] else f"{stage['tokens_per_second']:,.0f} tokens/s"
+    console.print(
+        f"{stage['name']}: committed as {stage['key'][:16]} ({how}); bits per byte: {losses}", highlight=False
+    )
+
+
 def report(console: Console, reports: list[dict[str, Any]]) -> None:
     """Loss matrices, then one table of all runs side by side."""
     for one in reports:

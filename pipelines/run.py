@@ -22,7 +22,7 @@ from lifelong_moe.stages.runs import EvaluationStore, RunRecord
 from lifelong_moe.stages.store import CommittedStage, StageStore
 from lifelong_moe.tracking.tracker import Tracker
 from lifelong_moe.training.interrupt import Interrupt, handling_sigterm
-from lifelong_moe.training.stage import StageEnvironment, initial_model, load_model, train_stage
+from lifelong_moe.training.stage import StageEnvironment, build_trainer, initial_model, load_model, train_stage
 from pipelines import render
 from pipelines.evaluations import Evaluator
 from pipelines.record import MlflowRecord
@@ -40,6 +40,7 @@ def run(config_path: str, overrides: list[str], replace: bool, console: Console)
     """
     with handling_sigterm() as interrupt:
         prepared = prepare(config_path, overrides)
+        build_trainer(prepared.config.trainer, 1, [], None)  # what this machine cannot do is said before anything else
         record = RunRecord(ROOT, prepared.config.run)
         with locked(record.lock_path, f"run {record.run}"):
             record.clean()
@@ -85,6 +86,7 @@ def _run_stages(
             committed.append(stage)
             evaluations.append(evaluator(planned.key, planned.spec.name, partial(load_model, store, stage)))
             rows.append(_stage_row(planned, stage, shared))
+            render.stage_line(console, rows[-1], evaluations[-1], config.evaluated)
             report = build_report(
                 run=config.run,
                 method=config.method.value,

@@ -41,6 +41,8 @@ def write_directory(target: Path, files: Mapping[str, Callable[[Path], object]])
             sync(tmp / name)
         entries = {name: {"bytes": (tmp / name).stat().st_size, "sha256": file_hash(tmp / name)} for name in files}
         (tmp / MANIFEST).write_text(canonical_json({"files": entries}))
+        for name in files:  # safetensors writes for its owner alone; what is shared is for everyone that umask allows
+            (tmp / name).chmod((tmp / MANIFEST).stat().st_mode)
         sync(tmp / MANIFEST)
         sync(tmp)
         _publish(tmp, target)

@@ -93,6 +93,12 @@ class TrainerConfig:
             raise ConfigError(f"trainer.precision={self.precision} is unknown; there are {', '.join(PRECISIONS)}.")
         if not isinstance(self.devices, (int, str, list)):
             raise ConfigError(f"trainer.devices={self.devices} must be a number, a list or a string.")
+        number = len(self.devices) if isinstance(self.devices, list) else self.devices
+        if self.num_nodes > 1 or (isinstance(number, int) and number > 1):
+            raise ConfigError(
+                f"trainer.devices={self.devices} with trainer.num_nodes={self.num_nodes}: a run is one process so far. "
+                f"Set both to 1."
+            )
         for key in ("num_nodes", "accumulate_grad_batches", "log_every_n_steps"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"trainer.{key}={getattr(self, key)} must be at least 1.")

@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from torch import Tensor
 
 from lifelong_moe.data.shards import TokenizedCorpus
 from lifelong_moe.data.tokenizer import Tokenizer
-from lifelong_moe.errors import DivergedError
+from lifelong_moe.errors import ConfigError, DivergedError
 from lifelong_moe.growth.clusters import fit_clusters
 from lifelong_moe.growth.grow import grow
 from lifelong_moe.growth.observe import observe
@@ -239,32 +240,44 @@ def _train_phase(
     return measured
 
 
-def build_trainer(config: TrainerConfig, steps: int, callbacks: list[Any], logger: BatchedLogger) -> Trainer:
-    """A Lightning Trainer for so many steps; what a stage needs of its own stays ours."""
+def build_trainer(config: TrainerConfig, steps: int, callbacks: list[Any], logger: BatchedLogger | None) -> Trainer:
+    """A Lightning Trainer for so many steps; what a stage needs of its own stays ours.
+
+    Raises:
+        ConfigError: If this machine cannot do what ``trainer`` asks for, or more than one process would run.
+    """
     on_cpu = config.accelerator == "cpu" or (config.accelerator == "auto" and not torch.cuda.is_available())
-    deterministic = on_cpu if config.deterministic is None else config.deterministic
-    return Trainer(
-        accelerator=config.accelerator,
-        devices=config.devices,
-        num_nodes=config.num_nodes,
-        strategy=config.strategy,
-        precision=config.precision,  # type: ignore[arg-type]
-        accumulate_grad_batches=config.accumulate_grad_batches,
-        log_every_n_steps=1,  # our Meter decides
-        deterministic=deterministic,
-        benchmark=config.benchmark,
-        detect_anomaly=config.detect_anomaly,
-        profiler=config.profiler,
-        max_steps=steps,
-        max_epochs=-1,
-        callbacks=callbacks,
-        logger=logger,
-        plugins=[SafeCheckpointIO()],
-        use_distributed_sampler=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    try:
+        trainer = Trainer(
+            accelerator=config.accelerator,
+            devices=config.devices,
+            num_nodes=config.num_nodes,
+            strategy=config.strategy,
+            precision=config.precision,  # type: ignore[arg-type]
+            accumulate_grad_batches=config.accumulate_grad_batches,
+            log_every_n_steps=1,  # our Meter decides
+            deterministic=on_cpu if config.deterministic is None else config.deterministic,
+            benchmark=config.benchmark,
+            detect_anomaly=config.detect_anomaly,
+            profiler=config.profiler,
+            max_steps=steps,
+            max_epochs=-1,
+            callbacks=callbacks,
+            logger=logger or False,
+            plugins=[SafeCheckpointIO()],
+            use_distributed_sampler=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+    except (MisconfigurationException, ValueError) as error:
+        raise ConfigError(f"trainer: {' '.join(str(error).split())}") from None
+    if trainer.world_size > 1:
+        raise ConfigError(
+            f"trainer.devices={config.devices} makes {trainer.world_size} processes; a run is one process so far. "
+            f"Set trainer.devices=1."
+        )
+    return trainer
 
 
 def _sample_assignments(model: LanguageModel, spec: StageSpec, corpus: TokenizedCorpus) -> Tensor | None:

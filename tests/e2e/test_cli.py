@@ -67,6 +67,7 @@ def test_help_of_every_command(cli: Cli) -> None:
         (("run", "tiny.yaml", "stages[1].grow.expert=4"), "ConfigError: stages[1].grow.expert: "),
         (("run", "tiny.yaml", "seed"), "ConfigError: override 'seed' must have the form key=value."),
         (("run", "tiny.yaml", "method=magic"), "ConfigError: method: "),
+        (("run", "tiny.yaml", "trainer.devices=2"), "ConfigError: trainer.devices=2 "),
     ],
 )
 def test_mistakes_in_a_configuration_cost_one_line(
@@ -78,6 +79,13 @@ def test_mistakes_in_a_configuration_cost_one_line(
     assert result.out == "" and result.err.count("\n") == 1
     assert result.err.startswith(message)
     assert files(lab) == before
+
+
+def test_a_device_that_is_not_there_costs_one_line(lab: Path, cli: Cli) -> None:
+    result = cli("run", "tiny.yaml", "trainer.accelerator=quantum")
+    assert result.code == 2
+    assert result.err.startswith("ConfigError: trainer: ") and result.err.count("\n") == 1
+    assert not (lab / "mlruns").exists()
 
 
 @pytest.mark.parametrize(
