@@ -19,7 +19,8 @@ BYTES = {"32-true": 4, "bf16-mixed": 4, "bf16-true": 2}
 
 def plan(config_path: str, overrides: list[str], console: Console) -> dict[str, Any]:
     """Show the stages with keys, sizes and cost; returns the same as plain data."""
-    prepared = prepare(config_path, overrides)
+    with console.status("reading and tokenizing the distributions"):
+        prepared = prepare(config_path, overrides)
     store = StageStore(ROOT)
     head = RunRecord(ROOT, prepared.config.run).head()
     rows = [_row(i, prepared, store) for i in range(len(prepared.plan))]

@@ -39,7 +39,8 @@ def run(config_path: str, overrides: list[str], replace: bool, console: Console)
         TryAgainError: If another process works on this run, or SIGTERM came.
     """
     with handling_sigterm() as interrupt:
-        prepared = prepare(config_path, overrides)
+        with console.status("reading and tokenizing the distributions"):
+            prepared = prepare(config_path, overrides)
         build_trainer(prepared.config.trainer, 1, [], None)  # what this machine cannot do is said before anything else
         record = RunRecord(ROOT, prepared.config.run)
         with locked(record.lock_path, f"run {record.run}"):

@@ -67,7 +67,7 @@ class RoutingConfig:
     """Document-level clusters a stage; the default gives each cluster ``top_k`` experts of its own."""
     chunk_tokens: int = 64
     """Document-level: tokens that share one assignment, made from the tokens before them."""
-    sample_tokens: int = 100_000
+    sample_tokens: int = 32_768
     """Training tokens that centroids are fitted on."""
     options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments for a router named by dotted path."""
