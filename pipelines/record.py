@@ -202,4 +202,7 @@ def summary_rows(report: dict[str, Any], index: int) -> list[Row]:
         rows.append((f"size/{key}", float(stage[key]), index))
     for key in ("tokens_per_second", "seconds", "active_flops"):
         rows.append((f"usage/{key}", float(stage[key]), index))
+    for key in ("data_fraction", "nonfinite_steps", "new_expert_share", "assignment_churn"):
+        if key in stage["training"]:
+            rows.append((f"usage/{key}", float(stage["training"][key]), index))
     return rows

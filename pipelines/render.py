@@ -105,6 +105,9 @@ def summary_lines(one: dict[str, Any]) -> list[tuple[str, str]]:
         ("training seconds", f"{sum(stage['seconds'] for stage in one['stages']):.0f}"),
     ]
     lines += [(f"router leak of {name}", f"{row['leak']:.1%}") for name, row in one["routing"].items()]
+    churn = [s["training"]["assignment_churn"] for s in one["stages"] if "assignment_churn" in s["training"]]
+    if churn:
+        lines.append(("churn of assignments, by stage", ", ".join(f"{value:.0%}" for value in churn)))
     lines.append(("dead experts", str(max(row["dead_experts"] for row in one["routing"].values()))))
     return lines
 
