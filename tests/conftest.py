@@ -95,8 +95,10 @@ def build_batch(blocks: int = 4, length: int = 16, *, seed: int = 0, groups: int
         "token_ids": ids[:, :-1],
         "target_ids": ids[:, 1:],
         "document_ids": (torch.arange(length) >= length // 2).long().expand(blocks, length).clone(),
-        "group_ids": torch.randint(0, groups, (blocks, length), generator=generator),
+        "group_ids": (group_ids := torch.randint(0, groups, (blocks, length), generator=generator)),
+        "teacher_group_ids": group_ids,
         "replayed": torch.arange(blocks) % 2 == 1,
+        "ordinal": torch.arange(blocks) // 2,
     }
 
 

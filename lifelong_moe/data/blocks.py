@@ -25,12 +25,15 @@ class BlockSource:
     bos_id: int
     group_ids: np.ndarray | None = None
     """Cluster or label of each token of the shard ``(num_tokens,)``; None if routing needs none."""
+    teacher_group_ids: np.ndarray | None = None
+    """The same as the teacher, who does not know this stage's clusters, sees it; None if there is none."""
 
     def __post_init__(self) -> None:
         if self.context < 1:
             raise ValueError(f"context={self.context} must be positive")
-        if self.group_ids is not None and self.group_ids.shape != (self.shard.num_tokens,):
-            raise ValueError(f"group_ids {self.group_ids.shape} for {self.shard.num_tokens} tokens")
+        for ids in (self.group_ids, self.teacher_group_ids):
+            if ids is not None and ids.shape != (self.shard.num_tokens,):
+                raise ValueError(f"group_ids {ids.shape} for {self.shard.num_tokens} tokens")
         if len(self) == 0:
             raise DataError(
                 f"too few tokens: one block of context {self.context} needs {self.context + 1}, "
@@ -48,15 +51,16 @@ class BlockSource:
         start, end = index * self.context, (index + 1) * self.context
         tokens = torch.from_numpy(self.shard.tokens[start : end + 1].astype(np.int64))
         token_ids, target_ids = tokens[:-1], tokens[1:].clone()
-        if self.group_ids is None:
-            group_ids = torch.zeros_like(token_ids)
-        else:
-            group_ids = torch.from_numpy(self.group_ids[start:end].astype(np.int64))
+        group_ids, teacher_group_ids = (
+            torch.zeros_like(token_ids) if ids is None else torch.from_numpy(ids[start:end].astype(np.int64))
+            for ids in (self.group_ids, self.teacher_group_ids)
+        )
         return {
             "token_ids": token_ids.clone(),
             "target_ids": target_ids,
             "document_ids": torch.cumsum(token_ids == self.bos_id, dim=0),
             "group_ids": group_ids,
+            "teacher_group_ids": teacher_group_ids,
         }
 
 
@@ -65,7 +69,8 @@ class BlockDataset(Dataset[dict[str, Tensor]]):
 
     A sample is a dict of int64 tensors ``(S,)``: ``token_ids``; ``target_ids``, shifted by one; ``document_ids``,
     the number of BOS up to and including a position (0 is the rest of a document begun in an earlier block);
-    ``group_ids``, aligned with the inputs, 0 without groups. ``replayed`` is a bool scalar.
+    ``group_ids`` and ``teacher_group_ids``, aligned with the inputs, 0 without groups. Scalars: ``replayed``, bool,
+    and ``ordinal``, how many samples of the same kind (new, or replayed) came before.
     """
 
     def __init__(self, sources: Sequence[BlockSource], order: SampleOrder) -> None:
@@ -80,4 +85,9 @@ class BlockDataset(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, n: int) -> dict[str, Tensor]:
         source, block = self._order.at(n)
-        return {**self._sources[source].block(block), "replayed": torch.tensor(source != 0)}
+        replayed = self._order.num_replayed(n)
+        return {
+            **self._sources[source].block(block),
+            "replayed": torch.tensor(source != 0),
+            "ordinal": torch.tensor(replayed if source else n - replayed),
+        }

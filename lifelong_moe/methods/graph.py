@@ -44,4 +44,5 @@ def _spec(config: RunConfig, i: int, stage: StageConfig) -> StageSpec:
         seed=config.seed,
         precision=config.trainer.precision,
         gradient_clip=float(config.trainer.gradient_clip_val),
+        accumulate=config.trainer.accumulate_grad_batches,
     )

@@ -48,7 +48,7 @@ class DistillConfig:
     text: DistillText = DistillText.replay
     """Distil on the ``new`` text or on ``replay``ed text."""
     fraction: float = 1.0
-    """Share of that text's sequences that is distilled on (the first ones of each batch)."""
+    """Share of that text's sequences that is distilled on, spread evenly."""
 
     def __post_init__(self) -> None:
         if self.weight < 0:

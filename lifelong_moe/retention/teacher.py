@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterable
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -27,16 +27,18 @@ def make_teacher(model: LanguageModel, shared: Iterable[Tensor]) -> LanguageMode
     return teacher.requires_grad_(False).eval()
 
 
-def distilled_rows(replayed_B: Tensor, config: DistillConfig) -> Tensor:
-    """Which sequences of a batch are distilled on.
+def distilled_rows(replayed_B: Tensor, ordinal_B: Tensor, config: DistillConfig) -> Tensor:
+    """Which sequences of a batch are distilled on: a pure function of each sequence's place in the stage.
 
     Args:
         replayed_B: True for replayed sequences, bool ``(B,)``.
-        config: ``text`` chooses new or replayed ones, ``fraction`` the share of them, rounded up.
+        ordinal_B: How many sequences of the same kind came before it in the stage, int64 ``(B,)``.
+        config: ``text`` chooses new or replayed ones, ``fraction`` the share of them, spread evenly.
 
     Returns:
         Their indices, int64, ascending; empty if there are none.
     """
+    share = Fraction(str(config.fraction))
+    chosen_B = (ordinal_B + 1) * share.numerator // share.denominator > ordinal_B * share.numerator // share.denominator
     wanted_B = replayed_B if config.text == DistillText.replay else ~replayed_B
-    rows = torch.nonzero(wanted_B).flatten()
-    return rows[: math.ceil(config.fraction * len(rows))]
+    return torch.nonzero(wanted_B & chosen_B).flatten()

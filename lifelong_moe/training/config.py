@@ -72,7 +72,7 @@ class TrainerConfig:
     gradient_clip_val: float = 1.0
     """Largest gradient norm; 0 does not clip; part of a stage's key."""
     accumulate_grad_batches: int = 1
-    """Micro-batches a step; the global batch stays ``optim.batch_tokens``."""
+    """Micro-batches a step; the global batch stays ``optim.batch_tokens``; part of a stage's key."""
     num_workers: int = 0
     """Processes that load data; sample order does not depend on it."""
     log_every_n_steps: int = 10

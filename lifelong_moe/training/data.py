@@ -94,14 +94,21 @@ def group_ids(model: LanguageModel, shard: TokenShard, distribution: str) -> NDA
     return None
 
 
-def stage_dataset(model: LanguageModel, spec: StageSpec, corpora: Mapping[str, TokenizedCorpus]) -> BlockDataset:
-    """New text first, then each replayed distribution, with the groups that the model gives them now."""
+def stage_dataset(
+    model: LanguageModel,
+    teacher: LanguageModel | None,
+    spec: StageSpec,
+    corpora: Mapping[str, TokenizedCorpus],
+    seed: int,
+) -> BlockDataset:
+    """New text first, then each replayed distribution, with the groups that model and teacher give them now."""
     bos, context = model.architecture.bos_id, spec.model.context
-    sources = [
-        BlockSource(corpora[name].train, context, bos, group_ids(model, corpora[name].train, name))
-        for name in (spec.data, *spec.replayed)
-    ]
-    return BlockDataset(sources, SampleOrder([len(s) for s in sources], spec.replay_fraction, spec.seed))
+    sources = []
+    for name in (spec.data, *spec.replayed):
+        shard = corpora[name].train
+        taught = group_ids(teacher, shard, name) if teacher else None
+        sources.append(BlockSource(shard, context, bos, group_ids(model, shard, name), taught))
+    return BlockDataset(sources, SampleOrder([len(s) for s in sources], spec.replay_fraction, seed))
 
 
 def new_text_sample(model: LanguageModel, spec: StageSpec, corpus: TokenizedCorpus, tokens: int) -> dict[str, Tensor]:

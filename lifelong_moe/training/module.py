@@ -75,11 +75,12 @@ class StageModule(LightningModule):
         teacher, config = self._teacher[0], self.spec.distill
         if teacher is None or config is None:
             return None
-        rows = distilled_rows(batch["replayed"], config)
+        rows = distilled_rows(batch["replayed"], batch["ordinal"], config)
         if not len(rows):
             return None
         with torch.no_grad():
-            teacher_TV = teacher.logits(teacher(**model_inputs(batch, rows)).hidden_BSD.flatten(0, 1))
+            inputs = model_inputs(batch, rows) | {"group_ids_BS": batch["teacher_group_ids"][rows]}
+            teacher_TV = teacher.logits(teacher(**inputs).hidden_BSD.flatten(0, 1))
         student_TV = self.model.logits(hidden_BSD[rows].flatten(0, 1))
         expected = len(batch["replayed"]) * self.spec.distilled_share
         return distillation_loss(student_TV, teacher_TV, config.temperature), len(rows) / expected

@@ -10,7 +10,7 @@ from lifelong_moe.growth.config import GrowConfig
 from lifelong_moe.model.architecture import Architecture, Generation
 from lifelong_moe.model.config import ModelConfig
 from lifelong_moe.model.cost import training_flops
-from lifelong_moe.retention.config import DistillConfig, DistillText, TrunkConfig
+from lifelong_moe.retention.config import DistillConfig, DistillText, TrunkConfig, TrunkTraining
 from lifelong_moe.routing.config import Features, Level, RoutingConfig
 from lifelong_moe.stages.keys import SCHEMA, content_key
 from lifelong_moe.training.config import OptimConfig
@@ -52,6 +52,8 @@ class StageSpec:
     seed: int
     precision: str
     gradient_clip: float
+    accumulate: int
+    """Micro-batches a step; the load-balancing loss is one of each micro-batch, so they change the result."""
 
     @property
     def steps(self) -> int:
@@ -118,7 +120,13 @@ class StageSpec:
             tokenizer: Recipe and hash of the tokenizer, plain JSON data.
         """
         spec = self.to_json()
+        # What has no effect on the result must not change the address.
+        spec["tokens"] = self.steps * self.optim.batch_tokens
         del spec["parent"]
+        if self.grow:
+            del spec["grow"]["min_share"]
+        if self.trunk and self.trunk.train != TrunkTraining.gentle:
+            del spec["trunk"]["lr_scale"]
         replay = [replay_hashes[name] for name in self.replayed]
         return content_key(
             {

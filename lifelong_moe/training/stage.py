@@ -92,7 +92,7 @@ def train_stage(
     Args:
         spec: What to train.
         key: Its content address.
-        index: Its position in the stream; seeds of growth and clustering depend on it.
+        index: Its position in the stream; seeds of growth, clustering and sample order depend on it.
         parent: The committed stage that it continues.
         corpora: Tokenized text by distribution.
         tokenizer: That made the corpora's tokens.
@@ -113,7 +113,7 @@ def train_stage(
                 resume = resumed[1] if resumed is not None and number == resumed[0] else None
                 if phase.fits_clusters and resume is None:
                     _fit_clusters(model, spec, index, corpora[spec.data])
-                run = _PhaseRun(number, phase, first_step, work, resume)
+                run = _PhaseRun(number, phase, first_step, work, resume, _stage_seed(spec, index))
                 done = _train_phase(model, teacher, spec, run, corpora, environment)
                 replace_file(work / f"phase-{number}.json", json.dumps(done))
             measured.append(json.loads((work / f"phase-{number}.json").read_text(encoding="utf-8")))
@@ -183,6 +183,8 @@ class _PhaseRun:
     first_step: int
     work: Path
     resume: Path | None
+    seed: int
+    """Of the sample order: another one each stage, or every stage would replay the same blocks."""
 
 
 def _train_phase(
@@ -204,7 +206,7 @@ def _train_phase(
     else:
         module.assignments_before = _sample_assignments(model, spec, corpora[spec.data])
     data = StageData(
-        stage_dataset(model, spec, corpora),
+        stage_dataset(model, teacher, spec, corpora, run.seed),
         spec,
         first_step=run.first_step,
         steps=phase.steps,

@@ -43,8 +43,6 @@ FROM_THE_SECOND_ON = [
 ]  # fmt: skip
 IN_NO_KEY = [
     "run=other", "evaluate.tokens=5", "evaluate.also=[python]", "evaluate.batch_tokens=64", "tracking.enabled=false",
-    "tracking.uri=sqlite:///x.db", "tracking.experiment=x", "trainer.accelerator=cpu", "trainer.devices=2",
-    "trainer.strategy=ddp", "trainer.num_workers=3", "trainer.accumulate_grad_batches=2",
     "trainer.log_every_n_steps=3", "trainer.enable_progress_bar=false", "checkpoint.every_steps=7",
     "checkpoint.keep=1", "distributions.python.heldout_fraction=0.2",
 ]  # fmt: skip

@@ -65,6 +65,7 @@ def test_no_divergence_before_the_first_step(make_model: Make, make_batch: Batch
 
 
 NEW_OLD = torch.tensor([False, True, False, True, False, True])
+ORDINAL = torch.tensor([0, 0, 1, 1, 2, 2])
 
 
 @pytest.mark.parametrize(
@@ -72,18 +73,26 @@ NEW_OLD = torch.tensor([False, True, False, True, False, True])
     [
         (DistillText.replay, 1.0, [1, 3, 5]),
         (DistillText.new, 1.0, [0, 2, 4]),
-        (DistillText.replay, 0.5, [1, 3]),  # 1.5, rounded up
-        (DistillText.new, 0.01, [0]),
+        (DistillText.replay, 0.5, [3]),  # every second one of its kind, wherever batches begin
+        (DistillText.new, 0.01, []),
     ],
 )
 def test_which_sequences_are_distilled_on(text: DistillText, fraction: float, expected: list[int]) -> None:
-    assert distilled_rows(NEW_OLD, DistillConfig(text=text, fraction=fraction)).tolist() == expected
+    assert distilled_rows(NEW_OLD, ORDINAL, DistillConfig(text=text, fraction=fraction)).tolist() == expected
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.25, 0.3, 1.0])
+def test_the_share_is_exact_over_a_stage(fraction: float) -> None:
+    config, ordinals = DistillConfig(text=DistillText.new, fraction=fraction), torch.arange(1000)
+    new = torch.zeros(1000, dtype=torch.bool)
+    assert len(distilled_rows(new, ordinals, config)) == round(1000 * fraction)
 
 
 def test_nothing_to_distil_on() -> None:
     none = torch.zeros(4, dtype=torch.bool)
-    assert distilled_rows(none, DistillConfig(text=DistillText.replay)).tolist() == []
-    assert distilled_rows(~none, DistillConfig(text=DistillText.new)).tolist() == []
+    ordinals = torch.arange(4)
+    assert distilled_rows(none, ordinals, DistillConfig(text=DistillText.replay)).tolist() == []
+    assert distilled_rows(~none, ordinals, DistillConfig(text=DistillText.new)).tolist() == []
 
 
 @pytest.mark.parametrize(
