@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from lifelong_moe.errors import LifelongError
+from lifelong_moe.errors import LifelongError, ResourceError
 
 app = typer.Typer(
     add_completion=True,
@@ -118,7 +119,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.", min=1)] = 100,
     temperature: Annotated[float, typer.Option(help="0 takes the most probable token.", min=0.0)] = 0.8,
     top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens up to this mass.", min=0.01)] = 0.95,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.", min=0, max=2**63 - 1)] = 0,
     label: Label = None,
     as_json: AsJson = False,
 ) -> None:
@@ -141,7 +142,7 @@ def generate(
 
 @app.command()
 def ui(
-    port: Annotated[int, typer.Option(help="Port on this machine.")] = 5000,
+    port: Annotated[int, typer.Option(help="Port on this machine.", min=1, max=65535)] = 5000,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     browser: Annotated[bool, typer.Option(help="Open a browser.")] = True,
     experiment: Annotated[str, typer.Option(help="MLflow experiment.")] = "lifelong-moe",
@@ -164,6 +165,17 @@ def exit_code(command: Callable[[], Any]) -> int:
     except LifelongError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
+    except (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+        print(f"{type(error).__name__}: {error.filename}: {error.strerror}.", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(
+            f"ResourceError: {error.filename or 'the disk'}: no space left; what was committed is intact.",
+            file=sys.stderr,
+        )
+        return ResourceError.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -12,7 +12,7 @@ from rich.console import Console
 from lifelong_moe.config import RunConfig
 from lifelong_moe.data.prepare import PreparedData
 from lifelong_moe.data.windows import evaluation_windows
-from lifelong_moe.evaluation.loss import evaluate
+from lifelong_moe.evaluation.loss import EVALUATION_SCHEMA, evaluate
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.stages.keys import content_key
 from lifelong_moe.stages.runs import EvaluationStore
@@ -36,6 +36,7 @@ class Evaluator:
     def key(self, distribution: str) -> str:
         """What a stored evaluation depends on besides the model."""
         settings: dict[str, Any] = {
+            "schema": EVALUATION_SCHEMA,
             "heldout": self.data.corpora[distribution].heldout_hash,
             "tokenizer": self.data.tokenizer.hash,
             "tokens": self.config.evaluate.tokens,

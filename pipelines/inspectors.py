@@ -87,9 +87,25 @@ def open_stage(run: str, stage: str | None) -> tuple[StageStore, CommittedStage]
     raise ConfigError(f"run {run} has no committed stage {stage}; there are {', '.join(s.name for s in committed)}.")
 
 
+def check_label(stage: CommittedStage, label: str | None, console: Console) -> None:
+    """Refuse a label that would mean nothing; say so where one is missing."""
+    architecture = stage.config["architecture"]
+    known = [name for name, _ in architecture["labels"]]
+    if architecture["routing"]["mode"] != "label":
+        if label is not None:
+            raise ConfigError(
+                f"--label={label}: routing.mode={architecture['routing']['mode']} does not look at labels."
+            )
+    elif label is None:
+        console.print(f"no --label: routed as {known[0]}; there are {', '.join(known)}")
+    elif label not in known:
+        raise ConfigError(f"--label={label} is unknown to stage {stage.name}; there are {', '.join(known)}.")
+
+
 def evaluate(run: str, stage: str | None, data: str, label: str | None, console: Console) -> dict[str, Any]:
     """Loss and bits per byte of a stage on any text."""
     store, committed = open_stage(run, stage)
+    check_label(committed, label, console)
     tokenizer = Tokenizer.from_text(store.tokenizer(committed))
     shard = tokenize_documents(read_documents(data, SourceConfig(files=data)), tokenizer)
     model = load_model(store, committed)
@@ -118,7 +134,10 @@ def generate(
     console: Console,
 ) -> dict[str, Any]:
     """Continue a text, printing as it comes."""
+    if any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise ConfigError("the prompt is not UTF-8.")
     store, committed = open_stage(run, stage)
+    check_label(committed, label, console)
     tokenizer = Tokenizer.from_text(store.tokenizer(committed))
     model = load_model(store, committed)
     ids: list[int] = []

@@ -60,7 +60,8 @@ class MlflowRecord:
 
     def _dataset(self, run_id: str | None, name: str, digest: str, context: str) -> None:
         shard = self.prepared.data.corpora[name].train
-        source = self.prepared.raw["distributions"][name]  # as written: a reference to a secret stays a reference
+        sources = {str(key): value for key, value in self.prepared.raw["distributions"].items()}
+        source = sources[name]  # as written: a reference to a secret stays a reference
         if not isinstance(source, str):
             source = source.get("builtin") or source.get("files") or f"{source['hf']}@{source['revision']}"
         profile = {
@@ -143,12 +144,11 @@ class MlflowRecord:
     def _figures(self, run_id: str | None, report: dict[str, Any]) -> None:
         stages, distributions = [s["name"] for s in report["stages"]], report["distributions"]
         loss, init = report["bits_per_byte"], report["bits_per_byte_at_init"]
-        self.tracker.log_figure(
-            run_id, figures.loss_matrix_figure(loss, stages, distributions, init=init), "figures/loss_matrix.png"
-        )
-        self.tracker.log_figure(
-            run_id, figures.curves_figure(loss, stages, distributions, init=init), "figures/curves.png"
-        )
+        data = [stage["data"] for stage in report["stages"]]
+        last = [max(i for i, name in enumerate(data) if name == d) for d in distributions if d in data]
+        for draw, path in ((figures.loss_matrix_figure, "loss_matrix"), (figures.curves_figure, "curves")):
+            figure = draw(loss, stages, distributions, init=init, learned_after=last)
+            self.tracker.log_figure(run_id, figure, f"figures/{path}.png")
         self.tracker.log_figure(
             run_id,
             figures.expert_load_figure(

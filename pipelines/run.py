@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -22,7 +21,14 @@ from lifelong_moe.stages.runs import EvaluationStore, RunRecord
 from lifelong_moe.stages.store import CommittedStage, StageStore
 from lifelong_moe.tracking.tracker import Tracker
 from lifelong_moe.training.interrupt import Interrupt, handling_sigterm
-from lifelong_moe.training.stage import StageEnvironment, build_trainer, initial_model, load_model, train_stage
+from lifelong_moe.training.stage import (
+    StageEnvironment,
+    build_trainer,
+    clear_abandoned,
+    initial_model,
+    load_model,
+    train_stage,
+)
 from pipelines import render
 from pipelines.evaluations import Evaluator
 from pipelines.record import MlflowRecord
@@ -83,7 +89,7 @@ def _run_stages(
                 with _claimed(planned.key, head, record, interrupt):
                     stage = _train(planned, committed, prepared, mlflow, store, interrupt, console)
                 trained += 1
-            shutil.rmtree(ROOT / "work" / planned.key[:SHORT], ignore_errors=True)  # killed right after its commit
+            clear_abandoned(ROOT / "work" / planned.key[:SHORT])
             committed.append(stage)
             evaluations.append(evaluator(planned.key, planned.spec.name, partial(load_model, store, stage)))
             rows.append(_stage_row(planned, stage, shared))

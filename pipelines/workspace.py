@@ -8,7 +8,8 @@ from typing import Any
 
 from lifelong_moe.config import RunConfig, load_config
 from lifelong_moe.data.prepare import PreparedData, prepare_data
-from lifelong_moe.methods.plan import PlannedStage, plan_stages
+from lifelong_moe.methods.plan import PlannedStage, check_clusters, plan_stages
+from lifelong_moe.routing.registry import build_router
 
 ROOT = Path("mlruns")
 CACHE = Path("data/cache")
@@ -28,9 +29,11 @@ class Prepared:
 def prepare(config_path: str, overrides: list[str]) -> Prepared:
     """Read the configuration, prepare its data, and plan its stages."""
     config, raw = load_config(config_path, overrides)
+    build_router(config.routing, width=config.model.width, layer=0)  # one of the user's own is found, or not, now
     trained = [stage.data for stage in config.stages]
     used = {name: config.distributions[name] for name in config.evaluated}
     data = prepare_data(used, config.tokenizer, trained, config.model.context, CACHE)
     hashes = {name: corpus.train_hash for name, corpus in data.corpora.items()}
     plan = plan_stages(config, hashes, data.tokenizer_identity(), data.tokenizer.bos_id)
+    check_clusters(plan, {name: corpus.train.num_documents for name, corpus in data.corpora.items()})
     return Prepared(config, raw, data, plan)

@@ -70,7 +70,8 @@ class TokenizerConfig:
     """A given ``tokenizer.json`` instead; ``vocab_size`` is then read from it."""
 
     def __post_init__(self) -> None:
-        if self.vocab_size < 257:
+        if not 257 <= self.vocab_size <= 1_000_000:
             raise ConfigError(
-                f"tokenizer.vocab_size={self.vocab_size} must be at least 257: 256 bytes and the document separator."
+                f"tokenizer.vocab_size={self.vocab_size} must lie between 257 (256 bytes and the document separator) "
+                f"and 1,000,000."
             )

@@ -28,7 +28,10 @@ def read_documents(pattern: str, config: SourceConfig) -> list[Document]:
         DataError: Nothing matches, a file is of a kind that is not read, or ``file:line: reason``.
     """
     readers = [(path, _reader(path)) for path in matching_files(pattern)]
-    return [document for path, reader in readers for document in reader(path, config)]
+    documents = [document for path, reader in readers for document in reader(path, config)]
+    if not documents:
+        raise DataError(f"files={pattern}: there are no documents in its {len(readers)} file(s).")
+    return documents
 
 
 def matching_files(pattern: str) -> list[Path]:

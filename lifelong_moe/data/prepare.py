@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lifelong_moe.data.config import SourceConfig, TokenizerConfig
-from lifelong_moe.data.documents import Corpus
+from lifelong_moe.data.documents import Corpus, normalized_hash
 from lifelong_moe.data.shards import TokenizedCorpus, tokenize_corpus
 from lifelong_moe.data.sources import read_corpus
 from lifelong_moe.data.tokenizer import Tokenizer, prepare_tokenizer, recipe
@@ -81,11 +81,10 @@ def _read(name: str, source: SourceConfig, cache: Path) -> Corpus:
 
 def _require_disjoint(corpora: Mapping[str, Corpus], trained: list[str]) -> None:
     """Training text of one distribution must not be held out in another."""
-    held_out = {document.hash: name for name, corpus in corpora.items() for document in corpus.heldout}
+    held_out = {normalized_hash(d.text): name for name, corpus in corpora.items() for d in corpus.heldout}
     for name in trained:
         for document in corpora[name].train:
-            if document.hash in held_out:
-                other = held_out[document.hash]
+            if (other := held_out.get(normalized_hash(document.text))) is not None:
                 raise DataError(
                     f"distributions.{name}: a training document ({document.source}) is held out in {other}; "
                     f"remove it from one of them."

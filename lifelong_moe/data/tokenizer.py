@@ -24,6 +24,10 @@ RECIPE_VERSION = 1
 _KEY_LENGTH = 16
 
 
+_PROBE = "A tokenizer must give back {every: character};\n\tgrüße, naïve, 漢字, λx.x+1, 🙂 0123456789!"
+"""What a given tokenizer is asked to encode and decode without loss."""
+
+
 class Tokenizer:
     """Text to token ids and back. Immutable; two with equal ``hash`` are equal."""
 
@@ -104,16 +108,23 @@ class Tokenizer:
         """Read a ``tokenizer.json``, ours or a given one.
 
         Raises:
-            ConfigError: The file is missing, is no tokenizer, or has no token that can begin a document.
+            ConfigError: The file is missing, is no tokenizer, loses text, or has no token that can begin a document.
         """
         try:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"tokenizer.file={path} cannot be read: {error}.") from error
         try:
-            return cls.from_text(text)
+            tokenizer = cls.from_text(text)
         except ConfigError as error:
             raise ConfigError(f"tokenizer.file={path}: {error}") from error
+        decoded = tokenizer.decode(tokenizer.encode(_PROBE))
+        if decoded.strip() != _PROBE:  # some put a space before the text, which costs nothing
+            raise ConfigError(
+                f"tokenizer.file={path}: loses text ({_PROBE!r} comes back as {decoded!r}), so bits per byte would "
+                f"mean nothing; it needs a byte-level alphabet or byte fallback."
+            )
+        return tokenizer
 
     @classmethod
     def from_text(cls, text: str) -> Tokenizer:

@@ -19,6 +19,9 @@ from lifelong_moe.model.groups import label_group
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.ops.losses import token_nats
 
+EVALUATION_SCHEMA = 1
+"""Version of how losses are measured; a change makes every stored evaluation a stranger."""
+
 
 @dataclass(frozen=True)
 class Evaluation:

@@ -48,8 +48,3 @@ def forward_transfer(matrix: ArrayLike, init: ArrayLike, first_learned: list[int
     r, r_init = np.asarray(matrix, dtype=np.float64), np.asarray(init, dtype=np.float64)
     values = [r_init[j] - r[i - 1, j] for j, i in enumerate(first_learned) if i > 0]
     return float(np.mean(values)) if values else None
-
-
-def relative(nats: float) -> float:
-    """A difference of losses in nats as a relative change of perplexity, ``exp(x) − 1``."""
-    return float(np.expm1(nats))

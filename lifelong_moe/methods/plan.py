@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from lifelong_moe.config import RunConfig
+from lifelong_moe.errors import ConfigError
 from lifelong_moe.methods.graph import stage_specs
 from lifelong_moe.model.architecture import Architecture
 from lifelong_moe.model.cost import ParameterCount, count_parameters
 from lifelong_moe.retention.config import TrunkTraining
+from lifelong_moe.routing.config import Level
 from lifelong_moe.training.spec import StageSpec
 
 
@@ -81,3 +83,26 @@ def trainable_parameters(spec: StageSpec, architecture: Architecture) -> int:
     frozen_trunk = spec.trunk is not None and spec.trunk.train == TrunkTraining.frozen
     experts = count.newest if architecture.frozen else count.total - count.trunk
     return experts + (0 if frozen_trunk else count.trunk)
+
+
+def check_clusters(planned: list[PlannedStage], documents: Mapping[str, int]) -> None:
+    """Every document cluster needs a document.
+
+    Args:
+        planned: The run's stages.
+        documents: Training documents of each distribution.
+
+    Raises:
+        ConfigError: Naming the first stage with more clusters than documents.
+    """
+    for stage in planned:
+        spec = stage.spec
+        clustered = spec.routing.mode == "cluster" and spec.routing.level == Level.document
+        if clustered and (spec.parent is None or spec.grow):
+            experts = stage.architecture.generations[-1].experts
+            clusters = spec.routing.clusters or max(1, experts // spec.routing.top_k)
+            if clusters > documents[spec.data]:
+                raise ConfigError(
+                    f"stages[{stage.index}]: {clusters} document clusters need as many training documents; {spec.data} "
+                    f"has {documents[spec.data]}. Set routing.clusters lower."
+                )

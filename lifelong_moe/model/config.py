@@ -40,6 +40,9 @@ class ModelConfig:
         for key in ("layers", "width", "heads", "kv_heads", "expert_width", "experts", "context"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"model.{key}={getattr(self, key)} must be at least 1.")
+        for key, least in (("rope_base", 1.0), ("norm_eps", 1e-12), ("init_std", 1e-12)):
+            if not getattr(self, key) >= least:
+                raise ConfigError(f"model.{key}={getattr(self, key)} must be at least {least}.")
         if self.width % self.heads or (self.width // self.heads) % 2:
             raise ConfigError(
                 f"model.width={self.width} must be an even multiple of model.heads={self.heads} (rotary pairs)."

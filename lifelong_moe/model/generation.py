@@ -58,7 +58,7 @@ def generate(
 
 def sample_token(logits_V: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
     """Draw one token; ``temperature=0`` is argmax, ``top_p`` cuts the tail (arXiv:1904.09751)."""
-    if temperature == 0:
+    if temperature < 1e-4:  # so sharp that it is argmax, where dividing would overflow
         return int(logits_V.argmax())
     probs_V, order_V = (logits_V / temperature).softmax(dim=-1).sort(descending=True, stable=True)
     kept = probs_V.cumsum(dim=-1) - probs_V < top_p

@@ -90,8 +90,6 @@ class Router(nn.Module):
 
     causality: Causality = Causality.token_local
     """The strictest promise this router keeps; C and D are refused in a decoder."""
-    trained: bool = True
-    """Whether gradient decides; clustered and labelled routing is decided before training."""
 
     def __init__(self, config: RoutingConfig, *, width: int, layer: int) -> None:
         super().__init__()

@@ -32,8 +32,6 @@ class TokenClusterRouter(Router):
         layers (arXiv:2106.04426). Class A.
     """
 
-    trained = False
-
     def __init__(self, config: RoutingConfig, *, width: int, layer: int) -> None:
         super().__init__(config, width=width, layer=layer)
         self.feature_width = width if config.features == Features.hidden else config.feature_width

@@ -16,7 +16,6 @@ class GroupRouter(Router):
     numbered through all generations, oldest first; a token whose group does not exist here goes to group 0.
     """
 
-    trained = False
     starts_G: Tensor
     sizes_G: Tensor
 

@@ -17,8 +17,8 @@ def lineage_rows(store: StageStore, keys: list[str]) -> list[dict[str, Any]]:
 
     Returns:
         ``name``, ``key``, ``parent``, ``data`` (hash of each distribution's training documents), ``tokenizer``,
-        ``experts`` (names of the experts born there, ``STAGE/L<layer>/E<index>``, in short), ``own_tensors``,
-        ``borrowed_tensors`` and ``weights_sha256``.
+        ``experts`` (names of the experts born there, ``STAGE/L<layer>/E<index>``, in short), ``borrowed_tensors`` and
+        ``weights_sha256``.
     """
     rows = []
     for key in keys:

@@ -75,7 +75,10 @@ def require_head(root: Path, run: str) -> dict[str, Any]:
     Raises:
         ConfigError: Naming the runs there are.
     """
-    head = RunRecord(root, run).head()
+    record = RunRecord(root, run)
+    head = record.head()
+    if head is not None and not {"plan", "stages", "names", "config"} <= set(head):
+        raise CorruptError(f"{record.path / 'head.json'}: not the head of a run.")
     if head is None:
         there = sorted(p.parent.name for p in (root / "runs").glob("*/head.json"))
         known = f"There are {', '.join(there)}." if there else "There are none yet."

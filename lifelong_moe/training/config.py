@@ -99,6 +99,8 @@ class TrainerConfig:
                 f"trainer.devices={self.devices} with trainer.num_nodes={self.num_nodes}: a run is one process so far. "
                 f"Set both to 1."
             )
+        if any(word in self.strategy for word in ("spawn", "fork", "notebook")):
+            raise ConfigError(f"trainer.strategy={self.strategy} starts other processes; a run is one process so far.")
         for key in ("num_nodes", "accumulate_grad_batches", "log_every_n_steps"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"trainer.{key}={getattr(self, key)} must be at least 1.")

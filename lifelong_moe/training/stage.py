@@ -7,6 +7,7 @@ import logging
 import math
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,10 @@ from lightning.pytorch import Trainer
 from rich.console import Console
 from torch import Tensor
 
+from lifelong_moe.clustering.kmeans import churn
 from lifelong_moe.data.shards import TokenizedCorpus
 from lifelong_moe.data.tokenizer import Tokenizer
-from lifelong_moe.errors import ConfigError, DivergedError
+from lifelong_moe.errors import ConfigError, DivergedError, TryAgainError
 from lifelong_moe.growth.clusters import fit_clusters
 from lifelong_moe.growth.grow import grow
 from lifelong_moe.growth.observe import observe
@@ -105,6 +107,8 @@ def train_stage(
     """
     work = environment.work / key[:SHORT]
     with locked(work / ".lock", f"stage {spec.name}"):
+        if (committed := environment.store.find(key)) is not None:
+            return committed  # another process committed it while we were on our way here
         model, teacher = _prepare(spec, index, parent, corpora[spec.data], tokenizer, environment.store)
         resumed = newest_checkpoint(work)
         phases, measured, first_step = spec.phases(), [], 0
@@ -130,8 +134,24 @@ def train_stage(
             "tokenizer": {"recipe": dict(recipe), "hash": tokenizer.hash},
         }
         stage = _commit(identity, parent, model, metrics, environment.store, None if parent else tokenizer.text)
-    shutil.rmtree(work, ignore_errors=True)
+        clear_work(work)
     return stage
+
+
+def clear_abandoned(work: Path) -> None:
+    """Remove what a process left that was killed right after its commit, unless one is at work there."""
+    if any(path.name != ".lock" for path in work.glob("*")):
+        with suppress(TryAgainError), locked(work / ".lock", "a stage"):
+            clear_work(work)
+
+
+def clear_work(work: Path) -> None:
+    """Remove a committed stage's step checkpoints; the lock file stays, another process may be waiting at it."""
+    for path in work.glob("*"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name != ".lock":
+            path.unlink(missing_ok=True)
 
 
 def _prepare(
@@ -238,7 +258,7 @@ def _train_phase(
     if module.assignments_before is not None:
         after = _sample_assignments(model, spec, corpora[spec.data])
         assert after is not None
-        measured["assignment_churn"] = float(module.assignments_before.ne(after).double().mean())
+        measured["assignment_churn"] = churn(module.assignments_before.flatten().numpy(), after.flatten().numpy())
     return measured
 
 
@@ -272,7 +292,7 @@ def build_trainer(config: TrainerConfig, steps: int, callbacks: list[Any], logge
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-    except (MisconfigurationException, ValueError) as error:
+    except (MisconfigurationException, ValueError, TypeError) as error:
         raise ConfigError(f"trainer: {' '.join(str(error).split())}") from None
     if trainer.world_size > 1:
         raise ConfigError(

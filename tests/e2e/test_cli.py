@@ -317,3 +317,56 @@ def test_installed_command(lab: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "tiny (lifelong)" in done.stdout
     assert [line for line in done.stderr.splitlines() if not line.startswith("WARNING: code has")] == []
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "routing.mode=foo.bar",
+        "routing.mode=json.dumps",
+        "model.init_std=-1",
+        "model.rope_base=0",
+        "tokenizer.vocab_size=1000000000000",
+        "trainer.strategy=ddp_spawn",
+        "trainer.devices=-1",
+        "trainer.devices=abc",
+        "stages[1].grow.experts=999",
+        "routing.sample_tokens=1",
+    ],
+)
+def test_what_cannot_work_is_said_before_anything_is_trained(lab: Path, cli: Cli, override: str) -> None:
+    result = cli("run", "tiny.yaml", override)
+    assert result.code == 2
+    assert result.err.startswith("ConfigError: ") and result.err.count("\n") == 1
+    assert not (lab / "mlruns").exists()
+
+
+def test_more_clusters_than_documents(lab: Path, cli: Cli) -> None:
+    clustered = ("routing.mode=cluster", "routing.level=document", "model.document_mask=true")
+    result = cli(
+        "run",
+        "tiny.yaml",
+        *clustered,
+        "model.experts=2000",
+        "routing.clusters=1000",
+        "stages[1].grow={experts: 2000, sample_tokens: 9999}",
+    )
+    assert result.code == 2 and "1000 document clusters need as many training documents" in result.err
+    assert not (lab / "mlruns").exists()
+
+
+def test_a_file_where_the_output_belongs(lab: Path, cli: Cli) -> None:
+    (lab / "mlruns").write_text("")
+    result = cli("run", "tiny.yaml")
+    assert result.code == 2 and "Traceback" not in result.err and "mlruns" in result.err
+
+
+def test_mistakes_in_asking(trained: Path, cli: Cli) -> None:
+    (trained / "empty.jsonl").write_text("")
+    for arguments, reason in (
+        (("evaluate", "tiny", "--data", "empty.jsonl"), "there are no documents"),
+        (("evaluate", "tiny", "--data", "sea.jsonl", "--label", "sea"), "does not look at labels"),
+        (("generate", "tiny", "a \udcff b"), "not UTF-8"),
+    ):
+        result = cli(*arguments)
+        assert result.code == 2 and reason in result.err and "Traceback" not in result.err, arguments

@@ -68,7 +68,7 @@ OVERRIDES: list[tuple[str, Callable[[RunConfig], Any], Any]] = [
     ("tracking.uri=sqlite:///a=b.db", lambda c: c.tracking.uri, "sqlite:///a=b.db"),
     ("tracking.uri=null", lambda c: c.tracking.uri, None),
     ("routing.clusters=2", lambda c: c.routing.clusters, 2),
-    ("trainer.devices=[0, 1]", lambda c: c.trainer.devices, [0, 1]),
+    ("trainer.devices=[1]", lambda c: c.trainer.devices, [1]),
     ("trainer.devices=auto", lambda c: c.trainer.devices, "auto"),
     ("model.tie_embeddings=true", lambda c: c.model.tie_embeddings, True),
     ("tokenizer.train_on=english", lambda c: c.tokenizer.train_on, "english"),

@@ -85,12 +85,17 @@ def _given(path: Path, name: str, special: bool = True) -> Path:
 
 @pytest.mark.parametrize("name", ["<s>", "<|endoftext|>", "[BOS]"])
 def test_given_tokenizer(tmp_path: Path, name: str) -> None:
-    config = TokenizerConfig(file=str(_given(tmp_path / "t.json", name)))
-    given = prepare_tokenizer(config, CORPUS, tmp_path / "cache")
-    assert (given.bos_id, given.vocab_size) == (3, 4)
-    assert given.encode("cat dog") == [1, 2]
-    assert 3 not in given.encode(f"cat {name} dog")
+    path = tmp_path / "t.json"
+    path.write_text(train_tokenizer(TEXTS, 300).text.replace("<|bos|>", name))
+    given = prepare_tokenizer(TokenizerConfig(file=str(path)), CORPUS, tmp_path / "cache")
+    assert (given.bos_id, given.decode(given.encode("cat dog"))) == (0, "cat dog")
+    assert 0 not in given.encode(f"cat {name} dog")
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_tokenizer_that_loses_text_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="loses text"):
+        Tokenizer.load(_given(tmp_path / "t.json", "<s>"))
 
 
 def test_unusable_tokenizers(tmp_path: Path) -> None:

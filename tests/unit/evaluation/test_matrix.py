@@ -1,11 +1,8 @@
 from __future__ import annotations
 
-import math
-
 import numpy as np
-import pytest
 
-from lifelong_moe.evaluation.matrix import backward_transfer, forgetting, forward_transfer, relative
+from lifelong_moe.evaluation.matrix import backward_transfer, forgetting, forward_transfer
 
 #                     a    b    c
 R = np.array([[2.0, 5.0, 6.0], [2.5, 3.0, 5.5], [2.25, 3.5, 4.0]])
@@ -47,8 +44,3 @@ def test_a_distribution_that_is_learned_twice() -> None:
 def test_columns_that_are_never_trained_do_not_count() -> None:
     assert forgetting(R, [0]).tolist() == [0.25]
     assert backward_transfer(R, [0]) == -0.25
-
-
-def test_relative_is_in_perplexity() -> None:
-    assert relative(0.0) == 0.0
-    assert relative(math.log(1.25)) == pytest.approx(0.25)

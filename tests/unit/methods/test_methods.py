@@ -31,7 +31,8 @@ def test_the_first_stage_is_the_same_under_every_method(make_run: MakeRun) -> No
 IN_EVERY_KEY = [
     "seed=1", "model.layers=3", "model.width=32", "model.experts=5", "model.context=32", "model.tie_embeddings=true",
     "routing.top_k=3", "routing.balance_loss=0.02", "routing.mode=label", "trainer.precision=bf16-mixed",
-    "trainer.gradient_clip_val=0.5", "stage_defaults.tokens=1280", "stage_defaults.optim.lr=0.5",
+    "trainer.gradient_clip_val=0.5", "trainer.accumulate_grad_batches=2", "stage_defaults.tokens=1280",
+    "stage_defaults.optim.lr=0.5",
     "stage_defaults.optim.batch_tokens=128", "stages[0].optim.schedule=constant",
 ]  # fmt: skip
 FROM_THE_SECOND_ON = [
@@ -42,6 +43,8 @@ FROM_THE_SECOND_ON = [
     "stages[1].tokens=704", "stages[1].name=second", "method=sequential",
 ]  # fmt: skip
 IN_NO_KEY = [
+    "tracking.uri=sqlite:///x.db", "tracking.experiment=x", "trainer.accelerator=cpu", "trainer.strategy=ddp",
+    "trainer.num_workers=3",
     "run=other", "evaluate.tokens=5", "evaluate.also=[python]", "evaluate.batch_tokens=64", "tracking.enabled=false",
     "trainer.log_every_n_steps=3", "trainer.enable_progress_bar=false", "checkpoint.every_steps=7",
     "checkpoint.keep=1", "distributions.python.heldout_fraction=0.2",
