@@ -134,24 +134,16 @@ def train_stage(
             "tokenizer": {"recipe": dict(recipe), "hash": tokenizer.hash},
         }
         stage = _commit(identity, parent, model, metrics, environment.store, None if parent else tokenizer.text)
-        clear_work(work)
+        # Whoever takes a new lock from now on finds the stage committed.
+        shutil.rmtree(work, ignore_errors=True)
     return stage
 
 
 def clear_abandoned(work: Path) -> None:
     """Remove what a process left that was killed right after its commit, unless one is at work there."""
-    if any(path.name != ".lock" for path in work.glob("*")):
+    if work.exists():
         with suppress(TryAgainError), locked(work / ".lock", "a stage"):
-            clear_work(work)
-
-
-def clear_work(work: Path) -> None:
-    """Remove a committed stage's step checkpoints; the lock file stays, another process may be waiting at it."""
-    for path in work.glob("*"):
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        elif path.name != ".lock":
-            path.unlink(missing_ok=True)
+            shutil.rmtree(work, ignore_errors=True)
 
 
 def _prepare(
