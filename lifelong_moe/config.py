@@ -126,16 +126,17 @@ class RunConfig:
                 "routing.level=document assigns experts a document at a time, so attention must stop at document "
                 "borders. Set model.document_mask=true."
             )
-        if self.model.document_mask and self.routing.level == Level.document and self.trainer.precision == "bf16-true":
+        clustered, by_document = self.routing.mode == "cluster", self.routing.level == Level.document
+        if clustered and by_document and self.trainer.precision == "bf16-true":
             raise ConfigError(
                 "routing.level=document compares features in float32, which trainer.precision=bf16-true would round. "
                 "Set trainer.precision=bf16-mixed."
             )
         most = max(self.model.experts, *(stage.grow.experts for stage in self.stages))
-        if self.routing.sample_tokens < max(self.model.context, most):
+        if clustered and self.routing.sample_tokens < most:
             raise ConfigError(
-                f"routing.sample_tokens={self.routing.sample_tokens} must reach model.context={self.model.context} and "
-                f"the number of experts that a stage begins ({most})."
+                f"routing.sample_tokens={self.routing.sample_tokens} must reach the number of experts that a stage "
+                f"begins ({most})."
             )
         if self.routing.top_k > self.model.experts:
             raise ConfigError(f"routing.top_k={self.routing.top_k} must not exceed model.experts={self.model.experts}.")
@@ -155,10 +156,10 @@ class RunConfig:
                 f"(stages[{i}].optim.batch_tokens / model.context); valid are "
                 f"{', '.join(str(d) for d in range(1, sequences + 1) if sequences % d == 0)}."
             )
-        if stage.grow.sample_tokens < max(context, stage.grow.experts):
+        if max(1, stage.grow.sample_tokens // context) * context < stage.grow.experts:  # at least one block is sampled
             raise ConfigError(
-                f"stages[{i}].grow.sample_tokens={stage.grow.sample_tokens} must reach model.context={context} and the "
-                f"number of new experts ({stage.grow.experts})."
+                f"stages[{i}].grow.sample_tokens={stage.grow.sample_tokens} must reach the number of new experts "
+                f"({stage.grow.experts})."
             )
         if stage.tokens < tokens:
             raise ConfigError(f"stages[{i}].tokens={stage.tokens} is less than one step of {tokens} tokens.")

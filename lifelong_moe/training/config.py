@@ -57,7 +57,7 @@ PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 
 @dataclass(kw_only=True)
 class TrainerConfig:
-    """Arguments of ``lightning.Trainer``, under their own names."""
+    """Arguments of ``lightning.Trainer`` under their own names, and the data loader's ``num_workers``."""
 
     accelerator: str = "auto"
     """``auto``, ``cpu``, ``gpu``, ..."""

@@ -331,7 +331,7 @@ def test_installed_command(lab: Path) -> None:
         "trainer.devices=-1",
         "trainer.devices=abc",
         "stages[1].grow.experts=999",
-        "routing.sample_tokens=1",
+        "routing={mode: cluster, sample_tokens: 1}",
     ],
 )
 def test_what_cannot_work_is_said_before_anything_is_trained(lab: Path, cli: Cli, override: str) -> None:
