@@ -24,8 +24,18 @@ from lifelong_moe.errors import ConfigError
 from lifelong_moe.evaluation.config import EvaluateConfig
 from lifelong_moe.growth.config import GrowConfig
 from lifelong_moe.model.config import ModelConfig
-from lifelong_moe.retention.config import DistillConfig, DistillText, ReplayConfig, TrunkConfig
-from lifelong_moe.routing.config import Features, Level, RoutingConfig
+from lifelong_moe.retention.config import (
+    DistillConfig,
+    DistillText,
+    PenaltyConfig,
+    PenaltyKind,
+    ReplayConfig,
+    ReplaySource,
+    ReviewConfig,
+    TrunkConfig,
+    TrunkTraining,
+)
+from lifelong_moe.routing.config import Bundles, Features, Level, RoutingConfig
 from lifelong_moe.tracking.config import TrackingConfig
 from lifelong_moe.training.config import CheckpointConfig, OptimConfig, TrainerConfig
 
@@ -38,6 +48,13 @@ class Method(StrEnum):
 
     lifelong = "lifelong"
     sequential = "sequential"
+    static_moe = "static_moe"
+    replay = "replay"
+    l2 = "l2"
+    ewc = "ewc"
+    lwf = "lwf"
+    joint = "joint"
+    unrestrained = "unrestrained"
 
 
 @dataclass(kw_only=True)
@@ -58,6 +75,10 @@ class StageConfig:
     """Distillation from the previous stage's model, from the second stage on."""
     replay: ReplayConfig = field(default_factory=ReplayConfig)
     """Replay of earlier stages' text, from the second stage on."""
+    penalty: PenaltyConfig = field(default_factory=PenaltyConfig)
+    """A pull to the previous stage's weights, from the second stage on."""
+    review: ReviewConfig = field(default_factory=ReviewConfig)
+    """A last phase for the router alone, from the second stage on."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimizer and schedule."""
 
@@ -75,7 +96,9 @@ class RunConfig:
     run: str
     """Name of the run; its results are under ``mlruns/runs/<run>/``."""
     method: Method = Method.lifelong
-    """``lifelong`` grows, freezes, distils and replays; ``sequential`` just trains on."""
+    """``lifelong`` takes every section of a stage; ``sequential`` just trains on; ``static_moe`` does so with all experts
+    from the start; ``replay``, ``l2``, ``ewc`` and ``lwf`` (distillation on new text) add one mechanism; ``joint`` trains
+    on everything at once; ``unrestrained`` is ``sequential`` with each distribution from scratch beside it."""
     seed: int = 0
     """Seed of initialization, sample order and clustering."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
@@ -113,6 +136,9 @@ class RunConfig:
             self._check_experts(i, stage)
             if i and self.method == Method.lifelong:
                 _check_distillation(i, stage)
+                self._check_growth(i, stage)
+                self._check_review(i, stage)
+                self._check_retention(i, stage)
         for i, name in enumerate(self.evaluate.also):
             _require_known(name, self.distributions, f"evaluate.also[{i}]")
         first = self.stages[0].data
@@ -121,19 +147,20 @@ class RunConfig:
                 f"tokenizer.train_on={self.tokenizer.train_on} must be the first stage's distribution ({first}): "
                 f"a tokenizer that saw later stages leaks the future."
             )
-        if self.routing.mode == "cluster" and self.routing.level == Level.document and not self.model.document_mask:
+        bundles = self.routing.bundles
+        by_what = "routing.level=document" if bundles == Bundles.none else f"routing.bundles={bundles}"
+        if (self.routing.by_document or bundles != Bundles.none) and not self.model.document_mask:
             raise ConfigError(
-                "routing.level=document assigns experts a document at a time, so attention must stop at document "
-                "borders. Set model.document_mask=true."
+                f"{by_what} assigns experts a document at a time, so attention must stop at document borders. Set "
+                f"model.document_mask=true."
             )
-        clustered, by_document = self.routing.mode == "cluster", self.routing.level == Level.document
-        if clustered and by_document and self.trainer.precision == "bf16-true":
+        if self.routing.by_document and self.trainer.precision == "bf16-true":
             raise ConfigError(
-                "routing.level=document compares features in float32, which trainer.precision=bf16-true would round. "
-                "Set trainer.precision=bf16-mixed."
+                f"{by_what} compares features in float32, which trainer.precision=bf16-true would round. Set "
+                f"trainer.precision=bf16-mixed."
             )
         most = max(self.model.experts, *(stage.grow.experts for stage in self.stages))
-        if clustered and self.routing.sample_tokens < most:
+        if self.routing.mode == "cluster" and self.routing.sample_tokens < most:
             raise ConfigError(
                 f"routing.sample_tokens={self.routing.sample_tokens} must reach the number of experts that a stage "
                 f"begins ({most})."
@@ -184,6 +211,53 @@ class RunConfig:
             raise ConfigError(
                 f"{key}={experts} is too few: {groups} group(s) of routing.top_k={self.routing.top_k} experts each "
                 f"need {groups * self.routing.top_k}."
+            )
+
+    def _check_growth(self, i: int, stage: StageConfig) -> None:
+        """Deltas and partly grown models need a router that can tell them apart."""
+        grow, deltas = stage.grow, stage.trunk.train == TrunkTraining.deltas
+        if deltas and (not grow.experts or not self.routing.has_bundles):
+            raise ConfigError(
+                f"stages[{i}].trunk.train=deltas changes the trunk for the tokens of one bundle. Set "
+                f"routing.bundles=cluster (or label, or routing.mode=label) and stages[{i}].grow.experts above 0."
+            )
+        if deltas and self.model.tie_embeddings:
+            raise ConfigError(f"stages[{i}].trunk.train=deltas needs model.tie_embeddings=false.")
+        if grow.layers is None:
+            return
+        if not 0 <= min(grow.layers) <= max(grow.layers) < self.model.layers:
+            raise ConfigError(f"stages[{i}].grow.layers={grow.layers} must lie in 0 to {self.model.layers - 1}.")
+        if self.routing.mode != "learned":
+            raise ConfigError(f"stages[{i}].grow.layers needs routing.mode=learned; every layer must grow otherwise.")
+
+    def _check_review(self, i: int, stage: StageConfig) -> None:
+        """A review trains this stage's router rows, in whole steps, and leaves some to the stage itself."""
+        if not stage.review.fraction:
+            return
+        if self.routing.mode != "learned" or not stage.grow.experts:
+            raise ConfigError(
+                f"stages[{i}].review.fraction={stage.review.fraction} trains new router rows alone. Set "
+                f"routing.mode=learned and stages[{i}].grow.experts above 0, or review.fraction=0."
+            )
+        steps = stage.tokens // stage.optim.batch_tokens
+        if not 1 <= round(steps * stage.review.fraction) < steps:
+            raise ConfigError(
+                f"stages[{i}].review.fraction={stage.review.fraction} of {steps} steps must be at least one step and "
+                f"leave one."
+            )
+
+    def _check_retention(self, i: int, stage: StageConfig) -> None:
+        """A penalty needs old weights that train; generated text has no label."""
+        trunk_trains = stage.trunk.train in (TrunkTraining.full, TrunkTraining.gentle)
+        if stage.penalty.kind != PenaltyKind.none and not trunk_trains and stage.grow.experts and stage.grow.freezes:
+            raise ConfigError(
+                f"stages[{i}].penalty.kind={stage.penalty.kind} holds old weights that train, and none does: the trunk "
+                f"is {stage.trunk.train} and old experts are frozen. Set penalty.kind=none."
+            )
+        if stage.replay.source == ReplaySource.generated and stage.replay.fraction and self.routing.by_label:
+            raise ConfigError(
+                f"stages[{i}].replay.source=generated: text that a model wrote has no label, which this routing needs. "
+                f"Set replay.source=stored."
             )
 
     def _name_stages(self) -> None:

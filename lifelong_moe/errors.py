@@ -53,3 +53,7 @@ class TryAgainError(LifelongError):
     """Nothing is wrong, but not now: another process holds the lock, or we were preempted after a checkpoint."""
 
     exit_code = 75
+
+
+class LockedError(TryAgainError):
+    """Another process is at work on the same thing."""

@@ -24,7 +24,7 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...",
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
 StageName = Annotated[str | None, typer.Option("--stage", help="A committed stage of the run; the last by default.")]
-Label = Annotated[str | None, typer.Option("--label", help="Known distribution of the text, for routing.mode=label.")]
+Label = Annotated[str | None, typer.Option("--label", help="Known distribution of the text, for routing by label.")]
 
 
 def console(as_json: bool = False) -> Console:
@@ -69,6 +69,30 @@ def plan(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = Fals
     from pipelines.plan import plan as story
 
     finish(story(config, checked, console(as_json)), as_json)
+
+
+@app.command()
+def compare(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, such as configs/compare.yaml.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...", help="Of the comparison, such as seeds=[0] or budget=flops; else of every arm."
+        ),
+    ] = None,
+    only: Annotated[list[str] | None, typer.Option("--only", metavar="ARM", help="Run this arm or grid only.")] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Let the runs' names refer to other stages.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train several arms with several seeds and put them side by side; started twice, two processes share the work."""
+    from lifelong_moe.methods.comparison import load_comparison
+
+    load_comparison(config, overrides or []).select(only or [])
+    from pipelines import quiet
+    from pipelines.compare import compare as story
+
+    quiet.libraries()
+    finish(story(config, overrides or [], only or [], replace, console(as_json)), as_json)
 
 
 @app.command()
@@ -134,6 +158,37 @@ def generate(
         temperature=temperature,
         top_p=top_p,
         seed=seed,
+        label=label,
+        console=console(as_json),
+    )
+    finish(result, as_json)
+
+
+@app.command()
+def inspect(
+    run: RunName,
+    stage: StageName = None,
+    text: Annotated[str | None, typer.Option(help="Colour each token of this text by its expert.")] = None,
+    text_file: Annotated[str | None, typer.Option(help="The same for a text file.")] = None,
+    layer: Annotated[int | None, typer.Option(help="Experts of one layer; all layers by default.", min=0)] = None,
+    html: Annotated[str | None, typer.Option(help="Also write the coloured text to this HTML file.")] = None,
+    save: Annotated[str | None, typer.Option(help="Write every token's experts to this .parquet file.")] = None,
+    tokens: Annotated[int, typer.Option(help="Held-out tokens a distribution, without a text.", min=1)] = 8192,
+    label: Label = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what the experts specialize in, on held-out text or token by token on a text."""
+    from pipelines.inspect import inspect as story
+
+    result = story(
+        run,
+        stage,
+        text=text,
+        text_file=text_file,
+        layer=layer,
+        html=html,
+        save=save,
+        tokens=tokens,
         label=label,
         console=console(as_json),
     )

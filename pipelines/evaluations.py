@@ -42,7 +42,7 @@ class Evaluator:
             "tokens": self.config.evaluate.tokens,
             "context": self.config.model.context,
         }
-        if self.config.routing.mode == "label":
+        if self.config.routing.by_label:
             settings["label"] = distribution
         return content_key(settings)
 

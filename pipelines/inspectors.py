@@ -15,6 +15,7 @@ from lifelong_moe.data.tokenizer import Tokenizer
 from lifelong_moe.data.windows import evaluation_windows
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.evaluation.loss import evaluate as score_windows
+from lifelong_moe.model.architecture import Architecture
 from lifelong_moe.model.generation import generate as sample
 from lifelong_moe.stages.keys import SHORT
 from lifelong_moe.stages.lineage import lineage_rows, work_under_way
@@ -91,11 +92,10 @@ def check_label(stage: CommittedStage, label: str | None, console: Console) -> N
     """Refuse a label that would mean nothing; say so where one is missing."""
     architecture = stage.config["architecture"]
     known = [name for name, _ in architecture["labels"]]
-    if architecture["routing"]["mode"] != "label":
+    routing = Architecture.from_json(architecture).routing
+    if not routing.by_label:
         if label is not None:
-            raise ConfigError(
-                f"--label={label}: routing.mode={architecture['routing']['mode']} does not look at labels."
-            )
+            raise ConfigError(f"--label={label}: routing.mode={routing.mode} does not look at labels.")
     elif label is None:
         console.print(f"no --label: routed as {known[0]}; there are {', '.join(known)}")
     elif label not in known:

@@ -51,7 +51,7 @@ def _row(i: int, prepared: Prepared, store: StageStore) -> dict[str, Any]:
         "parameters_active": count.active,
         "parameters_trainable": planned.trainable,
         "tokens": planned.tokens,
-        "epochs": planned.tokens * (1 - spec.replay_fraction) / prepared.data.corpora[spec.data].train.num_tokens,
+        "epochs": (planned.tokens - spec.replayed_tokens) / prepared.data.corpora[spec.data].train.num_tokens,
         "replay_fraction": spec.replay_fraction,
         "teacher_tokens": spec.teacher_tokens,
         "active_flops": planned.flops,

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 
 from lifelong_moe.evaluation import figures
-from lifelong_moe.methods.plan import PlannedStage
+from lifelong_moe.methods.plan import PlannedStage, chain
+from lifelong_moe.model.architecture import Architecture
 from lifelong_moe.stages.runs import RunRecord
 from lifelong_moe.stages.store import CommittedStage
 from lifelong_moe.tracking.tracker import Tracker
@@ -27,10 +29,17 @@ class MlflowRecord:
             ``content`` that was recorded to the end.
         record: Where the head is kept.
         content: Names all that there is to record: stages and evaluations.
+        parent_run: MLflow run that the run is shown under, such as a comparison's.
     """
 
     def __init__(
-        self, tracker: Tracker, prepared: Prepared, head: dict[str, Any], record: RunRecord, content: str
+        self,
+        tracker: Tracker,
+        prepared: Prepared,
+        head: dict[str, Any],
+        record: RunRecord,
+        content: str,
+        parent_run: str | None = None,
     ) -> None:
         self.tracker, self.prepared, self.head, self.record, self.content = tracker, prepared, head, record, content
         self.ids: dict[str, Any] = head["mlflow"]
@@ -39,16 +48,16 @@ class MlflowRecord:
         complete = self.ids.get("content") == content
         self.active = tracker.active and not (complete and tracker.run_exists(self.ids["run"]))
         if self.active:
-            self._start()
+            self._start(parent_run)
 
-    def _start(self) -> None:
+    def _start(self, parent_run: str | None) -> None:
         config = self.prepared.config
         params = {**self.prepared.raw, "method": config.method.value, "seed": config.seed, "stages": len(config.stages)}
         params |= {f"routing.{key}": getattr(config.routing, key) for key in ("mode", "level", "top_k")}
         params.pop("run", None)
         tags = {"lifelong.run": config.run, "lifelong.kind": "run", "lifelong.method": config.method.value}
         known = self.ids["run"]
-        run_id = self.tracker.start_run(config.run, run_id=known, params=params, tags=tags)
+        run_id = self.tracker.start_run(config.run, run_id=known, parent_id=parent_run, params=params, tags=tags)
         if run_id is None:
             return
         if run_id != known:
@@ -78,7 +87,7 @@ class MlflowRecord:
         spec = planned.spec
         tags = {"lifelong.run": self.prepared.config.run, "lifelong.kind": "stage", "lifelong.stage_key": planned.key}
         params = {
-            "stage": planned.index,
+            "stage": planned.depth,
             "data": spec.data,
             "routing": planned.routing,
             "experts_per_layer": planned.architecture.num_experts,
@@ -91,7 +100,7 @@ class MlflowRecord:
             "distill_weight": spec.distill.weight if spec.distill else 0.0,
             "trunk": spec.trunk.train.value if spec.trunk else "full",
         }
-        name = f"{self.prepared.config.run} · {planned.index} {spec.name}"
+        name = f"{self.prepared.config.run} · {planned.depth} {spec.name}"
         run_id = self.tracker.start_run(
             name, run_id=self.ids["stages"].get(planned.key), parent_id=self.ids["run"], params=params, tags=tags
         )
@@ -118,13 +127,13 @@ class MlflowRecord:
             self.stage_begins(planned)
         run_id = self.ids["stages"].get(planned.key)
         logged = self.ids["logged"].setdefault(planned.key, {})
-        rows = [row for row in summary_rows(report, planned.index) if logged.get(row[0]) != row[1]]
+        rows = [row for row in summary_rows(report, planned.depth) if logged.get(row[0]) != row[1]]
         self.tracker.log_metrics(self.ids["run"], rows)
         self.tracker.log_metrics(run_id, rows)
         if self.tracker.active:
             logged |= {key: value for key, value, _ in rows}
             self.record.set_head(self.head)
-        self.tracker.set_note(run_id, render.stage_note(report, planned.index, shared))
+        self.tracker.set_note(run_id, render.stage_note(report, planned.depth, shared))
         self._figures(run_id, report)
         config = self.prepared.config
         tags = {"stage_key": planned.key, "stage": planned.spec.name, "run": config.run, "data": planned.spec.data}
@@ -136,30 +145,50 @@ class MlflowRecord:
             stage.path,
             run_id=run_id,
             tags=tags,
-            description=render.stage_note(report, planned.index, shared),
+            description=render.stage_note(report, planned.depth, shared),
         )
+        self.tracker.finish(run_id)
+        self._open = None
+
+    def beside_done(self, planned: PlannedStage, measured: dict[str, dict[str, Any]]) -> None:
+        """A model beside the run's chain: its own distribution's loss, on the parent and on a child of its own."""
+        if not self.active:
+            return
+        if planned.key not in self.ids["stages"]:
+            self.stage_begins(planned)
+        run_id, data = self.ids["stages"].get(planned.key), planned.spec.data
+        logged = self.ids["logged"].setdefault(planned.key, {})
+        rows = [
+            (f"from_scratch/{data}/{key}", measured[data][key], 0) for key in ("nats_per_token", "bits_per_byte")
+        ]
+        rows = [row for row in rows if logged.get(row[0]) != row[1]]
+        for target in (self.ids["run"], run_id):
+            self.tracker.log_metrics(target, rows)
+        logged |= {key: value for key, value, _ in rows}
         self.tracker.finish(run_id)
         self._open = None
 
     def _figures(self, run_id: str | None, report: dict[str, Any]) -> None:
         stages, distributions = [s["name"] for s in report["stages"]], report["distributions"]
         loss, init = report["bits_per_byte"], report["bits_per_byte_at_init"]
-        data = [stage["data"] for stage in report["stages"]]
-        last = [max(i for i, name in enumerate(data) if name == d) for d in distributions if d in data]
+        learned = [stage["learns"] for stage in report["stages"]]
+        last = [
+            max(i for i, names in enumerate(learned) if d in names)
+            for d in distributions
+            if any(d in names for names in learned)
+        ]
+        architecture = chain(self.prepared.plan)[len(stages) - 1].architecture
         for draw, path in ((figures.loss_matrix_figure, "loss_matrix"), (figures.curves_figure, "curves")):
             figure = draw(loss, stages, distributions, init=init, learned_after=last)
             self.tracker.log_figure(run_id, figure, f"figures/{path}.png")
         self.tracker.log_figure(
             run_id,
             figures.expert_load_figure(
-                {name: np.asarray(counts) for name, counts in report["expert_counts"].items()},
-                self._births(len(stages)),
+                {name: aligned_counts(counts, architecture) for name, counts in report["expert_counts"].items()},
+                [generation.stage for generation in architecture.generations for _ in range(generation.experts)],
             ),
             "figures/expert_load.png",
         )
-
-    def _births(self, stages: int) -> list[str]:
-        return self.prepared.plan[stages - 1].architecture.expert_births()
 
     def run_done(self, report: dict[str, Any], console: Console) -> None:
         """The parent's note, figures and final numbers."""
@@ -181,6 +210,16 @@ class MlflowRecord:
             for run_id in (self._open, self.ids["run"]):
                 if run_id is not None:
                     self.tracker.finish(run_id, "KILLED")
+
+
+def aligned_counts(counts: list[list[int]], architecture: Architecture) -> NDArray[np.float64]:
+    """Counts by layer with a column for each expert of each generation; NaN where a layer did not grow."""
+    columns = [[g.experts_in(layer) > 0 for g in architecture.generations for _ in range(g.experts)]
+               for layer in range(len(counts))]  # fmt: skip
+    array = np.full((len(counts), len(columns[0])), np.nan)
+    for row, present, layer in zip(array, columns, counts, strict=True):
+        row[np.flatnonzero(present)] = layer
+    return array
 
 
 def summary_rows(report: dict[str, Any], index: int) -> list[Row]:

@@ -8,6 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from lifelong_moe.methods.plan import PlannedStage
+from lifelong_moe.stages.store import CommittedStage
 from pipelines.workspace import Prepared
 
 
@@ -31,13 +33,18 @@ def data_table(console: Console, prepared: Prepared) -> None:
 
 
 def stage_line(
-    console: Console, stage: dict[str, Any], evaluations: dict[str, dict[str, Any]], distributions: list[str]
+    console: Console,
+    planned: PlannedStage,
+    stage: CommittedStage,
+    shared: bool,
+    evaluations: dict[str, dict[str, Any]],
+    distributions: list[str],
 ) -> None:
     """One line when a stage is there."""
     losses = ", ".join(f"{name} {evaluations[name]['bits_per_byte']:.3f}" for name in distributions)
-    how = "shared with another run" if stage["shared"] else f"{stage['tokens_per_second']:,.0f} tokens/s"
+    how = "shared with another run" if shared else f"{stage.metrics['tokens_per_second']:,.0f} tokens/s"
     console.print(
-        f"{stage['name']}: committed as {stage['key'][:16]} ({how}); bits per byte: {losses}", highlight=False
+        f"{planned.spec.name}: committed as {planned.key[:16]} ({how}); bits per byte: {losses}", highlight=False
     )
 
 
@@ -57,7 +64,7 @@ def _matrix_table(one: dict[str, Any]) -> Table:
     table.add_row("(untrained)", *(f"{value:.3f}" for value in one["bits_per_byte_at_init"]), style="dim")
     for stage, row in zip(one["stages"], one["bits_per_byte"], strict=True):
         cells = (
-            f"[bold]{value:.3f}[/bold]" if name == stage["data"] else f"{value:.3f}"
+            f"[bold]{value:.3f}[/bold]" if name in stage["learns"] else f"{value:.3f}"
             for name, value in zip(one["distributions"], row, strict=True)
         )
         table.add_row(stage["name"], *cells)

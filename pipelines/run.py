@@ -10,10 +10,10 @@ from typing import Any
 
 from rich.console import Console
 
-from lifelong_moe.config import RunConfig
+from lifelong_moe.data.prepare import PreparedData
 from lifelong_moe.errors import ConfigError, TryAgainError
 from lifelong_moe.evaluation.report import build_report
-from lifelong_moe.methods.plan import PlannedStage
+from lifelong_moe.methods.plan import PlannedStage, chain
 from lifelong_moe.model.architecture import Architecture
 from lifelong_moe.stages.keys import SHORT, content_key
 from lifelong_moe.stages.lock import locked
@@ -37,8 +37,24 @@ from pipelines.workspace import ROOT, Prepared, prepare
 log = logging.getLogger(__name__)
 
 
-def run(config_path: str, overrides: list[str], replace: bool, console: Console) -> dict[str, Any]:
+def run(
+    config_path: str,
+    overrides: list[str],
+    replace: bool,
+    console: Console,
+    *,
+    memory: dict[str, PreparedData] | None = None,
+    parent_run: str | None = None,
+) -> dict[str, Any]:
     """Run or continue a run; returns its report.
+
+    Args:
+        config_path: YAML file.
+        overrides: ``key=value``.
+        replace: Let the run's name refer to other stages than before.
+        console: Where people read.
+        memory: Data that was read before; see :func:`pipelines.workspace.prepare`.
+        parent_run: MLflow run that this one is shown under.
 
     Raises:
         ConfigError: If the configuration is wrong, or the run's name belongs to another configuration.
@@ -46,13 +62,13 @@ def run(config_path: str, overrides: list[str], replace: bool, console: Console)
     """
     with handling_sigterm() as interrupt:
         with console.status("reading and tokenizing the distributions"):
-            prepared = prepare(config_path, overrides)
+            prepared = prepare(config_path, overrides, memory)
         build_trainer(prepared.config.trainer, 1, [], None)  # what this machine cannot do is said before anything else
         record = RunRecord(ROOT, prepared.config.run)
         with locked(record.lock_path, f"run {record.run}"):
             record.clean()
             head = _open_head(record, prepared, replace)
-            report, trained = _run_stages(prepared, record, head, interrupt, console)
+            report, trained = _run_stages(prepared, record, head, interrupt, console, parent_run)
     render.report(console, [report])
     if not trained:
         console.print(f"Nothing to train: all {len(prepared.plan)} stages of {record.run} are committed.")
@@ -60,7 +76,12 @@ def run(config_path: str, overrides: list[str], replace: bool, console: Console)
 
 
 def _run_stages(
-    prepared: Prepared, record: RunRecord, head: dict[str, Any], interrupt: Interrupt, console: Console
+    prepared: Prepared,
+    record: RunRecord,
+    head: dict[str, Any],
+    interrupt: Interrupt,
+    console: Console,
+    parent_run: str | None,
 ) -> tuple[dict[str, Any], int]:
     """Restore or train, evaluate, record: stage after stage. Returns the report and how many stages were trained."""
     config, data = prepared.config, prepared.data
@@ -74,11 +95,12 @@ def _run_stages(
     evaluations_kept.clean()
     evaluator = Evaluator(config, data, evaluations_kept, console)
     content = content_key([[planned.key for planned in prepared.plan], [evaluator.key(d) for d in config.evaluated]])
-    mlflow = MlflowRecord(tracker, prepared, head, record, content)
+    mlflow = MlflowRecord(tracker, prepared, head, record, content, parent_run)
     init = _evaluate_init(prepared, evaluator)
-    committed: list[CommittedStage] = []
+    committed: dict[int, CommittedStage] = {}
     rows: list[dict[str, Any]] = []
     evaluations: list[dict[str, dict[str, Any]]] = []
+    from_scratch: dict[str, dict[str, Any]] = {}
     report: dict[str, Any] = {}
     trained = 0
     try:
@@ -90,10 +112,16 @@ def _run_stages(
                     stage = _train(planned, committed, prepared, mlflow, store, interrupt, console)
                 trained += 1
             clear_abandoned(ROOT / "work" / planned.key[:SHORT])
-            committed.append(stage)
-            evaluations.append(evaluator(planned.key, planned.spec.name, partial(load_model, store, stage)))
+            committed[planned.index] = stage
+            measured = evaluator(planned.key, planned.spec.name, partial(load_model, store, stage))
+            render.stage_line(console, planned, stage, shared, measured, config.evaluated)
+            if planned.beside:
+                from_scratch[planned.spec.data] = _scratch_row(planned, measured)
+                mlflow.beside_done(planned, measured)
+                _note_commit(record, head, planned)
+                continue
+            evaluations.append(measured)
             rows.append(_stage_row(planned, stage, shared))
-            render.stage_line(console, rows[-1], evaluations[-1], config.evaluated)
             report = build_report(
                 run=config.run,
                 method=config.method.value,
@@ -103,8 +131,10 @@ def _run_stages(
                 evaluations=evaluations,
                 stages=rows,
                 births=stage_births(stage, prepared.plan),
+                from_scratch=from_scratch,
             )
-            _record(record, head, planned, report)
+            record.set_report(report)
+            _note_commit(record, head, planned)
             mlflow.stage_done(planned, stage, report, shared)
         mlflow.run_done(report, console)
     except BaseException:
@@ -130,7 +160,7 @@ def _claimed(key: str, head: dict[str, Any], record: RunRecord, interrupt: Inter
 
 def _train(
     planned: PlannedStage,
-    committed: list[CommittedStage],
+    committed: dict[int, CommittedStage],
     prepared: Prepared,
     mlflow: MlflowRecord,
     store: StageStore,
@@ -150,7 +180,7 @@ def _train(
         run_id=run_id,
     )
     parent = None if spec.parent is None else committed[spec.parent]
-    return train_stage(spec, planned.key, planned.index, parent, data.corpora, data.tokenizer, data.recipe, environment)
+    return train_stage(spec, planned.key, planned.depth, parent, data.corpora, data.tokenizer, data.recipe, environment)
 
 
 def _evaluate_init(prepared: Prepared, evaluator: Evaluator) -> dict[str, dict[str, Any]]:
@@ -161,11 +191,18 @@ def _evaluate_init(prepared: Prepared, evaluator: Evaluator) -> dict[str, dict[s
     return evaluator(key, "untrained model", lambda: initial_model(architecture, prepared.config.seed))
 
 
-def stage_births(stage: CommittedStage, plan: list[PlannedStage]) -> list[int]:
-    """Index of the birth stage of each expert of a layer."""
-    index = {planned.spec.name: planned.index for planned in plan}
+def stage_births(stage: CommittedStage, plan: list[PlannedStage]) -> list[list[int]]:
+    """For each layer, the place in the chain of each expert's birth stage."""
+    place = {planned.spec.name: planned.depth for planned in chain(plan)}
     architecture = Architecture.from_json(stage.config["architecture"])
-    return [index[name] for name in architecture.expert_births()]
+    layers = range(architecture.model.layers)
+    return [[place[name] for name in architecture.expert_births(layer)] for layer in layers]
+
+
+def _scratch_row(planned: PlannedStage, measured: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What the report says of a distribution learned from scratch."""
+    own = measured[planned.spec.data]
+    return {key: own[key] for key in ("nats_per_token", "bits_per_byte")} | {"tokens": planned.tokens}
 
 
 def _stage_row(planned: PlannedStage, stage: CommittedStage, shared: bool) -> dict[str, Any]:
@@ -174,6 +211,7 @@ def _stage_row(planned: PlannedStage, stage: CommittedStage, shared: bool) -> di
     return {
         "name": planned.spec.name,
         "data": planned.spec.data,
+        "learns": list(planned.spec.learns),
         "key": planned.key,
         "routing": planned.routing,
         "experts_per_layer": planned.architecture.num_experts,
@@ -193,12 +231,12 @@ def _stage_row(planned: PlannedStage, stage: CommittedStage, shared: bool) -> di
 
 def _open_head(record: RunRecord, prepared: Prepared, replace: bool) -> dict[str, Any]:
     """Begin or continue a run; a name whose stages would change is refused."""
-    keys = [planned.key for planned in prepared.plan]
+    keys, names = [p.key for p in prepared.plan], [p.spec.name for p in prepared.plan]
     head = record.head()
     if head is not None and not replace:
         known = min(len(keys), len(head["plan"]))
         if head["plan"][:known] != keys[:known]:
-            raise ConfigError(_changed(record.run, head, prepared.config, keys))
+            raise ConfigError(_changed(record.run, head, names, keys))
     if head is None or replace:
         trained = head["trained"] if head else []
         head = {"run": record.run, "stages": [], "trained": trained, "mlflow": {}}
@@ -207,7 +245,7 @@ def _open_head(record: RunRecord, prepared: Prepared, replace: bool) -> dict[str
         "seed": prepared.config.seed,
         "config": prepared.raw,
         "plan": keys,
-        "names": [planned.spec.name for planned in prepared.plan],
+        "names": names,
         "stages": [key for key in head["stages"] if key in keys],
         "tokenizer": prepared.data.tokenizer.hash,
     }
@@ -215,19 +253,18 @@ def _open_head(record: RunRecord, prepared: Prepared, replace: bool) -> dict[str
     return head
 
 
-def _changed(run: str, head: dict[str, Any], config: RunConfig, keys: list[str]) -> str:
+def _changed(run: str, head: dict[str, Any], names: list[str], keys: list[str]) -> str:
     first = next(i for i, (old, new) in enumerate(zip(head["plan"], keys, strict=False)) if old != new)
     return (
-        f"run={run} exists with another configuration or other data: stage {first} ({config.stages[first].name}) was "
+        f"run={run} exists with another configuration or other data: stage {first} ({names[first]}) was "
         f"{head['plan'][first][:SHORT]} and would be {keys[first][:SHORT]}. Choose run=NAME, or --replace to let this "
         f"name refer to the new stages."
     )
 
 
-def _record(record: RunRecord, head: dict[str, Any], planned: PlannedStage, report: dict[str, Any]) -> None:
-    """The ledger, the report, then the head: a crash in between only repeats what is idempotent."""
+def _note_commit(record: RunRecord, head: dict[str, Any], planned: PlannedStage) -> None:
+    """The ledger, then the head: a crash in between only repeats what is idempotent."""
     if planned.key not in head["stages"]:
         record.log("stage", name=planned.spec.name, key=planned.key)
         head["stages"].append(planned.key)
-    record.set_report(report)
     record.set_head(head)

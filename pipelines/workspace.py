@@ -26,14 +26,29 @@ class Prepared:
     plan: list[PlannedStage]
 
 
-def prepare(config_path: str, overrides: list[str]) -> Prepared:
-    """Read the configuration, prepare its data, and plan its stages."""
+def prepare(config_path: str, overrides: list[str], memory: dict[str, PreparedData] | None = None) -> Prepared:
+    """Read the configuration, prepare its data, and plan its stages.
+
+    Args:
+        config_path: YAML file.
+        overrides: ``key=value``.
+        memory: Data by what was asked for; several runs on the same data then read it once.
+    """
     config, raw = load_config(config_path, overrides)
     build_router(config.routing, width=config.model.width, layer=0)  # one of the user's own is found, or not, now
-    trained = [stage.data for stage in config.stages]
-    used = {name: config.distributions[name] for name in config.evaluated}
-    data = prepare_data(used, config.tokenizer, trained, config.model.context, CACHE)
+    data = read_data(config, memory)
     hashes = {name: corpus.train_hash for name, corpus in data.corpora.items()}
     plan = plan_stages(config, hashes, data.tokenizer_identity(), data.tokenizer.bos_id)
     check_clusters(plan, {name: corpus.train.num_documents for name, corpus in data.corpora.items()})
     return Prepared(config, raw, data, plan)
+
+
+def read_data(config: RunConfig, memory: dict[str, PreparedData] | None = None) -> PreparedData:
+    """Read and tokenize all distributions of a run, or open what was read before."""
+    trained = [stage.data for stage in config.stages]
+    used = {name: config.distributions[name] for name in config.evaluated}
+    asked = (used, config.tokenizer, trained, config.model.context)
+    memory = {} if memory is None else memory
+    if repr(asked) not in memory:
+        memory[repr(asked)] = prepare_data(*asked, CACHE)
+    return memory[repr(asked)]

@@ -97,19 +97,29 @@ def prefix_features(token_ids_N: TokenIds, projection_VD: Floats, chunk: int) ->
     Raises:
         ValueError: If ``chunk < 1`` or a token id is outside the vocabulary.
     """
+    return unit_rows(prefix_sums(token_ids_N, projection_VD, chunk))
+
+
+def prefix_sums(token_ids_N: TokenIds, table_VD: NDArray[np.floating], chunk: int) -> NDArray[np.float64]:
+    """Sum of one row per token over what precedes each chunk; see `prefix_features`.
+
+    Returns:
+        float64 ``(ceil(N / chunk), D)``: the sum of a long text must not swallow new terms.
+
+    Raises:
+        ValueError: If ``chunk < 1`` or a token id is outside the vocabulary.
+    """
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1 token, got {chunk}")
-    token_ids_N = _checked(token_ids_N, len(projection_VD))
+    token_ids_N = _checked(token_ids_N, len(table_VD))
     num_chunks = -(-len(token_ids_N) // chunk)
-    sums_CD = np.zeros(
-        (num_chunks, projection_VD.shape[1])
-    )  # float64: the sum of a long text must not swallow new terms
+    sums_CD = np.zeros((num_chunks, table_VD.shape[1]))
     if num_chunks > 1:
         whole_chunks = token_ids_N[: (num_chunks - 1) * chunk].reshape(num_chunks - 1, chunk)
         # Position by position, all chunks at once: each sum is made in reading order, whatever the shape.
         for position in range(chunk):
-            sums_CD[1:] += projection_VD[whole_chunks[:, position]]
-    return unit_rows(np.cumsum(sums_CD, axis=0))
+            sums_CD[1:] += table_VD[whole_chunks[:, position]]
+    return np.cumsum(sums_CD, axis=0)
 
 
 def _counts(documents: Sequence[TokenIds], vocab_size: int) -> csr_array:

@@ -27,6 +27,8 @@ class BlockSource:
     """Cluster or label of each token of the shard ``(num_tokens,)``; None if routing needs none."""
     teacher_group_ids: np.ndarray | None = None
     """The same as the teacher, who does not know this stage's clusters, sees it; None if there is none."""
+    limit: int | None = None
+    """Blocks that may be used at most, from the beginning; None means all."""
 
     def __post_init__(self) -> None:
         if self.context < 1:
@@ -42,26 +44,56 @@ class BlockSource:
 
     def __len__(self) -> int:
         """Return the number of blocks; the last token of a block's targets is the first input of the next."""
-        return max(0, self.shard.num_tokens - 1) // self.context
+        blocks = max(0, self.shard.num_tokens - 1) // self.context
+        return blocks if self.limit is None else min(blocks, self.limit)
 
     def block(self, index: int) -> dict[str, Tensor]:
         """Return block ``index`` as int64 tensors ``(S,)``; see ``BlockDataset``."""
         if not 0 <= index < len(self):
             raise IndexError(f"block {index} of {len(self)}")
-        start, end = index * self.context, (index + 1) * self.context
-        tokens = torch.from_numpy(self.shard.tokens[start : end + 1].astype(np.int64))
-        token_ids, target_ids = tokens[:-1], tokens[1:].clone()
-        group_ids, teacher_group_ids = (
-            torch.zeros_like(token_ids) if ids is None else torch.from_numpy(ids[start:end].astype(np.int64))
-            for ids in (self.group_ids, self.teacher_group_ids)
-        )
-        return {
-            "token_ids": token_ids.clone(),
-            "target_ids": target_ids,
-            "document_ids": torch.cumsum(token_ids == self.bos_id, dim=0),
-            "group_ids": group_ids,
-            "teacher_group_ids": teacher_group_ids,
-        }
+        part = slice(index * self.context, (index + 1) * self.context + 1)
+        groups = (None if ids is None else ids[part] for ids in (self.group_ids, self.teacher_group_ids))
+        return _block(self.shard.tokens[part], self.bos_id, *groups)
+
+
+@dataclass(frozen=True, eq=False)
+class RowSource:
+    """Blocks that stand apart, each with its own last target."""
+
+    rows: np.ndarray
+    """Tokens ``(N, S + 1)``."""
+    bos_id: int
+    group_ids: np.ndarray | None = None
+    """``(N, S + 1)``; see ``BlockSource``."""
+    teacher_group_ids: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        """Return the number of blocks."""
+        return len(self.rows)
+
+    def block(self, index: int) -> dict[str, Tensor]:
+        """Return block ``index``; see ``BlockDataset``."""
+        groups = (None if ids is None else ids[index] for ids in (self.group_ids, self.teacher_group_ids))
+        return _block(self.rows[index], self.bos_id, *groups)
+
+
+def _block(
+    tokens: np.ndarray, bos_id: int, group_ids: np.ndarray | None, teacher_group_ids: np.ndarray | None
+) -> dict[str, Tensor]:
+    """A sample from S + 1 tokens and their groups."""
+    tokens_S1 = torch.from_numpy(tokens.astype(np.int64))
+    token_ids, target_ids = tokens_S1[:-1].clone(), tokens_S1[1:].clone()
+    groups, teacher_groups = (
+        torch.zeros_like(token_ids) if ids is None else torch.from_numpy(ids[:-1].astype(np.int64))
+        for ids in (group_ids, teacher_group_ids)
+    )
+    return {
+        "token_ids": token_ids,
+        "target_ids": target_ids,
+        "document_ids": torch.cumsum(token_ids == bos_id, dim=0),
+        "group_ids": groups,
+        "teacher_group_ids": teacher_groups,
+    }
 
 
 class BlockDataset(Dataset[dict[str, Tensor]]):
@@ -73,7 +105,7 @@ class BlockDataset(Dataset[dict[str, Tensor]]):
     and ``ordinal``, how many samples of the same kind (new, or replayed) came before.
     """
 
-    def __init__(self, sources: Sequence[BlockSource], order: SampleOrder) -> None:
+    def __init__(self, sources: Sequence[BlockSource | RowSource], order: SampleOrder) -> None:
         """Join sources and order.
 
         Args:

@@ -15,16 +15,20 @@ import numpy as np
 class SampleOrder:
     """Order of a stage's samples: new text, with replayed text spread evenly through it."""
 
-    def __init__(self, blocks: Sequence[int], replay_fraction: float, seed: int) -> None:
+    def __init__(
+        self, blocks: Sequence[int], replay_fraction: float, seed: int, replay_weights: Sequence[int] | None = None
+    ) -> None:
         """Fix the order.
 
         Args:
             blocks: Blocks of each source. Source 0 is the new text, the others are replayed.
             replay_fraction: Share of samples that are replayed, 0 to 1; read as the decimal number that it prints as.
             seed: Not negative.
+            replay_weights: How often each replayed source has its turn in a round; once each by default.
 
         Raises:
-            ValueError: An empty source, a share outside 0 to 1, or a share above 0 with nothing to replay.
+            ValueError: An empty source, a share outside 0 to 1, weights that do not fit, or a share above 0 with
+                nothing to replay.
         """
         if not blocks or min(blocks) < 1:
             raise ValueError(f"every source needs at least one block; got {list(blocks)}")
@@ -35,6 +39,12 @@ class SampleOrder:
         self._blocks = tuple(int(size) for size in blocks)
         # Decimal, so that 0.05 means exactly one in twenty.
         self._replay = Fraction(str(replay_fraction))
+        weights = [1] * (len(blocks) - 1) if replay_weights is None else list(replay_weights)
+        if len(weights) != len(blocks) - 1 or any(weight < 1 for weight in weights):
+            raise ValueError(f"replay_weights={weights} must hold a positive number for each of {len(blocks) - 1} sources")
+        self._round = _round(weights)
+        self._turns = [self._round[: i + 1].count(source) - 1 for i, source in enumerate(self._round)]
+        self._weights = weights
         self._seed = seed
         self._permutations: dict[int, tuple[int, np.ndarray]] = {}
 
@@ -51,8 +61,9 @@ class SampleOrder:
             raise ValueError(f"sample {n} does not exist")
         replayed = self.num_replayed(n)
         if self.num_replayed(n + 1) > replayed:
-            num_sources = len(self._blocks) - 1
-            source, index = 1 + replayed % num_sources, replayed // num_sources
+            rounds, turn = divmod(replayed, len(self._round))
+            source = 1 + self._round[turn]
+            index = rounds * self._weights[source - 1] + self._turns[turn]
         else:
             source, index = 0, n - replayed
         epoch, position = divmod(index, self._blocks[source])
@@ -65,6 +76,12 @@ class SampleOrder:
             held = (epoch, generator.permutation(self._blocks[source]))
             self._permutations[source] = held
         return held[1]
+
+
+def _round(weights: Sequence[int]) -> list[int]:
+    """A round of turns in which each index has as many as its weight, spread as evenly as it goes."""
+    turns = [((2 * turn + 1) / (2 * weight), index) for index, weight in enumerate(weights) for turn in range(weight)]
+    return [index for _, index in sorted(turns)]
 
 
 def batch_indices(step: int, micro: int, *, global_batch: int, accumulate: int, rank: int, world: int) -> range:

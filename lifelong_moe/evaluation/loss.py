@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from lifelong_moe.data.windows import EvaluationSet
 from lifelong_moe.model.groups import label_group
-from lifelong_moe.model.transformer import LanguageModel
-from lifelong_moe.ops.losses import token_nats
+from lifelong_moe.model.transformer import LanguageModel, ModelOutput
 
 EVALUATION_SCHEMA = 1
 """Version of how losses are measured; a change makes every stored evaluation a stranger."""
@@ -49,10 +49,37 @@ def with_groups(model: LanguageModel, windows: EvaluationSet, distribution: str 
     """Give each token its document cluster, from the text before it, or its distribution's label."""
     if model.document_clusters is not None:
         return windows.with_groups(model.document_clusters.group_ids)
-    if model.architecture.routing.mode == "label":
+    if model.architecture.routing.by_label:
         group = label_group(model.architecture, distribution)
         return windows.with_groups(lambda ids: np.full(len(ids), group, dtype=np.int64))
     return windows
+
+
+@torch.no_grad()
+def forward_windows(
+    model: LanguageModel, windows: EvaluationSet, *, distribution: str | None, batch_tokens: int
+) -> Iterator[tuple[dict[str, Tensor], ModelOutput]]:
+    """Run held-out windows through a model, batch by batch, in evaluation mode; arguments as for :func:`evaluate`.
+
+    Yields:
+        The batch, ``token_ids``, ``target_ids``, ``scored``, ``valid`` and ``group_ids`` ``(B, S)`` of consecutive
+        windows, and what the model made of it.
+    """
+    training, device = model.training, model.embedding.weight.device
+    windows = with_groups(model, windows, distribution)
+    model.eval()
+    try:
+        for batch in _batches(windows, batch_tokens):
+            arrays = {name: torch.from_numpy(array).to(device) for name, array in batch.items()}
+            output = model(
+                arrays["token_ids"],
+                document_ids_BS=torch.zeros_like(arrays["token_ids"]),
+                group_ids_BS=arrays["group_ids"],
+                mask_BS=arrays["valid"],
+            )
+            yield arrays, output
+    finally:
+        model.train(training)
 
 
 @torch.no_grad()
@@ -64,39 +91,28 @@ def evaluate(
     Args:
         model: On any device; left in the mode it was in.
         windows: Overlapping windows, each beginning with BOS.
-        distribution: The text's distribution if it is known; only ``routing.mode=label`` looks at it.
+        distribution: The text's distribution if it is known; only routing by label looks at it.
         batch_tokens: Tokens a forward pass.
     """
-    training, device = model.training, model.embedding.weight.device
-    model.eval()
-    windows = with_groups(model, windows, distribution)
     total, counts = 0.0, None
-    for batch in _batches(windows, batch_tokens):
-        arrays = {name: torch.from_numpy(array).to(device) for name, array in batch.items()}
-        output = model(
-            arrays["token_ids"],
-            document_ids_BS=torch.zeros_like(arrays["token_ids"]),
-            group_ids_BS=arrays["group_ids"],
-            mask_BS=arrays["valid"],
-        )
+    for arrays, output in forward_windows(model, windows, distribution=distribution, batch_tokens=batch_tokens):
         scored = arrays["scored"]
-        nats_T = token_nats(output.hidden_BSD[scored], model.head.weight, arrays["target_ids"][scored])
-        total += float(nats_T.double().sum())
-        batch_counts = torch.stack(
-            [
-                torch.bincount(routing.expert_ids_TK[scored.flatten()].flatten(), minlength=routing.num_experts)
-                for routing in output.routings
-            ]
+        nats_T = model.token_nats(
+            output.hidden_BSD[scored], arrays["target_ids"][scored], arrays["group_ids"][scored]
         )
-        counts = batch_counts if counts is None else counts + batch_counts
-    model.train(training)
+        total += float(nats_T.double().sum())
+        batch_counts = [
+            torch.bincount(routing.expert_ids_TK[scored.flatten()].flatten(), minlength=routing.num_experts)
+            for routing in output.routings
+        ]
+        counts = batch_counts if counts is None else [a + b for a, b in zip(counts, batch_counts, strict=True)]
     return Evaluation(
         nats_per_token=total / windows.num_tokens,
         bits_per_byte=total / math.log(2) / windows.num_bytes,
         tokens=windows.num_tokens,
         bytes=windows.num_bytes,
         documents=windows.num_documents,
-        expert_counts=counts.tolist() if counts is not None else [],
+        expert_counts=[layer.tolist() for layer in counts or []],
     )
 
 

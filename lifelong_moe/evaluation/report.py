@@ -1,9 +1,9 @@
 """The machine-readable result of a run. Pure: from numbers and names to plain JSON data.
 
-Keys of ``report.json`` (schema 1); matrices have a row after each stage and a column for each distribution:
+Keys of ``report.json`` (schema 2); matrices have a row after each stage and a column for each distribution:
 
 ===========================  ==================================================================================
-``schema``                   1
+``schema``                   2
 ``run``, ``method``          names
 ``seed``                     of the run
 ``distributions``            columns: the trained ones in order of first use, then those only evaluated
@@ -15,7 +15,10 @@ Keys of ``report.json`` (schema 1); matrices have a row after each stage and a c
 ``backward_transfer``        mean over earlier distributions of R[j, j] − R[last, j]; null with one stage
 ``forward_transfer``         mean over later distributions of R_init[j] − R[j−1, j]; null with one stage
 ``bytes_per_token``          {distribution: bytes of text a token}, held-out text
-``stages``                   a list, one object a stage: ``name``, ``data``, ``key``, ``routing``,
+``from_scratch``             {distribution: {``nats_per_token``, ``bits_per_byte``, ``tokens``}} of models that
+                             learned nothing else, at the same tokens; empty but for ``unrestrained``
+``stages``                   a list, one object a stage: ``name``, ``data``, ``learns`` (every distribution it was
+                             there to learn: ``[data]``, or all of a joint run), ``key``, ``routing``,
                              ``experts_per_layer``, ``parameters_total``, ``parameters_active``,
                              ``parameters_trainable``, ``tokens``, ``active_flops``, ``tokens_per_second``,
                              ``seconds``, ``epochs``, ``shared`` (trained by another run), ``weights_sha256``,
@@ -32,12 +35,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
-
 from lifelong_moe.evaluation.matrix import backward_transfer, forgetting, forward_transfer
 from lifelong_moe.evaluation.routing import routing_statistics
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 def build_report(
@@ -49,7 +50,8 @@ def build_report(
     init: Mapping[str, Mapping[str, Any]],
     evaluations: Sequence[Mapping[str, Mapping[str, Any]]],
     stages: Sequence[Mapping[str, Any]],
-    births: Sequence[int],
+    births: Sequence[Sequence[int]],
+    from_scratch: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
     """Build the report of the stages there are so far.
 
@@ -61,20 +63,22 @@ def build_report(
         init: Evaluation of the untrained model by distribution.
         evaluations: For each stage, evaluations by distribution.
         stages: For each stage, the fields that the table above lists.
-        births: Stage in which each expert of a layer was born, after the last stage.
+        births: Stage in which each expert of each layer was born, after the last stage.
+        from_scratch: Evaluation of the model that learned one distribution alone, by distribution.
     """
-    trained = [stage["data"] for stage in stages]
-    columns = [name for name in distributions if name in trained]
-    learned_after = [max(i for i, data in enumerate(trained) if data == name) for name in columns]
-    first_learned = [trained.index(name) for name in columns]
+    trained = [stage["learns"] for stage in stages]
+    columns = [name for name in distributions if any(name in learned for learned in trained)]
+    learning = {name: [i for i, learned in enumerate(trained) if name in learned] for name in columns}
+    learned_after = [learning[name][-1] for name in columns]
+    first_learned = [learning[name][0] for name in columns]
     nats = _matrix(evaluations, distributions, "nats_per_token")
     init_nats = [init[name]["nats_per_token"] for name in distributions]
     last = evaluations[-1]
     statistics = {
         name: asdict(
             routing_statistics(
-                np.asarray(last[name]["expert_counts"]),
-                list(births),
+                last[name]["expert_counts"],
+                births,
                 learned_after[columns.index(name)] if name in columns else len(stages),
             )
         )
@@ -93,6 +97,7 @@ def build_report(
         "forgetting": dict(zip(columns, forgetting(nats, learned_after).tolist(), strict=True)),
         "backward_transfer": backward_transfer(nats, learned_after),
         "forward_transfer": forward_transfer(nats, init_nats, first_learned),
+        "from_scratch": {name: dict(values) for name, values in from_scratch.items()},
         "bytes_per_token": {name: init[name]["bytes"] / init[name]["tokens"] for name in distributions},
         "stages": [dict(stage) for stage in stages],
         "routing": statistics,

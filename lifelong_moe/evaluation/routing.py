@@ -6,6 +6,7 @@ pooled.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,26 +30,37 @@ class RoutingStatistics:
     """Share of assignments that go to experts born after the stage that learned this distribution."""
 
 
-def routing_statistics(counts_LE: NDArray[np.int64], births_E: list[int], learned_in: int) -> RoutingStatistics:
-    """Summarize assignment counts.
+def routing_statistics(
+    counts: Sequence[Sequence[int]], births: Sequence[Sequence[int]], learned_in: int
+) -> RoutingStatistics:
+    """Summarize assignment counts; layers may differ in their number of experts.
 
     Args:
-        counts_LE: Assignments per layer and expert, padding excluded.
-        births_E: Stage in which each expert was born.
+        counts: Assignments per layer and expert, padding excluded.
+        births: Stage in which each expert of each layer was born.
         learned_in: Stage that learned the distribution; the number of stages if none did.
 
     Raises:
         ValueError: If a layer has no assignments.
     """
-    counts = np.asarray(counts_LE, dtype=np.float64)
-    if not (counts.sum(axis=1) > 0).all():
-        raise ValueError("every layer needs at least one assignment")
-    share = counts / counts.sum(axis=1, keepdims=True)
-    logs = np.log(np.where(share > 0, share, 1.0))
-    later = np.asarray(births_E) > learned_in
+    layers = [_layer_statistics(*one, learned_in) for one in zip(counts, births, strict=True)]
+    entropy, max_over_mean, dead, leak = zip(*layers, strict=True)
     return RoutingStatistics(
-        entropy=float(-(share * logs).sum(axis=1).mean()),
-        max_over_mean=float((share.max(axis=1) * share.shape[1]).mean()),
-        dead_experts=int((share < DEAD_SHARE / share.shape[1]).sum()),
-        leak=float(share[:, later].sum(axis=1).mean()),
+        entropy=float(np.mean(entropy)),
+        max_over_mean=float(np.mean(max_over_mean)),
+        dead_experts=int(sum(dead)),
+        leak=float(np.mean(leak)),
     )
+
+
+def _layer_statistics(
+    counts: Sequence[int], births: Sequence[int], learned_in: int
+) -> tuple[float, float, int, float]:
+    counts_E: NDArray[np.float64] = np.asarray(counts, dtype=np.float64)
+    if not counts_E.sum() > 0:
+        raise ValueError("every layer needs at least one assignment")
+    share_E = counts_E / counts_E.sum()
+    log_E = np.log(np.where(share_E > 0, share_E, 1.0))
+    later_E = np.asarray(births) > learned_in
+    dead = int((share_E < DEAD_SHARE / len(share_E)).sum())
+    return -float((share_E * log_E).sum()), float(share_E.max() * len(share_E)), dead, float(share_E[later_E].sum())

@@ -13,13 +13,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lifelong_moe.clustering.balanced import balanced_kmeans
+from lifelong_moe.clustering.bundles import fit_unigrams
 from lifelong_moe.clustering.documents import document_features, fit_tfidf
-from lifelong_moe.clustering.kmeans import spherical_kmeans
+from lifelong_moe.clustering.kmeans import spherical_kmeans, unit_rows
 from lifelong_moe.clustering.tokens import token_embedding
 from lifelong_moe.growth.observe import observe
+from lifelong_moe.model.groups import BundleClusters, TfidfClusters
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.routing.cluster import TokenClusterRouter
-from lifelong_moe.routing.config import Features, Level
+from lifelong_moe.routing.config import Centroids, Features
 
 FIT_DOCUMENTS = 4096
 
@@ -30,7 +32,8 @@ def fit_token_clusters(
     """Set the newest centroids of every layer; older centroids take their points first and stay as they are.
 
     Layers are fitted from the bottom up, and each sees what the layers below it, already clustered, make of the
-    sample; with frozen embedding features they differ by their seed alone.
+    sample; with frozen embedding features they differ by their seed alone. With ``routing.centroids=random`` they are
+    random directions, drawn evenly from the sphere.
 
     Args:
         model: With a generation whose centroids are not set yet.
@@ -50,28 +53,42 @@ def fit_token_clusters(
         assert isinstance(router, TokenClusterRouter)
         if routing.features == Features.hidden:
             features_NF = observe(model, sample)[i].inputs_ND.numpy()
+        num = router.generations[-1]
+        if routing.centroids == Centroids.random:
+            drawn = np.random.default_rng(seed + i).standard_normal((num, router.feature_width))
+            router.set_rows(torch.from_numpy(unit_rows(drawn)))
+            continue
         old = [c.cpu().numpy() for c in router.centroids()[:-1]]
         fixed = np.concatenate(old) if old else None
-        centroids = spherical_kmeans(features_NF, router.generations[-1], seed=seed + i, fixed_KD=fixed)
+        centroids = spherical_kmeans(features_NF, num, seed=seed + i, fixed_KD=fixed)
         router.set_rows(torch.from_numpy(centroids))
 
 
 def fit_document_clusters(model: LanguageModel, documents: Sequence[NDArray[np.integer]], seed: int) -> None:
-    """Set the newest document centroids from whole training documents; the projection is the first stage's.
+    """Set the newest document centroids from whole training documents.
+
+    Those of bundles come from this stage's text alone; other clusters share the first stage's projection.
 
     Args:
         model: With document clusters whose newest generation is not set yet.
-        documents: Token ids of the stage's training documents; at most 4,096 of them, evenly spread, are used.
+        documents: Token ids of the stage's training documents, BOS first; at most 4,096, evenly spread, are used.
         seed: Of the SVD and the clustering.
     """
-    clusters = model.document_clusters
+    clusters, routing = model.document_clusters, model.architecture.routing
     assert clusters is not None
-    documents = documents[:: -(-len(documents) // FIT_DOCUMENTS)]
-    projection: Tensor = clusters.projection  # type: ignore[assignment]
+    if routing.centroids == Centroids.random:
+        return
+    documents, groups = documents[:: -(-len(documents) // FIT_DOCUMENTS)], len(clusters.all_centroids()[-1])
+    if isinstance(clusters, BundleClusters):
+        texts = [document[1:] for document in documents]
+        vocab_size = model.architecture.vocab_size
+        clusters.set_centroids(fit_unigrams(texts, vocab_size, groups, width=routing.feature_width, seed=seed))
+        return
+    assert isinstance(clusters, TfidfClusters)
+    projection = clusters.projection
     if not bool(projection.any()):
         clusters.set_projection(fit_tfidf(documents, len(projection), clusters.width, seed=seed))
     features = document_features(documents, projection.cpu().numpy())
-    groups: int = len(getattr(clusters, f"centroids_{clusters.generations - 1}"))
     clusters.set_centroids(balanced_kmeans(features, groups, seed=seed)[0])
 
 
@@ -82,10 +99,9 @@ def fit_clusters(
     sample: Mapping[str, Tensor],
     seed: int,
 ) -> None:
-    """Fit whatever ``routing`` asks for; nothing unless ``routing.mode=cluster``."""
-    if model.architecture.routing.mode != "cluster":
-        return
-    if model.architecture.routing.level == Level.token:
-        fit_token_clusters(model, stream, sample, seed)
-    else:
+    """Fit whatever ``routing`` asks for; nothing unless it is clustered."""
+    routing = model.architecture.routing
+    if routing.by_document:
         fit_document_clusters(model, documents, seed)
+    elif routing.is_clustered:
+        fit_token_clusters(model, stream, sample, seed)

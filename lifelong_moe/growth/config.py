@@ -38,6 +38,12 @@ class GrowConfig:
     rows' length), ``random``, or ``copy`` of the copied expert's row. Clustered routers always use centroids."""
     sample_tokens: int = 20_000
     """Tokens of the new data on which expert usage and hidden states are measured."""
+    layers: list[int] | None = None
+    """Layers that get the new experts, counted from 0; None means all."""
+    old_lr_scale: float = 0.0
+    """Learning-rate factor of the old experts and their router rows; 0 freezes them for good."""
+    old_until: float = 1.0
+    """With ``old_lr_scale`` above 0: share of the stage's steps after which the old experts stop."""
     min_share: float = 0.01
     """Warn when a new expert ends its stage with less than this share of the new data's assignments."""
 
@@ -48,3 +54,13 @@ class GrowConfig:
             raise ConfigError(f"grow.noise={self.noise} must not be negative.")
         if self.sample_tokens < 1:
             raise ConfigError(f"grow.sample_tokens={self.sample_tokens} must be positive.")
+        for key in ("old_lr_scale", "old_until"):
+            if not 0.0 <= getattr(self, key) <= 1.0:
+                raise ConfigError(f"grow.{key}={getattr(self, key)} must lie in [0, 1].")
+        if self.layers is not None and (not self.layers or sorted(set(self.layers)) != self.layers):
+            raise ConfigError(f"grow.layers={self.layers} must name layers in ascending order, each once.")
+
+    @property
+    def freezes(self) -> bool:
+        """Whether old experts and router rows are frozen for good."""
+        return self.old_lr_scale == 0

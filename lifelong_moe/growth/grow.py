@@ -14,21 +14,26 @@ from torch import Tensor
 from lifelong_moe.clustering.kmeans import spherical_kmeans
 from lifelong_moe.growth.config import ExpertInit, GrowConfig, RouterInit
 from lifelong_moe.growth.observe import Observation, observe, sample_logits
+from lifelong_moe.model.architecture import Generation
 from lifelong_moe.model.config import ModelConfig
 from lifelong_moe.model.experts import Expert
 from lifelong_moe.model.moe import MoELayer
-from lifelong_moe.model.transformer import LanguageModel, initial_std
+from lifelong_moe.model.transformer import LanguageModel, initial_std, initialize_delta
 
 NOOP_TOLERANCE = 1e-5
 
 
-def grow(model: LanguageModel, stage: str, config: GrowConfig, sample: Mapping[str, Tensor], seed: int) -> None:
-    """Freeze all experts and router rows, then add ``config.experts`` new ones to every layer.
+def grow(
+    model: LanguageModel, generation: Generation, config: GrowConfig, sample: Mapping[str, Tensor], seed: int
+) -> None:
+    """Freeze all experts, router rows and deltas, then add a generation of new ones.
+
+    With ``config.old_lr_scale`` above 0 nothing is frozen.
 
     Args:
-        model: Changed in place; its architecture gains a generation.
-        stage: The stage that the new experts are born in.
-        config: How many, and how they begin.
+        model: Changed in place; its architecture gains the generation.
+        generation: How many experts, in which layers, born in which stage, with deltas of which rank.
+        config: How they begin.
         sample: Blocks of the new data; see :func:`lifelong_moe.growth.observe.observe`.
         seed: Of noise, random rows and clustering.
 
@@ -37,17 +42,30 @@ def grow(model: LanguageModel, stage: str, config: GrowConfig, sample: Mapping[s
     """
     before = sample_logits(model, sample)
     observations = observe(model, sample)
-    model.freeze_experts()
-    model.add_experts(config.experts)
-    model.architecture = model.architecture.grown(stage, config.experts)
+    if config.freezes:
+        model.freeze_generations()
+    model.add_generation(generation)
+    model.architecture = model.architecture.grown(generation, config.freezes)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for layer, seen in zip(model.moe_layers(), observations, strict=True):
-            copied = most_used(seen.counts_E, config.experts)
+        for i, (layer, seen) in enumerate(zip(model.moe_layers(), observations, strict=True)):
+            num = generation.experts_in(i)
+            if num == 0:
+                continue
+            copied = most_used(seen.counts_E, num)
             _begin_experts(layer, copied, config, model.architecture.model, generator)
             if layer.router.row_generations():
                 layer.router.set_rows(_new_rows(layer, seen, copied, config, generator, seed))
+        if generation.delta_rank:
+            _begin_deltas(model, generator)
     check_noop(model, sample, before)
+
+
+def _begin_deltas(model: LanguageModel, generator: torch.Generator) -> None:
+    bundle = len(model.architecture.generations) - 1
+    for matrix in model.delta_matrices():
+        for name, parameter in matrix.deltas[str(bundle)].named_parameters(prefix="delta"):
+            initialize_delta(name, parameter, generator)
 
 
 def most_used(counts_E: Tensor, num: int) -> list[int]:
@@ -70,7 +88,8 @@ def _begin_experts(
     layer: MoELayer, copied: list[int], config: GrowConfig, shape: ModelConfig, generator: torch.Generator
 ) -> None:
     """Fill the new experts: copies with relative noise, or matrices as random as at the very beginning."""
-    for new, source in zip(layer.banks.active, copied, strict=True):
+    newest = layer.banks.experts[-len(copied) :]
+    for new, source in zip(newest, copied, strict=True):
         old: Expert = layer.banks.experts[source]  # type: ignore[assignment]
         for (name, parameter), origin in zip(new.named_parameters(), old.parameters(), strict=True):
             noise = torch.randn(origin.shape, generator=generator).to(origin)
@@ -93,6 +112,6 @@ def _new_rows(
     if config.router == RouterInit.copy:
         return old_ED[copied]
     if config.router == RouterInit.centroid:
-        centroids = spherical_kmeans(seen.inputs_ND.numpy(), config.experts, seed=seed)
+        centroids = spherical_kmeans(seen.inputs_ND.numpy(), len(copied), seed=seed)
         return torch.from_numpy(centroids).to(old_ED) * old_ED.norm(dim=1).mean()
-    return torch.randn(config.experts, old_ED.shape[1], generator=generator).to(old_ED) * old_ED.std()
+    return torch.randn(len(copied), old_ED.shape[1], generator=generator).to(old_ED) * old_ED.std()

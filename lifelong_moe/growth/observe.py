@@ -47,7 +47,7 @@ def observe(model: LanguageModel, sample: Mapping[str, Tensor]) -> list[Observat
         One observation a layer, bottom to top.
     """
     inputs: list[list[Tensor]] = [[] for _ in model.moe_layers()]
-    counts: list[Tensor] = []
+    counts: list[list[Tensor]] = []
     hooks = [
         layer.register_forward_pre_hook(lambda _, args, kept=kept: kept.append(args[0].float().cpu()))
         for layer, kept in zip(model.moe_layers(), inputs, strict=True)
@@ -58,12 +58,13 @@ def observe(model: LanguageModel, sample: Mapping[str, Tensor]) -> list[Observat
         blocks = max(1, FORWARD_TOKENS // sample["token_ids"].shape[1])
         for start in range(0, len(sample["token_ids"]), blocks):
             output = model(**model_inputs(sample, slice(start, start + blocks)))
-            counts.append(torch.stack([routing.counts_E.cpu() for routing in output.routings]))
+            counts.append([routing.counts_E.cpu() for routing in output.routings])
     finally:
         model.train(training)
         for hook in hooks:
             hook.remove()
-    return [Observation(torch.cat(x), c) for x, c in zip(inputs, torch.stack(counts).sum(dim=0), strict=True)]
+    by_layer = zip(*counts, strict=True)
+    return [Observation(torch.cat(x), torch.stack(c).sum(dim=0)) for x, c in zip(inputs, by_layer, strict=True)]
 
 
 @torch.no_grad()
@@ -71,6 +72,8 @@ def sample_logits(model: LanguageModel, sample: Mapping[str, Tensor], blocks: in
     """Logits of the sample's first blocks, float32, in evaluation mode."""
     training = model.training
     model.eval()
-    hidden = model(**model_inputs(sample, slice(0, blocks))).hidden_BSD
+    inputs = model_inputs(sample, slice(0, blocks))
+    hidden = model(**inputs).hidden_BSD
+    logits = model.logits(hidden, inputs["group_ids_BS"]).float()
     model.train(training)
-    return model.logits(hidden).float()
+    return logits

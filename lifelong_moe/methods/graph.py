@@ -1,48 +1,161 @@
 """RunConfig to the stages that a method trains. Pure.
 
-=============  ========  ========  ==========  =========  ======================
-method         growth    freezing  trunk       teacher    replay
-=============  ========  ========  ==========  =========  ======================
-``lifelong``   yes       yes       ``trunk``   yes        ``replay.fraction``
-``sequential`` no        no        full        no         no
-=============  ========  ========  ==========  =========  ======================
+A method says which of a stage's sections it takes from the configuration; the rest stays off.
 
-The first stage has nothing to grow from, to hold on to or to replay, so it is the same stage under every method.
+================  =====  =====  =======  ======  =======  ======  ==============================================
+method            grow   trunk  distill  replay  penalty  review  stages
+================  =====  =====  =======  ======  =======  ======  ==============================================
+``lifelong``      yes    yes    yes      yes     yes      yes     a chain
+``sequential``    –      full   –        –       –        –       a chain
+``static_moe``    –      full   –        –       –        –       a chain that begins with all experts there will be
+``replay``        –      full   –        yes     –        –       a chain
+``l2``            –      full   –        –       L2       –       a chain
+``ewc``           –      full   –        –       EWC      –       a chain
+``lwf``           –      full   on new   –       –        –       a chain
+``joint``         –      full   –        –       –        –       one, with all experts, on all text at once
+``unrestrained``  –      full   –        –       –        –       ``sequential``'s chain, and each distribution from scratch
+================  =====  =====  =======  ======  =======  ======  ==============================================
+
+The first stage has nothing to grow from, to hold on to or to replay, so it is the same stage under every method that
+begins with the same experts.
+
+Source:
+    ``lwf``: Learning without Forgetting (arXiv:1606.09282), on the new text, with one head. ``ewc``: see
+    :mod:`lifelong_moe.retention.penalty`. ``lifelong`` with ``replay.fraction=0``, ``distill.text=new`` and
+    ``distill.weight=1`` is Lifelong-MoE (arXiv:2305.12281).
 """
 
 from __future__ import annotations
 
+import dataclasses
+from dataclasses import dataclass, replace
+from functools import reduce
+from math import gcd
+
 from lifelong_moe.config import Method, RunConfig, StageConfig
-from lifelong_moe.retention.config import DistillText
+from lifelong_moe.retention.config import DistillText, PenaltyKind, ReplaySource
 from lifelong_moe.training.spec import StageSpec
 
 
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Which sections of a stage a method takes from the configuration."""
+
+    grow: bool = False
+    trunk: bool = False
+    distill: bool = False
+    distill_text: DistillText | None = None
+    """Text to distil on whatever the configuration says."""
+    replay: bool = False
+    penalty: bool = False
+    penalty_kind: PenaltyKind | None = None
+    """Kind of the penalty whatever the configuration says."""
+    review: bool = False
+    all_experts: bool = False
+    """Begin with all experts that the stages would add."""
+
+
+RECIPES = {
+    Method.lifelong: Recipe(grow=True, trunk=True, distill=True, replay=True, penalty=True, review=True),
+    Method.sequential: Recipe(),
+    Method.static_moe: Recipe(all_experts=True),
+    Method.replay: Recipe(replay=True),
+    Method.l2: Recipe(penalty=True, penalty_kind=PenaltyKind.l2),
+    Method.ewc: Recipe(penalty=True, penalty_kind=PenaltyKind.ewc),
+    Method.lwf: Recipe(distill=True, distill_text=DistillText.new),
+    Method.joint: Recipe(all_experts=True),
+    Method.unrestrained: Recipe(),
+}
+
+
 def stage_specs(config: RunConfig) -> list[StageSpec]:
-    """The run's stages in order; each names its parent by index."""
-    return [_spec(config, i, stage) for i, stage in enumerate(config.stages)]
+    """The run's stages in order of training; each names its parent by index.
+
+    The last one is the end of the run. Stages without a parent after the first are from scratch, beside the chain.
+    """
+    recipe = RECIPES[config.method]
+    if recipe.all_experts:
+        config = with_all_experts(config)
+    if config.method == Method.joint:
+        return [_joint(config)]
+    chain = [_spec(config, recipe, i, stage) for i, stage in enumerate(config.stages)]
+    return _with_scratch(chain) if config.method == Method.unrestrained else chain
 
 
-def _spec(config: RunConfig, i: int, stage: StageConfig) -> StageSpec:
-    later = i > 0 and config.method == Method.lifelong
-    earlier = dict.fromkeys(s.data for s in config.stages[:i] if s.data != stage.data)
-    replays = later and stage.replay.fraction > 0 and bool(earlier)
-    distils = later and stage.distill.weight > 0 and (replays or stage.distill.text == DistillText.new)
+def with_all_experts(config: RunConfig) -> RunConfig:
+    """The same run, whose first stage begins with all experts that later stages would add to a layer."""
+    experts = config.model.experts + sum(stage.grow.experts for stage in config.stages[1:])
+    return dataclasses.replace(config, model=replace(config.model, experts=experts))
+
+
+def _spec(config: RunConfig, recipe: Recipe, i: int, stage: StageConfig) -> StageSpec:
+    later = i > 0
+    earlier = tuple(dict.fromkeys(s.data for s in config.stages[:i] if s.data != stage.data))
+    reviews = later and recipe.review and stage.review.fraction > 0 and bool(earlier)
+    replays = later and recipe.replay and stage.replay.fraction > 0 and bool(earlier)
+    replayed = earlier if replays or reviews else ()
+    distill = replace(stage.distill, text=recipe.distill_text or stage.distill.text)
+    distils = later and recipe.distill and distill.weight > 0 and (replays or distill.text == DistillText.new)
+    penalty = replace(stage.penalty, kind=recipe.penalty_kind or stage.penalty.kind)
+    penalizes = later and recipe.penalty and penalty.kind != PenaltyKind.none and penalty.factor > 0
     assert stage.name is not None
     return StageSpec(
         name=stage.name,
         data=stage.data,
-        parent=i - 1 if i else None,
-        replayed=tuple(earlier) if replays else (),
+        parent=i - 1 if later else None,
+        replayed=replayed,
+        replay_weights=(1,) * len(replayed),
         replay_fraction=stage.replay.fraction if replays else 0.0,
+        replay_source=stage.replay.source if replayed else ReplaySource.stored,
+        replay_buffer=stage.replay.buffer_tokens if replayed else None,
+        fisher_data=earlier if penalizes and penalty.kind == PenaltyKind.ewc else (),
         tokens=stage.tokens,
-        grow=stage.grow if later and stage.grow.experts else None,
-        trunk=stage.trunk if later else None,
-        distill=stage.distill if distils else None,
-        optim=stage.optim,
-        model=config.model,
-        routing=config.routing,
-        seed=config.seed,
-        precision=config.trainer.precision,
-        gradient_clip=float(config.trainer.gradient_clip_val),
-        accumulate=config.trainer.accumulate_grad_batches,
+        grow=stage.grow if later and recipe.grow and stage.grow.experts else None,
+        trunk=stage.trunk if later and recipe.trunk else None,
+        distill=distill if distils else None,
+        penalty=penalty if penalizes else None,
+        review=stage.review if reviews else None,
+        **_common(config, stage),
     )
+
+
+def _common(config: RunConfig, stage: StageConfig) -> dict[str, object]:
+    return {
+        "optim": stage.optim,
+        "model": config.model,
+        "routing": config.routing,
+        "seed": config.seed,
+        "precision": config.trainer.precision,
+        "gradient_clip": float(config.trainer.gradient_clip_val),
+        "accumulate": config.trainer.accumulate_grad_batches,
+    }
+
+
+def _first(config: RunConfig, stage: StageConfig, name: str) -> StageSpec:
+    """A stage that begins from random weights."""
+    return replace(_spec(config, Recipe(), 0, stage), name=name)
+
+
+def _joint(config: RunConfig) -> StageSpec:
+    """One stage on all distributions, each with the tokens that its stages have."""
+    tokens: dict[str, int] = {}
+    for stage in config.stages:
+        tokens[stage.data] = tokens.get(stage.data, 0) + stage.tokens
+    first, *others = tokens
+    total = sum(tokens.values())
+    unit = reduce(gcd, (tokens[name] for name in others), 0) or 1
+    return replace(
+        _first(config, config.stages[0], "joint"),
+        replayed=tuple(others),
+        replay_weights=tuple(tokens[name] // unit for name in others),
+        replay_fraction=1 - tokens[first] / total if others else 0.0,
+        tokens=total,
+    )
+
+
+def _with_scratch(chain: list[StageSpec]) -> list[StageSpec]:
+    """Each later stage's distribution from scratch as well; these come second, so that the chain's end is the last."""
+    first, *later = chain
+    scratch = [replace(stage, name=f"{stage.name}.scratch", parent=None, optim=stage.optim) for stage in later]
+    moved = [replace(stage, parent=0 if i == 0 else len(scratch) + i) for i, stage in enumerate(later)]
+    return [first, *scratch, *moved]

@@ -12,7 +12,7 @@ from lifelong_moe.methods.graph import stage_specs
 from lifelong_moe.model.architecture import Architecture
 from lifelong_moe.model.cost import ParameterCount, count_parameters
 from lifelong_moe.retention.config import TrunkTraining
-from lifelong_moe.routing.config import Level
+from lifelong_moe.routing.config import Bundles
 from lifelong_moe.training.spec import StageSpec
 
 
@@ -21,6 +21,9 @@ class PlannedStage:
     """A stage with its key and its cost."""
 
     index: int
+    """Its place in the order of training."""
+    depth: int
+    """Stages that it continues, directly or not; seeds depend on it."""
     spec: StageSpec
     key: str
     parent_key: str | None
@@ -33,6 +36,11 @@ class PlannedStage:
     """Active FLOPs, the teacher's included."""
 
     @property
+    def beside(self) -> bool:
+        """Whether it is a model of its own beside the run's chain of stages."""
+        return self.index > 0 and self.spec.parent is None
+
+    @property
     def tokens(self) -> int:
         """Tokens trained on: whole steps."""
         return self.spec.steps * self.spec.optim.batch_tokens
@@ -41,6 +49,8 @@ class PlannedStage:
     def routing(self) -> str:
         """The routing in a word or two."""
         routing = self.spec.routing
+        if routing.bundles != Bundles.none:
+            return f"{routing.mode}, bundles by {routing.bundles}"
         return f"cluster/{routing.level}" if routing.mode == "cluster" else routing.mode
 
 
@@ -65,6 +75,7 @@ def plan_stages(
         planned.append(
             PlannedStage(
                 index=index,
+                depth=parent.depth + 1 if parent else 0,
                 spec=spec,
                 key=spec.key(parent_key, data_hashes[spec.data], dict(data_hashes), identity),
                 parent_key=parent_key,
@@ -77,11 +88,17 @@ def plan_stages(
     return planned
 
 
+def chain(planned: list[PlannedStage]) -> list[PlannedStage]:
+    """The run's own stages in order, without those beside them."""
+    return [stage for stage in planned if not stage.beside]
+
+
 def trainable_parameters(spec: StageSpec, architecture: Architecture) -> int:
     """Parameters that a stage trains."""
     count = count_parameters(architecture)
-    frozen_trunk = spec.trunk is not None and spec.trunk.train == TrunkTraining.frozen
-    experts = count.newest if architecture.frozen else count.total - count.trunk
+    frozen_trunk = spec.trunk is not None and spec.trunk.train in (TrunkTraining.frozen, TrunkTraining.deltas)
+    grown_frozen = spec.grow is not None and spec.grow.freezes
+    experts = count.newest if grown_frozen or architecture.frozen else count.total - count.trunk
     return experts + (0 if frozen_trunk else count.trunk)
 
 
@@ -97,10 +114,8 @@ def check_clusters(planned: list[PlannedStage], documents: Mapping[str, int]) ->
     """
     for stage in planned:
         spec = stage.spec
-        clustered = spec.routing.mode == "cluster" and spec.routing.level == Level.document
-        if clustered and (spec.parent is None or spec.grow):
-            experts = stage.architecture.generations[-1].experts
-            clusters = spec.routing.clusters or max(1, experts // spec.routing.top_k)
+        if spec.routing.by_document and (spec.parent is None or spec.grow):
+            clusters = spec.routing.clusters_of(stage.architecture.generations[-1].experts)
             if clusters > documents[spec.data]:
                 raise ConfigError(
                     f"stages[{stage.index}]: {clusters} document clusters need as many training documents; {spec.data} "

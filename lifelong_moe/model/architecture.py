@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lifelong_moe.model.config import ModelConfig
-from lifelong_moe.routing.config import BalanceOver, Features, Level, RoutingConfig
+from lifelong_moe.routing.config import BalanceOver, Bundles, Centroids, Features, Level, RoutingConfig
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,15 @@ class Generation:
     stage: str
     """Name of the stage they were born in."""
     experts: int
-    """How many a layer."""
+    """How many in each layer that grew."""
+    layers: tuple[int, ...] | None = None
+    """Layers that grew; None means all."""
+    delta_rank: int = 0
+    """Rank of the changes of the trunk that travel with these experts; 0 means none."""
+
+    def experts_in(self, layer: int) -> int:
+        """How many a layer got."""
+        return self.experts if self.layers is None or layer in self.layers else 0
 
 
 @dataclass(frozen=True)
@@ -32,21 +40,30 @@ class Architecture:
     frozen: int = 0
     """Generations, oldest first, that no longer train."""
     labels: tuple[tuple[str, int], ...] = ()
-    """``routing.mode=label``: the group of each distribution learned so far."""
+    """Where routing goes by label: the group of each distribution learned so far."""
 
     @property
     def num_experts(self) -> int:
-        """Experts per layer."""
-        return sum(generation.experts for generation in self.generations)
+        """Experts of the layer that has most."""
+        return max(self.experts_in(layer) for layer in range(self.model.layers))
 
-    def expert_births(self) -> list[str]:
+    @property
+    def has_deltas(self) -> bool:
+        """Whether tokens of different bundles see different trunks."""
+        return any(generation.delta_rank for generation in self.generations)
+
+    def experts_in(self, layer: int) -> int:
+        """Experts of a layer."""
+        return sum(generation.experts_in(layer) for generation in self.generations)
+
+    def expert_births(self, layer: int) -> list[str]:
         """Birth stage of each expert of a layer, by index."""
-        return [generation.stage for generation in self.generations for _ in range(generation.experts)]
+        return [generation.stage for generation in self.generations for _ in range(generation.experts_in(layer))]
 
-    def grown(self, stage: str, experts: int) -> Architecture:
-        """All present generations frozen, and a new one."""
-        generations = (*self.generations, Generation(stage, experts))
-        return replace(self, generations=generations, frozen=len(self.generations))
+    def grown(self, generation: Generation, freezes: bool = True) -> Architecture:
+        """With a new generation; all present ones are frozen, or train on."""
+        frozen = len(self.generations) if freezes else self.frozen
+        return replace(self, generations=(*self.generations, generation), frozen=frozen)
 
     def labelled(self, distribution: str) -> Architecture:
         """The distribution's label points to the newest generation."""
@@ -64,12 +81,17 @@ class Architecture:
         routing["level"] = Level(routing["level"])
         routing["features"] = Features(routing["features"])
         routing["balance_over"] = BalanceOver(routing["balance_over"])
+        routing["bundles"] = Bundles(routing["bundles"])
+        routing["centroids"] = Centroids(routing["centroids"])
         return cls(
             model=ModelConfig(**data["model"]),
             routing=RoutingConfig(**routing),
             vocab_size=data["vocab_size"],
             bos_id=data["bos_id"],
-            generations=tuple(Generation(**g) for g in data["generations"]),
+            generations=tuple(
+                Generation(g["stage"], g["experts"], tuple(g["layers"]) if g["layers"] else None, g["delta_rank"])
+                for g in data["generations"]
+            ),
             frozen=data["frozen"],
             labels=tuple((name, group) for name, group in data["labels"]),
         )

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lifelong_moe.model.config import ModelConfig
+from lifelong_moe.model.deltas import BundleSlices, DeltaLinear
 
 KeyValue = tuple[Tensor, Tensor]
 
@@ -39,13 +40,19 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.kv_heads = config.heads, config.kv_heads
         self.head_width = config.width // config.heads
-        self.query = nn.Linear(config.width, self.heads * self.head_width, bias=False)
-        self.key = nn.Linear(config.width, self.kv_heads * self.head_width, bias=False)
-        self.value = nn.Linear(config.width, self.kv_heads * self.head_width, bias=False)
-        self.output = nn.Linear(self.heads * self.head_width, config.width, bias=False)
+        self.query = DeltaLinear(config.width, self.heads * self.head_width)
+        self.key = DeltaLinear(config.width, self.kv_heads * self.head_width)
+        self.value = DeltaLinear(config.width, self.kv_heads * self.head_width)
+        self.output = DeltaLinear(self.heads * self.head_width, config.width)
 
     def forward(
-        self, x_BSD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, past: KeyValue | None
+        self,
+        x_BSD: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None,
+        past: KeyValue | None,
+        bundles: BundleSlices | None = None,
     ) -> tuple[Tensor, KeyValue]:
         """Attend.
 
@@ -55,15 +62,16 @@ class Attention(nn.Module):
             sin: Sines.
             mask: True where a query may look at a key, bool ``(B, 1, S, P)``; None means causal.
             past: Keys and values ``(B, J, P - S, head_width)`` of the positions before these.
+            bundles: The B·S tokens by bundle, where the trunk has deltas.
 
         Returns:
             Output ``(B, S, D)``, and keys and values of all P positions.
         """
         batch, length, _ = x_BSD.shape
         shape = (batch, length, -1, self.head_width)
-        query = rotate(self.query(x_BSD).view(shape).transpose(1, 2), cos, sin)
-        key = rotate(self.key(x_BSD).view(shape).transpose(1, 2), cos, sin)
-        value = self.value(x_BSD).view(shape).transpose(1, 2)
+        query = rotate(self.query(x_BSD, bundles).view(shape).transpose(1, 2), cos, sin)
+        key = rotate(self.key(x_BSD, bundles).view(shape).transpose(1, 2), cos, sin)
+        value = self.value(x_BSD, bundles).view(shape).transpose(1, 2)
         if past is not None:
             key, value = torch.cat([past[0], key], dim=2), torch.cat([past[1], value], dim=2)
         repeat = self.heads // self.kv_heads
@@ -74,4 +82,4 @@ class Attention(nn.Module):
             attn_mask=mask,
             is_causal=mask is None and length > 1,
         )
-        return self.output(mixed.transpose(1, 2).reshape(batch, length, -1)), (key, value)
+        return self.output(mixed.transpose(1, 2).reshape(batch, length, -1), bundles), (key, value)

@@ -14,13 +14,13 @@ class ParameterCount:
     total: int
     """All parameters."""
     active: int
-    """Those that one token's forward pass uses: the trunk, the router, and ``top_k`` experts a layer."""
+    """Those that one token's forward pass uses: the trunk, one bundle's deltas, the router, ``top_k`` experts a layer."""
     trunk: int
     """Attention, norms, embedding and head."""
     per_expert: int
     """One expert."""
     newest: int
-    """Experts and router rows of the newest generation."""
+    """Experts, router rows and deltas of the newest generation."""
 
 
 def count_parameters(architecture: Architecture) -> ParameterCount:
@@ -33,15 +33,25 @@ def count_parameters(architecture: Architecture) -> ParameterCount:
     trunk = config.layers * (attention + norms) + config.width + tables
     per_expert = 3 * config.width * config.expert_width
     row = config.width if architecture.routing.mode == "learned" else 0
-    experts = architecture.num_experts
-    newest = architecture.generations[-1].experts
+    generations = architecture.generations
+    newest = sum(generations[-1].experts_in(layer) for layer in range(config.layers))
+    experts = sum(architecture.experts_in(layer) for layer in range(config.layers))
+    deltas = [g.delta_rank * _delta_parameters_per_rank(architecture) for g in generations]
     return ParameterCount(
-        total=trunk + config.layers * experts * (per_expert + row),
-        active=trunk + config.layers * (top_k * per_expert + experts * row),
+        total=trunk + experts * (per_expert + row) + sum(deltas),
+        active=trunk + config.layers * top_k * per_expert + experts * row + max(deltas),
         trunk=trunk,
         per_expert=per_expert,
-        newest=config.layers * newest * (per_expert + row),
+        newest=newest * (per_expert + row) + deltas[-1],
     )
+
+
+def _delta_parameters_per_rank(architecture: Architecture) -> int:
+    """Parameters of a bundle's deltas at rank 1: rows plus columns of every matrix that has one."""
+    config = architecture.model
+    wide, narrow = config.width, config.kv_heads * (config.width // config.heads)
+    attention = 2 * (wide + wide) + 2 * (wide + narrow)
+    return config.layers * attention + 2 * (architecture.vocab_size + wide)
 
 
 def forward_flops_per_token(architecture: Architecture) -> int:

@@ -33,7 +33,7 @@ def generate(
         temperature: 0 takes the most probable token.
         top_p: Sample from the smallest set of tokens with at least this probability.
         seed: Of the sampling.
-        distribution: For ``routing.mode=label``: whose experts to use.
+        distribution: Where routing goes by label: whose experts to use.
 
     When the text outgrows ``model.context``, the cache is made again from its last half context.
     """
@@ -49,7 +49,8 @@ def generate(
         else:
             output = model(_row(model, ids[-1:]), group_ids_BS=_row(model, groups[-1:]), past=cache)
             hidden, cache = output.hidden_BSD[0, -1], output.cache
-        token = sample_token(model.logits(hidden).float().cpu(), temperature, top_p, generator)
+        logits_V = model.logits(hidden.unsqueeze(0), _row(model, groups[-1:]))[0].float().cpu()
+        token = sample_token(logits_V, temperature, top_p, generator)
         if token == model.architecture.bos_id:
             return
         ids.append(token)

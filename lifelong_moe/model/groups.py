@@ -10,55 +10,116 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from lifelong_moe.clustering.bundles import hashed_groups, prefix_bundles
 from lifelong_moe.clustering.documents import prefix_features
 from lifelong_moe.clustering.kmeans import assign
 from lifelong_moe.model.architecture import Architecture
+from lifelong_moe.routing.config import Centroids
 
 
 class DocumentClusters(nn.Module):
-    """Frozen tf-idf projection and FAISS centroids, as buffers.
+    """FAISS centroids, as buffers, that give each chunk of a document a group by the tokens before it.
 
-    Chunk ``c`` of a document goes to the centroid nearest to the tokens before ``c``; chunk 0, which has none
-    before it, to group 0. Centroids of later stages stand after the old ones, which never change.
+    Chunk 0, which has none before it, is in group 0. Centroids of later stages stand after the old ones, which never
+    change. With ``routing.centroids=random`` a hash of chunk 0 decides for all later ones, and nothing is fitted.
     """
 
-    def __init__(self, architecture: Architecture) -> None:
+    def __init__(self, architecture: Architecture, width: int) -> None:
         super().__init__()
-        self.width = architecture.routing.feature_width
-        self.chunk = architecture.routing.chunk_tokens
+        self.routing = architecture.routing
+        self.width = width
         self.generations = 0
-        self.register_buffer("projection", torch.zeros(architecture.vocab_size, self.width))
 
-    def add(self, groups: int) -> None:
-        """Make room for a new generation of ``groups`` centroids, all zero until :meth:`set_centroids`."""
+    def add(self, num_experts: int) -> None:
+        """Make room for a generation's centroids, all zero until :meth:`set_centroids`."""
+        groups = self.routing.clusters_of(num_experts)
         self.register_buffer(f"centroids_{self.generations}", torch.zeros(groups, self.width))
         self.generations += 1
 
+    def all_centroids(self) -> list[Tensor]:
+        """Each generation's centroids ``(G_g, F)``, oldest first; zeros where they are not fitted yet."""
+        return [getattr(self, f"centroids_{i}") for i in range(self.generations)]
+
     def centroids(self) -> list[Tensor]:
-        """Each generation's centroids ``(G_g, F)``, oldest first; a generation not fitted yet is left out."""
-        found = [getattr(self, f"centroids_{i}") for i in range(self.generations)]
-        return [c for c in found if bool(c.any())]
+        """Those that are fitted."""
+        return [c for c in self.all_centroids() if bool(c.any())]
 
     def set_centroids(self, centroids_GF: NDArray[np.float32]) -> None:
         """Set the newest generation's centroids."""
-        getattr(self, f"centroids_{self.generations - 1}").copy_(torch.from_numpy(centroids_GF))
+        self.all_centroids()[-1].copy_(torch.from_numpy(centroids_GF))
+
+    def group_ids(self, token_ids_N: NDArray[np.integer]) -> NDArray[np.int64]:
+        """Group of each token of one document, BOS first, int64 ``(N,)``."""
+        chunk, fitted = self.routing.chunk_tokens, self.centroids()
+        if self.routing.centroids == Centroids.random:
+            groups_C = hashed_groups(token_ids_N, self.num_groups(), chunk)
+        elif fitted:
+            groups_C = self.nearest(token_ids_N, [c.cpu().numpy() for c in fitted])
+        else:
+            return np.zeros(len(token_ids_N), dtype=np.int64)
+        return np.repeat(groups_C, chunk)[: len(token_ids_N)]
+
+    def num_groups(self) -> int:
+        """Groups over all generations, fitted or not."""
+        raise TypeError(f"{type(self).__name__} must implement num_groups()")
+
+    def nearest(self, token_ids_N: NDArray[np.integer], centroids: list[NDArray[np.float32]]) -> NDArray[np.int64]:
+        """Group of each chunk, int64 ``(C,)``, by the fitted centroids of each generation."""
+        raise TypeError(f"{type(self).__name__} must implement nearest(token_ids_N, centroids)")
+
+
+class TfidfClusters(DocumentClusters):
+    """``routing.level=document``: each centroid is a group. Features are tf-idf through the first stage's SVD."""
+
+    projection: Tensor
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__(architecture, architecture.routing.feature_width)
+        self.register_buffer("projection", torch.zeros(architecture.vocab_size, self.width))
 
     def set_projection(self, projection_VF: NDArray[np.float32]) -> None:
         """Set the projection; columns that a small corpus cannot fill stay zero."""
-        projection: Tensor = self.projection  # type: ignore[assignment]
-        projection.zero_()
-        projection[:, : projection_VF.shape[1]] = torch.from_numpy(projection_VF)
+        self.projection.zero_()
+        self.projection[:, : projection_VF.shape[1]] = torch.from_numpy(projection_VF)
 
-    def group_ids(self, token_ids_N: NDArray[np.integer]) -> NDArray[np.int64]:
-        """Group of each token of one document, int64 ``(N,)``."""
-        if not self.centroids():
-            return np.zeros(len(token_ids_N), dtype=np.int64)
-        features = prefix_features(token_ids_N, self.projection.cpu().numpy(), self.chunk)  # type: ignore[operator]
-        groups = assign(features, torch.cat(self.centroids()).cpu().numpy())
-        groups[0] = 0
-        return np.repeat(groups, self.chunk)[: len(token_ids_N)]
+    def num_groups(self) -> int:
+        """One a centroid."""
+        return sum(len(c) for c in self.all_centroids())
+
+    def nearest(self, token_ids_N: NDArray[np.integer], centroids: list[NDArray[np.float32]]) -> NDArray[np.int64]:
+        """The centroid nearest in angle."""
+        features_CF = prefix_features(token_ids_N, self.projection.cpu().numpy(), self.routing.chunk_tokens)
+        groups_C = assign(features_CF, np.concatenate(centroids))
+        groups_C[:1] = 0
+        return groups_C
+
+
+class BundleClusters(DocumentClusters):
+    """``routing.bundles=cluster``: each generation is a group, and owns several centroids: log probabilities of tokens.
+
+    A chunk goes to the bundle under which the tokens before it are most probable, or to an older one unless the newer
+    is better by more than ``routing.margin``.
+    """
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__(architecture, architecture.vocab_size)
+
+    def num_groups(self) -> int:
+        """One a generation."""
+        return self.generations
+
+    def nearest(self, token_ids_N: NDArray[np.integer], centroids: list[NDArray[np.float32]]) -> NDArray[np.int64]:
+        """The bundle that explains the text so far."""
+        return prefix_bundles(token_ids_N, centroids, self.routing.chunk_tokens, self.routing.margin)
+
+
+def build_document_clusters(architecture: Architecture) -> DocumentClusters | None:
+    """What decides a token's group from the text so far, where ``routing`` wants that."""
+    if not architecture.routing.by_document:
+        return None
+    return BundleClusters(architecture) if architecture.routing.has_bundles else TfidfClusters(architecture)
 
 
 def label_group(architecture: Architecture, distribution: str | None) -> int:
-    """Group of a known distribution under ``routing.mode=label``; an unknown one goes to group 0."""
+    """Group of a known distribution where routing goes by label; an unknown one goes to group 0."""
     return dict(architecture.labels).get(distribution or "", 0)

@@ -12,12 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lifelong_moe.model.architecture import Architecture
+from lifelong_moe.model.architecture import Architecture, Generation
 from lifelong_moe.model.attention import Attention, KeyValue, rotary_tables
 from lifelong_moe.model.config import ModelConfig
+from lifelong_moe.model.deltas import BundleSlices, DeltaEmbedding, DeltaLinear
 from lifelong_moe.model.experts import ExpertBanks
-from lifelong_moe.model.groups import DocumentClusters
+from lifelong_moe.model.groups import build_document_clusters
 from lifelong_moe.model.moe import MoELayer
+from lifelong_moe.ops.losses import linear_cross_entropy, token_nats
 from lifelong_moe.routing.base import Routing, RoutingContext
 from lifelong_moe.routing.config import Features, Level
 from lifelong_moe.routing.registry import build_router
@@ -54,9 +56,10 @@ class Block(nn.Module):
         mask: Tensor | None,
         past: KeyValue | None,
         context: RoutingContext,
+        bundles: BundleSlices | None,
     ) -> tuple[Tensor, Routing, KeyValue]:
         """One layer."""
-        mixed, key_value = self.attention(self.attention_norm(x_BSD), *rotary, mask, past)
+        mixed, key_value = self.attention(self.attention_norm(x_BSD), *rotary, mask, past, bundles)
         x_BSD = x_BSD + mixed
         out_TD, routing = self.moe(self.moe_norm(x_BSD).flatten(0, 1), context)
         return x_BSD + out_TD.view_as(x_BSD), routing, key_value
@@ -72,49 +75,104 @@ class LanguageModel(nn.Module):
         super().__init__()
         config, routing = architecture.model, architecture.routing
         self.architecture = architecture
-        self.embedding = nn.Embedding(architecture.vocab_size, config.width)
+        self.embedding = DeltaEmbedding(architecture.vocab_size, config.width)
         self.blocks = nn.ModuleList(Block(architecture, layer) for layer in range(config.layers))
         self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
-        self.head = nn.Linear(config.width, architecture.vocab_size, bias=False)
+        self.head = DeltaLinear(config.width, architecture.vocab_size)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
         clustered = routing.mode == "cluster"
-        self.document_clusters: DocumentClusters | None = None
+        self.document_clusters = build_document_clusters(architecture)
         self.token_features: Tensor | None
-        if clustered and routing.level == Level.document:
-            self.document_clusters = DocumentClusters(architecture)
         uses_features = clustered and routing.level == Level.token and routing.features == Features.embedding
         table = torch.zeros(architecture.vocab_size, routing.feature_width) if uses_features else None
         self.register_buffer("token_features", table)
         for i, generation in enumerate(architecture.generations):
-            self.add_experts(generation.experts)
+            self.add_generation(generation)
             if i + 1 == architecture.frozen:
-                self.freeze_experts()
+                self.freeze_generations()
 
     def moe_layers(self) -> Iterator[MoELayer]:
         """The mixture-of-experts layers, bottom to top."""
         for block in self.blocks:
             yield block.moe  # type: ignore[misc]
 
-    def add_experts(self, num: int) -> None:
-        """Add ``num`` experts, uninitialized, to every layer; the architecture is the caller's to change."""
-        for layer in self.moe_layers():
-            layer.add_experts(num)
+    def add_generation(self, generation: Generation) -> None:
+        """Add a generation's experts and deltas, uninitialized; the architecture is the caller's to change."""
+        for i, layer in enumerate(self.moe_layers()):
+            layer.add_experts(generation.experts_in(i))
         if self.document_clusters is not None:
-            self.document_clusters.add(next(self.moe_layers()).router.groups_of(num))  # type: ignore[operator]
+            self.document_clusters.add(generation.experts)
+        if generation.delta_rank:
+            bundle = len(next(self.moe_layers()).router.generations) - 1
+            for matrix in self.delta_matrices():
+                matrix.add_delta(bundle, generation.delta_rank)
 
-    def freeze_experts(self) -> None:
-        """Freeze all experts and router rows there are."""
+    def delta_matrices(self) -> Iterator[DeltaLinear | DeltaEmbedding]:
+        """The matrices of the trunk that a bundle may change: embedding, attention, head."""
+        for module in self.modules():
+            if isinstance(module, DeltaLinear | DeltaEmbedding):
+                yield module
+
+    def freeze_generations(self) -> None:
+        """Freeze all experts, router rows and deltas there are."""
         for layer in self.moe_layers():
             layer.freeze()
+        for matrix in self.delta_matrices():
+            matrix.deltas.requires_grad_(False)
 
     def trunk_parameters(self) -> dict[str, nn.Parameter]:
-        """The shared parts by name: everything but experts and routers."""
-        return {n: p for n, p in self.named_parameters() if ".moe.banks." not in n and ".moe.router." not in n}
+        """The shared parts by name: everything but experts, routers and deltas."""
+        of_bundles = (".moe.banks.", ".moe.router.", ".deltas.")
+        return {n: p for n, p in self.named_parameters() if not any(part in n for part in of_bundles)}
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Logits ``(..., V)`` of hidden states ``(..., D)``."""
-        return F.linear(hidden, self.head.weight)
+    def newest_parameters(self) -> set[str]:
+        """Names of the newest generation's experts, router rows and deltas."""
+        generation, bundle = self.architecture.generations[-1], str(len(self.architecture.generations) - 1)
+        found: set[int] = set()
+        for i, layer in enumerate(self.moe_layers()):
+            if num := generation.experts_in(i):
+                found |= {id(p) for expert in layer.banks.experts[-num:] for p in expert.parameters()}
+                found |= {id(rows) for rows in layer.router.row_generations()[-1:]}
+        for matrix in self.delta_matrices():
+            if bundle in matrix.deltas:
+                found |= {id(p) for p in matrix.deltas[bundle].parameters()}
+        return {name for name, parameter in self.named_parameters() if id(parameter) in found}
+
+    def logits(self, hidden: Tensor, group_ids: Tensor | None = None) -> Tensor:
+        """Logits ``(..., V)`` of hidden states ``(..., D)``, whose groups ``(...)`` matter with deltas only."""
+        return self.head(hidden, self._bundles(group_ids))
+
+    def cross_entropy(self, hidden_TD: Tensor, target_T: Tensor, group_ids_T: Tensor | None = None) -> Tensor:
+        """Mean next-token loss in nats, scalar float32; logits are never all in memory."""
+        parts = [
+            linear_cross_entropy(hidden_TD[rows], self.head.weight_of(bundle), target_T[rows]) * share
+            for bundle, rows, share in self._head_slices(group_ids_T)
+        ]
+        return torch.stack(parts).sum()
+
+    @torch.no_grad()
+    def token_nats(self, hidden_TD: Tensor, target_T: Tensor, group_ids_T: Tensor | None = None) -> Tensor:
+        """Next-token loss of each token in nats, float32 ``(T,)``."""
+        nats_T = torch.empty(len(target_T), device=hidden_TD.device)
+        for bundle, rows, _ in self._head_slices(group_ids_T):
+            nats_T[rows] = token_nats(hidden_TD[rows], self.head.weight_of(bundle), target_T[rows])
+        return nats_T
+
+    def _bundles(self, group_ids: Tensor | None) -> BundleSlices | None:
+        if group_ids is None or not self.architecture.has_deltas:
+            return None
+        return BundleSlices.of(group_ids.flatten(), len(self.architecture.generations))
+
+    def _head_slices(self, group_ids_T: Tensor | None) -> Iterator[tuple[int, Tensor | slice, float]]:
+        """Each bundle that occurs, its tokens, and their share of all."""
+        bundles = self._bundles(group_ids_T)
+        if bundles is None:
+            yield 0, slice(None), 1.0
+            return
+        for bundle, rows in enumerate(bundles.order_T.split(bundles.counts)):
+            if len(rows):
+                yield bundle, rows, len(rows) / len(bundles.order_T)
 
     def forward(
         self,
@@ -123,6 +181,7 @@ class LanguageModel(nn.Module):
         document_ids_BS: Tensor | None = None,
         group_ids_BS: Tensor | None = None,
         mask_BS: Tensor | None = None,
+        old_text_BS: Tensor | None = None,
         past: list[KeyValue] | None = None,
     ) -> ModelOutput:
         """Hidden states of every token.
@@ -130,22 +189,24 @@ class LanguageModel(nn.Module):
         Args:
             token_ids_BS: int64 ``(B, S)``.
             document_ids_BS: Document of each token, int64; needed with ``model.document_mask`` only.
-            group_ids_BS: Document cluster or label of each token, int64; zeros by default.
+            group_ids_BS: Document cluster, bundle or label of each token, int64; zeros by default.
             mask_BS: True for real tokens; all by default. Padding must stand at the right.
+            old_text_BS: True for text of earlier stages; given in a router's review only.
             past: The cache of the positions before these, from an earlier call.
         """
         config = self.architecture.model
         length, offset = token_ids_BS.shape[1], 0 if past is None else past[0][0].shape[2]
         rotary = self._rotary(offset, length, token_ids_BS.device)
-        context = self._context(token_ids_BS, group_ids_BS, mask_BS)
+        context = self._context(token_ids_BS, group_ids_BS, mask_BS, old_text_BS)
         use_documents = config.document_mask and document_ids_BS is not None and past is None
         mask = document_attention_mask(document_ids_BS) if use_documents else None  # type: ignore[arg-type]
-        x_BSD = self.embedding(token_ids_BS)
+        bundles = self._bundles(group_ids_BS)
+        x_BSD = self.embedding(token_ids_BS, bundles)
         if past is not None and length > 1:
             raise ValueError("with a cache, tokens come one at a time")
         routings, cache = [], []
         for i, block in enumerate(self.blocks):
-            x_BSD, routing, key_value = block(x_BSD, rotary, mask, past[i] if past else None, context)
+            x_BSD, routing, key_value = block(x_BSD, rotary, mask, past[i] if past else None, context, bundles)
             routings.append(routing)
             cache.append(key_value)
         return ModelOutput(self.norm(x_BSD), routings, cache)
@@ -155,12 +216,21 @@ class LanguageModel(nn.Module):
         cos, sin = rotary_tables(offset + length, config.width // config.heads, config.rope_base, device)
         return cos[offset:], sin[offset:]
 
-    def _context(self, token_ids_BS: Tensor, group_ids_BS: Tensor | None, mask_BS: Tensor | None) -> RoutingContext:
+    def _context(
+        self,
+        token_ids_BS: Tensor,
+        group_ids_BS: Tensor | None,
+        mask_BS: Tensor | None,
+        old_text_BS: Tensor | None,
+    ) -> RoutingContext:
         token_ids_T = token_ids_BS.flatten()
-        mask_T = torch.ones_like(token_ids_T, dtype=torch.bool) if mask_BS is None else mask_BS.flatten()
-        group_ids_T = torch.zeros_like(token_ids_T) if group_ids_BS is None else group_ids_BS.flatten()
-        features_TF = None if self.token_features is None else self.token_features[token_ids_T]
-        return RoutingContext(token_ids_T, mask_T, group_ids_T, features_TF)
+        return RoutingContext(
+            token_ids_T=token_ids_T,
+            mask_T=torch.ones_like(token_ids_T, dtype=torch.bool) if mask_BS is None else mask_BS.flatten(),
+            group_ids_T=torch.zeros_like(token_ids_T) if group_ids_BS is None else group_ids_BS.flatten(),
+            old_text_T=None if old_text_BS is None else old_text_BS.flatten(),
+            features_TF=None if self.token_features is None else self.token_features[token_ids_T],
+        )
 
 
 def document_attention_mask(document_ids_BS: Tensor) -> Tensor:
@@ -174,6 +244,8 @@ def initialize(model: LanguageModel, seed: int) -> None:
 
     ==============================  ==========================================================
     norms                           1
+    ``up`` of a delta               0, so that it changes nothing yet
+    ``down`` of a delta             normal, deviation ``1 / sqrt(columns)``
     every other matrix              normal, mean 0, deviation ``init_std``
     attention output, expert down   the same, divided by ``sqrt(2 * layers)`` (GPT-2), so that
                                     the stream's variance does not grow with depth
@@ -183,8 +255,19 @@ def initialize(model: LanguageModel, seed: int) -> None:
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
             nn.init.ones_(parameter)
+        elif ".deltas." in name:
+            initialize_delta(name, parameter, generator)
         else:
             nn.init.normal_(parameter, std=initial_std(name, model.architecture.model), generator=generator)
+
+
+@torch.no_grad()
+def initialize_delta(name: str, parameter: Tensor, generator: torch.Generator) -> None:
+    """Begin one half of a delta: ``up`` at zero, ``down`` at random."""
+    if name.endswith(".up"):
+        parameter.zero_()
+    else:
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[1] ** 0.5)
 
 
 def initial_std(name: str, config: ModelConfig) -> float:

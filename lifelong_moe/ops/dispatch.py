@@ -83,8 +83,13 @@ def dispatch(x_TD: Tensor, order_N: Tensor, inverse_N: Tensor, top_k: int) -> Te
 def combine(rows_ND: Tensor, weights_TK: Tensor, order_N: Tensor, inverse_N: Tensor) -> Tensor:
     """Weighted sum of each token's expert outputs, ``(T, D)``; the inverse of :func:`dispatch`."""
     num_tokens, top_k = weights_TK.shape
-    rows_TKD = _Permute.apply(rows_ND, inverse_N, order_N).view(num_tokens, top_k, -1)
+    rows_TKD = permute(rows_ND, inverse_N, order_N).view(num_tokens, top_k, -1)
     return (rows_TKD * weights_TK.to(rows_ND.dtype).unsqueeze(-1)).sum(dim=1)
+
+
+def permute(rows_ND: Tensor, permutation_N: Tensor, inverse_N: Tensor) -> Tensor:
+    """``rows[permutation]`` with a backward pass that gathers by ``inverse_N``, the permutation's inverse."""
+    return _Permute.apply(rows_ND, permutation_N, inverse_N)
 
 
 def mixture_readable(

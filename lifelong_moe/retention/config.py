@@ -14,6 +14,7 @@ class TrunkTraining(StrEnum):
     frozen = "frozen"
     gentle = "gentle"
     full = "full"
+    deltas = "deltas"
 
 
 class DistillText(StrEnum):
@@ -23,18 +24,38 @@ class DistillText(StrEnum):
     replay = "replay"
 
 
+class ReplaySource(StrEnum):
+    """Where replayed text comes from."""
+
+    stored = "stored"
+    generated = "generated"
+
+
+class PenaltyKind(StrEnum):
+    """A quadratic pull to the previous stage's weights."""
+
+    none = "none"
+    l2 = "l2"
+    ewc = "ewc"
+
+
 @dataclass(kw_only=True)
 class TrunkConfig:
     """The shared parts: everything but experts and router rows."""
 
     train: TrunkTraining = TrunkTraining.full
-    """``frozen``, ``gentle`` (at ``lr_scale`` times the rate) or ``full``."""
+    """``frozen``, ``gentle`` (at ``lr_scale`` times the rate), ``full``, or ``deltas``: the trunk stays as it is, and
+    each stage trains low-rank changes of attention, embedding and head that only its own bundle's tokens use."""
     lr_scale: float = 0.1
     """Learning-rate factor of a ``gentle`` trunk."""
+    rank: int = 16
+    """Rank of each of a stage's ``deltas``."""
 
     def __post_init__(self) -> None:
         if not 0.0 < self.lr_scale <= 1.0:
             raise ConfigError(f"trunk.lr_scale={self.lr_scale} must lie in (0, 1].")
+        if self.rank < 1:
+            raise ConfigError(f"trunk.rank={self.rank} must be at least 1.")
 
 
 @dataclass(kw_only=True)
@@ -46,7 +67,7 @@ class DistillConfig:
     temperature: float = 2.0
     """Softens teacher and student alike."""
     text: DistillText = DistillText.replay
-    """Distil on the ``new`` text or on ``replay``ed text."""
+    """Distil on the ``new`` text or on ``replay``ed text, which ``replay.source`` may take from the teacher itself."""
     fraction: float = 1.0
     """Share of that text's sequences that is distilled on, spread evenly."""
 
@@ -61,11 +82,70 @@ class DistillConfig:
 
 @dataclass(kw_only=True)
 class ReplayConfig:
-    """Training text of earlier stages, mixed into the new text; it counts into the stage's tokens."""
+    """Text of earlier stages, mixed into the new text; it counts into the stage's tokens."""
 
     fraction: float = 0.05
     """Share of the stage's sequences, spread evenly over steps and over earlier stages."""
+    source: ReplaySource = ReplaySource.stored
+    """``stored`` training text, or text ``generated`` by the previous stage's model, for which nothing is stored."""
+    buffer_tokens: int | None = None
+    """Tokens of stored text kept of each earlier distribution; None keeps all."""
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.fraction < 1.0:
             raise ConfigError(f"replay.fraction={self.fraction} must lie in [0, 1).")
+        if self.buffer_tokens is not None and self.buffer_tokens < 1:
+            raise ConfigError(f"replay.buffer_tokens={self.buffer_tokens} must be positive.")
+        if self.buffer_tokens is not None and self.source == ReplaySource.generated:
+            raise ConfigError("replay.buffer_tokens bounds stored text; with replay.source=generated there is none.")
+
+
+DEFAULT_PENALTY = {PenaltyKind.none: 0.0, PenaltyKind.l2: 0.1, PenaltyKind.ewc: 1000.0}
+"""``penalty.weight`` if none is given."""
+
+
+@dataclass(kw_only=True)
+class PenaltyConfig:
+    """A quadratic pull of everything that trains, and was there before, to the previous stage's weights."""
+
+    kind: PenaltyKind = PenaltyKind.none
+    """``l2`` pulls every weight alike, ``ewc`` in proportion to its Fisher information on earlier text."""
+    weight: float | None = None
+    """Factor on half the weighted sum of squares; by default 0.1 for ``l2`` and 1000 for ``ewc``."""
+    fisher_tokens: int = 16_384
+    """``ewc``: training tokens of each earlier distribution that the Fisher information is measured on."""
+
+    def __post_init__(self) -> None:
+        if self.weight is not None and self.weight < 0:
+            raise ConfigError(f"penalty.weight={self.weight} must not be negative.")
+        if self.fisher_tokens < 1:
+            raise ConfigError(f"penalty.fisher_tokens={self.fisher_tokens} must be positive.")
+
+    @property
+    def factor(self) -> float:
+        """``weight``, or the kind's default."""
+        return DEFAULT_PENALTY[self.kind] if self.weight is None else self.weight
+
+
+@dataclass(kw_only=True)
+class ReviewConfig:
+    """A last phase of a stage in which only its router rows train, on new and earlier text (MoE-LPR)."""
+
+    fraction: float = 0.0
+    """Share of the stage's steps; 0 leaves the review out. The stage's tokens stay what they are."""
+    replay_fraction: float = 0.5
+    """Share of the review's sequences that is earlier text."""
+    old_loss: float = 0.1
+    """Factor on ``-log`` of the gate probability that earlier text gives to experts older than this stage."""
+    lr_scale: float = 1.0
+    """Peak rate of the review relative to ``optim.lr``."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.fraction < 1.0:
+            raise ConfigError(f"review.fraction={self.fraction} must lie in [0, 1).")
+        if not 0.0 < self.replay_fraction < 1.0:
+            raise ConfigError(f"review.replay_fraction={self.replay_fraction} must lie between 0 and 1.")
+        if self.old_loss < 0:
+            raise ConfigError(f"review.old_loss={self.old_loss} must not be negative.")
+        if self.lr_scale <= 0:
+            raise ConfigError(f"review.lr_scale={self.lr_scale} must be positive.")

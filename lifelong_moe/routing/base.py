@@ -40,6 +40,8 @@ class RoutingContext:
     """True for real tokens, bool ``(T,)``."""
     group_ids_T: Tensor
     """Document cluster or label of each token, int64 ``(T,)``; zeros where routing has no groups."""
+    old_text_T: Tensor | None = None
+    """True for text of earlier stages, bool ``(T,)``; given in a review only."""
     features_TF: Tensor | None = None
     """Frozen token features ``(T, F)``, where clusters are made of them."""
 

@@ -13,8 +13,12 @@ ROUTERS = {
     "learned": "lifelong_moe.routing.learned.LearnedRouter",
     "cluster": "lifelong_moe.routing.cluster.build_cluster_router",
     "label": "lifelong_moe.routing.group.LabelRouter",
+    "hash": "lifelong_moe.routing.hashing.HashRouter",
 }
 """``routing.mode`` → dotted path of the class (or function) that builds a layer's router."""
+
+BUNDLE_CLUSTERS = 8
+"""Centroids a stage of ``routing.bundles=cluster`` has by default."""
 
 
 class Level(StrEnum):
@@ -31,6 +35,21 @@ class Features(StrEnum):
     hidden = "hidden"
 
 
+class Bundles(StrEnum):
+    """How a token comes to the bundle (experts, router rows, trunk deltas) of one stage."""
+
+    none = "none"
+    cluster = "cluster"
+    label = "label"
+
+
+class Centroids(StrEnum):
+    """Where centroids come from."""
+
+    fitted = "fitted"
+    random = "random"
+
+
 class BalanceOver(StrEnum):
     """Which experts the load-balancing loss spreads tokens over."""
 
@@ -44,7 +63,7 @@ class RoutingConfig:
 
     mode: str = "learned"
     """``learned`` (trained softmax top-k), ``cluster`` (FAISS, never trained), ``label`` (by the known distribution),
-    or the dotted path of a ``Router`` subclass of your own."""
+    ``hash`` (by token id, never trained), or the dotted path of a ``Router`` subclass of your own."""
     top_k: int = 2
     """Experts per token; cost per token depends on it and not on how many experts there are."""
     renormalize: bool = True
@@ -55,6 +74,11 @@ class RoutingConfig:
     """Spread tokens over ``all`` experts or over this stage's ``active`` ones only."""
     z_loss: float = 0.001
     """Coefficient of the router z-loss; ``learned`` only."""
+    bundles: Bundles = Bundles.none
+    """``learned`` only: a token of stage g's bundle may use experts born up to stage g. ``cluster``: FAISS picks the
+    bundle from the text so far, a chunk at a time; ``label``: by the known distribution; ``none``: all experts."""
+    margin: float = 4.0
+    """``bundles=cluster``: nats by which a newer bundle must explain the text so far better than an older one."""
     level: Level = Level.token
     """``cluster`` only: one assignment a ``token``, or one a chunk of a ``document``."""
     features: Features = Features.embedding
@@ -63,10 +87,13 @@ class RoutingConfig:
     """Dimensions kept by the SVD behind ``embedding`` and ``tfidf`` features."""
     scale: float = 10.0
     """Token-level clusters: gate weights are ``softmax(scale * x.c)`` over the chosen unit-length centroids."""
+    centroids: Centroids = Centroids.fitted
+    """``random`` is the null to compare with: random directions for tokens, a hash of the first chunk for documents."""
     clusters: int | None = None
-    """Document-level clusters a stage; the default gives each cluster ``top_k`` experts of its own."""
+    """Clusters a stage has, where text is clustered. The default gives each cluster of ``level=document`` ``top_k``
+    experts of its own, and each bundle 8 centroids."""
     chunk_tokens: int = 64
-    """Document-level: tokens that share one assignment, made from the tokens before them."""
+    """Document-level, and ``bundles=cluster``: tokens that share one assignment, made from the tokens before them."""
     sample_tokens: int = 32_768
     """Training tokens that centroids are fitted on."""
     options: dict[str, Any] = field(default_factory=dict)
@@ -86,9 +113,14 @@ class RoutingConfig:
                 "routing.renormalize=true with routing.top_k=1 makes every gate weight 1, so the router gets no "
                 "gradient. Set routing.renormalize=false or routing.top_k=2."
             )
+        if self.bundles != Bundles.none and self.mode != "learned":
+            raise ConfigError(
+                f"routing.bundles={self.bundles} masks a learned router, but routing.mode={self.mode}. Set "
+                f"routing.mode=learned or routing.bundles=none."
+            )
         if self.options and self.mode in ROUTERS:
             raise ConfigError(f"routing.options is for routers named by dotted path, not for {self.mode}.")
-        for key in ("balance_loss", "z_loss"):
+        for key in ("balance_loss", "z_loss", "margin"):
             if getattr(self, key) < 0:
                 raise ConfigError(f"routing.{key}={getattr(self, key)} must not be negative.")
         for key in ("scale", "chunk_tokens", "sample_tokens", "feature_width"):
@@ -96,3 +128,28 @@ class RoutingConfig:
                 raise ConfigError(f"routing.{key}={getattr(self, key)} must be positive.")
         if self.clusters is not None and self.clusters < 1:
             raise ConfigError(f"routing.clusters={self.clusters} must be at least 1.")
+
+    @property
+    def by_label(self) -> bool:
+        """Whether a token's group is its text's known distribution."""
+        return self.mode == "label" or self.bundles == Bundles.label
+
+    @property
+    def by_document(self) -> bool:
+        """Whether a token's group is decided from the text so far, a chunk at a time."""
+        return (self.mode == "cluster" and self.level == Level.document) or self.bundles == Bundles.cluster
+
+    @property
+    def is_clustered(self) -> bool:
+        """Whether a stage fits centroids before it trains."""
+        return self.mode == "cluster" or self.bundles == Bundles.cluster
+
+    @property
+    def has_bundles(self) -> bool:
+        """Whether a token's group names the stage whose experts and deltas it uses."""
+        return self.mode == "label" or self.bundles != Bundles.none
+
+    def clusters_of(self, num_experts: int) -> int:
+        """How many clusters of text a generation of ``num_experts`` experts has, where :attr:`by_document` holds."""
+        default = BUNDLE_CLUSTERS if self.has_bundles else max(1, num_experts // self.top_k)
+        return self.clusters or default

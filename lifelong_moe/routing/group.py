@@ -76,4 +76,4 @@ class DocumentRouter(GroupRouter):
 
     def groups_of(self, num_experts: int) -> int:
         """``routing.clusters``, or one for every ``top_k`` experts."""
-        return self.config.clusters or max(1, num_experts // self.config.top_k)
+        return self.config.clusters_of(num_experts)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lifelong_moe.errors import TryAgainError
+from lifelong_moe.errors import LockedError
 
 
 @contextmanager
@@ -22,7 +22,7 @@ def locked(path: Path, what: str) -> Iterator[None]:
         what: What is locked, for the message.
 
     Raises:
-        TryAgainError: If another process holds it.
+        LockedError: If another process holds it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as file:
@@ -31,7 +31,7 @@ def locked(path: Path, what: str) -> Iterator[None]:
         except (BlockingIOError, PermissionError):
             file.seek(0)
             holder = file.read().strip() or "unknown"
-            raise TryAgainError(f"{what} is being worked on by process {holder}; try again later.") from None
+            raise LockedError(f"{what} is being worked on by process {holder}; try again later.") from None
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()

@@ -14,6 +14,7 @@ class Schedule(StrEnum):
 
     cosine = "cosine"
     constant = "constant"
+    wsd = "wsd"
 
 
 @dataclass(kw_only=True)
@@ -23,11 +24,18 @@ class OptimConfig:
     lr: float = 1e-3
     """Peak learning rate."""
     schedule: Schedule = Schedule.cosine
-    """``cosine`` decays to ``min_lr_fraction`` at the stage's end."""
+    """``cosine`` decays to ``min_lr_fraction`` at the stage's end; ``wsd`` (warm-up, stable, decay) keeps the peak and
+    decays linearly in the last ``decay_fraction``; ``constant`` never decays, so that a stream can go on from it."""
     warmup_fraction: float = 0.05
-    """Share of the stage's steps over which the rate rises linearly."""
+    """Share of the stage's steps over which the rate rises linearly; it starts anew in each stage."""
     min_lr_fraction: float = 0.1
-    """Final rate of the cosine, relative to the peak."""
+    """Final rate of ``cosine`` and ``wsd``, relative to the peak."""
+    decay_fraction: float = 0.2
+    """``wsd``: share of the stage's steps that decay."""
+    rewarm: float = 1.0
+    """Peak rate of stages after the first, relative to ``lr``; 1 warms up to the full rate again."""
+    router_until: float = 1.0
+    """From the second stage on: share of the stage's steps after which router rows stay as they are (StableMoE)."""
     batch_tokens: int = 8192
     """Tokens an optimizer step over all devices and accumulation steps; a multiple of ``model.context``."""
     weight_decay: float = 0.1
@@ -38,9 +46,10 @@ class OptimConfig:
     """Decay of the second moment."""
 
     def __post_init__(self) -> None:
-        if self.lr <= 0:
-            raise ConfigError(f"optim.lr={self.lr} must be positive.")
-        for key in ("warmup_fraction", "min_lr_fraction"):
+        for key in ("lr", "rewarm"):
+            if getattr(self, key) <= 0:
+                raise ConfigError(f"optim.{key}={getattr(self, key)} must be positive.")
+        for key in ("warmup_fraction", "min_lr_fraction", "decay_fraction", "rewarm", "router_until"):
             if not 0.0 <= getattr(self, key) <= 1.0:
                 raise ConfigError(f"optim.{key}={getattr(self, key)} must lie in [0, 1].")
         for key in ("beta1", "beta2"):

@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lifelong_moe.data.blocks import BlockDataset, BlockSource
+from lifelong_moe.data.blocks import BlockDataset, BlockSource, RowSource
 from lifelong_moe.data.order import SampleOrder, StepBatchSampler
 from lifelong_moe.data.shards import TokenizedCorpus, TokenShard
 from lifelong_moe.model.groups import label_group
 from lifelong_moe.model.transformer import LanguageModel
-from lifelong_moe.training.spec import StageSpec
+from lifelong_moe.training.spec import Phase, StageSpec
 
 
 class StepLoader(DataLoader[dict[str, Tensor]]):
@@ -89,32 +89,58 @@ def group_ids(model: LanguageModel, shard: TokenShard, distribution: str) -> NDA
         return np.concatenate(
             [model.document_clusters.group_ids(shard.document(i)) for i in range(shard.num_documents)]
         )
-    if model.architecture.routing.mode == "label":
+    if model.architecture.routing.by_label:
         return np.full(shard.num_tokens, label_group(model.architecture, distribution), dtype=np.int64)
     return None
 
 
-def stage_dataset(
+def phase_dataset(
     model: LanguageModel,
     teacher: LanguageModel | None,
     spec: StageSpec,
+    phase: Phase,
     corpora: Mapping[str, TokenizedCorpus],
+    generated: NDArray[np.int64] | None,
     seed: int,
 ) -> BlockDataset:
-    """New text first, then each replayed distribution, with the groups that model and teacher give them now."""
+    """New text first, then what is replayed, with the groups that model and teacher give them now.
+
+    Args:
+        model: Being trained.
+        teacher: Distilled from, if there is one.
+        spec: The stage.
+        phase: Gives the share of replayed text.
+        corpora: Tokenized text by distribution.
+        generated: Blocks that the parent's model wrote, where those are what is replayed.
+        seed: Of the sample order.
+    """
     bos, context = model.architecture.bos_id, spec.model.context
-    sources = []
-    for name in (spec.data, *spec.replayed):
+    limit = None if spec.replay_buffer is None else max(1, spec.replay_buffer // context)
+    sources: list[BlockSource | RowSource] = []
+    for name in (spec.data, *(() if spec.generates else spec.replayed)):
         shard = corpora[name].train
         taught = group_ids(teacher, shard, name) if teacher else None
-        sources.append(BlockSource(shard, context, bos, group_ids(model, shard, name), taught))
-    return BlockDataset(sources, SampleOrder([len(s) for s in sources], spec.replay_fraction, seed))
+        bound = limit if name != spec.data else None
+        sources.append(BlockSource(shard, context, bos, group_ids(model, shard, name), taught, bound))
+    if generated is not None:
+        sources.append(_generated_source(model, teacher, generated))
+    weights = (1,) * (len(sources) - 1) if spec.generates else spec.replay_weights
+    return BlockDataset(sources, SampleOrder([len(s) for s in sources], phase.replay_fraction, seed, weights))
 
 
-def new_text_sample(model: LanguageModel, spec: StageSpec, corpus: TokenizedCorpus, tokens: int) -> dict[str, Tensor]:
-    """Blocks of the new text, evenly drawn, for growth and clustering."""
+def _generated_source(model: LanguageModel, teacher: LanguageModel | None, rows: NDArray[np.int64]) -> RowSource:
+    bos = model.architecture.bos_id
+    tokens = rows.flatten()
+    begins = np.flatnonzero(tokens == bos)  # every row begins with one
+    shard = TokenShard(tokens, np.append(begins, len(tokens)), np.zeros(len(begins), dtype=np.int64))
+    groups = (None if m is None else group_ids(m, shard, "") for m in (model, teacher))
+    return RowSource(rows, bos, *(None if ids is None else ids.reshape(rows.shape) for ids in groups))
+
+
+def text_sample(model: LanguageModel, spec: StageSpec, corpus: TokenizedCorpus, tokens: int) -> dict[str, Tensor]:
+    """Blocks of a distribution's training text, evenly drawn, for growth, clustering and Fisher information."""
     shard, context = corpus.train, spec.model.context
-    source = BlockSource(shard, context, model.architecture.bos_id, group_ids(model, shard, spec.data))
+    source = BlockSource(shard, context, model.architecture.bos_id, group_ids(model, shard, corpus.name))
     order = SampleOrder([len(source)], 0.0, spec.seed)
     dataset = BlockDataset([source], order)
     count = min(len(source), max(1, tokens // context))

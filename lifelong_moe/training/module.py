@@ -13,15 +13,15 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 from lifelong_moe.errors import CorruptError, DivergedError
 from lifelong_moe.growth.observe import model_inputs
 from lifelong_moe.model.transformer import LanguageModel
-from lifelong_moe.ops.losses import distillation_loss, linear_cross_entropy
+from lifelong_moe.ops.losses import distillation_loss
+from lifelong_moe.retention.penalty import WeightAnchor
 from lifelong_moe.retention.teacher import distilled_rows
 from lifelong_moe.routing.base import Routing
-from lifelong_moe.training.optimizer import build_optimizer, rate_factor
+from lifelong_moe.training.optimizer import build_optimizer, build_schedule
 from lifelong_moe.training.spec import Phase, StageSpec
 
 MAX_NONFINITE = 3
@@ -32,13 +32,23 @@ log = logging.getLogger(__name__)
 class StageModule(LightningModule):
     """Next-token loss, router losses, and distillation from the teacher on some of the sequences."""
 
-    def __init__(self, model: LanguageModel, spec: StageSpec, phase: Phase, teacher: LanguageModel | None) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        spec: StageSpec,
+        phase: Phase,
+        teacher: LanguageModel | None = None,
+        anchor: WeightAnchor | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
         self.spec = spec
         self.phase = phase
+        self.frozen = {f"model.{n}" for n, p in model.named_parameters() if not p.requires_grad}
+        """What the stage freezes; a phase may train less than the rest, but all of the rest belongs to the stage."""
         # In a tuple, so that it is no submodule: not saved, not trained, not counted.
         self._teacher = (teacher,)
+        self._anchor = anchor
         self.strict_loading = False  # step checkpoints leave frozen tensors out; on_load_checkpoint checks names
         self.nonfinite_steps = 0
         self.nonfinite_in_a_row = 0
@@ -49,21 +59,29 @@ class StageModule(LightningModule):
         """The teacher follows to the device and dtype; what it shares with the student is there already."""
         if self._teacher[0] is not None:
             self._teacher[0].to(self.device, self.model.embedding.weight.dtype)
+        if self._anchor is not None:
+            self._anchor = self._anchor.to(self.device)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Loss of one micro-batch; its parts ride along, detached, for callbacks to log."""
-        output = self.model(**model_inputs(batch))
-        head_VD = self.model.head.weight
-        parts = {"loss": linear_cross_entropy(output.hidden_BSD.flatten(0, 1), head_VD, batch["target_ids"].flatten())}
+        reviews = self.phase.old_loss > 0
+        old_text_BS = batch["replayed"].unsqueeze(1).expand_as(batch["token_ids"]) if reviews else None
+        output = self.model(**model_inputs(batch), old_text_BS=old_text_BS)
+        hidden_TD, targets_T = output.hidden_BSD.flatten(0, 1), batch["target_ids"].flatten()
+        parts = {"loss": self.model.cross_entropy(hidden_TD, targets_T, batch["group_ids"].flatten())}
         total = parts["loss"]
         for name, (value, coefficient) in mean_router_losses(output.routings).items():
             parts[f"{name}_loss"] = value
-            total = total + coefficient * value
-        distilled = self._distillation(batch, output.hidden_BSD)
+            total = total + (self.phase.old_loss if name == "old" else coefficient) * value
+        distilled = None if reviews else self._distillation(batch, output.hidden_BSD)
         if distilled is not None and self.spec.distill is not None:
             kl, share = distilled
             parts["distill_loss"] = kl
             total = total + self.spec.distill.weight * share * kl
+        if self._anchor is not None:
+            parts["penalty"] = self._anchor.value(self.model)
+            total = total + parts["penalty"]
+        parts["imbalance"] = load_imbalance(output.routings)
         return {"loss": total, "parts": {name: value.detach() for name, value in parts.items()}}  # type: ignore[dict-item]
 
     def _distillation(self, batch: dict[str, Tensor], hidden_BSD: Tensor) -> tuple[Tensor, float] | None:
@@ -80,15 +98,15 @@ class StageModule(LightningModule):
             return None
         with torch.no_grad():
             inputs = model_inputs(batch, rows) | {"group_ids_BS": batch["teacher_group_ids"][rows]}
-            teacher_TV = teacher.logits(teacher(**inputs).hidden_BSD.flatten(0, 1))
-        student_TV = self.model.logits(hidden_BSD[rows].flatten(0, 1))
+            teacher_TV = teacher.logits(teacher(**inputs).hidden_BSD.flatten(0, 1), inputs["group_ids_BS"])
+        student_TV = self.model.logits(hidden_BSD[rows].flatten(0, 1), batch["group_ids"][rows])
         expected = len(batch["replayed"]) * self.spec.distilled_share
         return distillation_loss(student_TV, teacher_TV, config.temperature), len(rows) / expected
 
     def configure_optimizers(self) -> Any:
         """AdamW over what trains; the rate is a pure function of the step."""
-        optimizer = build_optimizer(self.model, self.spec.optim, self.spec.trunk)
-        schedule = LambdaLR(optimizer, lambda step: rate_factor(step, self.phase.steps, self.spec.optim))
+        optimizer, rates = build_optimizer(self.model, self.spec, self.phase)
+        schedule = build_schedule(optimizer, rates, self.phase.steps, self.spec.optim)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_gradient_clipping(
@@ -122,17 +140,15 @@ class StageModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave frozen tensors out: the stage that bore them holds them."""
-        frozen = {f"model.{n}" for n, p in self.model.named_parameters() if not p.requires_grad}
         state = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {name: tensor for name, tensor in state.items() if name not in frozen}
+        checkpoint["state_dict"] = {name: tensor for name, tensor in state.items() if name not in self.frozen}
         checkpoint["nonfinite"] = [self.nonfinite_steps, self.nonfinite_in_a_row]
         checkpoint["random_state"] = torch.get_rng_state()
         checkpoint["assignments_before"] = self.assignments_before
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint holds exactly what trains, then restore counters and random state."""
-        frozen = {f"model.{n}" for n, p in self.model.named_parameters() if not p.requires_grad}
-        expected = set(self.state_dict()) - frozen
+        expected = set(self.state_dict()) - self.frozen
         if set(checkpoint["state_dict"]) != expected:
             odd = sorted(set(checkpoint["state_dict"]) ^ expected)
             raise CorruptError(f"step checkpoint of stage {self.spec.name} does not fit its model: {odd[0]}.")
@@ -143,8 +159,15 @@ class StageModule(LightningModule):
 
 def mean_router_losses(routings: list[Routing]) -> dict[str, tuple[Tensor, float]]:
     """Each auxiliary loss's mean over layers, with its coefficient."""
-    names = routings[0].losses if routings else {}
+    names = dict.fromkeys(name for routing in routings for name in routing.losses)
+    losses = {name: [r.losses[name] for r in routings if name in r.losses] for name in names}
     return {
-        name: (torch.stack([r.losses[name].value for r in routings]).mean(), routings[0].losses[name].coefficient)
-        for name in names
+        name: (torch.stack([loss.value for loss in found]).mean(), found[0].coefficient)
+        for name, found in losses.items()
     }
+
+
+def load_imbalance(routings: list[Routing]) -> Tensor:
+    """Load of the busiest expert over the mean load, averaged over layers; 1 if even."""
+    loads = [r.counts_E.max() * len(r.counts_E) / r.counts_E.sum() for r in routings]
+    return torch.stack(loads).mean()

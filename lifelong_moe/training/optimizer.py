@@ -3,68 +3,137 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
-import torch
+from torch import nn
 from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
 
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.retention.config import TrunkConfig, TrunkTraining
 from lifelong_moe.training.config import OptimConfig, Schedule
+from lifelong_moe.training.spec import Phase, StageSpec, Trains
 
 
 def rate_factor(step: int, steps: int, config: OptimConfig) -> float:
     """Learning rate at a step, relative to the peak.
 
-    Linear over the first ``warmup_fraction`` of the steps, then by schedule; the cosine ends at
+    Linear over the first ``warmup_fraction`` of the steps, then by schedule; ``cosine`` and ``wsd`` end at
     ``min_lr_fraction``.
 
     Args:
         step: Steps taken so far, from 0.
         steps: Steps of the whole phase.
         config: Shape of the schedule.
+
+    Source:
+        ``wsd``: MiniCPM (arXiv:2404.06395), with a linear decay.
     """
     warmup = round(config.warmup_fraction * steps)
     if step < warmup:
         return (step + 1) / (warmup + 1)
     if config.schedule == Schedule.constant:
         return 1.0
+    if config.schedule == Schedule.wsd:
+        decay = round(config.decay_fraction * steps)
+        progress = max(0.0, step - (steps - decay)) / max(1, decay)
+        return 1 - (1 - config.min_lr_fraction) * min(1.0, progress)
     progress = min(1.0, (step - warmup) / max(1, steps - warmup))
     return config.min_lr_fraction + (1 - config.min_lr_fraction) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+@dataclass(frozen=True)
+class Rate:
+    """How one parameter's learning rate differs from the stage's."""
+
+    scale: float = 1.0
+    """Factor on the rate."""
+    until: float = 1.0
+    """Share of the phase's steps after which it is 0."""
+
+
 def freeze_trunk(model: LanguageModel, trunk: TrunkConfig | None) -> None:
-    """Stop training the shared parts if ``trunk.train=frozen``."""
-    if trunk is not None and trunk.train == TrunkTraining.frozen:
+    """Stop training the shared parts if ``trunk.train`` is ``frozen`` or ``deltas``."""
+    if trunk is not None and trunk.train in (TrunkTraining.frozen, TrunkTraining.deltas):
         for parameter in model.trunk_parameters().values():
             parameter.requires_grad_(False)
 
 
-def build_optimizer(model: LanguageModel, config: OptimConfig, trunk: TrunkConfig | None) -> AdamW:
-    """AdamW over the parameters that train; frozen ones are unknown to it.
+def phase_parameters(model: LanguageModel, phase: Phase) -> dict[str, nn.Parameter]:
+    """What a phase trains, by name: what the stage does not freeze, or its new router rows only."""
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad and p.numel()}
+    if phase.trains == Trains.stage:
+        return trained
+    rows = {id(layer.router.row_generations()[-1]) for layer in model.moe_layers()}
+    return {n: p for n, p in trained.items() if id(p) in rows}
 
-    Groups: matrices and norms (no decay), each once at the full rate and once, for a gentle trunk, at
-    ``lr_scale`` times it.
+
+@contextmanager
+def training_only(model: LanguageModel, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Within this context only these parameters have gradients."""
+    chosen = {id(p) for p in parameters}
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
+    for parameter in others:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in others:
+            parameter.requires_grad_(True)
+
+
+def parameter_rates(model: LanguageModel, spec: StageSpec) -> dict[str, Rate]:
+    """The rate of every parameter by name: a gentle trunk, old experts that train on, router rows that settle."""
+    if spec.parent is None:
+        return {name: Rate() for name, _ in model.named_parameters()}
+    trunk_scale = spec.trunk.lr_scale if spec.trunk and spec.trunk.train == TrunkTraining.gentle else 1.0
+    trunk, newest = set(model.trunk_parameters()), model.newest_parameters()
+    rates = {}
+    for name, _ in model.named_parameters():
+        of_router = ".moe.router." in name
+        rate = Rate(trunk_scale if name in trunk else 1.0, spec.optim.router_until if of_router else 1.0)
+        if spec.grow is not None and name not in trunk and name not in newest:
+            rate = Rate(spec.grow.old_lr_scale, min(rate.until, spec.grow.old_until))
+        rates[name] = rate
+    return rates
+
+
+def build_optimizer(model: LanguageModel, spec: StageSpec, phase: Phase) -> tuple[AdamW, list[Rate]]:
+    """AdamW over what a phase trains, and the rate of each of its groups; what is frozen is unknown to it.
+
+    Groups: matrices and norms (no decay), each once for every :class:`Rate`.
 
     Raises:
         ConfigError: If nothing trains.
     """
-    gentle = trunk is not None and trunk.train == TrunkTraining.gentle
-    shared = set(model.trunk_parameters())
-    groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            scale = trunk.lr_scale if gentle and trunk and name in shared else 1.0
-            decay = config.weight_decay if parameter.dim() > 1 else 0.0
-            groups.setdefault((scale, decay), []).append(parameter)
+    config, rates = spec.optim, parameter_rates(model, spec)
+    groups: dict[tuple[Rate, float], list[nn.Parameter]] = {}
+    for name, parameter in phase_parameters(model, phase).items():
+        decay = config.weight_decay if parameter.dim() > 1 else 0.0
+        groups.setdefault((rates[name], decay), []).append(parameter)
     if not groups:
         raise ConfigError("nothing is left to train: the trunk is frozen and no experts are added (grow.experts=0).")
-    return AdamW(
+    peak = config.lr * phase.lr_scale * (config.rewarm if spec.parent is not None else 1.0)
+    optimizer = AdamW(
         [
-            {"params": parameters, "lr": config.lr * scale, "weight_decay": decay}
-            for (scale, decay), parameters in groups.items()
+            {"params": parameters, "lr": peak * rate.scale, "weight_decay": decay}
+            for (rate, decay), parameters in groups.items()
         ],
-        lr=config.lr,
+        lr=peak,
         betas=(config.beta1, config.beta2),
         fused=True,
     )
+    return optimizer, [rate for rate, _ in groups]
+
+
+def build_schedule(optimizer: AdamW, rates: list[Rate], steps: int, config: OptimConfig) -> LambdaLR:
+    """The learning rate of each group as a pure function of the step."""
+
+    def factor(rate: Rate) -> Callable[[int], float]:
+        last = round(rate.until * steps)
+        return lambda step: rate_factor(step, steps, config) if step < last or rate.until == 1 else 0.0
+
+    return LambdaLR(optimizer, [factor(rate) for rate in rates])

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
 
 from lifelong_moe.growth.config import GrowConfig
 from lifelong_moe.model.architecture import Architecture, Generation
 from lifelong_moe.model.config import ModelConfig
 from lifelong_moe.model.cost import training_flops
-from lifelong_moe.retention.config import DistillConfig, DistillText, TrunkConfig, TrunkTraining
+from lifelong_moe.retention.config import (
+    DistillConfig,
+    DistillText,
+    PenaltyConfig,
+    PenaltyKind,
+    ReplaySource,
+    ReviewConfig,
+    TrunkConfig,
+    TrunkTraining,
+)
 from lifelong_moe.routing.config import Features, Level, RoutingConfig
 from lifelong_moe.stages.keys import SCHEMA, content_key
 from lifelong_moe.training.config import OptimConfig
@@ -19,14 +29,31 @@ HASH_WARMUP = 0.1
 """Share of the first stage that trains with hash routing before centroids of hidden states are fitted."""
 
 
-@dataclass(frozen=True)
+class Trains(StrEnum):
+    """What a phase trains."""
+
+    stage = "stage"
+    """Everything that the stage does not freeze."""
+    router = "router"
+    """This stage's router rows only."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Phase:
     """A part of a stage with an optimizer and a schedule of its own."""
 
     name: str
     steps: int
-    fits_clusters: bool
+    replay_fraction: float
+    """Share of its sequences that is replayed text."""
+    trains: Trains = Trains.stage
+    fits_clusters: bool = False
     """Fit the stage's centroids before it begins."""
+    follows: bool = False
+    """Go on in the previous phase's order of samples; else it has an order of its own."""
+    lr_scale: float = 1.0
+    old_loss: float = 0.0
+    """Factor on ``-log`` of what replayed text gives to old experts; above 0 it replaces balance loss and teacher."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,13 +66,22 @@ class StageSpec:
     parent: int | None
     """Index of the stage it continues; None begins from random weights."""
     replayed: tuple[str, ...]
-    """Earlier distributions whose training text is mixed in."""
+    """Earlier distributions whose text is mixed in; without a parent, those that are learned at the same time."""
+    replay_weights: tuple[int, ...]
+    """How often each of them has its turn."""
     replay_fraction: float
+    replay_source: ReplaySource
+    replay_buffer: int | None
+    """Tokens kept of each replayed distribution."""
+    fisher_data: tuple[str, ...]
+    """Earlier distributions that the Fisher information is measured on; empty without EWC."""
     tokens: int
     grow: GrowConfig | None
     trunk: TrunkConfig | None
     """None trains the shared parts like everything else."""
     distill: DistillConfig | None
+    penalty: PenaltyConfig | None
+    review: ReviewConfig | None
     optim: OptimConfig
     model: ModelConfig
     routing: RoutingConfig
@@ -61,13 +97,28 @@ class StageSpec:
         return self.tokens // self.optim.batch_tokens
 
     @property
+    def review_steps(self) -> int:
+        """Steps at the end in which only router rows train."""
+        return round(self.steps * self.review.fraction) if self.review else 0
+
+    @property
     def global_batch(self) -> int:
         """Sequences a step."""
         return self.optim.batch_tokens // self.model.context
 
     @property
+    def learns(self) -> tuple[str, ...]:
+        """Distributions that this stage is there to learn."""
+        return (self.data,) if self.parent is not None else (self.data, *self.replayed)
+
+    @property
+    def generates(self) -> bool:
+        """Whether the parent's model writes the replayed text."""
+        return bool(self.replayed) and self.replay_source == ReplaySource.generated
+
+    @property
     def distilled_share(self) -> float:
-        """Share of the stage's sequences that a teacher is asked about."""
+        """Share of the sequences, outside of the review, that a teacher is asked about."""
         if self.distill is None:
             return 0.0
         share = self.replay_fraction if self.distill.text == DistillText.replay else 1 - self.replay_fraction
@@ -75,34 +126,73 @@ class StageSpec:
 
     @property
     def teacher_tokens(self) -> int:
-        """Tokens of the stage that a teacher is asked about, nearly."""
-        return round(self.steps * self.optim.batch_tokens * self.distilled_share)
+        """Tokens that pass through the parent's model without a gradient, nearly: distilled on, or written by it."""
+        distilled = (self.steps - self.review_steps) * self.optim.batch_tokens * self.distilled_share
+        return round(distilled) + (self.replayed_tokens if self.generates else 0)
+
+    @property
+    def replayed_tokens(self) -> int:
+        """Tokens of replayed text that it trains on, nearly."""
+        return round(sum(p.steps * self.optim.batch_tokens * p.replay_fraction for p in self.phases()))
 
     def phases(self) -> list[Phase]:
-        """The stage's parts in order; one, but where clusters are made of hidden states that must be learned first."""
+        """The stage's parts in order.
+
+        Mostly one; clusters made of hidden states need one before, in which hidden states are learned; a review comes
+        after, with an order of samples of its own.
+        """
         routing = self.routing
-        clustered = routing.mode == "cluster"
-        of_hidden = clustered and routing.level == Level.token and routing.features == Features.hidden
-        fits = clustered and (self.parent is None or self.grow is not None)
+        of_hidden = routing.mode == "cluster" and routing.level == Level.token and routing.features == Features.hidden
+        fits = routing.is_clustered and (self.parent is None or self.grow is not None)
+        steps, share = self.steps - self.review_steps, self.replay_fraction
+        phases = []
         if of_hidden and self.parent is None:
-            warmup = max(1, round(HASH_WARMUP * self.steps))
-            return [Phase("hash", warmup, False), Phase("train", self.steps - warmup, True)]
-        return [Phase("train", self.steps, fits)]
+            warmup = max(1, round(HASH_WARMUP * steps))
+            phases.append(Phase(name="hash", steps=warmup, replay_fraction=share))
+            steps -= warmup
+        phases.append(Phase(name="train", steps=steps, replay_fraction=share, fits_clusters=fits, follows=bool(phases)))
+        if self.review is not None:
+            phases.append(
+                Phase(
+                    name="review",
+                    steps=self.review_steps,
+                    replay_fraction=self.review.replay_fraction,
+                    trains=Trains.router,
+                    lr_scale=self.review.lr_scale,
+                    old_loss=self.review.old_loss,
+                )
+            )
+        return phases
+
+    def generation(self) -> Generation | None:
+        """What this stage adds to the model it continues."""
+        if self.grow is None:
+            return None
+        layers = None if self.grow.layers is None else tuple(self.grow.layers)
+        return Generation(self.name, self.grow.experts, layers, self.delta_rank)
+
+    @property
+    def delta_rank(self) -> int:
+        """Rank of the trunk's changes that this stage trains; 0 if it trains none."""
+        return self.trunk.rank if self.trunk is not None and self.trunk.train == TrunkTraining.deltas else 0
 
     def architecture(self, parent: Architecture | None, vocab_size: int, bos_id: int) -> Architecture:
         """The model at the end of this stage."""
+        generation = self.generation()
         if parent is None:
             first = (Generation(self.name, self.model.experts),)
             architecture = Architecture(self.model, self.routing, vocab_size, bos_id, first)
+        elif generation is None or self.grow is None:
+            architecture = parent
         else:
-            architecture = parent.grown(self.name, self.grow.experts) if self.grow else parent
-        if self.routing.mode != "label":
+            architecture = parent.grown(generation, self.grow.freezes)
+        if not self.routing.by_label:
             return architecture
         known = self.data in dict(architecture.labels)
         return architecture.labelled(self.data) if self.grow or not known else architecture
 
     def flops(self, architecture: Architecture, parent: Architecture | None) -> int:
-        """Active FLOPs of the stage, the teacher's forward passes included."""
+        """Active FLOPs of the stage, forward passes of the parent's model included."""
         tokens = self.steps * self.optim.batch_tokens
         return training_flops(architecture, tokens, parent, self.teacher_tokens)
 
@@ -116,22 +206,33 @@ class StageSpec:
         Args:
             parent_key: Key of the stage it continues.
             data_hash: Of its training documents.
-            replay_hashes: Of each replayed distribution's training documents.
+            replay_hashes: Of each earlier distribution's training documents.
             tokenizer: Recipe and hash of the tokenizer, plain JSON data.
         """
         spec = self.to_json()
         # What has no effect on the result must not change the address.
         spec["tokens"] = self.steps * self.optim.batch_tokens
         del spec["parent"]
+        if self.parent is None:
+            del spec["optim"]["rewarm"], spec["optim"]["router_until"]
         if self.grow:
             del spec["grow"]["min_share"]
+            if self.grow.freezes:
+                del spec["grow"]["old_until"]
         if self.trunk and self.trunk.train != TrunkTraining.gentle:
             del spec["trunk"]["lr_scale"]
-        replay = [replay_hashes[name] for name in self.replayed]
+        if self.trunk and self.trunk.train != TrunkTraining.deltas:
+            del spec["trunk"]["rank"]
+        if self.penalty:
+            spec["penalty"]["weight"] = self.penalty.factor
+            if self.penalty.kind != PenaltyKind.ewc:
+                del spec["penalty"]["fisher_tokens"]
+        text = () if self.generates else self.replayed  # generated text comes from the parent alone
+        hashes = [[replay_hashes[name] for name in names] for names in (text, self.fisher_data)]
         return content_key(
             {
                 "schema": SCHEMA,
-                "spec": {**spec, "replayed": replay},
+                "spec": {**spec, "replayed": hashes[0], "fisher_data": hashes[1]},
                 "parent": parent_key,
                 "data": data_hash,
                 "tokenizer": tokenizer,

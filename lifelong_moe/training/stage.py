@@ -9,13 +9,17 @@ import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
+from numpy.typing import NDArray
 from rich.console import Console
+from safetensors.torch import save_file
 from torch import Tensor
 
 from lifelong_moe.clustering.kmeans import churn
@@ -27,23 +31,27 @@ from lifelong_moe.growth.grow import grow
 from lifelong_moe.growth.observe import observe
 from lifelong_moe.model.architecture import Architecture
 from lifelong_moe.model.transformer import LanguageModel, initialize
+from lifelong_moe.retention.generated import generate_blocks
+from lifelong_moe.retention.penalty import WeightAnchor, fisher_diagonal, make_anchor, mean_fisher
 from lifelong_moe.retention.teacher import make_teacher
 from lifelong_moe.routing.config import Features, Level
-from lifelong_moe.stages.atomic import replace_file
+from lifelong_moe.stages.atomic import replace_file, verify_directory, write_directory
 from lifelong_moe.stages.keys import SHORT
 from lifelong_moe.stages.lock import locked
-from lifelong_moe.stages.store import CommittedStage, StageStore
+from lifelong_moe.stages.store import CommittedStage, StageStore, load_weights
 from lifelong_moe.training.callbacks import Meter, ProgressReport, StepCheckpoint
 from lifelong_moe.training.checkpoint import SafeCheckpointIO, newest_checkpoint
 from lifelong_moe.training.config import CheckpointConfig, TrainerConfig
-from lifelong_moe.training.data import StageData, new_text_sample, stage_dataset
+from lifelong_moe.training.data import StageData, phase_dataset, text_sample
 from lifelong_moe.training.interrupt import Interrupt
 from lifelong_moe.training.logger import BatchedLogger, Send
 from lifelong_moe.training.module import StageModule
-from lifelong_moe.training.optimizer import freeze_trunk
-from lifelong_moe.training.spec import Phase, StageSpec
+from lifelong_moe.training.optimizer import freeze_trunk, phase_parameters, training_only
+from lifelong_moe.training.spec import Phase, StageSpec, Trains
 
 log = logging.getLogger(__name__)
+REVIEW_SEED = 500
+"""Added to a stage's seed for the order of its review, which mixes its text anew."""
 
 
 @dataclass(frozen=True)
@@ -109,21 +117,26 @@ def train_stage(
     with locked(work / ".lock", f"stage {spec.name}"):
         if (committed := environment.store.find(key)) is not None:
             return committed  # another process committed it while we were on our way here
-        model, teacher = _prepare(spec, index, parent, corpora[spec.data], tokenizer, environment.store)
+        seed = _stage_seed(spec, index)
+        model, teacher, anchor, generated = _prepare(spec, seed, parent, corpora, tokenizer, environment, work)
         resumed = newest_checkpoint(work)
-        phases, measured, first_step = spec.phases(), [], 0
-        for number, phase in enumerate(phases):
+        measured, first_step, order_step = [], 0, 0
+        for number, phase in enumerate(spec.phases()):
+            order_step = order_step if phase.follows else 0
             if resumed is None or number >= resumed[0]:
                 resume = resumed[1] if resumed is not None and number == resumed[0] else None
                 if phase.fits_clusters and resume is None:
-                    _fit_clusters(model, spec, index, corpora[spec.data])
-                run = _PhaseRun(number, phase, first_step, work, resume, _stage_seed(spec, index))
-                done = _train_phase(model, teacher, spec, run, corpora, environment)
+                    _fit_clusters(model, spec, seed, corpora[spec.data])
+                order_seed = seed if phase.trains == Trains.stage else seed + REVIEW_SEED
+                run = _PhaseRun(number, phase, first_step, order_step, order_seed, work, resume)
+                module = StageModule(model, spec, phase, teacher, anchor)
+                done = _train_phase(module, teacher, run, corpora, generated, environment)
                 replace_file(work / f"phase-{number}.json", json.dumps(done))
             measured.append(json.loads((work / f"phase-{number}.json").read_text(encoding="utf-8")))
             first_step += phase.steps
+            order_step += phase.steps
         metrics = _stage_metrics(model, spec, measured, corpora[spec.data])
-        hashes = {name: corpora[name].train_hash for name in (spec.data, *spec.replayed)}
+        hashes = {name: corpora[name].train_hash for name in (spec.data, *spec.replayed, *spec.fisher_data)}
         identity = {
             "key": key,
             "name": spec.name,
@@ -148,42 +161,81 @@ def clear_abandoned(work: Path) -> None:
 
 def _prepare(
     spec: StageSpec,
-    index: int,
+    seed: int,
     parent: CommittedStage | None,
-    corpus: TokenizedCorpus,
+    corpora: Mapping[str, TokenizedCorpus],
     tokenizer: Tokenizer,
-    store: StageStore,
-) -> tuple[LanguageModel, LanguageModel | None]:
-    """Restore or begin, keep the teacher, grow and freeze."""
+    environment: StageEnvironment,
+    work: Path,
+) -> tuple[LanguageModel, LanguageModel | None, WeightAnchor | None, NDArray[np.int64] | None]:
+    """Restore or begin; keep the teacher, the old weights and what the old model writes; grow and freeze."""
     vocab_size, bos_id = tokenizer.vocab_size, tokenizer.bos_id
     if parent is None:
-        return initial_model(spec.architecture(None, vocab_size, bos_id), spec.seed), None
-    model = load_model(store, parent)
+        return initial_model(spec.architecture(None, vocab_size, bos_id), spec.seed), None, None, None
+    model = load_model(environment.store, parent)
+    generated = _generated_text(model, spec, seed, work, environment.console) if spec.generates else None
     freeze_trunk(model, spec.trunk)
+    importances = _importances(model, spec, corpora) if spec.fisher_data else None
+    old = {name: p.detach().clone() for name, p in model.named_parameters()} if spec.penalty else {}
     teacher = make_teacher(model, _unchanging(model, spec)) if spec.distill else None
-    if spec.grow:
-        sample = new_text_sample(model, spec, corpus, spec.grow.sample_tokens)
-        grow(model, spec.name, spec.grow, sample, _stage_seed(spec, index))
+    generation = spec.generation()
+    if spec.grow and generation:
+        sample = text_sample(model, spec, corpora[spec.data], spec.grow.sample_tokens)
+        grow(model, generation, spec.grow, sample, seed)
     model.architecture = spec.architecture(Architecture.from_json(parent.config["architecture"]), vocab_size, bos_id)
-    return model, teacher
+    anchor = make_anchor(model, old, spec.penalty.factor, importances) if spec.penalty else None
+    return model, teacher, anchor, generated
 
 
 def _unchanging(model: LanguageModel, spec: StageSpec) -> list[Tensor]:
     """Tensors that this stage will not train; the teacher shares them."""
     shared: list[Tensor] = [p for p in model.parameters() if not p.requires_grad]
-    if spec.grow:
+    if spec.grow and spec.grow.freezes:
         shared += [p for layer in model.moe_layers() for p in layer.parameters()]
+        shared += [p for matrix in model.delta_matrices() for p in matrix.deltas.parameters()]
     return shared
+
+
+def _importances(model: LanguageModel, spec: StageSpec, corpora: Mapping[str, TokenizedCorpus]) -> dict[str, Tensor]:
+    """Mean Fisher information on the earlier distributions."""
+    assert spec.penalty is not None
+    tokens = spec.penalty.fisher_tokens
+    return mean_fisher(
+        [fisher_diagonal(model, text_sample(model, spec, corpora[name], tokens)) for name in spec.fisher_data]
+    )
+
+
+def _generated_text(
+    model: LanguageModel, spec: StageSpec, seed: int, work: Path, console: Console
+) -> NDArray[np.int64]:
+    """Text that the parent's model writes, each block for one use; kept with the stage's work."""
+    path = work / "generated"
+    if not path.exists():
+        context = spec.model.context
+        blocks = max(1, spec.replayed_tokens // context)
+        clusters = model.document_clusters
+        with console.status(f"{spec.name}: the previous stage's model writes {blocks * context:,} tokens"):
+            rows = generate_blocks(
+                model,
+                blocks,
+                context=context,
+                bos_id=model.architecture.bos_id,
+                seed=seed,
+                group_ids_of=None if clusters is None else clusters.group_ids,
+            )
+        write_directory(path, {"blocks.safetensors": partial(save_file, {"blocks": torch.from_numpy(rows)})})
+    verify_directory(path)
+    return load_weights(path / "blocks.safetensors")["blocks"].numpy()
 
 
 def _stage_seed(spec: StageSpec, index: int) -> int:
     return spec.seed + 1000 * index
 
 
-def _fit_clusters(model: LanguageModel, spec: StageSpec, index: int, corpus: TokenizedCorpus) -> None:
-    sample = new_text_sample(model, spec, corpus, spec.routing.sample_tokens)
+def _fit_clusters(model: LanguageModel, spec: StageSpec, seed: int, corpus: TokenizedCorpus) -> None:
+    sample = text_sample(model, spec, corpus, spec.routing.sample_tokens)
     documents = [corpus.train.document(i) for i in range(corpus.train.num_documents)]
-    fit_clusters(model, documents, corpus.train.tokens, sample, _stage_seed(spec, index))
+    fit_clusters(model, documents, corpus.train.tokens, sample, seed)
 
 
 @dataclass(frozen=True)
@@ -193,23 +245,25 @@ class _PhaseRun:
     number: int
     phase: Phase
     first_step: int
+    """Steps of the stage before it."""
+    order_step: int
+    """Steps before it that share its order of samples."""
+    seed: int
+    """Of that order: another one each stage, or every stage would replay the same blocks."""
     work: Path
     resume: Path | None
-    seed: int
-    """Of the sample order: another one each stage, or every stage would replay the same blocks."""
 
 
 def _train_phase(
-    model: LanguageModel,
+    module: StageModule,
     teacher: LanguageModel | None,
-    spec: StageSpec,
     run: _PhaseRun,
     corpora: Mapping[str, TokenizedCorpus],
+    generated: NDArray[np.int64] | None,
     environment: StageEnvironment,
 ) -> dict[str, Any]:
     """Train one phase with a fresh Trainer and optimizer; returns what was measured."""
-    config, phase = environment.trainer, run.phase
-    module = StageModule(model, spec, phase, teacher)
+    config, phase, model, spec = environment.trainer, run.phase, module.model, module.spec
     if run.resume is not None:
         environment.console.print(f"{spec.name}: continuing from {run.resume.name}")
         if phase.fits_clusters:  # groups of the training text depend on centroids, which the checkpoint holds
@@ -218,9 +272,9 @@ def _train_phase(
     else:
         module.assignments_before = _sample_assignments(model, spec, corpora[spec.data])
     data = StageData(
-        stage_dataset(model, teacher, spec, corpora, run.seed),
+        phase_dataset(model, teacher, spec, phase, corpora, generated, run.seed),
         spec,
-        first_step=run.first_step,
+        first_step=run.order_step,
         steps=phase.steps,
         accumulate=config.accumulate_grad_batches,
         num_workers=config.num_workers,
@@ -236,7 +290,8 @@ def _train_phase(
     logger = BatchedLogger(spec.name, environment.run_id, environment.send, run.first_step)
     trainer = build_trainer(config, phase.steps, callbacks, logger)
     model.train()
-    with environment.interrupt.until_step_boundary():
+    trained = phase_parameters(model, phase).values()
+    with training_only(model, trained), environment.interrupt.until_step_boundary():
         trainer.fit(module, data, ckpt_path=run.resume, weights_only=True)
     model.cpu()
     if trainer.global_step != phase.steps:
@@ -299,7 +354,7 @@ def _sample_assignments(model: LanguageModel, spec: StageSpec, corpus: Tokenized
     routing = spec.routing
     if not (routing.mode == "cluster" and routing.level == Level.token and routing.features == Features.hidden):
         return None
-    sample = new_text_sample(model, spec, corpus, 4 * spec.model.context)
+    sample = text_sample(model, spec, corpus, 4 * spec.model.context)
     model.eval()
     with torch.no_grad():
         output = model(sample["token_ids"], document_ids_BS=sample["document_ids"])
@@ -325,7 +380,7 @@ def _stage_metrics(
         # A loss that was not finite is absent here; nonfinite_steps says why.
         "final": {name: value for name, value in measured[-1]["final"].items() if math.isfinite(value)},
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "epochs": tokens * (1 - spec.replay_fraction) / corpus.train.num_tokens,
+        "epochs": (tokens - spec.replayed_tokens) / corpus.train.num_tokens,
     }
     if "assignment_churn" in measured[-1]:
         metrics["assignment_churn"] = measured[-1]["assignment_churn"]
@@ -337,9 +392,10 @@ def _stage_metrics(
 def _new_expert_share(model: LanguageModel, spec: StageSpec, corpus: TokenizedCorpus) -> float:
     """Smallest share of the new data's assignments that any new expert gets; warns if next to none."""
     assert spec.grow is not None
-    sample = new_text_sample(model, spec, corpus, spec.grow.sample_tokens)
-    shares = [seen.counts_E / seen.counts_E.sum() for seen in observe(model, sample)]
-    smallest = min(float(share[-spec.grow.experts :].min()) for share in shares)
+    sample = text_sample(model, spec, corpus, spec.grow.sample_tokens)
+    grown = [layer for layer in range(spec.model.layers) if model.architecture.generations[-1].experts_in(layer)]
+    counts = [seen.counts_E for seen in observe(model, sample)]
+    smallest = min(float((counts[i] / counts[i].sum())[-spec.grow.experts :].min()) for i in grown)
     if smallest < spec.grow.min_share:
         log.warning(
             "stage %s: a new expert gets %.2f %% of the new data's assignments, less than %.0f %%",

@@ -11,7 +11,7 @@ from torch import Tensor
 from lifelong_moe.growth.clusters import fit_clusters
 from lifelong_moe.growth.config import GrowConfig
 from lifelong_moe.growth.grow import grow
-from lifelong_moe.model.architecture import Architecture
+from lifelong_moe.model.architecture import Architecture, Generation
 from lifelong_moe.model.transformer import LanguageModel, initialize
 
 MakeArchitecture = Callable[..., Architecture]
@@ -44,7 +44,7 @@ def test_a_second_stage_leaves_the_first_one_s_clusters_alone(
     fit(model, corpus(1, 31), sample)
     first = {name: tensor.clone() for name, tensor in model.named_buffers() if "_G" not in name}
     assert first and all(tensor.any() for tensor in first.values())
-    grow(model, "new", GrowConfig(experts=2), sample, seed=0)
+    grow(model, Generation("new", 2), GrowConfig(experts=2), sample, seed=0)
     fit(model, corpus(31, 61), sample, seed=1)
     after = dict(model.named_buffers())
     assert all(torch.equal(after[name], tensor) for name, tensor in first.items())

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lifelong_moe.ops.router_losses import load_balancing_loss, router_z_loss
+from lifelong_moe.ops.router_losses import load_balancing_loss, old_experts_loss, router_z_loss
 
 ALL = torch.ones(2, dtype=torch.bool)
 
@@ -87,3 +87,56 @@ def test_nothing_to_average_is_refused() -> None:
         load_balancing_loss(torch.full((2, 2), 0.5), torch.tensor([[0], [1]]), none)
     with pytest.raises(ValueError, match="at least one unmasked token"):
         router_z_loss(torch.zeros(2, 2), none)
+
+
+@pytest.mark.parametrize("num_old", [1, 3, 4])
+def test_old_experts_by_hand(num_old: int) -> None:
+    # Equal logits of four experts: the old ones hold num_old / 4 of the probability.
+    assert float(old_experts_loss(torch.zeros(2, 4), num_old, ALL)) == pytest.approx(math.log(4 / num_old), abs=1e-6)
+
+
+def test_old_experts_average_over_old_tokens() -> None:
+    # Probabilities (1, 3, 4) / 8 and (1, 1, 2) / 4, two old experts: ln(8 / 4) and ln(4 / 2); the third is new text.
+    logits = torch.tensor([[1.0, 3.0, 4.0], [1.0, 1.0, 2.0], [1.0, 1.0, 98.0]]).log()
+    mask = torch.tensor([True, True, False])
+    assert float(old_experts_loss(logits, 2, mask)) == pytest.approx(math.log(2))
+    assert float(old_experts_loss(logits, 2, ~mask)) == pytest.approx(math.log(50))
+    assert float(old_experts_loss(logits, 1, mask)) == pytest.approx((math.log(8) + math.log(4)) / 2)
+
+
+def test_old_experts_of_one_is_cross_entropy_with_expert_zero() -> None:
+    logits = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(5, dtype=torch.bool)
+    expected = torch.nn.functional.cross_entropy(logits, torch.zeros(5, dtype=torch.long))
+    torch.testing.assert_close(old_experts_loss(logits, 1, mask), expected)
+
+
+def test_old_experts_gradient_by_hand() -> None:
+    # d/dlogit = p - p_within_old, halved over two tokens: old logits rise and new ones fall in a descent.
+    logits = torch.zeros(2, 4, requires_grad=True)
+    old_experts_loss(logits, 2, ALL).backward()
+    expected = torch.tensor([[-0.125, -0.125, 0.125, 0.125]] * 2)
+    torch.testing.assert_close(logits.grad, expected)
+
+
+def test_old_experts_without_old_text_is_zero() -> None:
+    logits = torch.randn(2, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    value = old_experts_loss(logits, 2, ~ALL)
+    value.backward()
+    assert value.item() == 0.0
+    assert logits.grad is not None and not bool(logits.grad.any())
+
+
+def test_old_experts_stay_finite_far_from_home() -> None:
+    # A probability of e^-200 is zero in float32; its logarithm is not.
+    logits = torch.tensor([[-200.0, 0.0]], requires_grad=True)
+    value = old_experts_loss(logits, 1, ALL[:1])
+    value.backward()
+    assert value.item() == pytest.approx(200.0)
+    torch.testing.assert_close(logits.grad, torch.tensor([[-1.0, 1.0]]))
+
+
+@pytest.mark.parametrize("num_old", [0, 5])
+def test_old_experts_must_be_some_of_all(num_old: int) -> None:
+    with pytest.raises(ValueError, match=rf"num_old={num_old} must lie in \[1, 4\]"):
+        old_experts_loss(torch.zeros(2, 4), num_old, ALL)

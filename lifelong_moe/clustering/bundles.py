@@ -1,0 +1,91 @@
+"""Which stage a text belongs to, as far as it has been read: several unigram models a stage, compared by likelihood.
+
+FAISS clusters a stage's own documents, and each cluster's token frequencies become a centroid: a row of log
+probabilities. The inner product of a text's token counts with it is the text's log likelihood, in nats. Every stage is
+fitted on its own text alone, so a new one needs no old text and changes no old centroid.
+
+Shapes: N tokens of a document, V vocabulary size, K centroids of a stage, G stages, C chunks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from lifelong_moe.clustering.balanced import balanced_kmeans
+from lifelong_moe.clustering.documents import TokenIds, document_features, fit_tfidf, prefix_sums
+from lifelong_moe.clustering.kmeans import Floats, Labels
+
+UNIFORM = 0.01
+"""Share of the uniform distribution in each centroid, so that a token which its stage never saw costs
+``ln(V / UNIFORM)`` nats and not infinitely many."""
+
+
+def fit_unigrams(documents: Sequence[TokenIds], vocab_size: int, k: int, *, width: int, seed: int) -> Floats:
+    """Cluster documents by what they are about, and take each cluster's token distribution.
+
+    Args:
+        documents: Token ids of each whole document of one stage, integer ``(length,)``, without BOS.
+        vocab_size: V.
+        k: Clusters; of equal size, because the few odd documents of a small cluster draw other stages' text.
+        width: Dimensions of the tf-idf features, which are fitted on these documents and then forgotten.
+        seed: Of the features and the clustering.
+
+    Returns:
+        Log probabilities, float32 ``(K, V)``.
+
+    Raises:
+        DataError: If fewer than ``k`` documents hold a token.
+        ValueError: If a token id is outside the vocabulary.
+    """
+    projection_VD = fit_tfidf(documents, vocab_size, width, seed=seed)
+    labels = balanced_kmeans(document_features(documents, projection_VD), k, seed=seed)[1]
+    counts_KV = np.zeros((k, vocab_size))
+    for label, document in zip(labels, documents, strict=True):
+        counts_KV[label] += np.bincount(document, minlength=vocab_size)
+    shares_KV = counts_KV / np.maximum(counts_KV.sum(axis=1, keepdims=True), 1)
+    return np.asarray(np.log((1 - UNIFORM) * shares_KV + UNIFORM / vocab_size), np.float32)
+
+
+def prefix_bundles(token_ids_N: TokenIds, centroids: Sequence[Floats], chunk: int, margin: float) -> Labels:
+    """The stage that explains best what precedes each chunk of a document.
+
+    Oldest first, a stage takes a chunk over from the older one that holds it if its best centroid's log likelihood is
+    more than ``margin`` larger. A further stage thus changes nothing but what it takes over itself.
+
+    Args:
+        token_ids_N: One document's token ids in order, integer ``(N,)``.
+        centroids: Each stage's log probabilities ``(K, V)``, oldest first; at least one stage.
+        chunk: Tokens per chunk, at least 1.
+        margin: In nats.
+
+    Returns:
+        int64 ``(ceil(N / chunk),)``; 0 for chunk 0, which nothing precedes. No entry changes with any later token.
+    """
+    held_C, best_C = np.zeros(-(-len(token_ids_N) // chunk), np.int64), None
+    for stage, centroids_KV in enumerate(centroids):
+        likelihood_C = prefix_sums(token_ids_N, centroids_KV.T, chunk).max(axis=1)
+        taken_C = np.zeros(len(held_C), bool) if best_C is None else likelihood_C > best_C + margin
+        held_C[taken_C] = stage
+        best_C = likelihood_C if best_C is None else np.where(taken_C, likelihood_C, best_C)
+    return held_C
+
+
+def hashed_groups(token_ids_N: TokenIds, num_groups: int, chunk: int) -> Labels:
+    """Random groups that read nothing: a document's first chunk, hashed, decides for all later ones; chunk 0 is in 0.
+
+    The group of the highest rank wins, so that a further group takes documents over and moves none between old ones.
+
+    Returns:
+        int64 ``(ceil(N / chunk),)``.
+
+    Source:
+        c-BTM's random clusters (arXiv:2303.14177), there drawn once a document; rendezvous hashing (1998).
+    """
+    first = np.asarray(token_ids_N[:chunk], "<i8").tobytes()
+    ranks = [hashlib.sha256(group.to_bytes(4, "little") + first).digest() for group in range(num_groups)]
+    groups_C = np.full(-(-len(token_ids_N) // chunk), ranks.index(max(ranks)), np.int64)
+    groups_C[:1] = 0
+    return groups_C

@@ -1,0 +1,54 @@
+"""Tables for other tools: Parquet files, whole or absent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lifelong_moe.data.storage import temporary_path
+
+
+def write_parquet(path: Path, parts: Iterable[Mapping[str, Any]]) -> int:
+    """Write a table part by part, so that it need not fit into memory.
+
+    Args:
+        path: The file; replaced once the table is complete.
+        parts: Columns by name, all parts with the same ones and at least one part. A column is a NumPy array
+            ``(rows,)``, an array ``(rows, K)`` for lists of K values, or a list of texts.
+
+    Returns:
+        Rows written.
+    """
+    import pyarrow  # type: ignore[import-untyped]
+    from pyarrow import parquet
+
+    work, rows, writer = temporary_path(path.parent), 0, None
+    try:
+        for part in parts:
+            table = pyarrow.table({name: _column(values) for name, values in part.items()})
+            if writer is None:
+                writer = parquet.ParquetWriter(work, table.schema)
+            writer.write_table(table)
+            rows += len(table)
+        if writer is None:
+            raise ValueError("a table needs at least one part")
+        writer.close()
+        work.replace(path)
+    finally:
+        if writer is not None:
+            writer.close()
+        work.unlink(missing_ok=True)
+    return rows
+
+
+def _column(values: Any) -> Any:
+    """An Arrow array; the rows of a matrix become lists."""
+    import pyarrow
+
+    if isinstance(values, np.ndarray) and values.ndim == 2:
+        offsets = np.arange(len(values) + 1, dtype=np.int32) * values.shape[1]
+        return pyarrow.ListArray.from_arrays(offsets, pyarrow.array(values.ravel()))
+    return pyarrow.array(values)

@@ -1,0 +1,263 @@
+"""Arms side by side, from their runs' reports. Pure: plain JSON data in and out.
+
+Keys of ``comparison.json`` (schema 1). What cannot be known, because a run or a reference is absent, is null.
+
+=====================  ========================================================================================
+``schema``             1
+``compare``            name
+``budget``             what is equal between arms: ``tokens`` or ``flops``
+``base``               the run configuration that all arms begin with
+``seeds``              of each arm
+``reference``          arm that differences are taken against
+``unrestrained``       arm that the plasticity gap is taken against; null if there is none
+``joint``              arm that the oracle gap is taken against; null if there is none
+``distributions``      all that any arm was measured on, in order of first use
+``complete``           whether every arm has a committed run with every seed
+``arms``               a list, one object an arm: ``name``, ``method``, ``overrides``, ``stages`` (names),
+                       ``learned_after`` ({distribution: index of the last stage that learned it}), ``runs`` (one a
+                       seed, below), ``summary`` ({number: over seeds, below}), ``differences`` ({number: arm minus
+                       reference with the same seeds, below}; null for the reference)
+``runs``               ``run``, ``seed``, ``status`` (``committed``, ``failed``, ``absent``), ``reason`` (why it
+                       failed), and where committed: ``numbers`` (below), ``forgetting``, ``plasticity_gap``,
+                       ``oracle_gap`` ({distribution: nats per token}), ``leak`` ({distribution: share}),
+                       ``final_bits_per_byte`` ({distribution: after the last stage}) and ``curves``
+                       ({distribution: bits per byte after each stage})
+over seeds             {``mean``, ``low``, ``high``, ``n``}: mean and 95 % t-interval; the interval is null for n = 1
+differences            the same of the paired differences, and ``p`` of the paired t-test; null for fewer than two
+                       common seeds. Many arms make many tests: p is not corrected for that
+=====================  ========================================================================================
+
+``numbers`` of a run. A gap is a relative rise of perplexity, ``exp(nats per token) − 1``; positive is worse:
+
+==============================  ===============================================================================
+``forgetting_max``              of the largest ``R[last, j] − R[j, j]`` over old distributions, those that the last
+                                stage did not learn; null with one stage
+``forgetting_mean``             of their mean
+``plasticity_gap``              of the largest ``R[j, j] − R_unrestrained[j, j]`` over what was learned from the
+                                second stage on, same seed
+``plasticity_gap_mean``         of their mean
+``oracle_gap``                  of the mean of ``R[last, j] − R_joint[j]`` over learned distributions, same seed
+``final_mean_nats``             mean over distributions of nats per token after the last stage
+``final_mean_bits_per_byte``    the same in bits per byte of source text
+``leak_max``                    largest router leak of an old distribution; null with one stage
+``tokens``                      trained on, replayed ones included
+``active_flops``                of training, the teacher's included
+``parameters_total``            of the final model
+``parameters_active``           of them, used by one token
+``epochs_max``                  most passes over a stage's own text
+``seconds``                     of training, shared stages included
+==============================  ===============================================================================
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.special import stdtr, stdtrit
+
+SCHEMA = 1
+CONFIDENCE = 0.95
+Report = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """What is known of an arm."""
+
+    name: str
+    method: str
+    overrides: tuple[str, ...]
+    runs: Mapping[int, str]
+    """Name of the run of each seed."""
+    reports: Mapping[int, Report]
+    """Report of each seed that is committed."""
+    failed: Mapping[int, str]
+    """Why a seed's run failed."""
+
+
+def build_comparison(
+    arms: Sequence[ArmResult], *, reference: str, unrestrained: str | None = None, joint: str | None = None
+) -> dict[str, Any]:
+    """Compare what is committed so far.
+
+    Args:
+        arms: In the order of the table.
+        reference: Arm that differences are taken against.
+        unrestrained: Arm with nothing to hold it back; by default the first of method ``unrestrained``, else the first
+            of method ``sequential``.
+        joint: Arm that learned everything at once; by default the first of method ``joint``.
+
+    Returns:
+        The keys of the table above from ``reference`` on.
+    """
+    unrestrained = unrestrained or _first(arms, "unrestrained") or _first(arms, "sequential")
+    joint = joint or _first(arms, "joint")
+    reports = {arm.name: arm.reports for arm in arms}
+    free, oracle = (reports[role] if role else {} for role in (unrestrained, joint))
+    rows = [_arm(arm, free, oracle) for arm in arms]
+    base = next(row for row in rows if row["name"] == reference)
+    for row in rows:
+        row["differences"] = None if row is base else _differences(row, base)
+    return {
+        "reference": reference,
+        "unrestrained": unrestrained,
+        "joint": joint,
+        "distributions": list(dict.fromkeys(d for arm in arms for r in arm.reports.values() for d in r["distributions"])),
+        "complete": all(run["status"] == "committed" for row in rows for run in row["runs"]),
+        "arms": rows,
+    }
+
+
+def _first(arms: Sequence[ArmResult], method: str) -> str | None:
+    return next((arm.name for arm in arms if arm.method == method), None)
+
+
+def _arm(arm: ArmResult, free: Mapping[int, Report], oracle: Mapping[int, Report]) -> dict[str, Any]:
+    runs = [_run(arm, seed, free.get(seed), oracle.get(seed)) for seed in arm.runs]
+    numbers = [run["numbers"] for run in runs if run["status"] == "committed"]
+    report = next(iter(arm.reports.values()), None)
+    return {
+        "name": arm.name,
+        "method": arm.method,
+        "overrides": list(arm.overrides),
+        "stages": [stage["name"] for stage in report["stages"]] if report else [],
+        "learned_after": learned_rows(report) if report else {},
+        "runs": runs,
+        "summary": {key: over_seeds([one[key] for one in numbers]) for key in (numbers[0] if numbers else ())},
+    }
+
+
+def _run(arm: ArmResult, seed: int, free: Report | None, oracle: Report | None) -> dict[str, Any]:
+    report, reason = arm.reports.get(seed), arm.failed.get(seed)
+    status = "committed" if report else "failed" if reason else "absent"
+    row = {"run": arm.runs[seed], "seed": seed, "status": status, "reason": None if report else reason}
+    return row | measure(report, free, oracle) if report else row
+
+
+def measure(report: Report, free: Report | None, oracle: Report | None) -> dict[str, Any]:
+    """What the tables above say of one run.
+
+    Args:
+        report: Of the run.
+        free: Of the unrestrained run with the same seed.
+        oracle: Of the joint run with the same seed.
+    """
+    names, stages = report["distributions"], report["stages"]
+    forgetting = {name: value for name, value in report["forgetting"].items() if name in old_distributions(report)}
+    plasticity = _plasticity_gap(report, free) if free else None
+    above = _oracle_gap(report, oracle) if oracle else None
+    leak = {name: report["routing"][name]["leak"] for name in report["forgetting"]}
+    numbers = {
+        "forgetting_max": _relative(max, forgetting),
+        "forgetting_mean": _relative(_mean, forgetting),
+        "plasticity_gap": _relative(max, plasticity),
+        "plasticity_gap_mean": _relative(_mean, plasticity),
+        "oracle_gap": _relative(_mean, above),
+        "final_mean_nats": _mean(report["loss_nats_per_token"][-1]),
+        "final_mean_bits_per_byte": _mean(report["bits_per_byte"][-1]),
+        "leak_max": max((leak[name] for name in forgetting), default=None),
+        "tokens": sum(stage["tokens"] for stage in stages),
+        "active_flops": sum(stage["active_flops"] for stage in stages),
+        "parameters_total": stages[-1]["parameters_total"],
+        "parameters_active": stages[-1]["parameters_active"],
+        "epochs_max": max(stage["epochs"] for stage in stages),
+        "seconds": sum(stage["seconds"] for stage in stages),
+    }
+    return {
+        "numbers": numbers,
+        "forgetting": forgetting,
+        "plasticity_gap": plasticity,
+        "oracle_gap": above,
+        "leak": leak,
+        "final_bits_per_byte": dict(zip(names, report["bits_per_byte"][-1], strict=True)),
+        "curves": {name: [row[j] for row in report["bits_per_byte"]] for j, name in enumerate(names)},
+    }
+
+
+def learned_rows(report: Report) -> dict[str, int]:
+    """For each learned distribution, the row of the last stage that was there to learn it."""
+    learned = [stage["learns"] for stage in report["stages"]]
+    return {name: max(i for i, names in enumerate(learned) if name in names) for name in report["forgetting"]}
+
+
+def old_distributions(report: Report) -> list[str]:
+    """Learned distributions that the last stage did not train on."""
+    last = len(report["stages"]) - 1
+    return [name for name, row in learned_rows(report).items() if row < last]
+
+
+def _plasticity_gap(report: Report, free: Report) -> dict[str, float]:
+    """``R[j, j] − R_unrestrained[j, j]`` in nats of what both learned from their second stage on."""
+    rows, free_rows = learned_rows(report), learned_rows(free)
+    common = [name for name, row in rows.items() if row > 0 and free_rows.get(name, 0) > 0]
+    return {name: _loss(report, rows[name], name) - _loss(free, free_rows[name], name) for name in common}
+
+
+def _oracle_gap(report: Report, oracle: Report) -> dict[str, float] | None:
+    """``R[last, j] − R_joint[j]`` in nats; None unless the joint run learned all that this one did."""
+    names = list(report["forgetting"])
+    if not set(names) <= set(oracle["forgetting"]):
+        return None
+    return {name: _loss(report, -1, name) - _loss(oracle, -1, name) for name in names}
+
+
+def _loss(report: Report, row: int, name: str) -> float:
+    return report["loss_nats_per_token"][row][report["distributions"].index(name)]
+
+
+def _relative(reduce: Any, nats: Mapping[str, float] | None) -> float | None:
+    return math.expm1(reduce(nats.values())) if nats else None
+
+
+def _mean(values: Any) -> float:
+    return float(np.mean(list(values)))
+
+
+def over_seeds(values: Sequence[float | None]) -> dict[str, Any] | None:
+    """Mean and 95 % t-interval of the values that are known.
+
+    Returns:
+        ``mean``, ``low``, ``high`` and ``n``; no interval for n = 1; None if nothing is known.
+    """
+    known = np.array([value for value in values if value is not None], dtype=np.float64)
+    n = len(known)
+    if not n:
+        return None
+    mean = float(known.mean())
+    if n == 1:
+        return {"mean": mean, "low": None, "high": None, "n": 1}
+    half = float(stdtrit(n - 1, (1 + CONFIDENCE) / 2) * known.std(ddof=1) / math.sqrt(n))
+    return {"mean": mean, "low": mean - half, "high": mean + half, "n": n}
+
+
+def paired(values: Mapping[int, float | None], reference: Mapping[int, float | None]) -> dict[str, Any] | None:
+    """Differences with the same seed, and the paired t-test of a mean difference of 0.
+
+    Args:
+        values: By seed.
+        reference: By seed.
+
+    Returns:
+        ``mean``, ``low``, ``high``, ``n``, ``p``; None for fewer than two seeds. Differences without any spread leave
+        p undefined, hence null.
+    """
+    pairs = [(value, reference.get(seed)) for seed, value in values.items()]
+    differences = [a - b for a, b in pairs if a is not None and b is not None]
+    if len(differences) < 2:
+        return None
+    result, spread = over_seeds(differences), float(np.std(differences, ddof=1))
+    assert result is not None
+    t = abs(result["mean"]) / (spread / math.sqrt(result["n"])) if spread else None
+    return result | {"p": None if t is None else float(2 * stdtr(result["n"] - 1, -t))}
+
+
+def _differences(row: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
+    by_seed = [{run["seed"]: run["numbers"] for run in arm["runs"] if "numbers" in run} for arm in (row, base)]
+    keys = next(iter(by_seed[0].values()), {})
+    return {
+        key: paired(*({seed: numbers[key] for seed, numbers in arm.items()} for arm in by_seed)) for key in keys
+    }

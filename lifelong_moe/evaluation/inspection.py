@@ -1,0 +1,129 @@
+"""What experts specialize in, as plain JSON data. Pure: from observed routing and names.
+
+Keys of ``inspection.json`` (schema 1):
+
+====================  =========================================================================================
+``schema``            1
+``tokens``            {distribution: held-out tokens read}
+``layers``            a list, one object a layer:
+``·layer``            its number
+``·experts``          names, ``STAGE/L<layer>/E<index>``
+``·counts``           {distribution: assignments per expert}
+``·token``            mutual information of expert and token id: ``nats``, ``null_mean``, ``null_95``
+``·distribution``     the same of expert and distribution; null if there is one distribution only
+``·leak``             {distribution: share of assignments to experts born after the stage that learned it}
+``·dead``             names of experts that next to no token reaches
+``·top_tokens``       {expert: [{``token_id``, ``text``, ``count``, ``lift``}]}
+``·coactivation``     row i: share of expert i's tokens that expert j gets too; null on the diagonal and where
+                      i has none
+``·similarity``       mean cosine of the outputs of experts i and j
+``saturation``        {earlier stage: {distribution: per layer, share of chosen experts that are the last model's}}
+``shuffled``          {distribution: {``nats_per_token``, ``shuffled_nats_per_token``}}: held-out loss, and what it
+                      becomes when the experts of each layer swap places
+====================  =========================================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lifelong_moe.evaluation.probing import Observation, expert_names
+from lifelong_moe.evaluation.routing import DEAD_SHARE, routing_statistics
+from lifelong_moe.evaluation.specialization import (
+    agreement,
+    coactivation,
+    information,
+    joint_counts,
+    top_tokens,
+)
+from lifelong_moe.model.architecture import Architecture
+
+SCHEMA = 1
+Losses = Mapping[str, tuple[float, float]]
+
+
+def build_inspection(
+    architecture: Architecture,
+    observed: Mapping[str, Observation],
+    *,
+    stages: Sequence[str],
+    learned_in: Mapping[str, int],
+    earlier: Mapping[str, Mapping[str, Observation]],
+    similarities: Sequence[NDArray[Any]],
+    losses: Losses,
+    decode: Callable[[int], str],
+) -> dict[str, Any]:
+    """Measure each layer.
+
+    Args:
+        architecture: Of the model that was observed.
+        observed: Its routing of held-out text, by distribution.
+        stages: Names of the stages that led to it, oldest first.
+        learned_in: Index of the stage that last learned each distribution; those that none did are left out.
+        earlier: For each earlier stage the routing of the same text.
+        similarities: For each layer the cosines between its experts' outputs ``(E, E)``.
+        losses: For each distribution nats per token, and the same with shuffled experts.
+        decode: Text of a token id.
+    """
+    index = {name: i for i, name in enumerate(stages)}
+    layers = []
+    for layer, similarity_EE in enumerate(similarities):
+        births_E = [index[name] for name in architecture.expert_births(layer)]
+        measured = _layer(expert_names(architecture, layer), layer, observed, decode)
+        measured["leak"] = {
+            name: routing_statistics([counts], [births_E], learned_in.get(name, len(stages))).leak
+            for name, counts in measured["counts"].items()
+        }
+        layers.append({"layer": layer, **measured, "similarity": _json_matrix(similarity_EE)})
+    return {
+        "schema": SCHEMA,
+        "tokens": {name: len(seen) for name, seen in observed.items()},
+        "layers": layers,
+        "saturation": {stage: _saturation(before, observed) for stage, before in earlier.items()},
+        "shuffled": {
+            name: {"nats_per_token": loss, "shuffled_nats_per_token": shuffled}
+            for name, (loss, shuffled) in losses.items()
+        },
+    }
+
+
+def _layer(
+    names: Sequence[str], layer: int, observed: Mapping[str, Observation], decode: Callable[[int], str]
+) -> dict[str, Any]:
+    """What can be said of one layer from all distributions together."""
+    experts = len(names)
+    ids_TK = np.concatenate([seen.expert_ids[layer] for seen in observed.values()])
+    token_ids_T = np.concatenate([seen.token_ids_T for seen in observed.values()])
+    distribution_T = np.repeat(np.arange(len(observed)), [len(seen) for seen in observed.values()])
+    counts_EJ, _ = joint_counts(ids_TK, distribution_T, experts)
+    share_E = counts_EJ.sum(axis=1) / counts_EJ.sum()
+    tops = top_tokens(ids_TK, token_ids_T, experts)
+    return {
+        "experts": list(names),
+        "counts": dict(zip(observed, counts_EJ.T.tolist(), strict=True)),
+        "token": asdict(information(ids_TK, token_ids_T, experts)),
+        "distribution": asdict(information(ids_TK, distribution_T, experts)) if len(observed) > 1 else None,
+        "dead": [name for name, share in zip(names, share_E, strict=True) if share < DEAD_SHARE / experts],
+        "top_tokens": {
+            name: [asdict(token) | {"text": decode(token.token_id)} for token in tokens]
+            for name, tokens in zip(names, tops, strict=True)
+        },
+        "coactivation": _json_matrix(coactivation(ids_TK, experts)),
+    }
+
+
+def _saturation(before: Mapping[str, Observation], now: Mapping[str, Observation]) -> dict[str, list[float]]:
+    return {
+        name: [agreement(*pair) for pair in zip(before[name].expert_ids, seen.expert_ids, strict=True)]
+        for name, seen in now.items()
+    }
+
+
+def _json_matrix(matrix: NDArray[Any]) -> list[list[float | None]]:
+    """Rows, with None for NaN, which JSON lacks."""
+    return [[None if np.isnan(value) else round(float(value), 6) for value in row] for row in matrix]

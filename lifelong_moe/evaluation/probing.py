@@ -1,0 +1,220 @@
+"""Look into a model while it reads: whom each token is sent to, what experts answer, what happens if they swap places.
+
+Legend: T tokens read, K experts chosen per token, N sampled inputs, D model width, E experts.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from lifelong_moe.data.shards import TokenShard
+from lifelong_moe.data.windows import EvaluationSet, evaluation_windows
+from lifelong_moe.evaluation.loss import forward_windows
+from lifelong_moe.evaluation.specialization import derangement, output_similarity
+from lifelong_moe.model.architecture import Architecture
+from lifelong_moe.model.transformer import LanguageModel
+from lifelong_moe.routing.base import Routing
+
+BATCH_TOKENS = 8192
+"""Tokens a forward pass; changes memory and speed, not results."""
+
+
+@dataclass(frozen=True, eq=False)
+class Observation:
+    """Whom each token of a text was sent to. Tokens stand in reading order, each once."""
+
+    document_T: NDArray[np.int64]
+    """Document in its shard."""
+    position_T: NDArray[np.int64]
+    """Position in the document; BOS is 0."""
+    token_ids_T: NDArray[np.int64]
+    expert_ids: list[NDArray[np.int64]]
+    """For each layer the chosen experts ``(T, K)``."""
+    weights: list[NDArray[np.float32]]
+    """For each layer their gate weights ``(T, K)``."""
+
+    def __len__(self) -> int:
+        return len(self.token_ids_T)
+
+    def rows(self, chosen: NDArray[np.bool_]) -> Observation:
+        """Only the tokens where ``chosen`` (bool, ``(T,)``) is True."""
+        return Observation(
+            self.document_T[chosen],
+            self.position_T[chosen],
+            self.token_ids_T[chosen],
+            [ids[chosen] for ids in self.expert_ids],
+            [weights[chosen] for weights in self.weights],
+        )
+
+
+def expert_names(architecture: Architecture, layer: int) -> list[str]:
+    """``STAGE/L<layer>/E<index>`` of each expert of a layer, by index."""
+    return [f"{birth}/L{layer}/E{index}" for index, birth in enumerate(architecture.expert_births(layer))]
+
+
+def observe(model: LanguageModel, windows: EvaluationSet, *, distribution: str | None) -> Observation:
+    """Read held-out windows and note the routing of each token from which a next one is predicted.
+
+    These are the tokens whose assignments :func:`lifelong_moe.evaluation.loss.evaluate` counts: all but the last of
+    each document, each in the window that has most text before it.
+
+    Args:
+        model: On any device; left as it was.
+        windows: Overlapping windows, each beginning with BOS.
+        distribution: The text's distribution if it is known; only routing by label looks at it.
+    """
+    parts: list[Observation] = []
+    row = 0
+    for arrays, output in forward_windows(model, windows, distribution=distribution, batch_tokens=BATCH_TOKENS):
+        scored, tokens = arrays["scored"].cpu(), arrays["token_ids"].cpu()
+        rows, offsets = (place.numpy() for place in scored.nonzero(as_tuple=True))
+        mask = arrays["scored"].flatten()
+        parts.append(
+            Observation(
+                windows.document[row + rows],
+                windows.start[row + rows] + offsets - 1,  # inputs lie one position before their targets
+                tokens[scored].numpy(),
+                [routing.expert_ids_TK[mask].cpu().numpy() for routing in output.routings],
+                [routing.weights_TK[mask].float().cpu().numpy() for routing in output.routings],
+            )
+        )
+        row += len(tokens)
+    return _in_reading_order(parts)
+
+
+def observe_text(model: LanguageModel, token_ids: Sequence[int], *, distribution: str | None) -> Observation:
+    """The same for one text without BOS; its last token is read as well.
+
+    Raises:
+        ValueError: If the text has no token.
+    """
+    if not token_ids:
+        raise ValueError("the text has no token")
+    bos = model.architecture.bos_id
+    # A next BOS makes the last token one from which something is predicted; nothing before it can see it.
+    document = np.array([bos, *token_ids, bos], dtype=np.int64)
+    shard = TokenShard(document, np.array([0, len(document)]), np.zeros(1, dtype=np.int64))
+    windows = evaluation_windows(shard, model.architecture.model.context, sys.maxsize)
+    seen = observe(model, windows, distribution=distribution)
+    return seen.rows(seen.position_T > 0)
+
+
+def routing_columns(
+    architecture: Architecture, seen: Observation, distribution: str, decode: Callable[[Sequence[int]], str]
+) -> Iterator[dict[str, Any]]:
+    """An observation as the columns of a table: for each layer in turn a row a token.
+
+    Args:
+        architecture: Of the model that was observed.
+        seen: What was observed.
+        distribution: Name in the column of that name.
+        decode: Token ids to text; each token is decoded alone.
+    """
+    ids_J, token_T = np.unique(seen.token_ids_T, return_inverse=True)
+    texts_J = [decode([int(token_id)]) for token_id in ids_J]
+    for layer, (ids_TK, weights_TK) in enumerate(zip(seen.expert_ids, seen.weights, strict=True)):
+        yield {
+            "distribution": [distribution] * len(seen),
+            "document": seen.document_T,
+            "position": seen.position_T,
+            "token_id": seen.token_ids_T,
+            "token": [texts_J[token] for token in token_T],
+            "layer": np.full(len(seen), layer),
+            "expert_ids": ids_TK,
+            "weights": weights_TK,
+            "experts": np.array(expert_names(architecture, layer))[ids_TK],
+        }
+
+
+@torch.no_grad()
+def expert_similarities(
+    model: LanguageModel, texts: Sequence[tuple[EvaluationSet, str | None]], num_inputs: int = 512
+) -> list[NDArray[np.floating[Any]]]:
+    """How alike the experts of each layer answer: every expert gets the same inputs, chosen for them or not.
+
+    Args:
+        model: On any device; left as it was.
+        texts: Held-out windows with their distribution; each gives an equal part of the inputs.
+        num_inputs: Inputs a layer, rounded up; fewer if the texts are shorter.
+
+    Returns:
+        For each layer :func:`~lifelong_moe.evaluation.specialization.output_similarity`, ``(E, E)``.
+    """
+    inputs = _layer_inputs(model, texts, -(-num_inputs // len(texts)))
+    similarities = []
+    for layer, x_ND in zip(model.moe_layers(), inputs, strict=True):
+        outputs_END = torch.stack([expert(x_ND) for expert in layer.banks.experts])
+        similarities.append(output_similarity(outputs_END.float().cpu().numpy()))
+    return similarities
+
+
+@contextmanager
+def shuffled_experts(model: LanguageModel, seed: int = 0) -> Iterator[None]:
+    """Within this context the experts of each layer swap places: who was meant for one gets another one.
+
+    Routers and gate weights stay. No expert keeps its place, unless it is alone in its layer. Only the routers'
+    answers are rewritten, so nothing of the model changes and afterwards it is what it was, bit for bit.
+    """
+    rng, hooks = np.random.default_rng(seed), []
+    try:
+        for layer in model.moe_layers():
+            moved_E = torch.from_numpy(derangement(layer.router.num_experts, rng)).to(model.embedding.weight.device)
+            hooks.append(layer.router.register_forward_hook(partial(_moved, moved_E)))
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _moved(moved_E: Tensor, router: nn.Module, arguments: tuple[Any, ...], routing: Routing) -> Routing:
+    return replace(routing, expert_ids_TK=moved_E[routing.expert_ids_TK])
+
+
+def _layer_inputs(model: LanguageModel, texts: Sequence[tuple[EvaluationSet, str | None]], share: int) -> list[Tensor]:
+    """What the experts of each layer are given, ``(N, D)``: the first ``share`` scored tokens of each text."""
+    layers = list(model.moe_layers())
+    latest: list[Tensor] = [torch.empty(0)] * len(layers)
+    kept: list[list[Tensor]] = [[] for _ in layers]
+
+    def keep(index: int, layer: nn.Module, arguments: tuple[Any, ...]) -> None:
+        latest[index] = arguments[0]
+
+    hooks = [layer.register_forward_pre_hook(partial(keep, index)) for index, layer in enumerate(layers)]
+    try:
+        for windows, distribution in texts:
+            missing = share
+            for arrays, _ in forward_windows(model, windows, distribution=distribution, batch_tokens=BATCH_TOKENS):
+                places = arrays["scored"].flatten().nonzero().squeeze(1)[:missing]
+                for x_TD, parts in zip(latest, kept, strict=True):
+                    parts.append(x_TD[places])
+                missing -= len(places)
+                if not missing:
+                    break
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [torch.cat(parts) for parts in kept]
+
+
+def _in_reading_order(parts: Sequence[Observation]) -> Observation:
+    document_T = np.concatenate([part.document_T for part in parts])
+    position_T = np.concatenate([part.position_T for part in parts])
+    order = np.lexsort((position_T, document_T))
+    layers = range(len(parts[0].expert_ids))
+    return Observation(
+        document_T[order],
+        position_T[order],
+        np.concatenate([part.token_ids_T for part in parts])[order],
+        [np.concatenate([part.expert_ids[layer] for part in parts])[order] for layer in layers],
+        [np.concatenate([part.weights[layer] for part in parts])[order] for layer in layers],
+    )

@@ -1,0 +1,161 @@
+"""A text with each token coloured by whom it was sent to, as data and as a self-contained HTML page.
+
+Of one layer, a token belongs to the expert with the largest gate weight. Of the whole model it belongs to the birth
+stage whose experts' gate weights, summed over layers, are largest: which generation of experts read it. The first of
+equals wins, that is the older one.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import html
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lifelong_moe.evaluation.probing import Observation, expert_names
+from lifelong_moe.model.architecture import Architecture
+
+CONTROL = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
+"""A control character is shown by its Unicode picture: a text must not steer a terminal."""
+STYLE = (
+    "body{font:16px/1.7 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em;color:#111;background:#fff}"
+    "pre{white-space:pre-wrap;overflow-wrap:anywhere;font:15px/1.9 ui-monospace,monospace}"
+    "span{border-radius:3px;padding:1px 0}.legend span{padding:2px 8px;margin-right:8px;white-space:nowrap}"
+)
+
+
+@dataclass(frozen=True)
+class RoutedToken:
+    """One token and its experts."""
+
+    token_id: int
+    text: str
+    """What the token adds to the text; empty where it only begins a character that the next one ends."""
+    owner: int
+    """Index in the owners of its :class:`RoutedText`."""
+    experts: list[list[tuple[str, float]]]
+    """For each layer shown, the chosen experts' names and gate weights, heaviest first."""
+
+
+@dataclass(frozen=True)
+class RoutedText:
+    """A text and those who own its tokens."""
+
+    owners: list[str]
+    """Names of the experts of a layer, or of the stages."""
+    layers: list[int]
+    """Layers shown."""
+    tokens: list[RoutedToken]
+
+    @property
+    def colours(self) -> list[str]:
+        """A light colour ``#rrggbb`` for each owner, on which black text is legible."""
+        return [_colour(index, len(self.owners)) for index in range(len(self.owners))]
+
+    @property
+    def counts(self) -> list[int]:
+        """Tokens of each owner."""
+        return np.bincount([token.owner for token in self.tokens], minlength=len(self.owners)).tolist()
+
+
+def route_text(
+    architecture: Architecture, seen: Observation, decode: Callable[[Sequence[int]], str], layer: int | None = None
+) -> RoutedText:
+    """Give each token of an observed text its owner.
+
+    Args:
+        architecture: Of the model that was observed.
+        seen: One text.
+        decode: Token ids to text.
+        layer: One layer's experts; None for the stages that experts of all layers were born in.
+    """
+    layers = list(range(len(seen.expert_ids))) if layer is None else [layer]
+    names = {shown: expert_names(architecture, shown) for shown in layers}
+    if layer is None:
+        owners = [generation.stage for generation in architecture.generations]
+        owner_T = _heaviest_stage(architecture, seen, owners)
+    else:
+        owners = names[layer]
+        heaviest_T1 = seen.weights[layer].argmax(axis=1, keepdims=True)
+        owner_T = np.take_along_axis(seen.expert_ids[layer], heaviest_T1, axis=1)[:, 0].tolist()
+    pieces = token_pieces(seen.token_ids_T.tolist(), decode)
+    tokens = [
+        RoutedToken(int(seen.token_ids_T[t]), pieces[t], owner_T[t], [_choices(seen, i, t, names[i]) for i in layers])
+        for t in range(len(seen))
+    ]
+    return RoutedText(owners, layers, tokens)
+
+
+def token_pieces(token_ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> list[str]:
+    """Cut a text into what each token adds to it; joined, the pieces are the whole text.
+
+    A character may span tokens: the last of them gets it, those before get nothing. Each piece is decoded after the
+    one before it, because some tokenizers drop a space at the beginning of what they decode.
+    """
+    pieces: list[str] = []
+    before = done = 0
+    for end in range(1, len(token_ids) + 1):
+        text = decode(token_ids[before:end])
+        if text.endswith("\N{REPLACEMENT CHARACTER}") and end < len(token_ids):
+            pieces.append("")
+        else:
+            pieces.append(text[len(decode(token_ids[before:done])) :])
+            before, done = done, end
+    return pieces
+
+
+def visible(text: str) -> str:
+    """The text with control characters other than newline and tab as pictures."""
+    return text.translate(CONTROL)
+
+
+def describe(routed: RoutedText, token: RoutedToken) -> str:
+    """A line a layer: the experts of a token with their gate weights."""
+    return "\n".join(", ".join(f"{name} {weight:.3f}" for name, weight in chosen) for chosen in token.experts)
+
+
+def html_page(routed: RoutedText, title: str) -> str:
+    """A page without scripts or links: the text in colours, experts and gate weights on hovering, a legend on top."""
+    rules = "".join(f".o{i}{{background:{colour}}}" for i, colour in enumerate(routed.colours))
+    legend = "\n".join(
+        f'<span class="o{i}">{html.escape(name)} ({count})</span>'
+        for i, (name, count) in enumerate(zip(routed.owners, routed.counts, strict=True))
+        if count
+    )
+    body = "".join(
+        f'<span class="o{token.owner}" title="{_attribute(describe(routed, token))}">'
+        f"{html.escape(visible(token.text))}</span>"
+        for token in routed.tokens
+    )
+    return (
+        f'<!doctype html>\n<html><head><meta charset="utf-8"><title>{html.escape(title)}</title>\n'
+        f"<style>{STYLE}{rules}</style></head><body>\n<h1>{html.escape(title)}</h1>\n"
+        f'<p class="legend">{legend}</p>\n<pre>\n{body}</pre>\n</body></html>\n'
+    )
+
+
+def _heaviest_stage(architecture: Architecture, seen: Observation, owners: Sequence[str]) -> list[int]:
+    """Index of each token's stage, by gate weight summed over layers."""
+    weight_TO = np.zeros((len(seen), len(owners)))
+    for layer, (ids_TK, weights_TK) in enumerate(zip(seen.expert_ids, seen.weights, strict=True)):
+        stage_E = np.array([owners.index(name) for name in architecture.expert_births(layer)])
+        for stage in range(len(owners)):
+            weight_TO[:, stage] += np.where(stage_E[ids_TK] == stage, weights_TK, 0.0).sum(axis=1)
+    return [int(owner) for owner in weight_TO.argmax(axis=1)]
+
+
+def _choices(seen: Observation, layer: int, token: int, names: Sequence[str]) -> list[tuple[str, float]]:
+    ids_K, weights_K = seen.expert_ids[layer][token], seen.weights[layer][token]
+    return [(names[ids_K[k]], float(weights_K[k])) for k in np.argsort(-weights_K, kind="stable")]
+
+
+def _colour(index: int, num: int) -> str:
+    """Hues evenly apart; neighbours also differ in lightness."""
+    channels = colorsys.hls_to_rgb(index / num, (0.72, 0.85)[index % 2], 0.75)
+    return "#" + "".join(f"{round(255 * channel):02x}" for channel in channels)
+
+
+def _attribute(text: str) -> str:
+    return html.escape(text).replace("\n", "&#10;")

@@ -1,0 +1,207 @@
+"""How specialized experts are. Pure functions of who was chosen for which token; one layer at a time.
+
+Layers may differ in their number of experts, so nothing here spans layers: callers keep lists.
+
+Legend: T tokens, K experts chosen per token, E experts, J labels (token ids or distributions), N inputs, D model width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.integer[Any]]
+Floats = NDArray[np.floating[Any]]
+
+
+@dataclass(frozen=True)
+class Information:
+    """Mutual information beside what the same counts give by chance."""
+
+    nats: float
+    """Measured, in nats. Few tokens bias it upward; what counts is its distance from the null."""
+    null_mean: float
+    """Mean over shuffles of the labels, in nats."""
+    null_95: float
+    """95th percentile over shuffles, in nats."""
+
+
+@dataclass(frozen=True)
+class TopToken:
+    """A token that an expert gets more often than others do."""
+
+    token_id: int
+    count: int
+    """Times that the expert was chosen for it."""
+    lift: float
+    """``p(token | expert) / p(token)``: 1 is no preference, the expert's inverse share the most there can be."""
+
+
+def joint_counts(expert_ids_TK: Ints, labels_T: Ints, num_experts: int) -> tuple[NDArray[np.int64], Ints]:
+    """Count how often each expert is chosen for each label.
+
+    Args:
+        expert_ids_TK: Chosen experts ``(T, K)``.
+        labels_T: Label of each token ``(T,)``, any integers.
+        num_experts: E.
+
+    Returns:
+        Assignments ``(E, J)``, and the J labels that occur, ascending.
+
+    Raises:
+        ValueError: If there is no token.
+    """
+    if not len(labels_T):
+        raise ValueError("there are no tokens to count")
+    labels_J, label_T = np.unique(labels_T, return_inverse=True)
+    cells_TK = np.asarray(expert_ids_TK, dtype=np.int64) * len(labels_J) + label_T[:, None]
+    counts = np.bincount(cells_TK.ravel(), minlength=num_experts * len(labels_J))
+    return counts.reshape(num_experts, len(labels_J)), labels_J
+
+
+def mutual_information(counts_EJ: Ints) -> float:
+    """``sum p(e, j) ln(p(e, j) / (p(e) p(j)))`` in nats.
+
+    Args:
+        counts_EJ: Joint counts, any non-negative integers ``(E, J)``.
+
+    Returns:
+        0 for independence, ``ln n`` for a one-to-one mapping of n equally frequent values; never negative.
+
+    Raises:
+        ValueError: If all counts are 0.
+    """
+    total = counts_EJ.sum()
+    if total <= 0:
+        raise ValueError("mutual information needs at least one count")
+    p_EJ = counts_EJ / total
+    independent_EJ = p_EJ.sum(axis=1, keepdims=True) * p_EJ.sum(axis=0, keepdims=True)
+    seen = p_EJ > 0
+    return max(0.0, float((p_EJ[seen] * np.log(p_EJ[seen] / independent_EJ[seen])).sum()))
+
+
+def information(
+    expert_ids_TK: Ints, labels_T: Ints, num_experts: int, *, shuffles: int = 20, seed: int = 0
+) -> Information:
+    """Mutual information between the expert of an assignment and the label of its token, with a shuffled null.
+
+    The null deals the same labels to the tokens at random: both marginals stay, what they share is gone. Tokens of a
+    document are not independent, so for distributions it is the null of the easiest opponent.
+
+    Args:
+        expert_ids_TK: Chosen experts ``(T, K)``; each of a token's K choices counts as one assignment.
+        labels_T: Token ids or distributions ``(T,)``.
+        num_experts: E.
+        shuffles: How many shuffles the null is made of.
+        seed: Of the shuffles.
+    """
+    rng = np.random.default_rng(seed)
+    measured = mutual_information(joint_counts(expert_ids_TK, labels_T, num_experts)[0])
+    null = [
+        mutual_information(joint_counts(expert_ids_TK, rng.permutation(labels_T), num_experts)[0])
+        for _ in range(shuffles)
+    ]
+    return Information(measured, float(np.mean(null)), float(np.percentile(null, 95)))
+
+
+def top_tokens(
+    expert_ids_TK: Ints, token_ids_T: Ints, num_experts: int, *, most: int = 8, min_count: int = 4
+) -> list[list[TopToken]]:
+    """The tokens that each expert prefers, by lift.
+
+    Args:
+        expert_ids_TK: Chosen experts ``(T, K)``.
+        token_ids_T: Token ids ``(T,)``.
+        num_experts: E.
+        most: At most so many tokens an expert.
+        min_count: A token that the expert got less often is left out: rare tokens have the wildest lifts.
+
+    Returns:
+        For each expert its tokens; equal lifts stand by falling count, then by token id. Tokens without any
+        preference for the expert (lift of 1 or less) are left out.
+    """
+    counts_EJ, tokens_J = joint_counts(expert_ids_TK, token_ids_T, num_experts)
+    of_token_J, of_expert_E, total = counts_EJ.sum(axis=0), counts_EJ.sum(axis=1), counts_EJ.sum()
+    found = []
+    for counts_J, of_expert in zip(counts_EJ, of_expert_E, strict=True):
+        share_J = counts_J / of_token_J  # one rounding, so equal shares are equal numbers and ties are ties
+        order = np.lexsort((tokens_J, -counts_J, -share_J))
+        kept = [j for j in order if counts_J[j] >= min_count and share_J[j] * total > of_expert][:most]
+        lift = total / max(1, of_expert)
+        found.append([TopToken(int(tokens_J[j]), int(counts_J[j]), float(share_J[j] * lift)) for j in kept])
+    return found
+
+
+def coactivation(expert_ids_TK: Ints, num_experts: int) -> Floats:
+    """Share of the tokens of expert i (row) that expert j (column) was chosen for as well, for all pairs.
+
+    Every row sums to K − 1, so an even spread gives ``(K − 1) / (E − 1)`` in each cell.
+
+    Args:
+        expert_ids_TK: Chosen experts ``(T, K)``, distinct within a row.
+        num_experts: E.
+
+    Returns:
+        float64 ``(E, E)``; NaN on the diagonal and in rows of experts that were never chosen.
+
+    Source:
+        OLMoE (arXiv:2409.02060), section 5.2, "expert co-activation".
+    """
+    ids_TK = np.asarray(expert_ids_TK, dtype=np.int64)
+    pairs_TKK = ids_TK[:, :, None] * num_experts + ids_TK[:, None, :]
+    counts_EE = np.bincount(pairs_TKK.ravel(), minlength=num_experts**2).reshape(num_experts, num_experts)
+    chosen_E = counts_EE.diagonal().astype(np.float64)
+    chosen_E[chosen_E == 0] = np.nan
+    shares_EE = counts_EE / chosen_E[:, None]
+    np.fill_diagonal(shares_EE, np.nan)
+    return shares_EE
+
+
+def agreement(first_TK: Ints, second_TK: Ints) -> float:
+    """Share of chosen experts that two models agree on: ``|intersection| / K``, averaged over tokens.
+
+    With the last model as second argument this is the router saturation of the first.
+
+    Args:
+        first_TK: One model's choices ``(T, K)``, distinct within a row.
+        second_TK: The other's choices for the same tokens.
+
+    Returns:
+        1 for the same sets in any order, 0 for disjoint ones.
+
+    Raises:
+        ValueError: If the shapes differ.
+
+    Source:
+        OLMoE (arXiv:2409.02060), section 5.1, "router saturation".
+    """
+    if first_TK.shape != second_TK.shape:
+        raise ValueError(f"choices {first_TK.shape} and {second_TK.shape} are not of the same tokens")
+    return float((first_TK[:, :, None] == second_TK[:, None, :]).any(axis=2).mean())
+
+
+def output_similarity(outputs_END: Floats) -> Floats:
+    """Mean cosine between the outputs of each pair of experts on the same inputs.
+
+    Args:
+        outputs_END: Each expert's output for each input ``(E, N, D)``, N at least 1.
+
+    Returns:
+        float64 ``(E, E)``, symmetric, within −1 … 1. An output of length 0 has no direction and counts as 0.
+    """
+    outputs = np.asarray(outputs_END, dtype=np.float64)
+    lengths = np.linalg.norm(outputs, axis=2, keepdims=True)
+    unit_END = np.divide(outputs, lengths, out=np.zeros_like(outputs), where=lengths > 0)
+    flat = unit_END.reshape(len(outputs), -1)
+    return flat @ flat.T / outputs.shape[1]
+
+
+def derangement(num: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """A random permutation of ``0 … num - 1`` in one cycle: no number stays, unless there is only one."""
+    order = rng.permutation(num)
+    moved = np.empty(num, dtype=np.int64)
+    moved[order] = np.roll(order, -1)
+    return moved

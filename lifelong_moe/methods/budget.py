@@ -1,0 +1,51 @@
+"""Tokens at which two arms cost the same active FLOPs. Pure."""
+
+from __future__ import annotations
+
+import dataclasses
+from bisect import bisect_right
+
+from lifelong_moe.errors import ConfigError
+from lifelong_moe.methods.plan import PlannedStage
+
+
+def tokens_within(arm: list[PlannedStage], reference: list[PlannedStage], tokens: dict[str, int]) -> dict[str, int]:
+    """The most tokens of each stage, in whole steps, at which none costs more than the reference's of the same name.
+
+    The teacher's forward passes count. An arm that trains everything in one stage is measured against all of the
+    reference's, and its tokens are shared out in proportion to ``tokens``.
+
+    Args:
+        arm: Its stages as configured.
+        reference: The reference's.
+        tokens: Configured tokens of each of the arm's stages, by name.
+
+    Raises:
+        ConfigError: If not even one step of a stage fits, or the reference has no such stage.
+    """
+    allowed = {stage.spec.name: stage.flops for stage in reference if stage.spec.name in tokens}
+    if len(arm) == 1 and arm[0].spec.name not in allowed:
+        total = _steps_within(arm, 0, sum(allowed.values())) * arm[0].spec.optim.batch_tokens
+        shares = {name: total * count // sum(tokens.values()) for name, count in tokens.items()}
+        last = next(reversed(tokens))
+        return shares | {last: shares[last] + total - sum(shares.values())}
+    matched = {stage.spec.name: i for i, stage in enumerate(arm) if stage.spec.name in tokens}
+    if missing := [name for name in tokens if name not in allowed or name not in matched]:
+        raise ConfigError(f"budget=flops: the reference has no stage {missing[0]} to measure this arm's against.")
+    batch = {name: arm[i].spec.optim.batch_tokens for name, i in matched.items()}
+    return {name: _steps_within(arm, i, allowed[name]) * batch[name] for name, i in matched.items()}
+
+
+def _steps_within(arm: list[PlannedStage], index: int, flops: int) -> int:
+    """The largest number of steps whose FLOPs do not exceed ``flops``."""
+    stage = arm[index]
+    parent = None if stage.spec.parent is None else arm[stage.spec.parent].architecture
+
+    def cost(steps: int) -> int:
+        spec = dataclasses.replace(stage.spec, tokens=steps * stage.spec.optim.batch_tokens)
+        return spec.flops(stage.architecture, parent)
+
+    steps = bisect_right(range(1, flops // cost(1) + 2), flops, key=cost)
+    if not steps:
+        raise ConfigError(f"budget=flops: stages[{index}] ({stage.spec.name}) would get less than one step.")
+    return steps

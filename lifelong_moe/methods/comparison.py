@@ -1,0 +1,205 @@
+"""A comparison file to its arms: named sets of overrides of one run configuration. Torch-free.
+
+Overrides have one order: the base file, then ``key=value`` of the command line for every arm, then the arm's own, so
+that an arm stays what its name says. A ``key=value`` whose key belongs to :class:`ComparisonConfig`, such as
+``seeds=[0]`` or ``arms.more=[routing.top_k=1]``, addresses the comparison; every other key addresses every arm.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from lifelong_moe.config import NAME, load_config
+from lifelong_moe.config import _apply_override as apply_override
+from lifelong_moe.config import _read_yaml as read_yaml
+from lifelong_moe.config import _require_known as require_known
+from lifelong_moe.config import _section as section
+from lifelong_moe.errors import ConfigError
+
+MAX_RUN_NAME = 64
+SET_BY_US = ("run", "seed")
+
+
+class Budget(StrEnum):
+    """What is equal between arms."""
+
+    tokens = "tokens"
+    flops = "flops"
+
+
+@dataclass(kw_only=True)
+class ComparisonConfig:
+    """Arms that differ from one base configuration, each trained with the same seeds."""
+
+    compare: str
+    """Name of the comparison; its results are under ``mlruns/comparisons/<compare>/``."""
+    base: str
+    """Run configuration that all arms begin with; relative to the comparison's file."""
+    budget: Budget = Budget.tokens
+    """``tokens`` leaves every stage's tokens as configured, replayed ones included. ``flops`` sets them so that no
+    stage costs more active FLOPs, the teacher's included, than the same stage of the reference."""
+    seeds: list[int] = field(default_factory=lambda: [0])
+    """Each arm is trained once with each."""
+    reference: str | None = None
+    """Arm that differences are taken against; the first by default."""
+    unrestrained: str | None = None
+    """Arm with nothing to hold it back, for the plasticity gap; by default the first with ``method: unrestrained``,
+    else the first with ``method: sequential``."""
+    joint: str | None = None
+    """Arm that learned everything at once, for the oracle gap; by default the first with ``method: joint``."""
+    arms: dict[str, Any]
+    """By name: a list of overrides, or a mapping with ``grid`` (values by key, each combination an arm) and ``set``
+    (overrides of each of them)."""
+
+    def __post_init__(self) -> None:
+        if not NAME.fullmatch(self.compare):
+            raise ConfigError(f"compare={self.compare} may hold letters, digits, '_', '-' and '.' only.")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ConfigError(f"seeds={self.seeds} must hold at least one seed, and each only once.")
+        if not all(0 <= seed < 2**32 for seed in self.seeds):
+            raise ConfigError(f"seeds={self.seeds} must lie between 0 and 2**32 - 1.")
+        if not self.arms:
+            raise ConfigError("arms is empty; a comparison needs at least one, such as arms: {naive: [method=sequential]}.")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of doing it."""
+
+    name: str
+    entry: str
+    """The key under ``arms`` that it comes from: its own name, or its grid's."""
+    overrides: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A comparison file, read and expanded."""
+
+    settings: ComparisonConfig
+    base: Path
+    arms: tuple[Arm, ...]
+    common: tuple[str, ...]
+    """Overrides of every arm, from the command line."""
+
+    @property
+    def reference(self) -> str:
+        """Arm that differences are taken against."""
+        return self.settings.reference or self.arms[0].name
+
+    def run_name(self, arm: Arm, seed: int) -> str:
+        """``<compare>.<arm>.s<seed>``."""
+        return f"{self.settings.compare}.{arm.name}.s{seed}"
+
+    def overrides(self, arm: Arm, seed: int) -> list[str]:
+        """All overrides of the base file for one run."""
+        return [*self.common, *arm.overrides, f"run={self.run_name(arm, seed)}", f"seed={seed}"]
+
+    def select(self, only: Sequence[str]) -> tuple[Arm, ...]:
+        """Arms by name, or by the name of the grid that they come from; all if nothing is named.
+
+        Raises:
+            ConfigError: If there is no such arm.
+        """
+        known = {name for arm in self.arms for name in (arm.name, arm.entry)}
+        for name in only:
+            require_known(name, known, "--only")
+        return tuple(arm for arm in self.arms if not only or arm.name in only or arm.entry in only)
+
+
+def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparison:
+    """Read a comparison file and validate the configuration of every arm.
+
+    Args:
+        path: YAML file.
+        overrides: ``key=value``, for the comparison or for every arm; see the module.
+
+    Raises:
+        ConfigError: One line; it names the arm if the mistake is in one.
+    """
+    path = Path(path)
+    raw, known = read_yaml(path), {f.name for f in dataclasses.fields(ComparisonConfig)}
+    own = [override for override in overrides if re.split(r"[.\[=]", override)[0] in known]
+    common = tuple(override for override in overrides if override not in own)
+    for override in own:
+        apply_override(raw, override)
+    for key in raw:
+        require_known(str(key), known, "key")
+    settings = section(ComparisonConfig, raw, "")
+    arms = tuple(arm for name, entry in settings.arms.items() for arm in _arms(name, entry))
+    comparison = Comparison(settings, path.parent / settings.base, arms, common)
+    _check(comparison)
+    return comparison
+
+
+def _check(comparison: Comparison) -> None:
+    settings, names = comparison.settings, [arm.name for arm in comparison.arms]
+    for arm in comparison.arms:
+        if names.count(arm.name) > 1:
+            raise ConfigError(f"arm {arm.name} is there twice; choose another name for one of them.")
+        longest = max((comparison.run_name(arm, seed) for seed in settings.seeds), key=len)
+        if len(longest) > MAX_RUN_NAME or not NAME.fullmatch(longest):
+            raise ConfigError(
+                f"arm {arm.name}: its run would be named {longest}; at most {MAX_RUN_NAME} letters, digits, '_', '-' "
+                f"and '.' are possible. Choose shorter names."
+            )
+        for override in (*comparison.common, *arm.overrides):
+            if override.partition("=")[0] in SET_BY_US:
+                raise ConfigError(f"arm {arm.name}: {override}: set compare=NAME and seeds=[…] instead.")
+    for role in ("reference", "unrestrained", "joint"):
+        if (name := getattr(settings, role)) is not None:
+            require_known(name, names, role)
+    if not comparison.base.is_file():
+        load_config(comparison.base)  # says so, and what may be meant
+    for arm in comparison.arms:
+        try:
+            load_config(comparison.base, comparison.overrides(arm, settings.seeds[0]))
+        except ConfigError as error:
+            raise ConfigError(f"arm {arm.name}: {error}") from None
+
+
+def _arms(name: str, entry: Any) -> list[Arm]:
+    """The arms of one key under ``arms``."""
+    if not isinstance(entry, dict):
+        return [Arm(name, name, _overrides(entry, f"arms.{name}"))]
+    for key in entry:
+        require_known(str(key), ("grid", "set"), f"arms.{name}: key")
+    grid = entry.get("grid")
+    if not isinstance(grid, dict) or not grid:
+        raise ConfigError(f"arms.{name}.grid must map keys to lists, such as {{model.experts: [4, 8]}}; got {grid!r}.")
+    for key, values in grid.items():
+        if not isinstance(values, list) or not values or any(isinstance(v, list | dict) for v in values):
+            raise ConfigError(f"arms.{name}.grid.{key} must be a list of numbers, words or null; got {values!r}.")
+    shared, labels = _overrides(entry.get("set", []), f"arms.{name}.set"), _labels([str(key) for key in grid])
+    arms = []
+    for values in itertools.product(*grid.values()):
+        texts = [value if isinstance(value, str) else json.dumps(value) for value in values]
+        parts = [f"{label}-{_nameable(text)}" for label, text in zip(labels, texts, strict=True)]
+        chosen = [f"{key}={text}" for key, text in zip(grid, texts, strict=True)]
+        arms.append(Arm(".".join([name, *parts]), name, (*shared, *chosen)))
+    return arms
+
+
+def _overrides(entry: Any, path: str) -> tuple[str, ...]:
+    if not isinstance(entry, list) or not all(isinstance(item, str) and "=" in item for item in entry):
+        raise ConfigError(f"{path} must be a list of key=value, such as [method=sequential]; got {entry!r}.")
+    return tuple(entry)
+
+
+def _labels(keys: list[str]) -> list[str]:
+    """Each key's last part, or as many of its last parts as tell it from the others."""
+    parts = [key.split(".") for key in keys]
+    ends = [next(n for n in range(1, len(p) + 1) if sum(p[-n:] == q[-n:] for q in parts) == 1) for p in parts]
+    return [_nameable(".".join(p[-n:])) for p, n in zip(parts, ends, strict=True)]
+
+
+def _nameable(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_.-]+", "", text) or "none"

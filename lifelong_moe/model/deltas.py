@@ -1,0 +1,120 @@
+"""Low-rank changes of the trunk that belong to one stage: only tokens of that stage's bundle use them.
+
+A bundle is what one stage gave the model: a generation of experts, their router rows, and these deltas. Bundle g is
+the g-th generation, counted from 0; the first stage trains the trunk itself and has no deltas.
+
+Legend: B batch, S sequence, T = B·S tokens, I input width, O output width, R rank, V vocabulary, D model width.
+
+Source:
+    LoRA (arXiv:2106.09685), without its scale; there one delta a task for all tokens, here one a stage, chosen per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lifelong_moe.ops.dispatch import inverse_permutation, permute, sort_by_expert
+
+
+@dataclass(frozen=True)
+class BundleSlices:
+    """The tokens of a batch sorted by bundle, so that each bundle's tokens are one slice."""
+
+    order_T: Tensor
+    inverse_T: Tensor
+    counts: list[int]
+    """Tokens of each bundle."""
+
+    @classmethod
+    def of(cls, group_ids_T: Tensor, num_bundles: int) -> BundleSlices:
+        """Sort tokens by bundle; a bundle that the model does not have counts as bundle 0."""
+        known_T = torch.where(group_ids_T < num_bundles, group_ids_T, 0)
+        order_T, counts = sort_by_expert(known_T, num_bundles)
+        return cls(order_T, inverse_permutation(order_T), counts.tolist())
+
+    def apply(self, x_TI: Tensor, function: Callable[[int, Tensor], Tensor]) -> Tensor:
+        """``function(bundle, rows)`` on each bundle's rows, put back in the order of the tokens."""
+        if max(self.counts) == len(x_TI):
+            return function(self.counts.index(len(x_TI)), x_TI)
+        rows = permute(x_TI, self.order_T, self.inverse_T) if x_TI.is_floating_point() else x_TI[self.order_T]
+        parts = [function(g, part) for g, part in enumerate(rows.split(self.counts)) if len(part)]
+        return permute(torch.cat(parts), self.inverse_T, self.order_T)
+
+
+class LowRank(nn.Module):
+    """A change ``up @ down`` of a matrix ``(O, I)``; zero until it is trained, since ``up`` begins at zero."""
+
+    def __init__(self, rows: int, columns: int, rank: int) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.zeros(rows, rank))
+        self.down = nn.Parameter(torch.zeros(rank, columns))
+
+    def forward(self) -> Tensor:
+        """The change, ``(O, I)``."""
+        return self.up @ self.down
+
+
+class Deltas(nn.ModuleDict):
+    """The low-rank changes of one matrix by bundle."""
+
+    def add(self, bundle: int, rows: int, columns: int, rank: int) -> None:
+        """Make room for a bundle's change."""
+        self[str(bundle)] = LowRank(rows, columns, rank)
+
+    def weight(self, base_OI: Tensor, bundle: int) -> Tensor:
+        """The matrix as a bundle's tokens see it."""
+        return base_OI + self[str(bundle)]() if str(bundle) in self else base_OI
+
+
+class DeltaLinear(nn.Linear):
+    """A linear map without bias whose weight may change by bundle."""
+
+    def __init__(self, columns: int, rows: int) -> None:
+        super().__init__(columns, rows, bias=False)
+        self.deltas = Deltas()
+
+    def add_delta(self, bundle: int, rank: int) -> None:
+        """Give a bundle a change of its own."""
+        self.deltas.add(bundle, *self.weight.shape, rank)
+
+    def weight_of(self, bundle: int) -> Tensor:
+        """The weight ``(O, I)`` that a bundle's tokens use."""
+        return self.deltas.weight(self.weight, bundle)
+
+    def forward(self, x: Tensor, bundles: BundleSlices | None = None) -> Tensor:
+        """``(…, I)`` to ``(…, O)``; the leading dimensions are the tokens that ``bundles`` sorts."""
+        if bundles is None or not self.deltas:
+            return F.linear(x, self.weight)
+        out_TO = bundles.apply(x.flatten(0, -2), lambda g, rows: F.linear(rows, self.weight_of(g)))
+        return out_TO.view(*x.shape[:-1], -1)
+
+
+class DeltaEmbedding(nn.Embedding):
+    """Token vectors that may change by bundle."""
+
+    def __init__(self, vocab_size: int, width: int) -> None:
+        super().__init__(vocab_size, width)
+        self.deltas = Deltas()
+
+    def add_delta(self, bundle: int, rank: int) -> None:
+        """Give a bundle a change of its own."""
+        self.deltas.add(bundle, *self.weight.shape, rank)
+
+    def forward(self, token_ids_BS: Tensor, bundles: BundleSlices | None = None) -> Tensor:  # type: ignore[override]
+        """int64 ``(B, S)`` to ``(B, S, D)``."""
+        if bundles is None or not self.deltas:
+            return F.embedding(token_ids_BS, self.weight)
+        out_TD = bundles.apply(token_ids_BS.flatten(), self._look_up)
+        return out_TD.view(*token_ids_BS.shape, -1)
+
+    def _look_up(self, bundle: int, token_ids_N: Tensor) -> Tensor:
+        base_ND = F.embedding(token_ids_N, self.weight)
+        if str(bundle) not in self.deltas:
+            return base_ND
+        delta: LowRank = self.deltas[str(bundle)]  # type: ignore[assignment]
+        return base_ND + F.embedding(token_ids_N, delta.up) @ delta.down

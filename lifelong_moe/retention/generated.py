@@ -1,0 +1,144 @@
+"""Text that the previous stage's model writes itself, to distil on or replay where no old text is kept.
+
+Legend: B blocks written at a time, S tokens fed to a block, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lifelong_moe.model.attention import KeyValue
+from lifelong_moe.model.transformer import LanguageModel
+
+GroupIdsOf = Callable[[NDArray[np.int64]], NDArray[np.int64]]
+"""Tokens of one document so far, BOS first, int64 ``(N,)`` to their groups, int64 ``(N,)``."""
+
+
+@torch.no_grad()
+def generate_blocks(
+    model: LanguageModel,
+    num_blocks: int,
+    *,
+    context: int,
+    bos_id: int,
+    seed: int,
+    temperature: float = 1.0,
+    batch_size: int = 64,
+    group_ids_of: GroupIdsOf | None = None,
+) -> NDArray[np.int64]:
+    """Sample packed blocks: BOS, then a model's text; where it samples BOS again, a new document begins.
+
+    With ``model.document_mask`` a document must not see the one before it, which a cache cannot hide. BOS is then
+    never sampled and each block is one document: its text runs on where the model would have ended it.
+
+    A pure function of weights and arguments on one device. Block ``i`` has random numbers of its own, so that
+    neither ``num_blocks`` nor ``batch_size`` changes it, but for floating point in products of another size.
+
+    Args:
+        model: On any device; used in evaluation mode and left in its own.
+        num_blocks: How many.
+        context: Tokens of a training block (S). It costs ``num_blocks * context`` tokens' forward passes.
+        bos_id: Begins every block and every document.
+        seed: Of the sampling, not negative.
+        temperature: Divides the logits; 1 samples what the model believes.
+        batch_size: Blocks written at a time; bounds memory.
+        group_ids_of: Gives groups where routing has them (``DocumentClusters.group_ids``, or a label's constant);
+            asked every ``routing.chunk_tokens`` tokens of a document only. None means group 0.
+
+    Returns:
+        int64 ``(num_blocks, context + 1)``: inputs are all columns but the last, targets all but the first.
+
+    Raises:
+        ValueError: If ``context``, ``temperature`` or ``batch_size`` is not positive.
+
+    Source:
+        Sun et al. 2020 (LAMOL, arXiv:1909.03329): a language model replays text of its own. There it learns to
+        write whole examples from a task's own start token; here it begins at BOS like any document.
+    """
+    if context < 1 or batch_size < 1 or not temperature > 0:
+        raise ValueError(f"context={context}, batch_size={batch_size} and temperature={temperature} must be positive")
+    blocks = np.full((num_blocks, context + 1), bos_id, dtype=np.int64)
+    training = model.training
+    model.eval()
+    try:
+        for start in range(0, num_blocks, batch_size):
+            part = blocks[start : start + batch_size]
+            numbers = range(start, start + len(part))
+            uniform_BS = np.stack([_uniform(seed, number, context) for number in numbers])
+            _fill(model, part, uniform_BS, bos_id, temperature, group_ids_of)
+    finally:
+        model.train(training)
+    return blocks
+
+
+def _uniform(seed: int, block: int, context: int) -> NDArray[np.float32]:
+    """A block's random numbers in [0, 1)."""
+    return np.random.default_rng(np.random.SeedSequence([seed, block])).random(context, dtype=np.float32)
+
+
+def _fill(
+    model: LanguageModel,
+    tokens: NDArray[np.int64],
+    uniform_BS: NDArray[np.float32],
+    bos_id: int,
+    temperature: float,
+    group_ids_of: GroupIdsOf | None,
+) -> None:
+    """Write over all columns ``(B, S + 1)`` but the first, column by column."""
+    uniform = torch.from_numpy(uniform_BS).to(model.embedding.weight.device)
+    groups = _Groups(len(tokens), model.architecture.routing.chunk_tokens, bos_id, group_ids_of)
+    cache: list[KeyValue] | None = None
+    for t in range(uniform_BS.shape[1]):
+        logits_BV, cache = _next_logits(model, tokens[:, t], groups.at(tokens, t), cache)
+        if model.architecture.model.document_mask:
+            logits_BV[:, bos_id] = -torch.inf
+        tokens[:, t + 1] = sample_tokens(logits_BV / temperature, uniform[:, t]).cpu().numpy()
+
+
+def _next_logits(
+    model: LanguageModel, token_ids_B: NDArray[np.int64], group_ids_B: NDArray[np.int64], past: list[KeyValue] | None
+) -> tuple[Tensor, list[KeyValue]]:
+    """One more token of each row: float32 logits ``(B, V)`` of the one after it, and the cache."""
+    device = model.embedding.weight.device
+    token_ids, group_ids = torch.from_numpy(token_ids_B).to(device), torch.from_numpy(group_ids_B).to(device)
+    output = model(token_ids.unsqueeze(1), group_ids_BS=group_ids.unsqueeze(1), past=past)
+    return model.logits(output.hidden_BSD[:, -1], group_ids).float(), output.cache
+
+
+def sample_tokens(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
+    """One token a row by inverting its cumulative distribution, all rows at once.
+
+    Args:
+        logits_BV: Float ``(B, V)``; ``-inf`` is never drawn.
+        uniform_B: Numbers in [0, 1), float32 ``(B,)``.
+
+    Returns:
+        int64 ``(B,)``: the first token at which the cumulative probability exceeds the number.
+    """
+    # float64, or the sum over a large vocabulary would swallow rare tokens. It may miss 1 by a rounding error, so
+    # it is its own measure; a float32 below 1 times it stays below it.
+    cumulative_BV = logits_BV.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
+    threshold_B = uniform_B.double() * cumulative_BV[:, -1]
+    return torch.searchsorted(cumulative_BV, threshold_B.unsqueeze(1), right=True).squeeze(1)
+
+
+class _Groups:
+    """Each row's current group; asked anew at chunk borders, counted from the start of its document."""
+
+    def __init__(self, num_rows: int, chunk: int, bos_id: int, group_ids_of: GroupIdsOf | None) -> None:
+        self.chunk, self.bos_id, self.group_ids_of = chunk, bos_id, group_ids_of
+        self.begins = np.zeros(num_rows, dtype=np.int64)
+        self.ids = np.zeros(num_rows, dtype=np.int64)
+
+    def at(self, tokens: NDArray[np.int64], t: int) -> NDArray[np.int64]:
+        """Groups of column ``t`` from the columns up to it, int64 ``(B,)``."""
+        if self.group_ids_of is not None:
+            self.begins[tokens[:, t] == self.bos_id] = t
+            for row in np.flatnonzero((t - self.begins) % self.chunk == 0):
+                self.ids[row] = self.group_ids_of(tokens[row, self.begins[row] : t + 1])[-1]
+        return self.ids

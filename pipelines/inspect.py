@@ -1,0 +1,267 @@
+"""`lifelong-moe inspect`: what a stage's experts specialize in, on held-out text or token by token on a given text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from rich.console import Console
+
+from lifelong_moe.config import RunConfig, build_config
+from lifelong_moe.data.tables import write_parquet
+from lifelong_moe.data.tokenizer import Tokenizer
+from lifelong_moe.data.windows import EvaluationSet, evaluation_windows
+from lifelong_moe.errors import ConfigError
+from lifelong_moe.evaluation.inspection import build_inspection
+from lifelong_moe.evaluation.loss import evaluate
+from lifelong_moe.evaluation.probing import (
+    BATCH_TOKENS,
+    Observation,
+    expert_similarities,
+    observe,
+    observe_text,
+    routing_columns,
+    shuffled_experts,
+)
+from lifelong_moe.evaluation.routed_text import html_page, route_text
+from lifelong_moe.evaluation.specialization_figures import inspection_figures
+from lifelong_moe.model.architecture import Architecture
+from lifelong_moe.model.transformer import LanguageModel
+from lifelong_moe.stages.atomic import replace_file
+from lifelong_moe.stages.runs import RunRecord, require_head
+from lifelong_moe.stages.store import CommittedStage, StageStore
+from lifelong_moe.tracking.tracker import Tracker
+from lifelong_moe.training.logger import Row
+from lifelong_moe.training.stage import load_model
+from pipelines import inspect_tables
+from pipelines.evaluations import evaluation_device
+from pipelines.inspectors import check_label, open_stage
+from pipelines.workspace import ROOT, read_data
+
+Windows = Mapping[str, EvaluationSet]
+
+
+def inspect(
+    run: str,
+    stage: str | None,
+    *,
+    text: str | None,
+    text_file: str | None,
+    layer: int | None,
+    html: str | None,
+    save: str | None,
+    tokens: int,
+    label: str | None,
+    console: Console,
+) -> dict[str, Any]:
+    """Inspect a stage on a text, or without one on held-out text of the run's distributions.
+
+    Raises:
+        ConfigError: If the options do not go together, or what they name is not there.
+    """
+    given = _given_text(text, text_file)
+    for option, value in (("--layer", layer), ("--html", html), ("--label", label)):
+        if given is None and value is not None:
+            raise ConfigError(f"{option}={value} needs a text: give --text or --text-file.")
+    for option, path in (("--html", html), ("--save", save)):
+        if path is not None and not Path(path).parent.is_dir():
+            raise ConfigError(f"{option}={path}: there is no directory {Path(path).parent}.")
+    store, committed = open_stage(run, stage)
+    if given is not None:
+        check_label(committed, label, console)
+        result = _on_text(store, committed, given, layer, label, html, save, console)
+    else:
+        result = _on_heldout(run, store, committed, tokens, save, console)
+    return {"run": run, "stage": committed.name, "key": committed.key, **result}
+
+
+def _on_text(
+    store: StageStore,
+    committed: CommittedStage,
+    text: str,
+    layer: int | None,
+    label: str | None,
+    html: str | None,
+    save: str | None,
+    console: Console,
+) -> dict[str, Any]:
+    tokenizer = Tokenizer.from_text(store.tokenizer(committed))
+    model = load_model(store, committed)
+    architecture, token_ids = model.architecture, tokenizer.encode(text)
+    if not token_ids:
+        raise ConfigError("the text has no token.")
+    if layer is not None and layer >= architecture.model.layers:
+        raise ConfigError(f"--layer={layer}: layers of {committed.name} are 0 to {architecture.model.layers - 1}.")
+    seen = observe_text(model, token_ids, distribution=label)
+    routed = route_text(architecture, seen, tokenizer.decode, layer)
+    inspect_tables.text(console, routed)
+    if html is not None:
+        replace_file(Path(html), html_page(routed, f"{committed.name}: whom each token is sent to"))
+        console.print(f"written: {html}", highlight=False, markup=False)
+    if save is not None:
+        _save(save, architecture, {label or "": seen}, tokenizer.decode, console)
+    rows = [
+        {
+            "token_id": token.token_id,
+            "text": token.text,
+            "owner": routed.owners[token.owner],
+            "experts": [dict(chosen) for chosen in token.experts],
+        }
+        for token in routed.tokens
+    ]
+    return {"layers": routed.layers, "tokens": rows}
+
+
+def _on_heldout(
+    run: str, store: StageStore, committed: CommittedStage, tokens: int, save: str | None, console: Console
+) -> dict[str, Any]:
+    head, record = require_head(ROOT, run), RunRecord(ROOT, run)
+    config = build_config(OmegaConf.create(head["config"]))
+    with console.status("reading held-out text") as status:
+        windows, tokenizer = _heldout_windows(run, config, committed, tokens)
+        status.update("reading it through the model")
+        result, observed = _measure(store, committed, config, windows, tokenizer)
+    result = {"run": run, "stage": committed.name, "key": committed.key, **result}
+    _keep(record, head, config, result, console)
+    inspect_tables.heldout(console, result)
+    console.print(f"written: {record.path / 'inspection.json'}, {record.path / 'inspection'}/*.png", highlight=False)
+    if save is not None:
+        architecture = Architecture.from_json(committed.config["architecture"])
+        _save(save, architecture, observed, tokenizer.decode, console)
+    return result
+
+
+def _keep(
+    record: RunRecord, head: Mapping[str, Any], config: RunConfig, result: dict[str, Any], console: Console
+) -> None:
+    """Leave the result and its figures with the run, and in MLflow unless it has them already."""
+    path, folder = record.path / "inspection.json", record.path / "inspection"
+    tracker = Tracker.connect(config.tracking, ROOT)
+    run_id = head["mlflow"].get("run")
+    result["mlflow_run"] = run_id if run_id and tracker.run_exists(run_id) else None
+    text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
+    known = path.is_file() and path.read_text(encoding="utf-8") == text
+    folder.mkdir(exist_ok=True)
+    for name, figure in inspection_figures(result, result["stage"]).items():
+        figure.savefig(folder / f"{name}.png")
+        if not known:
+            tracker.log_figure(result["mlflow_run"], figure, f"inspection/{result['stage']}/{name}.png")
+    if not known:
+        tracker.log_text(result["mlflow_run"], text, f"inspection/{result['stage']}/inspection.json")
+        tracker.log_metrics(result["mlflow_run"], _rows(result, head["stages"].index(result["key"])))
+    if tracker.problem and config.tracking.enabled:
+        console.print(f"[yellow]{tracker.problem}[/yellow]")
+    replace_file(path, text)
+
+
+def _rows(result: Mapping[str, Any], step: int) -> list[Row]:
+    """What MLflow draws as curves over stages."""
+    rows: list[Row] = []
+    for layer in result["layers"]:
+        for kind in ("token", "distribution"):
+            if layer[kind] is not None:
+                excess = layer[kind]["nats"] - layer[kind]["null_mean"]
+                rows.append((f"inspection/{kind}_information/L{layer['layer']}", excess, step))
+    for name, losses in result["shuffled"].items():
+        cost = losses["shuffled_nats_per_token"] - losses["nats_per_token"]
+        rows.append((f"inspection/{name}/cost_of_shuffling", cost, step))
+    return rows
+
+
+def _heldout_windows(
+    run: str, config: RunConfig, committed: CommittedStage, tokens: int
+) -> tuple[dict[str, EvaluationSet], Tokenizer]:
+    """Held-out text of each distribution of a run, as it evaluates it."""
+    data = read_data(config)
+    if data.tokenizer.hash != committed.config["tokenizer"]["hash"]:
+        raise ConfigError(
+            f"run {run}: text or tokenizer has changed since stage {committed.name} was trained, so the tokens mean "
+            f"something else; bring the old text back, or inspect a --text."
+        )
+    context = config.model.context
+    windows = {name: evaluation_windows(data.corpora[name].heldout, context, tokens) for name in config.evaluated}
+    return windows, data.tokenizer
+
+
+def _measure(
+    store: StageStore, committed: CommittedStage, config: RunConfig, windows: Windows, tokenizer: Tokenizer
+) -> tuple[dict[str, Any], dict[str, Observation]]:
+    """Observe the stage and those before it on the same text."""
+    device = evaluation_device(config.trainer.accelerator)
+    chain = _ancestry(store, committed)
+    earlier = {one.name: _observe_all(load_model(store, one).to(device), windows) for one in chain[:-1]}
+    model = load_model(store, committed).to(device)
+    observed = _observe_all(model, windows)
+    losses = _losses(model, windows)
+    with shuffled_experts(model):
+        shuffled = _losses(model, windows)
+    inspection = build_inspection(
+        model.architecture,
+        observed,
+        stages=[one.name for one in chain],
+        learned_in={name: index for index, one in enumerate(chain) for name in _learns(one)},
+        earlier=earlier,
+        similarities=expert_similarities(model, [(text, name) for name, text in windows.items()]),
+        losses={name: (losses[name], shuffled[name]) for name in windows},
+        decode=lambda token_id: tokenizer.decode([token_id]),
+    )
+    return inspection, observed
+
+
+def _observe_all(model: LanguageModel, windows: Windows) -> dict[str, Observation]:
+    return {name: observe(model, text, distribution=name) for name, text in windows.items()}
+
+
+def _losses(model: LanguageModel, windows: Windows) -> dict[str, float]:
+    return {
+        name: evaluate(model, text, distribution=name, batch_tokens=BATCH_TOKENS).nats_per_token
+        for name, text in windows.items()
+    }
+
+
+def _ancestry(store: StageStore, committed: CommittedStage) -> list[CommittedStage]:
+    """The stages that led to this one and itself, oldest first."""
+    chain = [committed]
+    while (parent := chain[0].config["parent"]) is not None:
+        chain.insert(0, store.get(parent))
+    return chain
+
+
+def _learns(stage: CommittedStage) -> list[str]:
+    """Distributions that a stage is there to learn: one that begins from nothing learns all that it reads."""
+    spec = stage.config["spec"]
+    return [spec["data"], *(spec["replayed"] if stage.config["parent"] is None else ())]
+
+
+def _given_text(text: str | None, text_file: str | None) -> str | None:
+    if text is not None and text_file is not None:
+        raise ConfigError("--text and --text-file exclude each other.")
+    if text_file is not None:
+        try:
+            return Path(text_file).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise ConfigError(f"--text-file={text_file}: no such file.") from None
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"--text-file={text_file}: not UTF-8 at byte {error.start}.") from None
+    if text is not None and any("\ud800" <= character <= "\udfff" for character in text):
+        raise ConfigError("--text is not UTF-8.")
+    return text
+
+
+def _save(
+    path: str,
+    architecture: Architecture,
+    observed: Mapping[str, Observation],
+    decode: Callable[[Sequence[int]], str],
+    console: Console,
+) -> None:
+    """Every token's experts as a table, a row a token and layer."""
+
+    def parts() -> Iterator[dict[str, Any]]:
+        for name, seen in observed.items():
+            yield from routing_columns(architecture, seen, name, decode)
+
+    console.print(f"written: {path} ({write_parquet(Path(path), parts()):,} rows)", highlight=False, markup=False)

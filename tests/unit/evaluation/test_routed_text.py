@@ -1,0 +1,102 @@
+"""Who owns a token, and that nothing in a text can break out of a page."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from html.parser import HTMLParser
+
+import numpy as np
+
+from lifelong_moe.data.tokenizer import train_tokenizer
+from lifelong_moe.evaluation.probing import Observation
+from lifelong_moe.evaluation.routed_text import RoutedText, describe, html_page, route_text, token_pieces, visible
+from lifelong_moe.model.architecture import Architecture
+
+Make = Callable[..., Architecture]
+TEXTS = {1: "<b>", 2: '"&\n', 3: "\x1b[31m"}
+
+
+def decode(ids: Sequence[int]) -> str:
+    return "".join(TEXTS[i] for i in ids)
+
+
+def routed(make_architecture: Make, layer: int | None) -> RoutedText:
+    """Three tokens, two layers of 2 + 2 experts of stages s0 and s1."""
+    seen = Observation(
+        document_T=np.zeros(3, dtype=np.int64),
+        position_T=np.arange(1, 4),
+        token_ids_T=np.array([1, 2, 3]),
+        expert_ids=[np.array([[0, 2], [1, 0], [2, 3]]), np.array([[3, 1], [0, 2], [0, 1]])],
+        weights=[np.array([[0.6, 0.4], [0.2, 0.8], [0.5, 0.5]]), np.array([[0.7, 0.3], [0.5, 0.5], [0.4, 0.6]])],
+    )
+    return route_text(make_architecture("learned", (2, 2)), seen, decode, layer)
+
+
+def test_of_a_layer_the_heaviest_expert_owns_a_token(make_architecture: Make) -> None:
+    first = routed(make_architecture, 0)
+    assert first.owners == ["s0/L0/E0", "s0/L0/E1", "s1/L0/E2", "s1/L0/E3"]
+    assert [token.owner for token in first.tokens] == [0, 0, 2] and first.counts == [2, 0, 1, 0]
+    assert first.tokens[1].experts == [[("s0/L0/E0", 0.8), ("s0/L0/E1", 0.2)]]
+
+
+def test_of_the_model_the_heaviest_stage_owns_a_token(make_architecture: Make) -> None:
+    whole = routed(make_architecture, None)
+    assert whole.owners == ["s0", "s1"]
+    # s0 has 0.6 + 0.3 of token 0, 1.0 + 0.5 of token 1, and an even 1.0 of token 2, where the older one wins.
+    assert [token.owner for token in whole.tokens] == [1, 0, 0]
+    assert describe(whole, whole.tokens[0]) == "s0/L0/E0 0.600, s1/L0/E2 0.400\ns1/L1/E3 0.700, s0/L1/E1 0.300"
+
+
+class Reader(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.titles: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.titles += [value or "" for name, value in attrs if name == "title"]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_a_page_says_it_all_and_runs_nothing(make_architecture: Make) -> None:
+    whole = routed(make_architecture, None)
+    page = html_page(whole, "a <title> & more")
+    reader = Reader()
+    reader.feed(page)
+    assert reader.tags.count("b") == 0 and "\x1b" not in page
+    assert '<b>"&\n␛[31m' in reader.text and "a <title> & more" in reader.text
+    assert reader.titles == [describe(whole, token) for token in whole.tokens]
+    assert not re.search(r"<script|href|src=|url\(|@import", page)
+    assert "s0 (2)" in reader.text and "s1 (1)" in reader.text
+
+
+def test_each_owner_has_a_colour_that_black_text_is_legible_on() -> None:
+    colours = RoutedText([str(i) for i in range(64)], [0], []).colours
+    assert len(set(colours)) == 64
+    for colour in colours:
+        red, green, blue = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+        assert 0.299 * red + 0.587 * green + 0.114 * blue > 0.5
+
+
+def test_pieces_are_the_whole_text_and_whole_characters() -> None:
+    text = "the naïve 漢字 🙂 of a tree\n\tand more"
+    tokenizer = train_tokenizer(["the tree and more of a tree and the more"] * 3, 280)
+    ids = tokenizer.encode(text)
+    pieces = token_pieces(ids, tokenizer.decode)
+    assert len(pieces) == len(ids) and "".join(pieces) == text
+    assert "漢" in pieces and "\N{REPLACEMENT CHARACTER}" not in "".join(pieces) and "" in pieces
+
+
+def test_an_unfinished_character_at_the_end_is_shown_as_such() -> None:
+    tokenizer = train_tokenizer(["abc"], 257)
+    ids = tokenizer.encode("a漢")
+    assert token_pieces(ids[:-1], tokenizer.decode)[-1] == "\N{REPLACEMENT CHARACTER}"
+
+
+def test_only_newline_and_tab_stay_control_characters() -> None:
+    assert visible("a\nb\tc\rd\x00\x7f") == "a\nb\tc␍d␀␡"
