@@ -96,9 +96,10 @@ class RunConfig:
     run: str
     """Name of the run; its results are under ``mlruns/runs/<run>/``."""
     method: Method = Method.lifelong
-    """``lifelong`` takes every section of a stage; ``sequential`` just trains on; ``static_moe`` does so with all experts
-    from the start; ``replay``, ``l2``, ``ewc`` and ``lwf`` (distillation on new text) add one mechanism; ``joint`` trains
-    on everything at once; ``unrestrained`` is ``sequential`` with each distribution from scratch beside it."""
+    """``lifelong`` takes every section of a stage; ``sequential`` just trains on; ``static_moe`` does so with all
+    experts from the start; ``replay``, ``l2``, ``ewc`` and ``lwf`` (distillation on new text) add one mechanism;
+    ``joint`` trains on everything at once; ``unrestrained`` is ``sequential`` with each distribution from scratch
+    beside it."""
     seed: int = 0
     """Seed of initialization, sample order and clustering."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
@@ -131,7 +132,7 @@ class RunConfig:
             if not NAME.fullmatch(name):
                 raise ConfigError(f"distributions.{name} may hold letters, digits, '_', '-' and '.' only.")
         for i, stage in enumerate(self.stages):
-            _require_known(stage.data, self.distributions, f"stages[{i}].data")
+            require_known(stage.data, self.distributions, f"stages[{i}].data")
             self._check_batch(i, stage)
             self._check_experts(i, stage)
             if i and self.method == Method.lifelong:
@@ -140,7 +141,7 @@ class RunConfig:
                 self._check_review(i, stage)
                 self._check_retention(i, stage)
         for i, name in enumerate(self.evaluate.also):
-            _require_known(name, self.distributions, f"evaluate.also[{i}]")
+            require_known(name, self.distributions, f"evaluate.also[{i}]")
         first = self.stages[0].data
         if self.tokenizer.train_on not in (None, first):
             raise ConfigError(
@@ -314,9 +315,9 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> tuple[R
     Raises:
         ConfigError: One line with the full key or file and line, what was required and what came.
     """
-    raw = _read_yaml(Path(path))
+    raw = read_yaml(Path(path))
     for override in overrides or []:
-        _apply_override(raw, override)
+        apply_override(raw, override)
     return build_config(raw), OmegaConf.to_container(raw, resolve=False)  # type: ignore[return-value]
 
 
@@ -324,15 +325,15 @@ def build_config(raw: DictConfig) -> RunConfig:
     """Validate plain configuration data and build the dataclasses; see :func:`load_config`."""
     known = {f.name for f in dataclasses.fields(RunConfig)} | {"stage_defaults"}
     for key in raw:
-        _require_known(str(key), known, "key")
-    values: dict[str, Any] = {name: _section(cls, raw.get(name), name) for name, cls in SECTIONS.items()}
+        require_known(str(key), known, "key")
+    values: dict[str, Any] = {name: section(cls, raw.get(name), name) for name, cls in SECTIONS.items()}
     sources = _mapping(raw, "distributions")
     names = {str(key): key for key in sources}  # one such as 2024 is a number in YAML
     values["distributions"] = {
-        name: _section(SourceConfig, sources._get_node(key), f"distributions.{name}") for name, key in names.items()
+        name: section(SourceConfig, sources._get_node(key), f"distributions.{name}") for name, key in names.items()
     }
     values["stages"] = _stages(raw)
-    scalars = _section(_Scalars, OmegaConf.masked_copy(raw, ["run", "method", "seed"]), "")
+    scalars = section(_Scalars, OmegaConf.masked_copy(raw, ["run", "method", "seed"]), "")
     config = RunConfig(run=scalars.run, method=scalars.method, seed=scalars.seed, **values)
     _require_finite(config, "")
     return config
@@ -358,7 +359,7 @@ def _stages(raw: DictConfig) -> list[StageConfig]:
     for i, stage in enumerate(stages):
         if not isinstance(stage, DictConfig):
             raise ConfigError(f"stages[{i}] must be a mapping with at least data: NAME; got {stage!r}.")
-        built.append(_section(StageConfig, stage, f"stages[{i}]", under=defaults))
+        built.append(section(StageConfig, stage, f"stages[{i}]", under=defaults))
     return built
 
 
@@ -369,7 +370,7 @@ def _mapping(raw: DictConfig, key: str) -> DictConfig:
     return node
 
 
-def _section(cls: type[T], node: Any, path: str, under: DictConfig | None = None) -> T:
+def section(cls: type[T], node: Any, path: str, under: DictConfig | None = None) -> T:
     """Merge a node over its dataclass and build it; every error carries the full path."""
     if node is None:
         node = OmegaConf.create({})
@@ -400,14 +401,15 @@ class _errors_under:  # noqa: N801 - a context manager, named like the statement
             raise ConfigError(f"{where}: {text}") from None
         if isinstance(error, ConfigError):
             text = str(error)
-            section = self.path.split(".")[-1]
-            if not self.path or text.startswith(f"{section}."):
+            last = self.path.split(".")[-1]
+            if not self.path or text.startswith(f"{last}."):
                 raise error
             joint = "." if re.match(r"[a-z_0-9.]+=", text) else ": "
             raise ConfigError(f"{self.path}{joint}{text}") from None
 
 
-def _read_yaml(path: Path) -> DictConfig:
+def read_yaml(path: Path) -> DictConfig:
+    """Read a YAML file that holds a mapping; a mistake costs one line with file and line number."""
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
         hint = f" Did you mean {path.parent / near[0]}?" if near else ""
@@ -429,7 +431,8 @@ def _read_yaml(path: Path) -> DictConfig:
     return loaded
 
 
-def _apply_override(raw: DictConfig, override: str) -> None:
+def apply_override(raw: DictConfig, override: str) -> None:
+    """Set what ``key=value`` says, the value being YAML."""
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"override {override!r} must have the form key=value.")
@@ -441,7 +444,8 @@ def _apply_override(raw: DictConfig, override: str) -> None:
         raise ConfigError(f"override {override!r} cannot be applied: {text}") from None
 
 
-def _require_known(name: str, known: Any, what: str) -> None:
+def require_known(name: str, known: Any, what: str) -> None:
+    """Raise a ConfigError with the nearest known name unless ``name`` is known."""
     if name not in known:
         near = difflib.get_close_matches(name, list(known), n=1)
         hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(sorted(known))}."

@@ -178,8 +178,10 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Show what the experts specialize in, on held-out text or token by token on a text."""
+    from pipelines import quiet
     from pipelines.inspect import inspect as story
 
+    quiet.libraries()
     result = story(
         run,
         stage,

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -47,12 +49,13 @@ def compare(path: str, overrides: list[str], only: list[str], replace: bool, con
         chosen, memory = comparison.select(only), Memory()
         with console.status("reading and tokenizing the distributions, planning all arms"):
             jobs = plan_jobs(comparison, memory)
+        wanted = [job for job in jobs if job.arm in chosen]
         if not replace:
-            refuse_taken_names(jobs)
+            refuse_taken_names(wanted)
         record = ComparisonRecord(comparison, jobs, Tracker.connect(jobs[0].prepared.config.tracking, ROOT))
         try:
-            queue = [job for job in jobs if job.arm in chosen]
-            failed = _work(queue, str(comparison.base), memory, record, console)
+            train = partial(run, str(comparison.base), memory=memory, parent_run=record.parent)
+            failed = _work(wanted, train, record, replace, console)
             found = record.update()
         except BaseException:
             record.finish(console, "KILLED")
@@ -60,13 +63,18 @@ def compare(path: str, overrides: list[str], only: list[str], replace: bool, con
         render_comparison.terminal(console, found)
         record.finish(console)
     if failed:
-        raise DivergedError(f"{len(failed)} of {len(queue)} runs diverged: {', '.join(failed)}; the others are compared.")
+        raise DivergedError(
+            f"{len(failed)} of {len(wanted)} runs diverged: {', '.join(failed)}; the others are compared."
+        )
     return found
 
 
-def _work(jobs: list[Job], base: str, memory: Memory, record: ComparisonRecord, console: Console) -> list[str]:
+def _work(
+    jobs: list[Job], train: Callable[..., object], record: ComparisonRecord, replace: bool, console: Console
+) -> list[str]:
     """Train run after run, locked ones last; returns the names of those that diverged."""
-    queue, turned_away, failed = deque(jobs), 0, []
+    queue, turned_away = deque(jobs), 0
+    failed: list[str] = []
     while queue:
         job = queue.popleft()
         complete = job.report() is not None
@@ -74,7 +82,7 @@ def _work(jobs: list[Job], base: str, memory: Memory, record: ComparisonRecord, 
         console.rule(f"{job.run}: {how} ({len(jobs) - len(queue)} of {len(jobs)})", align="left", style="dim")
         try:
             quiet = Console(quiet=True) if complete else console
-            run(base, job.overrides, job.is_taken(), quiet, memory=memory, parent_run=record.parent)
+            train(job.overrides, replace and job.is_taken(), quiet)
         except LockedError as error:
             console.print(f"{error} Going on with others.", highlight=False)
             queue.append(job)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,7 @@ def _on_text(
         replace_file(Path(html), html_page(routed, f"{committed.name}: whom each token is sent to"))
         console.print(f"written: {html}", highlight=False, markup=False)
     if save is not None:
-        _save(save, architecture, {label or "": seen}, tokenizer.decode, console)
+        _save(save, architecture, {label or "": seen}, tokenizer, console)
     rows = [
         {
             "token_id": token.token_id,
@@ -130,7 +130,7 @@ def _on_heldout(
     console.print(f"written: {record.path / 'inspection.json'}, {record.path / 'inspection'}/*.png", highlight=False)
     if save is not None:
         architecture = Architecture.from_json(committed.config["architecture"])
-        _save(save, architecture, observed, tokenizer.decode, console)
+        _save(save, architecture, observed, tokenizer, console)
     return result
 
 
@@ -206,7 +206,7 @@ def _measure(
         earlier=earlier,
         similarities=expert_similarities(model, [(text, name) for name, text in windows.items()]),
         losses={name: (losses[name], shuffled[name]) for name in windows},
-        decode=lambda token_id: tokenizer.decode([token_id]),
+        name_token=tokenizer.name,
     )
     return inspection, observed
 
@@ -255,13 +255,13 @@ def _save(
     path: str,
     architecture: Architecture,
     observed: Mapping[str, Observation],
-    decode: Callable[[Sequence[int]], str],
+    tokenizer: Tokenizer,
     console: Console,
 ) -> None:
     """Every token's experts as a table, a row a token and layer."""
 
     def parts() -> Iterator[dict[str, Any]]:
         for name, seen in observed.items():
-            yield from routing_columns(architecture, seen, name, decode)
+            yield from routing_columns(architecture, seen, name, tokenizer.name)
 
     console.print(f"written: {path} ({write_parquet(Path(path), parts()):,} rows)", highlight=False, markup=False)

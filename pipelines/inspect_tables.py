@@ -70,7 +70,7 @@ def _layers(result: Mapping[str, Any]) -> Table:
 def _information(information: Mapping[str, float] | None) -> tuple[str, str]:
     if information is None:
         return "–", "–"
-    return f"{information['nats']:.3f}", f"{information['null_mean']:.3f} (95 %: {information['null_95']:.3f})"
+    return f"{information['nats']:.4f}", f"{information['null_mean']:.4f} (95 %: {information['null_95']:.4f})"
 
 
 def _mean_cosine(similarity: Sequence[Sequence[float]]) -> str:
@@ -93,7 +93,7 @@ def _by_distribution(result: Mapping[str, Any]) -> Table:
 
 def _saturation(result: Mapping[str, Any]) -> Table:
     names = list(result["tokens"])
-    table = _table(f"Chosen experts that are {result['stage']}'s, mean over layers", "after stage", *names)
+    table = _table(f"Chosen experts that {result['stage']} chooses too, mean over layers", "after stage", *names)
     for stage, agreed in result["saturation"].items():
         table.add_row(stage, *(f"{np.mean(agreed[name]):.1%}" for name in names))
     return table

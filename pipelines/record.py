@@ -158,9 +158,7 @@ class MlflowRecord:
             self.stage_begins(planned)
         run_id, data = self.ids["stages"].get(planned.key), planned.spec.data
         logged = self.ids["logged"].setdefault(planned.key, {})
-        rows = [
-            (f"from_scratch/{data}/{key}", measured[data][key], 0) for key in ("nats_per_token", "bits_per_byte")
-        ]
+        rows = [(f"from_scratch/{data}/{key}", measured[data][key], 0) for key in ("nats_per_token", "bits_per_byte")]
         rows = [row for row in rows if logged.get(row[0]) != row[1]]
         for target in (self.ids["run"], run_id):
             self.tracker.log_metrics(target, rows)

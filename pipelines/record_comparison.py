@@ -1,9 +1,9 @@
 """What a comparison leaves: its files, and in MLflow one parent run with the arms' runs under it.
 
 ``mlruns/comparisons/<name>/`` holds ``comparison.json``, ``comparison.md``, ``figures/`` and ``head.json``: ``content``
-(names what the files show), ``failed`` (why a run failed, by its name) and ``mlflow`` (the id of the parent ``run``, the
-``content`` that it shows, and what is ``logged`` on each arm's run). Several processes may work on one comparison; each
-holds a lock while it records.
+(names what the files show), ``failed`` (why a run failed, by its name) and ``mlflow`` (the id of the parent ``run``,
+the ``content`` that it shows, and what is ``logged`` on each arm's run). Several processes may work on one comparison;
+each holds a lock while it records.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ class ComparisonRecord:
                     break
                 except LockedError:
                     time.sleep(LOCK_SECONDS)
-            empty = {"content": None, "failed": {}, "mlflow": {"run": None, "content": None, "logged": {}}}
+            empty: dict[str, Any] = {"content": None, "failed": {}}
+            empty["mlflow"] = {"run": None, "content": None, "logged": {}}
             try:
                 head = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else empty
             except ValueError as error:

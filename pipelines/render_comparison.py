@@ -15,15 +15,15 @@ Arm = Mapping[str, Any]
 ABSENT = "–"
 COLUMNS = {
     "forgetting_max": ("forgetting, worst, %", 100, "{:+.2f}"),
-    "forgetting_mean": ("mean, %", 100, "{:+.2f}"),
+    "forgetting_mean": ("forgetting, mean, %", 100, "{:+.2f}"),
     "plasticity_gap": ("plasticity gap, worst, %", 100, "{:+.2f}"),
     "oracle_gap": ("oracle gap, %", 100, "{:+.2f}"),
     "leak_max": ("leak, worst, %", 100, "{:.1f}"),
-    "final_mean_nats": ("final nats/token", 1, "{:.4f}"),
+    "final_mean_nats": ("final nats/token", 1, "{:.3f}"),
     "final_mean_bits_per_byte": ("final bits/byte", 1, "{:.4f}"),
 }
 """Header, scale and form of each number."""
-COMPARED = ("forgetting_max", "plasticity_gap", "oracle_gap", "final_mean_nats", "final_mean_bits_per_byte")
+COMPARED = ("forgetting_max", "plasticity_gap", "oracle_gap", "final_mean_bits_per_byte")
 """Numbers whose differences are shown."""
 EXPLANATION = (
     "Forgetting and gaps are relative rises of perplexity, positive is worse: forgetting against right after learning, "
@@ -47,18 +47,28 @@ def grids(comparison: Mapping[str, Any]) -> list[Grid]:
     names, reference = comparison["distributions"], comparison["reference"]
     compared = [arm for arm in arms if arm["differences"] and any(arm["differences"].values())]
     found = [
-        Grid("Results", ("arm", "seeds", *(header for header, _, _ in COLUMNS.values())), [_results(arm) for arm in arms]),
+        Grid(
+            "Results", ("arm", "seeds", *(header for header, _, _ in COLUMNS.values())), [_results(arm) for arm in arms]
+        ),
         Grid(
             "Cost",
             ("arm", "method", "tokens", "active FLOPs", "parameters", "active", "epochs, most", "seconds"),
             [_cost(arm) for arm in arms],
         ),
-        Grid("Final bits per byte", ("arm", *names), [_by_name(arm, "final_bits_per_byte", names, "{:.4f}") for arm in arms]),
+        Grid(
+            "Final bits per byte",
+            ("arm", *names),
+            [_by_name(arm, "final_bits_per_byte", names, "{:.4f}") for arm in arms],
+        ),
         Grid("Router leak", ("arm", *names), [_by_name(arm, "leak", names, "{:.1%}") for arm in arms]),
     ]
     if compared:
-        title = f"Differences to {reference} with the same seeds (in points where %; p of the paired t-test, not corrected)"
-        found.insert(1, Grid(title, ("arm", *(COLUMNS[key][0] for key in COMPARED)), [_difference(arm) for arm in compared]))
+        title = (
+            f"Differences to {reference} with the same seeds (in points where %; p of the paired t-test, not corrected)"
+        )
+        found.insert(
+            1, Grid(title, ("arm", *(COLUMNS[key][0] for key in COMPARED)), [_difference(arm) for arm in compared])
+        )
     return found
 
 

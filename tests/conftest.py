@@ -17,7 +17,7 @@ from lifelong_moe.model.architecture import Architecture, Generation
 from lifelong_moe.model.config import ModelConfig
 from lifelong_moe.model.transformer import LanguageModel, initialize
 from lifelong_moe.routing.cluster import TokenClusterRouter
-from lifelong_moe.routing.config import Features, Level, RoutingConfig
+from lifelong_moe.routing.config import Bundles, Features, Level, RoutingConfig
 
 torch.set_num_threads(1)
 torch.set_warn_always(True)  # else only the first test to provoke a warning fails on it
@@ -32,12 +32,15 @@ ROUTER_KINDS: dict[str, dict[str, Any]] = {
     "token_hidden": {"mode": "cluster", "level": Level.token, "features": Features.hidden},
     "document": {"mode": "cluster", "level": Level.document},
     "label": {"mode": "label"},
+    "hash": {"mode": "hash"},
+    "bundles": {"bundles": Bundles.cluster, "margin": 0.0, "clusters": 2},
+    "labelled_bundles": {"bundles": Bundles.label},
 }
 
 
 def build_architecture(
     kind: str = "learned",
-    generations: tuple[int, ...] = (4,),
+    generations: tuple[int | Generation, ...] = (4,),
     *,
     model: Mapping[str, Any] | None = None,
     routing: Mapping[str, Any] | None = None,
@@ -45,16 +48,17 @@ def build_architecture(
     """Two layers of width 16; generation g is born in stage ``s<g>`` and all but the newest are frozen."""
     shape: dict[str, Any] = {"layers": 2, "width": 16, "heads": 4, "kv_heads": 2, "expert_width": 8, "context": 16}
     # Far larger than usual, so that logits differ by whole units and a difference of 1e-6 means equal.
-    shape |= {"experts": generations[0], "init_std": 0.3, "document_mask": kind == "document"}
+    born = tuple(one if isinstance(one, Generation) else Generation(f"s{g}", one) for g, one in enumerate(generations))
+    shape |= {"experts": born[0].experts, "init_std": 0.3, "document_mask": kind == "document" or "bundles" in kind}
     router = {"feature_width": 6, "chunk_tokens": 4} | ROUTER_KINDS[kind]
     return Architecture(
         model=ModelConfig(**(shape | dict(model or {}))),
         routing=RoutingConfig(**(router | dict(routing or {}))),
         vocab_size=VOCAB,
         bos_id=0,
-        generations=tuple(Generation(f"s{g}", experts) for g, experts in enumerate(generations)),
+        generations=born,
         frozen=len(generations) - 1,
-        labels=tuple((f"d{g}", g) for g in range(len(generations))) if kind == "label" else (),
+        labels=tuple((f"d{g}", g) for g in range(len(generations))) if "label" in kind else (),
     )
 
 
@@ -77,13 +81,23 @@ def fill_clusters(model: LanguageModel, seed: int) -> None:
             layer.router.hashing = False
 
 
+def fill_deltas(model: LanguageModel, seed: int) -> None:
+    """Random changes of the trunk, in place of trained ones."""
+    generator = torch.Generator().manual_seed(seed)
+    for matrix in model.delta_matrices():
+        for name, parameter in matrix.deltas.named_parameters():
+            if name.endswith("up"):
+                torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+
+
 def build_model(
-    kind: str = "learned", generations: tuple[int, ...] = (4,), *, seed: int = 0, **sections: Any
+    kind: str = "learned", generations: tuple[int | Generation, ...] = (4,), *, seed: int = 0, **sections: Any
 ) -> LanguageModel:
     """A filled model of that architecture, in training mode."""
     model = LanguageModel(build_architecture(kind, generations, **sections))
     initialize(model, seed)
     fill_clusters(model, seed)
+    fill_deltas(model, seed)
     return model
 
 

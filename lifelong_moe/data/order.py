@@ -6,6 +6,7 @@ processes change what is seen.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 
@@ -41,9 +42,11 @@ class SampleOrder:
         self._replay = Fraction(str(replay_fraction))
         weights = [1] * (len(blocks) - 1) if replay_weights is None else list(replay_weights)
         if len(weights) != len(blocks) - 1 or any(weight < 1 for weight in weights):
-            raise ValueError(f"replay_weights={weights} must hold a positive number for each of {len(blocks) - 1} sources")
+            raise ValueError(
+                f"replay_weights={weights} must hold a positive number for each of {len(blocks) - 1} sources"
+            )
         self._round = _round(weights)
-        self._turns = [self._round[: i + 1].count(source) - 1 for i, source in enumerate(self._round)]
+        self._turns = _earlier_turns(self._round)
         self._weights = weights
         self._seed = seed
         self._permutations: dict[int, tuple[int, np.ndarray]] = {}
@@ -82,6 +85,16 @@ def _round(weights: Sequence[int]) -> list[int]:
     """A round of turns in which each index has as many as its weight, spread as evenly as it goes."""
     turns = [((2 * turn + 1) / (2 * weight), index) for index, weight in enumerate(weights) for turn in range(weight)]
     return [index for _, index in sorted(turns)]
+
+
+def _earlier_turns(turns: Sequence[int]) -> list[int]:
+    """For each turn, how many turns of the same index come before it."""
+    seen: Counter[int] = Counter()
+    earlier = []
+    for index in turns:
+        earlier.append(seen[index])
+        seen[index] += 1
+    return earlier
 
 
 def batch_indices(step: int, micro: int, *, global_batch: int, accumulate: int, rank: int, world: int) -> range:

@@ -99,6 +99,10 @@ class Tokenizer:
         kept = [int(index) for index in ids if int(index) != self._bos_id]
         return str(self._backend.decode(kept, skip_special_tokens=False))
 
+    def name(self, token_id: int) -> str:
+        """Return a token's text; BOS, which stands for no text, by its name."""
+        return BOS if token_id == self._bos_id else self.decode([token_id])
+
     def save(self, path: Path) -> None:
         """Write ``tokenizer.json`` atomically; ``tokenizers`` and transformers read it."""
         write_atomic(Path(path), self._text.encode("utf-8"))

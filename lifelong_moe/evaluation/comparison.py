@@ -7,6 +7,7 @@ Keys of ``comparison.json`` (schema 1). What cannot be known, because a run or a
 ``compare``            name
 ``budget``             what is equal between arms: ``tokens`` or ``flops``
 ``base``               the run configuration that all arms begin with
+``overrides``          of every arm, from the command line
 ``seeds``              of each arm
 ``reference``          arm that differences are taken against
 ``unrestrained``       arm that the plasticity gap is taken against; null if there is none
@@ -106,7 +107,9 @@ def build_comparison(
         "reference": reference,
         "unrestrained": unrestrained,
         "joint": joint,
-        "distributions": list(dict.fromkeys(d for arm in arms for r in arm.reports.values() for d in r["distributions"])),
+        "distributions": list(
+            dict.fromkeys(d for arm in arms for r in arm.reports.values() for d in r["distributions"])
+        ),
         "complete": all(run["status"] == "committed" for row in rows for run in row["runs"]),
         "arms": rows,
     }
@@ -257,7 +260,5 @@ def paired(values: Mapping[int, float | None], reference: Mapping[int, float | N
 
 def _differences(row: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
     by_seed = [{run["seed"]: run["numbers"] for run in arm["runs"] if "numbers" in run} for arm in (row, base)]
-    keys = next(iter(by_seed[0].values()), {})
-    return {
-        key: paired(*({seed: numbers[key] for seed, numbers in arm.items()} for arm in by_seed)) for key in keys
-    }
+    keys: list[str] = list(next(iter(by_seed[0].values()), {}))
+    return {key: paired(*({seed: numbers[key] for seed, numbers in arm.items()} for arm in by_seed)) for key in keys}

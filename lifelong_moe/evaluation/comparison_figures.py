@@ -22,7 +22,8 @@ Comparison = Mapping[str, Any]
 Arm = Mapping[str, Any]
 
 LARGEST_DOT = 420.0
-"""Area of the dot of the arm with most FLOPs, in square points; less for more than ten arms."""
+"""Area of the dot of the arm with most FLOPs, in square points; less for many arms."""
+MANY_ARMS = 10
 PANELS_A_ROW = 3
 LABEL_ANGLES = (0, 180, 35, -35, 145, -145, 90, -90, 62, -62, 118, -118)
 LABEL_POINTS = 8
@@ -49,12 +50,15 @@ def pareto_figure(comparison: Comparison) -> Figure | None:
     arms = [arm for arm in arms if _mean(arm, "plasticity_gap") is not None]
     if not arms:
         return None
-    figure, axes = _figure(8.4, 6.0)
+    roomy = len(arms) > MANY_ARMS
+    figure, axes = _figure(11.5 if roomy else 8.4, 8.0 if roomy else 6.0)
     style = _styles(comparison)
     flops = {arm["name"]: _mean(arm, "active_flops") or 0.0 for arm in arms}
     most = max(flops.values()) or 1.0
-    points = np.array([[100 * arm["summary"][key]["mean"] for key in ("forgetting_max", "plasticity_gap")] for arm in arms])
-    largest = min(LARGEST_DOT, 10 * LARGEST_DOT / len(arms))
+    points = np.array(
+        [[100 * arm["summary"][key]["mean"] for key in ("forgetting_max", "plasticity_gap")] for arm in arms]
+    )
+    largest = min(LARGEST_DOT, MANY_ARMS * LARGEST_DOT / len(arms))
     areas = [largest * flops[arm["name"]] / most for arm in arms]
     for arm, (x, y), area in zip(arms, points, areas, strict=True):
         colour, marker = style[arm["name"]]
@@ -84,7 +88,8 @@ def curves_figure(comparison: Comparison) -> Figure | None:
         return None
     columns = 2 if len(names) == 4 else min(len(names), PANELS_A_ROW)
     rows = -(-len(names) // columns)
-    figure, panels = _panels(4.1 * columns + 2.2, 3.5 * rows, rows, columns)
+    height = max(3.5 * rows, 1.0 + 0.17 * len(arms))  # the legend has a line an arm
+    figure, panels = _panels(4.1 * columns + 2.2, height, rows, columns)
     style, stages = _styles(comparison), max((arm["stages"] for arm in arms), key=len)
     tilt = 30 if max(map(len, stages)) > 8 else 0
     for axes, name in zip(panels, names, strict=False):
@@ -197,7 +202,7 @@ def _note(axes: Axes, text: str, point: Floats, radius: float, distance: float, 
     line = {"arrowstyle": "-", "linewidth": 0.6, "color": "gray", "shrinkA": 0, "shrinkB": radius}
     return axes.annotate(
         text,
-        point,
+        (float(point[0]), float(point[1])),
         ((radius + distance) * across, (radius + distance) * up),
         textcoords="offset points",
         fontsize=LABEL_POINTS,
@@ -232,7 +237,8 @@ def _styles(comparison: Comparison) -> dict[str, tuple[Any, str]]:
     shades = list(colormaps["tab20"].colors)  # type: ignore[attr-defined]
     colours = shades[::2] + shades[1::2]  # dark ones first
     names = [arm["name"] for arm in comparison["arms"]]
-    return {name: (colours[i % len(colours)], MARKERS[i % len(MARKERS)]) for i, name in enumerate(names)}
+    markers = [MARKERS[(i + i // len(colours)) % len(MARKERS)] for i in range(len(names))]  # no pair comes twice
+    return {name: (colours[i % len(colours)], markers[i]) for i, name in enumerate(names)}
 
 
 def _committed(arm: Arm) -> list[Mapping[str, Any]]:

@@ -56,7 +56,7 @@ def build_inspection(
     earlier: Mapping[str, Mapping[str, Observation]],
     similarities: Sequence[NDArray[Any]],
     losses: Losses,
-    decode: Callable[[int], str],
+    name_token: Callable[[int], str],
 ) -> dict[str, Any]:
     """Measure each layer.
 
@@ -68,13 +68,13 @@ def build_inspection(
         earlier: For each earlier stage the routing of the same text.
         similarities: For each layer the cosines between its experts' outputs ``(E, E)``.
         losses: For each distribution nats per token, and the same with shuffled experts.
-        decode: Text of a token id.
+        name_token: Text of a token id.
     """
     index = {name: i for i, name in enumerate(stages)}
     layers = []
     for layer, similarity_EE in enumerate(similarities):
         births_E = [index[name] for name in architecture.expert_births(layer)]
-        measured = _layer(expert_names(architecture, layer), layer, observed, decode)
+        measured = _layer(expert_names(architecture, layer), layer, observed, name_token)
         measured["leak"] = {
             name: routing_statistics([counts], [births_E], learned_in.get(name, len(stages))).leak
             for name, counts in measured["counts"].items()
@@ -93,7 +93,7 @@ def build_inspection(
 
 
 def _layer(
-    names: Sequence[str], layer: int, observed: Mapping[str, Observation], decode: Callable[[int], str]
+    names: Sequence[str], layer: int, observed: Mapping[str, Observation], name_token: Callable[[int], str]
 ) -> dict[str, Any]:
     """What can be said of one layer from all distributions together."""
     experts = len(names)
@@ -110,7 +110,7 @@ def _layer(
         "distribution": asdict(information(ids_TK, distribution_T, experts)) if len(observed) > 1 else None,
         "dead": [name for name, share in zip(names, share_E, strict=True) if share < DEAD_SHARE / experts],
         "top_tokens": {
-            name: [asdict(token) | {"text": decode(token.token_id)} for token in tokens]
+            name: [asdict(token) | {"text": name_token(token.token_id)} for token in tokens]
             for name, tokens in zip(names, tops, strict=True)
         },
         "coactivation": _json_matrix(coactivation(ids_TK, experts)),

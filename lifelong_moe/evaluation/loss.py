@@ -97,9 +97,7 @@ def evaluate(
     total, counts = 0.0, None
     for arrays, output in forward_windows(model, windows, distribution=distribution, batch_tokens=batch_tokens):
         scored = arrays["scored"]
-        nats_T = model.token_nats(
-            output.hidden_BSD[scored], arrays["target_ids"][scored], arrays["group_ids"][scored]
-        )
+        nats_T = model.token_nats(output.hidden_BSD[scored], arrays["target_ids"][scored], arrays["group_ids"][scored])
         total += float(nats_T.double().sum())
         batch_counts = [
             torch.bincount(routing.expert_ids_TK[scored.flatten()].flatten(), minlength=routing.num_experts)

@@ -110,7 +110,7 @@ def observe_text(model: LanguageModel, token_ids: Sequence[int], *, distribution
 
 
 def routing_columns(
-    architecture: Architecture, seen: Observation, distribution: str, decode: Callable[[Sequence[int]], str]
+    architecture: Architecture, seen: Observation, distribution: str, name_token: Callable[[int], str]
 ) -> Iterator[dict[str, Any]]:
     """An observation as the columns of a table: for each layer in turn a row a token.
 
@@ -118,10 +118,10 @@ def routing_columns(
         architecture: Of the model that was observed.
         seen: What was observed.
         distribution: Name in the column of that name.
-        decode: Token ids to text; each token is decoded alone.
+        name_token: Text of a token id.
     """
     ids_J, token_T = np.unique(seen.token_ids_T, return_inverse=True)
-    texts_J = [decode([int(token_id)]) for token_id in ids_J]
+    texts_J = [name_token(int(token_id)) for token_id in ids_J]
     for layer, (ids_TK, weights_TK) in enumerate(zip(seen.expert_ids, seen.weights, strict=True)):
         yield {
             "distribution": [distribution] * len(seen),

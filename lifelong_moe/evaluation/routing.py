@@ -53,9 +53,7 @@ def routing_statistics(
     )
 
 
-def _layer_statistics(
-    counts: Sequence[int], births: Sequence[int], learned_in: int
-) -> tuple[float, float, int, float]:
+def _layer_statistics(counts: Sequence[int], births: Sequence[int], learned_in: int) -> tuple[float, float, int, float]:
     counts_E: NDArray[np.float64] = np.asarray(counts, dtype=np.float64)
     if not counts_E.sum() > 0:
         raise ValueError("every layer needs at least one assignment")

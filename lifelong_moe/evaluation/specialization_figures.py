@@ -115,9 +115,10 @@ def saturation_figure(saturation: Mapping[str, Mapping[str, Sequence[float]]], l
         axes.set_ylim(0.0, 1.05)
         axes.set_title(name, fontsize=10)
         axes.grid(alpha=0.3)
-    panels[0].set_ylabel(f"chosen experts that are {last}'s", fontsize=9)
-    panels[-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False)
-    figure.suptitle("router saturation after each stage", fontsize=10)
+    panels[0].set_ylabel(f"share that {last} chooses too", fontsize=9)
+    place = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5), "ncols": -(-layers // 12)}
+    panels[-1].legend(**place, fontsize=8, frameon=False)
+    figure.suptitle("router saturation: chosen experts after each stage that the last model chooses too", fontsize=10)
     return figure
 
 
@@ -155,6 +156,7 @@ def _pairs(
         axes.set_xticks(_few(len(array_EE)))
         axes.set_yticks(_few(len(array_EE)))
         axes.set_title(f"L{layer}", fontsize=10)
+        axes.set_xlabel("expert", fontsize=8)
         for border in range(1, len(array_EE)):
             if births[layer][border] != births[layer][border - 1]:
                 axes.axvline(border - 0.5, color="black", linewidth=1.2)
@@ -163,6 +165,7 @@ def _pairs(
             for (row, column), value in np.ndenumerate(array_EE):
                 text = f"{value:.2f}" if np.isfinite(value) else "–"
                 axes.text(column, row, text, ha="center", va="center", fontsize=7, color=_ink(image, float(value)))
+    panels[0].set_ylabel("expert", fontsize=8)
     names = " | ".join(dict.fromkeys(name for layer in births for name in layer))
     figure.suptitle(f"{title}\nexperts in order of birth: {names}", fontsize=10)
     figure.colorbar(image, ax=list(panels), shrink=0.7)

@@ -63,7 +63,11 @@ def to_mixtral(model: LanguageModel) -> tuple[dict[str, Any], dict[str, Tensor]]
     if routing.mode != "learned":
         raise ConfigError(f"routing.mode={routing.mode} has no Mixtral form; only learned routing can be exported.")
     if routing.has_bundles and len(architecture.generations) > 1:
-        raise ConfigError(f"routing.bundles={routing.bundles} has no Mixtral form: there every token may use any expert.")
+        raise ConfigError(
+            f"routing.bundles={routing.bundles} has no Mixtral form: there every token may use any expert."
+        )
+    if any(generation.layers is not None for generation in architecture.generations):
+        raise ConfigError("grow.layers has no Mixtral form: there every layer has the same number of experts.")
     if not routing.renormalize:
         raise ConfigError("routing.renormalize=false has no Mixtral form: Mixtral always renormalizes gate weights.")
     tensors = {name: _copy(tensor) for name, tensor in _shared_tensors(model)}

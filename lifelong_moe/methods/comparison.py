@@ -17,11 +17,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from lifelong_moe.config import NAME, load_config
-from lifelong_moe.config import _apply_override as apply_override
-from lifelong_moe.config import _read_yaml as read_yaml
-from lifelong_moe.config import _require_known as require_known
-from lifelong_moe.config import _section as section
+from lifelong_moe.config import NAME, RunConfig, apply_override, load_config, read_yaml, require_known, section
 from lifelong_moe.errors import ConfigError
 
 MAX_RUN_NAME = 64
@@ -67,7 +63,9 @@ class ComparisonConfig:
         if not all(0 <= seed < 2**32 for seed in self.seeds):
             raise ConfigError(f"seeds={self.seeds} must lie between 0 and 2**32 - 1.")
         if not self.arms:
-            raise ConfigError("arms is empty; a comparison needs at least one, such as arms: {naive: [method=sequential]}.")
+            raise ConfigError(
+                "arms is empty; a comparison needs at least one, such as arms: {naive: [method=sequential]}."
+            )
 
 
 @dataclass(frozen=True)
@@ -127,17 +125,25 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
     """
     path = Path(path)
     raw, known = read_yaml(path), {f.name for f in dataclasses.fields(ComparisonConfig)}
-    own = [override for override in overrides if re.split(r"[.\[=]", override)[0] in known]
+    own = [override for override in overrides if _first_key(override) in known]
     common = tuple(override for override in overrides if override not in own)
     for override in own:
         apply_override(raw, override)
+    of_runs = {f.name for f in dataclasses.fields(RunConfig)} | {"stage_defaults"}
     for key in raw:
         require_known(str(key), known, "key")
+    for override in common:
+        require_known(_first_key(override), known | of_runs, "key")
     settings = section(ComparisonConfig, raw, "")
     arms = tuple(arm for name, entry in settings.arms.items() for arm in _arms(name, entry))
     comparison = Comparison(settings, path.parent / settings.base, arms, common)
     _check(comparison)
     return comparison
+
+
+def _first_key(override: str) -> str:
+    """``stages`` of ``stages[1].tokens=5``."""
+    return re.split(r"[.\[=]", override)[0]
 
 
 def _check(comparison: Comparison) -> None:

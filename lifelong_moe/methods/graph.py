@@ -13,7 +13,7 @@ method            grow   trunk  distill  replay  penalty  review  stages
 ``ewc``           –      full   –        –       EWC      –       a chain
 ``lwf``           –      full   on new   –       –        –       a chain
 ``joint``         –      full   –        –       –        –       one, with all experts, on all text at once
-``unrestrained``  –      full   –        –       –        –       ``sequential``'s chain, and each distribution from scratch
+``unrestrained``  –      full   –        –       –        –       ``sequential``'s chain, each also from scratch
 ================  =====  =====  =======  ======  =======  ======  ==============================================
 
 The first stage has nothing to grow from, to hold on to or to replay, so it is the same stage under every method that
@@ -29,12 +29,15 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, replace
-from functools import reduce
 from math import gcd
+from typing import Any
 
 from lifelong_moe.config import Method, RunConfig, StageConfig
 from lifelong_moe.retention.config import DistillText, PenaltyKind, ReplaySource
 from lifelong_moe.training.spec import StageSpec
+
+MOST_TURNS = 1000
+"""Turns in a round of the joint stage's distributions; whatever shares would need more are rounded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +74,8 @@ RECIPES = {
 def stage_specs(config: RunConfig) -> list[StageSpec]:
     """The run's stages in order of training; each names its parent by index.
 
-    The last one is the end of the run. Stages without a parent after the first are from scratch, beside the chain.
+    The last one is the end of the run. Stages without a parent after the first are from scratch, beside the chain. A
+    stage appended to the stream comes after all that there were.
     """
     recipe = RECIPES[config.method]
     if recipe.all_experts:
@@ -97,7 +101,9 @@ def _spec(config: RunConfig, recipe: Recipe, i: int, stage: StageConfig) -> Stag
     distill = replace(stage.distill, text=recipe.distill_text or stage.distill.text)
     distils = later and recipe.distill and distill.weight > 0 and (replays or distill.text == DistillText.new)
     penalty = replace(stage.penalty, kind=recipe.penalty_kind or stage.penalty.kind)
-    penalizes = later and recipe.penalty and penalty.kind != PenaltyKind.none and penalty.factor > 0
+    measures = penalty.kind == PenaltyKind.ewc
+    holds = penalty.kind != PenaltyKind.none and penalty.factor > 0 and (bool(earlier) or not measures)
+    penalizes = later and recipe.penalty and holds
     assert stage.name is not None
     return StageSpec(
         name=stage.name,
@@ -108,7 +114,7 @@ def _spec(config: RunConfig, recipe: Recipe, i: int, stage: StageConfig) -> Stag
         replay_fraction=stage.replay.fraction if replays else 0.0,
         replay_source=stage.replay.source if replayed else ReplaySource.stored,
         replay_buffer=stage.replay.buffer_tokens if replayed else None,
-        fisher_data=earlier if penalizes and penalty.kind == PenaltyKind.ewc else (),
+        fisher_data=earlier if penalizes and measures else (),
         tokens=stage.tokens,
         grow=stage.grow if later and recipe.grow and stage.grow.experts else None,
         trunk=stage.trunk if later and recipe.trunk else None,
@@ -119,7 +125,7 @@ def _spec(config: RunConfig, recipe: Recipe, i: int, stage: StageConfig) -> Stag
     )
 
 
-def _common(config: RunConfig, stage: StageConfig) -> dict[str, object]:
+def _common(config: RunConfig, stage: StageConfig) -> dict[str, Any]:
     return {
         "optim": stage.optim,
         "model": config.model,
@@ -142,20 +148,22 @@ def _joint(config: RunConfig) -> StageSpec:
     for stage in config.stages:
         tokens[stage.data] = tokens.get(stage.data, 0) + stage.tokens
     first, *others = tokens
-    total = sum(tokens.values())
-    unit = reduce(gcd, (tokens[name] for name in others), 0) or 1
+    total, shared = sum(tokens.values()), [tokens[name] for name in others]
+    unit = max(gcd(*shared), -(-sum(shared) // MOST_TURNS)) or 1
     return replace(
         _first(config, config.stages[0], "joint"),
         replayed=tuple(others),
-        replay_weights=tuple(tokens[name] // unit for name in others),
+        replay_weights=tuple(max(1, round(count / unit)) for count in shared),
         replay_fraction=1 - tokens[first] / total if others else 0.0,
         tokens=total,
     )
 
 
 def _with_scratch(chain: list[StageSpec]) -> list[StageSpec]:
-    """Each later stage's distribution from scratch as well; these come second, so that the chain's end is the last."""
+    """Each later stage's distribution from scratch as well, right before it."""
     first, *later = chain
-    scratch = [replace(stage, name=f"{stage.name}.scratch", parent=None, optim=stage.optim) for stage in later]
-    moved = [replace(stage, parent=0 if i == 0 else len(scratch) + i) for i, stage in enumerate(later)]
-    return [first, *scratch, *moved]
+    stages, newest = [first], 0
+    for stage in later:
+        stages += [replace(stage, name=f"{stage.name}.scratch", parent=None), replace(stage, parent=newest)]
+        newest = len(stages) - 1
+    return stages

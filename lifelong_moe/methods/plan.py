@@ -97,9 +97,7 @@ def trainable_parameters(spec: StageSpec, architecture: Architecture) -> int:
     """Parameters that a stage trains."""
     count = count_parameters(architecture)
     frozen_trunk = spec.trunk is not None and spec.trunk.train in (TrunkTraining.frozen, TrunkTraining.deltas)
-    grown_frozen = spec.grow is not None and spec.grow.freezes
-    experts = count.newest if grown_frozen or architecture.frozen else count.total - count.trunk
-    return experts + (0 if frozen_trunk else count.trunk)
+    return count.unfrozen + (0 if frozen_trunk else count.trunk)
 
 
 def check_clusters(planned: list[PlannedStage], documents: Mapping[str, int]) -> None:

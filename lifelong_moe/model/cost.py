@@ -14,13 +14,13 @@ class ParameterCount:
     total: int
     """All parameters."""
     active: int
-    """Those that one token's forward pass uses: the trunk, one bundle's deltas, the router, ``top_k`` experts a layer."""
+    """Those that one token's forward pass uses: trunk, one bundle's deltas, router, ``top_k`` experts a layer."""
     trunk: int
     """Attention, norms, embedding and head."""
     per_expert: int
     """One expert."""
-    newest: int
-    """Experts, router rows and deltas of the newest generation."""
+    unfrozen: int
+    """Experts, router rows and deltas of the generations that are not frozen."""
 
 
 def count_parameters(architecture: Architecture) -> ParameterCount:
@@ -33,16 +33,16 @@ def count_parameters(architecture: Architecture) -> ParameterCount:
     trunk = config.layers * (attention + norms) + config.width + tables
     per_expert = 3 * config.width * config.expert_width
     row = config.width if architecture.routing.mode == "learned" else 0
-    generations = architecture.generations
-    newest = sum(generations[-1].experts_in(layer) for layer in range(config.layers))
-    experts = sum(architecture.experts_in(layer) for layer in range(config.layers))
+    layers, generations = range(config.layers), architecture.generations
+    experts = [sum(generation.experts_in(layer) for layer in layers) for generation in generations]
     deltas = [g.delta_rank * _delta_parameters_per_rank(architecture) for g in generations]
+    unfrozen = slice(architecture.frozen, None)
     return ParameterCount(
-        total=trunk + experts * (per_expert + row) + sum(deltas),
-        active=trunk + config.layers * top_k * per_expert + experts * row + max(deltas),
+        total=trunk + sum(experts) * (per_expert + row) + sum(deltas),
+        active=trunk + config.layers * top_k * per_expert + sum(experts) * row + max(deltas),
         trunk=trunk,
         per_expert=per_expert,
-        newest=newest * (per_expert + row) + deltas[-1],
+        unfrozen=sum(experts[unfrozen]) * (per_expert + row) + sum(deltas[unfrozen]),
     )
 
 
@@ -57,11 +57,11 @@ def _delta_parameters_per_rank(architecture: Architecture) -> int:
 def forward_flops_per_token(architecture: Architecture) -> int:
     """Multiply-adds times two of one token's forward pass, attention over half a context included.
 
-    The embedding is a look-up and costs none; the head does.
+    The embedding, and one half of its delta, is a look-up and costs none; the head does.
     """
     config = architecture.model
     count = count_parameters(architecture)
-    lookup = architecture.vocab_size * config.width
+    lookup = architecture.vocab_size * (config.width + max(g.delta_rank for g in architecture.generations))
     matrices = count.active - (0 if config.tie_embeddings else lookup)
     attention = 2 * config.layers * config.width * config.context // 2
     return 2 * (matrices + attention)

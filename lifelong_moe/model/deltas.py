@@ -6,7 +6,8 @@ the g-th generation, counted from 0; the first stage trains the trunk itself and
 Legend: B batch, S sequence, T = B·S tokens, I input width, O output width, R rank, V vocabulary, D model width.
 
 Source:
-    LoRA (arXiv:2106.09685), without its scale; there one delta a task for all tokens, here one a stage, chosen per token.
+    LoRA (arXiv:2106.09685), without its scale; there one delta a task for all tokens, here one a stage, chosen per
+    token.
 """
 
 from __future__ import annotations
@@ -46,6 +47,14 @@ class BundleSlices:
         return permute(torch.cat(parts), self.inverse_T, self.order_T)
 
 
+def apply_readable(
+    x_TI: Tensor, group_ids_T: Tensor, num_bundles: int, function: Callable[[int, Tensor], Tensor]
+) -> Tensor:
+    """What :meth:`BundleSlices.apply` computes, one token at a time: the oracle of the fast path; slow."""
+    known = [group if group < num_bundles else 0 for group in group_ids_T.tolist()]
+    return torch.cat([function(bundle, x_TI[t : t + 1]) for t, bundle in enumerate(known)])
+
+
 class LowRank(nn.Module):
     """A change ``up @ down`` of a matrix ``(O, I)``; zero until it is trained, since ``up`` begins at zero."""
 
@@ -62,9 +71,9 @@ class LowRank(nn.Module):
 class Deltas(nn.ModuleDict):
     """The low-rank changes of one matrix by bundle."""
 
-    def add(self, bundle: int, rows: int, columns: int, rank: int) -> None:
-        """Make room for a bundle's change."""
-        self[str(bundle)] = LowRank(rows, columns, rank)
+    def add(self, bundle: int, base_OI: Tensor, rank: int) -> None:
+        """Make room for a bundle's change of a matrix."""
+        self[str(bundle)] = LowRank(base_OI.shape[0], base_OI.shape[1], rank)
 
     def weight(self, base_OI: Tensor, bundle: int) -> Tensor:
         """The matrix as a bundle's tokens see it."""
@@ -80,7 +89,7 @@ class DeltaLinear(nn.Linear):
 
     def add_delta(self, bundle: int, rank: int) -> None:
         """Give a bundle a change of its own."""
-        self.deltas.add(bundle, *self.weight.shape, rank)
+        self.deltas.add(bundle, self.weight, rank)
 
     def weight_of(self, bundle: int) -> Tensor:
         """The weight ``(O, I)`` that a bundle's tokens use."""
@@ -103,9 +112,9 @@ class DeltaEmbedding(nn.Embedding):
 
     def add_delta(self, bundle: int, rank: int) -> None:
         """Give a bundle a change of its own."""
-        self.deltas.add(bundle, *self.weight.shape, rank)
+        self.deltas.add(bundle, self.weight, rank)
 
-    def forward(self, token_ids_BS: Tensor, bundles: BundleSlices | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, token_ids_BS: Tensor, bundles: BundleSlices | None = None) -> Tensor:
         """int64 ``(B, S)`` to ``(B, S, D)``."""
         if bundles is None or not self.deltas:
             return F.embedding(token_ids_BS, self.weight)

@@ -97,7 +97,10 @@ class ReplayConfig:
         if self.buffer_tokens is not None and self.buffer_tokens < 1:
             raise ConfigError(f"replay.buffer_tokens={self.buffer_tokens} must be positive.")
         if self.buffer_tokens is not None and self.source == ReplaySource.generated:
-            raise ConfigError("replay.buffer_tokens bounds stored text; with replay.source=generated there is none.")
+            raise ConfigError(
+                f"replay.buffer_tokens={self.buffer_tokens} bounds stored text; with replay.source=generated there is "
+                f"none. Set replay.buffer_tokens=null."
+            )
 
 
 DEFAULT_PENALTY = {PenaltyKind.none: 0.0, PenaltyKind.l2: 0.1, PenaltyKind.ewc: 1000.0}

@@ -55,20 +55,25 @@ class LearnedRouter(Router):
         """Choose the k most probable experts for each token; losses come along in training mode."""
         allowed_TE = self._allowed(context)
         with torch.autocast(x_TD.device.type, enabled=False):
-            logits_TE = F.linear(x_TD.float(), torch.cat([rows.float() for rows in self.rows]))
-            logits_TE = self._hold(logits_TE)
+            logits_TE = self._hold(self._logits(x_TD.float()))
             if allowed_TE is not None:
                 logits_TE = logits_TE.masked_fill(~allowed_TE, -math.inf)
             probs_TE = logits_TE.softmax(dim=-1)
             # By logit: where probabilities underflow, a tie at 0 must not admit an expert that is not allowed.
-            expert_ids_TK = logits_TE.topk(self.config.top_k, dim=-1).indices
-            weights_TK = probs_TE.gather(1, expert_ids_TK)
-            if self.config.renormalize:
-                weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
+            chosen_TK, expert_ids_TK = logits_TE.topk(self.config.top_k, dim=-1)
+            # Renormalized, this is the softmax over the chosen alone, and no bit of it depends on all others.
+            weights_TK = chosen_TK.softmax(dim=-1) if self.config.renormalize else probs_TE.gather(1, expert_ids_TK)
             losses = {}
             if self.training:
                 losses = self._losses(logits_TE, probs_TE, expert_ids_TK, context, allowed_TE)
         return Routing(expert_ids_TK, weights_TK, self.num_experts, losses)
+
+    def _logits(self, x_TD: Tensor) -> Tensor:
+        rows = [rows.float() for rows in self.rows]
+        if self.config.bundles == Bundles.none:
+            return F.linear(x_TD, torch.cat(rows))
+        # A product each, so that no bit of the old rows' logits depends on how many rows came later.
+        return torch.cat([F.linear(x_TD, rows_ED) for rows_ED in rows], dim=-1)
 
     def _allowed(self, context: RoutingContext) -> Tensor | None:
         """Experts that each token's bundle has, bool ``(T, E)``; None if all."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from lifelong_moe.model.architecture import Architecture
 from lifelong_moe.stages.store import StageStore
 
 
@@ -23,12 +25,6 @@ def lineage_rows(store: StageStore, keys: list[str]) -> list[dict[str, Any]]:
     rows = []
     for key in keys:
         stage = store.get(key)
-        architecture = stage.config["architecture"]
-        layers, first, born = architecture["model"]["layers"], 0, "none"
-        for generation in architecture["generations"]:
-            if generation["stage"] == stage.name:
-                born = expert_names(stage.name, layers, first, generation["experts"])
-            first += generation["experts"]
         rows.append(
             {
                 "name": stage.name,
@@ -36,7 +32,7 @@ def lineage_rows(store: StageStore, keys: list[str]) -> list[dict[str, Any]]:
                 "parent": stage.config["parent"],
                 "data": stage.config["data"],
                 "tokenizer": stage.config["tokenizer"]["hash"],
-                "experts": born,
+                "experts": expert_names(Architecture.from_json(stage.config["architecture"]), stage.name),
                 "borrowed_tensors": len(stage.config["borrowed"]),
                 "weights_sha256": stage.weights_hash,
             }
@@ -44,13 +40,22 @@ def lineage_rows(store: StageStore, keys: list[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def expert_names(stage: str, layers: int, first: int, count: int) -> str:
-    """Names of a generation's experts, ranges written with two dots: ``python_code/L0..3/E4..5``."""
-    return f"{stage}/L{_range(0, layers)}/E{_range(first, count)}"
+def expert_names(architecture: Architecture, stage: str) -> str:
+    """Names of the experts that a stage bore, ranges written with two dots: ``python_code/L0..3/E4..5``."""
+    born = {layer: _born_in(architecture.expert_births(layer), stage) for layer in range(architecture.model.layers)}
+    names = []
+    for experts, layers in groupby(born, key=lambda layer: born[layer]):
+        if experts:
+            names.append(f"{stage}/L{_range(list(layers))}/E{_range(experts)}")
+    return ", ".join(names) or "none"
 
 
-def _range(first: int, count: int) -> str:
-    return str(first) if count == 1 else f"{first}..{first + count - 1}"
+def _born_in(births: list[str], stage: str) -> list[int]:
+    return [expert for expert, birth in enumerate(births) if birth == stage]
+
+
+def _range(numbers: list[int]) -> str:
+    return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}..{numbers[-1]}"
 
 
 def work_under_way(work: Path) -> int | None:

@@ -117,7 +117,7 @@ def phase_dataset(
     bos, context = model.architecture.bos_id, spec.model.context
     limit = None if spec.replay_buffer is None else max(1, spec.replay_buffer // context)
     sources: list[BlockSource | RowSource] = []
-    for name in (spec.data, *(() if spec.generates else spec.replayed)):
+    for name in (spec.data, *spec.reads):
         shard = corpora[name].train
         taught = group_ids(teacher, shard, name) if teacher else None
         bound = limit if name != spec.data else None

@@ -22,7 +22,7 @@ from lifelong_moe.retention.penalty import WeightAnchor
 from lifelong_moe.retention.teacher import distilled_rows
 from lifelong_moe.routing.base import Routing
 from lifelong_moe.training.optimizer import build_optimizer, build_schedule
-from lifelong_moe.training.spec import Phase, StageSpec
+from lifelong_moe.training.spec import Phase, StageSpec, Trains
 
 MAX_NONFINITE = 3
 """Steps in a row without a finite gradient after which training gives up."""
@@ -73,7 +73,7 @@ class StageModule(LightningModule):
         for name, (value, coefficient) in mean_router_losses(output.routings).items():
             parts[f"{name}_loss"] = value
             total = total + (self.phase.old_loss if name == "old" else coefficient) * value
-        distilled = None if reviews else self._distillation(batch, output.hidden_BSD)
+        distilled = self._distillation(batch, output.hidden_BSD) if self.phase.trains == Trains.stage else None
         if distilled is not None and self.spec.distill is not None:
             kl, share = distilled
             parts["distill_loss"] = kl

@@ -85,9 +85,12 @@ def training_only(model: LanguageModel, parameters: Iterable[nn.Parameter]) -> I
             parameter.requires_grad_(True)
 
 
-def parameter_rates(model: LanguageModel, spec: StageSpec) -> dict[str, Rate]:
-    """The rate of every parameter by name: a gentle trunk, old experts that train on, router rows that settle."""
-    if spec.parent is None:
+def parameter_rates(model: LanguageModel, spec: StageSpec, phase: Phase) -> dict[str, Rate]:
+    """The rate of every parameter by name: a gentle trunk, old experts that train on, router rows that settle.
+
+    In a review, which is for the router, its rows do not settle.
+    """
+    if spec.parent is None or phase.trains == Trains.router:
         return {name: Rate() for name, _ in model.named_parameters()}
     trunk_scale = spec.trunk.lr_scale if spec.trunk and spec.trunk.train == TrunkTraining.gentle else 1.0
     trunk, newest = set(model.trunk_parameters()), model.newest_parameters()
@@ -109,7 +112,7 @@ def build_optimizer(model: LanguageModel, spec: StageSpec, phase: Phase) -> tupl
     Raises:
         ConfigError: If nothing trains.
     """
-    config, rates = spec.optim, parameter_rates(model, spec)
+    config, rates = spec.optim, parameter_rates(model, spec, phase)
     groups: dict[tuple[Rate, float], list[nn.Parameter]] = {}
     for name, parameter in phase_parameters(model, phase).items():
         decay = config.weight_decay if parameter.dim() > 1 else 0.0

@@ -53,7 +53,7 @@ class Phase:
     """Go on in the previous phase's order of samples; else it has an order of its own."""
     lr_scale: float = 1.0
     old_loss: float = 0.0
-    """Factor on ``-log`` of what replayed text gives to old experts; above 0 it replaces balance loss and teacher."""
+    """Factor on ``-log`` of what replayed text gives to old experts; above 0 it replaces the balance loss."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +115,11 @@ class StageSpec:
     def generates(self) -> bool:
         """Whether the parent's model writes the replayed text."""
         return bool(self.replayed) and self.replay_source == ReplaySource.generated
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Other distributions whose training text it mixes in; generated text comes from the parent alone."""
+        return () if self.generates else self.replayed
 
     @property
     def distilled_share(self) -> float:
@@ -227,8 +232,7 @@ class StageSpec:
             spec["penalty"]["weight"] = self.penalty.factor
             if self.penalty.kind != PenaltyKind.ewc:
                 del spec["penalty"]["fisher_tokens"]
-        text = () if self.generates else self.replayed  # generated text comes from the parent alone
-        hashes = [[replay_hashes[name] for name in names] for names in (text, self.fisher_data)]
+        hashes = [[replay_hashes[name] for name in names] for names in (self.reads, self.fisher_data)]
         return content_key(
             {
                 "schema": SCHEMA,

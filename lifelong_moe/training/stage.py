@@ -136,7 +136,7 @@ def train_stage(
             first_step += phase.steps
             order_step += phase.steps
         metrics = _stage_metrics(model, spec, measured, corpora[spec.data])
-        hashes = {name: corpora[name].train_hash for name in (spec.data, *spec.replayed, *spec.fisher_data)}
+        hashes = {name: corpora[name].train_hash for name in (spec.data, *spec.reads, *spec.fisher_data)}
         identity = {
             "key": key,
             "name": spec.name,

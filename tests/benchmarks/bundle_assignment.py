@@ -49,8 +49,10 @@ def tokenized(tokenizer: Tokenizer, texts: list[str]) -> Documents:
 
 
 def unfitted(routing: RoutingConfig, tokenizer: Tokenizer) -> LanguageModel:
-    """A model too small to matter, with the routing's clusters and no generation."""
-    shape = ModelConfig(layers=1, width=8, heads=1, kv_heads=1, expert_width=8, experts=2, context=8, document_mask=True)
+    """A model too small to matter, with room for the first stage's centroids."""
+    shape = ModelConfig(
+        layers=1, width=8, heads=1, kv_heads=1, expert_width=8, experts=2, context=8, document_mask=True
+    )
     first = (Generation(ORDER[0], 2),)
     return LanguageModel(Architecture(shape, routing, tokenizer.vocab_size, tokenizer.bos_id, first))
 

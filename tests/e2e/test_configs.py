@@ -13,9 +13,11 @@ import click
 import numpy as np
 import pytest
 import typer
+import yaml
 
-from lifelong_moe.config import load_config
+from lifelong_moe.config import RunConfig, load_config
 from lifelong_moe.evaluation import report as report_module
+from lifelong_moe.methods.comparison import load_comparison
 from lifelong_moe.methods.graph import stage_specs
 from pipelines.cli import app
 
@@ -25,13 +27,25 @@ CONFIGS = sorted((ROOT / "configs").glob("**/*.yaml"))
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_every_configuration_loads(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in re.findall(r"oc\.env:(\w+)", path.read_text(encoding="utf-8")):
+    for name in re.findall(r"oc\.env:(\w+)", "".join(one.read_text(encoding="utf-8") for one in CONFIGS)):
         monkeypatch.setenv(name, "/somewhere")
-    config, raw = load_config(path)
-    assert config.run and raw["stages"]
-    specs = stage_specs(config)
-    assert all(spec.steps > 0 for spec in specs)
-    json.dumps([spec.to_json() for spec in specs], allow_nan=False)
+    for config in run_configurations(path):
+        specs = stage_specs(config)
+        assert all(spec.steps > 0 for spec in specs)
+        json.dumps([spec.to_json() for spec in specs], allow_nan=False)
+
+
+def run_configurations(path: Path) -> list[RunConfig]:
+    """The run that a file describes, or the runs of a comparison's arms."""
+    if not is_comparison(path):
+        return [load_config(path)[0]]
+    comparison = load_comparison(path)
+    runs = [(arm, seed) for arm in comparison.arms for seed in comparison.settings.seeds]
+    return [load_config(comparison.base, comparison.overrides(arm, seed))[0] for arm, seed in runs]
+
+
+def is_comparison(path: Path) -> bool:
+    return "compare" in yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
 def code_lines(markdown: str) -> list[str]:
@@ -83,7 +97,8 @@ def test_commands_in_the_documentation_parse(monkeypatch: pytest.MonkeyPatch) ->
             pytest.fail(f"{where}: {error}")
         path = parsed.params.get("config")
         if path is not None and (ROOT / path).is_file():
-            load_config(ROOT / path, list(parsed.params.get("overrides") or []))
+            load = load_comparison if is_comparison(ROOT / path) else load_config
+            load(ROOT / path, list(parsed.params.get("overrides") or []))
         elif path is not None and path.startswith("configs/"):
             pytest.fail(f"{where}: {path} does not exist")
 

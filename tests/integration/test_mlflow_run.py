@@ -123,6 +123,24 @@ def test_repeating_adds_nothing_and_another_arm_adds_its_own(lab: Path, config: 
     assert [step for step, _ in points(parents[0], "eval/code/bits_per_byte")][-1] == 2
 
 
+def test_a_distribution_from_scratch_has_a_run_of_its_own(lab: Path, config: dict[str, Any]) -> None:
+    report, _ = train("tiny.yaml", "method=unrestrained")
+    (parent,), children = runs()
+    names = ["tiny · 0 fruit", "tiny · 0 code.scratch", "tiny · 1 code"]
+    assert [run.info.run_name for run in children] == names
+    assert {run.info.status for run in (parent, *children)} == {"FINISHED"}
+    alone = [(0, report["from_scratch"]["code"]["nats_per_token"])]
+    assert points(parent, "from_scratch/code/nats_per_token") == points(children[1], "from_scratch/code/nats_per_token")
+    assert points(parent, "from_scratch/code/nats_per_token") == alone
+    assert points(children[1], "train/loss") and not points(children[1], "eval/code/nats_per_token")
+    assert [step for step, _ in points(parent, "eval/code/nats_per_token")] == [0, 1]
+    assert contexts(children[1]) == {"code": {"training"}}
+    assert len(client().search_model_versions("name = 'lifelong-moe.tiny'")) == 2  # of the chain alone
+    before = (lab / "mlruns/mlflow.db").read_bytes()
+    train("tiny.yaml", "method=unrestrained")
+    assert (lab / "mlruns/mlflow.db").read_bytes() == before
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="autograd does not survive a fork once CUDA is there")
 def test_killed_run_is_taken_up_again(lab: Path, config: dict[str, Any]) -> None:
     from tests.tiny import kill_self

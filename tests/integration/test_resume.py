@@ -30,9 +30,28 @@ MODES: dict[str, dict[str, Any]] = {
         "model": {"document_mask": True},
     },
     "label": {"routing": {**EVEN, "mode": "label"}},
+    "bundles": {
+        "routing": {**EVEN, "bundles": "cluster", "chunk_tokens": 4, "clusters": 2},
+        "model": {"document_mask": True},
+    },
     "tied": {"routing": EVEN, "model": {"tie_embeddings": True}},
     "accumulating": {"routing": EVEN, "trainer": {"accumulate_grad_batches": 2}},
     "bf16": {"routing": EVEN, "trainer": {"precision": "bf16-true"}},
+    "review": {"routing": EVEN, "stage_defaults": {"review": {"fraction": 0.5}}},
+    "ewc": {"routing": EVEN, "method": "ewc", "stage_defaults": {"penalty": {"fisher_tokens": 512}}},
+    "generated": {"routing": EVEN, "stage_defaults": {"replay": {"fraction": 0.25, "source": "generated"}}},
+    "deltas": {
+        "routing": {**EVEN, "bundles": "label"},
+        "model": {"document_mask": True},
+        "stage_defaults": {"trunk": {"train": "deltas", "rank": 2}},
+    },
+    "settling": {  # old experts and router rows stop half way; layer 0 does not grow
+        "routing": EVEN,
+        "stage_defaults": {
+            "grow": {"experts": 2, "sample_tokens": 512, "layers": [1], "old_lr_scale": 0.5, "old_until": 0.5},
+            "optim": {"lr": 3.0e-3, "batch_tokens": 128, "schedule": "wsd", "rewarm": 0.5, "router_until": 0.5},
+        },
+    },
 }
 Point = tuple[str, str, int]
 """Stage, phase, and the trainer's step in it."""
@@ -105,9 +124,17 @@ def measured(report: dict[str, Any]) -> dict[str, Any]:
         ("embedding", ("code", "train", 8), True, "code: continuing from step-0-00000008"),
         ("document", ("code", "train", 8), True, "code: continuing from step-0-00000008"),
         ("label", ("code", "train", 6), False, "code: continuing from step-0-00000004"),
+        ("bundles", ("code", "train", 8), True, "code: continuing from step-0-00000008"),
         ("tied", ("code", "train", 8), True, "code: continuing from step-0-00000008"),
         ("accumulating", ("code", "train", 6), False, "code: continuing from step-0-00000004"),
         ("bf16", ("code", "train", 6), False, "code: continuing from step-0-00000004"),
+        ("review", ("code", "train", 6), True, "code: continuing from step-0-00000004"),
+        ("review", ("code", "review", 2), False, "code: continuing from step-0-00000004"),
+        ("review", ("code", "review", 5), False, "code: continuing from step-1-00000004"),
+        ("ewc", ("code", "train", 6), False, "code: continuing from step-0-00000004"),
+        ("generated", ("code", "train", 6), False, "code: continuing from step-0-00000004"),
+        ("deltas", ("code", "train", 8), True, "code: continuing from step-0-00000008"),
+        ("settling", ("code", "train", 8), True, "code: continuing from step-0-00000008"),
     ],
 )
 def test_killed_in_a_stage(

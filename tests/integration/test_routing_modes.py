@@ -70,6 +70,16 @@ MODES: dict[str, dict[str, Any]] = {
         "routing": {**CLUSTER, "level": "document", "chunk_tokens": 8}, "model": {"document_mask": True},
     },
     "labels": {"routing": {**ONE, "mode": "label"}},
+    "hash": {"routing": {**ONE, "mode": "hash"}},
+    "bundles by cluster": {
+        "routing": {**ONE, "bundles": "cluster", "chunk_tokens": 4, "clusters": 2}, "model": {"document_mask": True},
+    },
+    "bundles by label": {"routing": {**ONE, "bundles": "label"}, "model": {"document_mask": True}},
+    "random token clusters": {"routing": {**CLUSTER, "centroids": "random"}},
+    "random document clusters": {
+        "routing": {**CLUSTER, "level": "document", "chunk_tokens": 8, "centroids": "random"},
+        "model": {"document_mask": True},
+    },
     "own, fixed": {"routing": {**ONE, "mode": "my_routers.RoundRobin", "options": {"offset": 3}}},
     "own, trained": {"routing": {**ONE, "mode": "my_routers.Own"}},
     "tied embeddings": {"routing": ONE, "model": {"tie_embeddings": True}},
@@ -106,7 +116,7 @@ def test_two_stages_to_the_end(lab: Path, mode: str) -> None:
     store = StageStore(Path("mlruns"))
     last = store.get(report["stages"][1]["key"])
     model = load_model(store, last)
-    check_evaluation_and_generation("code" if mode == "labels" else None)
+    check_evaluation_and_generation("code" if "label" in mode else None)
     if "own" in mode:  # what a router of the user's own has is not in the cost formulas
         return
     assert sum(p.numel() for p in model.parameters()) == report["stages"][1]["parameters_total"]
@@ -145,3 +155,18 @@ def test_bfloat16(lab: Path, precision: str) -> None:
     assert "Nothing to train" in printed and again == report
     kept = torch.float32 if precision == "bf16-mixed" else torch.bfloat16
     assert {tensor.dtype for tensor in tensors.values()} == {kept}
+
+
+@pytest.mark.parametrize("by", ["label", "cluster"])
+def test_bundles_with_a_frozen_trunk_forget_nothing(lab: Path, by: str) -> None:
+    config = tiny_config(
+        ("fruit", "code", "sea"),
+        routing={**ONE, "bundles": by, "chunk_tokens": 4, "clusters": 2},
+        model={"document_mask": True},
+    )
+    config["stage_defaults"] |= {"trunk": {"train": "frozen"}, "replay": {"fraction": 0.0}, "distill": {"weight": 0.0}}
+    report, _ = train(write_config(config))
+    losses = report["loss_nats_per_token"]
+    assert all(abs(losses[2][j] - losses[j][j]) <= 1e-6 for j in range(2))
+    assert losses[1][1] < losses[0][1] and losses[2][2] < losses[1][2]
+    assert all(statistics["leak"] == 0 for statistics in report["routing"].values())

@@ -16,7 +16,7 @@ from lifelong_moe.routing.cluster import TokenClusterRouter
 
 LENGTH = 16
 Make = Callable[..., LanguageModel]
-KINDS = ["learned", "token_embedding", "token_hidden", "document", "label", "hashing"]
+KINDS = ["learned", "token_embedding", "token_hidden", "document", "label", "hash", "bundles", "hashing"]
 
 
 @pytest.fixture(scope="module")
@@ -75,5 +75,5 @@ def test_the_past_does_change_something(models: dict[str, LanguageModel], kind: 
     other[:, :8] = torch.randint(1, 61, (20, 8), generator=torch.Generator().manual_seed(1))
     before, after = look(models[kind], ids), look(models[kind], other)
     assert float((before[0][:, 8:] - after[0][:, 8:]).abs().max()) > 0.1
-    if kind in ("learned", "token_hidden", "document"):
+    if kind in ("learned", "token_hidden", "document", "bundles"):
         assert not torch.equal(before[1][:, 8:], after[1][:, 8:])

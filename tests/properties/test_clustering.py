@@ -4,6 +4,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from lifelong_moe.clustering.balanced import balanced_assign
+from lifelong_moe.clustering.bundles import hashed_groups, prefix_bundles
 from lifelong_moe.clustering.documents import prefix_features
 from lifelong_moe.clustering.kmeans import assign, spherical_kmeans
 
@@ -62,3 +63,34 @@ def test_centroids_are_finite_and_of_unit_length(features: np.ndarray, k: int, n
     centroids = spherical_kmeans(features, k, seed=seed, fixed_KD=fixed)
     assert centroids.shape == (k, 3)
     np.testing.assert_allclose(np.linalg.norm(centroids, axis=1), 1, atol=1e-5)
+
+
+def unigrams(stages: int) -> list[np.ndarray]:
+    """Two random token distributions a stage, as log probabilities."""
+    rng = np.random.default_rng(stages)
+    return [np.log(rng.dirichlet(np.ones(VOCAB), size=2)).astype(np.float32) for _ in range(stages)]
+
+
+@given(tokens=TOKENS, other=TOKENS, cut=st.integers(0, 60), chunk=st.integers(1, 16), stages=st.integers(1, 4))
+def test_no_later_token_changes_an_earlier_bundle(
+    tokens: np.ndarray, other: np.ndarray, cut: int, chunk: int, stages: int
+) -> None:
+    cut = min(cut, len(tokens))
+    changed = np.concatenate([tokens[:cut], other])
+    for bundles in (
+        lambda ids: prefix_bundles(ids, unigrams(stages), chunk, 1.0),
+        lambda ids: hashed_groups(ids, stages, chunk),
+    ):
+        before, after = bundles(tokens), bundles(changed)
+        chunks = min(cut // chunk + 1, len(before), len(after))  # chunk c reads the tokens before c * chunk
+        assert before[:chunks].tolist() == after[:chunks].tolist()
+        assert before[0] == 0 and len(before) == -(-len(tokens) // chunk)
+
+
+@given(tokens=TOKENS, chunk=st.integers(1, 16), margin=st.sampled_from([0.0, 1.0, 4.0]))
+def test_a_further_stage_only_takes_over(tokens: np.ndarray, chunk: int, margin: float) -> None:
+    before = prefix_bundles(tokens, unigrams(4)[:3], chunk, margin)
+    after = prefix_bundles(tokens, unigrams(4), chunk, margin)
+    assert set(after[after != before]) <= {3}
+    hashed = hashed_groups(tokens, 3, chunk), hashed_groups(tokens, 4, chunk)
+    assert set(hashed[1][hashed[1] != hashed[0]]) <= {3}

@@ -35,6 +35,19 @@ def test_replay_share_is_exact_at_every_length(blocks: list[int], share: float, 
     assert max(counts) - min(counts) <= 1
 
 
+@given(st.lists(st.tuples(st.integers(1, 12), st.integers(1, 9)), min_size=1, max_size=4), seeds, st.integers(1, 5))
+def test_every_round_gives_each_source_its_turns(sources: list[tuple[int, int]], seed: int, rounds: int) -> None:
+    blocks, weights = zip(*sources, strict=True)
+    order, turns = SampleOrder([1, *blocks], 1.0, seed, weights), sum(weights)
+    seen = [order.at(n) for n in range(rounds * turns)]
+    for source, (size, weight) in enumerate(sources, start=1):
+        for start in range(0, len(seen), turns):
+            assert [one for one, _ in seen[start : start + turns]].count(source) == weight
+        drawn = [block for one, block in seen if one == source]
+        for start in range(0, len(drawn) - size + 1, size):
+            assert sorted(drawn[start : start + size]) == list(range(size))
+
+
 @given(sizes, shares, seeds, st.lists(st.integers(0, 500), min_size=1, max_size=30))
 def test_order_has_no_memory(blocks: list[int], share: float, seed: int, asked: list[int]) -> None:
     order = SampleOrder(blocks, share, seed)

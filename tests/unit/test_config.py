@@ -136,7 +136,11 @@ def test_an_unknown_key_near_nothing_lists_what_there_is(load: Load) -> None:
         ("model.layers=two", "model.layers: Value 'two' of type 'str' could not be converted to Integer"),
         ("model.layers=null", "model.layers: Incompatible value 'None' for field of type 'int'"),
         ("run=", "run: Incompatible value 'None' for field of type 'str'"),
-        ("method=lifelnog", "method: Invalid value 'lifelnog', expected one of [lifelong, sequential]"),
+        (
+            "method=lifelnog",
+            "method: Invalid value 'lifelnog', expected one of [lifelong, sequential, static_moe, replay, "
+            "l2, ewc, lwf, joint, unrestrained]",
+        ),
         ("routing.level=documnt", "routing.level: Invalid value 'documnt', expected one of [token, document]"),
         ("model=3", "model must be a mapping; got 3."),
         ("distributions=null", "distributions must be a non-empty mapping."),
@@ -214,12 +218,81 @@ def test_a_value_of_the_wrong_kind(load: Load, override: str, expected: str) -> 
             "Set model.document_mask=true.",
         ),
         (
+            "routing.bundles=label",
+            "routing.bundles=label assigns experts a document at a time, so attention must stop at document borders. "
+            "Set model.document_mask=true.",
+        ),
+        (
+            "routing.bundles=cluster model.document_mask=true trainer.precision=bf16-true",
+            "routing.bundles=cluster compares features in float32, which trainer.precision=bf16-true would round. Set "
+            "trainer.precision=bf16-mixed.",
+        ),
+        (
+            "routing.bundles=cluster routing.mode=hash",
+            "routing.bundles=cluster masks a learned router, but routing.mode=hash. Set routing.mode=learned or "
+            "routing.bundles=none.",
+        ),
+        (
             "routing.mode=label stages[1].grow.experts=1",
             "stages[1].grow.experts=1 is too few: 1 group(s) of routing.top_k=2 experts each need 2.",
         ),
         (
             "model.document_mask=true routing.mode=cluster routing.level=document routing.clusters=3",
             "model.experts=4 is too few: 3 group(s) of routing.top_k=2 experts each need 6.",
+        ),
+        (
+            "stages[1].trunk.train=deltas",
+            "stages[1].trunk.train=deltas changes the trunk for the tokens of one bundle. Set routing.bundles=cluster "
+            "(or label, or routing.mode=label) and stages[1].grow.experts above 0.",
+        ),
+        (
+            "stages[1].trunk.train=deltas routing.mode=label stages[1].grow.experts=0",
+            "stages[1].trunk.train=deltas changes the trunk for the tokens of one bundle. Set routing.bundles=cluster "
+            "(or label, or routing.mode=label) and stages[1].grow.experts above 0.",
+        ),
+        (
+            "stages[1].trunk.train=deltas routing.mode=label model.tie_embeddings=true",
+            "stages[1].trunk.train=deltas needs model.tie_embeddings=false.",
+        ),
+        ("stages[1].grow.layers=[0,2]", "stages[1].grow.layers=[0, 2] must lie in 0 to 1."),
+        ("stages[1].grow.layers=[-1,1]", "stages[1].grow.layers=[-1, 1] must lie in 0 to 1."),
+        ("stages[1].grow.layers=[]", "stages[1].grow.layers=[] must name layers in ascending order, each once."),
+        (
+            "stages[1].grow.layers=[0] routing.mode=hash",
+            "stages[1].grow.layers needs routing.mode=learned; every layer must grow otherwise.",
+        ),
+        (
+            "stages[1].review.fraction=0.5 routing.mode=label",
+            "stages[1].review.fraction=0.5 trains new router rows alone. Set routing.mode=learned and "
+            "stages[1].grow.experts above 0, or review.fraction=0.",
+        ),
+        (
+            "stages[1].review.fraction=0.5 stages[1].grow.experts=0",
+            "stages[1].review.fraction=0.5 trains new router rows alone. Set routing.mode=learned and "
+            "stages[1].grow.experts above 0, or review.fraction=0.",
+        ),
+        (
+            "stages[1].review.fraction=0.04",
+            "stages[1].review.fraction=0.04 of 10 steps must be at least one step and leave one.",
+        ),
+        (
+            "stages[1].review.fraction=0.96",
+            "stages[1].review.fraction=0.96 of 10 steps must be at least one step and leave one.",
+        ),
+        (
+            "stages[1].penalty.kind=l2 stages[1].trunk.train=frozen",
+            "stages[1].penalty.kind=l2 holds old weights that train, and none does: the trunk is frozen and old "
+            "experts are frozen. Set penalty.kind=none.",
+        ),
+        (
+            "stages[1].replay.source=generated routing.mode=label",
+            "stages[1].replay.source=generated: text that a model wrote has no label, which this routing needs. Set "
+            "replay.source=stored.",
+        ),
+        (
+            "stages[1].replay.source=generated stages[1].replay.buffer_tokens=9",
+            "stages[1].replay.buffer_tokens=9 bounds stored text; with replay.source=generated there is none. Set "
+            "replay.buffer_tokens=null.",
         ),
         (
             "routing.mode=cluster routing.features=hidden stages[0].tokens=64",
@@ -239,6 +312,23 @@ def test_what_the_mistakes_above_leave_alone(load: Load) -> None:
     assert load("method=sequential", "routing.mode=label", "stages[1].grow.experts=1").stages[1].grow.experts == 1
     assert load("routing.mode=label", "stages[1].grow.experts=0").stages[1].grow.experts == 0
     assert load("routing.top_k=1", "routing.renormalize=false").routing.top_k == 1
+    # Only lifelong takes these sections, and only from the second stage on.
+    unused = ["trunk.train=deltas", "grow.layers=[7]", "review.fraction=0.01", "trunk.rank=3"]
+    assert load("method=ewc", *(f"stage_defaults.{override}" for override in unused)).method is Method.ewc
+    assert load(*(f"stages[0].{override}" for override in unused)).method is Method.lifelong
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["trunk.train=frozen", "grow.old_lr_scale=0.1"],  # old experts train
+        ["trunk.train=frozen", "grow.experts=0"],  # those of before train on
+        ["trunk.train=gentle"],
+    ],
+)
+def test_a_penalty_with_something_to_hold(load: Load, overrides: list[str]) -> None:
+    config = load("stages[1].penalty.kind=ewc", *(f"stages[1].{override}" for override in overrides))
+    assert config.stages[1].penalty.factor == 1000.0
 
 
 @pytest.mark.parametrize(

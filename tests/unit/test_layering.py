@@ -40,7 +40,7 @@ FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "mars
 FORBIDDEN_NAMES = {"torch.load", "torch.jit.load", "faiss.read_index"}
 FORBIDDEN_ENDINGS = {"load_from_checkpoint", "pyfunc.load_model", "read_index"}
 
-TORCH_FREE = ["errors.py", "config.py", "*/config.py", "model/cost.py"]
+TORCH_FREE = ["errors.py", "config.py", "*/config.py", "model/cost.py", "methods/comparison.py"]
 HEAVY = ["torch", "lightning", "mlflow", "faiss", "transformers", "datasets"]
 
 

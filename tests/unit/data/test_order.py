@@ -1,5 +1,7 @@
 """Sample order and division into batches, with numbers derived by hand. See also tests/properties/test_order.py."""
 
+import time
+
 import pytest
 
 from lifelong_moe.data.order import SampleOrder, StepBatchSampler, batch_indices
@@ -15,6 +17,53 @@ def test_replay_share_is_read_as_a_decimal() -> None:
     order = SampleOrder([7, 3], 0.1, seed=0)
     assert [n for n in range(30) if order.at(n)[0]] == [9, 19, 29]
     assert order.num_replayed(30) == 3
+
+
+@pytest.mark.parametrize(
+    ("weights", "turns"),
+    [
+        ([1, 1], [1, 2]),
+        # Turn t of a source with w turns stands at (2t + 1) / 2w: at 1/2, and at 1/4 and 3/4.
+        ([1, 2], [2, 1, 2]),
+        # 1/6, 3/6 and 5/6 against 1/8, 3/8, 5/8 and 7/8.
+        ([3, 4], [2, 1, 2, 1, 2, 1, 2]),
+        ([2, 2], [1, 2, 1, 2]),  # a tie goes to the earlier source
+        ([5], [1, 1, 1, 1, 1]),
+    ],
+)
+def test_weights_are_turns_in_a_round(weights: list[int], turns: list[int]) -> None:
+    order = SampleOrder([1] + [7] * len(weights), 1.0, 0, weights)
+    assert [order.at(n)[0] for n in range(3 * len(turns))] == turns * 3
+
+
+def test_weighted_sources_are_gone_through_in_turn() -> None:
+    order = SampleOrder([1, 3, 5], 1.0, 0, [1, 2])
+    seen: dict[int, list[int]] = {1: [], 2: []}
+    for n in range(45):  # fifteen rounds: five epochs of the three blocks, six of the five
+        source, block = order.at(n)
+        seen[source].append(block)
+    assert [len(seen[source]) for source in (1, 2)] == [15, 30]
+    for source, blocks in ((1, 3), (2, 5)):
+        epochs = [seen[source][i : i + blocks] for i in range(0, len(seen[source]), blocks)]
+        assert all(sorted(epoch) == list(range(blocks)) for epoch in epochs)
+
+
+def test_equal_weights_are_none() -> None:
+    plain, weighted = SampleOrder([9, 4, 6], 0.5, 3), SampleOrder([9, 4, 6], 0.5, 3, [1, 1])
+    assert [plain.at(n) for n in range(40)] == [weighted.at(n) for n in range(40)]
+
+
+def test_a_large_round_costs_no_time() -> None:
+    began = time.monotonic()
+    order = SampleOrder([1, 2, 3], 0.5, 0, [40_000, 60_000])
+    assert [order.at(n)[0] for n in range(6)] == [0, 2, 0, 1, 0, 2]
+    assert time.monotonic() - began < 2
+
+
+@pytest.mark.parametrize("weights", [[1], [1, 1, 1], [0, 1], [-1, 2]])
+def test_weights_that_do_not_fit(weights: list[int]) -> None:
+    with pytest.raises(ValueError, match="must hold a positive number for each of 2 sources"):
+        SampleOrder([1, 1, 1], 0.5, 0, weights)
 
 
 def test_only_replays() -> None:

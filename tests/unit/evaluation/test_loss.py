@@ -11,12 +11,10 @@ from torch import Tensor
 
 from lifelong_moe.data.shards import TokenShard
 from lifelong_moe.data.windows import EvaluationSet, evaluation_windows
-from lifelong_moe.evaluation import loss as loss_module
 from lifelong_moe.evaluation.config import EvaluateConfig
 from lifelong_moe.evaluation.loss import evaluate
 from lifelong_moe.model.groups import label_group
 from lifelong_moe.model.transformer import LanguageModel
-from lifelong_moe.ops.losses import token_nats
 
 Make = Callable[..., LanguageModel]
 CONTEXT = 16
@@ -95,12 +93,14 @@ def record_scores(model: LanguageModel, documents: list[list[int]], monkeypatch:
     """Token losses in the order of the batches; one document, one window a batch."""
     kept: list[Tensor] = []
 
+    score = model.token_nats
+
     def recording(*args: Any) -> Tensor:
-        kept.append(token_nats(*args))
+        kept.append(score(*args))
         return kept[-1]
 
     with monkeypatch.context() as patch:
-        patch.setattr(loss_module, "token_nats", recording)
+        patch.setattr(model, "token_nats", recording)
         evaluate(model, windows_of(documents), distribution=None, batch_tokens=CONTEXT)
     return kept
 

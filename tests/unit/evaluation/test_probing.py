@@ -132,7 +132,7 @@ def test_layers_of_different_size(uneven: LanguageModel) -> None:
         earlier={"s0": observed},
         similarities=expert_similarities(model, [(windows, None)]),
         losses={"d0": (2.0, 3.0)},
-        decode=str,
+        name_token=str,
     )
     first, second = found["layers"]
     assert (len(first["similarity"]), len(second["similarity"])) == (4, 6)
@@ -148,7 +148,7 @@ def test_layers_of_different_size(uneven: LanguageModel) -> None:
 
 def test_columns_have_a_row_a_token_and_layer(uneven: LanguageModel) -> None:
     seen = observe_text(uneven, [7, 9, 7], distribution=None)
-    tables = list(routing_columns(uneven.architecture, seen, "d0", lambda ids: f"<{ids[0]}>"))
+    tables = list(routing_columns(uneven.architecture, seen, "d0", lambda token_id: f"<{token_id}>"))
     assert [table["layer"].tolist() for table in tables] == [[0] * 3, [1] * 3]
     assert tables[1]["token"] == ["<7>", "<9>", "<7>"] and tables[1]["position"].tolist() == [1, 2, 3]
     for table in tables:

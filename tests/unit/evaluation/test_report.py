@@ -12,16 +12,24 @@ def measured(nats: float, counts: list[int]) -> dict[str, Any]:
     return {"nats_per_token": nats, "bits_per_byte": nats / 2, "tokens": 10, "bytes": 40, "expert_counts": [counts]}
 
 
-def report(stages: list[str], rows: list[list[float]]) -> dict[str, Any]:
+def report(
+    stages: list[str | list[str]],
+    rows: list[list[float]],
+    *,
+    method: str = "lifelong",
+    from_scratch: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    learns = [[stage] if isinstance(stage, str) else stage for stage in stages]
     return build_report(
         run="r",
-        method="lifelong",
+        method=method,
         seed=3,
         distributions=NAMES,
         init={name: measured(8.0, [1, 1]) for name in NAMES},
         evaluations=[{n: measured(v, [3, 1]) for n, v in zip(NAMES, row, strict=True)} for row in rows],
-        stages=[{"name": data, "data": data} for data in stages],
-        births=[0, 1],
+        stages=[{"name": names[0], "data": names[0], "learns": names} for names in learns],
+        births=[[0, 1]],
+        from_scratch=from_scratch or {},
     )
 
 
@@ -33,6 +41,7 @@ def test_two_stages_by_hand() -> None:
     assert found["forgetting"] == {"english": 0.5, "python": 0.0}
     assert found["backward_transfer"] == -0.5 and found["forward_transfer"] == 2.0
     assert found["bytes_per_token"] == dict.fromkeys(NAMES, 4.0)
+    assert found["schema"] == 2 and found["from_scratch"] == {}
     # Expert 1 was born in stage 1: foreign to English, not to Python, nor to what no stage learned.
     assert [found["routing"][name]["leak"] for name in NAMES] == [0.25, 0.0, 0.0]
     assert json.loads(json.dumps(found, allow_nan=False)) == found
@@ -48,3 +57,20 @@ def test_a_distribution_that_comes_back() -> None:
     found = report(["english", "python", "english"], [[2.0, 6.0, 7.0], [2.5, 3.0, 6.5], [2.25, 3.25, 6.0]])
     assert found["forgetting"] == {"english": 0.0, "python": 0.25}
     assert found["routing"]["english"]["leak"] == 0.0
+
+
+def test_a_joint_run_has_one_row_and_nothing_to_forget() -> None:
+    found = report([["english", "python"]], [[2.0, 3.0, 6.0]], method="joint")
+    assert found["loss_nats_per_token"] == [[2.0, 3.0, 6.0]] and found["method"] == "joint"
+    assert found["forgetting"] == {"english": 0.0, "python": 0.0}
+    assert found["backward_transfer"] is None and found["forward_transfer"] is None
+    # Whatever there is was born while both were learned, and no stage learned poems.
+    assert [found["routing"][name]["leak"] for name in NAMES] == [0.25, 0.25, 0.0]
+
+
+def test_an_unrestrained_run_says_what_each_costs_from_scratch() -> None:
+    alone = {"python": {"nats_per_token": 3.5, "bits_per_byte": 1.75, "tokens": 640}}
+    found = report(["english", "python"], [[2.0, 6.0, 7.0], [2.5, 3.0, 6.5]], method="unrestrained", from_scratch=alone)
+    assert found["from_scratch"] == alone and found["from_scratch"] is not alone
+    assert found["forgetting"] == {"english": 0.5, "python": 0.0}
+    assert json.loads(json.dumps(found, allow_nan=False)) == found

@@ -13,10 +13,12 @@ from lifelong_moe.growth.config import GrowConfig
 from lifelong_moe.growth.grow import grow
 from lifelong_moe.model.architecture import Architecture, Generation
 from lifelong_moe.model.transformer import LanguageModel, initialize
+from lifelong_moe.routing.cluster import TokenClusterRouter
+from lifelong_moe.routing.config import Centroids
 
 MakeArchitecture = Callable[..., Architecture]
 Batch = Callable[..., dict[str, Tensor]]
-CLUSTERED = ["token_embedding", "token_hidden", "document"]
+CLUSTERED = ["token_embedding", "token_hidden", "document", "bundles"]
 
 
 def corpus(low: int, high: int) -> list[NDArray[np.int64]]:
@@ -36,19 +38,25 @@ def fit(model: LanguageModel, documents: list[NDArray[np.int64]], sample: dict[s
     fit_clusters(model, documents, np.concatenate(documents), sample, seed)
 
 
+def fitted_buffers(model: LanguageModel) -> dict[str, Tensor]:
+    """Centroids and projections; what routers derive from their generations is not kept."""
+    buffers = dict(model.named_buffers())
+    return {name: buffers[name] for name in model.state_dict() if name in buffers}
+
+
 @pytest.mark.parametrize("kind", CLUSTERED)
 def test_a_second_stage_leaves_the_first_one_s_clusters_alone(
     make_architecture: MakeArchitecture, make_batch: Batch, kind: str
 ) -> None:
     model, sample = unfitted(make_architecture(kind)), make_batch()
     fit(model, corpus(1, 31), sample)
-    first = {name: tensor.clone() for name, tensor in model.named_buffers() if "_G" not in name}
+    first = {name: tensor.clone() for name, tensor in fitted_buffers(model).items()}
     assert first and all(tensor.any() for tensor in first.values())
     grow(model, Generation("new", 2), GrowConfig(experts=2), sample, seed=0)
     fit(model, corpus(31, 61), sample, seed=1)
-    after = dict(model.named_buffers())
+    after = fitted_buffers(model)
     assert all(torch.equal(after[name], tensor) for name, tensor in first.items())
-    new = {name: tensor for name, tensor in after.items() if name not in first and "_G" not in name}
+    new = {name: tensor for name, tensor in after.items() if name not in first}
     assert new and all(torch.isfinite(tensor).all() and tensor.any() for tensor in new.values())
 
 
@@ -87,9 +95,60 @@ def test_each_chunk_s_group_is_that_of_the_text_before_it(
     assert len(set(whole)) == 2
 
 
-@pytest.mark.parametrize("kind", ["learned", "label"])
+@pytest.mark.parametrize("kind", ["learned", "label", "hash", "labelled_bundles"])
 def test_other_routing_fits_nothing(make_architecture: MakeArchitecture, make_batch: Batch, kind: str) -> None:
     model = unfitted(make_architecture(kind))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     fit(model, corpus(1, 31), make_batch())
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_each_stage_s_text_goes_to_its_bundle(make_architecture: MakeArchitecture, make_batch: Batch) -> None:
+    model, sample = unfitted(make_architecture("bundles", routing={"margin": 1.0})), make_batch()
+    old, new = corpus(1, 31), corpus(31, 61)
+    fit(model, old, sample)
+    clusters = model.document_clusters
+    assert clusters is not None
+    assert all(clusters.group_ids(document).tolist() == [0] * 31 for document in new)
+    before = [clusters.group_ids(document) for document in old]
+    grow(model, Generation("new", 2), GrowConfig(experts=2), sample, seed=0)
+    fit(model, new, sample, seed=1)
+    assert all((clusters.group_ids(document) == ids).all() for document, ids in zip(old, before, strict=True))
+    assert all(clusters.group_ids(document).tolist() == [0] * 4 + [1] * 27 for document in new)
+
+
+@pytest.mark.parametrize("kind", ["token_embedding", "token_hidden"])
+def test_random_centroids_are_unit_directions_that_read_nothing(
+    make_architecture: MakeArchitecture, make_batch: Batch, kind: str
+) -> None:
+    routers = []
+    for low in (1, 31):
+        model = unfitted(make_architecture(kind, routing={"centroids": Centroids.random}))
+        fit(model, corpus(low, low + 30), make_batch(seed=low))
+        routers.append([layer.router for layer in model.moe_layers()])
+    for first, second in zip(*routers, strict=True):
+        assert isinstance(first, TokenClusterRouter) and isinstance(second, TokenClusterRouter)
+        (centroids,) = first.centroids()
+        torch.testing.assert_close(centroids.norm(dim=1), torch.ones(4))
+        assert torch.equal(centroids, second.centroids()[0]) and not first.hashing
+    (lower,), (upper,) = (router.centroids() for router in routers[0])  # type: ignore[operator]
+    assert not torch.equal(lower, upper)
+
+
+@pytest.mark.parametrize(("kind", "groups"), [("document", [2, 3]), ("bundles", [1, 2])])
+def test_random_clusters_of_documents(
+    make_architecture: MakeArchitecture, make_batch: Batch, kind: str, groups: list[int]
+) -> None:
+    architecture = make_architecture(kind, routing={"centroids": Centroids.random})
+    model, sample, documents = unfitted(architecture), make_batch(), corpus(1, 31)
+    fit(model, documents, sample)
+    clusters = model.document_clusters
+    assert clusters is not None and not any(buffer.any() for buffer in clusters.buffers())
+    before = [clusters.group_ids(document) for document in documents]
+    assert {int(ids[-1]) for ids in before} == set(range(groups[0]))
+    assert all(ids[:4].tolist() == [0] * 4 and len(set(ids[4:])) == 1 for ids in before)
+    grow(model, Generation("new", 2), GrowConfig(experts=2), sample, seed=0)
+    after = [clusters.group_ids(document) for document in documents]
+    moved = [(a != b).any() for a, b in zip(before, after, strict=True)]
+    assert 0 < sum(moved) < 40
+    assert all(ids[-1] == groups[1] - 1 for ids, new in zip(after, moved, strict=True) if new)

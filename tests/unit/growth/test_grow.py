@@ -1,19 +1,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from lifelong_moe.config import RunConfig
+from lifelong_moe.errors import ConfigError
 from lifelong_moe.growth import grow as grow_module
 from lifelong_moe.growth.config import ExpertInit, GrowConfig, RouterInit
 from lifelong_moe.growth.grow import check_noop, grow, most_used
 from lifelong_moe.growth.observe import observe, sample_logits
+from lifelong_moe.methods.graph import stage_specs
+from lifelong_moe.model.architecture import Generation
 from lifelong_moe.model.experts import Expert
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.routing.base import Router
-from lifelong_moe.training.config import OptimConfig
 from lifelong_moe.training.optimizer import build_optimizer
 
 Make = Callable[..., LanguageModel]
@@ -22,6 +26,10 @@ Batch = Callable[..., dict[str, Tensor]]
 
 def rows(router: Router) -> list[Tensor]:
     return [p.detach() for p in router.parameters()]
+
+
+def add(model: LanguageModel, config: GrowConfig, sample: dict[str, Tensor], seed: int, **generation: Any) -> None:
+    grow(model, Generation("new", config.experts, **generation), config, sample, seed)
 
 
 def matrices(expert: torch.nn.Module) -> tuple[Tensor, Tensor]:
@@ -36,7 +44,7 @@ def test_growth_changes_nothing_until_the_new_experts_are_let_in(
 ) -> None:
     model, sample = make_model(router_kind, generations), make_batch(groups=len(generations))
     before, old = sample_logits(model, sample), {n: p.clone() for n, p in model.state_dict().items()}
-    grow(model, "new", GrowConfig(experts=2, init=init), sample, seed=3)
+    add(model, GrowConfig(experts=2, init=init), sample, seed=3)
     for layer in model.moe_layers():
         assert layer.router.generations == [*generations, 2] and not layer.router.held_down
         assert len(layer.banks) == sum(generations) + 2 and layer.banks.num_frozen == sum(generations)
@@ -50,14 +58,14 @@ def test_growth_changes_nothing_until_the_new_experts_are_let_in(
 @pytest.mark.parametrize("router", list(RouterInit))
 def test_every_router_init_is_a_no_op_too(make_model: Make, make_batch: Batch, router: RouterInit) -> None:
     model = make_model()
-    grow(model, "new", GrowConfig(experts=3, router=router), make_batch(), seed=0)
+    add(model, GrowConfig(experts=3, router=router), make_batch(), seed=0)
     assert all(bool(layer.router.parameters()) and rows(layer.router)[-1].any() for layer in model.moe_layers())
 
 
 def test_new_learned_rows_do_change_the_logits_afterwards(make_model: Make, make_batch: Batch) -> None:
     model, sample = make_model(), make_batch()
     before = sample_logits(model, sample)
-    grow(model, "new", GrowConfig(experts=2, init=ExpertInit.random), sample, seed=0)
+    add(model, GrowConfig(experts=2, init=ExpertInit.random), sample, seed=0)
     assert float((sample_logits(model, sample) - before).abs().max()) > 0.1
 
 
@@ -71,7 +79,7 @@ def test_a_broken_growth_is_noticed(make_model: Make, make_batch: Batch, monkeyp
 
     monkeypatch.setattr(grow_module, "_begin_experts", clumsy)
     with pytest.raises(RuntimeError, match=r"growth changed the logits by .* at most 1e-5 allowed"):
-        grow(model, "new", GrowConfig(experts=2), sample, seed=0)
+        add(model, GrowConfig(experts=2), sample, seed=0)
 
 
 def test_a_not_a_number_counts_as_a_change(make_model: Make, make_batch: Batch) -> None:
@@ -93,7 +101,7 @@ def usage(model: LanguageModel, sample: dict[str, Tensor]) -> list[list[int]]:
 def test_copies_of_the_most_used_experts(make_model: Make, make_batch: Batch) -> None:
     model, sample = make_model(), make_batch()
     counts = usage(model, sample)
-    grow(model, "new", GrowConfig(experts=2, init=ExpertInit.copy, noise=0.0, router=RouterInit.copy), sample, seed=0)
+    add(model, GrowConfig(experts=2, init=ExpertInit.copy, noise=0.0, router=RouterInit.copy), sample, seed=0)
     for layer, counts_E in zip(model.moe_layers(), counts, strict=True):
         order = sorted(range(4), key=lambda e: -counts_E[e])
         for new, source in zip(layer.banks.active, order[:2], strict=True):
@@ -107,7 +115,7 @@ def test_noise_is_relative_to_the_copied_matrix(make_model: Make, make_batch: Ba
     model = make_model(model={"width": 64, "expert_width": 64})
     sample = make_batch()
     counts = usage(model, sample)
-    grow(model, "new", GrowConfig(experts=1, init=ExpertInit.copy, noise=0.1), sample, seed=0)
+    add(model, GrowConfig(experts=1, init=ExpertInit.copy, noise=0.1), sample, seed=0)
     for layer, counts_E in zip(model.moe_layers(), counts, strict=True):
         source = layer.banks.experts[counts_E.index(max(counts_E))]
         for new, old in zip(matrices(layer.banks.active[0]), matrices(source), strict=True):
@@ -116,7 +124,7 @@ def test_noise_is_relative_to_the_copied_matrix(make_model: Make, make_batch: Ba
 
 def test_random_experts_and_rows(make_model: Make, make_batch: Batch) -> None:
     model, sample = make_model(model={"width": 64, "expert_width": 64}), make_batch()
-    grow(model, "new", GrowConfig(experts=4, init=ExpertInit.random, router=RouterInit.random), sample, seed=0)
+    add(model, GrowConfig(experts=4, init=ExpertInit.random, router=RouterInit.random), sample, seed=0)
     for layer in model.moe_layers():
         gate_up, _ = matrices(layer.banks.active[0])
         assert float(gate_up.std()) == pytest.approx(0.3, rel=0.05)  # init_std of the fixture
@@ -127,7 +135,7 @@ def test_random_experts_and_rows(make_model: Make, make_batch: Batch) -> None:
 def test_centroid_rows_point_at_the_new_data(make_model: Make, make_batch: Batch) -> None:
     model, sample = make_model(), make_batch()
     inputs = [seen.inputs_ND for seen in observe(model, sample)]
-    grow(model, "new", GrowConfig(experts=2, router=RouterInit.centroid), sample, seed=0)
+    add(model, GrowConfig(experts=2, router=RouterInit.centroid), sample, seed=0)
     for layer, x in zip(model.moe_layers(), inputs, strict=True):
         old_rows, new_rows = rows(layer.router)
         torch.testing.assert_close(new_rows.norm(dim=1), old_rows.norm(dim=1).mean().expand(2))
@@ -141,7 +149,7 @@ def test_a_seed_decides(make_model: Make, make_batch: Batch) -> None:
     grown = []
     for seed in (1, 1, 2):
         model = make_model()
-        grow(model, "new", GrowConfig(experts=2), make_batch(), seed=seed)
+        add(model, GrowConfig(experts=2), make_batch(), seed=seed)
         grown.append(model.state_dict())
     assert all(torch.equal(grown[0][name], grown[1][name]) for name in grown[0])
     differing = {name for name in grown[0] if not torch.equal(grown[0][name], grown[2][name])}
@@ -149,12 +157,13 @@ def test_a_seed_decides(make_model: Make, make_batch: Batch) -> None:
 
 
 def test_frozen_tensors_do_not_train_and_stay_the_same_bits(
-    make_model: Make, make_batch: Batch, router_kind: str
+    make_run: Callable[..., RunConfig], make_model: Make, make_batch: Batch, router_kind: str
 ) -> None:
     model, batch = make_model(router_kind), make_batch(groups=2)
+    spec = stage_specs(make_run(*(f"stage_defaults.{kv}" for kv in ("optim.lr=0.1", "optim.weight_decay=0.5"))))[1]
     old = {name for name, _ in model.named_parameters() if ".moe." in name}
-    grow(model, "new", GrowConfig(experts=2), make_batch(), seed=0)
-    optimizer = build_optimizer(model, OptimConfig(lr=0.1, weight_decay=0.5), None)
+    add(model, GrowConfig(experts=2), make_batch(), seed=0)
+    optimizer, _ = build_optimizer(model, spec, spec.phases()[0])
     known = {id(p) for group in optimizer.param_groups for p in group["params"]}
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for _ in range(4):
@@ -172,6 +181,43 @@ def test_frozen_tensors_do_not_train_and_stay_the_same_bits(
             assert not torch.equal(parameter, before[name]), name
 
 
+def test_only_some_layers_grow(make_model: Make, make_batch: Batch) -> None:
+    model, sample = make_model(model={"layers": 3}), make_batch()
+    before = sample_logits(model, sample)
+    add(model, GrowConfig(experts=2, router=RouterInit.random), sample, seed=0, layers=(1,))
+    assert [len(layer.banks) for layer in model.moe_layers()] == [4, 6, 4]
+    assert [layer.router.generations for layer in model.moe_layers()] == [[4, 0], [4, 2], [4, 0]]
+    assert all(layer.banks.num_frozen == 4 for layer in model.moe_layers())
+    assert [len(rows(layer.router)[-1]) for layer in model.moe_layers()] == [0, 2, 0]
+    assert model.newest_parameters() == {
+        *(f"blocks.1.moe.banks.experts.{e}.{name}" for e in (4, 5) for name in ("gate_up", "down")),
+        "blocks.1.moe.router.rows.1",
+    }
+    check_noop(model, sample, before)
+    add(model, GrowConfig(experts=1), sample, seed=0, layers=(0,))
+    assert [model.architecture.experts_in(layer) for layer in range(3)] == [5, 6, 4]
+
+
+def test_growth_that_freezes_nothing(make_model: Make, make_batch: Batch) -> None:
+    model, sample = make_model(), make_batch()
+    before = sample_logits(model, sample)
+    old = {name: p.detach().clone() for name, p in model.named_parameters()}
+    add(model, GrowConfig(experts=2, old_lr_scale=0.1), sample, seed=0)
+    assert model.architecture.frozen == 0 and all(p.requires_grad for p in model.parameters())
+    assert all(len(layer.banks.frozen) == 0 for layer in model.moe_layers())
+    now = dict(model.named_parameters())
+    assert all(torch.equal(now[name], tensor) for name, tensor in old.items())
+    check_noop(model, sample, before)
+
+
+def test_what_was_frozen_stays_frozen(make_model: Make, make_batch: Batch) -> None:
+    model = make_model("learned", (4, 2))
+    add(model, GrowConfig(experts=2, old_lr_scale=0.1), make_batch(), seed=0)
+    assert model.architecture.frozen == 1
+    trained = {name for name, p in model.named_parameters() if p.requires_grad and ".experts." in name}
+    assert {int(name.split(".experts.")[1].split(".")[0]) for name in trained} == {4, 5, 6, 7}
+
+
 def test_observing_leaves_the_model_as_it_was(make_model: Make, make_batch: Batch) -> None:
     for training in (True, False):
         model, sample = make_model().train(training), make_batch(blocks=3)
@@ -184,8 +230,17 @@ def test_observing_leaves_the_model_as_it_was(make_model: Make, make_batch: Batc
 
 @pytest.mark.parametrize(
     ("keys", "message"),
-    [({"experts": -1}, "grow.experts=-1"), ({"noise": -0.1}, "grow.noise=-0.1"), ({"sample_tokens": 0}, "positive")],
+    [
+        ({"experts": -1}, r"grow\.experts=-1"),
+        ({"noise": -0.1}, r"grow\.noise=-0\.1"),
+        ({"sample_tokens": 0}, "positive"),
+        ({"old_lr_scale": 1.5}, r"grow\.old_lr_scale=1\.5 must lie in \[0, 1\]"),
+        ({"old_until": -0.5}, r"grow\.old_until=-0\.5 must lie in \[0, 1\]"),
+        ({"layers": []}, r"grow\.layers=\[\] must name layers in ascending order, each once"),
+        ({"layers": [1, 0]}, r"grow\.layers=\[1, 0\] must name layers in ascending order"),
+        ({"layers": [1, 1]}, r"grow\.layers=\[1, 1\] must name layers in ascending order"),
+    ],
 )
-def test_values_out_of_range(keys: dict[str, float], message: str) -> None:
-    with pytest.raises(Exception, match=message):
-        GrowConfig(**keys)  # type: ignore[arg-type]
+def test_values_out_of_range(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        GrowConfig(**keys)

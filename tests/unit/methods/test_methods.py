@@ -22,10 +22,15 @@ def keys(config: RunConfig) -> list[str]:
     return [stage.key for stage in plan(config)]
 
 
-def test_the_first_stage_is_the_same_under_every_method(make_run: MakeRun) -> None:
+def test_methods_that_begin_with_the_same_experts_share_their_first_stage(make_run: MakeRun) -> None:
     found = {method: keys(make_run(f"method={method}")) for method in Method}
-    assert len({stages[0] for stages in found.values()}) == 1
-    assert len({stages[1] for stages in found.values()}) == len(Method)
+    larger = {Method.static_moe, Method.joint}  # these begin with all experts there will be
+    assert len({stages[0] for method, stages in found.items() if method not in larger}) == 1
+    assert len({stages[0] for stages in found.values()}) == 1 + len(larger)
+    # Of what follows, unrestrained has sequential's stage; no other is another method's.
+    assert found[Method.unrestrained][-1] == found[Method.sequential][-1]
+    later = [stages[-1] for method, stages in found.items() if method != Method.unrestrained]
+    assert len(set(later)) == len(Method) - 1
 
 
 IN_EVERY_KEY = [
@@ -33,18 +38,24 @@ IN_EVERY_KEY = [
     "routing.top_k=3", "routing.balance_loss=0.02", "routing.mode=label", "trainer.precision=bf16-mixed",
     "trainer.gradient_clip_val=0.5", "trainer.accumulate_grad_batches=2", "stage_defaults.tokens=1280",
     "stage_defaults.optim.lr=0.5",
-    "stage_defaults.optim.batch_tokens=128", "stages[0].optim.schedule=constant",
+    "stage_defaults.optim.batch_tokens=128", "stages[0].optim.schedule=constant", "stages[0].optim.schedule=wsd",
 ]  # fmt: skip
 FROM_THE_SECOND_ON = [
     "stage_defaults.grow.experts=3", "stage_defaults.grow.experts=0", "stage_defaults.grow.init=random",
     "stage_defaults.grow.router=centroid", "stage_defaults.trunk.train=frozen", "stage_defaults.trunk.lr_scale=0.2",
     "stage_defaults.distill.weight=0.5", "stage_defaults.distill.weight=0", "stage_defaults.distill.temperature=3",
     "stage_defaults.distill.text=new", "stage_defaults.distill.fraction=0.5", "stage_defaults.replay.fraction=0.5",
-    "stages[1].tokens=704", "stages[1].name=second", "method=sequential",
+    "stages[1].tokens=704", "stages[1].name=second", "method=sequential", "method=replay", "method=l2", "method=ewc",
+    "method=lwf", "stage_defaults.replay.source=generated", "stage_defaults.replay.buffer_tokens=64",
+    "stage_defaults.penalty.kind=l2", "stage_defaults.penalty.kind=ewc", "stage_defaults.review.fraction=0.2",
+    "stage_defaults.grow.layers=[1]", "stage_defaults.grow.layers=[0, 1]", "stage_defaults.grow.old_lr_scale=0.1",
+    "stage_defaults.optim.rewarm=0.5", "stage_defaults.optim.router_until=0.5",
 ]  # fmt: skip
 IN_NO_KEY = [
     "tracking.uri=sqlite:///x.db", "tracking.experiment=x", "trainer.accelerator=cpu", "trainer.strategy=ddp",
-    "trainer.num_workers=3",
+    "trainer.num_workers=3", "stage_defaults.trunk.rank=3", "stage_defaults.grow.old_until=0.5",
+    "stage_defaults.grow.min_share=0.2", "stage_defaults.penalty.weight=3", "stage_defaults.penalty.fisher_tokens=64",
+    "stage_defaults.review.old_loss=0.5", "stage_defaults.review.lr_scale=0.5", "method=lifelong",
     "run=other", "evaluate.tokens=5", "evaluate.also=[python]", "evaluate.batch_tokens=64", "tracking.enabled=false",
     "trainer.log_every_n_steps=3", "trainer.enable_progress_bar=false", "checkpoint.every_steps=7",
     "checkpoint.keep=1", "distributions.python.heldout_fraction=0.2",
@@ -74,6 +85,48 @@ def test_the_first_stage_has_nothing_to_grow_hold_or_replay(
 @pytest.mark.parametrize("override", IN_NO_KEY)
 def test_in_no_key(make_run: MakeRun, before: list[str], override: str) -> None:
     assert keys(make_run(override)) == before
+
+
+DELTAS = "model.document_mask=true routing.bundles=label stage_defaults.trunk.train=deltas"
+
+
+@pytest.mark.parametrize(
+    ("base", "override", "matters"),
+    [
+        ("stage_defaults.penalty.kind=l2", "stage_defaults.penalty.weight=3", True),
+        ("stage_defaults.penalty.kind=l2", "stage_defaults.penalty.weight=0.1", False),  # its default, said aloud
+        ("stage_defaults.penalty.kind=l2", "stage_defaults.penalty.fisher_tokens=64", False),
+        ("stage_defaults.penalty.kind=ewc", "stage_defaults.penalty.weight=1000", False),
+        ("stage_defaults.penalty.kind=ewc", "stage_defaults.penalty.fisher_tokens=64", True),
+        ("stage_defaults.review.fraction=0.2", "stage_defaults.review.fraction=0.4", True),
+        ("stage_defaults.review.fraction=0.2", "stage_defaults.review.old_loss=0.5", True),
+        ("stage_defaults.review.fraction=0.2", "stage_defaults.review.lr_scale=0.5", True),
+        ("stage_defaults.review.fraction=0.2", "stage_defaults.review.replay_fraction=0.25", True),
+        (DELTAS, "stage_defaults.trunk.rank=3", True),
+        (DELTAS, "stage_defaults.trunk.lr_scale=0.5", False),  # of a gentle trunk
+        ("stage_defaults.grow.old_lr_scale=0.1", "stage_defaults.grow.old_until=0.5", True),
+        ("stage_defaults.replay.fraction=0 stage_defaults.distill.weight=0", "stage_defaults.replay.source=generated",
+         False),
+        ("stage_defaults.replay.fraction=0 stage_defaults.distill.weight=0", "stage_defaults.replay.buffer_tokens=64",
+         False),
+        ("method=sequential", "stage_defaults.grow.experts=3", False),
+        ("method=sequential", "stage_defaults.penalty.kind=l2", False),
+        ("method=sequential", "stage_defaults.review.fraction=0.2", False),
+        ("method=replay", "stage_defaults.replay.source=generated", True),
+        ("method=replay", "stage_defaults.penalty.kind=l2", False),
+        ("method=l2", "stage_defaults.penalty.kind=ewc", False),
+        ("method=l2", "stage_defaults.penalty.weight=3", True),
+        ("method=l2 stage_defaults.penalty.weight=0", "method=sequential", False),  # no pull at all
+        ("method=lwf", "stage_defaults.distill.text=new", False),
+        ("method=lwf", "stage_defaults.distill.temperature=3", True),
+        ("method=lwf stage_defaults.distill.weight=0", "method=sequential", False),
+    ],
+)  # fmt: skip
+def test_what_matters_under_what(make_run: MakeRun, base: str, override: str, matters: bool) -> None:
+    """A key changes with whatever is used, and only then."""
+    settings = base.split(" ")
+    before, after = keys(make_run(*settings)), keys(make_run(*settings, override))
+    assert before[0] == after[0] and (before[1] != after[1]) is matters
 
 
 def test_data_is_in_the_key_of_its_stage_and_of_later_ones(make_run: MakeRun) -> None:
@@ -114,10 +167,12 @@ def test_a_plan_by_hand(make_run: MakeRun) -> None:
     assert [stage.architecture.num_experts for stage in (first, second)] == [4, 6]
     assert first.tokens == second.tokens == 640 and first.routing == "learned"
     assert first.trainable == first.parameters.total
-    assert second.trainable == second.parameters.trunk + second.parameters.newest < second.parameters.total
+    # Two new experts of 3 * 16 * 8 with a row of 16 each, in two layers, and the trunk.
+    assert second.parameters.unfrozen == 2 * 2 * (384 + 16)
+    assert second.trainable == second.parameters.trunk + second.parameters.unfrozen < second.parameters.total
     assert second.flops > first.flops > 0
     frozen = plan(make_run("stage_defaults.trunk.train=frozen"))[1]
-    assert frozen.trainable == frozen.parameters.newest == count_parameters(frozen.architecture).newest
+    assert frozen.trainable == frozen.parameters.unfrozen == count_parameters(frozen.architecture).unfrozen
     assert plan(make_run("routing.mode=cluster"))[0].routing == "cluster/token"
 
 
@@ -125,3 +180,28 @@ def test_a_plan_without_growth(make_run: MakeRun) -> None:
     second = plan(make_run("method=sequential"))[1]
     assert second.architecture.num_experts == 4 and second.architecture.frozen == 0
     assert second.trainable == second.parameters.total
+
+
+@pytest.mark.parametrize(
+    ("overrides", "trained"),
+    [
+        # Experts a layer: 4, then 2, then 2; a frozen trunk leaves experts and rows alone.
+        ([], [4, 2, 2]),
+        (["stages[2].grow.experts=0"], [4, 2, 2]),  # nothing new: the newest go on
+        (["stages[1].grow.experts=0"], [4, 4, 2]),
+        (["stage_defaults.grow.old_lr_scale=0.1"], [4, 6, 8]),
+        (["stages[2].grow.old_lr_scale=0.1"], [4, 2, 4]),  # the second stage froze the first one's, for good
+        (["stage_defaults.grow.layers=[1]"], [4, 1, 1]),  # two experts in one of two layers
+    ],
+)
+def test_trainable_parameters_by_hand(make_run: MakeRun, overrides: list[str], trained: list[float]) -> None:
+    stages = [{"data": "english"}, {"data": "python"}, {"data": "english"}]
+    frozen = [
+        "stage_defaults.trunk.train=frozen",
+        "stage_defaults.replay.fraction=0",
+        "stage_defaults.distill.weight=0",
+    ]
+    found = plan(make_run(*frozen, *overrides, stages=stages))
+    assert [stage.trainable - (i == 0) * stage.parameters.trunk for i, stage in enumerate(found)] == [
+        experts * 2 * (384 + 16) for experts in trained
+    ]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from lifelong_moe.model.architecture import Architecture
+from lifelong_moe.model.architecture import Architecture, Generation
 from lifelong_moe.model.cost import count_parameters, forward_flops_per_token, training_flops
 from lifelong_moe.model.transformer import LanguageModel
 
@@ -34,15 +35,53 @@ def test_counts_are_those_of_the_model(make_model: Make, router_kind: str, shape
     rows = sum(p.numel() for layer in layers for p in layer.router.parameters())
     active = model.architecture.routing.top_k * count.per_expert * len(layers)
     assert count.active == count.trunk + rows + active
-    newest = sum(p.numel() for layer in layers for expert in layer.banks.active for p in expert.parameters())
-    newest += sum(p.numel() for layer in layers for p in list(layer.router.parameters())[-1:])
-    assert count.newest == newest
+    assert count.unfrozen == sum(p.numel() for layer in layers for p in layer.parameters() if p.requires_grad)
 
 
-def test_trainable_after_growth_is_trunk_and_newest(make_model: Make) -> None:
+@pytest.mark.parametrize("frozen", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("kind", "second", "third"),
+    [
+        ("labelled_bundles", {"delta_rank": 3}, {"delta_rank": 5}),
+        ("label", {"delta_rank": 5}, {"delta_rank": 2}),
+        ("learned", {"layers": (1,)}, {"layers": (0, 2)}),
+        ("labelled_bundles", {"layers": (2,), "delta_rank": 1}, {}),
+    ],
+)
+def test_counts_of_deltas_and_of_layers_that_did_not_grow(
+    make_architecture: Callable[..., Architecture],
+    kind: str,
+    second: dict[str, Any],
+    third: dict[str, Any],
+    frozen: int,
+) -> None:
+    born = (4, Generation("s1", 2, **second), Generation("s2", 3, **third))
+    architecture = replace(make_architecture(kind, born, model={"layers": 3, "kv_heads": 1}), frozen=frozen)
+    model, count = LanguageModel(architecture), count_parameters(architecture)
+    assert count.total == sum(p.numel() for p in model.parameters())
+    assert count.trunk == sum(p.numel() for p in model.trunk_parameters().values())
+    trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+    assert count.trunk + count.unfrozen == sum(trained.values())
+    deltas = [sum(p.numel() for n, p in model.named_parameters() if f".deltas.{g}." in n) for g in range(3)]
+    rows = sum(p.numel() for layer in model.moe_layers() for p in layer.router.parameters())
+    assert count.active == count.trunk + rows + 3 * 2 * count.per_expert + max(deltas)
+
+
+def test_deltas_by_hand(make_architecture: Callable[..., Architecture]) -> None:
+    # Rank 3; query and output 16 x 16, key and value 8 x 16 in two layers; embedding and head 61 x 16.
+    plain, changed = (
+        make_architecture("labelled_bundles", (4, Generation("s1", 2, delta_rank=rank))) for rank in (0, 3)
+    )
+    numbers = 3 * (2 * (2 * 32 + 2 * 24) + 2 * (61 + 16))
+    assert count_parameters(changed).total - count_parameters(plain).total == numbers
+    # What is looked up in the embedding's delta, 61 x 3, costs nothing.
+    assert forward_flops_per_token(changed) - forward_flops_per_token(plain) == 2 * (numbers - 61 * 3)
+
+
+def test_trainable_after_growth_is_trunk_and_what_is_not_frozen(make_model: Make) -> None:
     model = make_model("learned", (4, 2))
     count = count_parameters(model.architecture)
-    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count.trunk + count.newest
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count.trunk + count.unfrozen
 
 
 def test_flops_by_hand(make_architecture: Callable[..., Architecture]) -> None:

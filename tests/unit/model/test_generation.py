@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lifelong_moe.model.architecture import Generation
 from lifelong_moe.model.generation import generate, sample_token
 from lifelong_moe.model.groups import label_group
 from lifelong_moe.model.transformer import LanguageModel
@@ -28,16 +29,24 @@ def greedy_without_cache(model: LanguageModel, count: int, distribution: str | N
         assert len(ids) <= context
         with torch.no_grad():
             hidden = model(torch.tensor([ids]), group_ids_BS=group_row(model, ids, distribution)).hidden_BSD
-        ids.append(int(model.logits(hidden[0, -1]).argmax()))
+            last = group_row(model, ids, distribution)[:, -1]
+            ids.append(int(model.logits(hidden[:, -1], last).argmax()))
     return ids[4:]
+
+
+@pytest.fixture
+def second(router_kind: str) -> Generation:
+    """Two experts, with changes of the trunk where a token's group is a bundle."""
+    has_bundles = router_kind in ("label", "bundles", "labelled_bundles")
+    return Generation("s1", 2, delta_rank=3 if has_bundles else 0)
 
 
 @pytest.mark.parametrize("distribution", [None, "d1"])
 def test_the_cache_gives_what_a_full_forward_pass_gives(
-    make_model: Make, router_kind: str, distribution: str | None
+    make_model: Make, router_kind: str, second: Generation, distribution: str | None
 ) -> None:
     for seed in range(3):
-        model = make_model(router_kind, (4, 2), seed=seed).eval()
+        model = make_model(router_kind, (4, second), seed=seed).eval()
         expected = greedy_without_cache(model, 12, distribution)
         if 0 in expected:
             expected = expected[: expected.index(0)]
@@ -45,8 +54,8 @@ def test_the_cache_gives_what_a_full_forward_pass_gives(
         assert list(found) == expected
 
 
-def test_cached_logits_equal_full_logits(make_model: Make, router_kind: str) -> None:
-    model = make_model(router_kind, (4, 2)).eval()
+def test_cached_logits_equal_full_logits(make_model: Make, router_kind: str, second: Generation) -> None:
+    model = make_model(router_kind, (4, second)).eval()
     ids = torch.randint(1, 61, (2, 12), generator=torch.Generator().manual_seed(0))
     groups = torch.arange(12).expand(2, 12) // 6
     with torch.no_grad():

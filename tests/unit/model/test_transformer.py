@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lifelong_moe.model.architecture import Architecture
+from lifelong_moe.model.architecture import Architecture, Generation
 from lifelong_moe.model.attention import rotary_tables, rotate
 from lifelong_moe.model.transformer import LanguageModel, document_attention_mask, initialize
 from lifelong_moe.routing.base import Router
@@ -137,12 +137,58 @@ def test_architecture_survives_json(make_architecture: MakeArchitecture, router_
 
 def test_architecture_grows_and_learns_labels(make_architecture: MakeArchitecture) -> None:
     first = make_architecture("learned", (4,)).labelled("english")
-    second = first.grown("s1", 2).labelled("python")
+    second = first.grown(Generation("s1", 2)).labelled("python")
     assert (first.frozen, second.frozen) == (0, 1)
-    assert second.expert_births() == ["s0"] * 4 + ["s1"] * 2
-    assert second.num_experts == 6 and second.labels == (("english", 0), ("python", 1))
+    assert second.expert_births(0) == second.expert_births(1) == ["s0"] * 4 + ["s1"] * 2
+    assert second.num_experts == second.experts_in(0) == 6 and second.labels == (("english", 0), ("python", 1))
     # A distribution that comes back and grows moves to its new experts; otherwise they would never see a token.
-    assert second.grown("s2", 2).labelled("english").labels == (("english", 2), ("python", 1))
+    assert second.grown(Generation("s2", 2)).labelled("english").labels == (("english", 2), ("python", 1))
+
+
+def test_generations_of_some_layers(make_architecture: MakeArchitecture) -> None:
+    first = make_architecture("learned", (4,), model={"layers": 3})
+    second = first.grown(Generation("s1", 2, layers=(0, 2))).grown(Generation("s2", 3, layers=(2,)))
+    assert [second.experts_in(layer) for layer in range(3)] == [6, 4, 9] and second.num_experts == 9
+    assert [second.expert_births(layer) for layer in range(3)] == [
+        ["s0"] * 4 + ["s1"] * 2, ["s0"] * 4, ["s0"] * 4 + ["s1"] * 2 + ["s2"] * 3,
+    ]  # fmt: skip
+    assert Architecture.from_json(json.loads(json.dumps(second.to_json()))) == second
+
+
+def test_growth_that_freezes_nothing(make_architecture: MakeArchitecture) -> None:
+    first = make_architecture("learned", (4, 2))
+    assert first.grown(Generation("s2", 2), freezes=False).frozen == 1
+    assert first.grown(Generation("s2", 2)).frozen == 2
+
+
+def test_deltas_belong_to_their_generation(make_model: Make, make_architecture: MakeArchitecture) -> None:
+    born = (4, Generation("s1", 2, delta_rank=3), Generation("s2", 2, layers=(1,), delta_rank=2), Generation("s3", 1))
+    architecture = make_architecture("labelled_bundles", born)
+    assert architecture.has_deltas and not make_architecture("labelled_bundles", (4, 2)).has_deltas
+    assert Architecture.from_json(json.loads(json.dumps(architecture.to_json()))) == architecture
+    for count, newest in ((3, "2"), (2, "1")):
+        model = LanguageModel(make_architecture("labelled_bundles", born[:count]))
+        found = model.newest_parameters()
+        deltas = {name for name, _ in model.named_parameters() if f".deltas.{newest}." in name}
+        assert len(deltas) == 20 and deltas < found
+        assert {name for name, p in model.named_parameters() if p.requires_grad and p.numel()} == (
+            found | set(model.trunk_parameters())
+        )
+        assert not any(".deltas." in name for name in model.trunk_parameters())
+    assert not any(".0.moe." in name for name in LanguageModel(
+        make_architecture("labelled_bundles", born[:3])).newest_parameters())  # fmt: skip
+    model.freeze_generations()
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == set(model.trunk_parameters())
+
+
+def test_deltas_begin_at_zero(make_architecture: MakeArchitecture) -> None:
+    born = (4, Generation("s1", 2, delta_rank=8))
+    model = LanguageModel(make_architecture("labelled_bundles", born, model={"width": 64}))
+    initialize(model, 0)
+    for matrix in model.delta_matrices():
+        delta = matrix.deltas["1"]
+        assert not delta.up.any()
+        assert float(delta.down.detach().std()) == pytest.approx(1 / 8, rel=0.15)  # 64 columns
 
 
 def test_a_cache_takes_one_token_at_a_time(make_model: Make) -> None:

@@ -89,6 +89,35 @@ def test_nothing_to_average_is_refused() -> None:
         router_z_loss(torch.zeros(2, 2), none)
 
 
+def test_with_fewer_experts_the_even_share_is_another() -> None:
+    # Token 0 may use experts 0 and 1, token 1 all four: even shares q = (3, 3, 1, 1) / 8.
+    allowed = torch.tensor([[True, True, False, False], [True] * 4])
+    probs = torch.tensor([[0.5, 0.5, 0, 0], [0.25] * 4])
+    for chosen in ([[0], [0]], [[1], [3]]):
+        assert float(load_balancing_loss(probs, torch.tensor(chosen), ALL, 0, allowed)) == pytest.approx(1.0)
+    # p = (1, 0, 1, 0) / 2 and f = (1, 0, 1, 0) / 2: 1/4 / (3/8) + 1/4 / (1/8) = 8 / 3.
+    probs = torch.tensor([[1.0, 0, 0, 0], [0, 0, 1.0, 0]])
+    assert float(load_balancing_loss(probs, torch.tensor([[0], [2]]), ALL, 0, allowed)) == pytest.approx(8 / 3)
+    # Experts 2 and 3 alone: f = p = (1, 0), q = (1, 1) / 2.
+    assert float(load_balancing_loss(probs, torch.tensor([[0], [2]]), ALL, 2, allowed)) == pytest.approx(2.0)
+    # Nobody may use them: nothing to balance.
+    none = allowed[:1].expand(2, 4)
+    assert float(load_balancing_loss(probs, torch.tensor([[0], [0]]), ALL, 2, none)) == 0.0
+
+
+@given(st.integers(0, 2**31))
+def test_all_experts_allowed_is_no_mask(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    probs = torch.randn(12, 5, generator=generator).softmax(dim=-1)
+    ids = probs.topk(2).indices
+    mask = torch.rand(12, generator=generator) < 0.7
+    mask[0] = True
+    for first in (0, 3):
+        plain = load_balancing_loss(probs, ids, mask, first)
+        masked = load_balancing_loss(probs, ids, mask, first, torch.ones(12, 5, dtype=torch.bool))
+        torch.testing.assert_close(masked, plain, atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("num_old", [1, 3, 4])
 def test_old_experts_by_hand(num_old: int) -> None:
     # Equal logits of four experts: the old ones hold num_old / 4 of the probability.

@@ -9,9 +9,17 @@ from torch import Tensor
 
 from lifelong_moe.growth.config import ExpertInit, GrowConfig
 from lifelong_moe.growth.grow import grow
+from lifelong_moe.model.architecture import Generation
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.ops.losses import distillation_loss
-from lifelong_moe.retention.config import DistillConfig, DistillText, ReplayConfig, TrunkConfig
+from lifelong_moe.retention.config import (
+    DistillConfig,
+    DistillText,
+    PenaltyConfig,
+    ReplayConfig,
+    ReviewConfig,
+    TrunkConfig,
+)
 from lifelong_moe.retention.teacher import distilled_rows, make_teacher
 
 Make = Callable[..., LanguageModel]
@@ -44,7 +52,7 @@ def test_growth_and_training_leave_the_teacher_alone(make_model: Make, make_batc
     model, batch = make_model(router_kind), make_batch()
     teacher = make_teacher(model, expert_parameters(model))
     before = logits(teacher, batch)
-    grow(model, "new", GrowConfig(experts=2, init=ExpertInit.random), batch, seed=0)
+    grow(model, Generation("new", 2), GrowConfig(experts=2, init=ExpertInit.random), batch, seed=0)
     assert all(layer.router.generations == [4] and len(layer.banks) == 4 for layer in teacher.moe_layers())
     with torch.no_grad():
         for parameter in model.parameters():
@@ -56,7 +64,7 @@ def test_growth_and_training_leave_the_teacher_alone(make_model: Make, make_batc
 def test_no_divergence_before_the_first_step(make_model: Make, make_batch: Batch, router_kind: str) -> None:
     model, batch = make_model(router_kind).eval(), make_batch()
     teacher = make_teacher(model, expert_parameters(model))
-    grow(model, "new", GrowConfig(experts=2), batch, seed=0)
+    grow(model, Generation("new", 2), GrowConfig(experts=2), batch, seed=0)
     with ExitStack() as held:
         for layer in model.moe_layers():
             held.enter_context(layer.router.holding_down())
@@ -103,6 +111,14 @@ def test_nothing_to_distil_on() -> None:
         (lambda: DistillConfig(temperature=0.0), r"distill\.temperature=0\.0 must be positive"),
         (lambda: DistillConfig(fraction=0.0), r"distill\.fraction=0\.0 must lie in \(0, 1\]"),
         (lambda: ReplayConfig(fraction=1.0), r"replay\.fraction=1\.0 must lie in \[0, 1\)"),
+        (lambda: ReplayConfig(buffer_tokens=0), r"replay\.buffer_tokens=0 must be positive"),
+        (lambda: TrunkConfig(rank=0), r"trunk\.rank=0 must be at least 1"),
+        (lambda: PenaltyConfig(weight=-1.0), r"penalty\.weight=-1\.0 must not be negative"),
+        (lambda: PenaltyConfig(fisher_tokens=0), r"penalty\.fisher_tokens=0 must be positive"),
+        (lambda: ReviewConfig(fraction=1.0), r"review\.fraction=1\.0 must lie in \[0, 1\)"),
+        (lambda: ReviewConfig(replay_fraction=1.0), r"review\.replay_fraction=1\.0 must lie between 0 and 1"),
+        (lambda: ReviewConfig(old_loss=-1.0), r"review\.old_loss=-1\.0 must not be negative"),
+        (lambda: ReviewConfig(lr_scale=0.0), r"review\.lr_scale=0\.0 must be positive"),
     ],
 )
 def test_values_out_of_range(build: Callable[[], object], message: str) -> None:

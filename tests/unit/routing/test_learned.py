@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lifelong_moe.routing.base import Router, RoutingContext
-from lifelong_moe.routing.config import BalanceOver
+from lifelong_moe.routing.config import BalanceOver, Bundles
 
 Make = Callable[..., Router]
 Context = Callable[..., RoutingContext]
@@ -123,3 +123,84 @@ def test_holding_down_ends_with_an_error_too(make_router: Make) -> None:
     with pytest.raises(KeyError), router.holding_down():
         raise KeyError
     assert not router.held_down
+
+
+def grown(make_router: Make, **config: object) -> Router:
+    """Three experts of generation 0, two of generation 1 and one of generation 2."""
+    router = make_router(3, 2, 1, bundles=Bundles.label, **config)
+    with torch.no_grad():
+        for rows, filled in zip(router.parameters(), (ROWS, 9 * torch.ones(2, 3), 10 * torch.ones(1, 3)), strict=True):
+            rows.copy_(filled)
+    return router
+
+
+def test_a_bundle_has_its_own_and_older_experts(make_router: Make, make_context: Context) -> None:
+    router = grown(make_router).eval()
+    routing = router(torch.tensor([[1.0, 0, 0]] * 3), make_context(3, groups=[0, 1, 2]))
+    # Bundle 0 sees logits ln 2, ln 3 and 0; bundle 1 also 9 and 9; bundle 2 also 10.
+    assert routing.expert_ids_TK[0].tolist() == [1, 0]
+    assert sorted(routing.expert_ids_TK[1].tolist()) == [3, 4]
+    assert routing.expert_ids_TK[2, 0] == 5 and routing.expert_ids_TK[2, 1] in (3, 4)
+    newest = math.e / (1 + math.e)
+    torch.testing.assert_close(routing.weights_TK, torch.tensor([[3 / 5, 2 / 5], [0.5, 0.5], [newest, 1 - newest]]))
+
+
+@pytest.mark.parametrize("renormalize", [True, False])
+def test_later_generations_change_nothing_for_bundle_0(
+    make_router: Make, make_context: Context, renormalize: bool
+) -> None:
+    x, context = torch.randn(200, 3, generator=torch.Generator().manual_seed(0)), make_context(200)
+    router = make_router(3, bundles=Bundles.cluster, renormalize=renormalize).eval()
+    router.set_rows(ROWS)
+    before = router(x, context)
+    for num in (2, 5, 9):
+        router.add_experts(num)
+        router.set_rows(20 * torch.randn(num, 3, generator=torch.Generator().manual_seed(num)))
+    after = router(x, context)
+    assert torch.equal(after.expert_ids_TK, before.expert_ids_TK)
+    if renormalize:
+        assert torch.equal(after.weights_TK, before.weights_TK)
+    # The full softmax adds up as many terms as there are experts, in another order.
+    torch.testing.assert_close(after.weights_TK, before.weights_TK, atol=5e-7, rtol=0)
+    newest = make_context(200, groups=[3] * 200)
+    assert int(router(x, newest).expert_ids_TK.max()) >= 10
+
+
+def test_no_underflow_opens_another_bundle(make_router: Make, make_context: Context) -> None:
+    # The second and third probabilities are 0 in float32, as are those of the experts that are not allowed.
+    router = grown(make_router).eval()
+    routing = router(torch.tensor([[0.0, 1000.0, 0]]), make_context(1))
+    assert routing.expert_ids_TK[0, 0] == 2 and routing.expert_ids_TK.max() < 3
+    assert routing.weights_TK.tolist() == [[1.0, 0.0]]
+
+
+def test_losses_of_bundles_by_hand(make_router: Make, make_context: Context) -> None:
+    router = make_router(2, 2, bundles=Bundles.label, top_k=1, renormalize=False)  # all rows zero
+    losses = router(torch.ones(2, 3), make_context(2, groups=[0, 1])).losses
+    # logsumexp: ln 2 and ln 4 over what is allowed.
+    assert losses["z"].value.item() == pytest.approx((math.log(2) ** 2 + math.log(4) ** 2) / 2)
+    # Even shares q = p = (3, 3, 1, 1) / 8, so that f * p / q sums to 1 whatever is chosen.
+    assert losses["balance"].value.item() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("over", list(BalanceOver))
+@pytest.mark.parametrize("groups", [[0, 0], [0, 2], [2, 2]])
+def test_masked_experts_bring_no_nan(
+    make_router: Make, make_context: Context, over: BalanceOver, groups: list[int]
+) -> None:
+    router = grown(make_router, balance_over=over)
+    routing = router(torch.tensor([[1.0, 2, 3], [3.0, 1, 2]]), make_context(2, groups=groups))
+    total = routing.weights_TK[0, 0] + sum(part.value for part in routing.losses.values())
+    total.backward()
+    gradients = [rows.grad for rows in router.parameters()]
+    assert all(g is not None and bool(torch.isfinite(g).all()) for g in gradients) and bool(torch.isfinite(total))
+    if groups == [0, 0]:
+        assert not any(bool(g.any()) for g in gradients[1:] if g is not None)
+
+
+def test_without_bundles_groups_do_not_matter(make_router: Make, make_context: Context) -> None:
+    router = make_router(3, 2).eval()
+    router.set_rows(torch.ones(2, 3))
+    x = torch.ones(2, 3)
+    ids = [router(x, make_context(2, groups=groups)).expert_ids_TK for groups in ([0, 0], [0, 1])]
+    assert torch.equal(*ids)

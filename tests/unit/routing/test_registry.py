@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.routing.base import Causality, Router, Routing, RoutingContext
-from lifelong_moe.routing.config import RoutingConfig
+from lifelong_moe.routing.config import Bundles, Level, RoutingConfig
 from lifelong_moe.routing.learned import LearnedRouter
 from lifelong_moe.routing.registry import build_router
 
@@ -62,7 +62,8 @@ def build(**config: Any) -> Router:
 
 def test_built_in_names() -> None:
     assert isinstance(build(), LearnedRouter)
-    assert {type(build(mode=mode)).__name__ for mode in ("label", "cluster")} == {"LabelRouter", "TokenClusterRouter"}
+    names = {mode: type(build(mode=mode)).__name__ for mode in ("label", "cluster", "hash")}
+    assert names == {"label": "LabelRouter", "cluster": "TokenClusterRouter", "hash": "HashRouter"}
 
 
 @pytest.mark.parametrize(("mode", "near"), [("lerned", "learned"), ("clusters", "cluster"), ("lable", "label")])
@@ -122,6 +123,11 @@ def test_options_are_for_your_own_router_only() -> None:
         ({"sample_tokens": -5}, "routing.sample_tokens=-5 must be positive"),
         ({"feature_width": 0}, "routing.feature_width=0 must be positive"),
         ({"clusters": 0}, "routing.clusters=0 must be at least 1"),
+        ({"margin": -1.0}, "routing.margin=-1.0 must not be negative"),
+        (
+            {"mode": "label", "bundles": Bundles.cluster},
+            "routing.bundles=cluster masks a learned router, but routing.m",
+        ),
     ],
 )
 def test_values_out_of_range(keys: dict[str, Any], message: str) -> None:
@@ -140,3 +146,31 @@ def test_an_unfinished_router_says_what_is_missing() -> None:
         router.add_experts(1)
     with pytest.raises(ConfigError, match=r"set grow\.router=random"):
         router.set_rows(torch.zeros(1, 4))
+
+
+@pytest.mark.parametrize(
+    ("keys", "by_label", "by_document", "is_clustered", "has_bundles"),
+    [
+        ({}, False, False, False, False),
+        ({"mode": "hash"}, False, False, False, False),
+        ({"mode": "label"}, True, False, False, True),
+        ({"mode": "cluster"}, False, False, True, False),
+        ({"mode": "cluster", "level": Level.document}, False, True, True, False),
+        ({"level": Level.document}, False, False, False, False),  # a key of another mode
+        ({"bundles": Bundles.label}, True, False, False, True),
+        ({"bundles": Bundles.cluster}, False, True, True, True),
+    ],
+)
+def test_where_groups_come_from(
+    keys: dict[str, Any], by_label: bool, by_document: bool, is_clustered: bool, has_bundles: bool
+) -> None:
+    config = RoutingConfig(**keys)
+    assert (config.by_label, config.by_document) == (by_label, by_document)
+    assert (config.is_clustered, config.has_bundles) == (is_clustered, has_bundles)
+
+
+def test_clusters_of_a_generation() -> None:
+    document = RoutingConfig(mode="cluster", level=Level.document)
+    assert [document.clusters_of(experts) for experts in (1, 4, 7)] == [1, 2, 3]
+    assert [RoutingConfig(bundles=Bundles.cluster).clusters_of(experts) for experts in (1, 4)] == [8, 8]
+    assert RoutingConfig(bundles=Bundles.cluster, clusters=3).clusters_of(4) == 3

@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lifelong_moe.data.blocks import BlockDataset
 from lifelong_moe.data.shards import TokenizedCorpus, TokenShard
 from lifelong_moe.methods.graph import stage_specs
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.training import data as training_data
-from lifelong_moe.training.data import group_ids, stage_dataset
+from lifelong_moe.training.data import group_ids, phase_dataset, text_sample
 
 
 def corpus(name: str) -> TokenizedCorpus:
@@ -31,9 +32,10 @@ def test_the_teacher_sees_groups_of_its_own(make_run: Any, make_model: Any, monk
     monkeypatch.setattr(training_data, "group_ids", fake)
     spec = stage_specs(make_run())[1]
     corpora = {name: corpus(name) for name in (spec.data, *spec.replayed)}
-    sample = stage_dataset(student, teacher, spec, corpora, seed=0)[0]
+    phase = spec.phases()[0]
+    sample = phase_dataset(student, teacher, spec, phase, corpora, None, seed=0)[0]
     assert set(sample["group_ids"].tolist()) == {7} and set(sample["teacher_group_ids"].tolist()) == {3}
-    alone = stage_dataset(student, None, spec, corpora, seed=0)[0]
+    alone = phase_dataset(student, None, spec, phase, corpora, None, seed=0)[0]
     assert set(alone["teacher_group_ids"].tolist()) == {0}
 
 
@@ -41,11 +43,85 @@ def test_each_stage_has_an_order_of_its_own(make_run: Any, make_model: Any) -> N
     spec = stage_specs(make_run())[1]
     corpora = {name: corpus(name) for name in (spec.data, *spec.replayed)}
     corpora[spec.data].train.tokens[:] = np.arange(400) % 64  # blocks that differ
-    orders = [
-        [stage_dataset(make_model(), None, spec, corpora, seed)[n]["token_ids"].tolist() for n in range(12)]
-        for seed in (0, 0, 1000)
-    ]
+    datasets = [phase_dataset(make_model(), None, spec, spec.phases()[0], corpora, None, seed) for seed in (0, 0, 1000)]
+    orders = [[dataset[n]["token_ids"].tolist() for n in range(12)] for dataset in datasets]
     assert orders[0] == orders[1] != orders[2]
+
+
+def replayed(dataset: BlockDataset, count: int) -> list[bool]:
+    return [bool(dataset[n]["replayed"]) for n in range(count)]
+
+
+def test_each_phase_has_a_share_of_its_own(make_run: Any, make_model: Any) -> None:
+    spec = stage_specs(make_run("stage_defaults.review.fraction=0.2", "stage_defaults.replay.fraction=0.25"))[1]
+    corpora = {name: corpus(name) for name in ("english", "python")}
+    train, review = (phase_dataset(make_model(), None, spec, phase, corpora, None, seed=0) for phase in spec.phases())
+    assert replayed(train, 8) == [False, False, False, True] * 2
+    assert replayed(review, 8) == [False, True] * 4
+
+
+def test_a_buffer_holds_the_first_blocks(make_run: Any, make_model: Any) -> None:
+    """Of 400 tokens, 48 are kept: three blocks of 16, however often they come."""
+    spec = stage_specs(make_run("stage_defaults.replay.fraction=0.5", "stage_defaults.replay.buffer_tokens=50"))[1]
+    corpora = {name: corpus(name) for name in ("english", "python")}
+    for one in corpora.values():
+        one.train.tokens[:] = np.arange(400) % 64
+    dataset = phase_dataset(make_model(), None, spec, spec.phases()[0], corpora, None, seed=0)
+    samples = [dataset[n] for n in range(40)]
+    firsts = {kind: {int(s["token_ids"][0]) for s in samples if bool(s["replayed"]) is kind} for kind in (True, False)}
+    assert firsts == {True: {0, 16, 32}, False: {0, 16, 32, 48}}
+
+
+def test_generated_text_is_replayed_in_place_of_what_is_stored(make_run: Any, make_model: Any) -> None:
+    """Nothing of the earlier distribution is there to be read."""
+    spec = stage_specs(make_run("stage_defaults.replay.fraction=0.5", "stage_defaults.replay.source=generated"))[1]
+    rows = np.array([[0, *range(1, 17)], [0, 9, 0, *range(3, 17)]])
+    model = make_model()
+    dataset = phase_dataset(model, model, spec, spec.phases()[0], {"python": corpus("python")}, rows, seed=0)
+    samples = [dataset[n] for n in range(4)]
+    assert replayed(dataset, 4) == [False, True, False, True]
+    found = sorted((sample["token_ids"].tolist(), sample["target_ids"].tolist()) for sample in samples[1::2])
+    assert found == [(row[:-1].tolist(), row[1:].tolist()) for row in rows]
+
+
+def test_each_generated_document_has_groups_of_its_own(
+    make_run: Any, make_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fake(model: LanguageModel, shard: TokenShard, distribution: str) -> Any:
+        """A document's length at each of its tokens; the teacher's are negative."""
+        lengths = np.diff(shard.offsets)
+        return np.repeat(lengths, lengths) * (1 if model is student else -1)
+
+    student, teacher = make_model(), make_model()
+    monkeypatch.setattr(training_data, "group_ids", fake)
+    spec = stage_specs(make_run("stage_defaults.replay.fraction=0.5", "stage_defaults.replay.source=generated"))[1]
+    rows = np.array([[0, 9, 9, 0, *range(4, 17)]])  # a document of three tokens and one of fourteen
+    dataset = phase_dataset(student, teacher, spec, spec.phases()[0], {"python": corpus("python")}, rows, seed=0)
+    assert dataset[1]["group_ids"].tolist() == [3] * 3 + [14] * 13
+    assert dataset[1]["teacher_group_ids"].tolist() == [-3] * 3 + [-14] * 13
+
+
+def test_joint_takes_every_distribution_by_its_tokens(make_run: Any, make_model: Any) -> None:
+    stages = [{"data": "english"}, {"data": "python", "tokens": 1280}, {"data": "poems", "tokens": 640}]
+    names = ("english", "python", "poems")
+    run = make_run("method=joint", stages=stages, distributions={name: {"builtin": "english_docs"} for name in names})
+    (spec,) = stage_specs(run)
+    corpora = {name: corpus(name) for name in names}
+    for value, one in enumerate(corpora.values()):
+        one.train.tokens[:] = 5 + value
+    dataset = phase_dataset(make_model(), None, spec, spec.phases()[0], corpora, None, seed=0)
+    seen = [int(dataset[n]["token_ids"][0]) - 5 for n in range(spec.tokens // 16)]
+    assert [seen.count(value) for value in range(3)] == [40, 80, 40]
+
+
+def test_a_text_sample_is_evenly_drawn_and_whole_blocks(make_run: Any, make_model: Any) -> None:
+    spec, text = stage_specs(make_run())[1], corpus("python")
+    text.train.tokens[:] = np.arange(400) % 64
+    sample = text_sample(make_model(), spec, text, 100)
+    assert sample["token_ids"].shape == (6, 16) and not sample["replayed"].any()
+    assert len(text_sample(make_model(), spec, text, 1)["token_ids"]) == 1
+    everything = text_sample(make_model(), spec, text, 10**6)["token_ids"]
+    assert len(everything) == 24 and sorted(everything[:, 0].tolist()) == sorted([0, 16, 32, 48] * 6)
 
 
 def test_routing_without_groups_has_none(make_model: Any) -> None:

@@ -15,10 +15,14 @@ from torch.utils.data import DataLoader
 from lifelong_moe.config import RunConfig
 from lifelong_moe.errors import CorruptError, DivergedError
 from lifelong_moe.methods.graph import stage_specs
+from lifelong_moe.model.architecture import Generation
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.ops.losses import distillation_loss
+from lifelong_moe.retention.penalty import WeightAnchor, make_anchor
 from lifelong_moe.retention.teacher import make_teacher
-from lifelong_moe.training.module import StageModule
+from lifelong_moe.routing.base import Routing
+from lifelong_moe.training.module import StageModule, load_imbalance
+from lifelong_moe.training.optimizer import freeze_trunk, phase_parameters, training_only
 
 Make = Callable[..., LanguageModel]
 Batch = Callable[..., dict[str, Tensor]]
@@ -71,10 +75,16 @@ def fit(module: StageModule, batches: list[dict[str, Tensor]], *callbacks: Callb
 
 
 def stage_module(
-    make_run: MakeRun, model: LanguageModel, *overrides: str, stage: int = 0, teacher: LanguageModel | None = None
+    make_run: MakeRun,
+    model: LanguageModel,
+    *overrides: str,
+    stage: int = 0,
+    phase: int = 0,
+    teacher: LanguageModel | None = None,
+    anchor: WeightAnchor | None = None,
 ) -> StageModule:
     spec = stage_specs(make_run("stage_defaults.optim.lr=0.01", "stage_defaults.optim.weight_decay=0.5", *overrides))
-    module = StageModule(model, spec[stage], spec[stage].phases()[0], teacher)
+    module = StageModule(model, spec[stage], spec[stage].phases()[phase], teacher, anchor)
     model.train()
     return module
 
@@ -153,7 +163,7 @@ def test_the_loss_is_the_sum_of_its_parts(make_run: MakeRun, make_model: Make, m
     module = stage_module(make_run, model, *overrides, stage=1, teacher=teacher)
     step = module.training_step(batch, 0)
     parts: Any = {name: value.item() for name, value in step["parts"].items()}
-    assert set(parts) == {"loss", "balance_loss", "z_loss", "distill_loss"}
+    assert set(parts) == {"loss", "balance_loss", "z_loss", "distill_loss", "imbalance"}
     # 2 of 4 sequences are replayed, where spec.replay_fraction lets expect fewer: their KL counts for more.
     share = 2 / (4 * module.spec.replay_fraction)
     distilled = 3.0 * share * parts["distill_loss"]
@@ -226,3 +236,125 @@ def test_distillation_does_not_depend_on_how_a_step_is_divided(
 
     parts = [{name: value[i : i + 1] for name, value in batch.items()} for i in range(len(batch["replayed"]))]
     assert loss(batch) == pytest.approx(sum(map(loss, parts)) / len(parts), rel=1e-5)
+
+
+def test_imbalance_by_hand() -> None:
+    # Six of eight tokens to one of four experts, where two would be even; and two each. The mean of 3 and 1.
+    chosen = ([0] * 6 + [1] * 2, [0, 1, 2, 3] * 2)
+    routings = [Routing(torch.tensor(ids).unsqueeze(1), torch.ones(8, 1), 4) for ids in chosen]
+    assert load_imbalance(routings).item() == 2.0
+
+
+def test_a_penalty_is_part_of_the_loss(make_run: MakeRun, make_model: Make, make_batch: Batch) -> None:
+    model, batch = make_model(), make_batch()
+    old = {name: p.detach() - 0.5 for name, p in model.named_parameters()}
+    plain = stage_module(make_run, model, "method=l2", stage=1).training_step(batch, 0)
+    pulled = stage_module(make_run, model, "method=l2", stage=1, anchor=make_anchor(model, old, 0.1))
+    step = pulled.training_step(batch, 0)
+    expected = 0.1 / 2 * 0.25 * sum(p.numel() for p in model.parameters())
+    assert step["parts"]["penalty"].item() == pytest.approx(expected, rel=1e-5)
+    assert step["loss"].item() == pytest.approx(plain["loss"].item() + expected, rel=1e-6)
+    assert not step["parts"]["penalty"].requires_grad and step["loss"].requires_grad
+
+
+REVIEW = ("stage_defaults.review={fraction: 0.3, old_loss: 0.5}", "stage_defaults.distill.text=replay")
+
+
+def test_a_review_has_a_loss_of_its_own(make_run: MakeRun, make_model: Make, make_batch: Batch) -> None:
+    model, batch = make_model("learned", (4, 2)), make_batch()
+    teacher = make_teacher(make_model(seed=1), [])
+    step = stage_module(make_run, model, *REVIEW, stage=1, phase=1, teacher=teacher).training_step(batch, 0)
+    parts: Any = {name: value.item() for name, value in step["parts"].items()}
+    assert set(parts) == {"loss", "old_loss", "z_loss", "imbalance"}  # neither balance nor teacher
+    expected = parts["loss"] + 0.5 * parts["old_loss"] + 0.001 * parts["z_loss"]
+    assert step["loss"].item() == pytest.approx(expected, rel=1e-6)
+    # Surprise of rows 1 and 3, the replayed ones, at the old experts' probability; the mean of two layers.
+    seen = []
+    for layer in model.moe_layers():
+        layer.router.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(batch["token_ids"][[1, 3]])
+        surprise = [
+            -(x_TD @ torch.cat(layer.router.row_generations()).t()).softmax(-1)[:, :4].sum(-1).log().mean()
+            for layer, x_TD in zip(model.moe_layers(), seen, strict=True)
+        ]
+    assert parts["old_loss"] == pytest.approx(float(torch.stack(surprise).mean()), rel=1e-4)
+
+
+def test_without_old_loss_a_review_balances_and_still_asks_no_teacher(
+    make_run: MakeRun, make_model: Make, make_batch: Batch
+) -> None:
+    model, teacher = make_model("learned", (4, 2)), make_teacher(make_model(seed=1), [])
+    override = "stage_defaults.review={fraction: 0.3, old_loss: 0.0}"
+    module = stage_module(make_run, model, override, "stage_defaults.distill.text=replay", stage=1, phase=1,
+                          teacher=teacher)  # fmt: skip
+    assert set(module.training_step(make_batch(), 0)["parts"]) == {"loss", "balance_loss", "z_loss", "imbalance"}
+
+
+def review(module: StageModule, batches: list[dict[str, Tensor]]) -> None:
+    """What a stage does in a review."""
+    with training_only(module.model, phase_parameters(module.model, module.phase).values()):
+        fit(module, batches)
+
+
+def share_of_new_experts(model: LanguageModel, batch: dict[str, Tensor], replayed: bool) -> float:
+    rows = batch["replayed"] if replayed else ~batch["replayed"]
+    with torch.no_grad():
+        counts = torch.stack([routing.counts_E for routing in model(batch["token_ids"][rows]).routings])
+    return float(counts[:, 4:].sum() / counts.sum())
+
+
+def test_a_review_trains_the_new_rows_and_nothing_else(make_run: MakeRun, make_model: Make, make_batch: Batch) -> None:
+    model = make_model("learned", (4, 2))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trains = {name: p.requires_grad for name, p in model.named_parameters()}
+    module = stage_module(make_run, model, *REVIEW, stage=1, phase=1)
+    review(module, [make_batch(seed=i) for i in range(3)])
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {f"blocks.{i}.moe.router.rows.1" for i in (0, 1)}
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == trains
+    # A step checkpoint holds the rest of what the stage trained, too.
+    checkpoint: dict[str, Any] = {"state_dict": module.state_dict()}
+    module.on_save_checkpoint(checkpoint)
+    assert set(checkpoint["state_dict"]) == {f"model.{name}" for name, trained in trains.items() if trained}
+
+
+def test_a_review_sends_old_text_back_to_old_experts(make_run: MakeRun, make_model: Make, make_batch: Batch) -> None:
+    shares = {}
+    for old_loss in (0.0, 2.0):
+        model, batch = make_model("learned", (4, 2)), make_batch(blocks=8)
+        # Old and new text that can be told apart.
+        for key in ("token_ids", "target_ids"):
+            batch[key] = batch[key] % 30 + 1 + 30 * batch["replayed"].long().unsqueeze(1)
+        before = share_of_new_experts(model, batch, replayed=True)
+        override = f"stage_defaults.review={{fraction: 0.3, old_loss: {old_loss}, lr_scale: 10}}"
+        module = stage_module(make_run, model, override, "stage_defaults.optim.weight_decay=0", stage=1, phase=1)
+        review(module, [batch] * 40)
+        shares[old_loss] = share_of_new_experts(model, batch, replayed=True)
+        new = share_of_new_experts(model, batch, replayed=False)
+    assert before > 0.15 and shares[2.0] < 0.5 * before and shares[2.0] < 0.5 * shares[0.0]
+    assert new > 2 * shares[2.0]  # new text keeps its experts
+
+
+def test_deltas_change_their_bundle_s_tokens_alone(make_run: MakeRun, make_model: Make, make_batch: Batch) -> None:
+    born = tuple(Generation(f"s{g}", 2, delta_rank=3) for g in (1, 2))
+    model = make_model("labelled_bundles", (4, *born))
+    settings = ("model.document_mask=true", "routing.bundles=label", "stage_defaults.trunk.train=deltas")
+    module = stage_module(make_run, model, *settings, "stage_defaults.distill.weight=0", stage=1)
+    freeze_trunk(model, module.spec.trunk)
+    probe = make_batch(seed=9)
+
+    def logits(group: int) -> Tensor:
+        groups = torch.full_like(probe["token_ids"], group)
+        with torch.no_grad():
+            return model.logits(model(probe["token_ids"], group_ids_BS=groups).hidden_BSD, groups)
+
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    scores = [logits(group) for group in range(3)]
+    fit(module, [make_batch(seed=i, groups=3) for i in range(3)])
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert all(".deltas.2." in name or ".rows.2" in name or ".experts.6." in name or ".experts.7." in name
+               for name in changed)  # fmt: skip
+    assert torch.equal(logits(0), scores[0]) and torch.equal(logits(1), scores[1])
+    assert float((logits(2) - scores[2]).abs().max()) > 0.1

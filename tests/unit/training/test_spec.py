@@ -11,8 +11,8 @@ import pytest
 from lifelong_moe.config import RunConfig
 from lifelong_moe.methods.graph import stage_specs
 from lifelong_moe.model.cost import forward_flops_per_token
-from lifelong_moe.retention.config import TrunkConfig, TrunkTraining
-from lifelong_moe.training.spec import Phase, StageSpec
+from lifelong_moe.retention.config import ReplaySource, TrunkConfig, TrunkTraining
+from lifelong_moe.training.spec import Phase, StageSpec, Trains
 
 MakeRun = Callable[..., RunConfig]
 TOKENIZER = {"recipe": {"vocab_size": 300}, "hash": "t"}
@@ -25,8 +25,9 @@ def later_spec(make_run: MakeRun, *overrides: str) -> StageSpec:
 
 @pytest.fixture(scope="module")
 def later(make_run: MakeRun) -> StageSpec:
-    """The second stage of the run as it is."""
-    return later_spec(make_run)
+    """The second stage of a run in which every section asks for something."""
+    sections = ("penalty.kind=ewc", "review.fraction=0.2", "grow.old_lr_scale=0.1")
+    return later_spec(make_run, *(f"stage_defaults.{section}" for section in sections))
 
 
 def key_of(spec: StageSpec, parent: str | None = "parent", **changes: Any) -> str:
@@ -59,23 +60,26 @@ def changed(config: Any, field: str) -> Any:
 def fields_of(*sections: str) -> list[tuple[str, str]]:
     from lifelong_moe.growth.config import GrowConfig
     from lifelong_moe.model.config import ModelConfig
-    from lifelong_moe.retention.config import DistillConfig, TrunkConfig
+    from lifelong_moe.retention.config import DistillConfig, PenaltyConfig, ReviewConfig, TrunkConfig
     from lifelong_moe.routing.config import RoutingConfig
     from lifelong_moe.training.config import OptimConfig
 
     types: dict[str, Any] = {
-        "grow": GrowConfig, "trunk": TrunkConfig, "distill": DistillConfig, "optim": OptimConfig,
-        "model": ModelConfig, "routing": RoutingConfig,
+        "grow": GrowConfig, "trunk": TrunkConfig, "distill": DistillConfig, "penalty": PenaltyConfig,
+        "review": ReviewConfig, "optim": OptimConfig, "model": ModelConfig, "routing": RoutingConfig,
     }  # fmt: skip
     return [(section, f.name) for section in sections for f in dataclasses.fields(types[section])]
 
 
-WITHOUT_EFFECT = {("grow", "min_share"), ("trunk", "lr_scale")}  # a warning's threshold; a rate that only gentle uses
+SECTIONS = ("grow", "trunk", "distill", "penalty", "review", "optim", "model", "routing")
+WITHOUT_EFFECT = {  # a warning's threshold, what only a gentle trunk uses, what only deltas do
+    ("grow", "min_share"), ("trunk", "lr_scale"), ("trunk", "rank"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("section", "field"),
-    [f for f in fields_of("grow", "trunk", "distill", "optim", "model", "routing") if f not in WITHOUT_EFFECT],
+    [f for f in fields_of(*SECTIONS) if f not in WITHOUT_EFFECT],
 )
 def test_every_field_of_every_section_is_in_the_key(later: StageSpec, section: str, field: str) -> None:
     other = dataclasses.replace(later, **{section: changed(getattr(later, section), field)})
@@ -85,9 +89,13 @@ def test_every_field_of_every_section_is_in_the_key(later: StageSpec, section: s
 def test_what_has_no_effect_is_not(later: StageSpec) -> None:
     assert later.grow is not None and later.trunk is not None
     full = dataclasses.replace(later, trunk=TrunkConfig(train=TrunkTraining.full))
+    freezing = dataclasses.replace(full, grow=dataclasses.replace(later.grow, old_lr_scale=0.0))
+    stopped = dataclasses.replace(freezing, grow=dataclasses.replace(later.grow, old_lr_scale=0.0, old_until=0.5))
+    assert key_of(stopped) == key_of(freezing) != key_of(full)
     for other in (
         dataclasses.replace(full, grow=dataclasses.replace(later.grow, min_share=0.5)),
         dataclasses.replace(full, trunk=TrunkConfig(train=TrunkTraining.full, lr_scale=0.5)),
+        dataclasses.replace(full, trunk=TrunkConfig(train=TrunkTraining.full, rank=3)),
         dataclasses.replace(full, tokens=full.tokens + 1),  # the same number of whole steps
     ):
         assert key_of(other) == key_of(full)
@@ -96,7 +104,11 @@ def test_what_has_no_effect_is_not(later: StageSpec) -> None:
 SCALARS: dict[str, Any] = {
     "name": "other",
     "replayed": (),
+    "replay_weights": (2,),
     "replay_fraction": 0.5,
+    "replay_source": ReplaySource.generated,
+    "replay_buffer": 7,
+    "fisher_data": (),
     "tokens": 10_000_000,
     "seed": 9,
     "precision": "bf16-mixed",
@@ -105,6 +117,8 @@ SCALARS: dict[str, Any] = {
     "grow": None,
     "trunk": None,
     "distill": None,
+    "penalty": None,
+    "review": None,
 }
 
 
@@ -139,6 +153,21 @@ def test_text_that_is_not_replayed_is_not(make_run: MakeRun, later: StageSpec) -
     assert key_of(later, replay_hashes=HASHES | {"python": "x"}) == key_of(later)
     none = later_spec(make_run, "stage_defaults.replay.fraction=0", "stage_defaults.distill.text=new")
     assert key_of(none, replay_hashes={}) == key_of(none)
+    generated = later_spec(make_run, "stage_defaults.replay.source=generated")
+    assert generated.replayed == ("english",) and key_of(generated, replay_hashes={}) == key_of(generated)
+
+
+def test_text_that_the_fisher_information_is_measured_on_is(make_run: MakeRun) -> None:
+    measured, pulled = (later_spec(make_run, f"method={method}") for method in ("ewc", "l2"))
+    assert key_of(measured, replay_hashes={"english": "x"}) != key_of(measured)
+    assert key_of(pulled, replay_hashes={}) == key_of(pulled)
+
+
+def test_what_only_later_stages_use_is_not_in_the_first_one_s_key(make_run: MakeRun) -> None:
+    first = stage_specs(make_run())[0]
+    for field, value in (("rewarm", 0.5), ("router_until", 0.5)):
+        other = dataclasses.replace(first, optim=dataclasses.replace(first.optim, **{field: value}))
+        assert key_of(other, parent=None) == key_of(first, parent=None)
 
 
 def test_a_key_is_a_function_of_the_config(make_run: MakeRun) -> None:
@@ -168,16 +197,20 @@ def test_flops_include_the_teacher_s(make_run: MakeRun) -> None:
     assert spec.flops(after, parent) == expected
 
 
+def train(steps: int, share: float = 0.0, *, fits: bool = False, follows: bool = False) -> Phase:
+    return Phase(name="train", steps=steps, replay_fraction=share, fits_clusters=fits, follows=follows)
+
+
 @pytest.mark.parametrize(
     ("routing", "first", "later"),
     [
-        ({}, [Phase("train", 10, False)], [Phase("train", 10, False)]),
-        ({"mode": "label"}, [Phase("train", 10, False)], [Phase("train", 10, False)]),
-        ({"mode": "cluster"}, [Phase("train", 10, True)], [Phase("train", 10, True)]),
+        ({}, [train(10)], [train(10, 0.05)]),
+        ({"mode": "label"}, [train(10)], [train(10, 0.05)]),
+        ({"mode": "cluster"}, [train(10, fits=True)], [train(10, 0.05, fits=True)]),
         (
             {"mode": "cluster", "features": "hidden"},
-            [Phase("hash", 1, False), Phase("train", 9, True)],
-            [Phase("train", 10, True)],
+            [Phase(name="hash", steps=1, replay_fraction=0.0), train(9, fits=True, follows=True)],
+            [train(10, 0.05, fits=True)],
         ),
     ],
 )
@@ -186,14 +219,43 @@ def test_phases(make_run: MakeRun, routing: dict[str, Any], first: list[Phase], 
     assert [spec.phases() for spec in specs] == [first, later]
 
 
-def test_document_clusters_are_fitted_before_the_stage(make_run: MakeRun) -> None:
-    run = make_run("model.document_mask=true", routing={"mode": "cluster", "level": "document"})
-    assert [spec.phases() for spec in stage_specs(run)] == [[Phase("train", 10, True)]] * 2
+@pytest.mark.parametrize("routing", [{"mode": "cluster", "level": "document"}, {"bundles": "cluster"}])
+def test_clusters_of_documents_are_fitted_before_the_stage(make_run: MakeRun, routing: dict[str, Any]) -> None:
+    run = make_run("model.document_mask=true", routing=routing)
+    assert [spec.phases() for spec in stage_specs(run)] == [[train(10, fits=True)], [train(10, 0.05, fits=True)]]
+
+
+@pytest.mark.parametrize(("bundles", "fits"), [("none", False), ("label", False), ("cluster", True)])
+def test_bundles_that_are_clusters_are_fitted_before_the_stage(make_run: MakeRun, bundles: str, fits: bool) -> None:
+    run = make_run("model.document_mask=true", f"routing.bundles={bundles}")
+    assert [[phase.fits_clusters for phase in spec.phases()] for spec in stage_specs(run)] == [[fits]] * 2
+
+
+def test_labelled_bundles_know_their_distributions(make_run: MakeRun) -> None:
+    first, second = stage_specs(make_run("model.document_mask=true", "routing.bundles=label"))
+    architecture = second.architecture(first.architecture(None, 300, 0), 300, 0)
+    assert architecture.labels == (("english", 0), ("python", 1))
 
 
 def test_without_growth_old_clusters_stay(make_run: MakeRun) -> None:
     spec = later_spec(make_run, "routing.mode=cluster", "stage_defaults.grow.experts=0")
-    assert spec.grow is None and spec.phases() == [Phase("train", 10, False)]
+    assert spec.grow is None and spec.phases() == [train(10, 0.05)]
+
+
+def test_a_review_is_the_last_phase(make_run: MakeRun) -> None:
+    review = "{fraction: 0.3, replay_fraction: 0.25, old_loss: 0.5, lr_scale: 2.0}"
+    spec = later_spec(make_run, f"stage_defaults.review={review}", "stage_defaults.replay.fraction=0.5")
+    assert spec.phases() == [
+        train(7, 0.5),
+        Phase(name="review", steps=3, replay_fraction=0.25, trains=Trains.router, lr_scale=2.0, old_loss=0.5),
+    ]
+    # 64 tokens a step: half of seven steps, a quarter of three; the teacher is asked about the former only.
+    assert (spec.steps, spec.review_steps, spec.replayed_tokens, spec.teacher_tokens) == (10, 3, 224 + 48, 224)
+
+
+def test_tokens_that_the_parent_writes_count_as_the_teacher_s(make_run: MakeRun) -> None:
+    spec = later_spec(make_run, "stage_defaults.replay={fraction: 0.25, source: generated}")
+    assert spec.teacher_tokens == 160 + 160  # written, and distilled on
 
 
 def test_the_architecture_at_the_end(make_run: MakeRun) -> None:

@@ -1,0 +1,112 @@
+"""`lifelong-moe compare` as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from lifelong_moe.evaluation import comparison as comparison_module
+from tests.e2e.conftest import Cli
+
+
+@pytest.fixture
+def compare_yaml(lab: Path) -> Path:
+    """Two arms and two seeds on ``tiny.yaml``."""
+    raw = {"compare": "two", "base": "tiny.yaml", "seeds": [0, 1]}
+    raw["arms"] = {"naive": ["method=sequential"], "lifelong": []}
+    (lab / "compare.yaml").write_text(yaml.safe_dump(raw, sort_keys=False))
+    return lab / "compare.yaml"
+
+
+def stages(root: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in (root / "mlruns/stages").iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("arms.naive=[model.widht=3]",), "ConfigError: arm naive: model.widht: "),
+        (("sedes=[0]",), "ConfigError: key sedes is unknown. Did you mean seeds?"),
+        (("reference=naif",), "ConfigError: reference=naif is unknown. Did you mean naive?"),
+        (("--only", "naif"), "ConfigError: --only=naif is unknown. Did you mean naive?"),
+        (("arms.bad=[trainer.accelerator=quantum]",), "ConfigError: arm bad: trainer: "),
+    ],
+)
+def test_mistakes_cost_one_line_and_train_nothing(
+    compare_yaml: Path, lab: Path, cli: Cli, arguments: tuple[str, ...], message: str
+) -> None:
+    result = cli("compare", "compare.yaml", *arguments)
+    assert result.code == 2 and result.out == ""
+    assert result.err.count("\n") == 1 and result.err.startswith(message)
+    assert not (lab / "mlruns").exists()
+
+
+def test_two_arms_two_seeds(compare_yaml: Path, lab: Path, cli: Cli) -> None:
+    result = cli("compare", "compare.yaml", "--json")
+    assert result.code == 0, result.err
+    found, home = json.loads(result.out), lab / "mlruns/comparisons/two"
+    assert found == json.loads((home / "comparison.json").read_text())
+    committed = stages(lab)
+    assert len(committed) == 6  # a seed: the first stage, shared, and a second one of each arm
+    reports = {
+        (arm, seed): json.loads((lab / f"mlruns/runs/two.{arm}.s{seed}/report.json").read_text())
+        for arm in ("naive", "lifelong")
+        for seed in (0, 1)
+    }
+    assert [stage["shared"] for stage in reports["naive", 0]["stages"]] == [False, False]
+    assert [stage["shared"] for stage in reports["lifelong", 0]["stages"]] == [True, False]
+    check_numbers(found, reports)
+    assert (home / "comparison.md").read_text().startswith("**two** · base tiny.yaml")
+    assert sorted(path.name for path in (home / "figures").iterdir()) == ["curves.png", "leak.png", "pareto.png"]
+    written = (home / "comparison.json").stat().st_mtime_ns
+
+    again = cli("compare", "compare.yaml")
+    assert again.code == 0 and stages(lab) == committed
+    assert "training" not in "".join(line for line in again.out.splitlines() if line.startswith("two."))
+    assert (home / "comparison.json").stat().st_mtime_ns == written
+
+    refused = cli("compare", "compare.yaml", "stage_defaults.tokens=1280")
+    assert refused.code == 2 and "arm naive: run two.naive.s0 exists with another configuration" in refused.err
+    changed = ("stage_defaults.tokens=1280", "seeds=[0]", "--only", "naive", "--replace")
+    assert cli("compare", "compare.yaml", *changed).code == 0
+    replaced = json.loads((home / "comparison.json").read_text())
+    assert [run["status"] for arm in replaced["arms"] for run in arm["runs"]] == ["committed", "absent"]
+    assert replaced["arms"][0]["runs"][0]["numbers"]["tokens"] == 2560
+
+
+def check_numbers(found: dict[str, Any], reports: dict[tuple[str, int], dict[str, Any]]) -> None:
+    whole, numbers = (comparison_module.__doc__ or "").split("``numbers`` of a run")
+    assert set(found) == set(re.findall(r"^``(\w+)`` ", whole, re.MULTILINE)) - {"runs"}
+    assert set(found["arms"][0]["summary"]) == set(re.findall(r"^``(\w+)`` ", numbers, re.MULTILINE))
+    assert found["complete"] and found["distributions"] == ["fruit", "code"] and found["unrestrained"] == "naive"
+    naive, lifelong = found["arms"]
+    for arm in (naive, lifelong):
+        for run in arm["runs"]:
+            report = reports[arm["name"], run["seed"]]
+            matrix = np.asarray(report["loss_nats_per_token"])
+            forgotten = float(np.expm1(matrix[1, 0] - matrix[0, 0]))
+            assert run["numbers"]["forgetting_max"] == pytest.approx(forgotten)
+            free = reports["naive", run["seed"]]["loss_nats_per_token"][1][1]
+            assert run["numbers"]["plasticity_gap"] == pytest.approx(np.expm1(matrix[1, 1] - free))
+            assert run["numbers"]["oracle_gap"] is None
+            assert run["numbers"]["tokens"] == sum(stage["tokens"] for stage in report["stages"])
+    gaps = [
+        a["numbers"]["leak_max"] - b["numbers"]["leak_max"]
+        for a, b in zip(lifelong["runs"], naive["runs"], strict=True)
+    ]
+    assert lifelong["differences"]["leak_max"]["mean"] == pytest.approx(sum(gaps) / 2)
+
+
+def test_only_some_arms(compare_yaml: Path, lab: Path, cli: Cli) -> None:
+    result = cli("compare", "compare.yaml", "seeds=[0]", "--only", "lifelong", "--json")
+    assert result.code == 0, result.err
+    found = json.loads(result.out)
+    assert [run["status"] for arm in found["arms"] for run in arm["runs"]] == ["absent", "committed"]
+    assert not found["complete"] and found["arms"][1]["runs"][0]["numbers"]["plasticity_gap"] is None
+    assert "two.naive.s0: not committed yet" in (lab / "mlruns/comparisons/two/comparison.md").read_text()

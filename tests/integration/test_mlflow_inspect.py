@@ -1,0 +1,40 @@
+"""What an inspection leaves in MLflow, and that repeating it adds nothing."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from pipelines.inspect import inspect
+from tests.tiny import tiny_config, train, write_config
+
+
+def inspected(**options: Any) -> dict[str, Any]:
+    empty = dict.fromkeys(("text", "text_file", "layer", "html", "save", "label"))
+    return inspect("tiny", None, **empty | {"tokens": 200} | options, console=Console(file=io.StringIO()))
+
+
+def test_figures_and_curves_are_with_the_run_once(lab: Path, template: Path) -> None:
+    from mlflow import MlflowClient
+
+    (lab / "mlruns").mkdir()
+    shutil.copy(template, lab / "mlruns/mlflow.db")
+    write_config(tiny_config(tracking={"enabled": True}))
+    train()
+    found = inspected()
+    assert inspected() == found
+    run_id, client = found["mlflow_run"], MlflowClient(f"sqlite:///{lab / 'mlruns/mlflow.db'}")
+    kept = {path.name for path in (lab / f"mlruns/artifacts/{run_id}/artifacts/inspection/code").iterdir()}
+    names = ("information", "coactivation", "similarity", "leak", "saturation")
+    assert kept == {f"{name}.png" for name in names} | {"inspection.json"}
+    history = client.get_metric_history(run_id, "inspection/token_information/L0")
+    token = found["layers"][0]["token"]
+    assert [(point.step, point.value) for point in history] == [(1, token["nats"] - token["null_mean"])]
+    losses = found["shuffled"]["fruit"]
+    (cost,) = client.get_metric_history(run_id, "inspection/fruit/cost_of_shuffling")
+    assert cost.value == losses["shuffled_nats_per_token"] - losses["nats_per_token"]
+    assert client.get_run(run_id).info.status == "FINISHED"

@@ -1,0 +1,105 @@
+"""Tokens sorted by bundle against one token at a time: outputs and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lifelong_moe.model.architecture import Generation
+from lifelong_moe.model.deltas import BundleSlices, DeltaEmbedding, DeltaLinear, apply_readable
+from lifelong_moe.model.transformer import LanguageModel
+
+BORN = (4, Generation("s1", 2, delta_rank=3), Generation("s2", 2, delta_rank=1))
+MIXES = {
+    "mixed": [0, 2, 1, 1, 0, 2, 1, 0],
+    "an empty bundle": [2, 0, 0, 2, 2, 0, 0, 2],
+    "one bundle": [1] * 8,
+    "unknown": [7, 1, 3, 0, 1, 7, 2, 2],
+}
+
+
+class Readable:
+    """In the place of :class:`BundleSlices`."""
+
+    def __init__(self, group_ids_T: Tensor, num_bundles: int) -> None:
+        self.group_ids_T, self.num_bundles = group_ids_T, num_bundles
+
+    def apply(self, x_TI: Tensor, function: Callable[[int, Tensor], Tensor]) -> Tensor:
+        return apply_readable(x_TI, self.group_ids_T, self.num_bundles, function)
+
+
+@pytest.fixture(params=MIXES)
+def bundles(request: pytest.FixtureRequest) -> Tensor:
+    """Bundles of eight tokens."""
+    return torch.tensor(MIXES[request.param])
+
+
+def filled(module: Any) -> Any:
+    """Two changes, of rank 3 and 1; bundle 0 has none."""
+    for bundle, rank in ((1, 3), (2, 1)):
+        module.add_delta(bundle, rank)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, generator=generator)
+    return module
+
+
+def gradients(output: Tensor, inputs: list[Tensor]) -> list[Tensor]:
+    weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
+    grads = torch.autograd.grad((output * weight).sum(), inputs, allow_unused=True)
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, grads, strict=True)]
+
+
+def check(module: nn.Module, x: Tensor, groups_T: Tensor) -> None:
+    inputs = [*module.parameters(), *([x] if x.requires_grad else [])]
+    fast, readable = (module(x, slices) for slices in (BundleSlices.of(groups_T, 3), Readable(groups_T, 3)))
+    torch.testing.assert_close(fast, readable, atol=1e-5, rtol=1e-5)
+    for one, other in zip(gradients(fast, inputs), gradients(readable, inputs), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+def test_linear(bundles: Tensor) -> None:
+    x = torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(2), requires_grad=True)
+    check(filled(DeltaLinear(5, 6)), x, bundles)
+
+
+def test_embedding(bundles: Tensor) -> None:
+    check(filled(DeltaEmbedding(9, 5)), torch.tensor([[0, 8, 3, 3], [1, 0, 8, 2]]), bundles)
+
+
+def test_the_whole_model(
+    make_model: Callable[..., LanguageModel], bundles: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Embedding, attention and head together, through training's loss."""
+    model = make_model("labelled_bundles", BORN).requires_grad_(True)
+    ids = torch.randint(1, 61, (2, 9), generator=torch.Generator().manual_seed(3))
+    groups_BS, target_T = bundles.view(2, 4).repeat_interleave(2, dim=1), ids[:, 1:].flatten()
+
+    def hidden() -> Tensor:
+        return model(ids[:, :-1], group_ids_BS=groups_BS).hidden_BSD
+
+    fast = model.cross_entropy(hidden().flatten(0, 1), target_T, groups_BS.flatten())
+    fast_logits = model.logits(hidden(), groups_BS)
+    monkeypatch.setattr(model, "_bundles", lambda groups: Readable(groups.flatten(), 3))
+    readable_logits = model.logits(hidden(), groups_BS)
+    readable = F.cross_entropy(readable_logits.flatten(0, 1), target_T)
+    torch.testing.assert_close(fast_logits, readable_logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(fast, readable, atol=1e-5, rtol=1e-5)
+    names, parameters = zip(*((n, p) for n, p in model.named_parameters() if p.numel()), strict=True)
+    found, expected = (torch.autograd.grad(loss, parameters, allow_unused=True) for loss in (fast, readable))
+    touched = set()
+    for name, one, other in zip(names, found, expected, strict=True):
+        if one is None or other is None:
+            assert not any(grad is not None and grad.any() for grad in (one, other)), name
+            continue
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4, msg=name)
+        if one.any():
+            touched.add(name)
+    used = {g for g in bundles.tolist() if g < 3}
+    for bundle in (1, 2):
+        assert any(f".deltas.{bundle}." in name for name in touched) is (bundle in used)

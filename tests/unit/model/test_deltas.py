@@ -1,0 +1,168 @@
+"""Changes of the trunk that only one bundle's tokens see. Legend: T tokens, I input width, O output width."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lifelong_moe.growth.config import GrowConfig
+from lifelong_moe.growth.grow import grow
+from lifelong_moe.model.architecture import Generation
+from lifelong_moe.model.deltas import BundleSlices, DeltaEmbedding, DeltaLinear
+from lifelong_moe.model.transformer import LanguageModel
+
+Make = Callable[..., LanguageModel]
+Batch = Callable[..., dict[str, Tensor]]
+SECOND, THIRD = Generation("s1", 2, delta_rank=3), Generation("s2", 2, delta_rank=2)
+# What is not in the model counts as bundle 0.
+MIXES = {
+    "mixed": [0, 2, 1, 1, 0, 2, 1, 0],
+    "an empty bundle": [2, 0, 0, 2, 2, 0, 0, 2],
+    "one bundle": [1] * 8,
+    "unknown": [7, 1, 3, 0, 1, 7, 2, 2],
+}
+
+
+@pytest.fixture(params=MIXES)
+def bundles(request: pytest.FixtureRequest) -> Tensor:
+    """Bundles of eight tokens."""
+    return torch.tensor(MIXES[request.param])
+
+
+def test_slices_by_hand() -> None:
+    slices = BundleSlices.of(torch.tensor([1, 0, 5, 1]), 2)
+    assert slices.counts == [2, 2] and slices.order_T.tolist() == [1, 2, 0, 3]
+    seen = {}
+
+    def note(bundle: int, rows: Tensor) -> Tensor:
+        seen[bundle] = rows.flatten().tolist()
+        return rows + 100 * bundle
+
+    assert slices.apply(torch.tensor([[1.0], [2.0], [3.0], [4.0]]), note).flatten().tolist() == [101, 2, 3, 104]
+    assert seen == {0: [2, 3], 1: [1, 4]}
+
+
+def test_a_batch_of_one_bundle_is_not_sorted() -> None:
+    slices = BundleSlices.of(torch.tensor([1, 1, 1]), 3)
+    x_TI = torch.rand(3, 2)
+    assert slices.apply(x_TI, lambda bundle, rows: rows) is x_TI
+
+
+def test_no_tokens() -> None:
+    slices = BundleSlices.of(torch.zeros(0, dtype=torch.int64), 2)
+    assert slices.apply(torch.zeros(0, 3), lambda bundle, rows: rows[:, :2]).shape == (0, 2)
+
+
+def test_a_linear_map_by_hand() -> None:
+    linear = DeltaLinear(2, 2)
+    linear.add_delta(1, rank=1)
+    with torch.no_grad():
+        linear.weight.copy_(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+        linear.deltas["1"].up.copy_(torch.tensor([[10.0], [0.0]]))
+        linear.deltas["1"].down.copy_(torch.tensor([[0.0, 1.0]]))
+    assert linear.weight_of(0).tolist() == linear.weight_of(2).tolist() == [[1, 2], [3, 4]]
+    assert linear.weight_of(1).tolist() == [[1, 12], [3, 4]]
+    x_BSI = torch.tensor([[[1.0, 1.0], [1.0, 1.0]]])
+    slices = BundleSlices.of(torch.tensor([0, 1]), 2)
+    assert linear(x_BSI, slices).tolist() == [[[3, 7], [13, 7]]]
+    assert linear(x_BSI).tolist() == [[[3, 7], [3, 7]]]
+
+
+def test_an_embedding_by_hand() -> None:
+    embedding = DeltaEmbedding(3, 2)
+    embedding.add_delta(1, rank=1)
+    with torch.no_grad():
+        embedding.weight.copy_(torch.tensor([[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]]))
+        embedding.deltas["1"].up.copy_(torch.tensor([[0.0], [5.0], [7.0]]))
+        embedding.deltas["1"].down.copy_(torch.tensor([[1.0, -1.0]]))
+    slices = BundleSlices.of(torch.tensor([1, 0, 1, 0]), 2)
+    assert embedding(torch.tensor([[2, 2], [0, 1]]), slices).tolist() == [[[10, -4], [3, 3]], [[1, 1], [2, 2]]]
+
+
+def logits(model: LanguageModel, batch: dict[str, Tensor], groups_BS: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model.logits(model(batch["token_ids"], group_ids_BS=groups_BS).hidden_BSD, groups_BS)
+
+
+def test_a_new_bundle_begins_as_the_trunk_itself(make_model: Make, make_batch: Batch) -> None:
+    model, batch = make_model("labelled_bundles").eval(), make_batch()
+    first, second = torch.zeros_like(batch["token_ids"]), torch.ones_like(batch["token_ids"])
+    before = logits(model, batch, first)
+    grow(model, SECOND, GrowConfig(experts=2), batch, seed=0)
+    assert torch.equal(logits(model, batch, first), before)
+    for matrix in model.delta_matrices():
+        assert not matrix.deltas["1"].up.any() and matrix.deltas["1"].down.any()
+    with ExitStack() as held:
+        for layer in model.moe_layers():
+            held.enter_context(layer.router.holding_down())
+        torch.testing.assert_close(logits(model, batch, second), before, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["labelled_bundles", "label"])
+def test_a_new_bundle_changes_no_old_one(make_model: Make, make_batch: Batch, kind: str) -> None:
+    model, batch = make_model(kind, (4, SECOND)).eval(), make_batch(groups=2)
+    before = logits(model, batch, batch["group_ids"])
+    grow(model, THIRD, GrowConfig(experts=2), batch, seed=0)
+    with torch.no_grad():
+        for matrix in model.delta_matrices():
+            matrix.deltas["2"].up.add_(1.0)
+            trained = {name: p.requires_grad for name, p in matrix.deltas.named_parameters()}
+            assert trained == {"1.up": False, "1.down": False, "2.up": True, "2.down": True}
+    assert torch.equal(logits(model, batch, batch["group_ids"]), before)
+
+
+def test_only_a_bundle_s_tokens_see_its_change(make_model: Make, make_batch: Batch) -> None:
+    model, batch = make_model("labelled_bundles", (4, SECOND, THIRD)).eval(), make_batch(groups=3)
+
+    def embedded() -> Tensor:
+        return model.embedding(batch["token_ids"], BundleSlices.of(batch["group_ids"].flatten(), 3))
+
+    def scores() -> Tensor:
+        return model.logits(torch.ones(4, 16, 16), batch["group_ids"])
+
+    with torch.no_grad():
+        before = embedded(), scores()
+        for matrix in (model.embedding, model.head):
+            matrix.deltas["1"].up.add_(1.0)
+        after = embedded(), scores()
+    touched = batch["group_ids"] == 1
+    for old, new in zip(before, after, strict=True):
+        assert torch.equal((old != new).any(dim=-1), touched)
+
+
+def test_losses_of_mixed_bundles(make_model: Make, bundles: Tensor) -> None:
+    """Against one token at a time, with its own bundle's head; gradients too."""
+    model = make_model("labelled_bundles", (4, SECOND, THIRD)).requires_grad_(True)
+    generator = torch.Generator().manual_seed(0)
+    hidden_TD = torch.randn(8, 16, generator=generator, requires_grad=True)
+    target_T = torch.randint(0, 61, (8,), generator=generator)
+    own = [model.head.weight_of(g if g < 3 else 0) for g in bundles.tolist()]
+    nats = torch.stack([F.cross_entropy(own[t] @ hidden_TD[t], target_T[t]) for t in range(8)])
+    torch.testing.assert_close(model.token_nats(hidden_TD, target_T, bundles), nats.detach(), atol=1e-5, rtol=0)
+    loss = model.cross_entropy(hidden_TD, target_T, bundles)
+    torch.testing.assert_close(loss, nats.mean(), atol=1e-5, rtol=0)
+    weights = [hidden_TD, *model.head.parameters()]
+    found = torch.autograd.grad(loss, weights, allow_unused=True)
+    expected = torch.autograd.grad(nats.mean(), weights, allow_unused=True)
+    for one, other in zip(found, expected, strict=True):
+        if other is None:
+            assert one is None or not one.any()
+        else:
+            torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+
+
+def test_without_groups_or_deltas_there_is_one_head(make_model: Make) -> None:
+    model, plain = make_model("labelled_bundles", (4, SECOND)), make_model("labelled_bundles", (4, 2))
+    hidden_TD, target_T = torch.randn(5, 16), torch.arange(5)
+    ones_T = torch.ones(5, dtype=torch.int64)
+    for one in (model, plain):
+        base = F.cross_entropy(hidden_TD @ one.head.weight.t(), target_T)
+        torch.testing.assert_close(one.cross_entropy(hidden_TD, target_T), base)
+        assert torch.equal(one.logits(hidden_TD), F.linear(hidden_TD, one.head.weight))
+    assert torch.equal(plain.cross_entropy(hidden_TD, target_T, ones_T), plain.cross_entropy(hidden_TD, target_T))
+    assert not torch.equal(model.logits(hidden_TD, ones_T), model.logits(hidden_TD))
