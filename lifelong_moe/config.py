@@ -198,15 +198,13 @@ class RunConfig:
             )
 
     def _check_experts(self, i: int, stage: StageConfig) -> None:
-        """Clusters and labels own experts; each needs ``top_k`` of them."""
+        """Clusters, labels and bundles own experts; each needs ``top_k`` of them."""
         experts = self.model.experts if i == 0 else stage.grow.experts
-        by_group = self.routing.mode == "label" or (
-            self.routing.mode == "cluster" and self.routing.level == Level.document
-        )
+        by_group = self.routing.by_label or self.routing.by_document
         grows = i == 0 or self.method == Method.lifelong
         if not by_group or not grows or experts == 0:
             return
-        groups = 1 if self.routing.mode == "label" else (self.routing.clusters or 1)
+        groups = 1 if self.routing.has_bundles else (self.routing.clusters or 1)
         if experts < groups * self.routing.top_k:
             key = "model.experts" if i == 0 else f"stages[{i}].grow.experts"
             raise ConfigError(
@@ -228,8 +226,11 @@ class RunConfig:
             return
         if not 0 <= min(grow.layers) <= max(grow.layers) < self.model.layers:
             raise ConfigError(f"stages[{i}].grow.layers={grow.layers} must lie in 0 to {self.model.layers - 1}.")
-        if self.routing.mode != "learned":
-            raise ConfigError(f"stages[{i}].grow.layers needs routing.mode=learned; every layer must grow otherwise.")
+        if self.routing.mode != "learned" or self.routing.has_bundles:
+            raise ConfigError(
+                f"stages[{i}].grow.layers needs routing.mode=learned and routing.bundles=none; every layer must grow "
+                f"otherwise."
+            )
 
     def _check_review(self, i: int, stage: StageConfig) -> None:
         """A review trains this stage's router rows, in whole steps, and leaves some to the stage itself."""

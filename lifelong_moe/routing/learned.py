@@ -19,8 +19,9 @@ class LearnedRouter(Router):
     The rows of each generation are a Parameter of their own, so that frozen ones have no gradient, no moments and
     no decay. Logits and softmax are float32 under autocast too.
 
-    With ``bundles`` a token's group is a bundle, and only experts of generations up to it are in the softmax: a later
-    stage changes nothing for the tokens of an earlier one.
+    With ``bundles`` a token's group is a bundle, and only that generation's experts are in the softmax: a later stage
+    changes nothing for the tokens of an earlier one, and old experts, which no longer learn, take nothing from new
+    text.
 
     Source:
         Mixtral (arXiv:2401.04088), section 2.1; losses from Switch (arXiv:2101.03961) and ST-MoE
@@ -79,7 +80,8 @@ class LearnedRouter(Router):
         """Experts that each token's bundle has, bool ``(T, E)``; None if all."""
         if self.config.bundles == Bundles.none or len(self.generations) == 1:
             return None
-        return self.births_E <= context.group_ids_T.unsqueeze(1)
+        known_T = torch.where(context.group_ids_T < len(self.generations), context.group_ids_T, 0)
+        return self.births_E == known_T.unsqueeze(1)
 
     def _losses(
         self,

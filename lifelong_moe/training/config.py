@@ -33,7 +33,8 @@ class OptimConfig:
     decay_fraction: float = 0.2
     """``wsd``: share of the stage's steps that decay."""
     rewarm: float = 1.0
-    """Peak rate of stages after the first, relative to ``lr``; 1 warms up to the full rate again."""
+    """Peak rate of stages after the first, relative to ``lr``; 1 warms up to the full rate again. Low-rank deltas learn
+    best at about twice the rate."""
     router_until: float = 1.0
     """From the second stage on: share of the stage's steps after which router rows stay as they are (StableMoE)."""
     batch_tokens: int = 8192
@@ -49,7 +50,7 @@ class OptimConfig:
         for key in ("lr", "rewarm"):
             if getattr(self, key) <= 0:
                 raise ConfigError(f"optim.{key}={getattr(self, key)} must be positive.")
-        for key in ("warmup_fraction", "min_lr_fraction", "decay_fraction", "rewarm", "router_until"):
+        for key in ("warmup_fraction", "min_lr_fraction", "decay_fraction", "router_until"):
             if not 0.0 <= getattr(self, key) <= 1.0:
                 raise ConfigError(f"optim.{key}={getattr(self, key)} must lie in [0, 1].")
         for key in ("beta1", "beta2"):

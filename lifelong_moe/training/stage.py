@@ -126,7 +126,7 @@ def train_stage(
             if resumed is None or number >= resumed[0]:
                 resume = resumed[1] if resumed is not None and number == resumed[0] else None
                 if phase.fits_clusters and resume is None:
-                    _fit_clusters(model, spec, seed, corpora[spec.data])
+                    _fit_clusters(model, spec, seed, [corpora[name] for name in spec.learns])
                 order_seed = seed if phase.trains == Trains.stage else seed + REVIEW_SEED
                 run = _PhaseRun(number, phase, first_step, order_step, order_seed, work, resume)
                 module = StageModule(model, spec, phase, teacher, anchor)
@@ -232,10 +232,14 @@ def _stage_seed(spec: StageSpec, index: int) -> int:
     return spec.seed + 1000 * index
 
 
-def _fit_clusters(model: LanguageModel, spec: StageSpec, seed: int, corpus: TokenizedCorpus) -> None:
-    sample = text_sample(model, spec, corpus, spec.routing.sample_tokens)
-    documents = [corpus.train.document(i) for i in range(corpus.train.num_documents)]
-    fit_clusters(model, documents, corpus.train.tokens, sample, seed)
+def _fit_clusters(model: LanguageModel, spec: StageSpec, seed: int, corpora: list[TokenizedCorpus]) -> None:
+    """Fit the stage's centroids on what it learns; of several distributions each gives as much to the sample."""
+    share = spec.routing.sample_tokens // len(corpora)
+    samples = [text_sample(model, spec, corpus, share) for corpus in corpora]
+    sample = {name: torch.cat([one[name] for one in samples]) for name in samples[0]}
+    documents = [corpus.train.document(i) for corpus in corpora for i in range(corpus.train.num_documents)]
+    heads, rests = [c.train.tokens[:share] for c in corpora], [c.train.tokens[share:] for c in corpora]
+    fit_clusters(model, documents, np.concatenate([*heads, *rests]), sample, seed)
 
 
 @dataclass(frozen=True)
