@@ -66,19 +66,20 @@ def inspect(
     for option, value in (("--layer", layer), ("--html", html), ("--label", label)):
         if given is None and value is not None:
             raise ConfigError(f"{option}={value} needs a text: give --text or --text-file.")
-    for option, path in (("--html", html), ("--save", save)):
-        if path is not None and not Path(path).parent.is_dir():
-            raise ConfigError(f"{option}={path}: there is no directory {Path(path).parent}.")
+    for option, path, ending in (("--html", html, ".html"), ("--save", save, ".parquet")):
+        if path is not None:
+            _check_target(option, Path(path), ending)
     store, committed = open_stage(run, stage)
     if given is not None:
         check_label(committed, label, console)
-        result = _on_text(store, committed, given, layer, label, html, save, console)
+        result = _on_text(run, store, committed, given, layer, label, html, save, console)
     else:
         result = _on_heldout(run, store, committed, tokens, save, console)
     return {"run": run, "stage": committed.name, "key": committed.key, **result}
 
 
 def _on_text(
+    run: str,
     store: StageStore,
     committed: CommittedStage,
     text: str,
@@ -99,7 +100,7 @@ def _on_text(
     routed = route_text(architecture, seen, tokenizer.decode, layer)
     inspect_tables.text(console, routed)
     if html is not None:
-        replace_file(Path(html), html_page(routed, f"{committed.name}: whom each token is sent to"))
+        replace_file(Path(html), html_page(routed, f"{run}, stage {committed.name}"))
         console.print(f"written: {html}", highlight=False, markup=False)
     if save is not None:
         _save(save, architecture, {label or "": seen}, tokenizer, console)
@@ -145,6 +146,8 @@ def _keep(
     text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
     known = path.is_file() and path.read_text(encoding="utf-8") == text
     folder.mkdir(exist_ok=True)
+    for drawn in folder.glob("*.png"):  # of another stage, which may have had more to draw
+        drawn.unlink()
     for name, figure in inspection_figures(result, result["stage"]).items():
         figure.savefig(folder / f"{name}.png")
         if not known:
@@ -234,6 +237,13 @@ def _learns(stage: CommittedStage) -> list[str]:
     """Distributions that a stage is there to learn: one that begins from nothing learns all that it reads."""
     spec = stage.config["spec"]
     return [spec["data"], *(spec["replayed"] if stage.config["parent"] is None else ())]
+
+
+def _check_target(option: str, path: Path, ending: str) -> None:
+    if not path.parent.is_dir():
+        raise ConfigError(f"{option}={path}: there is no directory {path.parent}.")
+    if path.suffix != ending or path.is_dir():
+        raise ConfigError(f"{option}={path}: it takes the name of a file that ends in {ending}.")
 
 
 def _given_text(text: str | None, text_file: str | None) -> str | None:

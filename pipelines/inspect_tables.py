@@ -11,25 +11,33 @@ from rich.table import Table
 from rich.text import Text
 
 from lifelong_moe.evaluation.routed_text import RoutedText, visible
+from lifelong_moe.evaluation.specialization_figures import can_leak
 
+ANSI = [f"bright_{name}" for name in ("red", "green", "yellow", "blue", "magenta", "cyan")]
+ANSI += ["white", "green", "yellow", "magenta", "cyan", "red"]
+"""Backgrounds on a terminal of 16 colours, where light colours of any hue would all become white."""
 MOST_EXPERTS = 48
 """Rows of top tokens shown; ``inspection.json`` has them all."""
 SHOWN_TOKENS = 5
 
 
 def text(console: Console, routed: RoutedText) -> None:
-    """The text in its owners' colours under a legend; without colours, a line a token."""
+    """The text in its owners' colours under a legend; without enough colours, a line a token."""
     legend, body = Text(), Text()
-    for name, colour, count in zip(routed.owners, routed.colours, routed.counts, strict=True):
+    few = console.color_system in ("standard", "windows")
+    colours = ANSI if few else routed.colours
+    plain = console.color_system is None or len(routed.owners) > len(colours)
+    for index, (name, count) in enumerate(zip(routed.owners, routed.counts, strict=True)):
         if count:
-            legend.append(f" {name} ", style=f"black on {colour}").append(f" {count}  ")
-    if console.color_system is None:
+            legend.append(f" {name} ", style="" if plain else f"black on {colours[index]}").append(f" {count}  ")
+    console.print(routed.rule, highlight=False)
+    if plain:
         console.print(legend, soft_wrap=True)
         _token_table(console, routed)
         return
     for token in routed.tokens:
         shown = visible(token.text).replace("\n", "⏎\n")  # or else the owner of a line's end would not be seen
-        body.append(shown, style=f"black on {routed.colours[token.owner]}")
+        body.append(shown, style=f"black on {colours[token.owner]}")
     console.print(legend)
     console.print()
     console.print(body, soft_wrap=True)
@@ -53,8 +61,9 @@ def _token_table(console: Console, routed: RoutedText) -> None:
 
 
 def _layers(result: Mapping[str, Any]) -> Table:
-    headers = ("experts", "token: nats", "by chance", "distribution: nats", "by chance", "cosine", "dead")
-    table = _table(f"{result['run']}, stage {result['stage']}: what experts know of", "layer", *headers)
+    headers = ("experts", "and token", "shuffled", "and distribution", "shuffled", "mean cosine", "dead")
+    title = f"{result['run']}, stage {result['stage']}: mutual information of experts and what they get, in nats"
+    table = _table(title, "layer", *headers)
     for layer in result["layers"]:
         table.add_row(
             f"L{layer['layer']}",
@@ -81,11 +90,12 @@ def _mean_cosine(similarity: Sequence[Sequence[float]]) -> str:
 
 
 def _by_distribution(result: Mapping[str, Any]) -> Table:
-    layers = [f"leak L{layer['layer']}" for layer in result["layers"]]
+    leaky = result["layers"] if can_leak(result) else ()
+    layers = [f"leak L{layer['layer']}" for layer in leaky]
     table = _table("Held-out text", "distribution", "tokens", "nats/token", "experts shuffled", *layers)
     for name, losses in result["shuffled"].items():
         loss, shuffled = losses["nats_per_token"], losses["shuffled_nats_per_token"]
-        leak = (f"{layer['leak'][name]:.1%}" for layer in result["layers"])
+        leak = (f"{layer['leak'][name]:.1%}" for layer in leaky)
         cost = f"{shuffled:.3f} ({shuffled - loss:+.3f})"
         table.add_row(name, f"{result['tokens'][name]:,}", f"{loss:.3f}", cost, *leak)
     return table
@@ -100,14 +110,20 @@ def _saturation(result: Mapping[str, Any]) -> Table:
 
 
 def _top_tokens(result: Mapping[str, Any]) -> Table:
-    table = _table("Tokens that experts prefer (times as often as by chance)", "expert", "tokens")
+    title = "Tokens that experts prefer (times as often as all tokens; of equals the most frequent first)"
+    table = _table(title, "expert", "tokens")
     rows = [row for layer in result["layers"] for row in layer["top_tokens"].items()]
     for name, tokens in rows[:MOST_EXPERTS]:
-        shown = "  ".join(f"{token['text']!r} ×{token['lift']:.1f}" for token in tokens[:SHOWN_TOKENS])
+        shown = "  ".join(f"{_named(token)} ×{token['lift']:.1f}" for token in tokens[:SHOWN_TOKENS])
         table.add_row(name, Text(shown or "–"))
     if len(rows) > MOST_EXPERTS:
         table.caption = f"{len(rows) - MOST_EXPERTS} more experts in inspection.json"
     return table
+
+
+def _named(token: Mapping[str, Any]) -> str:
+    """A token's text; a part of a character, which has none of its own, by its id."""
+    return f"#{token['token_id']}" if "\N{REPLACEMENT CHARACTER}" in token["text"] else repr(token["text"])
 
 
 def _table(title: str, first: str, *headers: str) -> Table:

@@ -7,6 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from lifelong_moe.clustering.bundles import unigram_divergence
+from lifelong_moe.methods.advice import growth_advice
 from lifelong_moe.model.cost import count_parameters
 from lifelong_moe.stages.keys import SHORT
 from lifelong_moe.stages.runs import RunRecord
@@ -14,6 +16,8 @@ from lifelong_moe.stages.store import StageStore
 from pipelines import render
 from pipelines.workspace import ROOT, Prepared, prepare
 
+COMPARED_TOKENS = 200_000
+"""Tokens of each distribution whose frequencies are compared."""
 BYTES = {"32-true": 4, "bf16-mixed": 4, "bf16-true": 2}
 
 
@@ -27,11 +31,24 @@ def plan(config_path: str, overrides: list[str], console: Console) -> dict[str, 
     speed = [s.metrics["tokens_per_second"] for p in prepared.plan if (s := store.find(p.key))]
     render.data_table(console, prepared)
     _print(console, rows, speed)
+    advice = growth_advice(prepared.plan, _divergence(prepared))
+    for sentence in advice:
+        console.print(f"· {sentence}", highlight=False)
     if head is not None and head["plan"][: len(rows)] != [row["key"] for row in rows][: len(head["plan"])]:
         console.print(
             f"[yellow]run={head['run']} exists with other stages; running needs run=NAME or --replace.[/yellow]"
         )
-    return {"run": prepared.config.run, "method": prepared.config.method.value, "stages": rows}
+    return {"run": prepared.config.run, "method": prepared.config.method.value, "stages": rows, "advice": advice}
+
+
+def _divergence(prepared: Prepared) -> dict[str, dict[str, float]]:
+    """Of each later distribution's text from each earlier one's."""
+    names, vocab_size = list(dict.fromkeys(s.data for s in prepared.config.stages)), prepared.data.tokenizer.vocab_size
+    text = {name: prepared.data.corpora[name].train.tokens[:COMPARED_TOKENS] for name in names}
+    return {
+        name: {old: unigram_divergence(text[name], text[old], vocab_size) for old in names[:i]}
+        for i, name in enumerate(names)
+    }
 
 
 def _row(i: int, prepared: Prepared, store: StageStore) -> dict[str, Any]:

@@ -49,6 +49,23 @@ def fit_unigrams(documents: Sequence[TokenIds], vocab_size: int, k: int, *, widt
     return np.asarray(np.log((1 - UNIFORM) * shares_KV + UNIFORM / vocab_size), np.float32)
 
 
+def unigram_divergence(new_N: TokenIds, old_N: TokenIds, vocab_size: int) -> float:
+    """How much better its own token frequencies explain new text than the old text's do, in nats per token.
+
+    The Kullback–Leibler divergence of the new unigram distribution from the old one, both smoothed like centroids.
+
+    Args:
+        new_N: Token ids of new text, integer ``(N,)``.
+        old_N: Of old text.
+        vocab_size: V.
+    """
+    logs = []
+    for ids in (new_N, old_N):
+        shares_V = np.bincount(ids, minlength=vocab_size) / max(1, len(ids))
+        logs.append(np.log((1 - UNIFORM) * shares_V + UNIFORM / vocab_size))
+    return float((np.exp(logs[0]) * (logs[0] - logs[1])).sum())
+
+
 def prefix_bundles(token_ids_N: TokenIds, centroids: Sequence[Floats], chunk: int, margin: float) -> Labels:
     """The stage that explains best what precedes each chunk of a document.
 

@@ -55,6 +55,13 @@ class RoutedText:
         return [_colour(index, len(self.owners)) for index in range(len(self.owners))]
 
     @property
+    def rule(self) -> str:
+        """Who owns a token, as a sentence."""
+        if len(self.layers) == 1:
+            return f"Each token has the colour of its heaviest expert of layer {self.layers[0]}."
+        return "Each token has the colour of the stage whose experts weigh most for it, over all layers."
+
+    @property
     def counts(self) -> list[int]:
         """Tokens of each owner."""
         return np.bincount([token.owner for token in self.tokens], minlength=len(self.owners)).tolist()
@@ -124,6 +131,7 @@ def html_page(routed: RoutedText, title: str) -> str:
         for i, (name, count) in enumerate(zip(routed.owners, routed.counts, strict=True))
         if count
     )
+    hint = f"{routed.rule} Point at a token to see its experts and their gate weights, a line a layer."
     body = "".join(
         f'<span class="o{token.owner}" title="{_attribute(describe(routed, token))}">'
         f"{html.escape(visible(token.text))}</span>"
@@ -132,6 +140,7 @@ def html_page(routed: RoutedText, title: str) -> str:
     return (
         f'<!doctype html>\n<html><head><meta charset="utf-8"><title>{html.escape(title)}</title>\n'
         f"<style>{STYLE}{rules}</style></head><body>\n<h1>{html.escape(title)}</h1>\n"
+        f"<p>{hint}</p>\n"
         f'<p class="legend">{legend}</p>\n<pre>\n{body}</pre>\n</body></html>\n'
     )
 

@@ -37,7 +37,8 @@ class TopToken:
     count: int
     """Times that the expert was chosen for it."""
     lift: float
-    """``p(token | expert) / p(token)``: 1 is no preference, the expert's inverse share the most there can be."""
+    """``p(token | expert) / p(token)``: 1 is no preference; a token that the expert always gets has the most there can be,
+    ``1 / (K p(expert))``."""
 
 
 def joint_counts(expert_ids_TK: Ints, labels_T: Ints, num_experts: int) -> tuple[NDArray[np.int64], Ints]:

@@ -37,15 +37,21 @@ def inspection_figures(inspection: Mapping[str, Any], stage: str) -> dict[str, F
     known = {title: [layer[key] for layer in layers] for title, key in kinds.items() if layers[0][key]}
     births = [[name.split("/")[0] for name in layer["experts"]] for layer in layers]
     leak = {name: [layer["leak"][name] for layer in layers] for name in inspection["tokens"]}
-    drawn = {
-        "information": information_figure(known),
-        "coactivation": coactivation_figure([layer["coactivation"] for layer in layers], births),
-        "similarity": similarity_figure([layer["similarity"] for layer in layers], births),
-        "leak": leak_figure(leak),
-    }
+    together = [layer["coactivation"] for layer in layers]
+    drawn = {"information": information_figure(known)}
+    if any(share for matrix in together for row in matrix for share in row):  # never so with one expert a token
+        drawn["coactivation"] = coactivation_figure(together, births)
+    drawn["similarity"] = similarity_figure([layer["similarity"] for layer in layers], births)
+    if can_leak(inspection):
+        drawn["leak"] = leak_figure(leak)
     if inspection["saturation"]:
         drawn["saturation"] = saturation_figure(inspection["saturation"], stage)
     return drawn
+
+
+def can_leak(inspection: Mapping[str, Any]) -> bool:
+    """Whether experts were born in more than one stage; with one generation every leak is 0 and says nothing."""
+    return len({name.split("/")[0] for layer in inspection["layers"] for name in layer["experts"]}) > 1
 
 
 def information_figure(information: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:

@@ -75,8 +75,8 @@ class RoutingConfig:
     z_loss: float = 0.001
     """Coefficient of the router z-loss; ``learned`` only."""
     bundles: Bundles = Bundles.none
-    """``learned`` only: a token uses the experts of one stage alone. ``cluster``: FAISS picks the stage from the text so
-    far, a chunk at a time; ``label``: by the known distribution; ``none``: a token may use all experts."""
+    """``learned`` only: a token uses the experts of one stage alone. ``cluster``: FAISS picks the stage from the text
+    so far, a chunk at a time; ``label``: by the known distribution; ``none``: a token may use all experts."""
     margin: float = 4.0
     """``bundles=cluster``: nats by which a newer bundle must explain the text so far better than an older one."""
     level: Level = Level.token

@@ -294,7 +294,6 @@ def test_rows_that_never_train(make_run: MakeRun, make_model: Make, make_batch: 
         ({"beta1": 1.0}, "optim.beta1=1.0 must lie in"),
         ({"beta2": -0.1}, "optim.beta2=-0.1 must lie in"),
         ({"rewarm": 0.0}, "optim.rewarm=0.0 must be positive"),
-        ({"rewarm": 1.5}, "optim.rewarm=1.5 must lie in"),
         ({"router_until": -0.1}, "optim.router_until=-0.1 must lie in"),
         ({"decay_fraction": 1.1}, "optim.decay_fraction=1.1 must lie in"),
         ({"batch_tokens": 0}, "optim.batch_tokens=0 must be positive"),
