@@ -12,7 +12,7 @@ from lifelong_moe.errors import ConfigError
 from lifelong_moe.methods.budget import tokens_within
 from lifelong_moe.methods.comparison import Arm, Budget, Comparison
 from lifelong_moe.stages.runs import RunRecord
-from lifelong_moe.training.stage import build_trainer
+from lifelong_moe.training.phase import build_trainer
 from pipelines.workspace import ROOT, Prepared, prepare
 
 Memory = dict[str, PreparedData]

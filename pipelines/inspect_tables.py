@@ -30,11 +30,11 @@ def text(console: Console, routed: RoutedText) -> None:
     for index, (name, count) in enumerate(zip(routed.owners, routed.counts, strict=True)):
         if count:
             legend.append(f" {name} ", style="" if plain else f"black on {colours[index]}").append(f" {count}  ")
-    console.print(routed.rule, highlight=False)
     if plain:
         console.print(legend, soft_wrap=True)
         _token_table(console, routed)
         return
+    console.print(routed.rule, highlight=False)
     for token in routed.tokens:
         shown = visible(token.text).replace("\n", "⏎\n")  # or else the owner of a line's end would not be seen
         body.append(shown, style=f"black on {colours[token.owner]}")
@@ -61,8 +61,8 @@ def _token_table(console: Console, routed: RoutedText) -> None:
 
 
 def _layers(result: Mapping[str, Any]) -> Table:
-    headers = ("experts", "and token", "shuffled", "and distribution", "shuffled", "mean cosine", "dead")
-    title = f"{result['run']}, stage {result['stage']}: mutual information of experts and what they get, in nats"
+    headers = ("experts", "with token", "shuffled", "with distribution", "shuffled", "mean cosine", "dead")
+    title = f"{result['run']}, stage {result['stage']}: mutual information of experts, in nats"
     table = _table(title, "layer", *headers)
     for layer in result["layers"]:
         table.add_row(

@@ -21,14 +21,8 @@ from lifelong_moe.stages.runs import EvaluationStore, RunRecord
 from lifelong_moe.stages.store import CommittedStage, StageStore
 from lifelong_moe.tracking.tracker import Tracker
 from lifelong_moe.training.interrupt import Interrupt, handling_sigterm
-from lifelong_moe.training.stage import (
-    StageEnvironment,
-    build_trainer,
-    clear_abandoned,
-    initial_model,
-    load_model,
-    train_stage,
-)
+from lifelong_moe.training.phase import StageEnvironment, build_trainer
+from lifelong_moe.training.stage import clear_abandoned, initial_model, load_model, train_stage
 from pipelines import render
 from pipelines.evaluations import Evaluator
 from pipelines.record import MlflowRecord

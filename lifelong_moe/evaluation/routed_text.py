@@ -48,6 +48,8 @@ class RoutedText:
     layers: list[int]
     """Layers shown."""
     tokens: list[RoutedToken]
+    layer: int | None = None
+    """The layer whose experts own tokens; None if stages do."""
 
     @property
     def colours(self) -> list[str]:
@@ -57,8 +59,8 @@ class RoutedText:
     @property
     def rule(self) -> str:
         """Who owns a token, as a sentence."""
-        if len(self.layers) == 1:
-            return f"Each token has the colour of its heaviest expert of layer {self.layers[0]}."
+        if self.layer is not None:
+            return f"Each token has the colour of its heaviest expert of layer {self.layer}."
         return "Each token has the colour of the stage whose experts weigh most for it, over all layers."
 
     @property
@@ -92,7 +94,7 @@ def route_text(
         RoutedToken(int(seen.token_ids_T[t]), pieces[t], owner_T[t], [_choices(seen, i, t, names[i]) for i in layers])
         for t in range(len(seen))
     ]
-    return RoutedText(owners, layers, tokens)
+    return RoutedText(owners, layers, tokens, layer)
 
 
 def token_pieces(token_ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> list[str]:

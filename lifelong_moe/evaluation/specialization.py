@@ -37,8 +37,8 @@ class TopToken:
     count: int
     """Times that the expert was chosen for it."""
     lift: float
-    """``p(token | expert) / p(token)``: 1 is no preference; a token that the expert always gets has the most there can be,
-    ``1 / (K p(expert))``."""
+    """``p(token | expert) / p(token)``: 1 is no preference; ``1 / (K p(expert))``, the most there can be, is that of
+    a token that the expert always gets."""
 
 
 def joint_counts(expert_ids_TK: Ints, labels_T: Ints, num_experts: int) -> tuple[NDArray[np.int64], Ints]:

@@ -8,24 +8,20 @@ import math
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
 from numpy.typing import NDArray
 from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lifelong_moe.clustering.kmeans import churn
 from lifelong_moe.data.shards import TokenizedCorpus
 from lifelong_moe.data.tokenizer import Tokenizer
-from lifelong_moe.errors import ConfigError, DivergedError, TryAgainError
+from lifelong_moe.errors import DivergedError, TryAgainError
 from lifelong_moe.growth.clusters import fit_clusters
 from lifelong_moe.growth.grow import grow
 from lifelong_moe.growth.observe import observe
@@ -34,40 +30,20 @@ from lifelong_moe.model.transformer import LanguageModel, initialize
 from lifelong_moe.retention.generated import generate_blocks
 from lifelong_moe.retention.penalty import WeightAnchor, fisher_diagonal, make_anchor, mean_fisher
 from lifelong_moe.retention.teacher import make_teacher
-from lifelong_moe.routing.config import Features, Level
 from lifelong_moe.stages.atomic import replace_file, verify_directory, write_directory
 from lifelong_moe.stages.keys import SHORT
 from lifelong_moe.stages.lock import locked
 from lifelong_moe.stages.store import CommittedStage, StageStore, load_weights
-from lifelong_moe.training.callbacks import Meter, ProgressReport, StepCheckpoint
-from lifelong_moe.training.checkpoint import SafeCheckpointIO, newest_checkpoint
-from lifelong_moe.training.config import CheckpointConfig, TrainerConfig
-from lifelong_moe.training.data import StageData, phase_dataset, text_sample
-from lifelong_moe.training.interrupt import Interrupt
-from lifelong_moe.training.logger import BatchedLogger, Send
+from lifelong_moe.training.checkpoint import newest_checkpoint
+from lifelong_moe.training.data import text_sample
 from lifelong_moe.training.module import StageModule
-from lifelong_moe.training.optimizer import freeze_trunk, phase_parameters, training_only
-from lifelong_moe.training.spec import Phase, StageSpec, Trains
+from lifelong_moe.training.optimizer import freeze_trunk
+from lifelong_moe.training.phase import PhaseRun, StageEnvironment, train_phase
+from lifelong_moe.training.spec import StageSpec, Trains
 
 log = logging.getLogger(__name__)
 REVIEW_SEED = 500
 """Added to a stage's seed for the order of its review, which mixes its text anew."""
-
-
-@dataclass(frozen=True)
-class StageEnvironment:
-    """Everything around a stage that its result does not depend on."""
-
-    store: StageStore
-    work: Path
-    """``mlruns/work``."""
-    trainer: TrainerConfig
-    checkpoint: CheckpointConfig
-    interrupt: Interrupt
-    console: Console
-    send: Send
-    """Receives training curves."""
-    run_id: str | None = None
 
 
 def load_model(store: StageStore, stage: CommittedStage) -> LanguageModel:
@@ -128,9 +104,9 @@ def train_stage(
                 if phase.fits_clusters and resume is None:
                     _fit_clusters(model, spec, seed, [corpora[name] for name in spec.learns])
                 order_seed = seed if phase.trains == Trains.stage else seed + REVIEW_SEED
-                run = _PhaseRun(number, phase, first_step, order_step, order_seed, work, resume)
+                run = PhaseRun(number, phase, first_step, order_step, order_seed, work, resume)
                 module = StageModule(model, spec, phase, teacher, anchor)
-                done = _train_phase(module, teacher, run, corpora, generated, environment)
+                done = train_phase(module, teacher, run, corpora, generated, environment)
                 replace_file(work / f"phase-{number}.json", json.dumps(done))
             measured.append(json.loads((work / f"phase-{number}.json").read_text(encoding="utf-8")))
             first_step += phase.steps
@@ -240,129 +216,6 @@ def _fit_clusters(model: LanguageModel, spec: StageSpec, seed: int, corpora: lis
     documents = [corpus.train.document(i) for corpus in corpora for i in range(corpus.train.num_documents)]
     heads, rests = [c.train.tokens[:share] for c in corpora], [c.train.tokens[share:] for c in corpora]
     fit_clusters(model, documents, np.concatenate([*heads, *rests]), sample, seed)
-
-
-@dataclass(frozen=True)
-class _PhaseRun:
-    """One phase's place in its stage."""
-
-    number: int
-    phase: Phase
-    first_step: int
-    """Steps of the stage before it."""
-    order_step: int
-    """Steps before it that share its order of samples."""
-    seed: int
-    """Of that order: another one each stage, or every stage would replay the same blocks."""
-    work: Path
-    resume: Path | None
-
-
-def _train_phase(
-    module: StageModule,
-    teacher: LanguageModel | None,
-    run: _PhaseRun,
-    corpora: Mapping[str, TokenizedCorpus],
-    generated: NDArray[np.int64] | None,
-    environment: StageEnvironment,
-) -> dict[str, Any]:
-    """Train one phase with a fresh Trainer and optimizer; returns what was measured."""
-    config, phase, model, spec = environment.trainer, run.phase, module.model, module.spec
-    if run.resume is not None:
-        environment.console.print(f"{spec.name}: continuing from {run.resume.name}")
-        if phase.fits_clusters:  # groups of the training text depend on centroids, which the checkpoint holds
-            state = SafeCheckpointIO().load_checkpoint(run.resume)["state_dict"]
-            module.load_state_dict(state, strict=False)
-    else:
-        module.assignments_before = _sample_assignments(model, spec, corpora[spec.data])
-    data = StageData(
-        phase_dataset(model, teacher, spec, phase, corpora, generated, run.seed),
-        spec,
-        first_step=run.order_step,
-        steps=phase.steps,
-        accumulate=config.accumulate_grad_batches,
-        num_workers=config.num_workers,
-    )
-    meter = Meter(spec.optim.batch_tokens, config.log_every_n_steps)
-    title = spec.name if phase.name == "train" else f"{spec.name} ({phase.name})"
-    checkpoint = environment.checkpoint
-    callbacks = [
-        meter,
-        ProgressReport(title, environment.console, config.enable_progress_bar, meter),
-        StepCheckpoint(run.work, run.number, checkpoint.every_steps, checkpoint.keep, environment.interrupt),
-    ]
-    logger = BatchedLogger(spec.name, environment.run_id, environment.send, run.first_step)
-    trainer = build_trainer(config, phase.steps, callbacks, logger)
-    model.train()
-    trained = phase_parameters(model, phase).values()
-    with training_only(model, trained), environment.interrupt.until_step_boundary():
-        trainer.fit(module, data, ckpt_path=run.resume, weights_only=True)
-    model.cpu()
-    if trainer.global_step != phase.steps:
-        raise RuntimeError(f"stage {spec.name}: trained {trainer.global_step} of {phase.steps} steps")
-    measured: dict[str, Any] = {
-        "seconds": meter.seconds,
-        "data_seconds": meter.data_seconds,
-        "nonfinite_steps": module.nonfinite_steps,
-        "final": meter.last,
-    }
-    if module.assignments_before is not None:
-        after = _sample_assignments(model, spec, corpora[spec.data])
-        assert after is not None
-        measured["assignment_churn"] = churn(module.assignments_before.flatten().numpy(), after.flatten().numpy())
-    return measured
-
-
-def build_trainer(config: TrainerConfig, steps: int, callbacks: list[Any], logger: BatchedLogger | None) -> Trainer:
-    """A Lightning Trainer for so many steps; what a stage needs of its own stays ours.
-
-    Raises:
-        ConfigError: If this machine cannot do what ``trainer`` asks for, or more than one process would run.
-    """
-    on_cpu = config.accelerator == "cpu" or (config.accelerator == "auto" and not torch.cuda.is_available())
-    try:
-        trainer = Trainer(
-            accelerator=config.accelerator,
-            devices=config.devices,
-            num_nodes=config.num_nodes,
-            strategy=config.strategy,
-            precision=config.precision,  # type: ignore[arg-type]
-            accumulate_grad_batches=config.accumulate_grad_batches,
-            log_every_n_steps=1,  # our Meter decides
-            deterministic=on_cpu if config.deterministic is None else config.deterministic,
-            benchmark=config.benchmark,
-            detect_anomaly=config.detect_anomaly,
-            profiler=config.profiler,
-            max_steps=steps,
-            max_epochs=-1,
-            callbacks=callbacks,
-            logger=logger or False,
-            plugins=[SafeCheckpointIO()],
-            use_distributed_sampler=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-    except (MisconfigurationException, ValueError, TypeError) as error:
-        raise ConfigError(f"trainer: {' '.join(str(error).split())}") from None
-    if trainer.world_size > 1:
-        raise ConfigError(
-            f"trainer.devices={config.devices} makes {trainer.world_size} processes; a run is one process so far. "
-            f"Set trainer.devices=1."
-        )
-    return trainer
-
-
-def _sample_assignments(model: LanguageModel, spec: StageSpec, corpus: TokenizedCorpus) -> Tensor | None:
-    """First expert of each sampled token at each layer, where fixed centroids look at moving hidden states."""
-    routing = spec.routing
-    if not (routing.mode == "cluster" and routing.level == Level.token and routing.features == Features.hidden):
-        return None
-    sample = text_sample(model, spec, corpus, 4 * spec.model.context)
-    model.eval()
-    with torch.no_grad():
-        output = model(sample["token_ids"], document_ids_BS=sample["document_ids"])
-    return torch.stack([r.expert_ids_TK[:, 0] for r in output.routings])
 
 
 def _stage_metrics(

@@ -16,7 +16,8 @@ from pipelines import inspect_tables
 from pipelines.inspect import inspect
 from tests.e2e.conftest import Cli
 
-FIGURES = ["coactivation", "information", "leak", "saturation", "similarity"]
+# One expert a token: none is chosen together with another.
+FIGURES = ["information", "leak", "saturation", "similarity"]
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +69,9 @@ def test_tables_and_repetition(here: Path, cli: Cli) -> None:
         assert text in first.out
     assert cli("inspect", "tiny", "--tokens", "200").out == first.out
     begun = cli("inspect", "tiny", "--tokens", "200", "--stage", "fruit", "--json")
+    # Nothing of the later stage stays beside what is now in inspection.json.
+    figures = {path.stem for path in (here / "mlruns/runs/tiny/inspection").iterdir()}
+    assert figures <= set(FIGURES) - {"saturation", "leak"}
     assert json.loads(begun.out)["saturation"] == {}
     # One generation of experts: nothing can leak.
     assert all(set(layer["leak"].values()) == {0.0} for layer in json.loads(begun.out)["layers"])
@@ -109,6 +113,9 @@ def test_a_terminal_shows_colours_and_obeys_nothing_in_the_text(here: Path) -> N
     assert "\x1b[2J" not in out and "␛" in out and "⏎" in out
     assert out.count("\x1b[30;48;2;") >= 5
     assert "fruit" in out or "code" in out
+    shown = io.StringIO()
+    inspected(Console(file=shown, force_terminal=True, color_system="standard", width=200), text="a b c d e f g h")
+    assert "\x1b[30;101m" in shown.getvalue() or "\x1b[30;102m" in shown.getvalue()  # a light red, a light green
 
 
 @pytest.mark.parametrize(
@@ -127,6 +134,9 @@ def test_a_terminal_shows_colours_and_obeys_nothing_in_the_text(here: Path) -> N
         (("tiny", "--text-file", "nosuch.txt"), "no such file"),
         (("tiny", "--text-file", "binary"), "not UTF-8 at byte 1"),
         (("tiny", "--text", "a", "--save", "nosuch/t.parquet"), "there is no directory nosuch"),
+        (("tiny", "--text", "a", "--save", "t.csv"), "a file that ends in .parquet"),
+        (("tiny", "--text", "a", "--html", ""), "a file that ends in .html"),
+        (("tiny", "--text", "a", "--html", "mlruns"), "a file that ends in .html"),
         (("tiny", "--text-file", "mlruns"), "Is a directory"),
     ],
 )
@@ -144,6 +154,15 @@ def test_changed_text_is_refused(here: Path, cli: Cli) -> None:
     finally:
         Path("fruit.jsonl").write_text(original)
     assert result.code == 2 and "has changed since stage code was trained" in result.err
+
+
+def test_part_of_a_character_is_named_by_its_id() -> None:
+    tokens = [
+        {"token_id": 7, "text": "\N{REPLACEMENT CHARACTER}", "lift": 2.0},
+        {"token_id": 8, "text": "a", "lift": 1.5},
+    ]
+    table = inspect_tables._top_tokens({"layers": [{"layer": 0, "top_tokens": {"s/L0/E0": tokens}}]})
+    assert [str(cell) for cell in table.columns[1].cells] == ["#7 ×2.0  'a' ×1.5"]
 
 
 def test_many_experts_are_cut_short() -> None:

@@ -37,6 +37,7 @@ def test_of_a_layer_the_heaviest_expert_owns_a_token(make_architecture: Make) ->
     first = routed(make_architecture, 0)
     assert first.owners == ["s0/L0/E0", "s0/L0/E1", "s1/L0/E2", "s1/L0/E3"]
     assert [token.owner for token in first.tokens] == [0, 0, 2] and first.counts == [2, 0, 1, 0]
+    assert "heaviest expert of layer 0" in first.rule
     assert first.tokens[1].experts == [[("s0/L0/E0", 0.8), ("s0/L0/E1", 0.2)]]
 
 
@@ -72,7 +73,7 @@ def test_a_page_says_it_all_and_runs_nothing(make_architecture: Make) -> None:
     assert '<b>"&\n␛[31m' in reader.text and "a <title> & more" in reader.text
     assert reader.titles == [describe(whole, token) for token in whole.tokens]
     assert not re.search(r"<script|href|src=|url\(|@import", page)
-    assert "s0 (2)" in reader.text and "s1 (1)" in reader.text
+    assert whole.rule in reader.text and "s0 (2)" in reader.text and "s1 (1)" in reader.text
 
 
 def test_each_owner_has_a_colour_that_black_text_is_legible_on() -> None:

@@ -88,8 +88,12 @@ def test_only_what_there_is_gets_a_figure(saturation: dict[str, Any]) -> None:
         "similarity": [[1.0, 0.0], [0.0, 1.0]],
     }
     figures = inspection_figures({"tokens": {"x": 9}, "layers": [layer], "saturation": saturation}, "new")
-    assert ("saturation" in figures) == bool(saturation)
+    assert set(figures) == {"information", "coactivation", "similarity", "leak"} | set(saturation and ["saturation"])
     assert len(figures["information"].axes) == 1
+    # One expert a token is never chosen together with another, and one generation has nothing younger to leak to.
+    alone = layer | {"experts": ["old/L0/E0", "old/L0/E1"], "coactivation": [[None, 0.0], [None, None]]}
+    figures = inspection_figures({"tokens": {"x": 9}, "layers": [alone], "saturation": saturation}, "new")
+    assert set(figures) == {"information", "similarity"} | set(saturation and ["saturation"])
 
 
 def test_many_layers_and_experts_draw() -> None:

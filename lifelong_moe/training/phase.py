@@ -1,0 +1,171 @@
+"""One phase of a stage: a Trainer of its own over its mix of text, with checkpoints and interruption."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
+from numpy.typing import NDArray
+from rich.console import Console
+from torch import Tensor
+
+from lifelong_moe.clustering.kmeans import churn
+from lifelong_moe.data.shards import TokenizedCorpus
+from lifelong_moe.errors import ConfigError
+from lifelong_moe.model.transformer import LanguageModel
+from lifelong_moe.routing.config import Features, Level
+from lifelong_moe.stages.store import StageStore
+from lifelong_moe.training.callbacks import Meter, ProgressReport, StepCheckpoint
+from lifelong_moe.training.checkpoint import SafeCheckpointIO
+from lifelong_moe.training.config import CheckpointConfig, TrainerConfig
+from lifelong_moe.training.data import StageData, phase_dataset, text_sample
+from lifelong_moe.training.interrupt import Interrupt
+from lifelong_moe.training.logger import BatchedLogger, Send
+from lifelong_moe.training.module import StageModule
+from lifelong_moe.training.optimizer import phase_parameters, training_only
+from lifelong_moe.training.spec import Phase, StageSpec
+
+
+@dataclass(frozen=True)
+class StageEnvironment:
+    """Everything around a stage that its result does not depend on."""
+
+    store: StageStore
+    work: Path
+    """``mlruns/work``."""
+    trainer: TrainerConfig
+    checkpoint: CheckpointConfig
+    interrupt: Interrupt
+    console: Console
+    send: Send
+    """Receives training curves."""
+    run_id: str | None = None
+
+
+@dataclass(frozen=True)
+class PhaseRun:
+    """One phase's place in its stage."""
+
+    number: int
+    phase: Phase
+    first_step: int
+    """Steps of the stage before it."""
+    order_step: int
+    """Steps before it that share its order of samples."""
+    seed: int
+    """Of that order: another one each stage, or every stage would replay the same blocks."""
+    work: Path
+    resume: Path | None
+
+
+def train_phase(
+    module: StageModule,
+    teacher: LanguageModel | None,
+    run: PhaseRun,
+    corpora: Mapping[str, TokenizedCorpus],
+    generated: NDArray[np.int64] | None,
+    environment: StageEnvironment,
+) -> dict[str, Any]:
+    """Train one phase with a fresh Trainer and optimizer; returns what was measured."""
+    config, phase, model, spec = environment.trainer, run.phase, module.model, module.spec
+    if run.resume is not None:
+        environment.console.print(f"{spec.name}: continuing from {run.resume.name}")
+        if phase.fits_clusters:  # groups of the training text depend on centroids, which the checkpoint holds
+            state = SafeCheckpointIO().load_checkpoint(run.resume)["state_dict"]
+            module.load_state_dict(state, strict=False)
+    else:
+        module.assignments_before = _sample_assignments(model, spec, corpora[spec.data])
+    data = StageData(
+        phase_dataset(model, teacher, spec, phase, corpora, generated, run.seed),
+        spec,
+        first_step=run.order_step,
+        steps=phase.steps,
+        accumulate=config.accumulate_grad_batches,
+        num_workers=config.num_workers,
+    )
+    meter = Meter(spec.optim.batch_tokens, config.log_every_n_steps)
+    title = spec.name if phase.name == "train" else f"{spec.name} ({phase.name})"
+    checkpoint = environment.checkpoint
+    callbacks = [
+        meter,
+        ProgressReport(title, environment.console, config.enable_progress_bar, meter),
+        StepCheckpoint(run.work, run.number, checkpoint.every_steps, checkpoint.keep, environment.interrupt),
+    ]
+    logger = BatchedLogger(spec.name, environment.run_id, environment.send, run.first_step)
+    trainer = build_trainer(config, phase.steps, callbacks, logger)
+    model.train()
+    trained = phase_parameters(model, phase).values()
+    with training_only(model, trained), environment.interrupt.until_step_boundary():
+        trainer.fit(module, data, ckpt_path=run.resume, weights_only=True)
+    model.cpu()
+    if trainer.global_step != phase.steps:
+        raise RuntimeError(f"stage {spec.name}: trained {trainer.global_step} of {phase.steps} steps")
+    measured: dict[str, Any] = {
+        "seconds": meter.seconds,
+        "data_seconds": meter.data_seconds,
+        "nonfinite_steps": module.nonfinite_steps,
+        "final": meter.last,
+    }
+    if module.assignments_before is not None:
+        after = _sample_assignments(model, spec, corpora[spec.data])
+        assert after is not None
+        measured["assignment_churn"] = churn(module.assignments_before.flatten().numpy(), after.flatten().numpy())
+    return measured
+
+
+def build_trainer(config: TrainerConfig, steps: int, callbacks: list[Any], logger: BatchedLogger | None) -> Trainer:
+    """A Lightning Trainer for so many steps; what a stage needs of its own stays ours.
+
+    Raises:
+        ConfigError: If this machine cannot do what ``trainer`` asks for, or more than one process would run.
+    """
+    on_cpu = config.accelerator == "cpu" or (config.accelerator == "auto" and not torch.cuda.is_available())
+    try:
+        trainer = Trainer(
+            accelerator=config.accelerator,
+            devices=config.devices,
+            num_nodes=config.num_nodes,
+            strategy=config.strategy,
+            precision=config.precision,  # type: ignore[arg-type]
+            accumulate_grad_batches=config.accumulate_grad_batches,
+            log_every_n_steps=1,  # our Meter decides
+            deterministic=on_cpu if config.deterministic is None else config.deterministic,
+            benchmark=config.benchmark,
+            detect_anomaly=config.detect_anomaly,
+            profiler=config.profiler,
+            max_steps=steps,
+            max_epochs=-1,
+            callbacks=callbacks,
+            logger=logger or False,
+            plugins=[SafeCheckpointIO()],
+            use_distributed_sampler=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+    except (MisconfigurationException, ValueError, TypeError) as error:
+        raise ConfigError(f"trainer: {' '.join(str(error).split())}") from None
+    if trainer.world_size > 1:
+        raise ConfigError(
+            f"trainer.devices={config.devices} makes {trainer.world_size} processes; a run is one process so far. "
+            f"Set trainer.devices=1."
+        )
+    return trainer
+
+
+def _sample_assignments(model: LanguageModel, spec: StageSpec, corpus: TokenizedCorpus) -> Tensor | None:
+    """First expert of each sampled token at each layer, where fixed centroids look at moving hidden states."""
+    routing = spec.routing
+    if not (routing.mode == "cluster" and routing.level == Level.token and routing.features == Features.hidden):
+        return None
+    sample = text_sample(model, spec, corpus, 4 * spec.model.context)
+    model.eval()
+    with torch.no_grad():
+        output = model(sample["token_ids"], document_ids_BS=sample["document_ids"])
+    return torch.stack([r.expert_ids_TK[:, 0] for r in output.routings])
