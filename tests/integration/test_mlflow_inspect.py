@@ -29,7 +29,7 @@ def test_figures_and_curves_are_with_the_run_once(lab: Path, template: Path) -> 
     assert inspected() == found
     run_id, client = found["mlflow_run"], MlflowClient(f"sqlite:///{lab / 'mlruns/mlflow.db'}")
     kept = {path.name for path in (lab / f"mlruns/artifacts/{run_id}/artifacts/inspection/code").iterdir()}
-    names = ("information", "coactivation", "similarity", "leak", "saturation")
+    names = ("information", "similarity", "leak", "saturation")  # one expert a token: no co-activation
     assert kept == {f"{name}.png" for name in names} | {"inspection.json"}
     history = client.get_metric_history(run_id, "inspection/token_information/L0")
     token = found["layers"][0]["token"]

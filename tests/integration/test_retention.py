@@ -17,6 +17,7 @@ from lifelong_moe.errors import CorruptError
 from lifelong_moe.retention.penalty import WeightAnchor, fisher_diagonal
 from lifelong_moe.stages.lineage import lineage_rows
 from lifelong_moe.stages.store import CommittedStage, StageStore
+from lifelong_moe.training import phase as phases
 from lifelong_moe.training import stage as training
 from lifelong_moe.training.callbacks import StepCheckpoint
 from lifelong_moe.training.data import text_sample
@@ -73,13 +74,13 @@ def trained_in(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
 def order_seeds(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """Seed of each phase's order of samples, by ``stage/phase``."""
     seen: dict[str, int] = {}
-    original = training.phase_dataset
+    original = phases.phase_dataset
 
     def phase_dataset(model: Any, teacher: Any, spec: Any, phase: Any, corpora: Any, rows: Any, seed: int) -> Any:
         seen[f"{spec.name}/{phase.name}"] = seed
         return original(model, teacher, spec, phase, corpora, rows, seed)
 
-    monkeypatch.setattr(training, "phase_dataset", phase_dataset)
+    monkeypatch.setattr(phases, "phase_dataset", phase_dataset)
     return seen
 
 
