@@ -162,5 +162,6 @@ class ComparisonRecord:
             heads = [RunRecord(ROOT, job.run).head() for job in self.jobs]
             ids = [head["mlflow"]["run"] for head in heads if head and head["mlflow"].get("run")]
             console.print(f"MLflow: {self.tracker.ui_url(ids or [self.parent])}  (start it with: lifelong-moe ui)")
+            console.print("Unfold the comparison there (the + before its name), and its arms are in the charts.")
         elif self.tracker.problem:
             console.print(f"[yellow]{self.tracker.problem}[/yellow]")

@@ -43,8 +43,8 @@ def pareto_figure(comparison: Comparison) -> Figure | None:
     """Draw forgetting against plasticity; None unless an arm has both.
 
     Returns:
-        The figure: a dot an arm, its area in proportion to active FLOPs, and a line through the arms that no other one
-        beats in both.
+        The figure, in nats per token: a dot an arm, its area in proportion to active FLOPs, and a line through the arms
+        that no other one beats in both.
     """
     arms = [arm for arm in comparison["arms"] if _mean(arm, "forgetting_max") is not None]
     arms = [arm for arm in arms if _mean(arm, "plasticity_gap") is not None]
@@ -55,9 +55,7 @@ def pareto_figure(comparison: Comparison) -> Figure | None:
     style = _styles(comparison)
     flops = {arm["name"]: _mean(arm, "active_flops") or 0.0 for arm in arms}
     most = max(flops.values()) or 1.0
-    points = np.array(
-        [[100 * arm["summary"][key]["mean"] for key in ("forgetting_max", "plasticity_gap")] for arm in arms]
-    )
+    points = np.array([[np.mean(_nats(arm, key)) for key in ("forgetting_max", "plasticity_gap")] for arm in arms])
     largest = min(LARGEST_DOT, MANY_ARMS * LARGEST_DOT / len(arms))
     areas = [largest * flops[arm["name"]] / most for arm in arms]
     for arm, (x, y), area in zip(arms, points, areas, strict=True):
@@ -67,8 +65,8 @@ def pareto_figure(comparison: Comparison) -> Figure | None:
         axes.scatter([x], [y], s=area, color=[colour], marker=marker, edgecolor="black", linewidth=0.6, zorder=3)
     front = points[_front(points)]
     axes.plot(front[:, 0], front[:, 1], color="black", linewidth=1, linestyle="--", alpha=0.5, zorder=1)
-    axes.set_xlabel("forgetting: perplexity of the worst old distribution, % above its own (lower is better)")
-    axes.set_ylabel("plasticity gap: perplexity of the worst new\ndistribution, % above unrestrained (lower is better)")
+    axes.set_xlabel("forgetting: the worst old distribution, nats per token above its own loss (lower is better)")
+    axes.set_ylabel("plasticity gap: the worst new distribution,\nnats per token above unrestrained (lower is better)")
     note = f"dot area: active FLOPs (largest {most:.2g}); dashed: arms that no other beats in both"
     axes.set_title(f"{comparison['compare']}: forgetting against plasticity\n{note}", fontsize=10)
     axes.grid(alpha=0.3)
@@ -251,10 +249,15 @@ def _mean(arm: Arm, key: str) -> float | None:
 
 
 def _bar(arm: Arm, key: str) -> Floats | None:
-    """Distances in percent from the mean to the lowest and the highest seed; None with one seed."""
-    values = [100 * run["numbers"][key] for run in _committed(arm) if run["numbers"][key] is not None]
+    """Distances in nats from the mean to the lowest and the highest seed; None with one seed."""
+    values = _nats(arm, key)
     mean = np.mean(values)
     return np.array([[mean - min(values)], [max(values) - mean]]) if len(values) > 1 else None
+
+
+def _nats(arm: Arm, key: str) -> list[float]:
+    """Relative rises of perplexity as nats per token, by seed: in percent, the worst arms would hide all others."""
+    return [float(np.log1p(run["numbers"][key])) for run in _committed(arm) if run["numbers"][key] is not None]
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
