@@ -62,7 +62,7 @@ class TrunkConfig:
 class DistillConfig:
     """Distillation from the previous stage's model: per-token KL x T squared."""
 
-    weight: float = 0.1
+    weight: float = 0.5
     """Factor on the distillation loss, a mean over distilled tokens; 0 turns it off."""
     temperature: float = 2.0
     """Softens teacher and student alike."""
@@ -84,7 +84,7 @@ class DistillConfig:
 class ReplayConfig:
     """Text of earlier stages, mixed into the new text; it counts into the stage's tokens."""
 
-    fraction: float = 0.05
+    fraction: float = 0.25
     """Share of the stage's sequences, spread evenly over steps and over earlier stages."""
     source: ReplaySource = ReplaySource.stored
     """``stored`` training text, or text ``generated`` by the previous stage's model, for which nothing is stored."""
