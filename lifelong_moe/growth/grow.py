@@ -52,7 +52,7 @@ def grow(
             num = generation.experts_in(i)
             if num == 0:
                 continue
-            copied = most_used(seen.counts_E, num)
+            copied = _newest(layer, num) if model.architecture.routing.has_bundles else most_used(seen.counts_E, num)
             _begin_experts(layer, copied, config, model.architecture.model, generator)
             if layer.router.row_generations():
                 layer.router.set_rows(_new_rows(layer, seen, copied, config, generator, seed))
@@ -62,10 +62,23 @@ def grow(
 
 
 def _begin_deltas(model: LanguageModel, generator: torch.Generator) -> None:
+    """A bundle goes on from the one before it: its deltas begin as copies, or at zero where there are none."""
     bundle = len(model.architecture.generations) - 1
     for matrix in model.delta_matrices():
-        for name, parameter in matrix.deltas[str(bundle)].named_parameters(prefix="delta"):
-            initialize_delta(name, parameter, generator)
+        new, previous = matrix.deltas[str(bundle)], str(bundle - 1)
+        old = dict(matrix.deltas[previous].named_parameters()) if previous in matrix.deltas else {}
+        for name, parameter in new.named_parameters():
+            if name in old and old[name].shape == parameter.shape:
+                parameter.copy_(old[name])
+            else:
+                initialize_delta(f".{name}", parameter, generator)
+
+
+def _newest(layer: MoELayer, num: int) -> list[int]:
+    """Experts of the generation before the new one, repeated in order if too few: what the newest bundle learned."""
+    *_, before, _ = layer.router.generations
+    first = layer.router.num_experts - num - before
+    return [first + i % before for i in range(num)]
 
 
 def most_used(counts_E: Tensor, num: int) -> list[int]:
