@@ -30,7 +30,8 @@ class GrowConfig:
     experts: int = 2
     """New experts per layer; 0 adds none, and then nothing is frozen either."""
     init: ExpertInit = ExpertInit.copy
-    """``copy`` the experts that the new data uses most (of bundles, those of the newest one), with noise; or ``random``."""
+    """``copy`` the experts that the new data uses most (with bundles, those of the newest one), with noise; or
+    ``random``."""
     noise: float = 0.01
     """Standard deviation of the noise on a copy, relative to the copied matrix's own deviation."""
     router: RouterInit = RouterInit.centroid

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lifelong_moe.growth.config import GrowConfig
+from lifelong_moe.growth.config import GrowConfig, RouterInit
 from lifelong_moe.growth.grow import grow
 from lifelong_moe.model.architecture import Generation
 from lifelong_moe.model.deltas import BundleSlices, DeltaEmbedding, DeltaLinear
@@ -98,6 +99,16 @@ def test_a_new_bundle_begins_as_the_trunk_itself(make_model: Make, make_batch: B
         assert not matrix.deltas["1"].up.any() and matrix.deltas["1"].down.any()
     for matrix in (m for m in model.delta_matrices() if isinstance(m, DeltaLinear)):
         assert torch.equal(matrix.weight_of(1), matrix.weight)
+
+
+def test_a_bundle_goes_on_from_the_one_before_it(make_model: Make, make_batch: Batch) -> None:
+    model, batch = make_model("labelled_bundles", (4, SECOND)).eval(), make_batch(groups=2)
+    grow(model, replace(THIRD, delta_rank=3), GrowConfig(experts=2, noise=0.0, router=RouterInit.copy), batch, seed=0)
+    second, third = torch.ones_like(batch["token_ids"]), torch.full_like(batch["token_ids"], 2)
+    torch.testing.assert_close(logits(model, batch, third), logits(model, batch, second), atol=1e-6, rtol=0)
+    for layer in model.moe_layers():
+        for new, old in zip(layer.banks.experts[-2:], layer.banks.experts[4:6], strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(new.parameters(), old.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("kind", ["labelled_bundles", "label"])
