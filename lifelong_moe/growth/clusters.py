@@ -21,7 +21,7 @@ from lifelong_moe.growth.observe import observe
 from lifelong_moe.model.groups import BundleClusters, TfidfClusters
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.routing.cluster import TokenClusterRouter
-from lifelong_moe.routing.config import Centroids, Features
+from lifelong_moe.routing.config import Centroids, Features, Level
 
 FIT_DOCUMENTS = 4096
 
@@ -59,7 +59,7 @@ def fit_token_clusters(
             router.set_rows(torch.from_numpy(unit_rows(drawn)))
             continue
         old = [c.cpu().numpy() for c in router.centroids()[:-1]]
-        fixed = np.concatenate(old) if old else None
+        fixed = np.concatenate(old) if old and not routing.has_bundles else None  # a bundle's tokens see its own alone
         centroids = spherical_kmeans(features_NF, num, seed=seed + i, fixed_KD=fixed)
         router.set_rows(torch.from_numpy(centroids))
 
@@ -103,5 +103,5 @@ def fit_clusters(
     routing = model.architecture.routing
     if routing.by_document:
         fit_document_clusters(model, documents, seed)
-    elif routing.is_clustered:
+    if routing.mode == "cluster" and routing.level == Level.token:
         fit_token_clusters(model, stream, sample, seed)

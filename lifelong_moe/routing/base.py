@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.ops.dispatch import combine, dispatch, inverse_permutation, sort_by_expert
-from lifelong_moe.routing.config import RoutingConfig
+from lifelong_moe.routing.config import Bundles, RoutingConfig
 
 HELD_DOWN = -1e4
 """Added to the newest rows' scores by the step-0 check: far below any real score, far above float underflow."""
@@ -135,6 +135,18 @@ class Router(nn.Module):
             yield
         finally:
             self.held_down = False
+
+    def allowed(self, context: RoutingContext) -> Tensor | None:
+        """Experts that each token's bundle has, bool ``(T, E)``; None if all.
+
+        With ``routing.bundles`` a token's group is a bundle, and it uses that generation's experts alone; a group that
+        does not exist counts as bundle 0.
+        """
+        if self.config.bundles == Bundles.none or len(self.generations) == 1:
+            return None
+        group_T, num = context.group_ids_T, len(self.generations)
+        births_E = torch.arange(num).repeat_interleave(torch.tensor(self.generations)).to(group_T.device)
+        return births_E == torch.where(group_T < num, group_T, 0).unsqueeze(1)
 
     def _hold(self, scores_TE: Tensor) -> Tensor:
         if not self.held_down:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -25,7 +26,8 @@ class TokenClusterRouter(Router):
 
     ``x`` is the token's frozen feature (``features=embedding``) or the layer's input (``features=hidden``), at unit
     length; centroids have unit length and are buffers, one per generation. A later stage adds centroids and leaves
-    the old ones untouched. Until its first centroids are set, the router hashes token ids.
+    the old ones untouched; with ``bundles`` a token sees those of its own generation alone. Until its first centroids
+    are set, the router hashes token ids.
 
     Source:
         Clusters before training: c-BTM (arXiv:2303.14177), there of documents; hashing until the first fit: Hash
@@ -72,7 +74,10 @@ class TokenClusterRouter(Router):
             return Routing(ids_TK, torch.full(ids_TK.shape, 1.0 / top_k, device=x_TD.device), self.num_experts)
         with torch.autocast(x_TD.device.type, enabled=False):
             scores_TE = self.features(x_TD, context) @ torch.cat([c.float() for c in self.centroids()]).t()
-            chosen_TK, ids_TK = self._hold(scores_TE).topk(top_k, dim=-1)
+            scores_TE, allowed_TE = self._hold(scores_TE), self.allowed(context)
+            if allowed_TE is not None:
+                scores_TE = scores_TE.masked_fill(~allowed_TE, -math.inf)
+            chosen_TK, ids_TK = scores_TE.topk(top_k, dim=-1)
             weights_TK = (self.config.scale * chosen_TK).softmax(dim=-1)
         return Routing(ids_TK, weights_TK, self.num_experts)
 

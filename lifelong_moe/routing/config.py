@@ -75,8 +75,9 @@ class RoutingConfig:
     z_loss: float = 0.001
     """Coefficient of the router z-loss; ``learned`` only."""
     bundles: Bundles = Bundles.none
-    """``learned`` only: a token uses the experts of one stage alone. ``cluster``: FAISS picks the stage from the text
-    so far, a chunk at a time; ``label``: by the known distribution; ``none``: a token may use all experts."""
+    """A token uses the experts of one stage alone, among which ``learned`` or ``cluster`` (token level) chooses.
+    ``cluster``: FAISS picks the stage from the text so far, a chunk at a time; ``label``: by the known distribution;
+    ``none``: a token may use all experts."""
     margin: float = 4.0
     """``bundles=cluster``: nats by which a newer bundle must explain the text so far better than an older one."""
     level: Level = Level.token
@@ -113,10 +114,11 @@ class RoutingConfig:
                 "routing.renormalize=true with routing.top_k=1 makes every gate weight 1, so the router gets no "
                 "gradient. Set routing.renormalize=false or routing.top_k=2."
             )
-        if self.bundles != Bundles.none and self.mode != "learned":
+        of_embedding = self.level == Level.token and self.features == Features.embedding
+        if self.bundles != Bundles.none and self.mode != "learned" and not (self.mode == "cluster" and of_embedding):
             raise ConfigError(
-                f"routing.bundles={self.bundles} masks a learned router, but routing.mode={self.mode}. Set "
-                f"routing.mode=learned or routing.bundles=none."
+                f"routing.bundles={self.bundles} needs routing.mode=learned, or cluster with level=token and "
+                f"features=embedding; got routing.mode={self.mode}. Set routing.bundles=none otherwise."
             )
         if self.options and self.mode in ROUTERS:
             raise ConfigError(f"routing.options is for routers named by dotted path, not for {self.mode}.")

@@ -28,19 +28,14 @@ class LearnedRouter(Router):
         (arXiv:2202.08906). Class A: a token's routing depends on that token alone.
     """
 
-    births_E: Tensor
-
     def __init__(self, config: RoutingConfig, *, width: int, layer: int) -> None:
         super().__init__(config, width=width, layer=layer)
         self.rows = nn.ParameterList()
-        # Each expert's generation: structure, not state, hence not persistent.
-        self.register_buffer("births_E", torch.zeros(0, dtype=torch.int64), persistent=False)
 
     def add_experts(self, num: int) -> None:
         """Add ``num`` rows, uninitialized; the model's or growth's initialization fills them."""
         device = self.rows[0].device if self.generations else None
         self.rows.append(nn.Parameter(torch.zeros(num, self.width, device=device)))
-        self.births_E = torch.cat([self.births_E, self.births_E.new_full((num,), len(self.generations))])
         self.generations.append(num)
 
     def row_generations(self) -> list[Tensor]:
@@ -54,7 +49,7 @@ class LearnedRouter(Router):
 
     def forward(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         """Choose the k most probable experts for each token; losses come along in training mode."""
-        allowed_TE = self._allowed(context)
+        allowed_TE = self.allowed(context)
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = self._hold(self._logits(x_TD.float()))
             if allowed_TE is not None:
@@ -75,13 +70,6 @@ class LearnedRouter(Router):
             return F.linear(x_TD, torch.cat(rows))
         # A product each, so that no bit of the old rows' logits depends on how many rows came later.
         return torch.cat([F.linear(x_TD, rows_ED) for rows_ED in rows], dim=-1)
-
-    def _allowed(self, context: RoutingContext) -> Tensor | None:
-        """Experts that each token's bundle has, bool ``(T, E)``; None if all."""
-        if self.config.bundles == Bundles.none or len(self.generations) == 1:
-            return None
-        known_T = torch.where(context.group_ids_T < len(self.generations), context.group_ids_T, 0)
-        return self.births_E == known_T.unsqueeze(1)
 
     def _losses(
         self,

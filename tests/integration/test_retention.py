@@ -319,3 +319,15 @@ def test_bundles_with_deltas_forget_nothing(lab: Path, by: str) -> None:
         assert one["parameters_total"] == sum(trained)
         own = stage(names[i]).config
         assert own["architecture"]["generations"][i]["delta_rank"] == (4 if i else 0)
+
+
+def test_token_clusters_within_bundles(lab: Path) -> None:
+    """`routing.mode=cluster` is one key away there too: nothing old moves, and new experts work."""
+    bundles = {"mode": "cluster", "bundles": "label", "top_k": 1, "renormalize": False}
+    defaults = {"trunk": {"train": "deltas", "rank": 4}, "distill": {"weight": 0.0}, "replay": {"fraction": 0.0}}
+    config = tiny_config(routing=bundles, model={"document_mask": True})
+    config["stage_defaults"] |= defaults
+    report, _ = train(write_config(config))
+    nats = report["loss_nats_per_token"]
+    assert abs(nats[1][0] - nats[0][0]) < 1e-6 and nats[1][1] < nats[0][1] - 0.1
+    assert report["routing"]["fruit"]["leak"] == 0 and report["stages"][1]["training"]["new_expert_share"] > 0

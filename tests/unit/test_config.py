@@ -229,8 +229,8 @@ def test_a_value_of_the_wrong_kind(load: Load, override: str, expected: str) -> 
         ),
         (
             "routing.bundles=cluster routing.mode=hash",
-            "routing.bundles=cluster masks a learned router, but routing.mode=hash. Set routing.mode=learned or "
-            "routing.bundles=none.",
+            "routing.bundles=cluster needs routing.mode=learned, or cluster with level=token and features=embedding; "
+            "got routing.mode=hash. Set routing.bundles=none otherwise.",
         ),
         (
             "routing.mode=label stages[1].grow.experts=1",

@@ -126,7 +126,7 @@ def test_options_are_for_your_own_router_only() -> None:
         ({"margin": -1.0}, "routing.margin=-1.0 must not be negative"),
         (
             {"mode": "label", "bundles": Bundles.cluster},
-            "routing.bundles=cluster masks a learned router, but routing.m",
+            "routing.bundles=cluster needs routing.mode=learned, or cluster",
         ),
     ],
 )
