@@ -236,10 +236,10 @@ class RunConfig:
         """A review trains this stage's router rows, in whole steps, and leaves some to the stage itself."""
         if not stage.review.fraction:
             return
-        if self.routing.mode != "learned" or not stage.grow.experts:
+        if self.routing.mode != "learned" or self.routing.has_bundles or not stage.grow.experts:
             raise ConfigError(
-                f"stages[{i}].review.fraction={stage.review.fraction} trains new router rows alone. Set "
-                f"routing.mode=learned and stages[{i}].grow.experts above 0, or review.fraction=0."
+                f"stages[{i}].review.fraction={stage.review.fraction} trains new router rows on old text, too. Set "
+                f"routing.mode=learned, routing.bundles=none and stages[{i}].grow.experts above 0, or review.fraction=0."
             )
         steps = stage.tokens // stage.optim.batch_tokens
         if not 1 <= round(steps * stage.review.fraction) < steps:
@@ -256,7 +256,8 @@ class RunConfig:
                 f"stages[{i}].penalty.kind={stage.penalty.kind} holds old weights that train, and none does: the trunk "
                 f"is {stage.trunk.train} and old experts are frozen. Set penalty.kind=none."
             )
-        if stage.replay.source == ReplaySource.generated and stage.replay.fraction and self.routing.by_label:
+        replays = stage.replay.fraction or stage.review.fraction
+        if stage.replay.source == ReplaySource.generated and replays and self.routing.by_label:
             raise ConfigError(
                 f"stages[{i}].replay.source=generated: text that a model wrote has no label, which this routing needs. "
                 f"Set replay.source=stored."

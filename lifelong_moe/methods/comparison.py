@@ -203,7 +203,8 @@ def _overrides(entry: Any, path: str) -> tuple[str, ...]:
 def _labels(keys: list[str]) -> list[str]:
     """Each key's last part, or as many of its last parts as tell it from the others."""
     parts = [key.split(".") for key in keys]
-    ends = [next(n for n in range(1, len(p) + 1) if sum(p[-n:] == q[-n:] for q in parts) == 1) for p in parts]
+    # One key may be another's end; then all its parts do not tell it apart, and are all there is.
+    ends = [next((n for n in range(1, len(p) + 1) if sum(p[-n:] == q[-n:] for q in parts) == 1), len(p)) for p in parts]
     return [_nameable(".".join(p[-n:])) for p, n in zip(parts, ends, strict=True)]
 
 

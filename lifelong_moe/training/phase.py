@@ -76,9 +76,9 @@ def train_phase(
     config, phase, model, spec = environment.trainer, run.phase, module.model, module.spec
     if run.resume is not None:
         environment.console.print(f"{spec.name}: continuing from {run.resume.name}")
-        if phase.fits_clusters:  # groups of the training text depend on centroids, which the checkpoint holds
-            state = SafeCheckpointIO().load_checkpoint(run.resume)["state_dict"]
-            module.load_state_dict(state, strict=False)
+        # Groups of the training text depend on centroids, which the checkpoint holds, whichever phase fitted them.
+        state = SafeCheckpointIO().load_checkpoint(run.resume)["state_dict"]
+        module.load_state_dict(state, strict=False)
     else:
         module.assignments_before = _sample_assignments(model, spec, corpora[spec.data])
     data = StageData(

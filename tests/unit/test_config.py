@@ -264,13 +264,18 @@ def test_a_value_of_the_wrong_kind(load: Load, override: str, expected: str) -> 
         ),
         (
             "stages[1].review.fraction=0.5 routing.mode=label",
-            "stages[1].review.fraction=0.5 trains new router rows alone. Set routing.mode=learned and "
-            "stages[1].grow.experts above 0, or review.fraction=0.",
+            "stages[1].review.fraction=0.5 trains new router rows on old text, too. Set routing.mode=learned, "
+            "routing.bundles=none and stages[1].grow.experts above 0, or review.fraction=0.",
         ),
         (
             "stages[1].review.fraction=0.5 stages[1].grow.experts=0",
-            "stages[1].review.fraction=0.5 trains new router rows alone. Set routing.mode=learned and "
-            "stages[1].grow.experts above 0, or review.fraction=0.",
+            "stages[1].review.fraction=0.5 trains new router rows on old text, too. Set routing.mode=learned, "
+            "routing.bundles=none and stages[1].grow.experts above 0, or review.fraction=0.",
+        ),
+        (
+            "stages[1].review.fraction=0.5 routing.bundles=cluster model.document_mask=true",
+            "stages[1].review.fraction=0.5 trains new router rows on old text, too. Set routing.mode=learned, "
+            "routing.bundles=none and stages[1].grow.experts above 0, or review.fraction=0.",
         ),
         (
             "stages[1].review.fraction=0.04",

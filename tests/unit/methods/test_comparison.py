@@ -109,6 +109,11 @@ MISTAKES: list[tuple[dict[str, Any], tuple[str, ...], str]] = [
     ({"arms": {"g": {"grid": {"model.experts": [[4]]}}}}, (), r"^arms\.g\.grid\.model\.experts must be a list"),
     ({"arms": {"g": {"grid": {"model.experts": [4]}, "set": "x=1"}}}, (), r"^arms\.g\.set must be a list"),
     ({"arms": {"g": {"grid": {"model.exprts": [4]}}}}, (), r"^arm g\.exprts-4: model\.exprts: "),
+    (
+        {"arms": {"g": {"grid": {"experts": [1], "model.experts": [4]}}}},
+        (),
+        r"^arm g\.experts-1\.model\.experts-4: key experts",
+    ),
     ({"arms": {"g": {"grid": {"seed": [1, 2]}}}}, (), r"^arm g\.seed-1: seed=1: set "),
     ({"arms": {"g.experts-4": [], "g": {"grid": {"model.experts": [4]}}}}, (), r"^arm g\.experts-4 is there twice"),
     ({"arms": {"g": {"grid": {"model.experts": [4, 4]}}}}, (), r"^arm g\.experts-4 is there twice"),
