@@ -239,7 +239,8 @@ class RunConfig:
         if self.routing.mode != "learned" or self.routing.has_bundles or not stage.grow.experts:
             raise ConfigError(
                 f"stages[{i}].review.fraction={stage.review.fraction} trains new router rows on old text, too. Set "
-                f"routing.mode=learned, routing.bundles=none and stages[{i}].grow.experts above 0, or review.fraction=0."
+                f"routing.mode=learned, routing.bundles=none and stages[{i}].grow.experts above 0, or "
+                f"review.fraction=0."
             )
         steps = stage.tokens // stage.optim.batch_tokens
         if not 1 <= round(steps * stage.review.fraction) < steps:
