@@ -33,8 +33,8 @@ class OptimConfig:
     decay_fraction: float = 0.2
     """``wsd``: share of the stage's steps that decay."""
     rewarm: float = 1.0
-    """Peak rate of stages after the first, relative to ``lr``; 1 warms up to the full rate again. Low-rank deltas learn
-    best at about twice the rate."""
+    """Peak rate of stages after the first, relative to ``lr``; 1 warms up to the full rate again. Low-rank deltas
+    learned better at twice the rate than at four times."""
     router_until: float = 1.0
     """From the second stage on: share of the stage's steps after which router rows stay as they are (StableMoE)."""
     batch_tokens: int = 8192
