@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import io
 import math
 import re
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from typing import Any, TypeVar
 
 import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from lifelong_moe.data.config import SourceConfig, TokenizerConfig
 from lifelong_moe.errors import ConfigError
@@ -40,7 +41,13 @@ from lifelong_moe.tracking.config import TrackingConfig
 from lifelong_moe.training.config import CheckpointConfig, OptimConfig, TrainerConfig
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
-MAX_CONFIG_BYTES = 1 << 20
+MAX_CONFIG_BYTES = 1 << 16
+MAX_YAML_DEPTH = 32
+"""Deepest nesting of a configuration; ours has five levels."""
+_CREDENTIALS = re.compile(r"(?<=://)[^/\s@]*(?=@)|(?<=\?).*")
+"""What may be secret in a URL: user and password, and the query."""
+SCRATCH = ".scratch"
+"""Ends the name of a model from scratch beside a stage."""
 
 
 class Method(StrEnum):
@@ -69,6 +76,9 @@ class StageConfig:
     """Training tokens, replayed ones included."""
     grow: GrowConfig = field(default_factory=GrowConfig)
     """Growth, from the second stage on."""
+    continues: str | None = None
+    """Name of an earlier stage whose experts, router rows and trunk deltas alone train on, for text of a kind that
+    they know; nothing grows then."""
     trunk: TrunkConfig = field(default_factory=TrunkConfig)
     """Training of the shared parts, from the second stage on."""
     distill: DistillConfig = field(default_factory=DistillConfig)
@@ -169,6 +179,11 @@ class RunConfig:
         if self.routing.top_k > self.model.experts:
             raise ConfigError(f"routing.top_k={self.routing.top_k} must not exceed model.experts={self.model.experts}.")
         self._name_stages()
+        for i, stage in enumerate(self.stages):
+            if stage.continues is not None:
+                self._check_continued(i, stage.continues)
+        if self.method == Method.unrestrained:
+            self._check_scratch()
 
     def _check_batch(self, i: int, stage: StageConfig) -> None:
         context, tokens = self.model.context, stage.optim.batch_tokens
@@ -215,7 +230,7 @@ class RunConfig:
     def _check_growth(self, i: int, stage: StageConfig) -> None:
         """Deltas and partly grown models need a router that can tell them apart."""
         grow, deltas = stage.grow, stage.trunk.train == TrunkTraining.deltas
-        if deltas and (not grow.experts or not self.routing.has_bundles):
+        if deltas and (not (grow.experts or stage.continues) or not self.routing.has_bundles):
             raise ConfigError(
                 f"stages[{i}].trunk.train=deltas changes the trunk for the tokens of one bundle. Set "
                 f"routing.bundles=cluster (or label, or routing.mode=label) and stages[{i}].grow.experts above 0."
@@ -232,11 +247,16 @@ class RunConfig:
                 f"otherwise."
             )
 
+    def _check_continued(self, i: int, name: str) -> None:
+        """Only a stage that bore experts can be continued."""
+        born = [s.name for j, s in enumerate(self.stages[:i]) if j == 0 or (s.grow.experts and not s.continues)]
+        require_known(name, born, f"stages[{i}].continues")
+
     def _check_review(self, i: int, stage: StageConfig) -> None:
         """A review trains this stage's router rows, in whole steps, and leaves some to the stage itself."""
         if not stage.review.fraction:
             return
-        if self.routing.mode != "learned" or self.routing.has_bundles or not stage.grow.experts:
+        if self.routing.mode != "learned" or self.routing.has_bundles or not stage.grow.experts or stage.continues:
             raise ConfigError(
                 f"stages[{i}].review.fraction={stage.review.fraction} trains new router rows on old text, too. Set "
                 f"routing.mode=learned, routing.bundles=none and stages[{i}].grow.experts above 0, or "
@@ -258,6 +278,12 @@ class RunConfig:
                 f"is {stage.trunk.train} and old experts are frozen. Set penalty.kind=none."
             )
         replays = stage.replay.fraction or stage.review.fraction
+        measures = stage.penalty.kind == PenaltyKind.ewc and stage.penalty.factor > 0
+        if stage.replay.source == ReplaySource.generated and replays and measures:
+            raise ConfigError(
+                f"stages[{i}].penalty.kind=ewc reads stored text, and with replay.source=generated none is stored. Set "
+                f"penalty.kind=l2 or replay.source=stored."
+            )
         if stage.replay.source == ReplaySource.generated and replays and self.routing.by_label:
             raise ConfigError(
                 f"stages[{i}].replay.source=generated: text that a model wrote has no label, which this routing needs. "
@@ -273,6 +299,18 @@ class RunConfig:
             elif stage.name in taken:
                 raise ConfigError(f"stages[{i}].name={stage.name} is taken by an earlier stage.")
             taken.add(stage.name)
+
+    def _check_scratch(self) -> None:
+        """A model from scratch beside the chain has a name of its own."""
+        taken = {stage.name for stage in self.stages} | set(self.distributions)
+        for i, stage in enumerate(self.stages[1:], start=1):
+            name = f"{stage.name}{SCRATCH}"
+            if name in taken or not NAME.fullmatch(name):
+                problem = "is taken" if name in taken else "is over 64 characters"
+                raise ConfigError(
+                    f"stages[{i}]: method=unrestrained names the model from scratch beside it {name}, which {problem}; "
+                    f"set stages[{i}].name."
+                )
 
     @property
     def evaluated(self) -> list[str]:
@@ -312,8 +350,8 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> tuple[R
         overrides: Such as ``seed=1`` or ``stages[1].grow.experts=4``; the value is YAML.
 
     Returns:
-        The configuration, and the same as plain data with interpolations such as ``${oc.env:TOKEN}`` left
-        unresolved, which is what may be logged.
+        The configuration, and the same as plain data, which may be logged: interpolations such as ``${oc.env:TOKEN}``
+        are left unresolved, and URLs have lost user, password and query.
 
     Raises:
         ConfigError: One line with the full key or file and line, what was required and what came.
@@ -321,7 +359,16 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> tuple[R
     raw = read_yaml(Path(path))
     for override in overrides or []:
         apply_override(raw, override)
-    return build_config(raw), OmegaConf.to_container(raw, resolve=False)  # type: ignore[return-value]
+    return build_config(raw), _without_credentials(OmegaConf.to_container(raw, resolve=False))
+
+
+def _without_credentials(value: Any) -> Any:
+    """Mask what may be secret in every URL within plain data."""
+    if isinstance(value, dict):
+        return {key: _without_credentials(child) for key, child in value.items()}
+    if isinstance(value, list):
+        return [_without_credentials(child) for child in value]
+    return _CREDENTIALS.sub("***", value) if isinstance(value, str) and "://" in value else value
 
 
 def build_config(raw: DictConfig) -> RunConfig:
@@ -396,7 +443,8 @@ class _errors_under:  # noqa: N801 - a context manager, named like the statement
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, OmegaConfBaseException):
             key = getattr(error, "full_key", None) or ""
-            lines = str(getattr(error, "msg", None) or error).splitlines()
+            missing = isinstance(error, MissingMandatoryValue)
+            lines = ["is required."] if missing else str(getattr(error, "msg", None) or error).splitlines()
             extra = re.compile(r"\s*(full_key|object_type|reference_type)")
             text = " ".join(line.strip() for line in lines if not extra.match(line))
             dot = "." if self.path and key and not str(key).startswith("[") else ""
@@ -419,19 +467,35 @@ def read_yaml(path: Path) -> DictConfig:
         raise ConfigError(f"{path}: no such file.{hint}")
     if path.stat().st_size > MAX_CONFIG_BYTES:
         raise ConfigError(f"{path}: over {MAX_CONFIG_BYTES:,} bytes; is this a configuration file?")
+    data = path.read_bytes()
     try:
-        loaded = OmegaConf.load(path)
+        text = data.decode("utf-8-sig")
+        _require_shallow(text)
+        loaded = OmegaConf.load(io.StringIO(text))
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 (byte {error.start}).") from None
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"{path}:{line}: invalid UTF-8 at byte {error.start}.") from None
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise ConfigError(f"{path}:{line}: {error.reason}.") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{line}: {(getattr(error, 'problem', None) or 'not YAML').rstrip('.')}.") from None
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise ConfigError(f"{where}: {(getattr(error, 'problem', None) or 'not YAML').rstrip('.')}.") from None
     except (OmegaConfBaseException, OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: {str(error).splitlines()[0] if str(error) else 'too deeply nested'}") from None
     if not isinstance(loaded, DictConfig) or not loaded:
         raise ConfigError(f"{path}: must hold a mapping such as run: NAME; it is empty or a list.")
     return loaded
+
+
+def _require_shallow(text: str) -> None:
+    """Refuse deep nesting before the tree is built: libyaml's composer overflows the stack and kills the process."""
+    depth = 0
+    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_YAML_DEPTH:
+            raise yaml.MarkedYAMLError(problem=f"nested over {MAX_YAML_DEPTH} deep", problem_mark=event.start_mark)
 
 
 def apply_override(raw: DictConfig, override: str) -> None:
@@ -440,11 +504,17 @@ def apply_override(raw: DictConfig, override: str) -> None:
     if not equals or not key:
         raise ConfigError(f"override {override!r} must have the form key=value.")
     try:
+        _require_shallow(value)
         parsed = OmegaConf.from_dotlist([f"value={value}"])._get_node("value")
         OmegaConf.update(raw, key, parsed, force_add=True)
     except (OmegaConfBaseException, yaml.YAMLError, AttributeError, IndexError, TypeError, ValueError) as error:
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(f"override {override!r} cannot be applied: {text}") from None
+
+
+def first_key(override: str) -> str:
+    """``stages`` of ``stages[1].tokens=5``."""
+    return re.split(r"[.\[=]", override)[0]
 
 
 def require_known(name: str, known: Any, what: str) -> None:

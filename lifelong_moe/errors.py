@@ -7,10 +7,20 @@ if one is known. Anything else that escapes is a bug of ours and keeps its trace
 from __future__ import annotations
 
 
+_MAX_CHARS = 1000
+
+
 class LifelongError(Exception):
     """Base of all errors that a person can mend; never raised itself."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        """The message on one line of bounded length, whatever the names and values from a person's files hold."""
+        text = super().__str__()
+        if len(text) > _MAX_CHARS:
+            text = f"{text[: _MAX_CHARS // 2]} … {text[-_MAX_CHARS // 2 :]}"
+        return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 class ConfigError(LifelongError):
@@ -29,6 +39,12 @@ class CheckpointError(LifelongError):
     """A named weight file or run does not fit what was asked for, or is of a format that is never loaded."""
 
     exit_code = 2
+
+
+class StalePlanError(LifelongError):
+    """A plan was made for another champion, other data or other settings, or has expired."""
+
+    exit_code = 5
 
 
 class DivergedError(LifelongError):

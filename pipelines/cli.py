@@ -96,6 +96,45 @@ def compare(
 
 
 @app.command()
+def prepare(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Fetch and tokenize everything that a run reads, away from the GPUs; trains nothing."""
+    checked = check_config(config, overrides)
+    from pipelines.prepare import prepare as story
+
+    finish(story(config, checked, console(as_json)), as_json)
+
+
+@app.command()
+def retrain(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, such as configs/retrain.yaml.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Of the file, such as trigger.min_tokens=1; else of its base."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Write and print the plan, and stop.")] = False,
+    plan_path: Annotated[
+        str | None, typer.Option("--plan", metavar="FILE", help="Carry out this plan, or refuse it if it is stale.")
+    ] = None,
+) -> None:
+    """One tick for a scheduler: look at the inbox, decide, train, gate, promote or reject; the last line is JSON."""
+    try:
+        from lifelong_moe.methods.retraining import load_retraining
+
+        load_retraining(config, overrides or [])
+        from pipelines import quiet
+        from pipelines.retrain import EXIT_CODES
+        from pipelines.retrain import retrain as story
+
+        quiet.libraries()
+        result = story(config, overrides or [], dry_run, plan_path, console())
+    except LifelongError as error:
+        finish({"outcome": "failed", "error": type(error).__name__, "reason": str(error)}, as_json=True)
+        raise
+    finish(result, as_json=True)
+    raise typer.Exit(EXIT_CODES.get(result["outcome"], 0))
+
+
+@app.command()
 def report(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Names of runs.")], as_json: AsJson = False
 ) -> None:
@@ -173,7 +212,9 @@ def inspect(
     layer: Annotated[int | None, typer.Option(help="Experts of one layer; all layers by default.", min=0)] = None,
     html: Annotated[str | None, typer.Option(help="Also write the coloured text to this HTML file.")] = None,
     save: Annotated[str | None, typer.Option(help="Write every token's experts to this .parquet file.")] = None,
-    tokens: Annotated[int, typer.Option(help="Held-out tokens a distribution, without a text.", min=1)] = 8192,
+    tokens: Annotated[
+        int | None, typer.Option(help="Held-out tokens a distribution, 8192 by default; not with a text.", min=1)
+    ] = None,
     label: Label = None,
     as_json: AsJson = False,
 ) -> None:
@@ -195,6 +236,14 @@ def inspect(
         console=console(as_json),
     )
     finish(result, as_json)
+
+
+@app.command()
+def sync(as_json: AsJson = False) -> None:
+    """Deliver to MLflow what was recorded while it was absent; exit code 75 if it still is."""
+    from pipelines.sync import sync as story
+
+    finish(story(console(as_json)), as_json)
 
 
 @app.command()

@@ -10,7 +10,8 @@ from typing import Any
 from lifelong_moe.data.prepare import PreparedData
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.methods.budget import tokens_within
-from lifelong_moe.methods.comparison import Arm, Budget, Comparison
+from lifelong_moe.methods.comparison import Arm, Budget, Comparison, require_equal_measures
+from lifelong_moe.stages.keys import SHORT
 from lifelong_moe.stages.runs import RunRecord
 from lifelong_moe.training.phase import build_trainer
 from pipelines.workspace import ROOT, Prepared, prepare
@@ -57,6 +58,7 @@ def plan_jobs(comparison: Comparison, memory: Memory) -> list[Job]:
     for arm in comparison.arms:
         with _in_arm(arm):  # what this machine cannot do is said before anything else
             build_trainer(first[arm.name].config.trainer, 1, [], None)
+    require_equal_measures({name: _measures(first[name]) for name in [comparison.reference, *first]})
     tokens = {arm.name: _token_overrides(comparison, arm, first) for arm in comparison.arms}
     jobs = []
     for seed in comparison.settings.seeds:
@@ -65,6 +67,13 @@ def plan_jobs(comparison: Comparison, memory: Memory) -> list[Job]:
             prepared = _prepare(comparison, arm, overrides, memory)
             jobs.append(Job(arm, seed, comparison.run_name(arm, seed), overrides, prepared))
     return jobs
+
+
+def _measures(prepared: Prepared) -> dict[str, str]:
+    """What the data say of how losses per token are measured; the configuration's part was compared on loading."""
+    heldout = {name: corpus.heldout_hash for name, corpus in prepared.data.corpora.items()}
+    found = {f"distributions.{name} (SHA-256 of its held-out text)": text for name, text in heldout.items()}
+    return {key: text[:SHORT] for key, text in ({"tokenizer (SHA-256)": prepared.data.tokenizer.hash} | found).items()}
 
 
 def refuse_taken_names(jobs: list[Job]) -> None:

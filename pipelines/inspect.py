@@ -42,6 +42,8 @@ from pipelines.inspectors import check_label, open_stage
 from pipelines.workspace import ROOT, read_data
 
 Windows = Mapping[str, EvaluationSet]
+HELDOUT_TOKENS = 8192
+"""Held-out tokens a distribution, if none are asked for."""
 
 
 def inspect(
@@ -53,7 +55,7 @@ def inspect(
     layer: int | None,
     html: str | None,
     save: str | None,
-    tokens: int,
+    tokens: int | None,
     label: str | None,
     console: Console,
 ) -> dict[str, Any]:
@@ -62,6 +64,8 @@ def inspect(
     Raises:
         ConfigError: If the options do not go together, or what they name is not there.
     """
+    if tokens is not None and (text is not None or text_file is not None):
+        raise ConfigError(f"--tokens={tokens} bounds held-out text; leave it out with --text or --text-file.")
     given = _given_text(text, text_file)
     for option, value in (("--layer", layer), ("--html", html), ("--label", label)):
         if given is None and value is not None:
@@ -74,7 +78,7 @@ def inspect(
         check_label(committed, label, console)
         result = _on_text(run, store, committed, given, layer, label, html, save, console)
     else:
-        result = _on_heldout(run, store, committed, tokens, save, console)
+        result = _on_heldout(run, store, committed, tokens or HELDOUT_TOKENS, save, console)
     return {"run": run, "stage": committed.name, "key": committed.key, **result}
 
 
@@ -126,7 +130,7 @@ def _on_heldout(
         status.update("reading it through the model")
         result, observed = _measure(store, committed, config, windows, tokenizer)
     result = {"run": run, "stage": committed.name, "key": committed.key, **result}
-    _keep(record, head, config, result, console)
+    _keep(record, head, config, result, tokens, console)
     inspect_tables.heldout(console, result)
     console.print(f"written: {record.path / 'inspection.json'}, {record.path / 'inspection'}/*.png", highlight=False)
     if save is not None:
@@ -136,15 +140,24 @@ def _on_heldout(
 
 
 def _keep(
-    record: RunRecord, head: Mapping[str, Any], config: RunConfig, result: dict[str, Any], console: Console
+    record: RunRecord,
+    head: Mapping[str, Any],
+    config: RunConfig,
+    result: dict[str, Any],
+    tokens: int,
+    console: Console,
 ) -> None:
-    """Leave the result and its figures with the run, and in MLflow unless it has them already."""
+    """Leave the result and its figures with the run, and in MLflow unless it has them already.
+
+    Figures are those of the last inspection; of every inspection one copy is kept, because MLflow's points stay.
+    """
     path, folder = record.path / "inspection.json", record.path / "inspection"
     tracker = Tracker.connect(config.tracking, ROOT)
     run_id = head["mlflow"].get("run")
     result["mlflow_run"] = run_id if run_id and tracker.run_exists(run_id) else None
     text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
-    known = path.is_file() and path.read_text(encoding="utf-8") == text
+    copy = record.path / f"inspection-{result['stage']}-{tokens}.json"
+    known, plotted = (one.is_file() and one.read_text(encoding="utf-8") == text for one in (path, copy))
     folder.mkdir(exist_ok=True)
     for drawn in folder.glob("*.png"):  # of another stage, which may have had more to draw
         drawn.unlink()
@@ -154,23 +167,26 @@ def _keep(
             tracker.log_figure(result["mlflow_run"], figure, f"inspection/{result['stage']}/{name}.png")
     if not known:
         tracker.log_text(result["mlflow_run"], text, f"inspection/{result['stage']}/inspection.json")
-        tracker.log_metrics(result["mlflow_run"], _rows(result, head["stages"].index(result["key"])))
+    if not plotted:
+        tracker.log_metrics(result["mlflow_run"], _rows(result, tokens, head["stages"].index(result["key"])))
     if tracker.problem and config.tracking.enabled:
         console.print(f"[yellow]{tracker.problem}[/yellow]")
+    replace_file(copy, text)
     replace_file(path, text)
 
 
-def _rows(result: Mapping[str, Any], step: int) -> list[Row]:
-    """What MLflow draws as curves over stages."""
+def _rows(result: Mapping[str, Any], tokens: int, step: int) -> list[Row]:
+    """What MLflow draws as curves over stages; another number of tokens is another measurement, hence a curve."""
     rows: list[Row] = []
+    prefix = f"inspection/{tokens}_tokens"
     for layer in result["layers"]:
         for kind in ("token", "distribution"):
             if layer[kind] is not None:
                 excess = layer[kind]["nats"] - layer[kind]["null_mean"]
-                rows.append((f"inspection/{kind}_information/L{layer['layer']}", excess, step))
+                rows.append((f"{prefix}/{kind}_information/L{layer['layer']}", excess, step))
     for name, losses in result["shuffled"].items():
         cost = losses["shuffled_nats_per_token"] - losses["nats_per_token"]
-        rows.append((f"inspection/{name}/cost_of_shuffling", cost, step))
+        rows.append((f"{prefix}/{name}/cost_of_shuffling", cost, step))
     return rows
 
 

@@ -8,17 +8,17 @@ from rich.console import Console
 from rich.table import Table
 
 from lifelong_moe.clustering.bundles import unigram_divergence
-from lifelong_moe.methods.advice import growth_advice
+from lifelong_moe.methods.advice import growth_advice, nothing_to_hold
 from lifelong_moe.model.cost import count_parameters
 from lifelong_moe.stages.keys import SHORT
 from lifelong_moe.stages.runs import RunRecord
 from lifelong_moe.stages.store import StageStore
+from lifelong_moe.training.disk import disk_need
 from pipelines import render
 from pipelines.workspace import ROOT, Prepared, prepare
 
 COMPARED_TOKENS = 200_000
 """Tokens of each distribution whose frequencies are compared."""
-BYTES = {"32-true": 4, "bf16-mixed": 4, "bf16-true": 2}
 
 
 def plan(config_path: str, overrides: list[str], console: Console) -> dict[str, Any]:
@@ -31,6 +31,9 @@ def plan(config_path: str, overrides: list[str], console: Console) -> dict[str, 
     speed = [s.metrics["tokens_per_second"] for p in prepared.plan if (s := store.find(p.key))]
     render.data_table(console, prepared)
     _print(console, rows, speed)
+    warnings = nothing_to_hold(prepared.config)
+    for sentence in warnings:
+        console.print(f"[yellow]{sentence}[/yellow]", highlight=False)
     advice = growth_advice(prepared.plan, _divergence(prepared))
     for sentence in advice:
         console.print(f"· {sentence}", highlight=False)
@@ -38,7 +41,13 @@ def plan(config_path: str, overrides: list[str], console: Console) -> dict[str, 
         console.print(
             f"[yellow]run={head['run']} exists with other stages; running needs run=NAME or --replace.[/yellow]"
         )
-    return {"run": prepared.config.run, "method": prepared.config.method.value, "stages": rows, "advice": advice}
+    return {
+        "run": prepared.config.run,
+        "method": prepared.config.method.value,
+        "stages": rows,
+        "warnings": warnings,
+        "advice": advice,
+    }
 
 
 def _divergence(prepared: Prepared) -> dict[str, dict[str, float]]:
@@ -72,8 +81,7 @@ def _row(i: int, prepared: Prepared, store: StageStore) -> dict[str, Any]:
         "replay_fraction": spec.replay_fraction,
         "teacher_tokens": spec.teacher_tokens,
         "active_flops": planned.flops,
-        # The stage stores what it trains; a step checkpoint adds two moments, and two checkpoints are kept.
-        "disk_bytes": planned.trainable * BYTES[spec.precision] * 7,
+        "disk_bytes": disk_need(spec, planned.trainable, prepared.config.checkpoint).total,
     }
 
 

@@ -13,6 +13,7 @@ from lifelong_moe.methods.plan import PlannedStage, chain
 from lifelong_moe.model.architecture import Architecture
 from lifelong_moe.stages.runs import RunRecord
 from lifelong_moe.stages.store import CommittedStage
+from lifelong_moe.tracking.store import local_id
 from lifelong_moe.tracking.tracker import Tracker
 from lifelong_moe.training.logger import Row
 from pipelines import render
@@ -45,6 +46,7 @@ class MlflowRecord:
         self.ids: dict[str, Any] = head["mlflow"]
         self.ids |= {"run": None, "stages": {}, "logged": {}} | self.ids
         self._open: str | None = None
+        self._told = tracker.problem  # by whoever connected
         complete = self.ids.get("content") == content
         self.active = tracker.active and not (complete and tracker.run_exists(self.ids["run"]))
         if self.active:
@@ -56,7 +58,8 @@ class MlflowRecord:
         params |= {f"routing.{key}": getattr(config.routing, key) for key in ("mode", "level", "top_k")}
         params.pop("run", None)
         tags = {"lifelong.run": config.run, "lifelong.kind": "run", "lifelong.method": config.method.value}
-        known = self.ids["run"]
+        known = self.ids["run"] = self.ids["run"] or local_id()
+        self.record.set_head(self.head)  # beforehand: whoever kills us now, the run is found again
         run_id = self.tracker.start_run(config.run, run_id=known, parent_id=parent_run, params=params, tags=tags)
         if run_id is None:
             return
@@ -101,9 +104,9 @@ class MlflowRecord:
             "trunk": spec.trunk.train.value if spec.trunk else "full",
         }
         name = f"{self.prepared.config.run} · {planned.depth} {spec.name}"
-        run_id = self.tracker.start_run(
-            name, run_id=self.ids["stages"].get(planned.key), parent_id=self.ids["run"], params=params, tags=tags
-        )
+        known = self.ids["stages"].setdefault(planned.key, local_id())
+        self.record.set_head(self.head)
+        run_id = self.tracker.start_run(name, run_id=known, parent_id=self.ids["run"], params=params, tags=tags)
         if run_id is None:
             return None
         self.ids["stages"][planned.key] = self._open = run_id
@@ -123,7 +126,7 @@ class MlflowRecord:
         """Summaries on the parent and the child, figures so far, and the stage's registered version."""
         if not self.active:
             return
-        if planned.key not in self.ids["stages"]:
+        if self._open is None:
             self.stage_begins(planned)
         run_id = self.ids["stages"].get(planned.key)
         logged = self.ids["logged"].setdefault(planned.key, {})
@@ -154,7 +157,7 @@ class MlflowRecord:
         """A model beside the run's chain: its own distribution's loss, on the parent and on a child of its own."""
         if not self.active:
             return
-        if planned.key not in self.ids["stages"]:
+        if self._open is None:
             self.stage_begins(planned)
         run_id, data = self.ids["stages"].get(planned.key), planned.spec.data
         logged = self.ids["logged"].setdefault(planned.key, {})
@@ -197,9 +200,9 @@ class MlflowRecord:
             self.tracker.finish(self.ids["run"])
             self.ids["content"] = self.content if self.tracker.active else None
             self.record.set_head(self.head)
-        if self.tracker.active:
-            console.print(f"MLflow: {self.tracker.ui_url([self.ids['run']])}  (start it with: lifelong-moe ui)")
-        elif self.tracker.problem and self.active:  # else it was said at the start
+        if self.ids["run"] and (link := self.tracker.ui_url([self.ids["run"]])):
+            console.print(f"MLflow: {link}  (start it with: lifelong-moe ui)")
+        elif self.tracker.problem != self._told:
             console.print(f"[yellow]{self.tracker.problem}[/yellow]")
 
     def interrupted(self) -> None:

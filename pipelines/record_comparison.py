@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -25,6 +25,8 @@ from lifelong_moe.stages.atomic import remove_temporary, replace_file
 from lifelong_moe.stages.keys import content_key
 from lifelong_moe.stages.lock import locked
 from lifelong_moe.stages.runs import RunRecord
+from lifelong_moe.tracking.connection import without_credentials
+from lifelong_moe.tracking.store import local_id
 from lifelong_moe.tracking.tracker import Tracker
 from pipelines import render_comparison
 from pipelines.comparison_jobs import Job
@@ -48,6 +50,9 @@ class ComparisonRecord:
         self.path = ROOT / "comparisons" / comparison.settings.compare
         with self._head() as head:
             remove_temporary(self.path)
+            if self.tracker.active and head["mlflow"]["run"] is None:
+                head["mlflow"]["run"] = local_id()
+        with self._head() as head:  # anew, for it was written: whoever kills us now, the run is found again
             self.parent = head["mlflow"]["run"] = self._start(head["mlflow"]["run"])
 
     @contextmanager
@@ -77,7 +82,7 @@ class ComparisonRecord:
             "budget": settings.budget,
             "seeds": settings.seeds,
             "reference": self.comparison.reference,
-            "arms": {arm.name: " ".join(arm.overrides) for arm in self.comparison.arms},
+            "arms": {arm.name: " ".join(_shown(arm.overrides)) for arm in self.comparison.arms},
         }
         tags = {"lifelong.kind": "comparison", "lifelong.comparison": settings.compare}
         return self.tracker.start_run(settings.compare, run_id=known, params=params, tags=tags) or known
@@ -112,7 +117,7 @@ class ComparisonRecord:
             failed = {seed: head["failed"][job.run] for seed, job in jobs.items() if job.run in head["failed"]}
             method = next(iter(jobs.values())).prepared.config.method.value
             names = {seed: job.run for seed, job in jobs.items()}
-            arms.append(ArmResult(arm.name, method, arm.overrides, names, reports, failed))
+            arms.append(ArmResult(arm.name, method, _shown(arm.overrides), names, reports, failed))
         compared = build_comparison(
             arms, reference=self.comparison.reference, unrestrained=settings.unrestrained, joint=settings.joint
         )
@@ -121,7 +126,7 @@ class ComparisonRecord:
             "compare": settings.compare,
             "budget": settings.budget.value,
             "base": str(self.comparison.base),
-            "overrides": list(self.comparison.common),
+            "overrides": list(_shown(self.comparison.common)),
             "seeds": settings.seeds,
             **compared,
         }
@@ -158,10 +163,15 @@ class ComparisonRecord:
         """Close the parent run and say where everything is."""
         self.tracker.finish(self.parent, status)
         console.print(f"Comparison: {self.path / 'comparison.md'}, comparison.json and figures/", highlight=False)
-        if self.tracker.active and self.parent:
-            heads = [RunRecord(ROOT, job.run).head() for job in self.jobs]
-            ids = [head["mlflow"]["run"] for head in heads if head and head["mlflow"].get("run")]
-            console.print(f"MLflow: {self.tracker.ui_url(ids or [self.parent])}  (start it with: lifelong-moe ui)")
+        heads = [RunRecord(ROOT, job.run).head() for job in self.jobs]
+        ids = [head["mlflow"]["run"] for head in heads if head and head["mlflow"].get("run")]
+        if self.parent and (link := self.tracker.ui_url(ids or [self.parent])):
+            console.print(f"MLflow: {link}  (start it with: lifelong-moe ui)")
             console.print("Unfold the comparison there (the + before its name), and its arms are in the charts.")
         elif self.tracker.problem:
             console.print(f"[yellow]{self.tracker.problem}[/yellow]")
+
+
+def _shown(overrides: Sequence[str]) -> tuple[str, ...]:
+    """Overrides that may be kept: one of them may be a tracking URI."""
+    return tuple(map(without_credentials, overrides))

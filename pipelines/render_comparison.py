@@ -28,6 +28,7 @@ COMPARED = ("forgetting_max", "plasticity_gap", "oracle_gap", "final_mean_bits_p
 EXPLANATION = (
     "Forgetting and gaps are relative rises of perplexity, positive is worse: forgetting against right after learning, "
     "the plasticity gap against an unrestrained run with the same seed, the oracle gap against a joint run. "
+    "Tokens and FLOPs are those of an arm's stages; models from scratch beside them are counted apart. "
     "Means over seeds ± 95 % t-interval (none for one seed); – is not known."
 )
 
@@ -62,6 +63,9 @@ def grids(comparison: Mapping[str, Any]) -> list[Grid]:
         ),
         Grid("Router leak", ("arm", *names), [_by_name(arm, "leak", names, "{:.1%}") for arm in arms]),
     ]
+    if beside := [arm for arm in arms if (arm["summary"].get("scratch_tokens") or {"mean": 0})["mean"]]:
+        header = ("arm", "tokens", "active FLOPs")
+        found.insert(2, Grid("Cost of models from scratch, beside the arm's stages", header, [*map(_beside, beside)]))
     if compared:
         title = (
             f"Differences to {reference} with the same seeds (in points where %; p of the paired t-test, not corrected)"
@@ -110,6 +114,14 @@ def absent(comparison: Mapping[str, Any]) -> list[str]:
         for run in arm["runs"]
         if run["status"] != "committed"
     ]
+    measured = {arm["name"]: set(run["final_bits_per_byte"]) for arm in comparison["arms"] for run in arm["runs"]
+                if run["status"] == "committed"}  # fmt: skip
+    for name, found in measured.items():
+        if found != measured.get(comparison["reference"], found):
+            lines.append(
+                f"{name} was measured on other distributions than {comparison['reference']}: its means are over those, "
+                f"so no difference between them is taken"
+            )
     for role, gap in (("unrestrained", "plasticity"), ("joint", "oracle")):
         if comparison[role] is None:
             lines.append(f"no {role} arm, hence no {gap} gap")
@@ -138,6 +150,11 @@ def _cost(arm: Arm) -> list[str]:
         f"{mean['epochs_max']:.2f}",
         f"{mean['seconds']:.0f}",
     ]
+
+
+def _beside(arm: Arm) -> list[str]:
+    forms = {"tokens": "{:,.0f}", "active_flops": "{:.3e}"}
+    return [arm["name"], *(_value(arm["summary"][f"scratch_{key}"], form, 1) for key, form in forms.items())]
 
 
 def _difference(arm: Arm) -> list[str]:

@@ -13,6 +13,7 @@ from rich.console import Console
 from lifelong_moe.data.prepare import PreparedData
 from lifelong_moe.errors import ConfigError, TryAgainError
 from lifelong_moe.evaluation.report import build_report
+from lifelong_moe.methods.advice import nothing_to_hold
 from lifelong_moe.methods.plan import PlannedStage, chain
 from lifelong_moe.model.architecture import Architecture
 from lifelong_moe.stages.keys import SHORT, content_key
@@ -20,6 +21,7 @@ from lifelong_moe.stages.lock import locked
 from lifelong_moe.stages.runs import EvaluationStore, RunRecord
 from lifelong_moe.stages.store import CommittedStage, StageStore
 from lifelong_moe.tracking.tracker import Tracker
+from lifelong_moe.training.disk import disk_need, require_space, run_need, used_space
 from lifelong_moe.training.interrupt import Interrupt, handling_sigterm
 from lifelong_moe.training.phase import StageEnvironment, build_trainer
 from lifelong_moe.training.stage import clear_abandoned, initial_model, load_model, train_stage
@@ -53,16 +55,18 @@ def run(
     Raises:
         ConfigError: If the configuration is wrong, or the run's name belongs to another configuration.
         TryAgainError: If another process works on this run, or SIGTERM came.
+        ResourceError: If disk or memory does not suffice.
     """
     with handling_sigterm() as interrupt:
         with console.status("reading and tokenizing the distributions"):
             prepared = prepare(config_path, overrides, memory)
         build_trainer(prepared.config.trainer, 1, [], None)  # what this machine cannot do is said before anything else
-        record = RunRecord(ROOT, prepared.config.run)
+        record, store = RunRecord(ROOT, prepared.config.run), StageStore(ROOT)
+        _check_disk([planned for planned in prepared.plan if store.find(planned.key) is None], prepared)
         with locked(record.lock_path, f"run {record.run}"):
             record.clean()
             head = _open_head(record, prepared, replace)
-            report, trained = _run_stages(prepared, record, head, interrupt, console, parent_run)
+            report, trained = _run_stages(prepared, store, record, head, interrupt, console, parent_run)
     render.report(console, [report])
     if not trained:
         console.print(f"Nothing to train: all {len(prepared.plan)} stages of {record.run} are committed.")
@@ -71,6 +75,7 @@ def run(
 
 def _run_stages(
     prepared: Prepared,
+    store: StageStore,
     record: RunRecord,
     head: dict[str, Any],
     interrupt: Interrupt,
@@ -79,9 +84,10 @@ def _run_stages(
 ) -> tuple[dict[str, Any], int]:
     """Restore or train, evaluate, record: stage after stage. Returns the report and how many stages were trained."""
     config, data = prepared.config, prepared.data
-    store = StageStore(ROOT)
     store.clean()
     render.data_table(console, prepared)
+    for sentence in nothing_to_hold(config):
+        console.print(f"[yellow]{sentence}[/yellow]", highlight=False)
     tracker = Tracker.connect(config.tracking, ROOT)
     if tracker.problem:
         console.print(f"[yellow]{tracker.problem}[/yellow]")
@@ -102,6 +108,7 @@ def _run_stages(
             stage = store.find(planned.key)
             shared = stage is not None and planned.key not in head["trained"]
             if stage is None:
+                _check_disk([planned], prepared)
                 with _claimed(planned.key, head, record, interrupt):
                     stage = _train(planned, committed, prepared, mlflow, store, interrupt, console)
                 trained += 1
@@ -135,6 +142,14 @@ def _run_stages(
         mlflow.interrupted()
         raise
     return report, trained
+
+
+def _check_disk(planned: list[PlannedStage], prepared: Prepared) -> None:
+    """Refuse to train stages for which the disk has no room; what they have written already is theirs to use."""
+    needs = [disk_need(stage.spec, stage.trainable, prepared.config.checkpoint) for stage in planned]
+    written = sum(used_space(ROOT / "work" / stage.key[:SHORT]) for stage in planned)
+    what = f"stage {planned[0].spec.name}" if len(planned) == 1 else f"run={prepared.config.run}"
+    require_space(ROOT, run_need(needs) - written, what)
 
 
 @contextmanager
@@ -196,7 +211,8 @@ def stage_births(stage: CommittedStage, plan: list[PlannedStage]) -> list[list[i
 def _scratch_row(planned: PlannedStage, measured: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """What the report says of a distribution learned from scratch."""
     own = measured[planned.spec.data]
-    return {key: own[key] for key in ("nats_per_token", "bits_per_byte")} | {"tokens": planned.tokens}
+    cost = {"tokens": planned.tokens, "active_flops": planned.flops}
+    return {key: own[key] for key in ("nats_per_token", "bits_per_byte")} | cost
 
 
 def _stage_row(planned: PlannedStage, stage: CommittedStage, shared: bool) -> dict[str, Any]:
@@ -226,11 +242,13 @@ def _stage_row(planned: PlannedStage, stage: CommittedStage, shared: bool) -> di
 def _open_head(record: RunRecord, prepared: Prepared, replace: bool) -> dict[str, Any]:
     """Begin or continue a run; a name whose stages would change is refused."""
     keys, names = [p.key for p in prepared.plan], [p.spec.name for p in prepared.plan]
+    corpora = prepared.data.corpora
+    data = {name: corpora[name].train_hash for planned in prepared.plan for name in planned.spec.uses}
     head = record.head()
     if head is not None and not replace:
         known = min(len(keys), len(head["plan"]))
         if head["plan"][:known] != keys[:known]:
-            raise ConfigError(_changed(record.run, head, names, keys))
+            raise ConfigError(_changed(record.run, head, names, keys, data))
     if head is None or replace:
         trained = head["trained"] if head else []
         head = {"run": record.run, "stages": [], "trained": trained, "mlflow": {}}
@@ -240,6 +258,7 @@ def _open_head(record: RunRecord, prepared: Prepared, replace: bool) -> dict[str
         "config": prepared.raw,
         "plan": keys,
         "names": names,
+        "data": data,
         "stages": [key for key in head["stages"] if key in keys],
         "tokenizer": prepared.data.tokenizer.hash,
     }
@@ -247,7 +266,16 @@ def _open_head(record: RunRecord, prepared: Prepared, replace: bool) -> dict[str
     return head
 
 
-def _changed(run: str, head: dict[str, Any], names: list[str], keys: list[str]) -> str:
+def _changed(run: str, head: dict[str, Any], names: list[str], keys: list[str], data: dict[str, str]) -> str:
+    """Which training text is another one, with both hashes; else the first stage that would be another one."""
+    before = head.get("data", {})
+    other = [name for name in data if data[name] != before.get(name, data[name])]
+    if other:
+        texts = ", ".join(f"{name} was {before[name][:SHORT]} and is {data[name][:SHORT]}" for name in other)
+        return (
+            f"run={run} exists with other training text: {texts} (SHA-256). Choose run=NAME, or --replace to let this "
+            f"name refer to the new stages."
+        )
     first = next(i for i, (old, new) in enumerate(zip(head["plan"], keys, strict=False)) if old != new)
     return (
         f"run={run} exists with another configuration or other data: stage {first} ({names[first]}) was "

@@ -1,18 +1,17 @@
-"""Where things are, and how a configuration becomes a plan. All output is under the current directory."""
+"""How a configuration becomes a plan."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from lifelong_moe.config import RunConfig, load_config
 from lifelong_moe.data.prepare import PreparedData, prepare_data
 from lifelong_moe.methods.plan import PlannedStage, check_clusters, plan_stages
 from lifelong_moe.routing.registry import build_router
+from pipelines.places import CACHE, ROOT
 
-ROOT = Path("mlruns")
-CACHE = Path("data/cache")
+__all__ = ["CACHE", "ROOT", "Prepared", "prepare", "read_data"]
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from lifelong_moe.errors import ConfigError
 
+MAX_VOCAB_SIZE = 1_000_000
 BUILTIN_SOURCES = ("english_docs", "python_code", "cpp_headers")
 
 
@@ -17,7 +18,7 @@ class SourceConfig:
     builtin: str | None = None
     """Text that every installation carries: ``english_docs``, ``python_code`` or ``cpp_headers``."""
     files: str | None = None
-    """Path or glob of ``.jsonl``, ``.txt`` or ``.parquet`` files, each also as ``.gz`` (not Parquet)."""
+    """Path or glob of ``.jsonl``, ``.txt`` or ``.parquet`` files; the first two also as ``.gz`` or ``.zst``."""
     heldout_files: str | None = None
     """Path or glob of the held-out documents; without it they are split off by ``heldout_fraction``."""
     hf: str | None = None
@@ -70,8 +71,8 @@ class TokenizerConfig:
     """A given ``tokenizer.json`` instead; ``vocab_size`` is then read from it."""
 
     def __post_init__(self) -> None:
-        if not 257 <= self.vocab_size <= 1_000_000:
+        if not 257 <= self.vocab_size <= MAX_VOCAB_SIZE:
             raise ConfigError(
                 f"tokenizer.vocab_size={self.vocab_size} must lie between 257 (256 bytes and the document separator) "
-                f"and 1,000,000."
+                f"and {MAX_VOCAB_SIZE:,}."
             )

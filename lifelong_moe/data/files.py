@@ -6,15 +6,16 @@ import glob
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from lifelong_moe.data.compression import COMPRESSED
 from lifelong_moe.data.config import SourceConfig
 from lifelong_moe.data.documents import Document
-from lifelong_moe.data.jsonl import document_from, own_unit, read_jsonl
-from lifelong_moe.data.streams import MAX_TEXT_FILE_BYTES, check_text, decode, open_bytes, require_regular
+from lifelong_moe.data.jsonl import own_unit, read_jsonl
+from lifelong_moe.data.parquet import read_parquet
+from lifelong_moe.data.streams import MAX_TEXT_FILE_BYTES, check_text, decode, open_bytes, refuse_pickled
 from lifelong_moe.errors import DataError
 
-READABLE = ".jsonl, .jsonl.gz, .txt, .txt.gz and .parquet"
-_NEVER_LOADED = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".npy", ".npz", ".joblib", ".faiss")
-_PARQUET_ROWS = 1024
+READABLE = ".jsonl and .txt (both also .gz or .zst) and .parquet"
+Reader = Callable[[Path, SourceConfig], Iterator[Document]]
 
 
 def read_documents(pattern: str, config: SourceConfig) -> list[Document]:
@@ -27,7 +28,7 @@ def read_documents(pattern: str, config: SourceConfig) -> list[Document]:
     Raises:
         DataError: Nothing matches, a file is of a kind that is not read, or ``file:line: reason``.
     """
-    readers = [(path, _reader(path)) for path in matching_files(pattern)]
+    readers = [(path, reader_of(path)) for path in matching_files(pattern)]
     documents = [document for path, reader in readers for document in reader(path, config)]
     if not documents:
         raise DataError(f"files={pattern}: there are no documents in its {len(readers)} file(s).")
@@ -40,10 +41,13 @@ def matching_files(pattern: str) -> list[Path]:
     Raises:
         DataError: Nothing matches, or only folders do.
     """
-    if Path(pattern).exists():  # also a name that holds a glob's characters
-        found = [Path(pattern)]
-    else:
-        found = sorted({Path(name) for name in glob.glob(pattern, recursive=True)})
+    try:
+        if Path(pattern).exists():  # also a name that holds a glob's characters
+            found = [Path(pattern)]
+        else:
+            found = sorted({Path(name) for name in glob.glob(pattern, recursive=True)})
+    except (OSError, ValueError) as error:  # too long a name, or one that holds NUL
+        raise DataError(f"files={pattern}: {error}.") from None
     if not found:
         raise DataError(f"files={pattern}: no such file, and nothing matches it under {Path.cwd()}.")
     files = [path for path in found if not path.is_dir()]
@@ -52,17 +56,21 @@ def matching_files(pattern: str) -> list[Path]:
     return files
 
 
-def _reader(path: Path) -> Callable[[Path, SourceConfig], Iterator[Document]]:
-    """Choose by extension, before anything is opened."""
-    name = path.name.lower()
-    if name.endswith((".jsonl", ".jsonl.gz")):
+def reader_of(path: Path) -> Reader:
+    """Choose how a file is read by its extension, before anything is opened.
+
+    Raises:
+        DataError: Its kind is unknown, or can run code when loaded.
+    """
+    packed = path.suffix.lower() in COMPRESSED
+    kind = (path.with_suffix("") if packed else path).suffix.lower()
+    if kind == ".jsonl":
         return _jsonl_documents
-    if name.endswith((".txt", ".txt.gz")):
+    if kind == ".txt":
         return _text_documents
-    if name.endswith(".parquet"):
+    if kind == ".parquet" and not packed:
         return _parquet_documents
-    if name.endswith(_NEVER_LOADED):
-        raise DataError(f"{path}: files of this kind can run code when loaded and are never read; use {READABLE}.")
+    refuse_pickled(path)
     raise DataError(f"{path}: unknown kind of file; {READABLE} are read.")
 
 
@@ -81,21 +89,4 @@ def _text_documents(path: Path, config: SourceConfig) -> Iterator[Document]:
 
 
 def _parquet_documents(path: Path, config: SourceConfig) -> Iterator[Document]:
-    """Yield a Parquet file's rows; ``file:line`` is ``file:row`` from 1."""
-    import pyarrow  # type: ignore[import-untyped]
-    from pyarrow import parquet
-
-    require_regular(path)
-    try:
-        table = parquet.ParquetFile(path)
-        names = table.schema_arrow.names
-        if config.text_field not in names:
-            raise DataError(f'{path}: there is no column "{config.text_field}"; columns: {", ".join(names[:8])}.')
-        columns = [name for name in (config.text_field, config.source_field) if name in names]
-        row_number = 0
-        for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=columns):
-            for row in batch.to_pylist():
-                row_number += 1
-                yield document_from(row, f"{path}:{row_number}", config.text_field, config.source_field)
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not a readable Parquet file: {' '.join(str(error).split())[:300]}") from error
+    return read_parquet(path, config.text_field, config.source_field)

@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lifelong_moe.data.documents import Document
 from lifelong_moe.data.storage import text_sha256
+from lifelong_moe.data.strict_json import parse_object
 from lifelong_moe.data.streams import MAX_LINE_BYTES, check_text, decode, open_bytes
 from lifelong_moe.errors import DataError
 
-_MAX_DIGITS = 1000
-"""Longer integers are quadratic to read, and no document needs one."""
-
-
 if TYPE_CHECKING:
-    from lifelong_moe.data.streams import ByteStream
-
-
-class _RefusedError(ValueError):
-    """Valid for Python's reader, but not for ours; holds the reason."""
+    from lifelong_moe.data.compression import ByteStream
 
 
 def read_jsonl(path: Path, text_field: str, source_field: str) -> Iterator[Document]:
-    """Yield the documents of a ``.jsonl`` or ``.jsonl.gz`` file, one JSON object a line.
+    """Yield the documents of a ``.jsonl`` file, also compressed, one JSON object a line.
 
     Args:
         path: The file.
@@ -39,7 +30,8 @@ def read_jsonl(path: Path, text_field: str, source_field: str) -> Iterator[Docum
     with open_bytes(path) as stream:
         for number, line in _lines(stream, path):
             where = f"{path}:{number}"
-            yield document_from(_parse(line, where), where, text_field, source_field)
+            row = parse_object(decode(line.rstrip(b"\r\n"), where), path, number)
+            yield document_from(row, where, text_field, source_field)
 
 
 def document_from(row: dict[str, Any], where: str, text_field: str, source_field: str) -> Document:
@@ -82,49 +74,3 @@ def _lines(stream: ByteStream, path: Path) -> Iterator[tuple[int, bytes]]:
                 raise DataError(f"{path}:{number}: line is empty; each line must be one JSON object.")
             return
         yield number, line
-
-
-def _parse(line: bytes, where: str) -> dict[str, Any]:
-    text = decode(line.rstrip(b"\r\n"), where)
-    try:
-        row = _DECODER.decode(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: malformed JSON at column {error.colno}: {error.msg.removesuffix(' at')}.") from error
-    except RecursionError as error:
-        raise DataError(f"{where}: JSON is nested too deeply.") from error
-    except _RefusedError as error:
-        raise DataError(f"{where}: {error}") from error
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: each line must be one JSON object; got a {type(row).__name__}.")
-    return row
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise _RefusedError(f"key {twice[:80]!a} occurs twice; the last would silently win.")
-    return row
-
-
-def _integer(digits: str) -> int:
-    if len(digits) > _MAX_DIGITS:
-        raise _RefusedError(f"integer of {len(digits)} digits; at most {_MAX_DIGITS} are read.")
-    return int(digits)
-
-
-def _number(digits: str) -> float:
-    value = float(digits)
-    if not math.isfinite(value):
-        raise _RefusedError(f"number {digits[:40]} is not finite.")
-    return value
-
-
-def _constant(name: str) -> float:
-    raise _RefusedError(f"{name} is not JSON.")
-
-
-_DECODER = json.JSONDecoder(
-    object_pairs_hook=_without_duplicates, parse_int=_integer, parse_float=_number, parse_constant=_constant
-)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lifelong_moe.data.config import SourceConfig, TokenizerConfig
 from lifelong_moe.data.documents import Corpus, normalized_hash
-from lifelong_moe.data.shards import TokenizedCorpus, tokenize_corpus
+from lifelong_moe.data.shards import TokenizedCorpus, tokenize_corpus, tokenize_documents
 from lifelong_moe.data.sources import read_corpus
-from lifelong_moe.data.tokenizer import Tokenizer, prepare_tokenizer, recipe
+from lifelong_moe.data.tokenizer import Tokenizer, recipe, trained_tokenizer
 from lifelong_moe.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
@@ -54,18 +55,16 @@ def prepare_data(
         DataError: If documents cannot be read or are too few, or a training document is held out elsewhere.
     """
     # A person's own files first: a mistake in them is then found before the cache is written.
+    given = None if tokenizer.file is None else Tokenizer.load(Path(tokenizer.file))
     order = sorted(sources, key=lambda name: sources[name].builtin is not None)
     read = {name: _read(name, sources[name], cache) for name in order}
     corpora = {name: read[name] for name in sources}
     _require_disjoint(corpora, trained)
-    made = prepare_tokenizer(tokenizer, corpora[trained[0]], cache)
+    check = partial(_require_blocks, {name: corpora[name] for name in trained}, context)
+    if given is not None:
+        check(given)
+    made = given or trained_tokenizer(tokenizer, corpora[trained[0]], cache, check)
     tokens = {name: tokenize_corpus(corpus, made, cache) for name, corpus in corpora.items()}
-    for name in trained:
-        if tokens[name].train.num_tokens <= context:
-            raise DataError(
-                f"distributions.{name}: too few tokens: {tokens[name].train.num_tokens} of training text do not fill "
-                f"one block of model.context={context}."
-            )
     _warn_if_coarse(tokens, trained[0])
     return PreparedData(made, recipe(tokenizer), tokens)
 
@@ -86,9 +85,22 @@ def _require_disjoint(corpora: Mapping[str, Corpus], trained: list[str]) -> None
         for document in corpora[name].train:
             if (other := held_out.get(normalized_hash(document.text))) is not None:
                 raise DataError(
-                    f"distributions.{name}: a training document ({document.source}) is held out in {other}; "
-                    f"remove it from one of them."
+                    f"distributions.{name}: {document.origin or document.source}: this training document is held out "
+                    f"in {other}; remove it from one of them."
                 )
+
+
+def _require_blocks(corpora: Mapping[str, Corpus], context: int, tokenizer: Tokenizer) -> None:
+    """Each corpus must fill a training block; one of so few bytes that it may not is tokenized to know."""
+    for name, corpus in corpora.items():
+        if sum(document.num_bytes for document in corpus.train) > context * tokenizer.longest_token_bytes:
+            continue
+        num_tokens = tokenize_documents(corpus.train, tokenizer).num_tokens
+        if num_tokens <= context:
+            raise DataError(
+                f"distributions.{name}: too few tokens: {num_tokens} of training text do not fill one block of "
+                f"model.context={context}."
+            )
 
 
 def _warn_if_coarse(corpora: Mapping[str, TokenizedCorpus], train_on: str) -> None:

@@ -3,76 +3,31 @@
 from __future__ import annotations
 
 import contextlib
-import gzip
-import io
 import stat
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from lifelong_moe.data.compression import COMPRESSED, unpack
 from lifelong_moe.errors import DataError
 
 MAX_LINE_BYTES = 16 << 20
 """Longest JSONL line."""
 MAX_TEXT_FILE_BYTES = 256 << 20
 """Longest ``.txt`` file; it is one document."""
-MAX_UNPACKED_BYTES = 64 << 30
-"""Most bytes that one compressed file may unpack to."""
-MAX_GZIP_RATIO = 200
-"""Highest ratio of unpacked to packed bytes; text reaches about 20. Applies beyond ``GZIP_ALLOWANCE_BYTES``."""
-GZIP_ALLOWANCE_BYTES = 64 << 20
-_CHUNK_BYTES = 1 << 20
+_NEVER_LOADED = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".npy", ".npz", ".joblib", ".faiss")
 _UTF8_BOM = b"\xef\xbb\xbf"
 
-
 if TYPE_CHECKING:
-    ByteStream = io.BufferedReader[Any]
-
-
-class BoundedGzip(io.RawIOBase):
-    """Reads a gzip file and stops where it unpacks to far more than text ever does."""
-
-    def __init__(self, path: Path, packed: IO[bytes]) -> None:
-        """Wrap ``packed``, an open file; ``path`` is for messages."""
-        self._path = path
-        self._packed = packed
-        self._stream = gzip.GzipFile(fileobj=packed, mode="rb")
-        self._unpacked = 0
-
-    def readable(self) -> bool:
-        """Return True."""
-        return True
-
-    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
-        """Fill ``buffer`` with unpacked bytes; 0 at the end.
-
-        Raises:
-            DataError: Truncated, damaged, or unpacking beyond the limits.
-        """
-        try:
-            data = self._stream.read1(len(buffer))
-        except EOFError as error:
-            raise DataError(f"{self._path}: the gzip stream ends early; the file is truncated.") from error
-        except (gzip.BadGzipFile, zlib.error) as error:
-            raise DataError(f"{self._path}: not a valid gzip file: {error}.") from error
-        buffer[: len(data)] = data
-        self._unpacked += len(data)
-        if self._unpacked > GZIP_ALLOWANCE_BYTES and self._unpacked > MAX_GZIP_RATIO * self._packed.tell():
-            raise DataError(
-                f"{self._path}: unpacks to more than {MAX_GZIP_RATIO} times its size, which no text does; refused."
-            )
-        if self._unpacked > MAX_UNPACKED_BYTES:
-            raise DataError(f"{self._path}: unpacks to more than {MAX_UNPACKED_BYTES} bytes; split it.")
-        return len(data)
+    from lifelong_moe.data.compression import ByteStream
 
 
 @contextlib.contextmanager
 def open_bytes(path: Path) -> Iterator[ByteStream]:
-    """Open a regular file for reading, unpacking ``.gz``; a leading UTF-8 byte order mark is passed over.
+    """Open a regular file for reading, unpacking ``.gz`` and ``.zst``; a leading UTF-8 byte order mark is passed over.
 
     Raises:
-        DataError: Not a regular file, unreadable, UTF-16, or a gzip file that is damaged or unpacks beyond the limits.
+        DataError: Not a regular file, unreadable, UTF-16, or compressed but damaged or unpacking beyond the limits.
     """
     require_regular(path)
     try:
@@ -80,11 +35,7 @@ def open_bytes(path: Path) -> Iterator[ByteStream]:
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}.") from error
     with raw:
-        if path.suffix == ".gz":
-            _refuse_bomb(path, raw)
-            stream: ByteStream = io.BufferedReader(BoundedGzip(path, raw), _CHUNK_BYTES)
-        else:
-            stream = raw
+        stream: ByteStream = unpack(path, raw) if path.suffix.lower() in COMPRESSED else raw
         head = stream.peek(4)[:4]
         if head.startswith((b"\xff\xfe", b"\xfe\xff")) or head[:1] == b"\0" or head[1:2] == b"\0":
             raise DataError(f"{path}:1: this is UTF-16 or binary, not UTF-8; iconv -f UTF-16 -t UTF-8 converts it.")
@@ -108,13 +59,14 @@ def require_regular(path: Path) -> None:
         raise DataError(f"{path}: is {kind}, not a regular file.")
 
 
-def _refuse_bomb(path: Path, raw: IO[bytes]) -> None:
-    """Unpack up to the allowance once, unparsed: a bomb of short lines would else take long to reach it."""
-    with io.BufferedReader(BoundedGzip(path, raw), _CHUNK_BYTES) as stream:
-        unpacked = 0
-        while unpacked <= GZIP_ALLOWANCE_BYTES and (chunk := stream.read(_CHUNK_BYTES)):
-            unpacked += len(chunk)
-    raw.seek(0)
+def refuse_pickled(path: Path) -> None:
+    """Refuse a file by its name if its kind is usually unpickled: it is never opened.
+
+    Raises:
+        DataError: It is of such a kind.
+    """
+    if path.suffix.lower() in _NEVER_LOADED:
+        raise DataError(f"{path}: files of this kind can run code when loaded and are never read.")
 
 
 def decode(data: bytes, where: str, offset: int = 0) -> str:

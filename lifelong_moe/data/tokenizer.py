@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lifelong_moe.data.config import TokenizerConfig
+from lifelong_moe.data.config import MAX_VOCAB_SIZE, TokenizerConfig
 from lifelong_moe.data.documents import Corpus
 from lifelong_moe.data.storage import canonical_json, text_sha256, write_atomic
-from lifelong_moe.errors import ConfigError
+from lifelong_moe.data.streams import MAX_TEXT_FILE_BYTES, decode, open_bytes, refuse_pickled
+from lifelong_moe.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     import tokenizers
@@ -49,7 +50,11 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
-        self._vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        vocabulary = backend.get_vocab(with_added_tokens=True)
+        self._vocab_size = max(vocabulary.values()) + 1
+        self._longest_token_bytes = max(len(token.encode("utf-8")) for token in vocabulary)
+        if self._vocab_size > MAX_VOCAB_SIZE:
+            raise ConfigError(f"tokenizer: token ids reach {self._vocab_size - 1}; at most {MAX_VOCAB_SIZE:,} entries.")
         self._bos_id = self._find_bos()
 
     def _find_bos(self) -> int:
@@ -70,6 +75,11 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Largest token id + 1, special tokens included."""
         return self._vocab_size
+
+    @property
+    def longest_token_bytes(self) -> int:
+        """No token stands for more UTF-8 bytes of text."""
+        return self._longest_token_bytes
 
     @property
     def bos_id(self) -> int:
@@ -115,9 +125,9 @@ class Tokenizer:
             ConfigError: The file is missing, is no tokenizer, loses text, or has no token that can begin a document.
         """
         try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"tokenizer.file={path} cannot be read: {error}.") from error
+            text = _read_text(Path(path))
+        except DataError as error:
+            raise ConfigError(f"tokenizer.file={error}") from error
         try:
             tokenizer = cls.from_text(text)
         except ConfigError as error:
@@ -147,6 +157,16 @@ class Tokenizer:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (Tokenizer.from_text, (self._text,))
+
+
+def _read_text(path: Path) -> str:
+    """Read a text file of bounded size; a DataError says what else it is."""
+    refuse_pickled(path)
+    with open_bytes(path) as stream:
+        data = stream.read(MAX_TEXT_FILE_BYTES + 1)
+    if len(data) > MAX_TEXT_FILE_BYTES:
+        raise DataError(f"{path}: over {MAX_TEXT_FILE_BYTES >> 20} MiB; no tokenizer is as large.")
+    return decode(data, str(path))
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -182,29 +202,33 @@ def recipe(config: TokenizerConfig) -> dict[str, str | int]:
     return {"kind": "byte_level_bpe", "vocab_size": config.vocab_size, "version": RECIPE_VERSION}
 
 
-def prepare_tokenizer(config: TokenizerConfig, corpus: Corpus, cache: Path) -> Tokenizer:
-    """Load the given tokenizer, or train one on ``corpus.train``, once per recipe and training text.
+def trained_tokenizer(
+    config: TokenizerConfig, corpus: Corpus, cache: Path, check: Callable[[Tokenizer], None] = lambda _: None
+) -> Tokenizer:
+    """Train a tokenizer on ``corpus.train``, once per recipe and training text.
 
     Args:
-        config: Recipe, or ``file``.
+        config: Recipe.
         corpus: The first stage's documents; the held-out ones are not looked at.
         cache: ``cache/tokenizers/<key>.json`` holds what was trained. A damaged file is trained again.
-
-    Raises:
-        ConfigError: ``config.file`` is not usable.
+        check: Raises if the tokenizer does not do; called before anything is written.
     """
-    if config.file is not None:
-        return Tokenizer.load(Path(config.file))
     key = text_sha256(canonical_json({"recipe": recipe(config), "train_hash": corpus.train_hash}))[:_KEY_LENGTH]
     path = cache / "tokenizers" / f"{key}.json"
-    proof = path.with_suffix(".sha256")
+    found = _cached(path)
+    tokenizer = found or train_tokenizer((document.text for document in corpus.train), config.vocab_size)
+    check(tokenizer)
+    if found is None:
+        tokenizer.save(path)
+        write_atomic(path.with_suffix(".sha256"), tokenizer.hash.encode("ascii"))
+    return tokenizer
+
+
+def _cached(path: Path) -> Tokenizer | None:
     try:
         text = path.read_text(encoding="utf-8")
-        if proof.read_text(encoding="ascii") == text_sha256(text):
+        if path.with_suffix(".sha256").read_text(encoding="ascii") == text_sha256(text):
             return Tokenizer.from_text(text)
     except (FileNotFoundError, UnicodeDecodeError):
         pass
-    tokenizer = train_tokenizer((document.text for document in corpus.train), config.vocab_size)
-    tokenizer.save(path)
-    write_atomic(proof, tokenizer.hash.encode("ascii"))
-    return tokenizer
+    return None

@@ -25,7 +25,8 @@ Keys of ``comparison.json`` (schema 1). What cannot be known, because a run or a
                        ({distribution: bits per byte after each stage})
 over seeds             {``mean``, ``low``, ``high``, ``n``}: mean and 95 % t-interval; the interval is null for n = 1
 differences            the same of the paired differences, and ``p`` of the paired t-test; null for fewer than two
-                       common seeds. Many arms make many tests: p is not corrected for that
+                       common seeds, where seeds count in which both arms' number is one over the same
+                       distributions. Many arms make many tests: p is not corrected for that
 =====================  ========================================================================================
 
 ``numbers`` of a run. A gap is a relative rise of perplexity, ``exp(nats per token) − 1``; positive is worse:
@@ -41,8 +42,11 @@ differences            the same of the paired differences, and ``p`` of the pair
 ``final_mean_nats``             mean over distributions of nats per token after the last stage
 ``final_mean_bits_per_byte``    the same in bits per byte of source text
 ``leak_max``                    largest router leak of an old distribution; null with one stage
-``tokens``                      trained on, replayed ones included
-``active_flops``                of training, the teacher's included
+``tokens``                      trained on by the arm's chain of stages, replayed ones included
+``active_flops``                of training them, the teacher's included
+``scratch_tokens``              trained on by models from scratch beside the chain (method ``unrestrained``), which no
+                                other number includes
+``scratch_active_flops``        of training those
 ``parameters_total``            of the final model
 ``parameters_active``           of them, used by one token
 ``epochs_max``                  most passes over a stage's own text
@@ -63,6 +67,17 @@ from scipy.special import stdtr, stdtrit
 SCHEMA = 1
 CONFIDENCE = 0.95
 Report = Mapping[str, Any]
+OVER = {
+    "forgetting_max": "forgetting",
+    "forgetting_mean": "forgetting",
+    "plasticity_gap": "plasticity_gap",
+    "plasticity_gap_mean": "plasticity_gap",
+    "oracle_gap": "oracle_gap",
+    "final_mean_nats": "final_bits_per_byte",
+    "final_mean_bits_per_byte": "final_bits_per_byte",
+    "leak_max": "forgetting",
+}
+"""The part of a run that names the distributions which a number sums up; other numbers are of the whole run."""
 
 
 @dataclass(frozen=True)
@@ -165,6 +180,8 @@ def measure(report: Report, free: Report | None, oracle: Report | None) -> dict[
         "leak_max": max((leak[name] for name in forgetting), default=None),
         "tokens": sum(stage["tokens"] for stage in stages),
         "active_flops": sum(stage["active_flops"] for stage in stages),
+        "scratch_tokens": _total(report["from_scratch"], "tokens"),
+        "scratch_active_flops": _total(report["from_scratch"], "active_flops"),
         "parameters_total": stages[-1]["parameters_total"],
         "parameters_active": stages[-1]["parameters_active"],
         "epochs_max": max(stage["epochs"] for stage in stages),
@@ -216,6 +233,12 @@ def _relative(reduce: Any, nats: Mapping[str, float] | None) -> float | None:
     return math.expm1(reduce(nats.values())) if nats else None
 
 
+def _total(models: Mapping[str, Mapping[str, Any]], field: str) -> Any:
+    """Of all models; None if one of them, of an earlier version's report, does not say."""
+    values = [model.get(field) for model in models.values()]
+    return None if None in values else sum(values)
+
+
 def _mean(values: Any) -> float:
     return float(np.mean(list(values)))
 
@@ -259,6 +282,16 @@ def paired(values: Mapping[int, float | None], reference: Mapping[int, float | N
 
 
 def _differences(row: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
-    by_seed = [{run["seed"]: run["numbers"] for run in arm["runs"] if "numbers" in run} for arm in (row, base)]
-    keys: list[str] = list(next(iter(by_seed[0].values()), {}))
-    return {key: paired(*({seed: numbers[key] for seed, numbers in arm.items()} for arm in by_seed)) for key in keys}
+    committed = [{run["seed"]: run for run in arm["runs"] if "numbers" in run} for arm in (row, base)]
+    ours, theirs = committed
+    keys: list[str] = list(next(iter(ours.values()))["numbers"]) if ours else []
+    found = {}
+    for key in keys:
+        same = [seed for seed in ours if seed in theirs and _over(key, ours[seed]) == _over(key, theirs[seed])]
+        found[key] = paired(*({seed: runs[seed]["numbers"][key] for seed in same} for runs in committed))
+    return found
+
+
+def _over(key: str, run: Mapping[str, Any]) -> set[str]:
+    """Distributions that a number of a run sums up."""
+    return set(run[OVER[key]] or ()) if key in OVER else set()

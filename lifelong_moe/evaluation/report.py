@@ -15,8 +15,8 @@ Keys of ``report.json`` (schema 2); matrices have a row after each stage and a c
 ``backward_transfer``        mean over earlier distributions of R[j, j] − R[last, j]; null with one stage
 ``forward_transfer``         mean over later distributions of R_init[j] − R[j−1, j]; null with one stage
 ``bytes_per_token``          {distribution: bytes of text a token}, held-out text
-``from_scratch``             {distribution: {``nats_per_token``, ``bits_per_byte``, ``tokens``}} of models that
-                             learned nothing else, at the same tokens; empty but for ``unrestrained``
+``from_scratch``             {distribution: {``nats_per_token``, ``bits_per_byte``, ``tokens``, ``active_flops``}} of
+                             models that learned nothing else, at the same tokens; empty but for ``unrestrained``
 ``stages``                   a list, one object a stage: ``name``, ``data``, ``learns`` (every distribution it was
                              there to learn: ``[data]``, or all of a joint run), ``key``, ``routing``,
                              ``experts_per_layer``, ``parameters_total``, ``parameters_active``,

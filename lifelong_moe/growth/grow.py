@@ -46,13 +46,14 @@ def grow(
         model.freeze_generations()
     model.add_generation(generation)
     model.architecture = model.architecture.grown(generation, config.freezes)
-    generator = torch.Generator().manual_seed(seed)
+    routing, generator = model.architecture.routing, torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for i, (layer, seen) in enumerate(zip(model.moe_layers(), observations, strict=True)):
             num = generation.experts_in(i)
             if num == 0:
                 continue
-            copied = _newest(layer, num) if model.architecture.routing.has_bundles else most_used(seen.counts_E, num)
+            counts_E = of_newest_bundle(layer, seen.counts_E) if routing.has_bundles else seen.counts_E
+            copied = most_used(counts_E, num)
             _begin_experts(layer, copied, config, model.architecture.model, generator)
             if layer.router.row_generations():
                 layer.router.set_rows(_new_rows(layer, seen, copied, config, generator, seed))
@@ -74,17 +75,22 @@ def _begin_deltas(model: LanguageModel, generator: torch.Generator) -> None:
                 initialize_delta(f".{name}", parameter, generator)
 
 
-def _newest(layer: MoELayer, num: int) -> list[int]:
-    """Experts of the generation before the new one, repeated in order if too few: what the newest bundle learned."""
+def of_newest_bundle(layer: MoELayer, counts_E: Tensor) -> Tensor:
+    """Counts of the bundle before the new one; -1 for all other experts, which are not to be copied."""
     *_, before, _ = layer.router.generations
-    first = layer.router.num_experts - num - before
-    return [first + i % before for i in range(num)]
+    counts_E = counts_E.clone()
+    counts_E[: len(counts_E) - before] = -1
+    return counts_E
 
 
 def most_used(counts_E: Tensor, num: int) -> list[int]:
-    """The ``num`` experts with the largest counts, ties to the lower index; repeated in order if too few."""
-    order = torch.argsort(counts_E, descending=True, stable=True).tolist()
-    return [order[i % len(order)] for i in range(num)]
+    """The ``num`` experts with the largest counts, ties to the lower index; repeated in order if too few.
+
+    Those with a negative count are left out.
+    """
+    order = torch.argsort(counts_E, descending=True, stable=True)
+    candidates: list[int] = order[counts_E[order] >= 0].tolist()
+    return [candidates[i % len(candidates)] for i in range(num)]
 
 
 def check_noop(model: LanguageModel, sample: Mapping[str, Tensor], before: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""When to grow, and how, from a plan and its data. Pure.
+"""When to grow, and how, from a plan and its data; and what a configuration asks for in vain. Pure.
 
 The rules are what docs/results.md found on models of 0.2 to 2.3 million parameters: a reading of few measurements, and
 no law. Two quantities decide:
@@ -12,8 +12,12 @@ no law. Two quantities decide:
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
+from lifelong_moe.config import Method, RunConfig, StageConfig
+from lifelong_moe.methods.graph import RECIPES, Recipe, earlier_distributions
 from lifelong_moe.methods.plan import PlannedStage, chain
+from lifelong_moe.retention.config import DistillText, PenaltyKind
 
 FEW_TOKENS, MANY_TOKENS = 1.0, 10.0
 """Tokens per parameter: capacity did not bind at 0.35 and did at 14; between these bounds nothing was measured."""
@@ -38,6 +42,42 @@ def growth_advice(planned: list[PlannedStage], divergence: Mapping[str, Mapping[
     return [_capacity(ratio)] + [
         _shift(stage, divergence[stage.spec.data]) for stage in stages[1:] if divergence.get(stage.spec.data)
     ]
+
+
+def nothing_to_hold(config: RunConfig) -> list[str]:
+    """Sentences on stages that ask to hold on to earlier text where there is none but their own distribution's.
+
+    Args:
+        config: The run; only what its method takes of a stage counts as asked for.
+
+    Returns:
+        One sentence a stage, from the second on; mostly none.
+    """
+    if config.method == Method.joint:
+        return []
+    recipe, found = RECIPES[config.method], []
+    for i, stage in enumerate(config.stages[1:], start=1):
+        if (asked := _asked(recipe, stage)) and not earlier_distributions(config, i):
+            found.append(
+                f"stages[{i}] ({stage.name}): {', '.join(asked)}: off, because no earlier stage learned anything but "
+                f"{stage.data}."
+            )
+    return found
+
+
+def _asked(recipe: Recipe, stage: StageConfig) -> list[str]:
+    """What a stage wants that needs the text of other distributions."""
+    replays = recipe.replay and stage.replay.fraction > 0
+    on_replay = (recipe.distill_text or stage.distill.text) == DistillText.replay
+    ewc = (recipe.penalty_kind or stage.penalty.kind) == PenaltyKind.ewc
+    factor = replace(stage.penalty, kind=PenaltyKind.ewc).factor
+    wanted = {
+        "replay": replays,
+        "distillation on replayed text": replays and recipe.distill and on_replay and stage.distill.weight > 0,
+        "EWC": recipe.penalty and ewc and factor > 0,
+        "review": recipe.review and stage.review.fraction > 0,
+    }
+    return [name for name, asked in wanted.items() if asked]
 
 
 def _capacity(ratio: float) -> str:

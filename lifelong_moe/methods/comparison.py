@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -165,11 +165,52 @@ def _check(comparison: Comparison) -> None:
             require_known(name, names, role)
     if not comparison.base.is_file():
         load_config(comparison.base)  # says so, and what may be meant
+    configs = {}
     for arm in comparison.arms:
         try:
-            load_config(comparison.base, comparison.overrides(arm, settings.seeds[0]))
+            configs[arm.name], _ = load_config(comparison.base, comparison.overrides(arm, settings.seeds[0]))
         except ConfigError as error:
             raise ConfigError(f"arm {arm.name}: {error}") from None
+    require_equal_measures({name: measures(configs[name]) for name in [comparison.reference, *configs]})
+
+
+def measures(config: RunConfig) -> dict[str, Any]:
+    """What the configuration says of how losses per token are measured, by key: tokens, held-out text, context."""
+    tokenizer, file = config.tokenizer, config.tokenizer.file
+    found: dict[str, Any] = {
+        "tokenizer.file": file,
+        "tokenizer.vocab_size": tokenizer.vocab_size if file is None else None,
+        "tokenizer.train_on": config.stages[0].data if file is None else None,
+        "model.context": config.model.context,
+        "evaluate.tokens": config.evaluate.tokens,
+    }
+    for name in config.evaluated:
+        source, path = config.distributions[name], f"distributions.{name}"
+        found[f"{path}.heldout_files"] = source.heldout_files
+        found[f"{path}.heldout_fraction"] = source.heldout_fraction if source.heldout_files is None else None
+    return found
+
+
+def require_equal_measures(arms: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse arms whose losses per token do not compare.
+
+    Args:
+        arms: For each arm, the one to be named as right first, what it is measured by; a key that only some have is
+            compared among those.
+
+    Raises:
+        ConfigError: Naming the arm and the key.
+    """
+    first: dict[str, tuple[str, Any]] = {}
+    for arm, found in arms.items():
+        for key, value in found.items():
+            other, expected = first.setdefault(key, (arm, value))
+            if value != expected:
+                shown, wanted = ("null" if one is None else one for one in (value, expected))
+                raise ConfigError(
+                    f"arm {arm}: {key}={shown}, but {wanted} in arm {other}; their losses per token would not compare. "
+                    f"Make it the same in all arms."
+                )
 
 
 def _arms(name: str, entry: Any) -> list[Arm]:

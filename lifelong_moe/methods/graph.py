@@ -32,7 +32,7 @@ from dataclasses import dataclass, replace
 from math import gcd
 from typing import Any
 
-from lifelong_moe.config import Method, RunConfig, StageConfig
+from lifelong_moe.config import SCRATCH, Method, RunConfig, StageConfig
 from lifelong_moe.retention.config import DistillText, PenaltyKind, ReplaySource
 from lifelong_moe.training.spec import StageSpec
 
@@ -92,9 +92,14 @@ def with_all_experts(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, model=replace(config.model, experts=experts))
 
 
+def earlier_distributions(config: RunConfig, i: int) -> tuple[str, ...]:
+    """What stage ``i`` could forget: distributions of the stages before it, without its own."""
+    return tuple(dict.fromkeys(s.data for s in config.stages[:i] if s.data != config.stages[i].data))
+
+
 def _spec(config: RunConfig, recipe: Recipe, i: int, stage: StageConfig) -> StageSpec:
     later = i > 0
-    earlier = tuple(dict.fromkeys(s.data for s in config.stages[:i] if s.data != stage.data))
+    earlier = earlier_distributions(config, i)
     reviews = later and recipe.review and stage.review.fraction > 0 and bool(earlier)
     replays = later and recipe.replay and stage.replay.fraction > 0 and bool(earlier)
     replayed = earlier if replays or reviews else ()
@@ -104,6 +109,8 @@ def _spec(config: RunConfig, recipe: Recipe, i: int, stage: StageConfig) -> Stag
     measures = penalty.kind == PenaltyKind.ewc
     holds = penalty.kind != PenaltyKind.none and penalty.factor > 0 and (bool(earlier) or not measures)
     penalizes = later and recipe.penalty and holds
+    grows = later and recipe.grow and bool(stage.grow.experts) and stage.continues is None
+    fisher_data = earlier if penalizes and measures else ()
     assert stage.name is not None
     return StageSpec(
         name=stage.name,
@@ -113,10 +120,11 @@ def _spec(config: RunConfig, recipe: Recipe, i: int, stage: StageConfig) -> Stag
         replay_weights=(1,) * len(replayed),
         replay_fraction=stage.replay.fraction if replays else 0.0,
         replay_source=stage.replay.source if replayed else ReplaySource.stored,
-        replay_buffer=stage.replay.buffer_tokens if replayed else None,
-        fisher_data=earlier if penalizes and measures else (),
+        replay_buffer=stage.replay.buffer_tokens if replayed or fisher_data else None,
+        fisher_data=fisher_data,
         tokens=stage.tokens,
-        grow=stage.grow if later and recipe.grow and stage.grow.experts else None,
+        grow=stage.grow if grows else None,
+        continues=stage.continues if later and recipe.grow else None,
         trunk=stage.trunk if later and recipe.trunk else None,
         distill=distill if distils else None,
         penalty=penalty if penalizes else None,
@@ -164,6 +172,6 @@ def _with_scratch(chain: list[StageSpec]) -> list[StageSpec]:
     first, *later = chain
     stages, newest = [first], 0
     for stage in later:
-        stages += [replace(stage, name=f"{stage.name}.scratch", parent=None), replace(stage, parent=newest)]
+        stages += [replace(stage, name=f"{stage.name}{SCRATCH}", parent=None), replace(stage, parent=newest)]
         newest = len(stages) - 1
     return stages

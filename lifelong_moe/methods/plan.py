@@ -66,26 +66,59 @@ def plan_stages(
         bos_id: Its document separator.
     """
     planned: list[PlannedStage] = []
-    identity = {"recipe": tokenizer["recipe"], "hash": tokenizer["hash"]}
     for index, spec in enumerate(stage_specs(config)):
         parent = None if spec.parent is None else planned[spec.parent]
-        before = parent.architecture if parent else None
-        after = spec.architecture(before, tokenizer["vocab_size"], bos_id)
-        parent_key = parent.key if parent else None
-        planned.append(
-            PlannedStage(
-                index=index,
-                depth=parent.depth + 1 if parent else 0,
-                spec=spec,
-                key=spec.key(parent_key, data_hashes[spec.data], dict(data_hashes), identity),
-                parent_key=parent_key,
-                architecture=after,
-                parameters=count_parameters(after),
-                trainable=trainable_parameters(spec, after),
-                flops=spec.flops(after, before),
-            )
-        )
+        depth = parent.depth + 1 if parent else 0
+        before, key = (parent.architecture, parent.key) if parent else (None, None)
+        planned.append(_planned(spec, index, depth, before, key, data_hashes, tokenizer, bos_id))
     return planned
+
+
+def plan_next(
+    config: RunConfig,
+    parent: Architecture,
+    parent_key: str,
+    data_hashes: Mapping[str, str],
+    tokenizer: Mapping[str, Any],
+    bos_id: int,
+) -> PlannedStage:
+    """Resolve the run's last stage alone, as the one that comes after a committed stage.
+
+    Args:
+        config: The run, the new stage its last; a chain.
+        parent: Of the stage that it continues, whatever made that one.
+        parent_key: Its key.
+        data_hashes: Hash of each distribution's training documents.
+        tokenizer: ``recipe``, ``hash`` and ``vocab_size``.
+        bos_id: Its document separator.
+    """
+    spec, index = stage_specs(config)[-1], len(config.stages) - 1
+    return _planned(spec, index, index, parent, parent_key, data_hashes, tokenizer, bos_id)
+
+
+def _planned(
+    spec: StageSpec,
+    index: int,
+    depth: int,
+    before: Architecture | None,
+    parent_key: str | None,
+    data_hashes: Mapping[str, str],
+    tokenizer: Mapping[str, Any],
+    bos_id: int,
+) -> PlannedStage:
+    after = spec.architecture(before, tokenizer["vocab_size"], bos_id)
+    identity = {"recipe": tokenizer["recipe"], "hash": tokenizer["hash"]}
+    return PlannedStage(
+        index=index,
+        depth=depth,
+        spec=spec,
+        key=spec.key(parent_key, data_hashes[spec.data], dict(data_hashes), identity),
+        parent_key=parent_key,
+        architecture=after,
+        parameters=count_parameters(after),
+        trainable=trainable_parameters(spec, after),
+        flops=spec.flops(after, before),
+    )
 
 
 def chain(planned: list[PlannedStage]) -> list[PlannedStage]:

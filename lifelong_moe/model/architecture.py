@@ -39,6 +39,8 @@ class Architecture:
     generations: tuple[Generation, ...]
     frozen: int = 0
     """Generations, oldest first, that no longer train."""
+    continued: int | None = None
+    """An older generation that trains on, alone; ``frozen`` then counts all."""
     labels: tuple[tuple[str, int], ...] = ()
     """Where routing goes by label: the group of each distribution learned so far."""
 
@@ -63,16 +65,33 @@ class Architecture:
     def grown(self, generation: Generation, freezes: bool = True) -> Architecture:
         """With a new generation; all present ones are frozen, or train on."""
         frozen = len(self.generations) if freezes else self.frozen
-        return replace(self, generations=(*self.generations, generation), frozen=frozen)
+        continued = None if freezes else self.continued
+        return replace(self, generations=(*self.generations, generation), frozen=frozen, continued=continued)
+
+    def continuing(self, stage: str) -> Architecture:
+        """With the generation that was born in a stage training on, and all others frozen."""
+        return replace(self, frozen=len(self.generations), continued=self.born_in(stage))
+
+    def born_in(self, stage: str) -> int:
+        """The generation that a stage bore."""
+        return [generation.stage for generation in self.generations].index(stage)
+
+    def trains(self, generation: int) -> bool:
+        """Whether a generation trains."""
+        return generation >= self.frozen or generation == self.continued
 
     def labelled(self, distribution: str) -> Architecture:
-        """The distribution's label points to the newest generation."""
-        labels = {**dict(self.labels), distribution: len(self.generations) - 1}
+        """The distribution's label points to the newest generation, or to the one that trains on."""
+        group = len(self.generations) - 1 if self.continued is None else self.continued
+        labels = {**dict(self.labels), distribution: group}
         return replace(self, labels=tuple(labels.items()))
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON data."""
-        return dataclasses.asdict(self)
+        """As plain JSON data; what is None in most models is left out, so that they are written as ever."""
+        data = dataclasses.asdict(self)
+        if self.continued is None:
+            del data["continued"]
+        return data
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Architecture:
@@ -93,5 +112,6 @@ class Architecture:
                 for g in data["generations"]
             ),
             frozen=data["frozen"],
+            continued=data.get("continued"),  # absent where it is None
             labels=tuple((name, group) for name, group in data["labels"]),
         )

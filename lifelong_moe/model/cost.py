@@ -36,13 +36,13 @@ def count_parameters(architecture: Architecture) -> ParameterCount:
     layers, generations = range(config.layers), architecture.generations
     experts = [sum(generation.experts_in(layer) for layer in layers) for generation in generations]
     deltas = [g.delta_rank * _delta_parameters_per_rank(architecture) for g in generations]
-    unfrozen = slice(architecture.frozen, None)
+    training = [g for g in range(len(generations)) if architecture.trains(g)]
     return ParameterCount(
         total=trunk + sum(experts) * (per_expert + row) + sum(deltas),
         active=trunk + config.layers * top_k * per_expert + sum(experts) * row + max(deltas),
         trunk=trunk,
         per_expert=per_expert,
-        unfrozen=sum(experts[unfrozen]) * (per_expert + row) + sum(deltas[unfrozen]),
+        unfrozen=sum(experts[g] * (per_expert + row) + deltas[g] for g in training),
     )
 
 

@@ -5,6 +5,8 @@ Legend: N rows handed to experts, D model width, F expert width, E experts.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -31,18 +33,18 @@ class Expert(nn.Module):
 
 
 class ExpertBanks(nn.Module):
-    """One layer's experts in order of birth: the *frozen* bank, then the *active* one.
+    """One layer's experts in order of birth: the *frozen* bank and the *active* one.
 
     Each expert has Parameters of its own. A frozen expert's have no gradient, hence no optimizer state and no
-    decay, and a step costs the same however many there are. Growing only moves the border between the banks:
-    names and indices of old experts never change.
+    decay, and a step costs the same however many there are. Growing only changes which experts are active, the newest
+    ones; continuing an old generation makes that one active alone. Names and indices of old experts never change.
     """
 
     def __init__(self, width: int, expert_width: int) -> None:
         super().__init__()
         self.width, self.expert_width = width, expert_width
         self.experts = nn.ModuleList()
-        self.num_frozen = 0
+        self._active: set[int] = set()
 
     def __len__(self) -> int:
         return len(self.experts)
@@ -50,24 +52,25 @@ class ExpertBanks(nn.Module):
     @property
     def frozen(self) -> list[nn.Module]:
         """The frozen bank."""
-        return list(self.experts[: self.num_frozen])
+        return [expert for i, expert in enumerate(self.experts) if i not in self._active]
 
     @property
     def active(self) -> list[nn.Module]:
-        """The active bank: this stage's experts."""
-        return list(self.experts[self.num_frozen :])
+        """The active bank: those that train."""
+        return [expert for i, expert in enumerate(self.experts) if i in self._active]
 
     def add(self, num: int) -> None:
         """Add ``num`` experts, uninitialized, to the active bank."""
         device = next(self.parameters()).device if len(self) else None
+        self._active |= set(range(len(self), len(self) + num))
         for _ in range(num):
             self.experts.append(Expert(self.width, self.expert_width).to(device))
 
-    def freeze(self) -> None:
-        """Move all present experts to the frozen bank."""
-        self.num_frozen = len(self)
-        for parameter in self.parameters():
-            parameter.requires_grad_(False)
+    def freeze(self, but: Collection[int] = ()) -> None:
+        """Move all present experts to the frozen bank, but those of these indices, which alone train."""
+        self._active = set(but)
+        for i, expert in enumerate(self.experts):
+            expert.requires_grad_(i in self._active)
 
     def forward(self, rows_ND: Tensor, counts_E: Tensor) -> Tensor:
         """Each expert on its slice.
@@ -85,6 +88,6 @@ class ExpertBanks(nn.Module):
         outputs = [
             expert(part)
             for i, (expert, part) in enumerate(zip(self.experts, slices, strict=True))
-            if counts[i] or i >= self.num_frozen
+            if counts[i] or i in self._active
         ]
         return torch.cat(outputs)

@@ -21,10 +21,13 @@ class MoELayer(nn.Module):
         self.banks.add(num)
         self.router.add_experts(num)
 
-    def freeze(self) -> None:
-        """Freeze every expert and router row there is."""
-        self.banks.freeze()
+    def freeze(self, but: int | None = None) -> None:
+        """Freeze every expert and router row there is, but those of one generation, which alone trains."""
+        births = [g for g, num in enumerate(self.router.generations) for _ in range(num)]
+        self.banks.freeze([i for i, birth in enumerate(births) if birth == but])
         self.router.freeze()
+        if but is not None and self.router.row_generations():
+            self.router.row_generations()[but].requires_grad_(True)
 
     def forward(self, x_TD: Tensor, context: RoutingContext) -> tuple[Tensor, Routing]:
         """``(T, D)`` to ``(T, D)``, with what the router decided."""

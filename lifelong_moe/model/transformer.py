@@ -89,7 +89,7 @@ class LanguageModel(nn.Module):
         for i, generation in enumerate(architecture.generations):
             self.add_generation(generation)
             if i + 1 == architecture.frozen:
-                self.freeze_generations()
+                self.freeze_generations(architecture.continued)
 
     def moe_layers(self) -> Iterator[MoELayer]:
         """The mixture-of-experts layers, bottom to top."""
@@ -113,12 +113,13 @@ class LanguageModel(nn.Module):
             if isinstance(module, DeltaLinear | DeltaEmbedding):
                 yield module
 
-    def freeze_generations(self) -> None:
-        """Freeze all experts, router rows and deltas there are."""
+    def freeze_generations(self, but: int | None = None) -> None:
+        """Freeze all experts, router rows and deltas there are, but those of one generation, which alone trains."""
         for layer in self.moe_layers():
-            layer.freeze()
+            layer.freeze(but)
         for matrix in self.delta_matrices():
-            matrix.deltas.requires_grad_(False)
+            for bundle, delta in matrix.deltas.items():
+                delta.requires_grad_(bundle == str(but))
 
     def trunk_parameters(self) -> dict[str, nn.Parameter]:
         """The shared parts by name: everything but experts, routers and deltas."""

@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from lifelong_moe.errors import CorruptError, ResourceError
 from lifelong_moe.stages.keys import canonical_json, file_hash
 
@@ -46,12 +48,20 @@ def write_directory(target: Path, files: Mapping[str, Callable[[Path], object]])
         sync(tmp / MANIFEST)
         sync(tmp)
         _publish(tmp, target)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, SafetensorError) as error:
+        if _is_full(error):
             raise ResourceError(f"{target}: no space left on the disk; nothing committed was touched.") from error
         raise
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
+
+
+def _is_full(error: OSError | SafetensorError) -> bool:
+    """Whether the disk or a quota is full; safetensors says so in words only."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    if isinstance(error, OSError):
+        return error.errno in full
+    return any(f"(os error {number})" in str(error) for number in full)
 
 
 def _publish(tmp: Path, target: Path) -> None:
@@ -61,6 +71,15 @@ def _publish(tmp: Path, target: Path) -> None:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
     sync(target.parent)
+
+
+def remove_directory(path: Path) -> None:
+    """Remove a directory so that it is there whole or not at all: renamed first, and what a kill leaves is cleaned up
+    like any half-written directory."""
+    tmp = _temporary(path.parent)
+    os.rename(path, tmp)
+    sync(path.parent)
+    shutil.rmtree(tmp)
 
 
 def replace_file(path: Path, text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -42,11 +43,17 @@ def lineage_rows(store: StageStore, keys: list[str]) -> list[dict[str, Any]]:
 
 def expert_names(architecture: Architecture, stage: str) -> str:
     """Names of the experts that a stage bore, ranges written with two dots: ``python_code/L0..3/E4..5``."""
-    born = {layer: _born_in(architecture.expert_births(layer), stage) for layer in range(architecture.model.layers)}
+    layers = range(architecture.model.layers)
+    return grouped_names({stage: {layer: _born_in(architecture.expert_births(layer), stage) for layer in layers}})
+
+
+def grouped_names(experts: Mapping[str, Mapping[int, list[int]]]) -> str:
+    """Names of experts in short, from their indices by birth stage and layer; ``none`` if there are none."""
     names = []
-    for experts, layers in groupby(born, key=lambda layer: born[layer]):
-        if experts:
-            names.append(f"{stage}/L{_range(list(layers))}/E{_range(experts)}")
+    for stage, by_layer in experts.items():
+        for found, layers in groupby(by_layer, key=lambda layer: by_layer[layer]):
+            if found:
+                names.append(f"{stage}/L{_range(list(layers))}/E{_range(found)}")
     return ", ".join(names) or "none"
 
 

@@ -2,7 +2,9 @@
 
 ``head.json`` holds ``run``, ``method``, ``seed``, ``config`` (unresolved), ``plan`` and ``names`` (keys and names of
 all stages), ``stages`` (keys of the committed ones), ``trained`` (keys of those that this run itself trains),
-``tokenizer`` (its hash) and ``mlflow`` (what has been recorded there).
+``data`` (hash of each distribution's training documents), ``tokenizer`` (its hash) and ``mlflow`` (what has been
+recorded there); once retraining, ``drop`` or ``rollback`` has been at it, ``versions`` and ``champion`` too, see
+:mod:`lifelong_moe.stages.versions`.
 """
 
 from __future__ import annotations
@@ -16,6 +18,11 @@ from typing import Any
 from lifelong_moe.errors import ConfigError, CorruptError
 from lifelong_moe.stages.atomic import remove_temporary, replace_file
 from lifelong_moe.stages.keys import SHORT, canonical_json
+
+
+def timestamp(seconds: float | None = None) -> str:
+    """Now, or so many seconds after the epoch; ISO 8601, UTC, in whole seconds, so that later is greater."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
 class RunRecord:
@@ -48,7 +55,7 @@ class RunRecord:
 
     def log(self, event: str, **fields: Any) -> None:
         """Append a line to the ledger and flush it to disk."""
-        line = canonical_json({"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "event": event, **fields})
+        line = canonical_json({"time": timestamp(), "event": event, **fields})
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / "ledger.jsonl").open("a", encoding="utf-8") as file:
             file.write(line + "\n")

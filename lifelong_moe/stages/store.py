@@ -122,11 +122,16 @@ class StageStore:
             tensors.update({name: held[name] for name in names})
         return tensors
 
+    def chain(self, key: str) -> list[CommittedStage]:
+        """The stages that led to this one and itself, oldest first."""
+        found = [self.get(key)]
+        while (parent := found[-1].config["parent"]) is not None:
+            found.append(self.get(parent))
+        return found[::-1]
+
     def tokenizer(self, stage: CommittedStage) -> str:
         """Text of the ``tokenizer.json`` that a stage was trained with: its oldest ancestor keeps it."""
-        while stage.config["parent"] is not None:
-            stage = self.get(stage.config["parent"])
-        return (stage.path / TOKENIZER).read_text(encoding="utf-8")
+        return (self.chain(stage.key)[0].path / TOKENIZER).read_text(encoding="utf-8")
 
     def holder(self, stage: CommittedStage, tensor: str) -> str:
         """Key of the stage that holds a tensor of ``stage``'s model."""

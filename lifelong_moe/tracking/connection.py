@@ -7,6 +7,7 @@ probed with a few seconds' patience before MLflow ever sees it.
 from __future__ import annotations
 
 import os
+import re
 import socket
 import sqlite3
 import threading
@@ -14,7 +15,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 PROBE_SECONDS = 5.0
 """Longest wait for a tracking server or database before training starts without it."""
@@ -57,18 +58,16 @@ def is_server(uri: str) -> bool:
 
 
 def without_credentials(uri: str) -> str:
-    """Remove user name and password, for messages and links.
+    """Remove whatever may be secret, for messages, links and files.
 
     Args:
         uri: Any URI.
 
     Returns:
-        The same URI without ``user:password@``.
+        The same URI without ``user:password@`` and without its query.
     """
-    parts = urlsplit(uri)
-    if "@" not in parts.netloc:
-        return uri
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+    # Not urlsplit: it ends the host at a "#" or "?", which a database's password may hold.
+    return re.sub(r"(://[^?]*)\?.*", r"\1", re.sub(r"://[^/]*@", "://", uri, count=1))
 
 
 def prepare_environment() -> None:

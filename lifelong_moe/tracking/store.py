@@ -1,18 +1,27 @@
-"""What we ask of MLflow, call by call. These functions raise; the tracker catches."""
+"""An open tracking store, and what is asked of it: operations that may be asked late, and more than once.
+
+An operation is a JSON object: ``do`` says what, ``run`` is the run as its caller knows it, ``time`` is when it was
+meant (milliseconds since 1970). Each is idempotent, and a sequence that is repeated from any point on ends in the same
+state: a run is created once by its id, a point keeps its first timestamp and so is the same row, the rest overwrites.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
+import re
+import tempfile
 import time
+import uuid
 from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lifelong_moe.tracking.connection import is_server
+from lifelong_moe.tracking.registry import Version, register_version
+from lifelong_moe.tracking.spool import Operation, RefusedError
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
     from mlflow.entities import Run
 
 T = TypeVar("T")
@@ -20,86 +29,214 @@ T = TypeVar("T")
 METRICS_PER_BATCH = 1000
 PARAMS_PER_BATCH = 100
 DIGEST_CHARACTERS = 36
+LOCAL_ID_TAG = "lifelong.local_id"
+"""Every run we create carries the id that its caller knew it by before MLflow gave it one."""
+
+_LOCAL = "local-"
+_ABSENT = "RESOURCE_DOES_NOT_EXIST"
+_EXISTS = "RESOURCE_ALREADY_EXISTS"
+_REFUSALS = (_ABSENT, _EXISTS, "INVALID_PARAMETER_VALUE", "INVALID_STATE")
+"""The store is well, and will not take this operation however often it is asked. ``BAD_REQUEST`` is not among them:
+MLflow says that of a broken database, too."""
 
 
-def open_store(uri: str, experiment: str, root: Path) -> tuple[MlflowClient, str]:
-    """Connect to a store and find or create the experiment.
+def local_id() -> str:
+    """Make an id for a run that MLflow does not know yet; :class:`Store` finds the run by it ever after."""
+    return _LOCAL + uuid.uuid4().hex
+
+
+def operation(do: str, run: str, **fields: Any) -> Operation:
+    """Make an operation of this moment.
 
     Args:
-        uri: Tracking URI.
-        experiment: Experiment name.
+        do: What :meth:`Store.perform` shall do.
+        run: MLflow's id of the run, or a local one.
+        **fields: Whatever belongs to it; must be JSON.
+    """
+    return {"do": do, "run": run, "time": time.time_ns() // 1_000_000, **fields}
+
+
+class Store:
+    """An open tracking store.
+
+    Args:
+        uri: Tracking URI; asked for the first time by :meth:`experiment_id`.
         root: The ``mlruns/`` directory.
-
-    Returns:
-        The client and the experiment's id.
     """
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
 
-    # It announces migrations on stderr, and prints tracebacks of errors that we report in one line.
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-    client = MlflowClient(tracking_uri=uri)
-    # A server knows its own artifact store; a database needs one, or artifacts go under the working directory.
-    remote = is_server(uri) or uri.startswith("databricks")
-    location = None if remote else str(root.absolute() / "artifacts")
-    found = client.get_experiment_by_name(experiment)
-    if found is None:
-        try:
-            return client, client.create_experiment(experiment, artifact_location=location)
-        except MlflowException as error:  # two first runs at once: the other one was faster
-            found = client.get_experiment_by_name(experiment)
-            if error.error_code != "RESOURCE_ALREADY_EXISTS" or found is None:
-                raise
-    if found.lifecycle_stage == "deleted":
-        raise MlflowException(f"experiment {experiment!r} is deleted; restore it or set another tracking.experiment.")
-    return client, found.experiment_id
+    def __init__(self, uri: str, root: Path) -> None:
+        from mlflow import MlflowClient
 
+        # It announces migrations on stderr, and prints tracebacks of errors that we report in one line.
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+        logging.getLogger("alembic").setLevel(logging.WARNING)
+        self.client = MlflowClient(tracking_uri=uri)
+        self._uri, self._root = uri, root
+        self._experiments: dict[str, str] = {}
+        self._runs: dict[str, str] = {}
 
-def find_run(client: MlflowClient, run_id: str) -> Run | None:
-    """Look a run up.
+    def experiment_id(self, name: str) -> str:
+        """Find or create an experiment.
 
-    Args:
-        client: MLflow client.
-        run_id: Any text.
+        Args:
+            name: Its name.
+        """
+        if name not in self._experiments:
+            self._experiments[name] = self._find_experiment(name)
+        return self._experiments[name]
 
-    Returns:
-        The run, or None if it does not exist or is deleted.
-    """
-    from mlflow.exceptions import MlflowException
+    def _find_experiment(self, name: str) -> str:
+        from mlflow.exceptions import MlflowException
 
-    try:
-        run = client.get_run(run_id)
-    except MlflowException as error:
-        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):  # the latter: not an id at all
+        # A server knows its own artifact store; a database needs one, or artifacts go under the working directory.
+        remote = is_server(self._uri) or self._uri.startswith("databricks")
+        location = None if remote else str(self._root.absolute() / "artifacts")
+        found = self.client.get_experiment_by_name(name)
+        if found is None:
+            try:
+                return str(self.client.create_experiment(name, artifact_location=location))
+            except MlflowException as error:  # two first runs at once: the other one was faster
+                found = self.client.get_experiment_by_name(name)
+                if error.error_code != _EXISTS or found is None:
+                    raise
+        if found.lifecycle_stage == "deleted":
+            raise MlflowException(f"experiment {name!r} is deleted; restore it or set another tracking.experiment.")
+        return str(found.experiment_id)
+
+    def find(self, run_id: str) -> Run | None:
+        """Look a run up.
+
+        Args:
+            run_id: MLflow's id, or the one that the run had before it got there.
+
+        Returns:
+            The run, or None if it does not exist or is deleted.
+        """
+        from mlflow.exceptions import MlflowException
+
+        if not run_id.startswith(_LOCAL):
+            try:
+                run = self.client.get_run(run_id)
+                if run.info.lifecycle_stage == "active":
+                    return run
+            except MlflowException as error:
+                if error.error_code not in (_ABSENT, "INVALID_PARAMETER_VALUE"):  # the latter: not an id at all
+                    raise
+        if not re.fullmatch(r"[\w-]+", run_id):
             return None
-        raise
-    return run if run.info.lifecycle_stage == "active" else None
+        experiments = [experiment.experiment_id for experiment in self.client.search_experiments()]
+        found = self.client.search_runs(experiments, f"tags.`{LOCAL_ID_TAG}` = '{run_id}'", max_results=1)
+        return found[0] if found else None
 
+    def resolve(self, run_id: str) -> str:
+        """MLflow's id of a run; the given one if there is no such run, and MLflow will say so."""
+        if run_id not in self._runs:
+            run = self.find(run_id)
+            if run is None:
+                return run_id
+            self._runs[run_id] = run.info.run_id
+        return self._runs[run_id]
 
-def log_metrics(client: MlflowClient, run_id: str, rows: Sequence[tuple[str, float, int]]) -> None:
-    """Log points with one timestamp, a thousand a request.
+    def perform(self, asked: Operation, content: bytes | None = None) -> str | None:
+        """Do an operation.
 
-    Args:
-        client: MLflow client.
-        run_id: The run.
-        rows: ``(key, value, step)``; legal keys, finite values.
-    """
-    from mlflow.entities import Metric
+        Args:
+            asked: The operation.
+            content: The file's bytes, for an ``artifact``.
 
-    now = int(time.time() * 1000)
-    for chunk in chunks(rows, METRICS_PER_BATCH):
-        client.log_batch(run_id, metrics=[Metric(key, value, now, step) for key, value, step in chunk])
+        Returns:
+            For ``start`` the id to call the run by: the given one if there is such a run already. For ``version``
+            its number.
 
+        Raises:
+            RefusedError: If asking again would not help.
+        """
+        from mlflow.exceptions import MlflowException
 
-def log_dataset(
-    client: MlflowClient, run_id: str, name: str, digest: str, context: str, source: str, profile_json: str
-) -> None:
-    """Attach a dataset to a run; see :meth:`lifelong_moe.tracking.tracker.Tracker.log_dataset`."""
-    from mlflow.entities import Dataset, DatasetInput, InputTag
+        actions = {
+            "start": self._start,
+            "metrics": self._metrics,
+            "dataset": self._dataset,
+            "tag": self._tag,
+            "version": self._version,
+            "finish": self._finish,
+        }
+        try:
+            if asked["do"] == "artifact":
+                self._artifact(asked, content or b"")
+                return None
+            if asked["do"] not in actions:
+                raise RefusedError(f"operation {asked['do']!r} is not known.")
+            return actions[asked["do"]](asked)
+        except MlflowException as error:
+            if error.error_code in _REFUSALS:
+                raise RefusedError(one_line(error)) from error
+            raise
 
-    dataset = Dataset(name, digest[:DIGEST_CHARACTERS], "local", json.dumps({"uri": source}), profile=profile_json)
-    client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
+    def _start(self, asked: Operation) -> str:
+        from mlflow.entities import Param, RunTag
+
+        tags = dict(asked["tags"])
+        if asked["parent"]:
+            tags["mlflow.parentRunId"] = self.resolve(asked["parent"])
+        known = run = self.find(asked["run"])
+        if run is None:
+            run = self.client.create_run(
+                self.experiment_id(asked["experiment"]),
+                start_time=asked["time"],
+                run_name=asked["name"],
+                tags=tags | {LOCAL_ID_TAG: asked["run"]},
+            )
+        else:
+            self.client.update_run(run.info.run_id, status="RUNNING")
+            self.client.log_batch(run.info.run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+        run_id = str(run.info.run_id)
+        missing = [Param(key, value) for key, value in asked["params"].items() if key not in run.data.params]
+        for chunk in chunks(missing, PARAMS_PER_BATCH):
+            self.client.log_batch(run_id, params=chunk)
+        self._runs[asked["run"]] = run_id
+        return run_id if known is None else str(asked["run"])
+
+    def _metrics(self, asked: Operation) -> None:
+        from mlflow.entities import Metric
+
+        run_id = self.resolve(asked["run"])
+        for chunk in chunks(asked["rows"], METRICS_PER_BATCH):
+            metrics = [Metric(key, value, asked["time"], step) for key, value, step in chunk]
+            self.client.log_batch(run_id, metrics=metrics)
+
+    def _dataset(self, asked: Operation) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        source, digest = json.dumps({"uri": asked["source"]}), asked["digest"][:DIGEST_CHARACTERS]
+        dataset = Dataset(asked["name"], digest, "local", source, profile=json.dumps(asked["profile"]))
+        given = DatasetInput(dataset, [InputTag("mlflow.data.context", asked["context"])])
+        self.client.log_inputs(self.resolve(asked["run"]), [given])
+
+    def _artifact(self, asked: Operation, content: bytes) -> None:
+        path = PurePosixPath(asked["path"])
+        with tempfile.TemporaryDirectory() as folder:
+            local = Path(folder) / path.name
+            local.write_bytes(content)
+            parent = None if path.parent == PurePosixPath(".") else str(path.parent)
+            self.client.log_artifact(self.resolve(asked["run"]), str(local), parent)
+
+    def _tag(self, asked: Operation) -> None:
+        self.client.set_tag(self.resolve(asked["run"]), asked["key"], asked["value"])
+
+    def _version(self, asked: Operation) -> str:
+        version = Version(
+            name=asked["name"],
+            directory=Path(asked["directory"]),
+            run_id=self.resolve(asked["run"]),
+            tags=asked["tags"],
+            description=asked["description"],
+            alias=asked["alias"],
+        )
+        return register_version(self.client, self._uri, version)
+
+    def _finish(self, asked: Operation) -> None:
+        self.client.set_terminated(self.resolve(asked["run"]), asked["status"], end_time=asked["time"])
 
 
 def chunks(items: Sequence[T], size: int) -> Iterable[Sequence[T]]:
@@ -108,8 +245,14 @@ def chunks(items: Sequence[T], size: int) -> Iterable[Sequence[T]]:
 
 
 def failures() -> tuple[type[Exception], ...]:
-    """Name the exceptions that mean that MLflow, its database, the network or the disk failed."""
+    """Name the exceptions that mean that MLflow, its database, the network or the disk failed, or refused."""
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import DBAPIError
 
-    return (MlflowException, OSError, DBAPIError)  # requests' errors are OSErrors
+    return (MlflowException, OSError, DBAPIError, RefusedError)  # requests' errors are OSErrors
+
+
+def one_line(error: Exception) -> str:
+    """The first line of an error, without credentials."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return re.sub(r"//[^/\s]*@", "//", line)  # MLflow repeats the URI, password and all

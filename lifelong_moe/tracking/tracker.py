@@ -1,95 +1,111 @@
-"""A thin, batched face over MLflow that never stops a training."""
+"""A thin, batched face over MLflow that never stops a training, and forgets nothing while MLflow is away."""
 
 from __future__ import annotations
 
-import json
+import io
 import logging
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from lifelong_moe.tracking import links, registry, store
+from lifelong_moe.tracking import links
 from lifelong_moe.tracking.config import TrackingConfig
 from lifelong_moe.tracking.connection import prepare_environment, probe, resolve_uri, without_credentials
+from lifelong_moe.tracking.registry import STAGE_KEY_TAG
+from lifelong_moe.tracking.spool import SPOOL, Operation, Spool
+from lifelong_moe.tracking.store import Store, failures, local_id, one_line, operation
 from lifelong_moe.tracking.values import TAG_CHARACTERS, clean_key, cut, flatten_params, split_finite
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from mlflow import MlflowClient
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
+
+DELIVERY_SECONDS = 60.0
+"""Longest time that a start spends on telling MLflow what it missed before."""
 
 _SOURCE_TAGS = {"mlflow.source.name": "lifelong-moe", "mlflow.source.type": "LOCAL"}
 
 
 class Tracker:
-    """Records runs in MLflow; when MLflow is absent or dies, every method does nothing and returns None.
+    """Records runs in MLflow; while MLflow is absent, in the spool, to be delivered by the next start or by ``sync``.
 
-    Only failures of MLflow, its database, the network or the disk turn a tracker off. Anything else is a bug of ours
-    and is raised.
+    It writes either to MLflow or to the spool, and to MLflow only once the spool is empty, so that nothing is told in
+    the wrong order. Only failures of MLflow, its database, the network or the disk change that. Anything else is a
+    bug of ours and is raised. A run may be called by the id that it had in the spool for ever.
     """
 
     problem: str | None
-    """One line why nothing (more) is recorded; None while all is well."""
+    """One line why nothing is recorded, or nothing but in the spool; None while all is well."""
 
-    def __init__(self, client: MlflowClient | None, uri: str, experiment_id: str | None, problem: str | None) -> None:
+    def __init__(self, experiment: str, uri: str, spool: Spool | None, problem: str | None) -> None:
         """Use :meth:`connect` instead."""
-        self._client = client
-        self._uri = uri
-        self._experiment_id = experiment_id
-        self.problem = problem
+        self._experiment, self._uri, self._spool, self.problem = experiment, uri, spool, problem
+        self._store: Store | None = None
 
     @classmethod
     def connect(cls, config: TrackingConfig, root: Path) -> Tracker:
-        """Open the tracking store within seconds, or give up on it.
+        """Open the tracking store within seconds, or go without it.
 
-        Creating a SQLite database takes about 6 s, once.
+        Creating a SQLite database takes about 6 s, once. What the store missed before is delivered first.
 
         Args:
             config: Where to record, and whether.
-            root: The ``mlruns/`` directory, which holds database and artifacts if no URI says otherwise.
+            root: The ``mlruns/`` directory, which holds the spool, and database and artifacts if no URI says otherwise.
 
         Returns:
-            A tracker; off, with ``problem`` set, if tracking is disabled or the store does not answer.
+            A tracker; with ``problem`` set, and off if tracking is disabled.
         """
         if not config.enabled:
-            return cls(None, "", None, "tracking.enabled=false: nothing is recorded in MLflow.")
+            return cls(config.experiment, "", None, "tracking.enabled=false: nothing is recorded in MLflow.")
         uri = resolve_uri(config.uri, root)
         prepare_environment()
-        problem = probe(uri)
-        if problem is None:
-            try:
-                client, experiment_id = store.open_store(uri, config.experiment, root)
-                return cls(client, uri, experiment_id, None)
-            except store.failures() as error:
-                problem = _one_line(error)
-            except ImportError as error:  # the database's driver is not installed
-                problem = str(error)
-        shown = without_credentials(uri)
-        return cls(None, uri, None, f"MLflow at {shown} is not usable, so nothing is recorded: {problem}")
+        tracker = cls(config.experiment, uri, Spool(root, uri), None)
+        problem = probe(uri) or tracker._open(root)
+        if problem is not None:
+            tracker._lose("is not usable", problem)
+        return tracker
+
+    def _open(self, root: Path) -> str | None:
+        """Open the store and tell it what it missed; returns why that did not succeed."""
+        assert self._spool is not None
+        try:
+            store = Store(self._uri, root)
+            store.experiment_id(self._experiment)
+            self._spool.deliver(store.perform, DELIVERY_SECONDS)
+        except failures() as error:
+            return one_line(error)
+        except ImportError as error:  # the database's driver is not installed
+            return str(error)
+        self._store = store
+        return None
 
     @property
     def active(self) -> bool:
-        """Whether anything is recorded."""
-        return self._client is not None
+        """Whether anything is recorded, in MLflow or in the spool."""
+        return self._store is not None or self._spool is not None
 
     @property
     def experiment_id(self) -> str | None:
-        """MLflow's id of the experiment; None while off."""
-        return self._experiment_id if self.active else None
+        """MLflow's id of the experiment; None while MLflow is absent."""
+        return self._store.experiment_id(self._experiment) if self._store is not None else None
 
     def run_exists(self, run_id: str) -> bool:
         """Look a run up.
 
         Args:
-            run_id: MLflow run id.
+            run_id: MLflow run id, or one from the spool.
 
         Returns:
-            True if this store has the run and it is not deleted; False also while off.
+            True if this store has the run and it is not deleted. While MLflow is absent nobody can tell, and the run
+            is taken to exist; False if nothing is recorded.
         """
-        return self._try(lambda client: store.find_run(client, run_id)) is not None
+        if self._store is not None:
+            try:
+                return self._store.find(run_id) is not None
+            except failures() as error:
+                self._fail(error)
+        return self.active
 
     def start_run(
         self,
@@ -105,42 +121,28 @@ class Tracker:
 
         Args:
             name: Name in the UI; a resumed run keeps the name it has.
-            run_id: Run to resume: it is set to RUNNING again. One that does not exist is created anew.
+            run_id: Run to resume: it is set to RUNNING again. One that does not exist is created. Write an id from
+                :func:`lifelong_moe.tracking.store.local_id` down before, and no kill leaves a run that nobody knows.
             parent_id: Run under which this one is shown.
-            params: Settings, nested at will; flattened to ``a.b.c``. Those that the run has already are left alone,
-                whatever their value.
+            params: Settings, nested at will; flattened to ``a.b.c``. Those that the run has already are left alone.
             tags: Tags to set.
             note: Markdown shown on the run's page; empty leaves it as it is.
 
         Returns:
-            The run's id, or None while off.
+            The id to call the run by: the given one if it exists or MLflow is absent; None if nothing is recorded.
         """
-        given = dict(_SOURCE_TAGS) | dict(tags or {})
-        if parent_id:
-            given["mlflow.parentRunId"] = parent_id
-        if note:
-            given["mlflow.note.content"] = note
+        given = _SOURCE_TAGS | dict(tags or {}) | ({"mlflow.note.content": note} if note else {})
         legal_tags = {clean_key(key): cut(str(value), TAG_CHARACTERS) for key, value in given.items()}
-        flat = flatten_params(params or {})
-        return self._try(lambda client: self._start(client, name, run_id, flat, legal_tags))
-
-    def _start(
-        self, client: MlflowClient, name: str, run_id: str | None, params: dict[str, str], tags: dict[str, str]
-    ) -> str:
-        from mlflow.entities import Param, RunTag
-
-        run = store.find_run(client, run_id) if run_id else None
-        if run is None:
-            assert self._experiment_id is not None
-            run = client.create_run(self._experiment_id, run_name=name, tags=tags)
-        else:
-            client.update_run(run.info.run_id, status="RUNNING")
-            client.log_batch(run.info.run_id, tags=[RunTag(key, value) for key, value in tags.items()])
-        known = run.data.params
-        missing = [Param(key, value) for key, value in params.items() if key not in known]
-        for chunk in store.chunks(missing, store.PARAMS_PER_BATCH):
-            client.log_batch(run.info.run_id, params=chunk)
-        return str(run.info.run_id)
+        asked = operation(
+            "start",
+            run_id or local_id(),
+            experiment=self._experiment,
+            name=name,
+            parent=parent_id,
+            params=flatten_params(params or {}),
+            tags=legal_tags,
+        )
+        return self._record(asked) or (asked["run"] if self.active else None)
 
     def log_metrics(self, run_id: str | None, rows: Iterable[tuple[str, float, int]]) -> None:
         """Log many points at once; a call costs about 0.2 s per thousand, so collect before calling.
@@ -153,7 +155,7 @@ class Tracker:
         if absent:
             log.debug("not finite, logged as absent: %s", ", ".join(f"{key} at step {step}" for key, step in absent))
         if run_id is not None and kept:
-            self._try(lambda client: store.log_metrics(client, run_id, kept))
+            self._record(operation("metrics", run_id, rows=kept))
 
     def log_dataset(
         self, run_id: str | None, *, name: str, digest: str, context: str, source: str, profile: Mapping[str, Any]
@@ -169,8 +171,8 @@ class Tracker:
             profile: Figures about it, such as document and token counts; must be JSON.
         """
         if run_id is not None:
-            profile_json = json.dumps(dict(profile))
-            self._try(lambda client: store.log_dataset(client, run_id, name, digest, context, source, profile_json))
+            given = {"name": name, "digest": digest, "context": context, "source": source, "profile": dict(profile)}
+            self._record(operation("dataset", run_id, **given))
 
     def log_figure(self, run_id: str | None, figure: Figure, artifact_path: str) -> None:
         """Store a figure with the run.
@@ -180,10 +182,10 @@ class Tracker:
             figure: Matplotlib figure.
             artifact_path: Path under the run's artifacts, ending in ``.png``.
         """
-        if run_id is not None:
-            # MLflow's default would lower the figure's own resolution to 100.
-            options = {"dpi": figure.dpi}
-            self._try(lambda client: client.log_figure(run_id, figure, artifact_path, save_kwargs=options))
+        if run_id is not None and self.active:
+            image = io.BytesIO()
+            figure.savefig(image, format="png", dpi=figure.dpi)
+            self._record(operation("artifact", run_id, path=artifact_path), image.getvalue())
 
     def log_text(self, run_id: str | None, text: str, artifact_path: str) -> None:
         """Store a text with the run.
@@ -194,7 +196,7 @@ class Tracker:
             artifact_path: Path under the run's artifacts.
         """
         if run_id is not None:
-            self._try(lambda client: client.log_text(run_id, text, artifact_path))
+            self._record(operation("artifact", run_id, path=artifact_path), text.encode())
 
     def set_note(self, run_id: str | None, markdown: str) -> None:
         """Set the description on the run's page.
@@ -204,8 +206,7 @@ class Tracker:
             markdown: Replaces the note; cut visibly at 8000 characters.
         """
         if run_id is not None:
-            note = cut(markdown, TAG_CHARACTERS)
-            self._try(lambda client: client.set_tag(run_id, "mlflow.note.content", note))
+            self._record(operation("tag", run_id, key="mlflow.note.content", value=cut(markdown, TAG_CHARACTERS)))
 
     def register_version(
         self,
@@ -228,12 +229,18 @@ class Tracker:
             alias: Moved to this version, such as ``champion``.
 
         Returns:
-            The version, or None while off.
+            The version, or None while MLflow is absent.
         """
         if run_id is None:
             return None
-        version = registry.Version(name, directory.absolute(), run_id, dict(tags), description, alias)
-        return self._try(lambda client: registry.register_version(client, self._uri, version))
+        if STAGE_KEY_TAG not in tags:
+            raise KeyError(STAGE_KEY_TAG)
+        given = {
+            "directory": str(directory.absolute()),
+            "tags": {key: str(value) for key, value in tags.items()},
+            "description": description,
+        }
+        return self._record(operation("version", run_id, name=name, alias=alias, **given))
 
     def finish(self, run_id: str | None, status: str = "FINISHED") -> None:
         """End a run.
@@ -243,7 +250,7 @@ class Tracker:
             status: ``FINISHED``, ``FAILED`` or ``KILLED``.
         """
         if run_id is not None:
-            self._try(lambda client: client.set_terminated(run_id, status))
+            self._record(operation("finish", run_id, status=status))
 
     def ui_url(self, run_ids: Sequence[str] | None = None) -> str:
         """Link to the charts; for a local database, on the server that ``lifelong-moe ui`` starts.
@@ -252,24 +259,44 @@ class Tracker:
             run_ids: Runs to compare; None shows all of the experiment.
 
         Returns:
-            The link; empty while off.
+            The link; empty while MLflow is absent.
         """
-        return links.ui_url(self._uri, self._experiment_id, run_ids) if self.active and self._experiment_id else ""
-
-    def _try(self, action: Callable[[MlflowClient], T]) -> T | None:
-        """Do it, or turn the tracker off and say so once."""
-        if self._client is None:
-            return None
+        if self._store is None:
+            return ""
         try:
-            return action(self._client)
-        except store.failures() as error:
-            self._client = None
-            shown = without_credentials(self._uri)
-            self.problem = f"MLflow at {shown} failed, so no more is recorded: {_one_line(error)}"
-            log.warning(self.problem)
-            return None
+            known = None if run_ids is None else [self._store.resolve(run_id) for run_id in run_ids]
+            return links.ui_url(self._uri, self._store.experiment_id(self._experiment), known)
+        except failures() as error:
+            self._fail(error)
+            return ""
 
+    def _record(self, asked: Operation, content: bytes | None = None) -> str | None:
+        """Tell MLflow, or keep it for later.
 
-def _one_line(error: Exception) -> str:
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return re.sub(r"//[^/@\s]+@", "//", line)  # MLflow repeats the URI, password and all
+        What MLflow may have heard although its answer was lost is kept too: hearing it twice changes nothing.
+        """
+        if self._store is not None:
+            try:
+                return self._store.perform(asked, content)
+            except failures() as error:
+                self._fail(error)
+        if self._spool is not None:
+            try:
+                self._spool.append(asked, content)
+            except OSError as error:
+                kept, self._spool = self._spool.path, None
+                self.problem = f"{self.problem}. But {kept} cannot be written, so no more is recorded: {error.strerror}"
+                log.warning(self.problem)
+        return None
+
+    def _fail(self, error: Exception) -> None:
+        self._lose("failed", one_line(error))
+        log.warning(self.problem)
+
+    def _lose(self, how: str, reason: str) -> None:
+        """From now on write to the spool."""
+        self._store = None
+        self.problem = (
+            f"MLflow at {without_credentials(self._uri)} {how}, so records are kept under mlruns/{SPOOL} until the "
+            f"next run or `lifelong-moe sync` delivers them: {reason}"
+        )

@@ -21,8 +21,8 @@ LOG_SECONDS = 15.0
 class Meter(Callback):
     """Training curves, tokens per second, and the share of time spent waiting for data."""
 
-    def __init__(self, step_tokens: int, every_steps: int) -> None:
-        self.step_tokens, self.every_steps = step_tokens, every_steps
+    def __init__(self, step_tokens: int, every_steps: int, rollbacks: int = 0) -> None:
+        self.step_tokens, self.every_steps, self.rollbacks = step_tokens, every_steps, rollbacks
         self.seconds = 0.0
         self.data_seconds = 0.0
         self.last: dict[str, float] = {}
@@ -52,11 +52,14 @@ class Meter(Callback):
         if not (due or step == trainer.max_steps) or trainer.logger is None:
             return
         self.last = {f"train/{name}": as_float(value) for name, value in outputs["parts"].items()}
+        guard: Any = pl_module.guard
         grad_norm = getattr(pl_module, "grad_norm", None)
         extra = {
             "train/learning_rate": trainer.optimizers[0].param_groups[-1]["lr"],
             "train/tokens": float(step * self.step_tokens),
-            "train/nonfinite_steps": float(pl_module.nonfinite_steps),  # type: ignore[arg-type]
+            "train/nonfinite_steps": float(guard.nonfinite_steps),
+            "train/skipped_spikes": float(guard.skipped_spikes),
+            "train/rollbacks": float(self.rollbacks),
             "speed/tokens_per_second": step * self.step_tokens / self.seconds,
             "speed/data_fraction": self.data_seconds / self.seconds,
         }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -39,32 +40,44 @@ class StageData(LightningDataModule):
         spec: For the global batch.
         first_step: Steps of the phases before this one.
         steps: Steps of this phase.
+        batches: Numbers of the batches that it reads from a step on, counted from its first: ranges of them.
         accumulate: Micro-batches a step.
         num_workers: Loader processes.
     """
 
     def __init__(
-        self, dataset: BlockDataset, spec: StageSpec, *, first_step: int, steps: int, accumulate: int, num_workers: int
+        self,
+        dataset: BlockDataset,
+        spec: StageSpec,
+        *,
+        first_step: int,
+        steps: int,
+        batches: Callable[[int], list[range]],
+        accumulate: int,
+        num_workers: int,
     ) -> None:
         super().__init__()
         self.dataset: Dataset[dict[str, Tensor]] = dataset
         self.spec, self.first_step, self.steps = spec, first_step, steps
-        self.accumulate, self.num_workers = accumulate, num_workers
+        self.batches, self.accumulate, self.num_workers = batches, accumulate, num_workers
 
     def train_dataloader(self) -> StepLoader:
         """The rest of the phase, from the step that the trainer stands at."""
         assert self.trainer is not None
-        sampler = StepBatchSampler(
-            self.first_step + self.steps,
-            self.spec.global_batch,
-            accumulate=self.accumulate,
-            start_step=self.first_step + self.trainer.global_step,
-            rank=self.trainer.global_rank,
-            world=self.trainer.world_size,
-        )
+        samplers = [
+            StepBatchSampler(
+                self.first_step + part.stop,
+                self.spec.global_batch,
+                accumulate=self.accumulate,
+                start_step=self.first_step + part.start,
+                rank=self.trainer.global_rank,
+                world=self.trainer.world_size,
+            )
+            for part in self.batches(self.trainer.global_step)
+        ]
         return StepLoader(
             self.dataset,
-            batch_sampler=_Phase(sampler, self.steps * self.accumulate),
+            batch_sampler=_Phase(samplers, self.steps * self.accumulate),
             num_workers=self.num_workers,
             pin_memory=self.trainer.strategy.root_device.type == "cuda",
         )
@@ -73,11 +86,11 @@ class StageData(LightningDataModule):
 class _Phase:
     """A batch sampler that counts as long as the phase, wherever in it iteration begins."""
 
-    def __init__(self, sampler: StepBatchSampler, length: int) -> None:
-        self.sampler, self.length = sampler, length
+    def __init__(self, samplers: list[StepBatchSampler], length: int) -> None:
+        self.samplers, self.length = samplers, length
 
     def __iter__(self) -> Iterator[list[int]]:
-        return iter(self.sampler)
+        return chain.from_iterable(self.samplers)
 
     def __len__(self) -> int:
         return self.length
@@ -115,12 +128,11 @@ def phase_dataset(
         seed: Of the sample order.
     """
     bos, context = model.architecture.bos_id, spec.model.context
-    limit = None if spec.replay_buffer is None else max(1, spec.replay_buffer // context)
     sources: list[BlockSource | RowSource] = []
     for name in (spec.data, *spec.reads):
         shard = corpora[name].train
         taught = group_ids(teacher, shard, name) if teacher else None
-        bound = limit if name != spec.data else None
+        bound = spec.buffer_blocks if name != spec.data else None
         sources.append(BlockSource(shard, context, bos, group_ids(model, shard, name), taught, bound))
     if generated is not None:
         sources.append(_generated_source(model, teacher, generated))
@@ -137,10 +149,16 @@ def _generated_source(model: LanguageModel, teacher: LanguageModel | None, rows:
     return RowSource(rows, bos, *(None if ids is None else ids.reshape(rows.shape) for ids in groups))
 
 
-def text_sample(model: LanguageModel, spec: StageSpec, corpus: TokenizedCorpus, tokens: int) -> dict[str, Tensor]:
-    """Blocks of a distribution's training text, evenly drawn, for growth, clustering and Fisher information."""
+def text_sample(
+    model: LanguageModel, spec: StageSpec, corpus: TokenizedCorpus, tokens: int, limit: int | None = None
+) -> dict[str, Tensor]:
+    """Blocks of a distribution's training text, or of its first ``limit`` blocks, evenly drawn.
+
+    Growth, clustering and Fisher information are measured on them.
+    """
     shard, context = corpus.train, spec.model.context
-    source = BlockSource(shard, context, model.architecture.bos_id, group_ids(model, shard, corpus.name))
+    groups = group_ids(model, shard, corpus.name)
+    source = BlockSource(shard, context, model.architecture.bos_id, groups, limit=limit)
     order = SampleOrder([len(source)], 0.0, spec.seed)
     dataset = BlockDataset([source], order)
     count = min(len(source), max(1, tokens // context))

@@ -14,18 +14,18 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lifelong_moe.errors import CorruptError, DivergedError
+from lifelong_moe.errors import CorruptError
 from lifelong_moe.growth.observe import model_inputs
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.ops.losses import distillation_loss
 from lifelong_moe.retention.penalty import WeightAnchor
 from lifelong_moe.retention.teacher import distilled_rows
 from lifelong_moe.routing.base import Routing
+from lifelong_moe.training.guard import StepGuard, Verdict
 from lifelong_moe.training.optimizer import build_optimizer, build_schedule
+from lifelong_moe.training.rollback import MAX_NONFINITE, NonfiniteStepsError
 from lifelong_moe.training.spec import Phase, StageSpec, Trains
 
-MAX_NONFINITE = 3
-"""Steps in a row without a finite gradient after which training gives up."""
 log = logging.getLogger(__name__)
 
 
@@ -50,8 +50,9 @@ class StageModule(LightningModule):
         self._teacher = (teacher,)
         self._anchor = anchor
         self.strict_loading = False  # step checkpoints leave frozen tensors out; on_load_checkpoint checks names
-        self.nonfinite_steps = 0
-        self.nonfinite_in_a_row = 0
+        self.guard = StepGuard()
+        self._losses: list[Tensor] = []
+        """Of the micro-batches of the step under way: next-token loss, and what is minimized."""
         self.assignments_before: Tensor | None = None
         """Clusters of a sample when the phase began, to measure how much they churn; kept over interruptions."""
 
@@ -82,6 +83,7 @@ class StageModule(LightningModule):
             parts["penalty"] = self._anchor.value(self.model)
             total = total + parts["penalty"]
         parts["imbalance"] = load_imbalance(output.routings)
+        self._losses.append(torch.stack([parts["loss"], total]).detach().float())
         return {"loss": total, "parts": {name: value.detach() for name, value in parts.items()}}  # type: ignore[dict-item]
 
     def _distillation(self, batch: dict[str, Tensor], hidden_BSD: Tensor) -> tuple[Tensor, float] | None:
@@ -115,34 +117,33 @@ class StageModule(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by norm; a gradient that is not finite is dropped whole, so that the step changes nothing.
+        """Clip by norm; the gradient of a step that may not be taken is dropped whole, so that it changes nothing.
 
         Raises:
-            DivergedError: After three such steps in a row.
+            NonfiniteStepsError: After three steps in a row without a finite loss and gradient.
         """
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         limit = self.spec.gradient_clip or math.inf
         norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
         self.grad_norm = norm.detach()
-        if bool(torch.isfinite(norm)):
-            self.nonfinite_in_a_row = 0
+        means = torch.stack(self._losses).mean(0)
+        self._losses.clear()
+        loss, objective, size = torch.cat([means, self.grad_norm.float().view(1)]).tolist()  # one transfer
+        verdict = self.guard.judge(loss, objective, size)
+        if verdict == Verdict.sound:
             return
         for parameter in parameters:
             parameter.grad = None  # absent, not zero: AdamW then applies neither moments nor decay
-        self.nonfinite_steps += 1
-        self.nonfinite_in_a_row += 1
-        log.warning("stage %s, step %d: gradient is not finite; step skipped", self.spec.name, self.global_step)
-        if self.nonfinite_in_a_row >= MAX_NONFINITE:
-            raise DivergedError(
-                f"stage {self.spec.name}: {MAX_NONFINITE} steps in a row without a finite gradient (last: step "
-                f"{self.global_step}); nothing was committed. Lower optim.lr or set trainer.gradient_clip_val."
-            )
+        reason = "loss or gradient is not finite" if verdict == Verdict.nonfinite else f"loss jumped to {loss:.3f}"
+        log.warning("stage %s, step %d: %s; step skipped", self.spec.name, self.global_step, reason)
+        if self.guard.nonfinite_in_a_row == MAX_NONFINITE:
+            raise NonfiniteStepsError(self.spec, self.phase, self.global_step)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave frozen tensors out: the stage that bore them holds them."""
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: tensor for name, tensor in state.items() if name not in self.frozen}
-        checkpoint["nonfinite"] = [self.nonfinite_steps, self.nonfinite_in_a_row]
+        checkpoint["guard"] = self.guard.state_dict()
         checkpoint["random_state"] = torch.get_rng_state()
         checkpoint["assignments_before"] = self.assignments_before
 
@@ -152,7 +153,7 @@ class StageModule(LightningModule):
         if set(checkpoint["state_dict"]) != expected:
             odd = sorted(set(checkpoint["state_dict"]) ^ expected)
             raise CorruptError(f"step checkpoint of stage {self.spec.name} does not fit its model: {odd[0]}.")
-        self.nonfinite_steps, self.nonfinite_in_a_row = checkpoint["nonfinite"]
+        self.guard.load_state_dict(checkpoint["guard"])
         torch.set_rng_state(checkpoint["random_state"])
         self.assignments_before = checkpoint["assignments_before"]
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lifelong_moe.clustering.kmeans import churn
 from lifelong_moe.data.shards import TokenizedCorpus
-from lifelong_moe.errors import ConfigError
+from lifelong_moe.errors import ConfigError, ResourceError
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.routing.config import Features, Level
 from lifelong_moe.stages.store import StageStore
@@ -29,6 +29,7 @@ from lifelong_moe.training.interrupt import Interrupt
 from lifelong_moe.training.logger import BatchedLogger, Send
 from lifelong_moe.training.module import StageModule
 from lifelong_moe.training.optimizer import phase_parameters, training_only
+from lifelong_moe.training.rollback import Rollbacks
 from lifelong_moe.training.spec import Phase, StageSpec
 
 
@@ -62,6 +63,8 @@ class PhaseRun:
     """Of that order: another one each stage, or every stage would replay the same blocks."""
     work: Path
     resume: Path | None
+    rollbacks: Rollbacks
+    """Of the stage so far."""
 
 
 def train_phase(
@@ -72,7 +75,12 @@ def train_phase(
     generated: NDArray[np.int64] | None,
     environment: StageEnvironment,
 ) -> dict[str, Any]:
-    """Train one phase with a fresh Trainer and optimizer; returns what was measured."""
+    """Train one phase with a fresh Trainer and optimizer; returns what was measured.
+
+    Raises:
+        NonfiniteStepsError: If the stage has to roll back, or to give up.
+        ResourceError: If the device's memory does not suffice.
+    """
     config, phase, model, spec = environment.trainer, run.phase, module.model, module.spec
     if run.resume is not None:
         environment.console.print(f"{spec.name}: continuing from {run.resume.name}")
@@ -86,10 +94,11 @@ def train_phase(
         spec,
         first_step=run.order_step,
         steps=phase.steps,
+        batches=lambda step: run.rollbacks.batches(run.number, step, phase.steps),
         accumulate=config.accumulate_grad_batches,
         num_workers=config.num_workers,
     )
-    meter = Meter(spec.optim.batch_tokens, config.log_every_n_steps)
+    meter = Meter(spec.optim.batch_tokens, config.log_every_n_steps, run.rollbacks.count)
     title = spec.name if phase.name == "train" else f"{spec.name} ({phase.name})"
     checkpoint = environment.checkpoint
     callbacks = [
@@ -102,14 +111,18 @@ def train_phase(
     model.train()
     trained = phase_parameters(model, phase).values()
     with training_only(model, trained), environment.interrupt.until_step_boundary():
-        trainer.fit(module, data, ckpt_path=run.resume, weights_only=True)
+        try:
+            trainer.fit(module, data, ckpt_path=run.resume, weights_only=True)
+        except torch.OutOfMemoryError as error:
+            raise _out_of_memory(spec) from error
     model.cpu()
     if trainer.global_step != phase.steps:
         raise RuntimeError(f"stage {spec.name}: trained {trainer.global_step} of {phase.steps} steps")
     measured: dict[str, Any] = {
         "seconds": meter.seconds,
         "data_seconds": meter.data_seconds,
-        "nonfinite_steps": module.nonfinite_steps,
+        "nonfinite_steps": module.guard.nonfinite_steps,
+        "skipped_spikes": module.guard.skipped_spikes,
         "final": meter.last,
     }
     if module.assignments_before is not None:
@@ -117,6 +130,19 @@ def train_phase(
         assert after is not None
         measured["assignment_churn"] = churn(module.assignments_before.flatten().numpy(), after.flatten().numpy())
     return measured
+
+
+def _out_of_memory(spec: StageSpec) -> ResourceError:
+    """What a stage asked of the device and how to ask for less; the global batch is for a person to change."""
+    total, now = spec.global_batch, spec.accumulate
+    more = next((n for n in range(now + 1, total + 1) if total % n == 0), None)
+    remedy = "Set model.context or the model's size lower."
+    if more is not None:
+        remedy = f"Set trainer.accumulate_grad_batches={more}, which leaves the global batch at {total} sequences."
+    return ResourceError(
+        f"stage {spec.name}: the device ran out of memory on micro-batches of {total // now} sequences of context "
+        f"{spec.model.context}; nothing was committed. {remedy}"
+    )
 
 
 def build_trainer(config: TrainerConfig, steps: int, callbacks: list[Any], logger: BatchedLogger | None) -> Trainer:

@@ -72,11 +72,13 @@ class StageSpec:
     replay_fraction: float
     replay_source: ReplaySource
     replay_buffer: int | None
-    """Tokens kept of each replayed distribution."""
+    """Tokens kept of each earlier distribution that is replayed or measured on."""
     fisher_data: tuple[str, ...]
     """Earlier distributions that the Fisher information is measured on; empty without EWC."""
     tokens: int
     grow: GrowConfig | None
+    continues: str | None
+    """Birth stage of the experts that alone train on; None trains new ones, or those that trained last."""
     trunk: TrunkConfig | None
     """None trains the shared parts like everything else."""
     distill: DistillConfig | None
@@ -122,6 +124,11 @@ class StageSpec:
         return () if self.generates else self.replayed
 
     @property
+    def uses(self) -> tuple[str, ...]:
+        """Distributions whose training text has a part in its result."""
+        return (self.data, *self.reads, *self.fisher_data)
+
+    @property
     def distilled_share(self) -> float:
         """Share of the sequences, outside of the review, that a teacher is asked about."""
         if self.distill is None:
@@ -134,6 +141,20 @@ class StageSpec:
         """Tokens that pass through the parent's model without a gradient, nearly: distilled on, or written by it."""
         distilled = (self.steps - self.review_steps) * self.optim.batch_tokens * self.distilled_share
         return round(distilled) + (self.replayed_tokens if self.generates else 0)
+
+    @property
+    def buffer_blocks(self) -> int | None:
+        """Blocks kept of each earlier distribution's text; None keeps all."""
+        return None if self.replay_buffer is None else max(1, self.replay_buffer // self.model.context)
+
+    @property
+    def fisher_measured_tokens(self) -> int:
+        """Tokens, in whole blocks, that the Fisher information is measured on; less if there is less text."""
+        if self.penalty is None or not self.fisher_data:
+            return 0
+        blocks = max(1, self.penalty.fisher_tokens // self.model.context)
+        kept = blocks if self.buffer_blocks is None else min(blocks, self.buffer_blocks)
+        return len(self.fisher_data) * kept * self.model.context
 
     @property
     def replayed_tokens(self) -> int:
@@ -187,6 +208,8 @@ class StageSpec:
         if parent is None:
             first = (Generation(self.name, self.model.experts),)
             architecture = Architecture(self.model, self.routing, vocab_size, bos_id, first)
+        elif self.continues is not None:
+            architecture = parent.continuing(self.continues)
         elif generation is None or self.grow is None:
             architecture = parent
         else:
@@ -194,12 +217,13 @@ class StageSpec:
         if not self.routing.by_label:
             return architecture
         known = self.data in dict(architecture.labels)
-        return architecture.labelled(self.data) if self.grow or not known else architecture
+        return architecture.labelled(self.data) if self.grow or self.continues or not known else architecture
 
     def flops(self, architecture: Architecture, parent: Architecture | None) -> int:
-        """Active FLOPs of the stage, forward passes of the parent's model included."""
+        """Active FLOPs of the stage, included those of the parent's model: as teacher, and measuring its weights."""
         tokens = self.steps * self.optim.batch_tokens
-        return training_flops(architecture, tokens, parent, self.teacher_tokens)
+        measured = training_flops(parent, self.fisher_measured_tokens, None, 0) if parent else 0  # forward and backward
+        return training_flops(architecture, tokens, parent, self.teacher_tokens) + measured
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON data."""
@@ -218,6 +242,8 @@ class StageSpec:
         # What has no effect on the result must not change the address.
         spec["tokens"] = self.steps * self.optim.batch_tokens
         del spec["parent"]
+        if self.continues is None:
+            del spec["continues"]
         if self.parent is None:
             del spec["optim"]["rewarm"], spec["optim"]["router_until"]
         if self.grow:
@@ -232,6 +258,8 @@ class StageSpec:
             spec["penalty"]["weight"] = self.penalty.factor
             if self.penalty.kind != PenaltyKind.ewc:
                 del spec["penalty"]["fisher_tokens"]
+        if self.fisher_data and self.replay_buffer is not None:
+            spec["penalty"]["buffer_tokens"] = self.replay_buffer  # once, all stored text was measured on
         hashes = [[replay_hashes[name] for name in names] for names in (self.reads, self.fisher_data)]
         return content_key(
             {

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
-import math
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -24,7 +22,6 @@ from lifelong_moe.data.tokenizer import Tokenizer
 from lifelong_moe.errors import DivergedError, TryAgainError
 from lifelong_moe.growth.clusters import fit_clusters
 from lifelong_moe.growth.grow import grow
-from lifelong_moe.growth.observe import observe
 from lifelong_moe.model.architecture import Architecture
 from lifelong_moe.model.transformer import LanguageModel, initialize
 from lifelong_moe.retention.generated import generate_blocks
@@ -36,12 +33,13 @@ from lifelong_moe.stages.lock import locked
 from lifelong_moe.stages.store import CommittedStage, StageStore, load_weights
 from lifelong_moe.training.checkpoint import newest_checkpoint
 from lifelong_moe.training.data import text_sample
+from lifelong_moe.training.measure import stage_metrics
 from lifelong_moe.training.module import StageModule
 from lifelong_moe.training.optimizer import freeze_trunk
 from lifelong_moe.training.phase import PhaseRun, StageEnvironment, train_phase
+from lifelong_moe.training.rollback import NonfiniteStepsError, read_rollbacks, roll_back
 from lifelong_moe.training.spec import StageSpec, Trains
 
-log = logging.getLogger(__name__)
 REVIEW_SEED = 500
 """Added to a stage's seed for the order of its review, which mixes its text anew."""
 
@@ -87,32 +85,21 @@ def train_stage(
 
     Raises:
         TryAgainError: If another process trains this stage, or SIGTERM came; a checkpoint is committed by then.
-        DivergedError: If gradients stay non-finite.
+        DivergedError: If loss or gradient stays non-finite although the stage rolled back.
+        ResourceError: If disk or the device's memory does not suffice.
     """
     work = environment.work / key[:SHORT]
     with locked(work / ".lock", f"stage {spec.name}"):
         if (committed := environment.store.find(key)) is not None:
             return committed  # another process committed it while we were on our way here
-        seed = _stage_seed(spec, index)
-        model, teacher, anchor, generated = _prepare(spec, seed, parent, corpora, tokenizer, environment, work)
-        resumed = newest_checkpoint(work)
-        measured, first_step, order_step = [], 0, 0
-        for number, phase in enumerate(spec.phases()):
-            order_step = order_step if phase.follows else 0
-            if resumed is None or number >= resumed[0]:
-                resume = resumed[1] if resumed is not None and number == resumed[0] else None
-                if phase.fits_clusters and resume is None:
-                    _fit_clusters(model, spec, seed, [corpora[name] for name in spec.learns])
-                order_seed = seed if phase.trains == Trains.stage else seed + REVIEW_SEED
-                run = PhaseRun(number, phase, first_step, order_step, order_seed, work, resume)
-                module = StageModule(model, spec, phase, teacher, anchor)
-                done = train_phase(module, teacher, run, corpora, generated, environment)
-                replace_file(work / f"phase-{number}.json", json.dumps(done))
-            measured.append(json.loads((work / f"phase-{number}.json").read_text(encoding="utf-8")))
-            first_step += phase.steps
-            order_step += phase.steps
-        metrics = _stage_metrics(model, spec, measured, corpora[spec.data])
-        hashes = {name: corpora[name].train_hash for name in (spec.data, *spec.reads, *spec.fisher_data)}
+        seed, trained = _stage_seed(spec, index), None
+        while trained is None:
+            try:
+                trained = _train_phases(spec, seed, parent, corpora, tokenizer, environment, work)
+            except NonfiniteStepsError as error:
+                roll_back(work, error, environment.checkpoint.every_steps)
+        model, metrics = trained
+        hashes = {name: corpora[name].train_hash for name in spec.uses}
         identity = {
             "key": key,
             "name": spec.name,
@@ -126,6 +113,36 @@ def train_stage(
         # Whoever takes a new lock from now on finds the stage committed.
         shutil.rmtree(work, ignore_errors=True)
     return stage
+
+
+def _train_phases(
+    spec: StageSpec,
+    seed: int,
+    parent: CommittedStage | None,
+    corpora: Mapping[str, TokenizedCorpus],
+    tokenizer: Tokenizer,
+    environment: StageEnvironment,
+    work: Path,
+) -> tuple[LanguageModel, dict[str, Any]]:
+    """Begin, or go on from what is in ``work``, and train to the end; the model and what the stage reports."""
+    model, teacher, anchor, generated = _prepare(spec, seed, parent, corpora, tokenizer, environment, work)
+    resumed, rollbacks = newest_checkpoint(work), read_rollbacks(work)
+    measured, first_step, order_step = [], 0, 0
+    for number, phase in enumerate(spec.phases()):
+        order_step = order_step if phase.follows else 0
+        if resumed is None or number >= resumed[0]:
+            resume = resumed[1] if resumed is not None and number == resumed[0] else None
+            if phase.fits_clusters and resume is None:
+                _fit_clusters(model, spec, seed, [corpora[name] for name in spec.learns])
+            order_seed = seed if phase.trains == Trains.stage else seed + REVIEW_SEED
+            run = PhaseRun(number, phase, first_step, order_step, order_seed, work, resume, rollbacks)
+            module = StageModule(model, spec, phase, teacher, anchor)
+            done = train_phase(module, teacher, run, corpora, generated, environment)
+            replace_file(work / f"phase-{number}.json", json.dumps(done))
+        measured.append(json.loads((work / f"phase-{number}.json").read_text(encoding="utf-8")))
+        first_step += phase.steps
+        order_step += phase.steps + rollbacks.shift(number, phase.steps)
+    return model, stage_metrics(model, spec, measured, corpora[spec.data], rollbacks.count)
 
 
 def clear_abandoned(work: Path) -> None:
@@ -150,6 +167,8 @@ def _prepare(
         return initial_model(spec.architecture(None, vocab_size, bos_id), spec.seed), None, None, None
     model = load_model(environment.store, parent)
     generated = _generated_text(model, spec, seed, work, environment.console) if spec.generates else None
+    if spec.continues is not None:
+        model.freeze_generations(model.architecture.born_in(spec.continues))
     freeze_trunk(model, spec.trunk)
     importances = _importances(model, spec, corpora) if spec.fisher_data else None
     old = {name: p.detach().clone() for name, p in model.named_parameters()} if spec.penalty else {}
@@ -173,12 +192,11 @@ def _unchanging(model: LanguageModel, spec: StageSpec) -> list[Tensor]:
 
 
 def _importances(model: LanguageModel, spec: StageSpec, corpora: Mapping[str, TokenizedCorpus]) -> dict[str, Tensor]:
-    """Mean Fisher information on the earlier distributions."""
+    """Mean Fisher information on what is kept of the earlier distributions."""
     assert spec.penalty is not None
-    tokens = spec.penalty.fisher_tokens
-    return mean_fisher(
-        [fisher_diagonal(model, text_sample(model, spec, corpora[name], tokens)) for name in spec.fisher_data]
-    )
+    tokens, kept = spec.penalty.fisher_tokens, spec.buffer_blocks
+    samples = (text_sample(model, spec, corpora[name], tokens, kept) for name in spec.fisher_data)
+    return mean_fisher([fisher_diagonal(model, sample) for sample in samples])
 
 
 def _generated_text(
@@ -216,49 +234,6 @@ def _fit_clusters(model: LanguageModel, spec: StageSpec, seed: int, corpora: lis
     documents = [corpus.train.document(i) for corpus in corpora for i in range(corpus.train.num_documents)]
     heads, rests = [c.train.tokens[:share] for c in corpora], [c.train.tokens[share:] for c in corpora]
     fit_clusters(model, documents, np.concatenate([*heads, *rests]), sample, seed)
-
-
-def _stage_metrics(
-    model: LanguageModel,
-    spec: StageSpec,
-    measured: list[dict[str, Any]],
-    corpus: TokenizedCorpus,
-) -> dict[str, Any]:
-    """What the stage reports of its training."""
-    seconds = sum(m["seconds"] for m in measured)
-    tokens = spec.steps * spec.optim.batch_tokens
-    metrics: dict[str, Any] = {
-        "tokens": tokens,
-        "steps": spec.steps,
-        "seconds": seconds,
-        "tokens_per_second": tokens / seconds,
-        "data_fraction": sum(m["data_seconds"] for m in measured) / seconds,
-        "nonfinite_steps": sum(m["nonfinite_steps"] for m in measured),
-        # A loss that was not finite is absent here; nonfinite_steps says why.
-        "final": {name: value for name, value in measured[-1]["final"].items() if math.isfinite(value)},
-        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "epochs": (tokens - spec.replayed_tokens) / corpus.train.num_tokens,
-    }
-    if "assignment_churn" in measured[-1]:
-        metrics["assignment_churn"] = measured[-1]["assignment_churn"]
-    if spec.grow:
-        metrics["new_expert_share"] = _new_expert_share(model, spec, corpus)
-    return metrics
-
-
-def _new_expert_share(model: LanguageModel, spec: StageSpec, corpus: TokenizedCorpus) -> float:
-    """Smallest share of the new data's assignments that any new expert gets; warns if next to none."""
-    assert spec.grow is not None
-    sample = text_sample(model, spec, corpus, spec.grow.sample_tokens)
-    grown = [layer for layer in range(spec.model.layers) if model.architecture.generations[-1].experts_in(layer)]
-    counts = [seen.counts_E for seen in observe(model, sample)]
-    smallest = min(float((counts[i] / counts[i].sum())[-spec.grow.experts :].min()) for i in grown)
-    if smallest < spec.grow.min_share:
-        log.warning(
-            "stage %s: a new expert gets %.2f %% of the new data's assignments, less than %.0f %%",
-            spec.name, 100 * smallest, 100 * spec.grow.min_share,
-        )  # fmt: skip
-    return smallest
 
 
 def _commit(

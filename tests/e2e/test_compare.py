@@ -36,6 +36,11 @@ def stages(root: Path) -> dict[str, int]:
         (("reference=naif",), "ConfigError: reference=naif is unknown. Did you mean naive?"),
         (("--only", "naif"), "ConfigError: --only=naif is unknown. Did you mean naive?"),
         (("arms.bad=[trainer.accelerator=quantum]",), "ConfigError: arm bad: trainer: "),
+        (("arms.bad=[evaluate.tokens=9]",), "ConfigError: arm bad: evaluate.tokens=9, but 600 in arm naive; "),
+        (
+            ("arms.bad=[distributions.code.files=sea.jsonl]",),
+            "ConfigError: arm bad: distributions.code (SHA-256 of its held-out text)=",
+        ),
     ],
 )
 def test_mistakes_cost_one_line_and_train_nothing(

@@ -103,7 +103,7 @@ def test_a_text_token_by_token(here: Path, cli: Cli) -> None:
 
 def inspected(console: Console, **options: Any) -> None:
     empty = dict.fromkeys(("text", "text_file", "layer", "html", "save", "label"))
-    inspect("tiny", None, **empty | {"tokens": 9} | options, console=console)
+    inspect("tiny", None, **empty | {"tokens": None} | options, console=console)
 
 
 def test_a_terminal_shows_colours_and_obeys_nothing_in_the_text(here: Path) -> None:
@@ -127,6 +127,8 @@ def test_a_terminal_shows_colours_and_obeys_nothing_in_the_text(here: Path) -> N
         (("tiny", "--html", "x.html"), "--html=x.html needs a text"),
         (("tiny", "--label", "fruit"), "--label=fruit needs a text"),
         (("tiny", "--text", "a", "--label", "fruit"), "does not look at labels"),
+        (("tiny", "--text", "a", "--tokens", "9"), "--tokens=9 bounds held-out text"),
+        (("tiny", "--text-file", "binary", "--tokens", "8192"), "--tokens=8192 bounds held-out text"),
         (("tiny", "--text", "a", "--text-file", "b"), "exclude each other"),
         (("tiny", "--text", ""), "the text has no token"),
         (("tiny", "--text", "a \udcff"), "not UTF-8"),

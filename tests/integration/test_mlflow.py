@@ -1,4 +1,4 @@
-"""What is really in MLflow after tracking, asked through its own client; and training without MLflow."""
+"""What is really in MLflow after tracking, asked through its own client; and tracking without MLflow."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def test_unreachable_server_is_told_within_ten_seconds(dead_port: int, tmp_path:
     started_at = time.monotonic()
     tracker = Tracker.connect(TrackingConfig(uri=f"http://user:secret@127.0.0.1:{dead_port}"), tmp_path)
     assert time.monotonic() - started_at < 10
-    assert not tracker.active and tracker.start_run("a") is None
+    assert tracker.experiment_id is None and tracker.ui_url() == ""
     assert tracker.problem is not None and "\n" not in tracker.problem
     assert f"http://127.0.0.1:{dead_port}" in tracker.problem and "secret" not in tracker.problem
 
@@ -192,11 +192,29 @@ def test_store_that_dies_later_is_reported_once(root: Path, tracker: Tracker, ca
     connection.close()
     for step in range(2):
         tracker.log_metrics(run_id, [("loss", 1.0, step)])
-    assert not tracker.active and tracker.problem is not None
+    assert tracker.experiment_id is None and tracker.problem is not None
     assert [record.getMessage() for record in caplog.records if record.name.startswith("lifelong_moe")] == [
         tracker.problem
     ]
-    assert "\n" not in tracker.problem and "failed, so no more is recorded" in tracker.problem
+    assert "\n" not in tracker.problem and "failed, so records are kept under mlruns/spool" in tracker.problem
+    assert [op["rows"] for op in spooled(root)] == [[["loss", 1.0, 0]], [["loss", 1.0, 1]]]
+
+
+def spooled(root: Path) -> list[Any]:
+    (pending,) = (root / "spool").glob("*/pending.jsonl")
+    return [json.loads(line) for line in pending.read_text().splitlines()]
+
+
+def test_a_spool_that_cannot_be_written_stops_nothing(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (root / "mlflow.db").write_text("not a database " * 100)
+    (root / "spool").write_text("not a directory")
+    tracker = Tracker.connect(TrackingConfig(), root)
+    assert tracker.active and tracker.start_run("a") is None
+    assert not tracker.active and tracker.problem is not None and "so no more is recorded" in tracker.problem
+    tracker.log_metrics("a", [("loss", 1.0, 0)])
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("lifelong_moe")] == [
+        tracker.problem
+    ]
 
 
 def test_deleted_experiment_is_not_revived(root: Path, tracker: Tracker) -> None:

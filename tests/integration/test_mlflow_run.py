@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import signal
@@ -13,8 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
+from lifelong_moe.errors import TryAgainError
 from pipelines.cli import exit_code
+from pipelines.sync import sync
 from tests.tiny import fork, tiny_config, train, write_config
 
 
@@ -198,13 +202,74 @@ def test_unreachable_server_stops_nothing_and_a_later_start_records(lab: Path, c
     report, printed = train("tiny.yaml", f"tracking.uri=http://me:canary@127.0.0.1:{port}")
     assert time.monotonic() - began < 10
     told = [line for line in printed.splitlines() if f"http://127.0.0.1:{port}" in line]
-    assert len(told) == 1 and "nothing is recorded" in told[0]
+    assert len(told) == 1 and "records are kept under mlruns/spool" in told[0]
     assert "canary" not in printed and len(report["stages"]) == 2
-    again, printed = train()
-    assert "Nothing to train" in printed and again == report
+    spooled = lines(lab)
+    again, printed = train("tiny.yaml", f"tracking.uri=http://127.0.0.1:{port}")
+    assert "Nothing to train" in printed and again == report and lines(lab) == spooled  # nothing new to keep
+    assert not holding(lab / "mlruns", b"canary")
+    again, printed = train()  # another store is told all
+    assert "Nothing to train" in printed and again == report and lines(lab) == spooled
     (parent,), children = runs()
     assert len(children) == 2
     assert [step for step, _ in points(parent, "eval/fruit/nats_per_token")] == [0, 1]
+
+
+def lines(lab: Path) -> int:
+    """How much the spools hold."""
+    return sum(path.read_bytes().count(b"\n") for path in (lab / "mlruns/spool").glob("*/pending.jsonl"))
+
+
+def holding(root: Path, secret: bytes) -> list[Path]:
+    """Files that hold a secret."""
+    files = [path for path in root.rglob("*") if path.is_file()]
+    assert files
+    return [path for path in files if secret in path.read_bytes()]
+
+
+def test_password_from_the_environment_is_in_no_file(
+    lab: Path, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:canary@127.0.0.1:{port}/?token=canary")
+    config["stages"].pop()
+    write_config(config)
+    _, printed = train()
+    assert lines(lab) > 10 and "canary" not in printed
+    assert not holding(lab, b"canary")
+    with pytest.raises(TryAgainError) as refusal:
+        sync(Console(file=io.StringIO()))
+    assert "canary" not in str(refusal.value) and lines(lab) > 10
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="autograd does not survive a fork once CUDA is there")
+def test_no_kill_leaves_a_run_that_nobody_knows(lab: Path, config: dict[str, Any]) -> None:
+    from tests.tiny import kill_self
+
+    def killed_after(name: str) -> None:
+        """Die when MLflow has created a run, and nobody here has heard of it yet."""
+        from lifelong_moe.tracking.store import Store
+
+        original = Store.perform
+
+        def perform(self: Any, asked: Any, content: Any = None) -> Any:
+            result = original(self, asked, content)
+            if asked["do"] == "start" and asked["name"] == name:
+                kill_self()
+            return result
+
+        Store.perform = perform  # type: ignore[method-assign]
+        train()
+
+    for name in ("tiny", "tiny · 0 fruit"):
+        child = fork(lambda name=name: killed_after(name))  # type: ignore[misc]
+        assert child.wait() == -signal.SIGKILL, child.output
+    train()
+    (parent,), children = runs()
+    assert [run.info.run_name for run in (parent, *children)] == ["tiny", "tiny · 0 fruit", "tiny · 1 code"]
+    assert {run.info.status for run in (parent, *children)} == {"FINISHED"}
+    assert [step for step, _ in points(children[0], "train/loss")] == [4, 8, 12]
 
 
 def test_database_that_dies_in_the_run(lab: Path, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,15 +279,31 @@ def test_database_that_dies_in_the_run(lab: Path, config: dict[str, Any], monkey
 
     def train_stage(spec: Any, *args: Any) -> Any:
         if spec.name == "code":
-            with sqlite3.connect("mlruns/mlflow.db") as connection:
-                connection.execute("DROP TABLE metrics")
-            connection.close()
+            execute("ALTER TABLE metrics RENAME TO gone")
         return original(spec, *args)
 
     monkeypatch.setattr(story, "train_stage", train_stage)
     report, printed = train()
     assert len(report["stages"]) == 2
-    assert sum("no more is recorded" in line for line in printed.splitlines()) == 1
+    assert sum("records are kept under mlruns/spool" in line for line in printed.splitlines()) == 1
+    execute("ALTER TABLE gone RENAME TO metrics")
+    again, _ = train()  # the next start heals it
+    assert again == report and lines(lab) == 0
+    (parent,), children = runs()
+    assert [run.info.run_name for run in children] == ["tiny · 0 fruit", "tiny · 1 code"]
+    assert {run.info.status for run in (parent, *children)} == {"FINISHED"}
+    for child in children:
+        assert [step for step, _ in points(child, "train/loss")] == [4, 8, 12]
+        assert artifacts(child) == FIGURES
+    assert [step for step, _ in points(parent, "eval/fruit/nats_per_token")] == [0, 1]
+    assert artifacts(parent) == FIGURES | {"report.json"}
+    assert len(client().search_model_versions("name = 'lifelong-moe.tiny'")) == 2
+
+
+def execute(statement: str) -> None:
+    with sqlite3.connect("mlruns/mlflow.db") as connection:
+        connection.execute(statement)
+    connection.close()
 
 
 def test_secrets_stay_references(lab: Path, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

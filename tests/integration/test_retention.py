@@ -148,6 +148,25 @@ def test_ewc_measures_the_parent_on_earlier_text(lab: Path, monkeypatch: pytest.
     assert differing(expected, anchor.importances) == differing(dict(tensors("fruit")), anchor.anchors) == set()
 
 
+def test_ewc_reads_from_the_buffer_only(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    samples, original = [], training.fisher_diagonal
+
+    def fisher(model: Any, sample: Any) -> Any:
+        samples.append(sample)
+        return original(model, sample)
+
+    monkeypatch.setattr(training, "fisher_diagonal", fisher)
+    kept, seed = 3, 5  # blocks; with this seed the whole text's sample lies mostly beyond them
+    replay = {"fraction": 0.25, "buffer_tokens": kept * CONTEXT + 1}
+    config = tiny_config(seed=seed, stage_defaults={"penalty": {"kind": "ewc", "fisher_tokens": 256}, "replay": replay})
+    train(write_config(config))
+    prepared = prepare("tiny.yaml", [])
+    tokens = torch.as_tensor(prepared.data.corpora["fruit"].train.tokens[: kept * CONTEXT + 1].astype("int64"))
+    (sample,) = samples
+    blocks = sorted(map(tuple, sample["target_ids"].tolist()))
+    assert blocks == sorted(map(tuple, tokens[1:].reshape(kept, CONTEXT).tolist()))
+
+
 @pytest.fixture
 def nothing_stored(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """No stage but the first is given any text besides its own; names the stages that were trained."""

@@ -12,7 +12,7 @@ import pytest
 from lifelong_moe.data import tokenizer as module
 from lifelong_moe.data.config import TokenizerConfig
 from lifelong_moe.data.documents import Corpus, Document
-from lifelong_moe.data.tokenizer import BOS, Tokenizer, prepare_tokenizer, recipe, train_tokenizer
+from lifelong_moe.data.tokenizer import BOS, Tokenizer, recipe, train_tokenizer, trained_tokenizer
 from lifelong_moe.errors import ConfigError
 
 TEXTS = [f"the cat number {n} sat on the mat, and the dog did not" for n in range(50)]
@@ -87,10 +87,9 @@ def _given(path: Path, name: str, special: bool = True) -> Path:
 def test_given_tokenizer(tmp_path: Path, name: str) -> None:
     path = tmp_path / "t.json"
     path.write_text(train_tokenizer(TEXTS, 300).text.replace("<|bos|>", name))
-    given = prepare_tokenizer(TokenizerConfig(file=str(path)), CORPUS, tmp_path / "cache")
+    given = Tokenizer.load(path)
     assert (given.bos_id, given.decode(given.encode("cat dog"))) == (0, "cat dog")
     assert 0 not in given.encode(f"cat {name} dog")
-    assert not (tmp_path / "cache").exists()
 
 
 def test_a_tokenizer_that_loses_text_is_refused(tmp_path: Path) -> None:
@@ -103,7 +102,7 @@ def test_unusable_tokenizers(tmp_path: Path) -> None:
         Tokenizer.load(_given(tmp_path / "t.json", "[CLS]"))
     with pytest.raises(ConfigError, match="has none"):
         Tokenizer.load(_given(tmp_path / "t.json", "<s>", special=False))
-    with pytest.raises(ConfigError, match=r"no\.json cannot be read"):
+    with pytest.raises(ConfigError, match=r"no\.json: cannot be read"):
         Tokenizer.load(tmp_path / "no.json")
     (tmp_path / "t.json").write_text('{"a": 1}')
     with pytest.raises(ConfigError, match=r"t\.json: not a tokenizer\.json"):
@@ -118,16 +117,16 @@ def test_recipe() -> None:
 
 def test_prepare_trains_once_on_training_text_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = TokenizerConfig(vocab_size=300)
-    first = prepare_tokenizer(config, CORPUS, tmp_path)
+    first = trained_tokenizer(config, CORPUS, tmp_path)
     assert first.hash == train_tokenizer(TEXTS, 300).hash
     (path,) = (tmp_path / "tokenizers").glob("*.json")
     assert len(path.stem) == 16
     with monkeypatch.context() as patch:
         patch.setattr(module, "train_tokenizer", None)
-        assert prepare_tokenizer(config, CORPUS, tmp_path).hash == first.hash
+        assert trained_tokenizer(config, CORPUS, tmp_path).hash == first.hash
     path.write_text(path.read_text().replace("cat", "dog", 1))
-    assert prepare_tokenizer(config, CORPUS, tmp_path).hash == first.hash
+    assert trained_tokenizer(config, CORPUS, tmp_path).hash == first.hash
     path.write_bytes(b"\xff")
-    assert prepare_tokenizer(config, CORPUS, tmp_path).hash == first.hash
-    prepare_tokenizer(TokenizerConfig(vocab_size=301), CORPUS, tmp_path)
+    assert trained_tokenizer(config, CORPUS, tmp_path).hash == first.hash
+    trained_tokenizer(TokenizerConfig(vocab_size=301), CORPUS, tmp_path)
     assert len(list((tmp_path / "tokenizers").glob("*.json"))) == 2

@@ -30,6 +30,7 @@ def report(
         "bits_per_byte": [[value / 2 for value in row] for row in matrix],
         "forgetting": {n: matrix[-1][column[n]] - matrix[i][column[n]] for n, i in after.items()},
         "routing": {name: {"leak": (leak or {}).get(name, 0.0)} for name in names},
+        "from_scratch": {},
         "stages": [
             {
                 "name": f"s{i}", "data": of[0], "learns": list(of),
@@ -177,3 +178,35 @@ def test_failed_and_absent_runs() -> None:
     again = build_comparison([arm("a", "lifelong", HELD, HELD, failed={1: "diverged"})], reference="a")
     assert [(run["status"], run["reason"]) for run in again["arms"][0]["runs"]] == [("committed", None)] * 2
     assert again["complete"]
+
+
+def test_differences_are_taken_over_the_same_distributions_only() -> None:
+    wide = report([[*row, 1.0] for row in HELD["loss_nats_per_token"]], names=[*NAMES, "d"])
+    back = report(FREE["loss_nats_per_token"], learns=(("c",), ("b",), ("a",)))
+    arms = [
+        arm("naive", "sequential", FREE, FREE),
+        arm("wide", "lifelong", wide, wide),  # measured on one more: other means, the same old distributions
+        arm("back", "lifelong", back, back),  # the same columns in another order of stages
+        arm("mixed", "lifelong", HELD, wide),
+    ]
+    _, wider, backward, mixed = (row["differences"] for row in build_comparison(arms, reference="naive")["arms"])
+    assert wider["final_mean_nats"] is wider["final_mean_bits_per_byte"] is None
+    assert wider["forgetting_max"]["n"] == wider["plasticity_gap"]["n"] == wider["leak_max"]["n"] == 2
+    assert backward["final_mean_nats"]["mean"] == 0.0
+    for number in ("forgetting_max", "forgetting_mean", "plasticity_gap", "plasticity_gap_mean", "leak_max"):
+        assert backward[number] is None, number
+    for row in (wider, backward, mixed):  # what it costs does not depend on what is measured
+        assert row["tokens"]["mean"] == row["active_flops"]["mean"] == 0.0
+    assert mixed["final_mean_nats"] is None and mixed["forgetting_max"]["n"] == 2  # one seed in common is no test
+
+
+def test_models_from_scratch_are_counted_apart() -> None:
+    alone = {"nats_per_token": 3.0, "bits_per_byte": 1.5, "tokens": 200, "active_flops": 21}
+    found = measure(FREE | {"from_scratch": {"b": alone, "c": alone | {"active_flops": 30}}}, None, None)["numbers"]
+    assert (found["tokens"], found["active_flops"]) == (600, 60)
+    assert (found["scratch_tokens"], found["scratch_active_flops"]) == (400, 51)
+    none = measure(HELD, None, None)["numbers"]
+    assert none["scratch_tokens"] == none["scratch_active_flops"] == 0
+    del alone["active_flops"]  # a report of an earlier version
+    old = measure(FREE | {"from_scratch": {"b": alone}}, None, None)["numbers"]
+    assert (old["scratch_tokens"], old["scratch_active_flops"]) == (200, None)

@@ -36,6 +36,7 @@ def made(matrix: list[list[float]], learns: list[list[str]], flops: float = 1.0,
         "bits_per_byte": matrix,
         "forgetting": {n: matrix[-1][NAMES.index(n)] - matrix[i][NAMES.index(n)] for n, i in after.items()},
         "routing": {name: {"leak": leak} for name in NAMES},
+        "from_scratch": {},
         "stages": [{"name": of[0], "data": of[0], "learns": of, "seconds": 1.0, **cost} for of in learns],
     }
 

@@ -47,7 +47,7 @@ def test_growth_changes_nothing_until_the_new_experts_are_let_in(
     add(model, GrowConfig(experts=2, init=init), sample, seed=3)
     for layer in model.moe_layers():
         assert layer.router.generations == [*generations, 2] and not layer.router.held_down
-        assert len(layer.banks) == sum(generations) + 2 and layer.banks.num_frozen == sum(generations)
+        assert len(layer.banks) == sum(generations) + 2 and len(layer.banks.frozen) == sum(generations)
     assert model.training
     assert model.architecture.generations[-1].stage == "new" and model.architecture.frozen == len(generations)
     state = model.state_dict()
@@ -92,6 +92,19 @@ def test_most_used_by_hand() -> None:
     assert most_used(torch.tensor([3, 9, 9, 1]), 3) == [1, 2, 0]  # a tie goes to the lower index
     assert most_used(torch.full((3000,), 5), 2) == [0, 1]
     assert most_used(torch.tensor([1, 2]), 5) == [1, 0, 1, 0, 1]
+
+
+def test_a_bundle_copies_the_most_used_of_the_bundle_before_it(make_model: Make, make_batch: Batch) -> None:
+    model, sample = make_model("bundles", (2, 4)), make_batch(groups=2)
+    counts = usage(model, sample)
+    config = GrowConfig(experts=2, init=ExpertInit.copy, noise=0.0, router=RouterInit.copy)
+    add(model, config, sample, seed=0)
+    orders = [sorted(range(2, 6), key=lambda e: -counts_E[e])[:2] for counts_E in counts]
+    assert orders != [[2, 3], [2, 3]]  # else it could be by index alone
+    for layer, order in zip(model.moe_layers(), orders, strict=True):
+        for new, source in zip(layer.banks.active, order, strict=True):
+            assert torch.equal(new.gate_up, layer.banks.experts[source].gate_up)
+        assert torch.equal(rows(layer.router)[-1], rows(layer.router)[1][[e - 2 for e in order]])
 
 
 def usage(model: LanguageModel, sample: dict[str, Tensor]) -> list[list[int]]:
@@ -187,7 +200,7 @@ def test_only_some_layers_grow(make_model: Make, make_batch: Batch) -> None:
     add(model, GrowConfig(experts=2, router=RouterInit.random), sample, seed=0, layers=(1,))
     assert [len(layer.banks) for layer in model.moe_layers()] == [4, 6, 4]
     assert [layer.router.generations for layer in model.moe_layers()] == [[4, 0], [4, 2], [4, 0]]
-    assert all(layer.banks.num_frozen == 4 for layer in model.moe_layers())
+    assert all(len(layer.banks.frozen) == 4 for layer in model.moe_layers())
     assert [len(rows(layer.router)[-1]) for layer in model.moe_layers()] == [0, 2, 0]
     assert model.newest_parameters() == {
         *(f"blocks.1.moe.banks.experts.{e}.{name}" for e in (4, 5) for name in ("gate_up", "down")),

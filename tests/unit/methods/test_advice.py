@@ -8,7 +8,7 @@ import pytest
 
 from lifelong_moe.clustering.bundles import UNIFORM, unigram_divergence
 from lifelong_moe.config import RunConfig
-from lifelong_moe.methods.advice import growth_advice
+from lifelong_moe.methods.advice import growth_advice, nothing_to_hold
 from lifelong_moe.methods.plan import plan_stages
 
 MakeRun = Callable[..., RunConfig]
@@ -48,3 +48,36 @@ def test_between_the_measurements_it_says_so(make_run: MakeRun) -> None:
 
 def test_one_stage_needs_no_advice(make_run: MakeRun) -> None:
     assert advice(make_run(stages=[{"data": "english"}]), nats=1.0) == []
+
+
+AGAIN = [{"data": "english"}, {"data": "english"}, {"data": "python"}, {"data": "english", "name": "last"}]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "asked"),
+    [
+        ([], "replay, distillation on replayed text"),
+        (["stage_defaults.distill.weight=0"], "replay"),
+        (["stage_defaults.distill.text=new"], "replay"),
+        (["stage_defaults.penalty.kind=ewc"], "replay, distillation on replayed text, EWC"),
+        (["stage_defaults.review.fraction=0.2"], "replay, distillation on replayed text, review"),
+        (["method=replay"], "replay"),
+        (["method=ewc"], "EWC"),
+    ],
+)
+def test_a_stage_with_nothing_to_hold_on_to_is_named(make_run: MakeRun, overrides: list[str], asked: str) -> None:
+    (said,) = nothing_to_hold(make_run(*overrides, stages=AGAIN))
+    assert said.startswith(f"stages[1] (english-2): {asked}: off, because no earlier stage learned anything but english")
+
+
+@pytest.mark.parametrize("method", ["sequential", "static_moe", "l2", "lwf", "joint", "unrestrained"])
+def test_what_a_method_does_not_take_is_not_asked_for(make_run: MakeRun, method: str) -> None:
+    assert nothing_to_hold(make_run(f"method={method}", stages=AGAIN)) == []
+
+
+def test_a_stage_that_holds_on_to_something_is_not_named(make_run: MakeRun) -> None:
+    everything = ["stage_defaults.penalty.kind=ewc", "stage_defaults.review.fraction=0.2"]
+    assert nothing_to_hold(make_run(*everything)) == []
+    off = ["stage_defaults.replay.fraction=0", "stage_defaults.distill.weight=0"]
+    assert nothing_to_hold(make_run(*off, stages=AGAIN)) == []
+    assert nothing_to_hold(make_run("method=ewc", "stage_defaults.penalty.weight=0", stages=AGAIN)) == []

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from lifelong_moe.config import RunConfig
+from lifelong_moe.config import Method, RunConfig
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.methods.budget import tokens_within
 from lifelong_moe.methods.plan import PlannedStage, plan_stages
@@ -77,3 +77,35 @@ def test_what_does_not_fit_is_refused(make_run: MakeRun) -> None:
     renamed = planned(make_run, "stages[1].name=second")
     with pytest.raises(ConfigError, match="the reference has no stage python"):
         within(make_run, renamed)
+
+
+RECIPES: dict[str, tuple[str, ...]] = {method.value: (f"method={method}",) for method in Method} | {
+    "distil on new": HUNGRY,
+    "generated": ("stage_defaults.replay={fraction: 0.25, source: generated}",),
+    "review": ("stage_defaults.review={fraction: 0.3}", *HUNGRY),
+    "review, nearly all": ("stage_defaults.review={fraction: 0.9, replay_fraction: 0.9}", *HUNGRY),
+    "review and generated": (
+        "stage_defaults.review={fraction: 0.5, replay_fraction: 0.75}",
+        "stage_defaults.replay={fraction: 0.25, source: generated}",
+    ),
+    "review and EWC": ("stage_defaults.review={fraction: 0.2}", "stage_defaults.penalty={kind: ewc, fisher_tokens: 640}"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_one_more_step_would_exceed_the_budget(make_run: MakeRun, recipe: str) -> None:
+    settings = ("stage_defaults.penalty.fisher_tokens=640", *RECIPES[recipe])
+    reference = planned(make_run, "method=sequential")
+    allowed = within(make_run, reference, *settings)
+    if recipe == "joint":
+        budgets, grown = [sum(stage.flops for stage in reference)], [allowed | {"python": allowed["python"] + BATCH}]
+    else:
+        budgets = [stage.flops for stage in reference]
+        grown = [allowed | {name: allowed[name] + BATCH} for name in allowed]
+
+    def costs(tokens: dict[str, int]) -> list[int]:
+        given = [f"stages[{i}].tokens={count}" for i, count in enumerate(tokens.values())]
+        return [stage.flops for stage in planned(make_run, *settings, *given) if not stage.beside]
+
+    assert all(cost <= budget for cost, budget in zip(costs(allowed), budgets, strict=True))
+    assert all(costs(more)[i] > budgets[i] for i, more in enumerate(grown))

@@ -125,6 +125,17 @@ MISTAKES: list[tuple[dict[str, Any], tuple[str, ...], str]] = [
     ({"seeds": [-1]}, (), r"^seeds=\[-1\] must lie between"),
     ({"seeds": 3}, (), r"^seeds: "),
     ({"budget": "flop"}, (), r"^budget: "),
+    # What a token is, and which are counted, is the same for all arms.
+    ({"arms": {"a": [], "b": ["tokenizer.vocab_size=512"]}}, (),
+     r"^arm b: tokenizer\.vocab_size=512, but 4096 in arm a; .* would not compare"),
+    ({"arms": {"a": [], "b": ["tokenizer.file=t.json"]}}, (), r"^arm b: tokenizer\.file=t\.json, but null in arm a; "),
+    ({"arms": {"a": [], "b": ["stages=[{data: python}, {data: english}]"]}}, (),
+     r"^arm b: tokenizer\.train_on=python, but english in arm a; "),
+    ({"arms": {"a": [], "b": ["model.context=32"]}}, (), r"^arm b: model\.context=32, but 16 in arm a; "),
+    ({"arms": {"a": [], "b": ["evaluate.tokens=9"]}}, (), r"^arm b: evaluate\.tokens=9, but 50000 in arm a; "),
+    ({"arms": {"a": [], "b": ["distributions.python.heldout_fraction=0.2"]}}, (),
+     r"^arm b: distributions\.python\.heldout_fraction=0\.2, but 0\.05 in arm a; "),
+    ({"arms": {"a": ["evaluate.tokens=9"], "b": []}, "reference": "b"}, (), r"^arm a: evaluate\.tokens=9, but 50000 in"),
     ({"base": "bas.yaml"}, (), r"bas\.yaml: no such file\. Did you mean .*base\.yaml\?"),
 ]  # fmt: skip
 
@@ -134,3 +145,16 @@ def test_mistakes_cost_one_line(load: Write, keys: dict[str, Any], overrides: tu
     with pytest.raises(ConfigError, match=message) as caught:
         load(*overrides, **keys)
     assert "\n" not in str(caught.value)
+
+
+def test_what_changes_no_token_that_is_counted_is_compared(load: Write) -> None:
+    file = "tokenizer.file=t.json"
+    arms = {
+        "plain": [file],
+        "size_of_a_given_tokenizer": [file, "tokenizer.vocab_size=512"],
+        "other_order": [file, "stages=[{data: python}, {data: english}]"],
+        "fewer": [file, "stages=[{data: english}]", "distributions.python.heldout_fraction=0.2"],  # not measured on it
+        "shape": [file, "model.width=32", "evaluate.batch_tokens=64", "routing.mode=label"],
+        "twice_the_text": [file, "distributions.english.max_bytes=9"],  # its held-out text is looked at later
+    }
+    assert [arm.name for arm in load(arms=arms).arms] == list(arms)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from lifelong_moe.config import Method, RunConfig
+from lifelong_moe.errors import ConfigError
 from lifelong_moe.methods.graph import RECIPES, stage_specs
 from lifelong_moe.methods.plan import PlannedStage, chain, plan_stages
 from lifelong_moe.retention.config import DistillText, PenaltyKind, ReplaySource
@@ -217,3 +218,43 @@ def test_appended_stages_come_last(make_run: MakeRun) -> None:
     for method in set(Method) - {"joint", "static_moe"}:
         short, long = ([stage.key for stage in plan(everything(make_run, method, stages=STREAM[:n]))] for n in (2, 3))
         assert long[: len(short)] == short, method
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stages": [{"data": "english"}, {"data": "python"}, {"data": "english", "name": "python.scratch"}]},
+         r"^stages\[1\]: method=unrestrained .* python\.scratch, which is taken; set stages\[1\]\.name"),
+        ({"distributions": {name: {"builtin": "english_docs"} for name in ("english", "python", "python.scratch")}},
+         r"^stages\[1\]: .* python\.scratch, which is taken"),
+        ({"stages": [{"data": "english"}, {"data": "python", "name": "p" * 57}]},
+         r"^stages\[1\]: .* p{57}\.scratch, which is over 64 characters"),
+    ],
+)  # fmt: skip
+def test_names_beside_the_chain_are_free_and_short(make_run: MakeRun, changes: dict[str, Any], message: str) -> None:
+    assert make_run("method=sequential", **changes)  # nothing is beside that one
+    with pytest.raises(ConfigError, match=message):
+        make_run("method=unrestrained", **changes)
+
+
+def test_the_first_stage_has_no_model_beside_it(make_run: MakeRun) -> None:
+    stages = [{"data": "english", "name": "e" * 64}, {"data": "python", "name": "p" * 56}]
+    assert stage_specs(make_run("method=unrestrained", stages=stages))[1].name == "p" * 56 + ".scratch"
+
+
+def test_ewc_reads_what_is_kept_and_no_more(make_run: MakeRun) -> None:
+    def of(*overrides: str, method: str = "ewc") -> PlannedStage:
+        return plan(everything(make_run, method, "stage_defaults.penalty.kind=ewc", *overrides))[1]
+
+    buffer = "stage_defaults.replay.buffer_tokens=64"
+    assert of().spec.replay_buffer is None and of(buffer).spec.replay_buffer == 64
+    assert of().key != of(buffer).key and of(method="lifelong").key != of(buffer, method="lifelong").key
+
+
+def test_ewc_beside_generated_text_is_refused(make_run: MakeRun) -> None:
+    both = ["stage_defaults.penalty.kind=ewc", "stage_defaults.replay.source=generated"]
+    message = r"^stages\[1\]\.penalty\.kind=ewc reads stored text, and with replay\.source=generated none is stored\. "
+    with pytest.raises(ConfigError, match=message):
+        everything(make_run, "lifelong", *both)
+    assert everything(make_run, "lifelong", *both, "stage_defaults.penalty.weight=0")
+    assert everything(make_run, "ewc", *both)  # takes no replay, so the configuration's is nothing to it

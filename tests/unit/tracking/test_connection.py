@@ -55,6 +55,9 @@ def test_uri_comes_from_config_then_environment_then_root(monkeypatch: pytest.Mo
 def test_credentials_are_not_shown() -> None:
     assert without_credentials("https://user:p%40ss@host:5000/x") == "https://host:5000/x"
     assert without_credentials("https://host:5000/x") == "https://host:5000/x"
+    assert without_credentials("http://me:canary@host/base?token=canary") == "http://host/base"
+    assert without_credentials("postgresql://me:ca#na?ry@host:1/db") == "postgresql://host:1/db"
+    assert without_credentials("sqlite:////data/me@work/mlflow.db") == "sqlite:////data/me@work/mlflow.db"
 
 
 def test_refused_port_is_told_at_once() -> None:

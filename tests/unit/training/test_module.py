@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -107,7 +108,7 @@ def test_a_bad_gradient_is_dropped_whole(
     changed = [not equal(seen.parameters[i], seen.parameters[i - 1]) for i in range(1, STEPS)]
     assert changed == [True, False, True, True, True]
     assert all(torch.equal(a, b) for a, b in zip(seen.moments[1], seen.moments[2], strict=True))
-    assert (module.nonfinite_steps, module.nonfinite_in_a_row) == (1, 0)
+    assert (module.guard.nonfinite_steps, module.guard.nonfinite_in_a_row) == (1, 0)
     assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
 
 
@@ -118,14 +119,14 @@ def test_a_bad_micro_batch_drops_its_step(make_run: MakeRun, make_model: Make, m
     fit(module, [make_batch(seed=i) for i in range(STEPS)], seen, bad, accumulate=2)
     assert len(seen.parameters) == 3
     assert equal(seen.parameters[0], seen.parameters[1]) and not equal(seen.parameters[1], seen.parameters[2])
-    assert module.nonfinite_steps == 1
+    assert module.guard.nonfinite_steps == 1
 
 
 def test_three_in_a_row_is_divergence(make_run: MakeRun, make_model: Make, make_batch: Batch) -> None:
     model = make_model()
     module, seen = stage_module(make_run, model), Snapshots()
     bad = BadGradient(model.embedding.weight, {1, 2, 3}, float("nan"))
-    with pytest.raises(DivergedError, match=r"stage english: 3 steps in a row .* nothing was committed") as caught:
+    with pytest.raises(DivergedError, match=r"stage english: 3 steps in a row .* \(last: step 3\)") as caught:
         fit(module, [make_batch(seed=i) for i in range(STEPS)], seen, bad)
     assert caught.value.exit_code == 6 and "\n" not in str(caught.value)
     assert equal(dict(model.named_parameters()), seen.parameters[0])  # type: ignore[arg-type]
@@ -135,7 +136,7 @@ def test_two_in_a_row_twice_are_not(make_run: MakeRun, make_model: Make, make_ba
     model = make_model()
     module = stage_module(make_run, model)
     fit(module, [make_batch(seed=i) for i in range(STEPS)], BadGradient(model.norm.weight, {0, 1, 3, 4}, float("nan")))
-    assert (module.nonfinite_steps, module.nonfinite_in_a_row) == (4, 0)
+    assert (module.guard.nonfinite_steps, module.guard.nonfinite_in_a_row) == (4, 0)
 
 
 def test_a_parameter_that_is_not_finite_ends_training(make_run: MakeRun, make_model: Make, make_batch: Batch) -> None:
@@ -146,11 +147,12 @@ def test_a_parameter_that_is_not_finite_ends_training(make_run: MakeRun, make_mo
         fit(stage_module(make_run, model), [make_batch(seed=i) for i in range(STEPS)])
 
 
-def test_gradients_are_clipped_by_norm(make_run: MakeRun, make_model: Make) -> None:
+def test_gradients_are_clipped_by_norm(make_run: MakeRun, make_model: Make, make_batch: Batch) -> None:
     for limit, expected in (("1.0", [0.6, 0.8]), ("0", [3.0, 4.0]), ("100.0", [3.0, 4.0])):
         module = stage_module(make_run, make_model(), f"trainer.gradient_clip_val={limit}")
         weight = Parameter(torch.zeros(2))
         weight.grad = torch.tensor([3.0, 4.0])
+        module.training_step(make_batch(), 0)
         module.configure_gradient_clipping(torch.optim.SGD([weight], lr=1.0))
         assert weight.grad.tolist() == pytest.approx(expected, abs=1e-5)
         assert float(module.grad_norm) == 5.0
@@ -202,7 +204,8 @@ def test_the_teacher_is_no_part_of_the_module(make_run: MakeRun, make_model: Mak
 def test_a_checkpoint_holds_exactly_what_trains(make_run: MakeRun, make_model: Make) -> None:
     model = make_model("learned", (4, 2))
     module = stage_module(make_run, model, stage=1)
-    module.nonfinite_steps, module.nonfinite_in_a_row = 5, 2
+    for loss in (2.0, math.nan, 2.5, math.nan, math.nan):
+        module.guard.judge(loss)
     torch.manual_seed(7)
     checkpoint: dict[str, Any] = {"state_dict": module.state_dict()}
     module.on_save_checkpoint(checkpoint)
@@ -213,7 +216,8 @@ def test_a_checkpoint_holds_exactly_what_trains(make_run: MakeRun, make_model: M
     torch.manual_seed(99)
     again = stage_module(make_run, make_model("learned", (4, 2), seed=1), stage=1)
     again.on_load_checkpoint(checkpoint)
-    assert (again.nonfinite_steps, again.nonfinite_in_a_row) == (5, 2)
+    assert vars(again.guard) == vars(module.guard) and list(again.guard.losses) == [2.0, 2.5]
+    assert (again.guard.nonfinite_steps, again.guard.nonfinite_in_a_row) == (3, 2)
     assert torch.equal(torch.rand(3), expected)
 
     for broken in (trained - {"model.norm.weight"}, trained | {"model.blocks.0.moe.router.rows.0"}):

@@ -115,6 +115,7 @@ SCALARS: dict[str, Any] = {
     "gradient_clip": 9.0,
     "accumulate": 4,
     "grow": None,
+    "continues": "english",
     "trunk": None,
     "distill": None,
     "penalty": None,
@@ -195,6 +196,28 @@ def test_flops_include_the_teacher_s(make_run: MakeRun) -> None:
     after = spec.architecture(parent, 300, 0)
     expected = 3 * 640 * forward_flops_per_token(after) + 160 * forward_flops_per_token(parent)
     assert spec.flops(after, parent) == expected
+
+
+@pytest.mark.parametrize(
+    ("penalty", "buffer", "measured"),
+    [
+        ("{kind: ewc, fisher_tokens: 200}", "null", 192),  # whole blocks of 16
+        ("{kind: ewc, fisher_tokens: 9}", "null", 16),
+        ("{kind: ewc, fisher_tokens: 200}", "100", 96),
+        ("{kind: ewc, fisher_tokens: 48}", "100", 48),
+        ("{kind: l2, fisher_tokens: 200}", "null", 0),
+    ],
+)
+def test_flops_include_the_fisher_pass(make_run: MakeRun, penalty: str, buffer: str, measured: int) -> None:
+    """Forward and backward through the parent's model, on each earlier distribution."""
+    off = ["stage_defaults.distill.weight=0", f"stage_defaults.replay={{fraction: 0.25, buffer_tokens: {buffer}}}"]
+    stages = [{"data": "english"}, {"data": "python"}, {"data": "python", "name": "again"}, {"data": "english"}]
+    specs = stage_specs(make_run(*off, f"stage_defaults.penalty={penalty}", stages=stages))
+    parent = specs[0].architecture(None, 300, 0)
+    after = specs[1].architecture(parent, 300, 0)
+    expected = 3 * 640 * forward_flops_per_token(after) + 3 * measured * forward_flops_per_token(parent)
+    assert specs[1].flops(after, parent) == expected
+    assert [spec.fisher_measured_tokens for spec in specs] == [0, measured, measured, measured]
 
 
 def train(steps: int, share: float = 0.0, *, fits: bool = False, follows: bool = False) -> Phase:

@@ -1,0 +1,191 @@
+"""A retraining file, and how a run's configuration goes on with a batch of new documents. Torch-free.
+
+The file names a ``base`` run configuration, whose stages are the first champion, and says what a tick does with new
+documents. An override ``key=value`` whose key belongs to :class:`RetrainConfig` addresses this file; every other one
+addresses the base.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from lifelong_moe.config import (
+    Method,
+    RunConfig,
+    apply_override,
+    build_config,
+    first_key,
+    read_yaml,
+    require_known,
+    section,
+)
+from lifelong_moe.errors import ConfigError
+from lifelong_moe.retraining.config import DecisionConfig, DriftConfig, GateConfig
+from lifelong_moe.retraining.operation import HooksConfig, InboxConfig, LimitsConfig, ProbeConfig, TriggerConfig
+
+BATCH_NAME = "batch"
+
+
+@dataclass(kw_only=True)
+class RetrainConfig:
+    """One tick of scheduled retraining."""
+
+    base: str
+    """Run configuration whose stages come first; relative to this file."""
+    inbox: InboxConfig = field(default_factory=InboxConfig)
+    """Where new documents arrive."""
+    trigger: TriggerConfig = field(default_factory=TriggerConfig)
+    """When they are looked at."""
+    drift: DriftConfig = field(default_factory=DriftConfig)
+    """When they count as another distribution."""
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    """How continuing and growing are tried."""
+    decision: DecisionConfig = field(default_factory=DecisionConfig)
+    """How the trials are weighed."""
+    gate: GateConfig = field(default_factory=GateConfig)
+    """What a candidate must show before it serves."""
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
+    """What a tick may spend."""
+    hooks: HooksConfig = field(default_factory=HooksConfig)
+    """Who is told."""
+    stage: dict[str, Any] = field(default_factory=dict)
+    """Settings of a new stage over the base's ``stage_defaults``, such as ``{tokens: 200_000}``."""
+    when_growing: dict[str, Any] = field(default_factory=dict)
+    """The same for a stage that grows, such as ``{grow: {experts: 4}}``."""
+    when_continuing: dict[str, Any] = field(
+        default_factory=lambda: {"replay": {"fraction": 0.25}, "distill": {"weight": 0.5}}
+    )
+    """The same for a stage that trains the nearest experts on; it replays, for they are not frozen."""
+
+
+SECTIONS: dict[str, type] = {
+    "inbox": InboxConfig,
+    "trigger": TriggerConfig,
+    "drift": DriftConfig,
+    "probe": ProbeConfig,
+    "decision": DecisionConfig,
+    "gate": GateConfig,
+    "limits": LimitsConfig,
+    "hooks": HooksConfig,
+}
+OVERLAYS = ("stage", "when_growing", "when_continuing")
+
+
+@dataclass(frozen=True)
+class NewStage:
+    """A stage of the stream that the base configuration does not know."""
+
+    name: str
+    """Also the distribution's name."""
+    files: str
+    """Its documents."""
+    continues: str | None = None
+    """Stage whose experts train on; None grows."""
+    tokens: int | None = None
+    """Other than configured, for a probe."""
+
+
+@dataclass(frozen=True)
+class Retraining:
+    """A retraining file, read, with its base."""
+
+    settings: RetrainConfig
+    base: DictConfig
+    """The base configuration with its overrides, unresolved."""
+    run: str
+
+    def config(self, stages: Sequence[str], new: Sequence[NewStage]) -> RunConfig:
+        """The run as it would be with these stages.
+
+        Args:
+            stages: Names of the base's stages that the champion still has, in order.
+            new: What came, or would come, after them.
+        """
+        raw = self.base.copy()
+        named = build_config(self.base).stages
+        kept = [node for node, stage in zip(raw.stages, named, strict=True) if stage.name in stages]
+        raw.stages = [*kept, *(self._stage(stage) for stage in new)]
+        for stage in new:
+            inbox = self.settings.inbox
+            raw.distributions[stage.name] = {
+                "files": stage.files,
+                "heldout_fraction": inbox.heldout_fraction,
+            }
+        return build_config(raw)
+
+    def _stage(self, stage: NewStage) -> dict[str, Any]:
+        settings = self.settings
+        overlay = settings.when_growing if stage.continues is None else settings.when_continuing
+        own: dict[str, Any] = {"data": stage.name, "name": stage.name, "continues": stage.continues}
+        if stage.tokens is not None:
+            own["tokens"] = stage.tokens
+        merged = OmegaConf.merge(settings.stage, overlay, own)
+        return OmegaConf.to_container(merged)  # type: ignore[return-value]
+
+    def raw(self) -> dict[str, Any]:
+        """The base as written, interpolations unresolved."""
+        return OmegaConf.to_container(self.base, resolve=False)  # type: ignore[return-value]
+
+
+def load_retraining(path: str | Path, overrides: Sequence[str] = ()) -> Retraining:
+    """Read a retraining file and its base, and validate the stages that a tick could add.
+
+    Args:
+        path: YAML file.
+        overrides: ``key=value``, for this file or for the base; see the module.
+
+    Raises:
+        ConfigError: One line with the full key or file and line, what was required and what came.
+    """
+    path = Path(path)
+    raw, known = read_yaml(path), {f.name for f in dataclasses.fields(RetrainConfig)}
+    own = [override for override in overrides if first_key(override) in known]
+    for override in own:
+        apply_override(raw, override)
+    for key in raw:
+        require_known(str(key), known, "key")
+    settings = _settings(raw)
+    base = read_yaml(path.parent / settings.base)
+    for override in overrides:
+        if override not in own:
+            apply_override(base, override)
+    config = build_config(base)
+    if config.method != Method.lifelong:
+        raise ConfigError(f"method={config.method}: retraining continues and grows, so it needs method=lifelong.")
+    found = Retraining(settings, base, config.run)
+    _check_stages(found, [str(stage.name) for stage in config.stages])
+    return found
+
+
+def _settings(raw: DictConfig) -> RetrainConfig:
+    if not isinstance(raw.get("base"), str):
+        raise ConfigError("base must name a run configuration, such as base: quickstart.yaml.")
+    values: dict[str, Any] = {name: section(cls, raw.get(name), name) for name, cls in SECTIONS.items()}
+    defaults = {f.name: f.default_factory for f in dataclasses.fields(RetrainConfig) if f.name in OVERLAYS}
+    for name in OVERLAYS:
+        node = raw.get(name)
+        if node is None:
+            values[name] = defaults[name]()  # type: ignore[operator]
+        elif isinstance(node, DictConfig):
+            values[name] = OmegaConf.to_container(node, resolve=True)
+        else:
+            raise ConfigError(f"{name} must be a mapping, such as {name}: {{tokens: 200_000}}; got {node!r}.")
+    return RetrainConfig(base=raw.base, **values)
+
+
+def _check_stages(retraining: Retraining, names: list[str]) -> None:
+    """Build both kinds of stage once, so that a mistake in the file is found before anything is read."""
+    for what, continues in (("when_growing", None), ("when_continuing", names[0])):
+        try:
+            config = retraining.config(names, [NewStage(BATCH_NAME, "inbox.jsonl", continues)])
+        except ConfigError as error:
+            message = str(error).replace(f"stages[{len(names)}]", what)
+            raise ConfigError(f"{message} (of a stage that retraining adds)") from None
+        if continues is None and not config.stages[-1].grow.experts:
+            raise ConfigError("when_growing.grow.experts=0 adds no experts; set it above 0.")

@@ -1,0 +1,241 @@
+"""Do new documents come from another distribution? A classifier that tells new from old, judged by chance.
+
+Documents of one source resemble each other, so sources, not documents, are what chance may exchange: with documents
+exchanged, undrifted data raises an alarm nearly always. Numbers only; features come from the caller and must not
+depend on which side a document is on.
+
+Legend: N documents of both sides, D feature width, K clusters, P permutations.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import rankdata
+from threadpoolctl import ThreadpoolController
+
+from lifelong_moe.retraining.config import DriftConfig
+
+Floats = NDArray[np.floating[Any]]
+Ints = NDArray[np.integer[Any]]
+
+FOLDS = 10
+"""Parts of the cross-validation, or one per source if there are fewer."""
+SHRINKAGE = 1.0
+"""Ridge penalty in units of the features' mean variance over their principal axes; results hardly depend on it."""
+
+
+_THREADS = ThreadpoolController()  # made once: looking for the libraries takes longer than the test
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drift:
+    """How far new documents differ from old ones, and whether by more than sources differ anyway."""
+
+    auc: float | None
+    """Area under the curve of telling new from old, on sources left out; None with a single source on a side."""
+    null_quantile: float | None
+    """What chance reaches at the configured quantile; None if there are too few sources for a test."""
+    psi: float
+    """Population stability index over clusters without its bias, in nats: the size of the shift. It decides nothing,
+    since its bias is known only for documents that are independent."""
+    new_sources: int
+    old_sources: int
+    drifted: bool
+    """Always False if there are too few sources for a test."""
+    words: str
+    """The same, as one sentence."""
+
+    @property
+    def testable(self) -> bool:
+        """Whether there were sources enough for an answer."""
+        return self.null_quantile is not None
+
+
+@dataclass(frozen=True, eq=False)
+class DocumentSample:
+    """Documents of one side, as numbers."""
+
+    features_ND: Floats
+    """Finite features ``(N, D)``; how they are made must not depend on the side."""
+    sources: Sequence[str]
+    """Source of each document."""
+    counts_K: Ints
+    """Documents in each cluster, ``(K,)``; may count more documents than have features."""
+
+    def __post_init__(self) -> None:
+        if not len(self.sources) or np.ndim(self.features_ND) != 2 or len(self.features_ND) != len(self.sources):
+            raise ValueError(f"features {np.shape(self.features_ND)} do not fit {len(self.sources)} document(s)")
+        if not np.isfinite(self.features_ND).all():
+            raise ValueError("a feature is not finite")
+
+    def chosen(self, limit: int, *, seed: int) -> tuple[NDArray[np.float64], Ints]:
+        """Features of at most ``limit`` documents, and the index of their sources, from 0."""
+        rows = choose_documents(self.sources, limit, seed=seed)
+        _, source_N = np.unique(np.array(self.sources)[rows], return_inverse=True)
+        return np.asarray(self.features_ND, dtype=np.float64)[rows], source_N
+
+
+def measure_drift(new: DocumentSample, old: DocumentSample, config: DriftConfig, *, seed: int) -> Drift:
+    """Test whether new documents are from elsewhere than those the model has learned.
+
+    The classifier is ridge regression on standardized features, whose direction is that of a regularized Fisher
+    discriminant, cross-validated by source. Its scores are linear in the labels, so one matrix serves all
+    permutations. Trained on some sources and tested on others, it finds only what new *sources* have in common.
+
+    Args:
+        new: New documents. A source that is also an old one counts as another, which can only hide drift.
+        old: Documents that the model has learned.
+        config: Limits.
+        seed: Of the choice of documents, the folds and the permutations; same seed, same result.
+
+    Raises:
+        ValueError: If the two have other numbers of features or clusters.
+
+    Source:
+        Classifier two-sample tests (arXiv:1610.06545); exact p-values of sampled permutations: Phipson and Smyth 2010.
+    """
+    (new_ND, new_source_N), (old_ND, old_source_N) = (side.chosen(config.documents, seed=seed) for side in (new, old))
+    num_new, num_old = int(new_source_N.max()) + 1, int(old_source_N.max()) + 1
+    psi = population_stability(new.counts_K, old.counts_K)
+    auc = limit = None
+    if min(num_new, num_old) >= 2:  # of a single source none is left to train on
+        source_N = np.concatenate([new_source_N, num_new + old_source_N])
+        rng = np.random.default_rng(seed)
+        labels_NP = _relabelled(num_new, num_old, config.permutations, rng)[source_N]
+        with _THREADS.limit(limits=1):  # their number changes the last bits of a product
+            scores_NP = _scoring(np.concatenate([new_ND, old_ND]), source_N, rng) @ labels_NP
+        aucs_P = area_under_curve(scores_NP, labels_NP)
+        auc, limit = float(aucs_P[0]), _upper_quantile(aucs_P[1:], config.quantile, num_new == num_old)
+    drifted = auc is not None and limit is not None and auc > limit and auc >= config.auc
+    return Drift(
+        auc=auc,
+        null_quantile=limit,
+        psi=psi,
+        new_sources=num_new,
+        old_sources=num_old,
+        drifted=drifted,
+        words=_words(auc, limit, drifted, num_new, num_old, config),
+    )
+
+
+def choose_documents(sources: Sequence[str], limit: int, *, seed: int) -> NDArray[np.int64]:
+    """Choose at most ``limit`` documents, as evenly over sources as they allow: in turn one from each.
+
+    Returns:
+        Their indices, ascending; all of them if they are no more than ``limit``.
+    """
+    order = np.random.default_rng(seed).permutation(len(sources))
+    taken: dict[str, int] = {}
+    turn = np.empty(len(sources), dtype=np.int64)
+    for index in order:
+        turn[index] = taken[sources[index]] = taken.get(sources[index], -1) + 1
+    return np.sort(order[np.argsort(turn[order], kind="stable")][:limit])
+
+
+def population_stability(new_counts_K: Ints, old_counts_K: Ints) -> float:
+    """Symmetric divergence of two histograms without its bias: ``sum (p - q) ln(p / q) - (K - 1)(1/n + 1/m)``.
+
+    Half a document is added to each cluster of each side, so that an empty one costs no infinity; clusters empty on
+    both sides do not count. For independent documents of one distribution the expectation is about 0, so values
+    may be negative.
+
+    Args:
+        new_counts_K: n documents by cluster, ``(K,)``.
+        old_counts_K: m documents by cluster, ``(K,)``.
+
+    Returns:
+        Nats.
+
+    Raises:
+        ValueError: If a side has no document or the sides have other numbers of clusters.
+    """
+    counts_2K = np.stack([np.asarray(new_counts_K, float), np.asarray(old_counts_K, float)])
+    total_2 = counts_2K.sum(axis=1)
+    if not total_2.all():
+        raise ValueError("each side needs a document")
+    counts_2K = counts_2K[:, counts_2K.any(axis=0)] + 0.5
+    p_K, q_K = counts_2K / counts_2K.sum(axis=1, keepdims=True)
+    bias = (len(p_K) - 1) * (1 / total_2).sum()
+    return float(((p_K - q_K) * np.log(p_K / q_K)).sum() - bias)
+
+
+def area_under_curve(scores_NP: Floats, labels_NP: Floats) -> NDArray[np.float64]:
+    """Probability that a positive scores above a negative, ties counting half; column by column.
+
+    Args:
+        scores_NP: Scores ``(N, P)``.
+        labels_NP: 1 for positives, 0 for negatives; each column has both.
+    """
+    positives_P = labels_NP.sum(axis=0)
+    rank_sums_P = (rankdata(scores_NP, axis=0) * labels_NP).sum(axis=0)
+    return (rank_sums_P - positives_P * (positives_P + 1) / 2) / (positives_P * (len(labels_NP) - positives_P))
+
+
+def _relabelled(num_new: int, num_old: int, permutations: int, rng: np.random.Generator) -> NDArray[np.float64]:
+    """Which sources count as new, 0 or 1, ``(sources, 1 + P)``: the truth first, then other choices, all distinct.
+
+    All of them if there are no more than ``permutations``.
+    """
+    num, truth = num_new + num_old, tuple(range(num_new))
+    chosen = {truth: None}  # a dict keeps the order
+    if math.comb(num, num_new) - 1 <= permutations:
+        chosen |= dict.fromkeys(itertools.combinations(range(num), num_new))
+    while len(chosen) <= min(permutations, math.comb(num, num_new) - 1):
+        chosen[tuple(sorted(rng.choice(num, num_new, replace=False).tolist()))] = None
+    labels_SP = np.zeros((num, len(chosen)))
+    for column, new in enumerate(chosen):
+        labels_SP[list(new), column] = 1.0
+    return labels_SP
+
+
+def _scoring(x_ND: Floats, source_N: Ints, rng: np.random.Generator) -> NDArray[np.float64]:
+    """Matrix ``(N, N)`` from labels to the scores of documents by a ridge regression on the other folds.
+
+    Ridge in its dual form: with training features Z, centred, ``score(x) = (x - mean) Z^T (Z Z^T + r)^-1 C y``, C
+    centring the labels. There is no intercept, since that of a fold would tell which labels were left out.
+    """
+    deviation_D = x_ND.std(axis=0)
+    x_ND = (x_ND - x_ND.mean(axis=0)) / np.where(deviation_D > 0, deviation_D, 1.0)
+    num_sources = int(source_N.max()) + 1
+    fold_N = (rng.permutation(num_sources) % FOLDS)[source_N]
+    matrix_NN = np.zeros((len(x_ND), len(x_ND)))
+    for fold in np.unique(fold_N):
+        test, train = fold_N == fold, fold_N != fold
+        mean_D = x_ND[train].mean(axis=0)
+        z = x_ND[train] - mean_D
+        gram = z @ z.T
+        ridge = SHRINKAGE * np.trace(gram) / min(z.shape) or 1.0  # equal features: any penalty gives scores of 0
+        solved = np.linalg.solve(gram + ridge * np.eye(len(gram)), z @ (x_ND[test] - mean_D).T).T
+        matrix_NN[np.ix_(test, train)] = solved - solved.mean(axis=1, keepdims=True)
+    return matrix_NN
+
+
+def _upper_quantile(null_P: Floats, quantile: float, mirrored: bool) -> float | None:
+    """Value that, exceeded by the truth, gives a permutation p-value of at most ``1 - quantile``.
+
+    None if no outcome could: with the truth there are ``P + 1`` labellings (when ``mirrored``, half of them are
+    another's mirror image with the same area), and the best of them alone must be rare enough.
+    """
+    most = math.floor((len(null_P) + 1) * (1 - quantile) + 1e-9)  # labellings that may do as well, the truth included
+    return float(np.sort(null_P)[-most]) if most > int(mirrored) else None
+
+
+def _words(
+    auc: float | None, limit: float | None, drifted: bool, num_new: int, num_old: int, config: DriftConfig
+) -> str:
+    sources = f"{num_new} new and {num_old} old source(s)"
+    if auc is None or limit is None:
+        return f"No answer: {sources} are too few to tell drift from the differences that sources have anyway."
+    found = (
+        f"on sources it has not seen, a classifier tells new documents from old ones with an AUC of {auc:.2f} "
+        f"({sources}; chance stays below {limit:.2f} in {config.quantile:.0%} of cases, and {config.auc:.2f} is "
+        f"the least that counts)"
+    )
+    return f"Drift: {found}." if drifted else f"No drift: {found}."

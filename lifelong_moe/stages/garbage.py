@@ -1,0 +1,216 @@
+"""What nothing refers to any more, and how it is removed. Torch-free.
+
+Kept is whatever can be reached from the head of a run (all versions, plan, what it trains), from a live plan of a
+retraining, or from a stage that is still young; and whatever these continue or borrow tensors from, and so on. A
+comparison refers to runs by name, and their heads keep its stages.
+
+Time comes from two clocks, because one may jump: this machine's, and the store's own, which is the newest file time
+under the root. A thing is young, and a plan is live, unless both clocks say otherwise; hence the newest thing always is
+young, and so is whatever claims to come from the future.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from graphlib import TopologicalSorter
+from pathlib import Path
+from typing import Any
+
+from lifelong_moe.errors import CorruptError
+from lifelong_moe.stages.atomic import remove_directory, remove_temporary
+from lifelong_moe.stages.keys import SHORT, content_key
+from lifelong_moe.stages.lock import locked
+
+GRACE_SECONDS = 24 * 3600.0
+"""A thing is young for a day."""
+KEY = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Something on disk that may be removed."""
+
+    path: Path
+    key: str
+    """Of the stage that it is or belongs to; of a work directory the first digits only."""
+    bytes: int
+    changed: float
+    """Newest file time, seconds since the epoch."""
+
+
+@dataclass(frozen=True)
+class Garbage:
+    """What may be removed, dependants first, and what is spared only because it is young."""
+
+    stages: list[Stored]
+    evaluations: list[Stored]
+    work: list[Stored]
+    young: list[Stored]
+
+    @property
+    def bytes(self) -> int:
+        """Disk that removing it frees."""
+        return sum(stored.bytes for stored in (*self.stages, *self.evaluations, *self.work))
+
+
+def mentioned(value: Any) -> set[str]:
+    """Every content key that stands anywhere in plain JSON data, as a value or as a name."""
+    if isinstance(value, str):
+        return {value} if KEY.fullmatch(value) else set()
+    if isinstance(value, Mapping):
+        return set().union(*(mentioned(name) | mentioned(item) for name, item in value.items()))
+    return set().union(*(mentioned(item) for item in value)) if isinstance(value, list) else set()
+
+
+def reachable(roots: Iterable[str], needs: Mapping[str, Collection[str]]) -> set[str]:
+    """Keys that the roots need, directly or not, themselves included; those without an entry need nothing."""
+    found: set[str] = set()
+    open_ = list(roots)
+    while open_:
+        key = open_.pop()
+        if key not in found:
+            found.add(key)
+            open_ += needs.get(key, ())
+    return found
+
+
+def dependants_first(keys: Collection[str], needs: Mapping[str, Collection[str]]) -> list[str]:
+    """An order in which what is left never needs what is gone, wherever one stops."""
+    among = {key: [need for need in needs[key] if need in keys] for key in sorted(keys)}
+    return list(TopologicalSorter(among).static_order())[::-1]
+
+
+def find_garbage(root: Path, now: float, grace: float = GRACE_SECONDS) -> Garbage:
+    """Look for what may be removed; changes nothing.
+
+    Args:
+        root: ``mlruns``.
+        now: Seconds since the epoch.
+        grace: Seconds for which a thing is young.
+
+    Raises:
+        CorruptError: If a head, a plan or a stage cannot be read: what it needs is then unknown.
+    """
+    configs = dict(_stage_configs(root))
+    stages = {config["key"]: _stored(path, config["key"]) for path, config in configs.items()}
+    needs = {config["key"]: _needs(config) for config in configs.values()}
+    clock = min(now, _newest(root, stages.values()))
+    limit = clock - grace
+    held = reachable(_roots(root, clock), needs)
+    live = reachable(held | {key for key, stored in stages.items() if stored.changed > limit}, needs)
+    untrained = {_untrained_key(config) for config in configs.values() if config["key"] in live}
+    short = {key[:SHORT] for key in live}
+    evaluations = [s for s in _evaluations(root) if s.key not in live | untrained]
+    work = [s for s in _work(root) if s.key not in short]
+    return Garbage(
+        stages=[stages[key] for key in dependants_first(stages.keys() - live, needs)],
+        evaluations=[s for s in evaluations if s.changed <= limit],
+        work=[s for s in work if s.changed <= limit],
+        young=[
+            *(stages[key] for key in sorted(stages.keys() & live - held)),
+            *(s for s in (*evaluations, *work) if s.changed > limit),
+        ],
+    )
+
+
+def collect(root: Path, now: float, grace: float = GRACE_SECONDS) -> Garbage:
+    """Remove the garbage while no process works on any run or stage; returns what was removed.
+
+    Raises:
+        LockedError: If one does; nothing is removed then.
+    """
+    with ExitStack() as held:
+        for path in sorted(root.glob("runs/*/")):
+            held.enter_context(locked(path / ".lock", f"run {path.name}"))
+        for path in sorted(root.glob("work/*/")):
+            held.enter_context(locked(path / ".lock", f"stage {path.name}"))
+        garbage = find_garbage(root, now, grace)
+        for stored in garbage.evaluations:
+            stored.path.unlink(missing_ok=True)
+        for stored in (*garbage.work, *garbage.stages):
+            remove_directory(stored.path)
+        for parent in (root / "stages", root / "work"):
+            remove_temporary(parent)
+    return garbage
+
+
+def _roots(root: Path, clock: float) -> set[str]:
+    roots: set[str] = set()
+    for path in root.glob("runs/*/head.json"):
+        roots |= mentioned(_read(path))
+    for path in root.glob("runs/*/plans/*.json"):
+        plan = _read(path)
+        if not _expired(plan, clock):
+            roots |= mentioned(plan)
+    return roots
+
+
+def _expired(plan: Any, clock: float) -> bool:
+    """Whether a plan says that it is over; one that does not say is live."""
+    expires = plan.get("expires") if isinstance(plan, dict) else None
+    try:
+        moment = datetime.fromisoformat(expires) if isinstance(expires, str) else None
+    except ValueError:
+        return False
+    if moment is None:
+        return False
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() < clock
+
+
+def _stage_configs(root: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    for directory in sorted(root.glob("stages/[!.]*/")):
+        config = _read(directory / "config.json")
+        if not isinstance(config, dict) or not {"key", "parent", "borrowed"} <= set(config):
+            raise CorruptError(f"{directory / 'config.json'}: not the configuration of a stage; nothing is removed.")
+        yield directory, config
+
+
+def _needs(config: Mapping[str, Any]) -> set[str]:
+    """Keys of the stages without which this one cannot be loaded."""
+    return {*config["borrowed"].values(), *([config["parent"]] if config["parent"] else [])}
+
+
+def _untrained_key(config: Mapping[str, Any]) -> str:
+    """What evaluations of the untrained model that a first stage began from are stored under."""
+    return content_key({"init": config.get("architecture"), "seed": (config.get("spec") or {}).get("seed")})
+
+
+def _evaluations(root: Path) -> list[Stored]:
+    found = []
+    for path in sorted(root.glob("evaluations/[!.]*.json")):
+        try:
+            key = json.loads(path.read_text(encoding="utf-8"))["stage"]
+        except (ValueError, KeyError, TypeError):
+            continue  # damaged: it is made again when it is asked for
+        found.append(_stored(path, key))
+    return found
+
+
+def _work(root: Path) -> list[Stored]:
+    return [_stored(path, path.name) for path in sorted(root.glob("work/[!.]*/"))]
+
+
+def _stored(path: Path, key: str) -> Stored:
+    files = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
+    stats = [p.stat() for p in files if p.name != ".lock"] or [path.stat()]
+    return Stored(path, key, sum(s.st_size for s in stats), max(s.st_mtime for s in stats))
+
+
+def _newest(root: Path, stages: Iterable[Stored]) -> float:
+    """The store's own clock: when anything in it last changed."""
+    heads = [p.stat().st_mtime for name in ("head.json", "ledger.jsonl") for p in root.glob(f"runs/*/{name}")]
+    return max([*heads, *(stored.changed for stored in stages)], default=0.0)
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, FileNotFoundError) as error:
+        raise CorruptError(f"{path}: unreadable ({error}); what it needs is unknown, so nothing is removed.") from None
+
+

@@ -1,0 +1,141 @@
+"""Back from an expert to the text that made it, and from a document to the experts that learned from it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from lifelong_moe.errors import ConfigError
+from lifelong_moe.model.architecture import Architecture
+from lifelong_moe.stages.lineage import expert_names, grouped_names
+from lifelong_moe.stages.store import CommittedStage
+
+EXPERT_NAME = re.compile(r"(?P<stage>.+)/L(?P<layer>\d+)/E(?P<expert>\d+)")
+PARTS = ("gate_up", "down")
+
+
+def trace_expert(chain: Sequence[CommittedStage], name: str) -> dict[str, Any]:
+    """Which stage and which text made an expert.
+
+    Args:
+        chain: The model's stages, oldest first, derived ones included.
+        name: ``STAGE/L<layer>/E<index>``, as the last of them numbers its experts.
+
+    Returns:
+        ``expert``; ``born`` (``stage``, ``key``, ``data``: hash of each distribution's training documents,
+        ``began``: how its weights began); and ``stages``, one entry for the birth and each stage after it: ``stage``,
+        ``key``, ``tensors`` (``trained``, ``borrowed``, or ``moved`` where only its number changed), ``held_by`` (key
+        of the stage that holds the tensors) and ``data`` (what it was trained on there; empty otherwise).
+
+    Raises:
+        ConfigError: If the name is malformed, or the model has no such expert.
+    """
+    layer, place = _find(Architecture.from_json(chain[-1].config["architecture"]), name)
+    stage_name = name.rsplit("/", 2)[0]
+    birth = next(i for i, stage in enumerate(chain) if stage.name == stage_name)
+    rows = [_history(stage, layer, stage_name, place) for stage in chain[birth:]]
+    born, grow = chain[birth], chain[birth].config["spec"]["grow"]
+    return {
+        "expert": name,
+        "born": {
+            "stage": born.name,
+            "key": born.key,
+            "data": born.config["data"],
+            "began": grow["init"] if grow else "random",
+            "weights_sha256": born.weights_hash,
+        },
+        "stages": rows,
+    }
+
+
+def _find(architecture: Architecture, name: str) -> tuple[int, int]:
+    """Layer, and place within its generation."""
+    match = EXPERT_NAME.fullmatch(name)
+    if match is None:
+        raise ConfigError(f"--expert={name}: an expert's name is STAGE/L<layer>/E<index>, such as python_code/L0/E4.")
+    layer, expert = int(match["layer"]), int(match["expert"])
+    births = architecture.expert_births(layer) if layer < architecture.model.layers else []
+    if expert >= len(births) or births[expert] != match["stage"]:
+        there = [expert_names(architecture, generation.stage) for generation in architecture.generations]
+        raise ConfigError(f"--expert={name}: the model has no such expert; there are {', '.join(there)}.")
+    return layer, expert - births.index(match["stage"])
+
+
+def _history(stage: CommittedStage, layer: int, birth: str, place: int) -> dict[str, Any]:
+    """What a stage did with an expert."""
+    index = Architecture.from_json(stage.config["architecture"]).expert_births(layer).index(birth) + place
+    name, borrowed = expert_tensor(layer, index, PARTS[0]), stage.config["borrowed"]
+    how = "borrowed" if name in borrowed else "moved" if "derived" in stage.config else "trained"
+    return {
+        "stage": stage.name,
+        "key": stage.key,
+        "tensors": how,
+        "held_by": borrowed.get(name, stage.key),
+        "data": stage.config["data"] if how == "trained" else {},
+    }
+
+
+def expert_tensor(layer: int, expert: int, part: str) -> str:
+    """Name of one of an expert's two matrices."""
+    return f"blocks.{layer}.moe.banks.experts.{expert}.{part}"
+
+
+def trained_experts(stage: CommittedStage) -> str:
+    """Names of the experts whose weights a stage trained, in short; a derived stage trained none."""
+    architecture, borrowed = Architecture.from_json(stage.config["architecture"]), stage.config["borrowed"]
+    if "derived" in stage.config:
+        return "none"
+    births = {layer: architecture.expert_births(layer) for layer in range(architecture.model.layers)}
+    return grouped_names(
+        {
+            generation.stage: {
+                layer: [
+                    expert
+                    for expert, birth in enumerate(births[layer])
+                    if birth == generation.stage and expert_tensor(layer, expert, PARTS[0]) not in borrowed
+                ]
+                for layer in births
+            }
+            for generation in architecture.generations
+        }
+    )
+
+
+def readers(stages: Sequence[CommittedStage], hashes: Collection[str]) -> list[dict[str, Any]]:
+    """Which stages read any of these sets of training documents, and which experts learned there.
+
+    Args:
+        stages: In any order.
+        hashes: Of the training documents of distributions, as stages record them.
+
+    Returns:
+        One entry a stage that did: ``stage``, ``key``, ``distribution``, ``role`` (``learned``, ``replayed``, or
+        ``measured`` for the Fisher information of EWC), ``epochs`` (times the text of its own distribution was gone
+        through; below 1 the document may not have had its turn, as with replay) and ``experts`` (that it trained).
+    """
+    rows = []
+    for stage in stages:
+        if "derived" in stage.config:
+            continue
+        for distribution, digest in stage.config["data"].items():
+            if digest in hashes:
+                rows.append(
+                    {
+                        "stage": stage.name,
+                        "key": stage.key,
+                        "distribution": distribution,
+                        "role": _role(stage.config, distribution),
+                        "epochs": stage.metrics.get("epochs"),
+                        "experts": trained_experts(stage),
+                    }
+                )
+    return rows
+
+
+def _role(config: Mapping[str, Any], distribution: str) -> str:
+    spec = config["spec"]
+    if distribution == spec["data"] or (config["parent"] is None and distribution in spec["replayed"]):
+        return "learned"
+    generates = bool(spec["replayed"]) and spec["replay_source"] == "generated"
+    return "replayed" if distribution in spec["replayed"] and not generates else "measured"

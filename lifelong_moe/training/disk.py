@@ -1,0 +1,80 @@
+"""Room on the disk, estimated before anything is written. Torch-free."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lifelong_moe.errors import ResourceError
+from lifelong_moe.training.config import CheckpointConfig
+from lifelong_moe.training.spec import StageSpec
+
+BYTES = {"32-true": 4, "bf16-mixed": 4, "bf16-true": 2}
+"""Of a number that is trained, and of each of its two moments."""
+TOKEN_BYTES = 8
+"""Of a token that the parent's model wrote."""
+
+
+@dataclass(frozen=True)
+class DiskNeed:
+    """What a stage writes at most, in bytes."""
+
+    weights: int
+    """Stays."""
+    work: int
+    """Is removed once the stage is committed: step checkpoints, one of them being written, and generated text."""
+
+    @property
+    def total(self) -> int:
+        """When the stage is committed."""
+        return self.weights + self.work
+
+
+def disk_need(spec: StageSpec, trainable: int, checkpoint: CheckpointConfig) -> DiskNeed:
+    """Estimate what a stage writes.
+
+    Args:
+        spec: The stage.
+        trainable: Parameters that it trains.
+        checkpoint: How many step checkpoints there are.
+    """
+    weights = trainable * BYTES[spec.precision]
+    taken = sum(phase.steps // checkpoint.every_steps for phase in spec.phases())
+    generated = TOKEN_BYTES * spec.replayed_tokens if spec.generates else 0
+    return DiskNeed(weights, 3 * weights * min(taken, checkpoint.keep + 1) + generated)
+
+
+def run_need(needs: Sequence[DiskNeed]) -> int:
+    """Bytes of several stages, one after the other: all weights, and the largest work."""
+    return sum(need.weights for need in needs) + max((need.work for need in needs), default=0)
+
+
+def require_space(root: Path, needed: int, what: str) -> None:
+    """Refuse to begin what cannot end.
+
+    Args:
+        root: Directory that is written to; it need not be there yet.
+        needed: Bytes.
+        what: That needs them, for the message.
+
+    Raises:
+        ResourceError: If the file system has less than that.
+    """
+    there = next(path for path in (root.absolute(), *root.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise ResourceError(
+            f"{what} needs up to {_megabytes(needed)} of disk, but {root} has {_megabytes(free)} free; nothing was "
+            f"written. Free some, or set checkpoint.keep lower."
+        )
+
+
+def used_space(directory: Path) -> int:
+    """Bytes of all files under a directory; 0 if it is not there."""
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB"

@@ -1,0 +1,215 @@
+"""What could come after the champion: planned, trained and measured on held-out text, document by document."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from lifelong_moe.config import RunConfig
+from lifelong_moe.data.batches import BatchStore
+from lifelong_moe.data.documents import Corpus
+from lifelong_moe.data.prepare import PreparedData
+from lifelong_moe.data.shards import TokenShard
+from lifelong_moe.data.windows import evaluation_windows
+from lifelong_moe.evaluation.documents import generation_shares, measure_documents
+from lifelong_moe.evaluation.loss import EVALUATION_SCHEMA
+from lifelong_moe.methods.plan import PlannedStage, plan_next
+from lifelong_moe.methods.retraining import NewStage, Retraining
+from lifelong_moe.model.architecture import Architecture
+from lifelong_moe.model.transformer import LanguageModel
+from lifelong_moe.retraining.gate import DocumentLosses
+from lifelong_moe.stages.keys import content_key
+from lifelong_moe.stages.runs import EvaluationStore
+from lifelong_moe.stages.store import CommittedStage, StageStore
+from lifelong_moe.stages.versions import Version
+from lifelong_moe.training.interrupt import Interrupt
+from lifelong_moe.training.logger import Send
+from lifelong_moe.training.phase import StageEnvironment
+from lifelong_moe.training.stage import load_model, train_stage
+from pipelines.evaluations import evaluation_device
+from pipelines.places import ROOT
+from pipelines.workspace import read_data
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A stage that could follow the champion, and the run as it would then be."""
+
+    config: RunConfig
+    data: PreparedData
+    planned: PlannedStage
+
+
+@dataclass
+class Bench:
+    """Everything that candidates for one batch have in common."""
+
+    retraining: Retraining
+    champion: Version
+    new: str
+    """Name of the batch's distribution."""
+    files: str
+    """Its documents."""
+    texts: Mapping[str, Corpus]
+    """Documents of every distribution, the batch's own among them."""
+    store: StageStore
+    interrupt: Interrupt
+    console: Console
+    memory: dict[str, PreparedData] = field(default_factory=dict)
+    _models: dict[str, LanguageModel] = field(default_factory=dict)
+
+    @cached_property
+    def parent(self) -> CommittedStage:
+        """The champion's last stage."""
+        return self.store.get(self.champion.key)
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        """The champion's."""
+        return Architecture.from_json(self.parent.config["architecture"])
+
+    @property
+    def evaluations(self) -> EvaluationStore:
+        """Where measurements are kept."""
+        return EvaluationStore(ROOT)
+
+    def plan(self, continues: str | None, tokens: int | None = None) -> Candidate:
+        """Resolve a stage on the batch that continues a stage's experts, or grows."""
+        kept, added = served_stages(self.champion, self.store)
+        new = NewStage(self.new, self.files, continues, tokens)
+        config = self.retraining.config(kept, [*added, new])
+        data = read_data(config, self.memory)
+        hashes = {name: corpus.train_hash for name, corpus in data.corpora.items()}
+        identity, bos_id = data.tokenizer_identity(), data.tokenizer.bos_id
+        return Candidate(
+            config, data, plan_next(config, self.architecture, self.champion.key, hashes, identity, bos_id)
+        )
+
+    def train(self, candidate: Candidate, send: Send, run_id: str | None) -> CommittedStage:
+        """Train and commit a candidate, or find it committed."""
+        config, data, planned = candidate.config, candidate.data, candidate.planned
+        environment = StageEnvironment(
+            store=self.store,
+            work=ROOT / "work",
+            trainer=config.trainer,
+            checkpoint=config.checkpoint,
+            interrupt=self.interrupt,
+            console=self.console,
+            send=send,
+            run_id=run_id,
+        )
+        return train_stage(
+            planned.spec,
+            planned.key,
+            planned.depth,
+            self.parent,
+            data.corpora,
+            data.tokenizer,
+            data.recipe,
+            environment,
+        )
+
+    def model(self, stage: CommittedStage, candidate: Candidate) -> LanguageModel:
+        """A stage's model where evaluation runs; the last one asked for is kept."""
+        if stage.key not in self._models:
+            device = evaluation_device(candidate.config.trainer.accelerator)
+            self._models = {stage.key: load_model(self.store, stage).to(device)}
+        return self._models[stage.key]
+
+    def measure(self, stage: CommittedStage, candidate: Candidate, distribution: str, *, shuffled: bool = False) -> Any:
+        """Losses of each held-out document and assignments by expert, measured once and kept.
+
+        Args:
+            stage: Whose model.
+            candidate: Gives data and settings.
+            distribution: Which held-out text.
+            shuffled: Score each document with its tokens in random order.
+        """
+        config, corpus = candidate.config, candidate.data.corpora[distribution]
+        settings: dict[str, Any] = {
+            "schema": EVALUATION_SCHEMA,
+            "documents": "shuffled" if shuffled else "as they are",
+            "heldout": corpus.heldout_hash,
+            "tokenizer": candidate.data.tokenizer.hash,
+            "tokens": config.evaluate.tokens,
+            "context": config.model.context,
+            "label": distribution if config.routing.by_label else None,
+        }
+        key = content_key(settings)
+        if (found := self.evaluations.find(stage.key, key)) is None:
+            shard = shuffled_documents(corpus.heldout) if shuffled else corpus.heldout
+            windows = evaluation_windows(shard, config.model.context, config.evaluate.tokens)
+            measured = measure_documents(
+                self.model(stage, candidate), windows, distribution=distribution, batch_tokens=config.evaluate.batch_tokens
+            )
+            found = {
+                name: getattr(measured, name).tolist() for name in ("document", "nats", "tokens")
+            } | {"expert_counts": measured.expert_counts}  # fmt: skip
+            self.evaluations.add(stage.key, key, found)
+        return found
+
+    def losses(
+        self, stage: CommittedStage, candidate: Candidate, distribution: str, *, shuffled: bool = False
+    ) -> DocumentLosses:
+        """A stage's losses on a gate set, with the source of each document."""
+        found = self.measure(stage, candidate, distribution, shuffled=shuffled)
+        heldout = self.texts[distribution].heldout
+        scored = [i for i, tokens in enumerate(found["tokens"]) if tokens]
+        return DocumentLosses(
+            np.array(found["nats"])[scored],
+            np.array(found["tokens"])[scored],
+            [heldout[found["document"][i]].source for i in scored],
+        )
+
+    def leak(self, stage: CommittedStage, candidate: Candidate, distribution: str) -> float:
+        """Share of a distribution's tokens that go to experts born after its stage."""
+        counts = self.measure(stage, candidate, distribution)["expert_counts"]
+        shares = generation_shares(counts, Architecture.from_json(stage.config["architecture"]))
+        known = self._births_at(distribution)
+        return sum(share for birth, share in shares.items() if birth not in known)
+
+    def _births_at(self, distribution: str) -> list[str]:
+        """Generations that there were when a distribution was learned; all, if it never was."""
+        stage = next((s for s in self.champion.stages if s.data == distribution and s.action != "drop"), None)
+        learned = self.parent if stage is None else self.store.get(stage.key)
+        return [g.stage for g in Architecture.from_json(learned.config["architecture"]).generations]
+
+
+def served_stages(version: Version, store: StageStore) -> tuple[list[str], list[NewStage]]:
+    """A version's stages that still are in its model: names of the base's, and those that retraining added."""
+    names = {stage.name for stage in version.stages}
+    there = [s for s in version.stages if f"{s.name}.dropped" not in names and s.action not in ("drop", "consolidate")]
+    kept = [stage.name for stage in there if stage.batch is None]
+    added = [
+        NewStage(s.name, batch_files(s.batch), store.get(s.key).config["spec"].get("continues"))
+        for s in there
+        if s.batch is not None
+    ]
+    return kept, added
+
+
+def batch_files(batch: str) -> str:
+    """Where a kept batch's documents are."""
+    return str(BatchStore(ROOT).path(batch))
+
+
+def shuffled_documents(shard: TokenShard, seed: int = 0) -> TokenShard:
+    """The same documents, each with its tokens after BOS in random order."""
+    draw, tokens = np.random.default_rng(seed), np.array(shard.tokens)
+    for start, end in zip(shard.offsets[:-1], shard.offsets[1:], strict=True):
+        draw.shuffle(tokens[start + 1 : end])
+    return replace(shard, tokens=tokens)
+
+
+def changed_frozen(store: StageStore, before: CommittedStage, after: CommittedStage) -> list[str]:
+    """Frozen tensors of a stage's model that are not what they were in the one before."""
+    model = load_model(store, after)
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    old, new = store.tensors(before), store.tensors(after)
+    return sorted(name for name in frozen & set(old) if not torch.equal(old[name], new[name]))

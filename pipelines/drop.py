@@ -1,0 +1,114 @@
+"""`lifelong-moe drop`: a version without one stage. The newest is forgotten as if it had never been; of an older one
+the experts are taken out, and it is said what else of it remains."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+
+from lifelong_moe.errors import ConfigError
+from lifelong_moe.stages.derived import derived_stage, what_remains
+from lifelong_moe.stages.keys import SHORT
+from lifelong_moe.stages.lock import locked
+from lifelong_moe.stages.runs import RunRecord, require_head, timestamp
+from lifelong_moe.stages.store import CommittedStage, StageStore
+from lifelong_moe.stages.versions import (
+    Head,
+    Version,
+    VersionStage,
+    base_stages,
+    begin,
+    champion,
+    describe,
+    promoted,
+    require_finished,
+)
+from pipelines.places import ROOT
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model without a stage, committed but not serving yet: a gate may still refuse it."""
+
+    stage: CommittedStage
+    """Its model."""
+    chain: tuple[VersionStage, ...]
+    """Its version's stages."""
+    remains: list[str]
+    """What of the dropped stage's text still is in it, in words; empty if nothing."""
+
+
+def with_versions(store: StageStore, head: Head) -> Head:
+    """A head with versions: those it has, or the finished run as version 0."""
+    if head.get("versions"):
+        return head
+    require_finished(head)
+    return begin(head, base_stages(store.chain(head["plan"][-1])), timestamp())
+
+
+def drop_candidate(store: StageStore, version: Version, name: str) -> Candidate:
+    """Make the model of a version without one of its stages.
+
+    Args:
+        store: Where the stages are; the candidate is committed there if it has to be derived.
+        version: Mostly the champion.
+        name: The stage to drop.
+
+    Raises:
+        ConfigError: If it is not in the version, is the first, or its experts cannot be taken out.
+    """
+    stages = version.stages
+    names = [stage.name for stage in stages]
+    if name not in names:
+        raise ConfigError(f"version {version.id} has no stage {name}; there are {', '.join(names)}.")
+    at = names.index(name)
+    if at == 0:
+        raise ConfigError(f"stage {name} is the first: all later ones stand on it, and it cannot go.")
+    if stages[at].action in ("drop", "consolidate"):
+        raise ConfigError(f"stage {name} trained nothing that could go; lifelong-moe rollback undoes it.")
+    if at == len(stages) - 1:
+        return Candidate(store.get(stages[at - 1].key), stages[:-1], [])
+    chain = [store.get(stage.key) for stage in stages]
+    remains = what_remains([stage.config for stage in chain], name)
+    made = derived_stage(store, chain[-1], name)
+    added = VersionStage(name=made.name, key=made.key, data=stages[at].data, action="drop")
+    return Candidate(made, (*stages, added), remains)
+
+
+def drop(run: str, stage: str, console: Console) -> dict[str, Any]:
+    """Let a version without a stage serve.
+
+    Raises:
+        ConfigError: If there is no such run or stage, or the stage cannot go; nothing is written then.
+        LockedError: If another process works on the run.
+    """
+    require_head(ROOT, run)  # a mistake is told before a lock is made
+    record, store = RunRecord(ROOT, run), StageStore(ROOT)
+    with locked(record.lock_path, f"run {run}"):
+        head = with_versions(store, require_head(ROOT, run))
+        candidate = drop_candidate(store, champion(head), stage)
+        head = promoted(head, "dropped", candidate.chain, f"without stage {stage}", timestamp())
+        now = champion(head)
+        record.log("drop", stage=stage, champion=now.id, key=now.key, remains=candidate.remains)
+        record.set_head(head)
+    console.print(f"{run}: serves: {describe(now)}", highlight=False)
+    for sentence in _verdict(stage, candidate):
+        console.print(sentence, highlight=False)
+    console.print("not gated: whether the model got worse has not been measured; lifelong-moe rollback undoes this.")
+    result = {"run": run, "champion": now.id, "kind": now.kind, "key": now.key}
+    return {**result, "derived": "derived" in candidate.stage.config, "remains": candidate.remains, "gated": False}
+
+
+def _verdict(stage: str, candidate: Candidate) -> list[str]:
+    if "derived" not in candidate.stage.config or candidate.chain[-1].action != "drop":
+        return [f"as if stage {stage} had never been added: the model is stage {candidate.stage.key[:SHORT]} again."]
+    kept = f"the files of stage {stage} stay in the store: later stages continue from it."
+    if not candidate.remains:
+        return [f"the experts of stage {stage} are gone, and nothing of its text remains in the model;", kept]
+    return [
+        f"the experts of stage {stage} are gone, but this of its text remains in the model:",
+        *(f"· {sentence}" for sentence in candidate.remains),
+        kept,
+    ]

@@ -1,0 +1,64 @@
+"""The gate: a candidate against the champion, on the held-out text of every distribution."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lifelong_moe.retraining.gate import Verdict, judge
+from lifelong_moe.stages.store import CommittedStage
+from pipelines.candidates import Bench, Candidate, changed_frozen
+
+Best = dict[str, dict[str, Any]]
+"""By distribution: the key of the stage with the lowest loss ever on its held-out text, the text's hash, the loss."""
+
+
+def gate(bench: Bench, candidate: Candidate, stage: CommittedStage, best: Best) -> Verdict:
+    """Measure and judge.
+
+    Args:
+        bench: For the batch.
+        candidate: What was planned.
+        stage: What came of it.
+        best: What the distributions had; only compared where it is of the same held-out text.
+    """
+    new, before = bench.new, bench.parent
+    old = [name for name in candidate.config.evaluated if name != new]
+
+    def losses(one: CommittedStage, name: str) -> Any:
+        return bench.losses(one, candidate, name)
+
+    peers = {}
+    for name in old:
+        known = best.get(name)
+        same = known is not None and known["heldout"] == candidate.data.corpora[name].heldout_hash
+        peers[name] = bench.store.find(known["key"]) if known is not None and same else None
+    with bench.console.status(f"{stage.name}: at the gate"):
+        # One model after the other, for each is loaded once.
+        after = {name: losses(stage, name) for name in (new, *old)}
+        earlier = {name: losses(before, name) for name in (new, *old)}
+        finest = {name: losses(peers[name] or before, name) for name in old}
+        leaks = {name: bench.leak(stage, candidate, name) for name in old}
+        return judge(
+            new=new,
+            after=after,
+            before=earlier,
+            best=finest,
+            changed_frozen=changed_frozen(bench.store, before, stage),
+            leaks=leaks,
+            config=bench.retraining.settings.gate,
+            seed=candidate.config.seed,
+        )
+
+
+def with_best(bench: Bench, candidate: Candidate, stages: list[CommittedStage], best: Best) -> Best:
+    """The lowest loss ever of each distribution, these stages included."""
+    found = dict(best)
+    for name in candidate.config.evaluated:
+        heldout = candidate.data.corpora[name].heldout_hash
+        if name in found and found[name]["heldout"] != heldout:
+            del found[name]
+        for stage in stages:
+            nats = bench.losses(stage, candidate, name).nats_per_token
+            if name not in found or nats < found[name]["nats"]:
+                found[name] = {"key": stage.key, "heldout": heldout, "nats": nats}
+    return found

@@ -1,0 +1,47 @@
+"""`lifelong-moe gc`: show, and with ``--apply`` remove, what no run refers to any more."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from lifelong_moe.stages.garbage import Garbage, Stored, collect, find_garbage
+from pipelines.places import ROOT
+
+
+def gc(apply: bool, console: Console) -> dict[str, Any]:
+    """List the garbage, or remove it.
+
+    Raises:
+        LockedError: If a process works on a run or a stage; nothing is removed then.
+        CorruptError: If something is unreadable, so that it is unknown what it needs.
+    """
+    garbage = collect(ROOT, time.time()) if apply else find_garbage(ROOT, time.time())
+    _print(console, garbage, apply)
+    kinds = {"stages": garbage.stages, "evaluations": garbage.evaluations, "work": garbage.work, "young": garbage.young}
+    listed = {kind: [{"path": str(s.path), "bytes": s.bytes} for s in found] for kind, found in kinds.items()}
+    return {"removed": apply, "bytes": garbage.bytes, **listed}
+
+
+def _print(console: Console, garbage: Garbage, applied: bool) -> None:
+    kinds = [("stage", garbage.stages), ("evaluation", garbage.evaluations), ("work", garbage.work)]
+    table = Table(title="removed" if applied else "nothing refers to", title_justify="left")
+    for header in ("", "path", "MB"):
+        table.add_column(header, justify="right" if header == "MB" else "left")
+    for kind, found in kinds:
+        for stored in found:
+            table.add_row(kind, str(stored.path), _megabytes(stored))
+    if table.row_count:
+        console.print(table)
+    counts = ", ".join(f"{len(found)} {kind}{'' if kind == 'work' else 's'}" for kind, found in kinds)
+    done = "removed" if applied else "nothing removed; --apply removes"
+    console.print(f"{done}: {counts}, {garbage.bytes / 1e6:.1f} MB", highlight=False)
+    if garbage.young:
+        console.print(f"left alone, because they are less than a day old: {len(garbage.young)}", highlight=False)
+
+
+def _megabytes(stored: Stored) -> str:
+    return f"{stored.bytes / 1e6:.1f}"

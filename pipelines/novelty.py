@@ -1,0 +1,90 @@
+"""What is new in the inbox: documents that neither the champion's distributions nor a settled batch hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lifelong_moe.config import RunConfig
+from lifelong_moe.data.batches import BatchStore
+from lifelong_moe.data.config import SourceConfig
+from lifelong_moe.data.documents import Corpus, Document, documents_hash, normalized_hash
+from lifelong_moe.data.inbox import Inbox, read_inbox
+from lifelong_moe.data.sources import read_corpus
+from lifelong_moe.retraining.operation import InboxConfig
+from pipelines.places import CACHE
+
+
+@dataclass(frozen=True)
+class NewDocuments:
+    """What a tick looks at."""
+
+    documents: list[Document]
+    """Never seen before, without duplicates."""
+    hash: str
+    """Of these documents, whatever their files' names and order: the batch's identity."""
+    name: str
+    """Of the distribution that they would be."""
+    files: list[dict[str, Any]]
+    """Name, size and hash of each file read."""
+
+
+def read_texts(config: RunConfig) -> dict[str, Corpus]:
+    """The documents of every distribution of a run."""
+    return {name: read_corpus(name, config.distributions[name], CACHE) for name in config.evaluated}
+
+
+def new_documents(
+    inbox: InboxConfig, texts: Mapping[str, Corpus], settled: Iterable[str], batches: BatchStore
+) -> NewDocuments | None:
+    """Read the inbox and leave out what was seen before; None if nothing is left.
+
+    Args:
+        inbox: Where to look.
+        texts: Documents of the champion's distributions.
+        settled: Hashes of batches that a tick came to a decision about.
+        batches: Where those are.
+
+    Raises:
+        DataError: ``file:line: reason``.
+    """
+    found = _arrived(inbox)
+    if found is None:
+        return None
+    new = {normalized_hash(document.text): document for document in found.documents}
+    for corpus in texts.values():
+        for document in (*corpus.train, *corpus.heldout):
+            new.pop(normalized_hash(document.text), None)
+    for batch in settled:
+        for document in batches.documents(batch):
+            new.pop(normalized_hash(document.text), None)
+    if not new:
+        return None
+    documents = list(new.values())
+    digest = documents_hash(documents)
+    return NewDocuments(documents, digest, f"{found.distribution or 'batch'}-{digest[:8]}", found.files)
+
+
+def _arrived(inbox: InboxConfig) -> Inbox | None:
+    source = SourceConfig(
+        files=inbox.path,
+        hf=inbox.hf,
+        name=inbox.name,
+        revision=inbox.revision,
+        split=inbox.split,
+        text_field=inbox.text_field,
+        source_field=inbox.source_field,
+    )
+    if inbox.path is not None:
+        return read_inbox(Path(inbox.path), source)
+    from lifelong_moe.data.hub import hub_documents
+
+    documents = hub_documents(source)
+    return Inbox(documents, [{"name": f"{inbox.hf}@{inbox.revision}"}], None) if documents else None
+
+
+def batch_source(files: str, heldout_fraction: float) -> SourceConfig:
+    """A kept batch as a distribution's source."""
+    return SourceConfig(files=files, heldout_fraction=heldout_fraction)

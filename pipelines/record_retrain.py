@@ -1,0 +1,113 @@
+"""What a tick leaves in MLflow: a run under the lifelong run, with plan, probes, gate, and who serves."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from lifelong_moe.data.documents import Corpus
+from lifelong_moe.retraining.gate import Verdict
+from lifelong_moe.stages.keys import SHORT
+from lifelong_moe.stages.runs import RunRecord
+from lifelong_moe.stages.store import CommittedStage
+from lifelong_moe.tracking.store import local_id
+from lifelong_moe.tracking.tracker import Tracker
+from lifelong_moe.training.logger import Row
+from pipelines import render_retrain
+
+
+class TickRecord:
+    """One MLflow run a batch: a tick that is done again goes on in it.
+
+    Args:
+        tracker: MLflow, or nothing.
+        head: The run's; ``mlflow.ticks`` keeps the id by batch.
+        record: Where the head is kept.
+    """
+
+    def __init__(self, tracker: Tracker, head: dict[str, Any], record: RunRecord) -> None:
+        self.tracker, self.head, self.record = tracker, head, record
+        self.run_id: str | None = None
+
+    @property
+    def model(self) -> str:
+        """Name of the registered model."""
+        return f"lifelong-moe.{self.record.run}"
+
+    def begin(self, name: str, batch: str, corpus: Corpus) -> None:
+        """Open the run, or take it up again."""
+        if not self.tracker.active:
+            return
+        ticks = self.head["mlflow"].setdefault("ticks", {})
+        known = ticks.setdefault(batch, local_id())
+        self.record.set_head(self.head)  # beforehand: whoever kills us now, the run is found again
+        tags = {"lifelong.run": self.record.run, "lifelong.kind": "tick", "lifelong.batch": batch}
+        self.run_id = self.tracker.start_run(
+            f"{self.record.run} · {name}", run_id=known, parent_id=self.head["mlflow"].get("run"), tags=tags
+        )
+        ticks[batch] = self.run_id or known
+        self.record.set_head(self.head)
+        profile = {"documents": len(corpus.train) + len(corpus.heldout), "held_out": len(corpus.heldout)}
+        self.tracker.log_dataset(
+            self.run_id, name=name, digest=corpus.train_hash[:32], context="training", source="inbox", profile=profile
+        )
+
+    def curves(self, points: list[Row]) -> None:
+        """Training curves of the candidate."""
+        self.tracker.log_metrics(self.run_id, points)
+
+    def planned(self, facts: Mapping[str, Any]) -> None:
+        """The plan as a file and its terms as metrics."""
+        rows = [(f"decision/{key}", number(value), 0) for key, value in facts["decision"]["terms"].items()]
+        for name, drift in facts["drift"].items():
+            rows += [(f"drift/{name}/{key}", number(drift[key]), 0) for key in ("auc", "null_quantile", "psi")]
+        self.tracker.log_metrics(self.run_id, rows)
+        self.tracker.log_text(self.run_id, json.dumps(facts, indent=1, ensure_ascii=False), "plan.json")
+
+    def candidate(self, stage: CommittedStage, facts: Mapping[str, Any]) -> None:
+        """Register the candidate, whatever becomes of it."""
+        tags = {"stage_key": stage.key, "stage": stage.name, "run": self.record.run, "data": facts["data"]}
+        tags |= {"parent_key": str(stage.config["parent"]), "weights_sha256": stage.weights_hash}
+        self.tracker.register_version(
+            self.model, stage.path, run_id=self.run_id, tags=tags, description="at the gate", alias="candidate"
+        )
+
+    def judged(self, verdict: Verdict) -> None:
+        """What the gate measured."""
+        rows = [(f"gate/{check.name}/{what}", number(value), 0)
+                for check in verdict.checks
+                for what, value in (("value", check.value), ("limit", check.limit), ("passed", float(check.passed)))]  # fmt: skip
+        self.tracker.log_metrics(self.run_id, rows)
+
+    def serves(self, stage: CommittedStage) -> None:
+        """Point the alias at the champion; the head says who that is, and the alias only shows it."""
+        run_id = self.run_id or self.head["mlflow"].get("run")
+        if run_id is not None:
+            tags = {"stage_key": stage.key, "stage": stage.name, "run": self.record.run}
+            tags |= {"weights_sha256": stage.weights_hash}
+            self.tracker.register_version(self.model, stage.path, run_id=run_id, tags=tags, alias="champion")
+
+    def done(self, outcome: Mapping[str, Any], facts: Mapping[str, Any], verdict: Verdict | None) -> None:
+        """The outcome in words, and the end."""
+        if self.run_id is None:
+            return
+        self.tracker.start_run("", run_id=self.run_id, tags={"lifelong.outcome": str(outcome["outcome"])})
+        self.tracker.set_note(self.run_id, render_retrain.note(outcome, facts, verdict))
+        self.tracker.log_text(self.run_id, json.dumps(outcome, indent=1, ensure_ascii=False), "outcome.json")
+        self.tracker.finish(self.run_id)
+
+    def interrupted(self) -> None:
+        """Close what is open; the next tick takes it up again."""
+        self.tracker.finish(self.run_id, "KILLED")
+
+
+def number(value: float | None) -> float:
+    """A term as a point; what is absent becomes NaN, which is logged as absent."""
+    return math.nan if value is None else float(value)
+
+
+def short(key: str) -> str:
+    """A key as people read it."""
+    return key[:SHORT]

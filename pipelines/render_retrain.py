@@ -1,0 +1,60 @@
+"""A tick's plan and outcome in words: on the terminal and in MLflow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+
+from lifelong_moe.retraining.gate import Verdict
+from lifelong_moe.stages.keys import SHORT
+
+
+def plan_sentences(facts: Mapping[str, Any]) -> list[str]:
+    """What was found, what was decided and why, and what it would cost; a sentence each."""
+    sentences = [f"Batch {facts['batch'][:SHORT]}: {facts['documents']} documents never seen before."]
+    sentences += [f"Against {name}: {drift['words']}" for name, drift in facts["drift"].items()]
+    sentences += facts["decision"]["reasons"]
+    if (stage := facts["stage"]) is not None:
+        how = "new experts" if stage["continues"] is None else f"the experts of stage {stage['continues']} train on"
+        hours = "" if stage["hours"] is None else f", about {60 * stage['hours']:.1f} minutes"
+        sentences.append(
+            f"Stage {stage['name']} ({stage['key'][:SHORT]}): {how}; {stage['tokens']:,} tokens "
+            f"({stage['replay_fraction']:.0%} replayed), {stage['parameters_trainable'] / 1e6:.2f}M of "
+            f"{stage['parameters_total'] / 1e6:.2f}M parameters train, {stage['active_flops']:.1e} FLOPs, at most "
+            f"{stage['disk_bytes'] / 1e6:.0f} MB of disk{hours}."
+        )
+    return [*sentences, *facts["exceeded"]]
+
+
+def plan(console: Console, facts: Mapping[str, Any]) -> None:
+    """Print a plan."""
+    for sentence in plan_sentences(facts):
+        console.print(f"· {sentence}", highlight=False, markup=False)
+
+
+def verdict(console: Console, judged: Verdict) -> None:
+    """Print what the gate found."""
+    for check in judged.checks:
+        console.print(f"{'✓' if check.passed else '✗'} {check.sentence}", highlight=False, markup=False)
+
+
+def outcome(console: Console, result: Mapping[str, Any]) -> None:
+    """Print how the tick ended."""
+    now = result["champion"]
+    console.print(
+        f"{result['outcome']}: {result['reason']}. Version {now['version']} serves (stage {now['stage']}).",
+        highlight=False,
+        markup=False,
+    )
+
+
+def note(result: Mapping[str, Any], facts: Mapping[str, Any], judged: Verdict | None) -> str:
+    """The tick's page in MLflow, as Markdown."""
+    lines = [f"**{result['outcome']}**: {result['reason']}.", "", "### Plan", ""]
+    lines += [f"- {sentence}" for sentence in plan_sentences(facts)]
+    if judged is not None:
+        lines += ["", "### Gate", ""]
+        lines += [f"- {'✓' if check.passed else '✗'} {check.sentence}" for check in judged.checks]
+    return "\n".join(lines)

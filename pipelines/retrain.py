@@ -1,0 +1,199 @@
+"""`lifelong-moe retrain`: one tick. Look, measure drift, decide, plan, train, gate, promote or reject, and say so.
+
+Idempotent: stages, probes and measurements are found by their content, a batch by its documents. A tick that was
+killed is done again by the next one, which does again only what was not committed.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from lifelong_moe.data.batches import BatchStore
+from lifelong_moe.data.documents import Corpus
+from lifelong_moe.data.shards import tokenize_documents
+from lifelong_moe.data.sources import read_corpus
+from lifelong_moe.data.tokenizer import Tokenizer
+from lifelong_moe.errors import ConfigError
+from lifelong_moe.methods.retraining import Retraining, load_retraining
+from lifelong_moe.retraining.decision import Action
+from lifelong_moe.stages.lock import locked
+from lifelong_moe.stages.runs import RunRecord, require_head, timestamp
+from lifelong_moe.stages.store import CommittedStage, StageStore
+from lifelong_moe.stages.versions import Action as StageAction
+from lifelong_moe.stages.versions import Head, VersionStage, champion, promoted
+from lifelong_moe.tracking.tracker import Tracker
+from lifelong_moe.training.interrupt import Interrupt, handling_sigterm
+from pipelines import hooks, render_retrain
+from pipelines.candidates import Bench, batch_files, served_stages
+from pipelines.drop import with_versions
+from pipelines.gating import gate, with_best
+from pipelines.novelty import NewDocuments, batch_source, new_documents, read_texts
+from pipelines.places import CACHE, ROOT
+from pipelines.record_retrain import TickRecord
+from pipelines.retrain_plan import TickPlan, check_plan, make_plan
+
+EXIT_CODES = {"rejected": 3, "over budget": 4}
+"""Of outcomes that are no success; 0 for all others."""
+
+
+class Tick:
+    """What one tick works with, and how it ends."""
+
+    def __init__(self, retraining: Retraining, record: RunRecord, head: Head, console: Console) -> None:
+        self.retraining, self.record, self.head, self.console = retraining, record, head, console
+        self.store, self.batches = StageStore(ROOT), BatchStore(ROOT)
+        self.base, self.added = served_stages(champion(head), self.store)
+        self.config = retraining.config(self.base, self.added)
+
+    def end(self, outcome: str, reason: str, **fields: Any) -> dict[str, Any]:
+        """Note the outcome in ledger and head, tell the hooks, and return it."""
+        now = champion(self.head)
+        serves = {"version": now.id, "stage": now.stages[-1].name, "key": now.key}
+        result = {"outcome": outcome, "reason": reason, "champion": serves, **fields}
+        self.record.log("tick", **result)
+        result |= {"run": self.record.run, "at": timestamp()}
+        self.head["last_tick"] = {key: result[key] for key in ("at", "outcome", "reason")}
+        self.record.set_head(self.head)
+        render_retrain.outcome(self.console, result)
+        if outcome != "idle":
+            hooks.tell(self.retraining.settings.hooks, result)
+        return result
+
+    def settle(self, new: NewDocuments, outcome: str, reason: str) -> None:
+        """A decision about a batch: its documents are not looked at again."""
+        settled = {"name": new.name, "outcome": outcome, "reason": reason, "at": timestamp()}
+        self.head["batches"] = {**self.head.get("batches", {}), new.hash: settled}
+
+
+def retrain(
+    config_path: str, overrides: list[str], dry_run: bool, plan_path: str | None, console: Console
+) -> dict[str, Any]:
+    """Do one tick; returns its outcome.
+
+    Args:
+        config_path: Retraining file.
+        overrides: ``key=value``, for it or for its base.
+        dry_run: Write and print the plan, and stop.
+        plan_path: A plan that a dry run wrote, to be carried out as it stands.
+        console: Where people read.
+
+    Raises:
+        ConfigError: If the configuration is wrong, or the run does not exist.
+        DataError: If the inbox holds something unusable.
+        StalePlanError: If the plan no longer fits.
+        TryAgainError: If another process works on the run, or SIGTERM came.
+    """
+    retraining = load_retraining(config_path, overrides)
+    require_head(ROOT, retraining.run)  # a mistake is told before a lock is made
+    with handling_sigterm() as interrupt:
+        record, store = RunRecord(ROOT, retraining.run), StageStore(ROOT)
+        with locked(record.lock_path, f"run {record.run}"):
+            record.clean()
+            store.clean()
+            head = with_versions(store, require_head(ROOT, record.run))
+            return _tick(Tick(retraining, record, head, console), interrupt, dry_run, plan_path)
+
+
+def _tick(tick: Tick, interrupt: Interrupt, dry_run: bool, plan_path: str | None) -> dict[str, Any]:
+    with tick.console.status("looking at the inbox"):
+        texts = read_texts(tick.config)
+        new = new_documents(tick.retraining.settings.inbox, texts, tick.head.get("batches", {}), tick.batches)
+    if new is None:
+        return tick.end("idle", "nothing new has arrived")
+    if (waiting := _waiting(tick, new)) is not None:
+        return tick.end("idle", waiting)
+    bench = _bench(tick, new, texts, interrupt)
+    mlflow = TickRecord(Tracker.connect(tick.config.tracking, ROOT), tick.head, tick.record)
+    mlflow.begin(new.name, new.hash, bench.texts[new.name])
+    try:
+        if plan_path is None:
+            plan = make_plan(bench, new.hash, tick.head)
+            plan.write(tick.record)
+        else:
+            plan = check_plan(Path(plan_path), bench, new.hash)
+        render_retrain.plan(tick.console, plan.facts)
+        mlflow.planned(plan.facts)
+        return _carry_out(tick, bench, new, plan, mlflow, dry_run)
+    except BaseException:
+        mlflow.interrupted()
+        raise
+
+
+def _waiting(tick: Tick, new: NewDocuments) -> str | None:
+    """Why this is not enough yet; None if it is."""
+    trigger = tick.retraining.settings.trigger
+    if len(new.documents) < trigger.least_documents:
+        return f"{len(new.documents)} new documents are waiting; trigger.least_documents={trigger.least_documents}"
+    tokenizer = Tokenizer.from_text(tick.store.tokenizer(tick.store.get(champion(tick.head).key)))
+    tokens = tokenize_documents(new.documents, tokenizer).num_tokens
+    oldest = timestamp(time.time() - 86400 * trigger.max_days) if trigger.max_days is not None else ""
+    if tokens >= trigger.min_tokens or tick.head["versions"][-1]["at"] < oldest:
+        return None
+    return f"{tokens:,} new tokens are waiting; trigger.min_tokens={trigger.min_tokens:,}"
+
+
+def _bench(tick: Tick, new: NewDocuments, texts: dict[str, Corpus], interrupt: Interrupt) -> Bench:
+    """Keep the batch, and check that what it follows still is what the champion was trained on.
+
+    Raises:
+        ConfigError: If a distribution's text is another now.
+    """
+    now = champion(tick.head)
+    for stage in now.stages:
+        known = tick.store.get(stage.key).config["data"].get(stage.data)
+        if stage.data in texts and known is not None and known != (found := texts[stage.data].train_hash):
+            raise ConfigError(
+                f"distributions.{stage.data}: its training text is {found[:16]}, but stage {stage.name} was trained on "
+                f"{known[:16]}. Bring that text back, or begin another run."
+            )
+    files = batch_files(new.hash)
+    tick.batches.add(new.documents, new.files)
+    source = batch_source(files, tick.retraining.settings.inbox.heldout_fraction)
+    texts = {**texts, new.name: read_corpus(new.name, source, CACHE)}
+    return Bench(tick.retraining, now, new.name, files, texts, tick.store, interrupt, tick.console)
+
+
+def _carry_out(
+    tick: Tick, bench: Bench, new: NewDocuments, plan: TickPlan, mlflow: TickRecord, dry_run: bool
+) -> dict[str, Any]:
+    """From the plan to the outcome."""
+    about = {"batch": new.hash, "data": new.name, "action": plan.action.value, "plan": str(plan.path(tick.record))}
+    stage, judged = None, None
+    if dry_run:
+        outcome, reason = "planned", f"{plan.action} is what a tick would do now"
+    elif plan.candidate is None:
+        outcome, reason = "skipped", plan.facts["decision"]["reasons"][-1].rstrip(".")
+    elif plan.exceeded:
+        outcome, reason = "over budget", plan.exceeded[0].rstrip(".")
+    else:
+        stage = bench.train(plan.candidate, mlflow.curves, mlflow.run_id)
+        mlflow.candidate(stage, plan.facts)
+        best = with_best(bench, plan.candidate, [bench.parent], tick.head.get("best", {}))
+        judged = gate(bench, plan.candidate, stage, best)
+        render_retrain.verdict(tick.console, judged)
+        mlflow.judged(judged)
+        outcome = "promoted" if judged.passed else "rejected"
+        reason = (judged.checks[0].sentence if judged.passed else judged.reasons[0]).rstrip(".")
+        about["candidate"] = stage.key
+        tick.head["best"] = with_best(bench, plan.candidate, [stage], best) if judged.passed else best
+    if outcome in ("skipped", "promoted", "rejected"):
+        tick.settle(new, outcome, reason)
+    if outcome == "promoted":
+        assert stage is not None
+        tick.head |= _promotion(tick, stage, new, plan, reason)
+    result = tick.end(outcome, reason, **about)
+    mlflow.serves(tick.store.get(champion(tick.head).key))
+    mlflow.done(result, plan.facts, judged)
+    return result
+
+
+def _promotion(tick: Tick, stage: CommittedStage, new: NewDocuments, plan: TickPlan, reason: str) -> Head:
+    """The head with the candidate serving."""
+    action: StageAction = "grow" if plan.action == Action.grow else "continue"
+    added = VersionStage(name=stage.name, key=stage.key, data=new.name, action=action, batch=new.hash)
+    chain = (*champion(tick.head).stages, added)
+    return promoted(tick.head, "promoted", chain, reason, timestamp())

@@ -1,0 +1,228 @@
+"""A tick's plan: what was found, what it means, what would be done and at what cost. A file that a person can read."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lifelong_moe.errors import ConfigError, StalePlanError
+from lifelong_moe.methods.retraining import Retraining
+from lifelong_moe.model.cost import count_parameters, training_flops
+from lifelong_moe.retraining.decision import Action, Decision, ProbeResult, decide
+from lifelong_moe.retraining.drift import Drift
+from lifelong_moe.retraining.gate import difference
+from lifelong_moe.stages.atomic import replace_file
+from lifelong_moe.stages.keys import SHORT, content_key
+from lifelong_moe.stages.runs import RunRecord, timestamp
+from pipelines.candidates import Bench, Candidate
+from pipelines.drifting import has_drifted, measure_batch
+
+VALID_DAYS = 7
+PROBE_LEVEL = 0.05
+PROBE_RESAMPLES = 2000
+BYTES_STORED = 4 * 7
+"""Of a trained parameter: the stage, and two step checkpoints with two moments each."""
+
+
+@dataclass(frozen=True)
+class TickPlan:
+    """What one tick would do."""
+
+    facts: dict[str, Any]
+    """As written to the file."""
+    candidate: Candidate | None
+    """The stage to train; None to skip."""
+
+    @property
+    def action(self) -> Action:
+        """What was decided."""
+        return Action(self.facts["decision"]["action"])
+
+    @property
+    def exceeded(self) -> list[str]:
+        """Limits that the plan would break, a sentence each."""
+        return list(self.facts["exceeded"])
+
+    def path(self, record: RunRecord) -> Path:
+        """Where it is kept."""
+        return record.path / "plans" / f"{self.facts['batch'][:SHORT]}.json"
+
+    def write(self, record: RunRecord) -> None:
+        """Keep it."""
+        replace_file(self.path(record), json.dumps(self.facts, indent=1, ensure_ascii=False, allow_nan=False))
+
+
+def make_plan(bench: Bench, batch: str, head: dict[str, Any]) -> TickPlan:
+    """Measure drift, probe what is worth a probe, and decide.
+
+    Args:
+        bench: For the batch.
+        batch: Its hash.
+        head: The run's; its versions say how often was promoted lately.
+    """
+    settings = bench.retraining.settings
+    grows = bench.plan(None)
+    seed = grows.config.seed
+    with bench.console.status(f"{bench.new}: measuring drift"):
+        drifts, nearest = measure_batch(bench, grows, settings.drift, seed)
+    continues = bench.plan(nearest)
+    drifted, room = has_drifted(drifts), _has_room(bench.retraining, grows)
+    probes = {
+        Action.continue_: _probe(bench, continues, nearest),
+        Action.grow: _probe(bench, grows, None) if drifted and room else None,
+    }
+    decision = decide(
+        continued=probes[Action.continue_], grown=probes[Action.grow], drifted=drifted, config=settings.decision
+    )
+    chosen = {Action.skip: None, Action.continue_: continues, Action.grow: grows}[decision.action]
+    return TickPlan(_facts(bench, batch, head, drifts, decision, chosen, room), chosen)
+
+
+def check_plan(path: Path, bench: Bench, batch: str) -> TickPlan:
+    """Read a plan that was made before, and refuse it if it no longer fits.
+
+    Raises:
+        ConfigError: If there is no such plan.
+        StalePlanError: If champion, batch or settings are others now, or it has expired.
+    """
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        old = (facts["champion"]["key"], facts["batch"], facts["settings"])
+        expires, stage = facts["expires_at"], facts["stage"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ConfigError(f"{path}: not a plan of lifelong-moe retrain.") from None
+    now = (bench.champion.key, batch, settings_hash(bench.retraining))
+    for what, before, after in zip(("champion", "batch", "settings"), old, now, strict=True):
+        if before != after:
+            raise StalePlanError(f"{path}: made for {what} {before[:SHORT]}, which is {after[:SHORT]} now; plan again.")
+    if timestamp() > expires:
+        raise StalePlanError(f"{path}: expired at {expires}; plan again.")
+    candidate = None if stage is None else bench.plan(stage["continues"])
+    if candidate is not None and candidate.planned.key != stage["key"]:
+        raise StalePlanError(f"{path}: its stage would be another one now; plan again.")
+    return TickPlan(facts, candidate)
+
+
+def settings_hash(retraining: Retraining) -> str:
+    """Of everything that a person configured."""
+    return content_key([dataclasses.asdict(retraining.settings), retraining.raw()])
+
+
+def _has_room(retraining: Retraining, grows: Candidate) -> bool:
+    most = retraining.settings.limits.experts
+    return most is None or grows.planned.architecture.num_experts <= most
+
+
+def _probe(bench: Bench, candidate: Candidate, continues: str | None) -> ProbeResult:
+    """Train a short version of a candidate and hold it against the champion."""
+    spec = candidate.planned.spec
+    batch_tokens = spec.optim.batch_tokens
+    steps = max(2, round(bench.retraining.settings.probe.fraction * candidate.planned.tokens / batch_tokens))
+    short = bench.plan(continues, steps * batch_tokens)
+    stage = bench.train(short, lambda points: None, None)
+    seed, new, before = short.config.seed, bench.new, bench.parent
+
+    def lost(name: str, **kinds: bool) -> Any:
+        after = bench.losses(stage, short, name, **kinds)
+        other = bench.losses(stage if kinds else before, short, name)
+        return difference(after, other, level=PROBE_LEVEL, resamples=PROBE_RESAMPLES, seed=seed)
+
+    gain = -lost(new)
+    forgotten = [lost(name).upper for name in short.config.evaluated if name != new]
+    architecture = bench.architecture
+    old, budget = count_parameters(architecture).total, training_flops(architecture, candidate.planned.tokens, None, 0)
+    return ProbeResult(
+        gain=gain.mean,
+        gain_lower=gain.lower,
+        structure=lost(new, shuffled=True).lower,
+        forgetting=max(forgotten, default=0.0),
+        parameters_fraction=(candidate.planned.parameters.total - old) / old,
+        cost_fraction=candidate.planned.flops / budget,
+    )
+
+
+def _facts(
+    bench: Bench,
+    batch: str,
+    head: dict[str, Any],
+    drifts: dict[str, Drift],
+    decision: Decision,
+    chosen: Candidate | None,
+    room: bool,
+) -> dict[str, Any]:
+    settings, corpus = bench.retraining.settings, bench.texts[bench.new]
+    reasons = list(decision.reasons)
+    if not room:
+        reasons.append(
+            f"Growing is not considered: a layer would have more than limits.experts={settings.limits.experts} "
+            f"experts. Raise the limit, or drop a stage that is no longer needed (lifelong-moe drop)."
+        )
+    stage = None if chosen is None else _stage_facts(bench, chosen)
+    return {
+        "run": bench.retraining.run,
+        "made_at": timestamp(),
+        "expires_at": timestamp(time.time() + VALID_DAYS * 86400),
+        "champion": {"version": bench.champion.id, "key": bench.champion.key},
+        "batch": batch,
+        "data": bench.new,
+        "documents": len(corpus.train) + len(corpus.heldout),
+        "settings": settings_hash(bench.retraining),
+        "drift": {name: _finite(dataclasses.asdict(drift)) for name, drift in drifts.items()},
+        "decision": {
+            "action": decision.action.value,
+            "terms": _finite(decision.terms),
+            "reasons": reasons,
+        },
+        "stage": stage,
+        "limits": dataclasses.asdict(settings.limits),
+        "exceeded": [] if stage is None else _exceeded(bench.retraining, stage, head),
+        "gate": dataclasses.asdict(settings.gate),
+        "reads": [stage.key for stage in bench.champion.stages],
+        "stages": [] if stage is None else [stage["key"]],
+    }
+
+
+def _stage_facts(bench: Bench, chosen: Candidate) -> dict[str, Any]:
+    planned = chosen.planned
+    speed = bench.store.chain(bench.champion.key)[-1].metrics.get("tokens_per_second")
+    return {
+        "name": planned.spec.name,
+        "key": planned.key,
+        "continues": planned.spec.continues,
+        "tokens": planned.tokens,
+        "active_flops": planned.flops,
+        "experts_per_layer": planned.architecture.num_experts,
+        "parameters_total": planned.parameters.total,
+        "parameters_trainable": planned.trainable,
+        "replay_fraction": planned.spec.replay_fraction,
+        "disk_bytes": planned.trainable * BYTES_STORED,
+        "hours": None if not speed else planned.tokens / speed / 3600,
+    }
+
+
+def _exceeded(retraining: Retraining, stage: dict[str, Any], head: dict[str, Any]) -> list[str]:
+    limits = retraining.settings.limits
+    week = timestamp(time.time() - 7 * 86400)
+    lately = sum(v["kind"] == "promoted" and v["at"] > week for v in head["versions"])
+    spent = {
+        "tokens": stage["tokens"],
+        "hours": stage["hours"],
+        "disk_bytes": stage["disk_bytes"],
+        "promotions_per_week": lately + 1,
+    }
+    found = {key: (value, getattr(limits, key)) for key, value in spent.items()}
+    return [
+        f"limits.{key}={limit} would be exceeded: {value:g}."
+        for key, (value, limit) in found.items()
+        if limit is not None and value is not None and value > limit
+    ]
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no infinity: what has no bound is null."""
+    lowest, highest = float("-inf"), float("inf")
+    return {k: None if isinstance(v, float) and not lowest < v < highest else v for k, v in values.items()}

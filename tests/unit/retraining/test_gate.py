@@ -1,0 +1,296 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.stats import norm, t
+
+from lifelong_moe.retraining.config import GateConfig
+from lifelong_moe.retraining.gate import Bounds, DocumentLosses, Verdict, difference, judge
+
+BOOTSTRAP: dict[str, Any] = {"level": 0.05, "resamples": 1000, "seed": 0}
+CONFIG = GateConfig()
+SOURCES = [f"s{i}" for i in range(20)]
+
+
+def losses(nats: list[float], tokens: list[int], sources: list[str]) -> DocumentLosses:
+    return DocumentLosses(np.array(nats), np.array(tokens), sources)
+
+
+def level(nats_per_token: float) -> DocumentLosses:
+    """20 sources of one document with 100 tokens, all with the same loss: every difference is certain."""
+    return DocumentLosses(np.full(20, 100 * nats_per_token), np.full(20, 100), SOURCES)
+
+
+# Nats per token by hand
+
+
+def test_a_difference_is_a_mean_over_tokens_and_positive_where_it_became_worse() -> None:
+    before = losses([100.0, 100.0], [10, 90], ["a", "b"])
+    after = losses([110.0, 100.0], [10, 90], ["a", "b"])
+    assert before.nats_per_token == 2.0
+    assert difference(after, before, **BOOTSTRAP).mean == 0.1  # 10 nats over 100 tokens, not half a nat
+    assert difference(before, after, **BOOTSTRAP).mean == -0.1
+
+
+def test_bounds_with_two_sources_by_hand() -> None:
+    # Samples of two equal sources have a mean of 0, 0.5 or 1, each extreme in a quarter of them.
+    before, after = losses([0.0, 0.0], [10, 10], ["a", "b"]), losses([0.0, 10.0], [10, 10], ["a", "b"])
+    widening = math.sqrt(2 / 1) * t.ppf(0.05, 1) / norm.ppf(0.05)
+    assert widening == pytest.approx(5.4285, abs=1e-3)
+    found = difference(after, before, **BOOTSTRAP)
+    assert (found.mean, found.lower, found.upper) == pytest.approx((0.5, 0.5 - widening / 2, 0.5 + widening / 2))
+
+
+def test_with_many_sources_bounds_are_those_of_the_normal_distribution() -> None:
+    rng = np.random.default_rng(0)
+    shift = rng.normal(1.0, 2.0, size=500)
+    sources, tokens = [str(i) for i in range(500)], np.full(500, 50)
+    before, after = DocumentLosses(np.zeros(500), tokens, sources), DocumentLosses(50 * shift, tokens, sources)
+    found = difference(after, before, level=0.05, resamples=3000, seed=0)
+    half = 1.645 * shift.std() / math.sqrt(500)
+    assert found.upper - found.mean == pytest.approx(half, rel=0.05)
+    assert found.mean - found.lower == pytest.approx(half, rel=0.05)
+
+
+def test_versions_are_compared_document_by_document() -> None:
+    rng = np.random.default_rng(0)
+    nats, tokens = rng.uniform(100, 900, size=20), np.full(20, 100)
+    before = DocumentLosses(nats, tokens, SOURCES)
+    found = difference(DocumentLosses(nats + 3.0, tokens, SOURCES), before, **BOOTSTRAP)
+    assert (found.lower, found.upper) == pytest.approx((0.03, 0.03))  # however much documents differ
+    assert difference(before, before, **BOOTSTRAP) == Bounds(0.0, 0.0, 0.0)
+
+
+def test_ten_copies_of_each_document_add_no_certainty() -> None:
+    rng = np.random.default_rng(0)
+    change, tokens = rng.normal(size=20), np.full(20, 10)
+    once = difference(
+        DocumentLosses(change, tokens, SOURCES), DocumentLosses(np.zeros(20), tokens, SOURCES), **BOOTSTRAP
+    )
+    many, zeros = np.repeat(change, 10), np.zeros(200)
+    repeated = np.repeat(tokens, 10), [s for s in SOURCES for _ in range(10)]
+    copies = difference(DocumentLosses(many, *repeated), DocumentLosses(zeros, *repeated), **BOOTSTRAP)
+    assert (copies.mean, copies.lower, copies.upper) == pytest.approx((once.mean, once.lower, once.upper))
+
+
+def test_minus_a_difference_is_that_of_the_versions_exchanged() -> None:
+    rng = np.random.default_rng(0)
+    a, b = (DocumentLosses(rng.uniform(1, 9, size=20), np.full(20, 3), SOURCES) for _ in range(2))
+    assert -Bounds(1.0, 0.5, 3.0) == Bounds(-1.0, -3.0, -0.5)
+    one, other = -difference(a, b, **BOOTSTRAP), difference(b, a, **BOOTSTRAP)
+    assert (one.mean, one.lower, one.upper) == pytest.approx((other.mean, other.lower, other.upper))
+
+
+def misses(num_sources: int, clustered: bool, trials: int = 300) -> float:
+    """Share of trials in which the truth, 0, lies above the upper bound at a level of 5 %."""
+    count = 0
+    for i in range(trials):
+        rng = np.random.default_rng((3, i))
+        source = np.repeat(np.arange(num_sources), 5)
+        tokens = rng.integers(20, 200, size=len(source))
+        nats = tokens * (rng.normal(size=num_sources)[source] + 0.3 * rng.normal(size=len(source)))
+        names = [str(s) for s in source] if clustered else [str(d) for d in range(len(source))]
+        before = DocumentLosses(np.zeros(len(source)), tokens, names)
+        count += difference(DocumentLosses(nats, tokens, names), before, level=0.05, resamples=300, seed=i).upper < 0
+    return count / trials
+
+
+@pytest.mark.parametrize("num_sources", [5, 20])
+def test_the_truth_is_missed_as_rarely_as_promised_even_with_few_sources(num_sources: int) -> None:
+    assert 0.01 < misses(num_sources, clustered=True) <= 0.05 + 2 * math.sqrt(0.05 * 0.95 / 300)
+
+
+def test_drawing_documents_instead_would_miss_it_several_times_as_often() -> None:
+    assert misses(5, clustered=False) > 0.15
+
+
+def test_the_same_seed_gives_the_same_bounds() -> None:
+    rng = np.random.default_rng(0)
+    a, b = (DocumentLosses(rng.uniform(1, 9, size=20), np.full(20, 3), SOURCES) for _ in range(2))
+    first = difference(a, b, level=0.05, resamples=100, seed=1)
+    assert first == difference(a, b, level=0.05, resamples=100, seed=1)
+    assert first != difference(a, b, level=0.05, resamples=100, seed=2)
+
+
+def test_a_single_source_bounds_nothing() -> None:
+    one = losses([1.0, 2.0], [1, 1], ["a", "a"])
+    assert difference(one, one, **BOOTSTRAP) == Bounds(0.0, -math.inf, math.inf)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_loss_that_is_no_number_makes_bounds_that_are_none(bad: float) -> None:
+    good, ill = losses([1.0, 2.0], [1, 1], ["a", "b"]), losses([bad, 2.0], [1, 1], ["a", "b"])
+    for found in (difference(ill, good, **BOOTSTRAP), difference(good, ill, **BOOTSTRAP)):
+        assert all(math.isnan(value) for value in (found.mean, found.lower, found.upper))
+
+
+def test_losses_of_other_documents_are_refused() -> None:
+    before = losses([1.0, 2.0], [1, 1], ["a", "b"])
+    for after in (losses([1.0, 2.0], [1, 2], ["a", "b"]), losses([1.0, 2.0], [1, 1], ["b", "a"])):
+        with pytest.raises(ValueError, match="same documents"):
+            difference(after, before, **BOOTSTRAP)
+
+
+@pytest.mark.parametrize(
+    ("nats", "tokens", "sources"), [([1.0], [1], ["a", "b"]), ([], [], []), ([1.0, 1.0], [1, 0], ["a", "b"])]
+)
+def test_losses_that_do_not_fit_are_refused(nats: list[float], tokens: list[int], sources: list[str]) -> None:
+    with pytest.raises(ValueError):
+        losses(nats, tokens, sources)
+
+
+# The gate
+
+
+def verdict(
+    new: tuple[float, float] = (2.0, 3.0),
+    old: Mapping[str, tuple[float, float, float]] | None = None,
+    changed_frozen: tuple[str, ...] = (),
+    leaks: Mapping[str, float] | None = None,
+    config: GateConfig = CONFIG,
+) -> Verdict:
+    """``new`` is (after, before); ``old`` is (after, before, best)."""
+    old = {"wiki": (1.0, 1.0, 1.0)} if old is None else old
+    return judge(
+        new="legal",
+        after={"legal": level(new[0]), **{name: level(values[0]) for name, values in old.items()}},
+        before={"legal": level(new[1]), **{name: level(values[1]) for name, values in old.items()}},
+        best={name: level(values[2]) for name, values in old.items()},
+        changed_frozen=changed_frozen,
+        leaks=leaks or {},
+        config=config,
+        seed=0,
+    )
+
+
+def failed(found: Verdict) -> list[str]:
+    assert found.passed == (not found.reasons)
+    return [check.name for check in found.checks if not check.passed]
+
+
+def test_what_learns_and_forgets_nothing_passes() -> None:
+    found = verdict(leaks={"wiki": 0.2})
+    assert found.passed and not failed(found)
+    assert {check.name: (round(check.value, 9), check.limit) for check in found.checks} == {
+        "new/gain": (1.0, 0.01),
+        "old/wiki/step": (0.0, 0.01),
+        "old/wiki/ratchet": (0.0, 0.03),
+        "frozen": (0, 0),
+        "leak/wiki": (0.2, 0.5),
+    }
+    assert found.checks[0].sentence == (
+        "New text gains 1.0000 nats per token, with confidence at least 1.0000; enough: gate.min_gain=0.01."
+    )
+
+
+def test_a_first_version_has_nothing_to_forget() -> None:
+    assert verdict(old={}).passed
+
+
+def test_each_limit_rejects_on_its_own_side() -> None:
+    assert failed(verdict(new=(2.995, 3.0))) == ["new/gain"]
+    assert failed(verdict(new=(3.1, 3.0))) == ["new/gain"]
+    assert verdict(new=(2.985, 3.0)).passed
+    assert failed(verdict(old={"wiki": (1.015, 1.0, 1.0)})) == ["old/wiki/step"]
+    assert verdict(old={"wiki": (1.005, 1.0, 1.0)}).passed and verdict(old={"wiki": (0.5, 1.0, 1.0)}).passed
+    assert failed(verdict(old={"wiki": (1.035, 1.03, 1.0)})) == ["old/wiki/ratchet"]
+    assert failed(verdict(old={"wiki": (1.05, 1.0, 1.0)})) == ["old/wiki/step", "old/wiki/ratchet"]
+    assert failed(verdict(leaks={"wiki": 0.51, "code": 0.5})) == ["leak/wiki"]
+
+
+def test_one_bad_distribution_among_good_ones_rejects() -> None:
+    found = verdict(old={"wiki": (0.5, 1.0, 1.0), "code": (1.02, 1.0, 1.0)})
+    assert failed(found) == ["old/code/step"]
+    assert found.reasons == [
+        "code loses 0.0200 nats per token against the version before, with confidence at most 0.0200; more than 0.01."
+    ]
+
+
+def test_changed_frozen_tensors_are_named() -> None:
+    found = verdict(changed_frozen=("a", "b", "c", "d"))
+    assert failed(found) == ["frozen"] and found.reasons == ["4 frozen tensor(s) changed: a, b, c, …."]
+    assert verdict(changed_frozen=("a",)).reasons == ["1 frozen tensor(s) changed: a."]
+
+
+def test_small_steps_do_not_add_up() -> None:
+    step, history, passed = 0.008, [1.0], []
+    for _ in range(6):
+        loss = history[-1] + step  # within the tolerance of 0.01 each time
+        found = verdict(old={"wiki": (loss, history[-1], min(history))})
+        assert "old/wiki/step" not in failed(found)
+        passed.append(found.passed)
+        if found.passed:
+            history.append(loss)
+    assert passed == [True, True, True, False, False, False]  # 0.024 is within 0.03, and 0.032 is not
+
+
+def test_the_best_version_ever_need_not_be_the_first() -> None:
+    assert verdict(old={"wiki": (1.005, 1.0, 1.0)}).passed
+    assert failed(verdict(old={"wiki": (1.005, 1.0, 0.9)})) == ["old/wiki/ratchet"]
+
+
+def noisy(seed: int, mean: float = 0.0) -> DocumentLosses:
+    """Losses near 1 with a standard error of about 0.005, and a mean change of ``mean``."""
+    change = np.random.default_rng(seed).normal(0.0, 0.02, size=20)
+    return DocumentLosses(100 * (1 + change - change.mean() + mean), np.full(20, 100), SOURCES)
+
+
+def test_uncertainty_counts_against_the_new_version() -> None:
+    # The means are within their limits; what they may be with confidence is not.
+    same = {"legal": level(1.0), "wiki": level(1.0)}
+    after = {"legal": noisy(0, mean=-0.012), "wiki": noisy(1, mean=0.009)}
+    found = judge(
+        new="legal", after=after, before=same, best={"wiki": same["wiki"]}, changed_frozen=[], leaks={},
+        config=GateConfig(min_gain=0.01, tolerance=0.012), seed=0,
+    )  # fmt: skip
+    assert 1 - after["legal"].nats_per_token > 0.01 and after["wiki"].nats_per_token - 1 < 0.012
+    assert failed(found) == ["new/gain", "old/wiki/step"]
+
+
+@pytest.mark.parametrize("num_old", [1, 10])
+def test_many_old_distributions_share_the_chance_of_an_error(num_old: int) -> None:
+    names = [f"old{k}" for k in range(num_old)]
+    before = {name: level(1.0) for name in names}
+    found = judge(
+        new="legal", after={"legal": level(1.0), **{name: noisy(1) for name in names}},
+        before={"legal": level(2.0), **before}, best=before, changed_frozen=[], leaks={}, config=CONFIG, seed=4,
+    )  # fmt: skip
+    expected = difference(noisy(1), level(1.0), level=0.05 / num_old, resamples=2000, seed=4).upper
+    values = {check.name: check.value for check in found.checks}
+    assert all(values[f"old/{name}/{kind}"] == expected for name in names for kind in ("step", "ratchet"))
+    assert difference(noisy(1), level(1.0), level=0.005, resamples=2000, seed=4).upper > difference(
+        noisy(1), level(1.0), level=0.05, resamples=2000, seed=4
+    ).upper  # fmt: skip
+
+
+def test_what_is_not_a_number_passes_nothing() -> None:
+    assert failed(verdict(new=(math.nan, 3.0))) == ["new/gain"]
+    assert failed(verdict(new=(2.0, math.nan))) == ["new/gain"]
+    assert failed(verdict(old={"wiki": (math.nan, 1.0, 1.0)})) == ["old/wiki/step", "old/wiki/ratchet"]
+    assert failed(verdict(old={"wiki": (1.0, math.nan, 1.0)})) == ["old/wiki/step"]
+    assert failed(verdict(old={"wiki": (1.0, 1.0, math.nan)})) == ["old/wiki/ratchet"]
+    assert failed(verdict(leaks={"wiki": math.nan})) == ["leak/wiki"]
+
+
+def test_a_gate_set_of_one_source_passes_nothing() -> None:
+    one = DocumentLosses(np.array([5.0]), np.array([10]), ["a"])
+    less = DocumentLosses(np.array([1.0]), np.array([10]), ["a"])
+    found = judge(
+        new="n", after={"n": less, "o": less}, before={"n": one, "o": one}, best={"o": one}, changed_frozen=[],
+        leaks={}, config=CONFIG, seed=0,
+    )  # fmt: skip
+    assert failed(found) == ["new/gain", "old/o/step", "old/o/ratchet"]
+
+
+@pytest.mark.parametrize(
+    ("after", "before", "best"),
+    [("no", "no", ""), ("no", "n", "o"), ("n", "no", "o"), ("no", "no", "on"), ("o", "o", "o"), ("no", "no", "ox")],
+)
+def test_distributions_must_fit(after: str, before: str, best: str) -> None:
+    a, b, c = ({name: level(1.0) for name in names} for names in (after, before, best))
+    with pytest.raises(ValueError, match="do not fit"):
+        judge(new="n", after=a, before=b, best=c, changed_frozen=[], leaks={}, config=CONFIG, seed=0)

@@ -1,0 +1,66 @@
+"""What a stage writes at most, and what is said if there is no room for it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from lifelong_moe.config import RunConfig
+from lifelong_moe.errors import ResourceError
+from lifelong_moe.methods.graph import stage_specs
+from lifelong_moe.training.config import CheckpointConfig
+from lifelong_moe.training.disk import DiskNeed, disk_need, require_space, run_need, used_space
+
+
+@pytest.mark.parametrize(
+    ("precision", "every", "keep", "work"),
+    [
+        ("32-true", 2, 2, 3 * 3 * 400),  # five are taken; two are kept while the third is written
+        ("32-true", 2, 9, 5 * 3 * 400),
+        ("32-true", 11, 2, 0),  # none is taken in ten steps
+        ("bf16-mixed", 10, 2, 3 * 400),
+        ("bf16-true", 10, 2, 3 * 200),
+    ],
+)
+def test_need_by_hand(make_run: Callable[..., RunConfig], precision: str, every: int, keep: int, work: int) -> None:
+    spec = stage_specs(make_run(f"trainer.precision={precision}"))[0]
+    assert spec.steps == 10
+    need = disk_need(spec, 100, CheckpointConfig(every_steps=every, keep=keep))
+    assert need == DiskNeed(200 if precision == "bf16-true" else 400, work)
+
+
+def test_generated_text_is_kept_meanwhile(make_run: Callable[..., RunConfig]) -> None:
+    spec = stage_specs(make_run("stage_defaults.replay={fraction: 0.5, source: generated}"))[1]
+    assert disk_need(spec, 100, CheckpointConfig(every_steps=50)).work == 8 * 320
+
+
+def test_stages_in_turn_need_all_weights_and_the_largest_work() -> None:
+    assert run_need([DiskNeed(10, 90), DiskNeed(20, 50)]) == 120
+    assert run_need([]) == 0
+
+
+def test_too_little_space_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def usage(path: Path) -> SimpleNamespace:
+        asked.append(path)
+        return SimpleNamespace(free=2_000_000)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    root = tmp_path / "mlruns"  # not there yet
+    require_space(root, 2_000_000, "stage wiki")
+    with pytest.raises(ResourceError, match=r"^stage wiki needs up to 3.5 MB of disk, but .*/mlruns has 2.0 MB free"):
+        require_space(root, 3_500_000, "stage wiki")
+    assert asked == [tmp_path, tmp_path]
+
+
+def test_used_space(tmp_path: Path) -> None:
+    assert used_space(tmp_path / "absent") == 0
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "file").write_bytes(b"12345")
+    (tmp_path / "b").write_bytes(b"12")
+    assert used_space(tmp_path) == 7
