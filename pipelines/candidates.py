@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -24,6 +24,7 @@ from lifelong_moe.methods.retraining import NewStage, Retraining
 from lifelong_moe.model.architecture import Architecture
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.retraining.gate import DocumentLosses
+from lifelong_moe.retraining.structure import shuffled_document
 from lifelong_moe.stages.keys import content_key
 from lifelong_moe.stages.runs import EvaluationStore
 from lifelong_moe.stages.store import CommittedStage, StageStore
@@ -143,10 +144,14 @@ class Bench:
         }
         key = content_key(settings)
         if (found := self.evaluations.find(stage.key, key)) is None:
-            shard = shuffled_documents(corpus.heldout) if shuffled else corpus.heldout
+            decode = candidate.data.tokenizer.decode
+            shard = shuffled_documents(corpus.heldout, decode) if shuffled else corpus.heldout
             windows = evaluation_windows(shard, config.model.context, config.evaluate.tokens)
             measured = measure_documents(
-                self.model(stage, candidate), windows, distribution=distribution, batch_tokens=config.evaluate.batch_tokens
+                self.model(stage, candidate),
+                windows,
+                distribution=distribution,
+                batch_tokens=config.evaluate.batch_tokens,
             )
             found = {
                 name: getattr(measured, name).tolist() for name in ("document", "nats", "tokens")
@@ -199,11 +204,11 @@ def batch_files(batch: str) -> str:
     return str(BatchStore(ROOT).path(batch))
 
 
-def shuffled_documents(shard: TokenShard, seed: int = 0) -> TokenShard:
-    """The same documents, each with its tokens after BOS in random order."""
-    draw, tokens = np.random.default_rng(seed), np.array(shard.tokens)
+def shuffled_documents(shard: TokenShard, decode: Callable[[Sequence[int]], str], seed: int = 0) -> TokenShard:
+    """The same documents, each with its tokens after BOS in random order, those of one character together."""
+    rng, tokens = np.random.default_rng(seed), np.array(shard.tokens)
     for start, end in zip(shard.offsets[:-1], shard.offsets[1:], strict=True):
-        draw.shuffle(tokens[start + 1 : end])
+        tokens[start + 1 : end] = shuffled_document(tokens[start + 1 : end].tolist(), decode, rng=rng)
     return replace(shard, tokens=tokens)
 
 

@@ -21,6 +21,7 @@ from lifelong_moe.stages.keys import SHORT
 from lifelong_moe.stages.lineage import lineage_rows, work_under_way
 from lifelong_moe.stages.runs import RunRecord, require_head
 from lifelong_moe.stages.store import CommittedStage, StageStore
+from lifelong_moe.stages.versions import champion, describe
 from lifelong_moe.training.stage import load_model
 from pipelines import render
 from pipelines.workspace import ROOT
@@ -42,7 +43,15 @@ def status(run: str, console: Console) -> dict[str, Any]:
         step = "" if row["checkpoint_step"] is None else f"step {row['checkpoint_step']}"
         table.add_row(row["name"], row["key"][:SHORT], row["state"], step)
     console.print(table)
-    return {"run": run, "method": head["method"], "stages": stages}
+    result: dict[str, Any] = {"run": run, "method": head["method"], "stages": stages}
+    if head.get("versions"):
+        now, tick = champion(head), head.get("last_tick")
+        console.print(describe(now), highlight=False)
+        result["champion"] = {"version": now.id, "stage": now.stages[-1].name, "key": now.key, "since": now.at}
+        result["last_tick_at"] = tick["at"] if tick else None
+        if tick:
+            console.print(f"last tick {tick['at']}: {tick['outcome']}: {tick['reason']}", highlight=False)
+    return result
 
 
 def report(runs: list[str], console: Console) -> list[dict[str, Any]]:

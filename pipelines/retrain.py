@@ -166,7 +166,7 @@ def _carry_out(
     if dry_run:
         outcome, reason = "planned", f"{plan.action} is what a tick would do now"
     elif plan.candidate is None:
-        outcome, reason = "skipped", plan.facts["decision"]["reasons"][-1].rstrip(".")
+        outcome, reason = "skipped", plan.facts["decision"]["reasons"][-1].removeprefix("Skip: ").rstrip(".")
     elif plan.exceeded:
         outcome, reason = "over budget", plan.exceeded[0].rstrip(".")
     else:

@@ -20,6 +20,7 @@ from lifelong_moe.stages.keys import SHORT, content_key
 from lifelong_moe.stages.lock import locked
 from lifelong_moe.stages.runs import EvaluationStore, RunRecord
 from lifelong_moe.stages.store import CommittedStage, StageStore
+from lifelong_moe.stages.versions import champion, describe
 from lifelong_moe.tracking.tracker import Tracker
 from lifelong_moe.training.disk import disk_need, require_space, run_need, used_space
 from lifelong_moe.training.interrupt import Interrupt, handling_sigterm
@@ -245,6 +246,8 @@ def _open_head(record: RunRecord, prepared: Prepared, replace: bool) -> dict[str
     corpora = prepared.data.corpora
     data = {name: corpora[name].train_hash for planned in prepared.plan for name in planned.spec.uses}
     head = record.head()
+    if head is not None and head.get("champion") and not replace:
+        raise ConfigError(_moved_on(head))
     if head is not None and not replace:
         known = min(len(keys), len(head["plan"]))
         if head["plan"][:known] != keys[:known]:
@@ -281,6 +284,14 @@ def _changed(run: str, head: dict[str, Any], names: list[str], keys: list[str], 
         f"run={run} exists with another configuration or other data: stage {first} ({names[first]}) was "
         f"{head['plan'][first][:SHORT]} and would be {keys[first][:SHORT]}. Choose run=NAME, or --replace to let this "
         f"name refer to the new stages."
+    )
+
+
+def _moved_on(head: dict[str, Any]) -> str:
+    now = champion(head)
+    return (
+        f"run={head['run']} was moved on at {now.at}: {describe(now)} serves, which this configuration does not know. "
+        f"Go on with lifelong-moe retrain, or choose run=NAME; --replace starts over and forgets the versions."
     )
 
 

@@ -27,7 +27,9 @@ def sync(console: Console) -> dict[str, Any]:
             console.print(f"{synced.address}: {done.operations} records delivered.", highlight=False)
         if done.refused:
             where = f"{ROOT}/spool/*/refused.jsonl"
-            console.print(f"[yellow]{synced.address}: MLflow refused {done.refused} of the records; see {where}.[/yellow]")
+            console.print(
+                f"[yellow]{synced.address}: MLflow refused {done.refused} of the records; see {where}.[/yellow]"
+            )
     if not outcomes:
         console.print("Nothing to deliver.")
     if left := [f"{synced.address}: {synced.problem}" for synced in outcomes if synced.problem is not None]:

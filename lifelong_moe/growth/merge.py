@@ -37,7 +37,9 @@ def output_similarity(outputs_END: Tensor) -> Tensor:
     return torch.einsum("and,bnd->ab", unit_END, unit_END) / outputs_END.shape[1]
 
 
-def closest_pair(similarity_EE: Tensor, counts_E: Tensor, first: Sequence[int], second: Sequence[int]) -> tuple[int, int]:
+def closest_pair(
+    similarity_EE: Tensor, counts_E: Tensor, first: Sequence[int], second: Sequence[int]
+) -> tuple[int, int]:
     """The pair with the smallest ``min(share) * (1 - similarity)``: how many tokens change expert, and by how much.
 
     Args:

@@ -71,16 +71,18 @@ def decide(
     terms = {"drifted": float(drifted), "skip/utility": 0.0}
     reasons = [] if drifted else ["Growing is not considered: the new data did not drift."]
     best, highest = Action.skip, 0.0
+    obstacles: list[str] = []
     for action, probe in probes.items():
         if probe is None:
             continue
         parts = utility_terms(probe, config)
         terms |= {f"{action}/{name}": value for name, value in parts.items()}
         obstacle = _obstacle(probe, parts["utility"], config)
+        obstacles.append(obstacle or f"the utility of what {action} brings is {parts['utility']:.4f}")
         reasons.append(_account(action, parts, obstacle))
         if obstacle is None and parts["utility"] > highest:
             best, highest = action, parts["utility"]
-    return Decision(best, terms, [*reasons, _choice(best, highest)])
+    return Decision(best, terms, [*reasons, _choice(best, highest, obstacles)])
 
 
 def utility_terms(probe: ProbeResult, config: DecisionConfig) -> dict[str, float]:
@@ -126,7 +128,8 @@ def _account(action: Action, parts: dict[str, float], obstacle: str | None) -> s
     return f"{text}. Ruled out: {obstacle}." if obstacle else f"{text}."
 
 
-def _choice(best: Action, utility: float) -> str:
+def _choice(best: Action, utility: float, obstacles: list[str]) -> str:
     if best == Action.skip:
-        return "Skip: no action is worth more than nothing."
+        why = f": {obstacles[-1]}" if obstacles else ""
+        return f"Skip: no action is worth more than nothing{why}."
     return f"{best.capitalize()}: its utility of {utility:.4f} is the largest."

@@ -212,5 +212,3 @@ def _read(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, FileNotFoundError) as error:
         raise CorruptError(f"{path}: unreadable ({error}); what it needs is unknown, so nothing is removed.") from None
-
-

@@ -22,7 +22,9 @@ def test_held_out_text_of_one_distribution_is_not_trained_in_another(tmp_path: P
     write(tmp_path / "a.jsonl", texts)
     write(tmp_path / "b.jsonl", [text.upper() + " !" for text in texts])
     sources = {name: SourceConfig(files=str(tmp_path / f"{name}.jsonl"), heldout_fraction=0.5) for name in "ab"}
-    with pytest.raises(DataError, match=r"distributions\.[ab]: .*[ab]\.jsonl:\d+: this training document is held out in [ab]"):
+    with pytest.raises(
+        DataError, match=r"distributions\.[ab]: .*[ab]\.jsonl:\d+: this training document is held out in [ab]"
+    ):
         prepare_data(sources, TokenizerConfig(vocab_size=300), ["a", "b"], 8, tmp_path / "cache")
 
 

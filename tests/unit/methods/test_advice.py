@@ -67,7 +67,9 @@ AGAIN = [{"data": "english"}, {"data": "english"}, {"data": "python"}, {"data": 
 )
 def test_a_stage_with_nothing_to_hold_on_to_is_named(make_run: MakeRun, overrides: list[str], asked: str) -> None:
     (said,) = nothing_to_hold(make_run(*overrides, stages=AGAIN))
-    assert said.startswith(f"stages[1] (english-2): {asked}: off, because no earlier stage learned anything but english")
+    assert said.startswith(
+        f"stages[1] (english-2): {asked}: off, because no earlier stage learned anything but english"
+    )
 
 
 @pytest.mark.parametrize("method", ["sequential", "static_moe", "l2", "lwf", "joint", "unrestrained"])
