@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from lifelong_moe.config import RunConfig
+from lifelong_moe.methods.retraining import RetrainConfig
 
 INTRODUCTION = """# Configuration
 
@@ -43,7 +44,14 @@ def default_text(field: dataclasses.Field[Any]) -> str:
     return "required"
 
 
-def section(cls: type, path: str) -> list[str]:
+RETRAINING = """# Scheduled retraining
+
+A file of its own, such as `configs/retrain.yaml`, that names a run's configuration as its `base`; see
+[scheduling.md](scheduling.md). `key=value` on the command line sets a key of this file, or else of the base.
+"""
+
+
+def section(cls: type, path: str, whole: str) -> list[str]:
     """A table for one dataclass, then the sections inside it."""
     hints, docs = get_type_hints(cls), field_docs(cls)
     rows, inner = [], []
@@ -53,16 +61,17 @@ def section(cls: type, path: str) -> list[str]:
         name = f"{path}.{field.name}" if path else field.name
         if nested is not None:
             suffix = ".NAME" if field.name == "distributions" else "[i]" if field.name == "stages" else ""
-            inner += section(nested, name + suffix)
+            inner += section(nested, name + suffix, whole)
         else:
             rows.append(f"| `{field.name}` | `{default_text(field)}` | {docs[field.name]} |")
-    title = f"## `{path}`" if path else "## The run"
+    title = f"## `{path}`" if path else f"## {whole}"
     return [title, "", str(inspect.getdoc(cls)), "", "| key | default | |", "|---|---|---|", *rows, "", *inner]
 
 
 def configuration() -> str:
     """The whole page."""
-    return (INTRODUCTION + "\n" + "\n".join(section(RunConfig, "")).rstrip() + "\n").replace("``", "`")
+    run, tick = section(RunConfig, "", "The run"), section(RetrainConfig, "", "The tick")
+    return "\n".join([INTRODUCTION, *run, RETRAINING, *tick]).rstrip().replace("``", "`") + "\n"
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ if one is known. Anything else that escapes is a bug of ours and keeps its trace
 
 from __future__ import annotations
 
-
 _MAX_CHARS = 1000
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 from lifelong_moe.data.documents import Corpus
 from lifelong_moe.retraining.gate import Verdict
-from lifelong_moe.stages.keys import SHORT
 from lifelong_moe.stages.runs import RunRecord
 from lifelong_moe.stages.store import CommittedStage
 from lifelong_moe.tracking.store import local_id
@@ -76,9 +75,10 @@ class TickRecord:
 
     def judged(self, verdict: Verdict) -> None:
         """What the gate measured."""
-        rows = [(f"gate/{check.name}/{what}", number(value), 0)
-                for check in verdict.checks
-                for what, value in (("value", check.value), ("limit", check.limit), ("passed", float(check.passed)))]  # fmt: skip
+        rows: list[Row] = []
+        for check in verdict.checks:
+            for what, value in (("value", check.value), ("limit", check.limit), ("passed", float(check.passed))):
+                rows.append((f"gate/{check.name}/{what}", value, 0))
         self.tracker.log_metrics(self.run_id, rows)
 
     def serves(self, stage: CommittedStage) -> None:
@@ -106,8 +106,3 @@ class TickRecord:
 def number(value: float | None) -> float:
     """A term as a point; what is absent becomes NaN, which is logged as absent."""
     return math.nan if value is None else float(value)
-
-
-def short(key: str) -> str:
-    """A key as people read it."""
-    return key[:SHORT]

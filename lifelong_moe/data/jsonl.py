@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from lifelong_moe.data.documents import Document
 from lifelong_moe.data.storage import text_sha256
-from lifelong_moe.data.strict_json import parse_object
 from lifelong_moe.data.streams import MAX_LINE_BYTES, check_text, decode, open_bytes
+from lifelong_moe.data.strict_json import parse_object
 from lifelong_moe.errors import DataError
 
 if TYPE_CHECKING:
