@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from lifelong_moe.errors import LifelongError, ResourceError
+from lifelong_moe.errors import ConfigError, LifelongError, ResourceError
 
 app = typer.Typer(
     add_completion=True,
@@ -153,11 +153,63 @@ def status(run: RunName, as_json: AsJson = False) -> None:
 
 
 @app.command()
-def lineage(run: RunName, as_json: AsJson = False) -> None:
+def lineage(
+    run: RunName,
+    expert: Annotated[
+        str | None, typer.Option("--expert", metavar="STAGE/L3/E7", help="What made this expert.")
+    ] = None,
+    document: Annotated[
+        str | None, typer.Option("--document", metavar="HASH", help="What learned from the document of this SHA-256.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """Show which stage, on which data, bore which experts, with hashes."""
+    if expert is not None and document is not None:
+        raise ConfigError("--expert and --document are two questions; ask one.")
+    if expert is not None or document is not None:
+        from pipelines import trace
+
+        asked = trace.expert(run, expert, console(as_json)) if expert else None
+        finish(asked or trace.document(run, str(document), console(as_json)), as_json)
+        return
     from pipelines.inspectors import lineage as story
 
     finish(story(run, console(as_json)), as_json)
+
+
+@app.command()
+def rollback(
+    run: RunName,
+    to: Annotated[int | None, typer.Option("--to", help="A version; by default the one before the champion.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Let an earlier version serve again: one pointer is swapped, and no stage is touched."""
+    from pipelines.rollback import rollback as story
+
+    finish(story(run, to, console(as_json)), as_json)
+
+
+@app.command()
+def drop(
+    run: RunName,
+    stage: Annotated[str, typer.Argument(metavar="STAGE", help="Name of a stage of the champion.")],
+    as_json: AsJson = False,
+) -> None:
+    """Let a version without a stage serve, and say what of its text remains in the model."""
+    from pipelines.drop import drop as story
+
+    finish(story(run, stage, console(as_json)), as_json)
+
+
+@app.command()
+def gc(
+    apply: Annotated[bool, typer.Option("--apply", help="Remove it; otherwise it is only shown.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show what no run, version or live plan refers to any more."""
+    from pipelines.gc import gc as story
+
+    finish(story(apply, console(as_json)), as_json)
 
 
 @app.command()

@@ -65,7 +65,8 @@ class Tick:
 
     def settle(self, new: NewDocuments, outcome: str, reason: str) -> None:
         """A decision about a batch: its documents are not looked at again."""
-        settled = {"name": new.name, "outcome": outcome, "reason": reason, "at": timestamp()}
+        settled: dict[str, Any] = {"name": new.name, "outcome": outcome, "reason": reason, "at": timestamp()}
+        settled["heldout_fraction"] = self.retraining.settings.inbox.heldout_fraction
         self.head["batches"] = {**self.head.get("batches", {}), new.hash: settled}
 
 

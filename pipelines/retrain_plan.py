@@ -92,7 +92,7 @@ def check_plan(path: Path, bench: Bench, batch: str) -> TickPlan:
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
         old = (facts["champion"]["key"], facts["batch"], facts["settings"])
-        expires, stage = facts["expires_at"], facts["stage"]
+        expires, stage = facts["expires"], facts["stage"]
     except (OSError, ValueError, KeyError, TypeError):
         raise ConfigError(f"{path}: not a plan of lifelong-moe retrain.") from None
     now = (bench.champion.key, batch, settings_hash(bench.retraining))
@@ -165,7 +165,7 @@ def _facts(
     return {
         "run": bench.retraining.run,
         "made_at": timestamp(),
-        "expires_at": timestamp(time.time() + VALID_DAYS * 86400),
+        "expires": timestamp(time.time() + VALID_DAYS * 86400),
         "champion": {"version": bench.champion.id, "key": bench.champion.key},
         "batch": batch,
         "data": bench.new,

@@ -50,10 +50,13 @@ def remove_generation(
 
 def without_generation(architecture: Architecture, index: int) -> Architecture:
     """The architecture with one generation less; the newest one left still trains if it did."""
-    left = architecture.generations[:index] + architecture.generations[index + 1 :]
+    left, continued = architecture.generations[:index] + architecture.generations[index + 1 :], architecture.continued
+    if continued is not None:
+        continued = None if continued == index else continued - (continued > index)
     return replace(
         architecture,
         generations=left,
+        continued=continued,
         frozen=min(architecture.frozen - (index < architecture.frozen), len(left) - 1),
         labels=tuple((name, g - (g > index)) for name, g in architecture.labels if g != index),
     )

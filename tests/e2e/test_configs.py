@@ -15,10 +15,11 @@ import pytest
 import typer
 import yaml
 
-from lifelong_moe.config import RunConfig, load_config
+from lifelong_moe.config import RunConfig, build_config, load_config
 from lifelong_moe.evaluation import report as report_module
 from lifelong_moe.methods.comparison import load_comparison
 from lifelong_moe.methods.graph import stage_specs
+from lifelong_moe.methods.retraining import NewStage, load_retraining
 from pipelines.cli import app
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,12 +37,20 @@ def test_every_configuration_loads(path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def run_configurations(path: Path) -> list[RunConfig]:
-    """The run that a file describes, or the runs of a comparison's arms."""
+    """The run that a file describes, the runs of a comparison's arms, or those that a retraining could lead to."""
+    if is_retraining(path):
+        retraining = load_retraining(path)
+        names = [str(stage.name) for stage in build_config(retraining.base).stages]
+        return [retraining.config(names, [NewStage("batch", "a.jsonl", name)]) for name in (None, names[0])]
     if not is_comparison(path):
         return [load_config(path)[0]]
     comparison = load_comparison(path)
     runs = [(arm, seed) for arm in comparison.arms for seed in comparison.settings.seeds]
     return [load_config(comparison.base, comparison.overrides(arm, seed))[0] for arm, seed in runs]
+
+
+def is_retraining(path: Path) -> bool:
+    return "inbox" in yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
 def is_comparison(path: Path) -> bool:
@@ -97,8 +106,9 @@ def test_commands_in_the_documentation_parse(monkeypatch: pytest.MonkeyPatch) ->
             pytest.fail(f"{where}: {error}")
         path = parsed.params.get("config")
         if path is not None and (ROOT / path).is_file():
-            load = load_comparison if is_comparison(ROOT / path) else load_config
-            load(ROOT / path, list(parsed.params.get("overrides") or []))
+            asked = ROOT / path
+            load = load_retraining if is_retraining(asked) else load_comparison if is_comparison(asked) else load_config
+            load(asked, list(parsed.params.get("overrides") or []))
         elif path is not None and path.startswith("configs/"):
             pytest.fail(f"{where}: {path} does not exist")
 

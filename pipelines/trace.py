@@ -1,0 +1,96 @@
+"""`lifelong-moe lineage RUN --expert …` and `--document …`: what made an expert, and what learned from a document."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+
+from lifelong_moe.config import build_config
+from lifelong_moe.data.batches import BatchStore
+from lifelong_moe.data.config import SourceConfig
+from lifelong_moe.data.sources import read_corpus
+from lifelong_moe.errors import ConfigError
+from lifelong_moe.stages.keys import SHORT
+from lifelong_moe.stages.runs import require_head
+from lifelong_moe.stages.store import StageStore
+from lifelong_moe.stages.trace import readers, trace_expert
+from pipelines.places import CACHE, ROOT
+
+LEAST_DIGITS = 8
+
+
+def expert(run: str, name: str, console: Console) -> dict[str, Any]:
+    """Which stage and which text made an expert, and who has held its tensors since."""
+    head, store = require_head(ROOT, run), StageStore(ROOT)
+    if not head["stages"]:
+        raise ConfigError(f"run {run} has no committed stage yet.")
+    found = trace_expert(store.chain(head["stages"][-1]), name)
+    born = found["born"]
+    texts = ", ".join(f"{name} {digest[:12]}" for name, digest in born["data"].items())
+    console.print(
+        f"{name}: born in stage {born['stage']} ({born['key'][:SHORT]}) on {texts}; began: {born['began']}",
+        highlight=False,
+    )
+    for row in found["stages"]:
+        console.print(f"· {row['stage']}: {row['tensors']}, held by {row['held_by'][:SHORT]}", highlight=False)
+    return found
+
+
+def document(run: str, digest: str, console: Console) -> dict[str, Any]:
+    """Which distributions hold a document, which stages of the run read those, and which experts they trained.
+
+    Args:
+        run: A run.
+        digest: SHA-256 of the document's text, or its first digits, at least 8.
+        console: Where people read.
+
+    Raises:
+        ConfigError: If the digits are too few, or nothing that the run read holds such a document.
+    """
+    digest = digest.lower()
+    if len(digest) < LEAST_DIGITS or not set(digest) <= set("0123456789abcdef"):
+        raise ConfigError(f"--document={digest}: give at least {LEAST_DIGITS} hexadecimal digits of its SHA-256.")
+    head, store = require_head(ROOT, run), StageStore(ROOT)
+    holders = _holders(head, digest)
+    if not holders:
+        raise ConfigError(f"--document={digest}: no text that run {run} reads holds such a document.")
+    trained = {row["train_hash"] for row in holders if row["part"] == "train"}
+    rows = readers(_stages(head, store), trained)
+    for row in holders:
+        console.print(f"{row['document'][:SHORT]}: {row['distribution']}, {row['part']}", highlight=False)
+    for row in rows:
+        console.print(
+            f"· stage {row['stage']} {row['role']} {row['distribution']}; it trained {row['experts']}", highlight=False
+        )
+    if not rows:
+        console.print("· no stage was trained on it")
+    return {"document": digest, "held_by": holders, "stages": rows}
+
+
+def _holders(head: dict[str, Any], digest: str) -> list[dict[str, Any]]:
+    """Distributions of the run, and batches that it looked at, with the document; text is read again."""
+    from omegaconf import OmegaConf
+
+    config, batches = build_config(OmegaConf.create(head["config"])), BatchStore(ROOT)
+    sources = {name: config.distributions[name] for name in config.evaluated}
+    for batch in batches.holding(digest):
+        if (known := head.get("batches", {}).get(batch)) is not None:
+            sources[known["name"]] = SourceConfig(
+                files=str(batches.path(batch)), heldout_fraction=known["heldout_fraction"]
+            )
+    found = []
+    for name, source in sources.items():
+        corpus = read_corpus(name, source, CACHE)
+        for part in ("train", "heldout"):
+            for held in getattr(corpus, part):
+                if held.hash.startswith(digest):
+                    row = {"distribution": name, "part": part, "document": held.hash}
+                    found.append(row | {"train_hash": corpus.train_hash})
+    return found
+
+
+def _stages(head: dict[str, Any], store: StageStore) -> list[Any]:
+    """Every committed stage of every version, each once, oldest first."""
+    keys = [stage["key"] for version in head.get("versions", []) for stage in version["stages"]]
+    return [store.get(key) for key in dict.fromkeys([*keys, *head["stages"]])]

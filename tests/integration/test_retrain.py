@@ -1,0 +1,401 @@
+"""Ticks of scheduled retraining on tiny runs: decisions, gate, idempotence, kills."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+import pipelines.retrain as story
+from lifelong_moe.data.batches import BatchStore
+from lifelong_moe.data.documents import Document
+from lifelong_moe.errors import ConfigError, DataError, LockedError, StalePlanError
+from lifelong_moe.stages.lock import locked
+from lifelong_moe.stages.runs import RunRecord
+from lifelong_moe.stages.store import StageStore
+from lifelong_moe.training.callbacks import StepCheckpoint
+from pipelines import retrain_plan
+from pipelines.drop import drop
+from pipelines.rollback import rollback
+from tests.retrain_lab import arrive, head, ledger, make_base, stages, tick, tick_and_text, write_retraining
+from tests.tiny import fork, kill_self, train
+
+SILENT = Console(quiet=True)
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, trained once."""
+    root = tmp_path_factory.mktemp("base")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        make_base(root)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def lab(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it to work in."""
+    root = tmp_path / "lab"
+    shutil.copytree(base, root)
+    monkeypatch.chdir(root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def grown(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same after a new kind of text was promoted, its weights as an undisturbed tick leaves them."""
+    root = tmp_path_factory.mktemp("grown") / "lab"
+    shutil.copytree(base, root)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        arrive("sea")
+        assert tick()["outcome"] == "promoted"
+    return root
+
+
+@pytest.fixture
+def after_growth(grown: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of that to work in."""
+    root = tmp_path / "grown"
+    shutil.copytree(grown, root)
+    monkeypatch.chdir(root)
+    return root
+
+
+def weights(key: str) -> str:
+    return StageStore(Path("mlruns")).get(key).weights_hash
+
+
+# Looking
+
+
+def test_an_empty_inbox_is_idle() -> None:
+    before = stages()
+    result = tick()
+    assert (result["outcome"], result["reason"]) == ("idle", "nothing new has arrived")
+    assert stages() == before and head()["last_tick"]["outcome"] == "idle"
+    assert ledger()[-1]["event"] == "tick" and "batches" not in head()
+    shutil.rmtree("inbox")  # an absent one as well
+    assert tick()["outcome"] == "idle"
+
+
+def test_too_little_waits_and_is_not_forgotten() -> None:
+    arrive("sea", "a.jsonl", documents=12)
+    assert "12 new documents are waiting" in tick()["reason"]
+    arrive("sea", "b.jsonl", seed=78, documents=12)
+    result = tick("trigger.min_tokens=100_000")
+    assert result["outcome"] == "idle" and "new tokens are waiting" in result["reason"]
+    assert tick("trigger.min_tokens=100_000", "trigger.max_days=1e-9", dry_run=True)["outcome"] == "planned"
+
+
+def test_what_the_champion_knows_is_not_new() -> None:
+    for name in ("fruit", "code"):
+        shutil.copy(f"{name}.jsonl", f"inbox/{name}.jsonl")  # training and held-out text alike
+    assert tick()["outcome"] == "idle"
+
+
+def test_held_out_text_in_the_inbox_is_not_trained_on() -> None:
+    arrive("sea")
+    held = Path("fruit.jsonl").read_text(encoding="utf-8").splitlines()
+    with Path("inbox/new.jsonl").open("a", encoding="utf-8") as file:
+        file.write("\n".join(held) + "\n")
+    batch = tick(dry_run=True)["batch"]
+    kept = {document.text for document in BatchStore(Path("mlruns")).documents(batch)}
+    assert len(kept) == 160 and not kept & {json.loads(line)["text"] for line in held}
+
+
+def test_a_bad_file_is_refused_before_anything_is_written(lab: Path) -> None:
+    arrive("sea")
+    Path("inbox/bad.jsonl").write_text('{"text": "a"}\n{"text": \n', encoding="utf-8")
+    before = (stages(), head(), sorted(p.name for p in Path("mlruns").iterdir()))
+    with pytest.raises(DataError, match=r"inbox/bad\.jsonl:2: malformed JSON"):
+        tick()
+    assert (stages(), head(), sorted(p.name for p in Path("mlruns").iterdir())) == before
+
+
+# Deciding
+
+
+def test_a_dry_run_writes_its_plan_and_changes_nothing_else() -> None:
+    arrive("sea")
+    before = head()
+    result, text = tick_and_text(dry_run=True)
+    assert (result["outcome"], result["action"]) == ("planned", "grow")
+    plan = json.loads(Path(result["plan"]).read_text(encoding="utf-8"))
+    assert plan["stage"]["key"] and plan["decision"]["terms"]["grow/utility"] > 0
+    assert "Growing gains" in text and "Drift: " in text and plan["drift"]["fruit"]["words"] in text
+    assert {k: v for k, v in head().items() if k not in ("last_tick", "versions", "champion")} == before
+    assert head()["champion"] == 0 and not any(plan["stage"]["key"][:16] in name for name in stages())
+
+
+def test_a_new_kind_of_text_grows_and_is_promoted(after_growth: Path) -> None:
+    now = head()
+    version = now["versions"][1]
+    assert now["champion"] == 1 and version["kind"] == "promoted" and version["stages"][-1]["action"] == "grow"
+    assert now["names"] == [stage["name"] for stage in version["stages"]]
+    assert [stage["key"] for stage in version["stages"][:2]] == [s["key"] for s in now["versions"][0]["stages"]]
+    result = ledger()[-1]
+    assert result["outcome"] == "promoted" and result["champion"]["version"] == 1
+    assert set(now["best"]) == {"fruit", "code", result["data"]}
+
+
+def test_the_same_data_again_is_a_no_op(after_growth: Path) -> None:
+    before = (stages(), head()["versions"])
+    assert tick()["outcome"] == "idle"
+    lines = Path("inbox/new.jsonl").read_text(encoding="utf-8").splitlines()
+    Path("inbox/new.jsonl").unlink()
+    Path("inbox/renamed.jsonl").write_text("\n".join(lines[80:][::-1]) + "\n", encoding="utf-8")
+    Path("inbox/more.jsonl").write_text("\n".join(lines[:80]) + "\n", encoding="utf-8")
+    assert [tick()["outcome"] for _ in range(2)] == ["idle", "idle"]
+    assert (stages(), head()["versions"]) == before
+
+
+def test_more_of_the_same_does_not_grow(after_growth: Path) -> None:
+    arrive("fruit", "more.jsonl", seed=78)
+    result, text = tick_and_text()
+    assert result["action"] in ("skip", "continue") and "Growing is not considered" in text
+    assert tick()["outcome"] == "idle"  # settled either way
+
+
+def test_noise_is_skipped() -> None:
+    arrive("noise")
+    result, text = tick_and_text()
+    assert result["outcome"] == "skipped" and "the text is noise" in result["reason"]
+    assert "Growing gains" in text  # its loss can be lowered all the same
+    assert head()["champion"] == 0 and tick()["outcome"] == "idle"
+
+
+def test_a_known_kind_that_is_not_learned_yet_continues_its_experts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "young"
+    root.mkdir()
+    monkeypatch.chdir(root)
+    make_base(root, stages=[{"data": "fruit"}, {"data": "code", "tokens": 4 * 128}])  # four steps are not enough
+    arrive("code", seed=78)
+    result, _ = tick_and_text("decision.forgetting_weight=0.1")
+    assert (result["outcome"], result["action"]) == ("promoted", "continue"), result
+    stage = StageStore(Path("mlruns")).get(result["candidate"])
+    assert stage.config["spec"]["continues"] == "code" and head()["versions"][1]["stages"][-1]["action"] == "continue"
+    assert stage.config["spec"]["replay_fraction"] == 0.25  # of when_continuing
+    assert head()["best"]["code"]["key"] == result["candidate"]
+
+
+def test_growth_stops_at_the_limit_of_experts() -> None:
+    arrive("sea")
+    result, text = tick_and_text("limits.experts=7", dry_run=True)
+    assert result["action"] != "grow" and "limits.experts=7" in text and "lifelong-moe drop" in text
+
+
+@pytest.mark.parametrize(
+    ("limit", "said"),
+    [("tokens=1000", "limits.tokens=1000"), ("hours=1e-9", "limits.hours=1e-09"), ("disk_bytes=10", "disk_bytes=10")],
+)
+def test_over_budget_nothing_is_trained_and_the_batch_stays_open(limit: str, said: str) -> None:
+    arrive("sea")
+    result = tick(f"limits.{limit}")
+    assert result["outcome"] == "over budget" and said in result["reason"]
+    assert head()["champion"] == 0 and "batches" not in head()
+    assert story.EXIT_CODES[result["outcome"]] == 4
+    assert tick()["outcome"] == "promoted"
+
+
+def test_promotions_a_week_are_limited(after_growth: Path) -> None:
+    rollback("tiny", None, SILENT)
+    arrive("sea", "more.jsonl", seed=91)
+    result = tick("limits.promotions_per_week=1")
+    assert result["outcome"] == "over budget"
+    assert result["reason"] == "limits.promotions_per_week=1 would be exceeded: 2"
+
+
+# The gate
+
+
+def test_a_rejected_candidate_changes_nothing_that_serves() -> None:
+    arrive("sea")
+    served = {key: weights(key) for key in head()["stages"]}
+    result, text = tick_and_text("gate.min_gain=9")
+    assert result["outcome"] == "rejected" and story.EXIT_CODES["rejected"] == 3
+    assert "not enough: gate.min_gain=9" in result["reason"] and "✗" in text
+    assert head()["champion"] == 0 and {key: weights(key) for key in head()["stages"]} == served
+    assert StageStore(Path("mlruns")).get(result["candidate"]).name == result["data"]  # can be inspected
+    assert head()["batches"][result["batch"]]["outcome"] == "rejected"
+    assert tick()["outcome"] == "idle"
+
+
+def test_what_makes_old_text_worse_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "open"
+    root.mkdir()
+    monkeypatch.chdir(root)
+    make_base(
+        root,
+        routing={"bundles": "none"},
+        stage_defaults={"trunk": {"train": "full"}},
+    )
+    arrive("sea")
+    result, text = tick_and_text("decision.forgetting_weight=0", "gate.max_leak=1")
+    assert (result["outcome"], result["action"]) == ("rejected", "grow"), text
+    assert "more than 0.01" in result["reason"]
+
+
+# Plans
+
+
+def test_a_plan_is_carried_out_as_it_stands(after_growth: Path, lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    undisturbed = head()["stages"][-1], weights(head()["stages"][-1])
+    monkeypatch.chdir(lab)
+    arrive("sea")
+    plan = tick(dry_run=True)["plan"]
+    result = tick(plan=plan)
+    assert result["outcome"] == "promoted"
+    assert (result["candidate"], weights(result["candidate"])) == undisturbed
+
+
+def test_a_stale_plan_is_refused() -> None:
+    arrive("sea")
+    plan = tick(dry_run=True)["plan"]
+    with pytest.raises(StalePlanError, match="made for settings"):
+        tick("stage.tokens=7680", plan=plan)
+    facts = json.loads(Path(plan).read_text())
+    Path("old.json").write_text(json.dumps(facts | {"expires": "2020-01-01T00:00:00Z"}))
+    with pytest.raises(StalePlanError, match="expired at 2020"):
+        tick(plan="old.json")
+    arrive("sea", "more.jsonl", seed=5, documents=30)
+    with pytest.raises(StalePlanError, match="made for batch"):
+        tick(plan=plan)
+    Path("inbox/more.jsonl").unlink()
+    assert tick()["outcome"] == "promoted"
+    arrive("noise", "noise.jsonl")
+    with pytest.raises(StalePlanError, match="made for champion"):
+        tick(plan=plan)
+    assert StalePlanError.exit_code == 5
+    with pytest.raises(ConfigError, match="not a plan"):
+        tick(plan="tiny.yaml")
+
+
+# Kills
+
+
+def kill_at_step(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Die at a step of the whole tick, probes included."""
+    original, seen = StepCheckpoint.on_train_batch_end, [0]
+
+    def on_train_batch_end(self: StepCheckpoint, *args: Any) -> None:
+        original(self, *args)
+        seen[0] += 1
+        if seen[0] == number:
+            kill_self()
+
+    monkeypatch.setattr(StepCheckpoint, "on_train_batch_end", on_train_batch_end)
+
+
+KILLS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "in the first probe": lambda patch: kill_at_step(patch, 9),
+    "in the second probe": lambda patch: kill_at_step(patch, 30),
+    "in the stage": lambda patch: kill_at_step(patch, 70),
+    "before the plan is kept": lambda patch: patch.setattr(retrain_plan.TickPlan, "write", lambda *_: kill_self()),
+    "after the commit": lambda patch: patch.setattr(story, "gate", lambda *_: kill_self()),
+    "before the ledger": lambda patch: patch.setattr(RunRecord, "log", lambda *_, **__: kill_self()),
+    "after the ledger": lambda patch: patch.setattr(story.render_retrain, "outcome", lambda *_: kill_self()),
+}
+
+
+@pytest.mark.parametrize("when", KILLS)
+def test_a_killed_tick_is_done_again(when: str, after_growth: Path, lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    undisturbed = head()["stages"], weights(head()["stages"][-1])
+    monkeypatch.chdir(lab)
+    arrive("sea")
+    with monkeypatch.context() as patch:
+        KILLS[when](patch)
+        child = fork(tick)
+        assert child.wait() == -9, child.output
+    result = tick()
+    assert result["outcome"] == "promoted" or (when == "after the ledger" and result["outcome"] == "idle")
+    assert (head()["stages"], weights(head()["stages"][-1])) == undisturbed
+    assert ledger()[-1]["outcome"] == result["outcome"]
+    assert not [*Path("mlruns").glob("*/.tmp-*"), *Path("mlruns/runs/tiny").glob(".tmp-*")]
+
+
+def test_two_ticks_at_once() -> None:
+    with locked(RunRecord(Path("mlruns"), "tiny").lock_path, "run tiny"):
+        child = fork(tick)
+        assert child.wait() == LockedError.exit_code
+
+
+# What goes on around
+
+
+def test_run_is_refused_once_the_head_has_moved(after_growth: Path) -> None:
+    with pytest.raises(ConfigError, match=r"run=tiny was moved on at .*version 1 \(promoted.*lifelong-moe retrain"):
+        train()
+    report, _ = train(replace=True)
+    assert len(report["stages"]) == 2 and "versions" not in head()
+
+
+def test_after_a_rollback_the_next_tick_goes_on_from_the_older_champion(after_growth: Path) -> None:
+    rollback("tiny", None, SILENT)
+    arrive("sea", "more.jsonl", seed=91)
+    result = tick()
+    assert result["outcome"] == "promoted" and result["champion"]["version"] == 2
+    assert [s["data"] for s in head()["versions"][2]["stages"]] == ["fruit", "code", result["data"]]
+
+
+def test_a_tick_after_a_drop(after_growth: Path) -> None:
+    drop("tiny", "code", SILENT)
+    arrive("code", "more.jsonl", seed=92)
+    result = tick()
+    assert result["outcome"] == "promoted", result
+    assert [s["action"] for s in head()["versions"][-1]["stages"]] == ["base", "base", "grow", "drop", "grow"]
+
+
+def test_changed_text_of_the_base_is_refused() -> None:
+    arrive("sea")
+    with Path("code.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"text": "one more document about return and yield"}\n')
+    with pytest.raises(
+        ConfigError, match=r"distributions\.code: its training text is [0-9a-f]{16}, but stage code was"
+    ):
+        tick()
+
+
+def test_a_hook_is_told_and_may_fail(caplog: pytest.LogCaptureFixture) -> None:
+    arrive("noise")
+    told = tick("hooks.command=[sh,-c,cat > told.json]")
+    assert json.loads(Path("told.json").read_text()) == told
+    arrive("noise", "b.jsonl", seed=5)
+    result = tick("hooks.command=[sh,-c,exit 3]", "hooks.url=http://user:secret@127.0.0.1:1/x")
+    assert result["outcome"] == "skipped"
+    assert "hooks.command failed: exit status 3" in caplog.text and "hooks.url failed" in caplog.text
+    assert "secret" not in caplog.text
+    Path("told.json").unlink()
+    assert tick("hooks.command=[sh,-c,cat > told.json]")["outcome"] == "idle" and not Path("told.json").exists()
+
+
+def test_a_hugging_face_inbox(monkeypatch: pytest.MonkeyPatch) -> None:
+    import lifelong_moe.data.hub as hub
+
+    arrive("sea")
+    rows = [json.loads(line)["text"] for line in Path("inbox/new.jsonl").read_text().splitlines()]
+    monkeypatch.setattr(hub, "hub_documents", lambda config: [Document(text, text[:9]) for text in rows])
+    revision = "a" * 40
+    result = tick("inbox.path=null", "inbox.hf=team/sea", f"inbox.revision={revision}", dry_run=True)
+    assert (result["outcome"], result["action"]) == ("planned", "grow")
+
+
+def test_the_run_must_exist() -> None:
+    shutil.rmtree("mlruns")
+    with pytest.raises(ConfigError, match="run tiny does not exist"):
+        tick()
+    assert not Path("mlruns").exists()
+
+
+def test_the_file_is_checked_first() -> None:
+    write_retraining(gate={"min_gian": 1})
+    with pytest.raises(ConfigError, match=r"gate.*min_gian"):
+        tick()

@@ -1,0 +1,270 @@
+"""Versions of a run: rollback, drop, garbage, and back from experts and documents to what made them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from lifelong_moe.errors import ConfigError, CorruptError, LockedError
+from lifelong_moe.stages.garbage import collect, find_garbage
+from lifelong_moe.stages.lock import locked
+from lifelong_moe.stages.runs import RunRecord
+from lifelong_moe.stages.store import StageStore
+from lifelong_moe.stages.versions import Head, VersionStage, base_stages, begin, champion, promoted
+from lifelong_moe.training.stage import load_model
+from pipelines import trace
+from pipelines.drop import drop
+from pipelines.gc import gc
+from pipelines.inspectors import status
+from pipelines.rollback import rollback
+from tests.retrain_lab import base_config, head
+from tests.tiny import CONTEXT, SEQUENCES, STEPS, tiny_config, train, write_config, write_corpora
+
+SILENT = Console(quiet=True)
+MLRUNS = Path("mlruns")
+DAY = 86400.0
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of three stages with bundles, and one of its first two."""
+    root = tmp_path_factory.mktemp("versions")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        write_corpora(root)
+        config = base_config()
+        config["stage_defaults"]["tokens"] = STEPS * SEQUENCES * CONTEXT
+        config["distributions"]["sea"] = {"files": "sea.jsonl", "heldout_fraction": 0.1}
+        config["stages"] = [{"data": "fruit"}, {"data": "code"}, {"data": "sea"}]
+        write_config(config)
+        train()
+        train("tiny.yaml", "run=short", "stages=[{data: fruit}, {data: code}]")
+    return root
+
+
+@pytest.fixture(autouse=True)
+def lab(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it to work in."""
+    root = tmp_path / "lab"
+    shutil.copytree(base, root)
+    monkeypatch.chdir(root)
+    return root
+
+
+def served() -> list[str]:
+    """Names of the champion's stages."""
+    return [stage.name for stage in champion(head()).stages]
+
+
+def bits() -> dict[str, bytes]:
+    """Every file of every stage."""
+    return {str(path): path.read_bytes() for path in sorted(Path("mlruns/stages").rglob("*")) if path.is_file()}
+
+
+def two_versions() -> None:
+    """The first two stages as version 0, all three as version 1."""
+    record, store = RunRecord(MLRUNS, "tiny"), StageStore(MLRUNS)
+    now = head()
+    chain = base_stages(store.chain(now["plan"][-1]))
+    early: Head = {**now, **{key: now[key][:2] for key in ("plan", "names", "stages")}}
+    begun = begin(early, chain[:2], "2026-01-01T00:00:00Z")
+    record.set_head(promoted(begun, "promoted", chain, "better", "2026-01-02T00:00:00Z"))
+
+
+def test_rollback_swaps_a_pointer_and_touches_no_stage() -> None:
+    two_versions()
+    before = bits()
+    result = rollback("tiny", None, SILENT)
+    assert (result["champion"], result["was"]) == (0, 1) and served() == ["fruit", "code"]
+    assert head()["names"] == ["fruit", "code"] and len(head()["versions"]) == 2
+    assert status("tiny", SILENT)["champion"]["stage"] == "code"
+    with pytest.raises(ConfigError, match="none served before it"):
+        rollback("tiny", None, SILENT)
+    assert rollback("tiny", 1, SILENT)["champion"] == 1 and served() == ["fruit", "code", "sea"]
+    with pytest.raises(ConfigError, match="no version 7; there are 0 to 1"):
+        rollback("tiny", 7, SILENT)
+    assert bits() == before
+    events = [json.loads(line)["event"] for line in Path("mlruns/runs/tiny/ledger.jsonl").read_text().splitlines()]
+    assert events.count("rollback") == 2
+
+
+def test_rollback_needs_versions_stages_and_the_lock() -> None:
+    with pytest.raises(ConfigError, match="no versions yet"):
+        rollback("tiny", None, SILENT)
+    two_versions()
+    shutil.rmtree(next(Path("mlruns/stages").glob("code-*")))
+    with pytest.raises(CorruptError, match="stage code"):
+        rollback("tiny", None, SILENT)
+    assert head()["champion"] == 1
+    with pytest.raises(ConfigError, match="run nobody does not exist"):
+        rollback("nobody", None, SILENT)
+
+
+def test_dropping_the_newest_stage_is_as_if_it_had_never_been() -> None:
+    result = drop("tiny", "sea", SILENT)
+    short = json.loads(Path("mlruns/runs/short/head.json").read_text())
+    assert (result["derived"], result["remains"]) == (False, []) and result["key"] == short["plan"][-1]
+    assert served() == ["fruit", "code"] and [v["kind"] for v in head()["versions"]] == ["base", "dropped"]
+    rollback("tiny", None, SILENT)
+    assert served() == ["fruit", "code", "sea"]
+
+
+def test_dropping_an_older_stage_derives_a_model_without_its_experts() -> None:
+    before = bits()
+    result = drop("tiny", "code", SILENT)
+    assert result["derived"] and result["remains"] and not result["gated"]
+    store = StageStore(MLRUNS)
+    full, without = store.chain(result["key"])[-2:]
+    assert all(bits()[path] == content for path, content in before.items())  # published stages never change
+    model, old = load_model(store, without), load_model(store, full)
+    assert [g.stage for g in model.architecture.generations] == ["fruit", "sea"]
+    assert torch.equal(model.embedding.weight, old.embedding.weight)
+    ours, theirs = (next(iter(one.moe_layers())).banks.experts for one in (model, old))
+    assert len(ours) == 6 and torch.equal(ours[4].gate_up, theirs[6].gate_up)
+    assert drop("tiny", "sea", SILENT)["derived"]  # no longer the newest of this version
+    assert [g.stage for g in load_model(store, store.get(head()["stages"][-1])).architecture.generations] == ["fruit"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"), [("fruit", "is the first"), ("soup", "has no stage soup"), ("code.dropped", "has no stage")]
+)
+def test_what_cannot_be_dropped(stage: str, message: str) -> None:
+    before = head()
+    with pytest.raises(ConfigError, match=message):
+        drop("tiny", stage, SILENT)
+    assert head() == before
+
+
+def test_only_garbage_is_collected_and_only_when_it_is_old() -> None:
+    train("tiny.yaml", "run=gone", "seed=1", "stages=[{data: fruit}, {data: code}]")
+    shutil.rmtree("mlruns/runs/gone")
+    kept = {
+        path.name
+        for path in Path("mlruns/stages").glob("*")
+        if json.loads((path / "config.json").read_text())["spec"]["seed"] == 0
+    }
+    young = gc(False, SILENT)
+    assert young["stages"] == [] and len(young["young"]) == 2  # stages; their evaluations live with them
+    found = find_garbage(MLRUNS, time.time() + 30 * DAY, grace=-1)
+    assert {stored.path.name for stored in found.stages} == {p.name for p in Path("mlruns/stages").glob("*")} - kept
+    assert found.stages[0].path.name.startswith("code")  # what depends on others goes first
+    assert found.evaluations and found.bytes > 0
+    collect(MLRUNS, time.time(), grace=-1)
+    assert {path.name for path in Path("mlruns/stages").glob("*")} == kept
+    report, printed = train()
+    assert "Nothing to train" in printed and len(report["stages"]) == 3
+
+
+def test_every_version_and_every_live_plan_is_kept() -> None:
+    two_versions()
+    rollback("tiny", None, SILENT)
+    shutil.rmtree("mlruns/runs/short")
+    assert find_garbage(MLRUNS, time.time(), grace=-1).stages == []
+    key = head()["versions"][1]["stages"][-1]["key"]
+    record = RunRecord(MLRUNS, "tiny")
+    record.set_head({**head(), "versions": head()["versions"][:1], "trained": []})
+    assert [stored.key for stored in find_garbage(MLRUNS, time.time(), grace=-1).stages] == [key]
+    plan = Path("mlruns/runs/tiny/plans/one.json")
+    plan.parent.mkdir()
+    for expires, left in (("2999-01-01T00:00:00Z", []), ("2020-01-01T00:00:00Z", [key])):
+        plan.write_text(json.dumps({"stages": [key], "expires": expires}))
+        assert [stored.key for stored in find_garbage(MLRUNS, time.time(), grace=-1).stages] == left
+
+
+@pytest.mark.parametrize("jump", [-3650 * DAY, 3650 * DAY])
+def test_a_clock_that_jumps_removes_nothing_young(jump: float) -> None:
+    shutil.rmtree("mlruns/runs/tiny")
+    shutil.rmtree("mlruns/runs/short")
+    assert collect(MLRUNS, time.time() + jump).stages == []
+    for path in Path("mlruns/stages").rglob("*"):
+        os.utime(path, (time.time() + jump, time.time() + jump))
+    assert collect(MLRUNS, time.time()).stages == [] and len(bits()) > 3
+
+
+def test_nothing_is_removed_beside_a_working_process() -> None:
+    shutil.rmtree("mlruns/runs/short")
+    pid = os.fork()
+    if not pid:  # POSIX locks do not exclude their own process
+        with locked(RunRecord(MLRUNS, "tiny").lock_path, "run tiny"):
+            Path("locked").touch()
+            time.sleep(60)
+        os._exit(0)
+    try:
+        while not Path("locked").exists():
+            time.sleep(0.01)
+        with pytest.raises(LockedError):
+            gc(True, SILENT)
+    finally:
+        os.kill(pid, 9)
+        os.waitpid(pid, 0)
+
+
+def test_an_unreadable_head_stops_the_collection() -> None:
+    Path("mlruns/runs/tiny/head.json").write_text("{")
+    before = bits()
+    with pytest.raises(CorruptError, match="nothing is removed"):
+        collect(MLRUNS, time.time(), grace=-1)
+    assert bits() == before
+
+
+def test_what_made_an_expert() -> None:
+    found = trace.expert("tiny", "code/L1/E4", SILENT)
+    assert found["born"]["stage"] == "code" and list(found["born"]["data"]) == ["code"]
+    assert [(row["stage"], row["tensors"]) for row in found["stages"]] == [("code", "trained"), ("sea", "borrowed")]
+    assert {row["held_by"] for row in found["stages"]} == {found["born"]["key"]}
+    with pytest.raises(ConfigError, match=r"no such expert; there are fruit/L0\.\.1/E0\.\.3"):
+        trace.expert("tiny", "code/L1/E0", SILENT)
+    with pytest.raises(ConfigError, match="STAGE/L<layer>/E<index>"):
+        trace.expert("tiny", "code", SILENT)
+
+
+def test_what_learned_from_a_document() -> None:
+    from lifelong_moe.data.documents import Document
+
+    texts = [json.loads(line)["text"] for line in Path("code.jsonl").read_text().splitlines()]
+    parts: dict[str, list[list[str]]] = {"train": [], "heldout": []}
+    for text in texts[:40]:
+        found = trace.document("tiny", Document(text, "").hash[:20], SILENT)
+        (holder,) = found["held_by"]
+        parts[holder["part"]].append([row["stage"] for row in found["stages"]])
+        assert holder["distribution"] == "code"
+    assert all(rows == ["code"] for rows in parts["train"]) and parts["train"]
+    assert all(rows == [] for rows in parts["heldout"]) and parts["heldout"]
+    row = trace.document("tiny", Document(texts[0], "").hash, SILENT)["stages"]
+    assert not row or row[0]["experts"] == "code/L0..1/E4..5"
+    with pytest.raises(ConfigError, match="at least 8"):
+        trace.document("tiny", "abc", SILENT)
+    with pytest.raises(ConfigError, match="holds such a document"):
+        trace.document("tiny", "0" * 64, SILENT)
+
+
+def test_replay_counts_as_having_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lifelong_moe.data.documents import Document
+
+    root = tmp_path / "replay"
+    root.mkdir()
+    monkeypatch.chdir(root)
+    write_corpora(root)
+    config: dict[str, Any] = tiny_config(("fruit", "code"))
+    write_config(config)
+    train()
+    roles = set()
+    for line in Path("fruit.jsonl").read_text().splitlines()[:3]:
+        found = trace.document("tiny", Document(json.loads(line)["text"], "").hash, SILENT)
+        roles |= {(row["stage"], row["role"]) for row in found["stages"]}
+    assert roles == {("fruit", "learned"), ("code", "replayed")}
+
+
+def test_a_version_is_what_it_was_written_as() -> None:
+    two_versions()
+    assert VersionStage(**head()["versions"][1]["stages"][2]).name == "sea"
+    with pytest.raises(ValueError, match="each of another name"):
+        promoted(head(), "promoted", [], "nothing", "2026-01-03T00:00:00Z")

@@ -1,0 +1,65 @@
+"""Kept batches: named by their documents, whole or absent, verified, and found again by document."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from lifelong_moe.data.batches import BatchStore
+from lifelong_moe.data.documents import Document, documents_hash
+from lifelong_moe.errors import CorruptError
+
+DOCUMENTS = [Document("eine Zeile\nzwei", "a"), Document("x\u2028y", "b"), Document("third", "b")]
+FILES = [{"name": "a.jsonl", "bytes": 3, "sha256": "0" * 64}]
+
+
+def test_a_batch_is_named_by_its_documents_in_any_order(tmp_path: Path) -> None:
+    store = BatchStore(tmp_path)
+    batch = store.add(DOCUMENTS, FILES)
+    assert batch == documents_hash(DOCUMENTS) == store.add(DOCUMENTS[::-1], [])
+    assert store.path(batch) == tmp_path / "batches" / batch[:16] / "documents.jsonl"
+    assert store.documents(batch) == sorted(DOCUMENTS, key=lambda document: document.hash)
+    manifest = store.manifest(batch)
+    assert manifest["files"] == FILES  # of whoever was first
+    assert manifest["bytes"] == sum(document.num_bytes for document in DOCUMENTS)
+    assert [path.name for path in (tmp_path / "batches").iterdir()] == [batch[:16]]
+
+
+def test_documents_are_found_by_the_beginning_of_their_hash(tmp_path: Path) -> None:
+    store = BatchStore(tmp_path)
+    assert store.holding(DOCUMENTS[0].hash) == []
+    first, second = store.add(DOCUMENTS[:2], FILES), store.add(DOCUMENTS[1:], FILES)
+    assert store.holding(DOCUMENTS[0].hash) == [first]
+    assert set(store.holding(DOCUMENTS[1].hash[:10])) == {first, second}
+
+
+def test_damage_is_noticed(tmp_path: Path) -> None:
+    store = BatchStore(tmp_path)
+    batch = store.add(DOCUMENTS, FILES)
+    path = store.path(batch)
+    data = bytearray(path.read_bytes())
+    data[12] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CorruptError, match=r"documents\.jsonl: SHA-256 is [0-9a-f]{64}, but the manifest says"):
+        store.documents(batch)
+    with pytest.raises(CorruptError):
+        store.add(DOCUMENTS, FILES)
+    path.unlink()
+    with pytest.raises(CorruptError, match="SHA-256 is missing"):
+        store.documents(batch)
+    (path.parent / "manifest.json").write_text("{")
+    with pytest.raises(CorruptError, match=r"manifest\.json: unreadable"):
+        store.manifest(batch)
+
+
+def test_a_crash_while_writing_leaves_no_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = BatchStore(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", lambda *_: (_ for _ in ()).throw(OSError("power is out")))
+        with pytest.raises(OSError, match="power"):
+            store.add(DOCUMENTS, FILES)
+    assert list((tmp_path / "batches").iterdir()) == []
+    assert json.loads((store.path(store.add(DOCUMENTS, FILES)).parent / "manifest.json").read_text())["hash"]
