@@ -71,9 +71,8 @@ def main() -> None:
         spooled = seconds("tracking.enabled=true", f"tracking.uri={uri}")
         ratios.append(spooled / without)
         shares.append(sum(spent) / spooled)
-    print(
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {options.steps} steps, one in {options.log_every} logged"
-    )
+    machine = platform.processor() or platform.machine()
+    print(f"{machine}, {os.cpu_count()} cores, {options.steps} steps, one in {options.log_every} logged")
     print(f"stage with a dead server ÷ without tracking: median {statistics.median(ratios):.4f}, "
           f"{min(ratios):.4f} to {max(ratios):.4f} in {len(ratios)} pairs")  # fmt: skip
     print(f"writing curves to the spool: {max(shares):.3%} of the stage at most")

@@ -88,7 +88,10 @@ RECIPES: dict[str, tuple[str, ...]] = {method.value: (f"method={method}",) for m
         "stage_defaults.review={fraction: 0.5, replay_fraction: 0.75}",
         "stage_defaults.replay={fraction: 0.25, source: generated}",
     ),
-    "review and EWC": ("stage_defaults.review={fraction: 0.2}", "stage_defaults.penalty={kind: ewc, fisher_tokens: 640}"),
+    "review and EWC": (
+        "stage_defaults.review={fraction: 0.2}",
+        "stage_defaults.penalty={kind: ewc, fisher_tokens: 640}",
+    ),
 }  # fmt: skip
 
 

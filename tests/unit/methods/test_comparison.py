@@ -135,7 +135,8 @@ MISTAKES: list[tuple[dict[str, Any], tuple[str, ...], str]] = [
     ({"arms": {"a": [], "b": ["evaluate.tokens=9"]}}, (), r"^arm b: evaluate\.tokens=9, but 50000 in arm a; "),
     ({"arms": {"a": [], "b": ["distributions.python.heldout_fraction=0.2"]}}, (),
      r"^arm b: distributions\.python\.heldout_fraction=0\.2, but 0\.05 in arm a; "),
-    ({"arms": {"a": ["evaluate.tokens=9"], "b": []}, "reference": "b"}, (), r"^arm a: evaluate\.tokens=9, but 50000 in"),
+    ({"arms": {"a": ["evaluate.tokens=9"], "b": []}, "reference": "b"}, (),
+     r"^arm a: evaluate\.tokens=9, but 50000 in"),
     ({"base": "bas.yaml"}, (), r"bas\.yaml: no such file\. Did you mean .*base\.yaml\?"),
 ]  # fmt: skip
 
