@@ -59,9 +59,10 @@ class RetrainConfig:
     when_growing: dict[str, Any] = field(default_factory=dict)
     """The same for a stage that grows, such as ``{grow: {experts: 4}}``."""
     when_continuing: dict[str, Any] = field(
-        default_factory=lambda: {"replay": {"fraction": 0.25}, "distill": {"weight": 0.5}}
+        default_factory=lambda: {"replay": {"fraction": 0.25}, "distill": {"weight": 0.5}, "optim": {"rewarm": 0.2}}
     )
-    """The same for a stage that trains the nearest experts on; it replays, for they are not frozen."""
+    """The same for a stage that trains the nearest experts on: it replays, for they are not frozen, and at a small
+    rate, for they know this kind of text."""
 
 
 SECTIONS: dict[str, type] = {

@@ -35,6 +35,8 @@ from pipelines.run import run
 HERE = Path.cwd()
 BASE_KINDS = ("english_docs", "python_code")
 BASE_BYTES, BATCH_BYTES = 500_000, 90_000
+CHARACTERS, PER_SOURCE = 1000, 3
+"""Documents are cut, so that a batch of this size has the sources that drift and bounds are measured over."""
 CYRILLIC = str.maketrans("abcdefghijklmnopqrstuvwxyz", "абцдефгхийклмнопярстувщхуз")
 GREEK = str.maketrans("abcdefghijklmnopqrstuvwxyz", "αβψδεφγηιξκλμνοπκρστθωςχυζ")
 
@@ -85,7 +87,8 @@ class Pool:
     def __init__(self, documents: list[Document], seed: int) -> None:
         self.by_source: dict[str, list[Document]] = {}
         for document in documents:
-            self.by_source.setdefault(document.source, []).append(document)
+            cut = Document(document.text[:CHARACTERS], document.source)
+            self.by_source.setdefault(document.source, []).append(cut)
         self.order = sorted(self.by_source)
         random.Random(seed).shuffle(self.order)
 
@@ -93,7 +96,7 @@ class Pool:
         """Whole sources until there are so many bytes; few per source, so that a batch has many sources."""
         taken: list[Document] = []
         while self.order and sum(d.num_bytes for d in taken) < num_bytes:
-            taken += self.by_source[self.order.pop()][:4]
+            taken += self.by_source[self.order.pop()][:PER_SOURCE]
         return taken
 
 
@@ -115,7 +118,7 @@ def batches(pools: dict[str, Pool], seed: int) -> Iterator[tuple[str, str, list[
     """Group, name and documents of every batch."""
     for group, number in (("undrifted", 40), ("in-domain", 20)):
         for i in range(number):
-            kind = BASE_KINDS[i % 2]
+            kind = BASE_KINDS[i % 4 == 3]  # there are fewer sources of code
             yield group, f"{kind} {i}", pools[kind].take(BATCH_BYTES if group == "in-domain" else BATCH_BYTES // 2)
     for i in range(4):
         yield "new domain", f"cpp_headers {i}", pools["cpp_headers"].take(BATCH_BYTES)
@@ -161,7 +164,7 @@ def make_base(seed: int) -> dict[str, Pool]:
         "tracking": {"enabled": False},
     }  # fmt: skip
     tick = {
-        "base": "base.yaml", "inbox": {"path": "inbox"}, "trigger": {"min_tokens": 1000, "least_documents": 10},
+        "base": "base.yaml", "inbox": {"path": "inbox", "heldout_fraction": 0.25}, "trigger": {"min_tokens": 1000, "least_documents": 10},
         "stage": {"tokens": 200_000, "optim": {"schedule": "constant"}}, "probe": {"fraction": 0.05},
     }  # fmt: skip
     for name, config in (("base.yaml", base), ("retrain.yaml", tick)):
