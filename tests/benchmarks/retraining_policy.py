@@ -168,7 +168,7 @@ def make_base(seed: int) -> dict[str, Pool]:
         "inbox": {"path": "inbox", "heldout_fraction": 0.25},
         "trigger": {"min_tokens": 1000, "least_documents": 10},
         "stage": {"tokens": 200_000, "optim": {"schedule": "constant"}},
-        "probe": {"fraction": 0.05},
+        "probe": {"fraction": 0.3},  # 58 steps: 2 % of so short a stage would be four
     }
     for name, config in (("base.yaml", base), ("retrain.yaml", tick)):
         Path(name).write_text(yaml.safe_dump(config), encoding="utf-8")

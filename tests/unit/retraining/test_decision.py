@@ -71,7 +71,7 @@ def test_each_condition_rules_out_what_it_should() -> None:
 
     assert action() == Action.continue_
     assert action(gain_lower=0.0101) == Action.continue_ and action(gain_lower=0.0099) == Action.skip
-    assert action(structure=0.501) == Action.continue_ and action(structure=0.499) == Action.skip
+    assert action(structure=0.201) == Action.continue_ and action(structure=0.199) == Action.skip
     assert action(forgetting=0.24) == Action.continue_ and action(forgetting=0.27) == Action.skip
     assert action(cost_fraction=9.0) == Action.continue_ and action(cost_fraction=10.5) == Action.skip
 
@@ -84,7 +84,7 @@ def test_what_is_ruled_out_leaves_the_choice_to_the_other() -> None:
         "0.4900.",
         "Growing gains 3.0000 nats per token; forgetting costs 0.0000, parameters 0.0000, training 0.0100: utility "
         "2.9900. Ruled out: the text is noise: reading it in order is worth only 0.100 nats per token "
-        "(decision.min_structure=0.5).",
+        "(decision.min_structure=0.2).",
         "Continue: its utility of 0.4900 is the largest.",
     ]
 
