@@ -6,6 +6,7 @@ import errno
 import json
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Annotated, Any
 
 import typer
@@ -38,6 +39,16 @@ def check_config(path: str, overrides: list[str] | None) -> list[str]:
 
     load_config(path, overrides or [])
     return overrides or []
+
+
+def alone(run: str) -> AbstractContextManager[None]:
+    """The lock of a run that exists. Of ten processes that start at once nine end before torch is imported."""
+    from lifelong_moe.stages.lock import locked
+    from lifelong_moe.stages.runs import RunRecord, require_head
+    from pipelines.places import ROOT
+
+    require_head(ROOT, run)
+    return locked(RunRecord(ROOT, run).lock_path, f"run {run}")
 
 
 def finish(result: Any, as_json: bool) -> None:
@@ -120,13 +131,13 @@ def retrain(
     try:
         from lifelong_moe.methods.retraining import load_retraining
 
-        load_retraining(config, overrides or [])
-        from pipelines import quiet
-        from pipelines.retrain import EXIT_CODES
-        from pipelines.retrain import retrain as story
+        with alone(load_retraining(config, overrides or []).run):
+            from pipelines import quiet
+            from pipelines.retrain import EXIT_CODES
+            from pipelines.retrain import retrain as story
 
-        quiet.libraries()
-        result = story(config, overrides or [], dry_run, plan_path, console())
+            quiet.libraries()
+            result = story(config, overrides or [], dry_run, plan_path, console())
     except LifelongError as error:
         finish({"outcome": "failed", "error": type(error).__name__, "reason": str(error)}, as_json=True)
         raise

@@ -141,7 +141,7 @@ def write(path: Path, documents: list[Document]) -> None:
     path.write_text("".join(rows), encoding="utf-8")
 
 
-def make_base(seed: int) -> dict[str, Pool]:
+def make_base(seed: int, margin: float = 4.0, evaluated: int = 8000) -> dict[str, Pool]:
     """Train the base in the current directory; returns what is left of each kind."""
     pools = {k: Pool(builtin_documents(k, HERE / "data/cache"), seed) for k in (*BASE_KINDS, "cpp_headers")}
     for kind in BASE_KINDS:
@@ -152,14 +152,14 @@ def make_base(seed: int) -> dict[str, Pool]:
         "distributions": {kind: {"files": f"{kind}.jsonl", "heldout_fraction": 0.15} for kind in BASE_KINDS},
         "model": {"layers": 2, "width": 64, "heads": 4, "kv_heads": 2, "expert_width": 128, "experts": 4,
                   "context": 128, "document_mask": True},
-        "routing": {"top_k": 2, "bundles": "cluster", "chunk_tokens": 4},
+        "routing": {"top_k": 2, "bundles": "cluster", "chunk_tokens": 4, "margin": margin},
         "stage_defaults": {
             "tokens": 600_000, "grow": {"experts": 4, "router": "copy"}, "trunk": {"train": "deltas", "rank": 16},
             "replay": {"fraction": 0.0}, "distill": {"weight": 0.0},
             "optim": {"lr": 4.0e-3, "rewarm": 1.5, "batch_tokens": 1024},
         },
         "stages": [{"data": kind} for kind in BASE_KINDS],
-        "evaluate": {"tokens": 8000},
+        "evaluate": {"tokens": evaluated},
         "trainer": {"accelerator": "cpu", "enable_progress_bar": False},
         "tracking": {"enabled": False},
     }  # fmt: skip
