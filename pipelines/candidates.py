@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -13,9 +13,9 @@ from rich.console import Console
 
 from lifelong_moe.config import RunConfig
 from lifelong_moe.data.batches import BatchStore
-from lifelong_moe.data.documents import Corpus
+from lifelong_moe.data.documents import Corpus, Document
 from lifelong_moe.data.prepare import PreparedData
-from lifelong_moe.data.shards import TokenShard
+from lifelong_moe.data.shards import TokenShard, tokenize_documents
 from lifelong_moe.data.windows import evaluation_windows
 from lifelong_moe.evaluation.documents import generation_shares, measure_documents
 from lifelong_moe.evaluation.loss import EVALUATION_SCHEMA
@@ -24,7 +24,7 @@ from lifelong_moe.methods.retraining import NewStage, Retraining
 from lifelong_moe.model.architecture import Architecture
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.retraining.gate import DocumentLosses
-from lifelong_moe.retraining.structure import shuffled_document
+from lifelong_moe.retraining.structure import shuffled_text
 from lifelong_moe.stages.keys import content_key
 from lifelong_moe.stages.runs import EvaluationStore
 from lifelong_moe.stages.store import CommittedStage, StageStore
@@ -130,7 +130,7 @@ class Bench:
             stage: Whose model.
             candidate: Gives data and settings.
             distribution: Which held-out text.
-            shuffled: Score each document with its tokens in random order.
+            shuffled: Score each document with its characters in random order; tokens are counted as they were.
         """
         config, corpus = candidate.config, candidate.data.corpora[distribution]
         settings: dict[str, Any] = {
@@ -144,20 +144,27 @@ class Bench:
         }
         key = content_key(settings)
         if (found := self.evaluations.find(stage.key, key)) is None:
-            decode = candidate.data.tokenizer.decode
-            shard = shuffled_documents(corpus.heldout, decode) if shuffled else corpus.heldout
-            windows = evaluation_windows(shard, config.model.context, config.evaluate.tokens)
+            plain = self.measure(stage, candidate, distribution) if shuffled else None
+            shard = corpus.heldout if plain is None else self._shuffled(candidate, distribution, plain["document"])
+            tokens = config.evaluate.tokens if plain is None else shard.num_tokens
             measured = measure_documents(
                 self.model(stage, candidate),
-                windows,
+                evaluation_windows(shard, config.model.context, tokens),
                 distribution=distribution,
                 batch_tokens=config.evaluate.batch_tokens,
             )
-            found = {
-                name: getattr(measured, name).tolist() for name in ("document", "nats", "tokens")
-            } | {"expert_counts": measured.expert_counts}  # fmt: skip
+            found = {name: getattr(measured, name).tolist() for name in ("document", "nats", "tokens")}
+            found |= {"expert_counts": measured.expert_counts}
+            if plain is not None:
+                found |= {"document": plain["document"], "tokens": plain["tokens"]}
             self.evaluations.add(stage.key, key, found)
         return found
+
+    def _shuffled(self, candidate: Candidate, distribution: str, documents: Sequence[int]) -> TokenShard:
+        """Held-out documents with their characters in random order."""
+        rng, heldout = np.random.default_rng(0), self.texts[distribution].heldout
+        mixed = [Document(shuffled_text(heldout[i].text, rng=rng), heldout[i].source) for i in documents]
+        return tokenize_documents(mixed, candidate.data.tokenizer)
 
     def losses(
         self, stage: CommittedStage, candidate: Candidate, distribution: str, *, shuffled: bool = False
@@ -202,14 +209,6 @@ def served_stages(version: Version, store: StageStore) -> tuple[list[str], list[
 def batch_files(batch: str) -> str:
     """Where a kept batch's documents are."""
     return str(BatchStore(ROOT).path(batch))
-
-
-def shuffled_documents(shard: TokenShard, decode: Callable[[Sequence[int]], str], seed: int = 0) -> TokenShard:
-    """The same documents, each with its tokens after BOS in random order, those of one character together."""
-    rng, tokens = np.random.default_rng(seed), np.array(shard.tokens)
-    for start, end in zip(shard.offsets[:-1], shard.offsets[1:], strict=True):
-        tokens[start + 1 : end] = shuffled_document(tokens[start + 1 : end].tolist(), decode, rng=rng)
-    return replace(shard, tokens=tokens)
 
 
 def changed_frozen(store: StageStore, before: CommittedStage, after: CommittedStage) -> list[str]:

@@ -154,7 +154,8 @@ def _cost(arm: Arm) -> list[str]:
 
 def _beside(arm: Arm) -> list[str]:
     forms = {"tokens": "{:,.0f}", "active_flops": "{:.3e}"}
-    return [arm["name"], *(_value(arm["summary"][f"scratch_{key}"], form, 1) for key, form in forms.items())]
+    means = {key: arm["summary"].get(f"scratch_{key}") for key in forms}
+    return [arm["name"], *(forms[key].format(found["mean"]) if found else ABSENT for key, found in means.items())]
 
 
 def _difference(arm: Arm) -> list[str]:

@@ -119,7 +119,7 @@ def batches(pools: dict[str, Pool], seed: int) -> Iterator[tuple[str, str, list[
     for group, number in (("undrifted", 40), ("in-domain", 20)):
         for i in range(number):
             kind = BASE_KINDS[i % 4 == 3]  # there are fewer sources of code
-            yield group, f"{kind} {i}", pools[kind].take(BATCH_BYTES if group == "in-domain" else BATCH_BYTES // 2)
+            yield group, f"{kind} {i}", pools[kind].take(BATCH_BYTES // 2)
     for i in range(4):
         yield "new domain", f"cpp_headers {i}", pools["cpp_headers"].take(BATCH_BYTES)
     for name, pattern in FILES.items():

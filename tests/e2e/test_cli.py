@@ -370,3 +370,15 @@ def test_mistakes_in_asking(trained: Path, cli: Cli) -> None:
     ):
         result = cli(*arguments)
         assert result.code == 2 and reason in result.err and "Traceback" not in result.err, arguments
+
+
+def test_what_is_asked_for_in_vain_is_said(lab: Path, cli: Cli) -> None:
+    again = ("stages=[{data: fruit}, {data: fruit}]", "stage_defaults.tokens=256")
+    said = "stages[1] (fruit-2): replay, distillation on replayed text: off, because no earlier stage learned anything"
+    planned = cli("plan", "tiny.yaml", *again, "--json")
+    assert planned.code == 0 and said in planned.err
+    assert [sentence.partition(" but ")[0] for sentence in json.loads(planned.out)["warnings"]] == [said]
+    ran = cli("run", "tiny.yaml", *again)
+    assert ran.code == 0 and ran.out.count(said) == 1
+    plain = cli("plan", "tiny.yaml", "--json")
+    assert json.loads(plain.out)["warnings"] == [] and "off, because" not in plain.err

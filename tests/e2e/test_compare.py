@@ -115,3 +115,30 @@ def test_only_some_arms(compare_yaml: Path, lab: Path, cli: Cli) -> None:
     assert [run["status"] for arm in found["arms"] for run in arm["runs"]] == ["absent", "committed"]
     assert not found["complete"] and found["arms"][1]["runs"][0]["numbers"]["plasticity_gap"] is None
     assert "two.naive.s0: not committed yet" in (lab / "mlruns/comparisons/two/comparison.md").read_text()
+
+
+def test_costs_beside_an_arm_and_other_distributions(compare_yaml: Path, lab: Path, cli: Cli) -> None:
+    arms = ("arms.free=[method=unrestrained]", 'arms.wide=[method=sequential, "evaluate.also=[sea]"]')
+    sea = "distributions.sea={files: sea.jsonl, heldout_fraction: 0.1}"
+    result = cli("compare", "compare.yaml", sea, *arms, "--only", "naive", "--only", "free", "--only", "wide", "--json")
+    assert result.code == 0, result.err
+    by_name = {arm["name"]: arm for arm in json.loads(result.out)["arms"]}
+    naive, free, wide = (by_name[name] for name in ("naive", "free", "wide"))
+    # The same chain; what was trained beside it cost as much as the stage that learned the same text.
+    for run, other in zip(free["runs"], naive["runs"], strict=True):
+        report = json.loads((lab / f"mlruns/runs/{run['run']}/report.json").read_text())
+        numbers, second = run["numbers"], report["stages"][1]
+        assert (numbers["tokens"], numbers["active_flops"]) == (
+            other["numbers"]["tokens"], other["numbers"]["active_flops"]
+        )  # fmt: skip
+        assert (numbers["scratch_tokens"], numbers["scratch_active_flops"]) == (
+            second["tokens"], second["active_flops"]
+        )  # fmt: skip
+    assert naive["summary"]["scratch_tokens"]["mean"] == 0
+    # The same models, measured on one more distribution.
+    assert wide["differences"]["final_mean_nats"] is None
+    assert wide["differences"]["forgetting_max"] == {"mean": 0.0, "low": 0.0, "high": 0.0, "n": 2, "p": None}
+    tables = (lab / "mlruns/comparisons/two/comparison.md").read_text()
+    beside = tables.partition("### Cost of models from scratch")[2].partition("###")[0]
+    assert "| free | 1,536 | " in beside and "| naive |" not in beside
+    assert "- wide was measured on other distributions than naive: " in tables

@@ -91,7 +91,9 @@ def test_too_little_waits_and_is_not_forgotten() -> None:
     arrive("sea", "b.jsonl", seed=78, documents=12)
     result = tick("trigger.min_tokens=100_000")
     assert result["outcome"] == "idle" and "new tokens are waiting" in result["reason"]
-    assert tick("trigger.min_tokens=100_000", "trigger.max_days=1e-9", dry_run=True)["outcome"] == "planned"
+    record, long_ago = RunRecord(Path("mlruns"), "tiny"), {**head()["versions"][0], "at": "2020-01-01T00:00:00Z"}
+    record.set_head({**head(), "versions": [long_ago]})
+    assert tick("trigger.min_tokens=100_000", "trigger.max_days=30", dry_run=True)["outcome"] == "planned"
 
 
 def test_what_the_champion_knows_is_not_new() -> None:
