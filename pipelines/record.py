@@ -111,10 +111,12 @@ class MlflowRecord:
             return None
         self.ids["stages"][planned.key] = self._open = run_id
         self.record.set_head(self.head)
-        for distribution in (spec.data, *spec.replayed):
-            context = "training" if distribution == spec.data else "replay"
-            digest = self.prepared.data.corpora[distribution].train_hash
-            self._dataset(run_id, distribution, digest, context)
+        contexts = dict.fromkeys(spec.learns, "training")  # all of a joint stage's
+        for context, names in (("replay", spec.reads), ("fisher", spec.fisher_data)):  # generated text reads nothing
+            for distribution in names:
+                contexts.setdefault(distribution, context)
+        for distribution, context in contexts.items():
+            self._dataset(run_id, distribution, self.prepared.data.corpora[distribution].train_hash, context)
         return run_id
 
     def curves(self, run_id: str | None, points: list[Row]) -> None:

@@ -48,7 +48,7 @@ class DecisionConfig:
     """Forgetting that costs nothing, in nats per token."""
     min_gain: float = 0.01
     """What the gain on new held-out text must reach with 95 % confidence, in nats per token."""
-    min_structure: float = 0.2
+    min_structure: float = 0.1
     """What reading tokens in their order must be worth on new held-out text, with 95 % confidence, in nats per token:
     less, and the text is noise, however well its frequencies can be learned."""
 

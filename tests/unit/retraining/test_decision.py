@@ -71,20 +71,20 @@ def test_each_condition_rules_out_what_it_should() -> None:
 
     assert action() == Action.continue_
     assert action(gain_lower=0.0101) == Action.continue_ and action(gain_lower=0.0099) == Action.skip
-    assert action(structure=0.201) == Action.continue_ and action(structure=0.199) == Action.skip
+    assert action(structure=0.101) == Action.continue_ and action(structure=0.099) == Action.skip
     assert action(forgetting=0.24) == Action.continue_ and action(forgetting=0.27) == Action.skip
     assert action(cost_fraction=9.0) == Action.continue_ and action(cost_fraction=10.5) == Action.skip
 
 
 def test_what_is_ruled_out_leaves_the_choice_to_the_other() -> None:
-    found = decide(continued=GOOD, grown=replace(GOOD, gain=3.0, structure=0.1), drifted=True, config=CONFIG)
+    found = decide(continued=GOOD, grown=replace(GOOD, gain=3.0, structure=0.05), drifted=True, config=CONFIG)
     assert found.action == Action.continue_ and found.terms["grow/utility"] > found.terms["continue/utility"]
     assert found.reasons == [
         "Continuing gains 0.5000 nats per token; forgetting costs 0.0000, parameters 0.0000, training 0.0100: utility "
         "0.4900.",
         "Growing gains 3.0000 nats per token; forgetting costs 0.0000, parameters 0.0000, training 0.0100: utility "
-        "2.9900. Ruled out: the text is noise: reading it in order is worth only 0.100 nats per token "
-        "(decision.min_structure=0.2).",
+        "2.9900. Ruled out: the text is noise: reading it in order is worth only 0.050 nats per token "
+        "(decision.min_structure=0.1).",
         "Continue: its utility of 0.4900 is the largest.",
     ]
 
