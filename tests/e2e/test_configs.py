@@ -45,7 +45,7 @@ def run_configurations(path: Path) -> list[RunConfig]:
     if not is_comparison(path):
         return [load_config(path)[0]]
     comparison = load_comparison(path)
-    runs = [(arm, seed) for arm in comparison.arms for seed in comparison.settings.seeds]
+    runs = [(arm, seed) for arm in comparison.arms for seed in comparison.settings.seeds[:1]]
     return [load_config(comparison.base, comparison.overrides(arm, seed))[0] for arm, seed in runs]
 
 
