@@ -34,7 +34,7 @@ from pipelines.gating import gate, with_best
 from pipelines.novelty import NewDocuments, batch_source, new_documents, read_texts
 from pipelines.places import CACHE, ROOT
 from pipelines.record_retrain import TickRecord
-from pipelines.retrain_plan import TickPlan, check_plan, make_plan
+from pipelines.retrain_plan import TickPlan, check_plan, make_plan, read_plan
 
 EXIT_CODES = {"rejected": 3, "over budget": 4}
 """Of outcomes that are no success; 0 for all others."""
@@ -90,6 +90,8 @@ def retrain(
     """
     retraining = load_retraining(config_path, overrides)
     require_head(ROOT, retraining.run)  # a mistake is told before a lock is made
+    if plan_path is not None:
+        read_plan(Path(plan_path))
     with handling_sigterm() as interrupt:
         record, store = RunRecord(ROOT, retraining.run), StageStore(ROOT)
         with locked(record.lock_path, f"run {record.run}"):

@@ -82,6 +82,22 @@ def make_plan(bench: Bench, batch: str, head: dict[str, Any]) -> TickPlan:
     return TickPlan(_facts(bench, batch, head, drifts, decision, chosen, room), chosen)
 
 
+def read_plan(path: Path) -> dict[str, Any]:
+    """The facts of a plan that was made before.
+
+    Raises:
+        ConfigError: If there is no such plan.
+    """
+    try:
+        facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        known = {"batch", "settings", "expires", "stage", "decision"} <= set(facts) and "key" in facts["champion"]
+    except (OSError, ValueError, KeyError, TypeError):
+        known = False
+    if not known:
+        raise ConfigError(f"{path}: not a plan of lifelong-moe retrain.")
+    return facts
+
+
 def check_plan(path: Path, bench: Bench, batch: str) -> TickPlan:
     """Read a plan that was made before, and refuse it if it no longer fits.
 
@@ -89,12 +105,9 @@ def check_plan(path: Path, bench: Bench, batch: str) -> TickPlan:
         ConfigError: If there is no such plan.
         StalePlanError: If champion, batch or settings are others now, or it has expired.
     """
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        old = (facts["champion"]["key"], facts["batch"], facts["settings"])
-        expires, stage = facts["expires"], facts["stage"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ConfigError(f"{path}: not a plan of lifelong-moe retrain.") from None
+    facts = read_plan(path)
+    old = (facts["champion"]["key"], facts["batch"], facts["settings"])
+    expires, stage = facts["expires"], facts["stage"]
     now = (bench.champion.key, batch, settings_hash(bench.retraining))
     for what, before, after in zip(("champion", "batch", "settings"), old, now, strict=True):
         if before != after:

@@ -71,7 +71,7 @@ class LimitsConfig:
     """What a tick may spend; null is no limit. What exceeds one is not begun, and the tick says so (exit 4)."""
 
     tokens: int | None = None
-    """Training tokens, probes included."""
+    """Training tokens of the stage; those of its probes come on top, and are spent before this is known."""
     hours: float | None = None
     """Estimated device-hours of training, by the speed of the champion's last stage."""
     disk_bytes: int | None = None

@@ -260,7 +260,14 @@ def test_a_plan_is_carried_out_as_it_stands(after_growth: Path, lab: Path, monke
 
 
 def test_a_stale_plan_is_refused() -> None:
+    before = sorted(p.name for p in Path("mlruns").iterdir())
+    for path in ("nowhere.json", "tiny.yaml"):
+        with pytest.raises(ConfigError, match="not a plan"):
+            tick(plan=path)  # whether or not something has arrived
     arrive("sea")
+    with pytest.raises(ConfigError, match="not a plan"):
+        tick(plan="nowhere.json")
+    assert sorted(p.name for p in Path("mlruns").iterdir()) == before
     plan = tick(dry_run=True)["plan"]
     with pytest.raises(StalePlanError, match="made for settings"):
         tick("stage.tokens=7680", plan=plan)
