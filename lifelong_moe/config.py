@@ -199,6 +199,13 @@ class RunConfig:
                 f"(stages[{i}].optim.batch_tokens / model.context); valid are "
                 f"{', '.join(str(d) for d in range(1, sequences + 1) if sequences % d == 0)}."
             )
+        micro, processes = sequences // accumulate, self.trainer.processes
+        if micro % processes:
+            raise ConfigError(
+                f"trainer.devices={processes} must divide the {micro} sequences of a micro-batch "
+                f"(stages[{i}].optim.batch_tokens / model.context / trainer.accumulate_grad_batches); valid are "
+                f"{', '.join(str(d) for d in range(1, micro + 1) if micro % d == 0)}."
+            )
         if max(1, stage.grow.sample_tokens // context) * context < stage.grow.experts:  # at least one block is sampled
             raise ConfigError(
                 f"stages[{i}].grow.sample_tokens={stage.grow.sample_tokens} must reach the number of new experts "

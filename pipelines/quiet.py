@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
+
+# Read when torch is imported, which comes after this module: DDP's C++ would advise each process to turn off its search
+# for unused parameters, which it cannot do without where an expert may have no token.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 def libraries() -> None:

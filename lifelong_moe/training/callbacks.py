@@ -153,14 +153,17 @@ class StepCheckpoint(Callback):
         at_boundary = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if not at_boundary or step == self._saved:
             return
-        if self.interrupt.requested or step % self.every_steps == 0:
+        requested = trainer.strategy.reduce_boolean_decision(self.interrupt.requested, all=False)
+        ends_rank = step == trainer.max_steps and trainer.world_size > 1  # the main process goes on from it
+        if requested or ends_rank or step % self.every_steps == 0:
             if trainer.logger is not None:
                 trainer.logger.save()  # a run that continues from here does not log these points again
             trainer.save_checkpoint(checkpoint_path(self.work, self.phase, step))
             self._saved = step
-            for old in checkpoints(self.work)[: -self.keep]:
-                shutil.rmtree(old, ignore_errors=True)
-        if self.interrupt.requested:
+            if trainer.is_global_zero:
+                for old in checkpoints(self.work)[: -self.keep]:
+                    shutil.rmtree(old, ignore_errors=True)
+        if requested:
             raise TryAgainError(
                 f"stopped by SIGTERM after step {step}, which is checkpointed; run the same command again to continue."
             )

@@ -72,11 +72,12 @@ class TrainerConfig:
     accelerator: str = "auto"
     """``auto``, ``cpu``, ``gpu``, ..."""
     devices: Any = 1
-    """How many devices, or which."""
+    """How many devices, or which. On CPU each is a process with one thread, and their number must divide the sequences
+    of a micro-batch; it is no part of a stage's key. There can be one GPU so far."""
     num_nodes: int = 1
     """Machines."""
     strategy: str = "auto"
-    """``auto``, ``ddp``, ..."""
+    """``auto``, ``ddp``, ...; several processes train with ``ddp``, which ``auto`` then means too."""
     precision: str = "32-true"
     """``32-true``, ``bf16-mixed`` or ``bf16-true``; part of a stage's key."""
     gradient_clip_val: float = 1.0
@@ -103,20 +104,34 @@ class TrainerConfig:
             raise ConfigError(f"trainer.precision={self.precision} is unknown; there are {', '.join(PRECISIONS)}.")
         if not isinstance(self.devices, (int, str, list)):
             raise ConfigError(f"trainer.devices={self.devices} must be a number, a list or a string.")
-        number = len(self.devices) if isinstance(self.devices, list) else self.devices
-        if self.num_nodes > 1 or (isinstance(number, int) and number > 1):
-            raise ConfigError(
-                f"trainer.devices={self.devices} with trainer.num_nodes={self.num_nodes}: a run is one process so far. "
-                f"Set both to 1."
-            )
+        if self.num_nodes > 1:
+            raise ConfigError(f"trainer.num_nodes={self.num_nodes}: a run is on one machine so far. Set it to 1.")
         if any(word in self.strategy for word in ("spawn", "fork", "notebook")):
-            raise ConfigError(f"trainer.strategy={self.strategy} starts other processes; a run is one process so far.")
+            raise ConfigError(f"trainer.strategy={self.strategy} is not supported; set trainer.strategy=ddp.")
+        if self.processes > 1 and (self.accelerator not in ("auto", "cpu") or isinstance(self.devices, list)):
+            raise ConfigError(
+                f"trainer.devices={self.devices} with trainer.accelerator={self.accelerator}: several processes train "
+                f"on CPU only so far. Set trainer.devices=1, or trainer.accelerator=cpu and a number of devices."
+            )
+        if self.processes > 1 and self.strategy not in ("auto", "ddp"):
+            raise ConfigError(
+                f"trainer.strategy={self.strategy} with trainer.devices={self.devices}: several processes train with "
+                f"ddp only. Set trainer.strategy=ddp."
+            )
         for key in ("num_nodes", "accumulate_grad_batches", "log_every_n_steps"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"trainer.{key}={getattr(self, key)} must be at least 1.")
         for key in ("gradient_clip_val", "num_workers"):
             if getattr(self, key) < 0:
                 raise ConfigError(f"trainer.{key}={getattr(self, key)} must not be negative.")
+
+    @property
+    def processes(self) -> int:
+        """Processes that take every step together."""
+        if isinstance(self.devices, list):
+            return len(self.devices)
+        text = str(self.devices)
+        return max(1, int(text)) if text.isdecimal() else 1
 
 
 @dataclass(kw_only=True)

@@ -59,6 +59,21 @@ class Interrupt:
         raise TryAgainError("stopped by SIGTERM between two steps of work; run the same command again to continue.")
 
 
+class PendingInterrupt(Interrupt):
+    """For a process that blocks SIGTERM, where the signal stays pending however often it comes."""
+
+    def __init__(self) -> None:
+        self.deferred = True
+
+    @property
+    def requested(self) -> bool:  # type: ignore[override]
+        """Whether the signal came."""
+        return signal.SIGTERM in signal.sigpending()
+
+    def take_over(self) -> None:
+        """Nothing: no handler is ever called."""
+
+
 @contextmanager
 def handling_sigterm() -> Iterator[Interrupt]:
     """Install the handler for the length of a run, and put the old one back."""

@@ -23,6 +23,7 @@ from lifelong_moe.retention.teacher import distilled_rows
 from lifelong_moe.routing.base import Routing
 from lifelong_moe.training.guard import StepGuard, Verdict
 from lifelong_moe.training.optimizer import build_optimizer, build_schedule
+from lifelong_moe.training.ranks import mean_over_ranks
 from lifelong_moe.training.rollback import MAX_NONFINITE, NonfiniteStepsError
 from lifelong_moe.training.spec import Phase, StageSpec, Trains
 
@@ -126,7 +127,7 @@ class StageModule(LightningModule):
         limit = self.spec.gradient_clip or math.inf
         norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
         self.grad_norm = norm.detach()
-        means = torch.stack(self._losses).mean(0)
+        means = mean_over_ranks(torch.stack(self._losses).mean(0))
         self._losses.clear()
         loss, objective, size = torch.cat([means, self.grad_norm.float().view(1)]).tolist()  # one transfer
         verdict = self.guard.judge(loss, objective, size)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy
 from numpy.typing import NDArray
 from rich.console import Console
 from torch import Tensor
@@ -22,14 +25,15 @@ from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.routing.config import Features, Level
 from lifelong_moe.stages.store import StageStore
 from lifelong_moe.training.callbacks import Meter, ProgressReport, StepCheckpoint
-from lifelong_moe.training.checkpoint import SafeCheckpointIO
+from lifelong_moe.training.checkpoint import SafeCheckpointIO, checkpoint_path
 from lifelong_moe.training.config import CheckpointConfig, TrainerConfig
 from lifelong_moe.training.data import StageData, phase_dataset, text_sample
 from lifelong_moe.training.interrupt import Interrupt
 from lifelong_moe.training.logger import BatchedLogger, Send
 from lifelong_moe.training.module import StageModule
 from lifelong_moe.training.optimizer import phase_parameters, training_only
-from lifelong_moe.training.rollback import Rollbacks
+from lifelong_moe.training.ranks import Work, run_ranks
+from lifelong_moe.training.rollback import NonfiniteStepsError, Rollbacks
 from lifelong_moe.training.spec import Phase, StageSpec
 
 
@@ -99,25 +103,18 @@ def train_phase(
         num_workers=config.num_workers,
     )
     meter = Meter(spec.optim.batch_tokens, config.log_every_n_steps, run.rollbacks.count)
-    title = spec.name if phase.name == "train" else f"{spec.name} ({phase.name})"
-    checkpoint = environment.checkpoint
-    callbacks = [
-        meter,
-        ProgressReport(title, environment.console, config.enable_progress_bar, meter),
-        StepCheckpoint(run.work, run.number, checkpoint.every_steps, checkpoint.keep, environment.interrupt),
-    ]
-    logger = BatchedLogger(spec.name, environment.run_id, environment.send, run.first_step)
-    trainer = build_trainer(config, phase.steps, callbacks, logger)
+    fit = partial(_fit, module, data, run, meter, environment)
     model.train()
     trained = phase_parameters(model, phase).values()
     with training_only(model, trained), environment.interrupt.until_step_boundary():
         try:
-            trainer.fit(module, data, ckpt_path=run.resume, weights_only=True)
+            if config.processes == 1:
+                fit(0, environment.interrupt, environment.send)
+            else:
+                _fit_in_ranks(module, run, meter, environment, fit)
         except torch.OutOfMemoryError as error:
             raise _out_of_memory(spec) from error
     model.cpu()
-    if trainer.global_step != phase.steps:
-        raise RuntimeError(f"stage {spec.name}: trained {trainer.global_step} of {phase.steps} steps")
     measured: dict[str, Any] = {
         "seconds": meter.seconds,
         "data_seconds": meter.data_seconds,
@@ -130,6 +127,51 @@ def train_phase(
         assert after is not None
         measured["assignment_churn"] = churn(module.assignments_before.flatten().numpy(), after.flatten().numpy())
     return measured
+
+
+def _fit(
+    module: StageModule,
+    data: StageData,
+    run: PhaseRun,
+    meter: Meter,
+    environment: StageEnvironment,
+    rank: int,
+    interrupt: Interrupt,
+    send: Send,
+) -> None:
+    """Take the phase's steps in this process; curves and progress are rank 0's."""
+    config, checkpoint, spec, phase = environment.trainer, environment.checkpoint, module.spec, run.phase
+    title = spec.name if phase.name == "train" else f"{spec.name} ({phase.name})"
+    callbacks = [
+        meter,
+        ProgressReport(title, environment.console, config.enable_progress_bar and rank == 0, meter),
+        StepCheckpoint(run.work, run.number, checkpoint.every_steps, checkpoint.keep, interrupt),
+    ]
+    logger = BatchedLogger(spec.name, environment.run_id, send, run.first_step) if rank == 0 else None
+    trainer = build_trainer(config, phase.steps, callbacks, logger)
+    trainer.fit(module, data, ckpt_path=run.resume, weights_only=True)
+    if trainer.global_step != phase.steps:
+        raise RuntimeError(f"stage {spec.name}: trained {trainer.global_step} of {phase.steps} steps")
+
+
+def _fit_in_ranks(module: StageModule, run: PhaseRun, meter: Meter, environment: StageEnvironment, fit: Work) -> None:
+    """Take the phase's steps in several processes; what they come to is the checkpoint after the last step."""
+
+    def work(rank: int, interrupt: Interrupt, send: Send) -> int | None:
+        try:
+            fit(rank, interrupt, send)
+        except NonfiniteStepsError as error:  # on all ranks at once
+            return error.last
+        return None
+
+    number, meeting = environment.trainer.processes, run.work / ".ranks"
+    last = run_ranks(number, work, environment.interrupt, environment.send, meeting)
+    if last is not None:
+        raise NonfiniteStepsError(module.spec, run.phase, last)
+    result = SafeCheckpointIO().load_checkpoint(checkpoint_path(run.work, run.number, run.phase.steps))
+    module.on_load_checkpoint(result)
+    module.load_state_dict(result["state_dict"], strict=False)
+    meter.load_state_dict(result["callbacks"][meter.state_key])
 
 
 def _out_of_memory(spec: StageSpec) -> ResourceError:
@@ -149,15 +191,16 @@ def build_trainer(config: TrainerConfig, steps: int, callbacks: list[Any], logge
     """A Lightning Trainer for so many steps; what a stage needs of its own stays ours.
 
     Raises:
-        ConfigError: If this machine cannot do what ``trainer`` asks for, or more than one process would run.
+        ConfigError: If this machine cannot do what ``trainer`` asks for.
     """
     on_cpu = config.accelerator == "cpu" or (config.accelerator == "auto" and not torch.cuda.is_available())
     try:
+        strategy, plugins = _strategy(config)
         trainer = Trainer(
             accelerator=config.accelerator,
             devices=config.devices,
             num_nodes=config.num_nodes,
-            strategy=config.strategy,
+            strategy=strategy,
             precision=config.precision,  # type: ignore[arg-type]
             accumulate_grad_batches=config.accumulate_grad_batches,
             log_every_n_steps=1,  # our Meter decides
@@ -169,7 +212,7 @@ def build_trainer(config: TrainerConfig, steps: int, callbacks: list[Any], logge
             max_epochs=-1,
             callbacks=callbacks,
             logger=logger or False,
-            plugins=[SafeCheckpointIO()],
+            plugins=plugins,
             use_distributed_sampler=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -177,12 +220,21 @@ def build_trainer(config: TrainerConfig, steps: int, callbacks: list[Any], logge
         )
     except (MisconfigurationException, ValueError, TypeError) as error:
         raise ConfigError(f"trainer: {' '.join(str(error).split())}") from None
-    if trainer.world_size > 1:
+    if trainer.world_size > 1 and (not on_cpu or trainer.world_size != config.processes):
         raise ConfigError(
-            f"trainer.devices={config.devices} makes {trainer.world_size} processes; a run is one process so far. "
-            f"Set trainer.devices=1."
+            f"trainer.devices={config.devices} makes {trainer.world_size} processes, but several processes train on "
+            f"CPU only so far. Set trainer.devices=1, or trainer.accelerator=cpu."
         )
     return trainer
+
+
+def _strategy(config: TrainerConfig) -> tuple[str | DDPStrategy, list[Any]]:
+    """How processes work together, and Lightning's plugins; it starts none itself."""
+    if config.processes == 1:
+        return "auto" if config.strategy == "ddp" else config.strategy, [SafeCheckpointIO()]
+    # A rank may have no token for an expert or a bundle. Nothing in a buffer changes in training.
+    strategy = DDPStrategy(process_group_backend="gloo", find_unused_parameters=True, forward_sync_buffers=False)
+    return strategy, [SafeCheckpointIO(), LightningEnvironment()]
 
 
 def _sample_assignments(model: LanguageModel, spec: StageSpec, corpus: TokenizedCorpus) -> Tensor | None:

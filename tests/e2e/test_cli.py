@@ -67,7 +67,7 @@ def test_help_of_every_command(cli: Cli) -> None:
         (("run", "tiny.yaml", "stages[1].grow.expert=4"), "ConfigError: stages[1].grow.expert: "),
         (("run", "tiny.yaml", "seed"), "ConfigError: override 'seed' must have the form key=value."),
         (("run", "tiny.yaml", "method=magic"), "ConfigError: method: "),
-        (("run", "tiny.yaml", "trainer.devices=2"), "ConfigError: trainer.devices=2 "),
+        (("run", "tiny.yaml", "trainer.devices=3"), "ConfigError: trainer.devices=3 "),
     ],
 )
 def test_mistakes_in_a_configuration_cost_one_line(

@@ -1,0 +1,400 @@
+"""Two gloo processes take training steps; everything else stays with the main process, whatever happens to them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from lifelong_moe.errors import ConfigError, DataError, TryAgainError
+from lifelong_moe.stages.store import StageStore
+from lifelong_moe.training import ranks
+from lifelong_moe.training import stage as training_stage
+from lifelong_moe.training.module import StageModule
+from lifelong_moe.training.phase import train_phase
+from lifelong_moe.training.rollback import read_rollbacks
+from pipelines.evaluations import Evaluator
+from pipelines.record import MlflowRecord
+from tests.tiny import (
+    EVERY,
+    SEQUENCES,
+    STEPS,
+    fork,
+    hashes,
+    kill_self,
+    tiny_config,
+    train,
+    write_config,
+    write_corpora,
+)
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="autograd does not survive a fork once CUDA is there")
+
+DELTAS: dict[str, Any] = {
+    "routing": {"top_k": 1, "renormalize": False, "bundles": "label"},
+    "model": {"document_mask": True},
+}
+Step = Callable[[StageModule, dict[str, torch.Tensor]], None]
+
+
+def configure(stages: tuple[str, ...] = ("fruit", "code"), mode: dict[str, Any] | None = None, **trainer: Any) -> str:
+    """Write a configuration of two processes, unless ``devices`` says otherwise."""
+    config = tiny_config(stages, trainer={"devices": 2, **trainer}, **(mode or {}))
+    if mode:
+        config["stage_defaults"]["trunk"] = {"train": "deltas", "rank": 2}
+    return write_config(config)
+
+
+def weights(run: str) -> list[dict[str, torch.Tensor]]:
+    """What a run's stages committed, what they borrow included."""
+    head, store = json.loads(Path(f"mlruns/runs/{run}/head.json").read_text()), StageStore(Path("mlruns"))
+    return [store.tensors(store.get(key)) for key in head["stages"]]
+
+
+def before_each_micro_batch(monkeypatch: pytest.MonkeyPatch, act: Step) -> None:
+    original = StageModule.training_step
+
+    def training_step(self: StageModule, batch: dict[str, torch.Tensor], batch_idx: int) -> Any:
+        act(self, batch)
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(StageModule, "training_step", training_step)
+
+
+def at(monkeypatch: pytest.MonkeyPatch, rank: int, act: Callable[[], object], step: int = 5) -> None:
+    """Let a rank act before a step of stage ``fruit``."""
+
+    def look(module: StageModule, batch: dict[str, torch.Tensor]) -> None:
+        if (module.spec.name, module.global_step, dist.get_rank()) == ("fruit", step, rank):
+            act()
+
+    before_each_micro_batch(monkeypatch, look)
+
+
+def note(name: str, text: str) -> None:
+    """Append a line to a file, from any process."""
+    with Path(name).open("a") as file:
+        file.write(f"{text}\n")
+
+
+def gone(pid: int) -> bool:
+    """Whether a process is no more, or a zombie that nobody has buried yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Hashes of a run of two processes that nothing disturbed."""
+    before, root = os.getcwd(), tmp_path_factory.mktemp("two")
+    os.chdir(root)
+    try:
+        write_corpora(root)
+        configure()
+        train()
+        return hashes()
+    finally:
+        os.chdir(before)
+
+
+@pytest.mark.parametrize(
+    ("mode", "accumulate"), [(None, 1), (DELTAS, 1), (DELTAS, 2)], ids=["learned", "deltas", "deltas-accumulating"]
+)
+def test_two_processes_do_what_twice_the_micro_batches_do(
+    lab: Path, mode: dict[str, Any] | None, accumulate: int
+) -> None:
+    # The same micro-batches, so the same gradients but for the order in which they are added: rounding of float32,
+    # some 1e-7 a step, which AdamW passes on where a gradient is almost 0.
+    report, _ = train(configure(mode=mode, accumulate_grad_batches=accumulate))
+    expected, _ = train(configure(mode=mode, devices=1, accumulate_grad_batches=2 * accumulate), "run=one")
+    for two, one in zip(weights("tiny"), weights("one"), strict=True):
+        assert two.keys() == one.keys()
+        for name in two:
+            torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-5)
+    for ours, theirs in zip(report["loss_nats_per_token"], expected["loss_nats_per_token"], strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-4)
+
+
+def test_keys_do_not_know_the_number_of_processes(lab: Path) -> None:
+    two, _ = train(configure())
+    again, printed = train(configure(devices=1))
+    assert "Nothing to train" in printed and hashes() == [stage["weights_sha256"] for stage in two["stages"]]
+    one, _ = train(configure(devices=1), "seed=0", "run=other", "trainer.accumulate_grad_batches=2")
+    # Another division into micro-batches, for each of which there is a balance loss: close, but not the same.
+    for a, b in zip(again["loss_nats_per_token"], one["loss_nats_per_token"], strict=True):
+        assert a == pytest.approx(b, abs=0.05)
+
+
+def test_only_steps_are_taken_elsewhere(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def noting(what: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            note("log", f"{what} {os.getpid()}")
+            return original(*args, **kwargs)
+
+        return noted
+
+    for owner, name in (
+        (StageStore, "commit"), (Evaluator, "__call__"), (MlflowRecord, "curves"), (StageModule, "training_step"),
+    ):  # fmt: skip
+        monkeypatch.setattr(owner, name, noting(name, getattr(owner, name)))
+    monkeypatch.setattr("lifelong_moe.training.stage.locked", noting("lock", training_stage.locked))
+    train(configure())
+    seen: dict[str, Counter[int]] = {}
+    for line in Path("log").read_text().splitlines():
+        what, pid = line.split()
+        seen.setdefault(what, Counter())[int(pid)] += 1
+    steps = seen.pop("training_step")
+    assert sorted(steps.values()) == [STEPS] * 4 and os.getpid() not in steps  # two processes for each stage
+    assert seen["commit"] == {os.getpid(): 2} and seen["__call__"] == {os.getpid(): 3}
+    assert set(seen) == {"commit", "__call__", "curves", "lock"}
+    assert {pid for pids in seen.values() for pid in pids} == {os.getpid()}
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")  # more than there are cores
+def test_the_same_samples_in_the_same_steps(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def look(module: StageModule, batch: dict[str, torch.Tensor]) -> None:
+        for row in batch["token_ids"]:
+            note("log", f"{module.spec.name} {module.global_step} {hashlib.sha256(row.numpy().tobytes()).hexdigest()}")
+
+    before_each_micro_batch(monkeypatch, look)
+    read = []
+    for processes, workers in ((1, 0), (1, 2), (1, 4), (2, 0), (2, 2)):
+        train(configure(devices=processes, num_workers=workers))
+        read.append(sorted(Path("log").read_text().splitlines()))
+        Path("log").unlink()
+        shutil.rmtree("mlruns")
+    assert len(read[0]) == 2 * STEPS * SEQUENCES
+    assert all(one == read[0] for one in read)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_is_killed_ends_all(
+    lab: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted: list[str], rank: int
+) -> None:
+    configure(("fruit",))
+    with monkeypatch.context() as patch:
+        at(patch, rank, kill_self)
+        began = time.monotonic()
+        with pytest.raises(TryAgainError, match=rf"^training process {rank} of 2 was ended by SIGKILL; .*continue"):
+            train()
+        assert time.monotonic() - began < 10
+    assert multiprocessing.active_children() == [] and list(lab.glob("mlruns/stages/*")) == []
+    _, printed = train()
+    assert f"fruit: continuing from step-0-{EVERY:08d}" in printed
+    assert hashes() == uninterrupted[:1]
+    assert list(lab.glob("mlruns/work/*")) == []
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_hangs_ends_all(
+    lab: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted: list[str], rank: int
+) -> None:
+    configure(("fruit",))
+    with monkeypatch.context() as patch:
+        patch.setattr(ranks, "TIMEOUT_SECONDS", 2.0)
+        patch.setattr(ranks, "GRACE_SECONDS", 0.2)
+        at(patch, rank, lambda: os.kill(os.getpid(), signal.SIGSTOP))
+        with pytest.raises(TryAgainError, match=rf"^training process {rank} of 2 did not answer .* within 2 s; "):
+            train()
+    assert multiprocessing.active_children() == [] and list(lab.glob("mlruns/stages/*")) == []
+    train()
+    assert hashes() == uninterrupted[:1]
+
+
+def ask_to_stop(pid: int) -> None:
+    """SIGTERM, and wait until this rank has it too."""
+    os.kill(pid, signal.SIGTERM)
+    began = time.monotonic()
+    while signal.SIGTERM not in signal.sigpending() and time.monotonic() - began < 10:
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("whom", [os.getppid, os.getpid], ids=["the main process", "a rank"])
+def test_sigterm_checkpoints_all_ranks_at_the_same_step(
+    lab: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted: list[str], whom: Callable[[], int]
+) -> None:
+    configure(("fruit",))
+    with monkeypatch.context() as patch:
+        at(patch, 1, lambda: ask_to_stop(whom()))
+        child = fork(train)
+        assert child.wait() == TryAgainError.exit_code, child.output
+    assert child.output.splitlines()[-1] == (
+        "TryAgainError: stopped by SIGTERM after step 6, which is checkpointed; run the same command again to continue."
+    )
+    _, printed = train()
+    assert "fruit: continuing from step-0-00000006" in printed
+    assert hashes() == uninterrupted[:1]
+
+
+def wait_for_ever() -> None:
+    time.sleep(60)
+
+
+def end_main(*signals: signal.Signals) -> None:
+    """Send signals to the main process and wait for the end."""
+    note("log", str(os.getpid()))
+    for one in signals:
+        os.kill(os.getppid(), one)
+        time.sleep(0.3)
+    wait_for_ever()
+
+
+@pytest.mark.parametrize(
+    ("signals", "code"),
+    [
+        ((signal.SIGTERM, signal.SIGTERM), TryAgainError.exit_code),
+        ((signal.SIGKILL,), -signal.SIGKILL),
+        ((signal.SIGINT,), 130),
+    ],
+    ids=["a second SIGTERM", "SIGKILL", "Ctrl-C"],
+)
+def test_ranks_end_with_the_main_process(
+    lab: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted: list[str], signals: tuple[signal.Signals], code: int
+) -> None:
+    configure(("fruit",))
+    with monkeypatch.context() as patch:
+        at(patch, 0, lambda: end_main(*signals))
+        at(patch, 1, lambda: (note("log", str(os.getpid())), wait_for_ever()))
+        child = fork(train)
+        assert child.wait() == code, child.output
+    pids = [int(line) for line in Path("log").read_text().splitlines()]
+    began = time.monotonic()
+    while not all(map(gone, pids)) and time.monotonic() - began < 5:
+        time.sleep(0.01)
+    assert len(pids) == 2 and all(map(gone, pids))
+    train()
+    assert hashes() == uninterrupted[:1]
+
+
+def test_all_ranks_roll_back_when_one_of_them_has_no_finite_loss(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = StageModule.training_step
+
+    def training_step(self: StageModule, batch: dict[str, torch.Tensor], batch_idx: int) -> Any:
+        step: Any = original(self, batch, batch_idx)
+        if (
+            dist.get_rank() == 1
+            and self.global_step in (5, 6, 7)
+            and read_rollbacks(Path(os.environ["WORK"])).count < 1
+        ):
+            self._losses[-1] = self._losses[-1] * float("nan")  # of the loss only, so that gradients say nothing
+        return step
+
+    def phase(module: StageModule, teacher: Any, run: Any, *args: Any) -> Any:
+        monkeypatch.setenv("WORK", str(run.work))
+        return train_phase(module, teacher, run, *args)
+
+    monkeypatch.setattr(StageModule, "training_step", training_step)
+    monkeypatch.setattr("lifelong_moe.training.stage.train_phase", phase)
+    report, printed = train(configure(("fruit",)))
+    assert f"fruit: continuing from step-0-{EVERY:08d}" in printed
+    assert report["stages"][0]["training"]["rollbacks"] == 1
+    assert report["stages"][0]["training"]["nonfinite_steps"] == 3
+
+
+def test_what_a_rank_raises_is_raised_here(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise DataError("x.jsonl:3: unreadable")
+
+    configure(("fruit",))
+    with monkeypatch.context() as patch:
+        at(patch, 1, refuse)
+        with pytest.raises(DataError, match=r"^x\.jsonl:3: unreadable$"):
+            train()
+    with monkeypatch.context() as patch:
+        at(patch, 1, lambda: [][0])
+        with pytest.raises(RuntimeError, match=r"(?s)in a training process: Traceback.*IndexError"):
+            train()
+    assert list(lab.glob("mlruns/stages/*")) == []
+
+
+def test_curves_are_sent_once(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[Any] = []
+    monkeypatch.setattr(MlflowRecord, "curves", lambda self, run_id, points: sent.extend(points))
+    configure(("fruit",))
+    with monkeypatch.context() as patch:
+        at(patch, 1, kill_self, step=9)
+        with pytest.raises(TryAgainError):
+            train()
+    train()
+    steps = Counter((key, step) for key, _, step in sent)
+    assert {step for _, step in steps} == {4, 8, 12} and set(steps.values()) == {1}
+    assert ("train/loss", 12) in steps and ("train/grad_norm", 4) in steps
+
+
+def test_a_pool_of_threads_does_not_reach_the_ranks() -> None:
+    """libgomp's pool does not survive a fork; in a process of its own, for no other test may begin one."""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    done = subprocess.run(
+        [sys.executable, "-c", POOL], env=environment, timeout=40, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "4 1\n"), done.stderr
+
+
+POOL = """
+import pathlib, tempfile, torch
+from lifelong_moe.training.interrupt import Interrupt
+from lifelong_moe.training.ranks import mean_over_ranks, run_ranks
+torch.set_num_threads(4)
+def work(*args):
+    a = torch.ones(800, 800, requires_grad=True)
+    torch.nn.functional.gelu(a @ a).sum().backward()
+    mean_over_ranks(a.grad)
+    return torch.get_num_threads()
+work()
+print(torch.get_num_threads(), run_ranks(2, work, Interrupt(), print, pathlib.Path(tempfile.mkdtemp(), "x")))
+"""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ("trainer.devices=3",),
+            "trainer.devices=3 must divide the 4 sequences of a micro-batch (stages[0].optim.batch_tokens / "
+            "model.context / trainer.accumulate_grad_batches); valid are 1, 2, 4.",
+        ),
+        (
+            ("trainer.devices=4", "trainer.accumulate_grad_batches=2"),
+            "trainer.devices=4 must divide the 2 sequences of a micro-batch (stages[0].optim.batch_tokens / "
+            "model.context / trainer.accumulate_grad_batches); valid are 1, 2.",
+        ),
+        (
+            ("trainer.accelerator=gpu",),
+            "trainer.devices=2 with trainer.accelerator=gpu: several processes train on CPU only so far. Set "
+            "trainer.devices=1, or trainer.accelerator=cpu and a number of devices.",
+        ),
+        (
+            ("trainer.devices=[0, 1]",),
+            "trainer.devices=[0, 1] with trainer.accelerator=cpu: several processes train on CPU only so far. Set "
+            "trainer.devices=1, or trainer.accelerator=cpu and a number of devices.",
+        ),
+        (
+            ("trainer.strategy=fsdp",),
+            "trainer.strategy=fsdp with trainer.devices=2: several processes train with ddp only. Set "
+            "trainer.strategy=ddp.",
+        ),
+        (("trainer.num_nodes=2",), "trainer.num_nodes=2: a run is on one machine so far. Set it to 1."),
+    ],
+)
+def test_what_cannot_be_divided_is_refused(lab: Path, overrides: tuple[str, ...], message: str) -> None:
+    path = configure()
+    with pytest.raises(ConfigError) as caught:
+        train(path, *overrides)
+    assert str(caught.value) == message and caught.value.exit_code == 2
+    assert not Path("mlruns").exists()
