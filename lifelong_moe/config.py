@@ -36,7 +36,7 @@ from lifelong_moe.retention.config import (
     TrunkConfig,
     TrunkTraining,
 )
-from lifelong_moe.routing.config import Bundles, Features, Level, RoutingConfig
+from lifelong_moe.routing.config import DEFAULTS, Bundles, Features, Level, RoutingConfig
 from lifelong_moe.tracking.config import TrackingConfig
 from lifelong_moe.training.config import CheckpointConfig, OptimConfig, TrainerConfig
 
@@ -158,6 +158,11 @@ class RunConfig:
                 f"tokenizer.train_on={self.tokenizer.train_on} must be the first stage's distribution ({first}): "
                 f"a tokenizer that saw later stages leaks the future."
             )
+        if self.routing.leaks and not self.routing.allow_noncausal:
+            raise ConfigError(
+                f"{self.routing.leaks} lets later tokens change earlier ones, which a decoder must not. Set "
+                f"routing.allow_noncausal=true to try it nevertheless."
+            )
         bundles = self.routing.bundles
         by_what = "routing.level=document" if bundles == Bundles.none else f"routing.bundles={bundles}"
         if (self.routing.by_document or bundles != Bundles.none) and not self.model.document_mask:
@@ -248,9 +253,9 @@ class RunConfig:
             return
         if not 0 <= min(grow.layers) <= max(grow.layers) < self.model.layers:
             raise ConfigError(f"stages[{i}].grow.layers={grow.layers} must lie in 0 to {self.model.layers - 1}.")
-        if self.routing.mode != "learned" or self.routing.has_bundles:
+        if not self.routing.has_rows or self.routing.has_bundles:
             raise ConfigError(
-                f"stages[{i}].grow.layers needs routing.mode=learned and routing.bundles=none; every layer must grow "
+                f"stages[{i}].grow.layers needs a trained router and routing.bundles=none; every layer must grow "
                 f"otherwise."
             )
 
@@ -383,7 +388,10 @@ def build_config(raw: DictConfig) -> RunConfig:
     known = {f.name for f in dataclasses.fields(RunConfig)} | {"stage_defaults"}
     for key in raw:
         require_known(str(key), known, "key")
-    values: dict[str, Any] = {name: section(cls, raw.get(name), name) for name, cls in SECTIONS.items()}
+    under = {"routing": mode_defaults(raw.get("routing"))}
+    values: dict[str, Any] = {
+        name: section(cls, raw.get(name), name, under.get(name)) for name, cls in SECTIONS.items()
+    }
     sources = _mapping(raw, "distributions")
     names = {str(key): key for key in sources}  # one such as 2024 is a number in YAML
     values["distributions"] = {
@@ -394,6 +402,12 @@ def build_config(raw: DictConfig) -> RunConfig:
     config = RunConfig(run=scalars.run, method=scalars.method, seed=scalars.seed, **values)
     _require_finite(config, "")
     return config
+
+
+def mode_defaults(routing: Any) -> DictConfig:
+    """What ``routing.mode`` sets unless the user does."""
+    mode = routing.get("mode") if isinstance(routing, DictConfig) else None
+    return OmegaConf.create(DEFAULTS.get(mode, {}) if isinstance(mode, str) else {})
 
 
 @dataclass(kw_only=True)

@@ -52,10 +52,7 @@ def measure_documents(
         np.add.at(tokens, of_token, 1)
         hidden_BD = (output.hidden_BSD.double() * scored.unsqueeze(-1)).sum(dim=1)
         np.add.at(sums, of_window, hidden_BD.cpu().numpy())
-        found = [
-            torch.bincount(r.expert_ids_TK[scored.flatten()].flatten(), minlength=r.num_experts).cpu().numpy()
-            for r in output.routings
-        ]
+        found = [r.counts_of(scored.flatten()).cpu().numpy() for r in output.routings]
         counts = found if counts is None else [a + b for a, b in zip(counts, found, strict=True)]
         row += len(scored)
     return DocumentMeasures(

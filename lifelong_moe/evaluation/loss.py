@@ -99,10 +99,7 @@ def evaluate(
         scored = arrays["scored"]
         nats_T = model.token_nats(output.hidden_BSD[scored], arrays["target_ids"][scored], arrays["group_ids"][scored])
         total += float(nats_T.double().sum())
-        batch_counts = [
-            torch.bincount(routing.expert_ids_TK[scored.flatten()].flatten(), minlength=routing.num_experts)
-            for routing in output.routings
-        ]
+        batch_counts = [routing.counts_of(scored.flatten()) for routing in output.routings]
         counts = batch_counts if counts is None else [a + b for a, b in zip(counts, batch_counts, strict=True)]
     return Evaluation(
         nats_per_token=total / windows.num_tokens,

@@ -177,7 +177,8 @@ def shuffled_experts(model: LanguageModel, seed: int = 0) -> Iterator[None]:
 
 
 def _moved(moved_E: Tensor, router: nn.Module, arguments: tuple[Any, ...], routing: Routing) -> Routing:
-    return replace(routing, expert_ids_TK=moved_E[routing.expert_ids_TK])
+    ids_TK = routing.expert_ids_TK
+    return replace(routing, expert_ids_TK=torch.where(ids_TK >= 0, moved_E[ids_TK], -1))
 
 
 def _layer_inputs(model: LanguageModel, texts: Sequence[tuple[EvaluationSet, str | None]], share: int) -> list[Tensor]:

@@ -141,10 +141,10 @@ def _renumbered(name: str, pairs: Mapping[int, tuple[int, int]]) -> str | None:
 
 def _require_mergeable(architecture: Architecture, generation: int, pairs: Mapping[int, tuple[int, int]]) -> None:
     routing, born = architecture.routing, architecture.generations[generation]
-    if routing.mode != "learned" or routing.has_bundles:
+    if routing.mode != "learned" or routing.has_bundles or routing.bias_rate or routing.expert_groups > 1:
         raise ConfigError(
             f"routing.mode={routing.mode}, bundles={routing.bundles}: experts merge under a learned router without "
-            f"bundles only; another one would send them text that they did not learn from."
+            f"bundles, biases and groups only; another one would send them text that they did not learn from."
         )
     if generation >= architecture.frozen or born.experts < 2:
         raise ValueError(f"generation {generation} ({born.stage}) must be frozen and have two experts to lose one")

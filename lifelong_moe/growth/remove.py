@@ -19,7 +19,7 @@ from lifelong_moe.routing.config import ROUTERS, Centroids
 
 EXPERT = re.compile(r"blocks\.(?P<layer>\d+)\.moe\.banks\.experts\.(?P<expert>\d+)\.")
 OF_GENERATION = re.compile(
-    r"(?P<before>blocks\.\d+\.moe\.router\.(?:rows\.|centroids_)|document_clusters\.centroids_|.*\.deltas\.)"
+    r"(?P<before>blocks\.\d+\.moe\.router\.(?:rows\.|group_rows\.|noise_rows\.|centroids_|bias_)|document_clusters\.centroids_|.*\.deltas\.)"
     r"(?P<generation>\d+)(?P<after>\b.*)"
 )
 """Router rows, centroids, and deltas: what belongs to a generation by its number."""

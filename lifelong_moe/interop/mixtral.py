@@ -68,6 +68,12 @@ def to_mixtral(model: LanguageModel) -> tuple[dict[str, Any], dict[str, Tensor]]
         )
     if any(generation.layers is not None for generation in architecture.generations):
         raise ConfigError("grow.layers has no Mixtral form: there every layer has the same number of experts.")
+    if routing.score != "softmax" or routing.bias_rate or routing.expert_groups > 1 or routing.gate_scale != 1:
+        raise ConfigError(
+            "routing.score, bias_rate, expert_groups and gate_scale have no Mixtral form; leave them at their defaults."
+        )
+    if routing.capacity is not None:
+        raise ConfigError("routing.capacity has no Mixtral form: there nothing is dropped.")
     if not routing.renormalize:
         raise ConfigError("routing.renormalize=false has no Mixtral form: Mixtral always renormalizes gate weights.")
     tensors = {name: _copy(tensor) for name, tensor in _shared_tensors(model)}

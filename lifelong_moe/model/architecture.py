@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lifelong_moe.model.config import ModelConfig
-from lifelong_moe.routing.config import BalanceOver, Bundles, Centroids, Features, Level, RoutingConfig
+from lifelong_moe.routing.config import RoutingConfig
 
 
 @dataclass(frozen=True)
@@ -96,15 +96,9 @@ class Architecture:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Architecture:
         """The inverse of :meth:`to_json`."""
-        routing = dict(data["routing"])
-        routing["level"] = Level(routing["level"])
-        routing["features"] = Features(routing["features"])
-        routing["balance_over"] = BalanceOver(routing["balance_over"])
-        routing["bundles"] = Bundles(routing["bundles"])
-        routing["centroids"] = Centroids(routing["centroids"])
         return cls(
             model=ModelConfig(**data["model"]),
-            routing=RoutingConfig(**routing),
+            routing=RoutingConfig.from_json(data["routing"]),
             vocab_size=data["vocab_size"],
             bos_id=data["bos_id"],
             generations=tuple(

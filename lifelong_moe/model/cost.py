@@ -32,14 +32,15 @@ def count_parameters(architecture: Architecture) -> ParameterCount:
     tables = architecture.vocab_size * config.width * (1 if config.tie_embeddings else 2)
     trunk = config.layers * (attention + norms) + config.width + tables
     per_expert = 3 * config.width * config.expert_width
-    row = config.width if architecture.routing.mode == "learned" else 0
+    row = config.width if architecture.routing.has_rows else 0
     layers, generations = range(config.layers), architecture.generations
     experts = [sum(generation.experts_in(layer) for layer in layers) for generation in generations]
+    used = architecture.num_experts if architecture.routing.mode == "dense" else top_k
     deltas = [g.delta_rank * _delta_parameters_per_rank(architecture) for g in generations]
     training = [g for g in range(len(generations)) if architecture.trains(g)]
     return ParameterCount(
         total=trunk + sum(experts) * (per_expert + row) + sum(deltas),
-        active=trunk + config.layers * top_k * per_expert + sum(experts) * row + max(deltas),
+        active=trunk + config.layers * used * per_expert + sum(experts) * row + max(deltas),
         trunk=trunk,
         per_expert=per_expert,
         unfrozen=sum(experts[g] * (per_expert + row) + deltas[g] for g in training),

@@ -90,4 +90,4 @@ class ExpertBanks(nn.Module):
             for i, (expert, part) in enumerate(zip(self.experts, slices, strict=True))
             if counts[i] or i in self._active
         ]
-        return torch.cat(outputs)
+        return torch.cat(outputs) if outputs else rows_ND

@@ -230,6 +230,8 @@ class LanguageModel(nn.Module):
             group_ids_T=torch.zeros_like(token_ids_T) if group_ids_BS is None else group_ids_BS.flatten(),
             old_text_T=None if old_text_BS is None else old_text_BS.flatten(),
             features_TF=None if self.token_features is None else self.token_features[token_ids_T],
+            num_sequences=len(token_ids_BS),
+            full_length=self.architecture.model.context,
         )
 
 
@@ -246,6 +248,7 @@ def initialize(model: LanguageModel, seed: int) -> None:
     norms                           1
     ``up`` of a delta               0, so that it changes nothing yet
     ``down`` of a delta             normal, deviation ``1 / sqrt(columns)``
+    a router's besides its rows     as the router made it
     every other matrix              normal, mean 0, deviation ``init_std``
     attention output, expert down   the same, divided by ``sqrt(2 * layers)`` (GPT-2), so that
                                     the stream's variance does not grow with depth
@@ -253,6 +256,8 @@ def initialize(model: LanguageModel, seed: int) -> None:
     """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
+        if ".moe.router." in name and ".router.rows." not in name:
+            continue
         if parameter.dim() == 1:
             nn.init.ones_(parameter)
         elif ".deltas." in name:

@@ -15,6 +15,7 @@ def load_balancing_loss(
     mask_T: Tensor,
     first_expert: int = 0,
     allowed_TE: Tensor | None = None,
+    earlier_E: Tensor | None = None,
 ) -> Tensor:
     """Penalize routers that send most tokens to a few experts.
 
@@ -33,6 +34,7 @@ def load_balancing_loss(
         mask_T: True for real tokens, bool ``(T,)``. Padding has no effect.
         first_expert: Balance experts from this index on.
         allowed_TE: Experts that each token may use, bool ``(T, E)``; all others have probability 0. None means all.
+        earlier_E: Choices in other parts of the batch that ``f`` is to count as well, ``(E,)``.
 
     Returns:
         Scalar float32, unweighted. Only ``p_e`` carries gradient. 0 if no assignment is left to balance.
@@ -41,12 +43,13 @@ def load_balancing_loss(
         ValueError: If no token is unmasked; the mean is then undefined.
 
     Source:
-        Switch Transformer (arXiv:2101.03961), eqs. 4–6, there for K = 1 and all experts.
+        Switch Transformer (arXiv:2101.03961), eqs. 4–6, there for K = 1 and all experts. ``f`` over more than the
+        batch at hand: Qwen's global-batch balance (arXiv:2501.11873), where ``p`` stays local too.
     """
     if not bool(mask_T.any()):
         raise ValueError("load_balancing_loss needs at least one unmasked token")
-    num_experts = probs_TE.shape[1]
-    counts_E = torch.bincount(expert_ids_TK[mask_T].reshape(-1), minlength=num_experts)[first_expert:].float()
+    counts_E = choice_counts(expert_ids_TK, mask_T, probs_TE.shape[1])
+    counts_E = (counts_E if earlier_E is None else counts_E + earlier_E)[first_expert:].float()
     mass_E = _mean_shares(probs_TE[mask_T], first_expert)
     share_E = counts_E / counts_E.sum().clamp_min(1.0)
     if allowed_TE is None:
@@ -54,6 +57,72 @@ def load_balancing_loss(
     allowed = allowed_TE[mask_T].float()
     even_E = _mean_shares(allowed / allowed.sum(dim=1, keepdim=True), first_expert)
     return (share_E * mass_E / even_E.clamp_min(1e-9)).sum()
+
+
+def choice_counts(expert_ids_TK: Tensor, mask_T: Tensor, num_experts: int) -> Tensor:
+    """How often real tokens chose each expert, int64 ``(E,)``; choices below 0 are none."""
+    chosen_N = expert_ids_TK[mask_T].reshape(-1)
+    return torch.bincount(chosen_N[chosen_N >= 0], minlength=num_experts)
+
+
+def sequence_balancing_loss(
+    probs_TE: Tensor, expert_ids_TK: Tensor, mask_T: Tensor, sequence_T: Tensor, first_expert: int = 0
+) -> Tensor:
+    """:func:`load_balancing_loss` within each sequence, averaged over the sequences that have a real token.
+
+    Args:
+        probs_TE: Router scores, float32 ``(T, E)``; rows sum to 1.
+        expert_ids_TK: Chosen experts, int64 ``(T, K)``.
+        mask_T: True for real tokens, bool ``(T,)``.
+        sequence_T: Number of each token's sequence, int64 ``(T,)``.
+        first_expert: Balance experts from this index on.
+
+    Returns:
+        Scalar float32, unweighted; 1 where each sequence is balanced.
+
+    Raises:
+        ValueError: If no token is unmasked.
+
+    Source:
+        DeepSeek-V3 (arXiv:2412.19437), eqs. 17–20.
+    """
+    if not bool(mask_T.any()):
+        raise ValueError("sequence_balancing_loss needs at least one unmasked token")
+    num_experts = probs_TE.shape[1]
+    probs_NE, sequence_N = probs_TE[mask_T], sequence_T[mask_T]
+    num = int(sequence_T.max()) + 1
+    length_S = torch.bincount(sequence_N, minlength=num).float()
+    cells_N = (sequence_N.unsqueeze(1) * num_experts + expert_ids_TK[mask_T]).reshape(-1)
+    counts_SE = torch.bincount(cells_N, minlength=num * num_experts).view(num, num_experts).float()
+    mass_SE = probs_NE.new_zeros(num, num_experts).index_add(0, sequence_N, probs_NE)[:, first_expert:]
+    counts_SE = counts_SE[:, first_expert:]
+    share_SE = counts_SE / counts_SE.sum(dim=1, keepdim=True).clamp_min(1.0)
+    mean_SE = mass_SE / mass_SE.sum(dim=1, keepdim=True).clamp_min(1e-9)
+    value_S = counts_SE.shape[1] * (share_SE * mean_SE).sum(dim=1)
+    return value_S.sum() / (length_S > 0).sum()
+
+
+def cv_squared(values_E: Tensor) -> Tensor:
+    """Squared coefficient of variation, with the population variance: scalar float32; 0 if all are equal.
+
+    Source:
+        Sparsely-gated mixture of experts (arXiv:1701.06538), eq. 7; 1e-10 in the denominator as in its code.
+    """
+    return values_E.float().var(unbiased=False) / (values_E.float().mean().square() + 1e-10)
+
+
+def relu_sparsity_loss(gates_TE: Tensor, mask_T: Tensor, top_k: int) -> Tensor:
+    """L1 norm of ReLU gates, each expert's weighted by its load: ``mean over tokens of sum_e f_e * g_te``.
+
+    ``f_e = E / (top_k * T)`` times the number of tokens that use expert ``e``, without gradient: 1 where ``top_k``
+    experts a token are used evenly.
+
+    Source:
+        ReMoE (arXiv:2412.14711), eqs. 9–10.
+    """
+    gates_NE = gates_TE[mask_T]
+    load_E = (gates_NE > 0).float().mean(dim=0).detach() * gates_NE.shape[1] / top_k
+    return (gates_NE * load_E).sum(dim=1).mean()
 
 
 def _mean_shares(shares_TE: Tensor, first_expert: int) -> Tensor:

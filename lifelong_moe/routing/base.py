@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.ops.dispatch import combine, dispatch, inverse_permutation, sort_by_expert
+from lifelong_moe.ops.router_losses import choice_counts
 from lifelong_moe.routing.config import Bundles, RoutingConfig
 
 HELD_DOWN = -1e4
@@ -44,6 +45,16 @@ class RoutingContext:
     """True for text of earlier stages, bool ``(T,)``; given in a review only."""
     features_TF: Tensor | None = None
     """Frozen token features ``(T, F)``, where clusters are made of them."""
+    num_sequences: int = 1
+    """Sequences that the T tokens are, of equal length, one after the other; capacity counts in each by itself."""
+    full_length: int | None = None
+    """Tokens of a full sequence (``model.context``), of which capacity is a share; the length at hand by default."""
+
+    @property
+    def sequence_T(self) -> Tensor:  # noqa: N802 - named as the tensor that it is
+        """Number of each token's sequence, int64 ``(T,)``."""
+        length = len(self.token_ids_T) // self.num_sequences
+        return torch.arange(len(self.token_ids_T), device=self.token_ids_T.device) // max(1, length)
 
 
 @dataclass(frozen=True)
@@ -62,25 +73,47 @@ class Routing:
     kind (slots, experts that pick tokens) is a subclass and the layer stays as it is."""
 
     expert_ids_TK: Tensor
-    """Chosen experts, int64 ``(T, K)``, distinct within a row."""
+    """Chosen experts, int64 ``(T, K)``, distinct within a row; -1 where a token uses fewer than K (``ragged``)."""
     weights_TK: Tensor
     """Gate weights, float32 ``(T, K)``."""
     num_experts: int
     """E."""
     losses: dict[str, RouterLoss] = field(default_factory=dict)
     """Auxiliary losses by name; empty in evaluation."""
+    ragged: bool = False
+    """Whether tokens may use different numbers of experts: dropped, not chosen, or gates of 0."""
+    drop_rate: Tensor | None = None
+    """Share of real tokens' choices that found no room, scalar; where there is a capacity."""
 
     def __post_init__(self) -> None:
-        self._order_N, self.counts_E = sort_by_expert(self.expert_ids_TK.reshape(-1), self.num_experts)
+        ids_N = self.expert_ids_TK.reshape(-1)
+        if self.ragged:
+            self._kept_N = (ids_N >= 0).nonzero().squeeze(1)
+            order_N, self.counts_E = sort_by_expert(ids_N[self._kept_N], self.num_experts)
+            self._kept_N = self._kept_N[order_N]
+            return
+        self._order_N, self.counts_E = sort_by_expert(ids_N, self.num_experts)
         self._inverse_N = inverse_permutation(self._order_N)
 
     def dispatch(self, x_TD: Tensor) -> Tensor:
         """Rows for the experts ``(N, D)``, sorted by expert; ``counts_E`` says how many each gets."""
-        return dispatch(x_TD, self._order_N, self._inverse_N, self.expert_ids_TK.shape[1])
+        top_k = self.expert_ids_TK.shape[1]
+        if self.ragged:
+            return x_TD.index_select(0, self._kept_N // top_k)
+        return dispatch(x_TD, self._order_N, self._inverse_N, top_k)
 
     def combine(self, rows_ND: Tensor) -> Tensor:
-        """Weighted sum of the experts' outputs per token, ``(T, D)``."""
+        """Weighted sum of the experts' outputs per token, ``(T, D)``; 0 for a token without expert."""
+        if self.ragged:
+            num_tokens, top_k = self.expert_ids_TK.shape
+            weights_N = self.weights_TK.flatten()[self._kept_N].to(rows_ND.dtype)
+            out_TD = rows_ND.new_zeros(num_tokens, rows_ND.shape[1])
+            return out_TD.index_add(0, self._kept_N // top_k, rows_ND * weights_N.unsqueeze(1))
         return combine(rows_ND, self.weights_TK, self._order_N, self._inverse_N)
+
+    def counts_of(self, mask_T: Tensor) -> Tensor:
+        """Assignments that each expert has from some of the tokens, int64 ``(E,)``."""
+        return choice_counts(self.expert_ids_TK, mask_T, self.num_experts)
 
 
 class Router(nn.Module):
@@ -122,6 +155,13 @@ class Router(nn.Module):
         """Begin the newest generation's rows with these, ``(num, D)``."""
         raise ConfigError(f"routing.mode={self.config.mode} has no router rows to begin; set grow.router=random.")
 
+    def end_step(self, taken: bool) -> None:
+        """Do what follows an optimizer step, in training: by default nothing.
+
+        Args:
+            taken: Whether the step was taken; one whose loss is not finite, for instance, is not.
+        """
+
     def freeze(self) -> None:
         """Stop training every row there is now; generations added later train."""
         for parameter in self.parameters():
@@ -147,6 +187,11 @@ class Router(nn.Module):
         group_T, num = context.group_ids_T, len(self.generations)
         births_E = torch.arange(num).repeat_interleave(torch.tensor(self.generations)).to(group_T.device)
         return births_E == torch.where(group_T < num, group_T, 0).unsqueeze(1)
+
+    @property
+    def num_choosable(self) -> int:
+        """Experts among which tokens choose: all, but for those held down."""
+        return self.num_experts - (self.generations[-1] if self.held_down else 0)
 
     def _hold(self, scores_TE: Tensor) -> Tensor:
         if not self.held_down:

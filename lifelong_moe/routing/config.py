@@ -2,20 +2,58 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, get_type_hints
 
 from lifelong_moe.errors import ConfigError
 
 ROUTERS = {
     "learned": "lifelong_moe.routing.learned.LearnedRouter",
+    "switch": "lifelong_moe.routing.learned.LearnedRouter",
+    "gshard": "lifelong_moe.routing.gshard.GShardRouter",
+    "noisy_topk": "lifelong_moe.routing.noisy.NoisyRouter",
+    "hierarchical": "lifelong_moe.routing.hierarchical.HierarchicalRouter",
+    "dense": "lifelong_moe.routing.dense.DenseRouter",
+    "relu": "lifelong_moe.routing.relu.ReluRouter",
+    "base": "lifelong_moe.routing.balanced.BalancedRouter",
+    "expert_choice": "lifelong_moe.routing.expert_choice.ExpertChoiceRouter",
     "cluster": "lifelong_moe.routing.cluster.build_cluster_router",
     "label": "lifelong_moe.routing.group.LabelRouter",
     "hash": "lifelong_moe.routing.hashing.HashRouter",
 }
 """``routing.mode`` → dotted path of the class (or function) that builds a layer's router."""
+
+UNTRAINED = ("cluster", "label", "hash")
+"""Modes whose routers have no trained rows."""
+
+LEAKING = ("base", "expert_choice")
+"""Modes in which later tokens change earlier ones: in training, or always."""
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "switch": {
+        "top_k": 1,
+        "renormalize": False,
+        "jitter": 0.01,
+        "z_loss": 0.0,
+        "capacity": {"factor": 1.25, "eval_factor": 2.0, "least": 4},
+    },
+    "gshard": {
+        "second": "random",
+        "balance_counts": "first",
+        "z_loss": 0.0,
+        "capacity": {"factor": 2.0, "eval_factor": 2.0, "least": 4},
+    },
+    "noisy_topk": {"importance_loss": 0.1, "load_loss": 0.1, "balance_loss": 0.0, "z_loss": 0.0},
+    "hierarchical": {"expert_groups": 2, "top_groups": 2, "z_loss": 0.0},
+    "dense": {"balance_loss": 0.0, "z_loss": 0.0},
+    "relu": {"balance_loss": 0.0, "z_loss": 0.0},
+    "base": {"top_k": 1, "renormalize": False, "balance_loss": 0.0, "z_loss": 0.0},
+    "expert_choice": {"renormalize": False, "balance_loss": 0.0, "z_loss": 0.0},
+}
+"""What a mode sets unless the user does: its authors' values, so that one key switches from one system to another."""
 
 BUNDLE_CLUSTERS = 8
 """Centroids a stage of ``routing.bundles=cluster`` has by default."""
@@ -57,23 +95,165 @@ class BalanceOver(StrEnum):
     active = "active"
 
 
+class Score(StrEnum):
+    """What turns logits into scores."""
+
+    softmax = "softmax"
+    sigmoid = "sigmoid"
+
+
+class BalanceCounts(StrEnum):
+    """Which choices the load-balancing loss counts."""
+
+    all = "all"
+    first = "first"
+
+
+class BalanceScope(StrEnum):
+    """Over which tokens the load-balancing loss counts choices."""
+
+    sequence = "sequence"
+    microbatch = "microbatch"
+    global_batch = "global_batch"
+
+
+class SecondExpert(StrEnum):
+    """When GShard's second expert is used in training."""
+
+    all = "all"
+    threshold = "threshold"
+    random = "random"
+
+
+class HashTable(StrEnum):
+    """How ``hash`` comes from token ids to experts."""
+
+    random = "random"
+    balanced = "balanced"
+    clustered = "clustered"
+
+
+class Counts(StrEnum):
+    """What capacity is a share of."""
+
+    tokens = "tokens"
+    assignments = "assignments"
+
+
+class Rounding(StrEnum):
+    """How capacity becomes a whole number."""
+
+    down = "down"
+    up = "up"
+
+
+class Priority(StrEnum):
+    """Who is served first where an expert's room is short."""
+
+    token = "token"
+    choice = "choice"
+    batch = "batch"
+    random = "random"
+
+
+class Overflow(StrEnum):
+    """What becomes of an assignment that finds no room."""
+
+    residual = "residual"
+    next_choice = "next_choice"
+
+
+@dataclass(kw_only=True)
+class CapacityConfig:
+    """How many of a sequence's tokens an expert takes; without this section there is no limit and nothing is dropped.
+
+    It is a share of ``model.context``, not of the tokens at hand, so that neither batch mates nor the length of what
+    follows changes it.
+    """
+
+    factor: float = 1.25
+    """Capacity factor in training; 1 is just enough if experts are used evenly."""
+    eval_factor: float = 2.0
+    """The same in evaluation."""
+    counts: Counts = Counts.tokens
+    """Factor times ``tokens`` / experts (Switch, GShard), or times ``assignments``, which are ``top_k`` as many."""
+    rounding: Rounding = Rounding.down
+    """To a whole number (Mesh, Lingvo: ``down``; DeepSpeed: ``up``)."""
+    multiple: int = 1
+    """Then up to a multiple of this."""
+    least: int = 1
+    """At least so many."""
+    priority: Priority = Priority.token
+    """``token`` by token (class B: earlier tokens never lose to later ones); every first ``choice`` before any second
+    (GShard); largest gate of the ``batch`` first (V-MoE); ``random`` in training and ``choice`` in evaluation
+    (DeepSpeed). All but the first let later tokens change earlier ones."""
+    overflow: Overflow = Overflow.residual
+    """A dropped assignment adds nothing (``residual``), or goes to the token's ``next_choice`` that has room, which
+    lets later tokens change earlier ones."""
+
+    def __post_init__(self) -> None:
+        for key in ("factor", "eval_factor"):
+            if not getattr(self, key) > 0:
+                raise ConfigError(f"routing.capacity.{key}={getattr(self, key)} must be positive.")
+        for key in ("multiple", "least"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"routing.capacity.{key}={getattr(self, key)} must be at least 1.")
+
+    @property
+    def is_ordered(self) -> bool:
+        """Whether earlier tokens never lose to later ones."""
+        return self.priority == Priority.token and self.overflow == Overflow.residual
+
+
 @dataclass(kw_only=True)
 class RoutingConfig:
     """How tokens reach experts; fixed for the whole run."""
 
     mode: str = "learned"
-    """``learned`` (trained softmax top-k), ``cluster`` (FAISS, never trained), ``label`` (by the known distribution),
-    ``hash`` (by token id, never trained), or the dotted path of a ``Router`` subclass of your own."""
+    """``learned`` (trained top-k: Mixtral, DeepSeek and most others), ``switch``, ``gshard``, ``noisy_topk``,
+    ``hierarchical``, ``dense`` (Jacobs), ``relu`` (ReMoE), ``base``, ``expert_choice``, ``cluster`` (FAISS, never
+    trained), ``label`` (by the known distribution), ``hash`` (by token id, never trained), or the dotted path of a
+    ``Router`` subclass of your own. A mode brings its authors' values for keys that are not set: docs/systems.md."""
     top_k: int = 2
     """Experts per token; cost per token depends on it and not on how many experts there are."""
     renormalize: bool = True
     """Divide the chosen gate weights by their sum (Mixtral)."""
+    score: Score = Score.softmax
+    """Scores from logits: ``softmax`` over all experts, or each its own ``sigmoid`` (DeepSeek-V3)."""
+    gate_scale: float = 1.0
+    """Factor on the gate weights (DeepSeek-V3: 2.5)."""
+    bias_rate: float = 0.0
+    """Above 0 each expert has a bias that takes part in choosing, not in weighting, and moves by so much a step
+    against its load over the global batch (DeepSeek-V3: 0.001)."""
+    expert_groups: int = 1
+    """``learned``: divide the experts into so many groups, of which a token uses the best ``top_groups``
+    (DeepSeek-V3). ``hierarchical``: groups that each stage's experts form, each with a gate of its own."""
+    top_groups: int = 1
+    """Groups that a token uses."""
+    jitter: float = 0.0
+    """In training the router's input, and nothing else, is multiplied by numbers between 1 - jitter and 1 + jitter."""
+    second: SecondExpert = SecondExpert.all
+    """``gshard`` in training: use the second expert always (``all``), if its share of both gates exceeds 0.2
+    (``threshold``), or with twice that share as probability (``random``). In evaluation always."""
+    capacity: CapacityConfig | None = None
+    """Room of each expert; none by default: nothing is ever dropped."""
+    allow_noncausal: bool = False
+    """Let a router be used that lets later tokens change earlier ones. Its losses say nothing about generation."""
     balance_loss: float = 0.01
-    """Coefficient of the load-balancing loss (1 at perfect balance); ``learned`` only."""
+    """Coefficient of the load-balancing loss (1 at perfect balance), where rows are trained."""
+    balance_counts: BalanceCounts = BalanceCounts.all
+    """Count ``all`` choices, or ``first`` ones only (GShard)."""
+    balance_scope: BalanceScope = BalanceScope.microbatch
+    """Count choices in each ``sequence`` (DeepSeek-V3), in a process's ``microbatch``, or in all of a step's
+    micro-batches so far, over all processes (``global_batch``, Qwen3)."""
+    importance_loss: float = 0.0
+    """``noisy_topk``: coefficient of the squared coefficient of variation of experts' summed gate weights."""
+    load_loss: float = 0.0
+    """``noisy_topk``: the same of experts' expected loads."""
     balance_over: BalanceOver = BalanceOver.all
     """Spread tokens over ``all`` experts or over this stage's ``active`` ones only."""
     z_loss: float = 0.001
-    """Coefficient of the router z-loss; ``learned`` only."""
+    """Coefficient of the router z-loss, where rows are trained."""
     bundles: Bundles = Bundles.none
     """A token uses the experts of one stage alone, among which ``learned`` or ``cluster`` (token level) chooses.
     ``cluster``: FAISS picks the stage from the text so far, a chunk at a time; ``label``: by the known distribution;
@@ -109,11 +289,13 @@ class RoutingConfig:
             )
         if self.top_k < 1:
             raise ConfigError(f"routing.top_k={self.top_k} must be at least 1.")
-        if self.top_k == 1 and self.renormalize and self.mode == "learned":
+        if self.top_k == 1 and self.renormalize and self.mode in ("learned", "switch", "gshard", "noisy_topk"):
             raise ConfigError(
                 "routing.renormalize=true with routing.top_k=1 makes every gate weight 1, so the router gets no "
                 "gradient. Set routing.renormalize=false or routing.top_k=2."
             )
+        self._check_numbers()
+        self._check_mode()
         of_embedding = self.level == Level.token and self.features == Features.embedding
         if self.bundles != Bundles.none and self.mode != "learned" and not (self.mode == "cluster" and of_embedding):
             raise ConfigError(
@@ -122,14 +304,73 @@ class RoutingConfig:
             )
         if self.options and self.mode in ROUTERS:
             raise ConfigError(f"routing.options is for routers named by dotted path, not for {self.mode}.")
-        for key in ("balance_loss", "z_loss", "margin"):
+
+    def _check_numbers(self) -> None:
+        for key in ("balance_loss", "z_loss", "margin", "importance_loss", "load_loss", "bias_rate", "jitter"):
             if getattr(self, key) < 0:
                 raise ConfigError(f"routing.{key}={getattr(self, key)} must not be negative.")
-        for key in ("scale", "chunk_tokens", "sample_tokens", "feature_width"):
+        for key in ("scale", "chunk_tokens", "sample_tokens", "feature_width", "gate_scale", "expert_groups"):
             if getattr(self, key) <= 0:
                 raise ConfigError(f"routing.{key}={getattr(self, key)} must be positive.")
         if self.clusters is not None and self.clusters < 1:
             raise ConfigError(f"routing.clusters={self.clusters} must be at least 1.")
+        if self.jitter >= 1:
+            raise ConfigError(f"routing.jitter={self.jitter} must be below 1.")
+        if not 1 <= self.top_groups <= self.expert_groups:
+            raise ConfigError(
+                f"routing.top_groups={self.top_groups} must lie in 1 to routing.expert_groups={self.expert_groups}."
+            )
+
+    def _check_mode(self) -> None:
+        """A key that a mode does not know is refused, lest somebody believe it does something."""
+        of_modes = {
+            "bias_rate": ("learned", "switch"),
+            "score": ("learned", "switch"),
+            "expert_groups": ("learned", "hierarchical"),
+            "jitter": ("learned", "switch", "gshard"),
+            "capacity": ("learned", "switch", "gshard"),
+            "second": ("gshard",),
+            "importance_loss": ("noisy_topk",),
+            "load_loss": ("noisy_topk",),
+        }
+        standard = {f.name: f.default for f in dataclasses.fields(self)}
+        for key, modes in of_modes.items():
+            if "." not in self.mode and self.mode not in modes and getattr(self, key) != standard[key]:
+                raise ConfigError(f"routing.{key} is for routing.mode={' or '.join(modes)}, not for {self.mode}.")
+        single, pair = ("switch", "base"), ("gshard",)
+        if (self.mode in single and self.top_k != 1) or (self.mode in pair and self.top_k != 2):
+            number = 1 if self.mode in single else 2
+            raise ConfigError(
+                f"routing.mode={self.mode} chooses {number} expert(s) a token: set routing.top_k={number}."
+            )
+        if self.mode == "hierarchical" and self.top_k % self.top_groups:
+            raise ConfigError(
+                f"routing.top_k={self.top_k} must be a multiple of routing.top_groups={self.top_groups}: each group "
+                f"gives as many experts."
+            )
+        if self.bundles != Bundles.none and (self.capacity or self.bias_rate or self.expert_groups > 1):
+            raise ConfigError("routing.bundles cannot be used with routing.capacity, bias_rate or expert_groups.")
+
+    @property
+    def leaks(self) -> str | None:
+        """The setting by which later tokens change earlier ones, at least where loads bind; None if they never do."""
+        if self.mode in LEAKING:
+            return f"routing.mode={self.mode}"
+        if self.capacity is None or self.capacity.is_ordered:
+            return None
+        key = "priority" if self.capacity.priority != Priority.token else "overflow"
+        return f"routing.capacity.{key}={getattr(self.capacity, key)}"
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether the router has trained rows, one an expert."""
+        return self.mode not in UNTRAINED
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> RoutingConfig:
+        """From plain JSON data, as ``dataclasses.asdict`` gives it; absent keys have their defaults."""
+        values = {**data, "capacity": _built(CapacityConfig, data["capacity"]) if data.get("capacity") else None}
+        return _built(cls, values)
 
     @property
     def by_label(self) -> bool:
@@ -155,3 +396,10 @@ class RoutingConfig:
         """How many clusters of text a generation of ``num_experts`` experts has, where :attr:`by_document` holds."""
         default = BUNDLE_CLUSTERS if self.has_bundles else max(1, num_experts // self.top_k)
         return self.clusters or default
+
+
+def _built(cls: type[Any], data: dict[str, Any]) -> Any:
+    """Build a configuration from plain data: enumerations from their values."""
+    hints = get_type_hints(cls)
+    kinds = {key: hints[key] for key in data if isinstance(hints[key], type) and issubclass(hints[key], StrEnum)}
+    return cls(**{key: kinds[key](value) if key in kinds else value for key, value in data.items()})

@@ -1,93 +1,155 @@
-"""Mixtral's router: softmax over trained rows, top-k, dropless."""
+"""Trained top-k routing: Mixtral, Switch, DeepSeek-V3, OLMoE and Qwen3 are settings of it.
+
+Legend: T tokens, D model width, E experts, K experts per token, N = T·K assignments.
+"""
 
 from __future__ import annotations
 
 import math
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from lifelong_moe.ops.router_losses import load_balancing_loss, old_experts_loss, router_z_loss
-from lifelong_moe.routing.base import Router, RouterLoss, Routing, RoutingContext
-from lifelong_moe.routing.config import BalanceOver, Bundles, RoutingConfig
+from lifelong_moe.errors import ConfigError
+from lifelong_moe.ops.collectives import sum_over_ranks
+from lifelong_moe.ops.router_losses import choice_counts
+from lifelong_moe.ops.selection import within_best_groups
+from lifelong_moe.routing.base import Causality, Routing, RoutingContext
+from lifelong_moe.routing.capacity import limited
+from lifelong_moe.routing.config import BalanceScope, RoutingConfig, Score
+from lifelong_moe.routing.linear import LinearRouter
+from lifelong_moe.routing.losses import auxiliary_losses
 
 
-class LearnedRouter(Router):
+class LearnedRouter(LinearRouter):
     """``p = softmax(x W^T)``; the k largest, their weights divided by their sum if ``renormalize``.
 
-    The rows of each generation are a Parameter of their own, so that frozen ones have no gradient, no moments and
-    no decay. Logits and softmax are float32 under autocast too.
+    With ``score=sigmoid`` each score is its own; with ``bias_rate`` an expert is chosen by score plus a bias of its
+    own, which its weight does not contain; with ``expert_groups`` only within the best groups. With ``capacity`` an
+    expert takes so many of a sequence's tokens, and what is dropped adds nothing: the weights of what is left stay as
+    they were.
 
     With ``bundles`` a token's group is a bundle, and only that generation's experts are in the softmax: a later stage
     changes nothing for the tokens of an earlier one, and old experts, which no longer learn, take nothing from new
     text.
 
     Source:
-        Mixtral (arXiv:2401.04088), section 2.1; losses from Switch (arXiv:2101.03961) and ST-MoE
-        (arXiv:2202.08906). Class A: a token's routing depends on that token alone.
+        Mixtral (arXiv:2401.04088), section 2.1; Switch (arXiv:2101.03961), section 2: top-1 by the full softmax,
+        jitter on the router's input only; DeepSeek-V3 (arXiv:2412.19437), section 2.1.2, where the bias moves by the
+        sign of the load's error. Class A without capacity: a token's routing depends on that token alone.
     """
 
     def __init__(self, config: RoutingConfig, *, width: int, layer: int) -> None:
         super().__init__(config, width=width, layer=layer)
-        self.rows = nn.ParameterList()
+        if config.capacity is not None:
+            self.causality = Causality.ordered if config.capacity.is_ordered else Causality.leaks_when_full
+        self.counts_E: Tensor | None = None
+        """Choices in the step under way, over all processes."""
 
     def add_experts(self, num: int) -> None:
-        """Add ``num`` rows, uninitialized; the model's or growth's initialization fills them."""
-        device = self.rows[0].device if self.generations else None
-        self.rows.append(nn.Parameter(torch.zeros(num, self.width, device=device)))
-        self.generations.append(num)
+        """Add rows, and biases of 0 where experts have them."""
+        if self.config.bias_rate:
+            self.register_buffer(f"bias_{len(self.generations)}", torch.zeros(num, device=self.device))
+        super().add_experts(num)
+        if self.config.expert_groups > 1 and (num % self.config.expert_groups or len(self.generations) > 1):
+            raise ConfigError(
+                f"routing.expert_groups={self.config.expert_groups} must divide the experts of a layer ({num}), and "
+                f"groups cannot grow. Set routing.expert_groups=1 or grow.experts=0."
+            )
 
-    def row_generations(self) -> list[Tensor]:
-        """Each generation's rows."""
-        return list(self.rows)
-
-    def set_rows(self, rows_ED: Tensor) -> None:
-        """Begin the newest generation's rows with ``(num, D)``."""
-        with torch.no_grad():
-            self.rows[-1].copy_(rows_ED)
+    def biases(self) -> list[Tensor]:
+        """Each generation's biases ``(E_g,)``, where experts have them."""
+        return [getattr(self, f"bias_{i}") for i in range(len(self.generations))] if self.config.bias_rate else []
 
     def forward(self, x_TD: Tensor, context: RoutingContext) -> Routing:
-        """Choose the k most probable experts for each token; losses come along in training mode."""
-        allowed_TE = self.allowed(context)
+        """Choose the k experts of each token; losses come along in training mode."""
+        config, allowed_TE = self.config, self.allowed(context)
         with torch.autocast(x_TD.device.type, enabled=False):
-            logits_TE = self._hold(self._logits(x_TD.float()))
+            logits_TE = self.logits(self._jittered(x_TD.float()))
             if allowed_TE is not None:
                 logits_TE = logits_TE.masked_fill(~allowed_TE, -math.inf)
-            probs_TE = logits_TE.softmax(dim=-1)
-            # By logit: where probabilities underflow, a tie at 0 must not admit an expert that is not allowed.
-            chosen_TK, expert_ids_TK = logits_TE.topk(self.config.top_k, dim=-1)
-            # Renormalized, this is the softmax over the chosen alone, and no bit of it depends on all others.
-            weights_TK = chosen_TK.softmax(dim=-1) if self.config.renormalize else probs_TE.gather(1, expert_ids_TK)
+            scores_TE = logits_TE.softmax(dim=-1) if config.score == Score.softmax else logits_TE.sigmoid()
+            ranks_TE = self._ranks(logits_TE, scores_TE)
+            chosen_TK, expert_ids_TK = ranks_TE.topk(config.top_k, dim=-1)
+            weights_TK = self._weights(chosen_TK, scores_TE, expert_ids_TK, is_logit=ranks_TE is logits_TE)
             losses = {}
             if self.training:
-                losses = self._losses(logits_TE, probs_TE, expert_ids_TK, context, allowed_TE)
-        return Routing(expert_ids_TK, weights_TK, self.num_experts, losses)
+                earlier_E = self._count(expert_ids_TK, context.mask_T)
+                losses = auxiliary_losses(
+                    config,
+                    self.generations,
+                    logits_TE,
+                    scores_TE / scores_TE.sum(dim=1, keepdim=True) if config.score == Score.sigmoid else scores_TE,
+                    expert_ids_TK,
+                    context,
+                    allowed_TE=allowed_TE,
+                    earlier_E=earlier_E,
+                )
+            used_TK = self.used(expert_ids_TK, weights_TK)
+        if config.capacity is None:
+            return Routing(used_TK, weights_TK, self.num_experts, losses, ragged=used_TK is not expert_ids_TK)
+        kept_TK, weights_TK, drop_rate = limited(
+            config.capacity,
+            used_TK,
+            weights_TK,
+            ranks_TE,
+            scores_TE,
+            context,
+            self.num_choosable,
+            training=self.training,
+        )
+        return Routing(kept_TK, weights_TK, self.num_experts, losses, ragged=True, drop_rate=drop_rate)
 
-    def _logits(self, x_TD: Tensor) -> Tensor:
-        rows = [rows.float() for rows in self.rows]
-        if self.config.bundles == Bundles.none:
-            return F.linear(x_TD, torch.cat(rows))
-        # A product each, so that no bit of the old rows' logits depends on how many rows came later.
-        return torch.cat([F.linear(x_TD, rows_ED) for rows_ED in rows], dim=-1)
+    def used(self, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """Those of the choices that are used; -1 in place of others. Here all."""
+        return expert_ids_TK
 
-    def _losses(
-        self,
-        logits_TE: Tensor,
-        probs_TE: Tensor,
-        expert_ids_TK: Tensor,
-        context: RoutingContext,
-        allowed_TE: Tensor | None,
-    ) -> dict[str, RouterLoss]:
-        config, losses, mask_T = self.config, {}, context.mask_T
-        if context.old_text_T is not None:  # a review: earlier text belongs to earlier experts, balanced or not
-            num_old = self.num_experts - self.generations[-1]
-            losses["old"] = RouterLoss(old_experts_loss(logits_TE, num_old, context.old_text_T & mask_T), 1.0)
-        elif config.balance_loss:
-            active_only = config.balance_over == BalanceOver.active
-            first = self.num_experts - self.generations[-1] if active_only else 0
-            value = load_balancing_loss(probs_TE, expert_ids_TK, mask_T, first, allowed_TE)
-            losses["balance"] = RouterLoss(value, config.balance_loss)
-        if config.z_loss:
-            losses["z"] = RouterLoss(router_z_loss(logits_TE, mask_T), config.z_loss)
-        return losses
+    def _jittered(self, x_TD: Tensor) -> Tensor:
+        jitter = self.config.jitter
+        if not (self.training and jitter):
+            return x_TD
+        return x_TD * torch.empty_like(x_TD).uniform_(1 - jitter, 1 + jitter)
+
+    def _ranks(self, logits_TE: Tensor, scores_TE: Tensor) -> Tensor:
+        """What the k largest are taken of."""
+        config = self.config
+        # By logit: where probabilities underflow, a tie at 0 must not admit an expert that is not allowed.
+        ranks_TE = logits_TE
+        if config.bias_rate:
+            ranks_TE = self._hold(scores_TE + torch.cat(self.biases()))
+        elif config.expert_groups > 1:
+            ranks_TE = scores_TE
+        if config.expert_groups > 1:
+            ranks_TE = within_best_groups(ranks_TE, config.expert_groups, config.top_groups)
+        return ranks_TE
+
+    def _weights(self, chosen_TK: Tensor, scores_TE: Tensor, expert_ids_TK: Tensor, *, is_logit: bool) -> Tensor:
+        config = self.config
+        if config.renormalize and is_logit and config.score == Score.softmax:
+            # The softmax over the chosen alone, and no bit of it depends on all others.
+            weights_TK = chosen_TK.softmax(dim=-1)
+        else:
+            weights_TK = scores_TE.gather(1, expert_ids_TK)
+            if config.renormalize:
+                weights_TK = weights_TK / (weights_TK.sum(dim=1, keepdim=True) + 1e-20)
+        return weights_TK if config.gate_scale == 1 else weights_TK * config.gate_scale
+
+    def _count(self, expert_ids_TK: Tensor, mask_T: Tensor) -> Tensor | None:
+        """Count the step's choices where something depends on them; all but this process's present ones."""
+        config = self.config
+        if not (config.bias_rate or config.balance_scope == BalanceScope.global_batch):
+            return None
+        own_E = choice_counts(expert_ids_TK, mask_T, self.num_experts)
+        all_E = sum_over_ranks(own_E)
+        self.counts_E = all_E if self.counts_E is None else self.counts_E + all_E
+        return self.counts_E - own_E if config.balance_scope == BalanceScope.global_batch else None
+
+    def end_step(self, taken: bool) -> None:
+        """Move the biases of experts that train against their load."""
+        counts_E, self.counts_E = self.counts_E, None
+        if not (taken and self.config.bias_rate and counts_E is not None):
+            return
+        error_E = counts_E.float().mean() - counts_E
+        for rows, bias, error in zip(self.rows, self.biases(), error_E.split(self.generations), strict=True):
+            if rows.requires_grad:
+                bias += self.config.bias_rate * error.sign()

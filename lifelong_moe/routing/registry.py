@@ -9,13 +9,14 @@ from lifelong_moe.routing.base import Causality, Router
 from lifelong_moe.routing.config import ROUTERS, RoutingConfig
 
 
-def build_router(config: RoutingConfig, *, width: int, layer: int) -> Router:
+def build_router(config: RoutingConfig, *, width: int, layer: int, causal: bool = True) -> Router:
     """Build one layer's router.
 
     Args:
         config: The run's routing.
         width: D.
         layer: The layer's index, from 0.
+        causal: Whether it is for a decoder, where a token must not see what follows.
 
     Raises:
         ConfigError: If a dotted path cannot be imported, is no :class:`Router`, or breaks causality.
@@ -29,9 +30,9 @@ def build_router(config: RoutingConfig, *, width: int, layer: int) -> Router:
         raise ConfigError(f"routing.mode={config.mode} cannot be built: {error}.") from None
     if not isinstance(router, Router):
         raise ConfigError(f"routing.mode={config.mode} must build a lifelong_moe.routing.base.Router.")
-    if router.causality in (Causality.leaks_when_full, Causality.leaks):
+    if causal and not config.allow_noncausal and router.causality in (Causality.leaks_when_full, Causality.leaks):
         raise ConfigError(
-            f"routing.mode={config.mode} lets later tokens change earlier ones (class {router.causality}); "
-            f"a decoder cannot use it."
+            f"routing.mode={config.mode} lets later tokens change earlier ones (class "
+            f"{router.causality}); a decoder must not. Set routing.allow_noncausal=true to try it nevertheless."
         )
     return router

@@ -52,6 +52,7 @@ class StageModule(LightningModule):
         self._anchor = anchor
         self.strict_loading = False  # step checkpoints leave frozen tensors out; on_load_checkpoint checks names
         self.guard = StepGuard()
+        self._taken = True
         self._losses: list[Tensor] = []
         """Of the micro-batches of the step under way: next-token loss, and what is minimized."""
         self.assignments_before: Tensor | None = None
@@ -72,9 +73,9 @@ class StageModule(LightningModule):
         hidden_TD, targets_T = output.hidden_BSD.flatten(0, 1), batch["target_ids"].flatten()
         parts = {"loss": self.model.cross_entropy(hidden_TD, targets_T, batch["group_ids"].flatten())}
         total = parts["loss"]
-        for name, (value, coefficient) in mean_router_losses(output.routings).items():
+        for name, (value, weighted) in mean_router_losses(output.routings).items():
             parts[f"{name}_loss"] = value
-            total = total + (self.phase.old_loss if name == "old" else coefficient) * value
+            total = total + (self.phase.old_loss * value if name == "old" else weighted)
         distilled = self._distillation(batch, output.hidden_BSD) if self.phase.trains == Trains.stage else None
         if distilled is not None and self.spec.distill is not None:
             kl, share = distilled
@@ -84,6 +85,8 @@ class StageModule(LightningModule):
             parts["penalty"] = self._anchor.value(self.model)
             total = total + parts["penalty"]
         parts["imbalance"] = load_imbalance(output.routings)
+        if rates := [r.drop_rate for r in output.routings if r.drop_rate is not None]:
+            parts["drop_rate"] = torch.stack(rates).mean()
         self._losses.append(torch.stack([parts["loss"], total]).detach().float())
         return {"loss": total, "parts": {name: value.detach() for name, value in parts.items()}}  # type: ignore[dict-item]
 
@@ -131,6 +134,7 @@ class StageModule(LightningModule):
         self._losses.clear()
         loss, objective, size = torch.cat([means, self.grad_norm.float().view(1)]).tolist()  # one transfer
         verdict = self.guard.judge(loss, objective, size)
+        self._taken = verdict == Verdict.sound
         if verdict == Verdict.sound:
             return
         for parameter in parameters:
@@ -139,6 +143,12 @@ class StageModule(LightningModule):
         log.warning("stage %s, step %d: %s; step skipped", self.spec.name, self.global_step, reason)
         if self.guard.nonfinite_in_a_row == MAX_NONFINITE:
             raise NonfiniteStepsError(self.spec, self.phase, self.global_step)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step, then let routers adapt what is not learned by gradient."""
+        super().optimizer_step(*args, **kwargs)
+        for layer in self.model.moe_layers():
+            layer.router.end_step(self._taken)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave frozen tensors out: the stage that bore them holds them."""
@@ -159,17 +169,20 @@ class StageModule(LightningModule):
         self.assignments_before = checkpoint["assignments_before"]
 
 
-def mean_router_losses(routings: list[Routing]) -> dict[str, tuple[Tensor, float]]:
-    """Each auxiliary loss's mean over layers, with its coefficient."""
+def mean_router_losses(routings: list[Routing]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Each auxiliary loss's mean over layers: the value, and the value times its coefficient."""
     names = dict.fromkeys(name for routing in routings for name in routing.losses)
     losses = {name: [r.losses[name] for r in routings if name in r.losses] for name in names}
     return {
-        name: (torch.stack([loss.value for loss in found]).mean(), found[0].coefficient)
+        name: (
+            torch.stack([loss.value for loss in found]).mean(),
+            torch.stack([loss.value * loss.coefficient for loss in found]).mean(),
+        )
         for name, found in losses.items()
     }
 
 
 def load_imbalance(routings: list[Routing]) -> Tensor:
     """Load of the busiest expert over the mean load, averaged over layers; 1 if even."""
-    loads = [r.counts_E.max() * len(r.counts_E) / r.counts_E.sum() for r in routings]
+    loads = [r.counts_E.max() * len(r.counts_E) / r.counts_E.sum().clamp_min(1) for r in routings]
     return torch.stack(loads).mean()

@@ -26,6 +26,7 @@ from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-d
 
 from lifelong_moe import errors
 from lifelong_moe.errors import LifelongError, TryAgainError
+from lifelong_moe.ops.collectives import sum_over_ranks
 from lifelong_moe.training.interrupt import Interrupt, PendingInterrupt
 from lifelong_moe.training.logger import Row, Send
 
@@ -44,11 +45,7 @@ Work = Callable[[int, Interrupt, Send], Any]
 
 def mean_over_ranks(values: Tensor) -> Tensor:
     """The mean over all ranks, the same bits on each; the values themselves where there is one process."""
-    if not dist.is_initialized():
-        return values
-    total = values.clone()
-    dist.all_reduce(total)
-    return total / dist.get_world_size()
+    return sum_over_ranks(values) / dist.get_world_size() if dist.is_initialized() else values
 
 
 def run_ranks(number: int, work: Work, interrupt: Interrupt, send: Send, meeting: Path) -> Any:

@@ -259,8 +259,7 @@ def test_a_value_of_the_wrong_kind(load: Load, override: str, expected: str) -> 
         ("stages[1].grow.layers=[]", "stages[1].grow.layers=[] must name layers in ascending order, each once."),
         (
             "stages[1].grow.layers=[0] routing.mode=hash",
-            "stages[1].grow.layers needs routing.mode=learned and routing.bundles=none; every layer must grow "
-            "otherwise.",
+            "stages[1].grow.layers needs a trained router and routing.bundles=none; every layer must grow otherwise.",
         ),
         (
             "stages[1].review.fraction=0.5 routing.mode=label",

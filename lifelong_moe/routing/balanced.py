@@ -1,0 +1,41 @@
+"""BASE layers: in training every expert gets equally many tokens; in evaluation a token goes where it likes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lifelong_moe.ops.assignment import balanced_assignment
+from lifelong_moe.routing.base import Causality, Routing, RoutingContext
+from lifelong_moe.routing.linear import LinearRouter
+from lifelong_moe.routing.losses import auxiliary_losses
+
+
+class BalancedRouter(LinearRouter):
+    """One expert a token, by balanced assignment over the batch in training and by the largest score in evaluation.
+
+    The output is weighted ``sigmoid(score)``, through which alone the rows learn; no loss of its own.
+
+    Source:
+        BASE layers (arXiv:2103.16716). There an expert is a stack of residual sublayers and tokens are shuffled across
+        workers; here it is one feed-forward network and the assignment is over the micro-batch. Class C in training,
+        where later tokens compete for places; evaluation is class A.
+    """
+
+    causality = Causality.leaks_when_full
+
+    def forward(self, x_TD: Tensor, context: RoutingContext) -> Routing:
+        """Choose one expert for each token."""
+        with torch.autocast(x_TD.device.type, enabled=False):
+            logits_TE = self.logits(x_TD)
+            ids_T = logits_TE.argmax(dim=1)
+            losses = {}
+            if self.training:
+                ids_T = ids_T.clone()
+                ids_T[context.mask_T] = balanced_assignment(logits_TE[context.mask_T].detach())
+                probs_TE = logits_TE.softmax(dim=1)
+                losses = auxiliary_losses(
+                    self.config, self.generations, logits_TE, probs_TE, ids_T.unsqueeze(1), context
+                )
+            weights_T1 = logits_TE.gather(1, ids_T.unsqueeze(1)).sigmoid()
+        return Routing(ids_T.unsqueeze(1), weights_T1, self.num_experts, losses)

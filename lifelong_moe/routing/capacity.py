@@ -1,0 +1,105 @@
+"""Apply a capacity to choices: who is served first, how much room there is, and what becomes of the rest.
+
+Legend: T tokens, K experts chosen per token, E experts, N = T·K assignments.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lifelong_moe.ops.capacity import (
+    batch_priority_order,
+    choice_order,
+    expert_capacity,
+    token_order,
+    within_capacity,
+)
+from lifelong_moe.routing.base import RoutingContext
+from lifelong_moe.routing.config import CapacityConfig, Counts, Overflow, Priority, Rounding
+
+
+def limited(
+    config: CapacityConfig,
+    expert_ids_TK: Tensor,
+    weights_TK: Tensor,
+    ranks_TE: Tensor,
+    scores_TE: Tensor,
+    context: RoutingContext,
+    num_choosable: int,
+    *,
+    training: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Drop what finds no room; padding takes none.
+
+    Args:
+        config: How much room, and for whom first.
+        expert_ids_TK: Choices; -1 where there is none.
+        weights_TK: Their weights.
+        ranks_TE: What experts were chosen by: the order of next choices.
+        scores_TE: Router scores, by the largest of which batch priority serves.
+        context: Sequences, each of which has all of an expert's room, and mask.
+        num_choosable: Experts that share the tokens; those held down in growth's check do not.
+        training: Which factor holds; and whether a random order is random.
+
+    Returns:
+        Choices with -1 where they were dropped, their weights, and the share dropped of real tokens' choices.
+    """
+    (num_tokens, top_k), num_experts = expert_ids_TK.shape, ranks_TE.shape[1]
+    wanted_TK = expert_ids_TK.masked_fill(~context.mask_T.unsqueeze(1), -1)
+    capacity = expert_capacity(
+        context.full_length or num_tokens // context.num_sequences,
+        num_choosable,
+        top_k if config.counts == Counts.assignments else 1,
+        factor=config.factor if training else config.eval_factor,
+        round_up=config.rounding == Rounding.up,
+        multiple=config.multiple,
+        least=config.least,
+    )
+    order_N = _order(config.priority, scores_TE, top_k, training).to(wanted_TK.device)
+    taken_GE = wanted_TK.new_zeros(context.num_sequences, num_experts)
+    kept_TK, taken_GE = within_capacity(wanted_TK, order_N, context.sequence_T, capacity, taken_GE)
+    final_TK = wanted_TK.masked_fill(~kept_TK, -1)
+    if config.overflow == Overflow.next_choice:
+        final_TK = _next_choices(final_TK, wanted_TK, ranks_TE, order_N, context, capacity, taken_GE)
+    wanted = (wanted_TK >= 0).sum()
+    return final_TK, weights_TK, 1 - (final_TK >= 0).sum() / wanted.clamp_min(1)
+
+
+def _order(priority: Priority, scores_TE: Tensor, top_k: int, training: bool) -> Tensor:
+    num_tokens = len(scores_TE)
+    if priority == Priority.token:
+        return token_order(num_tokens, top_k)
+    if priority == Priority.batch:
+        return batch_priority_order(scores_TE.amax(dim=1), top_k)
+    at_random = priority == Priority.random and training
+    return choice_order(torch.randperm(num_tokens) if at_random else torch.arange(num_tokens), top_k)
+
+
+def _next_choices(
+    final_TK: Tensor,
+    wanted_TK: Tensor,
+    ranks_TE: Tensor,
+    order_N: Tensor,
+    context: RoutingContext,
+    capacity: int,
+    taken_GE: Tensor,
+) -> Tensor:
+    """Offer what was dropped to the token's other experts, best first; the weight stays that of the first choice.
+
+    Source:
+        No-token-left-behind: Switch (arXiv:2101.03961), appendix B.
+    """
+    ranked_TE = ranks_TE.argsort(dim=1, descending=True, stable=True)
+    for rank in range(ranked_TE.shape[1]):
+        lacking_TK = (final_TK < 0) & (wanted_TK >= 0)
+        if not bool(lacking_TK.any()):
+            break
+        candidate_T1 = ranked_TE[:, rank : rank + 1]
+        # One place a token at a time, so that no token gets an expert twice.
+        first_TK = lacking_TK & (lacking_TK.cumsum(dim=1) == 1)
+        fresh_T1 = ~((final_TK == candidate_T1).any(dim=1, keepdim=True))
+        offered_TK = torch.where(first_TK & fresh_T1, candidate_T1, -1)
+        kept_TK, taken_GE = within_capacity(offered_TK, order_N, context.sequence_T, capacity, taken_GE)
+        final_TK = torch.where(kept_TK, offered_TK, final_TK)
+    return final_TK

@@ -1,0 +1,29 @@
+"""The mixture of 1991: every expert answers every token."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lifelong_moe.routing.base import Routing, RoutingContext
+from lifelong_moe.routing.linear import LinearRouter
+from lifelong_moe.routing.losses import auxiliary_losses
+
+
+class DenseRouter(LinearRouter):
+    """All experts, weighted ``softmax(x W^T)``; cost grows with their number.
+
+    Source:
+        Jacobs, Jordan, Nowlan & Hinton 1991, eq. 1.1's mixture; their losses are in ``ops/jacobs.py``. Class A.
+    """
+
+    def forward(self, x_TD: Tensor, context: RoutingContext) -> Routing:
+        """Weigh all experts."""
+        with torch.autocast(x_TD.device.type, enabled=False):
+            logits_TE = self.logits(x_TD)
+            probs_TE = logits_TE.softmax(dim=1)
+            ids_TE = torch.arange(self.num_experts, device=x_TD.device).expand_as(probs_TE)
+            losses = {}
+            if self.training:
+                losses = auxiliary_losses(self.config, self.generations, logits_TE, probs_TE, ids_TE, context)
+        return Routing(ids_TE, probs_TE, self.num_experts, losses)

@@ -1,0 +1,91 @@
+"""A gate of gates: first groups of experts, then experts within each.
+
+Legend: T tokens, E experts, G groups, K experts per token.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lifelong_moe.errors import ConfigError
+from lifelong_moe.routing.base import HELD_DOWN, Routing, RoutingContext
+from lifelong_moe.routing.config import RoutingConfig
+from lifelong_moe.routing.linear import LinearRouter
+from lifelong_moe.routing.losses import auxiliary_losses
+
+
+class HierarchicalRouter(LinearRouter):
+    """``top_groups`` groups by an outer gate, ``top_k / top_groups`` experts in each by the group's own inner gate.
+
+    Both gates are softmaxes over what they chose; a weight is the product of two, so that a token's weights sum to 1.
+    Each generation is ``expert_groups`` groups of its own: growth adds rows to the outer gate, and with them groups.
+
+    Source:
+        Sparsely-gated mixture of experts (arXiv:1701.06538), appendix B; there with noise and two balance losses,
+        here with the balance loss on the product of the full softmaxes. Class A.
+    """
+
+    def __init__(self, config: RoutingConfig, *, width: int, layer: int) -> None:
+        super().__init__(config, width=width, layer=layer)
+        self.group_rows = nn.ParameterList()
+
+    def add_experts(self, num: int) -> None:
+        """Add a generation's groups: their outer rows, begun at zero, and inner rows."""
+        groups = self.config.expert_groups
+        if num % groups or num // groups < self.experts_a_group:
+            raise ConfigError(
+                f"routing.expert_groups={groups} must divide the number of experts ({num}) into groups of at least "
+                f"{self.experts_a_group} (routing.top_k / routing.top_groups)."
+            )
+        self.group_rows.append(nn.Parameter(torch.zeros(groups, self.width, device=self.device)))
+        super().add_experts(num)
+
+    @property
+    def experts_a_group(self) -> int:
+        """Experts that a chosen group gives to a token."""
+        return self.config.top_k // self.config.top_groups
+
+    def set_rows(self, rows_ED: Tensor) -> None:
+        """Begin the newest inner rows; a group's outer row is their mean."""
+        super().set_rows(rows_ED)
+        with torch.no_grad():
+            self.group_rows[-1].copy_(rows_ED.unflatten(0, (self.config.expert_groups, -1)).mean(dim=1))
+
+    def group_of_experts(self) -> Tensor:
+        """Group of each expert, int64 ``(E,)``."""
+        groups = self.config.expert_groups
+        sizes = [num // groups for num in self.generations for _ in range(groups)]
+        return torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(self.rows[0].device)
+
+    def forward(self, x_TD: Tensor, context: RoutingContext) -> Routing:
+        """Choose groups, then experts."""
+        config, group_E = self.config, self.group_of_experts()
+        with torch.autocast(x_TD.device.type, enabled=False):
+            inner_TE = F.linear(x_TD.float(), torch.cat([rows.float() for rows in self.rows]))
+            outer_TG = F.linear(x_TD.float(), torch.cat([rows.float() for rows in self.group_rows]))
+            if self.held_down:
+                outer_TG = torch.cat(
+                    [outer_TG[:, : -config.expert_groups], outer_TG[:, -config.expert_groups :] + HELD_DOWN], 1
+                )
+            chosen_TG, groups_TG = outer_TG.topk(config.top_groups, dim=1)
+            outer_weights_TG = chosen_TG.softmax(dim=1)
+            in_group_TGE = group_E == groups_TG.unsqueeze(2)
+            candidates_TGE = inner_TE.unsqueeze(1).masked_fill(~in_group_TGE, float("-inf"))
+            inner_TGK, ids_TGK = candidates_TGE.topk(self.experts_a_group, dim=2)
+            weights_TK = (outer_weights_TG.unsqueeze(2) * inner_TGK.softmax(dim=2)).flatten(1)
+            losses = {}
+            if self.training:
+                logits_TE = self._log_product(outer_TG, inner_TE, group_E)
+                losses = auxiliary_losses(
+                    config, self.generations, logits_TE, logits_TE.exp(), ids_TGK.flatten(1), context
+                )
+        return Routing(ids_TGK.flatten(1), weights_TK, self.num_experts, losses)
+
+    def _log_product(self, outer_TG: Tensor, inner_TE: Tensor, group_E: Tensor) -> Tensor:
+        """Logarithm of group probability times probability within the group, ``(T, E)``; its exponentials sum to 1."""
+        shifted_TE = inner_TE - inner_TE.amax(dim=1, keepdim=True).detach()
+        sums_TG = torch.zeros_like(outer_TG).index_add(1, group_E, shifted_TE.exp())
+        within_TE = shifted_TE - sums_TG.clamp_min(1e-30).log()[:, group_E]
+        return outer_TG.log_softmax(dim=1)[:, group_E] + within_TE
