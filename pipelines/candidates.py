@@ -39,12 +39,20 @@ from pipelines.workspace import read_data
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """A stage that could follow the champion, and the run as it would then be."""
+class ServedData:
+    """A run as it is or would be, and its text."""
 
     config: RunConfig
     data: PreparedData
+
+
+@dataclass(frozen=True)
+class Candidate(ServedData):
+    """A stage that could follow the champion, and the run as it would then be."""
+
     planned: PlannedStage
+    grow: Mapping[str, Any] | None = None
+    """Settings of growth over the configured ones."""
 
 
 @dataclass
@@ -80,17 +88,18 @@ class Bench:
         """Where measurements are kept."""
         return EvaluationStore(ROOT)
 
-    def plan(self, continues: str | None, tokens: int | None = None) -> Candidate:
+    def plan(
+        self, continues: str | None, tokens: int | None = None, grow: Mapping[str, Any] | None = None
+    ) -> Candidate:
         """Resolve a stage on the batch that continues a stage's experts, or grows."""
         kept, added = served_stages(self.champion, self.store)
-        new = NewStage(self.new, self.files, continues, tokens)
+        new = NewStage(self.new, self.files, continues, tokens, grow)
         config = self.retraining.config(kept, [*added, new])
         data = read_data(config, self.memory)
         hashes = {name: corpus.train_hash for name, corpus in data.corpora.items()}
         identity, bos_id = data.tokenizer_identity(), data.tokenizer.bos_id
-        return Candidate(
-            config, data, plan_next(config, self.architecture, self.champion.key, hashes, identity, bos_id)
-        )
+        planned = plan_next(config, self.architecture, self.champion.key, hashes, identity, bos_id)
+        return Candidate(config, data, planned, grow)
 
     def train(self, candidate: Candidate, send: Send, run_id: str | None) -> CommittedStage:
         """Train and commit a candidate, or find it committed."""
@@ -116,14 +125,16 @@ class Bench:
             environment,
         )
 
-    def model(self, stage: CommittedStage, candidate: Candidate) -> LanguageModel:
+    def model(self, stage: CommittedStage, candidate: ServedData) -> LanguageModel:
         """A stage's model where evaluation runs; the last one asked for is kept."""
         if stage.key not in self._models:
             device = evaluation_device(candidate.config.trainer.accelerator)
             self._models = {stage.key: load_model(self.store, stage).to(device)}
         return self._models[stage.key]
 
-    def measure(self, stage: CommittedStage, candidate: Candidate, distribution: str, *, shuffled: bool = False) -> Any:
+    def measure(
+        self, stage: CommittedStage, candidate: ServedData, distribution: str, *, shuffled: bool = False
+    ) -> Any:
         """Losses of each held-out document and assignments by expert, measured once and kept.
 
         Args:
@@ -160,14 +171,14 @@ class Bench:
             self.evaluations.add(stage.key, key, found)
         return found
 
-    def _shuffled(self, candidate: Candidate, distribution: str, documents: Sequence[int]) -> TokenShard:
+    def _shuffled(self, candidate: ServedData, distribution: str, documents: Sequence[int]) -> TokenShard:
         """Held-out documents with their characters in random order."""
         rng, heldout = np.random.default_rng(0), self.texts[distribution].heldout
         mixed = [Document(shuffled_text(heldout[i].text, rng=rng), heldout[i].source) for i in documents]
         return tokenize_documents(mixed, candidate.data.tokenizer)
 
     def losses(
-        self, stage: CommittedStage, candidate: Candidate, distribution: str, *, shuffled: bool = False
+        self, stage: CommittedStage, candidate: ServedData, distribution: str, *, shuffled: bool = False
     ) -> DocumentLosses:
         """A stage's losses on a gate set, with the source of each document."""
         found = self.measure(stage, candidate, distribution, shuffled=shuffled)

@@ -57,6 +57,13 @@ def finish(result: Any, as_json: bool) -> None:
         print(json.dumps(result, ensure_ascii=False))
 
 
+GateSettings = Annotated[
+    list[str] | None, typer.Argument(metavar="[gate.KEY=VALUE]...", help="Such as gate.tolerance=0.02.")
+]
+REJECTED = 3
+"""Exit code where a gate refused what was made."""
+
+
 @app.command()
 def run(
     config: ConfigPath,
@@ -126,6 +133,9 @@ def retrain(
     plan_path: Annotated[
         str | None, typer.Option("--plan", metavar="FILE", help="Carry out this plan, or refuse it if it is stale.")
     ] = None,
+    reopen: Annotated[
+        str | None, typer.Option("--reopen", metavar="BATCH", help="Look again at a skipped or rejected batch.")
+    ] = None,
 ) -> None:
     """One tick for a scheduler: look at the inbox, decide, train, gate, promote or reject; the last line is JSON."""
     try:
@@ -137,7 +147,7 @@ def retrain(
             from pipelines.retrain import retrain as story
 
             quiet.libraries()
-            result = story(config, overrides or [], dry_run, plan_path, console())
+            result = story(config, overrides or [], dry_run, plan_path, console(), reopen)
     except LifelongError as error:
         finish({"outcome": "failed", "error": type(error).__name__, "reason": str(error)}, as_json=True)
         raise
@@ -204,12 +214,34 @@ def rollback(
 def drop(
     run: RunName,
     stage: Annotated[str, typer.Argument(metavar="STAGE", help="Name of a stage of the champion.")],
+    gate: GateSettings = None,
+    ungated: Annotated[bool, typer.Option("--no-gate", help="Let it serve whatever becomes worse.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Let a version without a stage serve, and say what of its text remains in the model."""
     from pipelines.drop import drop as story
 
-    finish(story(run, stage, console(as_json)), as_json)
+    result = story(run, stage, console(as_json), gate or [], ungated=ungated)
+    finish(result, as_json)
+    raise typer.Exit(REJECTED if result["outcome"] == "rejected" else 0)
+
+
+@app.command()
+def consolidate(
+    run: RunName,
+    stage: Annotated[str, typer.Argument(metavar="STAGE", help="Stage of the champion whose experts become fewer.")],
+    gate: GateSettings = None,
+    experts: Annotated[int, typer.Option(help="By so many experts in each layer.", min=1)] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Merge experts that are alike and little used into others; what comes of it serves if nothing gets worse."""
+    from pipelines import quiet
+    from pipelines.consolidate import consolidate as story
+
+    quiet.libraries()
+    result = story(run, stage, experts, console(as_json), gate or [])
+    finish(result, as_json)
+    raise typer.Exit(REJECTED if result["outcome"] == "rejected" else 0)
 
 
 @app.command()

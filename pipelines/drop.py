@@ -3,12 +3,13 @@ the experts are taken out, and it is said what else of it remains."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
 
-from lifelong_moe.errors import ConfigError
+from lifelong_moe.errors import ConfigError, LifelongError
 from lifelong_moe.stages.derived import derived_stage, what_remains
 from lifelong_moe.stages.keys import SHORT
 from lifelong_moe.stages.lock import locked
@@ -25,7 +26,10 @@ from lifelong_moe.stages.versions import (
     promoted,
     require_finished,
 )
+from pipelines import render_retrain
+from pipelines.candidates import ServedData
 from pipelines.places import ROOT
+from pipelines.unharmed import gate_derived, read_gate, served_data
 
 
 @dataclass(frozen=True)
@@ -77,28 +81,71 @@ def drop_candidate(store: StageStore, version: Version, name: str) -> Candidate:
     return Candidate(made, (*stages, added), remains)
 
 
-def drop(run: str, stage: str, console: Console) -> dict[str, Any]:
-    """Let a version without a stage serve.
+def drop(
+    run: str, stage: str, console: Console, overrides: Sequence[str] = (), *, ungated: bool = False
+) -> dict[str, Any]:
+    """Let a version without a stage serve, if nothing else gets worse by it.
+
+    What is exact, as if the stage had never been, needs no gate.
+
+    Args:
+        run: Its name.
+        stage: Name of the stage.
+        console: Where people read.
+        overrides: ``gate.KEY=VALUE``.
+        ungated: Let it serve whatever it costs.
 
     Raises:
         ConfigError: If there is no such run or stage, or the stage cannot go; nothing is written then.
         LockedError: If another process works on the run.
     """
+    settings = read_gate(overrides)
     require_head(ROOT, run)  # a mistake is told before a lock is made
     record, store = RunRecord(ROOT, run), StageStore(ROOT)
     with locked(record.lock_path, f"run {run}"):
         head = with_versions(store, require_head(ROOT, run))
-        candidate = drop_candidate(store, champion(head), stage)
-        head = promoted(head, "dropped", candidate.chain, f"without stage {stage}", timestamp())
+        before = champion(head)
+        served = None if ungated else _served(head, before, store, stage)
+        candidate = drop_candidate(store, before, stage)
+        judged = None
+        if candidate.remains and served is not None:
+            data = next(s.data for s in before.stages if s.name == stage)
+            judged = gate_derived(store, before, candidate.stage, served, data, settings, console)
+            render_retrain.verdict(console, judged)
+        passed = judged is None or judged.passed
+        if passed:
+            head = promoted(head, "dropped", candidate.chain, f"without stage {stage}", timestamp())
         now = champion(head)
-        record.log("drop", stage=stage, champion=now.id, key=now.key, remains=candidate.remains)
+        facts = {"stage": stage, "key": candidate.stage.key, "remains": candidate.remains, "gated": judged is not None}
+        record.log("drop", outcome="promoted" if passed else "rejected", champion=now.id, **facts)
         record.set_head(head)
     console.print(f"{run}: serves: {describe(now)}", highlight=False)
     for sentence in _verdict(stage, candidate):
         console.print(sentence, highlight=False)
-    console.print("not gated: whether the model got worse has not been measured; lifelong-moe rollback undoes this.")
-    result = {"run": run, "champion": now.id, "kind": now.kind, "key": now.key}
-    return {**result, "derived": "derived" in candidate.stage.config, "remains": candidate.remains, "gated": False}
+    result = {"run": run, "champion": now.id, "kind": now.kind, "outcome": "promoted" if passed else "rejected"}
+    if judged is not None and not passed:
+        console.print(f"rejected: {judged.reasons[0]} --no-gate lets it serve nevertheless.", highlight=False)
+    elif judged is None and candidate.remains:
+        console.print("not gated: whether the model got worse was not measured; lifelong-moe rollback undoes this.")
+    return {**result, "derived": "derived" in candidate.stage.config, **facts}
+
+
+def _served(head: Head, version: Version, store: StageStore, stage: str) -> ServedData | None:
+    """What a gate would read; None where none is needed.
+
+    Raises:
+        ConfigError: If the text is not to be had.
+    """
+    chain = [store.get(s.key).config for s in version.stages]
+    names = [s.name for s in version.stages]
+    if stage not in names or names.index(stage) in (0, len(names) - 1) or not what_remains(chain, stage):
+        return None
+    try:
+        return served_data(head, version, store)
+    except LifelongError as error:
+        raise ConfigError(
+            f"the gate of drop cannot read the run's text ({error}). --no-gate drops without it."
+        ) from None
 
 
 def _verdict(stage: str, candidate: Candidate) -> list[str]:

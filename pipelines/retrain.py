@@ -7,6 +7,7 @@ killed is done again by the next one, which does again only what was not committ
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from lifelong_moe.data.documents import Corpus
 from lifelong_moe.data.shards import tokenize_documents
 from lifelong_moe.data.sources import read_corpus
 from lifelong_moe.data.tokenizer import Tokenizer
-from lifelong_moe.errors import ConfigError
+from lifelong_moe.errors import ConfigError, LifelongError
 from lifelong_moe.methods.retraining import Retraining, load_retraining
 from lifelong_moe.retraining.decision import Action
 from lifelong_moe.stages.lock import locked
@@ -54,14 +55,54 @@ class Tick:
         now = champion(self.head)
         serves = {"version": now.id, "stage": now.stages[-1].name, "key": now.key}
         result = {"outcome": outcome, "reason": reason, "champion": serves, **fields}
-        self.record.log("tick", **result)
+        last = {"outcome": outcome, "reason": reason, "batch": fields.get("batch")}
+        before = self.head.get("last_tick", {})
+        # A batch that waits for a higher limit is told of once, not every night.
+        again = outcome == "over budget" and last == {key: before.get(key) for key in last}
+        if not again:
+            self.record.log("tick", **result)
         result |= {"run": self.record.run, "at": timestamp()}
-        self.head["last_tick"] = {key: result[key] for key in ("at", "outcome", "reason")}
+        self.head["last_tick"] = {"at": result["at"], **last}
         self.record.set_head(self.head)
         render_retrain.outcome(self.console, result)
-        if outcome != "idle":
+        if outcome != "idle" and not again:
             hooks.tell(self.retraining.settings.hooks, result)
         return result
+
+    def fail(self, error: BaseException) -> None:
+        """Note a failure in ledger and head as they were committed, and tell the hooks.
+
+        What a person must mend (exit code 2) is only told: it writes nothing.
+        """
+        failure = {"outcome": "failed", "error": type(error).__name__, "reason": str(error)}
+        code = error.exit_code if isinstance(error, LifelongError) else 1
+        if code != ConfigError.exit_code:
+            with suppress(OSError, LifelongError):  # on a full disk the error that filled it is the one to tell
+                self.record.log("tick", **failure, exit_code=code)
+                last = {"at": timestamp(), "outcome": "failed", "reason": str(error)}
+                self.record.set_head({**require_head(ROOT, self.record.run), "last_tick": last})
+        hooks.tell(self.retraining.settings.hooks, {**failure, "run": self.record.run, "at": timestamp()})
+
+    def trained(self, stage: CommittedStage) -> None:
+        """Note a stage in the ledger, once."""
+        if stage.key not in self.record.logged("stage", "key"):
+            self.record.log("stage", name=stage.name, key=stage.key)
+
+    def reopen(self, prefix: str) -> None:
+        """Forget the decision about a batch, so that its documents are new again.
+
+        Raises:
+            ConfigError: If no skipped or rejected batch, or more than one, begins so.
+        """
+        batches = self.head.get("batches", {})
+        closed = {key: batch for key, batch in batches.items() if batch["outcome"] != "promoted"}
+        found = [key for key, batch in closed.items() if prefix in (batch["name"], key[: len(prefix)])]
+        if len(found) != 1:
+            known = ", ".join(f"{b['name']} ({b['outcome']})" for b in closed.values()) or "none"
+            raise ConfigError(f"--reopen {prefix}: names {len(found)} batches; those that can be reopened: {known}.")
+        self.head["batches"] = {key: batch for key, batch in batches.items() if key != found[0]}
+        self.record.log("reopen", batch=found[0], name=closed[found[0]]["name"])
+        self.record.set_head(self.head)
 
     def settle(self, new: NewDocuments, outcome: str, reason: str) -> None:
         """A decision about a batch: its documents are not looked at again."""
@@ -71,7 +112,12 @@ class Tick:
 
 
 def retrain(
-    config_path: str, overrides: list[str], dry_run: bool, plan_path: str | None, console: Console
+    config_path: str,
+    overrides: list[str],
+    dry_run: bool,
+    plan_path: str | None,
+    console: Console,
+    reopen: str | None = None,
 ) -> dict[str, Any]:
     """Do one tick; returns its outcome.
 
@@ -81,6 +127,7 @@ def retrain(
         dry_run: Write and print the plan, and stop.
         plan_path: A plan that a dry run wrote, to be carried out as it stands.
         console: Where people read.
+        reopen: Name, or beginning of the hash, of a skipped or rejected batch to look at again.
 
     Raises:
         ConfigError: If the configuration is wrong, or the run does not exist.
@@ -98,7 +145,15 @@ def retrain(
             record.clean()
             store.clean()
             head = with_versions(store, require_head(ROOT, record.run))
-            return _tick(Tick(retraining, record, head, console), interrupt, dry_run, plan_path)
+            tick = Tick(retraining, record, head, console)
+            try:
+                if reopen is not None:
+                    tick.reopen(reopen)
+                return _tick(tick, interrupt, dry_run, plan_path)
+            except Exception as error:
+                if not dry_run:
+                    tick.fail(error)
+                raise
 
 
 def _tick(tick: Tick, interrupt: Interrupt, dry_run: bool, plan_path: str | None) -> dict[str, Any]:
@@ -168,12 +223,13 @@ def _carry_out(
     stage, judged = None, None
     if dry_run:
         outcome, reason = "planned", f"{plan.action} is what a tick would do now"
-    elif plan.candidate is None:
-        outcome, reason = "skipped", plan.facts["decision"]["reasons"][-1].removeprefix("Skip: ").rstrip(".")
     elif plan.exceeded:
         outcome, reason = "over budget", plan.exceeded[0].rstrip(".")
+    elif plan.candidate is None:
+        outcome, reason = "skipped", plan.facts["decision"]["reasons"][-1].removeprefix("Skip: ").rstrip(".")
     else:
         stage = bench.train(plan.candidate, mlflow.curves, mlflow.run_id)
+        tick.trained(stage)
         mlflow.candidate(stage, plan.facts)
         best = with_best(bench, plan.candidate, [bench.parent], tick.head.get("best", {}))
         judged = gate(bench, plan.candidate, stage, best)

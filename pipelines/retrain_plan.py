@@ -70,16 +70,43 @@ def make_plan(bench: Bench, batch: str, head: dict[str, Any]) -> TickPlan:
     with bench.console.status(f"{bench.new}: measuring drift"):
         drifts, nearest = measure_batch(bench, grows, settings.drift, seed)
     continues = bench.plan(nearest)
-    drifted, room = has_drifted(drifts), _has_room(bench.retraining, grows)
-    probes = {
-        Action.continue_: _probe(bench, continues, nearest),
-        Action.grow: _probe(bench, grows, None) if drifted and room else None,
-    }
+    drifted = has_drifted(drifts)
+    ways = [bench.plan(None, grow=way) for way in settings.probe.grow] or [grows]
+    rooms = [_has_room(bench.retraining, way) for way in ways]
+    # What cannot be afforded is not probed either; of the cheapest way it is said why.
+    growing = [way for way, room in zip(ways, rooms, strict=True) if drifted and room]
+    over = {way.planned.key: _exceeded(bench, _stage_facts(bench, way), head) for way in (continues, *growing)}
+    affordable = [way for way in growing if not over[way.planned.key]]
+    exceeded = [] if affordable or not over[continues.planned.key] else over[continues.planned.key]
+    continued = None if over[continues.planned.key] else _probe(bench, continues, nearest)
+    probed = {_way(way): (_probe(bench, way, None), way) for way in affordable}
     decision = decide(
-        continued=probes[Action.continue_], grown=probes[Action.grow], drifted=drifted, config=settings.decision
+        continued=continued,
+        grown={name: probe for name, (probe, _) in probed.items()},
+        drifted=drifted,
+        config=settings.decision,
     )
-    chosen = {Action.skip: None, Action.continue_: continues, Action.grow: grows}[decision.action]
-    return TickPlan(_facts(bench, batch, head, drifts, decision, chosen, room), chosen)
+    chosen = {Action.skip: None, Action.continue_: continues}.get(decision.action)
+    if decision.action == Action.grow:
+        chosen = probed[decision.way][1]
+    notes = [] if all(rooms) else [_full(settings.limits.experts)]
+    notes += [f"{_way(way)} is not considered: {over[way.planned.key][0]}" for way in growing if way not in affordable]
+    return TickPlan(_facts(bench, batch, drifts, decision, chosen, notes, exceeded), chosen)
+
+
+def _way(grows: Candidate) -> str:
+    """How a stage grows, in words."""
+    generation = grows.planned.architecture.generations[-1]
+    where = "" if generation.layers is None else f" in layers {', '.join(map(str, generation.layers))}"
+    return f"Growing by {generation.experts} experts{where}"
+
+
+def _full(limit: int | None) -> str:
+    return (
+        f"Growing is not considered where a layer would have more than limits.experts={limit} experts. Raise the "
+        f"limit, merge similar experts (lifelong-moe consolidate), or drop a stage that is no longer needed "
+        f"(lifelong-moe drop)."
+    )
 
 
 def read_plan(path: Path) -> dict[str, Any]:
@@ -114,7 +141,7 @@ def check_plan(path: Path, bench: Bench, batch: str) -> TickPlan:
             raise StalePlanError(f"{path}: made for {what} {before[:SHORT]}, which is {after[:SHORT]} now; plan again.")
     if timestamp() > expires:
         raise StalePlanError(f"{path}: expired at {expires}; plan again.")
-    candidate = None if stage is None else bench.plan(stage["continues"])
+    candidate = None if stage is None else bench.plan(stage["continues"], grow=stage["grow"])
     if candidate is not None and candidate.planned.key != stage["key"]:
         raise StalePlanError(f"{path}: its stage would be another one now; plan again.")
     return TickPlan(facts, candidate)
@@ -130,12 +157,16 @@ def _has_room(retraining: Retraining, grows: Candidate) -> bool:
     return most is None or grows.planned.architecture.num_experts <= most
 
 
+def _probe_tokens(bench: Bench, candidate: Candidate) -> int:
+    batch_tokens = candidate.planned.spec.optim.batch_tokens
+    return (
+        max(2, round(bench.retraining.settings.probe.fraction * candidate.planned.tokens / batch_tokens)) * batch_tokens
+    )
+
+
 def _probe(bench: Bench, candidate: Candidate, continues: str | None) -> ProbeResult:
     """Train a short version of a candidate and hold it against the champion."""
-    spec = candidate.planned.spec
-    batch_tokens = spec.optim.batch_tokens
-    steps = max(2, round(bench.retraining.settings.probe.fraction * candidate.planned.tokens / batch_tokens))
-    short = bench.plan(continues, steps * batch_tokens)
+    short = bench.plan(continues, _probe_tokens(bench, candidate), candidate.grow)
     stage = bench.train(short, lambda points: None, None)
     seed, new, before = short.config.seed, bench.new, bench.parent
 
@@ -161,19 +192,13 @@ def _probe(bench: Bench, candidate: Candidate, continues: str | None) -> ProbeRe
 def _facts(
     bench: Bench,
     batch: str,
-    head: dict[str, Any],
     drifts: dict[str, Drift],
     decision: Decision,
     chosen: Candidate | None,
-    room: bool,
+    notes: list[str],
+    exceeded: list[str],
 ) -> dict[str, Any]:
     settings, corpus = bench.retraining.settings, bench.texts[bench.new]
-    reasons = list(decision.reasons)
-    if not room:
-        reasons.append(
-            f"Growing is not considered: a layer would have more than limits.experts={settings.limits.experts} "
-            f"experts. Raise the limit, or drop a stage that is no longer needed (lifelong-moe drop)."
-        )
     stage = None if chosen is None else _stage_facts(bench, chosen)
     return {
         "run": bench.retraining.run,
@@ -188,11 +213,11 @@ def _facts(
         "decision": {
             "action": decision.action.value,
             "terms": _finite(decision.terms),
-            "reasons": reasons,
+            "reasons": [*notes, *decision.reasons],
         },
         "stage": stage,
         "limits": dataclasses.asdict(settings.limits),
-        "exceeded": [] if stage is None else _exceeded(bench.retraining, stage, head),
+        "exceeded": exceeded,
         "gate": dataclasses.asdict(settings.gate),
         "reads": [stage.key for stage in bench.champion.stages],
         "stages": [] if stage is None else [stage["key"]],
@@ -206,7 +231,9 @@ def _stage_facts(bench: Bench, chosen: Candidate) -> dict[str, Any]:
         "name": planned.spec.name,
         "key": planned.key,
         "continues": planned.spec.continues,
+        "grow": chosen.grow,
         "tokens": planned.tokens,
+        "probe_tokens": _probe_tokens(bench, chosen),
         "active_flops": planned.flops,
         "experts_per_layer": planned.architecture.num_experts,
         "parameters_total": planned.parameters.total,
@@ -217,12 +244,13 @@ def _stage_facts(bench: Bench, chosen: Candidate) -> dict[str, Any]:
     }
 
 
-def _exceeded(retraining: Retraining, stage: dict[str, Any], head: dict[str, Any]) -> list[str]:
-    limits = retraining.settings.limits
+def _exceeded(bench: Bench, stage: dict[str, Any], head: dict[str, Any]) -> list[str]:
+    limits = bench.retraining.settings.limits
+    probes = 1 + max(1, len(bench.retraining.settings.probe.grow))
     week = timestamp(time.time() - 7 * 86400)
     lately = sum(v["kind"] == "promoted" and v["at"] > week for v in head["versions"])
     spent = {
-        "tokens": stage["tokens"],
+        "tokens": stage["tokens"] + probes * stage["probe_tokens"],
         "hours": stage["hours"],
         "disk_bytes": stage["disk_bytes"],
         "promotions_per_week": lately + 1,

@@ -70,17 +70,21 @@ def write_retraining(**sections: Any) -> None:
     Path("retrain.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
 
 
-def tick(*overrides: str, dry_run: bool = False, plan: str | None = None) -> dict[str, Any]:
+def tick(*overrides: str, dry_run: bool = False, plan: str | None = None, reopen: str | None = None) -> dict[str, Any]:
     """One tick in this process."""
-    return tick_and_text(*overrides, dry_run=dry_run, plan=plan)[0]
+    return tick_and_text(*overrides, dry_run=dry_run, plan=plan, reopen=reopen)[0]
 
 
 def tick_and_text(
-    *overrides: str, dry_run: bool = False, plan: str | None = None, config: str = "retrain.yaml"
+    *overrides: str,
+    dry_run: bool = False,
+    plan: str | None = None,
+    reopen: str | None = None,
+    config: str = "retrain.yaml",
 ) -> tuple[dict[str, Any], str]:
     """One tick, and what it printed."""
     printed = io.StringIO()
-    result = retrain(config, list(overrides), dry_run, plan, Console(file=printed, width=1000))
+    result = retrain(config, list(overrides), dry_run, plan, Console(file=printed, width=1000), reopen)
     json.dumps(result, allow_nan=False)
     return result, printed.getvalue()
 

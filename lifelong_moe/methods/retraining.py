@@ -8,7 +8,7 @@ addresses the base.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,8 @@ class NewStage:
     """Stage whose experts train on; None grows."""
     tokens: int | None = None
     """Other than configured, for a probe."""
+    grow: Mapping[str, Any] | None = None
+    """Settings of growth over the configured ones."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,8 @@ class Retraining:
         own: dict[str, Any] = {"data": stage.name, "name": stage.name, "continues": stage.continues}
         if stage.tokens is not None:
             own["tokens"] = stage.tokens
+        if stage.grow is not None and stage.continues is None:
+            own["grow"] = dict(stage.grow)
         merged = OmegaConf.merge(settings.stage, overlay, own)
         return OmegaConf.to_container(merged)  # type: ignore[return-value]
 
@@ -182,11 +186,13 @@ def _settings(raw: DictConfig) -> RetrainConfig:
 
 def _check_stages(retraining: Retraining, names: list[str]) -> None:
     """Build both kinds of stage once, so that a mistake in the file is found before anything is read."""
-    for what, continues in (("when_growing", None), ("when_continuing", names[0])):
+    ways = [(f"probe.grow[{i}]", None, way) for i, way in enumerate(retraining.settings.probe.grow)]
+    for what, continues, grow in (("when_growing", None, None), ("when_continuing", names[0], None), *ways):
         try:
-            config = retraining.config(names, [NewStage(BATCH_NAME, "inbox.jsonl", continues)])
+            config = retraining.config(names, [NewStage(BATCH_NAME, "inbox.jsonl", continues, None, grow)])
         except ConfigError as error:
             message = str(error).replace(f"stages[{len(names)}]", what)
             raise ConfigError(f"{message} (of a stage that retraining adds)") from None
         if continues is None and not config.stages[-1].grow.experts:
-            raise ConfigError("when_growing.grow.experts=0 adds no experts; set it above 0.")
+            key = f"{what}.grow" if grow is None else what
+            raise ConfigError(f"{key}.experts=0 adds no experts; set it above 0.")

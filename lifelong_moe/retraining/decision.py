@@ -9,6 +9,8 @@ What it does not have is order, so each probe is also scored on the new document
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -50,10 +52,12 @@ class Decision:
     """Every number that counted, such as ``grow/gain``; utilities and what they are made of in nats per token."""
     reasons: list[str]
     """For a person: a sentence on each action that was considered, and one on the choice."""
+    way: str = ""
+    """Which of several ways to grow was the best."""
 
 
 def decide(
-    *, continued: ProbeResult | None, grown: ProbeResult | None, drifted: bool, config: DecisionConfig
+    *, continued: ProbeResult | None, grown: Mapping[str, ProbeResult], drifted: bool, config: DecisionConfig
 ) -> Decision:
     """Choose the action of largest utility; skipping has 0, and wins a tie as the cheaper action does.
 
@@ -63,15 +67,21 @@ def decide(
 
     Args:
         continued: Probe that continued the experts there are; None if it was not made.
-        grown: Probe with new experts; None if it was not made, such as without drift.
+        grown: Probes with new experts, by a name in words ("Growing by 4 experts"); none without drift.
         drifted: Whether the new documents come from elsewhere.
         config: Prices and limits.
     """
-    probes = {Action.continue_: continued, Action.grow: grown if drifted else None}
+    way = _best_way(grown, config) if drifted else ""
+    probes = {Action.continue_: continued, Action.grow: grown.get(way)}
     terms = {"drifted": float(drifted), "skip/utility": 0.0}
     reasons = [] if drifted else ["Growing is not considered: the new data did not drift."]
     best, highest = Action.skip, 0.0
     obstacles: list[str] = []
+    if len(grown) > 1 and drifted:
+        for name, tried in grown.items():
+            parts = utility_terms(tried, config)
+            terms |= {f"{_slug(name)}/{term}": value for term, value in parts.items()}
+            reasons.append(f"{name}: utility {parts['utility']:.4f}{', the best of the ways to grow' * (name == way)}.")
     for action, probe in probes.items():
         if probe is None:
             continue
@@ -82,7 +92,22 @@ def decide(
         reasons.append(_account(action, parts, obstacle))
         if obstacle is None and parts["utility"] > highest:
             best, highest = action, parts["utility"]
-    return Decision(best, terms, [*reasons, _choice(best, highest, obstacles)])
+    return Decision(best, terms, [*reasons, _choice(best, highest, obstacles)], way)
+
+
+def _best_way(grown: Mapping[str, ProbeResult], config: DecisionConfig) -> str:
+    """The way to grow of largest utility, ruled-out ones last; of equals the first. Empty if there is none."""
+
+    def worth(name: str) -> tuple[bool, float]:
+        utility = utility_terms(grown[name], config)["utility"]
+        return _obstacle(grown[name], utility, config) is None, utility if math.isfinite(utility) else -math.inf
+
+    return max(grown, key=worth, default="")
+
+
+def _slug(name: str) -> str:
+    """A name that may stand in a metric's."""
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
 
 
 def utility_terms(probe: ProbeResult, config: DecisionConfig) -> dict[str, float]:

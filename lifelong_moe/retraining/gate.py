@@ -168,6 +168,24 @@ def judge(
     return Verdict([*checks, _frozen(changed_frozen), *_leaks(leaks, config)])
 
 
+def unharmed(
+    *, after: Mapping[str, DocumentLosses], before: Mapping[str, DocumentLosses], config: GateConfig, seed: int
+) -> Verdict:
+    """Hold a version that learned nothing new against the one before it: each of K distributions loses at most
+    ``tolerance``, with confidence ``1 - level / K``.
+
+    Args:
+        after: Losses of the new version on each distribution.
+        before: Those of the old one, on the same documents.
+        config: Limits.
+        seed: Of the bootstraps.
+    """
+    checks = [
+        check for name in after for check in _losses(name, after[name], before[name], None, len(after), config, seed)
+    ]
+    return Verdict(checks)
+
+
 def _gain(after: DocumentLosses, before: DocumentLosses, config: GateConfig, seed: int) -> Check:
     gain = -difference(after, before, level=config.level, resamples=config.resamples, seed=seed)
     passed = gain.lower >= config.min_gain
@@ -185,7 +203,7 @@ def _losses(
     name: str,
     after: DocumentLosses,
     before: DocumentLosses,
-    best: DocumentLosses,
+    best: DocumentLosses | None,
     num_old: int,
     config: GateConfig,
     seed: int,
@@ -195,6 +213,8 @@ def _losses(
         ("step", before, "the version before", config.tolerance),
         ("ratchet", best, "its best version", RATCHET * config.tolerance),
     ):
+        if other is None:
+            continue
         lost = difference(after, other, level=config.level / num_old, resamples=config.resamples, seed=seed)
         passed = lost.upper <= limit
         yield Check(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from lifelong_moe.errors import ConfigError
 
@@ -60,6 +61,10 @@ class ProbeConfig:
 
     fraction: float = 0.02
     """Tokens of a probe, as a share of the stage's."""
+    grow: list[dict[str, Any]] = field(default_factory=list)
+    """Ways to grow, each tried by a probe of its own, over the configured ``grow`` settings: such as
+    ``[{experts: 2}, {experts: 4}]``, or ``{experts: 2, layers: [2, 3]}``. The one of largest utility is proposed; by
+    default only the configured one is tried."""
 
     def __post_init__(self) -> None:
         if not 0.0 < self.fraction <= 1.0:
@@ -68,10 +73,11 @@ class ProbeConfig:
 
 @dataclass(kw_only=True)
 class LimitsConfig:
-    """What a tick may spend; null is no limit. What exceeds one is not begun, and the tick says so (exit 4)."""
+    """What a tick may spend; null is no limit. What would exceed one is not begun, not even
+    a probe, and the tick says so (exit 4)."""
 
     tokens: int | None = None
-    """Training tokens of the stage; those of its probes come on top, and are spent before this is known."""
+    """Training tokens of the stage and of all probes."""
     hours: float | None = None
     """Estimated device-hours of training, by the speed of the champion's last stage."""
     disk_bytes: int | None = None

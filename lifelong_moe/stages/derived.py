@@ -1,4 +1,4 @@
-"""Stages that were not trained but derived from another: a generation taken out of a model.
+"""Stages that were not trained but derived from another: a generation taken out of a model, or experts merged.
 
 A derived stage has an address like any other, made of what it derives from and how. Its ``config.json`` holds the same
 under ``derived``, the stage it derives from as ``parent``, and that stage's ``spec``, which says what the model still
@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.growth.remove import remove_generation
@@ -41,17 +42,39 @@ def derived_stage(store: StageStore, source: CommittedStage, name: str) -> Commi
     before = Architecture.from_json(source.config["architecture"])
     tensors = store.tensors(source)
     architecture, left = remove_generation(before, tensors, generation_of(before, name))
+    return commit_derived(store, source, identity, f"{name}.dropped", architecture, left)
+
+
+def commit_derived(
+    store: StageStore,
+    source: CommittedStage,
+    identity: Mapping[str, Any],
+    name: str,
+    architecture: Architecture,
+    left: Mapping[str, Tensor],
+) -> CommittedStage:
+    """Commit a model that was made of another's tensors.
+
+    Args:
+        store: Where the stages are.
+        source: Whose tensors they were; of these the ones that keep name and bits are borrowed.
+        identity: What it derives from and how: its address.
+        name: The stage's name.
+        architecture: Of the model.
+        left: Its tensors.
+    """
+    key, tensors = content_key(identity), store.tensors(source)
     with torch.device("meta"):
         expected = set(LanguageModel(architecture).state_dict())
     expected -= {"head.weight"} if architecture.model.tie_embeddings else set()
     assert set(left) == expected, sorted(set(left) ^ expected)
-    same = [n for n in left if n in tensors and left[n] is tensors[n]]
+    same = [n for n in left if n in tensors and torch.equal(left[n], tensors[n])]
     borrowed = {n: store.holder(source, n) for n in same}
     config = {
         "key": key,
-        "name": f"{name}.dropped",
+        "name": name,
         "parent": source.key,
-        "derived": identity,
+        "derived": dict(identity),
         "spec": source.config["spec"],
         "architecture": architecture.to_json(),
         "data": {},

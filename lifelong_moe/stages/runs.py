@@ -62,6 +62,12 @@ class RunRecord:
             file.flush()
             os.fsync(file.fileno())
 
+    def logged(self, event: str, field: str) -> list[Any]:
+        """A field of all the ledger's lines of an event, in order."""
+        path = self.path / "ledger.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        return [line.get(field) for line in map(json.loads, lines) if line["event"] == event]
+
     def clean(self) -> int:
         """Remove what killed processes left half written."""
         return remove_temporary(self.path)

@@ -14,7 +14,7 @@ from rich.console import Console
 import pipelines.retrain as story
 from lifelong_moe.data.batches import BatchStore
 from lifelong_moe.data.documents import Document
-from lifelong_moe.errors import ConfigError, DataError, LockedError, StalePlanError
+from lifelong_moe.errors import ConfigError, DataError, DivergedError, LockedError, StalePlanError
 from lifelong_moe.stages.lock import locked
 from lifelong_moe.stages.runs import RunRecord
 from lifelong_moe.stages.store import StageStore
@@ -201,8 +201,10 @@ def test_growth_stops_at_the_limit_of_experts() -> None:
 )
 def test_over_budget_nothing_is_trained_and_the_batch_stays_open(limit: str, said: str) -> None:
     arrive("sea")
+    before = stages()
     result = tick(f"limits.{limit}")
     assert result["outcome"] == "over budget" and said in result["reason"]
+    assert stages() == before  # no probe either
     assert head()["champion"] == 0 and "batches" not in head()
     assert story.EXIT_CODES[result["outcome"]] == 4
     assert tick()["outcome"] == "promoted"
@@ -214,6 +216,101 @@ def test_promotions_a_week_are_limited(after_growth: Path) -> None:
     result = tick("limits.promotions_per_week=1")
     assert result["outcome"] == "over budget"
     assert result["reason"] == "limits.promotions_per_week=1 would be exceeded: 2"
+
+
+def test_over_budget_is_told_of_once(tmp_path: Path) -> None:
+    arrive("sea")
+    told = tmp_path / "told"
+    write_retraining(hooks={"command": ["sh", "-c", f"cat >> {told}; echo >> {told}"]})
+    assert [tick("limits.tokens=1000")["outcome"] for _ in range(3)] == ["over budget"] * 3
+    assert len(told.read_text().splitlines()) == 1 and [line["event"] for line in ledger()].count("tick") == 1
+    tick("limits.tokens=1001")  # another reason
+    assert len(told.read_text().splitlines()) == 2
+
+
+def test_ways_to_grow_are_tried_and_the_best_is_taken() -> None:
+    arrive("sea")
+    write_retraining(probe={"grow": [{"experts": 2}, {"experts": 4}]}, decision={"parameter_weight": 0.0})
+    result, text = tick_and_text(dry_run=True)
+    plan = json.loads(Path(result["plan"]).read_text(encoding="utf-8"))
+    terms = plan["decision"]["terms"]
+    utilities = {n: terms[f"growing_by_{n}_experts/utility"] for n in (2, 4)}
+    best = max(utilities, key=utilities.__getitem__)
+    assert terms["grow/utility"] == utilities[best] and plan["stage"]["grow"] == {"experts": best}
+    assert f"Growing by {best} experts: utility {utilities[best]:.4f}, the best of the ways to grow." in text
+    write_retraining(probe={"grow": [{"experts": 2}, {"experts": 4}]}, decision={"parameter_weight": 9.0})
+    result = tick(dry_run=True)
+    plan = json.loads(Path(result["plan"]).read_text(encoding="utf-8"))
+    assert (
+        plan["decision"]["terms"]["growing_by_4_experts/utility"]
+        < plan["decision"]["terms"]["growing_by_2_experts/utility"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("way", "message"),
+    [
+        ("{experts: 0}", r"probe\.grow\[0\]\..* above 0"),
+        ("{expert: 2}", r"probe\.grow\[0\]\.grow\.expert"),
+    ],
+)
+def test_ways_to_grow_are_checked_first(way: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        tick(f"probe.grow=[{way}]")
+
+
+# Failing
+
+
+def test_a_tick_that_fails_is_noted_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arrive("sea")
+    told = tmp_path / "told"
+    write_retraining(hooks={"command": ["sh", "-c", f"cat > {told}"]})
+    served = head()["stages"]
+
+    def diverge(*args: Any) -> None:
+        raise DivergedError("stage x: loss is not finite")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipelines.candidates.train_stage", diverge)
+        with pytest.raises(DivergedError):
+            tick()
+        with pytest.raises(DivergedError):
+            tick(dry_run=True)  # which notes nothing
+    (line,) = [line for line in ledger() if line["event"] == "tick"]
+    assert (line["outcome"], line["error"], line["exit_code"]) == ("failed", "DivergedError", 6)
+    assert json.loads(told.read_text())["reason"] == "stage x: loss is not finite"
+    assert head()["last_tick"]["outcome"] == "failed" and head()["stages"] == served
+    assert tick()["outcome"] == "promoted"
+    trained = [line for line in ledger() if line["event"] == "stage"]
+    assert [line["key"] for line in trained][-1] == head()["versions"][-1]["stages"][-1]["key"]
+
+
+def test_a_mistake_is_told_and_not_noted(tmp_path: Path) -> None:
+    Path("inbox/bad.jsonl").write_text('{"text": \n', encoding="utf-8")
+    told = tmp_path / "told"
+    write_retraining(hooks={"command": ["sh", "-c", f"cat > {told}"]})
+    before = (ledger(), head())
+    with pytest.raises(DataError):
+        tick()
+    assert json.loads(told.read_text())["error"] == "DataError" and (ledger(), head()) == before
+
+
+# Reopening
+
+
+def test_a_rejected_batch_can_be_looked_at_again(after_growth: Path) -> None:
+    rollback("tiny", None, SILENT)
+    arrive("sea", "more.jsonl", seed=91)
+    first = tick("gate.min_gain=9")
+    assert first["outcome"] == "rejected" and tick()["outcome"] == "idle"
+    with pytest.raises(ConfigError, match=rf"--reopen nothing: names 0 batches; .* {first['data']} \(rejected\)"):
+        tick(reopen="nothing")
+    with pytest.raises(ConfigError, match="names 0 batches"):
+        tick(reopen=next(iter(head()["batches"]))[:8])  # which was promoted
+    result = tick(reopen=first["batch"][:8])
+    assert (result["outcome"], result["batch"]) == ("promoted", first["batch"])
+    assert "reopen" in [line["event"] for line in ledger()]
 
 
 # The gate

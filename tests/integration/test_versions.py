@@ -14,13 +14,15 @@ import torch
 from rich.console import Console
 
 from lifelong_moe.errors import ConfigError, CorruptError, LockedError
+from lifelong_moe.retraining.gate import DocumentLosses
 from lifelong_moe.stages.garbage import collect, find_garbage
 from lifelong_moe.stages.lock import locked
 from lifelong_moe.stages.runs import RunRecord
-from lifelong_moe.stages.store import StageStore
+from lifelong_moe.stages.store import CommittedStage, StageStore
 from lifelong_moe.stages.versions import Head, VersionStage, base_stages, begin, champion, promoted
 from lifelong_moe.training.stage import load_model
 from pipelines import trace
+from pipelines.candidates import Bench, ServedData
 from pipelines.drop import drop
 from pipelines.gc import gc
 from pipelines.inspectors import status
@@ -120,7 +122,7 @@ def test_dropping_the_newest_stage_is_as_if_it_had_never_been() -> None:
 def test_dropping_an_older_stage_derives_a_model_without_its_experts() -> None:
     before = bits()
     result = drop("tiny", "code", SILENT)
-    assert result["derived"] and result["remains"] and not result["gated"]
+    assert result["derived"] and result["remains"] and result["gated"] and result["outcome"] == "promoted"
     store = StageStore(MLRUNS)
     full, without = store.chain(result["key"])[-2:]
     assert all(bits()[path] == content for path, content in before.items())  # published stages never change
@@ -131,6 +133,38 @@ def test_dropping_an_older_stage_derives_a_model_without_its_experts() -> None:
     assert len(ours) == 6 and torch.equal(ours[4].gate_up, theirs[6].gate_up)
     assert drop("tiny", "sea", SILENT)["derived"]  # no longer the newest of this version
     assert [g.stage for g in load_model(store, store.get(head()["stages"][-1])).architecture.generations] == ["fruit"]
+
+
+def test_a_drop_that_harms_other_text_does_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, measured = ["fruit", "code", "sea"], Bench.losses
+
+    def worse(self: Bench, stage: CommittedStage, served: ServedData, name: str) -> DocumentLosses:
+        losses = measured(self, stage, served, name)
+        lost = losses.tokens * 0.5 if "derived" in stage.config and name == "sea" else 0
+        assert name != "code"  # what is to be forgotten does not count
+        return DocumentLosses(losses.nats + lost, losses.tokens, losses.sources)
+
+    monkeypatch.setattr(Bench, "losses", worse)
+    result = drop("tiny", "code", SILENT)
+    assert (result["outcome"], served()) == ("rejected", before)
+    assert StageStore(MLRUNS).find(result["key"]) is not None  # it can be inspected
+    line = json.loads(Path("mlruns/runs/tiny/ledger.jsonl").read_text().splitlines()[-1])
+    assert (line["event"], line["outcome"], line["stage"]) == ("drop", "rejected", "code")
+    assert drop("tiny", "code", SILENT, ["gate.tolerance=1"])["outcome"] == "promoted"
+    rollback("tiny", None, SILENT)
+    assert drop("tiny", "code", SILENT, ungated=True)["outcome"] == "promoted"
+    assert served() == [*before, "code.dropped"]
+
+
+def test_what_the_gate_cannot_read_is_not_dropped_unless_it_must() -> None:
+    Path("fruit.jsonl").unlink()
+    before = head()
+    with pytest.raises(ConfigError, match=r"the gate of drop cannot read the run's text .*--no-gate"):
+        drop("tiny", "code", SILENT)
+    assert head() == before
+    with pytest.raises(ConfigError, match=r"only gate\.KEY=VALUE"):
+        drop("tiny", "code", SILENT, ["seed=1"])
+    assert drop("tiny", "code", SILENT, ungated=True)["gated"] is False
 
 
 @pytest.mark.parametrize(

@@ -39,35 +39,35 @@ def test_forgetting_within_the_tolerance_costs_nothing_and_less_than_none_earns_
 
 def test_the_larger_utility_wins() -> None:
     grown = replace(GOOD, gain=0.6, parameters_fraction=0.5)  # 0.6 - 0.05 - 0.01 = 0.54 against 0.49
-    assert decide(continued=GOOD, grown=grown, drifted=True, config=CONFIG).action == Action.grow
+    assert decide(continued=GOOD, grown={"Growing": grown}, drifted=True, config=CONFIG).action == Action.grow
     dear = replace(grown, parameters_fraction=1.5)  # 0.44
-    assert decide(continued=GOOD, grown=dear, drifted=True, config=CONFIG).action == Action.continue_
+    assert decide(continued=GOOD, grown={"Growing": dear}, drifted=True, config=CONFIG).action == Action.continue_
 
 
 def test_equal_utilities_go_to_the_smaller_action() -> None:
-    assert decide(continued=GOOD, grown=GOOD, drifted=True, config=CONFIG).action == Action.continue_
+    assert decide(continued=GOOD, grown={"Growing": GOOD}, drifted=True, config=CONFIG).action == Action.continue_
     nothing = replace(GOOD, gain=0.01)  # its cost is 0.01
-    assert decide(continued=nothing, grown=None, drifted=True, config=CONFIG).action == Action.skip
+    assert decide(continued=nothing, grown={}, drifted=True, config=CONFIG).action == Action.skip
 
 
 def test_growing_needs_drift() -> None:
     grown = replace(GOOD, gain=5.0)
-    found = decide(continued=GOOD, grown=grown, drifted=False, config=CONFIG)
+    found = decide(continued=GOOD, grown={"Growing": grown}, drifted=False, config=CONFIG)
     assert found.action == Action.continue_ and found.terms["drifted"] == 0.0
     assert not any(name.startswith("grow/") for name in found.terms)
     assert found.reasons[0] == "Growing is not considered: the new data did not drift."
-    assert decide(continued=None, grown=grown, drifted=False, config=CONFIG).action == Action.skip
+    assert decide(continued=None, grown={"Growing": grown}, drifted=False, config=CONFIG).action == Action.skip
 
 
 def test_without_probes_there_is_nothing_to_do() -> None:
-    found = decide(continued=None, grown=None, drifted=True, config=CONFIG)
+    found = decide(continued=None, grown={}, drifted=True, config=CONFIG)
     assert found.action == Action.skip and found.terms == {"drifted": 1.0, "skip/utility": 0.0}
     assert found.reasons == ["Skip: no action is worth more than nothing."]
 
 
 def test_each_condition_rules_out_what_it_should() -> None:
     def action(**changes: float) -> Action:
-        return decide(continued=replace(GOOD, **changes), grown=None, drifted=False, config=CONFIG).action
+        return decide(continued=replace(GOOD, **changes), grown={}, drifted=False, config=CONFIG).action
 
     assert action() == Action.continue_
     assert action(gain_lower=0.0101) == Action.continue_ and action(gain_lower=0.0099) == Action.skip
@@ -77,7 +77,9 @@ def test_each_condition_rules_out_what_it_should() -> None:
 
 
 def test_what_is_ruled_out_leaves_the_choice_to_the_other() -> None:
-    found = decide(continued=GOOD, grown=replace(GOOD, gain=3.0, structure=0.05), drifted=True, config=CONFIG)
+    found = decide(
+        continued=GOOD, grown={"Growing": replace(GOOD, gain=3.0, structure=0.05)}, drifted=True, config=CONFIG
+    )
     assert found.action == Action.continue_ and found.terms["grow/utility"] > found.terms["continue/utility"]
     assert found.reasons == [
         "Continuing gains 0.5000 nats per token; forgetting costs 0.0000, parameters 0.0000, training 0.0100: utility "
@@ -92,12 +94,12 @@ def test_what_is_ruled_out_leaves_the_choice_to_the_other() -> None:
 @pytest.mark.parametrize("field", [field.name for field in fields(ProbeResult)])
 def test_a_number_that_is_missing_rules_out(field: str) -> None:
     ill = replace(GOOD, **{"gain": 9.0, field: math.nan})
-    assert decide(continued=None, grown=ill, drifted=True, config=CONFIG).action == Action.skip
-    assert decide(continued=GOOD, grown=ill, drifted=True, config=CONFIG).action == Action.continue_
+    assert decide(continued=None, grown={"Growing": ill}, drifted=True, config=CONFIG).action == Action.skip
+    assert decide(continued=GOOD, grown={"Growing": ill}, drifted=True, config=CONFIG).action == Action.continue_
 
 
 def test_terms_are_flat_numbers() -> None:
-    terms = decide(continued=GOOD, grown=GOOD, drifted=True, config=CONFIG).terms
+    terms = decide(continued=GOOD, grown={"Growing": GOOD}, drifted=True, config=CONFIG).terms
     names = list(utility_terms(GOOD, CONFIG))
     assert list(terms) == ["drifted", "skip/utility", *(f"{a}/{n}" for a in ("continue", "grow") for n in names)]
     assert all(type(value) is float for value in terms.values())
@@ -154,7 +156,7 @@ def test_noise_is_skipped_although_its_loss_can_be_lowered() -> None:
         found = probe(draw_documents(np.random.default_rng(seed), order=False), seed)
         assert found.gain_lower > 0.3  # its frequencies are learned, and stay learned
         assert -0.2 < found.structure < 0.05
-        decision = decide(continued=found, grown=found, drifted=True, config=CONFIG)
+        decision = decide(continued=found, grown={"Growing": found}, drifted=True, config=CONFIG)
         assert decision.action == Action.skip and decision.terms["grow/utility"] > 0.3
         assert sum("the text is noise" in reason for reason in decision.reasons[:-1]) == 2
         assert decision.reasons[-1].startswith("Skip: no action is worth more than nothing: the text is noise")
@@ -164,4 +166,4 @@ def test_text_with_order_is_not_taken_for_noise() -> None:
     for seed in range(20):
         found = probe(draw_documents(np.random.default_rng(seed), order=True), seed)
         assert found.structure > 0.8
-        assert decide(continued=None, grown=found, drifted=True, config=CONFIG).action == Action.grow
+        assert decide(continued=None, grown={"Growing": found}, drifted=True, config=CONFIG).action == Action.grow

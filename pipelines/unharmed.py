@@ -1,0 +1,77 @@
+"""The gate of versions that learned nothing new: no distribution may get worse by it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from omegaconf import OmegaConf
+from rich.console import Console
+
+from lifelong_moe.config import apply_override, first_key, section
+from lifelong_moe.errors import ConfigError
+from lifelong_moe.methods.retraining import RetrainConfig, Retraining
+from lifelong_moe.retraining.config import GateConfig
+from lifelong_moe.retraining.gate import Verdict, unharmed
+from lifelong_moe.stages.store import CommittedStage, StageStore
+from lifelong_moe.stages.versions import Head, Version
+from lifelong_moe.training.interrupt import Interrupt
+from pipelines.candidates import Bench, ServedData, served_stages
+from pipelines.novelty import read_texts
+from pipelines.workspace import read_data
+
+
+def read_gate(overrides: Sequence[str]) -> GateConfig:
+    """The gate's settings: defaults, or ``gate.KEY=VALUE``.
+
+    Raises:
+        ConfigError: If an override is for something else.
+    """
+    raw = OmegaConf.create({"gate": {}})
+    for override in overrides:
+        if first_key(override) != "gate":
+            raise ConfigError(f"override {override!r}: only gate.KEY=VALUE can be set here.")
+        apply_override(raw, override)
+    return section(GateConfig, raw.get("gate"), "gate")
+
+
+def served_data(head: Head, version: Version, store: StageStore) -> ServedData:
+    """What a version's distributions are, by the run's own configuration and the batches that it kept.
+
+    Raises:
+        ConfigError, DataError: If their text is not to be had any more.
+    """
+    base: Any = OmegaConf.create(head["config"])
+    retraining = Retraining(RetrainConfig(base=""), base, head["run"])
+    config = retraining.config(*served_stages(version, store))
+    return ServedData(config, read_data(config))
+
+
+def gate_derived(
+    store: StageStore,
+    version: Version,
+    stage: CommittedStage,
+    served: ServedData,
+    without: str | None,
+    config: GateConfig,
+    console: Console,
+) -> Verdict:
+    """Hold a derived stage against the version that it was made of.
+
+    Args:
+        store: Where stages are.
+        version: That serves.
+        stage: That might.
+        served: The version's configuration and data.
+        without: A distribution that does not count: it is meant to be forgotten.
+        config: Limits.
+        console: Where people read.
+    """
+    texts = read_texts(served.config)
+    retraining = Retraining(RetrainConfig(base=""), OmegaConf.create({}), served.config.run)
+    bench = Bench(retraining, version, "", "", texts, store, Interrupt(), console)
+    names = [name for name in served.config.evaluated if name != without]
+    with console.status(f"{stage.name}: at the gate"):
+        after = {name: bench.losses(stage, served, name) for name in names}
+        before = {name: bench.losses(bench.parent, served, name) for name in names}
+    return unharmed(after=after, before=before, config=config, seed=served.config.seed)

@@ -1,0 +1,90 @@
+"""Fewer experts: merged, gated, served or kept aside."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from lifelong_moe.errors import ConfigError
+from lifelong_moe.stages.store import StageStore
+from lifelong_moe.stages.versions import champion
+from lifelong_moe.training.stage import load_model
+from pipelines.consolidate import consolidate
+from pipelines.rollback import rollback
+from tests.retrain_lab import head
+from tests.tiny import tiny_config, train, write_config, write_corpora
+
+SILENT = Console(quiet=True)
+MLRUNS = Path("mlruns")
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of two stages with a learned router."""
+    root = tmp_path_factory.mktemp("consolidate")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        write_corpora(root)
+        write_config(tiny_config(("fruit", "code", "fruit")))
+        train()
+    return root
+
+
+@pytest.fixture(autouse=True)
+def lab(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it to work in."""
+    root = tmp_path / "lab"
+    shutil.copytree(base, root)
+    monkeypatch.chdir(root)
+    return root
+
+
+def served() -> list[str]:
+    return [stage.name for stage in champion(head()).stages]
+
+
+def test_a_stage_with_fewer_experts_serves_and_can_be_undone() -> None:
+    files = {path: path.read_bytes() for path in Path("mlruns/stages").rglob("*") if path.is_file()}
+    result = consolidate("tiny", "fruit", 1, SILENT, ["gate.tolerance=9"])
+    store = StageStore(MLRUNS)
+    before, after = store.chain(result["key"])[-2:]
+    old, new = load_model(store, before), load_model(store, after)
+    first = old.architecture.generations[0].experts
+    assert result["outcome"] == "promoted" and served()[-1] == "fruit.consolidated"
+    assert new.architecture.generations[0].experts == first - 1
+    assert [one["layer"] for one in result["merged"]] == list(range(old.architecture.model.layers))
+    assert torch.equal(new.embedding.weight, old.embedding.weight)  # and is borrowed
+    assert all(path.read_bytes() == content for path, content in files.items())
+    assert json.loads(Path("mlruns/runs/tiny/ledger.jsonl").read_text().splitlines()[-1])["event"] == "consolidate"
+    again = consolidate("tiny", "code", 1, SILENT, ["gate.tolerance=9"])
+    assert served()[-1] == "code.consolidated" and again["key"] != result["key"]
+    rollback("tiny", None, SILENT)
+    rollback("tiny", 0, SILENT)
+    assert consolidate("tiny", "fruit", 1, SILENT, ["gate.tolerance=9"])["key"] == result["key"]  # found again
+
+
+def test_what_gets_worse_does_not_serve() -> None:
+    before = head()["plan"]
+    result = consolidate("tiny", "fruit", 1, SILENT, ["gate.tolerance=0"])
+    assert result["outcome"] == "rejected" and head()["plan"] == before
+    assert StageStore(MLRUNS).find(result["key"]) is not None
+
+
+@pytest.mark.parametrize(
+    ("stage", "experts", "message"),
+    [
+        ("fruit", 2, r"--experts=2: stage fruit has 2 experts a layer"),
+        ("soup", 1, "holds no experts born in stage soup"),
+        ("fruit-2", 1, "must be frozen"),
+    ],
+)
+def test_what_cannot_be_merged(stage: str, experts: int, message: str) -> None:
+    before = head()
+    with pytest.raises(ConfigError, match=message):
+        consolidate("tiny", stage, experts, SILENT)
+    assert head() == before
