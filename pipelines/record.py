@@ -65,6 +65,8 @@ class MlflowRecord:
             return
         if run_id != known:
             self.ids |= {"run": run_id, "stages": {}, "logged": {}}
+        for old in self.ids.pop("replaced", []):
+            self.tracker.replaced(old, run_id)
         self.record.set_head(self.head)
         for name, corpus in self.prepared.data.corpora.items():
             context = "training" if name in {s.data for s in config.stages} else "evaluation"
@@ -244,7 +246,8 @@ def summary_rows(report: dict[str, Any], index: int) -> list[Row]:
         rows.append((f"size/{key}", float(stage[key]), index))
     for key in ("tokens_per_second", "seconds", "active_flops"):
         rows.append((f"usage/{key}", float(stage[key]), index))
-    for key in ("data_fraction", "nonfinite_steps", "new_expert_share", "assignment_churn"):
+    counted = ("nonfinite_steps", "skipped_spikes", "rollbacks")
+    for key in ("data_fraction", *counted, "new_expert_share", "assignment_churn"):
         if key in stage["training"]:
             rows.append((f"usage/{key}", float(stage["training"][key]), index))
     return rows

@@ -254,7 +254,10 @@ def _open_head(record: RunRecord, prepared: Prepared, replace: bool) -> dict[str
             raise ConfigError(_changed(record.run, head, names, keys, data))
     if head is None or replace:
         trained = head["trained"] if head else []
-        head = {"run": record.run, "stages": [], "trained": trained, "mlflow": {}}
+        before = head["mlflow"] if head else {}
+        replaced = [run for run in (before.get("run"), *before.get("stages", {}).values()) if run]
+        mlflow = {"replaced": [*before.get("replaced", []), *replaced]} if replaced else {}
+        head = {"run": record.run, "stages": [], "trained": trained, "mlflow": mlflow}
     head |= {
         "method": prepared.config.method.value,
         "seed": prepared.config.seed,

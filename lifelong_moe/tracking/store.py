@@ -160,6 +160,7 @@ class Store:
             "tag": self._tag,
             "version": self._version,
             "finish": self._finish,
+            "replaced": self._replaced,
         }
         try:
             if asked["do"] == "artifact":
@@ -237,6 +238,14 @@ class Store:
 
     def _finish(self, asked: Operation) -> None:
         self.client.set_terminated(self.resolve(asked["run"]), asked["status"], end_time=asked["time"])
+
+    def _replaced(self, asked: Operation) -> None:
+        run = self.find(asked["run"])
+        if run is None:
+            return
+        self.client.set_tag(run.info.run_id, "lifelong.replaced_by", self.resolve(asked["by"]))
+        if run.info.status == "RUNNING":
+            self.client.set_terminated(run.info.run_id, "KILLED")
 
 
 def chunks(items: Sequence[T], size: int) -> Iterable[Sequence[T]]:

@@ -252,6 +252,15 @@ class Tracker:
         if run_id is not None:
             self._record(operation("finish", run_id, status=status))
 
+    def replaced(self, run_id: str, by: str) -> None:
+        """Say of a run that another took its place, and end it as killed if nobody did.
+
+        Args:
+            run_id: The old run; nothing happens if there is none.
+            by: The new one.
+        """
+        self._record(operation("replaced", run_id, by=by))
+
     def ui_url(self, run_ids: Sequence[str] | None = None) -> str:
         """Link to the charts; for a local database, on the server that ``lifelong-moe ui`` starts.
 

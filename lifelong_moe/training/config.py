@@ -139,7 +139,8 @@ class CheckpointConfig:
     """Step checkpoints within a stage; never part of its key."""
 
     every_steps: int = 50
-    """Steps between two checkpoints."""
+    """Steps between two checkpoints. Where losses stay non-finite a stage goes back to the newest one before them; with
+    none it begins again."""
     keep: int = 2
     """Newest checkpoints kept; older ones are removed."""
 

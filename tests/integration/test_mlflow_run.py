@@ -272,6 +272,29 @@ def test_no_kill_leaves_a_run_that_nobody_knows(lab: Path, config: dict[str, Any
     assert [step for step, _ in points(children[0], "train/loss")] == [4, 8, 12]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="autograd does not survive a fork once CUDA is there")
+def test_a_run_that_is_replaced_is_closed(lab: Path, config: dict[str, Any]) -> None:
+    from tests.tiny import kill_self
+
+    def killed_while_recording() -> None:
+        import pipelines.run as story
+
+        story.train_stage = lambda *args: kill_self()  # type: ignore[assignment]
+        train()
+
+    child = fork(killed_while_recording)
+    assert child.wait() == -signal.SIGKILL, child.output
+    (old,), (stage,) = runs()
+    assert {old.info.status, stage.info.status} == {"RUNNING"}
+    train("tiny.yaml", "seed=1", "stages=[{data: fruit}]", replace=True)
+    parents, _ = runs()
+    (new,) = [run for run in parents if run.info.run_id != old.info.run_id]
+    for run_id in (old.info.run_id, stage.info.run_id):
+        run = client().get_run(run_id)
+        assert run.info.status == "KILLED" and run.data.tags["lifelong.replaced_by"] == new.info.run_id
+    assert new.info.status == "FINISHED"
+
+
 def test_database_that_dies_in_the_run(lab: Path, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     import pipelines.run as story
 

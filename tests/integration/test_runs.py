@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -257,3 +258,13 @@ def test_shorter_stream_under_the_same_name_keeps_the_stages(lab: Path) -> None:
     report, _ = train(write_config(tiny_config(("fruit",))))
     assert len(report["stages"]) == 1
     assert snapshot(lab / "mlruns/stages") == stages
+
+
+def test_training_touches_no_network(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def connect(*args: Any) -> None:
+        raise AssertionError(f"connected to {args[1:]}")
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    write_config(tiny_config(("fruit",)))
+    report, _ = train()
+    assert len(report["stages"]) == 1

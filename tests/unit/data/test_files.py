@@ -15,7 +15,7 @@ from lifelong_moe.data.config import SourceConfig
 from lifelong_moe.data.files import matching_files, read_documents
 from lifelong_moe.data.hub import hub_documents
 from lifelong_moe.data.sources import read_corpus
-from lifelong_moe.errors import DataError
+from lifelong_moe.errors import DataError, TryAgainError
 
 CONFIG = SourceConfig(files="unused")
 
@@ -144,8 +144,40 @@ def test_hub_errors_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
     def load(*_: object, **__: object) -> SimpleNamespace:
-        raise ConnectionError("Couldn't reach\nthe hub")
+        raise RuntimeError("Couldn't read\nthe hub")
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    with pytest.raises(DataError, match=r"hf=some/data@01234567: .* ConnectionError: Couldn't reach the hub"):
+    with pytest.raises(DataError, match=r"hf=some/data@01234567: .* RuntimeError: Couldn't read the hub"):
+        hub_documents(HUB)
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [(429, TryAgainError), (503, TryAgainError), (408, TryAgainError), (404, DataError), (401, DataError)],
+)
+def test_a_hub_that_is_busy_is_not_a_mistake(
+    monkeypatch: pytest.MonkeyPatch, status: int, kind: type[Exception]
+) -> None:
+    class RefusalError(Exception):
+        response = SimpleNamespace(status_code=status)
+
+    def load(*args: Any, **kwargs: Any) -> Any:
+        try:
+            raise RefusalError(f"{status} of the hub")
+        except RefusalError as error:
+            raise FileNotFoundError("not cached") from error  # as datasets does
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    with pytest.raises(kind) as caught:
+        hub_documents(HUB)
+    assert str(caught.value).count("\n") == 0 and type(caught.value) is kind
+
+
+@pytest.mark.parametrize("error", [ConnectionError("no route"), TimeoutError("slow")])
+def test_a_hub_that_is_not_reached_is_tried_again(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def load(*args: Any, **kwargs: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    with pytest.raises(TryAgainError, match="the hub cannot serve it now"):
         hub_documents(HUB)
