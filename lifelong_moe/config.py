@@ -175,13 +175,13 @@ class RunConfig:
                 f"{by_what} compares features in float32, which trainer.precision=bf16-true would round. Set "
                 f"trainer.precision=bf16-mixed."
             )
-        most = max(self.model.experts, *(stage.grow.experts for stage in self.stages))
+        most = max(self.model.most_experts, *(stage.grow.experts for stage in self.stages))
         if self.routing.mode == "cluster" and self.routing.sample_tokens < most:
             raise ConfigError(
                 f"routing.sample_tokens={self.routing.sample_tokens} must reach the number of experts that a stage "
                 f"begins ({most})."
             )
-        if self.routing.top_k > self.model.experts:
+        if self.routing.top_k > self.model.fewest_experts:
             raise ConfigError(f"routing.top_k={self.routing.top_k} must not exceed model.experts={self.model.experts}.")
         self._name_stages()
         for i, stage in enumerate(self.stages):
@@ -226,7 +226,7 @@ class RunConfig:
 
     def _check_experts(self, i: int, stage: StageConfig) -> None:
         """Clusters, labels and bundles own experts; each needs ``top_k`` of them."""
-        experts = self.model.experts if i == 0 else stage.grow.experts
+        experts = self.model.fewest_experts if i == 0 else stage.grow.experts
         by_group = self.routing.by_label or self.routing.by_document
         grows = i == 0 or self.method == Method.lifelong
         if not by_group or not grows or experts == 0:
@@ -253,6 +253,8 @@ class RunConfig:
             return
         if not 0 <= min(grow.layers) <= max(grow.layers) < self.model.layers:
             raise ConfigError(f"stages[{i}].grow.layers={grow.layers} must lie in 0 to {self.model.layers - 1}.")
+        if dense := sorted(set(grow.layers) - set(self.model.moe_layers)):
+            raise ConfigError(f"stages[{i}].grow.layers={grow.layers}: layer {dense[0]} is dense and has no experts.")
         if not self.routing.has_rows or self.routing.has_bundles:
             raise ConfigError(
                 f"stages[{i}].grow.layers needs a trained router and routing.bundles=none; every layer must grow "

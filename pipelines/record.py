@@ -219,7 +219,7 @@ class MlflowRecord:
 
 def aligned_counts(counts: list[list[int]], architecture: Architecture) -> NDArray[np.float64]:
     """Counts by layer with a column for each expert of each generation; NaN where a layer did not grow."""
-    columns = [[g.experts_in(layer) > 0 for g in architecture.generations for _ in range(g.experts)]
+    columns = [[e < g.experts_in(layer) for g in architecture.generations for e in range(g.experts)]
                for layer in range(len(counts))]  # fmt: skip
     array = np.full((len(counts), len(columns[0])), np.nan)
     for row, present, layer in zip(array, columns, counts, strict=True):

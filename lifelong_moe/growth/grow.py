@@ -16,7 +16,7 @@ from lifelong_moe.growth.config import ExpertInit, GrowConfig, RouterInit
 from lifelong_moe.growth.observe import Observation, observe, sample_logits
 from lifelong_moe.model.architecture import Generation
 from lifelong_moe.model.config import ModelConfig
-from lifelong_moe.model.experts import Expert
+from lifelong_moe.model.feedforward import FeedForward
 from lifelong_moe.model.moe import MoELayer
 from lifelong_moe.model.transformer import LanguageModel, initial_std, initialize_delta
 
@@ -109,7 +109,7 @@ def _begin_experts(
     """Fill the new experts: copies with relative noise, or matrices as random as at the very beginning."""
     newest = layer.banks.experts[-len(copied) :]
     for new, source in zip(newest, copied, strict=True):
-        old: Expert = layer.banks.experts[source]  # type: ignore[assignment]
+        old: FeedForward = layer.banks.experts[source]  # type: ignore[assignment]
         for (name, parameter), origin in zip(new.named_parameters(), old.parameters(), strict=True):
             noise = torch.randn(origin.shape, generator=generator).to(origin)
             if config.init == ExpertInit.copy:

@@ -88,7 +88,8 @@ def stage_specs(config: RunConfig) -> list[StageSpec]:
 
 def with_all_experts(config: RunConfig) -> RunConfig:
     """The same run, whose first stage begins with all experts that later stages would add to a layer."""
-    experts = config.model.experts + sum(stage.grow.experts for stage in config.stages[1:])
+    added, first = sum(stage.grow.experts for stage in config.stages[1:]), config.model.experts
+    experts = [number + added for number in first] if isinstance(first, list) else first + added
     return dataclasses.replace(config, model=replace(config.model, experts=experts))
 
 

@@ -22,10 +22,24 @@ class Generation:
     """Layers that grew; None means all."""
     delta_rank: int = 0
     """Rank of the changes of the trunk that travel with these experts; 0 means none."""
+    by_layer: tuple[int, ...] | None = None
+    """How many each layer got, where that differs; ``experts`` is then the largest number."""
 
     def experts_in(self, layer: int) -> int:
         """How many a layer got."""
+        if self.by_layer is not None:
+            return self.by_layer[layer]
         return self.experts if self.layers is None or layer in self.layers else 0
+
+
+def first_generation(stage: str, model: ModelConfig) -> Generation:
+    """Experts that the first stage begins with."""
+    numbers = model.experts_by_layer
+    if len(set(numbers)) == 1:
+        return Generation(stage, numbers[0])
+    if len(set(numbers) - {0}) == 1:
+        return Generation(stage, model.most_experts, model.moe_layers)
+    return Generation(stage, model.most_experts, model.moe_layers, by_layer=numbers)
 
 
 @dataclass(frozen=True)
@@ -97,12 +111,18 @@ class Architecture:
     def from_json(cls, data: dict[str, Any]) -> Architecture:
         """The inverse of :meth:`to_json`."""
         return cls(
-            model=ModelConfig(**data["model"]),
+            model=ModelConfig.from_json(data["model"]),
             routing=RoutingConfig.from_json(data["routing"]),
             vocab_size=data["vocab_size"],
             bos_id=data["bos_id"],
             generations=tuple(
-                Generation(g["stage"], g["experts"], tuple(g["layers"]) if g["layers"] else None, g["delta_rank"])
+                Generation(
+                    g["stage"],
+                    g["experts"],
+                    tuple(g["layers"]) if g["layers"] else None,
+                    g["delta_rank"],
+                    tuple(g["by_layer"]) if g.get("by_layer") else None,
+                )
                 for g in data["generations"]
             ),
             frozen=data["frozen"],

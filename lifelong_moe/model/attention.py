@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lifelong_moe.model.config import ModelConfig
+from lifelong_moe.model.config import ModelConfig, QKNorm
 from lifelong_moe.model.deltas import BundleSlices, DeltaLinear
 
 KeyValue = tuple[Tensor, Tensor]
@@ -33,17 +33,49 @@ def rotate(x_BHSP: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x_BHSP * cos + torch.cat([-second, first], dim=-1) * sin).to(x_BHSP.dtype)
 
 
+def softcapped_attention(
+    query_BHSP: Tensor, key_BHPW: Tensor, value_BHPW: Tensor, mask: Tensor | None, cap: float, *, is_causal: bool
+) -> Tensor:
+    """Attention whose logits are bounded: ``softmax(mask(cap * tanh(q k^T / (sqrt(W) cap)))) v``, softmax in float32.
+
+    Args:
+        query_BHSP: Queries ``(B, H, S, W)``.
+        key_BHPW: Keys ``(B, H, P, W)``.
+        value_BHPW: Values.
+        mask: True where a query may look, ``(B, 1, S, P)``.
+        cap: The bound.
+        is_causal: Let query ``s`` look at positions up to ``s`` only.
+
+    Source:
+        Grok-1's released code; Gemma 2 (arXiv:2408.00118), section 2.
+    """
+    logits = (query_BHSP @ key_BHPW.transpose(-1, -2)).float() / query_BHSP.shape[-1] ** 0.5
+    logits = cap * (logits / cap).tanh()
+    if is_causal:
+        mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
+    if mask is not None:
+        logits = logits.masked_fill(~mask, float("-inf"))
+    return logits.softmax(dim=-1).to(value_BHPW.dtype) @ value_BHPW
+
+
 class Attention(nn.Module):
     """Causal self-attention; ``heads`` queries share ``kv_heads`` keys and values. No biases."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.heads, self.kv_heads = config.heads, config.kv_heads
-        self.head_width = config.width // config.heads
+        self.head_width, self.softcap = config.attention_width, config.attention_softcap
         self.query = DeltaLinear(config.width, self.heads * self.head_width)
         self.key = DeltaLinear(config.width, self.kv_heads * self.head_width)
         self.value = DeltaLinear(config.width, self.kv_heads * self.head_width)
         self.output = DeltaLinear(self.heads * self.head_width, config.width)
+        widths = {QKNorm.head: (self.head_width, self.head_width)}
+        widths[QKNorm.full] = (self.heads * self.head_width, self.kv_heads * self.head_width)
+        self.query_norm: nn.RMSNorm | None = None
+        self.key_norm: nn.RMSNorm | None = None
+        if config.qk_norm in widths:
+            self.query_norm, self.key_norm = (nn.RMSNorm(w, eps=config.norm_eps) for w in widths[config.qk_norm])
+        self.normalizes_heads = config.qk_norm == QKNorm.head
 
     def forward(
         self,
@@ -69,17 +101,23 @@ class Attention(nn.Module):
         """
         batch, length, _ = x_BSD.shape
         shape = (batch, length, -1, self.head_width)
-        query = rotate(self.query(x_BSD, bundles).view(shape).transpose(1, 2), cos, sin)
-        key = rotate(self.key(x_BSD, bundles).view(shape).transpose(1, 2), cos, sin)
+        query = self._normalized(self.query(x_BSD, bundles), self.query_norm, shape)
+        key = self._normalized(self.key(x_BSD, bundles), self.key_norm, shape)
+        query, key = rotate(query.transpose(1, 2), cos, sin), rotate(key.transpose(1, 2), cos, sin)
         value = self.value(x_BSD, bundles).view(shape).transpose(1, 2)
         if past is not None:
             key, value = torch.cat([past[0], key], dim=2), torch.cat([past[1], value], dim=2)
         repeat = self.heads // self.kv_heads
-        mixed = F.scaled_dot_product_attention(
-            query,
-            key.repeat_interleave(repeat, dim=1),
-            value.repeat_interleave(repeat, dim=1),
-            attn_mask=mask,
-            is_causal=mask is None and length > 1,
-        )
+        key_all, value_all = key.repeat_interleave(repeat, dim=1), value.repeat_interleave(repeat, dim=1)
+        is_causal = mask is None and length > 1
+        if self.softcap is not None:
+            mixed = softcapped_attention(query, key_all, value_all, mask, self.softcap, is_causal=is_causal)
+        else:
+            mixed = F.scaled_dot_product_attention(query, key_all, value_all, attn_mask=mask, is_causal=is_causal)
         return self.output(mixed.transpose(1, 2).reshape(batch, length, -1), bundles), (key, value)
+
+    def _normalized(self, x_BSO: Tensor, norm: nn.RMSNorm | None, shape: tuple[int, int, int, int]) -> Tensor:
+        """Heads ``(B, S, H, head_width)``, normalized each by itself, or all together before they are divided."""
+        if norm is None:
+            return x_BSO.view(shape)
+        return norm(x_BSO.view(shape)) if self.normalizes_heads else norm(x_BSO).view(shape)

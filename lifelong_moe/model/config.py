@@ -3,13 +3,44 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
 
 from lifelong_moe.errors import ConfigError
 
 
+class Activation(StrEnum):
+    """What stands between the two matrices of a feed-forward network."""
+
+    swiglu = "swiglu"
+    geglu = "geglu"
+    gelu = "gelu"
+    relu = "relu"
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether half of the first matrix gates the other half."""
+        return self in (Activation.swiglu, Activation.geglu)
+
+
+class SharedMix(StrEnum):
+    """How a layer's shared experts join the routed ones."""
+
+    sum = "sum"
+    learned = "learned"
+
+
+class QKNorm(StrEnum):
+    """What queries and keys are normalized over."""
+
+    none = "none"
+    head = "head"
+    full = "full"
+
+
 @dataclass(kw_only=True)
 class ModelConfig:
-    """Mixtral's shape: RMSNorm, RoPE, grouped-query attention, SwiGLU experts in every layer, no biases."""
+    """Mixtral's shape by default: RMSNorm, RoPE, grouped-query attention, SwiGLU experts in every layer, no biases."""
 
     layers: int = 4
     """Decoder layers."""
@@ -21,14 +52,41 @@ class ModelConfig:
     """Key and value heads; ``heads`` must be a multiple of it."""
     expert_width: int = 256
     """Hidden size of one expert (F)."""
-    experts: int = 4
-    """Experts per layer that the first stage starts with."""
+    experts: Any = 4
+    """Experts per layer that the first stage starts with; or a list with a number for each layer that has a mixture,
+    bottom to top (a pyramid, DeepSpeed-MoE)."""
+    activation: Activation = Activation.swiglu
+    """Of the experts: ``swiglu`` or ``geglu``, which are gated, ``gelu`` or ``relu``, which are not."""
+    moe_every: int = 1
+    """Every so manieth layer has a mixture of experts; the others are dense (GLaM: 2)."""
+    dense_layers: int = 0
+    """So many of the lowest layers are dense whatever ``moe_every`` says (DeepSeek-V3: 3)."""
+    dense_width: int | None = None
+    """Hidden size of a dense layer; ``expert_width`` times the experts that a token uses elsewhere by default."""
+    dense_activation: Activation = Activation.swiglu
+    """Of dense layers."""
+    shared_experts: int = 0
+    """Experts of each mixture that every token uses beside the routed ones, as one network (DeepSeekMoE)."""
+    shared_mix: SharedMix = SharedMix.sum
+    """Add shared and routed experts' outputs, or weigh them by a ``learned`` softmax of the token (DeepSpeed-MoE)."""
     context: int = 256
     """Tokens in a training block and in an evaluation window."""
     rope_base: float = 10_000.0
     """Base of the rotary position frequencies."""
     norm_eps: float = 1e-5
     """Added to the mean square in RMSNorm."""
+    head_width: int | None = None
+    """Width of an attention head; ``width / heads`` by default."""
+    qk_norm: QKNorm = QKNorm.none
+    """Normalize queries and keys over each ``head`` (Qwen3) or over the ``full`` projection (OLMoE)."""
+    attention_softcap: float | None = None
+    """Bound attention's logits to ``c tanh(logits / c)`` (Grok-1: 30); none by default."""
+    embedding_scale: float = 1.0
+    """Factor on the token embeddings (Grok-1: the square root of the width)."""
+    logit_scale: float = 1.0
+    """Factor on the output logits (Grok-1: ``1 / sqrt(3)``)."""
+    sandwich_norms: bool = False
+    """Normalize what a sublayer puts out as well as what it takes in (Grok-1)."""
     tie_embeddings: bool = False
     """Use the token embedding as output head (Mixtral does not)."""
     document_mask: bool = False
@@ -37,17 +95,89 @@ class ModelConfig:
     """Standard deviation of the normal initialization of every matrix."""
 
     def __post_init__(self) -> None:
-        for key in ("layers", "width", "heads", "kv_heads", "expert_width", "experts", "context"):
+        for key in ("layers", "width", "heads", "kv_heads", "expert_width", "context", "moe_every"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"model.{key}={getattr(self, key)} must be at least 1.")
-        for key, least in (("rope_base", 1.0), ("norm_eps", 1e-12), ("init_std", 1e-12)):
+        for key in ("head_width", "dense_width"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ConfigError(f"model.{key}={value} must be at least 1.")
+        above_zero = ("norm_eps", "init_std", "embedding_scale", "logit_scale")
+        for key, least in (("rope_base", 1.0), *((key, 1e-12) for key in above_zero)):
             if not getattr(self, key) >= least:
                 raise ConfigError(f"model.{key}={getattr(self, key)} must be at least {least}.")
-        if self.width % self.heads or (self.width // self.heads) % 2:
+        if self.attention_softcap is not None and not self.attention_softcap > 0:
+            raise ConfigError(f"model.attention_softcap={self.attention_softcap} must be positive.")
+        if self.head_width is None and (self.width % self.heads or (self.width // self.heads) % 2):
             raise ConfigError(
                 f"model.width={self.width} must be an even multiple of model.heads={self.heads} (rotary pairs)."
             )
+        if self.head_width is not None and self.head_width % 2:
+            raise ConfigError(f"model.head_width={self.head_width} must be even (rotary pairs).")
         if self.heads % self.kv_heads:
             raise ConfigError(f"model.heads={self.heads} must be a multiple of model.kv_heads={self.kv_heads}.")
         if self.context < 8:
             raise ConfigError(f"model.context={self.context} must be at least 8.")
+        if self.shared_experts < 0 or self.dense_layers < 0:
+            raise ConfigError("model.shared_experts and model.dense_layers must not be negative.")
+        if self.shared_mix == SharedMix.learned and not self.shared_experts:
+            raise ConfigError("model.shared_mix=learned weighs shared experts; set model.shared_experts above 0.")
+        self._check_experts()
+
+    def _check_experts(self) -> None:
+        mixtures = self.moe_layers
+        if not mixtures:
+            raise ConfigError(
+                f"model.moe_every={self.moe_every} with model.dense_layers={self.dense_layers} leaves none of "
+                f"{self.layers} layers with experts."
+            )
+        numbers = self.experts if isinstance(self.experts, list) else [self.experts]
+        if not all(isinstance(n, int) and not isinstance(n, bool) for n in numbers):
+            raise ConfigError(f"model.experts={self.experts} must be a whole number, or a list of them.")
+        if isinstance(self.experts, list) and len(numbers) != len(mixtures):
+            raise ConfigError(
+                f"model.experts={self.experts} must name a number for each of the {len(mixtures)} layers with experts."
+            )
+        if min(numbers) < 1:
+            raise ConfigError(f"model.experts={self.experts} must be at least 1.")
+
+    @property
+    def attention_width(self) -> int:
+        """Width of an attention head."""
+        return self.head_width or self.width // self.heads
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Layers that have a mixture of experts."""
+        layers = range(self.dense_layers, self.layers)
+        return tuple(layer for layer in layers if (layer + 1) % self.moe_every == 0)
+
+    @property
+    def experts_by_layer(self) -> tuple[int, ...]:
+        """Experts of each decoder layer that the first stage begins with; 0 for a dense one."""
+        mixtures = self.moe_layers
+        numbers = self.experts if isinstance(self.experts, list) else [self.experts] * len(mixtures)
+        found = dict(zip(mixtures, numbers, strict=True))
+        return tuple(found.get(layer, 0) for layer in range(self.layers))
+
+    @property
+    def most_experts(self) -> int:
+        """Of the layer that begins with most."""
+        return max(self.experts_by_layer)
+
+    @property
+    def fewest_experts(self) -> int:
+        """Of the layer with a mixture that begins with fewest."""
+        return min(n for n in self.experts_by_layer if n)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> ModelConfig:
+        """From plain JSON data; absent keys have their defaults."""
+        kinds: dict[str, Any] = {
+            "activation": Activation,
+            "dense_activation": Activation,
+            "shared_mix": SharedMix,
+            "qk_norm": QKNorm,
+        }
+        values: dict[str, Any] = {key: kinds[key](value) if key in kinds else value for key, value in data.items()}
+        return cls(**values)

@@ -1,4 +1,4 @@
-"""Experts and the two banks they stand in.
+"""The two banks that experts stand in.
 
 Legend: N rows handed to experts, D model width, F expert width, E experts.
 """
@@ -8,28 +8,10 @@ from __future__ import annotations
 from collections.abc import Collection
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-class Expert(nn.Module):
-    """SwiGLU feed-forward network: ``(silu(x G^T) * (x U^T)) W^T``, no biases.
-
-    Gate and up projections are one matrix, so that a small expert is two matrix products and not three.
-
-    Source:
-        GLU variants (arXiv:2002.05202); Mixtral (arXiv:2401.04088).
-    """
-
-    def __init__(self, width: int, expert_width: int) -> None:
-        super().__init__()
-        self.gate_up = nn.Parameter(torch.empty(2 * expert_width, width))
-        self.down = nn.Parameter(torch.empty(width, expert_width))
-
-    def forward(self, x_ND: Tensor) -> Tensor:
-        """``(N, D)`` to ``(N, D)``."""
-        gate_NF, up_NF = F.linear(x_ND, self.gate_up).chunk(2, dim=-1)
-        return F.linear(F.silu(gate_NF) * up_NF, self.down)
+from lifelong_moe.model.config import Activation
+from lifelong_moe.model.feedforward import FeedForward
 
 
 class ExpertBanks(nn.Module):
@@ -40,9 +22,9 @@ class ExpertBanks(nn.Module):
     ones; continuing an old generation makes that one active alone. Names and indices of old experts never change.
     """
 
-    def __init__(self, width: int, expert_width: int) -> None:
+    def __init__(self, width: int, expert_width: int, activation: Activation = Activation.swiglu) -> None:
         super().__init__()
-        self.width, self.expert_width = width, expert_width
+        self.width, self.expert_width, self.activation = width, expert_width, activation
         self.experts = nn.ModuleList()
         self._active: set[int] = set()
 
@@ -64,7 +46,7 @@ class ExpertBanks(nn.Module):
         device = next(self.parameters()).device if len(self) else None
         self._active |= set(range(len(self), len(self) + num))
         for _ in range(num):
-            self.experts.append(Expert(self.width, self.expert_width).to(device))
+            self.experts.append(FeedForward(self.width, self.expert_width, self.activation).to(device))
 
     def freeze(self, but: Collection[int] = ()) -> None:
         """Move all present experts to the frozen bank, but those of these indices, which alone train."""

@@ -1,20 +1,37 @@
-"""The mixture-of-experts layer: route, dispatch, experts, combine."""
+"""The mixture-of-experts layer: route, dispatch, experts, combine; and what stands beside the routed experts.
+
+Legend: T tokens, D model width.
+"""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from lifelong_moe.model.experts import ExpertBanks
+from lifelong_moe.model.feedforward import FeedForward
 from lifelong_moe.routing.base import Router, Routing, RoutingContext
 
 
 class MoELayer(nn.Module):
-    """Any router over two banks of experts. It knows nothing of how the router decides."""
+    """Any router over two banks of experts, and perhaps a network that every token uses.
 
-    def __init__(self, router: Router, banks: ExpertBanks) -> None:
+    It knows nothing of how the router decides. Without routed experts the shared network is all there is: a dense
+    layer. With ``mixes`` routed and shared outputs are weighted by a learned softmax of the token, else added.
+
+    Source:
+        Shared experts: DeepSeekMoE (arXiv:2401.06066). Learned mix: DeepSpeed-MoE's residual layer, as in its code; the
+        paper (arXiv:2201.05596) adds.
+    """
+
+    def __init__(
+        self, router: Router, banks: ExpertBanks, shared: FeedForward | None = None, *, mixes: bool = False
+    ) -> None:
         super().__init__()
         self.router = router
         self.banks = banks
+        self.shared = shared
+        self.mix = nn.Linear(banks.width, 2) if mixes else None
 
     def add_experts(self, num: int) -> None:
         """Add experts and their router rows, uninitialized, to the active bank."""
@@ -31,6 +48,22 @@ class MoELayer(nn.Module):
 
     def forward(self, x_TD: Tensor, context: RoutingContext) -> tuple[Tensor, Routing]:
         """``(T, D)`` to ``(T, D)``, with what the router decided."""
+        if not self.router.num_experts:
+            assert self.shared is not None
+            return self.shared(x_TD), no_routing(x_TD)
         routing = self.router(x_TD, context)
         rows_ND = self.banks(routing.dispatch(x_TD), routing.counts_E)
-        return routing.combine(rows_ND), routing
+        routed_TD = routing.combine(rows_ND)
+        if self.shared is None:
+            return routed_TD, routing
+        shared_TD = self.shared(x_TD)
+        if self.mix is None:
+            return routed_TD + shared_TD, routing
+        shares_T2 = self.mix(x_TD).softmax(dim=-1)
+        return routed_TD * shares_T2[:, :1] + shared_TD * shares_T2[:, 1:], routing
+
+
+def no_routing(x_TD: Tensor) -> Routing:
+    """The answer of a layer without routed experts."""
+    nobody = torch.zeros(len(x_TD), 0, dtype=torch.int64, device=x_TD.device)
+    return Routing(nobody, nobody.float(), 0, ragged=True)

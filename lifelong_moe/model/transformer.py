@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from lifelong_moe.model.architecture import Architecture, Generation
 from lifelong_moe.model.attention import Attention, KeyValue, rotary_tables
-from lifelong_moe.model.config import ModelConfig
+from lifelong_moe.model.config import ModelConfig, SharedMix
 from lifelong_moe.model.deltas import BundleSlices, DeltaEmbedding, DeltaLinear
 from lifelong_moe.model.experts import ExpertBanks
+from lifelong_moe.model.feedforward import FeedForward
 from lifelong_moe.model.groups import build_document_clusters
 from lifelong_moe.model.moe import MoELayer
 from lifelong_moe.ops.losses import linear_cross_entropy, token_nats
@@ -45,8 +46,12 @@ class Block(nn.Module):
         self.attention_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.attention = Attention(config)
         self.moe_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
-        router = build_router(architecture.routing, width=config.width, layer=layer)
-        self.moe = MoELayer(router, ExpertBanks(config.width, config.expert_width))
+        self.moe = build_moe(architecture, layer)
+        self.attention_out_norm: nn.RMSNorm | None = None
+        self.moe_out_norm: nn.RMSNorm | None = None
+        if config.sandwich_norms:
+            self.attention_out_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+            self.moe_out_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
 
     def forward(
         self,
@@ -59,9 +64,24 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Routing, KeyValue]:
         """One layer."""
         mixed, key_value = self.attention(self.attention_norm(x_BSD), *rotary, mask, past, bundles)
-        x_BSD = x_BSD + mixed
+        x_BSD = x_BSD + (mixed if self.attention_out_norm is None else self.attention_out_norm(mixed))
         out_TD, routing = self.moe(self.moe_norm(x_BSD).flatten(0, 1), context)
+        out_TD = out_TD if self.moe_out_norm is None else self.moe_out_norm(out_TD)
         return x_BSD + out_TD.view_as(x_BSD), routing, key_value
+
+
+def build_moe(architecture: Architecture, layer: int) -> MoELayer:
+    """A layer's mixture of experts, still without experts; or its dense network."""
+    config = architecture.model
+    router = build_router(architecture.routing, width=config.width, layer=layer)
+    banks = ExpertBanks(config.width, config.expert_width, config.activation)
+    if layer not in config.moe_layers:
+        dense_width = config.dense_width or config.expert_width * architecture.routing.top_k
+        return MoELayer(router, banks, FeedForward(config.width, dense_width, config.dense_activation))
+    if not config.shared_experts:
+        return MoELayer(router, banks)
+    shared = FeedForward(config.width, config.shared_experts * config.expert_width, config.activation)
+    return MoELayer(router, banks, shared, mixes=config.shared_mix == SharedMix.learned)
 
 
 class LanguageModel(nn.Module):
@@ -92,7 +112,7 @@ class LanguageModel(nn.Module):
                 self.freeze_generations(architecture.continued)
 
     def moe_layers(self) -> Iterator[MoELayer]:
-        """The mixture-of-experts layers, bottom to top."""
+        """Each layer's mixture of experts, bottom to top; a dense layer's has no routed experts."""
         for block in self.blocks:
             yield block.moe  # type: ignore[misc]
 
@@ -202,6 +222,8 @@ class LanguageModel(nn.Module):
         mask = document_attention_mask(document_ids_BS) if use_documents else None  # type: ignore[arg-type]
         bundles = self._bundles(group_ids_BS)
         x_BSD = self.embedding(token_ids_BS, bundles)
+        if config.embedding_scale != 1:
+            x_BSD = x_BSD * config.embedding_scale
         if past is not None and length > 1:
             raise ValueError("with a cache, tokens come one at a time")
         routings, cache = [], []
@@ -209,11 +231,13 @@ class LanguageModel(nn.Module):
             x_BSD, routing, key_value = block(x_BSD, rotary, mask, past[i] if past else None, context, bundles)
             routings.append(routing)
             cache.append(key_value)
-        return ModelOutput(self.norm(x_BSD), routings, cache)
+        hidden_BSD = self.norm(x_BSD)
+        # Scaling what the head reads is scaling the logits.
+        return ModelOutput(hidden_BSD if config.logit_scale == 1 else hidden_BSD * config.logit_scale, routings, cache)
 
     def _rotary(self, offset: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         config = self.architecture.model
-        cos, sin = rotary_tables(offset + length, config.width // config.heads, config.rope_base, device)
+        cos, sin = rotary_tables(offset + length, config.attention_width, config.rope_base, device)
         return cos[offset:], sin[offset:]
 
     def _context(

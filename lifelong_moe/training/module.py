@@ -184,5 +184,5 @@ def mean_router_losses(routings: list[Routing]) -> dict[str, tuple[Tensor, Tenso
 
 def load_imbalance(routings: list[Routing]) -> Tensor:
     """Load of the busiest expert over the mean load, averaged over layers; 1 if even."""
-    loads = [r.counts_E.max() * len(r.counts_E) / r.counts_E.sum().clamp_min(1) for r in routings]
+    loads = [r.counts_E.max() * len(r.counts_E) / r.counts_E.sum().clamp_min(1) for r in routings if r.num_experts]
     return torch.stack(loads).mean()

@@ -8,7 +8,7 @@ from enum import StrEnum
 from typing import Any
 
 from lifelong_moe.growth.config import GrowConfig
-from lifelong_moe.model.architecture import Architecture, Generation
+from lifelong_moe.model.architecture import Architecture, Generation, first_generation
 from lifelong_moe.model.config import ModelConfig
 from lifelong_moe.model.cost import training_flops
 from lifelong_moe.retention.config import (
@@ -195,6 +195,8 @@ class StageSpec:
         if self.grow is None:
             return None
         layers = None if self.grow.layers is None else tuple(self.grow.layers)
+        if layers is None and len(self.model.moe_layers) < self.model.layers:
+            layers = self.model.moe_layers
         return Generation(self.name, self.grow.experts, layers, self.delta_rank)
 
     @property
@@ -206,7 +208,7 @@ class StageSpec:
         """The model at the end of this stage."""
         generation = self.generation()
         if parent is None:
-            first = (Generation(self.name, self.model.experts),)
+            first = (first_generation(self.name, self.model),)
             architecture = Architecture(self.model, self.routing, vocab_size, bos_id, first)
         elif self.continues is not None:
             architecture = parent.continuing(self.continues)

@@ -15,7 +15,7 @@ from lifelong_moe.growth.grow import check_noop, grow, most_used
 from lifelong_moe.growth.observe import observe, sample_logits
 from lifelong_moe.methods.graph import stage_specs
 from lifelong_moe.model.architecture import Generation
-from lifelong_moe.model.experts import Expert
+from lifelong_moe.model.feedforward import FeedForward
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.routing.base import Router
 from lifelong_moe.training.optimizer import build_optimizer
@@ -33,7 +33,7 @@ def add(model: LanguageModel, config: GrowConfig, sample: dict[str, Tensor], see
 
 
 def matrices(expert: torch.nn.Module) -> tuple[Tensor, Tensor]:
-    assert isinstance(expert, Expert)
+    assert isinstance(expert, FeedForward)
     return expert.gate_up.detach(), expert.down.detach()
 
 

@@ -1,0 +1,54 @@
+"""Feed-forward networks: an expert, a shared expert, and what a layer without a mixture has.
+
+Legend: N rows, D model width, F hidden width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lifelong_moe.model.config import Activation
+
+FUNCTIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    Activation.swiglu: F.silu,
+    Activation.geglu: lambda x: F.gelu(x, approximate="tanh"),
+    Activation.gelu: F.gelu,
+    Activation.relu: F.relu,
+}
+
+
+class FeedForward(nn.Module):
+    """``(act(x G^T) * (x U^T)) W^T`` where the activation is gated, ``act(x U^T) W^T`` where not. No biases.
+
+    Gate and up projections are one matrix, so that a small expert is two matrix products and not three.
+
+    Source:
+        GLU variants (arXiv:2002.05202); Mixtral (arXiv:2401.04088): ``swiglu``; Grok-1's code: ``geglu`` with the tanh
+        form of GELU; Switch (arXiv:2101.03961): ``relu``, not gated.
+    """
+
+    def __init__(self, width: int, hidden_width: int, activation: Activation = Activation.swiglu) -> None:
+        super().__init__()
+        self.act, self.is_gated = FUNCTIONS[activation], activation.is_gated
+        self.dropout = 0.0
+        """Share of hidden units dropped in training; set for a stage, no state."""
+        if self.is_gated:
+            self.gate_up = nn.Parameter(torch.empty(2 * hidden_width, width))
+        else:
+            self.up = nn.Parameter(torch.empty(hidden_width, width))
+        self.down = nn.Parameter(torch.empty(width, hidden_width))
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        """``(N, D)`` to ``(N, D)``."""
+        if self.is_gated:
+            gate_NF, up_NF = F.linear(x_ND, self.gate_up).chunk(2, dim=-1)
+            hidden_NF = self.act(gate_NF) * up_NF
+        else:
+            hidden_NF = self.act(F.linear(x_ND, self.up))
+        if self.dropout and self.training:
+            hidden_NF = F.dropout(hidden_NF, self.dropout)
+        return F.linear(hidden_NF, self.down)
