@@ -100,6 +100,26 @@ class StageConfig:
 
 
 @dataclass(kw_only=True)
+class PublishedConfig:
+    """What a system's authors built, of which the run is a small version; ``plan`` counts its parameters."""
+
+    source: str
+    """Where the figures are from."""
+    total: float
+    """Parameters, in billions, as published."""
+    active: float | None = None
+    """Those that a token uses, in billions, as published."""
+    vocab_size: int
+    """Entries of the tokenizer."""
+    model: dict[str, Any] = field(default_factory=dict)
+    """The model's keys where they differ from the run's."""
+    routing: dict[str, Any] = field(default_factory=dict)
+    """Routing's keys where they differ from the run's."""
+    attention: float | None = None
+    """Parameters of the authors' attention in billions, where it is of another kind than ours; counted in its place."""
+
+
+@dataclass(kw_only=True)
 class RunConfig:
     """A whole run: the stream of distributions and how one model learns them all."""
 
@@ -130,6 +150,8 @@ class RunConfig:
     """Step checkpoints."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     """MLflow."""
+    published: PublishedConfig | None = None
+    """The size that a preset's authors built; trains nothing."""
 
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.run):
@@ -176,7 +198,7 @@ class RunConfig:
                 f"trainer.precision=bf16-mixed."
             )
         most = max(self.model.most_experts, *(stage.grow.experts for stage in self.stages))
-        if self.routing.mode == "cluster" and self.routing.sample_tokens < most:
+        if self.routing.is_clustered and not self.routing.has_bundles and self.routing.sample_tokens < most:
             raise ConfigError(
                 f"routing.sample_tokens={self.routing.sample_tokens} must reach the number of experts that a stage "
                 f"begins ({most})."
@@ -242,6 +264,8 @@ class RunConfig:
     def _check_growth(self, i: int, stage: StageConfig) -> None:
         """Deltas and partly grown models need a router that can tell them apart."""
         grow, deltas = stage.grow, stage.trunk.train == TrunkTraining.deltas
+        if grow.experts and not stage.continues and (fixed := self.routing.is_fixed):
+            raise ConfigError(f"{fixed} has no place for new experts: set stages[{i}].grow.experts=0.")
         if deltas and (not (grow.experts or stage.continues) or not self.routing.has_bundles):
             raise ConfigError(
                 f"stages[{i}].trunk.train=deltas changes the trunk for the tokens of one bundle. Set "
@@ -400,6 +424,8 @@ def build_config(raw: DictConfig) -> RunConfig:
         name: section(SourceConfig, sources._get_node(key), f"distributions.{name}") for name, key in names.items()
     }
     values["stages"] = _stages(raw)
+    if raw.get("published") is not None:
+        values["published"] = section(PublishedConfig, raw.published, "published")
     scalars = section(_Scalars, OmegaConf.masked_copy(raw, ["run", "method", "seed"]), "")
     config = RunConfig(run=scalars.run, method=scalars.method, seed=scalars.seed, **values)
     _require_finite(config, "")

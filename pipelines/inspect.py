@@ -100,6 +100,8 @@ def _on_text(
         raise ConfigError("the text has no token.")
     if layer is not None and layer >= architecture.model.layers:
         raise ConfigError(f"--layer={layer}: layers of {committed.name} are 0 to {architecture.model.layers - 1}.")
+    if layer is not None and not architecture.experts_in(layer):
+        raise ConfigError(f"--layer={layer} is dense and has no experts to choose from.")
     seen = observe_text(model, token_ids, distribution=label)
     routed = route_text(architecture, seen, tokenizer.decode, layer)
     inspect_tables.text(console, routed)

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from lifelong_moe.clustering.bundles import unigram_divergence
 from lifelong_moe.methods.advice import growth_advice, nothing_to_hold
+from lifelong_moe.methods.published import sentence as published_sentence
 from lifelong_moe.model.cost import count_parameters
 from lifelong_moe.stages.keys import SHORT
 from lifelong_moe.stages.runs import RunRecord
@@ -31,6 +32,8 @@ def plan(config_path: str, overrides: list[str], console: Console) -> dict[str, 
     speed = [s.metrics["tokens_per_second"] for p in prepared.plan if (s := store.find(p.key))]
     render.data_table(console, prepared)
     _print(console, rows, speed)
+    if published := published_sentence(prepared.config):
+        console.print(published, highlight=False, markup=False)
     warnings = nothing_to_hold(prepared.config)
     for sentence in warnings:
         console.print(f"[yellow]{sentence}[/yellow]", highlight=False)

@@ -17,7 +17,17 @@ from lifelong_moe.model.architecture import Architecture, Generation
 from lifelong_moe.model.config import ModelConfig
 from lifelong_moe.model.transformer import LanguageModel, initialize
 from lifelong_moe.routing.cluster import TokenClusterRouter
-from lifelong_moe.routing.config import Bundles, Features, Level, RoutingConfig
+from lifelong_moe.routing.config import (
+    BalanceScope,
+    Bundles,
+    CapacityConfig,
+    Features,
+    Level,
+    Overflow,
+    Priority,
+    RoutingConfig,
+    Score,
+)
 
 torch.set_num_threads(1)
 torch.set_warn_always(True)  # else only the first test to provoke a warning fails on it
@@ -26,6 +36,7 @@ settings.register_profile("tests", deadline=None, derandomize=True, max_examples
 settings.load_profile("tests")
 
 VOCAB = 61
+TIGHT = CapacityConfig(factor=0.6, eval_factor=0.6)
 ROUTER_KINDS: dict[str, dict[str, Any]] = {
     "learned": {},
     "token_embedding": {"mode": "cluster", "level": Level.token, "features": Features.embedding},
@@ -35,6 +46,23 @@ ROUTER_KINDS: dict[str, dict[str, Any]] = {
     "hash": {"mode": "hash"},
     "bundles": {"bundles": Bundles.cluster, "margin": 0.0, "clusters": 2},
     "labelled_bundles": {"bundles": Bundles.label},
+    "sigmoid": {"score": Score.sigmoid, "bias_rate": 0.01, "balance_scope": BalanceScope.sequence},
+    "switch": {"mode": "switch", "top_k": 1, "renormalize": False, "capacity": TIGHT},
+    "gshard": {"mode": "gshard", "capacity": TIGHT},
+    "noisy": {"mode": "noisy_topk", "load_loss": 0.1},
+    "hierarchical": {"mode": "hierarchical", "expert_groups": 2, "top_groups": 2},
+    "dense": {"mode": "dense"},
+    "relu": {"mode": "relu"},
+    "multi_hash": {"mode": "hash", "expert_groups": 2},
+    "base": {"mode": "base", "top_k": 1, "allow_noncausal": True},
+    "expert_choice": {"mode": "expert_choice", "allow_noncausal": True},
+    "by_choice": {"capacity": CapacityConfig(eval_factor=0.6, priority=Priority.choice), "allow_noncausal": True},
+    "by_batch": {"capacity": CapacityConfig(eval_factor=0.6, priority=Priority.batch), "allow_noncausal": True},
+    "at_random": {"capacity": CapacityConfig(factor=0.6, priority=Priority.random), "allow_noncausal": True},
+    "next_choice": {
+        "capacity": CapacityConfig(eval_factor=0.6, overflow=Overflow.next_choice),
+        "allow_noncausal": True,
+    },
 }
 
 

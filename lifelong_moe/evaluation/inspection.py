@@ -73,6 +73,8 @@ def build_inspection(
     index = {name: i for i, name in enumerate(stages)}
     layers = []
     for layer, similarity_EE in enumerate(similarities):
+        if not len(similarity_EE):
+            continue  # a dense layer
         births_E = [index[name] for name in architecture.expert_births(layer)]
         measured = _layer(expert_names(architecture, layer), layer, observed, name_token)
         measured["leak"] = {
@@ -119,7 +121,11 @@ def _layer(
 
 def _saturation(before: Mapping[str, Observation], now: Mapping[str, Observation]) -> dict[str, list[float]]:
     return {
-        name: [agreement(*pair) for pair in zip(before[name].expert_ids, seen.expert_ids, strict=True)]
+        name: [
+            agreement(first_TK, second_TK)
+            for first_TK, second_TK in zip(before[name].expert_ids, seen.expert_ids, strict=True)
+            if second_TK.shape[1]
+        ]
         for name, seen in now.items()
     }
 

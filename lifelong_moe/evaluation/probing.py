@@ -85,7 +85,7 @@ def observe(model: LanguageModel, windows: EvaluationSet, *, distribution: str |
                 windows.start[row + rows] + offsets - 1,  # inputs lie one position before their targets
                 tokens[scored].numpy(),
                 [routing.expert_ids_TK[mask].cpu().numpy() for routing in output.routings],
-                [routing.weights_TK[mask].float().cpu().numpy() for routing in output.routings],
+                [r.weights_TK.masked_fill(r.expert_ids_TK < 0, 0)[mask].float().cpu().numpy() for r in output.routings],
             )
         )
         row += len(tokens)
@@ -123,6 +123,8 @@ def routing_columns(
     ids_J, token_T = np.unique(seen.token_ids_T, return_inverse=True)
     texts_J = [name_token(int(token_id)) for token_id in ids_J]
     for layer, (ids_TK, weights_TK) in enumerate(zip(seen.expert_ids, seen.weights, strict=True)):
+        if not ids_TK.shape[1]:
+            continue
         yield {
             "distribution": [distribution] * len(seen),
             "document": seen.document_T,
@@ -132,7 +134,7 @@ def routing_columns(
             "layer": np.full(len(seen), layer),
             "expert_ids": ids_TK,
             "weights": weights_TK,
-            "experts": np.array(expert_names(architecture, layer))[ids_TK],
+            "experts": np.array([*expert_names(architecture, layer), ""])[ids_TK],  # -1, the last, is no expert
         }
 
 
@@ -148,11 +150,15 @@ def expert_similarities(
         num_inputs: Inputs a layer, rounded up; fewer if the texts are shorter.
 
     Returns:
-        For each layer :func:`~lifelong_moe.evaluation.specialization.output_similarity`, ``(E, E)``.
+        For each layer :func:`~lifelong_moe.evaluation.specialization.output_similarity`, ``(E, E)``; empty for a dense
+        one.
     """
     inputs = _layer_inputs(model, texts, -(-num_inputs // len(texts)))
-    similarities = []
+    similarities: list[NDArray[np.floating[Any]]] = []
     for layer, x_ND in zip(model.moe_layers(), inputs, strict=True):
+        if not len(layer.banks):
+            similarities.append(np.zeros((0, 0)))
+            continue
         outputs_END = torch.stack([expert(x_ND) for expert in layer.banks.experts])
         similarities.append(output_similarity(outputs_END.float().cpu().numpy()))
     return similarities
@@ -168,6 +174,8 @@ def shuffled_experts(model: LanguageModel, seed: int = 0) -> Iterator[None]:
     rng, hooks = np.random.default_rng(seed), []
     try:
         for layer in model.moe_layers():
+            if not layer.router.num_experts:
+                continue
             moved_E = torch.from_numpy(derangement(layer.router.num_experts, rng)).to(model.embedding.weight.device)
             hooks.append(layer.router.register_forward_hook(partial(_moved, moved_E)))
         yield

@@ -88,7 +88,8 @@ def route_text(
     else:
         owners = names[layer]
         heaviest_T1 = seen.weights[layer].argmax(axis=1, keepdims=True)
-        owner_T = np.take_along_axis(seen.expert_ids[layer], heaviest_T1, axis=1)[:, 0].tolist()
+        # A token without experts is shown as the first one's, with no expert in its description.
+        owner_T = np.take_along_axis(seen.expert_ids[layer], heaviest_T1, axis=1)[:, 0].clip(0).tolist()
     pieces = token_pieces(seen.token_ids_T.tolist(), decode)
     tokens = [
         RoutedToken(int(seen.token_ids_T[t]), pieces[t], owner_T[t], [_choices(seen, i, t, names[i]) for i in layers])
@@ -151,7 +152,8 @@ def _heaviest_stage(architecture: Architecture, seen: Observation, owners: Seque
     """Index of each token's stage, by gate weight summed over layers."""
     weight_TO = np.zeros((len(seen), len(owners)))
     for layer, (ids_TK, weights_TK) in enumerate(zip(seen.expert_ids, seen.weights, strict=True)):
-        stage_E = np.array([owners.index(name) for name in architecture.expert_births(layer)])
+        # Experts that are not, -1, weigh 0, whosever they seem to be.
+        stage_E = np.array([*(owners.index(name) for name in architecture.expert_births(layer)), 0])
         for stage in range(len(owners)):
             weight_TO[:, stage] += np.where(stage_E[ids_TK] == stage, weights_TK, 0.0).sum(axis=1)
     return [int(owner) for owner in weight_TO.argmax(axis=1)]
@@ -159,7 +161,8 @@ def _heaviest_stage(architecture: Architecture, seen: Observation, owners: Seque
 
 def _choices(seen: Observation, layer: int, token: int, names: Sequence[str]) -> list[tuple[str, float]]:
     ids_K, weights_K = seen.expert_ids[layer][token], seen.weights[layer][token]
-    return [(names[ids_K[k]], float(weights_K[k])) for k in np.argsort(-weights_K, kind="stable")]
+    order = [k for k in np.argsort(-weights_K, kind="stable") if ids_K[k] >= 0]
+    return [(names[ids_K[k]], float(weights_K[k])) for k in order]
 
 
 def _colour(index: int, num: int) -> str:

@@ -43,7 +43,7 @@ def routing_statistics(
     Raises:
         ValueError: If a layer has no assignments.
     """
-    layers = [_layer_statistics(*one, learned_in) for one in zip(counts, births, strict=True)]
+    layers = [_layer_statistics(*one, learned_in) for one in zip(counts, births, strict=True) if one[1]]
     entropy, max_over_mean, dead, leak = zip(*layers, strict=True)
     return RoutingStatistics(
         entropy=float(np.mean(entropy)),

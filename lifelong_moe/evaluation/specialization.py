@@ -45,7 +45,7 @@ def joint_counts(expert_ids_TK: Ints, labels_T: Ints, num_experts: int) -> tuple
     """Count how often each expert is chosen for each label.
 
     Args:
-        expert_ids_TK: Chosen experts ``(T, K)``.
+        expert_ids_TK: Chosen experts ``(T, K)``; below 0 where a token has fewer.
         labels_T: Label of each token ``(T,)``, any integers.
         num_experts: E.
 
@@ -58,8 +58,9 @@ def joint_counts(expert_ids_TK: Ints, labels_T: Ints, num_experts: int) -> tuple
     if not len(labels_T):
         raise ValueError("there are no tokens to count")
     labels_J, label_T = np.unique(labels_T, return_inverse=True)
-    cells_TK = np.asarray(expert_ids_TK, dtype=np.int64) * len(labels_J) + label_T[:, None]
-    counts = np.bincount(cells_TK.ravel(), minlength=num_experts * len(labels_J))
+    ids_TK = np.asarray(expert_ids_TK, dtype=np.int64)
+    cells_TK = ids_TK * len(labels_J) + label_T[:, None]
+    counts = np.bincount(cells_TK[ids_TK >= 0], minlength=num_experts * len(labels_J))
     return counts.reshape(num_experts, len(labels_J)), labels_J
 
 
@@ -139,10 +140,10 @@ def top_tokens(
 def coactivation(expert_ids_TK: Ints, num_experts: int) -> Floats:
     """Share of the tokens of expert i (row) that expert j (column) was chosen for as well, for all pairs.
 
-    Every row sums to K − 1, so an even spread gives ``(K − 1) / (E − 1)`` in each cell.
+    Where every token has K, every row sums to K − 1, so an even spread gives ``(K − 1) / (E − 1)`` in each cell.
 
     Args:
-        expert_ids_TK: Chosen experts ``(T, K)``, distinct within a row.
+        expert_ids_TK: Chosen experts ``(T, K)``, distinct within a row; below 0 where a token has fewer.
         num_experts: E.
 
     Returns:
@@ -153,7 +154,8 @@ def coactivation(expert_ids_TK: Ints, num_experts: int) -> Floats:
     """
     ids_TK = np.asarray(expert_ids_TK, dtype=np.int64)
     pairs_TKK = ids_TK[:, :, None] * num_experts + ids_TK[:, None, :]
-    counts_EE = np.bincount(pairs_TKK.ravel(), minlength=num_experts**2).reshape(num_experts, num_experts)
+    both_TKK = (ids_TK[:, :, None] >= 0) & (ids_TK[:, None, :] >= 0)
+    counts_EE = np.bincount(pairs_TKK[both_TKK], minlength=num_experts**2).reshape(num_experts, num_experts)
     chosen_E = counts_EE.diagonal().astype(np.float64)
     chosen_E[chosen_E == 0] = np.nan
     shares_EE = counts_EE / chosen_E[:, None]
@@ -161,27 +163,29 @@ def coactivation(expert_ids_TK: Ints, num_experts: int) -> Floats:
     return shares_EE
 
 
-def agreement(first_TK: Ints, second_TK: Ints) -> float:
-    """Share of chosen experts that two models agree on: ``|intersection| / K``, averaged over tokens.
+def agreement(first_TK: Ints, second_TL: Ints) -> float:
+    """Share of the second model's chosen experts that the first chose as well: ``|intersection| / K`` over all tokens.
 
     With the last model as second argument this is the router saturation of the first.
 
     Args:
-        first_TK: One model's choices ``(T, K)``, distinct within a row.
-        second_TK: The other's choices for the same tokens.
+        first_TK: One model's choices ``(T, K)``, distinct within a row; below 0 where a token has fewer.
+        second_TL: The other's choices for the same tokens ``(T, L)``.
 
     Returns:
         1 for the same sets in any order, 0 for disjoint ones.
 
     Raises:
-        ValueError: If the shapes differ.
+        ValueError: If the numbers of tokens differ, or the second model chose nothing.
 
     Source:
         OLMoE (arXiv:2409.02060), section 5.1, "router saturation".
     """
-    if first_TK.shape != second_TK.shape:
-        raise ValueError(f"choices {first_TK.shape} and {second_TK.shape} are not of the same tokens")
-    return float((first_TK[:, :, None] == second_TK[:, None, :]).any(axis=2).mean())
+    chosen = int((second_TL >= 0).sum())
+    if len(first_TK) != len(second_TL) or not chosen:
+        raise ValueError(f"{first_TK.shape} and {second_TL.shape} are not of the same tokens, or all of them -1")
+    same_TKL = (first_TK[:, :, None] == second_TL[:, None, :]) & (second_TL[:, None, :] >= 0)
+    return float(same_TKL.sum() / chosen)
 
 
 def output_similarity(outputs_END: Floats) -> Floats:

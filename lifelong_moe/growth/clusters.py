@@ -13,15 +13,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lifelong_moe.clustering.balanced import balanced_kmeans
+from lifelong_moe.clustering.balanced_table import balanced_table
 from lifelong_moe.clustering.bundles import fit_unigrams
 from lifelong_moe.clustering.documents import document_features, fit_tfidf
-from lifelong_moe.clustering.kmeans import spherical_kmeans, unit_rows
+from lifelong_moe.clustering.kmeans import assign, spherical_kmeans, unit_rows
 from lifelong_moe.clustering.tokens import token_embedding
 from lifelong_moe.growth.observe import observe
 from lifelong_moe.model.groups import BundleClusters, TfidfClusters
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.routing.cluster import TokenClusterRouter
-from lifelong_moe.routing.config import Centroids, Features, Level
+from lifelong_moe.routing.config import Centroids, Features, HashTable, Level
 
 FIT_DOCUMENTS = 4096
 
@@ -64,6 +65,27 @@ def fit_token_clusters(
         router.set_rows(torch.from_numpy(centroids))
 
 
+def fit_token_table(model: LanguageModel, stream: NDArray[np.integer], seed: int) -> None:
+    """Give each token id a bucket, once: a later stage finds the table as it is.
+
+    Args:
+        model: With ``routing.table`` other than ``random``.
+        stream: Token ids of the first stage's training text.
+        seed: Of embedding and clustering.
+    """
+    buckets, routing = model.token_buckets, model.architecture.routing
+    assert buckets is not None
+    if bool(buckets.any()):
+        return
+    num, vocab_size = model.architecture.num_experts, len(buckets)
+    if routing.table == HashTable.balanced:
+        table = balanced_table(np.bincount(stream, minlength=vocab_size), num)
+    else:
+        embedded = token_embedding(stream, vocab_size, routing.feature_width, seed=seed)
+        table = assign(embedded, spherical_kmeans(embedded, num, seed=seed))
+    buckets.copy_(torch.from_numpy(table))
+
+
 def fit_document_clusters(model: LanguageModel, documents: Sequence[NDArray[np.integer]], seed: int) -> None:
     """Set the newest document centroids from whole training documents.
 
@@ -103,5 +125,7 @@ def fit_clusters(
     routing = model.architecture.routing
     if routing.by_document:
         fit_document_clusters(model, documents, seed)
+    if routing.has_table:
+        fit_token_table(model, stream, seed)
     if routing.mode == "cluster" and routing.level == Level.token:
         fit_token_clusters(model, stream, sample, seed)

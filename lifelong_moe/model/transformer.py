@@ -106,6 +106,9 @@ class LanguageModel(nn.Module):
         uses_features = clustered and routing.level == Level.token and routing.features == Features.embedding
         table = torch.zeros(architecture.vocab_size, routing.feature_width) if uses_features else None
         self.register_buffer("token_features", table)
+        self.token_buckets: Tensor | None
+        buckets = torch.zeros(architecture.vocab_size, dtype=torch.int64) if routing.has_table else None
+        self.register_buffer("token_buckets", buckets)
         for i, generation in enumerate(architecture.generations):
             self.add_generation(generation)
             if i + 1 == architecture.frozen:
@@ -254,6 +257,7 @@ class LanguageModel(nn.Module):
             group_ids_T=torch.zeros_like(token_ids_T) if group_ids_BS is None else group_ids_BS.flatten(),
             old_text_T=None if old_text_BS is None else old_text_BS.flatten(),
             features_TF=None if self.token_features is None else self.token_features[token_ids_T],
+            buckets_T=None if self.token_buckets is None else self.token_buckets[token_ids_T],
             num_sequences=len(token_ids_BS),
             full_length=self.architecture.model.context,
         )

@@ -45,6 +45,8 @@ class RoutingContext:
     """True for text of earlier stages, bool ``(T,)``; given in a review only."""
     features_TF: Tensor | None = None
     """Frozen token features ``(T, F)``, where clusters are made of them."""
+    buckets_T: Tensor | None = None
+    """Bucket of each token id, int64 ``(T,)``, where routing has a table of them."""
     num_sequences: int = 1
     """Sequences that the T tokens are, of equal length, one after the other; capacity counts in each by itself."""
     full_length: int | None = None

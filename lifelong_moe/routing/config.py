@@ -227,11 +227,16 @@ class RoutingConfig:
     against its load over the global batch (DeepSeek-V3: 0.001)."""
     expert_groups: int = 1
     """``learned``: divide the experts into so many groups, of which a token uses the best ``top_groups``
-    (DeepSeek-V3). ``hierarchical``: groups that each stage's experts form, each with a gate of its own."""
+    (DeepSeek-V3). ``hierarchical``: groups that each stage's experts form, each with a gate of its own. ``hash``: a
+    token uses one expert of each group, at weight 1 (MultiHash)."""
     top_groups: int = 1
     """Groups that a token uses."""
     jitter: float = 0.0
     """In training the router's input, and nothing else, is multiplied by numbers between 1 - jitter and 1 + jitter."""
+    table: HashTable = HashTable.random
+    """``hash``: experts by a fixed pseudo-random order for each token id (``random``), or by a table made of the first
+    stage's text: ``balanced``, the most frequent token id to the expert with least text so far, or ``clustered``, by
+    FAISS clusters of token embeddings."""
     second: SecondExpert = SecondExpert.all
     """``gshard`` in training: use the second expert always (``all``), if its share of both gates exceeds 0.2
     (``threshold``), or with twice that share as probability (``random``). In evaluation always."""
@@ -326,7 +331,8 @@ class RoutingConfig:
         of_modes = {
             "bias_rate": ("learned", "switch"),
             "score": ("learned", "switch"),
-            "expert_groups": ("learned", "hierarchical"),
+            "expert_groups": ("learned", "hierarchical", "hash"),
+            "table": ("hash",),
             "jitter": ("learned", "switch", "gshard"),
             "capacity": ("learned", "switch", "gshard"),
             "second": ("gshard",),
@@ -343,6 +349,12 @@ class RoutingConfig:
             raise ConfigError(
                 f"routing.mode={self.mode} chooses {number} expert(s) a token: set routing.top_k={number}."
             )
+        if self.mode == "hash" and self.expert_groups > 1 and self.top_k != self.expert_groups:
+            raise ConfigError(
+                f"routing.top_k={self.top_k} must be routing.expert_groups={self.expert_groups}: one expert of each."
+            )
+        if self.has_table and self.top_k > 1:
+            raise ConfigError(f"routing.table={self.table} gives each token id one expert: set routing.top_k=1.")
         if self.mode == "hierarchical" and self.top_k % self.top_groups:
             raise ConfigError(
                 f"routing.top_k={self.top_k} must be a multiple of routing.top_groups={self.top_groups}: each group "
@@ -360,6 +372,20 @@ class RoutingConfig:
             return None
         key = "priority" if self.capacity.priority != Priority.token else "overflow"
         return f"routing.capacity.{key}={getattr(self.capacity, key)}"
+
+    @property
+    def has_table(self) -> bool:
+        """Whether a table from token ids to experts is fitted before training."""
+        return self.table != HashTable.random
+
+    @property
+    def is_fixed(self) -> str | None:
+        """The setting by which the number of experts cannot change; None if it can."""
+        if self.has_table:
+            return f"routing.table={self.table}"
+        return (
+            f"routing.expert_groups={self.expert_groups}" if self.mode == "learned" and self.expert_groups > 1 else None
+        )
 
     @property
     def has_rows(self) -> bool:
@@ -385,7 +411,7 @@ class RoutingConfig:
     @property
     def is_clustered(self) -> bool:
         """Whether a stage fits centroids before it trains."""
-        return self.mode == "cluster" or self.bundles == Bundles.cluster
+        return self.mode == "cluster" or self.bundles == Bundles.cluster or self.has_table
 
     @property
     def has_bundles(self) -> bool:

@@ -16,13 +16,21 @@ from lifelong_moe.routing.cluster import TokenClusterRouter
 
 LENGTH = 16
 Make = Callable[..., LanguageModel]
-KINDS = ["learned", "token_embedding", "token_hidden", "document", "label", "hash", "bundles", "hashing"]
+TOKEN_LOCAL = [
+    "learned", "token_embedding", "token_hidden", "document", "label", "hash", "bundles", "sigmoid", "noisy",
+    "hierarchical", "dense", "relu", "multi_hash", "base", "hashing",
+]  # fmt: skip
+ORDERED = ["switch", "gshard"]
+LEAKING = ["expert_choice", "by_choice", "by_batch", "next_choice"]
+LEAKING_IN_TRAINING = ["base", "at_random"]
+KINDS = [*TOKEN_LOCAL, *ORDERED]
 
 
 @pytest.fixture(scope="module")
 def models(make_model: Make) -> dict[str, LanguageModel]:
-    """A grown model of each kind."""
-    built = {kind: make_model(kind, (4, 2)).eval() for kind in KINDS[:-1]}
+    """A grown model of each kind; capacities are such that they bind."""
+    kinds = {*KINDS, *LEAKING, *LEAKING_IN_TRAINING} - {"hashing"}
+    built = {kind: make_model(kind, (4, 2)).eval() for kind in kinds}
     built["hashing"] = make_model("token_hidden", (4, 2)).eval()
     for layer in built["hashing"].moe_layers():
         assert isinstance(layer.router, TokenClusterRouter)
@@ -77,3 +85,42 @@ def test_the_past_does_change_something(models: dict[str, LanguageModel], kind: 
     assert float((before[0][:, 8:] - after[0][:, 8:]).abs().max()) > 0.1
     if kind in ("learned", "token_hidden", "document", "bundles"):
         assert not torch.equal(before[1][:, 8:], after[1][:, 8:])
+
+
+def leaks(model: LanguageModel, seed: int) -> bool:
+    """Whether replacing what comes later changes experts, or whether they are used, of what comes before."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, 61, (2, LENGTH), generator=generator)
+    other = torch.cat([ids[:, :8], torch.randint(1, 61, (2, 8), generator=generator)], dim=1)
+    torch.manual_seed(0)
+    before = look(model, ids)[1]
+    torch.manual_seed(0)
+    return not torch.equal(before[:, :8], look(model, other)[1][:, :8])
+
+
+@pytest.mark.parametrize("kind", LEAKING)
+def test_what_is_said_to_leak_does(models: dict[str, LanguageModel], kind: str) -> None:
+    """The same perturbation finds the leaks that there are, so that finding none means something."""
+    assert sum(leaks(models[kind], seed) for seed in range(20)) >= 5
+
+
+@pytest.mark.parametrize("kind", LEAKING_IN_TRAINING)
+def test_what_leaks_in_training_only(models: dict[str, LanguageModel], kind: str) -> None:
+    models[kind].train()
+    assert sum(leaks(models[kind], seed) for seed in range(20)) >= 5
+    models[kind].eval()
+
+
+@pytest.mark.parametrize("kind", ORDERED)
+def test_order_is_what_keeps_capacity_causal(models: dict[str, LanguageModel], kind: str) -> None:
+    """Something is dropped, so that capacity did bind in the tests above."""
+    ids = torch.randint(1, 61, (4, LENGTH), generator=torch.Generator().manual_seed(0))
+    assert bool((look(models[kind], ids)[1] == -1).any())
+
+
+@pytest.mark.parametrize("kind", [*TOKEN_LOCAL, *ORDERED, *LEAKING])
+def test_routers_say_what_they_are(models: dict[str, LanguageModel], kind: str) -> None:
+    router = next(iter(models[kind].moe_layers())).router
+    kinds = {"ordered": ORDERED, "leaks": ["expert_choice"], "leaks_when_full": [*LEAKING[1:], "base"]}
+    expected = next((name for name, members in kinds.items() if kind in members), "token_local")
+    assert router.causality.name == expected
