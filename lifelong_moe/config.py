@@ -23,7 +23,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from lifelong_moe.data.config import SourceConfig, TokenizerConfig
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.evaluation.config import EvaluateConfig
-from lifelong_moe.growth.config import GrowConfig
+from lifelong_moe.growth.config import ExpertInit, GrowConfig
 from lifelong_moe.model.config import ModelConfig
 from lifelong_moe.retention.config import (
     DistillConfig,
@@ -180,6 +180,11 @@ class RunConfig:
                 f"tokenizer.train_on={self.tokenizer.train_on} must be the first stage's distribution ({first}): "
                 f"a tokenizer that saw later stages leaks the future."
             )
+        if self.routing.mode == "soft":
+            raise ConfigError(
+                "routing.mode=soft mixes each token with all later ones; it is for encoders, see "
+                "lifelong_moe/model/encoder.py."
+            )
         if self.routing.leaks and not self.routing.allow_noncausal:
             raise ConfigError(
                 f"{self.routing.leaks} lets later tokens change earlier ones, which a decoder must not. Set "
@@ -203,7 +208,8 @@ class RunConfig:
                 f"routing.sample_tokens={self.routing.sample_tokens} must reach the number of experts that a stage "
                 f"begins ({most})."
             )
-        if self.routing.top_k > self.model.fewest_experts:
+        dense = self.model.most_experts == 1 and self.routing.mode == "learned" and not self.routing.has_bundles
+        if self.routing.top_k > self.model.fewest_experts and not dense:
             raise ConfigError(f"routing.top_k={self.routing.top_k} must not exceed model.experts={self.model.experts}.")
         self._name_stages()
         for i, stage in enumerate(self.stages):
@@ -264,6 +270,8 @@ class RunConfig:
     def _check_growth(self, i: int, stage: StageConfig) -> None:
         """Deltas and partly grown models need a router that can tell them apart."""
         grow, deltas = stage.grow, stage.trunk.train == TrunkTraining.deltas
+        if grow.init == ExpertInit.upcycle and grow.experts:
+            self._check_upcycling(i, stage)
         if grow.experts and not stage.continues and (fixed := self.routing.is_fixed):
             raise ConfigError(f"{fixed} has no place for new experts: set stages[{i}].grow.experts=0.")
         if deltas and (not (grow.experts or stage.continues) or not self.routing.has_bundles):
@@ -283,6 +291,20 @@ class RunConfig:
             raise ConfigError(
                 f"stages[{i}].grow.layers needs a trained router and routing.bundles=none; every layer must grow "
                 f"otherwise."
+            )
+
+    def _check_upcycling(self, i: int, stage: StageConfig) -> None:
+        """The copies change nothing if the model before is dense and a token's gates sum to 1."""
+        routing, before = self.routing, [s.grow.experts for s in self.stages[1:i]]
+        if self.model.most_experts > 1 or any(before):
+            raise ConfigError(
+                f"stages[{i}].grow.init=upcycle copies a dense model: set model.experts=1, and no growth before it."
+            )
+        plain = routing.mode == "learned" and not routing.has_bundles and routing.capacity is None
+        if not (plain and routing.renormalize and routing.gate_scale == 1 and routing.top_k > 1):
+            raise ConfigError(
+                f"stages[{i}].grow.init=upcycle needs gates that sum to 1: routing.mode=learned with renormalize=true, "
+                f"gate_scale=1 and top_k above 1, without capacity and bundles."
             )
 
     def _check_continued(self, i: int, name: str) -> None:

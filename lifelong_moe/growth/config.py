@@ -13,6 +13,7 @@ class ExpertInit(StrEnum):
 
     copy = "copy"
     random = "random"
+    upcycle = "upcycle"
 
 
 class RouterInit(StrEnum):
@@ -30,8 +31,8 @@ class GrowConfig:
     experts: int = 2
     """New experts per layer; 0 adds none, and then nothing is frozen either."""
     init: ExpertInit = ExpertInit.copy
-    """``copy`` the experts that the new data uses most (with bundles, those of the newest one), with noise; or
-    ``random``."""
+    """``copy`` the experts that the new data uses most (with bundles, those of the newest one), with noise;
+    ``upcycle``, exact copies of a dense model's only expert, which change nothing yet; or ``random``."""
     noise: float = 0.01
     """Standard deviation of the noise on a copy, relative to the copied matrix's own deviation."""
     router: RouterInit = RouterInit.centroid

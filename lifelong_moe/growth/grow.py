@@ -106,13 +106,19 @@ def check_noop(model: LanguageModel, sample: Mapping[str, Tensor], before: Tenso
 def _begin_experts(
     layer: MoELayer, copied: list[int], config: GrowConfig, shape: ModelConfig, generator: torch.Generator
 ) -> None:
-    """Fill the new experts: copies with relative noise, or matrices as random as at the very beginning."""
+    """Fill the new experts: copies, with relative noise or exact, or matrices as random as at the very beginning.
+
+    Source:
+        Exact copies of a dense network, of which a token's gates sum to 1: sparse upcycling (arXiv:2212.05055).
+    """
     newest = layer.banks.experts[-len(copied) :]
     for new, source in zip(newest, copied, strict=True):
         old: FeedForward = layer.banks.experts[source]  # type: ignore[assignment]
         for (name, parameter), origin in zip(new.named_parameters(), old.parameters(), strict=True):
             noise = torch.randn(origin.shape, generator=generator).to(origin)
-            if config.init == ExpertInit.copy:
+            if config.init == ExpertInit.upcycle:
+                parameter.copy_(origin)
+            elif config.init == ExpertInit.copy:
                 parameter.copy_(origin + config.noise * origin.std() * noise)
             else:
                 parameter.copy_(initial_std(f".{name}", shape) * noise)

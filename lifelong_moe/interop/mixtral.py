@@ -44,6 +44,13 @@ REQUIRED = (
 """Keys that a Mixtral config must have, integers all."""
 
 
+ONLY_PLAIN = (
+    "activation", "moe_every", "dense_layers", "shared_experts", "head_width", "qk_norm", "attention_softcap",
+    "embedding_scale", "logit_scale", "sandwich_norms",
+)  # fmt: skip
+"""What Mixtral does not have."""
+
+
 def to_mixtral(model: LanguageModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A model as ``config.json`` and tensors of a ``MixtralForCausalLM``.
 
@@ -72,6 +79,10 @@ def to_mixtral(model: LanguageModel) -> tuple[dict[str, Any], dict[str, Tensor]]
         raise ConfigError(
             "routing.score, bias_rate, expert_groups and gate_scale have no Mixtral form; leave them at their defaults."
         )
+    plain = ModelConfig()
+    for key in ONLY_PLAIN:
+        if getattr(architecture.model, key) != getattr(plain, key):
+            raise ConfigError(f"model.{key}={getattr(architecture.model, key)} has no Mixtral form.")
     if routing.capacity is not None:
         raise ConfigError("routing.capacity has no Mixtral form: there nothing is dropped.")
     if not routing.renormalize:

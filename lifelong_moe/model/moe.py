@@ -43,8 +43,8 @@ class MoELayer(nn.Module):
         births = [g for g, num in enumerate(self.router.generations) for _ in range(num)]
         self.banks.freeze([i for i, birth in enumerate(births) if birth == but])
         self.router.freeze()
-        if but is not None and self.router.row_generations():
-            self.router.row_generations()[but].requires_grad_(True)
+        for parameter in [] if but is None else self.router.parameters_of(but):
+            parameter.requires_grad_(True)
 
     def forward(self, x_TD: Tensor, context: RoutingContext) -> tuple[Tensor, Routing]:
         """``(T, D)`` to ``(T, D)``, with what the router decided."""

@@ -40,13 +40,13 @@ class ModelOutput:
 class Block(nn.Module):
     """Norm, attention, norm, mixture of experts, each added to the stream."""
 
-    def __init__(self, architecture: Architecture, layer: int) -> None:
+    def __init__(self, architecture: Architecture, layer: int, *, causal: bool = True) -> None:
         super().__init__()
         config = architecture.model
         self.attention_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.attention = Attention(config)
         self.moe_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
-        self.moe = build_moe(architecture, layer)
+        self.moe = build_moe(architecture, layer, causal=causal)
         self.attention_out_norm: nn.RMSNorm | None = None
         self.moe_out_norm: nn.RMSNorm | None = None
         if config.sandwich_norms:
@@ -70,10 +70,10 @@ class Block(nn.Module):
         return x_BSD + out_TD.view_as(x_BSD), routing, key_value
 
 
-def build_moe(architecture: Architecture, layer: int) -> MoELayer:
+def build_moe(architecture: Architecture, layer: int, *, causal: bool) -> MoELayer:
     """A layer's mixture of experts, still without experts; or its dense network."""
     config = architecture.model
-    router = build_router(architecture.routing, width=config.width, layer=layer)
+    router = build_router(architecture.routing, width=config.width, layer=layer, causal=causal)
     banks = ExpertBanks(config.width, config.expert_width, config.activation)
     if layer not in config.moe_layers:
         dense_width = config.dense_width or config.expert_width * architecture.routing.top_k
@@ -156,7 +156,7 @@ class LanguageModel(nn.Module):
         for i, layer in enumerate(self.moe_layers()):
             if num := generation.experts_in(i):
                 found |= {id(p) for expert in layer.banks.experts[-num:] for p in expert.parameters()}
-                found |= {id(rows) for rows in layer.router.row_generations()[-1:]}
+                found |= {id(p) for p in layer.router.parameters_of(len(layer.router.generations) - 1)}
         for matrix in self.delta_matrices():
             if bundle in matrix.deltas:
                 found |= {id(p) for p in matrix.deltas[bundle].parameters()}
@@ -276,7 +276,7 @@ def initialize(model: LanguageModel, seed: int) -> None:
     norms                           1
     ``up`` of a delta               0, so that it changes nothing yet
     ``down`` of a delta             normal, deviation ``1 / sqrt(columns)``
-    a router's besides its rows     as the router made it
+    a noisy router's noise          0, as the router made it
     every other matrix              normal, mean 0, deviation ``init_std``
     attention output, expert down   the same, divided by ``sqrt(2 * layers)`` (GPT-2), so that
                                     the stream's variance does not grow with depth
@@ -284,7 +284,7 @@ def initialize(model: LanguageModel, seed: int) -> None:
     """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
-        if ".moe.router." in name and ".router.rows." not in name:
+        if ".router.noise_rows." in name:
             continue
         if parameter.dim() == 1:
             nn.init.ones_(parameter)

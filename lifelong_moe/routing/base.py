@@ -121,8 +121,8 @@ class Routing:
 class Router(nn.Module):
     """Base of all routers. Experts come in generations: those a stage is born with, in order.
 
-    A subclass implements :meth:`forward` and :meth:`add_experts`. One of your own is named in the config by its
-    dotted path and built as ``YourRouter(config, width=..., layer=..., **config.options)``.
+    A subclass implements :meth:`forward` and :meth:`add_experts`; what it trains of generation g has a name that ends
+    in ``.g``. One of your own is named in the config by its dotted path and built as ``YourRouter(config, width=..., layer=..., **config.options)``.
     """
 
     causality: Causality = Causality.token_local
@@ -152,6 +152,10 @@ class Router(nn.Module):
     def row_generations(self) -> list[Tensor]:
         """Trained rows of each generation ``(E_g, D)``, oldest first; empty where a router has none."""
         return []
+
+    def parameters_of(self, generation: int) -> list[nn.Parameter]:
+        """All that trains of one generation: its rows, and what else a router has for it."""
+        return [p for name, p in self.named_parameters() if name.rpartition(".")[2] == str(generation)]
 
     def set_rows(self, rows_ED: Tensor) -> None:
         """Begin the newest generation's rows with these, ``(num, D)``."""

@@ -61,7 +61,7 @@ def limited(
     kept_TK, taken_GE = within_capacity(wanted_TK, order_N, context.sequence_T, capacity, taken_GE)
     final_TK = wanted_TK.masked_fill(~kept_TK, -1)
     if config.overflow == Overflow.next_choice:
-        final_TK = _next_choices(final_TK, wanted_TK, ranks_TE, order_N, context, capacity, taken_GE)
+        final_TK = _next_choices(final_TK, wanted_TK, ranks_TE, order_N, context, capacity, taken_GE, num_choosable)
     wanted = (wanted_TK >= 0).sum()
     return final_TK, weights_TK, 1 - (final_TK >= 0).sum() / wanted.clamp_min(1)
 
@@ -84,6 +84,7 @@ def _next_choices(
     context: RoutingContext,
     capacity: int,
     taken_GE: Tensor,
+    num_choosable: int,
 ) -> Tensor:
     """Offer what was dropped to the token's other experts, best first; the weight stays that of the first choice.
 
@@ -91,7 +92,7 @@ def _next_choices(
         No-token-left-behind: Switch (arXiv:2101.03961), appendix B.
     """
     ranked_TE = ranks_TE.argsort(dim=1, descending=True, stable=True)
-    for rank in range(ranked_TE.shape[1]):
+    for rank in range(num_choosable):  # those held down come last
         lacking_TK = (final_TK < 0) & (wanted_TK >= 0)
         if not bool(lacking_TK.any()):
             break

@@ -20,6 +20,7 @@ ROUTERS = {
     "relu": "lifelong_moe.routing.relu.ReluRouter",
     "base": "lifelong_moe.routing.balanced.BalancedRouter",
     "expert_choice": "lifelong_moe.routing.expert_choice.ExpertChoiceRouter",
+    "soft": "lifelong_moe.routing.soft.SoftRouter",
     "cluster": "lifelong_moe.routing.cluster.build_cluster_router",
     "label": "lifelong_moe.routing.group.LabelRouter",
     "hash": "lifelong_moe.routing.hashing.HashRouter",
@@ -29,7 +30,7 @@ ROUTERS = {
 UNTRAINED = ("cluster", "label", "hash")
 """Modes whose routers have no trained rows."""
 
-LEAKING = ("base", "expert_choice")
+LEAKING = ("base", "expert_choice", "soft")
 """Modes in which later tokens change earlier ones: in training, or always."""
 
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -211,8 +212,8 @@ class RoutingConfig:
 
     mode: str = "learned"
     """``learned`` (trained top-k: Mixtral, DeepSeek and most others), ``switch``, ``gshard``, ``noisy_topk``,
-    ``hierarchical``, ``dense`` (Jacobs), ``relu`` (ReMoE), ``base``, ``expert_choice``, ``cluster`` (FAISS, never
-    trained), ``label`` (by the known distribution), ``hash`` (by token id, never trained), or the dotted path of a
+    ``hierarchical``, ``dense`` (Jacobs), ``relu`` (ReMoE), ``base``, ``expert_choice``, ``soft``
+    (encoders only), ``cluster`` (FAISS, never trained), ``label`` (by the known distribution), ``hash`` (by token id, never trained), or the dotted path of a
     ``Router`` subclass of your own. A mode brings its authors' values for keys that are not set: docs/systems.md."""
     top_k: int = 2
     """Experts per token; cost per token depends on it and not on how many experts there are."""
@@ -237,6 +238,8 @@ class RoutingConfig:
     """``hash``: experts by a fixed pseudo-random order for each token id (``random``), or by a table made of the first
     stage's text: ``balanced``, the most frequent token id to the expert with least text so far, or ``clustered``, by
     FAISS clusters of token embeddings."""
+    slots: int = 1
+    """``soft``: slots of each expert, each a mixture of all tokens of a sequence."""
     second: SecondExpert = SecondExpert.all
     """``gshard`` in training: use the second expert always (``all``), if its share of both gates exceeds 0.2
     (``threshold``), or with twice that share as probability (``random``). In evaluation always."""
@@ -314,7 +317,7 @@ class RoutingConfig:
         for key in ("balance_loss", "z_loss", "margin", "importance_loss", "load_loss", "bias_rate", "jitter"):
             if getattr(self, key) < 0:
                 raise ConfigError(f"routing.{key}={getattr(self, key)} must not be negative.")
-        for key in ("scale", "chunk_tokens", "sample_tokens", "feature_width", "gate_scale", "expert_groups"):
+        for key in ("scale", "chunk_tokens", "sample_tokens", "feature_width", "gate_scale", "expert_groups", "slots"):
             if getattr(self, key) <= 0:
                 raise ConfigError(f"routing.{key}={getattr(self, key)} must be positive.")
         if self.clusters is not None and self.clusters < 1:
@@ -333,6 +336,7 @@ class RoutingConfig:
             "score": ("learned", "switch"),
             "expert_groups": ("learned", "hierarchical", "hash"),
             "table": ("hash",),
+            "slots": ("soft",),
             "jitter": ("learned", "switch", "gshard"),
             "capacity": ("learned", "switch", "gshard"),
             "second": ("gshard",),

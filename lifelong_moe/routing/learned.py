@@ -70,7 +70,7 @@ class LearnedRouter(LinearRouter):
                 logits_TE = logits_TE.masked_fill(~allowed_TE, -math.inf)
             scores_TE = logits_TE.softmax(dim=-1) if config.score == Score.softmax else logits_TE.sigmoid()
             ranks_TE = self._ranks(logits_TE, scores_TE)
-            chosen_TK, expert_ids_TK = ranks_TE.topk(config.top_k, dim=-1)
+            chosen_TK, expert_ids_TK = ranks_TE.topk(min(config.top_k, self.num_experts), dim=-1)
             weights_TK = self._weights(chosen_TK, scores_TE, expert_ids_TK, is_logit=ranks_TE is logits_TE)
             losses = {}
             if self.training:

@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 
-from lifelong_moe.config import RunConfig
+from lifelong_moe.config import RunConfig, apply_override, build_config
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.growth import grow as grow_module
 from lifelong_moe.growth.config import ExpertInit, GrowConfig, RouterInit
@@ -19,6 +20,7 @@ from lifelong_moe.model.feedforward import FeedForward
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.routing.base import Router
 from lifelong_moe.training.optimizer import build_optimizer
+from tests.conftest import build_raw
 
 Make = Callable[..., LanguageModel]
 Batch = Callable[..., dict[str, Tensor]]
@@ -257,3 +259,32 @@ def test_observing_leaves_the_model_as_it_was(make_model: Make, make_batch: Batc
 def test_values_out_of_range(keys: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         GrowConfig(**keys)
+
+
+@pytest.mark.parametrize("router", [RouterInit.random, RouterInit.centroid])
+def test_an_upcycled_model_is_the_dense_one_at_first(make_model: Make, make_batch: Batch, router: RouterInit) -> None:
+    model, sample = make_model("learned", (1,)), make_batch()
+    before = sample_logits(model, sample)
+    config = GrowConfig(experts=7, init=ExpertInit.upcycle, router=router, old_lr_scale=1.0)
+    add(model, config, sample, seed=0)
+    routings = model(sample["token_ids"]).routings
+    assert all(routing.expert_ids_TK.shape[1] == 2 for routing in routings)  # the dense model had one to choose
+    assert len(routings[0].expert_ids_TK.unique()) > 4  # and the new ones are used
+    torch.testing.assert_close(sample_logits(model, sample), before, atol=2e-6, rtol=0)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.experts=2", "copies a dense model: set model.experts=1"),
+        ("routing.renormalize=false", "needs gates that sum to 1"),
+        ("routing.gate_scale=2.0", "needs gates that sum to 1"),
+    ],
+)
+def test_what_cannot_be_upcycled(override: str, message: str) -> None:
+    raw = OmegaConf.create(build_raw())
+    for one in ("model.experts=1", "routing.mode=learned", "stages[1].grow.init=upcycle", override):
+        apply_override(raw, one)
+    with pytest.raises(ConfigError, match=message):
+        build_config(raw)
