@@ -57,6 +57,7 @@ def finish(result: Any, as_json: bool) -> None:
         print(json.dumps(result, ensure_ascii=False))
 
 
+Int8 = Annotated[bool, typer.Option("--int8", help="Hold the model's matrices in 8 bits, a scale a row.")]
 GateSettings = Annotated[
     list[str] | None, typer.Argument(metavar="[gate.KEY=VALUE]...", help="Such as gate.tolerance=0.02.")
 ]
@@ -261,12 +262,13 @@ def evaluate(
     data: Annotated[str, typer.Option("--data", help="Path or glob of .jsonl, .txt or .parquet files.")],
     stage: StageName = None,
     label: Label = None,
+    int8: Int8 = False,
     as_json: AsJson = False,
 ) -> None:
     """Loss and bits per byte of any stage on any text."""
     from pipelines.inspectors import evaluate as story
 
-    finish(story(run, stage, data, label, console(as_json)), as_json)
+    finish(story(run, stage, data, label, console(as_json), int8=int8), as_json)
 
 
 @app.command()
@@ -279,6 +281,7 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens up to this mass.", min=0.01)] = 0.95,
     seed: Annotated[int, typer.Option(help="Of the sampling.", min=0, max=2**63 - 1)] = 0,
     label: Label = None,
+    int8: Int8 = False,
     as_json: AsJson = False,
 ) -> None:
     """Continue a text."""
@@ -294,6 +297,7 @@ def generate(
         seed=seed,
         label=label,
         console=console(as_json),
+        int8=int8,
     )
     finish(result, as_json)
 

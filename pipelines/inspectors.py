@@ -17,6 +17,8 @@ from lifelong_moe.errors import ConfigError
 from lifelong_moe.evaluation.loss import evaluate as score_windows
 from lifelong_moe.model.architecture import Architecture
 from lifelong_moe.model.generation import generate as sample
+from lifelong_moe.model.int8 import hold_in_int8
+from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.stages.keys import SHORT
 from lifelong_moe.stages.lineage import lineage_rows, work_under_way
 from lifelong_moe.stages.runs import RunRecord, require_head
@@ -111,13 +113,15 @@ def check_label(stage: CommittedStage, label: str | None, console: Console) -> N
         raise ConfigError(f"--label={label} is unknown to stage {stage.name}; there are {', '.join(known)}.")
 
 
-def evaluate(run: str, stage: str | None, data: str, label: str | None, console: Console) -> dict[str, Any]:
-    """Loss and bits per byte of a stage on any text."""
+def evaluate(
+    run: str, stage: str | None, data: str, label: str | None, console: Console, *, int8: bool = False
+) -> dict[str, Any]:
+    """Loss and bits per byte of a stage on any text, its matrices in 8 bits if asked."""
     store, committed = open_stage(run, stage)
     check_label(committed, label, console)
     tokenizer = Tokenizer.from_text(store.tokenizer(committed))
     shard = tokenize_documents(read_documents(data, SourceConfig(files=data)), tokenizer)
-    model = load_model(store, committed)
+    model = _loaded(store, committed, int8=int8)
     context = model.architecture.model.context
     result = score_windows(
         model, evaluation_windows(shard, context, sys.maxsize), distribution=label, batch_tokens=8192
@@ -141,6 +145,7 @@ def generate(
     seed: int,
     label: str | None,
     console: Console,
+    int8: bool = False,
 ) -> dict[str, Any]:
     """Continue a text, printing as it comes."""
     if any("\ud800" <= character <= "\udfff" for character in prompt):
@@ -148,7 +153,7 @@ def generate(
     store, committed = open_stage(run, stage)
     check_label(committed, label, console)
     tokenizer = Tokenizer.from_text(store.tokenizer(committed))
-    model = load_model(store, committed)
+    model = _loaded(store, committed, int8=int8)
     ids: list[int] = []
     shown = ""
     console.print(prompt, end="", markup=False, highlight=False)
@@ -168,3 +173,11 @@ def generate(
             shown = text
     console.print()
     return {"run": run, "stage": committed.name, "prompt": prompt, "text": tokenizer.decode(ids), "tokens": len(ids)}
+
+
+def _loaded(store: StageStore, committed: CommittedStage, *, int8: bool) -> LanguageModel:
+    """A stage's model, for reading only."""
+    model = load_model(store, committed).requires_grad_(False)
+    if int8:
+        hold_in_int8(model)
+    return model

@@ -16,6 +16,13 @@ class ExpertInit(StrEnum):
     upcycle = "upcycle"
 
 
+class FrozenWeights(StrEnum):
+    """How frozen matrices are held while a stage trains."""
+
+    full = "full"
+    int8 = "int8"
+
+
 class RouterInit(StrEnum):
     """How a new expert's router row begins."""
 
@@ -42,6 +49,9 @@ class GrowConfig:
     """Tokens of the new data on which expert usage and hidden states are measured."""
     layers: list[int] | None = None
     """Layers that get the new experts, counted from 0; None means all."""
+    frozen_weights: FrozenWeights = FrozenWeights.full
+    """Hold what is frozen as stored (``full``), or while the stage trains in 8 bits with a scale a row (``int8``): a
+    quarter of the memory. What is stored stays as it is."""
     old_lr_scale: float = 0.0
     """Learning-rate factor of the old experts and their router rows; 0 freezes them for good."""
     old_until: float = 1.0

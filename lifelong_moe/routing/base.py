@@ -122,7 +122,8 @@ class Router(nn.Module):
     """Base of all routers. Experts come in generations: those a stage is born with, in order.
 
     A subclass implements :meth:`forward` and :meth:`add_experts`; what it trains of generation g has a name that ends
-    in ``.g``. One of your own is named in the config by its dotted path and built as ``YourRouter(config, width=..., layer=..., **config.options)``.
+    in ``.g``. One of your own is named in the config by its dotted path and built as
+    ``YourRouter(config, width=..., layer=..., **config.options)``.
     """
 
     causality: Causality = Causality.token_local

@@ -212,9 +212,10 @@ class RoutingConfig:
 
     mode: str = "learned"
     """``learned`` (trained top-k: Mixtral, DeepSeek and most others), ``switch``, ``gshard``, ``noisy_topk``,
-    ``hierarchical``, ``dense`` (Jacobs), ``relu`` (ReMoE), ``base``, ``expert_choice``, ``soft``
-    (encoders only), ``cluster`` (FAISS, never trained), ``label`` (by the known distribution), ``hash`` (by token id, never trained), or the dotted path of a
-    ``Router`` subclass of your own. A mode brings its authors' values for keys that are not set: docs/systems.md."""
+    ``hierarchical``, ``dense`` (Jacobs), ``relu`` (ReMoE), ``base``, ``expert_choice``, ``soft`` (encoders only),
+    ``cluster`` (FAISS, never trained), ``label`` (by the known distribution), ``hash`` (by token id, never trained), or
+    the dotted path of a ``Router`` subclass of your own. A mode brings its authors' values for keys that are not set:
+    docs/systems.md."""
     top_k: int = 2
     """Experts per token; cost per token depends on it and not on how many experts there are."""
     renormalize: bool = True

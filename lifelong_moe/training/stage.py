@@ -21,8 +21,10 @@ from lifelong_moe.data.shards import TokenizedCorpus
 from lifelong_moe.data.tokenizer import Tokenizer
 from lifelong_moe.errors import DivergedError, TryAgainError
 from lifelong_moe.growth.clusters import fit_clusters
+from lifelong_moe.growth.config import FrozenWeights
 from lifelong_moe.growth.grow import grow
 from lifelong_moe.model.architecture import Architecture
+from lifelong_moe.model.int8 import hold_in_int8, make_whole
 from lifelong_moe.model.transformer import LanguageModel, initialize
 from lifelong_moe.retention.generated import generate_blocks
 from lifelong_moe.retention.penalty import WeightAnchor, fisher_diagonal, make_anchor, mean_fisher
@@ -126,6 +128,9 @@ def _train_phases(
 ) -> tuple[LanguageModel, dict[str, Any]]:
     """Begin, or go on from what is in ``work``, and train to the end; the model and what the stage reports."""
     model, teacher, anchor, generated = _prepare(spec, seed, parent, corpora, tokenizer, environment, work)
+    in_int8 = spec.grow is not None and spec.grow.frozen_weights == FrozenWeights.int8
+    if in_int8:
+        hold_in_int8(model)
     resumed, rollbacks = newest_checkpoint(work), read_rollbacks(work)
     measured, first_step, order_step = [], 0, 0
     for number, phase in enumerate(spec.phases()):
@@ -142,7 +147,10 @@ def _train_phases(
         measured.append(json.loads((work / f"phase-{number}.json").read_text(encoding="utf-8")))
         first_step += phase.steps
         order_step += phase.steps + rollbacks.shift(number, phase.steps)
-    return model, stage_metrics(model, spec, measured, corpora[spec.data], rollbacks.count)
+    metrics = stage_metrics(model, spec, measured, corpora[spec.data], rollbacks.count)
+    if in_int8 and parent is not None:
+        make_whole(model, environment.store.tensors(parent))
+    return model, metrics
 
 
 def clear_abandoned(work: Path) -> None:

@@ -1,0 +1,61 @@
+"""Eight bits a weight: bounded error, gradients that pass through, and stored bits that come back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lifelong_moe.model.int8 import dequantize_rows, hold_in_int8, make_whole, quantize_rows
+from lifelong_moe.model.transformer import LanguageModel
+
+Make = Callable[..., LanguageModel]
+
+
+@given(seed=st.integers(0, 999), scale=st.sampled_from([1e-30, 1e-3, 1.0, 1e6]))
+def test_no_weight_is_off_by_more_than_half_a_step(seed: int, scale: float) -> None:
+    weight = torch.randn(5, 9, generator=torch.Generator().manual_seed(seed)) * scale
+    weight[2] = 0
+    quantized, scales = quantize_rows(weight)
+    error = (dequantize_rows(quantized, scales) - weight).abs()
+    assert quantized.dtype == torch.int8 and scales.shape == (5, 1)
+    assert bool((error <= scales * 0.5 * (1 + 1e-5)).all()) and bool((error[2] == 0).all())
+    again, _ = quantize_rows(dequantize_rows(quantized, scales))
+    assert torch.equal(again, quantized)
+
+
+def test_frozen_matrices_are_held_and_come_back(make_model: Make) -> None:
+    model = make_model("learned", (4, 2))
+    stored = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    ids = torch.randint(1, 61, (2, 16), generator=torch.Generator().manual_seed(0))
+    whole = model.eval()(ids).hidden_BSD.detach()
+    saved = hold_in_int8(model)
+    held = {n: p for n, p in model.named_parameters() if p.dtype == torch.int8}
+    assert len(held) == 2 * 4 * 2 + 2  # gate_up and down of four experts in two layers, and the router's rows
+    assert saved == sum(3 * p.numel() - 4 * len(p) for p in held.values())
+    hidden = model(ids).hidden_BSD
+    drift = float((hidden - whole).abs().max().detach())
+    assert 0 < drift < 0.1  # of hidden states of size 1
+    model.logits(hidden).square().sum().backward()
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad and p.numel()}
+    assert all(p.grad is not None for p in trained.values())  # those before a frozen expert too
+    make_whole(model, stored)
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in model.state_dict().items())
+    assert set(model.state_dict()) == set(stored)
+    assert torch.equal(model(ids).hidden_BSD, whole)
+    assert not any(p.requires_grad for n, p in model.named_parameters() if ".experts.0." in n)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_whole_model_in_eight_bits(make_model: Make, tied: bool) -> None:
+    model = make_model(model={"tie_embeddings": tied}).eval().requires_grad_(False)
+    ids = torch.randint(1, 61, (2, 16), generator=torch.Generator().manual_seed(0))
+    before = model.logits(model(ids).hidden_BSD)
+    hold_in_int8(model)
+    floats = [n for n, p in model.named_parameters() if p.dim() == 2 and p.dtype != torch.int8 and p.shape[1] > 1]
+    assert floats == (["embedding.weight"] if tied else [])  # what two modules share stays whole
+    after = model.logits(model(ids).hidden_BSD)
+    assert 0 < float((after - before).abs().mean()) < 0.03 * float(before.abs().mean())
