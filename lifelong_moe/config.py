@@ -38,7 +38,7 @@ from lifelong_moe.retention.config import (
 )
 from lifelong_moe.routing.config import DEFAULTS, Bundles, Features, Level, RoutingConfig
 from lifelong_moe.tracking.config import TrackingConfig
-from lifelong_moe.training.config import CheckpointConfig, OptimConfig, TrainerConfig
+from lifelong_moe.training.config import CheckpointConfig, FinetuneConfig, OptimConfig, TrainerConfig
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 MAX_CONFIG_BYTES = 1 << 16
@@ -64,12 +64,24 @@ class Method(StrEnum):
     unrestrained = "unrestrained"
 
 
+class StageKind(StrEnum):
+    """What a stage does with its text."""
+
+    pretrain = "pretrain"
+    finetune = "finetune"
+
+
 @dataclass(kw_only=True)
 class StageConfig:
     """One training episode on one distribution; ``stage_defaults`` are merged under each."""
 
     data: str
     """The distribution to learn, a key of ``distributions``."""
+    kind: StageKind = StageKind.pretrain
+    """``pretrain`` on text, or ``finetune`` on prompts with answers, of which the answers alone are learned; nothing
+    grows then."""
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    """How ``kind: finetune`` trains."""
     name: str | None = None
     """The stage's name; the distribution's by default, numbered if that is taken."""
     tokens: int = 500_000
@@ -166,6 +178,7 @@ class RunConfig:
         for i, stage in enumerate(self.stages):
             require_known(stage.data, self.distributions, f"stages[{i}].data")
             self._check_batch(i, stage)
+            self._check_finetuning(i, stage)
             self._check_experts(i, stage)
             if i and self.method == Method.lifelong:
                 _check_distillation(i, stage)
@@ -251,6 +264,24 @@ class RunConfig:
                 f"stages[0].tokens={stage.tokens} is less than two steps of {tokens} tokens; routing.features=hidden "
                 f"needs one before clusters are fitted and one after."
             )
+
+    def _check_finetuning(self, i: int, stage: StageConfig) -> None:
+        """Answers are learned after text, and in one process where the best weights are kept."""
+        answers = self.distributions[stage.data].answer_field is not None
+        if stage.kind == StageKind.pretrain:
+            if answers:
+                raise ConfigError(
+                    f"stages[{i}].data={stage.data} has prompts and answers; set stages[{i}].kind=finetune."
+                )
+            return
+        if not answers:
+            raise ConfigError(
+                f"stages[{i}].kind=finetune needs prompts and answers: set distributions.{stage.data}.answer_field."
+            )
+        if i == 0:
+            raise ConfigError("stages[0].kind=finetune: there is no model yet to fine-tune.")
+        if stage.finetune.patience is not None and self.trainer.processes > 1:
+            raise ConfigError(f"stages[{i}].finetune.patience needs trainer.devices=1.")
 
     def _check_experts(self, i: int, stage: StageConfig) -> None:
         """Clusters, labels and bundles own experts; each needs ``top_k`` of them."""

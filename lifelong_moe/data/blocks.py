@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lifelong_moe.data.order import SampleOrder
+from lifelong_moe.data.pairs import is_answer
 from lifelong_moe.data.shards import TokenShard
 from lifelong_moe.errors import DataError
 
@@ -53,7 +55,16 @@ class BlockSource:
             raise IndexError(f"block {index} of {len(self)}")
         part = slice(index * self.context, (index + 1) * self.context + 1)
         groups = (None if ids is None else ids[part] for ids in (self.group_ids, self.teacher_group_ids))
-        return _block(self.shard.tokens[part], self.bos_id, *groups)
+        block = _block(self.shard.tokens[part], self.bos_id, *groups)
+        if self.answers is not None:
+            block["scored"] = torch.from_numpy(self.answers[part][1:].copy())
+        return block
+
+    @cached_property
+    def answers(self) -> np.ndarray | None:
+        """Which tokens are answers, bool ``(num_tokens,)``; None where all text counts."""
+        separator = self.shard.separator
+        return None if separator is None else is_answer(self.shard.tokens, self.shard.offsets, separator)
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +104,7 @@ def _block(
         "document_ids": torch.cumsum(token_ids == bos_id, dim=0),
         "group_ids": groups,
         "teacher_group_ids": teacher_groups,
+        "scored": torch.ones_like(token_ids, dtype=torch.bool),
     }
 
 
@@ -101,7 +113,8 @@ class BlockDataset(Dataset[dict[str, Tensor]]):
 
     A sample is a dict of int64 tensors ``(S,)``: ``token_ids``; ``target_ids``, shifted by one; ``document_ids``,
     the number of BOS up to and including a position (0 is the rest of a document begun in an earlier block);
-    ``group_ids`` and ``teacher_group_ids``, aligned with the inputs, 0 without groups. Scalars: ``replayed``, bool,
+    ``group_ids`` and ``teacher_group_ids``, aligned with the inputs, 0 without groups; ``scored``, bool, False where a
+    target is part of a prompt. Scalars: ``replayed``, bool,
     and ``ordinal``, how many samples of the same kind (new, or replayed) came before.
     """
 

@@ -75,7 +75,7 @@ def reader_of(path: Path) -> Reader:
 
 
 def _jsonl_documents(path: Path, config: SourceConfig) -> Iterator[Document]:
-    return read_jsonl(path, config.text_field, config.source_field)
+    return read_jsonl(path, config.text_field, config.source_field, config.answer_field)
 
 
 def _text_documents(path: Path, config: SourceConfig) -> Iterator[Document]:
@@ -89,4 +89,4 @@ def _text_documents(path: Path, config: SourceConfig) -> Iterator[Document]:
 
 
 def _parquet_documents(path: Path, config: SourceConfig) -> Iterator[Document]:
-    return read_parquet(path, config.text_field, config.source_field)
+    return read_parquet(path, config.text_field, config.source_field, config.answer_field)

@@ -33,9 +33,10 @@ def hub_documents(config: SourceConfig) -> list[Document]:
     names = rows.column_names
     if config.text_field not in names:
         raise DataError(f'{place}: there is no field "{config.text_field}"; fields: {", ".join(names[:8])}.')
-    rows = rows.select_columns([name for name in (config.text_field, config.source_field) if name in names])
+    read = (config.text_field, config.source_field, config.answer_field)
+    rows = rows.select_columns([name for name in read if name in names])
     return [
-        document_from(row, f"{place}:{number}", config.text_field, config.source_field)
+        document_from(row, f"{place}:{number}", config.text_field, config.source_field, config.answer_field)
         for number, row in enumerate(rows, start=1)
     ]
 

@@ -12,17 +12,21 @@ from lifelong_moe.data.streams import MAX_LINE_BYTES, check_text, decode, open_b
 from lifelong_moe.data.strict_json import parse_object
 from lifelong_moe.errors import DataError
 
+SEPARATOR = "\x1e"
+"""Stands between prompt and answer: the record separator, a byte that every byte-level tokenizer has."""
+
 if TYPE_CHECKING:
     from lifelong_moe.data.compression import ByteStream
 
 
-def read_jsonl(path: Path, text_field: str, source_field: str) -> Iterator[Document]:
+def read_jsonl(path: Path, text_field: str, source_field: str, answer_field: str | None = None) -> Iterator[Document]:
     """Yield the documents of a ``.jsonl`` file, also compressed, one JSON object a line.
 
     Args:
         path: The file.
         text_field: Field with the text; required.
         source_field: Field with the source unit; where it is absent, a document is its own unit.
+        answer_field: Field with the answer, where the text is a prompt.
 
     Raises:
         DataError: ``file:line: reason``.
@@ -31,10 +35,12 @@ def read_jsonl(path: Path, text_field: str, source_field: str) -> Iterator[Docum
         for number, line in _lines(stream, path):
             where = f"{path}:{number}"
             row = parse_object(decode(line.rstrip(b"\r\n"), where), path, number)
-            yield document_from(row, where, text_field, source_field)
+            yield document_from(row, where, text_field, source_field, answer_field)
 
 
-def document_from(row: dict[str, Any], where: str, text_field: str, source_field: str) -> Document:
+def document_from(
+    row: dict[str, Any], where: str, text_field: str, source_field: str, answer_field: str | None = None
+) -> Document:
     """Turn one record (of JSONL, Parquet or a Hugging Face dataset) into a document.
 
     Args:
@@ -42,6 +48,7 @@ def document_from(row: dict[str, Any], where: str, text_field: str, source_field
         where: ``file:line``, for messages and as the document's origin.
         text_field: Field with the text.
         source_field: Field with the source unit; absent or null makes the document its own unit.
+        answer_field: Field with the answer, where the text is a prompt; it comes after a separator.
 
     Raises:
         DataError: The text is missing or unusable, or the source is not a string.
@@ -50,6 +57,13 @@ def document_from(row: dict[str, Any], where: str, text_field: str, source_field
         fields = ", ".join(sorted(row)[:8]) or "none"
         raise DataError(f'{where}: there is no field "{text_field}"; fields: {fields}. Set text_field.')
     text = check_text(row[text_field], where, text_field)
+    if answer_field is not None:
+        if answer_field not in row:
+            raise DataError(f'{where}: there is no field "{answer_field}", which is to hold the answer.')
+        answer = check_text(row[answer_field], where, answer_field)
+        if SEPARATOR in text + answer:
+            raise DataError(f"{where}: U+001E stands between prompt and answer and must be in neither.")
+        text = f"{text}{SEPARATOR}{answer}"
     source = row.get(source_field)
     return Document(text, own_unit(text) if source is None else check_text(source, where, source_field), where)
 

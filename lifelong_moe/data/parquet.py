@@ -16,13 +16,14 @@ _ROWS = 64
 """Rows unpacked at a time: a dictionary may repeat one long text in each."""
 
 
-def read_parquet(path: Path, text_field: str, source_field: str) -> Iterator[Document]:
+def read_parquet(path: Path, text_field: str, source_field: str, answer_field: str | None = None) -> Iterator[Document]:
     """Yield the documents of a Parquet file; ``file:line`` is ``file:row``, from 1.
 
     Args:
         path: The file.
         text_field: Column with the text; required.
         source_field: Column with the source unit, if present.
+        answer_field: Column with the answer, where the text is a prompt.
 
     Raises:
         DataError: ``file:row: reason``, or ``file: reason`` if it is no Parquet file or unpacks to far more than text
@@ -34,19 +35,19 @@ def read_parquet(path: Path, text_field: str, source_field: str) -> Iterator[Doc
     require_regular(path)
     try:
         with parquet.ParquetFile(path) as table:
-            columns = _columns(path, table, text_field, source_field)
+            columns = _columns(path, table, text_field, source_field, answer_field)
             for number, row in enumerate(_rows(path, table, columns), start=1):
-                yield document_from(row, f"{path}:{number}", text_field, source_field)
+                yield document_from(row, f"{path}:{number}", text_field, source_field, answer_field)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a readable Parquet file: {' '.join(str(error).split())[:300]}") from error
 
 
-def _columns(path: Path, table: Any, text_field: str, source_field: str) -> list[str]:
+def _columns(path: Path, table: Any, text_field: str, source_field: str, answer_field: str | None) -> list[str]:
     """The columns to read, each there once and of a size that text has."""
     names = table.schema_arrow.names
     if text_field not in names:
         raise DataError(f'{path}: there is no column "{text_field}"; columns: {", ".join(names[:8])}.')
-    columns = [name for name in (text_field, source_field) if name in names]
+    columns = [name for name in (text_field, source_field, answer_field or "") if name in names]
     for name in columns:
         if names.count(name) > 1:
             raise DataError(f'{path}: column "{name}" occurs twice; one would silently win.')

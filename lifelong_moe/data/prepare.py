@@ -11,6 +11,7 @@ from typing import Any
 
 from lifelong_moe.data.config import SourceConfig, TokenizerConfig
 from lifelong_moe.data.documents import Corpus, normalized_hash
+from lifelong_moe.data.pairs import with_answers
 from lifelong_moe.data.shards import TokenizedCorpus, tokenize_corpus, tokenize_documents
 from lifelong_moe.data.sources import read_corpus
 from lifelong_moe.data.tokenizer import Tokenizer, recipe, trained_tokenizer
@@ -66,6 +67,9 @@ def prepare_data(
     made = given or trained_tokenizer(tokenizer, corpora[trained[0]], cache, check)
     tokens = {name: tokenize_corpus(corpus, made, cache) for name, corpus in corpora.items()}
     _warn_if_coarse(tokens, trained[0])
+    for name, source in sources.items():
+        if source.answer_field is not None:
+            tokens[name] = with_answers(corpora[name], tokens[name], made, context)
     return PreparedData(made, recipe(tokenizer), tokens)
 
 

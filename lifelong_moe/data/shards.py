@@ -36,7 +36,9 @@ class TokenShard:
     offsets: np.ndarray
     """int64 ``(num_documents + 1,)``."""
     text_bytes: np.ndarray
-    """UTF-8 bytes of each source text, int64 ``(num_documents,)``."""
+    """UTF-8 bytes of each source text, int64 ``(num_documents,)``; of the answer alone where there is one."""
+    separator: int | None = None
+    """Token between prompt and answer, where only answers count."""
 
     @property
     def num_tokens(self) -> int:

@@ -125,11 +125,14 @@ def _fill(shard: TokenShard, context: int, spans: list[tuple[int, int, int]]) ->
         token_ids[row, 0] = tokens[0]
         token_ids[row, 1:length] = tokens[first : first + length - 1]
         target_ids[row, :length] = tokens[first : first + length]
+    scored = valid & (start[:, None] + positions >= fresh[:, None])
+    if shard.separator is not None:  # a pair is one window, so what comes after its separator is its answer
+        scored &= np.cumsum(token_ids == shard.separator, axis=1) > 0
     return EvaluationSet(
         shard=shard,
         token_ids=token_ids,
         target_ids=target_ids,
-        scored=valid & (start[:, None] + positions >= fresh[:, None]),
+        scored=scored,
         valid=valid,
         group_ids=np.zeros(valid.shape, dtype=np.int64),
         document=document,

@@ -32,7 +32,7 @@ from dataclasses import dataclass, replace
 from math import gcd
 from typing import Any
 
-from lifelong_moe.config import SCRATCH, Method, RunConfig, StageConfig
+from lifelong_moe.config import SCRATCH, Method, RunConfig, StageConfig, StageKind
 from lifelong_moe.retention.config import DistillText, PenaltyKind, ReplaySource
 from lifelong_moe.training.spec import StageSpec
 
@@ -110,7 +110,8 @@ def _spec(config: RunConfig, recipe: Recipe, i: int, stage: StageConfig) -> Stag
     measures = penalty.kind == PenaltyKind.ewc
     holds = penalty.kind != PenaltyKind.none and penalty.factor > 0 and (bool(earlier) or not measures)
     penalizes = later and recipe.penalty and holds
-    grows = later and recipe.grow and bool(stage.grow.experts) and stage.continues is None
+    finetunes = stage.kind == StageKind.finetune
+    grows = later and recipe.grow and bool(stage.grow.experts) and stage.continues is None and not finetunes
     fisher_data = earlier if penalizes and measures else ()
     assert stage.name is not None
     return StageSpec(
@@ -137,6 +138,7 @@ def _spec(config: RunConfig, recipe: Recipe, i: int, stage: StageConfig) -> Stag
 def _common(config: RunConfig, stage: StageConfig) -> dict[str, Any]:
     return {
         "optim": stage.optim,
+        "finetune": stage.finetune if stage.kind == StageKind.finetune else None,
         "model": config.model,
         "routing": config.routing,
         "seed": config.seed,

@@ -148,3 +148,39 @@ class CheckpointConfig:
         for key in ("every_steps", "keep"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"checkpoint.{key}={getattr(self, key)} must be at least 1.")
+
+
+class Trainable(StrEnum):
+    """What fine-tuning trains."""
+
+    all = "all"
+    non_moe = "non_moe"
+    moe = "moe"
+    attention = "attention"
+
+
+@dataclass(kw_only=True)
+class FinetuneConfig:
+    """How a stage of ``kind: finetune`` trains, on prompts with answers."""
+
+    trainable: Trainable = Trainable.all
+    """``all``; ``non_moe``: everything but experts and routers; ``moe``: these alone; or ``attention`` alone. The rest
+    stays the same bits."""
+    expert_dropout: float = 0.0
+    """Share of the hidden units within each expert that are dropped in training (ST-MoE: 0.4)."""
+    patience: int | None = None
+    """Stop when the held-out loss has not improved in so many measurements, and keep the best weights; by default all
+    steps are taken, and the last weights kept."""
+    every_steps: int = 20
+    """Steps between two measurements."""
+    held_out_tokens: int = 10_000
+    """Answers' tokens that a measurement scores."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.expert_dropout < 1.0:
+            raise ConfigError(f"finetune.expert_dropout={self.expert_dropout} must lie in [0, 1).")
+        for key in ("every_steps", "held_out_tokens"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"finetune.{key}={getattr(self, key)} must be at least 1.")
+        if self.patience is not None and self.patience < 1:
+            raise ConfigError(f"finetune.patience={self.patience} must be at least 1.")

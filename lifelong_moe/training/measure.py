@@ -50,6 +50,8 @@ def stage_metrics(
     }
     if "assignment_churn" in measured[-1]:
         metrics["assignment_churn"] = measured[-1]["assignment_churn"]
+    if "stopping" in measured[-1]:
+        metrics["stopping"] = measured[-1]["stopping"]
     if spec.grow:
         metrics["new_expert_share"] = _new_expert_share(model, spec, corpus)
     return metrics

@@ -70,8 +70,7 @@ class StageModule(LightningModule):
         reviews = self.phase.old_loss > 0
         old_text_BS = batch["replayed"].unsqueeze(1).expand_as(batch["token_ids"]) if reviews else None
         output = self.model(**model_inputs(batch), old_text_BS=old_text_BS)
-        hidden_TD, targets_T = output.hidden_BSD.flatten(0, 1), batch["target_ids"].flatten()
-        parts = {"loss": self.model.cross_entropy(hidden_TD, targets_T, batch["group_ids"].flatten())}
+        parts = {"loss": self._next_token_loss(batch, output.hidden_BSD)}
         total = parts["loss"]
         for name, (value, weighted) in mean_router_losses(output.routings).items():
             parts[f"{name}_loss"] = value
@@ -89,6 +88,17 @@ class StageModule(LightningModule):
             parts["drop_rate"] = torch.stack(rates).mean()
         self._losses.append(torch.stack([parts["loss"], total]).detach().float())
         return {"loss": total, "parts": {name: value.detach() for name, value in parts.items()}}  # type: ignore[dict-item]
+
+    def _next_token_loss(self, batch: dict[str, Tensor], hidden_BSD: Tensor) -> Tensor:
+        """Over all tokens, or over answers alone."""
+        hidden_TD, targets_T = hidden_BSD.flatten(0, 1), batch["target_ids"].flatten()
+        groups_T = batch["group_ids"].flatten()
+        if self.spec.finetune is None:
+            return self.model.cross_entropy(hidden_TD, targets_T, groups_T)
+        scored_T = batch["scored"].flatten()
+        if not bool(scored_T.any()):
+            return hidden_TD.sum() * 0.0  # a micro-batch of prompts alone
+        return self.model.cross_entropy(hidden_TD[scored_T], targets_T[scored_T], groups_T[scored_T])
 
     def _distillation(self, batch: dict[str, Tensor], hidden_BSD: Tensor) -> tuple[Tensor, float] | None:
         """Mean KL of the distilled sequences, and how many they are relative to the expected number.

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.retention.config import TrunkConfig, TrunkTraining
-from lifelong_moe.training.config import OptimConfig, Schedule
+from lifelong_moe.training.config import FinetuneConfig, OptimConfig, Schedule, Trainable
 from lifelong_moe.training.spec import Phase, StageSpec, Trains
 
 
@@ -59,6 +59,21 @@ def freeze_trunk(model: LanguageModel, trunk: TrunkConfig | None) -> None:
     """Stop training the shared parts if ``trunk.train`` is ``frozen`` or ``deltas``."""
     if trunk is not None and trunk.train in (TrunkTraining.frozen, TrunkTraining.deltas):
         for parameter in model.trunk_parameters().values():
+            parameter.requires_grad_(False)
+
+
+def freeze_for_finetuning(model: LanguageModel, config: FinetuneConfig | None) -> None:
+    """Stop training what fine-tuning leaves alone.
+
+    Source:
+        ST-MoE (arXiv:2202.08906), section 4.2: which parameters fine-tuning updates.
+    """
+    kept = {Trainable.non_moe: lambda n: ".moe." not in n, Trainable.moe: lambda n: ".moe." in n}
+    kept[Trainable.attention] = lambda n: ".attention." in n
+    if config is None or config.trainable == Trainable.all:
+        return
+    for name, parameter in model.named_parameters():
+        if not kept[config.trainable](name):
             parameter.requires_grad_(False)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,10 @@ from torch import Tensor
 
 from lifelong_moe.clustering.kmeans import churn
 from lifelong_moe.data.shards import TokenizedCorpus
+from lifelong_moe.data.windows import evaluation_windows
 from lifelong_moe.errors import ConfigError, ResourceError
+from lifelong_moe.evaluation.loss import evaluate
+from lifelong_moe.model.feedforward import FeedForward
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.routing.config import Features, Level
 from lifelong_moe.stages.store import StageStore
@@ -35,6 +39,7 @@ from lifelong_moe.training.optimizer import phase_parameters, training_only
 from lifelong_moe.training.ranks import Work, run_ranks
 from lifelong_moe.training.rollback import NonfiniteStepsError, Rollbacks
 from lifelong_moe.training.spec import Phase, StageSpec
+from lifelong_moe.training.stopping import EarlyStopping
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,7 @@ def train_phase(
         state = SafeCheckpointIO().load_checkpoint(run.resume)["state_dict"]
         module.load_state_dict(state, strict=False)
     else:
+        torch.manual_seed(run.seed)  # of noise, jitter and dropout; later on it is part of the checkpoint
         module.assignments_before = _sample_assignments(model, spec, corpora[spec.data])
     data = StageData(
         phase_dataset(model, teacher, spec, phase, corpora, generated, run.seed),
@@ -103,10 +109,12 @@ def train_phase(
         num_workers=config.num_workers,
     )
     meter = Meter(spec.optim.batch_tokens, config.log_every_n_steps, run.rollbacks.count)
-    fit = partial(_fit, module, data, run, meter, environment)
+    stopping = _stopping(spec, run, corpora[spec.data])
+    fit = partial(_fit, module, data, run, meter, environment, stopping)
     model.train()
     trained = phase_parameters(model, phase).values()
-    with training_only(model, trained), environment.interrupt.until_step_boundary():
+    dropout = spec.finetune.expert_dropout if spec.finetune else 0.0
+    with training_only(model, trained), expert_dropout(model, dropout), environment.interrupt.until_step_boundary():
         try:
             if config.processes == 1:
                 fit(0, environment.interrupt, environment.send)
@@ -115,6 +123,8 @@ def train_phase(
         except torch.OutOfMemoryError as error:
             raise _out_of_memory(spec) from error
     model.cpu()
+    if stopping is not None:
+        stopping.restore(model)
     measured: dict[str, Any] = {
         "seconds": meter.seconds,
         "data_seconds": meter.data_seconds,
@@ -122,6 +132,8 @@ def train_phase(
         "skipped_spikes": module.guard.skipped_spikes,
         "final": meter.last,
     }
+    if stopping is not None:
+        measured["stopping"] = {"best_step": stopping.best_step, "held_out_nats_per_token": stopping.curve}
     if module.assignments_before is not None:
         after = _sample_assignments(model, spec, corpora[spec.data])
         assert after is not None
@@ -135,6 +147,7 @@ def _fit(
     run: PhaseRun,
     meter: Meter,
     environment: StageEnvironment,
+    stopping: EarlyStopping | None,
     rank: int,
     interrupt: Interrupt,
     send: Send,
@@ -145,13 +158,45 @@ def _fit(
     callbacks = [
         meter,
         ProgressReport(title, environment.console, config.enable_progress_bar and rank == 0, meter),
+        *([] if stopping is None else [stopping]),
         StepCheckpoint(run.work, run.number, checkpoint.every_steps, checkpoint.keep, interrupt),
     ]
     logger = BatchedLogger(spec.name, environment.run_id, send, run.first_step) if rank == 0 else None
     trainer = build_trainer(config, phase.steps, callbacks, logger)
     trainer.fit(module, data, ckpt_path=run.resume, weights_only=True)
-    if trainer.global_step != phase.steps:
+    if trainer.global_step != phase.steps and not (stopping is not None and trainer.should_stop):
         raise RuntimeError(f"stage {spec.name}: trained {trainer.global_step} of {phase.steps} steps")
+
+
+def _stopping(spec: StageSpec, run: PhaseRun, corpus: TokenizedCorpus) -> EarlyStopping | None:
+    """What stops fine-tuning early; None where all steps are taken."""
+    config = spec.finetune
+    if config is None or config.patience is None:
+        return None
+    windows = evaluation_windows(corpus.heldout, spec.model.context, config.held_out_tokens)
+
+    def measure(model: LanguageModel) -> float:
+        found = evaluate(model, windows, distribution=spec.data, batch_tokens=spec.optim.batch_tokens)
+        return found.nats_per_token
+
+    return EarlyStopping(config, measure, run.work)
+
+
+@contextmanager
+def expert_dropout(model: LanguageModel, share: float) -> Iterator[None]:
+    """Within this context hidden units of experts are dropped in training.
+
+    Source:
+        "Expert dropout" of Switch (arXiv:2101.03961), section 2.4: a higher dropout within experts when fine-tuning.
+    """
+    networks = [m for layer in model.moe_layers() for m in layer.banks.modules() if isinstance(m, FeedForward)]
+    try:
+        for network in networks:
+            network.dropout = share
+        yield
+    finally:
+        for network in networks:
+            network.dropout = 0.0
 
 
 def _fit_in_ranks(module: StageModule, run: PhaseRun, meter: Meter, environment: StageEnvironment, fit: Work) -> None:

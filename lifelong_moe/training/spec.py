@@ -23,7 +23,7 @@ from lifelong_moe.retention.config import (
 )
 from lifelong_moe.routing.config import Features, Level, RoutingConfig
 from lifelong_moe.stages.keys import SCHEMA, content_key
-from lifelong_moe.training.config import OptimConfig
+from lifelong_moe.training.config import FinetuneConfig, OptimConfig
 
 HASH_WARMUP = 0.1
 """Share of the first stage that trains with hash routing before centroids of hidden states are fitted."""
@@ -85,6 +85,8 @@ class StageSpec:
     penalty: PenaltyConfig | None
     review: ReviewConfig | None
     optim: OptimConfig
+    finetune: FinetuneConfig | None
+    """Learn answers to prompts; None learns all text."""
     model: ModelConfig
     routing: RoutingConfig
     seed: int

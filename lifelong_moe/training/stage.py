@@ -37,7 +37,7 @@ from lifelong_moe.training.checkpoint import newest_checkpoint
 from lifelong_moe.training.data import text_sample
 from lifelong_moe.training.measure import stage_metrics
 from lifelong_moe.training.module import StageModule
-from lifelong_moe.training.optimizer import freeze_trunk
+from lifelong_moe.training.optimizer import freeze_for_finetuning, freeze_trunk
 from lifelong_moe.training.phase import PhaseRun, StageEnvironment, train_phase
 from lifelong_moe.training.rollback import NonfiniteStepsError, read_rollbacks, roll_back
 from lifelong_moe.training.spec import StageSpec, Trains
@@ -178,6 +178,7 @@ def _prepare(
     if spec.continues is not None:
         model.freeze_generations(model.architecture.born_in(spec.continues))
     freeze_trunk(model, spec.trunk)
+    freeze_for_finetuning(model, spec.finetune)
     importances = _importances(model, spec, corpora) if spec.fisher_data else None
     old = {name: p.detach().clone() for name, p in model.named_parameters()} if spec.penalty else {}
     teacher = make_teacher(model, _unchanging(model, spec)) if spec.distill else None

@@ -1,0 +1,66 @@
+"""Prompts with answers: documents in which only what comes after a separator is learned and scored.
+
+Legend: N tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lifelong_moe.data.documents import Corpus, Document
+from lifelong_moe.data.jsonl import SEPARATOR
+from lifelong_moe.data.shards import TokenizedCorpus, TokenShard
+from lifelong_moe.data.tokenizer import Tokenizer
+from lifelong_moe.errors import ConfigError, DataError
+
+
+def separator_id(tokenizer: Tokenizer) -> int:
+    """The separator's token.
+
+    Raises:
+        ConfigError: If the tokenizer cuts it into several.
+    """
+    ids = tokenizer.encode(SEPARATOR)
+    if len(ids) != 1:
+        raise ConfigError("the tokenizer has no token for U+001E, which stands between prompt and answer.")
+    return ids[0]
+
+
+def with_answers(corpus: Corpus, tokenized: TokenizedCorpus, tokenizer: Tokenizer, context: int) -> TokenizedCorpus:
+    """The same tokens, of which only answers count, and as bytes only theirs.
+
+    Raises:
+        DataError: ``file:line: reason`` for the first pair that does not fit into a training block.
+    """
+    separator = separator_id(tokenizer)
+
+    def marked(documents: list[Document], shard: TokenShard) -> TokenShard:
+        for i, document in enumerate(documents):
+            if (length := int(shard.offsets[i + 1] - shard.offsets[i])) > context:
+                raise DataError(
+                    f"{document.origin or document.source}: prompt and answer are {length} tokens, more than "
+                    f"model.context={context}; shorten them."
+                )
+        answers = [len(document.text.partition(SEPARATOR)[2].encode()) for document in documents]
+        return replace(shard, separator=separator, text_bytes=np.array(answers, dtype=np.int64))
+
+    return replace(
+        tokenized, train=marked(corpus.train, tokenized.train), heldout=marked(corpus.heldout, tokenized.heldout)
+    )
+
+
+def is_answer(tokens_N: NDArray[np.integer], offsets: NDArray[np.int64], separator: int) -> NDArray[np.bool_]:
+    """Which tokens stand after their document's first separator, bool ``(N,)``.
+
+    Args:
+        tokens_N: Of all documents, one after the other.
+        offsets: Where documents begin, and the end.
+        separator: Its token.
+    """
+    seen_N = np.cumsum(np.asarray(tokens_N) == separator)
+    before_D = np.concatenate([[0], seen_N])[offsets[:-1]]  # separators before each document
+    since_N = seen_N - np.repeat(before_D, np.diff(offsets))
+    return (since_N > 0) & ~((np.asarray(tokens_N) == separator) & (since_N == 1))

@@ -1,0 +1,186 @@
+"""Fine-tuning on prompts with answers: what is learned, what stays, when it stops, and that kills change nothing."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lifelong_moe.data.pairs import SEPARATOR, is_answer
+from lifelong_moe.errors import ConfigError, DataError
+from lifelong_moe.stages.store import StageStore
+from lifelong_moe.training.module import StageModule
+from lifelong_moe.training.stage import load_model
+from tests.tiny import CONTEXT, SEQUENCES, VOCABULARIES, fork, hashes, kill_self, tiny_config, train, write_config
+
+STEPS = 24
+
+
+def write_pairs(path: str = "pairs.jsonl", pairs: int = 200, seed: int = 0) -> None:
+    """A prompt is some words, its answer the first of them twice."""
+    draw, words = random.Random(seed), VOCABULARIES["fruit"].split()
+    with Path(path).open("w", encoding="utf-8") as file:
+        for number in range(pairs):
+            chosen = draw.choices(words, k=2)
+            row = {"prompt": f"{number} {' '.join(chosen)}", "answer": f"{chosen[0]} {chosen[0]}"}
+            file.write(json.dumps(row) + "\n")
+
+
+def configure(**finetune: Any) -> dict[str, Any]:
+    config = tiny_config(("fruit",))
+    config["distributions"]["pairs"] = {
+        "files": "pairs.jsonl", "text_field": "prompt", "answer_field": "answer", "heldout_fraction": 0.2,
+    }  # fmt: skip
+    tuned = {"data": "pairs", "kind": "finetune", "tokens": STEPS * SEQUENCES * CONTEXT, "finetune": finetune}
+    config["stages"].append(tuned)
+    return config
+
+
+@pytest.fixture
+def pairs(lab: Path) -> None:
+    write_pairs()
+
+
+def stages(run: str = "tiny") -> list[Any]:
+    head, store = json.loads(Path(f"mlruns/runs/{run}/head.json").read_text()), StageStore(Path("mlruns"))
+    return [store.get(key) for key in head["stages"]]
+
+
+def test_answers_by_hand() -> None:
+    tokens = np.array([0, 5, 9, 6, 9, 0, 7, 0, 9, 8])  # 0 begins a document, 9 separates
+    found = is_answer(tokens, np.array([0, 5, 7, 10]), 9)
+    assert found.tolist() == [False, False, False, True, True, False, False, False, False, True]
+
+
+@pytest.mark.usefixtures("pairs")
+def test_answers_are_learned_and_scored_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    original = StageModule._next_token_loss
+
+    def look(self: StageModule, batch: dict[str, torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
+        if self.spec.finetune is not None:
+            seen.append((batch["target_ids"].clone(), batch["scored"].clone()))
+        return original(self, batch, hidden)
+
+    monkeypatch.setattr(StageModule, "_next_token_loss", look)
+    report, _ = train(write_config(configure()))
+    column = report["distributions"].index("pairs")
+    before, after = (row[column] for row in report["loss_nats_per_token"])
+    assert after < before - 1
+    rows = [json.loads(line) for line in Path("pairs.jsonl").read_text().splitlines()]
+    # Bytes are those of answers alone.
+    evaluations = [json.loads(p.read_text())["result"] for p in Path("mlruns/evaluations").glob("*.json")]
+    of_pairs = [e for e in evaluations if e["documents"] > 0 and e["bytes"] < sum(len(r["answer"]) for r in rows)]
+    assert of_pairs and all(e["bytes"] / e["documents"] < 15 for e in of_pairs)
+    share = torch.cat([scored.flatten() for _, scored in seen]).float().mean()
+    assert 0.1 < float(share) < 0.6
+
+
+@pytest.mark.usefixtures("pairs")
+@pytest.mark.parametrize(
+    ("trainable", "moves"), [("moe", ".moe."), ("attention", ".attention."), ("non_moe", "embedding")]
+)
+def test_only_what_is_trainable_moves(trainable: str, moves: str) -> None:
+    config = configure(trainable=trainable)
+    config["stage_defaults"]["optim"]["weight_decay"] = 0.5
+    train(write_config(config))
+    store, (before, after) = StageStore(Path("mlruns")), stages()
+    old, new = store.tensors(before), store.tensors(after)
+    moved = {name for name in old if not torch.equal(old[name], new[name])}
+    assert any(moves in name for name in moved)
+    assert all((".moe." in name) == (trainable == "moe") for name in moved)
+    assert trainable != "attention" or all(".attention." in name for name in moved)
+
+
+@pytest.mark.usefixtures("pairs")
+def test_it_stops_when_it_gets_no_better_and_keeps_the_best() -> None:
+    config = configure(patience=1, every_steps=2)
+    config["stages"][1] |= {"tokens": 200 * SEQUENCES * CONTEXT, "optim": {"lr": 0.02}}
+    train(write_config(config))
+    tuned = stages()[1]
+    stopping = tuned.metrics["stopping"]
+    curve = stopping["held_out_nats_per_token"]
+    losses = [loss for _, loss in curve]
+    assert curve[-1][0] < 200 and losses[-1] > min(losses) == losses[-2]
+    assert stopping["best_step"] == curve[-2][0]
+    measured = [json.loads(p.read_text()) for p in Path("mlruns/evaluations").glob(f"{tuned.key[:16]}-*.json")]
+    assert min(losses) in [pytest.approx(one["result"]["nats_per_token"], abs=1e-6) for one in measured]
+
+
+@pytest.mark.usefixtures("pairs")
+@pytest.mark.parametrize("step", [5, 9])
+def test_killed_and_continued_it_is_the_same(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    path = write_config(configure(patience=2, every_steps=3, expert_dropout=0.4))
+    train(path, "run=whole")
+    expected = hashes(run_name="whole")
+    original = StageModule.training_step
+
+    def training_step(self: StageModule, batch: dict[str, torch.Tensor], batch_idx: int) -> Any:
+        if self.spec.finetune is not None and self.global_step == step:
+            kill_self()
+        return original(self, batch, batch_idx)
+
+    for kept in Path("mlruns/stages").glob("pairs-*"):
+        shutil.rmtree(kept)
+    shutil.rmtree("mlruns/runs/whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(StageModule, "training_step", training_step)
+        child = fork(train)
+        assert child.wait() == -signal.SIGKILL, child.output
+    _, printed = train(path)
+    assert "pairs: continuing from" in printed and hashes() == expected
+
+
+@pytest.mark.usefixtures("pairs")
+def test_dropout_is_for_training_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    train(write_config(configure(expert_dropout=0.4)))
+    dropped = stages()[1].weights_hash
+    train("tiny.yaml", "run=plain", "stages[1].finetune.expert_dropout=0")
+    assert stages("plain")[1].weights_hash != dropped
+    model = load_model(StageStore(Path("mlruns")), stages()[1])
+    assert all(expert.dropout == 0 for layer in model.moe_layers() for expert in layer.banks.experts)
+
+
+@pytest.mark.usefixtures("pairs")
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stages[1].kind=pretrain", r"has prompts and answers; set stages\[1\]\.kind=finetune"),
+        ("stages[0].kind=finetune", r"stages\[0\]\.kind=finetune needs prompts and answers"),
+        ("stages=[{data: pairs, kind: finetune}]", r"there is no model yet to fine-tune"),
+        ("stages[1].finetune.expert_dropout=1", r"finetune\.expert_dropout=1\.0 must lie in \[0, 1\)"),
+        ("stages[1].finetune.trainable=heads", r"trainable"),
+    ],
+)
+def test_mistakes_in_the_configuration(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        train(write_config(configure()), override)
+    assert not Path("mlruns").exists()
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "a"}, r'pairs\.jsonl:2: there is no field "answer"'),
+        ({"prompt": "a", "answer": 3}, r"pairs\.jsonl:2: "),
+        ({"prompt": "a", "answer": "  "}, r"pairs\.jsonl:2: "),
+        ({"answer": "b"}, r'pairs\.jsonl:2: there is no field "prompt"'),
+        ({"prompt": f"a{SEPARATOR}", "answer": "b"}, r"pairs\.jsonl:2: U\+001E stands between"),
+        ({"prompt": "apple " * 99, "answer": "b"}, r"pairs\.jsonl:2: prompt and answer are \d+ tokens, more than"),
+    ],
+)
+def test_mistakes_in_pairs(lab: Path, row: dict[str, Any], message: str) -> None:
+    write_pairs()
+    lines = Path("pairs.jsonl").read_text().splitlines()
+    lines[1] = json.dumps(row)
+    Path("pairs.jsonl").write_text("\n".join(lines) + "\n")
+    with pytest.raises(DataError, match=message):
+        train(write_config(configure()))
+    assert not Path("mlruns").exists()
