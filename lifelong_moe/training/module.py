@@ -53,6 +53,8 @@ class StageModule(LightningModule):
         self.strict_loading = False  # step checkpoints leave frozen tensors out; on_load_checkpoint checks names
         self.guard = StepGuard()
         self._taken = True
+        self._random_state: Tensor | None = None
+        """To go on with, once the loader has been set up, which draws a number as well."""
         self._losses: list[Tensor] = []
         """Of the micro-batches of the step under way: next-token loss, and what is minimized."""
         self.assignments_before: Tensor | None = None
@@ -64,6 +66,12 @@ class StageModule(LightningModule):
             self._teacher[0].to(self.device, self.model.embedding.weight.dtype)
         if self._anchor is not None:
             self._anchor = self._anchor.to(self.device)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Go on with the random numbers of the run that was interrupted."""
+        if self._random_state is not None:
+            torch.set_rng_state(self._random_state)
+            self._random_state = None
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Loss of one micro-batch; its parts ride along, detached, for callbacks to log."""
@@ -175,7 +183,7 @@ class StageModule(LightningModule):
             odd = sorted(set(checkpoint["state_dict"]) ^ expected)
             raise CorruptError(f"step checkpoint of stage {self.spec.name} does not fit its model: {odd[0]}.")
         self.guard.load_state_dict(checkpoint["guard"])
-        torch.set_rng_state(checkpoint["random_state"])
+        self._random_state = checkpoint["random_state"]
         self.assignments_before = checkpoint["assignments_before"]
 
 
