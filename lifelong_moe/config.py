@@ -182,6 +182,7 @@ class RunConfig:
             self._check_experts(i, stage)
             if i and self.method == Method.lifelong:
                 _check_distillation(i, stage)
+                self._check_student(i, stage)
                 self._check_growth(i, stage)
                 self._check_review(i, stage)
                 self._check_retention(i, stage)
@@ -323,6 +324,22 @@ class RunConfig:
                 f"stages[{i}].grow.layers needs a trained router and routing.bundles=none; every layer must grow "
                 f"otherwise."
             )
+
+    def _check_student(self, i: int, stage: StageConfig) -> None:
+        """A student has layers that can be told apart from those of its teacher by number alone."""
+        layers, routing = stage.distill.student, self.routing
+        if layers is None:
+            return
+        if layers[0] < 0 or layers[-1] >= self.model.layers:
+            raise ConfigError(f"stages[{i}].distill.student={layers} must lie in 0 to {self.model.layers - 1}.")
+        if i + 1 < len(self.stages):
+            raise ConfigError(f"stages[{i}].distill.student is for the last stage: later ones have all layers.")
+        if len(self.model.moe_layers) < self.model.layers or not routing.has_rows or routing.has_bundles:
+            raise ConfigError(
+                f"stages[{i}].distill.student needs a trained router without bundles, and a mixture in every layer."
+            )
+        if not stage.distill.weight or stage.kind == StageKind.finetune:
+            raise ConfigError(f"stages[{i}].distill.student needs distill.weight above 0 and kind=pretrain.")
 
     def _check_upcycling(self, i: int, stage: StageConfig) -> None:
         """The copies change nothing if the model before is dense and a token's gates sum to 1."""

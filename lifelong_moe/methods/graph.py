@@ -112,6 +112,7 @@ def _spec(config: RunConfig, recipe: Recipe, i: int, stage: StageConfig) -> Stag
     penalizes = later and recipe.penalty and holds
     finetunes = stage.kind == StageKind.finetune
     grows = later and recipe.grow and bool(stage.grow.experts) and stage.continues is None and not finetunes
+    grows = grows and stage.distill.student is None
     fisher_data = earlier if penalizes and measures else ()
     assert stage.name is not None
     return StageSpec(

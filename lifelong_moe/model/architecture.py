@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -85,6 +86,14 @@ class Architecture:
     def continuing(self, stage: str) -> Architecture:
         """With the generation that was born in a stage training on, and all others frozen."""
         return replace(self, frozen=len(self.generations), continued=self.born_in(stage))
+
+    def shallow(self, layers: Sequence[int]) -> Architecture:
+        """With some of the layers, all of which have a mixture of experts; everything trains."""
+        model = replace(self.model, layers=len(layers), experts=[self.experts_in(layer) for layer in layers])
+        kept = tuple(
+            replace(g, layers=None, by_layer=tuple(g.experts_in(layer) for layer in layers)) for g in self.generations
+        )
+        return replace(self, model=model, generations=kept, frozen=0, continued=None)
 
     def born_in(self, stage: str) -> int:
         """The generation that a stage bore."""

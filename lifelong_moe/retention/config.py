@@ -70,8 +70,17 @@ class DistillConfig:
     """Distil on the ``new`` text or on ``replay``ed text, which ``replay.source`` may take from the teacher itself."""
     fraction: float = 1.0
     """Share of that text's sequences that is distilled on, spread evenly."""
+    until: float = 1.0
+    """Share of the stage's steps after which distillation is switched off (DeepSpeed-MoE's students)."""
+    student: list[int] | None = None
+    """The last stage only: keep these layers of the previous stage's model, which is their teacher, and train them all
+    (Mixture-of-Students). Nothing grows then."""
 
     def __post_init__(self) -> None:
+        if not 0.0 < self.until <= 1.0:
+            raise ConfigError(f"distill.until={self.until} must lie in (0, 1].")
+        if self.student is not None and (not self.student or sorted(set(self.student)) != list(self.student)):
+            raise ConfigError(f"distill.student={self.student} must name layers in ascending order, each once.")
         if self.weight < 0:
             raise ConfigError(f"distill.weight={self.weight} must not be negative.")
         if self.temperature <= 0:

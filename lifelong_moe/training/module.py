@@ -117,6 +117,8 @@ class StageModule(LightningModule):
         teacher, config = self._teacher[0], self.spec.distill
         if teacher is None or config is None:
             return None
+        if self.global_step >= round(config.until * self.phase.steps):
+            return None
         rows = distilled_rows(batch["replayed"], batch["ordinal"], config)
         if not len(rows):
             return None

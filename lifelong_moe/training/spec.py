@@ -141,7 +141,8 @@ class StageSpec:
     @property
     def teacher_tokens(self) -> int:
         """Tokens that pass through the parent's model without a gradient, nearly: distilled on, or written by it."""
-        distilled = (self.steps - self.review_steps) * self.optim.batch_tokens * self.distilled_share
+        until = 0.0 if self.distill is None else self.distill.until
+        distilled = (self.steps - self.review_steps) * self.optim.batch_tokens * self.distilled_share * until
         return round(distilled) + (self.replayed_tokens if self.generates else 0)
 
     @property
@@ -192,6 +193,11 @@ class StageSpec:
             )
         return phases
 
+    @property
+    def student(self) -> list[int] | None:
+        """Layers of the parent that this stage's model keeps, where it is a shallower one."""
+        return None if self.distill is None else self.distill.student
+
     def generation(self) -> Generation | None:
         """What this stage adds to the model it continues."""
         if self.grow is None:
@@ -214,6 +220,8 @@ class StageSpec:
             architecture = Architecture(self.model, self.routing, vocab_size, bos_id, first)
         elif self.continues is not None:
             architecture = parent.continuing(self.continues)
+        elif self.student is not None:
+            architecture = parent.shallow(self.student)
         elif generation is None or self.grow is None:
             architecture = parent
         else:

@@ -23,6 +23,7 @@ from lifelong_moe.errors import DivergedError, TryAgainError
 from lifelong_moe.growth.clusters import fit_clusters
 from lifelong_moe.growth.config import FrozenWeights
 from lifelong_moe.growth.grow import grow
+from lifelong_moe.growth.shallow import shallow_student
 from lifelong_moe.model.architecture import Architecture
 from lifelong_moe.model.int8 import hold_in_int8, make_whole
 from lifelong_moe.model.transformer import LanguageModel, initialize
@@ -181,6 +182,8 @@ def _prepare(
     freeze_for_finetuning(model, spec.finetune)
     importances = _importances(model, spec, corpora) if spec.fisher_data else None
     old = {name: p.detach().clone() for name, p in model.named_parameters()} if spec.penalty else {}
+    if spec.student is not None:
+        return shallow_student(model, spec.student), model.requires_grad_(False).eval(), None, generated
     teacher = make_teacher(model, _unchanging(model, spec)) if spec.distill else None
     generation = spec.generation()
     if spec.grow and generation:
@@ -261,7 +264,7 @@ def _commit(
     borrowed: dict[str, str] = {}
     if parent is not None:
         old = store.tensors(parent)
-        same = (n for n in old if n not in trained and torch.equal(old[n], state[n].cpu()))
+        same = (n for n in old if n in state and n not in trained and torch.equal(old[n], state[n].cpu()))
         borrowed = {n: store.holder(parent, n) for n in same}
         frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
         if changed := sorted(frozen & set(old) - set(borrowed)):
