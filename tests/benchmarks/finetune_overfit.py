@@ -27,6 +27,7 @@ import yaml
 from rich.console import Console
 
 from lifelong_moe.config import load_config
+from lifelong_moe.data.documents import normalized_hash
 from lifelong_moe.data.windows import evaluation_windows
 from lifelong_moe.evaluation.loss import evaluate
 from lifelong_moe.stages.runs import require_head
@@ -78,7 +79,9 @@ def write_pairs() -> int:
     while len(kept) < PAIRS:
         module = modules.pop()
         kept += [p for p in pairs if p["source"] == module]
-    held_out = [p for p in pairs if p["source"] in modules]
+    kept = kept[:PAIRS]
+    known = {normalized_hash(p["prompt"] + p["answer"]) for p in kept}
+    held_out = [p for p in pairs if p["source"] in modules and normalized_hash(p["prompt"] + p["answer"]) not in known]
     for name, rows in (("pairs.jsonl", kept), ("heldout.jsonl", held_out)):
         Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return len(held_out)
@@ -117,7 +120,7 @@ def config(model: str, trainable: str, dropout: float, seed: int, steps: int) ->
 
 
 def measured(name: str) -> dict[str, Any]:
-    """Nats per answer token at the best step, on what was trained on and on what was not; and the last held-out loss."""
+    """Nats per answer token at the best step, on what was trained on and on what was not; and the last one held out."""
     head, store = require_head(Path("mlruns"), name), StageStore(Path("mlruns"))
     stage = store.get(head["stages"][-1])
     run_config, _ = load_config(f"{name}.yaml")
@@ -149,7 +152,7 @@ def main() -> None:
     os.chdir(options.folder)
     quiet.libraries()
     torch.set_num_threads(1)
-    print(f"{PAIRS} pairs and more, {write_pairs()} held out, {options.steps} steps")
+    print(f"{PAIRS} pairs, {write_pairs()} held out, {options.steps} steps")
     print("| model | trained | expert dropout | seed | best step | trained on | held out | gap | held out, last step |")
     print("|---|---|---|---|---|---|---|---|---|")
     for seed in range(options.seeds):
