@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lifelong_moe.clustering.bundles import unigram_divergence
-from lifelong_moe.methods.advice import growth_advice, nothing_to_hold
+from lifelong_moe.methods.advice import growth_advice, leaking, nothing_to_hold
 from lifelong_moe.methods.published import sentence as published_sentence
 from lifelong_moe.model.cost import count_parameters
 from lifelong_moe.stages.keys import SHORT
@@ -34,7 +34,7 @@ def plan(config_path: str, overrides: list[str], console: Console) -> dict[str, 
     _print(console, rows, speed)
     if published := published_sentence(prepared.config):
         console.print(published, highlight=False, markup=False)
-    warnings = nothing_to_hold(prepared.config)
+    warnings = [*leaking(prepared.config), *nothing_to_hold(prepared.config)]
     for sentence in warnings:
         console.print(f"[yellow]{sentence}[/yellow]", highlight=False)
     advice = growth_advice(prepared.plan, _divergence(prepared))

@@ -13,7 +13,7 @@ from rich.console import Console
 from lifelong_moe.data.prepare import PreparedData
 from lifelong_moe.errors import ConfigError, TryAgainError
 from lifelong_moe.evaluation.report import build_report
-from lifelong_moe.methods.advice import nothing_to_hold
+from lifelong_moe.methods.advice import leaking, nothing_to_hold
 from lifelong_moe.methods.plan import PlannedStage, chain
 from lifelong_moe.model.architecture import Architecture
 from lifelong_moe.stages.keys import SHORT, content_key
@@ -87,7 +87,7 @@ def _run_stages(
     config, data = prepared.config, prepared.data
     store.clean()
     render.data_table(console, prepared)
-    for sentence in nothing_to_hold(config):
+    for sentence in (*leaking(config), *nothing_to_hold(config)):
         console.print(f"[yellow]{sentence}[/yellow]", highlight=False)
     tracker = Tracker.connect(config.tracking, ROOT)
     if tracker.problem:

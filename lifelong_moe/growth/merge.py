@@ -96,8 +96,8 @@ def merge_experts(
     merged = dict(tensors)
     for layer, (keep, gone) in pairs.items():
         numbers = int(counts[layer][keep]), int(counts[layer][gone])
-        for part in ("gate_up", "down"):
-            prefix = f"blocks.{layer}.moe.banks.experts"
+        prefix = f"blocks.{layer}.moe.banks.experts"
+        for part in ("gate_up", "down") if architecture.model.activation.is_gated else ("up", "down"):
             name = f"{prefix}.{keep}.{part}"
             merged[name] = weighted(tensors[name], tensors[f"{prefix}.{gone}.{part}"], *numbers)
         _merge_rows(architecture, merged, layer, keep, gone, numbers)
@@ -146,6 +146,8 @@ def _require_mergeable(architecture: Architecture, generation: int, pairs: Mappi
             f"routing.mode={routing.mode}, bundles={routing.bundles}: experts merge under a learned router without "
             f"bundles, biases and groups only; another one would send them text that they did not learn from."
         )
+    if any(g.by_layer is not None for g in architecture.generations):
+        raise ConfigError("model.experts differs by layer: experts of a pyramid cannot be merged.")
     if generation >= architecture.frozen or born.experts < 2:
         raise ValueError(f"generation {generation} ({born.stage}) must be frozen and have two experts to lose one")
     grown = [layer for layer in range(architecture.model.layers) if born.experts_in(layer)]

@@ -73,7 +73,7 @@ def to_mixtral(model: LanguageModel) -> tuple[dict[str, Any], dict[str, Tensor]]
         raise ConfigError(
             f"routing.bundles={routing.bundles} has no Mixtral form: there every token may use any expert."
         )
-    if any(generation.layers is not None for generation in architecture.generations):
+    if any(g.layers is not None or g.by_layer is not None for g in architecture.generations):
         raise ConfigError("grow.layers has no Mixtral form: there every layer has the same number of experts.")
     if routing.score != "softmax" or routing.bias_rate or routing.expert_groups > 1 or routing.gate_scale != 1:
         raise ConfigError(

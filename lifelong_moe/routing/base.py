@@ -156,7 +156,9 @@ class Router(nn.Module):
 
     def parameters_of(self, generation: int) -> list[nn.Parameter]:
         """All that trains of one generation: its rows, and what else a router has for it."""
-        return [p for name, p in self.named_parameters() if name.rpartition(".")[2] == str(generation)]
+        rows = self.row_generations()[generation : generation + 1]
+        named = [p for name, p in self.named_parameters() if name.rpartition(".")[2] == str(generation)]
+        return [*named, *(p for p in rows if isinstance(p, nn.Parameter) and all(p is not other for other in named))]
 
     def set_rows(self, rows_ED: Tensor) -> None:
         """Begin the newest generation's rows with these, ``(num, D)``."""

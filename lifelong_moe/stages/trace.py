@@ -12,7 +12,8 @@ from lifelong_moe.stages.lineage import expert_names, grouped_names
 from lifelong_moe.stages.store import CommittedStage
 
 EXPERT_NAME = re.compile(r"(?P<stage>.+)/L(?P<layer>\d+)/E(?P<expert>\d+)")
-PARTS = ("gate_up", "down")
+PART = "down"
+"""A matrix that every kind of expert has."""
 
 
 def trace_expert(chain: Sequence[CommittedStage], name: str) -> dict[str, Any]:
@@ -65,7 +66,7 @@ def _find(architecture: Architecture, name: str) -> tuple[int, int]:
 def _history(stage: CommittedStage, layer: int, birth: str, place: int) -> dict[str, Any]:
     """What a stage did with an expert."""
     index = Architecture.from_json(stage.config["architecture"]).expert_births(layer).index(birth) + place
-    name, borrowed = expert_tensor(layer, index, PARTS[0]), stage.config["borrowed"]
+    name, borrowed = expert_tensor(layer, index, PART), stage.config["borrowed"]
     how = "borrowed" if name in borrowed else "moved" if "derived" in stage.config else "trained"
     return {
         "stage": stage.name,
@@ -93,7 +94,7 @@ def trained_experts(stage: CommittedStage) -> str:
                 layer: [
                     expert
                     for expert, birth in enumerate(births[layer])
-                    if birth == generation.stage and expert_tensor(layer, expert, PARTS[0]) not in borrowed
+                    if birth == generation.stage and expert_tensor(layer, expert, PART) not in borrowed
                 ]
                 for layer in births
             }

@@ -131,6 +131,18 @@ def test_two_processes_do_what_twice_the_micro_batches_do(
         assert ours == pytest.approx(theirs, abs=1e-4)
 
 
+def test_processes_share_the_loads_that_biases_move_by(lab: Path) -> None:
+    overrides = ("model.experts=5", "routing.score=sigmoid", "routing.bias_rate=0.01")
+    train(configure(("fruit",)), *overrides, "routing.balance_loss=0")
+    train(configure(("fruit",), devices=1), *overrides, "routing.balance_loss=0", "run=one")
+    (two,), (one,) = weights("tiny"), weights("one")
+    biases = [name for name in two if "bias_" in name]
+    assert biases and all(bool(two[name].any()) for name in biases)
+    for name in biases:
+        torch.testing.assert_close(two[name], one[name], rtol=0, atol=0.0201)  # a sign may turn where loads are even
+        assert float((two[name] == one[name]).float().mean()) > 0.5
+
+
 def test_keys_do_not_know_the_number_of_processes(lab: Path) -> None:
     two, _ = train(configure())
     again, printed = train(configure(devices=1))

@@ -27,6 +27,7 @@ def test_block(make_shard: MakeShard) -> None:
     assert second["token_ids"].tolist() == [7, 0, 8, 9]
     assert second["document_ids"].tolist() == [0, 1, 1, 1]
     assert second["group_ids"].tolist() == [4, 5, 6, 7]
+    assert bool(first.pop("scored").all())
     assert all(tensor.dtype == torch.int64 for tensor in first.values())
     for index in (-1, 2):
         with pytest.raises(IndexError):
