@@ -175,8 +175,28 @@ def build_run(*overrides: str, **changes: Any) -> RunConfig:
     return build_config(raw)
 
 
-@pytest.fixture(params=ROUTER_KINDS)
+SHARING = ("switch", "gshard", "expert_choice", "by_choice", "by_batch", "at_random", "next_choice")
+"""Kinds in which tokens of a sequence share an expert's room, so that what a token gets depends on others."""
+
+
+@pytest.fixture(params=[kind for kind in ROUTER_KINDS if kind not in SHARING])
 def router_kind(request: pytest.FixtureRequest) -> str:
+    """Each way of routing in turn in which a token's experts do not depend on other tokens'."""
+    return str(request.param)
+
+
+OF_ANOTHER_SHAPE = ("dense", "relu", "base", "hierarchical", "multi_hash")
+"""Kinds that do not use ``top_k`` experts of any number of them."""
+
+
+@pytest.fixture(params=[kind for kind in ROUTER_KINDS if kind not in (*SHARING, *OF_ANOTHER_SHAPE)])
+def top_k_kind(request: pytest.FixtureRequest) -> str:
+    """Each way of routing in turn in which a token uses ``top_k`` experts, whatever their number."""
+    return str(request.param)
+
+
+@pytest.fixture(params=ROUTER_KINDS)
+def any_router_kind(request: pytest.FixtureRequest) -> str:
     """Each way of routing in turn."""
     return str(request.param)
 

@@ -58,8 +58,8 @@ def naive(model: LanguageModel, documents: Sequence[Sequence[int]], distribution
     return nats
 
 
-def test_each_token_is_scored_once_as_one_by_one(make_model: Make, router_kind: str) -> None:
-    model = make_model(router_kind, (4, 2))
+def test_each_token_is_scored_once_as_one_by_one(make_model: Make, top_k_kind: str) -> None:
+    model = make_model(top_k_kind, (4, 2))
     documents = random_documents([40, 7, 17, 2, 16])
     expected = naive(model.eval(), documents, "d1")
     for batch_tokens in (16, 40, 10_000):

@@ -55,8 +55,8 @@ def uneven(make_architecture: Callable[..., Architecture]) -> LanguageModel:
     return model
 
 
-def test_every_token_that_predicts_is_seen_once_in_reading_order(make_model: Make, router_kind: str) -> None:
-    model, documents = make_model(router_kind, (4, 2)), documents_of(LENGTHS)
+def test_every_token_that_predicts_is_seen_once_in_reading_order(make_model: Make, top_k_kind: str) -> None:
+    model, documents = make_model(top_k_kind, (4, 2)), documents_of(LENGTHS)
     windows = windows_of(documents)
     seen = observe(model, windows, distribution="d1")
     assert model.training
@@ -82,8 +82,8 @@ def test_a_text_is_seen_to_its_last_token_and_never_ahead(make_model: Make, rout
         observe_text(model, [], distribution=None)
 
 
-def test_shuffled_experts_are_those_of_a_model_whose_experts_swapped_places(make_model: Make, router_kind: str) -> None:
-    model, windows = make_model(router_kind, (4, 2)), windows_of(documents_of(LENGTHS))
+def test_shuffled_experts_are_those_of_a_model_whose_experts_swapped_places(make_model: Make, top_k_kind: str) -> None:
+    model, windows = make_model(top_k_kind, (4, 2)), windows_of(documents_of(LENGTHS))
     before, state = loss(model, windows), {name: t.clone() for name, t in model.state_dict().items()}
     with shuffled_experts(model, seed=5):
         shuffled = loss(model, windows)

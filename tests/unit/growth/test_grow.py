@@ -42,9 +42,9 @@ def matrices(expert: torch.nn.Module) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("init", list(ExpertInit))
 @pytest.mark.parametrize("generations", [(4,), (4, 2)])
 def test_growth_changes_nothing_until_the_new_experts_are_let_in(
-    make_model: Make, make_batch: Batch, router_kind: str, init: ExpertInit, generations: tuple[int, ...]
+    make_model: Make, make_batch: Batch, any_router_kind: str, init: ExpertInit, generations: tuple[int, ...]
 ) -> None:
-    model, sample = make_model(router_kind, generations), make_batch(groups=len(generations))
+    model, sample = make_model(any_router_kind, generations), make_batch(groups=len(generations))
     before, old = sample_logits(model, sample), {n: p.clone() for n, p in model.state_dict().items()}
     add(model, GrowConfig(experts=2, init=init), sample, seed=3)
     for layer in model.moe_layers():
@@ -172,9 +172,9 @@ def test_a_seed_decides(make_model: Make, make_batch: Batch) -> None:
 
 
 def test_frozen_tensors_do_not_train_and_stay_the_same_bits(
-    make_run: Callable[..., RunConfig], make_model: Make, make_batch: Batch, router_kind: str
+    make_run: Callable[..., RunConfig], make_model: Make, make_batch: Batch, any_router_kind: str
 ) -> None:
-    model, batch = make_model(router_kind), make_batch(groups=2)
+    model, batch = make_model(any_router_kind), make_batch(groups=2)
     spec = stage_specs(make_run(*(f"stage_defaults.{kv}" for kv in ("optim.lr=0.1", "optim.weight_decay=0.5"))))[1]
     old = {name for name, _ in model.named_parameters() if ".moe." in name}
     add(model, GrowConfig(experts=2), make_batch(), seed=0)

@@ -25,8 +25,8 @@ SHAPES: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_counts_are_those_of_the_model(make_model: Make, router_kind: str, shape: dict[str, Any]) -> None:
-    model = make_model(router_kind, **shape)
+def test_counts_are_those_of_the_model(make_model: Make, top_k_kind: str, shape: dict[str, Any]) -> None:
+    model = make_model(top_k_kind, **shape)
     count = count_parameters(model.architecture)
     layers = list(model.moe_layers())
     assert count.total == sum(p.numel() for p in model.parameters())

@@ -216,6 +216,8 @@ def test_a_checkpoint_holds_exactly_what_trains(make_run: MakeRun, make_model: M
     torch.manual_seed(99)
     again = stage_module(make_run, make_model("learned", (4, 2), seed=1), stage=1)
     again.on_load_checkpoint(checkpoint)
+    torch.rand(1)  # as a loader does that is set up
+    again.on_train_batch_start({}, 0)
     assert vars(again.guard) == vars(module.guard) and list(again.guard.losses) == [2.0, 2.5]
     assert (again.guard.nonfinite_steps, again.guard.nonfinite_in_a_row) == (3, 2)
     assert torch.equal(torch.rand(3), expected)

@@ -120,6 +120,7 @@ SCALARS: dict[str, Any] = {
     "distill": None,
     "penalty": None,
     "review": None,
+    "finetune": FinetuneConfig(),
 }
 
 
