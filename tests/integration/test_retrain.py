@@ -453,7 +453,7 @@ def test_after_a_rollback_the_next_tick_goes_on_from_the_older_champion(after_gr
 
 
 def test_a_tick_after_a_drop(after_growth: Path) -> None:
-    drop("tiny", "code", SILENT)
+    drop("tiny", "code", SILENT, ungated=True)
     arrive("code", "more.jsonl", seed=92)
     result = tick()
     assert result["outcome"] == "promoted", result

@@ -12,6 +12,7 @@ from lifelong_moe.config import RunConfig
 from lifelong_moe.methods.graph import stage_specs
 from lifelong_moe.model.cost import forward_flops_per_token
 from lifelong_moe.retention.config import ReplaySource, TrunkConfig, TrunkTraining
+from lifelong_moe.training.config import FinetuneConfig
 from lifelong_moe.training.spec import Phase, StageSpec, Trains
 
 MakeRun = Callable[..., RunConfig]
