@@ -72,7 +72,7 @@ def sequence_balancing_loss(
 
     Args:
         probs_TE: Router scores, float32 ``(T, E)``; rows sum to 1.
-        expert_ids_TK: Chosen experts, int64 ``(T, K)``.
+        expert_ids_TK: Chosen experts, int64 ``(T, K)``; below 0 where a token has fewer.
         mask_T: True for real tokens, bool ``(T,)``.
         sequence_T: Number of each token's sequence, int64 ``(T,)``.
         first_expert: Balance experts from this index on.
@@ -92,8 +92,9 @@ def sequence_balancing_loss(
     probs_NE, sequence_N = probs_TE[mask_T], sequence_T[mask_T]
     num = int(sequence_T.max()) + 1
     length_S = torch.bincount(sequence_N, minlength=num).float()
-    cells_N = (sequence_N.unsqueeze(1) * num_experts + expert_ids_TK[mask_T]).reshape(-1)
-    counts_SE = torch.bincount(cells_N, minlength=num * num_experts).view(num, num_experts).float()
+    ids_NK = expert_ids_TK[mask_T]
+    cells_NK = sequence_N.unsqueeze(1) * num_experts + ids_NK
+    counts_SE = torch.bincount(cells_NK[ids_NK >= 0], minlength=num * num_experts).view(num, num_experts).float()
     mass_SE = probs_NE.new_zeros(num, num_experts).index_add(0, sequence_N, probs_NE)[:, first_expert:]
     counts_SE = counts_SE[:, first_expert:]
     share_SE = counts_SE / counts_SE.sum(dim=1, keepdim=True).clamp_min(1.0)

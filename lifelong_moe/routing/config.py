@@ -341,6 +341,7 @@ class RoutingConfig:
             "jitter": ("learned", "switch", "gshard"),
             "capacity": ("learned", "switch", "gshard"),
             "second": ("gshard",),
+            "balance_counts": ("learned", "switch", "gshard", "noisy_topk", "hierarchical"),
             "importance_loss": ("noisy_topk",),
             "load_loss": ("noisy_topk",),
         }
@@ -348,6 +349,9 @@ class RoutingConfig:
         for key, modes in of_modes.items():
             if "." not in self.mode and self.mode not in modes and getattr(self, key) != standard[key]:
                 raise ConfigError(f"routing.{key} is for routing.mode={' or '.join(modes)}, not for {self.mode}.")
+        counted = ("learned", "switch", "gshard")
+        if self.balance_scope == BalanceScope.global_batch and "." not in self.mode and self.mode not in counted:
+            raise ConfigError(f"routing.balance_scope=global_batch is for routing.mode={' or '.join(counted)}.")
         single, pair = ("switch", "base"), ("gshard",)
         if (self.mode in single and self.top_k != 1) or (self.mode in pair and self.top_k != 2):
             number = 1 if self.mode in single else 2

@@ -317,6 +317,8 @@ def test_sequences_are_balanced_each_by_itself() -> None:
     sure = torch.tensor([[1.0, 0], [1.0, 0], [0, 1.0], [0, 1.0]])
     assert float(load_balancing_loss(sure, ids, mask)) == pytest.approx(1.0)  # over both, all is even
     assert float(sequence_balancing_loss(sure, ids, mask, sequence)) == pytest.approx(2.0)  # in each it is not
+    fewer = torch.tensor([[0, -1], [1, -1], [1, -1], [0, 1]])  # a hole counts nowhere
+    assert float(sequence_balancing_loss(even, fewer, mask, sequence)) == pytest.approx(1.0)
     mask = torch.tensor([True, True, False, False])
     assert float(sequence_balancing_loss(sure, ids, mask, sequence)) == pytest.approx(2.0)  # padding counts nowhere
 
@@ -412,6 +414,7 @@ def test_jitter_reaches_the_router_only(make_router: Make) -> None:
         ),
         ({"mode": "label", "capacity": CapacityConfig()}, r"routing\.capacity is for .* not for label"),
         ({"second": SecondExpert.random}, r"routing\.second is for routing\.mode=gshard, not for learned"),
+        ({"mode": "relu", "balance_scope": BalanceScope.global_batch}, r"global_batch is for routing\.mode=learned or"),
         ({"top_groups": 2}, r"routing\.top_groups=2 must lie in 1 to routing\.expert_groups=1"),
         ({"jitter": 1.0}, r"routing\.jitter=1\.0 must be below 1"),
         ({"mode": "gshrad"}, r"Did you mean gshard\?"),
