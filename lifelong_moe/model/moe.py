@@ -62,6 +62,11 @@ class MoELayer(nn.Module):
         shares_T2 = self.mix(x_TD).softmax(dim=-1)
         return routed_TD * shares_T2[:, :1] + shared_TD * shares_T2[:, 1:], routing
 
+    def answers(self, x_TD: Tensor, context: RoutingContext) -> tuple[Tensor, Routing]:
+        """What each expert makes of each token, ``(T, E, D)``, where the router weighs them all."""
+        routing = self.router(x_TD, context)
+        return torch.stack([expert(x_TD) for expert in self.banks.experts], dim=1), routing
+
 
 def no_routing(x_TD: Tensor) -> Routing:
     """The answer of a layer without routed experts."""

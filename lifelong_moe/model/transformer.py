@@ -18,6 +18,7 @@ from lifelong_moe.model.deltas import BundleSlices, DeltaEmbedding, DeltaLinear
 from lifelong_moe.model.experts import ExpertBanks
 from lifelong_moe.model.feedforward import FeedForward
 from lifelong_moe.model.groups import build_document_clusters
+from lifelong_moe.model.mixture import mixture_log_probs, mixture_nats, pack
 from lifelong_moe.model.moe import MoELayer
 from lifelong_moe.ops.losses import linear_cross_entropy, token_nats
 from lifelong_moe.routing.base import Routing, RoutingContext
@@ -30,7 +31,8 @@ class ModelOutput:
     """What a forward pass gives."""
 
     hidden_BSD: Tensor
-    """Final hidden states after the last norm; ``model.logits`` turns them into logits."""
+    """Final hidden states after the last norm; ``model.logits`` turns them into logits. Of competing experts each one's,
+    and its gate, in a row."""
     routings: list[Routing]
     """What each layer's router decided."""
     cache: list[KeyValue]
@@ -63,11 +65,22 @@ class Block(nn.Module):
         bundles: BundleSlices | None,
     ) -> tuple[Tensor, Routing, KeyValue]:
         """One layer."""
-        mixed, key_value = self.attention(self.attention_norm(x_BSD), *rotary, mask, past, bundles)
-        x_BSD = x_BSD + (mixed if self.attention_out_norm is None else self.attention_out_norm(mixed))
+        x_BSD, key_value = self.attend(x_BSD, rotary, mask, past, bundles)
         out_TD, routing = self.moe(self.moe_norm(x_BSD).flatten(0, 1), context)
         out_TD = out_TD if self.moe_out_norm is None else self.moe_out_norm(out_TD)
         return x_BSD + out_TD.view_as(x_BSD), routing, key_value
+
+    def attend(
+        self,
+        x_BSD: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        past: KeyValue | None,
+        bundles: BundleSlices | None,
+    ) -> tuple[Tensor, KeyValue]:
+        """The first half of a layer."""
+        mixed, key_value = self.attention(self.attention_norm(x_BSD), *rotary, mask, past, bundles)
+        return x_BSD + (mixed if self.attention_out_norm is None else self.attention_out_norm(mixed)), key_value
 
 
 def build_moe(architecture: Architecture, layer: int, *, causal: bool) -> MoELayer:
@@ -164,10 +177,14 @@ class LanguageModel(nn.Module):
 
     def logits(self, hidden: Tensor, group_ids: Tensor | None = None) -> Tensor:
         """Logits ``(..., V)`` of hidden states ``(..., D)``, whose groups ``(...)`` matter with deltas only."""
+        if self.architecture.routing.competitive:
+            return mixture_log_probs(hidden, self.head.weight)
         return self.head(hidden, self._bundles(group_ids))
 
     def cross_entropy(self, hidden_TD: Tensor, target_T: Tensor, group_ids_T: Tensor | None = None) -> Tensor:
         """Mean next-token loss in nats, scalar float32; logits are never all in memory."""
+        if self.architecture.routing.competitive:
+            return mixture_nats(hidden_TD, self.head.weight, target_T).mean()
         parts = [
             linear_cross_entropy(hidden_TD[rows], self.head.weight_of(bundle), target_T[rows]) * share
             for bundle, rows, share in self._head_slices(group_ids_T)
@@ -177,6 +194,8 @@ class LanguageModel(nn.Module):
     @torch.no_grad()
     def token_nats(self, hidden_TD: Tensor, target_T: Tensor, group_ids_T: Tensor | None = None) -> Tensor:
         """Next-token loss of each token in nats, float32 ``(T,)``."""
+        if self.architecture.routing.competitive:
+            return mixture_nats(hidden_TD, self.head.weight, target_T)
         nats_T = torch.empty(len(target_T), device=hidden_TD.device)
         for bundle, rows, _ in self._head_slices(group_ids_T):
             nats_T[rows] = token_nats(hidden_TD[rows], self.head.weight_of(bundle), target_T[rows])
@@ -230,10 +249,19 @@ class LanguageModel(nn.Module):
         if past is not None and length > 1:
             raise ValueError("with a cache, tokens come one at a time")
         routings, cache = [], []
-        for i, block in enumerate(self.blocks):
+        competing = self.architecture.routing.competitive
+        for i, block in enumerate(self.blocks[:-1] if competing else self.blocks):
             x_BSD, routing, key_value = block(x_BSD, rotary, mask, past[i] if past else None, context, bundles)
             routings.append(routing)
             cache.append(key_value)
+        if competing:
+            last: Block = self.blocks[-1]  # type: ignore[assignment]
+            x_BSD, key_value = last.attend(x_BSD, rotary, mask, past[-1] if past else None, bundles)
+            answers_TED, routing = last.moe.answers(last.moe_norm(x_BSD).flatten(0, 1), context)
+            hidden_TED = self.norm(x_BSD.flatten(0, 1).unsqueeze(1) + answers_TED) * config.logit_scale
+            packed_TM = pack(hidden_TED, routing.weights_TK)
+            hidden_BSM = packed_TM.view(*token_ids_BS.shape, -1)
+            return ModelOutput(hidden_BSM, [*routings, routing], [*cache, key_value])
         hidden_BSD = self.norm(x_BSD)
         # Scaling what the head reads is scaling the logits.
         return ModelOutput(hidden_BSD if config.logit_scale == 1 else hidden_BSD * config.logit_scale, routings, cache)

@@ -235,6 +235,9 @@ class RoutingConfig:
     """Groups that a token uses."""
     jitter: float = 0.0
     """In training the router's input, and nothing else, is multiplied by numbers between 1 - jitter and 1 + jitter."""
+    competitive: bool = False
+    """``dense``: in the last layer each expert predicts by itself, and the prediction is their mixture (Jacobs: experts
+    compete), in place of the prediction from their outputs' sum (they cooperate)."""
     table: HashTable = HashTable.random
     """``hash``: experts by a fixed pseudo-random order for each token id (``random``), or by a table made of the first
     stage's text: ``balanced``, the most frequent token id to the expert with least text so far, or ``clustered``, by
@@ -338,6 +341,7 @@ class RoutingConfig:
             "expert_groups": ("learned", "hierarchical", "hash"),
             "table": ("hash",),
             "slots": ("soft",),
+            "competitive": ("dense",),
             "jitter": ("learned", "switch", "gshard"),
             "capacity": ("learned", "switch", "gshard"),
             "second": ("gshard",),
