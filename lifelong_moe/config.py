@@ -194,10 +194,8 @@ class RunConfig:
                 f"tokenizer.train_on={self.tokenizer.train_on} must be the first stage's distribution ({first}): "
                 f"a tokenizer that saw later stages leaks the future."
             )
-        parts = (
-            self.model.shared_experts or self.model.sandwich_norms or self.model.layers - 1 not in self.model.moe_layers
-        )
-        if self.routing.competitive and parts:
+        last_is_dense = self.model.layers - 1 not in self.model.moe_layers
+        if self.routing.competitive and (last_is_dense or self.model.shared_experts or self.model.sandwich_norms):
             raise ConfigError(
                 "routing.competitive needs experts in the last layer, without shared_experts and sandwich_norms."
             )

@@ -94,14 +94,16 @@ def _delta_parameters_per_rank(architecture: Architecture) -> int:
 def forward_flops_per_token(architecture: Architecture) -> int:
     """Multiply-adds times two of one token's forward pass, attention over half a context included.
 
-    The embedding, and one half of its delta, is a look-up and costs none; the head does.
+    The embedding, and one half of its delta, is a look-up and costs none; the head does, once for each expert that
+    predicts by itself.
     """
     config = architecture.model
     count = count_parameters(architecture)
     lookup = architecture.vocab_size * (config.width + max(g.delta_rank for g in architecture.generations))
     matrices = count.active - (0 if config.tie_embeddings else lookup)
     attention = 2 * config.layers * config.heads * config.attention_width * config.context // 2
-    return 2 * (matrices + attention)
+    heads = architecture.experts_in(config.layers - 1) - 1 if architecture.routing.competitive else 0
+    return 2 * (matrices + attention + heads * architecture.vocab_size * config.width)
 
 
 def training_flops(architecture: Architecture, tokens: int, teacher: Architecture | None, teacher_tokens: int) -> int:

@@ -46,8 +46,14 @@ class MoELayer(nn.Module):
         for parameter in [] if but is None else self.router.parameters_of(but):
             parameter.requires_grad_(True)
 
-    def forward(self, x_TD: Tensor, context: RoutingContext) -> tuple[Tensor, Routing]:
-        """``(T, D)`` to ``(T, D)``, with what the router decided."""
+    def forward(self, x_TD: Tensor, context: RoutingContext, *, apart: bool = False) -> tuple[Tensor, Routing]:
+        """``(T, D)`` to ``(T, D)``, with what the router decided.
+
+        With ``apart``, where the router weighs all experts, to what each makes of each token instead, ``(T, E, D)``.
+        """
+        if apart:
+            routing = self.router(x_TD, context)
+            return torch.stack([expert(x_TD) for expert in self.banks.experts], dim=1), routing
         if not self.router.num_experts:
             assert self.shared is not None
             return self.shared(x_TD), no_routing(x_TD)
@@ -61,11 +67,6 @@ class MoELayer(nn.Module):
             return routed_TD + shared_TD, routing
         shares_T2 = self.mix(x_TD).softmax(dim=-1)
         return routed_TD * shares_T2[:, :1] + shared_TD * shares_T2[:, 1:], routing
-
-    def answers(self, x_TD: Tensor, context: RoutingContext) -> tuple[Tensor, Routing]:
-        """What each expert makes of each token, ``(T, E, D)``, where the router weighs them all."""
-        routing = self.router(x_TD, context)
-        return torch.stack([expert(x_TD) for expert in self.banks.experts], dim=1), routing
 
 
 def no_routing(x_TD: Tensor) -> Routing:

@@ -31,8 +31,8 @@ class ModelOutput:
     """What a forward pass gives."""
 
     hidden_BSD: Tensor
-    """Final hidden states after the last norm; ``model.logits`` turns them into logits. Of competing experts each one's,
-    and its gate, in a row."""
+    """Final hidden states after the last norm; ``model.logits`` turns them into logits. Of competing experts each
+    one's, and its gate, in a row."""
     routings: list[Routing]
     """What each layer's router decided."""
     cache: list[KeyValue]
@@ -257,7 +257,7 @@ class LanguageModel(nn.Module):
         if competing:
             last: Block = self.blocks[-1]  # type: ignore[assignment]
             x_BSD, key_value = last.attend(x_BSD, rotary, mask, past[-1] if past else None, bundles)
-            answers_TED, routing = last.moe.answers(last.moe_norm(x_BSD).flatten(0, 1), context)
+            answers_TED, routing = last.moe(last.moe_norm(x_BSD).flatten(0, 1), context, apart=True)
             hidden_TED = self.norm(x_BSD.flatten(0, 1).unsqueeze(1) + answers_TED) * config.logit_scale
             packed_TM = pack(hidden_TED, routing.weights_TK)
             hidden_BSM = packed_TM.view(*token_ids_BS.shape, -1)
