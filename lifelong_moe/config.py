@@ -13,6 +13,7 @@ import math
 import re
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -528,7 +529,7 @@ def _stages(raw: DictConfig) -> list[StageConfig]:
     if not isinstance(defaults, DictConfig):
         raise ConfigError("stage_defaults must be a mapping.")
     with _errors_under("stage_defaults"):
-        OmegaConf.merge(OmegaConf.structured(StageConfig), defaults)
+        OmegaConf.merge(_structured(StageConfig), defaults)
     built = []
     for i, stage in enumerate(stages):
         if not isinstance(stage, DictConfig):
@@ -544,6 +545,12 @@ def _mapping(raw: DictConfig, key: str) -> DictConfig:
     return node
 
 
+@cache
+def _structured(cls: Any) -> DictConfig:
+    """A dataclass as OmegaConf sees it; merging copies it."""
+    return OmegaConf.structured(cls)  # type: ignore[no-any-return]
+
+
 def section(cls: type[T], node: Any, path: str, under: DictConfig | None = None) -> T:
     """Merge a node over its dataclass and build it; every error carries the full path."""
     if node is None:
@@ -551,7 +558,7 @@ def section(cls: type[T], node: Any, path: str, under: DictConfig | None = None)
     if not isinstance(node, DictConfig):
         raise ConfigError(f"{path} must be a mapping; got {node!r}.")
     with _errors_under(path):
-        parts = [OmegaConf.structured(cls), *([under] if under else []), node]
+        parts = [_structured(cls), *([under] if under else []), node]
         return OmegaConf.to_object(OmegaConf.merge(*parts))  # type: ignore[return-value]
 
 

@@ -86,7 +86,9 @@ class Odd:
 
 
 @pytest.mark.parametrize(
-    "value", [Odd(), Odd, len, {1, 2}, b"bytes", np.float32(1), np.ones(2), 1j, Path("x")], ids=repr
+    "value",
+    [Odd(), Odd, len, {1, 2}, b"bytes", np.float32(1), np.ones(2), 1j, Path("x")],
+    ids=lambda value: type(value).__name__,
 )
 def test_what_could_only_be_pickled_is_refused(value: Any) -> None:
     with pytest.raises(TypeError, match=f"plain data and tensors only, not {type(value).__name__}"):
