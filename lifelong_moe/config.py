@@ -13,7 +13,6 @@ import math
 import re
 from dataclasses import dataclass, field
 from enum import StrEnum
-from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -545,10 +544,14 @@ def _mapping(raw: DictConfig, key: str) -> DictConfig:
     return node
 
 
-@cache
-def _structured(cls: Any) -> DictConfig:
-    """A dataclass as OmegaConf sees it; merging copies it."""
-    return OmegaConf.structured(cls)  # type: ignore[no-any-return]
+_SCHEMAS: dict[type, DictConfig] = {}
+
+
+def _structured(cls: type) -> DictConfig:
+    """A dataclass as OmegaConf sees it, made once; merging copies it."""
+    if cls not in _SCHEMAS:
+        _SCHEMAS[cls] = OmegaConf.structured(cls)
+    return _SCHEMAS[cls]
 
 
 def section(cls: type[T], node: Any, path: str, under: DictConfig | None = None) -> T:
