@@ -143,8 +143,8 @@ def _require_mergeable(architecture: Architecture, generation: int, pairs: Mappi
     routing, born = architecture.routing, architecture.generations[generation]
     if routing.mode != "learned" or routing.has_bundles or routing.bias_rate or routing.expert_groups > 1:
         raise ConfigError(
-            f"routing.mode={routing.mode}, bundles={routing.bundles}: experts merge under a learned router without "
-            f"bundles, biases and groups only; another one would send them text that they did not learn from."
+            f"routing.mode={routing.mode}, bundles={routing.bundles}: experts merge only under a learned router "
+            f"without bundles, biases and groups; another one would send them text that they did not learn from."
         )
     if any(g.by_layer is not None for g in architecture.generations):
         raise ConfigError("model.experts differs by layer: experts of a pyramid cannot be merged.")
