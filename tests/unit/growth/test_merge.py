@@ -66,7 +66,7 @@ def test_a_merged_model_has_one_expert_less_and_the_rest_as_it_was(make_model: M
 @pytest.mark.parametrize("kind", ["bundles", "hash", "label"])
 def test_only_a_learned_router_without_bundles(make_model: Make, kind: str) -> None:
     model = make_model(kind, (4, 2))
-    with pytest.raises(ConfigError, match="merge under a learned router"):
+    with pytest.raises(ConfigError, match="merge only under a learned router"):
         merge_experts(model.architecture, model.state_dict(), 0, {0: (0, 1), 1: (0, 1)}, {})
 
 
