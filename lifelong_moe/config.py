@@ -503,7 +503,7 @@ def build_config(raw: DictConfig) -> RunConfig:
         values["published"] = section(PublishedConfig, raw.published, "published")
     scalars = section(_Scalars, OmegaConf.masked_copy(raw, ["run", "method", "seed"]), "")
     config = RunConfig(run=scalars.run, method=scalars.method, seed=scalars.seed, **values)
-    _require_finite(config, "")
+    require_finite(config, "")
     return config
 
 
@@ -659,11 +659,16 @@ def require_known(name: str, known: Any, what: str) -> None:
         raise ConfigError(f"{what} {name} is unknown. {hint}" if what == "key" else f"{what}={name} is unknown. {hint}")
 
 
-def _require_finite(value: Any, path: str) -> None:
+def require_finite(value: Any, path: str) -> None:
+    """Refuse numbers that are not finite, anywhere in a configuration.
+
+    Raises:
+        ConfigError: With the full key.
+    """
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{path}={value} must be finite.")
     for key, child in _children(value):
-        _require_finite(child, f"{path}{key}" if key.startswith("[") or not path else f"{path}.{key}")
+        require_finite(child, f"{path}{key}" if key.startswith("[") or not path else f"{path}.{key}")
 
 
 def _children(value: Any) -> list[tuple[str, Any]]:

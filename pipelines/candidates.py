@@ -17,6 +17,7 @@ from lifelong_moe.data.documents import Corpus, Document
 from lifelong_moe.data.prepare import PreparedData
 from lifelong_moe.data.shards import TokenShard, tokenize_documents
 from lifelong_moe.data.windows import evaluation_windows
+from lifelong_moe.errors import ConfigError
 from lifelong_moe.evaluation.documents import generation_shares, measure_documents
 from lifelong_moe.evaluation.loss import EVALUATION_SCHEMA
 from lifelong_moe.methods.plan import PlannedStage, plan_next
@@ -96,6 +97,14 @@ class Bench:
         new = NewStage(self.new, self.files, continues, tokens, grow)
         config = self.retraining.config(kept, [*added, new])
         data = read_data(config, self.memory)
+        if data.tokenizer.hash != (had := self.parent.config["tokenizer"]["hash"]):
+            raise ConfigError(
+                f"tokenizer: it is {data.tokenizer.hash[:16]} now, but the champion was trained with {had[:16]}. Bring "
+                f"that one back, or begin another run."
+            )
+        now, then = config.model, self.architecture.model
+        if (now.width, now.layers, now.expert_width) != (then.width, then.layers, then.expert_width):
+            raise ConfigError("model: its sizes are not the champion's. Bring them back, or begin another run.")
         hashes = {name: corpus.train_hash for name, corpus in data.corpora.items()}
         identity, bos_id = data.tokenizer_identity(), data.tokenizer.bos_id
         planned = plan_next(config, self.architecture, self.champion.key, hashes, identity, bos_id)

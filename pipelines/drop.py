@@ -149,7 +149,7 @@ def _served(head: Head, version: Version, store: StageStore, stage: str) -> Serv
 
 
 def _verdict(stage: str, candidate: Candidate) -> list[str]:
-    if "derived" not in candidate.stage.config or candidate.chain[-1].action != "drop":
+    if candidate.chain[-1].name != f"{stage}.dropped":
         return [f"as if stage {stage} had never been added: the model is stage {candidate.stage.key[:SHORT]} again."]
     kept = f"the files of stage {stage} stay in the store: later stages continue from it."
     if not candidate.remains:

@@ -19,13 +19,13 @@ def tell(hooks: HooksConfig, outcome: dict[str, Any]) -> None:
     if hooks.command:
         try:
             subprocess.run(hooks.command, input=text, timeout=hooks.seconds, check=True, stdout=subprocess.DEVNULL)
-        except (OSError, subprocess.SubprocessError) as error:
+        except Exception as error:  # whatever is wrong with it, it is not ours
             log.warning("hooks.command failed: %s", _reason(error))
     if hooks.url:
-        request = urllib.request.Request(hooks.url, data=text, headers={"Content-Type": "application/json"})
         try:
+            request = urllib.request.Request(hooks.url, data=text, headers={"Content-Type": "application/json"})
             urllib.request.urlopen(request, timeout=hooks.seconds).close()
-        except (OSError, ValueError) as error:
+        except Exception as error:
             log.warning("hooks.url failed: %s", _reason(error))
 
 

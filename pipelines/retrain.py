@@ -92,10 +92,11 @@ class Tick:
         """Forget the decision about a batch, so that its documents are new again.
 
         Raises:
-            ConfigError: If no skipped or rejected batch, or more than one, begins so.
+            ConfigError: If no batch, or more than one, begins so, but those that the champion has learned.
         """
         batches = self.head.get("batches", {})
-        closed = {key: batch for key, batch in batches.items() if batch["outcome"] != "promoted"}
+        served = {stage.batch for stage in champion(self.head).stages}
+        closed = {key: batch for key, batch in batches.items() if key not in served}
         found = [key for key, batch in closed.items() if prefix in (batch["name"], key[: len(prefix)])]
         if len(found) != 1:
             known = ", ".join(f"{b['name']} ({b['outcome']})" for b in closed.values()) or "none"

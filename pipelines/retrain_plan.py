@@ -117,7 +117,10 @@ def read_plan(path: Path) -> dict[str, Any]:
     """
     try:
         facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        known = {"batch", "settings", "expires", "stage", "decision"} <= set(facts) and "key" in facts["champion"]
+        texts = (facts["batch"], facts["settings"], facts["expires"], facts["champion"]["key"])
+        known = all(isinstance(text, str) for text in texts) and isinstance(facts["exceeded"], list)
+        known = known and isinstance(facts["decision"]["action"], str)
+        known = known and (facts["stage"] is None or {"key", "continues", "grow"} <= set(facts["stage"]))
     except (OSError, ValueError, KeyError, TypeError):
         known = False
     if not known:
@@ -226,7 +229,8 @@ def _facts(
 
 def _stage_facts(bench: Bench, chosen: Candidate) -> dict[str, Any]:
     planned = chosen.planned
-    speed = bench.store.chain(bench.champion.key)[-1].metrics.get("tokens_per_second")
+    speeds = [s.metrics["tokens_per_second"] for s in bench.store.chain(bench.champion.key) if s.metrics]
+    speed = speeds[-1] if speeds else None  # a derived stage trained nothing
     return {
         "name": planned.spec.name,
         "key": planned.key,

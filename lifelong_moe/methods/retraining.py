@@ -22,6 +22,7 @@ from lifelong_moe.config import (
     build_config,
     first_key,
     read_yaml,
+    require_finite,
     require_known,
     section,
 )
@@ -30,6 +31,7 @@ from lifelong_moe.retraining.config import DecisionConfig, DriftConfig, GateConf
 from lifelong_moe.retraining.operation import HooksConfig, InboxConfig, LimitsConfig, ProbeConfig, TriggerConfig
 
 BATCH_NAME = "batch"
+MAX_DAYS = 3650
 
 
 @dataclass(kw_only=True)
@@ -181,7 +183,11 @@ def _settings(raw: DictConfig) -> RetrainConfig:
             values[name] = OmegaConf.to_container(node, resolve=True)
         else:
             raise ConfigError(f"{name} must be a mapping, such as {name}: {{tokens: 200_000}}; got {node!r}.")
-    return RetrainConfig(base=raw.base, **values)
+    settings = RetrainConfig(base=raw.base, **values)
+    require_finite(settings, "")
+    if settings.trigger.max_days is not None and settings.trigger.max_days > MAX_DAYS:
+        raise ConfigError(f"trigger.max_days={settings.trigger.max_days} must be at most {MAX_DAYS}.")
+    return settings
 
 
 def _check_stages(retraining: Retraining, names: list[str]) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -57,16 +58,23 @@ class RunRecord:
         """Append a line to the ledger and flush it to disk."""
         line = canonical_json({"time": timestamp(), "event": event, **fields})
         self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / "ledger.jsonl").open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        with (self.path / "ledger.jsonl").open("ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                line = line if file.read(1) == b"\n" else f"\n{line}"  # a crash left the last one torn
+            file.write(f"{line}\n".encode())
             file.flush()
             os.fsync(file.fileno())
 
     def logged(self, event: str, field: str) -> list[Any]:
-        """A field of all the ledger's lines of an event, in order."""
-        path = self.path / "ledger.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        return [line.get(field) for line in map(json.loads, lines) if line["event"] == event]
+        """A field of all the ledger's lines of an event, in order; a line that a crash left torn is passed over."""
+        path, found = self.path / "ledger.jsonl", []
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []:
+            with suppress(ValueError):
+                entry = json.loads(line)
+                if isinstance(entry, dict) and entry.get("event") == event:
+                    found.append(entry.get(field))
+        return found
 
     def clean(self) -> int:
         """Remove what killed processes left half written."""

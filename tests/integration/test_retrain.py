@@ -505,3 +505,68 @@ def test_the_file_is_checked_first() -> None:
     write_retraining(gate={"min_gian": 1})
     with pytest.raises(ConfigError, match=r"gate.*min_gian"):
         tick()
+
+
+# What an operator may change, and what crashes leave
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [("tokenizer.vocab_size=298", "^tokenizer: it is"), ("model.width=48", "^model: its sizes are not the champion's")],
+)
+def test_another_tokenizer_or_model_is_refused(override: str, message: str) -> None:
+    arrive("sea")
+    with pytest.raises(ConfigError, match=message):
+        tick(override)
+    assert "batches" not in head()
+
+
+@pytest.mark.parametrize(
+    "override", ["trigger.max_days=nan", "trigger.max_days=1e12", "limits.hours=.inf", "decision.cost_weight=.inf"]
+)
+def test_numbers_without_end_are_refused(override: str) -> None:
+    with pytest.raises(ConfigError, match=override.partition("=")[0].replace(".", r"\.")):
+        tick(override)
+
+
+def test_hooks_of_any_kind_fail_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    from lifelong_moe.retraining.operation import HooksConfig
+    from pipelines.hooks import tell
+
+    for url in ("http://127.0.0.1:1/a b", "http://[::1", "http://127.0.0.1:1/"):
+        tell(HooksConfig(url=url, command=["a\0b"], seconds=1.0), {"outcome": "idle"})
+    tell(HooksConfig(command=["true"], seconds=1e300), {"outcome": "idle"})
+    assert caplog.text.count("hooks.url failed") == 3 and caplog.text.count("hooks.command failed") >= 3
+
+
+def test_a_torn_line_of_the_ledger_is_passed_over() -> None:
+    path = Path("mlruns/runs/tiny/ledger.jsonl")
+    with path.open("a", encoding="utf-8") as file:
+        file.write('{"event":"stage","ke')
+    record = RunRecord(Path("mlruns"), "tiny")
+    before = record.logged("stage", "key")
+    record.log("stage", name="x", key="k\u2028")
+    assert record.logged("stage", "key") == [*before, "k\u2028"] and len(before) == 2
+
+
+def test_text_of_a_version_that_was_rolled_back_can_be_looked_at_again(after_growth: Path) -> None:
+    batch = next(iter(head()["batches"]))
+    with pytest.raises(ConfigError, match="names 0 batches"):
+        tick(reopen=batch)
+    rollback("tiny", None, SILENT)
+    assert tick()["outcome"] == "idle"
+    assert tick(reopen=batch)["batch"] == batch
+
+
+@pytest.mark.parametrize(("key", "value"), [("batch", 1), ("expires", 5), ("decision", []), ("exceeded", None)])
+def test_a_plan_that_was_edited_is_refused(tmp_path: Path, key: str, value: Any) -> None:
+    facts: dict[str, Any] = {
+        "batch": "b", "settings": "s", "expires": "e", "stage": None, "decision": {"action": "skip"}, "exceeded": [],
+        "champion": {"key": "k"},
+    }  # fmt: skip
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(facts))
+    retrain_plan.read_plan(path)
+    path.write_text(json.dumps(facts | {key: value}))
+    with pytest.raises(ConfigError, match="not a plan of lifelong-moe retrain"):
+        retrain_plan.read_plan(path)
