@@ -149,7 +149,7 @@ def retrain(
 
             quiet.libraries()
             result = story(config, overrides or [], dry_run, plan_path, console(), reopen)
-    except LifelongError as error:
+    except (LifelongError, OSError) as error:
         finish({"outcome": "failed", "error": type(error).__name__, "reason": str(error)}, as_json=True)
         raise
     finish(result, as_json=True)

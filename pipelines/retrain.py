@@ -187,6 +187,8 @@ def _waiting(tick: Tick, new: NewDocuments) -> str | None:
     trigger = tick.retraining.settings.trigger
     if len(new.documents) < trigger.least_documents:
         return f"{len(new.documents)} new documents are waiting; trigger.least_documents={trigger.least_documents}"
+    if len({document.source for document in new.documents}) < 2:
+        return f"all {len(new.documents)} new documents are of one source; drift and gate need at least two"
     tokenizer = Tokenizer.from_text(tick.store.tokenizer(tick.store.get(champion(tick.head).key)))
     tokens = tokenize_documents(new.documents, tokenizer).num_tokens
     oldest = timestamp(time.time() - 86400 * trigger.max_days) if trigger.max_days is not None else ""

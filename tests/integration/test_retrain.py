@@ -306,8 +306,6 @@ def test_a_rejected_batch_can_be_looked_at_again(after_growth: Path) -> None:
     assert first["outcome"] == "rejected" and tick()["outcome"] == "idle"
     with pytest.raises(ConfigError, match=rf"--reopen nothing: names 0 batches; .* {first['data']} \(rejected\)"):
         tick(reopen="nothing")
-    with pytest.raises(ConfigError, match="names 0 batches"):
-        tick(reopen=next(iter(head()["batches"]))[:8])  # which was promoted
     result = tick(reopen=first["batch"][:8])
     assert (result["outcome"], result["batch"]) == ("promoted", first["batch"])
     assert "reopen" in [line["event"] for line in ledger()]
@@ -570,3 +568,12 @@ def test_a_plan_that_was_edited_is_refused(tmp_path: Path, key: str, value: Any)
     path.write_text(json.dumps(facts | {key: value}))
     with pytest.raises(ConfigError, match="not a plan of lifelong-moe retrain"):
         retrain_plan.read_plan(path)
+
+
+def test_a_batch_of_one_source_waits() -> None:
+    path = arrive("sea")
+    rows = [json.loads(line) | {"source": "one"} for line in path.read_text(encoding="utf-8").splitlines()]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    result = tick()
+    assert result["outcome"] == "idle" and "of one source" in result["reason"]
+    assert not Path("mlruns/batches").exists()
