@@ -37,6 +37,8 @@ class ModelOutput:
     """What each layer's router decided."""
     cache: list[KeyValue]
     """Keys and values of each layer, for the next call."""
+    below_BSD: Tensor | None = None
+    """What went into the block that was asked for; see ``LanguageModel.forward``."""
 
 
 class Block(nn.Module):
@@ -175,6 +177,11 @@ class LanguageModel(nn.Module):
                 found |= {id(p) for p in matrix.deltas[bundle].parameters()}
         return {name for name, parameter in self.named_parameters() if id(parameter) in found}
 
+    @property
+    def has_one_head(self) -> bool:
+        """Whether logits are one matrix product, the same for every token."""
+        return not (self.architecture.has_deltas or self.architecture.routing.competitive)
+
     def logits(self, hidden: Tensor, group_ids: Tensor | None = None) -> Tensor:
         """Logits ``(..., V)`` of hidden states ``(..., D)``, whose groups ``(...)`` matter with deltas only."""
         if self.architecture.routing.competitive:
@@ -225,6 +232,8 @@ class LanguageModel(nn.Module):
         mask_BS: Tensor | None = None,
         old_text_BS: Tensor | None = None,
         past: list[KeyValue] | None = None,
+        first_block: int = 0,
+        below_BSD: Tensor | None = None,
     ) -> ModelOutput:
         """Hidden states of every token.
 
@@ -235,6 +244,9 @@ class LanguageModel(nn.Module):
             mask_BS: True for real tokens; all by default. Padding must stand at the right.
             old_text_BS: True for text of earlier stages; given in a router's review only.
             past: The cache of the positions before these, from an earlier call.
+            first_block: What goes into this block comes along as ``below_BSD``, or, where that is given, is taken from
+                there, and the blocks before it are left out: a teacher goes on where it begins to differ.
+            below_BSD: ``(B, S, D)``, from a call without it.
         """
         config = self.architecture.model
         length, offset = token_ids_BS.shape[1], 0 if past is None else past[0][0].shape[2]
@@ -243,14 +255,22 @@ class LanguageModel(nn.Module):
         use_documents = config.document_mask and document_ids_BS is not None and past is None
         mask = document_attention_mask(document_ids_BS) if use_documents else None  # type: ignore[arg-type]
         bundles = self._bundles(group_ids_BS)
-        x_BSD = self.embedding(token_ids_BS, bundles)
-        if config.embedding_scale != 1:
-            x_BSD = x_BSD * config.embedding_scale
+        begins = below_BSD is None
+        if below_BSD is None:
+            x_BSD = self.embedding(token_ids_BS, bundles)
+            if config.embedding_scale != 1:
+                x_BSD = x_BSD * config.embedding_scale
+        else:
+            x_BSD = below_BSD
         if past is not None and length > 1:
             raise ValueError("with a cache, tokens come one at a time")
         routings, cache = [], []
         competing = self.architecture.routing.competitive
         for i, block in enumerate(self.blocks[:-1] if competing else self.blocks):
+            if i < first_block and not begins:
+                continue
+            if i == first_block:
+                below_BSD = x_BSD
             x_BSD, routing, key_value = block(x_BSD, rotary, mask, past[i] if past else None, context, bundles)
             routings.append(routing)
             cache.append(key_value)
@@ -264,7 +284,9 @@ class LanguageModel(nn.Module):
             return ModelOutput(hidden_BSM, [*routings, routing], [*cache, key_value])
         hidden_BSD = self.norm(x_BSD)
         # Scaling what the head reads is scaling the logits.
-        return ModelOutput(hidden_BSD if config.logit_scale == 1 else hidden_BSD * config.logit_scale, routings, cache)
+        if config.logit_scale != 1:
+            hidden_BSD = hidden_BSD * config.logit_scale
+        return ModelOutput(hidden_BSD, routings, cache, below_BSD)
 
     def _rotary(self, offset: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         config = self.architecture.model

@@ -1,10 +1,11 @@
 """Cross-entropy and distillation over the vocabulary.
 
-Legend: T tokens, D model width, V vocabulary.
+Legend: T tokens, N tokens that a teacher is asked about, D model width, V vocabulary.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,60 +15,153 @@ from torch import Tensor
 CHUNK_TOKENS = 1024
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    """Head and cross-entropy together; gradients are made in the forward pass, a chunk of tokens at a time."""
+@dataclass(frozen=True)
+class Lesson:
+    """What a teacher makes of some of the tokens, not yet as logits."""
+
+    tokens_N: Tensor
+    """Which tokens, int64 ``(N,)``, distinct."""
+    hidden_ND: Tensor
+    """The teacher's final hidden states of them; its width may differ from the student's."""
+    head_VD: Tensor
+    """The teacher's output head."""
+    temperature: float
+    """Divides both logits."""
+    weight: float
+    """Factor on the mean KL."""
+
+
+def _softmax(logits_TV: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities, and the logarithm of what the exponentials sum to ``(T, 1)``.
+
+    The sum is read off the largest probability, which is at least ``1 / V``: a second pass of exponentials is saved,
+    and nothing underflows.
+    """
+    probs_TV = logits_TV.softmax(dim=1)
+    return probs_TV, logits_TV.amax(dim=1, keepdim=True) - probs_TV.amax(dim=1, keepdim=True).log()
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In float32 at least."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+class _LinearLoss(torch.autograd.Function):
+    """Head, cross-entropy and KL together; gradients are made in the forward pass, a chunk of tokens at a time."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_TD: Tensor, head_VD: Tensor, target_T: Tensor, chunk: int) -> Tensor:
-        device = hidden_TD.device.type
+    def forward(
+        ctx: Any, hidden_TD: Tensor, head_VD: Tensor, target_T: Tensor, lesson: Lesson | None, chunk: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        device, num_tokens, num_taught = hidden_TD.device.type, len(target_T), 0
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_TD.dtype
         head = head_VD.to(dtype)
-        total = torch.zeros((), dtype=torch.float32, device=hidden_TD.device)
+        order_T = None
+        if lesson is not None:
+            num_taught = len(lesson.tokens_N)
+            is_plain_T = torch.ones(num_tokens, dtype=torch.bool, device=hidden_TD.device)
+            is_plain_T[lesson.tokens_N] = False
+            # Those that are taught first, in the teacher's order; how many plain ones there are is known without asking
+            # the device.
+            plain_T = torch.argsort(is_plain_T, stable=True)[num_taught:]
+            order_T = torch.cat([lesson.tokens_N, plain_T])
+            hidden_TD, target_T = hidden_TD.index_select(0, order_T), target_T.index_select(0, order_T)
+        nats, kl = (torch.zeros((), dtype=_wide(hidden_TD).dtype, device=hidden_TD.device) for _ in range(2))
         grad_hidden = torch.empty_like(hidden_TD) if ctx.needs_input_grad[0] else None
-        grad_head = torch.zeros_like(head_VD, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        for start in range(0, len(target_T), chunk):
-            part = slice(start, start + chunk)
+        grad_head = torch.zeros_like(head_VD, dtype=_wide(head_VD).dtype) if ctx.needs_input_grad[1] else None
+        for part in _chunks(num_taught, num_tokens, chunk):
             hidden, target = hidden_TD[part].to(dtype), target_T[part].unsqueeze(1)
-            logits = (hidden @ head.t()).float()
-            log_sum = torch.logsumexp(logits, dim=1, keepdim=True)
-            total += (log_sum - logits.gather(1, target)).sum()
-            # d(mean)/d(logits) = (softmax - onehot) / T
-            grad = logits.sub_(log_sum).exp_()
+            logits = _wide(hidden @ head.t())
+            probs, log_sum = _softmax(logits)
+            nats += (log_sum - logits.gather(1, target)).sum()
+            # d(sum of nats) / d(logits) = softmax - onehot
+            grad = probs.clone() if part.start < num_taught and lesson.temperature == 1 else probs  # type: ignore[union-attr]
             grad.scatter_add_(1, target, torch.full_like(log_sum, -1.0))
-            grad.div_(len(target_T))
+            if part.start < num_taught:
+                assert lesson is not None
+                own = (probs, log_sum) if lesson.temperature == 1 else None
+                kl += _teach(lesson, part, logits, own, grad, num_tokens / num_taught)
             if grad_hidden is not None:
                 grad_hidden[part] = (grad.to(dtype) @ head).to(hidden_TD.dtype)
             if grad_head is not None:
-                grad_head += (grad.to(dtype).t() @ hidden).float()
+                _accumulate(grad_head, grad.to(dtype), hidden)
+        if grad_hidden is not None and order_T is not None:
+            grad_hidden = torch.empty_like(grad_hidden).index_copy_(0, order_T, grad_hidden)
         ctx.save_for_backward(grad_hidden, None if grad_head is None else grad_head.to(head_VD.dtype))
-        return total / len(target_T)
+        ctx.num_tokens = num_tokens
+        nats, kl = nats / num_tokens, kl / max(1, num_taught)
+        ctx.mark_non_differentiable(nats, kl)
+        return nats + (lesson.weight * kl if lesson is not None else 0.0), nats, kl
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_head = ctx.saved_tensors
-        return (
-            None if grad_hidden is None else grad_hidden * grad_output.to(grad_hidden.dtype),
-            None if grad_head is None else grad_head * grad_output.to(grad_head.dtype),
-            None,
-            None,
-        )
+    def backward(ctx: Any, grad_objective: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        factor = grad_objective / ctx.num_tokens
+        grads = (None if grad is None else grad * factor.to(grad.dtype) for grad in ctx.saved_tensors)
+        return (*grads, None, None, None)
 
 
-def linear_cross_entropy(hidden_TD: Tensor, head_VD: Tensor, target_T: Tensor, chunk: int = CHUNK_TOKENS) -> Tensor:
-    """Mean cross-entropy of ``hidden @ head.T`` against targets, without keeping full logits.
+def _chunks(num_taught: int, num_tokens: int, chunk: int) -> list[slice]:
+    """Slices of tokens of one kind each."""
+    return [
+        slice(start, min(start + chunk, end))
+        for begin, end in ((0, num_taught), (num_taught, num_tokens))
+        for start in range(begin, end, chunk)
+    ]
 
-    Equals ``F.cross_entropy(hidden_TD @ head_VD.T, target_T)`` in value and gradients.
+
+def _teach(
+    lesson: Lesson, part: slice, logits: Tensor, own: tuple[Tensor, Tensor] | None, grad: Tensor, share: float
+) -> Tensor:
+    """The KL's sum over a chunk; its gradient is added to the cross-entropy's, of which ``share`` makes a mean again.
+
+    Per token, before the weight: ``temperature * (softmax(student / temperature) - softmax(teacher / temperature))``.
+    """
+    temperature = lesson.temperature
+    hidden, head = lesson.hidden_ND[part].to(lesson.head_VD.dtype), lesson.head_VD
+    taught = _wide(hidden @ head.t()).to(logits.dtype)
+    if temperature != 1:
+        logits, taught = logits.div_(temperature), taught.div_(temperature)
+    probs, log_sum = _softmax(logits) if own is None else own
+    taught_probs, taught_log_sum = _softmax(taught)
+    scale = lesson.weight * temperature * share
+    grad.add_(probs, alpha=scale).sub_(taught_probs, alpha=scale)
+    # sum of p_t (log p_t - log p_s)
+    difference = taught.sub_(logits).mul_(taught_probs).sum(dim=1, keepdim=True)
+    return (difference - taught_log_sum + log_sum).sum() * temperature**2
+
+
+def _accumulate(grad_VD: Tensor, grad_cV: Tensor, hidden_cD: Tensor) -> None:
+    if grad_VD.dtype == grad_cV.dtype:
+        grad_VD.addmm_(grad_cV.t(), hidden_cD)
+    else:
+        grad_VD += (grad_cV.t() @ hidden_cD).to(grad_VD.dtype)
+
+
+def linear_losses(
+    hidden_TD: Tensor, head_VD: Tensor, target_T: Tensor, lesson: Lesson | None = None, chunk: int = CHUNK_TOKENS
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross-entropy of ``hidden @ head.T`` and KL to a teacher, in one pass over the vocabulary, without full logits.
+
+    Equals ``F.cross_entropy`` over all tokens, and :func:`distillation_loss` over those of the lesson, in values and
+    gradients.
 
     Args:
         hidden_TD: Final hidden states ``(T, D)``.
         head_VD: Output head ``(V, D)``.
         target_T: Next tokens, int64 ``(T,)``; every one counts.
+        lesson: What the teacher says, if it says anything; no gradient flows into it.
         chunk: Tokens whose logits exist at a time.
 
     Returns:
-        Scalar float32, nats per token.
+        Three scalars in float32 (float64 for float64): ``nats + weight * kl``, which alone carries gradients; the
+        mean cross-entropy in nats a token; the mean KL times ``temperature²``, 0 without a lesson.
     """
-    return _LinearCrossEntropy.apply(hidden_TD, head_VD, target_T, chunk)
+    return _LinearLoss.apply(hidden_TD, head_VD, target_T, lesson, chunk)
+
+
+def linear_cross_entropy(hidden_TD: Tensor, head_VD: Tensor, target_T: Tensor, chunk: int = CHUNK_TOKENS) -> Tensor:
+    """Mean cross-entropy of :func:`linear_losses` alone: a scalar in float32, nats per token."""
+    return linear_losses(hidden_TD, head_VD, target_T, chunk=chunk)[0]
 
 
 @torch.no_grad()
@@ -94,6 +188,6 @@ def distillation_loss(student_TV: Tensor, teacher_TV: Tensor, temperature: float
     Source:
         Hinton et al. 2015 (arXiv:1503.02531), section 2.
     """
-    student = F.log_softmax(student_TV.float() / temperature, dim=-1)
-    teacher = F.log_softmax(teacher_TV.detach().float() / temperature, dim=-1)
+    student = F.log_softmax(_wide(student_TV) / temperature, dim=-1)
+    teacher = F.log_softmax(_wide(teacher_TV.detach()) / temperature, dim=-1)
     return F.kl_div(student, teacher, reduction="sum", log_target=True) * temperature**2 / len(student_TV)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from fractions import Fraction
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.retention.config import DistillConfig, DistillText
@@ -25,6 +25,29 @@ def make_teacher(model: LanguageModel, shared: Iterable[Tensor]) -> LanguageMode
     """
     teacher = copy.deepcopy(model, memo={id(tensor): tensor for tensor in shared})
     return teacher.requires_grad_(False).eval()
+
+
+def shared_blocks(student: LanguageModel, teacher: LanguageModel) -> int:
+    """How many blocks from the bottom compute the same in both, so that once is enough.
+
+    The embedding and those blocks must be the same frozen tensors, and nothing in them may depend on training mode, on
+    groups, or on more than a tensor says.
+    """
+    routing = student.architecture.routing
+    if routing.mode != "learned" or routing.capacity is not None or routing.jitter or not student.has_one_head:
+        return 0
+    if routing.has_bundles or not teacher.has_one_head or not _same(student.embedding, teacher.embedding):
+        return 0
+    pairs = list(zip(student.blocks, teacher.blocks, strict=False))[:-1]
+    return next((i for i, (mine, theirs) in enumerate(pairs) if not _same(mine, theirs)), len(pairs))
+
+
+def _same(mine: nn.Module, theirs: nn.Module) -> bool:
+    """Whether two modules have the same tensors, and none of them trains."""
+    ours, others = (
+        {n: t for m in (module.named_parameters(), module.named_buffers()) for n, t in m} for module in (mine, theirs)
+    )
+    return ours.keys() == others.keys() and all(t is others[n] and not t.requires_grad for n, t in ours.items())
 
 
 def distilled_rows(replayed_B: Tensor, ordinal_B: Tensor, config: DistillConfig) -> Tensor:

@@ -16,10 +16,10 @@ from torch.optim import Optimizer
 
 from lifelong_moe.errors import CorruptError
 from lifelong_moe.growth.observe import model_inputs
-from lifelong_moe.model.transformer import LanguageModel
-from lifelong_moe.ops.losses import distillation_loss
+from lifelong_moe.model.transformer import LanguageModel, ModelOutput
+from lifelong_moe.ops.losses import Lesson, distillation_loss, linear_losses
 from lifelong_moe.retention.penalty import WeightAnchor
-from lifelong_moe.retention.teacher import distilled_rows
+from lifelong_moe.retention.teacher import distilled_rows, shared_blocks
 from lifelong_moe.routing.base import Routing
 from lifelong_moe.training.guard import StepGuard, Verdict
 from lifelong_moe.training.optimizer import build_optimizer, build_schedule
@@ -49,6 +49,8 @@ class StageModule(LightningModule):
         """What the stage freezes; a phase may train less than the rest, but all of the rest belongs to the stage."""
         # In a tuple, so that it is no submodule: not saved, not trained, not counted.
         self._teacher = (teacher,)
+        self._shared_blocks = 0 if teacher is None else shared_blocks(model, teacher)
+        """Blocks at the bottom whose output the teacher takes from the student."""
         self._anchor = anchor
         self.strict_loading = False  # step checkpoints leave frozen tensors out; on_load_checkpoint checks names
         self.guard = StepGuard()
@@ -73,21 +75,26 @@ class StageModule(LightningModule):
             torch.set_rng_state(self._random_state)
             self._random_state = None
 
+    def on_before_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Tensor]:
+        """Choose what is distilled on the CPU, so that no device is asked how much it is."""
+        return {**batch, "distilled": self._distilled(batch)}
+
+    def _distilled(self, batch: dict[str, Tensor]) -> Tensor:
+        """Sequences that the teacher is asked about in this step."""
+        config = self.spec.distill
+        if self._teacher[0] is None or config is None or self.phase.trains != Trains.stage:
+            return torch.empty(0, dtype=torch.int64)
+        return distilled_rows(batch["replayed"], batch["ordinal"], config)
+
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Loss of one micro-batch; its parts ride along, detached, for callbacks to log."""
         reviews = self.phase.old_loss > 0
         old_text_BS = batch["replayed"].unsqueeze(1).expand_as(batch["token_ids"]) if reviews else None
-        output = self.model(**model_inputs(batch), old_text_BS=old_text_BS)
-        parts = {"loss": self._next_token_loss(batch, output.hidden_BSD)}
-        total = parts["loss"]
+        output = self.model(**model_inputs(batch), old_text_BS=old_text_BS, first_block=self._shared_blocks)
+        total, parts = self._language_losses(batch, output)
         for name, (value, weighted) in mean_router_losses(output.routings).items():
             parts[f"{name}_loss"] = value
             total = total + (self.phase.old_loss * value if name == "old" else weighted)
-        distilled = self._distillation(batch, output.hidden_BSD) if self.phase.trains == Trains.stage else None
-        if distilled is not None and self.spec.distill is not None:
-            kl, share = distilled
-            parts["distill_loss"] = kl
-            total = total + self.spec.distill.weight * share * kl
         if self._anchor is not None:
             parts["penalty"] = self._anchor.value(self.model)
             total = total + parts["penalty"]
@@ -108,26 +115,45 @@ class StageModule(LightningModule):
             return hidden_TD.sum() * 0.0  # a micro-batch of prompts alone
         return self.model.cross_entropy(hidden_TD[scored_T], targets_T[scored_T], groups_T[scored_T])
 
-    def _distillation(self, batch: dict[str, Tensor], hidden_BSD: Tensor) -> tuple[Tensor, float] | None:
-        """Mean KL of the distilled sequences, and how many they are relative to the expected number.
+    def _language_losses(self, batch: dict[str, Tensor], output: ModelOutput) -> tuple[Tensor, dict[str, Tensor]]:
+        """What next tokens, and the teacher, ask for: the weighted sum, and its parts.
 
-        The expected number is a constant, so the gradient of a step does not depend on how its sequences are divided
-        into micro-batches, some of which have none to distil.
+        The number of distilled sequences counts relative to the expected one, a constant, so the gradient of a step
+        does not depend on how its sequences are divided into micro-batches, some of which have none to distil.
         """
         teacher, config = self._teacher[0], self.spec.distill
-        if teacher is None or config is None:
-            return None
-        if self.global_step >= round(config.until * self.phase.steps):
-            return None
-        rows = distilled_rows(batch["replayed"], batch["ordinal"], config)
-        if not len(rows):
-            return None
-        with torch.no_grad():
-            inputs = model_inputs(batch, rows) | {"group_ids_BS": batch["teacher_group_ids"][rows]}
-            teacher_TV = teacher.logits(teacher(**inputs).hidden_BSD.flatten(0, 1), inputs["group_ids_BS"])
-        student_TV = self.model.logits(hidden_BSD[rows].flatten(0, 1), batch["group_ids"][rows])
-        expected = len(batch["replayed"]) * self.spec.distilled_share
-        return distillation_loss(student_TV, teacher_TV, config.temperature), len(rows) / expected
+        rows = batch["distilled"] if "distilled" in batch else self._distilled(batch)
+        if (
+            teacher is None
+            or config is None
+            or not len(rows)
+            or self.global_step >= round(config.until * self.phase.steps)
+        ):
+            nats = self._next_token_loss(batch, output.hidden_BSD)
+            return nats, {"loss": nats}
+        weight = config.weight * len(rows) / (len(batch["replayed"]) * self.spec.distilled_share)
+        taught_BSD = self._taught(teacher, batch, rows, output)
+        if self.spec.finetune is None and self.model.has_one_head and teacher.has_one_head:
+            length = output.hidden_BSD.shape[1]
+            tokens_N = (rows.unsqueeze(1) * length + torch.arange(length, device=rows.device)).flatten()
+            lesson = Lesson(tokens_N, taught_BSD.flatten(0, 1), teacher.head.weight, config.temperature, weight)
+            hidden_TD, targets_T = output.hidden_BSD.flatten(0, 1), batch["target_ids"].flatten()
+            total, nats, kl = linear_losses(hidden_TD, self.model.head.weight, targets_T, lesson)
+            return total, {"loss": nats, "distill_loss": kl}
+        nats = self._next_token_loss(batch, output.hidden_BSD)
+        student_TV = self.model.logits(output.hidden_BSD[rows].flatten(0, 1), batch["group_ids"][rows])
+        teacher_TV = teacher.logits(taught_BSD.flatten(0, 1), batch["teacher_group_ids"][rows])
+        kl = distillation_loss(student_TV, teacher_TV, config.temperature)
+        return nats + weight * kl, {"loss": nats, "distill_loss": kl}
+
+    @torch.no_grad()
+    def _taught(self, teacher: LanguageModel, batch: dict[str, Tensor], rows: Tensor, output: ModelOutput) -> Tensor:
+        """The teacher's final hidden states of some sequences, from where it differs from the student."""
+        inputs = model_inputs(batch, rows) | {"group_ids_BS": batch["teacher_group_ids"][rows]}
+        below = output.below_BSD
+        if not self._shared_blocks or below is None:
+            return teacher(**inputs).hidden_BSD
+        return teacher(**inputs, first_block=self._shared_blocks, below_BSD=below[rows]).hidden_BSD
 
     def configure_optimizers(self) -> Any:
         """AdamW over what trains; the rate is a pure function of the step."""

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lifelong_moe.ops.losses import distillation_loss, linear_cross_entropy, token_nats
+from lifelong_moe.ops.losses import Lesson, distillation_loss, linear_cross_entropy, linear_losses, token_nats
 
 
 def inputs(tokens: int, width: int, vocab: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -40,9 +40,37 @@ def plain(hidden: Tensor, head: Tensor, target: Tensor) -> Tensor:
 def test_linear_cross_entropy_for_any_chunk(tokens: int, width: int, vocab: int, chunk: int, seed: int) -> None:
     case = inputs(tokens, width, vocab, seed)
     found = value_and_gradients(lambda h, w, t: linear_cross_entropy(h, w, t, chunk), *case)
-    # Logits, and so the value, are float32 by contract, whatever comes in.
     for ours, theirs in zip(found, value_and_gradients(plain, *case), strict=True):
-        torch.testing.assert_close(ours.double(), theirs, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("chunk", [1, 3, 100])
+@pytest.mark.parametrize("taught", [[2], [7, 0, 3], list(range(9))])
+def test_both_losses_in_one_pass(temperature: float, chunk: int, taught: list[int]) -> None:
+    case, tokens = inputs(9, 4, 11), torch.tensor(taught)
+    hidden, head, _ = inputs(len(taught), 3, 11, seed=1)  # a teacher of another width
+    lesson = Lesson(tokens, hidden, head, temperature, weight=0.7)
+    values = []
+
+    def readable(h: Tensor, w: Tensor, t: Tensor) -> Tensor:
+        kl = distillation_loss((h @ w.t())[tokens], hidden @ head.t(), temperature)
+        values.extend([plain(h, w, t).detach(), kl.detach()])
+        return plain(h, w, t) + 0.7 * kl
+
+    expected = value_and_gradients(readable, *case)
+    found = value_and_gradients(lambda *args: linear_losses(*args, lesson, chunk)[0], *case)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    _, nats, kl = linear_losses(*case, lesson, chunk)
+    torch.testing.assert_close(torch.stack([nats, kl]), torch.stack(values[:2]))
+
+
+def test_only_the_sum_carries_gradients() -> None:
+    hidden, head, target = inputs(5, 3, 4)
+    lesson = Lesson(torch.tensor([1]), hidden[:1], head, 2.0, 1.0)
+    total, nats, kl = linear_losses(hidden.requires_grad_(), head, target, lesson)
+    assert total.requires_grad and not nats.requires_grad and not kl.requires_grad
 
 
 @pytest.mark.parametrize("tokens", [1023, 1024, 1025, 2049])

@@ -20,7 +20,7 @@ from lifelong_moe.retention.config import (
     ReviewConfig,
     TrunkConfig,
 )
-from lifelong_moe.retention.teacher import distilled_rows, make_teacher
+from lifelong_moe.retention.teacher import distilled_rows, make_teacher, shared_blocks
 
 Make = Callable[..., LanguageModel]
 Batch = Callable[..., dict[str, Tensor]]
@@ -70,6 +70,31 @@ def test_no_divergence_before_the_first_step(make_model: Make, make_batch: Batch
             held.enter_context(layer.router.holding_down())
         student = logits(model, batch)
     assert float(distillation_loss(student, logits(teacher, batch), 2.0)) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_frozen_lower_blocks_are_shared(make_model: Make, make_batch: Batch) -> None:
+    model, batch = make_model(model={"layers": 3}), make_batch()
+    for module in (model.embedding, model.blocks[0], model.blocks[1]):
+        module.requires_grad_(False)
+    teacher = make_teacher(model, [p for p in model.parameters() if not p.requires_grad])
+    assert shared_blocks(model, teacher) == 2
+    with torch.no_grad():
+        model.blocks[2].attention.query.weight.add_(1.0)
+        below = model(batch["token_ids"], first_block=2).below_BSD
+        whole = teacher(batch["token_ids"]).hidden_BSD
+        assert torch.equal(teacher(batch["token_ids"], first_block=2, below_BSD=below).hidden_BSD, whole)
+    model.blocks[1].moe_norm.requires_grad_(True)
+    assert shared_blocks(model, teacher) == 1
+    grow(model, Generation("new", 2), GrowConfig(experts=2), batch, seed=0)
+    assert shared_blocks(model, teacher) == 0
+    model.embedding.requires_grad_(True)
+    assert shared_blocks(model, teacher) == 0
+
+
+@pytest.mark.parametrize("kind", ["label", "gshard", "bundles", "switch", "noisy"])
+def test_blocks_that_may_route_otherwise_are_not(make_model: Make, kind: str) -> None:
+    model = make_model(kind).requires_grad_(False)
+    assert shared_blocks(model, make_teacher(model, list(model.parameters()))) == 0
 
 
 NEW_OLD = torch.tensor([False, True, False, True, False, True])
