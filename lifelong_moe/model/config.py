@@ -23,6 +23,15 @@ class Activation(StrEnum):
         return self in (Activation.swiglu, Activation.geglu)
 
 
+class ExpertsImplementation(StrEnum):
+    """How a layer's experts are computed. Results are the same up to rounding."""
+
+    auto = "auto"
+    readable = "readable"
+    slices = "slices"
+    grouped_mm = "grouped_mm"
+
+
 class SharedMix(StrEnum):
     """How a layer's shared experts join the routed ones."""
 

@@ -10,8 +10,9 @@ from collections.abc import Collection
 import torch
 from torch import Tensor, nn
 
-from lifelong_moe.model.config import Activation
+from lifelong_moe.model.config import Activation, ExpertsImplementation
 from lifelong_moe.model.feedforward import FeedForward
+from lifelong_moe.ops.expert_mlp import grouped, slices
 
 
 class ExpertBanks(nn.Module):
@@ -27,6 +28,8 @@ class ExpertBanks(nn.Module):
         self.width, self.expert_width, self.activation = width, expert_width, activation
         self.experts = nn.ModuleList()
         self._active: set[int] = set()
+        self.implementation = ExpertsImplementation.auto
+        """No state: a setting of the machine at hand."""
 
     def __len__(self) -> int:
         return len(self.experts)
@@ -54,22 +57,56 @@ class ExpertBanks(nn.Module):
         for i, expert in enumerate(self.experts):
             expert.requires_grad_(i in self._active)
 
+    @property
+    def first_active(self) -> int:
+        """Index of the first expert that trains; 0 where none does."""
+        return min(self._active, default=0)
+
+    def chosen(self, rows: Tensor) -> ExpertsImplementation:
+        """How rows of this device and dtype are computed.
+
+        ``auto`` takes ``grouped_mm`` where it needs no answer from the device, which is in bfloat16 on a GPU of
+        compute capability 9 or more, and ``slices`` elsewhere. Dropout within experts is ``readable`` always.
+        """
+        how = self.implementation
+        if self.training and any(expert.dropout for expert in self.experts):
+            return ExpertsImplementation.readable
+        if how != ExpertsImplementation.auto:
+            return how
+        device = rows.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else rows.dtype
+        fits = device == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(rows.device) >= (9, 0)
+        aligned = self.width % 8 == 0 and self.expert_width % 8 == 0
+        return ExpertsImplementation.grouped_mm if fits and aligned else ExpertsImplementation.slices
+
+    def sorted_from(self, x: Tensor) -> int:
+        """The expert that rows must begin with: where weight gradients are grouped, the first that trains."""
+        return self.first_active if self.chosen(x) == ExpertsImplementation.grouped_mm else 0
+
     def forward(self, rows_ND: Tensor, counts_E: Tensor) -> Tensor:
         """Each expert on its slice.
 
         Args:
-            rows_ND: Rows sorted by expert ``(N, D)``.
-            counts_E: Rows of each expert, int64 ``(E,)``.
+            rows_ND: Rows sorted by expert ``(N, D)``, from expert :meth:`sorted_from` on and around.
+            counts_E: Rows of each expert by index, int64 ``(E,)``.
 
         Returns:
             ``(N, D)``. An active expert without rows still takes part, so that its gradient is zero and not
             absent: gradient synchronization between processes relies on it.
         """
-        counts = counts_E.tolist()
-        slices = rows_ND.split(counts)
-        outputs = [
-            expert(part)
-            for i, (expert, part) in enumerate(zip(self.experts, slices, strict=True))
-            if counts[i] or i in self._active
-        ]
-        return torch.cat(outputs) if outputs else rows_ND
+        how = self.chosen(rows_ND)
+        if how == ExpertsImplementation.grouped_mm:
+            first = self.first_active
+            around: list[FeedForward] = [*self.experts[first:], *self.experts[:first]]  # type: ignore[list-item]
+            ins, outs = [expert.into for expert in around], [expert.down for expert in around]
+            return grouped(rows_ND, counts_E.roll(-first), ins, outs, len(self._active), self.activation)
+        counts: list[int] = counts_E.tolist()
+        used = [i for i, count in enumerate(counts) if count or i in self._active]
+        if not used:
+            return rows_ND
+        experts: list[FeedForward] = [self.experts[i] for i in used]  # type: ignore[misc]
+        counts = [counts[i] for i in used]
+        if how == ExpertsImplementation.readable:
+            parts = rows_ND.split(counts)
+            return torch.cat([expert(part) for expert, part in zip(experts, parts, strict=True)])
+        return slices(rows_ND, counts, [w for expert in experts for w in (expert.into, expert.down)], self.activation)

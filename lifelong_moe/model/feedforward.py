@@ -42,6 +42,11 @@ class FeedForward(nn.Module):
             self.up = nn.Parameter(torch.empty(hidden_width, width))
         self.down = nn.Parameter(torch.empty(width, hidden_width))
 
+    @property
+    def into(self) -> Tensor:
+        """The matrix, or both, that inputs meet: ``(2 * hidden_width, width)`` where the activation is gated."""
+        return self.gate_up if self.is_gated else self.up
+
     def forward(self, x_ND: Tensor) -> Tensor:
         """``(N, D)`` to ``(N, D)``."""
         if self.is_gated:

@@ -58,7 +58,7 @@ class MoELayer(nn.Module):
             assert self.shared is not None
             return self.shared(x_TD), no_routing(x_TD)
         routing = self.router(x_TD, context)
-        rows_ND = self.banks(routing.dispatch(x_TD), routing.counts_E)
+        rows_ND = self.banks(routing.dispatch(x_TD, self.banks.sorted_from(x_TD)), routing.counts_E)
         routed_TD = routing.combine(rows_ND)
         if self.shared is None:
             return routed_TD, routing

@@ -13,19 +13,24 @@ import torch
 from torch import Tensor
 
 
-def sort_by_expert(expert_idx_N: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+def sort_by_expert(expert_idx_N: Tensor, num_experts: int, first_expert: int = 0) -> tuple[Tensor, Tensor]:
     """Order assignments by expert, stably.
 
     Args:
         expert_idx_N: Expert of each assignment, int64 ``(N,)``.
         num_experts: E.
 
+        first_expert: Begin with this expert, and go around.
+
     Returns:
         ``order_N``, the assignments sorted by expert and then by position, and ``counts_E``, int64 assignments
-        per expert.
+        per expert by index. Nothing is asked of the device.
     """
-    order_N = torch.argsort(expert_idx_N, stable=True)
-    return order_N, torch.bincount(expert_idx_N, minlength=num_experts)
+    keys_N = (expert_idx_N + (num_experts - first_expert)) % num_experts if first_expert else expert_idx_N
+    sorted_N, order_N = torch.sort(keys_N, stable=True)
+    ends_E = torch.searchsorted(sorted_N, torch.arange(num_experts, device=sorted_N.device), right=True)
+    counts_E = torch.diff(ends_E, prepend=ends_E.new_zeros(1))
+    return order_N, counts_E.roll(first_expert) if first_expert else counts_E
 
 
 class _GatherTokens(torch.autograd.Function):
@@ -42,6 +47,29 @@ class _GatherTokens(torch.autograd.Function):
         (inverse_N,) = ctx.saved_tensors
         grad_TKD = grad_ND.index_select(0, inverse_N).view(-1, ctx.top_k, grad_ND.shape[-1])
         return grad_TKD.sum(dim=1), None, None, None
+
+
+class _WeightAndSum(torch.autograd.Function):
+    """Gather and add one choice of every token at a time, so that ``(T, K, D)`` never exists."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_ND: Tensor, weights_TK: Tensor, order_N: Tensor, inverse_N: Tensor) -> Tensor:
+        ctx.save_for_backward(rows_ND, weights_TK, order_N, inverse_N)
+        where_KT = inverse_N.view(weights_TK.shape).t()
+        out_TD = rows_ND.index_select(0, where_KT[0]).mul_(weights_TK[:, :1])
+        for k in range(1, weights_TK.shape[1]):
+            out_TD.addcmul_(rows_ND.index_select(0, where_KT[k]), weights_TK[:, k : k + 1])
+        return out_TD
+
+    @staticmethod
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
+        rows_ND, weights_TK, order_N, inverse_N = ctx.saved_tensors
+        grad_ND = grad_TD.index_select(0, order_N // weights_TK.shape[1])
+        grad_weights_TK = None
+        if ctx.needs_input_grad[1]:
+            grad_weights_TK = (grad_ND * rows_ND).sum(dim=1).index_select(0, inverse_N).view_as(weights_TK)
+        grad_ND.mul_(weights_TK.flatten().index_select(0, order_N).unsqueeze(1))
+        return grad_ND, grad_weights_TK, None, None
 
 
 class _Permute(torch.autograd.Function):
@@ -82,9 +110,7 @@ def dispatch(x_TD: Tensor, order_N: Tensor, inverse_N: Tensor, top_k: int) -> Te
 
 def combine(rows_ND: Tensor, weights_TK: Tensor, order_N: Tensor, inverse_N: Tensor) -> Tensor:
     """Weighted sum of each token's expert outputs, ``(T, D)``; the inverse of :func:`dispatch`."""
-    num_tokens, top_k = weights_TK.shape
-    rows_TKD = permute(rows_ND, inverse_N, order_N).view(num_tokens, top_k, -1)
-    return (rows_TKD * weights_TK.to(rows_ND.dtype).unsqueeze(-1)).sum(dim=1)
+    return _WeightAndSum.apply(rows_ND, weights_TK.to(rows_ND.dtype), order_N, inverse_N)
 
 
 def permute(rows_ND: Tensor, permutation_N: Tensor, inverse_N: Tensor) -> Tensor:

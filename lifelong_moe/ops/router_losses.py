@@ -1,4 +1,4 @@
-"""Losses on a router's choices. Pure; float32; padding has no effect.
+"""Losses on a router's choices. Pure; float32; padding has no effect. None of them asks the device for a number.
 
 Legend: T tokens, E experts, K experts chosen per token.
 """
@@ -46,27 +46,32 @@ def load_balancing_loss(
         Switch Transformer (arXiv:2101.03961), eqs. 4–6, there for K = 1 and all experts. ``f`` over more than the
         batch at hand: Qwen's global-batch balance (arXiv:2501.11873), where ``p`` stays local too.
     """
-    if not bool(mask_T.any()):
-        raise ValueError("load_balancing_loss needs at least one unmasked token")
+    _require_tokens(mask_T, "load_balancing_loss")
     counts_E = choice_counts(expert_ids_TK, mask_T, probs_TE.shape[1])
     counts_E = (counts_E if earlier_E is None else counts_E + earlier_E)[first_expert:].float()
-    mass_E = _mean_shares(probs_TE[mask_T], first_expert)
+    mass_E = _mean_shares(probs_TE, mask_T, first_expert)
     share_E = counts_E / counts_E.sum().clamp_min(1.0)
     if allowed_TE is None:
         return counts_E.numel() * (share_E * mass_E).sum()
-    allowed = allowed_TE[mask_T].float()
-    even_E = _mean_shares(allowed / allowed.sum(dim=1, keepdim=True), first_expert)
+    allowed = allowed_TE.float()
+    even_E = _mean_shares(allowed / allowed.sum(dim=1, keepdim=True), mask_T, first_expert)
     return (share_E * mass_E / even_E.clamp_min(1e-9)).sum()
 
 
 def choice_counts(expert_ids_TK: Tensor, mask_T: Tensor, num_experts: int) -> Tensor:
     """How often real tokens chose each expert, int64 ``(E,)``; choices below 0 are none."""
-    chosen_N = expert_ids_TK[mask_T].reshape(-1)
-    return torch.bincount(chosen_N[chosen_N >= 0], minlength=num_experts)
+    counts = (mask_T.unsqueeze(1) & (expert_ids_TK >= 0)).long()
+    return counts.new_zeros(num_experts).scatter_add(0, expert_ids_TK.clamp_min(0).flatten(), counts.flatten())
+
+
+def _require_tokens(mask_T: Tensor, name: str) -> None:
+    """Refuse a batch of padding alone; on the CPU only, where asking costs nothing."""
+    if mask_T.device.type == "cpu" and not bool(mask_T.any()):
+        raise ValueError(f"{name} needs at least one unmasked token")
 
 
 def sequence_balancing_loss(
-    probs_TE: Tensor, expert_ids_TK: Tensor, mask_T: Tensor, sequence_T: Tensor, first_expert: int = 0
+    probs_TE: Tensor, expert_ids_TK: Tensor, mask_T: Tensor, num_sequences: int, first_expert: int = 0
 ) -> Tensor:
     """:func:`load_balancing_loss` within each sequence, averaged over the sequences that have a real token.
 
@@ -74,7 +79,7 @@ def sequence_balancing_loss(
         probs_TE: Router scores, float32 ``(T, E)``; rows sum to 1.
         expert_ids_TK: Chosen experts, int64 ``(T, K)``; below 0 where a token has fewer.
         mask_T: True for real tokens, bool ``(T,)``.
-        sequence_T: Number of each token's sequence, int64 ``(T,)``.
+        num_sequences: Sequences that the T tokens are, of equal length, one after the other (B).
         first_expert: Balance experts from this index on.
 
     Returns:
@@ -86,21 +91,20 @@ def sequence_balancing_loss(
     Source:
         DeepSeek-V3 (arXiv:2412.19437), eqs. 17–20.
     """
-    if not bool(mask_T.any()):
-        raise ValueError("sequence_balancing_loss needs at least one unmasked token")
+    _require_tokens(mask_T, "sequence_balancing_loss")
     num_experts = probs_TE.shape[1]
-    probs_NE, sequence_N = probs_TE[mask_T], sequence_T[mask_T]
-    num = int(sequence_T.max()) + 1
-    length_S = torch.bincount(sequence_N, minlength=num).float()
-    ids_NK = expert_ids_TK[mask_T]
-    cells_NK = sequence_N.unsqueeze(1) * num_experts + ids_NK
-    counts_SE = torch.bincount(cells_NK[ids_NK >= 0], minlength=num * num_experts).view(num, num_experts).float()
-    mass_SE = probs_NE.new_zeros(num, num_experts).index_add(0, sequence_N, probs_NE)[:, first_expert:]
-    counts_SE = counts_SE[:, first_expert:]
-    share_SE = counts_SE / counts_SE.sum(dim=1, keepdim=True).clamp_min(1.0)
-    mean_SE = mass_SE / mass_SE.sum(dim=1, keepdim=True).clamp_min(1e-9)
-    value_S = counts_SE.shape[1] * (share_SE * mean_SE).sum(dim=1)
-    return value_S.sum() / (length_S > 0).sum()
+    present_BS = mask_T.view(num_sequences, -1)
+    ids_BN = expert_ids_TK.reshape(num_sequences, -1)
+    counted_BN = present_BS.repeat_interleave(expert_ids_TK.shape[1], dim=1) & (ids_BN >= 0)
+    counts_BE = probs_TE.new_zeros(num_sequences, num_experts).scatter_add(
+        1, ids_BN.clamp_min(0), counted_BN.to(probs_TE.dtype)
+    )[:, first_expert:]
+    masked_TE = torch.where(mask_T.unsqueeze(1), probs_TE, 0.0)
+    mass_BE = masked_TE.view(num_sequences, -1, num_experts).sum(dim=1)[:, first_expert:]
+    share_BE = counts_BE / counts_BE.sum(dim=1, keepdim=True).clamp_min(1.0)
+    mean_BE = mass_BE / mass_BE.sum(dim=1, keepdim=True).clamp_min(1e-9)
+    value_B = counts_BE.shape[1] * (share_BE * mean_BE).sum(dim=1)
+    return value_B.sum() / present_BS.any(dim=1).sum()
 
 
 def cv_squared(values_E: Tensor) -> Tensor:
@@ -121,14 +125,19 @@ def relu_sparsity_loss(gates_TE: Tensor, mask_T: Tensor, top_k: int) -> Tensor:
     Source:
         ReMoE (arXiv:2412.14711), eqs. 9–10.
     """
-    gates_NE = gates_TE[mask_T]
-    load_E = (gates_NE > 0).float().mean(dim=0).detach() * gates_NE.shape[1] / top_k
-    return (gates_NE * load_E).sum(dim=1).mean()
+    load_E = _mean(gates_TE.gt(0).float(), mask_T).detach() * gates_TE.shape[1] / top_k
+    return (_mean(gates_TE, mask_T) * load_E).sum()
 
 
-def _mean_shares(shares_TE: Tensor, first_expert: int) -> Tensor:
+def _mean(values: Tensor, mask_T: Tensor) -> Tensor:
+    """Mean over unmasked tokens of ``(T,)`` or ``(T, E)``; 0 if there are none."""
+    mask = mask_T if values.dim() == 1 else mask_T.unsqueeze(1)
+    return torch.where(mask, values, 0.0).sum(dim=0) / mask_T.sum().clamp_min(1)
+
+
+def _mean_shares(shares_TE: Tensor, mask_T: Tensor, first_expert: int) -> Tensor:
     """Mean over tokens of rows that sum to 1, from ``first_expert`` on and relative to what is left there."""
-    mean_E = shares_TE.mean(dim=0)[first_expert:]
+    mean_E = _mean(shares_TE, mask_T)[first_expert:]
     return mean_E / mean_E.sum().clamp_min(1e-9) if first_expert else mean_E
 
 
@@ -148,9 +157,8 @@ def router_z_loss(logits_TE: Tensor, mask_T: Tensor) -> Tensor:
     Source:
         ST-MoE (arXiv:2202.08906), eq. 5.
     """
-    if not bool(mask_T.any()):
-        raise ValueError("router_z_loss needs at least one unmasked token")
-    return torch.logsumexp(logits_TE[mask_T], dim=-1).square().mean()
+    _require_tokens(mask_T, "router_z_loss")
+    return _mean(torch.logsumexp(logits_TE, dim=-1).square(), mask_T)
 
 
 def old_experts_loss(logits_TE: Tensor, num_old: int, mask_T: Tensor) -> Tensor:
@@ -178,6 +186,4 @@ def old_experts_loss(logits_TE: Tensor, num_old: int, mask_T: Tensor) -> Tensor:
     num_experts = logits_TE.shape[1]
     if not 1 <= num_old <= num_experts:
         raise ValueError(f"num_old={num_old} must lie in [1, {num_experts}]")
-    old_TE = logits_TE[mask_T]
-    surprise_T = torch.logsumexp(old_TE, dim=-1) - torch.logsumexp(old_TE[:, :num_old], dim=-1)
-    return surprise_T.sum() / max(1, len(surprise_T))
+    return _mean(torch.logsumexp(logits_TE, dim=-1) - torch.logsumexp(logits_TE[:, :num_old], dim=-1), mask_T)

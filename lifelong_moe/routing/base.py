@@ -88,17 +88,25 @@ class Routing:
     """Share of real tokens' choices that found no room, scalar; where there is a capacity."""
 
     def __post_init__(self) -> None:
-        ids_N = self.expert_ids_TK.reshape(-1)
+        self._sort(0)
+
+    def _sort(self, first_expert: int) -> None:
+        ids_N, self._first = self.expert_ids_TK.reshape(-1), first_expert
         if self.ragged:
             self._kept_N = (ids_N >= 0).nonzero().squeeze(1)
-            order_N, self.counts_E = sort_by_expert(ids_N[self._kept_N], self.num_experts)
+            order_N, self.counts_E = sort_by_expert(ids_N[self._kept_N], self.num_experts, first_expert)
             self._kept_N = self._kept_N[order_N]
             return
-        self._order_N, self.counts_E = sort_by_expert(ids_N, self.num_experts)
+        self._order_N, self.counts_E = sort_by_expert(ids_N, self.num_experts, first_expert)
         self._inverse_N = inverse_permutation(self._order_N)
 
-    def dispatch(self, x_TD: Tensor) -> Tensor:
-        """Rows for the experts ``(N, D)``, sorted by expert; ``counts_E`` says how many each gets."""
+    def dispatch(self, x_TD: Tensor, first_expert: int = 0) -> Tensor:
+        """Rows for the experts ``(N, D)``, sorted by expert, from ``first_expert`` on and around.
+
+        ``counts_E`` says how many each gets.
+        """
+        if first_expert != self._first:
+            self._sort(first_expert)
         top_k = self.expert_ids_TK.shape[1]
         if self.ragged:
             return x_TD.index_select(0, self._kept_N // top_k)

@@ -34,8 +34,8 @@ class SoftRouting(Routing):
         self.combine_BSM = self.logits_BSEP.flatten(2).softmax(dim=2)
         self.counts_E = torch.full((experts,), batch * slots, device=self.logits_BSEP.device)
 
-    def dispatch(self, x_TD: Tensor) -> Tensor:
-        """Slots ``(N, D)``, sorted by expert."""
+    def dispatch(self, x_TD: Tensor, first_expert: int = 0) -> Tensor:
+        """Slots ``(N, D)``, sorted by expert; there is one generation, so they begin with expert 0."""
         batch, experts, slots = self.shape
         x_BSD = x_TD.view(batch, -1, x_TD.shape[1])
         mixed_BMD = self.dispatch_BSM.transpose(1, 2).to(x_TD.dtype) @ x_BSD

@@ -308,19 +308,15 @@ def test_micro_batches_count_as_one_batch(make_router: Make) -> None:
 
 def test_sequences_are_balanced_each_by_itself() -> None:
     even = torch.full((4, 2), 0.5)
-    ids, mask, sequence = (
-        torch.tensor([[0], [0], [1], [1]]),
-        torch.ones(4, dtype=torch.bool),
-        torch.tensor([0, 0, 1, 1]),
-    )
-    assert float(sequence_balancing_loss(even, ids, mask, sequence)) == pytest.approx(1.0)
+    ids, mask = torch.tensor([[0], [0], [1], [1]]), torch.ones(4, dtype=torch.bool)
+    assert float(sequence_balancing_loss(even, ids, mask, 2)) == pytest.approx(1.0)
     sure = torch.tensor([[1.0, 0], [1.0, 0], [0, 1.0], [0, 1.0]])
     assert float(load_balancing_loss(sure, ids, mask)) == pytest.approx(1.0)  # over both, all is even
-    assert float(sequence_balancing_loss(sure, ids, mask, sequence)) == pytest.approx(2.0)  # in each it is not
+    assert float(sequence_balancing_loss(sure, ids, mask, 2)) == pytest.approx(2.0)  # in each it is not
     fewer = torch.tensor([[0, -1], [1, -1], [1, -1], [0, 1]])  # a hole counts nowhere
-    assert float(sequence_balancing_loss(even, fewer, mask, sequence)) == pytest.approx(1.0)
+    assert float(sequence_balancing_loss(even, fewer, mask, 2)) == pytest.approx(1.0)
     mask = torch.tensor([True, True, False, False])
-    assert float(sequence_balancing_loss(sure, ids, mask, sequence)) == pytest.approx(2.0)  # padding counts nowhere
+    assert float(sequence_balancing_loss(sure, ids, mask, 2)) == pytest.approx(2.0)  # padding counts nowhere
 
 
 # --- capacity

@@ -1,0 +1,198 @@
+"""All experts of a layer on rows sorted by expert, two fast ways; calling each expert in turn is the readable one.
+
+``slices`` (CPU) multiplies each expert's slice by that expert's own matrices, into one tensor, and keeps nothing but
+inputs and pre-activations for the backward pass. ``grouped`` (CUDA) multiplies all slices in one kernel, whose borders
+stay on the device.
+
+Legend: N rows handed to experts, E experts, A of them active, D model width, F expert width, G = 2·F where the
+activation is gated, F where not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Nonlinearity:
+    """An activation and its derivative."""
+
+    value: Callable[[Tensor], Tensor]
+    backward: Callable[[Tensor, Tensor], Tensor]
+    """From the gradient of the value, and the argument, to the argument's gradient."""
+    gated: bool
+
+    def hidden(self, pre_NG: Tensor) -> Tensor:
+        """Hidden units ``(N, F)`` of pre-activations."""
+        if not self.gated:
+            return self.value(pre_NG)
+        gate_NF, up_NF = pre_NG.chunk(2, dim=-1)
+        return self.value(gate_NF).mul_(up_NF)
+
+    def hidden_backward(self, grad_NF: Tensor, pre_NG: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradient of the pre-activations ``(N, G)``, and the hidden units again, which nothing has kept."""
+        if not self.gated:
+            return self.backward(grad_NF, pre_NG), self.value(pre_NG)
+        gate_NF, up_NF = pre_NG.chunk(2, dim=-1)
+        value_NF = self.value(gate_NF)
+        grad_NG = torch.empty_like(pre_NG)
+        grad_gate_NF, grad_up_NF = grad_NG.chunk(2, dim=-1)
+        torch.mul(grad_NF, value_NF, out=grad_up_NF)
+        grad_gate_NF.copy_(self.backward(grad_NF.mul_(up_NF), gate_NF))
+        return grad_NG, value_NF.mul_(up_NF)
+
+
+def _gelu_tanh_backward(grad: Tensor, x: Tensor) -> Tensor:
+    return aten.gelu_backward(grad, x, approximate="tanh")
+
+
+NONLINEARITIES = {
+    "swiglu": Nonlinearity(F.silu, aten.silu_backward, gated=True),
+    "geglu": Nonlinearity(lambda x: F.gelu(x, approximate="tanh"), _gelu_tanh_backward, gated=True),
+    "gelu": Nonlinearity(F.gelu, aten.gelu_backward, gated=False),
+    "relu": Nonlinearity(F.relu, lambda grad, x: aten.threshold_backward(grad, x, 0), gated=False),
+}
+
+
+class _Slices(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows_ND: Tensor, counts: Sequence[int], act: Nonlinearity, *weights: Tensor) -> Tensor:
+        dtype = rows_ND.dtype
+        matrices = [weight.to(dtype) for weight in weights]
+        width_in, width_out = matrices[0].shape[0], matrices[1].shape[0]
+        pre_NG = rows_ND.new_empty(len(rows_ND), width_in)
+        out_ND = rows_ND.new_empty(len(rows_ND), width_out)
+        for i, part in _parts(counts):
+            torch.mm(rows_ND[part], matrices[2 * i].t(), out=pre_NG[part])
+            torch.mm(act.hidden(pre_NG[part]), matrices[2 * i + 1].t(), out=out_ND[part])
+        ctx.save_for_backward(rows_ND, pre_NG, *matrices)
+        ctx.counts, ctx.act, ctx.dtypes = counts, act, [weight.dtype for weight in weights]
+        return out_ND
+
+    @staticmethod
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Any, ...]:
+        rows_ND, pre_NG, *matrices = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        grad_ND = grad_ND.contiguous()
+        grad_rows_ND = torch.empty_like(rows_ND) if needs[0] else None
+        grads: list[Tensor | None] = [
+            torch.zeros_like(m, dtype=dtype) if need and not ctx.counts[i // 2] else None
+            for i, (m, need, dtype) in enumerate(zip(matrices, needs[3:], ctx.dtypes, strict=True))
+        ]
+        for i, part in _parts(ctx.counts):
+            first, second = 2 * i, 2 * i + 1
+            grad_NG, hidden_NF = ctx.act.hidden_backward(grad_ND[part] @ matrices[second], pre_NG[part])
+            if needs[3 + second]:
+                grads[second] = (grad_ND[part].t() @ hidden_NF).to(ctx.dtypes[second])
+            if needs[3 + first]:
+                grads[first] = (grad_NG.t() @ rows_ND[part]).to(ctx.dtypes[first])
+            if grad_rows_ND is not None:
+                torch.mm(grad_NG, matrices[first], out=grad_rows_ND[part])
+        return grad_rows_ND, None, None, *grads
+
+
+def _parts(counts: Sequence[int]) -> list[tuple[int, slice]]:
+    """Each expert that has rows, and where they are."""
+    parts, start = [], 0
+    for i, count in enumerate(counts):
+        if count:
+            parts.append((i, slice(start, start + count)))
+        start += count
+    return parts
+
+
+def slices(rows_ND: Tensor, counts: Sequence[int], weights: Sequence[Tensor], activation: str) -> Tensor:
+    """Each expert's slice through its own matrices.
+
+    Args:
+        rows_ND: Rows sorted by expert, ``(N, D)``.
+        counts: Rows of each expert; they sum to N.
+        weights: Of each expert the matrix into it ``(G, D)`` and the one out of it ``(D, F)``, one after the other.
+        activation: A name in ``NONLINEARITIES``.
+
+    Returns:
+        ``(N, D)``. An expert without rows gets gradients of zero, and a frozen one none.
+    """
+    rows_ND = _autocast(rows_ND)
+    with torch.autocast(rows_ND.device.type, enabled=False):
+        return _Slices.apply(rows_ND, counts, NONLINEARITIES[activation], *weights)
+
+
+def _autocast(rows_ND: Tensor) -> Tensor:
+    device = rows_ND.device.type
+    return rows_ND.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else rows_ND
+
+
+class _Grouped(torch.autograd.Function):
+    """Experts that train stand first, so that a prefix of the borders is all that weight gradients need."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows_ND: Tensor, ends_E: Tensor, in_EGD: Tensor, out_EDF: Tensor, act: Nonlinearity, *active: Tensor
+    ) -> Tensor:
+        pre_NG = F.grouped_mm(rows_ND, in_EGD.transpose(1, 2), offs=ends_E)
+        out_ND = F.grouped_mm(act.hidden(pre_NG), out_EDF.transpose(1, 2), offs=ends_E)
+        ctx.save_for_backward(rows_ND, pre_NG, ends_E, in_EGD, out_EDF)
+        ctx.act, ctx.dtypes = act, [weight.dtype for weight in active]
+        return out_ND
+
+    @staticmethod
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Any, ...]:
+        rows_ND, pre_NG, ends_E, in_EGD, out_EDF = ctx.saved_tensors
+        grad_ND = grad_ND.contiguous()
+        grad_NG, hidden_NF = ctx.act.hidden_backward(F.grouped_mm(grad_ND, out_EDF, offs=ends_E), pre_NG)
+        grad_rows = F.grouped_mm(grad_NG, in_EGD, offs=ends_E) if ctx.needs_input_grad[0] else None
+        grads: list[Tensor] = []
+        if ctx.dtypes:
+            ends_A = ends_E[: len(ctx.dtypes) // 2].contiguous()
+            grads += F.grouped_mm(grad_NG.t(), rows_ND, offs=ends_A).unbind()
+            grads += F.grouped_mm(grad_ND.t(), hidden_NF, offs=ends_A).unbind()
+        cast = (grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True))
+        return (grad_rows, None, None, None, None, *cast)
+
+
+def grouped(
+    rows_ND: Tensor, counts_E: Tensor, ins: Sequence[Tensor], outs: Sequence[Tensor], active: int, activation: str
+) -> Tensor:
+    """Each expert's slice in one kernel a matrix; the host never learns where slices end.
+
+    Args:
+        rows_ND: Rows sorted by expert, ``(N, D)``; on CUDA in bfloat16, unless the kernel is to ask after all.
+        counts_E: Rows of each expert, int64; they sum to N.
+        ins: Of each expert the matrix into it ``(G, D)``, those that train first. They are moved into one buffer, once.
+        outs: The matrix out of it ``(D, F)``.
+        active: How many train (A).
+        activation: A name in ``NONLINEARITIES``.
+
+    Returns:
+        ``(N, D)``. Weight gradients exist for active experts only, and are views of one tensor.
+    """
+    rows_ND, ends_E = _autocast(rows_ND), counts_E.cumsum(0).to(torch.int32)
+    with torch.autocast(rows_ND.device.type, enabled=False):
+        in_EGD, out_EDF = (in_a_row(weights).to(rows_ND.dtype) for weights in (ins, outs))
+        act, trained = NONLINEARITIES[activation], (*ins[:active], *outs[:active])
+        return _Grouped.apply(rows_ND, ends_E, in_EGD, out_EDF, act, *trained)
+
+
+@torch.no_grad()
+def in_a_row(weights: Sequence[Tensor]) -> Tensor:
+    """Matrices of one shape as one tensor ``(E, ...)`` without a copy: where they do not stand in one buffer, in this
+    order, they are moved there, and stay the same Parameters."""
+    first, size = weights[0], weights[0].numel()
+    base, offset = first.untyped_storage().data_ptr(), first.storage_offset()
+    stands = all(
+        w.untyped_storage().data_ptr() == base and w.storage_offset() == offset + i * size and w.is_contiguous()
+        for i, w in enumerate(weights)
+    )
+    if not stands:
+        for weight, row in zip(weights, torch.stack([w.detach() for w in weights]).unbind(), strict=True):
+            weight.data = row
+    return weights[0].detach().as_strided((len(weights), *first.shape), (size, *first.stride()))
