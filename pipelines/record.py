@@ -247,7 +247,8 @@ def summary_rows(report: dict[str, Any], index: int) -> list[Row]:
     for key in ("tokens_per_second", "seconds", "active_flops"):
         rows.append((f"usage/{key}", float(stage[key]), index))
     counted = ("nonfinite_steps", "skipped_spikes", "rollbacks")
-    for key in ("data_fraction", *counted, "new_expert_share", "assignment_churn"):
+    cost = ("flops_per_second", "energy_joules", "joules_per_token")
+    for key in ("data_fraction", *counted, *cost, "new_expert_share", "assignment_churn"):
         if key in stage["training"]:
             rows.append((f"usage/{key}", float(stage["training"][key]), index))
     return rows

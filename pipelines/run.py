@@ -230,7 +230,7 @@ def _stage_row(planned: PlannedStage, stage: CommittedStage, shared: bool) -> di
         "parameters_active": planned.parameters.active,
         "parameters_trainable": metrics.pop("trainable_parameters"),
         "tokens": metrics.pop("tokens"),
-        "active_flops": planned.flops,
+        "active_flops": metrics.pop("active_flops", planned.flops),  # stages of earlier versions do not say it
         "tokens_per_second": metrics.pop("tokens_per_second"),
         "seconds": metrics.pop("seconds"),
         "epochs": metrics.pop("epochs"),

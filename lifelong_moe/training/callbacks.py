@@ -13,24 +13,35 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lifelong_moe.errors import TryAgainError
 from lifelong_moe.training.checkpoint import as_float, checkpoint_path, checkpoints
+from lifelong_moe.training.energy import READ_SECONDS, EnergyMeter, energy_counters
 from lifelong_moe.training.interrupt import Interrupt
 
 LOG_SECONDS = 15.0
 
 
 class Meter(Callback):
-    """Training curves, tokens per second, and the share of time spent waiting for data."""
+    """Training curves, speed, energy, and the share of time spent waiting for data.
 
-    def __init__(self, step_tokens: int, every_steps: int, rollbacks: int = 0) -> None:
-        self.step_tokens, self.every_steps, self.rollbacks = step_tokens, every_steps, rollbacks
+    Args:
+        step_tokens: Tokens a step.
+        step_flops: FLOPs a step, on average over the stage.
+        every_steps: Between two points of a curve.
+        rollbacks: Of the stage so far.
+    """
+
+    def __init__(self, step_tokens: int, step_flops: float, every_steps: int, rollbacks: int = 0) -> None:
+        self.step_tokens, self.step_flops = step_tokens, step_flops
+        self.every_steps, self.rollbacks = every_steps, rollbacks
         self.seconds = 0.0
         self.data_seconds = 0.0
+        self.energy = EnergyMeter()
         self.last: dict[str, float] = {}
         self._stepped = 0
         self._mark = self._step_began = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock."""
+        """Start the clock, and the device's energy counters."""
+        self.energy.start(energy_counters(trainer.strategy.root_device))
         self._mark = time.perf_counter()
         self._stepped = trainer.global_step
 
@@ -46,6 +57,7 @@ class Meter(Callback):
         now = time.perf_counter()
         self.seconds += now - self._mark
         self._mark = now
+        self.energy.advance(READ_SECONDS)
         step = trainer.global_step
         due = step // self.every_steps > self._stepped // self.every_steps
         self._stepped = step
@@ -61,19 +73,27 @@ class Meter(Callback):
             "train/skipped_spikes": float(guard.skipped_spikes),
             "train/rollbacks": float(self.rollbacks),
             "speed/tokens_per_second": step * self.step_tokens / self.seconds,
+            "speed/tflops_per_second": step * self.step_flops / self.seconds / 1e12,
             "speed/data_fraction": self.data_seconds / self.seconds,
         }
         if grad_norm is not None:
             extra["train/grad_norm"] = as_float(grad_norm)
         trainer.logger.log_metrics({**self.last, **extra}, step=step)
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Read the energy counters a last time."""
+        self.energy.advance()
+
     def state_dict(self) -> dict[str, Any]:
-        """Time spent and the last point, so that an interrupted stage reports all of it."""
-        return {"seconds": self.seconds, "data_seconds": self.data_seconds, "last": self.last}
+        """Time and energy spent and the last point, so that an interrupted stage reports all of it."""
+        self.energy.advance()
+        spent = {"seconds": self.seconds, "data_seconds": self.data_seconds, "joules": self.energy.joules}
+        return {**spent, "last": self.last}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue the clock."""
         self.seconds, self.data_seconds = state_dict["seconds"], state_dict["data_seconds"]
+        self.energy.joules = state_dict.get("joules")  # a checkpoint of an earlier version did not measure it
         self.last = state_dict["last"]
 
 

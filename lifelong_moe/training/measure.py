@@ -1,13 +1,30 @@
-"""What a trained stage reports of itself."""
+"""What a trained stage reports of itself.
+
+Of its cost, in the directory of the stage, in the report and in MLflow:
+
+======================  ===================================================================================
+``active_flops``        FLOPs of the stage, the parent's included, as plans and comparisons count them
+``flops_per_second``    of those in the training loop (a teacher's too, but not what the parent's model writes
+                        or is measured on before it), by ``seconds``
+``energy_joules``       drawn by the training device in those seconds; absent unless all of it was measured
+``joules_per_token``    the same by ``tokens``
+======================  ===================================================================================
+
+FLOPs are the model's, from its shape, as in PaLM (arXiv:2204.02311, appendix B): padding and recomputation do not
+count. Gradients that frozen parameters skip do, so where a stage freezes, the device did fewer. Seconds include waiting
+for data. What an interruption threw away is in none of these.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 from typing import Any
 
 from lifelong_moe.data.shards import TokenizedCorpus
 from lifelong_moe.growth.observe import observe
+from lifelong_moe.model.architecture import Architecture
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.training.data import text_sample
 from lifelong_moe.training.rollback import MAX_NONFINITE
@@ -22,6 +39,7 @@ def stage_metrics(
     measured: list[dict[str, Any]],
     corpus: TokenizedCorpus,
     rollbacks: int,
+    parent: Architecture | None,
 ) -> dict[str, Any]:
     """What a stage reports of its training.
 
@@ -31,14 +49,18 @@ def stage_metrics(
         measured: Of each phase, by :func:`lifelong_moe.training.phase.train_phase`.
         corpus: Its new text.
         rollbacks: How often it rolled back; ``nonfinite_steps`` counts the steps that made it do so, too.
+        parent: The model that it continues.
     """
-    seconds = sum(m["seconds"] for m in measured)
-    tokens = spec.steps * spec.optim.batch_tokens
+    taken = _as_taken(spec, measured)
+    seconds, tokens = sum(m["seconds"] for m in measured), taken.tokens
     metrics: dict[str, Any] = {
         "tokens": tokens,
-        "steps": spec.steps,
+        "steps": taken.steps,
         "seconds": seconds,
         "tokens_per_second": tokens / seconds,
+        "active_flops": taken.flops(model.architecture, parent),
+        "flops_per_second": taken.loop_flops(model.architecture, parent) / seconds,
+        **_energy([m.get("joules") for m in measured], tokens),
         "data_fraction": sum(m["data_seconds"] for m in measured) / seconds,
         "nonfinite_steps": sum(m["nonfinite_steps"] for m in measured) + rollbacks * MAX_NONFINITE,
         "skipped_spikes": sum(m["skipped_spikes"] for m in measured),
@@ -46,7 +68,7 @@ def stage_metrics(
         # A loss that was not finite is absent here; nonfinite_steps says why.
         "final": {name: value for name, value in measured[-1]["final"].items() if math.isfinite(value)},
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "epochs": (tokens - spec.replayed_tokens) / corpus.train.num_tokens,
+        "epochs": (tokens - taken.replayed_tokens) / corpus.train.num_tokens,
     }
     if "assignment_churn" in measured[-1]:
         metrics["assignment_churn"] = measured[-1]["assignment_churn"]
@@ -55,6 +77,22 @@ def stage_metrics(
     if spec.grow:
         metrics["new_expert_share"] = _new_expert_share(model, spec, corpus)
     return metrics
+
+
+def _as_taken(spec: StageSpec, measured: list[dict[str, Any]]) -> StageSpec:
+    """The stage in whole steps, and no more of them than it took if it stopped early: where it measured last."""
+    steps = sum(
+        done["stopping"]["held_out_nats_per_token"][-1][0] if "stopping" in done else phase.steps
+        for done, phase in zip(measured, spec.phases(), strict=True)
+    )
+    return dataclasses.replace(spec, tokens=steps * spec.optim.batch_tokens)
+
+
+def _energy(joules: list[float | None], tokens: int) -> dict[str, float]:
+    """Of all phases, or nothing; a counter that stood still all along has measured nothing."""
+    known = [spent for spent in joules if spent is not None]
+    total = sum(known)
+    return {"energy_joules": total, "joules_per_token": total / tokens} if total and len(known) == len(joules) else {}
 
 
 def _new_expert_share(model: LanguageModel, spec: StageSpec, corpus: TokenizedCorpus) -> float:

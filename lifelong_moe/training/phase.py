@@ -108,7 +108,8 @@ def train_phase(
         accumulate=config.accumulate_grad_batches,
         num_workers=config.num_workers,
     )
-    meter = Meter(spec.optim.batch_tokens, config.log_every_n_steps, run.rollbacks.count)
+    step_flops = spec.loop_flops(model.architecture, teacher.architecture if teacher else None) / spec.steps
+    meter = Meter(spec.optim.batch_tokens, step_flops, config.log_every_n_steps, run.rollbacks.count)
     stopping = _stopping(spec, run, corpora[spec.data])
     fit = partial(_fit, module, data, run, meter, environment, stopping)
     model.train()
@@ -128,6 +129,7 @@ def train_phase(
     measured: dict[str, Any] = {
         "seconds": meter.seconds,
         "data_seconds": meter.data_seconds,
+        "joules": meter.energy.joules,
         "nonfinite_steps": module.guard.nonfinite_steps,
         "skipped_spikes": module.guard.skipped_spikes,
         "final": meter.last,

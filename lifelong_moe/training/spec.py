@@ -139,11 +139,15 @@ class StageSpec:
         return share * self.distill.fraction
 
     @property
+    def distilled_tokens(self) -> int:
+        """Tokens that a teacher is asked about, nearly."""
+        until = 0.0 if self.distill is None else self.distill.until
+        return round((self.steps - self.review_steps) * self.optim.batch_tokens * self.distilled_share * until)
+
+    @property
     def teacher_tokens(self) -> int:
         """Tokens that pass through the parent's model without a gradient, nearly: distilled on, or written by it."""
-        until = 0.0 if self.distill is None else self.distill.until
-        distilled = (self.steps - self.review_steps) * self.optim.batch_tokens * self.distilled_share * until
-        return round(distilled) + (self.replayed_tokens if self.generates else 0)
+        return self.distilled_tokens + (self.replayed_tokens if self.generates else 0)
 
     @property
     def buffer_blocks(self) -> int | None:
@@ -236,6 +240,10 @@ class StageSpec:
         tokens = self.steps * self.optim.batch_tokens
         measured = training_flops(parent, self.fisher_measured_tokens, None, 0) if parent else 0  # forward and backward
         return training_flops(architecture, tokens, parent, self.teacher_tokens) + measured
+
+    def loop_flops(self, architecture: Architecture, parent: Architecture | None) -> int:
+        """Those of them within the training loop: what the parent's model writes or is measured on comes before it."""
+        return training_flops(architecture, self.steps * self.optim.batch_tokens, parent, self.distilled_tokens)
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON data."""

@@ -148,7 +148,8 @@ def _train_phases(
         measured.append(json.loads((work / f"phase-{number}.json").read_text(encoding="utf-8")))
         first_step += phase.steps
         order_step += phase.steps + rollbacks.shift(number, phase.steps)
-    metrics = stage_metrics(model, spec, measured, corpora[spec.data], rollbacks.count)
+    before = None if parent is None else Architecture.from_json(parent.config["architecture"])
+    metrics = stage_metrics(model, spec, measured, corpora[spec.data], rollbacks.count, before)
     if in_int8 and parent is not None:
         make_whole(model, environment.store.tensors(parent))
     return model, metrics

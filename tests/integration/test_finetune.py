@@ -15,6 +15,8 @@ import torch
 
 from lifelong_moe.data.pairs import SEPARATOR, is_answer
 from lifelong_moe.errors import ConfigError, DataError
+from lifelong_moe.model.architecture import Architecture
+from lifelong_moe.model.cost import forward_flops_per_token
 from lifelong_moe.stages.store import StageStore
 from lifelong_moe.training.module import StageModule
 from lifelong_moe.training.stage import load_model
@@ -110,6 +112,12 @@ def test_it_stops_when_it_gets_no_better_and_keeps_the_best() -> None:
     losses = [loss for _, loss in curve]
     assert curve[-1][0] < 200 and losses[-1] > min(losses) == losses[-2]
     assert stopping["best_step"] == curve[-2][0]
+    told, tokens = tuned.metrics, curve[-1][0] * SEQUENCES * CONTEXT
+    assert (told["steps"], told["tokens"]) == (curve[-1][0], tokens)  # what it took, not what it might have
+    forward = forward_flops_per_token(Architecture.from_json(tuned.config["architecture"]))
+    assert told["active_flops"] == forward * (3 * tokens + tokens // 4)  # a teacher of its shape sees replayed text
+    assert told["tokens_per_second"] == pytest.approx(tokens / told["seconds"])
+    assert told["flops_per_second"] == pytest.approx(told["active_flops"] / told["seconds"])
     measured = [json.loads(p.read_text()) for p in Path("mlruns/evaluations").glob(f"{tuned.key[:16]}-*.json")]
     assert min(losses) in [pytest.approx(one["result"]["nats_per_token"], abs=1e-6) for one in measured]
 

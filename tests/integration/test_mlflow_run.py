@@ -19,6 +19,7 @@ from rich.console import Console
 from lifelong_moe.errors import TryAgainError
 from pipelines.cli import exit_code
 from pipelines.sync import sync
+from pipelines.workspace import prepare
 from tests.tiny import fork, tiny_config, train, write_config
 
 
@@ -84,10 +85,18 @@ def test_two_stages(lab: Path, config: dict[str, Any]) -> None:
     assert points(parent, "size/experts_per_layer") == [(0, 2.0), (1, 4.0)]
     assert points(parent, "summary/backward_transfer") == [(1, report["backward_transfer"])]
     for child in children:
-        for key in ("train/loss", "train/learning_rate", "train/grad_norm", "speed/tokens_per_second"):
+        speeds = ("speed/tokens_per_second", "speed/tflops_per_second")
+        for key in ("train/loss", "train/learning_rate", "train/grad_norm", *speeds):
             assert [step for step, _ in points(child, key)] == [4, 8, 12], key
-        final = report["stages"][children.index(child)]["training"]["final"]["train/loss"]
+        training = report["stages"][children.index(child)]["training"]
+        final, index = training["final"]["train/loss"], children.index(child)
+        rate, tera = training["flops_per_second"], points(child, "speed/tflops_per_second")[-1][1]
+        assert 1e12 * tera == pytest.approx(rate)
+        assert points(child, "usage/flops_per_second") == [(index, rate)]
+        for key in ("energy_joules", "joules_per_token"):
+            assert points(child, f"usage/{key}") == ([(index, training[key])] if key in training else [])
         assert points(child, "train/loss")[-1] == (12, pytest.approx(final))
+    assert [stage["active_flops"] for stage in report["stages"]] == [p.flops for p in prepare("tiny.yaml", []).plan]
     assert not points(parent, "train/loss")
     assert parent.data.params["routing.mode"] == "learned" and parent.data.params["model.width"] == "32"
     assert children[1].data.params["experts_per_layer"] == "4"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,9 @@ import torch
 
 from lifelong_moe.errors import TryAgainError
 from lifelong_moe.stages.store import StageStore
+from lifelong_moe.training import callbacks
 from lifelong_moe.training.callbacks import StepCheckpoint
+from lifelong_moe.training.energy import EnergyCounter
 from tests.tiny import STEPS, Child, fork, hashes, kill_self, tiny_config, train, write_config, write_corpora
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="autograd does not survive a fork once CUDA is there")
@@ -115,6 +119,8 @@ def measured(report: dict[str, Any]) -> dict[str, Any]:
     plain = json.loads(json.dumps(report))
     for stage in plain["stages"]:
         del stage["seconds"], stage["tokens_per_second"], stage["training"]["data_fraction"]
+        for key in ("flops_per_second", "energy_joules", "joules_per_token"):
+            stage["training"].pop(key, None)
     return plain
 
 
@@ -198,16 +204,28 @@ def test_a_stage_reports_the_time_of_all_its_phases_and_attempts(lab: Path, monk
     monkeypatch.setattr("lifelong_moe.training.spec.HASH_WARMUP", 0.5)
     write_config(tiny_config(("fruit",), **MODES["hidden"]))
 
+    def count(joules: int) -> None:
+        """Readings of the device's energy, so much apart."""
+        read = partial(next, itertools.count(step=joules))
+        monkeypatch.setattr(callbacks, "energy_counters", lambda device: [EnergyCounter(read, 1.0)])
+
     def slow_hashing() -> None:
+        count(1000)
         at(("fruit", "hash", 1), lambda: time.sleep(1.0), saved=False)
         at(("fruit", "train", 4), kill_self, saved=True)
         train()
 
     assert fork(slow_hashing).wait() == -signal.SIGKILL
+    count(1)
     report, _ = train()
     stage = report["stages"][0]
+    training = stage["training"]
     assert stage["seconds"] > 1.0
     assert stage["tokens_per_second"] == pytest.approx(stage["tokens"] / stage["seconds"])
+    assert training["flops_per_second"] == pytest.approx(stage["active_flops"] / stage["seconds"])
+    before, since = divmod(training["energy_joules"], 1000)
+    assert before >= 2 and since >= 1  # both phases of the killed run, and the one that went on
+    assert training["joules_per_token"] == pytest.approx(training["energy_joules"] / stage["tokens"])
 
 
 def test_killed_between_two_stages_and_twice_in_one(

@@ -220,6 +220,7 @@ def test_flops_include_the_fisher_pass(make_run: MakeRun, penalty: str, buffer: 
     expected = 3 * 640 * forward_flops_per_token(after) + 3 * measured * forward_flops_per_token(parent)
     assert specs[1].flops(after, parent) == expected
     assert [spec.fisher_measured_tokens for spec in specs] == [0, measured, measured, measured]
+    assert specs[1].loop_flops(after, parent) == 3 * 640 * forward_flops_per_token(after)
 
 
 def train(steps: int, share: float = 0.0, *, fits: bool = False, follows: bool = False) -> Phase:
@@ -281,6 +282,11 @@ def test_a_review_is_the_last_phase(make_run: MakeRun) -> None:
 def test_tokens_that_the_parent_writes_count_as_the_teacher_s(make_run: MakeRun) -> None:
     spec = later_spec(make_run, "stage_defaults.replay={fraction: 0.25, source: generated}")
     assert spec.teacher_tokens == 160 + 160  # written, and distilled on
+    parent = stage_specs(make_run())[0].architecture(None, 300, 0)
+    after = spec.architecture(parent, 300, 0)
+    written = 160 * forward_flops_per_token(parent)
+    assert spec.flops(after, parent) - spec.loop_flops(after, parent) == written  # before the training loop
+    assert spec.loop_flops(after, parent) == 3 * 640 * forward_flops_per_token(after) + written  # distilled on
 
 
 def test_the_architecture_at_the_end(make_run: MakeRun) -> None:
