@@ -97,7 +97,7 @@ class ExpertBanks(nn.Module):
         how = self.chosen(rows_ND)
         if how == ExpertsImplementation.grouped_mm:
             first = self.first_active
-            around: list[FeedForward] = [*self.experts[first:], *self.experts[:first]]  # type: ignore[list-item]
+            around: list[FeedForward] = [*self.experts[first:], *self.experts[:first]]
             ins, outs = [expert.into for expert in around], [expert.down for expert in around]
             return grouped(rows_ND, counts_E.roll(-first), ins, outs, len(self._active), self.activation)
         counts: list[int] = counts_E.tolist()

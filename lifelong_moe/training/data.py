@@ -18,6 +18,7 @@ from lifelong_moe.data.order import SampleOrder, StepBatchSampler
 from lifelong_moe.data.shards import TokenizedCorpus, TokenShard
 from lifelong_moe.model.groups import label_group
 from lifelong_moe.model.transformer import LanguageModel
+from lifelong_moe.retention.teacher import distilled_rows
 from lifelong_moe.training.spec import Phase, StageSpec
 
 
@@ -81,6 +82,14 @@ class StageData(LightningDataModule):
             num_workers=self.num_workers,
             pin_memory=self.trainer.strategy.root_device.type == "cuda",
         )
+
+
+    def on_before_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Tensor]:
+        """Choose what is distilled while the batch is on the CPU, so that no device is asked how much it is."""
+        config = self.spec.distill
+        if config is None:
+            return batch
+        return {**batch, "distilled": distilled_rows(batch["replayed"], batch["ordinal"], config)}
 
 
 class _Phase:

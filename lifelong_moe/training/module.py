@@ -75,15 +75,13 @@ class StageModule(LightningModule):
             torch.set_rng_state(self._random_state)
             self._random_state = None
 
-    def on_before_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Tensor]:
-        """Choose what is distilled on the CPU, so that no device is asked how much it is."""
-        return {**batch, "distilled": self._distilled(batch)}
-
     def _distilled(self, batch: dict[str, Tensor]) -> Tensor:
-        """Sequences that the teacher is asked about in this step."""
+        """Sequences that the teacher is asked about in this step; chosen by the data module where there is one."""
         config = self.spec.distill
         if self._teacher[0] is None or config is None or self.phase.trains != Trains.stage:
             return torch.empty(0, dtype=torch.int64)
+        if "distilled" in batch:
+            return batch["distilled"]
         return distilled_rows(batch["replayed"], batch["ordinal"], config)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
@@ -122,7 +120,7 @@ class StageModule(LightningModule):
         does not depend on how its sequences are divided into micro-batches, some of which have none to distil.
         """
         teacher, config = self._teacher[0], self.spec.distill
-        rows = batch["distilled"] if "distilled" in batch else self._distilled(batch)
+        rows = self._distilled(batch)
         if (
             teacher is None
             or config is None
