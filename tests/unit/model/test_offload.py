@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
+from lifelong_moe.model import offload
 from lifelong_moe.model.offload import SideStream, offloaded
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.retention.teacher import make_teacher
@@ -128,6 +131,27 @@ def test_autocast_rounds_once(make_model: Make) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         agree(model, teacher, courier)
     assert courier.dtypes == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_graph_holds_no_frozen_matrix(make_model: Make, monkeypatch: pytest.MonkeyPatch, autocast: bool) -> None:
+    model = make_model("learned", (4, 2), model={"expert_width": 211})
+    kept: list[int] = []
+
+    def watched(pack: Callable[[Tensor], Any], unpack: Callable[[Any], Tensor]) -> saved_tensors_hooks:
+        def note(tensor: Tensor) -> Any:
+            packed = pack(tensor)
+            if isinstance(packed, Tensor) and sorted(packed.shape) in ([16, 211], [16, 422]):
+                kept.append(packed.untyped_storage().data_ptr())
+            return packed
+
+        return saved_tensors_hooks(note, unpack)
+
+    monkeypatch.setattr(offload, "saved_tensors_hooks", watched)
+    with offloaded([model], own(model), Clones()), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        output = model(ids())
+    assert all(bool((routing.counts_E > 0).all()) for routing in output.routings)
+    assert len(set(kept)) == 2 * 2 * 2  # two matrices of each active expert in two layers
 
 
 def test_the_next_layer_comes_while_one_computes(make_model: Make) -> None:
