@@ -3,7 +3,7 @@
 A layer's weights are copied to the device while the layer before it computes, and given back after use: in a forward
 pass from the first layer to the last, and again in the backward pass from the last to the first, which needs them for
 the gradient of what comes before a frozen expert. At most two layers' copies are there at a time. The price is that
-all frozen experts cross the bus twice a micro-batch, whether or not a token chose them.
+all frozen experts cross the bus twice a micro-batch, and a teacher's once, whether or not a token chose them.
 
 The Parameters stay where they are in the model, under their names, as the same objects, and a teacher may share them.
 """
