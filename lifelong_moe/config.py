@@ -23,7 +23,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from lifelong_moe.data.config import SourceConfig, TokenizerConfig
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.evaluation.config import EvaluateConfig
-from lifelong_moe.growth.config import ExpertInit, GrowConfig
+from lifelong_moe.growth.config import ExpertInit, FrozenWeights, GrowConfig
 from lifelong_moe.model.config import ModelConfig
 from lifelong_moe.retention.config import (
     DistillConfig,
@@ -38,7 +38,14 @@ from lifelong_moe.retention.config import (
 )
 from lifelong_moe.routing.config import DEFAULTS, Bundles, Features, Level, RoutingConfig
 from lifelong_moe.tracking.config import TrackingConfig
-from lifelong_moe.training.config import CheckpointConfig, FinetuneConfig, OptimConfig, TrainerConfig
+from lifelong_moe.training.config import (
+    CheckpointConfig,
+    FinetuneConfig,
+    FrozenConfig,
+    Offload,
+    OptimConfig,
+    TrainerConfig,
+)
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 MAX_CONFIG_BYTES = 1 << 16
@@ -160,6 +167,8 @@ class RunConfig:
     """Lightning's own words."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Step checkpoints."""
+    frozen: FrozenConfig = field(default_factory=FrozenConfig)
+    """Frozen weights on an accelerator."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     """MLflow."""
     published: PublishedConfig | None = None
@@ -307,6 +316,11 @@ class RunConfig:
     def _check_growth(self, i: int, stage: StageConfig) -> None:
         """Deltas and partly grown models need a router that can tell them apart."""
         grow, deltas = stage.grow, stage.trunk.train == TrunkTraining.deltas
+        if grow.frozen_weights == FrozenWeights.int8 and self.frozen.offload == Offload.cpu:
+            raise ConfigError(
+                f"stages[{i}].grow.frozen_weights=int8 with frozen.offload=cpu: weights in 8 bits are made whole where "
+                f"the backward pass needs them. Set frozen.offload=none or grow.frozen_weights=full."
+            )
         if grow.init == ExpertInit.upcycle and grow.experts:
             self._check_upcycling(i, stage)
         if grow.experts and not stage.continues and (fixed := self.routing.is_fixed):
@@ -450,6 +464,7 @@ SECTIONS: dict[str, type] = {
     "evaluate": EvaluateConfig,
     "trainer": TrainerConfig,
     "checkpoint": CheckpointConfig,
+    "frozen": FrozenConfig,
     "tracking": TrackingConfig,
 }
 T = TypeVar("T")

@@ -118,6 +118,7 @@ class Bench:
             work=ROOT / "work",
             trainer=config.trainer,
             checkpoint=config.checkpoint,
+            frozen=config.frozen,
             interrupt=self.interrupt,
             console=self.console,
             send=send,

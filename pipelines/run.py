@@ -184,6 +184,7 @@ def _train(
         work=ROOT / "work",
         trainer=config.trainer,
         checkpoint=config.checkpoint,
+        frozen=config.frozen,
         interrupt=interrupt,
         console=console,
         send=lambda points: mlflow.curves(run_id, points),

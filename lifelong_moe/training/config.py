@@ -150,6 +150,23 @@ class CheckpointConfig:
                 raise ConfigError(f"checkpoint.{key}={getattr(self, key)} must be at least 1.")
 
 
+class Offload(StrEnum):
+    """Where frozen experts' weights are while a stage trains on an accelerator."""
+
+    none = "none"
+    cpu = "cpu"
+
+
+@dataclass(kw_only=True)
+class FrozenConfig:
+    """What is done with frozen weights while a stage trains; never part of its key."""
+
+    offload: Offload = Offload.none
+    """``cpu``: frozen experts, the teacher's too, stay in page-locked CPU memory, and a layer's weights come to the GPU
+    when it needs them: the same results, but all frozen experts cross the bus twice a micro-batch, a teacher's once.
+    Without CUDA it changes nothing."""
+
+
 class Trainable(StrEnum):
     """What fine-tuning trains."""
 

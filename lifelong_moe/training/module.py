@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.optim import Optimizer
 
 from lifelong_moe.errors import CorruptError
 from lifelong_moe.growth.observe import model_inputs
+from lifelong_moe.model.offload import Courier, offloaded
 from lifelong_moe.model.transformer import LanguageModel, ModelOutput
 from lifelong_moe.ops.losses import Lesson, distillation_loss, linear_losses
 from lifelong_moe.retention.penalty import WeightAnchor
@@ -62,8 +64,13 @@ class StageModule(LightningModule):
         self.assignments_before: Tensor | None = None
         """Clusters of a sample when the phase began, to measure how much they churn; kept over interruptions."""
 
+    def offloaded(self, courier: Courier | None) -> AbstractContextManager[None]:
+        """Within this context frozen experts, the teacher's too, come to the device when they are needed only."""
+        models = [model for model in (self.model, *self._teacher) if model is not None]
+        return offloaded(models, [p for name, p in self.named_parameters() if name not in self.frozen], courier)
+
     def on_fit_start(self) -> None:
-        """The teacher follows to the device and dtype; what it shares with the student is there already."""
+        """The teacher follows to the device and dtype; what it shares with the student did so, or is offloaded."""
         if self._teacher[0] is not None:
             self._teacher[0].to(self.device, self.model.embedding.weight.dtype)
         if self._anchor is not None:

@@ -25,12 +25,13 @@ from lifelong_moe.data.windows import evaluation_windows
 from lifelong_moe.errors import ConfigError, ResourceError
 from lifelong_moe.evaluation.loss import evaluate
 from lifelong_moe.model.feedforward import FeedForward
+from lifelong_moe.model.offload import courier_to
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.routing.config import Features, Level
 from lifelong_moe.stages.store import StageStore
 from lifelong_moe.training.callbacks import Meter, ProgressReport, StepCheckpoint
 from lifelong_moe.training.checkpoint import SafeCheckpointIO, checkpoint_path
-from lifelong_moe.training.config import CheckpointConfig, TrainerConfig
+from lifelong_moe.training.config import CheckpointConfig, FrozenConfig, Offload, TrainerConfig
 from lifelong_moe.training.data import StageData, phase_dataset, text_sample
 from lifelong_moe.training.interrupt import Interrupt
 from lifelong_moe.training.logger import BatchedLogger, Send
@@ -51,6 +52,7 @@ class StageEnvironment:
     """``mlruns/work``."""
     trainer: TrainerConfig
     checkpoint: CheckpointConfig
+    frozen: FrozenConfig
     interrupt: Interrupt
     console: Console
     send: Send
@@ -165,7 +167,9 @@ def _fit(
     ]
     logger = BatchedLogger(spec.name, environment.run_id, send, run.first_step) if rank == 0 else None
     trainer = build_trainer(config, phase.steps, callbacks, logger)
-    trainer.fit(module, data, ckpt_path=run.resume, weights_only=True)
+    offloads = environment.frozen.offload == Offload.cpu
+    with module.offloaded(courier_to(trainer.strategy.root_device) if offloads else None):
+        trainer.fit(module, data, ckpt_path=run.resume, weights_only=True)
     if trainer.global_step != phase.steps and not (stopping is not None and trainer.should_stop):
         raise RuntimeError(f"stage {spec.name}: trained {trainer.global_step} of {phase.steps} steps")
 

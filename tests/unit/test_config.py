@@ -427,3 +427,9 @@ def test_what_only_clusters_need_is_not_asked_of_others(
     make_run: Callable[..., RunConfig], overrides: list[str]
 ) -> None:
     assert make_run(*overrides).routing.mode == "learned"
+
+
+def test_what_is_offloaded_is_not_in_eight_bits_too(load: Load) -> None:
+    assert load("frozen.offload=cpu").frozen.offload == "cpu"
+    with pytest.raises(ConfigError, match=r"stages\[1\]\.grow\.frozen_weights=int8 with frozen\.offload=cpu: "):
+        load("frozen.offload=cpu", "stages[1].grow.frozen_weights=int8")
