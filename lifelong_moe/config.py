@@ -24,7 +24,7 @@ from lifelong_moe.data.config import SourceConfig, TokenizerConfig
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.evaluation.config import EvaluateConfig
 from lifelong_moe.growth.config import ExpertInit, FrozenWeights, GrowConfig
-from lifelong_moe.model.config import ModelConfig
+from lifelong_moe.model.config import ExpertsImplementation, ModelConfig
 from lifelong_moe.retention.config import (
     DistillConfig,
     DistillText,
@@ -184,6 +184,7 @@ class RunConfig:
         for name in self.distributions:
             if not NAME.fullmatch(name):
                 raise ConfigError(f"distributions.{name} may hold letters, digits, '_', '-' and '.' only.")
+        self._check_execution()
         for i, stage in enumerate(self.stages):
             require_known(stage.data, self.distributions, f"stages[{i}].data")
             self._check_batch(i, stage)
@@ -312,6 +313,23 @@ class RunConfig:
                 f"{key}={experts} is too few: {groups} group(s) of routing.top_k={self.routing.top_k} experts each "
                 f"need {groups * self.routing.top_k}."
             )
+
+    def _check_execution(self) -> None:
+        """What cannot be computed together, or at all."""
+        if self.trainer.experts_implementation == ExpertsImplementation.grouped_mm:
+            for key in ("width", "expert_width"):
+                if getattr(self.model, key) % 8:
+                    raise ConfigError(
+                        f"trainer.experts_implementation=grouped_mm needs model.{key} in multiples of 8, not "
+                        f"{getattr(self.model, key)}. Set trainer.experts_implementation=auto."
+                    )
+        if self.frozen.offload == Offload.cpu:
+            for key in ("activation_checkpointing", "compile"):
+                if getattr(self.trainer, key):
+                    raise ConfigError(
+                        f"frozen.offload=cpu with trainer.{key}=true: a layer would be computed again without its "
+                        f"weights. Set one of them off."
+                    )
 
     def _check_growth(self, i: int, stage: StageConfig) -> None:
         """Deltas and partly grown models need a router that can tell them apart."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lifelong_moe.model.experts import ExpertBanks
 from lifelong_moe.model.feedforward import FeedForward
@@ -32,6 +33,8 @@ class MoELayer(nn.Module):
         self.banks = banks
         self.shared = shared
         self.mix = nn.Linear(banks.width, 2) if mixes else None
+        self.recomputes = False
+        """Whether experts are computed again in the backward pass."""
 
     def add_experts(self, num: int) -> None:
         """Add experts and their router rows, uninitialized, to the active bank."""
@@ -58,7 +61,11 @@ class MoELayer(nn.Module):
             assert self.shared is not None
             return self.shared(x_TD), no_routing(x_TD)
         routing = self.router(x_TD, context)
-        rows_ND = self.banks(routing.dispatch(x_TD, self.banks.sorted_from(x_TD)), routing.counts_E)
+        rows_ND = routing.dispatch(x_TD, self.banks.sorted_from(x_TD))
+        if self.recomputes and torch.is_grad_enabled():
+            rows_ND = checkpoint(self.banks, rows_ND, routing.counts_E, use_reentrant=False)
+        else:
+            rows_ND = self.banks(rows_ND, routing.counts_E)
         routed_TD = routing.combine(rows_ND)
         if self.shared is None:
             return routed_TD, routing

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lifelong_moe.model.architecture import Architecture, Generation
 from lifelong_moe.model.attention import Attention, KeyValue, rotary_tables
@@ -57,6 +58,9 @@ class Block(nn.Module):
             self.attention_out_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
             self.moe_out_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
 
+        self.recomputes = False
+        """Whether attention is computed again in the backward pass."""
+
     def forward(
         self,
         x_BSD: Tensor,
@@ -81,6 +85,18 @@ class Block(nn.Module):
         bundles: BundleSlices | None,
     ) -> tuple[Tensor, KeyValue]:
         """The first half of a layer."""
+        if self.recomputes and torch.is_grad_enabled():
+            return checkpoint(self._attend, x_BSD, rotary, mask, past, bundles, use_reentrant=False)
+        return self._attend(x_BSD, rotary, mask, past, bundles)
+
+    def _attend(
+        self,
+        x_BSD: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        past: KeyValue | None,
+        bundles: BundleSlices | None,
+    ) -> tuple[Tensor, KeyValue]:
         mixed, key_value = self.attention(self.attention_norm(x_BSD), *rotary, mask, past, bundles)
         return x_BSD + (mixed if self.attention_out_norm is None else self.attention_out_norm(mixed)), key_value
 
@@ -128,6 +144,14 @@ class LanguageModel(nn.Module):
             self.add_generation(generation)
             if i + 1 == architecture.frozen:
                 self.freeze_generations(architecture.continued)
+
+    def recompute(self, on: bool) -> None:
+        """Compute attention and experts again in the backward pass, or keep what it needs of them.
+
+        Routers are never computed twice: some count, or draw noise.
+        """
+        for block in self.blocks:
+            block.recomputes = block.moe.recomputes = on  # type: ignore[assignment, union-attr]
 
     def moe_layers(self) -> Iterator[MoELayer]:
         """Each layer's mixture of experts, bottom to top; a dense layer's has no routed experts."""

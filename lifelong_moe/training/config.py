@@ -7,6 +7,7 @@ from enum import StrEnum
 from typing import Any
 
 from lifelong_moe.errors import ConfigError
+from lifelong_moe.model.config import ExpertsImplementation
 
 
 class Schedule(StrEnum):
@@ -84,6 +85,15 @@ class TrainerConfig:
     """Largest gradient norm; 0 does not clip; part of a stage's key."""
     accumulate_grad_batches: int = 1
     """Micro-batches a step; the global batch stays ``optim.batch_tokens``; part of a stage's key."""
+    experts_implementation: ExpertsImplementation = ExpertsImplementation.auto
+    """``slices`` multiplies each expert's rows by its own matrices, ``grouped_mm`` all in one kernel, ``readable``
+    calls one expert after the other; ``auto`` is ``grouped_mm`` in bfloat16 on GPUs that have it (compute capability
+    9), and ``slices`` elsewhere."""
+    activation_checkpointing: bool = False
+    """Compute attention and experts again in the backward pass instead of keeping what is in between: less memory for
+    about a third more time."""
+    compile: bool = False
+    """Compile models with ``torch.compile``; needs a compiler, and minutes to begin with. On CPU it gained nothing."""
     num_workers: int = 0
     """Processes that load data; sample order does not depend on it."""
     log_every_n_steps: int = 10

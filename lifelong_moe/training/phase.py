@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,6 @@ from lifelong_moe.data.shards import TokenizedCorpus
 from lifelong_moe.data.windows import evaluation_windows
 from lifelong_moe.errors import ConfigError, ResourceError
 from lifelong_moe.evaluation.loss import evaluate
-from lifelong_moe.model.feedforward import FeedForward
 from lifelong_moe.model.offload import courier_to
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.routing.config import Features, Level
@@ -33,6 +31,7 @@ from lifelong_moe.training.callbacks import Meter, ProgressReport, StepCheckpoin
 from lifelong_moe.training.checkpoint import SafeCheckpointIO, checkpoint_path
 from lifelong_moe.training.config import CheckpointConfig, FrozenConfig, Offload, TrainerConfig
 from lifelong_moe.training.data import StageData, phase_dataset, text_sample
+from lifelong_moe.training.execution import executed, expert_dropout, keep_freed_memory
 from lifelong_moe.training.interrupt import Interrupt
 from lifelong_moe.training.logger import BatchedLogger, Send
 from lifelong_moe.training.module import StageModule
@@ -117,7 +116,12 @@ def train_phase(
     model.train()
     trained = phase_parameters(model, phase).values()
     dropout = spec.finetune.expert_dropout if spec.finetune else 0.0
-    with training_only(model, trained), expert_dropout(model, dropout), environment.interrupt.until_step_boundary():
+    with (
+        training_only(model, trained),
+        expert_dropout(model, dropout),
+        executed([m for m in (model, teacher) if m is not None], config),
+        environment.interrupt.until_step_boundary(),
+    ):
         try:
             if config.processes == 1:
                 fit(0, environment.interrupt, environment.send)
@@ -167,6 +171,7 @@ def _fit(
     ]
     logger = BatchedLogger(spec.name, environment.run_id, send, run.first_step) if rank == 0 else None
     trainer = build_trainer(config, phase.steps, callbacks, logger)
+    keep_freed_memory()
     offloads = environment.frozen.offload == Offload.cpu
     with module.offloaded(courier_to(trainer.strategy.root_device) if offloads else None):
         trainer.fit(module, data, ckpt_path=run.resume, weights_only=True)
@@ -186,23 +191,6 @@ def _stopping(spec: StageSpec, run: PhaseRun, corpus: TokenizedCorpus) -> EarlyS
         return found.nats_per_token
 
     return EarlyStopping(config, measure, run.work)
-
-
-@contextmanager
-def expert_dropout(model: LanguageModel, share: float) -> Iterator[None]:
-    """Within this context hidden units of experts are dropped in training.
-
-    Source:
-        "Expert dropout" of Switch (arXiv:2101.03961), section 2.4: a higher dropout within experts when fine-tuning.
-    """
-    networks = [m for layer in model.moe_layers() for m in layer.banks.modules() if isinstance(m, FeedForward)]
-    try:
-        for network in networks:
-            network.dropout = share
-        yield
-    finally:
-        for network in networks:
-            network.dropout = 0.0
 
 
 def _fit_in_ranks(module: StageModule, run: PhaseRun, meter: Meter, environment: StageEnvironment, fit: Work) -> None:

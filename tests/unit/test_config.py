@@ -433,3 +433,23 @@ def test_what_is_offloaded_is_not_in_eight_bits_too(load: Load) -> None:
     assert load("frozen.offload=cpu").frozen.offload == "cpu"
     with pytest.raises(ConfigError, match=r"stages\[1\]\.grow\.frozen_weights=int8 with frozen\.offload=cpu: "):
         load("frozen.offload=cpu", "stages[1].grow.frozen_weights=int8")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["trainer.experts_implementation=grouped_mm", "model.expert_width=12"],
+            "grouped_mm needs model.expert_width in multiples of 8, not 12",
+        ),
+        (["frozen.offload=cpu", "trainer.compile=true"], "frozen.offload=cpu with trainer.compile=true"),
+        (
+            ["frozen.offload=cpu", "trainer.activation_checkpointing=true"],
+            "frozen.offload=cpu with trainer.activation_checkpointing=true",
+        ),
+        (["trainer.experts_implementation=triton"], "triton"),
+    ],
+)
+def test_what_cannot_be_computed_is_said(load: Load, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(*overrides)

@@ -1,0 +1,74 @@
+"""How a model is computed while it trains. Nothing here changes what it learns, beyond rounding."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from lifelong_moe.model.feedforward import FeedForward
+from lifelong_moe.model.transformer import LanguageModel
+from lifelong_moe.training.config import TrainerConfig
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+"""Numbers of glibc's ``mallopt`` parameters, from ``malloc.h``."""
+MALLOC_SETTINGS = ("GLIBC_TUNABLES", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "LD_PRELOAD")
+"""Variables by which a user has chosen an allocator, or how it works."""
+
+
+def keep_freed_memory() -> bool:
+    """Let the C library keep what this process frees, for the next tensor: its pages need not be made again.
+
+    A step allocates and frees the same large tensors over and over; given back to the system each time, they cost a
+    tenth of a step and more in page faults. Whoever has set up the allocator in the environment has the last word.
+
+    Returns:
+        Whether it was done: on Linux with glibc, for good, in this process and those it forks.
+    """
+    if sys.platform != "linux" or any(name in os.environ for name in MALLOC_SETTINGS):
+        return False
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "gnu_get_libc_version"):
+        return False
+    return bool(library.mallopt(M_MMAP_MAX, 0) and library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+@contextmanager
+def executed(models: Iterable[LanguageModel], config: TrainerConfig) -> Iterator[None]:
+    """Within this context models are computed as ``trainer`` says: experts, recomputation, compilation."""
+    models = list(models)
+    layers = [layer for model in models for layer in model.moe_layers()]
+    before = [layer.banks.implementation for layer in layers]
+    try:
+        for layer in layers:
+            layer.banks.implementation = config.experts_implementation
+        for model in models:
+            model.recompute(config.activation_checkpointing)
+            if config.compile:
+                model.compile()
+        yield
+    finally:
+        for layer, implementation in zip(layers, before, strict=True):
+            layer.banks.implementation = implementation
+        for model in models:
+            model.recompute(False)
+            model._compiled_call_impl = None  # what nn.Module.compile sets; it has no inverse
+
+
+@contextmanager
+def expert_dropout(model: LanguageModel, share: float) -> Iterator[None]:
+    """Within this context hidden units of experts are dropped in training.
+
+    Source:
+        "Expert dropout" of Switch (arXiv:2101.03961), section 2.4: a higher dropout within experts when fine-tuning.
+    """
+    networks = [m for layer in model.moe_layers() for m in layer.banks.modules() if isinstance(m, FeedForward)]
+    try:
+        for network in networks:
+            network.dropout = share
+        yield
+    finally:
+        for network in networks:
+            network.dropout = 0.0
