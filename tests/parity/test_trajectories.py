@@ -54,7 +54,7 @@ def objective(model: LanguageModel, teacher: LanguageModel, batch: dict[str, Ten
 def trajectory(
     make_model: Make, make_batch: Batch, dtype: torch.dtype, steps: int, how: ExpertsImplementation | None
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Losses of a number of AdamW steps, and the weights or, of one step, the gradients; None is one token at a time."""
+    """Losses of so many AdamW steps, and the weights or, of one step, gradients; None is one token at a time."""
     model = make_model("learned", (2, 2), model={"init_std": 0.1}).to(dtype)
     teacher = make_teacher(make_model("learned", (2,), seed=1, model={"init_std": 0.1}).to(dtype), [])
     for layer in model.moe_layers():
