@@ -15,7 +15,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from lifelong_moe.clustering.balanced import balanced_kmeans
-from lifelong_moe.clustering.documents import TokenIds, document_features, fit_tfidf, prefix_sums
+from lifelong_moe.clustering.batches import TokenIds
+from lifelong_moe.clustering.documents import document_features, fit_tfidf, prefix_sums
 from lifelong_moe.clustering.kmeans import Floats, Labels
 
 UNIFORM = 0.01

@@ -6,33 +6,64 @@ linear before the last normalization, so a text's feature is the normalized sum 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import csr_array
+from scipy.sparse import csr_array, vstack
 from sklearn.utils.extmath import randomized_svd
 
+from lifelong_moe.clustering.batches import TokenIds, batches, checked, count_matrix, token_matrix
 from lifelong_moe.clustering.kmeans import Floats, one_thread, unit_rows
 from lifelong_moe.errors import DataError
-
-TokenIds = NDArray[np.integer]
 
 NOISE = 1e-6
 """Directions whose singular value is below this share of the largest are rounding errors, and are left out."""
 
 
-def fit_tfidf(documents: Sequence[TokenIds], vocab_size: int, width: int, *, seed: int) -> Floats:
+@dataclass(frozen=True, eq=False)
+class Frequencies:
+    """In how many documents each token occurs."""
+
+    num_documents: int
+    """Documents that hold a token."""
+    containing_V: NDArray[np.int64]
+    """Those that hold token ``v``, int64 ``(V,)``."""
+
+    def idf(self) -> NDArray[np.float64]:
+        """``ln((1 + N) / (1 + document frequency)) + 1``, float64 ``(V,)``."""
+        return np.asarray(np.log((1 + self.num_documents) / (1 + self.containing_V)) + 1)
+
+
+def count_frequencies(documents: Iterable[TokenIds], vocab_size: int) -> Frequencies:
+    """Count document frequencies in one pass, a batch at a time. Empty documents count in nothing.
+
+    Raises:
+        ValueError: If a token id is outside the vocabulary.
+    """
+    num_documents, containing_V = 0, np.zeros(vocab_size, np.int64)
+    for batch in batches(document for document in documents if len(document)):
+        num_documents += len(batch)
+        containing_V += np.bincount(count_matrix(batch, vocab_size).indices, minlength=vocab_size)
+    return Frequencies(num_documents, containing_V)
+
+
+def fit_tfidf(
+    documents: Iterable[TokenIds], vocab_size: int, width: int, *, seed: int, frequencies: Frequencies | None = None
+) -> Floats:
     """Fit one row per token, such that a text's feature is the normalized sum of its tokens' rows.
 
     Term frequency is the plain count; ``idf = ln((1 + N) / (1 + document frequency)) + 1``; documents are normalized,
     then reduced by a truncated SVD. Row ``v`` is ``idf_v`` times token ``v``'s entries of the right singular vectors.
+    The documents' counts are held in memory as a sparse matrix: of a large corpus give a sample.
 
     Args:
         documents: Token ids of each whole document, integer ``(length,)``. Empty ones count in nothing.
         vocab_size: V.
         width: D asked for; less comes back if the vocabulary, the documents or what they span have fewer dimensions.
         seed: Of the randomized SVD. Same seed, same bits, signs included.
+        frequencies: Of the corpus that the documents are a sample of; None to count these documents.
 
     Returns:
         Projection, float32 ``(V, D)``.
@@ -46,12 +77,12 @@ def fit_tfidf(documents: Sequence[TokenIds], vocab_size: int, width: int, *, see
     """
     if width < 1:
         raise ValueError(f"width must be at least 1, got {width}")
-    counts_NV = _counts([document for document in documents if len(document)], vocab_size)
-    num_documents = counts_NV.shape[0]
-    document_frequency_V = np.bincount(counts_NV.indices, minlength=vocab_size)
-    idf_V = np.log((1 + num_documents) / (1 + document_frequency_V)) + 1
-    weighted_NV = counts_NV.copy()
-    weighted_NV.data *= idf_V[counts_NV.indices]
+    weighted_NV = _counts(documents, vocab_size)
+    if frequencies is None:
+        containing_V = np.bincount(weighted_NV.indices, minlength=vocab_size)
+        frequencies = Frequencies(weighted_NV.shape[0], containing_V)
+    idf_V = frequencies.idf()
+    weighted_NV.data *= idf_V[weighted_NV.indices]
     length_N = np.sqrt(np.add.reduceat(weighted_NV.data**2, weighted_NV.indptr[:-1]))
     weighted_NV.data /= np.repeat(length_N, np.diff(weighted_NV.indptr))
     with one_thread():
@@ -62,7 +93,7 @@ def fit_tfidf(documents: Sequence[TokenIds], vocab_size: int, width: int, *, see
     return np.ascontiguousarray((components_DV * idf_V).T, np.float32)
 
 
-def document_features(documents: Sequence[TokenIds], projection_VD: Floats) -> Floats:
+def document_features(documents: Iterable[TokenIds], projection_VD: Floats) -> Floats:
     """Features of whole documents, to fit centroids on; an unread text must use `prefix_features`.
 
     Args:
@@ -75,11 +106,25 @@ def document_features(documents: Sequence[TokenIds], projection_VD: Floats) -> F
     Raises:
         ValueError: If a token id is outside the vocabulary.
     """
-    sums_ND = np.zeros((len(documents), projection_VD.shape[1]))
-    for row, document in enumerate(documents):
-        ids_U, counts_U = np.unique(_checked(document, len(projection_VD)), return_counts=True)
-        sums_ND[row] = (projection_VD[ids_U].astype(np.float64) * counts_U[:, None]).sum(axis=0)
-    return unit_rows(sums_ND)
+    rows = list(feature_batches(batches(documents), projection_VD))
+    return np.concatenate(rows) if rows else np.zeros((0, projection_VD.shape[1]), np.float32)
+
+
+def feature_batches(document_batches: Iterable[list[TokenIds]], projection_VD: Floats) -> Iterator[Floats]:
+    """Features of whole documents, a batch at a time; see `document_features`.
+
+    Each row sums its tokens in reading order, so its bits do not depend on what it is batched with.
+
+    Args:
+        document_batches: From `batches`.
+        projection_VD: From `fit_tfidf`.
+
+    Yields:
+        float32 ``(N, D)`` for each batch.
+    """
+    rows_VD = projection_VD.astype(np.float64)
+    for batch in document_batches:
+        yield unit_rows(token_matrix(batch, len(rows_VD)) @ rows_VD)
 
 
 def prefix_features(token_ids_N: TokenIds, projection_VD: Floats, chunk: int) -> Floats:
@@ -111,7 +156,7 @@ def prefix_sums(token_ids_N: TokenIds, table_VD: NDArray[np.floating], chunk: in
     """
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1 token, got {chunk}")
-    token_ids_N = _checked(token_ids_N, len(table_VD))
+    token_ids_N = checked(token_ids_N, len(table_VD))
     num_chunks = -(-len(token_ids_N) // chunk)
     sums_CD = np.zeros((num_chunks, table_VD.shape[1]))
     if num_chunks > 1:
@@ -122,18 +167,9 @@ def prefix_sums(token_ids_N: TokenIds, table_VD: NDArray[np.floating], chunk: in
     return np.cumsum(sums_CD, axis=0)
 
 
-def _counts(documents: Sequence[TokenIds], vocab_size: int) -> csr_array:
+def _counts(documents: Iterable[TokenIds], vocab_size: int) -> csr_array:
     """Token counts, float64 sparse ``(N, V)`` with sorted, distinct columns."""
-    if not documents:
+    counted = [count_matrix(batch, vocab_size) for batch in batches(d for d in documents if len(d))]
+    if not counted:
         raise DataError("no document holds a token, so there is nothing to fit document features on.")
-    ids = _checked(np.concatenate(documents), vocab_size)
-    borders = np.concatenate([[0], np.cumsum([len(document) for document in documents])])
-    counts_NV = csr_array((np.ones(len(ids)), ids, borders), shape=(len(documents), vocab_size))
-    counts_NV.sum_duplicates()
-    return counts_NV
-
-
-def _checked(token_ids: TokenIds, vocab_size: int) -> TokenIds:
-    if len(token_ids) and (token_ids.min() < 0 or token_ids.max() >= vocab_size):
-        raise ValueError(f"token ids must be in [0, {vocab_size}), got {token_ids.min()} to {token_ids.max()}")
-    return token_ids.astype(np.int64)
+    return csr_array(vstack(counted, format="csr"))

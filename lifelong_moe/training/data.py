@@ -83,7 +83,6 @@ class StageData(LightningDataModule):
             pin_memory=self.trainer.strategy.root_device.type == "cuda",
         )
 
-
     def on_before_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Tensor]:
         """Choose what is distilled while the batch is on the CPU, so that no device is asked how much it is."""
         config = self.spec.distill
