@@ -60,7 +60,7 @@ def _zipf_cdf(size: int) -> np.ndarray:
 
 
 class Phases:
-    """Wall and processor seconds by phase; what a generator's consumer does between two items is not the generator's."""
+    """Wall and processor seconds by phase. A generator is charged with its own time, not its consumer's."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, list[float]] = {}
