@@ -6,7 +6,7 @@ linear before the last normalization, so a text's feature is the normalized sum 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -127,44 +127,68 @@ def feature_batches(document_batches: Iterable[list[TokenIds]], projection_VD: F
         yield unit_rows(token_matrix(batch, len(rows_VD)) @ rows_VD)
 
 
-def prefix_features(token_ids_N: TokenIds, projection_VD: Floats, chunk: int) -> Floats:
-    """Feature of what precedes each chunk of a document: row ``c`` sums the tokens before ``c * chunk``, none after.
+def prefix_features(documents: Sequence[TokenIds], projection_VD: Floats, chunk: int) -> Floats:
+    """Feature of what precedes each chunk of its document: row ``c`` sums the tokens before ``c * chunk``, none after.
 
     Args:
-        token_ids_N: One document's token ids in order, integer ``(N,)``.
+        documents: Token ids of each in order, integer ``(length,)``; at least one.
         projection_VD: From `fit_tfidf`, float32 ``(V, D)``.
         chunk: Tokens per chunk, at least 1.
 
     Returns:
-        float32 ``(ceil(N / chunk), D)``, rows of unit length; row 0 is zeros, since nothing precedes it. A row's bits
-        do not change with any later token, nor with how many there are.
+        float32 ``(C, D)``, document after document, rows of unit length; zeros for a chunk 0, since nothing precedes
+        it. A row's bits do not change with any later token, nor with how many there are, nor with other documents.
 
     Raises:
         ValueError: If ``chunk < 1`` or a token id is outside the vocabulary.
     """
-    return unit_rows(prefix_sums(token_ids_N, projection_VD, chunk))
+    return unit_rows(prefix_sums(documents, projection_VD, chunk))
 
 
-def prefix_sums(token_ids_N: TokenIds, table_VD: NDArray[np.floating], chunk: int) -> NDArray[np.float64]:
-    """Sum of one row per token over what precedes each chunk; see `prefix_features`.
+def prefix_sums(documents: Sequence[TokenIds], table_VD: NDArray[np.floating], chunk: int) -> NDArray[np.float64]:
+    """Sum of one row per token over what precedes each chunk of its document; see `prefix_features`.
+
+    Args:
+        documents: Token ids of each, integer ``(length,)``; at least one.
+        table_VD: Row of each token, float ``(V, D)``.
+        chunk: Tokens per chunk, at least 1.
 
     Returns:
-        float64 ``(ceil(N / chunk), D)``: the sum of a long text must not swallow new terms.
+        float64 ``(C, D)``, document after document: the sum of a long text must not swallow new terms. A row's bits do
+        not depend on the other documents.
 
     Raises:
         ValueError: If ``chunk < 1`` or a token id is outside the vocabulary.
+    """
+    chunks_N = num_chunks(documents, chunk)
+    ids = checked(np.concatenate(documents), len(table_VD))
+    borders = np.cumsum([len(document) for document in documents]).tolist()
+    # What a document's last chunk holds precedes none, so that only whole chunks count.
+    wholes = np.maximum(chunks_N - 1, 0).tolist()
+    begins = zip([0, *borders], wholes, strict=False)
+    whole_chunks = np.concatenate([ids[begin : begin + whole * chunk] for begin, whole in begins]).reshape(-1, chunk)
+    chunk_sums_CD = np.zeros((len(whole_chunks), table_VD.shape[1]))
+    # Position by position, all chunks at once: each sum is made in reading order, whatever the shape.
+    for position in range(chunk if len(whole_chunks) else 0):
+        chunk_sums_CD += table_VD[whole_chunks[:, position]]
+    sums_CD = np.zeros((int(chunks_N.sum()), table_VD.shape[1]))
+    source = to = 0
+    for whole, chunks in zip(wholes, chunks_N.tolist(), strict=True):
+        if whole:
+            np.cumsum(chunk_sums_CD[source : source + whole], axis=0, out=sums_CD[to + 1 : to + chunks])
+        source, to = source + whole, to + chunks
+    return sums_CD
+
+
+def num_chunks(documents: Sequence[TokenIds], chunk: int) -> NDArray[np.int64]:
+    """Chunks of each document, the last of which may be short, int64 ``(N,)``.
+
+    Raises:
+        ValueError: If ``chunk < 1``.
     """
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1 token, got {chunk}")
-    token_ids_N = checked(token_ids_N, len(table_VD))
-    num_chunks = -(-len(token_ids_N) // chunk)
-    sums_CD = np.zeros((num_chunks, table_VD.shape[1]))
-    if num_chunks > 1:
-        whole_chunks = token_ids_N[: (num_chunks - 1) * chunk].reshape(num_chunks - 1, chunk)
-        # Position by position, all chunks at once: each sum is made in reading order, whatever the shape.
-        for position in range(chunk):
-            sums_CD[1:] += table_VD[whole_chunks[:, position]]
-    return np.cumsum(sums_CD, axis=0)
+    return np.array([-(-len(document) // chunk) for document in documents], np.int64)
 
 
 def _counts(documents: Iterable[TokenIds], vocab_size: int) -> csr_array:
