@@ -82,9 +82,7 @@ def fit_tfidf(
         containing_V = np.bincount(weighted_NV.indices, minlength=vocab_size)
         frequencies = Frequencies(weighted_NV.shape[0], containing_V)
     idf_V = frequencies.idf()
-    weighted_NV.data *= idf_V[weighted_NV.indices]
-    length_N = np.sqrt(np.add.reduceat(weighted_NV.data**2, weighted_NV.indptr[:-1]))
-    weighted_NV.data /= np.repeat(length_N, np.diff(weighted_NV.indptr))
+    _weigh(weighted_NV, idf_V)
     with one_thread():
         _, singular_D, components_DV = randomized_svd(
             weighted_NV, min(width, *weighted_NV.shape), random_state=seed % 2**32
@@ -197,3 +195,10 @@ def _counts(documents: Iterable[TokenIds], vocab_size: int) -> csr_array:
     if not counted:
         raise DataError("no document holds a token, so there is nothing to fit document features on.")
     return csr_array(vstack(counted, format="csr"))
+
+
+def _weigh(counts_NV: csr_array, idf_V: NDArray[np.float64]) -> None:
+    """Turn counts into tf-idf rows of unit length, in place."""
+    counts_NV.data *= idf_V[counts_NV.indices]
+    length_N = np.sqrt(np.add.reduceat(counts_NV.data**2, counts_NV.indptr[:-1]))
+    counts_NV.data /= np.repeat(length_N, np.diff(counts_NV.indptr))
