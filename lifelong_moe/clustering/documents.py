@@ -79,8 +79,7 @@ def fit_tfidf(
         raise ValueError(f"width must be at least 1, got {width}")
     weighted_NV = _counts(documents, vocab_size)
     if frequencies is None:
-        containing_V = np.bincount(weighted_NV.indices, minlength=vocab_size)
-        frequencies = Frequencies(weighted_NV.shape[0], containing_V)
+        frequencies = Frequencies(weighted_NV.shape[0], np.bincount(weighted_NV.indices, minlength=vocab_size))
     idf_V = frequencies.idf()
     _weigh(weighted_NV, idf_V)
     with one_thread():
