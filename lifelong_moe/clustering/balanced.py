@@ -56,14 +56,14 @@ def balanced_kmeans(
     centroids_KD = spherical_kmeans(features_ND, k, seed=seed)
     unit_ND = unit_rows(features_ND)
     with one_thread():
-        labels_N, prices_K = _balance(similarity(unit_ND, centroids_KD), np.zeros(k, np.int64))
+        labels_N, prices_K = balance(similarity(unit_ND, centroids_KD), np.zeros(k, np.int64))
         for _ in range(iterations):
             moved_KD = mean_directions(unit_ND, labels_N, k)
             moved_KD = np.where(moved_KD.any(axis=1, keepdims=True), moved_KD, centroids_KD)
             if np.array_equal(moved_KD, centroids_KD):
                 break
             centroids_KD = moved_KD
-            labels_N, prices_K = _balance(similarity(unit_ND, centroids_KD), prices_K)
+            labels_N, prices_K = balance(similarity(unit_ND, centroids_KD), prices_K)
     return centroids_KD, labels_N
 
 
@@ -86,10 +86,10 @@ def balanced_assign(features_ND: NDArray[np.floating], centroids_KD: NDArray[np.
     if len(features_ND) == 0:
         raise DataError("there are no rows to assign; check that the documents are not empty.")
     similarity_NK = similarity(unit_rows(features_ND), unit_rows(centroids_KD))
-    return _balance(similarity_NK, np.zeros(len(centroids_KD), np.int64))[0]
+    return balance(similarity_NK, np.zeros(len(centroids_KD), np.int64))[0]
 
 
-def _balance(similarity_NK: Labels, prices_K: Labels) -> tuple[Labels, Labels]:
+def balance(similarity_NK: Labels, prices_K: Labels) -> tuple[Labels, Labels]:
     """Largest total similarity with at most ``ceil(N / K)`` rows per column; also the prices, to start from next time.
 
     Whatever the prices, taking the column with the largest ``similarity - price`` is optimal for the column sizes that

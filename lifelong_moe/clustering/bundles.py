@@ -15,7 +15,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from lifelong_moe.clustering.balanced import balanced_kmeans
-from lifelong_moe.clustering.documents import TokenIds, document_features, fit_tfidf, prefix_sums
+from lifelong_moe.clustering.batches import TokenIds
+from lifelong_moe.clustering.documents import document_features, fit_tfidf, prefix_sums
 from lifelong_moe.clustering.kmeans import Floats, Labels
 
 UNIFORM = 0.01
@@ -66,27 +67,29 @@ def unigram_divergence(new_N: TokenIds, old_N: TokenIds, vocab_size: int) -> flo
     return float((np.exp(logs[0]) * (logs[0] - logs[1])).sum())
 
 
-def prefix_bundles(token_ids_N: TokenIds, centroids: Sequence[Floats], chunk: int, margin: float) -> Labels:
+def prefix_bundles(documents: Sequence[TokenIds], centroids: Sequence[Floats], chunk: int, margin: float) -> Labels:
     """The stage that explains best what precedes each chunk of a document.
 
     Oldest first, a stage takes a chunk over from the older one that holds it if its best centroid's log likelihood is
     more than ``margin`` larger. A further stage thus changes nothing but what it takes over itself.
 
     Args:
-        token_ids_N: One document's token ids in order, integer ``(N,)``.
+        documents: Token ids of each in order, integer ``(length,)``; at least one.
         centroids: Each stage's log probabilities ``(K, V)``, oldest first; at least one stage.
         chunk: Tokens per chunk, at least 1.
         margin: In nats.
 
     Returns:
-        int64 ``(ceil(N / chunk),)``; 0 for chunk 0, which nothing precedes. No entry changes with any later token.
+        int64 ``(C,)``, document after document; 0 for a chunk 0, which nothing precedes. No entry changes with any
+        later token, nor with the other documents.
     """
-    held_C, best_C = np.zeros(-(-len(token_ids_N) // chunk), np.int64), None
-    for stage, centroids_KV in enumerate(centroids):
-        likelihood_C = prefix_sums(token_ids_N, centroids_KV.T, chunk).max(axis=1)
-        taken_C = np.zeros(len(held_C), bool) if best_C is None else likelihood_C > best_C + margin
+    best_C = prefix_sums(documents, centroids[0].T, chunk).max(axis=1)
+    held_C = np.zeros(len(best_C), np.int64)
+    for stage, centroids_KV in enumerate(centroids[1:], start=1):
+        likelihood_C = prefix_sums(documents, centroids_KV.T, chunk).max(axis=1)
+        taken_C = likelihood_C > best_C + margin
         held_C[taken_C] = stage
-        best_C = likelihood_C if best_C is None else np.where(taken_C, likelihood_C, best_C)
+        best_C = np.where(taken_C, likelihood_C, best_C)
     return held_C
 
 

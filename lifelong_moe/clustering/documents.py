@@ -6,33 +6,64 @@ linear before the last normalization, so a text's feature is the normalized sum 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import csr_array
+from scipy.sparse import csr_array, vstack
 from sklearn.utils.extmath import randomized_svd
 
+from lifelong_moe.clustering.batches import TokenIds, batches, checked, count_matrix, token_matrix
 from lifelong_moe.clustering.kmeans import Floats, one_thread, unit_rows
 from lifelong_moe.errors import DataError
-
-TokenIds = NDArray[np.integer]
 
 NOISE = 1e-6
 """Directions whose singular value is below this share of the largest are rounding errors, and are left out."""
 
 
-def fit_tfidf(documents: Sequence[TokenIds], vocab_size: int, width: int, *, seed: int) -> Floats:
+@dataclass(frozen=True, eq=False)
+class Frequencies:
+    """In how many documents each token occurs."""
+
+    num_documents: int
+    """Documents that hold a token."""
+    containing_V: NDArray[np.int64]
+    """Those that hold token ``v``, int64 ``(V,)``."""
+
+    def idf(self) -> NDArray[np.float64]:
+        """``ln((1 + N) / (1 + document frequency)) + 1``, float64 ``(V,)``."""
+        return np.asarray(np.log((1 + self.num_documents) / (1 + self.containing_V)) + 1)
+
+
+def count_frequencies(documents: Iterable[TokenIds], vocab_size: int) -> Frequencies:
+    """Count document frequencies in one pass, a batch at a time. Empty documents count in nothing.
+
+    Raises:
+        ValueError: If a token id is outside the vocabulary.
+    """
+    num_documents, containing_V = 0, np.zeros(vocab_size, np.int64)
+    for batch in batches(document for document in documents if len(document)):
+        num_documents += len(batch)
+        containing_V += np.bincount(count_matrix(batch, vocab_size).indices, minlength=vocab_size)
+    return Frequencies(num_documents, containing_V)
+
+
+def fit_tfidf(
+    documents: Iterable[TokenIds], vocab_size: int, width: int, *, seed: int, frequencies: Frequencies | None = None
+) -> Floats:
     """Fit one row per token, such that a text's feature is the normalized sum of its tokens' rows.
 
     Term frequency is the plain count; ``idf = ln((1 + N) / (1 + document frequency)) + 1``; documents are normalized,
     then reduced by a truncated SVD. Row ``v`` is ``idf_v`` times token ``v``'s entries of the right singular vectors.
+    The documents' counts are held in memory as a sparse matrix: of a large corpus give a sample.
 
     Args:
         documents: Token ids of each whole document, integer ``(length,)``. Empty ones count in nothing.
         vocab_size: V.
         width: D asked for; less comes back if the vocabulary, the documents or what they span have fewer dimensions.
         seed: Of the randomized SVD. Same seed, same bits, signs included.
+        frequencies: Of the corpus that the documents are a sample of; None to count these documents.
 
     Returns:
         Projection, float32 ``(V, D)``.
@@ -46,14 +77,11 @@ def fit_tfidf(documents: Sequence[TokenIds], vocab_size: int, width: int, *, see
     """
     if width < 1:
         raise ValueError(f"width must be at least 1, got {width}")
-    counts_NV = _counts([document for document in documents if len(document)], vocab_size)
-    num_documents = counts_NV.shape[0]
-    document_frequency_V = np.bincount(counts_NV.indices, minlength=vocab_size)
-    idf_V = np.log((1 + num_documents) / (1 + document_frequency_V)) + 1
-    weighted_NV = counts_NV.copy()
-    weighted_NV.data *= idf_V[counts_NV.indices]
-    length_N = np.sqrt(np.add.reduceat(weighted_NV.data**2, weighted_NV.indptr[:-1]))
-    weighted_NV.data /= np.repeat(length_N, np.diff(weighted_NV.indptr))
+    weighted_NV = _counts(documents, vocab_size)
+    if frequencies is None:
+        frequencies = Frequencies(weighted_NV.shape[0], np.bincount(weighted_NV.indices, minlength=vocab_size))
+    idf_V = frequencies.idf()
+    _weigh(weighted_NV, idf_V)
     with one_thread():
         _, singular_D, components_DV = randomized_svd(
             weighted_NV, min(width, *weighted_NV.shape), random_state=seed % 2**32
@@ -62,7 +90,7 @@ def fit_tfidf(documents: Sequence[TokenIds], vocab_size: int, width: int, *, see
     return np.ascontiguousarray((components_DV * idf_V).T, np.float32)
 
 
-def document_features(documents: Sequence[TokenIds], projection_VD: Floats) -> Floats:
+def document_features(documents: Iterable[TokenIds], projection_VD: Floats) -> Floats:
     """Features of whole documents, to fit centroids on; an unread text must use `prefix_features`.
 
     Args:
@@ -75,65 +103,101 @@ def document_features(documents: Sequence[TokenIds], projection_VD: Floats) -> F
     Raises:
         ValueError: If a token id is outside the vocabulary.
     """
-    sums_ND = np.zeros((len(documents), projection_VD.shape[1]))
-    for row, document in enumerate(documents):
-        ids_U, counts_U = np.unique(_checked(document, len(projection_VD)), return_counts=True)
-        sums_ND[row] = (projection_VD[ids_U].astype(np.float64) * counts_U[:, None]).sum(axis=0)
-    return unit_rows(sums_ND)
+    rows = list(feature_batches(batches(documents), projection_VD))
+    return np.concatenate(rows) if rows else np.zeros((0, projection_VD.shape[1]), np.float32)
 
 
-def prefix_features(token_ids_N: TokenIds, projection_VD: Floats, chunk: int) -> Floats:
-    """Feature of what precedes each chunk of a document: row ``c`` sums the tokens before ``c * chunk``, none after.
+def feature_batches(document_batches: Iterable[list[TokenIds]], projection_VD: Floats) -> Iterator[Floats]:
+    """Features of whole documents, a batch at a time; see `document_features`.
+
+    Each row sums its tokens in reading order, so its bits do not depend on what it is batched with.
 
     Args:
-        token_ids_N: One document's token ids in order, integer ``(N,)``.
+        document_batches: From `batches`.
+        projection_VD: From `fit_tfidf`.
+
+    Yields:
+        float32 ``(N, D)`` for each batch.
+    """
+    rows_VD = projection_VD.astype(np.float64)
+    for batch in document_batches:
+        yield unit_rows(token_matrix(batch, len(rows_VD)) @ rows_VD)
+
+
+def prefix_features(documents: Sequence[TokenIds], projection_VD: Floats, chunk: int) -> Floats:
+    """Feature of what precedes each chunk of its document: row ``c`` sums the tokens before ``c * chunk``, none after.
+
+    Args:
+        documents: Token ids of each in order, integer ``(length,)``; at least one.
         projection_VD: From `fit_tfidf`, float32 ``(V, D)``.
         chunk: Tokens per chunk, at least 1.
 
     Returns:
-        float32 ``(ceil(N / chunk), D)``, rows of unit length; row 0 is zeros, since nothing precedes it. A row's bits
-        do not change with any later token, nor with how many there are.
+        float32 ``(C, D)``, document after document, rows of unit length; zeros for a chunk 0, since nothing precedes
+        it. A row's bits do not change with any later token, nor with how many there are, nor with other documents.
 
     Raises:
         ValueError: If ``chunk < 1`` or a token id is outside the vocabulary.
     """
-    return unit_rows(prefix_sums(token_ids_N, projection_VD, chunk))
+    return unit_rows(prefix_sums(documents, projection_VD, chunk))
 
 
-def prefix_sums(token_ids_N: TokenIds, table_VD: NDArray[np.floating], chunk: int) -> NDArray[np.float64]:
-    """Sum of one row per token over what precedes each chunk; see `prefix_features`.
+def prefix_sums(documents: Sequence[TokenIds], table_VD: NDArray[np.floating], chunk: int) -> NDArray[np.float64]:
+    """Sum of one row per token over what precedes each chunk of its document; see `prefix_features`.
+
+    Args:
+        documents: Token ids of each, integer ``(length,)``; at least one.
+        table_VD: Row of each token, float ``(V, D)``.
+        chunk: Tokens per chunk, at least 1.
 
     Returns:
-        float64 ``(ceil(N / chunk), D)``: the sum of a long text must not swallow new terms.
+        float64 ``(C, D)``, document after document: the sum of a long text must not swallow new terms. A row's bits do
+        not depend on the other documents.
 
     Raises:
         ValueError: If ``chunk < 1`` or a token id is outside the vocabulary.
+    """
+    chunks_N = num_chunks(documents, chunk)
+    ids = checked(np.concatenate(documents), len(table_VD))
+    borders = np.cumsum([len(document) for document in documents]).tolist()
+    # What a document's last chunk holds precedes none, so that only whole chunks count.
+    wholes = np.maximum(chunks_N - 1, 0).tolist()
+    begins = zip([0, *borders], wholes, strict=False)
+    whole_chunks = np.concatenate([ids[begin : begin + whole * chunk] for begin, whole in begins]).reshape(-1, chunk)
+    chunk_sums_CD = np.zeros((len(whole_chunks), table_VD.shape[1]))
+    # Position by position, all chunks at once: each sum is made in reading order, whatever the shape.
+    for position in range(chunk if len(whole_chunks) else 0):
+        chunk_sums_CD += table_VD[whole_chunks[:, position]]
+    sums_CD = np.zeros((int(chunks_N.sum()), table_VD.shape[1]))
+    source = to = 0
+    for whole, chunks in zip(wholes, chunks_N.tolist(), strict=True):
+        if whole:
+            np.cumsum(chunk_sums_CD[source : source + whole], axis=0, out=sums_CD[to + 1 : to + chunks])
+        source, to = source + whole, to + chunks
+    return sums_CD
+
+
+def num_chunks(documents: Sequence[TokenIds], chunk: int) -> NDArray[np.int64]:
+    """Chunks of each document, the last of which may be short, int64 ``(N,)``.
+
+    Raises:
+        ValueError: If ``chunk < 1``.
     """
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1 token, got {chunk}")
-    token_ids_N = _checked(token_ids_N, len(table_VD))
-    num_chunks = -(-len(token_ids_N) // chunk)
-    sums_CD = np.zeros((num_chunks, table_VD.shape[1]))
-    if num_chunks > 1:
-        whole_chunks = token_ids_N[: (num_chunks - 1) * chunk].reshape(num_chunks - 1, chunk)
-        # Position by position, all chunks at once: each sum is made in reading order, whatever the shape.
-        for position in range(chunk):
-            sums_CD[1:] += table_VD[whole_chunks[:, position]]
-    return np.cumsum(sums_CD, axis=0)
+    return np.array([-(-len(document) // chunk) for document in documents], np.int64)
 
 
-def _counts(documents: Sequence[TokenIds], vocab_size: int) -> csr_array:
+def _counts(documents: Iterable[TokenIds], vocab_size: int) -> csr_array:
     """Token counts, float64 sparse ``(N, V)`` with sorted, distinct columns."""
-    if not documents:
+    counted = [count_matrix(batch, vocab_size) for batch in batches(d for d in documents if len(d))]
+    if not counted:
         raise DataError("no document holds a token, so there is nothing to fit document features on.")
-    ids = _checked(np.concatenate(documents), vocab_size)
-    borders = np.concatenate([[0], np.cumsum([len(document) for document in documents])])
-    counts_NV = csr_array((np.ones(len(ids)), ids, borders), shape=(len(documents), vocab_size))
-    counts_NV.sum_duplicates()
-    return counts_NV
+    return csr_array(vstack(counted, format="csr"))
 
 
-def _checked(token_ids: TokenIds, vocab_size: int) -> TokenIds:
-    if len(token_ids) and (token_ids.min() < 0 or token_ids.max() >= vocab_size):
-        raise ValueError(f"token ids must be in [0, {vocab_size}), got {token_ids.min()} to {token_ids.max()}")
-    return token_ids.astype(np.int64)
+def _weigh(counts_NV: csr_array, idf_V: NDArray[np.float64]) -> None:
+    """Turn counts into tf-idf rows of unit length, in place."""
+    counts_NV.data *= idf_V[counts_NV.indices]
+    length_N = np.sqrt(np.add.reduceat(counts_NV.data**2, counts_NV.indptr[:-1]))
+    counts_NV.data /= np.repeat(length_N, np.diff(counts_NV.indptr))

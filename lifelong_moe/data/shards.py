@@ -6,6 +6,7 @@ arrays and a manifest of their sizes and hashes. A directory appears by rename, 
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import json
 import os
@@ -13,7 +14,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
@@ -60,6 +61,29 @@ class TokenShard:
         if not 0 <= index < self.num_documents:
             raise IndexError(f"document {index} of {self.num_documents}")
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
+
+
+class ShardDocuments(Sequence[np.ndarray]):
+    """The documents of several shards, shard after shard; each is mapped only when it is asked for."""
+
+    def __init__(self, shards: Sequence[TokenShard]) -> None:
+        self.shards = shards
+        self.ends = list(itertools.accumulate(shard.num_documents for shard in shards))
+
+    def __len__(self) -> int:
+        return self.ends[-1] if self.ends else 0
+
+    @overload
+    def __getitem__(self, index: int) -> np.ndarray: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[np.ndarray]: ...
+    def __getitem__(self, index: int | slice) -> np.ndarray | list[np.ndarray]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(f"document {index} of {len(self)}")
+        which = bisect.bisect_right(self.ends, index)
+        return self.shards[which].document(index - (self.ends[which - 1] if which else 0))
 
 
 @dataclass(frozen=True, eq=False)

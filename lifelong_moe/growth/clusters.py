@@ -15,6 +15,7 @@ from torch import Tensor
 from lifelong_moe.clustering.balanced import balanced_kmeans
 from lifelong_moe.clustering.balanced_table import balanced_table
 from lifelong_moe.clustering.bundles import fit_unigrams
+from lifelong_moe.clustering.corpus import evenly_spread
 from lifelong_moe.clustering.documents import document_features, fit_tfidf
 from lifelong_moe.clustering.kmeans import assign, spherical_kmeans, unit_rows
 from lifelong_moe.clustering.tokens import token_embedding
@@ -100,7 +101,7 @@ def fit_document_clusters(model: LanguageModel, documents: Sequence[NDArray[np.i
     assert clusters is not None
     if routing.centroids == Centroids.random:
         return
-    documents, groups = documents[:: -(-len(documents) // FIT_DOCUMENTS)], len(clusters.all_centroids()[-1])
+    documents, groups = evenly_spread(documents, FIT_DOCUMENTS), len(clusters.all_centroids()[-1])
     if isinstance(clusters, BundleClusters):
         texts = [document[1:] for document in documents]
         vocab_size = model.architecture.vocab_size

@@ -5,16 +5,22 @@ Legend: N tokens of one document, V vocabulary, F feature width, G groups.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from lifelong_moe.clustering.batches import batches
 from lifelong_moe.clustering.bundles import hashed_groups, prefix_bundles
-from lifelong_moe.clustering.documents import prefix_features
+from lifelong_moe.clustering.documents import num_chunks, prefix_features
 from lifelong_moe.clustering.kmeans import assign
 from lifelong_moe.model.architecture import Architecture
 from lifelong_moe.routing.config import Centroids
+
+BATCH_TOKENS = 2**16
+"""Tokens whose prefixes are held at a time: at one token a chunk, as many rows of float64 ``(F,)``."""
 
 
 class DocumentClusters(nn.Module):
@@ -50,22 +56,36 @@ class DocumentClusters(nn.Module):
 
     def group_ids(self, token_ids_N: NDArray[np.integer]) -> NDArray[np.int64]:
         """Group of each token of one document, BOS first, int64 ``(N,)``."""
-        chunk, fitted = self.routing.chunk_tokens, self.centroids()
-        if self.routing.centroids == Centroids.random:
-            groups_C = hashed_groups(token_ids_N, self.num_groups(), chunk)
-        elif fitted:
-            groups_C = self.nearest(token_ids_N, [c.cpu().numpy() for c in fitted])
-        else:
-            return np.zeros(len(token_ids_N), dtype=np.int64)
-        return np.repeat(groups_C, chunk)[: len(token_ids_N)]
+        return next(self.group_id_batches([token_ids_N]))
+
+    def group_id_batches(self, documents: Iterable[NDArray[np.integer]]) -> Iterator[NDArray[np.int64]]:
+        """Group of each token of many documents, BOS first each, read and yielded a batch at a time.
+
+        Yields:
+            int64, document after document; a document's groups do not depend on what it is batched with.
+        """
+        chunk, fitted = self.routing.chunk_tokens, [c.cpu().numpy() for c in self.centroids()]
+        for batch in batches(documents, enough_tokens=BATCH_TOKENS):
+            chunks_N = num_chunks(batch, chunk)
+            if self.routing.centroids == Centroids.random:
+                groups_C = np.concatenate([hashed_groups(one, self.num_groups(), chunk) for one in batch])
+            elif fitted:
+                groups_C = self.nearest(batch, fitted)
+            else:
+                groups_C = np.zeros(int(chunks_N.sum()), np.int64)
+            lengths_C = np.full(len(groups_C), chunk)
+            lengths_N, ends_N = np.array([len(one) for one in batch]), np.cumsum(chunks_N)
+            last_N = lengths_N > 0  # an empty document has no last chunk
+            lengths_C[ends_N[last_N] - 1] = (lengths_N - (chunks_N - 1) * chunk)[last_N]
+            yield np.repeat(groups_C, lengths_C)
 
     def num_groups(self) -> int:
         """Groups over all generations, fitted or not."""
         raise TypeError(f"{type(self).__name__} must implement num_groups()")
 
-    def nearest(self, token_ids_N: NDArray[np.integer], centroids: list[NDArray[np.float32]]) -> NDArray[np.int64]:
-        """Group of each chunk, int64 ``(C,)``, by the fitted centroids of each generation."""
-        raise TypeError(f"{type(self).__name__} must implement nearest(token_ids_N, centroids)")
+    def nearest(self, documents: list[NDArray[np.integer]], centroids: list[NDArray[np.float32]]) -> NDArray[np.int64]:
+        """Group of each chunk, document after document, int64 ``(C,)``, by each generation's fitted centroids."""
+        raise TypeError(f"{type(self).__name__} must implement nearest(documents, centroids)")
 
 
 class TfidfClusters(DocumentClusters):
@@ -86,12 +106,10 @@ class TfidfClusters(DocumentClusters):
         """One a centroid."""
         return sum(len(c) for c in self.all_centroids())
 
-    def nearest(self, token_ids_N: NDArray[np.integer], centroids: list[NDArray[np.float32]]) -> NDArray[np.int64]:
-        """The centroid nearest in angle."""
-        features_CF = prefix_features(token_ids_N, self.projection.cpu().numpy(), self.routing.chunk_tokens)
-        groups_C = assign(features_CF, np.concatenate(centroids))
-        groups_C[:1] = 0
-        return groups_C
+    def nearest(self, documents: list[NDArray[np.integer]], centroids: list[NDArray[np.float32]]) -> NDArray[np.int64]:
+        """The centroid nearest in angle; the first where nothing precedes, since a row of zeros goes there."""
+        features_CF = prefix_features(documents, self.projection.cpu().numpy(), self.routing.chunk_tokens)
+        return assign(features_CF, np.concatenate(centroids))
 
 
 class BundleClusters(DocumentClusters):
@@ -108,9 +126,9 @@ class BundleClusters(DocumentClusters):
         """One a generation."""
         return self.generations
 
-    def nearest(self, token_ids_N: NDArray[np.integer], centroids: list[NDArray[np.float32]]) -> NDArray[np.int64]:
+    def nearest(self, documents: list[NDArray[np.integer]], centroids: list[NDArray[np.float32]]) -> NDArray[np.int64]:
         """The bundle that explains the text so far."""
-        return prefix_bundles(token_ids_N, centroids, self.routing.chunk_tokens, self.routing.margin)
+        return prefix_bundles(documents, centroids, self.routing.chunk_tokens, self.routing.margin)
 
 
 def build_document_clusters(architecture: Architecture) -> DocumentClusters | None:

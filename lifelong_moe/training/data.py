@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lifelong_moe.data.blocks import BlockDataset, BlockSource, RowSource
 from lifelong_moe.data.order import SampleOrder, StepBatchSampler
-from lifelong_moe.data.shards import TokenizedCorpus, TokenShard
+from lifelong_moe.data.shards import ShardDocuments, TokenizedCorpus, TokenShard
 from lifelong_moe.model.groups import label_group
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.retention.teacher import distilled_rows
@@ -104,12 +104,18 @@ class _Phase:
         return self.length
 
 
-def group_ids(model: LanguageModel, shard: TokenShard, distribution: str) -> NDArray[np.int64] | None:
-    """Group of every token of a shard, from the text before it in its document; None if routing has no groups."""
-    if model.document_clusters is not None:
-        return np.concatenate(
-            [model.document_clusters.group_ids(shard.document(i)) for i in range(shard.num_documents)]
-        )
+def group_ids(model: LanguageModel, shard: TokenShard, distribution: str) -> NDArray[np.integer] | None:
+    """Group of every token of a shard, from the text before it in its document; None if routing has no groups.
+
+    Document clusters give the smallest unsigned integers that hold them: a byte a token up to 255 groups.
+    """
+    clusters = model.document_clusters
+    if clusters is not None:
+        ids, filled = np.empty(shard.num_tokens, np.min_scalar_type(clusters.num_groups())), 0
+        for batch in clusters.group_id_batches(ShardDocuments([shard])):
+            ids[filled : filled + len(batch)] = batch
+            filled += len(batch)
+        return ids
     if model.architecture.routing.by_label:
         return np.full(shard.num_tokens, label_group(model.architecture, distribution), dtype=np.int64)
     return None

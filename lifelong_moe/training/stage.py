@@ -17,7 +17,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lifelong_moe.data.shards import TokenizedCorpus
+from lifelong_moe.data.shards import ShardDocuments, TokenizedCorpus
 from lifelong_moe.data.tokenizer import Tokenizer
 from lifelong_moe.errors import DivergedError, TryAgainError
 from lifelong_moe.growth.clusters import fit_clusters
@@ -244,7 +244,7 @@ def _fit_clusters(model: LanguageModel, spec: StageSpec, seed: int, corpora: lis
     share = spec.routing.sample_tokens // len(corpora)
     samples = [text_sample(model, spec, corpus, share) for corpus in corpora]
     sample = {name: torch.cat([one[name] for one in samples]) for name in samples[0]}
-    documents = [corpus.train.document(i) for corpus in corpora for i in range(corpus.train.num_documents)]
+    documents = ShardDocuments([corpus.train for corpus in corpora])
     heads, rests = [c.train.tokens[:share] for c in corpora], [c.train.tokens[share:] for c in corpora]
     fit_clusters(model, documents, np.concatenate([*heads, *rests]), sample, seed)
 

@@ -20,8 +20,8 @@ def test_no_later_token_changes_an_earlier_prefix(
     """Replace everything from ``cut`` on, with a text of another length."""
     cut = min(cut, len(tokens))
     projection = np.random.default_rng(width).normal(size=(VOCAB, width)).astype(np.float32)
-    before = prefix_features(tokens, projection, chunk)
-    after = prefix_features(np.concatenate([tokens[:cut], other]), projection, chunk)
+    before = prefix_features([tokens], projection, chunk)
+    after = prefix_features([np.concatenate([tokens[:cut], other])], projection, chunk)
     rows = min(cut // chunk + 1, len(before), len(after))  # row c reads the tokens before c * chunk
     assert before[:rows].tobytes() == after[:rows].tobytes()
 
@@ -78,7 +78,7 @@ def test_no_later_token_changes_an_earlier_bundle(
     cut = min(cut, len(tokens))
     changed = np.concatenate([tokens[:cut], other])
     for bundles in (
-        lambda ids: prefix_bundles(ids, unigrams(stages), chunk, 1.0),
+        lambda ids: prefix_bundles([ids], unigrams(stages), chunk, 1.0),
         lambda ids: hashed_groups(ids, stages, chunk),
     ):
         before, after = bundles(tokens), bundles(changed)
@@ -89,8 +89,8 @@ def test_no_later_token_changes_an_earlier_bundle(
 
 @given(tokens=TOKENS, chunk=st.integers(1, 16), margin=st.sampled_from([0.0, 1.0, 4.0]))
 def test_a_further_stage_only_takes_over(tokens: np.ndarray, chunk: int, margin: float) -> None:
-    before = prefix_bundles(tokens, unigrams(4)[:3], chunk, margin)
-    after = prefix_bundles(tokens, unigrams(4), chunk, margin)
+    before = prefix_bundles([tokens], unigrams(4)[:3], chunk, margin)
+    after = prefix_bundles([tokens], unigrams(4), chunk, margin)
     assert set(after[after != before]) <= {3}
     hashed = hashed_groups(tokens, 3, chunk), hashed_groups(tokens, 4, chunk)
     assert set(hashed[1][hashed[1] != hashed[0]]) <= {3}

@@ -49,25 +49,25 @@ def test_bundles_by_hand() -> None:
     stages = [log([0.25, 0.5, 0.25]), log([0.5, 0.25, 0.25])]
     tokens = np.array([2, 0, 0, 1, 1, 1, 0])
     # Evidence before each token: 0, 0, 1, 2, 1, 0, -1 times ln 2.
-    assert prefix_bundles(tokens, stages, 1, 0.0).tolist() == [0, 0, 1, 1, 1, 0, 0]
-    assert prefix_bundles(tokens, stages, 1, 1.0).tolist() == [0, 0, 0, 1, 0, 0, 0]
-    assert prefix_bundles(tokens, stages, 2, 0.0).tolist() == [0, 1, 1, 0]  # before tokens 0, 2, 4 and 6
-    assert prefix_bundles(tokens[:1], stages, 2, 0.0).tolist() == [0]
+    assert prefix_bundles([tokens], stages, 1, 0.0).tolist() == [0, 0, 1, 1, 1, 0, 0]
+    assert prefix_bundles([tokens], stages, 1, 1.0).tolist() == [0, 0, 0, 1, 0, 0, 0]
+    assert prefix_bundles([tokens], stages, 2, 0.0).tolist() == [0, 1, 1, 0]  # before tokens 0, 2, 4 and 6
+    assert prefix_bundles([tokens[:1]], stages, 2, 0.0).tolist() == [0]
 
 
 def test_a_stage_is_as_near_as_its_nearest_centroid() -> None:
     stages = [log([0.5, 0.25, 0.25]), log([0.1, 0.1, 0.8], [0.1, 0.8, 0.1])]
     for token, bundle in ((0, 0), (1, 1), (2, 1)):
-        assert prefix_bundles(np.array([token, 0]), stages, 1, 0.0).tolist() == [0, bundle]
+        assert prefix_bundles([np.array([token, 0])], stages, 1, 0.0).tolist() == [0, bundle]
 
 
 def test_a_newer_stage_must_beat_whoever_holds_the_text() -> None:
     # Stage 1 is not enough better than stage 0 to take it over; stage 2 is, though less than stage 1 by the margin.
     stages = [log([0.2, 0.8]), log([0.4, 0.6]), log([0.7, 0.3])]
     tokens = np.array([0, 0])
-    assert prefix_bundles(tokens, stages[:2], 1, 1.0).tolist() == [0, 0]
-    assert prefix_bundles(tokens, stages, 1, 1.0).tolist() == [0, 2]  # ln 3.5 > 1
-    assert prefix_bundles(tokens, stages, 1, 0.6).tolist() == [0, 1]  # ln 2 > 0.6, but then ln 1.75 is not
+    assert prefix_bundles([tokens], stages[:2], 1, 1.0).tolist() == [0, 0]
+    assert prefix_bundles([tokens], stages, 1, 1.0).tolist() == [0, 2]  # ln 3.5 > 1
+    assert prefix_bundles([tokens], stages, 1, 0.6).tolist() == [0, 1]  # ln 2 > 0.6, but then ln 1.75 is not
 
 
 def test_any_number_of_threads_gives_the_same_bits() -> None:
@@ -78,7 +78,7 @@ def test_any_number_of_threads_gives_the_same_bits() -> None:
         with threadpool_limits(limits=threads):
             centroids = fit_unigrams(documents, VOCAB, 4, width=8, seed=3)
             stages = [centroids[:2], centroids[2:]]
-            made.append((centroids.tobytes(), [prefix_bundles(d, stages, 8, 0.5).tolist() for d in documents]))
+            made.append((centroids.tobytes(), [prefix_bundles([d], stages, 8, 0.5).tolist() for d in documents]))
     assert made[0] == made[1]
 
 
@@ -101,4 +101,4 @@ def test_mistakes_are_named() -> None:
     with pytest.raises(DataError, match="no document holds a token"):
         fit_unigrams([np.array([], np.int64)], 4, 1, width=2, seed=0)
     with pytest.raises(ValueError, match=r"\[0, 4\), got 0 to 4"):
-        prefix_bundles(np.array([4, 0]), [np.zeros((1, 4), np.float32)], 1, 0.0)
+        prefix_bundles([np.array([4, 0])], [np.zeros((1, 4), np.float32)], 1, 0.0)

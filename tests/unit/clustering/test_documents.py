@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from sklearn.feature_extraction.text import TfidfTransformer
 
-from lifelong_moe.clustering.documents import document_features, fit_tfidf, prefix_features
+from lifelong_moe.clustering.documents import document_features, fit_tfidf, prefix_features, prefix_sums
 from lifelong_moe.errors import DataError
 
 
@@ -37,7 +37,7 @@ def test_documents_of_one_theme_lie_together() -> None:
 def test_the_last_prefix_is_the_document_without_its_last_chunk() -> None:
     documents = themed_documents()
     projection = fit_tfidf(documents, 30, 4, seed=0)
-    prefixes = prefix_features(documents[3], projection, 8)  # 50 tokens: chunks of 8, 8, 8, 8, 8, 8, 2
+    prefixes = prefix_features([documents[3]], projection, 8)  # 50 tokens: chunks of 8, 8, 8, 8, 8, 8, 2
     assert prefixes.shape == (7, 4) and prefixes.dtype == np.float32
     assert not prefixes[0].any()
     np.testing.assert_allclose(prefixes[6], document_features([documents[3][:48]], projection)[0], atol=1e-6)
@@ -46,10 +46,26 @@ def test_the_last_prefix_is_the_document_without_its_last_chunk() -> None:
 
 def test_prefixes_by_hand() -> None:
     projection = np.array([[1.0, 0.0], [0.0, 1.0]], np.float32)
-    rows = prefix_features(np.array([0, 0, 0, 0, 1, 1, 1, 0]), projection, 2)
+    rows = prefix_features([np.array([0, 0, 0, 0, 1, 1, 1, 0])], projection, 2)
     np.testing.assert_allclose(rows, [[0, 0], [1, 0], [1, 0], [4 / 20**0.5, 2 / 20**0.5]], atol=1e-6)
-    assert prefix_features(np.array([0, 1]), projection, 2).shape == (1, 2)
-    assert prefix_features(np.array([], int), projection, 2).shape == (0, 2)
+    assert prefix_features([np.array([0, 1])], projection, 2).shape == (1, 2)
+    assert prefix_features([np.array([], int)], projection, 2).shape == (0, 2)
+
+
+def test_prefix_sums_are_those_of_each_document_alone() -> None:
+    table, rng = np.random.default_rng(0).normal(size=(30, 3)).astype(np.float32), np.random.default_rng(1)
+    documents = [rng.integers(30, size=length) for length in (0, 1, 4, 5, 8, 0, 17)]
+    expected = np.concatenate(
+        [
+            [table[document[:end]].sum(axis=0) for end in range(0, len(document), 4)]
+            for document in documents
+            if len(document)
+        ]
+    )
+    together = prefix_sums(documents, table, 4)
+    np.testing.assert_allclose(together, expected, atol=1e-5)
+    alone = [prefix_sums([document], table, 4) for document in documents]
+    assert np.concatenate(alone).tobytes() == together.tobytes()
 
 
 def test_width_shrinks_to_what_the_documents_span() -> None:
@@ -82,6 +98,6 @@ def test_mistakes_are_named() -> None:
     with pytest.raises(ValueError, match="width"):
         fit_tfidf([np.array([0])], 5, 0, seed=0)
     with pytest.raises(ValueError, match="got -1 to 0"):
-        prefix_features(np.array([0, -1]), projection, 4)
+        prefix_features([np.array([0, -1])], projection, 4)
     with pytest.raises(ValueError, match="chunk"):
-        prefix_features(np.array([0]), projection, 0)
+        prefix_features([np.array([0])], projection, 0)

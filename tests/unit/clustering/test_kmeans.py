@@ -157,7 +157,7 @@ features = documents.document_features(texts, projection)
 centroids, labels = balanced.balanced_kmeans(features, 4, seed=0)
 grown = kmeans.spherical_kmeans(features, 3, seed=0, fixed_KD=centroids)
 embedding = tokens.token_embedding(ids, 500, 16, seed=0)
-prefixes = documents.prefix_features(ids, projection, 64)
+prefixes = documents.prefix_features([ids], projection, 64)
 assigned = kmeans.assign(prefixes, np.concatenate([centroids, grown]))
 for array in (projection, centroids, labels, grown, embedding, prefixes, assigned):
     print(hashlib.sha256(array.tobytes()).hexdigest())

@@ -9,7 +9,7 @@ import pytest
 from lifelong_moe.data import shards
 from lifelong_moe.data.config import SourceConfig
 from lifelong_moe.data.documents import Corpus, Document, build_corpus
-from lifelong_moe.data.shards import TokenizedCorpus, tokenize_corpus
+from lifelong_moe.data.shards import ShardDocuments, TokenizedCorpus, TokenShard, tokenize_corpus
 from lifelong_moe.data.tokenizer import Tokenizer, train_tokenizer
 
 
@@ -136,3 +136,20 @@ def test_lost_race_takes_the_winners_files(
     monkeypatch.setattr(shards, "_build", build_twice)
     tokenize_corpus(corpus, tokenizer, tmp_path)
     assert len(list((tmp_path / "tokens").iterdir())) == 2
+
+
+def test_documents_of_several_shards_stand_in_one_row() -> None:
+    def shard(*lengths: int) -> TokenShard:
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        return TokenShard(np.arange(sum(lengths)) + 100 * len(lengths), offsets, np.zeros(len(lengths)))
+
+    parts = [shard(2, 0, 1), shard(), shard(3)]
+    documents = ShardDocuments(parts)
+    expected = [[300, 301], [], [302], [100, 101, 102]]
+    assert len(documents) == 4 and [document.tolist() for document in documents] == expected
+    assert [document.tolist() for document in documents[::2]] == expected[::2]
+    assert np.shares_memory(documents[3], parts[2].tokens)
+    for index in (-1, 4):
+        with pytest.raises(IndexError, match=f"document {index} of 4"):
+            documents[index]
+    assert len(ShardDocuments([])) == 0

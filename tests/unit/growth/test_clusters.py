@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -152,3 +153,30 @@ def test_random_clusters_of_documents(
     moved = [(a != b).any() for a, b in zip(before, after, strict=True)]
     assert 0 < sum(moved) < 40
     assert all(ids[-1] == groups[1] - 1 for ids, new in zip(after, moved, strict=True) if new)
+
+
+@pytest.mark.parametrize("kind", ["document", "bundles", "unfitted", "random"])
+def test_groups_of_many_documents_are_those_of_each(
+    make_architecture: MakeArchitecture, make_batch: Batch, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    model = unfitted(make_architecture("bundles" if kind == "bundles" else "document"))
+    if kind in ("document", "bundles"):
+        fit(model, corpus(1, 31), make_batch())
+    if kind == "bundles":  # one bundle alone leaves nothing to decide
+        grow(model, Generation("new", 2), GrowConfig(experts=2), make_batch(), seed=0)
+        fit(model, corpus(31, 61), make_batch(), seed=1)
+    clusters = model.document_clusters
+    assert clusters is not None
+    if kind == "random":
+        clusters.routing = replace(clusters.routing, centroids=Centroids.random)
+    lengths = [31, 0, 1, 4, 5, 8, 31, 30, 2]
+    documents = [one[:length] for one, length in zip([*corpus(1, 31), *corpus(31, 61)][::9], lengths, strict=True)]
+    alone = [clusters.group_ids(document) for document in documents]
+    assert [len(ids) for ids in alone] == lengths
+    assert (
+        len(set(np.concatenate(alone).tolist())) == 1 if kind == "unfitted" else max(map(max, filter(len, alone))) > 0
+    )
+    monkeypatch.setattr("lifelong_moe.model.groups.BATCH_TOKENS", 40)
+    parts = list(clusters.group_id_batches(iter(documents)))
+    assert len(parts) > 1 and max(len(part) for part in parts) < 40 + 31
+    np.testing.assert_array_equal(np.concatenate(parts), np.concatenate(alone))
