@@ -1,8 +1,8 @@
 """All experts of a layer on rows sorted by expert, two fast ways; calling each expert in turn is the readable one.
 
-``slices`` (CPU) multiplies each expert's slice by that expert's own matrices, into one tensor, and keeps nothing but
-inputs and pre-activations for the backward pass. ``grouped`` (CUDA) multiplies all slices in one kernel, whose borders
-stay on the device.
+``slices`` (CPU) multiplies each expert's slice by that expert's own matrices, into one tensor, and keeps inputs,
+pre-activations and the activation's values for the backward pass, where autograd would keep hidden units as well.
+``grouped`` (CUDA) multiplies all slices in one kernel, whose borders stay on the device.
 
 Legend: N rows handed to experts, E experts, A of them active, D model width, F expert width, G = 2·F where the
 activation is gated, F where not.
@@ -30,24 +30,27 @@ class Nonlinearity:
     """From the gradient of the value, and the argument, to the argument's gradient."""
     gated: bool
 
-    def hidden(self, pre_NG: Tensor) -> Tensor:
-        """Hidden units ``(N, F)`` of pre-activations."""
+    def hidden(self, pre_NG: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden units of pre-activations, and the activation's value, each ``(N, F)``; without a gate, the same."""
         if not self.gated:
-            return self.value(pre_NG)
-        gate_NF, up_NF = pre_NG.chunk(2, dim=-1)
-        return self.value(gate_NF).mul_(up_NF)
-
-    def hidden_backward(self, grad_NF: Tensor, pre_NG: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradient of the pre-activations ``(N, G)``, and the hidden units again, which nothing has kept."""
-        if not self.gated:
-            return self.backward(grad_NF, pre_NG), self.value(pre_NG)
+            return (value_NF := self.value(pre_NG)), value_NF
         gate_NF, up_NF = pre_NG.chunk(2, dim=-1)
         value_NF = self.value(gate_NF)
+        return value_NF * up_NF, value_NF
+
+    def hidden_backward(self, grad_NF: Tensor, pre_NG: Tensor, value_NF: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradient of the pre-activations ``(N, G)``, and the hidden units again, which nothing has kept.
+
+        ``grad_NF`` is used up.
+        """
+        if not self.gated:
+            return self.backward(grad_NF, pre_NG), value_NF
+        gate_NF, up_NF = pre_NG.chunk(2, dim=-1)
         grad_NG = torch.empty_like(pre_NG)
         grad_gate_NF, grad_up_NF = grad_NG.chunk(2, dim=-1)
         torch.mul(grad_NF, value_NF, out=grad_up_NF)
         grad_gate_NF.copy_(self.backward(grad_NF.mul_(up_NF), gate_NF))
-        return grad_NG, value_NF.mul_(up_NF)
+        return grad_NG, value_NF * up_NF
 
 
 def _gelu_tanh_backward(grad: Tensor, x: Tensor) -> Tensor:
@@ -70,16 +73,20 @@ class _Slices(torch.autograd.Function):
         width_in, width_out = matrices[0].shape[0], matrices[1].shape[0]
         pre_NG = rows_ND.new_empty(len(rows_ND), width_in)
         out_ND = rows_ND.new_empty(len(rows_ND), width_out)
+        values = []
         for i, part in _parts(counts):
             torch.mm(rows_ND[part], matrices[2 * i].t(), out=pre_NG[part])
-            torch.mm(act.hidden(pre_NG[part]), matrices[2 * i + 1].t(), out=out_ND[part])
-        ctx.save_for_backward(rows_ND, pre_NG, *matrices)
+            hidden_NF, value_NF = act.hidden(pre_NG[part])
+            torch.mm(hidden_NF, matrices[2 * i + 1].t(), out=out_ND[part])
+            values.append(value_NF)
+        ctx.save_for_backward(rows_ND, pre_NG, *matrices, *values)
         ctx.counts, ctx.act, ctx.dtypes = counts, act, [weight.dtype for weight in weights]
         return out_ND
 
     @staticmethod
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Any, ...]:
-        rows_ND, pre_NG, *matrices = ctx.saved_tensors
+        rows_ND, pre_NG, *rest = ctx.saved_tensors
+        matrices, values = rest[: 2 * len(ctx.counts)], rest[2 * len(ctx.counts) :]
         needs = ctx.needs_input_grad
         grad_ND = grad_ND.contiguous()
         grad_rows_ND = torch.empty_like(rows_ND) if needs[0] else None
@@ -87,9 +94,9 @@ class _Slices(torch.autograd.Function):
             torch.zeros_like(m, dtype=dtype) if need and not ctx.counts[i // 2] else None
             for i, (m, need, dtype) in enumerate(zip(matrices, needs[3:], ctx.dtypes, strict=True))
         ]
-        for i, part in _parts(ctx.counts):
+        for (i, part), value_NF in zip(_parts(ctx.counts), values, strict=True):
             first, second = 2 * i, 2 * i + 1
-            grad_NG, hidden_NF = ctx.act.hidden_backward(grad_ND[part] @ matrices[second], pre_NG[part])
+            grad_NG, hidden_NF = ctx.act.hidden_backward(grad_ND[part] @ matrices[second], pre_NG[part], value_NF)
             if needs[3 + second]:
                 grads[second] = (grad_ND[part].t() @ hidden_NF).to(ctx.dtypes[second])
             if needs[3 + first]:
@@ -139,16 +146,18 @@ class _Grouped(torch.autograd.Function):
         ctx: Any, rows_ND: Tensor, ends_E: Tensor, in_EGD: Tensor, out_EDF: Tensor, act: Nonlinearity, *active: Tensor
     ) -> Tensor:
         pre_NG = F.grouped_mm(rows_ND, in_EGD.transpose(1, 2), offs=ends_E)
-        out_ND = F.grouped_mm(act.hidden(pre_NG), out_EDF.transpose(1, 2), offs=ends_E)
-        ctx.save_for_backward(rows_ND, pre_NG, ends_E, in_EGD, out_EDF)
+        hidden_NF, value_NF = act.hidden(pre_NG)
+        out_ND = F.grouped_mm(hidden_NF, out_EDF.transpose(1, 2), offs=ends_E)
+        ctx.save_for_backward(rows_ND, pre_NG, value_NF, ends_E, in_EGD, out_EDF)
         ctx.act, ctx.dtypes = act, [weight.dtype for weight in active]
         return out_ND
 
     @staticmethod
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Any, ...]:
-        rows_ND, pre_NG, ends_E, in_EGD, out_EDF = ctx.saved_tensors
+        rows_ND, pre_NG, value_NF, ends_E, in_EGD, out_EDF = ctx.saved_tensors
         grad_ND = grad_ND.contiguous()
-        grad_NG, hidden_NF = ctx.act.hidden_backward(F.grouped_mm(grad_ND, out_EDF, offs=ends_E), pre_NG)
+        grad_NF = F.grouped_mm(grad_ND, out_EDF, offs=ends_E)
+        grad_NG, hidden_NF = ctx.act.hidden_backward(grad_NF, pre_NG, value_NF)
         grad_rows = F.grouped_mm(grad_NG, in_EGD, offs=ends_E) if ctx.needs_input_grad[0] else None
         grads: list[Tensor] = []
         if ctx.dtypes:
