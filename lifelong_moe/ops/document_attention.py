@@ -18,12 +18,16 @@ from torch import Tensor
 
 from lifelong_moe.ops.dispatch import inverse_permutation, permute
 
-CALL_PRODUCTS = 320_000
-"""What one more attention call costs on a CPU, in products of a query's entry with a key's: about 65 microseconds."""
+SOFTMAX_PRODUCTS = 16
+"""What a pair of a query and a key costs on a CPU beside its products of entries, in such products of about 0.16 ns."""
+CALL_PRODUCTS = 400_000
+"""What one more attention call costs, in products."""
 REORDERING_CALLS = 3
 """What it costs to reorder at all, in calls."""
-TOKEN_PRODUCTS = 3_500
-"""What a token's head costs among short documents, in products; among long ones the products themselves prevail."""
+TOKEN_PRODUCTS = 1_500
+"""What a token's head costs beside its pairs, in products."""
+REORDERED_TOKEN_PRODUCTS = 3_750
+"""The same where it has to be moved and brought back."""
 
 
 class Kernel(StrEnum):
@@ -31,7 +35,7 @@ class Kernel(StrEnum):
 
     causal = "causal"
     """Each row is one document."""
-    split = "split"
+    by_length = "by_length"
     """Documents of one length in one causal call."""
     packed = "packed"
     """All documents in one call that is told where each begins; FlashAttention on CUDA."""
@@ -124,8 +128,8 @@ def document_attention(
         ``(B, H, S, W)``.
     """
     kernel = kernel or choose_kernel(query_BHSW, documents)
-    if kernel == Kernel.split:
-        return _split(query_BHSW, key_BJSW, value_BJSW, documents)
+    if kernel == Kernel.by_length:
+        return _by_length(query_BHSW, key_BJSW, value_BJSW, documents)
     if kernel == Kernel.packed:
         return _packed(query_BHSW, key_BJSW, value_BJSW, documents)
     mask = documents.mask if kernel == Kernel.mask else None
@@ -143,14 +147,15 @@ def choose_kernel(query_BHSW: Tensor, documents: Documents) -> Kernel:
         return Kernel.packed if packed_runs(query_BHSW.device, _autocast_dtype(query_BHSW), width) else Kernel.mask
     if query_BHSW.device.type != "cpu":
         return Kernel.mask
-    return Kernel.split if split_pays(heads, width, batch * length**2, documents) else Kernel.mask
+    return Kernel.by_length if length_calls_pay(heads, width, batch * length**2, documents) else Kernel.mask
 
 
-def split_pays(heads: int, width: int, masked_pairs: int, documents: Documents) -> bool:
+def length_calls_pay(heads: int, width: int, masked_pairs: int, documents: Documents) -> bool:
     """Whether products that are not computed outweigh the calls that are made, on a CPU; by measurement."""
-    calls = len(documents.groups)
-    calls += REORDERING_CALLS if calls > 1 else 0
-    saved = (masked_pairs - documents.pairs) * width - sum(documents.lengths) * TOKEN_PRODUCTS
+    calls, token = len(documents.groups), TOKEN_PRODUCTS
+    if calls > 1:
+        calls, token = calls + REORDERING_CALLS, REORDERED_TOKEN_PRODUCTS
+    saved = (masked_pairs - documents.pairs) * (width + SOFTMAX_PRODUCTS) - sum(documents.lengths) * token
     return saved * heads > calls * CALL_PRODUCTS
 
 
@@ -167,7 +172,7 @@ def _autocast_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-def _split(query_BHSW: Tensor, key_BJSW: Tensor, value_BJSW: Tensor, documents: Documents) -> Tensor:
+def _by_length(query_BHSW: Tensor, key_BJSW: Tensor, value_BJSW: Tensor, documents: Documents) -> Tensor:
     """Sort tokens by the length of their document; then those of one length are a batch, without a copy."""
     batch, _, length, width = query_BHSW.shape
     packed = [_tokens(x) for x in (query_BHSW, key_BJSW, value_BJSW)]
@@ -177,8 +182,8 @@ def _split(query_BHSW: Tensor, key_BJSW: Tensor, value_BJSW: Tensor, documents: 
     sizes = [size * count for size, count in documents.groups]
     mixed = []
     for (size, count), parts in zip(documents.groups, zip(*(x.split(sizes) for x in packed), strict=True), strict=True):
-        heads = (part.view(count, size, -1, width).transpose(1, 2) for part in parts)
-        out_NHSW = F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)
+        query, key, value = (part.view(count, size, -1, width).transpose(1, 2) for part in parts)
+        out_NHSW = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
         mixed.append(_tokens(out_NHSW))
     mixed_TC = mixed[0]
     if len(mixed) > 1:
@@ -188,6 +193,8 @@ def _split(query_BHSW: Tensor, key_BJSW: Tensor, value_BJSW: Tensor, documents: 
 
 def _packed(query_BHSW: Tensor, key_BJSW: Tensor, value_BJSW: Tensor, documents: Documents) -> Tensor:
     """One call of FlashAttention, which is told where each document begins."""
+    from torch.nn.attention.varlen import varlen_attn  # imports the compiler, which takes seconds
+
     batch, heads, length, width = query_BHSW.shape
     # Autocast does not know this kernel.
     dtype = _autocast_dtype(query_BHSW)
@@ -197,7 +204,7 @@ def _packed(query_BHSW: Tensor, key_BJSW: Tensor, value_BJSW: Tensor, documents:
     if "enable_gqa" not in options:
         key, value = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))
     offsets, longest = documents.offsets, documents.groups[-1][0]
-    mixed_THW = varlen_attn(query, key, value, offsets, offsets, longest, longest, **options)
+    mixed_THW: Tensor = varlen_attn(query, key, value, offsets, offsets, longest, longest, **options)  # type: ignore[assignment]
     return mixed_THW.view(batch, length, heads, width).transpose(1, 2)
 
 
