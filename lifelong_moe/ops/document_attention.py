@@ -6,6 +6,7 @@ Legend: B batch, S sequence, T = B·S tokens, H query heads, J key and value hea
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 from enum import StrEnum
@@ -24,10 +25,8 @@ CALL_PRODUCTS = 400_000
 """What one more attention call costs, in products."""
 REORDERING_CALLS = 3
 """What it costs to reorder at all, in calls."""
-TOKEN_PRODUCTS = 1_500
-"""What a token's head costs beside its pairs, in products."""
-REORDERED_TOKEN_PRODUCTS = 3_750
-"""The same where it has to be moved and brought back."""
+TOKEN_PAIRS, REORDERED_TOKEN_PAIRS = 20, 85
+"""What a token costs beside its own pairs, in pairs; the second where it has to be moved and brought back."""
 
 
 class Kernel(StrEnum):
@@ -77,8 +76,7 @@ class Documents:
     @cached_property
     def groups(self) -> list[tuple[int, int]]:
         """Each length that occurs, the shortest first, and how many documents have it."""
-        lengths, counts = torch.tensor(self.lengths, dtype=torch.int64).unique(return_counts=True)
-        return list(zip(lengths.tolist(), counts.tolist(), strict=True))
+        return sorted(Counter(self.lengths).items())
 
     @cached_property
     def orders(self) -> tuple[Tensor, Tensor]:
@@ -152,11 +150,11 @@ def choose_kernel(query_BHSW: Tensor, documents: Documents) -> Kernel:
 
 def length_calls_pay(heads: int, width: int, masked_pairs: int, documents: Documents) -> bool:
     """Whether products that are not computed outweigh the calls that are made, on a CPU; by measurement."""
-    calls, token = len(documents.groups), TOKEN_PRODUCTS
+    calls, token = len(documents.groups), TOKEN_PAIRS
     if calls > 1:
-        calls, token = calls + REORDERING_CALLS, REORDERED_TOKEN_PRODUCTS
-    saved = (masked_pairs - documents.pairs) * (width + SOFTMAX_PRODUCTS) - sum(documents.lengths) * token
-    return saved * heads > calls * CALL_PRODUCTS
+        calls, token = calls + REORDERING_CALLS, REORDERED_TOKEN_PAIRS
+    saved_pairs = masked_pairs - documents.pairs - token * sum(documents.lengths)
+    return saved_pairs * heads * (width + SOFTMAX_PRODUCTS) > calls * CALL_PRODUCTS
 
 
 def packed_runs(device: torch.device, dtype: torch.dtype, width: int) -> bool:
