@@ -131,8 +131,13 @@ def document_attention(
     if kernel == Kernel.packed:
         return _packed(query_BHSW, key_BJSW, value_BJSW, documents)
     mask = documents.mask if kernel == Kernel.mask else None
+    shares = query_BHSW.device.type == "cpu"
+    if not shares:
+        # CUDA's memory-efficient kernel knows no shared keys; torch would compute all logits in memory.
+        repeat = query_BHSW.shape[1] // key_BJSW.shape[1]
+        key_BJSW, value_BJSW = (x.repeat_interleave(repeat, dim=1) for x in (key_BJSW, value_BJSW))
     return F.scaled_dot_product_attention(
-        query_BHSW, key_BJSW, value_BJSW, attn_mask=mask, is_causal=mask is None, enable_gqa=True
+        query_BHSW, key_BJSW, value_BJSW, attn_mask=mask, is_causal=mask is None, enable_gqa=shares
     )
 
 
