@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lifelong_moe.model.config import ModelConfig, QKNorm
 from lifelong_moe.model.deltas import BundleSlices, DeltaLinear
+from lifelong_moe.ops.document_attention import Documents, document_attention
 
 KeyValue = tuple[Tensor, Tensor]
 
@@ -82,7 +83,7 @@ class Attention(nn.Module):
         x_BSD: Tensor,
         cos: Tensor,
         sin: Tensor,
-        mask: Tensor | None,
+        mask: Tensor | Documents | None,
         past: KeyValue | None,
         bundles: BundleSlices | None = None,
     ) -> tuple[Tensor, KeyValue]:
@@ -92,7 +93,8 @@ class Attention(nn.Module):
             x_BSD: Input ``(B, S, D)``.
             cos: Rotary cosines of these S positions ``(S, head_width)``.
             sin: Sines.
-            mask: True where a query may look at a key, bool ``(B, 1, S, P)``; None means causal.
+            mask: True where a query may look at a key, bool ``(B, 1, S, P)``; or documents, within which
+                attention is causal; None means causal.
             past: Keys and values ``(B, J, P - S, head_width)`` of the positions before these.
             bundles: The B·S tokens by bundle, where the trunk has deltas.
 
@@ -107,6 +109,10 @@ class Attention(nn.Module):
         value = self.value(x_BSD, bundles).view(shape).transpose(1, 2)
         if past is not None:
             key, value = torch.cat([past[0], key], dim=2), torch.cat([past[1], value], dim=2)
+        if isinstance(mask, Documents) and self.softcap is None:
+            mixed = document_attention(query, key, value, mask)
+            return self.output(mixed.transpose(1, 2).reshape(batch, length, -1), bundles), (key, value)
+        mask = mask.mask if isinstance(mask, Documents) else mask
         repeat = self.heads // self.kv_heads
         key_all, value_all = key.repeat_interleave(repeat, dim=1), value.repeat_interleave(repeat, dim=1)
         is_causal = mask is None and length > 1

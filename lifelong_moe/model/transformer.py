@@ -21,6 +21,7 @@ from lifelong_moe.model.feedforward import FeedForward
 from lifelong_moe.model.groups import build_document_clusters
 from lifelong_moe.model.mixture import mixture_log_probs, mixture_nats, pack
 from lifelong_moe.model.moe import MoELayer
+from lifelong_moe.ops.document_attention import Documents
 from lifelong_moe.ops.losses import linear_cross_entropy, token_nats
 from lifelong_moe.routing.base import Routing, RoutingContext
 from lifelong_moe.routing.config import Features, Level
@@ -65,7 +66,7 @@ class Block(nn.Module):
         self,
         x_BSD: Tensor,
         rotary: tuple[Tensor, Tensor],
-        mask: Tensor | None,
+        mask: Tensor | Documents | None,
         past: KeyValue | None,
         context: RoutingContext,
         bundles: BundleSlices | None,
@@ -80,7 +81,7 @@ class Block(nn.Module):
         self,
         x_BSD: Tensor,
         rotary: tuple[Tensor, Tensor],
-        mask: Tensor | None,
+        mask: Tensor | Documents | None,
         past: KeyValue | None,
         bundles: BundleSlices | None,
     ) -> tuple[Tensor, KeyValue]:
@@ -277,7 +278,7 @@ class LanguageModel(nn.Module):
         rotary = self._rotary(offset, length, token_ids_BS.device)
         context = self._context(token_ids_BS, group_ids_BS, mask_BS, old_text_BS)
         use_documents = config.document_mask and document_ids_BS is not None and past is None
-        mask = document_attention_mask(document_ids_BS) if use_documents else None  # type: ignore[arg-type]
+        mask = Documents.of(document_ids_BS) if use_documents else None  # type: ignore[arg-type]
         bundles = self._bundles(group_ids_BS)
         begins = below_BSD is None
         if below_BSD is None:
@@ -335,12 +336,6 @@ class LanguageModel(nn.Module):
             num_sequences=len(token_ids_BS),
             full_length=self.architecture.model.context,
         )
-
-
-def document_attention_mask(document_ids_BS: Tensor) -> Tensor:
-    """Causal attention within a document only: bool ``(B, 1, S, S)``, True where a query may look."""
-    same_BSS = document_ids_BS.unsqueeze(2) == document_ids_BS.unsqueeze(1)
-    return same_BSS.tril().unsqueeze(1)
 
 
 def initialize(model: LanguageModel, seed: int) -> None:
