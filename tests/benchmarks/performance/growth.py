@@ -30,7 +30,7 @@ from tests.benchmarks.performance.goals import judged
 from tests.benchmarks.performance.subjects import Size
 
 SIZE = Size(experts=8, layers=7, width=512, expert_width=1024)
-ROUNDS = 5
+ROUNDS = 3
 
 
 def second_stage(size: Size) -> StageSpec:
