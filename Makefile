@@ -1,5 +1,6 @@
 # make quickstart   install into .venv and train the example (some minutes)
 # make test         everything that a change must pass
+# make bench        measure speed against its goals (an hour or so); writes docs/performance/
 # make format       let ruff put the code in shape
 # make clean        remove .venv and tool caches; never data/ or mlruns/
 
@@ -10,7 +11,7 @@ INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check -c constr
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 
-.PHONY: quickstart test format clean
+.PHONY: quickstart test bench format clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/lifelong-moe run configs/quickstart.yaml
@@ -25,6 +26,9 @@ test: $(INSTALLED_DEV)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest
+
+bench: $(INSTALLED_DEV)
+	$(BIN)/python -m tests.benchmarks.performance
 
 format: $(INSTALLED_DEV)
 	$(BIN)/ruff check --fix .

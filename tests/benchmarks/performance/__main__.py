@@ -1,0 +1,166 @@
+"""Measure how fast this is, against the goals; every figure that can be is a ratio of two times taken in turn.
+
+    .venv/bin/python -m tests.benchmarks.performance [--only step growth …]
+
+Each part runs in a process of its own, on a CPU with one thread. What comes out stands in ``docs/performance``:
+``cpu.json`` or ``cuda.json``, and the figures drawn from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tests.benchmarks.performance.goals import NOT_MEASURED, PARTS, rows
+
+ROOT = Path(__file__).resolve().parents[3]
+FOLDER = ROOT / "docs/performance"
+THREADED = ("clustering",)
+"""Parts whose goal is for all cores."""
+LONGEST = 2 * 3600.0
+"""Seconds after which a part is given up."""
+
+
+def main() -> int:
+    """Run the parts, write what they found, print the table; 1 if anything was not measured."""
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.performance", description=__doc__)
+    parser.add_argument("--only", nargs="+", choices=list(PARTS), metavar="PART", help=", ".join(PARTS))
+    only = parser.parse_args().only
+    console, names = Console(), [name for name in PARTS if only is None or name in only]
+    command = " ".join(["python -m tests.benchmarks.performance", *(["--only", *only] if only else [])])
+    machine = hardware()
+    path = FOLDER / f"{'cuda' if machine['gpu'] else 'cpu'}.json"
+    found: dict[str, Any] = {}
+    for name in names:
+        console.print(f"{name} …")
+        began, source = time.monotonic(), origin(command)
+        result = run_part(name)
+        found[name] = {**result, "run": {**source, "seconds": round(time.monotonic() - began, 1), **machine}}
+        record(path, found, keep=only is not None)  # after each part, so that an interruption loses one at most
+    console.print(table(found, machine))
+    from tests.benchmarks.performance.figures import draw
+
+    draw(json.loads(path.read_text(encoding="utf-8")), FOLDER)
+    console.print(f"written: {path.relative_to(ROOT)} and its figures")
+    return int(any(row[1].startswith(NOT_MEASURED) for row in rows(found)))
+
+
+def run_part(name: str) -> dict[str, Any]:
+    """What a part measures in a process of its own, or why it does not."""
+    module = f"tests.benchmarks.performance.{name}"
+    if importlib.util.find_spec(module) is None:
+        return {"not_measured": "there is no such part yet"}
+    environment = dict(os.environ)
+    if name not in THREADED:
+        environment.setdefault("OMP_NUM_THREADS", "1")
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", module], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LONGEST
+        )
+    except subprocess.TimeoutExpired:
+        return {"not_measured": f"took over {LONGEST:.0f} seconds"}
+    return outcome(done.returncode, done.stdout, done.stderr)
+
+
+def outcome(code: int, printed: str, errors: str) -> dict[str, Any]:
+    """What a part's output says; its last line is JSON unless it failed."""
+    if code == 0:
+        try:
+            result = json.loads(printed.strip().splitlines()[-1])
+            if isinstance(result, dict) and "goals" in result:
+                return result
+        except (ValueError, IndexError):
+            pass
+        return {"not_measured": "the part printed no result"}
+    last = [line.strip() for line in errors.splitlines() if line.strip()]
+    return {"not_measured": without_paths(last[-1] if last else f"exit code {code}")}
+
+
+def without_paths(text: str) -> str:
+    """Leave out the folders of absolute paths: they say something of a machine and nothing of the measurement."""
+    return re.sub(r"(?<![\w.:/])(?:/[\w.@+-]+)+/", "…/", text)
+
+
+def record(path: Path, found: Mapping[str, Any], keep: bool) -> None:
+    """Write what was found; with ``keep`` beside what other parts found before."""
+    before = json.loads(path.read_text(encoding="utf-8"))["parts"] if keep and path.is_file() else {}
+    parts = {**before, **found}
+    ordered = {name: parts[name] for name in PARTS if name in parts}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"parts": ordered}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def table(found: Mapping[str, Any], machine: Mapping[str, Any]) -> Table:
+    """What was measured, beside the goals."""
+    title = f"{machine['gpu'] or machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}"
+    shown = Table("what", "measured", "spread", "goal", "met", title=title)
+    for row in rows(found):
+        shown.add_row(*row, style="yellow" if row[1].startswith(NOT_MEASURED) else "red" if row[4] == "NO" else "")
+    return shown
+
+
+def hardware() -> dict[str, Any]:
+    """What the figures depend on."""
+    import psutil
+    import torch
+
+    return {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": _version("transformers"),
+    }
+
+
+def origin(command: str) -> dict[str, Any]:
+    """Which code was measured, how and when."""
+    changed = _git("status", "--porcelain", "--", ".", ":!docs/performance")
+    return {
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": None if changed is None else bool(changed),
+        "command": command,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", info.read_text(encoding="utf-8")) if info.is_file() else None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

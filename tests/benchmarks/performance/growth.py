@@ -1,0 +1,95 @@
+"""How long a model of 100 M parameters takes to grow between two stages: teacher, freezing, new experts, and checks.
+
+Growth looks at a sample of the new text first. That reading is a forward pass over so many tokens and nothing else, so
+it is given apart, but it belongs to what one waits for, and to the goal.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from lifelong_moe.config import build_config
+from lifelong_moe.growth.grow import grow
+from lifelong_moe.growth.observe import observe
+from lifelong_moe.methods.graph import stage_specs
+from lifelong_moe.model.transformer import LanguageModel
+from lifelong_moe.retention.teacher import make_teacher
+from lifelong_moe.training.optimizer import freeze_trunk
+from lifelong_moe.training.spec import StageSpec
+from lifelong_moe.training.stage import _unchanging
+from tests.benchmarks.performance.clock import timed
+from tests.benchmarks.performance.goals import judged
+from tests.benchmarks.performance.subjects import Size
+
+SIZE = Size(experts=8, layers=7, width=512, expert_width=1024)
+ROUNDS = 3
+
+
+def second_stage(size: Size) -> StageSpec:
+    """The settings of a stage that grows and distils, as a user gets them."""
+    raw = {
+        "run": "bench",
+        "distributions": {"old": {"builtin": "english_docs"}, "new": {"builtin": "python_code"}},
+        "stages": [{"data": "old", "tokens": 1000 * size.tokens}, {"data": "new", "tokens": 1000 * size.tokens}],
+        "stage_defaults": {"optim": {"batch_tokens": size.tokens}},
+        "model": {"context": size.context},
+    }
+    return replace(stage_specs(build_config(OmegaConf.create(raw)))[1], model=size.model_config())
+
+
+def measure() -> dict[str, Any]:
+    """Seconds on one thread, median and quartiles over models that are equal."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    spec, original = second_stage(SIZE), SIZE.model().to(device)
+    generation, config = spec.generation(), spec.grow
+    assert generation is not None and config is not None and spec.distill is not None
+    generator = torch.Generator().manual_seed(0)
+    shape = (max(1, config.sample_tokens // SIZE.context), SIZE.context)
+    ids = torch.randint(1, SIZE.vocab, shape, generator=generator).to(device)
+    sample = {"token_ids": ids, "document_ids": torch.zeros_like(ids), "group_ids": torch.zeros_like(ids)}
+
+    def prepare(model: LanguageModel) -> None:
+        """As a stage does before it trains."""
+        freeze_trunk(model, spec.trunk)
+        make_teacher(model, _unchanging(model, spec))
+        grow(model, generation, config, sample, seed=0)
+
+    whole, read = [], []
+    for _ in range(ROUNDS + 1):
+        model = copy.deepcopy(original)
+        read.append(timed(lambda model=model: observe(model, sample)))
+        whole.append(timed(lambda model=model: prepare(model)))
+    read, whole = read[1:], whole[1:]  # the first round warms up
+    rest = [max(0.0, a - b) for a, b in zip(whole, read, strict=True)]
+    return {
+        "goals": {"P8 whole": _judged(whole), "P8 sample read before": _judged(rest)},
+        "detail": {
+            "parameters": sum(p.numel() for p in original.parameters()),
+            "new_experts_a_layer": generation.experts_in(0),
+            "sample_tokens": ids.numel(),
+            "seconds_whole": [round(s, 4) for s in whole],
+            "seconds_reading_the_sample": [round(s, 4) for s in read],
+        },
+    }
+
+
+def _judged(times: Sequence[float]) -> dict[str, Any]:
+    low, middle, high = statistics.quantiles(times, n=4)
+    return judged(middle, low, high, "<= 2", "s")
+
+
+def main() -> None:
+    """Print what was measured as one line."""
+    print(json.dumps(measure()))
+
+
+if __name__ == "__main__":
+    main()
