@@ -94,7 +94,7 @@ class Block(nn.Module):
         self,
         x_BSD: Tensor,
         rotary: tuple[Tensor, Tensor],
-        mask: Tensor | None,
+        mask: Tensor | Documents | None,
         past: KeyValue | None,
         bundles: BundleSlices | None,
     ) -> tuple[Tensor, KeyValue]:
