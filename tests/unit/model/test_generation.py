@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lifelong_moe.model.architecture import Generation
+from lifelong_moe.model.cache import KeyValueCache
 from lifelong_moe.model.generation import generate, sample_token
 from lifelong_moe.model.groups import label_group
 from lifelong_moe.model.transformer import LanguageModel
@@ -60,10 +61,11 @@ def test_cached_logits_equal_full_logits(make_model: Make, router_kind: str, sec
     groups = torch.arange(12).expand(2, 12) // 6
     with torch.no_grad():
         full = model(ids, group_ids_BS=groups).hidden_BSD
-        output = model(ids[:, :5], group_ids_BS=groups[:, :5])
+        cache = KeyValueCache(len(model.blocks), 12)
+        output = model(ids[:, :5], group_ids_BS=groups[:, :5], cache=cache)
         torch.testing.assert_close(output.hidden_BSD, full[:, :5], atol=1e-5, rtol=0)
         for t in range(5, 12):
-            output = model(ids[:, t : t + 1], group_ids_BS=groups[:, t : t + 1], past=output.cache)
+            output = model(ids[:, t : t + 1], group_ids_BS=groups[:, t : t + 1], cache=cache)
             torch.testing.assert_close(output.hidden_BSD[:, 0], full[:, t], atol=1e-5, rtol=0)
 
 
@@ -71,7 +73,7 @@ def test_a_text_longer_than_the_context_goes_on(make_model: Make, router_kind: s
     model = make_model(router_kind, (4, 2))
     lengths = []
     hook = model.register_forward_pre_hook(
-        lambda _, args, kwargs: lengths.append((args[0].shape[1], kwargs.get("past") is not None)), with_kwargs=True
+        lambda _, args, kwargs: lengths.append((args[0].shape[1], kwargs["cache"].length > 0)), with_kwargs=True
     )
     with torch.no_grad():
         model.head.weight[0] = 0.0  # BOS is never the most probable token
