@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lifelong_moe.ops.few_rows import are_few, matrix_first
+
 aten = torch.ops.aten
 
 
@@ -71,8 +73,8 @@ class _Slices(torch.autograd.Function):
         pre_NG = rows_ND.new_empty(len(rows_ND), width_in)
         out_ND = rows_ND.new_empty(len(rows_ND), width_out)
         for i, part in _parts(counts):
-            torch.mm(rows_ND[part], matrices[2 * i].t(), out=pre_NG[part])
-            torch.mm(act.hidden(pre_NG[part]), matrices[2 * i + 1].t(), out=out_ND[part])
+            _multiply(rows_ND[part], matrices[2 * i], pre_NG[part])
+            _multiply(act.hidden(pre_NG[part]), matrices[2 * i + 1], out_ND[part])
         ctx.save_for_backward(rows_ND, pre_NG, *matrices)
         ctx.counts, ctx.act, ctx.dtypes = counts, act, [weight.dtype for weight in weights]
         return out_ND
@@ -97,6 +99,14 @@ class _Slices(torch.autograd.Function):
             if grad_rows_ND is not None:
                 torch.mm(grad_NG, matrices[first], out=grad_rows_ND[part])
         return grad_rows_ND, None, None, *grads
+
+
+def _multiply(rows: Tensor, matrix: Tensor, out: Tensor) -> None:
+    """``rows matrix^T`` into ``out``."""
+    if are_few(rows, matrix):
+        out.copy_(matrix_first(rows, matrix))
+    else:
+        torch.mm(rows, matrix.t(), out=out)
 
 
 def _parts(counts: Sequence[int]) -> list[tuple[int, slice]]:
