@@ -67,14 +67,8 @@ NONLINEARITIES = {
 class _Slices(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows_ND: Tensor, counts: Sequence[int], act: Nonlinearity, *weights: Tensor) -> Tensor:
-        dtype = rows_ND.dtype
-        matrices = [weight.to(dtype) for weight in weights]
-        width_in, width_out = matrices[0].shape[0], matrices[1].shape[0]
-        pre_NG = rows_ND.new_empty(len(rows_ND), width_in)
-        out_ND = rows_ND.new_empty(len(rows_ND), width_out)
-        for i, part in _parts(counts):
-            _multiply(rows_ND[part], matrices[2 * i], pre_NG[part])
-            _multiply(act.hidden(pre_NG[part]), matrices[2 * i + 1], out_ND[part])
+        matrices = [weight.to(rows_ND.dtype) for weight in weights]
+        pre_NG, out_ND = _forward(rows_ND, counts, act, matrices)
         ctx.save_for_backward(rows_ND, pre_NG, *matrices)
         ctx.counts, ctx.act, ctx.dtypes = counts, act, [weight.dtype for weight in weights]
         return out_ND
@@ -99,6 +93,18 @@ class _Slices(torch.autograd.Function):
             if grad_rows_ND is not None:
                 torch.mm(grad_NG, matrices[first], out=grad_rows_ND[part])
         return grad_rows_ND, None, None, *grads
+
+
+def _forward(
+    rows_ND: Tensor, counts: Sequence[int], act: Nonlinearity, matrices: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Pre-activations ``(N, G)`` and outputs ``(N, D)``."""
+    pre_NG = rows_ND.new_empty(len(rows_ND), matrices[0].shape[0])
+    out_ND = rows_ND.new_empty(len(rows_ND), matrices[1].shape[0])
+    for i, part in _parts(counts):
+        _multiply(rows_ND[part], matrices[2 * i], pre_NG[part])
+        _multiply(act.hidden(pre_NG[part]), matrices[2 * i + 1], out_ND[part])
+    return pre_NG, out_ND
 
 
 def _multiply(rows: Tensor, matrix: Tensor, out: Tensor) -> None:
@@ -131,8 +137,12 @@ def slices(rows_ND: Tensor, counts: Sequence[int], weights: Sequence[Tensor], ac
     Returns:
         ``(N, D)``. An expert without rows gets gradients of zero, and a frozen one none.
     """
+    device = rows_ND.device.type
+    if not (torch.is_grad_enabled() or torch.is_autocast_enabled(device)):  # in decoding what stands around costs most
+        matrices = [weight.to(rows_ND.dtype) for weight in weights]
+        return _forward(rows_ND, counts, NONLINEARITIES[activation], matrices)[1]
     rows_ND = _autocast(rows_ND)
-    with torch.autocast(rows_ND.device.type, enabled=False):
+    with torch.autocast(device, enabled=False):
         return _Slices.apply(rows_ND, counts, NONLINEARITIES[activation], *weights)
 
 
