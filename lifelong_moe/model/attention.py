@@ -9,11 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lifelong_moe.model.cache import LayerCache
 from lifelong_moe.model.config import ModelConfig, QKNorm
 from lifelong_moe.model.deltas import BundleSlices, DeltaLinear
 from lifelong_moe.ops.document_attention import Documents, document_attention
-
-KeyValue = tuple[Tensor, Tensor]
 
 
 def rotary_tables(num_positions: int, head_width: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -59,6 +58,32 @@ def softcapped_attention(
     return logits.softmax(dim=-1).to(value_BHPW.dtype) @ value_BHPW
 
 
+def grouped_query_attention(query_BHSW: Tensor, key_BJPW: Tensor, value_BJPW: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention in which H / J queries share a key and a value, ``(B, H, S, W)``; causal without a mask.
+
+    Args:
+        query_BHSW: Queries; heads that share stand side by side.
+        key_BJPW: Keys.
+        value_BJPW: Values.
+        mask: True where a query may look, ``(B, 1, S, P)``.
+
+    Source:
+        GQA (arXiv:2305.13245), section 2.2.
+    """
+    batch, heads, length, width = query_BHSW.shape
+    sharing = heads // key_BJPW.shape[1]
+    if length == 1 and mask is None:  # queries of one group look at the same keys, as if they were a sequence
+        query_BJGW = query_BHSW.reshape(batch, -1, sharing, width)
+        return F.scaled_dot_product_attention(query_BJGW, key_BJPW, value_BJPW).reshape(query_BHSW.shape)
+    # On CUDA the fused kernels that know groups take half precision and no mask; without one, logits are in memory.
+    knows_groups = query_BHSW.device.type == "cpu" or (mask is None and query_BHSW.dtype != torch.float32)
+    if not knows_groups:
+        key_BJPW, value_BJPW = (x.repeat_interleave(sharing, dim=1) for x in (key_BJPW, value_BJPW))
+    return F.scaled_dot_product_attention(
+        query_BHSW, key_BJPW, value_BJPW, attn_mask=mask, is_causal=mask is None, enable_gqa=knows_groups
+    )
+
+
 class Attention(nn.Module):
     """Causal self-attention; ``heads`` queries share ``kv_heads`` keys and values. No biases."""
 
@@ -84,10 +109,10 @@ class Attention(nn.Module):
         cos: Tensor,
         sin: Tensor,
         mask: Tensor | Documents | None,
-        past: KeyValue | None,
+        cache: LayerCache | None,
         bundles: BundleSlices | None = None,
-    ) -> tuple[Tensor, KeyValue]:
-        """Attend.
+    ) -> Tensor:
+        """Attend: ``(B, S, D)`` to ``(B, S, D)``.
 
         Args:
             x_BSD: Input ``(B, S, D)``.
@@ -95,11 +120,8 @@ class Attention(nn.Module):
             sin: Sines.
             mask: True where a query may look at a key, bool ``(B, 1, S, P)``; or documents, within which
                 attention is causal; None means causal.
-            past: Keys and values ``(B, J, P - S, head_width)`` of the positions before these.
+            cache: Keys and values of the positions before these; those of these are added to it.
             bundles: The B·S tokens by bundle, where the trunk has deltas.
-
-        Returns:
-            Output ``(B, S, D)``, and keys and values of all P positions.
         """
         batch, length, _ = x_BSD.shape
         shape = (batch, length, -1, self.head_width)
@@ -107,20 +129,18 @@ class Attention(nn.Module):
         key = self._normalized(self.key(x_BSD, bundles), self.key_norm, shape)
         query, key = rotate(query.transpose(1, 2), cos, sin), rotate(key.transpose(1, 2), cos, sin)
         value = self.value(x_BSD, bundles).view(shape).transpose(1, 2)
-        if past is not None:
-            key, value = torch.cat([past[0], key], dim=2), torch.cat([past[1], value], dim=2)
-        if isinstance(mask, Documents) and self.softcap is None:
+        if cache is not None:
+            key, value = cache.extend(key, value)
+        if self.softcap is None and isinstance(mask, Documents):
             mixed = document_attention(query, key, value, mask)
-            return self.output(mixed.transpose(1, 2).reshape(batch, length, -1), bundles), (key, value)
-        mask = mask.mask if isinstance(mask, Documents) else mask
-        repeat = self.heads // self.kv_heads
-        key_all, value_all = key.repeat_interleave(repeat, dim=1), value.repeat_interleave(repeat, dim=1)
-        is_causal = mask is None and length > 1
-        if self.softcap is not None:
-            mixed = softcapped_attention(query, key_all, value_all, mask, self.softcap, is_causal=is_causal)
+        elif self.softcap is None:
+            mixed = grouped_query_attention(query, key, value, mask)  # type: ignore[arg-type]
         else:
-            mixed = F.scaled_dot_product_attention(query, key_all, value_all, attn_mask=mask, is_causal=is_causal)
-        return self.output(mixed.transpose(1, 2).reshape(batch, length, -1), bundles), (key, value)
+            mask = mask.mask if isinstance(mask, Documents) else mask
+            key, value = (x.repeat_interleave(self.heads // self.kv_heads, dim=1) for x in (key, value))
+            is_causal = mask is None and length > 1
+            mixed = softcapped_attention(query, key, value, mask, self.softcap, is_causal=is_causal)
+        return self.output(mixed.transpose(1, 2).reshape(batch, length, -1), bundles)
 
     def _normalized(self, x_BSO: Tensor, norm: nn.RMSNorm | None, shape: tuple[int, int, int, int]) -> Tensor:
         """Heads ``(B, S, H, head_width)``, normalized each by itself, or all together before they are divided."""

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lifelong_moe.ops.dispatch import inverse_permutation, permute, sort_by_expert
+from lifelong_moe.ops.few_rows import linear
 
 
 @dataclass(frozen=True)
@@ -98,8 +99,8 @@ class DeltaLinear(nn.Linear):
     def forward(self, x: Tensor, bundles: BundleSlices | None = None) -> Tensor:
         """``(…, I)`` to ``(…, O)``; the leading dimensions are the tokens that ``bundles`` sorts."""
         if bundles is None or not self.deltas:
-            return F.linear(x, self.weight)
-        out_TO = bundles.apply(x.flatten(0, -2), lambda g, rows: F.linear(rows, self.weight_of(g)))
+            return linear(x, self.weight)
+        out_TO = bundles.apply(x.flatten(0, -2), lambda g, rows: linear(rows, self.weight_of(g)))
         return out_TO.view(*x.shape[:-1], -1)
 
 

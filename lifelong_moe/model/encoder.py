@@ -53,6 +53,6 @@ class Encoder(nn.Module):
         context = RoutingContext(nobody_T, torch.ones_like(nobody_T, dtype=torch.bool), nobody_T, num_sequences=batch)
         routings = []
         for block in self.blocks:
-            x_BSD, routing, _ = block(x_BSD, (still, torch.zeros_like(still)), mask, None, context, None)
+            x_BSD, routing = block(x_BSD, (still, torch.zeros_like(still)), mask, None, context, None)
             routings.append(routing)
         return self.head(self.norm(x_BSD).mean(dim=1)), routings

@@ -92,7 +92,8 @@ class ExpertBanks(nn.Module):
 
         Returns:
             ``(N, D)``. An active expert without rows still takes part, so that its gradient is zero and not
-            absent: gradient synchronization between processes relies on it.
+            absent: gradient synchronization between processes relies on it. Without gradients only experts that have
+            rows cost anything.
         """
         how = self.chosen(rows_ND)
         if how == ExpertsImplementation.grouped_mm:
@@ -101,7 +102,8 @@ class ExpertBanks(nn.Module):
             ins, outs = [expert.into for expert in around], [expert.down for expert in around]
             return grouped(rows_ND, counts_E.roll(-first), ins, outs, len(self._active), self.activation)
         counts: list[int] = counts_E.tolist()
-        used = [i for i, count in enumerate(counts) if count or i in self._active]
+        learning = self._active if torch.is_grad_enabled() else ()
+        used = [i for i, count in enumerate(counts) if count or i in learning]
         if not used:
             return rows_ND
         experts: list[FeedForward] = [self.experts[i] for i in used]  # type: ignore[misc]

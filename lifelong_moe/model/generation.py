@@ -1,19 +1,26 @@
-"""Sampling text from a model, one token at a time, with a key-value cache."""
+"""Sampling texts from a model, a token of each at a time, with a key-value cache.
+
+Legend: B texts, N tokens of each so far, V vocabulary.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from lifelong_moe.model.attention import KeyValue
+from lifelong_moe.errors import ConfigError
+from lifelong_moe.model.cache import KeyValueCache
 from lifelong_moe.model.groups import label_group
 from lifelong_moe.model.transformer import LanguageModel
 
+SHARPEST = 1e-4
+"""At a lower temperature sampling is argmax, where dividing by it would overflow."""
 
-@torch.no_grad()
+
 def generate(
     model: LanguageModel,
     prompt_ids: list[int],
@@ -37,29 +44,48 @@ def generate(
 
     When the text outgrows ``model.context``, the cache is made again from its last half context.
     """
-    model.eval()
-    context = model.architecture.model.context
-    generator = torch.Generator().manual_seed(seed)
-    ids = [model.architecture.bos_id, *prompt_ids]
-    cache: list[KeyValue] | None = None
-    for _ in range(max_new_tokens):
-        groups = _group_ids(model, ids, distribution)
-        if cache is None or cache[0][0].shape[2] >= context:
-            hidden, cache = _prefill(model, ids, groups)
-        else:
-            output = model(_row(model, ids[-1:]), group_ids_BS=_row(model, groups[-1:]), past=cache)
-            hidden, cache = output.hidden_BSD[0, -1], output.cache
-        logits_V = model.logits(hidden.unsqueeze(0), _row(model, groups[-1:]))[0].float().cpu()
-        token = sample_token(logits_V, temperature, top_p, generator)
+    generators = [torch.Generator().manual_seed(seed)]
+    for (token,) in _steps(model, [prompt_ids], max_new_tokens, temperature, top_p, generators, distribution):
         if token == model.architecture.bos_id:
             return
-        ids.append(token)
         yield token
+
+
+def generate_batch(
+    model: LanguageModel,
+    prompts: Sequence[list[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.8,
+    top_p: float = 0.95,
+    seed: int = 0,
+    distribution: str | None = None,
+) -> list[list[int]]:
+    """New token ids of several texts, whose prompts have equal length; each ends by itself.
+
+    Text ``i`` is what :func:`generate` makes of its prompt with seed ``seed + i``, but for floating point in products
+    of another size; the other arguments are its as well.
+
+    Raises:
+        ConfigError: If the prompts differ in length.
+    """
+    if len({len(prompt) for prompt in prompts}) > 1:
+        raise ConfigError("prompts that are continued together must have the same number of tokens.")
+    bos_id = model.architecture.bos_id
+    texts: list[list[int]] = [[] for _ in prompts]
+    going = set(range(len(prompts)))
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
+    steps = _steps(model, prompts, max_new_tokens, temperature, top_p, generators, distribution)
+    while going and (tokens := next(steps, None)) is not None:
+        going -= {i for i in going if tokens[i] == bos_id}
+        for i in going:
+            texts[i].append(tokens[i])
+    return texts
 
 
 def sample_token(logits_V: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
     """Draw one token; ``temperature=0`` is argmax, ``top_p`` cuts the tail (arXiv:1904.09751)."""
-    if temperature < 1e-4:  # so sharp that it is argmax, where dividing would overflow
+    if temperature < SHARPEST:
         return int(logits_V.argmax())
     probs_V, order_V = (logits_V / temperature).softmax(dim=-1).sort(descending=True, stable=True)
     kept = probs_V.cumsum(dim=-1) - probs_V < top_p
@@ -67,20 +93,61 @@ def sample_token(logits_V: Tensor, temperature: float, top_p: float, generator: 
     return int(order_V[choice])
 
 
-def _prefill(model: LanguageModel, ids: list[int], groups: list[int]) -> tuple[Tensor, list[KeyValue]]:
-    context = model.architecture.model.context
-    if len(ids) > context:  # keep BOS and the newest half, so that most of a context of new tokens fits
-        keep = context // 2
-        ids, groups = [ids[0], *ids[-keep:]], [groups[0], *groups[-keep:]]
-    output = model(_row(model, ids), group_ids_BS=_row(model, groups))
-    return output.hidden_BSD[0, -1], output.cache
+@torch.no_grad()
+def _steps(
+    model: LanguageModel,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    generators: list[torch.Generator],
+    distribution: str | None,
+) -> Iterator[list[int]]:
+    """One more token of each text at a time, after its end too."""
+    model.eval()
+    length, bos_id = 1 + len(prompts[0]), model.architecture.bos_id
+    ids_BN = np.full((len(prompts), length + max_new_tokens), bos_id, dtype=np.int64)
+    ids_BN[:, 1:length] = prompts
+    texts = _Texts(model, distribution)
+    for end in range(length, length + max_new_tokens):
+        logits_BV = texts.next_logits(ids_BN[:, :end])
+        if temperature < SHARPEST:
+            tokens = logits_BV.argmax(dim=-1).tolist()
+        else:
+            rows = zip(logits_BV.float().cpu(), generators, strict=True)
+            tokens = [sample_token(logits_V, temperature, top_p, generator) for logits_V, generator in rows]
+        ids_BN[:, end] = tokens
+        yield tokens
 
 
-def _group_ids(model: LanguageModel, ids: list[int], distribution: str | None) -> list[int]:
-    if model.document_clusters is not None:
-        return model.document_clusters.group_ids(np.asarray(ids)).tolist()
-    return [label_group(model.architecture, distribution)] * len(ids)
+class _Texts:
+    """Texts of equal length under way: a cache of what the model has read of them, and their last tokens' groups."""
 
+    def __init__(self, model: LanguageModel, distribution: str | None) -> None:
+        self.model, self.group = model, label_group(model.architecture, distribution)
+        self.cache: KeyValueCache | None = None
+        self.groups_BN = np.empty((0, 0), dtype=np.int64)
 
-def _row(model: LanguageModel, values: list[int]) -> Tensor:
-    return torch.tensor([values], dtype=torch.int64, device=model.embedding.weight.device)
+    def next_logits(self, ids_BN: NDArray[np.int64]) -> Tensor:
+        """Logits ``(B, V)`` of the tokens after these, of which all but the last were read before, if any were."""
+        context = self.model.architecture.model.context
+        if self.cache is None or self.cache.length >= context:
+            self.groups_BN, kept = self._groups(ids_BN), [*range(ids_BN.shape[1])]
+            if len(kept) > context:  # BOS and the newest half, so that most of a context of new tokens fits
+                kept = [0, *kept[-(context // 2) :]]
+            self.cache = KeyValueCache(len(self.model.blocks), context)
+            return self._read(ids_BN[:, kept], self.groups_BN[:, kept])
+        if self.model.document_clusters and (ids_BN.shape[1] - 1) % self.model.architecture.routing.chunk_tokens == 0:
+            self.groups_BN = self._groups(ids_BN)
+        return self._read(ids_BN[:, -1:], self.groups_BN[:, -1:])
+
+    def _groups(self, ids_BN: NDArray[np.int64]) -> NDArray[np.int64]:
+        if self.model.document_clusters is None:
+            return np.full_like(ids_BN, self.group)
+        return np.stack([self.model.document_clusters.group_ids(ids_N) for ids_N in ids_BN])
+
+    def _read(self, ids_BN: NDArray[np.int64], groups_BN: NDArray[np.int64]) -> Tensor:
+        device = self.model.embedding.weight.device
+        ids, groups = torch.from_numpy(ids_BN.copy()).to(device), torch.from_numpy(groups_BN.copy()).to(device)
+        hidden_BSD = self.model(ids, group_ids_BS=groups, cache=self.cache).hidden_BSD
+        return self.model.logits(hidden_BSD[:, -1], groups[:, -1])

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lifelong_moe.model.architecture import Architecture, Generation
-from lifelong_moe.model.attention import Attention, KeyValue, rotary_tables
+from lifelong_moe.model.attention import Attention, rotary_tables
+from lifelong_moe.model.cache import KeyValueCache, LayerCache
 from lifelong_moe.model.config import ModelConfig, SharedMix
 from lifelong_moe.model.deltas import BundleSlices, DeltaEmbedding, DeltaLinear
 from lifelong_moe.model.experts import ExpertBanks
@@ -37,8 +38,6 @@ class ModelOutput:
     one's, and its gate, in a row."""
     routings: list[Routing]
     """What each layer's router decided."""
-    cache: list[KeyValue]
-    """Keys and values of each layer, for the next call."""
     below_BSD: Tensor | None = None
     """What went into the block that was asked for; see ``LanguageModel.forward``."""
 
@@ -67,39 +66,39 @@ class Block(nn.Module):
         x_BSD: Tensor,
         rotary: tuple[Tensor, Tensor],
         mask: Tensor | Documents | None,
-        past: KeyValue | None,
+        cache: LayerCache | None,
         context: RoutingContext,
         bundles: BundleSlices | None,
-    ) -> tuple[Tensor, Routing, KeyValue]:
+    ) -> tuple[Tensor, Routing]:
         """One layer."""
-        x_BSD, key_value = self.attend(x_BSD, rotary, mask, past, bundles)
+        x_BSD = self.attend(x_BSD, rotary, mask, cache, bundles)
         out_TD, routing = self.moe(self.moe_norm(x_BSD).flatten(0, 1), context)
         out_TD = out_TD if self.moe_out_norm is None else self.moe_out_norm(out_TD)
-        return x_BSD + out_TD.view_as(x_BSD), routing, key_value
+        return x_BSD + out_TD.view_as(x_BSD), routing
 
     def attend(
         self,
         x_BSD: Tensor,
         rotary: tuple[Tensor, Tensor],
         mask: Tensor | Documents | None,
-        past: KeyValue | None,
+        cache: LayerCache | None,
         bundles: BundleSlices | None,
-    ) -> tuple[Tensor, KeyValue]:
+    ) -> Tensor:
         """The first half of a layer."""
         if self.recomputes and torch.is_grad_enabled():
-            return checkpoint(self._attend, x_BSD, rotary, mask, past, bundles, use_reentrant=False)
-        return self._attend(x_BSD, rotary, mask, past, bundles)
+            return checkpoint(self._attend, x_BSD, rotary, mask, cache, bundles, use_reentrant=False)
+        return self._attend(x_BSD, rotary, mask, cache, bundles)
 
     def _attend(
         self,
         x_BSD: Tensor,
         rotary: tuple[Tensor, Tensor],
         mask: Tensor | Documents | None,
-        past: KeyValue | None,
+        cache: LayerCache | None,
         bundles: BundleSlices | None,
-    ) -> tuple[Tensor, KeyValue]:
-        mixed, key_value = self.attention(self.attention_norm(x_BSD), *rotary, mask, past, bundles)
-        return x_BSD + (mixed if self.attention_out_norm is None else self.attention_out_norm(mixed)), key_value
+    ) -> Tensor:
+        mixed = self.attention(self.attention_norm(x_BSD), *rotary, mask, cache, bundles)
+        return x_BSD + (mixed if self.attention_out_norm is None else self.attention_out_norm(mixed))
 
 
 def build_moe(architecture: Architecture, layer: int, *, causal: bool) -> MoELayer:
@@ -256,7 +255,7 @@ class LanguageModel(nn.Module):
         group_ids_BS: Tensor | None = None,
         mask_BS: Tensor | None = None,
         old_text_BS: Tensor | None = None,
-        past: list[KeyValue] | None = None,
+        cache: KeyValueCache | None = None,
         first_block: int = 0,
         below_BSD: Tensor | None = None,
     ) -> ModelOutput:
@@ -268,16 +267,18 @@ class LanguageModel(nn.Module):
             group_ids_BS: Document cluster, bundle or label of each token, int64; zeros by default.
             mask_BS: True for real tokens; all by default. Padding must stand at the right.
             old_text_BS: True for text of earlier stages; given in a router's review only.
-            past: The cache of the positions before these, from an earlier call.
+            cache: Knows the positions before these, and learns these: all at once into an empty one, then one by one.
             first_block: What goes into this block comes along as ``below_BSD``, or, where that is given, is taken from
                 there, and the blocks before it are left out: a teacher goes on where it begins to differ.
             below_BSD: ``(B, S, D)``, from a call without it.
         """
         config = self.architecture.model
-        length, offset = token_ids_BS.shape[1], 0 if past is None else past[0][0].shape[2]
-        rotary = self._rotary(offset, length, token_ids_BS.device)
+        if cache is not None and cache.length and token_ids_BS.shape[1] > 1:
+            raise ValueError("with a cache, tokens come one at a time")
+        rotary = self._rotary(cache, token_ids_BS)
+        caches = [None] * len(self.blocks) if cache is None else cache.layers
         context = self._context(token_ids_BS, group_ids_BS, mask_BS, old_text_BS)
-        use_documents = config.document_mask and document_ids_BS is not None and past is None
+        use_documents = config.document_mask and document_ids_BS is not None and cache is None
         mask = Documents.of(document_ids_BS) if use_documents else None  # type: ignore[arg-type]
         bundles = self._bundles(group_ids_BS)
         begins = below_BSD is None
@@ -287,36 +288,38 @@ class LanguageModel(nn.Module):
                 x_BSD = x_BSD * config.embedding_scale
         else:
             x_BSD = below_BSD
-        if past is not None and length > 1:
-            raise ValueError("with a cache, tokens come one at a time")
-        routings, cache = [], []
+        routings = []
         competing = self.architecture.routing.competitive
         for i, block in enumerate(self.blocks[:-1] if competing else self.blocks):
             if i < first_block and not begins:
                 continue
             if i == first_block:
                 below_BSD = x_BSD
-            x_BSD, routing, key_value = block(x_BSD, rotary, mask, past[i] if past else None, context, bundles)
+            x_BSD, routing = block(x_BSD, rotary, mask, caches[i], context, bundles)
             routings.append(routing)
-            cache.append(key_value)
         if competing:
             last: Block = self.blocks[-1]  # type: ignore[assignment]
-            x_BSD, key_value = last.attend(x_BSD, rotary, mask, past[-1] if past else None, bundles)
+            x_BSD = last.attend(x_BSD, rotary, mask, caches[-1], bundles)
             answers_TED, routing = last.moe(last.moe_norm(x_BSD).flatten(0, 1), context, apart=True)
             hidden_TED = self.norm(x_BSD.flatten(0, 1).unsqueeze(1) + answers_TED) * config.logit_scale
             packed_TM = pack(hidden_TED, routing.weights_TK)
             hidden_BSM = packed_TM.view(*token_ids_BS.shape, -1)
-            return ModelOutput(hidden_BSM, [*routings, routing], [*cache, key_value])
+            return ModelOutput(hidden_BSM, [*routings, routing])
         hidden_BSD = self.norm(x_BSD)
         # Scaling what the head reads is scaling the logits.
         if config.logit_scale != 1:
             hidden_BSD = hidden_BSD * config.logit_scale
-        return ModelOutput(hidden_BSD, routings, cache, below_BSD)
+        return ModelOutput(hidden_BSD, routings, below_BSD)
 
-    def _rotary(self, offset: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        config = self.architecture.model
-        cos, sin = rotary_tables(offset + length, config.attention_width, config.rope_base, device)
-        return cos[offset:], sin[offset:]
+    def _rotary(self, cache: KeyValueCache | None, token_ids_BS: Tensor) -> tuple[Tensor, Tensor]:
+        config, length = self.architecture.model, token_ids_BS.shape[1]
+        how = config.attention_width, config.rope_base, token_ids_BS.device
+        if cache is None:
+            return rotary_tables(length, *how)
+        if cache.rotary is None:
+            cache.rotary = rotary_tables(cache.room, *how)
+        cos, sin = cache.rotary
+        return cos[cache.length : cache.length + length], sin[cache.length : cache.length + length]
 
     def _context(
         self,

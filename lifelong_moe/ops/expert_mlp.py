@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lifelong_moe.ops.few_rows import are_few, matrix_first
+
 aten = torch.ops.aten
 
 
@@ -68,17 +70,8 @@ NONLINEARITIES = {
 class _Slices(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows_ND: Tensor, counts: Sequence[int], act: Nonlinearity, *weights: Tensor) -> Tensor:
-        dtype = rows_ND.dtype
-        matrices = [weight.to(dtype) for weight in weights]
-        width_in, width_out = matrices[0].shape[0], matrices[1].shape[0]
-        pre_NG = rows_ND.new_empty(len(rows_ND), width_in)
-        out_ND = rows_ND.new_empty(len(rows_ND), width_out)
-        values = []
-        for i, part in _parts(counts):
-            torch.mm(rows_ND[part], matrices[2 * i].t(), out=pre_NG[part])
-            hidden_NF, value_NF = act.hidden(pre_NG[part])
-            torch.mm(hidden_NF, matrices[2 * i + 1].t(), out=out_ND[part])
-            values.append(value_NF)
+        matrices = [weight.to(rows_ND.dtype) for weight in weights]
+        pre_NG, out_ND, values = _forward(rows_ND, counts, act, matrices)
         ctx.save_for_backward(rows_ND, pre_NG, *matrices, *values)
         ctx.counts, ctx.act, ctx.dtypes = counts, act, [weight.dtype for weight in weights]
         return out_ND
@@ -106,6 +99,29 @@ class _Slices(torch.autograd.Function):
         return grad_rows_ND, None, None, *grads
 
 
+def _forward(
+    rows_ND: Tensor, counts: Sequence[int], act: Nonlinearity, matrices: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Pre-activations ``(N, G)``, outputs ``(N, D)``, and the activation's values of each expert that has rows."""
+    values = []
+    pre_NG = rows_ND.new_empty(len(rows_ND), matrices[0].shape[0])
+    out_ND = rows_ND.new_empty(len(rows_ND), matrices[1].shape[0])
+    for i, part in _parts(counts):
+        _multiply(rows_ND[part], matrices[2 * i], pre_NG[part])
+        hidden_NF, value_NF = act.hidden(pre_NG[part])
+        _multiply(hidden_NF, matrices[2 * i + 1], out_ND[part])
+        values.append(value_NF)
+    return pre_NG, out_ND, values
+
+
+def _multiply(rows: Tensor, matrix: Tensor, out: Tensor) -> None:
+    """``rows matrix^T`` into ``out``."""
+    if are_few(rows, matrix):
+        out.copy_(matrix_first(rows, matrix))
+    else:
+        torch.mm(rows, matrix.t(), out=out)
+
+
 def _parts(counts: Sequence[int]) -> list[tuple[int, slice]]:
     """Each expert that has rows, and where they are."""
     parts, start = [], 0
@@ -128,8 +144,12 @@ def slices(rows_ND: Tensor, counts: Sequence[int], weights: Sequence[Tensor], ac
     Returns:
         ``(N, D)``. An expert without rows gets gradients of zero, and a frozen one none.
     """
+    device = rows_ND.device.type
+    if not (torch.is_grad_enabled() or torch.is_autocast_enabled(device)):  # in decoding what stands around costs most
+        matrices = [weight.to(rows_ND.dtype) for weight in weights]
+        return _forward(rows_ND, counts, NONLINEARITIES[activation], matrices)[1]
     rows_ND = _autocast(rows_ND)
-    with torch.autocast(rows_ND.device.type, enabled=False):
+    with torch.autocast(device, enabled=False):
         return _Slices.apply(rows_ND, counts, NONLINEARITIES[activation], *weights)
 
 

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lifelong_moe.model.attention import KeyValue
+from lifelong_moe.model.cache import KeyValueCache
 from lifelong_moe.model.transformer import LanguageModel
 
 GroupIdsOf = Callable[[NDArray[np.int64]], NDArray[np.int64]]
@@ -92,22 +92,22 @@ def _fill(
     """Write over all columns ``(B, S + 1)`` but the first, column by column."""
     uniform = torch.from_numpy(uniform_BS).to(model.embedding.weight.device)
     groups = _Groups(len(tokens), model.architecture.routing.chunk_tokens, bos_id, group_ids_of)
-    cache: list[KeyValue] | None = None
+    cache = KeyValueCache(len(model.blocks), uniform_BS.shape[1])
     for t in range(uniform_BS.shape[1]):
-        logits_BV, cache = _next_logits(model, tokens[:, t], groups.at(tokens, t), cache)
+        logits_BV = _next_logits(model, tokens[:, t], groups.at(tokens, t), cache)
         if model.architecture.model.document_mask:
             logits_BV[:, bos_id] = -torch.inf
         tokens[:, t + 1] = sample_tokens(logits_BV / temperature, uniform[:, t]).cpu().numpy()
 
 
 def _next_logits(
-    model: LanguageModel, token_ids_B: NDArray[np.int64], group_ids_B: NDArray[np.int64], past: list[KeyValue] | None
-) -> tuple[Tensor, list[KeyValue]]:
-    """One more token of each row: float32 logits ``(B, V)`` of the one after it, and the cache."""
+    model: LanguageModel, token_ids_B: NDArray[np.int64], group_ids_B: NDArray[np.int64], cache: KeyValueCache
+) -> Tensor:
+    """One more token of each row: float32 logits ``(B, V)`` of the one after it."""
     device = model.embedding.weight.device
     token_ids, group_ids = torch.from_numpy(token_ids_B).to(device), torch.from_numpy(group_ids_B).to(device)
-    output = model(token_ids.unsqueeze(1), group_ids_BS=group_ids.unsqueeze(1), past=past)
-    return model.logits(output.hidden_BSD[:, -1], group_ids).float(), output.cache
+    output = model(token_ids.unsqueeze(1), group_ids_BS=group_ids.unsqueeze(1), cache=cache)
+    return model.logits(output.hidden_BSD[:, -1], group_ids).float()
 
 
 def sample_tokens(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:

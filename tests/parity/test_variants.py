@@ -134,10 +134,10 @@ def test_bounded_attention() -> None:
     cos, sin = rotary_tables(16, WIDTH // HEADS, 10_000.0, torch.device("cpu"))
     mask = torch.full((16, 16), float("-inf")).triu(1).expand(2, 1, 16, 16)
     with torch.no_grad():
-        found = ours(x, cos, sin, None, None)[0]
+        found = ours(x, cos, sin, None, None)
         expected = theirs(x, (cos.expand(2, -1, -1), sin.expand(2, -1, -1)), mask)[0]
     torch.testing.assert_close(found, expected, atol=5e-6, rtol=5e-6)
     uncapped = Attention(ModelConfig(width=WIDTH, heads=HEADS, kv_heads=KV_HEADS, context=16))
     uncapped.load_state_dict(ours.state_dict())
     with torch.no_grad():
-        assert float((uncapped(x, cos, sin, None, None)[0] - expected).abs().max()) > 0.1
+        assert float((uncapped(x, cos, sin, None, None) - expected).abs().max()) > 0.1

@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from lifelong_moe.errors import ConfigError
 from lifelong_moe.model.architecture import Generation
-from lifelong_moe.model.generation import generate, sample_token
+from lifelong_moe.model.cache import KeyValueCache
+from lifelong_moe.model.generation import generate, generate_batch, sample_token
 from lifelong_moe.model.groups import label_group
 from lifelong_moe.model.transformer import LanguageModel
 
@@ -60,10 +62,11 @@ def test_cached_logits_equal_full_logits(make_model: Make, router_kind: str, sec
     groups = torch.arange(12).expand(2, 12) // 6
     with torch.no_grad():
         full = model(ids, group_ids_BS=groups).hidden_BSD
-        output = model(ids[:, :5], group_ids_BS=groups[:, :5])
+        cache = KeyValueCache(len(model.blocks), 12)
+        output = model(ids[:, :5], group_ids_BS=groups[:, :5], cache=cache)
         torch.testing.assert_close(output.hidden_BSD, full[:, :5], atol=1e-5, rtol=0)
         for t in range(5, 12):
-            output = model(ids[:, t : t + 1], group_ids_BS=groups[:, t : t + 1], past=output.cache)
+            output = model(ids[:, t : t + 1], group_ids_BS=groups[:, t : t + 1], cache=cache)
             torch.testing.assert_close(output.hidden_BSD[:, 0], full[:, t], atol=1e-5, rtol=0)
 
 
@@ -71,7 +74,7 @@ def test_a_text_longer_than_the_context_goes_on(make_model: Make, router_kind: s
     model = make_model(router_kind, (4, 2))
     lengths = []
     hook = model.register_forward_pre_hook(
-        lambda _, args, kwargs: lengths.append((args[0].shape[1], kwargs.get("past") is not None)), with_kwargs=True
+        lambda _, args, kwargs: lengths.append((args[0].shape[1], kwargs["cache"].length > 0)), with_kwargs=True
     )
     with torch.no_grad():
         model.head.weight[0] = 0.0  # BOS is never the most probable token
@@ -109,3 +112,41 @@ def test_top_p_cuts_the_tail() -> None:
     assert {sample_token(logits, 1.0, 0.5, generator) for _ in range(50)} == {1}
     assert {sample_token(logits, 1.0, 1.0, generator) for _ in range(400)} == {0, 1, 2, 3}
     assert sample_token(logits, 0, 0.1, generator) == 1
+
+
+def random_prompts(count: int, length: int) -> list[list[int]]:
+    return torch.randint(1, 61, (count, length), generator=torch.Generator().manual_seed(4)).tolist()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_each_text_of_a_batch_is_what_it_is_alone(
+    make_model: Make, router_kind: str, second: Generation, temperature: float
+) -> None:
+    model = make_model(router_kind, (4, second))
+    with torch.no_grad():
+        model.head.weight[0] *= 2  # some texts may end, others outgrow the context
+    how = {"max_new_tokens": 14, "temperature": temperature, "distribution": "d1"}
+    prompts = random_prompts(6, 7)
+    alone = [list(generate(model, prompt, seed=3 + i, **how)) for i, prompt in enumerate(prompts)]
+    assert generate_batch(model, prompts, seed=3, **how) == alone
+
+
+def test_each_text_of_a_batch_ends_by_itself(make_model: Make) -> None:
+    model = make_model()
+    with torch.no_grad():
+        model.head.weight[0] *= 4
+    forwards = []
+    hook = model.register_forward_pre_hook(lambda _, args: forwards.append(args[0].shape))
+    found = generate_batch(model, random_prompts(6, 5), max_new_tokens=60, temperature=1.5)
+    hook.remove()
+    lengths = [len(text) for text in found]
+    assert len(set(lengths)) > 2 and max(lengths) < 60
+    assert not any(0 in text for text in found)
+    assert len(forwards) == max(lengths) + 1  # nothing is computed after the last one's end
+
+
+def test_what_is_not_continued_together(make_model: Make) -> None:
+    with pytest.raises(ConfigError, match="same number of tokens"):
+        generate_batch(make_model(), [[1, 2], [3]], max_new_tokens=2)
+    assert generate_batch(make_model(), [], max_new_tokens=2) == []
+    assert generate_batch(make_model(), [[], []], max_new_tokens=0) == [[], []]

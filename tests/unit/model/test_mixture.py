@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from lifelong_moe.errors import ConfigError
+from lifelong_moe.model.cache import KeyValueCache
 from lifelong_moe.model.mixture import mixture_log_probs, mixture_nats, pack, unpack
 from lifelong_moe.model.transformer import LanguageModel
 from tests.conftest import VOCAB
@@ -60,8 +61,9 @@ def test_in_a_model(make_model: Make) -> None:
     assert all(p.grad is not None for p in model.parameters())
     model.eval()
     with torch.no_grad():
-        step = model(ids()[:, :15])
-        cached = model(ids()[:, 15:], past=step.cache).hidden_BSD[:, 0]
+        cache = KeyValueCache(len(model.blocks), 16)
+        model(ids()[:, :15], cache=cache)
+        cached = model(ids()[:, 15:], cache=cache).hidden_BSD[:, 0]
         torch.testing.assert_close(model.logits(cached), log_probs[:, -1].detach(), atol=2e-5, rtol=0)
 
 

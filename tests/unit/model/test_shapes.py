@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.model.architecture import Architecture, Generation, first_generation
 from lifelong_moe.model.attention import softcapped_attention
+from lifelong_moe.model.cache import KeyValueCache
 from lifelong_moe.model.config import Activation, ModelConfig, QKNorm, SharedMix
 from lifelong_moe.model.cost import count_parameters, forward_flops_per_token
 from lifelong_moe.model.feedforward import FeedForward
@@ -111,9 +112,10 @@ def test_a_cache_changes_nothing(shape: str) -> None:
     model = model_of(architecture(SHAPES[shape]))
     with torch.no_grad():
         whole = model(tokens()).hidden_BSD
-        output = model(tokens()[:, :9])
+        cache = KeyValueCache(len(model.blocks), 16)
+        model(tokens()[:, :9], cache=cache)
         for position in range(9, 16):
-            output = model(tokens()[:, position : position + 1], past=output.cache)
+            output = model(tokens()[:, position : position + 1], cache=cache)
     torch.testing.assert_close(output.hidden_BSD[:, 0], whole[:, -1], atol=2e-5, rtol=0)
 
 

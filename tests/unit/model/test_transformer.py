@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lifelong_moe.model.architecture import Architecture, Generation
 from lifelong_moe.model.attention import rotary_tables, rotate
+from lifelong_moe.model.cache import KeyValueCache
 from lifelong_moe.model.transformer import LanguageModel, initialize
 from lifelong_moe.ops.document_attention import document_attention_mask
 from lifelong_moe.routing.base import Router
@@ -194,6 +195,7 @@ def test_deltas_begin_at_zero(make_architecture: MakeArchitecture) -> None:
 
 def test_a_cache_takes_one_token_at_a_time(make_model: Make) -> None:
     model, ids = make_model().eval(), random_ids(1, 4)
-    cache = model(ids).cache
+    cache = KeyValueCache(len(model.blocks), 8)
+    model(ids, cache=cache)
     with pytest.raises(ValueError, match="one at a time"):
-        model(ids, past=cache)
+        model(ids, cache=cache)

@@ -1,0 +1,58 @@
+"""Keys and values of the positions so far: room for all of them is made once, and each step writes into it.
+
+Legend: B batch, J key and value heads, S new positions, P positions so far, W head width.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+class LayerCache:
+    """One layer's keys and values."""
+
+    def __init__(self, room: int) -> None:
+        self.room, self.length = room, 0
+        self._held: tuple[Tensor, Tensor] | None = None
+
+    def extend(self, key_BJSW: Tensor, value_BJSW: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the next positions, in place; no gradient flows through them.
+
+        Returns:
+            Views of the keys and the values of all positions so far, ``(B, J, P, W)``.
+
+        Raises:
+            ValueError: If there is no room for them.
+        """
+        end = self.length + key_BJSW.shape[2]
+        if end > self.room:
+            raise ValueError(f"the cache has room for {self.room} positions, not for {end}")
+        new = key_BJSW, value_BJSW
+        if self._held is None:  # the first keys know batch, dtype and device
+            batch, heads, _, width = key_BJSW.shape
+            self._held = tuple(x.new_empty(batch, heads, self.room, width) for x in new)  # type: ignore[assignment]
+        assert self._held is not None
+        for held, x in zip(self._held, new, strict=True):
+            held[:, :, self.length : end] = x
+        self.length = end
+        return self._held[0][:, :, :end], self._held[1][:, :, :end]
+
+
+class KeyValueCache:
+    """What a model keeps of one batch of texts of equal length, layer by layer.
+
+    Args:
+        layers: Of the model.
+        room: Positions that fit.
+    """
+
+    def __init__(self, layers: int, room: int) -> None:
+        self.room = room
+        self.layers = [LayerCache(room) for _ in range(layers)]
+        self.rotary: tuple[Tensor, Tensor] | None = None
+        """Cosines and sines of all positions that fit, once the model has made them."""
+
+    @property
+    def length(self) -> int:
+        """Positions so far."""
+        return self.layers[0].length
