@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lifelong_moe.model.architecture import Architecture
-from lifelong_moe.model.transformer import Block
+from lifelong_moe.model.block import Block
 from lifelong_moe.routing.base import Routing, RoutingContext
 
 

@@ -10,15 +10,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from lifelong_moe.model.architecture import Architecture, Generation
-from lifelong_moe.model.attention import Attention, rotary_tables
-from lifelong_moe.model.cache import KeyValueCache, LayerCache
-from lifelong_moe.model.config import ModelConfig, SharedMix
+from lifelong_moe.model.attention import rotary_tables
+from lifelong_moe.model.block import Block
+from lifelong_moe.model.cache import KeyValueCache
+from lifelong_moe.model.config import ModelConfig
 from lifelong_moe.model.deltas import BundleSlices, DeltaEmbedding, DeltaLinear
-from lifelong_moe.model.experts import ExpertBanks
-from lifelong_moe.model.feedforward import FeedForward
 from lifelong_moe.model.groups import build_document_clusters
 from lifelong_moe.model.mixture import mixture_log_probs, mixture_nats, pack
 from lifelong_moe.model.moe import MoELayer
@@ -26,7 +24,6 @@ from lifelong_moe.ops.document_attention import Documents
 from lifelong_moe.ops.losses import linear_cross_entropy, token_nats
 from lifelong_moe.routing.base import Routing, RoutingContext
 from lifelong_moe.routing.config import Features, Level
-from lifelong_moe.routing.registry import build_router
 
 
 @dataclass
@@ -40,79 +37,6 @@ class ModelOutput:
     """What each layer's router decided."""
     below_BSD: Tensor | None = None
     """What went into the block that was asked for; see ``LanguageModel.forward``."""
-
-
-class Block(nn.Module):
-    """Norm, attention, norm, mixture of experts, each added to the stream."""
-
-    def __init__(self, architecture: Architecture, layer: int, *, causal: bool = True) -> None:
-        super().__init__()
-        config = architecture.model
-        self.attention_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
-        self.attention = Attention(config)
-        self.moe_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
-        self.moe = build_moe(architecture, layer, causal=causal)
-        self.attention_out_norm: nn.RMSNorm | None = None
-        self.moe_out_norm: nn.RMSNorm | None = None
-        if config.sandwich_norms:
-            self.attention_out_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
-            self.moe_out_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
-
-        self.recomputes = False
-        """Whether attention is computed again in the backward pass."""
-
-    def forward(
-        self,
-        x_BSD: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        mask: Tensor | Documents | None,
-        cache: LayerCache | None,
-        context: RoutingContext,
-        bundles: BundleSlices | None,
-    ) -> tuple[Tensor, Routing]:
-        """One layer."""
-        x_BSD = self.attend(x_BSD, rotary, mask, cache, bundles)
-        out_TD, routing = self.moe(self.moe_norm(x_BSD).flatten(0, 1), context)
-        out_TD = out_TD if self.moe_out_norm is None else self.moe_out_norm(out_TD)
-        return x_BSD + out_TD.view_as(x_BSD), routing
-
-    def attend(
-        self,
-        x_BSD: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        mask: Tensor | Documents | None,
-        cache: LayerCache | None,
-        bundles: BundleSlices | None,
-    ) -> Tensor:
-        """The first half of a layer."""
-        if self.recomputes and torch.is_grad_enabled():
-            return checkpoint(self._attend, x_BSD, rotary, mask, cache, bundles, use_reentrant=False)
-        return self._attend(x_BSD, rotary, mask, cache, bundles)
-
-    def _attend(
-        self,
-        x_BSD: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        mask: Tensor | Documents | None,
-        cache: LayerCache | None,
-        bundles: BundleSlices | None,
-    ) -> Tensor:
-        mixed = self.attention(self.attention_norm(x_BSD), *rotary, mask, cache, bundles)
-        return x_BSD + (mixed if self.attention_out_norm is None else self.attention_out_norm(mixed))
-
-
-def build_moe(architecture: Architecture, layer: int, *, causal: bool) -> MoELayer:
-    """A layer's mixture of experts, still without experts; or its dense network."""
-    config = architecture.model
-    router = build_router(architecture.routing, width=config.width, layer=layer, causal=causal)
-    banks = ExpertBanks(config.width, config.expert_width, config.activation)
-    if layer not in config.moe_layers:
-        dense_width = config.dense_width or config.expert_width * architecture.routing.top_k
-        return MoELayer(router, banks, FeedForward(config.width, dense_width, config.dense_activation))
-    if not config.shared_experts:
-        return MoELayer(router, banks)
-    shared = FeedForward(config.width, config.shared_experts * config.expert_width, config.activation)
-    return MoELayer(router, banks, shared, mixes=config.shared_mix == SharedMix.learned)
 
 
 class LanguageModel(nn.Module):
