@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -115,7 +116,8 @@ class BlockDataset(Dataset[dict[str, Tensor]]):
     the number of BOS up to and including a position (0 is the rest of a document begun in an earlier block);
     ``group_ids`` and ``teacher_group_ids``, aligned with the inputs, 0 without groups; ``scored``, bool, False where a
     target is part of a prompt. Scalars: ``replayed``, bool,
-    and ``ordinal``, how many samples of the same kind (new, or replayed) came before.
+    ``ordinal``, how many samples of the same kind (new, or replayed) came before, and ``block``, the block's number
+    among those of all sources: the same block has the same number whenever it comes.
     """
 
     def __init__(self, sources: Sequence[BlockSource | RowSource], order: SampleOrder) -> None:
@@ -127,6 +129,12 @@ class BlockDataset(Dataset[dict[str, Tensor]]):
         """
         self._sources = list(sources)
         self._order = order
+        self._first_blocks = list(accumulate((len(source) for source in self._sources), initial=0))
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of all sources."""
+        return self._first_blocks[-1]
 
     def __getitem__(self, n: int) -> dict[str, Tensor]:
         source, block = self._order.at(n)
@@ -135,4 +143,5 @@ class BlockDataset(Dataset[dict[str, Tensor]]):
             **self._sources[source].block(block),
             "replayed": torch.tensor(source != 0),
             "ordinal": torch.tensor(replayed if source else n - replayed),
+            "block": torch.tensor(self._first_blocks[source] + block),
         }

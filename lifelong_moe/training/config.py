@@ -89,6 +89,10 @@ class TrainerConfig:
     """``slices`` multiplies each expert's rows by its own matrices, ``grouped_mm`` all in one kernel, ``readable``
     calls one expert after the other; ``auto`` is ``grouped_mm`` in bfloat16 on GPUs that have it (compute capability
     9), and ``slices`` elsewhere."""
+    cache_teacher: bool = False
+    """Keep on disk, while a stage trains, what its teacher makes of each block, for the next time the block comes:
+    worth it where ``replay.buffer_tokens`` lets blocks come again. Takes ``model.context * model.width * 4`` bytes a
+    block. The teacher is then asked about one block at a time, which changes results by rounding."""
     activation_checkpointing: bool = False
     """Compute attention and experts again in the backward pass instead of keeping what is in between: less memory for
     about a third more time."""

@@ -22,6 +22,7 @@ from lifelong_moe.model.transformer import LanguageModel, ModelOutput
 from lifelong_moe.ops.losses import Lesson, distillation_loss, linear_losses
 from lifelong_moe.retention.penalty import WeightAnchor
 from lifelong_moe.retention.teacher import distilled_rows, shared_blocks
+from lifelong_moe.retention.teacher_cache import TeacherCache
 from lifelong_moe.routing.base import Routing
 from lifelong_moe.training.guard import StepGuard, Verdict
 from lifelong_moe.training.optimizer import build_optimizer, build_schedule
@@ -53,6 +54,8 @@ class StageModule(LightningModule):
         self._teacher = (teacher,)
         self._shared_blocks = 0 if teacher is None else shared_blocks(model, teacher)
         """Blocks at the bottom whose output the teacher takes from the student."""
+        self.teacher_cache: TeacherCache | None = None
+        """Where what the teacher said is kept, if it is."""
         self._anchor = anchor
         self.strict_loading = False  # step checkpoints leave frozen tensors out; on_load_checkpoint checks names
         self.guard = StepGuard()
@@ -155,6 +158,10 @@ class StageModule(LightningModule):
     def _taught(self, teacher: LanguageModel, batch: dict[str, Tensor], rows: Tensor, output: ModelOutput) -> Tensor:
         """The teacher's final hidden states of some sequences, from where it differs from the student."""
         inputs = model_inputs(batch, rows) | {"group_ids_BS": batch["teacher_group_ids"][rows]}
+        if self.teacher_cache is not None:
+            return self.teacher_cache.hidden(
+                batch["block"][rows], lambda i: teacher(**{k: t[i : i + 1] for k, t in inputs.items()}).hidden_BSD
+            )
         below = output.below_BSD
         if not self._shared_blocks or below is None:
             return teacher(**inputs).hidden_BSD

@@ -25,6 +25,7 @@ from lifelong_moe.errors import ConfigError, ResourceError
 from lifelong_moe.evaluation.loss import evaluate
 from lifelong_moe.model.offload import courier_to
 from lifelong_moe.model.transformer import LanguageModel
+from lifelong_moe.retention.teacher_cache import TeacherCache
 from lifelong_moe.routing.config import Features, Level
 from lifelong_moe.stages.store import StageStore
 from lifelong_moe.training.callbacks import Meter, ProgressReport, StepCheckpoint
@@ -100,8 +101,11 @@ def train_phase(
     else:
         torch.manual_seed(run.seed)  # of noise, jitter and dropout; later on it is part of the checkpoint
         module.assignments_before = _sample_assignments(model, spec, corpora[spec.data])
+    dataset = phase_dataset(model, teacher, spec, phase, corpora, generated, run.seed)
+    if config.cache_teacher and teacher is not None:
+        module.teacher_cache = TeacherCache(run.work / f"teacher-{run.number}", dataset.num_blocks, spec.model.context)
     data = StageData(
-        phase_dataset(model, teacher, spec, phase, corpora, generated, run.seed),
+        dataset,
         spec,
         first_step=run.order_step,
         steps=phase.steps,
