@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 DPI = 110
 MET, MISSED = "#4c78a8", "#d62728"
 PANELS = {
-    "experts": ("experts a layer (top-k constant)", ("mixture", "dense of equal active FLOPs")),
+    "experts": ("experts a layer (top-k constant)", ("mixture", "two experts, both used")),
     "frozen_stages": ("earlier stages, frozen", ("step", "peak memory")),
     "context": ("tokens in a block", ("step",)),
     "model_size": ("active parameters", ("step",)),
@@ -67,6 +67,8 @@ def fraction(value: float, goal: str) -> float:
     A figure of 0, of which little is wanted, counts as a thousandth of its goal, so that it can be drawn.
     """
     at_most, limit = bound(goal)
+    if limit == 0:
+        return 1.0 if value == 0 else 1e-3
     return limit / max(value, limit / 1000) if at_most else max(value / limit, 1e-3)
 
 

@@ -75,7 +75,7 @@ def measure(rounds: int = 9) -> dict[str, Any]:
         "P3 4 to 64 experts": {"goal": "<= 1.0", "met": grown.ratio <= 1.0} | row(grown),
         "P4 default distillation over plain": {"goal": "<= 1.15", "met": taught.ratio <= 1.15} | row(taught),
         "P7 frozen experts: gradients and copies": {
-            "value": memory["gradients"] + memory["copies"], "goal": "= 0", "met": clean, "unit": "tensors",
+            "value": memory["gradients"] + memory["copies"], "goal": "<= 0", "met": clean, "unit": "tensors",
         },
     }  # fmt: skip
     detail = {"growth": grown.json(), "distillation": taught.json(), "distillation_alone": alone.json()}

@@ -24,7 +24,7 @@ from lifelong_moe.data.blocks import BlockDataset, BlockSource
 from lifelong_moe.data.order import SampleOrder, StepBatchSampler
 from lifelong_moe.data.shards import TokenizedCorpus, TokenShard
 from lifelong_moe.stages.store import StageStore
-from lifelong_moe.training.config import CheckpointConfig, TrainerConfig
+from lifelong_moe.training.config import CheckpointConfig, FrozenConfig, TrainerConfig
 from lifelong_moe.training.data import StepLoader
 from lifelong_moe.training.interrupt import Interrupt
 from lifelong_moe.training.module import StageModule
@@ -129,6 +129,7 @@ def interleaved(size: Size, shard: TokenShard, rounds: int, folder: Path) -> Int
         work=folder,
         trainer=TrainerConfig(accelerator="gpu" if device == "cuda" else "cpu"),
         checkpoint=CheckpointConfig(every_steps=10**6),
+        frozen=FrozenConfig(),
         interrupt=Interrupt(),
         console=Console(file=io.StringIO()),
         send=lambda rows: None,
