@@ -5,6 +5,8 @@ Legend: B batch, S sequence, D model width, H query heads, J key and value heads
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,7 +14,9 @@ from torch import Tensor, nn
 from lifelong_moe.model.cache import LayerCache
 from lifelong_moe.model.config import ModelConfig, QKNorm
 from lifelong_moe.model.deltas import BundleSlices, DeltaLinear
+from lifelong_moe.ops.causal_attention import causal_attention, pays
 from lifelong_moe.ops.document_attention import Documents, document_attention
+from lifelong_moe.ops.norm import RMSNorm
 
 
 def rotary_tables(num_positions: int, head_width: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -27,10 +31,31 @@ def rotary_tables(num_positions: int, head_width: int, base: float, device: torc
     return angles.cos(), angles.sin()
 
 
+class _Rotate(torch.autograd.Function):
+    """A rotation's gradient is the rotation back."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BHSP: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x_BHSP, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, grad_BHSP: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotated(grad_BHSP, cos, -sin), None, None
+
+
+def _rotated(x_BHSP: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = x_BHSP.shape[-1] // 2
+    out = x_BHSP * cos
+    out[..., :half].addcmul_(x_BHSP[..., half:], sin[..., :half], value=-1)
+    out[..., half:].addcmul_(x_BHSP[..., :half], sin[..., half:])
+    return out.to(x_BHSP.dtype)
+
+
 def rotate(x_BHSP: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each head's halves against each other by position."""
-    first, second = x_BHSP.chunk(2, dim=-1)
-    return (x_BHSP * cos + torch.cat([-second, first], dim=-1) * sin).to(x_BHSP.dtype)
+    """Rotate each head's halves against each other by position; both halves of the tables are the same."""
+    return _Rotate.apply(x_BHSP, cos, sin)
 
 
 def softcapped_attention(
@@ -75,6 +100,8 @@ def grouped_query_attention(query_BHSW: Tensor, key_BJPW: Tensor, value_BJPW: Te
     if length == 1 and mask is None:  # queries of one group look at the same keys, as if they were a sequence
         query_BJGW = query_BHSW.reshape(batch, -1, sharing, width)
         return F.scaled_dot_product_attention(query_BJGW, key_BJPW, value_BJPW).reshape(query_BHSW.shape)
+    if mask is None and pays(query_BHSW):
+        return causal_attention(query_BHSW, key_BJPW, value_BJPW)
     # On CUDA the fused kernels that know groups take half precision and no mask; without one, logits are in memory.
     knows_groups = query_BHSW.device.type == "cpu" or (mask is None and query_BHSW.dtype != torch.float32)
     if not knows_groups:
@@ -97,10 +124,10 @@ class Attention(nn.Module):
         self.output = DeltaLinear(self.heads * self.head_width, config.width)
         widths = {QKNorm.head: (self.head_width, self.head_width)}
         widths[QKNorm.full] = (self.heads * self.head_width, self.kv_heads * self.head_width)
-        self.query_norm: nn.RMSNorm | None = None
-        self.key_norm: nn.RMSNorm | None = None
+        self.query_norm: RMSNorm | None = None
+        self.key_norm: RMSNorm | None = None
         if config.qk_norm in widths:
-            self.query_norm, self.key_norm = (nn.RMSNorm(w, eps=config.norm_eps) for w in widths[config.qk_norm])
+            self.query_norm, self.key_norm = (RMSNorm(w, eps=config.norm_eps) for w in widths[config.qk_norm])
         self.normalizes_heads = config.qk_norm == QKNorm.head
 
     def forward(
@@ -142,7 +169,7 @@ class Attention(nn.Module):
             mixed = softcapped_attention(query, key, value, mask, self.softcap, is_causal=is_causal)
         return self.output(mixed.transpose(1, 2).reshape(batch, length, -1), bundles)
 
-    def _normalized(self, x_BSO: Tensor, norm: nn.RMSNorm | None, shape: tuple[int, int, int, int]) -> Tensor:
+    def _normalized(self, x_BSO: Tensor, norm: RMSNorm | None, shape: tuple[int, int, int, int]) -> Tensor:
         """Heads ``(B, S, H, head_width)``, normalized each by itself, or all together before they are divided."""
         if norm is None:
             return x_BSO.view(shape)

@@ -18,6 +18,7 @@ from lifelong_moe.model.experts import ExpertBanks
 from lifelong_moe.model.feedforward import FeedForward
 from lifelong_moe.model.moe import MoELayer
 from lifelong_moe.ops.document_attention import Documents
+from lifelong_moe.ops.norm import RMSNorm
 from lifelong_moe.routing.base import Routing, RoutingContext
 from lifelong_moe.routing.registry import build_router
 
@@ -28,15 +29,15 @@ class Block(nn.Module):
     def __init__(self, architecture: Architecture, layer: int, *, causal: bool = True) -> None:
         super().__init__()
         config = architecture.model
-        self.attention_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.attention_norm = RMSNorm(config.width, eps=config.norm_eps)
         self.attention = Attention(config)
-        self.moe_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.moe_norm = RMSNorm(config.width, eps=config.norm_eps)
         self.moe = build_moe(architecture, layer, causal=causal)
-        self.attention_out_norm: nn.RMSNorm | None = None
-        self.moe_out_norm: nn.RMSNorm | None = None
+        self.attention_out_norm: RMSNorm | None = None
+        self.moe_out_norm: RMSNorm | None = None
         if config.sandwich_norms:
-            self.attention_out_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
-            self.moe_out_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+            self.attention_out_norm = RMSNorm(config.width, eps=config.norm_eps)
+            self.moe_out_norm = RMSNorm(config.width, eps=config.norm_eps)
 
         self.recomputes = False
         """Whether attention is computed again in the backward pass."""

@@ -22,6 +22,7 @@ from lifelong_moe.model.mixture import mixture_log_probs, mixture_nats, pack
 from lifelong_moe.model.moe import MoELayer
 from lifelong_moe.ops.document_attention import Documents
 from lifelong_moe.ops.losses import linear_cross_entropy, token_nats
+from lifelong_moe.ops.norm import RMSNorm
 from lifelong_moe.routing.base import Routing, RoutingContext
 from lifelong_moe.routing.config import Features, Level
 
@@ -51,7 +52,7 @@ class LanguageModel(nn.Module):
         self.architecture = architecture
         self.embedding = DeltaEmbedding(architecture.vocab_size, config.width)
         self.blocks = nn.ModuleList(Block(architecture, layer) for layer in range(config.layers))
-        self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.norm = RMSNorm(config.width, eps=config.norm_eps)
         self.head = DeltaLinear(config.width, architecture.vocab_size)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
