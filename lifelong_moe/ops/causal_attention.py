@@ -1,4 +1,4 @@
-"""Causal attention of short sequences on a CPU. Its backward pass finds probabilities kept, and does not make them anew.
+"""Causal attention of short sequences on a CPU. Its backward pass finds probabilities kept, and does not remake them.
 
 Queries are taken a tile at a time, and a tile looks at the keys up to its own end only, so what is masked costs next to
 nothing. Kept are half of the ``S²`` probabilities of each head, which is why it is for short sequences.
