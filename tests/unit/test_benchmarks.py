@@ -8,7 +8,7 @@ import pytest
 from tests.benchmarks.performance.__main__ import outcome, record, run_part, without_paths
 from tests.benchmarks.performance.clock import ratio
 from tests.benchmarks.performance.figures import draw, fraction
-from tests.benchmarks.performance.goals import PARTS, bound, judged, rows
+from tests.benchmarks.performance.goals import PARTS, bound, judged, page, rows
 
 STARTUP = {
     "P11 help": judged(0.16, 0.15, 0.17, "<= 0.5", "s"),
@@ -36,6 +36,20 @@ def test_a_goal_is_a_most_or_a_least() -> None:
 def test_a_figure_is_drawn_as_a_fraction_of_its_goal() -> None:
     assert fraction(1.0, "<= 2") == 2.0 and fraction(1.0, ">= 2") == 0.5
     assert fraction(0.0, "<= 2") == pytest.approx(1000.0)
+    assert fraction(0.0, "<= 0") == 1.0 and fraction(1.0, "<= 0") < 1.0
+
+
+def test_the_page_says_what_it_was_measured_on() -> None:
+    run = {"gpu": None, "cpu": "C", "cores": 2, "torch": "2", "commit": "abc", "date": "2026-01-02T03", "command": "it"}
+    parts = {"startup": {"goals": STARTUP, "run": run | {"dirty": False}}, "text": {"not_measured": "no", "run": run}}
+    parts["text"]["run"] = run | {"dirty": True}
+    lines = page(parts).splitlines()
+    assert lines[2] == "| P9 (text) | not measured: no |  |  |  |"
+    assert lines[3] == "| P11 help (startup) | 0.16 s | 0.15 – 0.17 | <= 0.5 s | yes |"
+    assert lines[-2:] == [
+        "text: commit `abc` with changes, 2026-01-02, C, 2 cores, torch 2, `it`.",
+        "startup: commit `abc`, 2026-01-02, C, 2 cores, torch 2, `it`.",
+    ]
 
 
 def test_rows_say_what_was_not_measured() -> None:

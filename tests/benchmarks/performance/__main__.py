@@ -3,7 +3,7 @@
     .venv/bin/python -m tests.benchmarks.performance [--only step growth …]
 
 Each part runs in a process of its own, on a CPU with one thread. What comes out stands in ``docs/performance``:
-``cpu.json`` or ``cuda.json``, and the figures drawn from it.
+``cpu.json`` or ``cuda.json``, the table as a page, and the figures.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from tests.benchmarks.performance.goals import NOT_MEASURED, PARTS, rows
+from tests.benchmarks.performance.goals import NOT_MEASURED, PARTS, page, rows
 
 ROOT = Path(__file__).resolve().parents[3]
 FOLDER = ROOT / "docs/performance"
@@ -56,7 +56,9 @@ def main() -> int:
     from tests.benchmarks.performance.figures import draw
 
     draw(json.loads(path.read_text(encoding="utf-8")), FOLDER)
-    console.print(f"written: {path.relative_to(ROOT)} and its figures")
+    parts = json.loads(path.read_text(encoding="utf-8"))["parts"]
+    path.with_suffix(".md").write_text(page(parts), encoding="utf-8")
+    console.print(f"written: {path.relative_to(ROOT)}, the table beside it, and its figures")
     return int(any(row[1].startswith(NOT_MEASURED) for row in rows(found)))
 
 

@@ -71,6 +71,21 @@ def rows(parts: Mapping[str, Mapping[str, Any]]) -> list[Row]:
     return found
 
 
+def page(parts: Mapping[str, Mapping[str, Any]]) -> str:
+    """The table in Markdown, and what each part ran on."""
+    lines = ["| what | measured | spread (quartiles) | goal | met |", "|---|---|---|---|---|"]
+    lines += ["| " + " | ".join(row) + " |" for row in rows(parts) if row[1] != "curves only"]
+    origins = {}
+    for name in sorted(parts, key=_place):
+        run = parts[name]["run"]
+        machine = f"{run['gpu'] or run['cpu']}, {run['cores']} cores, torch {run['torch']}"
+        changed = " with changes" if run["dirty"] else ""
+        origin = f"commit `{str(run['commit'])[:12]}`{changed}, {run['date'][:10]}, {machine}, `{run['command']}`"
+        origins.setdefault(origin, []).append(name)
+    lines += ["", *(f"{', '.join(names)}: {origin}." for origin, names in origins.items())]
+    return "\n".join(lines) + "\n"
+
+
 def _place(name: str) -> int:
     return list(PARTS).index(name) if name in PARTS else len(PARTS)
 
