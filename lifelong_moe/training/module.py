@@ -185,15 +185,16 @@ class StageModule(LightningModule):
             NonfiniteStepsError: After three steps in a row without a finite loss and gradient.
         """
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        limit = self.spec.gradient_clip or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
-        self.grad_norm = norm.detach()
+        self.grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         means = mean_over_ranks(torch.stack(self._losses).mean(0))
         self._losses.clear()
         loss, objective, size = torch.cat([means, self.grad_norm.float().view(1)]).tolist()  # one transfer
         verdict = self.guard.judge(loss, objective, size)
         self._taken = verdict == Verdict.sound
         if verdict == Verdict.sound:
+            limit = self.spec.gradient_clip or math.inf
+            if size > limit:  # else the gradients are left alone: multiplying them by 1 would cost a pass over memory
+                torch.nn.utils.clip_grads_with_norm_(parameters, limit, self.grad_norm)
             return
         for parameter in parameters:
             parameter.grad = None  # absent, not zero: AdamW then applies neither moments nor decay
