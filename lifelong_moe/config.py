@@ -323,6 +323,11 @@ class RunConfig:
                         f"trainer.experts_implementation=grouped_mm needs model.{key} in multiples of 8, not "
                         f"{getattr(self.model, key)}. Set trainer.experts_implementation=auto."
                     )
+            if self.trainer.compile and self.trainer.precision == "32-true":
+                raise ConfigError(
+                    "trainer.experts_implementation=grouped_mm compiles in bfloat16 only. Set trainer.compile=false or "
+                    "trainer.precision=bf16-mixed."
+                )
         if self.frozen.offload == Offload.cpu:
             for key in ("activation_checkpointing", "compile"):
                 if getattr(self.trainer, key):

@@ -84,7 +84,9 @@ def _row(i: int, prepared: Prepared, store: StageStore) -> dict[str, Any]:
         "replay_fraction": spec.replay_fraction,
         "teacher_tokens": spec.teacher_tokens,
         "active_flops": planned.flops,
-        "disk_bytes": disk_need(spec, planned.trainable, prepared.config.checkpoint).total,
+        "disk_bytes": disk_need(
+            spec, planned.trainable, prepared.config.checkpoint, caches_teacher=prepared.config.trainer.cache_teacher
+        ).total,
     }
 
 

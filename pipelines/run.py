@@ -147,7 +147,10 @@ def _run_stages(
 
 def _check_disk(planned: list[PlannedStage], prepared: Prepared) -> None:
     """Refuse to train stages for which the disk has no room; what they have written already is theirs to use."""
-    needs = [disk_need(stage.spec, stage.trainable, prepared.config.checkpoint) for stage in planned]
+    config = prepared.config
+    needs = [
+        disk_need(s.spec, s.trainable, config.checkpoint, caches_teacher=config.trainer.cache_teacher) for s in planned
+    ]
     written = sum(used_space(ROOT / "work" / stage.key[:SHORT]) for stage in planned)
     what = f"stage {planned[0].spec.name}" if len(planned) == 1 else f"run={prepared.config.run}"
     require_space(ROOT, run_need(needs) - written, what)

@@ -131,11 +131,6 @@ class BlockDataset(Dataset[dict[str, Tensor]]):
         self._order = order
         self._first_blocks = list(accumulate((len(source) for source in self._sources), initial=0))
 
-    @property
-    def num_blocks(self) -> int:
-        """Blocks of all sources."""
-        return self._first_blocks[-1]
-
     def __getitem__(self, n: int) -> dict[str, Tensor]:
         source, block = self._order.at(n)
         replayed = self._order.num_replayed(n)

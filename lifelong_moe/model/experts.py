@@ -9,6 +9,7 @@ from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from lifelong_moe.model.config import Activation, ExpertsImplementation
 from lifelong_moe.model.feedforward import FeedForward
@@ -57,22 +58,36 @@ class ExpertBanks(nn.Module):
         for i, expert in enumerate(self.experts):
             expert.requires_grad_(i in self._active)
 
-    @property
-    def first_active(self) -> int:
-        """Index of the first expert that trains; 0 where none does."""
-        return min(self._active, default=0)
+    def _trained(self) -> range | None:
+        """Indices of the experts whose weights have gradients, if they stand side by side; None if they do not.
+
+        Some that are active may not train: a phase, or fine-tuning, may leave them alone.
+        """
+        found = [i for i, expert in enumerate(self.experts) if any(p.requires_grad for p in expert.parameters())]
+        trained = range(found[0], found[-1] + 1) if found else range(0)
+        return trained if len(trained) == len(found) else None
 
     def chosen(self, rows: Tensor) -> ExpertsImplementation:
         """How rows of this device and dtype are computed.
 
         ``auto`` takes ``grouped_mm`` where it needs no answer from the device, which is in bfloat16 on a GPU of
-        compute capability 9 or more, and ``slices`` elsewhere. Dropout within experts is ``readable`` always.
+        compute capability 9 or more, and ``slices`` elsewhere. Dropout within experts is ``readable`` always. Whatever
+        was asked for, ``grouped_mm`` needs the experts that train side by side, and weights that are tensors of their
+        own, which those held in 8 bits are not: else it is ``slices``.
         """
         how = self.implementation
         if self.training and any(expert.dropout for expert in self.experts):
             return ExpertsImplementation.readable
-        if how != ExpertsImplementation.auto:
-            return how
+        if how == ExpertsImplementation.auto:
+            how = self._fastest(rows)
+        if how == ExpertsImplementation.grouped_mm and (self._trained() is None or self._in_int8()):
+            return ExpertsImplementation.slices
+        return how
+
+    def _in_int8(self) -> bool:
+        return any(is_parametrized(expert) for expert in self.experts)
+
+    def _fastest(self, rows: Tensor) -> ExpertsImplementation:
         device = rows.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else rows.dtype
         fits = device == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(rows.device) >= (9, 0)
@@ -81,7 +96,9 @@ class ExpertBanks(nn.Module):
 
     def sorted_from(self, x: Tensor) -> int:
         """The expert that rows must begin with: where weight gradients are grouped, the first that trains."""
-        return self.first_active if self.chosen(x) == ExpertsImplementation.grouped_mm else 0
+        if self.chosen(x) != ExpertsImplementation.grouped_mm:
+            return 0
+        return (self._trained() or range(0)).start
 
     def forward(self, rows_ND: Tensor, counts_E: Tensor) -> Tensor:
         """Each expert on its slice.
@@ -97,10 +114,11 @@ class ExpertBanks(nn.Module):
         """
         how = self.chosen(rows_ND)
         if how == ExpertsImplementation.grouped_mm:
-            first = self.first_active
+            trained = self._trained() or range(0)
+            first = trained.start
             around: list[FeedForward] = [*self.experts[first:], *self.experts[:first]]
             ins, outs = [expert.into for expert in around], [expert.down for expert in around]
-            return grouped(rows_ND, counts_E.roll(-first), ins, outs, len(self._active), self.activation)
+            return grouped(rows_ND, counts_E.roll(-first), ins, outs, len(trained), self.activation)
         counts: list[int] = counts_E.tolist()
         learning = self._active if torch.is_grad_enabled() else ()
         used = [i for i, count in enumerate(counts) if count or i in learning]

@@ -61,7 +61,8 @@ class MoELayer(nn.Module):
             assert self.shared is not None
             return self.shared(x_TD), no_routing(x_TD)
         routing = self.router(x_TD, context)
-        rows_ND = routing.dispatch(x_TD, self.banks.sorted_from(x_TD))
+        first = self.banks.sorted_from(x_TD)
+        rows_ND = routing.dispatch(x_TD, first) if first else routing.dispatch(x_TD)
         if self.recomputes and torch.is_grad_enabled():
             rows_ND = checkpoint(self.banks, rows_ND, routing.counts_E, use_reentrant=False)
         else:
@@ -79,4 +80,4 @@ class MoELayer(nn.Module):
 def no_routing(x_TD: Tensor) -> Routing:
     """The answer of a layer without routed experts."""
     nobody = torch.zeros(len(x_TD), 0, dtype=torch.int64, device=x_TD.device)
-    return Routing(nobody, nobody.float(), 0, ragged=True)
+    return Routing(nobody, nobody.float(), 0)

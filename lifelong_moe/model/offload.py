@@ -126,7 +126,7 @@ class _Offload:
         """Let layers ask for copies, and experts stay where they are when their model moves."""
         for i, one in enumerate(self._layers):
             vars(one.layer)["forward"] = partial(self._forward, i, one.layer.forward)
-            if one.implementation == ExpertsImplementation.auto:
+            if one.implementation != ExpertsImplementation.readable:
                 one.layer.banks.implementation = ExpertsImplementation.slices
             for expert, name in one.slots:
                 vars(expert)["_apply"] = partial(_stay, expert, self.courier)

@@ -18,6 +18,8 @@ TILE = 32
 SHORTEST, LONGEST = 129, 1024
 """Tokens of the sequences that this is faster for than the fused kernel, forward and backward on one thread: 0.75 of
 its time at 256, 0.58 at 512, 0.81 at 1,024; at 64 it would be 1.2."""
+MOST_KEPT = 2**24
+"""Probabilities that one layer keeps at most; 64 MiB."""
 
 
 class _CausalAttention(torch.autograd.Function):
@@ -64,7 +66,9 @@ def _tiles(length: int) -> list[tuple[int, int]]:
 
 def pays(query_BHSW: Tensor) -> bool:
     """Whether :func:`causal_attention` is the faster way to train: on a CPU, unrounded, in short sequences."""
-    short = SHORTEST <= query_BHSW.shape[2] <= LONGEST
+    batch, heads, length, _ = query_BHSW.shape
+    kept = batch * heads * length**2 // 2
+    short = kept <= MOST_KEPT and SHORTEST <= length <= LONGEST
     exact = query_BHSW.dtype in (torch.float32, torch.float64)
     return short and exact and query_BHSW.device.type == "cpu" and torch.is_grad_enabled()
 

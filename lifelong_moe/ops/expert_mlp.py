@@ -179,12 +179,13 @@ class _Grouped(torch.autograd.Function):
         grad_NF = F.grouped_mm(grad_ND, out_EDF, offs=ends_E)
         grad_NG, hidden_NF = ctx.act.hidden_backward(grad_NF, pre_NG, value_NF)
         grad_rows = F.grouped_mm(grad_NG, in_EGD, offs=ends_E) if ctx.needs_input_grad[0] else None
-        grads: list[Tensor] = []
+        grads: list[Tensor | None] = []
         if ctx.dtypes:
-            ends_A = ends_E[: len(ctx.dtypes) // 2].contiguous()
-            grads += F.grouped_mm(grad_NG.t(), rows_ND, offs=ends_A).unbind()
-            grads += F.grouped_mm(grad_ND.t(), hidden_NF, offs=ends_A).unbind()
-        cast = (grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True))
+            ends_A, active = ends_E[: len(ctx.dtypes) // 2].contiguous(), len(ctx.dtypes) // 2
+            for start, product in ((5, (grad_NG.t(), rows_ND)), (5 + active, (grad_ND.t(), hidden_NF))):
+                wanted = any(ctx.needs_input_grad[start : start + active])
+                grads += F.grouped_mm(*product, offs=ends_A).unbind() if wanted else [None] * active
+        cast = (None if grad is None else grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True))
         return (grad_rows, None, None, None, None, *cast)
 
 

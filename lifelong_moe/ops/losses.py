@@ -156,6 +156,8 @@ def linear_losses(
         Three scalars in float32 (float64 for float64): ``nats + weight * kl``, which alone carries gradients; the
         mean cross-entropy in nats a token; the mean KL times ``temperature²``, 0 without a lesson.
     """
+    if not torch.is_grad_enabled():  # a function of autograd's does not see that, and would make gradients
+        hidden_TD, head_VD = hidden_TD.detach(), head_VD.detach()
     return _LinearLoss.apply(hidden_TD, head_VD, target_T, lesson, chunk)
 
 

@@ -40,7 +40,7 @@ def load_balancing_loss(
         Scalar float32, unweighted. Only ``p_e`` carries gradient. 0 if no assignment is left to balance.
 
     Raises:
-        ValueError: If no token is unmasked; the mean is then undefined.
+        ValueError: If no token is unmasked; the mean is then undefined. On a CPU only: a device is not asked.
 
     Source:
         Switch Transformer (arXiv:2101.03961), eqs. 4–6, there for K = 1 and all experts. ``f`` over more than the
@@ -86,7 +86,7 @@ def sequence_balancing_loss(
         Scalar float32, unweighted; 1 where each sequence is balanced.
 
     Raises:
-        ValueError: If no token is unmasked.
+        ValueError: If no token is unmasked; on a CPU only.
 
     Source:
         DeepSeek-V3 (arXiv:2412.19437), eqs. 17–20.
@@ -152,7 +152,7 @@ def router_z_loss(logits_TE: Tensor, mask_T: Tensor) -> Tensor:
         Scalar float32, unweighted; ``(ln E)²`` at zero logits.
 
     Raises:
-        ValueError: If no token is unmasked.
+        ValueError: If no token is unmasked; on a CPU only.
 
     Source:
         ST-MoE (arXiv:2202.08906), eq. 5.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from fractions import Fraction
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -43,11 +44,14 @@ def shared_blocks(student: LanguageModel, teacher: LanguageModel) -> int:
 
 
 def _same(mine: nn.Module, theirs: nn.Module) -> bool:
-    """Whether two modules have the same tensors, and none of them trains."""
-    ours, others = (
-        {n: t for m in (module.named_parameters(), module.named_buffers()) for n, t in m} for module in (mine, theirs)
-    )
+    """Whether two modules have the same tensors, and none of them trains; rows for no expert count for nothing."""
+    ours, others = (_tensors(module) for module in (mine, theirs))
     return ours.keys() == others.keys() and all(t is others[n] and not t.requires_grad for n, t in ours.items())
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    named = chain(module.named_parameters(), module.named_buffers())
+    return {name: tensor for name, tensor in named if tensor.numel()}
 
 
 def distilled_rows(replayed_B: Tensor, ordinal_B: Tensor, config: DistillConfig) -> Tensor:

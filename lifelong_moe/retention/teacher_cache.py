@@ -5,38 +5,46 @@ Legend: N blocks asked for, S tokens a block, W width of the teacher's final hid
 
 from __future__ import annotations
 
-import math
+import os
+import weakref
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+MARK = 4
+"""Bytes of a block's mark: the width of what is kept of it, 0 if nothing is."""
+
 
 class TeacherCache:
-    """Final hidden states by block, float32, in a sparse file: with the head they are all logits, and nothing is lost.
+    """Final hidden states by block, float32, in a sparse file: with the head they are all logits.
 
     The teacher is asked about one block at a time, so that an answer does not depend on what else is in a batch, and
     an interrupted stage goes on with the same bits. A block is marked after it was written; a process that is killed
-    in between leaves it unmarked.
+    in between leaves it unmarked. A full disk is an ``OSError``.
 
     Source:
         Caching in place of a running teacher: Sparse Logit Sampling (ACL 2025), which keeps a sample of the logits;
-        hidden states are smaller than those by V / W and exact.
+        hidden states are smaller than all logits by V / W, and exact for a teacher of at most 32 bits.
     """
 
-    def __init__(self, path: Path, num_blocks: int, context: int) -> None:
+    def __init__(self, path: Path, context: int) -> None:
         """Open or begin.
 
         Args:
             path: A file in the stage's work; another beside it says which blocks are known.
-            num_blocks: Blocks that there are.
             context: Tokens a block (S).
         """
-        self.path, self.num_blocks, self.context = path, num_blocks, context
-        self._hidden: np.memmap | None = None
-        self._known = _mapped(path.with_suffix(".known"), np.uint8, (num_blocks,))
+        self.context = context
+        self._hidden, self._known = (self._opened(p) for p in (path, path.with_suffix(".known")))
+
+    def _opened(self, path: Path) -> int:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        weakref.finalize(self, os.close, descriptor)
+        return descriptor
 
     def hidden(self, block_N: Tensor, ask: Callable[[int], Tensor]) -> Tensor:
         """The teacher's final hidden states ``(N, S, W)``, float32, on the blocks' device.
@@ -46,23 +54,23 @@ class TeacherCache:
             ask: From a position in ``block_N`` to what the teacher makes of that block, ``(1, S, W)``; called for
                 blocks that are not known yet.
         """
-        blocks: list[int] = block_N.tolist()
-        for i, block in enumerate(blocks):
-            if not self._known[block]:
-                answer = ask(i)[0].float().cpu().numpy()
-                self._of_width(answer.shape[1])[block] = answer
-                self._known[block] = 1
-        width = self.path.stat().st_size // (4 * self.num_blocks * self.context)
-        return torch.from_numpy(self._of_width(width)[blocks]).to(block_N.device)
+        found = [self._one(block, partial(ask, i)) for i, block in enumerate(block_N.tolist())]
+        return torch.from_numpy(np.stack(found)).to(block_N.device)
 
-    def _of_width(self, width: int) -> np.memmap:
-        if self._hidden is None:
-            self._hidden = _mapped(self.path, np.float32, (self.num_blocks, self.context, width))
-        return self._hidden
+    def _one(self, block: int, ask: Callable[[], Tensor]) -> np.ndarray:
+        width = int.from_bytes(os.pread(self._known, MARK, block * MARK), "little")
+        if width:
+            size = 4 * self.context * width
+            kept = np.frombuffer(os.pread(self._hidden, size, block * size), dtype=np.float32)
+            return kept.reshape(self.context, width)
+        answer = ask()[0].float().cpu().numpy()
+        write_all(self._hidden, answer.tobytes(), block * answer.nbytes)
+        write_all(self._known, answer.shape[1].to_bytes(MARK, "little"), block * MARK)
+        return answer
 
 
-def _mapped(path: Path, dtype: type, shape: tuple[int, ...]) -> np.memmap:
-    """An array in a file, which begins with zeros; several processes may open it at once."""
-    with path.open("ab") as file:
-        file.truncate(np.dtype(dtype).itemsize * math.prod(shape))
-    return np.memmap(path, dtype=dtype, mode="r+", shape=shape)
+def write_all(descriptor: int, data: bytes, offset: int) -> None:
+    """``os.pwrite`` until all is written."""
+    while data:
+        written = os.pwrite(descriptor, data, offset)
+        data, offset = data[written:], offset + written

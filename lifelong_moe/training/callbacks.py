@@ -16,7 +16,8 @@ from lifelong_moe.training.checkpoint import as_float, checkpoint_path, checkpoi
 from lifelong_moe.training.energy import READ_SECONDS, EnergyMeter, energy_counters
 from lifelong_moe.training.interrupt import Interrupt
 
-LOG_SECONDS = 15.0
+LOG_SECONDS, BAR_SECONDS = 15.0, 1.0
+"""Between two lines, and between two moves of the bar."""
 
 
 class Meter(Callback):
@@ -130,10 +131,13 @@ class ProgressReport(Callback):
         """Move the bar, or say a line."""
         if not self.enabled:
             return
+        # A loss is on the device, and to ask for it is to wait: once a second is enough for anyone's eyes.
+        if time.monotonic() - self._said < (LOG_SECONDS if self._bar is None else BAR_SECONDS):
+            return
+        self._said = time.monotonic()
         if self._bar is not None:
             self._bar.update(self._task, completed=trainer.global_step, text=self._text(trainer, outputs))
-        elif time.monotonic() - self._said >= LOG_SECONDS:
-            self._said = time.monotonic()
+        else:
             self.console.print(
                 f"{self.title}: step {trainer.global_step}/{trainer.max_steps}, {self._text(trainer, outputs)}"
             )

@@ -24,7 +24,8 @@ class DiskNeed:
     weights: int
     """Stays."""
     work: int
-    """Is removed once the stage is committed: step checkpoints, one of them being written, and generated text."""
+    """Is removed once the stage is committed: step checkpoints, one of them being written, generated text, and
+    what the teacher said."""
 
     @property
     def total(self) -> int:
@@ -32,18 +33,22 @@ class DiskNeed:
         return self.weights + self.work
 
 
-def disk_need(spec: StageSpec, trainable: int, checkpoint: CheckpointConfig) -> DiskNeed:
+def disk_need(
+    spec: StageSpec, trainable: int, checkpoint: CheckpointConfig, *, caches_teacher: bool = False
+) -> DiskNeed:
     """Estimate what a stage writes.
 
     Args:
         spec: The stage.
         trainable: Parameters that it trains.
         checkpoint: How many step checkpoints there are.
+        caches_teacher: Whether what the teacher says is kept; counted as if no block came twice.
     """
     weights = trainable * BYTES[spec.precision]
     taken = sum(phase.steps // checkpoint.every_steps for phase in spec.phases())
     generated = TOKEN_BYTES * spec.replayed_tokens if spec.generates else 0
-    return DiskNeed(weights, 3 * weights * min(taken, checkpoint.keep + 1) + generated)
+    cached = 4 * spec.model.width * spec.distilled_tokens if caches_teacher else 0
+    return DiskNeed(weights, 3 * weights * min(taken, checkpoint.keep + 1) + generated + cached)
 
 
 def run_need(needs: Sequence[DiskNeed]) -> int:

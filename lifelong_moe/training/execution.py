@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+from lifelong_moe.errors import ConfigError
+from lifelong_moe.model.config import ExpertsImplementation
 from lifelong_moe.model.feedforward import FeedForward
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.training.config import TrainerConfig
@@ -37,18 +39,34 @@ def keep_freed_memory() -> bool:
 
 @contextmanager
 def executed(models: Iterable[LanguageModel], config: TrainerConfig) -> Iterator[None]:
-    """Within this context models are computed as ``trainer`` says: experts, recomputation, compilation."""
+    """Within this context models, the student first, are computed as ``trainer`` says.
+
+    Raises:
+        ConfigError: If torch cannot compile.
+    """
     models = list(models)
     layers = [layer for model in models for layer in model.moe_layers()]
     before = [layer.banks.implementation for layer in layers]
     try:
         for layer in layers:
             layer.banks.implementation = config.experts_implementation
+        # With an older generation training on, student and teacher want their common experts in different orders, and
+        # would move them from one buffer to another and back.
+        if models[0].architecture.continued is not None:
+            for layer in (layer for model in models[1:] for layer in model.moe_layers()):
+                layer.banks.implementation = ExpertsImplementation.slices
         for model in models:
             model.recompute(config.activation_checkpointing)
             if config.compile:
                 model.compile()
         yield
+    except Exception as error:
+        if config.compile and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            reason = " ".join(str(error).split())[:200]
+            raise ConfigError(
+                f"trainer.compile=true: torch cannot compile here ({reason}). Set it to false."
+            ) from error
+        raise
     finally:
         for layer, implementation in zip(layers, before, strict=True):
             layer.banks.implementation = implementation

@@ -52,7 +52,8 @@ class StageModule(LightningModule):
         """What the stage freezes; a phase may train less than the rest, but all of the rest belongs to the stage."""
         # In a tuple, so that it is no submodule: not saved, not trained, not counted.
         self._teacher = (teacher,)
-        self._shared_blocks = 0 if teacher is None else shared_blocks(model, teacher)
+        noisy = spec.finetune is not None and spec.finetune.expert_dropout > 0
+        self._shared_blocks = 0 if teacher is None or noisy else shared_blocks(model, teacher)
         """Blocks at the bottom whose output the teacher takes from the student."""
         self.teacher_cache: TeacherCache | None = None
         """Where what the teacher said is kept, if it is."""

@@ -103,7 +103,7 @@ def train_phase(
         module.assignments_before = _sample_assignments(model, spec, corpora[spec.data])
     dataset = phase_dataset(model, teacher, spec, phase, corpora, generated, run.seed)
     if config.cache_teacher and teacher is not None:
-        module.teacher_cache = TeacherCache(run.work / f"teacher-{run.number}", dataset.num_blocks, spec.model.context)
+        module.teacher_cache = TeacherCache(run.work / f"teacher-{run.number}", spec.model.context)
     data = StageData(
         dataset,
         spec,

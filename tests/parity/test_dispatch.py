@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lifelong_moe.model.config import Activation, ExpertsImplementation
 from lifelong_moe.model.experts import ExpertBanks
+from lifelong_moe.model.int8 import hold_in_int8
 from lifelong_moe.ops.dispatch import inverse_permutation, mixture_readable, sort_by_expert
 from lifelong_moe.routing.base import Routing
 
@@ -28,13 +29,19 @@ ATOL = {torch.float64: 1e-11, torch.float32: 2e-4}
 
 
 def make_banks(
-    num_experts: int, num_frozen: int, seed: int, activation: Activation = Activation.swiglu, newest: bool = True
+    num_experts: int,
+    num_frozen: int,
+    seed: int,
+    activation: Activation = Activation.swiglu,
+    newest: bool = True,
+    trained: tuple[int, ...] | None = None,
 ) -> ExpertBanks:
-    """Of so many frozen experts, which come first, or with ``newest=False`` last."""
+    """Of so many frozen experts, which come first, or with ``newest=False`` last; or all but ``trained``."""
     banks = ExpertBanks(D, F, activation)
     banks.add(num_experts)
     num_active = num_experts - num_frozen
-    banks.freeze(range(num_frozen, num_experts) if newest else range(num_active))
+    active = range(num_frozen, num_experts) if newest else range(num_active)
+    banks.freeze(active if trained is None else trained)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in banks.parameters():
@@ -101,6 +108,33 @@ def test_all_tokens_to_one_expert(expert: int, frozen: int, newest: bool) -> Non
 def test_every_activation(activation: Activation) -> None:
     ids = torch.tensor([[0, 2], [2, 1], [2, 0], [1, 0], [0, 4]])
     check_parity(ids, num_experts=5, num_frozen=2, seed=0, activation=activation)
+
+
+@pytest.mark.parametrize("trained", [(0, 4), (1, 2), (2,), (0, 2, 4)])
+def test_wherever_experts_train(trained: tuple[int, ...]) -> None:
+    ids = torch.tensor([[0, 2], [2, 1], [2, 0], [1, 0], [0, 4]])
+    check_parity(ids, num_experts=5, num_frozen=0, seed=0, trained=trained)
+
+
+def test_grouped_is_not_chosen_where_it_would_be_wrong() -> None:
+    x = torch.randn(4, D)
+    apart, together = (make_banks(4, 0, seed=0, trained=trained) for trained in ((0, 3), (1, 2)))
+    for banks in (apart, together):
+        banks.implementation = ExpertsImplementation.grouped_mm
+    assert apart.chosen(x) == ExpertsImplementation.slices and apart.sorted_from(x) == 0
+    assert together.chosen(x) == ExpertsImplementation.grouped_mm and together.sorted_from(x) == 1
+    hold_in_int8(together)
+    assert together.chosen(x) == ExpertsImplementation.slices
+
+
+def test_active_experts_that_a_phase_leaves_alone_get_no_gradients() -> None:
+    banks = make_banks(3, 1, seed=0)
+    banks.implementation = ExpertsImplementation.grouped_mm
+    for parameter in banks.parameters():
+        parameter.requires_grad_(False)
+    rows = torch.randn(6, D, requires_grad=True)
+    banks(rows, torch.tensor([1, 2, 3])).sum().backward()
+    assert rows.grad is not None and all(p.grad is None for p in banks.parameters())
 
 
 def test_experts_in_one_buffer_stay_themselves() -> None:

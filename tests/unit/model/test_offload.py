@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from lifelong_moe.model import offload
+from lifelong_moe.model.config import ExpertsImplementation
 from lifelong_moe.model.offload import SideStream, offloaded
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.retention.teacher import make_teacher
@@ -122,6 +123,21 @@ def test_the_same_bits(make_model: Make, any_router_kind: str) -> None:
 
 def test_the_same_bits_of_competing_experts(make_model: Make) -> None:
     agree(make_model("dense", (4, 2), routing={"competitive": True}), None, Clones())
+
+
+def test_offloaded_layers_compute_in_slices(make_model: Make) -> None:
+    """A buffer of all experts would hold their copies, and free what the graph goes by to know them."""
+    model, teacher = with_teacher(make_model("learned", (4, 2), model={"width": 64, "expert_width": 64}))
+    for layer in model.moe_layers():
+        layer.banks.implementation = ExpertsImplementation.grouped_mm
+    loss, grads = step(model, teacher)
+    with offloaded([model, teacher], own(model), Clones()):
+        assert {layer.banks.implementation for layer in model.moe_layers()} == {ExpertsImplementation.slices}
+        again, grads_again = step(model, teacher)
+    assert {layer.banks.implementation for layer in model.moe_layers()} == {ExpertsImplementation.grouped_mm}
+    torch.testing.assert_close(again, loss)
+    for name, grad in grads.items():
+        assert float((grads_again[name] - grad).norm() / grad.norm().clamp_min(1e-6)) < 1e-4, name
 
 
 def test_autocast_rounds_once(make_model: Make) -> None:

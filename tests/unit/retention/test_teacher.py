@@ -83,9 +83,11 @@ def test_frozen_lower_blocks_are_shared(make_model: Make, make_batch: Batch) -> 
         below = model(batch["token_ids"], first_block=2).below_BSD
         whole = teacher(batch["token_ids"]).hidden_BSD
         assert torch.equal(teacher(batch["token_ids"], first_block=2, below_BSD=below).hidden_BSD, whole)
+    grow(model, Generation("new", 2, layers=(2,)), GrowConfig(experts=2), batch, seed=0)
+    assert shared_blocks(model, teacher) == 2  # rows for no expert change nothing
     model.blocks[1].moe_norm.requires_grad_(True)
     assert shared_blocks(model, teacher) == 1
-    grow(model, Generation("new", 2), GrowConfig(experts=2), batch, seed=0)
+    grow(model, Generation("newer", 2), GrowConfig(experts=2), batch, seed=0)
     assert shared_blocks(model, teacher) == 0
     model.embedding.requires_grad_(True)
     assert shared_blocks(model, teacher) == 0

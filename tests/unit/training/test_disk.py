@@ -38,6 +38,12 @@ def test_generated_text_is_kept_meanwhile(make_run: Callable[..., RunConfig]) ->
     assert disk_need(spec, 100, CheckpointConfig(every_steps=50)).work == 8 * 320
 
 
+def test_what_the_teacher_said_is_kept_meanwhile(make_run: Callable[..., RunConfig]) -> None:
+    spec = stage_specs(make_run("stage_defaults.distill.weight=1", "stage_defaults.replay.fraction=0.5"))[1]
+    plain, more = (disk_need(spec, 100, CheckpointConfig(every_steps=50), caches_teacher=c) for c in (False, True))
+    assert spec.distilled_tokens > 0 and more.work - plain.work == 4 * spec.model.width * spec.distilled_tokens
+
+
 def test_stages_in_turn_need_all_weights_and_the_largest_work() -> None:
     assert run_need([DiskNeed(10, 90), DiskNeed(20, 50)]) == 120
     assert run_need([]) == 0

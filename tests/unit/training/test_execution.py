@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lifelong_moe.errors import ConfigError
 from lifelong_moe.model.config import ExpertsImplementation
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.training.config import TrainerConfig
@@ -85,6 +87,26 @@ def test_compiled_is_the_same(make_model: Make, make_batch: Batch, monkeypatch: 
     assert model._compiled_call_impl is None
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_a_compiler_that_fails_is_one_line(make_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nn.Module, "compile", lambda self: None)
+    with (
+        pytest.raises(ConfigError, match=r"trainer.compile=true: torch cannot compile here \(no compiler\)"),
+        executed([make_model()], TrainerConfig(compile=True)),
+    ):
+        raise torch._dynamo.exc.TorchDynamoException("no compiler")
+    with pytest.raises(RuntimeError, match="else"), executed([make_model()], TrainerConfig(compile=True)):
+        raise RuntimeError("something else")
+
+
+def test_a_teacher_of_a_continued_generation_moves_no_experts(make_model: Make) -> None:
+    student, teacher = make_model("learned", (2, 2)), make_model("learned", (2, 2))
+    student.architecture = dataclasses.replace(student.architecture, continued=0, frozen=2)
+    with executed([student, teacher], TrainerConfig()):
+        assert {layer.banks.implementation for layer in teacher.moe_layers()} == {ExpertsImplementation.slices}
+        assert {layer.banks.implementation for layer in student.moe_layers()} == {ExpertsImplementation.auto}
+    assert {layer.banks.implementation for layer in teacher.moe_layers()} == {ExpertsImplementation.auto}
 
 
 def partial_method(**options: str) -> Callable[..., None]:
