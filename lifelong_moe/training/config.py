@@ -91,8 +91,9 @@ class TrainerConfig:
     9), and ``slices`` elsewhere."""
     cache_teacher: bool = False
     """Keep on disk, while a stage trains, what its teacher makes of each block, for the next time the block comes:
-    worth it where ``replay.buffer_tokens`` lets blocks come again. Takes four bytes times
-    ``model.context`` times the width of its final hidden states a block. The teacher is then asked about one block at a time, which changes results by rounding."""
+    worth it where ``replay.buffer_tokens`` lets blocks come again. A block takes four bytes times ``model.context``
+    times the width of the teacher's final hidden states. The teacher is then asked about one block at a time, which
+    changes results by rounding."""
     activation_checkpointing: bool = False
     """Compute attention and experts again in the backward pass instead of keeping what is in between: less memory for
     about a third more time."""
