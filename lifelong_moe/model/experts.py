@@ -129,4 +129,4 @@ class ExpertBanks(nn.Module):
         if how == ExpertsImplementation.readable:
             parts = rows_ND.split(counts)
             return torch.cat([expert(part) for expert, part in zip(experts, parts, strict=True)])
-        return slices(rows_ND, counts, [w for expert in experts for w in (expert.into, expert.down)], self.activation)
+        return slices(rows_ND, counts, [weight for expert in experts for weight in expert.weights], self.activation)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lifelong_moe.model.config import Activation
+from lifelong_moe.ops.expert_mlp import Weight
 
 FUNCTIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     Activation.swiglu: F.silu,
@@ -46,6 +47,13 @@ class FeedForward(nn.Module):
     def into(self) -> Tensor:
         """The matrix, or both, that inputs meet: ``(2 * hidden_width, width)`` where the activation is gated."""
         return self.gate_up if self.is_gated else self.up
+
+    @property
+    def weights(self) -> tuple[Weight, ...]:
+        """The matrix into it and the one out of it; those held in 8 bits as what makes them whole."""
+        held = getattr(self, "parametrizations", {})
+        names = ("gate_up" if self.is_gated else "up", "down")
+        return tuple(held[name] if name in held else getattr(self, name) for name in names)
 
     def forward(self, x_ND: Tensor) -> Tensor:
         """``(N, D)`` to ``(N, D)``."""

@@ -1,5 +1,7 @@
 """Weights held in 8 bits, a scale a row, and made whole on use: a view of a model, made when it is loaded.
 
+A frozen expert's are made whole again for the backward pass; other matrices are kept whole between both passes.
+
 What is stored never changes: the view is taken off again, and the stored bits put back, before anything is committed.
 
 Legend: O rows, I columns of a matrix.

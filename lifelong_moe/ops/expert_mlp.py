@@ -22,6 +22,9 @@ from lifelong_moe.ops.few_rows import are_few, matrix_first
 
 aten = torch.ops.aten
 
+Weight = Tensor | Callable[[], Tensor]
+"""A matrix, or what makes one from the form in which it is held: whole for one product, never kept."""
+
 
 @dataclass(frozen=True)
 class Nonlinearity:
@@ -69,17 +72,20 @@ NONLINEARITIES = {
 
 class _Slices(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows_ND: Tensor, counts: Sequence[int], act: Nonlinearity, *weights: Tensor) -> Tensor:
-        matrices = [weight.to(rows_ND.dtype) for weight in weights]
+    def forward(ctx: Any, rows_ND: Tensor, counts: Sequence[int], act: Nonlinearity, *weights: Weight) -> Tensor:
+        matrices = _cast(weights, rows_ND.dtype)
         pre_NG, out_ND, values = _forward(rows_ND, counts, act, matrices)
-        ctx.save_for_backward(rows_ND, pre_NG, *matrices, *values)
-        ctx.counts, ctx.act, ctx.dtypes = counts, act, [weight.dtype for weight in weights]
+        ctx.save_for_backward(rows_ND, pre_NG, *(m if isinstance(m, Tensor) else None for m in matrices), *values)
+        ctx.held = [None if isinstance(m, Tensor) else m for m in matrices]
+        ctx.dtypes = [weight.dtype if isinstance(weight, Tensor) else None for weight in weights]
+        ctx.counts, ctx.act = counts, act
         return out_ND
 
     @staticmethod
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Any, ...]:
         rows_ND, pre_NG, *rest = ctx.saved_tensors
-        matrices, values = rest[: 2 * len(ctx.counts)], rest[2 * len(ctx.counts) :]
+        kept, values = rest[: len(ctx.held)], rest[len(ctx.held) :]
+        matrices = [m if held is None else held for m, held in zip(kept, ctx.held, strict=True)]
         needs = ctx.needs_input_grad
         grad_ND = grad_ND.contiguous()
         grad_rows_ND = torch.empty_like(rows_ND) if needs[0] else None
@@ -89,29 +95,40 @@ class _Slices(torch.autograd.Function):
         ]
         for (i, part), value_NF in zip(_parts(ctx.counts), values, strict=True):
             first, second = 2 * i, 2 * i + 1
-            grad_NG, hidden_NF = ctx.act.hidden_backward(grad_ND[part] @ matrices[second], pre_NG[part], value_NF)
+            grad_NG, hidden_NF = ctx.act.hidden_backward(
+                grad_ND[part] @ _whole(matrices[second], rows_ND.dtype), pre_NG[part], value_NF
+            )
             if needs[3 + second]:
                 grads[second] = (grad_ND[part].t() @ hidden_NF).to(ctx.dtypes[second])
             if needs[3 + first]:
                 grads[first] = (grad_NG.t() @ rows_ND[part]).to(ctx.dtypes[first])
             if grad_rows_ND is not None:
-                torch.mm(grad_NG, matrices[first], out=grad_rows_ND[part])
+                torch.mm(grad_NG, _whole(matrices[first], rows_ND.dtype), out=grad_rows_ND[part])
         return grad_rows_ND, None, None, *grads
 
 
 def _forward(
-    rows_ND: Tensor, counts: Sequence[int], act: Nonlinearity, matrices: Sequence[Tensor]
+    rows_ND: Tensor, counts: Sequence[int], act: Nonlinearity, matrices: Sequence[Weight]
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Pre-activations ``(N, G)``, outputs ``(N, D)``, and the activation's values of each expert that has rows."""
     values = []
-    pre_NG = rows_ND.new_empty(len(rows_ND), matrices[0].shape[0])
-    out_ND = rows_ND.new_empty(len(rows_ND), matrices[1].shape[0])
+    first = _whole(matrices[0], rows_ND.dtype)
+    pre_NG = rows_ND.new_empty(len(rows_ND), len(first))
+    out_ND = rows_ND.new_empty(rows_ND.shape)
     for i, part in _parts(counts):
-        _multiply(rows_ND[part], matrices[2 * i], pre_NG[part])
+        _multiply(rows_ND[part], _whole(matrices[2 * i], rows_ND.dtype), pre_NG[part])
         hidden_NF, value_NF = act.hidden(pre_NG[part])
-        _multiply(hidden_NF, matrices[2 * i + 1], out_ND[part])
+        _multiply(hidden_NF, _whole(matrices[2 * i + 1], rows_ND.dtype), out_ND[part])
         values.append(value_NF)
     return pre_NG, out_ND, values
+
+
+def _cast(weights: Sequence[Weight], dtype: torch.dtype) -> list[Weight]:
+    return [weight.to(dtype) if isinstance(weight, Tensor) else weight for weight in weights]
+
+
+def _whole(weight: Weight, dtype: torch.dtype) -> Tensor:
+    return weight if isinstance(weight, Tensor) else weight().to(dtype)
 
 
 def _multiply(rows: Tensor, matrix: Tensor, out: Tensor) -> None:
@@ -132,13 +149,14 @@ def _parts(counts: Sequence[int]) -> list[tuple[int, slice]]:
     return parts
 
 
-def slices(rows_ND: Tensor, counts: Sequence[int], weights: Sequence[Tensor], activation: str) -> Tensor:
+def slices(rows_ND: Tensor, counts: Sequence[int], weights: Sequence[Weight], activation: str) -> Tensor:
     """Each expert's slice through its own matrices.
 
     Args:
         rows_ND: Rows sorted by expert, ``(N, D)``.
         counts: Rows of each expert; they sum to N.
         weights: Of each expert the matrix into it ``(G, D)`` and the one out of it ``(D, F)``, one after the other.
+            One that is made on use must not train; it is made once more for the backward pass.
         activation: A name in ``NONLINEARITIES``.
 
     Returns:
@@ -146,8 +164,7 @@ def slices(rows_ND: Tensor, counts: Sequence[int], weights: Sequence[Tensor], ac
     """
     device = rows_ND.device.type
     if not (torch.is_grad_enabled() or torch.is_autocast_enabled(device)):  # in decoding what stands around costs most
-        matrices = [weight.to(rows_ND.dtype) for weight in weights]
-        return _forward(rows_ND, counts, NONLINEARITIES[activation], matrices)[1]
+        return _forward(rows_ND, counts, NONLINEARITIES[activation], _cast(weights, rows_ND.dtype))[1]
     rows_ND = _autocast(rows_ND)
     with torch.autocast(device, enabled=False):
         return _Slices.apply(rows_ND, counts, NONLINEARITIES[activation], *weights)

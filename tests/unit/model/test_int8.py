@@ -8,6 +8,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from lifelong_moe.model.int8 import dequantize_rows, hold_in_int8, make_whole, quantize_rows
 from lifelong_moe.model.transformer import LanguageModel
@@ -47,6 +49,28 @@ def test_frozen_matrices_are_held_and_come_back(make_model: Make) -> None:
     assert set(model.state_dict()) == set(stored)
     assert torch.equal(model(ids).hidden_BSD, whole)
     assert not any(p.requires_grad for n, p in model.named_parameters() if ".experts.0." in n)
+
+
+def test_what_is_made_whole_of_an_expert_is_not_kept_for_the_backward_pass(make_model: Make) -> None:
+    model = make_model("learned", (4, 2))
+    ids = torch.randint(1, 61, (4, 32), generator=torch.Generator().manual_seed(0))
+    shape = next(model.moe_layers()).banks.experts[0].down.shape
+
+    def kept() -> int:
+        seen = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            if tensor.shape in (shape, shape[::-1]) and tensor.untyped_storage().nbytes() == 4 * shape.numel():
+                seen[tensor.data_ptr()] = tensor
+            return tensor
+
+        with saved_tensors_hooks(note, lambda tensor: tensor):
+            model.logits(model(ids).hidden_BSD).square().mean().backward()
+        return len(seen)
+
+    whole = kept()
+    hold_in_int8(model)
+    assert whole - kept() == 2 * 4  # of each layer's frozen experts the matrix out of them
 
 
 @pytest.mark.parametrize("tied", [False, True])
