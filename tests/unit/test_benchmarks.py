@@ -107,7 +107,7 @@ def test_figures_of_what_there_is(tmp_path: Path) -> None:
     curves = {"experts": [[8, 1.0, 0.9], [16, 1.1, 0.9]], "frozen_stages": [[0, 1.0, 2**20], [4, 1.0, 2**21]]}
     shares = {"names": ["a", "b"], "shares": [0.7, 0.3]}
     parts = {"startup": {"goals": STARTUP}, "growth_curves": {"goals": {}, "detail": curves}}
-    assert draw({"parts": {"step": {"not_measured": "x"}}}, tmp_path) == []
-    drawn = draw({"parts": {**parts, "profile": {"goals": {}, "detail": shares}}}, tmp_path)
-    assert [path.name for path in drawn] == ["goals.png", "growth.png", "profile.png"]
+    assert draw({"parts": {"step": {"not_measured": "x"}}}, tmp_path, "cpu") == []
+    drawn = draw({"parts": {**parts, "profile": {"goals": {}, "detail": shares}}}, tmp_path, "cpu")
+    assert [path.name for path in drawn] == ["cpu-goals.png", "cpu-growth.png", "cpu-profile.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)

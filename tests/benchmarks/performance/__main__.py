@@ -2,7 +2,8 @@
 
     .venv/bin/python -m tests.benchmarks.performance [--only step growth …]
 
-Each part runs in a process of its own, on a CPU with one thread. What comes out stands in ``docs/performance``:
+Each part runs in a process of its own: on a GPU, where there is one, at its sizes and beside its goals, else on one
+thread of a CPU. What is a CPU's work anyway is measured there. What comes out stands in ``docs/performance``:
 ``cpu.json`` or ``cuda.json``, the table as a page, and the figures.
 """
 
@@ -55,7 +56,7 @@ def main() -> int:
     console.print(table(found, machine))
     from tests.benchmarks.performance.figures import draw
 
-    draw(json.loads(path.read_text(encoding="utf-8")), FOLDER)
+    draw(json.loads(path.read_text(encoding="utf-8")), FOLDER, path.stem)
     parts = json.loads(path.read_text(encoding="utf-8"))["parts"]
     path.with_suffix(".md").write_text(page(parts), encoding="utf-8")
     console.print(f"written: {path.relative_to(ROOT)}, the table beside it, and its figures")

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lifelong_moe.ops.document_attention import Documents, Kernel, choose_kernel, document_attention
 from tests.benchmarks.performance.clock import paired
+from tests.benchmarks.performance.subjects import DEVICE, DTYPE
 
 HEADS, KV_HEADS, WIDTH = 4, 2, 64
 
@@ -65,8 +66,9 @@ def measure(rounds: int = 15) -> dict[str, Any]:
     for name, (ids, kernel) in CASES.items():
         generator = torch.Generator().manual_seed(0)
         shapes = [(*ids.shape, heads, WIDTH) for heads in (HEADS, KV_HEADS, KV_HEADS)]
-        inputs = [torch.randn(shape, generator=generator, requires_grad=True) for shape in shapes]
-        documents = Documents.of(ids)
+        drawn = (torch.randn(shape, generator=generator) for shape in shapes)
+        inputs = [x.to(DEVICE, DTYPE).requires_grad_() for x in drawn]
+        documents = Documents.of(ids.to(DEVICE))
         found = paired(
             lambda d=documents, x=inputs, k=kernel: step(d, x, k),
             lambda d=documents, x=inputs: step(d, x, Kernel.mask),

@@ -23,8 +23,8 @@ PANELS = {
 """Panels of the growth figure: the name of the horizontal axis, and of what stands above it."""
 
 
-def draw(measured: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Draw what there is to be drawn; returns the files."""
+def draw(measured: Mapping[str, Any], folder: Path, device: str) -> list[Path]:
+    """Draw what there is to be drawn; returns the files, whose names begin with the device's."""
     parts = measured["parts"]
     goals = {what: goal for part in parts.values() for what, goal in part.get("goals", {}).items()}
     curves = parts.get("growth_curves", {}).get("detail", {})
@@ -37,8 +37,8 @@ def draw(measured: Mapping[str, Any], folder: Path) -> list[Path]:
     if shares.get("names"):
         figures["profile"] = profile_figure(shares["names"], shares["shares"])
     for name, figure in figures.items():
-        figure.savefig(folder / f"{name}.png")
-    return [folder / f"{name}.png" for name in figures]
+        figure.savefig(folder / f"{device}-{name}.png")
+    return [folder / f"{device}-{name}.png" for name in figures]
 
 
 def goals_figure(goals: Mapping[str, Mapping[str, Any]]) -> Figure:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,12 +13,13 @@ import torch
 from lifelong_moe.model.cost import count_parameters
 from lifelong_moe.training.execution import keep_freed_memory
 from tests.benchmarks.performance.clock import timed
-from tests.benchmarks.performance.subjects import Size, Step, our_step
+from tests.benchmarks.performance.subjects import DEVICE, REFERENCE, Step, our_step
 
 EXPERTS = (4, 8, 16, 32, 64, 128)
 STAGES = (0, 1, 2, 3, 5, 7, 9, 11, 13, 15)
 CONTEXTS = (64, 128, 256, 512, 1024, 2048)
-WIDTHS = (64, 128, 256, 512)
+PARTS = (0.25, 0.5, 1, 2)
+"""Of the reference's widths."""
 
 
 def taken(steps: list[Step], rounds: int) -> list[float]:
@@ -40,8 +42,10 @@ def frozen_stages(frozen: int, rounds: int) -> list[float]:
     """The child's work."""
     import resource
 
-    model = Size(experts=4).model((4,) * (frozen + 1), frozen=frozen)
-    [seconds] = taken([our_step(Size(), model=model)], rounds)
+    size = replace(REFERENCE, experts=4)
+    [seconds] = taken([our_step(size, model=size.model((4,) * (frozen + 1), frozen=frozen))], rounds)
+    if DEVICE == "cuda":
+        return [seconds, torch.cuda.max_memory_allocated()]
     return [seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]
 
 
@@ -49,12 +53,15 @@ def measure(rounds: int = 4) -> dict[str, Any]:
     """All four curves, each point a fresh model; context at equal tokens a step, and likewise the model's size."""
     torch.set_num_threads(1)
     keep_freed_memory()
-    experts = [[e, *taken([our_step(Size(experts=e)), our_step(Size(experts=2))], rounds)] for e in EXPERTS]
+    base, tokens = REFERENCE, REFERENCE.tokens
+    two = replace(base, experts=2)
+    experts = [[e, *taken([our_step(replace(base, experts=e)), our_step(two)], rounds)] for e in EXPERTS]
     stages = [[n, *in_child(n, rounds)] for n in STAGES]
-    context = [[s, *taken([our_step(Size(context=s, sequences=4096 // s))], rounds)] for s in CONTEXTS]
+    lengths = [replace(base, context=s, sequences=tokens // s) for s in CONTEXTS]
+    context = [[size.context, *taken([our_step(size)], rounds)] for size in lengths]
     sizes = []
-    for width in WIDTHS:
-        size = Size(width=width, expert_width=2 * width)
+    for part in PARTS:
+        size = replace(base, width=int(base.width * part), expert_width=int(base.expert_width * part))
         sizes.append([count_parameters(size.architecture()).active, *taken([our_step(size)], rounds)])
     detail = {"experts": experts, "frozen_stages": stages, "context": context, "model_size": sizes}
     return {"goals": {}, "detail": detail}

@@ -2,8 +2,9 @@
 
     OMP_NUM_THREADS=1 .venv/bin/python -m tests.benchmarks.performance.inference --rounds 5
 
-In float32 on one thread. Transformers computes experts in one of several ways: each case is held against its best.
-Time of the process includes making the cache, choosing tokens and giving them to the caller, on both sides.
+In float32 on one thread, or in bfloat16 on a GPU. Transformers computes experts in one of several ways: each case is
+held against its best. Time of the process includes making the cache, choosing tokens and giving them to the caller, on
+both sides.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,13 +23,13 @@ from lifelong_moe.interop.mixtral import to_mixtral
 from lifelong_moe.model.generation import generate_batch
 from lifelong_moe.model.transformer import LanguageModel
 from tests.benchmarks.performance.clock import Ratio, ratio, timed
-from tests.benchmarks.performance.subjects import Size, load_mixtral
+from tests.benchmarks.performance.subjects import DEVICE, DTYPE, REFERENCE, load_mixtral
 
 PROMPT, NEW = 256, 64
 EXPERTS, BATCHES = (4, 8, 32, 64), (1, 32)
 IMPLEMENTATIONS = {1: ("eager", "grouped_mm", "batched_mm"), 32: ("eager", "grouped_mm")}
 """By batch: ``batched_mm`` copies a matrix for every row, which 32 prompts have no memory for."""
-SIZE = Size(context=PROMPT + NEW)
+SIZE = replace(REFERENCE, context=PROMPT + NEW)
 """The reference, with room for what is decoded."""
 
 Action = Callable[[], Any]
@@ -35,9 +37,9 @@ Action = Callable[[], Any]
 
 def build(experts: int) -> LanguageModel:
     """A random model that never ends its text."""
-    model = Size(experts=experts, context=SIZE.context).model().eval().requires_grad_(False)
+    model = replace(SIZE, experts=experts).model().eval().requires_grad_(False)
     model.head.weight[SIZE.architecture().bos_id] = 0
-    return model
+    return model.to(DEVICE, DTYPE)
 
 
 def build_prompts(batch: int) -> list[list[int]]:
@@ -63,12 +65,12 @@ def build_peer(model: LanguageModel) -> Any:
     load_mixtral(peer, tensors)
     peer.generation_config.eos_token_id = None
     peer.generation_config.pad_token_id = 0
-    return peer.eval().requires_grad_(False)
+    return peer.eval().requires_grad_(False).to(DEVICE, DTYPE)
 
 
 def theirs(peer: Any, implementation: str, batch: int, new: int) -> Action:
     """Transformers' greedy continuation."""
-    ids = torch.tensor([[0, *prompt] for prompt in build_prompts(batch)])
+    ids = torch.tensor([[0, *prompt] for prompt in build_prompts(batch)], device=DEVICE)
 
     def action() -> list[list[int]]:
         peer.set_experts_implementation(implementation)

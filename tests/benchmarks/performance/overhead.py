@@ -33,12 +33,15 @@ from lifelong_moe.training.rollback import Rollbacks
 from lifelong_moe.training.spec import StageSpec
 from tests.benchmarks.performance.clock import Ratio, ratio, timed
 from tests.benchmarks.performance.goals import judged
-from tests.benchmarks.performance.subjects import Size, Step, our_step, stage_spec
+from tests.benchmarks.performance.subjects import DEVICE, REFERENCE, Size, Step, our_step, stage_spec
 
 ROUNDS = 16
 ROUND_STEPS = 2
 WARMUP_STEPS = 4
 DOCUMENT_TOKENS = 500
+TRAINER = TrainerConfig(accelerator="cpu")
+if DEVICE == "cuda":
+    TRAINER = TrainerConfig(accelerator="gpu", precision="bf16-true")
 
 
 class Interleaved(StageModule):
@@ -69,7 +72,7 @@ class Interleaved(StageModule):
 
 
 def _now() -> float:
-    if torch.cuda.is_available():
+    if DEVICE == "cuda":
         torch.cuda.synchronize()
         return time.perf_counter()
     return time.process_time()
@@ -77,7 +80,7 @@ def _now() -> float:
 
 def measure(size: Size | None = None, rounds: int = ROUNDS) -> dict[str, Any]:
     """Shares of a step at the reference size; on a CPU of processor time, on one thread."""
-    size = size or Size()
+    size = size or REFERENCE
     with tempfile.TemporaryDirectory() as folder:
         shard = random_shard(size, Path(folder))
         module = interleaved(size, shard, rounds, Path(folder))
@@ -120,14 +123,13 @@ def random_shard(size: Size, folder: Path) -> TokenShard:
 
 def interleaved(size: Size, shard: TokenShard, rounds: int, folder: Path) -> Interleaved:
     """Train a phase of so many rounds; its module has the times."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     steps = WARMUP_STEPS + rounds * ROUND_STEPS
     spec = replace(stage_spec(size), tokens=steps * size.tokens)
-    module = Interleaved(our_step(size, device=device), spec, size, folder)
+    module = Interleaved(our_step(size), spec, size, folder)
     environment = StageEnvironment(
         store=StageStore(folder / "mlruns"),
         work=folder,
-        trainer=TrainerConfig(accelerator="gpu" if device == "cuda" else "cpu"),
+        trainer=TRAINER,
         checkpoint=CheckpointConfig(every_steps=10**6),
         frozen=FrozenConfig(),
         interrupt=Interrupt(),

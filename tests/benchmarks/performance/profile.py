@@ -1,4 +1,4 @@
-"""Where a training step goes: processor time by kind of work, of the reference model."""
+"""Where a training step goes: the processor's or the GPU's time by kind of work, of the reference model."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import json
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from lifelong_moe.training.execution import keep_freed_memory
-from tests.benchmarks.performance.subjects import Size, our_step
+from tests.benchmarks.performance.subjects import DEVICE, REFERENCE, Size, our_step
 
 STEPS = 3
 KINDS = {
-    "expert matrices": ("mm",),
+    "expert matrices": ("mm",),  # grouped ones too
     "attention": ("scaled_dot_product", "flash_attention"),
     "head: softmax and losses": ("_softmax", "_LinearLoss", "amax", "scatter_add", "gather", "logsumexp"),
     "dispatch and combine": (
@@ -45,20 +46,23 @@ def kind_of(name: str, shapes: list[list[int]], size: Size) -> str:
 
 
 def measure() -> dict[str, Any]:
-    """Shares of the processor time of some steps, largest first."""
-    size = Size()
+    """Shares of the time of some steps, largest first."""
+    size, cuda = REFERENCE, DEVICE == "cuda"
     torch.set_num_threads(1)
     keep_freed_memory()
     step = our_step(size)
     step()
     step()
-    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as found:
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    with profile(activities=activities, record_shapes=True) as found:
         for _ in range(STEPS):
             step()
     times: dict[str, float] = {}
     for event in found.key_averages(group_by_input_shape=True):
-        kind = kind_of(event.key, event.input_shapes, size)
-        times[kind] = times.get(kind, 0.0) + event.self_cpu_time_total
+        if event.device_type == DeviceType.CPU:  # a kernel's time is also its operator's
+            kind = kind_of(event.key, event.input_shapes, size)
+            spent = event.self_device_time_total if cuda else event.self_cpu_time_total
+            times[kind] = times.get(kind, 0.0) + spent
     total = sum(times.values())
     ordered = sorted(times, key=lambda kind: -times[kind])
     detail = {"names": ordered, "shares": [round(times[kind] / total, 4) for kind in ordered]}

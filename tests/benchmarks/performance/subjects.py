@@ -1,5 +1,7 @@
 """What is timed: our training step, and transformers' from the same weights on the same batches.
 
+On a GPU, where there is one, weights, gradients and optimizer state are in bfloat16 on both sides; else in float32.
+
 Ours is the step as a stage takes it, loss, router losses, clipping and guard included; only the loop around it is not
 Lightning's, and what that costs is measured apart (``overhead``).
 """
@@ -26,13 +28,15 @@ from lifelong_moe.training.module import StageModule
 from lifelong_moe.training.spec import StageSpec
 
 Step = Callable[[], float]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 BATCHES = 4
 """Distinct batches that steps take in turn."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """One model and its batch; by default the reference."""
+    """One model and its batch; by default a CPU's reference."""
 
     experts: int = 8
     layers: int = 4
@@ -77,6 +81,12 @@ class Size:
         return 3 * (self.layers * (projections + core + experts) + 2 * self.tokens * self.width * self.vocab)
 
 
+REFERENCE = Size()
+"""The model and the batch of what is not measured over several sizes."""
+if DEVICE == "cuda":
+    REFERENCE = Size(layers=4, width=2048, expert_width=1536, vocab=32_768, context=2048, sequences=8)
+
+
 def stage_spec(size: Size) -> StageSpec:
     """A first stage's settings as a user gets them."""
     raw = {
@@ -119,14 +129,15 @@ def our_step(
     teacher: LanguageModel | None = None,
     distill: DistillConfig | None = None,
     replayed: int = 0,
-    device: str = "cpu",
 ) -> Step:
     """Our training step; returns its loss."""
-    model = (size.model() if model is None else model).to(device).train()
+    model = (size.model() if model is None else model).to(DEVICE, DTYPE).train()
+    if teacher is not None:
+        teacher.to(DEVICE, DTYPE)
     spec = replace(stage_spec(size), distill=distill, replay_fraction=replayed / size.sequences)
     module = StageModule(model, spec, spec.phases()[0], teacher)
     optimizer = module.configure_optimizers()["optimizer"]
-    data = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches(size, replayed)]
+    data = [{name: tensor.to(DEVICE) for name, tensor in batch.items()} for batch in batches(size, replayed)]
     number = 0
 
     def step() -> float:
@@ -142,7 +153,7 @@ def our_step(
     return step
 
 
-def peer_step(size: Size, implementation: str, *, device: str = "cpu") -> Step:
+def peer_step(size: Size, implementation: str) -> Step:
     """Transformers' ``MixtralForCausalLM`` with our weights, its router loss, clipping and fused AdamW."""
     import transformers
 
@@ -154,10 +165,10 @@ def peer_step(size: Size, implementation: str, *, device: str = "cpu") -> Step:
     if model.config._experts_implementation != implementation:
         raise RuntimeError(f"transformers does not have experts_implementation={implementation}")
     load_mixtral(model, tensors)
-    model = model.to(device).train()
+    model = model.to(DEVICE, DTYPE).train()
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    data = [(batch["token_ids"].to(device), batch["target_ids"].to(device)) for batch in batches(size)]
+    data = [(batch["token_ids"].to(DEVICE), batch["target_ids"].to(DEVICE)) for batch in batches(size)]
     number = 0
 
     def step() -> float:

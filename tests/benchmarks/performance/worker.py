@@ -16,9 +16,9 @@ import torch
 
 from lifelong_moe.training.execution import keep_freed_memory
 from tests.benchmarks.performance.clock import Ratio, ratio, timed
-from tests.benchmarks.performance.subjects import Size, our_step, peer_step
+from tests.benchmarks.performance.subjects import DEVICE, DTYPE, Size, our_step, peer_step
 
-PEAK = 1024
+PEAK = 8192 if DEVICE == "cuda" else 1024
 """Rows and columns of the matrices whose product is the measured peak."""
 
 
@@ -65,7 +65,7 @@ def main() -> None:
         keep_freed_memory()
     size, kind = Size(**what["size"]), what["kind"]
     step = our_step(size) if kind == "ours" else peer_step(size, kind)
-    first, second = torch.randn(PEAK, PEAK), torch.randn(PEAK, PEAK)
+    first, second = torch.randn(2, PEAK, PEAK).to(DEVICE, DTYPE)
     for line in sys.stdin:
         action = step if line.strip() == "step" else lambda: first @ second
         print(timed(action), flush=True)
