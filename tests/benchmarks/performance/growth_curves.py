@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,13 +41,15 @@ def in_child(frozen: int, rounds: int) -> list[float]:
 
 def frozen_stages(frozen: int, rounds: int) -> list[float]:
     """The child's work."""
-    import resource
-
     size = replace(REFERENCE, experts=4)
     [seconds] = taken([our_step(size, model=size.model((4,) * (frozen + 1), frozen=frozen))], rounds)
-    if DEVICE == "cuda":
-        return [seconds, torch.cuda.max_memory_allocated()]
-    return [seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]
+    return [seconds, torch.cuda.max_memory_allocated() if DEVICE == "cuda" else peak_bytes()]
+
+
+def peak_bytes() -> int:
+    """Most memory that this process had, in RAM; ``ru_maxrss`` would begin with what its parent had."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
 
 
 def measure(rounds: int = 4) -> dict[str, Any]:
