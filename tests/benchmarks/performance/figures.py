@@ -53,7 +53,7 @@ def goals_figure(goals: Mapping[str, Mapping[str, Any]]) -> Figure:
         axes.text(value, place, f" {goal['value']:.3g}{unit} ({goal['goal']})", va="center", fontsize=8)
     axes.axvline(1.0, color="black", linewidth=1.2)
     axes.set_xscale("log")
-    axes.set_xlim(0.8 * min(*values, 1.0), 3.0 * max(*values, 1.0))  # room for the figures
+    axes.set_xlim(0.8 * min(*values, 1.0), 12.0 * max(*values, 1.0))  # room for the figures
     axes.set_yticks(places, names)
     axes.invert_yaxis()
     axes.set_xlabel("fraction of the goal (1 and more: met)")
@@ -84,14 +84,14 @@ def growth_figure(curves: Mapping[str, Sequence[Sequence[float]]]) -> Figure:
             continue
         across = [row[0] for row in points]
         axes.plot(across, [row[1] for row in points], "o-", label=lines[0])
+        memory = name == "frozen_stages"
         if len(points[0]) > 2:
-            memory = name == "frozen_stages"
             other = axes.twinx() if memory else axes
             scale = 2**20 if memory else 1
             other.plot(across, [row[2] / scale for row in points], "s--", color="C1", label=lines[1])
             if memory:
                 other.set_ylabel("peak memory, MiB")
-                other.set_ylim(bottom=0)
+                other.set_ylim(0, 1.15 * max(row[2] for row in points) / scale)
                 other.legend(loc="lower right", fontsize=8, frameon=False)
         if name in ("experts", "context"):
             axes.set_xscale("log", base=2)
@@ -99,8 +99,10 @@ def growth_figure(curves: Mapping[str, Sequence[Sequence[float]]]) -> Figure:
         if name == "model_size":
             axes.set_xscale("log")
             axes.set_yscale("log")
+            axes.set_xticks(across, [f"{number / 1e6:.1f} M" for number in across])
+            axes.set_xticks([], minor=True)
         else:
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.15 * max(max(row[1 : 2 if memory else None]) for row in points))
         axes.grid(alpha=0.3)
         axes.legend(loc="lower left" if name == "frozen_stages" else "best", fontsize=8, frameon=False)
     return figure

@@ -13,10 +13,11 @@ from lifelong_moe.training.execution import keep_freed_memory
 from tests.benchmarks.performance.subjects import DEVICE, REFERENCE, Size, our_step
 
 STEPS = 3
+HEAD_WIDTH = 64
 KINDS = {
     "expert matrices": ("mm",),  # grouped ones too
-    "attention": ("scaled_dot_product", "flash_attention"),
-    "head: softmax and losses": ("_softmax", "_LinearLoss", "amax", "scatter_add", "gather", "logsumexp"),
+    "attention": ("scaled_dot_product", "flash_attention", "CausalAttention", "bmm"),
+    "head: softmax and losses": ("_LinearLoss", "amax", "scatter_add", "gather", "logsumexp"),
     "dispatch and combine": (
         "index_select",
         "sort",
@@ -34,11 +35,15 @@ HEAD, PROJECTIONS = "head matrix", "attention's matrices"
 
 
 def kind_of(name: str, shapes: list[list[int]], size: Size) -> str:
-    """What an operator call belongs to; matrix products by their shapes."""
-    if name in ("aten::mm", "aten::addmm_", "aten::addmm", "aten::bmm"):
-        sides = {side for shape in shapes for side in shape if isinstance(side, int)}
+    """What an operator call belongs to; matrix products and softmax by their shapes."""
+    sides = {side for shape in shapes for side in shape if isinstance(side, int)}
+    if "softmax" in name:
+        return "head: softmax and losses" if size.vocab in sides else "attention"
+    if name in ("aten::mm", "aten::addmm_", "aten::addmm"):
         if size.vocab in sides:
             return HEAD
+        if HEAD_WIDTH in sides:
+            return "attention"
         if size.experts in sides:
             return "dispatch and combine"
         return PROJECTIONS if size.tokens in sides else "expert matrices"
