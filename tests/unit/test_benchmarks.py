@@ -105,7 +105,7 @@ def test_keeping_replaces_only_the_parts_that_ran(tmp_path: Path) -> None:
 
 def test_figures_of_what_there_is(tmp_path: Path) -> None:
     curves = {"experts": [[8, 1.0, 0.9], [16, 1.1, 0.9]], "frozen_stages": [[0, 1.0, 2**20], [4, 1.0, 2**21]]}
-    shares = {"names": ["a", "b"], "shares": [0.7, 0.3]}
+    shares = {"shares": {"step": {"a": 0.7, "b": 0.3}, "decoding": {"b": 1.0}}}
     parts = {"startup": {"goals": STARTUP}, "growth_curves": {"goals": {}, "detail": curves}}
     assert draw({"parts": {"step": {"not_measured": "x"}}}, tmp_path, "cpu") == []
     drawn = draw({"parts": {**parts, "profile": {"goals": {}, "detail": shares}}}, tmp_path, "cpu")

@@ -34,8 +34,8 @@ def draw(measured: Mapping[str, Any], folder: Path, device: str) -> list[Path]:
         figures["goals"] = goals_figure(goals)
     if any(curves.get(name) for name in PANELS):
         figures["growth"] = growth_figure(curves)
-    if shares.get("names"):
-        figures["profile"] = profile_figure(shares["names"], shares["shares"])
+    if shares.get("shares"):
+        figures["profile"] = profile_figure(shares["shares"])
     for name, figure in figures.items():
         figure.savefig(folder / f"{device}-{name}.png")
     return [folder / f"{device}-{name}.png" for name in figures]
@@ -108,14 +108,19 @@ def growth_figure(curves: Mapping[str, Sequence[Sequence[float]]]) -> Figure:
     return figure
 
 
-def profile_figure(names: Sequence[str], shares: Sequence[float]) -> Figure:
-    """Draw the share of a step that each operation takes."""
-    figure, (axes,) = _figure(8.0, 1.2 + 0.3 * len(names))
-    axes.barh(range(len(names)), [100 * share for share in shares], color=MET)
-    axes.set_yticks(range(len(names)), names, fontsize=8)
+def profile_figure(shares: Mapping[str, Mapping[str, float]]) -> Figure:
+    """Draw the share that each kind of work has of each thing that was profiled."""
+    kinds = list(dict.fromkeys(kind for of_one in shares.values() for kind in of_one))
+    figure, (axes,) = _figure(8.0, 1.6 + 0.5 * len(kinds))
+    height = 0.8 / len(shares)
+    for i, (what, of_one) in enumerate(shares.items()):
+        places = [place + (i - (len(shares) - 1) / 2) * height for place in range(len(kinds))]
+        axes.barh(places, [100 * of_one.get(kind, 0.0) for kind in kinds], height, label=what)
+    axes.set_yticks(range(len(kinds)), kinds, fontsize=8)
     axes.invert_yaxis()
-    axes.set_xlabel("% of a training step")
+    axes.set_xlabel("% of the time")
     axes.grid(axis="x", alpha=0.3)
+    axes.legend(loc="lower right", fontsize=8, frameon=False)
     return figure
 
 
