@@ -344,6 +344,11 @@ class RunConfig:
                 f"stages[{i}].grow.frozen_weights=int8 with frozen.offload=cpu: weights in 8 bits are made whole where "
                 f"the backward pass needs them. Set frozen.offload=none or grow.frozen_weights=full."
             )
+        if grow.frozen_weights == FrozenWeights.int8 and self.trainer.compile:
+            raise ConfigError(
+                f"stages[{i}].grow.frozen_weights=int8 with trainer.compile=true: what makes weights whole is not "
+                f"compiled. Set trainer.compile=false or grow.frozen_weights=full."
+            )
         if grow.init == ExpertInit.upcycle and grow.experts:
             self._check_upcycling(i, stage)
         if grow.experts and not stage.continues and (fixed := self.routing.is_fixed):

@@ -6,6 +6,7 @@ Legend: N rows, D model width, F hidden width.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +52,7 @@ class FeedForward(nn.Module):
     @property
     def weights(self) -> tuple[Weight, ...]:
         """The matrix into it and the one out of it; those held in 8 bits as what makes them whole."""
-        held = getattr(self, "parametrizations", {})
+        held: Any = self._modules.get("parametrizations") or {}
         names = ("gate_up" if self.is_gated else "up", "down")
         return tuple(held[name] if name in held else getattr(self, name) for name in names)
 

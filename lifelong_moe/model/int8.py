@@ -1,6 +1,7 @@
 """Weights held in 8 bits, a scale a row, and made whole on use: a view of a model, made when it is loaded.
 
-A frozen expert's are made whole again for the backward pass; other matrices are kept whole between both passes.
+A frozen expert's, where experts are computed in slices, are made whole again for the backward pass; other matrices are
+kept whole between both passes.
 
 What is stored never changes: the view is taken off again, and the stored bits put back, before anything is committed.
 
@@ -9,7 +10,7 @@ Legend: O rows, I columns of a matrix.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -35,43 +36,46 @@ def quantize_rows(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantize_rows(quantized_OI: Tensor, scale_O1: Tensor) -> Tensor:
-    """The inverse of :func:`quantize_rows`, but for rounding; float32 ``(O, I)``."""
-    return quantized_OI.float() * scale_O1
+    """The inverse of :func:`quantize_rows`, but for rounding; ``(O, I)`` in the scales' dtype."""
+    return quantized_OI.to(scale_O1.dtype) * scale_O1
 
 
 class _Int8(nn.Module):
-    """A parametrization: torch keeps what :meth:`right_inverse` gives, and a module reads what :meth:`forward` does."""
+    """A parametrization: torch keeps what :meth:`right_inverse` gives, and a module reads what :meth:`forward` does.
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.dtype = dtype
+    A matrix has its scales' dtype, which changes with the model's.
+    """
 
     def forward(self, quantized_OI: Tensor, scale_O1: Tensor) -> Tensor:
-        return dequantize_rows(quantized_OI, scale_O1).to(self.dtype)
+        return dequantize_rows(quantized_OI, scale_O1)
 
     def right_inverse(self, weight_OI: Tensor) -> tuple[Tensor, Tensor]:
-        return quantize_rows(weight_OI)
+        quantized_OI, scale_O1 = quantize_rows(weight_OI)
+        return quantized_OI, scale_O1.to(weight_OI.dtype)
 
 
-def hold_in_int8(model: nn.Module) -> int:
+def hold_in_int8(model: nn.Module, teacher: nn.Module | None = None) -> int:
     """Hold every frozen matrix of a model in 8 bits, in place; gradients still flow through to what is before it.
 
     Args:
-        model: Matrices that train, and any that another module shares, stay whole.
+        model: Matrices that train, and any that stand in several of its modules, stay whole.
+        teacher: Goes on sharing what it shares with the model, and so holds it in the same 8 bits.
 
     Returns:
         Bytes saved.
     """
-    owners: dict[int, list[tuple[nn.Module, str]]] = {}
-    for module, name, parameter in _matrices(model):
-        owners.setdefault(id(parameter), []).append((module, name))
+    owners, sharers = _owners(model), {} if teacher is None else _owners(teacher)
     saved = 0
-    for (module, name), *others in list(owners.values()):
-        parameter = getattr(module, name)
-        if parameter.requires_grad or others:
+    for parameter, places in owners.items():
+        if parameter.requires_grad or len(places) > 1:
             continue
-        saved += parameter.numel() * (parameter.element_size() - 1) - 4 * len(parameter)
-        parametrize.register_parametrization(module, name, _Int8(parameter.dtype), unsafe=True)
+        saved += parameter.numel() * (parameter.element_size() - 1) - parameter.element_size() * len(parameter)
+        held = [*places, *sharers.get(parameter, [])]
+        for module, name in held:
+            parametrize.register_parametrization(module, name, _Int8(), unsafe=True)
+        first, name = held[0]
+        for module, other in held[1:]:
+            module.parametrizations[other] = first.parametrizations[name]  # type: ignore[index, operator]
     return saved
 
 
@@ -92,8 +96,11 @@ def make_whole(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         setattr(owner, name, nn.Parameter(stored.to(parameter.device), requires_grad=False))
 
 
-def _matrices(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
-    for module in model.modules():
+def _owners(model: nn.Module) -> dict[Tensor, list[tuple[nn.Module, str]]]:
+    """Every matrix, and the modules in which it stands."""
+    found: dict[Tensor, list[tuple[nn.Module, str]]] = {}
+    for module in list(model.modules()):
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.dim() == 2 and parameter.numel():
-                yield module, name, parameter
+                found.setdefault(parameter, []).append((module, name))
+    return found

@@ -95,6 +95,8 @@ class _Slices(torch.autograd.Function):
         ]
         for (i, part), value_NF in zip(_parts(ctx.counts), values, strict=True):
             first, second = 2 * i, 2 * i + 1
+            if grad_rows_ND is None and not (needs[3 + first] or needs[3 + second]):
+                continue
             grad_NG, hidden_NF = ctx.act.hidden_backward(
                 grad_ND[part] @ _whole(matrices[second], rows_ND.dtype), pre_NG[part], value_NF
             )
@@ -112,11 +114,12 @@ def _forward(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Pre-activations ``(N, G)``, outputs ``(N, D)``, and the activation's values of each expert that has rows."""
     values = []
-    first = _whole(matrices[0], rows_ND.dtype)
-    pre_NG = rows_ND.new_empty(len(rows_ND), len(first))
-    out_ND = rows_ND.new_empty(rows_ND.shape)
+    pre_NG, out_ND = rows_ND.new_empty(len(rows_ND), 0), rows_ND.new_empty(rows_ND.shape)
     for i, part in _parts(counts):
-        _multiply(rows_ND[part], _whole(matrices[2 * i], rows_ND.dtype), pre_NG[part])
+        into_GD = _whole(matrices[2 * i], rows_ND.dtype)
+        if not pre_NG.shape[1]:  # known from the first that has rows
+            pre_NG = rows_ND.new_empty(len(rows_ND), len(into_GD))
+        _multiply(rows_ND[part], into_GD, pre_NG[part])
         hidden_NF, value_NF = act.hidden(pre_NG[part])
         _multiply(hidden_NF, _whole(matrices[2 * i + 1], rows_ND.dtype), out_ND[part])
         values.append(value_NF)

@@ -131,7 +131,7 @@ def _train_phases(
     model, teacher, anchor, generated = _prepare(spec, seed, parent, corpora, tokenizer, environment, work)
     in_int8 = spec.grow is not None and spec.grow.frozen_weights == FrozenWeights.int8
     if in_int8:
-        hold_in_int8(model)
+        hold_in_int8(model, teacher)
     resumed, rollbacks = newest_checkpoint(work), read_rollbacks(work)
     measured, first_step, order_step = [], 0, 0
     for number, phase in enumerate(spec.phases()):

@@ -127,6 +127,24 @@ def test_grouped_is_not_chosen_where_it_would_be_wrong() -> None:
     assert together.chosen(x) == ExpertsImplementation.slices
 
 
+@pytest.mark.parametrize("rows_learn", [True, False])
+def test_experts_held_in_eight_bits(rows_learn: bool) -> None:
+    banks, found = make_banks(5, 3, seed=0), []
+    hold_in_int8(banks)
+    rows = torch.randn(8, D, generator=torch.Generator().manual_seed(0))
+    for how in (ExpertsImplementation.readable, ExpertsImplementation.slices):
+        banks.implementation = how
+        banks.zero_grad()
+        x = rows.clone().requires_grad_(rows_learn)
+        out = banks(x, torch.tensor([3, 0, 2, 3, 0]))  # of both banks one expert gets nothing
+        out.square().sum().backward()
+        grads = [p.grad for p in banks.parameters() if p.requires_grad]
+        found.append([out.detach(), *([x.grad] if rows_learn else []), *grads])
+    assert len(found[1]) == 1 + rows_learn + 2 * 2 and all(tensor is not None for tensor in found[1])
+    for fast, slow in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(fast, slow, atol=1e-6, rtol=1e-5)
+
+
 def test_active_experts_that_a_phase_leaves_alone_get_no_gradients() -> None:
     banks = make_banks(3, 1, seed=0)
     banks.implementation = ExpertsImplementation.grouped_mm

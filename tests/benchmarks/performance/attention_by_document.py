@@ -1,4 +1,4 @@
-"""What attention by document costs against attention with the mask: forward and backward, on one thread.
+"""What attention by document costs against attention with the mask: forward and backward.
 
     python -m tests.benchmarks.performance.attention_by_document
 
@@ -19,7 +19,7 @@ from lifelong_moe.ops.document_attention import Documents, Kernel, choose_kernel
 from tests.benchmarks.performance.clock import paired
 from tests.benchmarks.performance.subjects import DEVICE, DTYPE
 
-HEADS, KV_HEADS, WIDTH = 4, 2, 64
+HEADS, KV_HEADS, WIDTH = (32, 16, 64) if DEVICE == "cuda" else (4, 2, 64)
 
 
 def equal(sequences: int, length: int, documents: int) -> Tensor:

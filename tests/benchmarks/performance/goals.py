@@ -78,7 +78,7 @@ def page(parts: Mapping[str, Mapping[str, Any]]) -> str:
     origins = {}
     for name in sorted(parts, key=_place):
         run = parts[name]["run"]
-        machine = f"{run['gpu'] or run['cpu']}, {run['cores']} cores, torch {run['torch']}"
+        machine = f"{run['gpu'] + ', ' if run['gpu'] else ''}{run['cpu']}, {run['cores']} cores, torch {run['torch']}"
         changed = " with changes" if run["dirty"] else ""
         origin = f"commit `{str(run['commit'])[:12]}`{changed}, {run['date'][:10]}, {machine}, `{run['command']}`"
         origins.setdefault(origin, []).append(name)

@@ -102,6 +102,8 @@ def against_peer(experts: int, batch: int, rounds: int) -> dict[str, Any]:
     peer = build_peer(model)
     expected = {name: theirs(peer, name, batch, NEW)() for name in IMPLEMENTATIONS[batch]}
     same = {name: found == ours(model, batch, NEW)() for name, found in expected.items()}
+    if DEVICE == "cpu" and not all(same.values()):
+        raise RuntimeError(f"batch {batch}: both sides should choose the same tokens, but {same}")
     arms = {f"ours {new}": ours(model, batch, new) for new in (1, NEW)}
     arms |= {f"{name} {new}": theirs(peer, name, batch, new) for name in IMPLEMENTATIONS[batch] for new in (1, NEW)}
     times = interleaved(arms, rounds)

@@ -27,7 +27,7 @@ SIZES = (
 
 
 GPU = {"width": 2048, "expert_width": 768, "top_k": 8, "context": 2048, "sequences": 8}
-GPU_SIZES = (Size(experts=8, **GPU), Size(experts=32, **GPU), Size(experts=128, **GPU))
+GPU_SIZES = (Size(experts=16, **GPU), Size(experts=32, **GPU), Size(experts=128, **GPU))
 MOST = 1.30 if DEVICE == "cuda" else 1.10
 LEAST_TFLOPS = 250
 

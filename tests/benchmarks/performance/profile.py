@@ -35,7 +35,9 @@ def kind_of(name: str, shapes: list[list[int]], size: Size) -> str:
     """What an operator call belongs to; matrix products and softmax by their shapes."""
     sides = {side for shape in shapes for side in shape if isinstance(side, int)}
     if "softmax" in name:
-        return "head: softmax and losses" if size.vocab in sides else "attention"
+        if size.vocab in sides:
+            return "head: softmax and losses"
+        return "dispatch and combine" if shapes[0][-1] in (size.experts, size.top_k) else "attention"
     if name in ("aten::mm", "aten::addmm_", "aten::addmm"):
         if size.vocab in sides:
             return HEAD
@@ -48,7 +50,7 @@ def kind_of(name: str, shapes: list[list[int]], size: Size) -> str:
 
 
 def shares(size: Size, action: Callable[[], Any]) -> tuple[dict[str, float], float]:
-    """Of the time of an action each kind's share, largest first, and seconds of it all."""
+    """Of the time of an action each kind's share, largest first, and seconds of it all; on a GPU of its kernels."""
     cuda = DEVICE == "cuda"
     for _ in range(2):
         action()

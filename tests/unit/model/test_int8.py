@@ -13,6 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from lifelong_moe.model.int8 import dequantize_rows, hold_in_int8, make_whole, quantize_rows
 from lifelong_moe.model.transformer import LanguageModel
+from lifelong_moe.retention.teacher import make_teacher
 
 Make = Callable[..., LanguageModel]
 
@@ -71,6 +72,28 @@ def test_what_is_made_whole_of_an_expert_is_not_kept_for_the_backward_pass(make_
     whole = kept()
     hold_in_int8(model)
     assert whole - kept() == 2 * 4  # of each layer's frozen experts the matrix out of them
+
+
+def test_a_teacher_shares_the_same_eight_bits(make_model: Make) -> None:
+    model = make_model("learned", (4, 2))
+    teacher = make_teacher(model, [p for p in model.parameters() if not p.requires_grad])
+    hold_in_int8(model, teacher)
+    shared = {id(p): p for p in model.parameters() if p.dtype == torch.int8}
+    held = [p for p in teacher.parameters() if p.dtype == torch.int8]
+    assert len(held) == len(shared) and all(id(p) in shared for p in held)
+    assert len({id(p) for p in [*model.parameters(), *teacher.parameters()] if not p.requires_grad}) == (
+        sum(not p.requires_grad for p in teacher.parameters())
+    )  # nothing frozen in the model stands beside it whole
+    ids = torch.randint(1, 61, (2, 16), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(model.eval()(ids).hidden_BSD, teacher(ids).hidden_BSD)
+
+
+def test_what_is_made_whole_has_the_model_s_type(make_model: Make) -> None:
+    model = make_model().eval().requires_grad_(False)
+    hold_in_int8(model)
+    model.to(torch.bfloat16)
+    ids = torch.randint(1, 61, (2, 16), generator=torch.Generator().manual_seed(0))
+    assert model.embedding.weight.dtype == model(ids).hidden_BSD.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("tied", [False, True])
