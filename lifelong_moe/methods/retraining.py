@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -113,8 +114,7 @@ class Retraining:
             new: What came, or would come, after them.
         """
         raw = self.base.copy()
-        named = build_config(self.base).stages
-        kept = [node for node, stage in zip(raw.stages, named, strict=True) if stage.name in stages]
+        kept = [node for node, name in zip(raw.stages, self._stage_names, strict=True) if name in stages]
         raw.stages = [*kept, *(self._stage(stage) for stage in new)]
         for stage in new:
             inbox = self.settings.inbox
@@ -123,6 +123,11 @@ class Retraining:
                 "heldout_fraction": inbox.heldout_fraction,
             }
         return build_config(raw)
+
+    @cached_property
+    def _stage_names(self) -> list[str | None]:
+        """Of the base; building a configuration takes some hundredths of a second, and a tick builds many."""
+        return [stage.name for stage in build_config(self.base).stages]
 
     def _stage(self, stage: NewStage) -> dict[str, Any]:
         settings = self.settings
