@@ -123,7 +123,8 @@ def test_the_slurm_script_hands_signals_on_and_asks_for_another_turn(home: Path,
     (fake / "configs").mkdir()
     (fake / "configs/retrain.yaml").touch()
     tick = "import signal,sys,time\nsignal.signal(15, lambda *_: (time.sleep(0.3), sys.exit(75)))\n"
-    tick += "open('began','w').close()\ntime.sleep(60)\n"
+    # A signal that comes just before a sleep does not end it: many short ones.
+    tick += "open('began','w').close()\nfor _ in range(600): time.sleep(0.1)\n"
     for path, text in (
         (fake / ".venv/bin/lifelong-moe", f"#!{sys.executable}\n{tick}"),
         (tmp_path / "scontrol", f'#!/bin/sh\necho "$@" > "{tmp_path}/asked"\n'),

@@ -313,7 +313,7 @@ def test_sigterm_outside_of_training(lab: Path, monkeypatch: pytest.MonkeyPatch,
     assert child.wait() == TryAgainError.exit_code, child.output
     assert "Traceback" not in child.output
     monkeypatch.undo()
-    os.chdir(lab)
+    monkeypatch.chdir(lab)
     train()
 
 
