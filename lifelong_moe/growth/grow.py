@@ -18,7 +18,7 @@ from lifelong_moe.model.architecture import Generation
 from lifelong_moe.model.config import ModelConfig
 from lifelong_moe.model.feedforward import FeedForward
 from lifelong_moe.model.moe import MoELayer
-from lifelong_moe.model.transformer import LanguageModel, initial_std, initialize_delta
+from lifelong_moe.model.transformer import LanguageModel, initial_std
 
 NOOP_TOLERANCE = 1e-5
 
@@ -66,13 +66,12 @@ def _begin_deltas(model: LanguageModel, generator: torch.Generator) -> None:
     """A bundle goes on from the one before it: its deltas begin as copies, or at zero where there are none."""
     bundle = len(model.architecture.generations) - 1
     for matrix in model.delta_matrices():
-        new, previous = matrix.deltas[str(bundle)], str(bundle - 1)
-        old = dict(matrix.deltas[previous].named_parameters()) if previous in matrix.deltas else {}
-        for name, parameter in new.named_parameters():
-            if name in old and old[name].shape == parameter.shape:
-                parameter.copy_(old[name])
-            else:
-                initialize_delta(f".{name}", parameter, generator)
+        new, previous = matrix.deltas.of(bundle), matrix.deltas.of(bundle - 1)
+        assert new is not None
+        if previous is not None and previous.up.shape == new.up.shape:
+            new.load_state_dict(previous.state_dict())
+        else:
+            new.begin(generator)
 
 
 def of_newest_bundle(layer: MoELayer, counts_E: Tensor) -> Tensor:
@@ -111,17 +110,17 @@ def _begin_experts(
     Source:
         Exact copies of a dense network, of which a token's gates sum to 1: sparse upcycling (arXiv:2212.05055).
     """
-    newest = layer.banks.experts[-len(copied) :]
+    newest: list[FeedForward] = layer.banks.experts[-len(copied) :]  # type: ignore[assignment]
     for new, source in zip(newest, copied, strict=True):
         old: FeedForward = layer.banks.experts[source]  # type: ignore[assignment]
-        for (name, parameter), origin in zip(new.named_parameters(), old.parameters(), strict=True):
+        for parameter, origin in zip(new.parameters(), old.parameters(), strict=True):
             noise = torch.randn(origin.shape, generator=generator).to(origin)
             if config.init == ExpertInit.upcycle:
                 parameter.copy_(origin)
             elif config.init == ExpertInit.copy:
                 parameter.copy_(origin + config.noise * origin.std() * noise)
             else:
-                parameter.copy_(initial_std(f".{name}", shape) * noise)
+                parameter.copy_(initial_std(shape, residual=parameter is new.down) * noise)
 
 
 def _new_rows(

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lifelong_moe.errors import ConfigError
-from lifelong_moe.growth.remove import EXPERT
 from lifelong_moe.model.architecture import Architecture
 from lifelong_moe.model.moe import MoELayer
+from lifelong_moe.model.parts import TensorName, expert_tensor, router_rows
 
 
 @torch.no_grad()
@@ -96,10 +96,9 @@ def merge_experts(
     merged = dict(tensors)
     for layer, (keep, gone) in pairs.items():
         numbers = int(counts[layer][keep]), int(counts[layer][gone])
-        prefix = f"blocks.{layer}.moe.banks.experts"
-        for part in ("gate_up", "down") if architecture.model.activation.is_gated else ("up", "down"):
-            name = f"{prefix}.{keep}.{part}"
-            merged[name] = weighted(tensors[name], tensors[f"{prefix}.{gone}.{part}"], *numbers)
+        for matrix in ("gate_up", "down") if architecture.model.activation.is_gated else ("up", "down"):
+            name = expert_tensor(layer, keep, matrix)
+            merged[name] = weighted(tensors[name], tensors[expert_tensor(layer, gone, matrix)], *numbers)
         _merge_rows(architecture, merged, layer, keep, gone, numbers)
     names = {name: _renumbered(name, pairs) for name in merged}
     born = replace(architecture.generations[generation], experts=architecture.generations[generation].experts - 1)
@@ -124,19 +123,17 @@ def _row(architecture: Architecture, layer: int, expert: int) -> tuple[str, int]
     """Tensor and place of an expert's router row."""
     for number, generation in enumerate(architecture.generations):
         if expert < generation.experts_in(layer):
-            return f"blocks.{layer}.moe.router.rows.{number}", expert
+            return router_rows(layer, number), expert
         expert -= generation.experts_in(layer)
     raise ValueError(f"layer {layer} has no such expert")
 
 
 def _renumbered(name: str, pairs: Mapping[int, tuple[int, int]]) -> str | None:
-    match = EXPERT.match(name)
-    if match is None or int(match["layer"]) not in pairs:
+    here = TensorName.parse(name)
+    if here.expert is None or here.layer not in pairs:
         return name
-    expert, gone = int(match["expert"]), pairs[int(match["layer"])][1]
-    if expert == gone:
-        return None
-    return f"{name[: match.start('expert')]}{expert - (expert > gone)}{name[match.end('expert') :]}"
+    gone = pairs[here.layer][1]
+    return None if here.expert == gone else str(replace(here, expert=here.expert - (here.expert > gone)))
 
 
 def _require_mergeable(architecture: Architecture, generation: int, pairs: Mapping[int, tuple[int, int]]) -> None:

@@ -7,7 +7,6 @@ them.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -15,14 +14,8 @@ from torch import Tensor
 
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.model.architecture import Architecture
+from lifelong_moe.model.parts import TensorName
 from lifelong_moe.routing.config import ROUTERS, Centroids
-
-EXPERT = re.compile(r"blocks\.(?P<layer>\d+)\.moe\.banks\.experts\.(?P<expert>\d+)\.")
-OF_GENERATION = re.compile(
-    r"(?P<before>blocks\.\d+\.moe\.router\.(?:rows\.|group_rows\.|noise_rows\.|centroids_|bias_)|document_clusters\.centroids_|.*\.deltas\.)"
-    r"(?P<generation>\d+)(?P<after>\b.*)"
-)
-"""Router rows, centroids, and deltas: what belongs to a generation by its number."""
 
 
 def remove_generation(
@@ -64,19 +57,17 @@ def without_generation(architecture: Architecture, index: int) -> Architecture:
 
 def renamed(architecture: Architecture, name: str, index: int) -> str | None:
     """Name of a tensor once a generation is gone; None if it goes with it."""
-    if match := EXPERT.match(name):
-        layer, expert = int(match["layer"]), int(match["expert"])
-        first = sum(g.experts_in(layer) for g in architecture.generations[:index])
-        num = architecture.generations[index].experts_in(layer)
-        if first <= expert < first + num:
+    here = TensorName.parse(name)
+    if here.expert is not None and here.layer is not None:
+        first = sum(g.experts_in(here.layer) for g in architecture.generations[:index])
+        num = architecture.generations[index].experts_in(here.layer)
+        if first <= here.expert < first + num:
             return None
-        return f"{name[: match.start('expert')]}{expert - num * (expert >= first)}{name[match.end('expert') :]}"
-    if match := OF_GENERATION.fullmatch(name):
-        generation = int(match["generation"])
-        if generation == index:
-            return None
-        return f"{match['before']}{generation - (generation > index)}{match['after']}"
-    return name
+        return str(replace(here, expert=here.expert - num * (here.expert >= first)))
+    if here.generation is None:
+        return name
+    later = here.generation > index
+    return None if here.generation == index else str(replace(here, generation=here.generation - later))
 
 
 def _require_removable(architecture: Architecture, index: int) -> None:

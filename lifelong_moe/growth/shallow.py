@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
+from dataclasses import replace
 
+from lifelong_moe.model.parts import TensorName
 from lifelong_moe.model.transformer import LanguageModel
-
-_LAYER = re.compile(r"blocks\.(\d+)\.(.*)")
 
 
 def shallow_student(model: LanguageModel, layers: Sequence[int]) -> LanguageModel:
@@ -23,8 +22,8 @@ def shallow_student(model: LanguageModel, layers: Sequence[int]) -> LanguageMode
     student = LanguageModel(model.architecture.shallow(layers))
     theirs, numbers = model.state_dict(), {}
     for name in student.state_dict():
-        match = _LAYER.fullmatch(name)
-        source = name if match is None else f"blocks.{layers[int(match[1])]}.{match[2]}"
-        numbers[name] = theirs[source]
+        mine = TensorName.parse(name)
+        source = mine if mine.layer is None else replace(mine, layer=layers[mine.layer])
+        numbers[name] = theirs[str(source)]
     student.load_state_dict(numbers)
     return student

@@ -10,8 +10,8 @@ from lifelong_moe.config import RunConfig
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.methods.graph import stage_specs
 from lifelong_moe.model.architecture import Architecture
-from lifelong_moe.model.cost import ParameterCount, count_parameters
-from lifelong_moe.retention.config import TrunkTraining
+from lifelong_moe.model.cost import ParameterCount, count_parameters, parameters_by_part
+from lifelong_moe.model.parts import Part
 from lifelong_moe.routing.config import Bundles
 from lifelong_moe.training.spec import StageSpec
 
@@ -107,6 +107,12 @@ def _planned(
     bos_id: int,
 ) -> PlannedStage:
     after = spec.architecture(before, tokenizer["vocab_size"], bos_id)
+    trainable = trainable_parameters(spec, after)
+    if not trainable:
+        raise ConfigError(
+            f"stages[{index}]: nothing is left to train. Set stages[{index}].trunk.train=full or "
+            f"stages[{index}].finetune.trainable=all."
+        )
     identity = {"recipe": tokenizer["recipe"], "hash": tokenizer["hash"]}
     return PlannedStage(
         index=index,
@@ -116,7 +122,7 @@ def _planned(
         parent_key=parent_key,
         architecture=after,
         parameters=count_parameters(after),
-        trainable=trainable_parameters(spec, after),
+        trainable=trainable,
         flops=spec.flops(after, before),
     )
 
@@ -128,9 +134,17 @@ def chain(planned: list[PlannedStage]) -> list[PlannedStage]:
 
 def trainable_parameters(spec: StageSpec, architecture: Architecture) -> int:
     """Parameters that a stage trains."""
-    count = count_parameters(architecture)
-    frozen_trunk = spec.trunk is not None and spec.trunk.train in (TrunkTraining.frozen, TrunkTraining.deltas)
-    return count.unfrozen + (0 if frozen_trunk else count.trunk)
+    counted = parameters_by_part(architecture)
+    return sum(num for (part, generation), num in counted.items() if _trains(spec, architecture, part, generation))
+
+
+def _trains(spec: StageSpec, architecture: Architecture, part: Part, generation: int | None) -> bool:
+    """Whether a stage trains a part of the trunk, or of a generation; a student trains all that it is made of."""
+    if spec.finetune is not None and not spec.finetune.trains(part):
+        return False
+    if generation is not None:
+        return architecture.trains(generation)
+    return spec.trunk is None or not spec.trunk.is_frozen or spec.student is not None
 
 
 def check_clusters(planned: list[PlannedStage], documents: Mapping[str, int]) -> None:

@@ -17,6 +17,7 @@ from lifelong_moe.model.deltas import BundleSlices
 from lifelong_moe.model.experts import ExpertBanks
 from lifelong_moe.model.feedforward import FeedForward
 from lifelong_moe.model.moe import MoELayer
+from lifelong_moe.model.parts import Part, Place
 from lifelong_moe.ops.document_attention import Documents
 from lifelong_moe.ops.norm import RMSNorm
 from lifelong_moe.routing.base import Routing, RoutingContext
@@ -41,6 +42,20 @@ class Block(nn.Module):
 
         self.recomputes = False
         """Whether attention is computed again in the backward pass."""
+
+    def places(self, layer: int) -> dict[nn.Parameter, Place]:
+        """What each parameter is, for the layer of this index."""
+        found = self.moe.places(layer)
+        found |= dict.fromkeys(self.attention.parameters(), Place(Part.attention, layer))
+        for module in self.children():
+            if isinstance(module, RMSNorm):
+                found |= dict.fromkeys(module.parameters(), Place(Part.norm, layer))
+        return found
+
+    def residual_weights(self) -> list[nn.Parameter]:
+        """The matrices that write into the residual stream, as they begin: attention's output, and ``down``."""
+        feed_forwards = (module for module in self.moe.modules() if isinstance(module, FeedForward))
+        return [self.attention.output.weight, *(module.down for module in feed_forwards)]
 
     def forward(
         self,

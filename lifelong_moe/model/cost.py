@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from lifelong_moe.model.architecture import Architecture
 from lifelong_moe.model.config import Activation, ModelConfig, QKNorm, SharedMix
+from lifelong_moe.model.parts import Part
 
 
 @dataclass(frozen=True)
@@ -24,29 +26,49 @@ class ParameterCount:
     """Experts, router rows and deltas of the generations that are not frozen."""
 
 
-def count_parameters(architecture: Architecture) -> ParameterCount:
-    """Count parameters without building the model."""
+def parameters_by_part(architecture: Architecture) -> dict[tuple[Part, int | None], int]:
+    """Parameters of each part of a model, and of each generation; of None those that all generations share."""
     config = architecture.model
     head_width, layers = config.attention_width, range(config.layers)
-    attention = 2 * config.width * head_width * (config.heads + config.kv_heads)
-    norms = config.width * (4 if config.sandwich_norms else 2) + _qk_norm_parameters(config)
-    tables = architecture.vocab_size * config.width * (1 if config.tie_embeddings else 2)
-    shared = sum(_shared_parameters(architecture, layer) for layer in layers)
-    trunk = config.layers * (attention + norms) + config.width + tables + shared
+    attention = 2 * config.width * head_width * (config.heads + config.kv_heads) + _qk_norm_parameters(config)
+    table = architecture.vocab_size * config.width
+    counted: Counter[tuple[Part, int | None]] = Counter()
+    counted[Part.embedding, None] = table
+    counted[Part.head, None] = 0 if config.tie_embeddings else table
+    counted[Part.attention, None] = config.layers * attention
+    counted[Part.norm, None] = config.width * (config.layers * (4 if config.sandwich_norms else 2) + 1)
+    for layer in layers:
+        part = Part.shared if layer in config.moe_layers else Part.dense
+        counted[part, None] += _shared_parameters(architecture, layer)
     per_expert = _feed_forward(config.width, config.expert_width, config.activation)
     row, per_generation = _row_parameters(architecture)
-    generations = architecture.generations
-    experts = [sum(generation.experts_in(layer) for layer in layers) for generation in generations]
-    rest = [per_generation * sum(g.experts_in(layer) > 0 for layer in layers) for g in generations]
+    for g, generation in enumerate(architecture.generations):
+        experts = [generation.experts_in(layer) for layer in layers]
+        counted[Part.expert, g] = sum(experts) * per_expert
+        counted[Part.router, g] = sum(experts) * row + sum(num > 0 for num in experts) * per_generation
+        for part, numbers in _delta_parameters_per_rank(architecture).items():
+            counted[part, g] = generation.delta_rank * numbers
+    return dict(counted)
+
+
+def count_parameters(architecture: Architecture) -> ParameterCount:
+    """Count parameters without building the model."""
+    config, counted = architecture.model, parameters_by_part(architecture)
+    trunk = sum(num for (_, generation), num in counted.items() if generation is None)
+    routers = sum(num for (part, _), num in counted.items() if part == Part.router)
+    deltas = [
+        sum(num for (part, one), num in counted.items() if one == g and not part.is_routed)
+        for g in range(len(architecture.generations))
+    ]
+    per_expert = _feed_forward(config.width, config.expert_width, config.activation)
+    layers = range(config.layers)
     used = sum(min(architecture.experts_in(layer), _used_experts(architecture, layer)) for layer in layers)
-    deltas = [g.delta_rank * _delta_parameters_per_rank(architecture) for g in generations]
-    training = [g for g in range(len(generations)) if architecture.trains(g)]
     return ParameterCount(
-        total=trunk + sum(experts) * (per_expert + row) + sum(rest) + sum(deltas),
-        active=trunk + used * per_expert + sum(experts) * row + sum(rest) + max(deltas),
+        total=sum(counted.values()),
+        active=trunk + used * per_expert + routers + max(deltas),
         trunk=trunk,
         per_expert=per_expert,
-        unfrozen=sum(experts[g] * (per_expert + row) + rest[g] + deltas[g] for g in training),
+        unfrozen=sum(num for (_, g), num in counted.items() if g is not None and architecture.trains(g)),
     )
 
 
@@ -83,12 +105,13 @@ def _row_parameters(architecture: Architecture) -> tuple[int, int]:
     return (2 * width if routing.mode == "noisy_topk" else width), by_generation
 
 
-def _delta_parameters_per_rank(architecture: Architecture) -> int:
+def _delta_parameters_per_rank(architecture: Architecture) -> dict[Part, int]:
     """Parameters of a bundle's deltas at rank 1: rows plus columns of every matrix that has one."""
     config = architecture.model
     wide, narrow = config.width, config.kv_heads * config.attention_width
     attention = 2 * (wide + config.heads * config.attention_width) + 2 * (wide + narrow)
-    return config.layers * attention + 2 * (architecture.vocab_size + wide)
+    table = architecture.vocab_size + wide
+    return {Part.embedding: table, Part.attention: config.layers * attention, Part.head: table}
 
 
 def forward_flops_per_token(architecture: Architecture) -> int:

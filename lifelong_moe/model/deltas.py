@@ -64,6 +64,12 @@ class LowRank(nn.Module):
         self.up = nn.Parameter(torch.zeros(rows, rank))
         self.down = nn.Parameter(torch.zeros(rank, columns))
 
+    @torch.no_grad()
+    def begin(self, generator: torch.Generator) -> None:
+        """``up`` at zero, so that it changes nothing yet, and ``down`` at random."""
+        self.up.zero_()
+        self.down.copy_(torch.randn(self.down.shape, generator=generator) / self.down.shape[1] ** 0.5)
+
     def forward(self) -> Tensor:
         """The change, ``(O, I)``."""
         return self.up @ self.down
@@ -76,9 +82,14 @@ class Deltas(nn.ModuleDict):
         """Make room for a bundle's change of a matrix."""
         self[str(bundle)] = LowRank(base_OI.shape[0], base_OI.shape[1], rank)
 
+    def of(self, bundle: int) -> LowRank | None:
+        """A bundle's change; None if it has none."""
+        return self._modules.get(str(bundle))  # type: ignore[return-value]
+
     def weight(self, base_OI: Tensor, bundle: int) -> Tensor:
         """The matrix as a bundle's tokens see it."""
-        return base_OI + self[str(bundle)]() if str(bundle) in self else base_OI
+        delta = self.of(bundle)
+        return base_OI if delta is None else base_OI + delta()
 
 
 class DeltaLinear(nn.Linear):
@@ -123,8 +134,5 @@ class DeltaEmbedding(nn.Embedding):
         return out_TD.view(*token_ids_BS.shape, -1)
 
     def _look_up(self, bundle: int, token_ids_N: Tensor) -> Tensor:
-        base_ND = F.embedding(token_ids_N, self.weight)
-        if str(bundle) not in self.deltas:
-            return base_ND
-        delta: LowRank = self.deltas[str(bundle)]  # type: ignore[assignment]
-        return base_ND + F.embedding(token_ids_N, delta.up) @ delta.down
+        base_ND, delta = F.embedding(token_ids_N, self.weight), self.deltas.of(bundle)
+        return base_ND if delta is None else base_ND + F.embedding(token_ids_N, delta.up) @ delta.down

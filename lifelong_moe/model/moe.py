@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lifelong_moe.model.experts import ExpertBanks
 from lifelong_moe.model.feedforward import FeedForward
+from lifelong_moe.model.parts import Part, Place
 from lifelong_moe.routing.base import Router, Routing, RoutingContext
 
 
@@ -41,10 +42,31 @@ class MoELayer(nn.Module):
         self.banks.add(num)
         self.router.add_experts(num)
 
+    @property
+    def births(self) -> list[int]:
+        """Generation of each routed expert, by index."""
+        return [g for g, num in enumerate(self.router.generations) for _ in range(num)]
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether there are no routed experts."""
+        return not self.router.num_experts
+
+    def places(self, layer: int) -> dict[nn.Parameter, Place]:
+        """What each parameter is, for the layer of this index."""
+        found = dict.fromkeys(self.router.parameters(), Place(Part.router, layer))
+        for generation in range(len(self.router.generations)):
+            found |= dict.fromkeys(self.router.parameters_of(generation), Place(Part.router, layer, generation))
+        for expert, birth in zip(self.banks.experts, self.births, strict=True):
+            found |= dict.fromkeys(expert.parameters(), Place(Part.expert, layer, birth))
+        for module in (self.shared, self.mix):
+            if module is not None:
+                found |= dict.fromkeys(module.parameters(), Place(Part.dense if self.is_dense else Part.shared, layer))
+        return found
+
     def freeze(self, but: int | None = None) -> None:
         """Freeze every expert and router row there is, but those of one generation, which alone trains."""
-        births = [g for g, num in enumerate(self.router.generations) for _ in range(num)]
-        self.banks.freeze([i for i, birth in enumerate(births) if birth == but])
+        self.banks.freeze([i for i, birth in enumerate(self.births) if birth == but])
         self.router.freeze()
         for parameter in [] if but is None else self.router.parameters_of(but):
             parameter.requires_grad_(True)
@@ -57,7 +79,7 @@ class MoELayer(nn.Module):
         if apart:
             routing = self.router(x_TD, context)
             return torch.stack([expert(x_TD) for expert in self.banks.experts], dim=1), routing
-        if not self.router.num_experts:
+        if self.is_dense:
             assert self.shared is not None
             return self.shared(x_TD), no_routing(x_TD)
         routing = self.router(x_TD, context)

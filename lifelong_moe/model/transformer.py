@@ -6,7 +6,7 @@ Legend: B batch, S sequence, T = B·S tokens, D model width, V vocabulary, F tok
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,11 @@ from lifelong_moe.model.attention import rotary_tables
 from lifelong_moe.model.block import Block
 from lifelong_moe.model.cache import KeyValueCache
 from lifelong_moe.model.config import ModelConfig
-from lifelong_moe.model.deltas import BundleSlices, DeltaEmbedding, DeltaLinear
+from lifelong_moe.model.deltas import BundleSlices, DeltaEmbedding, DeltaLinear, LowRank
 from lifelong_moe.model.groups import build_document_clusters
 from lifelong_moe.model.mixture import mixture_log_probs, mixture_nats, pack
 from lifelong_moe.model.moe import MoELayer
+from lifelong_moe.model.parts import Part, Place
 from lifelong_moe.ops.document_attention import Documents
 from lifelong_moe.ops.losses import linear_cross_entropy, token_nats
 from lifelong_moe.ops.norm import RMSNorm
@@ -108,23 +109,27 @@ class LanguageModel(nn.Module):
             for bundle, delta in matrix.deltas.items():
                 delta.requires_grad_(bundle == str(but))
 
+    def places(self) -> dict[str, Place]:
+        """What each parameter is, by name: told by the modules that hold it."""
+        found = dict.fromkeys(self.head.parameters(), Place(Part.head))
+        found |= dict.fromkeys(self.embedding.parameters(), Place(Part.embedding))  # the head's too if they are tied
+        found |= dict.fromkeys(self.norm.parameters(), Place(Part.norm))
+        for i, block in enumerate(self.blocks):
+            found |= block.places(i)  # type: ignore[operator]
+        for matrix in self.delta_matrices():
+            for bundle, delta in matrix.deltas.items():
+                found |= {p: replace(found[p], generation=int(bundle)) for p in delta.parameters()}
+        return {name: found[parameter] for name, parameter in self.named_parameters()}
+
     def trunk_parameters(self) -> dict[str, nn.Parameter]:
         """The shared parts by name: everything but experts, routers and deltas."""
-        of_bundles = (".moe.banks.", ".moe.router.", ".deltas.")
-        return {n: p for n, p in self.named_parameters() if not any(part in n for part in of_bundles)}
+        places = self.places()
+        return {name: p for name, p in self.named_parameters() if places[name].is_trunk}
 
     def newest_parameters(self) -> set[str]:
-        """Names of the newest generation's experts, router rows and deltas."""
-        generation, bundle = self.architecture.generations[-1], str(len(self.architecture.generations) - 1)
-        found: set[int] = set()
-        for i, layer in enumerate(self.moe_layers()):
-            if num := generation.experts_in(i):
-                found |= {id(p) for expert in layer.banks.experts[-num:] for p in expert.parameters()}
-                found |= {id(p) for p in layer.router.parameters_of(len(layer.router.generations) - 1)}
-        for matrix in self.delta_matrices():
-            if bundle in matrix.deltas:
-                found |= {id(p) for p in matrix.deltas[bundle].parameters()}
-        return {name for name, parameter in self.named_parameters() if id(parameter) in found}
+        """Names of the newest generation's experts, router rows and deltas; rows for no expert are none."""
+        places, newest = self.places(), len(self.architecture.generations) - 1
+        return {name for name, p in self.named_parameters() if places[name].generation == newest and p.numel()}
 
     @property
     def has_one_head(self) -> bool:
@@ -280,27 +285,20 @@ def initialize(model: LanguageModel, seed: int) -> None:
     ==============================  ==========================================================
     """
     generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if ".router.noise_rows." in name:
-            continue
-        if parameter.dim() == 1:
+    deltas = {delta.down: delta for delta in model.modules() if isinstance(delta, LowRank)}
+    as_made = {p for layer in model.moe_layers() for p in layer.router.begun_parameters()}
+    as_made |= {delta.up for delta in deltas.values()}
+    residual = {weight for block in model.blocks for weight in block.residual_weights()}  # type: ignore[operator]
+    for parameter in model.parameters():
+        if parameter in deltas:
+            deltas[parameter].begin(generator)
+        elif parameter.dim() == 1:
             nn.init.ones_(parameter)
-        elif ".deltas." in name:
-            initialize_delta(name, parameter, generator)
-        else:
-            nn.init.normal_(parameter, std=initial_std(name, model.architecture.model), generator=generator)
+        elif parameter not in as_made:
+            std = initial_std(model.architecture.model, residual=parameter in residual)
+            nn.init.normal_(parameter, std=std, generator=generator)
 
 
-@torch.no_grad()
-def initialize_delta(name: str, parameter: Tensor, generator: torch.Generator) -> None:
-    """Begin one half of a delta: ``up`` at zero, ``down`` at random."""
-    if name.endswith(".up"):
-        parameter.zero_()
-    else:
-        parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[1] ** 0.5)
-
-
-def initial_std(name: str, config: ModelConfig) -> float:
+def initial_std(config: ModelConfig, *, residual: bool) -> float:
     """Deviation that a matrix begins with; smaller where it writes into the residual stream."""
-    residual = name.endswith(("attention.output.weight", ".down"))
     return config.init_std / (2 * config.layers) ** 0.5 if residual else config.init_std

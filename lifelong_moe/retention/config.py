@@ -57,6 +57,11 @@ class TrunkConfig:
         if self.rank < 1:
             raise ConfigError(f"trunk.rank={self.rank} must be at least 1.")
 
+    @property
+    def is_frozen(self) -> bool:
+        """Whether the trunk itself stays as it is."""
+        return self.train in (TrunkTraining.frozen, TrunkTraining.deltas)
+
 
 @dataclass(kw_only=True)
 class DistillConfig:

@@ -168,6 +168,10 @@ class Router(nn.Module):
         named = [p for name, p in self.named_parameters() if name.rpartition(".")[2] == str(generation)]
         return [*named, *(p for p in rows if isinstance(p, nn.Parameter) and all(p is not other for other in named))]
 
+    def begun_parameters(self) -> list[nn.Parameter]:
+        """Parameters that begin as the router made them, not at random like all other matrices."""
+        return []
+
     def set_rows(self, rows_ED: Tensor) -> None:
         """Begin the newest generation's rows with these, ``(num, D)``."""
         raise ConfigError(f"routing.mode={self.config.mode} has no router rows to begin; set grow.router=random.")

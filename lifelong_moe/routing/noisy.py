@@ -38,6 +38,10 @@ class NoisyRouter(LinearRouter):
         self.noise_rows.append(nn.Parameter(torch.zeros(num, self.width, device=self.device)))
         super().add_experts(num)
 
+    def begun_parameters(self) -> list[nn.Parameter]:
+        """The noise's rows, at zero."""
+        return list(self.noise_rows)
+
     def forward(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         """Choose k experts for each token."""
         config = self.config

@@ -8,11 +8,12 @@ from typing import Any
 
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.model.architecture import Architecture
+from lifelong_moe.model.parts import expert_tensor
 from lifelong_moe.stages.lineage import expert_names, grouped_names
 from lifelong_moe.stages.store import CommittedStage
 
 EXPERT_NAME = re.compile(r"(?P<stage>.+)/L(?P<layer>\d+)/E(?P<expert>\d+)")
-PART = "down"
+MATRIX = "down"
 """A matrix that every kind of expert has."""
 
 
@@ -66,7 +67,7 @@ def _find(architecture: Architecture, name: str) -> tuple[int, int]:
 def _history(stage: CommittedStage, layer: int, birth: str, place: int) -> dict[str, Any]:
     """What a stage did with an expert."""
     index = Architecture.from_json(stage.config["architecture"]).expert_births(layer).index(birth) + place
-    name, borrowed = expert_tensor(layer, index, PART), stage.config["borrowed"]
+    name, borrowed = expert_tensor(layer, index, MATRIX), stage.config["borrowed"]
     how = "borrowed" if name in borrowed else "moved" if "derived" in stage.config else "trained"
     return {
         "stage": stage.name,
@@ -75,11 +76,6 @@ def _history(stage: CommittedStage, layer: int, birth: str, place: int) -> dict[
         "held_by": borrowed.get(name, stage.key),
         "data": stage.config["data"] if how == "trained" else {},
     }
-
-
-def expert_tensor(layer: int, expert: int, part: str) -> str:
-    """Name of one of an expert's two matrices."""
-    return f"blocks.{layer}.moe.banks.experts.{expert}.{part}"
 
 
 def trained_experts(stage: CommittedStage) -> str:
@@ -94,7 +90,7 @@ def trained_experts(stage: CommittedStage) -> str:
                 layer: [
                     expert
                     for expert, birth in enumerate(births[layer])
-                    if birth == generation.stage and expert_tensor(layer, expert, PART) not in borrowed
+                    if birth == generation.stage and expert_tensor(layer, expert, MATRIX) not in borrowed
                 ]
                 for layer in births
             }

@@ -8,6 +8,7 @@ from typing import Any
 
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.model.config import ExpertsImplementation
+from lifelong_moe.model.parts import Part
 
 
 class Schedule(StrEnum):
@@ -196,8 +197,8 @@ class FinetuneConfig:
     """How a stage of ``kind: finetune`` trains, on prompts with answers."""
 
     trainable: Trainable = Trainable.all
-    """``all``; ``non_moe``: everything but experts and routers; ``moe``: these alone; or ``attention`` alone. The rest
-    stays the same bits."""
+    """``all``; ``non_moe``: everything but routed experts and routers, so dense layers and shared experts too; ``moe``:
+    routed experts and routers alone; or ``attention`` alone. The rest stays the same bits."""
     expert_dropout: float = 0.0
     """Share of the hidden units within each expert that are dropped in training (ST-MoE: 0.4)."""
     patience: int | None = None
@@ -216,3 +217,23 @@ class FinetuneConfig:
                 raise ConfigError(f"finetune.{key}={getattr(self, key)} must be at least 1.")
         if self.patience is not None and self.patience < 1:
             raise ConfigError(f"finetune.patience={self.patience} must be at least 1.")
+
+    def trains(self, part: Part) -> bool:
+        """Whether fine-tuning trains a part of the model.
+
+        A sparse layer is its routed experts and its router. Dense layers' feed-forward networks are no part of it, nor
+        are shared experts and their mix: every token uses these, as it uses attention.
+
+        Source:
+            ST-MoE (arXiv:2202.08906), section 4.2, where the feed-forward networks of the layers between sparse ones
+            are among the non-MoE parameters. It has no shared experts; that they go with those is ours.
+        """
+        match self.trainable:
+            case Trainable.non_moe:
+                return not part.is_routed
+            case Trainable.moe:
+                return part.is_routed
+            case Trainable.attention:
+                return part == Part.attention
+            case _:
+                return True

@@ -12,9 +12,10 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from lifelong_moe.errors import ConfigError
+from lifelong_moe.model.parts import Part
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.retention.config import TrunkConfig, TrunkTraining
-from lifelong_moe.training.config import FinetuneConfig, OptimConfig, Schedule, Trainable
+from lifelong_moe.training.config import FinetuneConfig, OptimConfig, Schedule
 from lifelong_moe.training.spec import Phase, StageSpec, Trains
 
 
@@ -57,23 +58,18 @@ class Rate:
 
 def freeze_trunk(model: LanguageModel, trunk: TrunkConfig | None) -> None:
     """Stop training the shared parts if ``trunk.train`` is ``frozen`` or ``deltas``."""
-    if trunk is not None and trunk.train in (TrunkTraining.frozen, TrunkTraining.deltas):
+    if trunk is not None and trunk.is_frozen:
         for parameter in model.trunk_parameters().values():
             parameter.requires_grad_(False)
 
 
 def freeze_for_finetuning(model: LanguageModel, config: FinetuneConfig | None) -> None:
-    """Stop training what fine-tuning leaves alone.
-
-    Source:
-        ST-MoE (arXiv:2202.08906), section 4.2: which parameters fine-tuning updates.
-    """
-    kept = {Trainable.non_moe: lambda n: ".moe." not in n, Trainable.moe: lambda n: ".moe." in n}
-    kept[Trainable.attention] = lambda n: ".attention." in n
-    if config is None or config.trainable == Trainable.all:
+    """Stop training what fine-tuning leaves alone."""
+    if config is None:
         return
+    places = model.places()
     for name, parameter in model.named_parameters():
-        if not kept[config.trainable](name):
+        if not config.trains(places[name].part):
             parameter.requires_grad_(False)
 
 
@@ -108,12 +104,11 @@ def parameter_rates(model: LanguageModel, spec: StageSpec, phase: Phase) -> dict
     if spec.parent is None or phase.trains == Trains.router:
         return {name: Rate() for name, _ in model.named_parameters()}
     trunk_scale = spec.trunk.lr_scale if spec.trunk and spec.trunk.train == TrunkTraining.gentle else 1.0
-    trunk, newest = set(model.trunk_parameters()), model.newest_parameters()
-    rates = {}
-    for name, _ in model.named_parameters():
-        of_router = ".moe.router." in name
-        rate = Rate(trunk_scale if name in trunk else 1.0, spec.optim.router_until if of_router else 1.0)
-        if spec.grow is not None and name not in trunk and name not in newest:
+    newest, rates = len(model.architecture.generations) - 1, {}
+    for name, place in model.places().items():
+        until = spec.optim.router_until if place.part == Part.router else 1.0
+        rate = Rate(trunk_scale if place.is_trunk else 1.0, until)
+        if spec.grow is not None and not place.is_trunk and place.generation != newest:
             rate = Rate(spec.grow.old_lr_scale, min(rate.until, spec.grow.old_until))
         rates[name] = rate
     return rates

@@ -197,11 +197,8 @@ def _prepare(
 
 def _unchanging(model: LanguageModel, spec: StageSpec) -> list[Tensor]:
     """Tensors that this stage will not train; the teacher shares them."""
-    shared: list[Tensor] = [p for p in model.parameters() if not p.requires_grad]
-    if spec.grow and spec.grow.freezes:
-        shared += [p for layer in model.moe_layers() for p in layer.parameters()]
-        shared += [p for matrix in model.delta_matrices() for p in matrix.deltas.parameters()]
-    return shared
+    freezes, places = spec.grow is not None and spec.grow.freezes, model.places()
+    return [p for name, p in model.named_parameters() if not p.requires_grad or (freezes and not places[name].is_trunk)]
 
 
 def _importances(model: LanguageModel, spec: StageSpec, corpora: Mapping[str, TokenizedCorpus]) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from lifelong_moe.model.cost import forward_flops_per_token
 from lifelong_moe.stages.store import StageStore
 from lifelong_moe.training.module import StageModule
 from lifelong_moe.training.stage import load_model
+from pipelines.workspace import prepare
 from tests.tiny import CONTEXT, SEQUENCES, VOCABULARIES, fork, hashes, kill_self, tiny_config, train, write_config
 
 STEPS = 24
@@ -99,6 +100,36 @@ def test_only_what_is_trainable_moves(trainable: str, moves: str) -> None:
     assert any(moves in name for name in moved)
     assert all((".moe." in name) == (trainable == "moe") for name in moved)
     assert trainable != "attention" or all(".attention." in name for name in moved)
+
+
+@pytest.mark.usefixtures("pairs")
+@pytest.mark.parametrize("trainable", ["moe", "non_moe"])
+def test_dense_layers_and_shared_experts_are_no_mixture(trainable: str) -> None:
+    config = configure(trainable=trainable)
+    config["model"] |= {"moe_every": 2, "shared_experts": 1}
+    config["stage_defaults"]["optim"]["weight_decay"] = 0.5
+    path = write_config(config)
+    plan = prepare(path, []).plan
+    report, _ = train(path)
+    store, (before, after) = StageStore(Path("mlruns")), stages()
+    old, new = store.tensors(before), store.tensors(after)
+    moved = {name for name in old if not torch.equal(old[name], new[name])}
+    # Two layers, of which the second has two experts and a shared one. With one expert a token, whose weight is the
+    # router's probability, all of them learn; a dense layer's own router has no rows.
+    routed = {"blocks.1.moe.router.rows.0"}
+    routed |= {f"blocks.1.moe.banks.experts.{e}.{matrix}" for e in range(2) for matrix in ("gate_up", "down")}
+    assert moved == (routed if trainable == "moe" else {n for n in old if old[n].numel()} - routed)
+    trained = sum(old[name].numel() for name in moved)
+    assert plan[1].trainable == report["stages"][1]["parameters_trainable"] == trained
+
+
+@pytest.mark.usefixtures("pairs")
+def test_what_leaves_nothing_to_train_is_refused_before_anything_is_written() -> None:
+    config = configure(trainable="attention")
+    config["stages"][1]["trunk"] = {"train": "frozen"}
+    with pytest.raises(ConfigError, match=r"stages\[1\]: nothing is left to train"):
+        train(write_config(config))
+    assert not Path("mlruns").exists()
 
 
 @pytest.mark.usefixtures("pairs")

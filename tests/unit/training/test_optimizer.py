@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 
@@ -11,13 +12,16 @@ from torch import Tensor
 from lifelong_moe.config import RunConfig
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.methods.graph import stage_specs
+from lifelong_moe.methods.plan import trainable_parameters
 from lifelong_moe.model.architecture import Architecture, Generation
 from lifelong_moe.model.transformer import LanguageModel, initialize
-from lifelong_moe.training.config import OptimConfig, Schedule
+from lifelong_moe.retention.config import TrunkTraining
+from lifelong_moe.training.config import FinetuneConfig, OptimConfig, Schedule, Trainable
 from lifelong_moe.training.optimizer import (
     Rate,
     build_optimizer,
     build_schedule,
+    freeze_for_finetuning,
     freeze_trunk,
     parameter_rates,
     phase_parameters,
@@ -25,6 +29,7 @@ from lifelong_moe.training.optimizer import (
     training_only,
 )
 from lifelong_moe.training.spec import StageSpec
+from lifelong_moe.training.stage import _unchanging
 
 Make = Callable[..., LanguageModel]
 MakeRun = Callable[..., RunConfig]
@@ -303,3 +308,60 @@ def test_rows_that_never_train(make_run: MakeRun, make_model: Make, make_batch: 
 def test_values_out_of_range(keys: dict[str, float], message: str) -> None:
     with pytest.raises(ConfigError, match=message.replace(".", r"\.")):
         OptimConfig(**keys)  # type: ignore[arg-type]
+
+
+SHAPES = {
+    "every other layer": ["model.moe_every=2"],
+    "shared experts": ["model.shared_experts=1"],
+    "both": ["model.moe_every=2", "model.shared_experts=1", "model.shared_mix=learned"],
+    "bundles": ["model.document_mask=true", "routing.bundles=label"],
+}
+
+
+@pytest.mark.parametrize("trainable", list(Trainable))
+@pytest.mark.parametrize(
+    ("shape", "trunk"),
+    [*itertools.product(SHAPES, (TrunkTraining.frozen, TrunkTraining.gentle)), ("bundles", TrunkTraining.deltas)],
+)
+def test_a_plan_counts_what_trains(make_run: MakeRun, shape: str, trunk: TrunkTraining, trainable: Trainable) -> None:
+    run = make_run(*SHAPES[shape], f"stage_defaults.trunk.train={trunk}")
+    _, grown = stage_specs(run)
+    tuned = dataclasses.replace(grown, grow=None, finetune=FinetuneConfig(trainable=trainable), parent=1)
+    parent = grown.architecture(stage_specs(run)[0].architecture(None, 61, 0), 61, 0)
+    for spec, before in ((grown, None), (tuned, parent)):
+        architecture = parent if before is None else spec.architecture(before, 61, 0)
+        model = LanguageModel(architecture)
+        freeze_trunk(model, spec.trunk)
+        freeze_for_finetuning(model, spec.finetune)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        assert trainable_parameters(spec, architecture) == trained
+
+
+def test_fine_tuning_splits_by_what_a_layer_is(make_run: MakeRun) -> None:
+    spec = stage_specs(make_run(*SHAPES["both"]))[0]
+    model = LanguageModel(spec.architecture(None, 61, 0))  # layer 0 is dense, layer 1 has experts and a shared one
+    sparse = {"blocks.1.moe.router.rows.0"}
+    sparse |= {f"blocks.1.moe.banks.experts.{e}.{matrix}" for e in range(4) for matrix in ("gate_up", "down")}
+    of_all = {"blocks.0.moe.shared.gate_up", "blocks.1.moe.shared.down", "blocks.1.moe.mix.weight"}
+    everything = {name for name, p in model.named_parameters() if p.numel()}
+    assert sparse < everything and of_all < everything
+    found = {}
+    for trainable in Trainable:
+        model.requires_grad_(True)
+        freeze_for_finetuning(model, FinetuneConfig(trainable=trainable))
+        found[trainable] = {name for name, p in model.named_parameters() if p.requires_grad and p.numel()}
+    assert found[Trainable.all] == everything
+    assert found[Trainable.moe] == sparse and found[Trainable.non_moe] == everything - sparse
+    assert found[Trainable.attention] == {
+        f"blocks.{layer}.attention.{name}.weight" for layer in range(2) for name in ("query", "key", "value", "output")
+    }
+
+
+def test_a_teacher_shares_no_dense_layer_that_trains(make_run: MakeRun) -> None:
+    first, second = stage_specs(make_run(*SHAPES["both"]))
+    model = LanguageModel(first.architecture(None, 61, 0))
+    shared = {id(tensor) for tensor in _unchanging(model, second)}
+    model.freeze_generations()  # as growth does
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == set(model.trunk_parameters()) and "blocks.0.moe.shared.down" in trained
+    assert {id(p) for p in model.parameters()} - {id(model.get_parameter(name)) for name in trained} == shared
