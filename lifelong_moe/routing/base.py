@@ -5,7 +5,7 @@ Legend: T tokens, D model width, K experts per token, E experts, N rows handed t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -182,6 +182,19 @@ class Router(nn.Module):
         Args:
             taken: Whether the step was taken; one whose loss is not finite, for instance, is not.
         """
+
+    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> Router:
+        """Go where the model goes, but with buffers in float32 whatever its precision.
+
+        What adapts in small steps would soon stand still in bfloat16, where 0.5 + 0.001 is 0.5.
+        """
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            now = getattr(self, name)
+            if now.dtype != buffer.dtype:
+                setattr(self, name, buffer.to(now.device))
+        return self
 
     def freeze(self) -> None:
         """Stop training every row there is now; generations added later train."""

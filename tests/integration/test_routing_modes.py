@@ -157,6 +157,20 @@ def test_bfloat16(lab: Path, precision: str) -> None:
     assert {tensor.dtype for tensor in tensors.values()} == {kept}
 
 
+def test_biases_are_committed_as_they_added_up(lab: Path) -> None:
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("no bfloat16 kernels on this machine")
+    routing = {"score": "sigmoid", "bias_rate": 0.001, "top_k": 1, "renormalize": False}
+    report, _ = train(write_config(tiny_config(routing=routing, trainer={"precision": "bf16-true"})))
+    store = StageStore(Path("mlruns"))
+    stage = store.get(report["stages"][1]["key"])
+    for tensors in (store.tensors(stage), load_model(store, stage).state_dict()):
+        for name in (f"blocks.{layer}.moe.router.bias_{g}" for layer in range(2) for g in range(2)):
+            steps = tensors[name] / 0.001  # whole steps up and down, 12 of them
+            assert tensors[name].dtype == torch.float32 and bool(steps.any())
+            assert float((steps - steps.round()).abs().max()) < 1e-3 and float(steps.abs().max()) < 12.001
+
+
 @pytest.mark.parametrize("by", ["label", "cluster"])
 def test_bundles_with_a_frozen_trunk_forget_nothing(lab: Path, by: str) -> None:
     config = tiny_config(

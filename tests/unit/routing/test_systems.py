@@ -265,6 +265,32 @@ def test_biases_even_out_a_skewed_router(make_router: Make) -> None:
     assert torch.equal(router.state_dict()["bias_0"], bias) and bias.dtype == torch.float32
 
 
+def test_small_steps_add_up_in_a_model_of_bfloat16(make_router: Make) -> None:
+    router = make_router(2, width=WIDTH, bias_rate=0.001, balance_loss=0, z_loss=0, top_k=1, renormalize=False)
+    router.to(torch.bfloat16)
+    for _ in range(1200):
+        router.counts_E = torch.tensor([0, 8])  # nobody goes to the first, all to the second
+        router.end_step(True)
+    assert {rows.dtype for rows in router.row_generations()} == {torch.bfloat16}
+    assert router.state_dict()["bias_0"].dtype == torch.float32
+    assert router.state_dict()["bias_0"].tolist() == pytest.approx([1.2, -1.2], abs=1e-4)  # bfloat16 stops at 0.5
+    kept = router.state_dict()["bias_0"].clone()
+    router.to("cpu", torch.bfloat16).float()
+    assert torch.equal(router.state_dict()["bias_0"], kept)
+    again = make_router(2, width=WIDTH, bias_rate=0.001).to(torch.bfloat16)
+    again.load_state_dict(router.state_dict())
+    assert torch.equal(again.state_dict()["bias_0"], kept)
+
+
+def test_relus_coefficient_is_float32_in_a_model_of_bfloat16(make_router: Make) -> None:
+    router = make_router(2, width=WIDTH, mode="relu", top_k=1).to(torch.bfloat16)
+    for _ in range(100):
+        router.used_and_all = torch.tensor([2, 2])  # too many
+        router.end_step(True)
+    assert router.state_dict()["coefficient"].dtype == torch.float32
+    assert float(router.state_dict()["coefficient"]) == pytest.approx(1e-8 * 1.2**100, rel=1e-4)
+
+
 def test_biases_choose_and_do_not_weigh(make_router: Make) -> None:
     router = filled(make_router(EXPERTS, width=WIDTH, score=Score.sigmoid, bias_rate=0.01, renormalize=False)).eval()
     plain = router(inputs(), context())
