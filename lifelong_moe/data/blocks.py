@@ -61,6 +61,12 @@ class BlockSource:
             block["scored"] = torch.from_numpy(self.answers[part][1:].copy())
         return block
 
+    def num_scored(self, index: int) -> int:
+        """Return how many targets of block ``index`` count."""
+        if self.answers is None:
+            return self.context
+        return int(np.count_nonzero(self.answers[index * self.context + 1 : (index + 1) * self.context + 1]))
+
     @cached_property
     def answers(self) -> np.ndarray | None:
         """Which tokens are answers, bool ``(num_tokens,)``; None where all text counts."""
@@ -87,6 +93,10 @@ class RowSource:
         """Return block ``index``; see ``BlockDataset``."""
         groups = (None if ids is None else ids[index] for ids in (self.group_ids, self.teacher_group_ids))
         return _block(self.rows[index], self.bos_id, *groups)
+
+    def num_scored(self, index: int) -> int:
+        """Return how many targets of block ``index`` count: all."""
+        return self.rows.shape[1] - 1
 
 
 def _block(
@@ -115,7 +125,7 @@ class BlockDataset(Dataset[dict[str, Tensor]]):
     A sample is a dict of int64 tensors ``(S,)``: ``token_ids``; ``target_ids``, shifted by one; ``document_ids``,
     the number of BOS up to and including a position (0 is the rest of a document begun in an earlier block);
     ``group_ids`` and ``teacher_group_ids``, aligned with the inputs, 0 without groups; ``scored``, bool, False where a
-    target is part of a prompt. Scalars: ``replayed``, bool,
+    target is part of a prompt. Scalars: ``sample``, which is n; ``replayed``, bool,
     ``ordinal``, how many samples of the same kind (new, or replayed) came before, and ``block``, the block's number
     among those of all sources: the same block has the same number whenever it comes.
     """
@@ -133,10 +143,22 @@ class BlockDataset(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, n: int) -> dict[str, Tensor]:
         source, block = self._order.at(n)
-        replayed = self._order.num_replayed(n)
+        replayed, ordinal = self.place(n)
         return {
             **self._sources[source].block(block),
-            "replayed": torch.tensor(source != 0),
-            "ordinal": torch.tensor(replayed if source else n - replayed),
+            "sample": torch.tensor(n),
+            "replayed": torch.tensor(replayed),
+            "ordinal": torch.tensor(ordinal),
             "block": torch.tensor(self._first_blocks[source] + block),
         }
+
+    def place(self, n: int) -> tuple[bool, int]:
+        """Return ``replayed`` and ``ordinal`` of sample ``n``, which need no text."""
+        before = self._order.num_replayed(n)
+        replayed = self._order.num_replayed(n + 1) > before
+        return replayed, before if replayed else n - before
+
+    def num_scored(self, n: int) -> int:
+        """Return how many targets of sample ``n`` count."""
+        source, block = self._order.at(n)
+        return self._sources[source].num_scored(block)

@@ -1,4 +1,7 @@
-"""Losses on a router's choices. Pure; float32; padding has no effect. None of them asks the device for a number.
+"""Losses on a router's choices. Float32; padding has no effect. None of them asks the device for a number.
+
+Where a loss is not a mean over tokens, it is one of the tokens of all processes that take a step together, so that
+their number does not change what is minimized.
 
 Legend: T tokens, E experts, K experts chosen per token.
 """
@@ -7,6 +10,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from lifelong_moe.ops.collectives import sums_over_ranks
 
 
 def load_balancing_loss(
@@ -34,7 +39,7 @@ def load_balancing_loss(
         mask_T: True for real tokens, bool ``(T,)``. Padding has no effect.
         first_expert: Balance experts from this index on.
         allowed_TE: Experts that each token may use, bool ``(T, E)``; all others have probability 0. None means all.
-        earlier_E: Choices in other parts of the batch that ``f`` is to count as well, ``(E,)``.
+        earlier_E: Choices in earlier parts of the batch, on all processes, that ``f`` is to count as well, ``(E,)``.
 
     Returns:
         Scalar float32, unweighted. Only ``p_e`` carries gradient. 0 if no assignment is left to balance.
@@ -47,14 +52,18 @@ def load_balancing_loss(
         batch at hand: Qwen's global-batch balance (arXiv:2501.11873), where ``p`` stays local too.
     """
     _require_tokens(mask_T, "load_balancing_loss")
-    counts_E = choice_counts(expert_ids_TK, mask_T, probs_TE.shape[1])
-    counts_E = (counts_E if earlier_E is None else counts_E + earlier_E)[first_expert:].float()
-    mass_E = _mean_shares(probs_TE, mask_T, first_expert)
+    counts_E = choice_counts(expert_ids_TK, mask_T, probs_TE.shape[1]).to(probs_TE.dtype)
+    sums = [counts_E, _sum(probs_TE, mask_T), mask_T.sum().to(probs_TE.dtype)]
+    if allowed_TE is not None:
+        allowed = allowed_TE.to(probs_TE.dtype)
+        sums.append(_sum(allowed / allowed.sum(dim=1, keepdim=True), mask_T))
+    counts_E, probs_E, num_tokens, *evens = sums_over_ranks(*sums)
+    counts_E = (counts_E if earlier_E is None else counts_E + earlier_E)[first_expert:]
+    mass_E = _mean_shares(probs_E, num_tokens, first_expert)
     share_E = counts_E / counts_E.sum().clamp_min(1.0)
-    if allowed_TE is None:
+    if not evens:
         return counts_E.numel() * (share_E * mass_E).sum()
-    allowed = allowed_TE.float()
-    even_E = _mean_shares(allowed / allowed.sum(dim=1, keepdim=True), mask_T, first_expert)
+    even_E = _mean_shares(evens[0], num_tokens, first_expert)
     return (share_E * mass_E / even_E.clamp_min(1e-9)).sum()
 
 
@@ -125,19 +134,26 @@ def relu_sparsity_loss(gates_TE: Tensor, mask_T: Tensor, top_k: int) -> Tensor:
     Source:
         ReMoE (arXiv:2412.14711), eqs. 9–10.
     """
-    load_E = _mean(gates_TE.gt(0).float(), mask_T).detach() * gates_TE.shape[1] / top_k
-    return (_mean(gates_TE, mask_T) * load_E).sum()
+    used_E, gates_E = _sum(gates_TE.gt(0).to(gates_TE.dtype), mask_T), _sum(gates_TE, mask_T)
+    used_E, gates_E, num_tokens = sums_over_ranks(used_E, gates_E, mask_T.sum().to(gates_TE.dtype))
+    num_tokens = num_tokens.clamp_min(1.0)
+    return (gates_E / num_tokens * (used_E / num_tokens).detach()).sum() * gates_TE.shape[1] / top_k
+
+
+def _sum(values: Tensor, mask_T: Tensor) -> Tensor:
+    """Sum over unmasked tokens of ``(T,)`` or ``(T, E)``."""
+    mask = mask_T if values.dim() == 1 else mask_T.unsqueeze(1)
+    return torch.where(mask, values, 0.0).sum(dim=0)
 
 
 def _mean(values: Tensor, mask_T: Tensor) -> Tensor:
     """Mean over unmasked tokens of ``(T,)`` or ``(T, E)``; 0 if there are none."""
-    mask = mask_T if values.dim() == 1 else mask_T.unsqueeze(1)
-    return torch.where(mask, values, 0.0).sum(dim=0) / mask_T.sum().clamp_min(1)
+    return _sum(values, mask_T) / mask_T.sum().clamp_min(1)
 
 
-def _mean_shares(shares_TE: Tensor, mask_T: Tensor, first_expert: int) -> Tensor:
+def _mean_shares(sum_E: Tensor, num_tokens: Tensor, first_expert: int) -> Tensor:
     """Mean over tokens of rows that sum to 1, from ``first_expert`` on and relative to what is left there."""
-    mean_E = _mean(shares_TE, mask_T)[first_expert:]
+    mean_E = sum_E[first_expert:] / num_tokens.clamp_min(1.0)
     return mean_E / mean_E.sum().clamp_min(1e-9) if first_expert else mean_E
 
 

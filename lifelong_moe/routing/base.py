@@ -84,8 +84,8 @@ class Routing:
     """Auxiliary losses by name; empty in evaluation."""
     ragged: bool = False
     """Whether tokens may use different numbers of experts: dropped, not chosen, or gates of 0."""
-    drop_rate: Tensor | None = None
-    """Share of real tokens' choices that found no room, scalar; where there is a capacity."""
+    dropped: Tensor | None = None
+    """Real tokens' choices that found no room, and all of them, int64 ``(2,)``; where there is a capacity."""
 
     def __post_init__(self) -> None:
         self._sort(0)

@@ -43,7 +43,8 @@ def limited(
         training: Which factor holds; and whether a random order is random.
 
     Returns:
-        Choices with -1 where they were dropped, their weights, and the share dropped of real tokens' choices.
+        Choices with -1 where they were dropped, their weights, and how many of real tokens' choices were dropped, of
+        how many, int64 ``(2,)``.
     """
     (num_tokens, top_k), num_experts = expert_ids_TK.shape, ranks_TE.shape[1]
     wanted_TK = expert_ids_TK.masked_fill(~context.mask_T.unsqueeze(1), -1)
@@ -63,7 +64,7 @@ def limited(
     if config.overflow == Overflow.next_choice:
         final_TK = _next_choices(final_TK, wanted_TK, ranks_TE, order_N, context, capacity, taken_GE, num_choosable)
     wanted = (wanted_TK >= 0).sum()
-    return final_TK, weights_TK, 1 - (final_TK >= 0).sum() / wanted.clamp_min(1)
+    return final_TK, weights_TK, torch.stack([wanted - (final_TK >= 0).sum(), wanted])
 
 
 def _order(priority: Priority, scores_TE: Tensor, top_k: int, training: bool) -> Tensor:

@@ -256,8 +256,8 @@ class RoutingConfig:
     balance_counts: BalanceCounts = BalanceCounts.all
     """Count ``all`` choices, or ``first`` ones only (GShard)."""
     balance_scope: BalanceScope = BalanceScope.microbatch
-    """Count choices in each ``sequence`` (DeepSeek-V3), in a process's ``microbatch``, or in all of a step's
-    micro-batches so far, over all processes (``global_batch``, Qwen3)."""
+    """Count choices in each ``sequence`` (DeepSeek-V3), in a ``microbatch``, or in all of a step's micro-batches so far
+    (``global_batch``, Qwen3); over all processes, whose number changes nothing."""
     importance_loss: float = 0.0
     """``noisy_topk``: coefficient of the squared coefficient of variation of experts' summed gate weights."""
     load_loss: float = 0.0

@@ -88,7 +88,7 @@ class LearnedRouter(LinearRouter):
             used_TK = self.used(expert_ids_TK, weights_TK)
         if config.capacity is None:
             return Routing(used_TK, weights_TK, self.num_experts, losses, ragged=used_TK is not expert_ids_TK)
-        kept_TK, weights_TK, drop_rate = limited(
+        kept_TK, weights_TK, dropped = limited(
             config.capacity,
             used_TK,
             weights_TK,
@@ -98,7 +98,7 @@ class LearnedRouter(LinearRouter):
             self.num_choosable,
             training=self.training,
         )
-        return Routing(kept_TK, weights_TK, self.num_experts, losses, ragged=True, drop_rate=drop_rate)
+        return Routing(kept_TK, weights_TK, self.num_experts, losses, ragged=True, dropped=dropped)
 
     def used(self, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """Those of the choices that are used; -1 in place of others. Here all."""
@@ -135,14 +135,13 @@ class LearnedRouter(LinearRouter):
         return weights_TK if config.gate_scale == 1 else weights_TK * config.gate_scale
 
     def _count(self, expert_ids_TK: Tensor, mask_T: Tensor) -> Tensor | None:
-        """Count the step's choices where something depends on them; all but this process's present ones."""
-        config = self.config
+        """Count the step's choices where something depends on them; returns those of earlier micro-batches."""
+        config, earlier_E = self.config, self.counts_E
         if not (config.bias_rate or config.balance_scope == BalanceScope.global_batch):
             return None
-        own_E = choice_counts(expert_ids_TK, mask_T, self.num_experts)
-        all_E = sum_over_ranks(own_E)
-        self.counts_E = all_E if self.counts_E is None else self.counts_E + all_E
-        return self.counts_E - own_E if config.balance_scope == BalanceScope.global_batch else None
+        all_E = sum_over_ranks(choice_counts(expert_ids_TK, mask_T, self.num_experts))
+        self.counts_E = all_E if earlier_E is None else earlier_E + all_E
+        return earlier_E if config.balance_scope == BalanceScope.global_batch else None
 
     def end_step(self, taken: bool) -> None:
         """Move the biases of experts that train against their load."""

@@ -38,7 +38,7 @@ def auxiliary_losses(
         expert_ids_TK: Choices before any is dropped.
         context: Mask and sequences.
         allowed_TE: Experts that each token has; None means all.
-        earlier_E: With ``balance_scope=global_batch``: choices in the rest of the global batch, so far.
+        earlier_E: With ``balance_scope=global_batch``: choices in the step's earlier micro-batches.
     """
     losses, mask_T, num_experts = {}, context.mask_T, sum(generations)
     if context.old_text_T is not None:  # a review: earlier text belongs to earlier experts, balanced or not

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from pathlib import Path
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lifelong_moe.errors import TryAgainError
-from lifelong_moe.training.checkpoint import as_float, checkpoint_path, checkpoints
+from lifelong_moe.training.checkpoint import checkpoint_path, checkpoints
 from lifelong_moe.training.energy import READ_SECONDS, EnergyMeter, energy_counters
 from lifelong_moe.training.interrupt import Interrupt
 
@@ -54,7 +55,7 @@ class Meter(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Advance the clock; every ``every_steps`` log a point of each curve."""
+        """Advance the clock; every ``every_steps`` log a point of each curve, over the whole step and all processes."""
         now = time.perf_counter()
         self.seconds += now - self._mark
         self._mark = now
@@ -64,12 +65,13 @@ class Meter(Callback):
         self._stepped = step
         if not (due or step == trainer.max_steps) or trainer.logger is None:
             return
-        self.last = {f"train/{name}": as_float(value) for name, value in outputs["parts"].items()}
+        means: Any = pl_module.means
+        self.last = {f"train/{name}": value for name, value in means.values.items()}
         guard: Any = pl_module.guard
-        grad_norm = getattr(pl_module, "grad_norm", None)
         extra = {
             "train/learning_rate": trainer.optimizers[0].param_groups[-1]["lr"],
             "train/tokens": float(step * self.step_tokens),
+            "train/grad_norm": float(pl_module.grad_norm),
             "train/nonfinite_steps": float(guard.nonfinite_steps),
             "train/skipped_spikes": float(guard.skipped_spikes),
             "train/rollbacks": float(self.rollbacks),
@@ -77,8 +79,6 @@ class Meter(Callback):
             "speed/tflops_per_second": step * self.step_flops / self.seconds / 1e12,
             "speed/data_fraction": self.data_seconds / self.seconds,
         }
-        if grad_norm is not None:
-            extra["train/grad_norm"] = as_float(grad_norm)
         trainer.logger.log_metrics({**self.last, **extra}, step=step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -131,20 +131,19 @@ class ProgressReport(Callback):
         """Move the bar, or say a line."""
         if not self.enabled:
             return
-        # A loss is on the device, and to ask for it is to wait: once a second is enough for anyone's eyes.
         if time.monotonic() - self._said < (LOG_SECONDS if self._bar is None else BAR_SECONDS):
             return
         self._said = time.monotonic()
         if self._bar is not None:
-            self._bar.update(self._task, completed=trainer.global_step, text=self._text(trainer, outputs))
+            self._bar.update(self._task, completed=trainer.global_step, text=self._text(trainer, pl_module))
         else:
             self.console.print(
-                f"{self.title}: step {trainer.global_step}/{trainer.max_steps}, {self._text(trainer, outputs)}"
+                f"{self.title}: step {trainer.global_step}/{trainer.max_steps}, {self._text(trainer, pl_module)}"
             )
 
-    def _text(self, trainer: Trainer, outputs: Any) -> str:
+    def _text(self, trainer: Trainer, pl_module: Any) -> str:
         speed = trainer.global_step * self.meter.step_tokens / max(self.meter.seconds, 1e-9)
-        return f"loss {as_float(outputs['parts']['loss']):.3f}, {speed:,.0f} tokens/s"
+        return f"loss {pl_module.means.values.get('loss', math.nan):.3f}, {speed:,.0f} tokens/s"
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take the bar away, also after an error."""

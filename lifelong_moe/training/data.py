@@ -11,14 +11,14 @@ import torch
 from lightning.pytorch import LightningDataModule
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from lifelong_moe.data.blocks import BlockDataset, BlockSource, RowSource
 from lifelong_moe.data.order import SampleOrder, StepBatchSampler
 from lifelong_moe.data.shards import ShardDocuments, TokenizedCorpus, TokenShard
 from lifelong_moe.model.groups import label_group
 from lifelong_moe.model.transformer import LanguageModel
-from lifelong_moe.retention.teacher import distilled_rows
+from lifelong_moe.training.shares import Tally, with_shares
 from lifelong_moe.training.spec import Phase, StageSpec
 
 
@@ -58,9 +58,11 @@ class StageData(LightningDataModule):
         num_workers: int,
     ) -> None:
         super().__init__()
-        self.dataset: Dataset[dict[str, Tensor]] = dataset
+        self.dataset = dataset
         self.spec, self.first_step, self.steps = spec, first_step, steps
         self.batches, self.accumulate, self.num_workers = batches, accumulate, num_workers
+        self._tally: tuple[int, Tally] | None = None
+        """Of the step under way, which each of its micro-batches asks for."""
 
     def train_dataloader(self) -> StepLoader:
         """The rest of the phase, from the step that the trainer stands at."""
@@ -83,12 +85,21 @@ class StageData(LightningDataModule):
             pin_memory=self.trainer.strategy.root_device.type == "cuda",
         )
 
-    def on_before_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Tensor]:
-        """Choose what is distilled while the batch is on the CPU, so that no device is asked how much it is."""
-        config = self.spec.distill
-        if config is None:
-            return batch
-        return {**batch, "distilled": distilled_rows(batch["replayed"], batch["ordinal"], config)}
+    def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        """Say what the batch weighs in its step while it is on the CPU, so that no device is asked how much it is."""
+        assert self.trainer is not None
+        step = int(batch["sample"][0]) // self.spec.global_batch
+        return with_shares(batch, self.spec, self.tally(step), self.accumulate * self.trainer.world_size)
+
+    def tally(self, step: int) -> Tally:
+        """What there is in all micro-batches of a step, on all processes."""
+        if self._tally is None or self._tally[0] != step:
+            size = self.spec.global_batch
+            samples = range(step * size, (step + 1) * size)
+            scored, places = [self.dataset.num_scored(n) for n in samples], map(self.dataset.place, samples)
+            columns = (torch.tensor(column) for column in (scored, *zip(*places, strict=True)))
+            self._tally = step, Tally.of(*columns, self.spec.distill)
+        return self._tally[1]
 
 
 class _Phase:

@@ -59,18 +59,20 @@ class StepGuard:
         self.skipped_spikes = 0
         self.spikes_in_a_row = 0
 
-    def judge(self, loss: float, *others: float) -> Verdict:
+    def judge(self, loss: float | None, *others: float) -> Verdict:
         """Say whether a step may be taken, and remember it.
 
         Args:
-            loss: Next-token loss of the whole step, nats per token: mean over its micro-batches.
+            loss: Next-token loss of the whole step, nats per token; None if it had no token to score.
             others: What else must be finite: the sum that is minimized, the gradient's norm.
         """
-        if not all(math.isfinite(value) for value in (loss, *others)):
+        if not all(math.isfinite(value) for value in (loss or 0.0, *others)):
             self.nonfinite_steps += 1
             self.nonfinite_in_a_row += 1
             return Verdict.nonfinite
         self.nonfinite_in_a_row = 0
+        if loss is None:
+            return Verdict.sound
         if spike_score(loss, self.losses) > MAX_Z:
             self.skipped_spikes += 1
             self.spikes_in_a_row += 1

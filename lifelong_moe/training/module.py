@@ -21,13 +21,14 @@ from lifelong_moe.model.offload import Courier, offloaded
 from lifelong_moe.model.transformer import LanguageModel, ModelOutput
 from lifelong_moe.ops.losses import Lesson, distillation_loss, linear_losses
 from lifelong_moe.retention.penalty import WeightAnchor
-from lifelong_moe.retention.teacher import distilled_rows, shared_blocks
+from lifelong_moe.retention.teacher import shared_blocks
 from lifelong_moe.retention.teacher_cache import TeacherCache
 from lifelong_moe.routing.base import Routing
 from lifelong_moe.training.guard import StepGuard, Verdict
+from lifelong_moe.training.means import StepMeans
 from lifelong_moe.training.optimizer import build_optimizer, build_schedule
-from lifelong_moe.training.ranks import mean_over_ranks
 from lifelong_moe.training.rollback import MAX_NONFINITE, NonfiniteStepsError
+from lifelong_moe.training.shares import with_shares
 from lifelong_moe.training.spec import Phase, StageSpec, Trains
 
 log = logging.getLogger(__name__)
@@ -63,8 +64,10 @@ class StageModule(LightningModule):
         self._taken = True
         self._random_state: Tensor | None = None
         """To go on with, once the loader has been set up, which draws a number as well."""
-        self._losses: list[Tensor] = []
-        """Of the micro-batches of the step under way: next-token loss, and what is minimized."""
+        self.means = StepMeans()
+        """Of the step's losses and loads."""
+        self.grad_norm = math.nan
+        """Norm of the last step's gradient before clipping."""
         self.assignments_before: Tensor | None = None
         """Clusters of a sample when the phase began, to measure how much they churn; kept over interruptions."""
 
@@ -86,77 +89,69 @@ class StageModule(LightningModule):
             torch.set_rng_state(self._random_state)
             self._random_state = None
 
-    def _distilled(self, batch: dict[str, Tensor]) -> Tensor:
-        """Sequences that the teacher is asked about in this step; chosen by the data module where there is one."""
-        config = self.spec.distill
-        if self._teacher[0] is None or config is None or self.phase.trains != Trains.stage:
-            return torch.empty(0, dtype=torch.int64)
-        if "distilled" in batch:
-            return batch["distilled"]
-        return distilled_rows(batch["replayed"], batch["ordinal"], config)
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
+        """What a micro-batch adds to its step's objective; its parts ride along, detached, for callbacks.
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        """Loss of one micro-batch; its parts ride along, detached, for callbacks to log."""
+        The objective is the mean over the micro-batches of all processes: token-weighted means over the whole step for
+        next tokens, teacher and review (see ``shares.py``), router losses of each micro-batch, and the penalty.
+        """
+        batch = batch if "shares" in batch else with_shares(batch, self.spec)
         reviews = self.phase.old_loss > 0
         old_text_BS = batch["replayed"].unsqueeze(1).expand_as(batch["token_ids"]) if reviews else None
         output = self.model(**model_inputs(batch), old_text_BS=old_text_BS, first_block=self._shared_blocks)
         total, parts = self._language_losses(batch, output)
+        shares = batch["shares"]
         for name, (value, weighted) in mean_router_losses(output.routings).items():
-            parts[f"{name}_loss"] = value
-            total = total + (self.phase.old_loss * value if name == "old" else weighted)
+            if name != "old":
+                parts[f"{name}_loss"] = value
+                total = total + weighted
+            elif "old_loss" in shares:  # there is old text in this step, perhaps in other micro-batches alone
+                parts["old_loss"] = value
+                total = total + self.phase.old_loss * shares["old_loss"] * value
         if self._anchor is not None:
             parts["penalty"] = self._anchor.value(self.model)
             total = total + parts["penalty"]
-        parts["imbalance"] = load_imbalance(output.routings)
-        if rates := [r.drop_rate for r in output.routings if r.drop_rate is not None]:
-            parts["drop_rate"] = torch.stack(rates).mean()
-        self._losses.append(torch.stack([parts["loss"], total]).detach().float())
-        return {"loss": total, "parts": {name: value.detach() for name, value in parts.items()}}  # type: ignore[dict-item]
+        self.means.add({"objective": total, **parts}, shares, output.routings)
+        return {"loss": total, "parts": {name: value.detach() for name, value in parts.items()}}
 
-    def _next_token_loss(self, batch: dict[str, Tensor], hidden_BSD: Tensor) -> Tensor:
-        """Over all tokens, or over answers alone."""
-        hidden_TD, targets_T = hidden_BSD.flatten(0, 1), batch["target_ids"].flatten()
-        groups_T = batch["group_ids"].flatten()
-        if self.spec.finetune is None:
-            return self.model.cross_entropy(hidden_TD, targets_T, groups_T)
-        scored_T = batch["scored"].flatten()
-        if not bool(scored_T.any()):
-            return hidden_TD.sum() * 0.0  # a micro-batch of prompts alone
-        return self.model.cross_entropy(hidden_TD[scored_T], targets_T[scored_T], groups_T[scored_T])
+    def _next_token_loss(self, batch: dict[str, Any], hidden_TD: Tensor) -> Tensor:
+        """Mean over the tokens that count, whose hidden states are given."""
+        if not len(hidden_TD):
+            return hidden_TD.sum()  # a micro-batch of prompts alone: 0
+        targets_T, groups_T = _counted(batch, batch["target_ids"]), _counted(batch, batch["group_ids"])
+        return self.model.cross_entropy(hidden_TD, targets_T, groups_T)
 
-    def _language_losses(self, batch: dict[str, Tensor], output: ModelOutput) -> tuple[Tensor, dict[str, Tensor]]:
+    def _language_losses(self, batch: dict[str, Any], output: ModelOutput) -> tuple[Tensor, dict[str, Tensor]]:
         """What next tokens, and the teacher, ask for: the weighted sum, and its parts.
 
-        The number of distilled sequences counts relative to the expected one, a constant, so the gradient of a step
-        does not depend on how its sequences are divided into micro-batches, some of which have none to distil.
+        The step's mean KL is weighted by its number of distilled sequences relative to the expected one: a token of
+        theirs weighs the same whether few or many of them fall into a step.
         """
-        teacher, config = self._teacher[0], self.spec.distill
-        rows = self._distilled(batch)
-        if (
-            teacher is None
-            or config is None
-            or not len(rows)
-            or self.global_step >= round(config.until * self.phase.steps)
-        ):
-            nats = self._next_token_loss(batch, output.hidden_BSD)
-            return nats, {"loss": nats}
-        weight = config.weight * len(rows) / (len(batch["replayed"]) * self.spec.distilled_share)
-        taught_BSD = self._taught(teacher, batch, rows, output)
-        if self.spec.finetune is None and self.model.has_one_head and teacher.has_one_head:
-            length = output.hidden_BSD.shape[1]
-            tokens_N = (rows.unsqueeze(1) * length + torch.arange(length, device=rows.device)).flatten()
-            lesson = Lesson(tokens_N, taught_BSD.flatten(0, 1), teacher.head.weight, config.temperature, weight)
-            hidden_TD, targets_T = output.hidden_BSD.flatten(0, 1), batch["target_ids"].flatten()
+        shares, hidden_TD = batch["shares"], _counted(batch, output.hidden_BSD)
+        teacher, config, share = self._teacher[0], self.spec.distill, shares.get("loss", 0.0)
+        asks = self.phase.trains == Trains.stage and "distill_loss" in shares
+        if teacher is None or config is None or not asks or self.global_step >= round(config.until * self.phase.steps):
+            nats = self._next_token_loss(batch, hidden_TD)
+            return share * nats, {"loss": nats} if "loss" in shares else {}
+        tokens_N, weight = batch["distilled_tokens"], config.weight * batch["lesson"]
+        if not len(tokens_N):  # others in this step have some
+            nats = self._next_token_loss(batch, hidden_TD)
+            return share * nats, {"loss": nats, "distill_loss": torch.zeros_like(nats)}
+        taught_ND = _counted(batch, self._taught(teacher, batch, batch["distilled"], output), "taught")
+        if self.model.has_one_head and teacher.has_one_head:
+            lesson = Lesson(tokens_N, taught_ND, teacher.head.weight, config.temperature, weight / share)
+            targets_T = _counted(batch, batch["target_ids"])
             total, nats, kl = linear_losses(hidden_TD, self.model.head.weight, targets_T, lesson)
-            return total, {"loss": nats, "distill_loss": kl}
-        nats = self._next_token_loss(batch, output.hidden_BSD)
-        student_TV = self.model.logits(output.hidden_BSD[rows].flatten(0, 1), batch["group_ids"][rows])
-        teacher_TV = teacher.logits(taught_BSD.flatten(0, 1), batch["teacher_group_ids"][rows])
-        kl = distillation_loss(student_TV, teacher_TV, config.temperature)
-        return nats + weight * kl, {"loss": nats, "distill_loss": kl}
+            return share * total, {"loss": nats, "distill_loss": kl}
+        nats = self._next_token_loss(batch, hidden_TD)
+        student_NV = self.model.logits(hidden_TD[tokens_N], _counted(batch, batch["group_ids"])[tokens_N])
+        taught_groups_RS = batch["teacher_group_ids"][batch["distilled"]]
+        teacher_NV = teacher.logits(taught_ND, _counted(batch, taught_groups_RS, "taught"))
+        kl = distillation_loss(student_NV, teacher_NV, config.temperature)
+        return share * nats + weight * kl, {"loss": nats, "distill_loss": kl}
 
     @torch.no_grad()
-    def _taught(self, teacher: LanguageModel, batch: dict[str, Tensor], rows: Tensor, output: ModelOutput) -> Tensor:
+    def _taught(self, teacher: LanguageModel, batch: dict[str, Any], rows: Tensor, output: ModelOutput) -> Tensor:
         """The teacher's final hidden states of some sequences, from where it differs from the student."""
         inputs = model_inputs(batch, rows) | {"group_ids_BS": batch["teacher_group_ids"][rows]}
         if self.teacher_cache is not None:
@@ -186,16 +181,17 @@ class StageModule(LightningModule):
             NonfiniteStepsError: After three steps in a row without a finite loss and gradient.
         """
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        self.grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        means = mean_over_ranks(torch.stack(self._losses).mean(0))
-        self._losses.clear()
-        loss, objective, size = torch.cat([means, self.grad_norm.float().view(1)]).tolist()  # one transfer
-        verdict = self.guard.judge(loss, objective, size)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        self.grad_norm = self.means.close(norm)  # the step's only transfer
+        loss = self.means.values.get("loss")  # absent in a step of prompts alone
+        verdict = self.guard.judge(loss, self.means.values.pop("objective"), self.grad_norm)
         self._taken = verdict == Verdict.sound
         if verdict == Verdict.sound:
             limit = self.spec.gradient_clip or math.inf
-            if size > limit:  # else the gradients are left alone: multiplying them by 1 would cost a pass over memory
-                torch.nn.utils.clip_grads_with_norm_(parameters, limit, self.grad_norm)
+            if (
+                self.grad_norm > limit
+            ):  # else the gradients are left alone: multiplying them by 1 would cost a pass over memory
+                torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
             return
         for parameter in parameters:
             parameter.grad = None  # absent, not zero: AdamW then applies neither moments nor decay
@@ -242,7 +238,7 @@ def mean_router_losses(routings: list[Routing]) -> dict[str, tuple[Tensor, Tenso
     }
 
 
-def load_imbalance(routings: list[Routing]) -> Tensor:
-    """Load of the busiest expert over the mean load, averaged over layers; 1 if even."""
-    loads = [r.counts_E.max() * len(r.counts_E) / r.counts_E.sum().clamp_min(1) for r in routings if r.num_experts]
-    return torch.stack(loads).mean()
+def _counted(batch: dict[str, Any], values: Tensor, which: str = "counted") -> Tensor:
+    """Values of the tokens that count, ``(T, ...)``, of those of all, ``(B, S, ...)``; no copy where these are all."""
+    flat = values.flatten(0, 1)
+    return flat.index_select(0, batch[which]) if which in batch else flat

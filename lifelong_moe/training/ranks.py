@@ -21,12 +21,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]
 
 from lifelong_moe import errors
 from lifelong_moe.errors import LifelongError, TryAgainError
-from lifelong_moe.ops.collectives import sum_over_ranks
 from lifelong_moe.training.interrupt import Interrupt, PendingInterrupt
 from lifelong_moe.training.logger import Row, Send
 
@@ -41,11 +39,6 @@ LOST = ("gloo/transport/", "Application timeout caused pair closure")
 
 Work = Callable[[int, Interrupt, Send], Any]
 """What a rank does: its number, what tells it to stop, and where its curves go; returns plain JSON data."""
-
-
-def mean_over_ranks(values: Tensor) -> Tensor:
-    """The mean over all ranks, the same bits on each; the values themselves where there is one process."""
-    return sum_over_ranks(values) / dist.get_world_size() if dist.is_initialized() else values
 
 
 def run_ranks(number: int, work: Work, interrupt: Interrupt, send: Send, meeting: Path) -> Any:

@@ -361,12 +361,13 @@ def test_a_pool_of_threads_does_not_reach_the_ranks() -> None:
 POOL = """
 import pathlib, tempfile, torch
 from lifelong_moe.training.interrupt import Interrupt
-from lifelong_moe.training.ranks import mean_over_ranks, run_ranks
+from lifelong_moe.ops.collectives import sum_over_ranks
+from lifelong_moe.training.ranks import run_ranks
 torch.set_num_threads(4)
 def work(*args):
     a = torch.ones(800, 800, requires_grad=True)
     torch.nn.functional.gelu(a @ a).sum().backward()
-    mean_over_ranks(a.grad)
+    sum_over_ranks(a.grad)
     return torch.get_num_threads()
 work()
 print(torch.get_num_threads(), run_ranks(2, work, Interrupt(), print, pathlib.Path(tempfile.mkdtemp(), "x")))

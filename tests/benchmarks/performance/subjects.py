@@ -23,9 +23,9 @@ from lifelong_moe.model.architecture import Architecture, Generation
 from lifelong_moe.model.config import ModelConfig
 from lifelong_moe.model.transformer import LanguageModel, initialize
 from lifelong_moe.retention.config import DistillConfig
-from lifelong_moe.retention.teacher import distilled_rows
 from lifelong_moe.routing.config import RoutingConfig
 from lifelong_moe.training.module import StageModule
+from lifelong_moe.training.shares import with_shares
 from lifelong_moe.training.spec import StageSpec
 
 Step = Callable[[], float]
@@ -138,10 +138,8 @@ def our_step(
     spec = replace(stage_spec(size), distill=distill, replay_fraction=replayed / size.sequences)
     module = StageModule(model, spec, spec.phases()[0], teacher)
     optimizer = module.configure_optimizers()["optimizer"]
-    data = batches(size, replayed)
-    if distill is not None:  # as the data module does before a batch goes to its device
-        data = [{**b, "distilled": distilled_rows(b["replayed"], b["ordinal"], distill)} for b in data]
-    data = [{name: tensor.to(DEVICE) for name, tensor in batch.items()} for batch in data]
+    data = [with_shares(batch, spec) for batch in batches(size, replayed)]  # as the data module, on the CPU
+    data = [{k: v.to(DEVICE) if isinstance(v, Tensor) else v for k, v in batch.items()} for batch in data]
     number = 0
 
     def step() -> float:

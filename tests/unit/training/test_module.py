@@ -22,7 +22,8 @@ from lifelong_moe.ops.losses import distillation_loss
 from lifelong_moe.retention.penalty import WeightAnchor, make_anchor
 from lifelong_moe.retention.teacher import make_teacher
 from lifelong_moe.routing.base import Routing
-from lifelong_moe.training.module import StageModule, load_imbalance
+from lifelong_moe.training.means import StepMeans
+from lifelong_moe.training.module import StageModule
 from lifelong_moe.training.optimizer import freeze_trunk, phase_parameters, training_only
 
 Make = Callable[..., LanguageModel]
@@ -155,7 +156,7 @@ def test_gradients_are_clipped_by_norm(make_run: MakeRun, make_model: Make, make
         module.training_step(make_batch(), 0)
         module.configure_gradient_clipping(torch.optim.SGD([weight], lr=1.0))
         assert weight.grad.tolist() == pytest.approx(expected, abs=1e-5)
-        assert float(module.grad_norm) == 5.0
+        assert module.grad_norm == 5.0
 
 
 def test_the_loss_is_the_sum_of_its_parts(make_run: MakeRun, make_model: Make, make_batch: Batch) -> None:
@@ -165,7 +166,7 @@ def test_the_loss_is_the_sum_of_its_parts(make_run: MakeRun, make_model: Make, m
     module = stage_module(make_run, model, *overrides, stage=1, teacher=teacher)
     step = module.training_step(batch, 0)
     parts: Any = {name: value.item() for name, value in step["parts"].items()}
-    assert set(parts) == {"loss", "balance_loss", "z_loss", "distill_loss", "imbalance"}
+    assert set(parts) == {"loss", "balance_loss", "z_loss", "distill_loss"}
     # 2 of 4 sequences are replayed, where spec.replay_fraction lets expect fewer: their KL counts for more.
     share = 2 / (4 * module.spec.replay_fraction)
     distilled = 3.0 * share * parts["distill_loss"]
@@ -248,7 +249,9 @@ def test_imbalance_by_hand() -> None:
     # Six of eight tokens to one of four experts, where two would be even; and two each. The mean of 3 and 1.
     chosen = ([0] * 6 + [1] * 2, [0, 1, 2, 3] * 2)
     routings = [Routing(torch.tensor(ids).unsqueeze(1), torch.ones(8, 1), 4) for ids in chosen]
-    assert load_imbalance(routings).item() == 2.0
+    means = StepMeans()
+    means.add({"loss": torch.tensor(3.0)}, {}, routings)
+    assert means.close(torch.tensor(7.0)) == 7.0 and means.values == {"loss": 3.0, "imbalance": 2.0}
 
 
 def test_a_penalty_is_part_of_the_loss(make_run: MakeRun, make_model: Make, make_batch: Batch) -> None:
@@ -271,7 +274,7 @@ def test_a_review_has_a_loss_of_its_own(make_run: MakeRun, make_model: Make, mak
     teacher = make_teacher(make_model(seed=1), [])
     step = stage_module(make_run, model, *REVIEW, stage=1, phase=1, teacher=teacher).training_step(batch, 0)
     parts: Any = {name: value.item() for name, value in step["parts"].items()}
-    assert set(parts) == {"loss", "old_loss", "z_loss", "imbalance"}  # neither balance nor teacher
+    assert set(parts) == {"loss", "old_loss", "z_loss"}  # neither balance nor teacher
     expected = parts["loss"] + 0.5 * parts["old_loss"] + 0.001 * parts["z_loss"]
     assert step["loss"].item() == pytest.approx(expected, rel=1e-6)
     # Surprise of rows 1 and 3, the replayed ones, at the old experts' probability; the mean of two layers.
@@ -294,7 +297,7 @@ def test_without_old_loss_a_review_balances_and_still_asks_no_teacher(
     override = "stage_defaults.review={fraction: 0.3, old_loss: 0.0}"
     module = stage_module(make_run, model, override, "stage_defaults.distill.text=replay", stage=1, phase=1,
                           teacher=teacher)  # fmt: skip
-    assert set(module.training_step(make_batch(), 0)["parts"]) == {"loss", "balance_loss", "z_loss", "imbalance"}
+    assert set(module.training_step(make_batch(), 0)["parts"]) == {"loss", "balance_loss", "z_loss"}
 
 
 def review(module: StageModule, batches: list[dict[str, Tensor]]) -> None:
