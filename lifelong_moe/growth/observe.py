@@ -73,7 +73,8 @@ def sample_logits(model: LanguageModel, sample: Mapping[str, Tensor], blocks: in
     training = model.training
     model.eval()
     inputs = model_inputs(sample, slice(0, blocks))
-    hidden = model(**inputs).hidden_BSD
-    logits = model.logits(hidden, inputs["group_ids_BS"]).float()
-    model.train(training)
-    return logits
+    try:
+        hidden = model(**inputs).hidden_BSD
+        return model.logits(hidden, inputs["group_ids_BS"]).float()
+    finally:
+        model.train(training)

@@ -18,9 +18,6 @@ from lifelong_moe.ops.dispatch import combine, dispatch, inverse_permutation, so
 from lifelong_moe.ops.router_losses import choice_counts
 from lifelong_moe.routing.config import Bundles, RoutingConfig
 
-HELD_DOWN = -1e4
-"""Added to the newest rows' scores by the step-0 check: far below any real score, far above float underflow."""
-
 
 class Causality(StrEnum):
     """What a token's routing may depend on: the classes of the field's survey."""
@@ -203,7 +200,10 @@ class Router(nn.Module):
 
     @contextmanager
     def holding_down(self) -> Iterator[None]:
-        """Within this context the newest generation is never chosen: growth must then change nothing."""
+        """Within this context a router in evaluation mode answers as if the newest generation were not there.
+
+        Its scores are not computed at all: among other columns, sums are rounded and exact ties are broken otherwise.
+        """
         self.held_down = True
         try:
             yield
@@ -216,23 +216,21 @@ class Router(nn.Module):
         With ``routing.bundles`` a token's group is a bundle, and it uses that generation's experts alone; a group that
         does not exist counts as bundle 0.
         """
-        if self.config.bundles == Bundles.none or len(self.generations) == 1:
+        group_T, num = context.group_ids_T, len(self.choosable)
+        if self.config.bundles == Bundles.none or num == 1:
             return None
-        group_T, num = context.group_ids_T, len(self.generations)
-        births_E = torch.arange(num).repeat_interleave(torch.tensor(self.generations)).to(group_T.device)
+        births_E = torch.arange(num).repeat_interleave(torch.tensor(self.choosable)).to(group_T.device)
         return births_E == torch.where(group_T < num, group_T, 0).unsqueeze(1)
 
     @property
-    def num_choosable(self) -> int:
-        """Experts among which tokens choose: all, but for those held down."""
-        return self.num_experts - (self.generations[-1] if self.held_down else 0)
+    def choosable(self) -> list[int]:
+        """Experts of each generation among which tokens choose: all, but for those held down."""
+        return self.generations[:-1] if self.held_down else self.generations
 
-    def _hold(self, scores_TE: Tensor) -> Tensor:
-        if not self.held_down:
-            return scores_TE
-        bias_E = scores_TE.new_zeros(self.num_experts)
-        bias_E[self.num_experts - self.generations[-1] :] = HELD_DOWN
-        return scores_TE + bias_E
+    @property
+    def num_choosable(self) -> int:
+        """How many those are, over all generations."""
+        return sum(self.choosable)
 
 
 def token_hash(token_ids_T: Tensor, salt: int) -> Tensor:

@@ -26,7 +26,6 @@ def limited(
     ranks_TE: Tensor,
     scores_TE: Tensor,
     context: RoutingContext,
-    num_choosable: int,
     *,
     training: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -36,10 +35,9 @@ def limited(
         config: How much room, and for whom first.
         expert_ids_TK: Choices; -1 where there is none.
         weights_TK: Their weights.
-        ranks_TE: What experts were chosen by: the order of next choices.
+        ranks_TE: What experts were chosen by: the order of next choices. Its experts share the tokens.
         scores_TE: Router scores, by the largest of which batch priority serves.
         context: Sequences, each of which has all of an expert's room, and mask.
-        num_choosable: Experts that share the tokens; those held down in growth's check do not.
         training: Which factor holds; and whether a random order is random.
 
     Returns:
@@ -50,7 +48,7 @@ def limited(
     wanted_TK = expert_ids_TK.masked_fill(~context.mask_T.unsqueeze(1), -1)
     capacity = expert_capacity(
         context.full_length or num_tokens // context.num_sequences,
-        num_choosable,
+        num_experts,
         top_k if config.counts == Counts.assignments else 1,
         factor=config.factor if training else config.eval_factor,
         round_up=config.rounding == Rounding.up,
@@ -62,7 +60,7 @@ def limited(
     kept_TK, taken_GE = within_capacity(wanted_TK, order_N, context.sequence_T, capacity, taken_GE)
     final_TK = wanted_TK.masked_fill(~kept_TK, -1)
     if config.overflow == Overflow.next_choice:
-        final_TK = _next_choices(final_TK, wanted_TK, ranks_TE, order_N, context, capacity, taken_GE, num_choosable)
+        final_TK = _next_choices(final_TK, wanted_TK, ranks_TE, order_N, context, capacity, taken_GE)
     wanted = (wanted_TK >= 0).sum()
     return final_TK, weights_TK, torch.stack([wanted - (final_TK >= 0).sum(), wanted])
 
@@ -85,7 +83,6 @@ def _next_choices(
     context: RoutingContext,
     capacity: int,
     taken_GE: Tensor,
-    num_choosable: int,
 ) -> Tensor:
     """Offer what was dropped to the token's other experts, best first; the weight stays that of the first choice.
 
@@ -93,11 +90,10 @@ def _next_choices(
         No-token-left-behind: Switch (arXiv:2101.03961), appendix B.
     """
     ranked_TE = ranks_TE.argsort(dim=1, descending=True, stable=True)
-    for rank in range(num_choosable):  # those held down come last
+    for candidate_T1 in ranked_TE.split(1, dim=1):
         lacking_TK = (final_TK < 0) & (wanted_TK >= 0)
         if not bool(lacking_TK.any()):
             break
-        candidate_T1 = ranked_TE[:, rank : rank + 1]
         # One place a token at a time, so that no token gets an expert twice.
         first_TK = lacking_TK & (lacking_TK.cumsum(dim=1) == 1)
         fresh_T1 = ~((final_TK == candidate_T1).any(dim=1, keepdim=True))

@@ -69,12 +69,14 @@ class TokenClusterRouter(Router):
         top_k = self.config.top_k
         if self.hashing:
             start_T = torch.zeros_like(context.token_ids_T)
-            size_T = torch.full_like(context.token_ids_T, self.num_experts)
+            size_T = torch.full_like(context.token_ids_T, self.num_choosable)
             ids_TK = hashed_experts(context.token_ids_T, start_T, size_T, top_k, salt=self.layer)
             return Routing(ids_TK, torch.full(ids_TK.shape, 1.0 / top_k, device=x_TD.device), self.num_experts)
         with torch.autocast(x_TD.device.type, enabled=False):
-            scores_TE = self.features(x_TD, context) @ torch.cat([c.float() for c in self.centroids()]).t()
-            scores_TE, allowed_TE = self._hold(scores_TE), self.allowed(context)
+            features_TF, allowed_TE = self.features(x_TD, context), self.allowed(context)
+            # A product each, as a LinearRouter's rows have.
+            choosable = self.centroids()[: len(self.choosable)]
+            scores_TE = torch.cat([F.linear(features_TF, c.float()) for c in choosable], dim=-1)
             if allowed_TE is not None:
                 scores_TE = scores_TE.masked_fill(~allowed_TE, -math.inf)
             chosen_TK, ids_TK = scores_TE.topk(top_k, dim=-1)

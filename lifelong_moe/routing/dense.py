@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lifelong_moe.routing.base import Routing, RoutingContext
@@ -21,7 +22,8 @@ class DenseRouter(LinearRouter):
         """Weigh all experts."""
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = self.logits(x_TD)
-            probs_TE = logits_TE.softmax(dim=1)
+            # One that is held down answers too, and weighs nothing.
+            probs_TE = F.pad(logits_TE.softmax(dim=1), (0, self.num_experts - self.num_choosable))
             ids_TE = torch.arange(self.num_experts, device=x_TD.device).expand_as(probs_TE)
             losses = {}
             if self.training:

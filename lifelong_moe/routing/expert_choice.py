@@ -25,21 +25,19 @@ class ExpertChoiceRouter(LinearRouter):
 
     def forward(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         """Let experts choose."""
-        num, sequences = self.num_experts, context.num_sequences
+        num, sequences = self.num_choosable, context.num_sequences
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = self.logits(x_TD)
             probs_TE = logits_TE.softmax(dim=1)
             real_TE = context.mask_T.unsqueeze(1).expand_as(probs_TE)
             wanted_BSE = probs_TE.masked_fill(~real_TE, -1.0).detach().unflatten(0, (sequences, -1))
             length = wanted_BSE.shape[1]
-            capacity = min(length, max(1, round(length * self.config.top_k / self.num_choosable)))
+            capacity = min(length, max(1, round(length * self.config.top_k / num)))
             order_BSE = wanted_BSE.argsort(dim=1, descending=True, stable=True)[:, :capacity]
             taken_BSE = torch.zeros_like(wanted_BSE, dtype=torch.bool).scatter_(1, order_BSE, True)
             taken_TE = taken_BSE.flatten(0, 1) & real_TE
-            if self.held_down:
-                taken_TE[:, num - self.generations[-1] :] = False
             ids_TE = torch.where(taken_TE, torch.arange(num, device=x_TD.device), -1)
             losses = {}
             if self.training:
                 losses = auxiliary_losses(self.config, self.generations, logits_TE, probs_TE, ids_TE, context)
-        return Routing(ids_TE, probs_TE, num, losses, ragged=True)
+        return Routing(ids_TE, probs_TE, self.num_experts, losses, ragged=True)

@@ -6,11 +6,10 @@ Legend: T tokens, E experts, G groups, K experts per token.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lifelong_moe.errors import ConfigError
-from lifelong_moe.routing.base import HELD_DOWN, Routing, RoutingContext
+from lifelong_moe.routing.base import Routing, RoutingContext
 from lifelong_moe.routing.config import RoutingConfig
 from lifelong_moe.routing.linear import LinearRouter
 from lifelong_moe.routing.losses import auxiliary_losses
@@ -54,21 +53,16 @@ class HierarchicalRouter(LinearRouter):
             self.group_rows[-1].copy_(rows_ED.unflatten(0, (self.config.expert_groups, -1)).mean(dim=1))
 
     def group_of_experts(self) -> Tensor:
-        """Group of each expert, int64 ``(E,)``."""
+        """Group of each expert among which tokens choose, int64 ``(E,)``."""
         groups = self.config.expert_groups
-        sizes = [num // groups for num in self.generations for _ in range(groups)]
+        sizes = [num // groups for num in self.choosable for _ in range(groups)]
         return torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(self.rows[0].device)
 
     def forward(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         """Choose groups, then experts."""
         config, group_E = self.config, self.group_of_experts()
         with torch.autocast(x_TD.device.type, enabled=False):
-            inner_TE = F.linear(x_TD.float(), torch.cat([rows.float() for rows in self.rows]))
-            outer_TG = F.linear(x_TD.float(), torch.cat([rows.float() for rows in self.group_rows]))
-            if self.held_down:
-                outer_TG = torch.cat(
-                    [outer_TG[:, : -config.expert_groups], outer_TG[:, -config.expert_groups :] + HELD_DOWN], 1
-                )
+            inner_TE, outer_TG = self.logits(x_TD), self.products(x_TD, self.group_rows)
             chosen_TG, groups_TG = outer_TG.topk(config.top_groups, dim=1)
             outer_weights_TG = chosen_TG.softmax(dim=1)
             in_group_TGE = group_E == groups_TG.unsqueeze(2)

@@ -70,7 +70,7 @@ class LearnedRouter(LinearRouter):
                 logits_TE = logits_TE.masked_fill(~allowed_TE, -math.inf)
             scores_TE = logits_TE.softmax(dim=-1) if config.score == Score.softmax else logits_TE.sigmoid()
             ranks_TE = self._ranks(logits_TE, scores_TE)
-            chosen_TK, expert_ids_TK = ranks_TE.topk(min(config.top_k, self.num_experts), dim=-1)
+            chosen_TK, expert_ids_TK = ranks_TE.topk(min(config.top_k, self.num_choosable), dim=-1)
             weights_TK = self._weights(chosen_TK, scores_TE, expert_ids_TK, is_logit=ranks_TE is logits_TE)
             losses = {}
             if self.training:
@@ -95,7 +95,6 @@ class LearnedRouter(LinearRouter):
             ranks_TE,
             scores_TE,
             context,
-            self.num_choosable,
             training=self.training,
         )
         return Routing(kept_TK, weights_TK, self.num_experts, losses, ragged=True, dropped=dropped)
@@ -116,7 +115,7 @@ class LearnedRouter(LinearRouter):
         # By logit: where probabilities underflow, a tie at 0 must not admit an expert that is not allowed.
         ranks_TE = logits_TE
         if config.bias_rate:
-            ranks_TE = self._hold(scores_TE + torch.cat(self.biases()))
+            ranks_TE = scores_TE + torch.cat(self.biases()[: len(self.choosable)])
         elif config.expert_groups > 1:
             ranks_TE = scores_TE
         if config.expert_groups > 1:

@@ -5,12 +5,14 @@ Legend: T tokens, D model width, E experts, K experts per token.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lifelong_moe.routing.base import Router
-from lifelong_moe.routing.config import Bundles, RoutingConfig
+from lifelong_moe.routing.config import RoutingConfig
 
 
 class LinearRouter(Router):
@@ -41,9 +43,14 @@ class LinearRouter(Router):
             self.rows[-1].copy_(rows_ED)
 
     def logits(self, x_TD: Tensor) -> Tensor:
-        """float32 ``(T, E)``; the newest generation's far down in the step-0 check."""
-        rows = [rows.float() for rows in self.rows]
-        if self.config.bundles == Bundles.none:
-            return self._hold(F.linear(x_TD.float(), torch.cat(rows)))
-        # A product each, so that no bit of the old rows' logits depends on how many rows came later.
-        return self._hold(torch.cat([F.linear(x_TD.float(), rows_ED) for rows_ED in rows], dim=-1))
+        """float32 ``(T, E)``, of the experts among which tokens choose."""
+        return self.products(x_TD, self.rows)
+
+    def products(self, x_TD: Tensor, generations: Iterable[Tensor]) -> Tensor:
+        """Products with each generation's rows, side by side, but for a generation that is held down.
+
+        Each is a product of its own, so that no bit of it depends on how many generations came later: kernels round
+        otherwise for another number of rows, and one token on the edge between two experts would go elsewhere.
+        """
+        choosable = list(generations)[: len(self.choosable)]
+        return torch.cat([F.linear(x_TD.float(), rows_ED.float()) for rows_ED in choosable], dim=-1)

@@ -40,7 +40,7 @@ class ReluRouter(LinearRouter):
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = self.logits(x_TD)
             gates_TE = logits_TE.relu()
-            experts_E = torch.arange(self.num_experts, device=x_TD.device)
+            experts_E = torch.arange(self.num_choosable, device=x_TD.device)
             ids_TE = torch.where(gates_TE > 0, experts_E, -1)
             losses = {}
             if self.training:

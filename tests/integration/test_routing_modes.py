@@ -56,7 +56,8 @@ class Own(Router):
         self.vectors.append(nn.Parameter(torch.full((num, self.width), 0.01)))
 
     def forward(self, x_TD, context):
-        scores_TE = self._hold(x_TD.float() @ torch.cat(list(self.vectors)).t())
+        scores_TE = x_TD.float() @ torch.cat(list(self.vectors)).t()
+        scores_TE = scores_TE[:, : self.num_choosable]
         weights_TK, ids_TK = scores_TE.sigmoid().topk(self.config.top_k, dim=-1)
         return Routing(ids_TK, weights_TK, self.num_experts)
 '''
