@@ -36,7 +36,7 @@ from lifelong_moe.training.phase import StageEnvironment
 from lifelong_moe.training.stage import load_model, train_stage
 from pipelines.evaluations import evaluation_device
 from pipelines.places import ROOT
-from pipelines.workspace import read_data
+from pipelines.workspace import read_data, require_room
 
 
 @dataclass(frozen=True)
@@ -111,8 +111,14 @@ class Bench:
         return Candidate(config, data, planned, grow)
 
     def train(self, candidate: Candidate, send: Send, run_id: str | None) -> CommittedStage:
-        """Train and commit a candidate, or find it committed."""
+        """Train and commit a candidate, or find it committed.
+
+        Raises:
+            ResourceError: If disk or memory does not suffice.
+        """
         config, data, planned = candidate.config, candidate.data, candidate.planned
+        if self.store.find(planned.key) is None:
+            require_room([planned], config)
         environment = StageEnvironment(
             store=self.store,
             work=ROOT / "work",

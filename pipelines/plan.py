@@ -9,12 +9,13 @@ from rich.table import Table
 
 from lifelong_moe.clustering.bundles import unigram_divergence
 from lifelong_moe.methods.advice import growth_advice, leaking, nothing_to_hold
+from lifelong_moe.methods.plan import stage_need
 from lifelong_moe.methods.published import sentence as published_sentence
 from lifelong_moe.model.cost import count_parameters
 from lifelong_moe.stages.keys import SHORT
 from lifelong_moe.stages.runs import RunRecord
 from lifelong_moe.stages.store import StageStore
-from lifelong_moe.training.disk import disk_need
+from lifelong_moe.training.disk import run_need
 from pipelines import render
 from pipelines.workspace import ROOT, Prepared, prepare
 
@@ -31,7 +32,9 @@ def plan(config_path: str, overrides: list[str], console: Console) -> dict[str, 
     rows = [_row(i, prepared, store) for i in range(len(prepared.plan))]
     speed = [s.metrics["tokens_per_second"] for p in prepared.plan if (s := store.find(p.key))]
     render.data_table(console, prepared)
-    _print(console, rows, speed)
+    todo = [stage for stage, row in zip(prepared.plan, rows, strict=True) if row["action"] == "train"]
+    disk = run_need([stage_need(stage, prepared.config) for stage in todo])
+    _print(console, rows, disk, speed)
     if published := published_sentence(prepared.config):
         console.print(published, highlight=False, markup=False)
     warnings = [*leaking(prepared.config), *nothing_to_hold(prepared.config)]
@@ -48,6 +51,7 @@ def plan(config_path: str, overrides: list[str], console: Console) -> dict[str, 
         "run": prepared.config.run,
         "method": prepared.config.method.value,
         "stages": rows,
+        "disk_bytes": disk,
         "warnings": warnings,
         "advice": advice,
     }
@@ -84,13 +88,11 @@ def _row(i: int, prepared: Prepared, store: StageStore) -> dict[str, Any]:
         "replay_fraction": spec.replay_fraction,
         "teacher_tokens": spec.teacher_tokens,
         "active_flops": planned.flops,
-        "disk_bytes": disk_need(
-            spec, planned.trainable, prepared.config.checkpoint, caches_teacher=prepared.config.trainer.cache_teacher
-        ).total,
+        "disk_bytes": stage_need(planned, prepared.config).total,
     }
 
 
-def _print(console: Console, rows: list[dict[str, Any]], speed: list[float]) -> None:
+def _print(console: Console, rows: list[dict[str, Any]], disk: int, speed: list[float]) -> None:
     table = Table(title="Plan", title_justify="left")
     for header in ("stage", "key", "", "experts", "total", "active", "trains", "tokens", "epochs", "replay", "FLOPs"):
         table.add_column(header, justify="left" if header in ("stage", "key", "") else "right")
@@ -108,8 +110,8 @@ def _print(console: Console, rows: list[dict[str, Any]], speed: list[float]) -> 
         )
     console.print(table)
     todo = [row for row in rows if row["action"] == "train"]
-    tokens, disk = sum(row["tokens"] for row in todo), sum(row["disk_bytes"] for row in todo)
-    text = f"{len(todo)} of {len(rows)} stages to train: {tokens:,} tokens, at most {disk / 1e6:.0f} MB of disk"
+    tokens = sum(row["tokens"] for row in todo)
+    text = f"{len(todo)} of {len(rows)} stages to train: {tokens:,} tokens, at most {disk / 1e6:,.1f} MB of disk"
     if speed and todo:
         text += f", about {tokens / (sum(speed) / len(speed)):.0f} s at the speed of the stages committed so far"
     console.print(text + ".")

@@ -23,7 +23,7 @@ def plan_sentences(facts: Mapping[str, Any]) -> list[str]:
             f"Stage {stage['name']} ({stage['key'][:SHORT]}): {how}; {stage['tokens']:,} tokens "
             f"({stage['replay_fraction']:.0%} replayed), {stage['parameters_trainable'] / 1e6:.2f}M of "
             f"{stage['parameters_total'] / 1e6:.2f}M parameters train, {stage['active_flops']:.1e} FLOPs, at most "
-            f"{stage['disk_bytes'] / 1e6:.0f} MB of disk{hours}."
+            f"{stage['disk_bytes'] / 1e6:,.1f} MB of disk{hours}."
         )
     return [*sentences, *facts["exceeded"]]
 

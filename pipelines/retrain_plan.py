@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lifelong_moe.errors import ConfigError, StalePlanError
+from lifelong_moe.methods.plan import stage_need
 from lifelong_moe.methods.retraining import Retraining
 from lifelong_moe.model.cost import count_parameters, training_flops
 from lifelong_moe.retraining.decision import Action, Decision, ProbeResult, decide
@@ -20,12 +21,11 @@ from lifelong_moe.stages.keys import SHORT, content_key
 from lifelong_moe.stages.runs import RunRecord, timestamp
 from pipelines.candidates import Bench, Candidate
 from pipelines.drifting import has_drifted, measure_batch
+from pipelines.workspace import require_room
 
 VALID_DAYS = 7
 PROBE_LEVEL = 0.05
 PROBE_RESAMPLES = 2000
-BYTES_STORED = 4 * 7
-"""Of a trained parameter: the stage, and two step checkpoints with two moments each."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,9 @@ def make_plan(bench: Bench, batch: str, head: dict[str, Any]) -> TickPlan:
     over = {way.planned.key: _exceeded(bench, _stage_facts(bench, way), head) for way in (continues, *growing)}
     affordable = [way for way in growing if not over[way.planned.key]]
     exceeded = [] if affordable or not over[continues.planned.key] else over[continues.planned.key]
-    continued = None if over[continues.planned.key] else _probe(bench, continues, nearest)
-    probed = {_way(way): (_probe(bench, way, None), way) for way in affordable}
+    _require_room(bench, [*([] if over[continues.planned.key] else [continues]), *affordable])
+    continued = None if over[continues.planned.key] else _probe(bench, continues)
+    probed = {_way(way): (_probe(bench, way), way) for way in affordable}
     decision = decide(
         continued=continued,
         grown={name: probe for name, (probe, _) in probed.items()},
@@ -167,9 +168,22 @@ def _probe_tokens(bench: Bench, candidate: Candidate) -> int:
     )
 
 
-def _probe(bench: Bench, candidate: Candidate, continues: str | None) -> ProbeResult:
+def _short(bench: Bench, candidate: Candidate) -> Candidate:
+    """The candidate's probe: the same stage on fewer tokens."""
+    return bench.plan(candidate.planned.spec.continues, _probe_tokens(bench, candidate), candidate.grow)
+
+
+def _require_room(bench: Bench, candidates: list[Candidate]) -> None:
+    """All probes, and then any of the candidates, must fit on the disk."""
+    for candidate in candidates:
+        stages = [*(_short(bench, one).planned for one in candidates), candidate.planned]
+        todo = [stage for stage in stages if bench.store.find(stage.key) is None]
+        require_room(todo, candidate.config)
+
+
+def _probe(bench: Bench, candidate: Candidate) -> ProbeResult:
     """Train a short version of a candidate and hold it against the champion."""
-    short = bench.plan(continues, _probe_tokens(bench, candidate), candidate.grow)
+    short = _short(bench, candidate)
     stage = bench.train(short, lambda points: None, None)
     seed, new, before = short.config.seed, bench.new, bench.parent
 
@@ -243,7 +257,7 @@ def _stage_facts(bench: Bench, chosen: Candidate) -> dict[str, Any]:
         "parameters_total": planned.parameters.total,
         "parameters_trainable": planned.trainable,
         "replay_fraction": planned.spec.replay_fraction,
-        "disk_bytes": planned.trainable * BYTES_STORED,
+        "disk_bytes": stage_need(planned, chosen.config).total,
         "hours": None if not speed else planned.tokens / speed / 3600,
     }
 

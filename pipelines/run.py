@@ -22,14 +22,13 @@ from lifelong_moe.stages.runs import EvaluationStore, RunRecord
 from lifelong_moe.stages.store import CommittedStage, StageStore
 from lifelong_moe.stages.versions import champion, describe
 from lifelong_moe.tracking.tracker import Tracker
-from lifelong_moe.training.disk import disk_need, require_space, run_need, used_space
 from lifelong_moe.training.interrupt import Interrupt, handling_sigterm
 from lifelong_moe.training.phase import StageEnvironment, build_trainer
 from lifelong_moe.training.stage import clear_abandoned, initial_model, load_model, train_stage
 from pipelines import render
 from pipelines.evaluations import Evaluator
 from pipelines.record import MlflowRecord
-from pipelines.workspace import ROOT, Prepared, prepare
+from pipelines.workspace import ROOT, Prepared, prepare, require_room
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +62,7 @@ def run(
             prepared = prepare(config_path, overrides, memory)
         build_trainer(prepared.config.trainer, 1, [], None)  # what this machine cannot do is said before anything else
         record, store = RunRecord(ROOT, prepared.config.run), StageStore(ROOT)
-        _check_disk([planned for planned in prepared.plan if store.find(planned.key) is None], prepared)
+        require_room([planned for planned in prepared.plan if store.find(planned.key) is None], prepared.config)
         with locked(record.lock_path, f"run {record.run}"):
             record.clean()
             head = _open_head(record, prepared, replace)
@@ -109,7 +108,7 @@ def _run_stages(
             stage = store.find(planned.key)
             shared = stage is not None and planned.key not in head["trained"]
             if stage is None:
-                _check_disk([planned], prepared)
+                require_room([planned], config)
                 with _claimed(planned.key, head, record, interrupt):
                     stage = _train(planned, committed, prepared, mlflow, store, interrupt, console)
                 trained += 1
@@ -143,17 +142,6 @@ def _run_stages(
         mlflow.interrupted()
         raise
     return report, trained
-
-
-def _check_disk(planned: list[PlannedStage], prepared: Prepared) -> None:
-    """Refuse to train stages for which the disk has no room; what they have written already is theirs to use."""
-    config = prepared.config
-    needs = [
-        disk_need(s.spec, s.trainable, config.checkpoint, caches_teacher=config.trainer.cache_teacher) for s in planned
-    ]
-    written = sum(used_space(ROOT / "work" / stage.key[:SHORT]) for stage in planned)
-    what = f"stage {planned[0].spec.name}" if len(planned) == 1 else f"run={prepared.config.run}"
-    require_space(ROOT, run_need(needs) - written, what)
 
 
 @contextmanager

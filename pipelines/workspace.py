@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lifelong_moe.config import RunConfig, load_config
 from lifelong_moe.data.prepare import PreparedData, prepare_data
-from lifelong_moe.methods.plan import PlannedStage, check_clusters, plan_stages
+from lifelong_moe.methods.plan import PlannedStage, check_clusters, plan_stages, stage_need
 from lifelong_moe.routing.registry import build_router
+from lifelong_moe.stages.keys import SHORT
+from lifelong_moe.training.disk import require_space, run_need, used_space
 from pipelines.places import CACHE, ROOT
 
-__all__ = ["CACHE", "ROOT", "Prepared", "prepare", "read_data"]
+__all__ = ["CACHE", "ROOT", "Prepared", "prepare", "read_data", "require_room"]
 
 
 @dataclass(frozen=True)
@@ -51,3 +54,18 @@ def read_data(config: RunConfig, memory: dict[str, PreparedData] | None = None) 
     if repr(asked) not in memory:
         memory[repr(asked)] = prepare_data(*asked, CACHE)
     return memory[repr(asked)]
+
+
+def require_room(stages: Sequence[PlannedStage], config: RunConfig) -> None:
+    """Refuse to train stages for which the disk has no room; what they have written already is theirs to use.
+
+    Args:
+        stages: Those that are not committed yet, trained one after the other.
+        config: Of their run.
+
+    Raises:
+        ResourceError: If the file system has less than :func:`stage_need` says.
+    """
+    written = sum(used_space(ROOT / "work" / stage.key[:SHORT]) for stage in stages)
+    what = f"stage {stages[0].spec.name}" if len(stages) == 1 else f"run={config.run}"
+    require_space(ROOT, run_need([stage_need(stage, config) for stage in stages]) - written, what)

@@ -13,6 +13,7 @@ from lifelong_moe.model.architecture import Architecture
 from lifelong_moe.model.cost import ParameterCount, count_parameters, parameters_by_part
 from lifelong_moe.model.parts import Part
 from lifelong_moe.routing.config import Bundles
+from lifelong_moe.training.disk import DiskNeed, disk_need
 from lifelong_moe.training.spec import StageSpec
 
 
@@ -145,6 +146,11 @@ def _trains(spec: StageSpec, architecture: Architecture, part: Part, generation:
     if generation is not None:
         return architecture.trains(generation)
     return spec.trunk is None or not spec.trunk.is_frozen or spec.student is not None
+
+
+def stage_need(planned: PlannedStage, config: RunConfig) -> DiskNeed:
+    """What a stage of a run writes at most."""
+    return disk_need(planned.spec, planned.trainable, config.checkpoint, config.trainer)
 
 
 def check_clusters(planned: list[PlannedStage], documents: Mapping[str, int]) -> None:

@@ -378,7 +378,7 @@ def test_what_a_stopped_stage_has_written_is_its_own(lab: Path, monkeypatch: pyt
     written = sum(path.stat().st_size for path in Path("mlruns/work").rglob("*") if path.is_file())
     assert written > 0
     needed: list[int] = []
-    monkeypatch.setattr("pipelines.run.require_space", lambda root, need, what: needed.append(need))
+    monkeypatch.setattr("pipelines.workspace.require_space", lambda root, need, what: needed.append(need))
     train()
     whole = needed.copy()
     needed.clear()

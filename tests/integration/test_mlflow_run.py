@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 
 from lifelong_moe.errors import TryAgainError
+from lifelong_moe.methods.plan import stage_need
 from pipelines.cli import exit_code
 from pipelines.sync import sync
 from pipelines.workspace import prepare
@@ -68,7 +69,10 @@ FIGURES = {"figures/loss_matrix.png", "figures/curves.png", "figures/expert_load
 
 
 def test_two_stages(lab: Path, config: dict[str, Any]) -> None:
+    planned = prepare("tiny.yaml", [])
     report, printed = train()
+    left = sum(path.stat().st_size for path in Path("mlruns").rglob("*") if path.is_file())
+    assert left <= sum(stage_need(stage, planned.config).stays for stage in planned.plan)  # database and figures too
     (parent,), children = runs()
     assert "MLflow: http://127.0.0.1:5000/#/experiments/" in printed
     assert [run.info.run_name for run in (parent, *children)] == ["tiny", "tiny · 0 fruit", "tiny · 1 code"]

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,12 +15,13 @@ from rich.console import Console
 import pipelines.retrain as story
 from lifelong_moe.data.batches import BatchStore
 from lifelong_moe.data.documents import Document
-from lifelong_moe.errors import ConfigError, DataError, DivergedError, LockedError, StalePlanError
+from lifelong_moe.errors import ConfigError, DataError, DivergedError, LockedError, ResourceError, StalePlanError
 from lifelong_moe.stages.lock import locked
 from lifelong_moe.stages.runs import RunRecord
 from lifelong_moe.stages.store import StageStore
 from lifelong_moe.training.callbacks import StepCheckpoint
 from pipelines import retrain_plan
+from pipelines.cli import exit_code
 from pipelines.drop import drop
 from pipelines.rollback import rollback
 from tests.retrain_lab import arrive, head, ledger, make_base, stages, tick, tick_and_text, write_retraining
@@ -208,6 +210,29 @@ def test_over_budget_nothing_is_trained_and_the_batch_stays_open(limit: str, sai
     assert head()["champion"] == 0 and "batches" not in head()
     assert story.EXIT_CODES[result["outcome"]] == 4
     assert tick()["outcome"] == "promoted"
+
+
+def test_a_tick_that_cannot_fit_trains_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By hand: neither probe nor stage is there, and each has two megabytes of records alone."""
+    arrive("sea")
+    before = stages()
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=4_000_000))
+        assert exit_code(tick) == ResourceError.exit_code == 8
+    assert "ResourceError: run=tiny needs up to " in capsys.readouterr().err
+    assert stages() == before and not list(Path("mlruns/work").glob("*"))
+    planned = tick(dry_run=True)
+    plan = json.loads(Path(planned["plan"]).read_text(encoding="utf-8"))
+    weights_bytes = 4 * plan["stage"]["parameters_trainable"]
+    # 60 steps: 15 checkpoints, of which three are there at once, each three numbers a parameter; 15 logged points.
+    assert plan["stage"]["disk_bytes"] == 10 * weights_bytes + 2_000_000 + 15 * 5_000
+    with monkeypatch.context() as patch:  # a plan that was made before is checked as well
+        patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=plan["stage"]["disk_bytes"] - 1))
+        assert exit_code(lambda: tick(plan=planned["plan"])) == 8
+    assert "ResourceError: stage batch-" in capsys.readouterr().err
+    assert tick(plan=planned["plan"])["outcome"] == "promoted"
 
 
 def test_promotions_a_week_are_limited(after_growth: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +13,19 @@ import pytest
 from lifelong_moe.config import RunConfig
 from lifelong_moe.errors import ResourceError
 from lifelong_moe.methods.graph import stage_specs
-from lifelong_moe.training.config import CheckpointConfig
-from lifelong_moe.training.disk import DiskNeed, disk_need, require_space, run_need, used_space
+from lifelong_moe.training.config import CheckpointConfig, FinetuneConfig, TrainerConfig
+from lifelong_moe.training.disk import (
+    POINT_BYTES,
+    RECORD_BYTES,
+    DiskNeed,
+    disk_need,
+    require_space,
+    run_need,
+    used_space,
+)
+
+RECORDS = RECORD_BYTES + POINT_BYTES
+"""Ten steps give one point of the curves."""
 
 
 @pytest.mark.parametrize(
@@ -29,18 +41,33 @@ from lifelong_moe.training.disk import DiskNeed, disk_need, require_space, run_n
 def test_need_by_hand(make_run: Callable[..., RunConfig], precision: str, every: int, keep: int, work: int) -> None:
     spec = stage_specs(make_run(f"trainer.precision={precision}"))[0]
     assert spec.steps == 10
-    need = disk_need(spec, 100, CheckpointConfig(every_steps=every, keep=keep))
-    assert need == DiskNeed(200 if precision == "bf16-true" else 400, work)
+    need = disk_need(spec, 100, CheckpointConfig(every_steps=every, keep=keep), TrainerConfig())
+    assert need == DiskNeed((200 if precision == "bf16-true" else 400) + RECORDS, work)
+
+
+def test_each_logged_point_takes_room(make_run: Callable[..., RunConfig]) -> None:
+    spec = stage_specs(make_run())[0]
+    rare, often = (
+        disk_need(spec, 100, CheckpointConfig(), TrainerConfig(log_every_n_steps=steps)).stays for steps in (10, 2)
+    )
+    assert often - rare == 4 * POINT_BYTES
+
+
+def test_the_best_weights_are_kept_meanwhile(make_run: Callable[..., RunConfig]) -> None:
+    spec = dataclasses.replace(stage_specs(make_run())[0], finetune=FinetuneConfig(patience=2))
+    assert disk_need(spec, 100, CheckpointConfig(), TrainerConfig()).work == 400
 
 
 def test_generated_text_is_kept_meanwhile(make_run: Callable[..., RunConfig]) -> None:
     spec = stage_specs(make_run("stage_defaults.replay={fraction: 0.5, source: generated}"))[1]
-    assert disk_need(spec, 100, CheckpointConfig(every_steps=50)).work == 8 * 320
+    assert disk_need(spec, 100, CheckpointConfig(every_steps=50), TrainerConfig()).work == 8 * 320
 
 
 def test_what_the_teacher_said_is_kept_meanwhile(make_run: Callable[..., RunConfig]) -> None:
     spec = stage_specs(make_run("stage_defaults.distill.weight=1", "stage_defaults.replay.fraction=0.5"))[1]
-    plain, more = (disk_need(spec, 100, CheckpointConfig(every_steps=50), caches_teacher=c) for c in (False, True))
+    plain, more = (
+        disk_need(spec, 100, CheckpointConfig(every_steps=50), TrainerConfig(cache_teacher=c)) for c in (False, True)
+    )
     assert spec.distilled_tokens > 0 and more.work - plain.work == 4 * spec.model.width * spec.distilled_tokens
 
 
@@ -70,3 +97,10 @@ def test_used_space(tmp_path: Path) -> None:
     (tmp_path / "a" / "file").write_bytes(b"12345")
     (tmp_path / "b").write_bytes(b"12")
     assert used_space(tmp_path) == 7
+
+
+def test_holes_take_no_space(tmp_path: Path) -> None:
+    with (tmp_path / "sparse").open("wb") as file:
+        file.truncate(1 << 30)
+        file.write(b"12345")
+    assert used_space(tmp_path) < 1 << 20
