@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lifelong_moe.stages.garbage import Garbage, Stored, collect, find_garbage
-from pipelines.places import ROOT
+from pipelines.places import CACHE, ROOT, remove_abandoned
 
 
 def gc(apply: bool, console: Console) -> dict[str, Any]:
@@ -19,15 +19,18 @@ def gc(apply: bool, console: Console) -> dict[str, Any]:
         LockedError: If a process works on a run or a stage; nothing is removed then.
         CorruptError: If something is unreadable, so that it is unknown what it needs.
     """
-    garbage = collect(ROOT, time.time()) if apply else find_garbage(ROOT, time.time())
+    garbage = collect(ROOT, CACHE, time.time()) if apply else find_garbage(ROOT, CACHE, time.time())
+    if apply:
+        remove_abandoned()
     _print(console, garbage, apply)
-    kinds = {"stages": garbage.stages, "evaluations": garbage.evaluations, "work": garbage.work, "young": garbage.young}
+    kinds = {name: getattr(garbage, name) for name in ("stages", "evaluations", "work", "tokens", "young")}
     listed = {kind: [{"path": str(s.path), "bytes": s.bytes} for s in found] for kind, found in kinds.items()}
     return {"removed": apply, "bytes": garbage.bytes, **listed}
 
 
 def _print(console: Console, garbage: Garbage, applied: bool) -> None:
     kinds = [("stage", garbage.stages), ("evaluation", garbage.evaluations), ("work", garbage.work)]
+    kinds.append(("token cache", garbage.tokens))
     table = Table(title="removed" if applied else "nothing refers to", title_justify="left")
     for header in ("", "path", "MB"):
         table.add_column(header, justify="right" if header == "MB" else "left")

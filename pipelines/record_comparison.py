@@ -21,7 +21,7 @@ from lifelong_moe.errors import CorruptError, LockedError
 from lifelong_moe.evaluation.comparison import SCHEMA, ArmResult, build_comparison
 from lifelong_moe.evaluation.comparison_figures import comparison_figures
 from lifelong_moe.methods.comparison import Comparison
-from lifelong_moe.stages.atomic import remove_temporary, replace_file
+from lifelong_moe.stages.atomic import replace_file
 from lifelong_moe.stages.keys import content_key
 from lifelong_moe.stages.lock import locked
 from lifelong_moe.stages.runs import RunRecord
@@ -49,7 +49,6 @@ class ComparisonRecord:
         self.comparison, self.jobs, self.tracker = comparison, jobs, tracker
         self.path = ROOT / "comparisons" / comparison.settings.compare
         with self._head() as head:
-            remove_temporary(self.path)
             if self.tracker.active and head["mlflow"]["run"] is None:
                 head["mlflow"]["run"] = local_id()
         with self._head() as head:  # anew, for it was written: whoever kills us now, the run is found again

@@ -33,7 +33,7 @@ from pipelines.candidates import Bench, batch_files, served_stages
 from pipelines.drop import with_versions
 from pipelines.gating import gate, with_best
 from pipelines.novelty import NewDocuments, batch_source, new_documents, read_texts
-from pipelines.places import CACHE, ROOT
+from pipelines.places import CACHE, ROOT, remove_abandoned
 from pipelines.record_retrain import TickRecord
 from pipelines.retrain_plan import TickPlan, check_plan, make_plan, read_plan
 
@@ -143,8 +143,7 @@ def retrain(
     with handling_sigterm() as interrupt:
         record, store = RunRecord(ROOT, retraining.run), StageStore(ROOT)
         with locked(record.lock_path, f"run {record.run}"):
-            record.clean()
-            store.clean()
+            remove_abandoned()
             head = with_versions(store, require_head(ROOT, record.run))
             tick = Tick(retraining, record, head, console)
             try:

@@ -27,6 +27,7 @@ from lifelong_moe.training.phase import StageEnvironment, build_trainer
 from lifelong_moe.training.stage import clear_abandoned, initial_model, load_model, train_stage
 from pipelines import render
 from pipelines.evaluations import Evaluator
+from pipelines.places import remove_abandoned
 from pipelines.record import MlflowRecord
 from pipelines.workspace import ROOT, Prepared, prepare, require_room
 
@@ -58,13 +59,13 @@ def run(
         ResourceError: If disk or memory does not suffice.
     """
     with handling_sigterm() as interrupt:
+        remove_abandoned()
         with console.status("reading and tokenizing the distributions"):
             prepared = prepare(config_path, overrides, memory)
         build_trainer(prepared.config.trainer, 1, [], None)  # what this machine cannot do is said before anything else
         record, store = RunRecord(ROOT, prepared.config.run), StageStore(ROOT)
         require_room([planned for planned in prepared.plan if store.find(planned.key) is None], prepared.config)
         with locked(record.lock_path, f"run {record.run}"):
-            record.clean()
             head = _open_head(record, prepared, replace)
             report, trained = _run_stages(prepared, store, record, head, interrupt, console, parent_run)
     render.report(console, [report])
@@ -84,16 +85,13 @@ def _run_stages(
 ) -> tuple[dict[str, Any], int]:
     """Restore or train, evaluate, record: stage after stage. Returns the report and how many stages were trained."""
     config, data = prepared.config, prepared.data
-    store.clean()
     render.data_table(console, prepared)
     for sentence in (*leaking(config), *nothing_to_hold(config)):
         console.print(f"[yellow]{sentence}[/yellow]", highlight=False)
     tracker = Tracker.connect(config.tracking, ROOT)
     if tracker.problem:
         console.print(f"[yellow]{tracker.problem}[/yellow]")
-    evaluations_kept = EvaluationStore(ROOT)
-    evaluations_kept.clean()
-    evaluator = Evaluator(config, data, evaluations_kept, console)
+    evaluator = Evaluator(config, data, EvaluationStore(ROOT), console)
     content = content_key([[planned.key for planned in prepared.plan], [evaluator.key(d) for d in config.evaluated]])
     mlflow = MlflowRecord(tracker, prepared, head, record, content, parent_run)
     init = _evaluate_init(prepared, evaluator)

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lifelong_moe.data.documents import Document, documents_hash
 from lifelong_moe.data.jsonl import read_jsonl
-from lifelong_moe.data.storage import canonical_json, file_sha256, sync_directory, temporary_path
+from lifelong_moe.data.storage import canonical_json, file_sha256, sync, temporary
 from lifelong_moe.errors import CorruptError
 
 DOCUMENTS, MANIFEST = "documents.jsonl", "manifest.json"
@@ -47,17 +46,14 @@ class BatchStore:
             self.manifest(batch)
             return batch
         self.root.mkdir(parents=True, exist_ok=True)
-        work = temporary_path(self.root)
-        work.mkdir()
-        try:
+        with temporary(self.root) as work:
             _write(work, batch, sorted(documents, key=lambda document: document.hash), files)
-            os.rename(work, self.path(batch).parent)
-            sync_directory(self.root)
-        except OSError:
-            if not self.path(batch).exists():  # else another process was first
-                raise
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
+            try:
+                os.rename(work, self.path(batch).parent)
+            except OSError:
+                if not self.path(batch).exists():  # else another process was first
+                    raise
+        sync(self.root)
         return batch
 
     def manifest(self, batch: str) -> dict[str, Any]:
@@ -100,6 +96,5 @@ def _write(work: Path, batch: str, documents: Sequence[Document], files: Sequenc
     }
     (work / MANIFEST).write_text(canonical_json(manifest), encoding="utf-8")
     for name in (DOCUMENTS, MANIFEST):
-        with (work / name).open("rb") as stream:
-            os.fsync(stream.fileno())
-    sync_directory(work)
+        sync(work / name)
+    sync(work)

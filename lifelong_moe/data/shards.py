@@ -10,8 +10,8 @@ import bisect
 import itertools
 import json
 import os
-import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -19,7 +19,7 @@ from typing import Any, overload
 import numpy as np
 
 from lifelong_moe.data.documents import Corpus, Document
-from lifelong_moe.data.storage import canonical_json, file_sha256, sync_directory, temporary_path
+from lifelong_moe.data.storage import canonical_json, file_sha256, sync, temporary
 from lifelong_moe.data.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1
@@ -129,6 +129,8 @@ def _open_or_build(documents: Sequence[Document], directory: Path, tokenizer: To
         shard = _open(directory)
         if shard is None:
             raise OSError(f"{directory}: what was written a moment ago does not verify")
+    with suppress(OSError):  # another user's cache
+        os.utime(directory / "manifest.json")  # garbage is what nobody has opened for long
     return shard
 
 
@@ -162,20 +164,16 @@ def _read_manifest(directory: Path) -> dict[str, Any] | None:
 
 def _build(documents: Sequence[Document], directory: Path, tokenizer: Tokenizer) -> None:
     directory.parent.mkdir(parents=True, exist_ok=True)
-    work = temporary_path(directory.parent)
-    work.mkdir()
-    try:
+    with temporary(directory.parent) as work:
         dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
         _write_arrays(documents, work, tokenizer, dtype)
         files = {name: {"size": (work / name).stat().st_size, "sha256": file_sha256(work / name)} for name in _FILES}
         manifest = canonical_json({"version": FORMAT_VERSION, "dtype": dtype, "files": files})
         (work / "manifest.json").write_text(manifest, encoding="utf-8")
         for name in (*_FILES, "manifest.json"):
-            _sync_file(work / name)
-        sync_directory(work)
+            sync(work / name)
+        sync(work)
         _move_into_place(work, directory)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def _write_arrays(documents: Sequence[Document], work: Path, tokenizer: Tokenizer, dtype: str) -> None:
@@ -184,11 +182,11 @@ def _write_arrays(documents: Sequence[Document], work: Path, tokenizer: Tokenize
     with (work / "tokens.bin").open("wb") as stream:
         for batch in _batches(documents):
             for ids in tokenizer.encode_batch([document.text for document in batch]):
-                np.array([tokenizer.bos_id, *ids], dtype=dtype).tofile(stream)
+                stream.write(np.array([tokenizer.bos_id, *ids], dtype=dtype))  # tofile's errors say no reason
                 lengths.append(len(ids) + 1)
             text_bytes += [document.num_bytes for document in batch]
-    np.array([0, *itertools.accumulate(lengths)], dtype="<i8").tofile(work / "offsets.bin")
-    np.array(text_bytes, dtype="<i8").tofile(work / "text_bytes.bin")
+    (work / "offsets.bin").write_bytes(np.array([0, *itertools.accumulate(lengths)], dtype="<i8"))
+    (work / "text_bytes.bin").write_bytes(np.array(text_bytes, dtype="<i8"))
 
 
 def _batches(documents: Sequence[Document]) -> Iterator[list[Document]]:
@@ -204,20 +202,14 @@ def _batches(documents: Sequence[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def _sync_file(path: Path) -> None:
-    with path.open("rb") as stream:
-        os.fsync(stream.fileno())
-
-
 def _move_into_place(work: Path, directory: Path) -> None:
     """Rename ``work`` to ``directory``, putting a damaged predecessor aside; another process may win the race."""
     if directory.exists() and _open(directory) is None:
-        damaged = temporary_path(directory.parent)
-        os.replace(directory, damaged)
-        shutil.rmtree(damaged, ignore_errors=True)
+        with temporary(directory.parent) as aside:
+            os.replace(directory, aside / directory.name)
     try:
         os.replace(work, directory)
     except OSError:
         if _open(directory) is None:  # not lost to another process that wrote the same
             raise
-    sync_directory(directory.parent)
+    sync(directory.parent)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lifelong_moe.data.storage import temporary_path
+from lifelong_moe.data.storage import temporary
 
 
 def write_parquet(path: Path, parts: Iterable[Mapping[str, Any]]) -> int:
@@ -25,22 +25,22 @@ def write_parquet(path: Path, parts: Iterable[Mapping[str, Any]]) -> int:
     import pyarrow  # type: ignore[import-untyped]
     from pyarrow import parquet
 
-    work, rows, writer = temporary_path(path.parent), 0, None
-    try:
-        for part in parts:
-            table = pyarrow.table({name: _column(values) for name, values in part.items()})
+    rows, writer = 0, None
+    with temporary(path.parent) as folder:
+        work = folder / path.name
+        try:
+            for part in parts:
+                table = pyarrow.table({name: _column(values) for name, values in part.items()})
+                if writer is None:
+                    writer = parquet.ParquetWriter(work, table.schema)
+                writer.write_table(table)
+                rows += len(table)
             if writer is None:
-                writer = parquet.ParquetWriter(work, table.schema)
-            writer.write_table(table)
-            rows += len(table)
-        if writer is None:
-            raise ValueError("a table needs at least one part")
-        writer.close()
+                raise ValueError("a table needs at least one part")
+        finally:
+            if writer is not None:
+                writer.close()
         work.replace(path)
-    finally:
-        if writer is not None:
-            writer.close()
-        work.unlink(missing_ok=True)
     return rows
 
 

@@ -5,20 +5,17 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil
-import socket
-import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
+from lifelong_moe.data.storage import sync, temporary, write_atomic
 from lifelong_moe.errors import CorruptError, ResourceError
 from lifelong_moe.stages.keys import canonical_json, file_hash
 
 MANIFEST = "manifest.json"
-TMP = ".tmp-"
 
 
 def write_directory(target: Path, files: Mapping[str, Callable[[Path], object]]) -> None:
@@ -35,25 +32,26 @@ def write_directory(target: Path, files: Mapping[str, Callable[[Path], object]])
         ResourceError: If the disk is full; ``target`` is then untouched.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    tmp = _temporary(target.parent)
     try:
-        tmp.mkdir()
-        for name, write in files.items():
-            write(tmp / name)
-            sync(tmp / name)
-        entries = {name: {"bytes": (tmp / name).stat().st_size, "sha256": file_hash(tmp / name)} for name in files}
-        (tmp / MANIFEST).write_text(canonical_json({"files": entries}))
-        for name in files:  # safetensors writes for its owner alone; what is shared is for everyone that umask allows
-            (tmp / name).chmod((tmp / MANIFEST).stat().st_mode)
-        sync(tmp / MANIFEST)
-        sync(tmp)
-        _publish(tmp, target)
+        with temporary(target.parent) as tmp:
+            _write_files(tmp, files)
+            _publish(tmp, target)
     except (OSError, SafetensorError) as error:
         if _is_full(error):
             raise ResourceError(f"{target}: no space left on the disk; nothing committed was touched.") from error
         raise
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)
+
+
+def _write_files(tmp: Path, files: Mapping[str, Callable[[Path], object]]) -> None:
+    for name, write in files.items():
+        write(tmp / name)
+        sync(tmp / name)
+    entries = {name: {"bytes": (tmp / name).stat().st_size, "sha256": file_hash(tmp / name)} for name in files}
+    (tmp / MANIFEST).write_text(canonical_json({"files": entries}))
+    for name in files:  # safetensors writes for its owner alone; what is shared is for everyone that umask allows
+        (tmp / name).chmod((tmp / MANIFEST).stat().st_mode)
+    sync(tmp / MANIFEST)
+    sync(tmp)
 
 
 def _is_full(error: OSError | SafetensorError) -> bool:
@@ -76,32 +74,14 @@ def _publish(tmp: Path, target: Path) -> None:
 def remove_directory(path: Path) -> None:
     """Remove a directory so that it is there whole or not at all: renamed first, and what a kill leaves is cleaned up
     like any half-written directory."""
-    tmp = _temporary(path.parent)
-    os.rename(path, tmp)
-    sync(path.parent)
-    shutil.rmtree(tmp)
+    with temporary(path.parent) as tmp:
+        os.rename(path, tmp / path.name)
+        sync(path.parent)
 
 
 def replace_file(path: Path, text: str) -> None:
     """Replace a file's content atomically and durably."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = _temporary(path.parent)
-    try:
-        tmp.write_text(text, encoding="utf-8")
-        sync(tmp)
-        os.replace(tmp, path)
-        sync(path.parent)
-    finally:
-        tmp.unlink(missing_ok=True)
-
-
-def sync(path: Path) -> None:
-    """Flush a file or a directory to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    write_atomic(path, text.encode("utf-8"))
 
 
 def verify_directory(directory: Path) -> dict[str, Any]:
@@ -127,29 +107,3 @@ def verify_directory(directory: Path) -> dict[str, Any]:
         if found != entry["sha256"]:
             raise CorruptError(f"{path}: SHA-256 is {found}, but the manifest says {entry['sha256']}.")
     return manifest
-
-
-def _temporary(parent: Path) -> Path:
-    """A new name that says which process of which machine writes there."""
-    return parent / f"{TMP}{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-
-
-def remove_temporary(parent: Path) -> int:
-    """Remove what killed processes of this machine left half written; returns how many entries there were."""
-    found = [path for path in parent.glob(f"{TMP}{socket.gethostname()}-*") if not _writer_lives(path)]
-    for path in found:
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
-    return len(found)
-
-
-def _writer_lives(path: Path) -> bool:
-    try:
-        os.kill(int(path.name.rsplit("-", 2)[1]), 0)
-    except (ProcessLookupError, ValueError, IndexError):
-        return False
-    except PermissionError:
-        return True
-    return True

@@ -21,13 +21,14 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
+from lifelong_moe.data.storage import GRACE_SECONDS
 from lifelong_moe.errors import CorruptError
-from lifelong_moe.stages.atomic import remove_directory, remove_temporary
+from lifelong_moe.stages.atomic import remove_directory
 from lifelong_moe.stages.keys import SHORT, content_key
 from lifelong_moe.stages.lock import locked
 
-GRACE_SECONDS = 24 * 3600.0
-"""A thing is young for a day."""
+TOKENS_SECONDS = 30 * 24 * 3600.0
+"""Tokens are kept for a month after they were opened last: whatever needs them can make them again."""
 KEY = re.compile(r"[0-9a-f]{64}")
 
 
@@ -50,12 +51,14 @@ class Garbage:
     stages: list[Stored]
     evaluations: list[Stored]
     work: list[Stored]
+    tokens: list[Stored]
+    """Tokenized text that nobody has opened for a month."""
     young: list[Stored]
 
     @property
     def bytes(self) -> int:
         """Disk that removing it frees."""
-        return sum(stored.bytes for stored in (*self.stages, *self.evaluations, *self.work))
+        return sum(stored.bytes for stored in (*self.stages, *self.evaluations, *self.work, *self.tokens))
 
 
 def mentioned(value: Any) -> set[str]:
@@ -85,11 +88,12 @@ def dependants_first(keys: Collection[str], needs: Mapping[str, Collection[str]]
     return list(TopologicalSorter(among).static_order())[::-1]
 
 
-def find_garbage(root: Path, now: float, grace: float = GRACE_SECONDS) -> Garbage:
+def find_garbage(root: Path, cache: Path, now: float, grace: float = GRACE_SECONDS) -> Garbage:
     """Look for what may be removed; changes nothing.
 
     Args:
         root: ``mlruns``.
+        cache: ``data/cache``.
         now: Seconds since the epoch.
         grace: Seconds for which a thing is young.
 
@@ -111,6 +115,7 @@ def find_garbage(root: Path, now: float, grace: float = GRACE_SECONDS) -> Garbag
         stages=[stages[key] for key in dependants_first(stages.keys() - live, needs)],
         evaluations=[s for s in evaluations if s.changed <= limit],
         work=[s for s in work if s.changed <= limit],
+        tokens=[s for s in _tokens(cache) if s.changed < clock - TOKENS_SECONDS],
         young=[
             *(stages[key] for key in sorted(stages.keys() & live - held)),
             *(s for s in (*evaluations, *work) if s.changed > limit),
@@ -118,7 +123,7 @@ def find_garbage(root: Path, now: float, grace: float = GRACE_SECONDS) -> Garbag
     )
 
 
-def collect(root: Path, now: float, grace: float = GRACE_SECONDS) -> Garbage:
+def collect(root: Path, cache: Path, now: float, grace: float = GRACE_SECONDS) -> Garbage:
     """Remove the garbage while no process works on any run or stage; returns what was removed.
 
     Raises:
@@ -129,13 +134,11 @@ def collect(root: Path, now: float, grace: float = GRACE_SECONDS) -> Garbage:
             held.enter_context(locked(path / ".lock", f"run {path.name}"))
         for path in sorted(root.glob("work/*/")):
             held.enter_context(locked(path / ".lock", f"stage {path.name}"))
-        garbage = find_garbage(root, now, grace)
+        garbage = find_garbage(root, cache, now, grace)
         for stored in garbage.evaluations:
             stored.path.unlink(missing_ok=True)
-        for stored in (*garbage.work, *garbage.stages):
+        for stored in (*garbage.work, *garbage.stages, *garbage.tokens):
             remove_directory(stored.path)
-        for parent in (root / "stages", root / "work"):
-            remove_temporary(parent)
     return garbage
 
 
@@ -193,6 +196,10 @@ def _evaluations(root: Path) -> list[Stored]:
 
 def _work(root: Path) -> list[Stored]:
     return [_stored(path, path.name) for path in sorted(root.glob("work/[!.]*/"))]
+
+
+def _tokens(cache: Path) -> list[Stored]:
+    return [_stored(path, path.name) for path in sorted(cache.glob("tokens/[!.]*/"))]
 
 
 def _stored(path: Path, key: str) -> Stored:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lifelong_moe.errors import ConfigError, CorruptError
-from lifelong_moe.stages.atomic import remove_temporary, replace_file
+from lifelong_moe.stages.atomic import replace_file
 from lifelong_moe.stages.keys import SHORT, canonical_json
 
 
@@ -76,10 +76,6 @@ class RunRecord:
                     found.append(entry.get(field))
         return found
 
-    def clean(self) -> int:
-        """Remove what killed processes left half written."""
-        return remove_temporary(self.path)
-
     def _read(self, name: str) -> dict[str, Any] | None:
         path = self.path / name
         if not path.is_file():
@@ -112,10 +108,6 @@ class EvaluationStore:
 
     def __init__(self, root: Path) -> None:
         self.root = root / "evaluations"
-
-    def clean(self) -> int:
-        """Remove what killed processes left half written."""
-        return remove_temporary(self.root)
 
     def _path(self, stage_key: str, data_key: str) -> Path:
         return self.root / f"{stage_key[:SHORT]}-{data_key[:SHORT]}.json"

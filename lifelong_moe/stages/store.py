@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lifelong_moe.errors import CheckpointError, CorruptError
-from lifelong_moe.stages.atomic import remove_temporary, verify_directory, write_directory
+from lifelong_moe.stages.atomic import verify_directory, write_directory
 from lifelong_moe.stages.keys import SHORT, canonical_json
 
 WEIGHTS = "model.safetensors"
@@ -49,10 +49,6 @@ class StageStore:
     def __init__(self, root: Path) -> None:
         self.root = root / "stages"
         self._open: dict[str, CommittedStage] = {}
-
-    def clean(self) -> int:
-        """Remove what killed processes left half written."""
-        return remove_temporary(self.root)
 
     def find(self, key: str) -> CommittedStage | None:
         """The committed stage with this key, verified; None if there is none.

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from lifelong_moe.data.storage import sync, write_atomic
 from lifelong_moe.tracking.connection import without_credentials
 
 log = logging.getLogger(__name__)
@@ -87,7 +88,7 @@ class Spool:
         """
         with self._locked("spool.lock"):
             if not (self.path / _ADDRESS).exists():
-                _write(self.path / _ADDRESS, self.address.encode())
+                write_atomic(self.path / _ADDRESS, self.address.encode())
             if content is not None:
                 operation = operation | {"file": self._keep(content, operation["path"])}
             line = json.dumps(operation, allow_nan=False, separators=(",", ":")).encode() + b"\n"
@@ -100,12 +101,12 @@ class Spool:
                 file.flush()
                 os.fsync(file.fileno())
             if not begun:
-                _flush_folder(self.path)
+                sync(self.path)
 
     def _keep(self, content: bytes, path: str) -> str:
         name = hashlib.sha256(content).hexdigest() + PurePosixPath(path).suffix
         if not (self.path / "files" / name).exists():
-            _write(self.path / "files" / name, content)
+            write_atomic(self.path / "files" / name, content)
         return name
 
     def deliver(self, perform: Perform, seconds: float = math.inf) -> Delivered:
@@ -157,7 +158,7 @@ class Spool:
         finally:
             # SIGKILL skips this, and then all is told again, which changes nothing.
             if rest := lines[done:]:
-                _write(path, b"\n".join(rest) + b"\n")
+                write_atomic(path, b"\n".join(rest) + b"\n")
             else:
                 path.unlink()
 
@@ -199,24 +200,3 @@ class Spool:
                         raise TimeoutError(f"another process holds {file.name}") from None
                     time.sleep(_LOOK_SECONDS)
             yield
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a whole file durably: after a crash it is there as before or as given."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    with tmp.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(tmp, path)
-    _flush_folder(path.parent)
-
-
-def _flush_folder(path: Path) -> None:
-    """Make the names in a directory durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

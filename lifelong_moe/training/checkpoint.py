@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lifelong_moe.errors import CorruptError
-from lifelong_moe.stages.atomic import remove_temporary, verify_directory, write_directory
+from lifelong_moe.stages.atomic import verify_directory, write_directory
 from lifelong_moe.stages.store import load_weights
 
 log = logging.getLogger(__name__)
@@ -112,7 +112,6 @@ def newest_checkpoint(work: Path, warn: Callable[[str], None] = log.warning) -> 
     Raises:
         CorruptError: If there are checkpoints and none verifies: beginning again is for a person to decide.
     """
-    remove_temporary(work)
     found = checkpoints(work)
     for path in reversed(found):
         try:

@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from lifelong_moe.data import storage
 from lifelong_moe.errors import CheckpointError, ConfigError, CorruptError, DivergedError, ResourceError
 from lifelong_moe.stages import atomic
 from lifelong_moe.stages.store import StageStore, load_weights
@@ -135,7 +136,7 @@ def test_killed_while_an_evaluation_is_written(lab: Path) -> None:
     write_config(tiny_config(("fruit",)))
 
     def action() -> None:
-        die_at(atomic, "sync", lambda path: path.parent.name == "evaluations", after=False)
+        die_at(storage, "sync", lambda path: path.parent.parent.name == "evaluations", after=False)
         train()
 
     assert fork(action).wait() == -signal.SIGKILL

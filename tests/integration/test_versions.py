@@ -31,7 +31,7 @@ from tests.retrain_lab import base_config, head
 from tests.tiny import CONTEXT, SEQUENCES, STEPS, tiny_config, train, write_config, write_corpora
 
 SILENT = Console(quiet=True)
-MLRUNS = Path("mlruns")
+MLRUNS, CACHE = Path("mlruns"), Path("data/cache")
 DAY = 86400.0
 
 
@@ -187,40 +187,59 @@ def test_only_garbage_is_collected_and_only_when_it_is_old() -> None:
     }
     young = gc(False, SILENT)
     assert young["stages"] == [] and len(young["young"]) == 2  # stages; their evaluations live with them
-    found = find_garbage(MLRUNS, time.time() + 30 * DAY, grace=-1)
+    found = find_garbage(MLRUNS, CACHE, time.time() + 30 * DAY, grace=-1)
     assert {stored.path.name for stored in found.stages} == {p.name for p in Path("mlruns/stages").glob("*")} - kept
     assert found.stages[0].path.name.startswith("code")  # what depends on others goes first
     assert found.evaluations and found.bytes > 0
-    collect(MLRUNS, time.time(), grace=-1)
+    collect(MLRUNS, CACHE, time.time(), grace=-1)
     assert {path.name for path in Path("mlruns/stages").glob("*")} == kept
     report, printed = train()
     assert "Nothing to train" in printed and len(report["stages"]) == 3
+
+
+def test_tokens_that_nobody_opened_for_a_month_are_collected() -> None:
+    caches = sorted(CACHE.glob("tokens/*"))
+    assert len(caches) > 1
+    for path in caches:
+        for entry in path.iterdir():
+            os.utime(entry, (time.time() - 31 * DAY,) * 2)
+    train()  # opens those of this run, both parts of each distribution
+    shown = gc(False, SILENT)
+    unused = {entry["path"] for entry in shown["tokens"]}
+    opened = {str(path) for path in caches if (path / "manifest.json").stat().st_mtime > time.time() - DAY}
+    assert len(opened) == 6 and unused == {str(path) for path in caches} - opened
+    assert all(path.is_dir() for path in caches)
+    left_over = CACHE / "tokens/.tmp-0123@elsewhere"
+    left_over.mkdir()
+    os.utime(left_over, (0, 0))
+    assert {entry["path"] for entry in gc(True, SILENT)["tokens"]} == unused
+    assert {str(path) for path in CACHE.glob("tokens/*")} == opened
 
 
 def test_every_version_and_every_live_plan_is_kept() -> None:
     two_versions()
     rollback("tiny", None, SILENT)
     shutil.rmtree("mlruns/runs/short")
-    assert find_garbage(MLRUNS, time.time(), grace=-1).stages == []
+    assert find_garbage(MLRUNS, CACHE, time.time(), grace=-1).stages == []
     key = head()["versions"][1]["stages"][-1]["key"]
     record = RunRecord(MLRUNS, "tiny")
     record.set_head({**head(), "versions": head()["versions"][:1], "trained": []})
-    assert [stored.key for stored in find_garbage(MLRUNS, time.time(), grace=-1).stages] == [key]
+    assert [stored.key for stored in find_garbage(MLRUNS, CACHE, time.time(), grace=-1).stages] == [key]
     plan = Path("mlruns/runs/tiny/plans/one.json")
     plan.parent.mkdir()
     for expires, left in (("2999-01-01T00:00:00Z", []), ("2020-01-01T00:00:00Z", [key])):
         plan.write_text(json.dumps({"stages": [key], "expires": expires}))
-        assert [stored.key for stored in find_garbage(MLRUNS, time.time(), grace=-1).stages] == left
+        assert [stored.key for stored in find_garbage(MLRUNS, CACHE, time.time(), grace=-1).stages] == left
 
 
 @pytest.mark.parametrize("jump", [-3650 * DAY, 3650 * DAY])
 def test_a_clock_that_jumps_removes_nothing_young(jump: float) -> None:
     shutil.rmtree("mlruns/runs/tiny")
     shutil.rmtree("mlruns/runs/short")
-    assert collect(MLRUNS, time.time() + jump).stages == []
+    assert collect(MLRUNS, CACHE, time.time() + jump).stages == []
     for path in Path("mlruns/stages").rglob("*"):
         os.utime(path, (time.time() + jump, time.time() + jump))
-    assert collect(MLRUNS, time.time()).stages == [] and len(bits()) > 3
+    assert collect(MLRUNS, CACHE, time.time()).stages == [] and len(bits()) > 3
 
 
 def test_nothing_is_removed_beside_a_working_process() -> None:
@@ -245,7 +264,7 @@ def test_an_unreadable_head_stops_the_collection() -> None:
     Path("mlruns/runs/tiny/head.json").write_text("{")
     before = bits()
     with pytest.raises(CorruptError, match="nothing is removed"):
-        collect(MLRUNS, time.time(), grace=-1)
+        collect(MLRUNS, CACHE, time.time(), grace=-1)
     assert bits() == before
 
 

@@ -1,10 +1,27 @@
-"""Canonical JSON and atomic writing."""
+"""Canonical JSON, atomic writing, and what killed writers leave."""
 
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
 
-from lifelong_moe.data.storage import canonical_json, file_sha256, text_sha256, write_atomic
+from lifelong_moe.data import storage
+from lifelong_moe.data.storage import (
+    canonical_json,
+    file_sha256,
+    remove_temporary,
+    temporary,
+    text_sha256,
+    write_atomic,
+)
+
+HOUR = 3600.0
 
 
 def test_canonical_json() -> None:
@@ -40,3 +57,111 @@ def test_written_files_have_ordinary_permissions(tmp_path: Path) -> None:
     write_atomic(tmp_path / "ours", b"")
     (tmp_path / "ordinary").write_bytes(b"")
     assert (tmp_path / "ours").stat().st_mode == (tmp_path / "ordinary").stat().st_mode
+
+
+def left_behind(path: Path, age: float) -> Path:
+    """A directory with one file, of which nothing has changed for so many seconds."""
+    path.mkdir(parents=True)
+    (path / "file").write_bytes(b"half")
+    for entry in (path / "file", path):
+        os.utime(entry, (time.time() - age, time.time() - age))
+    return path
+
+
+def abandon(parent: Path) -> Path:
+    """What a process leaves that is killed while it writes."""
+    pid = os.fork()
+    if not pid:
+        with temporary(parent) as work:
+            (work / "file").write_bytes(b"half")
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(pid, 0)
+    (path,) = parent.glob(".tmp-*")
+    return path
+
+
+def test_a_temporary_directory_is_gone_in_the_end_whatever_happens(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="wrong"), temporary(tmp_path) as work:
+        (work / "file").write_bytes(b"half")
+        raise ValueError("wrong")
+    with temporary(tmp_path) as work:
+        work.rename(tmp_path / "whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["whole"]
+
+
+@pytest.mark.parametrize("folder", ["", "stages", "runs/tiny/plans", "spool/0123/files"])
+def test_what_a_killed_process_left_goes_at_once(tmp_path: Path, folder: str) -> None:
+    parent = tmp_path / folder
+    parent.mkdir(parents=True, exist_ok=True)
+    path = abandon(parent)
+    assert remove_temporary(tmp_path) == 1 and not path.exists()
+
+
+def test_a_process_identifier_that_is_used_again_means_nothing(tmp_path: Path) -> None:
+    name = abandon(tmp_path).name
+    assert str(os.getpid()) not in name
+    assert remove_temporary(tmp_path) == 1
+
+
+@pytest.mark.parametrize("machine", ["", "@elsewhere"], ids=["here", "elsewhere"])
+def test_a_living_writer_keeps_its_directory_however_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, machine: str
+) -> None:
+    ready, wait = os.pipe(), os.pipe()
+    pid = os.fork()
+    if not pid:
+        with temporary(tmp_path) as work:
+            left_behind(work / "inner", 400 * 24 * HOUR)
+            os.utime(work, (0, 0))
+            os.write(ready[1], b"1")
+            os.read(wait[0], 1)
+        os._exit(0)
+    os.read(ready[0], 1)
+    if machine:
+        monkeypatch.setattr(storage, "_machine", lambda: machine)
+    assert remove_temporary(tmp_path) == 0 and len(list(tmp_path.glob(".tmp-*/inner/file"))) == 1
+    os.write(wait[1], b"1")
+    os.waitpid(pid, 0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_our_own_directory_is_not_removed_by_ourselves(tmp_path: Path) -> None:
+    with temporary(tmp_path) as work:
+        assert remove_temporary(tmp_path) == 0 and work.is_dir()
+
+
+@pytest.mark.parametrize(
+    "name", [".tmp-0123456789abcdef@elsewhere", ".tmp-host-123-0123abcd", ".tmp-123-0123456789abcdef", ".tmp-0123"]
+)
+def test_what_others_left_goes_after_a_day(tmp_path: Path, name: str) -> None:
+    """Of other machines, and of names as they once were."""
+    old, young = left_behind(tmp_path / "a" / name, 25 * HOUR), left_behind(tmp_path / "b" / name, 23 * HOUR)
+    written = left_behind(tmp_path / "c" / name, 25 * HOUR)
+    (written / "file").write_bytes(b"a little more")
+    assert remove_temporary(tmp_path) == 1
+    assert (old.exists(), young.exists(), written.exists()) == (False, True, True)
+
+
+def test_files_of_earlier_versions_go_as_well(tmp_path: Path) -> None:
+    path = tmp_path / ".tmp-123-address"
+    path.write_bytes(b"")
+    os.utime(path, (time.time() - 25 * HOUR,) * 2)
+    assert remove_temporary(tmp_path) == 1 and not path.exists()
+
+
+def test_age_decides_where_there_are_no_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with temporary(tmp_path) as work:
+        assert "@" not in work.name and remove_temporary(tmp_path) == 0
+    path = left_behind(tmp_path / ".tmp-0123@here", 23 * HOUR)
+    monkeypatch.setattr(storage, "_machine", lambda: "@here")
+    assert remove_temporary(tmp_path) == 0  # perhaps its writer could lock it
+    left_behind(path / "inner", 0)
+    os.utime(path / "inner", (0, 0))
+    for entry in path.rglob("*"):
+        os.utime(entry, (0, 0))
+    os.utime(path, (0, 0))
+    assert remove_temporary(tmp_path) == 1
