@@ -57,6 +57,23 @@ def is_server(uri: str) -> bool:
     return urlsplit(uri).scheme in ("http", "https")
 
 
+def sqlite_path(uri: str) -> Path | None:
+    """Find the file of a SQLite database.
+
+    Args:
+        uri: Tracking URI.
+
+    Returns:
+        Its path; None for any other store, and for a database in memory.
+    """
+    if urlsplit(uri).scheme.partition("+")[0] != "sqlite":
+        return None
+    from sqlalchemy.engine import make_url
+
+    database = make_url(uri).database
+    return Path(database) if database and database != ":memory:" else None
+
+
 def without_credentials(uri: str) -> str:
     """Remove whatever may be secret, for messages, links and files.
 
@@ -117,14 +134,14 @@ def _probe_server(uri: str, seconds: float) -> str | None:
 
 
 def _probe_sqlite(uri: str, seconds: float) -> str | None:
-    from sqlalchemy.engine import make_url
-
-    database = make_url(uri).database
-    if not database or database == ":memory:":
+    path = sqlite_path(uri)
+    if path is None:
         return None
     try:
-        Path(database).parent.mkdir(parents=True, exist_ok=True)
-        connection = sqlite3.connect(database, timeout=seconds / 2)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():  # SQLite would leave an empty file there
+            return None
+        connection = sqlite3.connect(path, timeout=seconds / 2)
         try:
             connection.execute("PRAGMA schema_version")
         finally:

@@ -9,7 +9,6 @@ Operations are idempotent and delivered in order, so a delivery that is killed i
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -17,13 +16,14 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lifelong_moe.data.storage import sync, write_atomic
 from lifelong_moe.tracking.connection import without_credentials
+from lifelong_moe.tracking.lock import waiting_for
 
 log = logging.getLogger(__name__)
 
@@ -33,8 +33,6 @@ Perform = Callable[[Operation, bytes | None], object]
 
 SPOOL = "spool"
 _ADDRESS = "address"
-_LOOK_SECONDS = 0.01
-"""Between two looks at a lock that another process holds while it appends a line."""
 
 
 class RefusedError(Exception):
@@ -186,17 +184,6 @@ class Spool:
                 if path.name not in text:
                     path.unlink()
 
-    @contextmanager
-    def _locked(self, name: str, deadline: float = math.inf) -> Iterator[None]:
-        """Hold a lock of the system's, which ends with the process."""
+    def _locked(self, name: str, deadline: float = math.inf) -> AbstractContextManager[None]:
         self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / name).open("a") as file:
-            while True:
-                try:
-                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except (BlockingIOError, PermissionError):
-                    if time.monotonic() > deadline:
-                        raise TimeoutError(f"another process holds {file.name}") from None
-                    time.sleep(_LOOK_SECONDS)
-            yield
+        return waiting_for(self.path / name, deadline)

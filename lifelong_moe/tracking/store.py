@@ -17,7 +17,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lifelong_moe.tracking.connection import is_server
+from lifelong_moe.tracking.connection import is_server, sqlite_path
+from lifelong_moe.tracking.database import ensure_database
 from lifelong_moe.tracking.registry import Version, register_version
 from lifelong_moe.tracking.spool import Operation, RefusedError
 
@@ -57,7 +58,7 @@ def operation(do: str, run: str, **fields: Any) -> Operation:
 
 
 class Store:
-    """An open tracking store.
+    """An open tracking store; a SQLite database that is not there yet is made.
 
     Args:
         uri: Tracking URI; asked for the first time by :meth:`experiment_id`.
@@ -70,6 +71,7 @@ class Store:
         # It announces migrations on stderr, and prints tracebacks of errors that we report in one line.
         logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
         logging.getLogger("alembic").setLevel(logging.WARNING)
+        ensure_database(uri, root)
         self.client = MlflowClient(tracking_uri=uri)
         self._uri, self._root = uri, root
         self._experiments: dict[str, str] = {}
@@ -255,10 +257,25 @@ def chunks(items: Sequence[T], size: int) -> Iterable[Sequence[T]]:
 
 def failures() -> tuple[type[Exception], ...]:
     """Name the exceptions that mean that MLflow, its database, the network or the disk failed, or refused."""
+    from alembic.util import CommandError
     from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import DBAPIError
+    from sqlalchemy.exc import SQLAlchemyError
 
-    return (MlflowException, OSError, DBAPIError, RefusedError)  # requests' errors are OSErrors
+    # MLflow opens a database by Alembic, which has errors of its own; requests' are OSErrors.
+    return (MlflowException, OSError, SQLAlchemyError, CommandError, RefusedError)
+
+
+def unusable(uri: str, reason: str) -> str:
+    """Say why a store could not be opened, and what helps if that is for good.
+
+    Args:
+        uri: Tracking URI.
+        reason: One line.
+    """
+    path = sqlite_path(uri)
+    if path is None or not path.exists():
+        return reason
+    return f"{reason.rstrip('.')}. If that stays so, move {path} away: then a new one is made, and gets what was kept."
 
 
 def one_line(error: Exception) -> str:

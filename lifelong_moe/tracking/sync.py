@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lifelong_moe.tracking.connection import prepare_environment, probe, resolve_uri, without_credentials
 from lifelong_moe.tracking.spool import Delivered, Spool
-from lifelong_moe.tracking.store import Store, failures, one_line
+from lifelong_moe.tracking.store import Store, failures, one_line, unusable
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,10 @@ def _deliver(spool: Spool, root: Path) -> Synced:
     ours = resolve_uri(None, root)
     uri = ours if without_credentials(ours) == spool.address else spool.address
     if (problem := probe(uri)) is not None:
-        return Synced(spool.address, Delivered(), problem)
+        return Synced(spool.address, Delivered(), unusable(uri, problem))
     try:
         return Synced(spool.address, spool.deliver(Store(uri, root).perform, math.inf), None)
     except failures() as error:
-        return Synced(spool.address, Delivered(), one_line(error))
+        return Synced(spool.address, Delivered(), unusable(uri, one_line(error)))
     except ImportError as error:  # the database's driver is not installed
         return Synced(spool.address, Delivered(), str(error))

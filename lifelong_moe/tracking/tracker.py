@@ -13,7 +13,7 @@ from lifelong_moe.tracking.config import TrackingConfig
 from lifelong_moe.tracking.connection import prepare_environment, probe, resolve_uri, without_credentials
 from lifelong_moe.tracking.registry import STAGE_KEY_TAG
 from lifelong_moe.tracking.spool import SPOOL, Operation, Spool
-from lifelong_moe.tracking.store import Store, failures, local_id, one_line, operation
+from lifelong_moe.tracking.store import Store, failures, local_id, one_line, operation, unusable
 from lifelong_moe.tracking.values import TAG_CHARACTERS, clean_key, cut, flatten_params, split_finite
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Tracker:
     def connect(cls, config: TrackingConfig, root: Path) -> Tracker:
         """Open the tracking store within seconds, or go without it.
 
-        Creating a SQLite database takes about 6 s, once. What the store missed before is delivered first.
+        Creating a SQLite database takes about 2 s, once. What the store missed before is delivered first.
 
         Args:
             config: Where to record, and whether.
@@ -63,7 +63,7 @@ class Tracker:
         tracker = cls(config.experiment, uri, Spool(root, uri), None)
         problem = probe(uri) or tracker._open(root)
         if problem is not None:
-            tracker._lose("is not usable", problem)
+            tracker._lose("is not usable", unusable(uri, problem))
         return tracker
 
     def _open(self, root: Path) -> str | None:
