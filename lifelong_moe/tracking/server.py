@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import socket
+import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from lifelong_moe.errors import ConfigError
@@ -47,19 +50,39 @@ def serve_command(uri: str | None, root: Path, port: int, host: str = "127.0.0.1
     return argv, environment
 
 
-def wait_until_up(url: str, seconds: float) -> bool:
+def require_free(host: str, port: int) -> None:
+    """Refuse a port that nobody can listen on, before a server is started that takes seconds to find out.
+
+    Args:
+        host: Interface to listen on.
+        port: TCP port.
+
+    Raises:
+        ConfigError: If it is taken, forbidden, or the address is not this machine's.
+    """
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        raise ConfigError(f"port {port} of {host} is not free: {error.strerror}. Choose another --port.") from None
+
+
+def wait_until_up(
+    url: str, seconds: float, server: subprocess.Popen[bytes] | None = None, is_ours: Callable[[], bool] = lambda: True
+) -> bool:
     """Wait for a server to answer.
 
     Args:
         url: Its address, such as ``http://127.0.0.1:5000``.
         seconds: Longest wait.
+        server: Its process, if it is ours.
+        is_ours: Tells whether the one that answers is the one that is waited for.
 
     Returns:
-        True as soon as it answers, False if it did not within the time.
+        True as soon as it answers, False if its process ended or it did not answer within the time.
     """
     deadline = time.monotonic() + seconds
-    while (left := deadline - time.monotonic()) > 0:
-        if probe(url, min(left, 2.0)) is None:
+    while (left := deadline - time.monotonic()) > 0 and (server is None or server.poll() is None):
+        if probe(url, min(left, 2.0)) is None and is_ours():
             return True
         time.sleep(min(0.2, max(0.0, deadline - time.monotonic())))
     return False

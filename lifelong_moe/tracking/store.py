@@ -105,6 +105,24 @@ class Store:
             raise MlflowException(f"experiment {name!r} is deleted; restore it or set another tracking.experiment.")
         return str(found.experiment_id)
 
+    def is_behind(self, url: str, experiment: str) -> bool:
+        """Whether a server shows this very store.
+
+        Args:
+            url: Its address.
+            experiment: Name of an experiment of ours.
+        """
+        from mlflow import MlflowClient
+        from mlflow.exceptions import MlflowException
+
+        try:
+            theirs = MlflowClient(tracking_uri=url).get_experiment_by_name(experiment)
+        except MlflowException:  # not a tracking server at all
+            return False
+        ours = self.client.get_experiment(self.experiment_id(experiment))
+        known = ("experiment_id", "artifact_location", "creation_time")
+        return theirs is not None and all(getattr(theirs, key) == getattr(ours, key) for key in known)
+
     def find(self, run_id: str) -> Run | None:
         """Look a run up.
 

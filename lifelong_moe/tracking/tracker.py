@@ -90,6 +90,14 @@ class Tracker:
         """MLflow's id of the experiment; None while MLflow is absent."""
         return self._store.experiment_id(self._experiment) if self._store is not None else None
 
+    def is_behind(self, url: str) -> bool:
+        """Whether a server shows this very store: it knows the experiment, its moment of creation included.
+
+        Args:
+            url: The server's address.
+        """
+        return self._store is not None and self._store.is_behind(url, self._experiment)
+
     def run_exists(self, run_id: str) -> bool:
         """Look a run up.
 

@@ -177,3 +177,15 @@ def snapshot(server: Server) -> dict[str, Any]:
         )
         for name, run in runs(server, "killed").items()
     }
+
+
+def test_a_server_is_known_by_its_database(server: Server, lab: Path, template: Path) -> None:
+    ours = Tracker.connect(TrackingConfig(uri=f"sqlite:///{server.root}/mlflow.db", experiment="known"), server.root)
+    assert ours.is_behind(server.uri)
+    (lab / "mlruns").mkdir()
+    shutil.copy(template, lab / "mlruns/mlflow.db")
+    other = Tracker.connect(TrackingConfig(uri=f"sqlite:///{lab}/mlruns/mlflow.db", experiment="known"), lab / "mlruns")
+    assert other.problem is None and not other.is_behind(server.uri)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    assert not ours.is_behind(f"http://127.0.0.1:{port}")

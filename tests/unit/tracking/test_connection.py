@@ -15,7 +15,7 @@ import pytest
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.tracking.connection import probe, resolve_uri, without_credentials
 from lifelong_moe.tracking.links import ui_url
-from lifelong_moe.tracking.server import serve_command, wait_until_up
+from lifelong_moe.tracking.server import require_free, serve_command, wait_until_up
 
 
 @pytest.fixture
@@ -104,6 +104,20 @@ def test_ui_command_serves_our_database(monkeypatch: pytest.MonkeyPatch, tmp_pat
 def test_waiting_ends_with_the_server_or_the_time(listener: socket.socket) -> None:
     assert wait_until_up(answering(listener, "200 OK"), 5)
     assert not wait_until_up(f"http://127.0.0.1:{refused_port()}", 0.3)
+    assert not wait_until_up(answering(listener, "200 OK"), 0.3, is_ours=lambda: False)
+    with subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"]) as server:
+        started = time.monotonic()
+        assert not wait_until_up(f"http://127.0.0.1:{refused_port()}", 60, server)
+        assert server.returncode == 3 and time.monotonic() - started < 30
+
+
+def test_a_port_that_is_taken_is_refused(listener: socket.socket) -> None:
+    port = listener.getsockname()[1]
+    with pytest.raises(ConfigError, match=rf"port {port} of 127\.0\.0\.1 is not free: Address already in use"):
+        require_free("127.0.0.1", port)
+    require_free("127.0.0.1", refused_port())
+    with pytest.raises(ConfigError, match=r"of 192\.0\.2\.1 is not free"):  # of documentation, nobody's
+        require_free("192.0.2.1", port)
 
 
 def test_links_open_the_charts() -> None:

@@ -1,0 +1,99 @@
+"""`ui` opens the page of its own server, or none."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import signal
+import socket
+import sys
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from pipelines import ui as story
+from pipelines.cli import app, exit_code
+from tests.tiny import fork
+
+
+@pytest.fixture(autouse=True)
+def opened(tmp_path: Path, template: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Pages that were opened; the current directory has an empty database."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mlruns").mkdir()
+    shutil.copy(template, "mlruns/mlflow.db")
+    pages: list[str] = []
+    monkeypatch.setattr("webbrowser.open", pages.append)
+    return pages
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def test_a_taken_port_costs_one_line(opened: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert exit_code(lambda: app(["ui", "--port", str(taken.getsockname()[1])])) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "is not free: Address already in use" in line and "--port" in line
+    assert opened == []
+
+
+class Stranger(BaseHTTPRequestHandler):
+    """Answers whatever it is asked."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *args: Any) -> None:
+        """Nothing."""
+
+
+def test_whoever_takes_the_port_meanwhile_is_not_opened(opened: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    port, strangers = free_port(), []
+
+    def serve_command(*args: Any) -> tuple[list[str], dict[str, str]]:
+        """The port was free; now it is not, and our own server ends because of that."""
+        strangers.append(HTTPServer(("127.0.0.1", port), Stranger))
+        Thread(target=strangers[0].serve_forever, daemon=True).start()
+        return [sys.executable, "-c", "import time; time.sleep(1); raise SystemExit(3)"], dict(os.environ)
+
+    monkeypatch.setattr(story, "serve_command", serve_command)
+    printed = io.StringIO()
+    assert story.ui(port, "127.0.0.1", True, "lifelong-moe", Console(file=printed, width=200)) == 3
+    strangers[0].shutdown()
+    strangers[0].server_close()
+    assert opened == [] and "MLflow: http" not in printed.getvalue()
+    assert "ended with exit code 3" in printed.getvalue()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a fork does not survive once CUDA is there")
+def test_a_server_does_not_outlive_us(tmp_path: Path) -> None:
+    port = free_port()
+
+    def serve_command(*args: Any) -> tuple[list[str], dict[str, str]]:
+        code = "import os, time; open('pid', 'w').write(str(os.getpid())); time.sleep(60)"
+        return [sys.executable, "-c", code], dict(os.environ)
+
+    def serve() -> Any:
+        story.serve_command = serve_command  # type: ignore[assignment]
+        return story.ui(port, "127.0.0.1", False, "lifelong-moe", Console(file=io.StringIO()))
+
+    child = fork(serve)
+    pid = tmp_path / "pid"
+    deadline = time.monotonic() + 60
+    while not (pid.exists() and pid.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(child.pid, signal.SIGTERM)
+    assert child.wait() == 75, child.output
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
