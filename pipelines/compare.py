@@ -57,15 +57,15 @@ def compare(path: str, overrides: list[str], only: list[str], replace: bool, con
             train = partial(run, str(comparison.base), memory=memory, parent_run=record.parent)
             failed = _work(wanted, train, record, replace, console)
             found = record.update()
-        except BaseException:
-            record.finish(console, "KILLED")
+            render_comparison.terminal(console, found)
+            if failed:
+                raise DivergedError(
+                    f"{len(failed)} of {len(wanted)} runs diverged: {', '.join(failed)}; the others are compared."
+                )
+        except BaseException as error:
+            record.finish(console, error)
             raise
-        render_comparison.terminal(console, found)
         record.finish(console)
-    if failed:
-        raise DivergedError(
-            f"{len(failed)} of {len(wanted)} runs diverged: {', '.join(failed)}; the others are compared."
-        )
     return found
 
 

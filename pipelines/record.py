@@ -209,12 +209,12 @@ class MlflowRecord:
         elif self.tracker.problem != self._told:
             console.print(f"[yellow]{self.tracker.problem}[/yellow]")
 
-    def interrupted(self) -> None:
+    def ended_by(self, error: BaseException) -> None:
         """Close what is open; continuing takes it up again."""
         if self.active:
             for run_id in (self._open, self.ids["run"]):
                 if run_id is not None:
-                    self.tracker.finish(run_id, "KILLED")
+                    self.tracker.finish(run_id, error)
 
 
 def aligned_counts(counts: list[list[int]], architecture: Architecture) -> NDArray[np.float64]:

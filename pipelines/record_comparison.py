@@ -158,9 +158,9 @@ class ComparisonRecord:
         self.tracker.log_text(self.parent, json.dumps(found, indent=1, ensure_ascii=False), "comparison.json")
         self.tracker.set_note(self.parent, table)
 
-    def finish(self, console: Console, status: str = "FINISHED") -> None:
-        """Close the parent run and say where everything is."""
-        self.tracker.finish(self.parent, status)
+    def finish(self, console: Console, error: BaseException | None = None) -> None:
+        """Close the parent run, which an error may have ended, and say where everything is."""
+        self.tracker.finish(self.parent, error)
         console.print(f"Comparison: {self.path / 'comparison.md'}, comparison.json and figures/", highlight=False)
         heads = [RunRecord(ROOT, job.run).head() for job in self.jobs]
         ids = [head["mlflow"]["run"] for head in heads if head and head["mlflow"].get("run")]

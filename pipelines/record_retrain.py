@@ -98,9 +98,9 @@ class TickRecord:
         self.tracker.log_text(self.run_id, json.dumps(outcome, indent=1, ensure_ascii=False), "outcome.json")
         self.tracker.finish(self.run_id)
 
-    def interrupted(self) -> None:
+    def ended_by(self, error: BaseException) -> None:
         """Close what is open; the next tick takes it up again."""
-        self.tracker.finish(self.run_id, "KILLED")
+        self.tracker.finish(self.run_id, error)
 
 
 def number(value: float | None) -> float:

@@ -166,8 +166,8 @@ def _tick(tick: Tick, interrupt: Interrupt, dry_run: bool, plan_path: str | None
         return tick.end("idle", waiting)
     bench = _bench(tick, new, texts, interrupt)
     mlflow = TickRecord(Tracker.connect(tick.config.tracking, ROOT), tick.head, tick.record)
-    mlflow.begin(new.name, new.hash, bench.texts[new.name])
     try:
+        mlflow.begin(new.name, new.hash, bench.texts[new.name])
         if plan_path is None:
             plan = make_plan(bench, new.hash, tick.head)
             plan.write(tick.record)
@@ -176,8 +176,8 @@ def _tick(tick: Tick, interrupt: Interrupt, dry_run: bool, plan_path: str | None
         render_retrain.plan(tick.console, plan.facts)
         mlflow.planned(plan.facts)
         return _carry_out(tick, bench, new, plan, mlflow, dry_run)
-    except BaseException:
-        mlflow.interrupted()
+    except BaseException as error:
+        mlflow.ended_by(error)
         raise
 
 

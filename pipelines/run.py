@@ -94,7 +94,6 @@ def _run_stages(
     evaluator = Evaluator(config, data, EvaluationStore(ROOT), console)
     content = content_key([[planned.key for planned in prepared.plan], [evaluator.key(d) for d in config.evaluated]])
     mlflow = MlflowRecord(tracker, prepared, head, record, content, parent_run)
-    init = _evaluate_init(prepared, evaluator)
     committed: dict[int, CommittedStage] = {}
     rows: list[dict[str, Any]] = []
     evaluations: list[dict[str, dict[str, Any]]] = []
@@ -102,6 +101,7 @@ def _run_stages(
     report: dict[str, Any] = {}
     trained = 0
     try:
+        init = _evaluate_init(prepared, evaluator)
         for planned in prepared.plan:
             stage = store.find(planned.key)
             shared = stage is not None and planned.key not in head["trained"]
@@ -136,8 +136,8 @@ def _run_stages(
             _note_commit(record, head, planned)
             mlflow.stage_done(planned, stage, report, shared)
         mlflow.run_done(report, console)
-    except BaseException:
-        mlflow.interrupted()
+    except BaseException as error:
+        mlflow.ended_by(error)
         raise
     return report, trained
 

@@ -14,7 +14,7 @@ from lifelong_moe.tracking.connection import prepare_environment, probe, resolve
 from lifelong_moe.tracking.registry import STAGE_KEY_TAG
 from lifelong_moe.tracking.spool import SPOOL, Operation, Spool
 from lifelong_moe.tracking.store import Store, failures, local_id, one_line, operation, unusable
-from lifelong_moe.tracking.values import TAG_CHARACTERS, clean_key, cut, flatten_params, split_finite
+from lifelong_moe.tracking.values import TAG_CHARACTERS, clean_key, cut, flatten_params, split_finite, status_after
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -250,15 +250,15 @@ class Tracker:
         }
         return self._record(operation("version", run_id, name=name, alias=alias, **given))
 
-    def finish(self, run_id: str | None, status: str = "FINISHED") -> None:
+    def finish(self, run_id: str | None, error: BaseException | None = None) -> None:
         """End a run.
 
         Args:
             run_id: The run.
-            status: ``FINISHED``, ``FAILED`` or ``KILLED``.
+            error: What ended it; see :func:`lifelong_moe.tracking.values.status_after`.
         """
         if run_id is not None:
-            self._record(operation("finish", run_id, status=status))
+            self._record(operation("finish", run_id, status=status_after(error)))
 
     def replaced(self, run_id: str, by: str) -> None:
         """Say of a run that another took its place, and end it as killed if nobody did.

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 from typing import Any
 
+from lifelong_moe.errors import TryAgainError
+
 PARAM_CHARACTERS = 6000
 TAG_CHARACTERS = 8000
 KEY_CHARACTERS = 250
@@ -96,6 +98,22 @@ def split_finite(
             kept.append((clean_key(key + ABSENT_SUFFIX), 1.0, int(step)))
             absent.append((key, int(step)))
     return kept, absent
+
+
+def status_after(error: BaseException | None) -> str:
+    """MLflow's word for how a run ended.
+
+    Args:
+        error: What ended it; None if it came to its end.
+
+    Returns:
+        ``KILLED`` if somebody stopped it and the same command goes on with it, ``FAILED`` if something has to be
+        mended first, else ``FINISHED``.
+    """
+    if error is None:
+        return "FINISHED"
+    stopped = isinstance(error, TryAgainError) or not isinstance(error, Exception)  # Ctrl-C is no Exception
+    return "KILLED" if stopped else "FAILED"
 
 
 def _leaves(path: str, value: Any) -> Iterable[tuple[str, Any]]:

@@ -46,6 +46,16 @@ def statuses(found: dict[str, Any]) -> dict[str, str]:
     return {run["run"]: run["status"] for arm in found["arms"] for run in arm["runs"]}
 
 
+def recorded(lab: Path) -> dict[str, Any]:
+    """MLflow's runs by name."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{(lab / 'mlruns/mlflow.db').absolute()}")
+    experiment = client.get_experiment_by_name("lifelong-moe")
+    assert experiment is not None
+    return {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+
+
 def test_one_parent_with_the_arms_under_it(lab: Path, template: Path, setup: Callable[..., None]) -> None:
     from mlflow import MlflowClient
 
@@ -101,9 +111,11 @@ def test_equal_flops(setup: Callable[..., None]) -> None:
 
 
 def test_an_arm_that_diverges_does_not_stop_the_others(
-    setup: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+    lab: Path, template: Path, setup: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    setup(("fruit",))
+    (lab / "mlruns").mkdir()
+    shutil.copy(template, lab / "mlruns/mlflow.db")
+    setup(("fruit",), tracking={"enabled": True})
     trains = story.run
 
     def run(base: str, overrides: list[str], *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -117,10 +129,13 @@ def test_an_arm_that_diverges_does_not_stop_the_others(
     found = json.loads(Path("mlruns/comparisons/c/comparison.json").read_text())
     assert statuses(found) == {"c.naive.s0": "failed", "c.lifelong.s0": "committed"}
     assert found["arms"][0]["runs"][0]["reason"].startswith("stage fruit: no finite gradient")
+    shown = {"c": "FAILED", "c.lifelong.s0": "FINISHED", "c.lifelong.s0 · 0 fruit": "FINISHED"}
+    assert {name: run.info.status for name, run in recorded(lab).items()} == shown
     monkeypatch.setattr(story, "run", trains)
     found, _ = start()
     assert set(statuses(found).values()) == {"committed"}
     assert found["arms"][0]["runs"][0]["reason"] is None
+    assert {run.info.status for run in recorded(lab).values()} == {"FINISHED"}
 
 
 def test_locked_runs_come_last_and_are_waited_for(setup: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:

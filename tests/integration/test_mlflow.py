@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 
+from lifelong_moe.errors import DivergedError
 from lifelong_moe.tracking.config import TrackingConfig
 from lifelong_moe.tracking.tracker import Tracker
 
@@ -130,7 +131,8 @@ def test_a_stage_is_registered_once(root: Path, tracker: Tracker) -> None:
 
 def test_resuming_takes_up_the_same_run(root: Path, tracker: Tracker) -> None:
     run_id = started(tracker, "arm", params={"seed": 0, "lr": 0.1}, tags={"a": "1"})
-    tracker.finish(run_id, "FAILED")
+    tracker.finish(run_id, DivergedError("no finite gradient"))
+    assert client(root).get_run(run_id).info.status == "FAILED"
     again = Tracker.connect(TrackingConfig(), root)
     assert again.experiment_id == tracker.experiment_id
     assert again.run_exists(run_id) and not again.run_exists("0" * 32) and not again.run_exists("not an id!")

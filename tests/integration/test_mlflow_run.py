@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import shutil
@@ -9,6 +10,7 @@ import signal
 import socket
 import sqlite3
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from lifelong_moe.errors import TryAgainError
+from lifelong_moe.errors import DivergedError, TryAgainError
 from lifelong_moe.methods.plan import stage_need
 from pipelines.cli import exit_code
 from pipelines.sync import sync
@@ -191,18 +193,43 @@ def test_killed_run_is_taken_up_again(lab: Path, config: dict[str, Any]) -> None
     assert len(report["stages"]) == 2
 
 
-def test_stopped_run_is_shown_as_killed(lab: Path, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def raises(error: BaseException) -> Callable[..., None]:
+    def call(*args: Any) -> None:
+        raise error
+
+    return call
+
+
+def terminated_once() -> Callable[..., None]:
+    """By SIGTERM; a second one would end the process at once."""
+    left = [signal.SIGTERM]
+
+    def call(*args: Any) -> None:
+        if left:
+            signal.raise_signal(left.pop())
+
+    return call
+
+
+def test_what_ended_a_run_is_shown(lab: Path, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     config["stages"].pop()
     write_config(config)
-
-    def stop(*args: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr("lifelong_moe.training.callbacks.StepCheckpoint.on_train_batch_end", stop)
-        assert exit_code(lambda: train()) == 130
-    (parent,), children = runs()
-    assert [run.info.status for run in (parent, *children)] == ["KILLED", "KILLED"]
+    full, step = OSError(errno.ENOSPC, "No space left on device"), "StepCheckpoint.on_train_batch_end"
+    for action, code, status in (
+        (raises(DivergedError("stage fruit: no finite gradient")), 6, "FAILED"),
+        (raises(full), 8, "FAILED"),
+        (raises(KeyboardInterrupt()), 130, "KILLED"),
+        (terminated_once(), 75, "KILLED"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"lifelong_moe.training.callbacks.{step}", action)
+            assert exit_code(lambda: train()) == code
+        (parent,), children = runs()
+        assert [run.info.status for run in (parent, *children)] == [status, status], code
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr("pipelines.run._evaluate_init", raises(ZeroDivisionError()))  # before there is any stage
+        train()
+    assert runs()[0][0].info.status == "FAILED"
     train()
     (parent,), children = runs()
     assert [run.info.status for run in (parent, *children)] == ["FINISHED"] * 2

@@ -100,7 +100,7 @@ def test_runs_aliases_artifacts_and_resuming(server: Server, lab: Path) -> None:
         tracker.register_version("demo", lab / key, run_id=child, tags={"stage_key": key}, alias=alias)
         for key, alias in (("0123", "champion"), ("4567", None), ("4567", "champion"))
     ]
-    tracker.finish(parent, "KILLED")
+    tracker.finish(parent, KeyboardInterrupt())
     again = Tracker.connect(config, lab / "mlruns")
     assert again.start_run("arm", run_id=parent, params={"lr": 0.2, "new": 1}) == parent
     again.finish(parent)

@@ -105,7 +105,7 @@ def record(tracker: Tracker) -> tuple[str, str]:
         tracker.register_version("demo", Path("s"), run_id=child, tags=tags, description="first", alias=alias)
     tracker.finish(child)
     assert tracker.start_run("arm", run_id=parent, params={"lr": 0.2, "new": 1}, tags={"a": "2"}) == parent
-    tracker.finish(parent, "KILLED")
+    tracker.finish(parent, KeyboardInterrupt())
     return parent, child
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from lifelong_moe.tracking.values import clean_key, cut, flatten_params, split_finite
+from lifelong_moe.errors import DivergedError, LockedError, ResourceError, TryAgainError
+from lifelong_moe.tracking.values import clean_key, cut, flatten_params, split_finite, status_after
 
 
 class Mode(Enum):
@@ -76,3 +77,21 @@ def test_what_is_not_finite_is_replaced_by_its_absence() -> None:
     kept, absent = split_finite([("loss", 1.5, 0), ("loss", math.nan, 1), ("grad!", math.inf, 2)])
     assert kept == [("loss", 1.5, 0), ("loss_absent", 1.0, 1), ("grad__absent", 1.0, 2)]
     assert absent == [("loss", 1), ("grad!", 2)]
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (None, "FINISHED"),
+        (KeyboardInterrupt(), "KILLED"),
+        (SystemExit(1), "KILLED"),
+        (TryAgainError("stopped by SIGTERM"), "KILLED"),
+        (LockedError("another process is at it"), "KILLED"),
+        (DivergedError("no finite gradient"), "FAILED"),
+        (ResourceError("no space left"), "FAILED"),
+        (OSError(28, "No space left on device"), "FAILED"),
+        (ZeroDivisionError(), "FAILED"),
+    ],
+)
+def test_a_run_failed_if_something_must_be_mended(error: BaseException | None, status: str) -> None:
+    assert status_after(error) == status
