@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -39,6 +40,17 @@ def check_config(path: str, overrides: list[str] | None) -> list[str]:
 
     load_config(path, overrides or [])
     return overrides or []
+
+
+def check_stage(run: str, stage: str, gate: list[str] | None) -> list[str]:
+    """Refuse a run or a stage that does not exist, or a gate's wrong setting, before torch is imported."""
+    from lifelong_moe.methods.retraining import read_gate
+    from lifelong_moe.stages.runs import require_head, require_stage
+    from pipelines.places import ROOT
+
+    read_gate(gate or [])
+    require_stage(require_head(ROOT, run), stage)
+    return gate or []
 
 
 def alone(run: str) -> AbstractContextManager[None]:
@@ -141,7 +153,10 @@ def retrain(
     """One tick for a scheduler: look at the inbox, decide, train, gate, promote or reject; the last line is JSON."""
     try:
         from lifelong_moe.methods.retraining import load_retraining
+        from pipelines.plan_file import read_plan
 
+        if plan_path is not None:
+            read_plan(Path(plan_path))
         with alone(load_retraining(config, overrides or []).run):
             from pipelines import quiet
             from pipelines.retrain import EXIT_CODES
@@ -220,9 +235,10 @@ def drop(
     as_json: AsJson = False,
 ) -> None:
     """Let a version without a stage serve, and say what of its text remains in the model."""
+    settings = check_stage(run, stage, gate)
     from pipelines.drop import drop as story
 
-    result = story(run, stage, console(as_json), gate or [], ungated=ungated)
+    result = story(run, stage, console(as_json), settings, ungated=ungated)
     finish(result, as_json)
     raise typer.Exit(REJECTED if result["outcome"] == "rejected" else 0)
 
@@ -236,11 +252,12 @@ def consolidate(
     as_json: AsJson = False,
 ) -> None:
     """Merge experts that are alike and little used into others; what comes of it serves if nothing gets worse."""
+    settings = check_stage(run, stage, gate)
     from pipelines import quiet
     from pipelines.consolidate import consolidate as story
 
     quiet.libraries()
-    result = story(run, stage, experts, console(as_json), gate or [])
+    result = story(run, stage, experts, console(as_json), settings)
     finish(result, as_json)
     raise typer.Exit(REJECTED if result["outcome"] == "rejected" else 0)
 
@@ -319,7 +336,7 @@ def inspect(
 ) -> None:
     """Show what the experts specialize in, on held-out text or token by token on a text."""
     from pipelines import quiet
-    from pipelines.inspect import inspect as story
+    from pipelines.inspectors import inspect as story
 
     quiet.libraries()
     result = story(

@@ -14,6 +14,7 @@ from lifelong_moe.errors import ConfigError
 from lifelong_moe.evaluation.loss import evaluate
 from lifelong_moe.evaluation.probing import expert_similarities
 from lifelong_moe.growth.merge import closest_pair, merge_experts
+from lifelong_moe.methods.retraining import read_gate
 from lifelong_moe.model.architecture import Architecture
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.stages.derived import commit_derived, generation_of
@@ -26,7 +27,7 @@ from pipelines import render_retrain
 from pipelines.candidates import ServedData
 from pipelines.drop import with_versions
 from pipelines.places import ROOT
-from pipelines.unharmed import gate_derived, read_gate, served_data
+from pipelines.unharmed import gate_derived, served_data
 
 SAMPLE_TOKENS = 8192
 """Training tokens of each distribution that usage and likeness are measured on."""

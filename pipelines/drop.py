@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from lifelong_moe.errors import ConfigError, LifelongError
+from lifelong_moe.methods.retraining import read_gate
 from lifelong_moe.stages.derived import derived_stage, what_remains
 from lifelong_moe.stages.keys import SHORT
 from lifelong_moe.stages.lock import locked
@@ -29,7 +30,7 @@ from lifelong_moe.stages.versions import (
 from pipelines import render_retrain
 from pipelines.candidates import ServedData
 from pipelines.places import ROOT
-from pipelines.unharmed import gate_derived, read_gate, served_data
+from pipelines.unharmed import gate_derived, served_data
 
 
 @dataclass(frozen=True)

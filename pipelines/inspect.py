@@ -38,51 +38,12 @@ from lifelong_moe.training.logger import Row
 from lifelong_moe.training.stage import load_model
 from pipelines import inspect_tables
 from pipelines.evaluations import evaluation_device
-from pipelines.inspectors import check_label, open_stage
 from pipelines.workspace import ROOT, read_data
 
 Windows = Mapping[str, EvaluationSet]
-HELDOUT_TOKENS = 8192
-"""Held-out tokens a distribution, if none are asked for."""
 
 
-def inspect(
-    run: str,
-    stage: str | None,
-    *,
-    text: str | None,
-    text_file: str | None,
-    layer: int | None,
-    html: str | None,
-    save: str | None,
-    tokens: int | None,
-    label: str | None,
-    console: Console,
-) -> dict[str, Any]:
-    """Inspect a stage on a text, or without one on held-out text of the run's distributions.
-
-    Raises:
-        ConfigError: If the options do not go together, or what they name is not there.
-    """
-    if tokens is not None and (text is not None or text_file is not None):
-        raise ConfigError(f"--tokens={tokens} bounds held-out text; leave it out with --text or --text-file.")
-    given = _given_text(text, text_file)
-    for option, value in (("--layer", layer), ("--html", html), ("--label", label)):
-        if given is None and value is not None:
-            raise ConfigError(f"{option}={value} needs a text: give --text or --text-file.")
-    for option, path, ending in (("--html", html, ".html"), ("--save", save, ".parquet")):
-        if path is not None:
-            _check_target(option, Path(path), ending)
-    store, committed = open_stage(run, stage)
-    if given is not None:
-        check_label(committed, label, console)
-        result = _on_text(run, store, committed, given, layer, label, html, save, console)
-    else:
-        result = _on_heldout(run, store, committed, tokens or HELDOUT_TOKENS, save, console)
-    return {"run": run, "stage": committed.name, "key": committed.key, **result}
-
-
-def _on_text(
+def on_text(
     run: str,
     store: StageStore,
     committed: CommittedStage,
@@ -93,15 +54,12 @@ def _on_text(
     save: str | None,
     console: Console,
 ) -> dict[str, Any]:
+    """Show which experts each token of a text chooses; ``--html`` and ``--save`` write it to files."""
     tokenizer = Tokenizer.from_text(store.tokenizer(committed))
     model = load_model(store, committed)
     architecture, token_ids = model.architecture, tokenizer.encode(text)
     if not token_ids:
         raise ConfigError("the text has no token.")
-    if layer is not None and layer >= architecture.model.layers:
-        raise ConfigError(f"--layer={layer}: layers of {committed.name} are 0 to {architecture.model.layers - 1}.")
-    if layer is not None and not architecture.experts_in(layer):
-        raise ConfigError(f"--layer={layer} is dense and has no experts to choose from.")
     seen = observe_text(model, token_ids, distribution=label)
     routed = route_text(architecture, seen, tokenizer.decode, layer)
     inspect_tables.text(console, routed)
@@ -122,9 +80,10 @@ def _on_text(
     return {"layers": routed.layers, "tokens": rows}
 
 
-def _on_heldout(
+def on_heldout(
     run: str, store: StageStore, committed: CommittedStage, tokens: int, save: str | None, console: Console
 ) -> dict[str, Any]:
+    """Measure what the experts specialize in on the run's held-out text, and keep it with the run."""
     head, record = require_head(ROOT, run), RunRecord(ROOT, run)
     config = build_config(OmegaConf.create(head["config"]))
     with console.status("reading held-out text") as status:
@@ -255,28 +214,6 @@ def _learns(stage: CommittedStage) -> list[str]:
     """Distributions that a stage is there to learn: one that begins from nothing learns all that it reads."""
     spec = stage.config["spec"]
     return [spec["data"], *(spec["replayed"] if stage.config["parent"] is None else ())]
-
-
-def _check_target(option: str, path: Path, ending: str) -> None:
-    if not path.parent.is_dir():
-        raise ConfigError(f"{option}={path}: there is no directory {path.parent}.")
-    if path.suffix != ending or path.is_dir():
-        raise ConfigError(f"{option}={path}: it takes the name of a file that ends in {ending}.")
-
-
-def _given_text(text: str | None, text_file: str | None) -> str | None:
-    if text is not None and text_file is not None:
-        raise ConfigError("--text and --text-file exclude each other.")
-    if text_file is not None:
-        try:
-            return Path(text_file).read_text(encoding="utf-8")
-        except FileNotFoundError:
-            raise ConfigError(f"--text-file={text_file}: no such file.") from None
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"--text-file={text_file}: not UTF-8 at byte {error.start}.") from None
-    if text is not None and any("\ud800" <= character <= "\udfff" for character in text):
-        raise ConfigError("--text is not UTF-8.")
-    return text
 
 
 def _save(

@@ -1,32 +1,36 @@
-"""What can be asked of a run that exists: status, report, lineage, evaluation, generation."""
+"""What can be asked of a run that exists: status, report, lineage, evaluation, generation, inspection.
+
+Nothing heavy is imported on top: a question that needs no model is answered without torch, and what the command line
+names is looked at first where one does.
+"""
 
 from __future__ import annotations
 
 import sys
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
 from lifelong_moe.data.config import SourceConfig
 from lifelong_moe.data.files import read_documents
-from lifelong_moe.data.shards import tokenize_documents
 from lifelong_moe.data.tokenizer import Tokenizer
-from lifelong_moe.data.windows import evaluation_windows
 from lifelong_moe.errors import ConfigError
-from lifelong_moe.evaluation.loss import evaluate as score_windows
 from lifelong_moe.model.architecture import Architecture
-from lifelong_moe.model.generation import generate as sample
-from lifelong_moe.model.int8 import hold_in_int8
-from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.stages.keys import SHORT
 from lifelong_moe.stages.lineage import lineage_rows, work_under_way
-from lifelong_moe.stages.runs import RunRecord, require_head
+from lifelong_moe.stages.runs import RunRecord, require_head, require_stage
 from lifelong_moe.stages.store import CommittedStage, StageStore
 from lifelong_moe.stages.versions import champion, describe
-from lifelong_moe.training.stage import load_model
 from pipelines import render
-from pipelines.workspace import ROOT
+from pipelines.places import ROOT
+
+if TYPE_CHECKING:
+    from lifelong_moe.model.transformer import LanguageModel
+
+HELDOUT_TOKENS = 8192
+"""Held-out tokens a distribution that an inspection reads, if none are asked for."""
 
 
 def status(run: str, console: Console) -> dict[str, Any]:
@@ -87,16 +91,8 @@ def lineage(run: str, console: Console) -> list[dict[str, Any]]:
 
 def open_stage(run: str, stage: str | None) -> tuple[StageStore, CommittedStage]:
     """A committed stage of a run by name; the last one by default."""
-    head, store = require_head(ROOT, run), StageStore(ROOT)
-    committed = [store.get(key) for key in head["stages"]]
-    if not committed:
-        raise ConfigError(f"run {run} has no committed stage yet.")
-    if stage is None:
-        return store, committed[-1]
-    for one in committed:
-        if one.name == stage:
-            return store, one
-    raise ConfigError(f"run {run} has no committed stage {stage}; there are {', '.join(s.name for s in committed)}.")
+    key, store = require_stage(require_head(ROOT, run), stage), StageStore(ROOT)
+    return store, store.get(key)
 
 
 def check_label(stage: CommittedStage, label: str | None, console: Console) -> None:
@@ -119,8 +115,12 @@ def evaluate(
     """Loss and bits per byte of a stage on any text, its matrices in 8 bits if asked."""
     store, committed = open_stage(run, stage)
     check_label(committed, label, console)
-    tokenizer = Tokenizer.from_text(store.tokenizer(committed))
-    shard = tokenize_documents(read_documents(data, SourceConfig(files=data)), tokenizer)
+    documents = read_documents(data, SourceConfig(files=data))
+    from lifelong_moe.data.shards import tokenize_documents
+    from lifelong_moe.data.windows import evaluation_windows
+    from lifelong_moe.evaluation.loss import evaluate as score_windows
+
+    shard = tokenize_documents(documents, Tokenizer.from_text(store.tokenizer(committed)))
     model = _loaded(store, committed, int8=int8)
     context = model.architecture.model.context
     result = score_windows(
@@ -152,6 +152,8 @@ def generate(
         raise ConfigError("the prompt is not UTF-8.")
     store, committed = open_stage(run, stage)
     check_label(committed, label, console)
+    from lifelong_moe.model.generation import generate as sample
+
     tokenizer = Tokenizer.from_text(store.tokenizer(committed))
     model = _loaded(store, committed, int8=int8)
     ids: list[int] = []
@@ -175,8 +177,82 @@ def generate(
     return {"run": run, "stage": committed.name, "prompt": prompt, "text": tokenizer.decode(ids), "tokens": len(ids)}
 
 
+def inspect(
+    run: str,
+    stage: str | None,
+    *,
+    text: str | None,
+    text_file: str | None,
+    layer: int | None,
+    html: str | None,
+    save: str | None,
+    tokens: int | None,
+    label: str | None,
+    console: Console,
+) -> dict[str, Any]:
+    """Inspect a stage on a text, or without one on held-out text of the run's distributions.
+
+    Raises:
+        ConfigError: If the options do not go together, or what they name is not there.
+    """
+    if tokens is not None and (text is not None or text_file is not None):
+        raise ConfigError(f"--tokens={tokens} bounds held-out text; leave it out with --text or --text-file.")
+    given = _given_text(text, text_file)
+    for option, value in (("--layer", layer), ("--html", html), ("--label", label)):
+        if given is None and value is not None:
+            raise ConfigError(f"{option}={value} needs a text: give --text or --text-file.")
+    for option, path, ending in (("--html", html, ".html"), ("--save", save, ".parquet")):
+        if path is not None:
+            _check_target(option, Path(path), ending)
+    store, committed = open_stage(run, stage)
+    _check_layer(committed, layer)
+    if given is not None:
+        check_label(committed, label, console)
+        from pipelines.inspect import on_text
+
+        result = on_text(run, store, committed, given, layer, label, html, save, console)
+    else:
+        from pipelines.inspect import on_heldout
+
+        result = on_heldout(run, store, committed, tokens or HELDOUT_TOKENS, save, console)
+    return {"run": run, "stage": committed.name, "key": committed.key, **result}
+
+
+def _check_layer(stage: CommittedStage, layer: int | None) -> None:
+    architecture = Architecture.from_json(stage.config["architecture"])
+    if layer is not None and layer >= architecture.model.layers:
+        raise ConfigError(f"--layer={layer}: layers of {stage.name} are 0 to {architecture.model.layers - 1}.")
+    if layer is not None and not architecture.experts_in(layer):
+        raise ConfigError(f"--layer={layer} is dense and has no experts to choose from.")
+
+
+def _check_target(option: str, path: Path, ending: str) -> None:
+    if not path.parent.is_dir():
+        raise ConfigError(f"{option}={path}: there is no directory {path.parent}.")
+    if path.suffix != ending or path.is_dir():
+        raise ConfigError(f"{option}={path}: it takes the name of a file that ends in {ending}.")
+
+
+def _given_text(text: str | None, text_file: str | None) -> str | None:
+    if text is not None and text_file is not None:
+        raise ConfigError("--text and --text-file exclude each other.")
+    if text_file is not None:
+        try:
+            return Path(text_file).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise ConfigError(f"--text-file={text_file}: no such file.") from None
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"--text-file={text_file}: not UTF-8 at byte {error.start}.") from None
+    if text is not None and any("\ud800" <= character <= "\udfff" for character in text):
+        raise ConfigError("--text is not UTF-8.")
+    return text
+
+
 def _loaded(store: StageStore, committed: CommittedStage, *, int8: bool) -> LanguageModel:
     """A stage's model, for reading only."""
+    from lifelong_moe.model.int8 import hold_in_int8
+    from lifelong_moe.training.stage import load_model
+
     model = load_model(store, committed).requires_grad_(False)
     if int8:
         hold_in_int8(model)

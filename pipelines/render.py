@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
 from lifelong_moe.methods.plan import PlannedStage
 from lifelong_moe.stages.store import CommittedStage
-from pipelines.workspace import Prepared
+
+if TYPE_CHECKING:  # torch is imported there
+    from pipelines.workspace import Prepared
 
 
 def data_table(console: Console, prepared: Prepared) -> None:

@@ -34,8 +34,9 @@ from pipelines.drop import with_versions
 from pipelines.gating import gate, with_best
 from pipelines.novelty import NewDocuments, batch_source, new_documents, read_texts
 from pipelines.places import CACHE, ROOT, remove_abandoned
+from pipelines.plan_file import read_plan
 from pipelines.record_retrain import TickRecord
-from pipelines.retrain_plan import TickPlan, check_plan, make_plan, read_plan
+from pipelines.retrain_plan import TickPlan, check_plan, make_plan
 
 EXIT_CODES = {"rejected": 3, "over budget": 4}
 """Of outcomes that are no success; 0 for all others."""

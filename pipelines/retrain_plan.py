@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lifelong_moe.errors import ConfigError, StalePlanError
+from lifelong_moe.errors import StalePlanError
 from lifelong_moe.methods.plan import stage_need
 from lifelong_moe.methods.retraining import Retraining
 from lifelong_moe.model.cost import count_parameters, training_flops
@@ -21,6 +21,7 @@ from lifelong_moe.stages.keys import SHORT, content_key
 from lifelong_moe.stages.runs import RunRecord, timestamp
 from pipelines.candidates import Bench, Candidate
 from pipelines.drifting import has_drifted, measure_batch
+from pipelines.plan_file import read_plan
 from pipelines.workspace import require_room
 
 VALID_DAYS = 7
@@ -108,25 +109,6 @@ def _full(limit: int | None) -> str:
         f"limit, merge similar experts (lifelong-moe consolidate), or drop a stage that is no longer needed "
         f"(lifelong-moe drop)."
     )
-
-
-def read_plan(path: Path) -> dict[str, Any]:
-    """The facts of a plan that was made before.
-
-    Raises:
-        ConfigError: If there is no such plan.
-    """
-    try:
-        facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        texts = (facts["batch"], facts["settings"], facts["expires"], facts["champion"]["key"])
-        known = all(isinstance(text, str) for text in texts) and isinstance(facts["exceeded"], list)
-        known = known and isinstance(facts["decision"]["action"], str)
-        known = known and (facts["stage"] is None or {"key", "continues", "grow"} <= set(facts["stage"]))
-    except (OSError, ValueError, KeyError, TypeError):
-        known = False
-    if not known:
-        raise ConfigError(f"{path}: not a plan of lifelong-moe retrain.")
-    return facts
 
 
 def check_plan(path: Path, bench: Bench, batch: str) -> TickPlan:

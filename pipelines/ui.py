@@ -13,7 +13,7 @@ from lifelong_moe.tracking.links import ui_url
 from lifelong_moe.tracking.server import require_free, serve_command, wait_until_up
 from lifelong_moe.tracking.tracker import Tracker
 from lifelong_moe.training.interrupt import handling_sigterm
-from pipelines.workspace import ROOT
+from pipelines.places import ROOT
 
 START_SECONDS = 90.0
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from lifelong_moe.config import apply_override, first_key, section
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.methods.retraining import RetrainConfig, Retraining
 from lifelong_moe.retraining.config import GateConfig
@@ -20,20 +18,6 @@ from lifelong_moe.training.interrupt import Interrupt
 from pipelines.candidates import Bench, ServedData, served_stages
 from pipelines.novelty import read_texts
 from pipelines.workspace import read_data
-
-
-def read_gate(overrides: Sequence[str]) -> GateConfig:
-    """The gate's settings: defaults, or ``gate.KEY=VALUE``.
-
-    Raises:
-        ConfigError: If an override is for something else.
-    """
-    raw = OmegaConf.create({"gate": {}})
-    for override in overrides:
-        if first_key(override) != "gate":
-            raise ConfigError(f"override {override!r}: only gate.KEY=VALUE can be set here.")
-        apply_override(raw, override)
-    return section(GateConfig, raw.get("gate"), "gate")
 
 
 def served_data(head: Head, version: Version, store: StageStore) -> ServedData:

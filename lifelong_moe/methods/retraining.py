@@ -175,6 +175,20 @@ def load_retraining(path: str | Path, overrides: Sequence[str] = ()) -> Retraini
     return found
 
 
+def read_gate(overrides: Sequence[str]) -> GateConfig:
+    """The gate's settings: defaults, or ``gate.KEY=VALUE``.
+
+    Raises:
+        ConfigError: If an override is for something else.
+    """
+    raw = OmegaConf.create({"gate": {}})
+    for override in overrides:
+        if first_key(override) != "gate":
+            raise ConfigError(f"override {override!r}: only gate.KEY=VALUE can be set here.")
+        apply_override(raw, override)
+    return section(GateConfig, raw.get("gate"), "gate")
+
+
 def _settings(raw: DictConfig) -> RetrainConfig:
     if not isinstance(raw.get("base"), str):
         raise ConfigError("base must name a run configuration, such as base: quickstart.yaml.")

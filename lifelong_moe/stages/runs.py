@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,26 @@ def require_head(root: Path, run: str) -> dict[str, Any]:
         known = f"There are {', '.join(there)}." if there else "There are none yet."
         raise ConfigError(f"run {run} does not exist under {root / 'runs'}. {known}")
     return head
+
+
+def committed_stages(head: Mapping[str, Any]) -> dict[str, str]:
+    """Keys of a run's committed stages by name, oldest first."""
+    there = set(head["stages"])
+    return {name: key for name, key in zip(head["names"], head["plan"], strict=True) if key in there}
+
+
+def require_stage(head: Mapping[str, Any], name: str | None = None) -> str:
+    """The key of a run's committed stage; of the last one by default.
+
+    Raises:
+        ConfigError: If there is none, naming those there are.
+    """
+    committed = committed_stages(head)
+    if not committed:
+        raise ConfigError(f"run {head['run']} has no committed stage yet.")
+    if name is not None and name not in committed:
+        raise ConfigError(f"run {head['run']} has no committed stage {name}; there are {', '.join(committed)}.")
+    return committed[name] if name is not None else head["stages"][-1]
 
 
 class EvaluationStore:

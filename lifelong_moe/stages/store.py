@@ -10,15 +10,16 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from lifelong_moe.errors import CheckpointError, CorruptError
 from lifelong_moe.stages.atomic import verify_directory, write_directory
 from lifelong_moe.stages.keys import SHORT, canonical_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 WEIGHTS = "model.safetensors"
 TOKENIZER = "tokenizer.json"
@@ -92,6 +93,8 @@ class StageStore:
             borrowed: For every other tensor of the model, the key of the stage that holds it.
             tokenizer: Text of ``tokenizer.json``; kept by stages without a parent, for all that follow.
         """
+        from safetensors.torch import save_file  # imports torch, which what only looks at stages does without
+
         key, name = config["key"], config["name"]
         own = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
         files: dict[str, Callable[[Path], object]] = {
@@ -140,6 +143,8 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: If the file is of another kind, such as a pickle.
     """
+    from safetensors.torch import load_file
+
     if path.suffix != ".safetensors":
         raise CheckpointError(f"{path}: only .safetensors files are loaded, never {path.suffix or 'others'}.")
     try:

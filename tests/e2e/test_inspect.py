@@ -13,7 +13,7 @@ from pyarrow import parquet
 from rich.console import Console
 
 from pipelines import inspect_tables
-from pipelines.inspect import inspect
+from pipelines.inspectors import inspect
 from tests.e2e.conftest import Cli
 
 # One expert a token: none is chosen together with another.

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from pipelines.inspect import inspect
+from pipelines.inspectors import inspect
 from tests.tiny import tiny_config, train, write_config
 
 

@@ -1,0 +1,89 @@
+"""What needs no model is answered without importing what only models need; asked in other processes, for we have it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+HEAVY = (
+    "torch", "lightning", "pytorch_lightning", "mlflow", "faiss", "sklearn", "scipy", "transformers", "datasets",
+    "tokenizers", "matplotlib", "pandas", "pyarrow",
+)  # fmt: skip
+ASK = """
+import contextlib, io, json, sys
+from pipelines.cli import app, exit_code
+answers = []
+commands, heavy_names = map(json.loads, sys.argv[1:])
+for arguments in commands:
+    sys.argv = ["lifelong-moe", *arguments]
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = exit_code(app)
+    heavy = sorted({name.partition(".")[0] for name in sys.modules} & set(heavy_names))
+    answers.append({"code": code, "out": out.getvalue(), "err": err.getvalue(), "heavy": heavy})
+print(json.dumps(answers))
+"""
+
+
+def ask(*commands: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Several commands in one new process: each one's code and output, and the heavy packages imported by then."""
+    command = [sys.executable, "-c", ASK, json.dumps(commands), json.dumps(HEAVY)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    answers: list[dict[str, Any]] = json.loads(done.stdout)
+    return answers
+
+
+def test_questions_about_runs(trained: Path) -> None:
+    text = json.loads(Path("fruit.jsonl").read_text().splitlines()[0])["text"]
+    commands = (
+        ("status", "tiny"),
+        ("report", "tiny", "naive", "--json"),
+        ("lineage", "tiny"),
+        ("lineage", "tiny", "--expert", "fruit/L0/E0"),
+        ("lineage", "tiny", "--document", hashlib.sha256(text.encode()).hexdigest()),
+        ("gc",),
+        ("sync",),
+    )
+    answers = ask(*commands)
+    assert [answer["code"] for answer in answers] == [0] * len(commands), answers
+    assert [answer["heavy"] for answer in answers] == [[]] * len(commands)
+
+
+def test_mistakes_about_runs(trained: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"text": "a b c"}\n{"text": "a b c"\n')
+    there = "there are fruit, code."
+    mistakes: dict[tuple[str, ...], str] = {
+        ("rollback", "tiny"): "ConfigError: run tiny has no versions yet",
+        ("evaluate", "tiny", "--data", str(broken)): f"DataError: {broken}:2: malformed JSON at column 17",
+        ("evaluate", "tiny", "--data", "nosuch*.jsonl"): "DataError: files=nosuch*.jsonl: no such file",
+        ("evaluate", "tiny", "--data", "sea.jsonl", "--stage", "sea"): f"run tiny has no committed stage sea; {there}",
+        ("evaluate", "tiny", "--data", "sea.jsonl", "--label", "sea"): "does not look at labels",
+        ("generate", "tony", "apple"): "ConfigError: run tony does not exist",
+        ("generate", "tiny", "apple", "--stage", "sea"): there,
+        ("inspect", "tiny", "--stage", "sea"): there,
+        ("inspect", "tiny", "--text-file", "nosuch.txt"): "ConfigError: --text-file=nosuch.txt: no such file.",
+        ("inspect", "tiny", "--text", "apple", "--layer", "2"): "ConfigError: --layer=2: layers of code are 0 to 1.",
+        ("drop", "tony", "code"): "ConfigError: run tony does not exist",
+        ("drop", "tiny", "sea"): there,
+        ("drop", "tiny", "code", "trigger.x=1"): "only gate.KEY=VALUE can be set here",
+        ("consolidate", "tiny", "sea"): there,
+        ("compare", "nosuch.yaml"): "ConfigError: nosuch.yaml: no such file.",
+        ("prepare", "tiny.yaml", "seed=x"): "ConfigError: seed: ",
+        ("retrain", "nosuch.yaml"): "ConfigError: nosuch.yaml: no such file.",
+        (
+            "retrain",
+            "tiny.yaml",
+            "--plan",
+            "nosuch.json",
+        ): "ConfigError: nosuch.json: not a plan",
+    }
+    answers = ask(*mistakes)
+    for (arguments, said), answer in zip(mistakes.items(), answers, strict=True):
+        assert answer["code"] == 2 and said in answer["err"] and answer["err"].count("\n") == 1, (arguments, answer)
+        assert answer["heavy"] == [], arguments
