@@ -14,7 +14,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
 import typer
 import yaml
@@ -34,7 +33,7 @@ def parses(words: list[str]) -> None:
     group = typer.main.get_command(app)
     context = group.make_context("lifelong-moe", list(words), resilient_parsing=True)
     name, command, rest = group.resolve_command(context, list(words))  # type: ignore[attr-defined]
-    assert isinstance(command, click.Command) or command is not None
+    assert command is not None
     parsed = command.make_context(name, list(rest), parent=context)
     assert (ROOT / parsed.params["config"]).is_file()
 

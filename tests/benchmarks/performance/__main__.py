@@ -119,13 +119,12 @@ def table(found: Mapping[str, Any], machine: Mapping[str, Any]) -> Table:
 
 def hardware() -> dict[str, Any]:
     """What the figures depend on."""
-    import psutil
     import torch
 
     return {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         "torch": torch.__version__,
