@@ -80,9 +80,9 @@ def within_capacity_readable(
     return kept_TK, taken
 
 
-def token_order(num_tokens: int, top_k: int) -> Tensor:
+def token_order(num_tokens: int, top_k: int, device: torch.device | None = None) -> Tensor:
     """Token by token, each with all its choices: ``(N,)``. Earlier tokens never lose to later ones."""
-    return torch.arange(num_tokens * top_k)
+    return torch.arange(num_tokens * top_k, device=device)
 
 
 def choice_order(tokens_T: Tensor, top_k: int) -> Tensor:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +67,23 @@ class RouterLoss:
     """Its factor in the training loss."""
 
 
+@dataclass(frozen=True)
+class _Sorted:
+    """Assignments sorted by expert."""
+
+    first_expert: int
+    """With which the order begins."""
+    order_N: Tensor
+    """Assignments ``token * K + choice``, int64 ``(N,)``; without those that are none."""
+    counts_E: Tensor
+    """Assignments of each expert by index, int64 ``(E,)``."""
+
+    @cached_property
+    def inverse_N(self) -> Tensor:  # noqa: N802
+        """The permutation that undoes the order."""
+        return inverse_permutation(self.order_N)
+
+
 @dataclass
 class Routing:
     """A router's answer. The layer only calls ``dispatch``, ``counts_E`` and ``combine``, so an answer of another
@@ -84,39 +102,44 @@ class Routing:
     dropped: Tensor | None = None
     """Real tokens' choices that found no room, and all of them, int64 ``(2,)``; where there is a capacity."""
 
-    def __post_init__(self) -> None:
-        self._sort(0)
+    _sorted: _Sorted | None = field(default=None, init=False, repr=False)
 
-    def _sort(self, first_expert: int) -> None:
-        ids_N, self._first = self.expert_ids_TK.reshape(-1), first_expert
-        if self.ragged:
-            self._kept_N = (ids_N >= 0).nonzero().squeeze(1)
-            order_N, self.counts_E = sort_by_expert(ids_N[self._kept_N], self.num_experts, first_expert)
-            self._kept_N = self._kept_N[order_N]
-            return
-        self._order_N, self.counts_E = sort_by_expert(ids_N, self.num_experts, first_expert)
-        self._inverse_N = inverse_permutation(self._order_N)
+    def _by_expert(self, first_expert: int | None = None) -> _Sorted:
+        """Assignments sorted from this expert on; from any, if none is named. Sorted when first asked for."""
+        if self._sorted is None or first_expert not in (None, self._sorted.first_expert):
+            ids_N, first = self.expert_ids_TK.reshape(-1), first_expert or 0
+            if self.ragged:
+                kept_N = (ids_N >= 0).nonzero().squeeze(1)
+                order_N, counts_E = sort_by_expert(ids_N[kept_N], self.num_experts, first)
+                self._sorted = _Sorted(first, kept_N[order_N], counts_E)
+            else:
+                self._sorted = _Sorted(first, *sort_by_expert(ids_N, self.num_experts, first))
+        return self._sorted
+
+    @property
+    def counts_E(self) -> Tensor:  # noqa: N802 - named as the tensor that it is
+        """Assignments of each expert, int64 ``(E,)``."""
+        return self._by_expert().counts_E
 
     def dispatch(self, x_TD: Tensor, first_expert: int = 0) -> Tensor:
         """Rows for the experts ``(N, D)``, sorted by expert, from ``first_expert`` on and around.
 
         ``counts_E`` says how many each gets.
         """
-        if first_expert != self._first:
-            self._sort(first_expert)
-        top_k = self.expert_ids_TK.shape[1]
+        by_expert, top_k = self._by_expert(first_expert), self.expert_ids_TK.shape[1]
         if self.ragged:
-            return x_TD.index_select(0, self._kept_N // top_k)
-        return dispatch(x_TD, self._order_N, self._inverse_N, top_k)
+            return x_TD.index_select(0, by_expert.order_N // top_k)
+        return dispatch(x_TD, by_expert.order_N, by_expert.inverse_N, top_k)
 
     def combine(self, rows_ND: Tensor) -> Tensor:
         """Weighted sum of the experts' outputs per token, ``(T, D)``; 0 for a token without expert."""
+        by_expert = self._by_expert()
         if self.ragged:
             num_tokens, top_k = self.expert_ids_TK.shape
-            weights_N = self.weights_TK.flatten()[self._kept_N].to(rows_ND.dtype)
+            weights_N = self.weights_TK.flatten()[by_expert.order_N].to(rows_ND.dtype)
             out_TD = rows_ND.new_zeros(num_tokens, rows_ND.shape[1])
-            return out_TD.index_add(0, self._kept_N // top_k, rows_ND * weights_N.unsqueeze(1))
-        return combine(rows_ND, self.weights_TK, self._order_N, self._inverse_N)
+            return out_TD.index_add(0, by_expert.order_N // top_k, rows_ND * weights_N.unsqueeze(1))
+        return combine(rows_ND, self.weights_TK, by_expert.order_N, by_expert.inverse_N)
 
     def counts_of(self, mask_T: Tensor) -> Tensor:
         """Assignments that each expert has from some of the tokens, int64 ``(E,)``."""
@@ -141,6 +164,7 @@ class Router(nn.Module):
         self.layer = layer
         self.generations: list[int] = []
         self.held_down = False
+        self._owners: tuple[list[int], Tensor] | None = None
 
     @property
     def num_experts(self) -> int:
@@ -219,8 +243,18 @@ class Router(nn.Module):
         group_T, num = context.group_ids_T, len(self.choosable)
         if self.config.bundles == Bundles.none or num == 1:
             return None
-        births_E = torch.arange(num).repeat_interleave(torch.tensor(self.choosable)).to(group_T.device)
+        births_E = self.owners(self.choosable, group_T.device)
         return births_E == torch.where(group_T < num, group_T, 0).unsqueeze(1)
+
+    def owners(self, sizes: list[int], device: torch.device) -> Tensor:
+        """Of generations, or groups, of these sizes the one that each expert belongs to, int64 ``(E,)``.
+
+        Kept until they change: it is made on the CPU, for which a GPU would have to wait at each step.
+        """
+        if self._owners is None or self._owners[0] != sizes or self._owners[1].device != device:
+            owners_E = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(device)
+            self._owners = list(sizes), owners_E
+        return self._owners[1]
 
     @property
     def choosable(self) -> list[int]:

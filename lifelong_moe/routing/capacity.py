@@ -55,7 +55,7 @@ def limited(
         multiple=config.multiple,
         least=config.least,
     )
-    order_N = _order(config.priority, scores_TE, top_k, training).to(wanted_TK.device)
+    order_N = _order(config.priority, scores_TE, top_k, training)
     taken_GE = wanted_TK.new_zeros(context.num_sequences, num_experts)
     kept_TK, taken_GE = within_capacity(wanted_TK, order_N, context.sequence_T, capacity, taken_GE)
     final_TK = wanted_TK.masked_fill(~kept_TK, -1)
@@ -66,13 +66,15 @@ def limited(
 
 
 def _order(priority: Priority, scores_TE: Tensor, top_k: int, training: bool) -> Tensor:
-    num_tokens = len(scores_TE)
+    num_tokens, device = len(scores_TE), scores_TE.device
     if priority == Priority.token:
-        return token_order(num_tokens, top_k)
+        return token_order(num_tokens, top_k, device)
     if priority == Priority.batch:
         return batch_priority_order(scores_TE.amax(dim=1), top_k)
     at_random = priority == Priority.random and training
-    return choice_order(torch.randperm(num_tokens) if at_random else torch.arange(num_tokens), top_k)
+    # Drawn on the CPU: the same order on every device.
+    tokens_T = torch.randperm(num_tokens).to(device) if at_random else torch.arange(num_tokens, device=device)
+    return choice_order(tokens_T, top_k)
 
 
 def _next_choices(

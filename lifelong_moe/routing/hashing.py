@@ -44,7 +44,8 @@ class HashRouter(Router):
         if groups == 1:
             ids_TK = ranks_TE.topk(top_k, dim=-1).indices
             return Routing(ids_TK, torch.full(ids_TK.shape, 1.0 / top_k, device=x_TD.device), num)
-        group_E = torch.cat([torch.arange(n, device=x_TD.device) // (n // groups) for n in self.generations if n])
-        of_group = [ranks_TE.masked_fill(group_E[: len(experts_E)] != g, -1).argmax(dim=1) for g in range(groups)]
+        sizes = [n // groups for n in self.choosable for _ in range(groups)]
+        group_E = self.owners(sizes, x_TD.device) % groups
+        of_group = [ranks_TE.masked_fill(group_E != g, -1).argmax(dim=1) for g in range(groups)]
         ids_TK = torch.stack(of_group, dim=1)
         return Routing(ids_TK, torch.ones(ids_TK.shape, device=x_TD.device), num)

@@ -56,7 +56,7 @@ class HierarchicalRouter(LinearRouter):
         """Group of each expert among which tokens choose, int64 ``(E,)``."""
         groups = self.config.expert_groups
         sizes = [num // groups for num in self.choosable for _ in range(groups)]
-        return torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(self.rows[0].device)
+        return self.owners(sizes, self.rows[0].device)
 
     def forward(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         """Choose groups, then experts."""

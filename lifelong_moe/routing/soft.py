@@ -32,7 +32,12 @@ class SoftRouting(Routing):
         self.shape = (batch, experts, slots)
         self.dispatch_BSM = self.logits_BSEP.flatten(2).softmax(dim=1)
         self.combine_BSM = self.logits_BSEP.flatten(2).softmax(dim=2)
-        self.counts_E = torch.full((experts,), batch * slots, device=self.logits_BSEP.device)
+
+    @property
+    def counts_E(self) -> Tensor:  # noqa: N802
+        """Slots of each expert, int64 ``(E,)``."""
+        batch, experts, slots = self.shape
+        return torch.full((experts,), batch * slots, device=self.combine_BSM.device)
 
     def dispatch(self, x_TD: Tensor, first_expert: int = 0) -> Tensor:
         """Slots ``(N, D)``, sorted by expert; there is one generation, so they begin with expert 0."""

@@ -199,3 +199,24 @@ def test_weighted_sum_by_hand() -> None:
     assert routing.counts_E.tolist() == [2, 2]
     doubled = rows * torch.tensor([[2.0], [2.0], [3.0], [3.0]])
     assert routing.combine(doubled).flatten().tolist() == [0.25 * 3 + 0.75 * 2, 1.0 * 20 + 0.5 * 30]
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_a_routing_sorts_once_and_only_if_it_is_asked(monkeypatch: pytest.MonkeyPatch, ragged: bool) -> None:
+    begun: list[int] = []
+
+    def counted(ids_N: Tensor, num_experts: int, first_expert: int) -> tuple[Tensor, Tensor]:
+        begun.append(first_expert)
+        return sort_by_expert(ids_N, num_experts, first_expert)
+
+    monkeypatch.setattr("lifelong_moe.routing.base.sort_by_expert", counted)
+    ids = torch.tensor([[0, 2], [2, 1], [2, -1 if ragged else 0]])
+    x, weights = torch.tensor([[1.0], [2.0], [4.0]]), torch.ones(3, 2)
+    routing = Routing(ids, weights, 3, ragged=ragged)
+    assert begun == []
+    # As where experts 1 and 2 train: theirs first, then around to expert 0.
+    rows = routing.dispatch(x, 1)
+    assert rows.flatten().tolist() == [2.0, 1.0, 2.0, 4.0, 1.0] + ([] if ragged else [4.0])
+    assert routing.counts_E.tolist() == [1 if ragged else 2, 1, 3]
+    assert routing.combine(rows).flatten().tolist() == [2.0, 4.0, 4.0 if ragged else 8.0]
+    assert begun == [1]

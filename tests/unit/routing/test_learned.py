@@ -165,6 +165,20 @@ def test_later_generations_change_nothing_for_bundle_0(
     assert int(router(x, newest).expert_ids_TK.max()) >= 10
 
 
+def test_whose_experts_are_whose_is_made_once_until_that_changes(make_router: Make, make_context: Context) -> None:
+    router = grown(make_router).eval()
+    x, context = torch.ones(2, 3), make_context(2, groups=[1, 3])
+    router(x, context)
+    owners_E = router.owners([3, 2, 1], x.device)
+    assert owners_E.tolist() == [0, 0, 0, 1, 1, 2]
+    router(x, context)
+    assert router.owners([3, 2, 1], x.device) is owners_E
+    router.add_experts(2)
+    ids_TK = router(x, context).expert_ids_TK
+    assert ids_TK.sort(dim=1).values.tolist() == [[3, 4], [6, 7]]
+    assert router.owners(router.generations, torch.device("meta")).device.type == "meta"
+
+
 def test_no_underflow_opens_another_bundle(make_router: Make, make_context: Context) -> None:
     # The second and third probabilities are 0 in float32, as are those of the experts that are not allowed.
     router = grown(make_router).eval()
