@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import sys
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from lifelong_moe.errors import ConfigError, LifelongError, ResourceError
+from lifelong_moe.errors import ConfigError, as_ours, one_line
 
 app = typer.Typer(
     add_completion=True,
@@ -164,8 +163,10 @@ def retrain(
 
             quiet.libraries()
             result = story(config, overrides or [], dry_run, plan_path, console(), reopen)
-    except (LifelongError, OSError) as error:
-        finish({"outcome": "failed", "error": type(error).__name__, "reason": str(error)}, as_json=True)
+    except BaseException as error:  # a bug or Ctrl-C as well: who reads the last line always finds JSON
+        told = as_ours(error) or error
+        failure = {"outcome": "failed", "error": type(told).__name__, "reason": one_line(str(told))}
+        finish(failure, as_json=True)
         raise
     finish(result, as_json=True)
     raise typer.Exit(EXIT_CODES.get(result["outcome"], 0))
@@ -384,20 +385,11 @@ def exit_code(command: Callable[[], Any]) -> int:
     """Run a command and turn our errors into one line on standard error and their exit code."""
     try:
         command()
-    except LifelongError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
-    except (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
-        print(f"{type(error).__name__}: {error.filename}: {error.strerror}.", file=sys.stderr)
-        return 2
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        if (told := as_ours(error)) is None:
             raise
-        print(
-            f"ResourceError: {error.filename or 'the disk'}: no space left; what was committed is intact.",
-            file=sys.stderr,
-        )
-        return ResourceError.exit_code
+        print(f"{type(told).__name__}: {told}", file=sys.stderr)
+        return told.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

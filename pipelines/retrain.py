@@ -18,7 +18,7 @@ from lifelong_moe.data.documents import Corpus
 from lifelong_moe.data.shards import tokenize_documents
 from lifelong_moe.data.sources import read_corpus
 from lifelong_moe.data.tokenizer import Tokenizer
-from lifelong_moe.errors import ConfigError, LifelongError
+from lifelong_moe.errors import ConfigError, LifelongError, as_ours, one_line
 from lifelong_moe.methods.retraining import Retraining, load_retraining
 from lifelong_moe.retraining.decision import Action
 from lifelong_moe.stages.lock import locked
@@ -28,6 +28,7 @@ from lifelong_moe.stages.versions import Action as StageAction
 from lifelong_moe.stages.versions import Head, VersionStage, champion, promoted
 from lifelong_moe.tracking.tracker import Tracker
 from lifelong_moe.training.interrupt import Interrupt, handling_sigterm
+from lifelong_moe.training.phase import build_trainer
 from pipelines import hooks, render_retrain
 from pipelines.candidates import Bench, batch_files, served_stages
 from pipelines.drop import with_versions
@@ -75,12 +76,13 @@ class Tick:
 
         What a person must mend (exit code 2) is only told: it writes nothing.
         """
-        failure = {"outcome": "failed", "error": type(error).__name__, "reason": str(error)}
-        code = error.exit_code if isinstance(error, LifelongError) else 1
+        ours = as_ours(error)
+        reason, code = one_line(str(ours or error)), ours.exit_code if ours else 1
+        failure = {"outcome": "failed", "error": type(ours or error).__name__, "reason": reason}
         if code != ConfigError.exit_code:
             with suppress(OSError, LifelongError):  # on a full disk the error that filled it is the one to tell
                 self.record.log("tick", **failure, exit_code=code)
-                last = {"at": timestamp(), "outcome": "failed", "reason": str(error)}
+                last = {"at": timestamp(), "outcome": "failed", "reason": reason}
                 self.record.set_head({**require_head(ROOT, self.record.run), "last_tick": last})
         hooks.tell(self.retraining.settings.hooks, {**failure, "run": self.record.run, "at": timestamp()})
 
@@ -148,6 +150,7 @@ def retrain(
             head = with_versions(store, require_head(ROOT, record.run))
             tick = Tick(retraining, record, head, console)
             try:
+                build_trainer(tick.config.trainer, 1, [], None)  # what this machine cannot do is said before all else
                 if reopen is not None:
                     tick.reopen(reopen)
                 return _tick(tick, interrupt, dry_run, plan_path)

@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
+from lifelong_moe.config import load_config
 from lifelong_moe.data.prepare import PreparedData
 from lifelong_moe.errors import ConfigError, TryAgainError
 from lifelong_moe.evaluation.report import build_report
@@ -60,9 +61,10 @@ def run(
     """
     with handling_sigterm() as interrupt:
         remove_abandoned()
+        # What this machine cannot do is said before anything is written.
+        build_trainer(load_config(config_path, overrides)[0].trainer, 1, [], None)
         with console.status("reading and tokenizing the distributions"):
             prepared = prepare(config_path, overrides, memory)
-        build_trainer(prepared.config.trainer, 1, [], None)  # what this machine cannot do is said before anything else
         record, store = RunRecord(ROOT, prepared.config.run), StageStore(ROOT)
         require_room([planned for planned in prepared.plan if store.find(planned.key) is None], prepared.config)
         with locked(record.lock_path, f"run {record.run}"):

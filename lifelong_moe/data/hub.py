@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from lifelong_moe.data.config import SourceConfig
 from lifelong_moe.data.documents import Document
 from lifelong_moe.data.jsonl import document_from
-from lifelong_moe.errors import DataError, TryAgainError
+from lifelong_moe.errors import DataError, ResourceError, TryAgainError, disk_is_full
 
 _MAX_REASON_CHARS = 300
 
@@ -17,7 +19,9 @@ def hub_documents(config: SourceConfig) -> list[Document]:
         config: ``hf``, ``name``, ``split``, ``revision``, ``text_field``, ``source_field``.
 
     Raises:
-        DataError: The dataset cannot be had (unknown, gated) or a row has no usable text.
+        DataError: The dataset cannot be had (unknown, gated, or not in the cache while offline) or a row has no usable
+            text.
+        ResourceError: The disk is full.
         TryAgainError: The hub cannot be reached, or asks to come back later.
     """
     import datasets
@@ -27,7 +31,15 @@ def hub_documents(config: SourceConfig) -> list[Document]:
         rows = datasets.load_dataset(config.hf, config.name, split=config.split, revision=config.revision)
     except Exception as error:  # the hub's errors share no base class; each is the user's to read
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:_MAX_REASON_CHARS]
-        if _passes(error):
+        if any(disk_is_full(cause) for cause in _causes(error)):
+            raise ResourceError(f"{place}: no space left in the cache of datasets: {reason}") from error
+        passes = any(_passes(cause) for cause in _causes(error))
+        if passes and datasets.config.HF_HUB_OFFLINE:  # which no time changes
+            raise DataError(
+                f"{place}: split {config.split} is not in the cache, and HF_HUB_OFFLINE or HF_DATASETS_OFFLINE forbids "
+                f"to fetch it. Unset that for lifelong-moe prepare."
+            ) from error
+        if passes:
             raise TryAgainError(f"{place}: the hub cannot serve it now: {reason}") from error
         raise DataError(f"{place}: cannot be loaded, split {config.split}: {reason}") from error
     names = rows.column_names
@@ -41,11 +53,14 @@ def hub_documents(config: SourceConfig) -> list[Document]:
     ]
 
 
-def _passes(error: BaseException | None) -> bool:
-    """Whether an error, or one that led to it, is of the network or the hub's load and not of what was asked for."""
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and those that led to it."""
     while error is not None:
-        status = getattr(getattr(error, "response", None), "status_code", 0)
-        if isinstance(error, ConnectionError | TimeoutError) or status in (408, 429) or status >= 500:
-            return True
+        yield error
         error = error.__cause__ or error.__context__
-    return False
+
+
+def _passes(error: BaseException) -> bool:
+    """Whether an error is of the network or the hub's load and not of what was asked for."""
+    status = getattr(getattr(error, "response", None), "status_code", 0)
+    return isinstance(error, ConnectionError | TimeoutError) or status in (408, 429) or status >= 500

@@ -19,7 +19,7 @@ from lifelong_moe.data.files import reader_of
 from lifelong_moe.data.storage import file_sha256
 from lifelong_moe.data.streams import decode, open_bytes, require_regular
 from lifelong_moe.data.strict_json import parse_object
-from lifelong_moe.errors import DataError
+from lifelong_moe.errors import DataError, one_line
 
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 16 << 20
@@ -56,7 +56,7 @@ def read_inbox(directory: Path, source: SourceConfig) -> Inbox | None:
     listed, distribution = _listed(manifest) if manifest.exists() or manifest.is_symlink() else (None, None)
     paths = _present(directory) if listed is None else [_contained(directory, name, manifest) for name in listed]
     readers = [(path, reader_of(path)) for path in paths]
-    files = [{"name": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in paths]
+    files = [{"name": one_line(path.name), "bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in paths]
     for path, file in zip(paths, files, strict=True):
         _require_as_listed(path, file, (listed or {}).get(str(path.relative_to(directory))))
     documents = [document for path, reader in readers for document in reader(path, source)]

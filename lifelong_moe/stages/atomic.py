@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from lifelong_moe.data.storage import sync, temporary, write_atomic
-from lifelong_moe.errors import CorruptError, ResourceError
+from lifelong_moe.errors import CorruptError, ResourceError, disk_is_full
 from lifelong_moe.stages.keys import canonical_json, file_hash
 
 MANIFEST = "manifest.json"
@@ -37,7 +37,7 @@ def write_directory(target: Path, files: Mapping[str, Callable[[Path], object]])
             _write_files(tmp, files)
             _publish(tmp, target)
     except (OSError, SafetensorError) as error:
-        if _is_full(error):
+        if disk_is_full(error):
             raise ResourceError(f"{target}: no space left on the disk; nothing committed was touched.") from error
         raise
 
@@ -52,14 +52,6 @@ def _write_files(tmp: Path, files: Mapping[str, Callable[[Path], object]]) -> No
         (tmp / name).chmod((tmp / MANIFEST).stat().st_mode)
     sync(tmp / MANIFEST)
     sync(tmp)
-
-
-def _is_full(error: OSError | SafetensorError) -> bool:
-    """Whether the disk or a quota is full; safetensors says so in words only."""
-    full = (errno.ENOSPC, errno.EDQUOT)
-    if isinstance(error, OSError):
-        return error.errno in full
-    return any(f"(os error {number})" in str(error) for number in full)
 
 
 def _publish(tmp: Path, target: Path) -> None:

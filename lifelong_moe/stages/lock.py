@@ -32,6 +32,8 @@ def locked(path: Path, what: str) -> Iterator[None]:
             file.seek(0)
             holder = file.read().strip() or "unknown"
             raise LockedError(f"{what} is being worked on by process {holder}; try again later.") from None
+        except OSError as error:  # which names no file
+            raise OSError(error.errno, error.strerror, str(path)) from None
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()

@@ -74,6 +74,19 @@ def sqlite_path(uri: str) -> Path | None:
     return Path(database) if database and database != ":memory:" else None
 
 
+def is_utf8(text: str) -> bool:
+    """Tell text from what holds bytes of a file name that are not UTF-8.
+
+    Args:
+        text: Such as a path; Python stands for each such byte with a lone surrogate.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def without_credentials(uri: str) -> str:
     """Remove whatever may be secret, for messages, links and files.
 

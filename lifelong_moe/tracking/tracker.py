@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from lifelong_moe.tracking import links
 from lifelong_moe.tracking.config import TrackingConfig
-from lifelong_moe.tracking.connection import prepare_environment, probe, resolve_uri, without_credentials
+from lifelong_moe.tracking.connection import (
+    is_server,
+    is_utf8,
+    prepare_environment,
+    probe,
+    resolve_uri,
+    without_credentials,
+)
 from lifelong_moe.tracking.registry import STAGE_KEY_TAG
 from lifelong_moe.tracking.spool import SPOOL, Operation, Spool
 from lifelong_moe.tracking.store import Store, failures, local_id, one_line, operation, unusable
@@ -59,6 +66,9 @@ class Tracker:
         if not config.enabled:
             return cls(config.experiment, "", None, "tracking.enabled=false: nothing is recorded in MLflow.")
         uri = resolve_uri(config.uri, root)
+        if not is_utf8(uri if is_server(uri) else f"{uri} {root.absolute()}"):
+            problem = "the name of the working directory is not UTF-8, which MLflow cannot keep: nothing is recorded."
+            return cls(config.experiment, "", None, problem)
         prepare_environment()
         tracker = cls(config.experiment, uri, Spool(root, uri), None)
         problem = probe(uri) or tracker._open(root)

@@ -65,6 +65,7 @@ class OptimConfig:
 
 
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
+PROFILERS = ("simple", "advanced", "pytorch")
 
 
 @dataclass(kw_only=True)
@@ -118,6 +119,8 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise ConfigError(f"trainer.precision={self.precision} is unknown; there are {', '.join(PRECISIONS)}.")
+        if self.profiler is not None and self.profiler not in PROFILERS:
+            raise ConfigError(f"trainer.profiler={self.profiler} is unknown; there are {', '.join(PROFILERS)}.")
         if not isinstance(self.devices, (int, str, list)):
             raise ConfigError(f"trainer.devices={self.devices} must be a number, a list or a string.")
         if self.num_nodes > 1:

@@ -21,7 +21,7 @@ from torch import Tensor
 from lifelong_moe.clustering.kmeans import churn
 from lifelong_moe.data.shards import TokenizedCorpus
 from lifelong_moe.data.windows import evaluation_windows
-from lifelong_moe.errors import ConfigError, ResourceError
+from lifelong_moe.errors import ConfigError, ResourceError, memory_is_full
 from lifelong_moe.evaluation.loss import evaluate
 from lifelong_moe.model.offload import courier_to
 from lifelong_moe.model.transformer import LanguageModel
@@ -131,7 +131,9 @@ def train_phase(
                 fit(0, environment.interrupt, environment.send)
             else:
                 _fit_in_ranks(module, run, meter, environment, fit)
-        except torch.OutOfMemoryError as error:
+        except (RuntimeError, MemoryError) as error:
+            if not memory_is_full(error):
+                raise
             raise _out_of_memory(spec) from error
     model.cpu()
     if stopping is not None:
@@ -261,7 +263,7 @@ def build_trainer(config: TrainerConfig, steps: int, callbacks: list[Any], logge
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-    except (MisconfigurationException, ValueError, TypeError) as error:
+    except (MisconfigurationException, ImportError, ValueError, TypeError) as error:
         raise ConfigError(f"trainer: {' '.join(str(error).split())}") from None
     if trainer.world_size > 1 and (not on_cpu or trainer.world_size != config.processes):
         raise ConfigError(

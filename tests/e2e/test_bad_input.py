@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from lifelong_moe.data.compression import COMPRESSED
+from pipelines.cli import app, exit_code
 from tests.e2e.conftest import Cli
 from tests.retrain_lab import RETRAIN, base_config
 from tests.tiny import tiny_config, write_config, write_corpora
@@ -188,6 +189,45 @@ def test_retraining_and_runs_refuse_the_same_way(command: str, lab: Path, cli: C
         assert "drift.auc=2" in refused(cli, lab, "retrain", "retrain.yaml")
     else:
         assert "fruit.pkl" in refused(cli, lab, "run", "tiny.yaml", "distributions.fruit.files=fruit.pkl")
+
+
+@pytest.mark.parametrize("setting", ["accelerator=tpu", "strategy=xla", "profiler=xla"])
+def test_what_this_machine_cannot_do(setting: str, lab: Path, cli: Cli) -> None:
+    write_config(tiny_config())
+    assert "trainer" in refused(cli, lab, "run", "tiny.yaml", f"trainer.{setting}")
+
+
+@pytest.mark.parametrize("place", ["mlruns", "data"])
+def test_a_place_that_leads_nowhere(place: str, lab: Path, cli: Cli) -> None:
+    write_config(tiny_config())
+    Path(place).symlink_to(place)
+    result = cli("run", "tiny.yaml")
+    assert result.code == 2 and result.err.startswith("AccessError: ") and result.err.count("\n") == 1
+
+
+def test_an_override_that_is_not_utf8(lab: Path, cli: Cli) -> None:
+    write_config(tiny_config())
+    files = os.fsdecode(b"distributions.fruit.files=caf\xe9.jsonl")
+    assert "caf\\udce9" in refused(cli, lab, "run", "tiny.yaml", files)
+
+
+@pytest.mark.parametrize("error", [KeyError("\udcff"), RuntimeError("two\nlines"), KeyboardInterrupt(), MemoryError()])
+def test_whatever_fails_the_last_line_of_a_tick_is_json(
+    error: BaseException, lab: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("lifelong_moe.methods.retraining.load_retraining", fail)
+    monkeypatch.setattr("sys.argv", ["lifelong-moe", "retrain", "retrain.yaml"])
+    if isinstance(error, KeyError | RuntimeError):
+        with pytest.raises(type(error)):
+            exit_code(app)
+    else:
+        assert exit_code(app) == {KeyboardInterrupt: 130, MemoryError: 8}[type(error)]
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    name = "ResourceError" if isinstance(error, MemoryError) else type(error).__name__
+    assert (told["outcome"], told["error"]) == ("failed", name)
 
 
 def test_there_are_over_fifty() -> None:

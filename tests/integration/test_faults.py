@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError
@@ -451,12 +452,22 @@ def test_a_disk_that_fills_at_any_operation_of_a_commit(tmp_path: Path, monkeypa
     assert StageStore(tmp_path).get("b" * 64).name == "new"
 
 
+def exhaust_device() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nGPU 0 has 8 GiB.")
+
+
+HALVE = "Set trainer.accumulate_grad_batches=2, which leaves the global batch at 4 sequences."
+
+
 @pytest.mark.parametrize(
-    ("accumulate", "sequences", "remedy"),
+    ("accumulate", "sequences", "remedy", "exhaust"),
     [
-        (1, 4, "Set trainer.accumulate_grad_batches=2, which leaves the global batch at 4 sequences."),
-        (4, 1, "Set model.context or the model's size lower."),
+        (1, 4, HALVE, exhaust_device),
+        (4, 1, "Set model.context or the model's size lower.", exhaust_device),
+        (1, 4, HALVE, lambda: torch.empty(1 << 50)),
+        (1, 4, HALVE, lambda: np.empty(1 << 50)),
     ],
+    ids=["device", "device, one sequence", "CPU", "CPU, NumPy"],
 )
 def test_out_of_memory_says_what_was_asked_for(
     lab: Path,
@@ -465,13 +476,14 @@ def test_out_of_memory_says_what_was_asked_for(
     accumulate: int,
     sequences: int,
     remedy: str,
+    exhaust: Callable[[], object],
 ) -> None:
     sizes = []
 
     def look(module: StageModule, batch: Batch) -> float:
         sizes.append(len(batch["token_ids"]))
         if module.global_step == 5:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nGPU 0 has 8 GiB.")
+            exhaust()
         return 1.0
 
     before_each_micro_batch(monkeypatch, look)

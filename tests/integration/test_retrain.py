@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -97,6 +98,22 @@ def test_too_little_waits_and_is_not_forgotten() -> None:
     record, long_ago = RunRecord(Path("mlruns"), "tiny"), {**head()["versions"][0], "at": "2020-01-01T00:00:00Z"}
     record.set_head({**head(), "versions": [long_ago]})
     assert tick("trigger.min_tokens=100_000", "trigger.max_days=30", dry_run=True)["outcome"] == "planned"
+
+
+def test_a_file_whose_name_is_not_utf8_is_read_like_any_other() -> None:
+    arrive("sea", os.fsdecode(b"caf\xe9.jsonl"))
+    result = tick(dry_run=True)
+    assert result["outcome"] == "planned"
+    assert BatchStore(Path("mlruns")).manifest(result["batch"])["files"][0]["name"] == "caf\\udce9.jsonl"
+
+
+@pytest.mark.parametrize("setting", ["accelerator=tpu", "strategy=xla"])
+def test_what_this_machine_cannot_do_is_said_before_anything_is_written(setting: str) -> None:
+    arrive("sea")
+    before = {path for path in Path().rglob("*") if path.suffix != ".log"}
+    with pytest.raises(ConfigError, match=r"^trainer: "):
+        tick(f"trainer.{setting}")
+    assert {path for path in Path().rglob("*") if path.suffix != ".log"} == before and "last_tick" not in head()
 
 
 def test_what_the_champion_knows_is_not_new() -> None:

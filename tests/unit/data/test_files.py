@@ -15,7 +15,7 @@ from lifelong_moe.data.config import SourceConfig
 from lifelong_moe.data.files import matching_files, read_documents
 from lifelong_moe.data.hub import hub_documents
 from lifelong_moe.data.sources import read_corpus
-from lifelong_moe.errors import DataError, TryAgainError
+from lifelong_moe.errors import DataError, ResourceError, TryAgainError
 
 CONFIG = SourceConfig(files="unused")
 
@@ -171,6 +171,46 @@ def test_a_hub_that_is_busy_is_not_a_mistake(
     with pytest.raises(kind) as caught:
         hub_documents(HUB)
     assert str(caught.value).count("\n") == 0 and type(caught.value) is kind
+
+
+def test_offline_what_is_not_in_the_cache_will_never_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error is what datasets raises without a network; nothing is asked of one here."""
+    import datasets
+
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+
+    def load(*args: Any, **kwargs: Any) -> Any:
+        raise ConnectionError("Couldn't reach 'some/data' on the Hub (OfflineModeIsEnabled)")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(DataError, match=r"^hf=some/data@01234567: split train is not in the cache, and HF_HUB_OFF"):
+        hub_documents(HUB)
+
+
+def test_offline_other_mistakes_are_told_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+
+    def load(*args: Any, **kwargs: Any) -> Any:
+        raise ValueError('Unknown split "train". Should be one of ["test"].')
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    with pytest.raises(DataError, match="Unknown split"):
+        hub_documents(HUB)
+
+
+@pytest.mark.parametrize(
+    "full", [OSError(28, "No space left on device"), OSError("Not enough disk space. Needed: 1.2 GiB")]
+)
+def test_a_full_disk_is_no_mistake_about_the_hub(monkeypatch: pytest.MonkeyPatch, full: OSError) -> None:
+    def load(*args: Any, **kwargs: Any) -> Any:
+        try:
+            raise full
+        except OSError as error:
+            raise RuntimeError("An error occurred while generating the dataset") from error
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    with pytest.raises(ResourceError, match=r"^hf=some/data@01234567: no space left"):
+        hub_documents(HUB)
 
 
 @pytest.mark.parametrize("error", [ConnectionError("no route"), TimeoutError("slow")])

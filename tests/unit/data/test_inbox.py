@@ -63,6 +63,15 @@ def test_all_kinds_of_files_in_order_of_name(inbox: Path) -> None:
     assert found.files[1] == {"name": "b.jsonl"} | entry(jsonl("second", "third"))
 
 
+def test_a_name_that_is_not_utf8_is_read_and_told_in_ascii(inbox: Path) -> None:
+    (inbox / os.fsdecode(b"caf\xe9.jsonl")).write_bytes(jsonl("one"))
+    found = read(inbox)
+    assert found.documents[0].text == "one" and found.files[0]["name"] == "caf\\udce9.jsonl"
+    with pytest.raises(DataError, match=r"caf\\udce9\.docx"):
+        (inbox / os.fsdecode(b"caf\xe9.docx")).touch()
+        read(inbox)
+
+
 def test_a_manifest_names_exactly_what_is_read(inbox: Path) -> None:
     (inbox / "sub").mkdir()
     for name, text in (("listed.jsonl", "one"), ("sub/more.jsonl", "two"), ("unlisted.jsonl", "three")):

@@ -1,5 +1,6 @@
 """What stands in a shard, and what happens when its files are damaged."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -122,6 +123,15 @@ def test_failure_leaves_nothing_behind(
     with pytest.raises(OSError, match="disk full"):
         tokenize_corpus(corpus, tokenizer, tmp_path)
     assert list((tmp_path / "tokens").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "offsets.bin", "text_bytes.bin"])
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no disk that is always full")
+def test_a_full_disk_says_so(corpus: Corpus, tokenizer: Tokenizer, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left") as caught:
+        shards._write_arrays(corpus.train, tmp_path, tokenizer, "<u2")
+    assert caught.value.errno == errno.ENOSPC
 
 
 def test_lost_race_takes_the_winners_files(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -13,9 +14,11 @@ from pathlib import Path
 import pytest
 
 from lifelong_moe.errors import ConfigError
+from lifelong_moe.tracking.config import TrackingConfig
 from lifelong_moe.tracking.connection import probe, resolve_uri, without_credentials
 from lifelong_moe.tracking.links import ui_url
 from lifelong_moe.tracking.server import require_free, serve_command, wait_until_up
+from lifelong_moe.tracking.tracker import Tracker
 
 
 @pytest.fixture
@@ -130,3 +133,13 @@ def test_links_open_the_charts() -> None:
 def test_importing_the_package_does_not_import_mlflow() -> None:
     code = "import sys, lifelong_moe.tracking.tracker, lifelong_moe.tracking.server; sys.exit('mlflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
+
+
+def test_a_working_directory_that_mlflow_cannot_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    place = tmp_path / os.fsdecode(b"caf\xe9")
+    place.mkdir()
+    monkeypatch.chdir(place)
+    tracker = Tracker.connect(TrackingConfig(), Path("mlruns"))
+    assert tracker.problem is not None and "is not UTF-8" in tracker.problem and not tracker.active
+    assert tracker.start_run("x") is None and list(place.iterdir()) == []
