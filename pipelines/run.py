@@ -17,12 +17,14 @@ from lifelong_moe.evaluation.report import build_report
 from lifelong_moe.methods.advice import leaking, nothing_to_hold
 from lifelong_moe.methods.plan import PlannedStage, chain
 from lifelong_moe.model.architecture import Architecture
+from lifelong_moe.routing.config import Bundles, Centroids
 from lifelong_moe.stages.keys import SHORT, content_key
 from lifelong_moe.stages.lock import locked
 from lifelong_moe.stages.runs import EvaluationStore, RunRecord
 from lifelong_moe.stages.store import CommittedStage, StageStore
 from lifelong_moe.stages.versions import champion, describe
 from lifelong_moe.tracking.tracker import Tracker
+from lifelong_moe.training.first_centroids import first_centroids
 from lifelong_moe.training.interrupt import Interrupt, handling_sigterm
 from lifelong_moe.training.phase import StageEnvironment, build_trainer
 from lifelong_moe.training.stage import clear_abandoned, initial_model, load_model, train_stage
@@ -114,6 +116,8 @@ def _run_stages(
                 trained += 1
             clear_abandoned(ROOT / "work" / planned.key[:SHORT])
             committed[planned.index] = stage
+            if planned.index == 0:
+                _fit_first(stage, prepared, store, record, head)
             measured = evaluator(planned.key, planned.spec.name, partial(load_model, store, stage))
             render.stage_line(console, planned, stage, shared, measured, config.evaluated)
             if planned.beside:
@@ -183,6 +187,18 @@ def _train(
     )
     parent = None if spec.parent is None else committed[spec.parent]
     return train_stage(spec, planned.key, planned.depth, parent, data.corpora, data.tokenizer, data.recipe, environment)
+
+
+def _fit_first(
+    stage: CommittedStage, prepared: Prepared, store: StageStore, record: RunRecord, head: dict[str, Any]
+) -> None:
+    """Fit what tells the first stage's text from later text, if a later stage needs it: while the text is there."""
+    routings = [planned.spec.routing for planned in prepared.plan]
+    for routing in routings:
+        if routing.bundles == Bundles.cluster and routing.centroids == Centroids.fitted:
+            head["centroids"] = first_centroids(store, stage, routing, prepared.data.corpora).key
+            record.set_head(head)
+            return
 
 
 def _evaluate_init(prepared: Prepared, evaluator: Evaluator) -> dict[str, dict[str, Any]]:

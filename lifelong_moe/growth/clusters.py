@@ -87,6 +87,22 @@ def fit_token_table(model: LanguageModel, stream: NDArray[np.integer], seed: int
     buckets.copy_(torch.from_numpy(table))
 
 
+def bundle_centroids(
+    documents: Sequence[NDArray[np.integer]], vocab_size: int, num: int, *, width: int, seed: int
+) -> NDArray[np.float32]:
+    """What tells a generation's text from others': log probabilities of tokens, float32 ``(num, V)``.
+
+    Args:
+        documents: Token ids of its training documents, BOS first; at most 4,096, evenly spread, are used.
+        vocab_size: V.
+        num: Centroids.
+        width: Dimensions of the features that documents are clustered by.
+        seed: Of features and clustering.
+    """
+    texts = [document[1:] for document in evenly_spread(documents, FIT_DOCUMENTS)]
+    return fit_unigrams(texts, vocab_size, num, width=width, seed=seed)
+
+
 def fit_document_clusters(model: LanguageModel, documents: Sequence[NDArray[np.integer]], seed: int) -> None:
     """Set the newest document centroids from whole training documents.
 
@@ -101,13 +117,13 @@ def fit_document_clusters(model: LanguageModel, documents: Sequence[NDArray[np.i
     assert clusters is not None
     if routing.centroids == Centroids.random:
         return
-    documents, groups = evenly_spread(documents, FIT_DOCUMENTS), len(clusters.all_centroids()[-1])
+    groups, vocab_size = len(clusters.all_centroids()[-1]), model.architecture.vocab_size
     if isinstance(clusters, BundleClusters):
-        texts = [document[1:] for document in documents]
-        vocab_size = model.architecture.vocab_size
-        clusters.set_centroids(fit_unigrams(texts, vocab_size, groups, width=routing.feature_width, seed=seed))
+        width = routing.feature_width
+        clusters.set_centroids(bundle_centroids(documents, vocab_size, groups, width=width, seed=seed))
         return
     assert isinstance(clusters, TfidfClusters)
+    documents = evenly_spread(documents, FIT_DOCUMENTS)
     projection = clusters.projection
     if not bool(projection.any()):
         clusters.set_projection(fit_tfidf(documents, len(projection), clusters.width, seed=seed))

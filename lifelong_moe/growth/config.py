@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -71,6 +72,20 @@ class GrowConfig:
                 raise ConfigError(f"grow.{key}={getattr(self, key)} must lie in [0, 1].")
         if self.layers is not None and (not self.layers or sorted(set(self.layers)) != self.layers):
             raise ConfigError(f"grow.layers={self.layers} must name layers in ascending order, each once.")
+
+    def effective(self, *, has_rows: bool) -> GrowConfig:
+        """The same, with every key that changes nothing at its default: equal work, equal keys.
+
+        Args:
+            has_rows: Whether routers have rows, which begin somehow.
+        """
+        used = {
+            "noise": self.init == ExpertInit.copy,
+            "router": has_rows,
+            "old_until": not self.freezes,
+        }
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        return dataclasses.replace(self, **{key: defaults[key] for key, is_used in used.items() if not is_used})
 
     @property
     def freezes(self) -> bool:

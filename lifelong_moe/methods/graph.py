@@ -110,9 +110,8 @@ def _spec(config: RunConfig, recipe: Recipe, i: int, stage: StageConfig) -> Stag
     measures = penalty.kind == PenaltyKind.ewc
     holds = penalty.kind != PenaltyKind.none and penalty.factor > 0 and (bool(earlier) or not measures)
     penalizes = later and recipe.penalty and holds
-    finetunes = stage.kind == StageKind.finetune
-    grows = later and recipe.grow and bool(stage.grow.experts) and stage.continues is None and not finetunes
-    grows = grows and stage.distill.student is None
+    grows = _grows(recipe, i, stage)
+    grown = any(_grows(recipe, j, earlier) for j, earlier in enumerate(config.stages[: i + 1]))
     fisher_data = earlier if penalizes and measures else ()
     assert stage.name is not None
     return StageSpec(
@@ -132,16 +131,22 @@ def _spec(config: RunConfig, recipe: Recipe, i: int, stage: StageConfig) -> Stag
         distill=distill if distils else None,
         penalty=penalty if penalizes else None,
         review=stage.review if reviews else None,
-        **_common(config, stage),
-    )
+        **_common(config, stage, grown),
+    ).effective()
 
 
-def _common(config: RunConfig, stage: StageConfig) -> dict[str, Any]:
+def _grows(recipe: Recipe, i: int, stage: StageConfig) -> bool:
+    """Whether the ``i``-th stage adds experts."""
+    trains_old = stage.continues is not None or stage.kind == StageKind.finetune or stage.distill.student is not None
+    return i > 0 and recipe.grow and bool(stage.grow.experts) and not trains_old
+
+
+def _common(config: RunConfig, stage: StageConfig, grown: bool) -> dict[str, Any]:
     return {
         "optim": stage.optim,
         "finetune": stage.finetune if stage.kind == StageKind.finetune else None,
         "model": config.model,
-        "routing": config.routing,
+        "routing": config.routing.effective(grown=grown),
         "seed": config.seed,
         "precision": config.trainer.precision,
         "gradient_clip": float(config.trainer.gradient_clip_val),
@@ -176,6 +181,7 @@ def _with_scratch(chain: list[StageSpec]) -> list[StageSpec]:
     first, *later = chain
     stages, newest = [first], 0
     for stage in later:
-        stages += [replace(stage, name=f"{stage.name}{SCRATCH}", parent=None), replace(stage, parent=newest)]
+        scratch = replace(stage, name=f"{stage.name}{SCRATCH}", parent=None).effective()
+        stages += [scratch, replace(stage, parent=newest)]
         newest = len(stages) - 1
     return stages

@@ -164,11 +164,14 @@ def check_clusters(planned: list[PlannedStage], documents: Mapping[str, int]) ->
         ConfigError: Naming the first stage with more clusters than documents.
     """
     for stage in planned:
-        spec = stage.spec
-        if spec.routing.by_document and (spec.parent is None or spec.grow):
-            clusters = spec.routing.clusters_of(stage.architecture.generations[-1].experts)
-            if clusters > documents[spec.data]:
+        routing = stage.spec.routing
+        if not routing.by_document or not (stage.spec.parent is None or stage.spec.grow):
+            continue
+        clusters = routing.clusters_of(stage.architecture.generations[-1].experts)
+        # With bundles the first stage's centroids are fitted for the first stage that grows.
+        for one in (stage, planned[0]) if routing.has_bundles else (stage,):
+            if clusters > documents[one.spec.data]:
                 raise ConfigError(
-                    f"stages[{stage.index}]: {clusters} document clusters need as many training documents; {spec.data} "
-                    f"has {documents[spec.data]}. Set routing.clusters lower."
+                    f"stages[{one.index}]: {clusters} document clusters need as many training documents; "
+                    f"{one.spec.data} has {documents[one.spec.data]}. Set routing.clusters lower."
                 )

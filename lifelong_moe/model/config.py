@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -149,6 +150,12 @@ class ModelConfig:
             )
         if min(numbers) < 1:
             raise ConfigError(f"model.experts={self.experts} must be at least 1.")
+
+    def effective(self) -> ModelConfig:
+        """The same, with every key that changes nothing at its default: equal work, equal keys."""
+        if len(self.moe_layers) < self.layers:
+            return self
+        return dataclasses.replace(self, dense_width=None, dense_activation=Activation.swiglu)  # no layer is dense
 
     @property
     def attention_width(self) -> int:

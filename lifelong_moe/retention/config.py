@@ -62,6 +62,14 @@ class TrunkConfig:
         """Whether the trunk itself stays as it is."""
         return self.train in (TrunkTraining.frozen, TrunkTraining.deltas)
 
+    def effective(self) -> TrunkConfig | None:
+        """The same, with every key that changes nothing at its default; None where the trunk trains like the rest."""
+        if self.train == TrunkTraining.full or (self.train == TrunkTraining.gentle and self.lr_scale == 1):
+            return None
+        if self.train == TrunkTraining.gentle:
+            return TrunkConfig(train=self.train, lr_scale=self.lr_scale)
+        return TrunkConfig(train=self.train, **({"rank": self.rank} if self.train == TrunkTraining.deltas else {}))
+
 
 @dataclass(kw_only=True)
 class DistillConfig:
@@ -137,6 +145,11 @@ class PenaltyConfig:
             raise ConfigError(f"penalty.weight={self.weight} must not be negative.")
         if self.fisher_tokens < 1:
             raise ConfigError(f"penalty.fisher_tokens={self.fisher_tokens} must be positive.")
+
+    def effective(self) -> PenaltyConfig:
+        """The same, with its weight spelled out, and without what only another kind reads."""
+        tokens = {"fisher_tokens": self.fisher_tokens} if self.kind == PenaltyKind.ewc else {}
+        return PenaltyConfig(kind=self.kind, weight=self.factor, **tokens)
 
     @property
     def factor(self) -> float:

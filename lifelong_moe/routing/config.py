@@ -405,6 +405,52 @@ class RoutingConfig:
         """Whether the router has trained rows, one an expert."""
         return self.mode not in UNTRAINED
 
+    def effective(self, *, grown: bool) -> RoutingConfig:
+        """The same, with every key that changes nothing at its default: equal work, equal keys.
+
+        Args:
+            grown: Whether the model has experts of more than one stage.
+        """
+        if self.mode not in ROUTERS:
+            return self  # a router of the user's own may read any key
+        found = self._without(() if grown else ("bundles", "balance_over"))  # with one generation there is no choice
+        if found.bundles != Bundles.cluster:
+            found = found._without(("margin",))
+        found = found._without_losses()._without_clusters()
+        if self.mode not in ("learned", "switch", "gshard"):
+            found = found._without(("renormalize", "gate_scale"))  # the others have weights of their own kind
+        if self.mode == "hash":
+            found = found._without(("top_groups",))  # it uses one expert of each group
+        return dataclasses.replace(found, allow_noncausal=self.leaks is not None)  # a permission, where one is needed
+
+    def _without_losses(self) -> RoutingConfig:
+        """Without what shapes losses that are not there."""
+        found = self if self.has_rows else self._without(("balance_loss", "z_loss"))
+        return found if found.has_rows and found.balance_loss else found._without(("balance_scope", "balance_over"))
+
+    def _without_clusters(self) -> RoutingConfig:
+        """Without what shapes clusters that are not there, or that are drawn and not fitted."""
+        of_tokens = self.mode == "cluster" and self.level == Level.token
+        of_embedding = of_tokens and self.features == Features.embedding
+        fits_text = self.by_document and self.centroids == Centroids.fitted
+        embeds = self.table == HashTable.clustered
+        used = {
+            "level": self.mode == "cluster",
+            "features": of_tokens,
+            "scale": of_tokens,
+            "centroids": of_tokens or self.by_document,
+            "clusters": self.by_document,
+            "chunk_tokens": self.by_document,
+            "feature_width": of_embedding or fits_text or embeds,
+            "sample_tokens": of_tokens or embeds,
+        }
+        return self._without(tuple(key for key, is_used in used.items() if not is_used))
+
+    def _without(self, keys: tuple[str, ...]) -> RoutingConfig:
+        """With some keys at their defaults."""
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        return dataclasses.replace(self, **{key: defaults[key] for key in keys})
+
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> RoutingConfig:
         """From plain JSON data, as ``dataclasses.asdict`` gives it; absent keys have their defaults."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -62,6 +63,22 @@ class OptimConfig:
             raise ConfigError(f"optim.batch_tokens={self.batch_tokens} must be positive.")
         if self.weight_decay < 0:
             raise ConfigError(f"optim.weight_decay={self.weight_decay} must not be negative.")
+
+    def effective(self, *, continues: bool, has_rows: bool) -> OptimConfig:
+        """The same, with every key that changes nothing at its default: equal work, equal keys.
+
+        Args:
+            continues: Whether the stage has one before it.
+            has_rows: Whether routers have rows that train.
+        """
+        used = {
+            "rewarm": continues,
+            "router_until": continues and has_rows,
+            "decay_fraction": self.schedule == Schedule.wsd,
+            "min_lr_fraction": self.schedule != Schedule.constant,
+        }
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        return dataclasses.replace(self, **{key: defaults[key] for key, is_used in used.items() if not is_used})
 
 
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
@@ -240,3 +257,9 @@ class FinetuneConfig:
                 return part == Part.attention
             case _:
                 return True
+
+    def effective(self) -> FinetuneConfig:
+        """The same, with every key that changes nothing at its default: without ``patience`` nothing is measured."""
+        if self.patience is not None:
+            return self
+        return FinetuneConfig(trainable=self.trainable, expert_dropout=self.expert_dropout)

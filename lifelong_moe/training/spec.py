@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -15,7 +15,6 @@ from lifelong_moe.retention.config import (
     DistillConfig,
     DistillText,
     PenaltyConfig,
-    PenaltyKind,
     ReplaySource,
     ReviewConfig,
     TrunkConfig,
@@ -219,6 +218,9 @@ class StageSpec:
     def architecture(self, parent: Architecture | None, vocab_size: int, bos_id: int) -> Architecture:
         """The model at the end of this stage."""
         generation = self.generation()
+        if parent is not None and len(parent.generations) == 1:
+            # What tells generations apart is not settled before there are several.
+            parent = replace(parent, routing=self.routing)
         if parent is None:
             first = (first_generation(self.name, self.model),)
             architecture = Architecture(self.model, self.routing, vocab_size, bos_id, first)
@@ -230,8 +232,6 @@ class StageSpec:
             architecture = parent
         else:
             architecture = parent.grown(generation, self.grow.freezes)
-        if not self.routing.by_label:
-            return architecture
         known = self.data in dict(architecture.labels)
         return architecture.labelled(self.data) if self.grow or self.continues or not known else architecture
 
@@ -249,6 +249,28 @@ class StageSpec:
         """As plain JSON data."""
         return dataclasses.asdict(self)
 
+    def effective(self) -> StageSpec:
+        """The same stage, with whatever changes nothing in it at its default, so that equal work has equal keys.
+
+        Each section knows which of its own keys have an effect; here stands what depends on the stage's place. A stage
+        without a parent has one generation of experts, nothing to grow from and nothing to hold on to.
+        """
+        has_rows, grow = self.routing.has_rows, self.grow
+        if grow is not None:
+            everywhere = grow.layers == list(self.model.moe_layers)
+            grow = replace(grow.effective(has_rows=has_rows), layers=None if everywhere else grow.layers)
+        return replace(
+            self,
+            tokens=self.steps * self.optim.batch_tokens,  # whole steps
+            model=self.model.effective(),
+            routing=self.routing.effective(grown=self.parent is not None),
+            optim=self.optim.effective(continues=self.parent is not None, has_rows=has_rows),
+            grow=grow,
+            trunk=self.trunk and self.trunk.effective(),
+            penalty=self.penalty and self.penalty.effective(),
+            finetune=self.finetune and self.finetune.effective(),
+        )
+
     def key(self, parent_key: str | None, data_hash: str, replay_hashes: dict[str, str], tokenizer: Any) -> str:
         """The stage's content address.
 
@@ -258,28 +280,10 @@ class StageSpec:
             replay_hashes: Of each earlier distribution's training documents.
             tokenizer: Recipe and hash of the tokenizer, plain JSON data.
         """
-        spec = self.to_json()
-        # What has no effect on the result must not change the address.
-        spec["tokens"] = self.steps * self.optim.batch_tokens
-        del spec["parent"]
-        if self.continues is None:
-            del spec["continues"]
-        if self.parent is None:
-            del spec["optim"]["rewarm"], spec["optim"]["router_until"]
+        spec = self.effective().to_json()
+        del spec["parent"]  # an index; its key stands below
         if self.grow:
-            del spec["grow"]["min_share"]
-            if self.grow.freezes:
-                del spec["grow"]["old_until"]
-        if self.trunk and self.trunk.train != TrunkTraining.gentle:
-            del spec["trunk"]["lr_scale"]
-        if self.trunk and self.trunk.train != TrunkTraining.deltas:
-            del spec["trunk"]["rank"]
-        if self.penalty:
-            spec["penalty"]["weight"] = self.penalty.factor
-            if self.penalty.kind != PenaltyKind.ewc:
-                del spec["penalty"]["fisher_tokens"]
-        if self.fisher_data and self.replay_buffer is not None:
-            spec["penalty"]["buffer_tokens"] = self.replay_buffer  # once, all stored text was measured on
+            del spec["grow"]["min_share"]  # a warning's threshold
         hashes = [[replay_hashes[name] for name in names] for names in (self.reads, self.fisher_data)]
         return content_key(
             {

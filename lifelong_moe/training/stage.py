@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,14 @@ from lifelong_moe.model.transformer import LanguageModel, initialize
 from lifelong_moe.retention.generated import generate_blocks
 from lifelong_moe.retention.penalty import WeightAnchor, fisher_diagonal, make_anchor, mean_fisher
 from lifelong_moe.retention.teacher import make_teacher
+from lifelong_moe.routing.config import Bundles, Centroids
 from lifelong_moe.stages.atomic import replace_file, verify_directory, write_directory
 from lifelong_moe.stages.keys import SHORT
 from lifelong_moe.stages.lock import locked
 from lifelong_moe.stages.store import CommittedStage, StageStore, load_weights
 from lifelong_moe.training.checkpoint import newest_checkpoint
 from lifelong_moe.training.data import text_sample
+from lifelong_moe.training.first_centroids import FIRST_CENTROIDS, first_centroids
 from lifelong_moe.training.measure import stage_metrics
 from lifelong_moe.training.module import StageModule
 from lifelong_moe.training.optimizer import freeze_for_finetuning, freeze_trunk
@@ -49,9 +52,12 @@ REVIEW_SEED = 500
 
 def load_model(store: StageStore, stage: CommittedStage) -> LanguageModel:
     """The model as a stage committed it, on the CPU."""
-    model = LanguageModel(Architecture.from_json(stage.config["architecture"]))
-    tensors = store.tensors(stage)
-    if model.architecture.model.tie_embeddings:
+    return _built(Architecture.from_json(stage.config["architecture"]), store.tensors(stage))
+
+
+def _built(architecture: Architecture, tensors: dict[str, Tensor]) -> LanguageModel:
+    model = LanguageModel(architecture)
+    if architecture.model.tie_embeddings:
         tensors["head.weight"] = tensors["embedding.weight"]
     model.load_state_dict(tensors, strict=True)
     return model
@@ -175,7 +181,7 @@ def _prepare(
     vocab_size, bos_id = tokenizer.vocab_size, tokenizer.bos_id
     if parent is None:
         return initial_model(spec.architecture(None, vocab_size, bos_id), spec.seed), None, None, None
-    model = load_model(environment.store, parent)
+    model = _continued(spec, parent, corpora, environment.store)
     generated = _generated_text(model, spec, seed, work, environment.console) if spec.generates else None
     if spec.continues is not None:
         model.freeze_generations(model.architecture.born_in(spec.continues))
@@ -195,6 +201,26 @@ def _prepare(
     model.architecture = spec.architecture(Architecture.from_json(parent.config["architecture"]), vocab_size, bos_id)
     anchor = make_anchor(model, old, spec.penalty.factor, importances) if spec.penalty else None
     return model, teacher, anchor, generated
+
+
+def _continued(
+    spec: StageSpec, parent: CommittedStage, corpora: Mapping[str, TokenizedCorpus], store: StageStore
+) -> LanguageModel:
+    """The parent's model, which a stage goes on with.
+
+    What tells generations apart is this stage's to say while there is one: the parent may have been trained without
+    bundles, or left centroids that nothing needs.
+    """
+    architecture, tensors = Architecture.from_json(parent.config["architecture"]), store.tensors(parent)
+    if len(architecture.generations) > 1 or architecture.routing == spec.routing:
+        return _built(architecture, tensors)
+    if spec.routing.bundles != Bundles.cluster:
+        tensors.pop(FIRST_CENTROIDS, None)
+    elif spec.routing.centroids == Centroids.random:
+        tensors[FIRST_CENTROIDS] = torch.zeros(spec.routing.clusters_of(1), architecture.vocab_size)
+    elif FIRST_CENTROIDS not in tensors:
+        tensors |= store.tensors(first_centroids(store, store.chain(parent.key)[0], spec.routing, corpora))
+    return _built(replace(architecture, routing=spec.routing), tensors)
 
 
 def _unchanging(model: LanguageModel, spec: StageSpec) -> list[Tensor]:

@@ -48,7 +48,7 @@ FROM_THE_SECOND_ON = [
     "stages[1].tokens=704", "stages[1].name=second", "method=sequential", "method=replay", "method=l2", "method=ewc",
     "method=lwf", "stage_defaults.replay.source=generated", "stage_defaults.replay.buffer_tokens=64",
     "stage_defaults.penalty.kind=l2", "stage_defaults.penalty.kind=ewc", "stage_defaults.review.fraction=0.2",
-    "stage_defaults.grow.layers=[1]", "stage_defaults.grow.layers=[0, 1]", "stage_defaults.grow.old_lr_scale=0.1",
+    "stage_defaults.grow.layers=[1]", "stage_defaults.grow.layers=[0]", "stage_defaults.grow.old_lr_scale=0.1",
     "stage_defaults.optim.rewarm=0.5", "stage_defaults.optim.router_until=0.5",
 ]  # fmt: skip
 IN_NO_KEY = [

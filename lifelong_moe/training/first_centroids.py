@@ -1,0 +1,66 @@
+"""The first generation's centroids: fitted on its own text alone, and committed apart from the stage.
+
+While there is one generation, nothing chooses among generations: the first stage is the same with ``routing.bundles``
+and without, has one key, and is trained once. What tells its text from later text is fitted as soon as the stage is
+there, so that no later stage needs the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from lifelong_moe.data.shards import ShardDocuments, TokenizedCorpus
+from lifelong_moe.errors import ConfigError
+from lifelong_moe.growth.clusters import bundle_centroids
+from lifelong_moe.model.architecture import Architecture
+from lifelong_moe.routing.config import RoutingConfig
+from lifelong_moe.stages.keys import SHORT, content_key
+from lifelong_moe.stages.store import CommittedStage, StageStore
+
+FIRST_CENTROIDS = "document_clusters.centroids_0"
+"""Name of the tensor, here and in the models of later stages."""
+
+
+def first_centroids(
+    store: StageStore, first: CommittedStage, routing: RoutingConfig, corpora: Mapping[str, TokenizedCorpus]
+) -> CommittedStage:
+    """Fit the centroids of a first stage's text and commit them, or find them committed.
+
+    Args:
+        store: Where stages are.
+        first: A stage without a parent.
+        routing: With ``bundles=cluster`` and fitted centroids; ``clusters`` and ``feature_width`` matter.
+        corpora: Tokenized text by distribution; read only if there is something to fit.
+
+    Raises:
+        ConfigError: If the text is no longer what the stage learned from.
+        DataError: If it has fewer documents than there are clusters.
+    """
+    architecture, spec = Architecture.from_json(first.config["architecture"]), first.config["spec"]
+    clusters = routing.clusters_of(architecture.generations[0].experts)
+    fit = {"clusters": clusters, "feature_width": routing.feature_width}
+    identity = {"derived": "centroids", "from": first.key, **fit}
+    if (found := store.find(content_key(identity))) is not None:
+        return found
+    learned: dict[str, str] = first.config["data"]
+    for name, text in learned.items():
+        if name not in corpora or corpora[name].train_hash != text:
+            raise ConfigError(
+                f"routing.bundles=cluster needs centroids of the text that stage {first.name} learned, and "
+                f"distributions.{name} is not that text ({text[:SHORT]}) any more. Bring it back, or set "
+                f"routing.bundles=none."
+            )
+    documents = ShardDocuments([corpora[name].train for name in (spec["data"], *spec["replayed"])])
+    centroids = bundle_centroids(
+        documents, architecture.vocab_size, clusters, width=routing.feature_width, seed=spec["seed"]
+    )
+    config = {
+        **{name: first.config[name] for name in ("spec", "architecture", "data", "tokenizer")},
+        "key": content_key(identity),
+        "name": f"{first.name}.centroids",
+        "parent": first.key,
+        "derived": identity,
+    }
+    return store.commit(config, {}, {FIRST_CENTROIDS: torch.from_numpy(centroids)}, {})
