@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from lifelong_moe.evaluation.routing import dead_experts
 from lifelong_moe.methods.plan import PlannedStage
 from lifelong_moe.stages.store import CommittedStage
 
@@ -117,7 +118,8 @@ def summary_lines(one: dict[str, Any]) -> list[tuple[str, str]]:
     churn = [s["training"]["assignment_churn"] for s in one["stages"] if "assignment_churn" in s["training"]]
     if churn:
         lines.append(("churn of assignments, by stage", ", ".join(f"{value:.0%}" for value in churn)))
-    lines.append(("dead experts", str(max(row["dead_experts"] for row in one["routing"].values()))))
+    # Counted here, because reports of earlier versions counted other text's experts, too.
+    lines.append(("experts that no distribution uses", str(dead_experts(one["expert_counts"].values()))))
     return lines
 
 

@@ -1,9 +1,10 @@
 """The machine-readable result of a run. Pure: from numbers and names to plain JSON data.
 
-Keys of ``report.json`` (schema 2); matrices have a row after each stage and a column for each distribution:
+Keys of ``report.json`` (schema 3; in schema 2 there was no ``dead_experts`` but for each distribution by itself, where
+it now is ``unused_experts``); matrices have a row after each stage and a column for each distribution:
 
 ===========================  ==================================================================================
-``schema``                   2
+``schema``                   3
 ``run``, ``method``          names
 ``seed``                     of the run
 ``distributions``            columns: the trained ones in order of first use, then those only evaluated
@@ -23,8 +24,9 @@ Keys of ``report.json`` (schema 2); matrices have a row after each stage and a c
                              ``parameters_trainable``, ``tokens``, ``active_flops``, ``tokens_per_second``,
                              ``seconds``, ``epochs``, ``shared`` (trained by another run), ``weights_sha256``,
                              ``training`` (what else training measured)
-``routing``                  {distribution: {``entropy``, ``max_over_mean``, ``dead_experts``, ``leak``}} after the
+``routing``                  {distribution: {``entropy``, ``max_over_mean``, ``unused_experts``, ``leak``}} after the
                              last stage
+``dead_experts``             experts, over all layers, that no distribution uses after the last stage
 ``expert_counts``            {distribution: assignments per layer and expert} after the last stage
 ===========================  ==================================================================================
 """
@@ -36,9 +38,9 @@ from dataclasses import asdict
 from typing import Any
 
 from lifelong_moe.evaluation.matrix import backward_transfer, forgetting, forward_transfer
-from lifelong_moe.evaluation.routing import routing_statistics
+from lifelong_moe.evaluation.routing import dead_experts, routing_statistics
 
-SCHEMA = 2
+SCHEMA = 3
 
 
 def build_report(
@@ -101,6 +103,7 @@ def build_report(
         "bytes_per_token": {name: init[name]["bytes"] / init[name]["tokens"] for name in distributions},
         "stages": [dict(stage) for stage in stages],
         "routing": statistics,
+        "dead_experts": dead_experts([last[name]["expert_counts"] for name in distributions]),
         "expert_counts": {name: last[name]["expert_counts"] for name in distributions},
     }
 

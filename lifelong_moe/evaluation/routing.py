@@ -6,14 +6,14 @@ pooled.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 DEAD_SHARE = 1e-3
-"""An expert with less than this share of a layer's assignments, relative to an even share, is dead."""
+"""An expert with less than this share of a layer's assignments, relative to an even share, is not in use."""
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class RoutingStatistics:
     """Of the load, in nats; ``ln E`` if even."""
     max_over_mean: float
     """Load of the busiest expert over the mean load; 1 if even."""
-    dead_experts: int
-    """Experts that next to no token reaches, over all layers."""
+    unused_experts: int
+    """Experts that next to none of these tokens reach, over all layers; they may be other text's."""
     leak: float
     """Share of assignments that go to experts born after the stage that learned this distribution."""
 
@@ -44,11 +44,11 @@ def routing_statistics(
         ValueError: If a layer has no assignments.
     """
     layers = [_layer_statistics(*one, learned_in) for one in zip(counts, births, strict=True) if one[1]]
-    entropy, max_over_mean, dead, leak = zip(*layers, strict=True)
+    entropy, max_over_mean, unused, leak = zip(*layers, strict=True)
     return RoutingStatistics(
         entropy=float(np.mean(entropy)),
         max_over_mean=float(np.mean(max_over_mean)),
-        dead_experts=int(sum(dead)),
+        unused_experts=int(sum(unused)),
         leak=float(np.mean(leak)),
     )
 
@@ -60,5 +60,22 @@ def _layer_statistics(counts: Sequence[int], births: Sequence[int], learned_in: 
     share_E = counts_E / counts_E.sum()
     log_E = np.log(np.where(share_E > 0, share_E, 1.0))
     later_E = np.asarray(births) > learned_in
-    dead = int((share_E < DEAD_SHARE / len(share_E)).sum())
-    return -float((share_E * log_E).sum()), float(share_E.max() * len(share_E)), dead, float(share_E[later_E].sum())
+    unused = int((~_in_use(counts_E)).sum())
+    return -float((share_E * log_E).sum()), float(share_E.max() * len(share_E)), unused, float(share_E[later_E].sum())
+
+
+def dead_experts(counts: Iterable[Sequence[Sequence[int]]]) -> int:
+    """Experts, over all layers, that no distribution uses; an expert that serves one of them alone is not dead.
+
+    Args:
+        counts: For each distribution, assignments per layer and expert.
+    """
+    by_layer = zip(*counts, strict=True)
+    used = [np.any([_in_use(np.asarray(one, dtype=np.float64)) for one in layer], axis=0) for layer in by_layer]
+    return int(sum((~used_E).sum() for used_E in used))
+
+
+def _in_use(counts_E: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Which experts get more than next to nothing of a layer's assignments."""
+    in_use: NDArray[np.bool_] = counts_E >= DEAD_SHARE / max(1, len(counts_E)) * counts_E.sum()
+    return in_use

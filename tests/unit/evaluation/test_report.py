@@ -41,9 +41,10 @@ def test_two_stages_by_hand() -> None:
     assert found["forgetting"] == {"english": 0.5, "python": 0.0}
     assert found["backward_transfer"] == -0.5 and found["forward_transfer"] == 2.0
     assert found["bytes_per_token"] == dict.fromkeys(NAMES, 4.0)
-    assert found["schema"] == 2 and found["from_scratch"] == {}
+    assert found["schema"] == 3 and found["from_scratch"] == {}
     # Expert 1 was born in stage 1: foreign to English, not to Python, nor to what no stage learned.
     assert [found["routing"][name]["leak"] for name in NAMES] == [0.25, 0.0, 0.0]
+    assert found["dead_experts"] == 0 and found["routing"]["english"]["unused_experts"] == 0
     assert json.loads(json.dumps(found, allow_nan=False)) == found
 
 
