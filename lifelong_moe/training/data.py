@@ -18,6 +18,7 @@ from lifelong_moe.data.order import SampleOrder, StepBatchSampler
 from lifelong_moe.data.shards import ShardDocuments, TokenizedCorpus, TokenShard
 from lifelong_moe.model.groups import label_group
 from lifelong_moe.model.transformer import LanguageModel
+from lifelong_moe.routing.config import Bundles
 from lifelong_moe.training.shares import Tally, with_shares
 from lifelong_moe.training.spec import Phase, StageSpec
 
@@ -132,6 +133,20 @@ def group_ids(model: LanguageModel, shard: TokenShard, distribution: str) -> NDA
     return None
 
 
+def own_group_ids(model: LanguageModel, spec: StageSpec, shard: TokenShard) -> NDArray[np.integer] | None:
+    """Groups of the text that a stage learns, as :func:`group_ids`, but for each document's first chunk.
+
+    Nothing precedes it, so evaluation and generation give it to the first bundle. In training its bundle is known: it
+    is the one that this stage trains, and an old one, which is frozen, would learn nothing from it.
+    """
+    ids, architecture = group_ids(model, shard, spec.data), model.architecture
+    trained = len(architecture.generations) - 1 if spec.grow is not None else architecture.continued
+    if ids is None or architecture.routing.bundles != Bundles.cluster or trained is None:
+        return ids
+    places = np.arange(shard.num_tokens) - np.repeat(shard.offsets[:-1], np.diff(shard.offsets))
+    return np.where(places < architecture.routing.chunk_tokens, trained, ids).astype(ids.dtype)
+
+
 def phase_dataset(
     model: LanguageModel,
     teacher: LanguageModel | None,
@@ -158,7 +173,8 @@ def phase_dataset(
         shard = corpora[name].train
         taught = group_ids(teacher, shard, name) if teacher else None
         bound = spec.buffer_blocks if name != spec.data else None
-        sources.append(BlockSource(shard, context, bos, group_ids(model, shard, name), taught, bound))
+        groups = own_group_ids(model, spec, shard) if name == spec.data else group_ids(model, shard, name)
+        sources.append(BlockSource(shard, context, bos, groups, taught, bound))
     if generated is not None:
         sources.append(_generated_source(model, teacher, generated))
     weights = (1,) * (len(sources) - 1) if spec.generates else spec.replay_weights

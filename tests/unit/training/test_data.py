@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from lifelong_moe.data.shards import TokenizedCorpus, TokenShard
 from lifelong_moe.methods.graph import stage_specs
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.training import data as training_data
-from lifelong_moe.training.data import group_ids, phase_dataset, text_sample
+from lifelong_moe.training.data import group_ids, own_group_ids, phase_dataset, text_sample
 
 
 def corpus(name: str) -> TokenizedCorpus:
@@ -126,3 +127,31 @@ def test_a_text_sample_is_evenly_drawn_and_whole_blocks(make_run: Any, make_mode
 
 def test_routing_without_groups_has_none(make_model: Any) -> None:
     assert group_ids(make_model(), corpus("a").train, "a") is None
+
+
+def test_a_new_text_s_first_chunk_is_learned_by_the_bundle_that_trains(make_run: Any, make_model: Any) -> None:
+    """Nothing precedes it, so wherever its text is not known it goes to bundle 0, which is frozen."""
+    sets = ("model.document_mask=true", "routing.bundles=cluster", "stage_defaults.replay.fraction=0.5")
+    grows = stage_specs(make_run(*sets))[1]
+    model = make_model("bundles", (2, 2))  # four tokens a chunk
+    corpora = {name: corpus(name) for name in ("english", "python")}
+    causal = group_ids(model, corpora["python"].train, "python")
+    assert causal is not None and causal.reshape(10, 40)[:, :4].tolist() == [[0] * 4] * 10
+    expected = causal.reshape(10, 40).copy()
+    expected[:, :4] = 1
+    samples = [phase_dataset(model, None, grows, grows.phases()[0], corpora, None, seed=0)[n] for n in range(50)]
+    for sample in samples:
+        start, rows = int(sample["block"]) % 24 * 16, causal if bool(sample["replayed"]) else expected.ravel()
+        assert sample["group_ids"].tolist() == rows[start : start + 16].tolist()
+    assert {bool(sample["replayed"]) for sample in samples} == {False, True}
+    # A stage that trains an older generation on knows its text as well; one that trains no bundle of its own does not.
+    goes_on = stage_specs(make_run(*sets, stages=[{"data": "english"}, {"data": "python"}, {"data": "english"}]))[2]
+    model.architecture = dataclasses.replace(model.architecture, frozen=2, continued=0)
+    first = own_group_ids(model, dataclasses.replace(goes_on, grow=None, continues="english"), corpora["english"].train)
+    assert first is not None and first.tolist() == causal.tolist()
+    model.architecture = dataclasses.replace(model.architecture, continued=1)
+    second = own_group_ids(model, dataclasses.replace(goes_on, grow=None, continues="python"), corpora["python"].train)
+    assert second is not None and second.tolist() == expected.ravel().tolist()
+    model.architecture = dataclasses.replace(model.architecture, frozen=1, continued=None)
+    neither = own_group_ids(model, dataclasses.replace(goes_on, grow=None), corpora["english"].train)
+    assert neither is not None and neither.tolist() == causal.tolist()
