@@ -36,7 +36,7 @@ from lifelong_moe.retention.config import (
     TrunkConfig,
     TrunkTraining,
 )
-from lifelong_moe.routing.config import DEFAULTS, Bundles, Features, Level, RoutingConfig
+from lifelong_moe.routing.config import DEFAULTS, FOR_ENCODERS, Bundles, Features, Level, RoutingConfig
 from lifelong_moe.tracking.config import TrackingConfig
 from lifelong_moe.training.config import (
     CheckpointConfig,
@@ -209,9 +209,9 @@ class RunConfig:
             raise ConfigError(
                 "routing.competitive needs experts in the last layer, without shared_experts and sandwich_norms."
             )
-        if self.routing.mode == "soft":
+        if self.routing.mode in FOR_ENCODERS:
             raise ConfigError(
-                "routing.mode=soft mixes each token with all later ones; it is for encoders, see "
+                f"routing.mode={self.routing.mode} mixes each token with all later ones; it is for encoders, see "
                 "lifelong_moe/model/encoder.py."
             )
         if self.routing.leaks and not self.routing.allow_noncausal:

@@ -19,7 +19,6 @@ def sort_by_expert(expert_idx_N: Tensor, num_experts: int, first_expert: int = 0
     Args:
         expert_idx_N: Expert of each assignment, int64 ``(N,)``.
         num_experts: E.
-
         first_expert: Begin with this expert, and go around.
 
     Returns:

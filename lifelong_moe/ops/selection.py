@@ -20,6 +20,8 @@ def within_best_groups(scores_TE: Tensor, num_groups: int, top_groups: int) -> T
         top_groups: How many stay.
 
     Source:
+        Node-limited routing: DeepSeek-V3 (arXiv:2412.19437), section 2.1.2. There a group's score is the sum of its
+        ``K / top_groups`` largest, which is two for the model's 8 experts of 4 groups; their code has two always.
     """
     scores_TGE = scores_TE.unflatten(1, (num_groups, -1))
     group_TG = scores_TGE.topk(min(2, scores_TGE.shape[2]), dim=2).values.sum(dim=2)

@@ -30,7 +30,10 @@ ROUTERS = {
 UNTRAINED = ("cluster", "label", "hash")
 """Modes whose routers have no trained rows."""
 
-LEAKING = ("base", "expert_choice", "soft")
+FOR_ENCODERS = ("soft",)
+"""Modes that no run can have: for the encoder of ``lifelong_moe/model/encoder.py``, which no pipeline trains."""
+
+LEAKING = ("base", "expert_choice", *FOR_ENCODERS)
 """Modes in which later tokens change earlier ones: in training, or always."""
 
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -212,10 +215,9 @@ class RoutingConfig:
 
     mode: str = "learned"
     """``learned`` (trained top-k: Mixtral, DeepSeek and most others), ``switch``, ``gshard``, ``noisy_topk``,
-    ``hierarchical``, ``dense`` (Jacobs), ``relu`` (ReMoE), ``base``, ``expert_choice``, ``soft`` (encoders only),
-    ``cluster`` (FAISS, never trained), ``label`` (by the known distribution), ``hash`` (by token id, never trained), or
-    the dotted path of a ``Router`` subclass of your own. A mode brings its authors' values for keys that are not set:
-    docs/systems.md."""
+    ``hierarchical``, ``dense`` (Jacobs), ``relu`` (ReMoE), ``base``, ``expert_choice``, ``cluster`` (FAISS, never
+    trained), ``label`` (by the known distribution), ``hash`` (by token id, never trained), or the dotted path of a
+    ``Router`` subclass of your own. A mode brings its authors' values for keys that are not set: docs/systems.md."""
     top_k: int = 2
     """Experts per token; cost per token depends on it and not on how many experts there are."""
     renormalize: bool = True
@@ -243,7 +245,7 @@ class RoutingConfig:
     stage's text: ``balanced``, the most frequent token id to the expert with least text so far, or ``clustered``, by
     FAISS clusters of token embeddings."""
     slots: int = 1
-    """``soft``: slots of each expert, each a mixture of all tokens of a sequence."""
+    """Has no use in a run: Soft MoE's slots of each expert, in an encoder of your own."""
     second: SecondExpert = SecondExpert.all
     """``gshard`` in training: use the second expert always (``all``), if its share of both gates exceeds 0.2
     (``threshold``), or with twice that share as probability (``random``). In evaluation always."""
@@ -294,10 +296,11 @@ class RoutingConfig:
 
     def __post_init__(self) -> None:
         if self.mode not in ROUTERS and "." not in self.mode:
-            near = difflib.get_close_matches(self.mode, ROUTERS, n=1)
+            modes = [mode for mode in ROUTERS if mode not in FOR_ENCODERS]
+            near = difflib.get_close_matches(self.mode, modes, n=1)
             hint = f" Did you mean {near[0]}?" if near else ""
             raise ConfigError(
-                f"routing.mode={self.mode} is unknown; there are {', '.join(ROUTERS)}, or a dotted path.{hint}"
+                f"routing.mode={self.mode} is unknown; there are {', '.join(modes)}, or a dotted path.{hint}"
             )
         if self.top_k < 1:
             raise ConfigError(f"routing.top_k={self.top_k} must be at least 1.")

@@ -101,6 +101,8 @@ def test_soft_routing_does_not_care_for_order() -> None:
 def test_soft_routing_is_for_encoders(make_run: Callable[..., Any]) -> None:
     with pytest.raises(ConfigError, match=r"class D.*a decoder must not"):
         build_router(RoutingConfig(**KINDS["soft"]), width=8, layer=0)
+    with pytest.raises(ConfigError, match=r"routing.mode=softmix is unknown; there are (?!.*soft,)"):
+        make_run("routing.mode=softmix")
     with pytest.raises(ConfigError, match="it is for encoders"):
         make_run("routing.mode=soft", "routing.allow_noncausal=true")
     router, _, _ = soft_router()
