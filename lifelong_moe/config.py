@@ -512,10 +512,21 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> tuple[R
     Raises:
         ConfigError: One line with the full key or file and line, what was required and what came.
     """
+    raw = read_config(path, overrides)
+    return build_config(raw), written_config(raw)
+
+
+def read_config(path: str | Path, overrides: list[str] | None = None) -> DictConfig:
+    """Read a YAML file and apply overrides; see :func:`load_config`. Interpolations are unresolved."""
     raw = read_yaml(Path(path))
     for override in overrides or []:
         apply_override(raw, override)
-    return build_config(raw), _without_credentials(OmegaConf.to_container(raw, resolve=False))
+    return raw
+
+
+def written_config(raw: DictConfig) -> dict[str, Any]:
+    """A configuration as it was written, as plain data that may be logged; see :func:`load_config`."""
+    return _without_credentials(OmegaConf.to_container(raw, resolve=False))  # type: ignore[no-any-return]
 
 
 def _without_credentials(value: Any) -> Any:
@@ -548,6 +559,48 @@ def build_config(raw: DictConfig) -> RunConfig:
     config = RunConfig(run=scalars.run, method=scalars.method, seed=scalars.seed, **values)
     require_finite(config, "")
     return config
+
+
+def whole_config(raw: DictConfig) -> dict[str, Any]:
+    """Everything that a valid configuration says: with all defaults, and ``stage_defaults`` merged under each stage.
+
+    Args:
+        raw: As from :func:`read_config`.
+
+    Returns:
+        Plain data that may be logged, like that of :func:`written_config`: what refers to a secret still only refers.
+    """
+    found = _unresolved(_Scalars, OmegaConf.masked_copy(raw, ["run", "method", "seed"]))
+    under = {"routing": mode_defaults(raw.get("routing"))}
+    found |= {name: _unresolved(cls, raw._get_node(name), under.get(name)) for name, cls in SECTIONS.items()}
+    sources, stages, defaults = (raw._get_node(key) for key in ("distributions", "stages", "stage_defaults"))
+    found["distributions"] = _each(SourceConfig, sources)
+    found["stages"] = _each(StageConfig, stages, None if _refers(defaults) else defaults)
+    if raw.get("published") is not None:
+        found["published"] = _unresolved(PublishedConfig, raw._get_node("published"))
+    return _without_credentials(found)  # type: ignore[no-any-return]
+
+
+def _refers(node: Any) -> bool:
+    """Whether a node is an interpolation, of which nobody knows what it stands for."""
+    return node is not None and bool(node._is_interpolation())
+
+
+def _each(cls: type, nodes: Any, under: DictConfig | None = None) -> Any:
+    """A mapping or list of nodes, each merged over its dataclass."""
+    if _refers(nodes):
+        return nodes._value()
+    if isinstance(nodes, ListConfig):
+        return [_unresolved(cls, nodes._get_node(i), under) for i in range(len(nodes))]
+    return {str(key): _unresolved(cls, nodes._get_node(key), under) for key in nodes}
+
+
+def _unresolved(cls: type, node: Any, under: DictConfig | None = None) -> Any:
+    """A node merged over its dataclass, as plain data with its interpolations."""
+    if _refers(node):
+        return node._value()
+    parts = [part for part in (_structured(cls), under, node) if part is not None]
+    return OmegaConf.to_container(OmegaConf.merge(*parts), resolve=False, enum_to_str=True)
 
 
 def mode_defaults(routing: Any) -> DictConfig:

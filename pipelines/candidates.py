@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from omegaconf import DictConfig
 from rich.console import Console
 
-from lifelong_moe.config import RunConfig
+from lifelong_moe.config import RunConfig, build_config
 from lifelong_moe.data.batches import BatchStore
 from lifelong_moe.data.documents import Corpus, Document
 from lifelong_moe.data.prepare import PreparedData
@@ -52,6 +53,8 @@ class Candidate(ServedData):
     """A stage that could follow the champion, and the run as it would then be."""
 
     planned: PlannedStage
+    raw: DictConfig
+    """The configuration, unresolved."""
     grow: Mapping[str, Any] | None = None
     """Settings of growth over the configured ones."""
 
@@ -95,7 +98,8 @@ class Bench:
         """Resolve a stage on the batch that continues a stage's experts, or grows."""
         kept, added = served_stages(self.champion, self.store)
         new = NewStage(self.new, self.files, continues, tokens, grow)
-        config = self.retraining.config(kept, [*added, new])
+        raw = self.retraining.extended(kept, [*added, new])
+        config = build_config(raw)
         data = read_data(config, self.memory)
         if data.tokenizer.hash != (had := self.parent.config["tokenizer"]["hash"]):
             raise ConfigError(
@@ -112,7 +116,7 @@ class Bench:
         hashes = {name: corpus.train_hash for name, corpus in data.corpora.items()}
         identity, bos_id = data.tokenizer_identity(), data.tokenizer.bos_id
         planned = plan_next(config, self.architecture, self.champion.key, hashes, identity, bos_id)
-        return Candidate(config, data, planned, grow)
+        return Candidate(config, data, planned, raw, grow)
 
     def train(self, candidate: Candidate, send: Send, run_id: str | None) -> CommittedStage:
         """Train and commit a candidate, or find it committed.

@@ -17,6 +17,7 @@ from lifelong_moe.tracking.store import local_id
 from lifelong_moe.tracking.tracker import Tracker
 from lifelong_moe.training.logger import Row
 from pipelines import render
+from pipelines.record_params import CONFIG, config_yaml, run_params, stage_params
 from pipelines.workspace import Prepared
 
 
@@ -54,9 +55,7 @@ class MlflowRecord:
 
     def _start(self, parent_run: str | None) -> None:
         config = self.prepared.config
-        params = {**self.prepared.raw, "method": config.method.value, "seed": config.seed, "stages": len(config.stages)}
-        params |= {f"routing.{key}": getattr(config.routing, key) for key in ("mode", "level", "top_k")}
-        params.pop("run", None)
+        params = run_params(self.prepared)
         tags = {"lifelong.run": config.run, "lifelong.kind": "run", "lifelong.method": config.method.value}
         known = self.ids["run"] = self.ids["run"] or local_id()
         self.record.set_head(self.head)  # beforehand: whoever kills us now, the run is found again
@@ -68,6 +67,7 @@ class MlflowRecord:
         for old in self.ids.pop("replaced", []):
             self.tracker.replaced(old, run_id)
         self.record.set_head(self.head)
+        self.tracker.log_text(run_id, config_yaml(self.prepared.whole), CONFIG)
         for name, corpus in self.prepared.data.corpora.items():
             context = "training" if name in {s.data for s in config.stages} else "evaluation"
             self._dataset(self.ids["run"], name, corpus.train_hash, context)
@@ -91,20 +91,7 @@ class MlflowRecord:
             return None
         spec = planned.spec
         tags = {"lifelong.run": self.prepared.config.run, "lifelong.kind": "stage", "lifelong.stage_key": planned.key}
-        params = {
-            "stage": planned.depth,
-            "data": spec.data,
-            "routing": planned.routing,
-            "experts_per_layer": planned.architecture.num_experts,
-            "parameters_total": planned.parameters.total,
-            "parameters_active": planned.parameters.active,
-            "parameters_trainable": planned.trainable,
-            "tokens": planned.tokens,
-            "lr": spec.optim.lr,
-            "replay_fraction": spec.replay_fraction,
-            "distill_weight": spec.distill.weight if spec.distill else 0.0,
-            "trunk": spec.trunk.train.value if spec.trunk else "full",
-        }
+        params = stage_params(planned)
         name = f"{self.prepared.config.run} · {planned.depth} {spec.name}"
         known = self.ids["stages"].setdefault(planned.key, local_id())
         self.record.set_head(self.head)

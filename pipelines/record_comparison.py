@@ -81,6 +81,9 @@ class ComparisonRecord:
             "budget": settings.budget,
             "seeds": settings.seeds,
             "reference": self.comparison.reference,
+            "unrestrained": settings.unrestrained,
+            "joint": settings.joint,
+            "overrides": list(_shown(self.comparison.common)),
             "arms": {arm.name: " ".join(_shown(arm.overrides)) for arm in self.comparison.arms},
         }
         tags = {"lifelong.kind": "comparison", "lifelong.comparison": settings.compare}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Mapping
 from typing import Any
 
+from lifelong_moe.config import whole_config
 from lifelong_moe.data.documents import Corpus
+from lifelong_moe.methods.retraining import RetrainConfig
 from lifelong_moe.retraining.gate import Verdict
 from lifelong_moe.stages.runs import RunRecord
 from lifelong_moe.stages.store import CommittedStage
@@ -15,6 +18,11 @@ from lifelong_moe.tracking.store import local_id
 from lifelong_moe.tracking.tracker import Tracker
 from lifelong_moe.training.logger import Row
 from pipelines import render_retrain
+from pipelines.candidates import Candidate
+from pipelines.record_params import CONFIG, config_yaml, stage_params
+
+SHOWN = ("trigger", "drift", "probe", "decision", "gate", "limits")
+"""Sections of the retraining file that are numbers; the others hold paths, commands and addresses."""
 
 
 class TickRecord:
@@ -35,7 +43,7 @@ class TickRecord:
         """Name of the registered model."""
         return f"lifelong-moe.{self.record.run}"
 
-    def begin(self, name: str, batch: str, corpus: Corpus) -> None:
+    def begin(self, name: str, batch: str, corpus: Corpus, settings: RetrainConfig) -> None:
         """Open the run, or take it up again."""
         if not self.tracker.active:
             return
@@ -43,8 +51,13 @@ class TickRecord:
         known = ticks.setdefault(batch, local_id())
         self.record.set_head(self.head)  # beforehand: whoever kills us now, the run is found again
         tags = {"lifelong.run": self.record.run, "lifelong.kind": "tick", "lifelong.batch": batch}
+        params = {section: dataclasses.asdict(getattr(settings, section)) for section in SHOWN}
         self.run_id = self.tracker.start_run(
-            f"{self.record.run} · {name}", run_id=known, parent_id=self.head["mlflow"].get("run"), tags=tags
+            f"{self.record.run} · {name}",
+            run_id=known,
+            parent_id=self.head["mlflow"].get("run"),
+            params=params,
+            tags=tags,
         )
         ticks[batch] = self.run_id or known
         self.record.set_head(self.head)
@@ -57,13 +70,16 @@ class TickRecord:
         """Training curves of the candidate."""
         self.tracker.log_metrics(self.run_id, points)
 
-    def planned(self, facts: Mapping[str, Any]) -> None:
-        """The plan as a file and its terms as metrics."""
+    def planned(self, facts: Mapping[str, Any], candidate: Candidate | None) -> None:
+        """The plan as a file and its terms as metrics; the candidate's settings as params, and as a file in whole."""
         rows = [(f"decision/{key}", number(value), 0) for key, value in facts["decision"]["terms"].items()]
         for name, drift in facts["drift"].items():
             rows += [(f"drift/{name}/{key}", number(drift[key]), 0) for key in ("auc", "null_quantile", "psi")]
         self.tracker.log_metrics(self.run_id, rows)
         self.tracker.log_text(self.run_id, json.dumps(facts, indent=1, ensure_ascii=False), "plan.json")
+        if candidate is not None and self.run_id is not None:
+            self.tracker.start_run("", run_id=self.run_id, params=stage_params(candidate.planned))
+            self.tracker.log_text(self.run_id, config_yaml(whole_config(candidate.raw)), CONFIG)
 
     def candidate(self, stage: CommittedStage, facts: Mapping[str, Any]) -> None:
         """Register the candidate, whatever becomes of it."""

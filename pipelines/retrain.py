@@ -171,14 +171,14 @@ def _tick(tick: Tick, interrupt: Interrupt, dry_run: bool, plan_path: str | None
     bench = _bench(tick, new, texts, interrupt)
     mlflow = TickRecord(Tracker.connect(tick.config.tracking, ROOT), tick.head, tick.record)
     try:
-        mlflow.begin(new.name, new.hash, bench.texts[new.name])
+        mlflow.begin(new.name, new.hash, bench.texts[new.name], tick.retraining.settings)
         if plan_path is None:
             plan = make_plan(bench, new.hash, tick.head)
             plan.write(tick.record)
         else:
             plan = check_plan(Path(plan_path), bench, new.hash)
         render_retrain.plan(tick.console, plan.facts)
-        mlflow.planned(plan.facts)
+        mlflow.planned(plan.facts, plan.candidate)
         return _carry_out(tick, bench, new, plan, mlflow, dry_run)
     except BaseException as error:
         mlflow.ended_by(error)

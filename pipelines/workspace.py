@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lifelong_moe.config import RunConfig, load_config
+from lifelong_moe.config import RunConfig, build_config, read_config, whole_config, written_config
 from lifelong_moe.data.prepare import PreparedData, prepare_data
 from lifelong_moe.methods.plan import PlannedStage, check_clusters, plan_stages, stage_need
 from lifelong_moe.routing.registry import build_router
@@ -23,7 +23,9 @@ class Prepared:
 
     config: RunConfig
     raw: dict[str, Any]
-    """The configuration as written, interpolations unresolved: the only form that is logged."""
+    """The configuration as written, interpolations unresolved: nothing resolved is ever logged."""
+    whole: dict[str, Any]
+    """The same with all defaults."""
     data: PreparedData
     plan: list[PlannedStage]
 
@@ -36,13 +38,14 @@ def prepare(config_path: str, overrides: list[str], memory: dict[str, PreparedDa
         overrides: ``key=value``.
         memory: Data by what was asked for; several runs on the same data then read it once.
     """
-    config, raw = load_config(config_path, overrides)
+    raw = read_config(config_path, overrides)
+    config = build_config(raw)
     build_router(config.routing, width=config.model.width, layer=0)  # one of the user's own is found, or not, now
     data = read_data(config, memory)
     hashes = {name: corpus.train_hash for name, corpus in data.corpora.items()}
     plan = plan_stages(config, hashes, data.tokenizer_identity(), data.tokenizer.bos_id)
     check_clusters(plan, {name: corpus.train.num_documents for name, corpus in data.corpora.items()})
-    return Prepared(config, raw, data, plan)
+    return Prepared(config, written_config(raw), whole_config(raw), data, plan)
 
 
 def read_data(config: RunConfig, memory: dict[str, PreparedData] | None = None) -> PreparedData:

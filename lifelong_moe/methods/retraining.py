@@ -107,7 +107,11 @@ class Retraining:
     run: str
 
     def config(self, stages: Sequence[str], new: Sequence[NewStage]) -> RunConfig:
-        """The run as it would be with these stages.
+        """The run as it would be with these stages; see :meth:`extended`."""
+        return build_config(self.extended(stages, new))
+
+    def extended(self, stages: Sequence[str], new: Sequence[NewStage]) -> DictConfig:
+        """The base configuration as it would be with these stages, unresolved.
 
         Args:
             stages: Names of the base's stages that the champion still has, in order.
@@ -122,7 +126,7 @@ class Retraining:
                 "files": stage.files,
                 "heldout_fraction": inbox.heldout_fraction,
             }
-        return build_config(raw)
+        return raw
 
     @cached_property
     def _stage_names(self) -> list[str | None]:

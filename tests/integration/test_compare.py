@@ -16,6 +16,7 @@ import yaml
 from rich.console import Console
 
 import pipelines.compare as story
+from lifelong_moe.config import load_config
 from lifelong_moe.errors import DivergedError, LockedError, TryAgainError
 from pipelines.compare import compare
 from tests.tiny import fork, tiny_config, write_config
@@ -62,7 +63,7 @@ def test_one_parent_with_the_arms_under_it(lab: Path, template: Path, setup: Cal
     (lab / "mlruns").mkdir()
     shutil.copy(template, lab / "mlruns/mlflow.db")
     setup(tracking={"enabled": True})
-    found, printed = start()
+    found, printed = start("stage_defaults.grow.noise=0.02")
     assert "MLflow: http://127.0.0.1:5000/#/experiments/" in printed
     client = MlflowClient(f"sqlite:///{(lab / 'mlruns/mlflow.db').absolute()}")
     experiment = client.get_experiment_by_name("lifelong-moe")
@@ -87,12 +88,18 @@ def test_one_parent_with_the_arms_under_it(lab: Path, template: Path, setup: Cal
         seen = {key: value for key, value in first[name].data.metrics.items() if key.startswith("compare/")}
         assert seen == pytest.approx(known)
     assert parent.data.params["budget"] == "tokens" and parent.data.params["arms.naive"] == "method=sequential"
+    assert parent.data.params["overrides"] == '["stage_defaults.grow.noise=0.02"]'
+    grown, trained_on = (first[f"c.{arm}.s0 · 1 code"].data.params for arm in ("lifelong", "naive"))
+    assert (grown["grow.experts"], grown["grow.noise"], trained_on["grow.experts"]) == ("2", "0.02", "0")
+    for name in arms:
+        kept = lab / "mlruns/artifacts" / first[name].info.run_id / "artifacts/config.yaml"
+        assert load_config(kept)[0].run == name
     assert "### Results" in parent.data.tags["mlflow.note.content"]
     artifacts = lab / "mlruns/artifacts" / parent.info.run_id / "artifacts"
     stored = {str(path.relative_to(artifacts)) for path in artifacts.rglob("*") if path.is_file()}
     assert stored == {f"figures/{n}.png" for n in ("pareto", "curves", "leak")} | {"comparison.md", "comparison.json"}
 
-    again, _ = start()
+    again, _ = start("stage_defaults.grow.noise=0.02")
     assert again == found
     assert {run.info.run_id for run in runs().values()} == {run.info.run_id for run in first.values()}
     assert logged() == points

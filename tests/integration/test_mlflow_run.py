@@ -16,8 +16,10 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from rich.console import Console
 
+from lifelong_moe.config import load_config
 from lifelong_moe.errors import DivergedError, TryAgainError
 from lifelong_moe.methods.plan import stage_need
 from pipelines.cli import exit_code
@@ -109,7 +111,7 @@ def test_two_stages(lab: Path, config: dict[str, Any]) -> None:
     assert contexts(parent) == {"fruit": {"training"}, "code": {"training"}}
     assert contexts(children[0]) == {"fruit": {"training"}}
     assert contexts(children[1]) == {"code": {"training"}, "fruit": {"replay"}}
-    assert artifacts(parent) == FIGURES | {"report.json"}
+    assert artifacts(parent) == FIGURES | {"config.yaml", "report.json"}
     assert artifacts(children[0]) == artifacts(children[1]) == FIGURES
     stored = json.loads((lab / f"mlruns/artifacts/{parent.info.run_id}/artifacts/report.json").read_text())
     assert stored == report
@@ -122,6 +124,42 @@ def test_two_stages(lab: Path, config: dict[str, Any]) -> None:
     assert all((Path(version.source) / "model.safetensors").is_file() for version in versions)
     assert versions[1].tags["parent_key"] == report["stages"][0]["key"]
     assert versions[1].tags["weights_sha256"] == report["stages"][1]["weights_sha256"]
+
+
+def test_settings_are_shown_as_they_were_in_effect(lab: Path, config: dict[str, Any]) -> None:
+    config["stages"][1]["grow"] = {"init": "random", "experts": 3}
+    train(write_config(config))
+    train("tiny.yaml", "run=naive", "method=sequential")
+    (parent, naive), (first, second, _, trained_on) = runs()
+    for key, at_first, at_second in (
+        ("stage", "0", "1"),
+        ("grow.experts", "0", "3"),  # the first stage has nothing to grow from
+        ("replay.fraction", "0.0", "0.25"),
+        ("replay.distributions", "[]", '["fruit"]'),
+        ("optim.lr", "0.003", "0.003"),  # of stage_defaults
+        ("optim.beta2", "0.95", "0.95"),  # a default
+        ("model.rope_base", "10000.0", "10000.0"),
+        ("routing.top_k", "1", "1"),
+        ("trainer.precision", "32-true", "32-true"),
+        ("tokens_trained", "1536", "1536"),
+    ):
+        assert (first.data.params[key], second.data.params[key]) == (at_first, at_second), key
+    assert second.data.params["grow.init"] == "random" and second.data.params["grow.noise"] == "0.01"
+    assert second.data.params["distill.temperature"] == "2.0"
+    for key, off in (("grow.experts", "0"), ("replay.fraction", "0.0"), ("distill.weight", "0.0")):
+        assert trained_on.data.params[key] == off  # whatever the configuration says: the method takes none of it
+    shown = parent.data.params
+    assert (shown["stages.1.grow.experts"], shown["stage_defaults.grow.experts"]) == ("3", "2")
+    assert shown["num_stages"] == "2"
+    assert (shown["model.width"], shown["evaluate.batch_tokens"], shown["method"]) == ("32", "8192", "lifelong")
+    assert naive.data.params["method"] == "sequential"
+    for run in (parent, naive, first, second, trained_on):
+        assert not [key for key in run.data.params if key.endswith("_") or "._" in key]
+    file = lab / f"mlruns/artifacts/{parent.info.run_id}/artifacts/config.yaml"
+    assert load_config(file)[0] == load_config("tiny.yaml")[0]
+    whole = yaml.safe_load(file.read_text())
+    assert whole["stages"][1]["grow"]["experts"] == 3 and whole["stages"][1]["grow"]["noise"] == 0.01
+    assert whole["stages"][0]["grow"]["experts"] == 2 and whole["stages"][0]["optim"]["lr"] == 3.0e-3
 
 
 def test_repeating_adds_nothing_and_another_arm_adds_its_own(lab: Path, config: dict[str, Any]) -> None:
@@ -359,7 +397,7 @@ def test_database_that_dies_in_the_run(lab: Path, config: dict[str, Any], monkey
         assert [step for step, _ in points(child, "train/loss")] == [4, 8, 12]
         assert artifacts(child) == FIGURES
     assert [step for step, _ in points(parent, "eval/fruit/nats_per_token")] == [0, 1]
-    assert artifacts(parent) == FIGURES | {"report.json"}
+    assert artifacts(parent) == FIGURES | {"config.yaml", "report.json"}
     assert len(client().search_model_versions("name = 'lifelong-moe.tiny'")) == 2
 
 
@@ -379,6 +417,7 @@ def test_secrets_stay_references(lab: Path, config: dict[str, Any], monkeypatch:
     monkeypatch.setenv("EXPERIMENT", "lifelong-moe")
     _, printed = train(write_config(config))
     assert "canary-7f3a" not in printed
+    assert "${oc.env:SECRET_FOLDER}/fruit.jsonl" in next((lab / "mlruns").rglob("config.yaml")).read_text()
     for path in (lab / "mlruns").rglob("*"):
         assert not path.is_file() or b"canary-7f3a" not in path.read_bytes(), path
     assert runs()[0]

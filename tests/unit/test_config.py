@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from omegaconf import OmegaConf
 
-from lifelong_moe.config import Method, RunConfig, load_config
+from lifelong_moe.config import Method, RunConfig, build_config, load_config, read_config, read_yaml, whole_config
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.growth.config import ExpertInit
 from lifelong_moe.routing.config import Level
@@ -402,6 +404,48 @@ def test_a_name_that_yaml_takes_for_a_number(load: Load) -> None:
 def test_stages_on_one_distribution_are_numbered(load: Load) -> None:
     stages = "stages=[{data: english}, {data: english, name: english-2}, {data: english}, {data: python}]"
     assert [s.name for s in load(stages).stages] == ["english", "english-2", "english-3", "python"]
+
+
+SHIPPED = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", [p for p in SHIPPED if read_yaml(p).get("run")], ids=lambda path: path.stem)
+def test_the_whole_configuration_is_the_same_configuration(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LIFELONG_DATA", "corpora")  # which some of them refer to
+    raw = read_config(path, ["seed=3"])
+    whole = whole_config(raw)
+    assert OmegaConf.to_container(OmegaConf.create(whole)) == whole  # plain data
+    copy = tmp_path / "whole.yaml"
+    copy.write_text(yaml.safe_dump(whole, sort_keys=False), encoding="utf-8")
+    assert load_config(copy)[0] == build_config(raw)
+
+
+def test_the_whole_configuration_resolves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET", "canary")
+    monkeypatch.setenv("WHOLE", "{canary: 1}")
+    path = tmp_path / "run.yaml"
+    path.write_text(YAML, encoding="utf-8")
+    for override, where in {
+        "tracking.experiment=${oc.env:SECRET}": lambda whole: whole["tracking"]["experiment"],
+        "tracking=${oc.decode:${oc.env:WHOLE}}": lambda whole: whole["tracking"],
+        "stage_defaults.optim.schedule=${oc.env:SECRET}": lambda whole: whole["stages"][1]["optim"]["schedule"],
+        "stages[1].grow=${oc.decode:${oc.env:WHOLE}}": lambda whole: whole["stages"][1]["grow"],
+        "stages[1]=${oc.decode:${oc.env:WHOLE}}": lambda whole: whole["stages"][1],
+        "stages=${oc.decode:${oc.env:WHOLE}}": lambda whole: whole["stages"],
+        "distributions.english=${oc.decode:${oc.env:WHOLE}}": lambda whole: whole["distributions"]["english"],
+        "distributions=${oc.decode:${oc.env:WHOLE}}": lambda whole: whole["distributions"],
+        "model.experts=${oc.decode:${oc.env:SECRET}}": lambda whole: whole["model"]["experts"],
+        "seed=${oc.decode:${oc.env:SECRET}}": lambda whole: whole["seed"],
+    }.items():
+        whole = whole_config(read_config(path, [override]))
+        assert where(whole) == override.partition("=")[2]
+        assert "canary" not in str(whole), override
+    whole = whole_config(read_config(path, ["stage_defaults=${oc.decode:${oc.env:WHOLE}}"]))
+    assert "canary" not in str(whole)
+    whole = whole_config(read_config(path, ["tracking.uri=http://me:canary@host/x?key=canary"]))
+    assert whole["tracking"]["uri"] == "http://***@host/x?***"
 
 
 def test_secrets_stay_out_of_what_is_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
