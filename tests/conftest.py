@@ -36,6 +36,10 @@ MEMORY = Path("/dev/shm")
 if os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > 4 * 2**30:
     # A store waits until the disk has what it commits; in memory nothing waits, and the suite takes far less time.
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
+# The caller's terminal and network are not ours: forced colours, a narrow screen, a proxy even to this machine.
+for name in ("FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS", "NO_COLOR", "TTY_COMPATIBLE", "COLUMNS", "LINES"):
+    os.environ.pop(name, None)
+os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
 torch.set_num_threads(1)
 torch.set_warn_always(True)  # else only the first test to provoke a warning fails on it
 # One core, shared: what an example costs says nothing about the code.

@@ -124,6 +124,9 @@ def fork(action: Callable[[], Any]) -> Child:
 
 def _become_child(action: Callable[[], Any], log: Path) -> NoReturn:
     code = 99
+    # As a terminal starts it: what schedulers and shells without job control start in the background ignores SIGINT.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
         os.dup2(descriptor, 1)

@@ -305,6 +305,22 @@ def test_sigterm_checkpoints_and_continues(
     assert measured(report) == measured(expected_report)
 
 
+def test_sigint_that_was_ignored_stays_ignored(
+    lab: Path, uninterrupted: Callable[[str], tuple[list[str], dict[str, Any]]]
+) -> None:
+    """So nohup and shells without job control start what goes on in the background."""
+    write_config(tiny_config(**MODES["learned"]))
+
+    def action() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        at(("fruit", "train", 6), lambda: os.kill(os.getpid(), signal.SIGINT), saved=False)
+        train()
+
+    child = fork(action)
+    assert child.wait() == 0, child.output
+    assert hashes() == uninterrupted("learned")[0]
+
+
 @pytest.mark.parametrize("function", ["pipelines.run.prepare", "pipelines.run.build_report"])
 def test_sigterm_outside_of_training(lab: Path, monkeypatch: pytest.MonkeyPatch, function: str) -> None:
     write_config(tiny_config(("fruit",)))

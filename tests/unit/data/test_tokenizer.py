@@ -54,8 +54,8 @@ def test_saving_and_loading(trained: Tokenizer, tmp_path: Path) -> None:
     assert (loaded.hash, loaded.vocab_size, loaded.bos_id) == (trained.hash, trained.vocab_size, trained.bos_id)
     assert loaded.encode_batch(TEXTS) == trained.encode_batch(TEXTS)
     assert pickle.loads(pickle.dumps(trained)).hash == trained.hash
-    reformatted = json.dumps(json.loads((tmp_path / "tokenizer.json").read_text()), indent=2)
-    (tmp_path / "tokenizer.json").write_text(reformatted)
+    reformatted = json.dumps(json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8")), indent=2)
+    (tmp_path / "tokenizer.json").write_text(reformatted, encoding="utf-8")
     assert Tokenizer.load(tmp_path / "tokenizer.json").hash == trained.hash
 
 
@@ -86,7 +86,7 @@ def _given(path: Path, name: str, special: bool = True) -> Path:
 @pytest.mark.parametrize("name", ["<s>", "<|endoftext|>", "[BOS]"])
 def test_given_tokenizer(tmp_path: Path, name: str) -> None:
     path = tmp_path / "t.json"
-    path.write_text(train_tokenizer(TEXTS, 300).text.replace("<|bos|>", name))
+    path.write_text(train_tokenizer(TEXTS, 300).text.replace("<|bos|>", name), encoding="utf-8")
     given = Tokenizer.load(path)
     assert (given.bos_id, given.decode(given.encode("cat dog"))) == (0, "cat dog")
     assert 0 not in given.encode(f"cat {name} dog")
@@ -124,7 +124,7 @@ def test_prepare_trains_once_on_training_text_only(tmp_path: Path, monkeypatch: 
     with monkeypatch.context() as patch:
         patch.setattr(module, "train_tokenizer", None)
         assert trained_tokenizer(config, CORPUS, tmp_path).hash == first.hash
-    path.write_text(path.read_text().replace("cat", "dog", 1))
+    path.write_text(path.read_text(encoding="utf-8").replace("cat", "dog", 1), encoding="utf-8")
     assert trained_tokenizer(config, CORPUS, tmp_path).hash == first.hash
     path.write_bytes(b"\xff")
     assert trained_tokenizer(config, CORPUS, tmp_path).hash == first.hash
