@@ -151,6 +151,7 @@ def _common(config: RunConfig, stage: StageConfig, grown: bool) -> dict[str, Any
         "precision": config.trainer.precision,
         "gradient_clip": float(config.trainer.gradient_clip_val),
         "accumulate": config.trainer.accumulate_grad_batches,
+        "processes": config.trainer.processes,
     }
 
 

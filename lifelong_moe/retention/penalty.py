@@ -98,56 +98,57 @@ def _copies(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], kin
 def fisher_diagonal(model: LanguageModel, sample: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """How much a token's loss would rise if one number moved: the diagonal of the empirical Fisher information.
 
-    ``F_i = S * mean over sequences of (d mean_nats / d theta_i)^2``, one sequence at a time. ``S * mean_nats`` is a
-    sequence's negative log-likelihood, so ``S * F`` is the Fisher information of whole sequences and ``F`` its share
+    ``F_i = sum over sequences of (d nats / d theta_i)^2 / number of scored tokens``, one sequence at a time, where
+    ``nats`` is a sequence's negative log-likelihood: the Fisher information of whole sequences, and of it the share
     per token. Thus ``F`` does not depend on how long sequences are, and estimates the curvature of the training
-    loss in nats per token: a penalty of weight 1 stands for as many old tokens as there are new ones.
+    loss in nats per token: a penalty of weight 1 stands for as many old tokens as there are new ones. Of prompts with
+    answers only answers count, as in training.
 
     The targets are the text's and not drawn from the model (hence *empirical*); router losses are left out; which
     experts a token chose counts as given.
 
     Args:
         model: At the old weights. Left in its mode, its ``grad`` and ``requires_grad`` untouched.
-        sample: Blocks of old text, int64 ``(B, S)`` each: ``token_ids``, ``target_ids``, ``document_ids``,
-            ``group_ids``.
+        sample: Blocks of old text, ``(B, S)`` each: ``token_ids``, ``target_ids``, ``document_ids``, ``group_ids``,
+            int64; ``scored``, bool.
 
     Returns:
         Float32, one tensor a parameter that requires a gradient, of its shape and on its device.
 
     Raises:
-        ValueError: If the sample is empty.
+        ValueError: If the sample has no scored token.
 
     Source:
         Kirkpatrick et al. 2017 (arXiv:1612.00796), section 2, which leaves open how F is computed; van de Ven 2025
         (arXiv:2502.11756) compares the ways. Online EWC (arXiv:1805.06370) adds each task's F once, decayed, as it
         was when the task ended; we can compute it again, at the newest weights and on text kept for replay.
     """
-    num_sequences, length = sample["token_ids"].shape
-    if not num_sequences:
-        raise ValueError("fisher_diagonal needs at least one sequence")
+    rows, num_tokens = sample["scored"].any(dim=1).nonzero().flatten().tolist(), int(sample["scored"].sum())
+    if not num_tokens:
+        raise ValueError("fisher_diagonal needs at least one scored token")
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     fisher = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in parameters.items()}
     training = model.training
     model.eval()  # without router losses
     try:
-        for row in range(num_sequences):
-            nats = _mean_nats(model, {name: sample[name][row : row + 1] for name in sample})
+        for row in rows:
+            nats = _nats(model, {name: sample[name][row : row + 1] for name in sample})
             # Not `backward`: the parameters' own gradients stay as they are.
             grads = torch.autograd.grad(nats, list(parameters.values()), allow_unused=True)
             for total, grad in zip(fisher.values(), grads, strict=True):
                 if grad is not None:
-                    total.add_(grad.float().square(), alpha=length / num_sequences)
+                    total.add_(grad.float().square(), alpha=1 / num_tokens)
     finally:
         model.train(training)
     return fisher
 
 
-def _mean_nats(model: LanguageModel, batch: Mapping[str, Tensor]) -> Tensor:
-    """The next-token loss that a stage trains on."""
+def _nats(model: LanguageModel, batch: Mapping[str, Tensor]) -> Tensor:
+    """The sum of the next-token losses that a stage trains on."""
     output = model(batch["token_ids"], document_ids_BS=batch["document_ids"], group_ids_BS=batch["group_ids"])
-    return model.cross_entropy(
-        output.hidden_BSD.flatten(0, 1), batch["target_ids"].flatten(), batch["group_ids"].flatten()
-    )
+    scored, num_tokens = batch["scored"], int(batch["scored"].sum())
+    mean = model.cross_entropy(output.hidden_BSD[scored], batch["target_ids"][scored], batch["group_ids"][scored])
+    return mean * num_tokens
 
 
 def mean_fisher(fishers: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

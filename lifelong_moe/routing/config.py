@@ -461,6 +461,14 @@ class RoutingConfig:
         return _built(cls, values)
 
     @property
+    def by_process(self) -> bool:
+        """Whether the number of processes changes what is learned: each draws random numbers, or assigns its tokens
+        all at once. Of a router that we do not know it is assumed."""
+        draws = self.jitter > 0 or self.mode == "noisy_topk" or self.second == SecondExpert.random
+        draws = draws or (self.capacity is not None and self.capacity.priority == Priority.random)
+        return draws or self.mode == "base" or "." in self.mode
+
+    @property
     def by_label(self) -> bool:
         """Whether a token's group is its text's known distribution."""
         return self.mode == "label" or self.bundles == Bundles.label

@@ -93,7 +93,8 @@ class TrainerConfig:
     """``auto``, ``cpu``, ``gpu``, ..."""
     devices: Any = 1
     """How many devices, or which. On CPU each is a process with one thread, and their number must divide the sequences
-    of a micro-batch; it is no part of a stage's key. There can be one GPU so far."""
+    of a micro-batch; it is part of a stage's key only where each draws random numbers or assigns its tokens all at
+    once, since nothing else depends on it. There can be one GPU so far."""
     num_nodes: int = 1
     """Machines."""
     strategy: str = "auto"

@@ -188,9 +188,7 @@ class StageModule(LightningModule):
         self._taken = verdict == Verdict.sound
         if verdict == Verdict.sound:
             limit = self.spec.gradient_clip or math.inf
-            if (
-                self.grad_norm > limit
-            ):  # else the gradients are left alone: multiplying them by 1 would cost a pass over memory
+            if self.grad_norm > limit:  # else they are left alone: multiplying by 1 would cost a pass over memory
                 torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
             return
         for parameter in parameters:

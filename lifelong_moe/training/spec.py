@@ -92,7 +92,10 @@ class StageSpec:
     precision: str
     gradient_clip: float
     accumulate: int
-    """Micro-batches a step; the load-balancing loss is one of each micro-batch, so they change the result."""
+    """Micro-batches a step of each process; the load-balancing loss is one of each, over all processes, so that they
+    change the result and the number of processes does not."""
+    processes: int
+    """Processes that take a step together; they change the result by rounding alone, unless each draws noise."""
 
     @property
     def steps(self) -> int:
@@ -249,6 +252,11 @@ class StageSpec:
         """As plain JSON data."""
         return dataclasses.asdict(self)
 
+    @property
+    def by_process(self) -> bool:
+        """Whether the number of processes changes what is learned: each draws noise of its own."""
+        return self.routing.by_process or bool(self.finetune and self.finetune.expert_dropout)
+
     def effective(self) -> StageSpec:
         """The same stage, with whatever changes nothing in it at its default, so that equal work has equal keys.
 
@@ -269,6 +277,7 @@ class StageSpec:
             trunk=self.trunk and self.trunk.effective(),
             penalty=self.penalty and self.penalty.effective(),
             finetune=self.finetune and self.finetune.effective(),
+            processes=self.processes if self.by_process else 1,
         )
 
     def key(self, parent_key: str | None, data_hash: str, replay_hashes: dict[str, str], tokenizer: Any) -> str:

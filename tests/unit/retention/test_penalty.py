@@ -132,7 +132,8 @@ def uniform_model(make_model: Make) -> LanguageModel:
 def sample_of(targets: list[list[int]]) -> dict[str, Tensor]:
     target_ids = torch.tensor(targets)
     zeros = torch.zeros_like(target_ids)
-    return {"token_ids": zeros, "target_ids": target_ids, "document_ids": zeros, "group_ids": zeros}
+    scored = torch.ones_like(target_ids, dtype=torch.bool)
+    return {"token_ids": zeros, "target_ids": target_ids, "document_ids": zeros, "group_ids": zeros, "scored": scored}
 
 
 def test_fisher_by_hand(make_model: Make) -> None:
@@ -145,6 +146,19 @@ def test_fisher_by_hand(make_model: Make) -> None:
     expected[7] = 4 * ((p - 1 / 4) ** 2 + (p - 1 / 2) ** 2) / 2
     torch.testing.assert_close(fisher["head.weight"], expected.unsqueeze(1).expand(VOCAB, 16), rtol=1e-5, atol=1e-9)
     assert not bool(fisher["embedding.weight"].any())  # a head of zeros passes no gradient on
+
+
+def test_fisher_is_of_answers_alone(make_model: Make) -> None:
+    # One scored target in the first sequence, three in the second, none in the third: sums of gradients, squared, over
+    # four tokens.
+    sample = sample_of([[5, 5, 5, 7], [5, 5, 7, 7], [5, 5, 5, 5]])
+    sample["scored"] = torch.tensor([[0, 0, 0, 1], [0, 1, 1, 1], [0, 0, 0, 0]], dtype=torch.bool)
+    fisher = fisher_diagonal(uniform_model(make_model), sample)
+    p = 1 / VOCAB
+    expected = torch.full((VOCAB,), (p**2 + (3 * p) ** 2) / 4)
+    expected[5] = (p**2 + (3 * p - 1) ** 2) / 4
+    expected[7] = ((p - 1) ** 2 + (3 * p - 2) ** 2) / 4
+    torch.testing.assert_close(fisher["head.weight"], expected.unsqueeze(1).expand(VOCAB, 16), rtol=1e-5, atol=1e-9)
 
 
 def test_fisher_is_the_curvature_where_the_text_is_as_predicted(make_model: Make) -> None:
@@ -194,7 +208,7 @@ def test_the_mean_of_distributions() -> None:
 
 def test_no_text_and_no_distribution_are_refused(make_model: Make) -> None:
     nothing = {name: tensor[:0] for name, tensor in sample_of([[1]]).items()}
-    with pytest.raises(ValueError, match="at least one sequence"):
+    with pytest.raises(ValueError, match="at least one scored token"):
         fisher_diagonal(make_model(), nothing)
     with pytest.raises(ValueError, match="cannot average 0"):
         mean_fisher([])

@@ -25,6 +25,7 @@ from lifelong_moe.routing.base import Routing
 from lifelong_moe.training.means import StepMeans
 from lifelong_moe.training.module import StageModule
 from lifelong_moe.training.optimizer import freeze_trunk, phase_parameters, training_only
+from lifelong_moe.training.shares import Tally, with_shares
 
 Make = Callable[..., LanguageModel]
 Batch = Callable[..., dict[str, Tensor]]
@@ -237,12 +238,14 @@ def test_distillation_does_not_depend_on_how_a_step_is_divided(
     module = stage_module(make_run, make_model(), *overrides, stage=1, teacher=teacher)
     batch = make_batch()
 
-    def loss(part: dict[str, Any]) -> Any:
-        step: Any = module.training_step(part, 0)
+    whole = Tally.of(batch["scored"].sum(dim=1), batch["replayed"], batch["ordinal"], module.spec.distill)
+
+    def loss(part: dict[str, Any], micro_batches: int) -> Any:
+        step: Any = module.training_step(with_shares(part, module.spec, whole, micro_batches), 0)
         return (step["loss"] - 0.01 * step["parts"]["balance_loss"]).item()  # balance is per micro-batch by nature
 
-    parts = [{name: value[i : i + 1] for name, value in batch.items()} for i in range(len(batch["replayed"]))]
-    assert loss(batch) == pytest.approx(sum(map(loss, parts)) / len(parts), rel=1e-5)
+    parts = [{name: value[i : i + 1] for name, value in batch.items()} for i in range(4)]
+    assert loss(batch, 1) == pytest.approx(sum(loss(part, 4) for part in parts) / 4, rel=1e-5)
 
 
 def test_imbalance_by_hand() -> None:

@@ -61,8 +61,32 @@ SCALARS: dict[str, Any] = {
 def test_every_field_of_the_stage_is_in_the_key(later: StageSpec, field: str) -> None:
     if field in SCALARS:
         assert key_of(dataclasses.replace(later, **{field: SCALARS[field]})) != key_of(later)
-    else:  # sections: key by key in test_effective.py
-        assert field in {"optim", "model", "routing"}
+    else:  # sections: key by key in test_effective.py; processes: below
+        assert field in {"optim", "model", "routing", "processes"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "depends"),
+    [
+        ({}, False),
+        ({"mode": "relu"}, False),
+        ({"mode": "gshard", "second": "threshold", "balance_scope": "global_batch"}, False),
+        ({"mode": "gshard"}, True),  # whose second expert is drawn
+        ({"mode": "switch"}, True),  # which jitters
+        ({"mode": "noisy_topk"}, True),
+        ({"mode": "base", "allow_noncausal": True}, True),  # assigns a process's tokens all at once
+        ({"capacity": {"priority": "random"}, "allow_noncausal": True}, True),
+        ({"mode": "somebody.elses.Router"}, True),
+    ],
+)
+def test_processes_are_in_the_key_where_they_change_the_result(
+    make_run: MakeRun, settings: dict[str, Any], depends: bool
+) -> None:
+    spec = stage_specs(make_run(routing=settings))[1]
+    assert (key_of(dataclasses.replace(spec, processes=2)) != key_of(spec)) is depends
+    for tuned, also in ((FinetuneConfig(), depends), (FinetuneConfig(expert_dropout=0.1), True)):
+        one = dataclasses.replace(spec, finetune=tuned)
+        assert (key_of(dataclasses.replace(one, processes=2)) != key_of(one)) is also
 
 
 def test_the_parent_s_index_is_not_its_content_is(later: StageSpec) -> None:
