@@ -92,7 +92,7 @@ class StageConfig:
     name: str | None = None
     """The stage's name; the distribution's by default, numbered if that is taken."""
     tokens: int = 500_000
-    """Training tokens, replayed ones included."""
+    """Training tokens, replayed ones and the padding of short blocks included."""
     grow: GrowConfig = field(default_factory=GrowConfig)
     """Growth, from the second stage on."""
     continues: str | None = None

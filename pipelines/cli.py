@@ -292,7 +292,7 @@ def evaluate(
 @app.command()
 def generate(
     run: RunName,
-    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    prompt: Annotated[str, typer.Argument(help="Text to continue, or, of a fine-tuned stage, a prompt to answer.")],
     stage: StageName = None,
     max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.", min=1)] = 100,
     temperature: Annotated[float, typer.Option(help="0 takes the most probable token.", min=0.0)] = 0.8,
@@ -302,7 +302,7 @@ def generate(
     int8: Int8 = False,
     as_json: AsJson = False,
 ) -> None:
-    """Continue a text."""
+    """Continue a text; a fine-tuned stage answers it as a prompt."""
     from pipelines.inspectors import generate as story
 
     result = story(

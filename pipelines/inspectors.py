@@ -15,6 +15,8 @@ from rich.table import Table
 
 from lifelong_moe.data.config import SourceConfig
 from lifelong_moe.data.files import read_documents
+from lifelong_moe.data.jsonl import SEPARATOR
+from lifelong_moe.data.shards import tokenize_documents
 from lifelong_moe.data.tokenizer import Tokenizer
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.model.architecture import Architecture
@@ -116,7 +118,6 @@ def evaluate(
     store, committed = open_stage(run, stage)
     check_label(committed, label, console)
     documents = read_documents(data, SourceConfig(files=data))
-    from lifelong_moe.data.shards import tokenize_documents
     from lifelong_moe.data.windows import evaluation_windows
     from lifelong_moe.evaluation.loss import evaluate as score_windows
 
@@ -147,7 +148,10 @@ def generate(
     console: Console,
     int8: bool = False,
 ) -> dict[str, Any]:
-    """Continue a text, printing as it comes."""
+    """Continue a text, or answer a prompt where the stage was fine-tuned, printing as it comes.
+
+    A prompt to be answered is encoded as pairs are; one that holds the separator already says how the answer begins.
+    """
     if any("\ud800" <= character <= "\udfff" for character in prompt):
         raise ConfigError("the prompt is not UTF-8.")
     store, committed = open_stage(run, stage)
@@ -158,10 +162,11 @@ def generate(
     model = _loaded(store, committed, int8=int8)
     ids: list[int] = []
     shown = ""
-    console.print(prompt, end="", markup=False, highlight=False)
+    answers = bool(committed.config["spec"].get("finetune"))
+    console.print(prompt, end="\n" if answers else "", markup=False, highlight=False)
     for token in sample(
         model,
-        tokenizer.encode(prompt),
+        tokenizer.encode(f"{prompt}{SEPARATOR}" if answers and SEPARATOR not in prompt else prompt),
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,

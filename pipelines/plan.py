@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lifelong_moe.clustering.bundles import unigram_divergence
+from lifelong_moe.data.packing import epochs
 from lifelong_moe.methods.advice import growth_advice, leaking, nothing_to_hold
 from lifelong_moe.methods.plan import stage_need
 from lifelong_moe.methods.published import sentence as published_sentence
@@ -84,7 +85,9 @@ def _row(i: int, prepared: Prepared, store: StageStore) -> dict[str, Any]:
         "parameters_active": count.active,
         "parameters_trainable": planned.trainable,
         "tokens": planned.tokens,
-        "epochs": (planned.tokens - spec.replayed_tokens) / prepared.data.corpora[spec.data].train.num_tokens,
+        "epochs": epochs(
+            planned.tokens - spec.replayed_tokens, prepared.data.corpora[spec.data].train, spec.model.context
+        ),
         "replay_fraction": spec.replay_fraction,
         "teacher_tokens": spec.teacher_tokens,
         "active_flops": planned.flops,

@@ -150,6 +150,7 @@ def build_batch(blocks: int = 4, length: int = 16, *, seed: int = 0, groups: int
         "document_ids": (torch.arange(length) >= length // 2).long().expand(blocks, length).clone(),
         "group_ids": (group_ids := torch.randint(0, groups, (blocks, length), generator=generator)),
         "teacher_group_ids": group_ids,
+        "mask": torch.ones(blocks, length, dtype=torch.bool),
         "scored": torch.ones(blocks, length, dtype=torch.bool),
         "replayed": torch.arange(blocks) % 2 == 1,
         "ordinal": torch.arange(blocks) // 2,

@@ -30,7 +30,7 @@ from lifelong_moe.training.ranks import run_ranks
 MakeRun = Callable[..., RunConfig]
 MakeModel = Callable[..., LanguageModel]
 Begin = Callable[[], tuple[StageModule, BlockDataset]]
-SEQUENCES, CONTEXT, STEPS = 8, 16, 4
+SEQUENCES, CONTEXT, STEPS = 8, 32, 4
 SEPARATOR = 60
 OLD = "stage_defaults.replay.fraction=0.25"
 CASES: dict[str, tuple[str, ...]] = {
@@ -68,6 +68,7 @@ def _corpus(name: str, documents: list[list[int]], separator: int | None) -> Tok
 def second_stage(make_run: MakeRun, make_model: MakeModel, case: str, kind: str = "learned", **routing: Any) -> Begin:
     """What begins the second stage anew at each call, in its last phase."""
     settings = (
+        f"model.context={CONTEXT}",
         "stage_defaults.optim.lr=0.01",
         f"stage_defaults.optim.batch_tokens={SEQUENCES * CONTEXT}",
         f"stage_defaults.tokens={2 * STEPS * SEQUENCES * CONTEXT}",

@@ -13,18 +13,22 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lifelong_moe.data.order import SampleOrder
-from lifelong_moe.data.pairs import is_answer
+from lifelong_moe.data.packing import block_borders
+from lifelong_moe.data.pairs import precedes_answer
 from lifelong_moe.data.shards import TokenShard
-from lifelong_moe.errors import DataError
 
 
 @dataclass(frozen=True, eq=False)
 class BlockSource:
-    """A shard cut into blocks of ``context`` inputs; documents run on from one block into the next."""
+    """A shard cut into blocks of at most ``context`` inputs, of which each token is one.
+
+    Documents run on from one block into the next; pairs stay whole. The target of an input is the token after it, and
+    BOS after the last one: every document ends where the next may begin.
+    """
 
     shard: TokenShard
     context: int
-    """Tokens a block (S)."""
+    """Tokens a block (S); a shorter one is padded at its end."""
     bos_id: int
     group_ids: np.ndarray | None = None
     """Cluster or label of each token of the shard ``(num_tokens,)``; None if routing needs none."""
@@ -34,44 +38,51 @@ class BlockSource:
     """Blocks that may be used at most, from the beginning; None means all."""
 
     def __post_init__(self) -> None:
-        if self.context < 1:
-            raise ValueError(f"context={self.context} must be positive")
         for ids in (self.group_ids, self.teacher_group_ids):
             if ids is not None and ids.shape != (self.shard.num_tokens,):
                 raise ValueError(f"group_ids {ids.shape} for {self.shard.num_tokens} tokens")
-        if len(self) == 0:
-            raise DataError(
-                f"too few tokens: one block of context {self.context} needs {self.context + 1}, "
-                f"the training text has {self.shard.num_tokens}."
-            )
 
     def __len__(self) -> int:
-        """Return the number of blocks; the last token of a block's targets is the first input of the next."""
-        blocks = max(0, self.shard.num_tokens - 1) // self.context
+        """Return the number of blocks."""
+        blocks = len(self.borders) - 1
         return blocks if self.limit is None else min(blocks, self.limit)
 
     def block(self, index: int) -> dict[str, Tensor]:
-        """Return block ``index`` as int64 tensors ``(S,)``; see ``BlockDataset``."""
+        """Return block ``index``; see ``BlockDataset``."""
         if not 0 <= index < len(self):
             raise IndexError(f"block {index} of {len(self)}")
-        part = slice(index * self.context, (index + 1) * self.context + 1)
-        groups = (None if ids is None else ids[part] for ids in (self.group_ids, self.teacher_group_ids))
-        block = _block(self.shard.tokens[part], self.bos_id, *groups)
-        if self.answers is not None:
-            block["scored"] = torch.from_numpy(self.answers[part][1:].copy())
-        return block
+        begin, end = self.borders[index : index + 2]
+        inputs, length = slice(begin, end), self.context
+        tokens = _padded(self.shard.tokens[begin : end + 1], length + 1, self.bos_id)
+        real = _padded(np.ones(end - begin), length, 0)
+        groups = (
+            None if ids is None else _padded(ids[inputs], length, 0) for ids in (self.group_ids, self.teacher_group_ids)
+        )
+        scored = real if self.answered is None else _padded(self.answered[inputs], length, 0)
+        return _block(tokens, self.bos_id, real, scored, *groups)
+
+    def num_real(self, index: int) -> int:
+        """Return how many tokens block ``index`` has, but for padding."""
+        begin, end = self.borders[index : index + 2]
+        return int(end - begin)
 
     def num_scored(self, index: int) -> int:
         """Return how many targets of block ``index`` count."""
-        if self.answers is None:
-            return self.context
-        return int(np.count_nonzero(self.answers[index * self.context + 1 : (index + 1) * self.context + 1]))
+        if self.answered is None:
+            return self.num_real(index)
+        begin, end = self.borders[index : index + 2]
+        return int(np.count_nonzero(self.answered[begin:end]))
 
     @cached_property
-    def answers(self) -> np.ndarray | None:
-        """Which tokens are answers, bool ``(num_tokens,)``; None where all text counts."""
+    def borders(self) -> np.ndarray:
+        """Where blocks begin, and the end, int64."""
+        return block_borders(self.shard, self.context)
+
+    @cached_property
+    def answered(self) -> np.ndarray | None:
+        """Which tokens are followed by one of an answer, bool ``(num_tokens,)``; None where all text counts."""
         separator = self.shard.separator
-        return None if separator is None else is_answer(self.shard.tokens, self.shard.offsets, separator)
+        return None if separator is None else precedes_answer(self.shard.tokens, self.shard.offsets, separator)
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,32 +102,53 @@ class RowSource:
 
     def block(self, index: int) -> dict[str, Tensor]:
         """Return block ``index``; see ``BlockDataset``."""
-        groups = (None if ids is None else ids[index] for ids in (self.group_ids, self.teacher_group_ids))
-        return _block(self.rows[index], self.bos_id, *groups)
+        groups = (None if ids is None else ids[index, :-1] for ids in (self.group_ids, self.teacher_group_ids))
+        tokens, everywhere = self.rows[index], np.ones(self.rows.shape[1] - 1)
+        return _block(tokens, self.bos_id, everywhere, everywhere, *groups)
+
+    def num_real(self, index: int) -> int:
+        """Return how many tokens block ``index`` has: none is padding."""
+        return self.rows.shape[1] - 1
 
     def num_scored(self, index: int) -> int:
         """Return how many targets of block ``index`` count: all."""
-        return self.rows.shape[1] - 1
+        return self.num_real(index)
+
+
+def _padded(values: np.ndarray, length: int, fill: int) -> np.ndarray:
+    """As int64, with ``fill`` at the end."""
+    padded = np.full(length, fill, dtype=np.int64)
+    padded[: len(values)] = values
+    return padded
 
 
 def _block(
-    tokens: np.ndarray, bos_id: int, group_ids: np.ndarray | None, teacher_group_ids: np.ndarray | None
+    tokens_S1: np.ndarray,
+    bos_id: int,
+    mask_S: np.ndarray,
+    scored_S: np.ndarray,
+    groups_S: np.ndarray | None,
+    teacher_groups_S: np.ndarray | None,
 ) -> dict[str, Tensor]:
-    """A sample from S + 1 tokens and their groups."""
-    tokens_S1 = torch.from_numpy(tokens.astype(np.int64))
-    token_ids, target_ids = tokens_S1[:-1].clone(), tokens_S1[1:].clone()
+    """A sample from S + 1 tokens and what is known of the first S."""
+    token_ids, mask = _tensor(tokens_S1[:-1]), _tensor(mask_S).bool()
     groups, teacher_groups = (
-        torch.zeros_like(token_ids) if ids is None else torch.from_numpy(ids[:-1].astype(np.int64))
-        for ids in (group_ids, teacher_group_ids)
+        torch.zeros_like(token_ids) if ids is None else _tensor(ids) for ids in (groups_S, teacher_groups_S)
     )
     return {
         "token_ids": token_ids,
-        "target_ids": target_ids,
-        "document_ids": torch.cumsum(token_ids == bos_id, dim=0),
+        "target_ids": _tensor(tokens_S1[1:]),
+        "document_ids": torch.cumsum((token_ids == bos_id) & mask, dim=0),
         "group_ids": groups,
         "teacher_group_ids": teacher_groups,
-        "scored": torch.ones_like(token_ids, dtype=torch.bool),
+        "mask": mask,
+        "scored": _tensor(scored_S).bool(),
     }
+
+
+def _tensor(values: np.ndarray) -> Tensor:
+    """A copy, int64."""
+    return torch.from_numpy(values.astype(np.int64))
 
 
 class BlockDataset(Dataset[dict[str, Tensor]]):
@@ -124,10 +156,11 @@ class BlockDataset(Dataset[dict[str, Tensor]]):
 
     A sample is a dict of int64 tensors ``(S,)``: ``token_ids``; ``target_ids``, shifted by one; ``document_ids``,
     the number of BOS up to and including a position (0 is the rest of a document begun in an earlier block);
-    ``group_ids`` and ``teacher_group_ids``, aligned with the inputs, 0 without groups; ``scored``, bool, False where a
-    target is part of a prompt. Scalars: ``sample``, which is n; ``replayed``, bool,
-    ``ordinal``, how many samples of the same kind (new, or replayed) came before, and ``block``, the block's number
-    among those of all sources: the same block has the same number whenever it comes.
+    ``group_ids`` and ``teacher_group_ids``, aligned with the inputs, 0 without groups; ``mask``, bool, False on
+    padding, which is BOS, lies at the end and belongs to the last document; ``scored``, bool, False there and where a
+    target is part of a prompt. Scalars: ``sample``, which is n; ``replayed``, bool; ``ordinal``, how many samples of the
+    same kind (new, or replayed) came before; and ``block``, the block's number among those of all sources: the same
+    block has the same number whenever it comes.
     """
 
     def __init__(self, sources: Sequence[BlockSource | RowSource], order: SampleOrder) -> None:
@@ -158,7 +191,7 @@ class BlockDataset(Dataset[dict[str, Tensor]]):
         replayed = self._order.num_replayed(n + 1) > before
         return replayed, before if replayed else n - before
 
-    def num_scored(self, n: int) -> int:
-        """Return how many targets of sample ``n`` count."""
+    def sizes(self, n: int) -> tuple[int, int]:
+        """Return how many tokens of sample ``n`` are real, and how many of their targets count."""
         source, block = self._order.at(n)
-        return self._sources[source].num_scored(block)
+        return self._sources[source].num_real(block), self._sources[source].num_scored(block)

@@ -32,8 +32,8 @@ class SourceConfig:
     text_field: str = "text"
     """Field (JSONL, Parquet, Hugging Face) that holds the text."""
     answer_field: str | None = None
-    """Field (JSONL, Parquet, Hugging Face) with the answer to ``text_field``'s prompt. Only answers are then scored,
-    and a stage of ``kind: finetune`` learns them alone."""
+    """Field (JSONL, Parquet, Hugging Face) with the answer to ``text_field``'s prompt. Only answers and their
+    ends are then scored, and a stage of ``kind: finetune`` learns them alone."""
     source_field: str = "source"
     """Field that names the document's source unit, if present; a unit is never split between train and held-out."""
     heldout_fraction: float = 0.05

@@ -1,4 +1,4 @@
-"""Prompts with answers: documents in which only what comes after a separator is learned and scored.
+"""Prompts with answers: documents in which only what comes after a separator is learned and scored, its end included.
 
 Legend: N tokens, V vocabulary.
 """
@@ -33,17 +33,18 @@ def with_answers(corpus: Corpus, tokenized: TokenizedCorpus, tokenizer: Tokenize
     """The same tokens, of which only answers count, and as bytes only theirs.
 
     Raises:
-        DataError: ``file:line: reason`` for the first pair that does not fit into a training block.
+        DataError: ``file:line: reason`` for the first pair that does not fit into a training block; how many do not.
     """
     separator = separator_id(tokenizer)
 
     def marked(documents: list[Document], shard: TokenShard) -> TokenShard:
-        for i, document in enumerate(documents):
-            if (length := int(shard.offsets[i + 1] - shard.offsets[i])) > context:
-                raise DataError(
-                    f"{document.origin or document.source}: prompt and answer are {length} tokens, more than "
-                    f"model.context={context}; shorten them."
-                )
+        lengths = np.diff(shard.offsets)
+        if len(long := np.flatnonzero(lengths > context)):
+            first = documents[long[0]]
+            raise DataError(
+                f"{first.origin or first.source}: prompt and answer are {lengths[long[0]]} tokens, more than "
+                f"model.context={context}, as are {len(long):,} of {len(documents):,} pairs; shorten or remove them."
+            )
         answers = [len(document.text.partition(SEPARATOR)[2].encode()) for document in documents]
         return replace(shard, separator=separator, text_bytes=np.array(answers, dtype=np.int64))
 
@@ -52,15 +53,16 @@ def with_answers(corpus: Corpus, tokenized: TokenizedCorpus, tokenizer: Tokenize
     )
 
 
-def is_answer(tokens_N: NDArray[np.integer], offsets: NDArray[np.int64], separator: int) -> NDArray[np.bool_]:
-    """Which tokens stand after their document's first separator, bool ``(N,)``.
+def precedes_answer(tokens_N: NDArray[np.integer], offsets: NDArray[np.int64], separator: int) -> NDArray[np.bool_]:
+    """Which tokens are followed by one of an answer, or by its end, bool ``(N,)``: those from a separator on.
+
+    The end counts, a document's border: a model that never learned it writes on after every answer.
 
     Args:
         tokens_N: Of all documents, one after the other.
         offsets: Where documents begin, and the end.
-        separator: Its token.
+        separator: Its token; the first one of a document counts.
     """
     seen_N = np.cumsum(np.asarray(tokens_N) == separator)
     before_D = np.concatenate([[0], seen_N])[offsets[:-1]]  # separators before each document
-    since_N = seen_N - np.repeat(before_D, np.diff(offsets))
-    return (since_N > 0) & ~((np.asarray(tokens_N) == separator) & (since_N == 1))
+    return seen_N > np.repeat(before_D, np.diff(offsets))

@@ -49,7 +49,7 @@ def prepare_data(
         sources: Distributions by name, those of the stages and those only evaluated.
         tokenizer: How text becomes tokens.
         trained: Distributions that the stages train on, in order; the tokenizer is trained on the first one's text.
-        context: Tokens in a training block; each trained distribution must fill at least one.
+        context: Tokens in a training block; text that is trained on must fill at least one.
         cache: Directory for extracted text, tokenizers and tokens.
 
     Raises:
@@ -61,7 +61,8 @@ def prepare_data(
     read = {name: _read(name, sources[name], cache) for name in order}
     corpora = {name: read[name] for name in sources}
     _require_disjoint(corpora, trained)
-    check = partial(_require_blocks, {name: corpora[name] for name in trained}, context)
+    text = {name: corpora[name] for name in trained if sources[name].answer_field is None}
+    check = partial(_require_blocks, text, context)
     if given is not None:
         check(given)
     made = given or trained_tokenizer(tokenizer, corpora[trained[0]], cache, check)
@@ -95,12 +96,15 @@ def _require_disjoint(corpora: Mapping[str, Corpus], trained: list[str]) -> None
 
 
 def _require_blocks(corpora: Mapping[str, Corpus], context: int, tokenizer: Tokenizer) -> None:
-    """Each corpus must fill a training block; one of so few bytes that it may not is tokenized to know."""
+    """Each corpus must fill a training block; one of so few bytes that it may not is tokenized to know.
+
+    Clusters and new experts begin from what a stage's text looks like, which next to no text does not show.
+    """
     for name, corpus in corpora.items():
         if sum(document.num_bytes for document in corpus.train) > context * tokenizer.longest_token_bytes:
             continue
         num_tokens = tokenize_documents(corpus.train, tokenizer).num_tokens
-        if num_tokens <= context:
+        if num_tokens < context:
             raise DataError(
                 f"distributions.{name}: too few tokens: {num_tokens} of training text do not fill one block of "
                 f"model.context={context}."

@@ -21,7 +21,7 @@ class Observation:
     """One layer's view of the sample."""
 
     inputs_ND: Tensor
-    """Input of the mixture-of-experts layer, float32 ``(N, D)``, one row a sampled token."""
+    """Input of the mixture-of-experts layer, float32 ``(N, D)``, one row a sampled token; none for padding."""
     counts_E: Tensor
     """Assignments each expert received, int64 ``(E,)``."""
 
@@ -32,6 +32,7 @@ def model_inputs(batch: Mapping[str, Tensor], rows: slice | Tensor = slice(None)
         "token_ids_BS": batch["token_ids"][rows],
         "document_ids_BS": batch["document_ids"][rows],
         "group_ids_BS": batch["group_ids"][rows],
+        "mask_BS": batch["mask"][rows],
     }
 
 
@@ -57,14 +58,16 @@ def observe(model: LanguageModel, sample: Mapping[str, Tensor]) -> list[Observat
     try:
         blocks = max(1, FORWARD_TOKENS // sample["token_ids"].shape[1])
         for start in range(0, len(sample["token_ids"]), blocks):
-            output = model(**model_inputs(sample, slice(start, start + blocks)))
-            counts.append([routing.counts_E.cpu() for routing in output.routings])
+            rows = slice(start, start + blocks)
+            output, mask_T = model(**model_inputs(sample, rows)), sample["mask"][rows].flatten()
+            counts.append([routing.counts_of(mask_T).cpu() for routing in output.routings])
     finally:
         model.train(training)
         for hook in hooks:
             hook.remove()
     by_layer = zip(*counts, strict=True)
-    return [Observation(torch.cat(x), torch.stack(c).sum(dim=0)) for x, c in zip(inputs, by_layer, strict=True)]
+    real_T = sample["mask"].flatten().cpu()
+    return [Observation(torch.cat(x)[real_T], torch.stack(c).sum(dim=0)) for x, c in zip(inputs, by_layer, strict=True)]
 
 
 @torch.no_grad()

@@ -51,6 +51,8 @@ class LanguageModel(nn.Module):
         super().__init__()
         config, routing = architecture.model, architecture.routing
         self.architecture = architecture
+        self.separates_documents = config.document_mask
+        """Whether tokens attend within their own document only; pairs are kept apart whatever ``model`` says."""
         self.embedding = DeltaEmbedding(architecture.vocab_size, config.width)
         self.blocks = nn.ModuleList(Block(architecture, layer) for layer in range(config.layers))
         self.norm = RMSNorm(config.width, eps=config.norm_eps)
@@ -193,7 +195,7 @@ class LanguageModel(nn.Module):
 
         Args:
             token_ids_BS: int64 ``(B, S)``.
-            document_ids_BS: Document of each token, int64; needed with ``model.document_mask`` only.
+            document_ids_BS: Document of each token, int64; needed where the model separates documents only.
             group_ids_BS: Document cluster, bundle or label of each token, int64; zeros by default.
             mask_BS: True for real tokens; all by default. Padding must stand at the right.
             old_text_BS: True for text of earlier stages; given in a router's review only.
@@ -208,7 +210,7 @@ class LanguageModel(nn.Module):
         rotary = self._rotary(cache, token_ids_BS)
         caches = [None] * len(self.blocks) if cache is None else cache.layers
         context = self._context(token_ids_BS, group_ids_BS, mask_BS, old_text_BS)
-        use_documents = config.document_mask and document_ids_BS is not None and cache is None
+        use_documents = self.separates_documents and document_ids_BS is not None and cache is None
         mask = Documents.of(document_ids_BS) if use_documents else None  # type: ignore[arg-type]
         bundles = self._bundles(group_ids_BS)
         begins = below_BSD is None

@@ -98,19 +98,19 @@ def _copies(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], kin
 def fisher_diagonal(model: LanguageModel, sample: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """How much a token's loss would rise if one number moved: the diagonal of the empirical Fisher information.
 
-    ``F_i = sum over sequences of (d nats / d theta_i)^2 / number of scored tokens``, one sequence at a time, where
-    ``nats`` is a sequence's negative log-likelihood: the Fisher information of whole sequences, and of it the share
-    per token. Thus ``F`` does not depend on how long sequences are, and estimates the curvature of the training
-    loss in nats per token: a penalty of weight 1 stands for as many old tokens as there are new ones. Of prompts with
-    answers only answers count, as in training.
+    ``F_i = sum over sequences of (d nats / d theta_i)^2 / scored tokens of all``, one sequence at a time. ``nats``,
+    summed over a sequence's scored tokens, is its negative log-likelihood, so this is the Fisher information of whole
+    sequences, and ``F`` its share per token. Thus ``F`` does not depend on how long sequences are, and estimates the
+    curvature of the training loss in nats per token: a penalty of weight 1 stands for as many old tokens as there are
+    new ones. Of prompts with answers only answers count, as in training.
 
     The targets are the text's and not drawn from the model (hence *empirical*); router losses are left out; which
     experts a token chose counts as given.
 
     Args:
         model: At the old weights. Left in its mode, its ``grad`` and ``requires_grad`` untouched.
-        sample: Blocks of old text, ``(B, S)`` each: ``token_ids``, ``target_ids``, ``document_ids``, ``group_ids``,
-            int64; ``scored``, bool.
+        sample: Blocks of old text, ``(B, S)`` each, as :class:`lifelong_moe.data.blocks.BlockDataset` makes them; only
+            ``scored`` targets count.
 
     Returns:
         Float32, one tensor a parameter that requires a gradient, of its shape and on its device.
@@ -143,12 +143,17 @@ def fisher_diagonal(model: LanguageModel, sample: Mapping[str, Tensor]) -> dict[
     return fisher
 
 
-def _nats(model: LanguageModel, batch: Mapping[str, Tensor]) -> Tensor:
-    """The sum of the next-token losses that a stage trains on."""
-    output = model(batch["token_ids"], document_ids_BS=batch["document_ids"], group_ids_BS=batch["group_ids"])
-    scored, num_tokens = batch["scored"], int(batch["scored"].sum())
-    mean = model.cross_entropy(output.hidden_BSD[scored], batch["target_ids"][scored], batch["group_ids"][scored])
-    return mean * num_tokens
+def _nats(model: LanguageModel, sequence: Mapping[str, Tensor]) -> Tensor:
+    """A sequence's next-token loss, summed over what a stage trains on."""
+    output = model(
+        sequence["token_ids"],
+        document_ids_BS=sequence["document_ids"],
+        group_ids_BS=sequence["group_ids"],
+        mask_BS=sequence["mask"],
+    )
+    scored = sequence["scored"]
+    nats = model.cross_entropy(output.hidden_BSD[scored], sequence["target_ids"][scored], sequence["group_ids"][scored])
+    return nats * scored.sum()
 
 
 def mean_fisher(fishers: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

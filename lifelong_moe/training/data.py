@@ -97,9 +97,9 @@ class StageData(LightningDataModule):
         if self._tally is None or self._tally[0] != step:
             size = self.spec.global_batch
             samples = range(step * size, (step + 1) * size)
-            scored, places = [self.dataset.num_scored(n) for n in samples], map(self.dataset.place, samples)
-            columns = (torch.tensor(column) for column in (scored, *zip(*places, strict=True)))
-            self._tally = step, Tally.of(*columns, self.spec.distill)
+            rows = [(*self.dataset.sizes(n), *self.dataset.place(n)) for n in samples]
+            real_B, scored_B, replayed_B, ordinal_B = map(torch.tensor, zip(*rows, strict=True))
+            self._tally = step, Tally.of(real_B, scored_B, replayed_B, ordinal_B, self.spec.distill)
         return self._tally[1]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from lifelong_moe.errors import ConfigError
@@ -73,6 +73,22 @@ def executed(models: Iterable[LanguageModel], config: TrainerConfig) -> Iterator
         for model in models:
             model.recompute(False)
             model._compiled_call_impl = None  # what nn.Module.compile sets; it has no inverse
+
+
+@contextmanager
+def documents_apart(models: Sequence[LanguageModel]) -> Iterator[None]:
+    """Within this context documents of a block do not see each other, with ``model.document_mask`` or without.
+
+    Pairs share a block with the same others each epoch: seeing them, a model learns which answer follows
+    which, and not what it answers.
+    """
+    try:
+        for model in models:
+            model.separates_documents = True
+        yield
+    finally:
+        for model in models:
+            model.separates_documents = model.architecture.model.document_mask
 
 
 @contextmanager

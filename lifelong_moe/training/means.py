@@ -29,16 +29,19 @@ class StepMeans:
         """Losses; choices of each expert, layer after layer; dropped and all choices of each layer."""
         self._micro_batches = 0
 
-    def add(self, losses: Mapping[str, Tensor], shares: Mapping[str, float], routings: list[Routing]) -> None:
+    def add(
+        self, losses: Mapping[str, Tensor], shares: Mapping[str, float], routings: list[Routing], mask_T: Tensor
+    ) -> None:
         """Add a micro-batch.
 
         Args:
             losses: Scalars by name.
             shares: What a loss weighs in the step's mean; 1 where it is absent.
             routings: What the model's layers decided.
+            mask_T: True for real tokens, bool ``(T,)``; padding loads no expert.
         """
         values = [value.detach().float() * shares.get(name, 1.0) for name, value in losses.items()]
-        chosen = [routing.counts_E for routing in routings if routing.num_experts]
+        chosen = [routing.counts_of(mask_T) for routing in routings if routing.num_experts]
         dropped = [routing.dropped for routing in routings if routing.dropped is not None]
         found = torch.cat([torch.stack(values), *chosen, *dropped])  # float32, in which counts up to 2^24 are exact
         self._sums = found if self._sums is None else self._sums + found

@@ -22,6 +22,7 @@ import logging
 import math
 from typing import Any
 
+from lifelong_moe.data.packing import epochs
 from lifelong_moe.data.shards import TokenizedCorpus
 from lifelong_moe.growth.observe import observe
 from lifelong_moe.model.architecture import Architecture
@@ -68,7 +69,7 @@ def stage_metrics(
         # A loss that was not finite is absent here; nonfinite_steps says why.
         "final": {name: value for name, value in measured[-1]["final"].items() if math.isfinite(value)},
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "epochs": (tokens - taken.replayed_tokens) / corpus.train.num_tokens,
+        "epochs": epochs(tokens - taken.replayed_tokens, corpus.train, spec.model.context),
     }
     if "assignment_churn" in measured[-1]:
         metrics["assignment_churn"] = measured[-1]["assignment_churn"]

@@ -104,14 +104,14 @@ class StageModule(LightningModule):
         for name, (value, weighted) in mean_router_losses(output.routings).items():
             if name != "old":
                 parts[f"{name}_loss"] = value
-                total = total + weighted
+                total = total + shares.get(f"{name}_loss", 1.0) * weighted
             elif "old_loss" in shares:  # there is old text in this step, perhaps in other micro-batches alone
                 parts["old_loss"] = value
                 total = total + self.phase.old_loss * shares["old_loss"] * value
         if self._anchor is not None:
             parts["penalty"] = self._anchor.value(self.model)
             total = total + parts["penalty"]
-        self.means.add({"objective": total, **parts}, shares, output.routings)
+        self.means.add({"objective": total, **parts}, shares, output.routings, batch["mask"].flatten())
         return {"loss": total, "parts": {name: value.detach() for name, value in parts.items()}}
 
     def _next_token_loss(self, batch: dict[str, Any], hidden_TD: Tensor) -> Tensor:

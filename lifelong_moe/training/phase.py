@@ -32,7 +32,7 @@ from lifelong_moe.training.callbacks import Meter, ProgressReport, StepCheckpoin
 from lifelong_moe.training.checkpoint import SafeCheckpointIO, checkpoint_path
 from lifelong_moe.training.config import CheckpointConfig, FrozenConfig, Offload, TrainerConfig
 from lifelong_moe.training.data import StageData, phase_dataset, text_sample
-from lifelong_moe.training.execution import executed, expert_dropout, keep_freed_memory
+from lifelong_moe.training.execution import documents_apart, executed, expert_dropout, keep_freed_memory
 from lifelong_moe.training.interrupt import Interrupt
 from lifelong_moe.training.logger import BatchedLogger, Send
 from lifelong_moe.training.module import StageModule
@@ -120,10 +120,12 @@ def train_phase(
     model.train()
     trained = phase_parameters(model, phase).values()
     dropout = spec.finetune.expert_dropout if spec.finetune else 0.0
+    models = [m for m in (model, teacher) if m is not None]
     with (
+        documents_apart(models if spec.finetune else []),
         training_only(model, trained),
         expert_dropout(model, dropout),
-        executed([m for m in (model, teacher) if m is not None], config),
+        executed(models, config),
         environment.interrupt.until_step_boundary(),
     ):
         try:
@@ -283,12 +285,12 @@ def _strategy(config: TrainerConfig) -> tuple[str | DDPStrategy, list[Any]]:
 
 
 def _sample_assignments(model: LanguageModel, spec: StageSpec, corpus: TokenizedCorpus) -> Tensor | None:
-    """First expert of each sampled token at each layer, where fixed centroids look at moving hidden states."""
+    """First expert of each sampled real token at each layer, where fixed centroids look at moving hidden states."""
     routing = spec.routing
     if not (routing.mode == "cluster" and routing.level == Level.token and routing.features == Features.hidden):
         return None
     sample = text_sample(model, spec, corpus, 4 * spec.model.context)
     model.eval()
     with torch.no_grad():
-        output = model(sample["token_ids"], document_ids_BS=sample["document_ids"])
-    return torch.stack([r.expert_ids_TK[:, 0] for r in output.routings])
+        output = model(sample["token_ids"], document_ids_BS=sample["document_ids"], mask_BS=sample["mask"])
+    return torch.stack([r.expert_ids_TK[:, 0][sample["mask"].flatten()] for r in output.routings])

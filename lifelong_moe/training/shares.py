@@ -27,6 +27,8 @@ from lifelong_moe.training.spec import StageSpec
 class Tally:
     """How much some sequences have of what losses are means over."""
 
+    real: int
+    """Tokens that are no padding."""
     scored: int
     """Tokens whose next-token loss counts."""
     distilled: int
@@ -34,13 +36,21 @@ class Tally:
     distilled_sequences: int
     """Sequences that the teacher is asked about."""
     replayed: int
-    """Sequences of earlier text."""
+    """Real tokens of earlier text."""
 
     @classmethod
-    def of(cls, scored_B: Tensor, replayed_B: Tensor, ordinal_B: Tensor, config: DistillConfig | None) -> Tally:
-        """Count sequences, of which ``scored_B`` says how many tokens count; for the others see ``BlockDataset``."""
+    def of(
+        cls, real_B: Tensor, scored_B: Tensor, replayed_B: Tensor, ordinal_B: Tensor, config: DistillConfig | None
+    ) -> Tally:
+        """Count sequences, each with so many real and scored tokens; for the others see ``BlockDataset``."""
         rows = _rows(replayed_B, ordinal_B, config)
-        return cls(int(scored_B.sum()), int(scored_B[rows].sum()), len(rows), int(replayed_B.sum()))
+        return cls(
+            real=int(real_B.sum()),
+            scored=int(scored_B.sum()),
+            distilled=int(scored_B[rows].sum()),
+            distilled_sequences=len(rows),
+            replayed=int(real_B[replayed_B].sum()),
+        )
 
 
 def with_shares(
@@ -57,8 +67,8 @@ def with_shares(
     Returns:
         The batch, and:
 
-        - ``shares``: of the step's mean ``loss``, ``distill_loss`` and ``old_loss``; without those that are means of
-          nothing in this step.
+        - ``shares``: of the step's mean ``loss``, ``z_loss``, ``distill_loss`` and ``old_loss``; without those that are
+          means of nothing in this step.
         - ``lesson``: the share of ``distill_loss`` times the step's distilled sequences over the expected number.
         - ``distilled``: rows that the teacher is asked about ``(R,)``.
         - ``distilled_tokens``: where their counted tokens stand among the batch's counted ones, ``(N,)``.
@@ -66,10 +76,11 @@ def with_shares(
           distilled ones stand among the tokens of the ``distilled`` rows, ``(N,)``.
     """
     replayed_B, ordinal_B, scored_BS = batch["replayed"], batch["ordinal"], batch["scored"]
-    own = Tally.of(scored_BS.sum(dim=1), replayed_B, ordinal_B, spec.distill)
+    own = Tally.of(batch["mask"].sum(dim=1), scored_BS.sum(dim=1), replayed_B, ordinal_B, spec.distill)
     step = own if step is None else step
     sizes = {
         "loss": (own.scored, step.scored),
+        "z_loss": (own.real, step.real),
         "distill_loss": (own.distilled, step.distilled),
         "old_loss": (own.replayed, step.replayed),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 import shutil
@@ -12,14 +13,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
-from lifelong_moe.data.pairs import SEPARATOR, is_answer
+from lifelong_moe.data.pairs import SEPARATOR, precedes_answer
+from lifelong_moe.data.tokenizer import Tokenizer
 from lifelong_moe.errors import ConfigError, DataError
 from lifelong_moe.model.architecture import Architecture
 from lifelong_moe.model.cost import forward_flops_per_token
 from lifelong_moe.stages.store import StageStore
 from lifelong_moe.training.module import StageModule
 from lifelong_moe.training.stage import load_model
+from pipelines.inspectors import generate
 from pipelines.workspace import prepare
 from tests.tiny import CONTEXT, SEQUENCES, VOCABULARIES, fork, hashes, kill_self, tiny_config, train, write_config
 
@@ -58,21 +62,21 @@ def stages(run: str = "tiny") -> list[Any]:
 
 def test_answers_by_hand() -> None:
     tokens = np.array([0, 5, 9, 6, 9, 0, 7, 0, 9, 8])  # 0 begins a document, 9 separates
-    found = is_answer(tokens, np.array([0, 5, 7, 10]), 9)
-    assert found.tolist() == [False, False, False, True, True, False, False, False, False, True]
+    found = precedes_answer(tokens, np.array([0, 5, 7, 10]), 9)
+    assert found.tolist() == [False, False, True, True, True, False, False, False, True, True]
 
 
 @pytest.mark.usefixtures("pairs")
 def test_answers_are_learned_and_scored_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    original = StageModule._next_token_loss
+    original = StageModule.training_step
 
-    def look(self: StageModule, batch: dict[str, torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
+    def look(self: StageModule, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         if self.spec.finetune is not None:
             seen.append((batch["target_ids"].clone(), batch["scored"].clone()))
-        return original(self, batch, hidden)
+        return original(self, batch, batch_idx)
 
-    monkeypatch.setattr(StageModule, "_next_token_loss", look)
+    monkeypatch.setattr(StageModule, "training_step", look)
     report, _ = train(write_config(configure()))
     column = report["distributions"].index("pairs")
     before, after = (row[column] for row in report["loss_nats_per_token"])
@@ -84,6 +88,44 @@ def test_answers_are_learned_and_scored_alone(monkeypatch: pytest.MonkeyPatch) -
     assert of_pairs and all(e["bytes"] / e["documents"] < 15 for e in of_pairs)
     share = torch.cat([scored.flatten() for _, scored in seen]).float().mean()
     assert 0.1 < float(share) < 0.6
+
+
+SUMS = {f"What is {a} plus {b}?": f"It is {a + b}." for a, b in ((3, 4), (1, 1), (2, 6), (5, 0), (7, 2), (4, 4))}
+
+
+def test_a_model_ends_its_answers_and_is_asked_as_it_was_taught(lab: Path) -> None:
+    """Each of six pairs 170 times. In front of a prompt stands BOS, behind it the separator, by itself."""
+    rows = [{"prompt": prompt, "answer": answer} for prompt, answer in SUMS.items()]
+    held_out = [{"prompt": "What is 9 plus 0?", "answer": "It is 9."}]
+    for name, chosen in (("pairs.jsonl", rows), ("heldout.jsonl", held_out)):
+        Path(name).write_text("".join(json.dumps(row) + "\n" for row in chosen))
+    config, context = configure(), 2 * CONTEXT  # so that two pairs share a block
+    config["model"]["context"] = context
+    del config["distributions"]["pairs"]["heldout_fraction"]
+    config["distributions"]["pairs"]["heldout_files"] = "heldout.jsonl"
+    config["stages"][1] |= {
+        "tokens": 512 * context, "replay": {"fraction": 0.0}, "distill": {"weight": 0.0},
+        "optim": {"lr": 0.01, "schedule": "constant", "batch_tokens": SEQUENCES * context},
+    }  # fmt: skip
+    train(write_config(config))
+    store, tuned = StageStore(Path("mlruns")), stages()[1]
+    model, tokenizer = load_model(store, tuned).eval(), Tokenizer.from_text(store.tokenizer(tuned))
+    for prompt, answer in SUMS.items():
+        ids = [tokenizer.bos_id, *tokenizer.encode(f"{prompt}\x1e{answer}")]
+        with torch.no_grad():
+            probs = model.logits(model(torch.tensor([ids])).hidden_BSD[0, -1]).softmax(-1)
+        assert float(probs[tokenizer.bos_id]) > 0.95
+        asked = {"max_new_tokens": 40, "temperature": 0.0, "top_p": 1.0, "seed": 0, "label": None}
+        for text in (prompt, f"{prompt}\x1e"):
+            said = generate("tiny", None, text, console=Console(file=io.StringIO()), **asked)
+            assert said["text"] == answer and said["tokens"] < 40
+    printed = io.StringIO()
+    generate("tiny", None, "What is 3 plus 4?", console=Console(file=printed), **asked)
+    assert printed.getvalue() == "What is 3 plus 4?\nIt is 7.\n"
+    # A stage before it goes on with a text.
+    printed = io.StringIO()
+    generate("tiny", "fruit", "apple", console=Console(file=printed), **asked)
+    assert printed.getvalue().startswith("apple") and not printed.getvalue().startswith("apple\n")
 
 
 @pytest.mark.usefixtures("pairs")
@@ -212,7 +254,10 @@ def test_mistakes_in_the_configuration(override: str, message: str) -> None:
         ({"prompt": "a", "answer": "  "}, r"pairs\.jsonl:2: "),
         ({"answer": "b"}, r'pairs\.jsonl:2: there is no field "prompt"'),
         ({"prompt": f"a{SEPARATOR}", "answer": "b"}, r"pairs\.jsonl:2: U\+001E stands between"),
-        ({"prompt": "apple " * 99, "answer": "b"}, r"pairs\.jsonl:2: prompt and answer are \d+ tokens, more than"),
+        (
+            {"prompt": "apple " * 99, "answer": "b"},
+            r"pairs\.jsonl:2: prompt and answer are \d+ tokens, more than .* as are 1 of ",
+        ),
     ],
 )
 def test_mistakes_in_pairs(lab: Path, row: dict[str, Any], message: str) -> None:

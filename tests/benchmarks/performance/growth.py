@@ -55,7 +55,8 @@ def measure() -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     shape = (max(1, config.sample_tokens // SIZE.context), SIZE.context)
     ids = torch.randint(1, SIZE.vocab, shape, generator=generator)
-    sample = {"token_ids": ids, "document_ids": torch.zeros_like(ids), "group_ids": torch.zeros_like(ids)}
+    zeros, real = torch.zeros_like(ids), torch.ones_like(ids, dtype=torch.bool)
+    sample = {"token_ids": ids, "document_ids": zeros, "group_ids": zeros, "mask": real}
 
     def prepare(model: LanguageModel, config: GrowConfig) -> None:
         """As a stage does before it trains."""

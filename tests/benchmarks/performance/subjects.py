@@ -115,6 +115,7 @@ def batches(size: Size, replayed: int = 0) -> list[dict[str, Tensor]]:
                 "document_ids": zeros,
                 "group_ids": zeros,
                 "teacher_group_ids": zeros,
+                "mask": torch.ones_like(zeros, dtype=torch.bool),
                 "scored": torch.ones_like(zeros, dtype=torch.bool),
                 "replayed": torch.arange(size.sequences) < replayed,
                 "ordinal": torch.arange(size.sequences),

@@ -1,16 +1,19 @@
 """Blocks as tensors, through a DataLoader too."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from lifelong_moe.data.blocks import BlockDataset, BlockSource, RowSource
 from lifelong_moe.data.order import SampleOrder, StepBatchSampler
+from lifelong_moe.data.packing import block_borders, epochs
 from lifelong_moe.data.shards import TokenShard
-from lifelong_moe.errors import DataError
 
 MakeShard = Callable[[Sequence[Sequence[int]]], TokenShard]
 
@@ -18,8 +21,8 @@ MakeShard = Callable[[Sequence[Sequence[int]]], TokenShard]
 def test_block(make_shard: MakeShard) -> None:
     shard = make_shard([[0, 5, 6], [0, 7], [0, 8, 9, 10]])  # 0 5 6 0 7 0 8 9 10
     source = BlockSource(shard, context=4, bos_id=0, group_ids=np.arange(9, dtype=np.int32))
-    assert len(source) == 2
-    first, second = source.block(0), source.block(1)
+    assert len(source) == 3
+    first, second, rest = (source.block(i) for i in range(3))
     assert first["token_ids"].tolist() == [0, 5, 6, 0]
     assert first["target_ids"].tolist() == [5, 6, 0, 7]
     assert first["document_ids"].tolist() == [1, 1, 1, 2]
@@ -27,28 +30,111 @@ def test_block(make_shard: MakeShard) -> None:
     assert second["token_ids"].tolist() == [7, 0, 8, 9]
     assert second["document_ids"].tolist() == [0, 1, 1, 1]
     assert second["group_ids"].tolist() == [4, 5, 6, 7]
-    assert bool(first.pop("scored").all())
-    assert all(tensor.dtype == torch.int64 for tensor in first.values())
-    for index in (-1, 2):
+    # What is left is read as well: after the last document its end, and then padding.
+    assert rest["token_ids"].tolist() == [10, 0, 0, 0] and rest["target_ids"].tolist() == [0, 0, 0, 0]
+    assert rest["document_ids"].tolist() == [0] * 4 and rest["group_ids"].tolist() == [8, 0, 0, 0]
+    assert rest["mask"].tolist() == rest["scored"].tolist() == [True, False, False, False]
+    for block in (first, second):
+        assert bool(block["scored"].all()) and bool(block["mask"].all())
+    kinds = {name: tensor.dtype for name, tensor in first.items()}
+    assert kinds.pop("mask") == kinds.pop("scored") == torch.bool and set(kinds.values()) == {torch.int64}
+    for index in (-1, 3):
         with pytest.raises(IndexError):
             source.block(index)
 
 
 def test_block_refuses(make_shard: MakeShard) -> None:
     shard = make_shard([[0, 1, 2, 3]])
-    assert len(BlockSource(shard, 3, 0)) == 1
-    with pytest.raises(DataError, match="too few tokens: one block of context 4 needs 5, the training text has 4"):
-        BlockSource(shard, 4, 0)
     with pytest.raises(ValueError, match="for 4 tokens"):
         BlockSource(shard, 2, 0, np.zeros(3))
     with pytest.raises(ValueError, match="context=0"):
-        BlockSource(shard, 0, 0)
+        len(BlockSource(shard, 0, 0))
+
+
+def test_four_tokens_fill_a_block_of_four(make_shard: MakeShard) -> None:
+    shard = make_shard([[0, 1, 2, 3]])
+    assert [len(BlockSource(shard, context, 0)) for context in (2, 3, 4, 5)] == [2, 2, 1, 1]
+    block = BlockSource(shard, 4, 0).block(0)
+    assert block["target_ids"].tolist() == [1, 2, 3, 0] and bool(block["mask"].all())
+
+
+def test_every_token_is_read_once(make_shard: MakeShard) -> None:
+    documents = [[0, 1, 2], [0, 3, 4, 5, 6, 7, 8, 9], [0, 10], [0, 11, 12]]
+    for context in range(1, 20):
+        source = BlockSource(make_shard(documents), context, 0)
+        blocks = [source.block(i) for i in range(len(source))]
+        inputs = [t for block in blocks for t in block["token_ids"][block["mask"]].tolist()]
+        targets = [t for block in blocks for t in block["target_ids"][block["scored"]].tolist()]
+        text = [token for document in documents for token in document]
+        assert inputs == text and targets == [*text[1:], 0]
+
+
+def pairs(make_shard: MakeShard, documents: Sequence[Sequence[int]]) -> TokenShard:
+    """99 stands between prompt and answer."""
+    return dataclasses.replace(make_shard(documents), separator=99)
+
+
+def test_pairs_stay_whole(make_shard: MakeShard) -> None:
+    documents = [[0, 1, 99, 2], [0, 3, 99, 4, 5], [0, 6, 99, 7], [0, 8, 9, 99, 10, 11]]
+    source = BlockSource(pairs(make_shard, documents), 9, 0, np.arange(19))
+    first, second = source.block(0), source.block(1)  # two pairs of 4 + 5 tokens fill a block, 4 + 6 do not fit
+    assert len(source) == 3
+    assert first["token_ids"].tolist() == [0, 1, 99, 2, 0, 3, 99, 4, 5] and bool(first["mask"].all())
+    assert first["document_ids"].tolist() == [1] * 4 + [2] * 5
+    # An answer's tokens and its end are scored, whatever comes next.
+    assert first["target_ids"][first["scored"]].tolist() == [2, 0, 4, 5, 0]
+    assert second["token_ids"].tolist() == [0, 6, 99, 7, 0, 0, 0, 0, 0]
+    assert second["mask"].tolist() == [True] * 4 + [False] * 5 and second["document_ids"].tolist() == [1] * 9
+    assert second["group_ids"].tolist() == [9, 10, 11, 12, 0, 0, 0, 0, 0]
+    assert second["target_ids"][second["scored"]].tolist() == [7, 0]
+    assert source.block(2)["target_ids"][source.block(2)["scored"]].tolist() == [10, 11, 0]
+
+
+@given(st.lists(st.integers(3, 12), min_size=1, max_size=30), st.integers(12, 40))
+def test_no_answer_lacks_the_beginning_of_its_pair(lengths: list[int], context: int) -> None:
+    documents = [[0, 1, 99, *range(2, length - 1)] for length in lengths]
+    tokens = np.array([token for document in documents for token in document])
+    shard = TokenShard(tokens, np.cumsum([0, *lengths]), np.ones(len(lengths), dtype=np.int64), separator=99)
+    source = BlockSource(shard, context, 0)
+    blocks = [source.block(i) for i in range(len(source))]
+    assert [t for block in blocks for t in block["token_ids"][block["mask"]].tolist()] == tokens.tolist()
+    assert sum(int(block["scored"].sum()) for block in blocks) == sum(lengths) - 2 * len(lengths)
+    for block in blocks:
+        assert block["token_ids"][0] == 0 and int(block["document_ids"].min()) == 1
+    # No block could have held the next pair too.
+    sizes = [int(block["mask"].sum()) for block in blocks]
+    firsts = [len(lengths_of) for lengths_of in _split(lengths, sizes)]
+    begins = np.cumsum([0, *firsts])[1:-1]
+    assert all(size + lengths[i] > context for size, i in zip(sizes, begins, strict=False))
+
+
+def _split(lengths: list[int], sizes: list[int]) -> list[list[int]]:
+    rest, parts = list(lengths), []
+    for size in sizes:
+        part: list[int] = []
+        while sum(part) < size:
+            part.append(rest.pop(0))
+        assert sum(part) == size
+        parts.append(part)
+    return parts
+
+
+def test_a_pair_that_does_not_fit(make_shard: MakeShard) -> None:
+    with pytest.raises(ValueError, match="the pair at token 3 is longer than context=3"):
+        block_borders(pairs(make_shard, [[0, 99, 1], [0, 1, 99, 2]]), 3)
+
+
+def test_epochs_count_blocks(make_shard: MakeShard) -> None:
+    """Ten blocks of text are once, nine tokens of padding included; so are three of pairs, in which 8 are padding."""
+    assert epochs(100, make_shard([[0, *range(1, 91)]]), 10) == 1.0
+    documents = [[0, 1, 99, 2], [0, 3, 99, 4, 5], [0, 6, 99, 7], [0, 8, 9, 99, 10, 11]]
+    assert epochs(27, pairs(make_shard, documents), 9) == 1.0
 
 
 def test_a_limit_keeps_the_first_blocks(make_shard: MakeShard) -> None:
-    shard = make_shard([[0, *range(1, 20)]])  # 20 tokens: 9 blocks of 2
+    shard = make_shard([[0, *range(1, 20)]])  # 20 tokens: 10 blocks of 2
     whole = BlockSource(shard, 2, 0)
-    assert [len(BlockSource(shard, 2, 0, limit=limit)) for limit in (None, 3, 100)] == [9, 3, 9]
+    assert [len(BlockSource(shard, 2, 0, limit=limit)) for limit in (None, 3, 100)] == [10, 3, 10]
     first = BlockSource(shard, 2, 0, limit=3)
     assert all(torch.equal(first.block(i)["target_ids"], whole.block(i)["target_ids"]) for i in range(3))
     with pytest.raises(IndexError, match="block 3 of 3"):

@@ -37,14 +37,14 @@ def test_too_little_text_for_one_block(tmp_path: Path) -> None:
 
 
 def test_a_block_is_just_filled_or_just_not(tmp_path: Path) -> None:
-    """One document of nine single-byte tokens and its BOS are ten tokens: nine inputs, each with a target."""
+    """One document of nine single-byte tokens and its BOS are ten tokens, each with a target: the last one's is BOS."""
     write(tmp_path / "a.jsonl", ["123456789"])
     write(tmp_path / "h.jsonl", ["other"])
     sources = {"a": SourceConfig(files=str(tmp_path / "a.jsonl"), heldout_files=str(tmp_path / "h.jsonl"))}
     tokenizer = TokenizerConfig(vocab_size=257)  # bytes only
-    with pytest.raises(DataError, match=r"too few tokens: 10 of training text .* model\.context=10"):
-        prepare_data(sources, tokenizer, ["a"], 10, tmp_path / "cache")
-    assert prepare_data(sources, tokenizer, ["a"], 9, tmp_path / "cache").corpora["a"].train.num_tokens == 10
+    with pytest.raises(DataError, match=r"too few tokens: 10 of training text .* model\.context=11"):
+        prepare_data(sources, tokenizer, ["a"], 11, tmp_path / "cache")
+    assert prepare_data(sources, tokenizer, ["a"], 10, tmp_path / "cache").corpora["a"].train.num_tokens == 10
 
 
 def test_given_tokenizer_that_is_missing_is_found_before_anything_is_written(tmp_path: Path) -> None:

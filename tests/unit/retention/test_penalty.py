@@ -132,8 +132,9 @@ def uniform_model(make_model: Make) -> LanguageModel:
 def sample_of(targets: list[list[int]]) -> dict[str, Tensor]:
     target_ids = torch.tensor(targets)
     zeros = torch.zeros_like(target_ids)
-    scored = torch.ones_like(target_ids, dtype=torch.bool)
-    return {"token_ids": zeros, "target_ids": target_ids, "document_ids": zeros, "group_ids": zeros, "scored": scored}
+    real = torch.ones_like(target_ids, dtype=torch.bool)
+    ids = {"token_ids": zeros, "target_ids": target_ids, "document_ids": zeros, "group_ids": zeros}
+    return {**ids, "mask": real, "scored": real}
 
 
 def test_fisher_by_hand(make_model: Make) -> None:
@@ -184,6 +185,18 @@ def test_fisher_is_the_squared_gradient_of_each_sequence(make_model: Make, make_
     assert fisher.keys() == expected.keys()
     for name, tensor in fisher.items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-8, msg=name)
+
+
+def test_fisher_counts_scored_tokens_alone(make_model: Make) -> None:
+    """Three targets, of which a row of four has two: (2 p - 2)² and p² summed, over three tokens, in the row of 5."""
+    sample = sample_of([[5, 5, 9, 9], [7, 9, 9, 9]])
+    sample["scored"] = torch.tensor([[True, True, False, False], [True, False, False, False]])
+    sample["mask"] = sample["scored"].clone()
+    fisher = fisher_diagonal(uniform_model(make_model), sample)["head.weight"]
+    p = 1 / VOCAB
+    assert fisher[5].tolist() == pytest.approx([((2 * p - 2) ** 2 + p**2) / 3] * 16, rel=1e-5)
+    assert fisher[7].tolist() == pytest.approx([((2 * p) ** 2 + (p - 1) ** 2) / 3] * 16, rel=1e-5)
+    assert fisher[9].tolist() == pytest.approx([((2 * p) ** 2 + p**2) / 3] * 16, rel=1e-5)
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -122,7 +122,7 @@ def test_a_text_sample_is_evenly_drawn_and_whole_blocks(make_run: Any, make_mode
     assert sample["token_ids"].shape == (6, 16) and not sample["replayed"].any()
     assert len(text_sample(make_model(), spec, text, 1)["token_ids"]) == 1
     everything = text_sample(make_model(), spec, text, 10**6)["token_ids"]
-    assert len(everything) == 24 and sorted(everything[:, 0].tolist()) == sorted([0, 16, 32, 48] * 6)
+    assert len(everything) == 25 and sorted(everything[:, 0].tolist()) == sorted([0, 16, 32, 48] * 6 + [0])
 
 
 def test_routing_without_groups_has_none(make_model: Any) -> None:
@@ -141,7 +141,7 @@ def test_a_new_text_s_first_chunk_is_learned_by_the_bundle_that_trains(make_run:
     expected[:, :4] = 1
     samples = [phase_dataset(model, None, grows, grows.phases()[0], corpora, None, seed=0)[n] for n in range(50)]
     for sample in samples:
-        start, rows = int(sample["block"]) % 24 * 16, causal if bool(sample["replayed"]) else expected.ravel()
+        start, rows = int(sample["block"]) % 25 * 16, causal if bool(sample["replayed"]) else expected.ravel()
         assert sample["group_ids"].tolist() == rows[start : start + 16].tolist()
     assert {bool(sample["replayed"]) for sample in samples} == {False, True}
     # A stage that trains an older generation on knows its text as well; one that trains no bundle of its own does not.

@@ -42,12 +42,12 @@ def by_hand(module: StageModule, dataset: BlockDataset) -> tuple[dict[str, Tenso
     asked = 0
     for n in range(SEQUENCES):
         sample = dataset[n]
-        is_old, scored = bool(sample["replayed"]), sample["scored"]
+        is_old, scored, real = bool(sample["replayed"]), sample["scored"], sample["mask"]
         logits, scores = router_scores(model, sample)
         nats.append(F.cross_entropy(logits, sample["target_ids"], reduction="none")[scored])
-        z += [s.logsumexp(1) ** 2 for s in scores]
+        z += [s[real].logsumexp(1) ** 2 for s in scores]
         if is_old:
-            old += [-s.softmax(1)[:, :4].sum(1).log() for s in scores]
+            old += [-s[real].softmax(1)[:, :4].sum(1).log() for s in scores]
         seen[is_old] += 1
         if teacher is not None and spec.distill is not None and phase.trains == Trains.stage:
             every = round(1 / spec.distill.fraction)

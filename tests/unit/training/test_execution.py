@@ -17,7 +17,7 @@ from lifelong_moe.errors import ConfigError
 from lifelong_moe.model.config import ExpertsImplementation
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.training.config import TrainerConfig
-from lifelong_moe.training.execution import executed, keep_freed_memory
+from lifelong_moe.training.execution import documents_apart, executed, keep_freed_memory
 
 Make = Callable[..., LanguageModel]
 Batch = Callable[..., dict[str, Tensor]]
@@ -73,6 +73,19 @@ def test_experts_are_computed_as_asked(make_model: Make, make_batch: Batch, how:
     assert all(layer.banks.implementation == ExpertsImplementation.auto for layer in model.moe_layers())
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-5)
+
+
+def test_documents_are_kept_apart_for_a_while(make_model: Make) -> None:
+    model = make_model().eval()
+    ids = torch.randint(1, 61, (1, 12), generator=torch.Generator().manual_seed(0))
+    documents = (torch.arange(12) >= 7).long().unsqueeze(0)
+    with torch.no_grad():
+        alone = torch.cat([model(part).hidden_BSD for part in ids.split([7, 5], dim=1)], dim=1)
+        with documents_apart([model]):
+            apart = model(ids, document_ids_BS=documents).hidden_BSD
+        together = model(ids, document_ids_BS=documents).hidden_BSD
+    torch.testing.assert_close(apart, alone, atol=1e-5, rtol=0)
+    assert not torch.allclose(together, alone, atol=1e-2)
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's tracer warns of what it does itself

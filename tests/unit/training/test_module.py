@@ -238,7 +238,9 @@ def test_distillation_does_not_depend_on_how_a_step_is_divided(
     module = stage_module(make_run, make_model(), *overrides, stage=1, teacher=teacher)
     batch = make_batch()
 
-    whole = Tally.of(batch["scored"].sum(dim=1), batch["replayed"], batch["ordinal"], module.spec.distill)
+    whole = Tally.of(
+        batch["mask"].sum(dim=1), batch["scored"].sum(dim=1), batch["replayed"], batch["ordinal"], module.spec.distill
+    )
 
     def loss(part: dict[str, Any], micro_batches: int) -> Any:
         step: Any = module.training_step(with_shares(part, module.spec, whole, micro_batches), 0)
@@ -253,8 +255,49 @@ def test_imbalance_by_hand() -> None:
     chosen = ([0] * 6 + [1] * 2, [0, 1, 2, 3] * 2)
     routings = [Routing(torch.tensor(ids).unsqueeze(1), torch.ones(8, 1), 4) for ids in chosen]
     means = StepMeans()
-    means.add({"loss": torch.tensor(3.0)}, {}, routings)
+    means.add({"loss": torch.tensor(3.0)}, {}, routings, torch.ones(8, dtype=torch.bool))
     assert means.close(torch.tensor(7.0)) == 7.0 and means.values == {"loss": 3.0, "imbalance": 2.0}
+    # Of the last four tokens the first layer sends two to each of two experts: the mean of 2 and 1.
+    means.add({"loss": torch.tensor(3.0)}, {}, routings, torch.arange(8) >= 4)
+    means.close(torch.tensor(7.0))
+    assert means.values["imbalance"] == 1.5
+
+
+def test_padding_has_no_part_in_a_step(
+    make_run: MakeRun, make_model: Make, make_batch: Batch, any_router_kind: str
+) -> None:
+    """Whatever stands there: in no loss, no count, no gradient, of new text and of what a teacher is asked about."""
+    found = []
+    for seed in (1, 2):
+        batch, other = make_batch(groups=2), make_batch(seed=seed, groups=2)
+        batch["mask"][:2, 9:] = batch["scored"][:2, 9:] = False
+        for name in ("token_ids", "target_ids", "group_ids", "teacher_group_ids"):
+            batch[name] = torch.where(batch["mask"], batch[name], other[name])
+        model = make_model(any_router_kind, (4,))
+        teacher = make_teacher(make_model(any_router_kind, (4,), seed=3), [])
+        module = stage_module(make_run, model, stage=1, teacher=teacher)
+        torch.manual_seed(0)
+        step: Any = module.training_step(batch, 0)
+        step["loss"].backward()
+        found.append((step["parts"], {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
+    (parts, grads), (same_parts, same_grads) = found
+    assert "distill_loss" in parts
+    for one, same in ((parts, same_parts), (grads, same_grads)):
+        assert one.keys() == same.keys()
+        for name, value in one.items():
+            torch.testing.assert_close(value, same[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_a_padded_row_counts_as_the_shorter_one(make_run: MakeRun, make_model: Make, make_batch: Batch) -> None:
+    """The mean is over real tokens: of 9 alone, or of 9 with padding behind them."""
+    model, batch = make_model(), make_batch(blocks=1)
+    module = stage_module(make_run, model)
+    short = {n: value[:, :9] if value.dim() == 2 else value for n, value in batch.items()}
+    batch["mask"][:, 9:] = batch["scored"][:, 9:] = False
+    padded, alone = (module.training_step(one, 0)["parts"] for one in (batch, short))
+    assert padded.keys() == alone.keys() and padded["loss"].item() > 1
+    for name, value in padded.items():
+        torch.testing.assert_close(value, alone[name], rtol=1e-5, atol=1e-6)
 
 
 def test_a_penalty_is_part_of_the_loss(make_run: MakeRun, make_model: Make, make_batch: Batch) -> None:
