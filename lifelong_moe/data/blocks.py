@@ -158,9 +158,9 @@ class BlockDataset(Dataset[dict[str, Tensor]]):
     the number of BOS up to and including a position (0 is the rest of a document begun in an earlier block);
     ``group_ids`` and ``teacher_group_ids``, aligned with the inputs, 0 without groups; ``mask``, bool, False on
     padding, which is BOS, lies at the end and belongs to the last document; ``scored``, bool, False there and where a
-    target is part of a prompt. Scalars: ``sample``, which is n; ``replayed``, bool; ``ordinal``, how many samples of the
-    same kind (new, or replayed) came before; and ``block``, the block's number among those of all sources: the same
-    block has the same number whenever it comes.
+    target is part of a prompt. Scalars: ``sample``, which is n; ``replayed``, bool; ``ordinal``, how many samples of
+    the same kind (new, or replayed) came before; and ``block``, the block's number among those of all sources: the
+    same block has the same number whenever it comes.
     """
 
     def __init__(self, sources: Sequence[BlockSource | RowSource], order: SampleOrder) -> None:

@@ -115,8 +115,12 @@ def tokenize_corpus(corpus: Corpus, tokenizer: Tokenizer, cache: Path) -> Tokeni
 
 def tokenize_documents(documents: Sequence[Document], tokenizer: Tokenizer) -> TokenShard:
     """Tokenize in memory, in the order given; for text that is measured once and not kept."""
-    encoded = tokenizer.encode_batch([document.text for document in documents])
-    rows = [np.array([tokenizer.bos_id, *ids], dtype=np.int64) for ids in encoded]
+    dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
+    rows = [
+        np.array([tokenizer.bos_id, *ids], dtype=dtype)
+        for batch in _batches(documents)
+        for ids in tokenizer.encode_batch([document.text for document in batch])
+    ]
     offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
     text_bytes = np.array([document.num_bytes for document in documents], dtype=np.int64)
     return TokenShard(tokens=np.concatenate(rows), offsets=offsets, text_bytes=text_bytes)

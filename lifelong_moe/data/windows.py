@@ -1,43 +1,56 @@
 """Evaluation windows: every token of a held-out document scored once, with nearly as much context as there is.
 
-W windows, S positions (``context``). In a document ``d`` with BOS at position 0, window ``k`` starts at position
-``p = 1 + k * (S // 2)``: its inputs are BOS and ``d[p : p + S - 1]``, its targets ``d[p : p + S]``.
+W windows, S positions (``context``), B of the windows, T tokens. In a document ``d`` with BOS at position 0, window
+``k`` starts at position ``p = 1 + k * (S // 2)``: its inputs are BOS and ``d[p : p + S - 1]``, its targets
+``d[p : p + S]``. After a pair's last token comes BOS, as in training: the end of the answer is scored as well.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
+from numpy.typing import NDArray
 
+from lifelong_moe.data.pairs import precedes_answer
 from lifelong_moe.data.shards import TokenShard
 
 
 @dataclass(frozen=True, eq=False)
 class EvaluationSet:
-    """Windows over held-out documents, longest first, so that batches pad little."""
+    """Windows over held-out documents, longest first, so that batches pad little. They are filled when asked for."""
 
     shard: TokenShard
-    token_ids: np.ndarray
-    """Inputs, int64 ``(W, S)``; every row begins with BOS."""
-    target_ids: np.ndarray
-    """int64 ``(W, S)``; never BOS where scored."""
-    scored: np.ndarray
-    """bool ``(W, S)``: this target counts. Each non-BOS token of an included document counts exactly once."""
-    valid: np.ndarray
-    """bool ``(W, S)``: False on padding, which holds 0 and lies at the end of a row."""
-    group_ids: np.ndarray
-    """int64 ``(W, S)``, aligned with the inputs; 0 until ``with_groups``."""
-    document: np.ndarray
-    """The window's document in the shard, int64 ``(W,)``."""
-    start: np.ndarray
-    """Position in the document of the token after the window's BOS, int64 ``(W,)``; 1 for a first window."""
+    """The included documents, and nothing else."""
+    document: NDArray[np.int64]
+    """The window's document in the shard ``(W,)``."""
+    start: NDArray[np.int64]
+    """Position in the document of the token after the window's BOS ``(W,)``; 1 for a first window."""
+    fresh: NDArray[np.int64]
+    """Position of the first target that no earlier window scores ``(W,)``."""
+    length: NDArray[np.int64]
+    """Targets, and inputs, ``(W,)``; at most S."""
+    group_ids: NDArray[np.integer] | None = None
+    """Cluster or label of each token of the shard ``(T,)``; None is group 0."""
+
+    def __post_init__(self) -> None:
+        if self.group_ids is not None and self.group_ids.shape != (self.shard.num_tokens,):
+            raise ValueError(f"{self.group_ids.shape} group ids for {self.shard.num_tokens} tokens")
+
+    def __len__(self) -> int:
+        """Return the number of windows."""
+        return len(self.document)
+
+    @cached_property
+    def counted(self) -> NDArray[np.bool_]:
+        """Which tokens' successors are scored, bool ``(T,)``."""
+        return _counted(self.shard)
 
     @property
     def num_tokens(self) -> int:
         """Scored tokens."""
-        return int(self.scored.sum())
+        return int(self.counted.sum())
 
     @property
     def num_bytes(self) -> int:
@@ -46,32 +59,44 @@ class EvaluationSet:
 
     @property
     def num_documents(self) -> int:
-        """Included documents."""
+        """Included documents that have a token to score."""
         return len(np.unique(self.document))
 
-    def with_groups(self, per_document_ids: Callable[[np.ndarray], np.ndarray]) -> EvaluationSet:
-        """Return the same windows with each token's cluster or label.
+    def batch(self, rows: slice) -> dict[str, NDArray[np.int64] | NDArray[np.bool_]]:
+        """Fill some windows, as long as the longest of them, ``(B, S)`` each.
 
-        Ids are made from the whole document and then sliced, so that a window sees what the text before it decided.
-
-        Args:
-            per_document_ids: Called once per document with its token ids ``(n,)``, BOS first; returns ``(n,)`` ids.
-
-        Raises:
-            ValueError: It returned another shape.
+        Returns:
+            ``token_ids`` and ``target_ids``, int64; ``valid``, False on padding, which holds 0 and lies at the end of
+            a row; ``scored``, where a target counts, which each token does in one window; ``group_ids``, int64, of
+            which a repeated BOS carries what the document's own BOS carries.
         """
-        group_ids = np.zeros_like(self.group_ids)
-        for index in np.unique(self.document):
-            tokens = self.shard.document(int(index))
-            ids = np.asarray(per_document_ids(tokens))
-            if ids.shape != tokens.shape:
-                raise ValueError(f"{ids.shape} group ids for {tokens.shape} tokens of document {index}")
-            for row in np.flatnonzero(self.document == index):
-                start, length = int(self.start[row]), int(self.valid[row].sum())
-                # A repeated BOS carries what the document's own BOS carries.
-                group_ids[row, 0] = ids[0]
-                group_ids[row, 1:length] = ids[start : start + length - 1]
-        return replace(self, group_ids=group_ids)
+        document_B, start_B1, length_B1 = self.document[rows], self.start[rows, None], self.length[rows, None]
+        tokens, first_B1 = self.shard.tokens, self.shard.offsets[document_B, None]
+        columns_S = np.arange(length_B1.max())
+        valid_BS = columns_S < length_B1
+        before_BS = np.where(valid_BS, first_B1 + start_B1 - 1 + columns_S, first_B1)  # the token before the target
+        inputs_BS = np.where(columns_S > 0, before_BS, first_B1)
+        after_BS = before_BS + 1
+        is_end_BS = after_BS == self.shard.offsets[document_B + 1, None]
+        targets_BS = tokens[np.where(is_end_BS, first_B1, after_BS)]
+        groups_BS = np.zeros_like(before_BS) if self.group_ids is None else self.group_ids[inputs_BS]
+        fresh_BS = start_B1 + columns_S >= self.fresh[rows, None]
+        return {
+            "token_ids": np.where(valid_BS, tokens[inputs_BS], 0).astype(np.int64),
+            "target_ids": np.where(valid_BS, targets_BS, 0).astype(np.int64),
+            "valid": valid_BS,
+            "scored": valid_BS & fresh_BS & self.counted[before_BS],
+            "group_ids": np.where(valid_BS, groups_BS, 0).astype(np.int64),
+        }
+
+
+def _counted(shard: TokenShard) -> NDArray[np.bool_]:
+    """Which tokens' successors are scored: all but a document's last, or those that an answer, or its end, follows."""
+    if shard.separator is not None:
+        return precedes_answer(shard.tokens, shard.offsets, shard.separator)
+    counted = np.ones(shard.num_tokens, dtype=np.bool_)
+    counted[shard.offsets[1:] - 1] = False
+    return counted
 
 
 def evaluation_windows(shard: TokenShard, context: int, max_tokens: int) -> EvaluationSet:
@@ -87,54 +112,22 @@ def evaluation_windows(shard: TokenShard, context: int, max_tokens: int) -> Eval
     """
     if context < 2 or max_tokens < 1:
         raise ValueError(f"context={context} must be at least 2 and max_tokens={max_tokens} at least 1")
-    spans: list[tuple[int, int, int]] = []  # document, start, first position that is scored
-    total = 0
-    for index in range(shard.num_documents):
-        if total >= max_tokens:
-            break
-        length = int(shard.offsets[index + 1] - shard.offsets[index])
-        spans += [(index, start, fresh) for start, fresh in _starts(length, context)]
-        total += length - 1
-    if not spans:
+    scored_to = np.concatenate([[0], np.cumsum(_counted(shard))])[shard.offsets[1:]]  # up to the end of each document
+    shard = _first_documents(shard, min(shard.num_documents, int(np.searchsorted(scored_to, max_tokens)) + 1))
+    targets_D = np.diff(shard.offsets) - (shard.separator is None)
+    stride = context // 2
+    windows_D = np.where(targets_D > 0, 1 + np.maximum(0, -(-(targets_D - context) // stride)), 0)
+    if not windows_D.any():
         raise ValueError("the held-out documents hold no token to score")
-    return _fill(shard, context, spans)
+    document = np.repeat(np.arange(shard.num_documents), windows_D)
+    number = np.arange(len(document)) - np.repeat(np.cumsum(windows_D) - windows_D, windows_D)
+    start = 1 + number * stride
+    fresh = np.where(number == 0, 1, start - stride + context)
+    length = np.minimum(context, targets_D[document] + 1 - start)
+    order = np.argsort(-length, kind="stable")
+    return EvaluationSet(shard, document[order], start[order], fresh[order], length[order])
 
 
-def _starts(length: int, context: int) -> list[tuple[int, int]]:
-    """Return (start, first newly covered position) of each window over a document of ``length`` tokens."""
-    starts: list[tuple[int, int]] = []
-    covered = 1
-    while covered < length:
-        start = 1 + len(starts) * (context // 2)
-        starts.append((start, covered))
-        covered = start + context
-    return starts
-
-
-def _fill(shard: TokenShard, context: int, spans: list[tuple[int, int, int]]) -> EvaluationSet:
-    document, start, fresh = np.array(spans, dtype=np.int64).T
-    lengths = np.minimum(context, (shard.offsets[document + 1] - shard.offsets[document]) - start)
-    order = np.argsort(-lengths, kind="stable")
-    document, start, fresh, lengths = document[order], start[order], fresh[order], lengths[order]
-    positions = np.arange(context)
-    valid = positions < lengths[:, None]
-    token_ids = np.zeros(valid.shape, dtype=np.int64)
-    target_ids = np.zeros(valid.shape, dtype=np.int64)
-    for row, (index, first, length) in enumerate(zip(document, start, lengths, strict=True)):
-        tokens = shard.document(int(index))
-        token_ids[row, 0] = tokens[0]
-        token_ids[row, 1:length] = tokens[first : first + length - 1]
-        target_ids[row, :length] = tokens[first : first + length]
-    scored = valid & (start[:, None] + positions >= fresh[:, None])
-    if shard.separator is not None:  # a pair is one window, so what comes after its separator is its answer
-        scored &= np.cumsum(token_ids == shard.separator, axis=1) > 0
-    return EvaluationSet(
-        shard=shard,
-        token_ids=token_ids,
-        target_ids=target_ids,
-        scored=scored,
-        valid=valid,
-        group_ids=np.zeros(valid.shape, dtype=np.int64),
-        document=document,
-        start=start,
-    )
+def _first_documents(shard: TokenShard, num: int) -> TokenShard:
+    offsets = shard.offsets[: num + 1]
+    return replace(shard, tokens=shard.tokens[: offsets[-1]], offsets=offsets, text_bytes=shard.text_bytes[:num])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,11 +15,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lifelong_moe.data.shards import ShardDocuments, TokenShard
 from lifelong_moe.data.windows import EvaluationSet
 from lifelong_moe.model.groups import label_group
 from lifelong_moe.model.transformer import LanguageModel, ModelOutput
 
-EVALUATION_SCHEMA = 1
+EVALUATION_SCHEMA = 2
 """Version of how losses are measured; a change makes every stored evaluation a stranger."""
 
 
@@ -45,14 +46,21 @@ class Evaluation:
         return asdict(self)
 
 
-def with_groups(model: LanguageModel, windows: EvaluationSet, distribution: str | None) -> EvaluationSet:
-    """Give each token its document cluster, from the text before it, or its distribution's label."""
-    if model.document_clusters is not None:
-        return windows.with_groups(model.document_clusters.group_ids)
+def group_ids(model: LanguageModel, shard: TokenShard, distribution: str | None) -> NDArray[np.integer] | None:
+    """Group of every token of a shard, from the text before it in its document; None if routing has no groups.
+
+    Document clusters give the smallest unsigned integers that hold them: a byte a token up to 255 groups.
+    """
+    clusters = model.document_clusters
+    if clusters is not None:
+        ids, filled = np.empty(shard.num_tokens, np.min_scalar_type(clusters.num_groups())), 0
+        for batch in clusters.group_id_batches(ShardDocuments([shard])):
+            ids[filled : filled + len(batch)] = batch
+            filled += len(batch)
+        return ids
     if model.architecture.routing.by_label:
-        group = label_group(model.architecture, distribution)
-        return windows.with_groups(lambda ids: np.full(len(ids), group, dtype=np.int64))
-    return windows
+        return np.full(shard.num_tokens, label_group(model.architecture, distribution), dtype=np.int64)
+    return None
 
 
 @torch.no_grad()
@@ -66,10 +74,12 @@ def forward_windows(
         windows, and what the model made of it.
     """
     training, device = model.training, model.embedding.weight.device
-    windows = with_groups(model, windows, distribution)
+    windows = replace(windows, group_ids=group_ids(model, windows.shard, distribution))
+    rows = max(1, batch_tokens // int(windows.length[0]))
     model.eval()
     try:
-        for batch in _batches(windows, batch_tokens):
+        for first in range(0, len(windows), rows):
+            batch = windows.batch(slice(first, first + rows))
             arrays = {name: torch.from_numpy(array).to(device) for name, array in batch.items()}
             output = model(
                 arrays["token_ids"],
@@ -109,13 +119,3 @@ def evaluate(
         documents=windows.num_documents,
         expert_counts=[layer.tolist() for layer in counts or []],
     )
-
-
-def _batches(windows: EvaluationSet, batch_tokens: int) -> Iterator[dict[str, NDArray[Any]]]:
-    """Consecutive windows (they are sorted by length), as many as fit, without the padding common to all."""
-    rows = max(1, batch_tokens // windows.token_ids.shape[1])
-    for start in range(0, len(windows.token_ids), rows):
-        part = slice(start, start + rows)
-        length = int(windows.valid[part].sum(axis=1).max())
-        names = ("token_ids", "target_ids", "scored", "valid", "group_ids")
-        yield {name: getattr(windows, name)[part, :length] for name in names}

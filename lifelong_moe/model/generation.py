@@ -144,7 +144,7 @@ class _Texts:
     def _groups(self, ids_BN: NDArray[np.int64]) -> NDArray[np.int64]:
         if self.model.document_clusters is None:
             return np.full_like(ids_BN, self.group)
-        return np.stack([self.model.document_clusters.group_ids(ids_N) for ids_N in ids_BN])
+        return np.concatenate([*self.model.document_clusters.group_id_batches(ids_BN)]).reshape(ids_BN.shape)
 
     def _read(self, ids_BN: NDArray[np.int64], groups_BN: NDArray[np.int64]) -> Tensor:
         device = self.model.embedding.weight.device

@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader
 
 from lifelong_moe.data.blocks import BlockDataset, BlockSource, RowSource
 from lifelong_moe.data.order import SampleOrder, StepBatchSampler
-from lifelong_moe.data.shards import ShardDocuments, TokenizedCorpus, TokenShard
-from lifelong_moe.model.groups import label_group
+from lifelong_moe.data.shards import TokenizedCorpus, TokenShard
+from lifelong_moe.evaluation.loss import group_ids
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.routing.config import Bundles
 from lifelong_moe.training.shares import Tally, with_shares
@@ -114,23 +114,6 @@ class _Phase:
 
     def __len__(self) -> int:
         return self.length
-
-
-def group_ids(model: LanguageModel, shard: TokenShard, distribution: str) -> NDArray[np.integer] | None:
-    """Group of every token of a shard, from the text before it in its document; None if routing has no groups.
-
-    Document clusters give the smallest unsigned integers that hold them: a byte a token up to 255 groups.
-    """
-    clusters = model.document_clusters
-    if clusters is not None:
-        ids, filled = np.empty(shard.num_tokens, np.min_scalar_type(clusters.num_groups())), 0
-        for batch in clusters.group_id_batches(ShardDocuments([shard])):
-            ids[filled : filled + len(batch)] = batch
-            filled += len(batch)
-        return ids
-    if model.architecture.routing.by_label:
-        return np.full(shard.num_tokens, label_group(model.architecture, distribution), dtype=np.int64)
-    return None
 
 
 def own_group_ids(model: LanguageModel, spec: StageSpec, shard: TokenShard) -> NDArray[np.integer] | None:

@@ -13,7 +13,7 @@ from lifelong_moe.data.shards import TokenShard
 from lifelong_moe.data.windows import EvaluationSet, evaluation_windows
 from lifelong_moe.evaluation.config import EvaluateConfig
 from lifelong_moe.evaluation.loss import evaluate
-from lifelong_moe.model.groups import label_group
+from lifelong_moe.model.groups import DocumentClusters, label_group
 from lifelong_moe.model.transformer import LanguageModel
 
 Make = Callable[..., LanguageModel]
@@ -79,6 +79,27 @@ def test_the_mode_stays_as_it_was(make_model: Make) -> None:
         evaluate(model, windows, distribution=None, batch_tokens=64)
         assert model.training is training
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_groups_are_found_a_batch_of_documents_at_a_time(make_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Centroids are read once for all documents, not once for each; windows are filled as they are scored."""
+    model, documents = make_model("document", (4, 2)), random_documents([9] * 300)
+    read, filled = [], []
+    centroids, batch = DocumentClusters.centroids, EvaluationSet.batch
+
+    def counting(self: DocumentClusters) -> list[Tensor]:
+        read.append(self)
+        return centroids(self)
+
+    def filling(self: EvaluationSet, rows: slice) -> Any:
+        found = batch(self, rows)
+        filled.append(found["token_ids"].shape)
+        return found
+
+    monkeypatch.setattr(DocumentClusters, "centroids", counting)
+    monkeypatch.setattr(EvaluationSet, "batch", filling)
+    found = evaluate(model, windows_of(documents), distribution=None, batch_tokens=80)
+    assert len(read) == 1 and filled == [(10, 8)] * 30 and found.tokens == 300 * 8
 
 
 def test_a_uniform_model_costs_ln_v(make_model: Make) -> None:
