@@ -31,11 +31,11 @@ from lifelong_moe.stages.keys import content_key
 from lifelong_moe.stages.runs import EvaluationStore
 from lifelong_moe.stages.store import CommittedStage, StageStore
 from lifelong_moe.stages.versions import Version
+from lifelong_moe.training.device import configured_device
 from lifelong_moe.training.interrupt import Interrupt
 from lifelong_moe.training.logger import Send
 from lifelong_moe.training.phase import StageEnvironment
 from lifelong_moe.training.stage import load_model, train_stage
-from pipelines.evaluations import evaluation_device
 from pipelines.places import ROOT
 from pipelines.workspace import read_data, require_room
 
@@ -152,7 +152,7 @@ class Bench:
     def model(self, stage: CommittedStage, candidate: ServedData) -> LanguageModel:
         """A stage's model where evaluation runs; the last one asked for is kept."""
         if stage.key not in self._models:
-            device = evaluation_device(candidate.config.trainer.accelerator)
+            device = configured_device(candidate.config.trainer)
             self._models = {stage.key: load_model(self.store, stage).to(device)}
         return self._models[stage.key]
 

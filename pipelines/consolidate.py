@@ -22,6 +22,7 @@ from lifelong_moe.stages.lock import locked
 from lifelong_moe.stages.runs import RunRecord, require_head, timestamp
 from lifelong_moe.stages.store import CommittedStage, StageStore
 from lifelong_moe.stages.versions import Version, VersionStage, champion, describe, promoted
+from lifelong_moe.training.device import configured_device
 from lifelong_moe.training.stage import load_model
 from pipelines import render_retrain
 from pipelines.candidates import ServedData
@@ -88,7 +89,8 @@ def _merged(
     config, corpora = served.config, served.data.corpora
     texts = [(evaluation_windows(corpora[n].train, config.model.context, SAMPLE_TOKENS), n) for n in config.evaluated]
     merged: list[dict[str, int]] = []
-    model = load_model(store, source)
+    device = configured_device(config.trainer)
+    model = load_model(store, source).to(device)
     for _ in range(experts):
         pairs, counts = _closest(model, texts, generation, config.evaluate.batch_tokens)
         try:
@@ -98,6 +100,7 @@ def _merged(
         merged += [{"layer": layer, "kept": kept, "gone": gone} for layer, (kept, gone) in pairs.items()]
         model = LanguageModel(architecture)
         model.load_state_dict(tensors, strict=True)
+        model.to(device)
     names = {s.name for s in version.stages}
     name = next(n for i in range(len(names) + 1) if (n := f"{stage}.consolidated{i or ''}") not in names)
     identity = {"derived": "consolidate", "from": source.key, "stage": stage, "experts": experts}

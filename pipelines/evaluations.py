@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from lifelong_moe.config import RunConfig
@@ -16,12 +15,7 @@ from lifelong_moe.evaluation.loss import EVALUATION_SCHEMA, evaluate
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.stages.keys import content_key
 from lifelong_moe.stages.runs import EvaluationStore
-
-
-def evaluation_device(accelerator: str) -> torch.device:
-    """Where evaluation runs: where training does."""
-    cuda = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-    return torch.device("cuda" if cuda else "cpu")
+from lifelong_moe.training.device import configured_device
 
 
 @dataclass(frozen=True)
@@ -54,8 +48,7 @@ class Evaluator:
         """Evaluations by distribution; the model is loaded only if one is missing."""
         missing = self.missing(stage_key)
         if missing:
-            device = evaluation_device(self.config.trainer.accelerator)
-            model = load().to(device)
+            model = load().to(configured_device(self.config.trainer))
             with self.console.status(f"{title}: evaluating") as status:
                 for name in missing:
                     status.update(f"{title}: evaluating on {name}")

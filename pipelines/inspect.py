@@ -34,11 +34,11 @@ from lifelong_moe.stages.atomic import replace_file
 from lifelong_moe.stages.runs import RunRecord, require_head
 from lifelong_moe.stages.store import CommittedStage, StageStore
 from lifelong_moe.tracking.tracker import Tracker
+from lifelong_moe.training.device import configured_device
 from lifelong_moe.training.logger import Row
 from lifelong_moe.training.stage import load_model
 from pipelines import inspect_tables
-from pipelines.evaluations import evaluation_device
-from pipelines.workspace import ROOT, read_data
+from pipelines.workspace import ROOT, read_data, recorded_trainer
 
 Windows = Mapping[str, EvaluationSet]
 
@@ -60,7 +60,7 @@ def on_text(
     architecture, token_ids = model.architecture, tokenizer.encode(text)
     if not token_ids:
         raise ConfigError("the text has no token.")
-    seen = observe_text(model, token_ids, distribution=label)
+    seen = observe_text(model.to(configured_device(recorded_trainer(run))), token_ids, distribution=label)
     routed = route_text(architecture, seen, tokenizer.decode, layer)
     inspect_tables.text(console, routed)
     if html is not None:
@@ -170,7 +170,7 @@ def _measure(
     store: StageStore, committed: CommittedStage, config: RunConfig, windows: Windows, tokenizer: Tokenizer
 ) -> tuple[dict[str, Any], dict[str, Observation]]:
     """Observe the stage and those before it on the same text."""
-    device = evaluation_device(config.trainer.accelerator)
+    device = configured_device(config.trainer)
     chain = _ancestry(store, committed)
     earlier = {one.name: _observe_all(load_model(store, one).to(device), windows) for one in chain[:-1]}
     model = load_model(store, committed).to(device)

@@ -122,7 +122,7 @@ def evaluate(
     from lifelong_moe.evaluation.loss import evaluate as score_windows
 
     shard = tokenize_documents(documents, Tokenizer.from_text(store.tokenizer(committed)))
-    model = _loaded(store, committed, int8=int8)
+    model = _loaded(run, store, committed, int8=int8)
     context = model.architecture.model.context
     result = score_windows(
         model, evaluation_windows(shard, context, sys.maxsize), distribution=label, batch_tokens=8192
@@ -159,7 +159,7 @@ def generate(
     from lifelong_moe.model.generation import generate as sample
 
     tokenizer = Tokenizer.from_text(store.tokenizer(committed))
-    model = _loaded(store, committed, int8=int8)
+    model = _loaded(run, store, committed, int8=int8)
     ids: list[int] = []
     shown = ""
     answers = bool(committed.config["spec"].get("finetune"))
@@ -253,12 +253,14 @@ def _given_text(text: str | None, text_file: str | None) -> str | None:
     return text
 
 
-def _loaded(store: StageStore, committed: CommittedStage, *, int8: bool) -> LanguageModel:
-    """A stage's model, for reading only."""
+def _loaded(run: str, store: StageStore, committed: CommittedStage, *, int8: bool) -> LanguageModel:
+    """A stage's model on the run's device, for reading only."""
     from lifelong_moe.model.int8 import hold_in_int8
+    from lifelong_moe.training.device import configured_device
     from lifelong_moe.training.stage import load_model
+    from pipelines.workspace import recorded_trainer
 
     model = load_model(store, committed).requires_grad_(False)
     if int8:
         hold_in_int8(model)
-    return model
+    return model.to(configured_device(recorded_trainer(run)))

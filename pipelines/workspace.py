@@ -6,15 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lifelong_moe.config import RunConfig, build_config, read_config, whole_config, written_config
+from omegaconf import OmegaConf
+
+from lifelong_moe.config import RunConfig, build_config, read_config, section, whole_config, written_config
 from lifelong_moe.data.prepare import PreparedData, prepare_data
 from lifelong_moe.methods.plan import PlannedStage, check_clusters, plan_stages, stage_need
 from lifelong_moe.routing.registry import build_router
 from lifelong_moe.stages.keys import SHORT
+from lifelong_moe.stages.runs import require_head
+from lifelong_moe.training.config import TrainerConfig
 from lifelong_moe.training.disk import require_space, run_need, used_space
 from pipelines.places import CACHE, ROOT
 
-__all__ = ["CACHE", "ROOT", "Prepared", "prepare", "read_data", "require_room"]
+__all__ = ["CACHE", "ROOT", "Prepared", "prepare", "read_data", "recorded_trainer", "require_room"]
 
 
 @dataclass(frozen=True)
@@ -72,3 +76,8 @@ def require_room(stages: Sequence[PlannedStage], config: RunConfig) -> None:
     written = sum(used_space(ROOT / "work" / stage.key[:SHORT]) for stage in stages)
     what = f"stage {stages[0].spec.name}" if len(stages) == 1 else f"run={config.run}"
     require_space(ROOT, run_need([stage_need(stage, config) for stage in stages]) - written, what)
+
+
+def recorded_trainer(run: str) -> TrainerConfig:
+    """The ``trainer`` section of a run that exists."""
+    return section(TrainerConfig, OmegaConf.create(require_head(ROOT, run)["config"]).get("trainer"), "trainer")

@@ -130,7 +130,7 @@ def _row(architecture: Architecture, layer: int, expert: int) -> tuple[str, int]
 
 def _renumbered(name: str, pairs: Mapping[int, tuple[int, int]]) -> str | None:
     here = TensorName.parse(name)
-    if here.expert is None or here.layer not in pairs:
+    if here.layer is None or here.expert is None or here.layer not in pairs:
         return name
     gone = pairs[here.layer][1]
     return None if here.expert == gone else str(replace(here, expert=here.expert - (here.expert > gone)))

@@ -52,7 +52,7 @@ class Block(nn.Module):
                 found |= dict.fromkeys(module.parameters(), Place(Part.norm, layer))
         return found
 
-    def residual_weights(self) -> list[nn.Parameter]:
+    def residual_weights(self) -> list[Tensor]:
         """The matrices that write into the residual stream, as they begin: attention's output, and ``down``."""
         feed_forwards = (module for module in self.moe.modules() if isinstance(module, FeedForward))
         return [self.attention.output.weight, *(module.down for module in feed_forwards)]

@@ -71,18 +71,23 @@ class ExpertBanks(nn.Module):
         """How rows of this device and dtype are computed.
 
         ``auto`` takes ``grouped_mm`` where it needs no answer from the device, which is in bfloat16 on a GPU of
-        compute capability 9 or more, and ``slices`` elsewhere. Dropout within experts is ``readable`` always. Whatever
-        was asked for, ``grouped_mm`` needs the experts that train side by side, and weights that are tensors of their
-        own, which those held in 8 bits are not: else it is ``slices``.
+        compute capability 9, and ``slices`` elsewhere. Dropout within experts is ``readable`` always. Whatever was
+        asked for, ``grouped_mm`` needs the experts that train side by side, and weights that are tensors of their own,
+        which those held in 8 bits are not: else it is ``slices``. So it is on a GPU of compute capability 10 or more,
+        where torch's kernel does not write the weight gradients of experts without rows.
         """
         how = self.implementation
         if self.training and any(expert.dropout for expert in self.experts):
             return ExpertsImplementation.readable
         if how == ExpertsImplementation.auto:
             how = self._fastest(rows)
-        if how == ExpertsImplementation.grouped_mm and (self._trained() is None or self._in_int8()):
+        if how == ExpertsImplementation.grouped_mm and not self._can_be_grouped(rows.device):
             return ExpertsImplementation.slices
         return how
+
+    def _can_be_grouped(self, device: torch.device) -> bool:
+        is_sound = device.type != "cuda" or torch.cuda.get_device_capability(device) < (10, 0)
+        return is_sound and self._trained() is not None and not self._in_int8()
 
     def _in_int8(self) -> bool:
         return any(is_parametrized(expert) for expert in self.experts)
@@ -90,7 +95,7 @@ class ExpertBanks(nn.Module):
     def _fastest(self, rows: Tensor) -> ExpertsImplementation:
         device = rows.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else rows.dtype
-        fits = device == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(rows.device) >= (9, 0)
+        fits = device == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(rows.device)[0] == 9
         aligned = self.width % 8 == 0 and self.expert_width % 8 == 0
         return ExpertsImplementation.grouped_mm if fits and aligned else ExpertsImplementation.slices
 

@@ -94,7 +94,8 @@ class TrainerConfig:
     devices: Any = 1
     """How many devices, or which. On CPU each is a process with one thread, and their number must divide the sequences
     of a micro-batch; it is part of a stage's key only where each draws random numbers or assigns its tokens all at
-    once, since nothing else depends on it. There can be one GPU so far."""
+    once, since nothing else depends on it. There can be one GPU so far. The first of them evaluates, inspects and
+    writes text as well, or the CPU on a machine without it."""
     num_nodes: int = 1
     """Machines."""
     strategy: str = "auto"

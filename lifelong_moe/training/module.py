@@ -27,6 +27,7 @@ from lifelong_moe.routing.base import Routing
 from lifelong_moe.training.guard import StepGuard, Verdict
 from lifelong_moe.training.means import StepMeans
 from lifelong_moe.training.optimizer import build_optimizer, build_schedule
+from lifelong_moe.training.random_state import RandomState, random_states, restore_random_state
 from lifelong_moe.training.rollback import MAX_NONFINITE, NonfiniteStepsError
 from lifelong_moe.training.shares import with_shares
 from lifelong_moe.training.spec import Phase, StageSpec, Trains
@@ -62,7 +63,7 @@ class StageModule(LightningModule):
         self.strict_loading = False  # step checkpoints leave frozen tensors out; on_load_checkpoint checks names
         self.guard = StepGuard()
         self._taken = True
-        self._random_state: Tensor | None = None
+        self._random_states: list[RandomState] | None = None
         """To go on with, once the loader has been set up, which draws a number as well."""
         self.means = StepMeans()
         """Of the step's losses and loads."""
@@ -85,9 +86,9 @@ class StageModule(LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Go on with the random numbers of the run that was interrupted."""
-        if self._random_state is not None:
-            torch.set_rng_state(self._random_state)
-            self._random_state = None
+        if self._random_states is not None:
+            restore_random_state(self._random_states, self.device, self.spec.seed + self.global_step)
+            self._random_states = None
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         """What a micro-batch adds to its step's objective; its parts ride along, detached, for callbacks.
@@ -209,7 +210,7 @@ class StageModule(LightningModule):
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: tensor for name, tensor in state.items() if name not in self.frozen}
         checkpoint["guard"] = self.guard.state_dict()
-        checkpoint["random_state"] = torch.get_rng_state()
+        checkpoint["random_states"] = random_states(self.device)
         checkpoint["assignments_before"] = self.assignments_before
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -219,7 +220,7 @@ class StageModule(LightningModule):
             odd = sorted(set(checkpoint["state_dict"]) ^ expected)
             raise CorruptError(f"step checkpoint of stage {self.spec.name} does not fit its model: {odd[0]}.")
         self.guard.load_state_dict(checkpoint["guard"])
-        self._random_state = checkpoint["random_state"]
+        self._random_states = checkpoint["random_states"]
         self.assignments_before = checkpoint["assignments_before"]
 
 

@@ -37,6 +37,7 @@ from lifelong_moe.training.interrupt import Interrupt
 from lifelong_moe.training.logger import BatchedLogger, Send
 from lifelong_moe.training.module import StageModule
 from lifelong_moe.training.optimizer import phase_parameters, training_only
+from lifelong_moe.training.random_state import seed_rank
 from lifelong_moe.training.ranks import Work, run_ranks
 from lifelong_moe.training.rollback import NonfiniteStepsError, Rollbacks
 from lifelong_moe.training.spec import Phase, StageSpec
@@ -180,6 +181,8 @@ def _fit(
     logger = BatchedLogger(spec.name, environment.run_id, send, run.first_step) if rank == 0 else None
     trainer = build_trainer(config, phase.steps, callbacks, logger)
     keep_freed_memory()
+    if rank and run.resume is None:
+        seed_rank(run.seed, rank)  # it was forked with rank 0's numbers
     offloads = environment.frozen.offload == Offload.cpu
     with module.offloaded(courier_to(trainer.strategy.root_device) if offloads else None):
         trainer.fit(module, data, ckpt_path=run.resume, weights_only=True)

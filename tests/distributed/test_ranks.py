@@ -255,6 +255,49 @@ def test_sigterm_checkpoints_all_ranks_at_the_same_step(
     assert hashes() == uninterrupted[:1]
 
 
+def test_ranks_draw_numbers_of_their_own_and_go_on_with_them(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    noisy = {"top_k": 1, "renormalize": False, "jitter": 0.3}
+    write_config(tiny_config(("fruit",), routing=noisy, trainer={"devices": 2}))
+
+    def look(module: StageModule, batch: dict[str, torch.Tensor]) -> None:
+        drawn = hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest()
+        note("drawn", f"{dist.get_rank()} {module.global_step} {drawn}")
+
+    with monkeypatch.context() as patch:
+        before_each_micro_batch(patch, look)
+        train("tiny.yaml", "run=whole")
+    whole = {line.rpartition(" ")[0]: line for line in Path("drawn").read_text().splitlines()}
+    assert len(whole) == 2 * STEPS == len({line.split()[2] for line in whole.values()})
+    expected = hashes(run_name="whole")
+    for kept in (*Path("mlruns/stages").glob("fruit-*"), Path("mlruns/runs/whole")):
+        shutil.rmtree(kept)
+    with monkeypatch.context() as patch:
+        at(patch, 1, lambda: ask_to_stop(os.getppid()))
+        assert fork(train).wait() == TryAgainError.exit_code
+    Path("drawn").unlink()
+    with monkeypatch.context() as patch:
+        before_each_micro_batch(patch, look)
+        _, printed = train()
+    assert "fruit: continuing from step-0-00000006" in printed and hashes() == expected
+    again = {line.rpartition(" ")[0]: line for line in Path("drawn").read_text().splitlines()}
+    assert len(again) == 2 * (STEPS - 6) and again.items() <= whole.items()
+
+
+def test_another_number_of_ranks_goes_on_where_they_were(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    noisy = {"top_k": 1, "renormalize": False, "jitter": 0.3}
+    write_config(tiny_config(("fruit",), routing=noisy))
+
+    def stop(module: StageModule, batch: dict[str, torch.Tensor]) -> None:
+        if module.global_step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        before_each_micro_batch(patch, stop)
+        assert fork(train).wait() == TryAgainError.exit_code
+    report, printed = train("tiny.yaml", "trainer.devices=2")
+    assert "fruit: continuing from step-0-00000006" in printed and len(report["stages"]) == 1
+
+
 def wait_for_ever() -> None:
     time.sleep(60)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from lifelong_moe.stages.store import StageStore
 from lifelong_moe.stages.versions import champion
 from lifelong_moe.training.stage import load_model
 from pipelines.consolidate import consolidate
+from pipelines.inspect import inspect
+from pipelines.inspectors import evaluate, generate
 from pipelines.rollback import rollback
 from tests.retrain_lab import head
 from tests.tiny import tiny_config, train, write_config, write_corpora
@@ -66,6 +69,36 @@ def test_a_stage_with_fewer_experts_serves_and_can_be_undone() -> None:
     rollback("tiny", None, SILENT)
     rollback("tiny", 0, SILENT)
     assert consolidate("tiny", "fruit", 1, SILENT, ["gate.tolerance=9"])["key"] == result["key"]  # found again
+
+
+def test_models_are_read_on_the_device_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, object]] = []
+
+    class Here:
+        """In place of a machine with that device."""
+
+        device = torch.device("cpu")
+
+        def __init__(self, *, accelerator: str, devices: object) -> None:
+            asked.append((accelerator, devices))
+
+    monkeypatch.setattr("lifelong_moe.training.device.Fabric", Here)
+    path = Path("mlruns/runs/tiny/head.json")
+    recorded = json.loads(path.read_text())
+    recorded["config"]["trainer"] |= {"accelerator": "gpu", "devices": [1]}
+    path.write_text(json.dumps(recorded))
+    options: dict[str, Any] = {"temperature": 0.0, "top_p": 1.0, "seed": 0, "label": None, "console": SILENT}
+    shown: dict[str, Any] = {"text_file": None, "layer": None, "html": None, "save": None, "label": None}
+    for read in (
+        lambda: evaluate("tiny", None, "sea.jsonl", None, SILENT),
+        lambda: generate("tiny", None, "apple", max_new_tokens=2, **options),
+        lambda: inspect("tiny", None, text="apple", tokens=None, console=SILENT, **shown),
+        lambda: inspect("tiny", None, text=None, tokens=200, console=SILENT, **shown),
+        lambda: consolidate("tiny", "fruit", 1, SILENT, ["gate.tolerance=9"]),
+    ):
+        asked.clear()
+        read()
+        assert asked and all(one == ("gpu", [1]) for one in asked)
 
 
 def test_what_gets_worse_does_not_serve() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -125,6 +126,23 @@ def test_grouped_is_not_chosen_where_it_would_be_wrong() -> None:
     assert together.chosen(x) == ExpertsImplementation.grouped_mm and together.sorted_from(x) == 1
     hold_in_int8(together)
     assert together.chosen(x) == ExpertsImplementation.slices
+
+
+@pytest.mark.parametrize(
+    ("capability", "by_itself", "asked_for"),
+    [((8, 0), False, True), ((9, 0), True, True), ((10, 0), False, False), ((12, 0), False, False)],
+)
+def test_grouped_is_not_chosen_on_gpus_where_experts_without_rows_get_gradients_of_garbage(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], by_itself: bool, asked_for: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    rows: Any = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16)
+    banks = ExpertBanks(8, 8)
+    banks.add(4)
+    for how, grouped in ((ExpertsImplementation.auto, by_itself), (ExpertsImplementation.grouped_mm, asked_for)):
+        banks.implementation = how
+        expected = ExpertsImplementation.grouped_mm if grouped else ExpertsImplementation.slices
+        assert banks.chosen(rows) == expected
 
 
 @pytest.mark.parametrize("rows_learn", [True, False])
