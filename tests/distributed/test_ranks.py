@@ -118,7 +118,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 )
 def test_two_processes_do_what_one_does(lab: Path, mode: dict[str, Any] | None, accumulate: int) -> None:
     # The same gradients but for the order in which they are added: rounding of float32, some 1e-7 a step, which AdamW
-    # passes on where a gradient is almost 0. (In float64: test_division.py.)
+    # makes more of where a gradient is almost 0, in single numbers. (In float64: test_division.py.)
     report, _ = train(configure(mode=mode, accumulate_grad_batches=accumulate))
     found = weights("tiny")
     shutil.rmtree("mlruns")
@@ -126,8 +126,8 @@ def test_two_processes_do_what_one_does(lab: Path, mode: dict[str, Any] | None, 
     assert [stage["key"] for stage in report["stages"]] == [stage["key"] for stage in expected["stages"]]
     for two, one in zip(found, weights("tiny"), strict=True):
         assert two.keys() == one.keys()
-        for name in two:
-            torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-5)
+        differences = torch.cat([(two[name] - one[name]).flatten() for name in two])
+        assert float(differences.norm() / torch.cat([one[name].flatten() for name in one]).norm()) < 1e-6
     for ours, theirs in zip(report["loss_nats_per_token"], expected["loss_nats_per_token"], strict=True):
         assert ours == pytest.approx(theirs, abs=1e-4)
 
@@ -348,7 +348,8 @@ def test_all_ranks_roll_back_when_one_of_them_has_no_finite_loss(lab: Path, monk
             and self.global_step in (5, 6, 7)
             and read_rollbacks(Path(os.environ["WORK"])).count < 1
         ):
-            self._losses[-1] = self._losses[-1] * float("nan")  # of the loss only, so that gradients say nothing
+            assert self.means._sums is not None
+            self.means._sums *= float("nan")  # of the loss only, so that gradients say nothing
         return step
 
     def phase(module: StageModule, teacher: Any, run: Any, *args: Any) -> Any:

@@ -250,6 +250,32 @@ def test_distillation_does_not_depend_on_how_a_step_is_divided(
     assert loss(batch, 1) == pytest.approx(sum(loss(part, 4) for part in parts) / 4, rel=1e-5)
 
 
+def test_a_micro_batch_of_prompts_alone_weighs_nothing(make_run: MakeRun, make_model: Make, make_batch: Batch) -> None:
+    """Three of four scored tokens in one half of a step, and none in the other: the mean over the three."""
+    module, batch = stage_module(make_run, make_model()), make_batch()
+    batch["scored"] = torch.zeros(4, 16, dtype=torch.bool)
+    batch["scored"][2, 3:6] = True
+    whole = Tally.of(batch["scored"].sum(dim=1), batch["replayed"], batch["ordinal"], None)
+    halves = [{name: value[rows] for name, value in batch.items()} for rows in (slice(0, 2), slice(2, 4))]
+    for half in halves:
+        module.training_step(with_shares(half, module.spec, whole, 2), 0)
+    module.means.close(torch.tensor(0.0))
+    with torch.no_grad():
+        logits = module.model.logits(module.model(batch["token_ids"]).hidden_BSD)
+    expected = torch.nn.functional.cross_entropy(logits[2, 3:6], batch["target_ids"][2, 3:6])
+    assert module.means.values["loss"] == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_a_step_of_prompts_alone_scores_nothing(make_run: MakeRun, make_model: Make, make_batch: Batch) -> None:
+    """No loss to divide by 0, to compare later ones with, or to draw; what else trains goes on."""
+    nothing = {"scored": torch.zeros(4, 16, dtype=torch.bool)}
+    module = stage_module(make_run, make_model())
+    fit(module, [make_batch(seed=0), make_batch(seed=1) | nothing, make_batch(seed=2) | nothing])
+    assert (len(module.guard.losses), module.guard.nonfinite_steps) == (1, 0)
+    assert set(module.means.values) == {"balance_loss", "z_loss", "imbalance"}
+    assert all(bool(torch.isfinite(p).all()) for p in module.model.parameters())
+
+
 def test_imbalance_by_hand() -> None:
     # Six of eight tokens to one of four experts, where two would be even; and two each. The mean of 3 and 1.
     chosen = ([0] * 6 + [1] * 2, [0, 1, 2, 3] * 2)
@@ -298,6 +324,17 @@ def test_a_padded_row_counts_as_the_shorter_one(make_run: MakeRun, make_model: M
     assert padded.keys() == alone.keys() and padded["loss"].item() > 1
     for name, value in padded.items():
         torch.testing.assert_close(value, alone[name], rtol=1e-5, atol=1e-6)
+
+
+def test_loads_and_drops_are_those_of_the_whole_step() -> None:
+    # Two micro-batches: all four tokens to expert 0, then all to expert 1; even over both. One of 10 dropped, then 5 of
+    # 20: six of 30.
+    means = StepMeans()
+    for expert, dropped in ((0, [1, 10]), (1, [5, 20])):
+        routing = Routing(torch.full((4, 1), expert), torch.ones(4, 1), 2, dropped=torch.tensor(dropped))
+        means.add({"loss": torch.tensor(float(expert))}, {"loss": 0.5 + expert}, [routing])
+    means.close(torch.tensor(0.0))
+    assert means.values == {"loss": 0.75, "imbalance": 1.0, "drop_rate": pytest.approx(0.2)}
 
 
 def test_a_penalty_is_part_of_the_loss(make_run: MakeRun, make_model: Make, make_batch: Batch) -> None:
