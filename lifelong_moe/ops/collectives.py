@@ -37,7 +37,7 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     """
     if not dist.is_initialized():
         return values
-    total: Tensor = _Sum.apply(values)  # type: ignore[no-untyped-call]
+    total: Tensor = _Sum.apply(values)
     return total
 
 

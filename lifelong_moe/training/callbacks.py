@@ -65,15 +65,14 @@ class Meter(Callback):
         self._stepped = step
         if not (due or step == trainer.max_steps) or trainer.logger is None:
             return
-        means: Any = pl_module.means
-        self.last = {f"train/{name}": value for name, value in means.values.items()}
-        guard: Any = pl_module.guard
+        module: Any = pl_module
+        self.last = {f"train/{name}": value for name, value in module.means.values.items()}
         extra = {
             "train/learning_rate": trainer.optimizers[0].param_groups[-1]["lr"],
             "train/tokens": float(step * self.step_tokens),
-            "train/grad_norm": float(pl_module.grad_norm),
-            "train/nonfinite_steps": float(guard.nonfinite_steps),
-            "train/skipped_spikes": float(guard.skipped_spikes),
+            "train/grad_norm": module.grad_norm,
+            "train/nonfinite_steps": float(module.guard.nonfinite_steps),
+            "train/skipped_spikes": float(module.guard.skipped_spikes),
             "train/rollbacks": float(self.rollbacks),
             "speed/tokens_per_second": step * self.step_tokens / self.seconds,
             "speed/tflops_per_second": step * self.step_flops / self.seconds / 1e12,

@@ -97,9 +97,9 @@ class StageData(LightningDataModule):
         if self._tally is None or self._tally[0] != step:
             size = self.spec.global_batch
             samples = range(step * size, (step + 1) * size)
-            rows = [(*self.dataset.sizes(n), *self.dataset.place(n)) for n in samples]
-            real_B, scored_B, replayed_B, ordinal_B = map(torch.tensor, zip(*rows, strict=True))
-            self._tally = step, Tally.of(real_B, scored_B, replayed_B, ordinal_B, self.spec.distill)
+            real_B, scored_B = torch.tensor([self.dataset.sizes(n) for n in samples]).t()
+            replayed_B, ordinal_B = torch.tensor([self.dataset.place(n) for n in samples]).t()
+            self._tally = step, Tally.of(real_B, scored_B, replayed_B.bool(), ordinal_B, self.spec.distill)
         return self._tally[1]
 
 

@@ -127,7 +127,7 @@ def test_two_processes_do_what_one_does(lab: Path, mode: dict[str, Any] | None, 
     for two, one in zip(found, weights("tiny"), strict=True):
         assert two.keys() == one.keys()
         differences = torch.cat([(two[name] - one[name]).flatten() for name in two])
-        assert float(differences.norm() / torch.cat([one[name].flatten() for name in one]).norm()) < 1e-6
+        assert float(differences.norm() / torch.cat([one[name].flatten() for name in one]).norm()) < 1e-5
     for ours, theirs in zip(report["loss_nats_per_token"], expected["loss_nats_per_token"], strict=True):
         assert ours == pytest.approx(theirs, abs=1e-4)
 
