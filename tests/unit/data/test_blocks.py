@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -188,3 +189,18 @@ def test_workers_change_nothing(make_shard: MakeShard) -> None:
     for one, other in zip(*runs, strict=True):
         assert one["token_ids"].shape == (2, 8)
         assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_what_a_sample_counts_is_known_without_its_text(make_shard: MakeShard) -> None:
+    """Pairs of three and of nine tokens, of which one and six are answers after the separator 99; and rows."""
+    pairs = make_shard([[0, 99, 5], [0, 7, 99, 1, 2, 3, 4, 5, 6]] * 4)
+    new = BlockSource(replace(pairs, separator=99), 4, 0)
+    old = RowSource(np.arange(1, 16).reshape(3, 5), 0)
+    dataset = BlockDataset([new, old], SampleOrder([len(new), len(old)], 0.4, seed=1))
+    samples = [dataset[n] for n in range(30)]
+    assert [dataset.num_scored(n) for n in range(30)] == [int(sample["scored"].sum()) for sample in samples]
+    assert (
+        sum(new.num_scored(i) for i in range(len(new))) == 4 * 7 - 3
+    )  # of 48 tokens, 44 are targets of the eleven whole blocks
+    assert [dataset.place(n) for n in range(30)] == [(bool(s["replayed"]), int(s["ordinal"])) for s in samples]
+    assert [int(sample["sample"]) for sample in samples] == list(range(30))
