@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from lightning.pytorch import Callback, Trainer
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lifelong_moe.config import RunConfig
@@ -132,13 +132,13 @@ def take_steps(begin: Begin, accumulate: int, processes: int = 1) -> tuple[dict[
 
 def take_steps_in_ranks(begin: Begin, accumulate: int, processes: int, folder: Path) -> tuple[dict[str, Tensor], Any]:
     """:func:`take_steps` in several processes; the weights of the first, and its curves."""
-    path = folder / "weights.pt"
+    path = folder / "weights.safetensors"
 
     def work(rank: int, *_: Any) -> Any:
         weights, watch = take_steps(begin, accumulate, processes)
         if rank == 0:
-            torch.save(weights, path)
+            save_file(weights, path)
         return watch.curves
 
     curves = run_ranks(processes, work, Interrupt(), lambda rows: None, folder / "meeting")
-    return torch.load(path, weights_only=True), curves
+    return load_file(path), curves

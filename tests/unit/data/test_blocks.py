@@ -199,8 +199,6 @@ def test_what_a_sample_counts_is_known_without_its_text(make_shard: MakeShard) -
     dataset = BlockDataset([new, old], SampleOrder([len(new), len(old)], 0.4, seed=1))
     samples = [dataset[n] for n in range(30)]
     assert [dataset.num_scored(n) for n in range(30)] == [int(sample["scored"].sum()) for sample in samples]
-    assert (
-        sum(new.num_scored(i) for i in range(len(new))) == 4 * 7 - 3
-    )  # of 48 tokens, 44 are targets of the eleven whole blocks
+    assert sum(new.num_scored(i) for i in range(len(new))) == 4 * 7 - 3  # of 48 tokens eleven whole blocks score 44
     assert [dataset.place(n) for n in range(30)] == [(bool(s["replayed"]), int(s["ordinal"])) for s in samples]
     assert [int(sample["sample"]) for sample in samples] == list(range(30))
