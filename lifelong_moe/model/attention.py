@@ -97,9 +97,10 @@ def grouped_query_attention(query_BHSW: Tensor, key_BJPW: Tensor, value_BJPW: Te
     """
     batch, heads, length, width = query_BHSW.shape
     sharing = heads // key_BJPW.shape[1]
-    if length == 1 and mask is None:  # queries of one group look at the same keys, as if they were a sequence
+    if length == 1:  # queries of one group look at the same keys, as if they were a sequence
         query_BJGW = query_BHSW.reshape(batch, -1, sharing, width)
-        return F.scaled_dot_product_attention(query_BJGW, key_BJPW, value_BJPW).reshape(query_BHSW.shape)
+        mixed_BJGW = F.scaled_dot_product_attention(query_BJGW, key_BJPW, value_BJPW, attn_mask=mask)
+        return mixed_BJGW.reshape(query_BHSW.shape)
     if mask is None and pays(query_BHSW):
         return causal_attention(query_BHSW, key_BJPW, value_BJPW)
     # On CUDA the fused kernels that know groups take half precision and no mask; without one, logits are in memory.

@@ -5,6 +5,7 @@ Legend: B batch, J key and value heads, S new positions, P positions so far, W h
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -51,8 +52,21 @@ class KeyValueCache:
         self.layers = [LayerCache(room) for _ in range(layers)]
         self.rotary: tuple[Tensor, Tensor] | None = None
         """Cosines and sines of all positions that fit, once the model has made them."""
+        self.document_ids_BP: Tensor | None = None
+        """Document of each position so far, int64, where the model is told."""
 
     @property
     def length(self) -> int:
         """Positions so far."""
         return self.layers[0].length
+
+    def within_documents(self, document_ids_BS: Tensor) -> Tensor:
+        """Learn the next positions' documents, and say where each may look: at its own document up to itself.
+
+        Returns:
+            bool ``(B, 1, S, P)``, over all positions so far and these.
+        """
+        before = [] if self.document_ids_BP is None else [self.document_ids_BP]
+        self.document_ids_BP = torch.cat([*before, document_ids_BS], dim=1)
+        same_BSP = document_ids_BS.unsqueeze(2) == self.document_ids_BP.unsqueeze(1)
+        return same_BSP.tril(same_BSP.shape[2] - same_BSP.shape[1]).unsqueeze(1)

@@ -195,7 +195,8 @@ class LanguageModel(nn.Module):
 
         Args:
             token_ids_BS: int64 ``(B, S)``.
-            document_ids_BS: Document of each token, int64; needed where the model separates documents only.
+            document_ids_BS: Document of each token, int64; needed where the model separates documents only. With a cache in
+                every call or in none, where each text is one document.
             group_ids_BS: Document cluster, bundle or label of each token, int64; zeros by default.
             mask_BS: True for real tokens; all by default. Padding must stand at the right.
             old_text_BS: True for text of earlier stages; given in a router's review only.
@@ -210,8 +211,9 @@ class LanguageModel(nn.Module):
         rotary = self._rotary(cache, token_ids_BS)
         caches = [None] * len(self.blocks) if cache is None else cache.layers
         context = self._context(token_ids_BS, group_ids_BS, mask_BS, old_text_BS)
-        use_documents = self.separates_documents and document_ids_BS is not None and cache is None
-        mask = Documents.of(document_ids_BS) if use_documents else None  # type: ignore[arg-type]
+        mask: Tensor | Documents | None = None
+        if self.separates_documents and document_ids_BS is not None:
+            mask = Documents.of(document_ids_BS) if cache is None else cache.within_documents(document_ids_BS)
         bundles = self._bundles(group_ids_BS)
         begins = below_BSD is None
         if below_BSD is None:

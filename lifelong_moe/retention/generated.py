@@ -33,8 +33,8 @@ def generate_blocks(
 ) -> NDArray[np.int64]:
     """Sample packed blocks: BOS, then a model's text; where it samples BOS again, a new document begins.
 
-    With ``model.document_mask`` a document must not see the one before it, which a cache cannot hide. BOS is then
-    never sampled and each block is one document: its text runs on where the model would have ended it.
+    With ``model.document_mask`` it sees nothing of the one before it, as in training; positions count through the
+    block either way. A block's end cuts its last document.
 
     A pure function of weights and arguments on one device. Block ``i`` has random numbers of its own, so that
     neither ``num_blocks`` nor ``batch_size`` changes it, but for floating point in products of another size.
@@ -91,23 +91,23 @@ def _fill(
 ) -> None:
     """Write over all columns ``(B, S + 1)`` but the first, column by column."""
     uniform = torch.from_numpy(uniform_BS).to(model.embedding.weight.device)
-    groups = _Groups(len(tokens), model.architecture.routing.chunk_tokens, bos_id, group_ids_of)
+    documents = _Documents(len(tokens), model.architecture.routing.chunk_tokens, bos_id, group_ids_of)
     cache = KeyValueCache(len(model.blocks), uniform_BS.shape[1])
     for t in range(uniform_BS.shape[1]):
-        logits_BV = _next_logits(model, tokens[:, t], groups.at(tokens, t), cache)
-        if model.architecture.model.document_mask:
-            logits_BV[:, bos_id] = -torch.inf
+        documents.read(tokens, t)
+        logits_BV = _next_logits(model, tokens[:, t], documents, cache)
         tokens[:, t + 1] = sample_tokens(logits_BV / temperature, uniform[:, t]).cpu().numpy()
 
 
 def _next_logits(
-    model: LanguageModel, token_ids_B: NDArray[np.int64], group_ids_B: NDArray[np.int64], cache: KeyValueCache
+    model: LanguageModel, token_ids_B: NDArray[np.int64], documents: _Documents, cache: KeyValueCache
 ) -> Tensor:
     """One more token of each row: float32 logits ``(B, V)`` of the one after it."""
     device = model.embedding.weight.device
-    token_ids, group_ids = torch.from_numpy(token_ids_B).to(device), torch.from_numpy(group_ids_B).to(device)
-    output = model(token_ids.unsqueeze(1), group_ids_BS=group_ids.unsqueeze(1), cache=cache)
-    return model.logits(output.hidden_BSD[:, -1], group_ids).float()
+    columns = (token_ids_B, documents.begins, documents.groups)
+    token_ids, document_ids, group_ids = (torch.tensor(ids_B, device=device).unsqueeze(1) for ids_B in columns)
+    output = model(token_ids, document_ids_BS=document_ids, group_ids_BS=group_ids, cache=cache)
+    return model.logits(output.hidden_BSD[:, -1], group_ids.squeeze(1)).float()
 
 
 def sample_tokens(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
@@ -127,18 +127,19 @@ def sample_tokens(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
     return torch.searchsorted(cumulative_BV, threshold_B.unsqueeze(1), right=True).squeeze(1)
 
 
-class _Groups:
-    """Each row's current group; asked anew at chunk borders, counted from the start of its document."""
+class _Documents:
+    """Each row's document under way, and its group; asked anew at chunk borders, counted from its start."""
 
     def __init__(self, num_rows: int, chunk: int, bos_id: int, group_ids_of: GroupIdsOf | None) -> None:
         self.chunk, self.bos_id, self.group_ids_of = chunk, bos_id, group_ids_of
         self.begins = np.zeros(num_rows, dtype=np.int64)
-        self.ids = np.zeros(num_rows, dtype=np.int64)
+        """Column of its BOS, which tells it from others, int64 ``(B,)``."""
+        self.groups = np.zeros(num_rows, dtype=np.int64)
+        """int64 ``(B,)``."""
 
-    def at(self, tokens: NDArray[np.int64], t: int) -> NDArray[np.int64]:
-        """Groups of column ``t`` from the columns up to it, int64 ``(B,)``."""
+    def read(self, tokens: NDArray[np.int64], t: int) -> None:
+        """Go on to column ``t``, of which groups know the columns up to it."""
+        self.begins[tokens[:, t] == self.bos_id] = t
         if self.group_ids_of is not None:
-            self.begins[tokens[:, t] == self.bos_id] = t
             for row in np.flatnonzero((t - self.begins) % self.chunk == 0):
-                self.ids[row] = self.group_ids_of(tokens[row, self.begins[row] : t + 1])[-1]
-        return self.ids
+                self.groups[row] = self.group_ids_of(tokens[row, self.begins[row] : t + 1])[-1]

@@ -70,6 +70,24 @@ def test_cached_logits_equal_full_logits(make_model: Make, router_kind: str, sec
             torch.testing.assert_close(output.hidden_BSD[:, 0], full[:, t], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("model_keys", [{}, {"attention_softcap": 5.0}], ids=["plain", "softcap"])
+@pytest.mark.parametrize("kind", ["document", "bundles"])
+def test_cached_logits_of_packed_documents(make_model: Make, kind: str, model_keys: dict[str, float]) -> None:
+    model = make_model(kind, (4, 2), model=model_keys).eval()
+    ids = torch.randint(1, 61, (3, 12), generator=torch.Generator().manual_seed(0))
+    ids[:, 0] = ids[0, 3] = ids[0, 8] = ids[1, 6] = 0  # before the first step with a cache, and after
+    documents = (ids == 0).cumsum(dim=1)
+    with torch.no_grad():
+        full, without = model(ids, document_ids_BS=documents).hidden_BSD, model(ids).hidden_BSD
+        alone = model(ids[:1, 8:]).hidden_BSD  # positions are relative
+        cache, found = KeyValueCache(len(model.blocks), 12), []
+        for part in (slice(0, 5), *(slice(t, t + 1) for t in range(5, 12))):
+            found.append(model(ids[:, part], document_ids_BS=documents[:, part], cache=cache).hidden_BSD)
+    torch.testing.assert_close(torch.cat(found, dim=1), full, atol=1e-5, rtol=0)
+    torch.testing.assert_close(torch.cat(found, dim=1)[:1, 8:], alone, atol=1e-5, rtol=0)
+    assert float((full - without).abs().max()) > 0.1
+
+
 def test_a_text_longer_than_the_context_goes_on(make_model: Make, router_kind: str) -> None:
     model = make_model(router_kind, (4, 2))
     lengths = []

@@ -47,8 +47,6 @@ def readable(model: LanguageModel, block: int, context: int, bos_id: int, seed: 
             arrays = [torch.from_numpy(a).unsqueeze(0) for a in (token_ids, documents, groups)]
             output = model(arrays[0], document_ids_BS=arrays[1], group_ids_BS=arrays[2])
             probs = model.logits(output.hidden_BSD[0, -1]).softmax(dim=-1).double().numpy()
-        if model.architecture.model.document_mask:
-            probs[bos_id] = 0.0
         ids.append(int(np.argmax(np.cumsum(probs) / probs.sum() > u)))
     return ids
 
@@ -58,8 +56,16 @@ def test_it_is_what_full_forward_passes_sample(make_model: Make, router_kind: st
     blocks = generate_blocks(model, 12, **KEYS, group_ids_of=groups_of(model))
     assert blocks.shape == (12, 17) and blocks.dtype == np.int64
     assert blocks.tolist() == [readable(model, i, **KEYS) for i in range(12)]
-    begun_inside = int((blocks[:, 1:] == 0).sum())
-    assert begun_inside == 0 if model.architecture.model.document_mask else begun_inside > 0
+    assert int((blocks[:, 1:-1] == 0).sum()) > 0  # documents begin inside
+
+
+@pytest.mark.parametrize("kind", ["learned", "bundles"])
+def test_a_document_ends_as_often_as_the_model_ends_it(make_model: Make, kind: str) -> None:
+    model = make_model(kind)
+    with torch.no_grad():
+        model.head.weight.zero_()  # each of the 61 tokens is as probable, BOS among them
+    ends = int((generate_blocks(model, 400, **KEYS)[:, 1:] == 0).sum())
+    assert abs(ends - 6400 / 61) < 3 * (6400 / 61 * 60 / 61) ** 0.5
 
 
 def test_a_block_has_its_own_random_numbers(make_model: Make) -> None:
