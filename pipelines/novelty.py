@@ -29,6 +29,8 @@ class NewDocuments:
     """Of the distribution that they would be."""
     files: list[dict[str, Any]]
     """Name, size and hash of each file read."""
+    known: int
+    """Documents of these files that were seen before, or repeat one of the new."""
 
 
 def read_texts(config: RunConfig) -> dict[str, Corpus]:
@@ -64,7 +66,8 @@ def new_documents(
         return None
     documents = list(new.values())
     digest = documents_hash(documents)
-    return NewDocuments(documents, digest, f"{found.distribution or 'batch'}-{digest[:8]}", found.files)
+    name, known = f"{found.distribution or 'batch'}-{digest[:8]}", len(found.documents) - len(documents)
+    return NewDocuments(documents, digest, name, found.files, known)
 
 
 def _arrived(inbox: InboxConfig) -> Inbox | None:

@@ -31,6 +31,9 @@ def data_table(console: Console, prepared: Prepared) -> None:
             f"{corpus.train_hash[:12]} / {corpus.heldout_hash[:12]}",
         )
     console.print(table)
+    for name, corpus in prepared.data.corpora.items():
+        if corpus.duplicates:
+            console.print(f"{name}: {corpus.duplicates:,} documents repeat others and are left out", highlight=False)
     tokenizer = prepared.data.tokenizer
     console.print(f"tokenizer: {tokenizer.vocab_size:,} entries, {tokenizer.hash[:12]}")
 

@@ -166,6 +166,8 @@ def _tick(tick: Tick, interrupt: Interrupt, dry_run: bool, plan_path: str | None
         new = new_documents(tick.retraining.settings.inbox, texts, tick.head.get("batches", {}), tick.batches)
     if new is None:
         return tick.end("idle", "nothing new has arrived")
+    if new.known:
+        tick.console.print(f"{new.known:,} documents in the inbox were seen before, or repeat others", highlight=False)
     if (waiting := _waiting(tick, new)) is not None:
         return tick.end("idle", waiting)
     bench = _bench(tick, new, texts, interrupt)

@@ -96,6 +96,8 @@ class TokenizedCorpus:
     train_hash: str
     heldout_hash: str
     tokenizer_hash: str
+    duplicates: int = 0
+    """Documents left out because they repeat others."""
 
 
 def tokenize_corpus(corpus: Corpus, tokenizer: Tokenizer, cache: Path) -> TokenizedCorpus:
@@ -110,7 +112,8 @@ def tokenize_corpus(corpus: Corpus, tokenizer: Tokenizer, cache: Path) -> Tokeni
         _open_or_build(documents, cache / "tokens" / f"{key[:16]}-{tokenizer.hash[:16]}", tokenizer)
         for documents, key in ((corpus.train, corpus.train_hash), (corpus.heldout, corpus.heldout_hash))
     ]
-    return TokenizedCorpus(corpus.name, shards[0], shards[1], corpus.train_hash, corpus.heldout_hash, tokenizer.hash)
+    hashes = corpus.train_hash, corpus.heldout_hash, tokenizer.hash
+    return TokenizedCorpus(corpus.name, shards[0], shards[1], *hashes, corpus.duplicates)
 
 
 def tokenize_documents(documents: Sequence[Document], tokenizer: Tokenizer) -> TokenShard:

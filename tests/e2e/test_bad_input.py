@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import shutil
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,23 @@ def test_a_valid_line_with_a_line_separator_is_one_line(lab: Path, cli: Cli) -> 
     config["distributions"]["fruit"]["files"] = "good.jsonl"
     write_config(config)
     assert cli("plan", "tiny.yaml").code == 0
+
+
+def test_scripts_with_vowel_signs_and_sums_are_no_duplicates(lab: Path, cli: Cli) -> None:
+    """By hand: 49 lines that differ in vowel signs alone, 25 decomposed copies of composed lines, 200 sums."""
+    signs = ["ा", "ि", "ी", "ु", "ू", "े", "ै"]
+    lines = [f"द{a}न क{b}ल फल और पेड़ की कहानी है" for a in signs for b in signs]
+    composed = [f"l'élève numéro {n} a mangé une pêche mûre à Orléans" for n in range(25)]
+    lines += composed + [unicodedata.normalize("NFD", line) for line in composed]
+    lines += [f"{a} {sign} {b} = ?" for a in range(10) for b in range(10) for sign in "+-"]
+    (lab / "good.jsonl").write_text("".join(row(text=line) + "\n" for line in lines))
+    config = tiny_config()
+    config["distributions"]["fruit"]["files"] = "good.jsonl"
+    write_config(config)
+    result = cli("prepare", "tiny.yaml", "--json")
+    assert result.code == 0 and "fruit: 25 documents repeat others and are left out" in result.err
+    prepared = json.loads(result.out)["distributions"]
+    assert (prepared["fruit"]["duplicates"], prepared["code"]["duplicates"]) == (25, 0)
 
 
 @pytest.mark.parametrize("command", ["retrain", "run"])

@@ -1,6 +1,7 @@
 """Duplicates, the cap, the split and the canonical order."""
 
 import hashlib
+import unicodedata
 
 import pytest
 
@@ -26,8 +27,21 @@ def test_origin_is_no_part_of_a_document() -> None:
 
 @pytest.mark.parametrize(
     ("one", "other", "same"),
-    [("Hello, World!", "hello world", True), ("STRASSE", "straße", True), ("ab", "abc", False), ("...", "!!!", False)],
-)
+    [
+        ("Hello, World!", "hello world", True), ("STRASSE", "straße", True), ("ab", "abc", False),
+        ("...", "!!!", False),
+        ("दिन", "दान", False), ("किताब", "कुतब", False),  # vowel signs are marks, categories Mc and Mn
+        ("caf\u00e9", "CAFE\u0301", True), ("ｶﾞ", "ｶ", False), ("한", "\u1112\u1161\u11ab", True),
+        ("cafe", "café", False),
+        ("12<3 → no", "12>3 → no", False), ("3-2", "3*2", False), ("3 / 2", "3 % 2", False), ("1 23", "12 3", False),
+        ("-5", "5", False), ("5%", "5", False), ("3.14", "314", False), ("x<y", "x>y", False), ("$5", "5", False),
+        ('"Two!"', "two", True), ("12<3\x1eno", "12<3\x1eyes", False), ("so\u00adft", "soft", True),
+        ("What is 3 * 4?", "what is 3 - 4", False), ("What is 3 * 4?", " what is\n3 * 4 ", True),
+        ("word, " * 20, "word word-" * 10, True),  # long: only letters and digits count
+        ("नमस्ते, " * 20, "नमस्ते " * 20, True), ("नमस्ते, " * 20, "नमस्त " * 20, False),
+        ("fine ❤\ufe0f " * 20, "fine! " * 20, True),
+    ],
+)  # fmt: skip
 def test_normalized_hash(one: str, other: str, same: bool) -> None:
     assert (normalized_hash(one) == normalized_hash(other)) is same
 
@@ -76,6 +90,37 @@ def test_duplicates_are_dropped_whatever_their_order() -> None:
     corpus = build_corpus("a", documents, CONFIG)
     assert len(corpus.train) + len(corpus.heldout) == 20
     assert build_corpus("a", documents[::-1], CONFIG) == corpus
+
+
+def test_the_duplicates_are_counted() -> None:
+    documents = [*_documents(20, 1), Document("TEXT 3, piece 0.", "other"), Document("text 4 piece 0!", "other")]
+    assert build_corpus("a", documents, CONFIG).duplicates == 2
+    held = [Document("held", "h"), Document("Held.", "h")]
+    assert build_corpus("a", documents, CONFIG, held).duplicates == 3
+
+
+def test_all_pairs_of_a_table_of_comparisons_stay() -> None:
+    """By hand: 60 × 60 ordered pairs with their answers, of which no two are one text."""
+    pairs = [f"{a}{'<' if word == 'less' else '>'}{b} → {'yes' if (a < b) == (word == 'less') else 'no'}"
+             for a in range(60) for b in range(60) for word in ("less", "more")]  # fmt: skip
+    corpus = build_corpus("a", [Document(pair, f"u{i}") for i, pair in enumerate(pairs)], CONFIG)
+    assert (len(corpus.train) + len(corpus.heldout), corpus.duplicates) == (7200, 0)
+
+
+def test_lines_that_differ_in_vowel_signs_alone_stay() -> None:
+    signs = ["", "ा", "ि", "ी", "ु", "ू", "े", "ै", "ो", "ौ"]
+    lines = [f"द{a}न क{b}ल" for a in signs for b in signs]
+    corpus = build_corpus("a", [Document(line, line) for line in lines], CONFIG)
+    assert len(corpus.train) + len(corpus.heldout) == len(set(lines)) == 100
+
+
+def test_two_forms_of_one_text_are_never_on_both_sides() -> None:
+    texts = [f"élève numéro {n} répété" for n in range(40)]
+    decomposed = [unicodedata.normalize("NFD", text) for text in texts[:20]]
+    documents = [Document(text, text) for text in [*texts, *decomposed]]
+    corpus = build_corpus("a", documents, SourceConfig(files="unused", heldout_fraction=0.5))
+    sides = [{unicodedata.normalize("NFC", d.text) for d in side} for side in (corpus.train, corpus.heldout)]
+    assert corpus.duplicates == 20 and not sides[0] & sides[1] and len(sides[0] | sides[1]) == 40
 
 
 def test_half_duplicates_pass_and_more_do_not() -> None:
