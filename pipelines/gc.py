@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from lifelong_moe.data.storage import GRACE_SECONDS
 from lifelong_moe.stages.garbage import Garbage, Stored, collect, find_garbage
 from pipelines.places import CACHE, ROOT, remove_abandoned
 
@@ -44,6 +45,8 @@ def _print(console: Console, garbage: Garbage, applied: bool) -> None:
     console.print(f"{done}: {counts}, {garbage.bytes / 1e6:.1f} MB", highlight=False)
     if garbage.young:
         console.print(f"left alone, because they are less than a day old: {len(garbage.young)}", highlight=False)
+    if ahead := sum(stored.changed > time.time() + GRACE_SECONDS for stored in garbage.young):
+        console.print(f"{ahead} of them are dated in the future: a clock was ahead; touch their files", highlight=False)
 
 
 def _megabytes(stored: Stored) -> str:

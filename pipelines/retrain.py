@@ -22,10 +22,10 @@ from lifelong_moe.errors import ConfigError, LifelongError, as_ours, one_line
 from lifelong_moe.methods.retraining import Retraining, load_retraining
 from lifelong_moe.retraining.decision import Action
 from lifelong_moe.stages.lock import locked
-from lifelong_moe.stages.runs import RunRecord, require_head, timestamp
+from lifelong_moe.stages.runs import RunRecord, latest_timestamp, require_head, timestamp
 from lifelong_moe.stages.store import CommittedStage, StageStore
 from lifelong_moe.stages.versions import Action as StageAction
-from lifelong_moe.stages.versions import Head, VersionStage, champion, promoted
+from lifelong_moe.stages.versions import Head, VersionStage, champion, dated_until, promoted, versions
 from lifelong_moe.tracking.tracker import Tracker
 from lifelong_moe.training.interrupt import Interrupt, handling_sigterm
 from lifelong_moe.training.phase import build_trainer
@@ -168,6 +168,14 @@ def _tick(tick: Tick, interrupt: Interrupt, dry_run: bool, plan_path: str | None
         return tick.end("idle", "nothing new has arrived")
     if new.known:
         tick.console.print(f"{new.known:,} documents in the inbox were seen before, or repeat others", highlight=False)
+    believed = dated_until(tick.head, latest_timestamp())
+    for version in versions(tick.head):
+        if version not in believed:
+            tick.console.print(
+                f"Version {version.id} is dated {version.at}, which is in the future: a clock was ahead. It counts "
+                f"neither for trigger.max_days nor for limits.promotions_per_week.",
+                highlight=False,
+            )
     if (waiting := _waiting(tick, new)) is not None:
         return tick.end("idle", waiting)
     bench = _bench(tick, new, texts, interrupt)
@@ -197,7 +205,8 @@ def _waiting(tick: Tick, new: NewDocuments) -> str | None:
     tokenizer = Tokenizer.from_text(tick.store.tokenizer(tick.store.get(champion(tick.head).key)))
     tokens = tokenize_documents(new.documents, tokenizer).num_tokens
     oldest = timestamp(time.time() - 86400 * trigger.max_days) if trigger.max_days is not None else ""
-    if tokens >= trigger.min_tokens or tick.head["versions"][-1]["at"] < oldest:
+    newest = max((version.at for version in dated_until(tick.head, latest_timestamp())), default="")
+    if tokens >= trigger.min_tokens or newest < oldest:
         return None
     return f"{tokens:,} new tokens are waiting; trigger.min_tokens={trigger.min_tokens:,}"
 

@@ -18,7 +18,8 @@ from lifelong_moe.retraining.drift import Drift
 from lifelong_moe.retraining.gate import difference
 from lifelong_moe.stages.atomic import replace_file
 from lifelong_moe.stages.keys import SHORT, content_key
-from lifelong_moe.stages.runs import RunRecord, timestamp
+from lifelong_moe.stages.runs import RunRecord, latest_timestamp, timestamp
+from lifelong_moe.stages.versions import dated_until
 from pipelines.candidates import Bench, Candidate
 from pipelines.drifting import has_drifted, measure_batch
 from pipelines.plan_file import read_plan
@@ -125,6 +126,8 @@ def check_plan(path: Path, bench: Bench, batch: str) -> TickPlan:
     for what, before, after in zip(("champion", "batch", "settings"), old, now, strict=True):
         if before != after:
             raise StalePlanError(f"{path}: made for {what} {before[:SHORT]}, which is {after[:SHORT]} now; plan again.")
+    if facts.get("made_at", "") > latest_timestamp():
+        raise StalePlanError(f"{path}: made at {facts['made_at']}, which is in the future; plan again.")
     if timestamp() > expires:
         raise StalePlanError(f"{path}: expired at {expires}; plan again.")
     candidate = None if stage is None else bench.plan(stage["continues"], grow=stage["grow"])
@@ -248,7 +251,7 @@ def _exceeded(bench: Bench, stage: dict[str, Any], head: dict[str, Any]) -> list
     limits = bench.retraining.settings.limits
     probes = 1 + max(1, len(bench.retraining.settings.probe.grow))
     week = timestamp(time.time() - 7 * 86400)
-    lately = sum(v["kind"] == "promoted" and v["at"] > week for v in head["versions"])
+    lately = sum(v.kind == "promoted" and v.at > week for v in dated_until(head, latest_timestamp()))
     spent = {
         "tokens": stage["tokens"] + probes * stage["probe_tokens"],
         "hours": stage["hours"],

@@ -121,11 +121,15 @@ def _may_be_written(path: Path, descriptor: int) -> bool:
 def _is_old(path: Path) -> bool:
     """Whether nothing in it has changed for a day, by the clock of its file system, which need not be ours."""
     os.utime(path.parent)
+    now, entries = path.parent.stat().st_mtime, [path, *path.rglob("*")]
     try:
-        changed = max(entry.lstat().st_mtime for entry in (path, *path.rglob("*")))
+        changed = max(entry.lstat().st_mtime for entry in entries)
+        if changed > now + GRACE_SECONDS:  # by a clock that was ahead: its day begins now
+            for entry in entries:
+                os.utime(entry, follow_symlinks=False)
     except FileNotFoundError:  # it is changing
         return False
-    return path.parent.stat().st_mtime - changed > GRACE_SECONDS
+    return now - changed > GRACE_SECONDS
 
 
 def write_atomic(path: Path, data: bytes) -> None:

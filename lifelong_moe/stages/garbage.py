@@ -105,7 +105,7 @@ def find_garbage(root: Path, cache: Path, now: float, grace: float = GRACE_SECON
     needs = {config["key"]: _needs(config) for config in configs.values()}
     clock = min(now, _newest(root, stages.values()))
     limit = clock - grace
-    held = reachable(_roots(root, clock), needs)
+    held = reachable(_roots(root, clock, now), needs)
     live = reachable(held | {key for key, stored in stages.items() if stored.changed > limit}, needs)
     untrained = {_untrained_key(config) for config in configs.values() if config["key"] in live}
     short = {key[:SHORT] for key in live}
@@ -142,27 +142,34 @@ def collect(root: Path, cache: Path, now: float, grace: float = GRACE_SECONDS) -
     return garbage
 
 
-def _roots(root: Path, clock: float) -> set[str]:
+def _roots(root: Path, clock: float, now: float) -> set[str]:
     roots: set[str] = set()
     for path in root.glob("runs/*/head.json"):
         roots |= mentioned(_read(path))
     for path in root.glob("runs/*/plans/*.json"):
         plan = _read(path)
-        if not _expired(plan, clock):
+        made = _moment(plan, "made_at")
+        if not _expired(plan, clock) and (made is None or made <= now + GRACE_SECONDS):  # else nobody can carry it out
             roots |= mentioned(plan)
     return roots
 
 
 def _expired(plan: Any, clock: float) -> bool:
     """Whether a plan says that it is over; one that does not say is live."""
-    expires = plan.get("expires") if isinstance(plan, dict) else None
+    expires = _moment(plan, "expires")
+    return expires is not None and expires < clock
+
+
+def _moment(plan: Any, name: str) -> float | None:
+    """A time that stands in a plan, seconds since the epoch; None if none does."""
+    text = plan.get(name) if isinstance(plan, dict) else None
     try:
-        moment = datetime.fromisoformat(expires) if isinstance(expires, str) else None
+        moment = datetime.fromisoformat(text) if isinstance(text, str) else None
     except ValueError:
-        return False
+        return None
     if moment is None:
-        return False
-    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() < clock
+        return None
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
 
 
 def _stage_configs(root: Path) -> Iterator[tuple[Path, dict[str, Any]]]:

@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from lifelong_moe.data.storage import GRACE_SECONDS
 from lifelong_moe.errors import ConfigError, CorruptError
 from lifelong_moe.stages.atomic import replace_file
 from lifelong_moe.stages.keys import SHORT, canonical_json
@@ -25,6 +26,11 @@ from lifelong_moe.stages.keys import SHORT, canonical_json
 def timestamp(seconds: float | None = None) -> str:
     """Now, or so many seconds after the epoch; ISO 8601, UTC, in whole seconds, so that later is greater."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
+
+
+def latest_timestamp() -> str:
+    """The latest time that is believed: clocks of machines that take turns may differ, but by less than a day."""
+    return timestamp(time.time() + GRACE_SECONDS)
 
 
 class RunRecord:

@@ -72,6 +72,16 @@ def versions(head: Mapping[str, Any]) -> list[Version]:
     return [Version.from_json(data) for data in head.get("versions", [])]
 
 
+def dated_until(head: Mapping[str, Any], at: str) -> list[Version]:
+    """Versions that began to serve by a time, oldest first; what is dated later comes from a clock that was ahead.
+
+    Args:
+        head: A run's head.
+        at: ISO 8601, UTC.
+    """
+    return [version for version in versions(head) if version.at <= at]
+
+
 def champion(head: Mapping[str, Any]) -> Version:
     """The version that serves.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from lifelong_moe.data.batches import BatchStore
 from lifelong_moe.data.documents import Document
 from lifelong_moe.errors import ConfigError, DataError, DivergedError, LockedError, ResourceError, StalePlanError
 from lifelong_moe.stages.lock import locked
-from lifelong_moe.stages.runs import RunRecord
+from lifelong_moe.stages.runs import RunRecord, timestamp
 from lifelong_moe.stages.store import StageStore
 from lifelong_moe.training.callbacks import StepCheckpoint
 from pipelines import retrain_plan
@@ -259,6 +260,42 @@ def test_promotions_a_week_are_limited(after_growth: Path) -> None:
     result = tick("limits.promotions_per_week=1")
     assert result["outcome"] == "over budget"
     assert result["reason"] == "limits.promotions_per_week=1 would be exceeded: 2"
+
+
+def test_a_clock_that_was_ahead_blocks_no_promotion_and_does_not_lift_the_limit(after_growth: Path) -> None:
+    record, kept = RunRecord(Path("mlruns"), "tiny"), head()["versions"]
+    record.set_head({**head(), "versions": [kept[0], {**kept[1], "at": "2036-01-01T00:00:00Z"}]})
+    arrive("code", "more.jsonl", seed=91)
+    result, text = tick_and_text("limits.promotions_per_week=1", dry_run=True)
+    assert result["outcome"] == "planned"
+    assert "Version 1 is dated 2036-01-01T00:00:00Z, which is in the future: a clock was ahead." in text
+    # Of two promotions the other one, dated by a clock that is ahead by an hour, still counts.
+    soon = timestamp(time.time() + 3600)
+    record.set_head({**head(), "versions": [kept[0], {**kept[1], "at": soon}, {**kept[1], "id": 2, "at": "2036"}]})
+    result = tick("limits.promotions_per_week=1")
+    assert (result["outcome"], result["reason"]) == (
+        "over budget", "limits.promotions_per_week=1 would be exceeded: 2"
+    )  # fmt: skip
+
+
+def test_a_clock_that_was_ahead_does_not_stop_the_wait() -> None:
+    arrive("sea", "a.jsonl", documents=24)
+    assert tick("trigger.min_tokens=100_000")["outcome"] == "idle"
+    record, kept = RunRecord(Path("mlruns"), "tiny"), head()["versions"]
+    settings = ("trigger.min_tokens=100_000", "trigger.max_days=30")
+    for at, outcome in (("2036-01-01T00:00:00Z", "planned"), (timestamp(time.time() + 3600), "idle")):
+        record.set_head({**head(), "versions": [{**kept[0], "at": at}]})
+        assert tick(*settings, dry_run=True)["outcome"] == outcome
+
+
+def test_a_plan_from_the_future_is_stale() -> None:
+    arrive("sea")
+    plan = Path(tick(dry_run=True)["plan"])
+    facts = json.loads(plan.read_text(encoding="utf-8"))
+    ahead = {"made_at": "2036-01-01T00:00:00Z", "expires": "2036-01-08T00:00:00Z"}
+    plan.write_text(json.dumps({**facts, **ahead}), encoding="utf-8")
+    with pytest.raises(StalePlanError, match="made at 2036-01-01T00:00:00Z, which is in the future; plan again"):
+        tick(plan=str(plan))
 
 
 def test_over_budget_is_told_of_once(tmp_path: Path) -> None:

@@ -228,8 +228,12 @@ def test_every_version_and_every_live_plan_is_kept() -> None:
     assert [stored.key for stored in find_garbage(MLRUNS, CACHE, time.time(), grace=-1).stages] == [key]
     plan = Path("mlruns/runs/tiny/plans/one.json")
     plan.parent.mkdir()
-    for expires, left in (("2999-01-01T00:00:00Z", []), ("2020-01-01T00:00:00Z", [key])):
-        plan.write_text(json.dumps({"stages": [key], "expires": expires}))
+    for made, expires, left in (
+        (None, "2999-01-01T00:00:00Z", []),
+        (None, "2020-01-01T00:00:00Z", [key]),
+        ("2999-01-01T00:00:00Z", "2999-01-08T00:00:00Z", [key]),  # of a clock that was ahead
+    ):
+        plan.write_text(json.dumps({"stages": [key], "made_at": made, "expires": expires}))
         assert [stored.key for stored in find_garbage(MLRUNS, CACHE, time.time(), grace=-1).stages] == left
 
 

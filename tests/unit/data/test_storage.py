@@ -142,6 +142,15 @@ def test_what_others_left_goes_after_a_day(tmp_path: Path, name: str) -> None:
     assert (old.exists(), young.exists(), written.exists()) == (False, True, True)
 
 
+def test_what_is_dated_in_the_future_goes_a_day_from_now(tmp_path: Path) -> None:
+    path = left_behind(tmp_path / ".tmp-0123@elsewhere", -3650 * 24 * HOUR)
+    assert remove_temporary(tmp_path) == 0
+    assert max(entry.stat().st_mtime for entry in (path, path / "file")) < time.time() + HOUR
+    for entry in (path / "file", path):
+        os.utime(entry, (time.time() - 25 * HOUR,) * 2)
+    assert remove_temporary(tmp_path) == 1
+
+
 def test_files_of_earlier_versions_go_as_well(tmp_path: Path) -> None:
     path = tmp_path / ".tmp-123-address"
     path.write_bytes(b"")
