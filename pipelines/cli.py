@@ -13,12 +13,13 @@ import typer
 from rich.console import Console
 
 from lifelong_moe.errors import ConfigError, as_ours, one_line
+from pipelines import output
 
+ABOUT = "Keep one mixture-of-experts language model learning along a stream of data distributions."
 app = typer.Typer(
     add_completion=True,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Keep one mixture-of-experts language model learning along a stream of data distributions.",
 )
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, such as configs/quickstart.yaml.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as seed=1.")]
@@ -30,7 +31,8 @@ Label = Annotated[str | None, typer.Option("--label", help="Known distribution o
 
 def console(as_json: bool = False) -> Console:
     """Where people read; with ``--json`` standard output is for the program that asked."""
-    return Console(stderr=as_json, soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else 140)
+    terminal = (sys.stderr if as_json else sys.stdout).isatty()
+    return Console(stderr=as_json, soft_wrap=not terminal, width=None if terminal else 140)
 
 
 def check_config(path: str, overrides: list[str] | None) -> list[str]:
@@ -65,7 +67,7 @@ def alone(run: str) -> AbstractContextManager[None]:
 def finish(result: Any, as_json: bool) -> None:
     """Print the result for a script, if one asked."""
     if as_json:
-        print(json.dumps(result, ensure_ascii=False))
+        print(json.dumps(result, ensure_ascii=not (sys.stdout.encoding or "utf-8").lower().startswith("utf")))
 
 
 Int8 = Annotated[bool, typer.Option("--int8", help="Hold the model's matrices in 8 bits, a scale a row.")]
@@ -74,6 +76,24 @@ GateSettings = Annotated[
 ]
 REJECTED = 3
 """Exit code where a gate refused what was made."""
+
+
+def print_version(asked: bool) -> None:
+    """Print what is installed, and stop."""
+    if asked:
+        from importlib.metadata import version
+
+        print(f"lifelong-moe {version('lifelong-moe')}")
+        raise typer.Exit
+
+
+@app.callback(help=ABOUT)
+def without_command(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=print_version)
+    ] = False,
+) -> None:
+    """Options that need no command."""
 
 
 @app.command()
@@ -378,6 +398,7 @@ def ui(
 
 def main() -> None:
     """Entry point: a person's mistake costs one line and its exit code; only our own bugs show a traceback."""
+    output.make_robust()
     sys.exit(exit_code(app))
 
 

@@ -195,8 +195,8 @@ class LanguageModel(nn.Module):
 
         Args:
             token_ids_BS: int64 ``(B, S)``.
-            document_ids_BS: Document of each token, int64; needed where the model separates documents only. With a cache in
-                every call or in none, where each text is one document.
+            document_ids_BS: Document of each token, int64; needed where the model separates documents only. With a
+                cache in every call or in none, where each text is one document.
             group_ids_BS: Document cluster, bundle or label of each token, int64; zeros by default.
             mask_BS: True for real tokens; all by default. Padding must stand at the right.
             old_text_BS: True for text of earlier stages; given in a router's review only.
