@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import io
 import math
 import re
@@ -690,14 +691,15 @@ class _errors_under:  # noqa: N801 - a context manager, named like the statement
 
 
 def read_yaml(path: Path) -> DictConfig:
-    """Read a YAML file that holds a mapping; a mistake costs one line with file and line number."""
-    if not path.is_file():
+    """Read a YAML file, or a pipe, that holds a mapping; a mistake costs one line with file and line number."""
+    path = Path("/dev/stdin") if str(path) == "-" else path
+    if path.is_dir() or not path.exists():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
         hint = f" Did you mean {path.parent / near[0]}?" if near else ""
         raise ConfigError(f"{path}: no such file.{hint}")
-    if path.stat().st_size > MAX_CONFIG_BYTES:
+    data = _begins(path) if path.is_file() else _piped(path)
+    if len(data) > MAX_CONFIG_BYTES:
         raise ConfigError(f"{path}: over {MAX_CONFIG_BYTES:,} bytes; is this a configuration file?")
-    data = path.read_bytes()
     try:
         text = data.decode("utf-8-sig")
         _require_shallow(text)
@@ -711,12 +713,26 @@ def read_yaml(path: Path) -> DictConfig:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
+        if mark and "\t" in re.match(r"\s*", text.split("\n")[mark.line])[0]:  # type: ignore[index]
+            raise ConfigError(f"{where}: indented with a tab; YAML takes spaces only.") from None
         raise ConfigError(f"{where}: {(getattr(error, 'problem', None) or 'not YAML').rstrip('.')}.") from None
     except (OmegaConfBaseException, OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: {str(error).splitlines()[0] if str(error) else 'too deeply nested'}") from None
     if not isinstance(loaded, DictConfig) or not loaded:
         raise ConfigError(f"{path}: must hold a mapping such as run: NAME; it is empty or a list.")
     return loaded
+
+
+def _begins(path: Path) -> bytes:
+    """A file's bytes, one more than a configuration may have at most."""
+    with path.open("rb") as file:
+        return file.read(MAX_CONFIG_BYTES + 1)
+
+
+@functools.cache
+def _piped(path: Path) -> bytes:
+    """What comes out of a pipe, which gives it once: the next who asks for it in this process gets the same."""
+    return _begins(path)
 
 
 def _require_shallow(text: str) -> None:

@@ -11,6 +11,7 @@ from rich.table import Table
 from lifelong_moe.data.storage import GRACE_SECONDS
 from lifelong_moe.stages.garbage import Garbage, Stored, collect, find_garbage
 from pipelines.places import CACHE, ROOT, remove_abandoned
+from pipelines.tables import show
 
 
 def gc(apply: bool, console: Console) -> dict[str, Any]:
@@ -39,7 +40,7 @@ def _print(console: Console, garbage: Garbage, applied: bool) -> None:
         for stored in found:
             table.add_row(kind, str(stored.path), _megabytes(stored))
     if table.row_count:
-        console.print(table)
+        show(console, table)
     counts = ", ".join(f"{len(found)} {kind}{'' if kind == 'work' else 's'}" for kind, found in kinds)
     done = "removed" if applied else "nothing removed; --apply removes"
     console.print(f"{done}: {counts}, {garbage.bytes / 1e6:.1f} MB", highlight=False)

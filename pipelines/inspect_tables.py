@@ -12,6 +12,7 @@ from rich.text import Text
 
 from lifelong_moe.evaluation.routed_text import RoutedText, visible
 from lifelong_moe.evaluation.specialization_figures import can_leak
+from pipelines.tables import show
 
 ANSI = [f"bright_{name}" for name in ("red", "green", "yellow", "blue", "magenta", "cyan")]
 ANSI += ["white", "green", "yellow", "magenta", "cyan", "red"]
@@ -45,11 +46,11 @@ def text(console: Console, routed: RoutedText) -> None:
 
 def heldout(console: Console, result: Mapping[str, Any]) -> None:
     """Tables of an inspection on held-out text."""
-    console.print(_layers(result))
-    console.print(_by_distribution(result))
+    show(console, _layers(result))
+    show(console, _by_distribution(result))
     if result["saturation"]:
-        console.print(_saturation(result))
-    console.print(_top_tokens(result))
+        show(console, _saturation(result))
+    show(console, _top_tokens(result))
 
 
 def _token_table(console: Console, routed: RoutedText) -> None:
@@ -57,7 +58,7 @@ def _token_table(console: Console, routed: RoutedText) -> None:
     for token in routed.tokens:
         chosen = (", ".join(f"{name} {weight:.2f}" for name, weight in layer) for layer in token.experts)
         table.add_row(*(Text(cell) for cell in (repr(token.text), routed.owners[token.owner], *chosen)))
-    console.print(table)
+    show(console, table)
 
 
 def _layers(result: Mapping[str, Any]) -> Table:

@@ -27,6 +27,7 @@ from lifelong_moe.stages.store import CommittedStage, StageStore
 from lifelong_moe.stages.versions import champion, describe
 from pipelines import render
 from pipelines.places import ROOT
+from pipelines.tables import show
 
 if TYPE_CHECKING:
     from lifelong_moe.model.transformer import LanguageModel
@@ -50,7 +51,7 @@ def status(run: str, console: Console) -> dict[str, Any]:
     for row in stages:
         step = "" if row["checkpoint_step"] is None else f"step {row['checkpoint_step']}"
         table.add_row(row["name"], row["key"][:SHORT], row["state"], step)
-    console.print(table)
+    show(console, table)
     result: dict[str, Any] = {"run": run, "method": head["method"], "stages": stages}
     if head.get("versions"):
         now, tick = champion(head), head.get("last_tick")
@@ -87,7 +88,7 @@ def lineage(run: str, console: Console) -> list[dict[str, Any]]:
         table.add_row(
             f"{row['name']}\n{row['key'][:SHORT]}", parent, data, row["experts"], row["weights_sha256"][:SHORT]
         )
-    console.print(table)
+    show(console, table)
     return rows
 
 

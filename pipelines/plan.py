@@ -18,6 +18,7 @@ from lifelong_moe.stages.runs import RunRecord
 from lifelong_moe.stages.store import StageStore
 from lifelong_moe.training.disk import run_need
 from pipelines import render
+from pipelines.tables import show
 from pipelines.workspace import ROOT, Prepared, prepare
 
 COMPARED_TOKENS = 200_000
@@ -111,7 +112,7 @@ def _print(console: Console, rows: list[dict[str, Any]], disk: int, speed: list[
             f"{row['replay_fraction']:.0%}",
             f"{row['active_flops']:.1e}",
         )
-    console.print(table)
+    show(console, table)
     todo = [row for row in rows if row["action"] == "train"]
     tokens = sum(row["tokens"] for row in todo)
     text = f"{len(todo)} of {len(rows)} stages to train: {tokens:,} tokens, at most {disk / 1e6:,.1f} MB of disk"

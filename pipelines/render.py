@@ -11,6 +11,7 @@ from rich.table import Table
 from lifelong_moe.evaluation.routing import dead_experts
 from lifelong_moe.methods.plan import PlannedStage
 from lifelong_moe.stages.store import CommittedStage
+from pipelines.tables import show
 
 if TYPE_CHECKING:  # torch is imported there
     from pipelines.workspace import Prepared
@@ -30,7 +31,7 @@ def data_table(console: Console, prepared: Prepared) -> None:
             f"{corpus.train.bytes_per_token:.2f}",
             f"{corpus.train_hash[:12]} / {corpus.heldout_hash[:12]}",
         )
-    console.print(table)
+    show(console, table)
     for name, corpus in prepared.data.corpora.items():
         if corpus.duplicates:
             console.print(f"{name}: {corpus.duplicates:,} documents repeat others and are left out", highlight=False)
@@ -57,9 +58,9 @@ def stage_line(
 def report(console: Console, reports: list[dict[str, Any]]) -> None:
     """Loss matrices, then one table of all runs side by side."""
     for one in reports:
-        console.print(_matrix_table(one))
-        console.print(_stages_table(one))
-    console.print(_summary_table(reports))
+        show(console, _matrix_table(one))
+        show(console, _stages_table(one))
+    show(console, _summary_table(reports))
 
 
 def _matrix_table(one: dict[str, Any]) -> Table:

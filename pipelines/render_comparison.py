@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipelines.render import millions
+from pipelines.tables import show
 
 Arm = Mapping[str, Any]
 ABSENT = "–"
@@ -81,10 +82,10 @@ def terminal(console: Console, comparison: Mapping[str, Any]) -> None:
     for grid in grids(comparison):
         table = Table(title=grid.title, title_justify="left")
         for i, header in enumerate(grid.header):
-            table.add_column(header, justify="right" if i else "left", no_wrap=not i)
+            table.add_column(header, justify="right" if i else "left")
         for row in grid.rows:
             table.add_row(*row)
-        console.print(table)
+        show(console, table)
     console.print(EXPLANATION, highlight=False)
     for line in absent(comparison):
         console.print(f"[yellow]{line}[/yellow]", highlight=False)

@@ -11,6 +11,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from lifelong_moe.errors import TryAgainError
 from lifelong_moe.training.checkpoint import checkpoint_path, checkpoints
@@ -19,6 +20,8 @@ from lifelong_moe.training.interrupt import Interrupt
 
 LOG_SECONDS, BAR_SECONDS = 15.0, 1.0
 """Between two lines, and between two moves of the bar."""
+WORDS = 72
+"""Characters of the words and numbers beside a bar."""
 
 
 class Meter(Callback):
@@ -113,9 +116,9 @@ class ProgressReport(Callback):
             return
         columns = (
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(bar_width=max(4, min(40, self.console.width - WORDS))),
             MofNCompleteColumn(),
-            TextColumn("steps · {task.fields[text]}"),
+            TextColumn("steps · {task.fields[text]}", table_column=Column(overflow="fold")),
             TimeRemainingColumn(),
         )
         self._bar = Progress(*columns, console=self.console, transient=True)

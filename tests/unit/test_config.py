@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,16 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from lifelong_moe.config import Method, RunConfig, build_config, load_config, read_config, read_yaml, whole_config
+from lifelong_moe.config import (
+    Method,
+    RunConfig,
+    _piped,
+    build_config,
+    load_config,
+    read_config,
+    read_yaml,
+    whole_config,
+)
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.growth.config import ExpertInit
 from lifelong_moe.routing.config import Level
@@ -44,6 +54,44 @@ def error(load: Load, *overrides: str, text: str | bytes = YAML) -> str:
     message = str(caught.value)
     assert "\n" not in message and caught.value.exit_code == 2
     return message
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("run: a\nmodel:\n\twidth: 64\n", 3),
+        ("run: a\nmodel:\n  width: 64\n\tlayers: 2\n", 4),
+        ("run: a\nstages:\n  - data: x\n  \ttokens: 1\n", 4),
+    ],
+)
+def test_a_tab_is_called_by_its_name(load: Load, text: str, line: int) -> None:
+    assert error(load, text=text).endswith(f"run.yaml:{line}: indented with a tab; YAML takes spaces only.")
+
+
+def test_a_tab_between_key_and_value_is_a_space(load: Load) -> None:
+    assert load(text=YAML.replace("run: ", "run:\t")).run == "tiny"
+
+
+def test_a_configuration_may_come_out_of_a_pipe() -> None:
+    """As ``<(sed …)`` and ``-`` give it: once, although the checks and the work both ask for it."""
+    reading, writing = os.pipe()
+    os.write(writing, YAML.encode())
+    os.close(writing)
+    assert [load_config(f"/dev/fd/{reading}", [f"seed={seed}"])[0].seed for seed in (1, 2)] == [1, 2]
+    os.close(reading)
+    reading, writing = os.pipe()
+    os.write(writing, b"run: [\n")
+    os.close(writing)
+    before = os.dup(0)
+    os.dup2(reading, 0)
+    try:
+        with pytest.raises(ConfigError, match=r"^/dev/stdin:2: "):
+            load_config("-")
+    finally:
+        os.dup2(before, 0)
+        os.close(before)
+        os.close(reading)
+        _piped.cache_clear()
 
 
 def test_defaults_are_merged_under_each_stage(load: Load) -> None:
