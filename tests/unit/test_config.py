@@ -417,7 +417,7 @@ def bomb(opening: str, closing: str, item: str) -> str:
         (YAML + "seed: 1\nseed: 2\n", "run.yaml:7: found duplicate key seed."),
         (YAML.replace("layers: 2,", "layers: 2, layers: 3,"), "run.yaml:3: found duplicate key layers."),
         ("run: [1\n", "run.yaml:2: did not find expected ',' or ']'."),
-        ("run: x\n\tseed: 3\n", "run.yaml:2: found a tab character that violates indentation."),
+        ("run: x\n\tseed: 3\n", "run.yaml:2: indented with a tab; YAML takes spaces only."),
         ("run: é\n".encode("latin1"), "run.yaml:1: invalid UTF-8 at byte 5."),
         (b"run: a\x00b\n", "run.yaml:1: control characters are not allowed."),
         ("run: !!python/object/apply:os.getcwd []\n", "run.yaml:1: could not determine a constructor for the tag"),
