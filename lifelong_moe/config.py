@@ -433,14 +433,9 @@ class RunConfig:
                 f"stages[{i}].penalty.kind={stage.penalty.kind} holds old weights that train, and none does: the trunk "
                 f"is {stage.trunk.train} and old experts are frozen. Set penalty.kind=none."
             )
-        replays = stage.replay.fraction or stage.review.fraction
         measures = stage.penalty.kind == PenaltyKind.ewc and stage.penalty.factor > 0
-        if stage.replay.source == ReplaySource.generated and replays and measures:
-            raise ConfigError(
-                f"stages[{i}].penalty.kind=ewc reads stored text, and with replay.source=generated none is stored. Set "
-                f"penalty.kind=l2 or replay.source=stored."
-            )
-        if stage.replay.source == ReplaySource.generated and replays and self.routing.by_label:
+        uses_old_text = stage.replay.fraction or stage.review.fraction or measures
+        if stage.replay.source == ReplaySource.generated and uses_old_text and self.routing.by_label:
             raise ConfigError(
                 f"stages[{i}].replay.source=generated: text that a model wrote has no label, which this routing needs. "
                 f"Set replay.source=stored."

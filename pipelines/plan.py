@@ -19,7 +19,7 @@ from lifelong_moe.stages.store import StageStore
 from lifelong_moe.training.disk import run_need
 from pipelines import render
 from pipelines.tables import show
-from pipelines.workspace import ROOT, Prepared, prepare
+from pipelines.workspace import ROOT, Prepared, further_training, prepare
 
 COMPARED_TOKENS = 200_000
 """Tokens of each distribution whose frequencies are compared."""
@@ -47,7 +47,8 @@ def plan(config_path: str, overrides: list[str], console: Console) -> dict[str, 
         console.print(f"· {sentence}", highlight=False)
     if head is not None and head["plan"][: len(rows)] != [row["key"] for row in rows][: len(head["plan"])]:
         console.print(
-            f"[yellow]run={head['run']} exists with other stages; running needs run=NAME or --replace.[/yellow]"
+            f"[yellow]run={head['run']} exists with other stages; running needs run=NAME or --replace."
+            f"{further_training(head, prepared.plan, store)}[/yellow]"
         )
     return {
         "run": prepared.config.run,

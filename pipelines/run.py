@@ -32,7 +32,7 @@ from pipelines import render
 from pipelines.evaluations import Evaluator
 from pipelines.places import remove_abandoned
 from pipelines.record import MlflowRecord
-from pipelines.workspace import ROOT, Prepared, prepare, require_room
+from pipelines.workspace import ROOT, Prepared, further_training, prepare, require_room
 
 log = logging.getLogger(__name__)
 
@@ -259,7 +259,8 @@ def _open_head(record: RunRecord, prepared: Prepared, replace: bool) -> dict[str
     if head is not None and not replace:
         known = min(len(keys), len(head["plan"]))
         if head["plan"][:known] != keys[:known]:
-            raise ConfigError(_changed(record.run, head, names, keys, data))
+            remedy = further_training(head, prepared.plan, StageStore(ROOT))
+            raise ConfigError(_changed(record.run, head, names, keys, data) + remedy)
     if head is None or replace:
         trained = head["trained"] if head else []
         before = head["mlflow"] if head else {}

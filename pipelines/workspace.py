@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,9 @@ from lifelong_moe.config import RunConfig, build_config, read_config, section, w
 from lifelong_moe.data.prepare import PreparedData, prepare_data
 from lifelong_moe.methods.plan import PlannedStage, check_clusters, plan_stages, stage_need
 from lifelong_moe.routing.registry import build_router
-from lifelong_moe.stages.keys import SHORT
+from lifelong_moe.stages.keys import SCHEMA, SHORT, canonical_json
 from lifelong_moe.stages.runs import require_head
+from lifelong_moe.stages.store import StageStore
 from lifelong_moe.training.config import TrainerConfig
 from lifelong_moe.training.disk import require_space, run_need, used_space
 from pipelines.places import CACHE, ROOT
@@ -50,6 +51,36 @@ def prepare(config_path: str, overrides: list[str], memory: dict[str, PreparedDa
     plan = plan_stages(config, hashes, data.tokenizer_identity(), data.tokenizer.bos_id)
     check_clusters(plan, {name: corpus.train.num_documents for name, corpus in data.corpora.items()})
     return Prepared(config, written_config(raw), whole_config(raw), data, plan)
+
+
+def further_training(head: Mapping[str, Any], plan: list[PlannedStage], store: StageStore) -> str:
+    """What else there is to say of a plan that is not the run's: nothing, or how to train a committed stage further.
+
+    That is if all that was changed is that it should have more tokens. What an earlier version trained has other keys.
+
+    Args:
+        head: Of the run, whose stages are not the planned ones.
+        plan: What would be trained.
+        store: Where the stages are.
+    """
+    first = next(i for i, (old, new) in enumerate(zip(head["plan"], plan, strict=False)) if old != new.key)
+    stage, spec = store.find(head["plan"][first]), plan[first].spec
+    if stage is None:
+        return ""
+    if stage.config.get("schema") != SCHEMA:
+        return (
+            f" Stage {stage.name} was trained by an earlier version: it can be read, evaluated and retrained from, but "
+            f"run trains it anew."
+        )
+    if not (before := stage.config["spec"]["tokens"]) < spec.tokens:
+        return ""
+    then, now = (canonical_json({**one, "tokens": None}) for one in (stage.config["spec"], spec.to_json()))
+    if then != now:
+        return ""
+    return (
+        f" Stage {spec.name} is committed with {before:,} tokens; to train it further, leave it as it is and append a "
+        f"stage {{data: {spec.data}, continues: {spec.name}}}."
+    )
 
 
 def read_data(config: RunConfig, memory: dict[str, PreparedData] | None = None) -> PreparedData:

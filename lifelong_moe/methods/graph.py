@@ -112,7 +112,8 @@ def _spec(config: RunConfig, recipe: Recipe, i: int, stage: StageConfig) -> Stag
     penalizes = later and recipe.penalty and holds
     grows = _grows(recipe, i, stage)
     grown = any(_grows(recipe, j, earlier) for j, earlier in enumerate(config.stages[: i + 1]))
-    fisher_data = earlier if penalizes and measures else ()
+    fisher_data = earlier if penalizes and measures and stage.replay.source == ReplaySource.stored else ()
+    uses_old_text = bool(replayed) or (penalizes and measures)
     assert stage.name is not None
     return StageSpec(
         name=stage.name,
@@ -121,7 +122,7 @@ def _spec(config: RunConfig, recipe: Recipe, i: int, stage: StageConfig) -> Stag
         replayed=replayed,
         replay_weights=(1,) * len(replayed),
         replay_fraction=stage.replay.fraction if replays else 0.0,
-        replay_source=stage.replay.source if replayed else ReplaySource.stored,
+        replay_source=stage.replay.source if uses_old_text else ReplaySource.stored,
         replay_buffer=stage.replay.buffer_tokens if replayed or fisher_data else None,
         fisher_data=fisher_data,
         tokens=stage.tokens,

@@ -109,7 +109,8 @@ class ReplayConfig:
     fraction: float = 0.25
     """Share of the stage's sequences, spread evenly over steps and over earlier stages."""
     source: ReplaySource = ReplaySource.stored
-    """``stored`` training text, or text ``generated`` by the previous stage's model, for which nothing is stored."""
+    """``stored`` training text, or text ``generated`` by the previous stage's model, for which nothing is stored; of it
+    ``penalty.kind=ewc`` takes its Fisher information too."""
     buffer_tokens: int | None = None
     """Tokens of stored text kept of each earlier distribution; None keeps all."""
 
@@ -138,7 +139,8 @@ class PenaltyConfig:
     weight: float | None = None
     """Factor on half the weighted sum of squares; by default 0.1 for ``l2`` and 1000 for ``ewc``."""
     fisher_tokens: int = 16_384
-    """``ewc``: training tokens of each earlier distribution that the Fisher information is measured on."""
+    """``ewc``: training tokens of each earlier distribution that the Fisher information is measured on; in all, where
+    ``replay.source=generated``."""
 
     def __post_init__(self) -> None:
         if self.weight is not None and self.weight < 0:

@@ -134,6 +134,8 @@ def _carried_on(spec: Mapping[str, Any], data: str) -> list[str]:
         found.append("trained on text that a model with it had written")
     if spec["distill"]:
         found.append("was distilled from a model with it")
+    if spec["penalty"] and spec["penalty"]["kind"] == "ewc" and spec["replay_source"] == "generated":
+        found.append("weighed its penalty by text that a model with it had written")
     if data in spec["fisher_data"]:
         found.append(f"weighed its penalty by {data}")
     if spec["grow"] and spec["grow"]["init"] == "copy":

@@ -173,6 +173,13 @@ def _generated_source(model: LanguageModel, teacher: LanguageModel | None, rows:
     return RowSource(rows, bos, *(None if ids is None else ids.reshape(rows.shape) for ids in groups))
 
 
+def written_sample(model: LanguageModel, rows: NDArray[np.int64]) -> dict[str, Tensor]:
+    """Blocks that the parent's model wrote, as :func:`text_sample` gives blocks of stored text."""
+    source = _generated_source(model, None, rows)
+    samples = [source.block(n) for n in range(len(source))]
+    return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
+
+
 def text_sample(
     model: LanguageModel, spec: StageSpec, corpus: TokenizedCorpus, tokens: int, limit: int | None = None
 ) -> dict[str, Tensor]:

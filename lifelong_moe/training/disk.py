@@ -50,11 +50,11 @@ def disk_need(spec: StageSpec, trainable: int, checkpoint: CheckpointConfig, tra
     """
     weights = trainable * BYTES[spec.precision]
     taken = sum(phase.steps // checkpoint.every_steps for phase in spec.phases())
-    generated = TOKEN_BYTES * spec.replayed_tokens if spec.generates else 0
+    written = TOKEN_BYTES * (spec.teacher_tokens - spec.distilled_tokens)
     cached = 4 * spec.model.width * spec.distilled_tokens if trainer.cache_teacher else 0
     best = weights if spec.finetune is not None and spec.finetune.patience is not None else 0
     records = RECORD_BYTES + POINT_BYTES * (spec.steps // trainer.log_every_n_steps)
-    work = 3 * weights * min(taken, checkpoint.keep + 1) + best + generated + cached
+    work = 3 * weights * min(taken, checkpoint.keep + 1) + best + written + cached
     return DiskNeed(weights + records, work)
 
 

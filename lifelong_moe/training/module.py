@@ -112,8 +112,10 @@ class StageModule(LightningModule):
         if self._anchor is not None:
             parts["penalty"] = self._anchor.value(self.model)
             total = total + parts["penalty"]
-        self.means.add({"objective": total, **parts}, shares, output.routings, batch["mask"].flatten())
-        return {"loss": total, "parts": {name: value.detach() for name, value in parts.items()}}
+        mask_T = batch["mask"].flatten()
+        self.means.add({"objective": total, **parts}, shares, output.routings, mask_T)
+        detached = {name: value.detach() for name, value in parts.items()}
+        return {"loss": total, "parts": detached, "loads": [r.counts_of(mask_T) for r in output.routings]}
 
     def _next_token_loss(self, batch: dict[str, Any], hidden_TD: Tensor) -> Tensor:
         """Mean over the tokens that count, whose hidden states are given."""

@@ -30,6 +30,7 @@ from lifelong_moe.routing.config import Features, Level
 from lifelong_moe.stages.store import StageStore
 from lifelong_moe.training.callbacks import Meter, ProgressReport, StepCheckpoint
 from lifelong_moe.training.checkpoint import SafeCheckpointIO, checkpoint_path
+from lifelong_moe.training.collapse import CollapseWarning
 from lifelong_moe.training.config import CheckpointConfig, FrozenConfig, Offload, TrainerConfig
 from lifelong_moe.training.data import StageData, phase_dataset, text_sample
 from lifelong_moe.training.execution import documents_apart, executed, expert_dropout, keep_freed_memory
@@ -176,6 +177,7 @@ def _fit(
         meter,
         ProgressReport(title, environment.console, config.enable_progress_bar and rank == 0, meter),
         *([] if stopping is None else [stopping]),
+        *_collapse_warning(spec, config.log_every_n_steps if rank == 0 else None),
         StepCheckpoint(run.work, run.number, checkpoint.every_steps, checkpoint.keep, interrupt),
     ]
     logger = BatchedLogger(spec.name, environment.run_id, send, run.first_step) if rank == 0 else None
@@ -188,6 +190,14 @@ def _fit(
         trainer.fit(module, data, ckpt_path=run.resume, weights_only=True)
     if trainer.global_step != phase.steps and not (stopping is not None and trainer.should_stop):
         raise RuntimeError(f"stage {spec.name}: trained {trainer.global_step} of {phase.steps} steps")
+
+
+def _collapse_warning(spec: StageSpec, every_steps: int | None) -> list[CollapseWarning]:
+    """What warns of collapse in one process, where routers are trained and tokens choose."""
+    routing = spec.routing
+    if every_steps is None or not routing.has_rows or routing.mode in ("dense", "expert_choice"):
+        return []
+    return [CollapseWarning(spec.name, routing.top_k, every_steps)]
 
 
 def _stopping(spec: StageSpec, run: PhaseRun, corpus: TokenizedCorpus) -> EarlyStopping | None:

@@ -15,6 +15,7 @@ from lifelong_moe.retention.config import (
     DistillConfig,
     DistillText,
     PenaltyConfig,
+    PenaltyKind,
     ReplaySource,
     ReviewConfig,
     TrunkConfig,
@@ -73,7 +74,8 @@ class StageSpec:
     replay_buffer: int | None
     """Tokens kept of each earlier distribution that is replayed or measured on."""
     fisher_data: tuple[str, ...]
-    """Earlier distributions that the Fisher information is measured on; empty without EWC."""
+    """Earlier distributions that the Fisher information is measured on; empty without EWC, or if it takes generated
+    text."""
     tokens: int
     grow: GrowConfig | None
     continues: str | None
@@ -123,6 +125,18 @@ class StageSpec:
         return bool(self.replayed) and self.replay_source == ReplaySource.generated
 
     @property
+    def measures_generated(self) -> bool:
+        """Whether the Fisher information is measured on text that the parent's model writes."""
+        by_fisher = self.penalty is not None and self.penalty.kind == PenaltyKind.ewc
+        return by_fisher and self.replay_source == ReplaySource.generated
+
+    @property
+    def written_blocks(self) -> tuple[int, int]:
+        """Blocks that the parent's model writes: those to be replayed, and those to measure its weights on."""
+        replayed = max(1, self.replayed_tokens // self.model.context) if self.generates else 0
+        return replayed, self.fisher_measured_tokens // self.model.context if self.measures_generated else 0
+
+    @property
     def reads(self) -> tuple[str, ...]:
         """Other distributions whose training text it mixes in; generated text comes from the parent alone."""
         return () if self.generates else self.replayed
@@ -149,7 +163,8 @@ class StageSpec:
     @property
     def teacher_tokens(self) -> int:
         """Tokens that pass through the parent's model without a gradient, nearly: distilled on, or written by it."""
-        return self.distilled_tokens + (self.replayed_tokens if self.generates else 0)
+        measured = self.fisher_measured_tokens if self.measures_generated else 0
+        return self.distilled_tokens + (self.replayed_tokens if self.generates else 0) + measured
 
     @property
     def buffer_blocks(self) -> int | None:
@@ -159,9 +174,11 @@ class StageSpec:
     @property
     def fisher_measured_tokens(self) -> int:
         """Tokens, in whole blocks, that the Fisher information is measured on; less if there is less text."""
-        if self.penalty is None or not self.fisher_data:
+        if self.penalty is None or not (self.fisher_data or self.measures_generated):
             return 0
         blocks = max(1, self.penalty.fisher_tokens // self.model.context)
+        if self.measures_generated:
+            return blocks * self.model.context
         kept = blocks if self.buffer_blocks is None else min(blocks, self.buffer_blocks)
         return len(self.fisher_data) * kept * self.model.context
 

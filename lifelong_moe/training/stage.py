@@ -33,11 +33,11 @@ from lifelong_moe.retention.penalty import WeightAnchor, fisher_diagonal, make_a
 from lifelong_moe.retention.teacher import make_teacher
 from lifelong_moe.routing.config import Bundles, Centroids
 from lifelong_moe.stages.atomic import replace_file, verify_directory, write_directory
-from lifelong_moe.stages.keys import SHORT
+from lifelong_moe.stages.keys import SCHEMA, SHORT
 from lifelong_moe.stages.lock import locked
 from lifelong_moe.stages.store import CommittedStage, StageStore, load_weights
 from lifelong_moe.training.checkpoint import newest_checkpoint
-from lifelong_moe.training.data import text_sample
+from lifelong_moe.training.data import text_sample, written_sample
 from lifelong_moe.training.first_centroids import FIRST_CENTROIDS, first_centroids
 from lifelong_moe.training.measure import stage_metrics
 from lifelong_moe.training.module import StageModule
@@ -110,6 +110,7 @@ def train_stage(
         model, metrics = trained
         hashes = {name: corpora[name].train_hash for name in spec.uses}
         identity = {
+            "schema": SCHEMA,
             "key": key,
             "name": spec.name,
             "parent": parent.key if parent else None,
@@ -182,12 +183,13 @@ def _prepare(
     if parent is None:
         return initial_model(spec.architecture(None, vocab_size, bos_id), spec.seed), None, None, None
     model = _continued(spec, parent, corpora, environment.store)
-    generated = _generated_text(model, spec, seed, work, environment.console) if spec.generates else None
+    written = _generated_text(model, spec, seed, work, environment.console) if any(spec.written_blocks) else None
+    generated = written[: spec.written_blocks[0]] if written is not None and spec.generates else None
     if spec.continues is not None:
         model.freeze_generations(model.architecture.born_in(spec.continues))
     freeze_trunk(model, spec.trunk)
     freeze_for_finetuning(model, spec.finetune)
-    importances = _importances(model, spec, corpora) if spec.fisher_data else None
+    importances = _importances(model, spec, corpora, written) if spec.fisher_measured_tokens else None
     old = {name: p.detach().clone() for name, p in model.named_parameters()} if spec.penalty else {}
     if spec.student is not None:
         return shallow_student(model, spec.student), model.requires_grad_(False).eval(), None, generated
@@ -229,9 +231,16 @@ def _unchanging(model: LanguageModel, spec: StageSpec) -> list[Tensor]:
     return [p for name, p in model.named_parameters() if not p.requires_grad or (freezes and not places[name].is_trunk)]
 
 
-def _importances(model: LanguageModel, spec: StageSpec, corpora: Mapping[str, TokenizedCorpus]) -> dict[str, Tensor]:
-    """Mean Fisher information on what is kept of the earlier distributions."""
+def _importances(
+    model: LanguageModel,
+    spec: StageSpec,
+    corpora: Mapping[str, TokenizedCorpus],
+    written: NDArray[np.int64] | None,
+) -> dict[str, Tensor]:
+    """Mean Fisher information on what is kept of the earlier distributions, or on what the old model wrote."""
     assert spec.penalty is not None
+    if spec.measures_generated and written is not None:
+        return fisher_diagonal(model, written_sample(model, written[spec.written_blocks[0] :]))
     tokens, kept = spec.penalty.fisher_tokens, spec.buffer_blocks
     samples = (text_sample(model, spec, corpora[name], tokens, kept) for name in spec.fisher_data)
     return mean_fisher([fisher_diagonal(model, sample) for sample in samples])
@@ -240,11 +249,10 @@ def _importances(model: LanguageModel, spec: StageSpec, corpora: Mapping[str, To
 def _generated_text(
     model: LanguageModel, spec: StageSpec, seed: int, work: Path, console: Console
 ) -> NDArray[np.int64]:
-    """Text that the parent's model writes, each block for one use; kept with the stage's work."""
+    """Text that the parent's model writes, each block for one use, those to be replayed first; kept with the work."""
     path = work / "generated"
     if not path.exists():
-        context = spec.model.context
-        blocks = max(1, spec.replayed_tokens // context)
+        context, blocks = spec.model.context, sum(spec.written_blocks)
         clusters = model.document_clusters
         with console.status(f"{spec.name}: the previous stage's model writes {blocks * context:,} tokens"):
             rows = generate_blocks(

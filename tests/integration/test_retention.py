@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lifelong_moe.errors import CorruptError
+from lifelong_moe.retention.generated import generate_blocks
 from lifelong_moe.retention.penalty import WeightAnchor, fisher_diagonal
 from lifelong_moe.stages.lineage import lineage_rows
 from lifelong_moe.stages.store import CommittedStage, StageStore
@@ -22,7 +23,7 @@ from lifelong_moe.training import stage as training
 from lifelong_moe.training.callbacks import StepCheckpoint
 from lifelong_moe.training.data import text_sample
 from lifelong_moe.training.module import StageModule
-from lifelong_moe.training.stage import load_model
+from lifelong_moe.training.stage import _importances, load_model
 from pipelines.workspace import prepare
 from tests.tiny import CONTEXT, STEPS, fork, kill_self, tiny_config, train, write_config
 
@@ -350,3 +351,51 @@ def test_token_clusters_within_bundles(lab: Path) -> None:
     nats = report["loss_nats_per_token"]
     assert abs(nats[1][0] - nats[0][0]) < 1e-6 and nats[1][1] < nats[0][1] - 0.1
     assert report["routing"]["fruit"]["leak"] == 0 and report["stages"][1]["training"]["new_expert_share"] > 0
+
+
+def test_a_router_that_collapses_is_named_while_it_trains(
+    lab: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from lifelong_moe.routing.linear import LinearRouter
+
+    whole = LinearRouter.logits
+
+    def to_one(self: LinearRouter, x_TD: torch.Tensor) -> torch.Tensor:
+        logits_TE = whole(self, x_TD)
+        return logits_TE + 99.0 * (torch.arange(logits_TE.shape[1]) == 0) * (self.layer == 1)
+
+    monkeypatch.setattr(LinearRouter, "logits", to_one)
+    train(write_config(tiny_config(("fruit",))))
+    warnings = [message for message in caplog.messages if "collapsed" in message]
+    assert len(warnings) == 1 and "stage fruit: the router of layer 1 has collapsed in steps 1 to 4" in warnings[0]
+
+
+def test_ewc_without_stored_text(lab: Path) -> None:
+    """The Fisher information is that of text which the old model writes: by hand, from its weights and seed alone."""
+    ewc = {"kind": "ewc", "fisher_tokens": 100}
+    stage = {"penalty": ewc, "replay": {"fraction": 0.0, "source": "generated"}, "distill": {"weight": 0.0}}
+    prepared = prepare(write_config(tiny_config(stage_defaults=stage)), [])
+    spec = prepared.plan[1].spec
+    assert (spec.fisher_data, spec.reads, spec.uses) == ((), (), ("code",))
+    assert (spec.written_blocks, spec.fisher_measured_tokens, spec.teacher_tokens) == ((0, 3), 96, 96)
+    report, _ = train()
+    store = StageStore(Path("mlruns"))
+    first, second = (store.get(one["key"]) for one in report["stages"])
+    assert second.config["data"].keys() == {"code"}
+    without, _ = train("tiny.yaml", "run=free", "stage_defaults.penalty.kind=none")
+    assert report["stages"][1]["weights_sha256"] != without["stages"][1]["weights_sha256"]
+
+    model = load_model(store, first)
+    rows = generate_blocks(model, 3, context=32, bos_id=prepared.data.tokenizer.bos_id, seed=1000)
+    tokens = torch.from_numpy(rows)
+    expected = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    model.eval()
+    for row in tokens:  # 32 times, of 32 tokens a block, the mean over blocks of the squared gradient of the mean loss
+        model.zero_grad()
+        hidden = model(row[None, :-1], document_ids_BS=torch.zeros(1, 32, dtype=torch.int64)).hidden_BSD
+        torch.nn.functional.cross_entropy(model.logits(hidden[0]), row[1:]).backward()
+        for name, p in model.named_parameters():
+            expected[name] += 0 if p.grad is None else 32 / 3 * p.grad**2
+    found = _importances(model, spec, {}, rows)
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-9)

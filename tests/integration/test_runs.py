@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from lifelong_moe.errors import ConfigError, CorruptError, TryAgainError
 from lifelong_moe.stages.lock import locked
@@ -268,3 +271,25 @@ def test_training_touches_no_network(lab: Path, monkeypatch: pytest.MonkeyPatch)
     write_config(tiny_config(("fruit",)))
     report, _ = train()
     assert len(report["stages"]) == 1
+
+
+def test_more_tokens_for_a_committed_stage_are_a_further_stage(lab: Path) -> None:
+    from pipelines.plan import plan
+
+    write_config(tiny_config())
+    train()
+    remedy = (
+        r"Stage code is committed with 1,536 tokens; to train it further, leave it as it is and append a stage "
+        r"\{data: code, continues: code\}\."
+    )
+    with pytest.raises(ConfigError, match=rf"Choose run=NAME, or --replace .* stages\. {remedy}$"):
+        train("tiny.yaml", "stages[1].tokens=2048")
+    printed = io.StringIO()
+    plan("tiny.yaml", ["stages[1].tokens=2048"], Console(file=printed, width=400))
+    assert re.search(remedy, printed.getvalue())
+    for other in ("stages[1].tokens=1024", "stages[1].optim.lr=1e-4"):  # less, and not tokens at all
+        with pytest.raises(ConfigError, match=r"new stages\.$"):
+            train("tiny.yaml", other)
+    stages = "stages=[{data: fruit}, {data: code}, {name: more, data: code, continues: code}]"
+    report, _ = train("tiny.yaml", stages)
+    assert [stage["name"] for stage in report["stages"]] == ["fruit", "code", "more"]
