@@ -1,0 +1,112 @@
+"""What earlier versions committed stays readable: a run of two stages with bundles, as commit 217e367 left it.
+
+``earlier/mlruns`` is its output without MLflow (schema 3 of stage keys, schema 2 of reports), ``recorded.json`` what
+that version said of ``text.txt``, and of ``def return self value`` as a prompt, without sampling.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from lifelong_moe.errors import ConfigError
+from lifelong_moe.model.architecture import Architecture
+from lifelong_moe.stages.store import StageStore
+from lifelong_moe.training.config import CheckpointConfig, FrozenConfig
+from lifelong_moe.training.interrupt import Interrupt
+from lifelong_moe.training.phase import StageEnvironment
+from lifelong_moe.training.stage import load_model, train_stage
+from pipelines import inspectors
+from pipelines.workspace import prepare
+from tests.tiny import VOCABULARIES, train, write_config, write_corpus
+
+EARLIER = Path(__file__).with_name("earlier")
+SILENT = Console(quiet=True)
+STAGES = ("fruit", "code")
+
+
+@pytest.fixture(autouse=True)
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A copy to work in, with the text that was trained on; returns what was recorded."""
+    shutil.copytree(EARLIER, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate(STAGES):
+        write_corpus(Path(f"{name}.jsonl"), VOCABULARIES[name].split(), seed, 40)
+    recorded: dict[str, Any] = json.loads(Path("recorded.json").read_text())
+    return recorded
+
+
+def earlier_config() -> str:
+    head: dict[str, Any] = json.loads(Path("mlruns/runs/old/head.json").read_text())
+    return write_config(head["config"], "old.yaml")
+
+
+def said(command: Any) -> str:
+    printed = io.StringIO()
+    command(Console(file=printed, width=200))
+    return printed.getvalue()
+
+
+def test_status_report_and_lineage_read_it() -> None:
+    status = said(lambda console: inspectors.status("old", console))
+    assert all(re.search(rf"{name}.*committed", status) for name in STAGES)
+    report = said(lambda console: inspectors.report(["old"], console))
+    counts = json.loads(Path("mlruns/runs/old/report.json").read_text())["expert_counts"]
+    unused = int((np.array(counts["fruit"]) + np.array(counts["code"]) == 0).sum())
+    assert re.search(rf"experts that no distribution uses\W+{unused}\b", report)
+    lineage = said(lambda console: inspectors.lineage("old", console))
+    assert "fruit/L0..1/E0..1" in lineage and "code/L0..1/E2..3" in lineage
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_it_says_what_it_said(stage: str, kept: dict[str, Any]) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 24, "top_p": 1.0, "seed": 0, "label": None, "console": SILENT}
+    generated = inspectors.generate("old", stage, "def return self value", temperature=0.0, **options)
+    assert generated["text"] == kept["generated"][stage]
+    measured = inspectors.evaluate("old", stage, "text.txt", None, SILENT)
+    for key, value in kept["evaluated"][stage].items():
+        assert measured[key] == pytest.approx(value, rel=1e-6), key
+
+
+def test_the_same_configuration_is_told_that_the_stages_are_older() -> None:
+    message = (
+        r"run=old exists with another configuration .*, or --replace .* Stage fruit was trained by an earlier version"
+    )
+    with pytest.raises(ConfigError, match=message):
+        train(earlier_config())
+
+
+def test_a_new_stage_goes_on_from_it() -> None:
+    """As retraining does: from the first stage, whose centroids it holds itself, and from the second."""
+    path = earlier_config()
+    prepared, store = prepare(path, []), StageStore(Path("mlruns"))
+    head = json.loads(Path("mlruns/runs/old/head.json").read_text())
+    data, spec = prepared.data, prepared.plan[1].spec
+    environment = StageEnvironment(
+        store=store,
+        work=Path("mlruns/work"),
+        trainer=prepared.config.trainer,
+        checkpoint=CheckpointConfig(),
+        frozen=FrozenConfig(),
+        interrupt=Interrupt(),
+        console=SILENT,
+        send=lambda points: None,
+    )
+    for i, key in enumerate(head["stages"]):
+        parent = store.get(key)
+        grows = replace(spec, name=f"new-{i}")
+        stage = train_stage(grows, str(i) * 64, 1, parent, data.corpora, data.tokenizer, data.recipe, environment)
+        old, new = store.tensors(parent), store.tensors(stage)
+        assert all(torch.equal(new[name], tensor) for name, tensor in old.items())
+        assert len(Architecture.from_json(stage.config["architecture"]).generations) == i + 2
+        assert load_model(store, stage).document_clusters is not None
