@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 from lifelong_moe.errors import ConfigError
 
@@ -84,7 +85,7 @@ class GrowConfig:
             "router": has_rows,
             "old_until": not self.freezes,
         }
-        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        defaults: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(self)}
         return dataclasses.replace(self, **{key: defaults[key] for key, is_used in used.items() if not is_used})
 
     @property

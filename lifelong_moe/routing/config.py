@@ -451,7 +451,7 @@ class RoutingConfig:
 
     def _without(self, keys: tuple[str, ...]) -> RoutingConfig:
         """With some keys at their defaults."""
-        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        defaults: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(self)}
         return dataclasses.replace(self, **{key: defaults[key] for key in keys})
 
     @classmethod

@@ -58,7 +58,8 @@ class CollapseWarning(Callback):
         step = trainer.global_step
         if len(self._warned) == MOST_WARNINGS or step - self._since < self.every_steps:
             return
-        architecture: Architecture = pl_module.model.architecture
+        model: Any = pl_module.model
+        architecture: Architecture = model.architecture
         for layer, counts_E in self._loads.items():
             competing = _competing(architecture, layer)
             if layer in self._warned or len(self._warned) == MOST_WARNINGS or competing <= self.top_k:

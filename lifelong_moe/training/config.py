@@ -77,7 +77,7 @@ class OptimConfig:
             "decay_fraction": self.schedule == Schedule.wsd,
             "min_lr_fraction": self.schedule != Schedule.constant,
         }
-        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        defaults: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(self)}
         return dataclasses.replace(self, **{key: defaults[key] for key, is_used in used.items() if not is_used})
 
 
