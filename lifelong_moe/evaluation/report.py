@@ -26,8 +26,8 @@ it now is ``unused_experts``); matrices have a row after each stage and a column
                              ``training`` (what else training measured)
 ``routing``                  {distribution: {``entropy``, ``max_over_mean``, ``unused_experts``, ``leak``}} after the
                              last stage
-``dead_experts``             experts, over all layers, that no distribution uses after the last stage
 ``expert_counts``            {distribution: assignments per layer and expert} after the last stage
+``dead_experts``             experts, over all layers, that no distribution uses after the last stage
 ===========================  ==================================================================================
 """
 
@@ -103,8 +103,8 @@ def build_report(
         "bytes_per_token": {name: init[name]["bytes"] / init[name]["tokens"] for name in distributions},
         "stages": [dict(stage) for stage in stages],
         "routing": statistics,
-        "dead_experts": dead_experts([last[name]["expert_counts"] for name in distributions]),
         "expert_counts": {name: last[name]["expert_counts"] for name in distributions},
+        "dead_experts": dead_experts([last[name]["expert_counts"] for name in distributions]),
     }
 
 
