@@ -189,11 +189,11 @@ def _write_arrays(documents: Sequence[Document], work: Path, tokenizer: Tokenize
     with (work / "tokens.bin").open("wb") as stream:
         for batch in _batches(documents):
             for ids in tokenizer.encode_batch([document.text for document in batch]):
-                stream.write(np.array([tokenizer.bos_id, *ids], dtype=dtype))  # tofile's errors say no reason
+                stream.write(np.array([tokenizer.bos_id, *ids], dtype=dtype).tobytes())  # tofile's errors say no reason
                 lengths.append(len(ids) + 1)
             text_bytes += [document.num_bytes for document in batch]
-    (work / "offsets.bin").write_bytes(np.array([0, *itertools.accumulate(lengths)], dtype="<i8"))
-    (work / "text_bytes.bin").write_bytes(np.array(text_bytes, dtype="<i8"))
+    (work / "offsets.bin").write_bytes(np.array([0, *itertools.accumulate(lengths)], dtype="<i8").tobytes())
+    (work / "text_bytes.bin").write_bytes(np.array(text_bytes, dtype="<i8").tobytes())
 
 
 def _batches(documents: Sequence[Document]) -> Iterator[list[Document]]:

@@ -67,8 +67,8 @@ class Tracker:
             return cls(config.experiment, "", None, "tracking.enabled=false: nothing is recorded in MLflow.")
         uri = resolve_uri(config.uri, root)
         if not is_utf8(uri if is_server(uri) else f"{uri} {root.absolute()}"):
-            problem = "the name of the working directory is not UTF-8, which MLflow cannot keep: nothing is recorded."
-            return cls(config.experiment, "", None, problem)
+            unnamed = "the name of the working directory is not UTF-8, which MLflow cannot keep: nothing is recorded."
+            return cls(config.experiment, "", None, unnamed)
         prepare_environment()
         tracker = cls(config.experiment, uri, Spool(root, uri), None)
         problem = probe(uri) or tracker._open(root)
