@@ -28,6 +28,7 @@ from pipelines import render_retrain
 from pipelines.candidates import ServedData
 from pipelines.drop import with_versions
 from pipelines.places import ROOT
+from pipelines.recorded import follow_champion
 from pipelines.unharmed import gate_derived, served_data
 
 SAMPLE_TOKENS = 8192
@@ -69,9 +70,12 @@ def consolidate(run: str, stage: str, experts: int, console: Console, overrides:
         facts = {"stage": stage, "key": made.key, "merged": merged}
         record.log("consolidate", outcome=outcome, champion=now.id, **facts)
         record.set_head(head)
-    for one in merged:
-        console.print(f"layer {one['layer']}: expert {one['gone']} merged into expert {one['kept']}", highlight=False)
-    console.print(f"{run}: serves: {describe(now)}", highlight=False)
+        for one in merged:
+            console.print(
+                f"layer {one['layer']}: expert {one['gone']} merged into expert {one['kept']}", highlight=False
+            )
+        console.print(f"{run}: serves: {describe(now)}", highlight=False)
+        follow_champion(head, console)
     if not judged.passed:
         console.print(f"rejected: {judged.reasons[0]}", highlight=False)
     return {"run": run, "outcome": outcome, "champion": now.id, **facts}

@@ -30,6 +30,7 @@ from lifelong_moe.stages.versions import (
 from pipelines import render_retrain
 from pipelines.candidates import ServedData
 from pipelines.places import ROOT
+from pipelines.recorded import follow_champion
 from pipelines.unharmed import gate_derived, served_data
 
 
@@ -120,7 +121,8 @@ def drop(
         facts = {"stage": stage, "key": candidate.stage.key, "remains": candidate.remains, "gated": judged is not None}
         record.log("drop", outcome="promoted" if passed else "rejected", champion=now.id, **facts)
         record.set_head(head)
-    console.print(f"{run}: serves: {describe(now)}", highlight=False)
+        console.print(f"{run}: serves: {describe(now)}", highlight=False)
+        follow_champion(head, console)
     for sentence in _verdict(stage, candidate):
         console.print(sentence, highlight=False)
     result = {"run": run, "champion": now.id, "kind": now.kind, "outcome": "promoted" if passed else "rejected"}

@@ -38,6 +38,7 @@ from lifelong_moe.training.device import configured_device
 from lifelong_moe.training.logger import Row
 from lifelong_moe.training.stage import load_model
 from pipelines import inspect_tables
+from pipelines.recorded import tracking_of
 from pipelines.workspace import ROOT, read_data, recorded_trainer
 
 Windows = Mapping[str, EvaluationSet]
@@ -113,7 +114,7 @@ def _keep(
     Figures are those of the last inspection; of every inspection one copy is kept, because MLflow's points stay.
     """
     path, folder = record.path / "inspection.json", record.path / "inspection"
-    tracker = Tracker.connect(config.tracking, ROOT)
+    tracker = Tracker.connect(tracking_of(head), ROOT)
     run_id = head["mlflow"].get("run")
     result["mlflow_run"] = run_id if run_id and tracker.run_exists(run_id) else None
     text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)

@@ -18,6 +18,7 @@ from lifelong_moe.tracking.tracker import Tracker
 from lifelong_moe.training.logger import Row
 from pipelines import render
 from pipelines.record_params import CONFIG, config_yaml, run_params, stage_params
+from pipelines.recorded import show_champion
 from pipelines.workspace import Prepared
 
 
@@ -191,6 +192,8 @@ class MlflowRecord:
             self.tracker.finish(self.ids["run"])
             self.ids["content"] = self.content if self.tracker.active else None
             self.record.set_head(self.head)
+        if self.active or self.tracker.connected:  # the spool was told when it was new
+            show_champion(self.head, self.tracker)
         if self.ids["run"] and (link := self.tracker.ui_url([self.ids["run"]])):
             console.print(f"MLflow: {link}  (start it with: lifelong-moe ui)")
         elif self.tracker.problem != self._told:

@@ -20,6 +20,7 @@ from lifelong_moe.training.logger import Row
 from pipelines import render_retrain
 from pipelines.candidates import Candidate
 from pipelines.record_params import CONFIG, config_yaml, stage_params
+from pipelines.recorded import show_champion
 
 SHOWN = ("trigger", "drift", "probe", "decision", "gate", "limits")
 """Sections of the retraining file that are numbers; the others hold paths, commands and addresses."""
@@ -97,14 +98,6 @@ class TickRecord:
                 rows.append((f"gate/{check.name}/{what}", value, 0))
         self.tracker.log_metrics(self.run_id, rows)
 
-    def serves(self, stage: CommittedStage) -> None:
-        """Point the alias at the champion; the head says who that is, and the alias only shows it."""
-        run_id = self.run_id or self.head["mlflow"].get("run")
-        if run_id is not None:
-            tags = {"stage_key": stage.key, "stage": stage.name, "run": self.record.run}
-            tags |= {"weights_sha256": stage.weights_hash}
-            self.tracker.register_version(self.model, stage.path, run_id=run_id, tags=tags, alias="champion")
-
     def done(self, outcome: Mapping[str, Any], facts: Mapping[str, Any], verdict: Verdict | None) -> None:
         """The outcome in words, and the end."""
         if self.run_id is None:
@@ -113,6 +106,7 @@ class TickRecord:
         self.tracker.set_note(self.run_id, render_retrain.note(outcome, facts, verdict))
         self.tracker.log_text(self.run_id, json.dumps(outcome, indent=1, ensure_ascii=False), "outcome.json")
         self.tracker.finish(self.run_id)
+        show_champion(self.head, self.tracker)
 
     def ended_by(self, error: BaseException) -> None:
         """Close what is open; the next tick takes it up again."""

@@ -37,6 +37,7 @@ from pipelines.novelty import NewDocuments, batch_source, new_documents, read_te
 from pipelines.places import CACHE, ROOT, remove_abandoned
 from pipelines.plan_file import read_plan
 from pipelines.record_retrain import TickRecord
+from pipelines.recorded import show_champion
 from pipelines.retrain_plan import TickPlan, check_plan, make_plan
 
 EXIT_CODES = {"rejected": 3, "over budget": 4}
@@ -165,7 +166,7 @@ def _tick(tick: Tick, interrupt: Interrupt, dry_run: bool, plan_path: str | None
         texts = read_texts(tick.config)
         new = new_documents(tick.retraining.settings.inbox, texts, tick.head.get("batches", {}), tick.batches)
     if new is None:
-        return tick.end("idle", "nothing new has arrived")
+        return _idle(tick, "nothing new has arrived")
     if new.known:
         tick.console.print(f"{new.known:,} documents in the inbox were seen before, or repeat others", highlight=False)
     believed = dated_until(tick.head, latest_timestamp())
@@ -177,7 +178,7 @@ def _tick(tick: Tick, interrupt: Interrupt, dry_run: bool, plan_path: str | None
                 highlight=False,
             )
     if (waiting := _waiting(tick, new)) is not None:
-        return tick.end("idle", waiting)
+        return _idle(tick, waiting)
     bench = _bench(tick, new, texts, interrupt)
     mlflow = TickRecord(Tracker.connect(tick.config.tracking, ROOT), tick.head, tick.record)
     try:
@@ -193,6 +194,14 @@ def _tick(tick: Tick, interrupt: Interrupt, dry_run: bool, plan_path: str | None
     except BaseException as error:
         mlflow.ended_by(error)
         raise
+
+
+def _idle(tick: Tick, reason: str) -> dict[str, Any]:
+    """Nothing to do but to set MLflow right: what it missed, and who serves."""
+    tracker = Tracker.connect(tick.config.tracking, ROOT)
+    if tracker.connected:
+        show_champion(tick.head, tracker)
+    return tick.end("idle", reason)
 
 
 def _waiting(tick: Tick, new: NewDocuments) -> str | None:
@@ -262,7 +271,6 @@ def _carry_out(
         assert stage is not None
         tick.head |= _promotion(tick, stage, new, plan, reason)
     result = tick.end(outcome, reason, **about)
-    mlflow.serves(tick.store.get(champion(tick.head).key))
     mlflow.done(result, plan.facts, judged)
     return result
 

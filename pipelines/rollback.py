@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
@@ -11,21 +10,18 @@ from lifelong_moe.errors import CorruptError
 from lifelong_moe.stages.keys import SHORT
 from lifelong_moe.stages.lock import locked
 from lifelong_moe.stages.runs import RunRecord, require_head
-from lifelong_moe.stages.versions import Head, Version, champion, describe, rolled_back
+from lifelong_moe.stages.versions import Version, champion, describe, rolled_back
 from pipelines.places import ROOT
+from pipelines.recorded import follow_champion
 
 
-def rollback(
-    run: str, to: int | None, console: Console, repair_aliases: Callable[[Head], object] | None = None
-) -> dict[str, Any]:
+def rollback(run: str, to: int | None, console: Console) -> dict[str, Any]:
     """Swap the champion.
 
     Args:
         run: A run with versions.
         to: The version that shall serve; by default the one that served before the champion.
         console: Where people read.
-        repair_aliases: Called with the new head, to bring MLflow's aliases in line at once. The head is the truth, so
-            whatever records this run next can do it as well.
 
     Raises:
         ConfigError: If there is no such run or version.
@@ -42,11 +38,8 @@ def rollback(
         if now != was:
             record.log("rollback", champion=now.id, was=was.id, key=now.key)
             record.set_head(after)
-            if repair_aliases is not None:
-                repair_aliases(after)
-    console.print(f"{run}: {'serves' if now != was else 'serves already'}: {describe(now)}", highlight=False)
-    if now != was and repair_aliases is None:
-        console.print("MLflow's alias champion follows when the run is next retrained or synchronized.")
+        console.print(f"{run}: {'serves' if now != was else 'serves already'}: {describe(now)}", highlight=False)
+        follow_champion(after, console)
     return {"run": run, "champion": now.id, "was": was.id, "kind": now.kind, "at": now.at, "key": now.key}
 
 

@@ -1,4 +1,4 @@
-"""`lifelong-moe sync`: deliver to MLflow what was recorded while it was absent."""
+"""`lifelong-moe sync`: deliver to MLflow what was recorded while it was absent, and set its aliases right."""
 
 from __future__ import annotations
 
@@ -9,13 +9,17 @@ from rich.console import Console
 from lifelong_moe.errors import TryAgainError
 from lifelong_moe.tracking.sync import sync as deliver
 from pipelines.places import ROOT
+from pipelines.recorded import follow_champions
 
 
 def sync(console: Console) -> dict[str, Any]:
-    """Deliver all spools; returns how many records were delivered and how many MLflow refused, by store.
+    """Deliver all spools, then let each run's alias show who serves.
 
     Args:
         console: Where people read.
+
+    Returns:
+        How many records were delivered and how many MLflow refused, by store.
 
     Raises:
         TryAgainError: If a store does not answer; its records stay.
@@ -32,6 +36,8 @@ def sync(console: Console) -> dict[str, Any]:
             )
     if not outcomes:
         console.print("Nothing to deliver.")
+    for run, problem in follow_champions().items():
+        console.print(f"[yellow]alias champion of run {run}: {problem}[/yellow]", highlight=False)
     if left := [f"{synced.address}: {synced.problem}" for synced in outcomes if synced.problem is not None]:
         raise TryAgainError(f"MLflow did not take all records, which stay for later: {'; '.join(left)}")
     return {

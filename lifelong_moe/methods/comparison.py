@@ -17,6 +17,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from lifelong_moe.config import NAME, RunConfig, apply_override, load_config, read_yaml, require_known, section
 from lifelong_moe.errors import ConfigError
 
@@ -135,6 +137,9 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
     for override in common:
         require_known(_first_key(override), known | of_runs, "key")
     settings = section(ComparisonConfig, raw, "")
+    # Unresolved: overrides are recorded, and what they refer to may be secret. Each run resolves its own.
+    written: Any = OmegaConf.to_container(raw.arms, resolve=False)
+    settings = dataclasses.replace(settings, arms={str(name): entry for name, entry in written.items()})
     arms = tuple(arm for name, entry in settings.arms.items() for arm in _arms(name, entry))
     comparison = Comparison(settings, path.parent / settings.base, arms, common)
     _check(comparison)

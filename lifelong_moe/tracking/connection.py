@@ -100,6 +100,21 @@ def without_credentials(uri: str) -> str:
     return re.sub(r"(://[^?]*)\?.*", r"\1", re.sub(r"://[^/]*@", "://", uri, count=1))
 
 
+def with_credentials(uri: str, root: Path) -> str:
+    """Find the credentials of a store that was written down without them.
+
+    Args:
+        uri: Tracking URI.
+        root: The ``mlruns/`` directory.
+
+    Returns:
+        ``MLFLOW_TRACKING_URI`` if that is the same store, else the URI without any: then MLflow's own
+        ``MLFLOW_TRACKING_USERNAME`` and ``MLFLOW_TRACKING_PASSWORD`` are left.
+    """
+    ours, address = resolve_uri(None, root), without_credentials(uri)
+    return ours if without_credentials(ours) == address else address
+
+
 def prepare_environment() -> None:
     """Set MLflow's own switches before its first import; values that the user has set are kept."""
     for name, value in _CLIENT_ENVIRONMENT.items():

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from lifelong_moe.tracking.connection import prepare_environment, probe, resolve_uri, without_credentials
+from lifelong_moe.tracking.connection import prepare_environment, probe, with_credentials
 from lifelong_moe.tracking.spool import Delivered, Spool
 from lifelong_moe.tracking.store import Store, failures, one_line, unusable
 
@@ -40,8 +40,7 @@ def sync(root: Path) -> list[Synced]:
 
 
 def _deliver(spool: Spool, root: Path) -> Synced:
-    ours = resolve_uri(None, root)
-    uri = ours if without_credentials(ours) == spool.address else spool.address
+    uri = with_credentials(spool.address, root)
     if (problem := probe(uri)) is not None:
         return Synced(spool.address, Delivered(), unusable(uri, problem))
     try:

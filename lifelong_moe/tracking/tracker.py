@@ -96,6 +96,11 @@ class Tracker:
         return self._store is not None or self._spool is not None
 
     @property
+    def connected(self) -> bool:
+        """Whether MLflow itself is told, not the spool."""
+        return self._store is not None
+
+    @property
     def experiment_id(self) -> str | None:
         """MLflow's id of the experiment; None while MLflow is absent."""
         return self._store.experiment_id(self._experiment) if self._store is not None else None

@@ -48,6 +48,15 @@ def test_order_of_overrides(load: Write) -> None:
     assert (config.run, config.seed, config.routing.top_k) == ("c.plain.s2", 2, 3)
 
 
+def test_what_an_arm_refers_to_is_not_resolved(load: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET", "canary")
+    refers = "tracking.experiment=${oc.env:SECRET}"
+    comparison = load(arms={"one": [refers], "two": {"grid": {"model.experts": [4, 8]}, "set": [refers]}})
+    assert "canary" not in str(comparison)  # overrides are recorded
+    for arm in comparison.arms:
+        assert load_config(comparison.base, comparison.overrides(arm, 0))[0].tracking.experiment == "canary"
+
+
 def test_overrides_of_the_comparison_itself(load: Write) -> None:
     comparison = load("seeds=[4, 5]", "budget=flops", "compare=d", "arms.more=[routing.top_k=3]", "seeds[1]=6")
     settings = comparison.settings

@@ -1,0 +1,229 @@
+"""MLflow's alias `champion` shows who serves, whatever changed that, at once or as soon as MLflow is there."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from lifelong_moe.errors import DivergedError
+from lifelong_moe.stages.runs import RunRecord
+from lifelong_moe.stages.store import StageStore
+from lifelong_moe.stages.versions import champion, rolled_back
+from lifelong_moe.tracking.config import TrackingConfig
+from lifelong_moe.tracking.tracker import Tracker
+from pipelines.cli import app, exit_code
+from pipelines.consolidate import consolidate
+from pipelines.drop import drop
+from pipelines.recorded import tracking_of
+from pipelines.rollback import rollback
+from tests.retrain_lab import arrive, base_config, head, make_base, tick, write_retraining
+from tests.tiny import STEPS, train, write_config
+
+SILENT = Console(quiet=True)
+DATABASE = Path("mlruns/mlflow.db")
+SHOWN = "MLflow's alias champion shows it."
+
+
+def client() -> Any:
+    from mlflow import MlflowClient
+
+    return MlflowClient(f"sqlite:///{DATABASE.absolute()}")
+
+
+def shown() -> Any:
+    """The version that the alias shows."""
+    return client().get_model_version_by_alias("lifelong-moe.tiny", "champion")
+
+
+def runs() -> dict[str, Any]:
+    experiment = client().get_experiment_by_name("lifelong-moe")
+    return {run.info.run_name: run for run in client().search_runs([experiment.experiment_id])}
+
+
+def said(action: Callable[[Console], Any]) -> str:
+    printed = io.StringIO()
+    action(Console(file=printed, width=1000))
+    return printed.getvalue()
+
+
+def sync() -> int:
+    return exit_code(lambda: app(["sync", "--json"]))
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory, template: Path) -> Path:
+    """A finished run that MLflow knows, and a new kind of text in its inbox."""
+    root = tmp_path_factory.mktemp("recorded")
+    (root / "mlruns").mkdir()
+    shutil.copy(template, root / DATABASE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        make_base(root, tracking={"enabled": True})
+        arrive("sea")
+    return root
+
+
+@pytest.fixture(scope="session")
+def grown(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same after that text was promoted."""
+    root = tmp_path_factory.mktemp("grown") / "lab"
+    shutil.copytree(base, root)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        assert tick()["outcome"] == "promoted"
+    return root
+
+
+def copied(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(root, tmp_path / "lab")
+    monkeypatch.chdir(tmp_path / "lab")
+
+
+@pytest.fixture
+def finished(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy of the finished run to work in."""
+    copied(base, tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def lab(grown: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy of the run with two versions to work in."""
+    copied(grown, tmp_path, monkeypatch)
+
+
+def serving() -> str:
+    """Key of the stage that serves."""
+    return champion(head()).key
+
+
+def test_promotion_rollback_drop_and_consolidation(lab: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert shown().tags["stage_key"] == serving() == head()["versions"][1]["stages"][-1]["key"]
+    assert SHOWN in said(lambda console: rollback("tiny", None, console))
+    assert shown().tags["stage_key"] == serving() == head()["versions"][0]["stages"][-1]["key"]
+    assert SHOWN in said(lambda console: rollback("tiny", 1, console))
+    assert shown().tags["stage_key"] == serving()
+    known = len(client().search_model_versions("name = 'lifelong-moe.tiny'"))
+    assert known == 3  # fruit, code and the batch
+    assert SHOWN in said(lambda console: drop("tiny", "code", console, ungated=True))
+    assert shown().tags["stage_key"] == serving()
+    assert shown().tags["stage"] == "code.dropped" and int(shown().version) == 4  # derived just now, hence unknown
+    assert Path(shown().source).name.startswith("code.dropped-")
+    assert shown().run_id == head()["mlflow"]["run"]
+    derived = StageStore(Path("mlruns")).get(serving())
+    rollback("tiny", 0, SILENT)
+    # Experts of bundles do not merge; what was made before stands for the outcome.
+    monkeypatch.setattr("pipelines.consolidate._merged", lambda *args: (derived, []))
+    assert SHOWN in said(lambda console: consolidate("tiny", "code", 1, console, ["gate.tolerance=9"]))
+    assert shown().tags["stage_key"] == serving() == derived.key
+
+
+def test_a_finished_run_serves_its_last_stage(finished: None) -> None:
+    assert shown().tags["stage_key"] == head()["plan"][-1] and shown().tags["stage"] == "code"
+    write_config(base_config(tracking={"enabled": True}, stage_defaults={"tokens": 128 * STEPS}))
+    train("tiny.yaml", "stages=[{data: fruit}]", replace=True)  # which forgets all versions
+    assert shown().tags["stage_key"] == head()["plan"][-1] and shown().tags["stage"] == "fruit"
+
+
+def lose() -> bytes:
+    """Take MLflow away; returns what brings it back."""
+    content = DATABASE.read_bytes()
+    DATABASE.write_text("not a database " * 100)
+    return content
+
+
+@pytest.mark.parametrize("contact", ["sync", "idle tick", "another run"])
+def test_what_was_kept_follows_with_the_next_contact(lab: None, contact: str) -> None:
+    content = lose()
+    assert "records are kept under mlruns/spool" in said(lambda console: rollback("tiny", None, console))
+    assert sync() == 75
+    DATABASE.write_bytes(content)
+    assert shown().tags["stage_key"] != serving()
+    if contact == "sync":
+        assert sync() == 0
+    elif contact == "idle tick":
+        write_retraining(trigger={"min_tokens": 10**9})
+        assert tick()["outcome"] == "idle"
+    else:
+        assert Tracker.connect(TrackingConfig(), Path("mlruns")).problem is None
+    assert shown().tags["stage_key"] == serving()
+
+
+def untold() -> None:
+    """As a kill leaves it between head and MLflow, or an earlier version that never told."""
+    RunRecord(Path("mlruns"), "tiny").set_head(rolled_back(head()))
+    assert shown().tags["stage_key"] != serving()
+
+
+def test_what_nobody_told_is_found(lab: None) -> None:
+    untold()
+    assert sync() == 0
+    assert shown().tags["stage_key"] == serving()
+    client().set_registered_model_alias("lifelong-moe.tiny", "champion", "1")  # a person did
+    write_retraining(trigger={"min_tokens": 10**9})
+    assert tick()["outcome"] == "idle"
+    assert shown().tags["stage_key"] == serving()
+    before = DATABASE.read_bytes()
+    assert sync() == 0
+    assert tick()["outcome"] == "idle"
+    assert DATABASE.read_bytes() == before  # what is right is left alone
+
+
+def test_a_store_without_the_run_is_said(lab: None, template: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    DATABASE.unlink()  # and with it all that was recorded
+    shutil.copy(template, DATABASE)
+    said_by_rollback = said(lambda console: rollback("tiny", None, console))
+    assert "alias champion of lifelong-moe.tiny is left alone: MLflow has no record of the run" in said_by_rollback
+    assert sync() == 0 and "MLflow has no record of the run" in capsys.readouterr().err
+    assert not list(Path("mlruns/spool").glob("*/refused.jsonl"))
+    assert head()["champion"] == 0
+
+
+def test_an_absent_store_that_nothing_is_kept_for_is_no_failure(lab: None, capsys: pytest.CaptureFixture[str]) -> None:
+    lose()
+    assert sync() == 0
+    assert "alias champion of run tiny: MLflow at sqlite:" in capsys.readouterr().err
+    assert not list(Path("mlruns/spool").glob("*/pending.jsonl"))  # no idle contact fills the spool
+
+
+def test_credentials_that_the_head_does_not_hold_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    def uri(written: str) -> str | None:
+        return tracking_of({"config": {"tracking": {"uri": written}}}).uri
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert uri("http://***@host:5000/x") == "http://host:5000/x"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@host:5000/x")
+    assert uri("http://***@host:5000/x") == "http://me:secret@host:5000/x"
+    assert uri("http://***@other/x") == "http://other/x"
+    monkeypatch.setenv("OWN", "http://you:secret@host:5000/x")
+    assert uri("${oc.env:OWN}") == "http://you:secret@host:5000/x"
+    assert tracking_of({"config": {}}) == TrackingConfig()
+
+
+def test_a_tick_shows_how_it_ended_and_with_what(
+    finished: None, base: Path, grown: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverge(*args: Any) -> None:
+        raise DivergedError("stage x: no finite gradient")
+
+    with monkeypatch.context() as patch, pytest.raises(DivergedError):
+        patch.setattr("pipelines.candidates.train_stage", diverge)
+        tick()
+    (failed,) = [run for run in runs().values() if run.data.tags.get("lifelong.kind") == "tick"]
+    assert failed.info.status == "FAILED"
+    assert failed.data.params["gate.resamples"] == "500" and failed.data.params["drift.auc"] == "0.6"
+    assert not [key for key in failed.data.params if key.startswith("hooks")]
+
+    monkeypatch.chdir(grown)
+    (promoted,) = [run for run in runs().values() if run.data.tags.get("lifelong.kind") == "tick"]
+    params = promoted.data.params
+    assert promoted.info.status == "FINISHED"
+    assert (params["grow.experts"], params["trunk.train"], params["trunk.rank"]) == ("2", "deltas", "4")
+    assert (params["optim.lr"], params["optim.beta2"]) == ("0.003", "0.95")
+    artifacts = base / "mlruns/artifacts" / promoted.info.run_id / "artifacts"  # the experiment was made there
+    assert f"- data: {promoted.info.run_name.partition(' · ')[2]}" in (artifacts / "config.yaml").read_text()
