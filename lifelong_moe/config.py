@@ -522,7 +522,7 @@ def read_config(path: str | Path, overrides: list[str] | None = None) -> DictCon
 
 def written_config(raw: DictConfig) -> dict[str, Any]:
     """A configuration as it was written, as plain data that may be logged; see :func:`load_config`."""
-    return _without_credentials(OmegaConf.to_container(raw, resolve=False))  # type: ignore[no-any-return]
+    return _without_credentials(OmegaConf.to_container(raw, resolve=False))
 
 
 def _without_credentials(value: Any) -> Any:
@@ -569,12 +569,13 @@ def whole_config(raw: DictConfig) -> dict[str, Any]:
     found = _unresolved(_Scalars, OmegaConf.masked_copy(raw, ["run", "method", "seed"]))
     under = {"routing": mode_defaults(raw.get("routing"))}
     found |= {name: _unresolved(cls, raw._get_node(name), under.get(name)) for name, cls in SECTIONS.items()}
-    sources, stages, defaults = (raw._get_node(key) for key in ("distributions", "stages", "stage_defaults"))
+    nodes: list[Any] = [raw._get_node(key) for key in ("distributions", "stages", "stage_defaults")]
+    sources, stages, defaults = nodes
     found["distributions"] = _each(SourceConfig, sources)
     found["stages"] = _each(StageConfig, stages, None if _refers(defaults) else defaults)
     if raw.get("published") is not None:
         found["published"] = _unresolved(PublishedConfig, raw._get_node("published"))
-    return _without_credentials(found)  # type: ignore[no-any-return]
+    return _without_credentials(found)
 
 
 def _refers(node: Any) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import yaml
@@ -43,12 +42,7 @@ def run_params(prepared: Prepared) -> dict[str, Any]:
 def stage_params(planned: PlannedStage) -> dict[str, Any]:
     """A stage's settings, resolved, under the configuration's keys, and what follows from them."""
     spec = planned.spec
-    settings = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
-    plain = {
-        key: dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
-        for key, value in settings.items()
-        if key not in ("name", "parent")
-    }
+    plain = {key: value for key, value in spec.to_json().items() if key not in ("name", "parent")}
     return {
         "stage": planned.depth,
         "experts_per_layer": planned.architecture.num_experts,
