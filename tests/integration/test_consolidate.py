@@ -16,8 +16,7 @@ from lifelong_moe.stages.store import StageStore
 from lifelong_moe.stages.versions import champion
 from lifelong_moe.training.stage import load_model
 from pipelines.consolidate import consolidate
-from pipelines.inspect import inspect
-from pipelines.inspectors import evaluate, generate
+from pipelines.inspectors import evaluate, generate, inspect
 from pipelines.rollback import rollback
 from tests.retrain_lab import head
 from tests.tiny import tiny_config, train, write_config, write_corpora
