@@ -199,7 +199,7 @@ def _prepare(
         sample = text_sample(model, spec, corpora[spec.data], spec.grow.sample_tokens)
         near_ties = grow(model, generation, spec.grow, sample, seed)
         if near_ties:
-            environment.console.print(f"{spec.name}: rounding decided {near_ties} times between experts all but tied")
+            environment.console.print(f"{spec.name}: near ties in growth's check, decided by rounding: {near_ties}")
     model.architecture = spec.architecture(Architecture.from_json(parent.config["architecture"]), vocab_size, bos_id)
     anchor = make_anchor(model, old, spec.penalty.factor, importances) if spec.penalty else None
     return model, teacher, anchor, generated
