@@ -2,8 +2,8 @@
 
 Noise, jitter and dropout come from the CPU's generator and from that of the process's device. A step checkpoint holds
 both of every rank. If it is continued by more ranks, or on another kind of device, the generators that it does not know
-begin anew, from the stage's seed, the step and the rank; of fewer ranks each goes on with its own. The result is then
-another one, as it is anyway: samples are divided among ranks in another way.
+begin anew, from the stage's seed, the step and the rank; of fewer ranks each goes on with its own. Where ranks draw
+numbers, their number is in the stage's key, so nothing that another number of them goes on with depends on these.
 """
 
 from __future__ import annotations

@@ -283,9 +283,12 @@ def test_ranks_draw_numbers_of_their_own_and_go_on_with_them(lab: Path, monkeypa
     assert len(again) == 2 * (STEPS - 6) and again.items() <= whole.items()
 
 
-def test_another_number_of_ranks_goes_on_where_they_were(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("draws", [False, True], ids=["nothing is drawn", "each rank draws"])
+def test_another_number_of_ranks_goes_on_unless_they_draw(
+    lab: Path, monkeypatch: pytest.MonkeyPatch, draws: bool
+) -> None:
     noisy = {"top_k": 1, "renormalize": False, "jitter": 0.3}
-    write_config(tiny_config(("fruit",), routing=noisy))
+    write_config(tiny_config(("fruit",), **({"routing": noisy} if draws else {})))
 
     def stop(module: StageModule, batch: dict[str, torch.Tensor]) -> None:
         if module.global_step == 5:
@@ -294,6 +297,10 @@ def test_another_number_of_ranks_goes_on_where_they_were(lab: Path, monkeypatch:
     with monkeypatch.context() as patch:
         before_each_micro_batch(patch, stop)
         assert fork(train).wait() == TryAgainError.exit_code
+    if draws:  # another number of ranks is another stage
+        with pytest.raises(ConfigError, match="exists with another configuration"):
+            train("tiny.yaml", "trainer.devices=2")
+        return
     report, printed = train("tiny.yaml", "trainer.devices=2")
     assert "fruit: continuing from step-0-00000006" in printed and len(report["stages"]) == 1
 
