@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
 from lifelong_moe.errors import ConfigError, DivergedError, ResourceError, TryAgainError
-from lifelong_moe.stages import store
 from lifelong_moe.stages.store import StageStore, load_weights
 from lifelong_moe.training import guard, rollback
 from lifelong_moe.training.callbacks import StepCheckpoint
@@ -394,7 +394,7 @@ OPERATIONS = [
     (Path, "mkdir"),
     (Path, "write_text"),
     (Path, "chmod"),
-    (store, "save_file"),
+    (safetensors.torch, "save_file"),
 ]
 """All that a commit does to the disk."""
 
