@@ -421,7 +421,8 @@ class RoutingConfig:
             found = found._without(("margin",))
         found = found._without_losses()._without_clusters()
         if self.mode not in ("learned", "switch", "gshard"):
-            found = found._without(("renormalize", "gate_scale"))  # the others have weights of their own kind
+            # The others have weights of their own kind; false is what each of them may be written with.
+            found = dataclasses.replace(found._without(("gate_scale",)), renormalize=False)
         if self.mode == "hash":
             found = found._without(("top_groups",))  # it uses one expert of each group
         return dataclasses.replace(found, allow_noncausal=self.leaks is not None)  # a permission, where one is needed
