@@ -23,7 +23,7 @@ from lifelong_moe.stages.runs import RunRecord, require_head, timestamp
 from lifelong_moe.stages.store import CommittedStage, StageStore
 from lifelong_moe.stages.versions import Version, VersionStage, champion, describe, promoted
 from lifelong_moe.training.device import configured_device
-from lifelong_moe.training.stage import load_model
+from lifelong_moe.training.stage import build_model, load_model
 from pipelines import render_retrain
 from pipelines.candidates import ServedData
 from pipelines.drop import with_versions
@@ -102,9 +102,7 @@ def _merged(
         except ValueError as error:
             raise ConfigError(f"stage {stage}: {error}.") from None
         merged += [{"layer": layer, "kept": kept, "gone": gone} for layer, (kept, gone) in pairs.items()]
-        model = LanguageModel(architecture)
-        model.load_state_dict(tensors, strict=True)
-        model.to(device)
+        model = build_model(architecture, tensors).to(device)
     names = {s.name for s in version.stages}
     name = next(n for i in range(len(names) + 1) if (n := f"{stage}.consolidated{i or ''}") not in names)
     identity = {"derived": "consolidate", "from": source.key, "stage": stage, "experts": experts}

@@ -100,8 +100,9 @@ def _remove_abandoned(path: Path) -> bool:
     try:
         if _may_be_written(path, descriptor):
             return False
-        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-        return True
+        with suppress(OSError):  # another user's
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return not path.exists()
     finally:
         os.close(descriptor)
 
@@ -120,14 +121,14 @@ def _may_be_written(path: Path, descriptor: int) -> bool:
 
 def _is_old(path: Path) -> bool:
     """Whether nothing in it has changed for a day, by the clock of its file system, which need not be ours."""
-    os.utime(path.parent)
-    now, entries = path.parent.stat().st_mtime, [path, *path.rglob("*")]
     try:
+        os.utime(path.parent)
+        now, entries = path.parent.stat().st_mtime, [path, *path.rglob("*")]
         changed = max(entry.lstat().st_mtime for entry in entries)
         if changed > now + GRACE_SECONDS:  # by a clock that was ahead: its day begins now
             for entry in entries:
                 os.utime(entry, follow_symlinks=False)
-    except FileNotFoundError:  # it is changing
+    except OSError:  # it is changing, or another user's
         return False
     return now - changed > GRACE_SECONDS
 

@@ -60,9 +60,12 @@ class CollapseWarning(Callback):
             return
         model: Any = pl_module.model
         architecture: Architecture = model.architecture
-        for layer, counts_E in self._loads.items():
-            competing = _competing(architecture, layer)
+        for layer, of_all_E in self._loads.items():
+            counts_E = of_all_E[_training(architecture, layer)]
+            competing = len(counts_E)
             if layer in self._warned or len(self._warned) == MOST_WARNINGS or competing <= self.top_k:
+                continue
+            if not counts_E.any():  # what is never chosen is warned of when the stage ends
                 continue
             used = effective_experts(counts_E)
             if used < self.top_k + NEARLY * (competing - self.top_k):
@@ -77,9 +80,10 @@ class CollapseWarning(Callback):
         self._loads, self._since = {}, step
 
 
-def _competing(architecture: Architecture, layer: int) -> int:
-    """Experts that a token chooses among: with bundles those of the generation that trains."""
-    if not architecture.routing.has_bundles:
-        return architecture.experts_in(layer)
-    trains = len(architecture.generations) - 1 if architecture.continued is None else architecture.continued
-    return architecture.generations[trains].experts_in(layer)
+def _training(architecture: Architecture, layer: int) -> slice:
+    """The experts that train: others are used or not as they were, whatever a router's loss or rate are set to."""
+    numbers = [generation.experts_in(layer) for generation in architecture.generations]
+    if architecture.continued is None:
+        return slice(sum(numbers[: architecture.frozen]), None)
+    first = sum(numbers[: architecture.continued])
+    return slice(first, first + numbers[architecture.continued])

@@ -52,13 +52,14 @@ REVIEW_SEED = 500
 
 def load_model(store: StageStore, stage: CommittedStage) -> LanguageModel:
     """The model as a stage committed it, on the CPU."""
-    return _built(Architecture.from_json(stage.config["architecture"]), store.tensors(stage))
+    return build_model(Architecture.from_json(stage.config["architecture"]), store.tensors(stage))
 
 
-def _built(architecture: Architecture, tensors: dict[str, Tensor]) -> LanguageModel:
+def build_model(architecture: Architecture, tensors: Mapping[str, Tensor]) -> LanguageModel:
+    """A model of stored tensors, on the CPU; a head that is tied to the embedding is not among them."""
     model = LanguageModel(architecture)
     if architecture.model.tie_embeddings:
-        tensors["head.weight"] = tensors["embedding.weight"]
+        tensors = {**tensors, "head.weight": tensors["embedding.weight"]}
     model.load_state_dict(tensors, strict=True)
     return model
 
@@ -214,15 +215,20 @@ def _continued(
     bundles, or left centroids that nothing needs.
     """
     architecture, tensors = Architecture.from_json(parent.config["architecture"]), store.tensors(parent)
-    if len(architecture.generations) > 1 or architecture.routing == spec.routing:
-        return _built(architecture, tensors)
-    if spec.routing.bundles != Bundles.cluster:
+    was, now = architecture.routing, spec.routing
+    if len(architecture.generations) > 1 or was.effective(grown=True) == now.effective(grown=True):
+        return build_model(architecture, tensors)
+    fits_alike = all(
+        getattr(was, key) == getattr(now, key) for key in ("bundles", "centroids", "clusters", "feature_width")
+    )
+    if was.bundles == Bundles.cluster and not fits_alike:
         tensors.pop(FIRST_CENTROIDS, None)
-    elif spec.routing.centroids == Centroids.random:
-        tensors[FIRST_CENTROIDS] = torch.zeros(spec.routing.clusters_of(1), architecture.vocab_size)
-    elif FIRST_CENTROIDS not in tensors:
-        tensors |= store.tensors(first_centroids(store, store.chain(parent.key)[0], spec.routing, corpora))
-    return _built(replace(architecture, routing=spec.routing), tensors)
+    if now.bundles == Bundles.cluster and FIRST_CENTROIDS not in tensors:
+        if now.centroids == Centroids.random:
+            tensors[FIRST_CENTROIDS] = torch.zeros(now.clusters_of(1), architecture.vocab_size)
+        else:
+            tensors |= store.tensors(first_centroids(store, store.chain(parent.key)[0], now, corpora))
+    return build_model(replace(architecture, routing=now), tensors)
 
 
 def _unchanging(model: LanguageModel, spec: StageSpec) -> list[Tensor]:

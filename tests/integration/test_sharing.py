@@ -16,14 +16,14 @@ from torch import Tensor
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.model.config import Activation
 from lifelong_moe.retention.config import TrunkConfig, TrunkTraining
-from lifelong_moe.routing.config import BalanceOver, Bundles
+from lifelong_moe.routing.config import BalanceOver, Bundles, RoutingConfig
 from lifelong_moe.stages.garbage import collect
 from lifelong_moe.stages.store import CommittedStage, StageStore
 from lifelong_moe.training.config import CheckpointConfig, FrozenConfig, Schedule
 from lifelong_moe.training.interrupt import Interrupt
 from lifelong_moe.training.phase import StageEnvironment
 from lifelong_moe.training.spec import StageSpec
-from lifelong_moe.training.stage import load_model, train_stage
+from lifelong_moe.training.stage import _continued, load_model, train_stage
 from pipelines.compare import compare
 from pipelines.workspace import Prepared, prepare
 from tests.tiny import hashes, tiny_config, train, write_config
@@ -124,7 +124,7 @@ def test_bundles_go_on_from_a_stage_that_was_trained_without(lab: Path) -> None:
     assert [stage["routing"] for stage in naive["stages"]] == ["learned", "learned"]
     assert naive["stages"][0]["shared"]
     far = 10.0**10  # everything is old by then
-    assert not collect(Path("mlruns"), far).stages
+    assert not collect(Path("mlruns"), Path("data/cache"), far).stages
     again, printed = train(with_bundles, "run=bundled")
     assert "Nothing to train" in printed and again == report
 
@@ -161,3 +161,23 @@ def test_a_comparison_of_what_comes_later_trains_the_base_once(lab: Path) -> Non
     assert names == ["code"] * 5 + ["fruit", "fruit.centroids"]
     evaluations = len(list(Path("mlruns/evaluations").iterdir()))
     assert evaluations == 2 * (1 + 1 + 5)  # of the untrained model, the base and five second stages
+
+
+def test_a_first_stage_of_an_earlier_version_is_gone_on_with(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was stored with keys that had no effect as they were written, and with bundles with its centroids."""
+    by_document = {"mode": "cluster", "level": "document", "top_k": 1, "sample_tokens": 9000}
+    bundled = {**BUNDLES, "clusters": 3}
+    for name, routing, fitted in (("documents", by_document, None), ("bundles", bundled, 3), ("refitted", bundled, 5)):
+        settings: dict[str, Any] = {"model": {"document_mask": True, "experts": 4}, "routing": routing}
+        with monkeypatch.context() as patch:
+            patch.setattr(RoutingConfig, "effective", lambda self, *, grown: self)
+            train(write_config(tiny_config(("fruit",), **settings) | {"run": name}, f"{name}.yaml"))
+        if fitted:
+            settings["routing"] = {**routing, "clusters": fitted}
+        path = write_config(tiny_config(**settings) | {"run": f"{name}-next"}, f"{name}-next.yaml")
+        prepared, store = prepare(path, []), StageStore(Path("mlruns"))
+        parent = store.get(json.loads(Path(f"mlruns/runs/{name}/head.json").read_text())["stages"][0])
+        model = _continued(prepared.plan[1].spec, parent, prepared.data.corpora, store)
+        assert model.document_clusters is not None
+        centroids = model.document_clusters.all_centroids()[0]
+        assert bool(centroids.any()) and (fitted is None or len(centroids) == fitted)

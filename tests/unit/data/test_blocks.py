@@ -192,13 +192,14 @@ def test_workers_change_nothing(make_shard: MakeShard) -> None:
 
 
 def test_what_a_sample_counts_is_known_without_its_text(make_shard: MakeShard) -> None:
-    """Pairs of three and of nine tokens, of which one and six are answers after the separator 99; and rows."""
+    """Pairs of three and of nine tokens, of which two and seven come before an answer's token or its end; and rows."""
     pairs = make_shard([[0, 99, 5], [0, 7, 99, 1, 2, 3, 4, 5, 6]] * 4)
-    new = BlockSource(replace(pairs, separator=99), 4, 0)
-    old = RowSource(np.arange(1, 16).reshape(3, 5), 0)
+    new = BlockSource(replace(pairs, separator=99), 9, 0)
+    old = RowSource(np.arange(1, 31).reshape(3, 10), 0)
     dataset = BlockDataset([new, old], SampleOrder([len(new), len(old)], 0.4, seed=1))
     samples = [dataset[n] for n in range(30)]
-    assert [dataset.num_scored(n) for n in range(30)] == [int(sample["scored"].sum()) for sample in samples]
-    assert sum(new.num_scored(i) for i in range(len(new))) == 4 * 7 - 3  # of 48 tokens eleven whole blocks score 44
+    sizes = [(int(sample["mask"].sum()), int(sample["scored"].sum())) for sample in samples]
+    assert [dataset.sizes(n) for n in range(30)] == sizes
+    assert [(new.num_real(i), new.num_scored(i)) for i in range(len(new))] == [(3, 2), (9, 7)] * 4
     assert [dataset.place(n) for n in range(30)] == [(bool(s["replayed"]), int(s["ordinal"])) for s in samples]
     assert [int(sample["sample"]) for sample in samples] == list(range(30))

@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -174,3 +176,21 @@ def test_age_decides_where_there_are_no_locks(tmp_path: Path, monkeypatch: pytes
         os.utime(entry, (0, 0))
     os.utime(path, (0, 0))
     assert remove_temporary(tmp_path) == 1
+
+
+def test_what_cannot_be_looked_at_or_removed_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another user's, whose directory we may read only."""
+    left = tmp_path / ".tmp-otherhost-1-x"
+    left.mkdir()
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise PermissionError(errno.EACCES, "not yours")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "utime", refuse)
+        assert remove_temporary(tmp_path) == 0
+    os.utime(left, (0, 0))
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", refuse)
+        assert remove_temporary(tmp_path) == 0
+    assert left.is_dir() and remove_temporary(tmp_path) == 1

@@ -76,3 +76,16 @@ def test_experts_that_a_token_must_use_are_no_collapse(
     assert caplog.messages == []
     take(CollapseWarning("c", top_k=2, every_steps=1), bundles, range(1, 2), [[0] * 4 + [50, 50, 0, 0], [0] * 4 + EVEN])
     assert len(caplog.messages) == 1 and "layer 0" in caplog.messages[0] and "2.0 of 4" in caplog.messages[0]
+
+
+def test_experts_that_train_are_judged_alone(make_architecture: Any, caplog: pytest.LogCaptureFixture) -> None:
+    grown = make_architecture("learned", (16, 4))
+    assert grown.frozen == 1
+    # All new text goes to new experts, which share it; nothing is wrong.
+    take(CollapseWarning("a", top_k=2, every_steps=1), grown, range(1, 3), [[0] * 16 + EVEN] * 2)
+    # Nothing goes to them: they are dead, which is another warning.
+    take(CollapseWarning("b", top_k=2, every_steps=1), grown, range(1, 3), [[9] * 16 + [0] * 4] * 2)
+    assert caplog.messages == []
+    # Replayed text, spread over old experts, hides nothing.
+    take(CollapseWarning("c", top_k=1, every_steps=1), grown, range(1, 2), [[50] * 16 + FALLEN] * 2)
+    assert len(caplog.messages) == 2 and "1.1 of 4" in caplog.messages[0]
