@@ -255,7 +255,8 @@ def test_a_micro_batch_of_prompts_alone_weighs_nothing(make_run: MakeRun, make_m
     module, batch = stage_module(make_run, make_model()), make_batch()
     batch["scored"] = torch.zeros(4, 16, dtype=torch.bool)
     batch["scored"][2, 3:6] = True
-    whole = Tally.of(batch["scored"].sum(dim=1), batch["replayed"], batch["ordinal"], None)
+    sizes = (batch[name].sum(dim=1) for name in ("mask", "scored"))
+    whole = Tally.of(*sizes, batch["replayed"], batch["ordinal"], None)
     halves = [{name: value[rows] for name, value in batch.items()} for rows in (slice(0, 2), slice(2, 4))]
     for half in halves:
         module.training_step(with_shares(half, module.spec, whole, 2), 0)
@@ -264,6 +265,22 @@ def test_a_micro_batch_of_prompts_alone_weighs_nothing(make_run: MakeRun, make_m
         logits = module.model.logits(module.model(batch["token_ids"]).hidden_BSD)
     expected = torch.nn.functional.cross_entropy(logits[2, 3:6], batch["target_ids"][2, 3:6])
     assert module.means.values["loss"] == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_padding_has_no_weight_in_a_step_s_means(make_run: MakeRun, make_model: Make, make_batch: Batch) -> None:
+    """One sequence of 4 real tokens and one of 16, a micro-batch each: the z-loss is the mean over 20 tokens."""
+    module, batch = stage_module(make_run, make_model()), make_batch(blocks=2)
+    batch["mask"][0, 4:] = batch["scored"][0, 4:] = False
+    sizes = (batch[name].sum(dim=1) for name in ("mask", "scored"))
+    whole = Tally.of(*sizes, batch["replayed"], batch["ordinal"], None)
+    alone = []
+    for row in range(2):
+        one = {name: value[row : row + 1] for name, value in batch.items()}
+        step: Any = module.training_step(with_shares(one, module.spec, whole, 2), 0)
+        alone.append(float(step["parts"]["z_loss"]))
+    module.means.close(torch.tensor(0.0))
+    assert module.means.values["z_loss"] == pytest.approx((4 * alone[0] + 16 * alone[1]) / 20, rel=1e-5)
+    assert alone[0] != pytest.approx(alone[1], rel=1e-3)
 
 
 def test_a_step_of_prompts_alone_scores_nothing(make_run: MakeRun, make_model: Make, make_batch: Batch) -> None:
@@ -332,7 +349,9 @@ def test_loads_and_drops_are_those_of_the_whole_step() -> None:
     means = StepMeans()
     for expert, dropped in ((0, [1, 10]), (1, [5, 20])):
         routing = Routing(torch.full((4, 1), expert), torch.ones(4, 1), 2, dropped=torch.tensor(dropped))
-        means.add({"loss": torch.tensor(float(expert))}, {"loss": 0.5 + expert}, [routing])
+        means.add(
+            {"loss": torch.tensor(float(expert))}, {"loss": 0.5 + expert}, [routing], torch.ones(4, dtype=torch.bool)
+        )
     means.close(torch.tensor(0.0))
     assert means.values == {"loss": 0.75, "imbalance": 1.0, "drop_rate": pytest.approx(0.2)}
 

@@ -20,8 +20,9 @@ def test_no_number_beside_the_bar_is_cut(monkeypatch: pytest.MonkeyPatch, width:
     meter: Any = SimpleNamespace(step_tokens=4096, seconds=0.0625)
     report = ProgressReport("english_docs", Console(file=file, force_terminal=True, width=width), True, meter)
     trainer: Any = SimpleNamespace(global_step=1, max_steps=31250)
+    module: Any = SimpleNamespace(means=SimpleNamespace(values={"loss": 4.261}))
     report.on_train_start(trainer, trainer)
-    report.on_train_batch_end(trainer, trainer, {"parts": {"loss": 4.261}}, None, 0)
+    report.on_train_batch_end(trainer, module, {}, None, 0)
     assert report._bar is not None
     file.truncate(0)
     report._bar.refresh()
