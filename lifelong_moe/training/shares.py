@@ -2,8 +2,8 @@
 
 The objective's means are over the whole step: the sum over its tokens, by their number in all micro-batches on all
 processes. Lightning and DDP take the plain mean of the micro-batches' losses instead. So each micro-batch multiplies
-the mean over its own tokens by its share: its tokens by those of the step's micro-batches on average. In
-pretraining all micro-batches have as many tokens, and shares are 1.
+the mean over its own tokens by its share: its tokens by those of the step's micro-batches on average. Where all
+blocks are full, as nearly all are in pretraining, shares are 1.
 
 A step's tokens are counted before its first micro-batch: the order of samples is a pure function.
 
