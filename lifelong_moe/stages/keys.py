@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-SCHEMA = 4
+SCHEMA = 5
 """Version of what a key is made of; a change makes every stage a new one."""
 SHORT = 16
 """Hexadecimal digits of a key in file names."""
