@@ -109,8 +109,10 @@ class Bench:
         now, then = config.model, self.architecture.model
         if (now.width, now.layers, now.expert_width) != (then.width, then.layers, then.expert_width):
             raise ConfigError("model: its sizes are not the champion's. Bring them back, or begin another run.")
-        # With one generation the stage's own routing holds, but for what the champion was trained with.
-        now_routing, then_routing = (r.effective(grown=False) for r in (config.routing, self.architecture.routing))
+        # With one generation the stage's own routing holds, but for what the champion was trained with. Losses may
+        # differ: they are the new stage's, and an earlier version's were averaged over layers.
+        trained = self.architecture.routing.with_losses_of(config.routing)
+        now_routing, then_routing = (r.effective(grown=False) for r in (config.routing, trained))
         if len(self.architecture.generations) == 1 and now_routing != then_routing:
             raise ConfigError("routing: it is not the champion's. Bring it back, or begin another run.")
         hashes = {name: corpus.train_hash for name, corpus in data.corpora.items()}

@@ -197,7 +197,8 @@ def old_experts_loss(logits_TE: Tensor, num_old: int, mask_T: Tensor) -> Tensor:
 
     Source:
         MoE-LPR (arXiv:2408.11396), the review stage's LPR loss: cross-entropy of original-language tokens' router
-        scores with expert 0, the only frozen one. For ``num_old = 1`` this is that.
+        scores with expert 0, the only frozen one. For ``num_old = 1`` this is that. Their code gives the cross-entropy
+        probabilities in place of logits; here it is the paper's. Layers are averaged there and here.
     """
     num_experts = logits_TE.shape[1]
     if not 1 <= num_old <= num_experts:

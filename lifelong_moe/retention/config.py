@@ -168,7 +168,8 @@ class ReviewConfig:
     replay_fraction: float = 0.5
     """Share of the review's sequences that is earlier text."""
     old_loss: float = 0.1
-    """Factor on ``-log`` of the gate probability that earlier text gives to experts older than this stage."""
+    """Factor on ``-log`` of the gate probability that earlier text gives to experts older than this stage, a mean over
+    tokens and layers, as its authors average it; ``routing``'s losses are summed over layers."""
     lr_scale: float = 1.0
     """Peak rate of the review relative to ``optim.lr``."""
 

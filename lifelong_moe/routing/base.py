@@ -64,7 +64,7 @@ class RouterLoss:
     value: Tensor
     """Unweighted scalar, float32."""
     coefficient: float
-    """Its factor in the training loss."""
+    """Its factor in the training loss, in which the layers' losses are summed."""
 
 
 @dataclass(frozen=True)

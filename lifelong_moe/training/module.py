@@ -102,7 +102,7 @@ class StageModule(LightningModule):
         output = self.model(**model_inputs(batch), old_text_BS=old_text_BS, first_block=self._shared_blocks)
         total, parts = self._language_losses(batch, output)
         shares = batch["shares"]
-        for name, (value, weighted) in mean_router_losses(output.routings).items():
+        for name, (value, weighted) in router_losses(output.routings).items():
             if name != "old":
                 parts[f"{name}_loss"] = value
                 total = total + shares.get(f"{name}_loss", 1.0) * weighted
@@ -226,14 +226,22 @@ class StageModule(LightningModule):
         self.assignments_before = checkpoint["assignments_before"]
 
 
-def mean_router_losses(routings: list[Routing]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Each auxiliary loss's mean over layers: the value, and the value times its coefficient."""
+def router_losses(routings: list[Routing]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Each auxiliary loss of the layers that have it: its mean, for curves, and what is minimized, its weighted sum.
+
+    A sum, so that what presses on one router does not depend on how many other layers have one.
+
+    Source:
+        Layers are summed by Mesh TensorFlow (transformer.py, ``add_n(context.losses)``), Lingvo, V-MoE, Megatron-LM,
+        DeepSeek and ReMoE; T5X (contrib/moe/models.py) and MegaBlocks (layers/moe.py) average them, and transformers
+        pools their choices and probabilities before the product.
+    """
     names = dict.fromkeys(name for routing in routings for name in routing.losses)
     losses = {name: [r.losses[name] for r in routings if name in r.losses] for name in names}
     return {
         name: (
             torch.stack([loss.value for loss in found]).mean(),
-            torch.stack([loss.value * loss.coefficient for loss in found]).mean(),
+            torch.stack([loss.value * loss.coefficient for loss in found]).sum(),
         )
         for name, found in losses.items()
     }

@@ -241,6 +241,8 @@ class StageSpec:
         if parent is not None and len(parent.generations) == 1:
             # What tells generations apart is not settled before there are several.
             parent = replace(parent, routing=self.routing)
+        elif parent is not None:
+            parent = replace(parent, routing=parent.routing.with_losses_of(self.routing))
         if parent is None:
             first = (first_generation(self.name, self.model),)
             architecture = Architecture(self.model, self.routing, vocab_size, bos_id, first)

@@ -212,12 +212,13 @@ def _continued(
     """The parent's model, which a stage goes on with.
 
     What tells generations apart is this stage's to say while there is one: the parent may have been trained without
-    bundles, or left centroids that nothing needs.
+    bundles, or left centroids that nothing needs. Losses are always this stage's: an earlier version's coefficients
+    were factors of a mean over layers.
     """
     architecture, tensors = Architecture.from_json(parent.config["architecture"]), store.tensors(parent)
-    was, now = architecture.routing, spec.routing
+    was, now = architecture.routing.with_losses_of(spec.routing), spec.routing
     if len(architecture.generations) > 1 or was.effective(grown=True) == now.effective(grown=True):
-        return build_model(architecture, tensors)
+        return build_model(replace(architecture, routing=was), tensors)
     fits_alike = all(
         getattr(was, key) == getattr(now, key) for key in ("bundles", "centroids", "clusters", "feature_width")
     )

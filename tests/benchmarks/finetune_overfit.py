@@ -101,7 +101,7 @@ def config(model: str, trainable: str, dropout: float, seed: int, steps: int) ->
             },
         },
         "model": {"layers": 4, "width": 128, "heads": 4, "kv_heads": 2, "context": CONTEXT, **MODELS[model]},
-        "routing": {"top_k": 2, "balance_loss": 0.01},
+        "routing": {"top_k": 2, "balance_loss": 0.0025},
         "stages": [
             {"data": "english_docs", "tokens": 400_000, "optim": {"lr": 2.0e-3, "batch_tokens": 2048}},
             {

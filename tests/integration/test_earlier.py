@@ -21,7 +21,10 @@ from rich.console import Console
 
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.model.architecture import Architecture
+from lifelong_moe.model.transformer import LanguageModel
+from lifelong_moe.retention.config import TrunkConfig
 from lifelong_moe.stages.store import StageStore
+from lifelong_moe.training import stage as stage_module
 from lifelong_moe.training.config import CheckpointConfig, FrozenConfig
 from lifelong_moe.training.interrupt import Interrupt
 from lifelong_moe.training.phase import StageEnvironment
@@ -86,8 +89,16 @@ def test_the_same_configuration_is_told_that_the_stages_are_older() -> None:
         train(earlier_config())
 
 
-def test_a_new_stage_goes_on_from_it() -> None:
+def test_a_new_stage_goes_on_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """As retraining does: from the first stage, whose centroids it holds itself, and from the second."""
+    trained: list[LanguageModel] = []
+    freeze_trunk = stage_module.freeze_trunk
+
+    def seen(model: LanguageModel, trunk: TrunkConfig | None) -> None:
+        trained.append(model)
+        freeze_trunk(model, trunk)
+
+    monkeypatch.setattr(stage_module, "freeze_trunk", seen)
     path = earlier_config()
     prepared, store = prepare(path, []), StageStore(Path("mlruns"))
     head = json.loads(Path("mlruns/runs/old/head.json").read_text())
@@ -108,5 +119,9 @@ def test_a_new_stage_goes_on_from_it() -> None:
         stage = train_stage(grows, str(i) * 64, 1, parent, data.corpora, data.tokenizer, data.recipe, environment)
         old, new = store.tensors(parent), store.tensors(stage)
         assert all(torch.equal(new[name], tensor) for name, tensor in old.items())
+        # Its 0.01 was a factor of a mean over layers, and what is trained now is a sum.
+        routings = [one.config["architecture"]["routing"] for one in (parent, stage)]
+        assert [routing["balance_loss"] for routing in routings] == [0.01, 0.0025]
+        assert {layer.router.config.balance_loss for layer in trained.pop().moe_layers()} == {0.0025}
         assert len(Architecture.from_json(stage.config["architecture"]).generations) == i + 2
         assert load_model(store, stage).document_clusters is not None

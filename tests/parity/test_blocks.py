@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from lifelong_moe.config import load_config
 from lifelong_moe.model.experts import ExpertBanks
 from lifelong_moe.model.moe import MoELayer
 from lifelong_moe.ops.router_losses import load_balancing_loss, router_z_loss
@@ -19,6 +21,7 @@ from lifelong_moe.routing.registry import build_router
 transformers = pytest.importorskip("transformers", reason="parity needs the extra `transformers`")
 
 TOLERANCE = 2e-6
+PRESETS = Path(__file__).parents[2] / "configs" / "presets"
 WIDTH, HIDDEN, BATCH, LENGTH = 16, 12, 3, 20
 
 
@@ -218,3 +221,35 @@ def test_balance_loss() -> None:
     probs_TE = logits_TE.softmax(1)
     ours = load_balancing_loss(probs_TE, probs_TE.topk(2).indices, torch.ones(30, dtype=torch.bool))
     torch.testing.assert_close(load_balancing_loss_func((logits_TE,), 7, 2), 2 * ours)
+
+
+@pytest.mark.parametrize(("preset", "published"), [("mixtral", 0.001), ("qwen3_moe", 0.001)])
+def test_a_preset_presses_as_transformers_does(preset: str, published: float) -> None:
+    """Where layers route alike: pooled before the product, each layer gets its share of one product's gradient."""
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    config, _ = load_config(PRESETS / f"{preset}.yaml")
+    logits_TE = torch.randn(30, config.model.experts, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    layers, top_k = config.model.layers, config.routing.top_k
+    theirs = published * load_balancing_loss_func((logits_TE,) * layers, config.model.experts, top_k)
+    probs_TE = logits_TE.softmax(1)
+    ours = load_balancing_loss(probs_TE, probs_TE.topk(top_k).indices, torch.ones(30, dtype=torch.bool))
+    found = [torch.autograd.grad(loss, logits_TE, retain_graph=True)[0] for loss in (layers * ours, theirs)]
+    torch.testing.assert_close(config.routing.balance_loss * found[0], found[1])
+
+
+def test_olmoe_presses_as_megablocks_does() -> None:
+    """``layers/moe.py`` and ``layers/router.py`` there: 0.01 and 0.001, divided by layers, in float64."""
+    (config, _), mask_T = load_config(PRESETS / "olmoe.yaml"), torch.ones(30, dtype=torch.bool)
+    experts, top_k, layers = config.model.experts, config.routing.top_k, config.model.layers
+    generator = torch.Generator().manual_seed(0)
+    logits = [torch.randn(30, experts, generator=generator).double().requires_grad_() for _ in range(layers)]
+    scores = torch.cat([one.softmax(1) for one in logits], dim=1).mean(0)
+    counts = torch.cat([torch.bincount(one.topk(top_k).indices.flatten(), minlength=experts) for one in logits])
+    theirs = 0.01 * experts / (layers * 30 * top_k) * (counts.double() * scores).sum()
+    theirs = theirs + 0.001 / layers * torch.stack([one.logsumexp(1).square().mean() for one in logits]).sum()
+    ours = torch.zeros((), dtype=torch.float64)
+    for one in logits:
+        balance = load_balancing_loss(one.softmax(1), one.topk(top_k).indices, mask_T)
+        ours = ours + config.routing.balance_loss * balance + config.routing.z_loss * router_z_loss(one, mask_T)
+    torch.testing.assert_close(ours, theirs)

@@ -61,7 +61,7 @@ def test_losses_come_in_training_only_and_only_if_asked_for(make_router: Make, m
     x, context = torch.ones(4, 3), make_context(4)
     router = make_router(3)
     losses = router(x, context).losses
-    assert {name: loss.coefficient for name, loss in losses.items()} == {"balance": 0.01, "z": 0.001}
+    assert {name: loss.coefficient for name, loss in losses.items()} == {"balance": 0.0025, "z": 0.00025}
     assert losses["z"].value.item() == pytest.approx(math.log(3) ** 2)  # rows begin at zero
     assert router.eval()(x, context).losses == {}
     assert set(make_router(3, z_loss=0.0)(x, context).losses) == {"balance"}

@@ -215,7 +215,7 @@ def test_relu_reaches_its_sparsity(make_model: Callable[..., LanguageModel]) -> 
         output = model(ids[:, :-1])
         loss = model.cross_entropy(output.hidden_BSD.flatten(0, 1), ids[:, 1:].flatten())
         for seen in output.routings:
-            loss = loss + seen.losses["sparsity"].value * seen.losses["sparsity"].coefficient / 2
+            loss = loss + seen.losses["sparsity"].value * seen.losses["sparsity"].coefficient
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -57,7 +57,7 @@ def by_hand(module: StageModule, dataset: BlockDataset) -> tuple[dict[str, Tenso
                 kl.append(4 * (told.exp() * (told - (logits / 2).log_softmax(1))).sum(1)[scored])
                 asked += 1
     curves = {"loss": torch.cat(nats).mean(), "z_loss": torch.cat(z).mean()}
-    objective = curves["loss"] + 0.001 * curves["z_loss"]
+    objective = curves["loss"] + 2 * 0.00025 * curves["z_loss"]  # the sum of two layers
     if asked:
         assert spec.distill is not None
         share = 0.25 if spec.distill.text == "replay" else (1 - spec.replay_fraction) * spec.distill.fraction

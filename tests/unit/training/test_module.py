@@ -16,14 +16,16 @@ from torch.utils.data import DataLoader
 from lifelong_moe.config import RunConfig
 from lifelong_moe.errors import CorruptError, DivergedError
 from lifelong_moe.methods.graph import stage_specs
-from lifelong_moe.model.architecture import Generation
+from lifelong_moe.model.architecture import Generation, first_generation
+from lifelong_moe.model.config import ModelConfig
+from lifelong_moe.model.moe import no_routing
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.ops.losses import distillation_loss
 from lifelong_moe.retention.penalty import WeightAnchor, make_anchor
 from lifelong_moe.retention.teacher import make_teacher
-from lifelong_moe.routing.base import Routing
+from lifelong_moe.routing.base import RouterLoss, Routing
 from lifelong_moe.training.means import StepMeans
-from lifelong_moe.training.module import StageModule
+from lifelong_moe.training.module import StageModule, router_losses
 from lifelong_moe.training.optimizer import freeze_trunk, phase_parameters, training_only
 from lifelong_moe.training.shares import Tally, with_shares
 
@@ -171,7 +173,8 @@ def test_the_loss_is_the_sum_of_its_parts(make_run: MakeRun, make_model: Make, m
     # 2 of 4 sequences are replayed, where spec.replay_fraction lets expect fewer: their KL counts for more.
     share = 2 / (4 * module.spec.replay_fraction)
     distilled = 3.0 * share * parts["distill_loss"]
-    expected = parts["loss"] + 0.01 * parts["balance_loss"] + 0.001 * parts["z_loss"] + distilled
+    routers = 2 * (0.0025 * parts["balance_loss"] + 0.00025 * parts["z_loss"])  # the sum of two layers; parts are means
+    expected = parts["loss"] + routers + distilled
     assert step["loss"].item() == pytest.approx(expected, rel=1e-6)
 
     with torch.no_grad():
@@ -186,6 +189,53 @@ def test_the_loss_is_the_sum_of_its_parts(make_run: MakeRun, make_model: Make, m
     assert parts["loss"] == pytest.approx(float(nats), rel=1e-5)
     balance = torch.stack([r.losses["balance"].value for r in outputs[0].routings]).mean()
     assert parts["balance_loss"] == pytest.approx(float(balance), rel=1e-5)
+
+
+def test_the_measured_runs_keep_their_pressure(make_run: MakeRun, make_model: Make, make_batch: Batch) -> None:
+    """Of four layers the defaults' sum is what 0.01 and 0.001 on a mean over layers was, by hand from logits."""
+    model, batch, seen = make_model(model={"layers": 4}), make_batch(), []
+    for layer in model.moe_layers():
+        layer.router.register_forward_pre_hook(lambda router, args: seen.append(router.logits(args[0])))
+    hidden_TD = model(batch["token_ids"]).hidden_BSD.flatten(0, 1)
+    loss = torch.nn.functional.cross_entropy(model.logits(hidden_TD), batch["target_ids"].flatten())
+    for logits_TE in seen:
+        probs_TE, experts = logits_TE.softmax(1), logits_TE.shape[1]
+        chosen_TE = torch.nn.functional.one_hot(logits_TE.topk(2).indices, experts).sum(1)
+        balance = experts / 2 * (chosen_TE.float().mean(0) * probs_TE.mean(0)).sum()
+        loss = loss + 0.01 / 4 * balance + 0.001 / 4 * logits_TE.exp().sum(1).log().square().mean()
+    loss.backward()
+    rows = [p for layer in model.moe_layers() for p in layer.router.parameters()]
+    expected = [p.grad for p in rows]
+    model.zero_grad()
+    stage_module(make_run, model).training_step(batch, 0)["loss"].backward()
+    assert len(rows) == 4
+    for parameter, gradient in zip(rows, expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("shape", "routers"), [({"moe_every": 2}, 2), ({"dense_layers": 3}, 1), ({"experts": [2, 4, 3, 2]}, 4)]
+)
+def test_only_layers_with_a_router_are_summed(
+    shape: dict[str, Any], routers: int, make_model: Make, make_batch: Batch
+) -> None:
+    generation = first_generation("s0", ModelConfig(layers=4, **{"experts": 4, **shape}))
+    model = make_model("learned", (generation,), model={"layers": 4, **shape})
+    routings = model(make_batch()["token_ids"]).routings
+    with_loss = [r for r in routings if r.losses]
+    assert len(with_loss) == routers
+    mean, weighted = router_losses(routings)["balance"]
+    values = [r.losses["balance"].value.item() for r in with_loss]
+    assert mean.item() == pytest.approx(sum(values) / len(values), rel=1e-6)
+    assert weighted.item() == pytest.approx(0.0025 * sum(values), rel=1e-6)
+
+
+def test_a_layer_without_a_loss_has_no_share_in_it() -> None:
+    one, other = ({"z": RouterLoss(torch.tensor(v), c)} for v, c in ((3.0, 0.5), (5.0, 0.1)))
+    rest = no_routing(torch.zeros(2, 4))
+    routings = [Routing(rest.expert_ids_TK, rest.weights_TK, 0, losses) for losses in (one, {}, other)]
+    mean, weighted = router_losses(routings)["z"]
+    assert (mean.item(), weighted.item()) == pytest.approx((4.0, 2.0))
 
 
 def test_without_replayed_text_there_is_nothing_to_distil(
@@ -244,7 +294,9 @@ def test_distillation_does_not_depend_on_how_a_step_is_divided(
 
     def loss(part: dict[str, Any], micro_batches: int) -> Any:
         step: Any = module.training_step(with_shares(part, module.spec, whole, micro_batches), 0)
-        return (step["loss"] - 0.01 * step["parts"]["balance_loss"]).item()  # balance is per micro-batch by nature
+        return (
+            step["loss"] - 2 * 0.0025 * step["parts"]["balance_loss"]
+        ).item()  # balance is per micro-batch by nature
 
     parts = [{name: value[i : i + 1] for name, value in batch.items()} for i in range(4)]
     assert loss(batch, 1) == pytest.approx(sum(loss(part, 4) for part in parts) / 4, rel=1e-5)
@@ -377,7 +429,7 @@ def test_a_review_has_a_loss_of_its_own(make_run: MakeRun, make_model: Make, mak
     step = stage_module(make_run, model, *REVIEW, stage=1, phase=1, teacher=teacher).training_step(batch, 0)
     parts: Any = {name: value.item() for name, value in step["parts"].items()}
     assert set(parts) == {"loss", "old_loss", "z_loss"}  # neither balance nor teacher
-    expected = parts["loss"] + 0.5 * parts["old_loss"] + 0.001 * parts["z_loss"]
+    expected = parts["loss"] + 0.5 * parts["old_loss"] + 2 * 0.00025 * parts["z_loss"]
     assert step["loss"].item() == pytest.approx(expected, rel=1e-6)
     # Surprise of rows 1 and 3, the replayed ones, at the old experts' probability; the mean of two layers.
     seen = []

@@ -244,3 +244,14 @@ def test_the_architecture_at_the_end(make_run: MakeRun) -> None:
     assert (begun.vocab_size, begun.bos_id, begun.frozen) == (300, 2, 0)
     assert [(g.stage, g.experts) for g in grown.generations] == [("english", 4), ("python", 2)]
     assert grown.frozen == 1 and grown.labels == (("english", 0), ("python", 1))
+
+
+def test_losses_are_the_stage_s_and_the_rest_is_its_parent_s(make_run: MakeRun) -> None:
+    """Of a parent with several generations; an earlier version's coefficient, a mean's, must not live on."""
+    first, second = stage_specs(make_run())
+    grown = second.architecture(first.architecture(None, 300, 2), 300, 2)
+    routing = dataclasses.replace(grown.routing, balance_loss=0.01, z_loss=0.001, gate_scale=2.0)
+    third = second.architecture(dataclasses.replace(grown, routing=routing), 300, 2).routing
+    assert (third.balance_loss, third.z_loss, third.gate_scale) == (0.0025, 0.00025, 2.0)
+    other = dataclasses.replace(routing, mode="noisy_topk")  # whose keys another mode may refuse
+    assert routing.with_losses_of(other) is routing
