@@ -80,7 +80,12 @@ def _require_tokens(mask_T: Tensor, name: str) -> None:
 
 
 def sequence_balancing_loss(
-    probs_TE: Tensor, expert_ids_TK: Tensor, mask_T: Tensor, num_sequences: int, first_expert: int = 0
+    probs_TE: Tensor,
+    expert_ids_TK: Tensor,
+    mask_T: Tensor,
+    num_sequences: int,
+    first_expert: int = 0,
+    allowed_TE: Tensor | None = None,
 ) -> Tensor:
     """:func:`load_balancing_loss` within each sequence, averaged over the sequences that have a real token.
 
@@ -90,6 +95,7 @@ def sequence_balancing_loss(
         mask_T: True for real tokens, bool ``(T,)``.
         num_sequences: Sequences that the T tokens are, of equal length, one after the other (B).
         first_expert: Balance experts from this index on.
+        allowed_TE: Experts that each token may use, bool ``(T, E)``; None means all.
 
     Returns:
         Scalar float32, unweighted; 1 where each sequence is balanced.
@@ -98,7 +104,10 @@ def sequence_balancing_loss(
         ValueError: If no token is unmasked; on a CPU only.
 
     Source:
-        DeepSeek-V3 (arXiv:2412.19437), eqs. 17–20.
+        DeepSeek-V3 (arXiv:2412.19437), eqs. 17–20. Switch and GShard count so in each group of tokens that shares
+        experts' room (Mesh TensorFlow, transformer/moe.py; Lingvo, gshard_layers.py), which is a sequence here. Mesh
+        TensorFlow divides by the group's size, padding included; Lingvo, without ``legacy_mtf_behavior``, by its real
+        tokens, as here.
     """
     _require_tokens(mask_T, "sequence_balancing_loss")
     num_experts = probs_TE.shape[1]
@@ -108,11 +117,20 @@ def sequence_balancing_loss(
     counts_BE = probs_TE.new_zeros(num_sequences, num_experts).scatter_add(
         1, ids_BN.clamp_min(0), counted_BN.to(probs_TE.dtype)
     )[:, first_expert:]
-    masked_TE = torch.where(mask_T.unsqueeze(1), probs_TE, 0.0)
-    mass_BE = masked_TE.view(num_sequences, -1, num_experts).sum(dim=1)[:, first_expert:]
+
+    def shares(values_TE: Tensor) -> Tensor:
+        masked_TE = torch.where(mask_T.unsqueeze(1), values_TE, 0.0)
+        sums_BE = masked_TE.view(num_sequences, -1, num_experts).sum(dim=1)[:, first_expert:]
+        return sums_BE / sums_BE.sum(dim=1, keepdim=True).clamp_min(1e-9)
+
     share_BE = counts_BE / counts_BE.sum(dim=1, keepdim=True).clamp_min(1.0)
-    mean_BE = mass_BE / mass_BE.sum(dim=1, keepdim=True).clamp_min(1e-9)
-    value_B = counts_BE.shape[1] * (share_BE * mean_BE).sum(dim=1)
+    products_BE = share_BE * shares(probs_TE)
+    if allowed_TE is None:
+        value_B = counts_BE.shape[1] * products_BE.sum(dim=1)
+    else:
+        even_TE = allowed_TE.to(probs_TE.dtype)
+        even_BE = shares(even_TE / even_TE.sum(dim=1, keepdim=True))
+        value_B = (products_BE / even_BE.clamp_min(1e-9)).sum(dim=1)
     return value_B.sum() / present_BS.any(dim=1).sum()
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from lifelong_moe.errors import ConfigError
 
@@ -272,9 +272,10 @@ class RoutingConfig:
     of the measured runs, and a coefficient that was published for an average is to be divided by the layers."""
     balance_counts: BalanceCounts = BalanceCounts.all
     """Count ``all`` choices, or ``first`` ones only (GShard)."""
-    balance_scope: BalanceScope = BalanceScope.microbatch
+    balance_scope: BalanceScope | None = None
     """Count choices in each ``sequence`` (DeepSeek-V3), in a ``microbatch``, or in all of a step's micro-batches so far
-    (``global_batch``, Qwen3); over all processes, whose number changes nothing."""
+    (``global_batch``, Qwen3); over all processes, whose number changes nothing. By default where room is counted: in
+    each sequence with ``capacity``, which allows nothing else, and in a micro-batch without."""
     importance_loss: float = 0.0
     """``noisy_topk``: coefficient of the squared coefficient of variation of experts' summed gate weights; summed over
     layers."""
@@ -373,9 +374,7 @@ class RoutingConfig:
         for key, modes in of_modes.items():
             if "." not in self.mode and self.mode not in modes and getattr(self, key) != standard[key]:
                 raise ConfigError(f"routing.{key} is for routing.mode={' or '.join(modes)}, not for {self.mode}.")
-        counted = ("learned", "switch", "gshard")
-        if self.balance_scope == BalanceScope.global_batch and "." not in self.mode and self.mode not in counted:
-            raise ConfigError(f"routing.balance_scope=global_batch is for routing.mode={' or '.join(counted)}.")
+        self._check_scope()
         single, pair = ("switch", "base"), ("gshard",)
         if (self.mode in single and self.top_k != 1) or (self.mode in pair and self.top_k != 2):
             number = 1 if self.mode in single else 2
@@ -395,6 +394,23 @@ class RoutingConfig:
             )
         if self.bundles != Bundles.none and (self.capacity or self.bias_rate or self.expert_groups > 1):
             raise ConfigError("routing.bundles cannot be used with routing.capacity, bias_rate or expert_groups.")
+
+    def _check_scope(self) -> None:
+        counted = ("learned", "switch", "gshard")
+        if self.balance_scope == BalanceScope.global_batch and "." not in self.mode and self.mode not in counted:
+            raise ConfigError(f"routing.balance_scope=global_batch is for routing.mode={' or '.join(counted)}.")
+        if self.capacity is not None and self.balance_scope not in (None, BalanceScope.sequence):
+            raise ConfigError(
+                f"routing.balance_scope={self.balance_scope} cannot be used with routing.capacity, which counts in "
+                f"each sequence, and so does balance. Leave routing.balance_scope out, or set routing.capacity=null."
+            )
+
+    @property
+    def counts_balance_in(self) -> BalanceScope:
+        """Over which tokens the load-balancing loss counts choices: where room is counted, unless there is no limit."""
+        if self.balance_scope is not None:
+            return self.balance_scope
+        return BalanceScope.microbatch if self.capacity is None else BalanceScope.sequence
 
     @property
     def leaks(self) -> str | None:
@@ -447,7 +463,10 @@ class RoutingConfig:
     def _without_losses(self) -> RoutingConfig:
         """Without what shapes losses that are not there."""
         found = self if self.has_rows else self._without(("balance_loss", "z_loss"))
-        return found if found.has_rows and found.balance_loss else found._without(("balance_scope", "balance_over"))
+        if not (found.has_rows and found.balance_loss):
+            return found._without(("balance_scope", "balance_over"))
+        implied = found._without(("balance_scope",))
+        return implied if implied.counts_balance_in == found.counts_balance_in else found
 
     def _without_clusters(self) -> RoutingConfig:
         """Without what shapes clusters that are not there, or that are drawn and not fitted."""
@@ -482,6 +501,8 @@ class RoutingConfig:
     def from_json(cls, data: dict[str, Any]) -> RoutingConfig:
         """From plain JSON data, as ``dataclasses.asdict`` gives it; absent keys have their defaults."""
         values = {**data, "capacity": _built(CapacityConfig, data["capacity"]) if data.get("capacity") else None}
+        if values["capacity"] and values.get("balance_scope") != BalanceScope.sequence:
+            values["balance_scope"] = None  # an earlier version's may contradict its capacity; it trains no more
         return _built(cls, values)
 
     @property
@@ -521,5 +542,7 @@ class RoutingConfig:
 def _built(cls: type[Any], data: dict[str, Any]) -> Any:
     """Build a configuration from plain data: enumerations from their values."""
     hints = get_type_hints(cls)
-    kinds = {key: hints[key] for key in data if isinstance(hints[key], type) and issubclass(hints[key], StrEnum)}
+    # Of an optional one the first of its types is the enumeration.
+    types = {key: (*get_args(hints[key]), hints[key])[0] for key, value in data.items() if value is not None}
+    kinds = {key: kind for key, kind in types.items() if isinstance(kind, type) and issubclass(kind, StrEnum)}
     return cls(**{key: kinds[key](value) if key in kinds else value for key, value in data.items()})

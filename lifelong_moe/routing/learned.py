@@ -136,11 +136,11 @@ class LearnedRouter(LinearRouter):
     def _count(self, expert_ids_TK: Tensor, mask_T: Tensor) -> Tensor | None:
         """Count the step's choices where something depends on them; returns those of earlier micro-batches."""
         config, earlier_E = self.config, self.counts_E
-        if not (config.bias_rate or config.balance_scope == BalanceScope.global_batch):
+        if not (config.bias_rate or config.counts_balance_in == BalanceScope.global_batch):
             return None
         all_E = sum_over_ranks(choice_counts(expert_ids_TK, mask_T, self.num_experts))
         self.counts_E = all_E if earlier_E is None else earlier_E + all_E
-        return earlier_E if config.balance_scope == BalanceScope.global_batch else None
+        return earlier_E if config.counts_balance_in == BalanceScope.global_batch else None
 
     def end_step(self, taken: bool) -> None:
         """Move the biases of experts that train against their load."""

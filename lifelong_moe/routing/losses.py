@@ -47,8 +47,8 @@ def auxiliary_losses(
     elif config.balance_loss:
         first = num_experts - generations[-1] if config.balance_over == BalanceOver.active else 0
         counted_TK = expert_ids_TK[:, :1] if config.balance_counts == BalanceCounts.first else expert_ids_TK
-        if config.balance_scope == BalanceScope.sequence:
-            value = sequence_balancing_loss(probs_TE, counted_TK, mask_T, context.num_sequences, first)
+        if config.counts_balance_in == BalanceScope.sequence:
+            value = sequence_balancing_loss(probs_TE, counted_TK, mask_T, context.num_sequences, first, allowed_TE)
         else:
             value = load_balancing_loss(probs_TE, counted_TK, mask_T, first, allowed_TE, earlier_E)
         losses["balance"] = RouterLoss(value, config.balance_loss)

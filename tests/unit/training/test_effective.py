@@ -88,6 +88,8 @@ ROUTING = [
     *none("routing.", "balance_scope=sequence", "balance_over=active", context=CLUSTER),
     *none("routing.", "balance_scope=sequence", "balance_over=active", context=("routing.balance_loss=0",)),
     *none("routing.", "balance_over=active", context=NO_GROWTH),
+    *none("routing.", "balance_scope=microbatch"),
+    *none("routing.", "balance_scope=sequence", context=("routing.capacity={factor: 2.0}",)),
 ]
 OPTIM = [
     *both("stage_defaults.optim.", "lr=0.1", "schedule=constant", "warmup_fraction=0.5", "min_lr_fraction=0.5"),

@@ -1,0 +1,153 @@
+"""What the load-balancing loss counts, and over which tokens, against its authors' formulas written anew in NumPy."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lifelong_moe.errors import ConfigError
+from lifelong_moe.routing.base import Router, RoutingContext
+from lifelong_moe.routing.config import DEFAULTS, BalanceScope, Bundles, CapacityConfig, RoutingConfig, SecondExpert
+
+Make = Callable[..., Router]
+ROOM = CapacityConfig(factor=1.0)
+SWITCH: dict[str, Any] = {"mode": "switch", "top_k": 1, "renormalize": False, "capacity": ROOM, "z_loss": 0.0}
+
+
+def context(sequences: int, length: int, mask: Tensor | None = None, groups: Tensor | None = None) -> RoutingContext:
+    ids_T = torch.arange(sequences * length)
+    everything = torch.ones_like(ids_T, dtype=torch.bool)
+    return RoutingContext(
+        ids_T,
+        everything if mask is None else mask,
+        torch.zeros_like(ids_T) if groups is None else groups,
+        num_sequences=sequences,
+    )
+
+
+def softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return shifted / shifted.sum(axis=-1, keepdims=True)
+
+
+def in_groups(logits_GSE: NDArray[np.float64], real_GS: NDArray[np.bool_] | None = None) -> float:
+    """Balance of first choices as Mesh TensorFlow's ``_switch_gating`` and Lingvo's ``Top2GatingOnLogits`` have it.
+
+    Means over a group of indicators and of probabilities, their product's mean over groups and experts, times E². With
+    padding as in Lingvo without ``legacy_mtf_behavior``: both are divided by the group's share of real tokens.
+    """
+    groups, size, experts = logits_GSE.shape
+    gates_GSE = softmax(logits_GSE)
+    density, proxy = np.zeros((groups, experts)), np.zeros((groups, experts))
+    for g in range(groups):
+        rows = [s for s in range(size) if real_GS is None or real_GS[g, s]]
+        for s in rows:
+            density[g, gates_GSE[g, s].argmax()] += 1 / len(rows)
+            proxy[g] += gates_GSE[g, s] / len(rows)
+    return float((density * proxy).mean() * experts**2)
+
+
+def set_rows(router: Router, rows_ED: Tensor) -> Router:
+    router.set_rows(rows_ED)
+    return router
+
+
+def gradient(router: Router, loss: Tensor) -> Tensor:
+    (rows,) = router.row_generations()
+    return torch.autograd.grad(loss, rows)[0]
+
+
+def test_two_sequences_that_each_collapse_are_not_balanced(make_router: Make) -> None:
+    """Half of the tokens are dropped; over both sequences nothing would be seen of it."""
+    x_TD = torch.tensor([[1.0, 0, 0]] * 8 + [[0, 1.0, 0]] * 8)
+    router = set_rows(make_router(2, **SWITCH), torch.tensor([[2.5, -2.5, 0], [-2.5, 2.5, 0]]))
+    routing = router(x_TD, context(2, 8))
+    assert routing.dropped is not None and routing.dropped.tolist() == [8, 16]
+    loss = routing.losses["balance"].value
+    logits_TE = (x_TD @ router.row_generations()[0].detach().t()).double().numpy()
+    assert loss.item() == pytest.approx(in_groups(logits_TE.reshape(2, 8, 2)), rel=1e-6)
+    assert loss.item() == pytest.approx(1.987, abs=5e-4)
+    assert in_groups(logits_TE.reshape(1, 16, 2)) == pytest.approx(1.0)
+    slope_ED = gradient(router, loss)  # against each sequence's own expert
+    assert slope_ED[0, 0] > 1e-3 and slope_ED[1, 1] > 1e-3 and slope_ED[1, 0] < -1e-3 and slope_ED[0, 1] < -1e-3
+
+
+@pytest.mark.parametrize("mode", ["switch", "gshard", "learned"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_balance_where_room_is_counted(make_router: Make, mode: str, padded: bool) -> None:
+    """First choices, before any is left out or dropped; a padded sequence by its real tokens."""
+    kinds: dict[str, dict[str, Any]] = {
+        "switch": SWITCH,
+        "gshard": {"mode": "gshard", "balance_counts": "first", "second": SecondExpert.random, "capacity": ROOM},
+        "learned": {"balance_counts": "first", "capacity": ROOM},
+    }
+    sequences, length, experts = 3, 20, 5
+    generator = torch.Generator().manual_seed(0)
+    router = set_rows(make_router(experts, width=8, **kinds[mode]), torch.randn(experts, 8, generator=generator))
+    x_TD = torch.randn(sequences * length, 8, generator=generator)
+    real_GS = np.arange(length) < np.array([[20], [7], [1]]) if padded else np.ones((sequences, length), dtype=bool)
+    torch.manual_seed(0)
+    losses = router(x_TD, context(sequences, length, torch.from_numpy(real_GS).flatten())).losses
+    logits = (x_TD.double() @ router.row_generations()[0].detach().double().t()).numpy()
+    expected = in_groups(logits.reshape(sequences, length, experts), real_GS)
+    assert losses["balance"].value.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("scope", [BalanceScope.microbatch, BalanceScope.global_batch])
+@pytest.mark.parametrize("mode", ["switch", "gshard", "learned"])
+def test_balance_elsewhere_than_room_is_refused(mode: str, scope: BalanceScope) -> None:
+    values = {**DEFAULTS.get(mode, {}), "capacity": ROOM}
+    with pytest.raises(ConfigError, match=rf"^routing\.balance_scope={scope} cannot be .*capacity=null\.$") as caught:
+        RoutingConfig(mode=mode, balance_scope=scope, **values)
+    assert "\n" not in str(caught.value)
+    assert RoutingConfig(mode=mode, **values).counts_balance_in == BalanceScope.sequence
+    assert RoutingConfig(mode=mode, **values | {"capacity": None}).counts_balance_in == BalanceScope.microbatch
+    assert RoutingConfig(mode=mode, balance_scope=scope, **values | {"capacity": None}).counts_balance_in == scope
+
+
+def test_what_an_earlier_version_wrote_is_read() -> None:
+    """Capacity with balance over the micro-batch, which had no gradient against what was dropped."""
+    written = dataclasses.asdict(RoutingConfig(**SWITCH)) | {"balance_scope": "microbatch", "balance_loss": 0.01}
+    read = RoutingConfig.from_json(written)
+    assert read.capacity == ROOM and read.balance_scope is None and read.balance_loss == 0.01
+    again = RoutingConfig.from_json(dataclasses.asdict(RoutingConfig(balance_scope=BalanceScope.global_batch)))
+    assert again.balance_scope is BalanceScope.global_batch
+    assert RoutingConfig.from_json(dataclasses.asdict(RoutingConfig())) == RoutingConfig()
+
+
+def test_a_scope_that_is_meant_anyway_changes_nothing() -> None:
+    for config, said in ((RoutingConfig(), BalanceScope.microbatch), (RoutingConfig(**SWITCH), BalanceScope.sequence)):
+        spelled_out = dataclasses.replace(config, balance_scope=said)
+        assert spelled_out != config and spelled_out.effective(grown=True) == config.effective(grown=True)
+
+
+def test_sequences_are_balanced_over_the_experts_that_tokens_have(make_router: Make) -> None:
+    """Two bundles of two and three experts: 1 where each token's experts are used evenly, as over a micro-batch."""
+    generator = torch.Generator().manual_seed(0)
+    values: dict[str, Any] = {"bundles": Bundles.label, "top_k": 1, "renormalize": False, "z_loss": 0.0}
+    groups_T = torch.tensor([0] * 6 + [1] * 6 + [0, 1] * 6)
+    x_TD = torch.randn(24, 3, generator=generator)
+    router = make_router(2, 3, balance_scope=BalanceScope.sequence, **values)  # rows are zero: all is even
+    assert router(x_TD, context(2, 12, groups=groups_T)).losses["balance"].value.item() == pytest.approx(1.0)
+    parts, rows = [], [torch.randn(n, 3, generator=generator) for n in (2, 3)]
+    for scope in (BalanceScope.sequence, BalanceScope.microbatch):
+        router = make_router(2, 3, balance_scope=scope, **values)
+        for mine, given in zip(router.row_generations(), rows, strict=True):
+            mine.data.copy_(given)
+        parts.append(
+            [
+                router(x_TD[i : i + 12], context(1, 12, groups=groups_T[i : i + 12])).losses["balance"].value
+                for i in (0, 12)
+            ]
+        )
+        if scope == BalanceScope.sequence:
+            whole = router(x_TD, context(2, 12, groups=groups_T)).losses["balance"].value
+    torch.testing.assert_close(torch.stack(parts[0]), torch.stack(parts[1]))
+    torch.testing.assert_close(whole, torch.stack(parts[0]).mean())
