@@ -271,7 +271,8 @@ class RoutingConfig:
     summed over layers, as most authors do; curves show their mean. The default is 0.01 averaged over the four layers
     of the measured runs, and a coefficient that was published for an average is to be divided by the layers."""
     balance_counts: BalanceCounts = BalanceCounts.all
-    """Count ``all`` choices, or ``first`` ones only (GShard)."""
+    """Count ``all`` choices, or ``first`` ones only (GShard). Of ``learned`` with ``bias_rate`` or ``expert_groups``:
+    those that scores alone would make among all experts (DeepSeek-V3)."""
     balance_scope: BalanceScope | None = None
     """Count choices in each ``sequence`` (DeepSeek-V3), in a ``microbatch``, or in all of a step's micro-batches so far
     (``global_batch``, Qwen3); over all processes, whose number changes nothing. By default where room is counted: in

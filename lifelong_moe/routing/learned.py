@@ -18,14 +18,16 @@ from lifelong_moe.routing.base import Causality, Routing, RoutingContext
 from lifelong_moe.routing.capacity import limited
 from lifelong_moe.routing.config import BalanceScope, RoutingConfig, Score
 from lifelong_moe.routing.linear import LinearRouter
-from lifelong_moe.routing.losses import auxiliary_losses
+from lifelong_moe.routing.losses import auxiliary_losses, balanced_choices
 
 
 class LearnedRouter(LinearRouter):
     """``p = softmax(x W^T)``; the k largest, their weights divided by their sum if ``renormalize``.
 
     With ``score=sigmoid`` each score is its own; with ``bias_rate`` an expert is chosen by score plus a bias of its
-    own, which its weight does not contain; with ``expert_groups`` only within the best groups. With ``capacity`` an
+    own, which its weight does not contain; with ``expert_groups`` only within the best groups. Biases move by what was
+    chosen; the balance loss counts, in every scope, each token's k best scores of all experts, as if there were neither
+    biases nor groups: it is about scores, whose imbalance biases hide. With ``capacity`` an
     expert takes so many of a sequence's tokens, and what is dropped adds nothing: the weights of what is left stay as
     they were.
 
@@ -36,7 +38,9 @@ class LearnedRouter(LinearRouter):
     Source:
         Mixtral (arXiv:2401.04088), section 2.1; Switch (arXiv:2101.03961), section 2: top-1 by the full softmax,
         jitter on the router's input only; DeepSeek-V3 (arXiv:2412.19437), section 2.1.2, where the bias moves by the
-        sign of the load's error. Class A without capacity: a token's routing depends on that token alone.
+        sign of the load's error, and eqs. 17–20, where the k best are those of the scores, as in Megatron-LM
+        (moe_utils.py, ``compute_routing_scores_for_aux_loss``). Class A without capacity: a token's routing depends on
+        that token alone.
     """
 
     def __init__(self, config: RoutingConfig, *, width: int, layer: int) -> None:
@@ -44,7 +48,9 @@ class LearnedRouter(LinearRouter):
         if config.capacity is not None:
             self.causality = Causality.ordered if config.capacity.is_ordered else Causality.leaks_when_full
         self.counts_E: Tensor | None = None
-        """Choices in the step under way, over all processes."""
+        """Choices in the step under way, over all processes; what biases move by."""
+        self.balanced_E: Tensor | None = None
+        """The same of the choices that the balance loss counts."""
 
     def add_experts(self, num: int) -> None:
         """Add rows, and biases of 0 where experts have them."""
@@ -74,13 +80,14 @@ class LearnedRouter(LinearRouter):
             weights_TK = self._weights(chosen_TK, scores_TE, expert_ids_TK, is_logit=ranks_TE is logits_TE)
             losses = {}
             if self.training:
-                earlier_E = self._count(expert_ids_TK, context.mask_T)
+                counted_TK = self._counted(logits_TE, expert_ids_TK)
+                earlier_E = self._count(expert_ids_TK, counted_TK, context.mask_T)
                 losses = auxiliary_losses(
                     config,
                     self.generations,
                     logits_TE,
                     scores_TE / scores_TE.sum(dim=1, keepdim=True) if config.score == Score.sigmoid else scores_TE,
-                    expert_ids_TK,
+                    counted_TK,
                     context,
                     allowed_TE=allowed_TE,
                     earlier_E=earlier_E,
@@ -133,18 +140,34 @@ class LearnedRouter(LinearRouter):
                 weights_TK = weights_TK / (weights_TK.sum(dim=1, keepdim=True) + 1e-20)
         return weights_TK if config.gate_scale == 1 else weights_TK * config.gate_scale
 
-    def _count(self, expert_ids_TK: Tensor, mask_T: Tensor) -> Tensor | None:
-        """Count the step's choices where something depends on them; returns those of earlier micro-batches."""
-        config, earlier_E = self.config, self.counts_E
-        if not (config.bias_rate or config.counts_balance_in == BalanceScope.global_batch):
+    def _counted(self, logits_TE: Tensor, expert_ids_TK: Tensor) -> Tensor:
+        """The choices that the balance loss counts, ``(T, K)``, or ``(T, 1)`` where those are first ones."""
+        if self.config.bias_rate or self.config.expert_groups > 1:
+            # By logit: scores rise with them, but may underflow.
+            expert_ids_TK = logits_TE.topk(expert_ids_TK.shape[1], dim=-1).indices
+        return balanced_choices(self.config, expert_ids_TK)
+
+    def _count(self, expert_ids_TK: Tensor, counted_TK: Tensor, mask_T: Tensor) -> Tensor | None:
+        """Count the step's choices where something depends on them.
+
+        Returns:
+            With ``balance_scope=global_batch``: what balance counted in earlier micro-batches, ``(E,)``.
+        """
+        if self.config.bias_rate:
+            self.counts_E = self._added(self.counts_E, expert_ids_TK, mask_T)
+        if self.config.counts_balance_in != BalanceScope.global_batch:
             return None
+        earlier_E = self.balanced_E
+        self.balanced_E = self._added(earlier_E, counted_TK, mask_T)
+        return earlier_E
+
+    def _added(self, earlier_E: Tensor | None, expert_ids_TK: Tensor, mask_T: Tensor) -> Tensor:
         all_E = sum_over_ranks(choice_counts(expert_ids_TK, mask_T, self.num_experts))
-        self.counts_E = all_E if earlier_E is None else earlier_E + all_E
-        return earlier_E if config.counts_balance_in == BalanceScope.global_batch else None
+        return all_E if earlier_E is None else earlier_E + all_E
 
     def end_step(self, taken: bool) -> None:
         """Move the biases of experts that train against their load."""
-        counts_E, self.counts_E = self.counts_E, None
+        counts_E, self.counts_E, self.balanced_E = self.counts_E, None, None
         if not (taken and self.config.bias_rate and counts_E is not None):
             return
         error_E = counts_E.float().mean() - counts_E

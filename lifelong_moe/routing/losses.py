@@ -17,6 +17,11 @@ from lifelong_moe.routing.base import RouterLoss, RoutingContext
 from lifelong_moe.routing.config import BalanceCounts, BalanceOver, BalanceScope, RoutingConfig
 
 
+def balanced_choices(config: RoutingConfig, expert_ids_TK: Tensor) -> Tensor:
+    """All choices or the first ones, as ``balance_counts`` says: ``(T, K)`` or ``(T, 1)``."""
+    return expert_ids_TK[:, :1] if config.balance_counts == BalanceCounts.first else expert_ids_TK
+
+
 def auxiliary_losses(
     config: RoutingConfig,
     generations: list[int],
@@ -35,10 +40,10 @@ def auxiliary_losses(
         generations: Experts of each generation.
         logits_TE: Router logits, float32.
         probs_TE: Probabilities; rows sum to 1.
-        expert_ids_TK: Choices before any is dropped.
+        expert_ids_TK: Choices that balance is about, before any is dropped.
         context: Mask and sequences.
         allowed_TE: Experts that each token has; None means all.
-        earlier_E: With ``balance_scope=global_batch``: choices in the step's earlier micro-batches.
+        earlier_E: With ``balance_scope=global_batch``: such choices in the step's earlier micro-batches.
     """
     losses, mask_T, num_experts = {}, context.mask_T, sum(generations)
     if context.old_text_T is not None:  # a review: earlier text belongs to earlier experts, balanced or not
@@ -46,7 +51,7 @@ def auxiliary_losses(
         losses["old"] = RouterLoss(value, 1.0)
     elif config.balance_loss:
         first = num_experts - generations[-1] if config.balance_over == BalanceOver.active else 0
-        counted_TK = expert_ids_TK[:, :1] if config.balance_counts == BalanceCounts.first else expert_ids_TK
+        counted_TK = balanced_choices(config, expert_ids_TK)
         if config.counts_balance_in == BalanceScope.sequence:
             value = sequence_balancing_loss(probs_TE, counted_TK, mask_T, context.num_sequences, first, allowed_TE)
         else:

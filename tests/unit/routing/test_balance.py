@@ -14,7 +14,16 @@ from torch import Tensor
 
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.routing.base import Router, RoutingContext
-from lifelong_moe.routing.config import DEFAULTS, BalanceScope, Bundles, CapacityConfig, RoutingConfig, SecondExpert
+from lifelong_moe.routing.config import (
+    DEFAULTS,
+    BalanceCounts,
+    BalanceScope,
+    Bundles,
+    CapacityConfig,
+    RoutingConfig,
+    Score,
+    SecondExpert,
+)
 
 Make = Callable[..., Router]
 ROOM = CapacityConfig(factor=1.0)
@@ -151,3 +160,90 @@ def test_sequences_are_balanced_over_the_experts_that_tokens_have(make_router: M
             whole = router(x_TD, context(2, 12, groups=groups_T)).losses["balance"].value
     torch.testing.assert_close(torch.stack(parts[0]), torch.stack(parts[1]))
     torch.testing.assert_close(whole, torch.stack(parts[0]).mean())
+
+
+V3: dict[str, Any] = {"score": Score.sigmoid, "bias_rate": 0.01, "top_k": 4, "expert_groups": 4, "top_groups": 2}
+SEQUENCES, LENGTH, EXPERTS, WIDTH = 4, 32, 16, 8
+
+
+def skewed(make_router: Make, **more: Any) -> Router:
+    """After 200 steps in which biases evened out a skewed router's loads."""
+    router = make_router(EXPERTS, width=WIDTH, z_loss=0.0, **V3, **more)
+    rows_ED = 0.3 * torch.randn(EXPERTS, WIDTH, generator=torch.Generator().manual_seed(0))
+    rows_ED[:, 0] = torch.linspace(1.0, -1.0, EXPERTS)[
+        torch.randperm(EXPERTS, generator=torch.Generator().manual_seed(1))
+    ]
+    router.set_rows(rows_ED)
+    for step in range(200):
+        router(hidden(step), context(SEQUENCES, LENGTH))
+        router.end_step(True)
+    assert float(router.state_dict()["bias_0"].abs().max()) > 0.2
+    return router
+
+
+def hidden(seed: int) -> Tensor:
+    x_TD = torch.randn(SEQUENCES * LENGTH, WIDTH, generator=torch.Generator().manual_seed(100 + seed))
+    x_TD[:, 0] = 1.0
+    return x_TD
+
+
+def balance_of_scores(s_TE: Tensor, among_TE: Tensor, top_k: int) -> Tensor:
+    """DeepSeek-V3's eqs. 17 to 20 of one sequence, token by token: ``f`` of the k best of ``among``, ``P`` of ``s``."""
+    tokens, experts = s_TE.shape
+    f, p = torch.zeros(experts, dtype=torch.float64), torch.zeros(experts, dtype=torch.float64)
+    for t in range(tokens):
+        for i in sorted(range(experts), key=lambda e: -float(among_TE[t, e]))[:top_k]:
+            f[i] += experts / (top_k * tokens)
+        p = p + s_TE[t] / s_TE[t].sum() / tokens
+    return (f * p).sum()
+
+
+def test_sequences_count_the_best_scores_whatever_biases_chose(make_router: Make) -> None:
+    router = skewed(make_router, balance_scope=BalanceScope.sequence)
+    x_TD, (rows,) = hidden(999), router.row_generations()
+    routing = router(x_TD, context(SEQUENCES, LENGTH))
+    loss = routing.losses["balance"].value
+    again_ED = rows.detach().double().requires_grad_()
+    s_BSE = (x_TD.double() @ again_ED.t()).sigmoid().view(SEQUENCES, LENGTH, EXPERTS)
+    expected = torch.stack([balance_of_scores(s, s.detach(), 4) for s in s_BSE]).mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    (slope_ED,) = torch.autograd.grad(expected, again_ED, retain_graph=True)
+    torch.testing.assert_close(gradient(router, loss).double(), slope_ED, rtol=1e-4, atol=1e-7)
+    # What biases and groups chose is all but even, and presses otherwise.
+    chosen_TE = torch.zeros(len(x_TD), EXPERTS).scatter(1, routing.expert_ids_TK, 1.0).view(SEQUENCES, LENGTH, EXPERTS)
+    hid = torch.stack([balance_of_scores(s, c, 4) for s, c in zip(s_BSE, chosen_TE, strict=True)]).mean()
+    (other_ED,) = torch.autograd.grad(hid, again_ED)
+    assert hid.item() < 1.03 < 1.1 < expected.item()
+    assert float(slope_ED.norm() / other_ED.norm()) > 2
+
+
+@pytest.mark.parametrize("scope", [BalanceScope.microbatch, BalanceScope.global_batch])
+@pytest.mark.parametrize("counts", list(BalanceCounts))
+def test_batches_count_the_best_scores_too(make_router: Make, scope: BalanceScope, counts: BalanceCounts) -> None:
+    """Megatron-LM: ``E / (K T) sum_e counts_e * mean score_e``, counts of the k best scores of micro-batches so far."""
+    router = skewed(make_router, balance_scope=scope, balance_counts=counts)
+    earlier_E, k = np.zeros(EXPERTS), 4 if counts == BalanceCounts.all else 1
+    (rows,) = router.row_generations()
+    for seed in (500, 501, 502):
+        x_TD = hidden(seed)
+        value = router(x_TD, context(SEQUENCES, LENGTH)).losses["balance"].value.item()
+        scores = 1 / (1 + np.exp(-(x_TD.double() @ rows.detach().double().t()).numpy()))
+        counts_E = np.bincount(np.argsort(-scores, axis=1)[:, :k].ravel(), minlength=EXPERTS)
+        earlier_E = counts_E if scope == BalanceScope.microbatch else earlier_E + counts_E
+        shares_TE = scores / scores.sum(axis=1, keepdims=True)
+        expected = EXPERTS * (earlier_E / earlier_E.sum() * shares_TE.mean(axis=0)).sum()
+        assert value == pytest.approx(expected, rel=1e-5)
+    router.end_step(True)
+    assert router(hidden(502), context(SEQUENCES, LENGTH)).losses["balance"].value.item() == pytest.approx(
+        EXPERTS * (counts_E / counts_E.sum() * shares_TE.mean(axis=0)).sum(), rel=1e-5
+    )
+
+
+def test_biases_move_by_what_was_chosen(make_router: Make) -> None:
+    router = skewed(make_router, balance_scope=BalanceScope.global_batch)
+    before = router.state_dict()["bias_0"].clone()
+    counts_E = sum(router(hidden(seed), context(SEQUENCES, LENGTH)).counts_E for seed in (500, 501))
+    router.end_step(True)
+    assert isinstance(counts_E, Tensor)
+    expected = before + 0.01 * (counts_E.float().mean() - counts_E).sign()
+    torch.testing.assert_close(router.state_dict()["bias_0"], expected)
