@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def pack(hidden_TED: Tensor, gates_TE: Tensor) -> Tensor:
+def pack(hidden_TED: Tensor, log_gates_TE: Tensor) -> Tensor:
     """Each expert's hidden state and the logarithm of its gate as one row a token, ``(T, E * D + E)``."""
-    log_gates_TE = gates_TE.clamp_min(torch.finfo(torch.float32).tiny).log()
     return torch.cat([hidden_TED.flatten(1), log_gates_TE.to(hidden_TED.dtype)], dim=1)
 
 

@@ -236,7 +236,8 @@ class LanguageModel(nn.Module):
             x_BSD = last.attend(x_BSD, rotary, mask, caches[-1], bundles)
             answers_TED, routing = last.moe(last.moe_norm(x_BSD).flatten(0, 1), context, apart=True)
             hidden_TED = self.norm(x_BSD.flatten(0, 1).unsqueeze(1) + answers_TED) * config.logit_scale
-            packed_TM = pack(hidden_TED, routing.weights_TK)
+            assert routing.log_weights_TK is not None
+            packed_TM = pack(hidden_TED, routing.log_weights_TK)
             hidden_BSM = packed_TM.view(*token_ids_BS.shape, -1)
             return ModelOutput(hidden_BSM, [*routings, routing])
         hidden_BSD = self.norm(x_BSD)

@@ -101,6 +101,8 @@ class Routing:
     """Whether tokens may use different numbers of experts: dropped, not chosen, or gates of 0."""
     dropped: Tensor | None = None
     """Real tokens' choices that found no room, and all of them, int64 ``(2,)``; where there is a capacity."""
+    log_weights_TK: Tensor | None = None
+    """Logarithms of the weights where experts compete: there a weight that underflows still has one, and a gradient."""
 
     _sorted: _Sorted | None = field(default=None, init=False, repr=False)
 

@@ -10,6 +10,9 @@ from lifelong_moe.routing.base import Routing, RoutingContext
 from lifelong_moe.routing.linear import LinearRouter
 from lifelong_moe.routing.losses import auxiliary_losses
 
+NOTHING = -1e4
+"""Logarithm of no weight: finite, in half precision too."""
+
 
 class DenseRouter(LinearRouter):
     """All experts, weighted ``softmax(x W^T)``; cost grows with their number.
@@ -23,9 +26,13 @@ class DenseRouter(LinearRouter):
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = self.logits(x_TD)
             # One that is held down answers too, and weighs nothing.
-            probs_TE = F.pad(logits_TE.softmax(dim=1), (0, self.num_experts - self.num_choosable))
+            absent = (0, self.num_experts - self.num_choosable)
+            probs_TE = F.pad(logits_TE.softmax(dim=1), absent)
+            log_probs_TE = (
+                F.pad(logits_TE.log_softmax(dim=1), absent, value=NOTHING) if self.config.competitive else None
+            )
             ids_TE = torch.arange(self.num_experts, device=x_TD.device).expand_as(probs_TE)
             losses = {}
             if self.training:
                 losses = auxiliary_losses(self.config, self.generations, logits_TE, probs_TE, ids_TE, context)
-        return Routing(ids_TE, probs_TE, self.num_experts, losses)
+        return Routing(ids_TE, probs_TE, self.num_experts, losses, log_weights_TK=log_probs_TE)

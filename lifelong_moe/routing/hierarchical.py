@@ -79,7 +79,9 @@ class HierarchicalRouter(LinearRouter):
 
     def _log_product(self, outer_TG: Tensor, inner_TE: Tensor, group_E: Tensor) -> Tensor:
         """Logarithm of group probability times probability within the group, ``(T, E)``; its exponentials sum to 1."""
-        shifted_TE = inner_TE - inner_TE.amax(dim=1, keepdim=True).detach()
-        sums_TG = torch.zeros_like(outer_TG).index_add(1, group_E, shifted_TE.exp())
-        within_TE = shifted_TE - sums_TG.clamp_min(1e-30).log()[:, group_E]
-        return outer_TG.log_softmax(dim=1)[:, group_E] + within_TE
+        index_TE = group_E.expand_as(inner_TE)
+        # Each group by its own maximum: by that of all, a group whose logits are far below would sum to 0.
+        largest_TG = torch.full_like(outer_TG, -torch.inf).scatter_reduce(1, index_TE, inner_TE.detach(), "amax")
+        shifted_TE = inner_TE - largest_TG.gather(1, index_TE)
+        sums_TG = torch.zeros_like(outer_TG).index_add(1, group_E, shifted_TE.exp())  # at least 1
+        return outer_TG.log_softmax(dim=1)[:, group_E] + shifted_TE - sums_TG.log()[:, group_E]

@@ -76,8 +76,8 @@ class LearnedRouter(LinearRouter):
                 logits_TE = logits_TE.masked_fill(~allowed_TE, -math.inf)
             scores_TE = logits_TE.softmax(dim=-1) if config.score == Score.softmax else logits_TE.sigmoid()
             ranks_TE = self._ranks(logits_TE, scores_TE)
-            chosen_TK, expert_ids_TK = ranks_TE.topk(min(config.top_k, self.num_choosable), dim=-1)
-            weights_TK = self._weights(chosen_TK, scores_TE, expert_ids_TK, is_logit=ranks_TE is logits_TE)
+            expert_ids_TK = ranks_TE.topk(min(config.top_k, self.num_choosable), dim=-1).indices
+            weights_TK = self._weights(logits_TE, scores_TE, expert_ids_TK)
             losses = {}
             if self.training:
                 counted_TK = self._counted(logits_TE, expert_ids_TK)
@@ -86,7 +86,7 @@ class LearnedRouter(LinearRouter):
                     config,
                     self.generations,
                     logits_TE,
-                    scores_TE / scores_TE.sum(dim=1, keepdim=True) if config.score == Score.sigmoid else scores_TE,
+                    scores_TE if config.score == Score.softmax else _shares(scores_TE),
                     counted_TK,
                     context,
                     allowed_TE=allowed_TE,
@@ -129,15 +129,15 @@ class LearnedRouter(LinearRouter):
             ranks_TE = within_best_groups(ranks_TE, config.expert_groups, config.top_groups)
         return ranks_TE
 
-    def _weights(self, chosen_TK: Tensor, scores_TE: Tensor, expert_ids_TK: Tensor, *, is_logit: bool) -> Tensor:
+    def _weights(self, logits_TE: Tensor, scores_TE: Tensor, expert_ids_TK: Tensor) -> Tensor:
         config = self.config
-        if config.renormalize and is_logit and config.score == Score.softmax:
-            # The softmax over the chosen alone, and no bit of it depends on all others.
-            weights_TK = chosen_TK.softmax(dim=-1)
+        if config.renormalize and config.score == Score.softmax:
+            # The softmax over the chosen alone: no bit of it depends on all others, and probabilities that underflow,
+            # as those of experts that a bias chose may, weigh what they should.
+            weights_TK = logits_TE.gather(1, expert_ids_TK).softmax(dim=-1)
         else:
             weights_TK = scores_TE.gather(1, expert_ids_TK)
-            if config.renormalize:
-                weights_TK = weights_TK / (weights_TK.sum(dim=1, keepdim=True) + 1e-20)
+            weights_TK = _shares(weights_TK) if config.renormalize else weights_TK
         return weights_TK if config.gate_scale == 1 else weights_TK * config.gate_scale
 
     def _counted(self, logits_TE: Tensor, expert_ids_TK: Tensor) -> Tensor:
@@ -174,3 +174,8 @@ class LearnedRouter(LinearRouter):
         for rows, bias, error in zip(self.rows, self.biases(), error_E.split(self.generations), strict=True):
             if rows.requires_grad:
                 bias += self.config.bias_rate * error.sign()
+
+
+def _shares(scores: Tensor) -> Tensor:
+    """Sigmoids divided by their sum, to which 1e-20 is added as in Megatron: where all underflow, shares are 0."""
+    return scores / (scores.sum(dim=1, keepdim=True) + 1e-20)

@@ -26,7 +26,7 @@ def test_by_hand() -> None:
     generator = torch.Generator().manual_seed(0)
     hidden, head = torch.randn(5, 3, 4, generator=generator), torch.randn(7, 4, generator=generator)
     gates = torch.rand(5, 3, generator=generator).softmax(1)
-    packed = pack(hidden, gates)
+    packed = pack(hidden, gates.log())
     assert torch.equal(unpack(packed, 4)[0], hidden)
     probs = (gates.unsqueeze(2) * (hidden @ head.t()).softmax(2)).sum(1)
     torch.testing.assert_close(mixture_log_probs(packed, head).exp(), probs)
@@ -40,7 +40,7 @@ def test_the_best_expert_learns_most() -> None:
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(1, 3, 4, generator=generator).requires_grad_()
     head, gates = torch.randn(7, 4, generator=generator), torch.tensor([[0.2, 0.5, 0.3]])
-    mixture_nats(pack(hidden, gates), head, torch.tensor([3])).sum().backward()
+    mixture_nats(pack(hidden, gates.log()), head, torch.tensor([3])).sum().backward()
     probs = (hidden.detach() @ head.t()).softmax(2)[0]
     posterior = gates[0] * probs[:, 3] / (gates[0] * probs[:, 3]).sum()
     alone = (probs - F.one_hot(torch.tensor(3), 7)) @ head  # each expert's own cross-entropy gradient
