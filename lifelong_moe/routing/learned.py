@@ -25,11 +25,11 @@ class LearnedRouter(LinearRouter):
     """``p = softmax(x W^T)``; the k largest, their weights divided by their sum if ``renormalize``.
 
     With ``score=sigmoid`` each score is its own; with ``bias_rate`` an expert is chosen by score plus a bias of its
-    own, which its weight does not contain; with ``expert_groups`` only within the best groups. Biases move by what was
-    chosen; the balance loss counts, in every scope, each token's k best scores of all experts, as if there were neither
-    biases nor groups: it is about scores, whose imbalance biases hide. With ``capacity`` an
-    expert takes so many of a sequence's tokens, and what is dropped adds nothing: the weights of what is left stay as
-    they were.
+    own, which its weight does not contain; with ``expert_groups`` only within the best groups, by their two best
+    experts where there are biases and by their best one where not. Biases move by what was chosen; the balance loss
+    counts, in every scope, each token's k best scores of all experts, as if there were neither biases nor groups: it is
+    about scores, whose imbalance biases hide. With ``capacity`` an expert takes so many of a sequence's tokens, and what
+    is dropped adds nothing: the weights of what is left stay as they were.
 
     With ``bundles`` a token's group is a bundle, and only that generation's experts are in the softmax: a later stage
     changes nothing for the tokens of an earlier one, and old experts, which no longer learn, take nothing from new
@@ -126,7 +126,8 @@ class LearnedRouter(LinearRouter):
         elif config.expert_groups > 1:
             ranks_TE = scores_TE
         if config.expert_groups > 1:
-            ranks_TE = within_best_groups(ranks_TE, config.expert_groups, config.top_groups)
+            best = 2 if config.bias_rate else 1  # DeepSeek-V3; without biases V2
+            ranks_TE = within_best_groups(ranks_TE, config.expert_groups, config.top_groups, best)
         return ranks_TE
 
     def _weights(self, logits_TE: Tensor, scores_TE: Tensor, expert_ids_TK: Tensor) -> Tensor:

@@ -134,6 +134,38 @@ def test_deepseek_v3(groups: int) -> None:
         assert_same(lambda x: theirs(x) - theirs.shared_experts(x), layer)
 
 
+@pytest.mark.parametrize("top_groups", [1, 2])
+def test_deepseek_v2(top_groups: int) -> None:
+    """Groups without biases."""
+    from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
+
+    settings = transformers.DeepseekV2Config(
+        hidden_size=WIDTH,
+        num_attention_heads=2,
+        moe_intermediate_size=HIDDEN,
+        n_routed_experts=16,
+        n_shared_experts=1,
+        num_experts_per_tok=4,
+        n_group=4,
+        topk_group=top_groups,
+        topk_method="group_limited_greedy",
+        routed_scaling_factor=16.0,
+    )
+    theirs = DeepseekV2Moe(settings).eval()
+    fill(theirs)
+    layer = layer_of(
+        theirs.gate.weight,
+        theirs.experts.gate_up_proj,
+        theirs.experts.down_proj,
+        top_k=4,
+        renormalize=False,
+        gate_scale=16.0,
+        expert_groups=4,
+        top_groups=top_groups,
+    )
+    assert_same(lambda x: theirs(x) - theirs.shared_experts(x), layer)
+
+
 @pytest.mark.parametrize("capacity", [2, 4, LENGTH])
 def test_switch(capacity: int) -> None:
     from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersSparseMLP

@@ -20,7 +20,6 @@ from lifelong_moe.ops.router_losses import (
     relu_sparsity_loss,
     sequence_balancing_loss,
 )
-from lifelong_moe.ops.selection import within_best_groups
 from lifelong_moe.routing.base import Router, RoutingContext
 from lifelong_moe.routing.config import (
     BalanceScope,
@@ -309,14 +308,6 @@ def test_frozen_biases_stay(make_router: Make) -> None:
     router(inputs(), context())
     router.end_step(True)
     assert not bool(router.bias_0.any()) and bool(router.bias_1.any())  # type: ignore[operator]
-
-
-def test_best_groups_by_hand() -> None:
-    scores = torch.tensor([[5.0, 0, 0, 3, 3, 0, 1, 1]])  # pairs: 5, 3, 3, 2 by their two largest
-    kept = within_best_groups(scores, 4, 1)
-    assert kept.isfinite().tolist() == [[True, True] + [False] * 6]
-    kept = within_best_groups(torch.tensor([[5.0, 0, 3, 3]]), 2, 1)  # two good ones beat a single best
-    assert kept.isfinite().tolist() == [[False, False, True, True]]
 
 
 def test_micro_batches_count_as_one_batch(make_router: Make) -> None:

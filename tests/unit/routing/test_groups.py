@@ -1,0 +1,101 @@
+"""Groups of experts: which of them a token uses, against the sources' rules written again with loops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lifelong_moe.ops.selection import within_best_groups
+from lifelong_moe.routing.base import Router, RoutingContext
+from lifelong_moe.routing.config import BalanceScope, Score
+
+Make = Callable[..., Router]
+TOKENS, WIDTH = 60, 8
+
+
+def context(tokens: int = TOKENS, sequences: int = 3) -> RoutingContext:
+    ids_T = torch.arange(tokens)
+    return RoutingContext(ids_T, torch.ones_like(ids_T, dtype=torch.bool), ids_T * 0, num_sequences=sequences)
+
+
+def inputs(seed: int = 0) -> Tensor:
+    return torch.randn(TOKENS, WIDTH, generator=torch.Generator().manual_seed(seed))
+
+
+def filled(router: Router) -> Router:
+    for generation, rows in enumerate(router.row_generations()):
+        rows.data.copy_(torch.randn(rows.shape, generator=torch.Generator().manual_seed(generation + 1)))
+    return router
+
+
+# --- groups of which some stay open (DeepSeek)
+
+
+def deepseek_choice(scores: list[float], bias: list[float] | None, groups: int, open_groups: int, k: int) -> set[int]:
+    """Experts that one token uses, as ``Gate`` of DeepSeek-V3's inference code chooses them."""
+    ranked = scores if bias is None else [a + b for a, b in zip(scores, bias, strict=True)]
+    size = len(scores) // groups
+    members = [list(range(g * size, (g + 1) * size)) for g in range(groups)]
+    of_group = []
+    for experts in members:
+        best = sorted((ranked[e] for e in experts), reverse=True)
+        of_group.append(best[0] if bias is None else best[0] + best[1])
+    stay = sorted(range(groups), key=lambda g: -of_group[g])[:open_groups]
+    return set(sorted((e for g in stay for e in members[g]), key=lambda e: -ranked[e])[:k])
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("score", list(Score))
+@pytest.mark.parametrize(("experts", "groups", "top_groups", "top_k"), [(16, 4, 2, 4), (12, 3, 1, 2), (8, 4, 3, 2)])
+def test_groups_are_opened_as_deepseek_opens_them(
+    make_router: Make, biased: bool, score: Score, experts: int, groups: int, top_groups: int, top_k: int
+) -> None:
+    keys = {"expert_groups": groups, "top_groups": top_groups, "top_k": top_k, "score": score}
+    router = filled(make_router(experts, width=WIDTH, bias_rate=0.01 if biased else 0.0, **keys)).eval()
+    bias = torch.randn(experts, generator=torch.Generator().manual_seed(5)) * 0.3
+    if biased:
+        router.bias_0.copy_(bias)  # type: ignore[operator]
+    logits = inputs() @ router.row_generations()[0].detach().t()
+    scores = logits.softmax(dim=1) if score == Score.softmax else logits.sigmoid()
+    chosen = [set(row) for row in router(inputs(), context()).expert_ids_TK.tolist()]
+    expected = [
+        deepseek_choice(row, bias.tolist() if biased else None, groups, top_groups, top_k) for row in scores.tolist()
+    ]
+    assert chosen == expected
+    of_two = [deepseek_choice(row, [0.0] * experts, groups, top_groups, top_k) for row in scores.tolist()]
+    assert biased or top_groups == 3 or expected != of_two  # another rule would have been noticed
+
+
+@given(seed=st.integers(0, 999), best=st.integers(1, 4))
+def test_best_groups_by_sorting(seed: int, best: int) -> None:
+    scores = torch.randn(5, 12, generator=torch.Generator().manual_seed(seed))
+    kept = within_best_groups(scores, 4, 2, best).isfinite().unflatten(1, (4, 3))
+    for row, open_groups in zip(scores.tolist(), kept.all(dim=2).tolist(), strict=True):
+        sums = [sum(sorted(row[g * 3 : g * 3 + 3])[-best:]) for g in range(4)]
+        assert {g for g in range(4) if open_groups[g]} == set(sorted(range(4), key=lambda g: -sums[g])[:2])
+    assert torch.equal(kept.any(dim=2), kept.all(dim=2))
+
+
+def test_two_good_experts_beat_a_single_best_where_two_count() -> None:
+    scores = torch.tensor([[5.0, 0, 3, 3]])
+    assert within_best_groups(scores, 2, 1, 2).isfinite().tolist() == [[False, False, True, True]]
+    assert within_best_groups(scores, 2, 1, 1).isfinite().tolist() == [[True, True, False, False]]
+
+
+def test_deepseek_moes_loss_is_one_of_each_sequence(make_router: Make) -> None:
+    """``seq_aux`` of the released model's gate: how often a sequence chose an expert, times its mean score there."""
+    keys = {"top_k": 2, "renormalize": False, "balance_scope": BalanceScope.sequence, "z_loss": 0.0}
+    router = filled(make_router(6, width=WIDTH, **keys))
+    loss = router(inputs(), context()).losses["balance"].value
+    scores = (inputs() @ router.row_generations()[0].detach().t()).softmax(dim=1)
+    total = 0.0
+    for rows in scores.tolist()[:20], scores.tolist()[20:40], scores.tolist()[40:]:
+        for expert in range(6):
+            taken = sum(expert in sorted(range(6), key=lambda e: -row[e])[:2] for row in rows)
+            total += taken / (20 * 2 / 6) * sum(row[expert] for row in rows) / 20
+    assert float(loss.detach()) == pytest.approx(total / 3, rel=1e-5)
