@@ -61,7 +61,7 @@ ROUTER_KINDS: dict[str, dict[str, Any]] = {
     "switch": {"mode": "switch", "top_k": 1, "renormalize": False, "capacity": TIGHT},
     "gshard": {"mode": "gshard", "capacity": TIGHT},
     "noisy": {"mode": "noisy_topk", "load_loss": 0.1},
-    "hierarchical": {"mode": "hierarchical", "expert_groups": 2, "top_groups": 2},
+    "hierarchical": {"mode": "hierarchical", "top_k": 4, "expert_groups": 2, "top_groups": 2},
     "dense": {"mode": "dense"},
     "relu": {"mode": "relu"},
     "multi_hash": {"mode": "hash", "expert_groups": 2},

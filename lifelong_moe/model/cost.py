@@ -41,11 +41,11 @@ def parameters_by_part(architecture: Architecture) -> dict[tuple[Part, int | Non
         part = Part.shared if layer in config.moe_layers else Part.dense
         counted[part, None] += _shared_parameters(architecture, layer)
     per_expert = _feed_forward(config.width, config.expert_width, config.activation)
-    row, per_generation = _row_parameters(architecture)
+    row = _rows_an_expert(architecture)
     for g, generation in enumerate(architecture.generations):
         experts = [generation.experts_in(layer) for layer in layers]
         counted[Part.expert, g] = sum(experts) * per_expert
-        counted[Part.router, g] = sum(experts) * row + sum(num > 0 for num in experts) * per_generation
+        counted[Part.router, g] = (sum(experts) * row + _group_rows(architecture, experts)) * config.width
         for part, numbers in _delta_parameters_per_rank(architecture).items():
             counted[part, g] = generation.delta_rank * numbers
     return dict(counted)
@@ -96,13 +96,16 @@ def _shared_parameters(architecture: Architecture, layer: int) -> int:
     return _feed_forward(config.width, config.shared_experts * config.expert_width, config.activation) + mix
 
 
-def _row_parameters(architecture: Architecture) -> tuple[int, int]:
-    """Of a router: by expert, and besides by generation and layer."""
-    routing, width = architecture.routing, architecture.model.width
-    if not routing.has_rows:
-        return 0, 0
-    by_generation = routing.expert_groups * width if routing.mode == "hierarchical" else 0
-    return (2 * width if routing.mode == "noisy_topk" else width), by_generation
+def _rows_an_expert(architecture: Architecture) -> int:
+    """Rows that a router has for each expert."""
+    routing = architecture.routing
+    return (2 if routing.mode == "noisy_topk" else 1) if routing.has_rows else 0
+
+
+def _group_rows(architecture: Architecture, experts: list[int]) -> int:
+    """Rows that routers have for a generation's groups; of it each layer has so many experts."""
+    routing = architecture.routing
+    return sum(routing.groups_of(num) for num in experts) if routing.mode == "hierarchical" else 0
 
 
 def _delta_parameters_per_rank(architecture: Architecture) -> dict[Part, int]:

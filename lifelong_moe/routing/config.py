@@ -53,7 +53,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "capacity": {"factor": 2.0, "eval_factor": 2.0, "least": 4},
     },
     "noisy_topk": {"importance_loss": 0.1, "load_loss": 0.1, "balance_loss": 0.0, "z_loss": 0.0},
-    "hierarchical": {"expert_groups": 2, "top_groups": 2, "z_loss": 0.0},
+    "hierarchical": {"top_k": 4, "expert_groups": 2, "top_groups": 2, "z_loss": 0.0},
     "dense": {"balance_loss": 0.0, "z_loss": 0.0},
     "relu": {"balance_loss": 0.0, "z_loss": 0.0},
     "base": {"top_k": 1, "renormalize": False, "balance_loss": 0.0, "z_loss": 0.0},
@@ -244,10 +244,11 @@ class RoutingConfig:
     against its load over the global batch (DeepSeek-V3: 0.001)."""
     expert_groups: int = 1
     """``learned``: divide the experts into so many groups, of which a token uses the best ``top_groups``
-    (DeepSeek-V3). ``hierarchical``: groups that each stage's experts form, each with a gate of its own. ``hash``: a
-    token uses one expert of each group, at weight 1 (MultiHash)."""
+    (DeepSeek-V3). ``hierarchical``: groups that the first stage's experts form, each with a gate of its own; a later
+    stage's form as many, or fewer where each would have less experts than a token uses of it. ``hash``: a token uses
+    one expert of each group, at weight 1 (MultiHash)."""
     top_groups: int = 1
-    """Groups that a token uses."""
+    """Groups that a token uses; ``hierarchical``: two or more, and two or more experts of each."""
     jitter: float = 0.0
     """In training the router's input, and nothing else, is multiplied by numbers between 1 - jitter and 1 + jitter."""
     competitive: bool = False
@@ -533,6 +534,10 @@ class RoutingConfig:
     def has_bundles(self) -> bool:
         """Whether a token's group names the stage whose experts and deltas it uses."""
         return self.mode == "label" or self.bundles != Bundles.none
+
+    def groups_of(self, num_experts: int) -> int:
+        """How many groups a generation of ``num_experts`` experts forms in a hierarchy: each has what a token uses."""
+        return min(self.expert_groups, num_experts // (self.top_k // self.top_groups))
 
     def clusters_of(self, num_experts: int) -> int:
         """How many clusters of text a generation of ``num_experts`` experts has, where :attr:`by_document` holds."""

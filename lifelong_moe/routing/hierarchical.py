@@ -19,11 +19,14 @@ class HierarchicalRouter(LinearRouter):
     """``top_groups`` groups by an outer gate, ``top_k / top_groups`` experts in each by the group's own inner gate.
 
     Both gates are softmaxes over what they chose; a weight is the product of two, so that a token's weights sum to 1.
-    Each generation is ``expert_groups`` groups of its own: growth adds rows to the outer gate, and with them groups.
+    A gate that chose one would weigh it 1 whatever it says, and learn nothing from the task: a run has two of each at
+    least. Each generation is groups of its own: growth adds rows to the outer gate, and with them groups.
 
     Source:
-        Sparsely-gated mixture of experts (arXiv:1701.06538), appendix B; there with noise and two balance losses,
-        here with the balance loss on the product of the full softmaxes. Class A.
+        Sparsely-gated mixture of experts (arXiv:1701.06538), appendix B, and C.1: two groups and two experts in each,
+        four a token. There with noise and two balance losses, here with the balance loss on the product of the full
+        softmaxes. Mesh (mesh_tensorflow/transformer/moe.py, ``transformer_moe_layer_v2``) takes two groups too, and
+        two experts of the first group, one of the second. Class A.
     """
 
     def __init__(self, config: RoutingConfig, *, width: int, layer: int) -> None:
@@ -32,11 +35,12 @@ class HierarchicalRouter(LinearRouter):
 
     def add_experts(self, num: int) -> None:
         """Add a generation's groups: their outer rows, begun at zero, and inner rows."""
-        groups = self.config.expert_groups
-        if num % groups or num // groups < self.experts_a_group:
+        groups = self.config.groups_of(num)
+        too_few = num > 0 and groups < (1 if any(self.generations) else self.config.expert_groups)
+        if too_few or num % max(1, groups):
             raise ConfigError(
-                f"routing.expert_groups={groups} must divide the number of experts ({num}) into groups of at least "
-                f"{self.experts_a_group} (routing.top_k / routing.top_groups)."
+                f"routing.expert_groups={self.config.expert_groups} must divide the number of experts ({num}) into "
+                f"groups of at least {self.experts_a_group} (routing.top_k / routing.top_groups)."
             )
         self.group_rows.append(nn.Parameter(torch.zeros(groups, self.width, device=self.device)))
         super().add_experts(num)
@@ -50,12 +54,12 @@ class HierarchicalRouter(LinearRouter):
         """Begin the newest inner rows; a group's outer row is their mean."""
         super().set_rows(rows_ED)
         with torch.no_grad():
-            self.group_rows[-1].copy_(rows_ED.unflatten(0, (self.config.expert_groups, -1)).mean(dim=1))
+            self.group_rows[-1].copy_(rows_ED.unflatten(0, (len(self.group_rows[-1]), -1)).mean(dim=1))
 
     def group_of_experts(self) -> Tensor:
         """Group of each expert among which tokens choose, int64 ``(E,)``."""
-        groups = self.config.expert_groups
-        sizes = [num // groups for num in self.choosable for _ in range(groups)]
+        numbers = [(num, self.config.groups_of(num)) for num in self.choosable]
+        sizes = [num // groups for num, groups in numbers for _ in range(groups)]
         return self.owners(sizes, self.rows[0].device)
 
     def forward(self, x_TD: Tensor, context: RoutingContext) -> Routing:

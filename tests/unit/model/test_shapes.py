@@ -43,7 +43,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 ROUTINGS: dict[str, dict[str, Any]] = {
     "learned": {},
     "noisy": {"mode": "noisy_topk"},
-    "hierarchical": {"mode": "hierarchical", "expert_groups": 2, "top_groups": 2},
+    "hierarchical": {"mode": "hierarchical", "top_k": 4, "expert_groups": 2, "top_groups": 2},
     "dense": {"mode": "dense"},
     "hash": {"mode": "hash"},
 }
@@ -84,8 +84,12 @@ def test_parameters_are_counted_as_they_are(shape: str, grown: int) -> None:
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
-def test_routers_are_counted_as_they_are(routing: str) -> None:
-    made = architecture({}, ROUTINGS[routing])
+@pytest.mark.parametrize(
+    "shape", [{"experts": 8}, {"experts": 8, "moe_every": 2}, {"experts": [6, 8], "moe_every": 2}], ids=str
+)
+@pytest.mark.parametrize("grown", [0, 2, 4])
+def test_routers_are_counted_as_they_are(routing: str, shape: dict[str, Any], grown: int) -> None:
+    made = architecture(shape, ROUTINGS[routing], grown=grown)
     with torch.device("meta"):
         model = LanguageModel(made)
     counted = count_parameters(made)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lifelong_moe.errors import ConfigError
 from lifelong_moe.ops.selection import within_best_groups
 from lifelong_moe.routing.base import Router, RoutingContext
 from lifelong_moe.routing.config import BalanceScope, Score
@@ -99,3 +101,65 @@ def test_deepseek_moes_loss_is_one_of_each_sequence(make_router: Make) -> None:
             taken = sum(expert in sorted(range(6), key=lambda e: -row[e])[:2] for row in rows)
             total += taken / (20 * 2 / 6) * sum(row[expert] for row in rows) / 20
     assert float(loss.detach()) == pytest.approx(total / 3, rel=1e-5)
+
+
+# --- a gate of gates
+
+
+def hierarchys_gates(groups: list[list[float]], outer: list[float], top_groups: int, each: int) -> dict[int, float]:
+    """One token's experts and gates by appendix B of the paper, without noise: softmaxes over what each gate kept."""
+    gates, first = {}, 0
+    kept = sorted(range(len(groups)), key=lambda g: -outer[g])[:top_groups]
+    total = sum(math.exp(outer[g]) for g in kept)
+    for g, inner in enumerate(groups):
+        if g in kept:
+            best = sorted(range(len(inner)), key=lambda e: -inner[e])[:each]
+            within = sum(math.exp(inner[e]) for e in best)
+            gates |= {first + e: math.exp(outer[g]) / total * math.exp(inner[e]) / within for e in best}
+        first += len(inner)
+    return gates
+
+
+@pytest.mark.parametrize(
+    ("generations", "sizes", "expert_groups", "top_groups", "top_k"),
+    [
+        ((8,), [2, 2, 2, 2], 4, 2, 4),
+        ((8,), [4, 4], 2, 2, 4),
+        ((8, 2), [2, 2, 2, 2, 2], 4, 2, 4),  # less than a group each: as many groups as are whole
+        ((8, 2, 6), [4, 4, 2, 3, 3], 2, 2, 4),
+        ((12, 6), [3, 3, 3, 3, 3, 3], 4, 3, 9),
+    ],
+)
+def test_two_gates_choose_and_weigh(
+    make_router: Make, generations: tuple[int, ...], sizes: list[int], expert_groups: int, top_groups: int, top_k: int
+) -> None:
+    keys = {"mode": "hierarchical", "expert_groups": expert_groups, "top_groups": top_groups, "top_k": top_k}
+    router = filled(make_router(*generations, width=WIDTH, **keys)).eval()
+    parameters = dict(router.named_parameters())
+    for g in range(len(generations)):
+        rows = parameters[f"group_rows.{g}"]
+        rows.data.copy_(torch.randn(rows.shape, generator=torch.Generator().manual_seed(10 + g)))
+    outer = torch.cat([inputs() @ parameters[f"group_rows.{g}"].detach().t() for g in range(len(generations))], dim=1)
+    inner = torch.cat([inputs() @ rows.detach().t() for rows in router.row_generations()], dim=1)
+    assert outer.shape[1] == len(sizes)
+    routing = router(inputs(), context())
+    for t in range(TOKENS):
+        expected = hierarchys_gates(
+            [part.tolist() for part in inner[t].split(sizes)], outer[t].tolist(), top_groups, top_k // top_groups
+        )
+        found = dict(zip(routing.expert_ids_TK[t].tolist(), routing.weights_TK[t].tolist(), strict=True))
+        assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_new_groups_begin_at_the_mean_of_their_experts_rows(make_router: Make) -> None:
+    router = make_router(8, 4, width=WIDTH, mode="hierarchical", expert_groups=4, top_groups=2, top_k=4)
+    rows = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(0))
+    router.set_rows(rows)
+    found = dict(router.named_parameters())["group_rows.1"].detach()
+    torch.testing.assert_close(found, torch.stack([rows[:2].mean(dim=0), rows[2:].mean(dim=0)]))
+
+
+@pytest.mark.parametrize("generations", [(6,), (4,), (8, 1), (8, 5), (5,)])
+def test_what_does_not_divide_into_groups_is_refused(make_router: Make, generations: tuple[int, ...]) -> None:
+    with pytest.raises(ConfigError, match=r"expert_groups=4 must divide the number of experts"):
+        make_router(*generations, mode="hierarchical", expert_groups=4, top_groups=2, top_k=4)
