@@ -66,25 +66,28 @@ def fit_token_clusters(
         router.set_rows(torch.from_numpy(centroids))
 
 
-def fit_token_table(model: LanguageModel, stream: NDArray[np.integer], seed: int) -> None:
-    """Give each token id a bucket, once: a later stage finds the table as it is.
+def fit_token_tables(model: LanguageModel, stream: NDArray[np.integer], seed: int) -> None:
+    """Give each token id a bucket, once for each number of experts: a later stage finds the tables as they are.
 
     Args:
         model: With ``routing.table`` other than ``random``.
         stream: Token ids of the first stage's training text.
         seed: Of embedding and clustering.
     """
-    buckets, routing = model.token_buckets, model.architecture.routing
-    assert buckets is not None
-    if bool(buckets.any()):
+    routing, vocab_size = model.architecture.routing, model.architecture.vocab_size
+    tables: dict[int, Tensor] = {num: getattr(model, name) for num, name in model.table_names.items()}
+    if any(bool(buckets.any()) for buckets in tables.values()):
         return
-    num, vocab_size = model.architecture.num_experts, len(buckets)
     if routing.table == HashTable.balanced:
-        table = balanced_table(np.bincount(stream, minlength=vocab_size), num)
+        counts_V = np.bincount(stream, minlength=vocab_size)
     else:
-        embedded = token_embedding(stream, vocab_size, routing.feature_width, seed=seed)
-        table = assign(embedded, spherical_kmeans(embedded, num, seed=seed))
-    buckets.copy_(torch.from_numpy(table))
+        embedded_VF = token_embedding(stream, vocab_size, routing.feature_width, seed=seed)
+    for num, buckets in tables.items():
+        if routing.table == HashTable.balanced:
+            table = balanced_table(counts_V, num)
+        else:
+            table = assign(embedded_VF, spherical_kmeans(embedded_VF, num, seed=seed))
+        buckets.copy_(torch.from_numpy(table))
 
 
 def bundle_centroids(
@@ -143,6 +146,6 @@ def fit_clusters(
     if routing.by_document:
         fit_document_clusters(model, documents, seed)
     if routing.has_table:
-        fit_token_table(model, stream, seed)
+        fit_token_tables(model, stream, seed)
     if routing.mode == "cluster" and routing.level == Level.token:
         fit_token_clusters(model, stream, sample, seed)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from lifelong_moe.model.architecture import Architecture, Generation
 from lifelong_moe.model.attention import rotary_tables
 from lifelong_moe.model.block import Block
+from lifelong_moe.model.buckets import add_missing_tables, table_names
 from lifelong_moe.model.cache import KeyValueCache
 from lifelong_moe.model.config import ModelConfig
 from lifelong_moe.model.deltas import BundleSlices, DeltaEmbedding, DeltaLinear, LowRank
@@ -65,9 +67,10 @@ class LanguageModel(nn.Module):
         uses_features = clustered and routing.level == Level.token and routing.features == Features.embedding
         table = torch.zeros(architecture.vocab_size, routing.feature_width) if uses_features else None
         self.register_buffer("token_features", table)
-        self.token_buckets: Tensor | None
-        buckets = torch.zeros(architecture.vocab_size, dtype=torch.int64) if routing.has_table else None
-        self.register_buffer("token_buckets", buckets)
+        numbers = [architecture.experts_in(layer) for layer in range(config.layers)] if routing.has_table else []
+        self.table_names = table_names(numbers)
+        for name in self.table_names.values():
+            self.register_buffer(name, torch.zeros(architecture.vocab_size, dtype=torch.int64))
         for i, generation in enumerate(architecture.generations):
             self.add_generation(generation)
             if i + 1 == architecture.frozen:
@@ -80,6 +83,10 @@ class LanguageModel(nn.Module):
         """
         for block in self.blocks:
             block.recomputes = block.moe.recomputes = on  # type: ignore[assignment, union-attr]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        add_missing_tables(state_dict, self.table_names)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def moe_layers(self) -> Iterator[MoELayer]:
         """Each layer's mixture of experts, bottom to top; a dense layer's has no routed experts."""
@@ -270,7 +277,7 @@ class LanguageModel(nn.Module):
             group_ids_T=torch.zeros_like(token_ids_T) if group_ids_BS is None else group_ids_BS.flatten(),
             old_text_T=None if old_text_BS is None else old_text_BS.flatten(),
             features_TF=None if self.token_features is None else self.token_features[token_ids_T],
-            buckets_T=None if self.token_buckets is None else self.token_buckets[token_ids_T],
+            buckets_of={num: getattr(self, name)[token_ids_T] for num, name in self.table_names.items()},
             num_sequences=len(token_ids_BS),
             full_length=self.architecture.model.context,
         )

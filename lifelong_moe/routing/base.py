@@ -5,7 +5,7 @@ Legend: T tokens, D model width, K experts per token, E experts, N rows handed t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -43,8 +43,8 @@ class RoutingContext:
     """True for text of earlier stages, bool ``(T,)``; given in a review only."""
     features_TF: Tensor | None = None
     """Frozen token features ``(T, F)``, where clusters are made of them."""
-    buckets_T: Tensor | None = None
-    """Bucket of each token id, int64 ``(T,)``, where routing has a table of them."""
+    buckets_of: Mapping[int, Tensor] = field(default_factory=dict)
+    """Where routing has tables of token ids, by the number of a layer's experts: bucket of each token, int64 ``(T,)``."""
     num_sequences: int = 1
     """Sequences that the T tokens are, of equal length, one after the other; capacity counts in each by itself."""
     full_length: int | None = None

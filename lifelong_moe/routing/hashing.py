@@ -33,8 +33,7 @@ class HashRouter(Router):
         """Choose experts for each token id."""
         num, groups, top_k = self.num_experts, self.config.expert_groups, self.config.top_k
         if self.config.has_table:
-            assert context.buckets_T is not None
-            ids_T1 = ((context.buckets_T + self.layer) % num).unsqueeze(1)
+            ids_T1 = ((context.buckets_of[num] + self.layer) % num).unsqueeze(1)
             return Routing(ids_T1, torch.ones(ids_T1.shape, device=x_TD.device), num)
         experts_E = torch.arange(self.num_choosable, device=x_TD.device)
         # Hashed twice, so that the ranks of one token's experts have nothing to do with those of its neighbour's.

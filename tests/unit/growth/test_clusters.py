@@ -15,7 +15,7 @@ from lifelong_moe.growth.grow import grow
 from lifelong_moe.model.architecture import Architecture, Generation
 from lifelong_moe.model.transformer import LanguageModel, initialize
 from lifelong_moe.routing.cluster import TokenClusterRouter
-from lifelong_moe.routing.config import Centroids
+from lifelong_moe.routing.config import Centroids, HashTable
 
 MakeArchitecture = Callable[..., Architecture]
 Batch = Callable[..., dict[str, Tensor]]
@@ -180,3 +180,60 @@ def test_groups_of_many_documents_are_those_of_each(
     parts = list(clusters.group_id_batches(iter(documents)))
     assert len(parts) > 1 and max(len(part) for part in parts) < 40 + 31
     np.testing.assert_array_equal(np.concatenate(parts), np.concatenate(alone))
+
+
+def greedy_loads(counts: list[int], num: int) -> list[int]:
+    """Text of each bucket where each id, the most frequent first, goes where least is so far."""
+    loads = [0] * num
+    for count in sorted(counts, reverse=True):
+        loads[loads.index(min(loads))] += count
+    return sorted(loads)
+
+
+def text_of_many_frequencies() -> NDArray[np.int64]:
+    rng = np.random.default_rng(0)
+    return rng.permutation(np.repeat(np.arange(61), (200 / np.arange(1, 62)).astype(np.int64) + rng.integers(0, 5, 61)))
+
+
+TABLE = {"mode": "hash", "top_k": 1, "renormalize": False}
+
+
+@pytest.mark.parametrize("experts", [[3, 4], [4, 3], [2, 5], [4, 4]])
+def test_a_balanced_table_is_balanced_in_every_layer(make_architecture: MakeArchitecture, experts: list[int]) -> None:
+    made = make_architecture("hash", model={"experts": experts}, routing={**TABLE, "table": HashTable.balanced})
+    made = replace(made, generations=(Generation("s0", max(experts), (0, 1), by_layer=tuple(experts)),))
+    model, stream = unfitted(made).eval(), text_of_many_frequencies()
+    fit_clusters(model, [], stream, {}, 0)
+    counts = np.bincount(stream, minlength=61)
+    routings = model(torch.from_numpy(stream).unsqueeze(0)).routings
+    for num, routing in zip(experts, routings, strict=True):
+        loads = sorted(routing.counts_E.tolist())
+        assert loads[-1] - loads[0] <= counts.max()
+        assert loads == greedy_loads(counts.tolist(), num)
+    again = LanguageModel(made)
+    again.load_state_dict(model.state_dict(), strict=True)
+    tables = {name: table.clone() for name, table in again.named_buffers() if "token_buckets" in name}
+    assert len(tables) == len(set(experts))
+    fit_clusters(again, [], stream[:5], {}, 0)  # a later stage finds them as they are
+    assert all(torch.equal(dict(again.named_buffers())[name], table) for name, table in tables.items())
+
+
+def test_a_clustered_table_has_a_clustering_for_each_number(make_architecture: MakeArchitecture) -> None:
+    made = make_architecture("hash", routing={**TABLE, "table": HashTable.clustered, "sample_tokens": 64})
+    made = replace(made, generations=(Generation("s0", 4, (0, 1), by_layer=(3, 4)),))
+    model = unfitted(made)
+    fit_clusters(model, [], text_of_many_frequencies(), {}, 0)
+    of_three, of_four = (getattr(model, name) for name in ("token_buckets_3", "token_buckets"))
+    assert set(of_three.tolist()) == {0, 1, 2} and set(of_four.tolist()) == {0, 1, 2, 3}
+    assert not torch.equal(of_three, of_four % 3)
+
+
+def test_one_table_of_an_earlier_version_means_what_it_meant(make_architecture: MakeArchitecture) -> None:
+    made = make_architecture("hash", routing={**TABLE, "table": HashTable.balanced})
+    made = replace(made, generations=(Generation("s0", 4, (0, 1), by_layer=(3, 4)),))
+    model, kept = LanguageModel(made), torch.arange(61) * 7 % 4
+    state = {name: tensor for name, tensor in unfitted(made).state_dict().items() if name != "token_buckets_3"}
+    model.load_state_dict({**state, "token_buckets": kept}, strict=True)
+    ids = torch.arange(61).unsqueeze(0)
+    for layer, (num, routing) in enumerate(zip((3, 4), model.eval()(ids).routings, strict=True)):
+        assert torch.equal(routing.expert_ids_TK.squeeze(1), (kept + layer) % num)

@@ -78,7 +78,7 @@ def test_each_segment_is_chosen_by_a_hash_of_its_own(make_router: Make, make_con
 
 def test_a_table_gives_each_id_its_expert(make_router: Make, make_context: Context) -> None:
     buckets = torch.tensor([2, 0, 1, 2])
-    context = dataclasses.replace(make_context(4), buckets_T=buckets)
+    context = dataclasses.replace(make_context(4), buckets_of={3: buckets})
     for layer in (0, 1):
         router = make_router(3, mode="hash", table=HashTable.balanced, top_k=1, layer=layer)
         routing = router(torch.zeros(4, 3), context)
