@@ -22,27 +22,26 @@ from lifelong_moe.routing.config import CapacityConfig, Counts, Overflow, Priori
 def limited(
     config: CapacityConfig,
     expert_ids_TK: Tensor,
-    weights_TK: Tensor,
     ranks_TE: Tensor,
     scores_TE: Tensor,
     context: RoutingContext,
     *,
     training: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Drop what finds no room; padding takes none.
+) -> tuple[Tensor, Tensor]:
+    """Drop what finds no room, or send it on; padding takes none. Weights are the caller's: see :func:`weighed`.
 
     Args:
         config: How much room, and for whom first.
         expert_ids_TK: Choices; -1 where there is none.
-        weights_TK: Their weights.
-        ranks_TE: What experts were chosen by: the order of next choices. Its experts share the tokens.
+        ranks_TE: What experts were chosen by: the order of next choices. Its experts share the tokens; one of ``-inf``
+            is closed to a token.
         scores_TE: Router scores, by the largest of which batch priority serves.
         context: Sequences, each of which has all of an expert's room, and mask.
         training: Which factor holds; and whether a random order is random.
 
     Returns:
-        Choices with -1 where they were dropped, their weights, and how many of real tokens' choices were dropped, of
-        how many, int64 ``(2,)``.
+        The experts that serve, -1 where a choice was dropped; and how many of real tokens' choices were dropped, of how
+        many, int64 ``(2,)``.
     """
     (num_tokens, top_k), num_experts = expert_ids_TK.shape, ranks_TE.shape[1]
     wanted_TK = expert_ids_TK.masked_fill(~context.mask_T.unsqueeze(1), -1)
@@ -62,7 +61,15 @@ def limited(
     if config.overflow == Overflow.next_choice:
         final_TK = _next_choices(final_TK, wanted_TK, ranks_TE, order_N, context, capacity, taken_GE)
     wanted = (wanted_TK >= 0).sum()
-    return final_TK, weights_TK, torch.stack([wanted - (final_TK >= 0).sum(), wanted])
+    return final_TK, torch.stack([wanted - (final_TK >= 0).sum(), wanted])
+
+
+def weighed(kept_TK: Tensor, expert_ids_TK: Tensor) -> Tensor:
+    """Experts by whose scores a token weighs: those that serve it, and where nobody does the one that was chosen.
+
+    A dropped choice so keeps its part in the sum that weights are divided by, and what is left weighs no more.
+    """
+    return torch.where(kept_TK >= 0, kept_TK, expert_ids_TK)
 
 
 def _order(priority: Priority, scores_TE: Tensor, top_k: int, training: bool) -> Tensor:
@@ -86,10 +93,11 @@ def _next_choices(
     capacity: int,
     taken_GE: Tensor,
 ) -> Tensor:
-    """Offer what was dropped to the token's other experts, best first; the weight stays that of the first choice.
+    """Offer what was dropped to the token's other experts, best first: all second choices, then all third ones, …
 
     Source:
-        No-token-left-behind: Switch (arXiv:2101.03961), appendix B.
+        No-token-left-behind: Switch (arXiv:2101.03961), appendix B, and ``_ntlb_gating`` in tensorflow/mesh,
+        mesh_tensorflow/transformer/moe.py: for one expert a token, and up to its fourth choice; here up to its last.
     """
     ranked_TE = ranks_TE.argsort(dim=1, descending=True, stable=True)
     for candidate_T1 in ranked_TE.split(1, dim=1):
@@ -98,8 +106,8 @@ def _next_choices(
             break
         # One place a token at a time, so that no token gets an expert twice.
         first_TK = lacking_TK & (lacking_TK.cumsum(dim=1) == 1)
-        fresh_T1 = ~((final_TK == candidate_T1).any(dim=1, keepdim=True))
-        offered_TK = torch.where(first_TK & fresh_T1, candidate_T1, -1)
+        open_T1 = ~(final_TK == candidate_T1).any(dim=1, keepdim=True) & ranks_TE.gather(1, candidate_T1).isfinite()
+        offered_TK = torch.where(first_TK & open_T1, candidate_T1, -1)
         kept_TK, taken_GE = within_capacity(offered_TK, order_N, context.sequence_T, capacity, taken_GE)
         final_TK = torch.where(kept_TK, offered_TK, final_TK)
     return final_TK

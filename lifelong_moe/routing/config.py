@@ -205,8 +205,8 @@ class CapacityConfig:
     (GShard); largest gate of the ``batch`` first (V-MoE); ``random`` in training and ``choice`` in evaluation
     (DeepSpeed). All but the first let later tokens change earlier ones."""
     overflow: Overflow = Overflow.residual
-    """A dropped assignment adds nothing (``residual``), or goes to the token's ``next_choice`` that has room, which
-    lets later tokens change earlier ones."""
+    """A dropped assignment adds nothing (``residual``), or goes to the token's ``next_choice`` that has room, at that
+    expert's gate, which lets later tokens change earlier ones."""
 
     def __post_init__(self) -> None:
         for key in ("factor", "eval_factor"):

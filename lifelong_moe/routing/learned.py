@@ -15,8 +15,8 @@ from lifelong_moe.ops.collectives import sum_over_ranks
 from lifelong_moe.ops.router_losses import choice_counts
 from lifelong_moe.ops.selection import within_best_groups
 from lifelong_moe.routing.base import Causality, Routing, RoutingContext
-from lifelong_moe.routing.capacity import limited
-from lifelong_moe.routing.config import BalanceScope, RoutingConfig, Score
+from lifelong_moe.routing.capacity import limited, weighed
+from lifelong_moe.routing.config import BalanceScope, Overflow, RoutingConfig, Score
 from lifelong_moe.routing.linear import LinearRouter
 from lifelong_moe.routing.losses import auxiliary_losses, balanced_choices
 
@@ -29,7 +29,8 @@ class LearnedRouter(LinearRouter):
     experts where there are biases and by their best one where not. Biases move by what was chosen; the balance loss
     counts, in every scope, each token's k best scores of all experts, as if there were neither biases nor groups: it is
     about scores, whose imbalance biases hide. With ``capacity`` an expert takes so many of a sequence's tokens, and what
-    is dropped adds nothing: the weights of what is left stay as they were.
+    is dropped adds nothing: the weights of what is left stay as they were. What goes to a next choice weighs by the
+    expert that serves it.
 
     With ``bundles`` a token's group is a bundle, and only that generation's experts are in the softmax: a later stage
     changes nothing for the tokens of an earlier one, and old experts, which no longer learn, take nothing from new
@@ -95,15 +96,9 @@ class LearnedRouter(LinearRouter):
             used_TK = self.used(expert_ids_TK, weights_TK)
         if config.capacity is None:
             return Routing(used_TK, weights_TK, self.num_experts, losses, ragged=used_TK is not expert_ids_TK)
-        kept_TK, weights_TK, dropped = limited(
-            config.capacity,
-            used_TK,
-            weights_TK,
-            ranks_TE,
-            scores_TE,
-            context,
-            training=self.training,
-        )
+        kept_TK, dropped = limited(config.capacity, used_TK, ranks_TE, scores_TE, context, training=self.training)
+        if config.capacity.overflow == Overflow.next_choice:
+            weights_TK = self._weights(logits_TE, scores_TE, weighed(kept_TK, expert_ids_TK))
         return Routing(kept_TK, weights_TK, self.num_experts, losses, ragged=True, dropped=dropped)
 
     def used(self, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
