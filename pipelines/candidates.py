@@ -236,7 +236,13 @@ def served_stages(version: Version, store: StageStore) -> tuple[list[str], list[
     there = [s for s in version.stages if f"{s.name}.dropped" not in names and s.action not in ("drop", "consolidate")]
     kept = [stage.name for stage in there if stage.batch is None]
     added = [
-        NewStage(s.name, batch_files(s.batch), store.get(s.key).config["spec"].get("continues"))
+        NewStage(
+            s.name,
+            batch_files(s.batch),
+            store.get(s.key).config["spec"].get("continues"),
+            heldout_fraction=s.heldout_fraction,
+            heldout_sources=s.heldout_sources,
+        )
         for s in there
         if s.batch is not None
     ]

@@ -13,6 +13,7 @@ from lifelong_moe.data.config import SourceConfig
 from lifelong_moe.data.documents import Corpus, Document, documents_hash, normalized_hash
 from lifelong_moe.data.inbox import Inbox, read_inbox
 from lifelong_moe.data.sources import read_corpus
+from lifelong_moe.retraining.config import HELDOUT_SOURCES
 from lifelong_moe.retraining.operation import InboxConfig
 from pipelines.places import CACHE
 
@@ -88,6 +89,6 @@ def _arrived(inbox: InboxConfig) -> Inbox | None:
     return Inbox(documents, [{"name": f"{inbox.hf}@{inbox.revision}"}], None) if documents else None
 
 
-def batch_source(files: str, heldout_fraction: float) -> SourceConfig:
+def batch_source(files: str, heldout_fraction: float, heldout_sources: int = HELDOUT_SOURCES) -> SourceConfig:
     """A kept batch as a distribution's source."""
-    return SourceConfig(files=files, heldout_fraction=heldout_fraction)
+    return SourceConfig(files=files, heldout_fraction=heldout_fraction, heldout_sources=heldout_sources)

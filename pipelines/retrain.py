@@ -20,6 +20,7 @@ from lifelong_moe.data.sources import read_corpus
 from lifelong_moe.data.tokenizer import Tokenizer
 from lifelong_moe.errors import ConfigError, LifelongError, as_ours, one_line
 from lifelong_moe.methods.retraining import Retraining, load_retraining
+from lifelong_moe.retraining.config import HELDOUT_SOURCES
 from lifelong_moe.retraining.decision import Action
 from lifelong_moe.stages.lock import locked
 from lifelong_moe.stages.runs import RunRecord, latest_timestamp, require_head, timestamp
@@ -105,6 +106,7 @@ class Tick:
         if len(found) != 1:
             known = ", ".join(f"{b['name']} ({b['outcome']})" for b in closed.values()) or "none"
             raise ConfigError(f"--reopen {prefix}: names {len(found)} batches; those that can be reopened: {known}.")
+        self.head["versions"] = [version.to_json() for version in versions(self.head)]  # with the splits noted there
         self.head["batches"] = {key: batch for key, batch in batches.items() if key != found[0]}
         self.record.log("reopen", batch=found[0], name=closed[found[0]]["name"])
         self.record.set_head(self.head)
@@ -112,7 +114,7 @@ class Tick:
     def settle(self, new: NewDocuments, outcome: str, reason: str) -> None:
         """A decision about a batch: its documents are not looked at again."""
         settled: dict[str, Any] = {"name": new.name, "outcome": outcome, "reason": reason, "at": timestamp()}
-        settled["heldout_fraction"] = self.retraining.settings.inbox.heldout_fraction
+        settled |= _split(self.retraining)
         self.head["batches"] = {**self.head.get("batches", {}), new.hash: settled}
 
 
@@ -275,9 +277,15 @@ def _carry_out(
     return result
 
 
+def _split(retraining: Retraining) -> dict[str, Any]:
+    """How a new batch is divided; noted with it, since what was trained on must never count as held out later."""
+    return {"heldout_fraction": retraining.settings.inbox.heldout_fraction, "heldout_sources": HELDOUT_SOURCES}
+
+
 def _promotion(tick: Tick, stage: CommittedStage, new: NewDocuments, plan: TickPlan, reason: str) -> Head:
     """The head with the candidate serving."""
     action: StageAction = "grow" if plan.action == Action.grow else "continue"
-    added = VersionStage(name=stage.name, key=stage.key, data=new.name, action=action, batch=new.hash)
+    split = _split(tick.retraining)
+    added = VersionStage(name=stage.name, key=stage.key, data=new.name, action=action, batch=new.hash, **split)
     chain = (*champion(tick.head).stages, added)
     return promoted(tick.head, "promoted", chain, reason, timestamp())

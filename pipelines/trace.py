@@ -8,13 +8,13 @@ from rich.console import Console
 
 from lifelong_moe.config import build_config
 from lifelong_moe.data.batches import BatchStore
-from lifelong_moe.data.config import SourceConfig
 from lifelong_moe.data.sources import read_corpus
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.stages.keys import SHORT
 from lifelong_moe.stages.runs import require_head
 from lifelong_moe.stages.store import StageStore
 from lifelong_moe.stages.trace import readers, trace_expert
+from pipelines.novelty import batch_source
 from pipelines.places import CACHE, ROOT
 
 LEAST_DIGITS = 8
@@ -76,9 +76,8 @@ def _holders(head: dict[str, Any], digest: str) -> list[dict[str, Any]]:
     sources = {name: config.distributions[name] for name in config.evaluated}
     for batch in batches.holding(digest):
         if (known := head.get("batches", {}).get(batch)) is not None:
-            sources[known["name"]] = SourceConfig(
-                files=str(batches.path(batch)), heldout_fraction=known["heldout_fraction"]
-            )
+            split = known["heldout_fraction"], known.get("heldout_sources", 1)
+            sources[known["name"]] = batch_source(str(batches.path(batch)), *split)
     found = []
     for name, source in sources.items():
         corpus = read_corpus(name, source, CACHE)

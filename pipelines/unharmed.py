@@ -7,11 +7,9 @@ from typing import Any
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from lifelong_moe.errors import ConfigError
 from lifelong_moe.methods.retraining import RetrainConfig, Retraining
 from lifelong_moe.retraining.config import GateConfig
 from lifelong_moe.retraining.gate import Verdict, unharmed
-from lifelong_moe.retraining.operation import InboxConfig
 from lifelong_moe.stages.store import CommittedStage, StageStore
 from lifelong_moe.stages.versions import Head, Version
 from lifelong_moe.training.interrupt import Interrupt
@@ -27,12 +25,7 @@ def served_data(head: Head, version: Version, store: StageStore) -> ServedData:
         ConfigError, DataError: If their text is not to be had any more.
     """
     base: Any = OmegaConf.create(head["config"])
-    # Kept batches are split as they were when they were learned; what was trained on must not count as held out.
-    shares = {head["batches"][s.batch]["heldout_fraction"] for s in version.stages if s.batch is not None}
-    if len(shares) > 1:
-        raise ConfigError(f"batches were held out by different shares: {', '.join(map(str, sorted(shares)))}.")
-    inbox = InboxConfig(heldout_fraction=shares.pop()) if shares else InboxConfig()
-    retraining = Retraining(RetrainConfig(base="", inbox=inbox), base, head["run"])
+    retraining = Retraining(RetrainConfig(base=""), base, head["run"])
     config = retraining.config(*served_stages(version, store))
     return ServedData(config, read_data(config))
 

@@ -38,6 +38,8 @@ class SourceConfig:
     """Field that names the document's source unit, if present; a unit is never split between train and held-out."""
     heldout_fraction: float = 0.05
     """Share of source units held out."""
+    heldout_sources: int = 1
+    """Source units held out at least, whatever share they are, but never more than half of them."""
     max_bytes: int | None = None
     """Keep at most about this many UTF-8 bytes of documents (whole source units, in hash order); None keeps all."""
 
@@ -58,6 +60,8 @@ class SourceConfig:
             raise ConfigError("heldout_files goes with files only.")
         if not 0.0 < self.heldout_fraction < 1.0:
             raise ConfigError(f"heldout_fraction={self.heldout_fraction} must lie between 0 and 1.")
+        if self.heldout_sources < 1:
+            raise ConfigError(f"heldout_sources={self.heldout_sources} must be at least 1.")
         if self.max_bytes is not None and self.max_bytes < 1:
             raise ConfigError(f"max_bytes={self.max_bytes} must be positive.")
 

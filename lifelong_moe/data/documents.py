@@ -108,7 +108,7 @@ def build_corpus(
     Args:
         name: The distribution.
         documents: All documents, or with ``heldout`` the training documents.
-        config: ``heldout_fraction`` and ``max_bytes``.
+        config: ``heldout_fraction``, ``heldout_sources`` and ``max_bytes``.
         heldout: Explicit held-out documents; they are neither capped nor split.
 
     Returns:
@@ -129,7 +129,7 @@ def build_corpus(
         duplicates = len(documents) - len(distinct)
         if config.max_bytes is not None:
             distinct = _capped(distinct, config.max_bytes, least=2)
-        train, held = _split(distinct, config.heldout_fraction)
+        train, held = _split(distinct, config.heldout_fraction, config.heldout_sources)
     for side, kept in (("training", train), ("held-out", held)):
         if not kept:
             raise DataError(f"there are no {side} documents.")
@@ -178,8 +178,12 @@ def _capped(documents: list[Document], max_bytes: int, least: int) -> list[Docum
     return kept
 
 
-def _split(documents: list[Document], fraction: float) -> tuple[list[Document], list[Document]]:
-    """Hold out each unit whose hash lies in the lowest ``fraction`` of all hashes; at least one unit a side."""
+def _split(documents: list[Document], fraction: float, least: int) -> tuple[list[Document], list[Document]]:
+    """Hold out each unit whose hash lies in the lowest ``fraction`` of all hashes.
+
+    Where these are fewer than ``least``, the next ones in order of hash as well, up to half of all; in any case at
+    least one unit a side.
+    """
     units = _units(documents)
     if len(units) < 2:
         raise DataError(
@@ -189,7 +193,7 @@ def _split(documents: list[Document], fraction: float) -> tuple[list[Document], 
     order = sorted(units, key=lambda unit: _unit_hash("split", unit))
     threshold = int(fraction * 2**256)
     num_held = sum(_unit_hash("split", unit) < threshold for unit in order)
-    num_held = min(max(num_held, 1), len(order) - 1)
+    num_held = min(max(num_held, min(least, len(order) // 2), 1), len(order) - 1)
     held = [document for unit in order[:num_held] for document in units[unit]]
     train = [document for unit in order[num_held:] for document in units[unit]]
     assert not {normalized_hash(d.text) for d in held} & {normalized_hash(d.text) for d in train}

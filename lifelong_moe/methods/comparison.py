@@ -192,7 +192,8 @@ def measures(config: RunConfig) -> dict[str, Any]:
     for name in config.evaluated:
         source, path = config.distributions[name], f"distributions.{name}"
         found[f"{path}.heldout_files"] = source.heldout_files
-        found[f"{path}.heldout_fraction"] = source.heldout_fraction if source.heldout_files is None else None
+        for key in ("heldout_fraction", "heldout_sources"):
+            found[f"{path}.{key}"] = getattr(source, key) if source.heldout_files is None else None
     return found
 
 

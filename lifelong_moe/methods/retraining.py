@@ -28,7 +28,7 @@ from lifelong_moe.config import (
     section,
 )
 from lifelong_moe.errors import ConfigError
-from lifelong_moe.retraining.config import DecisionConfig, DriftConfig, GateConfig
+from lifelong_moe.retraining.config import HELDOUT_SOURCES, DecisionConfig, DriftConfig, GateConfig
 from lifelong_moe.retraining.operation import HooksConfig, InboxConfig, LimitsConfig, ProbeConfig, TriggerConfig
 
 BATCH_NAME = "batch"
@@ -95,6 +95,10 @@ class NewStage:
     """Other than configured, for a probe."""
     grow: Mapping[str, Any] | None = None
     """Settings of growth over the configured ones."""
+    heldout_fraction: float | None = None
+    """Share of its sources that are held out; None is what the inbox says."""
+    heldout_sources: int = HELDOUT_SOURCES
+    """Sources that are held out at least."""
 
 
 @dataclass(frozen=True)
@@ -121,10 +125,11 @@ class Retraining:
         kept = [node for node, name in zip(raw.stages, self._stage_names, strict=True) if name in stages]
         raw.stages = [*kept, *(self._stage(stage) for stage in new)]
         for stage in new:
-            inbox = self.settings.inbox
+            share = stage.heldout_fraction
             raw.distributions[stage.name] = {
                 "files": stage.files,
-                "heldout_fraction": inbox.heldout_fraction,
+                "heldout_fraction": self.settings.inbox.heldout_fraction if share is None else share,
+                "heldout_sources": stage.heldout_sources,
             }
         return raw
 

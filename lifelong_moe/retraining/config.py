@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from lifelong_moe.errors import ConfigError
 
+HELDOUT_SOURCES = 5
+"""Sources of a batch that are held out at least, if it has twice as many: bounds from fewer are no verdict."""
+
 
 @dataclass(kw_only=True)
 class DriftConfig:

@@ -27,7 +27,8 @@ class InboxConfig:
     source_field: str = "source"
     """Field that names a document's source unit; drift and gate resample whole units."""
     heldout_fraction: float = 0.15
-    """Share of a batch's source units held out for its gate set."""
+    """Share of a batch's source units held out for its gate set; at least five units, if the batch has ten. A batch
+    that was learned keeps the split that it was learned with."""
 
     def __post_init__(self) -> None:
         if (self.path is None) == (self.hf is None):

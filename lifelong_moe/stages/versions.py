@@ -34,6 +34,10 @@ class VersionStage:
     """How it came to be; ``drop`` and ``consolidate`` derive a model from the one before and train nothing."""
     batch: str | None = None
     """Hash of the batch of documents it learned from; None if the run's own configuration names the text."""
+    heldout_fraction: float | None = None
+    """Share of the batch's sources that were held out; None without a batch, or where nobody noted it."""
+    heldout_sources: int = 1
+    """Sources of it that were held out at least; 1 before this was noted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +73,18 @@ class Version:
 
 def versions(head: Mapping[str, Any]) -> list[Version]:
     """All versions, oldest first; none before :func:`begin`."""
-    return [Version.from_json(data) for data in head.get("versions", [])]
+    batches, found = head.get("batches", {}), []
+    for version in map(Version.from_json, head.get("versions", [])):
+        found.append(dataclasses.replace(version, stages=tuple(_split_of(stage, batches) for stage in version.stages)))
+    return found
+
+
+def _split_of(stage: VersionStage, batches: Mapping[str, Any]) -> VersionStage:
+    """A stage that knows how its batch was split; earlier versions noted that with the decision about the batch."""
+    known = batches.get(stage.batch or "")
+    if known is None or stage.heldout_fraction is not None:
+        return stage
+    return dataclasses.replace(stage, heldout_fraction=known["heldout_fraction"])
 
 
 def dated_until(head: Mapping[str, Any], at: str) -> list[Version]:

@@ -18,12 +18,16 @@ import pipelines.retrain as story
 from lifelong_moe.data import batches, shards
 from lifelong_moe.data.batches import BatchStore
 from lifelong_moe.data.documents import Document
+from lifelong_moe.data.sources import read_corpus
 from lifelong_moe.errors import ConfigError, DataError, DivergedError, LockedError, ResourceError, StalePlanError
+from lifelong_moe.methods.retraining import load_retraining
 from lifelong_moe.stages.lock import locked
 from lifelong_moe.stages.runs import RunRecord, timestamp
 from lifelong_moe.stages.store import StageStore
+from lifelong_moe.stages.versions import champion
 from lifelong_moe.training.callbacks import StepCheckpoint
 from pipelines import retrain_plan
+from pipelines.candidates import served_stages
 from pipelines.cli import exit_code
 from pipelines.drop import drop
 from pipelines.rollback import rollback
@@ -419,6 +423,37 @@ def test_what_makes_old_text_worse_is_rejected(tmp_path: Path, monkeypatch: pyte
     result, text = tick_and_text("decision.forgetting_weight=0", "gate.max_leak=1")
     assert (result["outcome"], result["action"]) == ("rejected", "grow"), text
     assert "more than 0.01" in result["reason"]
+
+
+# What was held out
+
+
+def test_a_learned_batch_keeps_its_split_whatever_the_inbox_says_later(after_growth: Path) -> None:
+    """A stage is known by the hash of its training text: another split would be refused, or train on the gate's text."""
+    learned = head()["versions"][1]["stages"][-1]
+    assert (learned["heldout_fraction"], learned["heldout_sources"]) == (0.15, 5)
+    assert tick("inbox.heldout_fraction=0.4")["outcome"] == "idle"
+    arrive("noise", "b.jsonl")
+    assert tick("inbox.heldout_fraction=0.4", dry_run=True)["outcome"] == "planned"
+    rollback("tiny", None, SILENT)
+    tick("inbox.heldout_fraction=0.4", reopen=learned["batch"], dry_run=True)
+    assert learned["batch"] not in head()["batches"]
+    rollback("tiny", 1, SILENT)
+    assert tick("inbox.heldout_fraction=0.4", dry_run=True)["outcome"] == "planned"
+
+
+def test_a_batch_that_an_earlier_version_learned_is_split_by_that_versions_rule(after_growth: Path) -> None:
+    """That noted the share with the decision about the batch alone, and held out the lowest hashes, if only one."""
+    now = head()
+    learned, (batch,) = now["versions"][1]["stages"][-1], now["batches"]
+    for noted in (learned, now["batches"][batch]):
+        noted.pop("heldout_sources")
+    learned.pop("heldout_fraction")
+    now["batches"][batch]["heldout_fraction"] = 1e-6
+    kept, added = served_stages(champion(now), StageStore(Path("mlruns")))
+    source = load_retraining("retrain.yaml").config(kept, added).distributions[learned["data"]]
+    assert (source.heldout_fraction, source.heldout_sources) == (1e-6, 1)
+    assert len(read_corpus("sea", source, Path("data/cache")).heldout) == 1
 
 
 # Plans

@@ -74,6 +74,43 @@ def test_a_unit_stays_held_out_when_others_are_added() -> None:
     assert few <= many
 
 
+def split_by_hand(sources: list[str], fraction: float, least: int) -> set[str]:
+    """The lowest hashes: all below the fraction, at least so many, at most half unless the fraction says more."""
+    digests = {source: int(hashlib.sha256(f"split\n{source}".encode()).hexdigest(), 16) for source in sources}
+    below = sum(digest / 2**256 < fraction for digest in digests.values())
+    number = max(1, below, min(least, len(sources) // 2))
+    return set(sorted(sources, key=digests.__getitem__)[: min(number, len(sources) - 1)])
+
+
+@pytest.mark.parametrize("units", [2, 3, 7, 9, 10, 11, 24, 100])
+@pytest.mark.parametrize("least", [1, 5])
+def test_several_sources_are_held_out(units: int, least: int) -> None:
+    documents = _documents(units)
+    config = SourceConfig(files="unused", heldout_fraction=0.15, heldout_sources=least)
+    held = {document.source for document in build_corpus("a", documents, config).heldout}
+    assert held == split_by_hand([f"unit{i}" for i in range(units)], 0.15, least)
+    assert build_corpus("a", documents[::-1], config) == build_corpus("a", documents, config)
+
+
+def test_twenty_four_pages_of_a_source_each_hold_out_five_whatever_their_names() -> None:
+    """By hand: 15 % of 24 are 3.6, and chance held out one of 24 or none in a tenth of all cases."""
+    config = SourceConfig(files="unused", heldout_fraction=0.15, heldout_sources=5)
+    for name in range(50):
+        pages = [Document(f"Seite {name} {i}", f"{name}/{i}") for i in range(24)]
+        assert len(build_corpus("a", pages, config).heldout) >= 5
+    fewest = min(
+        len(
+            build_corpus(
+                "a",
+                [Document(f"{n} {i}", f"{n}/{i}") for i in range(24)],
+                SourceConfig(files="unused", heldout_fraction=0.15),
+            ).heldout
+        )
+        for n in range(50)
+    )
+    assert fewest == 1  # as distributions of a run still do, whose stages are keyed by this split
+
+
 @pytest.mark.parametrize("fraction", [1e-9, 1 - 1e-9])
 def test_each_side_has_at_least_one_unit(fraction: float) -> None:
     corpus = build_corpus("a", _documents(5, 1), SourceConfig(files="unused", heldout_fraction=fraction))
