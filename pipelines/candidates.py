@@ -25,7 +25,7 @@ from lifelong_moe.methods.plan import PlannedStage, plan_next
 from lifelong_moe.methods.retraining import NewStage, Retraining
 from lifelong_moe.model.architecture import Architecture
 from lifelong_moe.model.transformer import LanguageModel
-from lifelong_moe.retraining.gate import DocumentLosses
+from lifelong_moe.retraining.bounds import DocumentLosses
 from lifelong_moe.retraining.structure import shuffled_text
 from lifelong_moe.stages.keys import content_key
 from lifelong_moe.stages.runs import EvaluationStore

@@ -13,9 +13,9 @@ from lifelong_moe.errors import StalePlanError
 from lifelong_moe.methods.plan import stage_need
 from lifelong_moe.methods.retraining import Retraining
 from lifelong_moe.model.cost import count_parameters, training_flops
+from lifelong_moe.retraining.bounds import difference
 from lifelong_moe.retraining.decision import Action, Decision, ProbeResult, decide
 from lifelong_moe.retraining.drift import Drift
-from lifelong_moe.retraining.gate import difference
 from lifelong_moe.stages.atomic import replace_file
 from lifelong_moe.stages.keys import SHORT, content_key
 from lifelong_moe.stages.runs import RunRecord, latest_timestamp, timestamp

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from lifelong_moe.errors import ConfigError
@@ -73,7 +74,7 @@ class GateConfig:
     level: float = 0.05
     """Chance of passing wrongly; for old distributions divided by their number."""
     resamples: int = 2000
-    """Bootstrap samples of the sources."""
+    """Bootstrap samples of the sources; 20 of them must lie beyond a bound, so at least ``20 / level``."""
     max_leak: float = 0.5
     """Share of an old distribution's tokens that may go to experts born after it was learned."""
 
@@ -81,7 +82,13 @@ class GateConfig:
         _require("gate.min_gain", self.min_gain, self.min_gain >= 0, "must not be negative")
         _require("gate.tolerance", self.tolerance, self.tolerance >= 0, "must not be negative")
         _require("gate.level", self.level, 0 < self.level < 0.5, "must lie between 0 and 0.5")
-        _require("gate.resamples", self.resamples, self.resamples >= 100, "must be at least 100")
+        least = math.ceil(20 / self.level)
+        _require(
+            "gate.resamples",
+            self.resamples,
+            self.resamples >= least,
+            f"must be at least {least} for gate.level={self.level}",
+        )
         _require("gate.max_leak", self.max_leak, 0 <= self.max_leak <= 1, "must lie in [0, 1]")
 
 

@@ -1,60 +1,18 @@
 """May a new version replace the one before? Differences of held-out loss with their uncertainty, against limits.
 
-All losses are of fixed gate sets, so versions are compared document by document. Documents of one source are not
-independent, so the bootstrap draws sources. What is not a number passes nothing.
-
-Legend: n documents, S sources, R bootstrap samples.
+All losses are of fixed gate sets, so versions are compared document by document. What is not a number passes nothing.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-from scipy.stats import norm, t
-
+from lifelong_moe.retraining.bounds import DocumentLosses, difference
 from lifelong_moe.retraining.config import GateConfig
 
 RATCHET = 3
 """What a distribution may lose against its best version ever, in units of what it may lose in one step."""
-
-
-@dataclass(frozen=True, eq=False)
-class DocumentLosses:
-    """Losses of one version on the documents of one gate set."""
-
-    nats: NDArray[np.float64]
-    """Cross-entropy of each document, summed over its scored tokens, ``(n,)``; NaN if it could not be had."""
-    tokens: NDArray[np.int64]
-    """Scored tokens of each, ``(n,)``, positive."""
-    sources: Sequence[str]
-    """Source of each."""
-
-    def __post_init__(self) -> None:
-        if not len(self.nats) == len(self.tokens) == len(self.sources) > 0:
-            raise ValueError(f"{len(self.nats)} losses, {len(self.tokens)} lengths, {len(self.sources)} sources")
-        if np.min(self.tokens) < 1:
-            raise ValueError("a document has no scored token")
-
-    @property
-    def nats_per_token(self) -> float:
-        """Mean over tokens."""
-        return float(np.sum(self.nats) / np.sum(self.tokens))
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """A difference in nats per token, and what it is with confidence at least and at most."""
-
-    mean: float
-    lower: float
-    upper: float
-
-    def __neg__(self) -> Bounds:
-        return Bounds(-self.mean, -self.upper, -self.lower)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,43 +43,6 @@ class Verdict:
     def reasons(self) -> list[str]:
         """What forbids it, a sentence each; empty if it passed."""
         return [check.sentence for check in self.checks if not check.passed]
-
-
-def difference(after: DocumentLosses, before: DocumentLosses, *, level: float, resamples: int, seed: int) -> Bounds:
-    """Mean loss of one version minus that of another, each token counting alike; positive is worse.
-
-    Paired bootstrap over sources. With few sources percentiles lie too near to the mean; they are moved away from it
-    by ``sqrt(S / (S - 1)) t / z``, the ratio of Student's quantile to the normal one and the root of the variance's
-    bias. One source, or a loss that is not finite, gives no bounds: minus and plus infinity, or NaN.
-
-    Args:
-        after: The one.
-        before: The other, on the same documents.
-        level: Chance that the truth lies below ``lower``, and that it lies above ``upper``, each.
-        resamples: R.
-        seed: Of the draws; same seed, same bounds.
-
-    Raises:
-        ValueError: If the documents differ.
-
-    Source:
-        Hesterberg 2015, What Teachers Should Know About the Bootstrap (arXiv:1411.5279), section 4.
-    """
-    if list(after.sources) != list(before.sources) or not np.array_equal(after.tokens, before.tokens):
-        raise ValueError("the two versions were not scored on the same documents")
-    if not (np.isfinite(after.nats).all() and np.isfinite(before.nats).all()):
-        return Bounds(math.nan, math.nan, math.nan)
-    _, source = np.unique(np.array(after.sources), return_inverse=True)
-    nats_S = np.bincount(source, np.asarray(after.nats) - np.asarray(before.nats))
-    tokens_S = np.bincount(source, after.tokens)
-    mean, num = float(nats_S.sum() / tokens_S.sum()), len(nats_S)
-    if num == 1:
-        return Bounds(mean, -math.inf, math.inf)
-    drawn_RS = np.random.default_rng(seed).multinomial(num, np.full(num, 1 / num), size=resamples)
-    means_R = (drawn_RS @ nats_S) / (drawn_RS @ tokens_S)
-    lowest, highest = np.quantile(means_R, level, method="lower"), np.quantile(means_R, 1 - level, method="higher")
-    widening = math.sqrt(num / (num - 1)) * t.ppf(level, num - 1) / norm.ppf(level)
-    return Bounds(mean, *(float(mean + widening * (bound - mean)) for bound in (lowest, highest)))
 
 
 def judge(

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from lifelong_moe.errors import ConfigError, CorruptError, LockedError
-from lifelong_moe.retraining.gate import DocumentLosses
+from lifelong_moe.retraining.bounds import DocumentLosses
 from lifelong_moe.stages.garbage import collect, find_garbage
 from lifelong_moe.stages.lock import locked
 from lifelong_moe.stages.runs import RunRecord

@@ -23,7 +23,8 @@ BAD: list[tuple[type, dict[str, Any], str]] = [
     (GateConfig, {"min_gain": -0.1}, "gate.min_gain=-0.1 must not be negative."),
     (GateConfig, {"tolerance": -0.1}, "gate.tolerance=-0.1 must not be negative."),
     (GateConfig, {"level": 0.5}, "gate.level=0.5 must lie between 0 and 0.5."),
-    (GateConfig, {"resamples": 99}, "gate.resamples=99 must be at least 100."),
+    (GateConfig, {"resamples": 399}, "gate.resamples=399 must be at least 400 for gate.level=0.05."),
+    (GateConfig, {"level": 0.001}, "gate.resamples=2000 must be at least 20000 for gate.level=0.001."),
     (GateConfig, {"max_leak": 1.5}, "gate.max_leak=1.5 must lie in [0, 1]."),
 ]
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from lifelong_moe.retraining.bounds import DocumentLosses, difference
 from lifelong_moe.retraining.config import DecisionConfig
 from lifelong_moe.retraining.decision import Action, ProbeResult, decide, utility_terms
-from lifelong_moe.retraining.gate import DocumentLosses, difference
 
 CONFIG = DecisionConfig(forgetting_weight=2.0, parameter_weight=0.1, cost_weight=0.05)
 GOOD = ProbeResult(gain=0.5, gain_lower=0.4, structure=2.0, forgetting=0.0, parameters_fraction=0.0, cost_fraction=0.2)

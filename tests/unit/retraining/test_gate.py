@@ -1,15 +1,17 @@
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
-from scipy.stats import norm, t
+from scipy.stats import t
 
+from lifelong_moe.retraining.bounds import Bounds, DocumentLosses, difference
 from lifelong_moe.retraining.config import GateConfig
-from lifelong_moe.retraining.gate import Bounds, DocumentLosses, Verdict, difference, judge
+from lifelong_moe.retraining.gate import Verdict, judge
 
 BOOTSTRAP: dict[str, Any] = {"level": 0.05, "resamples": 1000, "seed": 0}
 CONFIG = GateConfig()
@@ -36,13 +38,19 @@ def test_a_difference_is_a_mean_over_tokens_and_positive_where_it_became_worse()
     assert difference(before, after, **BOOTSTRAP).mean == -0.1
 
 
-def test_bounds_with_two_sources_by_hand() -> None:
-    # Samples of two equal sources have a mean of 0, 0.5 or 1, each extreme in a quarter of them.
-    before, after = losses([0.0, 0.0], [10, 10], ["a", "b"]), losses([0.0, 10.0], [10, 10], ["a", "b"])
-    widening = math.sqrt(2 / 1) * t.ppf(0.05, 1) / norm.ppf(0.05)
-    assert widening == pytest.approx(5.4285, abs=1e-3)
-    found = difference(after, before, **BOOTSTRAP)
-    assert (found.mean, found.lower, found.upper) == pytest.approx((0.5, 0.5 - widening / 2, 0.5 + widening / 2))
+def test_bounds_with_five_unequal_sources_against_all_their_samples() -> None:
+    shift, tokens = np.array([0.0, 1.0, 2.0, 4.0, 8.0]), np.array([10, 20, 30, 20, 20])
+    names = list("abcde")
+    before, after = DocumentLosses(np.zeros(5), tokens, names), DocumentLosses(shift * tokens, tokens, names)
+    samples = np.array(list(itertools.product(range(5), repeat=5)))  # all 3125 of them, equally likely
+    means = np.sort((shift * tokens)[samples].sum(axis=1) / tokens[samples].sum(axis=1))
+    lowest, highest = means[int(0.05 * 3125)], means[-int(0.05 * 3125) - 1]
+    number = 100**2 / (10**2 + 3 * 20**2 + 30**2)  # of sources, were they equal
+    widening = math.sqrt(number / (number - 1)) * t.ppf(0.95, number - 1) / 1.6449
+    found = difference(after, before, level=0.05, resamples=50_000, seed=0)
+    assert number == pytest.approx(4.545, abs=1e-3) and found.mean == pytest.approx(3.2)
+    assert found.lower == pytest.approx(3.2 + widening * (lowest - 3.2), abs=0.06)
+    assert found.upper == pytest.approx(3.2 + widening * (highest - 3.2), abs=0.06)
 
 
 def test_with_many_sources_bounds_are_those_of_the_normal_distribution() -> None:
@@ -85,27 +93,53 @@ def test_minus_a_difference_is_that_of_the_versions_exchanged() -> None:
     assert (one.mean, one.lower, one.upper) == pytest.approx((other.mean, other.lower, other.upper))
 
 
-def misses(num_sources: int, clustered: bool, trials: int = 300) -> float:
-    """Share of trials in which the truth, 0, lies above the upper bound at a level of 5 %."""
-    count = 0
+def misses(sizes: Sequence[int], noise: str = "normal", clustered: bool = True, trials: int = 500) -> float:
+    """Share of bounds at a level of 5 %, two a trial, beyond which the truth, 0, lies.
+
+    Args:
+        sizes: Documents of each source.
+        noise: Normal, or Student's with 3 degrees of freedom.
+        clustered: Whether the bootstrap is told the sources.
+        trials: How many.
+    """
+    count, source = 0, np.repeat(np.arange(len(sizes)), sizes)
+    names = [str(s) for s in source] if clustered else [str(d) for d in range(len(source))]
+    tokens = np.full(len(source), 100)
+    before = DocumentLosses(np.zeros(len(source)), tokens, names)
+    rng = np.random.default_rng(3)
     for i in range(trials):
-        rng = np.random.default_rng((3, i))
-        source = np.repeat(np.arange(num_sources), 5)
-        tokens = rng.integers(20, 200, size=len(source))
-        nats = tokens * (rng.normal(size=num_sources)[source] + 0.3 * rng.normal(size=len(source)))
-        names = [str(s) for s in source] if clustered else [str(d) for d in range(len(source))]
-        before = DocumentLosses(np.zeros(len(source)), tokens, names)
-        count += difference(DocumentLosses(nats, tokens, names), before, level=0.05, resamples=300, seed=i).upper < 0
-    return count / trials
+        by_source = rng.normal(size=len(sizes)) if noise == "normal" else rng.standard_t(3, size=len(sizes))
+        nats = tokens * (by_source[source] + 0.3 * rng.normal(size=len(source)))
+        found = difference(DocumentLosses(nats, tokens, names), before, level=0.05, resamples=400, seed=i)
+        count += (found.upper < 0) + (found.lower > 0)
+    return count / (2 * trials)
 
 
-@pytest.mark.parametrize("num_sources", [5, 20])
-def test_the_truth_is_missed_as_rarely_as_promised_even_with_few_sources(num_sources: int) -> None:
-    assert 0.01 < misses(num_sources, clustered=True) <= 0.05 + 2 * math.sqrt(0.05 * 0.95 / 300)
+SIZES = {
+    "5": [5] * 5,
+    "8": [3] * 8,
+    "20": [3] * 20,
+    "one of 30 %": [4] + [1] * 9,
+    "half": [19] + [1] * 19,
+    "90 %": [45] + [1] * 5,
+}
+
+
+@pytest.mark.parametrize("noise", ["normal", "heavy"])
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_the_truth_is_missed_no_more_often_than_promised(sizes: list[int], noise: str) -> None:
+    assert misses(sizes, noise) <= 0.05 + 2 * math.sqrt(0.05 * 0.95 / 1000)
 
 
 def test_drawing_documents_instead_would_miss_it_several_times_as_often() -> None:
-    assert misses(5, clustered=False) > 0.15
+    assert misses([5] * 5, clustered=False, trials=200) > 0.15
+
+
+@pytest.mark.parametrize("sizes", [[1], [1, 1], [1, 1, 1, 1], [20, 1, 1, 1, 1], [100, *[1] * 30]])
+def test_too_few_sources_or_one_with_most_of_the_text_bound_nothing(sizes: list[int]) -> None:
+    names = [str(i) for i in range(len(sizes))]
+    one = DocumentLosses(np.ones(len(sizes)), np.array(sizes), names)
+    assert difference(one, one, **BOOTSTRAP) == Bounds(0.0, -math.inf, math.inf)
 
 
 def test_the_same_seed_gives_the_same_bounds() -> None:
@@ -114,11 +148,6 @@ def test_the_same_seed_gives_the_same_bounds() -> None:
     first = difference(a, b, level=0.05, resamples=100, seed=1)
     assert first == difference(a, b, level=0.05, resamples=100, seed=1)
     assert first != difference(a, b, level=0.05, resamples=100, seed=2)
-
-
-def test_a_single_source_bounds_nothing() -> None:
-    one = losses([1.0, 2.0], [1, 1], ["a", "a"])
-    assert difference(one, one, **BOOTSTRAP) == Bounds(0.0, -math.inf, math.inf)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
