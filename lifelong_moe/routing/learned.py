@@ -27,10 +27,10 @@ class LearnedRouter(LinearRouter):
     With ``score=sigmoid`` each score is its own; with ``bias_rate`` an expert is chosen by score plus a bias of its
     own, which its weight does not contain; with ``expert_groups`` only within the best groups, by their two best
     experts where there are biases and by their best one where not. Biases move by what was chosen; the balance loss
-    counts, in every scope, each token's k best scores of all experts, as if there were neither biases nor groups: it is
-    about scores, whose imbalance biases hide. With ``capacity`` an expert takes so many of a sequence's tokens, and what
-    is dropped adds nothing: the weights of what is left stay as they were. What goes to a next choice weighs by the
-    expert that serves it.
+    counts, in every scope, each token's k best scores of all experts, as if there were neither biases nor groups:
+    it is about scores, whose imbalance biases hide. With ``capacity`` an expert takes so many of a sequence's
+    tokens, and what is dropped adds nothing: the weights of what is left stay as they were. What goes to a next
+    choice weighs by the expert that serves it.
 
     With ``bundles`` a token's group is a bundle, and only that generation's experts are in the softmax: a later stage
     changes nothing for the tokens of an earlier one, and old experts, which no longer learn, take nothing from new

@@ -429,7 +429,7 @@ def test_what_makes_old_text_worse_is_rejected(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_learned_batch_keeps_its_split_whatever_the_inbox_says_later(after_growth: Path) -> None:
-    """A stage is known by the hash of its training text: another split would be refused, or train on the gate's text."""
+    """A stage is known by its training text's hash: another split would be refused, or train on the gate's text."""
     learned = head()["versions"][1]["stages"][-1]
     assert (learned["heldout_fraction"], learned["heldout_sources"]) == (0.15, 5)
     assert tick("inbox.heldout_fraction=0.4")["outcome"] == "idle"
