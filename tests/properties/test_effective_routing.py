@@ -18,14 +18,16 @@ TYPES = typing.get_type_hints(RoutingConfig)
 
 def values(key: str) -> st.SearchStrategy[Any]:
     """Some values of a key, alone perhaps not valid."""
-    kind = TYPES[key]
+    kind = next((one for one in typing.get_args(TYPES[key]) if one is not type(None)), TYPES[key])
+    if key == "clusters":
+        return st.sampled_from([None, 2])
     if key == "capacity":
         return st.sampled_from([None, CapacityConfig()])
     if key == "options":
         return st.just({})
     if isinstance(kind, type) and issubclass(kind, Enum):
-        return st.sampled_from(list(kind))
-    return st.sampled_from({bool: [True, False], int: [1, 2, 4], float: [0.0, 0.1, 1.0]}.get(kind, [None, 2]))
+        return st.sampled_from([*kind, *([] if kind is TYPES[key] else [None])])
+    return st.sampled_from({bool: [True, False], int: [1, 2, 4], float: [0.0, 0.1, 1.0]}[kind])
 
 
 KEYS = [field.name for field in dataclasses.fields(RoutingConfig) if field.name != "mode"]

@@ -36,7 +36,7 @@ def gradients(model: LanguageModel, batch: dict[str, Tensor]) -> list[Tensor]:
 
 
 def test_recomputation_changes_no_bit(make_model: Make, make_batch: Batch, router_kind: str) -> None:
-    batch, plain, other = make_batch(), make_model(router_kind, (2, 2)), make_model(router_kind, (2, 2))
+    batch, plain, other = make_batch(), make_model(router_kind, (4, 4)), make_model(router_kind, (4, 4))
     expected = gradients(plain, batch)
     with executed([other], TrainerConfig(activation_checkpointing=True)):
         found = gradients(other, batch)

@@ -70,7 +70,7 @@ def test_every_field_of_the_stage_is_in_the_key(later: StageSpec, field: str) ->
     [
         ({}, False),
         ({"mode": "relu"}, False),
-        ({"mode": "gshard", "second": "threshold", "balance_scope": "global_batch"}, False),
+        ({"mode": "gshard", "second": "threshold"}, False),
         ({"mode": "gshard"}, True),  # whose second expert is drawn
         ({"mode": "switch"}, True),  # which jitters
         ({"mode": "noisy_topk"}, True),
