@@ -38,7 +38,7 @@ from lifelong_moe.retention.config import (
     TrunkTraining,
 )
 from lifelong_moe.routing.config import DEFAULTS, FOR_ENCODERS, Bundles, Features, Level, RoutingConfig
-from lifelong_moe.routing.refusals import refuse_lone_choices
+from lifelong_moe.routing.refusals import refuse_idle_keys, refuse_lone_choices
 from lifelong_moe.tracking.config import TrackingConfig
 from lifelong_moe.training.config import (
     CheckpointConfig,
@@ -188,6 +188,7 @@ class RunConfig:
                 raise ConfigError(f"distributions.{name} may hold letters, digits, '_', '-' and '.' only.")
         self._check_execution()
         refuse_lone_choices(self.routing)
+        refuse_idle_keys(self.routing)
         for i, stage in enumerate(self.stages):
             require_known(stage.data, self.distributions, f"stages[{i}].data")
             self._check_batch(i, stage)

@@ -34,6 +34,7 @@ from typing import Any
 
 from lifelong_moe.config import SCRATCH, Method, RunConfig, StageConfig, StageKind
 from lifelong_moe.retention.config import DistillText, PenaltyKind, ReplaySource
+from lifelong_moe.routing.refusals import refuse_what_groups_lack
 from lifelong_moe.training.spec import StageSpec
 
 MOST_TURNS = 1000
@@ -80,10 +81,21 @@ def stage_specs(config: RunConfig) -> list[StageSpec]:
     recipe = RECIPES[config.method]
     if recipe.all_experts:
         config = with_all_experts(config)
+    _require_groups(config, recipe)
     if config.method == Method.joint:
         return [_joint(config)]
     chain = [_spec(config, recipe, i, stage) for i, stage in enumerate(config.stages)]
     return _with_scratch(chain) if config.method == Method.unrestrained else chain
+
+
+def _require_groups(config: RunConfig, recipe: Recipe) -> None:
+    """Each generation's experts form the groups that routing asks for."""
+    for num in sorted(set(config.model.experts_by_layer) - {0}):
+        refuse_what_groups_lack(config.routing, num, "model.experts", is_first=True)
+    for i, stage in enumerate(config.stages):
+        if _grows(recipe, i, stage):
+            key = f"stages[{i}].grow.experts"
+            refuse_what_groups_lack(config.routing, stage.grow.experts, key, is_first=False)
 
 
 def with_all_experts(config: RunConfig) -> RunConfig:

@@ -44,7 +44,7 @@ class RoutingContext:
     features_TF: Tensor | None = None
     """Frozen token features ``(T, F)``, where clusters are made of them."""
     buckets_of: Mapping[int, Tensor] = field(default_factory=dict)
-    """Where routing has tables of token ids, by a layer's number of experts: bucket of each token, int64 ``(T,)``."""
+    """Bucket of each token, int64 ``(T,)``, by the number of a layer's experts; where routing has tables of them."""
     num_sequences: int = 1
     """Sequences that the T tokens are, of equal length, one after the other; capacity counts in each by itself."""
     full_length: int | None = None

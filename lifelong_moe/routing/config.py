@@ -55,7 +55,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "noisy_topk": {"importance_loss": 0.1, "load_loss": 0.1, "balance_loss": 0.0, "z_loss": 0.0},
     "hierarchical": {"top_k": 4, "expert_groups": 2, "top_groups": 2, "z_loss": 0.0},
     "dense": {"balance_loss": 0.0, "z_loss": 0.0},
-    "relu": {"balance_loss": 0.0, "z_loss": 0.0},
+    "relu": {"renormalize": False, "balance_loss": 0.0, "z_loss": 0.0},
     "base": {"top_k": 1, "renormalize": False, "balance_loss": 0.0, "z_loss": 0.0},
     "expert_choice": {"renormalize": False, "balance_loss": 0.0, "z_loss": 0.0},
 }
@@ -466,7 +466,7 @@ class RoutingConfig:
         """Without what shapes losses that are not there."""
         found = self if self.has_rows else self._without(("balance_loss", "z_loss"))
         if not (found.has_rows and found.balance_loss):
-            return found._without(("balance_scope", "balance_over"))
+            return found._without(("balance_counts", "balance_scope", "balance_over"))
         implied = found._without(("balance_scope",))
         return implied if implied.counts_balance_in == found.counts_balance_in else found
 
@@ -484,7 +484,7 @@ class RoutingConfig:
             "clusters": self.by_document,
             "chunk_tokens": self.by_document,
             "feature_width": of_embedding or fits_text or embeds,
-            "sample_tokens": of_tokens or embeds,
+            "sample_tokens": of_tokens,
         }
         return self._without(tuple(key for key, is_used in used.items() if not is_used))
 

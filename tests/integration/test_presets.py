@@ -29,7 +29,6 @@ TINY = (
     "stage_defaults.tokens=384",
     "stage_defaults.optim.batch_tokens=128",
     "stage_defaults.grow.sample_tokens=256",
-    "routing.sample_tokens=2048",
     "evaluate.tokens=300",
     "trainer.accelerator=cpu",
     "trainer.enable_progress_bar=false",

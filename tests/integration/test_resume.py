@@ -34,7 +34,10 @@ MODES: dict[str, dict[str, Any]] = {
         "model": {"document_mask": True},
     },
     "label": {"routing": {**EVEN, "mode": "label"}},
-    "noisy": {"routing": {"mode": "noisy_topk", "top_k": 1, "renormalize": False, "load_loss": 0.1}},
+    "noisy": {
+        "routing": {"mode": "noisy_topk", "top_k": 2, "renormalize": True, "load_loss": 0.1},
+        "model": {"experts": 4},
+    },
     "switch": {"routing": {**EVEN, "mode": "switch", "jitter": 0.3, "capacity": {"factor": 1.0}}},
     "biased": {"routing": {**EVEN, "score": "sigmoid", "bias_rate": 0.01}},
     "relu": {"routing": {**EVEN, "mode": "relu"}},

@@ -17,7 +17,7 @@ from lifelong_moe.model.architecture import Architecture, Generation, first_gene
 from lifelong_moe.model.config import ModelConfig
 from lifelong_moe.model.encoder import Encoder
 from lifelong_moe.model.transformer import LanguageModel, initialize
-from lifelong_moe.routing.config import DEFAULTS, ROUTERS, UNTRAINED, RoutingConfig
+from lifelong_moe.routing.config import DEFAULTS, LEAKING, ROUTERS, UNTRAINED, RoutingConfig
 from tests.conftest import ROUTER_KINDS, VOCAB
 
 PRESETS = sorted((Path(__file__).resolve().parents[2] / "configs/presets").glob("*.yaml"))
@@ -90,7 +90,8 @@ def test_every_preset(path: Path, make_batch: Batch) -> None:
 @pytest.mark.parametrize("mode", [mode for mode in DEFAULTS if mode in ROUTERS])
 def test_every_modes_defaults(mode: str, make_run: Callable[..., object], make_batch: Batch) -> None:
     """One key switches from one system to another, and what it brings trains."""
-    config = make_run(f"routing.mode={mode}", "routing.allow_noncausal=true")
+    permission = ["routing.allow_noncausal=true"] if mode in LEAKING else []
+    config = make_run(f"routing.mode={mode}", *permission)
     made = Architecture(config.model, config.routing, VOCAB, 0, (first_generation("a", config.model),))  # type: ignore[attr-defined]
     model = LanguageModel(dataclasses.replace(made, model=dataclasses.replace(made.model, init_std=0.3)))
     initialize(model, 0)

@@ -11,7 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lifelong_moe.config import RunConfig
 from lifelong_moe.errors import ConfigError
+from lifelong_moe.methods.graph import stage_specs
+from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.ops.selection import within_best_groups
 from lifelong_moe.routing.base import Router, RoutingContext
 from lifelong_moe.routing.config import BalanceScope, Score
@@ -163,3 +166,62 @@ def test_new_groups_begin_at_the_mean_of_their_experts_rows(make_router: Make) -
 def test_what_does_not_divide_into_groups_is_refused(make_router: Make, generations: tuple[int, ...]) -> None:
     with pytest.raises(ConfigError, match=r"expert_groups=4 must divide the number of experts"):
         make_router(*generations, mode="hierarchical", expert_groups=4, top_groups=2, top_k=4)
+
+
+# --- what a run may ask for
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("expert_groups=4", "top_groups=1", "top_k=3"), r"routing\.top_k=3 is more than the 2 experts .* model\.exp"),
+        (("expert_groups=8", "top_groups=1"), r"routing\.top_k=2 is more than the 1 experts"),
+        (("expert_groups=3", "top_groups=2"), r"model\.experts=8 must be a multiple of routing\.expert_groups=3"),
+        (("mode=hash", "expert_groups=3", "top_k=3"), r"model\.experts=8 must be a multiple of .*expert_groups=3"),
+        (("mode=hash", "expert_groups=4", "top_k=4", "grow=2"), r"stages\[1\]\.grow\.experts=2 must be a multiple of"),
+        (
+            ("mode=hierarchical", "expert_groups=3"),
+            r"model\.experts=8 must be a multiple of 3 group\(s\) of at least 2",
+        ),
+        (
+            ("mode=hierarchical", "grow=1"),
+            r"stages\[1\]\.grow\.experts=1 must be a multiple of 1 group\(s\) of at least 2",
+        ),
+        (("mode=hierarchical", "grow=5"), r"stages\[1\]\.grow\.experts=5 must be a multiple of 2 group\(s\)"),
+        (("mode=hierarchical", "experts=[8, 9]"), r"model\.experts=9 must be a multiple of 2 group\(s\)"),
+        (("mode=hierarchical", "grow=1", "method=static_moe"), r"model\.experts=9 must be"),
+    ],
+)
+def test_groups_that_cannot_be_are_refused(
+    overrides: tuple[str, ...], message: str, make_run: Callable[..., RunConfig]
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        stage_specs(make_run(*of_run(overrides)))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("expert_groups=4", "top_groups=2", "top_k=4"),
+        ("expert_groups=8", "top_groups=2"),
+        ("mode=hash", "expert_groups=4", "top_k=4", "grow=4"),
+        ("mode=hierarchical", "expert_groups=4", "grow=2"),
+        ("mode=hierarchical", "grow=3"),
+        ("mode=hierarchical", "grow=2", "method=static_moe"),
+        ("mode=hierarchical", "top_k=9", "top_groups=3", "expert_groups=3", "experts=9"),
+    ],
+)
+def test_groups_that_are_taken_can_be_built(overrides: tuple[str, ...], make_run: Callable[..., RunConfig]) -> None:
+    config = make_run(*of_run(overrides))
+    made = None
+    for spec in stage_specs(config):
+        made = spec.architecture(made, 61, 0)
+        with torch.device("meta"):
+            LanguageModel(made)
+
+
+def of_run(overrides: tuple[str, ...]) -> list[str]:
+    """Overrides of a run whose layers have eight experts, and that does not grow unless it is said."""
+    sections = {"grow": "stage_defaults.grow.experts", "method": "method", "experts": "model.experts"}
+    pairs = {"experts": "8", "grow": "0"} | dict(one.split("=", 1) for one in overrides)
+    return [f"{sections.get(key, f'routing.{key}')}={value}" for key, value in pairs.items()]
