@@ -61,6 +61,13 @@ ROUTER_KINDS: dict[str, dict[str, Any]] = {
     "switch": {"mode": "switch", "top_k": 1, "renormalize": False, "capacity": TIGHT},
     "gshard": {"mode": "gshard", "capacity": TIGHT},
     "noisy": {"mode": "noisy_topk", "load_loss": 0.1},
+    "vmoe": {
+        "mode": "vmoe",
+        "capacity": CapacityConfig(factor=0.6, eval_factor=0.6, priority=Priority.batch),
+        "importance_loss": 0.1,
+        "load_loss": 0.1,
+        "allow_noncausal": True,
+    },
     "hierarchical": {"mode": "hierarchical", "top_k": 4, "expert_groups": 2, "top_groups": 2},
     "dense": {"mode": "dense"},
     "relu": {"mode": "relu"},
@@ -188,7 +195,7 @@ def build_run(*overrides: str, **changes: Any) -> RunConfig:
     return build_config(raw)
 
 
-SHARING = ("switch", "gshard", "expert_choice", "by_choice", "by_batch", "at_random", "next_choice")
+SHARING = ("switch", "gshard", "vmoe", "expert_choice", "by_choice", "by_batch", "at_random", "next_choice")
 """Kinds in which tokens of a sequence share an expert's room, so that what a token gets depends on others."""
 
 

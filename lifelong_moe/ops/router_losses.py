@@ -135,12 +135,13 @@ def sequence_balancing_loss(
 
 
 def cv_squared(values_E: Tensor) -> Tensor:
-    """Squared coefficient of variation, with the population variance: scalar float32; 0 if all are equal.
+    """Squared coefficient of variation over the last dimension, with the population variance; 0 if all are equal.
 
     Source:
         Sparsely-gated mixture of experts (arXiv:1701.06538), eq. 7; 1e-10 in the denominator as in its code.
     """
-    return values_E.float().var(unbiased=False) / (values_E.float().mean().square() + 1e-10)
+    values_E = values_E.float()
+    return values_E.var(dim=-1, unbiased=False) / (values_E.mean(dim=-1).square() + 1e-10)
 
 
 def relu_sparsity_loss(gates_TE: Tensor, mask_T: Tensor, top_k: int) -> Tensor:

@@ -15,6 +15,7 @@ ROUTERS = {
     "switch": "lifelong_moe.routing.learned.LearnedRouter",
     "gshard": "lifelong_moe.routing.gshard.GShardRouter",
     "noisy_topk": "lifelong_moe.routing.noisy.NoisyRouter",
+    "vmoe": "lifelong_moe.routing.vmoe.VMoERouter",
     "hierarchical": "lifelong_moe.routing.hierarchical.HierarchicalRouter",
     "dense": "lifelong_moe.routing.dense.DenseRouter",
     "relu": "lifelong_moe.routing.relu.ReluRouter",
@@ -53,6 +54,21 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "capacity": {"factor": 2.0, "eval_factor": 2.0, "least": 4},
     },
     "noisy_topk": {"importance_loss": 0.1, "load_loss": 0.1, "balance_loss": 0.0, "z_loss": 0.0},
+    "vmoe": {
+        "renormalize": False,
+        "importance_loss": 0.005,
+        "load_loss": 0.005,
+        "balance_loss": 0.0,
+        "z_loss": 0.0,
+        "capacity": {
+            "factor": 1.05,
+            "eval_factor": 1.05,
+            "counts": "assignments",
+            "rounding": "up",
+            "multiple": 4,
+            "priority": "batch",
+        },
+    },
     "hierarchical": {"top_k": 4, "expert_groups": 2, "top_groups": 2, "z_loss": 0.0},
     "dense": {"balance_loss": 0.0, "z_loss": 0.0},
     "relu": {"renormalize": False, "balance_loss": 0.0, "z_loss": 0.0},
@@ -227,7 +243,7 @@ class RoutingConfig:
     """How tokens reach experts; fixed for the whole run."""
 
     mode: str = "learned"
-    """``learned`` (trained top-k: Mixtral, DeepSeek and most others), ``switch``, ``gshard``, ``noisy_topk``,
+    """``learned`` (trained top-k: Mixtral, DeepSeek and most others), ``switch``, ``gshard``, ``noisy_topk``, ``vmoe``,
     ``hierarchical``, ``dense`` (Jacobs), ``relu`` (ReMoE), ``base``, ``expert_choice``, ``cluster`` (FAISS, never
     trained), ``label`` (by the known distribution), ``hash`` (by token id, never trained), or the dotted path of a
     ``Router`` subclass of your own. A mode brings its authors' values for keys that are not set: docs/systems.md."""
@@ -279,10 +295,10 @@ class RoutingConfig:
     (``global_batch``, Qwen3); over all processes, whose number changes nothing. By default where room is counted: in
     each sequence with ``capacity``, which allows nothing else, and in a micro-batch without."""
     importance_loss: float = 0.0
-    """``noisy_topk``: coefficient of the squared coefficient of variation of experts' summed gate weights; summed over
-    layers."""
+    """Coefficient of the squared coefficient of variation of what experts' gates sum to: ``noisy_topk``, of the chosen
+    experts' gates; ``vmoe``, of all gates without noise, in each sequence. Summed over layers."""
     load_loss: float = 0.0
-    """``noisy_topk``: the same of experts' expected loads."""
+    """``noisy_topk``, ``vmoe``: the same of experts' expected loads, were their noise drawn again."""
     balance_over: BalanceOver = BalanceOver.all
     """Spread tokens over ``all`` experts or over this stage's ``active`` ones only."""
     z_loss: float = 0.00025
@@ -366,11 +382,11 @@ class RoutingConfig:
             "slots": ("soft",),
             "competitive": ("dense",),
             "jitter": ("learned", "switch", "gshard"),
-            "capacity": ("learned", "switch", "gshard"),
+            "capacity": ("learned", "switch", "gshard", "vmoe"),
             "second": ("gshard",),
-            "balance_counts": ("learned", "switch", "gshard", "noisy_topk", "hierarchical"),
-            "importance_loss": ("noisy_topk",),
-            "load_loss": ("noisy_topk",),
+            "balance_counts": ("learned", "switch", "gshard", "noisy_topk", "vmoe", "hierarchical"),
+            "importance_loss": ("noisy_topk", "vmoe"),
+            "load_loss": ("noisy_topk", "vmoe"),
         }
         standard = {f.name: f.default for f in dataclasses.fields(self)}
         for key, modes in of_modes.items():
@@ -511,7 +527,7 @@ class RoutingConfig:
     def by_process(self) -> bool:
         """Whether the number of processes changes what is learned: each draws random numbers, or assigns its tokens
         all at once. Of a router that we do not know it is assumed."""
-        draws = self.jitter > 0 or self.mode == "noisy_topk" or self.second == SecondExpert.random
+        draws = self.jitter > 0 or self.mode in ("noisy_topk", "vmoe") or self.second == SecondExpert.random
         draws = draws or (self.capacity is not None and self.capacity.priority == Priority.random)
         return draws or self.mode == "base" or "." in self.mode
 

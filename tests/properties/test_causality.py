@@ -21,7 +21,7 @@ TOKEN_LOCAL = [
     "hierarchical", "dense", "relu", "multi_hash", "base", "hashing",
 ]  # fmt: skip
 ORDERED = ["switch", "gshard"]
-LEAKING = ["expert_choice", "by_choice", "by_batch", "next_choice"]
+LEAKING = ["expert_choice", "by_choice", "by_batch", "next_choice", "vmoe"]
 LEAKING_IN_TRAINING = ["base", "at_random"]
 KINDS = [*TOKEN_LOCAL, *ORDERED]
 

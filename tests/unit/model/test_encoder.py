@@ -22,7 +22,7 @@ from lifelong_moe.routing.registry import build_router
 BATCH_PRIORITY = CapacityConfig(factor=0.7, eval_factor=1.0, counts=Counts.assignments, priority=Priority.batch)
 KINDS: dict[str, dict[str, Any]] = {
     "soft": {"mode": "soft", "slots": 2, "balance_loss": 0.0, "z_loss": 0.0},
-    "v_moe": {"renormalize": False, "capacity": BATCH_PRIORITY},
+    "v_moe": {"mode": "vmoe", "capacity": BATCH_PRIORITY, "importance_loss": 0.005, "load_loss": 0.005},
     "expert_choice": {"mode": "expert_choice", "balance_loss": 0.0, "z_loss": 0.0},
 }
 

@@ -43,6 +43,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 ROUTINGS: dict[str, dict[str, Any]] = {
     "learned": {},
     "noisy": {"mode": "noisy_topk"},
+    "vmoe": {"mode": "vmoe"},
     "hierarchical": {"mode": "hierarchical", "top_k": 4, "expert_groups": 2, "top_groups": 2},
     "dense": {"mode": "dense"},
     "hash": {"mode": "hash"},

@@ -24,6 +24,7 @@ NO_GROWTH = ("stage_defaults.grow.experts=0",)
 HASH = (*NO_GROWTH, "routing.mode=hash", "routing.top_k=1")
 CLUSTERED_TABLE = (*HASH, "routing.table=clustered")
 NOISY = ("routing.mode=noisy_topk",)
+VMOE = ("routing.mode=vmoe", "routing.allow_noncausal=true")
 NO_REPLAY = ("stage_defaults.replay.fraction=0", "stage_defaults.distill.weight=0")
 REVIEW = ("stage_defaults.review.fraction=0.2",)
 PYTHON = "distributions.python."
@@ -68,6 +69,7 @@ ROUTING = [
     *both("routing.", "table=balanced", context=HASH),
     *both("routing.", "second=all", context=("routing.mode=gshard",)),
     *both("routing.", "importance_loss=0.5", "load_loss=0.5", context=NOISY),
+    *both("routing.", "importance_loss=0.5", "load_loss=0.5", "capacity.priority=choice", context=VMOE),
     *both("routing.", "options={x: 1}", context=("routing.mode=my.Router",)),
     *both("routing.", "features=hidden", "feature_width=8", "scale=2.0", "centroids=random", context=CLUSTER),
     *both("routing.", "sample_tokens=999", "level=document", context=(*MASKED, *CLUSTER)),

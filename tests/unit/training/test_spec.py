@@ -74,6 +74,7 @@ def test_every_field_of_the_stage_is_in_the_key(later: StageSpec, field: str) ->
         ({"mode": "gshard"}, True),  # whose second expert is drawn
         ({"mode": "switch"}, True),  # which jitters
         ({"mode": "noisy_topk"}, True),
+        ({"mode": "vmoe", "allow_noncausal": True}, True),
         ({"mode": "base", "allow_noncausal": True}, True),  # assigns a process's tokens all at once
         ({"capacity": {"priority": "random"}, "allow_noncausal": True}, True),
         ({"mode": "somebody.elses.Router"}, True),
