@@ -148,7 +148,7 @@ def test_the_cronjob(home: Path) -> None:
     assert job["template"]["spec"]["restartPolicy"] == "Never"  # podFailurePolicy needs it
     parses(container["args"])
     ignored, *rules = job["podFailurePolicy"]["rules"]  # read in this order: a drained node is no failure
-    assert ignored == {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget"}]}
+    assert ignored == {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
     assert all(rule["onExitCodes"]["containerName"] == container["name"] for rule in rules)
     codes = {rule["action"]: set(rule["onExitCodes"]["values"]) for rule in rules}
     assert codes == {"FailJob": (CODES | {1}) - {75}, "Count": {75}}
