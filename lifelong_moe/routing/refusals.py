@@ -56,7 +56,7 @@ def refuse_what_groups_lack(routing: RoutingConfig, num_experts: int, key: str, 
         )
 
 
-LOSSES = ("learned", "switch", "gshard", "noisy_topk", "hierarchical", "relu")
+LOSSES = ("learned", "switch", "gshard", "noisy_topk", "vmoe", "hierarchical", "relu")
 """Modes whose loads can be uneven, so that a loss can balance them; and ``balance_loss`` moves their rows."""
 USED = {
     "top_k": [mode for mode in ROUTERS if mode not in ("dense", *FOR_ENCODERS)],
@@ -64,11 +64,11 @@ USED = {
     "gate_scale": ["learned", "switch", "gshard"],
     "top_groups": ["learned", "hierarchical"],
     "balance_loss": LOSSES,
-    "balance_counts": ["learned", "gshard", "noisy_topk", "hierarchical"],
+    "balance_counts": ["learned", "gshard", "noisy_topk", "vmoe", "hierarchical"],
     "balance_scope": LOSSES,
     "balance_over": LOSSES,
     # A hierarchy's logits are logarithms of probabilities: their exponentials always sum to 1.
-    "z_loss": ["learned", "switch", "gshard", "noisy_topk", "dense", "relu", "base", "expert_choice"],
+    "z_loss": ["learned", "switch", "gshard", "noisy_topk", "vmoe", "dense", "relu", "base", "expert_choice"],
     "margin": ["learned", "cluster"],
     "level": ["cluster"],
     "features": ["cluster"],
@@ -78,7 +78,7 @@ USED = {
     "chunk_tokens": ["cluster", "learned"],
     "feature_width": ["cluster", "learned", "hash"],
     "sample_tokens": ["cluster"],
-    "allow_noncausal": ["base", "expert_choice", "learned", "switch", "gshard"],
+    "allow_noncausal": ["base", "expert_choice", "learned", "switch", "gshard", "vmoe"],
 }
 """Modes in which a key can change something; of keys that :class:`RoutingConfig` itself does not keep to some modes."""
 OFF = {"balance_loss": 0, "z_loss": 0}

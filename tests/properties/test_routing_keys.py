@@ -43,7 +43,7 @@ VALUES: dict[str, list[tuple[str, tuple[str, ...]]]] = {
     "table": [("balanced", ("top_k=1", "renormalize=false")), ("clustered", ("top_k=1", "renormalize=false"))],
     "slots": [("2", NOTHING)],
     "second": [("all", NOTHING), ("threshold", NOTHING)],
-    "capacity": [("{factor: 0.4, eval_factor: 0.4, least: 1}", NOTHING)],
+    "capacity": [("{factor: 0.4, eval_factor: 0.4, least: 1, multiple: 1}", NOTHING)],
     "balance_loss": [("1.0", NOTHING)],
     "balance_counts": [("first", BALANCED), ("all", BALANCED)],
     "balance_scope": [("sequence", BALANCED), ("global_batch", BALANCED)],
@@ -75,7 +75,7 @@ def build(make_run: Make) -> Callable[..., RunConfig | str]:
     whole, known = make_run(*WHOLE), dict[tuple[str, ...], RunConfig | str]()
 
     def call(mode: str, *keys: str) -> RunConfig | str:
-        allowed = ("allow_noncausal=true",) if mode in ("base", "expert_choice") else ()
+        allowed = ("allow_noncausal=true",) if mode in ("base", "expert_choice", "vmoe") else ()
         written = (f"mode={mode}", *allowed, *keys)
         if written not in known:
             node = OmegaConf.create()
@@ -186,6 +186,9 @@ def test_a_value_changes_something_or_is_refused(mode: str, key: str, build: Bui
             continue
         if isinstance(after, str):
             assert f"routing.{key}" in after or "routing.top_k" in after, after
+            continue
+        if key == "balance_scope" and after.routing.capacity is not None:
+            assert value == "sequence"  # what capacity implies may be said again
             continue
         changes = differ(before, after)
         assert changes or not context, f"{key}={value} is accepted and does nothing"
