@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+from lifelong_moe.retraining.bounds import DocumentLosses
 from lifelong_moe.retraining.gate import Verdict, judge
-from lifelong_moe.stages.store import CommittedStage
+from lifelong_moe.retraining.power import passing_chances
+from lifelong_moe.stages.store import CommittedStage, StageStore
+from lifelong_moe.stages.versions import Version
 from pipelines.candidates import Bench, Candidate, changed_frozen
 
 Best = dict[str, dict[str, Any]]
@@ -47,7 +51,20 @@ def gate(bench: Bench, candidate: Candidate, stage: CommittedStage, best: Best) 
             leaks=leaks,
             config=bench.retraining.settings.gate,
             seed=candidate.config.seed,
+            kinds=kinds_of_text(bench.champion, bench.store),
         )
+
+
+def kinds_of_text(version: Version, store: StageStore) -> dict[str, str]:
+    """The kind of each distribution that a version learned: what a stage continues is of the kind of that stage's."""
+    by_stage: dict[str, str] = {}
+    kinds: dict[str, str] = {}
+    for stage in version.stages:
+        if stage.action not in ("drop", "consolidate"):  # those train nothing
+            continues = store.get(stage.key).config["spec"].get("continues")
+            by_stage[stage.name] = by_stage.get(continues, kinds.get(stage.data, stage.data))
+            kinds.setdefault(stage.data, by_stage[stage.name])
+    return kinds
 
 
 def with_best(bench: Bench, candidate: Candidate, stages: list[CommittedStage], best: Best) -> Best:
@@ -62,3 +79,30 @@ def with_best(bench: Bench, candidate: Candidate, stages: list[CommittedStage], 
             if name not in found or nats < found[name]["nats"]:
                 found[name] = {"key": stage.key, "heldout": heldout, "nats": nats}
     return found
+
+
+def old_losses(
+    bench: Bench, candidate: Candidate, stage: CommittedStage
+) -> tuple[dict[str, DocumentLosses], dict[str, DocumentLosses]]:
+    """Losses of a stage, and of the champion, on every old distribution."""
+    old = [name for name in candidate.config.evaluated if name != bench.new]
+    # One model after the other, for each is loaded once.
+    after = {name: bench.losses(stage, candidate, name) for name in old}
+    return after, {name: bench.losses(bench.parent, candidate, name) for name in old}
+
+
+def foreseen_power(bench: Bench, probe: Candidate) -> dict[str, Any] | None:
+    """How often the gate would pass a harmless candidate, if it scatters as a probe did; None without an old
+    distribution, or where the probe was not made."""
+    stage = bench.store.find(probe.planned.key)
+    if stage is None or len(probe.config.evaluated) < 2:
+        return None
+    kinds, config = kinds_of_text(bench.champion, bench.store), bench.retraining.settings.gate
+    chances = passing_chances(*old_losses(bench, probe, stage), kinds, config)
+    weakest = min(chances, key=lambda group: chances[group])
+    return {
+        "passes": math.prod(chances.values()),
+        "checks": len(chances),
+        "weakest": ", ".join(weakest),
+        "weakest_passes": chances[weakest],
+    }

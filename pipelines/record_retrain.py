@@ -76,6 +76,8 @@ class TickRecord:
         rows = [(f"decision/{key}", number(value), 0) for key, value in facts["decision"]["terms"].items()]
         for name, drift in facts["drift"].items():
             rows += [(f"drift/{name}/{key}", number(drift[key]), 0) for key in ("auc", "null_quantile", "psi")]
+        if power := facts.get("power"):
+            rows.append(("gate/harmless_passes", power["passes"], 0))
         self.tracker.log_metrics(self.run_id, rows)
         self.tracker.log_text(self.run_id, json.dumps(facts, indent=1, ensure_ascii=False), "plan.json")
         if candidate is not None and self.run_id is not None:

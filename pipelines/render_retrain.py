@@ -25,7 +25,21 @@ def plan_sentences(facts: Mapping[str, Any]) -> list[str]:
             f"{stage['parameters_total'] / 1e6:.2f}M parameters train, {stage['active_flops']:.1e} FLOPs, at most "
             f"{stage['disk_bytes'] / 1e6:,.1f} MB of disk{hours}."
         )
+    if power := facts.get("power"):  # plans of earlier versions have none
+        sentences.append(_power(power))
     return [*sentences, *facts["exceeded"]]
+
+
+def _power(power: Mapping[str, Any]) -> str:
+    """How often the gate would pass what does no harm; with a warning where that is less than half of the time."""
+    passes, weakest = round(100 * power["passes"]), round(100 * power["weakest_passes"])
+    found = f"This gate would pass a harmless candidate {passes} times of 100 ({power['checks']} check(s) of old text)"
+    if passes >= 50:
+        return f"{found}."
+    return (
+        f"Warning: {found[0].lower()}{found[1:]}: of {power['weakest']} alone {weakest}. Hold out more sources "
+        f"of it, or raise evaluate.tokens or gate.tolerance."
+    )
 
 
 def plan(console: Console, facts: Mapping[str, Any]) -> None:

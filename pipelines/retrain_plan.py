@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +17,14 @@ from lifelong_moe.model.cost import count_parameters, training_flops
 from lifelong_moe.retraining.bounds import difference
 from lifelong_moe.retraining.decision import Action, Decision, ProbeResult, decide
 from lifelong_moe.retraining.drift import Drift
+from lifelong_moe.retraining.gate import forgetting
 from lifelong_moe.stages.atomic import replace_file
 from lifelong_moe.stages.keys import SHORT, content_key
 from lifelong_moe.stages.runs import RunRecord, latest_timestamp, timestamp
 from lifelong_moe.stages.versions import dated_until
 from pipelines.candidates import Bench, Candidate
 from pipelines.drifting import has_drifted, measure_batch
+from pipelines.gating import foreseen_power, kinds_of_text, old_losses
 from pipelines.plan_file import read_plan
 from pipelines.workspace import require_room
 
@@ -94,7 +97,9 @@ def make_plan(bench: Bench, batch: str, head: dict[str, Any]) -> TickPlan:
         chosen = probed[decision.way][1]
     notes = [] if all(rooms) else [_full(settings.limits.experts)]
     notes += [f"{_way(way)} is not considered: {over[way.planned.key][0]}" for way in growing if way not in affordable]
-    return TickPlan(_facts(bench, batch, drifts, decision, chosen, notes, exceeded), chosen)
+    facts = _facts(bench, batch, drifts, decision, chosen, notes, exceeded)
+    facts["power"] = None if chosen is None else foreseen_power(bench, _short(bench, chosen))
+    return TickPlan(facts, chosen)
 
 
 def _way(grows: Candidate) -> str:
@@ -178,14 +183,20 @@ def _probe(bench: Bench, candidate: Candidate) -> ProbeResult:
         return difference(after, other, level=PROBE_LEVEL, resamples=PROBE_RESAMPLES, seed=seed)
 
     gain = -lost(new)
-    forgotten = [lost(name).upper for name in short.config.evaluated if name != new]
+    forgotten = forgetting(
+        *old_losses(bench, short, stage),
+        kinds=kinds_of_text(bench.champion, bench.store),
+        level=PROBE_LEVEL,
+        resamples=PROBE_RESAMPLES,
+        seed=seed,
+    )
     architecture = bench.architecture
     old, budget = count_parameters(architecture).total, training_flops(architecture, candidate.planned.tokens, None, 0)
     return ProbeResult(
         gain=gain.mean,
         gain_lower=gain.lower,
         structure=lost(new, shuffled=True).lower,
-        forgetting=max(forgotten, default=0.0),
+        forgetting=max((one.upper for one in forgotten.values()), key=lambda x: (math.isnan(x), x), default=0.0),
         parameters_fraction=(candidate.planned.parameters.total - old) / old,
         cost_fraction=candidate.planned.flops / budget,
     )

@@ -14,6 +14,7 @@ from lifelong_moe.stages.store import CommittedStage, StageStore
 from lifelong_moe.stages.versions import Head, Version
 from lifelong_moe.training.interrupt import Interrupt
 from pipelines.candidates import Bench, ServedData, served_stages
+from pipelines.gating import kinds_of_text
 from pipelines.novelty import read_texts
 from pipelines.workspace import read_data
 
@@ -57,4 +58,5 @@ def gate_derived(
     with console.status(f"{stage.name}: at the gate"):
         after = {name: bench.losses(stage, served, name) for name in names}
         before = {name: bench.losses(bench.parent, served, name) for name in names}
-    return unharmed(after=after, before=before, config=config, seed=served.config.seed)
+    kinds = kinds_of_text(version, store)
+    return unharmed(after=after, before=before, config=config, seed=served.config.seed, kinds=kinds)

@@ -48,6 +48,9 @@ def base_config(**sections: Any) -> dict[str, Any]:
         "replay": {"fraction": 0.0},
         "distill": {"weight": 0.0},
     }
+    config["evaluate"] = {
+        "tokens": 2_000
+    }  # documents of code and sea have a hundred tokens, and the gate needs several
     for name, value in sections.items():
         config[name] = {**config[name], **value} if isinstance(value, dict) else value
     return config

@@ -72,7 +72,8 @@ class GateConfig:
     """What an old distribution may lose against the version before, in nats per token. Against its best version ever,
     three times as much."""
     level: float = 0.05
-    """Chance of passing wrongly; for old distributions divided by their number."""
+    """Chance that a check passes what it should not. It is not divided by the number of checks: a version must pass all
+    of them."""
     resamples: int = 2000
     """Bootstrap samples of the sources; 20 of them must lie beyond a bound, so at least ``20 / level``."""
     max_leak: float = 0.5

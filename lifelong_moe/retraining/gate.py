@@ -1,15 +1,18 @@
 """May a new version replace the one before? Differences of held-out loss with their uncertainty, against limits.
 
-All losses are of fixed gate sets, so versions are compared document by document. What is not a number passes nothing.
+All losses are of fixed gate sets, so versions are compared document by document. What is not a number passes nothing,
+and neither does what has too few sources for an answer.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from lifelong_moe.retraining.bounds import DocumentLosses, difference
+from lifelong_moe.retraining.bounds import LEAST_SOURCES, Bounds, DocumentLosses, difference
 from lifelong_moe.retraining.config import GateConfig
+from lifelong_moe.retraining.pooling import Group, groups, joined, worst_member
 
 RATCHET = 3
 """What a distribution may lose against its best version ever, in units of what it may lose in one step."""
@@ -20,7 +23,7 @@ class Check:
     """One condition of the gate."""
 
     name: str
-    """Such as ``new/gain`` or ``old/NAME/step``."""
+    """Such as ``new/gain``, ``old/NAME/step`` or ``old/pooled(NAME, NAME)/step``."""
     value: float
     limit: float
     passed: bool
@@ -55,14 +58,19 @@ def judge(
     leaks: Mapping[str, float],
     config: GateConfig,
     seed: int,
+    kinds: Mapping[str, str] | None = None,
 ) -> Verdict:
     """Hold a new version against the champion before it, on gate sets that neither was trained on.
 
     - The new distribution improves: its gain is at least ``min_gain`` with confidence.
-    - Each of K old ones loses at most ``tolerance``, with confidence ``1 - level / K``.
+    - Each old one loses at most ``tolerance`` with confidence; small ones together
+      (:func:`~lifelong_moe.retraining.pooling.groups`), and none of those may have been shown to lose more.
     - Against the best version that each ever had it loses at most three times that, with the same confidence, on the
       same documents: many small steps, each within its limit, must not add up.
     - Frozen tensors are what they were, and old text stays with the experts that know it.
+
+    The level of a check is not divided by their number. All must be passed, so a version that harms one distribution
+    passes no more often than that one's check lets it, which is ``level`` at most; divided, the harmless would fail.
 
     Args:
         new: Name of the new distribution; all others are old ones.
@@ -74,78 +82,140 @@ def judge(
             where that is not measured.
         config: Limits.
         seed: Of the bootstraps.
+        kinds: The kind of each old distribution, for pooling; one that is absent is a kind of its own.
 
     Raises:
         ValueError: If the distributions do not fit, or versions were scored on other documents.
+
+    Source:
+        The intersection-union test: Berger 1982, Multiparameter Hypothesis Testing and Acceptance Sampling,
+        Technometrics 24(4).
     """
-    old = [name for name in after if name != new]
     if not set(after) == set(before) == {new, *best} or new in best:
         raise ValueError(
             f"new {new}, after {sorted(after)}, before {sorted(before)} and best {sorted(best)} do not fit"
         )
-    checks = [_gain(after[new], before[new], config, seed)]
-    for name in old:
-        checks += _losses(name, after[name], before[name], best[name], len(old), config, seed)
-    return Verdict([*checks, _frozen(changed_frozen), *_leaks(leaks, config)])
+    old = {name: losses for name, losses in after.items() if name != new}
+    checks = [
+        _gain(after[new], before[new], config, seed),
+        *_losses(old, before, best, kinds or {}, config, seed),
+        _frozen(changed_frozen),
+        *_leaks(leaks, config),
+    ]
+    return Verdict(checks)
 
 
 def unharmed(
-    *, after: Mapping[str, DocumentLosses], before: Mapping[str, DocumentLosses], config: GateConfig, seed: int
+    *,
+    after: Mapping[str, DocumentLosses],
+    before: Mapping[str, DocumentLosses],
+    config: GateConfig,
+    seed: int,
+    kinds: Mapping[str, str] | None = None,
 ) -> Verdict:
-    """Hold a version that learned nothing new against the one before it: each of K distributions loses at most
-    ``tolerance``, with confidence ``1 - level / K``.
+    """Hold a version that learned nothing new against the one before it: each distribution loses at most ``tolerance``
+    with confidence, small ones together, as in :func:`judge`.
 
     Args:
         after: Losses of the new version on each distribution.
         before: Those of the old one, on the same documents.
         config: Limits.
         seed: Of the bootstraps.
+        kinds: The kind of each distribution, for pooling.
     """
-    checks = [
-        check for name in after for check in _losses(name, after[name], before[name], None, len(after), config, seed)
-    ]
-    return Verdict(checks)
+    return Verdict(list(_losses(after, before, None, kinds or {}, config, seed)))
+
+
+def forgetting(
+    after: Mapping[str, DocumentLosses],
+    before: Mapping[str, DocumentLosses],
+    *,
+    kinds: Mapping[str, str],
+    level: float,
+    resamples: int,
+    seed: int,
+) -> dict[Group, Bounds]:
+    """What each group of old distributions loses that the gate would test together; arguments as for :func:`judge`."""
+    sizes = {name: losses.sizes for name, losses in after.items()}
+    return {
+        group: difference(joined(after, group), joined(before, group), level=level, resamples=resamples, seed=seed)
+        for group in groups(sizes, kinds, level=level)
+    }
 
 
 def _gain(after: DocumentLosses, before: DocumentLosses, config: GateConfig, seed: int) -> Check:
     gain = -difference(after, before, level=config.level, resamples=config.resamples, seed=seed)
     passed = gain.lower >= config.min_gain
-    return Check(
-        name="new/gain",
-        value=gain.lower,
-        limit=config.min_gain,
-        passed=passed,
-        sentence=f"New text gains {gain.mean:.4f} nats per token, with confidence at least {gain.lower:.4f}; "
-        f"{'enough' if passed else 'not enough'}: gate.min_gain={config.min_gain}.",
+    sentence = (
+        f"New text gains {gain.mean:.4f} nats per token, with confidence at least {gain.lower:.4f}; "
+        f"{'enough' if passed else 'not enough'}: gate.min_gain={config.min_gain}."
     )
+    if math.isinf(gain.lower):
+        sentence = f"What new text gains cannot be told: {_too_few(after)}."
+    return Check(name="new/gain", value=gain.lower, limit=config.min_gain, passed=passed, sentence=sentence)
 
 
 def _losses(
-    name: str,
-    after: DocumentLosses,
-    before: DocumentLosses,
-    best: DocumentLosses | None,
-    num_old: int,
+    after: Mapping[str, DocumentLosses],
+    before: Mapping[str, DocumentLosses],
+    best: Mapping[str, DocumentLosses] | None,
+    kinds: Mapping[str, str],
     config: GateConfig,
     seed: int,
 ) -> Iterator[Check]:
     """One step of forgetting, and all steps since the best version."""
-    for kind, other, words, limit in (
+    for step, other, words, limit in (
         ("step", before, "the version before", config.tolerance),
         ("ratchet", best, "its best version", RATCHET * config.tolerance),
     ):
         if other is None:
             continue
-        lost = difference(after, other, level=config.level / num_old, resamples=config.resamples, seed=seed)
-        passed = lost.upper <= limit
-        yield Check(
-            name=f"old/{name}/{kind}",
-            value=lost.upper,
-            limit=limit,
-            passed=passed,
-            sentence=f"{name} loses {lost.mean:.4f} nats per token against {words}, with confidence at most "
-            f"{lost.upper:.4f}; {'within' if passed else 'more than'} {limit:g}.",
-        )
+        lost = forgetting(after, other, kinds=kinds, level=config.level, resamples=config.resamples, seed=seed)
+        for group, bounds in lost.items():
+            yield _lost(group, step, joined(after, group), bounds, words, limit)
+            if len(group) > 1:
+                yield _worst(group, step, worst_member(after, other, group, config.level), limit)
+
+
+def _lost(group: Group, step: str, after: DocumentLosses, lost: Bounds, words: str, limit: float) -> Check:
+    """What a distribution, or several together, may have lost at most."""
+    names, passed = ", ".join(group), lost.upper <= limit
+    sentence = (
+        f"{names} {'loses' if len(group) == 1 else 'together lose'} {lost.mean:.4f} nats per token against {words}, "
+        f"with confidence at most {lost.upper:.4f}; {'within' if passed else 'more than'} {limit:g}."
+    )
+    if math.isinf(lost.upper):
+        sentence = f"What {names} lost against {words} cannot be told: {_too_few(after)}."
+    return Check(name=f"old/{_name(group)}/{step}", value=lost.upper, limit=limit, passed=passed, sentence=sentence)
+
+
+def _worst(group: Group, step: str, worst: tuple[str, Bounds], limit: float) -> Check:
+    """None of several that are tested together may have been shown to lose more than one alone may."""
+    name, lost = worst
+    passed = lost.lower <= limit
+    return Check(
+        name=f"old/{_name(group)}/{step}_worst",
+        value=lost.lower,
+        limit=limit,
+        passed=passed,
+        sentence=f"Of {', '.join(group)} {name} loses most clearly, {lost.mean:.4f} nats per token, with confidence at "
+        f"least {lost.lower:.4f}; {'not shown to be' if passed else 'shown to be'} more than {limit:g}.",
+    )
+
+
+def _name(group: Group) -> str:
+    """Of a check; MLflow cuts what is longer than 250 characters."""
+    if len(group) == 1:
+        return group[0]
+    return f"pooled({', '.join(group[:3])}{f' and {len(group) - 3} more' * (len(group) > 3)})"
+
+
+def _too_few(losses: DocumentLosses) -> str:
+    sizes = losses.sizes
+    return (
+        f"the held-out text is of {len(sizes)} source(s), the largest with {sizes.max() / sizes.sum():.0%} of it; at "
+        f"least {LEAST_SOURCES} are needed, none with most of it"
+    )
 
 
 def _frozen(changed: Sequence[str]) -> Check:

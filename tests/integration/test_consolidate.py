@@ -12,9 +12,11 @@ import torch
 from rich.console import Console
 
 from lifelong_moe.errors import ConfigError
-from lifelong_moe.stages.store import StageStore
+from lifelong_moe.retraining.bounds import DocumentLosses
+from lifelong_moe.stages.store import CommittedStage, StageStore
 from lifelong_moe.stages.versions import champion
 from lifelong_moe.training.stage import load_model
+from pipelines.candidates import Bench, ServedData
 from pipelines.consolidate import consolidate
 from pipelines.inspectors import evaluate, generate, inspect
 from pipelines.rollback import rollback
@@ -100,9 +102,16 @@ def test_models_are_read_on_the_device_of_the_run(monkeypatch: pytest.MonkeyPatc
         assert asked and all(one == ("gpu", [1]) for one in asked)
 
 
-def test_what_gets_worse_does_not_serve() -> None:
-    before = head()["plan"]
-    result = consolidate("tiny", "fruit", 1, SILENT, ["gate.tolerance=0"])
+def test_what_gets_worse_does_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, measured = head()["plan"], Bench.losses
+
+    def worse(self: Bench, stage: CommittedStage, served: ServedData, name: str) -> DocumentLosses:
+        losses = measured(self, stage, served, name)
+        lost = losses.tokens * 0.1 * (stage.name == "fruit.consolidated")
+        return DocumentLosses(losses.nats + lost, losses.tokens, losses.sources)
+
+    monkeypatch.setattr(Bench, "losses", worse)
+    result = consolidate("tiny", "fruit", 1, SILENT)
     assert result["outcome"] == "rejected" and head()["plan"] == before
     assert StageStore(MLRUNS).find(result["key"]) is not None
 

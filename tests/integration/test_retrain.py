@@ -157,6 +157,8 @@ def test_a_dry_run_writes_its_plan_and_changes_nothing_else() -> None:
     plan = json.loads(Path(result["plan"]).read_text(encoding="utf-8"))
     assert plan["stage"]["key"] and plan["decision"]["terms"]["grow/utility"] > 0
     assert "Growing gains" in text and "Drift: " in text and plan["drift"]["fruit"]["words"] in text
+    assert plan["power"]["checks"] == 2 and 0 < plan["power"]["passes"] <= plan["power"]["weakest_passes"] <= 1
+    assert f"would pass a harmless candidate {round(100 * plan['power']['passes'])} times of 100" in text
     assert {k: v for k, v in head().items() if k not in ("last_tick", "versions", "champion")} == before
     assert head()["champion"] == 0 and not any(plan["stage"]["key"][:16] in name for name in stages())
 
