@@ -1,4 +1,5 @@
-"""What is new in the inbox: documents that neither the champion's distributions nor a settled batch hold."""
+"""What is new in the inbox: documents that neither the champion's distributions nor a settled batch hold, as they are
+or as near copies."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from lifelong_moe.data.batches import BatchStore
 from lifelong_moe.data.config import SourceConfig
 from lifelong_moe.data.documents import Corpus, Document, documents_hash, normalized_hash
 from lifelong_moe.data.inbox import Inbox, read_inbox
+from lifelong_moe.data.near_copies import near_copies, without_near_copies
 from lifelong_moe.data.sources import read_corpus
 from lifelong_moe.retraining.config import HELDOUT_SOURCES
 from lifelong_moe.retraining.operation import InboxConfig
@@ -23,7 +25,7 @@ class NewDocuments:
     """What a tick looks at."""
 
     documents: list[Document]
-    """Never seen before, without duplicates."""
+    """Never seen before, without duplicates; none if nothing new has arrived."""
     hash: str
     """Of these documents, whatever their files' names and order: the batch's identity."""
     name: str
@@ -32,17 +34,24 @@ class NewDocuments:
     """Name, size and hash of each file read."""
     known: int
     """Documents of these files that were seen before, or repeat one of the new."""
+    near_copies: int
+    """Documents of these files that are near copies of what was seen before, held-out text included."""
 
 
 def read_texts(config: RunConfig) -> dict[str, Corpus]:
-    """The documents of every distribution of a run."""
-    return {name: read_corpus(name, config.distributions[name], CACHE) for name in config.evaluated}
+    """The documents of every distribution of a run, without training text that is a near copy of held-out text."""
+    return without_near_copies(
+        {name: read_corpus(name, config.distributions[name], CACHE) for name in config.evaluated}
+    )
 
 
 def new_documents(
     inbox: InboxConfig, texts: Mapping[str, Corpus], settled: Iterable[str], batches: BatchStore
-) -> NewDocuments | None:
-    """Read the inbox and leave out what was seen before; None if nothing is left.
+) -> NewDocuments:
+    """Read the inbox and leave out what was seen before.
+
+    Near copies are no news either: as training text they would bring what the gate measures on, and as held-out text
+    they would measure what was trained on.
 
     Args:
         inbox: Where to look.
@@ -55,20 +64,18 @@ def new_documents(
     """
     found = _arrived(inbox)
     if found is None:
-        return None
+        return NewDocuments([], documents_hash([]), "", [], 0, 0)
     new = {normalized_hash(document.text): document for document in found.documents}
-    for corpus in texts.values():
-        for document in (*corpus.train, *corpus.heldout):
-            new.pop(normalized_hash(document.text), None)
-    for batch in settled:
-        for document in batches.documents(batch):
-            new.pop(normalized_hash(document.text), None)
-    if not new:
-        return None
-    documents = list(new.values())
+    seen = [d for corpus in texts.values() for d in (*corpus.train, *corpus.near_copies, *corpus.heldout)]
+    seen += [document for batch in settled for document in batches.documents(batch)]
+    for document in seen:
+        new.pop(normalized_hash(document.text), None)
+    left = list(new.values())
+    copies = near_copies(left, seen)
+    documents = [document for document, is_copy in zip(left, copies, strict=True) if not is_copy]
     digest = documents_hash(documents)
-    name, known = f"{found.distribution or 'batch'}-{digest[:8]}", len(found.documents) - len(documents)
-    return NewDocuments(documents, digest, name, found.files, known)
+    name, known = f"{found.distribution or 'batch'}-{digest[:8]}", len(found.documents) - len(left)
+    return NewDocuments(documents, digest, name, found.files, known, sum(copies))
 
 
 def _arrived(inbox: InboxConfig) -> Inbox | None:

@@ -24,6 +24,7 @@ def prepare(config_path: str, overrides: list[str], console: Console) -> dict[st
                 "train_tokens": corpus.train.num_tokens,
                 "heldout_tokens": corpus.heldout.num_tokens,
                 "duplicates": corpus.duplicates,
+                "near_copies": corpus.near_copies,
                 "train_hash": corpus.train_hash,
                 "heldout_hash": corpus.heldout_hash,
             }

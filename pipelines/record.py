@@ -74,7 +74,8 @@ class MlflowRecord:
             self._dataset(self.ids["run"], name, corpus.train_hash, context)
 
     def _dataset(self, run_id: str | None, name: str, digest: str, context: str) -> None:
-        shard = self.prepared.data.corpora[name].train
+        corpus = self.prepared.data.corpora[name]
+        shard = corpus.train
         sources = {str(key): value for key, value in self.prepared.raw["distributions"].items()}
         source = sources[name]  # as written: a reference to a secret stays a reference
         if not isinstance(source, str):
@@ -83,6 +84,7 @@ class MlflowRecord:
             "documents": shard.num_documents,
             "tokens": shard.num_tokens,
             "bytes_per_token": round(shard.bytes_per_token, 3),
+            "near_copies": corpus.near_copies,
         }
         self.tracker.log_dataset(run_id, name=name, digest=digest[:32], context=context, source=source, profile=profile)
 

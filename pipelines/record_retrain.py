@@ -63,6 +63,7 @@ class TickRecord:
         ticks[batch] = self.run_id or known
         self.record.set_head(self.head)
         profile = {"documents": len(corpus.train) + len(corpus.heldout), "held_out": len(corpus.heldout)}
+        profile["near_copies"] = len(corpus.near_copies)
         self.tracker.log_dataset(
             self.run_id, name=name, digest=corpus.train_hash[:32], context="training", source="inbox", profile=profile
         )

@@ -35,6 +35,11 @@ def data_table(console: Console, prepared: Prepared) -> None:
     for name, corpus in prepared.data.corpora.items():
         if corpus.duplicates:
             console.print(f"{name}: {corpus.duplicates:,} documents repeat others and are left out", highlight=False)
+        if corpus.near_copies:
+            console.print(
+                f"{name}: {corpus.near_copies:,} documents are near copies of held-out text and are not trained on",
+                highlight=False,
+            )
     tokenizer = prepared.data.tokenizer
     console.print(f"tokenizer: {tokenizer.vocab_size:,} entries, {tokenizer.hash[:12]}")
 

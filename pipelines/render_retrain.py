@@ -14,6 +14,12 @@ from lifelong_moe.stages.keys import SHORT
 def plan_sentences(facts: Mapping[str, Any]) -> list[str]:
     """What was found, what was decided and why, and what it would cost; a sentence each."""
     sentences = [f"Batch {facts['batch'][:SHORT]}: {facts['documents']} documents never seen before."]
+    copies = facts.get("near_copies", {})
+    if any(copies.values()):
+        sentences.append(
+            f"Near copies, which are left out: {copies['of_known_text']} of text seen before, "
+            f"{copies['of_its_held_out_text']} of the batch's own held-out text."
+        )
     sentences += [f"Against {name}: {drift['words']}" for name, drift in facts["drift"].items()]
     sentences += facts["decision"]["reasons"]
     if (stage := facts["stage"]) is not None:

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from lifelong_moe.data.batches import BatchStore
 from lifelong_moe.data.documents import Corpus
+from lifelong_moe.data.near_copies import without_near_copies
 from lifelong_moe.data.shards import tokenize_documents
 from lifelong_moe.data.sources import read_corpus
 from lifelong_moe.data.tokenizer import Tokenizer
@@ -167,10 +168,13 @@ def _tick(tick: Tick, interrupt: Interrupt, dry_run: bool, plan_path: str | None
     with tick.console.status("looking at the inbox"):
         texts = read_texts(tick.config)
         new = new_documents(tick.retraining.settings.inbox, texts, tick.head.get("batches", {}), tick.batches)
-    if new is None:
-        return _idle(tick, "nothing new has arrived")
     if new.known:
         tick.console.print(f"{new.known:,} documents in the inbox were seen before, or repeat others", highlight=False)
+    copies = f"{new.near_copies:,} documents in the inbox are near copies of text seen before"
+    if new.near_copies:
+        tick.console.print(f"{copies}, and are left out", highlight=False)
+    if not new.documents:
+        return _idle(tick, "nothing new has arrived" + (f"; {copies}" if new.near_copies else ""))
     believed = dated_until(tick.head, latest_timestamp())
     for version in versions(tick.head):
         if version not in believed:
@@ -186,7 +190,7 @@ def _tick(tick: Tick, interrupt: Interrupt, dry_run: bool, plan_path: str | None
     try:
         mlflow.begin(new.name, new.hash, bench.texts[new.name], tick.retraining.settings)
         if plan_path is None:
-            plan = make_plan(bench, new.hash, tick.head)
+            plan = make_plan(bench, new, tick.head)
             plan.write(tick.record)
         else:
             plan = check_plan(Path(plan_path), bench, new.hash)
@@ -230,8 +234,8 @@ def _bench(tick: Tick, new: NewDocuments, texts: dict[str, Corpus], interrupt: I
     """
     now = champion(tick.head)
     for stage in now.stages:
-        known = tick.store.get(stage.key).config["data"].get(stage.data)
-        if stage.data in texts and known is not None and known != (found := texts[stage.data].train_hash):
+        known = tick.store.get(stage.key).split.get(stage.data)
+        if stage.data in texts and known is not None and known != (found := texts[stage.data].split_hash):
             raise ConfigError(
                 f"distributions.{stage.data}: its training text is {found[:16]}, but stage {stage.name} was trained on "
                 f"{known[:16]}. Bring that text back, or begin another run."
@@ -239,7 +243,7 @@ def _bench(tick: Tick, new: NewDocuments, texts: dict[str, Corpus], interrupt: I
     files = batch_files(new.hash)
     tick.batches.add(new.documents, new.files)
     source = batch_source(files, tick.retraining.settings.inbox.heldout_fraction)
-    texts = {**texts, new.name: read_corpus(new.name, source, CACHE)}
+    texts = without_near_copies({**texts, new.name: read_corpus(new.name, source, CACHE)})
     return Bench(tick.retraining, now, new.name, files, texts, tick.store, interrupt, tick.console)
 
 
@@ -248,6 +252,7 @@ def _carry_out(
 ) -> dict[str, Any]:
     """From the plan to the outcome."""
     about = {"batch": new.hash, "data": new.name, "action": plan.action.value, "plan": str(plan.path(tick.record))}
+    about["near_copies"] = plan.facts.get("near_copies")  # plans of earlier versions do not say it
     stage, judged = None, None
     if dry_run:
         outcome, reason = "planned", f"{plan.action} is what a tick would do now"

@@ -25,6 +25,7 @@ from lifelong_moe.stages.versions import dated_until
 from pipelines.candidates import Bench, Candidate
 from pipelines.drifting import has_drifted, measure_batch
 from pipelines.gating import foreseen_power, kinds_of_text, old_losses
+from pipelines.novelty import NewDocuments
 from pipelines.plan_file import read_plan
 from pipelines.workspace import require_room
 
@@ -61,12 +62,12 @@ class TickPlan:
         replace_file(self.path(record), json.dumps(self.facts, indent=1, ensure_ascii=False, allow_nan=False))
 
 
-def make_plan(bench: Bench, batch: str, head: dict[str, Any]) -> TickPlan:
+def make_plan(bench: Bench, new: NewDocuments, head: dict[str, Any]) -> TickPlan:
     """Measure drift, probe what is worth a probe, and decide.
 
     Args:
         bench: For the batch.
-        batch: Its hash.
+        new: Its documents.
         head: The run's; its versions say how often was promoted lately.
     """
     settings = bench.retraining.settings
@@ -97,7 +98,7 @@ def make_plan(bench: Bench, batch: str, head: dict[str, Any]) -> TickPlan:
         chosen = probed[decision.way][1]
     notes = [] if all(rooms) else [_full(settings.limits.experts)]
     notes += [f"{_way(way)} is not considered: {over[way.planned.key][0]}" for way in growing if way not in affordable]
-    facts = _facts(bench, batch, drifts, decision, chosen, notes, exceeded)
+    facts = _facts(bench, new, drifts, decision, chosen, notes, exceeded)
     facts["power"] = None if chosen is None else foreseen_power(bench, _short(bench, chosen))
     return TickPlan(facts, chosen)
 
@@ -204,7 +205,7 @@ def _probe(bench: Bench, candidate: Candidate) -> ProbeResult:
 
 def _facts(
     bench: Bench,
-    batch: str,
+    new: NewDocuments,
     drifts: dict[str, Drift],
     decision: Decision,
     chosen: Candidate | None,
@@ -218,9 +219,10 @@ def _facts(
         "made_at": timestamp(),
         "expires": timestamp(time.time() + VALID_DAYS * 86400),
         "champion": {"version": bench.champion.id, "key": bench.champion.key},
-        "batch": batch,
+        "batch": new.hash,
         "data": bench.new,
         "documents": len(corpus.train) + len(corpus.heldout),
+        "near_copies": {"of_known_text": new.near_copies, "of_its_held_out_text": len(corpus.near_copies)},
         "settings": settings_hash(bench.retraining),
         "drift": {name: _finite(dataclasses.asdict(drift)) for name, drift in drifts.items()},
         "decision": {

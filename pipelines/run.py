@@ -260,7 +260,7 @@ def _open_head(record: RunRecord, prepared: Prepared, replace: bool) -> dict[str
         known = min(len(keys), len(head["plan"]))
         if head["plan"][:known] != keys[:known]:
             remedy = further_training(head, prepared.plan, StageStore(ROOT))
-            raise ConfigError(_changed(record.run, head, names, keys, data) + remedy)
+            raise ConfigError(_changed(prepared, head, names, keys, data) + remedy)
     if head is None or replace:
         trained = head["trained"] if head else []
         before = head["mlflow"] if head else {}
@@ -281,15 +281,17 @@ def _open_head(record: RunRecord, prepared: Prepared, replace: bool) -> dict[str
     return head
 
 
-def _changed(run: str, head: dict[str, Any], names: list[str], keys: list[str], data: dict[str, str]) -> str:
+def _changed(prepared: Prepared, head: dict[str, Any], names: list[str], keys: list[str], data: dict[str, str]) -> str:
     """Which training text is another one, with both hashes; else the first stage that would be another one."""
-    before = head.get("data", {})
+    run, before = prepared.config.run, head.get("data", {})
     other = [name for name in data if data[name] != before.get(name, data[name])]
     if other:
         texts = ", ".join(f"{name} was {before[name][:SHORT]} and is {data[name][:SHORT]}" for name in other)
+        left = {name: copies for name in other if (copies := prepared.data.corpora[name].near_copies)}
+        copies = "".join(f" {n:,} near copies of held-out text are left out of {name}." for name, n in left.items())
         return (
-            f"run={run} exists with other training text: {texts} (SHA-256). Choose run=NAME, or --replace to let this "
-            f"name refer to the new stages."
+            f"run={run} exists with other training text: {texts} (SHA-256).{copies} Choose run=NAME, or --replace to "
+            f"let this name refer to the new stages."
         )
     first = next(i for i, (old, new) in enumerate(zip(head["plan"], keys, strict=False)) if old != new)
     return (

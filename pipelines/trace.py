@@ -8,6 +8,7 @@ from rich.console import Console
 
 from lifelong_moe.config import build_config
 from lifelong_moe.data.batches import BatchStore
+from lifelong_moe.data.near_copies import without_near_copies
 from lifelong_moe.data.sources import read_corpus
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.stages.keys import SHORT
@@ -55,8 +56,8 @@ def document(run: str, digest: str, console: Console) -> dict[str, Any]:
     holders = _holders(head, digest)
     if not holders:
         raise ConfigError(f"--document={digest}: no text that run {run} reads holds such a document.")
-    trained = {row["train_hash"] for row in holders if row["part"] == "train"}
-    rows = readers(_stages(head, store), trained)
+    trained, left_out = ({row["split_hash"] for row in holders if row["part"] == p} for p in ("train", "near copy"))
+    rows = readers(_stages(head, store), trained, left_out)
     for row in holders:
         console.print(f"{row['document'][:SHORT]}: {row['distribution']}, {row['part']}", highlight=False)
     for row in rows:
@@ -79,13 +80,14 @@ def _holders(head: dict[str, Any], digest: str) -> list[dict[str, Any]]:
             split = known["heldout_fraction"], known.get("heldout_sources", 1)
             sources[known["name"]] = batch_source(str(batches.path(batch)), *split)
     found = []
-    for name, source in sources.items():
-        corpus = read_corpus(name, source, CACHE)
-        for part in ("train", "heldout"):
-            for held in getattr(corpus, part):
+    corpora = without_near_copies({name: read_corpus(name, source, CACHE) for name, source in sources.items()})
+    for name, corpus in corpora.items():
+        parts = {"train": corpus.train, "heldout": corpus.heldout, "near copy": corpus.near_copies}
+        for part, documents in parts.items():
+            for held in documents:
                 if held.hash.startswith(digest):
                     row = {"distribution": name, "part": part, "document": held.hash}
-                    found.append(row | {"train_hash": corpus.train_hash})
+                    found.append(row | {"train_hash": corpus.train_hash, "split_hash": corpus.split_hash})
     return found
 
 

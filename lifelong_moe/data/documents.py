@@ -54,6 +54,13 @@ class Corpus:
     heldout_hash: str
     duplicates: int = 0
     """Documents left out because they repeat others."""
+    near_copies: list[Document] = field(default_factory=list)
+    """Left out of ``train`` because they are near copies of held-out text, of this or another distribution."""
+
+    @property
+    def split_hash(self) -> str:
+        """Of the training text with its near copies: how documents were split, whatever else a run holds out."""
+        return documents_hash([*self.train, *self.near_copies]) if self.near_copies else self.train_hash
 
 
 def documents_hash(documents: Iterable[Document]) -> str:
@@ -71,11 +78,20 @@ def normalized_hash(text: str) -> str:
     Source:
         Unicode 16.0, D145 (canonical caseless matching), and table 4-4 (general categories).
     """
-    folded = unicodedata.normalize("NFC", unicodedata.normalize("NFD", text).casefold())
-    letters = folded.translate(_LETTERS)
-    if len(letters) < SHORT_TEXT:
-        letters = " ".join(filter(None, map(_without_edges, folded.split()))) or folded
-    return text_sha256(letters)
+    found = letters(text)
+    if len(found) < SHORT_TEXT:
+        folded = _folded(text)
+        found = " ".join(filter(None, map(_without_edges, folded.split()))) or folded
+    return text_sha256(found)
+
+
+def letters(text: str) -> str:
+    """Return the letters, with their marks, and the digits of a text, in one case and one form of composition."""
+    return _folded(text).translate(_LETTERS)
+
+
+def _folded(text: str) -> str:
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFD", text).casefold())
 
 
 class _Letters(dict[int, int | None]):

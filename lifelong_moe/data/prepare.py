@@ -11,6 +11,7 @@ from typing import Any
 
 from lifelong_moe.data.config import SourceConfig, TokenizerConfig
 from lifelong_moe.data.documents import Corpus, normalized_hash
+from lifelong_moe.data.near_copies import without_near_copies
 from lifelong_moe.data.pairs import with_answers
 from lifelong_moe.data.shards import TokenizedCorpus, tokenize_corpus, tokenize_documents
 from lifelong_moe.data.sources import read_corpus
@@ -59,13 +60,14 @@ def prepare_data(
     given = None if tokenizer.file is None else Tokenizer.load(Path(tokenizer.file))
     order = sorted(sources, key=lambda name: sources[name].builtin is not None)
     read = {name: _read(name, sources[name], cache) for name in order}
-    corpora = {name: read[name] for name in sources}
-    _require_disjoint(corpora, trained)
+    _require_disjoint(read, trained)
+    corpora = without_near_copies({name: read[name] for name in sources})
     text = {name: corpora[name] for name in trained if sources[name].answer_field is None}
     check = partial(_require_blocks, text, context)
     if given is not None:
         check(given)
-    made = given or trained_tokenizer(tokenizer, corpora[trained[0]], cache, check)
+    # The tokenizer is fixed for good, so it must not depend on what any distribution will ever hold out.
+    made = given or trained_tokenizer(tokenizer, read[trained[0]], cache, check)
     tokens = {name: tokenize_corpus(corpus, made, cache) for name, corpus in corpora.items()}
     _warn_if_coarse(tokens, trained[0])
     for name, source in sources.items():

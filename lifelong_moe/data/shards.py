@@ -98,6 +98,10 @@ class TokenizedCorpus:
     tokenizer_hash: str
     duplicates: int = 0
     """Documents left out because they repeat others."""
+    near_copies: int = 0
+    """Documents left out of training because they are near copies of held-out text."""
+    split_hash: str = ""
+    """See :attr:`lifelong_moe.data.documents.Corpus.split_hash`."""
 
 
 def tokenize_corpus(corpus: Corpus, tokenizer: Tokenizer, cache: Path) -> TokenizedCorpus:
@@ -113,7 +117,8 @@ def tokenize_corpus(corpus: Corpus, tokenizer: Tokenizer, cache: Path) -> Tokeni
         for documents, key in ((corpus.train, corpus.train_hash), (corpus.heldout, corpus.heldout_hash))
     ]
     hashes = corpus.train_hash, corpus.heldout_hash, tokenizer.hash
-    return TokenizedCorpus(corpus.name, shards[0], shards[1], *hashes, corpus.duplicates)
+    counts = corpus.duplicates, len(corpus.near_copies)
+    return TokenizedCorpus(corpus.name, shards[0], shards[1], *hashes, *counts, corpus.split_hash)
 
 
 def tokenize_documents(documents: Sequence[Document], tokenizer: Tokenizer) -> TokenShard:

@@ -33,10 +33,18 @@ class CommittedStage:
     key: str
     name: str
     config: dict[str, Any]
-    """``key``, ``name``, ``parent``, ``spec``, ``architecture``, ``data``, ``tokenizer``, ``borrowed``."""
+    """``key``, ``name``, ``parent``, ``spec``, ``architecture``, ``data``, ``split``, ``tokenizer``, ``borrowed``."""
     metrics: dict[str, Any]
     """What training measured: tokens, seconds, final losses."""
     manifest: dict[str, Any]
+
+    @property
+    def split(self) -> dict[str, str]:
+        """By distribution, the hash of the text that it read, with the near copies of held-out text that it left out.
+
+        Stages of earlier versions left none out.
+        """
+        return dict(self.config.get("split", self.config["data"]))
 
     @property
     def weights_hash(self) -> str:

@@ -99,12 +99,15 @@ def trained_experts(stage: CommittedStage) -> str:
     )
 
 
-def readers(stages: Sequence[CommittedStage], hashes: Collection[str]) -> list[dict[str, Any]]:
+def readers(
+    stages: Sequence[CommittedStage], splits: Collection[str], left_out: Collection[str] = ()
+) -> list[dict[str, Any]]:
     """Which stages read any of these sets of training documents, and which experts learned there.
 
     Args:
         stages: In any order.
-        hashes: Of the training documents of distributions, as stages record them.
+        splits: Hashes of these sets, near copies of held-out text included, as stages record them.
+        left_out: The same of sets whose near copies alone are asked about: stages of earlier versions read those too.
 
     Returns:
         One entry a stage that did: ``stage``, ``key``, ``distribution``, ``role`` (``learned``, ``replayed``, or
@@ -115,8 +118,8 @@ def readers(stages: Sequence[CommittedStage], hashes: Collection[str]) -> list[d
     for stage in stages:
         if "derived" in stage.config:
             continue
-        for distribution, digest in stage.config["data"].items():
-            if digest in hashes:
+        for distribution, digest in stage.split.items():
+            if digest in splits or (digest in left_out and "split" not in stage.config):
                 rows.append(
                     {
                         "stage": stage.name,

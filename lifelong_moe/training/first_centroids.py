@@ -44,9 +44,8 @@ def first_centroids(
     identity = {"derived": "centroids", "from": first.key, **fit}
     if (found := store.find(content_key(identity))) is not None:
         return found
-    learned: dict[str, str] = first.config["data"]
-    for name, text in learned.items():
-        if name not in corpora or corpora[name].train_hash != text:
+    for name, text in first.split.items():
+        if name not in corpora or corpora[name].split_hash != text:
             raise ConfigError(
                 f"routing.bundles=cluster needs centroids of the text that stage {first.name} learned, and "
                 f"distributions.{name} is not that text ({text[:SHORT]}) any more. Bring it back, or set "
@@ -58,6 +57,7 @@ def first_centroids(
     )
     config = {
         **{name: first.config[name] for name in ("spec", "architecture", "data", "tokenizer")},
+        "split": first.split,
         "key": content_key(identity),
         "name": f"{first.name}.centroids",
         "parent": first.key,

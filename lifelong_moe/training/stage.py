@@ -118,6 +118,7 @@ def train_stage(
             "spec": spec.to_json(),
             "architecture": model.architecture.to_json(),
             "data": hashes,
+            "split": {name: corpora[name].split_hash for name in spec.uses},
             "tokenizer": {"recipe": dict(recipe), "hash": tokenizer.hash},
         }
         stage = _commit(identity, parent, model, metrics, environment.store, None if parent else tokenizer.text)

@@ -137,7 +137,7 @@ def test_the_first_stage_s_text_is_read_once(lab: Path) -> None:
     train(path)
     store = StageStore(Path("mlruns"))
     first = store.get(one.key)
-    elsewhere = {name: replace(corpus, train_hash="other") for name, corpus in prepared.data.corpora.items()}
+    elsewhere = {name: replace(corpus, split_hash="other") for name, corpus in prepared.data.corpora.items()}
     found = replace(prepared, data=replace(prepared.data, corpora=elsewhere))
     assert stage_of(found, two.spec, "0" * 64, first).weights_hash == store.get(two.key).weights_hash
     with pytest.raises(ConfigError, match=r"text that stage fruit learned, and distributions\.fruit is not that text"):
