@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lifelong_moe.errors import ConfigError
+from lifelong_moe.errors import ConfigError, StalePlanError
 
 
 def read_plan(path: Path) -> dict[str, Any]:
@@ -26,3 +26,21 @@ def read_plan(path: Path) -> dict[str, Any]:
     if not known:
         raise ConfigError(f"{path}: not a plan of lifelong-moe retrain.")
     return facts
+
+
+def refuse_idle_plan(path: str | None, now: str) -> None:
+    """Where a tick would have nothing to do, a plan that was to be carried out is stale.
+
+    Args:
+        path: Of the plan; None if there is none to carry out.
+        now: What the tick found instead of the plan's batch.
+
+    Raises:
+        StalePlanError: If there is one.
+    """
+    if path is not None:
+        batch = read_plan(Path(path))["batch"]
+        raise StalePlanError(
+            f"{path}: made for batch {batch[:16]}, but {now}: files of the inbox are gone or changed, or a tick has "
+            f"come to a decision about them; plan again."
+        )

@@ -37,7 +37,7 @@ from pipelines.drop import with_versions
 from pipelines.gating import gate, with_best
 from pipelines.novelty import NewDocuments, batch_source, new_documents, read_texts
 from pipelines.places import CACHE, ROOT, remove_abandoned
-from pipelines.plan_file import read_plan
+from pipelines.plan_file import read_plan, refuse_idle_plan
 from pipelines.record_retrain import TickRecord
 from pipelines.recorded import show_champion
 from pipelines.retrain_plan import TickPlan, check_plan, make_plan
@@ -174,6 +174,7 @@ def _tick(tick: Tick, interrupt: Interrupt, dry_run: bool, plan_path: str | None
     if new.near_copies:
         tick.console.print(f"{copies}, and are left out", highlight=False)
     if not new.documents:
+        refuse_idle_plan(plan_path, "nothing is new")
         return _idle(tick, "nothing new has arrived" + (f"; {copies}" if new.near_copies else ""))
     believed = dated_until(tick.head, latest_timestamp())
     for version in versions(tick.head):
@@ -184,6 +185,7 @@ def _tick(tick: Tick, interrupt: Interrupt, dry_run: bool, plan_path: str | None
                 highlight=False,
             )
     if (waiting := _waiting(tick, new)) is not None:
+        refuse_idle_plan(plan_path, waiting)
         return _idle(tick, waiting)
     bench = _bench(tick, new, texts, interrupt)
     mlflow = TickRecord(Tracker.connect(tick.config.tracking, ROOT), tick.head, tick.record)

@@ -500,6 +500,18 @@ def test_a_stale_plan_is_refused() -> None:
         tick(plan="tiny.yaml")
 
 
+def test_a_plan_whose_batch_is_gone_is_stale() -> None:
+    path = arrive("sea")
+    plan, lines = tick(dry_run=True)["plan"], path.read_text(encoding="utf-8").splitlines()
+    path.write_text("\n".join(lines[:5]), encoding="utf-8")
+    with pytest.raises(StalePlanError, match=r"made for batch \w{16}, but 5 new documents are waiting; .*plan again"):
+        tick(plan=plan)
+    path.unlink()
+    with pytest.raises(StalePlanError, match=r"made for batch \w{16}, but nothing is new: files .* are gone"):
+        tick(plan=plan)
+    assert (tick()["outcome"], StalePlanError.exit_code) == ("idle", 5)
+
+
 # Kills
 
 
