@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from lifelong_moe.retraining.bounds import DocumentLosses
@@ -67,10 +68,37 @@ def kinds_of_text(version: Version, store: StageStore) -> dict[str, str]:
     return kinds
 
 
-def with_best(bench: Bench, candidate: Candidate, stages: list[CommittedStage], best: Best) -> Best:
-    """The lowest loss ever of each distribution, these stages included."""
+def best_so_far(bench: Bench, candidate: Candidate, best: Best) -> Best:
+    """The lowest loss of each old distribution since the stage that learned it, that stage and the champion included.
+
+    A stage that is not in the store any more is left out, and that is said.
+
+    Args:
+        bench: For the batch.
+        candidate: Gives data and settings.
+        best: What earlier ticks found; empty at the first one.
+    """
+    found = with_best(bench, candidate, [bench.parent], best)
+    for learned in bench.champion.stages:
+        if learned.action in ("drop", "consolidate") or learned.data not in candidate.config.evaluated:
+            continue
+        if (stage := bench.store.find(learned.key)) is None:
+            bench.console.print(
+                f"Stage {learned.name} is not in the store any more: the best that {learned.data} ever had is counted "
+                f"without it.",
+                highlight=False,
+            )
+            continue
+        found = with_best(bench, candidate, [stage], found, [learned.data])
+    return found
+
+
+def with_best(
+    bench: Bench, candidate: Candidate, stages: list[CommittedStage], best: Best, names: Sequence[str] | None = None
+) -> Best:
+    """The lowest loss ever of each distribution (or of some), these stages included."""
     found = dict(best)
-    for name in candidate.config.evaluated:
+    for name in candidate.config.evaluated if names is None else names:
         heldout = candidate.data.corpora[name].heldout_hash
         if name in found and found[name]["heldout"] != heldout:
             del found[name]

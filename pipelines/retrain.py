@@ -34,7 +34,7 @@ from lifelong_moe.training.phase import build_trainer
 from pipelines import hooks, render_retrain
 from pipelines.candidates import Bench, batch_files, served_stages
 from pipelines.drop import with_versions
-from pipelines.gating import gate, with_best
+from pipelines.gating import best_so_far, gate, with_best
 from pipelines.novelty import NewDocuments, batch_source, new_documents, read_texts
 from pipelines.places import CACHE, ROOT, remove_abandoned
 from pipelines.plan_file import read_plan, refuse_idle_plan
@@ -266,7 +266,7 @@ def _carry_out(
         stage = bench.train(plan.candidate, mlflow.curves, mlflow.run_id)
         tick.trained(stage)
         mlflow.candidate(stage, plan.facts)
-        best = with_best(bench, plan.candidate, [bench.parent], tick.head.get("best", {}))
+        best = best_so_far(bench, plan.candidate, tick.head.get("best", {}))
         judged = gate(bench, plan.candidate, stage, best)
         render_retrain.verdict(tick.console, judged)
         mlflow.judged(judged)

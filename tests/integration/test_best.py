@@ -1,0 +1,66 @@
+"""What a distribution's best loss is counted from, with measurements made up."""
+
+from __future__ import annotations
+
+import io
+from types import SimpleNamespace
+from typing import Any
+
+from rich.console import Console
+
+from pipelines.gating import best_so_far, with_best
+
+NATS = {
+    ("a", "fruit"): 1.0, ("b", "fruit"): 1.25, ("c", "fruit"): 1.5,
+    ("b", "code"): 2.0, ("c", "code"): 1.5, ("c", "also"): 3.0, ("a", "also"): 1.0,
+}  # fmt: skip
+CORPORA = {name: SimpleNamespace(heldout_hash=name) for name in ("fruit", "code", "also", "new")}
+
+
+def stage(key: str, data: str, action: str = "base") -> SimpleNamespace:
+    return SimpleNamespace(name=f"stage-{key}", key=key, data=data, action=action)
+
+
+def bench_of(*stages: SimpleNamespace, gone: str = "") -> tuple[Any, io.StringIO]:
+    """A champion of these stages; ``gone`` is not in the store any more."""
+    printed = io.StringIO()
+    bench = SimpleNamespace(
+        champion=SimpleNamespace(stages=stages),
+        parent=SimpleNamespace(key=stages[-1].key),
+        store=SimpleNamespace(find=lambda key: None if key == gone else SimpleNamespace(key=key)),
+        console=Console(file=printed, width=200),
+        losses=lambda one, _, name: SimpleNamespace(nats_per_token=NATS.get((one.key, name), 9.0)),
+    )
+    return bench, printed
+
+
+def candidate_of(*names: str) -> Any:
+    return SimpleNamespace(config=SimpleNamespace(evaluated=names), data=SimpleNamespace(corpora=CORPORA))
+
+
+def test_the_best_begins_with_the_stage_that_learned_it() -> None:
+    """By hand: fruit was learned at 1.0 and is at 1.5 now; code got better; what no stage learned begins now."""
+    bench, printed = bench_of(stage("a", "fruit"), stage("b", "code"), stage("c", "news", "grow"))
+    best = best_so_far(bench, candidate_of("fruit", "code", "also", "new"), {})
+    assert {name: (one["key"], one["nats"]) for name, one in best.items()} == {
+        "fruit": ("a", 1.0), "code": ("c", 1.5), "also": ("c", 3.0), "new": ("c", 9.0),
+    }  # fmt: skip
+    assert printed.getvalue() == ""
+
+
+def test_a_head_of_an_earlier_version_is_set_right_and_a_better_one_stays() -> None:
+    bench, _ = bench_of(stage("a", "fruit"), stage("b", "code"), stage("c", "news", "grow"))
+    before = {
+        "fruit": {"key": "c", "heldout": "fruit", "nats": 1.5}, "code": {"key": "x", "heldout": "code", "nats": 0.5},
+    }  # fmt: skip
+    best = best_so_far(bench, candidate_of("fruit", "code"), before)
+    assert (best["fruit"]["key"], best["code"]["key"]) == ("a", "x")
+    assert best == with_best(bench, candidate_of("fruit", "code"), [bench.parent], best)
+
+
+def test_what_cannot_be_measured_any_more_is_left_out_and_said() -> None:
+    bench, printed = bench_of(stage("a", "fruit"), stage("b", "code"), stage("c", "fruit", "drop"), gone="a")
+    best = best_so_far(bench, candidate_of("fruit", "code"), {})
+    assert (best["fruit"]["key"], best["fruit"]["nats"]) == ("c", 1.5)
+    said = "Stage stage-a is not in the store any more: the best that fruit ever had is counted without it."
+    assert printed.getvalue().strip() == said
