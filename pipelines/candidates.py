@@ -238,7 +238,7 @@ def served_stages(version: Version, store: StageStore) -> tuple[list[str], list[
     added = [
         NewStage(
             s.name,
-            batch_files(s.batch),
+            batch_files(s.batch, s.sources),
             store.get(s.key).config["spec"].get("continues"),
             heldout_fraction=s.heldout_fraction,
             heldout_sources=s.heldout_sources,
@@ -249,9 +249,9 @@ def served_stages(version: Version, store: StageStore) -> tuple[list[str], list[
     return kept, added
 
 
-def batch_files(batch: str) -> str:
-    """Where a kept batch's documents are."""
-    return str(BatchStore(ROOT).path(batch))
+def batch_files(batch: str, sources: str | None) -> str:
+    """Where a kept batch's documents are, with these sources."""
+    return str(BatchStore(ROOT).path(batch, sources))
 
 
 def changed_frozen(store: StageStore, before: CommittedStage, after: CommittedStage) -> list[str]:

@@ -27,7 +27,7 @@ class NewDocuments:
     documents: list[Document]
     """Never seen before, without duplicates; none if nothing new has arrived."""
     hash: str
-    """Of these documents, whatever their files' names and order: the batch's identity."""
+    """Of these documents, whatever their files' names and order, and their sources: the batch's identity."""
     name: str
     """Of the distribution that they would be."""
     files: list[dict[str, Any]]
@@ -36,6 +36,8 @@ class NewDocuments:
     """Documents of these files that were seen before, or repeat one of the new."""
     near_copies: int
     """Documents of these files that are near copies of what was seen before, held-out text included."""
+    sources: str | None = None
+    """Which copy of the batch this is, if it came before with other sources."""
 
 
 def read_texts(config: RunConfig) -> dict[str, Corpus]:
@@ -49,6 +51,8 @@ def new_documents(
     inbox: InboxConfig, texts: Mapping[str, Corpus], settled: Iterable[str], batches: BatchStore
 ) -> NewDocuments:
     """Read the inbox and leave out what was seen before.
+
+    A text that stands in several files has the source that the last of them names.
 
     Near copies are no news either: as training text they would bring what the gate measures on, and as held-out text
     they would measure what was trained on.
@@ -75,7 +79,7 @@ def new_documents(
     documents = [document for document, is_copy in zip(left, copies, strict=True) if not is_copy]
     digest = documents_hash(documents)
     name, known = f"{found.distribution or 'batch'}-{digest[:8]}", len(found.documents) - len(left)
-    return NewDocuments(documents, digest, name, found.files, known, sum(copies))
+    return NewDocuments(documents, digest, name, found.files, known, sum(copies), batches.sources(documents))
 
 
 def _arrived(inbox: InboxConfig) -> Inbox | None:

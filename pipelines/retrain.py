@@ -115,7 +115,7 @@ class Tick:
     def settle(self, new: NewDocuments, outcome: str, reason: str) -> None:
         """A decision about a batch: its documents are not looked at again."""
         settled: dict[str, Any] = {"name": new.name, "outcome": outcome, "reason": reason, "at": timestamp()}
-        settled |= _split(self.retraining)
+        settled |= {**_split(self.retraining), "sources": new.sources}
         self.head["batches"] = {**self.head.get("batches", {}), new.hash: settled}
 
 
@@ -195,7 +195,7 @@ def _tick(tick: Tick, interrupt: Interrupt, dry_run: bool, plan_path: str | None
             plan = make_plan(bench, new, tick.head)
             plan.write(tick.record)
         else:
-            plan = check_plan(Path(plan_path), bench, new.hash)
+            plan = check_plan(Path(plan_path), bench, new)
         render_retrain.plan(tick.console, plan.facts)
         mlflow.planned(plan.facts, plan.candidate)
         return _carry_out(tick, bench, new, plan, mlflow, dry_run)
@@ -242,7 +242,7 @@ def _bench(tick: Tick, new: NewDocuments, texts: dict[str, Corpus], interrupt: I
                 f"distributions.{stage.data}: its training text is {found[:16]}, but stage {stage.name} was trained on "
                 f"{known[:16]}. Bring that text back, or begin another run."
             )
-    files = batch_files(new.hash)
+    files = batch_files(new.hash, new.sources)
     tick.batches.add(new.documents, new.files)
     source = batch_source(files, tick.retraining.settings.inbox.heldout_fraction)
     texts = without_near_copies({**texts, new.name: read_corpus(new.name, source, CACHE)})
@@ -293,6 +293,8 @@ def _promotion(tick: Tick, stage: CommittedStage, new: NewDocuments, plan: TickP
     """The head with the candidate serving."""
     action: StageAction = "grow" if plan.action == Action.grow else "continue"
     split = _split(tick.retraining)
-    added = VersionStage(name=stage.name, key=stage.key, data=new.name, action=action, batch=new.hash, **split)
+    added = VersionStage(
+        name=stage.name, key=stage.key, data=new.name, action=action, batch=new.hash, sources=new.sources, **split
+    )
     chain = (*champion(tick.head).stages, added)
     return promoted(tick.head, "promoted", chain, reason, timestamp())

@@ -118,7 +118,7 @@ def _full(limit: int | None) -> str:
     )
 
 
-def check_plan(path: Path, bench: Bench, batch: str) -> TickPlan:
+def check_plan(path: Path, bench: Bench, new: NewDocuments) -> TickPlan:
     """Read a plan that was made before, and refuse it if it no longer fits.
 
     Raises:
@@ -128,10 +128,12 @@ def check_plan(path: Path, bench: Bench, batch: str) -> TickPlan:
     facts = read_plan(path)
     old = (facts["champion"]["key"], facts["batch"], facts["settings"])
     expires, stage = facts["expires"], facts["stage"]
-    now = (bench.champion.key, batch, settings_hash(bench.retraining))
+    now = (bench.champion.key, new.hash, settings_hash(bench.retraining))
     for what, before, after in zip(("champion", "batch", "settings"), old, now, strict=True):
         if before != after:
             raise StalePlanError(f"{path}: made for {what} {before[:SHORT]}, which is {after[:SHORT]} now; plan again.")
+    if facts.get("sources") != new.sources:
+        raise StalePlanError(f"{path}: made when the documents of its batch named other sources; plan again.")
     if facts.get("made_at", "") > latest_timestamp():
         raise StalePlanError(f"{path}: made at {facts['made_at']}, which is in the future; plan again.")
     if timestamp() > expires:
@@ -220,6 +222,7 @@ def _facts(
         "expires": timestamp(time.time() + VALID_DAYS * 86400),
         "champion": {"version": bench.champion.id, "key": bench.champion.key},
         "batch": new.hash,
+        "sources": new.sources,
         "data": bench.new,
         "documents": len(corpus.train) + len(corpus.heldout),
         "near_copies": {"of_known_text": new.near_copies, "of_its_held_out_text": len(corpus.near_copies)},

@@ -78,7 +78,7 @@ def _holders(head: dict[str, Any], digest: str) -> list[dict[str, Any]]:
     for batch in batches.holding(digest):
         if (known := head.get("batches", {}).get(batch)) is not None:
             split = known["heldout_fraction"], known.get("heldout_sources", 1)
-            sources[known["name"]] = batch_source(str(batches.path(batch)), *split)
+            sources[known["name"]] = batch_source(str(batches.path(batch, known.get("sources"))), *split)
     found = []
     corpora = without_near_copies({name: read_corpus(name, source, CACHE) for name, source in sources.items()})
     for name, corpus in corpora.items():

@@ -38,6 +38,8 @@ class VersionStage:
     """Share of the batch's sources that were held out; None without a batch, or where nobody noted it."""
     heldout_sources: int = 1
     """Sources of it that were held out at least; 1 before this was noted."""
+    sources: str | None = None
+    """Which copy of the batch, by its documents' sources; see :meth:`lifelong_moe.data.batches.BatchStore.sources`."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -512,6 +512,47 @@ def test_a_plan_whose_batch_is_gone_is_stale() -> None:
     assert (tick()["outcome"], StalePlanError.exit_code) == ("idle", 5)
 
 
+# Sources
+
+
+def with_sources(path: Path, sites: int) -> None:
+    """The same documents, from so many sites in turn."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = [{"text": row["text"], "source": f"site-{i % sites}"} for i, row in enumerate(rows)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def test_corrected_sources_count_until_a_batch_is_learned_and_after_reopening() -> None:
+    path, unaffordable = arrive("sea"), "limits.tokens=1"
+
+    def sources(result: dict[str, Any]) -> tuple[str, set[str]]:
+        plan = json.loads(Path(result["plan"]).read_text(encoding="utf-8"))
+        documents = BatchStore(Path("mlruns")).documents(plan["batch"], plan["sources"])
+        return plan["batch"], {document.source for document in documents}
+
+    batch, alone = sources(tick(unaffordable))
+    assert len(alone) == 160  # each document is its own source
+    plan = tick(dry_run=True)["plan"]
+    with_sources(path, 8)
+    with pytest.raises(StalePlanError, match="named other sources; plan again"):
+        tick(plan=plan)
+    assert sources(tick(unaffordable)) == (batch, {f"site-{i}" for i in range(8)})
+    record = RunRecord(Path("mlruns"), "tiny")
+    skipped = {"name": "sea", "outcome": "skipped", "reason": "", "at": "", "heldout_fraction": 0.15}
+    record.set_head({**head(), "batches": {batch: skipped}})
+    with_sources(path, 9)
+    assert tick()["outcome"] == "idle"  # settled, whatever the sources
+    assert sources(tick(unaffordable, reopen=batch)) == (batch, {f"site-{i}" for i in range(9)})
+    result = tick()
+    assert result["outcome"] == "promoted"
+    learned = head()["versions"][-1]["stages"][-1]
+    assert learned["sources"] == head()["batches"][batch]["sources"] is not None
+    with_sources(path, 10)
+    assert tick()["outcome"] == "idle"
+    arrive("noise", "noise.jsonl", documents=30)
+    assert tick(unaffordable)["outcome"] == "over budget"  # what was learned still is split as it was
+
+
 # Kills
 
 

@@ -28,6 +28,22 @@ def test_a_batch_is_named_by_its_documents_in_any_order(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "batches").iterdir()] == [batch[:16]]
 
 
+def test_corrected_sources_are_another_copy_of_the_same_batch(tmp_path: Path) -> None:
+    store, corrected = BatchStore(tmp_path), [Document(document.text, "x") for document in DOCUMENTS]
+    assert store.sources(corrected) is None  # nothing is kept yet
+    batch = store.add(DOCUMENTS, FILES)
+    before = store.path(batch).read_bytes()
+    copy = store.sources(corrected)
+    assert copy is not None and store.sources(DOCUMENTS) is None and store.sources(corrected[::-1]) == copy
+    assert store.add(corrected, []) == batch == store.add(corrected, FILES)
+    assert store.path(batch, copy).parent.name == f"{batch[:16]}-{copy}"
+    assert {document.source for document in store.documents(batch, copy)} == {"x"}
+    assert (store.path(batch).read_bytes(), len(list(store.root.iterdir()))) == (before, 2)
+    assert store.holding(DOCUMENTS[0].hash) == [batch]
+    elsewhere = [Document(document.text, "y") for document in DOCUMENTS]
+    assert store.sources(elsewhere) not in (None, copy)
+
+
 def test_documents_are_found_by_the_beginning_of_their_hash(tmp_path: Path) -> None:
     store = BatchStore(tmp_path)
     assert store.holding(DOCUMENTS[0].hash) == []
