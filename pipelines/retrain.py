@@ -244,7 +244,7 @@ def _bench(tick: Tick, new: NewDocuments, texts: dict[str, Corpus], interrupt: I
             )
     files = batch_files(new.hash, new.sources)
     tick.batches.add(new.documents, new.files)
-    source = batch_source(files, tick.retraining.settings.inbox.heldout_fraction)
+    source = batch_source(files, **_split(tick.retraining))
     texts = without_near_copies({**texts, new.name: read_corpus(new.name, source, CACHE)})
     return Bench(tick.retraining, now, new.name, files, texts, tick.store, interrupt, tick.console)
 
@@ -253,7 +253,12 @@ def _carry_out(
     tick: Tick, bench: Bench, new: NewDocuments, plan: TickPlan, mlflow: TickRecord, dry_run: bool
 ) -> dict[str, Any]:
     """From the plan to the outcome."""
-    about = {"batch": new.hash, "data": new.name, "action": plan.action.value, "plan": str(plan.path(tick.record))}
+    about: dict[str, Any] = {
+        "batch": new.hash,
+        "data": new.name,
+        "action": plan.action.value,
+        "plan": str(plan.path(tick.record)),
+    }
     about["near_copies"] = plan.facts.get("near_copies")  # plans of earlier versions do not say it
     stage, judged = None, None
     if dry_run:

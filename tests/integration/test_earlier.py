@@ -24,9 +24,9 @@ from lifelong_moe.model.architecture import Architecture
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.retention.config import TrunkConfig
 from lifelong_moe.stages.store import StageStore
-from lifelong_moe.training import stage as stage_module
 from lifelong_moe.training.config import CheckpointConfig, FrozenConfig
 from lifelong_moe.training.interrupt import Interrupt
+from lifelong_moe.training.optimizer import freeze_trunk
 from lifelong_moe.training.phase import StageEnvironment
 from lifelong_moe.training.stage import load_model, train_stage
 from pipelines import inspectors
@@ -92,13 +92,12 @@ def test_the_same_configuration_is_told_that_the_stages_are_older() -> None:
 def test_a_new_stage_goes_on_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """As retraining does: from the first stage, whose centroids it holds itself, and from the second."""
     trained: list[LanguageModel] = []
-    freeze_trunk = stage_module.freeze_trunk
 
     def seen(model: LanguageModel, trunk: TrunkConfig | None) -> None:
         trained.append(model)
         freeze_trunk(model, trunk)
 
-    monkeypatch.setattr(stage_module, "freeze_trunk", seen)
+    monkeypatch.setattr("lifelong_moe.training.stage.freeze_trunk", seen)
     path = earlier_config()
     prepared, store = prepare(path, []), StageStore(Path("mlruns"))
     head = json.loads(Path("mlruns/runs/old/head.json").read_text())

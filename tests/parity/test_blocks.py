@@ -263,7 +263,8 @@ def test_a_preset_presses_as_transformers_does(preset: str, published: float) ->
     config, _ = load_config(PRESETS / f"{preset}.yaml")
     logits_TE = torch.randn(30, config.model.experts, generator=torch.Generator().manual_seed(0)).requires_grad_()
     layers, top_k = config.model.layers, config.routing.top_k
-    theirs = published * load_balancing_loss_func((logits_TE,) * layers, config.model.experts, top_k)
+    pooled: Any = load_balancing_loss_func((logits_TE,) * layers, config.model.experts, top_k)  # type: ignore[arg-type]
+    theirs = published * pooled
     probs_TE = logits_TE.softmax(1)
     ours = load_balancing_loss(probs_TE, probs_TE.topk(top_k).indices, torch.ones(30, dtype=torch.bool))
     found = [torch.autograd.grad(loss, logits_TE, retain_graph=True)[0] for loss in (layers * ours, theirs)]

@@ -18,15 +18,18 @@ TYPES = typing.get_type_hints(RoutingConfig)
 
 def values(key: str) -> st.SearchStrategy[Any]:
     """Some values of a key, alone perhaps not valid."""
-    kind = next((one for one in typing.get_args(TYPES[key]) if one is not type(None)), TYPES[key])
-    if key == "clusters":
-        return st.sampled_from([None, 2])
+    kind, optional = TYPES[key], type(None) in typing.get_args(TYPES[key])
+    if optional:
+        kind = next(one for one in typing.get_args(kind) if one is not type(None))
     if key == "capacity":
         return st.sampled_from([None, CapacityConfig()])
     if key == "options":
         return st.just({})
     if isinstance(kind, type) and issubclass(kind, Enum):
-        return st.sampled_from([*kind, *([] if kind is TYPES[key] else [None])])
+        members: list[Any] = list(kind)
+        return st.sampled_from([*members, None] if optional else members)
+    if optional:
+        return st.sampled_from([None, 2])
     return st.sampled_from({bool: [True, False], int: [1, 2, 4], float: [0.0, 0.1, 1.0]}[kind])
 
 

@@ -222,13 +222,14 @@ def test_sequences_count_the_best_scores_whatever_biases_chose(make_router: Make
 def test_batches_count_the_best_scores_too(make_router: Make, scope: BalanceScope, counts: BalanceCounts) -> None:
     """Megatron-LM: ``E / (K T) sum_e counts_e * mean score_e``, counts of the k best scores of micro-batches so far."""
     router = skewed(make_router, balance_scope=scope, balance_counts=counts)
-    earlier_E, k = np.zeros(EXPERTS), 4 if counts == BalanceCounts.all else 1
+    earlier_E: NDArray[np.float64] = np.zeros(EXPERTS)
+    k = 4 if counts == BalanceCounts.all else 1
     (rows,) = router.row_generations()
     for seed in (500, 501, 502):
         x_TD = hidden(seed)
         value = router(x_TD, context(SEQUENCES, LENGTH)).losses["balance"].value.item()
         scores = 1 / (1 + np.exp(-(x_TD.double() @ rows.detach().double().t()).numpy()))
-        counts_E = np.bincount(np.argsort(-scores, axis=1)[:, :k].ravel(), minlength=EXPERTS)
+        counts_E = np.bincount(np.argsort(-scores, axis=1)[:, :k].ravel(), minlength=EXPERTS).astype(np.float64)
         earlier_E = counts_E if scope == BalanceScope.microbatch else earlier_E + counts_E
         shares_TE = scores / scores.sum(axis=1, keepdims=True)
         expected = EXPERTS * (earlier_E / earlier_E.sum() * shares_TE.mean(axis=0)).sum()
