@@ -19,6 +19,7 @@ from lifelong_moe.model.config import ModelConfig
 from lifelong_moe.model.feedforward import FeedForward
 from lifelong_moe.model.moe import MoELayer
 from lifelong_moe.model.transformer import LanguageModel, initial_std
+from lifelong_moe.ops.beginnings import fan_in_normal_
 
 
 def grow(
@@ -110,6 +111,8 @@ def _begin_experts(
                 parameter.copy_(origin)
             elif config.init == ExpertInit.copy:
                 parameter.copy_(origin + config.noise * origin.std() * noise)
+            elif layer.router.expert_scale is not None:
+                fan_in_normal_(parameter, layer.router.expert_scale, generator)
             else:
                 parameter.copy_(initial_std(shape, residual=parameter is new.down) * noise)
 

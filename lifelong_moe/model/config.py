@@ -102,7 +102,8 @@ class ModelConfig:
     document_mask: bool = False
     """Let tokens attend within their own document only; otherwise a packed block is one causal sequence."""
     init_std: float = 0.02
-    """Standard deviation of the normal initialization of every matrix."""
+    """Standard deviation of the normal initialization of every matrix, but for rows and experts of routing modes whose
+    authors begin them otherwise (``switch``, ``base``, ``vmoe``)."""
 
     def __post_init__(self) -> None:
         for key in ("layers", "width", "heads", "kv_heads", "expert_width", "context", "moe_every"):

@@ -44,6 +44,8 @@ class Encoder(nn.Module):
         for parameter in self.blocks.parameters():
             if parameter.dim() > 1 and parameter not in as_made:
                 nn.init.normal_(parameter, std=config.init_std)
+        for block in self.blocks:
+            block.moe.begin()  # type: ignore[operator, union-attr]
 
     def forward(self, patches_BSW: Tensor) -> tuple[Tensor, list[Routing]]:
         """Class logits ``(B, C)``, and what each layer's router decided."""

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from lifelong_moe.model.experts import ExpertBanks
 from lifelong_moe.model.feedforward import FeedForward
 from lifelong_moe.model.parts import Part, Place
+from lifelong_moe.ops.beginnings import fan_in_normal_
 from lifelong_moe.routing.base import Router, Routing, RoutingContext
 
 
@@ -41,6 +42,13 @@ class MoELayer(nn.Module):
         """Add experts and their router rows, uninitialized, to the active bank."""
         self.banks.add(num)
         self.router.add_experts(num)
+
+    def begin(self, generator: torch.Generator | None = None) -> None:
+        """Fill what a routing mode's authors begin in a way of their own, after all matrices were filled alike."""
+        self.router.begin(generator)
+        if self.router.expert_scale is not None:
+            for weight in self.banks.experts.parameters():
+                fan_in_normal_(weight, self.router.expert_scale, generator)
 
     @property
     def births(self) -> list[int]:

@@ -291,6 +291,9 @@ def initialize(model: LanguageModel, seed: int) -> None:
     ``up`` of a delta               0, so that it changes nothing yet
     ``down`` of a delta             normal, deviation ``1 / sqrt(columns)``
     a noisy router's noise          0, as the router made it
+    rows and experts of ``switch``  truncated normal, deviation ``sqrt(0.1 / inputs)``
+    rows of ``base``                orthogonal, of length 0.1
+    rows of ``vmoe``                truncated normal, deviation ``sqrt(1 / inputs)`` once cut
     every other matrix              normal, mean 0, deviation ``init_std``
     attention output, expert down   the same, divided by ``sqrt(2 * layers)`` (GPT-2), so that
                                     the stream's variance does not grow with depth
@@ -309,6 +312,8 @@ def initialize(model: LanguageModel, seed: int) -> None:
         elif parameter not in as_made:
             std = initial_std(model.architecture.model, residual=parameter in residual)
             nn.init.normal_(parameter, std=std, generator=generator)
+    for layer in model.moe_layers():
+        layer.begin(generator)
 
 
 def initial_std(config: ModelConfig, *, residual: bool) -> float:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lifelong_moe.ops.assignment import balanced_assignment
 from lifelong_moe.routing.base import Causality, Routing, RoutingContext
 from lifelong_moe.routing.linear import LinearRouter
 from lifelong_moe.routing.losses import auxiliary_losses
+
+ROW_LENGTH = 0.1
+"""Of each row at the beginning."""
 
 
 class BalancedRouter(LinearRouter):
@@ -17,12 +20,19 @@ class BalancedRouter(LinearRouter):
     The output is weighted ``sigmoid(score)``, through which alone the rows learn; no loss of its own.
 
     Source:
-        BASE layers (arXiv:2103.16716). There an expert is a stack of residual sublayers and tokens are shuffled across
-        workers; here it is one feed-forward network and the assignment is over the micro-batch. Class C in training,
-        where later tokens compete for places; evaluation is class A.
+        BASE layers (arXiv:2103.16716); facebookresearch/fairseq, fairseq/modules/base_layer.py: rows begin orthogonal,
+        of length 0.1. There an expert is a stack of residual sublayers, chosen by what comes before their norms, and
+        tokens are shuffled across workers; here it is one feed-forward network, chosen by its own input, and the
+        assignment is over the micro-batch. Class C in training, where later tokens compete for places; evaluation is
+        class A.
     """
 
     causality = Causality.leaks_when_full
+
+    def begin(self, generator: torch.Generator | None = None) -> None:
+        """Orthogonal rows: no two experts want the same tokens yet."""
+        for rows_ED in self.rows:
+            nn.init.orthogonal_(rows_ED, gain=ROW_LENGTH, generator=generator)
 
     def forward(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         """Choose one expert for each token."""

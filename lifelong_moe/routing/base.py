@@ -158,6 +158,8 @@ class Router(nn.Module):
 
     causality: Causality = Causality.token_local
     """The strictest promise this router keeps; C and D are refused in a decoder."""
+    expert_scale: float | None = None
+    """Variance of experts' matrices times their inputs, where a mode's authors begin them so; else as all others."""
 
     def __init__(self, config: RoutingConfig, *, width: int, layer: int) -> None:
         super().__init__()
@@ -194,6 +196,9 @@ class Router(nn.Module):
     def begun_parameters(self) -> list[nn.Parameter]:
         """Parameters that begin as the router made them, not at random like all other matrices."""
         return []
+
+    def begin(self, generator: torch.Generator | None = None) -> None:
+        """Fill rows as the mode's authors do, after all matrices were filled alike; by default they stay so."""
 
     def set_rows(self, rows_ED: Tensor) -> None:
         """Begin the newest generation's rows with these, ``(num, D)``."""

@@ -12,7 +12,7 @@ from lifelong_moe.errors import ConfigError
 
 ROUTERS = {
     "learned": "lifelong_moe.routing.learned.LearnedRouter",
-    "switch": "lifelong_moe.routing.learned.LearnedRouter",
+    "switch": "lifelong_moe.routing.switch.SwitchRouter",
     "gshard": "lifelong_moe.routing.gshard.GShardRouter",
     "noisy_topk": "lifelong_moe.routing.noisy.NoisyRouter",
     "vmoe": "lifelong_moe.routing.vmoe.VMoERouter",

@@ -8,11 +8,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lifelong_moe.ops.beginnings import fan_in_normal_
 from lifelong_moe.ops.noisy import sequence_cv_squared, wins_again
 from lifelong_moe.routing.base import RouterLoss, Routing, RoutingContext
 from lifelong_moe.routing.capacity import limited, weighed
 from lifelong_moe.routing.learned import LearnedRouter
 from lifelong_moe.routing.losses import auxiliary_losses
+
+CUT_DEVIATION = 0.8796
+"""Of a normal of deviation 1 that is drawn again beyond 2."""
 
 
 class VMoERouter(LearnedRouter):
@@ -26,6 +30,11 @@ class VMoERouter(LearnedRouter):
         vmoe/moe.py. There a group of 8 images has the room, here a sequence. ``capacity.priority=batch`` is its
         batch-priority routing, ``choice`` what it calls vanilla; both are class C.
     """
+
+    def begin(self, generator: torch.Generator | None = None) -> None:
+        """Rows that make logits of about 1 (LeCun's normal, flax's default), far above the noise."""
+        for rows_ED in self.rows:
+            fan_in_normal_(rows_ED, 1 / CUT_DEVIATION**2, generator)
 
     def forward(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         """Choose k experts for each token."""
