@@ -287,10 +287,8 @@ def _changed(prepared: Prepared, head: dict[str, Any], names: list[str], keys: l
     other = [name for name in data if data[name] != before.get(name, data[name])]
     if other:
         texts = ", ".join(f"{name} was {before[name][:SHORT]} and is {data[name][:SHORT]}" for name in other)
-        left = {name: prepared.data.corpora[name].near_copies for name in other}
-        copies = "".join(
-            f" {n:,} near copies of held-out text are left out of {name}." for name, n in left.items() if n
-        )
+        left = {name: number for name in other if (number := prepared.data.corpora[name].near_copies)}
+        copies = "".join(f" {left[name]:,} near copies of held-out text are left out of {name}." for name in left)
         return (
             f"run={run} exists with other training text: {texts} (SHA-256).{copies} Choose run=NAME, or --replace to "
             f"let this name refer to the new stages."

@@ -31,6 +31,8 @@ LEAST = SHORT_TEXT - NGRAM + 1
 """Runs below which a document is too short: only equal ones are found, see ``normalized_hash``."""
 _STEPS = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB, 0xD6E8FEB86659FD93, 0xA0761D6478BD642F)
 """Odd multipliers of 64 bits, one a doubling and one for letters."""
+FILTER_BITS = 24
+_LOW = np.uint64((1 << FILTER_BITS) - 1)
 
 
 def ngrams(text: str) -> NDArray[np.uint64]:
@@ -45,12 +47,34 @@ def ngrams(text: str) -> NDArray[np.uint64]:
     hashes = _mixed((codes + np.uint64(1)) * np.uint64(_STEPS[0]))
     for i, half in enumerate((1, 2, 4, 8), 1):
         hashes = _mixed(hashes[:-half] * np.uint64(_STEPS[i]) + hashes[half:])
-    return np.unique(hashes)
+    return _distinct(hashes)
+
+
+def _distinct(hashes: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """What ``np.unique`` returns in three times the time."""
+    ordered = np.sort(hashes)
+    return ordered[np.append(True, ordered[1:] != ordered[:-1])[: len(ordered)]]
 
 
 def _mixed(hashes: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """Let high bits, in which a product is best, reach the low ones."""
     return hashes ^ (hashes >> np.uint64(31))
+
+
+class _Table:
+    """Every run of some documents, each with a place."""
+
+    def __init__(self, documents: Sequence[Document]) -> None:
+        self.runs_W = _distinct(np.concatenate([np.zeros(0, np.uint64), *(ngrams(d.text) for d in documents)]))
+        self.maybe = np.zeros(1 << FILTER_BITS, dtype=bool)
+        self.maybe[self.runs_W & _LOW] = True
+
+    def places(self, runs: NDArray[np.uint64]) -> NDArray[np.int64]:
+        """Where those of some runs stand that are in the table."""
+        runs = runs[self.maybe[runs & _LOW]]  # most are not, and a look at one bit is cheaper than a search
+        places = np.searchsorted(self.runs_W, runs)
+        places[places == len(self.runs_W)] = 0
+        return places[self.runs_W[places] == runs]
 
 
 @dataclass(frozen=True)
@@ -64,24 +88,17 @@ class _Texts:
     sources: list[str]
 
     @classmethod
-    def of(cls, documents: Sequence[Document], table_W: NDArray[np.uint64]) -> _Texts:
-        """Look every run up in a sorted table."""
+    def of(cls, documents: Sequence[Document], table: _Table) -> _Texts:
+        """Look every run up in a table."""
         rows, sizes = [], []
         for document in documents:
             runs = ngrams(document.text)
-            places = np.searchsorted(table_W, runs)
-            places[places == len(table_W)] = 0
-            rows.append(places[table_W[places] == runs] if len(table_W) else places[:0])
+            rows.append(table.places(runs))
             sizes.append(len(runs))
         ends = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
         columns = np.concatenate([np.zeros(0, np.int64), *rows])
-        has = sparse.csr_array((np.ones(len(columns), np.int64), columns, ends), shape=(len(rows), len(table_W)))
+        has = sparse.csr_array((np.ones(len(columns), np.int64), columns, ends), shape=(len(rows), len(table.runs_W)))
         return cls(has, np.array(sizes, dtype=np.int64), [document.source for document in documents])
-
-
-def _table(documents: Sequence[Document]) -> NDArray[np.uint64]:
-    """Every run of some documents, sorted."""
-    return np.unique(np.concatenate([np.zeros(0, np.uint64), *(ngrams(document.text) for document in documents)]))
 
 
 def near_copies(documents: Sequence[Document], known: Sequence[Document]) -> list[bool]:
@@ -100,7 +117,7 @@ def near_copies(documents: Sequence[Document], known: Sequence[Document]) -> lis
     """
     if not documents or not known:
         return [False] * len(documents)
-    table = _table(documents)
+    table = _Table(documents)
     new, old = _Texts.of(documents, table), _Texts.of(known, table)
     return _judge(new, old, _common([new, old])).tolist()
 
@@ -119,7 +136,7 @@ def without_near_copies(corpora: Mapping[str, Corpus]) -> dict[str, Corpus]:
     """
     held = [document for corpus in corpora.values() for document in corpus.heldout]
     owner = np.array([name for name, corpus in corpora.items() for _ in corpus.heldout])
-    table = _table(held)
+    table = _Table(held)
     heldout = _Texts.of(held, table)
     found = {}
     for name, corpus in corpora.items():
