@@ -7,6 +7,7 @@ killed is done again by the next one, which does again only what was not committ
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ from pipelines.places import CACHE, ROOT, remove_abandoned
 from pipelines.plan_file import read_plan, refuse_idle_plan
 from pipelines.record_retrain import TickRecord
 from pipelines.recorded import show_champion
-from pipelines.retrain_plan import TickPlan, check_plan, make_plan
+from pipelines.retrain_plan import TickPlan, check_plan, make_plan, waits_still
 
 EXIT_CODES = {"rejected": 3, "over budget": 4}
 """Of outcomes that are no success; 0 for all others."""
@@ -62,8 +63,8 @@ class Tick:
         result = {"outcome": outcome, "reason": reason, "champion": serves, **fields}
         last = {"outcome": outcome, "reason": reason, "batch": fields.get("batch")}
         before = self.head.get("last_tick", {})
-        # A batch that waits for a higher limit is told of once, not every night.
-        again = outcome == "over budget" and last == {key: before.get(key) for key in last}
+        # A batch that waits for a higher limit, or for more of its kind, is told of once, not every night.
+        again = outcome in ("over budget", "waiting") and last == {key: before.get(key) for key in last}
         if not again:
             self.record.log("tick", **result)
         result |= {"run": self.record.run, "at": timestamp()}
@@ -187,6 +188,11 @@ def _tick(tick: Tick, interrupt: Interrupt, dry_run: bool, plan_path: str | None
     if (waiting := _waiting(tick, new)) is not None:
         refuse_idle_plan(plan_path, waiting)
         return _idle(tick, waiting)
+    if plan_path is None and not dry_run:
+        before = waits_still(tick.record, new, champion(tick.head).key, tick.retraining)
+        if before is not None:
+            _show_champion(tick)
+            return tick.end("waiting", _reason(before), batch=new.hash, data=new.name)
     bench = _bench(tick, new, texts, interrupt)
     mlflow = TickRecord(Tracker.connect(tick.config.tracking, ROOT), tick.head, tick.record)
     try:
@@ -205,11 +211,21 @@ def _tick(tick: Tick, interrupt: Interrupt, dry_run: bool, plan_path: str | None
 
 
 def _idle(tick: Tick, reason: str) -> dict[str, Any]:
-    """Nothing to do but to set MLflow right: what it missed, and who serves."""
+    """Nothing to do but to set MLflow right."""
+    _show_champion(tick)
+    return tick.end("idle", reason)
+
+
+def _show_champion(tick: Tick) -> None:
+    """Tell MLflow what it missed, and who serves."""
     tracker = Tracker.connect(tick.config.tracking, ROOT)
     if tracker.connected:
         show_champion(tick.head, tracker)
-    return tick.end("idle", reason)
+
+
+def _reason(facts: Mapping[str, Any]) -> str:
+    """A plan's last word, why nothing is trained."""
+    return str(facts["decision"]["reasons"][-1]).removeprefix("Skip: ").removeprefix("Wait: ").rstrip(".")
 
 
 def _waiting(tick: Tick, new: NewDocuments) -> str | None:
@@ -266,7 +282,7 @@ def _carry_out(
     elif plan.exceeded:
         outcome, reason = "over budget", plan.exceeded[0].rstrip(".")
     elif plan.candidate is None:
-        outcome, reason = "skipped", plan.facts["decision"]["reasons"][-1].removeprefix("Skip: ").rstrip(".")
+        outcome, reason = "waiting" if plan.action == Action.wait else "skipped", _reason(plan.facts)
     else:
         stage = bench.train(plan.candidate, mlflow.curves, mlflow.run_id)
         tick.trained(stage)

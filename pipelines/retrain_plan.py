@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ class TickPlan:
 
     def path(self, record: RunRecord) -> Path:
         """Where it is kept."""
-        return record.path / "plans" / f"{self.facts['batch'][:SHORT]}.json"
+        return _plan_path(record, self.facts["batch"])
 
     def write(self, record: RunRecord) -> None:
         """Keep it."""
@@ -86,16 +87,17 @@ def make_plan(bench: Bench, new: NewDocuments, head: dict[str, Any]) -> TickPlan
     exceeded = [] if affordable or not over[continues.planned.key] else over[continues.planned.key]
     _require_room(bench, [*([] if over[continues.planned.key] else [continues]), *affordable])
     continued = None if over[continues.planned.key] else _probe(bench, continues)
-    probed = {_way(way): (_probe(bench, way), way) for way in affordable}
     decision = decide(
         continued=continued,
-        grown={name: probe for name, (probe, _) in probed.items()},
+        grown=list(zip(_names(affordable), (_probe(bench, way) for way in affordable), strict=True)),
         drifted=drifted,
         config=settings.decision,
+        gate=settings.gate,
     )
-    chosen = {Action.skip: None, Action.continue_: continues}.get(decision.action)
+    chosen = continues if decision.action == Action.continue_ else None
     if decision.action == Action.grow:
-        chosen = probed[decision.way][1]
+        assert decision.way is not None
+        chosen = affordable[decision.way]
     notes = [] if all(rooms) else [_full(settings.limits.experts)]
     notes += [f"{_way(way)} is not considered: {over[way.planned.key][0]}" for way in growing if way not in affordable]
     facts = _facts(bench, new, drifts, decision, chosen, notes, exceeded)
@@ -108,6 +110,15 @@ def _way(grows: Candidate) -> str:
     generation = grows.planned.architecture.generations[-1]
     where = "" if generation.layers is None else f" in layers {', '.join(map(str, generation.layers))}"
     return f"Growing by {generation.experts} experts{where}"
+
+
+def _names(ways: list[Candidate]) -> list[str]:
+    """The ways to grow in words, with their settings where words are the same."""
+    words = [_way(way) for way in ways]
+    return [
+        f"{name} ({json.dumps(dict(way.grow or {}))})" if words.count(name) > 1 else name
+        for name, way in zip(words, ways, strict=True)
+    ]
 
 
 def _full(limit: int | None) -> str:
@@ -142,6 +153,28 @@ def check_plan(path: Path, bench: Bench, new: NewDocuments) -> TickPlan:
     if candidate is not None and candidate.planned.key != stage["key"]:
         raise StalePlanError(f"{path}: its stage would be another one now; plan again.")
     return TickPlan(facts, candidate)
+
+
+def _plan_path(record: RunRecord, batch: str) -> Path:
+    return record.path / "plans" / f"{batch[:SHORT]}.json"
+
+
+def waits_still(record: RunRecord, new: NewDocuments, champion: str, retraining: Retraining) -> dict[str, Any] | None:
+    """The plan by which a batch waits for more text, if nothing that it was made of has changed; None otherwise.
+
+    Args:
+        record: The run's.
+        new: Documents of the batch.
+        champion: Key of the stage that serves.
+        retraining: Settings.
+    """
+    path = _plan_path(record, new.hash)
+    if not path.exists():
+        return None
+    facts = read_plan(path)
+    made_of = facts["champion"]["key"], facts["batch"], facts.get("sources"), facts["settings"]
+    now = champion, new.hash, new.sources, settings_hash(retraining)
+    return facts if facts["decision"]["action"] == Action.wait and made_of == now else None
 
 
 def settings_hash(retraining: Retraining) -> str:
@@ -193,16 +226,35 @@ def _probe(bench: Bench, candidate: Candidate) -> ProbeResult:
         resamples=PROBE_RESAMPLES,
         seed=seed,
     )
-    architecture = bench.architecture
-    old, budget = count_parameters(architecture).total, training_flops(architecture, candidate.planned.tokens, None, 0)
+    old, structure = count_parameters(bench.architecture).total, lost(new, shuffled=True)
     return ProbeResult(
         gain=gain.mean,
         gain_lower=gain.lower,
-        structure=lost(new, shuffled=True).lower,
-        forgetting=max((one.upper for one in forgotten.values()), key=lambda x: (math.isnan(x), x), default=0.0),
+        gain_upper=gain.upper,
+        structure=structure.lower,
+        structure_upper=structure.upper,
+        forgetting=_largest(one.upper for one in forgotten.values()),
+        forgetting_lower=_largest(one.lower for one in forgotten.values()),
+        leak=_largest(bench.leak(stage, short, name) for name in short.config.evaluated if name != new),
         parameters_fraction=(candidate.planned.parameters.total - old) / old,
-        cost_fraction=candidate.planned.flops / budget,
+        cost_fraction=_cost_fraction(bench, candidate),
     )
+
+
+def _largest(values: Iterable[float]) -> float:
+    """The largest, or NaN if one is; 0 of none."""
+    return max(values, key=lambda value: (math.isnan(value), value), default=0.0)
+
+
+def _cost_fraction(bench: Bench, candidate: Candidate) -> float:
+    """Share of the budget that a stage and the probes before it take: of ``limits.tokens`` or ``limits.hours``, the
+    larger share. Without either the budget is what training the champion's model on as many tokens costs."""
+    limits, stage = bench.retraining.settings.limits, _stage_facts(bench, candidate)
+    spent = _spent(bench, stage)
+    shares = [spent[key] / limit for key in ("tokens", "hours") if (limit := getattr(limits, key)) and spent[key]]
+    if shares:
+        return max(shares)
+    return candidate.planned.flops / training_flops(bench.architecture, candidate.planned.tokens, None, 0)
 
 
 def _facts(
@@ -263,17 +315,19 @@ def _stage_facts(bench: Bench, chosen: Candidate) -> dict[str, Any]:
     }
 
 
+def _spent(bench: Bench, stage: dict[str, Any]) -> dict[str, Any]:
+    """Tokens, and hours where speed is known, of a stage and of all probes."""
+    probes = 1 + max(1, len(bench.retraining.settings.probe.grow))
+    tokens = stage["tokens"] + probes * stage["probe_tokens"]
+    hours = stage["hours"]
+    return {"tokens": tokens, "hours": None if hours is None else hours * tokens / stage["tokens"]}
+
+
 def _exceeded(bench: Bench, stage: dict[str, Any], head: dict[str, Any]) -> list[str]:
     limits = bench.retraining.settings.limits
-    probes = 1 + max(1, len(bench.retraining.settings.probe.grow))
     week = timestamp(time.time() - 7 * 86400)
     lately = sum(v.kind == "promoted" and v.at > week for v in dated_until(head, latest_timestamp()))
-    spent = {
-        "tokens": stage["tokens"] + probes * stage["probe_tokens"],
-        "hours": stage["hours"],
-        "disk_bytes": stage["disk_bytes"],
-        "promotions_per_week": lately + 1,
-    }
+    spent = {**_spent(bench, stage), "disk_bytes": stage["disk_bytes"], "promotions_per_week": lately + 1}
     found = {key: (value, getattr(limits, key)) for key, value in spent.items()}
     return [
         f"limits.{key}={limit} would be exceeded: {value:g}."

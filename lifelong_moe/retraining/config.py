@@ -47,14 +47,16 @@ class DecisionConfig:
     parameter_weight: float = 0.05
     """Price of adding as many parameters as the model has."""
     cost_weight: float = 0.02
-    """Price of spending the whole budget."""
+    """Price of spending the whole budget on a stage and its probes: ``limits.tokens`` or ``limits.hours``, whichever
+    they take more of. Without either, the budget is what training the model as it is on as many tokens would cost."""
     tolerance: float = 0.01
     """Forgetting that costs nothing, in nats per token."""
     min_gain: float = 0.01
-    """What the gain on new held-out text must reach with 95 % confidence, in nats per token."""
+    """What the gain on new held-out text must reach with 95 % confidence, in nats per token. Text whose gain may be
+    less or more waits for more of its kind; it is skipped once the gain is less with 95 % confidence."""
     min_structure: float = 0.1
     """What reading tokens in their order must be worth on new held-out text, with 95 % confidence, in nats per token:
-    less, and the text is noise, however well its frequencies can be learned."""
+    less with that confidence, and the text is noise, however well its frequencies can be learned."""
 
     def __post_init__(self) -> None:
         for key in ("forgetting_weight", "parameter_weight", "cost_weight", "tolerance", "min_structure"):

@@ -1,42 +1,55 @@
-"""Skip, continue or grow? What two probes gained, less what they forgot, added and would cost.
+"""Skip, wait, continue or grow? What probes gained, less what they forgot, added and would cost.
 
 A probe is a short training on the new data: ``continue`` trains the experts that the data uses, with replay; ``grow``
 trains new ones. Noise can be learned as well, as far as its frequencies go, and then gains as lastingly as any text.
 What it does not have is order, so each probe is also scored on the new documents shuffled
 (`lifelong_moe.retraining.structure`), and what order is worth to it is a term, ``structure``.
+
+"Cannot tell" is not "no": where a bound leaves both open, the text waits for more of its kind. It is given up only
+where a bound says so, and an action is not begun where its probe shows that the gate will refuse what comes of it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from lifelong_moe.retraining.config import DecisionConfig
+from lifelong_moe.retraining.config import DecisionConfig, GateConfig
 
 
 class Action(StrEnum):
     """What to do with new data."""
 
     skip = "skip"
+    """Nothing, for good."""
+    wait = "wait"
+    """Nothing yet: too little text for an answer."""
     continue_ = "continue"
     grow = "grow"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeResult:
-    """What a probe showed on held-out text. Losses are in nats per token, bounds hold with 95 % confidence."""
+    """What a probe showed on held-out text. Losses are in nats per token, bounds hold with 95 % confidence; they are
+    infinite where there is too little text."""
 
     gain: float
     """Loss of the champion minus that of the probe on new text."""
     gain_lower: float
-    """Lower bound of it."""
+    gain_upper: float
     structure: float
     """Lower bound of the probe's loss on new documents that were shuffled, minus its loss on them as they are."""
+    structure_upper: float
     forgetting: float
-    """Highest upper bound, over old distributions, of the probe's loss minus the champion's; 0 if there is none."""
+    """Highest upper bound, over what the gate tests of old text, of the probe's loss minus the champion's; 0 if there
+    is none."""
+    forgetting_lower: float
+    """Highest lower bound of the same: so much is forgotten at least, somewhere."""
+    leak: float
+    """Highest share of an old distribution's tokens that go to experts born after it."""
     parameters_fraction: float
     """Parameters added, in units of those there are."""
     cost_fraction: float
@@ -51,63 +64,83 @@ class Decision:
     terms: dict[str, float]
     """Every number that counted, such as ``grow/gain``; utilities and what they are made of in nats per token."""
     reasons: list[str]
-    """For a person: a sentence on each action that was considered, and one on the choice."""
-    way: str = ""
-    """Which of several ways to grow was the best."""
+    """For a person: a sentence on each action that was considered, warnings, and one on the choice."""
+    way: int | None = None
+    """Which of several ways to grow was the best, from 0; None if none was tried."""
+
+
+@dataclass(frozen=True)
+class Obstacle:
+    """Why an action cannot be taken."""
+
+    words: str
+    waits: bool = False
+    """Whether more text might remove it."""
 
 
 def decide(
-    *, continued: ProbeResult | None, grown: Mapping[str, ProbeResult], drifted: bool, config: DecisionConfig
+    *,
+    continued: ProbeResult | None,
+    grown: Sequence[tuple[str, ProbeResult]],
+    drifted: bool,
+    config: DecisionConfig,
+    gate: GateConfig,
 ) -> Decision:
-    """Choose the action of largest utility; skipping has 0, and wins a tie as the cheaper action does.
+    """Choose the action of largest utility; doing nothing has 0, and wins a tie as the cheaper action does.
 
     ``gain - forgetting_weight max(0, forgetting - tolerance) - parameter_weight ΔP / P - cost_weight cost / budget``.
-    An action is ruled out where the gain may be under ``min_gain``, where order is worth less than ``min_structure``
-    (noise), or where a number is missing. Without drift growing is not considered.
+    An action is ruled out where its probe shows that the gain is under ``min_gain``, that order is worth less than
+    ``min_structure`` (noise), or that the gate will refuse it. Where bounds leave that open, or a number is missing, it
+    cannot be taken yet: the decision is to wait, if the upper bound of its utility is above 0 and nothing else is worth
+    doing. Without drift growing is not considered.
 
     Args:
         continued: Probe that continued the experts there are; None if it was not made.
-        grown: Probes with new experts, by a name in words ("Growing by 4 experts"); none without drift.
-        drifted: Whether the new documents come from elsewhere.
+        grown: Probes with new experts, each with a name in words ("Growing by 4 experts"); none without drift.
+        drifted: Whether the new documents come from elsewhere; where not, why not is the caller's to say.
         config: Prices and limits.
+        gate: What a candidate will have to hold.
     """
-    way = _best_way(grown, config) if drifted else ""
-    probes = {Action.continue_: continued, Action.grow: grown.get(way)}
+    way = _best_way(grown, config, gate) if drifted else None
+    probes = {Action.continue_: continued, Action.grow: None if way is None else grown[way][1]}
     terms = {"drifted": float(drifted), "skip/utility": 0.0}
-    reasons = [] if drifted else ["Growing is not considered: the new data did not drift."]
+    reasons: list[str] = []
     best, highest = Action.skip, 0.0
-    obstacles: list[str] = []
+    obstacles: list[Obstacle] = []
     if len(grown) > 1 and drifted:
-        for name, tried in grown.items():
+        for i, (name, tried) in enumerate(grown):
             parts = utility_terms(tried, config)
-            terms |= {f"{_slug(name)}/{term}": value for term, value in parts.items()}
-            reasons.append(f"{name}: utility {parts['utility']:.4f}{', the best of the ways to grow' * (name == way)}.")
+            terms |= {f"way_{i + 1}/{term}": value for term, value in parts.items()}
+            reasons.append(f"{name}: utility {parts['utility']:.4f}{', the best of the ways to grow' * (i == way)}.")
     for action, probe in probes.items():
         if probe is None:
             continue
         parts = utility_terms(probe, config)
         terms |= {f"{action}/{name}": value for name, value in parts.items()}
-        obstacle = _obstacle(probe, parts["utility"], config)
-        obstacles.append(obstacle or f"the utility of what {action} brings is {parts['utility']:.4f}")
+        obstacle = _obstacle(probe, parts, config, gate)
         reasons.append(_account(action, parts, obstacle))
         if obstacle is None and parts["utility"] > highest:
             best, highest = action, parts["utility"]
+        obstacles.append(obstacle or Obstacle(f"the utility of what {action} brings is {parts['utility']:.4f}"))
+    open_ = [obstacle for obstacle in obstacles if obstacle.waits]
+    if best == Action.skip and open_:
+        best, obstacles = Action.wait, open_
+    if (taken := probes.get(best)) is not None:
+        reasons += _warnings(taken, gate)
     return Decision(best, terms, [*reasons, _choice(best, highest, obstacles)], way)
 
 
-def _best_way(grown: Mapping[str, ProbeResult], config: DecisionConfig) -> str:
-    """The way to grow of largest utility, ruled-out ones last; of equals the first. Empty if there is none."""
+def _best_way(grown: Sequence[tuple[str, ProbeResult]], config: DecisionConfig, gate: GateConfig) -> int | None:
+    """The way to grow of largest utility; those that must wait after those that need not, ruled-out ones last; of
+    equals the first. None if there is none."""
 
-    def worth(name: str) -> tuple[bool, float]:
-        utility = utility_terms(grown[name], config)["utility"]
-        return _obstacle(grown[name], utility, config) is None, utility if math.isfinite(utility) else -math.inf
+    def worth(i: int) -> tuple[int, float]:
+        parts = utility_terms(grown[i][1], config)
+        obstacle = _obstacle(grown[i][1], parts, config, gate)
+        rank = 2 if obstacle is None else int(obstacle.waits)
+        return rank, parts["utility"] if math.isfinite(parts["utility"]) else -math.inf
 
-    return max(grown, key=worth, default="")
-
-
-def _slug(name: str) -> str:
-    """A name that may stand in a metric's."""
-    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+    return max(range(len(grown)), key=worth, default=None)
 
 
 def utility_terms(probe: ProbeResult, config: DecisionConfig) -> dict[str, float]:
@@ -123,8 +156,12 @@ def utility_terms(probe: ProbeResult, config: DecisionConfig) -> dict[str, float
     return {
         "gain": probe.gain,
         "gain_lower": probe.gain_lower,
+        "gain_upper": probe.gain_upper,
         "structure": probe.structure,
+        "structure_upper": probe.structure_upper,
         "forgetting": probe.forgetting,
+        "forgetting_lower": probe.forgetting_lower,
+        "leak": probe.leak,
         "forgetting_cost": forgetting_cost,
         "parameter_cost": parameter_cost,
         "budget_cost": budget_cost,
@@ -132,29 +169,80 @@ def utility_terms(probe: ProbeResult, config: DecisionConfig) -> dict[str, float
     }
 
 
-def _obstacle(probe: ProbeResult, utility: float, config: DecisionConfig) -> str | None:
-    """Why an action is ruled out whatever its utility. Conditions are such that NaN does not fulfil them."""
-    if not probe.structure >= config.min_structure:
-        return (
-            f"the text is noise: reading it in order is worth only {probe.structure:.3f} nats per token "
+def _obstacle(
+    probe: ProbeResult, parts: Mapping[str, float], config: DecisionConfig, gate: GateConfig
+) -> Obstacle | None:
+    """Why an action cannot be taken whatever its utility: what is certain first, then what cannot be told."""
+    if any(math.isnan(value) for value in dataclasses.astuple(probe)):
+        return Obstacle("a number is missing", waits=True)
+    if probe.structure_upper < config.min_structure:
+        return Obstacle(
+            f"the text is noise: reading it in order is worth at most {probe.structure_upper:.3f} nats per token "
             f"(decision.min_structure={config.min_structure})"
         )
-    if not probe.gain_lower >= config.min_gain:
-        return f"the gain may be as low as {probe.gain_lower:.4f} nats per token (decision.min_gain={config.min_gain})"
-    return None if math.isfinite(utility) else "a number is missing"
+    for key, least in (("decision", config.min_gain), ("gate", gate.min_gain)):
+        if probe.gain_upper < least:
+            return Obstacle(f"the gain is at most {probe.gain_upper:.4f} nats per token ({key}.min_gain={least})")
+    if probe.forgetting_lower > gate.tolerance:
+        return Obstacle(
+            f"old text loses at least {probe.forgetting_lower:.4f} nats per token in the probe alone, which the gate "
+            f"will not let pass (gate.tolerance={gate.tolerance})"
+        )
+    if probe.leak > gate.max_leak:
+        return Obstacle(
+            f"{probe.leak:.0%} of old text goes to experts born after it, which the gate will not let pass "
+            f"(gate.max_leak={gate.max_leak})"
+        )
+    return _open_question(probe, parts, config)
 
 
-def _account(action: Action, parts: dict[str, float], obstacle: str | None) -> str:
+def _open_question(probe: ProbeResult, parts: Mapping[str, float], config: DecisionConfig) -> Obstacle | None:
+    """What more text would answer."""
+    if math.isinf(probe.forgetting):
+        return Obstacle("what old text loses cannot be told: too few of its sources are held out", waits=True)
+    worth = f"{probe.gain_lower:.4f} to {probe.gain_upper:.4f}"
+    if parts["utility"] - probe.gain + probe.gain_upper <= 0:
+        return Obstacle(f"whatever it gains ({worth} nats per token) is worth less than it costs")
+    if math.isinf(probe.gain_lower):
+        return Obstacle(
+            "what it gains cannot be told: its held-out text is of too few sources, or mostly of one", waits=True
+        )
+    if probe.gain_lower < config.min_gain:
+        return Obstacle(f"the gain may be {worth} nats per token (decision.min_gain={config.min_gain})", waits=True)
+    if probe.structure < config.min_structure:
+        return Obstacle(
+            f"reading the text in order may be worth {probe.structure:.3f} to {probe.structure_upper:.3f} nats per "
+            f"token (decision.min_structure={config.min_structure}), so it may be noise",
+            waits=True,
+        )
+    return None
+
+
+def _account(action: Action, parts: Mapping[str, float], obstacle: Obstacle | None) -> str:
     verb = {Action.continue_: "Continuing", Action.grow: "Growing"}[action]
     text = (
         f"{verb} gains {parts['gain']:.4f} nats per token; forgetting costs {parts['forgetting_cost']:.4f}, parameters "
         f"{parts['parameter_cost']:.4f}, training {parts['budget_cost']:.4f}: utility {parts['utility']:.4f}"
     )
-    return f"{text}. Ruled out: {obstacle}." if obstacle else f"{text}."
+    if obstacle is None:
+        return f"{text}."
+    return f"{text}. {'Cannot be told yet' if obstacle.waits else 'Ruled out'}: {obstacle.words}."
 
 
-def _choice(best: Action, utility: float, obstacles: list[str]) -> str:
+def _warnings(probe: ProbeResult, gate: GateConfig) -> list[str]:
+    """What the gate may refuse, though the probe does not show it."""
+    if probe.forgetting <= gate.tolerance:
+        return []
+    return [
+        f"Warning: after its probe old text may have lost up to {probe.forgetting:.4f} nats per token; the gate lets "
+        f"{gate.tolerance:g} pass (gate.tolerance)."
+    ]
+
+
+def _choice(best: Action, utility: float, obstacles: Sequence[Obstacle]) -> str:
+    why = f": {obstacles[-1].words}" if obstacles else ""
     if best == Action.skip:
-        why = f": {obstacles[-1]}" if obstacles else ""
         return f"Skip: no action is worth more than nothing{why}."
+    if best == Action.wait:
+        return f"Wait: there is too little of this text for an answer{why}."
     return f"{best.capitalize()}: its utility of {utility:.4f} is the largest."

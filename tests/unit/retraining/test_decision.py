@@ -8,11 +8,21 @@ import pytest
 from numpy.typing import NDArray
 
 from lifelong_moe.retraining.bounds import DocumentLosses, difference
-from lifelong_moe.retraining.config import DecisionConfig
-from lifelong_moe.retraining.decision import Action, ProbeResult, decide, utility_terms
+from lifelong_moe.retraining.config import DecisionConfig, GateConfig
+from lifelong_moe.retraining.decision import Action, Decision, ProbeResult, decide, utility_terms
 
 CONFIG = DecisionConfig(forgetting_weight=2.0, parameter_weight=0.1, cost_weight=0.05)
-GOOD = ProbeResult(gain=0.5, gain_lower=0.4, structure=2.0, forgetting=0.0, parameters_fraction=0.0, cost_fraction=0.2)
+GATE = GateConfig(tolerance=0.02, max_leak=0.3)
+GOOD = ProbeResult(
+    gain=0.5, gain_lower=0.4, gain_upper=0.6, structure=2.0, structure_upper=3.0, forgetting=0.0, forgetting_lower=-0.1,
+    leak=0.1, parameters_fraction=0.0, cost_fraction=0.2,
+)  # fmt: skip
+INFINITE = {"gain_lower": -math.inf, "gain_upper": math.inf, "structure": -math.inf, "structure_upper": math.inf}
+
+
+def decided(continued: ProbeResult | None, *grown: ProbeResult, drifted: bool = True) -> Decision:
+    named = [(f"Growing by {i}", probe) for i, probe in enumerate(grown)]
+    return decide(continued=continued, grown=named, drifted=drifted, config=CONFIG, gate=GATE)
 
 
 def test_utility_by_hand() -> None:
@@ -22,8 +32,12 @@ def test_utility_by_hand() -> None:
         {
             "gain": 0.5,
             "gain_lower": 0.4,
+            "gain_upper": 0.6,
             "structure": 2.0,
+            "structure_upper": 3.0,
             "forgetting": 0.06,
+            "forgetting_lower": -0.1,
+            "leak": 0.1,
             "forgetting_cost": 0.1,
             "parameter_cost": 0.03,
             "budget_cost": 0.01,
@@ -38,68 +52,124 @@ def test_forgetting_within_the_tolerance_costs_nothing_and_less_than_none_earns_
 
 
 def test_the_larger_utility_wins() -> None:
-    grown = replace(GOOD, gain=0.6, parameters_fraction=0.5)  # 0.6 - 0.05 - 0.01 = 0.54 against 0.49
-    assert decide(continued=GOOD, grown={"Growing": grown}, drifted=True, config=CONFIG).action == Action.grow
-    dear = replace(grown, parameters_fraction=1.5)  # 0.44
-    assert decide(continued=GOOD, grown={"Growing": dear}, drifted=True, config=CONFIG).action == Action.continue_
+    grown = replace(GOOD, gain=0.6, gain_upper=0.7, parameters_fraction=0.5)  # 0.6 - 0.05 - 0.01 = 0.54 against 0.49
+    assert decided(GOOD, grown).action == Action.grow
+    assert decided(GOOD, replace(grown, parameters_fraction=1.5)).action == Action.continue_  # 0.44
 
 
 def test_equal_utilities_go_to_the_smaller_action() -> None:
-    assert decide(continued=GOOD, grown={"Growing": GOOD}, drifted=True, config=CONFIG).action == Action.continue_
-    nothing = replace(GOOD, gain=0.01)  # its cost is 0.01
-    assert decide(continued=nothing, grown={}, drifted=True, config=CONFIG).action == Action.skip
+    assert decided(GOOD, GOOD).action == Action.continue_
+    nothing = replace(GOOD, gain=0.02, gain_lower=0.015, gain_upper=0.03, cost_fraction=0.4)  # it costs what it gains
+    assert decided(nothing, drifted=False).action == Action.skip
 
 
 def test_growing_needs_drift() -> None:
     grown = replace(GOOD, gain=5.0)
-    found = decide(continued=GOOD, grown={"Growing": grown}, drifted=False, config=CONFIG)
+    found = decided(GOOD, grown, drifted=False)
     assert found.action == Action.continue_ and found.terms["drifted"] == 0.0
     assert not any(name.startswith("grow/") for name in found.terms)
-    assert found.reasons[0] == "Growing is not considered: the new data did not drift."
-    assert decide(continued=None, grown={"Growing": grown}, drifted=False, config=CONFIG).action == Action.skip
+    assert decided(None, grown, drifted=False).action == Action.skip
 
 
 def test_without_probes_there_is_nothing_to_do() -> None:
-    found = decide(continued=None, grown={}, drifted=True, config=CONFIG)
+    found = decided(None)
     assert found.action == Action.skip and found.terms == {"drifted": 1.0, "skip/utility": 0.0}
     assert found.reasons == ["Skip: no action is worth more than nothing."]
 
 
-def test_each_condition_rules_out_what_it_should() -> None:
-    def action(**changes: float) -> Action:
-        return decide(continued=replace(GOOD, **changes), grown={}, drifted=False, config=CONFIG).action
+def action(**changes: float) -> Action:
+    return decided(replace(GOOD, **changes), drifted=False).action
 
+
+def test_what_a_bound_rules_out_is_skipped_and_what_it_leaves_open_waits() -> None:
     assert action() == Action.continue_
-    assert action(gain_lower=0.0101) == Action.continue_ and action(gain_lower=0.0099) == Action.skip
-    assert action(structure=0.101) == Action.continue_ and action(structure=0.099) == Action.skip
+    assert action(gain_lower=0.0101) == Action.continue_ and action(gain_lower=0.0099) == Action.wait
+    assert action(gain=0.005, gain_lower=-0.1, gain_upper=0.0101) == Action.wait
+    assert action(gain=0.005, gain_lower=-0.1, gain_upper=0.0099) == Action.skip
+    assert action(structure=0.101) == Action.continue_ and action(structure=0.099) == Action.wait
+    assert action(structure=-1.0, structure_upper=0.101) == Action.wait
+    assert action(structure=-1.0, structure_upper=0.099) == Action.skip
+    assert action(**INFINITE) == Action.wait
+
+
+def test_what_costs_more_than_it_may_gain_is_skipped() -> None:
     assert action(forgetting=0.24) == Action.continue_ and action(forgetting=0.27) == Action.skip
     assert action(cost_fraction=9.0) == Action.continue_ and action(cost_fraction=10.5) == Action.skip
+    # It may gain 0.6 at most, and costs 0.05 times that: with a cost of 0.55 it may still be worth it, but is not known.
+    assert action(cost_fraction=11.0, gain_lower=0.0) == Action.wait
+    assert action(cost_fraction=12.1, gain_lower=0.0) == Action.skip
+
+
+def test_what_cannot_be_measured_is_no_noise_and_is_not_given_up() -> None:
+    found = decided(replace(GOOD, **INFINITE), drifted=False)
+    assert found.action == Action.wait and not any("noise" in reason for reason in found.reasons)
+    assert found.reasons[-1].startswith(
+        "Wait: there is too little of this text for an answer: what it gains cannot be told"
+    )
+    unknown = decided(replace(GOOD, forgetting=math.inf, forgetting_lower=-math.inf), drifted=False)
+    assert unknown.action == Action.wait and "what old text loses cannot be told" in unknown.reasons[-1]
+
+
+def test_one_action_that_is_certain_does_not_wait_for_another() -> None:
+    assert decided(GOOD, replace(GOOD, gain=3.0, gain_upper=6.0, gain_lower=0.0)).action == Action.continue_
+    assert decided(replace(GOOD, gain_lower=0.0), replace(GOOD, gain_upper=-1.0, gain=-2.0)).action == Action.wait
+
+
+def test_what_the_gate_would_refuse_is_not_begun() -> None:
+    assert action(forgetting=0.2, forgetting_lower=0.0199) == Action.continue_
+    assert action(forgetting=0.2, forgetting_lower=0.0201) == Action.skip
+    assert action(leak=0.3) == Action.continue_ and action(leak=0.31) == Action.skip
+    strict = replace(GATE, min_gain=0.7)  # the gain is 0.6 at most
+    found = decide(continued=GOOD, grown=[], drifted=False, config=CONFIG, gate=strict)
+    assert found.action == Action.skip and "gate.min_gain=0.7" in found.reasons[-1]
+
+
+def test_what_the_gate_may_refuse_is_said() -> None:
+    found = decided(replace(GOOD, forgetting=0.021), drifted=False)
+    assert found.action == Action.continue_ and found.reasons[1].startswith(
+        "Warning: after its probe old text may have"
+    )
+    assert not any("Warning" in reason for reason in decided(replace(GOOD, forgetting=0.02)).reasons)
+
+
+def test_ways_to_grow_are_told_apart_by_their_place() -> None:
+    """Two with the same words once shared a key, and the second was taken for both."""
+    best, worse = replace(GOOD, gain=2.088, gain_upper=3.0), replace(GOOD, gain=2.014, gain_upper=3.0)
+    named = [("Growing by 2", best), ("Growing by 2", worse)]
+    for order, way in ((named, 0), (named[::-1], 1)):
+        found = decide(continued=None, grown=order, drifted=True, config=CONFIG, gate=GATE)
+        assert (found.action, found.way, found.terms["grow/gain"]) == (Action.grow, way, 2.088)
+        assert {found.terms["way_1/gain"], found.terms["way_2/gain"]} == {2.088, 2.014}
+
+
+def test_of_ways_to_grow_one_that_is_certain_comes_first() -> None:
+    certain, open_, ruled_out = GOOD, replace(GOOD, gain=3.0, gain_lower=0.0, gain_upper=6.0), replace(GOOD, leak=0.9)
+    assert decided(None, open_, ruled_out, certain).way == 2
+    assert decided(None, ruled_out, open_).way == 1 and decided(None, ruled_out, open_).action == Action.wait
 
 
 def test_what_is_ruled_out_leaves_the_choice_to_the_other() -> None:
-    found = decide(
-        continued=GOOD, grown={"Growing": replace(GOOD, gain=3.0, structure=0.05)}, drifted=True, config=CONFIG
-    )
+    found = decided(GOOD, replace(GOOD, gain=3.0, gain_upper=3.5, structure=0.01, structure_upper=0.05))
     assert found.action == Action.continue_ and found.terms["grow/utility"] > found.terms["continue/utility"]
     assert found.reasons == [
         "Continuing gains 0.5000 nats per token; forgetting costs 0.0000, parameters 0.0000, training 0.0100: utility "
         "0.4900.",
         "Growing gains 3.0000 nats per token; forgetting costs 0.0000, parameters 0.0000, training 0.0100: utility "
-        "2.9900. Ruled out: the text is noise: reading it in order is worth only 0.050 nats per token "
+        "2.9900. Ruled out: the text is noise: reading it in order is worth at most 0.050 nats per token "
         "(decision.min_structure=0.1).",
         "Continue: its utility of 0.4900 is the largest.",
     ]
 
 
 @pytest.mark.parametrize("field", [field.name for field in fields(ProbeResult)])
-def test_a_number_that_is_missing_rules_out(field: str) -> None:
+def test_a_number_that_is_missing_decides_nothing(field: str) -> None:
     ill = replace(GOOD, **{"gain": 9.0, field: math.nan})
-    assert decide(continued=None, grown={"Growing": ill}, drifted=True, config=CONFIG).action == Action.skip
-    assert decide(continued=GOOD, grown={"Growing": ill}, drifted=True, config=CONFIG).action == Action.continue_
+    assert decided(None, ill).action == Action.wait
+    assert decided(GOOD, ill).action == Action.continue_
 
 
 def test_terms_are_flat_numbers() -> None:
-    terms = decide(continued=GOOD, grown={"Growing": GOOD}, drifted=True, config=CONFIG).terms
+    terms = decided(GOOD, GOOD).terms
     names = list(utility_terms(GOOD, CONFIG))
     assert list(terms) == ["drifted", "skip/utility", *(f"{a}/{n}" for a in ("continue", "grow") for n in names)]
     assert all(type(value) is float for value in terms.values())
@@ -132,8 +202,8 @@ def probe(documents: list[NDArray[np.int64]], seed: int) -> ProbeResult:
     after = bigram_losses(train, heldout)
     gain = -difference(after, bigram_losses([], heldout), level=0.05, resamples=200, seed=seed)
     order = -difference(after, bigram_losses(train, shuffled), level=0.05, resamples=200, seed=seed)
-    return ProbeResult(gain=gain.mean, gain_lower=gain.lower, structure=order.lower, forgetting=0.0,
-                       parameters_fraction=0.2, cost_fraction=0.2)  # fmt: skip
+    return replace(GOOD, gain=gain.mean, gain_lower=gain.lower, gain_upper=gain.upper, structure=order.lower,
+                   structure_upper=order.upper, parameters_fraction=0.2)  # fmt: skip
 
 
 def draw_documents(rng: np.random.Generator, order: bool) -> list[NDArray[np.int64]]:
@@ -156,7 +226,7 @@ def test_noise_is_skipped_although_its_loss_can_be_lowered() -> None:
         found = probe(draw_documents(np.random.default_rng(seed), order=False), seed)
         assert found.gain_lower > 0.3  # its frequencies are learned, and stay learned
         assert -0.2 < found.structure < 0.05
-        decision = decide(continued=found, grown={"Growing": found}, drifted=True, config=CONFIG)
+        decision = decided(found, found)
         assert decision.action == Action.skip and decision.terms["grow/utility"] > 0.3
         assert sum("the text is noise" in reason for reason in decision.reasons[:-1]) == 2
         assert decision.reasons[-1].startswith("Skip: no action is worth more than nothing: the text is noise")
@@ -166,4 +236,4 @@ def test_text_with_order_is_not_taken_for_noise() -> None:
     for seed in range(20):
         found = probe(draw_documents(np.random.default_rng(seed), order=True), seed)
         assert found.structure > 0.8
-        assert decide(continued=None, grown={"Growing": found}, drifted=True, config=CONFIG).action == Action.grow
+        assert decided(None, found).action == Action.grow
