@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from omegaconf import DictConfig
 from rich.console import Console
 
@@ -17,6 +18,7 @@ from lifelong_moe.data.batches import BatchStore
 from lifelong_moe.data.documents import Corpus, Document
 from lifelong_moe.data.prepare import PreparedData
 from lifelong_moe.data.shards import TokenShard, tokenize_documents
+from lifelong_moe.data.spread import spread_shard
 from lifelong_moe.data.windows import evaluation_windows
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.evaluation.documents import generation_shares, measure_documents
@@ -176,32 +178,43 @@ class Bench:
             "heldout": corpus.heldout_hash,
             "tokenizer": candidate.data.tokenizer.hash,
             "tokens": config.evaluate.tokens,
+            "spread": "over sources",
             "context": config.model.context,
             "label": distribution if config.routing.by_label else None,
         }
         key = content_key(settings)
         if (found := self.evaluations.find(stage.key, key)) is None:
+            sources = [document.source for document in self.texts[distribution].heldout]
+            shard, chosen = spread_shard(corpus.heldout, sources, config.evaluate.tokens)
             plain = self.measure(stage, candidate, distribution) if shuffled else None
-            shard = corpus.heldout if plain is None else self._shuffled(candidate, distribution, plain["document"])
-            tokens = config.evaluate.tokens if plain is None else shard.num_tokens
+            if plain is not None:
+                shard = self._shuffled(candidate, distribution, shard, chosen)
             measured = measure_documents(
                 self.model(stage, candidate),
-                evaluation_windows(shard, config.model.context, tokens),
+                evaluation_windows(shard, config.model.context, shard.num_tokens),
                 distribution=distribution,
                 batch_tokens=config.evaluate.batch_tokens,
             )
-            found = {name: getattr(measured, name).tolist() for name in ("document", "nats", "tokens")}
-            found |= {"expert_counts": measured.expert_counts}
+            found = {name: getattr(measured, name).tolist() for name in ("nats", "tokens")}
+            found |= {"document": chosen[measured.document].tolist(), "expert_counts": measured.expert_counts}
             if plain is not None:
-                found |= {"document": plain["document"], "tokens": plain["tokens"]}
+                found["tokens"] = plain["tokens"]
             self.evaluations.add(stage.key, key, found)
         return found
 
-    def _shuffled(self, candidate: ServedData, distribution: str, documents: Sequence[int]) -> TokenShard:
-        """Held-out documents with their characters in random order."""
-        rng, heldout = np.random.default_rng(0), self.texts[distribution].heldout
-        mixed = [Document(shuffled_text(heldout[i].text, rng=rng), heldout[i].source) for i in documents]
-        return tokenize_documents(mixed, candidate.data.tokenizer)
+    def _shuffled(
+        self, candidate: ServedData, distribution: str, shard: TokenShard, documents: NDArray[np.int64]
+    ) -> TokenShard:
+        """What is scored of held-out documents, with its characters in random order."""
+        rng, tokenizer = np.random.default_rng(0), candidate.data.tokenizer
+        whole, mixed = candidate.data.corpora[distribution].heldout, []
+        for place, i in enumerate(documents.tolist()):
+            document, ids = self.texts[distribution].heldout[i], shard.document(place)
+            text = document.text
+            if len(ids) < len(whole.document(i)):  # a cut may go through a character
+                text = text[: max(1, len(tokenizer.decode(ids).rstrip("\ufffd")))]
+            mixed.append(Document(shuffled_text(text, rng=rng), document.source))
+        return tokenize_documents(mixed, tokenizer)
 
     def losses(
         self, stage: CommittedStage, candidate: ServedData, distribution: str, *, shuffled: bool = False

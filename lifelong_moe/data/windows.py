@@ -45,7 +45,7 @@ class EvaluationSet:
     @cached_property
     def counted(self) -> NDArray[np.bool_]:
         """Which tokens' successors are scored, bool ``(T,)``."""
-        return _counted(self.shard)
+        return counted_tokens(self.shard)
 
     @property
     def num_tokens(self) -> int:
@@ -90,7 +90,7 @@ class EvaluationSet:
         }
 
 
-def _counted(shard: TokenShard) -> NDArray[np.bool_]:
+def counted_tokens(shard: TokenShard) -> NDArray[np.bool_]:
     """Which tokens' successors are scored: all but a document's last, or those that an answer, or its end, follows."""
     if shard.separator is not None:
         return precedes_answer(shard.tokens, shard.offsets, shard.separator)
@@ -112,7 +112,9 @@ def evaluation_windows(shard: TokenShard, context: int, max_tokens: int) -> Eval
     """
     if context < 2 or max_tokens < 1:
         raise ValueError(f"context={context} must be at least 2 and max_tokens={max_tokens} at least 1")
-    scored_to = np.concatenate([[0], np.cumsum(_counted(shard))])[shard.offsets[1:]]  # up to the end of each document
+    scored_to = np.concatenate([[0], np.cumsum(counted_tokens(shard))])[
+        shard.offsets[1:]
+    ]  # up to the end of each document
     shard = _first_documents(shard, min(shard.num_documents, int(np.searchsorted(scored_to, max_tokens)) + 1))
     targets_D = np.diff(shard.offsets) - (shard.separator is None)
     stride = context // 2

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 import os
+import random
 import shutil
 import time
 from collections.abc import Callable
@@ -32,7 +35,7 @@ from pipelines.cli import exit_code
 from pipelines.drop import drop
 from pipelines.rollback import rollback
 from tests.retrain_lab import arrive, head, ledger, make_base, stages, tick, tick_and_text, write_retraining
-from tests.tiny import fork, kill_self, train
+from tests.tiny import VOCABULARIES, fork, kill_self, train
 
 SILENT = Console(quiet=True)
 
@@ -431,7 +434,7 @@ def test_what_makes_old_text_worse_is_rejected(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_learned_batch_keeps_its_split_whatever_the_inbox_says_later(after_growth: Path) -> None:
-    """A stage is known by its training text's hash: another split would be refused, or train on the gate's text."""
+    """A stage is known by the hash of its training text: with another split it would be refused."""
     learned = head()["versions"][1]["stages"][-1]
     assert (learned["heldout_fraction"], learned["heldout_sources"]) == (0.15, 5)
     assert tick("inbox.heldout_fraction=0.4")["outcome"] == "idle"
@@ -442,6 +445,22 @@ def test_a_learned_batch_keeps_its_split_whatever_the_inbox_says_later(after_gro
     assert learned["batch"] not in head()["batches"]
     rollback("tiny", 1, SILENT)
     assert tick("inbox.heldout_fraction=0.4", dry_run=True)["outcome"] == "planned"
+
+
+def test_one_huge_document_does_not_fill_what_is_scored() -> None:
+    """It is held out by its source's name, and more than evaluate.tokens=600."""
+    path, words = arrive("sea"), VOCABULARIES["sea"].split()
+    names = (f"page {i}" for i in itertools.count())
+    source = next(n for n in names if int(hashlib.sha256(f"split\n{n}".encode()).hexdigest(), 16) < 2**250)
+    huge = {"text": " ".join(random.Random(0).choices(words, k=3000)), "source": source}
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(huge) + "\n")
+    result = tick(dry_run=True)
+    assert (result["outcome"], result["action"]) == ("planned", "grow")
+    found = [json.loads(path.read_text()) for path in Path("mlruns/evaluations").glob("*.json")]
+    scored = [one["result"]["tokens"] for one in found if isinstance(one["result"]["tokens"], list)]
+    assert scored and all(max(tokens) <= 0.1 * sum(tokens) for tokens in scored)
+    assert all(600 <= sum(tokens) < 660 for tokens in scored)
 
 
 def test_a_batch_that_an_earlier_version_learned_is_split_by_that_versions_rule(after_growth: Path) -> None:
