@@ -212,7 +212,7 @@ class Bench:
             document, ids = self.texts[distribution].heldout[i], shard.document(place)
             text = document.text
             if len(ids) < len(whole.document(i)):  # a cut may go through a character
-                text = text[: max(1, len(tokenizer.decode(ids).rstrip("\ufffd")))]
+                text = text[: max(1, len(tokenizer.decode(ids.tolist()).rstrip("\ufffd")))]
             mixed.append(Document(shuffled_text(text, rng=rng), document.source))
         return tokenize_documents(mixed, tokenizer)
 

@@ -95,7 +95,7 @@ def test_what_a_bound_rules_out_is_skipped_and_what_it_leaves_open_waits() -> No
 def test_what_costs_more_than_it_may_gain_is_skipped() -> None:
     assert action(forgetting=0.24) == Action.continue_ and action(forgetting=0.27) == Action.skip
     assert action(cost_fraction=9.0) == Action.continue_ and action(cost_fraction=10.5) == Action.skip
-    # It may gain 0.6 at most, and costs 0.05 times that: with a cost of 0.55 it may still be worth it, but is not known.
+    # It may gain 0.6 at most: what costs 0.55 may still be worth it, but is not known to be.
     assert action(cost_fraction=11.0, gain_lower=0.0) == Action.wait
     assert action(cost_fraction=12.1, gain_lower=0.0) == Action.skip
 
