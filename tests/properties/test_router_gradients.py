@@ -90,7 +90,7 @@ def test_every_preset(path: Path, make_batch: Batch) -> None:
 @pytest.mark.parametrize("mode", [mode for mode in DEFAULTS if mode in ROUTERS])
 def test_every_modes_defaults(mode: str, make_run: Callable[..., object], make_batch: Batch) -> None:
     """One key switches from one system to another, and what it brings trains."""
-    permission = ["routing.allow_noncausal=true"] if mode in LEAKING else []
+    permission = ["routing.allow_noncausal=true"] if mode in (*LEAKING, "vmoe") else []
     config = make_run(f"routing.mode={mode}", *permission)
     made = Architecture(config.model, config.routing, VOCAB, 0, (first_generation("a", config.model),))  # type: ignore[attr-defined]
     model = LanguageModel(dataclasses.replace(made, model=dataclasses.replace(made.model, init_std=0.3)))
