@@ -16,7 +16,7 @@ class DriftConfig:
     """Whether new documents come from another distribution than those the model has learned."""
 
     auc: float = 0.60
-    """Area under the curve that a classifier of new against old documents must at least reach; 0.5 is guessing."""
+    """Area under the curve that a classifier of new against old sources must at least reach; 0.5 is guessing."""
     quantile: float = 0.99
     """It must also exceed this quantile of what it reaches when chance says which sources are new."""
     permutations: int = 200

@@ -1,10 +1,11 @@
 """Do new documents come from another distribution? A classifier that tells new from old, judged by chance.
 
 Documents of one source resemble each other, so sources, not documents, are what chance may exchange: with documents
-exchanged, undrifted data raises an alarm nearly always. Numbers only; features come from the caller and must not
-depend on which side a document is on.
+exchanged, undrifted data raises an alarm nearly always. A source counts once, as the mean of its documents, however
+many it has: counted by document, one large source decides, and chance, which seldom has as large a one, looks too weak.
+Numbers only; features come from the caller and must not depend on which side a document is on.
 
-Legend: N documents of both sides, D feature width, K clusters, P permutations.
+Legend: N documents of both sides, S sources of both sides, D feature width, K clusters, P permutations.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ FOLDS = 10
 """Parts of the cross-validation, or one per source if there are fewer."""
 SHRINKAGE = 1.0
 """Ridge penalty in units of the features' mean variance over their principal axes; results hardly depend on it."""
-
+TIE = 1e-6
+"""Weight of the correlation beside the area, less than any step of it. Of few sources several labellings reach an area
+of 1, and the truth would not stand out from them however far apart the sides are."""
 
 _THREADS = ThreadpoolController()  # made once: looking for the libraries takes longer than the test
 
@@ -39,7 +42,7 @@ class Drift:
     """How far new documents differ from old ones, and whether by more than sources differ anyway."""
 
     auc: float | None
-    """Area under the curve of telling new from old, on sources left out; None with a single source on a side."""
+    """Area under the curve of telling new sources from old, left out of training; None with a single one on a side."""
     null_quantile: float | None
     """What chance reaches at the configured quantile; None if there are too few sources for a test."""
     psi: float
@@ -85,9 +88,10 @@ class DocumentSample:
 def measure_drift(new: DocumentSample, old: DocumentSample, config: DriftConfig, *, seed: int) -> Drift:
     """Test whether new documents are from elsewhere than those the model has learned.
 
-    The classifier is ridge regression on standardized features, whose direction is that of a regularized Fisher
-    discriminant, cross-validated by source. Its scores are linear in the labels, so one matrix serves all
-    permutations. Trained on some sources and tested on others, it finds only what new *sources* have in common.
+    The classifier is ridge regression on the standardized mean features of sources, weighted by how well each mean is
+    known; its direction is that of a regularized Fisher discriminant, cross-validated. Its scores are linear in the
+    labels, so one matrix serves all permutations. Trained on some sources and tested on others, it finds only what new
+    *sources* have in common.
 
     Args:
         new: New documents. A source that is also an old one counts as another, which can only hide drift.
@@ -106,12 +110,13 @@ def measure_drift(new: DocumentSample, old: DocumentSample, config: DriftConfig,
     psi = population_stability(new.counts_K, old.counts_K)
     auc = limit = None
     if min(num_new, num_old) >= 2:  # of a single source none is left to train on
-        source_N = np.concatenate([new_source_N, num_new + old_source_N])
         rng = np.random.default_rng(seed)
-        labels_NP = _relabelled(num_new, num_old, config.permutations, rng)[source_N]
+        labels_SP = _relabelled(num_new, num_old, config.permutations, rng)
+        x_ND, source_N = np.concatenate([new_ND, old_ND]), np.concatenate([new_source_N, num_new + old_source_N])
+        means_SD, weight_S = source_means(x_ND, source_N), source_weights(x_ND, source_N)
         with _THREADS.limit(limits=1):  # their number changes the last bits of a product
-            scores_NP = _scoring(np.concatenate([new_ND, old_ND]), source_N, rng) @ labels_NP
-        aucs_P = area_under_curve(scores_NP, labels_NP)
+            scores_SP = _scoring(means_SD, weight_S, rng) @ labels_SP
+        aucs_P = area_under_curve(scores_SP, labels_SP) + TIE * _correlation(scores_SP, labels_SP)
         auc, limit = float(aucs_P[0]), _upper_quantile(aucs_P[1:], config.quantile, num_new == num_old)
     drifted = auc is not None and limit is not None and auc > limit and auc >= config.auc
     return Drift(
@@ -137,6 +142,34 @@ def choose_documents(sources: Sequence[str], limit: int, *, seed: int) -> NDArra
     for index in order:
         turn[index] = taken[sources[index]] = taken.get(sources[index], -1) + 1
     return np.sort(order[np.argsort(turn[order], kind="stable")][:limit])
+
+
+def source_means(x_ND: Floats, source_N: Ints) -> NDArray[np.float64]:
+    """Mean features of each source ``(S, D)``; sources are numbered from 0, none left out."""
+    sums_SD: NDArray[np.float64] = np.zeros((int(source_N.max()) + 1, np.shape(x_ND)[1]))
+    np.add.at(sums_SD, source_N, x_ND)
+    return sums_SD / np.bincount(source_N)[:, None]
+
+
+def source_weights(x_ND: Floats, source_N: Ints) -> NDArray[np.float64]:
+    """One over the variance of each source's mean features, with a mean of 1 over sources ``(S,)``.
+
+    With ``b`` the variance between sources and ``w`` that within them, the mean of n documents has ``b + w / n``; both
+    are those of a one-way analysis of variance, pooled over standardized features. So a source of one document weighs
+    less than one of ten, and one of ten nearly as much as one of thousands.
+
+    Source:
+        Moment estimates of the random-effects model: Searle, Casella, McCulloch, Variance Components, 1992, sec. 3.6.
+    """
+    documents_S, means_SD = np.bincount(source_N), source_means(x_ND, source_N)
+    deviation_D = means_SD.std(axis=0)
+    unit_D = np.where(deviation_D > 0, deviation_D, 1.0)
+    within = (((x_ND - means_SD[source_N]) / unit_D) ** 2).sum() / max(1, len(x_ND) - len(means_SD))
+    between = (means_SD / unit_D).var(axis=0, ddof=1).sum() - within * (1 / documents_S).mean()
+    variance_S = max(between, 0.0) + within / documents_S
+    if not variance_S.all():  # all documents are equal
+        return np.ones(len(variance_S))
+    return (1 / variance_S) / (1 / variance_S).mean()
 
 
 def population_stability(new_counts_K: Ints, old_counts_K: Ints) -> float:
@@ -178,6 +211,13 @@ def area_under_curve(scores_NP: Floats, labels_NP: Floats) -> NDArray[np.float64
     return (rank_sums_P - positives_P * (positives_P + 1) / 2) / (positives_P * (len(labels_NP) - positives_P))
 
 
+def _correlation(scores_SP: Floats, labels_SP: Floats) -> NDArray[np.float64]:
+    """Pearson's correlation of scores and labels, column by column; 0 where scores are all equal."""
+    x_SP, y_SP = (a - a.mean(axis=0) for a in (scores_SP, labels_SP))
+    norm_P = np.sqrt((x_SP**2).sum(axis=0) * (y_SP**2).sum(axis=0))
+    return (x_SP * y_SP).sum(axis=0) / np.where(norm_P > 0, norm_P, 1.0)
+
+
 def _relabelled(num_new: int, num_old: int, permutations: int, rng: np.random.Generator) -> NDArray[np.float64]:
     """Which sources count as new, 0 or 1, ``(sources, 1 + P)``: the truth first, then other choices, all distinct.
 
@@ -195,26 +235,31 @@ def _relabelled(num_new: int, num_old: int, permutations: int, rng: np.random.Ge
     return labels_SP
 
 
-def _scoring(x_ND: Floats, source_N: Ints, rng: np.random.Generator) -> NDArray[np.float64]:
-    """Matrix ``(N, N)`` from labels to the scores of documents by a ridge regression on the other folds.
+def _scoring(x_SD: Floats, weight_S: Floats, rng: np.random.Generator) -> NDArray[np.float64]:
+    """Matrix ``(S, S)`` from labels to the scores of sources by a weighted ridge regression on the other folds.
 
-    Ridge in its dual form: with training features Z, centred, ``score(x) = (x - mean) Z^T (Z Z^T + r)^-1 C y``, C
-    centring the labels. There is no intercept, since that of a fold would tell which labels were left out.
+    Ridge in its dual form: with W the weights and Z the training features, centred by their weighted mean and times
+    ``sqrt(W)``, ``score(x) = sqrt(w) (x - mean) Z^T (Z Z^T + r)^-1 sqrt(W) C y``, C centring the labels alike. There is
+    no intercept, since that of a fold would tell which labels were left out. A score is in units of its standard
+    deviation, hence its ``sqrt(w)``: where one side has the smaller sources, its scores would scatter more, which alone
+    makes chance look too weak.
     """
-    deviation_D = x_ND.std(axis=0)
-    x_ND = (x_ND - x_ND.mean(axis=0)) / np.where(deviation_D > 0, deviation_D, 1.0)
-    num_sources = int(source_N.max()) + 1
-    fold_N = (rng.permutation(num_sources) % FOLDS)[source_N]
-    matrix_NN = np.zeros((len(x_ND), len(x_ND)))
-    for fold in np.unique(fold_N):
-        test, train = fold_N == fold, fold_N != fold
-        mean_D = x_ND[train].mean(axis=0)
-        z = x_ND[train] - mean_D
+    centre_D = np.average(x_SD, axis=0, weights=weight_S)
+    deviation_D = np.sqrt(np.average((x_SD - centre_D) ** 2, axis=0, weights=weight_S))
+    x_SD = (x_SD - centre_D) / np.where(deviation_D > 0, deviation_D, 1.0)
+    fold_S = rng.permutation(len(x_SD)) % FOLDS
+    matrix_SS = np.zeros((len(x_SD), len(x_SD)))
+    for fold in np.unique(fold_S):
+        test, train = fold_S == fold, fold_S != fold
+        share, root_S = weight_S[train] / weight_S[train].sum(), np.sqrt(weight_S)
+        mean_D = share @ x_SD[train]
+        z = (x_SD[train] - mean_D) * root_S[train, None]
         gram = z @ z.T
         ridge = SHRINKAGE * np.trace(gram) / min(z.shape) or 1.0  # equal features: any penalty gives scores of 0
-        solved = np.linalg.solve(gram + ridge * np.eye(len(gram)), z @ (x_ND[test] - mean_D).T).T
-        matrix_NN[np.ix_(test, train)] = solved - solved.mean(axis=1, keepdims=True)
-    return matrix_NN
+        left_out = (x_SD[test] - mean_D) * root_S[test, None]
+        solved = np.linalg.solve(gram + ridge * np.eye(len(gram)), z @ left_out.T).T * root_S[train]
+        matrix_SS[np.ix_(test, train)] = solved - np.outer(solved.sum(axis=1), share)
+    return matrix_SS
 
 
 def _upper_quantile(null_P: Floats, quantile: float, mirrored: bool) -> float | None:
@@ -234,7 +279,7 @@ def _words(
     if auc is None or limit is None:
         return f"No answer: {sources} are too few to tell drift from the differences that sources have anyway."
     found = (
-        f"on sources it has not seen, a classifier tells new documents from old ones with an AUC of {auc:.2f} "
+        f"a classifier tells new sources that it has not seen from old ones with an AUC of {auc:.2f} "
         f"({sources}; chance stays below {limit:.2f} in {config.quantile:.0%} of cases, and {config.auc:.2f} is "
         f"the least that counts)"
     )

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from scipy.stats import mannwhitneyu
 from sklearn.linear_model import Ridge
 
 from lifelong_moe.retraining.config import DriftConfig
@@ -16,6 +17,7 @@ from lifelong_moe.retraining.drift import (
     choose_documents,
     measure_drift,
     population_stability,
+    source_weights,
 )
 
 WIDTH, CLUSTERS = 12, 8
@@ -23,7 +25,12 @@ AT_5_PERCENT = DriftConfig(auc=0.5, quantile=0.95, permutations=79)
 
 
 def draw(
-    rng: np.random.Generator, num_sources: int, *, documents: int = 6, shift: float = 0.0, between: float = 1.0
+    rng: np.random.Generator,
+    num_sources: int,
+    *,
+    documents: int | list[int] = 6,
+    shift: float = 0.0,
+    between: float = 1.0,
 ) -> DocumentSample:
     """Documents whose sources differ by ``between`` in every feature; ``shift`` moves all sources in the first."""
     source_N = np.repeat(np.arange(num_sources), documents)
@@ -67,6 +74,58 @@ def test_exchanging_documents_would_raise_an_alarm_nearly_always() -> None:
     assert alarms(documents, 50) > 0.9
 
 
+@pytest.mark.parametrize(
+    ("new", "old", "between"),
+    [
+        ([60] + [1] * 20, [3] * 40, 2.0),  # one large source among small ones
+        ([60] + [1] * 20, [3] * 40, 0.3),
+        ([1] * 5, [20] * 20, 0.3),  # the side of few documents scatters more
+        ([20] * 20, [1] * 5, 0.3),
+        ([1] * 20, [30] * 8, 1.0),
+    ],
+)
+def test_unequal_sources_raise_no_more_alarms(new: list[int], old: list[int], between: float) -> None:
+    """Simulated, and with more repetitions in tests/benchmarks/simulate_drift.py."""
+
+    def unequal(rng: np.random.Generator) -> tuple[DocumentSample, DocumentSample]:
+        sides = [draw(rng, len(sizes), documents=sizes, between=between) for sizes in (new, old)]
+        return sides[0], sides[1]
+
+    assert alarms(unequal, 60) <= nominal(60)
+
+
+def test_unequal_sources_are_told_apart_where_they_drifted() -> None:
+    sizes = [60] + [1] * 20
+    found = [
+        measure_drift(draw(rng, 21, documents=sizes, shift=5.0), draw(rng, 40, documents=3), DriftConfig(), seed=0)
+        for rng in map(np.random.default_rng, range(10))
+    ]
+    assert sum(drift.drifted for drift in found) >= 9
+
+
+def test_a_source_counts_once_however_many_documents_it_has() -> None:
+    """All documents twice: another number of documents, the same means, the same verdict."""
+    rng = np.random.default_rng(4)
+    sides = [draw(rng, n, documents=3, between=3.0, shift=s) for n, s in ((8, 2.0), (9, 0.0))]
+    twice = [
+        DocumentSample(np.repeat(side.features_ND, 2, axis=0), [s for s in side.sources for _ in "ab"], side.counts_K)
+        for side in sides
+    ]
+    once, again = (measure_drift(new, old, DriftConfig(), seed=0) for new, old in (sides, twice))
+    assert once.auc == pytest.approx(again.auc, abs=2e-6)
+    assert once.null_quantile == pytest.approx(again.null_quantile, abs=2e-6)
+
+
+def test_a_source_weighs_as_much_as_its_mean_is_known() -> None:
+    """By simulation: means of 1 and 25 documents have variances 1 + 4 and 1 + 4 / 25, and weights in inverse ratio."""
+    rng = np.random.default_rng(0)
+    source_N = np.repeat(np.arange(2000), [1, 25] * 1000)
+    x_ND = rng.normal(size=(2000, 5))[source_N] + 2 * rng.normal(size=(len(source_N), 5))
+    weight_S = source_weights(x_ND, source_N)
+    assert np.ptp(weight_S[::2]) == np.ptp(weight_S[1::2]) == 0 and weight_S.mean() == pytest.approx(1.0)
+    assert weight_S[1] / weight_S[0] == pytest.approx(5 / 1.16, rel=0.1)
+
+
 def test_where_documents_are_independent_exchanging_them_is_calibrated() -> None:
     def independent(rng: np.random.Generator) -> tuple[DocumentSample, DocumentSample]:
         return by_document(draw(rng, 7, between=0.0)), by_document(draw(rng, 9, between=0.0))
@@ -93,7 +152,9 @@ def test_a_planted_shift_is_found_at_the_default_limits() -> None:
         for rng in map(np.random.default_rng, range(10))
     ]
     assert all(drift.drifted and drift.auc is not None and drift.auc > 0.8 for drift in drifts)
-    assert drifts[0].words.startswith("Drift: on sources it has not seen, a classifier tells new documents from old")
+    assert drifts[0].words.startswith(
+        "Drift: a classifier tells new sources that it has not seen from old ones with an AUC"
+    )
 
 
 def test_a_shift_too_small_to_matter_is_no_drift_however_certain() -> None:
@@ -121,8 +182,10 @@ def test_too_few_sources_give_no_answer_even_for_a_huge_shift(new: int, old: int
 @pytest.mark.parametrize(("new", "old"), [(2, 13), (4, 5), (5, 5)])
 def test_a_hundred_distinct_relabellings_suffice(new: int, old: int) -> None:
     # 105, 126, and 252 / 2 since a relabelling and its mirror image have the same area.
+    # Chance reaches an area of 1 as well with so few sources; what sets the truth apart is by how much.
     rng = np.random.default_rng(0)
-    drift = measure_drift(draw(rng, new, shift=50.0), draw(rng, old), DriftConfig(), seed=0)
+    far = draw(rng, new)
+    drift = measure_drift(replace(far, features_ND=far.features_ND + 20), draw(rng, old), DriftConfig(), seed=0)
     assert drift.testable and drift.drifted and drift.auc is not None and drift.auc > 0.99
 
 
@@ -133,20 +196,36 @@ def test_what_cannot_be_reached_with_few_relabellings_is_no_answer() -> None:
 
 
 def test_the_area_is_that_of_a_ridge_regression_for_each_left_out_source() -> None:
-    rng = np.random.default_rng(3)
-    new, old = draw(rng, 4, documents=3, shift=1.0), draw(rng, 5, documents=3)
-    x_ND = np.concatenate([new.features_ND, old.features_ND])
-    x_ND = (x_ND - x_ND.mean(axis=0)) / x_ND.std(axis=0)
-    y_N, source_N = (np.arange(27) < 12).astype(float), np.arange(27) // 3  # fewer sources than folds
-    scores_N = np.empty(27)
+    rng, sizes = np.random.default_rng(3), [1, 2, 3, 9, 4, 4, 1, 7, 2]  # four new sources; fewer than there are folds
+    new, old = draw(rng, 4, documents=sizes[:4], shift=15.0), draw(rng, 5, documents=sizes[4:])
+    groups = np.split(np.concatenate([new.features_ND, old.features_ND]), np.cumsum(sizes)[:-1])
+    means_SD = np.stack([group.mean(axis=0) for group in groups])
+    unit_D = means_SD.std(axis=0)
+    # One-way analysis of variance, feature by feature, in those units.
+    within = np.mean([sum(((g[:, d] - g[:, d].mean()) ** 2).sum() for g in groups) / 24 / unit_D[d] ** 2
+                      for d in range(WIDTH)])  # fmt: skip
+    between = np.mean([np.var(means_SD[:, d], ddof=1) / unit_D[d] ** 2 for d in range(WIDTH)])
+    between -= within * np.mean([1 / size for size in sizes])
+    assert between > 0
+    weight_S = np.array([1 / (between + within / size) for size in sizes])
+
+    def centred(a: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        return a - (weights[:, None] * a).sum(axis=0) / weights.sum()  # type: ignore[no-any-return]
+
+    x_SD = centred(means_SD, weight_S)
+    x_SD /= np.sqrt((weight_S[:, None] * x_SD**2).sum(axis=0) / weight_S.sum())
+    y_S, scores_S = (np.arange(9) < 4).astype(float), np.empty(9)
     for source in range(9):
-        test = source_N == source
-        z = x_ND[~test] - x_ND[~test].mean(axis=0)
-        alpha = (z**2).sum() / WIDTH  # the mean eigenvalue of z^T z
-        fit = Ridge(alpha=alpha).fit(x_ND[~test], y_N[~test])
-        scores_N[test] = (x_ND[test] - x_ND[~test].mean(axis=0)) @ fit.coef_
-    expected = area_under_curve(scores_N[:, None], y_N[:, None])[0]
-    assert measure_drift(new, old, DriftConfig(), seed=0).auc == expected
+        train = np.arange(9) != source
+        weights = weight_S[train]
+        z = centred(x_SD[train], weights)
+        alpha = (weights[:, None] * z**2).sum() / 8  # the mean eigenvalue
+        fit = Ridge(alpha=alpha).fit(x_SD[train], y_S[train], sample_weight=weights)
+        away_D = x_SD[source] - (x_SD[train] - z)[0]
+        scores_S[source] = np.sqrt(weight_S[source]) * (away_D @ fit.coef_)
+    expected = mannwhitneyu(scores_S[:4], scores_S[4:]).statistic / 20
+    found = measure_drift(new, old, DriftConfig(), seed=0).auc
+    assert found == pytest.approx(expected, abs=2e-6)  # ties are broken there
     assert 0.5 < expected < 1
 
 
@@ -203,6 +282,16 @@ def test_area_under_curve_by_hand() -> None:
     labels = np.array([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], dtype=float)
     # Column 0: of four pairs only (0.35, 0.4) is wrong. Column 1: all ties. Column 2: labels the other way round.
     assert area_under_curve(scores, labels).tolist() == [0.75, 0.5, 0.25]
+
+
+def test_area_under_curve_is_mann_whitney_s_statistic() -> None:
+    rng = np.random.default_rng(1)
+    scores_NP = rng.integers(0, 6, size=(40, 8)).astype(float)  # many ties
+    labels_NP = (rng.random((40, 8)) < 0.3).astype(float)
+    for column, area in enumerate(area_under_curve(scores_NP, labels_NP)):
+        positive = labels_NP[:, column] > 0
+        found = mannwhitneyu(scores_NP[positive, column], scores_NP[~positive, column])
+        assert area == pytest.approx(found.statistic / (positive.sum() * (~positive).sum()), abs=1e-12)
 
 
 def counts(*values: int) -> NDArray[np.int64]:
