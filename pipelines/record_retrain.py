@@ -79,6 +79,9 @@ class TickRecord:
             rows += [(f"drift/{name}/{key}", number(drift[key]), 0) for key in ("auc", "null_quantile", "psi")]
         if power := facts.get("power"):
             rows.append(("gate/harmless_passes", power["passes"], 0))
+        # What the text looks like; plans of earlier versions do not say.
+        looks = facts.get("looks", {})
+        rows += [(f"looks/{key}", float(value), 0) for key, value in looks.items() if isinstance(value, (int, float))]
         self.tracker.log_metrics(self.run_id, rows)
         self.tracker.log_text(self.run_id, json.dumps(facts, indent=1, ensure_ascii=False), "plan.json")
         if candidate is not None and self.run_id is not None:

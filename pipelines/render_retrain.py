@@ -14,6 +14,8 @@ from lifelong_moe.stages.keys import SHORT
 def plan_sentences(facts: Mapping[str, Any]) -> list[str]:
     """What was found, what was decided and why, and what it would cost; a sentence each."""
     sentences = [f"Batch {facts['batch'][:SHORT]}: {facts['documents']} documents never seen before."]
+    if looks := facts.get("looks"):  # plans of earlier versions have none
+        sentences.append(looks["words"])
     copies = facts.get("near_copies", {})
     if any(copies.values()):
         sentences.append(

@@ -24,7 +24,7 @@ from lifelong_moe.stages.keys import SHORT, content_key
 from lifelong_moe.stages.runs import RunRecord, latest_timestamp, timestamp
 from lifelong_moe.stages.versions import dated_until
 from pipelines.candidates import Bench, Candidate
-from pipelines.drifting import has_drifted, measure_batch
+from pipelines.drifting import drift_notes, has_drifted, look_at_batch, measure_batch
 from pipelines.gating import foreseen_power, kinds_of_text, old_losses
 from pipelines.novelty import NewDocuments
 from pipelines.plan_file import read_plan
@@ -98,10 +98,13 @@ def make_plan(bench: Bench, new: NewDocuments, head: dict[str, Any]) -> TickPlan
     if decision.action == Action.grow:
         assert decision.way is not None
         chosen = affordable[decision.way]
-    notes = [] if all(rooms) else [_full(settings.limits.experts)]
+    corpus = bench.texts[bench.new]
+    notes = drift_notes([*corpus.train, *corpus.heldout], drifts)
+    notes += [] if all(rooms) else [_full(settings.limits.experts)]
     notes += [f"{_way(way)} is not considered: {over[way.planned.key][0]}" for way in growing if way not in affordable]
     facts = _facts(bench, new, drifts, decision, chosen, notes, exceeded)
     facts["power"] = None if chosen is None else foreseen_power(bench, _short(bench, chosen))
+    facts["looks"] = dataclasses.asdict(look_at_batch(bench, settings.drift.documents, seed))
     return TickPlan(facts, chosen)
 
 

@@ -162,8 +162,21 @@ def test_a_dry_run_writes_its_plan_and_changes_nothing_else() -> None:
     assert "Growing gains" in text and "Drift: " in text and plan["drift"]["fruit"]["words"] in text
     assert plan["power"]["checks"] == 2 and 0 < plan["power"]["passes"] <= plan["power"]["weakest_passes"] <= 1
     assert f"would pass a harmless candidate {round(100 * plan['power']['passes'])} times of 100" in text
+    assert plan["looks"]["words"] in text
+    assert set(plan["looks"]["typical"]) <= set(VOCABULARIES["sea"].split())
+    assert "The batch's 160 documents name no source, so each counts as one of its own" in text
+    assert plan["drift"]["all together"]["words"].count("%") and "The documents of fruit name no source" in text
     assert {k: v for k, v in head().items() if k not in ("last_tick", "versions", "champion")} == before
     assert head()["champion"] == 0 and not any(plan["stage"]["key"][:16] in name for name in stages())
+
+
+def test_a_mixture_of_known_kinds_is_no_new_kind() -> None:
+    arrive("fruit", "fruit.jsonl")
+    arrive("code", "code.jsonl", seed=78)
+    result, text = tick_and_text(dry_run=True)
+    drift = json.loads(Path(result["plan"]).read_text(encoding="utf-8"))["drift"]
+    assert drift["fruit"]["drifted"] and drift["code"]["drifted"] and not drift["all together"]["drifted"]
+    assert result["action"] != "grow" and "differs from each known kind, but not from a mixture of them" in text
 
 
 def test_a_new_kind_of_text_grows_and_is_promoted(after_growth: Path) -> None:

@@ -1,0 +1,157 @@
+"""What kind of text a batch looks like, in a sentence for a person and numbers for a chart. Nothing is decided by it.
+
+A model learns logs with random fields as willingly as prose, and gains by it; whether that is wanted is not for
+statistics to say. So the plan says what would be learned.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+LONGEST = 4000
+"""Characters looked at of each document, from its beginning."""
+LEAST_WORDS = 4
+"""Words of a line, at least, before it can follow a template: shorter lines repeat in any text."""
+LEAST_LINES = 5
+"""Lines that a word, and a template, must be in; and at least one in a hundred."""
+TYPICAL = 5
+"""Words named as typical."""
+
+_WORD = re.compile(r"\w+", re.UNICODE)
+_TOKEN = re.compile(r"[^\W\d_]+|\d|[^\w\s]|_")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Looks:
+    """What text looks like. Shares are of characters that are not white space, but for ``template_lines_fraction``."""
+
+    letters_fraction: float
+    digits_fraction: float
+    punctuation_fraction: float
+    """And symbols: all that is neither letter nor digit."""
+    line_characters: float
+    """Mean length of a line that is not blank."""
+    template_lines_fraction: float
+    """Share of lines that follow a template: their frequent words stand in the same places, the others vary."""
+    templates: int
+    """How many templates those lines follow."""
+    nearest: str | None
+    """Known distribution whose word frequencies overlap most; None if there is none."""
+    overlap: float | None
+    """That overlap: the sum of the smaller frequency of each word, 0 to 1."""
+    typical: list[str]
+    """Words, digits and signs most over-represented against known text, the strongest first."""
+    words: str
+    """The same, as one sentence."""
+
+
+def look_at(new: Sequence[str], old: Mapping[str, Sequence[str]]) -> Looks:
+    """Describe texts, and hold their words against those of known distributions.
+
+    Args:
+        new: Documents.
+        old: Documents of each known distribution; may be empty.
+    """
+    new = [text[:LONGEST] for text in new]
+    characters = Counter(character for text in new for character in text if not character.isspace())
+    total = max(1, characters.total())
+    letters = sum(n for c, n in characters.items() if c.isalpha()) / total
+    digits = sum(n for c, n in characters.items() if c.isdigit()) / total
+    lines = [line for text in new for line in text.splitlines() if line.strip()]
+    followed, templates = template_lines(lines)
+    counts = _tokens(new)
+    known = {name: _tokens(text[:LONGEST] for text in texts) for name, texts in old.items()}
+    overlaps = {name: overlap(counts, other) for name, other in known.items()}
+    nearest = max(overlaps, key=lambda name: overlaps[name], default=None)
+    looks = Looks(
+        letters_fraction=letters,
+        digits_fraction=digits,
+        punctuation_fraction=max(0.0, 1 - letters - digits) if characters else 0.0,
+        line_characters=sum(map(len, lines)) / max(1, len(lines)),
+        template_lines_fraction=followed / max(1, len(lines)),
+        templates=templates,
+        nearest=nearest,
+        overlap=None if nearest is None else overlaps[nearest],
+        typical=typical_words(counts, sum(known.values(), Counter()))[:TYPICAL],
+        words="",
+    )
+    return dataclasses.replace(looks, words=_sentence(looks))
+
+
+def template_lines(lines: Sequence[str]) -> tuple[int, int]:
+    """Count the lines that follow templates, and the templates.
+
+    A line's template is its sequence of words with the rare ones, and all digits, replaced by blanks. It counts if it
+    keeps at least two words and at least ``LEAST_LINES`` lines, and one in a hundred, follow it.
+
+    Source:
+        Vaarandi 2003, A Data Clustering Algorithm for Mining Patterns from Event Logs: frequent words in fixed places.
+        There each place has its own frequent words; here a word is frequent anywhere, since fields vary in number.
+    """
+    least = max(LEAST_LINES, math.ceil(len(lines) / 100))
+    split = [[re.sub(r"\d+", "0", word) for word in _WORD.findall(line)] for line in lines]
+    frequency = Counter(word for words in split for word in set(words))
+    followers: Counter[tuple[str, ...]] = Counter()
+    for words in split:
+        kept = tuple(word if frequency[word] >= least and word != "0" else "" for word in words)
+        if len(kept) >= LEAST_WORDS and sum(map(bool, kept)) >= 2:
+            followers[kept] += 1
+    found = [number for number in followers.values() if number >= least]
+    return sum(found), len(found)
+
+
+def overlap(one: Counter[str], other: Counter[str]) -> float:
+    """Sum over words of the smaller of two relative frequencies: 1 for the same frequencies, 0 for no common word."""
+    totals = max(1, one.total()), max(1, other.total())
+    return sum(min(count / totals[0], other[word] / totals[1]) for word, count in one.items())
+
+
+def typical_words(new: Counter[str], old: Counter[str]) -> list[str]:
+    """Words by how certainly they are more frequent in new text than in old: those with z > 2, the strongest first.
+
+    Source:
+        Monroe, Colaresi and Quinn 2008, Fightin' Words, eqs. 16 and 22: log-odds with a prior; here half a word each.
+    """
+    scores = {}
+    vocabulary = len(new.keys() | old.keys())
+    n, m = new.total() + vocabulary / 2, old.total() + vocabulary / 2
+    for word, count in new.items():
+        a, b = count + 0.5, old[word] + 0.5
+        odds = math.log(a / max(n - a, 0.5)) - math.log(b / max(m - b, 0.5))
+        scores[word] = odds / math.sqrt(1 / a + 1 / b)
+    return sorted((word for word in scores if scores[word] > 2), key=lambda word: (-scores[word], word))
+
+
+def _tokens(texts: Iterable[str]) -> Counter[str]:
+    """Words in lower case, single digits and single signs, counted."""
+    return Counter(token for text in texts for token in _TOKEN.findall(text.lower()))
+
+
+def _sentence(looks: Looks) -> str:
+    parts = [
+        f"{looks.letters_fraction:.0%} letters, {looks.digits_fraction:.0%} digits, "
+        f"{looks.punctuation_fraction:.0%} punctuation",
+        f"lines of {looks.line_characters:.0f} characters",
+    ]
+    if looks.nearest is not None and looks.overlap is not None:
+        parts.append(f"word frequencies overlap most with {looks.nearest} ({looks.overlap:.0%})")
+    if looks.typical:
+        parts.append(f"typical against known text: {' '.join(looks.typical)}")
+    return f"It looks like {_kind(looks)}: {'; '.join(parts)}."
+
+
+def _kind(looks: Looks) -> str:
+    """A name for the most striking trait. Limits are round numbers: they change words, and no decision."""
+    if looks.template_lines_fraction >= 0.5:
+        many = f"{looks.templates} templates" if looks.templates > 1 else "one template"
+        return f"machine-written lines ({looks.template_lines_fraction:.0%} of its lines follow {many})"
+    if looks.digits_fraction >= 0.3:
+        return "numbers or encoded data"
+    if looks.punctuation_fraction >= 0.15:
+        return "code or markup"
+    return "running text" if looks.letters_fraction >= 0.8 else "mixed text"

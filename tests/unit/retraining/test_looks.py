@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import pytest
+
+from lifelong_moe.retraining.looks import look_at, overlap, template_lines, typical_words
+
+PROSE = (
+    "The harbour was quiet in the morning, and nobody had yet come down to the boats.\nShe walked along the wall to "
+    "where the old men used to sit, counting the steps as she had done when she was a child."
+)
+CODE = "for (int i = 0; i < n; ++i) {\n    x[i] += y[i] * (a - b);\n    if (x[i] > m) { m = x[i]; }\n}\n"
+
+
+def log_lines(number: int, seed: int = 0) -> list[str]:
+    """Lines of three templates, with fields drawn at random."""
+    draw = random.Random(seed)
+
+    def word() -> str:
+        return "".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=8))
+
+    forms = [
+        lambda: f"2026-01-{draw.randint(1, 28):02} INFO user {word()} logged in from {draw.randint(0, 255)}.0.0.1",
+        lambda: f"2026-01-{draw.randint(1, 28):02} WARN request {word()} took {draw.randint(100, 999)} ms",
+        lambda: f"2026-01-{draw.randint(1, 28):02} ERROR cannot open file {word()} for user {word()}",
+    ]
+    return [draw.choice(forms)() for _ in range(number)]
+
+
+def test_logs_of_random_fields_are_machine_written_lines() -> None:
+    lines = log_lines(300)
+    assert template_lines(lines) == (300, 3)
+    looks = look_at(["\n".join(lines[i : i + 10]) for i in range(0, 300, 10)], {"books": [PROSE]})
+    assert looks.words.startswith("It looks like machine-written lines (100% of its lines follow 3 templates): ")
+    assert (looks.template_lines_fraction, looks.templates) == (1.0, 3)
+    assert len(look_at(lines, {}).words) > 0 and look_at(lines, {}).template_lines_fraction == 1.0  # a line a document
+
+
+def test_prose_and_code_follow_no_templates() -> None:
+    words = [f"word{chr(97 + i // 26)}{chr(97 + i % 26)}" for i in range(400)]
+    draw = random.Random(0)
+    lines = [" ".join(draw.choices(words, weights=range(400, 0, -1), k=12)) for _ in range(300)]
+    followed, _ = template_lines(lines)
+    assert followed / 300 < 0.05
+    assert template_lines(["}", "    return x", "else:"] * 50) == (0, 0)  # too short to be one
+    assert look_at([PROSE], {}).words.startswith("It looks like running text: ")
+    assert look_at([CODE], {}).words.startswith("It looks like code or markup: ")
+    assert look_at(["3.1 4.15 92 6535 8979\n" * 4], {}).words.startswith("It looks like numbers or encoded data: ")
+
+
+def test_shares_by_hand() -> None:
+    looks = look_at(["ab 12!\n\ncd"], {})
+    assert looks.letters_fraction == pytest.approx(4 / 7) and looks.digits_fraction == pytest.approx(2 / 7)
+    assert looks.punctuation_fraction == pytest.approx(1 / 7)
+    assert looks.line_characters == 4.0  # "ab 12!" and "cd"
+    assert (looks.nearest, looks.overlap, looks.typical) == (None, None, [])
+
+
+def test_the_nearest_known_distribution_has_the_most_words_in_common() -> None:
+    looks = look_at([PROSE], {"code": [CODE], "books": ["The boats were quiet, and the old men used to come down."]})
+    assert looks.nearest == "books" and "overlap most with books" in looks.words
+    one, other = Counter("aabc"), Counter("abbd")
+    assert overlap(one, other) == pytest.approx(0.25 + 0.25)  # a: least of 2/4 and 1/4; b: of 1/4 and 2/4
+    assert overlap(one, one) == 1.0 and overlap(one, Counter("xyz")) == 0.0
+
+
+def test_typical_words_are_more_frequent_than_before_beyond_chance() -> None:
+    new, old = Counter({"the": 100, "whale": 30, "once": 1}), Counter({"the": 100, "tree": 31})
+    assert typical_words(new, old) == ["whale"]
+    assert typical_words(new, new) == []
+    assert typical_words(new, Counter())[:1] != ["once"]
+
+
+@pytest.mark.parametrize("texts", [[], [""], ["   \n\t"], ["\x00"], ["\u2028"]])
+def test_text_without_anything_to_see_is_described_all_the_same(texts: list[str]) -> None:
+    looks = look_at(texts, {"books": [PROSE]})
+    assert looks.words.startswith("It looks like ") and 0 <= looks.punctuation_fraction <= 1
