@@ -4,35 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lifelong_moe.errors import StalePlanError
-from lifelong_moe.methods.plan import stage_need
 from lifelong_moe.methods.retraining import Retraining
-from lifelong_moe.model.cost import count_parameters, training_flops
-from lifelong_moe.retraining.bounds import difference
-from lifelong_moe.retraining.decision import Action, Decision, ProbeResult, decide
+from lifelong_moe.retraining.decision import Action, Decision, decide
 from lifelong_moe.retraining.drift import Drift
-from lifelong_moe.retraining.gate import forgetting
 from lifelong_moe.stages.atomic import replace_file
 from lifelong_moe.stages.keys import SHORT, content_key
 from lifelong_moe.stages.runs import RunRecord, latest_timestamp, timestamp
 from lifelong_moe.stages.versions import dated_until
 from pipelines.candidates import Bench, Candidate
 from pipelines.drifting import drift_notes, has_drifted, look_at_batch, measure_batch
-from pipelines.gating import foreseen_power, kinds_of_text, old_losses
+from pipelines.gating import foreseen_power
 from pipelines.novelty import NewDocuments
 from pipelines.plan_file import read_plan
-from pipelines.workspace import require_room
+from pipelines.probes import probe, require_room_for, shortened, spent, stage_facts
 
 VALID_DAYS = 7
-PROBE_LEVEL = 0.05
-PROBE_RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -82,14 +74,14 @@ def make_plan(bench: Bench, new: NewDocuments, head: dict[str, Any]) -> TickPlan
     rooms = [_has_room(bench.retraining, way) for way in ways]
     # What cannot be afforded is not probed either; of the cheapest way it is said why.
     growing = [way for way, room in zip(ways, rooms, strict=True) if drifted and room]
-    over = {way.planned.key: _exceeded(bench, _stage_facts(bench, way), head) for way in (continues, *growing)}
+    over = {way.planned.key: _exceeded(bench, stage_facts(bench, way), head) for way in (continues, *growing)}
     affordable = [way for way in growing if not over[way.planned.key]]
     exceeded = [] if affordable or not over[continues.planned.key] else over[continues.planned.key]
-    _require_room(bench, [*([] if over[continues.planned.key] else [continues]), *affordable])
-    continued = None if over[continues.planned.key] else _probe(bench, continues)
+    require_room_for(bench, [*([] if over[continues.planned.key] else [continues]), *affordable])
+    continued = None if over[continues.planned.key] else probe(bench, continues)
     decision = decide(
         continued=continued,
-        grown=list(zip(_names(affordable), (_probe(bench, way) for way in affordable), strict=True)),
+        grown=list(zip(_names(affordable), (probe(bench, way) for way in affordable), strict=True)),
         drifted=drifted,
         config=settings.decision,
         gate=settings.gate,
@@ -103,7 +95,7 @@ def make_plan(bench: Bench, new: NewDocuments, head: dict[str, Any]) -> TickPlan
     notes += [] if all(rooms) else [_full(settings.limits.experts)]
     notes += [f"{_way(way)} is not considered: {over[way.planned.key][0]}" for way in growing if way not in affordable]
     facts = _facts(bench, new, drifts, decision, chosen, notes, exceeded)
-    facts["power"] = None if chosen is None else foreseen_power(bench, _short(bench, chosen))
+    facts["power"] = None if chosen is None else foreseen_power(bench, shortened(bench, chosen))
     facts["looks"] = dataclasses.asdict(look_at_batch(bench, settings.drift.documents, seed))
     return TickPlan(facts, chosen)
 
@@ -190,76 +182,6 @@ def _has_room(retraining: Retraining, grows: Candidate) -> bool:
     return most is None or grows.planned.architecture.num_experts <= most
 
 
-def _probe_tokens(bench: Bench, candidate: Candidate) -> int:
-    batch_tokens = candidate.planned.spec.optim.batch_tokens
-    return (
-        max(2, round(bench.retraining.settings.probe.fraction * candidate.planned.tokens / batch_tokens)) * batch_tokens
-    )
-
-
-def _short(bench: Bench, candidate: Candidate) -> Candidate:
-    """The candidate's probe: the same stage on fewer tokens."""
-    return bench.plan(candidate.planned.spec.continues, _probe_tokens(bench, candidate), candidate.grow)
-
-
-def _require_room(bench: Bench, candidates: list[Candidate]) -> None:
-    """All probes, and then any of the candidates, must fit on the disk."""
-    for candidate in candidates:
-        stages = [*(_short(bench, one).planned for one in candidates), candidate.planned]
-        todo = [stage for stage in stages if bench.store.find(stage.key) is None]
-        require_room(todo, candidate.config)
-
-
-def _probe(bench: Bench, candidate: Candidate) -> ProbeResult:
-    """Train a short version of a candidate and hold it against the champion."""
-    short = _short(bench, candidate)
-    stage = bench.train(short, lambda points: None, None)
-    seed, new, before = short.config.seed, bench.new, bench.parent
-
-    def lost(name: str, **kinds: bool) -> Any:
-        after = bench.losses(stage, short, name, **kinds)
-        other = bench.losses(stage if kinds else before, short, name)
-        return difference(after, other, level=PROBE_LEVEL, resamples=PROBE_RESAMPLES, seed=seed)
-
-    gain = -lost(new)
-    forgotten = forgetting(
-        *old_losses(bench, short, stage),
-        kinds=kinds_of_text(bench.champion, bench.store),
-        level=PROBE_LEVEL,
-        resamples=PROBE_RESAMPLES,
-        seed=seed,
-    )
-    old, structure = count_parameters(bench.architecture).total, lost(new, shuffled=True)
-    return ProbeResult(
-        gain=gain.mean,
-        gain_lower=gain.lower,
-        gain_upper=gain.upper,
-        structure=structure.lower,
-        structure_upper=structure.upper,
-        forgetting=_largest(one.upper for one in forgotten.values()),
-        forgetting_lower=_largest(one.lower for one in forgotten.values()),
-        leak=_largest(bench.leak(stage, short, name) for name in short.config.evaluated if name != new),
-        parameters_fraction=(candidate.planned.parameters.total - old) / old,
-        cost_fraction=_cost_fraction(bench, candidate),
-    )
-
-
-def _largest(values: Iterable[float]) -> float:
-    """The largest, or NaN if one is; 0 of none."""
-    return max(values, key=lambda value: (math.isnan(value), value), default=0.0)
-
-
-def _cost_fraction(bench: Bench, candidate: Candidate) -> float:
-    """Share of the budget that a stage and the probes before it take: of ``limits.tokens`` or ``limits.hours``, the
-    larger share. Without either the budget is what training the champion's model on as many tokens costs."""
-    limits, stage = bench.retraining.settings.limits, _stage_facts(bench, candidate)
-    spent = _spent(bench, stage)
-    shares = [spent[key] / limit for key in ("tokens", "hours") if (limit := getattr(limits, key)) and spent[key]]
-    if shares:
-        return max(shares)
-    return candidate.planned.flops / training_flops(bench.architecture, candidate.planned.tokens, None, 0)
-
-
 def _facts(
     bench: Bench,
     new: NewDocuments,
@@ -270,7 +192,7 @@ def _facts(
     exceeded: list[str],
 ) -> dict[str, Any]:
     settings, corpus = bench.retraining.settings, bench.texts[bench.new]
-    stage = None if chosen is None else _stage_facts(bench, chosen)
+    stage = None if chosen is None else stage_facts(bench, chosen)
     return {
         "run": bench.retraining.run,
         "made_at": timestamp(),
@@ -297,41 +219,12 @@ def _facts(
     }
 
 
-def _stage_facts(bench: Bench, chosen: Candidate) -> dict[str, Any]:
-    planned = chosen.planned
-    speeds = [s.metrics["tokens_per_second"] for s in bench.store.chain(bench.champion.key) if s.metrics]
-    speed = speeds[-1] if speeds else None  # a derived stage trained nothing
-    return {
-        "name": planned.spec.name,
-        "key": planned.key,
-        "continues": planned.spec.continues,
-        "grow": chosen.grow,
-        "tokens": planned.tokens,
-        "probe_tokens": _probe_tokens(bench, chosen),
-        "active_flops": planned.flops,
-        "experts_per_layer": planned.architecture.num_experts,
-        "parameters_total": planned.parameters.total,
-        "parameters_trainable": planned.trainable,
-        "replay_fraction": planned.spec.replay_fraction,
-        "disk_bytes": stage_need(planned, chosen.config).total,
-        "hours": None if not speed else planned.tokens / speed / 3600,
-    }
-
-
-def _spent(bench: Bench, stage: dict[str, Any]) -> dict[str, Any]:
-    """Tokens, and hours where speed is known, of a stage and of all probes."""
-    probes = 1 + max(1, len(bench.retraining.settings.probe.grow))
-    tokens = stage["tokens"] + probes * stage["probe_tokens"]
-    hours = stage["hours"]
-    return {"tokens": tokens, "hours": None if hours is None else hours * tokens / stage["tokens"]}
-
-
 def _exceeded(bench: Bench, stage: dict[str, Any], head: dict[str, Any]) -> list[str]:
     limits = bench.retraining.settings.limits
     week = timestamp(time.time() - 7 * 86400)
     lately = sum(v.kind == "promoted" and v.at > week for v in dated_until(head, latest_timestamp()))
-    spent = {**_spent(bench, stage), "disk_bytes": stage["disk_bytes"], "promotions_per_week": lately + 1}
-    found = {key: (value, getattr(limits, key)) for key, value in spent.items()}
+    needed = {**spent(bench, stage), "disk_bytes": stage["disk_bytes"], "promotions_per_week": lately + 1}
+    found = {key: (value, getattr(limits, key)) for key, value in needed.items()}
     return [
         f"limits.{key}={limit} would be exceeded: {value:g}."
         for key, (value, limit) in found.items()

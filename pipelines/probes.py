@@ -1,0 +1,118 @@
+"""Short versions of a tick's candidates: what they show, and what the stages that they stand for would cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from lifelong_moe.methods.plan import stage_need
+from lifelong_moe.model.cost import count_parameters, training_flops
+from lifelong_moe.retraining.bounds import difference
+from lifelong_moe.retraining.decision import ProbeResult
+from lifelong_moe.retraining.gate import forgetting
+from pipelines.candidates import Bench, Candidate
+from pipelines.gating import kinds_of_text, old_losses
+from pipelines.workspace import require_room
+
+PROBE_LEVEL = 0.05
+PROBE_RESAMPLES = 2000
+
+
+def probe_tokens(bench: Bench, candidate: Candidate) -> int:
+    batch_tokens = candidate.planned.spec.optim.batch_tokens
+    return (
+        max(2, round(bench.retraining.settings.probe.fraction * candidate.planned.tokens / batch_tokens)) * batch_tokens
+    )
+
+
+def shortened(bench: Bench, candidate: Candidate) -> Candidate:
+    """The candidate's probe: the same stage on fewer tokens."""
+    return bench.plan(candidate.planned.spec.continues, probe_tokens(bench, candidate), candidate.grow)
+
+
+def require_room_for(bench: Bench, candidates: list[Candidate]) -> None:
+    """All probes, and then any of the candidates, must fit on the disk."""
+    for candidate in candidates:
+        stages = [*(shortened(bench, one).planned for one in candidates), candidate.planned]
+        todo = [stage for stage in stages if bench.store.find(stage.key) is None]
+        require_room(todo, candidate.config)
+
+
+def probe(bench: Bench, candidate: Candidate) -> ProbeResult:
+    """Train a short version of a candidate and hold it against the champion."""
+    short = shortened(bench, candidate)
+    stage = bench.train(short, lambda points: None, None)
+    seed, new, before = short.config.seed, bench.new, bench.parent
+
+    def lost(name: str, **kinds: bool) -> Any:
+        after = bench.losses(stage, short, name, **kinds)
+        other = bench.losses(stage if kinds else before, short, name)
+        return difference(after, other, level=PROBE_LEVEL, resamples=PROBE_RESAMPLES, seed=seed)
+
+    gain = -lost(new)
+    forgotten = forgetting(
+        *old_losses(bench, short, stage),
+        kinds=kinds_of_text(bench.champion, bench.store),
+        level=PROBE_LEVEL,
+        resamples=PROBE_RESAMPLES,
+        seed=seed,
+    )
+    old, structure = count_parameters(bench.architecture).total, lost(new, shuffled=True)
+    return ProbeResult(
+        gain=gain.mean,
+        gain_lower=gain.lower,
+        gain_upper=gain.upper,
+        structure=structure.lower,
+        structure_upper=structure.upper,
+        forgetting=_largest(one.upper for one in forgotten.values()),
+        forgetting_lower=_largest(one.lower for one in forgotten.values()),
+        leak=_largest(bench.leak(stage, short, name) for name in short.config.evaluated if name != new),
+        parameters_fraction=(candidate.planned.parameters.total - old) / old,
+        cost_fraction=_cost_fraction(bench, candidate),
+    )
+
+
+def _largest(values: Iterable[float]) -> float:
+    """The largest, or NaN if one is; 0 of none."""
+    return max(values, key=lambda value: (math.isnan(value), value), default=0.0)
+
+
+def _cost_fraction(bench: Bench, candidate: Candidate) -> float:
+    """Share of the budget that a stage and the probes before it take: of ``limits.tokens`` or ``limits.hours``, the
+    larger share. Without either the budget is what training the champion's model on as many tokens costs."""
+    limits, stage = bench.retraining.settings.limits, stage_facts(bench, candidate)
+    used = spent(bench, stage)
+    shares = [used[key] / limit for key in ("tokens", "hours") if (limit := getattr(limits, key)) and used[key]]
+    if shares:
+        return max(shares)
+    return candidate.planned.flops / training_flops(bench.architecture, candidate.planned.tokens, None, 0)
+
+
+def stage_facts(bench: Bench, chosen: Candidate) -> dict[str, Any]:
+    planned = chosen.planned
+    speeds = [s.metrics["tokens_per_second"] for s in bench.store.chain(bench.champion.key) if s.metrics]
+    speed = speeds[-1] if speeds else None  # a derived stage trained nothing
+    return {
+        "name": planned.spec.name,
+        "key": planned.key,
+        "continues": planned.spec.continues,
+        "grow": chosen.grow,
+        "tokens": planned.tokens,
+        "probe_tokens": probe_tokens(bench, chosen),
+        "active_flops": planned.flops,
+        "experts_per_layer": planned.architecture.num_experts,
+        "parameters_total": planned.parameters.total,
+        "parameters_trainable": planned.trainable,
+        "replay_fraction": planned.spec.replay_fraction,
+        "disk_bytes": stage_need(planned, chosen.config).total,
+        "hours": None if not speed else planned.tokens / speed / 3600,
+    }
+
+
+def spent(bench: Bench, stage: dict[str, Any]) -> dict[str, Any]:
+    """Tokens, and hours where speed is known, of a stage and of all probes."""
+    probes = 1 + max(1, len(bench.retraining.settings.probe.grow))
+    tokens = stage["tokens"] + probes * stage["probe_tokens"]
+    hours = stage["hours"]
+    return {"tokens": tokens, "hours": None if hours is None else hours * tokens / stage["tokens"]}

@@ -1,0 +1,98 @@
+"""What one tick of retraining works with, and how it ends."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any
+
+from rich.console import Console
+
+from lifelong_moe.data.batches import BatchStore
+from lifelong_moe.errors import ConfigError, LifelongError, as_ours, one_line
+from lifelong_moe.methods.retraining import Retraining
+from lifelong_moe.retraining.config import HELDOUT_SOURCES
+from lifelong_moe.stages.runs import RunRecord, require_head, timestamp
+from lifelong_moe.stages.store import CommittedStage, StageStore
+from lifelong_moe.stages.versions import Head, champion, versions
+from pipelines import hooks, render_retrain
+from pipelines.candidates import served_stages
+from pipelines.novelty import NewDocuments
+from pipelines.places import ROOT
+
+
+class Tick:
+    """What one tick works with, and how it ends."""
+
+    def __init__(self, retraining: Retraining, record: RunRecord, head: Head, console: Console) -> None:
+        self.retraining, self.record, self.head, self.console = retraining, record, head, console
+        self.store, self.batches = StageStore(ROOT), BatchStore(ROOT)
+        self.base, self.added = served_stages(champion(head), self.store)
+        self.config = retraining.config(self.base, self.added)
+
+    def end(self, outcome: str, reason: str, **fields: Any) -> dict[str, Any]:
+        """Note the outcome in ledger and head, tell the hooks, and return it."""
+        now = champion(self.head)
+        serves = {"version": now.id, "stage": now.stages[-1].name, "key": now.key}
+        result = {"outcome": outcome, "reason": reason, "champion": serves, **fields}
+        last = {"outcome": outcome, "reason": reason, "batch": fields.get("batch")}
+        before = self.head.get("last_tick", {})
+        # A batch that waits for a higher limit, or for more of its kind, is told of once, not every night.
+        again = outcome in ("over budget", "waiting") and last == {key: before.get(key) for key in last}
+        if not again:
+            self.record.log("tick", **result)
+        result |= {"run": self.record.run, "at": timestamp()}
+        self.head["last_tick"] = {"at": result["at"], **last}
+        self.record.set_head(self.head)
+        render_retrain.outcome(self.console, result)
+        if outcome != "idle" and not again:
+            hooks.tell(self.retraining.settings.hooks, result)
+        return result
+
+    def fail(self, error: BaseException) -> None:
+        """Note a failure in ledger and head as they were committed, and tell the hooks.
+
+        What a person must mend (exit code 2) is only told: it writes nothing.
+        """
+        ours = as_ours(error)
+        reason, code = one_line(str(ours or error)), ours.exit_code if ours else 1
+        failure = {"outcome": "failed", "error": type(ours or error).__name__, "reason": reason}
+        if code != ConfigError.exit_code:
+            with suppress(OSError, LifelongError):  # on a full disk the error that filled it is the one to tell
+                self.record.log("tick", **failure, exit_code=code)
+                last = {"at": timestamp(), "outcome": "failed", "reason": reason}
+                self.record.set_head({**require_head(ROOT, self.record.run), "last_tick": last})
+        hooks.tell(self.retraining.settings.hooks, {**failure, "run": self.record.run, "at": timestamp()})
+
+    def trained(self, stage: CommittedStage) -> None:
+        """Note a stage in the ledger, once."""
+        if stage.key not in self.record.logged("stage", "key"):
+            self.record.log("stage", name=stage.name, key=stage.key)
+
+    def reopen(self, prefix: str) -> None:
+        """Forget the decision about a batch, so that its documents are new again.
+
+        Raises:
+            ConfigError: If no batch, or more than one, begins so, but those that the champion has learned.
+        """
+        batches = self.head.get("batches", {})
+        served = {stage.batch for stage in champion(self.head).stages}
+        closed = {key: batch for key, batch in batches.items() if key not in served}
+        found = [key for key, batch in closed.items() if prefix in (batch["name"], key[: len(prefix)])]
+        if len(found) != 1:
+            known = ", ".join(f"{b['name']} ({b['outcome']})" for b in closed.values()) or "none"
+            raise ConfigError(f"--reopen {prefix}: names {len(found)} batches; those that can be reopened: {known}.")
+        self.head["versions"] = [version.to_json() for version in versions(self.head)]  # with the splits noted there
+        self.head["batches"] = {key: batch for key, batch in batches.items() if key != found[0]}
+        self.record.log("reopen", batch=found[0], name=closed[found[0]]["name"])
+        self.record.set_head(self.head)
+
+    def settle(self, new: NewDocuments, outcome: str, reason: str) -> None:
+        """A decision about a batch: its documents are not looked at again."""
+        settled: dict[str, Any] = {"name": new.name, "outcome": outcome, "reason": reason, "at": timestamp()}
+        settled |= {**split_of(self.retraining), "sources": new.sources}
+        self.head["batches"] = {**self.head.get("batches", {}), new.hash: settled}
+
+
+def split_of(retraining: Retraining) -> dict[str, Any]:
+    """How a new batch is divided; noted with it, since what was trained on must never count as held out later."""
+    return {"heldout_fraction": retraining.settings.inbox.heldout_fraction, "heldout_sources": HELDOUT_SOURCES}
