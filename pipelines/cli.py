@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from lifelong_moe.errors import ConfigError, as_ours, one_line
-from pipelines import output
+from pipelines import output, threads
 
 ABOUT = "Keep one mixture-of-experts language model learning along a stream of data distributions."
 app = typer.Typer(
@@ -109,6 +109,7 @@ def run(
     from pipelines.run import run as story
 
     quiet.libraries()
+    threads.say()
     finish(story(config, checked, replace, console(as_json)), as_json)
 
 
@@ -142,6 +143,7 @@ def compare(
     from pipelines.compare import compare as story
 
     quiet.libraries()
+    threads.say()
     finish(story(config, overrides or [], only or [], replace, console(as_json)), as_json)
 
 
@@ -182,6 +184,7 @@ def retrain(
             from pipelines.retrain import retrain as story
 
             quiet.libraries()
+            threads.say()
             result = story(config, overrides or [], dry_run, plan_path, console(), reopen)
     except BaseException as error:  # a bug or Ctrl-C as well: who reads the last line always finds JSON
         told = as_ours(error) or error
@@ -278,6 +281,7 @@ def consolidate(
     from pipelines.consolidate import consolidate as story
 
     quiet.libraries()
+    threads.say()
     result = story(run, stage, experts, console(as_json), settings)
     finish(result, as_json)
     raise typer.Exit(REJECTED if result["outcome"] == "rejected" else 0)
@@ -360,6 +364,7 @@ def inspect(
     from pipelines.inspectors import inspect as story
 
     quiet.libraries()
+    threads.say()
     result = story(
         run,
         stage,
@@ -399,6 +404,7 @@ def ui(
 def main() -> None:
     """Entry point: a person's mistake costs one line and its exit code; only our own bugs show a traceback."""
     output.make_robust()
+    threads.configure()
     sys.exit(exit_code(app))
 
 

@@ -7,7 +7,7 @@ from bisect import bisect_right
 
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.methods.plan import PlannedStage
-from lifelong_moe.model.cost import training_flops
+from lifelong_moe.model.cost import forward_flops_per_token
 
 
 def tokens_within(arm: list[PlannedStage], reference: list[PlannedStage], tokens: dict[str, int]) -> dict[str, int]:
@@ -46,8 +46,8 @@ def _steps_within(arm: list[PlannedStage], index: int, flops: int) -> int:
         spec = dataclasses.replace(stage.spec, tokens=steps * stage.spec.optim.batch_tokens)
         return spec.flops(stage.architecture, parent)
 
-    # What a step costs varies with its place among phases, but never below the student's own part.
-    least = training_flops(stage.architecture, stage.spec.optim.batch_tokens, None, 0)
+    # What a step costs varies with its place among phases, but never below one forward pass.
+    least = forward_flops_per_token(stage.architecture) * stage.spec.optim.batch_tokens
     steps = bisect_right(range(1, flops // least + 1), flops, key=cost)
     if not steps:
         raise ConfigError(f"budget=flops: stages[{index}] ({stage.spec.name}) would get less than one step.")

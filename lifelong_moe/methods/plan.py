@@ -11,7 +11,6 @@ from lifelong_moe.errors import ConfigError
 from lifelong_moe.methods.graph import stage_specs
 from lifelong_moe.model.architecture import Architecture
 from lifelong_moe.model.cost import ParameterCount, count_parameters, parameters_by_part
-from lifelong_moe.model.parts import Part
 from lifelong_moe.routing.config import Bundles
 from lifelong_moe.training.disk import DiskNeed, disk_need
 from lifelong_moe.training.spec import StageSpec
@@ -136,16 +135,7 @@ def chain(planned: list[PlannedStage]) -> list[PlannedStage]:
 def trainable_parameters(spec: StageSpec, architecture: Architecture) -> int:
     """Parameters that a stage trains."""
     counted = parameters_by_part(architecture)
-    return sum(num for (part, generation), num in counted.items() if _trains(spec, architecture, part, generation))
-
-
-def _trains(spec: StageSpec, architecture: Architecture, part: Part, generation: int | None) -> bool:
-    """Whether a stage trains a part of the trunk, or of a generation; a student trains all that it is made of."""
-    if spec.finetune is not None and not spec.finetune.trains(part):
-        return False
-    if generation is not None:
-        return architecture.trains(generation)
-    return spec.trunk is None or not spec.trunk.is_frozen or spec.student is not None
+    return sum(num for (part, generation), num in counted.items() if spec.trains_part(architecture, part, generation))
 
 
 def stage_need(planned: PlannedStage, config: RunConfig) -> DiskNeed:

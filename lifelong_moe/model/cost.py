@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from lifelong_moe.model.architecture import Architecture
 from lifelong_moe.model.config import Activation, ModelConfig, QKNorm, SharedMix
 from lifelong_moe.model.parts import Part
+from lifelong_moe.model.products import Text, TokenProducts, group_rows, nothing, pass_products, rows_an_expert
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,11 @@ def parameters_by_part(architecture: Architecture) -> dict[tuple[Part, int | Non
         part = Part.shared if layer in config.moe_layers else Part.dense
         counted[part, None] += _shared_parameters(architecture, layer)
     per_expert = _feed_forward(config.width, config.expert_width, config.activation)
-    row = _rows_an_expert(architecture)
+    row = rows_an_expert(architecture)
     for g, generation in enumerate(architecture.generations):
         experts = [generation.experts_in(layer) for layer in layers]
         counted[Part.expert, g] = sum(experts) * per_expert
-        counted[Part.router, g] = (sum(experts) * row + _group_rows(architecture, experts)) * config.width
+        counted[Part.router, g] = (sum(experts) * row + group_rows(architecture, experts)) * config.width
         for part, numbers in _delta_parameters_per_rank(architecture).items():
             counted[part, g] = generation.delta_rank * numbers
     return dict(counted)
@@ -96,18 +97,6 @@ def _shared_parameters(architecture: Architecture, layer: int) -> int:
     return _feed_forward(config.width, config.shared_experts * config.expert_width, config.activation) + mix
 
 
-def _rows_an_expert(architecture: Architecture) -> int:
-    """Rows that a router has for each expert."""
-    routing = architecture.routing
-    return (2 if routing.mode == "noisy_topk" else 1) if routing.has_rows else 0
-
-
-def _group_rows(architecture: Architecture, experts: list[int]) -> int:
-    """Rows that routers have for a generation's groups; of it each layer has so many experts."""
-    routing = architecture.routing
-    return sum(routing.groups_of(num) for num in experts) if routing.mode == "hierarchical" else 0
-
-
 def _delta_parameters_per_rank(architecture: Architecture) -> dict[Part, int]:
     """Parameters of a bundle's deltas at rank 1: rows plus columns of every matrix that has one."""
     config = architecture.model
@@ -117,25 +106,25 @@ def _delta_parameters_per_rank(architecture: Architecture) -> dict[Part, int]:
     return {Part.embedding: table, Part.attention: config.layers * attention, Part.head: table}
 
 
-def forward_flops_per_token(architecture: Architecture) -> int:
-    """Multiply-adds times two of one token's forward pass, attention over half a context included.
+def forward_flops_per_token(architecture: Architecture, first_block: int = 0) -> int:
+    """Multiply-adds times two of one token's forward pass from a block on, attention over half a context included.
 
-    The embedding, and one half of its delta, is a look-up and costs none; the head does, once for each expert that
-    predicts by itself.
+    The embedding is a look-up and costs none; the head does, once for each expert that predicts by itself. Low-rank
+    changes of the trunk cost by pass and not by token: :func:`pass_flops`. Documents that are kept apart are not known
+    here: with ``model.document_mask`` attention costs at most this.
     """
-    config = architecture.model
-    count = count_parameters(architecture)
-    lookup = architecture.vocab_size * (config.width + max(g.delta_rank for g in architecture.generations))
-    matrices = count.active - (0 if config.tie_embeddings else lookup)
-    attention = 2 * config.layers * config.heads * config.attention_width * config.context // 2
-    heads = architecture.experts_in(config.layers - 1) - 1 if architecture.routing.competitive else 0
-    return 2 * (matrices + attention + heads * architecture.vocab_size * config.width)
+    return round(2 * TokenProducts(architecture, nothing, Text.of(architecture), first_block).total)
+
+
+def pass_flops(architecture: Architecture, text: Text) -> int:
+    """Of one forward pass, whatever its number of tokens: a matrix and its low-rank change are added up once."""
+    return round(2 * pass_products(architecture, nothing, text))
 
 
 def training_flops(architecture: Architecture, tokens: int, teacher: Architecture | None, teacher_tokens: int) -> int:
-    """Active FLOPs of a stage: three forward passes' worth a token, and the teacher's forward passes.
+    """Three forward passes' worth a token, and the teacher's forward passes: a yardstick from the shape alone.
 
-    Weight gradients that frozen experts skip are not subtracted: arms compare at what they could cost.
+    What a stage takes, with what it leaves frozen, is ``StageSpec.flops``.
     """
     student = 3 * forward_flops_per_token(architecture) * tokens
     return student + (forward_flops_per_token(teacher) * teacher_tokens if teacher else 0)

@@ -7,6 +7,9 @@ from enum import StrEnum
 
 from lifelong_moe.errors import ConfigError
 
+WRITTEN_AT_ONCE = 64
+"""Blocks that the old model writes side by side; bounds memory."""
+
 
 class TrunkTraining(StrEnum):
     """How the shared parts (attention, norms, embedding, head) train from the second stage on."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lifelong_moe.model.cache import KeyValueCache
 from lifelong_moe.model.transformer import LanguageModel
+from lifelong_moe.retention.config import WRITTEN_AT_ONCE
 
 GroupIdsOf = Callable[[NDArray[np.int64]], NDArray[np.int64]]
 """Tokens of one document so far, BOS first, int64 ``(N,)`` to their groups, int64 ``(N,)``."""
@@ -28,7 +29,7 @@ def generate_blocks(
     bos_id: int,
     seed: int,
     temperature: float = 1.0,
-    batch_size: int = 64,
+    batch_size: int = WRITTEN_AT_ONCE,
     group_ids_of: GroupIdsOf | None = None,
 ) -> NDArray[np.int64]:
     """Sample packed blocks: BOS, then a model's text; where it samples BOS again, a new document begins.

@@ -10,7 +10,7 @@ from typing import Any
 from lifelong_moe.growth.config import GrowConfig
 from lifelong_moe.model.architecture import Architecture, Generation, first_generation
 from lifelong_moe.model.config import ModelConfig
-from lifelong_moe.model.cost import training_flops
+from lifelong_moe.model.parts import Part
 from lifelong_moe.retention.config import (
     DistillConfig,
     DistillText,
@@ -24,6 +24,7 @@ from lifelong_moe.retention.config import (
 from lifelong_moe.routing.config import Features, Level, RoutingConfig
 from lifelong_moe.stages.keys import SCHEMA, content_key
 from lifelong_moe.training.config import FinetuneConfig, OptimConfig
+from lifelong_moe.training.flops import loop_flops, preparation_flops
 
 HASH_WARMUP = 0.1
 """Share of the first stage that trains with hash routing before centroids of hidden states are fitted."""
@@ -257,15 +258,22 @@ class StageSpec:
         known = self.data in dict(architecture.labels)
         return architecture.labelled(self.data) if self.grow or self.continues or not known else architecture
 
+    def trains_part(self, architecture: Architecture, part: Part, generation: int | None) -> bool:
+        """Whether it trains a part of the trunk, or of a generation; a student trains all that it is made of."""
+        if self.finetune is not None and not self.finetune.trains(part):
+            return False
+        if generation is not None:
+            return architecture.trains(generation)
+        return self.trunk is None or not self.trunk.is_frozen or self.student is not None
+
     def flops(self, architecture: Architecture, parent: Architecture | None) -> int:
-        """Active FLOPs of the stage, included those of the parent's model: as teacher, and measuring its weights."""
-        tokens = self.steps * self.optim.batch_tokens
-        measured = training_flops(parent, self.fisher_measured_tokens, None, 0) if parent else 0  # forward and backward
-        return training_flops(architecture, tokens, parent, self.teacher_tokens) + measured
+        """FLOPs of the stage, included those of the parent's model: as teacher, writing, and measuring its weights."""
+        before = 0 if parent is None else preparation_flops(self, parent)
+        return before + self.loop_flops(architecture, parent)
 
     def loop_flops(self, architecture: Architecture, parent: Architecture | None) -> int:
         """Those of them within the training loop: what the parent's model writes or is measured on comes before it."""
-        return training_flops(architecture, self.steps * self.optim.batch_tokens, parent, self.distilled_tokens)
+        return loop_flops(self, architecture, parent)
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON data."""

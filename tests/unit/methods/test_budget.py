@@ -46,8 +46,9 @@ def test_a_teacher_costs_tokens(make_run: MakeRun) -> None:
     reference = planned(make_run, "method=sequential")
     allowed = within(make_run, reference, *HUNGRY)
     assert allowed["english"] == TOKENS  # the same first stage, which stays shared
-    # Three forward passes a token against nearly four: 3 / (3 + 0.95), a little less for new router rows.
-    assert 0.70 < allowed["python"] / TOKENS < 0.76 and allowed["python"] % BATCH == 0
+    # Three forward passes a token against nearly four, 3 / (3 + 0.95), and some more tokens for the weight gradients that
+    # frozen experts leave out.
+    assert 0.75 < allowed["python"] / TOKENS < 0.80 and allowed["python"] % BATCH == 0
     assert after(make_run, allowed, *HUNGRY)[1] <= reference[1].flops
     one_more = allowed | {"python": allowed["python"] + BATCH}
     assert after(make_run, one_more, *HUNGRY)[1] > reference[1].flops
@@ -56,7 +57,7 @@ def test_a_teacher_costs_tokens(make_run: MakeRun) -> None:
 def test_a_cheaper_arm_gets_more(make_run: MakeRun) -> None:
     reference = planned(make_run, *HUNGRY)
     allowed = within(make_run, reference, "method=sequential")
-    assert allowed["english"] == TOKENS and allowed["python"] > 1.3 * TOKENS
+    assert allowed["english"] == TOKENS and allowed["python"] > 1.25 * TOKENS
     assert after(make_run, allowed, "method=sequential")[1] <= reference[1].flops
 
 

@@ -10,7 +10,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lifelong_moe.model.architecture import Architecture, Generation
-from lifelong_moe.model.cost import count_parameters, forward_flops_per_token, training_flops
+from lifelong_moe.model.cost import count_parameters, forward_flops_per_token, pass_flops, training_flops
+from lifelong_moe.model.products import Text
 from lifelong_moe.model.transformer import LanguageModel
 
 Make = Callable[..., LanguageModel]
@@ -74,8 +75,11 @@ def test_deltas_by_hand(make_architecture: Callable[..., Architecture]) -> None:
     )
     numbers = 3 * (2 * (2 * 32 + 2 * 24) + 2 * (61 + 16))
     assert count_parameters(changed).total - count_parameters(plain).total == numbers
-    # What is looked up in the embedding's delta, 61 x 3, costs nothing.
-    assert forward_flops_per_token(changed) - forward_flops_per_token(plain) == 2 * (numbers - 61 * 3)
+    # By token only the embedding's delta: what is looked up, 61 x 3, costs nothing, and a product with 3 x 16 the rest.
+    assert forward_flops_per_token(changed) - forward_flops_per_token(plain) == 2 * 3 * 16
+    # By pass each of the other matrices and its change are added up once: 3 x 16 x 16 and so on; the embedding is not.
+    products = 3 * (2 * 2 * (16 * 16 + 8 * 16) + 61 * 16)
+    assert pass_flops(changed, Text.of(changed)) == 2 * products and pass_flops(plain, Text.of(plain)) == 0
 
 
 def test_trainable_after_growth_is_trunk_and_what_is_not_frozen(make_model: Make) -> None:
@@ -89,9 +93,9 @@ def test_flops_by_hand(make_architecture: Callable[..., Architecture]) -> None:
     shape = {"layers": 1, "width": 4, "heads": 1, "kv_heads": 1, "expert_width": 3, "experts": 2, "context": 8}
     routing = {"top_k": 1, "renormalize": False}
     architecture = make_architecture("learned", (2,), model=shape, routing=routing)
-    attention, expert, rows, norms, head = 4 * 16, 3 * 12, 2 * 4, 3 * 4, 61 * 4
+    attention, expert, rows, head = 4 * 16, 3 * 12, 2 * 4, 61 * 4
     scores = 2 * 4 * 8 // 2  # query times keys and weights times values over half a context
-    assert forward_flops_per_token(architecture) == 2 * (attention + expert + rows + norms + head + scores)
+    assert forward_flops_per_token(architecture) == 2 * (attention + expert + rows + head + scores)
     tied = make_architecture("learned", (2,), model=shape | {"tie_embeddings": True}, routing=routing)
     assert forward_flops_per_token(tied) == forward_flops_per_token(architecture)
 
@@ -115,7 +119,7 @@ def test_attention_flops_are_those_that_torch_counts(make_model: Make) -> None:
     ids = torch.randint(1, 61, (1, 16))
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model.logits(model(ids).hidden_BSD)
-    # Norm weights are 2 D + D of our count, and torch's attention looks at a whole context, not at half of it.
-    ours = forward_flops_per_token(model.architecture) - 2 * 3 * 16
+    # Torch's attention looks at a whole context, not at half of it.
+    ours = forward_flops_per_token(model.architecture)
     attention = 2 * 2 * 16 * 16
     assert counter.get_total_flops() == 16 * (ours + attention // 2)

@@ -1,0 +1,103 @@
+"""FLOPs of a stage: what runs, phase by phase. Torch-free.
+
+Counted are matrix products, multiply-adds times two, of the model's shape: padding, prompts whose answers alone are
+learned, dropped tokens and documents kept apart make them fewer, and recomputation more, than stands here.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from lifelong_moe.model.architecture import Architecture
+from lifelong_moe.model.cost import forward_flops_per_token, pass_flops
+from lifelong_moe.model.parts import Part
+from lifelong_moe.model.products import Text, TokenProducts, Trains, pass_products
+from lifelong_moe.retention.config import WRITTEN_AT_ONCE, DistillText
+
+if TYPE_CHECKING:
+    from lifelong_moe.training.spec import Phase, StageSpec
+
+
+def loop_flops(spec: StageSpec, architecture: Architecture, parent: Architecture | None) -> int:
+    """Of the training loop: the model's passes, and those in which the parent's teaches it."""
+    flops = sum(_phase_flops(spec, phase, architecture) for phase in spec.phases())
+    return flops if parent is None else flops + _teacher_flops(spec, architecture, parent)
+
+
+def preparation_flops(spec: StageSpec, parent: Architecture) -> int:
+    """Of the parent's model before the loop: what it writes, and what its weights are measured on."""
+    blocks, context = sum(spec.written_blocks), spec.model.context
+    mixed = Text.mixed(parent)
+    # Written a token at a time, so many blocks at once.
+    passes = math.ceil(blocks / WRITTEN_AT_ONCE) * context
+    written = blocks * context * forward_flops_per_token(parent) + passes * pass_flops(parent, mixed)
+    before = parent if spec.continues is None else parent.continuing(spec.continues)
+    measured = spec.fisher_measured_tokens  # a sequence a pass
+    return written + _backward_too(before, _trained(spec, before), mixed, measured, measured // context)
+
+
+def _phase_flops(spec: StageSpec, phase: Phase, architecture: Architecture) -> int:
+    text = Text.of(architecture, _own(architecture), phase.replay_fraction)
+    tokens, passes = phase.steps * spec.optim.batch_tokens, phase.steps * spec.accumulate * spec.processes
+    return _backward_too(architecture, _trained(spec, architecture, phase), text, tokens, passes)
+
+
+def _backward_too(architecture: Architecture, trains: Trains, text: Text, tokens: int, passes: int) -> int:
+    by_token = TokenProducts(architecture, trains, text).total
+    return round(2 * (tokens * by_token + passes * pass_products(architecture, trains, text)))
+
+
+def _teacher_flops(spec: StageSpec, architecture: Architecture, parent: Architecture) -> int:
+    """Its forward passes from where it differs from the student; and, where logits are not one product for all, the
+    student's head once more for the tokens that it is asked about."""
+    tokens = spec.distilled_tokens
+    if spec.distill is None or not tokens:
+        return 0
+    passes = round((spec.steps - spec.review_steps) * spec.distill.until) * spec.accumulate * spec.processes
+    by_token = forward_flops_per_token(parent, _shared_blocks(spec, architecture, parent))
+    flops = tokens * by_token + passes * pass_flops(parent, Text.mixed(parent))
+    if not (architecture.has_deltas or parent.has_deltas or architecture.routing.competitive):
+        return flops
+    trains = _trained(spec, architecture)
+    text = Text.of(architecture, _own(architecture), float(spec.distill.text == DistillText.replay))
+    again = tokens * TokenProducts(architecture, trains, text).of_head
+    return flops + round(2 * (again + passes * pass_products(architecture, trains, text, (Part.head,))))
+
+
+def _shared_blocks(spec: StageSpec, architecture: Architecture, parent: Architecture) -> int:
+    """Blocks at the bottom that compute the same in teacher and student, told from the shape; see
+    :func:`lifelong_moe.retention.teacher.shared_blocks`, which looks at the tensors."""
+    routing, trains = architecture.routing, _trained(spec, architecture)
+    varies = routing.mode != "learned" or routing.has_bundles or routing.capacity is not None or routing.jitter > 0
+    drops = spec.finetune is not None and spec.finetune.expert_dropout > 0
+    if varies or drops or spec.student is not None or architecture.has_deltas or parent.has_deltas:
+        return 0
+    trunk = (Part.embedding, Part.attention, Part.norm, Part.dense, Part.shared)
+    if any(trains(part, None) for part in trunk):
+        return 0
+    last = architecture.model.layers - 1
+    grown = (
+        layer
+        for layer in range(last)
+        for g, generation in enumerate(architecture.generations)
+        if generation.experts_in(layer) and (trains(Part.expert, g) or trains(Part.router, g))
+    )
+    return next(grown, last)
+
+
+def _own(architecture: Architecture) -> int:
+    """The generation that new text belongs to where generations are kept apart."""
+    return len(architecture.generations) - 1 if architecture.continued is None else architecture.continued
+
+
+def _trained(spec: StageSpec, architecture: Architecture, phase: Phase | None = None) -> Trains:
+    """What trains in a phase; without one, in the stage."""
+
+    def trains(part: Part, generation: int | None) -> bool:
+        is_newest_row = part == Part.router and generation == len(architecture.generations) - 1
+        if phase is not None and phase.trains == "router" and not is_newest_row:
+            return False
+        return spec.trains_part(architecture, part, generation)
+
+    return trains
