@@ -26,18 +26,21 @@ def quantize_rows(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
         weight_OI: Any finite matrix.
 
     Returns:
-        int8 ``(O, I)`` and float32 scales ``(O, 1)``: no value is off by more than half its row's scale.
+        int8 ``(O, I)`` and scales ``(O, 1)`` of the matrix's dtype: no value is off by more than half its row's scale,
+        but for what the dtype rounds.
 
     Source:
         Symmetric absmax quantization by row: LLM.int8() (arXiv:2208.07339), section 2.1; Grok-1's released weights.
     """
-    scale_O1 = (weight_OI.float().abs().amax(dim=1, keepdim=True) / LEVELS).clamp_min(torch.finfo(torch.float32).tiny)
-    return (weight_OI.float() / scale_O1).round().clamp(-LEVELS, LEVELS).to(torch.int8), scale_O1
+    highest_O1 = weight_OI.float().abs().amax(dim=1, keepdim=True)
+    # Rounded to its dtype first: levels that were chosen by another scale would be off by as much as it is, 127 times.
+    scale_O1 = (highest_O1 / LEVELS).to(weight_OI.dtype).clamp_min(torch.finfo(weight_OI.dtype).tiny)
+    return (weight_OI.float() / scale_O1.float()).round().clamp(-LEVELS, LEVELS).to(torch.int8), scale_O1
 
 
 def dequantize_rows(quantized_OI: Tensor, scale_O1: Tensor) -> Tensor:
     """The inverse of :func:`quantize_rows`, but for rounding; ``(O, I)`` in the scales' dtype."""
-    return quantized_OI.to(scale_O1.dtype) * scale_O1
+    return (quantized_OI.float() * scale_O1.float()).to(scale_O1.dtype)
 
 
 class _Int8(nn.Module):
@@ -50,8 +53,7 @@ class _Int8(nn.Module):
         return dequantize_rows(quantized_OI, scale_O1)
 
     def right_inverse(self, weight_OI: Tensor) -> tuple[Tensor, Tensor]:
-        quantized_OI, scale_O1 = quantize_rows(weight_OI)
-        return quantized_OI, scale_O1.to(weight_OI.dtype)
+        return quantize_rows(weight_OI)
 
 
 def hold_in_int8(model: nn.Module, teacher: nn.Module | None = None) -> int:

@@ -30,6 +30,21 @@ def test_no_weight_is_off_by_more_than_half_a_step(seed: int, scale: float) -> N
     assert torch.equal(again, quantized)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_every_weight_becomes_the_nearest_that_there_is(dtype: torch.dtype) -> None:
+    weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    quantized, scales = quantize_rows(weight)
+    found = dequantize_rows(quantized, scales)
+    assert scales.dtype == found.dtype == dtype
+    levels = (torch.arange(-127, 128).view(1, 1, -1) * scales.double().unsqueeze(2)).to(dtype).double()
+    least = (levels - weight.double().unsqueeze(2)).abs().amin(dim=2)
+    # By half a step at most, and where the highest value's level is rounded, by what the dtype rounds.
+    step, rounding = scales.double(), weight.double().abs() * torch.finfo(dtype).eps / 2
+    off = (found.double() - weight.double()).abs()
+    assert bool((off <= step / 2 * (1 + 1e-6) + rounding).all())
+    assert float(((off - least) / step).max()) < 0.26  # no other level would be nearer, but for what is rounded
+
+
 def test_frozen_matrices_are_held_and_come_back(make_model: Make) -> None:
     model = make_model("learned", (4, 2))
     stored = {name: tensor.clone() for name, tensor in model.state_dict().items()}
