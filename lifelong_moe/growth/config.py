@@ -41,7 +41,8 @@ class GrowConfig:
     """New experts per layer; 0 adds none, and then nothing is frozen either."""
     init: ExpertInit = ExpertInit.copy
     """``copy`` the experts that the new data uses most (with bundles, those of the newest one), with noise;
-    ``upcycle``, exact copies of a dense model's only expert, which change nothing yet; or ``random``."""
+    ``upcycle``, exact copies of a dense model's only expert, which change nothing yet (as published with
+    ``router=random``, ``old_lr_scale=1`` and ``trunk.train=full``: all train); or ``random``."""
     noise: float = 0.01
     """Standard deviation of the noise on a copy, relative to the copied matrix's own deviation."""
     router: RouterInit = RouterInit.centroid

@@ -46,8 +46,8 @@ def test_a_teacher_costs_tokens(make_run: MakeRun) -> None:
     reference = planned(make_run, "method=sequential")
     allowed = within(make_run, reference, *HUNGRY)
     assert allowed["english"] == TOKENS  # the same first stage, which stays shared
-    # Three forward passes a token against nearly four, 3 / (3 + 0.95), and some more tokens for the weight gradients that
-    # frozen experts leave out.
+    # Three forward passes a token against nearly four, 3 / (3 + 0.95), and some more tokens for the weight gradients
+    # that frozen experts leave out.
     assert 0.75 < allowed["python"] / TOKENS < 0.80 and allowed["python"] % BATCH == 0
     assert after(make_run, allowed, *HUNGRY)[1] <= reference[1].flops
     one_more = allowed | {"python": allowed["python"] + BATCH}
