@@ -11,13 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import sparse
 
 from lifelong_moe.data.documents import SHORT_TEXT, Corpus, Document, documents_hash, letters
 from lifelong_moe.errors import DataError
+
+if TYPE_CHECKING:
+    from scipy import sparse
 
 NGRAM = 16
 """Letters of a run, a power of 2: three or four words. A word that was changed costs about 20 runs."""
@@ -90,6 +93,8 @@ class _Texts:
     @classmethod
     def of(cls, documents: Sequence[Document], table: _Table) -> _Texts:
         """Look every run up in a table."""
+        from scipy import sparse  # which takes as long to import as a question about a run may take
+
         rows, sizes = [], []
         for document in documents:
             runs = ngrams(document.text)
@@ -159,6 +164,8 @@ def without_near_copies(corpora: Mapping[str, Corpus]) -> dict[str, Corpus]:
 
 def _common(texts: Sequence[_Texts]) -> NDArray[np.bool_]:
     """Runs that more than :data:`COMMON_SOURCES` sources have, bool ``(W,)``."""
+    from scipy import sparse
+
     has_DW = sparse.vstack([text.has_DW for text in texts], format="csr")
     _, source_D = np.unique([source for text in texts for source in text.sources], return_inverse=True)
     documents = np.arange(len(source_D))
