@@ -187,8 +187,6 @@ class RunConfig:
             if not NAME.fullmatch(name):
                 raise ConfigError(f"distributions.{name} may hold letters, digits, '_', '-' and '.' only.")
         self._check_execution()
-        refuse_lone_choices(self.routing)
-        refuse_idle_keys(self.routing)
         for i, stage in enumerate(self.stages):
             require_known(stage.data, self.distributions, f"stages[{i}].data")
             self._check_batch(i, stage)
@@ -537,8 +535,16 @@ def _without_credentials(value: Any) -> Any:
     return _CREDENTIALS.sub("***", value) if isinstance(value, str) and "://" in value else value
 
 
-def build_config(raw: DictConfig) -> RunConfig:
-    """Validate plain configuration data and build the dataclasses; see :func:`load_config`."""
+def build_config(raw: DictConfig, *, is_stored: bool = False) -> RunConfig:
+    """Validate plain configuration data and build the dataclasses; see :func:`load_config`.
+
+    Args:
+        raw: As from :func:`read_config`.
+        is_stored: Whether it is of a run that exists: an earlier version may have let it have what is refused today.
+    """
+    if is_stored and OmegaConf.select(raw, "routing.capacity") and OmegaConf.select(raw, "routing.balance_scope"):
+        raw = raw.copy()  # they may contradict each other; see RoutingConfig.from_json
+        del raw.routing.balance_scope
     known = {f.name for f in dataclasses.fields(RunConfig)} | {"stage_defaults"}
     for key in raw:
         require_known(str(key), known, "key")
@@ -556,6 +562,9 @@ def build_config(raw: DictConfig) -> RunConfig:
         values["published"] = section(PublishedConfig, raw.published, "published")
     scalars = section(_Scalars, OmegaConf.masked_copy(raw, ["run", "method", "seed"]), "")
     config = RunConfig(run=scalars.run, method=scalars.method, seed=scalars.seed, **values)
+    if not is_stored:
+        refuse_lone_choices(config.routing)
+        refuse_idle_keys(config.routing)
     require_finite(config, "")
     return config
 

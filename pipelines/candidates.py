@@ -101,7 +101,7 @@ class Bench:
         kept, added = served_stages(self.champion, self.store)
         new = NewStage(self.new, self.files, continues, tokens, grow)
         raw = self.retraining.extended(kept, [*added, new])
-        config = build_config(raw)
+        config = build_config(raw, is_stored=True)
         data = read_data(config, self.memory)
         if data.tokenizer.hash != (had := self.parent.config["tokenizer"]["hash"]):
             raise ConfigError(

@@ -68,6 +68,16 @@ def has_drifted(drifts: Mapping[str, Drift]) -> bool:
     return all(drift.drifted for drift in drifts.values())
 
 
+def untested(drifts: Mapping[str, Drift]) -> str | None:
+    """Why nobody knows whether a batch is of a new kind; None if that is known."""
+    if any(drift.testable and not drift.drifted for drift in drifts.values()):
+        return None
+    unknown = [name for name, drift in drifts.items() if not drift.testable]
+    if not unknown:
+        return None
+    return f"whether it is a new kind of text could not be tested against {', '.join(unknown)}: too few sources"
+
+
 def name_no_source(documents: Sequence[Document]) -> bool:
     """Whether each document counts as a source of its own because none names one."""
     return all(document.source == own_unit(document.text) for document in documents)

@@ -86,7 +86,7 @@ def on_heldout(
 ) -> dict[str, Any]:
     """Measure what the experts specialize in on the run's held-out text, and keep it with the run."""
     head, record = require_head(ROOT, run), RunRecord(ROOT, run)
-    config = build_config(OmegaConf.create(head["config"]))
+    config = build_config(OmegaConf.create(head["config"]), is_stored=True)
     with console.status("reading held-out text") as status:
         windows, tokenizer = _heldout_windows(run, config, committed, tokens)
         status.update("reading it through the model")

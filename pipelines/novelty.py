@@ -75,7 +75,9 @@ def new_documents(
     for document in seen:
         new.pop(normalized_hash(document.text), None)
     left = list(new.values())
-    copies = near_copies(left, seen)
+    held = [document for corpus in texts.values() for document in corpus.heldout]
+    either = zip(near_copies(left, seen, may_contain=True), near_copies(left, held, may_contain=False), strict=True)
+    copies = [one or other for one, other in either]
     documents = [document for document, is_copy in zip(left, copies, strict=True) if not is_copy]
     digest = documents_hash(documents)
     name, known = f"{found.distribution or 'batch'}-{digest[:8]}", len(found.documents) - len(left)

@@ -11,6 +11,7 @@ from lifelong_moe.model.cost import count_parameters, training_flops
 from lifelong_moe.retraining.bounds import difference
 from lifelong_moe.retraining.decision import ProbeResult
 from lifelong_moe.retraining.gate import forgetting
+from lifelong_moe.retraining.pooling import joined
 from pipelines.candidates import Bench, Candidate
 from pipelines.gating import kinds_of_text, old_losses
 from pipelines.workspace import require_room
@@ -51,13 +52,15 @@ def probe(bench: Bench, candidate: Candidate) -> ProbeResult:
         return difference(after, other, level=PROBE_LEVEL, resamples=PROBE_RESAMPLES, seed=seed)
 
     gain = -lost(new)
-    forgotten = forgetting(
-        *old_losses(bench, short, stage),
-        kinds=kinds_of_text(bench.champion, bench.store),
-        level=PROBE_LEVEL,
-        resamples=PROBE_RESAMPLES,
-        seed=seed,
-    )
+    kinds, level = kinds_of_text(bench.champion, bench.store), bench.retraining.settings.gate.level
+    losses = old_losses(bench, short, stage)
+    forgotten = forgetting(*losses, kinds=kinds, level=level, resamples=PROBE_RESAMPLES, seed=seed)
+    # Any of them rules an action out, and one of many looks bad by chance: for that the level is divided.
+    each = level / max(1, len(forgotten))
+    least = [
+        difference(*(joined(side, group) for side in losses), level=each, resamples=PROBE_RESAMPLES, seed=seed).lower
+        for group in forgotten
+    ]
     old, structure = count_parameters(bench.architecture).total, lost(new, shuffled=True)
     return ProbeResult(
         gain=gain.mean,
@@ -66,7 +69,7 @@ def probe(bench: Bench, candidate: Candidate) -> ProbeResult:
         structure=structure.lower,
         structure_upper=structure.upper,
         forgetting=_largest(one.upper for one in forgotten.values()),
-        forgetting_lower=_largest(one.lower for one in forgotten.values()),
+        forgetting_lower=_largest(least),
         leak=_largest(bench.leak(stage, short, name) for name in short.config.evaluated if name != new),
         parameters_fraction=(candidate.planned.parameters.total - old) / old,
         cost_fraction=_cost_fraction(bench, candidate),

@@ -20,6 +20,7 @@ from lifelong_moe.data.sources import read_corpus
 from lifelong_moe.data.tokenizer import Tokenizer
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.methods.retraining import load_retraining
+from lifelong_moe.retraining.bounds import LEAST_SOURCES
 from lifelong_moe.retraining.decision import Action
 from lifelong_moe.stages.lock import locked
 from lifelong_moe.stages.runs import RunRecord, latest_timestamp, require_head, timestamp
@@ -158,8 +159,9 @@ def _waiting(tick: Tick, new: NewDocuments) -> str | None:
     trigger = tick.retraining.settings.trigger
     if len(new.documents) < trigger.least_documents:
         return f"{len(new.documents)} new documents are waiting; trigger.least_documents={trigger.least_documents}"
-    if len({document.source for document in new.documents}) < 2:
-        return f"all {len(new.documents)} new documents are of one source; drift and gate need at least two"
+    # At most half of the sources are held out.
+    if (sources := len({document.source for document in new.documents})) < 2 * LEAST_SOURCES:
+        return f"{len(new.documents)} new documents are of {sources} source(s); {2 * LEAST_SOURCES} are needed"
     tokenizer = Tokenizer.from_text(tick.store.tokenizer(tick.store.get(champion(tick.head).key)))
     tokens = tokenize_documents(new.documents, tokenizer).num_tokens
     oldest = timestamp(time.time() - 86400 * trigger.max_days) if trigger.max_days is not None else ""

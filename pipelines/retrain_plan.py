@@ -18,7 +18,7 @@ from lifelong_moe.stages.keys import SHORT, content_key
 from lifelong_moe.stages.runs import RunRecord, latest_timestamp, timestamp
 from lifelong_moe.stages.versions import dated_until
 from pipelines.candidates import Bench, Candidate
-from pipelines.drifting import drift_notes, has_drifted, look_at_batch, measure_batch
+from pipelines.drifting import drift_notes, has_drifted, look_at_batch, measure_batch, untested
 from pipelines.gating import foreseen_power
 from pipelines.novelty import NewDocuments
 from pipelines.plan_file import read_plan
@@ -85,7 +85,10 @@ def make_plan(bench: Bench, new: NewDocuments, head: dict[str, Any]) -> TickPlan
         drifted=drifted,
         config=settings.decision,
         gate=settings.gate,
+        untested=untested(drifts),
     )
+    if decision.action == Action.skip and drifted and not affordable:  # no verdict on growing: the text stays open
+        exceeded = over[growing[0].planned.key] if growing else [_full(settings.limits.experts)]
     chosen = continues if decision.action == Action.continue_ else None
     if decision.action == Action.grow:
         assert decision.way is not None

@@ -73,7 +73,7 @@ def _holders(head: dict[str, Any], digest: str) -> list[dict[str, Any]]:
     """Distributions of the run, and batches that it looked at, with the document; text is read again."""
     from omegaconf import OmegaConf
 
-    config, batches = build_config(OmegaConf.create(head["config"])), BatchStore(ROOT)
+    config, batches = build_config(OmegaConf.create(head["config"]), is_stored=True), BatchStore(ROOT)
     sources = {name: config.distributions[name] for name in config.evaluated}
     for batch in batches.holding(digest):
         if (known := head.get("batches", {}).get(batch)) is not None:

@@ -106,15 +106,17 @@ class _Texts:
         return cls(has, np.array(sizes, dtype=np.int64), [document.source for document in documents])
 
 
-def near_copies(documents: Sequence[Document], known: Sequence[Document]) -> list[bool]:
+def near_copies(documents: Sequence[Document], known: Sequence[Document], *, may_contain: bool) -> list[bool]:
     """Which documents are near copies of known ones.
 
-    A document is one if it shares half of its own runs, or half of a known document's, with that document. Memory is
-    that of the runs of ``documents``, whatever is known.
+    A document is one if it shares half of its own runs with a known document, or else half of the known document's.
+    Memory is that of the runs of ``documents``, whatever is known.
 
     Args:
         documents: To be judged.
         known: What they may repeat.
+        may_contain: Whether a document may contain a known one without being a copy. What is held out must not stand in
+            training text at all; text that was merely seen may, or a short line of it would take a new book away.
 
     Source:
         Containment by shingles: Broder, "On the resemblance and containment of documents" (1997), there of words and
@@ -124,7 +126,7 @@ def near_copies(documents: Sequence[Document], known: Sequence[Document]) -> lis
         return [False] * len(documents)
     table = _Table(documents)
     new, old = _Texts.of(documents, table), _Texts.of(known, table)
-    return _judge(new, old, _common([new, old])).tolist()
+    return _judge(new, old, _common([new, old]), may_contain).tolist()
 
 
 def without_near_copies(corpora: Mapping[str, Corpus]) -> dict[str, Corpus]:
@@ -149,7 +151,7 @@ def without_near_copies(corpora: Mapping[str, Corpus]) -> dict[str, Corpus]:
         trained = _Texts.of(train, table)
         own = np.flatnonzero(owner == name)
         mine = _Texts(heldout.has_DW[own], heldout.size_D[own], [heldout.sources[i] for i in own])
-        copies = _judge(trained, heldout, _common([trained, mine]))
+        copies = _judge(trained, heldout, _common([trained, mine]), may_contain=False)
         if copies.all():
             raise DataError(
                 f"distributions.{name}: all {len(train)} training documents are near copies of held-out text; let "
@@ -173,13 +175,14 @@ def _common(texts: Sequence[_Texts]) -> NDArray[np.bool_]:
     return np.bincount((of_SD @ has_DW).indices, minlength=has_DW.shape[1]) > COMMON_SOURCES
 
 
-def _judge(new: _Texts, known: _Texts, common_W: NDArray[np.bool_]) -> NDArray[np.bool_]:
+def _judge(new: _Texts, known: _Texts, common_W: NDArray[np.bool_], may_contain: bool) -> NDArray[np.bool_]:
     """Which new documents are near copies of known ones, bool ``(D,)``."""
     own_D, own_R = (text.size_D - text.has_DW @ common_W.astype(np.int64) for text in (new, known))
     rare = np.flatnonzero(~common_W)
     pairs = (new.has_DW[:, rare] @ known.has_DW[:, rare].T).tocoo()
     is_copy = np.zeros(len(own_D), dtype=bool)
-    for own, size, side in ((own_D, new.size_D, pairs.row), (own_R, known.size_D, pairs.col)):
+    sides = [(own_D, new.size_D, pairs.row), (own_R, known.size_D, pairs.col)]
+    for own, size, side in sides[:1] if may_contain else sides:
         # What is short, or common but for a little, would be in many documents by chance.
         judged = (own >= LEAST) & (own >= OWN * size)
         is_copy[pairs.row[judged[side] & (pairs.data >= SHARE * own[side])]] = True

@@ -112,7 +112,7 @@ class Retraining:
 
     def config(self, stages: Sequence[str], new: Sequence[NewStage]) -> RunConfig:
         """The run as it would be with these stages; see :meth:`extended`."""
-        return build_config(self.extended(stages, new))
+        return build_config(self.extended(stages, new), is_stored=True)
 
     def extended(self, stages: Sequence[str], new: Sequence[NewStage]) -> DictConfig:
         """The base configuration as it would be with these stages, unresolved.
@@ -136,7 +136,7 @@ class Retraining:
     @cached_property
     def _stage_names(self) -> list[str | None]:
         """Of the base; building a configuration takes some hundredths of a second, and a tick builds many."""
-        return [stage.name for stage in build_config(self.base).stages]
+        return [stage.name for stage in build_config(self.base, is_stored=True).stages]
 
     def _stage(self, stage: NewStage) -> dict[str, Any]:
         settings = self.settings
@@ -176,7 +176,7 @@ def load_retraining(path: str | Path, overrides: Sequence[str] = ()) -> Retraini
     for override in overrides:
         if override not in own:
             apply_override(base, override)
-    config = build_config(base)
+    config = build_config(base, is_stored=True)  # a run that is there already
     if config.method != Method.lifelong:
         raise ConfigError(f"method={config.method}: retraining continues and grows, so it needs method=lifelong.")
     found = Retraining(settings, base, config.run)

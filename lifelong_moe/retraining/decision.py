@@ -85,6 +85,7 @@ def decide(
     drifted: bool,
     config: DecisionConfig,
     gate: GateConfig,
+    untested: str | None = None,
 ) -> Decision:
     """Choose the action of largest utility; doing nothing has 0, and wins a tie as the cheaper action does.
 
@@ -100,6 +101,7 @@ def decide(
         drifted: Whether the new documents come from elsewhere; where not, why not is the caller's to say.
         config: Prices and limits.
         gate: What a candidate will have to hold.
+        untested: Why growing could not be considered though it may be right, in words: nothing is given up then.
     """
     way = _best_way(grown, config, gate) if drifted else None
     probes = {Action.continue_: continued, Action.grow: None if way is None else grown[way][1]}
@@ -123,6 +125,7 @@ def decide(
             best, highest = action, parts["utility"]
         obstacles.append(obstacle or Obstacle(f"the utility of what {action} brings is {parts['utility']:.4f}"))
     open_ = [obstacle for obstacle in obstacles if obstacle.waits]
+    open_ += [Obstacle(untested, waits=True)] if untested else []
     if best == Action.skip and open_:
         best, obstacles = Action.wait, open_
     if (taken := probes.get(best)) is not None:
@@ -199,9 +202,10 @@ def _obstacle(
 def _open_question(probe: ProbeResult, parts: Mapping[str, float], config: DecisionConfig) -> Obstacle | None:
     """What more text would answer."""
     if math.isinf(probe.forgetting):
-        return Obstacle("what old text loses cannot be told: too few of its sources are held out", waits=True)
+        return Obstacle("what old text loses cannot be told until more sources of it are held out", waits=True)
     worth = f"{probe.gain_lower:.4f} to {probe.gain_upper:.4f}"
-    if parts["utility"] - probe.gain + probe.gain_upper <= 0:
+    dear = config.forgetting_weight * max(0.0, probe.forgetting_lower - config.tolerance) - parts["forgetting_cost"]
+    if parts["utility"] - probe.gain + probe.gain_upper - dear <= 0:  # at best
         return Obstacle(f"whatever it gains ({worth} nats per token) is worth less than it costs")
     if math.isinf(probe.gain_lower):
         return Obstacle(
@@ -244,5 +248,5 @@ def _choice(best: Action, utility: float, obstacles: Sequence[Obstacle]) -> str:
     if best == Action.skip:
         return f"Skip: no action is worth more than nothing{why}."
     if best == Action.wait:
-        return f"Wait: there is too little of this text for an answer{why}."
+        return f"Wait: there is no answer yet{why}."
     return f"{best.capitalize()}: its utility of {utility:.4f} is the largest."

@@ -7,6 +7,7 @@ and neither does what has too few sources for an answer.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -171,8 +172,12 @@ def _losses(
         if other is None:
             continue
         lost = forgetting(after, other, kinds=kinds, level=config.level, resamples=config.resamples, seed=seed)
+        times = Counter(name for group in lost for name in group)
         for group, bounds in lost.items():
             yield _lost(group, step, joined(after, group), bounds, words, limit)
+            if max(times[name] for name in group) > 1 and len(group) > 1:
+                small = tuple(name for name in group if times[name] == 1)
+                yield _borrowing(small, step, joined(after, small), joined(other, small), limit)
             if len(group) > 1:
                 yield _worst(group, step, worst_member(after, other, group, config.level), limit)
 
@@ -200,6 +205,20 @@ def _worst(group: Group, step: str, worst: tuple[str, Bounds], limit: float) -> 
         passed=passed,
         sentence=f"Of {', '.join(group)} {name} loses most clearly, {lost.mean:.4f} nats per token, with confidence at "
         f"least {lost.lower:.4f}; {'not shown to be' if passed else 'shown to be'} more than {limit:g}.",
+    )
+
+
+def _borrowing(small: Group, step: str, after: DocumentLosses, other: DocumentLosses, limit: float) -> Check:
+    """What borrowed the sources of larger ones would vanish in their mean: its own is held to the limit as it is."""
+    mean, names = after.nats_per_token - other.nats_per_token, ", ".join(small)
+    passed = mean <= limit
+    return Check(
+        name=f"old/{_name(small)}/{step}_mean",
+        value=mean,
+        limit=limit,
+        passed=passed,
+        sentence=f"{names}, of too few sources for bounds, loses {mean:.4f} nats per token as measured; "
+        f"{'within' if passed else 'more than'} {limit:g}.",
     )
 
 

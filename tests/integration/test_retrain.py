@@ -24,6 +24,9 @@ from lifelong_moe.data.documents import Document
 from lifelong_moe.data.sources import read_corpus
 from lifelong_moe.errors import ConfigError, DataError, DivergedError, LockedError, ResourceError, StalePlanError
 from lifelong_moe.methods.retraining import load_retraining
+from lifelong_moe.retraining.config import GateConfig
+from lifelong_moe.retraining.decision import Action, Decision, decide
+from lifelong_moe.retraining.gate import Check, Verdict
 from lifelong_moe.stages.lock import locked
 from lifelong_moe.stages.runs import RunRecord, timestamp
 from lifelong_moe.stages.store import StageStore
@@ -216,23 +219,29 @@ def test_noise_is_skipped() -> None:
     assert head()["champion"] == 0 and tick()["outcome"] == "idle"
 
 
-def test_text_of_too_few_sources_waits_for_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three sources bound nothing: neither skipped for good nor probed every night, and told of once."""
+def test_text_of_too_few_sources_is_not_probed() -> None:
     path = arrive("sea")
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    path.write_text("".join(json.dumps(row | {"source": f"s{i % 3}"}) + "\n" for i, row in enumerate(rows)))
+    path.write_text("".join(json.dumps(row | {"source": f"s{i % 9}"}) + "\n" for i, row in enumerate(rows)))
+    before = stages()
+    result = tick()
+    assert (result["outcome"], stages()) == ("idle", before) and "of 9 source(s); 10 are needed" in result["reason"]
+
+
+def test_text_without_an_answer_waits_for_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither skipped for good nor probed every night, and told of once."""
+    arrive("sea")
     told: list[str] = []
     monkeypatch.setattr("pipelines.hooks.tell", lambda _, result: told.append(result["outcome"]))
-    result, text = tick_and_text()
-    assert result["outcome"] == "waiting" and "too few sources" in result["reason"], result
-    assert "noise" not in text and "batches" not in head() and head()["last_tick"]["outcome"] == "waiting"
+    with monkeypatch.context() as patch:
+        patch.setattr(retrain_plan, "decide", lambda **known: Decision(Action.wait, {}, ["Wait: no answer yet: x."]))
+        result = tick()
+    assert (result["outcome"], result["reason"]) == ("waiting", "no answer yet: x")
+    assert "batches" not in head() and head()["last_tick"]["outcome"] == "waiting"
     probes, lines = stages(), ledger()
     with monkeypatch.context() as patch:
         patch.setattr(story, "make_plan", None)  # nothing is looked at again
         assert tick()["outcome"] == "waiting" and (stages(), ledger(), told) == (probes, lines, ["waiting"])
-    assert tick("gate.min_gain=0.02")["outcome"] == "waiting" and told == [
-        "waiting"
-    ]  # other settings are looked at anew
     arrive("sea", "more.jsonl", seed=78)
     result = tick()
     assert (result["outcome"], result["action"]) == ("promoted", "grow"), result
@@ -422,10 +431,18 @@ def test_a_mistake_is_told_and_not_noted(tmp_path: Path) -> None:
 # Reopening
 
 
-def test_a_rejected_batch_can_be_looked_at_again(after_growth: Path) -> None:
+def refuse(patch: pytest.MonkeyPatch) -> None:
+    """A gate that lets nothing pass; what it would refuse by its own limits is foreseen, and not trained."""
+    check = Check(name="new/gain", value=0.1, limit=9.0, passed=False, sentence="Not enough.")
+    patch.setattr(story, "gate", lambda *_: Verdict([check]))
+
+
+def test_a_rejected_batch_can_be_looked_at_again(after_growth: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rollback("tiny", None, SILENT)
     arrive("sea", "more.jsonl", seed=91)
-    first = tick("gate.min_gain=9")
+    with monkeypatch.context() as patch:
+        refuse(patch)
+        first = tick()
     assert first["outcome"] == "rejected" and tick()["outcome"] == "idle"
     with pytest.raises(ConfigError, match=rf"--reopen nothing: names 0 batches; .* {first['data']} \(rejected\)"):
         tick(reopen="nothing")
@@ -437,16 +454,25 @@ def test_a_rejected_batch_can_be_looked_at_again(after_growth: Path) -> None:
 # The gate
 
 
-def test_a_rejected_candidate_changes_nothing_that_serves() -> None:
+def test_a_rejected_candidate_changes_nothing_that_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     arrive("sea")
+    refuse(monkeypatch)
     served = {key: weights(key) for key in head()["stages"]}
-    result, text = tick_and_text("gate.min_gain=9")
+    result, text = tick_and_text()
     assert result["outcome"] == "rejected" and story.EXIT_CODES["rejected"] == 3
-    assert "not enough: gate.min_gain=9" in result["reason"] and "✗" in text
+    assert "Not enough" in result["reason"] and "✗ Not enough." in text
     assert head()["champion"] == 0 and {key: weights(key) for key in head()["stages"]} == served
     assert StageStore(Path("mlruns")).get(result["candidate"]).name == result["data"]  # can be inspected
     assert head()["batches"][result["batch"]]["outcome"] == "rejected"
     assert tick()["outcome"] == "idle"
+
+
+def test_what_the_gate_would_refuse_is_not_trained() -> None:
+    arrive("sea")
+    before = stages()
+    result, text = tick_and_text("gate.min_gain=9")
+    assert result["outcome"] == "skipped" and "gate.min_gain=9" in result["reason"] and "Ruled out" in text
+    assert all("batch" in name for name in stages() - before) and "candidate" not in result  # probes alone
 
 
 def test_what_makes_old_text_worse_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -460,6 +486,12 @@ def test_what_makes_old_text_worse_is_rejected(tmp_path: Path, monkeypatch: pyte
     )
     arrive("sea")
     result, text = tick_and_text("decision.forgetting_weight=0", "gate.max_leak=1")
+    assert result["outcome"] == "skipped" and "after its probe" not in result["reason"], text
+    assert "old text loses at least" in result["reason"]  # foreseen
+    write_retraining(gate={"max_leak": 1, "tolerance": 0.01}, decision={"forgetting_weight": 0})
+    blind = GateConfig(tolerance=9, max_leak=1)
+    monkeypatch.setattr(retrain_plan, "decide", lambda **known: decide(**{**known, "gate": blind}))
+    result, text = tick_and_text(reopen=result["batch"])
     assert (result["outcome"], result["action"]) == ("rejected", "grow"), text
     assert "more than 0.01" in result["reason"]
 

@@ -19,6 +19,7 @@ from lifelong_moe.growth.clusters import fit_clusters
 from lifelong_moe.model.architecture import Architecture, Generation, first_generation
 from lifelong_moe.model.transformer import LanguageModel, initialize
 from lifelong_moe.routing.config import FOR_ENCODERS, ROUTERS, RoutingConfig
+from lifelong_moe.routing.refusals import refuse_idle_keys, refuse_lone_choices
 
 MODES = [mode for mode in ROUTERS if mode not in FOR_ENCODERS]
 KEYS = [f.name for f in dataclasses.fields(RoutingConfig) if f.name != "mode"]
@@ -83,6 +84,8 @@ def build(make_run: Make) -> Callable[..., RunConfig | str]:
                 apply_override(node, one)
             try:
                 routing = section(RoutingConfig, node, "routing", mode_defaults(node))
+                refuse_lone_choices(routing)
+                refuse_idle_keys(routing)
                 known[written] = dataclasses.replace(whole, routing=routing)
             except ConfigError as error:
                 known[written] = str(error)

@@ -103,11 +103,24 @@ def test_what_costs_more_than_it_may_gain_is_skipped() -> None:
 def test_what_cannot_be_measured_is_no_noise_and_is_not_given_up() -> None:
     found = decided(replace(GOOD, **INFINITE), drifted=False)
     assert found.action == Action.wait and not any("noise" in reason for reason in found.reasons)
-    assert found.reasons[-1].startswith(
-        "Wait: there is too little of this text for an answer: what it gains cannot be told"
-    )
+    assert found.reasons[-1].startswith("Wait: there is no answer yet: what it gains cannot be told")
     unknown = decided(replace(GOOD, forgetting=math.inf, forgetting_lower=-math.inf), drifted=False)
     assert unknown.action == Action.wait and "what old text loses cannot be told" in unknown.reasons[-1]
+
+
+def test_what_could_not_be_tested_is_not_given_up() -> None:
+    forgets = replace(GOOD, **INFINITE, forgetting=0.3, forgetting_lower=0.05)
+    found = decide(continued=forgets, grown=[], drifted=False, config=CONFIG, gate=GATE, untested="nobody knows")
+    assert found.action == Action.wait and found.reasons[-1] == "Wait: there is no answer yet: nobody knows."
+    assert decided(forgets, drifted=False).action == Action.skip
+    found = decide(continued=GOOD, grown=[], drifted=False, config=CONFIG, gate=GATE, untested="nobody knows")
+    assert found.action == Action.continue_
+
+
+def test_what_wide_bounds_on_old_text_cost_at_worst_gives_nothing_up() -> None:
+    wide = replace(GOOD, gain=0.1, gain_lower=0.05, gain_upper=0.2, forgetting=0.5, forgetting_lower=-0.3)
+    assert decided(wide, drifted=False).action == Action.skip  # certain to gain, and not worth its price
+    assert decided(replace(wide, gain_lower=0.0), drifted=False).action == Action.wait
 
 
 def test_one_action_that_is_certain_does_not_wait_for_another() -> None:

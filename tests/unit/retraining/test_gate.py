@@ -338,6 +338,25 @@ def test_small_distributions_are_tested_together() -> None:
     ]
 
 
+def test_what_borrows_the_sources_of_a_large_one_does_not_vanish_in_it() -> None:
+    """A distribution of three scattered sources loses 0.03: not shown by three, and nothing in the mean of sixty."""
+    rng = np.random.default_rng(0)
+    names = [f"s{i}" for i in range(60)]
+    large = DocumentLosses(np.full(60, 1000.0), np.full(60, 1000), names)
+    small = DocumentLosses(np.array([100.0, 200.0, 100.0]), np.array([100, 200, 100]), names[:3])
+    after = {
+        "large": DocumentLosses(large.nats + 1000 * rng.normal(0, 0.03, 60), large.tokens, names),
+        "small": DocumentLosses(small.nats + np.array([-2.0, 11.0, 3.0]), small.tokens, names[:3]),
+    }
+    found = unharmed(after=after, before={"large": large, "small": small}, config=CONFIG, seed=0)
+    assert failed(found) == ["old/small/step_mean"], found.checks
+    assert found.reasons == [
+        "small, of too few sources for bounds, loses 0.0300 nats per token as measured; more than 0.01."
+    ]
+    same = unharmed(after={**after, "small": small}, before={"large": large, "small": small}, config=CONFIG, seed=0)
+    assert same.passed
+
+
 def test_what_has_too_few_sources_even_together_is_not_passed_silently() -> None:
     sets = {"a": few(1.0, 2), "b": few(1.0, 2)}
     found = unharmed(after=sets, before=sets, config=CONFIG, seed=0)
