@@ -6,6 +6,7 @@ that version said of ``text.txt``, and of ``def return self value`` as a prompt,
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import re
@@ -17,8 +18,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from rich.console import Console
 
+from lifelong_moe.config import build_config
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.model.architecture import Architecture
 from lifelong_moe.model.transformer import LanguageModel
@@ -29,7 +32,7 @@ from lifelong_moe.training.interrupt import Interrupt
 from lifelong_moe.training.optimizer import freeze_trunk
 from lifelong_moe.training.phase import StageEnvironment
 from lifelong_moe.training.stage import load_model, train_stage
-from pipelines import inspectors
+from pipelines import inspectors, trace
 from pipelines.workspace import prepare
 from tests.tiny import VOCABULARIES, train, write_config, write_corpus
 
@@ -124,3 +127,16 @@ def test_a_new_stage_goes_on_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
         assert {layer.router.config.balance_loss for layer in trained.pop().moe_layers()} == {0.0025}
         assert len(Architecture.from_json(stage.config["architecture"]).generations) == i + 2
         assert load_model(store, stage).document_clusters is not None
+
+
+def test_settings_that_are_refused_today_may_stand_in_a_run_of_then() -> None:
+    """``sample_tokens`` does nothing with learned routing: a new run may not have it, and that one may be looked at."""
+    path = Path("mlruns/runs/old/head.json")
+    head = json.loads(path.read_text())
+    head["config"].setdefault("routing", {})["sample_tokens"] = 100_000
+    path.write_text(json.dumps(head))
+    text = json.loads(Path("fruit.jsonl").read_text().splitlines()[0])["text"]
+    found = trace.document("old", hashlib.sha256(text.encode()).hexdigest(), SILENT)
+    assert found["held_by"][0]["distribution"] == "fruit"
+    with pytest.raises(ConfigError, match=r"routing\.sample_tokens=100000 does nothing with routing\.mode=learned"):
+        build_config(OmegaConf.create(head["config"]))
