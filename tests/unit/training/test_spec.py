@@ -146,8 +146,8 @@ def test_flops_include_the_teacher_s(make_run: MakeRun) -> None:
     spec = later_spec(make_run, "stage_defaults.replay.fraction=0.25", "stage_defaults.distill.text=replay")
     parent = stage_specs(make_run())[0].architecture(None, 300, 0)
     after = spec.architecture(parent, 300, 0)
-    expected = 3 * 640 * forward_flops_per_token(after) + 160 * forward_flops_per_token(parent)
-    assert spec.flops(after, parent) == expected
+    alone = dataclasses.replace(spec, distill=None)
+    assert spec.flops(after, parent) == alone.flops(after, parent) + 160 * forward_flops_per_token(parent)
 
 
 @pytest.mark.parametrize(
@@ -167,10 +167,11 @@ def test_flops_include_the_fisher_pass(make_run: MakeRun, penalty: str, buffer: 
     specs = stage_specs(make_run(*off, f"stage_defaults.penalty={penalty}", stages=stages))
     parent = specs[0].architecture(None, 300, 0)
     after = specs[1].architecture(parent, 300, 0)
-    expected = 3 * 640 * forward_flops_per_token(after) + 3 * measured * forward_flops_per_token(parent)
-    assert specs[1].flops(after, parent) == expected
+    loop = specs[1].loop_flops(after, parent)
+    assert specs[1].flops(after, parent) == loop + 3 * measured * forward_flops_per_token(parent)
     assert [spec.fisher_measured_tokens for spec in specs] == [0, measured, measured, measured]
-    assert specs[1].loop_flops(after, parent) == 3 * 640 * forward_flops_per_token(after)
+    # Three passes' worth but for the weight gradients that frozen experts leave out.
+    assert 2 * 640 * forward_flops_per_token(after) < loop < 3 * 640 * forward_flops_per_token(after)
 
 
 def train(steps: int, share: float = 0.0, *, fits: bool = False, follows: bool = False) -> Phase:
@@ -235,7 +236,8 @@ def test_tokens_that_the_parent_writes_count_as_the_teacher_s(make_run: MakeRun)
     after = spec.architecture(parent, 300, 0)
     written = 160 * forward_flops_per_token(parent)
     assert spec.flops(after, parent) - spec.loop_flops(after, parent) == written  # before the training loop
-    assert spec.loop_flops(after, parent) == 3 * 640 * forward_flops_per_token(after) + written  # distilled on
+    alone = dataclasses.replace(spec, distill=None)
+    assert spec.loop_flops(after, parent) == alone.loop_flops(after, parent) + written  # distilled on
 
 
 def test_the_architecture_at_the_end(make_run: MakeRun) -> None:
