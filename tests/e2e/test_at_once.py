@@ -51,7 +51,7 @@ def test_questions_about_runs(trained: Path) -> None:
     )
     answers = ask(*commands)
     assert [answer["code"] for answer in answers] == [0] * len(commands), answers
-    # Only a document's lineage looks for near copies, and multiplies sparse matrices for it; what comes after has it too.
+    # A document's lineage looks for near copies, by sparse matrices; what comes after it in the process has them too.
     place = next(i for i, command in enumerate(commands) if "--document" in command)
     assert [answer["heavy"] for answer in answers] == [[]] * place + [["scipy"]] * (len(commands) - place)
 
