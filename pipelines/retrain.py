@@ -15,9 +15,7 @@ from rich.console import Console
 
 from lifelong_moe.data.documents import Corpus
 from lifelong_moe.data.near_copies import without_near_copies
-from lifelong_moe.data.shards import tokenize_documents
 from lifelong_moe.data.sources import read_corpus
-from lifelong_moe.data.tokenizer import Tokenizer
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.methods.retraining import load_retraining
 from lifelong_moe.retraining.bounds import LEAST_SOURCES
@@ -39,8 +37,9 @@ from pipelines.places import CACHE, ROOT, remove_abandoned
 from pipelines.plan_file import read_plan, refuse_idle_plan
 from pipelines.record_retrain import TickRecord
 from pipelines.recorded import show_champion
-from pipelines.retrain_plan import TickPlan, check_plan, make_plan, waits_still
+from pipelines.retrain_plan import TickPlan, check_plan, make_plan
 from pipelines.tick import Tick, split_of
+from pipelines.waiting import waits_still
 
 EXIT_CODES = {"rejected": 3, "over budget": 4}
 """Of outcomes that are no success; 0 for all others."""
@@ -115,10 +114,10 @@ def _tick(tick: Tick, interrupt: Interrupt, dry_run: bool, plan_path: str | None
         refuse_idle_plan(plan_path, waiting)
         return _idle(tick, waiting)
     if plan_path is None and not dry_run:
-        before = waits_still(tick.record, new, champion(tick.head).key, tick.retraining)
+        before = waits_still(tick, new)
         if before is not None:
             _show_champion(tick)
-            return tick.end("waiting", _reason(before), batch=new.hash, data=new.name)
+            return tick.end("waiting", _reason(before), batch=before["batch"], data=before["data"])
     bench = _bench(tick, new, texts, interrupt)
     mlflow = TickRecord(Tracker.connect(tick.config.tracking, ROOT), tick.head, tick.record)
     try:
@@ -162,8 +161,7 @@ def _waiting(tick: Tick, new: NewDocuments) -> str | None:
     # At most half of the sources are held out.
     if (sources := len({document.source for document in new.documents})) < 2 * LEAST_SOURCES:
         return f"{len(new.documents)} new documents are of {sources} source(s); {2 * LEAST_SOURCES} are needed"
-    tokenizer = Tokenizer.from_text(tick.store.tokenizer(tick.store.get(champion(tick.head).key)))
-    tokens = tokenize_documents(new.documents, tokenizer).num_tokens
+    tokens = tick.count_tokens(new.documents)
     oldest = timestamp(time.time() - 86400 * trigger.max_days) if trigger.max_days is not None else ""
     newest = max((version.at for version in dated_until(tick.head, latest_timestamp())), default="")
     if tokens >= trigger.min_tokens or newest < oldest:
@@ -224,6 +222,8 @@ def _carry_out(
         tick.head["best"] = with_best(bench, plan.candidate, [stage], best) if judged.passed else best
     if outcome in ("skipped", "promoted", "rejected"):
         tick.settle(new, outcome, reason)
+    elif outcome == "waiting":
+        tick.head["waiting"] = new.hash
     if outcome == "promoted":
         assert stage is not None
         tick.head |= _promotion(tick, stage, new, plan, reason)

@@ -48,7 +48,7 @@ class TickPlan:
 
     def path(self, record: RunRecord) -> Path:
         """Where it is kept."""
-        return _plan_path(record, self.facts["batch"])
+        return plan_path(record, self.facts["batch"])
 
     def write(self, record: RunRecord) -> None:
         """Keep it."""
@@ -153,26 +153,9 @@ def check_plan(path: Path, bench: Bench, new: NewDocuments) -> TickPlan:
     return TickPlan(facts, candidate)
 
 
-def _plan_path(record: RunRecord, batch: str) -> Path:
+def plan_path(record: RunRecord, batch: str) -> Path:
+    """Where a batch's plan is kept."""
     return record.path / "plans" / f"{batch[:SHORT]}.json"
-
-
-def waits_still(record: RunRecord, new: NewDocuments, champion: str, retraining: Retraining) -> dict[str, Any] | None:
-    """The plan by which a batch waits for more text, if nothing that it was made of has changed; None otherwise.
-
-    Args:
-        record: The run's.
-        new: Documents of the batch.
-        champion: Key of the stage that serves.
-        retraining: Settings.
-    """
-    path = _plan_path(record, new.hash)
-    if not path.exists():
-        return None
-    facts = read_plan(path)
-    made_of = facts["champion"]["key"], facts["batch"], facts.get("sources"), facts["settings"]
-    now = champion, new.hash, new.sources, settings_hash(retraining)
-    return facts if facts["decision"]["action"] == Action.wait and made_of == now else None
 
 
 def settings_hash(retraining: Retraining) -> str:

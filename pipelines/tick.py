@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
 from rich.console import Console
 
 from lifelong_moe.data.batches import BatchStore
+from lifelong_moe.data.documents import Document
+from lifelong_moe.data.shards import tokenize_documents
+from lifelong_moe.data.tokenizer import Tokenizer
 from lifelong_moe.errors import ConfigError, LifelongError, as_ours, one_line
 from lifelong_moe.methods.retraining import Retraining
 from lifelong_moe.retraining.config import HELDOUT_SOURCES
@@ -63,6 +67,13 @@ class Tick:
                 self.record.set_head({**require_head(ROOT, self.record.run), "last_tick": last})
         hooks.tell(self.retraining.settings.hooks, {**failure, "run": self.record.run, "at": timestamp()})
 
+    def count_tokens(self, documents: Sequence[Document]) -> int:
+        """Tokens of documents, as the champion reads them."""
+        if not documents:
+            return 0
+        tokenizer = Tokenizer.from_text(self.store.tokenizer(self.store.get(champion(self.head).key)))
+        return tokenize_documents(documents, tokenizer).num_tokens
+
     def trained(self, stage: CommittedStage) -> None:
         """Note a stage in the ledger, once."""
         if stage.key not in self.record.logged("stage", "key"):
@@ -90,6 +101,7 @@ class Tick:
         """A decision about a batch: its documents are not looked at again."""
         settled: dict[str, Any] = {"name": new.name, "outcome": outcome, "reason": reason, "at": timestamp()}
         settled |= {**split_of(self.retraining), "sources": new.sources}
+        self.head.pop("waiting", None)
         self.head["batches"] = {**self.head.get("batches", {}), new.hash: settled}
 
 

@@ -44,7 +44,8 @@ class TriggerConfig:
     min_tokens: int = 50_000
     """Tokens of documents never seen before."""
     max_days: float | None = None
-    """Days after the newest promotion at which any number of new documents suffices; null waits for ``min_tokens``."""
+    """Days after the newest promotion at which any number of new documents suffices; null waits for ``min_tokens``.
+    So it is with what joins a batch without an answer, from the day on which that was looked at."""
     least_documents: int = 20
     """Fewer documents than this are never looked at: neither drift nor a gate could be measured."""
 

@@ -4,7 +4,8 @@
 all stages), ``stages`` (keys of the committed ones), ``trained`` (keys of those that this run itself trains),
 ``data`` (hash of each distribution's training documents), ``tokenizer`` (its hash), ``centroids`` (with bundles: key of
 those that were fitted on the first stage's text) and ``mlflow`` (what has been recorded there); once retraining,
-``drop`` or ``rollback`` has been at it, ``versions`` and ``champion`` too, see :mod:`lifelong_moe.stages.versions`.
+``drop`` or ``rollback`` has been at it, ``versions`` and ``champion`` too, see :mod:`lifelong_moe.stages.versions`, and
+``waiting``, the hash of a batch that a tick had no answer about.
 """
 
 from __future__ import annotations

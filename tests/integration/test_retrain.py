@@ -249,6 +249,49 @@ def test_text_without_an_answer_waits_for_more(monkeypatch: pytest.MonkeyPatch) 
     assert batch["documents"] == 320 and tick()["outcome"] == "idle"
 
 
+class LookedAgainError(Exception):
+    """In place of probes."""
+
+
+def look_again(*_: Any) -> None:
+    raise LookedAgainError
+
+
+def test_a_batch_that_waits_is_not_probed_for_every_line_that_joins_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    arrive("sea")
+    write_retraining(trigger={"min_tokens": 500, "max_days": 30})
+    with monkeypatch.context() as patch:
+        patch.setattr(retrain_plan, "decide", lambda **known: Decision(Action.wait, {}, ["Wait: no answer yet: x."]))
+        first = tick()
+    plan, lines = Path(first["plan"]), ledger()
+    monkeypatch.setattr(story, "make_plan", look_again)
+    few = arrive("sea", "few.jsonl", seed=79, documents=3)
+    result, text = tick_and_text()
+    assert (result["outcome"], result["batch"], ledger()) == ("waiting", first["batch"], lines)
+    assert f"tokens have joined batch {first['data']}, which waits; trigger.min_tokens=500" in text
+
+    facts = json.loads(plan.read_text(encoding="utf-8"))
+    for at in ("2020-01-01T00:00:00Z", "2036-01-01T00:00:00Z"):  # it is long ago, or nobody knows when it was
+        plan.write_text(json.dumps(facts | {"made_at": at}))
+        with pytest.raises(LookedAgainError):
+            tick()
+    few.unlink()
+    assert tick()["outcome"] == "waiting"  # but of the same documents there is no other answer
+    plan.write_text(json.dumps(facts))
+    with pytest.raises(LookedAgainError):
+        tick("probe.fraction=0.2")
+    with pytest.raises(LookedAgainError):
+        tick(dry_run=True)
+    arrive("sea", "many.jsonl", seed=80, documents=40)
+    with pytest.raises(LookedAgainError):
+        tick()
+    Path("inbox/many.jsonl").unlink()
+    path = Path("inbox/new.jsonl")
+    path.write_text("".join(path.read_text(encoding="utf-8").splitlines(keepends=True)[:-1]), encoding="utf-8")
+    with pytest.raises(LookedAgainError):  # a person took something away
+        tick()
+
+
 def test_a_known_kind_that_is_not_learned_yet_continues_its_experts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -832,5 +875,5 @@ def test_a_batch_of_one_source_waits() -> None:
     rows = [json.loads(line) | {"source": "one"} for line in path.read_text(encoding="utf-8").splitlines()]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     result = tick()
-    assert result["outcome"] == "idle" and "of one source" in result["reason"]
+    assert result["outcome"] == "idle" and "are of 1 source(s); 10 are needed" in result["reason"]
     assert not Path("mlruns/batches").exists()
