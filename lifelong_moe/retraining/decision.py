@@ -235,12 +235,18 @@ def _account(action: Action, parts: Mapping[str, float], obstacle: Obstacle | No
 
 def _warnings(probe: ProbeResult, gate: GateConfig) -> list[str]:
     """What the gate may refuse, though the probe does not show it."""
-    if probe.forgetting <= gate.tolerance:
-        return []
-    return [
-        f"Warning: after its probe old text may have lost up to {probe.forgetting:.4f} nats per token; the gate lets "
-        f"{gate.tolerance:g} pass (gate.tolerance)."
-    ]
+    found = []
+    if probe.gain_lower < gate.min_gain:
+        found.append(
+            f"Warning: after its probe the gain may be as low as {probe.gain_lower:.4f} nats per token; the gate asks "
+            f"for {gate.min_gain:g} (gate.min_gain)."
+        )
+    if probe.forgetting > gate.tolerance:
+        found.append(
+            f"Warning: after its probe old text may have lost up to {probe.forgetting:.4f} nats per token; the gate "
+            f"lets {gate.tolerance:g} pass (gate.tolerance)."
+        )
+    return found
 
 
 def _choice(best: Action, utility: float, obstacles: Sequence[Obstacle]) -> str:

@@ -143,6 +143,11 @@ def test_what_the_gate_may_refuse_is_said() -> None:
         "Warning: after its probe old text may have"
     )
     assert not any("Warning" in reason for reason in decided(replace(GOOD, forgetting=0.02)).reasons)
+    strict = replace(GATE, min_gain=0.45)  # certain enough to begin, but not that the gate will pass it
+    found = decide(continued=GOOD, grown=[], drifted=False, config=CONFIG, gate=strict)
+    assert found.action == Action.continue_ and found.reasons[1].startswith(
+        "Warning: after its probe the gain may be as low as 0.4000 nats per token; the gate asks for 0.45"
+    )
 
 
 def test_ways_to_grow_are_told_apart_by_their_place() -> None:
