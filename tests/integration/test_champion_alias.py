@@ -223,6 +223,8 @@ def test_a_tick_shows_how_it_ended_and_with_what(
     (promoted,) = [run for run in runs().values() if run.data.tags.get("lifelong.kind") == "tick"]
     params = promoted.data.params
     assert promoted.info.status == "FINISHED"
+    assert {"drift/all together/auc", "looks/letters_fraction"} <= set(promoted.data.metrics)
+    assert "It looks like " in promoted.data.tags["mlflow.note.content"]
     assert (params["grow.experts"], params["trunk.train"], params["trunk.rank"]) == ("2", "deltas", "4")
     assert (params["optim.lr"], params["optim.beta2"]) == ("0.003", "0.95")
     artifacts = base / "mlruns/artifacts" / promoted.info.run_id / "artifacts"  # the experiment was made there
