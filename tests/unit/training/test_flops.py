@@ -7,8 +7,10 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -16,6 +18,8 @@ from lifelong_moe.config import RunConfig
 from lifelong_moe.methods.graph import stage_specs
 from lifelong_moe.model.architecture import Architecture
 from lifelong_moe.model.transformer import LanguageModel, initialize
+from lifelong_moe.retention.generated import generate_blocks
+from lifelong_moe.retention.penalty import fisher_diagonal
 from lifelong_moe.retention.teacher import make_teacher
 from lifelong_moe.routing.cluster import TokenClusterRouter
 from lifelong_moe.training.execution import documents_apart
@@ -25,7 +29,7 @@ from lifelong_moe.training.spec import Phase, StageSpec
 from lifelong_moe.training.stage import _unchanging
 
 MakeRun = Callable[..., RunConfig]
-VOCAB, CONTEXT, SEQUENCES = 96, 32, 16
+VOCAB, CONTEXT = 96, 32
 SHAPE = {"layers": 2, "width": 48, "heads": 4, "kv_heads": 2, "expert_width": 40, "experts": 4, "context": CONTEXT}
 DELTAS = ("routing.bundles=cluster", "model.document_mask=true", "stage_defaults.trunk={train: deltas, rank: 12}")
 
@@ -172,27 +176,22 @@ FROZEN = "stage_defaults.trunk.train=frozen"
 TAUGHT = ("stage_defaults.distill.weight=1", "stage_defaults.distill.text=new")
 ATTENTION = "model.document_mask=true"
 CASES: dict[str, tuple[str, ...]] = {
-    "everything trains": ("method=sequential",),
-    "static": ("method=static_moe",),
+    "everything trains": ("method=sequential",), "static": ("method=static_moe",),
     "replay": ("method=replay", "stage_defaults.replay.fraction=0.25"),
-    "l2": ("method=l2",),
     "teacher on new text": ("method=lwf", *TAUGHT),
     "teacher on half of the new text": ("method=lwf", *TAUGHT, "stage_defaults.distill.fraction=0.5"),
     "teacher on old text": ("stage_defaults.distill.weight=1", "stage_defaults.replay.fraction=0.25"),
-    "joint": ("method=joint",),
-    "unrestrained": ("method=unrestrained",),
-    "gentle trunk": ("stage_defaults.trunk.train=gentle",),
-    "full trunk": ("stage_defaults.trunk.train=full",),
+    "joint": ("method=joint",), "unrestrained": ("method=unrestrained",), "l2": ("method=l2",),
+    "gentle trunk": ("stage_defaults.trunk.train=gentle",), "full trunk": ("stage_defaults.trunk.train=full",),
     "frozen trunk": (FROZEN,),
     "frozen trunk, taught": (FROZEN, *TAUGHT),
     "frozen trunk, growth above": (FROZEN, *TAUGHT, "stages[1].grow.layers=[1]"),
     "old experts train too": (OLD,),
-    "bundles": ("routing.bundles=cluster", ATTENTION, FROZEN),
+    "bundles": (*DELTAS[:2], FROZEN),
     "bundles, replay": ("routing.bundles=cluster", ATTENTION, "stage_defaults.replay.fraction=0.25"),
     "deltas": DELTAS,
     "deltas in two micro-batches": (*DELTAS, "trainer.accumulate_grad_batches=2"),
-    "tied": ("model.tie_embeddings=true",),
-    "tied, frozen": ("model.tie_embeddings=true", FROZEN),
+    "tied": ("model.tie_embeddings=true",), "tied, frozen": ("model.tie_embeddings=true", FROZEN),
     "deltas, replay": (*DELTAS, "stage_defaults.replay.fraction=0.25"),
     "deltas, taught": (*DELTAS, *TAUGHT),
     "deltas by label": ("routing.mode=label", ATTENTION, DELTAS[2]),
@@ -202,22 +201,45 @@ CASES: dict[str, tuple[str, ...]] = {
     ),
     "continues": (DELTAS[0], ATTENTION, FROZEN, "stages[1].continues=english", "stages[1].grow.experts=0"),
     "student": (*TAUGHT, "stages[1].distill.student=[1]", "stage_defaults.grow.experts=0"),
-    "hash": ("routing.mode=hash",),
-    "label": ("routing.mode=label",),
+    "hash": ("routing.mode=hash",), "label": ("routing.mode=label",), "noise": ("routing.mode=noisy_topk",),
     "clusters of embeddings": ("routing.mode=cluster", "routing.level=token", "routing.features=embedding", OLD),
-    "noise": ("routing.mode=noisy_topk",),
     "sigmoid": ("routing.score=sigmoid", "routing.bias_rate=0.01"),
-    "dense mixture": ("routing.mode=dense",),
-    "top one": ("routing.top_k=1", "routing.renormalize=false"),
+    "switch, nothing dropped": ("routing={mode: switch, top_k: 1, renormalize: false, capacity: {factor: 9}}", OLD),
+    "gshard, nothing dropped": (
+        "routing={mode: gshard, top_k: 2, second: all, capacity: {factor: 9}, allow_noncausal: true}", OLD,
+    ),
+    "hierarchical": (
+        "routing={mode: hierarchical, top_k: 4, expert_groups: 2, top_groups: 2}", "stage_defaults.grow.experts=4", OLD,
+    ),
+    "base": ("routing={mode: base, top_k: 1, renormalize: false, allow_noncausal: true}", OLD),
+    "expert choice": ("routing={mode: expert_choice, allow_noncausal: true}", OLD),
+    "vmoe, nothing dropped": (
+        "routing={mode: vmoe, top_k: 2, capacity: {factor: 9, priority: batch}, allow_noncausal: true}", OLD,
+    ),
+    "competing experts": ("routing={mode: dense, competitive: true}", "stage_defaults.grow.experts=0", *TAUGHT),
+    "dense mixture": ("routing.mode=dense",), "top one": ("routing.top_k=1", "routing.renormalize=false"),
     "shared experts": ("model.shared_experts=2", "model.shared_mix=learned"),
     "shared experts, frozen": ("model.shared_experts=1", FROZEN),
     "dense layers": ("model.layers=4", "model.moe_every=2", "model.dense_width=72", FROZEN),
-    "no gate": ("model.activation=relu",),
-    "soft cap": ("model.attention_softcap=30",),
+    "no gate": ("model.activation=relu",), "soft cap": ("model.attention_softcap=30",),
     "normalized heads, frozen": ("model.qk_norm=head", "model.sandwich_norms=true", FROZEN),
     "wide heads": ("model.head_width=20",),
 }  # fmt: skip
-FINETUNED = ("all", "non_moe", "moe", "attention")
+PAIRS = (
+    *("distributions.python.builtin=null", "distributions.python.files=p.jsonl", "distributions.python.answer_field=a"),
+    *("stages[1].kind=finetune", "stage_defaults.grow.experts=0", "stage_defaults.trunk.train=full"),
+)
+DENSE = ("model.layers=4", "model.moe_every=2", "model.shared_experts=1")
+TRAINABLE = "stages[1].finetune.trainable="
+FINETUNED = {
+    "all": (f"{TRAINABLE}all",),
+    "non_moe": (f"{TRAINABLE}non_moe",),
+    "moe": (f"{TRAINABLE}moe",),
+    "attention, with dense layers": (f"{TRAINABLE}attention", *DENSE),
+    "moe above dense layers": (f"{TRAINABLE}moe", "model.layers=4", "model.dense_layers=2"),
+    "taught": (f"{TRAINABLE}moe", *TAUGHT),
+    "dropout within experts": ("stages[1].finetune.expert_dropout=0.4", *TAUGHT),
+}
 
 
 def check(make_run: MakeRun, *overrides: str) -> None:
@@ -231,3 +253,48 @@ def check(make_run: MakeRun, *overrides: str) -> None:
 @pytest.mark.parametrize("overrides", CASES.values(), ids=CASES.keys())
 def test_what_is_counted_is_what_runs(make_run: MakeRun, overrides: tuple[str, ...]) -> None:
     check(make_run, *overrides)
+
+
+@pytest.mark.parametrize("overrides", FINETUNED.values(), ids=FINETUNED.keys())
+def test_what_fine_tuning_leaves_alone_is_not_counted(make_run: MakeRun, overrides: tuple[str, ...]) -> None:
+    check(make_run, *PAIRS, *overrides)
+
+
+MEASURED: dict[str, tuple[str, ...]] = {
+    "everything": ("method=ewc",),
+    "frozen trunk": ("stage_defaults.penalty.kind=ewc", FROZEN, OLD),
+    "a part": (*PAIRS, f"{TRAINABLE}moe", "stage_defaults.penalty.kind=ewc"),
+}
+
+
+@pytest.mark.parametrize("overrides", MEASURED.values(), ids=MEASURED.keys())
+def test_what_weights_are_measured_on_is_what_runs(make_run: MakeRun, overrides: tuple[str, ...]) -> None:
+    specs, made = planned(make_run, *overrides, "stage_defaults.penalty.fisher_tokens=320")
+    spec, (parent, after) = specs[1], made
+    model = LanguageModel(parent)
+    fill(model)
+    freeze_trunk(model, spec.trunk)
+    freeze_for_finetuning(model, spec.finetune)
+    whole = dataclasses.replace(spec, optim=dataclasses.replace(spec.optim, batch_tokens=320), accumulate=1)
+    batch = batch_of(whole, spec.phases()[0], parent)
+    with documents_apart([model] if spec.finetune else []):
+        found = counted(lambda: fisher_diagonal(model, batch))
+    assert spec.fisher_measured_tokens == 320
+    assert spec.flops(after, parent) - spec.loop_flops(after, parent) == pytest.approx(found, rel=0.02)
+
+
+@pytest.mark.parametrize("overrides", [(), (*DELTAS, "routing.chunk_tokens=1")], ids=["plain", "deltas"])
+def test_what_the_old_model_writes_is_what_runs(make_run: MakeRun, overrides: tuple[str, ...]) -> None:
+    replay = "stage_defaults.replay={fraction: 0.25, source: generated}"
+    three = "stages=[{data: english}, {data: python}, {data: english, name: again}]"
+    specs, made = planned(make_run, *overrides, three, replay)
+    spec, parent, after = specs[2], made[1], made[2]
+    model, blocks = LanguageModel(parent), spec.written_blocks[0]
+    fill(model)
+
+    def group_ids_of(ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        return ids % 2 if parent.has_deltas else ids * 0  # half of the text is each generation's
+
+    kwargs: Any = {"context": CONTEXT, "bos_id": 0, "seed": 0, "group_ids_of": group_ids_of}
+    found = counted(lambda: generate_blocks(model, blocks, **kwargs))
+    assert spec.flops(after, parent) - spec.loop_flops(after, parent) == pytest.approx(found, rel=0.02)
