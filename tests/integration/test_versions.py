@@ -193,7 +193,9 @@ def test_only_garbage_is_collected_and_only_when_it_is_old() -> None:
     order = [stored.path.name.rsplit("-", 1)[0] for stored in found.stages]
     assert sorted(order) == ["code", "fruit", "fruit.centroids"] and order[-1] == "fruit"  # what others need goes last
     assert found.evaluations and found.bytes > 0
+    evaluations = set(MLRUNS.glob("evaluations/*.json"))
     collect(MLRUNS, CACHE, time.time(), grace=-1)
+    assert set(MLRUNS.glob("evaluations/*.json")) == evaluations - {stored.path for stored in found.evaluations}
     assert {path.name for path in Path("mlruns/stages").glob("*")} == kept
     report, printed = train()
     assert "Nothing to train" in printed and len(report["stages"]) == 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 from collections.abc import Callable
@@ -53,6 +54,16 @@ def test_nothing_is_written_before_there_is_something(tmp_path: Path) -> None:
     spool = Spool(tmp_path, URI)
     assert spool.empty and spool.deliver(Store().perform) == Delivered(0, 0)
     assert Spool.all(tmp_path) == [] and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_json_does_not_know_is_refused_and_spoils_nothing(tmp_path: Path, value: float) -> None:
+    spool = filled(tmp_path, 1)
+    with pytest.raises(ValueError, match="JSON compliant"):
+        spool.append({"do": "metrics", "number": 1, "value": value})
+    spool.append({"do": "metrics", "number": 2})
+    store = Store()
+    assert spool.deliver(store.perform) == Delivered(2, 0) and store.numbers == [0, 2]
 
 
 def test_all_is_told_in_order_with_its_files_and_forgotten(tmp_path: Path) -> None:

@@ -29,6 +29,14 @@ def test_score_by_hand(loss: float, score: float) -> None:
     assert spike_score(loss, EVEN) == pytest.approx(score, abs=1e-12)
 
 
+def test_the_deviation_is_the_root_of_the_mean_square() -> None:
+    # Mean 3, squares of 1 and 9 by halves: a variance of 5, while absolute values average 2 and fourth powers 41.
+    losses = [2.0, 4.0, 0.0, 6.0] * 32
+    assert spike_score(3.0 + 5**0.5, losses) == pytest.approx(1.0, abs=1e-12)
+    assert full(losses).judge(3.0 + 6.01 * 5**0.5) == Verdict.spike
+    assert full(losses).judge(3.0 + 5.99 * 5**0.5) == Verdict.sound
+
+
 def test_a_flat_curve_has_a_floor_of_a_twentieth_nat() -> None:
     assert spike_score(2.2, [2.0] * WINDOW) == pytest.approx(0.2 / 0.05)
     assert full([2.0] * WINDOW).judge(2.29) == Verdict.sound

@@ -1,0 +1,40 @@
+"""What a store says of stages that are there, and of those that are not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lifelong_moe.errors import CorruptError
+from lifelong_moe.stages.store import StageStore
+
+KEY, OTHER = "ab" * 32, "cd" * 32
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> StageStore:
+    store = StageStore(tmp_path)
+    store.commit({"key": KEY, "name": "one", "parent": None}, {"loss": 2.0}, {"w": torch.arange(3.0)}, {"v": OTHER})
+    return store
+
+
+def test_a_committed_stage_is_what_was_committed(store: StageStore) -> None:
+    stage = StageStore(store.root.parent).get(KEY)
+    assert (stage.key, stage.name, stage.metrics, stage.config["borrowed"]) == (KEY, "one", {"loss": 2.0}, {"v": OTHER})
+
+
+def test_a_stage_that_is_not_there_is_none_to_find_and_an_error_to_get(store: StageStore) -> None:
+    assert store.find(OTHER) is None
+    with pytest.raises(CorruptError, match=r"stage cd\w+ is referred to, but is not in"):
+        store.get(OTHER)
+
+
+def test_the_whole_key_counts_not_its_first_digits(store: StageStore) -> None:
+    assert store.find(KEY[:-1] + "c") is None
+
+
+def test_a_second_commit_leaves_the_first_one(store: StageStore) -> None:
+    again = store.commit({"key": KEY, "name": "one", "parent": None}, {"loss": 9.0}, {"w": torch.zeros(3)}, {})
+    assert again.metrics == {"loss": 2.0}
