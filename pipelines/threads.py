@@ -11,10 +11,10 @@ import sys
 from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 
-SPINS = "10000"
-"""How often a thread that waits looks before it sleeps: a fifth of a millisecond. libgomp's own 300,000 are 7 ms,
-longer than most parallel regions are apart, so that waiting threads never sleep and hold processors that other work
-needs; measured in ``docs/performance.md``."""
+SPINS = "2000"
+"""How often a thread that waits looks before it sleeps. With libgomp's own 300,000, longer than most parallel regions
+are apart, waiting threads hold processors that other work needs. Fewer looks cost speed on an idle machine, more cost
+it beside other work; measured in ``docs/performance.md``."""
 HOW_TO_WAIT = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
 HOW_MANY = ("OMP_NUM_THREADS", "OMP_THREAD_LIMIT", "OMP_DYNAMIC", "MKL_NUM_THREADS")
 

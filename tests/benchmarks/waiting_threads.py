@@ -21,8 +21,10 @@ SETTINGS: dict[str, dict[str, str]] = {
     "one thread": {"OMP_NUM_THREADS": "1"},
     "default": {},
     "passive": {"OMP_WAIT_POLICY": "PASSIVE"},
-    **{f"{spins} spins": {"GOMP_SPINCOUNT": spins} for spins in ("1000", "10000", "30000", "100000")},
+    **{f"{spins} spins": {"GOMP_SPINCOUNT": spins} for spins in ("500", "1000", "2000", "3000", "10000")},
 }
+LOAD = "while True: pass"
+"""In a session of its own, as other people's work is: the kernel shares processors between sessions first."""
 CHILD = """
 import sys, time, warnings
 warnings.filterwarnings("ignore")
@@ -73,7 +75,7 @@ def main() -> None:
     found: dict[tuple[str, bool], list[tuple[float, float, float]]] = defaultdict(list)
     for _ in range(options.rounds):
         for beside in (False, True):
-            load = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if beside else None
+            load = subprocess.Popen([sys.executable, "-c", LOAD], start_new_session=True) if beside else None
             for name, process in processes.items():
                 began, busy = time.monotonic(), busy_seconds()
                 print(options.seconds, file=process.stdin, flush=True)
