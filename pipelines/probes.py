@@ -21,6 +21,7 @@ PROBE_RESAMPLES = 2000
 
 
 def probe_tokens(bench: Bench, candidate: Candidate) -> int:
+    """Tokens of a candidate's probe: ``probe.fraction`` of the stage's in whole steps, two at least."""
     batch_tokens = candidate.planned.spec.optim.batch_tokens
     return (
         max(2, round(bench.retraining.settings.probe.fraction * candidate.planned.tokens / batch_tokens)) * batch_tokens
@@ -93,6 +94,8 @@ def _cost_fraction(bench: Bench, candidate: Candidate) -> float:
 
 
 def stage_facts(bench: Bench, chosen: Candidate) -> dict[str, Any]:
+    """What a plan says of a stage: what it is, and what it takes in tokens, FLOPs, bytes and, at the speed of the
+    champion's last stage, hours."""
     planned = chosen.planned
     speeds = [s.metrics["tokens_per_second"] for s in bench.store.chain(bench.champion.key) if s.metrics]
     speed = speeds[-1] if speeds else None  # a derived stage trained nothing

@@ -216,7 +216,7 @@ def _carry_out(
         judged = gate(bench, plan.candidate, stage, best)
         render_retrain.verdict(tick.console, judged)
         mlflow.judged(judged)
-        outcome = "promoted" if judged.passed else "rejected"
+        outcome = "promoted" if judged.passed else "waiting" if judged.is_open else "rejected"
         reason = (judged.checks[0].sentence if judged.passed else judged.reasons[0]).rstrip(".")
         about["candidate"] = stage.key
         tick.head["best"] = with_best(bench, plan.candidate, [stage], best) if judged.passed else best
@@ -224,6 +224,8 @@ def _carry_out(
         tick.settle(new, outcome, reason)
     elif outcome == "waiting":
         tick.head["waiting"] = new.hash
+        if judged is not None:
+            plan.postpone(tick.record, f"{reason}.")
     if outcome == "promoted":
         assert stage is not None
         tick.head |= _promotion(tick, stage, new, plan, reason)

@@ -54,6 +54,12 @@ class TickPlan:
         """Keep it."""
         replace_file(self.path(record), json.dumps(self.facts, indent=1, ensure_ascii=False, allow_nan=False))
 
+    def postpone(self, record: RunRecord, reason: str) -> None:
+        """Keep it as the plan of a batch that waits: its stage was trained, and the gate could not tell."""
+        decision = self.facts["decision"]
+        self.facts["decision"] = decision | {"action": Action.wait.value, "reasons": [*decision["reasons"], reason]}
+        self.write(record)
+
 
 def make_plan(bench: Bench, new: NewDocuments, head: dict[str, Any]) -> TickPlan:
     """Measure drift, probe what is worth a probe, and decide.

@@ -30,6 +30,8 @@ class Check:
     passed: bool
     sentence: str
     """The same for a person."""
+    is_open: bool = False
+    """Whether it failed only because there is too little new text to tell."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,11 @@ class Verdict:
     def passed(self) -> bool:
         """Whether every check is."""
         return all(check.passed for check in self.checks)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether more new text may change the answer: of what failed nothing was shown."""
+        return not self.passed and all(check.passed or check.is_open for check in self.checks)
 
     @property
     def reasons(self) -> list[str]:
@@ -153,7 +160,10 @@ def _gain(after: DocumentLosses, before: DocumentLosses, config: GateConfig, see
     )
     if math.isinf(gain.lower):
         sentence = f"What new text gains cannot be told: {_too_few(after)}."
-    return Check(name="new/gain", value=gain.lower, limit=config.min_gain, passed=passed, sentence=sentence)
+    is_open = not passed and gain.upper >= config.min_gain
+    return Check(
+        name="new/gain", value=gain.lower, limit=config.min_gain, passed=passed, sentence=sentence, is_open=is_open
+    )
 
 
 def _losses(

@@ -510,6 +510,20 @@ def test_a_rejected_candidate_changes_nothing_that_serves(monkeypatch: pytest.Mo
     assert tick()["outcome"] == "idle"
 
 
+def test_what_the_gate_cannot_tell_waits_and_is_not_settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    arrive("sea")
+    check = Check(name="new/gain", value=-0.5, limit=0.01, passed=False, sentence="Perhaps.", is_open=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(story, "gate", lambda *_: Verdict([check]))
+        result = tick()
+    assert (result["outcome"], result["reason"]) == ("waiting", "Perhaps") and "batches" not in head()
+    with monkeypatch.context() as patch:
+        patch.setattr(story, "make_plan", None)  # neither probed nor trained again
+        assert tick()["outcome"] == "waiting"
+    arrive("sea", "more.jsonl", seed=78)
+    assert tick()["outcome"] == "promoted"
+
+
 def test_what_the_gate_would_refuse_is_not_trained() -> None:
     arrive("sea")
     before = stages()

@@ -315,6 +315,31 @@ def test_the_harmless_pass_and_the_harmful_do_not_however_many_distributions_the
     assert passes(3, 10, 0.02) <= 0.05 and passes(30, 10, 0.05, trials=30) <= 0.05
 
 
+def test_a_gain_that_may_be_enough_is_open_and_harm_is_not() -> None:
+    """Half of the sources gain and half lose: on the mean nothing is shown. A loss of old text is no open question."""
+    mixed = DocumentLosses(np.where(np.arange(20) % 2, 90.0, 108.0), np.full(20, 100), SOURCES)
+    sides: dict[str, Any] = {
+        "best": {"old": level(1.0)},
+        "changed_frozen": [],
+        "leaks": {},
+        "config": CONFIG,
+        "seed": 0,
+    }
+
+    def judged(new: DocumentLosses, old: float) -> Verdict:
+        return judge(
+            new="new",
+            after={"new": new, "old": level(old)},
+            before={"new": level(1.0), "old": level(1.0)},
+            **sides,
+        )
+
+    assert failed(judged(mixed, 1.0)) == ["new/gain"] and judged(mixed, 1.0).is_open
+    assert not judged(mixed, 1.5).is_open and not judged(mixed, 1.5).passed
+    assert not judged(level(1.1), 1.0).is_open  # shown to gain nothing
+    assert judged(level(0.5), 1.0).passed and not judged(level(0.5), 1.0).is_open
+
+
 def few(nats_per_token: float, sources: int) -> DocumentLosses:
     """Sources with 100 tokens each, all with the same loss."""
     return DocumentLosses(np.full(sources, 100 * nats_per_token), np.full(sources, 100), SOURCES[:sources])
