@@ -41,8 +41,8 @@ def require_room_for(bench: Bench, candidates: list[Candidate]) -> None:
         require_room(todo, candidate.config)
 
 
-def probe(bench: Bench, candidate: Candidate) -> ProbeResult:
-    """Train a short version of a candidate and hold it against the champion."""
+def probe(bench: Bench, candidate: Candidate, probes: int) -> ProbeResult:
+    """Train a short version of a candidate, one of so many, and hold it against the champion."""
     short = shortened(bench, candidate)
     stage = bench.train(short, lambda points: None, None)
     seed, new, before = short.config.seed, bench.new, bench.parent
@@ -73,7 +73,7 @@ def probe(bench: Bench, candidate: Candidate) -> ProbeResult:
         forgetting_lower=_largest(least),
         leak=_largest(bench.leak(stage, short, name) for name in short.config.evaluated if name != new),
         parameters_fraction=(candidate.planned.parameters.total - old) / old,
-        cost_fraction=_cost_fraction(bench, candidate),
+        cost_fraction=_cost_fraction(bench, candidate, probes),
     )
 
 
@@ -82,11 +82,11 @@ def _largest(values: Iterable[float]) -> float:
     return max(values, key=lambda value: (math.isnan(value), value), default=0.0)
 
 
-def _cost_fraction(bench: Bench, candidate: Candidate) -> float:
+def _cost_fraction(bench: Bench, candidate: Candidate, probes: int) -> float:
     """Share of the budget that a stage and the probes before it take: of ``limits.tokens`` or ``limits.hours``, the
     larger share. Without either the budget is what training the champion's model on as many tokens costs."""
     limits, stage = bench.retraining.settings.limits, stage_facts(bench, candidate)
-    used = spent(bench, stage)
+    used = spent(stage, probes)
     shares = [used[key] / limit for key in ("tokens", "hours") if (limit := getattr(limits, key)) and used[key]]
     if shares:
         return max(shares)
@@ -116,9 +116,8 @@ def stage_facts(bench: Bench, chosen: Candidate) -> dict[str, Any]:
     }
 
 
-def spent(bench: Bench, stage: dict[str, Any]) -> dict[str, Any]:
-    """Tokens, and hours where speed is known, of a stage and of all probes."""
-    probes = 1 + max(1, len(bench.retraining.settings.probe.grow))
+def spent(stage: dict[str, Any], probes: int) -> dict[str, Any]:
+    """Tokens, and hours where speed is known, of a stage and of so many probes like its own."""
     tokens = stage["tokens"] + probes * stage["probe_tokens"]
     hours = stage["hours"]
     return {"tokens": tokens, "hours": None if hours is None else hours * tokens / stage["tokens"]}

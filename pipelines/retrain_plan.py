@@ -80,14 +80,15 @@ def make_plan(bench: Bench, new: NewDocuments, head: dict[str, Any]) -> TickPlan
     rooms = [_has_room(bench.retraining, way) for way in ways]
     # What cannot be afforded is not probed either; of the cheapest way it is said why.
     growing = [way for way, room in zip(ways, rooms, strict=True) if drifted and room]
-    over = {way.planned.key: _exceeded(bench, stage_facts(bench, way), head) for way in (continues, *growing)}
+    probes = 1 + len(growing)
+    over = {way.planned.key: _exceeded(bench, stage_facts(bench, way), head, probes) for way in (continues, *growing)}
     affordable = [way for way in growing if not over[way.planned.key]]
     exceeded = [] if affordable or not over[continues.planned.key] else over[continues.planned.key]
     require_room_for(bench, [*([] if over[continues.planned.key] else [continues]), *affordable])
-    continued = None if over[continues.planned.key] else probe(bench, continues)
+    continued = None if over[continues.planned.key] else probe(bench, continues, probes)
     decision = decide(
         continued=continued,
-        grown=list(zip(_names(affordable), (probe(bench, way) for way in affordable), strict=True)),
+        grown=list(zip(_names(affordable), (probe(bench, way, probes) for way in affordable), strict=True)),
         drifted=drifted,
         config=settings.decision,
         gate=settings.gate,
@@ -211,11 +212,11 @@ def _facts(
     }
 
 
-def _exceeded(bench: Bench, stage: dict[str, Any], head: dict[str, Any]) -> list[str]:
+def _exceeded(bench: Bench, stage: dict[str, Any], head: dict[str, Any], probes: int) -> list[str]:
     limits = bench.retraining.settings.limits
     week = timestamp(time.time() - 7 * 86400)
     lately = sum(v.kind == "promoted" and v.at > week for v in dated_until(head, latest_timestamp()))
-    needed = {**spent(bench, stage), "disk_bytes": stage["disk_bytes"], "promotions_per_week": lately + 1}
+    needed = {**spent(stage, probes), "disk_bytes": stage["disk_bytes"], "promotions_per_week": lately + 1}
     found = {key: (value, getattr(limits, key)) for key, value in needed.items()}
     return [
         f"limits.{key}={limit} would be exceeded: {value:g}."

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lifelong_moe.tracking.connection import prepare_environment
+from tests.retrain_lab import make_base
 from tests.tiny import write_corpora
 
 
@@ -24,6 +25,16 @@ def single_threaded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(False)  # Lightning turns it on for the process
     assert signal.getsignal(signal.SIGTERM) is handler
+
+
+@pytest.fixture(scope="session")
+def retraining_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with an inbox beside it, trained once; to be copied."""
+    root = tmp_path_factory.mktemp("base")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        make_base(root)
+    return root
 
 
 @pytest.fixture(scope="session")

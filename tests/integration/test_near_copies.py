@@ -19,7 +19,7 @@ from lifelong_moe.config import RunConfig, build_config
 from lifelong_moe.data.batches import BatchStore
 from lifelong_moe.stages.store import StageStore
 from pipelines.prepare import prepare
-from tests.retrain_lab import base_config, head, ledger, make_base, stages, tick, tick_and_text, write_retraining
+from tests.retrain_lab import base_config, head, ledger, stages, tick, tick_and_text, write_retraining
 from tests.tiny import VOCABULARIES, train, write_config
 
 
@@ -45,20 +45,10 @@ def write(path: str, texts: list[str]) -> None:
     Path(path).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
 
 
-@pytest.fixture(scope="session")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run, trained once."""
-    root = tmp_path_factory.mktemp("base")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-        make_base(root)
-    return root
-
-
 @pytest.fixture
-def lab(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def lab(retraining_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A copy of it to work in."""
-    shutil.copytree(base, tmp_path / "lab")
+    shutil.copytree(retraining_base, tmp_path / "lab")
     monkeypatch.chdir(tmp_path / "lab")
 
 

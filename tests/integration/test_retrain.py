@@ -37,36 +37,26 @@ from pipelines.candidates import served_stages
 from pipelines.cli import exit_code
 from pipelines.drop import drop
 from pipelines.rollback import rollback
-from tests.retrain_lab import arrive, head, ledger, make_base, stages, tick, tick_and_text, write_retraining
+from tests.retrain_lab import TOKENS, arrive, head, ledger, make_base, stages, tick, tick_and_text, write_retraining
 from tests.tiny import VOCABULARIES, fork, kill_self, train
 
 SILENT = Console(quiet=True)
 
 
-@pytest.fixture(scope="session")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run, trained once."""
-    root = tmp_path_factory.mktemp("base")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-        make_base(root)
-    return root
-
-
 @pytest.fixture(autouse=True)
-def lab(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def lab(retraining_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of it to work in."""
     root = tmp_path / "lab"
-    shutil.copytree(base, root)
+    shutil.copytree(retraining_base, root)
     monkeypatch.chdir(root)
     return root
 
 
 @pytest.fixture(scope="session")
-def grown(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def grown(retraining_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same after a new kind of text was promoted, its weights as an undisturbed tick leaves them."""
     root = tmp_path_factory.mktemp("grown") / "lab"
-    shutil.copytree(base, root)
+    shutil.copytree(retraining_base, root)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         arrive("sea")
@@ -217,6 +207,17 @@ def test_noise_is_skipped() -> None:
     assert result["outcome"] == "skipped" and "the text is noise" in result["reason"]
     assert "Growing gains" in text  # its loss can be lowered all the same
     assert head()["champion"] == 0 and tick()["outcome"] == "idle"
+
+
+def test_probes_that_are_not_made_are_not_counted() -> None:
+    """Text without drift is not grown for, so one probe is all: five ways to grow take nothing of the limit."""
+    arrive("code", seed=79)
+    ways = [{"experts": number} for number in (1, 2, 3, 4, 5)]
+    write_retraining(probe={"grow": ways})
+    plan = json.loads(Path(tick(dry_run=True)["plan"]).read_text(encoding="utf-8"))
+    assert plan["decision"]["terms"]["drifted"] == 0.0 and plan["exceeded"] == []
+    most = TOKENS + round(0.3 * TOKENS) + 128  # the stage and one probe of whole steps
+    assert tick(f"limits.tokens={most}")["outcome"] != "over budget"
 
 
 def test_text_of_too_few_sources_is_not_probed() -> None:
