@@ -15,7 +15,7 @@ from lifelong_moe.growth.grow import grow
 from lifelong_moe.model.architecture import Architecture, Generation
 from lifelong_moe.model.transformer import LanguageModel, initialize
 from lifelong_moe.routing.cluster import TokenClusterRouter
-from lifelong_moe.routing.config import Centroids, HashTable
+from lifelong_moe.routing.config import Bundles, Centroids, HashTable
 
 MakeArchitecture = Callable[..., Architecture]
 Batch = Callable[..., dict[str, Tensor]]
@@ -59,6 +59,31 @@ def test_a_second_stage_leaves_the_first_one_s_clusters_alone(
     assert all(torch.equal(after[name], tensor) for name, tensor in first.items())
     new = {name: tensor for name, tensor in after.items() if name not in first}
     assert new and all(torch.isfinite(tensor).all() and tensor.any() for tensor in new.values())
+
+
+@pytest.mark.parametrize("bundles", list(Bundles))
+def test_later_centroids_are_of_what_older_ones_leave_to_them(
+    make_architecture: MakeArchitecture, make_batch: Batch, bundles: Bundles
+) -> None:
+    """Each is the mean direction of its own tokens, where older ones take theirs first; a bundle's see no older ones.
+
+    Half of the second stage's text is of the first one's kind.
+    """
+    model, sample = unfitted(make_architecture("token_embedding", routing={"bundles": bundles})), make_batch()
+    fit(model, corpus(1, 31), sample)
+    grow(model, Generation("new", 3), GrowConfig(experts=3), sample, seed=0)
+    both = [*corpus(1, 31)[:20], *corpus(31, 61)[:20]]
+    fit(model, both, sample, seed=1)
+    assert model.token_features is not None
+    features_NF = model.token_features.double()[torch.from_numpy(np.concatenate(both))]
+    for layer in model.moe_layers():
+        assert isinstance(layer.router, TokenClusterRouter)
+        old_EF, new_EF = (centroids.double() for centroids in layer.router.centroids())
+        rivals_EF = torch.cat([old_EF, new_EF]) if bundles == Bundles.none else new_EF
+        owners_N = (features_NF @ rivals_EF.t()).argmax(dim=1) - (len(rivals_EF) - len(new_EF))
+        for i, centroid_F in enumerate(new_EF):
+            mean_F = features_NF[owners_N == i].mean(dim=0)
+            torch.testing.assert_close(centroid_F, mean_F / mean_F.norm(), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("kind", CLUSTERED)
@@ -226,6 +251,13 @@ def test_a_clustered_table_has_a_clustering_for_each_number(make_architecture: M
     of_three, of_four = (getattr(model, name) for name in ("token_buckets_3", "token_buckets"))
     assert set(of_three.tolist()) == {0, 1, 2} and set(of_four.tolist()) == {0, 1, 2, 3}
     assert not torch.equal(of_three, of_four % 3)
+
+
+def test_a_clustered_table_puts_tokens_of_one_company_together(make_architecture: MakeArchitecture) -> None:
+    model = unfitted(make_architecture("hash", (2,), routing={**TABLE, "table": HashTable.clustered}))
+    fit(model, corpus(1, 31), {})
+    lower, upper = (set(model.token_buckets[ids].tolist()) for ids in (slice(1, 16), slice(16, 31)))  # type: ignore[index, operator]
+    assert len(lower) == len(upper) == 1 and lower != upper
 
 
 def test_one_table_of_an_earlier_version_means_what_it_meant(make_architecture: MakeArchitecture) -> None:

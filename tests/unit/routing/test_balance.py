@@ -17,6 +17,7 @@ from lifelong_moe.routing.base import Router, RoutingContext
 from lifelong_moe.routing.config import (
     DEFAULTS,
     BalanceCounts,
+    BalanceOver,
     BalanceScope,
     Bundles,
     CapacityConfig,
@@ -61,6 +62,28 @@ def in_groups(logits_GSE: NDArray[np.float64], real_GS: NDArray[np.bool_] | None
             density[g, gates_GSE[g, s].argmax()] += 1 / len(rows)
             proxy[g] += gates_GSE[g, s] / len(rows)
     return float((density * proxy).mean() * experts**2)
+
+
+def of_the_newest(probs_TE: NDArray[np.float64], chosen_TK: NDArray[np.int64], first: int) -> float:
+    """``n sum_e f_e p_e`` over the n experts from ``first`` on: shares of what they have of choices and probability."""
+    counts = [float((chosen_TK == e).sum()) for e in range(first, probs_TE.shape[1])]
+    masses = [float(probs_TE[:, e].sum()) for e in range(first, probs_TE.shape[1])]
+    return len(counts) * sum(f / sum(counts) * p / sum(masses) for f, p in zip(counts, masses, strict=True))
+
+
+@pytest.mark.parametrize("scope", list(BalanceScope))
+def test_balance_over_this_stages_experts_alone(make_router: Make, scope: BalanceScope) -> None:
+    sequences, length, values = 3, 20, {"balance_over": BalanceOver.active, "balance_scope": scope, "z_loss": 0.0}
+    router, generator = make_router(4, 3, width=8, **values), torch.Generator().manual_seed(0)
+    for rows_ED in router.row_generations():
+        rows_ED.data.copy_(torch.randn(rows_ED.shape, generator=generator))
+    x_TD = torch.randn(sequences * length, 8, generator=generator)
+    rows_ED = torch.cat(router.row_generations()).detach().double()
+    probs_TE = softmax((x_TD.double() @ rows_ED.t()).numpy())
+    chosen_TK = np.argsort(-probs_TE, axis=1)[:, :2]
+    parts = np.split(np.arange(len(x_TD)), sequences if scope == BalanceScope.sequence else 1)
+    expected = np.mean([of_the_newest(probs_TE[part], chosen_TK[part], 4) for part in parts])
+    assert router(x_TD, context(sequences, length)).losses["balance"].value.item() == pytest.approx(expected, rel=1e-5)
 
 
 def set_rows(router: Router, rows_ED: Tensor) -> Router:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
+from scipy.stats import kstest, uniform
 from torch import Tensor
 
 from lifelong_moe.errors import ConfigError
@@ -197,8 +198,15 @@ def test_relu_gates_and_their_sparsity(make_router: Make) -> None:
     torch.testing.assert_close(routing.weights_TK, gates)
     assert torch.equal(routing.expert_ids_TK >= 0, gates > 0)
     assert bool((routing.combine(routing.dispatch(x))[-1] == 0).all())  # a token without experts
-    by_hand = torch.tensor([[1.0, 0], [3.0, 2.0]])  # loads 1 and 1/2 of tokens, times E / K = 2
-    assert float(relu_sparsity_loss(by_hand, torch.ones(2, dtype=torch.bool), 1)) == pytest.approx((2 + 6 + 2) / 2)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_relus_penalty_by_hand(top_k: int) -> None:
+    # Of four tokens expert 0 has all, expert 1 two, expert 2 one; f = 3 / k times that share. Gates sum to 8, 6 and 2.
+    gates = torch.tensor([[1.0, 0, 0], [3.0, 2.0, 0], [1.0, 4.0, 2.0], [3.0, 0, 0], [9.0, 9.0, 9.0]])
+    mask = torch.tensor([True] * 4 + [False])
+    expected = 3 / top_k * (8 / 4 * 1 + 6 / 4 * 1 / 2 + 2 / 4 * 1 / 4)
+    assert float(relu_sparsity_loss(gates, mask, top_k)) == pytest.approx(expected)
 
 
 def test_relu_reaches_its_sparsity(make_model: Callable[..., LanguageModel]) -> None:
@@ -406,6 +414,16 @@ def test_the_second_expert_is_used_as_often_as_its_gate_says(make_router: Make) 
     threshold = filled(make_router(EXPERTS, width=WIDTH, mode="gshard", second=SecondExpert.threshold))
     routing = threshold(inputs(), context())
     assert torch.equal(routing.expert_ids_TK[:, 1] >= 0, routing.weights_TK[:, 1] > 0.2)
+
+
+@pytest.mark.parametrize("jitter", [0.01, 0.5])
+def test_jitter_is_even_over_its_range(make_router: Make, jitter: float) -> None:
+    """Of inputs 1, rows of the identity and sigmoids, the gates' logits are the factors themselves."""
+    router = make_router(WIDTH, width=WIDTH, score=Score.sigmoid, renormalize=False, top_k=WIDTH, jitter=jitter)
+    router.set_rows(torch.eye(WIDTH))
+    torch.manual_seed(0)
+    factors = router(torch.ones(2000, WIDTH), context(2000, 1)).weights_TK.detach().double().logit().flatten()
+    assert kstest(factors.numpy(), uniform(1 - jitter, 2 * jitter).cdf).pvalue > 0.01
 
 
 def test_jitter_reaches_the_router_only(make_router: Make) -> None:

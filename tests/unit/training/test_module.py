@@ -408,6 +408,31 @@ def test_loads_and_drops_are_those_of_the_whole_step() -> None:
     assert means.values == {"loss": 0.75, "imbalance": 1.0, "drop_rate": pytest.approx(0.2)}
 
 
+def test_loads_and_drops_are_means_over_the_layers_that_have_them() -> None:
+    # Loads of 3 and 1, and of 2, 2 and 4; the first layer has no capacity, the others drop 1 of 10 and 9 of 20.
+    mask_T = torch.tensor([True] * 4 + [False])
+    ids = [torch.tensor([0, 0, 0, 1, 1]), torch.tensor([[0, 2], [1, 2], [0, 2], [1, 2], [0, 1]])]
+    routings = [
+        Routing(ids[0].unsqueeze(1), torch.ones(5, 1), 2),
+        Routing(ids[1], torch.ones(5, 2), 3, dropped=torch.tensor([1, 10])),
+        Routing(ids[1], torch.ones(5, 2), 3, dropped=torch.tensor([9, 20])),
+    ]
+    means = StepMeans()
+    means.add({"loss": torch.tensor(0.0)}, {}, routings, mask_T)
+    means.close(torch.tensor(0.0))
+    assert means.values["imbalance"] == pytest.approx((3 / 2 + 4 / (8 / 3) * 2) / 3)
+    assert means.values["drop_rate"] == pytest.approx((0.1 + 0.45) / 2)
+
+
+def test_means_of_padding_alone_are_numbers() -> None:
+    nobody = torch.zeros(2, dtype=torch.bool)
+    routing = Routing(torch.tensor([[0], [1]]), torch.ones(2, 1), 2, dropped=torch.tensor([0, 0]))
+    means = StepMeans()
+    means.add({"loss": torch.tensor(0.0)}, {}, [routing], nobody)
+    means.close(torch.tensor(0.0))
+    assert means.values == {"loss": 0.0, "imbalance": 0.0, "drop_rate": 0.0}
+
+
 def test_a_penalty_is_part_of_the_loss(make_run: MakeRun, make_model: Make, make_batch: Batch) -> None:
     model, batch = make_model(), make_batch()
     old = {name: p.detach() - 0.5 for name, p in model.named_parameters()}
