@@ -14,6 +14,7 @@ from torch import Tensor
 from lifelong_moe.config import RunConfig, apply_override, build_config
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.growth import grow as grow_module
+from lifelong_moe.growth import noop
 from lifelong_moe.growth.config import ExpertInit, GrowConfig, RouterInit
 from lifelong_moe.growth.grow import grow, most_used
 from lifelong_moe.growth.noop import behavior, check_noop
@@ -22,7 +23,7 @@ from lifelong_moe.methods.graph import stage_specs
 from lifelong_moe.model.architecture import Generation
 from lifelong_moe.model.feedforward import FeedForward
 from lifelong_moe.model.transformer import LanguageModel
-from lifelong_moe.routing.base import Router
+from lifelong_moe.routing.base import Router, Routing
 from lifelong_moe.training.optimizer import build_optimizer
 from tests.conftest import build_raw
 
@@ -94,6 +95,20 @@ def test_a_not_a_number_counts_as_a_change(make_model: Make, make_batch: Batch) 
     add(model, GrowConfig(experts=2), sample, seed=0)
     with pytest.raises(RuntimeError, match="growth changed the logits by nan"):
         check_noop(model, sample, replace(before, logits=before.logits * float("nan")))
+
+
+@pytest.mark.parametrize("kind", ["learned", "gshard", "relu"])
+def test_the_proof_holds_to_the_bit(
+    make_model: Make, make_batch: Batch, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lifelong_moe.growth.noop.TOLERANCE", 0.0)
+    add(make_model(kind), GrowConfig(experts=2), make_batch(), seed=0)
+
+
+def test_gates_of_experts_that_are_not_used_are_zero() -> None:
+    routing = Routing(torch.tensor([[2, 0], [-1, 1], [-1, -1]]), torch.tensor([[0.7, 0.3], [0.4, 0.6], [0.5, 0.5]]), 3)
+    expected = torch.tensor([[0.3, 0, 0.7, 0], [0, 0.6, 0, 0], [0, 0, 0, 0]])
+    assert torch.equal(noop._gates(routing, 4), expected)
 
 
 @pytest.mark.parametrize("generations", [(8,), (8, 8)])

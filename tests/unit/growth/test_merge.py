@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.growth.merge import closest_pair, expert_outputs, merge_experts, output_similarity, weighted
+from lifelong_moe.model.architecture import Generation
 from lifelong_moe.model.transformer import LanguageModel
 
 Make = Callable[..., LanguageModel]
@@ -27,6 +30,12 @@ def test_the_pair_that_changes_least() -> None:
     similarity[0, 2] = similarity[2, 0] = 0.5
     # min(share) * (1 - similarity): (0, 1) 0.3 * 0.1; (0, 2) 0.1 * 0.5; (1, 2) 0.1 * 1
     assert closest_pair(similarity, torch.tensor([60, 30, 10]), [0, 1, 2], [0, 1, 2]) == (0, 1)
+    # (0, 1) 0.1 * 0.1, (0, 2) 0.3 * 0.5, (1, 2) 0.1 * 1, and with (0, 1) left out the more alike (0, 2) against 0.1
+    assert closest_pair(similarity, torch.tensor([60, 10, 30]), [0, 1, 2], [0, 1, 2]) == (0, 1)
+    assert closest_pair(similarity, torch.tensor([60, 10, 30]), [0, 1], [2]) == (1, 2)
+    # both shares count: (0, 2) 0.02 * 0.5 and (1, 2) 0.02 * 1, then (0, 1) 0.03 * 0.1 and (2, 1) 0.03 * 1
+    assert closest_pair(similarity, torch.tensor([95, 3, 2]), [0, 1], [2]) == (0, 2)
+    assert closest_pair(similarity, torch.tensor([95, 3, 2]), [2, 0], [1]) == (0, 1)
     # hardly used, the third goes first
     assert closest_pair(similarity, torch.tensor([60, 39, 1]), [0, 1], [2]) == (0, 2)
     with pytest.raises(ValueError, match="no two experts"):
@@ -74,3 +83,67 @@ def test_what_trains_is_not_merged(make_model: Make) -> None:
     model = make_model("learned", (2, 2))
     with pytest.raises(ValueError, match="must be frozen"):
         merge_experts(model.architecture, model.state_dict(), 1, {0: (2, 3), 1: (2, 3)}, {})
+
+
+@pytest.mark.parametrize(
+    ("generation", "pair"),
+    [
+        (1, (2, 2)),  # itself
+        (1, (7, 3)),  # who stays trains
+        (1, (-1, 3)),
+        (1, (0, 1)),  # who goes is of another generation
+        (1, (0, 5)),
+        (2, (0, 4)),
+    ],
+)
+def test_who_cannot_go_into_whom(make_model: Make, generation: int, pair: tuple[int, int]) -> None:
+    model = make_model("learned", (2, 3, 2, 2))  # experts 0-1, 2-4, 5-6, and 7-8, which train
+    with pytest.raises(ValueError, match=f"layer 1: expert {pair[1]} of generation {generation} cannot go into expert"):
+        merge_experts(
+            model.architecture, model.state_dict(), generation, {0: (2, 6 if generation == 2 else 3), 1: pair}, {}
+        )
+
+
+@pytest.mark.parametrize("pair", [(0, 2), (6, 4), (0, 4), (1, 3)])
+def test_the_first_and_the_last_may(make_model: Make, pair: tuple[int, int]) -> None:
+    model = make_model("learned", (2, 3, 2, 2))
+    counts = {layer: torch.ones(9) for layer in range(2)}
+    architecture, _ = merge_experts(model.architecture, model.state_dict(), 1, {0: pair, 1: pair}, counts)
+    assert [generation.experts for generation in architecture.generations] == [2, 2, 2, 2]
+
+
+def test_each_layer_that_has_the_generation_loses_one(make_model: Make) -> None:
+    model = make_model("learned", (2, Generation("b", 2, layers=(1,)), 2))
+    with pytest.raises(ValueError, match=r"is in layers \[1\]; got pairs for \[0, 1\]"):
+        merge_experts(model.architecture, model.state_dict(), 1, {0: (0, 1), 1: (0, 2)}, {})
+    merge_experts(model.architecture, model.state_dict(), 1, {1: (0, 2)}, {1: torch.ones(6)})
+
+
+def test_a_pyramid_is_not_merged(make_model: Make) -> None:
+    model = make_model("learned", (4, 2, 2))
+    first = replace(model.architecture.generations[0], by_layer=(4, 4))
+    uneven = replace(model.architecture, generations=(first, *model.architecture.generations[1:]))
+    with pytest.raises(ConfigError, match=r"model\.experts differs by layer"):
+        merge_experts(uneven, model.state_dict(), 1, {0: (0, 4), 1: (0, 4)}, {})
+
+
+@pytest.mark.parametrize("routing", [{"score": "sigmoid", "bias_rate": 0.1}, {"expert_groups": 2, "top_groups": 2}])
+def test_biases_and_groups_are_not_merged(make_model: Make, routing: dict[str, Any]) -> None:
+    model = make_model("learned", (4,), routing=routing)
+    with pytest.raises(ConfigError, match="without bundles, biases and groups"):
+        merge_experts(replace(model.architecture, frozen=1), model.state_dict(), 0, {0: (0, 1), 1: (0, 1)}, {})
+
+
+def test_what_a_token_uses_is_left(make_model: Make) -> None:
+    model, counts = make_model("learned", (2, 2)), {layer: torch.ones(4) for layer in range(2)}
+    pairs = {0: (0, 1), 1: (0, 1)}
+    with pytest.raises(ConfigError, match=r"routing\.top_k=2 experts must be left"):
+        merge_experts(model.architecture, model.state_dict(), 0, pairs, counts)
+    single = make_model("learned", (2, 2), routing={"top_k": 1, "renormalize": False})
+    assert merge_experts(single.architecture, single.state_dict(), 0, pairs, counts)[0].generations[0].experts == 1
+
+
+def test_the_only_expert_of_a_generation_stays(make_model: Make) -> None:
+    model = make_model("learned", (4, 1, 2))
+    with pytest.raises(ValueError, match="must be frozen and have two experts"):
+        merge_experts(model.architecture, model.state_dict(), 1, {0: (0, 4), 1: (0, 4)}, {})

@@ -150,6 +150,15 @@ def test_an_auction_comes_within_its_step_of_the_best_total(tokens: int, experts
     assert int(counts.max() - counts.min()) <= 1 and int(counts.sum()) == tokens
 
 
+@pytest.mark.parametrize("spread", [1.0, 1e-5])
+def test_by_default_a_bid_rises_by_a_fiftieth_of_the_range(spread: float) -> None:
+    for seed in range(20):
+        scores = spread * torch.rand(40, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        step = max(1e-4, (float(scores.max()) - float(scores.min())) / 50)
+        assert torch.equal(balanced_assignment(scores), balanced_assignment(scores, step=step))
+    assert balanced_assignment(torch.zeros(0, 3)).tolist() == []
+
+
 def test_an_auction_that_is_cut_short_is_balanced_nevertheless() -> None:
     scores = torch.randn(64, 4, generator=torch.Generator().manual_seed(0)) + torch.tensor([5.0, 0, 0, 0])
     assert torch.bincount(balanced_assignment(scores, rounds=1)).tolist() == [16, 16, 16, 16]
@@ -241,6 +250,14 @@ def test_relus_coefficient_is_state_and_moves_with_steps_taken(make_router: Make
     router(inputs(), context())
     router.end_step(True)
     assert float(router.state_dict()["coefficient"]) == pytest.approx(1.2 * float(before))  # three of six are used
+
+
+@pytest.mark.parametrize(("seen", "factor"), [([3, 6], 1.2), ([2, 6], 1 / 1.2), ([1, 6], 1 / 1.2), ([0, 0], 1 / 1.2)])
+def test_relus_coefficient_falls_at_its_sparsity(make_router: Make, seen: list[int], factor: float) -> None:
+    router = make_router(3, mode="relu", top_k=1)  # a third of the gates may be positive
+    router.used_and_all = torch.tensor(seen)  # type: ignore[assignment]
+    router.end_step(True)
+    assert float(router.coefficient) == pytest.approx(1e-8 * factor, rel=1e-6)  # type: ignore[arg-type]
 
 
 def test_dense_asks_all(make_router: Make) -> None:
