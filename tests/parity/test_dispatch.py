@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +16,7 @@ from lifelong_moe.model.config import Activation, ExpertsImplementation
 from lifelong_moe.model.experts import ExpertBanks
 from lifelong_moe.model.int8 import hold_in_int8
 from lifelong_moe.ops.dispatch import inverse_permutation, mixture_readable, sort_by_expert
+from lifelong_moe.ops.expert_mlp import slices
 from lifelong_moe.routing.base import Routing
 
 D, F = 8, 4
@@ -171,6 +173,33 @@ def test_active_experts_that_a_phase_leaves_alone_get_no_gradients() -> None:
     rows = torch.randn(6, D, requires_grad=True)
     banks(rows, torch.tensor([1, 2, 3])).sum().backward()
     assert rows.grad is not None and all(p.grad is None for p in banks.parameters())
+
+
+@pytest.mark.parametrize("wanted", [wanted for wanted in product((True, False), repeat=5) if any(wanted)])
+def test_whatever_gradients_are_wanted(wanted: tuple[bool, ...]) -> None:
+    """Of the rows, and of each matrix of two experts: those that are wanted, and no others."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = [torch.randn(shape, generator=generator).double() for shape in ((5, D), *((2 * F, D), (D, F)) * 2)]
+    upstream = torch.randn(5, D, generator=generator).double()
+    found = []
+    for fast in (True, False):
+        rows, *weights = leaves = [
+            one.clone().requires_grad_(is_wanted) for one, is_wanted in zip(drawn, wanted, strict=True)
+        ]
+        if fast:
+            out = slices(rows, [2, 3], weights, "swiglu")
+        else:
+            parts = []
+            for x, (into, out_of) in zip(rows.split([2, 3]), (weights[:2], weights[2:]), strict=True):
+                gate, up = (x @ into.t()).chunk(2, dim=1)
+                parts.append((gate * gate.sigmoid() * up) @ out_of.t())
+            out = torch.cat(parts)
+        (out * upstream).sum().backward()
+        found.append([leaf.grad for leaf in leaves])
+    for ours, theirs, is_wanted in zip(*found, wanted, strict=True):
+        assert (ours is not None) == (theirs is not None) == is_wanted
+        if ours is not None and theirs is not None:
+            torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-12)
 
 
 def test_experts_in_one_buffer_stay_themselves() -> None:

@@ -136,6 +136,15 @@ def test_flash_attention_is_for_half_precision_on_cuda() -> None:
     assert not packed_runs(torch.device("cuda"), torch.bfloat16, 264)
 
 
+@pytest.mark.parametrize(("capability", "runs"), [((7, 5), False), ((8, 0), True), ((8, 6), True), ((9, 0), True)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_flash_attention_is_from_ampere_on(
+    capability: tuple[int, int], runs: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert [packed_runs(torch.device("cuda"), dtype, width) for width in (8, 64, 256, 257)] == [runs] * 3 + [False]
+
+
 def one_by_one(query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, max_q: int) -> Tensor:
     """What the packed kernel is documented to give, ``(T, H, W)``."""
     assert max_q == int(cu_seq_q.diff().max())

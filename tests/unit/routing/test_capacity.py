@@ -106,3 +106,24 @@ def test_a_next_choice_lies_in_the_tokens_own_groups(make_router: Make) -> None:
     kept = routing.expert_ids_TK >= 0
     assert bool(open_TG.gather(1, routing.expert_ids_TK.clamp_min(0) // 2)[kept].all())
     assert bool((~kept).any()) and router.config.top_groups == 2
+
+
+@pytest.mark.parametrize("wanted", range(EXPERTS))
+def test_whoever_is_wanted_by_all_others_serve(make_router: Make, wanted: int) -> None:
+    """Twelve tokens that all want one expert fill two places of each of six."""
+    capacity = CapacityConfig(eval_factor=1.0, overflow=Overflow.next_choice)
+    router = make_router(EXPERTS, capacity=capacity, allow_noncausal=True, top_k=1, renormalize=False).eval()
+    rows = torch.zeros(EXPERTS, 3)
+    rows[wanted] = 5.0
+    router.set_rows(rows)
+    ids = torch.arange(12)
+    routing = router(torch.ones(12, 3), RoutingContext(ids, ids >= 0, ids * 0))
+    assert routing.expert_ids_TK.flatten().bincount(minlength=EXPERTS).tolist() == [2] * EXPERTS
+    assert routing.dropped is not None and routing.dropped.tolist() == [0, 12]
+
+
+@pytest.mark.parametrize(("tokens", "sequences"), [(6, 6), (6, 3), (6, 1), (0, 1), (0, 3)])
+def test_each_tokens_sequence(tokens: int, sequences: int) -> None:
+    ids = torch.arange(tokens)
+    context = RoutingContext(ids, ids >= 0, ids, num_sequences=sequences)
+    assert context.sequence_T.tolist() == [i * sequences // tokens for i in range(tokens)]
