@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from lifelong_moe.config import RunConfig
+from lifelong_moe.methods.comparison import ComparisonConfig
 from lifelong_moe.methods.retraining import RetrainConfig
 
 INTRODUCTION = """# Configuration
@@ -51,6 +52,13 @@ A file of its own, such as `configs/retrain.yaml`, that names a run's configurat
 """
 
 
+COMPARING = """# Comparing arms
+
+A file of its own, such as `configs/compare.yaml`, that names a run's configuration as its `base`; see
+[usage.md](usage.md#comparing-arms). `key=value` on the command line sets a key of this file, or else one of every arm.
+"""
+
+
 def section(cls: type, path: str, whole: str) -> list[str]:
     """A table for one dataclass, then the sections inside it."""
     hints, docs = get_type_hints(cls), field_docs(cls)
@@ -71,7 +79,8 @@ def section(cls: type, path: str, whole: str) -> list[str]:
 def configuration() -> str:
     """The whole page."""
     run, tick = section(RunConfig, "", "The run"), section(RetrainConfig, "", "The tick")
-    return "\n".join([INTRODUCTION, *run, RETRAINING, *tick]).rstrip().replace("``", "`") + "\n"
+    arms = section(ComparisonConfig, "", "The comparison")
+    return "\n".join([INTRODUCTION, *run, COMPARING, *arms, RETRAINING, *tick]).rstrip().replace("``", "`") + "\n"
 
 
 if __name__ == "__main__":

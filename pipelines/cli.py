@@ -14,6 +14,7 @@ from rich.console import Console
 
 from lifelong_moe.errors import ConfigError, as_ours, one_line
 from pipelines import output, threads
+from pipelines.exit_codes import OUTCOMES, epilog
 
 ABOUT = "Keep one mixture-of-experts language model learning along a stream of data distributions."
 app = typer.Typer(
@@ -74,8 +75,6 @@ Int8 = Annotated[bool, typer.Option("--int8", help="Hold the model's matrices in
 GateSettings = Annotated[
     list[str] | None, typer.Argument(metavar="[gate.KEY=VALUE]...", help="Such as gate.tolerance=0.02.")
 ]
-REJECTED = 3
-"""Exit code where a gate refused what was made."""
 
 
 def print_version(asked: bool) -> None:
@@ -96,7 +95,7 @@ def without_command(
     """Options that need no command."""
 
 
-@app.command()
+@app.command(epilog=epilog("run"))
 def run(
     config: ConfigPath,
     overrides: Overrides = None,
@@ -113,7 +112,7 @@ def run(
     finish(story(config, checked, replace, console(as_json)), as_json)
 
 
-@app.command()
+@app.command(epilog=epilog("plan"))
 def plan(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Show what a run would do and what it would cost; trains nothing."""
     checked = check_config(config, overrides)
@@ -122,7 +121,7 @@ def plan(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = Fals
     finish(story(config, checked, console(as_json)), as_json)
 
 
-@app.command()
+@app.command(epilog=epilog("compare"))
 def compare(
     config: Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, such as configs/compare.yaml.")],
     overrides: Annotated[
@@ -147,7 +146,7 @@ def compare(
     finish(story(config, overrides or [], only or [], replace, console(as_json)), as_json)
 
 
-@app.command()
+@app.command(epilog=epilog("prepare"))
 def prepare(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Fetch and tokenize everything that a run reads, away from the GPUs; trains nothing."""
     checked = check_config(config, overrides)
@@ -156,7 +155,7 @@ def prepare(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = F
     finish(story(config, checked, console(as_json)), as_json)
 
 
-@app.command()
+@app.command(epilog=epilog("retrain"))
 def retrain(
     config: Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, such as configs/retrain.yaml.")],
     overrides: Annotated[
@@ -180,7 +179,6 @@ def retrain(
             read_plan(Path(plan_path))
         with alone(load_retraining(config, overrides or []).run):
             from pipelines import quiet
-            from pipelines.retrain import EXIT_CODES
             from pipelines.retrain import retrain as story
 
             quiet.libraries()
@@ -192,10 +190,10 @@ def retrain(
         finish(failure, as_json=True)
         raise
     finish(result, as_json=True)
-    raise typer.Exit(EXIT_CODES.get(result["outcome"], 0))
+    raise typer.Exit(OUTCOMES.get(result["outcome"], 0))
 
 
-@app.command()
+@app.command(epilog=epilog("report"))
 def report(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Names of runs.")], as_json: AsJson = False
 ) -> None:
@@ -205,7 +203,7 @@ def report(
     finish(story(runs, console(as_json)), as_json)
 
 
-@app.command()
+@app.command(epilog=epilog("status"))
 def status(run: RunName, as_json: AsJson = False) -> None:
     """Show which stages are committed, under way and to do."""
     from pipelines.inspectors import status as story
@@ -213,7 +211,7 @@ def status(run: RunName, as_json: AsJson = False) -> None:
     finish(story(run, console(as_json)), as_json)
 
 
-@app.command()
+@app.command(epilog=epilog("lineage"))
 def lineage(
     run: RunName,
     expert: Annotated[
@@ -238,7 +236,7 @@ def lineage(
     finish(story(run, console(as_json)), as_json)
 
 
-@app.command()
+@app.command(epilog=epilog("rollback"))
 def rollback(
     run: RunName,
     to: Annotated[int | None, typer.Option("--to", help="A version; by default the one before the champion.")] = None,
@@ -250,7 +248,7 @@ def rollback(
     finish(story(run, to, console(as_json)), as_json)
 
 
-@app.command()
+@app.command(epilog=epilog("drop"))
 def drop(
     run: RunName,
     stage: Annotated[str, typer.Argument(metavar="STAGE", help="Name of a stage of the champion.")],
@@ -264,10 +262,10 @@ def drop(
 
     result = story(run, stage, console(as_json), settings, ungated=ungated)
     finish(result, as_json)
-    raise typer.Exit(REJECTED if result["outcome"] == "rejected" else 0)
+    raise typer.Exit(OUTCOMES.get(result["outcome"], 0))
 
 
-@app.command()
+@app.command(epilog=epilog("consolidate"))
 def consolidate(
     run: RunName,
     stage: Annotated[str, typer.Argument(metavar="STAGE", help="Stage of the champion whose experts become fewer.")],
@@ -284,21 +282,25 @@ def consolidate(
     threads.say()
     result = story(run, stage, experts, console(as_json), settings)
     finish(result, as_json)
-    raise typer.Exit(REJECTED if result["outcome"] == "rejected" else 0)
+    raise typer.Exit(OUTCOMES.get(result["outcome"], 0))
 
 
-@app.command()
+@app.command(epilog=epilog("gc"))
 def gc(
     apply: Annotated[bool, typer.Option("--apply", help="Remove it; otherwise it is only shown.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show what no run, version or live plan refers to any more."""
+    """Show what no run, version or live plan refers to any more; nothing less than a day old is removed.
+
+    Tokenized text counts once nothing has opened it for 30 days. What a killed process left half written goes with it,
+    but for another machine's processes only after a day.
+    """
     from pipelines.gc import gc as story
 
     finish(story(apply, console(as_json)), as_json)
 
 
-@app.command()
+@app.command(epilog=epilog("evaluate"))
 def evaluate(
     run: RunName,
     data: Annotated[str, typer.Option("--data", help="Path or glob of .jsonl, .txt or .parquet files.")],
@@ -313,7 +315,7 @@ def evaluate(
     finish(story(run, stage, data, label, console(as_json), int8=int8), as_json)
 
 
-@app.command()
+@app.command(epilog=epilog("generate"))
 def generate(
     run: RunName,
     prompt: Annotated[str, typer.Argument(help="Text to continue, or, of a fine-tuned stage, a prompt to answer.")],
@@ -344,7 +346,7 @@ def generate(
     finish(result, as_json)
 
 
-@app.command()
+@app.command(epilog=epilog("inspect"))
 def inspect(
     run: RunName,
     stage: StageName = None,
@@ -380,7 +382,7 @@ def inspect(
     finish(result, as_json)
 
 
-@app.command()
+@app.command(epilog=epilog("sync"))
 def sync(as_json: AsJson = False) -> None:
     """Deliver to MLflow what was recorded while it was absent; exit code 75 if it still is."""
     from pipelines.sync import sync as story
@@ -388,14 +390,14 @@ def sync(as_json: AsJson = False) -> None:
     finish(story(console(as_json)), as_json)
 
 
-@app.command()
+@app.command(epilog=epilog("ui"))
 def ui(
     port: Annotated[int, typer.Option(help="Port on this machine.", min=1, max=65535)] = 5000,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     browser: Annotated[bool, typer.Option(help="Open a browser.")] = True,
     experiment: Annotated[str, typer.Option(help="MLflow experiment.")] = "lifelong-moe",
 ) -> None:
-    """Start the MLflow UI on our database, at the comparison of runs."""
+    """Start the MLflow UI on our database, at the comparison of runs; ends with the server's exit code."""
     from pipelines.ui import ui as story
 
     raise typer.Exit(story(port, host, browser, experiment, console()))

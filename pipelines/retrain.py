@@ -41,9 +41,6 @@ from pipelines.retrain_plan import TickPlan, check_plan, make_plan
 from pipelines.tick import Tick, split_of
 from pipelines.waiting import waits_still
 
-EXIT_CODES = {"rejected": 3, "over budget": 4}
-"""Of outcomes that are no success; 0 for all others."""
-
 
 def retrain(
     config_path: str,

@@ -54,8 +54,9 @@ class ComparisonConfig:
     joint: str | None = None
     """Arm that learned everything at once, for the oracle gap; by default the first with ``method: joint``."""
     arms: dict[str, Any]
-    """By name: a list of overrides, or a mapping with ``grid`` (values by key, each combination an arm) and ``set``
-    (overrides of each of them)."""
+    """By name: a list of overrides, such as ``[method=sequential]``, or a mapping with ``grid`` (by key a list of
+    values; each combination is an arm) and ``set`` (overrides of all of these, before the grid's own), such as
+    ``{grid: {model.experts: [4, 8]}, set: [method=static_moe]}``."""
 
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.compare):

@@ -36,6 +36,7 @@ from pipelines import retrain_plan
 from pipelines.candidates import served_stages
 from pipelines.cli import exit_code
 from pipelines.drop import drop
+from pipelines.exit_codes import OUTCOMES
 from pipelines.rollback import rollback
 from tests.retrain_lab import TOKENS, arrive, head, ledger, make_base, stages, tick, tick_and_text, write_retraining
 from tests.tiny import VOCABULARIES, fork, kill_self, train
@@ -326,7 +327,7 @@ def test_over_budget_nothing_is_trained_and_the_batch_stays_open(limit: str, sai
     assert result["outcome"] == "over budget" and said in result["reason"]
     assert stages() == before  # no probe either
     assert head()["champion"] == 0 and "batches" not in head()
-    assert story.EXIT_CODES[result["outcome"]] == 4
+    assert OUTCOMES[result["outcome"]] == 4
     assert tick()["outcome"] == "promoted"
 
 
@@ -503,7 +504,7 @@ def test_a_rejected_candidate_changes_nothing_that_serves(monkeypatch: pytest.Mo
     refuse(monkeypatch)
     served = {key: weights(key) for key in head()["stages"]}
     result, text = tick_and_text()
-    assert result["outcome"] == "rejected" and story.EXIT_CODES["rejected"] == 3
+    assert result["outcome"] == "rejected" and OUTCOMES["rejected"] == 3
     assert "Not enough" in result["reason"] and "✗ Not enough." in text
     assert head()["champion"] == 0 and {key: weights(key) for key in head()["stages"]} == served
     assert StageStore(Path("mlruns")).get(result["candidate"]).name == result["data"]  # can be inspected
