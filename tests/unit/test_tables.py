@@ -1,0 +1,54 @@
+"""The pages' tables are what the JSON of the runs says."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import statistics
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from scipy.stats import t
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def maker() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("make_tables", ROOT / "docs/make_tables.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_pages_hold_what_the_json_says(maker: ModuleType) -> None:
+    for page in maker.pages():
+        text = page.read_text(encoding="utf-8")
+        assert maker.with_tables(text) == text, f"{page.name}: run python docs/make_tables.py"
+
+
+def test_every_table_that_is_made_stands_in_one_page(maker: ModuleType) -> None:
+    text = "\n".join(page.read_text(encoding="utf-8") for page in maker.pages())
+    begun = re.findall(r"^<!-- table: (.+?) -->$", text, re.MULTILINE)
+    assert sorted(begun) == sorted(maker.TABLES)
+    assert text.count("<!-- end -->") == len(begun)
+
+
+def test_a_changed_number_is_noticed(maker: ModuleType) -> None:
+    page = ROOT / "docs/results.md"
+    text = page.read_text(encoding="utf-8")
+    changed = text.replace("2.828 ± 0.060", "2.728 ± 0.060", 1)
+    assert changed != text and maker.with_tables(changed) == text
+
+
+def test_an_arm_is_the_mean_of_its_seeds_with_half_of_a_t_interval() -> None:
+    arms = json.loads((ROOT / "docs/results/bench.json").read_text(encoding="utf-8"))["arms"]
+    runs = next(arm["runs"] for arm in arms if arm["name"] == "bundles")
+    found = [run["numbers"]["final_mean_bits_per_byte"] for run in runs]
+    half = t.ppf(0.975, 2) * statistics.stdev(found) / 3**0.5
+    row = f"{statistics.fmean(found):.3f} ± {half:.3f}"
+    lines = (ROOT / "docs/results.md").read_text(encoding="utf-8").splitlines()
+    assert row in next(line for line in lines if line.startswith("| `bundles` | 3 |"))
