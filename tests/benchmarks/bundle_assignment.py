@@ -2,20 +2,26 @@
 
 Run by hand; needs the corpora of ``LIFELONG_DATA``::
 
-    LIFELONG_DATA=../shared/data .venv/bin/python tests/benchmarks/bundle_assignment.py [key=value …]
+    LIFELONG_DATA=../shared/data .venv/bin/python tests/benchmarks/bundle_assignment.py [--out FILE] [key=value …]
 
 Keys are those of ``routing`` (``margin=0``, ``clusters=1``, ``chunk_tokens=8``, …). Every stage is fitted on its own
-training text alone, in order; BPE of 2,048 entries from the first one's. Legend: D distributions in order of learning.
+training text alone, in order; BPE of 2,048 entries from the first one's. ``--out`` keeps the last
+stage's numbers in a file, beside those of other settings. Legend: D distributions in order of learning.
 """
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +34,7 @@ from lifelong_moe.model.config import ModelConfig
 from lifelong_moe.model.groups import DocumentClusters
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.routing.config import Bundles, RoutingConfig
+from tests.benchmarks.provenance import keep, made_with
 
 ORDER = ("wiki_en", "multilingual", "dialogue", "code_python")
 VOCAB_SIZE = 2048
@@ -88,7 +95,16 @@ def show(title: str, rows: NDArray[np.floating], columns: list[str]) -> None:
         print(f"{name:<28}" + "".join(f"{100 * value:14.3f}" for value in row))
 
 
-def main(overrides: list[str]) -> None:
+def record(path: Path, origin: dict[str, Any], settings: dict[str, int | float], tokens: NDArray[np.int64]) -> None:
+    """Add held-out tokens by distribution and bundle to a file, in place of what it had of the same settings."""
+    known = json.loads(path.read_text(encoding="utf-8"))["settings"] if path.is_file() else []
+    others = [one for one in known if {key: one[key] for key in settings} != settings]
+    entry = settings | {"commit": origin["commit"], "tokens": tokens.tolist()}
+    found = sorted([*others, entry], key=lambda one: (one["margin"], one["chunk_tokens"]))
+    keep(path, {"distributions": ORDER, "settings": found}, origin)
+
+
+def main(overrides: Sequence[str], out: Path | None, origin: dict[str, Any]) -> None:
     """Fit stage by stage, and print."""
     root = Path(os.environ["LIFELONG_DATA"])
     tokenizer = train_tokenizer(read(root, ORDER[0], "train"), VOCAB_SIZE)
@@ -118,7 +134,14 @@ def main(overrides: list[str]) -> None:
         before = old
     print()
     show("own bundle at position, %", by_prefix(model.document_clusters, heldout), [str(p) for p in PREFIXES])
+    if out:
+        settings = {"chunk_tokens": routing.chunk_tokens, "margin": routing.margin, "clusters": routing.clusters_of(2)}
+        record(out, origin, settings, every)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="where to keep the numbers, JSON")
+    parser.add_argument("overrides", nargs="*", help="keys of routing, key=value")
+    options = parser.parse_args()
+    main(options.overrides, options.out, made_with())

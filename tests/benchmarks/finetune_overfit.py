@@ -4,7 +4,7 @@
 
 Prompts are signatures of the standard library's functions, answers the first sentences of their docstrings. Two models
 of equal active FLOPs, eight experts of which a token uses two and a dense one, learn English documentation first. Rows
-are printed as they come.
+are printed as they come, and kept in ``finetune.json`` in the folder.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from lifelong_moe.training.stage import load_model
 from pipelines import quiet
 from pipelines.run import run
 from pipelines.workspace import read_data
+from tests.benchmarks.provenance import keep, made_with
 
 PAIRS = 1000
 CONTEXT = 128
@@ -148,6 +149,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--seeds", type=int, default=1)
     options = parser.parse_args()
+    origin, rows = made_with(), []
     options.folder.mkdir(parents=True, exist_ok=True)
     os.chdir(options.folder)
     quiet.libraries()
@@ -163,10 +165,13 @@ def main() -> None:
             run(f"{name}.yaml", [], False, Console(quiet=True))
             found = measured(name)
             gap = found["held_out"] - found["trained_on"]
+            arm = {"model": model, "trained": trainable, "expert_dropout": dropout, "seed": seed}
+            rows.append(arm | found)
             print(
                 f"| {model} | {trainable} | {dropout} | {seed} | {found['best_step']} | {found['trained_on']:.3f} | "
                 f"{found['held_out']:.3f} | {gap:.3f} | {found['held_out_last']:.3f} |", flush=True,
             )  # fmt: skip
+            keep(Path("finetune.json"), {"pairs": PAIRS, "steps": options.steps, "arms": rows}, origin)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from lifelong_moe.errors import CorruptError
 from lifelong_moe.stages.atomic import MANIFEST, file_hash, verify_directory
 from pipelines import quiet
+from tests.benchmarks.provenance import keep, made_with
 from tests.tiny import fork, hashes, tiny_config, train, write_config, write_corpora
 
 
@@ -52,7 +53,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    parser.add_argument("--out", type=Path, help="where to keep the numbers, JSON")
+    options, origin = parser.parse_args(), made_with()
+    out = options.out and options.out.absolute()
     quiet.libraries()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.chdir(tempfile.mkdtemp(prefix="kill-resume-"))
@@ -99,6 +102,9 @@ def main() -> int:
     share = statistics.median(resumed_seconds) / length
     print(f"undisturbed run {length:.2f} s; continuing took {share:.2f} of it (median)")
     print("killed " + ", ".join(f"{name}: {count}" for name, count in sorted(where.items())))
+    if out:
+        found = {"kills": options.kills, "moments": dict(sorted(where.items())), **{name: counts[name] for name in bad}}
+        keep(out, found | {"seconds": length, "continuing_over_undisturbed": share}, origin)
     print(f"{options.kills} kills: " + ", ".join(f"{counts[name]} {name}" for name in bad))
     return int(any(counts[name] for name in bad))
 

@@ -8,6 +8,7 @@ trials in which a step's loss is another number (compared as ``float.hex``), or 
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -24,6 +25,7 @@ import torch
 
 from lifelong_moe.training.module import StageModule
 from pipelines import quiet
+from tests.benchmarks.provenance import keep, made_with
 from tests.tiny import CONTEXT, SEQUENCES, fork, hashes, kill_self, tiny_config, train, write_config, write_corpora
 
 POINTS = 20
@@ -75,6 +77,10 @@ def configure(workers: int) -> None:
 
 def main() -> int:
     """Run all trials in a temporary directory."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="where to keep the numbers, JSON")
+    options, origin = parser.parse_args(), made_with()
+    out = options.out and options.out.absolute()
     os.chdir(tempfile.mkdtemp(prefix="resume-points-"))
     quiet.libraries()
     torch.set_num_threads(1)
@@ -94,6 +100,8 @@ def main() -> int:
             print(f"stage {stage}, step {step}: {child.output[-300:]}", file=sys.stderr)
     print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
     print(f"{len(trials)} points in 2 stages, workers 0, 2 and 4 in turn: {bad} with other losses or weights")
+    if out:
+        keep(out, {"points": len(trials), "stages": 2, "workers": WORKERS, "other_losses_or_weights": bad}, origin)
     return int(bad > 0)
 
 

@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 PYTHONPATH=$PWD python -m tests.benchmarks.retraining_month --home month
 
-Runs in the directory ``--home``, which must not exist; prints the ledger as a table, and fails if it does not read as
-it should.
+Runs in the directory ``--home``, which must not exist; prints the ledger as a table, which stands in ``month.json``
+there too, and fails if it does not read as it should.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import yaml
 
 from lifelong_moe.data.builtin import builtin_documents
 from lifelong_moe.data.documents import Document
+from tests.benchmarks.provenance import keep, made_with
 from tests.benchmarks.retraining_policy import Pool, make_base, noise, write
 
 HERE = Path.cwd()
@@ -122,12 +123,16 @@ def at_work() -> set[str]:
     return {path.parent.name for path in Path("mlruns/work").glob("*/step-*")}
 
 
-def show(nights: list[dict[str, Any]]) -> None:
+def show(nights: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Print the ledger; returns its rows."""
     print("| day | arrived | outcome | action | serves | s | reason |\n|---:|---|---|---|---:|---:|---|")
+    rows = []
     for n in nights:
-        serves = n.get("champion", {}).get("version", "")
-        cells = (n["day"], n["arrived"], n["outcome"], n.get("action", ""), serves, f"{n['seconds']:.0f}", n["reason"])
-        print("| " + " | ".join(str(cell) for cell in cells) + " |", flush=True)
+        row = {key: n.get(key, "") for key in ("day", "arrived", "outcome", "action")}
+        row |= {"serves": n.get("champion", {}).get("version"), "seconds": round(n["seconds"]), "reason": n["reason"]}
+        rows.append(row)
+        print("| " + " | ".join("" if cell is None else str(cell) for cell in row.values()) + " |", flush=True)
+    return rows
 
 
 def check(nights: list[dict[str, Any]]) -> None:
@@ -174,14 +179,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--home", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    options, origin = parser.parse_args(), made_with()
     options.home.mkdir()
     os.chdir(options.home)
     arrivals, nights = month(prepare(options.seed), options.seed), []
     for day in range(1, 31):
         nights.append(night(day, *arrivals.get(day, (NOTHING, []))))
         Path("nights.jsonl").write_text("".join(json.dumps(n, default=sorted) + "\n" for n in nights))
-    show(nights)
+    keep(Path("month.json"), {"nights": show(nights)}, origin)
     check(nights)
     head = json.loads(Path("mlruns/runs/base/head.json").read_text())
     print(f"versions: {[version['kind'] for version in head['versions']]}, champion {head['champion']}")

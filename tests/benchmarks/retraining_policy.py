@@ -1,10 +1,11 @@
 """How often a tick decides as it should: undrifted batches, planted new kinds of text, more of the same, and noise.
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/retraining_policy.py --out policy.jsonl --seed 1
+    OMP_NUM_THREADS=1 PYTHONPATH=. python tests/benchmarks/retraining_policy.py --out policy.jsonl --seed 1
 
 Every batch goes through a real dry run (look, drift, probes, decision) against a fresh copy of one base run on the
 built-in text. Sources are never shared between the base and a batch. Results are appended to ``--out`` as they come; a
-batch that is there already is not done again.
+batch that is there already is not done again. In the end all of them and their counts stand in a file beside it that
+ends in ``.summary.json``.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from lifelong_moe.data.documents import Document
 from pipelines import quiet
 from pipelines.retrain import retrain
 from pipelines.run import run
+from tests.benchmarks.provenance import keep, made_with
 
 HERE = Path.cwd()
 BASE_KINDS = ("english_docs", "python_code")
@@ -203,14 +205,18 @@ WANTED: dict[str, tuple[str, Callable[[str], bool], int]] = {
 }
 
 
-def summary(rows: list[dict[str, Any]]) -> None:
+def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Print how many of each group were decided as wanted; returns the counts."""
+    counts = []
     for group, (what, wanted, least) in WANTED.items():
         found = [row for row in rows if row["group"] == group]
         good = [row for row in found if wanted(row["action"])]
+        counts.append({"batches": group, "wanted": what, "found": len(good), "of": len(found)})
         print(f"{group}: {len(good)} of {len(found)} {what}{'' if len(good) >= least else '  <-- missed'}")
         for row in found:
             if row not in good:
                 print(f"    {row['name']}: {row['action']}: {row['reason']}")
+    return counts
 
 
 def main() -> None:
@@ -219,7 +225,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", choices=list(WANTED))
     parser.add_argument("overrides", nargs="*", help="key=value of the retraining")
-    options = parser.parse_args()
+    options, origin = parser.parse_args(), made_with()
     quiet.libraries()
     out = options.out.absolute()
     rows = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
@@ -238,7 +244,7 @@ def main() -> None:
             with out.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
             print(f"{group} · {name}: {row['action']} ({row['seconds']} s)", flush=True)
-    summary(rows)
+    keep(out.with_suffix(".summary.json"), {"groups": summary(rows), "batches": rows}, origin)
 
 
 if __name__ == "__main__":

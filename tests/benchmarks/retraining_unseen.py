@@ -5,7 +5,7 @@
 The text is what a Debian system carries under ``/usr/share``; the file is the source. Base and ticks are those of
 ``retraining_policy``, with stages trained, gated and promoted: one run, in the directory ``--home``, which must not
 exist. Each day's inbox holds that day's files alone. Prints a table with what was wanted beside what was found, and
-writes it to ``ticks.jsonl`` there as it comes.
+writes it to ``ticks.jsonl`` there as it comes, and to ``unseen.json`` in the end.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from lifelong_moe.data.documents import Document
 from lifelong_moe.errors import LifelongError
 from pipelines import quiet
 from pipelines.retrain import retrain
+from tests.benchmarks.provenance import keep, made_with
 from tests.benchmarks.retraining_month import vandalised
 from tests.benchmarks.retraining_policy import BASE_KINDS, Pool, make_base, noise, write
 
@@ -188,14 +189,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--home", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=3)
-    options = parser.parse_args()
+    options, origin = parser.parse_args(), made_with()
     quiet.libraries()
     options.home.mkdir()
     os.chdir(options.home)
     base = make_base(options.seed)
     settings = yaml.safe_load(Path("retrain.yaml").read_text())
     Path("retrain.yaml").write_text(yaml.safe_dump(settings | {"trigger": {"min_tokens": 1000, "least_documents": 20}}))
-    days, good = thirty_days(base, pools(options.seed), options.seed), 0
+    days, rows = thirty_days(base, pools(options.seed), options.seed), []
     print(
         "| day | arrived | documents | sources | wanted | found | s | reason |\n|---:|---|---:|---:|---|---|---:|---|"
     )
@@ -203,19 +204,20 @@ def main() -> None:
         write(Path("inbox/today.jsonl"), day.documents)
         began = time.monotonic()
         result = tick()
-        good += right(day, result)
         action = result.get("action", "") if result["outcome"] == "promoted" else ""
         wanted = " or ".join(day.wanted) + {True: ", grown", False: ", not grown", None: ""}[day.grows]
         row = {"day": number, "arrived": day.what, "documents": len(day.documents),
                "sources": len({d.source for d in day.documents}), "wanted": wanted, "right": right(day, result),
                "found": f"{result['outcome']} {action}".strip(), "seconds": round(time.monotonic() - began),
                "reason": result["reason"]}  # fmt: skip
+        rows.append(row)
         with Path("ticks.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(row | {"plan": result.get("plan")}) + "\n")
         cells = (number, day.what, row["documents"], row["sources"], wanted,
                  row["found"] + ("" if row["right"] else " (!)"), row["seconds"], row["reason"])  # fmt: skip
         print("| " + " | ".join(str(cell) for cell in cells) + " |", flush=True)
-    print(f"\n{good} of {len(days)} as wanted")
+    keep(Path("unseen.json"), {"days": rows}, origin)
+    print(f"\n{sum(row['right'] for row in rows)} of {len(days)} as wanted")
 
 
 if __name__ == "__main__":

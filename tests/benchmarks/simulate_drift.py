@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,6 +22,7 @@ from scipy.stats import mannwhitneyu
 from lifelong_moe.retraining.config import DriftConfig
 from lifelong_moe.retraining.drift import DocumentSample, choose_documents, measure_drift
 from lifelong_moe.retraining.mixtures import draw_mixture, nearest_shares
+from tests.benchmarks.provenance import keep, made_with
 
 WIDTH = 32
 SPECTRUM = np.arange(1, WIDTH + 1) ** -0.5
@@ -173,12 +173,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--repetitions", type=int, default=300)
     parser.add_argument("--before", type=int, default=100, help="repetitions of the rule before, which takes long")
-    options = parser.parse_args()
+    options, origin = parser.parse_args(), made_with()
     print("| sources, new : old | within | alarms | before | power | before |\n|---|---:|---:|---:|---:|---:|")
     sizes = sizes_table(options.repetitions, options.before)
     print("\n| batch | each | each, all | each, nearest mixture |\n|---|---:|---:|---:|")
-    found = {"sizes": sizes, "mixtures": mixtures_table(options.repetitions), "settings": vars(options) | {"out": None}}
-    options.out.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    keep(options.out, {"sizes": sizes, "mixtures": mixtures_table(options.repetitions)}, origin)
 
 
 if __name__ == "__main__":

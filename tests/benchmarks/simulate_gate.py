@@ -22,6 +22,7 @@ from scipy.stats import norm, t
 from lifelong_moe.retraining.bounds import Bounds, DocumentLosses, can_tell, difference, effective
 from lifelong_moe.retraining.config import GateConfig
 from lifelong_moe.retraining.gate import unharmed
+from tests.benchmarks.provenance import keep, made_with
 
 LEVEL, RESAMPLES = 0.05, 400
 SCATTER = 0.0085
@@ -70,21 +71,22 @@ def raw_bounds(after: DocumentLosses, seed: int) -> Bounds:
 
 
 def coverage(trials: int) -> list[dict[str, Any]]:
-    """Share of upper bounds at 5 % that the truth exceeds, by sizes of sources and noise."""
+    """Share of upper bounds at 5 % that the truth exceeds, by sizes of sources and noise; None: no verdict is given."""
     rows = []
     for name, hundreds in SIZES.items():
         sizes, row = 100 * np.array(hundreds), {"sources": name, "effective": effective(np.array(hundreds))}
         rng = np.random.default_rng(0)
         for noise in NOISE:
-            missed, wide = np.zeros(2), []
+            missed, wide, told = np.zeros(2), [], can_tell(sizes)
             for seed in range(trials):
                 after, before = gate_set(changes(rng, noise, len(sizes)), sizes)
                 now = difference(after, before, level=LEVEL, resamples=RESAMPLES, seed=seed)
                 then = as_before(raw_bounds(after, seed), sizes)
                 missed += [then.upper < 0, now.upper < 0]
-                wide.append((now.upper - now.mean) / (then.upper - then.mean) if can_tell(sizes) else math.inf)
-            row |= {f"{noise}/before": missed[0] / trials, f"{noise}/now": missed[1] / trials}
-            row[f"{noise}/width"] = float(np.median(wide))
+                if told:
+                    wide.append((now.upper - now.mean) / (then.upper - then.mean))
+            row |= {f"{noise}/before": missed[0] / trials, f"{noise}/now": missed[1] / trials if told else None}
+            row[f"{noise}/width"] = float(np.median(wide)) if told else None
         rows.append(row)
     return rows
 
@@ -131,7 +133,7 @@ def tables(found: dict[str, Any]) -> str:
     """Both, as Markdown."""
     lines = ["| sources | effective | normal | heavy | skewed |", "|---|---:|---:|---:|---:|"]
     for row in found["coverage"]:
-        told = math.isfinite(row["normal/width"])
+        told = row["normal/now"] is not None
         cells = [f"{percent(row[f'{n}/before'])} → {percent(row[f'{n}/now']) if told else 'none'}" for n in NOISE]
         lines.append(f"| {row['sources']} | {row['effective']:.1f} | {' | '.join(cells)} |")
     lines += [
@@ -151,14 +153,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--coverage-trials", type=int, default=3000)
     parser.add_argument("--passing-trials", type=int, default=300)
-    arguments = parser.parse_args()
+    arguments, origin = parser.parse_args(), made_with()
     found = {
         "coverage": coverage(arguments.coverage_trials),
         "passing": passing(arguments.passing_trials),
         "scatter": SCATTER,
         "trials": [arguments.coverage_trials, arguments.passing_trials],
     }
-    arguments.out.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    keep(arguments.out, found, origin)
     print(tables(found))
 
 

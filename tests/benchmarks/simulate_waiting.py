@@ -13,7 +13,6 @@ The second table is by all sources of a batch, split as batches are (15 %, at le
 from __future__ import annotations
 
 import argparse
-import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +26,7 @@ from lifelong_moe.retraining.bounds import DocumentLosses, difference
 from lifelong_moe.retraining.config import HELDOUT_SOURCES, DecisionConfig, GateConfig
 from lifelong_moe.retraining.decision import Action, ProbeResult, decide
 from lifelong_moe.retraining.operation import InboxConfig
+from tests.benchmarks.provenance import keep, made_with
 
 SOURCES, GAINS, TRIALS, RESAMPLES, SCATTER = (1, 2, 3, 5, 10, 20), (-0.5, 0.0, 0.1, 0.5, 2.8), 200, 400, 0.4
 BATCHES = (4, 9, 10, 12, 24, 40, 100)
@@ -85,7 +85,7 @@ def verdicts(sources: int, gain: float, seed: int) -> tuple[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    options = parser.parse_args()
+    options, origin = parser.parse_args(), made_with()
     rows: list[dict[str, Any]] = []
     print("| held-out sources | gain | acts | waits | skips | skipped before |\n|---:|---:|---:|---:|---:|---:|")
     for sources in SOURCES:
@@ -96,8 +96,7 @@ def main() -> None:
             rows.append({"sources": sources, "gain": gain, **shares, "skipped_before": before["skip"] / TRIALS})
             cells = (sources, gain, *(f"{100 * share:.0f}" for share in (*shares.values(), before["skip"] / TRIALS)))
             print("| " + " | ".join(map(str, cells)) + " |", flush=True)
-    rows += by_batch()
-    options.out.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    keep(options.out, {"heldout": rows, "batches": list(by_batch())}, origin)
 
 
 if __name__ == "__main__":

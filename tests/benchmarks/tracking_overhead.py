@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from lifelong_moe.tracking.spool import Spool
 from lifelong_moe.training.config import TrainerConfig
 from pipelines import quiet
+from tests.benchmarks.provenance import keep, made_with
 from tests.tiny import CONTEXT, SEQUENCES, tiny_config, train, write_config, write_corpora
 
 
@@ -35,7 +36,9 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--log-every", type=int, default=TrainerConfig().log_every_n_steps, help="Steps.")
-    options = parser.parse_args()
+    parser.add_argument("--out", type=Path, help="where to keep the numbers, JSON")
+    options, origin = parser.parse_args(), made_with()
+    out = options.out and options.out.absolute()
     quiet.libraries()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.chdir(tempfile.mkdtemp(prefix="tracking-overhead-"))
@@ -76,6 +79,8 @@ def main() -> None:
     print(f"stage with a dead server ÷ without tracking: median {statistics.median(ratios):.4f}, "
           f"{min(ratios):.4f} to {max(ratios):.4f} in {len(ratios)} pairs")  # fmt: skip
     print(f"writing curves to the spool: {max(shares):.3%} of the stage at most")
+    if out:
+        keep(out, {"steps": options.steps, "stage_over_untracked": ratios, "spool_share": shares}, origin)
 
 
 if __name__ == "__main__":

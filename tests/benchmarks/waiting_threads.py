@@ -17,12 +17,16 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
+from tests.benchmarks.provenance import keep, made_with
+
 SETTINGS: dict[str, dict[str, str]] = {
     "one thread": {"OMP_NUM_THREADS": "1"},
     "default": {},
     "passive": {"OMP_WAIT_POLICY": "PASSIVE"},
     **{f"{spins} spins": {"GOMP_SPINCOUNT": spins} for spins in ("500", "1000", "2000", "3000", "10000")},
 }
+FIGURES = ("idle", "idle_processor_seconds", "idle_others", "beside", "beside_processor_seconds", "beside_others")
+"""Steps a second, processor seconds a step, other processors that were busy: by itself, then beside a process."""
 LOAD = "while True: pass"
 """In a session of its own, as other people's work is: the kernel shares processors between sessions first."""
 CHILD = """
@@ -69,7 +73,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--seconds", type=float, default=1.2)
-    options = parser.parse_args()
+    parser.add_argument("--out", type=Path, help="where to keep the numbers, JSON")
+    options, origin = parser.parse_args(), made_with()
     processes = {name: begin(setting) for name, setting in SETTINGS.items()}
     assert all(told(process) == "ready\n" for process in processes.values())
     found: dict[tuple[str, bool], list[tuple[float, float, float]]] = defaultdict(list)
@@ -92,11 +97,15 @@ def main() -> None:
         "| waiting | steps/s, idle | processor s a step | others busy | steps/s, beside | processor s a step | others |"
     )
     print("|---|---:|---:|---:|---:|---:|---:|")
+    rows = []
     for name in SETTINGS:
         middle = [
             statistics.median(column) for beside in (False, True) for column in zip(*found[name, beside], strict=True)
         ]
+        rows.append({"waiting": name, **dict(zip(FIGURES, middle, strict=True))})
         print(f"| {name} | " + " | ".join(f"{value:.2f}" for value in middle) + " |")
+    if options.out:
+        keep(options.out, {"rounds": options.rounds, "settings": rows}, origin)
 
 
 if __name__ == "__main__":

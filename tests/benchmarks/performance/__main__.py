@@ -10,13 +10,9 @@ thread of a CPU. What is a CPU's work anyway is measured there. What comes out s
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
-import re
 import subprocess
 import sys
 import time
@@ -28,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tests.benchmarks.performance.goals import NOT_MEASURED, PARTS, page, rows
+from tests.benchmarks.provenance import hardware, origin, without_paths
 
 ROOT = Path(__file__).resolve().parents[3]
 FOLDER = ROOT / "docs/performance"
@@ -94,11 +91,6 @@ def outcome(code: int, printed: str, errors: str) -> dict[str, Any]:
     return {"not_measured": without_paths(last[-1] if last else f"exit code {code}")}
 
 
-def without_paths(text: str) -> str:
-    """Leave out the folders of absolute paths: they say something of a machine and nothing of the measurement."""
-    return re.sub(r"(?<![\w.:/])(?:/[\w.@+-]+)+/", "…/", text)
-
-
 def record(path: Path, found: Mapping[str, Any], keep: bool) -> None:
     """Write what was found; with ``keep`` beside what other parts found before."""
     before = json.loads(path.read_text(encoding="utf-8"))["parts"] if keep and path.is_file() else {}
@@ -115,53 +107,6 @@ def table(found: Mapping[str, Any], machine: Mapping[str, Any]) -> Table:
     for row in rows(found):
         shown.add_row(*row, style="yellow" if row[1].startswith(NOT_MEASURED) else "red" if row[4] == "NO" else "")
     return shown
-
-
-def hardware() -> dict[str, Any]:
-    """What the figures depend on."""
-    import torch
-
-    return {
-        "cpu": _cpu_model(),
-        "cores": os.cpu_count(),
-        "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": _version("transformers"),
-    }
-
-
-def origin(command: str) -> dict[str, Any]:
-    """Which code was measured, how and when."""
-    changed = _git("status", "--porcelain", "--", ".", ":!docs/performance")
-    return {
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": None if changed is None else bool(changed),
-        "command": command,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
-
-
-def _cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", info.read_text(encoding="utf-8")) if info.is_file() else None
-    return found[1].strip() if found else platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _git(*arguments: str) -> str | None:
-    try:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
 
 
 if __name__ == "__main__":
