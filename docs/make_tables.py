@@ -7,17 +7,17 @@ A table stands in a page between ``<!-- table: NAME -->`` and ``<!-- end -->``; 
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache, partial
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+import table_kinds as kinds
+import table_others as others
+from table_kinds import ROOT, listed, read
+from table_others import Goal
+
 TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-ABSENT = "–"
-Row = Mapping[str, Any]
 
 
 def pages() -> list[Path]:
@@ -30,76 +30,232 @@ def with_tables(text: str) -> str:
     return TABLE.sub(lambda found: found[1] + "\n".join(TABLES[found[2]]()) + "\n" + found[3], text)
 
 
-@cache
-def read(name: str) -> Any:
-    """``docs/NAME.json``."""
-    return json.loads((ROOT / f"docs/{name}.json").read_text(encoding="utf-8"))
-
-
-def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> list[str]:
-    """Lines of a table: so many columns to the left, then numbers to the right."""
-    columns = "|" + "---|" * left + "---:|" * (len(header) - left)
-    return [f"| {' | '.join(header)} |", columns, *(f"| {' | '.join(row)} |" for row in rows)]
-
-
-# What `lifelong-moe compare` writes.
-
-COLUMNS: dict[str, tuple[str, float, str]] = {
-    "forgetting_max": ("X: forgetting, worst, %", 100, "+.1f"),
-    "forgetting_mean": ("mean, %", 100, "+.1f"),
-    "plasticity_gap": ("Y: plasticity gap, worst, %", 100, "+.1f"),
-    "oracle_gap": ("Z: oracle gap, %", 100, "+.1f"),
-    "leak_max": ("leak, worst, %", 100, ".1f"),
-    "final_mean_bits_per_byte": ("final bits per byte", 1, ".3f"),
-    "parameters_total": ("parameters", 1e-6, ".2f"),
-    "active_flops": ("active FLOPs", 1, ".3g"),
-}
-"""Header, scale and form of a number of an arm."""
-WITHOUT_INTERVAL = ("leak_max", "parameters_total", "active_flops")
-
-
-def number(arm: Row, key: str) -> str:
-    """``mean ± half of the interval`` over seeds."""
-    found, (_, scale, form) = arm["summary"][key], COLUMNS[key]
-    if found is None:
-        return ABSENT
-    shown = format(scale * found["mean"], form) + (" M" if key == "parameters_total" else "")
-    if found["high"] is None or key in WITHOUT_INTERVAL:
-        return shown
-    return f"{shown} ± {scale * (found['high'] - found['mean']):{form.removeprefix('+')}}"
-
-
-def chosen(comparison: Row, names: Sequence[str] | None) -> list[Row]:
-    """Arms by name, in this order; all if none are named."""
-    by_name = {arm["name"]: arm for arm in comparison["arms"]}
-    return [by_name[name] for name in names] if names else list(by_name.values())
-
-
-def seeds(arm: Row) -> int:
-    return sum(run["status"] == "committed" for run in arm["runs"])
-
-
-def arms(file: str, names: Sequence[str] | None = None) -> list[str]:
-    """Every number of some arms."""
-    rows = [
-        [f"`{arm['name']}`", str(seeds(arm)), *(number(arm, key) for key in COLUMNS)]
-        for arm in chosen(read(file), names)
-    ]
-    return markdown(["arm", "seeds", *(header for header, _, _ in COLUMNS.values())], rows)
-
-
 BENCH = [arm["name"] for arm in read("results/bench")["arms"]]
-ASSIGNMENTS = ["joint", *(name for name in BENCH if name.startswith("joint_"))]
+ASSIGNED = ["joint", *(name for name in BENCH if name.startswith("joint_"))]
+MAIN = {
+    "naive": ("`sequential` (naive)", "none"),
+    "replay5": ("5 % replay", "yes"),
+    "replay25": ("25 % replay", "yes"),
+    "kl_replay25": ("25 % replay, distillation on it, no growth", "yes"),
+    "static22_kl_replay25": ("the same, with as many experts as bundles has in the end, from the start", "yes"),
+    "grow_kl_replay25": ("25 % replay, distillation, growth, one router", "yes"),
+    "bundles": ("**`lifelong` (bundles, no old text)**", "none"),
+    "joint": ("all text at once", "all"),
+}
+"""Arms of README's table, and what old text each stores."""
+PAIRED = ("joint", "naive", "replay25", "grow_kl_replay25", "kl_replay25", "bundles", "naive8", "static22_kl_replay25")
+AGAIN = ("joint", "naive", "replay5", "replay25", "kl_replay25", "static22_kl_replay25", "grow_kl_replay25", "bundles")
+ROUTERS = {
+    "cluster": "`cluster` by token",
+    "label": "`label`: the known distribution",
+    "jacobs": "`dense`: every expert",
+    "hash": "`hash`, top-2",
+    "deepseek_v3": "sigmoid scores, biases, loss by sequence",
+    "mixtral": "`learned`, top-2, renormalized",
+    "hierarchical": "`hierarchical`: two experts of each of two groups",
+    "qwen3_moe": "balance over the global batch",
+    "olmoe": "the same as `mixtral`, not renormalized",
+    "noisy_topk": "`noisy_topk`",
+    "switch": "`switch`: top-1, capacity",
+    "remoe": "`relu`",
+    "gshard": "`gshard`: top-2, second at random, capacity",
+}
+PRESETS = {
+    "mixtral": "",
+    "grok1": "",
+    "glam": " (64B/64E)",
+    "deepseek_moe": " (16B)",
+    "deepseek_v3": "|, with the authors' attention (latents), which is not ours",
+    "olmoe": " (1B-7B)",
+    "qwen3_moe": " (30B-A3B)",
+    "deepspeed_pr_moe": " (350M, 32/64)",
+}
+"""Size, and after a bar what else there is to say."""
+LEARNED = {f"learned/{name}": (f"learned {name}", "{:.3f}") for name in ("english_docs", "python_code", "cpp_headers")}
+FORGOTTEN = {f"forgetting/{name}": (f"forgetting {name}", "{:+.3f}") for name in ("english_docs", "python_code")}
+LEAKED = {f"leak/{name}": (f"leak {name}", "{:.0%}") for name in ("english_docs", "python_code")}
+FINAL = {"final_mean": ("final mean", "{:.3f}")}
+FINETUNED = {
+    "model": ("model", "{}"),
+    "trained": ("trained", "`{}`"),
+    "expert_dropout": ("expert dropout", "{}"),
+    "best_step": ("best step", "{}"),
+    "trained_on": ("trained on", "{:.3f}"),
+    "held_out": ("held out", "{:.3f}"),
+    "gap": ("gap", "{:.3f}"),
+    "held_out_last": ("held out, step 240", "{:.3f}"),
+}
+SHARES = {"grow": ("acts", "{}"), "wait": ("waits", "{}"), "skip": ("skips for good", "{}")}
+SKIPPED = {"skipped_before": ("skipped for good before", "{}")}
+NIGHT = {
+    "day": ("day", "{}"),
+    "arrived": ("arrived", "{}"),
+    "outcome": ("outcome", "{}"),
+    "action": ("action", "{}"),
+    "serves": ("serves", "{}"),
+    "seconds": ("s", "{}"),
+    "reason": ("reason", "{}"),
+}
+GOALS = [
+    Goal("P1 as users run it, E 8", "step", "P1 as users run it, E 8", gpu_goal="≥ 1.4×"),
+    Goal("P1 as users run it, E 32", "step", "P1 as users run it, E 32"),
+    Goal("P1 as users run it, E 64", "step", "P1 as users run it, E 64"),
+    Goal("P1 same allocator, E 8", "step", "P1 same allocator, E 8"),
+    Goal("P1 same allocator, d 512 E 32", "step", "P1 same allocator, d 512 E 32"),
+    Goal("P1b against eager, E 64", "step", "P1b against eager, E 64", gpu_goal="≥ 3×"),
+    Goal("P2 layer over dense, d 256 E 8", "layer", "P2 layer over dense, d 256 E 8", gpu_goal="≤ 1.30 at d ≥ 2048"),
+    Goal("P2 layer over dense, d 256 E 32", "layer", "P2 layer over dense, d 256 E 32"),
+    Goal("P2 layer over dense, d 512 E 8", "layer", "P2 layer over dense, d 512 E 8"),
+    Goal("P2 layer over dense, d 512 E 32", "layer", "P2 layer over dense, d 512 E 32"),
+    Goal("P3 step with 64 experts, 4 newest trainable, over 4", "lifelong", "P3 4 to 64 experts", gpu_goal="≤ 1.10"),
+    Goal(
+        "P4 default distillation over a plain step", "lifelong", "P4 default distillation over plain", gpu_goal="≤ 1.12"
+    ),
+    Goal(
+        "P5 share of the matmul peak", "step", "P5 share of the matmul peak", unit="",
+        gpu_goal="≥ 0.25 of the peak; layer ≥ 250 TFLOP/s",
+    ),
+    Goal("P6 share of a step waiting for data", "overhead", "P6 data", 100, 2, " %", "the same"),
+    Goal("P6 share in Lightning, logging and checks", "overhead", "P6 loop", 100, 1, " %"),
+    Goal(
+        "P7 frozen experts: gradients and copies", "lifelong", "P7 frozen experts: gradients and copies", 1, 0, "",
+        "the same; 8 bits halve bf16",
+    ),
+    Goal("P8 grow 100 M parameters, whole", "growth", "P8 whole", 1, 1, " s", "≤ 10 s at 10 B"),
+    Goal(
+        "P8 without reading and clustering text", "growth", "P8 without reading and clustering text", 1, 2, " s"
+    ),
+    Goal("P9 tokenize and pack, over `tokenizers` alone", "text", "P9", gpu_goal="the same"),
+    Goal("P10 cluster a million documents", "clustering", "P10", 1, 1, " s", "–", "–"),
+    Goal("P11 `lifelong-moe --help`", "startup", "P11 help", 1, 2, " s", "–", "–"),
+    Goal("P11 a configuration error", "startup", "P11 config error", 1, 2, " s", "", "–"),
+    Goal("P12 generate, batch 1, over transformers' best", "inference", "P12 batch 1", gpu_goal="the same"),
+    Goal("P12 4 to 64 experts, batch 1", "inference", "P12 4 to 64 experts, batch 1"),
+    Goal("P12 generate, batch 32, over transformers' best", "inference", "P12 batch 32"),
+    Goal("P12 4 to 64 experts, batch 32", "inference", "P12 4 to 64 experts, batch 32"),
+]  # fmt: skip
+
+
+def policy() -> list[str]:
+    """How many batches of each group were decided as wanted."""
+    columns = {"batches": ("batches", "{}"), "wanted": ("wanted", "{}"), "share": ("found", "{}")}
+    rows = [row | {"share": f"{row['found']} of {row['of']}"} for row in read("results/policy")["groups"]]
+    return listed(rows, columns, "ll")
+
+
+EARLIER = read("results/earlier")
 TABLES: dict[str, Callable[[], list[str]]] = {
-    "bench": partial(arms, "results/bench", [name for name in BENCH if name not in ASSIGNMENTS[1:]]),
+    "quickstart": others.quickstart,
+    "main": partial(kinds.main_comparison, MAIN),
+    "bench": partial(kinds.arms, "results/bench", [name for name in BENCH if name not in ASSIGNED[1:]]),
+    "bench-paired": partial(kinds.differences, "results/bench", PAIRED),
+    "bench-bundles": partial(kinds.curves, "results/bench", "bundles"),
+    "bench-again": partial(kinds.before_and_after, "results/bench", "results/bench_again", AGAIN),
+    "assigned": partial(kinds.arms, "results/bench", ASSIGNED),
+    "capacity": partial(kinds.arms, "results/capacity"),
+    "capacity-paired": partial(kinds.differences, "results/capacity", ("static2", "static32_alone", "bundles_alone")),
+    "capacity8": partial(kinds.arms, "results/capacity8"),
+    "capacity8-paired": partial(kinds.differences, "results/capacity8", ("static8", "bundles8", "bundles8_alone")),
+    "capacity8-flops": partial(kinds.arms, "results/capacity8_flops"),
+    "assignment": others.assignment,
+    "assignment-chunks": partial(others.assignment_by, "chunk_tokens", "chunk, tokens", {"margin": 4}),
+    "three-seeds": partial(
+        listed,
+        EARLIER["three_seeds"]["rows"],
+        {"method": ("method", "{}"), "seed": ("seed", "{}"), **LEARNED, **FORGOTTEN, **FINAL},
+    ),
+    "three-seeds-means": partial(
+        listed,
+        EARLIER["three_seeds_means"]["rows"],
+        {
+            "quantity": ("mean over seeds, 95 % interval", "{}"),
+            "lifelong": ("`lifelong`", "{}"),
+            "sequential": ("`sequential`", "{}"),
+        },
+    ),
+    "clustered": partial(
+        listed,
+        EARLIER["clustered"]["rows"],
+        {"routing": ("routing", "{}"), **LEARNED, **FORGOTTEN, **FINAL, **LEAKED},
+    ),
+    "four-lifelong": partial(others.matrix, EARLIER["four_distributions"]["lifelong"]["rows"]),
+    "four-sequential": partial(others.matrix, EARLIER["four_distributions"]["sequential"]["rows"]),
+    "variations": partial(
+        listed,
+        EARLIER["variations"]["rows"],
+        {
+            "variation": ("variation", "{}"),
+            "gap/python_code": ("gap python_code", "{:+.3f}"),
+            "gap/cpp_headers": ("gap cpp_headers", "{:+.3f}"),
+            "forgetting/python_code over sequential": ("forgetting python_code, share of `sequential`'s", "{:.2f}"),
+        },
+    ),
+    "presets": partial(others.presets, PRESETS),
+    "systems": partial(kinds.systems, ROUTERS),
+    "finetune": partial(listed, read("results/finetune")["arms"], FINETUNED, "ll"),
+    "policy": policy,
+    "gate-coverage": others.gate_coverage,
+    "gate-passing": others.gate_passing,
+    "waiting": partial(
+        others.waiting,
+        "heldout",
+        "sources",
+        {"sources": ("held-out sources", "{}"), "gain": ("gain", "{}"), **SHARES, **SKIPPED},
+    ),
+    "waiting-batches": partial(
+        others.waiting,
+        "batches",
+        "batch",
+        {
+            "batch": ("sources of the batch", "{}"),
+            "gain": ("gain", "{}"),
+            "held_out": ("held out", "{}"),
+            **SHARES,
+            "held_out_before": ("held out before", "{}"),
+            **SKIPPED,
+        },
+    ),
+    "drift-sizes": partial(
+        listed,
+        read("results/drift")["sizes"],
+        {
+            "design": ("sources, new : old", "{}"),
+            "within": ("within", "{:.1f}"),
+            "alarms": ("false alarms", "{:.1%}"),
+            "alarms_before": ("before", "{:.0%}"),
+            "power": ("power", "{:.0%}"),
+            "power_before": ("before", "{:.0%}"),
+        },
+    ),
+    "drift-mixtures": partial(
+        listed,
+        read("results/drift")["mixtures"],
+        {
+            "batch": ("batch", "{}"),
+            "each": ("each", "{:.0%}"),
+            "pooled": ("each, all", "{:.0%}"),
+            "nearest": ("each, nearest mixture", "{:.1%}"),
+        },
+    ),
+    "unseen": others.unseen,
+    "month": partial(listed, read("results/month")["nights"], NIGHT, "rlllrrl"),
+    "reliability": partial(
+        listed,
+        read("results/reliability")["figures"],
+        {"figure": ("figure", "{}"), "wanted": ("wanted", "{}"), "found": ("found", "{}")},
+        "lll",
+    ),
+    "goals": partial(others.goals, GOALS),
+    "attention": others.attention,
+    "generation": others.generation,
+    "waiting-threads": others.waiting_threads,
 }
 
 
 def main() -> None:
     """Write the pages."""
     for page in pages():
-        text = page.read_text(encoding="utf-8")
-        page.write_text(with_tables(text), encoding="utf-8")
+        page.write_text(with_tables(page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,142 @@
+"""Tables from JSON, and those of what ``lifelong-moe compare`` writes; ``make_tables.py`` says which stands where."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+ABSENT = "–"
+Row = Mapping[str, Any]
+
+
+@cache
+def read(name: str) -> Any:
+    """``docs/NAME.json``."""
+    return json.loads((ROOT / f"docs/{name}.json").read_text(encoding="utf-8"))
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], align: str = "l") -> list[str]:
+    """Lines of a table; ``align`` has an ``l`` or ``r`` for each column, and those that it lacks go to the right."""
+    align = align.ljust(len(header), "r")
+    columns = "|" + "".join("---|" if one == "l" else "---:|" for one in align)
+    return [f"| {' | '.join(header)} |", columns, *(f"| {' | '.join(row)} |" for row in rows)]
+
+
+def listed(rows: Iterable[Row], columns: Mapping[str, tuple[str, str]], align: str = "l") -> list[str]:
+    """A line for each row: by key, a column's header and the form of its values."""
+    cells = (["" if row[key] is None else form.format(row[key]) for key, (_, form) in columns.items()] for row in rows)
+    return markdown([header for header, _ in columns.values()], cells, align)
+
+
+def percent(value: float) -> str:
+    """Of small numbers one digit more."""
+    return f"{100 * value:.1f}" if value < 0.1 else f"{100 * value:.0f}"
+
+
+NUMBERS: dict[str, tuple[str, float, str]] = {
+    "forgetting_max": ("X: forgetting, worst, %", 100, "+.1f"),
+    "forgetting_mean": ("mean, %", 100, "+.1f"),
+    "plasticity_gap": ("Y: plasticity gap, worst, %", 100, "+.1f"),
+    "oracle_gap": ("Z: oracle gap, %", 100, "+.1f"),
+    "leak_max": ("leak, worst, %", 100, ".1f"),
+    "final_mean_bits_per_byte": ("final bits per byte", 1, ".3f"),
+    "parameters_total": ("parameters", 1e-6, ".2f"),
+    "active_flops": ("active FLOPs", 1, ".3g"),
+}
+"""Header, scale and form of each number of an arm."""
+WITHOUT_INTERVAL = ("leak_max", "parameters_total", "active_flops")
+
+
+def number(arm: Row, key: str) -> str:
+    """``mean ± half of the interval`` over seeds."""
+    found, (_, scale, form) = arm["summary"][key], NUMBERS[key]
+    if found is None:
+        return ABSENT
+    shown = format(scale * found["mean"], form) + (" M" if key == "parameters_total" else "")
+    if found["high"] is None or key in WITHOUT_INTERVAL:
+        return shown
+    return f"{shown} ± {scale * (found['high'] - found['mean']):{form.removeprefix('+')}}"
+
+
+def chosen(file: str, names: Iterable[str] | None) -> list[Row]:
+    """Arms of a comparison in this order; all if none are named."""
+    by_name = {arm["name"]: arm for arm in read(file)["arms"]}
+    return [by_name[name] for name in names] if names else list(by_name.values())
+
+
+def seeds(arm: Row) -> int:
+    """Of how many there are numbers."""
+    return sum(run["status"] == "committed" for run in arm["runs"])
+
+
+def arms(file: str, names: Iterable[str] | None = None) -> list[str]:
+    """Every number of some arms."""
+    rows = [
+        [f"`{arm['name']}`", str(seeds(arm)), *(number(arm, key) for key in NUMBERS)] for arm in chosen(file, names)
+    ]
+    return markdown(["arm", "seeds", *(header for header, _, _ in NUMBERS.values())], rows)
+
+
+def main_comparison(labels: Mapping[str, tuple[str, str]]) -> list[str]:
+    """Some arms of the bench by names that explain themselves, and what old text each stores."""
+    keys = ("forgetting_max", "plasticity_gap", "final_mean_bits_per_byte", "parameters_total", "active_flops")
+    rows = []
+    for arm in chosen("results/bench", labels):
+        (label, stored), cells = labels[arm["name"]], [number(arm, key) for key in keys]
+        rows.append([f"{label} ({seeds(arm)} seeds)", *cells[:3], stored, *cells[3:]])
+    header = ("", "forgetting, worst, %", "plasticity gap, worst, %", "final mean, bits per byte", "stored old text")
+    return markdown([*header, "parameters", "active FLOPs"], rows, "lrrrl")
+
+
+def differences(file: str, names: Sequence[str]) -> list[str]:
+    """Paired differences to the reference in the final mean."""
+    rows = []
+    for arm in chosen(file, names):
+        found = arm["differences"]["final_mean_nats"]
+        interval = f"{found['mean']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}]"
+        rows.append([f"`{arm['name']}`", str(found["n"]), interval, f"{found['p']:.2g}"])
+    return markdown(["arm", "seeds", "mean [95 % interval]", "p"], rows)
+
+
+def curves(file: str, name: str) -> list[str]:
+    """An arm's losses after each stage, with its first seed."""
+    [arm] = chosen(file, [name])
+    found = arm["runs"][0]["curves"]
+    rows = [[stage, *(f"{curve[i]:.3f}" for curve in found.values())] for i, stage in enumerate(arm["stages"])]
+    return markdown(["after", *found], rows)
+
+
+def before_and_after(before: str, after: str, names: Iterable[str]) -> list[str]:
+    """Some numbers of each arm's first seed in two comparisons."""
+    keys = ("forgetting_max", "plasticity_gap", "oracle_gap", "final_mean_bits_per_byte")
+    rows = []
+    for pair in zip(chosen(before, names), chosen(after, names), strict=True):
+        row = [f"`{pair[0]['name']}`"]
+        for key in keys:
+            values, (_, scale, form) = [arm["runs"][0]["numbers"][key] for arm in pair], NUMBERS[key]
+            row.append(" → ".join(ABSENT if v is None else format(scale * v, form) for v in values))
+        rows.append(row)
+    return markdown(["arm", *(NUMBERS[key][0] for key in keys)], rows)
+
+
+def systems(labels: Mapping[str, str]) -> list[str]:
+    """Routers, the best first; a star where the losses are summed over layers."""
+    found = [(arm["name"], " *", arm["runs"][0]["numbers"]) for arm in read("results/systems")["arms"]]
+    found += [(arm["name"], "", arm) for arm in read("results/systems_earlier")["arms"]]
+    forms = {
+        "final_mean_bits_per_byte": ("final, bits per byte", 1, ".3f"),
+        "forgetting_max": ("forgetting, worst, %", 100, "+.1f"),
+        "forgetting_mean": ("mean, %", 100, "+.1f"),
+        "leak_max": ("leak, worst, %", 100, ".0f"),
+        "active_flops": ("active FLOPs", 1, ".3g"),
+        "seconds": ("seconds", 1, ".0f"),
+    }
+    rows = [
+        [f"`{name}`", labels[name] + star, *(format(scale * n[key], form) for key, (_, scale, form) in forms.items())]
+        for name, star, n in sorted(found, key=lambda one: one[2]["final_mean_bits_per_byte"])
+    ]
+    return markdown(["arm", "routing", *(header for header, _, _ in forms.values())], rows, "ll")

@@ -1,0 +1,200 @@
+"""Tables of everything that is no comparison; ``make_tables.py`` says which stands where."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+from typing import Any, NamedTuple
+
+from table_kinds import ROOT, Row, listed, markdown, percent, read
+
+OTHER_MACHINE = (
+    "Last digits are those of one machine's floating point: where an earlier version printed +0.364\n"
+    "(forgetting of english_docs), 2.205 (newly learned) and 2.687 (final mean) for the naive run, another machine\n"
+    "printed +0.378, 2.219 and 2.697."
+)
+
+
+def quickstart() -> list[str]:
+    """What ``lifelong-moe report`` shows of the two runs, and what they were made with."""
+    found = read("results/quickstart")
+    run = found["run"]
+    made = f"Commit `{run['commit'][:7]}`"
+    if "cpu" in run:
+        threads = f"{run['threads']} thread" + ("" if run["threads"] == 1 else "s")
+        made += f", {threads} of {run['cpu']} ({run['cores']} cores), Python {run['python']}, torch {run['torch']}"
+    return [*markdown(["", *found["runs"]], found["side_by_side"]), "", f"{made}. {OTHER_MACHINE}"]
+
+
+def assignment() -> list[str]:
+    """Held-out tokens by distribution and the bundle that they were given."""
+    found = read("results/assignment")
+    names = found["distributions"]
+    [tokens] = [one["tokens"] for one in found["settings"] if (one["chunk_tokens"], one["margin"]) == (8, 4)]
+    rows = [[name, *(f"{100 * one / sum(row):.2f}" for one in row)] for name, row in zip(names, tokens, strict=True)]
+    return markdown(["text of", *(f"→ {name}" for name in names)], rows)
+
+
+def assignment_by(key: str, header: str, fixed: Mapping[str, float]) -> list[str]:
+    """The same by one setting: what leaves the first distribution, and what of each other reaches its own bundle."""
+    found = read("results/assignment")
+    rows = []
+    for one in sorted(found["settings"], key=lambda one: one[key]):
+        if all(one[name] == value for name, value in fixed.items()):
+            shares = [100 * row[i] / sum(row) for i, row in enumerate(one["tokens"])]
+            own = " / ".join(f"{share:.2f}" for share in shares[1:])
+            rows.append([f"{one[key]:g}", f"{100 - shares[0]:.2f}", own])
+    first, *others = found["distributions"]
+    return markdown([header, f"{first} to newer bundles", f"own bundle: {' / '.join(others)}"], rows)
+
+
+def matrix(rows: Sequence[Row]) -> list[str]:
+    """Losses after each stage; what a stage has just learned stands out."""
+    names = [key for key in rows[0] if key != "after"]
+    cells = [
+        [row["after"], *(f"**{row[name]:.3f}**" if name == row["after"] else f"{row[name]:.3f}" for name in names)]
+        for row in rows
+    ]
+    return markdown(["after stage", *names], cells)
+
+
+def presets(notes: Mapping[str, str]) -> list[str]:
+    """Published parameters beside those counted from each preset's configuration."""
+    from lifelong_moe.config import load_config
+    from lifelong_moe.methods.published import published_count
+
+    rows = []
+    for name, note in notes.items():
+        config, _ = load_config(ROOT / f"configs/presets/{name}.yaml")
+        said, counted = config.published, published_count(config)
+        assert said is not None
+        published = " / ".join(f"{figure:,g} B" for figure in (said.total, said.active) if figure is not None)
+        ours = f"{counted.total / 1e9:,.2f} B / {counted.active / 1e9:,.2f} B"
+        size, _, remark = note.partition("|")
+        rows.append([f"`{name}`{size}", published, ours + remark])
+    return markdown(["preset", "published, total / active", "counted"], rows)
+
+
+def gate_coverage() -> list[str]:
+    """How often bounds miss, before → now."""
+    rows = []
+    for row in read("results/gate")["coverage"]:
+        cells = []
+        for noise in ("normal", "heavy", "skewed"):
+            now = row[f"{noise}/now"]
+            cells.append(f"{percent(row[f'{noise}/before'])} → {'none' if now is None else percent(now)}")
+        rows.append([row["sources"], f"{row['effective']:.1f}", *cells])
+    return markdown(["sources", "effective", "normal", "heavy", "skewed"], rows)
+
+
+def gate_passing() -> list[str]:
+    """Which candidates pass, before → now."""
+    rows = []
+    for row in read("results/gate")["passing"]:
+        cells = [
+            f"{percent(row[f'{lost}/before'])} → {percent(row[f'{lost}/now'])}" for lost in ("0.0", "0.02", "0.05")
+        ]
+        rows.append([str(row[key]) for key in ("sources", "distributions", "checks")] + cells)
+    return markdown(["sources each", "K", "checks", "harmless", "one loses 0.02", "one loses 0.05"], rows, "r")
+
+
+def waiting(part: str, by: str, columns: Mapping[str, tuple[str, str]]) -> list[str]:
+    """What becomes of a gain, in percent; sizes for which it makes no difference share a line."""
+    rows = read("results/waiting")[part]
+    blocks = [list(block) for _, block in groupby(rows, key=lambda row: row[by])]
+    shown: list[dict[str, Any]] = []
+    for same, group in groupby(blocks, key=lambda block: block[0]["wait"] == 1 == min(r["wait"] for r in block)):
+        some = list(group)
+        if same:
+            sizes = ", ".join(str(block[0][by]) for block in some)
+            spans = {key: _span(block[0][key] for block in some) for key in some[0][0] if key.startswith("held_out")}
+            shown.append({**some[0][0], **spans, by: sizes, "gain": "any"})
+        else:
+            shown += [row | {k: _span([row[k]]) for k in row if k.startswith("held_out")} for b in some for row in b]
+    for row in shown:
+        row |= {key: f"{100 * row[key]:.0f}" for key in ("grow", "wait", "skip", "skipped_before")}
+    return listed(shown, columns, "r")
+
+
+def _span(spans: Iterable[str]) -> str:
+    ends = [int(end) for span in spans for end in span.split(" to ")]
+    return str(ends[0]) if len(set(ends)) == 1 else f"{min(ends)} to {max(ends)}"
+
+
+def unseen() -> list[str]:
+    """What each day was wanted to become, and became before and now."""
+    rows = []
+    for day in read("results/unseen")["days"]:
+        found = [day[f"found{when}"] + ("" if day[f"right{when}"] else " **(!)**") for when in ("_before", "")]
+        rows.append([str(day["day"]), day["arrived"], str(day["sources"]), day["wanted"], *found])
+    return markdown(["day", "arrived", "sources", "wanted", "before", "now"], rows, "rlrlll")
+
+
+class Goal(NamedTuple):
+    """A line of the goals of speed."""
+
+    name: str
+    part: str
+    key: str
+    scale: float = 1
+    digits: int = 2
+    unit: str = "×"
+    gpu_goal: str = ""
+    gpu: str = "not measured"
+
+
+def goals(lines: Iterable[Goal]) -> list[str]:
+    """Figures beside their goals on a CPU, and the goals on a GPU."""
+    rows = []
+    for line in lines:
+        found = read("performance/cpu")["parts"][line.part]["goals"][line.key]
+        figures = [found["value"], found.get("low"), found.get("high")]
+        value, low, high = ("" if f is None else f"{line.scale * f:.{line.digits}f}" for f in figures)
+        sign, limit = found["goal"].split()
+        limit = limit if line.scale == 1 else f"{line.scale * float(limit):g}"
+        spread = "" if figures[1] == figures[2] else f"{low} – {high}{line.unit if line.unit == ' %' else ''}"
+        goal = f"{'≥' if sign == '>=' else '≤'} {limit}{line.unit}"
+        met = "yes" if found["met"] else "**no**"
+        rows.append([line.name, value + line.unit, spread, goal, met, line.gpu_goal, line.gpu])
+    return markdown(["what", "CPU", "quartiles", "goal", "met", "H200: goal", "H200"], rows, "lrrrlll")
+
+
+def attention() -> list[str]:
+    """Time by document over time with the mask."""
+    found = read("performance/cpu")["parts"]["attention_by_document"]["detail"]
+    rows = [
+        [documents, one["kernel"].replace("_", " "), f"{one['ratio']:.2f}"]
+        for documents, one in found.items()
+        if not documents.endswith(", by length")
+    ]
+    return markdown(["documents", "computed by", "time"], rows, "ll")
+
+
+def generation() -> list[str]:
+    """Speed over transformers, and the share of routing with eight experts."""
+    rows = []
+    for batch, one in read("performance/cpu")["parts"]["inference"]["detail"].items():
+        speed = [f"{one['over_transformers'][phase]['ratio']:.2f}" for phase in ("prefill", "decode", "both")]
+        rows.append(
+            [
+                batch.removeprefix("batch "),
+                *speed,
+                f"{one['routing_share']['8 experts']['ratio']:.0%}".replace("%", " %"),
+            ]
+        )
+    return markdown(["texts", "prefill", "decoding", "both", "routing's share of decoding"], rows, "r")
+
+
+def waiting_threads() -> list[str]:
+    """Two threads by how they wait, by themselves and beside a busy process."""
+    rows, settings = [], {one["waiting"]: one for one in read("results/waiting_threads")["settings"]}
+    labels = {"one thread": "one thread", "default": "two, default", "passive": "two, `OMP_WAIT_POLICY=PASSIVE`"}
+    for name, one in settings.items():
+        looks = f"{int(name.split()[0]):,} looks" if name not in labels else ""
+        label = labels.get(name) or "two, " + (f"**{looks}**" if name == "2000 spins" else looks)
+        alone, beside = one["idle"], one["beside"]
+        over = alone / settings["default"]["idle"], beside / settings["one thread"]["beside"]
+        values = alone, over[0], one["idle_processor_seconds"], beside, over[1], one["beside_processor_seconds"]
+        rows.append([label, *(f"{value:.2f}" for value in values)])
+    header = ["waiting", "steps/s, idle", "over default", "processor s a step", "steps/s beside a busy process"]
+    return markdown([*header, "over one thread", "processor s a step"], rows)
