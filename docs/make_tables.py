@@ -143,7 +143,24 @@ def policy() -> list[str]:
     return listed(rows, columns, "ll")
 
 
-EARLIER = read("results/earlier")
+EARLIER, CORPORA = read("results/earlier"), read("results/corpora")
+FILE = {
+    "file": ("file", "`{}`"),
+    "documents": ("documents", "{:,}"),
+    "text_bytes": ("bytes of text", "{:,}"),
+    "sha256": ("SHA-256", "`{}`"),
+}
+SOURCE = {
+    "distribution": ("distribution", "{}"),
+    "language": ("language", "{}"),
+    "repository": ("repository", "{}"),
+    "commit": ("commit", "`{}`"),
+    "edition": ("edition", "{}"),
+    "licence": ("licence of the text", "{}"),
+    "documents": ("documents", "{:,}"),
+    "text_bytes": ("bytes of text", "{:,}"),
+    "taken": ("what was taken", "{}"),
+}
 TABLES: dict[str, Callable[[], list[str]]] = {
     "quickstart": others.quickstart,
     "main": partial(kinds.main_comparison, MAIN),
@@ -245,6 +262,10 @@ TABLES: dict[str, Callable[[], list[str]]] = {
         {"figure": ("figure", "{}"), "wanted": ("wanted", "{}"), "found": ("found", "{}")},
         "lll",
     ),
+    "corpora-files": partial(listed, CORPORA["files"], FILE, "lrrl"),
+    "corpora-fingerprints": partial(others.fingerprints, CORPORA["fingerprints"]),
+    "corpora-sources": partial(listed, CORPORA["sources"], SOURCE, "llllllrrl"),
+    "corpora-builtin": partial(others.fingerprints, CORPORA["builtin"]["fingerprints"]),
     "goals": partial(others.goals, GOALS),
     "attention": others.attention,
     "generation": others.generation,

@@ -130,6 +130,20 @@ def unseen() -> list[str]:
     return markdown(["day", "arrived", "sources", "wanted", "before", "now"], rows, "rlrlll")
 
 
+def fingerprints(found: Mapping[str, Row]) -> list[str]:
+    """Of the text that is trained on and of what is held out, by distribution."""
+    rows = [
+        [
+            f"`{name}`",
+            *(f"`{one[part][:12]}`" for part in ("train", "heldout")),
+            str(one["duplicates"]),
+            str(one["near_copies"]),
+        ]
+        for name, one in found.items()
+    ]
+    return markdown(["distribution", "train", "held out", "duplicates", "near copies"], rows, "lll")
+
+
 class Goal(NamedTuple):
     """A line of the goals of speed."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import hashlib
 import importlib
 import json
 import re
@@ -12,6 +14,8 @@ from types import ModuleType
 
 import pytest
 from scipy.stats import t
+
+from tests.benchmarks import corpora
 
 ROOT = Path(__file__).parents[2]
 
@@ -59,3 +63,14 @@ def test_an_arm_is_the_mean_of_its_seeds_with_half_of_a_t_interval() -> None:
     row = f"{statistics.fmean(found):.3f} ± {half:.3f}"
     lines = (ROOT / "docs/results.md").read_text(encoding="utf-8").splitlines()
     assert row in next(line for line in lines if line.startswith("| `bundles` | 3 |"))
+
+
+def test_files_of_text_are_compared_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = gzip.compress('{"text": "é", "source": "s"}\n{"text": "ab", "source": "s"}\n'.encode(), mtime=0)
+    (tmp_path / "a.jsonl.gz").write_bytes(raw)
+    known = {"file": "a.jsonl.gz", "documents": 2, "text_bytes": 4, "sha256": hashlib.sha256(raw).hexdigest()}
+    monkeypatch.setenv("LIFELONG_DATA", str(tmp_path))
+    monkeypatch.setattr(corpora, "KNOWN", tmp_path / "corpora.json")
+    for changed, code in (({}, 0), ({"text_bytes": 3}, 1), ({"file": "b.jsonl.gz"}, 1)):
+        corpora.KNOWN.write_text(json.dumps({"files": [known | changed]}), encoding="utf-8")
+        assert corpora.main() == code
