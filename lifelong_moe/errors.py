@@ -49,6 +49,11 @@ class DataError(LifelongError):
 
     exit_code = 2
 
+    def __init__(self, message: str, *, is_missing: bool = False) -> None:
+        super().__init__(message)
+        self.is_missing = is_missing
+        """Whether nothing at all is where documents were looked for."""
+
 
 class CheckpointError(LifelongError):
     """A named weight file or run does not fit what was asked for, or is of a format that is never loaded."""

@@ -71,7 +71,7 @@ def plan_jobs(comparison: Comparison, memory: Memory) -> list[Job]:
 
 def _measures(prepared: Prepared) -> dict[str, str]:
     """What the data say of how losses per token are measured; the configuration's part was compared on loading."""
-    heldout = {name: corpus.heldout_hash for name, corpus in prepared.data.corpora.items()}
+    heldout = {name: record.heldout_hash for name, record in prepared.data.records.items()}
     found = {f"distributions.{name} (SHA-256 of its held-out text)": text for name, text in heldout.items()}
     return {key: text[:SHORT] for key, text in ({"tokenizer (SHA-256)": prepared.data.tokenizer.hash} | found).items()}
 

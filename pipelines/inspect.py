@@ -14,7 +14,7 @@ from lifelong_moe.config import RunConfig, build_config
 from lifelong_moe.data.tables import write_parquet
 from lifelong_moe.data.tokenizer import Tokenizer
 from lifelong_moe.data.windows import EvaluationSet, evaluation_windows
-from lifelong_moe.errors import ConfigError
+from lifelong_moe.errors import ConfigError, DataError
 from lifelong_moe.evaluation.inspection import build_inspection
 from lifelong_moe.evaluation.loss import evaluate
 from lifelong_moe.evaluation.probing import (
@@ -39,7 +39,7 @@ from lifelong_moe.training.logger import Row
 from lifelong_moe.training.stage import load_model
 from pipelines import inspect_tables
 from pipelines.recorded import tracking_of
-from pipelines.workspace import ROOT, read_data, recorded_trainer
+from pipelines.workspace import ROOT, read_data, recorded_trainer, remembered
 
 Windows = Mapping[str, EvaluationSet]
 
@@ -88,7 +88,9 @@ def on_heldout(
     head, record = require_head(ROOT, run), RunRecord(ROOT, run)
     config = build_config(OmegaConf.create(head["config"]), is_stored=True)
     with console.status("reading held-out text") as status:
-        windows, tokenizer = _heldout_windows(run, config, committed, tokens)
+        windows, tokenizer = _heldout_windows(head, config, committed, tokens)
+        if missing := [name for name in config.evaluated if name not in windows]:
+            console.print(f"not measured, because held-out text is gone: {', '.join(missing)}", highlight=False)
         status.update("reading it through the model")
         result, observed = _measure(store, committed, config, windows, tokenizer)
     result = {"run": run, "stage": committed.name, "key": committed.key, **result}
@@ -153,17 +155,20 @@ def _rows(result: Mapping[str, Any], tokens: int, step: int) -> list[Row]:
 
 
 def _heldout_windows(
-    run: str, config: RunConfig, committed: CommittedStage, tokens: int
+    head: Mapping[str, Any], config: RunConfig, committed: CommittedStage, tokens: int
 ) -> tuple[dict[str, EvaluationSet], Tokenizer]:
-    """Held-out text of each distribution of a run, as it evaluates it."""
-    data = read_data(config)
+    """Held-out text of each distribution of a run, as it evaluates it, where it is there or was kept."""
+    run, data = head["run"], read_data(config, known=remembered(head, head["config"]))
     if data.tokenizer.hash != committed.config["tokenizer"]["hash"]:
         raise ConfigError(
             f"run {run}: text or tokenizer has changed since stage {committed.name} was trained, so the tokens mean "
             f"something else; bring the old text back, or inspect a --text."
         )
     context = config.model.context
-    windows = {name: evaluation_windows(data.corpora[name].heldout, context, tokens) for name in config.evaluated}
+    there = [name for name in config.evaluated if name in data.heldout]
+    if not there:
+        raise DataError(f"run {run}: all held-out text is gone; inspect a --text.")
+    windows = {name: evaluation_windows(data.heldout[name], context, tokens) for name in there}
     return windows, data.tokenizer
 
 

@@ -10,12 +10,12 @@ from rich.table import Table
 from lifelong_moe.clustering.bundles import unigram_divergence
 from lifelong_moe.data.packing import epochs
 from lifelong_moe.methods.advice import growth_advice, leaking, nothing_to_hold
-from lifelong_moe.methods.plan import stage_need
+from lifelong_moe.methods.plan import PlannedStage, stage_need
 from lifelong_moe.methods.published import sentence as published_sentence
 from lifelong_moe.model.cost import count_parameters
 from lifelong_moe.stages.keys import SHORT
 from lifelong_moe.stages.runs import RunRecord
-from lifelong_moe.stages.store import StageStore
+from lifelong_moe.stages.store import CommittedStage, StageStore
 from lifelong_moe.training.disk import run_need
 from pipelines import render
 from pipelines.tables import show
@@ -62,7 +62,8 @@ def plan(config_path: str, overrides: list[str], console: Console) -> dict[str, 
 
 def _divergence(prepared: Prepared) -> dict[str, dict[str, float]]:
     """Of each later distribution's text from each earlier one's."""
-    names, vocab_size = list(dict.fromkeys(s.data for s in prepared.config.stages)), prepared.data.tokenizer.vocab_size
+    vocab_size, there = prepared.data.tokenizer.vocab_size, prepared.data.corpora
+    names = [name for name in dict.fromkeys(s.data for s in prepared.config.stages) if name in there]
     text = {name: prepared.data.corpora[name].train.tokens[:COMPARED_TOKENS] for name in names}
     return {
         name: {old: unigram_divergence(text[name], text[old], vocab_size) for old in names[:i]}
@@ -72,12 +73,12 @@ def _divergence(prepared: Prepared) -> dict[str, dict[str, float]]:
 
 def _row(i: int, prepared: Prepared, store: StageStore) -> dict[str, Any]:
     planned = prepared.plan[i]
-    spec, count = planned.spec, planned.parameters
+    spec, count, committed = planned.spec, planned.parameters, store.find(planned.key)
     before = count_parameters(prepared.plan[spec.parent].architecture) if spec.parent is not None else None
     return {
         "name": spec.name,
         "key": planned.key,
-        "action": "committed" if store.find(planned.key) else "train",
+        "action": "committed" if committed else "train",
         "routing": planned.routing,
         "experts_per_layer": planned.architecture.num_experts,
         "new_experts_per_layer": spec.grow.experts
@@ -87,14 +88,20 @@ def _row(i: int, prepared: Prepared, store: StageStore) -> dict[str, Any]:
         "parameters_active": count.active,
         "parameters_trainable": planned.trainable,
         "tokens": planned.tokens,
-        "epochs": epochs(
-            planned.tokens - spec.replayed_tokens, prepared.data.corpora[spec.data].train, spec.model.context
-        ),
+        "epochs": _epochs(planned, prepared, committed),
         "replay_fraction": spec.replay_fraction,
         "teacher_tokens": spec.teacher_tokens,
         "active_flops": planned.flops,
         "disk_bytes": stage_need(planned, prepared.config).total,
     }
+
+
+def _epochs(planned: PlannedStage, prepared: Prepared, committed: CommittedStage | None) -> float:
+    """How often the stage goes, or went, through its text."""
+    spec, corpus = planned.spec, prepared.data.corpora.get(planned.spec.data)
+    if corpus is None and committed is not None:  # without its text: what was counted then
+        return float(committed.metrics["epochs"])
+    return epochs(planned.tokens - spec.replayed_tokens, prepared.data.corpora[spec.data].train, spec.model.context)
 
 
 def _print(console: Console, rows: list[dict[str, Any]], disk: int, speed: list[float]) -> None:

@@ -15,19 +15,19 @@ def prepare(config_path: str, overrides: list[str], console: Console) -> dict[st
     with console.status("reading and tokenizing the distributions"):
         prepared = prepare_run(config_path, overrides)
     render.data_table(console, prepared)
-    corpora = prepared.data.corpora
     return {
         "run": prepared.config.run,
         "tokenizer": prepared.data.tokenizer.hash,
         "distributions": {
             name: {
-                "train_tokens": corpus.train.num_tokens,
-                "heldout_tokens": corpus.heldout.num_tokens,
-                "duplicates": corpus.duplicates,
-                "near_copies": corpus.near_copies,
-                "train_hash": corpus.train_hash,
-                "heldout_hash": corpus.heldout_hash,
+                "train_tokens": record.tokens,
+                "heldout_tokens": record.heldout_tokens,
+                "duplicates": record.duplicates,
+                "near_copies": len(record.left_out),
+                "train_hash": record.train_hash,
+                "heldout_hash": record.heldout_hash,
+                "text_is_there": name in prepared.data.corpora,
             }
-            for name, corpus in corpora.items()
+            for name, record in prepared.data.records.items()
         },
     }

@@ -69,22 +69,21 @@ class MlflowRecord:
             self.tracker.replaced(old, run_id)
         self.record.set_head(self.head)
         self.tracker.log_text(run_id, config_yaml(self.prepared.whole), CONFIG)
-        for name, corpus in self.prepared.data.corpora.items():
+        for name, record in self.prepared.data.records.items():
             context = "training" if name in {s.data for s in config.stages} else "evaluation"
-            self._dataset(self.ids["run"], name, corpus.train_hash, context)
+            self._dataset(self.ids["run"], name, record.train_hash, context)
 
     def _dataset(self, run_id: str | None, name: str, digest: str, context: str) -> None:
-        corpus = self.prepared.data.corpora[name]
-        shard = corpus.train
+        record = self.prepared.data.records[name]
         sources = {str(key): value for key, value in self.prepared.raw["distributions"].items()}
         source = sources[name]  # as written: a reference to a secret stays a reference
         if not isinstance(source, str):
             source = source.get("builtin") or source.get("files") or f"{source['hf']}@{source['revision']}"
         profile = {
-            "documents": shard.num_documents,
-            "tokens": shard.num_tokens,
-            "bytes_per_token": round(shard.bytes_per_token, 3),
-            "near_copies": corpus.near_copies,
+            "documents": record.documents,
+            "tokens": record.tokens,
+            "bytes_per_token": round(record.bytes_per_token, 3),
+            "near_copies": len(record.left_out),
         }
         self.tracker.log_dataset(run_id, name=name, digest=digest[:32], context=context, source=source, profile=profile)
 
@@ -108,7 +107,7 @@ class MlflowRecord:
             for distribution in names:
                 contexts.setdefault(distribution, context)
         for distribution, context in contexts.items():
-            self._dataset(run_id, distribution, self.prepared.data.corpora[distribution].train_hash, context)
+            self._dataset(run_id, distribution, self.prepared.data.records[distribution].train_hash, context)
         return run_id
 
     def curves(self, run_id: str | None, points: list[Row]) -> None:
@@ -155,7 +154,9 @@ class MlflowRecord:
             self.stage_begins(planned)
         run_id, data = self.ids["stages"].get(planned.key), planned.spec.data
         logged = self.ids["logged"].setdefault(planned.key, {})
-        rows = [(f"from_scratch/{data}/{key}", measured[data][key], 0) for key in ("nats_per_token", "bits_per_byte")]
+        own = measured.get(data, {})  # empty once its held-out text is gone
+        keys = [key for key in ("nats_per_token", "bits_per_byte") if key in own]
+        rows = [(f"from_scratch/{data}/{key}", own[key], 0) for key in keys]
         rows = [row for row in rows if logged.get(row[0]) != row[1]]
         for target in (self.ids["run"], run_id):
             self.tracker.log_metrics(target, rows)
@@ -232,8 +233,9 @@ def summary_rows(report: dict[str, Any], index: int) -> list[Row]:
     for key in ("backward_transfer", "forward_transfer"):
         if report[key] is not None:
             rows.append((f"summary/{key}", report[key], index))
-    mean = sum(report["bits_per_byte"][last]) / len(report["distributions"])
-    rows.append(("summary/mean_bits_per_byte", mean, index))
+    if report["distributions"]:
+        mean = sum(report["bits_per_byte"][last]) / len(report["distributions"])
+        rows.append(("summary/mean_bits_per_byte", mean, index))
     for key in ("experts_per_layer", "parameters_total", "parameters_active", "parameters_trainable"):
         rows.append((f"size/{key}", float(stage[key]), index))
     for key in ("tokens_per_second", "seconds", "active_flops"):

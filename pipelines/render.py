@@ -22,26 +22,39 @@ def data_table(console: Console, prepared: Prepared) -> None:
     table = Table(title="Data", title_justify="left")
     for column in ("distribution", "documents", "train tokens", "held-out tokens", "bytes/token", "fingerprint"):
         table.add_column(column, justify="left" if column in ("distribution", "fingerprint") else "right")
-    for name, corpus in prepared.data.corpora.items():
+    data = prepared.data
+    for name, record in data.records.items():
         table.add_row(
             name,
-            f"{corpus.train.num_documents:,} + {corpus.heldout.num_documents:,}",
-            f"{corpus.train.num_tokens:,}",
-            f"{corpus.heldout.num_tokens:,}",
-            f"{corpus.train.bytes_per_token:.2f}",
-            f"{corpus.train_hash[:12]} / {corpus.heldout_hash[:12]}",
+            f"{record.documents:,} + {record.heldout_documents:,}",
+            f"{record.tokens:,}",
+            f"{record.heldout_tokens:,}",
+            f"{record.bytes_per_token:.2f}",
+            f"{record.train_hash[:12]} / {record.heldout_hash[:12]}",
         )
     show(console, table)
-    for name, corpus in prepared.data.corpora.items():
-        if corpus.duplicates:
-            console.print(f"{name}: {corpus.duplicates:,} documents repeat others and are left out", highlight=False)
-        if corpus.near_copies:
+    for name, record in data.records.items():
+        if name in data.gone:
+            console.print(_gone(name, is_measured=name in data.heldout), highlight=False)
+        if record.duplicates:
+            console.print(f"{name}: {record.duplicates:,} documents repeat others and are left out", highlight=False)
+        if record.left_out:
             console.print(
-                f"{name}: {corpus.near_copies:,} documents are near copies of held-out text and are not trained on",
+                f"{name}: {len(record.left_out):,} documents are near copies of held-out text and are not trained on",
                 highlight=False,
             )
-    tokenizer = prepared.data.tokenizer
+    tokenizer = data.tokenizer
     console.print(f"tokenizer: {tokenizer.vocab_size:,} entries, {tokenizer.hash[:12]}")
+
+
+def _gone(name: str, *, is_measured: bool) -> str:
+    """That a distribution's text is not there, and what of it is left."""
+    if is_measured:
+        return f"{name}: its text is gone, and the stages that learned it need it no more; held-out text was kept"
+    return (
+        f"{name}: its text is gone, and the stages that learned it need it no more; held-out text was not kept, so "
+        f"new stages are not measured on it"
+    )
 
 
 def stage_line(
@@ -64,6 +77,8 @@ def report(console: Console, reports: list[dict[str, Any]]) -> None:
     """Loss matrices, then one table of all runs side by side."""
     for one in reports:
         show(console, _matrix_table(one))
+        if missing := one.get("not_measured"):  # reports of earlier versions have all
+            console.print(f"{one['run']}: not measured any more: {', '.join(missing)}", highlight=False)
         show(console, _stages_table(one))
     show(console, _summary_table(reports))
 
@@ -108,7 +123,7 @@ def summary_lines(one: dict[str, Any]) -> list[tuple[str, str]]:
     learned = [
         one["bits_per_byte"][i][one["distributions"].index(stage["data"])]
         for i, stage in enumerate(one["stages"])
-        if i > 0
+        if i > 0 and stage["data"] in one["distributions"]
     ]
     lines = [("method", one["method"]), ("routing", one["stages"][-1]["routing"]), ("seed", str(one["seed"]))]
     lines += [(f"forgetting of {name} (nats/token)", f"{value:+.3f}") for name, value in one["forgetting"].items()]
@@ -116,7 +131,7 @@ def summary_lines(one: dict[str, Any]) -> list[tuple[str, str]]:
         ("backward transfer (nats/token)", _signed(one["backward_transfer"])),
         ("forward transfer (nats/token)", _signed(one["forward_transfer"])),
         ("newly learned, mean (bits/byte)", f"{sum(learned) / len(learned):.3f}" if learned else "–"),
-        ("final mean (bits/byte)", f"{sum(last) / len(last):.3f}"),
+        ("final mean (bits/byte)", f"{sum(last) / len(last):.3f}" if last else "–"),
         ("experts per layer", str(one["stages"][-1]["experts_per_layer"])),
         ("parameters total / active", f"{_size(one, 'total')} / {_size(one, 'active')}"),
         ("tokens", f"{sum(stage['tokens'] for stage in one['stages']):,}"),

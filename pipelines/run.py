@@ -15,16 +15,16 @@ from lifelong_moe.data.prepare import PreparedData
 from lifelong_moe.errors import ConfigError, TryAgainError
 from lifelong_moe.evaluation.report import build_report
 from lifelong_moe.methods.advice import leaking, nothing_to_hold
+from lifelong_moe.methods.graph import RECIPES
 from lifelong_moe.methods.plan import PlannedStage, chain
 from lifelong_moe.model.architecture import Architecture
-from lifelong_moe.routing.config import Bundles, Centroids
 from lifelong_moe.stages.keys import SHORT, content_key
 from lifelong_moe.stages.lock import locked
 from lifelong_moe.stages.runs import EvaluationStore, RunRecord
 from lifelong_moe.stages.store import CommittedStage, StageStore
 from lifelong_moe.stages.versions import champion, describe
 from lifelong_moe.tracking.tracker import Tracker
-from lifelong_moe.training.first_centroids import first_centroids
+from lifelong_moe.training.first_centroids import first_centroids, needs_first_centroids
 from lifelong_moe.training.interrupt import Interrupt, handling_sigterm
 from lifelong_moe.training.phase import StageEnvironment, build_trainer
 from lifelong_moe.training.stage import clear_abandoned, initial_model, load_model, train_stage
@@ -32,7 +32,7 @@ from pipelines import render
 from pipelines.evaluations import Evaluator
 from pipelines.places import remove_abandoned
 from pipelines.record import MlflowRecord
-from pipelines.workspace import ROOT, Prepared, further_training, prepare, require_room
+from pipelines.workspace import ROOT, Prepared, further_training, keep_texts, prepare, require_room
 
 log = logging.getLogger(__name__)
 
@@ -88,15 +88,16 @@ def _run_stages(
     parent_run: str | None,
 ) -> tuple[dict[str, Any], int]:
     """Restore or train, evaluate, record: stage after stage. Returns the report and how many stages were trained."""
-    config, data = prepared.config, prepared.data
+    config = prepared.config
     render.data_table(console, prepared)
     for sentence in (*leaking(config), *nothing_to_hold(config)):
         console.print(f"[yellow]{sentence}[/yellow]", highlight=False)
     tracker = Tracker.connect(config.tracking, ROOT)
     if tracker.problem:
         console.print(f"[yellow]{tracker.problem}[/yellow]")
-    evaluator = Evaluator(config, data, EvaluationStore(ROOT), console)
-    content = content_key([[planned.key for planned in prepared.plan], [evaluator.key(d) for d in config.evaluated]])
+    keys = [planned.key for planned in prepared.plan]
+    evaluator = Evaluator.of(prepared, EvaluationStore(ROOT), [_init_key(prepared), *keys], console)
+    content = content_key([keys, [evaluator.key(name) for name in evaluator.distributions]])
     mlflow = MlflowRecord(tracker, prepared, head, record, content, parent_run)
     committed: dict[int, CommittedStage] = {}
     rows: list[dict[str, Any]] = []
@@ -119,9 +120,10 @@ def _run_stages(
             if planned.index == 0:
                 _fit_first(stage, prepared, store, record, head)
             measured = evaluator(planned.key, planned.spec.name, partial(load_model, store, stage))
-            render.stage_line(console, planned, stage, shared, measured, config.evaluated)
+            render.stage_line(console, planned, stage, shared, measured, evaluator.distributions)
             if planned.beside:
-                from_scratch[planned.spec.data] = _scratch_row(planned, measured)
+                if planned.spec.data in measured:
+                    from_scratch[planned.spec.data] = _scratch_row(planned, measured)
                 mlflow.beside_done(planned, measured)
                 _note_commit(record, head, planned)
                 continue
@@ -131,7 +133,8 @@ def _run_stages(
                 run=config.run,
                 method=config.method.value,
                 seed=config.seed,
-                distributions=config.evaluated,
+                distributions=evaluator.distributions,
+                not_measured=[name for name in config.evaluated if name not in evaluator.distributions],
                 init=init,
                 evaluations=evaluations,
                 stages=rows,
@@ -192,21 +195,36 @@ def _train(
 def _fit_first(
     stage: CommittedStage, prepared: Prepared, store: StageStore, record: RunRecord, head: dict[str, Any]
 ) -> None:
-    """Fit what tells the first stage's text from later text, if a later stage needs it: while the text is there."""
-    routings = [planned.spec.routing for planned in prepared.plan]
-    for routing in routings:
-        if routing.bundles == Bundles.cluster and routing.centroids == Centroids.fitted:
-            head["centroids"] = first_centroids(store, stage, routing, prepared.data.corpora).key
-            record.set_head(head)
-            return
+    """Fit what tells the first stage's text from later text, if a later stage needs it: while the text is there.
+
+    A stage that is added one day counts as well, where there is text enough: nobody knows what will be there then.
+    """
+    routing = next((p.spec.routing for p in prepared.plan if needs_first_centroids(p.spec.routing)), None)
+    if routing is None and RECIPES[prepared.config.method].grow:
+        one_day, texts = (
+            prepared.config.routing.effective(grown=True),
+            [prepared.data.corpora.get(d) for d in stage.split],
+        )
+        clusters = one_day.clusters_of(prepared.plan[0].architecture.generations[0].experts)
+        has_text = all(text is not None for text in texts)
+        if needs_first_centroids(one_day) and has_text and sum(t.train.num_documents for t in texts if t) >= clusters:
+            routing = one_day
+    if routing is not None:
+        head["centroids"] = first_centroids(store, stage, routing, prepared.data.corpora).key
+        record.set_head(head)
 
 
 def _evaluate_init(prepared: Prepared, evaluator: Evaluator) -> dict[str, dict[str, Any]]:
     """The untrained model on every distribution: what forward transfer is measured against."""
     first = prepared.plan[0]
     architecture = Architecture.from_json(first.architecture.to_json())
-    key = content_key({"init": architecture.to_json(), "seed": prepared.config.seed})
-    return evaluator(key, "untrained model", lambda: initial_model(architecture, prepared.config.seed))
+    return evaluator(_init_key(prepared), "untrained model", lambda: initial_model(architecture, prepared.config.seed))
+
+
+def _init_key(prepared: Prepared) -> str:
+    """What evaluations of the untrained model are stored under."""
+    architecture = Architecture.from_json(prepared.plan[0].architecture.to_json())
+    return content_key({"init": architecture.to_json(), "seed": prepared.config.seed})
 
 
 def stage_births(stage: CommittedStage, plan: list[PlannedStage]) -> list[list[int]]:
@@ -251,8 +269,8 @@ def _stage_row(planned: PlannedStage, stage: CommittedStage, shared: bool) -> di
 def _open_head(record: RunRecord, prepared: Prepared, replace: bool) -> dict[str, Any]:
     """Begin or continue a run; a name whose stages would change is refused."""
     keys, names = [p.key for p in prepared.plan], [p.spec.name for p in prepared.plan]
-    corpora = prepared.data.corpora
-    data = {name: corpora[name].train_hash for planned in prepared.plan for name in planned.spec.uses}
+    records = prepared.data.records
+    data = {name: records[name].train_hash for planned in prepared.plan for name in planned.spec.uses}
     head = record.head()
     if head is not None and head.get("champion") and not replace:
         raise ConfigError(_moved_on(head))
@@ -261,6 +279,7 @@ def _open_head(record: RunRecord, prepared: Prepared, replace: bool) -> dict[str
         if head["plan"][:known] != keys[:known]:
             remedy = further_training(head, prepared.plan, StageStore(ROOT))
             raise ConfigError(_changed(prepared, head, names, keys, data) + remedy)
+    texts = keep_texts(head or {}, prepared.raw, prepared.data, prepared.config.evaluate.keep_heldout)
     if head is None or replace:
         trained = head["trained"] if head else []
         before = head["mlflow"] if head else {}
@@ -276,6 +295,7 @@ def _open_head(record: RunRecord, prepared: Prepared, replace: bool) -> dict[str
         "data": data,
         "stages": [key for key in head["stages"] if key in keys],
         "tokenizer": prepared.data.tokenizer.hash,
+        "texts": texts,
     }
     record.set_head(head)
     return head
@@ -287,7 +307,7 @@ def _changed(prepared: Prepared, head: dict[str, Any], names: list[str], keys: l
     other = [name for name in data if data[name] != before.get(name, data[name])]
     if other:
         texts = ", ".join(f"{name} was {before[name][:SHORT]} and is {data[name][:SHORT]}" for name in other)
-        left = {name: number for name in other if (number := prepared.data.corpora[name].near_copies)}
+        left = {name: number for name in other if (number := len(prepared.data.records[name].left_out))}
         copies = "".join(f" {left[name]:,} near copies of held-out text are left out of {name}." for name in left)
         return (
             f"run={run} exists with other training text: {texts} (SHA-256).{copies} Choose run=NAME, or --replace to "

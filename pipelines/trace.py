@@ -8,8 +8,7 @@ from rich.console import Console
 
 from lifelong_moe.config import build_config
 from lifelong_moe.data.batches import BatchStore
-from lifelong_moe.data.near_copies import without_near_copies
-from lifelong_moe.data.sources import read_corpus
+from lifelong_moe.data.prepare import read_texts
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.stages.keys import SHORT
 from lifelong_moe.stages.runs import require_head
@@ -17,6 +16,7 @@ from lifelong_moe.stages.store import StageStore
 from lifelong_moe.stages.trace import readers, trace_expert
 from pipelines.novelty import batch_source
 from pipelines.places import CACHE, ROOT
+from pipelines.remembering import remembered
 
 LEAST_DIGITS = 8
 
@@ -53,7 +53,9 @@ def document(run: str, digest: str, console: Console) -> dict[str, Any]:
     if len(digest) < LEAST_DIGITS or not set(digest) <= set("0123456789abcdef"):
         raise ConfigError(f"--document={digest}: give at least {LEAST_DIGITS} hexadecimal digits of its SHA-256.")
     head, store = require_head(ROOT, run), StageStore(ROOT)
-    holders = _holders(head, digest)
+    holders, gone = _holders(head, digest)
+    if gone:
+        console.print(f"not known of {', '.join(gone)}, whose text is gone: only what was held out", highlight=False)
     if not holders:
         raise ConfigError(f"--document={digest}: no text that run {run} reads holds such a document.")
     trained, left_out = ({row["split_hash"] for row in holders if row["part"] == p} for p in ("train", "near copy"))
@@ -69,8 +71,9 @@ def document(run: str, digest: str, console: Console) -> dict[str, Any]:
     return {"document": digest, "held_by": holders, "stages": rows}
 
 
-def _holders(head: dict[str, Any], digest: str) -> list[dict[str, Any]]:
-    """Distributions of the run, and batches that it looked at, with the document; text is read again."""
+def _holders(head: dict[str, Any], digest: str) -> tuple[list[dict[str, Any]], list[str]]:
+    """Distributions of the run, and batches that it looked at, with the document, and those that are gone; text is read
+    again."""
     from omegaconf import OmegaConf
 
     config, batches = build_config(OmegaConf.create(head["config"]), is_stored=True), BatchStore(ROOT)
@@ -80,15 +83,20 @@ def _holders(head: dict[str, Any], digest: str) -> list[dict[str, Any]]:
             split = known["heldout_fraction"], known.get("heldout_sources", 1)
             sources[known["name"]] = batch_source(str(batches.path(batch, known.get("sources"))), *split)
     found = []
-    corpora = without_near_copies({name: read_corpus(name, source, CACHE) for name, source in sources.items()})
-    for name, corpus in corpora.items():
-        parts = {"train": corpus.train, "heldout": corpus.heldout, "near copy": corpus.near_copies}
+    known = remembered(head, head["config"])
+    texts = read_texts(sources, [], CACHE, known)
+    for name, heldout in texts.heldout.items():
+        corpus = texts.corpora.get(name)
+        parts = {"heldout": heldout}
+        if corpus is not None:
+            parts = {"train": corpus.train, **parts, "near copy": corpus.near_copies}
+        of = corpus or known.records[name]
         for part, documents in parts.items():
             for held in documents:
                 if held.hash.startswith(digest):
                     row = {"distribution": name, "part": part, "document": held.hash}
-                    found.append(row | {"train_hash": corpus.train_hash, "split_hash": corpus.split_hash})
-    return found
+                    found.append(row | {"train_hash": of.train_hash, "split_hash": of.split_hash})
+    return found, list(texts.gone)
 
 
 def _stages(head: dict[str, Any], store: StageStore) -> list[Any]:

@@ -3,23 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from lifelong_moe.config import RunConfig, build_config, read_config, section, whole_config, written_config
 from lifelong_moe.data.prepare import PreparedData, prepare_data
+from lifelong_moe.data.records import Remembered
+from lifelong_moe.errors import DataError
 from lifelong_moe.methods.plan import PlannedStage, check_clusters, plan_stages, stage_need
 from lifelong_moe.routing.registry import build_router
 from lifelong_moe.stages.keys import SCHEMA, SHORT, canonical_json
-from lifelong_moe.stages.runs import require_head
+from lifelong_moe.stages.runs import RunRecord, require_head
 from lifelong_moe.stages.store import StageStore
 from lifelong_moe.training.config import TrainerConfig
 from lifelong_moe.training.disk import require_space, run_need, used_space
+from lifelong_moe.training.first_centroids import find_centroids, needs_first_centroids
 from pipelines.places import CACHE, ROOT
+from pipelines.remembering import keep_texts, remembered
 
-__all__ = ["CACHE", "ROOT", "Prepared", "prepare", "read_data", "recorded_trainer", "require_room"]
+__all__ = [
+    "CACHE",
+    "ROOT",
+    "Prepared",
+    "keep_texts",
+    "prepare",
+    "read_data",
+    "recorded_trainer",
+    "remembered",
+    "require_room",
+]
 
 
 @dataclass(frozen=True)
@@ -42,15 +56,59 @@ def prepare(config_path: str, overrides: list[str], memory: dict[str, PreparedDa
         config_path: YAML file.
         overrides: ``key=value``.
         memory: Data by what was asked for; several runs on the same data then read it once.
+
+    Raises:
+        DataError: If a stage that is not committed needs text that is not there.
     """
     raw = read_config(config_path, overrides)
     config = build_config(raw)
     build_router(config.routing, width=config.model.width, layer=0)  # one of the user's own is found, or not, now
-    data = read_data(config, memory)
-    hashes = {name: corpus.train_hash for name, corpus in data.corpora.items()}
-    plan = plan_stages(config, hashes, data.tokenizer_identity(), data.tokenizer.bos_id)
-    check_clusters(plan, {name: corpus.train.num_documents for name, corpus in data.corpora.items()})
-    return Prepared(config, written_config(raw), whole_config(raw), data, plan)
+    head, written = RunRecord(ROOT, config.run).head() or {}, written_config(raw)
+    data = read_data(config, memory, remembered(head, written))
+    plan = plan_stages(config, data.train_hashes(), data.tokenizer_identity(), data.tokenizer.bos_id)
+    check_clusters(plan, {name: record.documents for name, record in data.records.items()})
+    require_text(plan, data, head)
+    return Prepared(config, written, whole_config(raw), data, plan)
+
+
+def require_text(plan: Sequence[PlannedStage], data: PreparedData, head: Mapping[str, Any]) -> None:
+    """Refuse to go on where a stage that is to be trained needs text that is gone.
+
+    Args:
+        plan: All stages.
+        data: What was read for them.
+        head: Of the run; empty if there is none yet.
+
+    Raises:
+        DataError: Naming the text and the stage; or of the kind that says why the text could not be had.
+    """
+    if not data.gone:
+        return
+    store = StageStore(ROOT)
+    for planned in plan:
+        needed = [name for name in planned.spec.uses if name in data.gone]
+        if not needed or store.find(planned.key) is not None:
+            continue
+        name, spec, was = needed[0], planned.spec, dict(enumerate(head.get("plan", []))).get(planned.index)
+        verb = "learns" if name in spec.learns else "replays" if name in spec.reads else "measures old weights on"
+        why = "is not committed"
+        if was is not None and was != planned.key and store.find(was) is not None:
+            why = f"is committed with another configuration ({was[:SHORT]}, not {planned.key[:SHORT]})"
+        raise type(data.gone[name])(f"{data.gone[name]} Stage {spec.name}, which {verb} {name}, {why}.")
+    _require_first_text(plan, data, store)
+
+
+def _require_first_text(plan: Sequence[PlannedStage], data: PreparedData, store: StageStore) -> None:
+    """What tells the first stage's text from later text is fitted on it, once."""
+    grown = next((p for p in plan if needs_first_centroids(p.spec.routing)), None)
+    first = store.find(plan[0].key)
+    gone = [name for name in plan[0].spec.learns if name in data.gone]
+    if grown is None or not gone or first is None or find_centroids(store, first, grown.spec.routing) is not None:
+        return
+    raise DataError(
+        f"{data.gone[gone[0]]} Stage {grown.spec.name} needs centroids of that text (routing.bundles=cluster), and "
+        f"they were never fitted."
+    )
 
 
 def further_training(head: Mapping[str, Any], plan: list[PlannedStage], store: StageStore) -> str:
@@ -83,15 +141,30 @@ def further_training(head: Mapping[str, Any], plan: list[PlannedStage], store: S
     )
 
 
-def read_data(config: RunConfig, memory: dict[str, PreparedData] | None = None) -> PreparedData:
-    """Read and tokenize all distributions of a run, or open what was read before."""
+def read_data(
+    config: RunConfig, memory: dict[str, PreparedData] | None = None, known: Remembered | None = None
+) -> PreparedData:
+    """Read and tokenize all distributions of a run, or open what was read before.
+
+    Args:
+        config: The run.
+        memory: See :func:`prepare`.
+        known: In place of text that is gone.
+    """
     trained = [stage.data for stage in config.stages]
     used = {name: config.distributions[name] for name in config.evaluated}
     asked = (used, config.tokenizer, trained, config.model.context)
+    known = known or Remembered()
+    if not config.evaluate.keep_heldout:
+        known = replace(known, heldout=None)
     memory = {} if memory is None else memory
-    if repr(asked) not in memory:
-        memory[repr(asked)] = prepare_data(*asked, CACHE)
-    return memory[repr(asked)]
+    # Whoever reads text that is there needs no records: runs that remember different things share it.
+    name = repr(asked)
+    if name not in memory and (name := repr((asked, known.records, known.heldout is None))) not in memory:
+        data = prepare_data(*asked, CACHE, known)
+        memory[name if data.gone else repr(asked)] = data
+        return data
+    return memory[name]
 
 
 def require_room(stages: Sequence[PlannedStage], config: RunConfig) -> None:

@@ -153,6 +153,11 @@ def build_corpus(
     return Corpus(name, _in_hash_order(train), _in_hash_order(held), *hashes, duplicates)
 
 
+def heldout_part(documents: Sequence[Document]) -> list[Document]:
+    """What :func:`build_corpus` holds out of explicit held-out documents."""
+    return _in_hash_order(_distinct(documents))
+
+
 def _distinct(documents: Sequence[Document]) -> list[Document]:
     """Keep one document of each set of duplicates: the first by (source, hash), so that reading order is moot."""
     kept: dict[str, Document] = {}

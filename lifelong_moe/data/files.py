@@ -49,7 +49,8 @@ def matching_files(pattern: str) -> list[Path]:
     except (OSError, ValueError) as error:  # too long a name, or one that holds NUL
         raise DataError(f"files={pattern}: {error}.") from None
     if not found:
-        raise DataError(f"files={pattern}: no such file, and nothing matches it under {Path.cwd()}.")
+        reason = f"files={pattern}: no such file, and nothing matches it under {Path.cwd()}."
+        raise DataError(reason, is_missing=True)
     files = [path for path in found if not path.is_dir()]
     if not files:
         raise DataError(f"files={pattern}: is a directory; name its files, e.g. {found[0] / '**' / '*.jsonl'}.")

@@ -37,11 +37,12 @@ def hub_documents(config: SourceConfig) -> list[Document]:
         if passes and datasets.config.HF_HUB_OFFLINE:  # which no time changes
             raise DataError(
                 f"{place}: split {config.split} is not in the cache, and HF_HUB_OFFLINE or HF_DATASETS_OFFLINE forbids "
-                f"to fetch it. Unset that for lifelong-moe prepare."
+                f"to fetch it. Unset that for lifelong-moe prepare.",
+                is_missing=True,
             ) from error
         if passes:
             raise TryAgainError(f"{place}: the hub cannot serve it now: {reason}") from error
-        raise DataError(f"{place}: cannot be loaded, split {config.split}: {reason}") from error
+        raise DataError(f"{place}: cannot be loaded, split {config.split}: {reason}", is_missing=True) from error
     names = rows.column_names
     if config.text_field not in names:
         raise DataError(f'{place}: there is no field "{config.text_field}"; fields: {", ".join(names[:8])}.')

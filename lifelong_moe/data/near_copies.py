@@ -129,7 +129,9 @@ def near_copies(documents: Sequence[Document], known: Sequence[Document], *, may
     return _judge(new, old, _common([new, old]), may_contain).tolist()
 
 
-def without_near_copies(corpora: Mapping[str, Corpus]) -> dict[str, Corpus]:
+def without_near_copies(
+    corpora: Mapping[str, Corpus], others: Mapping[str, Sequence[Document]] | None = None
+) -> dict[str, Corpus]:
     """Leave out of each training text what is a near copy of any distribution's held-out text.
 
     What counts as common to many sources follows from a distribution's own text alone, so another distribution can only
@@ -137,12 +139,14 @@ def without_near_copies(corpora: Mapping[str, Corpus]) -> dict[str, Corpus]:
 
     Args:
         corpora: As split, or as this returned them; held-out text is not changed.
+        others: Held-out documents of further distributions, whose training text does not matter.
 
     Raises:
         DataError: If no training text is left.
     """
-    held = [document for corpus in corpora.values() for document in corpus.heldout]
-    owner = np.array([name for name, corpus in corpora.items() for _ in corpus.heldout])
+    parts = {name: corpus.heldout for name, corpus in corpora.items()} | dict(others or {})
+    held = [document for documents in parts.values() for document in documents]
+    owner = np.array([name for name, documents in parts.items() for _ in documents])
     table = _Table(held)
     heldout = _Texts.of(held, table)
     found = {}

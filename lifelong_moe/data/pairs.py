@@ -5,6 +5,7 @@ Legend: N tokens, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -35,9 +36,8 @@ def with_answers(corpus: Corpus, tokenized: TokenizedCorpus, tokenizer: Tokenize
     Raises:
         DataError: ``file:line: reason`` for the first pair that does not fit into a training block; how many do not.
     """
-    separator = separator_id(tokenizer)
 
-    def marked(documents: list[Document], shard: TokenShard) -> TokenShard:
+    def marked(documents: Sequence[Document], shard: TokenShard) -> TokenShard:
         lengths = np.diff(shard.offsets)
         if len(long := np.flatnonzero(lengths > context)):
             first = documents[long[0]]
@@ -45,12 +45,17 @@ def with_answers(corpus: Corpus, tokenized: TokenizedCorpus, tokenizer: Tokenize
                 f"{first.origin or first.source}: prompt and answer are {lengths[long[0]]} tokens, more than "
                 f"model.context={context}, as are {len(long):,} of {len(documents):,} pairs; shorten or remove them."
             )
-        answers = [len(document.text.partition(SEPARATOR)[2].encode()) for document in documents]
-        return replace(shard, separator=separator, text_bytes=np.array(answers, dtype=np.int64))
+        return with_heldout_answers(documents, shard, tokenizer)
 
     return replace(
         tokenized, train=marked(corpus.train, tokenized.train), heldout=marked(corpus.heldout, tokenized.heldout)
     )
+
+
+def with_heldout_answers(documents: Sequence[Document], shard: TokenShard, tokenizer: Tokenizer) -> TokenShard:
+    """One part of a corpus, of which only answers count; pairs that fit into a block, as they did before."""
+    answers = [len(document.text.partition(SEPARATOR)[2].encode()) for document in documents]
+    return replace(shard, separator=separator_id(tokenizer), text_bytes=np.array(answers, dtype=np.int64))
 
 
 def precedes_answer(tokens_N: NDArray[np.integer], offsets: NDArray[np.int64], separator: int) -> NDArray[np.bool_]:

@@ -113,7 +113,7 @@ def tokenize_corpus(corpus: Corpus, tokenizer: Tokenizer, cache: Path) -> Tokeni
         cache: ``cache/tokens/`` holds the arrays. A damaged part is made again, the other one left alone.
     """
     shards = [
-        _open_or_build(documents, cache / "tokens" / f"{key[:16]}-{tokenizer.hash[:16]}", tokenizer)
+        open_or_tokenize(documents, key, tokenizer, cache)
         for documents, key in ((corpus.train, corpus.train_hash), (corpus.heldout, corpus.heldout_hash))
     ]
     hashes = corpus.train_hash, corpus.heldout_hash, tokenizer.hash
@@ -134,7 +134,9 @@ def tokenize_documents(documents: Sequence[Document], tokenizer: Tokenizer) -> T
     return TokenShard(tokens=np.concatenate(rows), offsets=offsets, text_bytes=text_bytes)
 
 
-def _open_or_build(documents: Sequence[Document], directory: Path, tokenizer: Tokenizer) -> TokenShard:
+def open_or_tokenize(documents: Sequence[Document], key: str, tokenizer: Tokenizer, cache: Path) -> TokenShard:
+    """Tokenize one part of a corpus, or open what was tokenized before; ``key`` is the hash of its documents."""
+    directory = cache / "tokens" / f"{key[:16]}-{tokenizer.hash[:16]}"
     shard = _open(directory)
     if shard is None:
         _build(documents, directory, tokenizer)

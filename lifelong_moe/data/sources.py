@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lifelong_moe.data.config import SourceConfig
-from lifelong_moe.data.documents import Corpus, build_corpus
+from lifelong_moe.data.documents import Corpus, Document, build_corpus, heldout_part
 
 
 def read_corpus(name: str, config: SourceConfig, cache: Path) -> Corpus:
@@ -34,3 +34,16 @@ def read_corpus(name: str, config: SourceConfig, cache: Path) -> Corpus:
     from lifelong_moe.data.hub import hub_documents
 
     return build_corpus(name, hub_documents(config), config)
+
+
+def heldout_documents(config: SourceConfig) -> list[Document] | None:
+    """Held-out documents that stand in files of their own, in order of hash; None if none do.
+
+    Raises:
+        DataError: They are missing or malformed.
+    """
+    if config.heldout_files is None:
+        return None
+    from lifelong_moe.data.files import read_documents
+
+    return heldout_part(read_documents(config.heldout_files, config))

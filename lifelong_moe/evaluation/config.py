@@ -17,6 +17,9 @@ class EvaluateConfig:
     """Held-out tokens a distribution (whole documents, so slightly more)."""
     batch_tokens: int = 8192
     """Tokens a forward pass; changes memory and speed, not results."""
+    keep_heldout: bool = True
+    """Keep a copy of held-out documents, which nothing is trained on, in ``mlruns/heldout``: forgetting can then be
+    measured when the files are gone. Without it a distribution whose files are gone is measured no more."""
 
     def __post_init__(self) -> None:
         for key in ("tokens", "batch_tokens"):

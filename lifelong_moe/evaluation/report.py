@@ -8,6 +8,7 @@ it now is ``unused_experts``); matrices have a row after each stage and a column
 ``run``, ``method``          names
 ``seed``                     of the run
 ``distributions``            columns: the trained ones in order of first use, then those only evaluated
+``not_measured``             those that would be columns, but their held-out text is gone
 ``loss_at_init``             nats per token of the untrained model, by column
 ``bits_per_byte_at_init``    the same in bits per byte of source text
 ``loss_nats_per_token``      the loss matrix R
@@ -49,6 +50,7 @@ def build_report(
     method: str,
     seed: int,
     distributions: Sequence[str],
+    not_measured: Sequence[str] = (),
     init: Mapping[str, Mapping[str, Any]],
     evaluations: Sequence[Mapping[str, Mapping[str, Any]]],
     stages: Sequence[Mapping[str, Any]],
@@ -62,6 +64,7 @@ def build_report(
         method: Its method.
         seed: Its seed.
         distributions: Columns.
+        not_measured: Distributions that can be measured no more.
         init: Evaluation of the untrained model by distribution.
         evaluations: For each stage, evaluations by distribution.
         stages: For each stage, the fields that the table above lists.
@@ -92,6 +95,7 @@ def build_report(
         "method": method,
         "seed": seed,
         "distributions": list(distributions),
+        "not_measured": list(not_measured),
         "loss_at_init": init_nats,
         "bits_per_byte_at_init": [init[name]["bits_per_byte"] for name in distributions],
         "loss_nats_per_token": nats,

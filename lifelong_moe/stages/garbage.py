@@ -2,7 +2,8 @@
 
 Kept is whatever can be reached from the head of a run (all versions, plan, what it trains), from a live plan of a
 retraining, or from a stage that is still young; and whatever these continue or borrow tensors from, and so on. A
-comparison refers to runs by name, and their heads keep its stages.
+comparison refers to runs by name, and their heads keep its stages. Held-out text is kept as long as a head or a live
+plan names it.
 
 Time comes from two clocks, because one may jump: this machine's, and the store's own, which is the newest file time
 under the root. A thing is young, and a plan is live, unless both clocks say otherwise; hence the newest thing always is
@@ -51,6 +52,8 @@ class Garbage:
     stages: list[Stored]
     evaluations: list[Stored]
     work: list[Stored]
+    heldout: list[Stored]
+    """Held-out documents that were kept."""
     tokens: list[Stored]
     """Tokenized text that nobody has opened for a month."""
     young: list[Stored]
@@ -58,7 +61,9 @@ class Garbage:
     @property
     def bytes(self) -> int:
         """Disk that removing it frees."""
-        return sum(stored.bytes for stored in (*self.stages, *self.evaluations, *self.work, *self.tokens))
+        return sum(
+            stored.bytes for stored in (*self.stages, *self.evaluations, *self.work, *self.heldout, *self.tokens)
+        )
 
 
 def mentioned(value: Any) -> set[str]:
@@ -105,20 +110,23 @@ def find_garbage(root: Path, cache: Path, now: float, grace: float = GRACE_SECON
     needs = {config["key"]: _needs(config) for config in configs.values()}
     clock = min(now, _newest(root, stages.values()))
     limit = clock - grace
-    held = reachable(_roots(root, clock, now), needs)
+    roots = _roots(root, clock, now)
+    held = reachable(roots, needs)
     live = reachable(held | {key for key, stored in stages.items() if stored.changed > limit}, needs)
     untrained = {_untrained_key(config) for config in configs.values() if config["key"] in live}
     short = {key[:SHORT] for key in live}
     evaluations = [s for s in _evaluations(root) if s.key not in live | untrained]
     work = [s for s in _work(root) if s.key not in short]
+    heldout = [s for s in _heldout(root) if s.key not in roots]
     return Garbage(
         stages=[stages[key] for key in dependants_first(stages.keys() - live, needs)],
         evaluations=[s for s in evaluations if s.changed <= limit],
         work=[s for s in work if s.changed <= limit],
+        heldout=[s for s in heldout if s.changed <= limit],
         tokens=[s for s in _tokens(cache) if s.changed < clock - TOKENS_SECONDS],
         young=[
             *(stages[key] for key in sorted(stages.keys() & live - held)),
-            *(s for s in (*evaluations, *work) if s.changed > limit),
+            *(s for s in (*evaluations, *work, *heldout) if s.changed > limit),
         ],
     )
 
@@ -135,7 +143,7 @@ def collect(root: Path, cache: Path, now: float, grace: float = GRACE_SECONDS) -
         for path in sorted(root.glob("work/*/")):
             held.enter_context(locked(path / ".lock", f"stage {path.name}"))
         garbage = find_garbage(root, cache, now, grace)
-        for stored in garbage.evaluations:
+        for stored in (*garbage.evaluations, *garbage.heldout):
             stored.path.unlink(missing_ok=True)
         for stored in (*garbage.work, *garbage.stages, *garbage.tokens):
             remove_directory(stored.path)
@@ -203,6 +211,10 @@ def _evaluations(root: Path) -> list[Stored]:
 
 def _work(root: Path) -> list[Stored]:
     return [_stored(path, path.name) for path in sorted(root.glob("work/[!.]*/"))]
+
+
+def _heldout(root: Path) -> list[Stored]:
+    return [_stored(path, path.stem) for path in sorted(root.glob("heldout/[!.]*.jsonl"))]
 
 
 def _tokens(cache: Path) -> list[Stored]:

@@ -8,6 +8,7 @@ there, so that no later stage needs the text.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -15,12 +16,33 @@ from lifelong_moe.data.shards import ShardDocuments, TokenizedCorpus
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.growth.clusters import bundle_centroids
 from lifelong_moe.model.architecture import Architecture
-from lifelong_moe.routing.config import RoutingConfig
+from lifelong_moe.routing.config import Bundles, Centroids, RoutingConfig
 from lifelong_moe.stages.keys import SHORT, content_key
 from lifelong_moe.stages.store import CommittedStage, StageStore
 
 FIRST_CENTROIDS = "document_clusters.centroids_0"
 """Name of the tensor, here and in the models of later stages."""
+
+
+def needs_first_centroids(routing: RoutingConfig) -> bool:
+    """Whether a stage that grows with this routing needs centroids of the first stage's text."""
+    return routing.bundles == Bundles.cluster and routing.centroids == Centroids.fitted
+
+
+def find_centroids(store: StageStore, first: CommittedStage, routing: RoutingConfig) -> CommittedStage | None:
+    """The centroids of a first stage's text if they were fitted before; arguments as for :func:`first_centroids`."""
+    return store.find(content_key(_identity(first, routing)))
+
+
+def _identity(first: CommittedStage, routing: RoutingConfig) -> dict[str, Any]:
+    architecture = Architecture.from_json(first.config["architecture"])
+    clusters = routing.clusters_of(architecture.generations[0].experts)
+    return {
+        "derived": "centroids",
+        "from": first.key,
+        "clusters": clusters,
+        "feature_width": routing.feature_width,
+    }
 
 
 def first_centroids(
@@ -38,12 +60,10 @@ def first_centroids(
         ConfigError: If the text is no longer what the stage learned from.
         DataError: If it has fewer documents than there are clusters.
     """
-    architecture, spec = Architecture.from_json(first.config["architecture"]), first.config["spec"]
-    clusters = routing.clusters_of(architecture.generations[0].experts)
-    fit = {"clusters": clusters, "feature_width": routing.feature_width}
-    identity = {"derived": "centroids", "from": first.key, **fit}
-    if (found := store.find(content_key(identity))) is not None:
+    if (found := find_centroids(store, first, routing)) is not None:
         return found
+    architecture, spec = Architecture.from_json(first.config["architecture"]), first.config["spec"]
+    identity = _identity(first, routing)
     for name, text in first.split.items():
         if name not in corpora or corpora[name].split_hash != text:
             raise ConfigError(
@@ -53,7 +73,7 @@ def first_centroids(
             )
     documents = ShardDocuments([corpora[name].train for name in (spec["data"], *spec["replayed"])])
     centroids = bundle_centroids(
-        documents, architecture.vocab_size, clusters, width=routing.feature_width, seed=spec["seed"]
+        documents, architecture.vocab_size, identity["clusters"], width=routing.feature_width, seed=spec["seed"]
     )
     config = {
         **{name: first.config[name] for name in ("spec", "architecture", "data", "tokenizer")},

@@ -1,0 +1,52 @@
+"""What a run's head says of its text, so that it can go on when the text is gone. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from lifelong_moe.data.records import HeldoutStore, Remembered, TextRecord
+from lifelong_moe.stages.store import StageStore
+from pipelines.places import ROOT
+
+if TYPE_CHECKING:
+    from lifelong_moe.data.prepare import PreparedData
+
+
+def remembered(head: Mapping[str, Any], written: Mapping[str, Any]) -> Remembered:
+    """What a run knows of its text without reading it.
+
+    Args:
+        head: Of the run; empty if there is none yet.
+        written: The configuration now. What is said of a distribution there must be what was said when it was read.
+    """
+    now, then = (config.get("distributions") for config in (written, head.get("config", {})))
+    if not isinstance(now, Mapping) or not isinstance(then, Mapping):  # an interpolation
+        return Remembered()
+    known = {name: TextRecord.from_json(record) for name, record in head.get("texts", {}).items()}
+    records = {name: record for name, record in known.items() if name in now and now[name] == then.get(name)}
+
+    def tokenizer() -> str | None:
+        store = StageStore(ROOT)
+        first = store.find(head["plan"][0]) if head.get("plan") else None
+        return None if first is None else store.tokenizer(first)
+
+    return Remembered(records, HeldoutStore(ROOT), tokenizer)
+
+
+def keep_texts(head: Mapping[str, Any], written: Mapping[str, Any], data: PreparedData, keep: bool) -> dict[str, Any]:
+    """What a head says of text from now on; held-out documents are kept now.
+
+    Args:
+        head: As it was.
+        written: The configuration now.
+        data: As read for it.
+        keep: See ``evaluate.keep_heldout``.
+    """
+    store, before = HeldoutStore(ROOT), remembered(head, written).records
+    now = dict(data.records)
+    for name, record in now.items():
+        kept = store.add(data.heldout_documents[name]) if keep and name in data.heldout_documents else None
+        now[name] = replace(record, kept=kept)
+    return {name: record.to_json() for name, record in {**before, **now}.items()}
