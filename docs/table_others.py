@@ -21,9 +21,9 @@ def quickstart() -> list[str]:
     run = found["run"]
     made = f"Commit `{run['commit'][:7]}`"
     if "cpu" in run:
-        threads = f"{run['threads']} thread" + ("" if run["threads"] == 1 else "s")
+        threads = {None: "as many threads as there are", "1": "one thread"}.get(n := run["threads"], f"{n} threads")
         made += f", {threads} of {run['cpu']} ({run['cores']} cores), Python {run['python']}, torch {run['torch']}"
-    return [*markdown(["", *found["runs"]], found["side_by_side"]), "", f"{made}. {OTHER_MACHINE}"]
+    return [*markdown(["", *found["runs"]], found["side_by_side"]), "", f"{made}.", *OTHER_MACHINE.splitlines()]
 
 
 def assignment() -> list[str]:
