@@ -43,6 +43,10 @@ def plan(config_path: str, overrides: list[str], console: Console) -> dict[str, 
     for sentence in warnings:
         console.print(f"[yellow]{sentence}[/yellow]", highlight=False)
     advice = growth_advice(prepared.plan, _divergence(prepared))
+    gone = [stage.data for stage in prepared.config.stages if stage.data in prepared.data.gone]
+    if gone and any(row["action"] == "train" for row in rows):
+        names = ", ".join(dict.fromkeys(gone))
+        advice.append(f"how near new text is to {names} cannot be told: that text is gone.")
     for sentence in advice:
         console.print(f"· {sentence}", highlight=False)
     if head is not None and head["plan"][: len(rows)] != [row["key"] for row in rows][: len(head["plan"])]:
