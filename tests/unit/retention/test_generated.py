@@ -149,6 +149,7 @@ def test_the_largest_number_stays_in_a_large_vocabulary(seed: int) -> None:
 
 def test_nothing_asked_for(make_model: Make) -> None:
     assert generate_blocks(make_model(), 0, **KEYS).shape == (0, 17)
+    assert generate_blocks(make_model(), 2, **(KEYS | {"context": 1}), batch_size=1).shape == (2, 2)
     for bad in ({"context": 0}, {"temperature": 0.0}, {"batch_size": 0}):
         with pytest.raises(ValueError, match="must be positive"):
             generate_blocks(make_model(), 1, **(KEYS | bad))  # type: ignore[arg-type]

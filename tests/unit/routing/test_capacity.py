@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.routing.base import Router, Routing, RoutingContext
 from lifelong_moe.routing.config import CapacityConfig, Counts, Overflow, Priority, Score
 
@@ -106,6 +107,26 @@ def test_a_next_choice_lies_in_the_tokens_own_groups(make_router: Make) -> None:
     kept = routing.expert_ids_TK >= 0
     assert bool(open_TG.gather(1, routing.expert_ids_TK.clamp_min(0) // 2)[kept].all())
     assert bool((~kept).any()) and router.config.top_groups == 2
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_experts_that_do_nothing_give_back_a_token_times_its_gates(
+    any_router_kind: str, training: bool, make_model: Callable[..., LanguageModel]
+) -> None:
+    """Of the experts that serve it alone: what is dropped, or not chosen, adds nothing."""
+    model = make_model(any_router_kind, (4, 4)).train(training)
+    ids_T = torch.arange(16)
+    features = None if model.token_features is None else model.token_features[ids_T]
+    context = RoutingContext(ids_T, ids_T < 14, ids_T % 2, features_TF=features, num_sequences=2)
+    x_TD = torch.randn(16, 16, generator=torch.Generator().manual_seed(0))
+    routing = next(iter(model.moe_layers())).router(x_TD, context)
+    pairs = [
+        zip(*row, strict=True) for row in zip(routing.expert_ids_TK.tolist(), routing.weights_TK.tolist(), strict=True)
+    ]
+    gates = torch.tensor([sum(weight for expert, weight in row if expert >= 0) for row in pairs])
+    torch.testing.assert_close(routing.combine(routing.dispatch(x_TD)), x_TD * gates.unsqueeze(1), atol=1e-5, rtol=1e-5)
+    used = routing.expert_ids_TK[routing.expert_ids_TK >= 0]
+    assert torch.equal(routing.counts_E, used.bincount(minlength=8))
 
 
 @pytest.mark.parametrize("wanted", range(EXPERTS))

@@ -106,6 +106,17 @@ def test_deepseek_moes_loss_is_one_of_each_sequence(make_router: Make) -> None:
     assert float(loss.detach()) == pytest.approx(total / 3, rel=1e-5)
 
 
+@pytest.mark.parametrize(("generations", "fits"), [((4,), True), ((6,), True), ((5,), False), ((4, 4), False)])
+def test_open_groups_divide_the_experts_and_do_not_grow(
+    make_router: Make, generations: tuple[int, ...], fits: bool
+) -> None:
+    if fits:
+        make_router(*generations, expert_groups=2, top_groups=1)
+        return
+    with pytest.raises(ConfigError, match=r"routing\.expert_groups=2 must divide .* groups cannot grow"):
+        make_router(*generations, expert_groups=2, top_groups=1)
+
+
 # --- a gate of gates
 
 
