@@ -152,8 +152,8 @@ def test_an_auction_comes_within_its_step_of_the_best_total(tokens: int, experts
 
 @pytest.mark.parametrize("spread", [1.0, 1e-5])
 def test_by_default_a_bid_rises_by_a_fiftieth_of_the_range(spread: float) -> None:
-    for seed in range(20):
-        scores = spread * torch.rand(40, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    for seed in range(35, 45):  # with a fifty-first the one of seed 40 is another assignment
+        scores = spread * torch.rand(64, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         step = max(1e-4, (float(scores.max()) - float(scores.min())) / 50)
         assert torch.equal(balanced_assignment(scores), balanced_assignment(scores, step=step))
     assert balanced_assignment(torch.zeros(0, 3)).tolist() == []
