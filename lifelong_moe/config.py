@@ -28,7 +28,6 @@ from lifelong_moe.growth.config import ExpertInit, FrozenWeights, GrowConfig
 from lifelong_moe.model.config import ExpertsImplementation, ModelConfig
 from lifelong_moe.retention.config import (
     DistillConfig,
-    DistillText,
     PenaltyConfig,
     PenaltyKind,
     ReplayConfig,
@@ -37,6 +36,7 @@ from lifelong_moe.retention.config import (
     TrunkConfig,
     TrunkTraining,
 )
+from lifelong_moe.retention.refusals import refuse_idle_method, refuse_moving_trunk, require_text
 from lifelong_moe.routing.config import DEFAULTS, FOR_ENCODERS, Bundles, Features, Level, RoutingConfig
 from lifelong_moe.routing.refusals import refuse_idle_keys, refuse_lone_choices
 from lifelong_moe.tracking.config import TrackingConfig
@@ -193,7 +193,7 @@ class RunConfig:
             self._check_finetuning(i, stage)
             self._check_experts(i, stage)
             if i and self.method == Method.lifelong:
-                _check_distillation(i, stage)
+                require_text(stage.distill, stage.replay, i)
                 self._check_student(i, stage)
                 self._check_growth(i, stage)
                 self._check_review(i, stage)
@@ -474,14 +474,6 @@ def _clusters_hidden(routing: RoutingConfig) -> bool:
     return routing.mode == "cluster" and routing.level == Level.token and routing.features == Features.hidden
 
 
-def _check_distillation(i: int, stage: StageConfig) -> None:
-    if stage.distill.weight and stage.distill.text == DistillText.replay and not stage.replay.fraction:
-        raise ConfigError(
-            f"stages[{i}].distill.text=replay needs stages[{i}].replay.fraction above 0. Set it, or distill.text=new, "
-            f"or distill.weight=0."
-        )
-
-
 SECTIONS: dict[str, type] = {
     "tokenizer": TokenizerConfig,
     "model": ModelConfig,
@@ -565,6 +557,8 @@ def build_config(raw: DictConfig, *, is_stored: bool = False) -> RunConfig:
     if not is_stored:
         refuse_lone_choices(config.routing)
         refuse_idle_keys(config.routing)
+        refuse_idle_method(config.method, config.routing, config.stages, raw)
+        refuse_moving_trunk(config.method, config.routing, config.stages)
     require_finite(config, "")
     return config
 

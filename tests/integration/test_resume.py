@@ -44,6 +44,7 @@ MODES: dict[str, dict[str, Any]] = {
     "bundles": {
         "routing": {**EVEN, "bundles": "cluster", "chunk_tokens": 4, "clusters": 2},
         "model": {"document_mask": True},
+        "stage_defaults": {"trunk": {"train": "frozen"}},
     },
     "tied": {"routing": EVEN, "model": {"tie_embeddings": True}},
     "accumulating": {"routing": EVEN, "trainer": {"accumulate_grad_batches": 2}},

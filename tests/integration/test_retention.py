@@ -208,7 +208,7 @@ def test_generated_text_for_bundles(lab: Path, nothing_stored: list[str]) -> Non
     config = tiny_config(
         routing={**ONE, "bundles": "cluster", "chunk_tokens": 4, "clusters": 2}, model={"document_mask": True}
     )
-    config["stage_defaults"]["replay"] = GENERATED
+    config["stage_defaults"] |= {"replay": GENERATED, "trunk": {"train": "frozen"}}
     report, _ = train(write_config(config))
     assert report["loss_nats_per_token"][1][1] < report["loss_nats_per_token"][0][1]
 

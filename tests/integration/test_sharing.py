@@ -29,6 +29,7 @@ from pipelines.workspace import Prepared, prepare
 from tests.tiny import hashes, tiny_config, train, write_config
 
 SILENT = Console(quiet=True)
+FROZEN: dict[str, Any] = {"trunk": {"train": "frozen"}}
 BUNDLES = {"bundles": "cluster", "chunk_tokens": 4, "clusters": 2}
 
 
@@ -55,6 +56,10 @@ def tensors_of(stage: CommittedStage) -> dict[str, Tensor]:
 
 def optim(spec: StageSpec, **changes: Any) -> StageSpec:
     return replace(spec, optim=replace(spec.optim, **changes))
+
+
+def bundled_config() -> dict[str, Any]:
+    return tiny_config(model={"document_mask": True}, routing=BUNDLES, stage_defaults=FROZEN)
 
 
 def routing(spec: StageSpec, **changes: Any) -> StageSpec:
@@ -105,7 +110,7 @@ def test_a_later_stage_is_the_same_bits_whatever_it_does_not_use(lab: Path) -> N
 def test_bundles_go_on_from_a_stage_that_was_trained_without(lab: Path) -> None:
     config = tiny_config(model={"document_mask": True})
     train(write_config(config))
-    with_bundles = write_config(tiny_config(model={"document_mask": True}, routing=BUNDLES), "bundles.yaml")
+    with_bundles = write_config(bundled_config(), "bundles.yaml")
     report, printed = train(with_bundles, "run=bundled")
     assert "fruit (shared)" in printed and hashes()[0] == hashes(run_name="bundled")[0]
     assert [stage["routing"] for stage in report["stages"]] == ["learned", "learned, bundles by cluster"]
@@ -131,7 +136,7 @@ def test_bundles_go_on_from_a_stage_that_was_trained_without(lab: Path) -> None:
 
 def test_the_first_stage_s_text_is_read_once(lab: Path) -> None:
     """A later stage finds its centroids committed; were they lost, the text would be asked for."""
-    path = write_config(tiny_config(model={"document_mask": True}, routing=BUNDLES))
+    path = write_config(bundled_config())
     prepared = prepare(path, [])
     one, two = prepared.plan
     train(path)
@@ -147,10 +152,11 @@ def test_the_first_stage_s_text_is_read_once(lab: Path) -> None:
 def test_a_comparison_of_what_comes_later_trains_the_base_once(lab: Path) -> None:
     write_config(tiny_config(model={"document_mask": True}))
     off = ["stage_defaults.replay.fraction=0", "stage_defaults.distill.weight=0"]
+    frozen = ["stage_defaults.trunk.train=frozen"]
     arms = {
         "plain": [],
-        "bundles": ["routing.bundles=cluster", "routing.clusters=2", *off],
-        "frozen": ["stage_defaults.trunk.train=frozen"],
+        "bundles": ["routing.bundles=cluster", "routing.clusters=2", *frozen, *off],
+        "frozen": frozen,
         "rewarmed": ["stage_defaults.optim.rewarm=0.5"],
         "naive": ["method=sequential"],
     }  # fmt: skip
@@ -169,6 +175,7 @@ def test_a_first_stage_of_an_earlier_version_is_gone_on_with(lab: Path, monkeypa
     bundled = {**BUNDLES, "clusters": 3}
     for name, routing, fitted in (("documents", by_document, None), ("bundles", bundled, 3), ("refitted", bundled, 5)):
         settings: dict[str, Any] = {"model": {"document_mask": True, "experts": 4}, "routing": routing}
+        settings["stage_defaults"] = FROZEN
         with monkeypatch.context() as patch:
             patch.setattr(RoutingConfig, "effective", lambda self, *, grown: self)
             train(write_config(tiny_config(("fruit",), **settings) | {"run": name}, f"{name}.yaml"))

@@ -82,4 +82,5 @@ def test_a_stage_that_holds_on_to_something_is_not_named(make_run: MakeRun) -> N
     assert nothing_to_hold(make_run(*everything)) == []
     off = ["stage_defaults.replay.fraction=0", "stage_defaults.distill.weight=0"]
     assert nothing_to_hold(make_run(*off, stages=AGAIN)) == []
-    assert nothing_to_hold(make_run("method=ewc", "stage_defaults.penalty.weight=0", stages=AGAIN)) == []
+    unheld = ["stage_defaults.penalty.kind=ewc", "stage_defaults.penalty.weight=0"]
+    assert nothing_to_hold(make_run(*off, *unheld, stages=AGAIN)) == []

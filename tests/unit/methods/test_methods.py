@@ -116,10 +116,8 @@ DELTAS = "model.document_mask=true routing.bundles=label stage_defaults.trunk.tr
         ("method=replay", "stage_defaults.penalty.kind=l2", False),
         ("method=l2", "stage_defaults.penalty.kind=ewc", False),
         ("method=l2", "stage_defaults.penalty.weight=3", True),
-        ("method=l2 stage_defaults.penalty.weight=0", "method=sequential", False),  # no pull at all
         ("method=lwf", "stage_defaults.distill.text=new", False),
         ("method=lwf", "stage_defaults.distill.temperature=3", True),
-        ("method=lwf stage_defaults.distill.weight=0", "method=sequential", False),
     ],
 )  # fmt: skip
 def test_what_matters_under_what(make_run: MakeRun, base: str, override: str, matters: bool) -> None:

@@ -17,7 +17,8 @@ from lifelong_moe.routing.config import RoutingConfig
 from lifelong_moe.training.config import CheckpointConfig, FinetuneConfig, FrozenConfig, OptimConfig, TrainerConfig
 
 MASKED = ("model.document_mask=true",)
-BUNDLES = (*MASKED, "routing.bundles=cluster")
+FROZEN = (*MASKED, "stage_defaults.trunk.train=frozen")
+BUNDLES = (*FROZEN, "routing.bundles=cluster")
 CLUSTER = ("routing.mode=cluster",)
 DOCUMENTS = (*MASKED, *CLUSTER, "routing.level=document")
 NO_GROWTH = ("stage_defaults.grow.experts=0",)
@@ -76,7 +77,7 @@ ROUTING = [
     *both("routing.", "clusters=1", "chunk_tokens=8", "feature_width=8", "centroids=random", context=DOCUMENTS),
     *both("routing.", "feature_width=8", context=CLUSTERED_TABLE),
     # With one generation of experts there is nothing to tell apart.
-    *second("routing.", "bundles=cluster", "bundles=label", context=MASKED),
+    *second("routing.", "bundles=cluster", "bundles=label", context=FROZEN),
     *second("routing.", "margin=1.0", "clusters=2", "chunk_tokens=8", "feature_width=8", context=BUNDLES),
     *second("routing.", "centroids=random", context=BUNDLES),
     *second("routing.", "balance_over=active"),

@@ -203,12 +203,13 @@ def test_clusters_of_documents_are_fitted_before_the_stage(make_run: MakeRun) ->
 
 @pytest.mark.parametrize(("bundles", "fits"), [("none", False), ("label", False), ("cluster", True)])
 def test_bundles_that_are_clusters_are_fitted_when_there_are_two(make_run: MakeRun, bundles: str, fits: bool) -> None:
-    run = make_run("model.document_mask=true", f"routing.bundles={bundles}")
+    run = make_run("model.document_mask=true", "stage_defaults.trunk.train=frozen", f"routing.bundles={bundles}")
     assert [[phase.fits_clusters for phase in spec.phases()] for spec in stage_specs(run)] == [[False], [fits]]
 
 
 def test_labelled_bundles_know_their_distributions(make_run: MakeRun) -> None:
-    first, second = stage_specs(make_run("model.document_mask=true", "routing.bundles=label"))
+    frozen = "stage_defaults.trunk.train=frozen"
+    first, second = stage_specs(make_run("model.document_mask=true", "routing.bundles=label", frozen))
     architecture = second.architecture(first.architecture(None, 300, 0), 300, 0)
     assert architecture.labels == (("english", 0), ("python", 1))
 
