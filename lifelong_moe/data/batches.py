@@ -1,7 +1,8 @@
-"""Batches of documents that retraining looked at, kept for good: what was trained on can be replayed and traced.
+"""Batches of documents that retraining looked at: what was trained on can be replayed and traced.
 
 ``batches/<hash16>/`` holds ``documents.jsonl`` (``text``, ``source``), which a configuration names like any file, and
-``manifest.json``. The directory appears by rename, so it is whole or absent, and never changes: stages learned from it.
+``manifest.json``. The directory appears by rename, so it is whole or absent, and its text never changes: stages learned
+from it. Text may be removed (:meth:`BatchStore.remove_text`); ``removed.json`` then says which documents there were.
 The hash is over texts alone. The same texts with other sources, which are split otherwise, are another copy of the
 batch, ``batches/<hash16>-<sources8>/``.
 """
@@ -14,12 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lifelong_moe.data.documents import Document, documents_hash
+from lifelong_moe.data.documents import Document, documents_hash, normalized_hash
 from lifelong_moe.data.jsonl import read_jsonl
-from lifelong_moe.data.storage import canonical_json, file_sha256, sync, temporary, text_sha256
+from lifelong_moe.data.storage import canonical_json, file_sha256, sync, temporary, text_sha256, write_atomic
 from lifelong_moe.errors import CorruptError
 
-DOCUMENTS, MANIFEST = "documents.jsonl", "manifest.json"
+DOCUMENTS, MANIFEST, REMOVED = "documents.jsonl", "manifest.json", "removed.json"
 SHORT, SOURCES = 16, 8
 
 
@@ -42,12 +43,12 @@ class BatchStore:
         batch, given = documents_hash(documents), {document.hash: document.source for document in documents}
         if not self.path(batch).parent.exists():
             return None
-        if given == {document.hash: document.source for document in self.documents(batch)}:
+        if set(given.items()) == self.identities(batch):
             return None
         return text_sha256(canonical_json(given))[:SOURCES]
 
     def add(self, documents: Sequence[Document], files: Sequence[dict[str, Any]]) -> str:
-        """Keep a batch; one that is there already with the same sources stays as it is.
+        """Keep a batch; one that is there already with the same sources stays as it is, or gets its text back.
 
         Args:
             documents: In any order; they are written in order of their hash.
@@ -57,16 +58,19 @@ class BatchStore:
             The batch's hash.
         """
         batch, sources = documents_hash(documents), self.sources(documents)
-        if self.path(batch, sources).parent.exists():
+        path = self.path(batch, sources)
+        if not self.has_text(batch, sources):
+            write_atomic(path, _rows(documents))
+        if path.parent.exists():
             self.manifest(batch, sources)
             return batch
         self.root.mkdir(parents=True, exist_ok=True)
         with temporary(self.root) as work:
-            _write(work, batch, sorted(documents, key=lambda document: document.hash), files)
+            _write(work, batch, documents, files)
             try:
-                os.rename(work, self.path(batch, sources).parent)
+                os.rename(work, path.parent)
             except OSError:
-                if not self.path(batch, sources).exists():  # else another process was first
+                if not path.exists():  # else another process was first
                     raise
         sync(self.root)
         return batch
@@ -89,9 +93,48 @@ class BatchStore:
         return manifest
 
     def documents(self, batch: str, sources: str | None = None) -> list[Document]:
-        """All documents of a batch, verified."""
+        """All documents of a batch, verified; see :meth:`has_text`."""
         self.manifest(batch, sources)
         return list(read_jsonl(self.path(batch, sources), "text", "source"))
+
+    def has_text(self, batch: str, sources: str | None = None) -> bool:
+        """Whether a batch's text was not removed: it is there, or something else is wrong."""
+        path = self.path(batch, sources)
+        return path.exists() or not path.with_name(REMOVED).is_file()
+
+    def identities(self, batch: str, sources: str | None = None) -> set[tuple[str, str]]:
+        """Hash and source of each document of a batch, whose text may have been removed."""
+        if self.has_text(batch, sources):
+            return {(document.hash, document.source) for document in self.documents(batch, sources)}
+        return {(row["hash"], row["source"]) for row in self._removed(batch, sources)}
+
+    def normalized(self, batch: str) -> set[str]:
+        """``normalized_hash`` of each document of a batch whose text was removed."""
+        return {row["normalized"] for row in self._removed(batch, None)}
+
+    def copies(self, batch: str) -> list[Path]:
+        """Files of a batch's documents that are there, whatever sources they name."""
+        return sorted(self.root.glob(f"{batch[:SHORT]}*/{DOCUMENTS}"))
+
+    def remove_text(self, batch: str) -> int:
+        """Remove the text of a batch in all its copies, but not what its documents are known by; returns the bytes."""
+        freed = 0
+        for path in self.copies(batch):
+            freed += path.stat().st_size
+            found = read_jsonl(path, "text", "source")
+            rows = [{"hash": d.hash, "normalized": normalized_hash(d.text), "source": d.source} for d in found]
+            write_atomic(path.with_name(REMOVED), canonical_json(rows).encode())  # counts once the text is gone
+            path.unlink()
+            sync(path.parent)
+        return freed
+
+    def _removed(self, batch: str, sources: str | None) -> list[dict[str, str]]:
+        path = self.path(batch, sources).with_name(REMOVED)
+        try:
+            rows: list[dict[str, str]] = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CorruptError(f"{path}: unreadable ({type(error).__name__}).") from None
+        return rows
 
     def holding(self, document_hash: str) -> list[str]:
         """Hashes of the batches that hold a document, by the hash of its text or the beginning of it."""
@@ -101,8 +144,8 @@ class BatchStore:
 
 
 def _write(work: Path, batch: str, documents: Sequence[Document], files: Sequence[dict[str, Any]]) -> None:
-    rows = [canonical_json({"text": document.text, "source": document.source}) for document in documents]
-    (work / DOCUMENTS).write_bytes("".join(row + "\n" for row in rows).encode())
+    documents = sorted(documents, key=lambda document: document.hash)
+    (work / DOCUMENTS).write_bytes(_rows(documents))
     manifest = {
         "hash": batch,
         "sha256": file_sha256(work / DOCUMENTS),
@@ -114,3 +157,9 @@ def _write(work: Path, batch: str, documents: Sequence[Document], files: Sequenc
     for name in (DOCUMENTS, MANIFEST):
         sync(work / name)
     sync(work)
+
+
+def _rows(documents: Sequence[Document]) -> bytes:
+    """The file of documents: a JSON object each, in order of their hash."""
+    rows = sorted(documents, key=lambda document: document.hash)
+    return "".join(canonical_json({"text": row.text, "source": row.source}) + "\n" for row in rows).encode()

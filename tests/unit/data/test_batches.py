@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lifelong_moe.data.batches import BatchStore
-from lifelong_moe.data.documents import Document, documents_hash
+from lifelong_moe.data.documents import Document, documents_hash, normalized_hash
 from lifelong_moe.errors import CorruptError
 
 DOCUMENTS = [Document("eine Zeile\nzwei", "a"), Document("x\u2028y", "b"), Document("third", "b")]
@@ -79,3 +79,46 @@ def test_a_crash_while_writing_leaves_no_batch(tmp_path: Path, monkeypatch: pyte
             store.add(DOCUMENTS, FILES)
     assert list((tmp_path / "batches").iterdir()) == []
     assert json.loads((store.path(store.add(DOCUMENTS, FILES)).parent / "manifest.json").read_text())["hash"]
+
+
+def test_removed_text_is_known_by_its_documents_and_may_come_again(tmp_path: Path) -> None:
+    store, corrected = BatchStore(tmp_path), [Document(document.text, "x") for document in DOCUMENTS]
+    batch = store.add(DOCUMENTS, FILES)
+    store.add(corrected, [])
+    copy = store.sources(corrected)
+    files, known = [store.path(batch), store.path(batch, copy)], store.identities(batch)
+    before = files[0].read_bytes()
+    assert set(store.copies(batch)) == set(files) and store.has_text(batch) and store.has_text(batch, copy)
+    assert store.remove_text(batch) == len(before) + len(canonical(corrected).encode())
+    left = b"".join(path.read_bytes() for path in store.root.rglob("*") if path.is_file())
+    assert not any(document.text.split("\n")[0].encode() in left for document in DOCUMENTS)
+    assert (store.copies(batch), store.has_text(batch), store.remove_text(batch)) == ([], False, 0)
+    assert store.identities(batch) == known == {(d.hash, d.source) for d in DOCUMENTS}
+    assert store.normalized(batch) == {normalized_hash(document.text) for document in DOCUMENTS}
+    assert store.holding(DOCUMENTS[0].hash) == [batch]
+    assert store.sources(DOCUMENTS) is None and store.sources(corrected) == copy
+    with pytest.raises(CorruptError, match="SHA-256 is missing"):
+        store.documents(batch)
+    assert store.add(DOCUMENTS[::-1], []) == batch and files[0].read_bytes() == before
+    assert store.has_text(batch) and not store.has_text(batch, copy) and not files[1].exists()
+    assert store.manifest(batch)["files"] == FILES
+
+
+def test_text_stays_until_its_documents_are_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = BatchStore(tmp_path)
+    batch = store.add(DOCUMENTS, FILES)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", lambda *_, **__: (_ for _ in ()).throw(OSError("power is out")))
+        with pytest.raises(OSError, match="power"):
+            store.remove_text(batch)
+    assert store.has_text(batch) and len(store.documents(batch)) == len(DOCUMENTS)
+    assert store.remove_text(batch) > 0
+    (store.path(batch).parent / "removed.json").write_text("{")
+    with pytest.raises(CorruptError, match=r"removed\.json: unreadable"):
+        store.identities(batch)
+
+
+def canonical(documents: list[Document]) -> str:
+    """The file of a batch, in whatever order."""
+    rows = [{"source": d.source, "text": d.text} for d in documents]
+    return "".join(json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n" for row in rows)
