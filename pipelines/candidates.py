@@ -15,8 +15,9 @@ from rich.console import Console
 
 from lifelong_moe.config import RunConfig, build_config
 from lifelong_moe.data.batches import BatchStore
-from lifelong_moe.data.documents import Corpus, Document
-from lifelong_moe.data.prepare import PreparedData
+from lifelong_moe.data.documents import Document
+from lifelong_moe.data.prepare import PreparedData, Texts
+from lifelong_moe.data.records import Remembered
 from lifelong_moe.data.shards import TokenShard, tokenize_documents
 from lifelong_moe.data.spread import spread_shard
 from lifelong_moe.data.windows import evaluation_windows
@@ -38,6 +39,7 @@ from lifelong_moe.training.interrupt import Interrupt
 from lifelong_moe.training.logger import Send
 from lifelong_moe.training.phase import StageEnvironment
 from lifelong_moe.training.stage import load_model, train_stage
+from pipelines.novelty import read_texts
 from pipelines.places import ROOT
 from pipelines.workspace import read_data, require_room
 
@@ -48,6 +50,18 @@ class ServedData:
 
     config: RunConfig
     data: PreparedData
+
+    def measured(self, without: str | None = None) -> list[str]:
+        """Distributions that there is held-out text of, but for one."""
+        return [name for name in self.config.evaluated if name in self.data.heldout and name != without]
+
+    def unmeasured(self) -> list[str]:
+        """Of those that there is none of any more, a sentence each."""
+        return [
+            f"{name} is not measured: its text is gone, and no held-out text of it was kept."
+            for name in self.config.evaluated
+            if name not in self.data.heldout
+        ]
 
 
 @dataclass(frozen=True)
@@ -71,8 +85,8 @@ class Bench:
     """Name of the batch's distribution."""
     files: str
     """Its documents."""
-    texts: Mapping[str, Corpus]
-    """Documents of every distribution, the batch's own among them."""
+    known: Remembered
+    """In place of text that is gone."""
     store: StageStore
     interrupt: Interrupt
     console: Console
@@ -89,6 +103,12 @@ class Bench:
         """The champion's."""
         return Architecture.from_json(self.parent.config["architecture"])
 
+    @cached_property
+    def texts(self) -> Texts:
+        """Documents of every distribution, the batch's own among them."""
+        kept, added = served_stages(self.champion, self.store)
+        return read_texts(self.retraining.config(kept, [*added, NewStage(self.new, self.files)]), self.known)
+
     @property
     def evaluations(self) -> EvaluationStore:
         """Where measurements are kept."""
@@ -102,7 +122,7 @@ class Bench:
         new = NewStage(self.new, self.files, continues, tokens, grow)
         raw = self.retraining.extended(kept, [*added, new])
         config = build_config(raw, is_stored=True)
-        data = read_data(config, self.memory)
+        data = read_data(config, self.memory, self.known)
         if data.tokenizer.hash != (had := self.parent.config["tokenizer"]["hash"]):
             raise ConfigError(
                 f"tokenizer: it is {data.tokenizer.hash[:16]} now, but the champion was trained with {had[:16]}. Bring "
@@ -117,9 +137,10 @@ class Bench:
         now_routing, then_routing = (r.effective(grown=False) for r in (config.routing, trained))
         if len(self.architecture.generations) == 1 and now_routing != then_routing:
             raise ConfigError("routing: it is not the champion's. Bring it back, or begin another run.")
-        hashes = {name: corpus.train_hash for name, corpus in data.corpora.items()}
         identity, bos_id = data.tokenizer_identity(), data.tokenizer.bos_id
-        planned = plan_next(config, self.architecture, self.champion.key, hashes, identity, bos_id)
+        planned = plan_next(
+            config, self.architecture, self.champion.key, data.train_hashes(), identity, bos_id, gone=data.gone
+        )
         return Candidate(config, data, planned, raw, grow)
 
     def train(self, candidate: Candidate, send: Send, run_id: str | None) -> CommittedStage:
@@ -171,12 +192,12 @@ class Bench:
             distribution: Which held-out text.
             shuffled: Score each document with its characters in random order; tokens are counted as they were.
         """
-        config, corpus = candidate.config, candidate.data.corpora[distribution]
+        config, data = candidate.config, candidate.data
         settings: dict[str, Any] = {
             "schema": EVALUATION_SCHEMA,
             "documents": "shuffled" if shuffled else "as they are",
-            "heldout": corpus.heldout_hash,
-            "tokenizer": candidate.data.tokenizer.hash,
+            "heldout": data.records[distribution].heldout_hash,
+            "tokenizer": data.tokenizer.hash,
             "tokens": config.evaluate.tokens,
             "spread": "over sources",
             "context": config.model.context,
@@ -184,8 +205,8 @@ class Bench:
         }
         key = content_key(settings)
         if (found := self.evaluations.find(stage.key, key)) is None:
-            sources = [document.source for document in self.texts[distribution].heldout]
-            shard, chosen = spread_shard(corpus.heldout, sources, config.evaluate.tokens)
+            sources = [document.source for document in data.heldout_documents[distribution]]
+            shard, chosen = spread_shard(data.heldout[distribution], sources, config.evaluate.tokens)
             plain = self.measure(stage, candidate, distribution) if shuffled else None
             if plain is not None:
                 shard = self._shuffled(candidate, distribution, shard, chosen)
@@ -207,9 +228,9 @@ class Bench:
     ) -> TokenShard:
         """What is scored of held-out documents, with its characters in random order."""
         rng, tokenizer = np.random.default_rng(0), candidate.data.tokenizer
-        whole, mixed = candidate.data.corpora[distribution].heldout, []
+        whole, mixed = candidate.data.heldout[distribution], []
         for place, i in enumerate(documents.tolist()):
-            document, ids = self.texts[distribution].heldout[i], shard.document(place)
+            document, ids = candidate.data.heldout_documents[distribution][i], shard.document(place)
             text = document.text
             if len(ids) < len(whole.document(i)):  # a cut may go through a character
                 text = text[: max(1, len(tokenizer.decode(ids.tolist()).rstrip("\ufffd")))]
@@ -221,7 +242,7 @@ class Bench:
     ) -> DocumentLosses:
         """A stage's losses on a gate set, with the source of each document."""
         found = self.measure(stage, candidate, distribution, shuffled=shuffled)
-        heldout = self.texts[distribution].heldout
+        heldout = candidate.data.heldout_documents[distribution]
         scored = [i for i, tokens in enumerate(found["tokens"]) if tokens]
         return DocumentLosses(
             np.array(found["nats"])[scored],

@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from lifelong_moe.data.prepare import PreparedData
 from lifelong_moe.data.windows import EvaluationSet, evaluation_windows
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.evaluation.loss import evaluate
@@ -90,8 +91,9 @@ def _merged(
     born = architecture.generations[generation].experts
     if not 0 < experts < born:
         raise ConfigError(f"--experts={experts}: stage {stage} has {born} experts a layer, of which one must be left.")
-    config, corpora = served.config, served.data.corpora
-    texts = [(evaluation_windows(corpora[n].train, config.model.context, SAMPLE_TOKENS), n) for n in config.evaluated]
+    config, data = served.config, served.data
+    names = served.measured()  # held-out text where training text is gone
+    texts = [(evaluation_windows(data.at_hand(n), config.model.context, SAMPLE_TOKENS), n) for n in names]
     merged: list[dict[str, int]] = []
     device = configured_device(config.trainer)
     model = load_model(store, source).to(device)
@@ -103,11 +105,16 @@ def _merged(
             raise ConfigError(f"stage {stage}: {error}.") from None
         merged += [{"layer": layer, "kept": kept, "gone": gone} for layer, (kept, gone) in pairs.items()]
         model = build_model(architecture, tensors).to(device)
-    names = {s.name for s in version.stages}
-    name = next(n for i in range(len(names) + 1) if (n := f"{stage}.consolidated{i or ''}") not in names)
+    taken = {s.name for s in version.stages}
+    name = next(n for i in range(len(taken) + 1) if (n := f"{stage}.consolidated{i or ''}") not in taken)
     identity = {"derived": "consolidate", "from": source.key, "stage": stage, "experts": experts}
-    identity |= {"text": [corpora[n].train_hash for n in config.evaluated], "tokens": SAMPLE_TOKENS}
+    identity |= {"text": [_text_hash(data, n) for n in names], "tokens": SAMPLE_TOKENS}
     return commit_derived(store, source, identity, name, architecture, tensors), merged
+
+
+def _text_hash(data: PreparedData, name: str) -> str:
+    record = data.records[name]
+    return record.train_hash if name in data.corpora else record.heldout_hash
 
 
 def _closest(

@@ -50,14 +50,14 @@ def measure_batch(bench: Bench, candidate: Candidate, config: DriftConfig, seed:
         most of the batch's tokens.
     """
     new = _view(bench, candidate, bench.new, config, seed)
-    views = {
-        name: _view(bench, candidate, name, config, seed) for name in candidate.config.evaluated if name != bench.new
-    }
+    views = {name: _view(bench, candidate, name, config, seed) for name in candidate.measured(without=bench.new)}
     drifts = {}
     for name, view in views.items():
         drift = _compare(new.sample, view.sample, config, seed)
         note = f" The documents of {name} name no source: each counts as one of its own."
-        drifts[name] = replace(drift, words=drift.words + note * name_no_source(view.documents))
+        gone = " Its training text is gone: held-out text was compared."
+        words = drift.words + note * name_no_source(view.documents) + gone * (name in candidate.data.gone)
+        drifts[name] = replace(drift, words=words)
     if len(views) > 1:
         drifts[TOGETHER] = _from_mixture(new.sample, {name: view.sample for name, view in views.items()}, config, seed)
     return drifts, _nearest_stage(bench, new.measured)
@@ -97,9 +97,10 @@ def drift_notes(documents: Sequence[Document], drifts: Mapping[str, Drift]) -> l
 def look_at_batch(bench: Bench, documents: int, seed: int) -> Looks:
     """What kind of text the batch looks like, from at most so many documents of each distribution."""
     texts = {}
-    for name, corpus in bench.texts.items():
-        chosen = choose_documents([document.source for document in corpus.train], documents, seed=seed)
-        texts[name] = [corpus.train[i].text for i in chosen]
+    for name in bench.texts.heldout:
+        there = bench.texts.at_hand(name)
+        chosen = choose_documents([document.source for document in there], documents, seed=seed)
+        texts[name] = [there[i].text for i in chosen]
     return look_at(texts.pop(bench.new), texts)
 
 
@@ -150,10 +151,10 @@ def _sample(features_ND: NDArray[np.float64], sources: list[str]) -> DocumentSam
 
 
 def _view(bench: Bench, candidate: Candidate, name: str, config: DriftConfig, seed: int) -> _View:
-    documents: list[Document] = bench.texts[name].train
+    documents = bench.texts.at_hand(name)
     chosen = choose_documents([document.source for document in documents], config.documents, seed=seed)
     context = candidate.config.model.context
-    shard = first_tokens(candidate.data.corpora[name].train, chosen, context)
+    shard = first_tokens(candidate.data.at_hand(name), chosen, context)
     windows = evaluation_windows(shard, context, shard.num_tokens)
     model = bench.model(bench.parent, candidate)
     # Where routing goes by label, a new text's is unknown, and an old one's must not tell the two apart.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from lifelong_moe.retraining.bounds import DocumentLosses
@@ -27,7 +28,7 @@ def gate(bench: Bench, candidate: Candidate, stage: CommittedStage, best: Best) 
         best: What the distributions had; only compared where it is of the same held-out text.
     """
     new, before = bench.new, bench.parent
-    old = [name for name in candidate.config.evaluated if name != new]
+    old = candidate.measured(without=new)
 
     def losses(one: CommittedStage, name: str) -> Any:
         return bench.losses(one, candidate, name)
@@ -35,7 +36,7 @@ def gate(bench: Bench, candidate: Candidate, stage: CommittedStage, best: Best) 
     peers = {}
     for name in old:
         known = best.get(name)
-        same = known is not None and known["heldout"] == candidate.data.corpora[name].heldout_hash
+        same = known is not None and known["heldout"] == candidate.data.records[name].heldout_hash
         peers[name] = bench.store.find(known["key"]) if known is not None and same else None
     with bench.console.status(f"{stage.name}: at the gate"):
         # One model after the other, for each is loaded once.
@@ -43,7 +44,7 @@ def gate(bench: Bench, candidate: Candidate, stage: CommittedStage, best: Best) 
         earlier = {name: losses(before, name) for name in (new, *old)}
         finest = {name: losses(peers[name] or before, name) for name in old}
         leaks = {name: bench.leak(stage, candidate, name) for name in old}
-        return judge(
+        judged = judge(
             new=new,
             after=after,
             before=earlier,
@@ -54,6 +55,7 @@ def gate(bench: Bench, candidate: Candidate, stage: CommittedStage, best: Best) 
             seed=candidate.config.seed,
             kinds=kinds_of_text(bench.champion, bench.store),
         )
+        return replace(judged, notes=tuple(candidate.unmeasured()))
 
 
 def kinds_of_text(version: Version, store: StageStore) -> dict[str, str]:
@@ -80,7 +82,7 @@ def best_so_far(bench: Bench, candidate: Candidate, best: Best) -> Best:
     """
     found = with_best(bench, candidate, [bench.parent], best)
     for learned in bench.champion.stages:
-        if learned.action in ("drop", "consolidate") or learned.data not in candidate.config.evaluated:
+        if learned.action in ("drop", "consolidate") or learned.data not in candidate.measured():
             continue
         if (stage := bench.store.find(learned.key)) is None:
             bench.console.print(
@@ -98,8 +100,8 @@ def with_best(
 ) -> Best:
     """The lowest loss ever of each distribution (or of some), these stages included."""
     found = dict(best)
-    for name in candidate.config.evaluated if names is None else names:
-        heldout = candidate.data.corpora[name].heldout_hash
+    for name in candidate.measured() if names is None else names:
+        heldout = candidate.data.records[name].heldout_hash
         if name in found and found[name]["heldout"] != heldout:
             del found[name]
         for stage in stages:
@@ -113,7 +115,7 @@ def old_losses(
     bench: Bench, candidate: Candidate, stage: CommittedStage
 ) -> tuple[dict[str, DocumentLosses], dict[str, DocumentLosses]]:
     """Losses of a stage, and of the champion, on every old distribution."""
-    old = [name for name in candidate.config.evaluated if name != bench.new]
+    old = candidate.measured(without=bench.new)
     # One model after the other, for each is loaded once.
     after = {name: bench.losses(stage, candidate, name) for name in old}
     return after, {name: bench.losses(bench.parent, candidate, name) for name in old}
@@ -123,7 +125,7 @@ def foreseen_power(bench: Bench, probe: Candidate) -> dict[str, Any] | None:
     """How often the gate would pass a harmless candidate, if it scatters as a probe did; None without an old
     distribution, or where the probe was not made."""
     stage = bench.store.find(probe.planned.key)
-    if stage is None or len(probe.config.evaluated) < 2:
+    if stage is None or len(probe.measured()) < 2:
         return None
     kinds, config = kinds_of_text(bench.champion, bench.store), bench.retraining.settings.gate
     chances = passing_chances(*old_losses(bench, probe, stage), kinds, config)

@@ -3,18 +3,20 @@ or as near copies."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lifelong_moe.config import RunConfig
+from lifelong_moe.data import prepare
 from lifelong_moe.data.batches import BatchStore
 from lifelong_moe.data.config import SourceConfig
-from lifelong_moe.data.documents import Corpus, Document, documents_hash, normalized_hash
+from lifelong_moe.data.documents import Document, documents_hash, normalized_hash
 from lifelong_moe.data.inbox import Inbox, read_inbox
-from lifelong_moe.data.near_copies import near_copies, without_near_copies
-from lifelong_moe.data.sources import read_corpus
+from lifelong_moe.data.near_copies import near_copies
+from lifelong_moe.data.prepare import Texts
+from lifelong_moe.data.records import Remembered
 from lifelong_moe.retraining.config import HELDOUT_SOURCES
 from lifelong_moe.retraining.operation import InboxConfig
 from pipelines.places import CACHE
@@ -40,26 +42,24 @@ class NewDocuments:
     """Which copy of the batch this is, if it came before with other sources."""
 
 
-def read_texts(config: RunConfig) -> dict[str, Corpus]:
+def read_texts(config: RunConfig, known: Remembered) -> Texts:
     """The documents of every distribution of a run, without training text that is a near copy of held-out text."""
-    return without_near_copies(
-        {name: read_corpus(name, config.distributions[name], CACHE) for name in config.evaluated}
-    )
+    sources = {name: config.distributions[name] for name in config.evaluated}
+    return prepare.read_texts(sources, [stage.data for stage in config.stages], CACHE, known)
 
 
-def new_documents(
-    inbox: InboxConfig, texts: Mapping[str, Corpus], settled: Iterable[str], batches: BatchStore
-) -> NewDocuments:
+def new_documents(inbox: InboxConfig, texts: Texts, settled: Iterable[str], batches: BatchStore) -> NewDocuments:
     """Read the inbox and leave out what was seen before.
 
     A text that stands in several files has the source that the last of them names.
 
     Near copies are no news either: as training text they would bring what the gate measures on, and as held-out text
-    they would measure what was trained on.
+    they would measure what was trained on. Of text that was removed only what is equal is known, and near copies of
+    what was held out.
 
     Args:
         inbox: Where to look.
-        texts: Documents of the champion's distributions.
+        texts: Of the champion's distributions.
         settled: Hashes of batches that a tick came to a decision about.
         batches: Where those are.
 
@@ -70,18 +70,26 @@ def new_documents(
     if found is None:
         return NewDocuments([], documents_hash([]), "", [], 0, 0)
     new = {normalized_hash(document.text): document for document in found.documents}
-    seen = [d for corpus in texts.values() for d in (*corpus.train, *corpus.near_copies, *corpus.heldout)]
-    seen += [document for batch in settled for document in batches.documents(batch)]
-    for document in seen:
-        new.pop(normalized_hash(document.text), None)
+    held = [document for documents in texts.heldout.values() for document in documents]
+    seen = held + [d for corpus in texts.corpora.values() for d in (*corpus.train, *corpus.near_copies)]
+    there = {batch: batches.has_text(batch) for batch in settled}
+    seen += [document for batch in there if there[batch] for document in batches.documents(batch)]
+    removed = set().union(*(batches.normalized(batch) for batch in there if not there[batch]))
+    for digest in (*removed, *(normalized_hash(document.text) for document in seen)):
+        new.pop(digest, None)
     left = list(new.values())
-    held = [document for corpus in texts.values() for document in corpus.heldout]
     either = zip(near_copies(left, seen, may_contain=True), near_copies(left, held, may_contain=False), strict=True)
     copies = [one or other for one, other in either]
     documents = [document for document, is_copy in zip(left, copies, strict=True) if not is_copy]
     digest = documents_hash(documents)
     name, known = f"{found.distribution or 'batch'}-{digest[:8]}", len(found.documents) - len(left)
     return NewDocuments(documents, digest, name, found.files, known, sum(copies), batches.sources(documents))
+
+
+def arrived(inbox: InboxConfig) -> set[str]:
+    """Hashes of all documents that the inbox holds, seen before or not."""
+    found = _arrived(inbox)
+    return set() if found is None else {document.hash for document in found.documents}
 
 
 def _arrived(inbox: InboxConfig) -> Inbox | None:

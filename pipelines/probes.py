@@ -71,7 +71,7 @@ def probe(bench: Bench, candidate: Candidate, probes: int) -> ProbeResult:
         structure_upper=structure.upper,
         forgetting=_largest(one.upper for one in forgotten.values()),
         forgetting_lower=_largest(least),
-        leak=_largest(bench.leak(stage, short, name) for name in short.config.evaluated if name != new),
+        leak=_largest(bench.leak(stage, short, name) for name in short.measured(without=new)),
         parameters_fraction=(candidate.planned.parameters.total - old) / old,
         cost_fraction=_cost_fraction(bench, candidate, probes),
     )

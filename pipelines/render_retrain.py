@@ -60,6 +60,8 @@ def verdict(console: Console, judged: Verdict) -> None:
     """Print what the gate found."""
     for check in judged.checks:
         console.print(f"{'✓' if check.passed else '✗'} {check.sentence}", highlight=False, markup=False)
+    for sentence in judged.notes:
+        console.print(f"· {sentence}", highlight=False, markup=False)
 
 
 def outcome(console: Console, result: Mapping[str, Any]) -> None:
@@ -79,4 +81,5 @@ def note(result: Mapping[str, Any], facts: Mapping[str, Any], judged: Verdict | 
     if judged is not None:
         lines += ["", "### Gate", ""]
         lines += [f"- {'✓' if check.passed else '✗'} {check.sentence}" for check in judged.checks]
+        lines += [f"- {sentence}" for sentence in judged.notes]
     return "\n".join(lines)

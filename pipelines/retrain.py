@@ -13,9 +13,8 @@ from typing import Any
 
 from rich.console import Console
 
-from lifelong_moe.data.documents import Corpus
-from lifelong_moe.data.near_copies import without_near_copies
-from lifelong_moe.data.sources import read_corpus
+from lifelong_moe.config import written_config
+from lifelong_moe.data.prepare import Texts
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.methods.retraining import load_retraining
 from lifelong_moe.retraining.bounds import LEAST_SOURCES
@@ -32,8 +31,9 @@ from pipelines import render_retrain
 from pipelines.candidates import Bench, batch_files
 from pipelines.drop import with_versions
 from pipelines.gating import best_so_far, gate, with_best
-from pipelines.novelty import NewDocuments, batch_source, new_documents, read_texts
-from pipelines.places import CACHE, ROOT, remove_abandoned
+from pipelines.kept_text import note_texts
+from pipelines.novelty import NewDocuments, new_documents, read_texts
+from pipelines.places import ROOT, remove_abandoned
 from pipelines.plan_file import read_plan, refuse_idle_plan
 from pipelines.record_retrain import TickRecord
 from pipelines.recorded import show_champion
@@ -78,6 +78,7 @@ def retrain(
             tick = Tick(retraining, record, head, console)
             try:
                 build_trainer(tick.config.trainer, 1, [], None)  # what this machine cannot do is said before all else
+                tick.remove_text(working=True)  # of a tick that was killed
                 if reopen is not None:
                     tick.reopen(reopen)
                 return _tick(tick, interrupt, dry_run, plan_path)
@@ -85,11 +86,13 @@ def retrain(
                 if not dry_run:
                     tick.fail(error)
                 raise
+            finally:
+                tick.remove_text()
 
 
 def _tick(tick: Tick, interrupt: Interrupt, dry_run: bool, plan_path: str | None) -> dict[str, Any]:
     with tick.console.status("looking at the inbox"):
-        texts = read_texts(tick.config)
+        texts = read_texts(tick.config, tick.known)
         new = new_documents(tick.retraining.settings.inbox, texts, tick.head.get("batches", {}), tick.batches)
     if new.known:
         tick.console.print(f"{new.known:,} documents in the inbox were seen before, or repeat others", highlight=False)
@@ -118,7 +121,7 @@ def _tick(tick: Tick, interrupt: Interrupt, dry_run: bool, plan_path: str | None
     bench = _bench(tick, new, texts, interrupt)
     mlflow = TickRecord(Tracker.connect(tick.config.tracking, ROOT), tick.head, tick.record)
     try:
-        mlflow.begin(new.name, new.hash, bench.texts[new.name], tick.retraining.settings)
+        mlflow.begin(new.name, new.hash, bench.texts.corpora[new.name], tick.retraining.settings)
         if plan_path is None:
             plan = make_plan(bench, new, tick.head)
             plan.write(tick.record)
@@ -166,7 +169,7 @@ def _waiting(tick: Tick, new: NewDocuments) -> str | None:
     return f"{tokens:,} new tokens are waiting; trigger.min_tokens={trigger.min_tokens:,}"
 
 
-def _bench(tick: Tick, new: NewDocuments, texts: dict[str, Corpus], interrupt: Interrupt) -> Bench:
+def _bench(tick: Tick, new: NewDocuments, texts: Texts, interrupt: Interrupt) -> Bench:
     """Keep the batch, and check that what it follows still is what the champion was trained on.
 
     Raises:
@@ -175,16 +178,16 @@ def _bench(tick: Tick, new: NewDocuments, texts: dict[str, Corpus], interrupt: I
     now = champion(tick.head)
     for stage in now.stages:
         known = tick.store.get(stage.key).split.get(stage.data)
-        if stage.data in texts and known is not None and known != (found := texts[stage.data].split_hash):
+        corpus = texts.corpora.get(stage.data)
+        if corpus is not None and known is not None and known != (found := corpus.split_hash):
             raise ConfigError(
                 f"distributions.{stage.data}: its training text is {found[:16]}, but stage {stage.name} was trained on "
                 f"{known[:16]}. Bring that text back, or begin another run."
             )
-    files = batch_files(new.hash, new.sources)
+    tick.open_batch(new.hash)
     tick.batches.add(new.documents, new.files)
-    source = batch_source(files, **split_of(tick.retraining))
-    texts = without_near_copies({**texts, new.name: read_corpus(new.name, source, CACHE)})
-    return Bench(tick.retraining, now, new.name, files, texts, tick.store, interrupt, tick.console)
+    files = batch_files(new.hash, new.sources)
+    return Bench(tick.retraining, now, new.name, files, tick.known, tick.store, interrupt, tick.console)
 
 
 def _carry_out(
@@ -224,7 +227,9 @@ def _carry_out(
         if judged is not None:
             plan.postpone(tick.record, f"{reason}.")
     if outcome == "promoted":
-        assert stage is not None
+        assert stage is not None and plan.candidate is not None
+        kept = plan.candidate.config.evaluate.keep_heldout
+        note_texts(tick.head, written_config(tick.retraining.base), plan.candidate.data, kept)
         tick.head |= _promotion(tick, stage, new, plan, reason)
     result = tick.end(outcome, reason, **about)
     mlflow.done(result, plan.facts, judged)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lifelong_moe.errors import StalePlanError
+from lifelong_moe.methods.graph import stage_specs
 from lifelong_moe.methods.retraining import Retraining
 from lifelong_moe.retraining.decision import Action, Decision, decide
 from lifelong_moe.retraining.drift import Drift
@@ -100,8 +101,9 @@ def make_plan(bench: Bench, new: NewDocuments, head: dict[str, Any]) -> TickPlan
     if decision.action == Action.grow:
         assert decision.way is not None
         chosen = affordable[decision.way]
-    corpus = bench.texts[bench.new]
+    corpus = bench.texts.corpora[bench.new]
     notes = drift_notes([*corpus.train, *corpus.heldout], drifts)
+    notes += _left_out(continues, *affordable)
     notes += [] if all(rooms) else [_full(settings.limits.experts)]
     notes += [f"{_way(way)} is not considered: {over[way.planned.key][0]}" for way in growing if way not in affordable]
     facts = _facts(bench, new, drifts, decision, chosen, notes, exceeded)
@@ -124,6 +126,16 @@ def _names(ways: list[Candidate]) -> list[str]:
         f"{name} ({json.dumps(dict(way.grow or {}))})" if words.count(name) > 1 else name
         for name, way in zip(words, ways, strict=True)
     ]
+
+
+def _left_out(continues: Candidate, *growing: Candidate) -> list[str]:
+    """What cannot be replayed or measured any more, a sentence each."""
+    notes = continues.unmeasured()
+    for what, candidate in (("Continuing", continues), *(("Growing", way) for way in growing[:1])):
+        gone = candidate.data.gone
+        if lost := [name for name in stage_specs(candidate.config)[-1].uses if name in gone]:
+            notes.append(f"{what} replays nothing of {', '.join(lost)}, as it would otherwise: the text is gone.")
+    return notes
 
 
 def _full(limit: int | None) -> str:
@@ -184,7 +196,7 @@ def _facts(
     notes: list[str],
     exceeded: list[str],
 ) -> dict[str, Any]:
-    settings, corpus = bench.retraining.settings, bench.texts[bench.new]
+    settings, corpus = bench.retraining.settings, bench.texts.corpora[bench.new]
     stage = None if chosen is None else stage_facts(bench, chosen)
     return {
         "run": bench.retraining.run,

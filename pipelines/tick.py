@@ -8,20 +8,24 @@ from typing import Any
 
 from rich.console import Console
 
+from lifelong_moe.config import written_config
 from lifelong_moe.data.batches import BatchStore
+from lifelong_moe.data.config import KeepText
 from lifelong_moe.data.documents import Document
 from lifelong_moe.data.shards import tokenize_documents
 from lifelong_moe.data.tokenizer import Tokenizer
 from lifelong_moe.errors import ConfigError, LifelongError, as_ours, one_line
 from lifelong_moe.methods.retraining import Retraining
 from lifelong_moe.retraining.config import HELDOUT_SOURCES
+from lifelong_moe.stages.batch_text import read_heads, removable_texts, remove_batch_text
 from lifelong_moe.stages.runs import RunRecord, require_head, timestamp
 from lifelong_moe.stages.store import CommittedStage, StageStore
 from lifelong_moe.stages.versions import Head, champion, versions
 from pipelines import hooks, render_retrain
 from pipelines.candidates import served_stages
-from pipelines.novelty import NewDocuments
-from pipelines.places import ROOT
+from pipelines.kept_text import remembered_by
+from pipelines.novelty import NewDocuments, arrived
+from pipelines.places import CACHE, ROOT
 
 
 class Tick:
@@ -32,6 +36,8 @@ class Tick:
         self.store, self.batches = StageStore(ROOT), BatchStore(ROOT)
         self.base, self.added = served_stages(champion(head), self.store)
         self.config = retraining.config(self.base, self.added)
+        self.known = remembered_by(head, written_config(retraining.base), champion(head), self.store)
+        head["keep_text"] = retraining.settings.inbox.keep_text.value
 
     def end(self, outcome: str, reason: str, **fields: Any) -> dict[str, Any]:
         """Note the outcome in ledger and head, tell the hooks, and return it."""
@@ -51,6 +57,28 @@ class Tick:
         if outcome != "idle" and not again:
             hooks.tell(self.retraining.settings.hooks, result)
         return result
+
+    def open_batch(self, batch: str) -> None:
+        """Say that a batch's text is about to be written: whoever kills us, the next tick knows that it is there."""
+        if self.retraining.settings.inbox.keep_text != KeepText.always:
+            self.head["open"] = [*(one for one in self.head.get("open", []) if one != batch), batch]
+            self.record.set_head(self.head)
+
+    def remove_text(self, *, working: bool = False) -> None:
+        """Remove the text of batches that ``inbox.keep_text`` lets go."""
+        keep = self.retraining.settings.inbox.keep_text
+        if keep == KeepText.always:
+            return
+        heads = read_heads(ROOT)  # as they are on disk, not what a tick that fails had in mind
+        head = heads[self.record.run]
+        head["keep_text"] = keep.value
+        goes = removable_texts(heads, [self.record.run], working=working)
+        if freed := sum(remove_batch_text(ROOT, CACHE, batch, head) for batch in goes):
+            self.console.print(f"inbox.keep_text={keep}: {freed / 1e6:.1f} MB of text removed", highlight=False)
+        left = [batch for batch in head.get("open", []) if self.batches.copies(batch)]
+        if left != head.get("open", []):
+            self.head["open"] = head["open"] = left
+            self.record.set_head(head)
 
     def fail(self, error: BaseException) -> None:
         """Note a failure in ledger and head as they were committed, and tell the hooks.
@@ -92,10 +120,27 @@ class Tick:
         if len(found) != 1:
             known = ", ".join(f"{b['name']} ({b['outcome']})" for b in closed.values()) or "none"
             raise ConfigError(f"--reopen {prefix}: names {len(found)} batches; those that can be reopened: {known}.")
+        self._require_arrived(found[0], prefix)
         self.head["versions"] = [version.to_json() for version in versions(self.head)]  # with the splits noted there
         self.head["batches"] = {key: batch for key, batch in batches.items() if key != found[0]}
         self.record.log("reopen", batch=found[0], name=closed[found[0]]["name"])
         self.record.set_head(self.head)
+
+    def _require_arrived(self, batch: str, prefix: str) -> None:
+        """Text that was removed can only be looked at again where it has arrived again.
+
+        Raises:
+            ConfigError: If it has not.
+        """
+        known = self.head["batches"][batch]
+        if self.batches.has_text(batch, known.get("sources")):
+            return
+        documents = {digest for digest, _ in self.batches.identities(batch, known.get("sources"))}
+        if missing := documents - arrived(self.retraining.settings.inbox):
+            raise ConfigError(
+                f"--reopen {prefix}: the text of {known['name']} was removed (inbox.keep_text), and {len(missing):,} "
+                f"of its {len(documents):,} documents are not in the inbox. Put its files there again."
+            )
 
     def settle(self, new: NewDocuments, outcome: str, reason: str) -> None:
         """A decision about a batch: its documents are not looked at again."""

@@ -9,6 +9,7 @@ from rich.console import Console
 from lifelong_moe.config import build_config
 from lifelong_moe.data.batches import BatchStore
 from lifelong_moe.data.prepare import read_texts
+from lifelong_moe.data.records import DIGITS, HeldoutStore, TextRecord
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.stages.keys import SHORT
 from lifelong_moe.stages.runs import require_head
@@ -78,11 +79,15 @@ def _holders(head: dict[str, Any], digest: str) -> tuple[list[dict[str, Any]], l
 
     config, batches = build_config(OmegaConf.create(head["config"]), is_stored=True), BatchStore(ROOT)
     sources = {name: config.distributions[name] for name in config.evaluated}
+    found: list[dict[str, Any]] = []
     for batch in batches.holding(digest):
-        if (known := head.get("batches", {}).get(batch)) is not None:
+        if (known := head.get("batches", {}).get(batch)) is None:
+            continue
+        if not batches.has_text(batch, known.get("sources")):
+            found += _removed_holders(head, known, batches.identities(batch, known.get("sources")), digest)
+        else:
             split = known["heldout_fraction"], known.get("heldout_sources", 1)
             sources[known["name"]] = batch_source(str(batches.path(batch, known.get("sources"))), *split)
-    found = []
     known = remembered(head, head["config"])
     texts = read_texts(sources, [], CACHE, known)
     for name, heldout in texts.heldout.items():
@@ -97,6 +102,25 @@ def _holders(head: dict[str, Any], digest: str) -> tuple[list[dict[str, Any]], l
                     row = {"distribution": name, "part": part, "document": held.hash}
                     found.append(row | {"train_hash": of.train_hash, "split_hash": of.split_hash})
     return found, list(texts.gone)
+
+
+def _removed_holders(
+    head: dict[str, Any], known: dict[str, Any], identities: set[tuple[str, str]], digest: str
+) -> list[dict[str, Any]]:
+    """The same of a batch whose text was removed; ``part`` is "unknown" where nothing says more of it."""
+    record = head.get("texts", {}).get(known["name"])
+    learned = TextRecord.from_json(record) if record is not None else None
+    held = set()
+    if learned is not None and learned.kept is not None:
+        held = {document.hash for document in HeldoutStore(ROOT).documents(learned.kept)}
+    rows = []
+    for found in sorted(hashed for hashed, _ in identities if hashed.startswith(digest)):
+        part = "heldout" if found in held else "train" if held else "unknown"
+        if learned is not None and found[:DIGITS] in learned.left_out:
+            part = "near copy"
+        hashes = {"train_hash": learned.train_hash, "split_hash": learned.split_hash} if learned is not None else {}
+        rows.append({"distribution": known["name"], "part": part, "document": found, **hashes})
+    return rows
 
 
 def _stages(head: dict[str, Any], store: StageStore) -> list[Any]:

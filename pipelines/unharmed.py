@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from lifelong_moe.data.records import Remembered
 from lifelong_moe.methods.retraining import RetrainConfig, Retraining
 from lifelong_moe.retraining.config import GateConfig
 from lifelong_moe.retraining.gate import Verdict, unharmed
@@ -15,7 +17,7 @@ from lifelong_moe.stages.versions import Head, Version
 from lifelong_moe.training.interrupt import Interrupt
 from pipelines.candidates import Bench, ServedData, served_stages
 from pipelines.gating import kinds_of_text
-from pipelines.novelty import read_texts
+from pipelines.kept_text import remembered_by
 from pipelines.workspace import read_data
 
 
@@ -28,7 +30,8 @@ def served_data(head: Head, version: Version, store: StageStore) -> ServedData:
     base: Any = OmegaConf.create(head["config"])
     retraining = Retraining(RetrainConfig(base=""), base, head["run"])
     config = retraining.config(*served_stages(version, store))
-    return ServedData(config, read_data(config))
+    known = remembered_by(head, head["config"], version, store)
+    return ServedData(config, read_data(config, None, known))
 
 
 def gate_derived(
@@ -51,12 +54,12 @@ def gate_derived(
         config: Limits.
         console: Where people read.
     """
-    texts = read_texts(served.config)
     retraining = Retraining(RetrainConfig(base=""), OmegaConf.create({}), served.config.run)
-    bench = Bench(retraining, version, "", "", texts, store, Interrupt(), console)
-    names = [name for name in served.config.evaluated if name != without]
+    bench = Bench(retraining, version, "", "", Remembered(), store, Interrupt(), console)
+    names = served.measured(without)
     with console.status(f"{stage.name}: at the gate"):
         after = {name: bench.losses(stage, served, name) for name in names}
         before = {name: bench.losses(bench.parent, served, name) for name in names}
     kinds = kinds_of_text(version, store)
-    return unharmed(after=after, before=before, config=config, seed=served.config.seed, kinds=kinds)
+    judged = unharmed(after=after, before=before, config=config, seed=served.config.seed, kinds=kinds)
+    return replace(judged, notes=tuple(served.unmeasured()))

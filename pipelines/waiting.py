@@ -32,7 +32,7 @@ def waits_still(tick: Tick, new: NewDocuments) -> dict[str, Any] | None:
     facts = None if before is None else _made_of(tick, before)
     if before is None or facts is None or not _waits(facts):
         return None
-    waiting = {_identity(document) for document in tick.batches.documents(before, facts.get("sources"))}
+    waiting = tick.batches.identities(before, facts.get("sources"))
     joined = [document for document in new.documents if _identity(document) not in waiting]
     if not waiting <= {_identity(document) for document in new.documents}:
         return None  # some were taken away, or have other sources now

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from enum import StrEnum
 
 from lifelong_moe.errors import ConfigError
 
 MAX_VOCAB_SIZE = 1_000_000
 BUILTIN_SOURCES = ("english_docs", "python_code", "cpp_headers")
+
+
+class KeepText(StrEnum):
+    """How long a tick keeps its copy of a batch's text."""
+
+    always = "always"
+    until_promoted = "until_promoted"
+    never = "never"
 
 
 @dataclass(kw_only=True)

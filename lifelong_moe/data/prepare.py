@@ -35,6 +35,10 @@ class Texts:
     gone: dict[str, LifelongError]
     """Why text is not there."""
 
+    def at_hand(self, name: str) -> list[Document]:
+        """Training documents; held-out ones where text is gone."""
+        return self.corpora[name].train if name in self.corpora else self.heldout[name]
+
 
 @dataclass(frozen=True)
 class PreparedData:
@@ -57,6 +61,10 @@ class PreparedData:
     def tokenizer_identity(self) -> dict[str, Any]:
         """What stage keys and manifests say of the tokenizer."""
         return {"recipe": self.recipe, "hash": self.tokenizer.hash, "vocab_size": self.tokenizer.vocab_size}
+
+    def at_hand(self, name: str) -> TokenShard:
+        """Training text; held-out text where that is gone."""
+        return self.corpora[name].train if name in self.corpora else self.heldout[name]
 
     def train_hashes(self) -> dict[str, str]:
         """Hash of each distribution's training documents."""

@@ -28,6 +28,7 @@ Source:
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from math import gcd
 from typing import Any
@@ -72,11 +73,16 @@ RECIPES = {
 }
 
 
-def stage_specs(config: RunConfig) -> list[StageSpec]:
+def stage_specs(config: RunConfig, gone: Collection[str] = ()) -> list[StageSpec]:
     """The run's stages in order of training; each names its parent by index.
 
     The last one is the end of the run. Stages without a parent after the first are from scratch, beside the chain. A
     stage appended to the stream comes after all that there were.
+
+    Args:
+        config: The run.
+        gone: Distributions whose text is not there any more, so that none of it is replayed or measured on. This is for
+            the stage that comes next; those before it were trained when it was there.
     """
     recipe = RECIPES[config.method]
     if recipe.all_experts:
@@ -84,7 +90,7 @@ def stage_specs(config: RunConfig) -> list[StageSpec]:
     _require_groups(config, recipe)
     if config.method == Method.joint:
         return [_joint(config)]
-    chain = [_spec(config, recipe, i, stage) for i, stage in enumerate(config.stages)]
+    chain = [_spec(config, recipe, i, stage, gone) for i, stage in enumerate(config.stages)]
     return _with_scratch(chain) if config.method == Method.unrestrained else chain
 
 
@@ -110,9 +116,11 @@ def earlier_distributions(config: RunConfig, i: int) -> tuple[str, ...]:
     return tuple(dict.fromkeys(s.data for s in config.stages[:i] if s.data != config.stages[i].data))
 
 
-def _spec(config: RunConfig, recipe: Recipe, i: int, stage: StageConfig) -> StageSpec:
+def _spec(config: RunConfig, recipe: Recipe, i: int, stage: StageConfig, gone: Collection[str] = ()) -> StageSpec:
     later = i > 0
     earlier = earlier_distributions(config, i)
+    if stage.replay.source == ReplaySource.stored:
+        earlier = tuple(name for name in earlier if name not in gone)
     reviews = later and recipe.review and stage.review.fraction > 0 and bool(earlier)
     replays = later and recipe.replay and stage.replay.fraction > 0 and bool(earlier)
     replayed = earlier if replays or reviews else ()

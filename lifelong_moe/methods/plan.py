@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,6 +81,7 @@ def plan_next(
     data_hashes: Mapping[str, str],
     tokenizer: Mapping[str, Any],
     bos_id: int,
+    gone: Collection[str] = (),
 ) -> PlannedStage:
     """Resolve the run's last stage alone, as the one that comes after a committed stage.
 
@@ -91,8 +92,9 @@ def plan_next(
         data_hashes: Hash of each distribution's training documents.
         tokenizer: ``recipe``, ``hash`` and ``vocab_size``.
         bos_id: Its document separator.
+        gone: Distributions whose training text is not there any more: of those nothing is replayed.
     """
-    spec, index = stage_specs(config)[-1], len(config.stages) - 1
+    spec, index = stage_specs(config, gone)[-1], len(config.stages) - 1
     return _planned(spec, index, index, parent, parent_key, data_hashes, tokenizer, bos_id)
 
 

@@ -27,7 +27,9 @@ from lifelong_moe.config import (
     require_known,
     section,
 )
+from lifelong_moe.data.config import KeepText
 from lifelong_moe.errors import ConfigError
+from lifelong_moe.methods.graph import stage_specs
 from lifelong_moe.retraining.config import HELDOUT_SOURCES, DecisionConfig, DriftConfig, GateConfig
 from lifelong_moe.retraining.operation import HooksConfig, InboxConfig, LimitsConfig, ProbeConfig, TriggerConfig
 
@@ -227,6 +229,20 @@ def _check_stages(retraining: Retraining, names: list[str]) -> None:
         except ConfigError as error:
             message = str(error).replace(f"stages[{len(names)}]", what)
             raise ConfigError(f"{message} (of a stage that retraining adds)") from None
+        _refuse_replay_of_removed(retraining.settings, config, what)
         if continues is None and not config.stages[-1].grow.experts:
             key = f"{what}.grow" if grow is None else what
             raise ConfigError(f"{key}.experts=0 adds no experts; set it above 0.")
+
+
+def _refuse_replay_of_removed(settings: RetrainConfig, config: RunConfig, what: str) -> None:
+    """Text that is removed cannot be replayed."""
+    keep, spec = settings.inbox.keep_text, stage_specs(config)[-1]
+    if keep == KeepText.always or not (spec.reads or spec.fisher_data):
+        return
+    does = "replays" if spec.reads else "measures old weights on"
+    off = "replay.fraction=0" if spec.replay_fraction else "review.fraction=0" if spec.reads else "penalty.kind=none"
+    raise ConfigError(
+        f"inbox.keep_text={keep} removes text of earlier batches, which {what} {does}. Set "
+        f"{what}.replay.source=generated or {what}.{off}, or inbox.keep_text=always."
+    )

@@ -39,6 +39,8 @@ class Verdict:
     """Whether the new version may become the champion."""
 
     checks: list[Check]
+    notes: tuple[str, ...] = ()
+    """What was not checked and why, a sentence each."""
 
     @property
     def passed(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from lifelong_moe.data.config import KeepText
 from lifelong_moe.errors import ConfigError
 
 
@@ -29,6 +30,11 @@ class InboxConfig:
     heldout_fraction: float = 0.15
     """Share of a batch's source units held out for its gate set; at least five units, if the batch has ten. A batch
     that was learned keeps the split that it was learned with."""
+    keep_text: KeepText = KeepText.always
+    """How long ``mlruns/batches`` keeps the text of a batch: ``always``; ``until_promoted``, until a version that
+    learned it serves; or ``never``, until the tick is over. Every batch's documents stay known by their hashes, and a
+    learned one's held-out text stays as ``evaluate.keep_heldout`` of the base says. What replays stored text, as
+    ``when_continuing`` does by default, needs ``always``."""
 
     def __post_init__(self) -> None:
         if (self.path is None) == (self.hf is None):

@@ -22,9 +22,11 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
+from lifelong_moe.data.batches import BatchStore
 from lifelong_moe.data.storage import GRACE_SECONDS
 from lifelong_moe.errors import CorruptError
 from lifelong_moe.stages.atomic import remove_directory
+from lifelong_moe.stages.batch_text import read_heads, removable_texts, remove_batch_text
 from lifelong_moe.stages.keys import SHORT, content_key
 from lifelong_moe.stages.lock import locked
 
@@ -56,14 +58,16 @@ class Garbage:
     """Held-out documents that were kept."""
     tokens: list[Stored]
     """Tokenized text that nobody has opened for a month."""
+    texts: list[Stored]
+    """Text of batches: a folder where no run and no live plan knows of the batch, else the file of documents, which
+    every run that knows of it lets go."""
     young: list[Stored]
 
     @property
     def bytes(self) -> int:
         """Disk that removing it frees."""
-        return sum(
-            stored.bytes for stored in (*self.stages, *self.evaluations, *self.work, *self.heldout, *self.tokens)
-        )
+        kinds = (self.stages, self.evaluations, self.work, self.heldout, self.tokens, self.texts)
+        return sum(stored.bytes for found in kinds for stored in found)
 
 
 def mentioned(value: Any) -> set[str]:
@@ -118,15 +122,17 @@ def find_garbage(root: Path, cache: Path, now: float, grace: float = GRACE_SECON
     evaluations = [s for s in _evaluations(root) if s.key not in live | untrained]
     work = [s for s in _work(root) if s.key not in short]
     heldout = [s for s in _heldout(root) if s.key not in roots]
+    unknown = [s for s in _batches(root) if s.key not in roots]
     return Garbage(
         stages=[stages[key] for key in dependants_first(stages.keys() - live, needs)],
         evaluations=[s for s in evaluations if s.changed <= limit],
         work=[s for s in work if s.changed <= limit],
         heldout=[s for s in heldout if s.changed <= limit],
         tokens=[s for s in _tokens(cache) if s.changed < clock - TOKENS_SECONDS],
+        texts=[*(s for s in unknown if s.changed <= limit), *_removable_texts(root)],
         young=[
             *(stages[key] for key in sorted(stages.keys() & live - held)),
-            *(s for s in (*evaluations, *work, *heldout) if s.changed > limit),
+            *(s for s in (*evaluations, *work, *heldout, *unknown) if s.changed > limit),
         ],
     )
 
@@ -145,7 +151,11 @@ def collect(root: Path, cache: Path, now: float, grace: float = GRACE_SECONDS) -
         garbage = find_garbage(root, cache, now, grace)
         for stored in (*garbage.evaluations, *garbage.heldout):
             stored.path.unlink(missing_ok=True)
-        for stored in (*garbage.work, *garbage.stages, *garbage.tokens):
+        heads = read_heads(root)
+        for batch, head in removable_texts(heads, heads).items():
+            remove_batch_text(root, cache, batch, head)
+        folders = [stored for stored in garbage.texts if stored.path.is_dir()]
+        for stored in (*garbage.work, *garbage.stages, *garbage.tokens, *folders):
             remove_directory(stored.path)
     return garbage
 
@@ -215,6 +225,18 @@ def _work(root: Path) -> list[Stored]:
 
 def _heldout(root: Path) -> list[Stored]:
     return [_stored(path, path.stem) for path in sorted(root.glob("heldout/[!.]*.jsonl"))]
+
+
+def _batches(root: Path) -> list[Stored]:
+    """All batches that were looked at, each under its hash."""
+    manifests = {path.parent: _read(path) for path in sorted(root.glob("batches/[!.]*/manifest.json"))}
+    return [_stored(path, manifest["hash"]) for path, manifest in manifests.items()]
+
+
+def _removable_texts(root: Path) -> list[Stored]:
+    """Text that runs let go and a crash, or another run that kept it, left."""
+    heads, batches = read_heads(root), BatchStore(root)
+    return [_stored(path, batch) for batch in removable_texts(heads, heads) for path in batches.copies(batch)]
 
 
 def _tokens(cache: Path) -> list[Stored]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from lifelong_moe.tracking.connection import prepare_environment
-from tests.retrain_lab import make_base
+from tests.retrain_lab import arrive, make_base, tick
 from tests.tiny import write_corpora
 
 
@@ -34,6 +35,27 @@ def retraining_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         make_base(root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def grown(retraining_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same after a new kind of text was promoted, its weights as an undisturbed tick leaves them."""
+    root = tmp_path_factory.mktemp("grown") / "lab"
+    shutil.copytree(retraining_base, root)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        arrive("sea")
+        assert tick()["outcome"] == "promoted"
+    return root
+
+
+@pytest.fixture
+def after_growth(grown: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of that to work in."""
+    root = tmp_path / "grown"
+    shutil.copytree(grown, root)
+    monkeypatch.chdir(root)
     return root
 
 

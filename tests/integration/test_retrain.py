@@ -53,27 +53,6 @@ def lab(retraining_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     return root
 
 
-@pytest.fixture(scope="session")
-def grown(retraining_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same after a new kind of text was promoted, its weights as an undisturbed tick leaves them."""
-    root = tmp_path_factory.mktemp("grown") / "lab"
-    shutil.copytree(retraining_base, root)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-        arrive("sea")
-        assert tick()["outcome"] == "promoted"
-    return root
-
-
-@pytest.fixture
-def after_growth(grown: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of that to work in."""
-    root = tmp_path / "grown"
-    shutil.copytree(grown, root)
-    monkeypatch.chdir(root)
-    return root
-
-
 def weights(key: str) -> str:
     return StageStore(Path("mlruns")).get(key).weights_hash
 
