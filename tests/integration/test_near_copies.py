@@ -133,7 +133,7 @@ def test_a_run_of_an_earlier_version_goes_on(tmp_path: Path, monkeypatch: pytest
     write_config(base_config(stage_defaults={"tokens": 512}))
     write_retraining()
     with monkeypatch.context() as patch:
-        patch.setattr(lifelong_moe.data.prepare, "without_near_copies", dict)
+        patch.setattr(lifelong_moe.data.prepare, "without_near_copies", lambda corpora, others: dict(corpora))
         train()
     first = StageStore(Path("mlruns")).get(head()["stages"][0])
     assert first.config["data"] == first.split
