@@ -175,7 +175,7 @@ class StageSpec:
     @property
     def fisher_measured_tokens(self) -> int:
         """Tokens, in whole blocks, that the Fisher information is measured on; less if there is less text."""
-        if self.penalty is None or not (self.fisher_data or self.measures_generated):
+        if self.penalty is None:
             return 0
         blocks = max(1, self.penalty.fisher_tokens // self.model.context)
         if self.measures_generated:

@@ -13,6 +13,8 @@ from sklearn.linear_model import Ridge
 from lifelong_moe.retraining.config import DriftConfig
 from lifelong_moe.retraining.drift import (
     DocumentSample,
+    _correlation,
+    _relabelled,
     area_under_curve,
     choose_documents,
     measure_drift,
@@ -124,6 +126,32 @@ def test_a_source_weighs_as_much_as_its_mean_is_known() -> None:
     weight_S = source_weights(x_ND, source_N)
     assert np.ptp(weight_S[::2]) == np.ptp(weight_S[1::2]) == 0 and weight_S.mean() == pytest.approx(1.0)
     assert weight_S[1] / weight_S[0] == pytest.approx(5 / 1.16, rel=0.1)
+
+
+def test_a_source_weighs_by_its_documents_alone_where_sources_are_alike() -> None:
+    """Means that lie nearer to each other than their documents' scatter explains: no variance between sources."""
+    x_ND = np.array([[-1.0], [1.0], [-1.0], [0.0], [1.0], [0.1]])
+    weight_S = source_weights(x_ND, np.array([0, 0, 1, 1, 1, 2]))
+    assert weight_S == pytest.approx(np.array([2, 3, 1]) / 2)
+
+
+def test_relabellings_are_distinct_and_all_if_they_are_few() -> None:
+    for num_new, num_old in ((2, 2), (2, 3), (3, 3), (4, 2)):
+        number = math.comb(num_new + num_old, num_new)
+        for permutations in (1, number - 3, number - 2, number - 1, number, 2 * number):
+            labels_SP = _relabelled(num_new, num_old, permutations, np.random.default_rng(0))
+            columns = list(map(tuple, labels_SP.T.astype(int).tolist()))
+            assert columns[0] == (1,) * num_new + (0,) * num_old
+            assert len(set(columns)) == len(columns) == 1 + min(permutations, number - 1)
+            assert {sum(column) for column in columns} == {num_new}
+
+
+def test_the_correlation_that_breaks_ties_is_pearson_s() -> None:
+    rng = np.random.default_rng(0)
+    scores_SP, labels_SP = rng.normal(3, 1, size=(9, 4)), (rng.random((9, 4)) < 0.4).astype(float)
+    expected = [np.corrcoef(scores_SP[:, p], labels_SP[:, p])[0, 1] for p in range(4)]
+    assert _correlation(scores_SP, labels_SP) == pytest.approx(expected)
+    assert _correlation(np.ones((9, 4)), labels_SP).tolist() == [0.0] * 4
 
 
 def test_where_documents_are_independent_exchanging_them_is_calibrated() -> None:

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lifelong_moe.retraining.looks import look_at, overlap, template_lines, typical_words
 
@@ -71,6 +74,35 @@ def test_typical_words_are_more_frequent_than_before_beyond_chance() -> None:
     assert typical_words(new, old) == ["whale"]
     assert typical_words(new, new) == []
     assert typical_words(new, Counter())[:1] != ["once"]
+
+
+def fightin_words(new: Counter[str], old: Counter[str]) -> set[str]:
+    """Words of z > 2 as the paper has it, word by word: eqs. 16 and 20 with a prior of half a word each."""
+    vocabulary, found = {*new, *old}, set()
+    for word in new:
+        odds, variance = [], 0.0
+        for counts in (new, old):
+            with_prior = {w: counts[w] + 0.5 for w in vocabulary}
+            others = sum(number for w, number in with_prior.items() if w != word)
+            odds.append(math.log(with_prior[word] / others))
+            variance += 1 / with_prior[word]
+        if (odds[0] - odds[1]) / math.sqrt(variance) > 2:
+            found.add(word)
+    return found
+
+
+@given(st.dictionaries(st.sampled_from("abcd"), st.tuples(st.integers(0, 40), st.integers(0, 40)), min_size=2))
+@settings(max_examples=300)
+def test_typical_words_are_those_of_the_paper(counts: dict[str, tuple[int, int]]) -> None:
+    new, old = (Counter({word: pair[side] for word, pair in counts.items() if pair[side]}) for side in (0, 1))
+    if len({*new, *old}) > 1:  # of a single word there is nothing to hold it against
+        assert set(typical_words(new, old)) == fightin_words(new, old)
+
+
+def test_the_most_typical_word_comes_first_and_of_equals_the_first_in_the_alphabet() -> None:
+    new = Counter({"some": 30, "much": 90, "more": 90, "the": 500})
+    assert typical_words(new, Counter({"the": 500})) == ["more", "much", "some"]
+    assert look_at(["a b c d e f g " * 50], {"x": ["z " * 400]}).typical == ["a", "b", "c", "d", "e"]
 
 
 @pytest.mark.parametrize("texts", [[], [""], ["   \n\t"], ["\x00"], ["\u2028"]])

@@ -1,0 +1,104 @@
+"""From an expert to the text that made it, and from text to the experts that learned from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lifelong_moe.errors import ConfigError
+from lifelong_moe.model.architecture import Architecture, Generation
+from lifelong_moe.model.parts import expert_tensor
+from lifelong_moe.stages.store import WEIGHTS, CommittedStage
+from lifelong_moe.stages.trace import readers, trace_expert, trained_experts
+
+FIRST, GROWN = Generation("a", 2), Generation("b", 3, layers=(1,))
+SPEC: dict[str, Any] = {"data": "a_text", "grow": None, "replayed": [], "replay_source": "text"}
+
+
+@pytest.fixture
+def chain(make_architecture: Callable[..., Architecture]) -> list[CommittedStage]:
+    """Two experts everywhere; three more in layer 1; then a stage that trains none, and one derived from that."""
+
+    def stage(
+        name: str, generations: tuple[Generation, ...], borrowed: dict[str, str], **config: Any
+    ) -> CommittedStage:
+        architecture = replace(make_architecture("learned"), generations=generations)
+        whole = {"parent": None, "spec": SPEC, "data": {f"{name}_text": name * 64}, "borrowed": borrowed}
+        whole |= {"architecture": architecture.to_json(), **config}
+        manifest = {"files": {WEIGHTS: {"sha256": f"weights of {name}"}}}
+        return CommittedStage(Path(name), f"key of {name}", name, whole, {"epochs": 0.5}, manifest)
+
+    def held(key: str, *experts: tuple[int, int]) -> dict[str, str]:
+        return {expert_tensor(layer, expert, "down"): key for layer, expert in experts}
+
+    old = held("key of a", (0, 0), (0, 1), (1, 0), (1, 1))
+    new = held("key of b", (1, 2), (1, 3), (1, 4))
+    both = (FIRST, GROWN)
+    return [
+        stage("a", (FIRST,), {}),
+        stage("b", both, old, parent="key of a", spec=SPEC | {"data": "b_text", "grow": {"init": "copy"}}),
+        stage("c", both, old | {k: v for k, v in new.items() if k != expert_tensor(1, 3, "down")}, parent="key of b"),
+        stage("a.dropped", (GROWN,), held("key of b", (1, 0)), parent="key of c", derived={}),
+    ]
+
+
+def test_an_expert_s_history_goes_over_all_stages_since_its_birth(chain: list[CommittedStage]) -> None:
+    found = trace_expert(chain, "b/L1/E1")  # the second of its generation: the first one is gone, so it moved up
+    assert found["born"] == {
+        "stage": "b", "key": "key of b", "data": {"b_text": "b" * 64}, "began": "copy",
+        "weights_sha256": "weights of b",
+    }  # fmt: skip
+    assert [(row["stage"], row["tensors"], row["held_by"], row["data"]) for row in found["stages"]] == [
+        ("b", "trained", "key of b", {"b_text": "b" * 64}),
+        ("c", "trained", "key of c", {"c_text": "c" * 64}),  # only this one of the three
+        ("a.dropped", "moved", "key of a.dropped", {}),
+    ]
+    assert [row["tensors"] for row in trace_expert(chain[:3], "b/L1/E4")["stages"]] == ["trained", "borrowed"]
+    (born, grown) = trace_expert(chain[:2], "a/L0/E1")["stages"]
+    assert (born["tensors"], grown["tensors"], grown["held_by"]) == ("trained", "borrowed", "key of a")
+    assert trace_expert(chain[:1], "a/L0/E1")["born"]["began"] == "random"
+
+
+@pytest.mark.parametrize("name", ["b/L0/E2", "a/L0/E2", "b/L1/E1", "a/L1/E2", "a/L2/E0", "b/L1/E5", "c/L0/E0"])
+def test_what_the_model_has_not_cannot_be_traced(chain: list[CommittedStage], name: str) -> None:
+    with pytest.raises(ConfigError, match=r"no such expert; there are a/L0\.\.1/E0\.\.1, b/L1/E2\.\.4\."):
+        trace_expert(chain[:2], name)
+    with pytest.raises(ConfigError, match="an expert's name is STAGE/L<layer>/E<index>"):
+        trace_expert(chain, name.replace("E", "X"))
+
+
+def test_a_stage_trained_the_experts_that_it_does_not_borrow(chain: list[CommittedStage]) -> None:
+    assert [trained_experts(stage) for stage in chain] == ["a/L0..1/E0..1", "b/L1/E2..4", "b/L1/E3", "none"]
+
+
+def read(stage: CommittedStage, **spec: Any) -> CommittedStage:
+    """The same stage, which read text of two kinds."""
+    config = {**stage.config, "data": {"own": "1", "old": "2"}, "spec": {**stage.config["spec"], "data": "own", **spec}}
+    return replace(stage, config=config)
+
+
+def test_a_set_s_readers_learned_replayed_or_measured_it(chain: list[CommittedStage]) -> None:
+    def roles(stage: CommittedStage, *splits: str) -> list[tuple[str, str]]:
+        return [(row["distribution"], row["role"]) for row in readers([stage], splits)]
+
+    first, later = chain[0], chain[1]
+    assert roles(read(first, replayed=["old"]), "1", "2") == [("own", "learned"), ("old", "learned")]  # joint training
+    assert roles(read(later, replayed=["old"]), "1", "2") == [("own", "learned"), ("old", "replayed")]
+    assert roles(read(later, replayed=["old"], replay_source="generated"), "2") == [("old", "measured")]
+    assert roles(read(later), "2", "3") == [("old", "measured")] and roles(read(first), "2") == [("old", "measured")]
+    assert roles(read(later), "3") == roles(read(chain[3]), "1") == []
+    (row,) = readers([read(later)], ["1"])
+    assert (row["stage"], row["key"], row["epochs"], row["experts"]) == ("b", "key of b", 0.5, "b/L1/E2..4")
+
+
+def test_near_copies_alone_are_asked_of_stages_that_read_them(chain: list[CommittedStage]) -> None:
+    """Earlier versions left no near copies out, so that their sets are asked about by another hash."""
+    earlier = read(chain[1])
+    now = replace(earlier, config={**earlier.config, "split": {"own": "1", "old": "2"}})
+    for stage, number in ((earlier, 1), (now, 0)):
+        assert len(readers([stage], [], left_out=["1"])) == number and len(readers([stage], ["1"], ["1"])) == 1
+    assert len(readers([replace(now, config={**now.config, "data": {}})], ["1", "2"])) == 2  # what was split counts
