@@ -83,7 +83,7 @@ class SampleOrder:
 
 def _round(weights: Sequence[int]) -> list[int]:
     """A round of turns in which each index has as many as its weight, spread as evenly as it goes."""
-    turns = [((2 * turn + 1) / (2 * weight), index) for index, weight in enumerate(weights) for turn in range(weight)]
+    turns = [((turn + 0.5) / weight, index) for index, weight in enumerate(weights) for turn in range(weight)]
     return [index for _, index in sorted(turns)]
 
 

@@ -27,6 +27,9 @@ def test_replay_share_is_read_as_a_decimal() -> None:
         ([1, 2], [2, 1, 2]),
         # 1/6, 3/6 and 5/6 against 1/8, 3/8, 5/8 and 7/8.
         ([3, 4], [2, 1, 2, 1, 2, 1, 2]),
+        # 1/2 against 1/6, 3/6 and 5/6: a turn stands in the middle of its part of the round, not at the end.
+        ([1, 3], [2, 1, 2, 2]),
+        ([2, 1], [1, 2, 1]),
         ([2, 2], [1, 2, 1, 2]),  # a tie goes to the earlier source
         ([5], [1, 1, 1, 1, 1]),
     ],

@@ -92,6 +92,18 @@ def test_what_a_bound_rules_out_is_skipped_and_what_it_leaves_open_waits() -> No
     assert action(**INFINITE) == Action.wait
 
 
+def test_what_reaches_a_limit_has_reached_it() -> None:
+    assert action(gain_lower=0.01) == Action.continue_  # decision.min_gain, to be reached
+    assert action(gain=0.005, gain_lower=-0.1, gain_upper=0.01, cost_fraction=0.0) == Action.wait
+    assert action(structure=0.1) == Action.continue_ and action(structure=-1.0, structure_upper=0.1) == Action.wait
+    assert action(forgetting=0.2, forgetting_lower=0.02) == Action.continue_  # gate.tolerance, which may be lost
+    strict = replace(GATE, min_gain=0.6)
+    assert decide(continued=GOOD, grown=[], drifted=False, config=CONFIG, gate=strict).action == Action.continue_
+    exact = replace(GATE, min_gain=0.4)  # of the probe's lower bound: no warning
+    found = decide(continued=GOOD, grown=[], drifted=False, config=CONFIG, gate=exact)
+    assert not any("Warning" in reason for reason in found.reasons)
+
+
 def test_what_costs_more_than_it_may_gain_is_skipped() -> None:
     assert action(forgetting=0.24) == Action.continue_ and action(forgetting=0.27) == Action.skip
     assert action(cost_fraction=9.0) == Action.continue_ and action(cost_fraction=10.5) == Action.skip

@@ -193,6 +193,7 @@ def test_a_shift_too_small_to_matter_is_no_drift_however_certain() -> None:
     assert drift.null_quantile < drift.auc < 0.75 and not drift.drifted
     assert drift.words.startswith("No drift: ") and "0.75 is the least that counts" in drift.words
     assert measure_drift(new, old, DriftConfig(auc=0.6), seed=0).drifted
+    assert measure_drift(new, old, DriftConfig(auc=drift.auc), seed=0).drifted  # the least that counts does count
 
 
 @pytest.mark.parametrize(("new", "old"), [(1, 30), (30, 1), (2, 12), (4, 4)])
@@ -270,6 +271,8 @@ def test_features_that_are_all_equal_tell_nothing() -> None:
 
     drift = measure_drift(flat(10), flat(12), DriftConfig(), seed=0)
     assert (drift.auc, drift.psi, drift.drifted) == (0.5, 0.0, False)
+    drift = measure_drift(flat(10), flat(12), DriftConfig(auc=0.5), seed=0)  # enough, but no more than chance reaches
+    assert (drift.auc, drift.null_quantile, drift.drifted) == (0.5, 0.5, False)
 
 
 def test_at_most_so_many_documents_are_looked_at() -> None:

@@ -1,0 +1,163 @@
+"""What a probe says, what a tick may spend, and which plans are still carried out. Nothing is trained here."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.stats import norm
+
+from lifelong_moe.errors import StalePlanError
+from lifelong_moe.retraining.bounds import DocumentLosses
+from lifelong_moe.retraining.config import GateConfig
+from lifelong_moe.retraining.operation import LimitsConfig
+from lifelong_moe.stages.runs import timestamp
+from pipelines import probes
+from pipelines.retrain_plan import _exceeded, check_plan, settings_hash
+
+DAY = 86400.0
+STAGE: dict[str, Any] = {"tokens": 1000, "probe_tokens": 100, "hours": 2.0, "disk_bytes": 500}
+
+
+def test_probes_are_spent_as_the_stage_is() -> None:
+    assert probes.spent(STAGE, 3) == {"tokens": 1300, "hours": pytest.approx(2.6)}
+    assert probes.spent(STAGE | {"hours": None}, 1) == {"tokens": 1100, "hours": None}
+
+
+def exceeded(promoted_days_ago: tuple[float, ...] = (), probes: int = 3, **limits: float) -> list[str]:
+    settings = SimpleNamespace(limits=LimitsConfig(**limits))  # type: ignore[arg-type]
+    bench: Any = SimpleNamespace(retraining=SimpleNamespace(settings=settings))
+    stage = {"name": "a", "key": "k", "data": "d", "action": "base"}
+    versions = [
+        {"id": i, "at": timestamp(time.time() - days * DAY), "kind": "promoted", "reason": "", "before": None,
+         "stages": [stage]}
+        for i, days in enumerate(promoted_days_ago)
+    ]  # fmt: skip
+    return _exceeded(bench, STAGE, {"versions": versions}, probes)
+
+
+def test_limits_count_the_stage_and_its_probes_and_are_themselves_allowed() -> None:
+    assert exceeded(tokens=1300, hours=2.6001, disk_bytes=500) == exceeded() == []
+    assert exceeded(tokens=1299) == ["limits.tokens=1299 would be exceeded: 1300."]
+    assert exceeded(tokens=1099, probes=1) == ["limits.tokens=1099 would be exceeded: 1100."]
+    assert exceeded(hours=2.5) == ["limits.hours=2.5 would be exceeded: 2.6."]
+    assert exceeded(disk_bytes=499) == ["limits.disk_bytes=499 would be exceeded: 500."]
+
+
+def test_promotions_of_seven_days_count() -> None:
+    assert exceeded((7.1, 8.0), promotions_per_week=1) == []
+    assert exceeded((6.9, 8.0), promotions_per_week=1) == ["limits.promotions_per_week=1 would be exceeded: 2."]
+    assert exceeded((6.9, 1.0), promotions_per_week=3) == []
+
+
+# A probe's numbers
+
+
+def losses(nats_per_token: np.ndarray) -> DocumentLosses:
+    """A source each, of a hundred tokens."""
+    return DocumentLosses(
+        100 * nats_per_token, np.full(len(nats_per_token), 100), [str(i) for i in range(len(nats_per_token))]
+    )
+
+
+def probed(
+    monkeypatch: pytest.MonkeyPatch, seed: int, sides: dict[tuple[str, str, bool], np.ndarray], gate: GateConfig
+) -> Any:
+    """A probe whose losses are given by stage, distribution and whether its text is shuffled."""
+    config = SimpleNamespace(seed=seed, evaluated=["new", "one", "two"])
+    plain = {"planned": SimpleNamespace(parameters=SimpleNamespace(total=130)), "config": config}
+    bench: Any = SimpleNamespace(
+        new="new", parent="before", champion=None, store=None, architecture=None,
+        retraining=SimpleNamespace(settings=SimpleNamespace(gate=gate)),
+        train=lambda *_: "after",
+        losses=lambda stage, _, name, shuffled=False: losses(sides[stage, name, shuffled]),
+        leak=lambda stage, _, name: {"one": 0.1, "two": 0.3, "new": 0.9}[name],
+    )  # fmt: skip
+    monkeypatch.setattr(probes, "shortened", lambda *_: SimpleNamespace(config=config))
+    monkeypatch.setattr(probes, "kinds_of_text", lambda *_: {})
+    monkeypatch.setattr(probes, "count_parameters", lambda _: SimpleNamespace(total=100))
+    monkeypatch.setattr(probes, "_cost_fraction", lambda bench, candidate, number: number / 10)
+    return probes.probe(bench, SimpleNamespace(**plain), 4)  # type: ignore[arg-type]
+
+
+def test_a_probe_s_bounds_hold_at_five_percent_and_harm_is_shown_at_that_over_the_groups(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With 400 equal sources a bound is the normal distribution's; a bootstrap's scatters, and is averaged."""
+    halves: dict[str, list[float]] = {"gain": [], "structure": [], "least": [], "most": []}
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        gained, ordered, lost = (rng.normal(size=400) for _ in range(3))
+        gained, ordered, lost = ((x - x.mean()) / x.std() for x in (gained, ordered, lost))
+        sides = {
+            ("before", "new", False): 5 + gained, ("after", "new", False): np.full(400, 4.0),
+            ("after", "new", True): 6 + ordered,
+            **{(stage, name, False): np.zeros(400) for stage in ("before", "after") for name in ("one", "two")},
+            ("after", "two", False): 0.5 + lost,
+        }  # fmt: skip
+        found = probed(monkeypatch, seed, sides, GateConfig(level=0.1))
+        error = 1 / math.sqrt(400)
+        assert found.gain == pytest.approx(1.0)
+        halves["gain"] += [(1 - found.gain_lower) / error, (found.gain_upper - 1) / error]
+        halves["structure"] += [(2 - found.structure) / error, (found.structure_upper - 2) / error]
+        halves["most"].append((found.forgetting - 0.5) / error)
+        halves["least"].append((0.5 - found.forgetting_lower) / error)
+        assert (found.leak, found.parameters_fraction, found.cost_fraction) == (0.3, 0.3, 0.4)
+    quantiles = {"gain": 0.05, "structure": 0.05, "most": 0.1, "least": 0.1 / 2}  # two groups of old text
+    for name, level in quantiles.items():
+        assert np.mean(halves[name]) == pytest.approx(-norm.ppf(level), rel=0.03), name
+
+
+# Plans that were made before
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> tuple[Path, dict[str, Any], Any, Any]:
+    """A plan's file and facts, and the bench and documents that it fits."""
+    settings = GateConfig()
+    retraining: Any = SimpleNamespace(settings=settings, raw=lambda: {"base": "x"})
+    stage = {"key": "ab" * 32, "continues": None, "grow": {"experts": 2}}
+    asked: list[Any] = []
+
+    def planned(continues: str | None, grow: Any = None) -> Any:
+        asked.append((continues, grow))
+        return SimpleNamespace(planned=SimpleNamespace(key=stage["key"]))
+
+    bench = SimpleNamespace(champion=SimpleNamespace(key="cd" * 32), retraining=retraining, plan=planned, asked=asked)
+    new = SimpleNamespace(hash="ef" * 32, sources="ff")
+    facts = {
+        "champion": {"key": bench.champion.key}, "batch": new.hash, "settings": settings_hash(retraining),
+        "sources": new.sources, "stage": stage, "made_at": timestamp(), "expires": timestamp(time.time() + DAY),
+        "decision": {"action": "grow"}, "exceeded": [],
+    }  # fmt: skip
+    return tmp_path / "plan.json", facts, bench, new
+
+
+def test_a_plan_that_fits_is_carried_out_with_the_settings_that_it_was_made_with(plan: Any) -> None:
+    path, facts, bench, new = plan
+    path.write_text(json.dumps(facts))
+    found = check_plan(path, bench, new)
+    assert found.candidate is not None and found.action == "grow" and bench.asked == [(None, {"experts": 2})]
+    path.write_text(json.dumps(facts | {"stage": None}))
+    assert check_plan(path, bench, new).candidate is None
+
+
+def test_a_plan_whose_stage_would_be_another_one_is_stale(plan: Any) -> None:
+    path, facts, bench, new = plan
+    path.write_text(json.dumps(facts | {"stage": facts["stage"] | {"key": "ac" * 32}}))
+    with pytest.raises(StalePlanError, match="its stage would be another one now; plan again"):
+        check_plan(path, bench, new)
+
+
+def test_settings_are_all_that_a_person_configured(plan: Any) -> None:
+    _, facts, bench, _ = plan
+    now, others = vars(bench.retraining), ({"settings": GateConfig(level=0.1)}, {"raw": lambda: {"base": "y"}})
+    assert settings_hash(bench.retraining) == facts["settings"]
+    for other in others:
+        assert settings_hash(SimpleNamespace(**{**now, **other})) != facts["settings"]  # type: ignore[arg-type]
