@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from lifelong_moe.data.records import Remembered
+from lifelong_moe.errors import ConfigError
 from lifelong_moe.methods.retraining import RetrainConfig, Retraining
 from lifelong_moe.retraining.config import GateConfig
 from lifelong_moe.retraining.gate import Verdict, unharmed
@@ -21,17 +22,21 @@ from pipelines.kept_text import remembered_by
 from pipelines.workspace import read_data
 
 
-def served_data(head: Head, version: Version, store: StageStore) -> ServedData:
+def served_data(head: Head, version: Version, store: StageStore, without: str | None = None) -> ServedData:
     """What a version's distributions are, by the run's own configuration and the batches that it kept.
 
     Raises:
-        ConfigError, DataError: If their text is not to be had any more.
+        ConfigError, DataError: If their text is gone and nothing is known of it, or none of it is left to measure on,
+            that of one distribution aside.
     """
     base: Any = OmegaConf.create(head["config"])
     retraining = Retraining(RetrainConfig(base=""), base, head["run"])
     config = retraining.config(*served_stages(version, store))
     known = remembered_by(head, head["config"], version, store)
-    return ServedData(config, read_data(config, None, known))
+    served = ServedData(config, read_data(config, None, known))
+    if not served.measured(without):
+        raise ConfigError(f"no text of run {head['run']} is left to measure on")
+    return served
 
 
 def gate_derived(

@@ -157,11 +157,18 @@ def test_a_drop_that_harms_other_text_does_not_serve(monkeypatch: pytest.MonkeyP
 
 
 def test_what_the_gate_cannot_read_is_not_dropped_unless_it_must() -> None:
-    Path("fruit.jsonl").unlink()
-    before = head()
-    with pytest.raises(ConfigError, match=r"the gate of drop cannot read the run's text .*--no-gate"):
-        drop("tiny", "code", SILENT)
-    assert head() == before
+    for name in ("fruit", "code", "sea"):
+        Path(f"{name}.jsonl").unlink()
+    record, known = RunRecord(MLRUNS, "tiny"), head()["texts"]
+    assert drop("tiny", "code", SILENT)["gated"] is True  # by the held-out text that was kept
+    rollback("tiny", None, SILENT)
+    not_kept = {name: {**known[name], "kept": None} for name in ("fruit", "sea")}
+    for texts, reason in (({}, "fruit.jsonl: no such file"), ({**known, **not_kept}, "no text of run tiny is left")):
+        record.set_head(head() | {"texts": texts})  # as an earlier version, or evaluate.keep_heldout=false, left it
+        before = head()
+        with pytest.raises(ConfigError, match=rf"the gate of drop cannot read the run's text .*{reason}.*--no-gate"):
+            drop("tiny", "code", SILENT)
+        assert head() == before
     with pytest.raises(ConfigError, match=r"only gate\.KEY=VALUE"):
         drop("tiny", "code", SILENT, ["seed=1"])
     assert drop("tiny", "code", SILENT, ungated=True)["gated"] is False
