@@ -36,9 +36,10 @@ from lifelong_moe.retention.config import (
     TrunkConfig,
     TrunkTraining,
 )
-from lifelong_moe.retention.refusals import refuse_idle_method, refuse_moving_trunk, require_text
+from lifelong_moe.retention.refusals import refuse_idle_method, refuse_moving_trunk, refuse_unfit_mode, require_text
 from lifelong_moe.routing.config import DEFAULTS, FOR_ENCODERS, Bundles, Features, Level, RoutingConfig
 from lifelong_moe.routing.refusals import refuse_idle_keys, refuse_lone_choices
+from lifelong_moe.routing.switching import leave_behind
 from lifelong_moe.tracking.config import TrackingConfig
 from lifelong_moe.training.config import (
     CheckpointConfig,
@@ -506,10 +507,12 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> tuple[R
 
 
 def read_config(path: str | Path, overrides: list[str] | None = None) -> DictConfig:
-    """Read a YAML file and apply overrides; see :func:`load_config`. Interpolations are unresolved."""
-    raw = read_yaml(Path(path))
+    """Read a YAML file and apply overrides, which may switch the routing's mode; interpolations are unresolved."""
+    before = read_yaml(Path(path))
+    raw = before.copy()
     for override in overrides or []:
         apply_override(raw, override)
+    leave_behind(raw, before, overrides or [])
     return raw
 
 
@@ -540,6 +543,8 @@ def build_config(raw: DictConfig, *, is_stored: bool = False) -> RunConfig:
     known = {f.name for f in dataclasses.fields(RunConfig)} | {"stage_defaults"}
     for key in raw:
         require_known(str(key), known, "key")
+    if not is_stored:
+        refuse_unfit_mode(raw)
     under = {"routing": mode_defaults(raw.get("routing"))}
     values: dict[str, Any] = {
         name: section(cls, raw.get(name), name, under.get(name)) for name, cls in SECTIONS.items()

@@ -39,7 +39,7 @@ def plan(config_path: str, overrides: list[str], console: Console) -> dict[str, 
     _print(console, rows, disk, speed)
     if published := published_sentence(prepared.config):
         console.print(published, highlight=False, markup=False)
-    warnings = [*leaking(prepared.config), *nothing_to_hold(prepared.config)]
+    warnings = [*prepared.left_behind, *leaking(prepared.config), *nothing_to_hold(prepared.config)]
     for sentence in warnings:
         console.print(f"[yellow]{sentence}[/yellow]", highlight=False)
     advice = growth_advice(prepared.plan, _divergence(prepared))

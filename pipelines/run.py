@@ -90,7 +90,7 @@ def _run_stages(
     """Restore or train, evaluate, record: stage after stage. Returns the report and how many stages were trained."""
     config = prepared.config
     render.data_table(console, prepared)
-    for sentence in (*leaking(config), *nothing_to_hold(config)):
+    for sentence in (*prepared.left_behind, *leaking(config), *nothing_to_hold(config)):
         console.print(f"[yellow]{sentence}[/yellow]", highlight=False)
     tracker = Tracker.connect(config.tracking, ROOT)
     if tracker.problem:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
-from lifelong_moe.config import RunConfig, build_config, read_config, section, whole_config, written_config
+from lifelong_moe.config import RunConfig, build_config, read_config, read_yaml, section, whole_config, written_config
 from lifelong_moe.data.prepare import PreparedData, prepare_data
 from lifelong_moe.data.records import Remembered
 from lifelong_moe.errors import DataError
@@ -47,6 +48,8 @@ class Prepared:
     """The same with all defaults."""
     data: PreparedData
     plan: list[PlannedStage]
+    left_behind: list[str]
+    """What to say of the file's keys that another routing's mode does without."""
 
 
 def prepare(config_path: str, overrides: list[str], memory: dict[str, PreparedData] | None = None) -> Prepared:
@@ -68,7 +71,14 @@ def prepare(config_path: str, overrides: list[str], memory: dict[str, PreparedDa
     plan = plan_stages(config, data.train_hashes(), data.tokenizer_identity(), data.tokenizer.bos_id)
     check_clusters(plan, {name: record.documents for name, record in data.records.items()})
     require_text(plan, data, head)
-    return Prepared(config, written, whole_config(raw), data, plan)
+    return Prepared(config, written, whole_config(raw), data, plan, left_behind(config_path, raw))
+
+
+def left_behind(config_path: str, raw: DictConfig) -> list[str]:
+    """What a file wrote for its own routing's mode and an override's does without: a sentence, or nothing."""
+    gone = sorted(set(read_yaml(Path(config_path)).get("routing") or ()) - set(raw.get("routing") or ()))
+    keys, mode = ", ".join(f"routing.{key}" for key in gone), (raw.get("routing") or {}).get("mode")
+    return [f"routing.mode={mode} does without {keys} of {config_path}; docs/systems.md"] if gone else []
 
 
 def require_text(plan: Sequence[PlannedStage], data: PreparedData, head: Mapping[str, Any]) -> None:

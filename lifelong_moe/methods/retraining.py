@@ -22,6 +22,7 @@ from lifelong_moe.config import (
     apply_override,
     build_config,
     first_key,
+    read_config,
     read_yaml,
     require_finite,
     require_known,
@@ -174,10 +175,7 @@ def load_retraining(path: str | Path, overrides: Sequence[str] = ()) -> Retraini
     for key in raw:
         require_known(str(key), known, "key")
     settings = _settings(raw)
-    base = read_yaml(path.parent / settings.base)
-    for override in overrides:
-        if override not in own:
-            apply_override(base, override)
+    base = read_config(path.parent / settings.base, [override for override in overrides if override not in own])
     config = build_config(base, is_stored=True)  # a run that is there already
     if config.method != Method.lifelong:
         raise ConfigError(f"method={config.method}: retraining continues and grows, so it needs method=lifelong.")

@@ -18,6 +18,8 @@ from lifelong_moe.retention.config import (
     TrunkConfig,
 )
 from lifelong_moe.routing.config import Bundles, RoutingConfig
+from lifelong_moe.routing.refusals import as_yaml
+from lifelong_moe.routing.switching import CHOOSES_BUNDLES, is_noncausal, unfit
 
 DEFINING = {
     "static_moe": ("grow.experts", 2),
@@ -114,6 +116,43 @@ def overrides(raw: Any, key: str, value: object) -> list[str]:
         if i and isinstance(stage, Mapping) and name in (stage.get(part) or {})
     ]
     return [f"stage_defaults.{key}={value}", *own] if len(own) < len(raw["stages"]) - 1 else own
+
+
+def refuse_unfit_mode(raw: DictConfig) -> None:
+    """Refuse a mode that needs more than one key changed, and list them all, as they can be copied.
+
+    Where one is enough, the section that it belongs to says so.
+
+    Args:
+        raw: As it was written.
+    """
+    plain: Any = OmegaConf.to_container(raw, resolve=False)
+    routing = plain.get("routing")
+    if not isinstance(routing, Mapping) or not isinstance(plain.get("stages"), list):
+        return
+    mode, needed = routing.get("mode", "learned"), []
+    if mode not in (*CHOOSES_BUNDLES, "label"):
+        if routing.get("bundles", "none") != "none":
+            needed.append("routing.bundles=none")
+        if plain.get("method", "lifelong") == "lifelong" and "deltas" in _later(plain, "trunk.train", None):
+            needed += overrides(plain, "trunk.train", "full")
+            share = ReplayConfig().fraction
+            if not any(_later(plain, "replay.fraction", share)):
+                needed += overrides(plain, "replay.fraction", share)
+    needed += [f"routing.{key}={as_yaml(value)}" for key, value in unfit(routing).items()]
+    if is_noncausal(routing):
+        needed.append("routing.allow_noncausal=true")
+    if len(needed) > 1:
+        raise ConfigError(f"routing.mode={mode} needs more than one key here. Add {' '.join(needed)}.")
+
+
+def _later(plain: Any, key: str, default: object) -> list[Any]:
+    """What later stages have at a key: their own, or from ``stage_defaults``, or the default."""
+    part, name = key.split(".")
+    sections = [stage.get(part) for stage in plain["stages"][1:] if isinstance(stage, Mapping)]
+    common = (plain.get("stage_defaults") or {}).get(part)
+    known = [one if isinstance(one, Mapping) else {} for one in (common, *sections)]
+    return [section.get(name, known[0].get(name, default)) for section in known[1:]]
 
 
 def refuse_moving_trunk(method: str, routing: RoutingConfig, stages: Sequence[Stage]) -> None:

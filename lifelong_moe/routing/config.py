@@ -77,6 +77,25 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 """What a mode sets unless the user does: its authors' values, so that one key switches from one system to another."""
 
+SINGLE = ("switch", "base")
+"""Modes that choose one expert a token."""
+
+KNOWN = {
+    "bias_rate": ("learned", "switch"),
+    "score": ("learned", "switch"),
+    "expert_groups": ("learned", "hierarchical", "hash"),
+    "table": ("hash",),
+    "slots": ("soft",),
+    "competitive": ("dense",),
+    "jitter": ("learned", "switch", "gshard"),
+    "capacity": ("learned", "switch", "gshard", "vmoe"),
+    "second": ("gshard",),
+    "balance_counts": ("learned", "switch", "gshard", "noisy_topk", "vmoe", "hierarchical"),
+    "importance_loss": ("noisy_topk", "vmoe"),
+    "load_loss": ("noisy_topk", "vmoe"),
+}
+"""Modes that know a key; in all others it has its default."""
+
 LOSS_KEYS = (
     "balance_loss",
     "balance_counts",
@@ -374,28 +393,13 @@ class RoutingConfig:
 
     def _check_mode(self) -> None:
         """A key that a mode does not know is refused, lest somebody believe it does something."""
-        of_modes = {
-            "bias_rate": ("learned", "switch"),
-            "score": ("learned", "switch"),
-            "expert_groups": ("learned", "hierarchical", "hash"),
-            "table": ("hash",),
-            "slots": ("soft",),
-            "competitive": ("dense",),
-            "jitter": ("learned", "switch", "gshard"),
-            "capacity": ("learned", "switch", "gshard", "vmoe"),
-            "second": ("gshard",),
-            "balance_counts": ("learned", "switch", "gshard", "noisy_topk", "vmoe", "hierarchical"),
-            "importance_loss": ("noisy_topk", "vmoe"),
-            "load_loss": ("noisy_topk", "vmoe"),
-        }
         standard = {f.name: f.default for f in dataclasses.fields(self)}
-        for key, modes in of_modes.items():
+        for key, modes in KNOWN.items():
             if "." not in self.mode and self.mode not in modes and getattr(self, key) != standard[key]:
                 raise ConfigError(f"routing.{key} is for routing.mode={' or '.join(modes)}, not for {self.mode}.")
         self._check_scope()
-        single, pair = ("switch", "base"), ("gshard",)
-        if (self.mode in single and self.top_k != 1) or (self.mode in pair and self.top_k != 2):
-            number = 1 if self.mode in single else 2
+        if (self.mode in SINGLE and self.top_k != 1) or (self.mode == "gshard" and self.top_k != 2):
+            number = 1 if self.mode in SINGLE else 2
             raise ConfigError(
                 f"routing.mode={self.mode} chooses {number} expert(s) a token: set routing.top_k={number}."
             )

@@ -100,11 +100,11 @@ def refuse_idle_keys(routing: RoutingConfig) -> None:
             true.append(False)
         if routing.mode not in modes and value not in true:
             raise ConfigError(
-                f"routing.{key}={_written(value)} does nothing with routing.mode={routing.mode}. Set "
-                f"routing.{key}={_written(OFF.get(key, standard[key]))}."
+                f"routing.{key}={as_yaml(value)} does nothing with routing.mode={routing.mode}. Set "
+                f"routing.{key}={as_yaml(OFF.get(key, standard[key]))}."
             )
 
 
-def _written(value: object) -> str:
+def as_yaml(value: object) -> str:
     """As YAML has it."""
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
