@@ -31,6 +31,7 @@ from lifelong_moe.routing.config import (
     RoutingConfig,
     Score,
 )
+from lifelong_moe.tracking.connection import prepare_environment
 
 MEMORY = Path("/dev/shm")
 if os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > 4 * 2**30:
@@ -255,3 +256,14 @@ def make_run() -> Callable[..., RunConfig]:
 def fitted() -> Callable[[LanguageModel, int], None]:
     """``fill_clusters``."""
     return fill_clusters
+
+
+@pytest.fixture(scope="session")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty MLflow database; creating one takes seconds."""
+    prepare_environment()  # before the import: no telemetry from tests either
+    from mlflow import MlflowClient
+
+    database = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    MlflowClient(f"sqlite:///{database}").search_experiments()
+    return database

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from lifelong_moe.tracking.connection import prepare_environment
 from tests.retrain_lab import arrive, make_base, tick
 from tests.tiny import write_corpora
 
@@ -57,17 +56,6 @@ def after_growth(grown: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     shutil.copytree(grown, root)
     monkeypatch.chdir(root)
     return root
-
-
-@pytest.fixture(scope="session")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty MLflow database; creating one takes seconds."""
-    prepare_environment()  # before the import: no telemetry from tests either
-    from mlflow import MlflowClient
-
-    database = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    MlflowClient(f"sqlite:///{database}").search_experiments()
-    return database
 
 
 @pytest.fixture
