@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from lifelong_moe.config import load_config
 from lifelong_moe.methods.plan import PlannedStage, chain, plan_stages
@@ -66,3 +70,103 @@ def test_what_a_written_token_costs() -> None:
     assert pass_flops(newest, Text.of(newest)) == changes
     told = f"adding up the changes is {changes / 1e6:.0f} MFLOP where the token itself takes"
     assert f"{told} {forward_flops_per_token(newest) / 1e6:.1f}" in page("README.md")
+
+
+Arms = dict[str, dict[str, Any]]
+
+
+@functools.cache
+def arms(name: str) -> Arms:
+    """The arms of a comparison as it was measured, by name."""
+    kept = json.loads((ROOT / f"docs/results/{name}.json").read_text(encoding="utf-8"))
+    return {arm["name"]: arm for arm in kept["arms"]}
+
+
+def of_seed_0(arm: str) -> dict[str, Any]:
+    return next(run for run in arms("bench")[arm]["runs"] if run["seed"] == 0)
+
+
+def number(arm: str, key: str) -> float:
+    return float(of_seed_0(arm)["numbers"][key])
+
+
+PAIRS = {
+    "grow": "naive",
+    "grow_replay5": "replay5",
+    "grow_kl": "kl",
+    "grow_kl_strong": "kl_strong",
+    "grow_kl_generated25": "kl_generated25",
+}
+"""Arms that grow under one router, and the same without growth."""
+
+
+def test_growth_under_one_router_is_called_what_it_is() -> None:
+    """It forgets less and learns less; that it is worse in everything was said once, and was not so."""
+    for grown, same in PAIRS.items():
+        without = [one for one in arms("bench")[grown]["overrides"] if not one.startswith("method=")]
+        for override in arms("bench")[same]["overrides"]:  # but for growth they are one configuration
+            assert override.startswith("method=") or "grow.experts=0" in override or override in without
+
+    def more(key: str) -> list[float]:
+        return [number(grown, key) - number(same, key) for grown, same in PAIRS.items()]
+
+    assert all(difference < 0 for difference in more("forgetting_mean"))
+    assert sum(difference < 0 for difference in more("forgetting_max")) == 4
+    gaps = sorted(100 * difference for difference in more("plasticity_gap"))
+    behind = sorted(more("final_mean_bits_per_byte"))
+    text, results = page("README.md"), page("docs/results.md")
+    assert f"(plasticity gap {gaps[0]:.0f} to {gaps[-1]:.0f} points wider)" in text
+    assert f"(Y {gaps[0]:.0f} to {gaps[-1]:.0f} points more)" in results
+    assert f"four of the five end {behind[1]:.2f} to {behind[-1]:.2f} bits per byte behind" in text
+    assert f"(`grow` ends {-behind[0]:.3f} ahead)" in results
+
+
+def test_what_distillation_leaves_of_forgetting() -> None:
+    shares = [number("kl", "forgetting_max") / number("replay5", "forgetting_max")]
+    shares.append(max(of_seed_0("kl")["forgetting"].values()) / max(of_seed_0("replay5")["forgetting"].values()))
+    points = 100 * (number("kl", "plasticity_gap") - number("replay5", "plasticity_gap"))
+    text = page("docs/results.md")
+    assert f"leaves {shares[0]:.2f} of what that replay forgets" in text and f"in nats {shares[1]:.2f})" in text
+    assert f"at {points:.1f} points of plasticity (`kl` against `replay5`)" in text
+
+
+FILES = {
+    "bench": ("bench.yaml", "bench_arms.yaml", ["stage_defaults.tokens=200_000"]),
+    "capacity": ("capacity.yaml", "capacity_arms.yaml", []),
+    "capacity8": ("capacity.yaml", "capacity_arms.yaml", []),
+    "systems": ("bench.yaml", "systems_arms.yaml", ["stage_defaults.tokens=150_000"]),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_commands_of_comparisons_give_the_arms_that_were_measured(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its arms today are those of the table: the same overrides, tokens and parameters."""
+    monkeypatch.setenv("LIFELONG_DATA", "nowhere")
+    base, file, overrides = FILES[name]
+    today = yaml.safe_load((ROOT / "configs" / file).read_text(encoding="utf-8"))["arms"]
+    assert {arm: today[arm] for arm in arms(name)} == {arm: one["overrides"] for arm, one in arms(name).items()}
+    # All shapes of the small comparisons; of the bench those that differ, of which a plan takes a quarter of a second.
+    shown = ("joint", "dense", "grow_kl", "bundles", "static22_kl_replay25", "label") if name == "bench" else arms(name)
+    for arm in shown:
+        measured = arms(name)[arm]
+        stages, numbers = planned(base, [*overrides, *today[arm]]), measured["runs"][0]["numbers"]
+        found = (sum(stage.tokens for stage in stages), *counted(stages[-1]))
+        assert found == tuple(numbers[key] for key in ("tokens", "parameters_total", "parameters_active")), arm
+
+
+def counted(stage: PlannedStage) -> tuple[int, int]:
+    return stage.parameters.total, stage.parameters.active
+
+
+def test_flops_by_the_count_of_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIFELONG_DATA", "nowhere")
+    text, checked = page("docs/results.md"), 0
+    sentence = text[text.index("Whole runs by the count of now") :].split("arms in which all trains")[0]
+    for arm, now, then in re.findall(r"`(\w+)` ([\d.]+)e\+12 \((?:for )?([\d.]+)(?:e\+12)?\)", sentence):
+        name = next(name for name in FILES if arm in arms(name))
+        base, _, overrides = FILES[name]
+        stages = planned(base, [*overrides, *arms(name)[arm]["overrides"]])
+        assert f"{sum(stage.flops for stage in stages) / 1e12:.2f}" == now, arm
+        assert f"{arms(name)[arm]['runs'][0]['numbers']['active_flops'] / 1e12:.2f}" == then, arm
+        checked += 1
+    assert checked == 6
