@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
+from pipelines.candidates import ServedData
 from pipelines.gating import best_so_far, with_best
 
 NATS = {
@@ -35,7 +36,18 @@ def bench_of(*stages: SimpleNamespace, gone: str = "") -> tuple[Any, io.StringIO
 
 
 def candidate_of(*names: str) -> Any:
-    return SimpleNamespace(config=SimpleNamespace(evaluated=names), data=SimpleNamespace(corpora=CORPORA))
+    config: Any = SimpleNamespace(evaluated=names)
+    data: Any = SimpleNamespace(records=CORPORA, heldout={"fruit": 0, "code": 0, "also": 0, "new": 0})
+    return ServedData(config, data)
+
+
+def test_what_has_no_held_out_text_is_left_out_and_said() -> None:
+    candidate = candidate_of("fruit", "moss", "code", "new")
+    assert candidate.measured() == ["fruit", "code", "new"] and candidate.measured(without="new") == ["fruit", "code"]
+    said = "moss is not measured: its text is gone, and no held-out text of it was kept."
+    assert candidate.unmeasured() == [said]
+    bench, _ = bench_of(stage("a", "fruit"), stage("m", "moss"), stage("c", "code"))
+    assert "moss" not in best_so_far(bench, candidate, {})
 
 
 def test_the_best_begins_with_the_stage_that_learned_it() -> None:
