@@ -22,7 +22,7 @@ BESIDES = {
     "run": (6, 7, 75),
     "plan": (7, 75),
     "compare": (6, 7, 75),
-    "prepare": (75,),
+    "prepare": (7, 75),
     "retrain": (3, 4, 5, 6, 7, 75),
     "report": (7,),
     "status": (7,),
