@@ -7,7 +7,7 @@ MEANINGS = {
     1: "a fault of ours, with a traceback",
     2: "a mistake in the configuration, the data or the arguments; one line says which, and nothing was written",
     3: "the gate rejected a candidate; the champion serves on",
-    4: "a tick would exceed its limits; nothing was trained, not even a probe",
+    4: "a tick would exceed its limits; no stage was trained, and no probe of what they forbid",
     5: "the plan (`--plan`) is stale: another champion, other data or settings, its files are gone, or it expired",
     6: "training diverged: it was rolled back twice and failed again; nothing of the stage was committed",
     7: "a committed file no longer matches its hash; the line names it and both hashes",

@@ -78,7 +78,8 @@ def retrain(
             tick = Tick(retraining, record, head, console)
             try:
                 build_trainer(tick.config.trainer, 1, [], None)  # what this machine cannot do is said before all else
-                tick.remove_text(working=True)  # of a tick that was killed
+                if not dry_run:
+                    tick.remove_text(working=True)  # of a tick that was killed
                 if reopen is not None:
                     tick.reopen(reopen)
                 return _tick(tick, interrupt, dry_run, plan_path)
@@ -87,7 +88,8 @@ def retrain(
                     tick.fail(error)
                 raise
             finally:
-                tick.remove_text()
+                if not dry_run:
+                    tick.remove_text()
 
 
 def _tick(tick: Tick, interrupt: Interrupt, dry_run: bool, plan_path: str | None) -> dict[str, Any]:

@@ -37,7 +37,6 @@ class Tick:
         self.base, self.added = served_stages(champion(head), self.store)
         self.config = retraining.config(self.base, self.added)
         self.known = remembered_by(head, written_config(retraining.base), champion(head), self.store)
-        head["keep_text"] = retraining.settings.inbox.keep_text.value
 
     def end(self, outcome: str, reason: str, **fields: Any) -> dict[str, Any]:
         """Note the outcome in ledger and head, tell the hooks, and return it."""
@@ -67,8 +66,10 @@ class Tick:
     def remove_text(self, *, working: bool = False) -> None:
         """Remove the text of batches that ``inbox.keep_text`` lets go."""
         keep = self.retraining.settings.inbox.keep_text
+        self.head.pop("keep_text", None)
         if keep == KeepText.always:
             return
+        self.head["keep_text"] = keep.value
         heads = read_heads(ROOT)  # as they are on disk, not what a tick that fails had in mind
         head = heads[self.record.run]
         head["keep_text"] = keep.value

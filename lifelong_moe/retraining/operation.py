@@ -68,11 +68,12 @@ class ProbeConfig:
     """Short trainings that show what continuing and growing would bring."""
 
     fraction: float = 0.02
-    """Tokens of a probe, as a share of the stage's."""
+    """Tokens of a probe, as a share of the stage's; in whole steps, two at least."""
     grow: list[dict[str, Any]] = field(default_factory=list)
     """Ways to grow, each tried by a probe of its own, over the configured ``grow`` settings: such as
-    ``[{experts: 2}, {experts: 4}]``, or ``{experts: 2, layers: [2, 3]}``. The one of largest utility is proposed; by
-    default only the configured one is tried."""
+    ``[{experts: 2}, {experts: 4}]``, or, of a base with a trained router and ``routing.bundles=none``,
+    ``[{experts: 2, layers: [2, 3]}]``. The one of largest utility is proposed; by default only the configured one is
+    tried."""
 
     def __post_init__(self) -> None:
         if not 0.0 < self.fraction <= 1.0:
@@ -82,7 +83,7 @@ class ProbeConfig:
 @dataclass(kw_only=True)
 class LimitsConfig:
     """What a tick may spend; null is no limit. What would exceed one is not begun, not even
-    a probe, and the tick says so (exit 4)."""
+    a probe of it, and a tick that may not do what the text calls for says so (exit 4)."""
 
     tokens: int | None = None
     """Training tokens of the stage and of all probes."""

@@ -310,6 +310,16 @@ def test_over_budget_nothing_is_trained_and_the_batch_stays_open(limit: str, sai
     assert tick()["outcome"] == "promoted"
 
 
+def test_what_a_limit_allows_is_probed_before_a_tick_is_over_budget() -> None:
+    """New text calls for new experts, for which there is no room: continuing was probed, and was not worth it."""
+    arrive("sea")
+    before = stages()
+    result = tick("limits.experts=7", "decision.min_gain=9")
+    assert result["outcome"] == "over budget" and "limits.experts=7" in result["reason"]
+    assert len(stages()) == len(before) + 1  # its probe
+    assert head()["champion"] == 0 and "batches" not in head()
+
+
 def test_a_tick_that_cannot_fit_trains_nothing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

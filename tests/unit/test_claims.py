@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,35 @@ def test_commands_of_comparisons_give_the_arms_that_were_measured(name: str, mon
 
 def counted(stage: PlannedStage) -> tuple[int, int]:
     return stage.parameters.total, stage.parameters.active
+
+
+def commands(name: str) -> list[list[str]]:
+    """Words of each fenced ``lifelong-moe run`` of a page."""
+    blocks = re.findall(r"```\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), flags=re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    words = [shlex.split(line, comments=True) for line in lines]
+    return [one[2:] for one in words if one[:2] == ["lifelong-moe", "run"]]
+
+
+def test_commands_of_earlier_defaults_give_the_shapes_of_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIFELONG_DATA", "nowhere")
+    found = {}
+    for file, *overrides in commands("docs/results.md"):
+        stages = planned(Path(file).name, overrides)
+        name = next(one.removeprefix("run=") for one in overrides if one.startswith("run="))
+        experts = [stage.architecture.num_experts for stage in stages]
+        found[name] = (stages[0].tokens, experts, f"{stages[-1].parameters.total / 1e6:.2f}")
+    assert found == {  # as the page says, and as the configurations of those commits had it
+        "lifelong-0": (249_856, [4, 6, 10], "5.18"),
+        "naive-0": (249_856, [4, 4, 4], "2.82"),
+        "clustered": (249_856, [4, 6, 10], "5.18"),
+        "by-document": (249_856, [4, 6, 10], "5.18"),
+        "four-earlier": (399_360, [4, 6, 8, 10], "5.18"),
+        "four-naive": (399_360, [4, 4, 4, 4], "2.82"),
+    }
+    text = page("docs/results.md")
+    assert "4 → 6 → 10 experts per layer under `lifelong` (5.18 M parameters in the end)" in text
+    assert "Three stages of 249,856 tokens" in text and "Four stages of 399,360 tokens" in text
 
 
 def test_flops_by_the_count_of_now(monkeypatch: pytest.MonkeyPatch) -> None:
