@@ -1,12 +1,11 @@
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from lifelong_moe.retraining.looks import look_at, overlap, template_lines, typical_words
 
@@ -53,6 +52,45 @@ def test_prose_and_code_follow_no_templates() -> None:
     assert look_at(["3.1 4.15 92 6535 8979\n" * 4], {}).words.startswith("It looks like numbers or encoded data: ")
 
 
+def test_a_template_is_followed_by_five_lines_of_four_words_and_keeps_two() -> None:
+    def lines(number: int, form: str, filler: int = 0) -> list[str]:
+        words = ["".join(pair) for pair in itertools.product("abcdefghijklmnopqrstuvwxyz", repeat=2)]
+        return [form.format(words[i], words[i + 300]) for i in range(number)] + ["no template"] * filler
+
+    assert template_lines(lines(5, "user {} logged in")) == (5, 1) and template_lines(
+        lines(4, "user {} logged in")
+    ) == (0, 0)
+    assert template_lines(lines(5, "user {} in")) == (0, 0)  # three words
+    assert template_lines(lines(5, "user {} in {}")) == (5, 1)
+    assert template_lines(lines(5, "{} {} in 17")) == (0, 0)  # a number is none to keep
+    assert template_lines(lines(5, "user {} logged in", 495)) == (5, 1)  # one in a hundred lines
+    assert template_lines(lines(5, "user {} logged in", 496)) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("123abcdefg", "numbers or encoded data"),
+        ("1" * 29 + "a" * 71, "mixed text"),
+        ("a" * 17 + "...", "code or markup"),
+        ("a" * 86 + "." * 14, "running text"),
+        ("a" * 8 + "1.", "running text"),
+        ("a" * 79 + "1" * 11 + "." * 10, "mixed text"),
+        ("\n".join([f"on day {c * 2} it rained" for c in "abcde"] + ["nothing to say"] * 5), "machine-written lines"),
+        ("\n".join([f"on day {c * 2} it rained" for c in "abcde"] + ["nothing to say"] * 6), "running text"),
+        ("a" * 3999 + "1" * 9_000, "running text"),  # only its beginning is looked at
+    ],
+)
+def test_kinds_of_text_by_their_most_striking_trait(text: str, kind: str) -> None:
+    assert look_at([text], {}).words.startswith(f"It looks like {kind}")
+
+
+def test_four_thousand_characters_of_a_document_are_looked_at() -> None:
+    looks = look_at(["a" * 3999 + "11"], {"x": ["b" * 3999 + "a a"]})
+    assert looks.digits_fraction == 1 / 4000 and looks.line_characters == 4000
+    assert looks.overlap == 0.0  # of two words each: one long, and "1" against "a"
+
+
 def test_shares_by_hand() -> None:
     looks = look_at(["ab 12!\n\ncd"], {})
     assert looks.letters_fraction == pytest.approx(4 / 7) and looks.digits_fraction == pytest.approx(2 / 7)
@@ -91,12 +129,13 @@ def fightin_words(new: Counter[str], old: Counter[str]) -> set[str]:
     return found
 
 
-@given(st.dictionaries(st.sampled_from("abcd"), st.tuples(st.integers(0, 40), st.integers(0, 40)), min_size=2))
-@settings(max_examples=300)
-def test_typical_words_are_those_of_the_paper(counts: dict[str, tuple[int, int]]) -> None:
-    new, old = (Counter({word: pair[side] for word, pair in counts.items() if pair[side]}) for side in (0, 1))
-    if len({*new, *old}) > 1:  # of a single word there is nothing to hold it against
-        assert set(typical_words(new, old)) == fightin_words(new, old)
+def test_typical_words_are_those_of_the_paper() -> None:
+    """For all small counts of a word and of one or two others."""
+    for x, y, others, most in itertools.product(range(12), range(3), range(9), (0, 1, 4)):
+        new, old = Counter({"x": x, "a": others // 3}), Counter({"x": y, "a": others % 3, "b": most})
+        new, old = +new, +old
+        if len({*new, *old}) > 1:  # of a single word there is nothing to hold it against
+            assert set(typical_words(new, old)) == fightin_words(new, old), (new, old)
 
 
 def test_the_most_typical_word_comes_first_and_of_equals_the_first_in_the_alphabet() -> None:
