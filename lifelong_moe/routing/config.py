@@ -267,7 +267,7 @@ class RoutingConfig:
     trained), ``label`` (by the known distribution), ``hash`` (by token id, never trained), or the dotted path of a
     ``Router`` subclass of your own. A mode brings its authors' values for keys that are not set: docs/systems.md."""
     top_k: int = 2
-    """Experts per token; so many run, however many there are. Of a further one a token meets its router row alone."""
+    """Experts per token; so many run, however many there are, and each further one adds a row of the router."""
     renormalize: bool = True
     """Divide the chosen gate weights by their sum (Mixtral)."""
     score: Score = Score.softmax
