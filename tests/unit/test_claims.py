@@ -53,6 +53,7 @@ def test_what_a_token_costs_on_the_quickstart() -> None:
     more, further = by_token(stages[1]) / by_token(stages[0]) - 1, by_token(stages[2]) / by_token(stages[1]) - 1
     assert f"the second stage takes {100 * more:.1f} % more FLOPs a token than the first" in text
     assert f"the third {100 * further:.1f} % more than the second" in text
+    assert f"`plan` counts {sum(stage.flops for stage in stages) / 1e12:.2f}e+12 FLOPs for the quickstart" in text
     assert f"by {100 * more:.1f} % at the quickstart's second stage, {100 * further:.1f} % at its third" in text
 
 
