@@ -89,3 +89,10 @@ def test_experts_that_train_are_judged_alone(make_architecture: Any, caplog: pyt
     # Replayed text, spread over old experts, hides nothing.
     take(CollapseWarning("c", top_k=1, every_steps=1), grown, range(1, 2), [[50] * 16 + FALLEN] * 2)
     assert len(caplog.messages) == 2 and "1.1 of 4" in caplog.messages[0]
+
+
+def test_where_a_token_uses_all_experts_none_can_be_left_out(make_architecture: Any, caplog: Any) -> None:
+    with caplog.at_level(logging.WARNING):
+        watch = CollapseWarning("code", top_k=4, every_steps=5)
+        take(watch, make_architecture("learned", (4,)), range(1, 6), [FALLEN, FALLEN])
+    assert caplog.messages == []
