@@ -405,7 +405,7 @@ def test_a_pool_of_threads_does_not_reach_the_ranks() -> None:
     """libgomp's pool does not survive a fork; in a process of its own, for no other test may begin one."""
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     done = subprocess.run(
-        [sys.executable, "-c", POOL], env=environment, timeout=40, capture_output=True, text=True, check=False
+        [sys.executable, "-c", POOL], env=environment, timeout=300, capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout) == (0, "4 1\n"), done.stderr
 

@@ -431,9 +431,9 @@ def bomb(opening: str, closing: str, item: str) -> str:
     ids=lambda value: str(value)[:20],
 )
 def test_a_file_that_cannot_be_read(load: Load, text: str | bytes, message: str) -> None:
-    began = time.monotonic()
+    began = time.process_time()
     assert message in error(load, text=text)
-    assert time.monotonic() - began < 2
+    assert time.process_time() - began < 2
 
 
 def test_a_missing_file_names_one_like_it(tmp_path: Path) -> None:

@@ -57,10 +57,10 @@ def test_equal_weights_are_none() -> None:
 
 
 def test_a_large_round_costs_no_time() -> None:
-    began = time.monotonic()
+    began = time.process_time()
     order = SampleOrder([1, 2, 3], 0.5, 0, [40_000, 60_000])
     assert [order.at(n)[0] for n in range(6)] == [0, 2, 0, 1, 0, 2]
-    assert time.monotonic() - began < 2
+    assert time.process_time() - began < 2
 
 
 @pytest.mark.parametrize("weights", [[1], [1, 1, 1], [0, 1], [-1, 2]])
