@@ -31,7 +31,7 @@ def leave_behind(raw: DictConfig, before: DictConfig, overrides: Sequence[str]) 
     """
     old, new = _section(before), _section(raw)
     mode = new.get("mode", "learned")
-    if mode == old.get("mode", "learned") or mode not in ROUTERS:
+    if mode == old.get("mode", "learned") or not _is_ours(mode):
         return
     asked = _asked(overrides)
     gone = {key for key in GROUPS if key in old and key not in asked}
@@ -69,7 +69,7 @@ def unfit(written: Mapping[str, Any]) -> dict[str, Any]:
         written: The section, plain data, not yet validated.
     """
     mode = written.get("mode", "learned")
-    if mode not in ROUTERS or mode in FOR_ENCODERS:
+    if not _is_ours(mode) or mode in FOR_ENCODERS:
         return {}
     plain: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(RoutingConfig)}
     own = plain | DEFAULTS.get(mode, {})
@@ -84,6 +84,11 @@ def unfit(written: Mapping[str, Any]) -> dict[str, Any]:
     if everywhere or (value["capacity"] and value["balance_scope"] not in (None, "sequence")):
         found["balance_scope"] = None
     return {key: one for key, one in found.items() if key in written}
+
+
+def _is_ours(mode: object) -> bool:
+    """Whether a mode as written is one of this package's; what is no name at all is told elsewhere."""
+    return isinstance(mode, str) and mode in ROUTERS
 
 
 def _can_choose(mode: str, value: Mapping[str, Any]) -> bool:
@@ -107,6 +112,8 @@ def _can_choose(mode: str, value: Mapping[str, Any]) -> bool:
 def is_noncausal(written: Mapping[str, Any]) -> bool:
     """Whether a section as written needs ``allow_noncausal``, and does not have it."""
     mode = written.get("mode", "learned")
+    if not _is_ours(mode):
+        return False
     room = written.get("capacity", DEFAULTS.get(mode, {}).get("capacity"))
     room = room if isinstance(room, Mapping) and mode in KNOWN["capacity"] else {}
     ordered = room.get("priority", "token") == "token" and room.get("overflow", "residual") == "residual"

@@ -143,3 +143,15 @@ def test_stages_with_deltas_of_their_own_are_named(load: Load) -> None:
     assert str(caught.value) == (
         "routing.mode=hash needs more than one key here. Add routing.bundles=none stages[1].trunk.train=full."
     )
+
+
+@pytest.mark.parametrize("mode", ["[hash]", "{hash: 1}", "1", "null", "nothing"])
+def test_a_mode_that_is_none_is_refused_in_a_line(mode: str, tmp_path: Path) -> None:
+    quickstart = ROOT / "configs/quickstart.yaml"
+    written = yaml.safe_load(quickstart.read_text(encoding="utf-8"))
+    written["routing"]["mode"] = yaml.safe_load(mode)
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(written), encoding="utf-8")
+    for given in ((quickstart, [f"routing.mode={mode}"]), (path, []), (path, ["routing.mode=hash", "seed=1"])):
+        with pytest.raises(ConfigError, match=r"^routing\.mode"):
+            load_config(*given)
