@@ -144,7 +144,8 @@ def _served(head: Head, version: Version, store: StageStore, stage: str) -> Serv
     if stage not in names or names.index(stage) in (0, len(names) - 1) or not what_remains(chain, stage):
         return None
     try:
-        return served_data(head, version, store)
+        data = next(s.data for s in version.stages if s.name == stage)
+        return served_data(head, version, store, without=data)
     except LifelongError as error:
         raise ConfigError(
             f"the gate of drop cannot read the run's text ({error}). --no-gate drops without it."

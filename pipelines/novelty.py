@@ -42,7 +42,7 @@ class NewDocuments:
     """Which copy of the batch this is, if it came before with other sources."""
 
 
-def read_texts(config: RunConfig, known: Remembered) -> Texts:
+def read_texts(config: RunConfig, known: Remembered | None = None) -> Texts:
     """The documents of every distribution of a run, without training text that is a near copy of held-out text."""
     sources = {name: config.distributions[name] for name in config.evaluated}
     return prepare.read_texts(sources, [stage.data for stage in config.stages], CACHE, known)

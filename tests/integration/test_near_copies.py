@@ -102,7 +102,7 @@ def test_copies_within_a_batch_are_kept_out_of_its_training_text() -> None:
     first = texts_of("sea", 1)
     write("inbox/both.jsonl", [*first, *edited(first, 2)])
     result, _ = planned()
-    batch = pipelines.novelty.read_texts(with_batch(result["batch"]))["batch"]
+    batch = pipelines.novelty.read_texts(with_batch(result["batch"])).corpora["batch"]
     assert result["near_copies"] == {"of_known_text": 0, "of_its_held_out_text": len(batch.near_copies)}
     # A document's first or second word is its serial number, unless both were edited.
     held, trained = ({text.split()[0] for d in side for text in [d.text]} for side in (batch.heldout, batch.train))
@@ -140,7 +140,7 @@ def test_a_run_of_an_earlier_version_goes_on(tmp_path: Path, monkeypatch: pytest
     Path("inbox").mkdir()
     write("inbox/new.jsonl", texts_of("sea", 3))
     result, _ = planned()
-    assert pipelines.novelty.read_texts(with_batch(result["batch"]))["fruit"].near_copies
+    assert pipelines.novelty.read_texts(with_batch(result["batch"])).corpora["fruit"].near_copies
 
 
 def test_what_earlier_versions_committed_says_how_its_text_was_split() -> None:
