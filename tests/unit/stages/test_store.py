@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lifelong_moe.errors import CorruptError
-from lifelong_moe.stages.store import StageStore
+from lifelong_moe.errors import CheckpointError, CorruptError
+from lifelong_moe.stages.store import StageStore, load_weights
 
 KEY, OTHER = "ab" * 32, "cd" * 32
 
@@ -38,3 +38,24 @@ def test_the_whole_key_counts_not_its_first_digits(store: StageStore) -> None:
 def test_a_second_commit_leaves_the_first_one(store: StageStore) -> None:
     again = store.commit({"key": KEY, "name": "one", "parent": None}, {"loss": 9.0}, {"w": torch.zeros(3)}, {})
     assert again.metrics == {"loss": 2.0}
+
+
+def test_the_oldest_ancestor_keeps_the_tokenizer_and_whoever_holds_a_tensor_has_it(store: StageStore) -> None:
+    first, second = "11" * 32, "22" * 32
+    store.commit({"key": first, "name": "a", "parent": None}, {}, {"w": torch.ones(2)}, {}, tokenizer="{é}")
+    child = store.commit({"key": second, "name": "b", "parent": first}, {}, {"v": torch.zeros(1)}, {"w": first})
+    assert [stage.name for stage in store.chain(second)] == ["a", "b"] and store.tokenizer(child) == "{é}"
+    assert (store.holder(child, "w"), store.holder(child, "v")) == (first, second)
+    assert {name: tensor.tolist() for name, tensor in store.tensors(child).items()} == {"v": [0.0], "w": [1.0, 1.0]}
+    third = store.commit({"key": "33" * 32, "name": "c", "parent": second}, {}, {}, {"gone": first})
+    with pytest.raises(CorruptError, match="tensor gone is borrowed but not there"):
+        store.tensors(third)
+
+
+def test_only_safetensors_are_loaded(tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").write_bytes(b"no")
+    for name, reason in (("a.pt", "only .safetensors files"), ("a", "never others"), ("b.safetensors", "no such file")):
+        with pytest.raises(CheckpointError, match=reason):
+            load_weights(tmp_path / name)
+    with pytest.raises(CheckpointError, match="not a safetensors file"):
+        load_weights(tmp_path / "a.safetensors")
