@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -21,9 +21,10 @@ from lifelong_moe.data.records import Remembered
 from lifelong_moe.data.shards import TokenShard, tokenize_documents
 from lifelong_moe.data.spread import spread_shard
 from lifelong_moe.data.windows import evaluation_windows
-from lifelong_moe.errors import ConfigError
+from lifelong_moe.errors import ConfigError, TryAgainError
 from lifelong_moe.evaluation.documents import generation_shares, measure_documents
 from lifelong_moe.evaluation.loss import EVALUATION_SCHEMA
+from lifelong_moe.methods.graph import stage_specs
 from lifelong_moe.methods.plan import PlannedStage, plan_next
 from lifelong_moe.methods.retraining import NewStage, Retraining
 from lifelong_moe.model.architecture import Architecture
@@ -123,6 +124,7 @@ class Bench:
         raw = self.retraining.extended(kept, [*added, new])
         config = build_config(raw, is_stored=True)
         data = read_data(config, self.memory, self.known)
+        wait_for_text(data, stage_specs(config)[-1].uses)
         if data.tokenizer.hash != (had := self.parent.config["tokenizer"]["hash"]):
             raise ConfigError(
                 f"tokenizer: it is {data.tokenizer.hash[:16]} now, but the champion was trained with {had[:16]}. Bring "
@@ -281,6 +283,21 @@ def served_stages(version: Version, store: StageStore) -> tuple[list[str], list[
         if s.batch is not None
     ]
     return kept, added
+
+
+def wait_for_text(data: PreparedData, uses: Collection[str] = ()) -> None:
+    """Let nothing be trained or judged without text that only cannot be had now, as of a hub that is down.
+
+    Args:
+        data: Of a run.
+        uses: Distributions whose training text is needed.
+
+    Raises:
+        TryAgainError: If training text that is needed, or held-out text, will be there another time.
+    """
+    for name, error in data.gone.items():
+        if isinstance(error, TryAgainError) and (name in uses or name not in data.heldout):
+            raise error
 
 
 def batch_files(batch: str, sources: str | None) -> str:

@@ -16,7 +16,7 @@ from lifelong_moe.retraining.gate import Verdict, unharmed
 from lifelong_moe.stages.store import CommittedStage, StageStore
 from lifelong_moe.stages.versions import Head, Version
 from lifelong_moe.training.interrupt import Interrupt
-from pipelines.candidates import Bench, ServedData, served_stages
+from pipelines.candidates import Bench, ServedData, served_stages, wait_for_text
 from pipelines.gating import kinds_of_text
 from pipelines.kept_text import remembered_by
 from pipelines.workspace import read_data
@@ -28,12 +28,14 @@ def served_data(head: Head, version: Version, store: StageStore, without: str | 
     Raises:
         ConfigError, DataError: If their text is gone and nothing is known of it, or none of it is left to measure on,
             that of one distribution aside.
+        TryAgainError: If held-out text that was not kept cannot be had now.
     """
     base: Any = OmegaConf.create(head["config"])
     retraining = Retraining(RetrainConfig(base=""), base, head["run"])
     config = retraining.config(*served_stages(version, store))
     known = remembered_by(head, head["config"], version, store)
     served = ServedData(config, read_data(config, None, known))
+    wait_for_text(served.data)
     if not served.measured(without):
         raise ConfigError(f"no text of run {head['run']} is left to measure on")
     return served

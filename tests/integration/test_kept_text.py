@@ -6,22 +6,26 @@ import json
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
+from lifelong_moe.data import prepare
 from lifelong_moe.data.batches import BatchStore
-from lifelong_moe.data.documents import Document
+from lifelong_moe.data.documents import Corpus, Document
 from lifelong_moe.data.records import HeldoutStore
-from lifelong_moe.errors import ConfigError
+from lifelong_moe.data.sources import read_corpus
+from lifelong_moe.errors import ConfigError, TryAgainError
 from lifelong_moe.methods.retraining import load_retraining
 from lifelong_moe.retraining.decision import Action, Decision
 from lifelong_moe.stages.garbage import collect, find_garbage
 from pipelines import retrain_plan
+from pipelines.consolidate import consolidate
 from pipelines.gc import gc
 from pipelines.rollback import rollback
 from pipelines.trace import document
-from tests.retrain_lab import arrive, head, tick, tick_and_text, write_retraining
+from tests.retrain_lab import arrive, head, stages, tick, tick_and_text, write_retraining
 from tests.tiny import fork, kill_self, write_corpus
 
 SILENT = Console(quiet=True)
@@ -91,6 +95,30 @@ def test_ticks_go_on_when_all_text_is_gone(after_growth: Path) -> None:
     shutil.copy("sky", "inbox/sky.jsonl")
     assert tick()["outcome"] == "idle"
     assert tick(reopen=second["data"])["candidate"] == second["candidate"]  # the same stage, bit for bit
+
+
+def test_nothing_is_trained_or_judged_without_text_of_a_hub_that_is_down(
+    after_growth: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without_code(name: str, *given: Any) -> Corpus:
+        if name == "code":
+            raise TryAgainError("the hub cannot serve it now")
+        return read_corpus(name, *given)
+
+    monkeypatch.setattr(prepare, "read_corpus", without_code)
+    write_corpus(Path("inbox/sky.jsonl"), SKY.split(), 5)
+    before = head()["versions"], stages()
+    with pytest.raises(TryAgainError, match=r"^distributions\.code: the hub"):
+        tick("when_continuing.replay.fraction=0.5")  # held-out text was kept
+    keep("always")
+    record = head()
+    record["texts"]["code"]["kept"] = None
+    Path("mlruns/runs/tiny/head.json").write_text(json.dumps(record))
+    with pytest.raises(TryAgainError, match=r"^distributions\.code: the hub"):
+        tick()  # nothing is replayed
+    with pytest.raises(TryAgainError, match=r"^distributions\.code: the hub"):
+        consolidate("tiny", "code", 1, SILENT)
+    assert (head()["versions"], stages()) == before
 
 
 def test_a_batch_that_waits_needs_no_text_to_wait(monkeypatch: pytest.MonkeyPatch) -> None:
