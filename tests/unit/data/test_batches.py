@@ -122,3 +122,12 @@ def canonical(documents: list[Document]) -> str:
     """The file of a batch, in whatever order."""
     rows = [{"source": d.source, "text": d.text} for d in documents]
     return "".join(json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n" for row in rows)
+
+
+def test_folders_have_names_of_sixteen_and_eight_digits(tmp_path: Path) -> None:
+    """Earlier versions named them so, and heads refer to copies by these eight."""
+    store, documents = BatchStore(tmp_path), [Document(f"text {i}", "one") for i in range(3)]
+    batch = store.add(documents, [])
+    copy = store.sources([Document(f"text {i}", f"site {i}") for i in range(3)])
+    assert copy is not None and len(copy) == 8
+    assert store.path(batch).parent.name == batch[:16] and store.path(batch, copy).parent.name == f"{batch[:16]}-{copy}"

@@ -221,3 +221,16 @@ def test_whole_builtins_are_large_enough(kind: str, tmp_path: Path) -> None:
     corpus = read_corpus(kind, SourceConfig(builtin=kind), tmp_path)
     assert sum(document.num_bytes for document in corpus.train) > 2_500_000
     assert sum(document.num_bytes for document in corpus.heldout) > 100_000
+
+
+def test_pieces_are_of_four_thousand_characters_at_most() -> None:
+    """Another length would make other documents of every builtin text."""
+    half = "z" * 1999 + "\n"
+    assert [len(piece) for piece in pieces(f"{half}\n{half[:-2]}\n")] == [3999]  # with its newline 4000
+    assert [len(piece) for piece in pieces(f"{half}\n{half}")] == [1999, 1999]
+
+
+@pytest.mark.parametrize("folder", ["abc/x", "no_such_package_at_all/x", "json/no_such_folder"])
+def test_what_is_no_folder_of_a_package_is_none(folder: str) -> None:
+    assert builtin._package_folder(folder) is None  # abc is a module of one file
+    assert builtin._package_folder("json/") == Path(json.__file__).parent

@@ -11,6 +11,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from lifelong_moe.data import parquet as parquets
 from lifelong_moe.data.config import SourceConfig
 from lifelong_moe.data.files import matching_files, read_documents
 from lifelong_moe.data.hub import hub_documents
@@ -221,3 +222,35 @@ def test_a_hub_that_is_not_reached_is_tried_again(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("datasets.load_dataset", load)
     with pytest.raises(TryAgainError, match="the hub cannot serve it now"):
         hub_documents(HUB)
+
+
+def test_parquet_s_bombs_are_known_before_and_while_they_are_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the columns that are read: a text that a dictionary repeats is small on disk and large in memory."""
+    path, text = tmp_path / "a.parquet", "x" * 5_000
+    columns = {"text": [f"{i}" for i in range(200)], "other": [text] * 200}
+    parquet.write_table(pyarrow.table(columns), path, compression="zstd", use_dictionary=["other"])
+    size = path.stat().st_size
+    monkeypatch.setattr(parquets, "ALLOWANCE_BYTES", 1_000)
+    monkeypatch.setattr(parquets, "MAX_RATIO", 2)
+    assert len(read_documents(str(path), CONFIG)) == 200  # the other column counts for nothing
+    with pytest.raises(DataError, match="unpacks to more than 2 times its size"):
+        read_documents(str(path), SourceConfig(files="unused", text_field="other"))
+    assert 20 * size < 200 * len(text)
+    monkeypatch.setattr(parquets, "MAX_RATIO", 200 * len(text) // size + 2)
+    assert len(list(parquets.read_parquet(path, "other", "source"))) == 200
+
+
+def test_a_row_s_fault_is_said_with_its_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"text": ["one"] * 70 + ["toolong"]}), path)
+    monkeypatch.setattr(parquets, "MAX_LINE_BYTES", 6)
+    with pytest.raises(DataError, match=r"a\.parquet:71: text is longer than"):
+        read_documents(str(path), CONFIG)
+    monkeypatch.setattr(parquets, "MAX_LINE_BYTES", 7)
+    assert len(read_documents(str(path), CONFIG)) == 71
+    whole = pyarrow.array([b"good", b"bad\xff"], pyarrow.binary()).cast(pyarrow.string(), safe=False)
+    parquet.write_table(pyarrow.table({"text": whole}), path)
+    with pytest.raises(DataError, match=r"a\.parquet:2: invalid UTF-8 at byte 3 of a text"):
+        read_documents(str(path), CONFIG)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from lifelong_moe.data import inbox as module
 from lifelong_moe.data.config import SourceConfig
 from lifelong_moe.data.inbox import MANIFEST, Inbox, read_inbox
 from lifelong_moe.errors import DataError
@@ -149,3 +150,14 @@ def test_what_is_not_read_at_all(inbox: Path) -> None:
         read_inbox(inbox, SOURCE)
     with pytest.raises(DataError, match="must be a directory"):
         read_inbox(inbox / "weights.pt", SOURCE)
+
+
+def test_a_manifest_of_any_size_is_not_read(inbox: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (inbox / "a.jsonl").write_bytes(jsonl("a"))
+    manifest(inbox, {"a.jsonl": entry(jsonl("a"))})
+    size = (inbox / MANIFEST).stat().st_size
+    monkeypatch.setattr(module, "MAX_MANIFEST_BYTES", size)
+    assert len(read(inbox).documents) == 1
+    monkeypatch.setattr(module, "MAX_MANIFEST_BYTES", size - 1)
+    with pytest.raises(DataError, match="over 0 MiB"):
+        read(inbox)

@@ -12,7 +12,7 @@ import pytest
 
 from lifelong_moe.data.config import SourceConfig, TokenizerConfig
 from lifelong_moe.data.documents import Corpus, Document, build_corpus, documents_hash, letters
-from lifelong_moe.data.near_copies import near_copies, ngrams, without_near_copies
+from lifelong_moe.data.near_copies import FILTER_BITS, _Table, near_copies, ngrams, without_near_copies
 from lifelong_moe.data.prepare import prepare_data
 from lifelong_moe.errors import DataError
 
@@ -218,3 +218,18 @@ def test_a_new_book_may_quote_what_was_seen_but_not_what_is_held_out() -> None:
     assert near_copies([book], [line], may_contain=False) == [True]
     for may_contain in (False, True):  # what is mostly a part of something known is a copy of it
         assert near_copies([line], [book], may_contain=may_contain) == [True]
+
+
+def test_new_text_of_nothing_but_what_is_common_is_no_loss() -> None:
+    """A template in ten sources is nobody's own; what is nothing else is known once a single known document has it."""
+    template = [Document(f"{LICENCE}{'.' * i}", f"site {i}") for i in range(10)]
+    assert near_copies(template, [Document(f"{LICENCE}!", "known")], may_contain=True) == [True] * 10
+    other = Document(" ".join(words(random.Random(0), 60)), "known")
+    assert near_copies(template, [other], may_contain=True) == [False] * 10
+
+
+def test_a_run_beyond_all_of_a_table_is_not_in_it() -> None:
+    table = _Table([Document("abcdefghijklmnop", "")])  # a single run
+    (run,) = table.runs_W
+    others = run + (np.arange(1, 5, dtype=np.uint64) << np.uint64(FILTER_BITS))  # with the same low bits, some beyond
+    assert table.places(np.array([run])).tolist() == [0] and table.places(np.sort(others)).tolist() == []

@@ -52,3 +52,11 @@ def test_given_tokenizer_that_is_missing_is_found_before_anything_is_written(tmp
     with pytest.raises(ConfigError, match=r"tokenizer\.file=.*no\.json: cannot be read"):
         prepare_data(sources, TokenizerConfig(file=str(tmp_path / "no.json")), ["a"], 8, tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_person_s_own_files_are_read_before_anything_is_extracted(tmp_path: Path) -> None:
+    (tmp_path / "z.jsonl").write_text("{")
+    sources = {"a": SourceConfig(builtin="cpp_headers"), "z": SourceConfig(files=str(tmp_path / "z.jsonl"))}
+    with pytest.raises(DataError, match=r"z\.jsonl:1"):
+        prepare_data(sources, TokenizerConfig(vocab_size=300), ["a", "z"], 8, tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()

@@ -194,3 +194,16 @@ def test_what_cannot_be_looked_at_or_removed_is_left(tmp_path: Path, monkeypatch
         patch.setattr(shutil, "rmtree", refuse)
         assert remove_temporary(tmp_path) == 0
     assert left.is_dir() and remove_temporary(tmp_path) == 1
+
+
+def test_what_lies_deeper_than_anything_of_ours_is_not_ours(tmp_path: Path) -> None:
+    for depth, number in (("a/b/c", 1), ("a/b/c/d", 0)):
+        left_behind(tmp_path / depth / ".tmp-0123@elsewhere", 25 * HOUR)
+        assert remove_temporary(tmp_path) == number
+
+
+def test_looking_makes_nothing_younger(tmp_path: Path) -> None:
+    """Else what is looked at every night would never be a day old."""
+    path = left_behind(tmp_path / ".tmp-0123@elsewhere", 23 * HOUR)
+    before = (path / "file").stat().st_mtime
+    assert remove_temporary(tmp_path) == 0 and (path / "file").stat().st_mtime == before

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.model.config import ExpertsImplementation
 from lifelong_moe.model.transformer import LanguageModel
+from lifelong_moe.training import execution
 from lifelong_moe.training.config import TrainerConfig
 from lifelong_moe.training.execution import documents_apart, executed, keep_freed_memory
 
@@ -152,3 +153,38 @@ print(faults() * 10 < before)
 def test_whoever_set_up_the_allocator_has_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.mmap_max=10")
     assert not keep_freed_memory()
+
+
+class Library:
+    """glibc, or another C library, that notes how it is set up."""
+
+    def __init__(self, *answers: int, is_glibc: bool = True) -> None:
+        self.answers, self.asked = list(answers), []
+        if is_glibc:
+            self.gnu_get_libc_version = None
+
+    def mallopt(self, parameter: int, value: int) -> int:
+        self.asked.append((parameter, value))
+        return self.answers.pop(0)
+
+
+@pytest.mark.parametrize(
+    ("platform", "library", "asked", "done"),
+    [
+        ("linux", Library(1, 1), [(-4, 0), (-1, 2147483647)], True),  # M_MMAP_MAX, M_TRIM_THRESHOLD of malloc.h
+        ("linux", Library(1, 0), [(-4, 0), (-1, 2147483647)], False),
+        ("linux", Library(0), [(-4, 0)], False),
+        ("linux", Library(is_glibc=False), [], False),
+        ("darwin", Library(1, 1), [], False),
+    ],
+)
+def test_glibc_is_asked_to_keep_memory_and_nothing_else_is(
+    monkeypatch: pytest.MonkeyPatch, platform: str, library: Library, asked: list[tuple[int, int]], done: bool
+) -> None:
+    for name in execution.MALLOC_SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(execution.sys, "platform", platform)
+    monkeypatch.setattr(execution.ctypes, "CDLL", lambda name: library)
+    assert keep_freed_memory() is done and library.asked == asked
+    monkeypatch.setenv("MALLOC_MMAP_MAX_", "1")
+    assert keep_freed_memory() is False and library.asked == asked  # a user has chosen

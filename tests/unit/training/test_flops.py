@@ -255,6 +255,17 @@ def test_what_is_counted_is_what_runs(make_run: MakeRun, overrides: tuple[str, .
     check(make_run, *overrides)
 
 
+def test_what_a_pass_costs_however_many_tokens_it_has_is_counted_by_the_pass(make_run: MakeRun) -> None:
+    """Products of low-rank changes with the weights that they change: four micro-batches make them four times."""
+    found, said = [], []
+    for micro_batches in (1, 4):
+        (_, spec), (parent, after) = planned(make_run, *DELTAS, f"trainer.accumulate_grad_batches={micro_batches}")
+        found.append(measured(spec, parent, after))
+        said.append(spec.loop_flops(after, parent))
+    assert found[1] > 1.001 * found[0]
+    assert said[1] - said[0] == pytest.approx(found[1] - found[0], rel=0.02)
+
+
 @pytest.mark.parametrize("overrides", FINETUNED.values(), ids=FINETUNED.keys())
 def test_what_fine_tuning_leaves_alone_is_not_counted(make_run: MakeRun, overrides: tuple[str, ...]) -> None:
     check(make_run, *PAIRS, *overrides)

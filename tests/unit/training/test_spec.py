@@ -259,3 +259,33 @@ def test_losses_are_the_stage_s_and_the_rest_is_its_parent_s(make_run: MakeRun) 
     assert (third.balance_loss, third.z_loss, third.gate_scale) == (0.0025, 0.00025, 2.0)
     other = dataclasses.replace(routing, mode="noisy_topk")  # whose keys another mode may refuse
     assert routing.with_losses_of(other) is routing
+
+
+def test_what_the_parent_writes_by_hand(make_run: MakeRun) -> None:
+    """16 tokens a block; a quarter of 640 tokens is replayed, and 100 are to be measured on: 10 and 6 blocks."""
+    quarter, generated = "stage_defaults.replay.fraction=0.25", "stage_defaults.replay.source=generated"
+    measuring = ("stage_defaults.penalty.kind=ewc", "stage_defaults.penalty.fisher_tokens=100")
+    assert later_spec(make_run, quarter).written_blocks == (0, 0)
+    assert later_spec(make_run, quarter, generated).written_blocks == (10, 0)
+    assert later_spec(make_run, quarter, generated, *measuring).written_blocks == (10, 6)
+    pulled = later_spec(make_run, quarter, generated, "stage_defaults.penalty.kind=l2", measuring[1])
+    assert (pulled.measures_generated, pulled.written_blocks, pulled.fisher_measured_tokens) == (False, (10, 0), 0)
+    little = later_spec(make_run, "stage_defaults.replay.fraction=0.01", generated)
+    assert little.written_blocks == (1, 0)  # a block at least
+    of_old_text = later_spec(make_run, quarter, *measuring)
+    assert (of_old_text.measures_generated, of_old_text.fisher_measured_tokens) == (False, 96)
+    assert (
+        later_spec(make_run, quarter, *measuring, "stage_defaults.replay.buffer_tokens=32").fisher_measured_tokens == 32
+    )
+    assert later_spec(make_run, quarter, "stage_defaults.penalty.kind=l2").fisher_measured_tokens == 0
+    assert later_spec(make_run, quarter).fisher_measured_tokens == 0
+
+
+def test_hidden_states_are_learned_before_they_are_clustered(make_run: MakeRun) -> None:
+    """A tenth of the steps, and one at least; only in the stage that has nothing before it."""
+    of_hidden = ("routing.mode=cluster", "routing.level=token", "routing.features=hidden")
+    for tokens, steps in ((6400, (10, 90)), (128, (1, 1))):
+        first, second = stage_specs(make_run(*of_hidden, f"stage_defaults.tokens={tokens}"))
+        phases = [(phase.name, phase.steps, phase.fits_clusters, phase.follows) for phase in first.phases()]
+        assert phases == [("hash", steps[0], False, False), ("train", steps[1], True, True)]
+        assert [phase.name for phase in second.phases()] == ["train"]
