@@ -28,11 +28,18 @@ def remembered(head: Mapping[str, Any], written: Mapping[str, Any]) -> Remembere
     records = {name: record for name, record in known.items() if name in now and now[name] == then.get(name)}
 
     def tokenizer() -> str | None:
+        if _tokenizer_file(written) != _tokenizer_file(head.get("config", {})):
+            return None  # stage keys do not say which file it was
         store = StageStore(ROOT)
         first = store.find(head["plan"][0]) if head.get("plan") else None
         return None if first is None else store.tokenizer(first)
 
     return Remembered(records, HeldoutStore(ROOT), tokenizer)
+
+
+def _tokenizer_file(config: Mapping[str, Any]) -> Any:
+    section = config.get("tokenizer")
+    return section.get("file") if isinstance(section, Mapping) else section
 
 
 def keep_texts(head: Mapping[str, Any], written: Mapping[str, Any], data: PreparedData, keep: bool) -> dict[str, Any]:

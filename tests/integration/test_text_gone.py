@@ -16,7 +16,7 @@ from lifelong_moe.data.config import SourceConfig
 from lifelong_moe.data.documents import Document
 from lifelong_moe.data.records import HeldoutStore
 from lifelong_moe.data.sources import read_corpus
-from lifelong_moe.errors import ConfigError, CorruptError, DataError
+from lifelong_moe.errors import ConfigError, CorruptError, DataError, LifelongError
 from lifelong_moe.stages.garbage import find_garbage
 from pipelines import inspectors
 from pipelines.gc import gc
@@ -180,6 +180,21 @@ def test_text_that_came_back_otherwise_is_refused(text: Path) -> None:
     shutil.copy("sea.jsonl", "fruit.jsonl")
     with pytest.raises(ConfigError, match="run=tiny exists with other training text: fruit was"):
         train(write_run(2))
+
+
+def test_a_tokenizer_whose_file_is_gone_is_not_that_of_another_name(text: Path) -> None:
+    train(write_run(1))
+    made = next(Path("data/cache/tokenizers").glob("*.json")).read_bytes()
+    Path("given.json").write_bytes(made)
+    named = {"tokenizer": {"file": "given.json"}, "run": "named"}
+    report, _ = train(write_run(1, **named))
+    Path("given.json").unlink()
+    assert train(write_run(1, **named))[0] == report
+    before = sorted(Path("mlruns").rglob("*"))
+    for sections in ({"tokenizer": {"file": "givne.json"}}, {"tokenizer": {"file": "given.json"}, "run": "tiny"}):
+        with pytest.raises(LifelongError, match=r"given\.json|givne\.json"):
+            train(write_run(1, **{**named, **sections}))
+    assert sorted(Path("mlruns").rglob("*")) == before
 
 
 def test_a_kept_set_that_is_lost_is_told_and_one_that_nobody_names_is_garbage(text: Path) -> None:
