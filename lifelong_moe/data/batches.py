@@ -117,11 +117,15 @@ class BatchStore:
         return sorted(self.root.glob(f"{batch[:SHORT]}*/{DOCUMENTS}"))
 
     def remove_text(self, batch: str) -> int:
-        """Remove the text of a batch in all its copies, but not what its documents are known by; returns the bytes."""
+        """Remove the text of a batch in all its copies, but not what its documents are known by; returns the bytes.
+
+        Raises:
+            CorruptError: If a file is damaged: what is noted of it would not be what was learned.
+        """
         freed = 0
         for path in self.copies(batch):
             freed += path.stat().st_size
-            found = read_jsonl(path, "text", "source")
+            found = self.documents(batch, path.parent.name[SHORT + 1 :] or None)
             rows = [{"hash": d.hash, "normalized": normalized_hash(d.text), "source": d.source} for d in found]
             write_atomic(path.with_name(REMOVED), canonical_json(rows).encode())  # counts once the text is gone
             path.unlink()

@@ -118,6 +118,21 @@ def test_text_stays_until_its_documents_are_noted(tmp_path: Path, monkeypatch: p
         store.identities(batch)
 
 
+def test_damaged_text_is_not_noted_as_what_was_there(tmp_path: Path) -> None:
+    store = BatchStore(tmp_path)
+    batch = store.add(DOCUMENTS, FILES)
+    store.add([Document(document.text, "x") for document in DOCUMENTS], FILES)
+    for path in store.copies(batch):
+        whole = path.read_bytes()
+        path.write_bytes(whole.split(b"\n")[0] + b"\n")
+        with pytest.raises(CorruptError, match="SHA-256"):
+            store.remove_text(batch)
+        assert path.exists()
+        path.write_bytes(whole)
+        store.add(DOCUMENTS, FILES)
+    assert store.remove_text(batch) > 0 and len(store.identities(batch)) == len(DOCUMENTS)
+
+
 def canonical(documents: list[Document]) -> str:
     """The file of a batch, in whatever order."""
     rows = [{"source": d.source, "text": d.text} for d in documents]
