@@ -13,6 +13,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.routing.config import Features, Level, RoutingConfig
 from lifelong_moe.training import measure
+from lifelong_moe.training import phase as phases
 from lifelong_moe.training.config import TrainerConfig
 from lifelong_moe.training.phase import (
     _collapse_warning,
@@ -110,3 +111,30 @@ def test_the_new_expert_that_is_chosen_least_counts(
         spec: Any = SimpleNamespace(name="code", grow=grow, model=SimpleNamespace(layers=3))
         assert measure._new_expert_share(model, spec, spec) == 1 / 128
         assert len(caplog.messages) == warnings
+
+
+class BegunError(Exception):
+    """In place of training."""
+
+
+@pytest.mark.parametrize("teacher", [None, SimpleNamespace(architecture="its teacher's")])
+def test_speed_in_flops_is_that_of_a_step_on_average(monkeypatch: pytest.MonkeyPatch, teacher: Any) -> None:
+    def begin(step_tokens: int, step_flops: float, every_steps: int, rollbacks: int) -> None:
+        raise BegunError(step_tokens, step_flops, every_steps, rollbacks)
+
+    for name in ("_sample_assignments", "phase_dataset", "StageData"):
+        monkeypatch.setattr(phases, name, lambda *_, **__: None)
+    monkeypatch.setattr(phases, "Meter", begin)
+    spec = SimpleNamespace(
+        data="x", steps=30, optim=SimpleNamespace(batch_tokens=640),
+        loop_flops=lambda after, before: 900 if (after, before) == ("ours", None) else 1200,
+    )  # fmt: skip
+    module: Any = SimpleNamespace(model=SimpleNamespace(architecture="ours"), spec=spec)
+    run: Any = SimpleNamespace(
+        number=0, resume=None, seed=0, order_step=0, phase=SimpleNamespace(steps=20), rollbacks=SimpleNamespace(count=2)
+    )
+    environment: Any = SimpleNamespace(trainer=TrainerConfig(log_every_n_steps=7))
+    corpora: Any = {"x": None}
+    with pytest.raises(BegunError) as found:
+        phases.train_phase(module, teacher, run, corpora, None, environment)
+    assert found.value.args == (640, 30.0 if teacher is None else 40.0, 7, 2)
