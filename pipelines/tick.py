@@ -58,16 +58,18 @@ class Tick:
         return result
 
     def open_batch(self, batch: str) -> None:
-        """Say that a batch's text is about to be written: whoever kills us, the next tick knows that it is there."""
-        if self.retraining.settings.inbox.keep_text != KeepText.always:
-            self.head["open"] = [*(one for one in self.head.get("open", []) if one != batch), batch]
-            self.record.set_head(self.head)
+        """Say that a batch's text is about to be written: whoever kills us, the next tick knows that it is there, and
+        other runs that look at the same batch leave it alone."""
+        self.head["open"] = [*(one for one in self.head.get("open", []) if one != batch), batch]
+        self.record.set_head({**require_head(ROOT, self.record.run), "open": self.head["open"]})
 
     def remove_text(self, *, working: bool = False) -> None:
         """Remove the text of batches that ``inbox.keep_text`` lets go."""
         keep = self.retraining.settings.inbox.keep_text
         self.head.pop("keep_text", None)
         if keep == KeepText.always:
+            if not working and "open" in (head := require_head(ROOT, self.record.run)):
+                self.record.set_head({name: value for name, value in head.items() if name != "open"})
             return
         self.head["keep_text"] = keep.value
         heads = read_heads(ROOT)  # as they are on disk, not what a tick that fails had in mind
