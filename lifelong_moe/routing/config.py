@@ -360,9 +360,10 @@ class RoutingConfig:
         if self.top_k < 1:
             raise ConfigError(f"routing.top_k={self.top_k} must be at least 1.")
         if self.top_k == 1 and self.renormalize and self.mode in ("learned", "switch", "gshard", "noisy_topk"):
+            spared = "" if self.mode == "noisy_topk" else "routing.renormalize=false or "
             raise ConfigError(
                 "routing.renormalize=true with routing.top_k=1 makes every gate weight 1, so the router gets no "
-                "gradient. Set routing.renormalize=false or routing.top_k=2."
+                f"gradient. Set {spared}routing.top_k=2."
             )
         self._check_numbers()
         self._check_mode()

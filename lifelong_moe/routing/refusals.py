@@ -20,11 +20,6 @@ def refuse_lone_choices(routing: RoutingConfig) -> None:
             f"chooses one weighs it 1 and learns nothing. Set top_groups=2 and top_k=4 at least: two groups, and two "
             f"experts in each."
         )
-    if routing.mode == "noisy_topk" and routing.top_k == 1:
-        raise ConfigError(
-            "routing.top_k=1 with routing.mode=noisy_topk: the softmax over one expert is 1, so the router learns "
-            "nothing from the task. Set routing.top_k=2."
-        )
 
 
 def refuse_what_groups_lack(routing: RoutingConfig, num_experts: int, key: str, *, is_first: bool) -> None:
