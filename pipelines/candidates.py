@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -21,7 +21,7 @@ from lifelong_moe.data.records import Remembered
 from lifelong_moe.data.shards import TokenShard, tokenize_documents
 from lifelong_moe.data.spread import spread_shard
 from lifelong_moe.data.windows import evaluation_windows
-from lifelong_moe.errors import ConfigError, TryAgainError
+from lifelong_moe.errors import ConfigError
 from lifelong_moe.evaluation.documents import generation_shares, measure_documents
 from lifelong_moe.evaluation.loss import EVALUATION_SCHEMA
 from lifelong_moe.methods.graph import stage_specs
@@ -40,6 +40,7 @@ from lifelong_moe.training.interrupt import Interrupt
 from lifelong_moe.training.logger import Send
 from lifelong_moe.training.phase import StageEnvironment
 from lifelong_moe.training.stage import load_model, train_stage
+from pipelines.kept_text import wait_for_text
 from pipelines.novelty import read_texts
 from pipelines.places import ROOT
 from pipelines.workspace import read_data, require_room
@@ -283,21 +284,6 @@ def served_stages(version: Version, store: StageStore) -> tuple[list[str], list[
         if s.batch is not None
     ]
     return kept, added
-
-
-def wait_for_text(data: PreparedData, uses: Collection[str] = ()) -> None:
-    """Let nothing be trained or judged without text that only cannot be had now, as of a hub that is down.
-
-    Args:
-        data: Of a run.
-        uses: Distributions whose training text is needed.
-
-    Raises:
-        TryAgainError: If training text that is needed, or held-out text, will be there another time.
-    """
-    for name, error in data.gone.items():
-        if isinstance(error, TryAgainError) and (name in uses or name not in data.heldout):
-            raise error
 
 
 def batch_files(batch: str, sources: str | None) -> str:

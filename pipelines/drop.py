@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from lifelong_moe.errors import ConfigError, LifelongError
+from lifelong_moe.errors import ConfigError, LifelongError, TryAgainError
 from lifelong_moe.methods.retraining import read_gate
 from lifelong_moe.stages.derived import derived_stage, what_remains
 from lifelong_moe.stages.keys import SHORT
@@ -138,6 +138,7 @@ def _served(head: Head, version: Version, store: StageStore, stage: str) -> Serv
 
     Raises:
         ConfigError: If the text is not to be had.
+        TryAgainError: If it is not to be had now.
     """
     chain = [store.get(s.key).config for s in version.stages]
     names = [s.name for s in version.stages]
@@ -146,6 +147,8 @@ def _served(head: Head, version: Version, store: StageStore, stage: str) -> Serv
     try:
         data = next(s.data for s in version.stages if s.name == stage)
         return served_data(head, version, store, without=data)
+    except TryAgainError:
+        raise
     except LifelongError as error:
         raise ConfigError(
             f"the gate of drop cannot read the run's text ({error}). --no-gate drops without it."

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from lifelong_moe.data.prepare import PreparedData
 from lifelong_moe.data.records import Remembered, TextRecord
+from lifelong_moe.errors import TryAgainError
 from lifelong_moe.stages.store import StageStore
 from lifelong_moe.stages.versions import Head, Version
 from pipelines.remembering import keep_texts, remembered
@@ -37,3 +38,18 @@ def note_texts(head: Head, written: Mapping[str, Any], data: PreparedData, keep:
     """Let a head say of all text what must be known once it is gone; arguments as for
     :func:`pipelines.remembering.keep_texts`. What it says of batches that do not serve stays."""
     head["texts"] = {**head.get("texts", {}), **keep_texts(head, written, data, keep)}
+
+
+def wait_for_text(data: PreparedData, uses: Collection[str] = ()) -> None:
+    """Let nothing be trained or judged without text that only cannot be had now, as of a hub that is down.
+
+    Args:
+        data: Of a run.
+        uses: Distributions whose training text is needed.
+
+    Raises:
+        TryAgainError: If training text that is needed, or held-out text, will be there another time.
+    """
+    for name, error in data.gone.items():
+        if isinstance(error, TryAgainError) and (name in uses or name not in data.heldout):
+            raise error

@@ -72,7 +72,11 @@ class Tick:
                 self.record.set_head({name: value for name, value in head.items() if name != "open"})
             return
         self.head["keep_text"] = keep.value
-        heads = read_heads(ROOT)  # as they are on disk, not what a tick that fails had in mind
+        try:
+            heads = read_heads(ROOT)  # as they are on disk, not what a tick that fails had in mind
+        except LifelongError as error:  # what another run needs is not known, and this tick is no worse for it
+            self.console.print(f"inbox.keep_text={keep}: nothing is removed. {error}", highlight=False, markup=False)
+            return
         head = heads[self.record.run]
         head["keep_text"] = keep.value
         goes = removable_texts(heads, [self.record.run], working=working)

@@ -16,9 +16,9 @@ from lifelong_moe.retraining.gate import Verdict, unharmed
 from lifelong_moe.stages.store import CommittedStage, StageStore
 from lifelong_moe.stages.versions import Head, Version
 from lifelong_moe.training.interrupt import Interrupt
-from pipelines.candidates import Bench, ServedData, served_stages, wait_for_text
+from pipelines.candidates import Bench, ServedData, served_stages
 from pipelines.gating import kinds_of_text
-from pipelines.kept_text import remembered_by
+from pipelines.kept_text import remembered_by, wait_for_text
 from pipelines.workspace import read_data
 
 
