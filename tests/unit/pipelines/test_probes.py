@@ -79,7 +79,8 @@ def probed(
         losses=lambda stage, _, name, shuffled=False: losses(sides[stage, name, shuffled]),
         leak=lambda stage, _, name: {"one": 0.1, "two": 0.3, "new": 0.9}[name],
     )  # fmt: skip
-    monkeypatch.setattr(probes, "shortened", lambda *_: SimpleNamespace(config=config))
+    short = SimpleNamespace(config=config, measured=lambda without=None: [n for n in config.evaluated if n != without])
+    monkeypatch.setattr(probes, "shortened", lambda *_: short)
     monkeypatch.setattr(probes, "kinds_of_text", lambda *_: {})
     monkeypatch.setattr(probes, "count_parameters", lambda _: SimpleNamespace(total=100))
     monkeypatch.setattr(probes, "_cost_fraction", lambda bench, candidate, number: number / 10)

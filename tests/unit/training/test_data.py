@@ -132,6 +132,7 @@ def test_routing_without_groups_has_none(make_model: Any) -> None:
 def test_a_new_text_s_first_chunk_is_learned_by_the_bundle_that_trains(make_run: Any, make_model: Any) -> None:
     """Nothing precedes it, so wherever its text is not known it goes to bundle 0, which is frozen."""
     sets = ("model.document_mask=true", "routing.bundles=cluster", "stage_defaults.replay.fraction=0.5")
+    sets += ("stage_defaults.trunk.train=frozen",)
     grows = stage_specs(make_run(*sets))[1]
     model = make_model("bundles", (2, 2))  # four tokens a chunk
     corpora = {name: corpus(name) for name in ("english", "python")}

@@ -188,7 +188,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "frozen trunk, growth above": (FROZEN, *TAUGHT, "stages[1].grow.layers=[1]"),
     "old experts train too": (OLD,),
     "bundles": (*DELTAS[:2], FROZEN),
-    "bundles, replay": ("routing.bundles=cluster", ATTENTION, "stage_defaults.replay.fraction=0.25"),
+    "bundles, replay": ("routing.bundles=cluster", ATTENTION, FROZEN, "stage_defaults.replay.fraction=0.25"),
     "deltas": DELTAS,
     "deltas in two micro-batches": (*DELTAS, "trainer.accumulate_grad_batches=2"),
     "tied": ("model.tie_embeddings=true",), "tied, frozen": ("model.tie_embeddings=true", FROZEN),

@@ -321,7 +321,11 @@ SHAPES = {
 @pytest.mark.parametrize("trainable", list(Trainable))
 @pytest.mark.parametrize(
     ("shape", "trunk"),
-    [*itertools.product(SHAPES, (TrunkTraining.frozen, TrunkTraining.gentle)), ("bundles", TrunkTraining.deltas)],
+    [
+        *itertools.product(SHAPES, [TrunkTraining.frozen]),
+        *itertools.product(["every other layer", "shared experts", "both"], [TrunkTraining.gentle]),
+        ("bundles", TrunkTraining.deltas),  # a trunk that moves is refused
+    ],
 )
 def test_a_plan_counts_what_trains(make_run: MakeRun, shape: str, trunk: TrunkTraining, trainable: Trainable) -> None:
     run = make_run(*SHAPES[shape], f"stage_defaults.trunk.train={trunk}")
