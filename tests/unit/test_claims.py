@@ -201,3 +201,17 @@ def test_flops_by_the_count_of_now(monkeypatch: pytest.MonkeyPatch) -> None:
         assert f"{arms(name)[arm]['runs'][0]['numbers']['active_flops'] / 1e12:.2f}" == then, arm
         checked += 1
     assert checked == 6
+
+
+def test_mutants_that_are_not_noticed_are_listed() -> None:
+    found = json.loads((ROOT / "docs/results/mutation.json").read_text(encoding="utf-8"))
+    rooms, kinds = found["rooms"], ("change_nothing", "survive")
+    assert sum(room["mutants"] for room in rooms) == 600
+    for room in rooms:
+        assert room["mutants"] == sum(room[kind] for kind in ("noticed", *kinds))
+        assert room["noticed"] >= 0.97 * (room["mutants"] - room["change_nothing"])
+        listed = [one for one in found["not_noticed"] if one["file"].split("/")[1] == room["room"]]
+        assert sum(one["mutants"] for one in listed) == sum(room[kind] for kind in kinds)
+        assert all(one["reason"] for one in listed)
+    noticed, nothing = (sum(room[name] for room in rooms) for name in ("noticed", "change_nothing"))
+    assert f"tests notice {noticed} of the {600 - nothing} that change anything" in page("CONTRIBUTING.md")
