@@ -2,7 +2,7 @@
 
 Run by hand; needs the corpora of ``LIFELONG_DATA``::
 
-    LIFELONG_DATA=../shared/data .venv/bin/python tests/benchmarks/bundle_assignment.py [--out FILE] [key=value …]
+    LIFELONG_DATA=… .venv/bin/python tests/benchmarks/bundle_assignment.py [--out FILE] [key=value …]
 
 Keys are those of ``routing`` (``margin=0``, ``clusters=1``, ``chunk_tokens=8``, …). Every stage is fitted on its own
 training text alone, in order; BPE of 2,048 entries from the first one's. ``--out`` keeps the last
