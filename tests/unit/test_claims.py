@@ -215,3 +215,11 @@ def test_mutants_that_are_not_noticed_are_listed() -> None:
         assert all(one["reason"] for one in listed)
     noticed, nothing = (sum(room[name] for room in rooms) for name in ("noticed", "change_nothing"))
     assert f"tests notice {noticed} of the {600 - nothing} that change anything" in page("CONTRIBUTING.md")
+
+
+def test_what_the_quickstart_s_default_pays_for_what_it_keeps() -> None:
+    found = json.loads((ROOT / "docs/results/quickstart.json").read_text(encoding="utf-8"))
+    default, naive = (report["bits_per_byte"] for report in found["reports"])
+    first, second = (default[i][i] - naive[i][i] for i in (1, 2))
+    assert f"the two new distributions {first:.2f} and {second:.2f} bits per byte" in page("README.md")
+    assert f"That is {(first + second) / 2:.2f} in the mean" in page("README.md")
