@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from lifelong_moe.config import written_config
+from lifelong_moe.data.config import KeepText
 from lifelong_moe.data.prepare import Texts
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.methods.retraining import load_retraining
@@ -88,7 +89,7 @@ def retrain(
                     tick.fail(error)
                 raise
             finally:
-                if not dry_run:
+                if not dry_run or retraining.settings.inbox.keep_text == KeepText.always:  # then only its note goes
                     tick.remove_text()
 
 
