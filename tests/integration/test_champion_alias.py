@@ -25,6 +25,8 @@ from pipelines.rollback import rollback
 from tests.retrain_lab import arrive, base_config, head, make_base, tick, write_retraining
 from tests.tiny import STEPS, train, write_config
 
+pytestmark = pytest.mark.xdist_group("champion alias")  # one process trains what all of them begin with
+
 SILENT = Console(quiet=True)
 DATABASE = Path("mlruns/mlflow.db")
 SHOWN = "MLflow's alias champion shows it."
