@@ -27,8 +27,8 @@ from lifelong_moe.evaluation.loss import EVALUATION_SCHEMA
 from lifelong_moe.methods.graph import stage_specs
 from lifelong_moe.methods.plan import PlannedStage, plan_next
 from lifelong_moe.methods.retraining import NewStage, Retraining
-from lifelong_moe.model.architecture import Architecture
 from lifelong_moe.model.transformer import LanguageModel
+from lifelong_moe.plan.architecture import Architecture
 from lifelong_moe.retraining.bounds import DocumentLosses
 from lifelong_moe.retraining.structure import shuffled_text
 from lifelong_moe.stages.keys import content_key

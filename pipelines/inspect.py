@@ -28,8 +28,8 @@ from lifelong_moe.evaluation.probing import (
 )
 from lifelong_moe.evaluation.routed_text import html_page, route_text
 from lifelong_moe.evaluation.specialization_figures import inspection_figures
-from lifelong_moe.model.architecture import Architecture
 from lifelong_moe.model.transformer import LanguageModel
+from lifelong_moe.plan.architecture import Architecture
 from lifelong_moe.stages.atomic import replace_file
 from lifelong_moe.stages.runs import RunRecord, require_head
 from lifelong_moe.stages.store import CommittedStage, StageStore

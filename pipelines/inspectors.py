@@ -19,7 +19,7 @@ from lifelong_moe.data.jsonl import SEPARATOR
 from lifelong_moe.data.shards import tokenize_documents
 from lifelong_moe.data.tokenizer import Tokenizer
 from lifelong_moe.errors import ConfigError
-from lifelong_moe.model.architecture import Architecture
+from lifelong_moe.plan.architecture import Architecture
 from lifelong_moe.stages.keys import SHORT
 from lifelong_moe.stages.lineage import lineage_rows, work_under_way
 from lifelong_moe.stages.runs import RunRecord, require_head, require_stage

@@ -12,11 +12,11 @@ from lifelong_moe.data.packing import epochs
 from lifelong_moe.methods.advice import growth_advice, leaking, nothing_to_hold
 from lifelong_moe.methods.plan import PlannedStage, stage_need
 from lifelong_moe.methods.published import sentence as published_sentence
-from lifelong_moe.model.cost import count_parameters
+from lifelong_moe.plan.cost import count_parameters
+from lifelong_moe.plan.disk import run_need
 from lifelong_moe.stages.keys import SHORT
 from lifelong_moe.stages.runs import RunRecord
 from lifelong_moe.stages.store import CommittedStage, StageStore
-from lifelong_moe.training.disk import run_need
 from pipelines import render
 from pipelines.tables import show
 from pipelines.workspace import ROOT, Prepared, further_training, prepare

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from lifelong_moe.methods.plan import stage_need
-from lifelong_moe.model.cost import count_parameters, training_flops
+from lifelong_moe.plan.cost import count_parameters, training_flops
 from lifelong_moe.retraining.bounds import difference
 from lifelong_moe.retraining.decision import ProbeResult
 from lifelong_moe.retraining.gate import forgetting

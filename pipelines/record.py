@@ -10,7 +10,7 @@ from rich.console import Console
 
 from lifelong_moe.evaluation import figures
 from lifelong_moe.methods.plan import PlannedStage, chain
-from lifelong_moe.model.architecture import Architecture
+from lifelong_moe.plan.architecture import Architecture
 from lifelong_moe.stages.runs import RunRecord
 from lifelong_moe.stages.store import CommittedStage
 from lifelong_moe.tracking.store import local_id

@@ -17,7 +17,7 @@ from lifelong_moe.evaluation.report import build_report
 from lifelong_moe.methods.advice import leaking, nothing_to_hold
 from lifelong_moe.methods.graph import RECIPES
 from lifelong_moe.methods.plan import PlannedStage, chain
-from lifelong_moe.model.architecture import Architecture
+from lifelong_moe.plan.architecture import Architecture
 from lifelong_moe.stages.keys import SHORT, content_key
 from lifelong_moe.stages.lock import locked
 from lifelong_moe.stages.runs import EvaluationStore, RunRecord

@@ -16,9 +16,9 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from lifelong_moe.config import RunConfig, build_config
-from lifelong_moe.model.architecture import Architecture, Generation
 from lifelong_moe.model.config import ModelConfig
 from lifelong_moe.model.transformer import LanguageModel, initialize
+from lifelong_moe.plan.architecture import Architecture, Generation
 from lifelong_moe.routing.cluster import TokenClusterRouter
 from lifelong_moe.routing.config import (
     BalanceScope,

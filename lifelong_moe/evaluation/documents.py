@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from lifelong_moe.data.windows import EvaluationSet
 from lifelong_moe.evaluation.loss import forward_windows
-from lifelong_moe.model.architecture import Architecture
 from lifelong_moe.model.transformer import LanguageModel
+from lifelong_moe.plan.architecture import Architecture
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ from lifelong_moe.evaluation.specialization import (
     joint_counts,
     top_tokens,
 )
-from lifelong_moe.model.architecture import Architecture
+from lifelong_moe.plan.architecture import Architecture
 
 SCHEMA = 1
 Losses = Mapping[str, tuple[float, float]]

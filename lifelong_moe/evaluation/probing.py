@@ -21,8 +21,8 @@ from lifelong_moe.data.shards import TokenShard
 from lifelong_moe.data.windows import EvaluationSet, evaluation_windows
 from lifelong_moe.evaluation.loss import forward_windows
 from lifelong_moe.evaluation.specialization import derangement, output_similarity
-from lifelong_moe.model.architecture import Architecture
 from lifelong_moe.model.transformer import LanguageModel
+from lifelong_moe.plan.architecture import Architecture
 from lifelong_moe.routing.base import Routing
 
 BATCH_TOKENS = 8192

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lifelong_moe.evaluation.probing import Observation, expert_names
-from lifelong_moe.model.architecture import Architecture
+from lifelong_moe.plan.architecture import Architecture
 
 CONTROL = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
 """A control character is shown by its Unicode picture: a text must not steer a terminal."""

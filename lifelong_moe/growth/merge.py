@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lifelong_moe.errors import ConfigError
-from lifelong_moe.model.architecture import Architecture
 from lifelong_moe.model.moe import MoELayer
 from lifelong_moe.model.parts import TensorName, expert_tensor, router_rows
+from lifelong_moe.plan.architecture import Architecture
 
 
 @torch.no_grad()

@@ -13,8 +13,8 @@ from dataclasses import replace
 from torch import Tensor
 
 from lifelong_moe.errors import ConfigError
-from lifelong_moe.model.architecture import Architecture
 from lifelong_moe.model.parts import TensorName
+from lifelong_moe.plan.architecture import Architecture
 from lifelong_moe.routing.config import ROUTERS, Centroids
 
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from lifelong_moe.errors import CheckpointError, ConfigError
-from lifelong_moe.model.architecture import Architecture, Generation
 from lifelong_moe.model.config import ModelConfig
 from lifelong_moe.model.transformer import LanguageModel
+from lifelong_moe.plan.architecture import Architecture, Generation
 from lifelong_moe.routing.config import RoutingConfig
 
 BLOCK_NAMES = {

@@ -7,7 +7,8 @@ from bisect import bisect_right
 
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.methods.plan import PlannedStage
-from lifelong_moe.model.cost import forward_flops_per_token
+from lifelong_moe.plan.cost import forward_flops_per_token
+from lifelong_moe.plan.flops import stage_flops
 
 
 def tokens_within(arm: list[PlannedStage], reference: list[PlannedStage], tokens: dict[str, int]) -> dict[str, int]:
@@ -44,7 +45,7 @@ def _steps_within(arm: list[PlannedStage], index: int, flops: int) -> int:
 
     def cost(steps: int) -> int:
         spec = dataclasses.replace(stage.spec, tokens=steps * stage.spec.optim.batch_tokens)
-        return spec.flops(stage.architecture, parent)
+        return stage_flops(spec, stage.architecture, parent)
 
     # What a step costs varies with its place among phases, but never below one forward pass.
     least = forward_flops_per_token(stage.architecture) * stage.spec.optim.batch_tokens

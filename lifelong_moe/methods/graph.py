@@ -34,9 +34,9 @@ from math import gcd
 from typing import Any
 
 from lifelong_moe.config import SCRATCH, Method, RunConfig, StageConfig, StageKind
+from lifelong_moe.plan.spec import StageSpec
 from lifelong_moe.retention.config import DistillText, PenaltyKind, ReplaySource
 from lifelong_moe.routing.refusals import refuse_what_groups_lack
-from lifelong_moe.training.spec import StageSpec
 
 MOST_TURNS = 1000
 """Turns in a round of the joint stage's distributions; whatever shares would need more are rounded."""

@@ -9,11 +9,12 @@ from typing import Any
 from lifelong_moe.config import RunConfig
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.methods.graph import stage_specs
-from lifelong_moe.model.architecture import Architecture
-from lifelong_moe.model.cost import ParameterCount, count_parameters, parameters_by_part
+from lifelong_moe.plan.architecture import Architecture
+from lifelong_moe.plan.cost import ParameterCount, count_parameters, parameters_by_part
+from lifelong_moe.plan.disk import DiskNeed, disk_need
+from lifelong_moe.plan.flops import stage_flops
+from lifelong_moe.plan.spec import StageSpec
 from lifelong_moe.routing.config import Bundles
-from lifelong_moe.training.disk import DiskNeed, disk_need
-from lifelong_moe.training.spec import StageSpec
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def _planned(
         architecture=after,
         parameters=count_parameters(after),
         trainable=trainable,
-        flops=spec.flops(after, before),
+        flops=stage_flops(spec, after, before),
     )
 
 

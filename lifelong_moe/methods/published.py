@@ -6,8 +6,8 @@ import dataclasses
 from dataclasses import replace
 
 from lifelong_moe.config import PublishedConfig, RunConfig
-from lifelong_moe.model.architecture import Architecture, first_generation
-from lifelong_moe.model.cost import ParameterCount, count_parameters
+from lifelong_moe.plan.architecture import Architecture, first_generation
+from lifelong_moe.plan.cost import ParameterCount, count_parameters
 
 
 def published_architecture(config: RunConfig) -> Architecture:

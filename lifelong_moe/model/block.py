@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lifelong_moe.model.architecture import Architecture
 from lifelong_moe.model.attention import Attention
 from lifelong_moe.model.cache import LayerCache
 from lifelong_moe.model.config import SharedMix
@@ -20,6 +19,7 @@ from lifelong_moe.model.moe import MoELayer
 from lifelong_moe.model.parts import Part, Place
 from lifelong_moe.ops.document_attention import Documents
 from lifelong_moe.ops.norm import RMSNorm
+from lifelong_moe.plan.architecture import Architecture
 from lifelong_moe.routing.base import Routing, RoutingContext
 from lifelong_moe.routing.registry import build_router
 

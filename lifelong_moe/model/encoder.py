@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lifelong_moe.model.architecture import Architecture
 from lifelong_moe.model.block import Block
 from lifelong_moe.ops.norm import RMSNorm
+from lifelong_moe.plan.architecture import Architecture
 from lifelong_moe.routing.base import Routing, RoutingContext
 
 

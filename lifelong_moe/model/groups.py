@@ -16,7 +16,7 @@ from lifelong_moe.clustering.batches import batches
 from lifelong_moe.clustering.bundles import hashed_groups, prefix_bundles
 from lifelong_moe.clustering.documents import num_chunks, prefix_features
 from lifelong_moe.clustering.kmeans import assign
-from lifelong_moe.model.architecture import Architecture
+from lifelong_moe.plan.architecture import Architecture
 from lifelong_moe.routing.config import Centroids
 
 BATCH_TOKENS = 2**16

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lifelong_moe.model.architecture import Architecture, Generation
 from lifelong_moe.model.attention import rotary_tables
 from lifelong_moe.model.block import Block
 from lifelong_moe.model.buckets import add_missing_tables, table_names
@@ -26,6 +25,7 @@ from lifelong_moe.model.parts import Part, Place
 from lifelong_moe.ops.document_attention import Documents
 from lifelong_moe.ops.losses import linear_cross_entropy, token_nats
 from lifelong_moe.ops.norm import RMSNorm
+from lifelong_moe.plan.architecture import Architecture, Generation
 from lifelong_moe.routing.base import Routing, RoutingContext
 from lifelong_moe.routing.config import Features, Level
 

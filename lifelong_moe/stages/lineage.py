@@ -7,7 +7,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from lifelong_moe.model.architecture import Architecture
+from lifelong_moe.plan.architecture import Architecture
 from lifelong_moe.stages.store import StageStore
 
 

@@ -7,8 +7,8 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from lifelong_moe.errors import ConfigError
-from lifelong_moe.model.architecture import Architecture
 from lifelong_moe.model.parts import expert_tensor
+from lifelong_moe.plan.architecture import Architecture
 from lifelong_moe.stages.lineage import expert_names, grouped_names
 from lifelong_moe.stages.store import CommittedStage
 

@@ -15,7 +15,7 @@ import torch
 from lifelong_moe.data.shards import ShardDocuments, TokenizedCorpus
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.growth.clusters import bundle_centroids
-from lifelong_moe.model.architecture import Architecture
+from lifelong_moe.plan.architecture import Architecture
 from lifelong_moe.routing.config import Bundles, Centroids, RoutingConfig
 from lifelong_moe.stages.keys import SHORT, content_key
 from lifelong_moe.stages.store import CommittedStage, StageStore

@@ -25,11 +25,12 @@ from typing import Any
 from lifelong_moe.data.packing import epochs
 from lifelong_moe.data.shards import TokenizedCorpus
 from lifelong_moe.growth.observe import observe
-from lifelong_moe.model.architecture import Architecture
 from lifelong_moe.model.transformer import LanguageModel
+from lifelong_moe.plan.architecture import Architecture
+from lifelong_moe.plan.flops import loop_flops, stage_flops
+from lifelong_moe.plan.spec import StageSpec
 from lifelong_moe.training.data import text_sample
 from lifelong_moe.training.rollback import MAX_NONFINITE
-from lifelong_moe.training.spec import StageSpec
 
 log = logging.getLogger(__name__)
 
@@ -59,8 +60,8 @@ def stage_metrics(
         "steps": taken.steps,
         "seconds": seconds,
         "tokens_per_second": tokens / seconds,
-        "active_flops": taken.flops(model.architecture, parent),
-        "flops_per_second": taken.loop_flops(model.architecture, parent) / seconds,
+        "active_flops": stage_flops(taken, model.architecture, parent),
+        "flops_per_second": loop_flops(taken, model.architecture, parent) / seconds,
         **_energy([m.get("joules") for m in measured], tokens),
         "data_fraction": sum(m["data_seconds"] for m in measured) / seconds,
         "nonfinite_steps": sum(m["nonfinite_steps"] for m in measured) + rollbacks * MAX_NONFINITE,

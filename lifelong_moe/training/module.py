@@ -20,6 +20,7 @@ from lifelong_moe.growth.observe import model_inputs
 from lifelong_moe.model.offload import Courier, offloaded
 from lifelong_moe.model.transformer import LanguageModel, ModelOutput
 from lifelong_moe.ops.losses import Lesson, distillation_loss, linear_losses
+from lifelong_moe.plan.spec import Phase, StageSpec, Trains
 from lifelong_moe.retention.penalty import WeightAnchor
 from lifelong_moe.retention.teacher import shared_blocks
 from lifelong_moe.retention.teacher_cache import TeacherCache
@@ -30,7 +31,6 @@ from lifelong_moe.training.optimizer import build_optimizer, build_schedule
 from lifelong_moe.training.random_state import RandomState, random_states, restore_random_state
 from lifelong_moe.training.rollback import MAX_NONFINITE, NonfiniteStepsError
 from lifelong_moe.training.shares import with_shares
-from lifelong_moe.training.spec import Phase, StageSpec, Trains
 
 log = logging.getLogger(__name__)
 

@@ -25,6 +25,8 @@ from lifelong_moe.errors import ConfigError, ResourceError, memory_is_full
 from lifelong_moe.evaluation.loss import evaluate
 from lifelong_moe.model.offload import courier_to
 from lifelong_moe.model.transformer import LanguageModel
+from lifelong_moe.plan.flops import loop_flops
+from lifelong_moe.plan.spec import Phase, StageSpec
 from lifelong_moe.retention.teacher_cache import TeacherCache
 from lifelong_moe.routing.config import Features, Level
 from lifelong_moe.stages.store import StageStore
@@ -41,7 +43,6 @@ from lifelong_moe.training.optimizer import phase_parameters, training_only
 from lifelong_moe.training.random_state import seed_rank
 from lifelong_moe.training.ranks import Work, run_ranks
 from lifelong_moe.training.rollback import NonfiniteStepsError, Rollbacks
-from lifelong_moe.training.spec import Phase, StageSpec
 from lifelong_moe.training.stopping import EarlyStopping
 
 
@@ -115,7 +116,7 @@ def train_phase(
         accumulate=config.accumulate_grad_batches,
         num_workers=config.num_workers,
     )
-    step_flops = spec.loop_flops(model.architecture, teacher.architecture if teacher else None) / spec.steps
+    step_flops = loop_flops(spec, model.architecture, teacher.architecture if teacher else None) / spec.steps
     meter = Meter(spec.optim.batch_tokens, step_flops, config.log_every_n_steps, run.rollbacks.count)
     stopping = _stopping(spec, run, corpora[spec.data])
     fit = partial(_fit, module, data, run, meter, environment, stopping)

@@ -17,9 +17,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lifelong_moe.errors import DivergedError
+from lifelong_moe.plan.spec import Phase, StageSpec
 from lifelong_moe.stages.atomic import remove_directory, replace_file
 from lifelong_moe.training.checkpoint import checkpoint_path, checkpoints
-from lifelong_moe.training.spec import Phase, StageSpec
 
 MAX_NONFINITE = 3
 """Steps in a row without a finite loss and gradient after which a stage rolls back."""

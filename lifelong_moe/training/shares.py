@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lifelong_moe.plan.spec import StageSpec
 from lifelong_moe.retention.config import DistillConfig
 from lifelong_moe.retention.teacher import distilled_rows
-from lifelong_moe.training.spec import StageSpec
 
 
 @dataclass(frozen=True)

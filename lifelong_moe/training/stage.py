@@ -25,9 +25,10 @@ from lifelong_moe.growth.clusters import fit_clusters
 from lifelong_moe.growth.config import FrozenWeights
 from lifelong_moe.growth.grow import grow
 from lifelong_moe.growth.shallow import shallow_student
-from lifelong_moe.model.architecture import Architecture
 from lifelong_moe.model.int8 import hold_in_int8, make_whole
 from lifelong_moe.model.transformer import LanguageModel, initialize
+from lifelong_moe.plan.architecture import Architecture
+from lifelong_moe.plan.spec import StageSpec, Trains
 from lifelong_moe.retention.generated import generate_blocks
 from lifelong_moe.retention.penalty import WeightAnchor, fisher_diagonal, make_anchor, mean_fisher
 from lifelong_moe.retention.teacher import make_teacher
@@ -44,7 +45,6 @@ from lifelong_moe.training.module import StageModule
 from lifelong_moe.training.optimizer import freeze_for_finetuning, freeze_trunk
 from lifelong_moe.training.phase import PhaseRun, StageEnvironment, train_phase
 from lifelong_moe.training.rollback import NonfiniteStepsError, read_rollbacks, roll_back
-from lifelong_moe.training.spec import StageSpec, Trains
 
 REVIEW_SEED = 500
 """Added to a stage's seed for the order of its review, which mixes its text anew."""

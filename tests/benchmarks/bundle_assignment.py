@@ -29,10 +29,10 @@ from omegaconf import OmegaConf
 
 from lifelong_moe.data.tokenizer import Tokenizer, train_tokenizer
 from lifelong_moe.growth.clusters import fit_document_clusters
-from lifelong_moe.model.architecture import Architecture, Generation
 from lifelong_moe.model.config import ModelConfig
 from lifelong_moe.model.groups import DocumentClusters
 from lifelong_moe.model.transformer import LanguageModel
+from lifelong_moe.plan.architecture import Architecture, Generation
 from lifelong_moe.routing.config import Bundles, RoutingConfig
 from tests.benchmarks.provenance import keep, made_with
 

@@ -23,8 +23,8 @@ from rich.console import Console
 
 from lifelong_moe.config import build_config
 from lifelong_moe.errors import ConfigError
-from lifelong_moe.model.architecture import Architecture
 from lifelong_moe.model.transformer import LanguageModel
+from lifelong_moe.plan.architecture import Architecture
 from lifelong_moe.retention.config import TrunkConfig
 from lifelong_moe.stages.store import StageStore
 from lifelong_moe.training.config import CheckpointConfig, FrozenConfig

@@ -163,7 +163,7 @@ def test_stopped_between_the_two_acts_of_a_rollback(lab: Path, monkeypatch: pyte
 
 
 def test_a_phase_that_goes_on_in_the_order_reads_nothing_twice(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lifelong_moe.training.spec.HASH_WARMUP", 0.5)
+    monkeypatch.setattr("lifelong_moe.plan.spec.HASH_WARMUP", 0.5)
     routing = {**BEST_ROUTING, "mode": "cluster", "features": "hidden", "sample_tokens": 2048}
     bad = Bad(monkeypatch, {2, 3, 4})  # in the first of two phases
     train(write_config(tiny_config(("fruit",), routing=routing)))

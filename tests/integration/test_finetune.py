@@ -18,8 +18,8 @@ from rich.console import Console
 from lifelong_moe.data.pairs import SEPARATOR, precedes_answer
 from lifelong_moe.data.tokenizer import Tokenizer
 from lifelong_moe.errors import ConfigError, DataError
-from lifelong_moe.model.architecture import Architecture
-from lifelong_moe.model.cost import forward_flops_per_token
+from lifelong_moe.plan.architecture import Architecture
+from lifelong_moe.plan.cost import forward_flops_per_token
 from lifelong_moe.stages.store import StageStore
 from lifelong_moe.training.module import StageModule
 from lifelong_moe.training.stage import load_model

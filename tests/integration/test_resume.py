@@ -192,7 +192,7 @@ def test_killed_in_each_phase_of_clusters_of_hidden_states(
     saved: bool,
     continues: str | None,
 ) -> None:
-    monkeypatch.setattr("lifelong_moe.training.spec.HASH_WARMUP", 0.5)
+    monkeypatch.setattr("lifelong_moe.plan.spec.HASH_WARMUP", 0.5)
     expected, expected_report = uninterrupted("hidden")
     assert expected_report["stages"][0]["training"]["steps"] == STEPS
     write_config(tiny_config(**MODES["hidden"]))
@@ -205,7 +205,7 @@ def test_killed_in_each_phase_of_clusters_of_hidden_states(
 
 
 def test_a_stage_reports_the_time_of_all_its_phases_and_attempts(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lifelong_moe.training.spec.HASH_WARMUP", 0.5)
+    monkeypatch.setattr("lifelong_moe.plan.spec.HASH_WARMUP", 0.5)
     write_config(tiny_config(("fruit",), **MODES["hidden"]))
 
     def count(joules: int) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.model.config import Activation
+from lifelong_moe.plan.spec import StageSpec
 from lifelong_moe.retention.config import TrunkConfig, TrunkTraining
 from lifelong_moe.routing.config import BalanceOver, Bundles, RoutingConfig
 from lifelong_moe.stages.garbage import collect
@@ -22,7 +23,6 @@ from lifelong_moe.stages.store import CommittedStage, StageStore
 from lifelong_moe.training.config import CheckpointConfig, FrozenConfig, Schedule
 from lifelong_moe.training.interrupt import Interrupt
 from lifelong_moe.training.phase import StageEnvironment
-from lifelong_moe.training.spec import StageSpec
 from lifelong_moe.training.stage import _continued, load_model, train_stage
 from pipelines.compare import compare
 from pipelines.workspace import Prepared, prepare

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lifelong_moe.model.architecture import Generation
 from lifelong_moe.model.deltas import BundleSlices, DeltaEmbedding, DeltaLinear, apply_readable
 from lifelong_moe.model.transformer import LanguageModel
+from lifelong_moe.plan.architecture import Generation
 
 BORN = (4, Generation("s1", 2, delta_rank=3), Generation("s2", 2, delta_rank=1))
 MIXES = {

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from lifelong_moe.errors import CheckpointError, ConfigError
 from lifelong_moe.interop.mixtral import from_mixtral, to_mixtral
-from lifelong_moe.model.architecture import Generation
 from lifelong_moe.model.transformer import LanguageModel
+from lifelong_moe.plan.architecture import Generation
 
 transformers = pytest.importorskip("transformers")
 Make = Callable[..., LanguageModel]

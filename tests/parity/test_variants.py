@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lifelong_moe.model.architecture import Architecture, Generation
 from lifelong_moe.model.attention import Attention, rotary_tables
 from lifelong_moe.model.config import ModelConfig, QKNorm
 from lifelong_moe.model.transformer import LanguageModel
+from lifelong_moe.plan.architecture import Architecture, Generation
 from lifelong_moe.routing.config import RoutingConfig
 
 transformers = pytest.importorskip("transformers", reason="parity needs the extra `transformers`")

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from lifelong_moe.config import load_config
 from lifelong_moe.errors import ConfigError
-from lifelong_moe.model.architecture import Architecture, Generation, first_generation
 from lifelong_moe.model.config import ModelConfig
 from lifelong_moe.model.encoder import Encoder
 from lifelong_moe.model.transformer import LanguageModel, initialize
+from lifelong_moe.plan.architecture import Architecture, Generation, first_generation
 from lifelong_moe.routing.config import DEFAULTS, LEAKING, ROUTERS, UNTRAINED, RoutingConfig
 from tests.conftest import ROUTER_KINDS, VOCAB
 

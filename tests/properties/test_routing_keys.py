@@ -16,8 +16,8 @@ from torch import Tensor
 from lifelong_moe.config import RunConfig, apply_override, mode_defaults, section
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.growth.clusters import fit_clusters
-from lifelong_moe.model.architecture import Architecture, Generation, first_generation
 from lifelong_moe.model.transformer import LanguageModel, initialize
+from lifelong_moe.plan.architecture import Architecture, Generation, first_generation
 from lifelong_moe.routing.config import FOR_ENCODERS, ROUTERS, RoutingConfig
 from lifelong_moe.routing.refusals import refuse_idle_keys, refuse_lone_choices
 

@@ -14,8 +14,8 @@ import yaml
 
 from lifelong_moe.config import load_config
 from lifelong_moe.methods.plan import PlannedStage, chain, plan_stages
-from lifelong_moe.model.cost import forward_flops_per_token, pass_flops
-from lifelong_moe.model.products import Text
+from lifelong_moe.plan.cost import forward_flops_per_token, pass_flops
+from lifelong_moe.plan.products import Text
 
 ROOT = Path(__file__).parents[2]
 BUNDLES = """model.experts=8 stage_defaults.grow.experts=4 stage_defaults.grow.router=copy routing.bundles=cluster

@@ -15,17 +15,21 @@ ROOT = Path(__file__).parents[2]
 
 FLOORS = [
     {"errors"},
-    {"ops"},
-    {"routing", "clustering", "data"},
-    {"model"},
-    {"growth", "retention", "evaluation", "interop"},
-    {"stages", "tracking"},
-    {"training", "retraining"},
+    {"ops", "storage"},
     {"config"},
+    {"routing", "clustering", "data"},
+    {"plan"},
+    {"model", "stages"},
+    {"growth", "retention", "evaluation", "interop"},
+    {"tracking"},
+    {"training", "retraining"},
     {"methods"},
     {"pipelines"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+
+CONFIG_FILES = {"config", "refusals", "switching", "parts"}
+"""Files of any room that belong to the room ``config``: what a configuration is made of and checked by."""
 
 ONLY_IN = {
     "faiss": "clustering",
@@ -40,7 +44,7 @@ FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "mars
 FORBIDDEN_NAMES = {"torch.load", "torch.jit.load", "faiss.read_index"}
 FORBIDDEN_ENDINGS = {"load_from_checkpoint", "pyfunc.load_model", "read_index"}
 
-TORCH_FREE = ["errors.py", "config.py", "*/config.py", "model/cost.py", "methods/comparison.py"]
+TORCH_FREE = ["errors.py", "config.py", "*/config.py", "plan/*.py", "methods/comparison.py"]
 HEAVY = ["torch", "lightning", "mlflow", "faiss", "transformers", "datasets"]
 
 
@@ -48,7 +52,9 @@ def room_of(dotted: str) -> str | None:
     """Room that a dotted module name of ours stands in; None for other packages and for bare ``lifelong_moe``."""
     parts = dotted.split(".")
     if parts[0] == "lifelong_moe":
-        return parts[1] if len(parts) > 1 else None
+        if parts[1:3] == ["stages", "keys"]:
+            return "storage"
+        return "config" if CONFIG_FILES & set(parts[1:3]) else parts[1] if len(parts) > 1 else None
     return "pipelines" if parts[0] == "pipelines" else None
 
 
@@ -56,7 +62,7 @@ def sources(root: Path) -> Iterator[tuple[str, str, ast.Module]]:
     """Each file of both packages: its name, its room (``""`` for ``lifelong_moe/__init__.py``), its tree."""
     for path in sorted([*root.glob("lifelong_moe/**/*.py"), *root.glob("pipelines/**/*.py")]):
         name = path.relative_to(root)
-        room = "pipelines" if name.parts[0] == "pipelines" else name.parts[1].removesuffix(".py")
+        room = room_of(".".join(name.with_suffix("").parts)) or ""
         yield str(name), room.removeprefix("__init__"), ast.parse(path.read_text(encoding="utf-8"))
 
 

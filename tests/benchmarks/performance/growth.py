@@ -23,9 +23,9 @@ from lifelong_moe.growth.grow import grow
 from lifelong_moe.growth.observe import observe
 from lifelong_moe.methods.graph import stage_specs
 from lifelong_moe.model.transformer import LanguageModel
+from lifelong_moe.plan.spec import StageSpec
 from lifelong_moe.retention.teacher import make_teacher
 from lifelong_moe.training.optimizer import freeze_trunk
-from lifelong_moe.training.spec import StageSpec
 from lifelong_moe.training.stage import _unchanging
 from tests.benchmarks.performance.clock import timed
 from tests.benchmarks.performance.goals import judged

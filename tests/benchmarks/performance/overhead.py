@@ -23,6 +23,7 @@ from rich.console import Console
 from lifelong_moe.data.blocks import BlockDataset, BlockSource
 from lifelong_moe.data.order import SampleOrder, StepBatchSampler
 from lifelong_moe.data.shards import TokenizedCorpus, TokenShard
+from lifelong_moe.plan.spec import StageSpec
 from lifelong_moe.stages.store import StageStore
 from lifelong_moe.training.config import CheckpointConfig, FrozenConfig, TrainerConfig
 from lifelong_moe.training.data import StepLoader
@@ -30,7 +31,6 @@ from lifelong_moe.training.interrupt import Interrupt
 from lifelong_moe.training.module import StageModule
 from lifelong_moe.training.phase import PhaseRun, StageEnvironment, train_phase
 from lifelong_moe.training.rollback import Rollbacks
-from lifelong_moe.training.spec import StageSpec
 from tests.benchmarks.performance.clock import Ratio, ratio, timed
 from tests.benchmarks.performance.goals import judged
 from tests.benchmarks.performance.subjects import DEVICE, REFERENCE, Size, Step, our_step, stage_spec

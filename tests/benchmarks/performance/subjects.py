@@ -19,14 +19,14 @@ from torch import Tensor
 from lifelong_moe.config import build_config
 from lifelong_moe.interop.mixtral import to_mixtral
 from lifelong_moe.methods.graph import stage_specs
-from lifelong_moe.model.architecture import Architecture, Generation
 from lifelong_moe.model.config import ModelConfig
 from lifelong_moe.model.transformer import LanguageModel, initialize
+from lifelong_moe.plan.architecture import Architecture, Generation
+from lifelong_moe.plan.spec import StageSpec
 from lifelong_moe.retention.config import DistillConfig
 from lifelong_moe.routing.config import RoutingConfig
 from lifelong_moe.training.module import StageModule
 from lifelong_moe.training.shares import with_shares
-from lifelong_moe.training.spec import StageSpec
 
 Step = Callable[[], float]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

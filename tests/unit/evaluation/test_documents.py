@@ -11,8 +11,8 @@ from lifelong_moe.data.shards import TokenShard
 from lifelong_moe.data.windows import evaluation_windows
 from lifelong_moe.evaluation.documents import generation_shares, measure_documents
 from lifelong_moe.evaluation.loss import evaluate
-from lifelong_moe.model.architecture import Architecture, Generation
 from lifelong_moe.model.transformer import LanguageModel
+from lifelong_moe.plan.architecture import Architecture, Generation
 
 Make = Callable[..., LanguageModel]
 LENGTHS = (9, 40, 3, 21)

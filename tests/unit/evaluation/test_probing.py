@@ -22,8 +22,8 @@ from lifelong_moe.evaluation.probing import (
     shuffled_experts,
 )
 from lifelong_moe.evaluation.specialization import derangement
-from lifelong_moe.model.architecture import Architecture, Generation
 from lifelong_moe.model.transformer import LanguageModel, initialize
+from lifelong_moe.plan.architecture import Architecture, Generation
 
 Make = Callable[..., LanguageModel]
 CONTEXT = 16

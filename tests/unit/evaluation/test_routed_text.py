@@ -11,7 +11,7 @@ import numpy as np
 from lifelong_moe.data.tokenizer import train_tokenizer
 from lifelong_moe.evaluation.probing import Observation
 from lifelong_moe.evaluation.routed_text import RoutedText, describe, html_page, route_text, token_pieces, visible
-from lifelong_moe.model.architecture import Architecture
+from lifelong_moe.plan.architecture import Architecture
 
 Make = Callable[..., Architecture]
 TEXTS = {1: "<b>", 2: '"&\n', 3: "\x1b[31m"}

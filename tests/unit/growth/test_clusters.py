@@ -12,8 +12,8 @@ from torch import Tensor
 from lifelong_moe.growth.clusters import fit_clusters
 from lifelong_moe.growth.config import GrowConfig
 from lifelong_moe.growth.grow import grow
-from lifelong_moe.model.architecture import Architecture, Generation
 from lifelong_moe.model.transformer import LanguageModel, initialize
+from lifelong_moe.plan.architecture import Architecture, Generation
 from lifelong_moe.routing.cluster import TokenClusterRouter
 from lifelong_moe.routing.config import Bundles, Centroids, HashTable
 

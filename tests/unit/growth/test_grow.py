@@ -20,9 +20,9 @@ from lifelong_moe.growth.grow import grow, most_used
 from lifelong_moe.growth.noop import behavior, check_noop
 from lifelong_moe.growth.observe import observe, sample_logits
 from lifelong_moe.methods.graph import stage_specs
-from lifelong_moe.model.architecture import Generation
 from lifelong_moe.model.feedforward import FeedForward
 from lifelong_moe.model.transformer import LanguageModel
+from lifelong_moe.plan.architecture import Generation
 from lifelong_moe.routing.base import Router, Routing
 from lifelong_moe.training.optimizer import build_optimizer
 from tests.conftest import build_raw

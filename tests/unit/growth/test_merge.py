@@ -11,8 +11,8 @@ import torch
 
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.growth.merge import closest_pair, expert_outputs, merge_experts, output_similarity, weighted
-from lifelong_moe.model.architecture import Generation
 from lifelong_moe.model.transformer import LanguageModel
+from lifelong_moe.plan.architecture import Generation
 
 Make = Callable[..., LanguageModel]
 

@@ -10,7 +10,7 @@ import torch
 
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.growth.remove import remove_generation, renamed, without_generation
-from lifelong_moe.model.architecture import Architecture, Generation
+from lifelong_moe.plan.architecture import Architecture, Generation
 from lifelong_moe.routing.config import Centroids
 
 MakeArchitecture = Callable[..., Architecture]

@@ -11,8 +11,8 @@ from lifelong_moe.config import Method, RunConfig
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.methods.graph import RECIPES, stage_specs
 from lifelong_moe.methods.plan import PlannedStage, chain, plan_stages
+from lifelong_moe.plan.spec import StageSpec
 from lifelong_moe.retention.config import DistillText, PenaltyKind, ReplaySource
-from lifelong_moe.training.spec import StageSpec
 
 MakeRun = Callable[..., RunConfig]
 TOKENIZER = {"recipe": {"vocab_size": 300}, "hash": "t", "vocab_size": 300}

@@ -7,7 +7,7 @@ import pytest
 from lifelong_moe.config import Method, RunConfig
 from lifelong_moe.methods.graph import stage_specs
 from lifelong_moe.methods.plan import PlannedStage, plan_stages
-from lifelong_moe.model.cost import count_parameters
+from lifelong_moe.plan.cost import count_parameters
 
 MakeRun = Callable[..., RunConfig]
 HASHES = {"english": "e", "python": "p"}

@@ -12,9 +12,9 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from lifelong_moe.errors import ConfigError
-from lifelong_moe.model.architecture import Architecture, Generation
 from lifelong_moe.model.config import ModelConfig
 from lifelong_moe.model.encoder import Encoder
+from lifelong_moe.plan.architecture import Architecture, Generation
 from lifelong_moe.routing.base import Router, RoutingContext
 from lifelong_moe.routing.config import CapacityConfig, Counts, Priority, RoutingConfig
 from lifelong_moe.routing.registry import build_router

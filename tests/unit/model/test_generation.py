@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from lifelong_moe.errors import ConfigError
-from lifelong_moe.model.architecture import Generation
 from lifelong_moe.model.cache import KeyValueCache
 from lifelong_moe.model.generation import generate, generate_batch, sample_token
 from lifelong_moe.model.groups import label_group
 from lifelong_moe.model.transformer import LanguageModel
+from lifelong_moe.plan.architecture import Generation
 
 Make = Callable[..., LanguageModel]
 PROMPT = [5, 17, 3]

@@ -13,11 +13,11 @@ import torch
 from lifelong_moe.config import load_config
 from lifelong_moe.growth.remove import renamed
 from lifelong_moe.methods.graph import stage_specs
-from lifelong_moe.model.architecture import Architecture, Generation, first_generation
 from lifelong_moe.model.config import ModelConfig, SharedMix
-from lifelong_moe.model.cost import parameters_by_part
 from lifelong_moe.model.parts import Part, Place, TensorName, expert_tensor, router_rows
 from lifelong_moe.model.transformer import LanguageModel
+from lifelong_moe.plan.architecture import Architecture, Generation, first_generation
+from lifelong_moe.plan.cost import parameters_by_part
 from lifelong_moe.routing.config import Bundles, RoutingConfig
 
 PRESETS = sorted((Path(__file__).resolve().parents[3] / "configs/presets").glob("*.yaml"))

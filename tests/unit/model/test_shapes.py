@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 
 from lifelong_moe.errors import ConfigError
-from lifelong_moe.model.architecture import Architecture, Generation, first_generation
 from lifelong_moe.model.attention import softcapped_attention
 from lifelong_moe.model.cache import KeyValueCache
 from lifelong_moe.model.config import Activation, ModelConfig, QKNorm, SharedMix
-from lifelong_moe.model.cost import count_parameters, forward_flops_per_token
 from lifelong_moe.model.feedforward import FeedForward
 from lifelong_moe.model.transformer import LanguageModel, initialize
+from lifelong_moe.plan.architecture import Architecture, Generation, first_generation
+from lifelong_moe.plan.cost import count_parameters, forward_flops_per_token
 from lifelong_moe.routing.config import RoutingConfig
 from tests.conftest import VOCAB
 

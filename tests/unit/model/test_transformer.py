@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lifelong_moe.model.architecture import Architecture, Generation
 from lifelong_moe.model.attention import rotary_tables, rotate
 from lifelong_moe.model.cache import KeyValueCache
 from lifelong_moe.model.transformer import LanguageModel, initialize
 from lifelong_moe.ops.document_attention import document_attention_mask
+from lifelong_moe.plan.architecture import Architecture, Generation
 from lifelong_moe.routing.base import Router
 from lifelong_moe.routing.cluster import TokenClusterRouter
 

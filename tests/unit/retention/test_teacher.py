@@ -9,9 +9,9 @@ from torch import Tensor
 
 from lifelong_moe.growth.config import ExpertInit, GrowConfig
 from lifelong_moe.growth.grow import grow
-from lifelong_moe.model.architecture import Generation
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.ops.losses import distillation_loss
+from lifelong_moe.plan.architecture import Generation
 from lifelong_moe.retention.config import (
     DistillConfig,
     DistillText,

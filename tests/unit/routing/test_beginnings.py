@@ -13,9 +13,9 @@ from torch import Tensor
 
 from lifelong_moe.growth.config import ExpertInit, GrowConfig, RouterInit
 from lifelong_moe.growth.grow import grow
-from lifelong_moe.model.architecture import Generation
 from lifelong_moe.model.config import Activation
 from lifelong_moe.model.transformer import LanguageModel
+from lifelong_moe.plan.architecture import Generation
 
 Make = Callable[..., LanguageModel]
 Batch = Callable[..., dict[str, Tensor]]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lifelong_moe.model.architecture import Architecture, Generation
+from lifelong_moe.plan.architecture import Architecture, Generation
 from lifelong_moe.stages.lineage import expert_names, grouped_names, work_under_way
 
 

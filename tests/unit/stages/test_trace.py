@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from lifelong_moe.errors import ConfigError
-from lifelong_moe.model.architecture import Architecture, Generation
 from lifelong_moe.model.parts import expert_tensor
+from lifelong_moe.plan.architecture import Architecture, Generation
 from lifelong_moe.stages.store import WEIGHTS, CommittedStage
 from lifelong_moe.stages.trace import readers, trace_expert, trained_experts
 

@@ -16,11 +16,11 @@ from torch.utils.data import DataLoader
 from lifelong_moe.config import RunConfig
 from lifelong_moe.errors import CorruptError, DivergedError
 from lifelong_moe.methods.graph import stage_specs
-from lifelong_moe.model.architecture import Generation, first_generation
 from lifelong_moe.model.config import ModelConfig
 from lifelong_moe.model.moe import no_routing
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.ops.losses import distillation_loss
+from lifelong_moe.plan.architecture import Generation, first_generation
 from lifelong_moe.retention.penalty import WeightAnchor, make_anchor
 from lifelong_moe.retention.teacher import make_teacher
 from lifelong_moe.routing.base import RouterLoss, Routing

@@ -13,8 +13,9 @@ from lifelong_moe.config import RunConfig
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.methods.graph import stage_specs
 from lifelong_moe.methods.plan import trainable_parameters
-from lifelong_moe.model.architecture import Architecture, Generation
 from lifelong_moe.model.transformer import LanguageModel, initialize
+from lifelong_moe.plan.architecture import Architecture, Generation
+from lifelong_moe.plan.spec import StageSpec
 from lifelong_moe.retention.config import TrunkTraining
 from lifelong_moe.training.config import FinetuneConfig, OptimConfig, Schedule, Trainable
 from lifelong_moe.training.optimizer import (
@@ -28,7 +29,6 @@ from lifelong_moe.training.optimizer import (
     rate_factor,
     training_only,
 )
-from lifelong_moe.training.spec import StageSpec
 from lifelong_moe.training.stage import _unchanging
 
 Make = Callable[..., LanguageModel]

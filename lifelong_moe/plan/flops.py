@@ -7,25 +7,34 @@ learned, dropped tokens and documents kept apart make them fewer, and recomputat
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
-from lifelong_moe.model.architecture import Architecture
-from lifelong_moe.model.cost import forward_flops_per_token, pass_flops
 from lifelong_moe.model.parts import Part
-from lifelong_moe.model.products import Text, TokenProducts, Trains, pass_products
+from lifelong_moe.plan.architecture import Architecture
+from lifelong_moe.plan.cost import forward_flops_per_token, pass_flops
+from lifelong_moe.plan.products import Text, TokenProducts, Trains, pass_products
+from lifelong_moe.plan.spec import Phase, StageSpec
 from lifelong_moe.retention.config import WRITTEN_AT_ONCE, DistillText
 
-if TYPE_CHECKING:
-    from lifelong_moe.training.spec import Phase, StageSpec
+
+def stage_flops(spec: StageSpec, architecture: Architecture, parent: Architecture | None) -> int:
+    """FLOPs of a stage, those of the parent's model included: as teacher, writing, and measuring its weights.
+
+    Args:
+        spec: The stage.
+        architecture: The model at its end.
+        parent: The model that it continues.
+    """
+    before = 0 if parent is None else _preparation_flops(spec, parent)
+    return before + loop_flops(spec, architecture, parent)
 
 
 def loop_flops(spec: StageSpec, architecture: Architecture, parent: Architecture | None) -> int:
-    """Of the training loop: the model's passes, and those in which the parent's teaches it."""
+    """Those of the training loop: the model's passes, and those in which the parent's teaches it."""
     flops = sum(_phase_flops(spec, phase, architecture) for phase in spec.phases())
     return flops if parent is None else flops + _teacher_flops(spec, architecture, parent)
 
 
-def preparation_flops(spec: StageSpec, parent: Architecture) -> int:
+def _preparation_flops(spec: StageSpec, parent: Architecture) -> int:
     """Of the parent's model before the loop: what it writes, and what its weights are measured on."""
     blocks, context = sum(spec.written_blocks), spec.model.context
     mixed = Text.mixed(parent)

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from lifelong_moe.errors import ConfigError
-from lifelong_moe.model.architecture import Architecture
 from lifelong_moe.model.transformer import LanguageModel
-from lifelong_moe.stages.derived import commit_derived, derived_stage, generation_of, what_remains
+from lifelong_moe.plan.architecture import Architecture
 from lifelong_moe.stages.store import CommittedStage, StageStore
+from lifelong_moe.training.derived import commit_derived, derived_stage, generation_of, what_remains
 
 KEY, HOLDER = "ab" * 32, "cd" * 32
 

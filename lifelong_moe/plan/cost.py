@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from lifelong_moe.model.architecture import Architecture
 from lifelong_moe.model.config import Activation, ModelConfig, QKNorm, SharedMix
 from lifelong_moe.model.parts import Part
-from lifelong_moe.model.products import Text, TokenProducts, group_rows, nothing, pass_products, rows_an_expert
+from lifelong_moe.plan.architecture import Architecture
+from lifelong_moe.plan.products import Text, TokenProducts, group_rows, nothing, pass_products, rows_an_expert
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def pass_flops(architecture: Architecture, text: Text) -> int:
 def training_flops(architecture: Architecture, tokens: int, teacher: Architecture | None, teacher_tokens: int) -> int:
     """Three forward passes' worth a token, and the teacher's forward passes: a yardstick from the shape alone.
 
-    What a stage takes, with what it leaves frozen, is ``StageSpec.flops``.
+    What a stage takes, with what it leaves frozen, is :func:`lifelong_moe.plan.flops.stage_flops`.
     """
     student = 3 * forward_flops_per_token(architecture) * tokens
     return student + (forward_flops_per_token(teacher) * teacher_tokens if teacher else 0)

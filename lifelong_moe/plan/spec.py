@@ -8,9 +8,9 @@ from enum import StrEnum
 from typing import Any
 
 from lifelong_moe.growth.config import GrowConfig
-from lifelong_moe.model.architecture import Architecture, Generation, first_generation
 from lifelong_moe.model.config import ModelConfig
 from lifelong_moe.model.parts import Part
+from lifelong_moe.plan.architecture import Architecture, Generation, first_generation
 from lifelong_moe.retention.config import (
     DistillConfig,
     DistillText,
@@ -24,7 +24,6 @@ from lifelong_moe.retention.config import (
 from lifelong_moe.routing.config import Features, Level, RoutingConfig
 from lifelong_moe.stages.keys import SCHEMA, content_key
 from lifelong_moe.training.config import FinetuneConfig, OptimConfig
-from lifelong_moe.training.flops import loop_flops, preparation_flops
 
 HASH_WARMUP = 0.1
 """Share of the first stage that trains with hash routing before centroids of hidden states are fitted."""
@@ -265,15 +264,6 @@ class StageSpec:
         if generation is not None:
             return architecture.trains(generation)
         return self.trunk is None or not self.trunk.is_frozen or self.student is not None
-
-    def flops(self, architecture: Architecture, parent: Architecture | None) -> int:
-        """FLOPs of the stage, included those of the parent's model: as teacher, writing, and measuring its weights."""
-        before = 0 if parent is None else preparation_flops(self, parent)
-        return before + self.loop_flops(architecture, parent)
-
-    def loop_flops(self, architecture: Architecture, parent: Architecture | None) -> int:
-        """Those of them within the training loop: what the parent's model writes or is measured on comes before it."""
-        return loop_flops(self, architecture, parent)
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON data."""

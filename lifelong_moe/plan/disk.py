@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lifelong_moe.errors import ResourceError
+from lifelong_moe.plan.spec import StageSpec
 from lifelong_moe.training.config import CheckpointConfig, TrainerConfig
-from lifelong_moe.training.spec import StageSpec
 
 BYTES = {"32-true": 4, "bf16-mixed": 4, "bf16-true": 2}
 """Of a number that is trained, and of each of its two moments."""

@@ -16,8 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lifelong_moe.config import RunConfig
 from lifelong_moe.methods.graph import stage_specs
-from lifelong_moe.model.architecture import Architecture
 from lifelong_moe.model.transformer import LanguageModel, initialize
+from lifelong_moe.plan.architecture import Architecture
+from lifelong_moe.plan.flops import loop_flops, stage_flops
+from lifelong_moe.plan.spec import Phase, StageSpec
 from lifelong_moe.retention.generated import generate_blocks
 from lifelong_moe.retention.penalty import fisher_diagonal
 from lifelong_moe.retention.teacher import make_teacher
@@ -25,7 +27,6 @@ from lifelong_moe.routing.cluster import TokenClusterRouter
 from lifelong_moe.training.execution import documents_apart
 from lifelong_moe.training.module import StageModule
 from lifelong_moe.training.optimizer import freeze_for_finetuning, freeze_trunk, phase_parameters, training_only
-from lifelong_moe.training.spec import Phase, StageSpec
 from lifelong_moe.training.stage import _unchanging
 
 MakeRun = Callable[..., RunConfig]
@@ -247,7 +248,7 @@ def check(make_run: MakeRun, *overrides: str) -> None:
     for spec, after in zip(specs, made, strict=True):
         parent = None if spec.parent is None else made[spec.parent]
         found = measured(spec, parent, after)
-        assert spec.loop_flops(after, parent) == pytest.approx(found, rel=0.02), spec.name
+        assert loop_flops(spec, after, parent) == pytest.approx(found, rel=0.02), spec.name
 
 
 @pytest.mark.parametrize("overrides", CASES.values(), ids=CASES.keys())
@@ -261,7 +262,7 @@ def test_what_a_pass_costs_however_many_tokens_it_has_is_counted_by_the_pass(mak
     for micro_batches in (1, 4):
         (_, spec), (parent, after) = planned(make_run, *DELTAS, f"trainer.accumulate_grad_batches={micro_batches}")
         found.append(measured(spec, parent, after))
-        said.append(spec.loop_flops(after, parent))
+        said.append(loop_flops(spec, after, parent))
     assert found[1] > 1.001 * found[0]
     assert said[1] - said[0] == pytest.approx(found[1] - found[0], rel=0.02)
 
@@ -291,7 +292,7 @@ def test_what_weights_are_measured_on_is_what_runs(make_run: MakeRun, overrides:
     with documents_apart([model] if spec.finetune else []):
         found = counted(lambda: fisher_diagonal(model, batch))
     assert spec.fisher_measured_tokens == 320
-    assert spec.flops(after, parent) - spec.loop_flops(after, parent) == pytest.approx(found, rel=0.02)
+    assert stage_flops(spec, after, parent) - loop_flops(spec, after, parent) == pytest.approx(found, rel=0.02)
 
 
 @pytest.mark.parametrize("overrides", [(), (*DELTAS, "routing.chunk_tokens=1")], ids=["plain", "deltas"])
@@ -308,4 +309,4 @@ def test_what_the_old_model_writes_is_what_runs(make_run: MakeRun, overrides: tu
 
     kwargs: Any = {"context": CONTEXT, "bos_id": 0, "seed": 0, "group_ids_of": group_ids_of}
     found = counted(lambda: generate_blocks(model, blocks, **kwargs))
-    assert spec.flops(after, parent) - spec.loop_flops(after, parent) == pytest.approx(found, rel=0.02)
+    assert stage_flops(spec, after, parent) - loop_flops(spec, after, parent) == pytest.approx(found, rel=0.02)

@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from lifelong_moe.model.architecture import Architecture
 from lifelong_moe.model.config import Activation, SharedMix
 from lifelong_moe.model.parts import Part
+from lifelong_moe.plan.architecture import Architecture
 
 Trains = Callable[[Part, int | None], bool]
 """Whether a part trains: of a generation, or, with None, of what all generations share."""

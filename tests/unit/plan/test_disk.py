@@ -13,8 +13,7 @@ import pytest
 from lifelong_moe.config import RunConfig
 from lifelong_moe.errors import ResourceError
 from lifelong_moe.methods.graph import stage_specs
-from lifelong_moe.training.config import CheckpointConfig, FinetuneConfig, TrainerConfig
-from lifelong_moe.training.disk import (
+from lifelong_moe.plan.disk import (
     POINT_BYTES,
     RECORD_BYTES,
     DiskNeed,
@@ -23,6 +22,7 @@ from lifelong_moe.training.disk import (
     run_need,
     used_space,
 )
+from lifelong_moe.training.config import CheckpointConfig, FinetuneConfig, TrainerConfig
 
 RECORDS = RECORD_BYTES + POINT_BYTES
 """Ten steps give one point of the curves."""

@@ -8,10 +8,11 @@ import pytest
 
 from lifelong_moe.config import RunConfig
 from lifelong_moe.methods.graph import stage_specs
-from lifelong_moe.model.cost import forward_flops_per_token
+from lifelong_moe.plan.cost import forward_flops_per_token
+from lifelong_moe.plan.flops import loop_flops, stage_flops
+from lifelong_moe.plan.spec import Phase, StageSpec, Trains
 from lifelong_moe.retention.config import ReplaySource
 from lifelong_moe.training.config import FinetuneConfig
-from lifelong_moe.training.spec import Phase, StageSpec, Trains
 
 MakeRun = Callable[..., RunConfig]
 TOKENIZER = {"recipe": {"vocab_size": 300}, "hash": "t"}
@@ -147,7 +148,7 @@ def test_flops_include_the_teacher_s(make_run: MakeRun) -> None:
     parent = stage_specs(make_run())[0].architecture(None, 300, 0)
     after = spec.architecture(parent, 300, 0)
     alone = dataclasses.replace(spec, distill=None)
-    assert spec.flops(after, parent) == alone.flops(after, parent) + 160 * forward_flops_per_token(parent)
+    assert stage_flops(spec, after, parent) == stage_flops(alone, after, parent) + 160 * forward_flops_per_token(parent)
 
 
 @pytest.mark.parametrize(
@@ -167,8 +168,8 @@ def test_flops_include_the_fisher_pass(make_run: MakeRun, penalty: str, buffer: 
     specs = stage_specs(make_run(*off, f"stage_defaults.penalty={penalty}", stages=stages))
     parent = specs[0].architecture(None, 300, 0)
     after = specs[1].architecture(parent, 300, 0)
-    loop = specs[1].loop_flops(after, parent)
-    assert specs[1].flops(after, parent) == loop + 3 * measured * forward_flops_per_token(parent)
+    loop = loop_flops(specs[1], after, parent)
+    assert stage_flops(specs[1], after, parent) == loop + 3 * measured * forward_flops_per_token(parent)
     assert [spec.fisher_measured_tokens for spec in specs] == [0, measured, measured, measured]
     # Three passes' worth but for the weight gradients that frozen experts leave out.
     assert 2 * 640 * forward_flops_per_token(after) < loop < 3 * 640 * forward_flops_per_token(after)
@@ -236,9 +237,9 @@ def test_tokens_that_the_parent_writes_count_as_the_teacher_s(make_run: MakeRun)
     parent = stage_specs(make_run())[0].architecture(None, 300, 0)
     after = spec.architecture(parent, 300, 0)
     written = 160 * forward_flops_per_token(parent)
-    assert spec.flops(after, parent) - spec.loop_flops(after, parent) == written  # before the training loop
+    assert stage_flops(spec, after, parent) - loop_flops(spec, after, parent) == written  # before the training loop
     alone = dataclasses.replace(spec, distill=None)
-    assert spec.loop_flops(after, parent) == alone.loop_flops(after, parent) + written  # distilled on
+    assert loop_flops(spec, after, parent) == loop_flops(alone, after, parent) + written  # distilled on
 
 
 def test_the_architecture_at_the_end(make_run: MakeRun) -> None:

@@ -9,10 +9,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from lifelong_moe.model.architecture import Architecture, Generation
-from lifelong_moe.model.cost import count_parameters, forward_flops_per_token, pass_flops, training_flops
-from lifelong_moe.model.products import Text
 from lifelong_moe.model.transformer import LanguageModel
+from lifelong_moe.plan.architecture import Architecture, Generation
+from lifelong_moe.plan.cost import count_parameters, forward_flops_per_token, pass_flops, training_flops
+from lifelong_moe.plan.products import Text
 
 Make = Callable[..., LanguageModel]
 SHAPES: list[dict[str, Any]] = [
