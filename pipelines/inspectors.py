@@ -159,7 +159,7 @@ def generate(
         raise ConfigError("the prompt is not UTF-8.")
     store, committed = open_stage(run, stage)
     check_label(committed, label, console)
-    from lifelong_moe.model.generation import generate as sample
+    from lifelong_moe.model.sampling import sample
 
     tokenizer = Tokenizer.from_text(store.tokenizer(committed))
     model = _loaded(run, store, committed, int8=int8)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lifelong_moe.model.cache import KeyValueCache
 from lifelong_moe.model.transformer import LanguageModel
+from lifelong_moe.plan.architecture import Architecture
 from lifelong_moe.retention.config import WRITTEN_AT_ONCE
 
 GroupIdsOf = Callable[[NDArray[np.int64]], NDArray[np.int64]]
@@ -26,7 +27,6 @@ def generate_blocks(
     num_blocks: int,
     *,
     context: int,
-    bos_id: int,
     seed: int,
     temperature: float = 1.0,
     batch_size: int = WRITTEN_AT_ONCE,
@@ -44,7 +44,6 @@ def generate_blocks(
         model: On any device; used in evaluation mode and left in its own.
         num_blocks: How many.
         context: Tokens of a training block (S). It costs ``num_blocks * context`` tokens' forward passes.
-        bos_id: Begins every block and every document.
         seed: Of the sampling, not negative.
         temperature: Divides the logits; 1 samples what the model believes.
         batch_size: Blocks written at a time; bounds memory.
@@ -63,7 +62,7 @@ def generate_blocks(
     """
     if context < 1 or batch_size < 1 or not temperature > 0:
         raise ValueError(f"context={context}, batch_size={batch_size} and temperature={temperature} must be positive")
-    blocks = np.full((num_blocks, context + 1), bos_id, dtype=np.int64)
+    blocks = np.full((num_blocks, context + 1), model.architecture.bos_id, dtype=np.int64)
     training = model.training
     model.eval()
     try:
@@ -71,7 +70,7 @@ def generate_blocks(
             part = blocks[start : start + batch_size]
             numbers = range(start, start + len(part))
             uniform_BS = np.stack([_uniform(seed, number, context) for number in numbers])
-            _fill(model, part, uniform_BS, bos_id, temperature, group_ids_of)
+            _fill(model, part, uniform_BS, temperature, group_ids_of)
     finally:
         model.train(training)
     return blocks
@@ -86,13 +85,12 @@ def _fill(
     model: LanguageModel,
     tokens: NDArray[np.int64],
     uniform_BS: NDArray[np.float32],
-    bos_id: int,
     temperature: float,
     group_ids_of: GroupIdsOf | None,
 ) -> None:
     """Write over all columns ``(B, S + 1)`` but the first, column by column."""
     uniform = torch.from_numpy(uniform_BS).to(model.embedding.weight.device)
-    documents = _Documents(len(tokens), model.architecture.routing.chunk_tokens, bos_id, group_ids_of)
+    documents = _Documents(len(tokens), model.architecture, group_ids_of)
     cache = KeyValueCache(len(model.blocks), uniform_BS.shape[1])
     for t in range(uniform_BS.shape[1]):
         documents.read(tokens, t)
@@ -131,8 +129,12 @@ def sample_tokens(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
 class _Documents:
     """Each row's document under way, and its group; asked anew at chunk borders, counted from its start."""
 
-    def __init__(self, num_rows: int, chunk: int, bos_id: int, group_ids_of: GroupIdsOf | None) -> None:
-        self.chunk, self.bos_id, self.group_ids_of = chunk, bos_id, group_ids_of
+    def __init__(self, num_rows: int, architecture: Architecture, group_ids_of: GroupIdsOf | None) -> None:
+        self.chunk, self.bos_id, self.group_ids_of = (
+            architecture.routing.chunk_tokens,
+            architecture.bos_id,
+            group_ids_of,
+        )
         self.begins = np.zeros(num_rows, dtype=np.int64)
         """Column of its BOS, which tells it from others, int64 ``(B,)``."""
         self.groups = np.zeros(num_rows, dtype=np.int64)

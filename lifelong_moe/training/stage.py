@@ -267,7 +267,6 @@ def _generated_text(
                 model,
                 blocks,
                 context=context,
-                bos_id=model.architecture.bos_id,
                 seed=seed,
                 group_ids_of=None if clusters is None else clusters.group_ids,
             )

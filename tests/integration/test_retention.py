@@ -387,7 +387,7 @@ def test_ewc_without_stored_text(lab: Path) -> None:
     assert report["stages"][1]["weights_sha256"] != without["stages"][1]["weights_sha256"]
 
     model = load_model(store, first)
-    rows = generate_blocks(model, 3, context=32, bos_id=prepared.data.tokenizer.bos_id, seed=1000)
+    rows = generate_blocks(model, 3, context=32, seed=1000)
     tokens = torch.from_numpy(rows)
     expected = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     model.eval()

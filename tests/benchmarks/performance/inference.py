@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lifelong_moe.interop.mixtral import to_mixtral
-from lifelong_moe.model.generation import generate_batch
+from lifelong_moe.model.sampling import sample_batch
 from lifelong_moe.model.transformer import LanguageModel
 from tests.benchmarks.performance.clock import Ratio, ratio, timed
 from tests.benchmarks.performance.subjects import DEVICE, DTYPE, REFERENCE, load_mixtral
@@ -51,7 +51,7 @@ def build_prompts(batch: int) -> list[list[int]]:
 def ours(model: LanguageModel, batch: int, new: int) -> Action:
     """Our greedy continuation."""
     prompts = build_prompts(batch)
-    return lambda: generate_batch(model, prompts, max_new_tokens=new, temperature=0)
+    return lambda: sample_batch(model, prompts, max_new_tokens=new, temperature=0)
 
 
 def build_peer(model: LanguageModel) -> Any:

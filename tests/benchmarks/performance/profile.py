@@ -11,7 +11,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from lifelong_moe.model.generation import generate_batch
+from lifelong_moe.model.sampling import sample_batch
 from lifelong_moe.training.execution import keep_freed_memory
 from tests.benchmarks.performance.inference import BATCHES, EXPERTS, SIZE, build, build_prompts
 from tests.benchmarks.performance.step import WIDE
@@ -82,7 +82,7 @@ def measure() -> dict[str, Any]:
         model, prompts = build(experts), [prompt[:8] for prompt in build_prompts(batch)]
         size = replace(SIZE, experts=experts, sequences=batch, context=1)
         found[f"decoding, batch {batch}, {experts} experts"] = shares(
-            size, lambda: generate_batch(model, prompts, max_new_tokens=FEW, temperature=0)
+            size, lambda: sample_batch(model, prompts, max_new_tokens=FEW, temperature=0)
         )
     kinds = {what: kinds for what, (kinds, _) in found.items()}
     return {"goals": {}, "detail": {"shares": kinds, "seconds": {what: s for what, (_, s) in found.items()}}}

@@ -307,6 +307,6 @@ def test_what_the_old_model_writes_is_what_runs(make_run: MakeRun, overrides: tu
     def group_ids_of(ids: NDArray[np.int64]) -> NDArray[np.int64]:
         return ids % 2 if parent.has_deltas else ids * 0  # half of the text is each generation's
 
-    kwargs: Any = {"context": CONTEXT, "bos_id": 0, "seed": 0, "group_ids_of": group_ids_of}
+    kwargs: Any = {"context": CONTEXT, "seed": 0, "group_ids_of": group_ids_of}
     found = counted(lambda: generate_blocks(model, blocks, **kwargs))
     assert stage_flops(spec, after, parent) - loop_flops(spec, after, parent) == pytest.approx(found, rel=0.02)

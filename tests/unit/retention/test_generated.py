@@ -13,7 +13,7 @@ from lifelong_moe.retention.generated import GroupIdsOf, generate_blocks, sample
 
 Make = Callable[..., LanguageModel]
 Ids = NDArray[np.int64]
-KEYS = {"context": 16, "bos_id": 0, "seed": 3}
+KEYS = {"context": 16, "seed": 3}
 
 
 def groups_of(model: LanguageModel) -> GroupIdsOf | None:
@@ -33,9 +33,10 @@ def eager_for_bos(model: LanguageModel) -> LanguageModel:
     return model
 
 
-def readable(model: LanguageModel, block: int, context: int, bos_id: int, seed: int) -> list[int]:
+def readable(model: LanguageModel, block: int, context: int, seed: int) -> list[int]:
     """One block, one token at a time, the whole text again for each, groups of each document from its start."""
     uniform = np.random.default_rng(np.random.SeedSequence([seed, block])).random(context, dtype=np.float32)
+    bos_id = model.architecture.bos_id
     ids, ask = [bos_id], groups_of(model)
     for u in uniform:
         token_ids = np.array(ids)
@@ -116,7 +117,7 @@ def test_groups_are_asked_at_chunk_borders_of_each_document(make_model: Make) ->
 
 def test_frequencies_are_the_model_s_probabilities(make_model: Make) -> None:
     model = make_model().eval()
-    first = generate_blocks(model, 4000, context=1, bos_id=0, seed=0, temperature=2.0, batch_size=1000)[:, 1]
+    first = generate_blocks(model, 4000, context=1, seed=0, temperature=2.0, batch_size=1000)[:, 1]
     with torch.no_grad():
         hidden = model(torch.tensor([[0]])).hidden_BSD[0, 0]
         probs = (model.logits(hidden) / 2.0).softmax(dim=-1).double().numpy()

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.model.cache import KeyValueCache
-from lifelong_moe.model.generation import generate, generate_batch, sample_token
 from lifelong_moe.model.groups import label_group
+from lifelong_moe.model.sampling import sample, sample_batch, sample_token
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.architecture import Generation
 
@@ -52,7 +52,7 @@ def test_the_cache_gives_what_a_full_forward_pass_gives(
         expected = greedy_without_cache(model, 12, distribution)
         if 0 in expected:
             expected = expected[: expected.index(0)]
-        found = generate(model, PROMPT, max_new_tokens=12, temperature=0, distribution=distribution)
+        found = sample(model, PROMPT, max_new_tokens=12, temperature=0, distribution=distribution)
         assert list(found) == expected
 
 
@@ -97,7 +97,7 @@ def test_a_text_longer_than_the_context_goes_on(make_model: Make, router_kind: s
     with torch.no_grad():
         model.head.weight[0] = 0.0  # BOS is never the most probable token
     model.head.weight.requires_grad_(False)
-    tokens = list(generate(model, list(range(1, 31)), max_new_tokens=25, temperature=0))
+    tokens = list(sample(model, list(range(1, 31)), max_new_tokens=25, temperature=0))
     hook.remove()
     assert len(tokens) == 25
     # Context 16: BOS and the newest 8, then one by one until the cache is full, then again.
@@ -111,14 +111,14 @@ def test_it_stops_at_the_document_s_end(make_model: Make) -> None:
     with torch.no_grad():
         model.head.weight.zero_()
         model.norm.weight.zero_()
-    assert list(generate(model, PROMPT, max_new_tokens=9, temperature=0)) == []  # argmax of equal logits is BOS, 0
+    assert list(sample(model, PROMPT, max_new_tokens=9, temperature=0)) == []  # argmax of equal logits is BOS, 0
 
 
 def test_seeds_decide(make_model: Make) -> None:
     model = make_model()
-    texts = [list(generate(model, PROMPT, max_new_tokens=12, temperature=2.0, top_p=1.0, seed=s)) for s in (1, 1, 2)]
+    texts = [list(sample(model, PROMPT, max_new_tokens=12, temperature=2.0, top_p=1.0, seed=s)) for s in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
-    assert list(generate(model, PROMPT, max_new_tokens=0)) == []
+    assert list(sample(model, PROMPT, max_new_tokens=0)) == []
 
 
 def test_top_p_cuts_the_tail() -> None:
@@ -145,8 +145,8 @@ def test_each_text_of_a_batch_is_what_it_is_alone(
         model.head.weight[0] *= 2  # some texts may end, others outgrow the context
     how = {"max_new_tokens": 14, "temperature": temperature, "distribution": "d1"}
     prompts = random_prompts(6, 7)
-    alone = [list(generate(model, prompt, seed=3 + i, **how)) for i, prompt in enumerate(prompts)]
-    assert generate_batch(model, prompts, seed=3, **how) == alone
+    alone = [list(sample(model, prompt, seed=3 + i, **how)) for i, prompt in enumerate(prompts)]
+    assert sample_batch(model, prompts, seed=3, **how) == alone
 
 
 def test_each_text_of_a_batch_ends_by_itself(make_model: Make) -> None:
@@ -155,7 +155,7 @@ def test_each_text_of_a_batch_ends_by_itself(make_model: Make) -> None:
         model.head.weight[0] *= 4
     forwards = []
     hook = model.register_forward_pre_hook(lambda _, args: forwards.append(args[0].shape))
-    found = generate_batch(model, random_prompts(6, 5), max_new_tokens=60, temperature=1.5)
+    found = sample_batch(model, random_prompts(6, 5), max_new_tokens=60, temperature=1.5)
     hook.remove()
     lengths = [len(text) for text in found]
     assert len(set(lengths)) > 2 and max(lengths) < 60
@@ -165,6 +165,6 @@ def test_each_text_of_a_batch_ends_by_itself(make_model: Make) -> None:
 
 def test_what_is_not_continued_together(make_model: Make) -> None:
     with pytest.raises(ConfigError, match="same number of tokens"):
-        generate_batch(make_model(), [[1, 2], [3]], max_new_tokens=2)
-    assert generate_batch(make_model(), [], max_new_tokens=2) == []
-    assert generate_batch(make_model(), [[], []], max_new_tokens=0) == [[], []]
+        sample_batch(make_model(), [[1, 2], [3]], max_new_tokens=2)
+    assert sample_batch(make_model(), [], max_new_tokens=2) == []
+    assert sample_batch(make_model(), [[], []], max_new_tokens=0) == [[], []]

@@ -21,7 +21,7 @@ SHARPEST = 1e-4
 """At a lower temperature sampling is argmax, where dividing by it would overflow."""
 
 
-def generate(
+def sample(
     model: LanguageModel,
     prompt_ids: list[int],
     *,
@@ -51,7 +51,7 @@ def generate(
         yield token
 
 
-def generate_batch(
+def sample_batch(
     model: LanguageModel,
     prompts: Sequence[list[int]],
     *,
@@ -63,7 +63,7 @@ def generate_batch(
 ) -> list[list[int]]:
     """New token ids of several texts, whose prompts have equal length; each ends by itself.
 
-    Text ``i`` is what :func:`generate` makes of its prompt with seed ``seed + i``, but for floating point in products
+    Text ``i`` is what :func:`sample` makes of its prompt with seed ``seed + i``, but for floating point in products
     of another size; the other arguments are its as well.
 
     Raises:
