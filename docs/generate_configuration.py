@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from lifelong_moe.config import RunConfig
+from lifelong_moe.config.run import RunConfig
 from lifelong_moe.methods.comparison import ComparisonConfig
 from lifelong_moe.methods.retraining import RetrainConfig
 

@@ -60,7 +60,7 @@ def matrix(rows: Sequence[Row]) -> list[str]:
 
 def presets(notes: Mapping[str, str]) -> list[str]:
     """Published parameters beside those counted from each preset's configuration."""
-    from lifelong_moe.config import load_config
+    from lifelong_moe.config.load import load_config
     from lifelong_moe.methods.published import published_count
 
     rows = []

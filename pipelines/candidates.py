@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from omegaconf import DictConfig
 from rich.console import Console
 
-from lifelong_moe.config import RunConfig, build_config
+from lifelong_moe.config.load import build_config
+from lifelong_moe.config.run import RunConfig
 from lifelong_moe.data.batches import BatchStore
 from lifelong_moe.data.documents import Document
 from lifelong_moe.data.prepare import PreparedData, Texts

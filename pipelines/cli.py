@@ -38,7 +38,7 @@ def console(as_json: bool = False) -> Console:
 
 def check_config(path: str, overrides: list[str] | None) -> list[str]:
     """Refuse a wrong configuration before torch is imported."""
-    from lifelong_moe.config import load_config
+    from lifelong_moe.config.load import load_config
 
     load_config(path, overrides or [])
     return overrides or []

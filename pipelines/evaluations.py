@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from lifelong_moe.config import RunConfig
+from lifelong_moe.config.run import RunConfig
 from lifelong_moe.data.prepare import PreparedData
 from lifelong_moe.data.windows import evaluation_windows
 from lifelong_moe.evaluation.loss import EVALUATION_SCHEMA, evaluate

@@ -10,7 +10,8 @@ from typing import Any
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from lifelong_moe.config import RunConfig, build_config
+from lifelong_moe.config.load import build_config
+from lifelong_moe.config.run import RunConfig
 from lifelong_moe.data.tables import write_parquet
 from lifelong_moe.data.tokenizer import Tokenizer
 from lifelong_moe.data.windows import EvaluationSet, evaluation_windows

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lifelong_moe.config import RunConfig
+from lifelong_moe.config.run import RunConfig
 from lifelong_moe.data import prepare
 from lifelong_moe.data.batches import BatchStore
 from lifelong_moe.data.config import SourceConfig

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from lifelong_moe.config import whole_config
+from lifelong_moe.config.load import whole_config
 from lifelong_moe.data.documents import Corpus
 from lifelong_moe.methods.retraining import RetrainConfig
 from lifelong_moe.retraining.gate import Verdict

@@ -13,7 +13,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from lifelong_moe.config import section
+from lifelong_moe.config.sections import section
 from lifelong_moe.errors import LifelongError, LockedError
 from lifelong_moe.stages.keys import SHORT
 from lifelong_moe.stages.lock import locked

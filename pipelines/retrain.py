@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from lifelong_moe.config import written_config
+from lifelong_moe.config.load import written_config
 from lifelong_moe.data.config import KeepText
 from lifelong_moe.data.prepare import Texts
 from lifelong_moe.errors import ConfigError

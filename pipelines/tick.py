@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from lifelong_moe.config import written_config
+from lifelong_moe.config.load import written_config
 from lifelong_moe.data.batches import BatchStore
 from lifelong_moe.data.config import KeepText
 from lifelong_moe.data.documents import Document

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
-from lifelong_moe.config import build_config
+from lifelong_moe.config.load import build_config
 from lifelong_moe.data.batches import BatchStore
 from lifelong_moe.data.prepare import read_texts
 from lifelong_moe.data.records import DIGITS, HeldoutStore, TextRecord

@@ -9,7 +9,10 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from lifelong_moe.config import RunConfig, build_config, read_config, read_yaml, section, whole_config, written_config
+from lifelong_moe.config.load import build_config, read_config, whole_config, written_config
+from lifelong_moe.config.run import RunConfig
+from lifelong_moe.config.sections import section
+from lifelong_moe.config.yaml_file import read_yaml
 from lifelong_moe.data.prepare import PreparedData, prepare_data
 from lifelong_moe.data.records import Remembered
 from lifelong_moe.errors import DataError

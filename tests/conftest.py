@@ -15,7 +15,8 @@ from hypothesis import settings
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from lifelong_moe.config import RunConfig, build_config
+from lifelong_moe.config.load import build_config
+from lifelong_moe.config.run import RunConfig
 from lifelong_moe.model.config import ModelConfig
 from lifelong_moe.model.transformer import LanguageModel, initialize
 from lifelong_moe.plan.architecture import Architecture, Generation

@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, Trainer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lifelong_moe.config import RunConfig
+from lifelong_moe.config.run import RunConfig
 from lifelong_moe.data.blocks import BlockDataset
 from lifelong_moe.data.shards import TokenizedCorpus, TokenShard
 from lifelong_moe.methods.graph import stage_specs

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from lifelong_moe.config import Method, RunConfig, StageConfig
+from lifelong_moe.config.run import Method, RunConfig, StageConfig
 from lifelong_moe.methods.graph import RECIPES, Recipe, earlier_distributions
 from lifelong_moe.methods.plan import PlannedStage, chain
 from lifelong_moe.retention.config import DistillText, PenaltyKind

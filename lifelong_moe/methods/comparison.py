@@ -19,7 +19,11 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from lifelong_moe.config import NAME, RunConfig, apply_override, load_config, read_yaml, require_known, section
+from lifelong_moe.config.load import load_config
+from lifelong_moe.config.names import NAME, require_known
+from lifelong_moe.config.run import RunConfig
+from lifelong_moe.config.sections import section
+from lifelong_moe.config.yaml_file import apply_override, read_yaml
 from lifelong_moe.errors import ConfigError
 
 MAX_RUN_NAME = 64

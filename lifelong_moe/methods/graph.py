@@ -33,7 +33,9 @@ from dataclasses import dataclass, replace
 from math import gcd
 from typing import Any
 
-from lifelong_moe.config import SCRATCH, Method, RunConfig, StageConfig, StageKind
+from lifelong_moe.config.names import SCRATCH
+from lifelong_moe.config.rules import require_consistent
+from lifelong_moe.config.run import Method, RunConfig, StageConfig, StageKind
 from lifelong_moe.plan.spec import StageSpec
 from lifelong_moe.retention.config import DistillText, PenaltyKind, ReplaySource
 from lifelong_moe.routing.refusals import refuse_what_groups_lack
@@ -108,7 +110,9 @@ def with_all_experts(config: RunConfig) -> RunConfig:
     """The same run, whose first stage begins with all experts that later stages would add to a layer."""
     added, first = sum(stage.grow.experts for stage in config.stages[1:]), config.model.experts
     experts = [number + added for number in first] if isinstance(first, list) else first + added
-    return dataclasses.replace(config, model=replace(config.model, experts=experts))
+    whole = dataclasses.replace(config, model=replace(config.model, experts=experts))
+    require_consistent(whole)
+    return whole
 
 
 def earlier_distributions(config: RunConfig, i: int) -> tuple[str, ...]:

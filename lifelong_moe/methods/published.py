@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import replace
 
-from lifelong_moe.config import PublishedConfig, RunConfig
+from lifelong_moe.config.run import PublishedConfig, RunConfig
 from lifelong_moe.plan.architecture import Architecture, first_generation
 from lifelong_moe.plan.cost import ParameterCount, count_parameters
 

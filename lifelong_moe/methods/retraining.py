@@ -16,18 +16,11 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from lifelong_moe.config import (
-    Method,
-    RunConfig,
-    apply_override,
-    build_config,
-    first_key,
-    read_config,
-    read_yaml,
-    require_finite,
-    require_known,
-    section,
-)
+from lifelong_moe.config.load import build_config, read_config
+from lifelong_moe.config.names import require_known
+from lifelong_moe.config.run import Method, RunConfig
+from lifelong_moe.config.sections import require_finite, section, sections_of
+from lifelong_moe.config.yaml_file import apply_override, first_key, read_yaml
 from lifelong_moe.data.config import KeepText
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.methods.graph import stage_specs
@@ -71,16 +64,6 @@ class RetrainConfig:
     rate, for they know this kind of text."""
 
 
-SECTIONS: dict[str, type] = {
-    "inbox": InboxConfig,
-    "trigger": TriggerConfig,
-    "drift": DriftConfig,
-    "probe": ProbeConfig,
-    "decision": DecisionConfig,
-    "gate": GateConfig,
-    "limits": LimitsConfig,
-    "hooks": HooksConfig,
-}
 OVERLAYS = ("stage", "when_growing", "when_continuing")
 
 
@@ -201,7 +184,9 @@ def read_gate(overrides: Sequence[str]) -> GateConfig:
 def _settings(raw: DictConfig) -> RetrainConfig:
     if not isinstance(raw.get("base"), str):
         raise ConfigError("base must name a run configuration, such as base: quickstart.yaml.")
-    values: dict[str, Any] = {name: section(cls, raw.get(name), name) for name, cls in SECTIONS.items()}
+    values: dict[str, Any] = {
+        name: section(cls, raw.get(name), name) for name, cls in sections_of(RetrainConfig).items()
+    }
     defaults = {f.name: f.default_factory for f in dataclasses.fields(RetrainConfig) if f.name in OVERLAYS}
     for name in OVERLAYS:
         node = raw.get(name)

@@ -26,7 +26,7 @@ import torch
 import yaml
 from rich.console import Console
 
-from lifelong_moe.config import load_config
+from lifelong_moe.config.load import load_config
 from lifelong_moe.data.documents import normalized_hash
 from lifelong_moe.data.windows import evaluation_windows
 from lifelong_moe.evaluation.loss import evaluate

@@ -14,7 +14,8 @@ import pytest
 import typer
 import yaml
 
-from lifelong_moe.config import RunConfig, build_config, load_config
+from lifelong_moe.config.load import build_config, load_config
+from lifelong_moe.config.run import RunConfig
 from lifelong_moe.evaluation import report as report_module
 from lifelong_moe.methods.comparison import load_comparison
 from lifelong_moe.methods.graph import stage_specs

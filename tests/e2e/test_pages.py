@@ -25,7 +25,7 @@ import pytest
 import typer
 from omegaconf import OmegaConf
 
-from lifelong_moe.config import load_config
+from lifelong_moe.config.load import load_config
 from lifelong_moe.data import builtin
 from pipelines import ui
 from pipelines.cli import app

@@ -16,7 +16,7 @@ import yaml
 from rich.console import Console
 
 import pipelines.compare as story
-from lifelong_moe.config import load_config
+from lifelong_moe.config.load import load_config
 from lifelong_moe.errors import DivergedError, LockedError, TryAgainError
 from pipelines.compare import compare
 from tests.tiny import fork, tiny_config, write_config

@@ -21,7 +21,7 @@ import torch
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from lifelong_moe.config import build_config
+from lifelong_moe.config.load import build_config
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.architecture import Architecture

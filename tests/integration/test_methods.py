@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from lifelong_moe.config import Method
+from lifelong_moe.config.run import Method
 from lifelong_moe.stages.store import StageStore
 from pipelines.run import stage_births
 from pipelines.workspace import prepare

@@ -19,7 +19,7 @@ import torch
 import yaml
 from rich.console import Console
 
-from lifelong_moe.config import load_config
+from lifelong_moe.config.load import load_config
 from lifelong_moe.errors import DivergedError, TryAgainError
 from lifelong_moe.methods.plan import stage_need
 from pipelines.cli import exit_code

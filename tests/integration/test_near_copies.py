@@ -15,7 +15,8 @@ from rich.console import Console
 
 import lifelong_moe.data.prepare
 import pipelines.novelty
-from lifelong_moe.config import RunConfig, build_config
+from lifelong_moe.config.load import build_config
+from lifelong_moe.config.run import RunConfig
 from lifelong_moe.data.batches import BatchStore
 from lifelong_moe.stages.store import StageStore
 from pipelines.prepare import prepare

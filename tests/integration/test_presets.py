@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from lifelong_moe.config import load_config
+from lifelong_moe.config.load import load_config
 from lifelong_moe.methods.published import published_architecture, published_count, sentence
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.cost import count_parameters

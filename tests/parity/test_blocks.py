@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lifelong_moe.config import load_config
+from lifelong_moe.config.load import load_config
 from lifelong_moe.model.experts import ExpertBanks
 from lifelong_moe.model.moe import MoELayer
 from lifelong_moe.ops.router_losses import load_balancing_loss, router_z_loss

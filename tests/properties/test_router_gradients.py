@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lifelong_moe.config import load_config
+from lifelong_moe.config.load import load_config
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.model.config import ModelConfig
 from lifelong_moe.model.encoder import Encoder

@@ -13,7 +13,10 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from lifelong_moe.config import RunConfig, apply_override, mode_defaults, section
+from lifelong_moe.config.load import mode_defaults
+from lifelong_moe.config.run import RunConfig
+from lifelong_moe.config.sections import section
+from lifelong_moe.config.yaml_file import apply_override
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.growth.clusters import fit_clusters
 from lifelong_moe.model.transformer import LanguageModel, initialize

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from lifelong_moe.config import load_config
+from lifelong_moe.config.load import load_config
 from lifelong_moe.methods.plan import PlannedStage, chain, plan_stages
 from lifelong_moe.plan.cost import forward_flops_per_token, pass_flops
 from lifelong_moe.plan.products import Text

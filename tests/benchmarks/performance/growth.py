@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from lifelong_moe.config import build_config
+from lifelong_moe.config.load import build_config
 from lifelong_moe.growth.config import GrowConfig, RouterInit
 from lifelong_moe.growth.grow import grow
 from lifelong_moe.growth.observe import observe

@@ -16,7 +16,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from lifelong_moe.config import build_config
+from lifelong_moe.config.load import build_config
 from lifelong_moe.interop.mixtral import to_mixtral
 from lifelong_moe.methods.graph import stage_specs
 from lifelong_moe.model.config import ModelConfig

@@ -11,7 +11,9 @@ from omegaconf import OmegaConf
 from scipy.stats import kstest, norm
 from torch import Tensor
 
-from lifelong_moe.config import RunConfig, apply_override, build_config
+from lifelong_moe.config.load import build_config
+from lifelong_moe.config.run import RunConfig
+from lifelong_moe.config.yaml_file import apply_override
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.growth import grow as grow_module
 from lifelong_moe.growth import noop

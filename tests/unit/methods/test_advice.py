@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lifelong_moe.clustering.bundles import UNIFORM, unigram_divergence
-from lifelong_moe.config import RunConfig
+from lifelong_moe.config.run import RunConfig
 from lifelong_moe.methods.advice import growth_advice, nothing_to_hold
 from lifelong_moe.methods.plan import plan_stages
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from lifelong_moe.config import Method, RunConfig
+from lifelong_moe.config.run import Method, RunConfig
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.methods.budget import tokens_within
 from lifelong_moe.methods.plan import PlannedStage, plan_stages

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from lifelong_moe.config import load_config
+from lifelong_moe.config.load import load_config
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.methods.comparison import Budget, Comparison, load_comparison
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lifelong_moe.config import Method, RunConfig
+from lifelong_moe.config.run import Method, RunConfig
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.methods.graph import RECIPES, stage_specs
 from lifelong_moe.methods.plan import PlannedStage, chain, plan_stages

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from lifelong_moe.config import Method, RunConfig
+from lifelong_moe.config.run import Method, RunConfig
 from lifelong_moe.methods.graph import stage_specs
 from lifelong_moe.methods.plan import PlannedStage, plan_stages
 from lifelong_moe.plan.cost import count_parameters

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from lifelong_moe.config import Method, RunConfig, apply_override, build_config, read_yaml
+from lifelong_moe.config.load import build_config
+from lifelong_moe.config.run import Method, RunConfig
+from lifelong_moe.config.yaml_file import apply_override, read_yaml
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.methods.plan import plan_stages
 from lifelong_moe.model.parts import Part

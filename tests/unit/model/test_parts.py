@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lifelong_moe.config import load_config
+from lifelong_moe.config.load import load_config
 from lifelong_moe.growth.remove import renamed
 from lifelong_moe.methods.graph import stage_specs
 from lifelong_moe.model.config import ModelConfig, SharedMix

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from lifelong_moe.config import RunConfig
+from lifelong_moe.config.run import RunConfig
 from lifelong_moe.errors import ResourceError
 from lifelong_moe.methods.graph import stage_specs
 from lifelong_moe.plan.disk import (

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lifelong_moe.config import RunConfig
+from lifelong_moe.config.run import RunConfig
 from lifelong_moe.methods.graph import stage_specs
 from lifelong_moe.plan.cost import forward_flops_per_token
 from lifelong_moe.plan.flops import loop_flops, stage_flops

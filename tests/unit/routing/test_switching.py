@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lifelong_moe.config import RunConfig, load_config, read_config
+from lifelong_moe.config.load import load_config, read_config
+from lifelong_moe.config.run import RunConfig
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.methods.graph import stage_specs
 from lifelong_moe.routing.config import FOR_ENCODERS, ROUTERS

@@ -13,7 +13,7 @@ import torch
 from scipy.stats import norm
 from torch import Tensor
 
-from lifelong_moe.config import load_config
+from lifelong_moe.config.load import load_config
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.ops.noisy import sequence_cv_squared, wins_again
 from lifelong_moe.routing.base import Router, RoutingContext

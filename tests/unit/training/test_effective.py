@@ -8,7 +8,8 @@ from collections.abc import Callable
 import pytest
 from omegaconf import OmegaConf
 
-from lifelong_moe.config import StageConfig, build_config
+from lifelong_moe.config.load import build_config
+from lifelong_moe.config.run import StageConfig
 from lifelong_moe.growth.config import GrowConfig
 from lifelong_moe.methods.graph import stage_specs
 from lifelong_moe.model.config import ModelConfig

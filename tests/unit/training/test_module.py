@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils.data import DataLoader
 
-from lifelong_moe.config import RunConfig
+from lifelong_moe.config.run import RunConfig
 from lifelong_moe.errors import CorruptError, DivergedError
 from lifelong_moe.methods.graph import stage_specs
 from lifelong_moe.model.config import ModelConfig

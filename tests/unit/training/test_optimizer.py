@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lifelong_moe.config import RunConfig
+from lifelong_moe.config.run import RunConfig
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.methods.graph import stage_specs
 from lifelong_moe.methods.plan import trainable_parameters

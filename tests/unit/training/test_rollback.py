@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lifelong_moe.config import RunConfig
+from lifelong_moe.config.run import RunConfig
 from lifelong_moe.errors import DivergedError
 from lifelong_moe.methods.graph import stage_specs
 from lifelong_moe.training.checkpoint import SafeCheckpointIO, checkpoint_path, checkpoints

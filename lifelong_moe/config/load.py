@@ -1,0 +1,193 @@
+"""A run's configuration from YAML and overrides. Torch-free.
+
+One path in: YAML, then ``key=value`` overrides, then each section merged over its dataclass by OmegaConf. Below
+this package only plain dataclasses travel.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from lifelong_moe.config.names import require_known
+from lifelong_moe.config.rules import require_consistent
+from lifelong_moe.config.run import Method, PublishedConfig, RunConfig, StageConfig
+from lifelong_moe.config.sections import errors_under, require_finite, section, sections_of, structured
+from lifelong_moe.config.yaml_file import apply_override, read_yaml
+from lifelong_moe.data.config import SourceConfig
+from lifelong_moe.errors import ConfigError
+from lifelong_moe.retention.refusals import refuse_idle_method, refuse_moving_trunk, refuse_unfit_mode
+from lifelong_moe.routing.config import DEFAULTS
+from lifelong_moe.routing.refusals import refuse_idle_keys, refuse_lone_choices
+from lifelong_moe.routing.switching import leave_behind
+
+_CREDENTIALS = re.compile(r"(?<=://)[^/\s@]*(?=@)|(?<=\?).*")
+"""What may be secret in a URL: user and password, and the query."""
+
+
+@dataclass(kw_only=True)
+class _Scalars:
+    run: str
+    method: Method = Method.lifelong
+    seed: int = 0
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> tuple[RunConfig, dict[str, Any]]:
+    """Read a YAML file, apply ``key=value`` overrides, validate, and build the run's configuration.
+
+    Args:
+        path: YAML file.
+        overrides: Such as ``seed=1`` or ``stages[1].grow.experts=4``; the value is YAML.
+
+    Returns:
+        The configuration, and the same as plain data, which may be logged: interpolations such as ``${oc.env:TOKEN}``
+        are left unresolved, and URLs have lost user, password and query.
+
+    Raises:
+        ConfigError: One line with the full key or file and line, what was required and what came.
+    """
+    raw = read_config(path, overrides)
+    return build_config(raw), written_config(raw)
+
+
+def read_config(path: str | Path, overrides: list[str] | None = None) -> DictConfig:
+    """Read a YAML file and apply overrides, which may switch the routing's mode; interpolations are unresolved."""
+    before = read_yaml(Path(path))
+    raw = before.copy()
+    for override in overrides or []:
+        apply_override(raw, override)
+    leave_behind(raw, before, overrides or [])
+    return raw
+
+
+def written_config(raw: DictConfig) -> dict[str, Any]:
+    """A configuration as it was written, as plain data that may be logged; see :func:`load_config`."""
+    return _without_credentials(OmegaConf.to_container(raw, resolve=False))
+
+
+def _without_credentials(value: Any) -> Any:
+    """Mask what may be secret in every URL within plain data."""
+    if isinstance(value, dict):
+        return {key: _without_credentials(child) for key, child in value.items()}
+    if isinstance(value, list):
+        return [_without_credentials(child) for child in value]
+    return _CREDENTIALS.sub("***", value) if isinstance(value, str) and "://" in value else value
+
+
+def build_config(raw: DictConfig, *, is_stored: bool = False) -> RunConfig:
+    """Validate plain configuration data and build the dataclasses; see :func:`load_config`.
+
+    Args:
+        raw: As from :func:`read_config`.
+        is_stored: Whether it is of a run that exists: an earlier version may have let it have what is refused today.
+    """
+    if is_stored and OmegaConf.select(raw, "routing.capacity") and OmegaConf.select(raw, "routing.balance_scope"):
+        raw = raw.copy()  # they may contradict each other; see RoutingConfig.from_json
+        del raw.routing.balance_scope
+    known = {f.name for f in dataclasses.fields(RunConfig)} | {"stage_defaults"}
+    for key in raw:
+        require_known(str(key), known, "key")
+    if not is_stored:
+        refuse_unfit_mode(raw)
+    under = {"routing": mode_defaults(raw.get("routing"))}
+    values: dict[str, Any] = {
+        name: section(cls, raw.get(name), name, under.get(name)) for name, cls in sections_of(RunConfig).items()
+    }
+    sources = _mapping(raw, "distributions")
+    names = {str(key): key for key in sources}  # one such as 2024 is a number in YAML
+    values["distributions"] = {
+        name: section(SourceConfig, sources._get_node(key), f"distributions.{name}") for name, key in names.items()
+    }
+    values["stages"] = _stages(raw)
+    if raw.get("published") is not None:
+        values["published"] = section(PublishedConfig, raw.published, "published")
+    scalars = section(_Scalars, OmegaConf.masked_copy(raw, ["run", "method", "seed"]), "")
+    config = RunConfig(run=scalars.run, method=scalars.method, seed=scalars.seed, **values)
+    require_consistent(config)
+    if not is_stored:
+        refuse_lone_choices(config.routing)
+        refuse_idle_keys(config.routing)
+        refuse_idle_method(config.method, config.routing, config.stages, raw)
+        refuse_moving_trunk(config.method, config.routing, config.stages)
+    require_finite(config, "")
+    return config
+
+
+def whole_config(raw: DictConfig) -> dict[str, Any]:
+    """Everything that a valid configuration says: with all defaults, and ``stage_defaults`` merged under each stage.
+
+    Args:
+        raw: As from :func:`read_config`.
+
+    Returns:
+        Plain data that may be logged, like that of :func:`written_config`: what refers to a secret still only refers.
+    """
+    found = _unresolved(_Scalars, OmegaConf.masked_copy(raw, ["run", "method", "seed"]))
+    under = {"routing": mode_defaults(raw.get("routing"))}
+    found |= {
+        name: _unresolved(cls, raw._get_node(name), under.get(name)) for name, cls in sections_of(RunConfig).items()
+    }
+    nodes: list[Any] = [raw._get_node(key) for key in ("distributions", "stages", "stage_defaults")]
+    sources, stages, defaults = nodes
+    found["distributions"] = _each(SourceConfig, sources)
+    found["stages"] = _each(StageConfig, stages, None if _refers(defaults) else defaults)
+    if raw.get("published") is not None:
+        found["published"] = _unresolved(PublishedConfig, raw._get_node("published"))
+    return _without_credentials(found)
+
+
+def _unresolved(cls: type, node: Any, under: DictConfig | None = None) -> Any:
+    """A node merged over its dataclass, as plain data with its interpolations."""
+    if _refers(node):
+        return node._value()
+    parts = [part for part in (structured(cls), under, node) if part is not None]
+    return OmegaConf.to_container(OmegaConf.merge(*parts), resolve=False, enum_to_str=True)
+
+
+def _refers(node: Any) -> bool:
+    """Whether a node is an interpolation, of which nobody knows what it stands for."""
+    return node is not None and bool(node._is_interpolation())
+
+
+def _each(cls: type, nodes: Any, under: DictConfig | None = None) -> Any:
+    """A mapping or list of nodes, each merged over its dataclass."""
+    if _refers(nodes):
+        return nodes._value()
+    if isinstance(nodes, ListConfig):
+        return [_unresolved(cls, nodes._get_node(i), under) for i in range(len(nodes))]
+    return {str(key): _unresolved(cls, nodes._get_node(key), under) for key in nodes}
+
+
+def mode_defaults(routing: Any) -> DictConfig:
+    """What ``routing.mode`` sets unless the user does."""
+    mode = routing.get("mode") if isinstance(routing, DictConfig) else None
+    return OmegaConf.create(DEFAULTS.get(mode, {}) if isinstance(mode, str) else {})
+
+
+def _stages(raw: DictConfig) -> list[StageConfig]:
+    stages = raw.get("stages")
+    if not isinstance(stages, ListConfig):
+        raise ConfigError("stages must be a list, such as stages: [{data: english_docs}, {data: python_code}].")
+    defaults = raw.get("stage_defaults") or OmegaConf.create({})
+    if not isinstance(defaults, DictConfig):
+        raise ConfigError("stage_defaults must be a mapping.")
+    with errors_under("stage_defaults"):
+        OmegaConf.merge(structured(StageConfig), defaults)
+    built = []
+    for i, stage in enumerate(stages):
+        if not isinstance(stage, DictConfig):
+            raise ConfigError(f"stages[{i}] must be a mapping with at least data: NAME; got {stage!r}.")
+        built.append(section(StageConfig, stage, f"stages[{i}]", under=defaults))
+    return built
+
+
+def _mapping(raw: DictConfig, key: str) -> DictConfig:
+    node = raw.get(key)
+    if not isinstance(node, DictConfig) or not node:
+        raise ConfigError(f"{key} must be a non-empty mapping.")
+    return node

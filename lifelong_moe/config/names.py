@@ -1,0 +1,21 @@
+"""Names in a configuration: which are allowed, and which known one is meant by an unknown one. Torch-free."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from typing import Any
+
+from lifelong_moe.errors import ConfigError
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+SCRATCH = ".scratch"
+"""Ends the name of a model from scratch beside a stage."""
+
+
+def require_known(name: str, known: Any, what: str) -> None:
+    """Raise a ConfigError with the nearest known name unless ``name`` is known."""
+    if name not in known:
+        near = difflib.get_close_matches(name, list(known), n=1)
+        hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(sorted(known))}."
+        raise ConfigError(f"{what} {name} is unknown. {hint}" if what == "key" else f"{what}={name} is unknown. {hint}")

@@ -1,0 +1,134 @@
+"""Rules across the sections of a run: what cannot stand together. Torch-free."""
+
+from __future__ import annotations
+
+from lifelong_moe.config.names import NAME, SCRATCH, require_known
+from lifelong_moe.config.run import Method, RunConfig
+from lifelong_moe.config.stage_rules import require_consistent_stage
+from lifelong_moe.errors import ConfigError
+from lifelong_moe.model.config import ExpertsImplementation
+from lifelong_moe.routing.config import FOR_ENCODERS, Bundles
+from lifelong_moe.training.config import Offload
+
+
+def require_consistent(run: RunConfig) -> None:
+    """Hold a run to every rule that ties one section to another.
+
+    Raises:
+        ConfigError: With the full key, what was required and what came.
+    """
+    _check_execution(run)
+    for i, stage in enumerate(run.stages):
+        require_consistent_stage(run, i, stage)
+    _check_evaluated(run)
+    _check_tokenizer(run)
+    _check_competition(run)
+    _check_causality(run)
+    _check_document_routing(run)
+    _check_number_of_experts(run)
+    if run.method == Method.unrestrained:
+        _check_scratch(run)
+
+
+def _check_execution(run: RunConfig) -> None:
+    """What cannot be computed together, or at all."""
+    if run.trainer.experts_implementation == ExpertsImplementation.grouped_mm:
+        for key in ("width", "expert_width"):
+            if getattr(run.model, key) % 8:
+                raise ConfigError(
+                    f"trainer.experts_implementation=grouped_mm needs model.{key} in multiples of 8, not "
+                    f"{getattr(run.model, key)}. Set trainer.experts_implementation=auto."
+                )
+        if run.trainer.compile and run.trainer.precision == "32-true":
+            raise ConfigError(
+                "trainer.experts_implementation=grouped_mm compiles in bfloat16 only. Set trainer.compile=false or "
+                "trainer.precision=bf16-mixed."
+            )
+    if run.frozen.offload == Offload.cpu:
+        for key in ("activation_checkpointing", "compile"):
+            if getattr(run.trainer, key):
+                raise ConfigError(
+                    f"frozen.offload=cpu with trainer.{key}=true: a layer would be computed again without its "
+                    f"weights. Set one of them off."
+                )
+
+
+def _check_evaluated(run: RunConfig) -> None:
+    """Whatever is measured beside the stream is known, too."""
+    for i, name in enumerate(run.evaluate.also):
+        require_known(name, run.distributions, f"evaluate.also[{i}]")
+
+
+def _check_tokenizer(run: RunConfig) -> None:
+    """The tokenizer sees the first text alone."""
+    first = run.stages[0].data
+    if run.tokenizer.train_on not in (None, first):
+        raise ConfigError(
+            f"tokenizer.train_on={run.tokenizer.train_on} must be the first stage's distribution ({first}): "
+            f"a tokenizer that saw later stages leaks the future."
+        )
+
+
+def _check_competition(run: RunConfig) -> None:
+    """Experts that compete for tokens stand right below the head."""
+    last_is_dense = run.model.layers - 1 not in run.model.moe_layers
+    if run.routing.competitive and (last_is_dense or run.model.shared_experts or run.model.sandwich_norms):
+        raise ConfigError(
+            "routing.competitive needs experts in the last layer, without shared_experts and sandwich_norms."
+        )
+
+
+def _check_causality(run: RunConfig) -> None:
+    """A decoder knows nothing of later tokens."""
+    if run.routing.mode in FOR_ENCODERS:
+        raise ConfigError(
+            f"routing.mode={run.routing.mode} mixes each token with all later ones; it is for encoders, see "
+            "lifelong_moe/model/encoder.py."
+        )
+    if run.routing.leaks and not run.routing.allow_noncausal:
+        raise ConfigError(
+            f"{run.routing.leaks} lets later tokens change earlier ones, which a decoder must not. Set "
+            f"routing.allow_noncausal=true to try it nevertheless."
+        )
+
+
+def _check_document_routing(run: RunConfig) -> None:
+    """Whoever assigns a document at a time sees no other, at full precision."""
+    bundles = run.routing.bundles
+    by_what = "routing.level=document" if bundles == Bundles.none else f"routing.bundles={bundles}"
+    if (run.routing.by_document or bundles != Bundles.none) and not run.model.document_mask:
+        raise ConfigError(
+            f"{by_what} assigns experts a document at a time, so attention must stop at document borders. Set "
+            f"model.document_mask=true."
+        )
+    if run.routing.by_document and run.trainer.precision == "bf16-true":
+        raise ConfigError(
+            f"{by_what} compares features in float32, which trainer.precision=bf16-true would round. Set "
+            f"trainer.precision=bf16-mixed."
+        )
+
+
+def _check_number_of_experts(run: RunConfig) -> None:
+    """Each centroid needs a sampled token, and each token ``top_k`` experts."""
+    most = max(run.model.most_experts, *(stage.grow.experts for stage in run.stages))
+    if run.routing.is_clustered and not run.routing.has_bundles and run.routing.sample_tokens < most:
+        raise ConfigError(
+            f"routing.sample_tokens={run.routing.sample_tokens} must reach the number of experts that a stage "
+            f"begins ({most})."
+        )
+    dense = run.model.most_experts == 1 and run.routing.mode == "learned" and not run.routing.has_bundles
+    if run.routing.top_k > run.model.fewest_experts and not dense:
+        raise ConfigError(f"routing.top_k={run.routing.top_k} must not exceed model.experts={run.model.experts}.")
+
+
+def _check_scratch(run: RunConfig) -> None:
+    """A model from scratch beside the chain has a name of its own."""
+    taken = {stage.name for stage in run.stages} | set(run.distributions)
+    for i, stage in enumerate(run.stages[1:], start=1):
+        name = f"{stage.name}{SCRATCH}"
+        if name in taken or not NAME.fullmatch(name):
+            problem = "is taken" if name in taken else "is over 64 characters"
+            raise ConfigError(
+                f"stages[{i}]: method=unrestrained names the model from scratch beside it {name}, which {problem}; "
+                f"set stages[{i}].name."
+            )

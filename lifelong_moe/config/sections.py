@@ -1,0 +1,89 @@
+"""A section: a YAML node merged over its dataclass, every error with the full path of its key. Torch-free."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from typing import Any, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from lifelong_moe.errors import ConfigError
+
+T = TypeVar("T")
+_SCHEMAS: dict[type, DictConfig] = {}
+
+
+def sections_of(cls: type) -> dict[str, type]:
+    """The sections of a configuration that need not be written, by name: fields that a dataclass is the default of."""
+    return {f.name: f.default_factory for f in dataclasses.fields(cls) if dataclasses.is_dataclass(f.default_factory)}  # type: ignore[misc]
+
+
+def section(cls: type[T], node: Any, path: str, under: DictConfig | None = None) -> T:
+    """Merge a node over its dataclass and build it; every error carries the full path."""
+    if node is None:
+        node = OmegaConf.create({})
+    if not isinstance(node, DictConfig):
+        raise ConfigError(f"{path} must be a mapping; got {node!r}.")
+    with errors_under(path):
+        parts = [structured(cls), *([under] if under else []), node]
+        return OmegaConf.to_object(OmegaConf.merge(*parts))  # type: ignore[return-value]
+
+
+def structured(cls: type) -> DictConfig:
+    """A dataclass as OmegaConf sees it, made once; merging copies it."""
+    if cls not in _SCHEMAS:
+        _SCHEMAS[cls] = OmegaConf.structured(cls)
+    return _SCHEMAS[cls]
+
+
+def require_finite(value: Any, path: str) -> None:
+    """Refuse numbers that are not finite, anywhere in a configuration.
+
+    Raises:
+        ConfigError: With the full key.
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{path}={value} must be finite.")
+    for key, child in _children(value):
+        require_finite(child, f"{path}{key}" if key.startswith("[") or not path else f"{path}.{key}")
+
+
+def _children(value: Any) -> list[tuple[str, Any]]:
+    if dataclasses.is_dataclass(value):
+        return [(f.name, getattr(value, f.name)) for f in dataclasses.fields(value)]
+    if isinstance(value, dict):
+        return [(str(k), v) for k, v in value.items()]
+    if isinstance(value, list):
+        return [(f"[{i}]", v) for i, v in enumerate(value)]
+    return []
+
+
+class errors_under:  # noqa: N801 - a context manager, named like the statement it forms
+    """Turn OmegaConf's errors, and ours without a full path, into a one-line ConfigError under ``path``."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, OmegaConfBaseException):
+            key = getattr(error, "full_key", None) or ""
+            missing = isinstance(error, MissingMandatoryValue)
+            lines = ["is required."] if missing else str(getattr(error, "msg", None) or error).splitlines()
+            extra = re.compile(r"\s*(full_key|object_type|reference_type)")
+            text = " ".join(line.strip() for line in lines if not extra.match(line))
+            dot = "." if self.path and key and not str(key).startswith("[") else ""
+            where = f"{self.path}{dot}{key}" or "config"
+            raise ConfigError(f"{where}: {text}") from None
+        if isinstance(error, ConfigError):
+            text = str(error)
+            last = self.path.split(".")[-1]
+            if not self.path or text.startswith(f"{last}."):
+                raise error
+            joint = "." if re.match(r"[a-z_0-9.]+=", text) else ": "
+            raise ConfigError(f"{self.path}{joint}{text}") from None

@@ -1,0 +1,234 @@
+"""Rules that tie one stage's sections to each other and to the run's. Torch-free."""
+
+from __future__ import annotations
+
+from lifelong_moe.config.names import require_known
+from lifelong_moe.config.run import Method, RunConfig, StageConfig, StageKind
+from lifelong_moe.errors import ConfigError
+from lifelong_moe.growth.config import ExpertInit, FrozenWeights
+from lifelong_moe.retention.config import PenaltyKind, ReplaySource, TrunkTraining
+from lifelong_moe.retention.refusals import require_text
+from lifelong_moe.routing.config import Features, Level, RoutingConfig
+from lifelong_moe.training.config import Offload
+
+
+def require_consistent_stage(run: RunConfig, i: int, stage: StageConfig) -> None:
+    """Hold the ``i``-th stage to every rule that ties it to the run.
+
+    Raises:
+        ConfigError: With the full key, what was required and what came.
+    """
+    require_known(stage.data, run.distributions, f"stages[{i}].data")
+    _check_batch(run, i, stage)
+    _check_tokens(run, i, stage)
+    _check_finetuning(run, i, stage)
+    _check_experts(run, i, stage)
+    if i and run.method == Method.lifelong:  # other methods take none of these sections from the configuration
+        require_text(stage.distill, stage.replay, i)
+        _check_student(run, i, stage)
+        _check_growth(run, i, stage)
+        _check_deltas(run, i, stage)
+        _check_grown_layers(run, i, stage)
+        _check_review(run, i, stage)
+        _check_retention(run, i, stage)
+    if stage.continues is not None:
+        _check_continued(run, i, stage.continues)
+
+
+def _check_batch(run: RunConfig, i: int, stage: StageConfig) -> None:
+    """A step is whole sequences, divided evenly among micro-batches and processes."""
+    context, tokens = run.model.context, stage.optim.batch_tokens
+    if tokens % context:
+        raise ConfigError(
+            f"stages[{i}].optim.batch_tokens={tokens} must be a multiple of model.context={context}; "
+            f"the nearest is {max(1, round(tokens / context)) * context}."
+        )
+    sequences, accumulate = tokens // context, run.trainer.accumulate_grad_batches
+    if sequences % accumulate:
+        raise ConfigError(
+            f"trainer.accumulate_grad_batches={accumulate} must divide the {sequences} sequences of a step "
+            f"(stages[{i}].optim.batch_tokens / model.context); valid are "
+            f"{', '.join(str(d) for d in range(1, sequences + 1) if sequences % d == 0)}."
+        )
+    micro, processes = sequences // accumulate, run.trainer.processes
+    if micro % processes:
+        raise ConfigError(
+            f"trainer.devices={processes} must divide the {micro} sequences of a micro-batch "
+            f"(stages[{i}].optim.batch_tokens / model.context / trainer.accumulate_grad_batches); valid are "
+            f"{', '.join(str(d) for d in range(1, micro + 1) if micro % d == 0)}."
+        )
+
+
+def _check_tokens(run: RunConfig, i: int, stage: StageConfig) -> None:
+    """There are steps enough for what a stage does, and tokens enough for what it measures."""
+    context, tokens = run.model.context, stage.optim.batch_tokens
+    if max(1, stage.grow.sample_tokens // context) * context < stage.grow.experts:  # at least one block is sampled
+        raise ConfigError(
+            f"stages[{i}].grow.sample_tokens={stage.grow.sample_tokens} must reach the number of new experts "
+            f"({stage.grow.experts})."
+        )
+    if stage.tokens < tokens:
+        raise ConfigError(f"stages[{i}].tokens={stage.tokens} is less than one step of {tokens} tokens.")
+    if i == 0 and _clusters_hidden(run.routing) and stage.tokens < 2 * tokens:
+        raise ConfigError(
+            f"stages[0].tokens={stage.tokens} is less than two steps of {tokens} tokens; routing.features=hidden "
+            f"needs one before clusters are fitted and one after."
+        )
+
+
+def _check_finetuning(run: RunConfig, i: int, stage: StageConfig) -> None:
+    """Answers are learned after text, and in one process where the best weights are kept."""
+    answers = run.distributions[stage.data].answer_field is not None
+    if stage.kind == StageKind.pretrain:
+        if answers:
+            raise ConfigError(f"stages[{i}].data={stage.data} has prompts and answers; set stages[{i}].kind=finetune.")
+        return
+    if not answers:
+        raise ConfigError(
+            f"stages[{i}].kind=finetune needs prompts and answers: set distributions.{stage.data}.answer_field."
+        )
+    if i == 0:
+        raise ConfigError("stages[0].kind=finetune: there is no model yet to fine-tune.")
+    if stage.finetune.patience is not None and run.trainer.processes > 1:
+        raise ConfigError(f"stages[{i}].finetune.patience needs trainer.devices=1.")
+
+
+def _check_experts(run: RunConfig, i: int, stage: StageConfig) -> None:
+    """Clusters, labels and bundles own experts; each needs ``top_k`` of them."""
+    experts = run.model.fewest_experts if i == 0 else stage.grow.experts
+    by_group = run.routing.by_label or run.routing.by_document
+    grows = i == 0 or run.method == Method.lifelong
+    if not by_group or not grows or experts == 0:
+        return
+    groups = 1 if run.routing.has_bundles else (run.routing.clusters or 1)
+    if experts < groups * run.routing.top_k:
+        key = "model.experts" if i == 0 else f"stages[{i}].grow.experts"
+        raise ConfigError(
+            f"{key}={experts} is too few: {groups} group(s) of routing.top_k={run.routing.top_k} experts each "
+            f"need {groups * run.routing.top_k}."
+        )
+
+
+def _check_growth(run: RunConfig, i: int, stage: StageConfig) -> None:
+    """New experts have a place, and old ones are held in a form that everything else can use."""
+    grow = stage.grow
+    if grow.frozen_weights == FrozenWeights.int8 and run.frozen.offload == Offload.cpu:
+        raise ConfigError(
+            f"stages[{i}].grow.frozen_weights=int8 with frozen.offload=cpu: weights in 8 bits are made whole where "
+            f"the backward pass needs them. Set frozen.offload=none or grow.frozen_weights=full."
+        )
+    if grow.frozen_weights == FrozenWeights.int8 and run.trainer.compile:
+        raise ConfigError(
+            f"stages[{i}].grow.frozen_weights=int8 with trainer.compile=true: what makes weights whole is not "
+            f"compiled. Set trainer.compile=false or grow.frozen_weights=full."
+        )
+    if grow.init == ExpertInit.upcycle and grow.experts:
+        _check_upcycling(run, i, stage)
+    if grow.experts and not stage.continues and (fixed := run.routing.is_fixed):
+        raise ConfigError(f"{fixed} has no place for new experts: set stages[{i}].grow.experts=0.")
+
+
+def _check_deltas(run: RunConfig, i: int, stage: StageConfig) -> None:
+    """Low-rank changes need a router that can tell whose they are."""
+    grow = stage.grow
+    if stage.trunk.train != TrunkTraining.deltas:
+        return
+    if not (grow.experts or stage.continues) or not run.routing.has_bundles:
+        raise ConfigError(
+            f"stages[{i}].trunk.train=deltas changes the trunk for the tokens of one bundle. Set "
+            f"routing.bundles=cluster (or label, or routing.mode=label) and stages[{i}].grow.experts above 0."
+        )
+    if run.model.tie_embeddings:
+        raise ConfigError(f"stages[{i}].trunk.train=deltas needs model.tie_embeddings=false.")
+
+
+def _check_grown_layers(run: RunConfig, i: int, stage: StageConfig) -> None:
+    """Where some layers grow, they have experts, and a router that can tell them apart."""
+    grow = stage.grow
+    if grow.layers is None:
+        return
+    if not 0 <= min(grow.layers) <= max(grow.layers) < run.model.layers:
+        raise ConfigError(f"stages[{i}].grow.layers={grow.layers} must lie in 0 to {run.model.layers - 1}.")
+    if dense := sorted(set(grow.layers) - set(run.model.moe_layers)):
+        raise ConfigError(f"stages[{i}].grow.layers={grow.layers}: layer {dense[0]} is dense and has no experts.")
+    if not run.routing.has_rows or run.routing.has_bundles:
+        raise ConfigError(
+            f"stages[{i}].grow.layers needs a trained router and routing.bundles=none; every layer must grow otherwise."
+        )
+
+
+def _check_student(run: RunConfig, i: int, stage: StageConfig) -> None:
+    """A student has layers that can be told apart from those of its teacher by number alone."""
+    layers, routing = stage.distill.student, run.routing
+    if layers is None:
+        return
+    if layers[0] < 0 or layers[-1] >= run.model.layers:
+        raise ConfigError(f"stages[{i}].distill.student={layers} must lie in 0 to {run.model.layers - 1}.")
+    if i + 1 < len(run.stages):
+        raise ConfigError(f"stages[{i}].distill.student is for the last stage: later ones have all layers.")
+    if len(run.model.moe_layers) < run.model.layers or not routing.has_rows or routing.has_bundles:
+        raise ConfigError(
+            f"stages[{i}].distill.student needs a trained router without bundles, and a mixture in every layer."
+        )
+    if not stage.distill.weight or stage.kind == StageKind.finetune:
+        raise ConfigError(f"stages[{i}].distill.student needs distill.weight above 0 and kind=pretrain.")
+
+
+def _check_upcycling(run: RunConfig, i: int, stage: StageConfig) -> None:
+    """The copies change nothing if the model before is dense and a token's gates sum to 1."""
+    routing, before = run.routing, [s.grow.experts for s in run.stages[1:i]]
+    if run.model.most_experts > 1 or any(before):
+        raise ConfigError(
+            f"stages[{i}].grow.init=upcycle copies a dense model: set model.experts=1, and no growth before it."
+        )
+    plain = routing.mode == "learned" and not routing.has_bundles and routing.capacity is None
+    if not (plain and routing.renormalize and routing.gate_scale == 1 and routing.top_k > 1):
+        raise ConfigError(
+            f"stages[{i}].grow.init=upcycle needs gates that sum to 1: routing.mode=learned with renormalize=true, "
+            f"gate_scale=1 and top_k above 1, without capacity and bundles."
+        )
+
+
+def _check_continued(run: RunConfig, i: int, name: str) -> None:
+    """Only a stage that bore experts can be continued."""
+    born = [s.name for j, s in enumerate(run.stages[:i]) if j == 0 or (s.grow.experts and not s.continues)]
+    require_known(name, born, f"stages[{i}].continues")
+
+
+def _check_review(run: RunConfig, i: int, stage: StageConfig) -> None:
+    """A review trains this stage's router rows, in whole steps, and leaves some to the stage itself."""
+    if not stage.review.fraction:
+        return
+    if run.routing.mode != "learned" or run.routing.has_bundles or not stage.grow.experts or stage.continues:
+        raise ConfigError(
+            f"stages[{i}].review.fraction={stage.review.fraction} trains new router rows on old text, too. Set "
+            f"routing.mode=learned, routing.bundles=none and stages[{i}].grow.experts above 0, or "
+            f"review.fraction=0."
+        )
+    steps = stage.tokens // stage.optim.batch_tokens
+    if not 1 <= round(steps * stage.review.fraction) < steps:
+        raise ConfigError(
+            f"stages[{i}].review.fraction={stage.review.fraction} of {steps} steps must be at least one step and "
+            f"leave one."
+        )
+
+
+def _check_retention(run: RunConfig, i: int, stage: StageConfig) -> None:
+    """A penalty needs old weights that train; generated text has no label."""
+    trunk_trains = stage.trunk.train in (TrunkTraining.full, TrunkTraining.gentle)
+    if stage.penalty.kind != PenaltyKind.none and not trunk_trains and stage.grow.experts and stage.grow.freezes:
+        raise ConfigError(
+            f"stages[{i}].penalty.kind={stage.penalty.kind} holds old weights that train, and none does: the trunk "
+            f"is {stage.trunk.train} and old experts are frozen. Set penalty.kind=none."
+        )
+    measures = stage.penalty.kind == PenaltyKind.ewc and stage.penalty.factor > 0
+    uses_old_text = stage.replay.fraction or stage.review.fraction or measures
+    if stage.replay.source == ReplaySource.generated and uses_old_text and run.routing.by_label:
+        raise ConfigError(
+            f"stages[{i}].replay.source=generated: text that a model wrote has no label, which this routing needs. "
+            f"Set replay.source=stored."
+        )
+
+
+def _clusters_hidden(routing: RoutingConfig) -> bool:
+    return routing.mode == "cluster" and routing.level == Level.token and routing.features == Features.hidden
