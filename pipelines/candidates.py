@@ -32,10 +32,10 @@ from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.architecture import Architecture
 from lifelong_moe.retraining.bounds import DocumentLosses
 from lifelong_moe.retraining.structure import shuffled_text
-from lifelong_moe.stages.keys import content_key
 from lifelong_moe.stages.runs import EvaluationStore
 from lifelong_moe.stages.store import CommittedStage, StageStore
 from lifelong_moe.stages.versions import Version
+from lifelong_moe.storage.keys import content_key
 from lifelong_moe.training.device import configured_device
 from lifelong_moe.training.interrupt import Interrupt
 from lifelong_moe.training.logger import Send

@@ -57,8 +57,8 @@ def check_stage(run: str, stage: str, gate: list[str] | None) -> list[str]:
 
 def alone(run: str) -> AbstractContextManager[None]:
     """The lock of a run that exists. Of ten processes that start at once nine end before torch is imported."""
-    from lifelong_moe.stages.lock import locked
     from lifelong_moe.stages.runs import RunRecord, require_head
+    from lifelong_moe.storage.locks import locked
     from pipelines.places import ROOT
 
     require_head(ROOT, run)

@@ -11,8 +11,8 @@ from lifelong_moe.data.prepare import PreparedData
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.methods.budget import tokens_within
 from lifelong_moe.methods.comparison import Arm, Budget, Comparison, require_equal_measures
-from lifelong_moe.stages.keys import SHORT
 from lifelong_moe.stages.runs import RunRecord
+from lifelong_moe.storage.keys import SHORT
 from lifelong_moe.training.phase import build_trainer
 from pipelines.workspace import ROOT, Prepared, prepare
 

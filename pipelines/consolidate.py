@@ -18,10 +18,10 @@ from lifelong_moe.growth.merge import closest_pair, merge_experts
 from lifelong_moe.methods.retraining import read_gate
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.architecture import Architecture
-from lifelong_moe.stages.lock import locked
 from lifelong_moe.stages.runs import RunRecord, require_head, timestamp
 from lifelong_moe.stages.store import CommittedStage, StageStore
 from lifelong_moe.stages.versions import Version, VersionStage, champion, describe, promoted
+from lifelong_moe.storage.locks import locked
 from lifelong_moe.training.derived import commit_derived, generation_of
 from lifelong_moe.training.device import configured_device
 from lifelong_moe.training.stage import build_model, load_model

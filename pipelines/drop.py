@@ -11,8 +11,6 @@ from rich.console import Console
 
 from lifelong_moe.errors import ConfigError, LifelongError, TryAgainError
 from lifelong_moe.methods.retraining import read_gate
-from lifelong_moe.stages.keys import SHORT
-from lifelong_moe.stages.lock import locked
 from lifelong_moe.stages.runs import RunRecord, require_head, timestamp
 from lifelong_moe.stages.store import CommittedStage, StageStore
 from lifelong_moe.stages.versions import (
@@ -26,6 +24,8 @@ from lifelong_moe.stages.versions import (
     promoted,
     require_finished,
 )
+from lifelong_moe.storage.keys import SHORT
+from lifelong_moe.storage.locks import locked
 from lifelong_moe.training.derived import derived_stage, what_remains
 from pipelines import render_retrain
 from pipelines.candidates import ServedData

@@ -13,8 +13,8 @@ from lifelong_moe.data.prepare import PreparedData
 from lifelong_moe.data.windows import evaluation_windows
 from lifelong_moe.evaluation.loss import EVALUATION_SCHEMA, evaluate
 from lifelong_moe.model.transformer import LanguageModel
-from lifelong_moe.stages.keys import content_key
 from lifelong_moe.stages.runs import EvaluationStore
+from lifelong_moe.storage.keys import content_key
 from lifelong_moe.training.device import configured_device
 from pipelines.workspace import Prepared
 

@@ -8,8 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from lifelong_moe.data.storage import GRACE_SECONDS
 from lifelong_moe.stages.garbage import Garbage, Stored, collect, find_garbage
+from lifelong_moe.storage.temporary import GRACE_SECONDS
 from pipelines.places import CACHE, ROOT, remove_abandoned
 from pipelines.tables import show
 

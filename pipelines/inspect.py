@@ -12,7 +12,6 @@ from rich.console import Console
 
 from lifelong_moe.config.load import build_config
 from lifelong_moe.config.run import RunConfig
-from lifelong_moe.data.tables import write_parquet
 from lifelong_moe.data.tokenizer import Tokenizer
 from lifelong_moe.data.windows import EvaluationSet, evaluation_windows
 from lifelong_moe.errors import ConfigError, DataError
@@ -31,9 +30,10 @@ from lifelong_moe.evaluation.routed_text import html_page, route_text
 from lifelong_moe.evaluation.specialization_figures import inspection_figures
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.architecture import Architecture
-from lifelong_moe.stages.atomic import replace_file
 from lifelong_moe.stages.runs import RunRecord, require_head
 from lifelong_moe.stages.store import CommittedStage, StageStore
+from lifelong_moe.storage.files import write_atomic
+from lifelong_moe.storage.tables import write_parquet
 from lifelong_moe.tracking.tracker import Tracker
 from lifelong_moe.training.device import configured_device
 from lifelong_moe.training.logger import Row
@@ -66,7 +66,7 @@ def on_text(
     routed = route_text(architecture, seen, tokenizer.decode, layer)
     inspect_tables.text(console, routed)
     if html is not None:
-        replace_file(Path(html), html_page(routed, f"{run}, stage {committed.name}"))
+        write_atomic(Path(html), html_page(routed, f"{run}, stage {committed.name}"))
         console.print(f"written: {html}", highlight=False, markup=False)
     if save is not None:
         _save(save, architecture, {label or "": seen}, tokenizer, console)
@@ -136,8 +136,8 @@ def _keep(
         tracker.log_metrics(result["mlflow_run"], _rows(result, tokens, head["stages"].index(result["key"])))
     if tracker.problem and config.tracking.enabled:
         console.print(f"[yellow]{tracker.problem}[/yellow]")
-    replace_file(copy, text)
-    replace_file(path, text)
+    write_atomic(copy, text)
+    write_atomic(path, text)
 
 
 def _rows(result: Mapping[str, Any], tokens: int, step: int) -> list[Row]:

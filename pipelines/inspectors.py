@@ -20,11 +20,11 @@ from lifelong_moe.data.shards import tokenize_documents
 from lifelong_moe.data.tokenizer import Tokenizer
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.plan.architecture import Architecture
-from lifelong_moe.stages.keys import SHORT
 from lifelong_moe.stages.lineage import lineage_rows, work_under_way
 from lifelong_moe.stages.runs import RunRecord, require_head, require_stage
 from lifelong_moe.stages.store import CommittedStage, StageStore
 from lifelong_moe.stages.versions import champion, describe
+from lifelong_moe.storage.keys import SHORT
 from pipelines import render
 from pipelines.places import ROOT
 from pipelines.tables import show

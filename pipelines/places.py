@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lifelong_moe.data.storage import remove_temporary
+from lifelong_moe.storage.temporary import remove_temporary
 
 ROOT = Path("mlruns")
 CACHE = Path("data/cache")

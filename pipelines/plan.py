@@ -14,9 +14,9 @@ from lifelong_moe.methods.plan import PlannedStage, stage_need
 from lifelong_moe.methods.published import sentence as published_sentence
 from lifelong_moe.plan.cost import count_parameters
 from lifelong_moe.plan.disk import run_need
-from lifelong_moe.stages.keys import SHORT
 from lifelong_moe.stages.runs import RunRecord
 from lifelong_moe.stages.store import CommittedStage, StageStore
+from lifelong_moe.storage.keys import SHORT
 from pipelines import render
 from pipelines.tables import show
 from pipelines.workspace import ROOT, Prepared, further_training, prepare

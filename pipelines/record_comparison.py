@@ -21,10 +21,10 @@ from lifelong_moe.errors import CorruptError, LockedError
 from lifelong_moe.evaluation.comparison import SCHEMA, ArmResult, build_comparison
 from lifelong_moe.evaluation.comparison_figures import comparison_figures
 from lifelong_moe.methods.comparison import Comparison
-from lifelong_moe.stages.atomic import replace_file
-from lifelong_moe.stages.keys import content_key
-from lifelong_moe.stages.lock import locked
 from lifelong_moe.stages.runs import RunRecord
+from lifelong_moe.storage.files import write_atomic
+from lifelong_moe.storage.keys import content_key
+from lifelong_moe.storage.locks import locked
 from lifelong_moe.tracking.connection import without_credentials
 from lifelong_moe.tracking.store import local_id
 from lifelong_moe.tracking.tracker import Tracker
@@ -72,7 +72,7 @@ class ComparisonRecord:
             except ValueError as error:
                 raise CorruptError(f"{path}: not JSON ({error}).") from None
             yield head
-            replace_file(path, json.dumps(head, indent=1, ensure_ascii=False))
+            write_atomic(path, json.dumps(head, indent=1, ensure_ascii=False))
 
     def _start(self, known: str | None) -> str | None:
         settings = self.comparison.settings
@@ -134,8 +134,8 @@ class ComparisonRecord:
         }
 
     def _write(self, found: dict[str, Any], figures: Mapping[str, Figure]) -> None:
-        replace_file(self.path / "comparison.json", json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False))
-        replace_file(self.path / "comparison.md", render_comparison.markdown(found))
+        write_atomic(self.path / "comparison.json", json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False))
+        write_atomic(self.path / "comparison.md", render_comparison.markdown(found))
         (self.path / "figures").mkdir(exist_ok=True)
         for name, figure in figures.items():
             figure.savefig(self.path / "figures" / name)

@@ -15,10 +15,10 @@ from rich.console import Console
 
 from lifelong_moe.config.sections import section
 from lifelong_moe.errors import LifelongError, LockedError
-from lifelong_moe.stages.keys import SHORT
-from lifelong_moe.stages.lock import locked
 from lifelong_moe.stages.runs import RunRecord, require_head
 from lifelong_moe.stages.versions import versions
+from lifelong_moe.storage.keys import SHORT
+from lifelong_moe.storage.locks import locked
 from lifelong_moe.tracking.config import TrackingConfig
 from lifelong_moe.tracking.connection import with_credentials
 from lifelong_moe.tracking.tracker import Tracker

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from lifelong_moe.retraining.gate import Verdict
-from lifelong_moe.stages.keys import SHORT
+from lifelong_moe.storage.keys import SHORT
 
 
 def plan_sentences(facts: Mapping[str, Any]) -> list[str]:

@@ -20,11 +20,11 @@ from lifelong_moe.errors import ConfigError
 from lifelong_moe.methods.retraining import load_retraining
 from lifelong_moe.retraining.bounds import LEAST_SOURCES
 from lifelong_moe.retraining.decision import Action
-from lifelong_moe.stages.lock import locked
 from lifelong_moe.stages.runs import RunRecord, latest_timestamp, require_head, timestamp
 from lifelong_moe.stages.store import CommittedStage, StageStore
 from lifelong_moe.stages.versions import Action as StageAction
 from lifelong_moe.stages.versions import Head, VersionStage, champion, dated_until, promoted, versions
+from lifelong_moe.storage.locks import locked
 from lifelong_moe.tracking.tracker import Tracker
 from lifelong_moe.training.interrupt import Interrupt, handling_sigterm
 from lifelong_moe.training.phase import build_trainer

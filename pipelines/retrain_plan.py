@@ -14,10 +14,10 @@ from lifelong_moe.methods.graph import stage_specs
 from lifelong_moe.methods.retraining import Retraining
 from lifelong_moe.retraining.decision import Action, Decision, decide
 from lifelong_moe.retraining.drift import Drift
-from lifelong_moe.stages.atomic import replace_file
-from lifelong_moe.stages.keys import SHORT, content_key
 from lifelong_moe.stages.runs import RunRecord, latest_timestamp, timestamp
 from lifelong_moe.stages.versions import dated_until
+from lifelong_moe.storage.files import write_atomic
+from lifelong_moe.storage.keys import SHORT, content_key
 from pipelines.candidates import Bench, Candidate
 from pipelines.drifting import drift_notes, has_drifted, look_at_batch, measure_batch, untested
 from pipelines.gating import foreseen_power
@@ -53,7 +53,7 @@ class TickPlan:
 
     def write(self, record: RunRecord) -> None:
         """Keep it."""
-        replace_file(self.path(record), json.dumps(self.facts, indent=1, ensure_ascii=False, allow_nan=False))
+        write_atomic(self.path(record), json.dumps(self.facts, indent=1, ensure_ascii=False, allow_nan=False))
 
     def postpone(self, record: RunRecord, reason: str) -> None:
         """Keep it as the plan of a batch that waits: its stage was trained, and the gate could not tell."""

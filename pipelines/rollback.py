@@ -7,10 +7,10 @@ from typing import Any
 from rich.console import Console
 
 from lifelong_moe.errors import CorruptError
-from lifelong_moe.stages.keys import SHORT
-from lifelong_moe.stages.lock import locked
 from lifelong_moe.stages.runs import RunRecord, require_head
 from lifelong_moe.stages.versions import Version, champion, describe, rolled_back
+from lifelong_moe.storage.keys import SHORT
+from lifelong_moe.storage.locks import locked
 from pipelines.places import ROOT
 from pipelines.recorded import follow_champion
 

@@ -18,11 +18,11 @@ from lifelong_moe.methods.advice import leaking, nothing_to_hold
 from lifelong_moe.methods.graph import RECIPES
 from lifelong_moe.methods.plan import PlannedStage, chain
 from lifelong_moe.plan.architecture import Architecture
-from lifelong_moe.stages.keys import SHORT, content_key
-from lifelong_moe.stages.lock import locked
 from lifelong_moe.stages.runs import EvaluationStore, RunRecord
 from lifelong_moe.stages.store import CommittedStage, StageStore
 from lifelong_moe.stages.versions import champion, describe
+from lifelong_moe.storage.keys import SHORT, content_key
+from lifelong_moe.storage.locks import locked
 from lifelong_moe.tracking.tracker import Tracker
 from lifelong_moe.training.first_centroids import first_centroids, needs_first_centroids
 from lifelong_moe.training.interrupt import Interrupt, handling_sigterm

@@ -11,10 +11,10 @@ from lifelong_moe.data.batches import BatchStore
 from lifelong_moe.data.prepare import read_texts
 from lifelong_moe.data.records import DIGITS, HeldoutStore, TextRecord
 from lifelong_moe.errors import ConfigError
-from lifelong_moe.stages.keys import SHORT
 from lifelong_moe.stages.runs import require_head
 from lifelong_moe.stages.store import StageStore
 from lifelong_moe.stages.trace import readers, trace_expert
+from lifelong_moe.storage.keys import SHORT
 from pipelines.novelty import batch_source
 from pipelines.places import CACHE, ROOT
 from pipelines.remembering import remembered

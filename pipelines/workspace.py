@@ -18,10 +18,11 @@ from lifelong_moe.data.records import Remembered
 from lifelong_moe.errors import DataError
 from lifelong_moe.methods.plan import PlannedStage, check_clusters, plan_stages, stage_need
 from lifelong_moe.plan.disk import require_space, run_need, used_space
+from lifelong_moe.plan.spec import SCHEMA
 from lifelong_moe.routing.registry import build_router
-from lifelong_moe.stages.keys import SCHEMA, SHORT, canonical_json
 from lifelong_moe.stages.runs import RunRecord, require_head
 from lifelong_moe.stages.store import StageStore
+from lifelong_moe.storage.keys import SHORT, canonical_json
 from lifelong_moe.training.config import TrainerConfig
 from lifelong_moe.training.first_centroids import find_centroids, needs_first_centroids
 from pipelines.places import CACHE, ROOT

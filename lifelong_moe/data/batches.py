@@ -10,18 +10,20 @@ batch, ``batches/<hash16>-<sources8>/``.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lifelong_moe.data.documents import Document, documents_hash, normalized_hash
 from lifelong_moe.data.jsonl import read_jsonl
-from lifelong_moe.data.storage import canonical_json, file_sha256, sync, temporary, text_sha256, write_atomic
 from lifelong_moe.errors import CorruptError
+from lifelong_moe.storage.directories import new_directory
+from lifelong_moe.storage.files import sync, write_atomic
+from lifelong_moe.storage.keys import SHORT, canonical_json, file_sha256, text_sha256
 
 DOCUMENTS, MANIFEST, REMOVED = "documents.jsonl", "manifest.json", "removed.json"
-SHORT, SOURCES = 16, 8
+SOURCES = 8
+"""Hexadecimal digits that tell the copies of a batch apart."""
 
 
 class BatchStore:
@@ -64,15 +66,8 @@ class BatchStore:
         if path.parent.exists():
             self.manifest(batch, sources)
             return batch
-        self.root.mkdir(parents=True, exist_ok=True)
-        with temporary(self.root) as work:
+        with new_directory(path.parent) as work:
             _write(work, batch, documents, files)
-            try:
-                os.rename(work, path.parent)
-            except OSError:
-                if not path.exists():  # else another process was first
-                    raise
-        sync(self.root)
         return batch
 
     def manifest(self, batch: str, sources: str | None = None) -> dict[str, Any]:
@@ -127,7 +122,7 @@ class BatchStore:
             freed += path.stat().st_size
             found = self.documents(batch, path.parent.name[SHORT + 1 :] or None)
             rows = [{"hash": d.hash, "normalized": normalized_hash(d.text), "source": d.source} for d in found]
-            write_atomic(path.with_name(REMOVED), canonical_json(rows).encode())  # counts once the text is gone
+            write_atomic(path.with_name(REMOVED), canonical_json(rows))  # counts once the text is gone
             path.unlink()
             sync(path.parent)
         return freed
@@ -158,9 +153,6 @@ def _write(work: Path, batch: str, documents: Sequence[Document], files: Sequenc
         "files": list(files),
     }
     (work / MANIFEST).write_text(canonical_json(manifest), encoding="utf-8")
-    for name in (DOCUMENTS, MANIFEST):
-        sync(work / name)
-    sync(work)
 
 
 def _rows(documents: Sequence[Document]) -> bytes:

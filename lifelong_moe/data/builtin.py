@@ -18,8 +18,9 @@ from pathlib import Path, PurePosixPath
 
 from lifelong_moe.data.documents import Document
 from lifelong_moe.data.extraction import header_code, module_prose, pieces, topics, without_docstrings
-from lifelong_moe.data.storage import canonical_json, text_sha256, write_atomic
 from lifelong_moe.errors import DataError
+from lifelong_moe.storage.files import write_atomic
+from lifelong_moe.storage.keys import SHORT, canonical_json, content_key
 
 EXTRACTION_VERSION = 1
 """Raised whenever the same files would yield other documents."""
@@ -49,7 +50,7 @@ def builtin_documents(kind: str, cache: Path) -> list[Document]:
         DataError: The installation lacks what the distribution is made of.
     """
     versions = {"python": platform.python_version(), "extraction": str(EXTRACTION_VERSION), **_versions(kind)}
-    path = cache / "builtin" / f"{kind}-{text_sha256(canonical_json(versions))[:16]}.jsonl"
+    path = cache / "builtin" / f"{kind}-{content_key(versions)[:SHORT]}.jsonl"
     documents = _read_cache(path)
     if documents is None:
         documents = list(_EXTRACT[kind]())

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from lifelong_moe.data.config import SourceConfig
-from lifelong_moe.data.storage import text_sha256
 from lifelong_moe.errors import DataError
+from lifelong_moe.storage.keys import text_sha256
 
 SHORT_TEXT = 64
 """Letters and digits below which symbols may be all that tells two texts apart."""

@@ -16,10 +16,10 @@ from typing import Any
 from lifelong_moe.data.config import SourceConfig
 from lifelong_moe.data.documents import Document
 from lifelong_moe.data.files import reader_of
-from lifelong_moe.data.storage import file_sha256
 from lifelong_moe.data.streams import decode, open_bytes, require_regular
 from lifelong_moe.data.strict_json import parse_object
 from lifelong_moe.errors import DataError, one_line
+from lifelong_moe.storage.keys import file_sha256
 
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 16 << 20

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lifelong_moe.data.documents import Document
-from lifelong_moe.data.storage import text_sha256
 from lifelong_moe.data.streams import MAX_LINE_BYTES, check_text, decode, open_bytes
 from lifelong_moe.data.strict_json import parse_object
 from lifelong_moe.errors import DataError
+from lifelong_moe.storage.keys import text_sha256
 
 SEPARATOR = "\x1e"
 """Stands between prompt and answer: the record separator, a byte that every byte-level tokenizer has."""

@@ -17,8 +17,9 @@ from typing import Any
 
 from lifelong_moe.data.documents import Corpus, Document
 from lifelong_moe.data.shards import TokenizedCorpus
-from lifelong_moe.data.storage import canonical_json, file_sha256, write_atomic
 from lifelong_moe.errors import CorruptError
+from lifelong_moe.storage.files import write_atomic
+from lifelong_moe.storage.keys import canonical_json, file_sha256
 
 DIGITS = 16
 """Of the hash of a document that was left out."""

@@ -19,8 +19,9 @@ from typing import Any, overload
 import numpy as np
 
 from lifelong_moe.data.documents import Corpus, Document
-from lifelong_moe.data.storage import canonical_json, file_sha256, sync, temporary
 from lifelong_moe.data.tokenizer import Tokenizer
+from lifelong_moe.storage.directories import new_directory, remove_directory
+from lifelong_moe.storage.keys import SHORT, canonical_json, file_sha256
 
 FORMAT_VERSION = 1
 _FILES = ("tokens.bin", "offsets.bin", "text_bytes.bin")
@@ -136,7 +137,7 @@ def tokenize_documents(documents: Sequence[Document], tokenizer: Tokenizer) -> T
 
 def open_or_tokenize(documents: Sequence[Document], key: str, tokenizer: Tokenizer, cache: Path) -> TokenShard:
     """Tokenize one part of a corpus, or open what was tokenized before; ``key`` is the hash of its documents."""
-    directory = cache / "tokens" / f"{key[:16]}-{tokenizer.hash[:16]}"
+    directory = cache / "tokens" / f"{key[:SHORT]}-{tokenizer.hash[:SHORT]}"
     shard = _open(directory)
     if shard is None:
         _build(documents, directory, tokenizer)
@@ -177,17 +178,14 @@ def _read_manifest(directory: Path) -> dict[str, Any] | None:
 
 
 def _build(documents: Sequence[Document], directory: Path, tokenizer: Tokenizer) -> None:
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with temporary(directory.parent) as work:
+    with new_directory(directory) as work:
         dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
         _write_arrays(documents, work, tokenizer, dtype)
         files = {name: {"size": (work / name).stat().st_size, "sha256": file_sha256(work / name)} for name in _FILES}
         manifest = canonical_json({"version": FORMAT_VERSION, "dtype": dtype, "files": files})
         (work / "manifest.json").write_text(manifest, encoding="utf-8")
-        for name in (*_FILES, "manifest.json"):
-            sync(work / name)
-        sync(work)
-        _move_into_place(work, directory)
+        if directory.exists() and _open(directory) is None:
+            remove_directory(directory)  # damaged; what is whole there by now another process has written
 
 
 def _write_arrays(documents: Sequence[Document], work: Path, tokenizer: Tokenizer, dtype: str) -> None:
@@ -214,16 +212,3 @@ def _batches(documents: Sequence[Document]) -> Iterator[list[Document]]:
             batch, size = [], 0
     if batch:
         yield batch
-
-
-def _move_into_place(work: Path, directory: Path) -> None:
-    """Rename ``work`` to ``directory``, putting a damaged predecessor aside; another process may win the race."""
-    if directory.exists() and _open(directory) is None:
-        with temporary(directory.parent) as aside:
-            os.replace(directory, aside / directory.name)
-    try:
-        os.replace(work, directory)
-    except OSError:
-        if _open(directory) is None:  # not lost to another process that wrote the same
-            raise
-    sync(directory.parent)

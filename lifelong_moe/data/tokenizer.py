@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from lifelong_moe.data.config import MAX_VOCAB_SIZE, TokenizerConfig
 from lifelong_moe.data.documents import Corpus
-from lifelong_moe.data.storage import canonical_json, text_sha256, write_atomic
 from lifelong_moe.data.streams import MAX_TEXT_FILE_BYTES, decode, open_bytes, refuse_pickled
 from lifelong_moe.errors import ConfigError, DataError
+from lifelong_moe.storage.files import write_atomic
+from lifelong_moe.storage.keys import SHORT, canonical_json, content_key, text_sha256
 
 if TYPE_CHECKING:
     import tokenizers
@@ -22,7 +23,6 @@ KNOWN_BOS = (BOS, "<s>", "<|begin_of_text|>", "<|startoftext|>", "<|endoftext|>"
 """What a given tokenizer may call its document separator, in order of preference."""
 RECIPE_VERSION = 1
 """Raised whenever the same text would yield another tokenizer."""
-_KEY_LENGTH = 16
 
 
 _PROBE = "A tokenizer must give back {every: character};\n\tgrüße, naïve, 漢字, λx.x+1, 🙂 0123456789!"
@@ -115,7 +115,7 @@ class Tokenizer:
 
     def save(self, path: Path) -> None:
         """Write ``tokenizer.json`` atomically; ``tokenizers`` and transformers read it."""
-        write_atomic(Path(path), self._text.encode("utf-8"))
+        write_atomic(Path(path), self._text)
 
     @classmethod
     def load(cls, path: Path) -> Tokenizer:
@@ -213,14 +213,14 @@ def trained_tokenizer(
         cache: ``cache/tokenizers/<key>.json`` holds what was trained. A damaged file is trained again.
         check: Raises if the tokenizer does not do; called before anything is written.
     """
-    key = text_sha256(canonical_json({"recipe": recipe(config), "train_hash": corpus.train_hash}))[:_KEY_LENGTH]
+    key = content_key({"recipe": recipe(config), "train_hash": corpus.train_hash})[:SHORT]
     path = cache / "tokenizers" / f"{key}.json"
     found = _cached(path)
     tokenizer = found or train_tokenizer((document.text for document in corpus.train), config.vocab_size)
     check(tokenizer)
     if found is None:
         tokenizer.save(path)
-        write_atomic(path.with_suffix(".sha256"), tokenizer.hash.encode("ascii"))
+        write_atomic(path.with_suffix(".sha256"), tokenizer.hash)
     return tokenizer
 
 

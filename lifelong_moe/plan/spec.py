@@ -22,9 +22,11 @@ from lifelong_moe.retention.config import (
     TrunkTraining,
 )
 from lifelong_moe.routing.config import Features, Level, RoutingConfig
-from lifelong_moe.stages.keys import SCHEMA, content_key
+from lifelong_moe.storage.keys import content_key
 from lifelong_moe.training.config import FinetuneConfig, OptimConfig
 
+SCHEMA = 5
+"""Version of what a stage's key is made of; a change makes every stage a new one."""
 HASH_WARMUP = 0.1
 """Share of the first stage that trains with hash routing before centroids of hidden states are fitted."""
 

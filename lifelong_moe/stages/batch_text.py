@@ -14,10 +14,10 @@ from typing import Any
 
 from lifelong_moe.data.batches import BatchStore
 from lifelong_moe.data.config import KeepText
-from lifelong_moe.stages.atomic import remove_directory
-from lifelong_moe.stages.keys import SHORT
 from lifelong_moe.stages.runs import require_head
 from lifelong_moe.stages.versions import Head, versions
+from lifelong_moe.storage.directories import remove_directory
+from lifelong_moe.storage.keys import SHORT
 
 
 def removable(head: Head, *, working: bool = False) -> Iterator[str]:

@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from lifelong_moe.data.batches import BatchStore
-from lifelong_moe.data.storage import GRACE_SECONDS
 from lifelong_moe.errors import CorruptError
-from lifelong_moe.stages.atomic import remove_directory
 from lifelong_moe.stages.batch_text import read_heads, removable_texts, remove_batch_text
-from lifelong_moe.stages.keys import SHORT, content_key
-from lifelong_moe.stages.lock import locked
+from lifelong_moe.storage.directories import remove_directory
+from lifelong_moe.storage.keys import SHORT, content_key
+from lifelong_moe.storage.locks import locked
+from lifelong_moe.storage.temporary import GRACE_SECONDS
 
 TOKENS_SECONDS = 30 * 24 * 3600.0
 """Tokens are kept for a month after they were opened last: whatever needs them can make them again."""

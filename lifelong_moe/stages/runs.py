@@ -11,17 +11,16 @@ those that were fitted on the first stage's text) and ``mlflow`` (what has been 
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lifelong_moe.data.storage import GRACE_SECONDS
 from lifelong_moe.errors import ConfigError, CorruptError
-from lifelong_moe.stages.atomic import replace_file
-from lifelong_moe.stages.keys import SHORT, canonical_json
+from lifelong_moe.storage.files import append_line, write_atomic
+from lifelong_moe.storage.keys import SHORT, canonical_json
+from lifelong_moe.storage.temporary import GRACE_SECONDS
 
 
 def timestamp(seconds: float | None = None) -> str:
@@ -52,7 +51,7 @@ class RunRecord:
 
     def set_head(self, head: dict[str, Any]) -> None:
         """Replace the head atomically."""
-        replace_file(self.path / "head.json", json.dumps(head, indent=1, ensure_ascii=False, allow_nan=False))
+        write_atomic(self.path / "head.json", json.dumps(head, indent=1, ensure_ascii=False, allow_nan=False))
 
     def report(self) -> dict[str, Any] | None:
         """The machine-readable result; None before the first stage is evaluated."""
@@ -60,19 +59,11 @@ class RunRecord:
 
     def set_report(self, report: dict[str, Any]) -> None:
         """Replace the report atomically."""
-        replace_file(self.path / "report.json", json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False))
+        write_atomic(self.path / "report.json", json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False))
 
     def log(self, event: str, **fields: Any) -> None:
         """Append a line to the ledger and flush it to disk."""
-        line = canonical_json({"time": timestamp(), "event": event, **fields})
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / "ledger.jsonl").open("ab+") as file:
-            if file.tell():
-                file.seek(-1, os.SEEK_END)
-                line = line if file.read(1) == b"\n" else f"\n{line}"  # a crash left the last one torn
-            file.write(f"{line}\n".encode())
-            file.flush()
-            os.fsync(file.fileno())
+        append_line(self.path / "ledger.jsonl", canonical_json({"time": timestamp(), "event": event, **fields}))
 
     def logged(self, event: str, field: str) -> list[Any]:
         """A field of all the ledger's lines of an event, in order; a line that a crash left torn is passed over."""
@@ -152,4 +143,4 @@ class EvaluationStore:
     def add(self, stage_key: str, data_key: str, result: dict[str, Any]) -> None:
         """Store an evaluation atomically."""
         stored = {"stage": stage_key, "data": data_key, "result": result}
-        replace_file(self._path(stage_key, data_key), canonical_json(stored))
+        write_atomic(self._path(stage_key, data_key), canonical_json(stored))

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from lifelong_moe.errors import CheckpointError, CorruptError
-from lifelong_moe.stages.atomic import verify_directory, write_directory
-from lifelong_moe.stages.keys import SHORT, canonical_json
+from lifelong_moe.storage.directories import verify_directory, write_directory
+from lifelong_moe.storage.keys import SHORT, canonical_json
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from lifelong_moe.errors import ConfigError
-from lifelong_moe.stages.keys import SHORT
+from lifelong_moe.storage.keys import SHORT
 
 if TYPE_CHECKING:
     from lifelong_moe.stages.store import CommittedStage

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 
+from lifelong_moe.storage.files import new_file
+from lifelong_moe.storage.locks import locked_when_free
 from lifelong_moe.tracking.connection import sqlite_path
-from lifelong_moe.tracking.lock import waiting_for
 
 CREATE_SECONDS = 120.0
 """Longest wait for another process that creates the database; creating one takes about 2 s."""
@@ -29,8 +29,7 @@ def ensure_database(uri: str, root: Path) -> None:
     path = sqlite_path(uri)
     if path is None or exists(path):
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with waiting_for(path.with_name(f".{path.name}.lock"), time.monotonic() + CREATE_SECONDS):
+    with locked_when_free(path.with_name(f".{path.name}.lock"), time.monotonic() + CREATE_SECONDS):
         if not exists(path):
             _create(path, root)
 
@@ -41,14 +40,8 @@ def exists(path: Path) -> bool:
 
 
 def _create(path: Path, root: Path) -> None:
-    """Create a database; the lock is held, so the temporary name is ours, and what is there a kill has left."""
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-    tmp = path.with_name(f".tmp-{path.name}")
-    for left in path.parent.glob(f"{tmp.name}*"):  # SQLite's journal, too
-        left.unlink()
-    store = SqlAlchemyStore(f"sqlite:///{tmp.absolute()}", str(root.absolute() / "artifacts"))
-    store.engine.dispose()
-    with tmp.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(tmp, path)
+    with new_file(path) as work:
+        store = SqlAlchemyStore(f"sqlite:///{work.absolute()}", str(root.absolute() / "artifacts"))
+        store.engine.dispose()

@@ -13,7 +13,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -21,9 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from lifelong_moe.data.storage import sync, write_atomic
+from lifelong_moe.storage.files import append_line, rename, write_atomic
+from lifelong_moe.storage.keys import SHORT, text_sha256
+from lifelong_moe.storage.locks import locked_when_free
 from lifelong_moe.tracking.connection import without_credentials
-from lifelong_moe.tracking.lock import waiting_for
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class Spool:
 
     def __init__(self, root: Path, uri: str) -> None:
         self.address = without_credentials(uri)
-        self.path = root / SPOOL / hashlib.sha256(self.address.encode()).hexdigest()[:16]
+        self.path = root / SPOOL / text_sha256(self.address)[:SHORT]
         self._pending = self.path / "pending.jsonl"
 
     @classmethod
@@ -86,20 +86,10 @@ class Spool:
         """
         with self._locked("spool.lock"):
             if not (self.path / _ADDRESS).exists():
-                write_atomic(self.path / _ADDRESS, self.address.encode())
+                write_atomic(self.path / _ADDRESS, self.address)
             if content is not None:
                 operation = operation | {"file": self._keep(content, operation["path"])}
-            line = json.dumps(operation, allow_nan=False, separators=(",", ":")).encode() + b"\n"
-            begun = self._pending.exists()
-            with self._pending.open("ab+") as file:
-                # A process that was killed here left a line without its end.
-                if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
-                    line = b"\n" + line
-                file.write(line)
-                file.flush()
-                os.fsync(file.fileno())
-            if not begun:
-                sync(self.path)
+            append_line(self._pending, json.dumps(operation, allow_nan=False, separators=(",", ":")))
 
     def _keep(self, content: bytes, path: str) -> str:
         name = hashlib.sha256(content).hexdigest() + PurePosixPath(path).suffix
@@ -138,7 +128,7 @@ class Spool:
         with self._locked("spool.lock"):
             numbers = [int(path.stem.partition("-")[2]) for path in self._taken()]
             if self._pending.exists():
-                os.replace(self._pending, self.path / f"taken-{max(numbers, default=0) + 1:06d}.jsonl")
+                rename(self._pending, self.path / f"taken-{max(numbers, default=0) + 1:06d}.jsonl")
 
     def _taken(self) -> list[Path]:
         return sorted(self.path.glob("taken-*.jsonl"))
@@ -185,5 +175,4 @@ class Spool:
                     path.unlink()
 
     def _locked(self, name: str, deadline: float = math.inf) -> AbstractContextManager[None]:
-        self.path.mkdir(parents=True, exist_ok=True)
-        return waiting_for(self.path / name, deadline)
+        return locked_when_free(self.path / name, deadline)

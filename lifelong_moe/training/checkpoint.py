@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lifelong_moe.errors import CorruptError
-from lifelong_moe.stages.atomic import verify_directory, write_directory
 from lifelong_moe.stages.store import load_weights
+from lifelong_moe.storage.directories import verify_directory, write_directory
 
 log = logging.getLogger(__name__)
 TENSORS, STATE = "state.safetensors", "state.json"

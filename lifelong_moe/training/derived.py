@@ -17,8 +17,8 @@ from lifelong_moe.errors import ConfigError
 from lifelong_moe.growth.remove import remove_generation
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.architecture import Architecture
-from lifelong_moe.stages.keys import content_key
 from lifelong_moe.stages.store import CommittedStage, StageStore
+from lifelong_moe.storage.keys import content_key
 
 
 def derived_stage(store: StageStore, source: CommittedStage, name: str) -> CommittedStage:

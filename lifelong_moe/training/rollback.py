@@ -18,7 +18,8 @@ from pathlib import Path
 
 from lifelong_moe.errors import DivergedError
 from lifelong_moe.plan.spec import Phase, StageSpec
-from lifelong_moe.stages.atomic import remove_directory, replace_file
+from lifelong_moe.storage.directories import remove_directory
+from lifelong_moe.storage.files import write_atomic
 from lifelong_moe.training.checkpoint import checkpoint_path, checkpoints
 
 MAX_NONFINITE = 3
@@ -119,5 +120,5 @@ def roll_back(work: Path, error: NonfiniteStepsError, every_steps: int) -> None:
         if path.name > checkpoint_path(work, error.phase, step).name:
             remove_directory(path)
     after = done.returning(error.phase, step, error.last)
-    replace_file(work / FILE, json.dumps(asdict(after)))
+    write_atomic(work / FILE, json.dumps(asdict(after)))
     log.warning("%s; rolling back to step %d, past the %d batches read since", error, step, error.last + 1 - step)

@@ -28,15 +28,16 @@ from lifelong_moe.growth.shallow import shallow_student
 from lifelong_moe.model.int8 import hold_in_int8, make_whole
 from lifelong_moe.model.transformer import LanguageModel, initialize
 from lifelong_moe.plan.architecture import Architecture
-from lifelong_moe.plan.spec import StageSpec, Trains
+from lifelong_moe.plan.spec import SCHEMA, StageSpec, Trains
 from lifelong_moe.retention.generated import generate_blocks
 from lifelong_moe.retention.penalty import WeightAnchor, fisher_diagonal, make_anchor, mean_fisher
 from lifelong_moe.retention.teacher import make_teacher
 from lifelong_moe.routing.config import Bundles, Centroids
-from lifelong_moe.stages.atomic import replace_file, verify_directory, write_directory
-from lifelong_moe.stages.keys import SCHEMA, SHORT
-from lifelong_moe.stages.lock import locked
 from lifelong_moe.stages.store import CommittedStage, StageStore, load_weights
+from lifelong_moe.storage.directories import verify_directory, write_directory
+from lifelong_moe.storage.files import write_atomic
+from lifelong_moe.storage.keys import SHORT
+from lifelong_moe.storage.locks import locked
 from lifelong_moe.training.checkpoint import newest_checkpoint
 from lifelong_moe.training.data import text_sample, written_sample
 from lifelong_moe.training.first_centroids import FIRST_CENTROIDS, first_centroids
@@ -153,7 +154,7 @@ def _train_phases(
             run = PhaseRun(number, phase, first_step, order_step, order_seed, work, resume, rollbacks)
             module = StageModule(model, spec, phase, teacher, anchor)
             done = train_phase(module, teacher, run, corpora, generated, environment)
-            replace_file(work / f"phase-{number}.json", json.dumps(done))
+            write_atomic(work / f"phase-{number}.json", json.dumps(done))
         measured.append(json.loads((work / f"phase-{number}.json").read_text(encoding="utf-8")))
         first_step += phase.steps
         order_step += phase.steps + rollbacks.shift(number, phase.steps)

@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lifelong_moe.model.transformer import LanguageModel
-from lifelong_moe.stages.atomic import verify_directory, write_directory
 from lifelong_moe.stages.store import load_weights
+from lifelong_moe.storage.directories import verify_directory, write_directory
 from lifelong_moe.training.config import FinetuneConfig
 
 

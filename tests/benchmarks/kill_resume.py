@@ -25,7 +25,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from lifelong_moe.errors import CorruptError
-from lifelong_moe.stages.atomic import MANIFEST, file_hash, verify_directory
+from lifelong_moe.storage.directories import MANIFEST, verify_directory
+from lifelong_moe.storage.keys import file_sha256
 from pipelines import quiet
 from tests.benchmarks.provenance import keep, made_with
 from tests.tiny import fork, hashes, tiny_config, train, write_config, write_corpora
@@ -33,7 +34,7 @@ from tests.tiny import fork, hashes, tiny_config, train, write_config, write_cor
 
 def committed() -> dict[str, str]:
     """Hash of every committed stage's manifest."""
-    return {str(path.parent): file_hash(path) for path in Path("mlruns/stages").glob(f"[!.]*/{MANIFEST}")}
+    return {str(path.parent): file_sha256(path) for path in Path("mlruns/stages").glob(f"[!.]*/{MANIFEST}")}
 
 
 def moment() -> str:

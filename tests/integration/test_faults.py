@@ -155,7 +155,7 @@ def test_stopped_between_the_two_acts_of_a_rollback(lab: Path, monkeypatch: pyte
         expected = hashes(run_name="straight")
         shutil.rmtree("mlruns")
         with patch.context() as inner:
-            inner.setattr(rollback, "replace_file", stopped)
+            inner.setattr(rollback, "write_atomic", stopped)
             with pytest.raises(TryAgainError):
                 train()
         report, _ = train()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import sqlite3
@@ -14,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from lifelong_moe.tracking import database
+from lifelong_moe.storage import files
 from lifelong_moe.tracking.config import TrackingConfig
 from lifelong_moe.tracking.sync import sync
 from lifelong_moe.tracking.tracker import Tracker
@@ -79,17 +78,17 @@ def killed_in_a_migration() -> None:
 
 
 def killed_before_the_rename() -> None:
-    database.os.replace = lambda *paths: kill_self()  # type: ignore[attr-defined]
+    files.rename = lambda *paths: kill_self()
 
 
 def killed_after_the_rename() -> None:
-    original = os.replace
+    original = files.rename
 
     def replace(*paths: Any) -> None:
         original(*paths)
         kill_self()
 
-    database.os.replace = replace  # type: ignore[attr-defined]
+    files.rename = replace
 
 
 @pytest.mark.parametrize("prepare", [killed_in_a_migration, killed_before_the_rename, killed_after_the_rename])

@@ -27,10 +27,10 @@ from lifelong_moe.methods.retraining import load_retraining
 from lifelong_moe.retraining.config import GateConfig
 from lifelong_moe.retraining.decision import Action, Decision, decide
 from lifelong_moe.retraining.gate import Check, Verdict
-from lifelong_moe.stages.lock import locked
 from lifelong_moe.stages.runs import RunRecord, timestamp
 from lifelong_moe.stages.store import StageStore
 from lifelong_moe.stages.versions import champion
+from lifelong_moe.storage.locks import locked
 from lifelong_moe.training.callbacks import StepCheckpoint
 from pipelines import retrain_plan
 from pipelines.candidates import served_stages

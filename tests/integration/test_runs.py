@@ -17,8 +17,8 @@ import torch
 from rich.console import Console
 
 from lifelong_moe.errors import ConfigError, CorruptError, TryAgainError
-from lifelong_moe.stages.lock import locked
 from lifelong_moe.stages.runs import RunRecord, require_head
+from lifelong_moe.storage.locks import locked
 from pipelines.cli import exit_code
 from tests.tiny import fork, hashes, tiny_config, train, write_config
 

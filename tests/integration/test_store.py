@@ -17,10 +17,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lifelong_moe.data import storage
 from lifelong_moe.errors import CheckpointError, ConfigError, CorruptError, DivergedError, ResourceError
-from lifelong_moe.stages import atomic
 from lifelong_moe.stages.store import StageStore, load_weights
+from lifelong_moe.storage import directories, files
+from lifelong_moe.storage.keys import file_sha256
 from lifelong_moe.training import callbacks
 from pipelines.cli import exit_code
 from tests.tiny import fork, hashes, kill_self, tiny_config, train, write_config
@@ -98,7 +98,7 @@ def test_killed_in_a_commit(
     write_config(tiny_config())
 
     def action() -> None:
-        die_at(atomic, function, when, after=after)
+        die_at(directories, function, when, after=after)
         train()
 
     child = fork(action)
@@ -121,7 +121,7 @@ def test_killed_while_a_step_checkpoint_is_written(lab: Path, expected: list[str
     write_config(tiny_config())
 
     def action() -> None:
-        die_at(atomic, "_publish", lambda tmp, target: target.name == "step-0-00000008", after=False)
+        die_at(directories, "_publish", lambda tmp, target: target.name == "step-0-00000008", after=False)
         train()
 
     assert fork(action).wait() == -signal.SIGKILL
@@ -136,7 +136,7 @@ def test_killed_while_an_evaluation_is_written(lab: Path) -> None:
     write_config(tiny_config(("fruit",)))
 
     def action() -> None:
-        die_at(storage, "sync", lambda path: path.parent.parent.name == "evaluations", after=False)
+        die_at(files, "sync", lambda path: path.parent.parent.name == "evaluations", after=False)
         train()
 
     assert fork(action).wait() == -signal.SIGKILL
@@ -156,7 +156,7 @@ def test_killed_between_ledger_report_and_head(lab: Path, expected: list[str]) -
 
             from lifelong_moe.stages import runs
 
-            die_at(runs, "replace_file", when, after=False)
+            die_at(runs, "write_atomic", when, after=False)
             train()
 
         assert fork(action).wait() == -signal.SIGKILL
@@ -268,7 +268,7 @@ def test_disk_full_leaves_the_old_state(
             raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(atomic, "sync", no_space)
+        patch.setattr(directories, "sync", no_space)
         assert exit_code(lambda: train()) == ResourceError.exit_code == 8
     assert "no space left" in capsys.readouterr().err.splitlines()[-1]
     assert tree(lab / "mlruns/stages") == before
@@ -340,7 +340,7 @@ def test_a_borrowed_tensor_that_is_not_there(lab: Path) -> None:
     del weights[lost]
     save_file(weights, first / "model.safetensors")
     entry = {"bytes": (first / "model.safetensors").stat().st_size}
-    entry["sha256"] = atomic.file_hash(first / "model.safetensors")
+    entry["sha256"] = file_sha256(first / "model.safetensors")
     manifest = json.loads((first / "manifest.json").read_text())
     manifest["files"]["model.safetensors"] = entry
     (first / "manifest.json").write_text(json.dumps(manifest))

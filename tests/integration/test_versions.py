@@ -16,10 +16,10 @@ from rich.console import Console
 from lifelong_moe.errors import ConfigError, CorruptError, LockedError
 from lifelong_moe.retraining.bounds import DocumentLosses
 from lifelong_moe.stages.garbage import collect, find_garbage
-from lifelong_moe.stages.lock import locked
 from lifelong_moe.stages.runs import RunRecord
 from lifelong_moe.stages.store import CommittedStage, StageStore
 from lifelong_moe.stages.versions import Head, VersionStage, base_stages, begin, champion, promoted
+from lifelong_moe.storage.locks import locked
 from lifelong_moe.training.stage import load_model
 from pipelines import trace
 from pipelines.candidates import Bench, ServedData

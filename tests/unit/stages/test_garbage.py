@@ -11,8 +11,8 @@ import pytest
 
 from lifelong_moe.errors import CorruptError, LockedError
 from lifelong_moe.stages.garbage import collect, dependants_first, find_garbage, mentioned, reachable
-from lifelong_moe.stages.keys import content_key
-from lifelong_moe.stages.lock import locked
+from lifelong_moe.storage.keys import content_key
+from lifelong_moe.storage.locks import locked
 
 DAY, NOW = 86400.0, 1_800_000_000.0
 KEYS = {name: content_key(name) for name in "abcdefg"}

@@ -13,15 +13,10 @@ from typing import Any
 
 import pytest
 
-from lifelong_moe.data import storage
-from lifelong_moe.data.storage import (
-    canonical_json,
-    file_sha256,
-    remove_temporary,
-    temporary,
-    text_sha256,
-    write_atomic,
-)
+from lifelong_moe.storage import temporary as module
+from lifelong_moe.storage.files import write_atomic
+from lifelong_moe.storage.keys import canonical_json, file_sha256, text_sha256
+from lifelong_moe.storage.temporary import remove_temporary, temporary
 
 HOUR = 3600.0
 
@@ -48,7 +43,7 @@ def test_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("os.replace", fail)
+    monkeypatch.setattr("os.rename", fail)
     with pytest.raises(OSError, match="disk full"):
         write_atomic(path, b"new")
     assert path.read_bytes() == b"old"
@@ -120,7 +115,7 @@ def test_a_living_writer_keeps_its_directory_however_old(
         os._exit(0)
     os.read(ready[0], 1)
     if machine:
-        monkeypatch.setattr(storage, "_machine", lambda: machine)
+        monkeypatch.setattr(module, "_machine", lambda: machine)
     assert remove_temporary(tmp_path) == 0 and len(list(tmp_path.glob(".tmp-*/inner/file"))) == 1
     os.write(wait[1], b"1")
     os.waitpid(pid, 0)
@@ -168,7 +163,7 @@ def test_age_decides_where_there_are_no_locks(tmp_path: Path, monkeypatch: pytes
     with temporary(tmp_path) as work:
         assert "@" not in work.name and remove_temporary(tmp_path) == 0
     path = left_behind(tmp_path / ".tmp-0123@here", 23 * HOUR)
-    monkeypatch.setattr(storage, "_machine", lambda: "@here")
+    monkeypatch.setattr(module, "_machine", lambda: "@here")
     assert remove_temporary(tmp_path) == 0  # perhaps its writer could lock it
     left_behind(path / "inner", 0)
     os.utime(path / "inner", (0, 0))

@@ -1,10 +1,8 @@
-"""Small files that are either whole or absent: hashing, and all temporary names of this package."""
+"""All temporary folders of this package: what is written half, and what killed processes left of it."""
 
 from __future__ import annotations
 
 import fcntl
-import hashlib
-import json
 import os
 import secrets
 import shutil
@@ -12,42 +10,12 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 GRACE_SECONDS = 24 * 3600.0
 """A thing is young for a day."""
-_CHUNK_BYTES = 1 << 20
 _TMP = ".tmp-"
 _DEPTH = 3
 """Folders between a root and what is written half."""
-
-
-def canonical_json(value: Any) -> str:
-    """Return the one JSON text of ``value``: sorted keys, no spaces, UTF-8 characters as they are."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-
-
-def text_sha256(text: str) -> str:
-    """Return the SHA-256 of the UTF-8 bytes of ``text``, hexadecimal."""
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()
-
-
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes, hexadecimal, reading one MiB at a time."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Flush a file, or the names within a directory, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager
@@ -131,19 +99,3 @@ def _is_old(path: Path) -> bool:
     except OSError:  # it is changing, or another user's
         return False
     return now - changed > GRACE_SECONDS
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Replace ``path`` by ``data`` so that a reader, or a crash, sees the old or the new content and no mixture.
-
-    Args:
-        path: The file; missing parent directories are made.
-        data: Its whole content.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with temporary(path.parent) as folder:
-        work = folder / path.name
-        work.write_bytes(data)
-        sync(work)
-        os.replace(work, path)
-    sync(path.parent)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from pyarrow import parquet
 
-from lifelong_moe.data.tables import write_parquet
+from lifelong_moe.storage.tables import write_parquet
 
 
 def test_parts_become_rows_and_matrices_lists(tmp_path: Path) -> None:

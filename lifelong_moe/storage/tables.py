@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lifelong_moe.data.storage import temporary
+from lifelong_moe.storage.files import new_file
 
 
 def write_parquet(path: Path, parts: Iterable[Mapping[str, Any]]) -> int:
@@ -26,8 +26,7 @@ def write_parquet(path: Path, parts: Iterable[Mapping[str, Any]]) -> int:
     from pyarrow import parquet
 
     rows, writer = 0, None
-    with temporary(path.parent) as folder:
-        work = folder / path.name
+    with new_file(path) as work:
         try:
             for part in parts:
                 table = pyarrow.table({name: _column(values) for name, values in part.items()})
@@ -40,7 +39,6 @@ def write_parquet(path: Path, parts: Iterable[Mapping[str, Any]]) -> int:
         finally:
             if writer is not None:
                 writer.close()
-        work.replace(path)
     return rows
 
 

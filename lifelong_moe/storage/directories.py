@@ -1,28 +1,55 @@
-"""Directories and files that exist whole or not at all, whatever kills the process."""
+"""Directories that exist whole or not at all, whatever kills the process."""
 
 from __future__ import annotations
 
 import errno
 import json
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
-from lifelong_moe.data.storage import sync, temporary, write_atomic
 from lifelong_moe.errors import CorruptError, ResourceError, disk_is_full
-from lifelong_moe.stages.keys import canonical_json, file_hash
+from lifelong_moe.storage.files import rename, sync
+from lifelong_moe.storage.keys import canonical_json, file_sha256
+from lifelong_moe.storage.temporary import temporary
 
 MANIFEST = "manifest.json"
 
 
-def write_directory(target: Path, files: Mapping[str, Callable[[Path], object]]) -> None:
-    """Write files and their manifest to a temporary directory beside ``target``, then rename it.
+@contextmanager
+def new_directory(target: Path) -> Iterator[Path]:
+    """Yield a folder to fill with files, which in the end becomes ``target``.
 
-    Everything is flushed to disk before the rename, and the rename after it. If ``target`` is there already, another
+    Everything is flushed to disk before the rename, and the rename after it. If ``target`` is there by then, another
     process was first with the same content address: its version stays.
+
+    Args:
+        target: Directory to appear; its parents are made.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with temporary(target.parent) as work:
+        yield work
+        mode = work.stat().st_mode & 0o666
+        for path in sorted(work.iterdir()):
+            path.chmod(mode)  # safetensors writes for its owner alone; what is shared is for everyone that umask allows
+            sync(path)
+        sync(work)
+        _publish(work, target)
+
+
+def _publish(work: Path, target: Path) -> None:
+    try:
+        rename(work, target)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+
+
+def write_directory(target: Path, files: Mapping[str, Callable[[Path], object]]) -> None:
+    """Write files and a manifest of their hashes into a :func:`new_directory`.
 
     Args:
         target: Directory to appear; its parents are made.
@@ -31,49 +58,26 @@ def write_directory(target: Path, files: Mapping[str, Callable[[Path], object]])
     Raises:
         ResourceError: If the disk is full; ``target`` is then untouched.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with temporary(target.parent) as tmp:
-            _write_files(tmp, files)
-            _publish(tmp, target)
+        with new_directory(target) as work:
+            for name, write in files.items():
+                write(work / name)
+            entries = {
+                name: {"bytes": (work / name).stat().st_size, "sha256": file_sha256(work / name)} for name in files
+            }
+            (work / MANIFEST).write_text(canonical_json({"files": entries}), encoding="utf-8")
     except (OSError, SafetensorError) as error:
         if disk_is_full(error):
             raise ResourceError(f"{target}: no space left on the disk; nothing committed was touched.") from error
         raise
 
 
-def _write_files(tmp: Path, files: Mapping[str, Callable[[Path], object]]) -> None:
-    for name, write in files.items():
-        write(tmp / name)
-        sync(tmp / name)
-    entries = {name: {"bytes": (tmp / name).stat().st_size, "sha256": file_hash(tmp / name)} for name in files}
-    (tmp / MANIFEST).write_text(canonical_json({"files": entries}))
-    for name in files:  # safetensors writes for its owner alone; what is shared is for everyone that umask allows
-        (tmp / name).chmod((tmp / MANIFEST).stat().st_mode)
-    sync(tmp / MANIFEST)
-    sync(tmp)
-
-
-def _publish(tmp: Path, target: Path) -> None:
-    try:
-        os.rename(tmp, target)
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise
-    sync(target.parent)
-
-
 def remove_directory(path: Path) -> None:
     """Remove a directory so that it is there whole or not at all: renamed first, and what a kill leaves is cleaned up
     like any half-written directory."""
-    with temporary(path.parent) as tmp:
-        os.rename(path, tmp / path.name)
+    with temporary(path.parent) as work:
+        rename(path, work / path.name)
         sync(path.parent)
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Replace a file's content atomically and durably."""
-    write_atomic(path, text.encode("utf-8"))
 
 
 def verify_directory(directory: Path) -> dict[str, Any]:
@@ -95,7 +99,7 @@ def verify_directory(directory: Path) -> dict[str, Any]:
         path = directory / name
         if not path.is_file():
             raise CorruptError(f"{path}: missing, but the manifest lists it.")
-        found = file_hash(path)
+        found = file_sha256(path)
         if found != entry["sha256"]:
             raise CorruptError(f"{path}: SHA-256 is {found}, but the manifest says {entry['sha256']}.")
     return manifest

@@ -1,0 +1,1 @@
+"""Files, folders and tables that are whole or absent, locks, and content addresses."""

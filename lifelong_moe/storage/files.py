@@ -1,0 +1,67 @@
+"""Files that are either whole or absent, and files that grow by whole lines."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lifelong_moe.storage.temporary import temporary
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or the names within a directory, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Rename a file or directory durably; a file at ``target`` is replaced."""
+    os.rename(source, target)
+    sync(target.parent)  # else a power failure may bring the old name back
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Yield a path to write to; what is there in the end replaces ``path``.
+
+    A reader, or a crash, sees the old or the new content and no mixture.
+
+    Args:
+        path: The file; missing parent directories are made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with temporary(path.parent) as folder:
+        work = folder / path.name
+        yield work
+        sync(work)
+        rename(work, path)
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Replace the content of ``path``, made with its parents if absent, by ``content``, text as UTF-8."""
+    with new_file(path) as work:
+        work.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append a line to a file, made with its parents if absent; it is on disk when this returns.
+
+    Raises:
+        OSError: If the disk is full or cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    is_new = not path.exists()
+    data = f"{line}\n".encode()
+    with path.open("ab+") as file:
+        if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
+            data = b"\n" + data  # a process that was killed here left its line torn
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    if is_new:
+        sync(path.parent)

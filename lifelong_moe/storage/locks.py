@@ -1,0 +1,73 @@
+"""Locks between processes; the system releases them however a process ends.
+
+They are POSIX's: children do not inherit them, so data workers that outlive a killed run hold nothing.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from lifelong_moe.errors import LockedError
+
+LOOK_SECONDS = 0.01
+"""Between two looks at a lock that another process holds."""
+
+
+@contextmanager
+def locked(path: Path, what: str) -> Iterator[None]:
+    """Hold an advisory lock, or fail at once. Saves work; correctness never depends on it.
+
+    Args:
+        path: Lock file; made with its parents if absent, never removed.
+        what: What is locked, for the message.
+
+    Raises:
+        LockedError: If another process holds it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as file:
+        if not _acquire(file):
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            raise LockedError(f"{what} is being worked on by process {holder}; try again later.")
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+@contextmanager
+def locked_when_free(path: Path, deadline: float = math.inf) -> Iterator[None]:
+    """Hold an advisory lock, waiting for whoever has it.
+
+    Args:
+        path: Lock file; made with its parents if absent, never removed.
+        deadline: Until when to wait for another process, by ``time.monotonic()``.
+
+    Raises:
+        TimeoutError: If another process holds it all the while.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        while not _acquire(file):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"another process holds {path}")
+            time.sleep(LOOK_SECONDS)
+        yield
+
+
+def _acquire(file: IO[str]) -> bool:
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError as error:  # which names no file
+        raise OSError(error.errno, error.strerror, file.name) from None
+    return True
