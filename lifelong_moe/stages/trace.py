@@ -36,7 +36,10 @@ def trace_expert(chain: Sequence[CommittedStage], name: str) -> dict[str, Any]:
     layer, place = _find(Architecture.from_json(chain[-1].config["architecture"]), name)
     stage_name = name.rsplit("/", 2)[0]
     birth = next(i for i, stage in enumerate(chain) if stage.name == stage_name)
-    rows = [_history(stage, layer, stage_name, place) for stage in chain[birth:]]
+    rows: list[dict[str, Any]] = []
+    for stage in reversed(chain[birth:]):
+        rows.insert(0, _history(stage, layer, stage_name, place))
+        layer = _layer_before(stage, layer)
     born, grow = chain[birth], chain[birth].config["spec"]["grow"]
     return {
         "expert": name,
@@ -62,6 +65,13 @@ def _find(architecture: Architecture, name: str) -> tuple[int, int]:
         there = [expert_names(architecture, generation.stage) for generation in architecture.generations]
         raise ConfigError(f"--expert={name}: the model has no such expert; there are {', '.join(there)}.")
     return layer, expert - births.index(match["stage"])
+
+
+def _layer_before(stage: CommittedStage, layer: int) -> int:
+    """The number that a layer has in the stage's parent; a student has some of its layers, numbered anew."""
+    kept = (stage.config["spec"].get("distill") or {}).get("student")
+    # A derived stage repeats the spec of the stage that it was made of, whose layers it has.
+    return layer if kept is None or "derived" in stage.config else kept[layer]
 
 
 def _history(stage: CommittedStage, layer: int, birth: str, place: int) -> dict[str, Any]:

@@ -63,6 +63,22 @@ def test_an_expert_s_history_goes_over_all_stages_since_its_birth(chain: list[Co
     assert trace_expert(chain[:1], "a/L0/E1")["born"]["began"] == "random"
 
 
+def test_a_student_s_layers_are_numbered_anew(chain: list[CommittedStage]) -> None:
+    """Its only layer is layer 1 of its parent, in which alone the generation grew; then it was derived from."""
+    architecture = Architecture.from_json(chain[1].config["architecture"]).shallow([1]).to_json()
+    distilled = SPEC | {"distill": {"student": [1]}}
+    config = {"architecture": architecture, "spec": distilled, "borrowed": {}}
+    student = replace(chain[1], name="student", key="key of student", config=chain[1].config | config)
+    derived = replace(student, name="derived", key="key of derived", config=student.config | {"derived": {}})
+    found = trace_expert([*chain[:3], student, derived], "b/L0/E3")["stages"]
+    assert [(row["stage"], row["tensors"], row["held_by"]) for row in found] == [
+        ("b", "trained", "key of b"),
+        ("c", "trained", "key of c"),  # E3 of layer 1
+        ("student", "trained", "key of student"),
+        ("derived", "moved", "key of derived"),
+    ]
+
+
 @pytest.mark.parametrize("name", ["b/L0/E2", "a/L0/E2", "b/L1/E1", "a/L1/E2", "a/L2/E0", "b/L1/E5", "c/L0/E0"])
 def test_what_the_model_has_not_cannot_be_traced(chain: list[CommittedStage], name: str) -> None:
     with pytest.raises(ConfigError, match=r"no such expert; there are a/L0\.\.1/E0\.\.1, b/L1/E2\.\.4\."):
