@@ -294,7 +294,6 @@ def batch_files(batch: str, sources: str | None) -> str:
 
 def changed_frozen(store: StageStore, before: CommittedStage, after: CommittedStage) -> list[str]:
     """Frozen tensors of a stage's model that are not what they were in the one before."""
-    model = load_model(store, after)
-    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    frozen = load_model(store, after).stored_names(trained=False)
     old, new = store.tensors(before), store.tensors(after)
     return sorted(name for name in frozen & set(old) if not torch.equal(old[name], new[name]))

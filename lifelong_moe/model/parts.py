@@ -1,7 +1,7 @@
 """What a parameter of a model is, and the one grammar of names that stored tensors are read by. Torch-free.
 
-A model itself says where its parameters belong (``LanguageModel.places``), by the modules that hold them. Names are
-for tensors without a model: those of a committed stage.
+A model itself says where its parameters belong (``LanguageModel.parameters_of``), by the modules that hold them. Names
+are for tensors without a model: those of a committed stage.
 """
 
 from __future__ import annotations
@@ -43,6 +43,10 @@ class Place:
     """None outside of the blocks."""
     generation: int | None = None
     """Whose it is alone, counted from 0: experts, router rows, and deltas of any part. None is shared by all."""
+
+    def is_in(self, part: Part | None, generation: int | None) -> bool:
+        """Whether it is of this part and this generation; None is any."""
+        return part in (None, self.part) and generation in (None, self.generation)
 
     @property
     def is_trunk(self) -> bool:
@@ -96,3 +100,8 @@ def expert_tensor(layer: int, expert: int, matrix: str) -> str:
 def router_rows(layer: int, generation: int) -> str:
     """Name of a generation's rows in a trained router."""
     return str(TensorName("blocks.{layer}.moe.router.rows.{generation}", layer, generation=generation))
+
+
+def document_centroids(generation: int) -> str:
+    """Name of the centroids by which a generation's text is recognized."""
+    return str(TensorName("document_clusters.centroids_{generation}", generation=generation))

@@ -71,6 +71,7 @@ class LanguageModel(nn.Module):
         self.table_names = table_names(numbers)
         for name in self.table_names.values():
             self.register_buffer(name, torch.zeros(architecture.vocab_size, dtype=torch.int64))
+        self.register_state_dict_post_hook(self._leave_out_tied_head)
         for i, generation in enumerate(architecture.generations):
             self.add_generation(generation)
             if i + 1 == architecture.frozen:
@@ -86,7 +87,27 @@ class LanguageModel(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         add_missing_tables(state_dict, self.table_names)
+        if self._is_tied and f"{prefix}embedding.weight" in state_dict:
+            state_dict[f"{prefix}head.weight"] = state_dict[f"{prefix}embedding.weight"]
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @staticmethod
+    def _leave_out_tied_head(
+        model: LanguageModel, state_dict: dict[str, Tensor], prefix: str, local_metadata: dict[str, Any]
+    ) -> None:
+        if model._is_tied:
+            del state_dict[f"{prefix}head.weight"]
+
+    @property
+    def _is_tied(self) -> bool:
+        """Whether the head is the embedding's own matrix, which is stored once, as the embedding."""
+        return self.architecture.model.tie_embeddings
+
+    def stored_names(self, *, trained: bool) -> set[str]:
+        """Names in the state dictionary of the parameters that train, or of those that are frozen; no buffers."""
+        buffers = {name for name, _ in self.named_buffers()}
+        stored = self.state_dict(keep_vars=True)
+        return {name for name, tensor in stored.items() if tensor.requires_grad == trained and name not in buffers}
 
     def moe_layers(self) -> Iterator[MoELayer]:
         """Each layer's mixture of experts, bottom to top; a dense layer's has no routed experts."""
@@ -130,15 +151,24 @@ class LanguageModel(nn.Module):
                 found |= {p: replace(found[p], generation=int(bundle)) for p in delta.parameters()}
         return {name: found[parameter] for name, parameter in self.named_parameters()}
 
+    def parameters_of(self, part: Part | None = None, generation: int | None = None) -> dict[str, nn.Parameter]:
+        """Parameters by name: of a part, of a generation (its experts, router rows and deltas), or of both at once.
+
+        Args:
+            part: None is every part.
+            generation: Counted from 0. None is every generation, and what they share.
+
+        Returns:
+            Without those that are empty, as router rows are where a generation has no experts.
+        """
+        found = {
+            name: self.get_parameter(name) for name, place in self.places().items() if place.is_in(part, generation)
+        }
+        return {name: parameter for name, parameter in found.items() if parameter.numel()}
+
     def trunk_parameters(self) -> dict[str, nn.Parameter]:
         """The shared parts by name: everything but experts, routers and deltas."""
-        places = self.places()
-        return {name: p for name, p in self.named_parameters() if places[name].is_trunk}
-
-    def newest_parameters(self) -> set[str]:
-        """Names of the newest generation's experts, router rows and deltas; rows for no expert are none."""
-        places, newest = self.places(), len(self.architecture.generations) - 1
-        return {name for name, p in self.named_parameters() if places[name].generation == newest and p.numel()}
+        return {name: self.get_parameter(name) for name, place in self.places().items() if place.is_trunk}
 
     @property
     def has_one_head(self) -> bool:

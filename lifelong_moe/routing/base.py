@@ -151,8 +151,8 @@ class Routing:
 class Router(nn.Module):
     """Base of all routers. Experts come in generations: those a stage is born with, in order.
 
-    A subclass implements :meth:`forward` and :meth:`add_experts`; what it trains of generation g has a name that ends
-    in ``.g``. One of your own is named in the config by its dotted path and built as
+    A subclass implements :meth:`forward` and :meth:`add_experts`; what it trains of generation g stands at place g of a
+    ``ParameterList`` or a ``ModuleList``. One of your own is named in the config by its dotted path and built as
     ``YourRouter(config, width=..., layer=..., **config.options)``.
     """
 
@@ -188,10 +188,13 @@ class Router(nn.Module):
         return []
 
     def parameters_of(self, generation: int) -> list[nn.Parameter]:
-        """All that trains of one generation: its rows, and what else a router has for it."""
-        rows = self.row_generations()[generation : generation + 1]
-        named = [p for name, p in self.named_parameters() if name.rpartition(".")[2] == str(generation)]
-        return [*named, *(p for p in rows if isinstance(p, nn.Parameter) and all(p is not other for other in named))]
+        """All that trains of one generation: its place in each list that has one for every generation."""
+        found: list[nn.Parameter] = []
+        for each in self.children():
+            if isinstance(each, nn.ParameterList | nn.ModuleList) and len(each) == len(self.generations):
+                one = each[generation]
+                found += one.parameters() if isinstance(one, nn.Module) else [one]
+        return found
 
     def begun_parameters(self) -> list[nn.Parameter]:
         """Parameters that begin as the router made them, not at random like all other matrices."""

@@ -15,12 +15,13 @@ import torch
 from lifelong_moe.data.shards import ShardDocuments, TokenizedCorpus
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.growth.clusters import bundle_centroids
+from lifelong_moe.model.parts import document_centroids
 from lifelong_moe.plan.architecture import Architecture
 from lifelong_moe.routing.config import Bundles, Centroids, RoutingConfig
 from lifelong_moe.stages.store import CommittedStage, StageStore
 from lifelong_moe.storage.keys import SHORT, content_key
 
-FIRST_CENTROIDS = "document_clusters.centroids_0"
+FIRST_CENTROIDS = document_centroids(0)
 """Name of the tensor, here and in the models of later stages."""
 
 

@@ -50,8 +50,9 @@ class StageModule(LightningModule):
         self.model = model
         self.spec = spec
         self.phase = phase
-        self.frozen = {f"model.{n}" for n, p in model.named_parameters() if not p.requires_grad}
+        self.frozen = {f"model.{name}" for name in model.stored_names(trained=False)}
         """What the stage freezes; a phase may train less than the rest, but all of the rest belongs to the stage."""
+        self._own = [p for p in model.parameters() if p.requires_grad]
         # In a tuple, so that it is no submodule: not saved, not trained, not counted.
         self._teacher = (teacher,)
         noisy = spec.finetune is not None and spec.finetune.expert_dropout > 0
@@ -75,7 +76,7 @@ class StageModule(LightningModule):
     def offloaded(self, courier: Courier | None) -> AbstractContextManager[None]:
         """Within this context frozen experts, the teacher's too, come to the device when they are needed only."""
         models = [model for model in (self.model, *self._teacher) if model is not None]
-        return offloaded(models, [p for name, p in self.named_parameters() if name not in self.frozen], courier)
+        return offloaded(models, self._own, courier)
 
     def on_fit_start(self) -> None:
         """The teacher follows to the device and dtype; what it shares with the student did so, or is offloaded."""

@@ -67,10 +67,10 @@ def freeze_for_finetuning(model: LanguageModel, config: FinetuneConfig | None) -
     """Stop training what fine-tuning leaves alone."""
     if config is None:
         return
-    places = model.places()
-    for name, parameter in model.named_parameters():
-        if not config.trains(places[name].part):
-            parameter.requires_grad_(False)
+    for part in Part:
+        if not config.trains(part):
+            for parameter in model.parameters_of(part).values():
+                parameter.requires_grad_(False)
 
 
 def phase_parameters(model: LanguageModel, phase: Phase) -> dict[str, nn.Parameter]:

@@ -57,10 +57,8 @@ def load_model(store: StageStore, stage: CommittedStage) -> LanguageModel:
 
 
 def build_model(architecture: Architecture, tensors: Mapping[str, Tensor]) -> LanguageModel:
-    """A model of stored tensors, on the CPU; a head that is tied to the embedding is not among them."""
+    """A model of stored tensors, on the CPU."""
     model = LanguageModel(architecture)
-    if architecture.model.tie_embeddings:
-        tensors = {**tensors, "head.weight": tensors["embedding.weight"]}
     model.load_state_dict(tensors, strict=True)
     return model
 
@@ -300,16 +298,13 @@ def _commit(
 ) -> CommittedStage:
     """Commit what this stage changed; what it did not change is borrowed, and proved to be the same bits."""
     state, name = model.state_dict(), identity["name"]
-    if model.architecture.model.tie_embeddings:
-        del state["head.weight"]  # the same tensor as the embedding
-    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    trained = model.stored_names(trained=True)
     borrowed: dict[str, str] = {}
     if parent is not None:
         old = store.tensors(parent)
         same = (n for n in old if n in state and n not in trained and torch.equal(old[n], state[n].cpu()))
         borrowed = {n: store.holder(parent, n) for n in same}
-        frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
-        if changed := sorted(frozen & set(old) - set(borrowed)):
+        if changed := sorted(model.stored_names(trained=False) & set(old) - set(borrowed)):
             raise RuntimeError(f"stage {name}: frozen tensor {changed[0]} changed in training")
     own = {n: tensor for n, tensor in state.items() if n not in borrowed}
     for n, tensor in own.items():

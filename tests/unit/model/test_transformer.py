@@ -73,6 +73,12 @@ def test_tied_embeddings_are_one_tensor(make_model: Make) -> None:
     assert "head.weight" not in dict(model.named_parameters())
     hidden = model(random_ids(1, 4)).hidden_BSD
     torch.testing.assert_close(model.logits(hidden), hidden @ model.embedding.weight.t())
+    stored = model.state_dict()
+    assert "head.weight" not in stored  # once, as the embedding
+    other = make_model(model={"tie_embeddings": True}, seed=1)
+    other.load_state_dict(stored, strict=True)
+    assert other.head.weight is other.embedding.weight and torch.equal(other.head.weight, model.head.weight)
+    assert "embedding.weight" in model.requires_grad_(False).stored_names(trained=False)
     untied = make_model()
     assert untied.head.weight is not untied.embedding.weight
 
@@ -170,7 +176,7 @@ def test_deltas_belong_to_their_generation(make_model: Make, make_architecture: 
     assert Architecture.from_json(json.loads(json.dumps(architecture.to_json()))) == architecture
     for count, newest in ((3, "2"), (2, "1")):
         model = LanguageModel(make_architecture("labelled_bundles", born[:count]))
-        found = model.newest_parameters()
+        found = set(model.parameters_of(generation=count - 1))
         deltas = {name for name, _ in model.named_parameters() if f".deltas.{newest}." in name}
         assert len(deltas) == 20 and deltas < found
         assert {name for name, p in model.named_parameters() if p.requires_grad and p.numel()} == (
@@ -178,7 +184,7 @@ def test_deltas_belong_to_their_generation(make_model: Make, make_architecture: 
         )
         assert not any(".deltas." in name for name in model.trunk_parameters())
     assert not any(".0.moe." in name for name in LanguageModel(
-        make_architecture("labelled_bundles", born[:3])).newest_parameters())  # fmt: skip
+        make_architecture("labelled_bundles", born[:3])).parameters_of(generation=2))  # fmt: skip
     model.freeze_generations()
     assert {name for name, p in model.named_parameters() if p.requires_grad} == set(model.trunk_parameters())
 

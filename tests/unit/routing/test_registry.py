@@ -7,9 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lifelong_moe.errors import ConfigError
+from lifelong_moe.model.config import ModelConfig
+from lifelong_moe.model.parts import Part
+from lifelong_moe.model.transformer import LanguageModel
+from lifelong_moe.plan.architecture import Architecture, Generation
 from lifelong_moe.routing.base import Causality, Router, Routing, RoutingContext
 from lifelong_moe.routing.config import Bundles, Level, RoutingConfig
 from lifelong_moe.routing.learned import LearnedRouter
@@ -34,6 +38,20 @@ class FirstExperts(Router):
         return Routing(ids, torch.full((len(x_TD), top_k), 1 / top_k), self.num_experts)
 
 
+class TwoLayers(FirstExperts):
+    """Has a network for each generation, a vector each, and a network for all of them."""
+
+    def __init__(self, config: RoutingConfig, *, width: int, layer: int) -> None:
+        super().__init__(config, width=width, layer=layer)
+        self.networks, self.offsets = nn.ModuleList(), nn.ParameterList()
+        self.of_all = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width))
+
+    def add_experts(self, num: int) -> None:
+        super().add_experts(num)
+        self.networks.append(nn.Sequential(nn.Linear(self.width, 3), nn.ReLU(), nn.Linear(3, num)))
+        self.offsets.append(nn.Parameter(torch.zeros(num, 1)))
+
+
 class Capacity(FirstExperts):
     causality = Causality.leaks_when_full
 
@@ -50,7 +68,8 @@ class Ordered(FirstExperts):
 def my_package(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The classes above, importable as ``mine.routers.NAME``."""
     module = ModuleType("mine.routers")
-    vars(module).update(First=FirstExperts, C=Capacity, D=ExpertChoice, B=Ordered, number=3, make=lambda *a, **k: 3)
+    vars(module).update(First=FirstExperts, Two=TwoLayers, C=Capacity, D=ExpertChoice, B=Ordered)
+    vars(module).update(number=3, make=lambda *a, **k: 3)
     monkeypatch.setitem(sys.modules, "mine", ModuleType("mine"))
     monkeypatch.setitem(sys.modules, "mine.routers", module)
     yield
@@ -70,6 +89,20 @@ def test_built_in_names() -> None:
 def test_a_typo_names_what_was_meant(mode: str, near: str) -> None:
     with pytest.raises(ConfigError, match=rf"routing\.mode={mode} is unknown; .* Did you mean {near}\?"):
         RoutingConfig(mode=mode)
+
+
+def test_what_a_generation_trains_in_a_router_of_your_own() -> None:
+    """Modules that a router has for each generation freeze, train on and have their rates as its Parameters do."""
+    config = ModelConfig(layers=1, width=4, heads=1, kv_heads=1, expert_width=4, experts=2, context=8)
+    born = (Generation("a", 2), Generation("b", 3), Generation("c", 2))
+    model = LanguageModel(Architecture(config, RoutingConfig(mode="mine.routers.Two"), 16, 0, born))
+    router = "blocks.0.moe.router"
+    own = {f"{router}.networks.1.{i}.{name}" for i in (0, 2) for name in ("weight", "bias")} | {f"{router}.offsets.1"}
+    assert set(model.parameters_of(Part.router, 1)) == own
+    shared = set(model.parameters_of(Part.router)) - {n for g in range(3) for n in model.parameters_of(generation=g)}
+    assert shared == {f"{router}.of_all.{i}.{name}" for i in (0, 2) for name in ("weight", "bias")}
+    model.freeze_generations(but=1)
+    assert {name for name, p in model.parameters_of(Part.router).items() if p.requires_grad} == own
 
 
 def test_a_router_of_your_own() -> None:
