@@ -1,86 +1,69 @@
-"""What could come after the champion: planned, trained and measured on held-out text, document by document."""
+"""What could come after the champion: planned, and trained."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from omegaconf import DictConfig
 from rich.console import Console
 
 from lifelong_moe.config.load import build_config
 from lifelong_moe.config.run import RunConfig
 from lifelong_moe.data.batches import BatchStore
-from lifelong_moe.data.documents import Document
 from lifelong_moe.data.prepare import PreparedData, Texts
 from lifelong_moe.data.records import Remembered
-from lifelong_moe.data.shards import TokenShard, tokenize_documents
-from lifelong_moe.data.spread import spread_shard
-from lifelong_moe.data.windows import evaluation_windows
 from lifelong_moe.errors import ConfigError
-from lifelong_moe.evaluation.documents import generation_shares, measure_documents
-from lifelong_moe.evaluation.loss import EVALUATION_SCHEMA
+from lifelong_moe.evaluation.documents import generation_shares
 from lifelong_moe.methods.graph import stage_specs
 from lifelong_moe.methods.plan import PlannedStage, plan_next
 from lifelong_moe.methods.retraining import NewStage, Retraining
-from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.architecture import Architecture
-from lifelong_moe.retraining.bounds import DocumentLosses
-from lifelong_moe.retraining.structure import shuffled_text
 from lifelong_moe.stages.runs import EvaluationStore
 from lifelong_moe.stages.store import CommittedStage, StageStore
 from lifelong_moe.stages.versions import Version
-from lifelong_moe.storage.keys import content_key
+from lifelong_moe.training.config import TrainerConfig
 from lifelong_moe.training.device import configured_device
 from lifelong_moe.training.interrupt import Interrupt
 from lifelong_moe.training.logger import Send
 from lifelong_moe.training.phase import StageEnvironment
 from lifelong_moe.training.stage import load_model, train_stage
 from pipelines.kept_text import wait_for_text
+from pipelines.measurements import Load, Measurements
 from pipelines.novelty import read_texts
 from pipelines.places import ROOT
 from pipelines.workspace import read_data, require_room
 
 
 @dataclass(frozen=True)
-class ServedData:
-    """A run as it is or would be, and its text."""
-
-    config: RunConfig
-    data: PreparedData
-
-    def measured(self, without: str | None = None) -> list[str]:
-        """Distributions that there is held-out text of, but for one."""
-        return [name for name in self.config.evaluated if name in self.data.heldout and name != without]
-
-    def unmeasured(self) -> list[str]:
-        """Of those that there is none of any more, a sentence each."""
-        return [
-            f"{name} is not measured: its text is gone, and no held-out text of it was kept."
-            for name in self.config.evaluated
-            if name not in self.data.heldout
-        ]
-
-
-@dataclass(frozen=True)
-class Candidate(ServedData):
+class Candidate:
     """A stage that could follow the champion, and the run as it would then be."""
 
+    measurements: Measurements
+    """Of that run's held-out text."""
     planned: PlannedStage
     raw: DictConfig
     """The configuration, unresolved."""
     grow: Mapping[str, Any] | None = None
     """Settings of growth over the configured ones."""
 
+    @property
+    def config(self) -> RunConfig:
+        """The run's."""
+        return self.measurements.config
+
+    @property
+    def data(self) -> PreparedData:
+        """The run's."""
+        return self.measurements.data
+
 
 @dataclass
-class Bench:
-    """Everything that candidates for one batch have in common."""
+class CandidateTrainer:
+    """Plans and trains candidates for one batch."""
 
     retraining: Retraining
     champion: Version
@@ -93,8 +76,9 @@ class Bench:
     store: StageStore
     interrupt: Interrupt
     console: Console
+    load: Load
+    """From a stage's key to its model."""
     memory: dict[str, PreparedData] = field(default_factory=dict)
-    _models: dict[str, LanguageModel] = field(default_factory=dict)
 
     @cached_property
     def parent(self) -> CommittedStage:
@@ -111,11 +95,6 @@ class Bench:
         """Documents of every distribution, the batch's own among them."""
         kept, added = served_stages(self.champion, self.store)
         return read_texts(self.retraining.config(kept, [*added, NewStage(self.new, self.files)]), self.known)
-
-    @property
-    def evaluations(self) -> EvaluationStore:
-        """Where measurements are kept."""
-        return EvaluationStore(ROOT)
 
     def plan(
         self, continues: str | None, tokens: int | None = None, grow: Mapping[str, Any] | None = None
@@ -145,7 +124,7 @@ class Bench:
         planned = plan_next(
             config, self.architecture, self.champion.key, data.train_hashes(), identity, bos_id, gone=data.gone
         )
-        return Candidate(config, data, planned, raw, grow)
+        return Candidate(Measurements(config, data, EvaluationStore(ROOT), self.load), planned, raw, grow)
 
     def train(self, candidate: Candidate, send: Send, run_id: str | None) -> CommittedStage:
         """Train and commit a candidate, or find it committed.
@@ -178,85 +157,9 @@ class Bench:
             environment,
         )
 
-    def model(self, stage: CommittedStage, candidate: ServedData) -> LanguageModel:
-        """A stage's model where evaluation runs; the last one asked for is kept."""
-        if stage.key not in self._models:
-            device = configured_device(candidate.config.trainer)
-            self._models = {stage.key: load_model(self.store, stage).to(device)}
-        return self._models[stage.key]
-
-    def measure(
-        self, stage: CommittedStage, candidate: ServedData, distribution: str, *, shuffled: bool = False
-    ) -> Any:
-        """Losses of each held-out document and assignments by expert, measured once and kept.
-
-        Args:
-            stage: Whose model.
-            candidate: Gives data and settings.
-            distribution: Which held-out text.
-            shuffled: Score each document with its characters in random order; tokens are counted as they were.
-        """
-        config, data = candidate.config, candidate.data
-        settings: dict[str, Any] = {
-            "schema": EVALUATION_SCHEMA,
-            "documents": "shuffled" if shuffled else "as they are",
-            "heldout": data.records[distribution].heldout_hash,
-            "tokenizer": data.tokenizer.hash,
-            "tokens": config.evaluate.tokens,
-            "spread": "over sources",
-            "context": config.model.context,
-            "label": distribution if config.routing.by_label else None,
-        }
-        key = content_key(settings)
-        if (found := self.evaluations.find(stage.key, key)) is None:
-            sources = [document.source for document in data.heldout_documents[distribution]]
-            shard, chosen = spread_shard(data.heldout[distribution], sources, config.evaluate.tokens)
-            plain = self.measure(stage, candidate, distribution) if shuffled else None
-            if plain is not None:
-                shard = self._shuffled(candidate, distribution, shard, chosen)
-            measured = measure_documents(
-                self.model(stage, candidate),
-                evaluation_windows(shard, config.model.context, shard.num_tokens),
-                distribution=distribution,
-                batch_tokens=config.evaluate.batch_tokens,
-            )
-            found = {name: getattr(measured, name).tolist() for name in ("nats", "tokens")}
-            found |= {"document": chosen[measured.document].tolist(), "expert_counts": measured.expert_counts}
-            if plain is not None:
-                found["tokens"] = plain["tokens"]
-            self.evaluations.add(stage.key, key, found)
-        return found
-
-    def _shuffled(
-        self, candidate: ServedData, distribution: str, shard: TokenShard, documents: NDArray[np.int64]
-    ) -> TokenShard:
-        """What is scored of held-out documents, with its characters in random order."""
-        rng, tokenizer = np.random.default_rng(0), candidate.data.tokenizer
-        whole, mixed = candidate.data.heldout[distribution], []
-        for place, i in enumerate(documents.tolist()):
-            document, ids = candidate.data.heldout_documents[distribution][i], shard.document(place)
-            text = document.text
-            if len(ids) < len(whole.document(i)):  # a cut may go through a character
-                text = text[: max(1, len(tokenizer.decode(ids.tolist()).rstrip("\ufffd")))]
-            mixed.append(Document(shuffled_text(text, rng=rng), document.source))
-        return tokenize_documents(mixed, tokenizer)
-
-    def losses(
-        self, stage: CommittedStage, candidate: ServedData, distribution: str, *, shuffled: bool = False
-    ) -> DocumentLosses:
-        """A stage's losses on a gate set, with the source of each document."""
-        found = self.measure(stage, candidate, distribution, shuffled=shuffled)
-        heldout = candidate.data.heldout_documents[distribution]
-        scored = [i for i, tokens in enumerate(found["tokens"]) if tokens]
-        return DocumentLosses(
-            np.array(found["nats"])[scored],
-            np.array(found["tokens"])[scored],
-            [heldout[found["document"][i]].source for i in scored],
-        )
-
     def leak(self, stage: CommittedStage, candidate: Candidate, distribution: str) -> float:
         """Share of a distribution's tokens that go to experts born after its stage."""
-        counts = self.measure(stage, candidate, distribution)["expert_counts"]
+        counts = candidate.measurements.expert_counts(stage.key, distribution)
         shares = generation_shares(counts, Architecture.from_json(stage.config["architecture"]))
         known = self._births_at(distribution)
         return sum(share for birth, share in shares.items() if birth not in known)
@@ -266,6 +169,11 @@ class Bench:
         stage = next((s for s in self.champion.stages if s.data == distribution and s.action != "drop"), None)
         learned = self.parent if stage is None else self.store.get(stage.key)
         return [g.stage for g in Architecture.from_json(learned.config["architecture"]).generations]
+
+
+def stage_models(store: StageStore, trainer: TrainerConfig) -> Load:
+    """Models of committed stages by key, on the device where evaluation runs; the last one stays in memory."""
+    return lru_cache(maxsize=1)(lambda key: load_model(store, store.get(key)).to(configured_device(trainer)))
 
 
 def served_stages(version: Version, store: StageStore) -> tuple[list[str], list[NewStage]]:

@@ -26,11 +26,11 @@ from lifelong_moe.training.derived import commit_derived, generation_of
 from lifelong_moe.training.device import configured_device
 from lifelong_moe.training.stage import build_model, load_model
 from pipelines import render_retrain
-from pipelines.candidates import ServedData
 from pipelines.drop import with_versions
+from pipelines.gate_derived import gate_derived, served_measurements
+from pipelines.measurements import Measurements
 from pipelines.places import ROOT
 from pipelines.recorded import follow_champion
-from pipelines.unharmed import gate_derived, served_data
 
 SAMPLE_TOKENS = 8192
 """Training tokens of each distribution that usage and likeness are measured on."""
@@ -57,7 +57,7 @@ def consolidate(run: str, stage: str, experts: int, console: Console, overrides:
         head = with_versions(store, require_head(ROOT, run))
         before = champion(head)
         source = store.get(before.key)
-        served = served_data(head, before, store)
+        served = served_measurements(head, before, store)
         with console.status(f"{stage}: looking for experts that are alike"):
             made, merged = _merged(store, source, served, before, stage, experts)
         judged = gate_derived(store, before, made, served, None, settings, console)
@@ -83,7 +83,7 @@ def consolidate(run: str, stage: str, experts: int, console: Console, overrides:
 
 
 def _merged(
-    store: StageStore, source: CommittedStage, served: ServedData, version: Version, stage: str, experts: int
+    store: StageStore, source: CommittedStage, served: Measurements, version: Version, stage: str, experts: int
 ) -> tuple[CommittedStage, list[dict[str, int]]]:
     """Merge, commit, and say what went where; experts are numbered as they were just before each merger."""
     architecture = Architecture.from_json(source.config["architecture"])
@@ -92,7 +92,7 @@ def _merged(
     if not 0 < experts < born:
         raise ConfigError(f"--experts={experts}: stage {stage} has {born} experts a layer, of which one must be left.")
     config, data = served.config, served.data
-    names = served.measured()  # held-out text where training text is gone
+    names = served.measurable()  # held-out text where training text is gone
     texts = [(evaluation_windows(data.at_hand(n), config.model.context, SAMPLE_TOKENS), n) for n in names]
     merged: list[dict[str, int]] = []
     device = configured_device(config.trainer)

@@ -18,7 +18,7 @@ from lifelong_moe.retraining.config import DriftConfig
 from lifelong_moe.retraining.drift import DocumentSample, Drift, choose_documents, measure_drift
 from lifelong_moe.retraining.looks import Looks, look_at
 from lifelong_moe.retraining.mixtures import draw_mixture, nearest_shares
-from pipelines.candidates import Bench, Candidate
+from pipelines.candidates import Candidate, CandidateTrainer
 
 CLUSTERS = 16
 """Clusters of the old distribution's documents, over which the stability index is taken."""
@@ -40,7 +40,9 @@ class _View:
         return _sample(self.measured.features, [document.source for document in self.documents])
 
 
-def measure_batch(bench: Bench, candidate: Candidate, config: DriftConfig, seed: int) -> tuple[dict[str, Drift], str]:
+def measure_batch(
+    trainer: CandidateTrainer, candidate: Candidate, config: DriftConfig, seed: int
+) -> tuple[dict[str, Drift], str]:
     """Test the batch against every old distribution, and against that mixture of them which is nearest to it.
 
     Features are mean final hidden states of the champion over a document's first ``model.context`` tokens.
@@ -49,8 +51,11 @@ def measure_batch(bench: Bench, candidate: Candidate, config: DriftConfig, seed:
         The drift from each distribution and, if there are several, from ``TOGETHER``; and the stage whose experts take
         most of the batch's tokens.
     """
-    new = _view(bench, candidate, bench.new, config, seed)
-    views = {name: _view(bench, candidate, name, config, seed) for name in candidate.measured(without=bench.new)}
+    new = _view(trainer, candidate, trainer.new, config, seed)
+    views = {
+        name: _view(trainer, candidate, name, config, seed)
+        for name in candidate.measurements.measurable(without=trainer.new)
+    }
     drifts = {}
     for name, view in views.items():
         drift = _compare(new.sample, view.sample, config, seed)
@@ -60,7 +65,7 @@ def measure_batch(bench: Bench, candidate: Candidate, config: DriftConfig, seed:
         drifts[name] = replace(drift, words=words)
     if len(views) > 1:
         drifts[TOGETHER] = _from_mixture(new.sample, {name: view.sample for name, view in views.items()}, config, seed)
-    return drifts, _nearest_stage(bench, new.measured)
+    return drifts, _nearest_stage(trainer, new.measured)
 
 
 def has_drifted(drifts: Mapping[str, Drift]) -> bool:
@@ -94,14 +99,14 @@ def drift_notes(documents: Sequence[Document], drifts: Mapping[str, Drift]) -> l
     return notes + _why_no_growth(drifts)
 
 
-def look_at_batch(bench: Bench, documents: int, seed: int) -> Looks:
+def look_at_batch(trainer: CandidateTrainer, documents: int, seed: int) -> Looks:
     """What kind of text the batch looks like, from at most so many documents of each distribution."""
     texts = {}
-    for name in bench.texts.heldout:
-        there = bench.texts.at_hand(name)
+    for name in trainer.texts.heldout:
+        there = trainer.texts.at_hand(name)
         chosen = choose_documents([document.source for document in there], documents, seed=seed)
         texts[name] = [there[i].text for i in chosen]
-    return look_at(texts.pop(bench.new), texts)
+    return look_at(texts.pop(trainer.new), texts)
 
 
 def _why_no_growth(drifts: Mapping[str, Drift]) -> list[str]:
@@ -150,13 +155,13 @@ def _sample(features_ND: NDArray[np.float64], sources: list[str]) -> DocumentSam
     return DocumentSample(features_ND, sources, np.array([len(sources)]))
 
 
-def _view(bench: Bench, candidate: Candidate, name: str, config: DriftConfig, seed: int) -> _View:
-    documents = bench.texts.at_hand(name)
+def _view(trainer: CandidateTrainer, candidate: Candidate, name: str, config: DriftConfig, seed: int) -> _View:
+    documents = trainer.texts.at_hand(name)
     chosen = choose_documents([document.source for document in documents], config.documents, seed=seed)
     context = candidate.config.model.context
     shard = first_tokens(candidate.data.at_hand(name), chosen, context)
     windows = evaluation_windows(shard, context, shard.num_tokens)
-    model = bench.model(bench.parent, candidate)
+    model = trainer.load(trainer.parent.key)
     # Where routing goes by label, a new text's is unknown, and an old one's must not tell the two apart.
     batch_tokens = candidate.config.evaluate.batch_tokens
     measured = measure_documents(model, windows, distribution=None, batch_tokens=batch_tokens)
@@ -170,6 +175,6 @@ def first_tokens(shard: TokenShard, documents: NDArray[np.int64], tokens: int) -
     return replace(shard, tokens=np.concatenate(rows), offsets=offsets, text_bytes=shard.text_bytes[documents])
 
 
-def _nearest_stage(bench: Bench, measured: DocumentMeasures) -> str:
-    shares = generation_shares(measured.expert_counts, bench.architecture)
+def _nearest_stage(trainer: CandidateTrainer, measured: DocumentMeasures) -> str:
+    shares = generation_shares(measured.expert_counts, trainer.architecture)
     return max(shares, key=lambda stage: shares[stage])

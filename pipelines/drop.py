@@ -28,10 +28,10 @@ from lifelong_moe.storage.keys import SHORT
 from lifelong_moe.storage.locks import locked
 from lifelong_moe.training.derived import derived_stage, what_remains
 from pipelines import render_retrain
-from pipelines.candidates import ServedData
+from pipelines.gate_derived import gate_derived, served_measurements
+from pipelines.measurements import Measurements
 from pipelines.places import ROOT
 from pipelines.recorded import follow_champion
-from pipelines.unharmed import gate_derived, served_data
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def drop(
     return {**result, "derived": "derived" in candidate.stage.config, **facts}
 
 
-def _served(head: Head, version: Version, store: StageStore, stage: str) -> ServedData | None:
+def _served(head: Head, version: Version, store: StageStore, stage: str) -> Measurements | None:
     """What a gate would read; None where none is needed.
 
     Raises:
@@ -146,7 +146,7 @@ def _served(head: Head, version: Version, store: StageStore, stage: str) -> Serv
         return None
     try:
         data = next(s.data for s in version.stages if s.name == stage)
-        return served_data(head, version, store, without=data)
+        return served_measurements(head, version, store, without=data)
     except TryAgainError:
         raise
     except LifelongError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -12,50 +12,47 @@ from lifelong_moe.retraining.gate import Verdict, judge
 from lifelong_moe.retraining.power import passing_chances
 from lifelong_moe.stages.store import CommittedStage, StageStore
 from lifelong_moe.stages.versions import Version
-from pipelines.candidates import Bench, Candidate, changed_frozen
+from pipelines.candidates import Candidate, CandidateTrainer, changed_frozen
+from pipelines.measurements import Measurements
 
 Best = dict[str, dict[str, Any]]
 """By distribution: the key of the stage with the lowest loss ever on its held-out text, the text's hash, the loss."""
 
 
-def gate(bench: Bench, candidate: Candidate, stage: CommittedStage, best: Best) -> Verdict:
+def gate(trainer: CandidateTrainer, candidate: Candidate, stage: CommittedStage, best: Best) -> Verdict:
     """Measure and judge.
 
     Args:
-        bench: For the batch.
+        trainer: Of the batch's candidates.
         candidate: What was planned.
         stage: What came of it.
         best: What the distributions had; only compared where it is of the same held-out text.
     """
-    new, before = bench.new, bench.parent
-    old = candidate.measured(without=new)
-
-    def losses(one: CommittedStage, name: str) -> Any:
-        return bench.losses(one, candidate, name)
-
+    new, before = trainer.new, trainer.parent
+    old, losses = candidate.measurements.measurable(without=new), candidate.measurements.losses
     peers = {}
     for name in old:
         known = best.get(name)
         same = known is not None and known["heldout"] == candidate.data.records[name].heldout_hash
-        peers[name] = bench.store.find(known["key"]) if known is not None and same else None
-    with bench.console.status(f"{stage.name}: at the gate"):
+        peers[name] = trainer.store.find(known["key"]) if known is not None and same else None
+    with trainer.console.status(f"{stage.name}: at the gate"):
         # One model after the other, for each is loaded once.
-        after = {name: losses(stage, name) for name in (new, *old)}
-        earlier = {name: losses(before, name) for name in (new, *old)}
-        finest = {name: losses(peers[name] or before, name) for name in old}
-        leaks = {name: bench.leak(stage, candidate, name) for name in old}
+        after = {name: losses(stage.key, name) for name in (new, *old)}
+        earlier = {name: losses(before.key, name) for name in (new, *old)}
+        finest = {name: losses((peers[name] or before).key, name) for name in old}
+        leaks = {name: trainer.leak(stage, candidate, name) for name in old}
         judged = judge(
             new=new,
             after=after,
             before=earlier,
             best=finest,
-            changed_frozen=changed_frozen(bench.store, before, stage),
+            changed_frozen=changed_frozen(trainer.store, before, stage),
             leaks=leaks,
-            config=bench.retraining.settings.gate,
+            config=trainer.retraining.settings.gate,
             seed=candidate.config.seed,
-            kinds=kinds_of_text(bench.champion, bench.store),
+            kinds=kinds_of_text(trainer.champion, trainer.store),
         )
-        return replace(judged, notes=tuple(candidate.unmeasured()))
+        return replace(judged, notes=tuple(candidate.measurements.unmeasurable()))
 
 
 def kinds_of_text(version: Version, store: StageStore) -> dict[str, str]:
@@ -70,65 +67,62 @@ def kinds_of_text(version: Version, store: StageStore) -> dict[str, str]:
     return kinds
 
 
-def best_so_far(bench: Bench, candidate: Candidate, best: Best) -> Best:
+def best_so_far(trainer: CandidateTrainer, candidate: Candidate, best: Best) -> Best:
     """The lowest loss of each old distribution since the stage that learned it, that stage and the champion included.
 
     A stage that is not in the store any more is left out, and that is said.
 
     Args:
-        bench: For the batch.
+        trainer: Of the batch's candidates.
         candidate: Gives data and settings.
         best: What earlier ticks found; empty at the first one.
     """
-    found = with_best(bench, candidate, [bench.parent], best)
-    for learned in bench.champion.stages:
-        if learned.action in ("drop", "consolidate") or learned.data not in candidate.measured():
+    measurements = candidate.measurements
+    found = with_best(measurements, trainer.parent, best, measurements.measurable())
+    for learned in trainer.champion.stages:
+        if learned.action in ("drop", "consolidate") or learned.data not in measurements.measurable():
             continue
-        if (stage := bench.store.find(learned.key)) is None:
-            bench.console.print(
+        if (stage := trainer.store.find(learned.key)) is None:
+            trainer.console.print(
                 f"Stage {learned.name} is not in the store any more: the best that {learned.data} ever had is counted "
                 f"without it.",
                 highlight=False,
             )
             continue
-        found = with_best(bench, candidate, [stage], found, [learned.data])
+        found = with_best(measurements, stage, found, [learned.data])
     return found
 
 
-def with_best(
-    bench: Bench, candidate: Candidate, stages: list[CommittedStage], best: Best, names: Sequence[str] | None = None
-) -> Best:
-    """The lowest loss ever of each distribution (or of some), these stages included."""
+def with_best(measurements: Measurements, stage: CommittedStage, best: Best, names: Iterable[str]) -> Best:
+    """The lowest loss ever of each of these distributions, this stage included."""
     found = dict(best)
-    for name in candidate.measured() if names is None else names:
-        heldout = candidate.data.records[name].heldout_hash
-        if name in found and found[name]["heldout"] != heldout:
-            del found[name]
-        for stage in stages:
-            nats = bench.losses(stage, candidate, name).nats_per_token
-            if name not in found or nats < found[name]["nats"]:
-                found[name] = {"key": stage.key, "heldout": heldout, "nats": nats}
+    for name in names:
+        heldout = measurements.data.records[name].heldout_hash
+        nats = measurements.losses(stage.key, name).nats_per_token
+        if name not in found or found[name]["heldout"] != heldout or nats < found[name]["nats"]:
+            found[name] = {"key": stage.key, "heldout": heldout, "nats": nats}
     return found
 
 
 def old_losses(
-    bench: Bench, candidate: Candidate, stage: CommittedStage
+    trainer: CandidateTrainer, candidate: Candidate, stage: CommittedStage
 ) -> tuple[dict[str, DocumentLosses], dict[str, DocumentLosses]]:
     """Losses of a stage, and of the champion, on every old distribution."""
-    old = candidate.measured(without=bench.new)
+    measurements = candidate.measurements
+    old = measurements.measurable(without=trainer.new)
     # One model after the other, for each is loaded once.
-    after = {name: bench.losses(stage, candidate, name) for name in old}
-    return after, {name: bench.losses(bench.parent, candidate, name) for name in old}
+    after = {name: measurements.losses(stage.key, name) for name in old}
+    return after, {name: measurements.losses(trainer.parent.key, name) for name in old}
 
 
-def foreseen_power(bench: Bench, probe: Candidate) -> dict[str, Any] | None:
+def foreseen_power(trainer: CandidateTrainer, probe: Candidate) -> dict[str, Any] | None:
     """How often the gate would pass a harmless candidate, if it scatters as a probe did; None without an old
     distribution, or where the probe was not made."""
-    stage = bench.store.find(probe.planned.key)
-    if stage is None or len(probe.measured()) < 2:
+    stage = trainer.store.find(probe.planned.key)
+    if stage is None or len(probe.measurements.measurable()) < 2:
         return None
-    kinds, config = kinds_of_text(bench.champion, bench.store), bench.retraining.settings.gate
-    chances = passing_chances(*old_losses(bench, probe, stage), kinds, config)
+    kinds, config = kinds_of_text(trainer.champion, trainer.store), trainer.retraining.settings.gate
+    chances = passing_chances(*old_losses(trainer, probe, stage), kinds, config)
     weakest = min(chances, key=lambda group: chances[group])
     return {
         "passes": math.prod(chances.values()),

@@ -12,7 +12,7 @@ from lifelong_moe.retraining.bounds import difference
 from lifelong_moe.retraining.decision import ProbeResult
 from lifelong_moe.retraining.gate import forgetting
 from lifelong_moe.retraining.pooling import joined
-from pipelines.candidates import Bench, Candidate
+from pipelines.candidates import Candidate, CandidateTrainer
 from pipelines.gating import kinds_of_text, old_losses
 from pipelines.workspace import require_room
 
@@ -20,41 +20,39 @@ PROBE_LEVEL = 0.05
 PROBE_RESAMPLES = 2000
 
 
-def probe_tokens(bench: Bench, candidate: Candidate) -> int:
+def probe_tokens(trainer: CandidateTrainer, candidate: Candidate) -> int:
     """Tokens of a candidate's probe: ``probe.fraction`` of the stage's in whole steps, two at least."""
-    batch_tokens = candidate.planned.spec.optim.batch_tokens
-    return (
-        max(2, round(bench.retraining.settings.probe.fraction * candidate.planned.tokens / batch_tokens)) * batch_tokens
-    )
+    fraction, batch_tokens = trainer.retraining.settings.probe.fraction, candidate.planned.spec.optim.batch_tokens
+    return max(2, round(fraction * candidate.planned.tokens / batch_tokens)) * batch_tokens
 
 
-def shortened(bench: Bench, candidate: Candidate) -> Candidate:
+def shortened(trainer: CandidateTrainer, candidate: Candidate) -> Candidate:
     """The candidate's probe: the same stage on fewer tokens."""
-    return bench.plan(candidate.planned.spec.continues, probe_tokens(bench, candidate), candidate.grow)
+    return trainer.plan(candidate.planned.spec.continues, probe_tokens(trainer, candidate), candidate.grow)
 
 
-def require_room_for(bench: Bench, candidates: list[Candidate]) -> None:
+def require_room_for(trainer: CandidateTrainer, candidates: list[Candidate]) -> None:
     """All probes, and then any of the candidates, must fit on the disk."""
     for candidate in candidates:
-        stages = [*(shortened(bench, one).planned for one in candidates), candidate.planned]
-        todo = [stage for stage in stages if bench.store.find(stage.key) is None]
+        stages = [*(shortened(trainer, one).planned for one in candidates), candidate.planned]
+        todo = [stage for stage in stages if trainer.store.find(stage.key) is None]
         require_room(todo, candidate.config)
 
 
-def probe(bench: Bench, candidate: Candidate, probes: int) -> ProbeResult:
+def probe(trainer: CandidateTrainer, candidate: Candidate, probes: int) -> ProbeResult:
     """Train a short version of a candidate, one of so many, and hold it against the champion."""
-    short = shortened(bench, candidate)
-    stage = bench.train(short, lambda points: None, None)
-    seed, new, before = short.config.seed, bench.new, bench.parent
+    short = shortened(trainer, candidate)
+    stage = trainer.train(short, lambda points: None, None)
+    seed, new, before = short.config.seed, trainer.new, trainer.parent
 
     def lost(name: str, **kinds: bool) -> Any:
-        after = bench.losses(stage, short, name, **kinds)
-        other = bench.losses(stage if kinds else before, short, name)
+        after = short.measurements.losses(stage.key, name, **kinds)
+        other = short.measurements.losses(stage.key if kinds else before.key, name)
         return difference(after, other, level=PROBE_LEVEL, resamples=PROBE_RESAMPLES, seed=seed)
 
     gain = -lost(new)
-    kinds, level = kinds_of_text(bench.champion, bench.store), bench.retraining.settings.gate.level
-    losses = old_losses(bench, short, stage)
+    kinds, level = kinds_of_text(trainer.champion, trainer.store), trainer.retraining.settings.gate.level
+    losses = old_losses(trainer, short, stage)
     forgotten = forgetting(*losses, kinds=kinds, level=level, resamples=PROBE_RESAMPLES, seed=seed)
     # Any of them rules an action out, and one of many looks bad by chance: for that the level is divided.
     each = level / max(1, len(forgotten))
@@ -62,7 +60,7 @@ def probe(bench: Bench, candidate: Candidate, probes: int) -> ProbeResult:
         difference(*(joined(side, group) for side in losses), level=each, resamples=PROBE_RESAMPLES, seed=seed).lower
         for group in forgotten
     ]
-    old, structure = count_parameters(bench.architecture).total, lost(new, shuffled=True)
+    old, structure = count_parameters(trainer.architecture).total, lost(new, shuffled=True)
     return ProbeResult(
         gain=gain.mean,
         gain_lower=gain.lower,
@@ -71,9 +69,9 @@ def probe(bench: Bench, candidate: Candidate, probes: int) -> ProbeResult:
         structure_upper=structure.upper,
         forgetting=_largest(one.upper for one in forgotten.values()),
         forgetting_lower=_largest(least),
-        leak=_largest(bench.leak(stage, short, name) for name in short.measured(without=new)),
+        leak=_largest(trainer.leak(stage, short, name) for name in short.measurements.measurable(without=new)),
         parameters_fraction=(candidate.planned.parameters.total - old) / old,
-        cost_fraction=_cost_fraction(bench, candidate, probes),
+        cost_fraction=_cost_fraction(trainer, candidate, probes),
     )
 
 
@@ -82,22 +80,22 @@ def _largest(values: Iterable[float]) -> float:
     return max(values, key=lambda value: (math.isnan(value), value), default=0.0)
 
 
-def _cost_fraction(bench: Bench, candidate: Candidate, probes: int) -> float:
+def _cost_fraction(trainer: CandidateTrainer, candidate: Candidate, probes: int) -> float:
     """Share of the budget that a stage and the probes before it take: of ``limits.tokens`` or ``limits.hours``, the
     larger share. Without either the budget is what training the champion's model on as many tokens costs."""
-    limits, stage = bench.retraining.settings.limits, stage_facts(bench, candidate)
+    limits, stage = trainer.retraining.settings.limits, stage_facts(trainer, candidate)
     used = spent(stage, probes)
     shares = [used[key] / limit for key in ("tokens", "hours") if (limit := getattr(limits, key)) and used[key]]
     if shares:
         return max(shares)
-    return candidate.planned.flops / training_flops(bench.architecture, candidate.planned.tokens, None, 0)
+    return candidate.planned.flops / training_flops(trainer.architecture, candidate.planned.tokens, None, 0)
 
 
-def stage_facts(bench: Bench, chosen: Candidate) -> dict[str, Any]:
+def stage_facts(trainer: CandidateTrainer, chosen: Candidate) -> dict[str, Any]:
     """What a plan says of a stage: what it is, and what it takes in tokens, FLOPs, bytes and, at the speed of the
     champion's last stage, hours."""
     planned = chosen.planned
-    speeds = [s.metrics["tokens_per_second"] for s in bench.store.chain(bench.champion.key) if s.metrics]
+    speeds = [s.metrics["tokens_per_second"] for s in trainer.store.chain(trainer.champion.key) if s.metrics]
     speed = speeds[-1] if speeds else None  # a derived stage trained nothing
     return {
         "name": planned.spec.name,
@@ -105,7 +103,7 @@ def stage_facts(bench: Bench, chosen: Candidate) -> dict[str, Any]:
         "continues": planned.spec.continues,
         "grow": chosen.grow,
         "tokens": planned.tokens,
-        "probe_tokens": probe_tokens(bench, chosen),
+        "probe_tokens": probe_tokens(trainer, chosen),
         "active_flops": planned.flops,
         "experts_per_layer": planned.architecture.num_experts,
         "parameters_total": planned.parameters.total,

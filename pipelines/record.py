@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from lifelong_moe.evaluation import figures
+from lifelong_moe.evaluation.loss import Evaluation
 from lifelong_moe.methods.plan import PlannedStage, chain
 from lifelong_moe.plan.architecture import Architecture
 from lifelong_moe.stages.runs import RunRecord
@@ -146,17 +147,19 @@ class MlflowRecord:
         self.tracker.finish(run_id)
         self._open = None
 
-    def beside_done(self, planned: PlannedStage, measured: dict[str, dict[str, Any]]) -> None:
-        """A model beside the run's chain: its own distribution's loss, on the parent and on a child of its own."""
+    def beside_done(self, planned: PlannedStage, own: Evaluation | None) -> None:
+        """A model beside the run's chain: its own distribution's loss, on the parent and on a child of its own.
+
+        Without an evaluation, once the held-out text is gone, no loss is logged.
+        """
         if not self.active:
             return
         if self._open is None:
             self.stage_begins(planned)
         run_id, data = self.ids["stages"].get(planned.key), planned.spec.data
         logged = self.ids["logged"].setdefault(planned.key, {})
-        own = measured.get(data, {})  # empty once its held-out text is gone
-        keys = [key for key in ("nats_per_token", "bits_per_byte") if key in own]
-        rows = [(f"from_scratch/{data}/{key}", own[key], 0) for key in keys]
+        losses = {} if own is None else {"nats_per_token": own.nats_per_token, "bits_per_byte": own.bits_per_byte}
+        rows = [(f"from_scratch/{data}/{key}", value, 0) for key, value in losses.items()]
         rows = [row for row in rows if logged.get(row[0]) != row[1]]
         for target in (self.ids["run"], run_id):
             self.tracker.log_metrics(target, rows)

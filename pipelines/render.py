@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -14,6 +15,7 @@ from lifelong_moe.stages.store import CommittedStage
 from pipelines.tables import show
 
 if TYPE_CHECKING:  # torch is imported there
+    from lifelong_moe.evaluation.loss import Evaluation
     from pipelines.workspace import Prepared
 
 
@@ -62,11 +64,10 @@ def stage_line(
     planned: PlannedStage,
     stage: CommittedStage,
     shared: bool,
-    evaluations: dict[str, dict[str, Any]],
-    distributions: list[str],
+    evaluations: Mapping[str, Evaluation],
 ) -> None:
     """One line when a stage is there."""
-    losses = ", ".join(f"{name} {evaluations[name]['bits_per_byte']:.3f}" for name in distributions)
+    losses = ", ".join(f"{name} {found.bits_per_byte:.3f}" for name, found in evaluations.items())
     how = "shared with another run" if shared else f"{stage.metrics['tokens_per_second']:,.0f} tokens/s"
     console.print(
         f"{planned.spec.name}: committed as {planned.key[:16]} ({how}); bits per byte: {losses}", highlight=False

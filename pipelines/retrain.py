@@ -29,7 +29,7 @@ from lifelong_moe.tracking.tracker import Tracker
 from lifelong_moe.training.interrupt import Interrupt, handling_sigterm
 from lifelong_moe.training.phase import build_trainer
 from pipelines import render_retrain
-from pipelines.candidates import Bench, batch_files
+from pipelines.candidates import CandidateTrainer, batch_files, stage_models
 from pipelines.drop import with_versions
 from pipelines.gating import best_so_far, gate, with_best
 from pipelines.kept_text import note_texts
@@ -121,18 +121,18 @@ def _tick(tick: Tick, interrupt: Interrupt, dry_run: bool, plan_path: str | None
         if before is not None:
             _show_champion(tick)
             return tick.end("waiting", _reason(before), batch=before["batch"], data=before["data"])
-    bench = _bench(tick, new, texts, interrupt)
+    trainer = _candidate_trainer(tick, new, texts, interrupt)
     mlflow = TickRecord(Tracker.connect(tick.config.tracking, ROOT), tick.head, tick.record)
     try:
-        mlflow.begin(new.name, new.hash, bench.texts.corpora[new.name], tick.retraining.settings)
+        mlflow.begin(new.name, new.hash, trainer.texts.corpora[new.name], tick.retraining.settings)
         if plan_path is None:
-            plan = make_plan(bench, new, tick.head)
+            plan = make_plan(trainer, new, tick.head)
             plan.write(tick.record)
         else:
-            plan = check_plan(Path(plan_path), bench, new)
+            plan = check_plan(Path(plan_path), trainer, new)
         render_retrain.plan(tick.console, plan.facts)
         mlflow.planned(plan.facts, plan.candidate)
-        return _carry_out(tick, bench, new, plan, mlflow, dry_run)
+        return _carry_out(tick, trainer, new, plan, mlflow, dry_run)
     except BaseException as error:
         mlflow.ended_by(error)
         raise
@@ -172,7 +172,7 @@ def _waiting(tick: Tick, new: NewDocuments) -> str | None:
     return f"{tokens:,} new tokens are waiting; trigger.min_tokens={trigger.min_tokens:,}"
 
 
-def _bench(tick: Tick, new: NewDocuments, texts: Texts, interrupt: Interrupt) -> Bench:
+def _candidate_trainer(tick: Tick, new: NewDocuments, texts: Texts, interrupt: Interrupt) -> CandidateTrainer:
     """Keep the batch, and check that what it follows still is what the champion was trained on.
 
     Raises:
@@ -189,12 +189,14 @@ def _bench(tick: Tick, new: NewDocuments, texts: Texts, interrupt: Interrupt) ->
             )
     tick.open_batch(new.hash)
     tick.batches.add(new.documents, new.files)
-    files = batch_files(new.hash, new.sources)
-    return Bench(tick.retraining, now, new.name, files, tick.known, tick.store, interrupt, tick.console)
+    files, load = batch_files(new.hash, new.sources), stage_models(tick.store, tick.config.trainer)
+    return CandidateTrainer(
+        tick.retraining, now, new.name, files, tick.known, tick.store, interrupt, tick.console, load
+    )
 
 
 def _carry_out(
-    tick: Tick, bench: Bench, new: NewDocuments, plan: TickPlan, mlflow: TickRecord, dry_run: bool
+    tick: Tick, trainer: CandidateTrainer, new: NewDocuments, plan: TickPlan, mlflow: TickRecord, dry_run: bool
 ) -> dict[str, Any]:
     """From the plan to the outcome."""
     about: dict[str, Any] = {
@@ -212,17 +214,17 @@ def _carry_out(
     elif plan.candidate is None:
         outcome, reason = "waiting" if plan.action == Action.wait else "skipped", _reason(plan.facts)
     else:
-        stage = bench.train(plan.candidate, mlflow.curves, mlflow.run_id)
+        stage = trainer.train(plan.candidate, mlflow.curves, mlflow.run_id)
         tick.trained(stage)
         mlflow.candidate(stage, plan.facts)
-        best = best_so_far(bench, plan.candidate, tick.head.get("best", {}))
-        judged = gate(bench, plan.candidate, stage, best)
+        best = best_so_far(trainer, plan.candidate, tick.head.get("best", {}))
+        judged = gate(trainer, plan.candidate, stage, best)
         render_retrain.verdict(tick.console, judged)
         mlflow.judged(judged)
         outcome = "promoted" if judged.passed else "waiting" if judged.is_open else "rejected"
         reason = (judged.checks[0].sentence if judged.passed else judged.reasons[0]).rstrip(".")
-        about["candidate"] = stage.key
-        tick.head["best"] = with_best(bench, plan.candidate, [stage], best) if judged.passed else best
+        about["candidate"], measured = stage.key, plan.candidate.measurements
+        tick.head["best"] = with_best(measured, stage, best, measured.measurable()) if judged.passed else best
     if outcome in ("skipped", "promoted", "rejected"):
         tick.settle(new, outcome, reason)
     elif outcome == "waiting":

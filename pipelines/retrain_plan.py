@@ -18,7 +18,7 @@ from lifelong_moe.stages.runs import RunRecord, latest_timestamp, timestamp
 from lifelong_moe.stages.versions import dated_until
 from lifelong_moe.storage.files import write_atomic
 from lifelong_moe.storage.keys import SHORT, content_key
-from pipelines.candidates import Bench, Candidate
+from pipelines.candidates import Candidate, CandidateTrainer
 from pipelines.drifting import drift_notes, has_drifted, look_at_batch, measure_batch, untested
 from pipelines.gating import foreseen_power
 from pipelines.novelty import NewDocuments
@@ -62,34 +62,36 @@ class TickPlan:
         self.write(record)
 
 
-def make_plan(bench: Bench, new: NewDocuments, head: dict[str, Any]) -> TickPlan:
+def make_plan(trainer: CandidateTrainer, new: NewDocuments, head: dict[str, Any]) -> TickPlan:
     """Measure drift, probe what is worth a probe, and decide.
 
     Args:
-        bench: For the batch.
+        trainer: Of the batch's candidates.
         new: Its documents.
         head: The run's; its versions say how often was promoted lately.
     """
-    settings = bench.retraining.settings
-    grows = bench.plan(None)
+    settings = trainer.retraining.settings
+    grows = trainer.plan(None)
     seed = grows.config.seed
-    with bench.console.status(f"{bench.new}: measuring drift"):
-        drifts, nearest = measure_batch(bench, grows, settings.drift, seed)
-    continues = bench.plan(nearest)
+    with trainer.console.status(f"{trainer.new}: measuring drift"):
+        drifts, nearest = measure_batch(trainer, grows, settings.drift, seed)
+    continues = trainer.plan(nearest)
     drifted = has_drifted(drifts)
-    ways = [bench.plan(None, grow=way) for way in settings.probe.grow] or [grows]
-    rooms = [_has_room(bench.retraining, way) for way in ways]
+    ways = [trainer.plan(None, grow=way) for way in settings.probe.grow] or [grows]
+    rooms = [_has_room(trainer.retraining, way) for way in ways]
     # What cannot be afforded is not probed either; of the cheapest way it is said why.
     growing = [way for way, room in zip(ways, rooms, strict=True) if drifted and room]
     probes = 1 + len(growing)
-    over = {way.planned.key: _exceeded(bench, stage_facts(bench, way), head, probes) for way in (continues, *growing)}
+    over = {
+        way.planned.key: _exceeded(trainer, stage_facts(trainer, way), head, probes) for way in (continues, *growing)
+    }
     affordable = [way for way in growing if not over[way.planned.key]]
     exceeded = [] if affordable or not over[continues.planned.key] else over[continues.planned.key]
-    require_room_for(bench, [*([] if over[continues.planned.key] else [continues]), *affordable])
-    continued = None if over[continues.planned.key] else probe(bench, continues, probes)
+    require_room_for(trainer, [*([] if over[continues.planned.key] else [continues]), *affordable])
+    continued = None if over[continues.planned.key] else probe(trainer, continues, probes)
     decision = decide(
         continued=continued,
-        grown=list(zip(_names(affordable), (probe(bench, way, probes) for way in affordable), strict=True)),
+        grown=list(zip(_names(affordable), (probe(trainer, way, probes) for way in affordable), strict=True)),
         drifted=drifted,
         config=settings.decision,
         gate=settings.gate,
@@ -101,14 +103,14 @@ def make_plan(bench: Bench, new: NewDocuments, head: dict[str, Any]) -> TickPlan
     if decision.action == Action.grow:
         assert decision.way is not None
         chosen = affordable[decision.way]
-    corpus = bench.texts.corpora[bench.new]
+    corpus = trainer.texts.corpora[trainer.new]
     notes = drift_notes([*corpus.train, *corpus.heldout], drifts)
     notes += _left_out(continues, *affordable)
     notes += [] if all(rooms) else [_full(settings.limits.experts)]
     notes += [f"{_way(way)} is not considered: {over[way.planned.key][0]}" for way in growing if way not in affordable]
-    facts = _facts(bench, new, drifts, decision, chosen, notes, exceeded)
-    facts["power"] = None if chosen is None else foreseen_power(bench, shortened(bench, chosen))
-    facts["looks"] = dataclasses.asdict(look_at_batch(bench, settings.drift.documents, seed))
+    facts = _facts(trainer, new, drifts, decision, chosen, notes, exceeded)
+    facts["power"] = None if chosen is None else foreseen_power(trainer, shortened(trainer, chosen))
+    facts["looks"] = dataclasses.asdict(look_at_batch(trainer, settings.drift.documents, seed))
     return TickPlan(facts, chosen)
 
 
@@ -130,7 +132,7 @@ def _names(ways: list[Candidate]) -> list[str]:
 
 def _left_out(continues: Candidate, *growing: Candidate) -> list[str]:
     """What cannot be replayed or measured any more, a sentence each."""
-    notes = continues.unmeasured()
+    notes = continues.measurements.unmeasurable()
     for what, candidate in (("Continuing", continues), *(("Growing", way) for way in growing[:1])):
         gone = candidate.data.gone
         if lost := [name for name in stage_specs(candidate.config)[-1].uses if name in gone]:
@@ -146,7 +148,7 @@ def _full(limit: int | None) -> str:
     )
 
 
-def check_plan(path: Path, bench: Bench, new: NewDocuments) -> TickPlan:
+def check_plan(path: Path, trainer: CandidateTrainer, new: NewDocuments) -> TickPlan:
     """Read a plan that was made before, and refuse it if it no longer fits.
 
     Raises:
@@ -156,7 +158,7 @@ def check_plan(path: Path, bench: Bench, new: NewDocuments) -> TickPlan:
     facts = read_plan(path)
     old = (facts["champion"]["key"], facts["batch"], facts["settings"])
     expires, stage = facts["expires"], facts["stage"]
-    now = (bench.champion.key, new.hash, settings_hash(bench.retraining))
+    now = (trainer.champion.key, new.hash, settings_hash(trainer.retraining))
     for what, before, after in zip(("champion", "batch", "settings"), old, now, strict=True):
         if before != after:
             raise StalePlanError(f"{path}: made for {what} {before[:SHORT]}, which is {after[:SHORT]} now; plan again.")
@@ -166,7 +168,7 @@ def check_plan(path: Path, bench: Bench, new: NewDocuments) -> TickPlan:
         raise StalePlanError(f"{path}: made at {facts['made_at']}, which is in the future; plan again.")
     if timestamp() > expires:
         raise StalePlanError(f"{path}: expired at {expires}; plan again.")
-    candidate = None if stage is None else bench.plan(stage["continues"], grow=stage["grow"])
+    candidate = None if stage is None else trainer.plan(stage["continues"], grow=stage["grow"])
     if candidate is not None and candidate.planned.key != stage["key"]:
         raise StalePlanError(f"{path}: its stage would be another one now; plan again.")
     return TickPlan(facts, candidate)
@@ -188,7 +190,7 @@ def _has_room(retraining: Retraining, grows: Candidate) -> bool:
 
 
 def _facts(
-    bench: Bench,
+    trainer: CandidateTrainer,
     new: NewDocuments,
     drifts: dict[str, Drift],
     decision: Decision,
@@ -196,19 +198,19 @@ def _facts(
     notes: list[str],
     exceeded: list[str],
 ) -> dict[str, Any]:
-    settings, corpus = bench.retraining.settings, bench.texts.corpora[bench.new]
-    stage = None if chosen is None else stage_facts(bench, chosen)
+    settings, corpus = trainer.retraining.settings, trainer.texts.corpora[trainer.new]
+    stage = None if chosen is None else stage_facts(trainer, chosen)
     return {
-        "run": bench.retraining.run,
+        "run": trainer.retraining.run,
         "made_at": timestamp(),
         "expires": timestamp(time.time() + VALID_DAYS * 86400),
-        "champion": {"version": bench.champion.id, "key": bench.champion.key},
+        "champion": {"version": trainer.champion.id, "key": trainer.champion.key},
         "batch": new.hash,
         "sources": new.sources,
-        "data": bench.new,
+        "data": trainer.new,
         "documents": len(corpus.train) + len(corpus.heldout),
         "near_copies": {"of_known_text": new.near_copies, "of_its_held_out_text": len(corpus.near_copies)},
-        "settings": settings_hash(bench.retraining),
+        "settings": settings_hash(trainer.retraining),
         "drift": {name: _finite(dataclasses.asdict(drift)) for name, drift in drifts.items()},
         "decision": {
             "action": decision.action.value,
@@ -219,13 +221,13 @@ def _facts(
         "limits": dataclasses.asdict(settings.limits),
         "exceeded": exceeded,
         "gate": dataclasses.asdict(settings.gate),
-        "reads": [stage.key for stage in bench.champion.stages],
+        "reads": [stage.key for stage in trainer.champion.stages],
         "stages": [] if stage is None else [stage["key"]],
     }
 
 
-def _exceeded(bench: Bench, stage: dict[str, Any], head: dict[str, Any], probes: int) -> list[str]:
-    limits = bench.retraining.settings.limits
+def _exceeded(trainer: CandidateTrainer, stage: dict[str, Any], head: dict[str, Any], probes: int) -> list[str]:
+    limits = trainer.retraining.settings.limits
     week = timestamp(time.time() - 7 * 86400)
     lately = sum(v.kind == "promoted" and v.at > week for v in dated_until(head, latest_timestamp()))
     needed = {**spent(stage, probes), "disk_bytes": stage["disk_bytes"], "promotions_per_week": lately + 1}

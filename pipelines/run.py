@@ -13,10 +13,12 @@ from rich.console import Console
 from lifelong_moe.config.load import load_config
 from lifelong_moe.data.prepare import PreparedData
 from lifelong_moe.errors import ConfigError, TryAgainError
+from lifelong_moe.evaluation.loss import Evaluation
 from lifelong_moe.evaluation.report import build_report
 from lifelong_moe.methods.advice import leaking, nothing_to_hold
 from lifelong_moe.methods.graph import RECIPES
 from lifelong_moe.methods.plan import PlannedStage, chain
+from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.architecture import Architecture
 from lifelong_moe.stages.runs import EvaluationStore, RunRecord
 from lifelong_moe.stages.store import CommittedStage, StageStore
@@ -24,12 +26,13 @@ from lifelong_moe.stages.versions import champion, describe
 from lifelong_moe.storage.keys import SHORT, content_key
 from lifelong_moe.storage.locks import locked
 from lifelong_moe.tracking.tracker import Tracker
+from lifelong_moe.training.device import configured_device
 from lifelong_moe.training.first_centroids import first_centroids, needs_first_centroids
 from lifelong_moe.training.interrupt import Interrupt, handling_sigterm
 from lifelong_moe.training.phase import StageEnvironment, build_trainer
 from lifelong_moe.training.stage import clear_abandoned, initial_model, load_model, train_stage
 from pipelines import render
-from pipelines.evaluations import Evaluator
+from pipelines.measurements import Measurements
 from pipelines.places import remove_abandoned
 from pipelines.record import MlflowRecord
 from pipelines.workspace import ROOT, Prepared, further_training, keep_texts, prepare, require_room
@@ -96,17 +99,19 @@ def _run_stages(
     if tracker.problem:
         console.print(f"[yellow]{tracker.problem}[/yellow]")
     keys = [planned.key for planned in prepared.plan]
-    evaluator = Evaluator.of(prepared, EvaluationStore(ROOT), [_init_key(prepared), *keys], console)
-    content = content_key([keys, [evaluator.key(name) for name in evaluator.distributions]])
+    measurements = Measurements(config, prepared.data, EvaluationStore(ROOT), partial(_model, prepared, store))
+    distributions = measurements.known([_init_key(prepared), *keys])
+    content = content_key([keys, [measurements.key(name) for name in distributions]])
     mlflow = MlflowRecord(tracker, prepared, head, record, content, parent_run)
     committed: dict[int, CommittedStage] = {}
     rows: list[dict[str, Any]] = []
-    evaluations: list[dict[str, dict[str, Any]]] = []
-    from_scratch: dict[str, dict[str, Any]] = {}
+    evaluations: list[dict[str, Evaluation]] = []
+    from_scratch: dict[str, dict[str, float]] = {}
     report: dict[str, Any] = {}
     trained = 0
     try:
-        init = _evaluate_init(prepared, evaluator)
+        with console.status("untrained model: evaluating"):  # what forward transfer is measured against
+            init = measurements.evaluations(_init_key(prepared), distributions)
         for planned in prepared.plan:
             stage = store.find(planned.key)
             shared = stage is not None and planned.key not in head["trained"]
@@ -119,12 +124,13 @@ def _run_stages(
             committed[planned.index] = stage
             if planned.index == 0:
                 _fit_first(stage, prepared, store, record, head)
-            measured = evaluator(planned.key, planned.spec.name, partial(load_model, store, stage))
-            render.stage_line(console, planned, stage, shared, measured, evaluator.distributions)
+            with console.status(f"{planned.spec.name}: evaluating"):
+                measured = measurements.evaluations(planned.key, distributions)
+            render.stage_line(console, planned, stage, shared, measured)
             if planned.beside:
                 if planned.spec.data in measured:
-                    from_scratch[planned.spec.data] = _scratch_row(planned, measured)
-                mlflow.beside_done(planned, measured)
+                    from_scratch[planned.spec.data] = _scratch_row(planned, measured[planned.spec.data])
+                mlflow.beside_done(planned, measured.get(planned.spec.data))
                 _note_commit(record, head, planned)
                 continue
             evaluations.append(measured)
@@ -133,8 +139,8 @@ def _run_stages(
                 run=config.run,
                 method=config.method.value,
                 seed=config.seed,
-                distributions=evaluator.distributions,
-                not_measured=[name for name in config.evaluated if name not in evaluator.distributions],
+                distributions=distributions,
+                not_measured=[name for name in config.evaluated if name not in distributions],
                 init=init,
                 evaluations=evaluations,
                 stages=rows,
@@ -214,11 +220,14 @@ def _fit_first(
         record.set_head(head)
 
 
-def _evaluate_init(prepared: Prepared, evaluator: Evaluator) -> dict[str, dict[str, Any]]:
-    """The untrained model on every distribution: what forward transfer is measured against."""
-    first = prepared.plan[0]
-    architecture = Architecture.from_json(first.architecture.to_json())
-    return evaluator(_init_key(prepared), "untrained model", lambda: initial_model(architecture, prepared.config.seed))
+def _model(prepared: Prepared, store: StageStore, key: str) -> LanguageModel:
+    """A committed stage's model by its key, or the untrained one, where evaluation runs."""
+    if key == _init_key(prepared):
+        architecture = Architecture.from_json(prepared.plan[0].architecture.to_json())
+        model = initial_model(architecture, prepared.config.seed)
+    else:
+        model = load_model(store, store.get(key))
+    return model.to(configured_device(prepared.config.trainer))
 
 
 def _init_key(prepared: Prepared) -> str:
@@ -235,11 +244,10 @@ def stage_births(stage: CommittedStage, plan: list[PlannedStage]) -> list[list[i
     return [[place[name] for name in architecture.expert_births(layer)] for layer in layers]
 
 
-def _scratch_row(planned: PlannedStage, measured: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _scratch_row(planned: PlannedStage, own: Evaluation) -> dict[str, float]:
     """What the report says of a distribution learned from scratch."""
-    own = measured[planned.spec.data]
-    cost = {"tokens": planned.tokens, "active_flops": planned.flops}
-    return {key: own[key] for key in ("nats_per_token", "bits_per_byte")} | cost
+    losses = {"nats_per_token": own.nats_per_token, "bits_per_byte": own.bits_per_byte}
+    return losses | {"tokens": planned.tokens, "active_flops": planned.flops}
 
 
 def _stage_row(planned: PlannedStage, stage: CommittedStage, shared: bool) -> dict[str, Any]:

@@ -36,10 +36,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lifelong_moe.evaluation.matrix import backward_transfer, forgetting, forward_transfer
 from lifelong_moe.evaluation.routing import dead_experts, routing_statistics
+
+if TYPE_CHECKING:  # torch is imported there
+    from lifelong_moe.evaluation.loss import Evaluation
 
 SCHEMA = 3
 
@@ -51,8 +54,8 @@ def build_report(
     seed: int,
     distributions: Sequence[str],
     not_measured: Sequence[str] = (),
-    init: Mapping[str, Mapping[str, Any]],
-    evaluations: Sequence[Mapping[str, Mapping[str, Any]]],
+    init: Mapping[str, Evaluation],
+    evaluations: Sequence[Mapping[str, Evaluation]],
     stages: Sequence[Mapping[str, Any]],
     births: Sequence[Sequence[int]],
     from_scratch: Mapping[str, Mapping[str, Any]],
@@ -76,13 +79,13 @@ def build_report(
     learning = {name: [i for i, learned in enumerate(trained) if name in learned] for name in columns}
     learned_after = [learning[name][-1] for name in columns]
     first_learned = [learning[name][0] for name in columns]
-    nats = _matrix(evaluations, distributions, "nats_per_token")
-    init_nats = [init[name]["nats_per_token"] for name in distributions]
+    nats = [[row[name].nats_per_token for name in distributions] for row in evaluations]
+    init_nats = [init[name].nats_per_token for name in distributions]
     last = evaluations[-1]
     statistics = {
         name: asdict(
             routing_statistics(
-                last[name]["expert_counts"],
+                last[name].expert_counts,
                 births,
                 learned_after[columns.index(name)] if name in columns else len(stages),
             )
@@ -97,22 +100,16 @@ def build_report(
         "distributions": list(distributions),
         "not_measured": list(not_measured),
         "loss_at_init": init_nats,
-        "bits_per_byte_at_init": [init[name]["bits_per_byte"] for name in distributions],
+        "bits_per_byte_at_init": [init[name].bits_per_byte for name in distributions],
         "loss_nats_per_token": nats,
-        "bits_per_byte": _matrix(evaluations, distributions, "bits_per_byte"),
+        "bits_per_byte": [[row[name].bits_per_byte for name in distributions] for row in evaluations],
         "forgetting": dict(zip(columns, forgetting(nats, learned_after).tolist(), strict=True)),
         "backward_transfer": backward_transfer(nats, learned_after),
         "forward_transfer": forward_transfer(nats, init_nats, first_learned),
         "from_scratch": {name: dict(values) for name, values in from_scratch.items()},
-        "bytes_per_token": {name: init[name]["bytes"] / init[name]["tokens"] for name in distributions},
+        "bytes_per_token": {name: init[name].bytes / init[name].tokens for name in distributions},
         "stages": [dict(stage) for stage in stages],
         "routing": statistics,
-        "expert_counts": {name: last[name]["expert_counts"] for name in distributions},
-        "dead_experts": dead_experts([last[name]["expert_counts"] for name in distributions]),
+        "expert_counts": {name: last[name].expert_counts for name in distributions},
+        "dead_experts": dead_experts([last[name].expert_counts for name in distributions]),
     }
-
-
-def _matrix(
-    evaluations: Sequence[Mapping[str, Mapping[str, Any]]], distributions: Sequence[str], field: str
-) -> list[list[float]]:
-    return [[row[name][field] for name in distributions] for row in evaluations]

@@ -27,7 +27,7 @@ from lifelong_moe.training import stage as training_stage
 from lifelong_moe.training.module import StageModule
 from lifelong_moe.training.phase import train_phase
 from lifelong_moe.training.rollback import read_rollbacks
-from pipelines.evaluations import Evaluator
+from pipelines.measurements import Measurements
 from pipelines.record import MlflowRecord
 from tests.tiny import (
     EVERY,
@@ -163,7 +163,7 @@ def test_only_steps_are_taken_elsewhere(lab: Path, monkeypatch: pytest.MonkeyPat
         return noted
 
     for owner, name in (
-        (StageStore, "commit"), (Evaluator, "__call__"), (MlflowRecord, "curves"), (StageModule, "training_step"),
+        (StageStore, "commit"), (Measurements, "evaluations"), (MlflowRecord, "curves"), (StageModule, "training_step"),
     ):  # fmt: skip
         monkeypatch.setattr(owner, name, noting(name, getattr(owner, name)))
     monkeypatch.setattr("lifelong_moe.training.stage.locked", noting("lock", training_stage.locked))
@@ -174,8 +174,8 @@ def test_only_steps_are_taken_elsewhere(lab: Path, monkeypatch: pytest.MonkeyPat
         seen.setdefault(what, Counter())[int(pid)] += 1
     steps = seen.pop("training_step")
     assert sorted(steps.values()) == [STEPS] * 4 and os.getpid() not in steps  # two processes for each stage
-    assert seen["commit"] == {os.getpid(): 2} and seen["__call__"] == {os.getpid(): 3}
-    assert set(seen) == {"commit", "__call__", "curves", "lock"}
+    assert seen["commit"] == {os.getpid(): 2} and seen["evaluations"] == {os.getpid(): 3}
+    assert set(seen) == {"commit", "evaluations", "curves", "lock"}
     assert {pid for pids in seen.values() for pid in pids} == {os.getpid()}
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from rich.console import Console
 
-from pipelines.candidates import ServedData
 from pipelines.gating import best_so_far, with_best
+from pipelines.measurements import Measurements
 
 NATS = {
     ("a", "fruit"): 1.0, ("b", "fruit"): 1.25, ("c", "fruit"): 1.5,
@@ -22,38 +22,44 @@ def stage(key: str, data: str, action: str = "base") -> SimpleNamespace:
     return SimpleNamespace(name=f"stage-{key}", key=key, data=data, action=action)
 
 
-def bench_of(*stages: SimpleNamespace, gone: str = "") -> tuple[Any, io.StringIO]:
+def trainer_of(*stages: SimpleNamespace, gone: str = "") -> tuple[Any, io.StringIO]:
     """A champion of these stages; ``gone`` is not in the store any more."""
     printed = io.StringIO()
-    bench = SimpleNamespace(
+    trainer = SimpleNamespace(
         champion=SimpleNamespace(stages=stages),
         parent=SimpleNamespace(key=stages[-1].key),
         store=SimpleNamespace(find=lambda key: None if key == gone else SimpleNamespace(key=key)),
         console=Console(file=printed, width=200),
-        losses=lambda one, _, name: SimpleNamespace(nats_per_token=NATS.get((one.key, name), 9.0)),
     )
-    return bench, printed
+    return trainer, printed
+
+
+class MadeUp(Measurements):
+    def losses(self, model: str, distribution: str, *, shuffled: bool = False) -> Any:
+        return SimpleNamespace(nats_per_token=NATS.get((model, distribution), 9.0))
 
 
 def candidate_of(*names: str) -> Any:
     config: Any = SimpleNamespace(evaluated=names)
     data: Any = SimpleNamespace(records=CORPORA, heldout={"fruit": 0, "code": 0, "also": 0, "new": 0})
-    return ServedData(config, data)
+    nothing: Any = None
+    return SimpleNamespace(measurements=MadeUp(config, data, nothing, nothing))
 
 
 def test_what_has_no_held_out_text_is_left_out_and_said() -> None:
     candidate = candidate_of("fruit", "moss", "code", "new")
-    assert candidate.measured() == ["fruit", "code", "new"] and candidate.measured(without="new") == ["fruit", "code"]
+    found = candidate.measurements
+    assert found.measurable() == ["fruit", "code", "new"] and found.measurable(without="new") == ["fruit", "code"]
     said = "moss is not measured: its text is gone, and no held-out text of it was kept."
-    assert candidate.unmeasured() == [said]
-    bench, _ = bench_of(stage("a", "fruit"), stage("m", "moss"), stage("c", "code"))
-    assert "moss" not in best_so_far(bench, candidate, {})
+    assert found.unmeasurable() == [said]
+    trainer, _ = trainer_of(stage("a", "fruit"), stage("m", "moss"), stage("c", "code"))
+    assert "moss" not in best_so_far(trainer, candidate, {})
 
 
 def test_the_best_begins_with_the_stage_that_learned_it() -> None:
     """By hand: fruit was learned at 1.0 and is at 1.5 now; code got better; what no stage learned begins now."""
-    bench, printed = bench_of(stage("a", "fruit"), stage("b", "code"), stage("c", "news", "grow"))
-    best = best_so_far(bench, candidate_of("fruit", "code", "also", "new"), {})
+    trainer, printed = trainer_of(stage("a", "fruit"), stage("b", "code"), stage("c", "news", "grow"))
+    best = best_so_far(trainer, candidate_of("fruit", "code", "also", "new"), {})
     assert {name: (one["key"], one["nats"]) for name, one in best.items()} == {
         "fruit": ("a", 1.0), "code": ("c", 1.5), "also": ("c", 3.0), "new": ("c", 9.0),
     }  # fmt: skip
@@ -61,18 +67,18 @@ def test_the_best_begins_with_the_stage_that_learned_it() -> None:
 
 
 def test_a_head_of_an_earlier_version_is_set_right_and_a_better_one_stays() -> None:
-    bench, _ = bench_of(stage("a", "fruit"), stage("b", "code"), stage("c", "news", "grow"))
+    trainer, _ = trainer_of(stage("a", "fruit"), stage("b", "code"), stage("c", "news", "grow"))
     before = {
         "fruit": {"key": "c", "heldout": "fruit", "nats": 1.5}, "code": {"key": "x", "heldout": "code", "nats": 0.5},
     }  # fmt: skip
-    best = best_so_far(bench, candidate_of("fruit", "code"), before)
+    best = best_so_far(trainer, candidate_of("fruit", "code"), before)
     assert (best["fruit"]["key"], best["code"]["key"]) == ("a", "x")
-    assert best == with_best(bench, candidate_of("fruit", "code"), [bench.parent], best)
+    assert best == with_best(candidate_of("fruit", "code").measurements, trainer.parent, best, ["fruit", "code"])
 
 
 def test_what_cannot_be_measured_any_more_is_left_out_and_said() -> None:
-    bench, printed = bench_of(stage("a", "fruit"), stage("b", "code"), stage("c", "fruit", "drop"), gone="a")
-    best = best_so_far(bench, candidate_of("fruit", "code"), {})
+    trainer, printed = trainer_of(stage("a", "fruit"), stage("b", "code"), stage("c", "fruit", "drop"), gone="a")
+    best = best_so_far(trainer, candidate_of("fruit", "code"), {})
     assert (best["fruit"]["key"], best["fruit"]["nats"]) == ("c", 1.5)
     said = "Stage stage-a is not in the store any more: the best that fruit ever had is counted without it."
     assert printed.getvalue().strip() == said

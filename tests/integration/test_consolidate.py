@@ -13,12 +13,12 @@ from rich.console import Console
 
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.retraining.bounds import DocumentLosses
-from lifelong_moe.stages.store import CommittedStage, StageStore
+from lifelong_moe.stages.store import StageStore
 from lifelong_moe.stages.versions import champion
 from lifelong_moe.training.stage import load_model
-from pipelines.candidates import Bench, ServedData
 from pipelines.consolidate import consolidate
 from pipelines.inspectors import evaluate, generate, inspect
+from pipelines.measurements import Measurements
 from pipelines.rollback import rollback
 from tests.retrain_lab import head
 from tests.tiny import tiny_config, train, write_config, write_corpora
@@ -103,14 +103,14 @@ def test_models_are_read_on_the_device_of_the_run(monkeypatch: pytest.MonkeyPatc
 
 
 def test_what_gets_worse_does_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
-    before, measured = head()["plan"], Bench.losses
+    before, measured = head()["plan"], Measurements.losses
 
-    def worse(self: Bench, stage: CommittedStage, served: ServedData, name: str) -> DocumentLosses:
-        losses = measured(self, stage, served, name)
-        lost = losses.tokens * 0.1 * (stage.name == "fruit.consolidated")
+    def worse(self: Measurements, key: str, name: str) -> DocumentLosses:
+        losses = measured(self, key, name)
+        lost = losses.tokens * 0.1 * (StageStore(MLRUNS).get(key).name == "fruit.consolidated")
         return DocumentLosses(losses.nats + lost, losses.tokens, losses.sources)
 
-    monkeypatch.setattr(Bench, "losses", worse)
+    monkeypatch.setattr(Measurements, "losses", worse)
     result = consolidate("tiny", "fruit", 1, SILENT)
     assert result["outcome"] == "rejected" and head()["plan"] == before
     assert StageStore(MLRUNS).find(result["key"]) is not None

@@ -17,15 +17,15 @@ from lifelong_moe.errors import ConfigError, CorruptError, LockedError
 from lifelong_moe.retraining.bounds import DocumentLosses
 from lifelong_moe.stages.garbage import collect, find_garbage
 from lifelong_moe.stages.runs import RunRecord
-from lifelong_moe.stages.store import CommittedStage, StageStore
+from lifelong_moe.stages.store import StageStore
 from lifelong_moe.stages.versions import Head, VersionStage, base_stages, begin, champion, promoted
 from lifelong_moe.storage.locks import locked
 from lifelong_moe.training.stage import load_model
 from pipelines import trace
-from pipelines.candidates import Bench, ServedData
 from pipelines.drop import drop
 from pipelines.gc import gc
 from pipelines.inspectors import status
+from pipelines.measurements import Measurements
 from pipelines.rollback import rollback
 from tests.retrain_lab import base_config, head
 from tests.tiny import CONTEXT, SEQUENCES, STEPS, tiny_config, train, write_config, write_corpora
@@ -136,15 +136,15 @@ def test_dropping_an_older_stage_derives_a_model_without_its_experts() -> None:
 
 
 def test_a_drop_that_harms_other_text_does_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
-    before, measured = ["fruit", "code", "sea"], Bench.losses
+    before, measured = ["fruit", "code", "sea"], Measurements.losses
 
-    def worse(self: Bench, stage: CommittedStage, served: ServedData, name: str) -> DocumentLosses:
-        losses = measured(self, stage, served, name)
-        lost = losses.tokens * 0.5 if "derived" in stage.config and name == "sea" else 0
+    def worse(self: Measurements, key: str, name: str) -> DocumentLosses:
+        losses = measured(self, key, name)
+        lost = losses.tokens * 0.5 if "derived" in StageStore(MLRUNS).get(key).config and name == "sea" else 0
         assert name != "code"  # what is to be forgotten does not count
         return DocumentLosses(losses.nats + lost, losses.tokens, losses.sources)
 
-    monkeypatch.setattr(Bench, "losses", worse)
+    monkeypatch.setattr(Measurements, "losses", worse)
     result = drop("tiny", "code", SILENT)
     assert (result["outcome"], served()) == ("rejected", before)
     assert StageStore(MLRUNS).find(result["key"]) is not None  # it can be inspected

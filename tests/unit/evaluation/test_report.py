@@ -3,13 +3,14 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from lifelong_moe.evaluation.loss import Evaluation
 from lifelong_moe.evaluation.report import build_report
 
 NAMES = ["english", "python", "poems"]
 
 
-def measured(nats: float, counts: list[int]) -> dict[str, Any]:
-    return {"nats_per_token": nats, "bits_per_byte": nats / 2, "tokens": 10, "bytes": 40, "expert_counts": [counts]}
+def measured(nats: float, counts: list[int]) -> Evaluation:
+    return Evaluation(nats, nats / 2, tokens=10, bytes=40, documents=2, expert_counts=[counts])
 
 
 def report(

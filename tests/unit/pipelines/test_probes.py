@@ -32,14 +32,14 @@ def test_probes_are_spent_as_the_stage_is() -> None:
 
 def exceeded(promoted_days_ago: tuple[float, ...] = (), probes: int = 3, **limits: float) -> list[str]:
     settings = SimpleNamespace(limits=LimitsConfig(**limits))  # type: ignore[arg-type]
-    bench: Any = SimpleNamespace(retraining=SimpleNamespace(settings=settings))
+    trainer: Any = SimpleNamespace(retraining=SimpleNamespace(settings=settings))
     stage = {"name": "a", "key": "k", "data": "d", "action": "base"}
     versions = [
         {"id": i, "at": timestamp(time.time() - days * DAY), "kind": "promoted", "reason": "", "before": None,
          "stages": [stage]}
         for i, days in enumerate(promoted_days_ago)
     ]  # fmt: skip
-    return _exceeded(bench, STAGE, {"versions": versions}, probes)
+    return _exceeded(trainer, STAGE, {"versions": versions}, probes)
 
 
 def test_limits_count_the_stage_and_its_probes_and_are_themselves_allowed() -> None:
@@ -72,19 +72,22 @@ def probed(
     """A probe whose losses are given by stage, distribution and whether its text is shuffled."""
     config = SimpleNamespace(seed=seed, evaluated=["new", "one", "two"])
     plain = {"planned": SimpleNamespace(parameters=SimpleNamespace(total=130)), "config": config}
-    bench: Any = SimpleNamespace(
-        new="new", parent="before", champion=None, store=None, architecture=None,
+    trainer: Any = SimpleNamespace(
+        new="new", parent=SimpleNamespace(key="before"), champion=None, store=None, architecture=None,
         retraining=SimpleNamespace(settings=SimpleNamespace(gate=gate)),
-        train=lambda *_: "after",
-        losses=lambda stage, _, name, shuffled=False: losses(sides[stage, name, shuffled]),
+        train=lambda *_: SimpleNamespace(key="after"),
         leak=lambda stage, _, name: {"one": 0.1, "two": 0.3, "new": 0.9}[name],
     )  # fmt: skip
-    short = SimpleNamespace(config=config, measured=lambda without=None: [n for n in config.evaluated if n != without])
+    measurements = SimpleNamespace(
+        measurable=lambda without=None: [n for n in config.evaluated if n != without],
+        losses=lambda key, name, shuffled=False: losses(sides[key, name, shuffled]),
+    )
+    short = SimpleNamespace(config=config, measurements=measurements)
     monkeypatch.setattr(probes, "shortened", lambda *_: short)
     monkeypatch.setattr(probes, "kinds_of_text", lambda *_: {})
     monkeypatch.setattr(probes, "count_parameters", lambda _: SimpleNamespace(total=100))
-    monkeypatch.setattr(probes, "_cost_fraction", lambda bench, candidate, number: number / 10)
-    return probes.probe(bench, SimpleNamespace(**plain), 4)  # type: ignore[arg-type]
+    monkeypatch.setattr(probes, "_cost_fraction", lambda trainer, candidate, number: number / 10)
+    return probes.probe(trainer, SimpleNamespace(**plain), 4)  # type: ignore[arg-type]
 
 
 def test_a_probe_s_bounds_hold_at_five_percent_and_harm_is_shown_at_that_over_the_groups(
@@ -120,7 +123,7 @@ def test_a_probe_s_bounds_hold_at_five_percent_and_harm_is_shown_at_that_over_th
 
 @pytest.fixture
 def plan(tmp_path: Path) -> tuple[Path, dict[str, Any], Any, Any]:
-    """A plan's file and facts, and the bench and documents that it fits."""
+    """A plan's file and facts, and the trainer and documents that it fits."""
     settings = GateConfig()
     retraining: Any = SimpleNamespace(settings=settings, raw=lambda: {"base": "x"})
     stage = {"key": "ab" * 32, "continues": None, "grow": {"experts": 2}}
@@ -130,35 +133,35 @@ def plan(tmp_path: Path) -> tuple[Path, dict[str, Any], Any, Any]:
         asked.append((continues, grow))
         return SimpleNamespace(planned=SimpleNamespace(key=stage["key"]))
 
-    bench = SimpleNamespace(champion=SimpleNamespace(key="cd" * 32), retraining=retraining, plan=planned, asked=asked)
+    trainer = SimpleNamespace(champion=SimpleNamespace(key="cd" * 32), retraining=retraining, plan=planned, asked=asked)
     new = SimpleNamespace(hash="ef" * 32, sources="ff")
     facts = {
-        "champion": {"key": bench.champion.key}, "batch": new.hash, "settings": settings_hash(retraining),
+        "champion": {"key": trainer.champion.key}, "batch": new.hash, "settings": settings_hash(retraining),
         "sources": new.sources, "stage": stage, "made_at": timestamp(), "expires": timestamp(time.time() + DAY),
         "decision": {"action": "grow"}, "exceeded": [],
     }  # fmt: skip
-    return tmp_path / "plan.json", facts, bench, new
+    return tmp_path / "plan.json", facts, trainer, new
 
 
 def test_a_plan_that_fits_is_carried_out_with_the_settings_that_it_was_made_with(plan: Any) -> None:
-    path, facts, bench, new = plan
+    path, facts, trainer, new = plan
     path.write_text(json.dumps(facts))
-    found = check_plan(path, bench, new)
-    assert found.candidate is not None and found.action == "grow" and bench.asked == [(None, {"experts": 2})]
+    found = check_plan(path, trainer, new)
+    assert found.candidate is not None and found.action == "grow" and trainer.asked == [(None, {"experts": 2})]
     path.write_text(json.dumps(facts | {"stage": None}))
-    assert check_plan(path, bench, new).candidate is None
+    assert check_plan(path, trainer, new).candidate is None
 
 
 def test_a_plan_whose_stage_would_be_another_one_is_stale(plan: Any) -> None:
-    path, facts, bench, new = plan
+    path, facts, trainer, new = plan
     path.write_text(json.dumps(facts | {"stage": facts["stage"] | {"key": "ac" * 32}}))
     with pytest.raises(StalePlanError, match="its stage would be another one now; plan again"):
-        check_plan(path, bench, new)
+        check_plan(path, trainer, new)
 
 
 def test_settings_are_all_that_a_person_configured(plan: Any) -> None:
-    _, facts, bench, _ = plan
-    now, others = vars(bench.retraining), ({"settings": GateConfig(level=0.1)}, {"raw": lambda: {"base": "y"}})
-    assert settings_hash(bench.retraining) == facts["settings"]
+    _, facts, trainer, _ = plan
+    now, others = vars(trainer.retraining), ({"settings": GateConfig(level=0.1)}, {"raw": lambda: {"base": "y"}})
+    assert settings_hash(trainer.retraining) == facts["settings"]
     for other in others:
         assert settings_hash(SimpleNamespace(**{**now, **other})) != facts["settings"]  # type: ignore[arg-type]

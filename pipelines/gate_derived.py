@@ -8,22 +8,23 @@ from typing import Any
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from lifelong_moe.data.records import Remembered
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.methods.retraining import RetrainConfig, Retraining
 from lifelong_moe.retraining.config import GateConfig
 from lifelong_moe.retraining.gate import Verdict, unharmed
+from lifelong_moe.stages.runs import EvaluationStore
 from lifelong_moe.stages.store import CommittedStage, StageStore
 from lifelong_moe.stages.versions import Head, Version
-from lifelong_moe.training.interrupt import Interrupt
-from pipelines.candidates import Bench, ServedData, served_stages
+from pipelines.candidates import served_stages, stage_models
 from pipelines.gating import kinds_of_text
 from pipelines.kept_text import remembered_by, wait_for_text
+from pipelines.measurements import Measurements
+from pipelines.places import ROOT
 from pipelines.workspace import read_data
 
 
-def served_data(head: Head, version: Version, store: StageStore, without: str | None = None) -> ServedData:
-    """What a version's distributions are, by the run's own configuration and the batches that it kept.
+def served_measurements(head: Head, version: Version, store: StageStore, without: str | None = None) -> Measurements:
+    """Of a version's distributions, by the run's own configuration and the batches that it kept.
 
     Raises:
         ConfigError, DataError: If their text is gone and nothing is known of it, or none of it is left to measure on,
@@ -34,9 +35,10 @@ def served_data(head: Head, version: Version, store: StageStore, without: str | 
     retraining = Retraining(RetrainConfig(base=""), base, head["run"])
     config = retraining.config(*served_stages(version, store))
     known = remembered_by(head, head["config"], version, store)
-    served = ServedData(config, read_data(config, None, known))
-    wait_for_text(served.data)
-    if not served.measured(without):
+    data, models = read_data(config, None, known), stage_models(store, config.trainer)
+    wait_for_text(data)
+    served = Measurements(config, data, EvaluationStore(ROOT), models)
+    if not served.measurable(without):
         raise ConfigError(f"no text of run {head['run']} is left to measure on")
     return served
 
@@ -45,7 +47,7 @@ def gate_derived(
     store: StageStore,
     version: Version,
     stage: CommittedStage,
-    served: ServedData,
+    served: Measurements,
     without: str | None,
     config: GateConfig,
     console: Console,
@@ -56,17 +58,15 @@ def gate_derived(
         store: Where stages are.
         version: That serves.
         stage: That might.
-        served: The version's configuration and data.
+        served: Of the version's distributions.
         without: A distribution that does not count: it is meant to be forgotten.
         config: Limits.
         console: Where people read.
     """
-    retraining = Retraining(RetrainConfig(base=""), OmegaConf.create({}), served.config.run)
-    bench = Bench(retraining, version, "", "", Remembered(), store, Interrupt(), console)
-    names = served.measured(without)
+    names = served.measurable(without)
     with console.status(f"{stage.name}: at the gate"):
-        after = {name: bench.losses(stage, served, name) for name in names}
-        before = {name: bench.losses(bench.parent, served, name) for name in names}
+        after = {name: served.losses(stage.key, name) for name in names}
+        before = {name: served.losses(version.key, name) for name in names}
     kinds = kinds_of_text(version, store)
     judged = unharmed(after=after, before=before, config=config, seed=served.config.seed, kinds=kinds)
-    return replace(judged, notes=tuple(served.unmeasured()))
+    return replace(judged, notes=tuple(served.unmeasurable()))

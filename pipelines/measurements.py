@@ -1,0 +1,151 @@
+"""Losses of models on held-out text, measured once and stored: of a distribution as a whole, and of each document.
+
+Models are named by their keys; a model is loaded only if something was not measured before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lifelong_moe.config.run import RunConfig
+from lifelong_moe.data.documents import Document
+from lifelong_moe.data.prepare import PreparedData
+from lifelong_moe.data.shards import TokenShard, tokenize_documents
+from lifelong_moe.data.spread import spread_shard
+from lifelong_moe.data.windows import evaluation_windows
+from lifelong_moe.evaluation.documents import measure_documents
+from lifelong_moe.evaluation.loss import EVALUATION_SCHEMA, Evaluation, evaluate
+from lifelong_moe.model.transformer import LanguageModel
+from lifelong_moe.retraining.bounds import DocumentLosses
+from lifelong_moe.retraining.structure import shuffled_text
+from lifelong_moe.stages.runs import EvaluationStore
+from lifelong_moe.storage.keys import content_key
+
+Load = Callable[[str], LanguageModel]
+"""From a model's key to the model, on the device where it is to be measured."""
+What = Literal["distribution", "documents", "shuffled documents"]
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """What models make of a run's held-out text."""
+
+    config: RunConfig
+    data: PreparedData
+    store: EvaluationStore
+    load: Load
+
+    def measurable(self, without: str | None = None) -> list[str]:
+        """Distributions with held-out text, in the run's order, but for one."""
+        return [name for name in self.config.evaluated if name in self.data.heldout and name != without]
+
+    def unmeasurable(self) -> list[str]:
+        """A sentence on each distribution of which no held-out text is left."""
+        return [
+            f"{name} is not measured: its text is gone, and no held-out text of it was kept."
+            for name in self.config.evaluated
+            if name not in self.data.heldout
+        ]
+
+    def known(self, models: Sequence[str]) -> list[str]:
+        """Distributions with held-out text, and those on which all of these models were measured while they had it."""
+        return [
+            name
+            for name in self.config.evaluated
+            if name in self.data.heldout or all(self.store.find(model, self.key(name)) is not None for model in models)
+        ]
+
+    def key(self, distribution: str, what: What = "distribution") -> str:
+        """Everything besides the model that a stored measurement depends on, as one hash."""
+        settings: dict[str, Any] = {
+            "schema": EVALUATION_SCHEMA,
+            "heldout": self.data.records[distribution].heldout_hash,
+            "tokenizer": self.data.tokenizer.hash,
+            "tokens": self.config.evaluate.tokens,
+            "context": self.config.model.context,
+        }
+        if self.config.routing.by_label:
+            settings["label"] = distribution
+        if what != "distribution":
+            text = "shuffled" if what == "shuffled documents" else "as they are"
+            # Without a label, documents are stored under null: what earlier versions measured is found again.
+            settings = {"label": None, **settings, "documents": text, "spread": "over sources"}
+        return content_key(settings)
+
+    def evaluations(self, model: str, distributions: Sequence[str]) -> dict[str, Evaluation]:
+        """A model's loss on each of these distributions."""
+        loaded, found = None, {}
+        for name in distributions:
+            if (result := self.store.find(model, self.key(name))) is None:
+                loaded = self.load(model) if loaded is None else loaded
+                result = self._evaluate(loaded, name).to_json()
+                self.store.add(model, self.key(name), result)
+            found[name] = Evaluation(**result)
+        return found
+
+    def _evaluate(self, model: LanguageModel, name: str) -> Evaluation:
+        settings = self.config.evaluate
+        windows = evaluation_windows(self.data.heldout[name], self.config.model.context, settings.tokens)
+        return evaluate(model, windows, distribution=name, batch_tokens=settings.batch_tokens)
+
+    def losses(self, model: str, distribution: str, *, shuffled: bool = False) -> DocumentLosses:
+        """A model's loss on each held-out document with a scored token, and the document's source.
+
+        Args:
+            model: Its key.
+            distribution: Which held-out text.
+            shuffled: Score each document with its characters in random order; tokens are counted as they were.
+        """
+        found = self._documents(model, distribution, shuffled=shuffled)
+        heldout = self.data.heldout_documents[distribution]
+        scored = [i for i, tokens in enumerate(found["tokens"]) if tokens]
+        return DocumentLosses(
+            np.array(found["nats"])[scored],
+            np.array(found["tokens"])[scored],
+            [heldout[found["document"][i]].source for i in scored],
+        )
+
+    def expert_counts(self, model: str, distribution: str) -> list[list[int]]:
+        """Assignments of the held-out documents' scored tokens, per layer and expert."""
+        counts: list[list[int]] = self._documents(model, distribution)["expert_counts"]
+        return counts
+
+    def _documents(self, model: str, distribution: str, *, shuffled: bool = False) -> dict[str, Any]:
+        """Losses by document and assignments by expert, as they are stored."""
+        key = self.key(distribution, "shuffled documents" if shuffled else "documents")
+        if (found := self.store.find(model, key)) is not None:
+            return found
+        sources = [document.source for document in self.data.heldout_documents[distribution]]
+        shard, chosen = spread_shard(self.data.heldout[distribution], sources, self.config.evaluate.tokens)
+        plain = self._documents(model, distribution) if shuffled else None
+        if plain is not None:
+            shard = self._shuffled(distribution, shard, chosen)
+        measured = measure_documents(
+            self.load(model),
+            evaluation_windows(shard, self.config.model.context, shard.num_tokens),
+            distribution=distribution,
+            batch_tokens=self.config.evaluate.batch_tokens,
+        )
+        found = {name: getattr(measured, name).tolist() for name in ("nats", "tokens")}
+        found |= {"document": chosen[measured.document].tolist(), "expert_counts": measured.expert_counts}
+        if plain is not None:
+            found["tokens"] = plain["tokens"]
+        self.store.add(model, key, found)
+        return found
+
+    def _shuffled(self, distribution: str, shard: TokenShard, documents: NDArray[np.int64]) -> TokenShard:
+        """What is scored of held-out documents, with its characters in random order."""
+        rng, tokenizer = np.random.default_rng(0), self.data.tokenizer
+        whole, mixed = self.data.heldout[distribution], []
+        for place, i in enumerate(documents.tolist()):
+            document, ids = self.data.heldout_documents[distribution][i], shard.document(place)
+            text = document.text
+            if len(ids) < len(whole.document(i)):  # a cut may go through a character
+                text = text[: max(1, len(tokenizer.decode(ids.tolist()).rstrip("\ufffd")))]
+            mixed.append(Document(shuffled_text(text, rng=rng), document.source))
+        return tokenize_documents(mixed, tokenizer)
