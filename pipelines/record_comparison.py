@@ -22,10 +22,10 @@ from lifelong_moe.evaluation.comparison import SCHEMA, ArmResult, build_comparis
 from lifelong_moe.evaluation.comparison_figures import comparison_figures
 from lifelong_moe.methods.comparison import Comparison
 from lifelong_moe.stages.runs import RunRecord
+from lifelong_moe.storage.credentials import without_credentials
 from lifelong_moe.storage.files import write_atomic
 from lifelong_moe.storage.keys import content_key
 from lifelong_moe.storage.locks import locked
-from lifelong_moe.tracking.connection import without_credentials
 from lifelong_moe.tracking.store import local_id
 from lifelong_moe.tracking.tracker import Tracker
 from pipelines import render_comparison

@@ -7,7 +7,6 @@ this package only plain dataclasses travel.
 from __future__ import annotations
 
 import dataclasses
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,7 @@ from lifelong_moe.retention.refusals import refuse_idle_method, refuse_moving_tr
 from lifelong_moe.routing.config import DEFAULTS
 from lifelong_moe.routing.refusals import refuse_idle_keys, refuse_lone_choices
 from lifelong_moe.routing.switching import leave_behind
-
-_CREDENTIALS = re.compile(r"(?<=://)[^/\s@]*(?=@)|(?<=\?).*")
-"""What may be secret in a URL: user and password, and the query."""
+from lifelong_moe.storage.credentials import without_credentials
 
 
 @dataclass(kw_only=True)
@@ -67,16 +64,16 @@ def read_config(path: str | Path, overrides: list[str] | None = None) -> DictCon
 
 def written_config(raw: DictConfig) -> dict[str, Any]:
     """A configuration as it was written, as plain data that may be logged; see :func:`load_config`."""
-    return _without_credentials(OmegaConf.to_container(raw, resolve=False))
+    return _masked(OmegaConf.to_container(raw, resolve=False))
 
 
-def _without_credentials(value: Any) -> Any:
+def _masked(value: Any) -> Any:
     """Mask what may be secret in every URL within plain data."""
     if isinstance(value, dict):
-        return {key: _without_credentials(child) for key, child in value.items()}
+        return {key: _masked(child) for key, child in value.items()}
     if isinstance(value, list):
-        return [_without_credentials(child) for child in value]
-    return _CREDENTIALS.sub("***", value) if isinstance(value, str) and "://" in value else value
+        return [_masked(child) for child in value]
+    return without_credentials(value, mask="***") if isinstance(value, str) else value
 
 
 def build_config(raw: DictConfig, *, is_stored: bool = False) -> RunConfig:
@@ -138,7 +135,7 @@ def whole_config(raw: DictConfig) -> dict[str, Any]:
     found["stages"] = _each(StageConfig, stages, None if _refers(defaults) else defaults)
     if raw.get("published") is not None:
         found["published"] = _unresolved(PublishedConfig, raw._get_node("published"))
-    return _without_credentials(found)
+    return _masked(found)
 
 
 def _unresolved(cls: type, node: Any, under: DictConfig | None = None) -> Any:

@@ -7,7 +7,6 @@ probed with a few seconds' patience before MLflow ever sees it.
 from __future__ import annotations
 
 import os
-import re
 import socket
 import sqlite3
 import threading
@@ -16,6 +15,8 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
+
+from lifelong_moe.storage.credentials import without_credentials
 
 PROBE_SECONDS = 5.0
 """Longest wait for a tracking server or database before training starts without it."""
@@ -85,19 +86,6 @@ def is_utf8(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def without_credentials(uri: str) -> str:
-    """Remove whatever may be secret, for messages, links and files.
-
-    Args:
-        uri: Any URI.
-
-    Returns:
-        The same URI without ``user:password@`` and without its query.
-    """
-    # Not urlsplit: it ends the host at a "#" or "?", which a database's password may hold.
-    return re.sub(r"(://[^?]*)\?.*", r"\1", re.sub(r"://[^/]*@", "://", uri, count=1))
 
 
 def with_credentials(uri: str, root: Path) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from urllib.parse import quote
 
-from lifelong_moe.tracking.connection import is_server, without_credentials
+from lifelong_moe.storage.credentials import without_credentials
+from lifelong_moe.tracking.connection import is_server
 
 LOCAL_UI = "http://127.0.0.1:5000"
 """Where ``lifelong-moe ui`` serves a local database by default."""

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lifelong_moe.errors import ConfigError
-from lifelong_moe.tracking.connection import is_server, probe, resolve_uri, without_credentials
+from lifelong_moe.storage.credentials import without_credentials
+from lifelong_moe.tracking.connection import is_server, probe, resolve_uri
 
 
 def serve_command(uri: str | None, root: Path, port: int, host: str = "127.0.0.1") -> tuple[list[str], dict[str, str]]:

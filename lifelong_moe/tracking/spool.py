@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from lifelong_moe.storage.credentials import without_credentials
 from lifelong_moe.storage.files import append_line, rename, write_atomic
 from lifelong_moe.storage.keys import SHORT, text_sha256
 from lifelong_moe.storage.locks import locked_when_free
-from lifelong_moe.tracking.connection import without_credentials
 
 log = logging.getLogger(__name__)
 

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from lifelong_moe.storage.credentials import without_credentials
 from lifelong_moe.tracking.connection import is_server, sqlite_path
 from lifelong_moe.tracking.database import ensure_database
 from lifelong_moe.tracking.registry import Version, register_version
@@ -299,4 +300,4 @@ def unusable(uri: str, reason: str) -> str:
 def one_line(error: Exception) -> str:
     """The first line of an error, without credentials."""
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return re.sub(r"//[^/\s]*@", "//", line)  # MLflow repeats the URI, password and all
+    return without_credentials(line)  # MLflow repeats the URI, password and all

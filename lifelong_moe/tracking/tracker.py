@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lifelong_moe.storage.credentials import without_credentials
 from lifelong_moe.tracking import links
 from lifelong_moe.tracking.config import TrackingConfig
 from lifelong_moe.tracking.connection import (
@@ -16,7 +17,6 @@ from lifelong_moe.tracking.connection import (
     prepare_environment,
     probe,
     resolve_uri,
-    without_credentials,
 )
 from lifelong_moe.tracking.registry import STAGE_KEY_TAG
 from lifelong_moe.tracking.spool import SPOOL, Operation, Spool

@@ -44,6 +44,9 @@ FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "mars
 FORBIDDEN_NAMES = {"torch.load", "torch.jit.load", "faiss.read_index"}
 FORBIDDEN_ENDINGS = {"load_from_checkpoint", "pyfunc.load_model", "read_index"}
 
+WRITING_NAMES = {"os.replace", "os.rename", "os.fsync", "fcntl.flock", "fcntl.lockf"}
+MAY_WRITE = {"lifelong_moe/tracking/store.py": "MLflow's client takes an artifact from a file, so one is made for it"}
+
 TORCH_FREE = ["errors.py", "config/*.py", "*/config.py", "plan/*.py", "methods/comparison.py"]
 HEAVY = ["torch", "lightning", "mlflow", "faiss", "transformers", "datasets"]
 
@@ -52,8 +55,6 @@ def room_of(dotted: str) -> str | None:
     """Room that a dotted module name of ours stands in; None for other packages and for bare ``lifelong_moe``."""
     parts = dotted.split(".")
     if parts[0] == "lifelong_moe":
-        if parts[1:3] == ["stages", "keys"]:
-            return "storage"
         return "config" if CONFIG_FILES & set(parts[1:3]) else parts[1] if len(parts) > 1 else None
     return "pipelines" if parts[0] == "pipelines" else None
 
@@ -93,8 +94,8 @@ def import_violations(room: str, tree: ast.Module) -> Iterator[tuple[int, str]]:
             yield line, f"{package} is imported"
 
 
-def loading_violations(tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """Whatever would unpickle a file or run code that came with one."""
+def names_used(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Line and dotted name of every attribute and name, as its module calls it whatever it was imported as."""
     aliases: dict[str, str] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -102,24 +103,48 @@ def loading_violations(tree: ast.Module) -> Iterator[tuple[int, str]]:
         elif isinstance(node, ast.ImportFrom):
             aliases.update({alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names})
     for node in ast.walk(tree):
-        line = getattr(node, "lineno", 0)
         if isinstance(node, ast.Attribute | ast.Name):
             first, *rest = ast.unparse(node).split(".")
-            name = ".".join([aliases.get(first, first), *rest])
-            if name in FORBIDDEN_NAMES or any(name == end or name.endswith("." + end) for end in FORBIDDEN_ENDINGS):
-                yield line, f"{name} is used"
-        elif isinstance(node, ast.keyword) and node.arg in {"trust_remote_code", "allow_pickle"}:
+            yield node.lineno, ".".join([aliases.get(first, first), *rest])
+
+
+def loading_violations(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Whatever would unpickle a file or run code that came with one."""
+    for line, name in names_used(tree):
+        if name in FORBIDDEN_NAMES or any(name == end or name.endswith("." + end) for end in FORBIDDEN_ENDINGS):
+            yield line, f"{name} is used"
+    for node in ast.walk(tree):
+        line = getattr(node, "lineno", 0)
+        if isinstance(node, ast.keyword) and node.arg in {"trust_remote_code", "allow_pickle"}:
             if not (isinstance(node.value, ast.Constant) and node.value.value is False):
                 yield line, f"{node.arg} is passed"
         elif isinstance(node, ast.Constant) and node.value == "trust_remote_code":
             yield line, "trust_remote_code is named"
 
 
+def writing_violations(name: str, room: str, tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Whatever makes a file appear, or locks one, outside the one room that does so whole or not at all."""
+    if room == "storage" or name in MAY_WRITE:
+        return
+    for line, used in names_used(tree):
+        if used in WRITING_NAMES or used.startswith("tempfile."):
+            yield line, f"{used} is used outside storage"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and not node.keywords:
+            is_renaming = node.func.attr in ("rename", "replace") and len(node.args) == 1  # str.replace takes two
+            if is_renaming and ast.unparse(node.func) not in WRITING_NAMES:
+                yield node.lineno, f"{ast.unparse(node.func)} is used outside storage"
+
+
 def violations(root: Path) -> list[str]:
     return [
         f"{name}:{line}: {what}"
         for name, room, tree in sources(root)
-        for line, what in [*import_violations(room, tree), *loading_violations(tree)]
+        for line, what in [
+            *import_violations(room, tree),
+            *loading_violations(tree),
+            *writing_violations(name, room, tree),
+        ]
     ]
 
 
@@ -160,6 +185,12 @@ BAD_LINES = {
     "get(trust_remote_code=True)": "trust_remote_code is passed",
     "get(**{'trust_remote_code': True})": "trust_remote_code is named",
     "np.load('x', allow_pickle=True)": "allow_pickle is passed",
+    "import os\nos.replace('a', 'b')": "os.replace is used outside storage",
+    "from os import fsync as flush\nflush(1)": "os.fsync is used outside storage",
+    "import fcntl as f\nf.lockf(1, 2)": "fcntl.lockf is used outside storage",
+    "import tempfile\ntempfile.mkdtemp()": "tempfile.mkdtemp is used outside storage",
+    "path.rename(target)": "path.rename is used outside storage",
+    "(path / 'a').replace(target)": "(path / 'a').replace is used outside storage",
 }
 
 
@@ -194,6 +225,8 @@ def test_good_lines_pass(tmp_path: Path) -> None:
         "lifelong_moe/__init__.py": '"""Words."""\n__version__ = "0.1.0"',
         "lifelong_moe/errors.py": '"""No pickle, no torch.load, no trust_remote_code."""',
         "lifelong_moe/data/a.py": "import datasets\nfrom lifelong_moe.data import b\nfrom lifelong_moe.errors import E",
+        "lifelong_moe/storage/a.py": "import os\nos.rename('a', 'b')\npath.replace(target)",
+        "lifelong_moe/stages/a.py": "'a'.replace('a', 'b')\nreplace(spec, key=1)\ndataclasses.replace(spec, key=1)",
         "lifelong_moe/model/a.py": "import torch\ntorch.save(1, 2)\nnp.load(x, allow_pickle=False)\njson.load(f)",
         "pipelines/run.py": "import lifelong_moe\nfrom lifelong_moe.methods import a\nfrom pipelines import cli",
     }.items():
