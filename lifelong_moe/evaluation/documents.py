@@ -45,7 +45,8 @@ def measure_documents(
     row = 0
     for arrays, output in forward_windows(model, windows, distribution=distribution, batch_tokens=batch_tokens):
         scored = arrays["scored"]
-        nats_T = model.token_nats(output.hidden_BSD[scored], arrays["target_ids"][scored], arrays["group_ids"][scored])
+        targets_T, groups_T = arrays["target_ids"][scored], arrays["group_ids"][scored]
+        nats_T = model.head.token_nats(output.hidden_BSD[scored], targets_T, groups_T)
         of_window = place_W[row : row + len(scored)]
         of_token = of_window[scored.nonzero()[:, 0].cpu().numpy()]
         np.add.at(nats, of_token, nats_T.double().cpu().numpy())

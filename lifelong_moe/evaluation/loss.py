@@ -18,6 +18,7 @@ from torch import Tensor
 from lifelong_moe.data.shards import ShardDocuments, TokenShard
 from lifelong_moe.data.windows import EvaluationSet
 from lifelong_moe.model.groups import label_group
+from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel, ModelOutput
 
 EVALUATION_SCHEMA = 2
@@ -81,13 +82,8 @@ def forward_windows(
         for first in range(0, len(windows), rows):
             batch = windows.batch(slice(first, first + rows))
             arrays = {name: torch.from_numpy(array).to(device) for name, array in batch.items()}
-            output = model(
-                arrays["token_ids"],
-                document_ids_BS=torch.zeros_like(arrays["token_ids"]),
-                group_ids_BS=arrays["group_ids"],
-                mask_BS=arrays["valid"],
-            )
-            yield arrays, output
+            token_ids, one_document = arrays["token_ids"], torch.zeros_like(arrays["token_ids"])
+            yield arrays, model(TokenBatch(token_ids, one_document, arrays["group_ids"], arrays["valid"]))
     finally:
         model.train(training)
 
@@ -107,7 +103,8 @@ def evaluate(
     total, counts = 0.0, None
     for arrays, output in forward_windows(model, windows, distribution=distribution, batch_tokens=batch_tokens):
         scored = arrays["scored"]
-        nats_T = model.token_nats(output.hidden_BSD[scored], arrays["target_ids"][scored], arrays["group_ids"][scored])
+        targets_T, groups_T = arrays["target_ids"][scored], arrays["group_ids"][scored]
+        nats_T = model.head.token_nats(output.hidden_BSD[scored], targets_T, groups_T)
         total += float(nats_T.double().sum())
         batch_counts = [routing.counts_of(scored.flatten()) for routing in output.routings]
         counts = batch_counts if counts is None else [a + b for a, b in zip(counts, batch_counts, strict=True)]

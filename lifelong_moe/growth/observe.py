@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel
 
 FORWARD_TOKENS = 8192
@@ -24,16 +25,6 @@ class Observation:
     """Input of the mixture-of-experts layer, float32 ``(N, D)``, one row a sampled token; none for padding."""
     counts_E: Tensor
     """Assignments each expert received, int64 ``(E,)``."""
-
-
-def model_inputs(batch: Mapping[str, Tensor], rows: slice | Tensor = slice(None)) -> dict[str, Tensor]:
-    """The model's arguments from a batch of blocks, or from some of its rows."""
-    return {
-        "token_ids_BS": batch["token_ids"][rows],
-        "document_ids_BS": batch["document_ids"][rows],
-        "group_ids_BS": batch["group_ids"][rows],
-        "mask_BS": batch["mask"][rows],
-    }
 
 
 @torch.no_grad()
@@ -59,7 +50,7 @@ def observe(model: LanguageModel, sample: Mapping[str, Tensor]) -> list[Observat
         blocks = max(1, FORWARD_TOKENS // sample["token_ids"].shape[1])
         for start in range(0, len(sample["token_ids"]), blocks):
             rows = slice(start, start + blocks)
-            output, mask_T = model(**model_inputs(sample, rows)), sample["mask"][rows].flatten()
+            output, mask_T = model(TokenBatch.of(sample)[rows]), sample["mask"][rows].flatten()
             counts.append([routing.counts_of(mask_T).cpu() for routing in output.routings])
     finally:
         model.train(training)
@@ -75,9 +66,8 @@ def sample_logits(model: LanguageModel, sample: Mapping[str, Tensor], blocks: in
     """Logits of the sample's first blocks, float32, in evaluation mode."""
     training = model.training
     model.eval()
-    inputs = model_inputs(sample, slice(0, blocks))
+    batch = TokenBatch.of(sample)[:blocks]
     try:
-        hidden = model(**inputs).hidden_BSD
-        return model.logits(hidden, inputs["group_ids_BS"]).float()
+        return model.head.logits(model(batch).hidden_BSD, batch.group_ids_BS).float()
     finally:
         model.train(training)

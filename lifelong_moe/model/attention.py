@@ -5,6 +5,7 @@ Legend: B batch, S sequence, D model width, H query heads, J key and value heads
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -112,6 +113,19 @@ def grouped_query_attention(query_BHSW: Tensor, key_BJPW: Tensor, value_BJPW: Te
     )
 
 
+@dataclass(frozen=True)
+class AttentionContext:
+    """What all layers' attention reads beside the stream."""
+
+    rotary: tuple[Tensor, Tensor]
+    """Cosines and sines of these S positions, each ``(S, head_width)``."""
+    mask: Tensor | Documents | None = None
+    """True where a query may look at a key, bool ``(B, 1, S, P)``; or documents, within which attention is causal;
+    None means causal."""
+    bundles: BundleSlices | None = None
+    """The B·S tokens by bundle, where the trunk has deltas."""
+
+
 class Attention(nn.Module):
     """Causal self-attention; ``heads`` queries share ``kv_heads`` keys and values. No biases."""
 
@@ -131,31 +145,14 @@ class Attention(nn.Module):
             self.query_norm, self.key_norm = (RMSNorm(w, eps=config.norm_eps) for w in widths[config.qk_norm])
         self.normalizes_heads = config.qk_norm == QKNorm.head
 
-    def forward(
-        self,
-        x_BSD: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        mask: Tensor | Documents | None,
-        cache: LayerCache | None,
-        bundles: BundleSlices | None = None,
-    ) -> Tensor:
-        """Attend: ``(B, S, D)`` to ``(B, S, D)``.
-
-        Args:
-            x_BSD: Input ``(B, S, D)``.
-            cos: Rotary cosines of these S positions ``(S, head_width)``.
-            sin: Sines.
-            mask: True where a query may look at a key, bool ``(B, 1, S, P)``; or documents, within which
-                attention is causal; None means causal.
-            cache: Keys and values of the positions before these; those of these are added to it.
-            bundles: The B·S tokens by bundle, where the trunk has deltas.
-        """
+    def forward(self, x_BSD: Tensor, context: AttentionContext, cache: LayerCache | None = None) -> Tensor:
+        """Attend: ``(B, S, D)`` to ``(B, S, D)``; a cache has the positions before these, and these are added to it."""
+        mask, bundles = context.mask, context.bundles
         batch, length, _ = x_BSD.shape
         shape = (batch, length, -1, self.head_width)
         query = self._normalized(self.query(x_BSD, bundles), self.query_norm, shape)
         key = self._normalized(self.key(x_BSD, bundles), self.key_norm, shape)
-        query, key = rotate(query.transpose(1, 2), cos, sin), rotate(key.transpose(1, 2), cos, sin)
+        query, key = (rotate(x.transpose(1, 2), *context.rotary) for x in (query, key))
         value = self.value(x_BSD, bundles).view(shape).transpose(1, 2)
         if cache is not None:
             key, value = cache.extend(key, value)

@@ -9,15 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lifelong_moe.model.attention import Attention
+from lifelong_moe.model.attention import Attention, AttentionContext
 from lifelong_moe.model.cache import LayerCache
 from lifelong_moe.model.config import SharedMix
-from lifelong_moe.model.deltas import BundleSlices
 from lifelong_moe.model.experts import ExpertBanks
 from lifelong_moe.model.feedforward import FeedForward
-from lifelong_moe.model.moe import MoELayer
+from lifelong_moe.model.moe import DenseLayer, MoELayer
 from lifelong_moe.model.parts import Part, Place
-from lifelong_moe.ops.document_attention import Documents
 from lifelong_moe.ops.norm import RMSNorm
 from lifelong_moe.plan.architecture import Architecture
 from lifelong_moe.routing.base import Routing, RoutingContext
@@ -58,42 +56,22 @@ class Block(nn.Module):
         return [self.attention.output.weight, *(module.down for module in feed_forwards)]
 
     def forward(
-        self,
-        x_BSD: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        mask: Tensor | Documents | None,
-        cache: LayerCache | None,
-        context: RoutingContext,
-        bundles: BundleSlices | None,
+        self, x_BSD: Tensor, attention: AttentionContext, routing: RoutingContext, cache: LayerCache | None = None
     ) -> tuple[Tensor, Routing]:
-        """One layer."""
-        x_BSD = self.attend(x_BSD, rotary, mask, cache, bundles)
-        out_TD, routing = self.moe(self.moe_norm(x_BSD).flatten(0, 1), context)
+        """``(B, S, D)`` to ``(B, S, D)``, with what the router decided."""
+        x_BSD = self.attend(x_BSD, attention, cache)
+        out_TD, decided = self.moe(self.moe_norm(x_BSD).flatten(0, 1), routing)
         out_TD = out_TD if self.moe_out_norm is None else self.moe_out_norm(out_TD)
-        return x_BSD + out_TD.view_as(x_BSD), routing
+        return x_BSD + out_TD.view_as(x_BSD), decided
 
-    def attend(
-        self,
-        x_BSD: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        mask: Tensor | Documents | None,
-        cache: LayerCache | None,
-        bundles: BundleSlices | None,
-    ) -> Tensor:
+    def attend(self, x_BSD: Tensor, context: AttentionContext, cache: LayerCache | None) -> Tensor:
         """The first half of a layer."""
         if self.recomputes and torch.is_grad_enabled():
-            return checkpoint(self._attend, x_BSD, rotary, mask, cache, bundles, use_reentrant=False)
-        return self._attend(x_BSD, rotary, mask, cache, bundles)
+            return checkpoint(self._attend, x_BSD, context, cache, use_reentrant=False)
+        return self._attend(x_BSD, context, cache)
 
-    def _attend(
-        self,
-        x_BSD: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        mask: Tensor | Documents | None,
-        cache: LayerCache | None,
-        bundles: BundleSlices | None,
-    ) -> Tensor:
-        mixed = self.attention(self.attention_norm(x_BSD), *rotary, mask, cache, bundles)
+    def _attend(self, x_BSD: Tensor, context: AttentionContext, cache: LayerCache | None) -> Tensor:
+        mixed = self.attention(self.attention_norm(x_BSD), context, cache)
         return x_BSD + (mixed if self.attention_out_norm is None else self.attention_out_norm(mixed))
 
 
@@ -104,7 +82,7 @@ def build_moe(architecture: Architecture, layer: int, *, causal: bool) -> MoELay
     banks = ExpertBanks(config.width, config.expert_width, config.activation)
     if layer not in config.moe_layers:
         dense_width = config.dense_width or config.expert_width * architecture.routing.top_k
-        return MoELayer(router, banks, FeedForward(config.width, dense_width, config.dense_activation))
+        return DenseLayer(router, banks, FeedForward(config.width, dense_width, config.dense_activation))
     if not config.shared_experts:
         return MoELayer(router, banks)
     shared = FeedForward(config.width, config.shared_experts * config.expert_width, config.activation)

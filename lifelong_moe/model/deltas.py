@@ -78,9 +78,22 @@ class LowRank(nn.Module):
 class Deltas(nn.ModuleDict):
     """The low-rank changes of one matrix by bundle."""
 
-    def add(self, bundle: int, base_OI: Tensor, rank: int) -> None:
-        """Make room for a bundle's change of a matrix."""
-        self[str(bundle)] = LowRank(base_OI.shape[0], base_OI.shape[1], rank)
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_bundles = 0
+        """How many there are, with a change of this matrix or without."""
+
+    def add_bundle(self, base_OI: Tensor, rank: int) -> None:
+        """Make room for one more bundle's change of a matrix; rank 0 is none."""
+        if rank:
+            self[str(self.num_bundles)] = LowRank(base_OI.shape[0], base_OI.shape[1], rank)
+        self.num_bundles += 1
+
+    def slices(self, group_ids: Tensor | None) -> BundleSlices | None:
+        """Tokens ``(...)`` by bundle; None where that makes no difference."""
+        if group_ids is None or not self:
+            return None
+        return BundleSlices.of(group_ids.flatten(), self.num_bundles)
 
     def of(self, bundle: int) -> LowRank | None:
         """A bundle's change; None if it has none."""
@@ -99,9 +112,9 @@ class DeltaLinear(nn.Linear):
         super().__init__(columns, rows, bias=False)
         self.deltas = Deltas()
 
-    def add_delta(self, bundle: int, rank: int) -> None:
-        """Give a bundle a change of its own."""
-        self.deltas.add(bundle, self.weight, rank)
+    def add_bundle(self, rank: int) -> None:
+        """Add a bundle, with a change of its own if its rank is not 0."""
+        self.deltas.add_bundle(self.weight, rank)
 
     def weight_of(self, bundle: int) -> Tensor:
         """The weight ``(O, I)`` that a bundle's tokens use."""
@@ -122,9 +135,9 @@ class DeltaEmbedding(nn.Embedding):
         super().__init__(vocab_size, width)
         self.deltas = Deltas()
 
-    def add_delta(self, bundle: int, rank: int) -> None:
-        """Give a bundle a change of its own."""
-        self.deltas.add(bundle, self.weight, rank)
+    def add_bundle(self, rank: int) -> None:
+        """Add a bundle, with a change of its own if its rank is not 0."""
+        self.deltas.add_bundle(self.weight, rank)
 
     def forward(self, token_ids_BS: Tensor, bundles: BundleSlices | None = None) -> Tensor:
         """int64 ``(B, S)`` to ``(B, S, D)``."""

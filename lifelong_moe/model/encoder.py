@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lifelong_moe.model.attention import AttentionContext
 from lifelong_moe.model.block import Block
 from lifelong_moe.ops.norm import RMSNorm
 from lifelong_moe.plan.architecture import Architecture
@@ -53,10 +54,11 @@ class Encoder(nn.Module):
         x_BSD = self.patches(patches_BSW) + self.positions[:length]
         mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=x_BSD.device)
         still = x_BSD.new_ones(length, self.architecture.model.attention_width)  # positions are added, not rotated
+        attention = AttentionContext((still, torch.zeros_like(still)), mask)
         nobody_T = torch.zeros(batch * length, dtype=torch.int64, device=x_BSD.device)
         context = RoutingContext(nobody_T, torch.ones_like(nobody_T, dtype=torch.bool), nobody_T, num_sequences=batch)
         routings = []
         for block in self.blocks:
-            x_BSD, routing = block(x_BSD, (still, torch.zeros_like(still)), mask, None, context, None)
+            x_BSD, routing = block(x_BSD, attention, context)
             routings.append(routing)
         return self.head(self.norm(x_BSD).mean(dim=1)), routings

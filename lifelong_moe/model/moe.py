@@ -19,13 +19,16 @@ from lifelong_moe.routing.base import Router, Routing, RoutingContext
 class MoELayer(nn.Module):
     """Any router over two banks of experts, and perhaps a network that every token uses.
 
-    It knows nothing of how the router decides. Without routed experts the shared network is all there is: a dense
-    layer. With ``mixes`` routed and shared outputs are weighted by a learned softmax of the token, else added.
+    It knows nothing of how the router decides. With ``mixes`` routed and shared outputs are weighted by a learned
+    softmax of the token, else added.
 
     Source:
         Shared experts: DeepSeekMoE (arXiv:2401.06066). Learned mix: DeepSpeed-MoE's residual layer, as in its code; the
         paper (arXiv:2201.05596) adds.
     """
+
+    shared_part = Part.shared
+    """What the network that every token uses is."""
 
     def __init__(
         self, router: Router, banks: ExpertBanks, shared: FeedForward | None = None, *, mixes: bool = False
@@ -55,11 +58,6 @@ class MoELayer(nn.Module):
         """Generation of each routed expert, by index."""
         return [g for g, num in enumerate(self.router.generations) for _ in range(num)]
 
-    @property
-    def is_dense(self) -> bool:
-        """Whether there are no routed experts."""
-        return not self.router.num_experts
-
     def places(self, layer: int) -> dict[nn.Parameter, Place]:
         """What each parameter is, for the layer of this index."""
         found = dict.fromkeys(self.router.parameters(), Place(Part.router, layer))
@@ -69,7 +67,7 @@ class MoELayer(nn.Module):
             found |= dict.fromkeys(expert.parameters(), Place(Part.expert, layer, birth))
         for module in (self.shared, self.mix):
             if module is not None:
-                found |= dict.fromkeys(module.parameters(), Place(Part.dense if self.is_dense else Part.shared, layer))
+                found |= dict.fromkeys(module.parameters(), Place(self.shared_part, layer))
         return found
 
     def freeze(self, but: int | None = None) -> None:
@@ -79,17 +77,8 @@ class MoELayer(nn.Module):
         for parameter in [] if but is None else self.router.parameters_of(but):
             parameter.requires_grad_(True)
 
-    def forward(self, x_TD: Tensor, context: RoutingContext, *, apart: bool = False) -> tuple[Tensor, Routing]:
-        """``(T, D)`` to ``(T, D)``, with what the router decided.
-
-        With ``apart``, where the router weighs all experts, to what each makes of each token instead, ``(T, E, D)``.
-        """
-        if apart:
-            routing = self.router(x_TD, context)
-            return torch.stack([expert(x_TD) for expert in self.banks.experts], dim=1), routing
-        if self.is_dense:
-            assert self.shared is not None
-            return self.shared(x_TD), no_routing(x_TD)
+    def forward(self, x_TD: Tensor, context: RoutingContext) -> tuple[Tensor, Routing]:
+        """``(T, D)`` to ``(T, D)``, with what the router decided."""
         routing = self.router(x_TD, context)
         first = self.banks.sorted_from(x_TD)
         rows_ND = routing.dispatch(x_TD, first) if first else routing.dispatch(x_TD)
@@ -105,6 +94,17 @@ class MoELayer(nn.Module):
             return routed_TD + shared_TD, routing
         shares_T2 = self.mix(x_TD).softmax(dim=-1)
         return routed_TD * shares_T2[:, :1] + shared_TD * shares_T2[:, 1:], routing
+
+
+class DenseLayer(MoELayer):
+    """A layer without routed experts: the shared network is all there is."""
+
+    shared_part = Part.dense
+
+    def forward(self, x_TD: Tensor, context: RoutingContext) -> tuple[Tensor, Routing]:
+        """``(T, D)`` to ``(T, D)``, with the answer of a router that has nobody to choose."""
+        assert self.shared is not None
+        return self.shared(x_TD), no_routing(x_TD)
 
 
 def no_routing(x_TD: Tensor) -> Routing:

@@ -15,6 +15,7 @@ from torch import Tensor
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.model.cache import KeyValueCache
 from lifelong_moe.model.groups import label_group
+from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel
 
 SHARPEST = 1e-4
@@ -149,5 +150,5 @@ class _Texts:
     def _read(self, ids_BN: NDArray[np.int64], groups_BN: NDArray[np.int64]) -> Tensor:
         device = self.model.embedding.weight.device
         ids, groups = torch.from_numpy(ids_BN.copy()).to(device), torch.from_numpy(groups_BN.copy()).to(device)
-        hidden_BSD = self.model(ids, group_ids_BS=groups, cache=self.cache).hidden_BSD
-        return self.model.logits(hidden_BSD[:, -1], groups[:, -1])
+        hidden_BSD = self.model(TokenBatch(ids, group_ids_BS=groups), cache=self.cache).hidden_BSD
+        return self.model.head.logits(hidden_BSD[:, -1], groups[:, -1])

@@ -12,18 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lifelong_moe.model.attention import rotary_tables
+from lifelong_moe.model.attention import AttentionContext, rotary_tables
 from lifelong_moe.model.block import Block
 from lifelong_moe.model.buckets import add_missing_tables, table_names
 from lifelong_moe.model.cache import KeyValueCache
 from lifelong_moe.model.config import ModelConfig
 from lifelong_moe.model.deltas import BundleSlices, DeltaEmbedding, DeltaLinear, LowRank
 from lifelong_moe.model.groups import build_document_clusters
-from lifelong_moe.model.mixture import mixture_log_probs, mixture_nats, pack
+from lifelong_moe.model.head import LinearHead
+from lifelong_moe.model.mixture import CompetingBlock, MixtureHead
 from lifelong_moe.model.moe import MoELayer
 from lifelong_moe.model.parts import Part, Place
+from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.ops.document_attention import Documents
-from lifelong_moe.ops.losses import linear_cross_entropy, token_nats
 from lifelong_moe.ops.norm import RMSNorm
 from lifelong_moe.plan.architecture import Architecture, Generation
 from lifelong_moe.routing.base import Routing, RoutingContext
@@ -35,12 +36,11 @@ class ModelOutput:
     """What a forward pass gives."""
 
     hidden_BSD: Tensor
-    """Final hidden states after the last norm; ``model.logits`` turns them into logits. Of competing experts each
-    one's, and its gate, in a row."""
+    """Final hidden states after the last norm, as the head reads them: ``model.head.logits`` makes logits of them."""
     routings: list[Routing]
     """What each layer's router decided."""
     below_BSD: Tensor | None = None
-    """What went into the block that was asked for; see ``LanguageModel.forward``."""
+    """What went into the block at which the pass was split; see ``LanguageModel.forward``."""
 
 
 class LanguageModel(nn.Module):
@@ -56,9 +56,10 @@ class LanguageModel(nn.Module):
         self.separates_documents = config.document_mask
         """Whether tokens attend within their own document only; pairs are kept apart whatever ``model`` says."""
         self.embedding = DeltaEmbedding(architecture.vocab_size, config.width)
-        self.blocks = nn.ModuleList(Block(architecture, layer) for layer in range(config.layers))
+        self.blocks = nn.ModuleList(Block(architecture, layer) for layer in range(config.layers - 1))
+        self.blocks.append((CompetingBlock if routing.competitive else Block)(architecture, config.layers - 1))
         self.norm = RMSNorm(config.width, eps=config.norm_eps)
-        self.head = DeltaLinear(config.width, architecture.vocab_size)
+        self.head = (MixtureHead if routing.competitive else LinearHead)(config.width, architecture.vocab_size)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
         clustered = routing.mode == "cluster"
@@ -120,10 +121,8 @@ class LanguageModel(nn.Module):
             layer.add_experts(generation.experts_in(i))
         if self.document_clusters is not None:
             self.document_clusters.add(generation.experts)
-        if generation.delta_rank:
-            bundle = len(next(self.moe_layers()).router.generations) - 1
-            for matrix in self.delta_matrices():
-                matrix.add_delta(bundle, generation.delta_rank)
+        for matrix in self.delta_matrices():
+            matrix.add_bundle(generation.delta_rank)
 
     def delta_matrices(self) -> Iterator[DeltaLinear | DeltaEmbedding]:
         """The matrices of the trunk that a bundle may change: embedding, attention, head."""
@@ -170,145 +169,68 @@ class LanguageModel(nn.Module):
         """The shared parts by name: everything but experts, routers and deltas."""
         return {name: self.get_parameter(name) for name, place in self.places().items() if place.is_trunk}
 
-    @property
-    def has_one_head(self) -> bool:
-        """Whether logits are one matrix product, the same for every token."""
-        return not (self.architecture.has_deltas or self.architecture.routing.competitive)
-
-    def logits(self, hidden: Tensor, group_ids: Tensor | None = None) -> Tensor:
-        """Logits ``(..., V)`` of hidden states ``(..., D)``, whose groups ``(...)`` matter with deltas only."""
-        if self.architecture.routing.competitive:
-            return mixture_log_probs(hidden, self.head.weight)
-        return self.head(hidden, self._bundles(group_ids))
-
-    def cross_entropy(self, hidden_TD: Tensor, target_T: Tensor, group_ids_T: Tensor | None = None) -> Tensor:
-        """Mean next-token loss in nats, scalar float32; logits are never all in memory."""
-        if self.architecture.routing.competitive:
-            return mixture_nats(hidden_TD, self.head.weight, target_T).mean()
-        parts = [
-            linear_cross_entropy(hidden_TD[rows], self.head.weight_of(bundle), target_T[rows]) * share
-            for bundle, rows, share in self._head_slices(group_ids_T)
-        ]
-        return torch.stack(parts).sum()
-
-    @torch.no_grad()
-    def token_nats(self, hidden_TD: Tensor, target_T: Tensor, group_ids_T: Tensor | None = None) -> Tensor:
-        """Next-token loss of each token in nats, float32 ``(T,)``."""
-        if self.architecture.routing.competitive:
-            return mixture_nats(hidden_TD, self.head.weight, target_T)
-        nats_T = torch.empty(len(target_T), device=hidden_TD.device)
-        for bundle, rows, _ in self._head_slices(group_ids_T):
-            nats_T[rows] = token_nats(hidden_TD[rows], self.head.weight_of(bundle), target_T[rows])
-        return nats_T
-
-    def _bundles(self, group_ids: Tensor | None) -> BundleSlices | None:
-        if group_ids is None or not self.architecture.has_deltas:
-            return None
-        return BundleSlices.of(group_ids.flatten(), len(self.architecture.generations))
-
-    def _head_slices(self, group_ids_T: Tensor | None) -> Iterator[tuple[int, Tensor | slice, float]]:
-        """Each bundle that occurs, its tokens, and their share of all."""
-        bundles = self._bundles(group_ids_T)
-        if bundles is None:
-            yield 0, slice(None), 1.0
-            return
-        for bundle, rows in enumerate(bundles.order_T.split(bundles.counts)):
-            if len(rows):
-                yield bundle, rows, len(rows) / len(bundles.order_T)
-
     def forward(
         self,
-        token_ids_BS: Tensor,
+        batch: TokenBatch,
         *,
-        document_ids_BS: Tensor | None = None,
-        group_ids_BS: Tensor | None = None,
-        mask_BS: Tensor | None = None,
-        old_text_BS: Tensor | None = None,
         cache: KeyValueCache | None = None,
-        first_block: int = 0,
+        split: int = 0,
         below_BSD: Tensor | None = None,
     ) -> ModelOutput:
         """Hidden states of every token.
 
         Args:
-            token_ids_BS: int64 ``(B, S)``.
-            document_ids_BS: Document of each token, int64; needed where the model separates documents only. With a
-                cache in every call or in none, where each text is one document.
-            group_ids_BS: Document cluster, bundle or label of each token, int64; zeros by default.
-            mask_BS: True for real tokens; all by default. Padding must stand at the right.
-            old_text_BS: True for text of earlier stages; given in a router's review only.
+            batch: Tokens and what is known of them.
             cache: Knows the positions before these, and learns these: all at once into an empty one, then one by one.
-            first_block: What goes into this block comes along as ``below_BSD``, or, where that is given, is taken from
-                there, and the blocks before it are left out: a teacher goes on where it begins to differ.
-            below_BSD: ``(B, S, D)``, from a call without it.
+            split: What goes into this block comes along as ``below_BSD``.
+            below_BSD: ``(B, S, D)``, from such a call: the blocks below ``split`` are left out. A teacher goes on where
+                it begins to differ from its student.
         """
-        config = self.architecture.model
-        if cache is not None and cache.length and token_ids_BS.shape[1] > 1:
-            raise ValueError("with a cache, tokens come one at a time")
-        rotary = self._rotary(cache, token_ids_BS)
+        attention, routing = self._attention_context(batch, cache), self._routing_context(batch)
         caches = [None] * len(self.blocks) if cache is None else cache.layers
-        context = self._context(token_ids_BS, group_ids_BS, mask_BS, old_text_BS)
-        mask: Tensor | Documents | None = None
-        if self.separates_documents and document_ids_BS is not None:
-            mask = Documents.of(document_ids_BS) if cache is None else cache.within_documents(document_ids_BS)
-        bundles = self._bundles(group_ids_BS)
-        begins = below_BSD is None
-        if below_BSD is None:
-            x_BSD = self.embedding(token_ids_BS, bundles)
-            if config.embedding_scale != 1:
-                x_BSD = x_BSD * config.embedding_scale
-        else:
-            x_BSD = below_BSD
-        routings = []
-        competing = self.architecture.routing.competitive
-        for i, block in enumerate(self.blocks[:-1] if competing else self.blocks):
-            if i < first_block and not begins:
-                continue
-            if i == first_block:
+        routings: list[Routing] = []
+        x_BSD, first = (self._embed(batch, attention.bundles), 0) if below_BSD is None else (below_BSD, split)
+        for i, block in enumerate(list(self.blocks)[first:], first):
+            if i == split:
                 below_BSD = x_BSD
-            x_BSD, routing = block(x_BSD, rotary, mask, caches[i], context, bundles)
-            routings.append(routing)
-        if competing:
-            last: Block = self.blocks[-1]  # type: ignore[assignment]
-            x_BSD = last.attend(x_BSD, rotary, mask, caches[-1], bundles)
-            answers_TED, routing = last.moe(last.moe_norm(x_BSD).flatten(0, 1), context, apart=True)
-            hidden_TED = self.norm(x_BSD.flatten(0, 1).unsqueeze(1) + answers_TED) * config.logit_scale
-            assert routing.log_weights_TK is not None
-            packed_TM = pack(hidden_TED, routing.log_weights_TK)
-            hidden_BSM = packed_TM.view(*token_ids_BS.shape, -1)
-            return ModelOutput(hidden_BSM, [*routings, routing])
+            x_BSD, decided = block(x_BSD, attention, routing, caches[i])
+            routings.append(decided)
         hidden_BSD = self.norm(x_BSD)
-        # Scaling what the head reads is scaling the logits.
-        if config.logit_scale != 1:
-            hidden_BSD = hidden_BSD * config.logit_scale
-        return ModelOutput(hidden_BSD, routings, below_BSD)
+        if self.architecture.model.logit_scale != 1:  # scaling what the head reads is scaling the logits
+            hidden_BSD = hidden_BSD * self.architecture.model.logit_scale
+        return ModelOutput(self.head.read(hidden_BSD, routings[-1]), routings, below_BSD)
 
-    def _rotary(self, cache: KeyValueCache | None, token_ids_BS: Tensor) -> tuple[Tensor, Tensor]:
-        config, length = self.architecture.model, token_ids_BS.shape[1]
-        how = config.attention_width, config.rope_base, token_ids_BS.device
+    def _embed(self, batch: TokenBatch, bundles: BundleSlices | None) -> Tensor:
+        x_BSD, scale = self.embedding(batch.ids_BS, bundles), self.architecture.model.embedding_scale
+        return x_BSD if scale == 1 else x_BSD * scale
+
+    def _attention_context(self, batch: TokenBatch, cache: KeyValueCache | None) -> AttentionContext:
+        config, device, length = self.architecture.model, batch.ids_BS.device, batch.ids_BS.shape[1]
+        if cache is not None and cache.length and length > 1:
+            raise ValueError("with a cache, tokens come one at a time")
+        mask: Tensor | Documents | None = None
+        if self.separates_documents and batch.document_ids_BS is not None:
+            documents_BS = batch.document_ids_BS
+            mask = Documents.of(documents_BS) if cache is None else cache.within_documents(documents_BS)
+        bundles = self.embedding.deltas.slices(batch.group_ids_BS)
         if cache is None:
-            return rotary_tables(length, *how)
+            rotary = rotary_tables(length, config.attention_width, config.rope_base, device)
+            return AttentionContext(rotary, mask, bundles)
         if cache.rotary is None:
-            cache.rotary = rotary_tables(cache.room, *how)
-        cos, sin = cache.rotary
-        return cos[cache.length : cache.length + length], sin[cache.length : cache.length + length]
+            cache.rotary = rotary_tables(cache.room, config.attention_width, config.rope_base, device)
+        cos, sin = (table[cache.length : cache.length + length] for table in cache.rotary)
+        return AttentionContext((cos, sin), mask, bundles)
 
-    def _context(
-        self,
-        token_ids_BS: Tensor,
-        group_ids_BS: Tensor | None,
-        mask_BS: Tensor | None,
-        old_text_BS: Tensor | None,
-    ) -> RoutingContext:
-        token_ids_T = token_ids_BS.flatten()
+    def _routing_context(self, batch: TokenBatch) -> RoutingContext:
+        token_ids_T, mask_BS, groups_BS = batch.ids_BS.flatten(), batch.mask_BS, batch.group_ids_BS
         return RoutingContext(
             token_ids_T=token_ids_T,
             mask_T=torch.ones_like(token_ids_T, dtype=torch.bool) if mask_BS is None else mask_BS.flatten(),
-            group_ids_T=torch.zeros_like(token_ids_T) if group_ids_BS is None else group_ids_BS.flatten(),
-            old_text_T=None if old_text_BS is None else old_text_BS.flatten(),
+            group_ids_T=torch.zeros_like(token_ids_T) if groups_BS is None else groups_BS.flatten(),
+            old_text_T=None if batch.old_text_BS is None else batch.old_text_BS.flatten(),
             features_TF=None if self.token_features is None else self.token_features[token_ids_T],
             buckets_of={num: getattr(self, name)[token_ids_T] for num, name in self.table_names.items()},
-            num_sequences=len(token_ids_BS),
+            num_sequences=len(batch.ids_BS),
             full_length=self.architecture.model.context,
         )
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lifelong_moe.model.cache import KeyValueCache
+from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.architecture import Architecture
 from lifelong_moe.retention.config import WRITTEN_AT_ONCE
@@ -105,8 +106,8 @@ def _next_logits(
     device = model.embedding.weight.device
     columns = (token_ids_B, documents.begins, documents.groups)
     token_ids, document_ids, group_ids = (torch.tensor(ids_B, device=device).unsqueeze(1) for ids_B in columns)
-    output = model(token_ids, document_ids_BS=document_ids, group_ids_BS=group_ids, cache=cache)
-    return model.logits(output.hidden_BSD[:, -1], group_ids.squeeze(1)).float()
+    output = model(TokenBatch(token_ids, document_ids, group_ids), cache=cache)
+    return model.head.logits(output.hidden_BSD[:, -1], group_ids.squeeze(1)).float()
 
 
 def sample_tokens(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel
 
 
@@ -145,14 +146,9 @@ def fisher_diagonal(model: LanguageModel, sample: Mapping[str, Tensor]) -> dict[
 
 def _nats(model: LanguageModel, sequence: Mapping[str, Tensor]) -> Tensor:
     """A sequence's next-token loss, summed over what a stage trains on."""
-    output = model(
-        sequence["token_ids"],
-        document_ids_BS=sequence["document_ids"],
-        group_ids_BS=sequence["group_ids"],
-        mask_BS=sequence["mask"],
-    )
     scored = sequence["scored"]
-    nats = model.cross_entropy(output.hidden_BSD[scored], sequence["target_ids"][scored], sequence["group_ids"][scored])
+    hidden_TD = model(TokenBatch.of(sequence)).hidden_BSD[scored]
+    nats = model.head.cross_entropy(hidden_TD, sequence["target_ids"][scored], sequence["group_ids"][scored])
     return nats * scored.sum()
 
 

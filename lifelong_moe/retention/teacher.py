@@ -35,9 +35,9 @@ def shared_blocks(student: LanguageModel, teacher: LanguageModel) -> int:
     groups, or on more than a tensor says.
     """
     routing = student.architecture.routing
-    if routing.mode != "learned" or routing.capacity is not None or routing.jitter or not student.has_one_head:
+    if routing.mode != "learned" or routing.capacity is not None or routing.jitter or not student.head.is_one_matrix:
         return 0
-    if routing.has_bundles or not teacher.has_one_head or not _same(student.embedding, teacher.embedding):
+    if routing.has_bundles or not teacher.head.is_one_matrix or not _same(student.embedding, teacher.embedding):
         return 0
     pairs = list(zip(student.blocks, teacher.blocks, strict=False))[:-1]
     return next((i for i, (mine, theirs) in enumerate(pairs) if not _same(mine, theirs)), len(pairs))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,8 +17,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lifelong_moe.errors import CorruptError
-from lifelong_moe.growth.observe import model_inputs
 from lifelong_moe.model.offload import Courier, offloaded
+from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel, ModelOutput
 from lifelong_moe.ops.losses import Lesson, distillation_loss, linear_losses
 from lifelong_moe.plan.spec import Phase, StageSpec, Trains
@@ -100,7 +101,7 @@ class StageModule(LightningModule):
         batch = batch if "shares" in batch else with_shares(batch, self.spec)
         reviews = self.phase.old_loss > 0
         old_text_BS = batch["replayed"].unsqueeze(1).expand_as(batch["token_ids"]) if reviews else None
-        output = self.model(**model_inputs(batch), old_text_BS=old_text_BS, first_block=self._shared_blocks)
+        output = self.model(replace(TokenBatch.of(batch), old_text_BS=old_text_BS), split=self._shared_blocks)
         total, parts = self._language_losses(batch, output)
         shares = batch["shares"]
         for name, (value, weighted) in router_losses(output.routings).items():
@@ -123,7 +124,7 @@ class StageModule(LightningModule):
         if not len(hidden_TD):
             return hidden_TD.sum()  # a micro-batch of prompts alone: 0
         targets_T, groups_T = _counted(batch, batch["target_ids"]), _counted(batch, batch["group_ids"])
-        return self.model.cross_entropy(hidden_TD, targets_T, groups_T)
+        return self.model.head.cross_entropy(hidden_TD, targets_T, groups_T)
 
     def _language_losses(self, batch: dict[str, Any], output: ModelOutput) -> tuple[Tensor, dict[str, Tensor]]:
         """What next tokens, and the teacher, ask for: the weighted sum, and its parts.
@@ -142,30 +143,28 @@ class StageModule(LightningModule):
             nats = self._next_token_loss(batch, hidden_TD)
             return share * nats, {"loss": nats, "distill_loss": torch.zeros_like(nats)}
         taught_ND = _counted(batch, self._taught(teacher, batch, batch["distilled"], output), "taught")
-        if self.model.has_one_head and teacher.has_one_head:
+        if self.model.head.is_one_matrix and teacher.head.is_one_matrix:
             lesson = Lesson(tokens_N, taught_ND, teacher.head.weight, config.temperature, weight / share)
             targets_T = _counted(batch, batch["target_ids"])
             total, nats, kl = linear_losses(hidden_TD, self.model.head.weight, targets_T, lesson)
             return share * total, {"loss": nats, "distill_loss": kl}
         nats = self._next_token_loss(batch, hidden_TD)
-        student_NV = self.model.logits(hidden_TD[tokens_N], _counted(batch, batch["group_ids"])[tokens_N])
+        student_NV = self.model.head.logits(hidden_TD[tokens_N], _counted(batch, batch["group_ids"])[tokens_N])
         taught_groups_RS = batch["teacher_group_ids"][batch["distilled"]]
-        teacher_NV = teacher.logits(taught_ND, _counted(batch, taught_groups_RS, "taught"))
+        teacher_NV = teacher.head.logits(taught_ND, _counted(batch, taught_groups_RS, "taught"))
         kl = distillation_loss(student_NV, teacher_NV, config.temperature)
         return share * nats + weight * kl, {"loss": nats, "distill_loss": kl}
 
     @torch.no_grad()
     def _taught(self, teacher: LanguageModel, batch: dict[str, Any], rows: Tensor, output: ModelOutput) -> Tensor:
         """The teacher's final hidden states of some sequences, from where it differs from the student."""
-        inputs = model_inputs(batch, rows) | {"group_ids_BS": batch["teacher_group_ids"][rows]}
+        taught = replace(TokenBatch.of(batch), group_ids_BS=batch["teacher_group_ids"])[rows]
         if self.teacher_cache is not None:
-            return self.teacher_cache.hidden(
-                batch["block"][rows], lambda i: teacher(**{k: t[i : i + 1] for k, t in inputs.items()}).hidden_BSD
-            )
+            return self.teacher_cache.hidden(batch["block"][rows], lambda i: teacher(taught[i : i + 1]).hidden_BSD)
         below = output.below_BSD
         if not self._shared_blocks or below is None:
-            return teacher(**inputs).hidden_BSD
-        return teacher(**inputs, first_block=self._shared_blocks, below_BSD=below[rows]).hidden_BSD
+            return teacher(taught).hidden_BSD
+        return teacher(taught, split=self._shared_blocks, below_BSD=below[rows]).hidden_BSD
 
     def configure_optimizers(self) -> Any:
         """AdamW over what trains; the rate is a pure function of the step."""

@@ -24,6 +24,7 @@ from lifelong_moe.data.windows import evaluation_windows
 from lifelong_moe.errors import ConfigError, ResourceError, memory_is_full
 from lifelong_moe.evaluation.loss import evaluate
 from lifelong_moe.model.offload import courier_to
+from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.flops import loop_flops
 from lifelong_moe.plan.spec import Phase, StageSpec
@@ -306,5 +307,5 @@ def _sample_assignments(model: LanguageModel, spec: StageSpec, corpus: Tokenized
     sample = text_sample(model, spec, corpus, 4 * spec.model.context)
     model.eval()
     with torch.no_grad():
-        output = model(sample["token_ids"], document_ids_BS=sample["document_ids"], mask_BS=sample["mask"])
+        output = model(TokenBatch(sample["token_ids"], sample["document_ids"], mask_BS=sample["mask"]))
     return torch.stack([r.expert_ids_TK[:, 0][sample["mask"].flatten()] for r in output.routings])

@@ -35,10 +35,10 @@ def before_each_micro_batch(monkeypatch: pytest.MonkeyPatch, look: Callable[[Sta
     original = StageModule.training_step
 
     def training_step(self: Any, batch: Batch, batch_idx: int) -> Any:
-        factor, cross_entropy = look(self, batch), self.model.cross_entropy
+        factor, cross_entropy = look(self, batch), self.model.head.cross_entropy
         with monkeypatch.context() as patch:
             if factor != 1:
-                patch.setattr(self.model, "cross_entropy", lambda *args: factor * cross_entropy(*args))
+                patch.setattr(self.model.head, "cross_entropy", lambda *args: factor * cross_entropy(*args))
             return original(self, batch, batch_idx)
 
     monkeypatch.setattr(StageModule, "training_step", training_step)

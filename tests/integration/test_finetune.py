@@ -18,6 +18,7 @@ from rich.console import Console
 from lifelong_moe.data.pairs import SEPARATOR, precedes_answer
 from lifelong_moe.data.tokenizer import Tokenizer
 from lifelong_moe.errors import ConfigError, DataError
+from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.plan.architecture import Architecture
 from lifelong_moe.plan.cost import forward_flops_per_token
 from lifelong_moe.stages.store import StageStore
@@ -113,7 +114,7 @@ def test_a_model_ends_its_answers_and_is_asked_as_it_was_taught(lab: Path) -> No
     for prompt, answer in SUMS.items():
         ids = [tokenizer.bos_id, *tokenizer.encode(f"{prompt}\x1e{answer}")]
         with torch.no_grad():
-            probs = model.logits(model(torch.tensor([ids])).hidden_BSD[0, -1]).softmax(-1)
+            probs = model.head.logits(model(TokenBatch(torch.tensor([ids]))).hidden_BSD[0, -1]).softmax(-1)
         assert float(probs[tokenizer.bos_id]) > 0.95
         asked = {"max_new_tokens": 40, "temperature": 0.0, "top_p": 1.0, "seed": 0, "label": None}
         for text in (prompt, f"{prompt}\x1e"):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lifelong_moe.errors import CorruptError
+from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.retention.generated import generate_blocks
 from lifelong_moe.retention.penalty import WeightAnchor, fisher_diagonal
 from lifelong_moe.stages.lineage import lineage_rows
@@ -393,8 +394,8 @@ def test_ewc_without_stored_text(lab: Path) -> None:
     model.eval()
     for row in tokens:  # 32 times, of 32 tokens a block, the mean over blocks of the squared gradient of the mean loss
         model.zero_grad()
-        hidden = model(row[None, :-1], document_ids_BS=torch.zeros(1, 32, dtype=torch.int64)).hidden_BSD
-        torch.nn.functional.cross_entropy(model.logits(hidden[0]), row[1:]).backward()
+        hidden = model(TokenBatch(row[None, :-1], document_ids_BS=torch.zeros(1, 32, dtype=torch.int64))).hidden_BSD
+        torch.nn.functional.cross_entropy(model.head.logits(hidden[0]), row[1:]).backward()
         for name, p in model.named_parameters():
             expected[name] += 0 if p.grad is None else 32 / 3 * p.grad**2
     found = _importances(model, spec, {}, rows)

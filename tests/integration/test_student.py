@@ -11,6 +11,7 @@ from rich.console import Console
 
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.growth.shallow import shallow_student
+from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.ops.losses import distillation_loss
 from lifelong_moe.stages.store import StageStore
 from lifelong_moe.training.module import StageModule
@@ -67,7 +68,7 @@ def test_a_student_of_all_layers_is_its_teacher(make_model: Any) -> None:
     teacher = make_model("learned", (4, 2), model={"layers": 3}).eval()
     student = shallow_student(teacher, [0, 1, 2]).eval()
     ids = torch.randint(1, 61, (2, 16), generator=torch.Generator().manual_seed(0))
-    theirs, ours = (m.logits(m(ids).hidden_BSD).flatten(0, 1) for m in (teacher, student))
+    theirs, ours = (m.head.logits(m(TokenBatch(ids)).hidden_BSD).flatten(0, 1) for m in (teacher, student))
     assert torch.equal(theirs, ours)
     loss = distillation_loss(ours, theirs.detach(), 2.0)
     assert abs(float(loss.detach())) < 1e-6

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lifelong_moe.model.deltas import BundleSlices, DeltaEmbedding, DeltaLinear, apply_readable
+from lifelong_moe.model.deltas import BundleSlices, DeltaEmbedding, DeltaLinear, Deltas, apply_readable
+from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.architecture import Generation
 
@@ -41,8 +42,8 @@ def bundles(request: pytest.FixtureRequest) -> Tensor:
 
 def filled(module: Any) -> Any:
     """Two changes, of rank 3 and 1; bundle 0 has none."""
-    for bundle, rank in ((1, 3), (2, 1)):
-        module.add_delta(bundle, rank)
+    for rank in (0, 3, 1):
+        module.add_bundle(rank)
     generator = torch.Generator().manual_seed(0)
     for parameter in module.parameters():
         nn.init.normal_(parameter, generator=generator)
@@ -81,12 +82,12 @@ def test_the_whole_model(
     groups_BS, target_T = bundles.view(2, 4).repeat_interleave(2, dim=1), ids[:, 1:].flatten()
 
     def hidden() -> Tensor:
-        return model(ids[:, :-1], group_ids_BS=groups_BS).hidden_BSD
+        return model(TokenBatch(ids[:, :-1], group_ids_BS=groups_BS)).hidden_BSD
 
-    fast = model.cross_entropy(hidden().flatten(0, 1), target_T, groups_BS.flatten())
-    fast_logits = model.logits(hidden(), groups_BS)
-    monkeypatch.setattr(model, "_bundles", lambda groups: Readable(groups.flatten(), 3))
-    readable_logits = model.logits(hidden(), groups_BS)
+    fast = model.head.cross_entropy(hidden().flatten(0, 1), target_T, groups_BS.flatten())
+    fast_logits = model.head.logits(hidden(), groups_BS)
+    monkeypatch.setattr(Deltas, "slices", lambda _, groups: Readable(groups.flatten(), 3))
+    readable_logits = model.head.logits(hidden(), groups_BS)
     readable = F.cross_entropy(readable_logits.flatten(0, 1), target_T)
     torch.testing.assert_close(fast_logits, readable_logits, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(fast, readable, atol=1e-5, rtol=1e-5)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention import varlen
 
-from lifelong_moe.model.attention import Attention, rotary_tables
+from lifelong_moe.model.attention import Attention, AttentionContext, rotary_tables
 from lifelong_moe.model.config import ModelConfig
 from lifelong_moe.ops.document_attention import (
     Documents,
@@ -209,11 +209,12 @@ def test_a_layer_with_documents_equals_one_with_their_mask(softcap: float | None
         torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(i))
     x = torch.randn(2, 256, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
     cos, sin = (table.double() for table in rotary_tables(256, 16, 10_000.0, torch.device("cpu")))
+    rotary = cos, sin
     documents = Documents.of((torch.arange(256) // 32).expand(2, -1))
     assert choose_kernel(torch.zeros(2, 4, 256, 16), documents) == Kernel.by_length
-    found, expected = (layer(x, cos, sin, mask, None)[0] for mask in (documents, documents.mask))
+    found, expected = (layer(x, AttentionContext(rotary, mask))[0] for mask in (documents, documents.mask))
     torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
-    assert float((layer(x, cos, sin, None, None)[0] - found).detach().abs().max()) > 0.1
+    assert float((layer(x, AttentionContext(rotary))[0] - found).detach().abs().max()) > 0.1
     ours, theirs = (torch.autograd.grad(out.square().sum(), list(layer.parameters())) for out in (found, expected))
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-12)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lifelong_moe.errors import CheckpointError, ConfigError
 from lifelong_moe.interop.mixtral import from_mixtral, to_mixtral
+from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.architecture import Generation
 
@@ -31,7 +32,7 @@ def quiet() -> Iterator[None]:
 
 def logits(model: LanguageModel, ids: Tensor) -> Tensor:
     with torch.no_grad():
-        return model.logits(model(ids).hidden_BSD)
+        return model.head.logits(model(TokenBatch(ids)).hidden_BSD)
 
 
 def write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lifelong_moe.model.config import ExpertsImplementation
+from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.ops.dispatch import mixture_readable
 from lifelong_moe.ops.losses import Lesson, distillation_loss, linear_losses
@@ -36,10 +37,10 @@ def readable_forward(model: LanguageModel) -> None:
 
 def objective(model: LanguageModel, teacher: LanguageModel, batch: dict[str, Tensor], fast: bool) -> Tensor:
     """Next tokens, balance, and distillation on the replayed half."""
-    output, target_T = model(batch["token_ids"]), batch["target_ids"].flatten()
+    output, target_T = model(TokenBatch(batch["token_ids"])), batch["target_ids"].flatten()
     hidden_TD, rows = output.hidden_BSD.flatten(0, 1), batch["replayed"].nonzero().flatten()
     with torch.no_grad():
-        taught_ND = teacher(batch["token_ids"][rows]).hidden_BSD.flatten(0, 1)
+        taught_ND = teacher(TokenBatch(batch["token_ids"][rows])).hidden_BSD.flatten(0, 1)
     length = batch["token_ids"].shape[1]
     tokens_N = (rows.unsqueeze(1) * length + torch.arange(length)).flatten()
     balance = sum(r.losses["balance"].value for r in output.routings)

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lifelong_moe.model.attention import Attention, rotary_tables
+from lifelong_moe.model.attention import Attention, AttentionContext, rotary_tables
 from lifelong_moe.model.config import ModelConfig, QKNorm
+from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.architecture import Architecture, Generation
 from lifelong_moe.routing.config import RoutingConfig
@@ -108,7 +109,7 @@ def test_whole_models(kind: str, more: dict[str, Any], model: dict[str, Any], re
     ours.load_state_dict(tensors(dict(theirs.state_dict())))
     ids = torch.randint(VOCAB, (2, 16), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        found, expected = ours.logits(ours(ids).hidden_BSD), theirs(ids).logits
+        found, expected = ours.head.logits(ours(TokenBatch(ids)).hidden_BSD), theirs(ids).logits
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-5)  # of logits around 3 after two layers
 
 
@@ -134,10 +135,10 @@ def test_bounded_attention() -> None:
     cos, sin = rotary_tables(16, WIDTH // HEADS, 10_000.0, torch.device("cpu"))
     mask = torch.full((16, 16), float("-inf")).triu(1).expand(2, 1, 16, 16)
     with torch.no_grad():
-        found = ours(x, cos, sin, None, None)
+        found = ours(x, AttentionContext((cos, sin)))
         expected = theirs(x, (cos.expand(2, -1, -1), sin.expand(2, -1, -1)), mask)[0]
     torch.testing.assert_close(found, expected, atol=5e-6, rtol=5e-6)
     uncapped = Attention(ModelConfig(width=WIDTH, heads=HEADS, kv_heads=KV_HEADS, context=16))
     uncapped.load_state_dict(ours.state_dict())
     with torch.no_grad():
-        assert float((uncapped(x, cos, sin, None, None) - expected).abs().max()) > 0.1
+        assert float((uncapped(x, AttentionContext((cos, sin))) - expected).abs().max()) > 0.1

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.routing.cluster import TokenClusterRouter
 
@@ -45,8 +46,8 @@ def look(model: LanguageModel, ids_BS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         found = [model.document_clusters.group_ids(row) for row in ids_BS.numpy()]
         groups = torch.from_numpy(np.stack(found))
     with torch.no_grad():
-        output = model(ids_BS, document_ids_BS=torch.zeros_like(ids_BS), group_ids_BS=groups)
-        logits = model.logits(output.hidden_BSD)
+        output = model(TokenBatch(ids_BS, document_ids_BS=torch.zeros_like(ids_BS), group_ids_BS=groups))
+        logits = model.head.logits(output.hidden_BSD)
     shape = (*ids_BS.shape, -1)
     experts = torch.stack([r.expert_ids_TK.view(shape) for r in output.routings], dim=2)
     weights = torch.stack([r.weights_TK.view(shape) for r in output.routings], dim=2)

@@ -15,6 +15,7 @@ from lifelong_moe.config.load import load_config
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.model.config import ModelConfig
 from lifelong_moe.model.encoder import Encoder
+from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel, initialize
 from lifelong_moe.plan.architecture import Architecture, Generation, first_generation
 from lifelong_moe.routing.config import DEFAULTS, LEAKING, ROUTERS, UNTRAINED, RoutingConfig
@@ -28,10 +29,9 @@ Batch = Callable[..., dict[str, Tensor]]
 def learn(model: LanguageModel, batch: dict[str, Tensor]) -> None:
     """The task's gradient of everything: the next token's cross-entropy, and nothing else."""
     torch.manual_seed(0)
-    sections = {f"{key}_BS": batch[key] for key in ("document_ids", "group_ids", "mask")}
-    output = model(batch["token_ids"], **sections)
+    output = model(TokenBatch.of(batch))
     hidden, target = output.hidden_BSD.flatten(0, 1), batch["target_ids"].flatten()
-    model.cross_entropy(hidden, target, batch["group_ids"].flatten()).backward()
+    model.head.cross_entropy(hidden, target, batch["group_ids"].flatten()).backward()
 
 
 def assert_routers_learn(model: LanguageModel) -> int:

@@ -19,6 +19,7 @@ from lifelong_moe.config.sections import section
 from lifelong_moe.config.yaml_file import apply_override
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.growth.clusters import fit_clusters
+from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel, initialize
 from lifelong_moe.plan.architecture import Architecture, Generation, first_generation
 from lifelong_moe.routing.config import FOR_ENCODERS, ROUTERS, RoutingConfig
@@ -142,9 +143,9 @@ def answers(config: RunConfig, generations: int) -> list[Tensor]:
     torch.manual_seed(0)
     model.train()
     for part in (slice(0, ROWS // 2), slice(ROWS // 2, ROWS)):
-        output = model(ids[part], document_ids_BS=torch.zeros_like(ids[part]), group_ids_BS=groups[part])
+        output = model(TokenBatch(ids[part], document_ids_BS=torch.zeros_like(ids[part]), group_ids_BS=groups[part]))
         hidden, target = output.hidden_BSD[:, :-1].flatten(0, 1), ids[part, 1:].flatten()
-        loss = model.cross_entropy(hidden, target, groups[part, 1:].flatten())
+        loss = model.head.cross_entropy(hidden, target, groups[part, 1:].flatten())
         for routing in output.routings:
             loss = loss + sum(one.coefficient * one.value for one in routing.losses.values())
         loss.backward()
@@ -154,7 +155,7 @@ def answers(config: RunConfig, generations: int) -> list[Tensor]:
     found += [p.grad for p in model.parameters() if p.grad is not None]
     found += [buffer for _, buffer in sorted(model.named_buffers()) if buffer.is_floating_point()]
     model.eval()
-    return [*found, model(ids, document_ids_BS=torch.zeros_like(ids), group_ids_BS=groups).hidden_BSD]
+    return [*found, model(TokenBatch(ids, document_ids_BS=torch.zeros_like(ids), group_ids_BS=groups)).hidden_BSD]
 
 
 ANSWERS: dict[str, list[Tensor]] = {}

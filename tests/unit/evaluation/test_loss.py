@@ -14,6 +14,7 @@ from lifelong_moe.data.windows import EvaluationSet, evaluation_windows
 from lifelong_moe.evaluation.config import EvaluateConfig
 from lifelong_moe.evaluation.loss import evaluate
 from lifelong_moe.model.groups import DocumentClusters, label_group
+from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel
 
 Make = Callable[..., LanguageModel]
@@ -53,8 +54,8 @@ def naive(model: LanguageModel, documents: Sequence[Sequence[int]], distribution
             ids = [document[0], *document[start:t]]
             group = [groups[0], *groups[start:t]]
             with torch.no_grad():
-                hidden = model(torch.tensor([ids]), group_ids_BS=torch.tensor([group])).hidden_BSD[0, -1]
-                nats.append(-float(model.logits(hidden).log_softmax(-1)[document[t]]))
+                hidden = model(TokenBatch(torch.tensor([ids]), group_ids_BS=torch.tensor([group]))).hidden_BSD[0, -1]
+                nats.append(-float(model.head.logits(hidden).log_softmax(-1)[document[t]]))
     return nats
 
 
@@ -114,14 +115,14 @@ def record_scores(model: LanguageModel, documents: list[list[int]], monkeypatch:
     """Token losses in the order of the batches; one document, one window a batch."""
     kept: list[Tensor] = []
 
-    score = model.token_nats
+    score = model.head.token_nats
 
     def recording(*args: Any) -> Tensor:
         kept.append(score(*args))
         return kept[-1]
 
     with monkeypatch.context() as patch:
-        patch.setattr(model, "token_nats", recording)
+        patch.setattr(model.head, "token_nats", recording)
         evaluate(model, windows_of(documents), distribution=None, batch_tokens=CONTEXT)
     return kept
 

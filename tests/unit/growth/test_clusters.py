@@ -12,6 +12,7 @@ from torch import Tensor
 from lifelong_moe.growth.clusters import fit_clusters
 from lifelong_moe.growth.config import GrowConfig
 from lifelong_moe.growth.grow import grow
+from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel, initialize
 from lifelong_moe.plan.architecture import Architecture, Generation
 from lifelong_moe.routing.cluster import TokenClusterRouter
@@ -230,7 +231,7 @@ def test_a_balanced_table_is_balanced_in_every_layer(make_architecture: MakeArch
     model, stream = unfitted(made).eval(), text_of_many_frequencies()
     fit_clusters(model, [], stream, {}, 0)
     counts = np.bincount(stream, minlength=61)
-    routings = model(torch.from_numpy(stream).unsqueeze(0)).routings
+    routings = model(TokenBatch(torch.from_numpy(stream).unsqueeze(0))).routings
     for num, routing in zip(experts, routings, strict=True):
         loads = sorted(routing.counts_E.tolist())
         assert loads[-1] - loads[0] <= counts.max()
@@ -267,5 +268,5 @@ def test_one_table_of_an_earlier_version_means_what_it_meant(make_architecture: 
     state = {name: tensor for name, tensor in unfitted(made).state_dict().items() if name != "token_buckets_3"}
     model.load_state_dict({**state, "token_buckets": kept}, strict=True)
     ids = torch.arange(61).unsqueeze(0)
-    for layer, (num, routing) in enumerate(zip((3, 4), model.eval()(ids).routings, strict=True)):
+    for layer, (num, routing) in enumerate(zip((3, 4), model.eval()(TokenBatch(ids)).routings, strict=True)):
         assert torch.equal(routing.expert_ids_TK.squeeze(1), (kept + layer) % num)

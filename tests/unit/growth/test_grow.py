@@ -23,6 +23,7 @@ from lifelong_moe.growth.noop import behavior, check_noop
 from lifelong_moe.growth.observe import observe, sample_logits
 from lifelong_moe.methods.graph import stage_specs
 from lifelong_moe.model.feedforward import FeedForward
+from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.architecture import Generation
 from lifelong_moe.routing.base import Router, Routing
@@ -304,8 +305,8 @@ def test_frozen_tensors_do_not_train_and_stay_the_same_bits(
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for _ in range(4):
         optimizer.zero_grad()
-        hidden = model(batch["token_ids"], group_ids_BS=batch["group_ids"]).hidden_BSD
-        logits = model.logits(hidden).flatten(0, 1)
+        hidden = model(TokenBatch(batch["token_ids"], group_ids_BS=batch["group_ids"])).hidden_BSD
+        logits = model.head.logits(hidden).flatten(0, 1)
         torch.nn.functional.cross_entropy(logits, batch["target_ids"].flatten()).backward()
         optimizer.step()
     for name, parameter in model.named_parameters():
@@ -388,7 +389,7 @@ def test_an_upcycled_model_is_the_dense_one_at_first(make_model: Make, make_batc
     before = sample_logits(model, sample)
     config = GrowConfig(experts=7, init=ExpertInit.upcycle, router=router, old_lr_scale=1.0)
     add(model, config, sample, seed=0)
-    routings = model(sample["token_ids"]).routings
+    routings = model(TokenBatch(sample["token_ids"])).routings
     assert all(routing.expert_ids_TK.shape[1] == 2 for routing in routings)  # the dense model had one to choose
     assert len(routings[0].expert_ids_TK.unique()) > 4  # and the new ones are used
     torch.testing.assert_close(sample_logits(model, sample), before, atol=2e-6, rtol=0)

@@ -13,6 +13,7 @@ from torch import Tensor
 from lifelong_moe.growth.config import GrowConfig, RouterInit
 from lifelong_moe.growth.grow import grow
 from lifelong_moe.model.deltas import BundleSlices, DeltaEmbedding, DeltaLinear
+from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.architecture import Generation
 
@@ -60,7 +61,8 @@ def test_no_tokens() -> None:
 
 def test_a_linear_map_by_hand() -> None:
     linear = DeltaLinear(2, 2)
-    linear.add_delta(1, rank=1)
+    for rank in (0, 1):
+        linear.add_bundle(rank)
     with torch.no_grad():
         linear.weight.copy_(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
         linear.deltas["1"].up.copy_(torch.tensor([[10.0], [0.0]]))
@@ -75,7 +77,8 @@ def test_a_linear_map_by_hand() -> None:
 
 def test_an_embedding_by_hand() -> None:
     embedding = DeltaEmbedding(3, 2)
-    embedding.add_delta(1, rank=1)
+    for rank in (0, 1):
+        embedding.add_bundle(rank)
     with torch.no_grad():
         embedding.weight.copy_(torch.tensor([[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]]))
         embedding.deltas["1"].up.copy_(torch.tensor([[0.0], [5.0], [7.0]]))
@@ -86,7 +89,7 @@ def test_an_embedding_by_hand() -> None:
 
 def logits(model: LanguageModel, batch: dict[str, Tensor], groups_BS: Tensor) -> Tensor:
     with torch.no_grad():
-        return model.logits(model(batch["token_ids"], group_ids_BS=groups_BS).hidden_BSD, groups_BS)
+        return model.head.logits(model(TokenBatch(batch["token_ids"], group_ids_BS=groups_BS)).hidden_BSD, groups_BS)
 
 
 def test_a_new_bundle_begins_as_the_trunk_itself(make_model: Make, make_batch: Batch) -> None:
@@ -131,7 +134,7 @@ def test_only_a_bundle_s_tokens_see_its_change(make_model: Make, make_batch: Bat
         return model.embedding(batch["token_ids"], BundleSlices.of(batch["group_ids"].flatten(), 3))
 
     def scores() -> Tensor:
-        return model.logits(torch.ones(4, 16, 16), batch["group_ids"])
+        return model.head.logits(torch.ones(4, 16, 16), batch["group_ids"])
 
     with torch.no_grad():
         before = embedded(), scores()
@@ -151,8 +154,8 @@ def test_losses_of_mixed_bundles(make_model: Make, bundles: Tensor) -> None:
     target_T = torch.randint(0, 61, (8,), generator=generator)
     own = [model.head.weight_of(g if g < 3 else 0) for g in bundles.tolist()]
     nats = torch.stack([F.cross_entropy(own[t] @ hidden_TD[t], target_T[t]) for t in range(8)])
-    torch.testing.assert_close(model.token_nats(hidden_TD, target_T, bundles), nats.detach(), atol=1e-5, rtol=0)
-    loss = model.cross_entropy(hidden_TD, target_T, bundles)
+    torch.testing.assert_close(model.head.token_nats(hidden_TD, target_T, bundles), nats.detach(), atol=1e-5, rtol=0)
+    loss = model.head.cross_entropy(hidden_TD, target_T, bundles)
     torch.testing.assert_close(loss, nats.mean(), atol=1e-5, rtol=0)
     weights = [hidden_TD, *model.head.parameters()]
     found = torch.autograd.grad(loss, weights, allow_unused=True)
@@ -170,7 +173,8 @@ def test_without_groups_or_deltas_there_is_one_head(make_model: Make) -> None:
     ones_T = torch.ones(5, dtype=torch.int64)
     for one in (model, plain):
         base = F.cross_entropy(hidden_TD @ one.head.weight.t(), target_T)
-        torch.testing.assert_close(one.cross_entropy(hidden_TD, target_T), base)
-        assert torch.equal(one.logits(hidden_TD), F.linear(hidden_TD, one.head.weight))
-    assert torch.equal(plain.cross_entropy(hidden_TD, target_T, ones_T), plain.cross_entropy(hidden_TD, target_T))
-    assert not torch.equal(model.logits(hidden_TD, ones_T), model.logits(hidden_TD))
+        torch.testing.assert_close(one.head.cross_entropy(hidden_TD, target_T), base)
+        assert torch.equal(one.head.logits(hidden_TD), F.linear(hidden_TD, one.head.weight))
+    nats = plain.head.cross_entropy(hidden_TD, target_T)
+    assert torch.equal(plain.head.cross_entropy(hidden_TD, target_T, ones_T), nats)
+    assert not torch.equal(model.head.logits(hidden_TD, ones_T), model.head.logits(hidden_TD))

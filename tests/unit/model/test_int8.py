@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from lifelong_moe.model.int8 import dequantize_rows, hold_in_int8, make_whole, quantize_rows
+from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.retention.teacher import make_teacher
 
@@ -49,21 +50,21 @@ def test_frozen_matrices_are_held_and_come_back(make_model: Make) -> None:
     model = make_model("learned", (4, 2))
     stored = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     ids = torch.randint(1, 61, (2, 16), generator=torch.Generator().manual_seed(0))
-    whole = model.eval()(ids).hidden_BSD.detach()
+    whole = model.eval()(TokenBatch(ids)).hidden_BSD.detach()
     saved = hold_in_int8(model)
     held = {n: p for n, p in model.named_parameters() if p.dtype == torch.int8}
     assert len(held) == 2 * 4 * 2 + 2  # gate_up and down of four experts in two layers, and the router's rows
     assert saved == sum(3 * p.numel() - 4 * len(p) for p in held.values())
-    hidden = model(ids).hidden_BSD
+    hidden = model(TokenBatch(ids)).hidden_BSD
     drift = float((hidden - whole).abs().max().detach())
     assert 0 < drift < 0.1  # of hidden states of size 1
-    model.logits(hidden).square().sum().backward()
+    model.head.logits(hidden).square().sum().backward()
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad and p.numel()}
     assert all(p.grad is not None for p in trained.values())  # those before a frozen expert too
     make_whole(model, stored)
     assert all(torch.equal(tensor, stored[name]) for name, tensor in model.state_dict().items())
     assert set(model.state_dict()) == set(stored)
-    assert torch.equal(model(ids).hidden_BSD, whole)
+    assert torch.equal(model(TokenBatch(ids)).hidden_BSD, whole)
     assert not any(p.requires_grad for n, p in model.named_parameters() if ".experts.0." in n)
 
 
@@ -81,7 +82,7 @@ def test_what_is_made_whole_of_an_expert_is_not_kept_for_the_backward_pass(make_
             return tensor
 
         with saved_tensors_hooks(note, lambda tensor: tensor):
-            model.logits(model(ids).hidden_BSD).square().mean().backward()
+            model.head.logits(model(TokenBatch(ids)).hidden_BSD).square().mean().backward()
         return len(seen)
 
     whole = kept()
@@ -100,7 +101,7 @@ def test_a_teacher_shares_the_same_eight_bits(make_model: Make) -> None:
         sum(not p.requires_grad for p in teacher.parameters())
     )  # nothing frozen in the model stands beside it whole
     ids = torch.randint(1, 61, (2, 16), generator=torch.Generator().manual_seed(0))
-    assert torch.equal(model.eval()(ids).hidden_BSD, teacher(ids).hidden_BSD)
+    assert torch.equal(model.eval()(TokenBatch(ids)).hidden_BSD, teacher(TokenBatch(ids)).hidden_BSD)
 
 
 def test_what_is_made_whole_has_the_model_s_type(make_model: Make) -> None:
@@ -108,16 +109,16 @@ def test_what_is_made_whole_has_the_model_s_type(make_model: Make) -> None:
     hold_in_int8(model)
     model.to(torch.bfloat16)
     ids = torch.randint(1, 61, (2, 16), generator=torch.Generator().manual_seed(0))
-    assert model.embedding.weight.dtype == model(ids).hidden_BSD.dtype == torch.bfloat16
+    assert model.embedding.weight.dtype == model(TokenBatch(ids)).hidden_BSD.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_whole_model_in_eight_bits(make_model: Make, tied: bool) -> None:
     model = make_model(model={"tie_embeddings": tied}).eval().requires_grad_(False)
     ids = torch.randint(1, 61, (2, 16), generator=torch.Generator().manual_seed(0))
-    before = model.logits(model(ids).hidden_BSD)
+    before = model.head.logits(model(TokenBatch(ids)).hidden_BSD)
     hold_in_int8(model)
     floats = [n for n, p in model.named_parameters() if p.dim() == 2 and p.dtype != torch.int8 and p.shape[1] > 1]
     assert floats == (["embedding.weight"] if tied else [])  # what two modules share stays whole
-    after = model.logits(model(ids).hidden_BSD)
+    after = model.head.logits(model(TokenBatch(ids)).hidden_BSD)
     assert 0 < float((after - before).abs().mean()) < 0.03 * float(before.abs().mean())

@@ -14,6 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from lifelong_moe.model import offload
 from lifelong_moe.model.config import ExpertsImplementation
 from lifelong_moe.model.offload import SideStream, offloaded
+from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.retention.teacher import make_teacher
 
@@ -79,13 +80,13 @@ def step(model: LanguageModel, teacher: LanguageModel | None) -> tuple[Tensor, d
     torch.manual_seed(0)
     model.zero_grad()
     tokens = ids().to(model.embedding.weight.device)
-    output = model(tokens, group_ids_BS=tokens % 2)
+    output = model(TokenBatch(tokens, group_ids_BS=tokens % 2))
     loss = output.hidden_BSD.square().mean()
     for routing in output.routings:
         loss = loss + sum(one.value for one in routing.losses.values())
     if teacher is not None:
         with torch.no_grad():
-            target = teacher(tokens, group_ids_BS=torch.zeros_like(tokens)).hidden_BSD
+            target = teacher(TokenBatch(tokens, group_ids_BS=torch.zeros_like(tokens))).hidden_BSD
         loss = loss + output.hidden_BSD.sub(target).square().mean()
     loss.backward()
     return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
@@ -165,7 +166,7 @@ def test_the_graph_holds_no_frozen_matrix(make_model: Make, monkeypatch: pytest.
 
     monkeypatch.setattr(offload, "saved_tensors_hooks", watched)
     with offloaded([model], own(model), Clones()), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        output = model(ids())
+        output = model(TokenBatch(ids()))
     assert all(bool((routing.counts_E > 0).all()) for routing in output.routings)
     assert len(set(kept)) == 2 * 2 * 2  # two matrices of each active expert in two layers
 
@@ -234,9 +235,9 @@ def test_nothing_is_left_after_an_error(make_model: Make) -> None:
     model, courier = make_model("learned", (4, 2)), Clones()
     attributes = [set(vars(module)) for module in model.modules()]
     with pytest.raises(RuntimeError, match="out of it"), offloaded([model], own(model), courier):
-        model(ids())
+        model(TokenBatch(ids()))
         model.blocks[1].moe.banks.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("out of it")))
-        model(ids())
+        model(TokenBatch(ids()))
     assert [set(vars(module)) for module in model.modules()] == attributes
     assert not courier.alive
 

@@ -11,6 +11,7 @@ from lifelong_moe.errors import ConfigError
 from lifelong_moe.model.cache import KeyValueCache
 from lifelong_moe.model.groups import label_group
 from lifelong_moe.model.sampling import sample, sample_batch, sample_token
+from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.architecture import Generation
 
@@ -30,9 +31,9 @@ def greedy_without_cache(model: LanguageModel, count: int, distribution: str | N
     for _ in range(count):
         assert len(ids) <= context
         with torch.no_grad():
-            hidden = model(torch.tensor([ids]), group_ids_BS=group_row(model, ids, distribution)).hidden_BSD
+            hidden = model(TokenBatch(torch.tensor([ids]), group_ids_BS=group_row(model, ids, distribution))).hidden_BSD
             last = group_row(model, ids, distribution)[:, -1]
-            ids.append(int(model.logits(hidden[:, -1], last).argmax()))
+            ids.append(int(model.head.logits(hidden[:, -1], last).argmax()))
     return ids[4:]
 
 
@@ -61,12 +62,12 @@ def test_cached_logits_equal_full_logits(make_model: Make, router_kind: str, sec
     ids = torch.randint(1, 61, (2, 12), generator=torch.Generator().manual_seed(0))
     groups = torch.arange(12).expand(2, 12) // 6
     with torch.no_grad():
-        full = model(ids, group_ids_BS=groups).hidden_BSD
+        full = model(TokenBatch(ids, group_ids_BS=groups)).hidden_BSD
         cache = KeyValueCache(len(model.blocks), 12)
-        output = model(ids[:, :5], group_ids_BS=groups[:, :5], cache=cache)
+        output = model(TokenBatch(ids[:, :5], group_ids_BS=groups[:, :5]), cache=cache)
         torch.testing.assert_close(output.hidden_BSD, full[:, :5], atol=1e-5, rtol=0)
         for t in range(5, 12):
-            output = model(ids[:, t : t + 1], group_ids_BS=groups[:, t : t + 1], cache=cache)
+            output = model(TokenBatch(ids[:, t : t + 1], group_ids_BS=groups[:, t : t + 1]), cache=cache)
             torch.testing.assert_close(output.hidden_BSD[:, 0], full[:, t], atol=1e-5, rtol=0)
 
 
@@ -78,11 +79,11 @@ def test_cached_logits_of_packed_documents(make_model: Make, kind: str, model_ke
     ids[:, 0] = ids[0, 3] = ids[0, 8] = ids[1, 6] = 0  # before the first step with a cache, and after
     documents = (ids == 0).cumsum(dim=1)
     with torch.no_grad():
-        full, without = model(ids, document_ids_BS=documents).hidden_BSD, model(ids).hidden_BSD
-        alone = model(ids[:1, 8:]).hidden_BSD  # positions are relative
+        full, without = model(TokenBatch(ids, document_ids_BS=documents)).hidden_BSD, model(TokenBatch(ids)).hidden_BSD
+        alone = model(TokenBatch(ids[:1, 8:])).hidden_BSD  # positions are relative
         cache, found = KeyValueCache(len(model.blocks), 12), []
         for part in (slice(0, 5), *(slice(t, t + 1) for t in range(5, 12))):
-            found.append(model(ids[:, part], document_ids_BS=documents[:, part], cache=cache).hidden_BSD)
+            found.append(model(TokenBatch(ids[:, part], document_ids_BS=documents[:, part]), cache=cache).hidden_BSD)
     torch.testing.assert_close(torch.cat(found, dim=1), full, atol=1e-5, rtol=0)
     torch.testing.assert_close(torch.cat(found, dim=1)[:1, 8:], alone, atol=1e-5, rtol=0)
     assert float((full - without).abs().max()) > 0.1
@@ -92,7 +93,7 @@ def test_a_text_longer_than_the_context_goes_on(make_model: Make, router_kind: s
     model = make_model(router_kind, (4, 2))
     lengths = []
     hook = model.register_forward_pre_hook(
-        lambda _, args, kwargs: lengths.append((args[0].shape[1], kwargs["cache"].length > 0)), with_kwargs=True
+        lambda _, args, kwargs: lengths.append((args[0].ids_BS.shape[1], kwargs["cache"].length > 0)), with_kwargs=True
     )
     with torch.no_grad():
         model.head.weight[0] = 0.0  # BOS is never the most probable token
@@ -154,7 +155,7 @@ def test_each_text_of_a_batch_ends_by_itself(make_model: Make) -> None:
     with torch.no_grad():
         model.head.weight[0] *= 4
     forwards = []
-    hook = model.register_forward_pre_hook(lambda _, args: forwards.append(args[0].shape))
+    hook = model.register_forward_pre_hook(lambda _, args: forwards.append(args[0].ids_BS.shape))
     found = sample_batch(model, random_prompts(6, 5), max_new_tokens=60, temperature=1.5)
     hook.remove()
     lengths = [len(text) for text in found]

@@ -14,6 +14,7 @@ from lifelong_moe.model.attention import softcapped_attention
 from lifelong_moe.model.cache import KeyValueCache
 from lifelong_moe.model.config import Activation, ModelConfig, QKNorm, SharedMix
 from lifelong_moe.model.feedforward import FeedForward
+from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel, initialize
 from lifelong_moe.plan.architecture import Architecture, Generation, first_generation
 from lifelong_moe.plan.cost import count_parameters, forward_flops_per_token
@@ -103,9 +104,9 @@ def test_a_shape_survives_json_runs_and_learns(shape: str) -> None:
     made = architecture(SHAPES[shape], grown=2)
     assert Architecture.from_json(made.to_json()) == made
     model = model_of(made).train()
-    output = model(tokens())
+    output = model(TokenBatch(tokens()))
     assert [r.num_experts for r in output.routings] == [made.experts_in(layer) for layer in range(4)]
-    loss = model.cross_entropy(output.hidden_BSD[:, :-1].flatten(0, 1), tokens()[:, 1:].flatten())
+    loss = model.head.cross_entropy(output.hidden_BSD[:, :-1].flatten(0, 1), tokens()[:, 1:].flatten())
     loss.backward()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.numel():
@@ -116,11 +117,11 @@ def test_a_shape_survives_json_runs_and_learns(shape: str) -> None:
 def test_a_cache_changes_nothing(shape: str) -> None:
     model = model_of(architecture(SHAPES[shape]))
     with torch.no_grad():
-        whole = model(tokens()).hidden_BSD
+        whole = model(TokenBatch(tokens())).hidden_BSD
         cache = KeyValueCache(len(model.blocks), 16)
-        model(tokens()[:, :9], cache=cache)
+        model(TokenBatch(tokens()[:, :9]), cache=cache)
         for position in range(9, 16):
-            output = model(tokens()[:, position : position + 1], cache=cache)
+            output = model(TokenBatch(tokens()[:, position : position + 1]), cache=cache)
     torch.testing.assert_close(output.hidden_BSD[:, 0], whole[:, -1], atol=2e-5, rtol=0)
 
 
@@ -154,7 +155,7 @@ def test_residual_layer_by_hand() -> None:
     assert layer.shared is not None and layer.mix is not None
     x, context = (
         torch.randn(32, 16, generator=torch.Generator().manual_seed(0)),
-        model._context(tokens(), None, None, None),
+        model._routing_context(TokenBatch(tokens())),
     )
     routing = layer.router(x, context)
     routed = routing.combine(layer.banks(routing.dispatch(x), routing.counts_E))
@@ -181,9 +182,8 @@ def test_scales_scale() -> None:
     plain, scaled = model_of(architecture({})), model_of(architecture({"logit_scale": 0.5, "embedding_scale": 3.0}))
     with torch.no_grad():
         scaled.embedding.weight /= 3
-        torch.testing.assert_close(
-            scaled.logits(scaled(tokens()).hidden_BSD), plain.logits(plain(tokens()).hidden_BSD) / 2
-        )
+        found, expected = (m.head.logits(m(TokenBatch(tokens())).hidden_BSD) for m in (scaled, plain))
+        torch.testing.assert_close(found, expected / 2)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lifelong_moe.model.attention import rotary_tables, rotate
 from lifelong_moe.model.cache import KeyValueCache
+from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel, initialize
 from lifelong_moe.ops.document_attention import document_attention_mask
 from lifelong_moe.plan.architecture import Architecture, Generation
@@ -30,9 +31,9 @@ def test_documents_of_a_block_do_not_see_each_other(make_model: Make, router_kin
     ids = random_ids(1, 12)
     documents = torch.tensor([[0] * 5 + [1] * 4 + [2] * 3])
     with torch.no_grad():
-        packed = model(ids, document_ids_BS=documents).hidden_BSD
+        packed = model(TokenBatch(ids, document_ids_BS=documents)).hidden_BSD
         # Rotary positions only matter by their differences, so a document may begin at any of them.
-        alone = torch.cat([model(part).hidden_BSD for part in ids.split([5, 4, 3], dim=1)], dim=1)
+        alone = torch.cat([model(TokenBatch(part)).hidden_BSD for part in ids.split([5, 4, 3], dim=1)], dim=1)
     torch.testing.assert_close(packed, alone, atol=1e-5, rtol=0)
 
 
@@ -40,7 +41,8 @@ def test_without_the_mask_a_block_is_one_sequence(make_model: Make) -> None:
     model, ids = make_model().eval(), random_ids(1, 12)
     documents = torch.tensor([[0] * 6 + [1] * 6])
     with torch.no_grad():
-        assert torch.equal(model(ids, document_ids_BS=documents).hidden_BSD, model(ids).hidden_BSD)
+        together = model(TokenBatch(ids)).hidden_BSD
+        assert torch.equal(model(TokenBatch(ids, document_ids_BS=documents)).hidden_BSD, together)
 
 
 def test_the_mask_by_hand() -> None:
@@ -63,16 +65,16 @@ def test_right_padding_changes_nothing(make_model: Make, router_kind: str) -> No
     padded = F.pad(ids, (0, 3))
     mask = torch.arange(13).expand(2, 13) < 10
     with torch.no_grad():
-        found = model(padded, mask_BS=mask).hidden_BSD[:, :10]
-        torch.testing.assert_close(found, model(ids).hidden_BSD, atol=1e-5, rtol=0)
+        found = model(TokenBatch(padded, mask_BS=mask)).hidden_BSD[:, :10]
+        torch.testing.assert_close(found, model(TokenBatch(ids)).hidden_BSD, atol=1e-5, rtol=0)
 
 
 def test_tied_embeddings_are_one_tensor(make_model: Make) -> None:
     model = make_model(model={"tie_embeddings": True})
     assert model.head.weight is model.embedding.weight
     assert "head.weight" not in dict(model.named_parameters())
-    hidden = model(random_ids(1, 4)).hidden_BSD
-    torch.testing.assert_close(model.logits(hidden), hidden @ model.embedding.weight.t())
+    hidden = model(TokenBatch(random_ids(1, 4))).hidden_BSD
+    torch.testing.assert_close(model.head.logits(hidden), hidden @ model.embedding.weight.t())
     stored = model.state_dict()
     assert "head.weight" not in stored  # once, as the embedding
     other = make_model(model={"tie_embeddings": True}, seed=1)
@@ -120,7 +122,7 @@ def test_banks_follow_the_architecture(make_model: Make) -> None:
 
 def test_an_expert_without_tokens_has_a_zero_gradient_not_none(make_model: Make) -> None:
     model = make_model("label", (2, 2))
-    model(random_ids(2, 8), group_ids_BS=torch.zeros(2, 8, dtype=torch.int64)).hidden_BSD.sum().backward()
+    model(TokenBatch(random_ids(2, 8), group_ids_BS=torch.zeros(2, 8, dtype=torch.int64))).hidden_BSD.sum().backward()
     for layer in model.moe_layers():
         assert all(
             p.grad is not None and not p.grad.any() for expert in layer.banks.active for p in expert.parameters()
@@ -133,7 +135,7 @@ def test_weights_survive_a_state_dict(make_model: Make, make_architecture: MakeA
     again = LanguageModel(make_architecture(router_kind, (4, 2))).eval()
     again.load_state_dict(model.state_dict(), strict=True)
     with torch.no_grad():
-        assert torch.equal(model(ids).hidden_BSD, again(ids).hidden_BSD)
+        assert torch.equal(model(TokenBatch(ids)).hidden_BSD, again(TokenBatch(ids)).hidden_BSD)
     routers: list[Router] = [layer.router for layer in again.moe_layers()]
     assert not any(isinstance(router, TokenClusterRouter) and router.hashing for router in routers)
 
@@ -202,6 +204,6 @@ def test_deltas_begin_at_zero(make_architecture: MakeArchitecture) -> None:
 def test_a_cache_takes_one_token_at_a_time(make_model: Make) -> None:
     model, ids = make_model().eval(), random_ids(1, 4)
     cache = KeyValueCache(len(model.blocks), 8)
-    model(ids, cache=cache)
+    model(TokenBatch(ids), cache=cache)
     with pytest.raises(ValueError, match="one at a time"):
-        model(ids, cache=cache)
+        model(TokenBatch(ids), cache=cache)

@@ -9,6 +9,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.architecture import Architecture, Generation
 from lifelong_moe.plan.cost import count_parameters, forward_flops_per_token, pass_flops, training_flops
@@ -118,7 +119,7 @@ def test_attention_flops_are_those_that_torch_counts(make_model: Make) -> None:
     model = make_model("label", (2,), model={"layers": 1}).eval()
     ids = torch.randint(1, 61, (1, 16))
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model.logits(model(ids).hidden_BSD)
+        model.head.logits(model(TokenBatch(ids)).hidden_BSD)
     # Torch's attention looks at a whole context, not at half of it.
     ours = forward_flops_per_token(model.architecture)
     attention = 2 * 2 * 16 * 16

@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from lifelong_moe.model.groups import label_group
+from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.retention.generated import GroupIdsOf, generate_blocks, sample_tokens
 
@@ -46,8 +47,8 @@ def readable(model: LanguageModel, block: int, context: int, seed: int) -> list[
             groups[documents == document] = ask(token_ids[documents == document])  # type: ignore[misc]
         with torch.no_grad():
             arrays = [torch.from_numpy(a).unsqueeze(0) for a in (token_ids, documents, groups)]
-            output = model(arrays[0], document_ids_BS=arrays[1], group_ids_BS=arrays[2])
-            probs = model.logits(output.hidden_BSD[0, -1]).softmax(dim=-1).double().numpy()
+            output = model(TokenBatch(arrays[0], arrays[1], arrays[2]))
+            probs = model.head.logits(output.hidden_BSD[0, -1]).softmax(dim=-1).double().numpy()
         ids.append(int(np.argmax(np.cumsum(probs) / probs.sum() > u)))
     return ids
 
@@ -92,7 +93,7 @@ def test_it_leaves_the_model_and_the_random_state_alone(make_model: Make, traini
 def test_the_cache_takes_one_token_at_a_time(make_model: Make) -> None:
     # num_blocks * context tokens are computed, and none twice.
     model, seen = make_model(), []
-    hook = model.register_forward_pre_hook(lambda _, args: seen.append(args[0].numel()))
+    hook = model.register_forward_pre_hook(lambda _, args: seen.append(args[0].ids_BS.numel()))
     generate_blocks(model, 5, **KEYS, batch_size=4)
     hook.remove()
     assert sum(seen) == 5 * 16 and seen == [4] * 16 + [1] * 16
@@ -119,8 +120,8 @@ def test_frequencies_are_the_model_s_probabilities(make_model: Make) -> None:
     model = make_model().eval()
     first = generate_blocks(model, 4000, context=1, seed=0, temperature=2.0, batch_size=1000)[:, 1]
     with torch.no_grad():
-        hidden = model(torch.tensor([[0]])).hidden_BSD[0, 0]
-        probs = (model.logits(hidden) / 2.0).softmax(dim=-1).double().numpy()
+        hidden = model(TokenBatch(torch.tensor([[0]]))).hidden_BSD[0, 0]
+        probs = (model.head.logits(hidden) / 2.0).softmax(dim=-1).double().numpy()
     found = np.bincount(first, minlength=61) / 4000
     assert np.abs(found - probs).max() < 4 * np.sqrt(0.25 / 4000)
 

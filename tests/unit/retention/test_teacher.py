@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lifelong_moe.growth.config import ExpertInit, GrowConfig
 from lifelong_moe.growth.grow import grow
+from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.ops.losses import distillation_loss
 from lifelong_moe.plan.architecture import Generation
@@ -32,8 +33,8 @@ def expert_parameters(model: LanguageModel) -> list[Tensor]:
 
 def logits(model: LanguageModel, batch: dict[str, Tensor]) -> Tensor:
     with torch.no_grad():
-        hidden = model(batch["token_ids"], group_ids_BS=batch["group_ids"]).hidden_BSD
-        return model.logits(hidden.flatten(0, 1))
+        hidden = model(TokenBatch(batch["token_ids"], group_ids_BS=batch["group_ids"])).hidden_BSD
+        return model.head.logits(hidden.flatten(0, 1))
 
 
 def test_it_shares_what_cannot_change_and_copies_the_rest(make_model: Make) -> None:
@@ -80,9 +81,9 @@ def test_frozen_lower_blocks_are_shared(make_model: Make, make_batch: Batch) -> 
     assert shared_blocks(model, teacher) == 2
     with torch.no_grad():
         model.blocks[2].attention.query.weight.add_(1.0)
-        below = model(batch["token_ids"], first_block=2).below_BSD
-        whole = teacher(batch["token_ids"]).hidden_BSD
-        assert torch.equal(teacher(batch["token_ids"], first_block=2, below_BSD=below).hidden_BSD, whole)
+        below = model(TokenBatch(batch["token_ids"]), split=2).below_BSD
+        whole = teacher(TokenBatch(batch["token_ids"])).hidden_BSD
+        assert torch.equal(teacher(TokenBatch(batch["token_ids"]), split=2, below_BSD=below).hidden_BSD, whole)
     grow(model, Generation("new", 2, layers=(2,)), GrowConfig(experts=2), batch, seed=0)
     assert shared_blocks(model, teacher) == 2  # rows for no expert change nothing
     model.blocks[1].moe_norm.requires_grad_(True)

@@ -12,6 +12,7 @@ from scipy.stats import kstest, uniform
 from torch import Tensor
 
 from lifelong_moe.errors import ConfigError
+from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.ops.assignment import balanced_assignment
 from lifelong_moe.ops.noisy import chosen_again
@@ -228,8 +229,8 @@ def test_relu_reaches_its_sparsity(make_model: Callable[..., LanguageModel]) -> 
         ids = torch.randint(1, 61, (8, 1), generator=generator)
         for _ in range(16):
             ids = torch.cat([ids, follows[ids[:, -1:], torch.randint(4, (8, 1), generator=generator)]], dim=1)
-        output = model(ids[:, :-1])
-        loss = model.cross_entropy(output.hidden_BSD.flatten(0, 1), ids[:, 1:].flatten())
+        output = model(TokenBatch(ids[:, :-1]))
+        loss = model.head.cross_entropy(output.hidden_BSD.flatten(0, 1), ids[:, 1:].flatten())
         for seen in output.routings:
             loss = loss + seen.losses["sparsity"].value * seen.losses["sparsity"].coefficient
         optimizer.zero_grad()

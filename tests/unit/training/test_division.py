@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lifelong_moe.data.blocks import BlockDataset
+from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.spec import Trains
 from lifelong_moe.training.module import StageModule
@@ -27,7 +28,7 @@ def router_scores(model: LanguageModel, sample: dict[str, Tensor]) -> tuple[Tens
     layers = list(model.moe_layers())
     hooks = [layer.router.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for layer in layers]
     ids_BS, documents_BS = sample["token_ids"].unsqueeze(0), sample["document_ids"].unsqueeze(0)
-    hidden_SD = model(ids_BS, document_ids_BS=documents_BS).hidden_BSD[0]
+    hidden_SD = model(TokenBatch(ids_BS, document_ids_BS=documents_BS)).hidden_BSD[0]
     for hook in hooks:
         hook.remove()
     rows = [torch.cat(layer.router.row_generations()) for layer in layers]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.model.config import ExpertsImplementation
+from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.training import execution
 from lifelong_moe.training.config import TrainerConfig
@@ -27,8 +28,8 @@ Batch = Callable[..., dict[str, Tensor]]
 def gradients(model: LanguageModel, batch: dict[str, Tensor]) -> list[Tensor]:
     model.zero_grad()
     torch.manual_seed(0)
-    output = model(batch["token_ids"], document_ids_BS=batch["document_ids"], group_ids_BS=batch["group_ids"])
-    loss = model.cross_entropy(output.hidden_BSD.flatten(0, 1), batch["target_ids"].flatten())
+    output = model(TokenBatch(batch["token_ids"], batch["document_ids"], batch["group_ids"]))
+    loss = model.head.cross_entropy(output.hidden_BSD.flatten(0, 1), batch["target_ids"].flatten())
     for routing in output.routings:
         for one in routing.losses.values():
             loss = loss + one.value
@@ -81,10 +82,10 @@ def test_documents_are_kept_apart_for_a_while(make_model: Make) -> None:
     ids = torch.randint(1, 61, (1, 12), generator=torch.Generator().manual_seed(0))
     documents = (torch.arange(12) >= 7).long().unsqueeze(0)
     with torch.no_grad():
-        alone = torch.cat([model(part).hidden_BSD for part in ids.split([7, 5], dim=1)], dim=1)
+        alone = torch.cat([model(TokenBatch(part)).hidden_BSD for part in ids.split([7, 5], dim=1)], dim=1)
         with documents_apart([model]):
-            apart = model(ids, document_ids_BS=documents).hidden_BSD
-        together = model(ids, document_ids_BS=documents).hidden_BSD
+            apart = model(TokenBatch(ids, document_ids_BS=documents)).hidden_BSD
+        together = model(TokenBatch(ids, document_ids_BS=documents)).hidden_BSD
     torch.testing.assert_close(apart, alone, atol=1e-5, rtol=0)
     assert not torch.allclose(together, alone, atol=1e-2)
 

@@ -18,6 +18,7 @@ from lifelong_moe.errors import CorruptError, DivergedError
 from lifelong_moe.methods.graph import stage_specs
 from lifelong_moe.model.config import ModelConfig
 from lifelong_moe.model.moe import no_routing
+from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.ops.losses import distillation_loss
 from lifelong_moe.plan.architecture import Generation, first_generation
@@ -178,11 +179,11 @@ def test_the_loss_is_the_sum_of_its_parts(make_run: MakeRun, make_model: Make, m
     assert step["loss"].item() == pytest.approx(expected, rel=1e-6)
 
     with torch.no_grad():
-        outputs = [m(batch["token_ids"]) for m in (model, teacher)]
+        outputs = [m(TokenBatch(batch["token_ids"])) for m in (model, teacher)]
         student, other = (
-            m.logits(o.hidden_BSD[[1, 3]].flatten(0, 1)) for m, o in zip((model, teacher), outputs, strict=True)
+            m.head.logits(o.hidden_BSD[[1, 3]].flatten(0, 1)) for m, o in zip((model, teacher), outputs, strict=True)
         )
-        logits = model.logits(outputs[0].hidden_BSD).flatten(0, 1)
+        logits = model.head.logits(outputs[0].hidden_BSD).flatten(0, 1)
     # Rows 1 and 3 are the replayed ones.
     assert parts["distill_loss"] == pytest.approx(float(distillation_loss(student, other, 2.0)), rel=1e-4)
     nats = torch.nn.functional.cross_entropy(logits, batch["target_ids"].flatten())
@@ -196,8 +197,8 @@ def test_the_measured_runs_keep_their_pressure(make_run: MakeRun, make_model: Ma
     model, batch, seen = make_model(model={"layers": 4}), make_batch(), []
     for layer in model.moe_layers():
         layer.router.register_forward_pre_hook(lambda router, args: seen.append(router.logits(args[0])))
-    hidden_TD = model(batch["token_ids"]).hidden_BSD.flatten(0, 1)
-    loss = torch.nn.functional.cross_entropy(model.logits(hidden_TD), batch["target_ids"].flatten())
+    hidden_TD = model(TokenBatch(batch["token_ids"])).hidden_BSD.flatten(0, 1)
+    loss = torch.nn.functional.cross_entropy(model.head.logits(hidden_TD), batch["target_ids"].flatten())
     for logits_TE in seen:
         probs_TE, experts = logits_TE.softmax(1), logits_TE.shape[1]
         chosen_TE = torch.nn.functional.one_hot(logits_TE.topk(2).indices, experts).sum(1)
@@ -221,7 +222,7 @@ def test_only_layers_with_a_router_are_summed(
 ) -> None:
     generation = first_generation("s0", ModelConfig(layers=4, **{"experts": 4, **shape}))
     model = make_model("learned", (generation,), model={"layers": 4, **shape})
-    routings = model(make_batch()["token_ids"]).routings
+    routings = model(TokenBatch(make_batch()["token_ids"])).routings
     with_loss = [r for r in routings if r.losses]
     assert len(with_loss) == routers
     mean, weighted = router_losses(routings)["balance"]
@@ -314,7 +315,7 @@ def test_a_micro_batch_of_prompts_alone_weighs_nothing(make_run: MakeRun, make_m
         module.training_step(with_shares(half, module.spec, whole, 2), 0)
     module.means.close(torch.tensor(0.0))
     with torch.no_grad():
-        logits = module.model.logits(module.model(batch["token_ids"]).hidden_BSD)
+        logits = module.model.head.logits(module.model(TokenBatch(batch["token_ids"])).hidden_BSD)
     expected = torch.nn.functional.cross_entropy(logits[2, 3:6], batch["target_ids"][2, 3:6])
     assert module.means.values["loss"] == pytest.approx(float(expected), rel=1e-5)
 
@@ -461,7 +462,7 @@ def test_a_review_has_a_loss_of_its_own(make_run: MakeRun, make_model: Make, mak
     for layer in model.moe_layers():
         layer.router.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     with torch.no_grad():
-        model(batch["token_ids"][[1, 3]])
+        model(TokenBatch(batch["token_ids"][[1, 3]]))
         surprise = [
             -(x_TD @ torch.cat(layer.router.row_generations()).t()).softmax(-1)[:, :4].sum(-1).log().mean()
             for layer, x_TD in zip(model.moe_layers(), seen, strict=True)
@@ -488,7 +489,7 @@ def review(module: StageModule, batches: list[dict[str, Tensor]]) -> None:
 def share_of_new_experts(model: LanguageModel, batch: dict[str, Tensor], replayed: bool) -> float:
     rows = batch["replayed"] if replayed else ~batch["replayed"]
     with torch.no_grad():
-        counts = torch.stack([routing.counts_E for routing in model(batch["token_ids"][rows]).routings])
+        counts = torch.stack([routing.counts_E for routing in model(TokenBatch(batch["token_ids"][rows])).routings])
     return float(counts[:, 4:].sum() / counts.sum())
 
 
@@ -535,7 +536,7 @@ def test_deltas_change_their_bundle_s_tokens_alone(make_run: MakeRun, make_model
     def logits(group: int) -> Tensor:
         groups = torch.full_like(probe["token_ids"], group)
         with torch.no_grad():
-            return model.logits(model(probe["token_ids"], group_ids_BS=groups).hidden_BSD, groups)
+            return model.head.logits(model(TokenBatch(probe["token_ids"], group_ids_BS=groups)).hidden_BSD, groups)
 
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     scores = [logits(group) for group in range(3)]

@@ -13,6 +13,7 @@ from lifelong_moe.config.run import RunConfig
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.methods.graph import stage_specs
 from lifelong_moe.methods.plan import trainable_parameters
+from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel, initialize
 from lifelong_moe.plan.architecture import Architecture, Generation
 from lifelong_moe.plan.spec import StageSpec
@@ -238,8 +239,8 @@ def test_training_only_gives_gradients_to_some_and_back_to_all(make_model: Make,
         assert {name for name, p in model.named_parameters() if p.requires_grad} == {
             f"blocks.{i}.moe.router.rows.1" for i in (0, 1)
         }
-        model.cross_entropy(
-            model(batch["token_ids"]).hidden_BSD.flatten(0, 1), batch["target_ids"].flatten()
+        model.head.cross_entropy(
+            model(TokenBatch(batch["token_ids"])).hidden_BSD.flatten(0, 1), batch["target_ids"].flatten()
         ).backward()
     assert {name: p.requires_grad for name, p in model.named_parameters()} == before
     assert {name for name, p in model.named_parameters() if p.grad is not None} == {
@@ -259,8 +260,8 @@ def changes(model: LanguageModel, spec: StageSpec, batch: dict[str, Tensor], ste
     for _ in range(steps):
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         optimizer.zero_grad()
-        output = model(batch["token_ids"])
-        loss = model.cross_entropy(output.hidden_BSD.flatten(0, 1), batch["target_ids"].flatten())
+        output = model(TokenBatch(batch["token_ids"]))
+        loss = model.head.cross_entropy(output.hidden_BSD.flatten(0, 1), batch["target_ids"].flatten())
         (loss + sum(r.losses["balance"].value for r in output.routings)).backward()
         optimizer.step()
         schedule.step()

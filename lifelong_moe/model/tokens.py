@@ -1,0 +1,37 @@
+"""The tokens that a model reads, and what is known of each.
+
+Legend: B batch, S sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Sequences of equal length; every tensor is ``(B, S)``."""
+
+    ids_BS: Tensor
+    """Token ids, int64."""
+    document_ids_BS: Tensor | None = None
+    """Document of each token, int64; needed where the model separates documents only. With a cache in every call or in
+    none, where each text is one document."""
+    group_ids_BS: Tensor | None = None
+    """Document cluster, bundle or label of each token, int64; zeros by default."""
+    mask_BS: Tensor | None = None
+    """True for real tokens; all by default. Padding must stand at the right."""
+    old_text_BS: Tensor | None = None
+    """True for text of earlier stages; given in a router's review only."""
+
+    @classmethod
+    def of(cls, batch: Mapping[str, Tensor]) -> TokenBatch:
+        """From a batch of blocks as the data module makes them."""
+        return cls(batch["token_ids"], batch["document_ids"], batch["group_ids"], batch["mask"])
+
+    def __getitem__(self, rows: slice | Tensor) -> TokenBatch:
+        """Some of the sequences."""
+        return TokenBatch(**{name: known_BS[rows] for name, known_BS in vars(self).items() if known_BS is not None})
