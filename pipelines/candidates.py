@@ -18,6 +18,7 @@ from lifelong_moe.data.prepare import PreparedData, Texts
 from lifelong_moe.data.records import Remembered
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.evaluation.documents import generation_shares
+from lifelong_moe.evaluation.measurements import Load, Measurements
 from lifelong_moe.methods.graph import stage_specs
 from lifelong_moe.methods.plan import PlannedStage, plan_next
 from lifelong_moe.methods.retraining import NewStage, Retraining
@@ -32,7 +33,6 @@ from lifelong_moe.training.logger import Send
 from lifelong_moe.training.phase import StageEnvironment
 from lifelong_moe.training.stage import load_model, train_stage
 from pipelines.kept_text import wait_for_text
-from pipelines.measurements import Load, Measurements
 from pipelines.novelty import read_texts
 from pipelines.places import ROOT
 from pipelines.workspace import read_data, require_room

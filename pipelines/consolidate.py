@@ -13,6 +13,7 @@ from lifelong_moe.data.prepare import PreparedData
 from lifelong_moe.data.windows import EvaluationSet, evaluation_windows
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.evaluation.loss import evaluate
+from lifelong_moe.evaluation.measurements import Measurements
 from lifelong_moe.evaluation.probing import expert_similarities
 from lifelong_moe.growth.merge import closest_pair, merge_experts
 from lifelong_moe.methods.retraining import read_gate
@@ -28,7 +29,6 @@ from lifelong_moe.training.stage import build_model, load_model
 from pipelines import render_retrain
 from pipelines.drop import with_versions
 from pipelines.gate_derived import gate_derived, served_measurements
-from pipelines.measurements import Measurements
 from pipelines.places import ROOT
 from pipelines.recorded import follow_champion
 

@@ -75,12 +75,20 @@ def has_drifted(drifts: Mapping[str, Drift]) -> bool:
 
 def untested(drifts: Mapping[str, Drift]) -> str | None:
     """Why nobody knows whether a batch is of a new kind; None if that is known."""
-    if any(drift.testable and not drift.drifted for drift in drifts.values()):
-        return None
-    unknown = [name for name, drift in drifts.items() if not drift.testable]
-    if not unknown:
+    unknown = _unanswered(drifts)
+    if _alike(drifts) or not unknown:
         return None
     return f"whether it is a new kind of text could not be tested against {', '.join(unknown)}: too few sources"
+
+
+def _alike(drifts: Mapping[str, Drift]) -> list[str]:
+    """What the batch was tested against and does not differ from."""
+    return [name for name, drift in drifts.items() if drift.null_quantile is not None and not drift.drifted]
+
+
+def _unanswered(drifts: Mapping[str, Drift]) -> list[str]:
+    """What it could not be tested against, for want of sources."""
+    return [name for name, drift in drifts.items() if drift.null_quantile is None]
 
 
 def name_no_source(documents: Sequence[Document]) -> bool:
@@ -111,16 +119,15 @@ def look_at_batch(trainer: CandidateTrainer, documents: int, seed: int) -> Looks
 
 def _why_no_growth(drifts: Mapping[str, Drift]) -> list[str]:
     """For a person: why a batch does not count as a new kind; empty if it does."""
-    alike = [name for name, drift in drifts.items() if drift.testable and not drift.drifted]
-    untested = [name for name, drift in drifts.items() if not drift.testable]
-    if not alike and not untested:
+    alike, unanswered = _alike(drifts), _unanswered(drifts)
+    if not alike and not unanswered:
         return []
-    if alike == [TOGETHER] and not untested:
+    if alike == [TOGETHER] and not unanswered:
         return ["Growing is not considered: the new data differs from each known kind, but not from a mixture of them."]
     if alike:
         return ["Growing is not considered: the new data did not drift."]
     return [
-        f"Growing is not considered: whether the new data drifted could not be tested against {', '.join(untested)}; "
+        f"Growing is not considered: whether the new data drifted could not be tested against {', '.join(unanswered)}; "
         f"there are too few sources."
     ]
 

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from lifelong_moe.errors import ConfigError, LifelongError, TryAgainError
+from lifelong_moe.evaluation.measurements import Measurements
 from lifelong_moe.methods.retraining import read_gate
 from lifelong_moe.stages.runs import RunRecord, require_head, timestamp
 from lifelong_moe.stages.store import CommittedStage, StageStore
@@ -29,7 +30,6 @@ from lifelong_moe.storage.locks import locked
 from lifelong_moe.training.derived import derived_stage, what_remains
 from pipelines import render_retrain
 from pipelines.gate_derived import gate_derived, served_measurements
-from pipelines.measurements import Measurements
 from pipelines.places import ROOT
 from pipelines.recorded import follow_champion
 

@@ -9,16 +9,17 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from lifelong_moe.errors import ConfigError
+from lifelong_moe.evaluation.measurements import Measurements
 from lifelong_moe.methods.retraining import RetrainConfig, Retraining
+from lifelong_moe.retraining.checks import Verdict
 from lifelong_moe.retraining.config import GateConfig
-from lifelong_moe.retraining.gate import Verdict, unharmed
+from lifelong_moe.retraining.gate import unharmed
 from lifelong_moe.stages.runs import EvaluationStore
 from lifelong_moe.stages.store import CommittedStage, StageStore
 from lifelong_moe.stages.versions import Head, Version
 from pipelines.candidates import served_stages, stage_models
 from pipelines.gating import kinds_of_text
 from pipelines.kept_text import remembered_by, wait_for_text
-from pipelines.measurements import Measurements
 from pipelines.places import ROOT
 from pipelines.workspace import read_data
 

@@ -7,13 +7,14 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
+from lifelong_moe.evaluation.measurements import Measurements
 from lifelong_moe.retraining.bounds import DocumentLosses
-from lifelong_moe.retraining.gate import Verdict, judge
+from lifelong_moe.retraining.checks import Verdict
+from lifelong_moe.retraining.gate import Evidence, judge
 from lifelong_moe.retraining.power import passing_chances
 from lifelong_moe.stages.store import CommittedStage, StageStore
 from lifelong_moe.stages.versions import Version
 from pipelines.candidates import Candidate, CandidateTrainer, changed_frozen
-from pipelines.measurements import Measurements
 
 Best = dict[str, dict[str, Any]]
 """By distribution: the key of the stage with the lowest loss ever on its held-out text, the text's hash, the loss."""
@@ -41,17 +42,16 @@ def gate(trainer: CandidateTrainer, candidate: Candidate, stage: CommittedStage,
         earlier = {name: losses(before.key, name) for name in (new, *old)}
         finest = {name: losses((peers[name] or before).key, name) for name in old}
         leaks = {name: trainer.leak(stage, candidate, name) for name in old}
-        judged = judge(
+        found = Evidence(
             new=new,
             after=after,
             before=earlier,
             best=finest,
             changed_frozen=changed_frozen(trainer.store, before, stage),
             leaks=leaks,
-            config=trainer.retraining.settings.gate,
-            seed=candidate.config.seed,
             kinds=kinds_of_text(trainer.champion, trainer.store),
         )
+        judged = judge(found, trainer.retraining.settings.gate, seed=candidate.config.seed)
         return replace(judged, notes=tuple(candidate.measurements.unmeasurable()))
 
 

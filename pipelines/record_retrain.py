@@ -11,7 +11,7 @@ from typing import Any
 from lifelong_moe.config.load import whole_config
 from lifelong_moe.data.documents import Corpus
 from lifelong_moe.methods.retraining import RetrainConfig
-from lifelong_moe.retraining.gate import Verdict
+from lifelong_moe.retraining.checks import Verdict
 from lifelong_moe.stages.runs import RunRecord
 from lifelong_moe.stages.store import CommittedStage
 from lifelong_moe.tracking.store import local_id

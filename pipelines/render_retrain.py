@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from lifelong_moe.retraining.gate import Verdict
+from lifelong_moe.retraining.checks import Verdict
 from lifelong_moe.storage.keys import SHORT
 
 

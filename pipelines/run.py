@@ -14,6 +14,7 @@ from lifelong_moe.config.load import load_config
 from lifelong_moe.data.prepare import PreparedData
 from lifelong_moe.errors import ConfigError, TryAgainError
 from lifelong_moe.evaluation.loss import Evaluation
+from lifelong_moe.evaluation.measurements import Measurements
 from lifelong_moe.evaluation.report import build_report
 from lifelong_moe.methods.advice import leaking, nothing_to_hold
 from lifelong_moe.methods.graph import RECIPES
@@ -32,7 +33,6 @@ from lifelong_moe.training.interrupt import Interrupt, handling_sigterm
 from lifelong_moe.training.phase import StageEnvironment, build_trainer
 from lifelong_moe.training.stage import clear_abandoned, initial_model, load_model, train_stage
 from pipelines import render
-from pipelines.measurements import Measurements
 from pipelines.places import remove_abandoned
 from pipelines.record import MlflowRecord
 from pipelines.workspace import ROOT, Prepared, further_training, keep_texts, prepare, require_room

@@ -263,6 +263,8 @@ def over_seeds(values: Sequence[float | None]) -> dict[str, Any] | None:
 def paired(values: Mapping[int, float | None], reference: Mapping[int, float | None]) -> dict[str, Any] | None:
     """Differences with the same seed, and the paired t-test of a mean difference of 0.
 
+    As :func:`scipy.stats.ttest_rel`, which warns and answers NaN where there is no spread.
+
     Args:
         values: By seed.
         reference: By seed.

@@ -70,6 +70,9 @@ def difference(after: DocumentLosses, before: DocumentLosses, *, level: float, r
     ``E - 1`` degrees of freedom over the normal one, with E the effective number of sources (:func:`effective`). Where
     :func:`can_tell` says no, the bounds are minus and plus infinity; where a loss is not finite, all three are NaN.
 
+    Ours rather than ``scipy.stats.bootstrap``, which has no such correction; and with sources drawn as counts, a ratio
+    of sums takes two products where that function resamples arrays.
+
     Args:
         after: The one.
         before: The other, on the same documents.

@@ -55,11 +55,6 @@ class Drift:
     words: str
     """The same, as one sentence."""
 
-    @property
-    def testable(self) -> bool:
-        """Whether there were sources enough for an answer."""
-        return self.null_quantile is not None
-
 
 @dataclass(frozen=True, eq=False)
 class DocumentSample:

@@ -21,13 +21,13 @@ import torch
 import torch.distributed as dist
 
 from lifelong_moe.errors import ConfigError, DataError, TryAgainError
+from lifelong_moe.evaluation.measurements import Measurements
 from lifelong_moe.stages.store import StageStore
 from lifelong_moe.training import ranks
 from lifelong_moe.training import stage as training_stage
 from lifelong_moe.training.module import StageModule
 from lifelong_moe.training.phase import train_phase
 from lifelong_moe.training.rollback import read_rollbacks
-from pipelines.measurements import Measurements
 from pipelines.record import MlflowRecord
 from tests.tiny import (
     EVERY,

@@ -8,8 +8,8 @@ from typing import Any
 
 from rich.console import Console
 
+from lifelong_moe.evaluation.measurements import Measurements
 from pipelines.gating import best_so_far, with_best
-from pipelines.measurements import Measurements
 
 NATS = {
     ("a", "fruit"): 1.0, ("b", "fruit"): 1.25, ("c", "fruit"): 1.5,

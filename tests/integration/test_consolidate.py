@@ -12,13 +12,13 @@ import torch
 from rich.console import Console
 
 from lifelong_moe.errors import ConfigError
+from lifelong_moe.evaluation.measurements import Measurements
 from lifelong_moe.retraining.bounds import DocumentLosses
 from lifelong_moe.stages.store import StageStore
 from lifelong_moe.stages.versions import champion
 from lifelong_moe.training.stage import load_model
 from pipelines.consolidate import consolidate
 from pipelines.inspectors import evaluate, generate, inspect
-from pipelines.measurements import Measurements
 from pipelines.rollback import rollback
 from tests.retrain_lab import head
 from tests.tiny import tiny_config, train, write_config, write_corpora

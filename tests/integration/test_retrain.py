@@ -24,9 +24,9 @@ from lifelong_moe.data.documents import Document
 from lifelong_moe.data.sources import read_corpus
 from lifelong_moe.errors import ConfigError, DataError, DivergedError, LockedError, ResourceError, StalePlanError
 from lifelong_moe.methods.retraining import load_retraining
+from lifelong_moe.retraining.checks import Check, Verdict
 from lifelong_moe.retraining.config import GateConfig
 from lifelong_moe.retraining.decision import Action, Decision, decide
-from lifelong_moe.retraining.gate import Check, Verdict
 from lifelong_moe.stages.runs import RunRecord, timestamp
 from lifelong_moe.stages.store import StageStore
 from lifelong_moe.stages.versions import champion

@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 
 from lifelong_moe.errors import ConfigError, CorruptError, LockedError
+from lifelong_moe.evaluation.measurements import Measurements
 from lifelong_moe.retraining.bounds import DocumentLosses
 from lifelong_moe.stages.garbage import collect, find_garbage
 from lifelong_moe.stages.runs import RunRecord
@@ -25,7 +26,6 @@ from pipelines import trace
 from pipelines.drop import drop
 from pipelines.gc import gc
 from pipelines.inspectors import status
-from pipelines.measurements import Measurements
 from pipelines.rollback import rollback
 from tests.retrain_lab import base_config, head
 from tests.tiny import CONTEXT, SEQUENCES, STEPS, tiny_config, train, write_config, write_corpora

@@ -18,11 +18,11 @@ FLOORS = [
     {"ops", "storage"},
     {"config"},
     {"routing", "clustering", "data"},
-    {"plan"},
+    {"plan", "retraining"},
     {"model", "stages"},
     {"growth", "retention", "evaluation", "interop"},
     {"tracking"},
-    {"training", "retraining"},
+    {"training"},
     {"methods"},
     {"pipelines"},
 ]

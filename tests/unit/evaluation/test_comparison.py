@@ -7,7 +7,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
+from scipy.stats import ttest_rel
 
 from lifelong_moe.evaluation.comparison import ArmResult, build_comparison, measure, over_seeds, paired
 
@@ -210,3 +212,14 @@ def test_models_from_scratch_are_counted_apart() -> None:
     del alone["active_flops"]  # a report of an earlier version
     old = measure(FREE | {"from_scratch": {"b": alone}}, None, None)["numbers"]
     assert (old["scratch_tokens"], old["scratch_active_flops"]) == (200, None)
+
+
+def test_intervals_and_paired_tests_are_those_of_scipy() -> None:
+    rng = np.random.default_rng(0)
+    for n in (2, 3, 5, 30):
+        ours, theirs = rng.normal([[0.3], [0.0]], size=(2, n))
+        reference = ttest_rel(ours, theirs)
+        low, high = reference.confidence_interval(0.95)
+        found = paired(dict(enumerate(ours)), dict(enumerate(theirs)))
+        assert found is not None
+        assert (found["p"], found["low"], found["high"]) == pytest.approx((reference.pvalue, low, high), rel=1e-12)

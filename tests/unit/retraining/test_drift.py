@@ -200,7 +200,7 @@ def test_a_shift_too_small_to_matter_is_no_drift_however_certain() -> None:
 def test_too_few_sources_give_no_answer_even_for_a_huge_shift(new: int, old: int) -> None:
     rng = np.random.default_rng(0)
     drift = measure_drift(draw(rng, new, shift=50.0), draw(rng, old), DriftConfig(), seed=0)
-    assert drift.null_quantile is None and not drift.testable and not drift.drifted
+    assert drift.null_quantile is None and not drift.drifted
     assert (drift.auc is None) == (min(new, old) == 1)
     assert drift.words == (
         f"No answer: {new} new and {old} old source(s) are too few to tell drift from the differences that sources "
@@ -215,13 +215,13 @@ def test_a_hundred_distinct_relabellings_suffice(new: int, old: int) -> None:
     rng = np.random.default_rng(0)
     far = draw(rng, new)
     drift = measure_drift(replace(far, features_ND=far.features_ND + 20), draw(rng, old), DriftConfig(), seed=0)
-    assert drift.testable and drift.drifted and drift.auc is not None and drift.auc > 0.99
+    assert drift.null_quantile is not None and drift.drifted and drift.auc is not None and drift.auc > 0.99
 
 
 def test_what_cannot_be_reached_with_few_relabellings_is_no_answer() -> None:
     rng = np.random.default_rng(0)
     strict = DriftConfig(quantile=0.995, permutations=399)  # 1 / 126 is more than 0.005
-    assert not measure_drift(draw(rng, 4, shift=50.0), draw(rng, 5), strict, seed=0).testable
+    assert measure_drift(draw(rng, 4, shift=50.0), draw(rng, 5), strict, seed=0).null_quantile is None
 
 
 def test_the_area_is_that_of_a_ridge_regression_for_each_left_out_source() -> None:

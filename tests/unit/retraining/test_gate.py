@@ -10,8 +10,9 @@ import pytest
 from scipy.stats import t
 
 from lifelong_moe.retraining.bounds import Bounds, DocumentLosses, difference
+from lifelong_moe.retraining.checks import Verdict
 from lifelong_moe.retraining.config import GateConfig
-from lifelong_moe.retraining.gate import Verdict, judge, unharmed
+from lifelong_moe.retraining.gate import Evidence, judge, unharmed
 
 BOOTSTRAP: dict[str, Any] = {"level": 0.05, "resamples": 1000, "seed": 0}
 CONFIG = GateConfig()
@@ -184,16 +185,15 @@ def verdict(
 ) -> Verdict:
     """``new`` is (after, before); ``old`` is (after, before, best)."""
     old = {"wiki": (1.0, 1.0, 1.0)} if old is None else old
-    return judge(
+    found = Evidence(
         new="legal",
         after={"legal": level(new[0]), **{name: level(values[0]) for name, values in old.items()}},
         before={"legal": level(new[1]), **{name: level(values[1]) for name, values in old.items()}},
         best={name: level(values[2]) for name, values in old.items()},
         changed_frozen=changed_frozen,
         leaks=leaks or {},
-        config=config,
-        seed=0,
     )
+    return judge(found, config, seed=0)
 
 
 def failed(found: Verdict) -> list[str]:
@@ -272,10 +272,8 @@ def test_uncertainty_counts_against_the_new_version() -> None:
     # The means are within their limits; what they may be with confidence is not.
     same = {"legal": level(1.0), "wiki": level(1.0)}
     after = {"legal": noisy(0, mean=-0.012), "wiki": noisy(1, mean=0.009)}
-    found = judge(
-        new="legal", after=after, before=same, best={"wiki": same["wiki"]}, changed_frozen=[], leaks={},
-        config=GateConfig(min_gain=0.01, tolerance=0.012), seed=0,
-    )  # fmt: skip
+    evidence = Evidence(new="legal", after=after, before=same, best={"wiki": same["wiki"]})
+    found = judge(evidence, GateConfig(min_gain=0.01, tolerance=0.012), seed=0)
     assert 1 - after["legal"].nats_per_token > 0.01 and after["wiki"].nats_per_token - 1 < 0.012
     assert failed(found) == ["new/gain", "old/wiki/step"]
 
@@ -284,10 +282,10 @@ def test_uncertainty_counts_against_the_new_version() -> None:
 def test_each_old_distribution_is_held_to_the_level_however_many_there_are(num_old: int) -> None:
     names = [f"old{k}" for k in range(num_old)]
     before = {name: level(1.0) for name in names}
+    after = {"legal": level(1.0), **{name: noisy(1) for name in names}}
     found = judge(
-        new="legal", after={"legal": level(1.0), **{name: noisy(1) for name in names}},
-        before={"legal": level(2.0), **before}, best=before, changed_frozen=[], leaks={}, config=CONFIG, seed=4,
-    )  # fmt: skip
+        Evidence(new="legal", after=after, before={"legal": level(2.0), **before}, best=before), CONFIG, seed=4
+    )
     expected = difference(noisy(1), level(1.0), level=0.05, resamples=2000, seed=4).upper
     values = {check.name: check.value for check in found.checks}
     assert all(values[f"old/{name}/{step}"] == expected for name in names for step in ("step", "ratchet"))
@@ -318,21 +316,11 @@ def test_the_harmless_pass_and_the_harmful_do_not_however_many_distributions_the
 def test_a_gain_that_may_be_enough_is_open_and_harm_is_not() -> None:
     """Half of the sources gain and half lose: on the mean nothing is shown. A loss of old text is no open question."""
     mixed = DocumentLosses(np.where(np.arange(20) % 2, 90.0, 108.0), np.full(20, 100), SOURCES)
-    sides: dict[str, Any] = {
-        "best": {"old": level(1.0)},
-        "changed_frozen": [],
-        "leaks": {},
-        "config": CONFIG,
-        "seed": 0,
-    }
 
     def judged(new: DocumentLosses, old: float) -> Verdict:
-        return judge(
-            new="new",
-            after={"new": new, "old": level(old)},
-            before={"new": level(1.0), "old": level(1.0)},
-            **sides,
-        )
+        before = {"new": level(1.0), "old": level(1.0)}
+        after = {"new": new, "old": level(old)}
+        return judge(Evidence(new="new", after=after, before=before, best={"old": level(1.0)}), CONFIG, seed=0)
 
     assert failed(judged(mixed, 1.0)) == ["new/gain"] and judged(mixed, 1.0).is_open
     assert not judged(mixed, 1.5).is_open and not judged(mixed, 1.5).passed
@@ -403,10 +391,8 @@ def test_what_is_not_a_number_passes_nothing() -> None:
 def test_a_gate_set_of_one_source_passes_nothing() -> None:
     one = DocumentLosses(np.array([5.0]), np.array([10]), ["a"])
     less = DocumentLosses(np.array([1.0]), np.array([10]), ["a"])
-    found = judge(
-        new="n", after={"n": less, "o": less}, before={"n": one, "o": one}, best={"o": one}, changed_frozen=[],
-        leaks={}, config=CONFIG, seed=0,
-    )  # fmt: skip
+    evidence = Evidence(new="n", after={"n": less, "o": less}, before={"n": one, "o": one}, best={"o": one})
+    found = judge(evidence, CONFIG, seed=0)
     assert failed(found) == ["new/gain", "old/o/step", "old/o/ratchet"]
 
 
@@ -417,4 +403,4 @@ def test_a_gate_set_of_one_source_passes_nothing() -> None:
 def test_distributions_must_fit(after: str, before: str, best: str) -> None:
     a, b, c = ({name: level(1.0) for name in names} for names in (after, before, best))
     with pytest.raises(ValueError, match="do not fit"):
-        judge(new="n", after=a, before=b, best=c, changed_frozen=[], leaks={}, config=CONFIG, seed=0)
+        Evidence(new="n", after=a, before=b, best=c)

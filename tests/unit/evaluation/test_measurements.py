@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.measurements import Measurements, What
+from lifelong_moe.evaluation.measurements import Measurements, What
 
 
 @pytest.mark.parametrize(
