@@ -23,7 +23,7 @@ from lifelong_moe.methods.graph import stage_specs
 from lifelong_moe.methods.plan import PlannedStage, plan_next
 from lifelong_moe.methods.retraining import NewStage, Retraining
 from lifelong_moe.plan.architecture import Architecture
-from lifelong_moe.stages.runs import EvaluationStore
+from lifelong_moe.stages.evaluations import EvaluationStore
 from lifelong_moe.stages.store import CommittedStage, StageStore
 from lifelong_moe.stages.versions import Version
 from lifelong_moe.training.config import TrainerConfig

@@ -47,11 +47,11 @@ def check_config(path: str, overrides: list[str] | None) -> list[str]:
 def check_stage(run: str, stage: str, gate: list[str] | None) -> list[str]:
     """Refuse a run or a stage that does not exist, or a gate's wrong setting, before torch is imported."""
     from lifelong_moe.methods.retraining import read_gate
-    from lifelong_moe.stages.runs import require_head, require_stage
+    from lifelong_moe.stages.runs import require_head
     from pipelines.places import ROOT
 
     read_gate(gate or [])
-    require_stage(require_head(ROOT, run), stage)
+    require_head(ROOT, run).require_stage(stage)
     return gate or []
 
 

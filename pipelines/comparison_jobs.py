@@ -34,13 +34,13 @@ class Job:
         """The run's report, if all stages of just this plan are committed."""
         record, keys = RunRecord(ROOT, self.run), [planned.key for planned in self.prepared.plan]
         head = record.head()
-        complete = head is not None and head["plan"] == keys and set(keys) <= set(head["stages"])
+        complete = head is not None and list(head.plan) == keys and head.is_finished
         return record.report() if complete else None
 
     def is_taken(self) -> bool:
         """Whether the run's name stands for other stages."""
         head, keys = RunRecord(ROOT, self.run).head(), [planned.key for planned in self.prepared.plan]
-        return head is not None and any(old != new for old, new in zip(head["plan"], keys, strict=False))
+        return head is not None and any(old != new for old, new in zip(head.plan, keys, strict=False))
 
 
 def plan_jobs(comparison: Comparison, memory: Memory) -> list[Job]:

@@ -21,7 +21,7 @@ from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.architecture import Architecture
 from lifelong_moe.stages.runs import RunRecord, require_head, timestamp
 from lifelong_moe.stages.store import CommittedStage, StageStore
-from lifelong_moe.stages.versions import Version, VersionStage, champion, describe, promoted
+from lifelong_moe.stages.versions import Version, VersionStage, describe
 from lifelong_moe.storage.locks import locked
 from lifelong_moe.training.derived import commit_derived, generation_of
 from lifelong_moe.training.device import configured_device
@@ -55,7 +55,7 @@ def consolidate(run: str, stage: str, experts: int, console: Console, overrides:
     record, store = RunRecord(ROOT, run), StageStore(ROOT)
     with locked(record.lock_path, f"run {run}"):
         head = with_versions(store, require_head(ROOT, run))
-        before = champion(head)
+        before = head.champion
         source = store.get(before.key)
         served = served_measurements(head, before, store)
         with console.status(f"{stage}: looking for experts that are alike"):
@@ -66,8 +66,8 @@ def consolidate(run: str, stage: str, experts: int, console: Console, overrides:
         if judged.passed:
             added = VersionStage(name=made.name, key=made.key, data=before.stages[-1].data, action="consolidate")
             reason = f"{experts} fewer experts of stage {stage} in each layer"
-            head = promoted(head, "consolidated", (*before.stages, added), reason, timestamp())
-        now = champion(head)
+            head = head.promoted("consolidated", (*before.stages, added), reason, timestamp())
+        now = head.champion
         facts = {"stage": stage, "key": made.key, "merged": merged}
         record.log("consolidate", outcome=outcome, champion=now.id, **facts)
         record.set_head(head)

@@ -12,19 +12,10 @@ from rich.console import Console
 from lifelong_moe.errors import ConfigError, LifelongError, TryAgainError
 from lifelong_moe.evaluation.measurements import Measurements
 from lifelong_moe.methods.retraining import read_gate
+from lifelong_moe.stages.head import RunHead
 from lifelong_moe.stages.runs import RunRecord, require_head, timestamp
 from lifelong_moe.stages.store import CommittedStage, StageStore
-from lifelong_moe.stages.versions import (
-    Head,
-    Version,
-    VersionStage,
-    base_stages,
-    begin,
-    champion,
-    describe,
-    promoted,
-    require_finished,
-)
+from lifelong_moe.stages.versions import Version, VersionStage, base_stages, describe
 from lifelong_moe.storage.keys import SHORT
 from lifelong_moe.storage.locks import locked
 from lifelong_moe.training.derived import derived_stage, what_remains
@@ -46,12 +37,12 @@ class Candidate:
     """What of the dropped stage's text still is in it, in words; empty if nothing."""
 
 
-def with_versions(store: StageStore, head: Head) -> Head:
+def with_versions(store: StageStore, head: RunHead) -> RunHead:
     """A head with versions: those it has, or the finished run as version 0."""
-    if head.get("versions"):
+    if head.versions:
         return head
-    require_finished(head)
-    return begin(head, base_stages(store.chain(head["plan"][-1])), timestamp())
+    head.require_finished()
+    return head.with_base(base_stages(store.chain(head.plan[-1])), timestamp())
 
 
 def drop_candidate(store: StageStore, version: Version, name: str) -> Candidate:
@@ -106,7 +97,7 @@ def drop(
     record, store = RunRecord(ROOT, run), StageStore(ROOT)
     with locked(record.lock_path, f"run {run}"):
         head = with_versions(store, require_head(ROOT, run))
-        before = champion(head)
+        before = head.champion
         served = None if ungated else _served(head, before, store, stage)
         candidate = drop_candidate(store, before, stage)
         judged = None
@@ -116,8 +107,8 @@ def drop(
             render_retrain.verdict(console, judged)
         passed = judged is None or judged.passed
         if passed:
-            head = promoted(head, "dropped", candidate.chain, f"without stage {stage}", timestamp())
-        now = champion(head)
+            head = head.promoted("dropped", candidate.chain, f"without stage {stage}", timestamp())
+        now = head.champion
         facts = {"stage": stage, "key": candidate.stage.key, "remains": candidate.remains, "gated": judged is not None}
         record.log("drop", outcome="promoted" if passed else "rejected", champion=now.id, **facts)
         record.set_head(head)
@@ -133,7 +124,7 @@ def drop(
     return {**result, "derived": "derived" in candidate.stage.config, **facts}
 
 
-def _served(head: Head, version: Version, store: StageStore, stage: str) -> Measurements | None:
+def _served(head: RunHead, version: Version, store: StageStore, stage: str) -> Measurements | None:
     """What a gate would read; None where none is needed.
 
     Raises:

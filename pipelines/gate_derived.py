@@ -14,9 +14,10 @@ from lifelong_moe.methods.retraining import RetrainConfig, Retraining
 from lifelong_moe.retraining.checks import Verdict
 from lifelong_moe.retraining.config import GateConfig
 from lifelong_moe.retraining.gate import unharmed
-from lifelong_moe.stages.runs import EvaluationStore
+from lifelong_moe.stages.evaluations import EvaluationStore
+from lifelong_moe.stages.head import RunHead
 from lifelong_moe.stages.store import CommittedStage, StageStore
-from lifelong_moe.stages.versions import Head, Version
+from lifelong_moe.stages.versions import Version
 from pipelines.candidates import served_stages, stage_models
 from pipelines.gating import kinds_of_text
 from pipelines.kept_text import remembered_by, wait_for_text
@@ -24,7 +25,7 @@ from pipelines.places import ROOT
 from pipelines.workspace import read_data
 
 
-def served_measurements(head: Head, version: Version, store: StageStore, without: str | None = None) -> Measurements:
+def served_measurements(head: RunHead, version: Version, store: StageStore, without: str | None = None) -> Measurements:
     """Of a version's distributions, by the run's own configuration and the batches that it kept.
 
     Raises:
@@ -32,15 +33,15 @@ def served_measurements(head: Head, version: Version, store: StageStore, without
             that of one distribution aside.
         TryAgainError: If held-out text that was not kept cannot be had now.
     """
-    base: Any = OmegaConf.create(head["config"])
-    retraining = Retraining(RetrainConfig(base=""), base, head["run"])
+    base: Any = OmegaConf.create(head.config)
+    retraining = Retraining(RetrainConfig(base=""), base, head.run)
     config = retraining.config(*served_stages(version, store))
-    known = remembered_by(head, head["config"], version, store)
+    known = remembered_by(head, head.config, version, store)
     data, models = read_data(config, None, known), stage_models(store, config.trainer)
     wait_for_text(data)
     served = Measurements(config, data, EvaluationStore(ROOT), models)
     if not served.measurable(without):
-        raise ConfigError(f"no text of run {head['run']} is left to measure on")
+        raise ConfigError(f"no text of run {head.run} is left to measure on")
     return served
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,15 +12,15 @@ from lifelong_moe.retraining.bounds import DocumentLosses
 from lifelong_moe.retraining.checks import Verdict
 from lifelong_moe.retraining.gate import Evidence, judge
 from lifelong_moe.retraining.power import passing_chances
+from lifelong_moe.stages.head import BestLoss
 from lifelong_moe.stages.store import CommittedStage, StageStore
 from lifelong_moe.stages.versions import Version
 from pipelines.candidates import Candidate, CandidateTrainer, changed_frozen
 
-Best = dict[str, dict[str, Any]]
-"""By distribution: the key of the stage with the lowest loss ever on its held-out text, the text's hash, the loss."""
 
-
-def gate(trainer: CandidateTrainer, candidate: Candidate, stage: CommittedStage, best: Best) -> Verdict:
+def gate(
+    trainer: CandidateTrainer, candidate: Candidate, stage: CommittedStage, best: Mapping[str, BestLoss]
+) -> Verdict:
     """Measure and judge.
 
     Args:
@@ -34,8 +34,8 @@ def gate(trainer: CandidateTrainer, candidate: Candidate, stage: CommittedStage,
     peers = {}
     for name in old:
         known = best.get(name)
-        same = known is not None and known["heldout"] == candidate.data.records[name].heldout_hash
-        peers[name] = trainer.store.find(known["key"]) if known is not None and same else None
+        same = known is not None and known.heldout == candidate.data.records[name].heldout_hash
+        peers[name] = trainer.store.find(known.key) if known is not None and same else None
     with trainer.console.status(f"{stage.name}: at the gate"):
         # One model after the other, for each is loaded once.
         after = {name: losses(stage.key, name) for name in (new, *old)}
@@ -67,7 +67,7 @@ def kinds_of_text(version: Version, store: StageStore) -> dict[str, str]:
     return kinds
 
 
-def best_so_far(trainer: CandidateTrainer, candidate: Candidate, best: Best) -> Best:
+def best_so_far(trainer: CandidateTrainer, candidate: Candidate, best: Mapping[str, BestLoss]) -> dict[str, BestLoss]:
     """The lowest loss of each old distribution since the stage that learned it, that stage and the champion included.
 
     A stage that is not in the store any more is left out, and that is said.
@@ -93,14 +93,16 @@ def best_so_far(trainer: CandidateTrainer, candidate: Candidate, best: Best) -> 
     return found
 
 
-def with_best(measurements: Measurements, stage: CommittedStage, best: Best, names: Iterable[str]) -> Best:
+def with_best(
+    measurements: Measurements, stage: CommittedStage, best: Mapping[str, BestLoss], names: Iterable[str]
+) -> dict[str, BestLoss]:
     """The lowest loss ever of each of these distributions, this stage included."""
     found = dict(best)
     for name in names:
         heldout = measurements.data.records[name].heldout_hash
         nats = measurements.losses(stage.key, name).nats_per_token
-        if name not in found or found[name]["heldout"] != heldout or nats < found[name]["nats"]:
-            found[name] = {"key": stage.key, "heldout": heldout, "nats": nats}
+        if name not in found or found[name].heldout != heldout or nats < found[name].nats:
+            found[name] = BestLoss(key=stage.key, heldout=heldout, nats=nats)
     return found
 
 

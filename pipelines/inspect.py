@@ -30,6 +30,7 @@ from lifelong_moe.evaluation.routed_text import html_page, route_text
 from lifelong_moe.evaluation.specialization_figures import inspection_figures
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.architecture import Architecture
+from lifelong_moe.stages.head import RunHead
 from lifelong_moe.stages.runs import RunRecord, require_head
 from lifelong_moe.stages.store import CommittedStage, StageStore
 from lifelong_moe.storage.files import write_atomic
@@ -87,7 +88,7 @@ def on_heldout(
 ) -> dict[str, Any]:
     """Measure what the experts specialize in on the run's held-out text, and keep it with the run."""
     head, record = require_head(ROOT, run), RunRecord(ROOT, run)
-    config = build_config(OmegaConf.create(head["config"]), is_stored=True)
+    config = build_config(OmegaConf.create(head.config), is_stored=True)
     with console.status("reading held-out text") as status:
         windows, tokenizer = _heldout_windows(head, config, committed, tokens)
         if missing := [name for name in config.evaluated if name not in windows]:
@@ -106,7 +107,7 @@ def on_heldout(
 
 def _keep(
     record: RunRecord,
-    head: Mapping[str, Any],
+    head: RunHead,
     config: RunConfig,
     result: dict[str, Any],
     tokens: int,
@@ -118,7 +119,7 @@ def _keep(
     """
     path, folder = record.path / "inspection.json", record.path / "inspection"
     tracker = Tracker.connect(tracking_of(head), ROOT)
-    run_id = head["mlflow"].get("run")
+    run_id = head.mlflow.run
     result["mlflow_run"] = run_id if run_id and tracker.run_exists(run_id) else None
     text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
     copy = record.path / f"inspection-{result['stage']}-{tokens}.json"
@@ -133,7 +134,7 @@ def _keep(
     if not known:
         tracker.log_text(result["mlflow_run"], text, f"inspection/{result['stage']}/inspection.json")
     if not plotted:
-        tracker.log_metrics(result["mlflow_run"], _rows(result, tokens, head["stages"].index(result["key"])))
+        tracker.log_metrics(result["mlflow_run"], _rows(result, tokens, head.stages.index(result["key"])))
     if tracker.problem and config.tracking.enabled:
         console.print(f"[yellow]{tracker.problem}[/yellow]")
     write_atomic(copy, text)
@@ -156,10 +157,10 @@ def _rows(result: Mapping[str, Any], tokens: int, step: int) -> list[Row]:
 
 
 def _heldout_windows(
-    head: Mapping[str, Any], config: RunConfig, committed: CommittedStage, tokens: int
+    head: RunHead, config: RunConfig, committed: CommittedStage, tokens: int
 ) -> tuple[dict[str, EvaluationSet], Tokenizer]:
     """Held-out text of each distribution of a run, as it evaluates it, where it is there or was kept."""
-    run, data = head["run"], read_data(config, known=remembered(head, head["config"]))
+    run, data = head.run, read_data(config, known=remembered(head, head.config))
     if data.tokenizer.hash != committed.config["tokenizer"]["hash"]:
         raise ConfigError(
             f"run {run}: text or tokenizer has changed since stage {committed.name} was trained, so the tokens mean "

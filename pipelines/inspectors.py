@@ -21,9 +21,9 @@ from lifelong_moe.data.tokenizer import Tokenizer
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.plan.architecture import Architecture
 from lifelong_moe.stages.lineage import lineage_rows, work_under_way
-from lifelong_moe.stages.runs import RunRecord, require_head, require_stage
+from lifelong_moe.stages.runs import RunRecord, require_head
 from lifelong_moe.stages.store import CommittedStage, StageStore
-from lifelong_moe.stages.versions import champion, describe
+from lifelong_moe.stages.versions import describe
 from lifelong_moe.storage.keys import SHORT
 from pipelines import render
 from pipelines.places import ROOT
@@ -39,8 +39,8 @@ HELDOUT_TOKENS = 8192
 def status(run: str, console: Console) -> dict[str, Any]:
     """Stages committed, under way, and to do."""
     head, store = require_head(ROOT, run), StageStore(ROOT)
-    stages = []
-    for name, key in zip(head["names"], head["plan"], strict=True):
+    stages: list[dict[str, Any]] = []
+    for name, key in zip(head.names, head.plan, strict=True):
         stage = store.find(key)
         steps = None if stage else work_under_way(ROOT / "work" / key[:SHORT])
         state = "committed" if stage else ("to do" if steps is None else "under way")
@@ -52,14 +52,14 @@ def status(run: str, console: Console) -> dict[str, Any]:
         step = "" if row["checkpoint_step"] is None else f"step {row['checkpoint_step']}"
         table.add_row(row["name"], row["key"][:SHORT], row["state"], step)
     show(console, table)
-    result: dict[str, Any] = {"run": run, "method": head["method"], "stages": stages}
-    if head.get("versions"):
-        now, tick = champion(head), head.get("last_tick")
+    result: dict[str, Any] = {"run": run, "method": head.method, "stages": stages}
+    if head.versions:
+        now, tick = head.champion, head.last_tick
         console.print(describe(now), highlight=False)
         result["champion"] = {"version": now.id, "stage": now.stages[-1].name, "key": now.key, "since": now.at}
-        result["last_tick_at"] = tick["at"] if tick else None
+        result["last_tick_at"] = tick.at if tick else None
         if tick:
-            console.print(f"last tick {tick['at']}: {tick['outcome']}: {tick['reason']}", highlight=False)
+            console.print(f"last tick {tick.at}: {tick.outcome}: {tick.reason}", highlight=False)
     return result
 
 
@@ -78,7 +78,7 @@ def report(runs: list[str], console: Console) -> list[dict[str, Any]]:
 
 def lineage(run: str, console: Console) -> list[dict[str, Any]]:
     """Which stage, on which data, bore which experts, with hashes."""
-    rows = lineage_rows(StageStore(ROOT), require_head(ROOT, run)["stages"])
+    rows = lineage_rows(StageStore(ROOT), require_head(ROOT, run).stages)
     table = Table(title=f"lineage of {run}", title_justify="left")
     for header in ("stage", "parent", "trained on", "bore experts", "weights SHA-256"):
         table.add_column(header)
@@ -94,7 +94,7 @@ def lineage(run: str, console: Console) -> list[dict[str, Any]]:
 
 def open_stage(run: str, stage: str | None) -> tuple[StageStore, CommittedStage]:
     """A committed stage of a run by name; the last one by default."""
-    key, store = require_stage(require_head(ROOT, run), stage), StageStore(ROOT)
+    key, store = require_head(ROOT, run).require_stage(stage), StageStore(ROOT)
     return store, store.get(key)
 
 

@@ -7,14 +7,15 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from lifelong_moe.data.prepare import PreparedData
-from lifelong_moe.data.records import Remembered, TextRecord
+from lifelong_moe.data.records import Remembered
 from lifelong_moe.errors import TryAgainError
+from lifelong_moe.stages.head import RunHead
 from lifelong_moe.stages.store import StageStore
-from lifelong_moe.stages.versions import Head, Version
+from lifelong_moe.stages.versions import Version
 from pipelines.remembering import keep_texts, remembered
 
 
-def remembered_by(head: Head, written: Mapping[str, Any], version: Version, store: StageStore) -> Remembered:
+def remembered_by(head: RunHead, written: Mapping[str, Any], version: Version, store: StageStore) -> Remembered:
     """What stands in place of text that is gone, of a version's batches too.
 
     Args:
@@ -23,21 +24,21 @@ def remembered_by(head: Head, written: Mapping[str, Any], version: Version, stor
         version: Whose batches count.
         store: Says which text its stages read: a batch may have been split otherwise since.
     """
-    base, texts = remembered(head, written), head.get("texts", {})
+    base = remembered(head, written)
     records = {
         stage.data: record
         for stage in version.stages
-        if stage.batch is not None and stage.data in texts
-        for record in [TextRecord.from_json(texts[stage.data])]
-        if record.split_hash == store.get(stage.key).split.get(stage.data)
+        if stage.batch is not None
+        and (record := head.texts.get(stage.data)) is not None
+        and record.split_hash == store.get(stage.key).split.get(stage.data)
     }
     return dataclasses.replace(base, records={**base.records, **records})
 
 
-def note_texts(head: Head, written: Mapping[str, Any], data: PreparedData, keep: bool) -> None:
-    """Let a head say of all text what must be known once it is gone; arguments as for
+def with_texts(head: RunHead, written: Mapping[str, Any], data: PreparedData, keep: bool) -> RunHead:
+    """A head that says of all text what must be known once it is gone; arguments as for
     :func:`pipelines.remembering.keep_texts`. What it says of batches that do not serve stays."""
-    head["texts"] = {**head.get("texts", {}), **keep_texts(head, written, data, keep)}
+    return dataclasses.replace(head, texts={**head.texts, **keep_texts(head, written, data, keep)})
 
 
 def wait_for_text(data: PreparedData, uses: Collection[str] = ()) -> None:

@@ -49,9 +49,9 @@ def plan(config_path: str, overrides: list[str], console: Console) -> dict[str, 
         advice.append(f"how near new text is to {names} cannot be told: that text is gone.")
     for sentence in advice:
         console.print(f"· {sentence}", highlight=False)
-    if head is not None and head["plan"][: len(rows)] != [row["key"] for row in rows][: len(head["plan"])]:
+    if head is not None and any(row["key"] != old for row, old in zip(rows, head.plan, strict=False)):
         console.print(
-            f"[yellow]run={head['run']} exists with other stages; running needs run=NAME or --replace."
+            f"[yellow]run={head.run} exists with other stages; running needs run=NAME or --replace."
             f"{further_training(head, prepared.plan, store)}[/yellow]"
         )
     return {

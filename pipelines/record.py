@@ -12,7 +12,8 @@ from lifelong_moe.evaluation import figures
 from lifelong_moe.evaluation.loss import Evaluation
 from lifelong_moe.methods.plan import PlannedStage, chain
 from lifelong_moe.plan.architecture import Architecture
-from lifelong_moe.stages.runs import RunRecord
+from lifelong_moe.stages.head import MlflowState
+from lifelong_moe.stages.runs import OpenRun
 from lifelong_moe.stages.store import CommittedStage
 from lifelong_moe.tracking.store import local_id
 from lifelong_moe.tracking.tracker import Tracker
@@ -29,9 +30,7 @@ class MlflowRecord:
     Args:
         tracker: MLflow, or nothing.
         prepared: The run.
-        head: Its ``mlflow`` holds the ids of ``run`` and ``stages``, the summaries ``logged`` of each stage, and the
-            ``content`` that was recorded to the end.
-        record: Where the head is kept.
+        opened: Its head says what MLflow was told.
         content: Names all that there is to record: stages and evaluations.
         parent_run: MLflow run that the run is shown under, such as a comparison's.
     """
@@ -40,39 +39,42 @@ class MlflowRecord:
         self,
         tracker: Tracker,
         prepared: Prepared,
-        head: dict[str, Any],
-        record: RunRecord,
+        opened: OpenRun,
         content: str,
         parent_run: str | None = None,
     ) -> None:
-        self.tracker, self.prepared, self.head, self.record, self.content = tracker, prepared, head, record, content
-        self.ids: dict[str, Any] = head["mlflow"]
-        self.ids |= {"run": None, "stages": {}, "logged": {}} | self.ids
+        self.tracker, self.prepared, self.opened, self.content = tracker, prepared, opened, content
         self._open: str | None = None
         self._told = tracker.problem  # by whoever connected
-        complete = self.ids.get("content") == content
-        self.active = tracker.active and not (complete and tracker.run_exists(self.ids["run"]))
+        known = self.told.run if self.told.content == content else None
+        self.active = tracker.active and not (known and tracker.run_exists(known))
         if self.active:
             self._start(parent_run)
+
+    @property
+    def told(self) -> MlflowState:
+        """What MLflow knows of the run by now."""
+        return self.opened.head.mlflow
+
+    def _tell(self, **changes: Any) -> None:
+        self.opened.save(self.opened.head.with_mlflow(**changes))
 
     def _start(self, parent_run: str | None) -> None:
         config = self.prepared.config
         params = run_params(self.prepared)
         tags = {"lifelong.run": config.run, "lifelong.kind": "run", "lifelong.method": config.method.value}
-        known = self.ids["run"] = self.ids["run"] or local_id()
-        self.record.set_head(self.head)  # beforehand: whoever kills us now, the run is found again
+        known = self.told.run or local_id()
+        self._tell(run=known)  # beforehand: whoever kills us now, the run is found again
         run_id = self.tracker.start_run(config.run, run_id=known, parent_id=parent_run, params=params, tags=tags)
         if run_id is None:
             return
-        if run_id != known:
-            self.ids |= {"run": run_id, "stages": {}, "logged": {}}
-        for old in self.ids.pop("replaced", []):
+        for old in self.told.replaced:
             self.tracker.replaced(old, run_id)
-        self.record.set_head(self.head)
+        self._tell(replaced=(), **({"run": run_id, "stages": {}, "logged": {}} if run_id != known else {}))
         self.tracker.log_text(run_id, config_yaml(self.prepared.whole), CONFIG)
         for name, record in self.prepared.data.records.items():
             context = "training" if name in {s.data for s in config.stages} else "evaluation"
-            self._dataset(self.ids["run"], name, record.train_hash, context)
+            self._dataset(run_id, name, record.train_hash, context)
 
     def _dataset(self, run_id: str | None, name: str, digest: str, context: str) -> None:
         record = self.prepared.data.records[name]
@@ -96,13 +98,13 @@ class MlflowRecord:
         tags = {"lifelong.run": self.prepared.config.run, "lifelong.kind": "stage", "lifelong.stage_key": planned.key}
         params = stage_params(planned)
         name = f"{self.prepared.config.run} · {planned.depth} {spec.name}"
-        known = self.ids["stages"].setdefault(planned.key, local_id())
-        self.record.set_head(self.head)
-        run_id = self.tracker.start_run(name, run_id=known, parent_id=self.ids["run"], params=params, tags=tags)
+        known = self.told.stages.get(planned.key) or local_id()
+        self._tell(stages={**self.told.stages, planned.key: known})
+        run_id = self.tracker.start_run(name, run_id=known, parent_id=self.told.run, params=params, tags=tags)
         if run_id is None:
             return None
-        self.ids["stages"][planned.key] = self._open = run_id
-        self.record.set_head(self.head)
+        self._open = run_id
+        self._tell(stages={**self.told.stages, planned.key: run_id})
         contexts = dict.fromkeys(spec.learns, "training")  # all of a joint stage's
         for context, names in (("replay", spec.reads), ("fisher", spec.fisher_data)):  # generated text reads nothing
             for distribution in names:
@@ -122,14 +124,8 @@ class MlflowRecord:
             return
         if self._open is None:
             self.stage_begins(planned)
-        run_id = self.ids["stages"].get(planned.key)
-        logged = self.ids["logged"].setdefault(planned.key, {})
-        rows = [row for row in summary_rows(report, planned.depth) if logged.get(row[0]) != row[1]]
-        self.tracker.log_metrics(self.ids["run"], rows)
-        self.tracker.log_metrics(run_id, rows)
-        if self.tracker.active:
-            logged |= {key: value for key, value, _ in rows}
-            self.record.set_head(self.head)
+        run_id = self.told.stages.get(planned.key)
+        self._summarize(planned, run_id, summary_rows(report, planned.depth))
         self.tracker.set_note(run_id, render.stage_note(report, planned.depth, shared))
         self._figures(run_id, report)
         config = self.prepared.config
@@ -156,16 +152,21 @@ class MlflowRecord:
             return
         if self._open is None:
             self.stage_begins(planned)
-        run_id, data = self.ids["stages"].get(planned.key), planned.spec.data
-        logged = self.ids["logged"].setdefault(planned.key, {})
+        run_id, data = self.told.stages.get(planned.key), planned.spec.data
         losses = {} if own is None else {"nats_per_token": own.nats_per_token, "bits_per_byte": own.bits_per_byte}
-        rows = [(f"from_scratch/{data}/{key}", value, 0) for key, value in losses.items()]
-        rows = [row for row in rows if logged.get(row[0]) != row[1]]
-        for target in (self.ids["run"], run_id):
-            self.tracker.log_metrics(target, rows)
-        logged |= {key: value for key, value, _ in rows}
+        self._summarize(planned, run_id, [(f"from_scratch/{data}/{key}", loss, 0) for key, loss in losses.items()])
         self.tracker.finish(run_id)
         self._open = None
+
+    def _summarize(self, planned: PlannedStage, run_id: str | None, rows: list[Row]) -> None:
+        """Points that neither the parent nor the child has yet, on both."""
+        logged = self.told.logged.get(planned.key, {})
+        new = [row for row in rows if logged.get(row[0]) != row[1]]
+        for target in (self.told.run, run_id):
+            self.tracker.log_metrics(target, new)
+        if self.tracker.active:
+            now = {**logged, **{key: value for key, value, _ in new}}
+            self._tell(logged={**self.told.logged, planned.key: now})
 
     def _figures(self, run_id: str | None, report: dict[str, Any]) -> None:
         stages, distributions = [s["name"] for s in report["stages"]], report["distributions"]
@@ -192,15 +193,14 @@ class MlflowRecord:
     def run_done(self, report: dict[str, Any], console: Console) -> None:
         """The parent's note, figures and final numbers."""
         if self.active:
-            self._figures(self.ids["run"], report)
-            self.tracker.set_note(self.ids["run"], render.run_note(report))
-            self.tracker.log_text(self.ids["run"], render.report_json(report), "report.json")
-            self.tracker.finish(self.ids["run"])
-            self.ids["content"] = self.content if self.tracker.active else None
-            self.record.set_head(self.head)
+            self._figures(self.told.run, report)
+            self.tracker.set_note(self.told.run, render.run_note(report))
+            self.tracker.log_text(self.told.run, render.report_json(report), "report.json")
+            self.tracker.finish(self.told.run)
+            self._tell(content=self.content if self.tracker.active else None)
         if self.active or self.tracker.connected:  # the spool was told when it was new
-            show_champion(self.head, self.tracker)
-        if self.ids["run"] and (link := self.tracker.ui_url([self.ids["run"]])):
+            show_champion(self.opened.head, self.tracker)
+        if self.told.run and (link := self.tracker.ui_url([self.told.run])):
             console.print(f"MLflow: {link}  (start it with: lifelong-moe ui)")
         elif self.tracker.problem != self._told:
             console.print(f"[yellow]{self.tracker.problem}[/yellow]")
@@ -208,7 +208,7 @@ class MlflowRecord:
     def ended_by(self, error: BaseException) -> None:
         """Close what is open; continuing takes it up again."""
         if self.active:
-            for run_id in (self._open, self.ids["run"]):
+            for run_id in (self._open, self.told.run):
                 if run_id is not None:
                     self.tracker.finish(run_id, error)
 

@@ -143,7 +143,8 @@ class ComparisonRecord:
     def _log(self, found: dict[str, Any], figures: Mapping[str, Figure], mlflow: dict[str, Any]) -> None:
         """Numbers on each arm's run, pictures and tables on the parent."""
         for run in (run for arm in found["arms"] for run in arm["runs"] if run["status"] == "committed"):
-            run_id = (RunRecord(ROOT, run["run"]).head() or {"mlflow": {}})["mlflow"].get("run")
+            head = RunRecord(ROOT, run["run"]).head()
+            run_id = head.mlflow.run if head else None
             numbers = {f"compare/{key}": float(value) for key, value in run["numbers"].items() if value is not None}
             logged = mlflow["logged"].get(run["run"], {})
             old = logged if logged.get("id") == run_id else {}
@@ -166,7 +167,7 @@ class ComparisonRecord:
         self.tracker.finish(self.parent, error)
         console.print(f"Comparison: {self.path / 'comparison.md'}, comparison.json and figures/", highlight=False)
         heads = [RunRecord(ROOT, job.run).head() for job in self.jobs]
-        ids = [head["mlflow"]["run"] for head in heads if head and head["mlflow"].get("run")]
+        ids = [head.mlflow.run for head in heads if head and head.mlflow.run]
         if self.parent and (link := self.tracker.ui_url(ids or [self.parent])):
             console.print(f"MLflow: {link}  (start it with: lifelong-moe ui)")
             console.print("Unfold the comparison there (the + before its name), and its arms are in the charts.")

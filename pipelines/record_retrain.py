@@ -12,7 +12,7 @@ from lifelong_moe.config.load import whole_config
 from lifelong_moe.data.documents import Corpus
 from lifelong_moe.methods.retraining import RetrainConfig
 from lifelong_moe.retraining.checks import Verdict
-from lifelong_moe.stages.runs import RunRecord
+from lifelong_moe.stages.runs import OpenRun
 from lifelong_moe.stages.store import CommittedStage
 from lifelong_moe.tracking.store import local_id
 from lifelong_moe.tracking.tracker import Tracker
@@ -31,42 +31,44 @@ class TickRecord:
 
     Args:
         tracker: MLflow, or nothing.
-        head: The run's; ``mlflow.ticks`` keeps the id by batch.
-        record: Where the head is kept.
+        opened: The run; its head keeps the id by batch.
     """
 
-    def __init__(self, tracker: Tracker, head: dict[str, Any], record: RunRecord) -> None:
-        self.tracker, self.head, self.record = tracker, head, record
+    def __init__(self, tracker: Tracker, opened: OpenRun) -> None:
+        self.tracker, self.opened = tracker, opened
         self.run_id: str | None = None
 
     @property
     def model(self) -> str:
         """Name of the registered model."""
-        return f"lifelong-moe.{self.record.run}"
+        return f"lifelong-moe.{self.opened.head.run}"
 
     def begin(self, name: str, batch: str, corpus: Corpus, settings: RetrainConfig) -> None:
         """Open the run, or take it up again."""
         if not self.tracker.active:
             return
-        ticks = self.head["mlflow"].setdefault("ticks", {})
-        known = ticks.setdefault(batch, local_id())
-        self.record.set_head(self.head)  # beforehand: whoever kills us now, the run is found again
-        tags = {"lifelong.run": self.record.run, "lifelong.kind": "tick", "lifelong.batch": batch}
+        run, told = self.opened.head.run, self.opened.head.mlflow
+        known = told.ticks.get(batch) or local_id()
+        self._tell(batch, known)  # beforehand: whoever kills us now, the run is found again
+        tags = {"lifelong.run": run, "lifelong.kind": "tick", "lifelong.batch": batch}
         params = {section: dataclasses.asdict(getattr(settings, section)) for section in SHOWN}
         self.run_id = self.tracker.start_run(
-            f"{self.record.run} · {name}",
+            f"{run} · {name}",
             run_id=known,
-            parent_id=self.head["mlflow"].get("run"),
+            parent_id=told.run,
             params=params,
             tags=tags,
         )
-        ticks[batch] = self.run_id or known
-        self.record.set_head(self.head)
+        self._tell(batch, self.run_id or known)
         profile = {"documents": len(corpus.train) + len(corpus.heldout), "held_out": len(corpus.heldout)}
         profile["near_copies"] = len(corpus.near_copies)
         self.tracker.log_dataset(
             self.run_id, name=name, digest=corpus.train_hash[:32], context="training", source="inbox", profile=profile
         )
+
+    def _tell(self, batch: str, run_id: str) -> None:
+        head = self.opened.head
+        self.opened.save(head.with_mlflow(ticks={**head.mlflow.ticks, batch: run_id}))
 
     def curves(self, points: list[Row]) -> None:
         """Training curves of the candidate."""
@@ -90,7 +92,7 @@ class TickRecord:
 
     def candidate(self, stage: CommittedStage, facts: Mapping[str, Any]) -> None:
         """Register the candidate, whatever becomes of it."""
-        tags = {"stage_key": stage.key, "stage": stage.name, "run": self.record.run, "data": facts["data"]}
+        tags = {"stage_key": stage.key, "stage": stage.name, "run": self.opened.head.run, "data": facts["data"]}
         tags |= {"parent_key": str(stage.config["parent"]), "weights_sha256": stage.weights_hash}
         self.tracker.register_version(
             self.model, stage.path, run_id=self.run_id, tags=tags, description="at the gate", alias="candidate"
@@ -112,7 +114,7 @@ class TickRecord:
         self.tracker.set_note(self.run_id, render_retrain.note(outcome, facts, verdict))
         self.tracker.log_text(self.run_id, json.dumps(outcome, indent=1, ensure_ascii=False), "outcome.json")
         self.tracker.finish(self.run_id)
-        show_champion(self.head, self.tracker)
+        show_champion(self.opened.head, self.tracker)
 
     def ended_by(self, error: BaseException) -> None:
         """Close what is open; the next tick takes it up again."""

@@ -7,16 +7,14 @@ once, or by way of the spool; ticks, runs and ``sync`` set right whatever they f
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Any
 
 from omegaconf import OmegaConf
 from rich.console import Console
 
 from lifelong_moe.config.sections import section
 from lifelong_moe.errors import LifelongError, LockedError
+from lifelong_moe.stages.head import RunHead
 from lifelong_moe.stages.runs import RunRecord, require_head
-from lifelong_moe.stages.versions import versions
 from lifelong_moe.storage.keys import SHORT
 from lifelong_moe.storage.locks import locked
 from lifelong_moe.tracking.config import TrackingConfig
@@ -25,19 +23,19 @@ from lifelong_moe.tracking.tracker import Tracker
 from pipelines.places import ROOT
 
 
-def tracking_of(head: Mapping[str, Any]) -> TrackingConfig:
+def tracking_of(head: RunHead) -> TrackingConfig:
     """Where a run is recorded, by its own configuration.
 
     Raises:
         ConfigError: If that refers to something that is not there any more, such as a variable of the environment.
     """
-    config = section(TrackingConfig, OmegaConf.create(head["config"]).get("tracking"), "tracking")
+    config = section(TrackingConfig, OmegaConf.create(head.config).get("tracking"), "tracking")
     if config.uri is not None and "***" in config.uri:  # the head does not hold what was there
         config.uri = with_credentials(config.uri, ROOT)
     return config
 
 
-def show_champion(head: Mapping[str, Any], tracker: Tracker) -> str | None:
+def show_champion(head: RunHead, tracker: Tracker) -> str | None:
     """Let the alias show the stage that serves, which is registered first if MLflow does not know it.
 
     Args:
@@ -49,30 +47,28 @@ def show_champion(head: Mapping[str, Any], tracker: Tracker) -> str | None:
         stages still to do.
     """
     known = _runs(head)
-    if not known or not tracker.active or not set(head["plan"]) <= set(head["stages"]):
+    if not known or not tracker.active or not head.is_finished:
         return None
-    key, model = head["plan"][-1], f"lifelong-moe.{head['run']}"
+    key, model = head.plan[-1], f"lifelong-moe.{head.run}"
     run_id = next((run for run in known if tracker.run_exists(run)), None)
     manifest = next((ROOT / "stages").glob(f"*-{key[:SHORT]}/manifest.json"), None)
     if run_id is None or manifest is None:
         missing = "MLflow has no record of the run" if run_id is None else f"stage {key[:SHORT]} is not in the store"
         return f"MLflow's alias champion of {model} is left alone: {missing}."
     weights = json.loads(manifest.read_text(encoding="utf-8"))["files"]["model.safetensors"]["sha256"]
-    tags = {"stage_key": key, "stage": head["names"][-1], "run": head["run"], "weights_sha256": weights}
+    tags = {"stage_key": key, "stage": head.names[-1], "run": head.run, "weights_sha256": weights}
     number = tracker.register_version(model, manifest.parent, run_id=run_id, tags=tags, alias="champion")
     return tracker.problem if number is None else None
 
 
-def _runs(head: Mapping[str, Any]) -> list[str]:
+def _runs(head: RunHead) -> list[str]:
     """MLflow's runs that could have made the stage that serves, the likeliest first."""
-    mlflow, found = head.get("mlflow", {}), versions(head)
-    batch = found[head["champion"]].stages[-1].batch if found else None
-    ticks = mlflow.get("ticks", {})
-    ids = [mlflow.get("stages", {}).get(head["plan"][-1]), ticks.get(batch), mlflow.get("run"), *ticks.values()]
+    told, batch = head.mlflow, head.champion.stages[-1].batch if head.versions else None
+    ids = [told.stages.get(head.plan[-1]), told.ticks.get(batch or ""), told.run, *told.ticks.values()]
     return [run for run in dict.fromkeys(ids) if run]
 
 
-def follow_champion(head: Mapping[str, Any], console: Console) -> None:
+def follow_champion(head: RunHead, console: Console) -> None:
     """After another version serves: let the alias follow, and say so. Nothing that is wrong there undoes it."""
     if not _runs(head):
         return

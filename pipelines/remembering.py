@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lifelong_moe.data.records import HeldoutStore, Remembered, TextRecord
+from lifelong_moe.stages.head import RunHead
 from lifelong_moe.stages.store import StageStore
 from pipelines.places import ROOT
 
@@ -14,24 +15,24 @@ if TYPE_CHECKING:
     from lifelong_moe.data.prepare import PreparedData
 
 
-def remembered(head: Mapping[str, Any], written: Mapping[str, Any]) -> Remembered:
+def remembered(head: RunHead | None, written: Mapping[str, Any]) -> Remembered:
     """What a run knows of its text without reading it.
 
     Args:
-        head: Of the run; empty if there is none yet.
+        head: Of the run; None if there is none yet.
         written: The configuration now. What is said of a distribution there must be what was said when it was read.
     """
-    now, then = (config.get("distributions") for config in (written, head.get("config", {})))
-    if not isinstance(now, Mapping) or not isinstance(then, Mapping):  # an interpolation
+    before: Mapping[str, Any] = head.config if head is not None else {}
+    now, then = (config.get("distributions") for config in (written, before))
+    if head is None or not isinstance(now, Mapping) or not isinstance(then, Mapping):  # an interpolation
         return Remembered()
-    known = {name: TextRecord.from_json(record) for name, record in head.get("texts", {}).items()}
-    records = {name: record for name, record in known.items() if name in now and now[name] == then.get(name)}
+    records = {name: record for name, record in head.texts.items() if name in now and now[name] == then.get(name)}
 
     def tokenizer() -> str | None:
-        if _tokenizer_file(written) != _tokenizer_file(head.get("config", {})):
+        if _tokenizer_file(written) != _tokenizer_file(before):
             return None  # stage keys do not say which file it was
         store = StageStore(ROOT)
-        first = store.find(head["plan"][0]) if head.get("plan") else None
+        first = store.find(head.plan[0]) if head.plan else None
         return None if first is None else store.tokenizer(first)
 
     return Remembered(records, HeldoutStore(ROOT), tokenizer)
@@ -42,11 +43,13 @@ def _tokenizer_file(config: Mapping[str, Any]) -> Any:
     return section.get("file") if isinstance(section, Mapping) else section
 
 
-def keep_texts(head: Mapping[str, Any], written: Mapping[str, Any], data: PreparedData, keep: bool) -> dict[str, Any]:
+def keep_texts(
+    head: RunHead | None, written: Mapping[str, Any], data: PreparedData, keep: bool
+) -> dict[str, TextRecord]:
     """What a head says of text from now on; held-out documents are kept now.
 
     Args:
-        head: As it was.
+        head: As it was; None if there is none yet.
         written: The configuration now.
         data: As read for it.
         keep: See ``evaluate.keep_heldout``.
@@ -56,4 +59,4 @@ def keep_texts(head: Mapping[str, Any], written: Mapping[str, Any], data: Prepar
     for name, record in now.items():
         kept = store.add(data.heldout_documents[name]) if keep and name in data.heldout_documents else None
         now[name] = replace(record, kept=kept)
-    return {name: record.to_json() for name, record in {**before, **now}.items()}
+    return {**before, **now}

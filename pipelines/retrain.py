@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ from lifelong_moe.errors import ConfigError
 from lifelong_moe.methods.retraining import load_retraining
 from lifelong_moe.retraining.bounds import LEAST_SOURCES
 from lifelong_moe.retraining.decision import Action
+from lifelong_moe.stages.head import RunHead
 from lifelong_moe.stages.runs import RunRecord, latest_timestamp, require_head, timestamp
 from lifelong_moe.stages.store import CommittedStage, StageStore
 from lifelong_moe.stages.versions import Action as StageAction
-from lifelong_moe.stages.versions import Head, VersionStage, champion, dated_until, promoted, versions
+from lifelong_moe.stages.versions import VersionStage
 from lifelong_moe.storage.locks import locked
 from lifelong_moe.tracking.tracker import Tracker
 from lifelong_moe.training.interrupt import Interrupt, handling_sigterm
@@ -32,7 +34,7 @@ from pipelines import render_retrain
 from pipelines.candidates import CandidateTrainer, batch_files, stage_models
 from pipelines.drop import with_versions
 from pipelines.gating import best_so_far, gate, with_best
-from pipelines.kept_text import note_texts
+from pipelines.kept_text import with_texts
 from pipelines.novelty import NewDocuments, new_documents, read_texts
 from pipelines.places import ROOT, remove_abandoned
 from pipelines.plan_file import read_plan, refuse_idle_plan
@@ -96,7 +98,7 @@ def retrain(
 def _tick(tick: Tick, interrupt: Interrupt, dry_run: bool, plan_path: str | None) -> dict[str, Any]:
     with tick.console.status("looking at the inbox"):
         texts = read_texts(tick.config, tick.known)
-        new = new_documents(tick.retraining.settings.inbox, texts, tick.head.get("batches", {}), tick.batches)
+        new = new_documents(tick.retraining.settings.inbox, texts, tick.head.batches, tick.batches)
     if new.known:
         tick.console.print(f"{new.known:,} documents in the inbox were seen before, or repeat others", highlight=False)
     copies = f"{new.near_copies:,} documents in the inbox are near copies of text seen before"
@@ -105,8 +107,8 @@ def _tick(tick: Tick, interrupt: Interrupt, dry_run: bool, plan_path: str | None
     if not new.documents:
         refuse_idle_plan(plan_path, "nothing is new")
         return _idle(tick, "nothing new has arrived" + (f"; {copies}" if new.near_copies else ""))
-    believed = dated_until(tick.head, latest_timestamp())
-    for version in versions(tick.head):
+    believed = tick.head.versions_until(latest_timestamp())
+    for version in tick.head.versions:
         if version not in believed:
             tick.console.print(
                 f"Version {version.id} is dated {version.at}, which is in the future: a clock was ahead. It counts "
@@ -122,7 +124,7 @@ def _tick(tick: Tick, interrupt: Interrupt, dry_run: bool, plan_path: str | None
             _show_champion(tick)
             return tick.end("waiting", _reason(before), batch=before["batch"], data=before["data"])
     trainer = _candidate_trainer(tick, new, texts, interrupt)
-    mlflow = TickRecord(Tracker.connect(tick.config.tracking, ROOT), tick.head, tick.record)
+    mlflow = TickRecord(Tracker.connect(tick.config.tracking, ROOT), tick)
     try:
         mlflow.begin(new.name, new.hash, trainer.texts.corpora[new.name], tick.retraining.settings)
         if plan_path is None:
@@ -166,7 +168,7 @@ def _waiting(tick: Tick, new: NewDocuments) -> str | None:
         return f"{len(new.documents)} new documents are of {sources} source(s); {2 * LEAST_SOURCES} are needed"
     tokens = tick.count_tokens(new.documents)
     oldest = timestamp(time.time() - 86400 * trigger.max_days) if trigger.max_days is not None else ""
-    newest = max((version.at for version in dated_until(tick.head, latest_timestamp())), default="")
+    newest = max((version.at for version in tick.head.versions_until(latest_timestamp())), default="")
     if tokens >= trigger.min_tokens or newest < oldest:
         return None
     return f"{tokens:,} new tokens are waiting; trigger.min_tokens={trigger.min_tokens:,}"
@@ -178,7 +180,7 @@ def _candidate_trainer(tick: Tick, new: NewDocuments, texts: Texts, interrupt: I
     Raises:
         ConfigError: If a distribution's text is another now.
     """
-    now = champion(tick.head)
+    now = tick.head.champion
     for stage in now.stages:
         known = tick.store.get(stage.key).split.get(stage.data)
         corpus = texts.corpora.get(stage.data)
@@ -217,36 +219,37 @@ def _carry_out(
         stage = trainer.train(plan.candidate, mlflow.curves, mlflow.run_id)
         tick.trained(stage)
         mlflow.candidate(stage, plan.facts)
-        best = best_so_far(trainer, plan.candidate, tick.head.get("best", {}))
+        best = best_so_far(trainer, plan.candidate, tick.head.best)
         judged = gate(trainer, plan.candidate, stage, best)
         render_retrain.verdict(tick.console, judged)
         mlflow.judged(judged)
         outcome = "promoted" if judged.passed else "waiting" if judged.is_open else "rejected"
         reason = (judged.checks[0].sentence if judged.passed else judged.reasons[0]).rstrip(".")
         about["candidate"], measured = stage.key, plan.candidate.measurements
-        tick.head["best"] = with_best(measured, stage, best, measured.measurable()) if judged.passed else best
+        best = with_best(measured, stage, best, measured.measurable()) if judged.passed else best
+        tick.head = replace(tick.head, best=best)
     if outcome in ("skipped", "promoted", "rejected"):
         tick.settle(new, outcome, reason)
     elif outcome == "waiting":
-        tick.head["waiting"] = new.hash
+        tick.head = replace(tick.head, waiting=new.hash)
         if judged is not None:
             plan.postpone(tick.record, f"{reason}.")
     if outcome == "promoted":
         assert stage is not None and plan.candidate is not None
         kept = plan.candidate.config.evaluate.keep_heldout
-        note_texts(tick.head, written_config(tick.retraining.base), plan.candidate.data, kept)
-        tick.head |= _promotion(tick, stage, new, plan, reason)
+        tick.head = with_texts(tick.head, written_config(tick.retraining.base), plan.candidate.data, kept)
+        tick.head = _promotion(tick, stage, new, plan, reason)
     result = tick.end(outcome, reason, **about)
     mlflow.done(result, plan.facts, judged)
     return result
 
 
-def _promotion(tick: Tick, stage: CommittedStage, new: NewDocuments, plan: TickPlan, reason: str) -> Head:
+def _promotion(tick: Tick, stage: CommittedStage, new: NewDocuments, plan: TickPlan, reason: str) -> RunHead:
     """The head with the candidate serving."""
     action: StageAction = "grow" if plan.action == Action.grow else "continue"
     split = split_of(tick.retraining)
     added = VersionStage(
         name=stage.name, key=stage.key, data=new.name, action=action, batch=new.hash, sources=new.sources, **split
     )
-    chain = (*champion(tick.head).stages, added)
-    return promoted(tick.head, "promoted", chain, reason, timestamp())
+    chain = (*tick.head.champion.stages, added)
+    return tick.head.promoted("promoted", chain, reason, timestamp())

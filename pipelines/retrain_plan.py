@@ -14,8 +14,8 @@ from lifelong_moe.methods.graph import stage_specs
 from lifelong_moe.methods.retraining import Retraining
 from lifelong_moe.retraining.decision import Action, Decision, decide
 from lifelong_moe.retraining.drift import Drift
+from lifelong_moe.stages.head import RunHead
 from lifelong_moe.stages.runs import RunRecord, latest_timestamp, timestamp
-from lifelong_moe.stages.versions import dated_until
 from lifelong_moe.storage.files import write_atomic
 from lifelong_moe.storage.keys import SHORT, content_key
 from pipelines.candidates import Candidate, CandidateTrainer
@@ -62,7 +62,7 @@ class TickPlan:
         self.write(record)
 
 
-def make_plan(trainer: CandidateTrainer, new: NewDocuments, head: dict[str, Any]) -> TickPlan:
+def make_plan(trainer: CandidateTrainer, new: NewDocuments, head: RunHead) -> TickPlan:
     """Measure drift, probe what is worth a probe, and decide.
 
     Args:
@@ -226,10 +226,10 @@ def _facts(
     }
 
 
-def _exceeded(trainer: CandidateTrainer, stage: dict[str, Any], head: dict[str, Any], probes: int) -> list[str]:
+def _exceeded(trainer: CandidateTrainer, stage: dict[str, Any], head: RunHead, probes: int) -> list[str]:
     limits = trainer.retraining.settings.limits
     week = timestamp(time.time() - 7 * 86400)
-    lately = sum(v.kind == "promoted" and v.at > week for v in dated_until(head, latest_timestamp()))
+    lately = sum(v.kind == "promoted" and v.at > week for v in head.versions_until(latest_timestamp()))
     needed = {**spent(stage, probes), "disk_bytes": stage["disk_bytes"], "promotions_per_week": lately + 1}
     found = {key: (value, getattr(limits, key)) for key, value in needed.items()}
     return [

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from lifelong_moe.errors import CorruptError
 from lifelong_moe.stages.runs import RunRecord, require_head
-from lifelong_moe.stages.versions import Version, champion, describe, rolled_back
+from lifelong_moe.stages.versions import Version, describe
 from lifelong_moe.storage.keys import SHORT
 from lifelong_moe.storage.locks import locked
 from pipelines.places import ROOT
@@ -32,8 +32,8 @@ def rollback(run: str, to: int | None, console: Console) -> dict[str, Any]:
     record = RunRecord(ROOT, run)
     with locked(record.lock_path, f"run {run}"):
         head = require_head(ROOT, run)
-        was, after = champion(head), rolled_back(head, to)
-        now = champion(after)
+        was, after = head.champion, head.rolled_back(to)
+        now = after.champion
         _require_stages(now)
         if now != was:
             record.log("rollback", champion=now.id, was=was.id, key=now.key)

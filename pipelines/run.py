@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from rich.console import Console
 
 from lifelong_moe.config.load import load_config
 from lifelong_moe.data.prepare import PreparedData
-from lifelong_moe.errors import ConfigError, TryAgainError
+from lifelong_moe.errors import TryAgainError
 from lifelong_moe.evaluation.loss import Evaluation
 from lifelong_moe.evaluation.measurements import Measurements
 from lifelong_moe.evaluation.report import build_report
@@ -21,9 +22,9 @@ from lifelong_moe.methods.graph import RECIPES
 from lifelong_moe.methods.plan import PlannedStage, chain
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.architecture import Architecture
-from lifelong_moe.stages.runs import EvaluationStore, RunRecord
+from lifelong_moe.stages.evaluations import EvaluationStore
+from lifelong_moe.stages.runs import OpenRun, RunRecord
 from lifelong_moe.stages.store import CommittedStage, StageStore
-from lifelong_moe.stages.versions import champion, describe
 from lifelong_moe.storage.keys import SHORT, content_key
 from lifelong_moe.storage.locks import locked
 from lifelong_moe.tracking.tracker import Tracker
@@ -33,9 +34,10 @@ from lifelong_moe.training.interrupt import Interrupt, handling_sigterm
 from lifelong_moe.training.phase import StageEnvironment, build_trainer
 from lifelong_moe.training.stage import clear_abandoned, initial_model, load_model, train_stage
 from pipelines import render
+from pipelines.opening import open_run
 from pipelines.places import remove_abandoned
 from pipelines.record import MlflowRecord
-from pipelines.workspace import ROOT, Prepared, further_training, keep_texts, prepare, require_room
+from pipelines.workspace import ROOT, Prepared, prepare, require_room
 
 log = logging.getLogger(__name__)
 
@@ -73,8 +75,8 @@ def run(
         record, store = RunRecord(ROOT, prepared.config.run), StageStore(ROOT)
         require_room([planned for planned in prepared.plan if store.find(planned.key) is None], prepared.config)
         with locked(record.lock_path, f"run {record.run}"):
-            head = _open_head(record, prepared, replace)
-            report, trained = _run_stages(prepared, store, record, head, interrupt, console, parent_run)
+            opened = open_run(record, prepared, replace)
+            report, trained = _run_stages(prepared, store, opened, interrupt, console, parent_run)
     render.report(console, [report])
     if not trained:
         console.print(f"Nothing to train: all {len(prepared.plan)} stages of {record.run} are committed.")
@@ -84,8 +86,7 @@ def run(
 def _run_stages(
     prepared: Prepared,
     store: StageStore,
-    record: RunRecord,
-    head: dict[str, Any],
+    opened: OpenRun,
     interrupt: Interrupt,
     console: Console,
     parent_run: str | None,
@@ -102,7 +103,7 @@ def _run_stages(
     measurements = Measurements(config, prepared.data, EvaluationStore(ROOT), partial(_model, prepared, store))
     distributions = measurements.known([_init_key(prepared), *keys])
     content = content_key([keys, [measurements.key(name) for name in distributions]])
-    mlflow = MlflowRecord(tracker, prepared, head, record, content, parent_run)
+    mlflow = MlflowRecord(tracker, prepared, opened, content, parent_run)
     committed: dict[int, CommittedStage] = {}
     rows: list[dict[str, Any]] = []
     evaluations: list[dict[str, Evaluation]] = []
@@ -114,16 +115,16 @@ def _run_stages(
             init = measurements.evaluations(_init_key(prepared), distributions)
         for planned in prepared.plan:
             stage = store.find(planned.key)
-            shared = stage is not None and planned.key not in head["trained"]
+            shared = stage is not None and planned.key not in opened.head.trained
             if stage is None:
                 require_room([planned], config)
-                with _claimed(planned.key, head, record, interrupt):
+                with _claimed(planned.key, opened, interrupt):
                     stage = _train(planned, committed, prepared, mlflow, store, interrupt, console)
                 trained += 1
             clear_abandoned(ROOT / "work" / planned.key[:SHORT])
             committed[planned.index] = stage
             if planned.index == 0:
-                _fit_first(stage, prepared, store, record, head)
+                _fit_first(stage, prepared, store, opened)
             with console.status(f"{planned.spec.name}: evaluating"):
                 measured = measurements.evaluations(planned.key, distributions)
             render.stage_line(console, planned, stage, shared, measured)
@@ -131,7 +132,7 @@ def _run_stages(
                 if planned.spec.data in measured:
                     from_scratch[planned.spec.data] = _scratch_row(planned, measured[planned.spec.data])
                 mlflow.beside_done(planned, measured.get(planned.spec.data))
-                _note_commit(record, head, planned)
+                _note_commit(opened, planned)
                 continue
             evaluations.append(measured)
             rows.append(_stage_row(planned, stage, shared))
@@ -147,8 +148,8 @@ def _run_stages(
                 births=stage_births(stage, prepared.plan),
                 from_scratch=from_scratch,
             )
-            record.set_report(report)
-            _note_commit(record, head, planned)
+            opened.record.set_report(report)
+            _note_commit(opened, planned)
             mlflow.stage_done(planned, stage, report, shared)
         mlflow.run_done(report, console)
     except BaseException as error:
@@ -158,17 +159,15 @@ def _run_stages(
 
 
 @contextmanager
-def _claimed(key: str, head: dict[str, Any], record: RunRecord, interrupt: Interrupt) -> Iterator[None]:
+def _claimed(key: str, opened: OpenRun, interrupt: Interrupt) -> Iterator[None]:
     """Say beforehand who trains a stage: if we are killed right after its commit, it still is this run's."""
-    if key not in head["trained"]:
-        head["trained"].append(key)
-        record.set_head(head)
+    if key not in opened.head.trained:
+        opened.save(opened.head.with_trained(key))
     try:
         yield
     except TryAgainError:
         if not interrupt.requested:  # another run is at it
-            head["trained"].remove(key)
-            record.set_head(head)
+            opened.save(opened.head.without_trained(key))
         raise
 
 
@@ -198,9 +197,7 @@ def _train(
     return train_stage(spec, planned.key, planned.depth, parent, data.corpora, data.tokenizer, data.recipe, environment)
 
 
-def _fit_first(
-    stage: CommittedStage, prepared: Prepared, store: StageStore, record: RunRecord, head: dict[str, Any]
-) -> None:
+def _fit_first(stage: CommittedStage, prepared: Prepared, store: StageStore, opened: OpenRun) -> None:
     """Fit what tells the first stage's text from later text, if a later stage needs it: while the text is there.
 
     A stage that is added one day counts as well, where there is text enough: nobody knows what will be there then.
@@ -216,8 +213,8 @@ def _fit_first(
         if needs_first_centroids(one_day) and has_text and sum(t.train.num_documents for t in texts if t) >= clusters:
             routing = one_day
     if routing is not None:
-        head["centroids"] = first_centroids(store, stage, routing, prepared.data.corpora).key
-        record.set_head(head)
+        fitted = first_centroids(store, stage, routing, prepared.data.corpora)
+        opened.save(dataclasses.replace(opened.head, centroids=fitted.key))
 
 
 def _model(prepared: Prepared, store: StageStore, key: str) -> LanguageModel:
@@ -274,72 +271,8 @@ def _stage_row(planned: PlannedStage, stage: CommittedStage, shared: bool) -> di
     }
 
 
-def _open_head(record: RunRecord, prepared: Prepared, replace: bool) -> dict[str, Any]:
-    """Begin or continue a run; a name whose stages would change is refused."""
-    keys, names = [p.key for p in prepared.plan], [p.spec.name for p in prepared.plan]
-    records = prepared.data.records
-    data = {name: records[name].train_hash for planned in prepared.plan for name in planned.spec.uses}
-    head = record.head()
-    if head is not None and head.get("champion") and not replace:
-        raise ConfigError(_moved_on(head))
-    if head is not None and not replace:
-        known = min(len(keys), len(head["plan"]))
-        if head["plan"][:known] != keys[:known]:
-            remedy = further_training(head, prepared.plan, StageStore(ROOT))
-            raise ConfigError(_changed(prepared, head, names, keys, data) + remedy)
-    texts = keep_texts(head or {}, prepared.raw, prepared.data, prepared.config.evaluate.keep_heldout)
-    if head is None or replace:
-        trained = head["trained"] if head else []
-        before = head["mlflow"] if head else {}
-        replaced = [run for run in (before.get("run"), *before.get("stages", {}).values()) if run]
-        mlflow = {"replaced": [*before.get("replaced", []), *replaced]} if replaced else {}
-        head = {"run": record.run, "stages": [], "trained": trained, "mlflow": mlflow}
-    head |= {
-        "method": prepared.config.method.value,
-        "seed": prepared.config.seed,
-        "config": prepared.raw,
-        "plan": keys,
-        "names": names,
-        "data": data,
-        "stages": [key for key in head["stages"] if key in keys],
-        "tokenizer": prepared.data.tokenizer.hash,
-        "texts": texts,
-    }
-    record.set_head(head)
-    return head
-
-
-def _changed(prepared: Prepared, head: dict[str, Any], names: list[str], keys: list[str], data: dict[str, str]) -> str:
-    """Which training text is another one, with both hashes; else the first stage that would be another one."""
-    run, before = prepared.config.run, head.get("data", {})
-    other = [name for name in data if data[name] != before.get(name, data[name])]
-    if other:
-        texts = ", ".join(f"{name} was {before[name][:SHORT]} and is {data[name][:SHORT]}" for name in other)
-        left = {name: number for name in other if (number := len(prepared.data.records[name].left_out))}
-        copies = "".join(f" {left[name]:,} near copies of held-out text are left out of {name}." for name in left)
-        return (
-            f"run={run} exists with other training text: {texts} (SHA-256).{copies} Choose run=NAME, or --replace to "
-            f"let this name refer to the new stages."
-        )
-    first = next(i for i, (old, new) in enumerate(zip(head["plan"], keys, strict=False)) if old != new)
-    return (
-        f"run={run} exists with another configuration or other data: stage {first} ({names[first]}) was "
-        f"{head['plan'][first][:SHORT]} and would be {keys[first][:SHORT]}. Choose run=NAME, or --replace to let this "
-        f"name refer to the new stages."
-    )
-
-
-def _moved_on(head: dict[str, Any]) -> str:
-    now = champion(head)
-    return (
-        f"run={head['run']} was moved on at {now.at}: {describe(now)} serves, which this configuration does not know. "
-        f"Go on with lifelong-moe retrain, or choose run=NAME; --replace starts over and forgets the versions."
-    )
-
-
-def _note_commit(record: RunRecord, head: dict[str, Any], planned: PlannedStage) -> None:
+def _note_commit(opened: OpenRun, planned: PlannedStage) -> None:
     """The ledger, then the head: a crash in between only repeats what is idempotent."""
-    if planned.key not in head["stages"]:
-        record.log("stage", name=planned.spec.name, key=planned.key)
-        head["stages"].append(planned.key)
-    record.set_head(head)
+    if planned.key not in opened.head.stages:
+        opened.record.log("stage", name=planned.spec.name, key=planned.key)
+        opened.save(opened.head.with_committed(planned.key))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from rich.console import Console
@@ -18,9 +19,9 @@ from lifelong_moe.errors import ConfigError, LifelongError, as_ours, one_line
 from lifelong_moe.methods.retraining import Retraining
 from lifelong_moe.retraining.config import HELDOUT_SOURCES
 from lifelong_moe.stages.batch_text import read_heads, removable_texts, remove_batch_text
-from lifelong_moe.stages.runs import RunRecord, require_head, timestamp
+from lifelong_moe.stages.head import LastTick, RunHead, SettledBatch
+from lifelong_moe.stages.runs import OpenRun, RunRecord, require_head, timestamp
 from lifelong_moe.stages.store import CommittedStage, StageStore
-from lifelong_moe.stages.versions import Head, champion, versions
 from pipelines import hooks, render_retrain
 from pipelines.candidates import served_stages
 from pipelines.kept_text import remembered_by
@@ -28,30 +29,29 @@ from pipelines.novelty import NewDocuments, arrived
 from pipelines.places import CACHE, ROOT
 
 
-class Tick:
+class Tick(OpenRun):
     """What one tick works with, and how it ends."""
 
-    def __init__(self, retraining: Retraining, record: RunRecord, head: Head, console: Console) -> None:
-        self.retraining, self.record, self.head, self.console = retraining, record, head, console
+    def __init__(self, retraining: Retraining, record: RunRecord, head: RunHead, console: Console) -> None:
+        super().__init__(record, head)
+        self.retraining, self.console = retraining, console
         self.store, self.batches = StageStore(ROOT), BatchStore(ROOT)
-        self.base, self.added = served_stages(champion(head), self.store)
+        self.base, self.added = served_stages(head.champion, self.store)
         self.config = retraining.config(self.base, self.added)
-        self.known = remembered_by(head, written_config(retraining.base), champion(head), self.store)
+        self.known = remembered_by(head, written_config(retraining.base), head.champion, self.store)
 
     def end(self, outcome: str, reason: str, **fields: Any) -> dict[str, Any]:
         """Note the outcome in ledger and head, tell the hooks, and return it."""
-        now = champion(self.head)
+        now = self.head.champion
         serves = {"version": now.id, "stage": now.stages[-1].name, "key": now.key}
         result = {"outcome": outcome, "reason": reason, "champion": serves, **fields}
-        last = {"outcome": outcome, "reason": reason, "batch": fields.get("batch")}
-        before = self.head.get("last_tick", {})
+        last = LastTick(at=timestamp(), outcome=outcome, reason=reason, batch=fields.get("batch"))
         # A batch that waits for a higher limit, or for more of its kind, is told of once, not every night.
-        again = outcome in ("over budget", "waiting") and last == {key: before.get(key) for key in last}
+        again = outcome in ("over budget", "waiting") and last.repeats(self.head.last_tick)
         if not again:
             self.record.log("tick", **result)
-        result |= {"run": self.record.run, "at": timestamp()}
-        self.head["last_tick"] = {"at": result["at"], **last}
-        self.record.set_head(self.head)
+        result |= {"run": self.record.run, "at": last.at}
+        self.save(replace(self.head, last_tick=last))
         render_retrain.outcome(self.console, result)
         if outcome != "idle" and not again:
             hooks.tell(self.retraining.settings.hooks, result)
@@ -60,32 +60,31 @@ class Tick:
     def open_batch(self, batch: str) -> None:
         """Say that a batch's text is about to be written: whoever kills us, the next tick knows that it is there, and
         other runs that look at the same batch leave it alone."""
-        self.head["open"] = [*(one for one in self.head.get("open", []) if one != batch), batch]
-        self.record.set_head({**require_head(ROOT, self.record.run), "open": self.head["open"]})
+        opened = (*(one for one in self.head.open if one != batch), batch)
+        self.head = replace(self.head, open=opened)
+        self.record.set_head(replace(require_head(ROOT, self.record.run), open=opened))
 
     def remove_text(self, *, working: bool = False) -> None:
         """Remove the text of batches that ``inbox.keep_text`` lets go."""
         keep = self.retraining.settings.inbox.keep_text
-        self.head.pop("keep_text", None)
+        self.head = replace(self.head, keep_text=keep)
         if keep == KeepText.always:
-            if not working and "open" in (head := require_head(ROOT, self.record.run)):
-                self.record.set_head({name: value for name, value in head.items() if name != "open"})
+            if not working and (head := require_head(ROOT, self.record.run)).open:
+                self.record.set_head(replace(head, open=()))
             return
-        self.head["keep_text"] = keep.value
         try:
             heads = read_heads(ROOT)  # as they are on disk, not what a tick that fails had in mind
         except LifelongError as error:  # what another run needs is not known, and this tick is no worse for it
             self.console.print(f"inbox.keep_text={keep}: nothing is removed. {error}", highlight=False, markup=False)
             return
-        head = heads[self.record.run]
-        head["keep_text"] = keep.value
+        head = heads[self.record.run] = replace(heads[self.record.run], keep_text=keep)
         goes = removable_texts(heads, [self.record.run], working=working)
         if freed := sum(remove_batch_text(ROOT, CACHE, batch, head) for batch in goes):
             self.console.print(f"inbox.keep_text={keep}: {freed / 1e6:.1f} MB of text removed", highlight=False)
-        left = [batch for batch in head.get("open", []) if self.batches.copies(batch)]
-        if left != head.get("open", []):
-            self.head["open"] = head["open"] = left
-            self.record.set_head(head)
+        left = tuple(batch for batch in head.open if self.batches.copies(batch))
+        if left != head.open:
+            self.head = replace(self.head, open=left)
+            self.record.set_head(replace(head, open=left))
 
     def fail(self, error: BaseException) -> None:
         """Note a failure in ledger and head as they were committed, and tell the hooks.
@@ -98,15 +97,15 @@ class Tick:
         if code != ConfigError.exit_code:
             with suppress(OSError, LifelongError):  # on a full disk the error that filled it is the one to tell
                 self.record.log("tick", **failure, exit_code=code)
-                last = {"at": timestamp(), "outcome": "failed", "reason": reason}
-                self.record.set_head({**require_head(ROOT, self.record.run), "last_tick": last})
+                last = LastTick(at=timestamp(), outcome="failed", reason=reason)
+                self.record.set_head(replace(require_head(ROOT, self.record.run), last_tick=last))
         hooks.tell(self.retraining.settings.hooks, {**failure, "run": self.record.run, "at": timestamp()})
 
     def count_tokens(self, documents: Sequence[Document]) -> int:
         """Tokens of documents, as the champion reads them."""
         if not documents:
             return 0
-        tokenizer = Tokenizer.from_text(self.store.tokenizer(self.store.get(champion(self.head).key)))
+        tokenizer = Tokenizer.from_text(self.store.tokenizer(self.store.get(self.head.champion.key)))
         return tokenize_documents(documents, tokenizer).num_tokens
 
     def trained(self, stage: CommittedStage) -> None:
@@ -120,18 +119,16 @@ class Tick:
         Raises:
             ConfigError: If no batch, or more than one, begins so, but those that the champion has learned.
         """
-        batches = self.head.get("batches", {})
-        served = {stage.batch for stage in champion(self.head).stages}
+        batches = self.head.batches
+        served = {stage.batch for stage in self.head.champion.stages}
         closed = {key: batch for key, batch in batches.items() if key not in served}
-        found = [key for key, batch in closed.items() if prefix in (batch["name"], key[: len(prefix)])]
+        found = [key for key, batch in closed.items() if prefix in (batch.name, key[: len(prefix)])]
         if len(found) != 1:
-            known = ", ".join(f"{b['name']} ({b['outcome']})" for b in closed.values()) or "none"
+            known = ", ".join(f"{b.name} ({b.outcome})" for b in closed.values()) or "none"
             raise ConfigError(f"--reopen {prefix}: names {len(found)} batches; those that can be reopened: {known}.")
         self._require_arrived(found[0], prefix)
-        self.head["versions"] = [version.to_json() for version in versions(self.head)]  # with the splits noted there
-        self.head["batches"] = {key: batch for key, batch in batches.items() if key != found[0]}
-        self.record.log("reopen", batch=found[0], name=closed[found[0]]["name"])
-        self.record.set_head(self.head)
+        self.record.log("reopen", batch=found[0], name=closed[found[0]].name)
+        self.save(replace(self.head, batches={key: batch for key, batch in batches.items() if key != found[0]}))
 
     def _require_arrived(self, batch: str, prefix: str) -> None:
         """Text that was removed can only be looked at again where it has arrived again.
@@ -139,22 +136,27 @@ class Tick:
         Raises:
             ConfigError: If it has not.
         """
-        known = self.head["batches"][batch]
-        if self.batches.has_text(batch, known.get("sources")):
+        known = self.head.batches[batch]
+        if self.batches.has_text(batch, known.sources):
             return
-        documents = {digest for digest, _ in self.batches.identities(batch, known.get("sources"))}
+        documents = {digest for digest, _ in self.batches.identities(batch, known.sources)}
         if missing := documents - arrived(self.retraining.settings.inbox):
             raise ConfigError(
-                f"--reopen {prefix}: the text of {known['name']} was removed (inbox.keep_text), and {len(missing):,} "
+                f"--reopen {prefix}: the text of {known.name} was removed (inbox.keep_text), and {len(missing):,} "
                 f"of its {len(documents):,} documents are not in the inbox. Put its files there again."
             )
 
     def settle(self, new: NewDocuments, outcome: str, reason: str) -> None:
         """A decision about a batch: its documents are not looked at again."""
-        settled: dict[str, Any] = {"name": new.name, "outcome": outcome, "reason": reason, "at": timestamp()}
-        settled |= {**split_of(self.retraining), "sources": new.sources}
-        self.head.pop("waiting", None)
-        self.head["batches"] = {**self.head.get("batches", {}), new.hash: settled}
+        settled = SettledBatch(
+            name=new.name,
+            outcome=outcome,
+            reason=reason,
+            at=timestamp(),
+            sources=new.sources,
+            **split_of(self.retraining),
+        )
+        self.head = replace(self.head, waiting=None, batches={**self.head.batches, new.hash: settled})
 
 
 def split_of(retraining: Retraining) -> dict[str, Any]:

@@ -9,10 +9,11 @@ from rich.console import Console
 from lifelong_moe.config.load import build_config
 from lifelong_moe.data.batches import BatchStore
 from lifelong_moe.data.prepare import read_texts
-from lifelong_moe.data.records import DIGITS, HeldoutStore, TextRecord
+from lifelong_moe.data.records import DIGITS, HeldoutStore
 from lifelong_moe.errors import ConfigError
+from lifelong_moe.stages.head import RunHead
 from lifelong_moe.stages.runs import require_head
-from lifelong_moe.stages.store import StageStore
+from lifelong_moe.stages.store import CommittedStage, StageStore
 from lifelong_moe.stages.trace import readers, trace_expert
 from lifelong_moe.storage.keys import SHORT
 from pipelines.novelty import batch_source
@@ -25,9 +26,9 @@ LEAST_DIGITS = 8
 def expert(run: str, name: str, console: Console) -> dict[str, Any]:
     """Which stage and which text made an expert, and who has held its tensors since."""
     head, store = require_head(ROOT, run), StageStore(ROOT)
-    if not head["stages"]:
+    if not head.stages:
         raise ConfigError(f"run {run} has no committed stage yet.")
-    found = trace_expert(store.chain(head["stages"][-1]), name)
+    found = trace_expert(store.chain(head.stages[-1]), name)
     born = found["born"]
     texts = ", ".join(f"{name} {digest[:12]}" for name, digest in born["data"].items())
     console.print(
@@ -72,23 +73,23 @@ def document(run: str, digest: str, console: Console) -> dict[str, Any]:
     return {"document": digest, "held_by": holders, "stages": rows}
 
 
-def _holders(head: dict[str, Any], digest: str) -> tuple[list[dict[str, Any]], list[str]]:
+def _holders(head: RunHead, digest: str) -> tuple[list[dict[str, Any]], list[str]]:
     """Distributions of the run, and batches that it looked at, with the document, and those that are gone; text is read
     again."""
     from omegaconf import OmegaConf
 
-    config, batches = build_config(OmegaConf.create(head["config"]), is_stored=True), BatchStore(ROOT)
+    config, batches = build_config(OmegaConf.create(head.config), is_stored=True), BatchStore(ROOT)
     sources = {name: config.distributions[name] for name in config.evaluated}
     found: list[dict[str, Any]] = []
     for batch in batches.holding(digest):
-        if (known := head.get("batches", {}).get(batch)) is None:
+        if (settled := head.batches.get(batch)) is None:
             continue
-        if not batches.has_text(batch, known.get("sources")):
-            found += _removed_holders(head, known, batches.identities(batch, known.get("sources")), digest)
+        if not batches.has_text(batch, settled.sources):
+            found += _removed_holders(head, settled.name, batches.identities(batch, settled.sources), digest)
         else:
-            split = known["heldout_fraction"], known.get("heldout_sources", 1)
-            sources[known["name"]] = batch_source(str(batches.path(batch, known.get("sources"))), *split)
-    known = remembered(head, head["config"])
+            split = settled.heldout_fraction, settled.heldout_sources
+            sources[settled.name] = batch_source(str(batches.path(batch, settled.sources)), *split)
+    known = remembered(head, head.config)
     texts = read_texts(sources, [], CACHE, known)
     for name, heldout in texts.heldout.items():
         corpus = texts.corpora.get(name)
@@ -104,12 +105,9 @@ def _holders(head: dict[str, Any], digest: str) -> tuple[list[dict[str, Any]], l
     return found, list(texts.gone)
 
 
-def _removed_holders(
-    head: dict[str, Any], known: dict[str, Any], identities: set[tuple[str, str]], digest: str
-) -> list[dict[str, Any]]:
+def _removed_holders(head: RunHead, name: str, identities: set[tuple[str, str]], digest: str) -> list[dict[str, Any]]:
     """The same of a batch whose text was removed; ``part`` is "unknown" where nothing says more of it."""
-    record = head.get("texts", {}).get(known["name"])
-    learned = TextRecord.from_json(record) if record is not None else None
+    learned = head.texts.get(name)
     held = set()
     if learned is not None and learned.kept is not None:
         held = {document.hash for document in HeldoutStore(ROOT).documents(learned.kept)}
@@ -119,11 +117,11 @@ def _removed_holders(
         if learned is not None and found[:DIGITS] in learned.left_out:
             part = "near copy"
         hashes = {"train_hash": learned.train_hash, "split_hash": learned.split_hash} if learned is not None else {}
-        rows.append({"distribution": known["name"], "part": part, "document": found, **hashes})
+        rows.append({"distribution": name, "part": part, "document": found, **hashes})
     return rows
 
 
-def _stages(head: dict[str, Any], store: StageStore) -> list[Any]:
+def _stages(head: RunHead, store: StageStore) -> list[CommittedStage]:
     """Every committed stage of every version, each once, oldest first."""
-    keys = [stage["key"] for version in head.get("versions", []) for stage in version["stages"]]
-    return [store.get(key) for key in dict.fromkeys([*keys, *head["stages"]])]
+    keys = [stage.key for version in head.versions for stage in version.stages]
+    return [store.get(key) for key in dict.fromkeys([*keys, *head.stages])]

@@ -14,7 +14,6 @@ from lifelong_moe.data.documents import Document
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.retraining.decision import Action
 from lifelong_moe.stages.runs import latest_timestamp, timestamp
-from lifelong_moe.stages.versions import champion
 from pipelines.novelty import NewDocuments
 from pipelines.plan_file import read_plan
 from pipelines.retrain_plan import plan_path, settings_hash
@@ -28,7 +27,7 @@ def waits_still(tick: Tick, new: NewDocuments) -> dict[str, Any] | None:
     """
     if (made := _made_of(tick, new.hash)) is not None and made.get("sources") == new.sources:
         return made if _waits(made) else None
-    before = tick.head.get("waiting")
+    before = tick.head.waiting
     facts = None if before is None else _made_of(tick, before)
     if before is None or facts is None or not _waits(facts):
         return None
@@ -52,7 +51,7 @@ def _made_of(tick: Tick, batch: str) -> dict[str, Any] | None:
     facts = None
     with suppress(ConfigError):  # there is none, or none that can be read: it is made again
         facts = read_plan(plan_path(tick.record, batch))
-    now = champion(tick.head).key, batch, settings_hash(tick.retraining)
+    now = tick.head.champion.key, batch, settings_hash(tick.retraining)
     return facts if facts and (facts["champion"]["key"], facts["batch"], facts["settings"]) == now else None
 
 

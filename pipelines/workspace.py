@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,19 +20,19 @@ from lifelong_moe.methods.plan import PlannedStage, check_clusters, plan_stages,
 from lifelong_moe.plan.disk import require_space, run_need, used_space
 from lifelong_moe.plan.spec import SCHEMA
 from lifelong_moe.routing.registry import build_router
+from lifelong_moe.stages.head import RunHead
 from lifelong_moe.stages.runs import RunRecord, require_head
 from lifelong_moe.stages.store import StageStore
 from lifelong_moe.storage.keys import SHORT, canonical_json
 from lifelong_moe.training.config import TrainerConfig
 from lifelong_moe.training.first_centroids import find_centroids, needs_first_centroids
 from pipelines.places import CACHE, ROOT
-from pipelines.remembering import keep_texts, remembered
+from pipelines.remembering import remembered
 
 __all__ = [
     "CACHE",
     "ROOT",
     "Prepared",
-    "keep_texts",
     "prepare",
     "read_data",
     "recorded_trainer",
@@ -70,7 +70,7 @@ def prepare(config_path: str, overrides: list[str], memory: dict[str, PreparedDa
     raw = read_config(config_path, overrides)
     config = build_config(raw)
     build_router(config.routing, width=config.model.width, layer=0)  # one of the user's own is found, or not, now
-    head, written = RunRecord(ROOT, config.run).head() or {}, written_config(raw)
+    head, written = RunRecord(ROOT, config.run).head(), written_config(raw)
     data = read_data(config, memory, remembered(head, written))
     plan = plan_stages(config, data.train_hashes(), data.tokenizer_identity(), data.tokenizer.bos_id)
     check_clusters(plan, {name: record.documents for name, record in data.records.items()})
@@ -85,13 +85,13 @@ def left_behind(config_path: str, raw: DictConfig) -> list[str]:
     return [f"routing.mode={mode} does without {keys} of {config_path}; docs/systems.md"] if gone else []
 
 
-def require_text(plan: Sequence[PlannedStage], data: PreparedData, head: Mapping[str, Any]) -> None:
+def require_text(plan: Sequence[PlannedStage], data: PreparedData, head: RunHead | None) -> None:
     """Refuse to go on where a stage that is to be trained needs text that is gone.
 
     Args:
         plan: All stages.
         data: What was read for them.
-        head: Of the run; empty if there is none yet.
+        head: Of the run; None if there is none yet.
 
     Raises:
         DataError: Naming the text and the stage; or of the kind that says why the text could not be had.
@@ -103,7 +103,7 @@ def require_text(plan: Sequence[PlannedStage], data: PreparedData, head: Mapping
         needed = [name for name in planned.spec.uses if name in data.gone]
         if not needed or store.find(planned.key) is not None:
             continue
-        name, spec, was = needed[0], planned.spec, dict(enumerate(head.get("plan", []))).get(planned.index)
+        name, spec, was = needed[0], planned.spec, dict(enumerate(head.plan if head else ())).get(planned.index)
         verb = "learns" if name in spec.learns else "replays" if name in spec.reads else "measures old weights on"
         why = "is not committed"
         if was is not None and was != planned.key and store.find(was) is not None:
@@ -125,7 +125,7 @@ def _require_first_text(plan: Sequence[PlannedStage], data: PreparedData, store:
     )
 
 
-def further_training(head: Mapping[str, Any], plan: list[PlannedStage], store: StageStore) -> str:
+def further_training(head: RunHead, plan: list[PlannedStage], store: StageStore) -> str:
     """What else there is to say of a plan that is not the run's: nothing, or how to train a committed stage further.
 
     That is if all that was changed is that it should have more tokens. What an earlier version trained has other keys.
@@ -135,8 +135,8 @@ def further_training(head: Mapping[str, Any], plan: list[PlannedStage], store: S
         plan: What would be trained.
         store: Where the stages are.
     """
-    first = next(i for i, (old, new) in enumerate(zip(head["plan"], plan, strict=False)) if old != new.key)
-    stage, spec = store.find(head["plan"][first]), plan[first].spec
+    first = next(i for i, (old, new) in enumerate(zip(head.plan, plan, strict=False)) if old != new.key)
+    stage, spec = store.find(head.plan[first]), plan[first].spec
     if stage is None:
         return ""
     if stage.config.get("schema") != SCHEMA:
@@ -198,4 +198,4 @@ def require_room(stages: Sequence[PlannedStage], config: RunConfig) -> None:
 
 def recorded_trainer(run: str) -> TrainerConfig:
     """The ``trainer`` section of a run that exists."""
-    return section(TrainerConfig, OmegaConf.create(require_head(ROOT, run)["config"]).get("trainer"), "trainer")
+    return section(TrainerConfig, OmegaConf.create(require_head(ROOT, run).config).get("trainer"), "trainer")

@@ -23,7 +23,7 @@ from lifelong_moe.evaluation.loss import EVALUATION_SCHEMA, Evaluation, evaluate
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.retraining.bounds import DocumentLosses
 from lifelong_moe.retraining.structure import shuffled_text
-from lifelong_moe.stages.runs import EvaluationStore
+from lifelong_moe.stages.evaluations import EvaluationStore
 from lifelong_moe.storage.keys import content_key
 
 Load = Callable[[str], LanguageModel]

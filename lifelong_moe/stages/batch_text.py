@@ -10,36 +10,36 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from lifelong_moe.data.batches import BatchStore
 from lifelong_moe.data.config import KeepText
+from lifelong_moe.data.records import TextRecord
+from lifelong_moe.stages.head import RunHead
 from lifelong_moe.stages.runs import require_head
-from lifelong_moe.stages.versions import Head, versions
 from lifelong_moe.storage.directories import remove_directory
 from lifelong_moe.storage.keys import SHORT
 
 
-def removable(head: Head, *, working: bool = False) -> Iterator[str]:
+def removable(head: RunHead, *, working: bool = False) -> Iterator[str]:
     """Batches whose text a run lets go, there or not.
 
     Args:
         head: Of the run.
         working: Whether a tick may be at work, which needs the batch that it looked at last.
     """
-    keep, settled = KeepText(head.get("keep_text", KeepText.always)), head.get("batches", {})
+    keep = head.keep_text
     if keep == KeepText.always:
         return
-    for batch, known in settled.items():
-        if keep == KeepText.never or (known["outcome"] == "promoted" and known["name"] in head.get("texts", {})):
+    for batch, known in head.batches.items():
+        if keep == KeepText.never or (known.outcome == "promoted" and known.name in head.texts):
             yield batch
-    still_open = [batch for batch in head.get("open", []) if batch not in settled]
+    still_open = [batch for batch in head.open if batch not in head.batches]
     # What waits, or was planned, comes again.
-    needed = [*still_open[-1:], head.get("waiting")] if working or keep == KeepText.until_promoted else []
+    needed = [*still_open[-1:], head.waiting] if working or keep == KeepText.until_promoted else []
     yield from (batch for batch in still_open if batch not in needed)
 
 
-def removable_texts(heads: Mapping[str, Head], of: Iterable[str], *, working: bool = False) -> dict[str, Head]:
+def removable_texts(heads: Mapping[str, RunHead], of: Iterable[str], *, working: bool = False) -> dict[str, RunHead]:
     """Batches whose text some runs let go and no other run keeps, each with the head of one that does.
 
     Args:
@@ -55,13 +55,13 @@ def removable_texts(heads: Mapping[str, Head], of: Iterable[str], *, working: bo
     }
 
 
-def read_heads(root: Path) -> dict[str, Head]:
+def read_heads(root: Path) -> dict[str, RunHead]:
     """The heads of all runs under ``mlruns``."""
     names = sorted(path.parent.name for path in root.glob("runs/*/head.json"))
     return {name: require_head(root, name) for name in names}
 
 
-def remove_batch_text(root: Path, cache: Path, batch: str, head: Head) -> int:
+def remove_batch_text(root: Path, cache: Path, batch: str, head: RunHead) -> int:
     """Remove a batch's text, and the tokens of its training text; returns the bytes of text.
 
     Args:
@@ -72,18 +72,18 @@ def remove_batch_text(root: Path, cache: Path, batch: str, head: Head) -> int:
     """
     freed = BatchStore(root).remove_text(batch)
     for record in _records(head, batch):
-        for path in cache.glob(f"tokens/{record['train_hash'][:SHORT]}-*/"):  # whichever tokenizer made them
+        for path in cache.glob(f"tokens/{record.train_hash[:SHORT]}-*/"):  # whichever tokenizer made them
             remove_directory(path)
     return freed
 
 
-def _keeps(head: Head, batch: str) -> bool:
+def _keeps(head: RunHead, batch: str) -> bool:
     """Whether a run looked at a batch and may read its text again."""
-    knows = batch in head.get("batches", {}) or batch in head.get("open", []) or batch == head.get("waiting")
+    knows = batch in head.batches or batch in head.open or batch == head.waiting
     return knows and batch not in removable(head, working=True)
 
 
-def _records(head: Head, batch: str) -> list[dict[str, Any]]:
+def _records(head: RunHead, batch: str) -> list[TextRecord]:
     """What a head says of the text of a batch that was learned."""
-    names = {stage.data for version in versions(head) for stage in version.stages if stage.batch == batch}
-    return [head["texts"][name] for name in sorted(names) if name in head.get("texts", {})]
+    names = {stage.data for version in head.versions for stage in version.stages if stage.batch == batch}
+    return [head.texts[name] for name in sorted(names) if name in head.texts]

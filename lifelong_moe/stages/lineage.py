@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from lifelong_moe.plan.architecture import Architecture
 from lifelong_moe.stages.store import StageStore
 
 
-def lineage_rows(store: StageStore, keys: list[str]) -> list[dict[str, Any]]:
+def lineage_rows(store: StageStore, keys: Sequence[str]) -> list[dict[str, Any]]:
     """One entry a stage, oldest first.
 
     Args:

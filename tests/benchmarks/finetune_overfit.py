@@ -123,7 +123,7 @@ def config(model: str, trainable: str, dropout: float, seed: int, steps: int) ->
 def measured(name: str) -> dict[str, Any]:
     """Nats per answer token at the best step, on what was trained on and on what was not; and the last one held out."""
     head, store = require_head(Path("mlruns"), name), StageStore(Path("mlruns"))
-    stage = store.get(head["stages"][-1])
+    stage = store.get(head.stages[-1])
     run_config, _ = load_config(f"{name}.yaml")
     data = read_data(run_config)
     model, corpus = load_model(store, stage), data.corpora["pairs"]

@@ -12,9 +12,9 @@ import pytest
 from rich.console import Console
 
 from lifelong_moe.errors import DivergedError
-from lifelong_moe.stages.runs import RunRecord
+from lifelong_moe.stages.head import RunHead
+from lifelong_moe.stages.runs import RunRecord, require_head
 from lifelong_moe.stages.store import StageStore
-from lifelong_moe.stages.versions import champion, rolled_back
 from lifelong_moe.tracking.config import TrackingConfig
 from lifelong_moe.tracking.tracker import Tracker
 from pipelines.cli import app, exit_code
@@ -101,7 +101,7 @@ def lab(grown: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def serving() -> str:
     """Key of the stage that serves."""
-    return champion(head()).key
+    return require_head(Path("mlruns"), "tiny").champion.key
 
 
 def test_promotion_rollback_drop_and_consolidation(lab: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +158,7 @@ def test_what_was_kept_follows_with_the_next_contact(lab: None, contact: str) ->
 
 def untold() -> None:
     """As a kill leaves it between head and MLflow, or an earlier version that never told."""
-    RunRecord(Path("mlruns"), "tiny").set_head(rolled_back(head()))
+    RunRecord(Path("mlruns"), "tiny").set_head(require_head(Path("mlruns"), "tiny").rolled_back())
     assert shown().tags["stage_key"] != serving()
 
 
@@ -195,7 +195,8 @@ def test_an_absent_store_that_nothing_is_kept_for_is_no_failure(lab: None, capsy
 
 def test_credentials_that_the_head_does_not_hold_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     def uri(written: str) -> str | None:
-        return tracking_of({"config": {"tracking": {"uri": written}}}).uri
+        config = {"tracking": {"uri": written}}
+        return tracking_of(RunHead(run="r", method="lifelong", seed=0, config=config, plan=(), names=())).uri
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     assert uri("http://***@host:5000/x") == "http://host:5000/x"

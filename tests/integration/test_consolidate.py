@@ -14,8 +14,8 @@ from rich.console import Console
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.evaluation.measurements import Measurements
 from lifelong_moe.retraining.bounds import DocumentLosses
+from lifelong_moe.stages.runs import require_head
 from lifelong_moe.stages.store import StageStore
-from lifelong_moe.stages.versions import champion
 from lifelong_moe.training.stage import load_model
 from pipelines.consolidate import consolidate
 from pipelines.inspectors import evaluate, generate, inspect
@@ -49,7 +49,7 @@ def lab(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def served() -> list[str]:
-    return [stage.name for stage in champion(head()).stages]
+    return [stage.name for stage in require_head(MLRUNS, "tiny").champion.stages]
 
 
 def test_a_stage_with_fewer_experts_serves_and_can_be_undone() -> None:

@@ -27,9 +27,9 @@ from lifelong_moe.methods.retraining import load_retraining
 from lifelong_moe.retraining.checks import Check, Verdict
 from lifelong_moe.retraining.config import GateConfig
 from lifelong_moe.retraining.decision import Action, Decision, decide
+from lifelong_moe.stages.head import RunHead
 from lifelong_moe.stages.runs import RunRecord, timestamp
 from lifelong_moe.stages.store import StageStore
-from lifelong_moe.stages.versions import champion
 from lifelong_moe.storage.locks import locked
 from lifelong_moe.training.callbacks import StepCheckpoint
 from pipelines import retrain_plan
@@ -38,7 +38,18 @@ from pipelines.cli import exit_code
 from pipelines.drop import drop
 from pipelines.exit_codes import OUTCOMES
 from pipelines.rollback import rollback
-from tests.retrain_lab import TOKENS, arrive, head, ledger, make_base, stages, tick, tick_and_text, write_retraining
+from tests.retrain_lab import (
+    TOKENS,
+    arrive,
+    change_head,
+    head,
+    ledger,
+    make_base,
+    stages,
+    tick,
+    tick_and_text,
+    write_retraining,
+)
 from tests.tiny import VOCABULARIES, fork, kill_self, train
 
 SILENT = Console(quiet=True)
@@ -76,8 +87,8 @@ def test_too_little_waits_and_is_not_forgotten() -> None:
     arrive("sea", "b.jsonl", seed=78, documents=12)
     result = tick("trigger.min_tokens=100_000")
     assert result["outcome"] == "idle" and "new tokens are waiting" in result["reason"]
-    record, long_ago = RunRecord(Path("mlruns"), "tiny"), {**head()["versions"][0], "at": "2020-01-01T00:00:00Z"}
-    record.set_head({**head(), "versions": [long_ago]})
+    long_ago = {**head()["versions"][0], "at": "2020-01-01T00:00:00Z"}
+    change_head(versions=[long_ago])
     assert tick("trigger.min_tokens=100_000", "trigger.max_days=30", dry_run=True)["outcome"] == "planned"
 
 
@@ -352,15 +363,15 @@ def test_promotions_a_week_are_limited(after_growth: Path) -> None:
 
 
 def test_a_clock_that_was_ahead_blocks_no_promotion_and_does_not_lift_the_limit(after_growth: Path) -> None:
-    record, kept = RunRecord(Path("mlruns"), "tiny"), head()["versions"]
-    record.set_head({**head(), "versions": [kept[0], {**kept[1], "at": "2036-01-01T00:00:00Z"}]})
+    kept = head()["versions"]
+    change_head(versions=[kept[0], {**kept[1], "at": "2036-01-01T00:00:00Z"}])
     arrive("code", "more.jsonl", seed=91)
     result, text = tick_and_text("limits.promotions_per_week=1", dry_run=True)
     assert result["outcome"] == "planned"
     assert "Version 1 is dated 2036-01-01T00:00:00Z, which is in the future: a clock was ahead." in text
     # Of two promotions the other one, dated by a clock that is ahead by an hour, still counts.
     soon = timestamp(time.time() + 3600)
-    record.set_head({**head(), "versions": [kept[0], {**kept[1], "at": soon}, {**kept[1], "id": 2, "at": "2036"}]})
+    change_head(versions=[kept[0], {**kept[1], "at": soon}, {**kept[1], "id": 2, "at": "2036"}])
     result = tick("limits.promotions_per_week=1")
     assert (result["outcome"], result["reason"]) == (
         "over budget", "limits.promotions_per_week=1 would be exceeded: 2"
@@ -370,10 +381,10 @@ def test_a_clock_that_was_ahead_blocks_no_promotion_and_does_not_lift_the_limit(
 def test_a_clock_that_was_ahead_does_not_stop_the_wait() -> None:
     arrive("sea", "a.jsonl", documents=24)
     assert tick("trigger.min_tokens=100_000")["outcome"] == "idle"
-    record, kept = RunRecord(Path("mlruns"), "tiny"), head()["versions"]
+    kept = head()["versions"]
     settings = ("trigger.min_tokens=100_000", "trigger.max_days=30")
     for at, outcome in (("2036-01-01T00:00:00Z", "planned"), (timestamp(time.time() + 3600), "idle")):
-        record.set_head({**head(), "versions": [{**kept[0], "at": at}]})
+        change_head(versions=[{**kept[0], "at": at}])
         assert tick(*settings, dry_run=True)["outcome"] == outcome
 
 
@@ -556,7 +567,7 @@ def test_a_learned_batch_keeps_its_split_whatever_the_inbox_says_later(after_gro
     assert tick("inbox.heldout_fraction=0.4", dry_run=True)["outcome"] == "planned"
     rollback("tiny", None, SILENT)
     tick("inbox.heldout_fraction=0.4", reopen=learned["batch"], dry_run=True)
-    assert learned["batch"] not in head()["batches"]
+    assert "batches" not in head()
     rollback("tiny", 1, SILENT)
     assert tick("inbox.heldout_fraction=0.4", dry_run=True)["outcome"] == "planned"
 
@@ -585,7 +596,7 @@ def test_a_batch_that_an_earlier_version_learned_is_split_by_that_versions_rule(
         noted.pop("heldout_sources")
     learned.pop("heldout_fraction")
     now["batches"][batch]["heldout_fraction"] = 1e-6
-    kept, added = served_stages(champion(now), StageStore(Path("mlruns")))
+    kept, added = served_stages(RunHead.from_json(now).champion, StageStore(Path("mlruns")))
     source = load_retraining("retrain.yaml").config(kept, added).distributions[learned["data"]]
     assert (source.heldout_fraction, source.heldout_sources) == (1e-6, 1)
     assert len(read_corpus("sea", source, Path("data/cache")).heldout) == 1
@@ -670,9 +681,8 @@ def test_corrected_sources_count_until_a_batch_is_learned_and_after_reopening() 
     with pytest.raises(StalePlanError, match="named other sources; plan again"):
         tick(plan=plan)
     assert sources(tick(unaffordable)) == (batch, {f"site-{i}" for i in range(28)})
-    record = RunRecord(Path("mlruns"), "tiny")
     skipped = {"name": "sea", "outcome": "skipped", "reason": "", "at": "", "heldout_fraction": 0.15}
-    record.set_head({**head(), "batches": {batch: skipped}})
+    change_head(batches={batch: skipped})
     with_sources(path, 29)
     assert tick()["outcome"] == "idle"  # settled, whatever the sources
     assert sources(tick(unaffordable, reopen=batch)) == (batch, {f"site-{i}" for i in range(29)})

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ from lifelong_moe.errors import ConfigError, CorruptError, LockedError
 from lifelong_moe.evaluation.measurements import Measurements
 from lifelong_moe.retraining.bounds import DocumentLosses
 from lifelong_moe.stages.garbage import collect, find_garbage
-from lifelong_moe.stages.runs import RunRecord
+from lifelong_moe.stages.runs import RunRecord, require_head
 from lifelong_moe.stages.store import StageStore
-from lifelong_moe.stages.versions import Head, VersionStage, base_stages, begin, champion, promoted
+from lifelong_moe.stages.versions import base_stages
 from lifelong_moe.storage.locks import locked
 from lifelong_moe.training.stage import load_model
 from pipelines import trace
@@ -27,7 +28,7 @@ from pipelines.drop import drop
 from pipelines.gc import gc
 from pipelines.inspectors import status
 from pipelines.rollback import rollback
-from tests.retrain_lab import base_config, head
+from tests.retrain_lab import base_config, change_head, head
 from tests.tiny import CONTEXT, SEQUENCES, STEPS, tiny_config, train, write_config, write_corpora
 
 SILENT = Console(quiet=True)
@@ -63,7 +64,7 @@ def lab(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def served() -> list[str]:
     """Names of the champion's stages."""
-    return [stage.name for stage in champion(head()).stages]
+    return [stage.name for stage in require_head(MLRUNS, "tiny").champion.stages]
 
 
 def bits() -> dict[str, bytes]:
@@ -74,11 +75,11 @@ def bits() -> dict[str, bytes]:
 def two_versions() -> None:
     """The first two stages as version 0, all three as version 1."""
     record, store = RunRecord(MLRUNS, "tiny"), StageStore(MLRUNS)
-    now = head()
-    chain = base_stages(store.chain(now["plan"][-1]))
-    early: Head = {**now, **{key: now[key][:2] for key in ("plan", "names", "stages")}}
-    begun = begin(early, chain[:2], "2026-01-01T00:00:00Z")
-    record.set_head(promoted(begun, "promoted", chain, "better", "2026-01-02T00:00:00Z"))
+    now = require_head(MLRUNS, "tiny")
+    chain = base_stages(store.chain(now.plan[-1]))
+    early = replace(now, plan=now.plan[:2], names=now.names[:2], stages=now.stages[:2])
+    begun = early.with_base(chain[:2], "2026-01-01T00:00:00Z")
+    record.set_head(begun.promoted("promoted", chain, "better", "2026-01-02T00:00:00Z"))
 
 
 def test_rollback_swaps_a_pointer_and_touches_no_stage() -> None:
@@ -159,12 +160,12 @@ def test_a_drop_that_harms_other_text_does_not_serve(monkeypatch: pytest.MonkeyP
 def test_what_the_gate_cannot_read_is_not_dropped_unless_it_must() -> None:
     for name in ("fruit", "code", "sea"):
         Path(f"{name}.jsonl").unlink()
-    record, known = RunRecord(MLRUNS, "tiny"), head()["texts"]
+    known = head()["texts"]
     assert drop("tiny", "code", SILENT)["gated"] is True  # by the held-out text that was kept
     rollback("tiny", None, SILENT)
     not_kept = {name: {**known[name], "kept": None} for name in ("fruit", "sea")}
     for texts, reason in (({}, "fruit.jsonl: no such file"), ({**known, **not_kept}, "no text of run tiny is left")):
-        record.set_head(head() | {"texts": texts})  # as an earlier version, or evaluate.keep_heldout=false, left it
+        change_head(texts=texts)  # as an earlier version, or evaluate.keep_heldout=false, left it
         before = head()
         with pytest.raises(ConfigError, match=rf"the gate of drop cannot read the run's text .*{reason}.*--no-gate"):
             drop("tiny", "code", SILENT)
@@ -233,8 +234,7 @@ def test_every_version_and_every_live_plan_is_kept() -> None:
     shutil.rmtree("mlruns/runs/short")
     assert find_garbage(MLRUNS, CACHE, time.time(), grace=-1).stages == []
     key = head()["versions"][1]["stages"][-1]["key"]
-    record = RunRecord(MLRUNS, "tiny")
-    record.set_head({**head(), "versions": head()["versions"][:1], "trained": []})
+    change_head(versions=head()["versions"][:1], trained=[])
     assert [stored.key for stored in find_garbage(MLRUNS, CACHE, time.time(), grace=-1).stages] == [key]
     plan = Path("mlruns/runs/tiny/plans/one.json")
     plan.parent.mkdir()
@@ -329,10 +329,3 @@ def test_replay_counts_as_having_seen(tmp_path: Path, monkeypatch: pytest.Monkey
         found = trace.document("tiny", Document(json.loads(line)["text"], "").hash, SILENT)
         roles |= {(row["stage"], row["role"]) for row in found["stages"]}
     assert roles == {("fruit", "learned"), ("code", "replayed")}
-
-
-def test_a_version_is_what_it_was_written_as() -> None:
-    two_versions()
-    assert VersionStage(**head()["versions"][1]["stages"][2]).name == "sea"
-    with pytest.raises(ValueError, match="each of another name"):
-        promoted(head(), "promoted", [], "nothing", "2026-01-03T00:00:00Z")

@@ -17,7 +17,9 @@ from lifelong_moe.errors import StalePlanError
 from lifelong_moe.retraining.bounds import DocumentLosses
 from lifelong_moe.retraining.config import GateConfig
 from lifelong_moe.retraining.operation import LimitsConfig
+from lifelong_moe.stages.head import RunHead
 from lifelong_moe.stages.runs import timestamp
+from lifelong_moe.stages.versions import VersionStage
 from pipelines import probes
 from pipelines.retrain_plan import _exceeded, check_plan, settings_hash
 
@@ -33,13 +35,13 @@ def test_probes_are_spent_as_the_stage_is() -> None:
 def exceeded(promoted_days_ago: tuple[float, ...] = (), probes: int = 3, **limits: float) -> list[str]:
     settings = SimpleNamespace(limits=LimitsConfig(**limits))  # type: ignore[arg-type]
     trainer: Any = SimpleNamespace(retraining=SimpleNamespace(settings=settings))
-    stage = {"name": "a", "key": "k", "data": "d", "action": "base"}
-    versions = [
-        {"id": i, "at": timestamp(time.time() - days * DAY), "kind": "promoted", "reason": "", "before": None,
-         "stages": [stage]}
-        for i, days in enumerate(promoted_days_ago)
-    ]  # fmt: skip
-    return _exceeded(trainer, STAGE, {"versions": versions}, probes)
+    stage = VersionStage(name="a", key="k", data="d", action="base")
+    head = RunHead(run="r", method="lifelong", seed=0, config={}, plan=("k",), names=("a",), stages=("k",))
+    if promoted_days_ago:
+        head = head.with_base([stage], timestamp(0))
+    for days in promoted_days_ago:
+        head = head.promoted("promoted", [stage], "", timestamp(time.time() - days * DAY))
+    return _exceeded(trainer, STAGE, head, probes)
 
 
 def test_limits_count_the_stage_and_its_probes_and_are_themselves_allowed() -> None:

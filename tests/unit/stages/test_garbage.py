@@ -39,7 +39,8 @@ class Store:
         self.write(f"stages/{name}-{KEYS[name][:16]}/config.json", config, age)
 
     def head(self, *names: str, age: float = 0.0, run: str = "r") -> None:
-        head = {"run": run, "stages": [KEYS[name] for name in names], "plan": [], "names": [], "config": {}}
+        head = {"run": run, "method": "lifelong", "seed": 0, "config": {}, "plan": [], "names": []}
+        head["stages"] = [KEYS[name] for name in names]
         self.write(f"runs/{run}/head.json", head, age)
 
     def found(self, now: float = NOW, **given: float) -> Any:

@@ -1,26 +1,24 @@
-"""Heads, ledgers and evaluations of runs, as files."""
+"""Heads and ledgers of runs, as files."""
 
 from __future__ import annotations
 
 import json
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from lifelong_moe.errors import ConfigError, CorruptError
+from lifelong_moe.stages.head import RunHead
 from lifelong_moe.stages.runs import (
-    EvaluationStore,
+    OpenRun,
     RunRecord,
-    committed_stages,
     latest_timestamp,
     require_head,
-    require_stage,
     timestamp,
 )
 
-HEAD: dict[str, Any] = {"run": "r", "config": {}, "names": ["a", "b"], "plan": ["k1", "k2"], "stages": ["k1"]}
+HEAD = RunHead(run="r", method="lifelong", seed=0, config={}, names=("a", "b"), plan=("k1", "k2"), stages=("k1",))
 
 
 def test_times_are_utc_in_seconds_and_clocks_may_be_a_day_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,34 +50,13 @@ def test_a_head_is_what_was_set_and_one_that_is_missing_or_none_is_said(tmp_path
     assert require_head(tmp_path, "r") == HEAD == record.head() and record.report() == {"x": 1}
     with pytest.raises(ConfigError, match=r"run q does not exist under .*There are r\."):
         require_head(tmp_path, "q")
-    for name in ("plan", "stages", "names", "config"):
-        record.set_head({key: value for key, value in HEAD.items() if key != name})
-        with pytest.raises(CorruptError, match="not the head of a run"):
+    opened = OpenRun(record, HEAD)
+    opened.save(HEAD.with_committed("k2"))
+    assert record.head() == opened.head == HEAD.with_committed("k2")
+    for text, message in (("[]", "not the head of a run"), ('{"schema": 2}', "of a later version of lifelong-moe")):
+        (record.path / "head.json").write_text(text)
+        with pytest.raises(CorruptError, match=rf"runs/r/head\.json: {message}"):
             require_head(tmp_path, "r")
     (record.path / "head.json").write_text("{")
     with pytest.raises(CorruptError, match="not JSON"):
         record.head()
-
-
-def test_committed_stages_come_in_the_order_of_the_plan() -> None:
-    assert committed_stages(HEAD) == {"a": "k1"}
-    assert list(committed_stages(HEAD | {"stages": ["k2", "k1"]})) == ["a", "b"]
-    both = HEAD | {"stages": ["k1", "k2"]}
-    assert (require_stage(both), require_stage(both, "a"), require_stage(HEAD)) == ("k2", "k1", "k1")
-    with pytest.raises(ConfigError, match="no committed stage b; there are a"):
-        require_stage(HEAD, "b")
-    with pytest.raises(ConfigError, match="no committed stage yet"):
-        require_stage(HEAD | {"stages": []})
-
-
-def test_an_evaluation_is_found_by_both_whole_keys(tmp_path: Path) -> None:
-    store, stage, data = EvaluationStore(tmp_path), "ab" * 32, "cd" * 32
-    assert store.find(stage, data) is None
-    store.add(stage, data, {"loss": 1.5})
-    assert store.find(stage, data) == {"loss": 1.5}
-    assert store.find(stage[:-1] + "0", data) is None and store.find(stage, data[:-1] + "0") is None
-    (path,) = store.root.iterdir()
-    assert path.name == "abababababababab-cdcdcdcdcdcdcdcd.json"
-    for damaged in ("{", "[]", "{}", '{"stage": 1}'):
-        path.write_text(damaged)
-        assert store.find(stage, data) is None

@@ -1,0 +1,34 @@
+"""Evaluations, kept apart from the stages that they measure: a new distribution touches no stage."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lifelong_moe.storage.files import write_atomic
+from lifelong_moe.storage.keys import SHORT, canonical_json
+
+
+class EvaluationStore:
+    """Evaluations under ``mlruns/evaluations/``, by stage and by held-out text with its settings."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root / "evaluations"
+
+    def _path(self, stage_key: str, data_key: str) -> Path:
+        return self.root / f"{stage_key[:SHORT]}-{data_key[:SHORT]}.json"
+
+    def find(self, stage_key: str, data_key: str) -> dict[str, Any] | None:
+        """A stored evaluation; None if it was never made, or if its file is damaged: it can be made again."""
+        try:
+            stored = json.loads(self._path(stage_key, data_key).read_text(encoding="utf-8"))
+            same = stored["stage"] == stage_key and stored["data"] == data_key
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return stored["result"] if same else None
+
+    def add(self, stage_key: str, data_key: str, result: dict[str, Any]) -> None:
+        """Store an evaluation atomically."""
+        stored = {"stage": stage_key, "data": data_key, "result": result}
+        write_atomic(self._path(stage_key, data_key), canonical_json(stored))
