@@ -88,7 +88,7 @@ class CandidateTrainer:
     @cached_property
     def architecture(self) -> Architecture:
         """The champion's."""
-        return Architecture.from_json(self.parent.config["architecture"])
+        return self.parent.architecture
 
     @cached_property
     def texts(self) -> Texts:
@@ -106,7 +106,7 @@ class CandidateTrainer:
         config = build_config(raw, is_stored=True)
         data = read_data(config, self.memory, self.known)
         wait_for_text(data, stage_specs(config)[-1].uses)
-        if data.tokenizer.hash != (had := self.parent.config["tokenizer"]["hash"]):
+        if data.tokenizer.hash != (had := self.parent.tokenizer.hash):
             raise ConfigError(
                 f"tokenizer: it is {data.tokenizer.hash[:16]} now, but the champion was trained with {had[:16]}. Bring "
                 f"that one back, or begin another run."
@@ -160,7 +160,7 @@ class CandidateTrainer:
     def leak(self, stage: CommittedStage, candidate: Candidate, distribution: str) -> float:
         """Share of a distribution's tokens that go to experts born after its stage."""
         counts = candidate.measurements.expert_counts(stage.key, distribution)
-        shares = generation_shares(counts, Architecture.from_json(stage.config["architecture"]))
+        shares = generation_shares(counts, stage.architecture)
         known = self._births_at(distribution)
         return sum(share for birth, share in shares.items() if birth not in known)
 
@@ -168,7 +168,7 @@ class CandidateTrainer:
         """Generations that there were when a distribution was learned; all, if it never was."""
         stage = next((s for s in self.champion.stages if s.data == distribution and s.action != "drop"), None)
         learned = self.parent if stage is None else self.store.get(stage.key)
-        return [g.stage for g in Architecture.from_json(learned.config["architecture"]).generations]
+        return [g.stage for g in learned.architecture.generations]
 
 
 def stage_models(store: StageStore, trainer: TrainerConfig) -> Load:
@@ -185,7 +185,7 @@ def served_stages(version: Version, store: StageStore) -> tuple[list[str], list[
         NewStage(
             s.name,
             batch_files(s.batch, s.sources),
-            store.get(s.key).config["spec"].get("continues"),
+            store.get(s.key).spec.continues,
             heldout_fraction=s.heldout_fraction,
             heldout_sources=s.heldout_sources,
         )

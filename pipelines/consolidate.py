@@ -18,7 +18,6 @@ from lifelong_moe.evaluation.probing import expert_similarities
 from lifelong_moe.growth.merge import closest_pair, merge_experts
 from lifelong_moe.methods.retraining import read_gate
 from lifelong_moe.model.transformer import LanguageModel
-from lifelong_moe.plan.architecture import Architecture
 from lifelong_moe.stages.runs import RunRecord, require_head, timestamp
 from lifelong_moe.stages.store import CommittedStage, StageStore
 from lifelong_moe.stages.versions import Version, VersionStage, describe
@@ -86,7 +85,7 @@ def _merged(
     store: StageStore, source: CommittedStage, served: Measurements, version: Version, stage: str, experts: int
 ) -> tuple[CommittedStage, list[dict[str, int]]]:
     """Merge, commit, and say what went where; experts are numbered as they were just before each merger."""
-    architecture = Architecture.from_json(source.config["architecture"])
+    architecture = source.architecture
     generation, tensors = generation_of(architecture, stage), store.tensors(source)
     born = architecture.generations[generation].experts
     if not 0 < experts < born:

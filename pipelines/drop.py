@@ -68,7 +68,7 @@ def drop_candidate(store: StageStore, version: Version, name: str) -> Candidate:
     if at == len(stages) - 1:
         return Candidate(store.get(stages[at - 1].key), stages[:-1], [])
     chain = [store.get(stage.key) for stage in stages]
-    remains = what_remains([stage.config for stage in chain], name)
+    remains = what_remains(chain, name)
     made = derived_stage(store, chain[-1], name)
     added = VersionStage(name=made.name, key=made.key, data=stages[at].data, action="drop")
     return Candidate(made, (*stages, added), remains)
@@ -121,7 +121,7 @@ def drop(
         console.print(f"rejected: {judged.reasons[0]} --no-gate lets it serve nevertheless.", highlight=False)
     elif judged is None and candidate.remains:
         console.print("not gated: whether the model got worse was not measured; lifelong-moe rollback undoes this.")
-    return {**result, "derived": "derived" in candidate.stage.config, **facts}
+    return {**result, "derived": candidate.stage.derived is not None, **facts}
 
 
 def _served(head: RunHead, version: Version, store: StageStore, stage: str) -> Measurements | None:
@@ -131,7 +131,7 @@ def _served(head: RunHead, version: Version, store: StageStore, stage: str) -> M
         ConfigError: If the text is not to be had.
         TryAgainError: If it is not to be had now.
     """
-    chain = [store.get(s.key).config for s in version.stages]
+    chain = [store.get(s.key) for s in version.stages]
     names = [s.name for s in version.stages]
     if stage not in names or names.index(stage) in (0, len(names) - 1) or not what_remains(chain, stage):
         return None

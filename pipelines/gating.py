@@ -61,8 +61,8 @@ def kinds_of_text(version: Version, store: StageStore) -> dict[str, str]:
     kinds: dict[str, str] = {}
     for stage in version.stages:
         if stage.action not in ("drop", "consolidate"):  # those train nothing
-            continues = store.get(stage.key).config["spec"].get("continues")
-            by_stage[stage.name] = by_stage.get(continues, kinds.get(stage.data, stage.data))
+            continues = store.get(stage.key).spec.continues
+            by_stage[stage.name] = by_stage.get(continues or "", kinds.get(stage.data, stage.data))
             kinds.setdefault(stage.data, by_stage[stage.name])
     return kinds
 

@@ -100,8 +100,7 @@ def on_heldout(
     inspect_tables.heldout(console, result)
     console.print(f"written: {record.path / 'inspection.json'}, {record.path / 'inspection'}/*.png", highlight=False)
     if save is not None:
-        architecture = Architecture.from_json(committed.config["architecture"])
-        _save(save, architecture, observed, tokenizer, console)
+        _save(save, committed.architecture, observed, tokenizer, console)
     return result
 
 
@@ -161,7 +160,7 @@ def _heldout_windows(
 ) -> tuple[dict[str, EvaluationSet], Tokenizer]:
     """Held-out text of each distribution of a run, as it evaluates it, where it is there or was kept."""
     run, data = head.run, read_data(config, known=remembered(head, head.config))
-    if data.tokenizer.hash != committed.config["tokenizer"]["hash"]:
+    if data.tokenizer.hash != committed.tokenizer.hash:
         raise ConfigError(
             f"run {run}: text or tokenizer has changed since stage {committed.name} was trained, so the tokens mean "
             f"something else; bring the old text back, or inspect a --text."
@@ -179,7 +178,7 @@ def _measure(
 ) -> tuple[dict[str, Any], dict[str, Observation]]:
     """Observe the stage and those before it on the same text."""
     device = configured_device(config.trainer)
-    chain = _ancestry(store, committed)
+    chain = store.chain(committed.key)
     earlier = {one.name: _observe_all(load_model(store, one).to(device), windows) for one in chain[:-1]}
     model = load_model(store, committed).to(device)
     observed = _observe_all(model, windows)
@@ -190,7 +189,7 @@ def _measure(
         model.architecture,
         observed,
         stages=[one.name for one in chain],
-        learned_in={name: index for index, one in enumerate(chain) for name in _learns(one)},
+        learned_in={name: index for index, one in enumerate(chain) for name in one.spec.learns},
         earlier=earlier,
         similarities=expert_similarities(model, [(text, name) for name, text in windows.items()]),
         losses={name: (losses[name], shuffled[name]) for name in windows},
@@ -208,20 +207,6 @@ def _losses(model: LanguageModel, windows: Windows) -> dict[str, float]:
         name: evaluate(model, text, distribution=name, batch_tokens=BATCH_TOKENS).nats_per_token
         for name, text in windows.items()
     }
-
-
-def _ancestry(store: StageStore, committed: CommittedStage) -> list[CommittedStage]:
-    """The stages that led to this one and itself, oldest first."""
-    chain = [committed]
-    while (parent := chain[0].config["parent"]) is not None:
-        chain.insert(0, store.get(parent))
-    return chain
-
-
-def _learns(stage: CommittedStage) -> list[str]:
-    """Distributions that a stage is there to learn: one that begins from nothing learns all that it reads."""
-    spec = stage.config["spec"]
-    return [spec["data"], *(spec["replayed"] if stage.config["parent"] is None else ())]
 
 
 def _save(

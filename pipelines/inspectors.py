@@ -19,7 +19,6 @@ from lifelong_moe.data.jsonl import SEPARATOR
 from lifelong_moe.data.shards import tokenize_documents
 from lifelong_moe.data.tokenizer import Tokenizer
 from lifelong_moe.errors import ConfigError
-from lifelong_moe.plan.architecture import Architecture
 from lifelong_moe.stages.lineage import lineage_rows, work_under_way
 from lifelong_moe.stages.runs import RunRecord, require_head
 from lifelong_moe.stages.store import CommittedStage, StageStore
@@ -100,10 +99,9 @@ def open_stage(run: str, stage: str | None) -> tuple[StageStore, CommittedStage]
 
 def check_label(stage: CommittedStage, label: str | None, console: Console) -> None:
     """Refuse a label that would mean nothing; say so where one is missing."""
-    architecture = stage.config["architecture"]
-    known = [name for name, _ in architecture["labels"]]
-    routing = Architecture.from_json(architecture).routing
-    if label in known and len(architecture["generations"]) == 1:
+    architecture, routing = stage.architecture, stage.architecture.routing
+    known = [name for name, _ in architecture.labels]
+    if label in known and len(architecture.generations) == 1:
         return  # what a first stage's text is called; with one generation all text goes there
     if not routing.by_label:
         if label is not None:
@@ -165,7 +163,7 @@ def generate(
     model = _loaded(run, store, committed, int8=int8)
     ids: list[int] = []
     shown = ""
-    answers = bool(committed.config["spec"].get("finetune"))
+    answers = committed.spec.finetune is not None
     console.print(prompt, end="\n" if answers else "", markup=False, highlight=False)
     for token in sample(
         model,
@@ -227,7 +225,7 @@ def inspect(
 
 
 def _check_layer(stage: CommittedStage, layer: int | None) -> None:
-    architecture = Architecture.from_json(stage.config["architecture"])
+    architecture = stage.architecture
     if layer is not None and layer >= architecture.model.layers:
         raise ConfigError(f"--layer={layer}: layers of {stage.name} are 0 to {architecture.model.layers - 1}.")
     if layer is not None and not architecture.experts_in(layer):

@@ -93,7 +93,7 @@ class TickRecord:
     def candidate(self, stage: CommittedStage, facts: Mapping[str, Any]) -> None:
         """Register the candidate, whatever becomes of it."""
         tags = {"stage_key": stage.key, "stage": stage.name, "run": self.opened.head.run, "data": facts["data"]}
-        tags |= {"parent_key": str(stage.config["parent"]), "weights_sha256": stage.weights_hash}
+        tags |= {"parent_key": str(stage.parent), "weights_sha256": stage.weights_hash}
         self.tracker.register_version(
             self.model, stage.path, run_id=self.run_id, tags=tags, description="at the gate", alias="candidate"
         )

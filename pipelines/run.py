@@ -21,7 +21,6 @@ from lifelong_moe.methods.advice import leaking, nothing_to_hold
 from lifelong_moe.methods.graph import RECIPES
 from lifelong_moe.methods.plan import PlannedStage, chain
 from lifelong_moe.model.transformer import LanguageModel
-from lifelong_moe.plan.architecture import Architecture
 from lifelong_moe.stages.evaluations import EvaluationStore
 from lifelong_moe.stages.runs import OpenRun, RunRecord
 from lifelong_moe.stages.store import CommittedStage, StageStore
@@ -220,8 +219,7 @@ def _fit_first(stage: CommittedStage, prepared: Prepared, store: StageStore, ope
 def _model(prepared: Prepared, store: StageStore, key: str) -> LanguageModel:
     """A committed stage's model by its key, or the untrained one, where evaluation runs."""
     if key == _init_key(prepared):
-        architecture = Architecture.from_json(prepared.plan[0].architecture.to_json())
-        model = initial_model(architecture, prepared.config.seed)
+        model = initial_model(prepared.plan[0].architecture, prepared.config.seed)
     else:
         model = load_model(store, store.get(key))
     return model.to(configured_device(prepared.config.trainer))
@@ -229,16 +227,15 @@ def _model(prepared: Prepared, store: StageStore, key: str) -> LanguageModel:
 
 def _init_key(prepared: Prepared) -> str:
     """What evaluations of the untrained model are stored under."""
-    architecture = Architecture.from_json(prepared.plan[0].architecture.to_json())
+    architecture = prepared.plan[0].architecture
     return content_key({"init": architecture.to_json(), "seed": prepared.config.seed})
 
 
 def stage_births(stage: CommittedStage, plan: list[PlannedStage]) -> list[list[int]]:
     """For each layer, the place in the chain of each expert's birth stage."""
     place = {planned.spec.name: planned.depth for planned in chain(plan)}
-    architecture = Architecture.from_json(stage.config["architecture"])
-    layers = range(architecture.model.layers)
-    return [[place[name] for name in architecture.expert_births(layer)] for layer in layers]
+    layers = range(stage.architecture.model.layers)
+    return [[place[name] for name in stage.architecture.expert_births(layer)] for layer in layers]
 
 
 def _scratch_row(planned: PlannedStage, own: Evaluation) -> dict[str, float]:

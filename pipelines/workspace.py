@@ -23,7 +23,7 @@ from lifelong_moe.routing.registry import build_router
 from lifelong_moe.stages.head import RunHead
 from lifelong_moe.stages.runs import RunRecord, require_head
 from lifelong_moe.stages.store import StageStore
-from lifelong_moe.storage.keys import SHORT, canonical_json
+from lifelong_moe.storage.keys import SHORT
 from lifelong_moe.training.config import TrainerConfig
 from lifelong_moe.training.first_centroids import find_centroids, needs_first_centroids
 from pipelines.places import CACHE, ROOT
@@ -139,15 +139,14 @@ def further_training(head: RunHead, plan: list[PlannedStage], store: StageStore)
     stage, spec = store.find(head.plan[first]), plan[first].spec
     if stage is None:
         return ""
-    if stage.config.get("schema") != SCHEMA:
+    if stage.schema != SCHEMA:
         return (
             f" Stage {stage.name} was trained by an earlier version: it can be read, evaluated and retrained from, but "
             f"run trains it anew."
         )
-    if not (before := stage.config["spec"]["tokens"]) < spec.tokens:
+    if not (before := stage.spec.tokens) < spec.tokens:
         return ""
-    then, now = (canonical_json({**one, "tokens": None}) for one in (stage.config["spec"], spec.to_json()))
-    if then != now:
+    if replace(stage.spec, tokens=spec.tokens) != spec:
         return ""
     return (
         f" Stage {spec.name} is committed with {before:,} tokens; to train it further, leave it as it is and append a "

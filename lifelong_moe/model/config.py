@@ -186,15 +186,3 @@ class ModelConfig:
     def fewest_experts(self) -> int:
         """Of the layer with a mixture that begins with fewest."""
         return min(n for n in self.experts_by_layer if n)
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> ModelConfig:
-        """From plain JSON data; absent keys have their defaults."""
-        kinds: dict[str, Any] = {
-            "activation": Activation,
-            "dense_activation": Activation,
-            "shared_mix": SharedMix,
-            "qk_norm": QKNorm,
-        }
-        values: dict[str, Any] = {key: kinds[key](value) if key in kinds else value for key, value in data.items()}
-        return cls(**values)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from lifelong_moe.model.config import ModelConfig
 from lifelong_moe.routing.config import RoutingConfig
+from lifelong_moe.storage.plain import from_plain
 
 
 @dataclass(frozen=True)
@@ -117,24 +118,6 @@ class Architecture:
         return data
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Architecture:
+    def from_json(cls, data: Mapping[str, Any]) -> Architecture:
         """The inverse of :meth:`to_json`."""
-        return cls(
-            model=ModelConfig.from_json(data["model"]),
-            routing=RoutingConfig.from_json(data["routing"]),
-            vocab_size=data["vocab_size"],
-            bos_id=data["bos_id"],
-            generations=tuple(
-                Generation(
-                    g["stage"],
-                    g["experts"],
-                    tuple(g["layers"]) if g["layers"] else None,
-                    g["delta_rank"],
-                    tuple(g["by_layer"]) if g.get("by_layer") else None,
-                )
-                for g in data["generations"]
-            ),
-            frozen=data["frozen"],
-            continued=data.get("continued"),  # absent where it is None
-            labels=tuple((name, group) for name, group in data["labels"]),
-        )
+        return from_plain(cls, data)

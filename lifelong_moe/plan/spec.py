@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from typing import Any
 
 from lifelong_moe.growth.config import GrowConfig
 from lifelong_moe.model.config import ModelConfig
 from lifelong_moe.model.parts import Part
 from lifelong_moe.plan.architecture import Architecture, Generation, first_generation
+from lifelong_moe.plan.phase import Phase, Trains
 from lifelong_moe.retention.config import (
     DistillConfig,
     DistillText,
@@ -23,39 +24,13 @@ from lifelong_moe.retention.config import (
 )
 from lifelong_moe.routing.config import Features, Level, RoutingConfig
 from lifelong_moe.storage.keys import content_key
+from lifelong_moe.storage.plain import from_plain
 from lifelong_moe.training.config import FinetuneConfig, OptimConfig
 
 SCHEMA = 5
 """Version of what a stage's key is made of; a change makes every stage a new one."""
 HASH_WARMUP = 0.1
 """Share of the first stage that trains with hash routing before centroids of hidden states are fitted."""
-
-
-class Trains(StrEnum):
-    """What a phase trains."""
-
-    stage = "stage"
-    """Everything that the stage does not freeze."""
-    router = "router"
-    """This stage's router rows only."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Phase:
-    """A part of a stage with an optimizer and a schedule of its own."""
-
-    name: str
-    steps: int
-    replay_fraction: float
-    """Share of its sequences that is replayed text."""
-    trains: Trains = Trains.stage
-    fits_clusters: bool = False
-    """Fit the stage's centroids before it begins."""
-    follows: bool = False
-    """Go on in the previous phase's order of samples; else it has an order of its own."""
-    lr_scale: float = 1.0
-    old_loss: float = 0.0
-    """Factor on ``-log`` of what replayed text gives to old experts; above 0 it replaces the balance loss."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +105,8 @@ class StageSpec:
     def measures_generated(self) -> bool:
         """Whether the Fisher information is measured on text that the parent's model writes."""
         by_fisher = self.penalty is not None and self.penalty.kind == PenaltyKind.ewc
-        return by_fisher and self.replay_source == ReplaySource.generated
+        # Earlier versions measured on stored text whatever they replayed.
+        return by_fisher and self.replay_source == ReplaySource.generated and not self.fisher_data
 
     @property
     def written_blocks(self) -> tuple[int, int]:
@@ -270,6 +246,11 @@ class StageSpec:
     def to_json(self) -> dict[str, Any]:
         """As plain JSON data."""
         return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> StageSpec:
+        """The inverse of :meth:`to_json`; earlier versions trained in one process and did not say so."""
+        return from_plain(cls, {"processes": 1, **data})
 
     @property
     def by_process(self) -> bool:

@@ -30,11 +30,11 @@ def lineage_rows(store: StageStore, keys: Sequence[str]) -> list[dict[str, Any]]
             {
                 "name": stage.name,
                 "key": key,
-                "parent": stage.config["parent"],
-                "data": stage.config["data"],
-                "tokenizer": stage.config["tokenizer"]["hash"],
-                "experts": expert_names(Architecture.from_json(stage.config["architecture"]), stage.name),
-                "borrowed_tensors": len(stage.config["borrowed"]),
+                "parent": stage.parent,
+                "data": stage.data,
+                "tokenizer": stage.tokenizer.hash,
+                "experts": expert_names(stage.architecture, stage.name),
+                "borrowed_tensors": len(stage.borrowed),
                 "weights_sha256": stage.weights_hash,
             }
         )

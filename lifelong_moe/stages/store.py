@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from lifelong_moe.errors import CheckpointError, CorruptError
+from lifelong_moe.stages.record import StageRecord
 from lifelong_moe.storage.directories import verify_directory, write_directory
 from lifelong_moe.storage.keys import SHORT, canonical_json
 
@@ -25,31 +26,15 @@ WEIGHTS = "model.safetensors"
 TOKENIZER = "tokenizer.json"
 
 
-@dataclass(frozen=True)
-class CommittedStage:
+@dataclass(frozen=True, kw_only=True)
+class CommittedStage(StageRecord):
     """A stage that exists: its manifest verified when it was opened."""
 
     path: Path
-    key: str
-    name: str
-    config: dict[str, Any]
-    """``key``, ``name``, ``parent``, ``spec``, ``architecture``, ``data``, ``split``, ``tokenizer``, ``borrowed``."""
     metrics: dict[str, Any]
     """What training measured: tokens, seconds, final losses."""
-    manifest: dict[str, Any]
-
-    @property
-    def split(self) -> dict[str, str]:
-        """By distribution, the hash of the text that it read, with the near copies of held-out text that it left out.
-
-        Stages of earlier versions left none out.
-        """
-        return dict(self.config.get("split", self.config["data"]))
-
-    @property
-    def weights_hash(self) -> str:
-        """SHA-256 of ``model.safetensors``."""
-        return str(self.manifest["files"][WEIGHTS]["sha256"])
+    weights_hash: str
+    """SHA-256 of ``model.safetensors``."""
 
 
 class StageStore:
@@ -72,7 +57,8 @@ class StageStore:
             config = json.loads((path / "config.json").read_text(encoding="utf-8"))
             if config["key"] == key:
                 metrics = json.loads((path / "metrics.json").read_text(encoding="utf-8"))
-                stage = CommittedStage(path, key, config["name"], config, metrics, manifest)
+                weights_hash = manifest["files"][WEIGHTS]["sha256"]
+                stage = CommittedStage.from_json(config, path=path, metrics=metrics, weights_hash=weights_hash)
                 self._open[key] = stage
                 return stage
         return None
@@ -86,40 +72,37 @@ class StageStore:
 
     def commit(
         self,
-        config: Mapping[str, Any],
+        record: StageRecord,
         metrics: Mapping[str, Any],
         tensors: Mapping[str, Tensor],
-        borrowed: Mapping[str, str],
         tokenizer: str | None = None,
     ) -> CommittedStage:
         """Write a stage atomically.
 
         Args:
-            config: With ``key`` and ``name`` at least.
+            record: What it is, and what it borrows.
             metrics: Plain JSON data.
             tensors: The stage's own tensors by name.
-            borrowed: For every other tensor of the model, the key of the stage that holds it.
             tokenizer: Text of ``tokenizer.json``; kept by stages without a parent, for all that follow.
         """
         from safetensors.torch import save_file  # imports torch, which what only looks at stages does without
 
-        key, name = config["key"], config["name"]
         own = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
         files: dict[str, Callable[[Path], object]] = {
             WEIGHTS: lambda path: save_file(own, path),
-            "config.json": lambda path: _write_json(path, {**config, "borrowed": dict(borrowed)}),
+            "config.json": lambda path: _write_json(path, record.to_json()),
             "metrics.json": lambda path: _write_json(path, metrics),
         }
         if tokenizer is not None:
             files[TOKENIZER] = lambda path: path.write_text(tokenizer, encoding="utf-8")
-        write_directory(self.root / f"{name}-{key[:SHORT]}", files)
-        return self.get(key)
+        write_directory(self.root / f"{record.name}-{record.key[:SHORT]}", files)
+        return self.get(record.key)
 
     def tensors(self, stage: CommittedStage) -> dict[str, Tensor]:
         """All tensors of a stage's model, the borrowed ones from the stages that hold them."""
         tensors = load_weights(stage.path / WEIGHTS)
         by_holder: dict[str, list[str]] = {}
-        for name, key in stage.config["borrowed"].items():
+        for name, key in stage.borrowed.items():
             by_holder.setdefault(key, []).append(name)
         for key, names in by_holder.items():
             held = load_weights(self.get(key).path / WEIGHTS)
@@ -132,7 +115,7 @@ class StageStore:
     def chain(self, key: str) -> list[CommittedStage]:
         """The stages that led to this one and itself, oldest first."""
         found = [self.get(key)]
-        while (parent := found[-1].config["parent"]) is not None:
+        while (parent := found[-1].parent) is not None:
             found.append(self.get(parent))
         return found[::-1]
 
@@ -142,7 +125,7 @@ class StageStore:
 
     def holder(self, stage: CommittedStage, tensor: str) -> str:
         """Key of the stage that holds a tensor of ``stage``'s model."""
-        return str(stage.config["borrowed"].get(tensor, stage.key))
+        return stage.borrowed.get(tensor, stage.key)
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.model.parts import expert_tensor
 from lifelong_moe.plan.architecture import Architecture
+from lifelong_moe.plan.spec import StageSpec
 from lifelong_moe.stages.lineage import expert_names, grouped_names
 from lifelong_moe.stages.store import CommittedStage
 
@@ -33,21 +34,21 @@ def trace_expert(chain: Sequence[CommittedStage], name: str) -> dict[str, Any]:
     Raises:
         ConfigError: If the name is malformed, or the model has no such expert.
     """
-    layer, place = _find(Architecture.from_json(chain[-1].config["architecture"]), name)
+    layer, place = _find(chain[-1].architecture, name)
     stage_name = name.rsplit("/", 2)[0]
     birth = next(i for i, stage in enumerate(chain) if stage.name == stage_name)
     rows: list[dict[str, Any]] = []
     for stage in reversed(chain[birth:]):
         rows.insert(0, _history(stage, layer, stage_name, place))
         layer = _layer_before(stage, layer)
-    born, grow = chain[birth], chain[birth].config["spec"]["grow"]
+    born = chain[birth]
     return {
         "expert": name,
         "born": {
             "stage": born.name,
             "key": born.key,
-            "data": born.config["data"],
-            "began": grow["init"] if grow else "random",
+            "data": born.data,
+            "began": str(born.spec.grow.init) if born.spec.grow else "random",
             "weights_sha256": born.weights_hash,
         },
         "stages": rows,
@@ -69,30 +70,30 @@ def _find(architecture: Architecture, name: str) -> tuple[int, int]:
 
 def _layer_before(stage: CommittedStage, layer: int) -> int:
     """The number that a layer has in the stage's parent; a student has some of its layers, numbered anew."""
-    kept = (stage.config["spec"].get("distill") or {}).get("student")
+    kept = stage.spec.student
     # A derived stage repeats the spec of the stage that it was made of, whose layers it has.
-    return layer if kept is None or "derived" in stage.config else kept[layer]
+    return layer if kept is None or stage.derived else kept[layer]
 
 
 def _history(stage: CommittedStage, layer: int, birth: str, place: int) -> dict[str, Any]:
     """What a stage did with an expert."""
-    index = Architecture.from_json(stage.config["architecture"]).expert_births(layer).index(birth) + place
-    name, borrowed = expert_tensor(layer, index, MATRIX), stage.config["borrowed"]
-    how = "borrowed" if name in borrowed else "moved" if "derived" in stage.config else "trained"
+    index = stage.architecture.expert_births(layer).index(birth) + place
+    name = expert_tensor(layer, index, MATRIX)
+    how = "borrowed" if name in stage.borrowed else "moved" if stage.derived else "trained"
     return {
         "stage": stage.name,
         "key": stage.key,
         "tensors": how,
-        "held_by": borrowed.get(name, stage.key),
-        "data": stage.config["data"] if how == "trained" else {},
+        "held_by": stage.borrowed.get(name, stage.key),
+        "data": stage.data if how == "trained" else {},
     }
 
 
 def trained_experts(stage: CommittedStage) -> str:
     """Names of the experts whose weights a stage trained, in short; a derived stage trained none."""
-    architecture, borrowed = Architecture.from_json(stage.config["architecture"]), stage.config["borrowed"]
-    if "derived" in stage.config:
+    if stage.derived:
         return "none"
+    architecture = stage.architecture
     births = {layer: architecture.expert_births(layer) for layer in range(architecture.model.layers)}
     return grouped_names(
         {
@@ -100,7 +101,7 @@ def trained_experts(stage: CommittedStage) -> str:
                 layer: [
                     expert
                     for expert, birth in enumerate(births[layer])
-                    if birth == generation.stage and expert_tensor(layer, expert, MATRIX) not in borrowed
+                    if birth == generation.stage and expert_tensor(layer, expert, MATRIX) not in stage.borrowed
                 ]
                 for layer in births
             }
@@ -126,16 +127,16 @@ def readers(
     """
     rows = []
     for stage in stages:
-        if "derived" in stage.config:
+        if stage.derived:
             continue
         for distribution, digest in stage.split.items():
-            if digest in splits or (digest in left_out and "split" not in stage.config):
+            if digest in splits or (digest in left_out and stage.read_near_copies):
                 rows.append(
                     {
                         "stage": stage.name,
                         "key": stage.key,
                         "distribution": distribution,
-                        "role": _role(stage.config, distribution),
+                        "role": _role(stage.spec, distribution),
                         "epochs": stage.metrics.get("epochs"),
                         "experts": trained_experts(stage),
                     }
@@ -143,9 +144,7 @@ def readers(
     return rows
 
 
-def _role(config: Mapping[str, Any], distribution: str) -> str:
-    spec = config["spec"]
-    if distribution == spec["data"] or (config["parent"] is None and distribution in spec["replayed"]):
+def _role(spec: StageSpec, distribution: str) -> str:
+    if distribution in spec.learns:
         return "learned"
-    generates = bool(spec["replayed"]) and spec["replay_source"] == "generated"
-    return "replayed" if distribution in spec["replayed"] and not generates else "measured"
+    return "replayed" if distribution in spec.reads else "measured"

@@ -68,10 +68,7 @@ def base_stages(chain: Sequence[CommittedStage]) -> tuple[VersionStage, ...]:
     Args:
         chain: From :meth:`lifelong_moe.stages.store.StageStore.chain`.
     """
-    return tuple(
-        VersionStage(name=stage.name, key=stage.key, data=stage.config["spec"]["data"], action="base")
-        for stage in chain
-    )
+    return tuple(VersionStage(name=stage.name, key=stage.key, data=stage.spec.data, action="base") for stage in chain)
 
 
 def describe(version: Version) -> str:

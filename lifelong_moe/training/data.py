@@ -18,7 +18,8 @@ from lifelong_moe.data.order import SampleOrder, StepBatchSampler
 from lifelong_moe.data.shards import TokenizedCorpus, TokenShard
 from lifelong_moe.evaluation.loss import group_ids
 from lifelong_moe.model.transformer import LanguageModel
-from lifelong_moe.plan.spec import Phase, StageSpec
+from lifelong_moe.plan.phase import Phase
+from lifelong_moe.plan.spec import StageSpec
 from lifelong_moe.routing.config import Bundles
 from lifelong_moe.training.shares import Tally, with_shares
 

@@ -1,8 +1,7 @@
 """Stages that were not trained but derived from another: a generation taken out of a model, or experts merged.
 
-A derived stage has an address like any other, made of what it derives from and how. Its ``config.json`` holds the same
-under ``derived``, the stage it derives from as ``parent``, and that stage's ``spec``, which says what the model still
-was trained by.
+A derived stage has an address like any other, made of what it derives from and how. Its record holds the
+same under ``derived``.
 """
 
 from __future__ import annotations
@@ -14,9 +13,13 @@ import torch
 from torch import Tensor
 
 from lifelong_moe.errors import ConfigError
+from lifelong_moe.growth.config import ExpertInit
 from lifelong_moe.growth.remove import remove_generation
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.architecture import Architecture
+from lifelong_moe.plan.spec import StageSpec
+from lifelong_moe.retention.config import TrunkTraining
+from lifelong_moe.stages.record import StageRecord
 from lifelong_moe.stages.store import CommittedStage, StageStore
 from lifelong_moe.storage.keys import content_key
 
@@ -39,9 +42,8 @@ def derived_stage(store: StageStore, source: CommittedStage, name: str) -> Commi
     key = content_key(identity)
     if (found := store.find(key)) is not None:
         return found
-    before = Architecture.from_json(source.config["architecture"])
-    tensors = store.tensors(source)
-    architecture, left = remove_generation(before, tensors, generation_of(before, name))
+    generation = generation_of(source.architecture, name)
+    architecture, left = remove_generation(source.architecture, store.tensors(source), generation)
     return commit_derived(store, source, identity, f"{name}.dropped", architecture, left)
 
 
@@ -69,17 +71,19 @@ def commit_derived(
     assert set(left) == expected, sorted(set(left) ^ expected)
     same = [n for n in left if n in tensors and torch.equal(left[n], tensors[n])]
     borrowed = {n: store.holder(source, n) for n in same}
-    config = {
-        "key": key,
-        "name": name,
-        "parent": source.key,
-        "derived": dict(identity),
-        "spec": source.config["spec"],
-        "architecture": architecture.to_json(),
-        "data": {},
-        "tokenizer": source.config["tokenizer"],
-    }
-    return store.commit(config, {}, {n: t for n, t in left.items() if n not in borrowed}, borrowed)
+    record = StageRecord(
+        key=key,
+        name=name,
+        parent=source.key,
+        spec=source.spec,
+        architecture=architecture,
+        data={},
+        split={},
+        tokenizer=source.tokenizer,
+        borrowed=borrowed,
+        derived=dict(identity),
+    )
+    return store.commit(record, {}, {n: t for n, t in left.items() if n not in borrowed})
 
 
 def generation_of(architecture: Architecture, name: str) -> int:
@@ -97,48 +101,41 @@ def generation_of(architecture: Architecture, name: str) -> int:
     return births.index(name)
 
 
-def what_remains(chain: Sequence[Mapping[str, Any]], name: str) -> list[str]:
+def what_remains(chain: Sequence[CommittedStage], name: str) -> list[str]:
     """What of a stage's text still is in a model once the stage's own experts are gone.
 
     Args:
-        chain: ``config.json`` of the model's stages, oldest first, derived ones included.
+        chain: The model's stages, oldest first, derived ones included.
         name: The stage; one of them.
 
     Returns:
         Sentences; none if nothing remains.
     """
-    trained = [config for config in chain if "derived" not in config]
-    index = next(i for i, config in enumerate(trained) if config["name"] == name)
-    own, later = trained[index]["spec"], trained[index + 1 :]
-    found = []
-    trunk = own["trunk"]["train"] if own["trunk"] else "full"
-    if trunk in ("full", "gentle"):
+    trained = [stage for stage in chain if stage.derived is None]
+    index = next(i for i, stage in enumerate(trained) if stage.name == name)
+    own, found = trained[index].spec, []
+    trunk = own.trunk.train if own.trunk else TrunkTraining.full
+    if trunk in (TrunkTraining.full, TrunkTraining.gentle):
         found.append(f"the trunk trained on it (trunk.train={trunk}), and all later stages began from that trunk")
-    if own["grow"] and own["grow"]["old_lr_scale"] > 0:
-        found.append(f"older experts trained on it (grow.old_lr_scale={own['grow']['old_lr_scale']:g})")
-    for config in later:
-        found += [f"stage {config['name']} {how}" for how in _carried_on(config["spec"], own["data"])]
+    if own.grow and own.grow.old_lr_scale > 0:
+        found.append(f"older experts trained on it (grow.old_lr_scale={own.grow.old_lr_scale:g})")
+    for stage in trained[index + 1 :]:
+        found += [f"stage {stage.name} {how}" for how in _carried_on(stage.spec, own.data)]
     return found
 
 
-def _carried_on(spec: Mapping[str, Any], data: str) -> list[str]:
+def _carried_on(spec: StageSpec, data: str) -> list[str]:
     """Ways in which a later stage learned from text of ``data``, or from a model that had."""
-    found = []
-    generates = bool(spec["replayed"]) and spec["replay_source"] == "generated"
-    if spec["data"] == data:
-        found.append(f"learned {data} itself")
-    elif data in spec["replayed"] and not generates:
-        found.append(f"replayed {data}")
-    if generates:
-        found.append("trained on text that a model with it had written")
-    if spec["distill"]:
-        found.append("was distilled from a model with it")
-    if spec["penalty"] and spec["penalty"]["kind"] == "ewc" and spec["replay_source"] == "generated":
-        found.append("weighed its penalty by text that a model with it had written")
-    if data in spec["fisher_data"]:
-        found.append(f"weighed its penalty by {data}")
-    if spec["grow"] and spec["grow"]["init"] == "copy":
-        found.append("began its experts as copies of those most used, perhaps of its own")
-    if spec["grow"] and spec["routing"]["bundles"] == "none" and spec["routing"]["mode"] == "learned":
-        found.append("trained its router rows beside its own")
-    return found
+    routes_anew = spec.routing.mode == "learned" and not spec.routing.has_bundles
+    ways = {
+        f"learned {data} itself": spec.data == data,
+        f"replayed {data}": spec.data != data and data in spec.reads,
+        "trained on text that a model with it had written": spec.generates,
+        "was distilled from a model with it": spec.distill is not None,
+        "weighed its penalty by text that a model with it had written": spec.measures_generated,
+        f"weighed its penalty by {data}": data in spec.fisher_data,
+        "began its experts as copies of those most used, perhaps of its own": spec.grow is not None
+        and spec.grow.init == ExpertInit.copy,
+        "trained its router rows beside its own": spec.grow is not None and routes_anew,
+    }
+    return [way for way, holds in ways.items() if holds]

@@ -16,8 +16,8 @@ from lifelong_moe.data.shards import ShardDocuments, TokenizedCorpus
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.growth.clusters import bundle_centroids
 from lifelong_moe.model.parts import document_centroids
-from lifelong_moe.plan.architecture import Architecture
 from lifelong_moe.routing.config import Bundles, Centroids, RoutingConfig
+from lifelong_moe.stages.record import StageRecord
 from lifelong_moe.stages.store import CommittedStage, StageStore
 from lifelong_moe.storage.keys import SHORT, content_key
 
@@ -36,8 +36,7 @@ def find_centroids(store: StageStore, first: CommittedStage, routing: RoutingCon
 
 
 def _identity(first: CommittedStage, routing: RoutingConfig) -> dict[str, Any]:
-    architecture = Architecture.from_json(first.config["architecture"])
-    clusters = routing.clusters_of(architecture.generations[0].experts)
+    clusters = routing.clusters_of(first.architecture.generations[0].experts)
     return {
         "derived": "centroids",
         "from": first.key,
@@ -63,7 +62,6 @@ def first_centroids(
     """
     if (found := find_centroids(store, first, routing)) is not None:
         return found
-    architecture, spec = Architecture.from_json(first.config["architecture"]), first.config["spec"]
     identity = _identity(first, routing)
     for name, text in first.split.items():
         if name not in corpora or corpora[name].split_hash != text:
@@ -72,16 +70,23 @@ def first_centroids(
                 f"distributions.{name} is not that text ({text[:SHORT]}) any more. Bring it back, or set "
                 f"routing.bundles=none."
             )
-    documents = ShardDocuments([corpora[name].train for name in (spec["data"], *spec["replayed"])])
+    documents = ShardDocuments([corpora[name].train for name in first.spec.learns])
     centroids = bundle_centroids(
-        documents, architecture.vocab_size, identity["clusters"], width=routing.feature_width, seed=spec["seed"]
+        documents,
+        first.architecture.vocab_size,
+        identity["clusters"],
+        width=routing.feature_width,
+        seed=first.spec.seed,
     )
-    config = {
-        **{name: first.config[name] for name in ("spec", "architecture", "data", "tokenizer")},
-        "split": first.split,
-        "key": content_key(identity),
-        "name": f"{first.name}.centroids",
-        "parent": first.key,
-        "derived": identity,
-    }
-    return store.commit(config, {}, {FIRST_CENTROIDS: torch.from_numpy(centroids)}, {})
+    record = StageRecord(
+        key=content_key(identity),
+        name=f"{first.name}.centroids",
+        parent=first.key,
+        spec=first.spec,
+        architecture=first.architecture,
+        data=first.data,
+        split=first.split,
+        tokenizer=first.tokenizer,
+        derived=identity,
+    )
+    return store.commit(record, {}, {FIRST_CENTROIDS: torch.from_numpy(centroids)})

@@ -21,7 +21,8 @@ from lifelong_moe.model.offload import Courier, offloaded
 from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel, ModelOutput
 from lifelong_moe.ops.losses import Lesson, distillation_loss, linear_losses
-from lifelong_moe.plan.spec import Phase, StageSpec, Trains
+from lifelong_moe.plan.phase import Phase, Trains
+from lifelong_moe.plan.spec import StageSpec
 from lifelong_moe.retention.penalty import WeightAnchor
 from lifelong_moe.retention.teacher import shared_blocks
 from lifelong_moe.retention.teacher_cache import TeacherCache

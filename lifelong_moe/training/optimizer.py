@@ -14,7 +14,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.model.parts import Part
 from lifelong_moe.model.transformer import LanguageModel
-from lifelong_moe.plan.spec import Phase, StageSpec, Trains
+from lifelong_moe.plan.phase import Phase, Trains
+from lifelong_moe.plan.spec import StageSpec
 from lifelong_moe.retention.config import TrunkConfig, TrunkTraining
 from lifelong_moe.training.config import FinetuneConfig, OptimConfig, Schedule
 

@@ -27,7 +27,8 @@ from lifelong_moe.model.offload import courier_to
 from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.flops import loop_flops
-from lifelong_moe.plan.spec import Phase, StageSpec
+from lifelong_moe.plan.phase import Phase
+from lifelong_moe.plan.spec import StageSpec
 from lifelong_moe.retention.teacher_cache import TeacherCache
 from lifelong_moe.routing.config import Features, Level
 from lifelong_moe.stages.store import StageStore

@@ -17,7 +17,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lifelong_moe.errors import DivergedError
-from lifelong_moe.plan.spec import Phase, StageSpec
+from lifelong_moe.plan.phase import Phase
+from lifelong_moe.plan.spec import StageSpec
 from lifelong_moe.storage.directories import remove_directory
 from lifelong_moe.storage.files import write_atomic
 from lifelong_moe.training.checkpoint import checkpoint_path, checkpoints

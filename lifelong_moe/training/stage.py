@@ -28,11 +28,13 @@ from lifelong_moe.growth.shallow import shallow_student
 from lifelong_moe.model.int8 import hold_in_int8, make_whole
 from lifelong_moe.model.transformer import LanguageModel, initialize
 from lifelong_moe.plan.architecture import Architecture
-from lifelong_moe.plan.spec import SCHEMA, StageSpec, Trains
+from lifelong_moe.plan.phase import Trains
+from lifelong_moe.plan.spec import SCHEMA, StageSpec
 from lifelong_moe.retention.generated import generate_blocks
 from lifelong_moe.retention.penalty import WeightAnchor, fisher_diagonal, make_anchor, mean_fisher
 from lifelong_moe.retention.teacher import make_teacher
 from lifelong_moe.routing.config import Bundles, Centroids
+from lifelong_moe.stages.record import StageRecord, TokenizerIdentity
 from lifelong_moe.stages.store import CommittedStage, StageStore, load_weights
 from lifelong_moe.storage.directories import verify_directory, write_directory
 from lifelong_moe.storage.files import write_atomic
@@ -53,7 +55,7 @@ REVIEW_SEED = 500
 
 def load_model(store: StageStore, stage: CommittedStage) -> LanguageModel:
     """The model as a stage committed it, on the CPU."""
-    return build_model(Architecture.from_json(stage.config["architecture"]), store.tensors(stage))
+    return build_model(stage.architecture, store.tensors(stage))
 
 
 def build_model(architecture: Architecture, tensors: Mapping[str, Tensor]) -> LanguageModel:
@@ -108,19 +110,18 @@ def train_stage(
             except NonfiniteStepsError as error:
                 roll_back(work, error, environment.checkpoint.every_steps)
         model, metrics = trained
-        hashes = {name: corpora[name].train_hash for name in spec.uses}
-        identity = {
-            "schema": SCHEMA,
-            "key": key,
-            "name": spec.name,
-            "parent": parent.key if parent else None,
-            "spec": spec.to_json(),
-            "architecture": model.architecture.to_json(),
-            "data": hashes,
-            "split": {name: corpora[name].split_hash for name in spec.uses},
-            "tokenizer": {"recipe": dict(recipe), "hash": tokenizer.hash},
-        }
-        stage = _commit(identity, parent, model, metrics, environment.store, None if parent else tokenizer.text)
+        record = StageRecord(
+            schema=SCHEMA,
+            key=key,
+            name=spec.name,
+            parent=parent.key if parent else None,
+            spec=spec,
+            architecture=model.architecture,
+            data={name: corpora[name].train_hash for name in spec.uses},
+            split={name: corpora[name].split_hash for name in spec.uses},
+            tokenizer=TokenizerIdentity(dict(recipe), tokenizer.hash),
+        )
+        stage = _commit(record, parent, model, metrics, environment.store, None if parent else tokenizer.text)
         # Whoever takes a new lock from now on finds the stage committed.
         shutil.rmtree(work, ignore_errors=True)
     return stage
@@ -156,8 +157,9 @@ def _train_phases(
         measured.append(json.loads((work / f"phase-{number}.json").read_text(encoding="utf-8")))
         first_step += phase.steps
         order_step += phase.steps + rollbacks.shift(number, phase.steps)
-    before = None if parent is None else Architecture.from_json(parent.config["architecture"])
-    metrics = stage_metrics(model, spec, measured, corpora[spec.data], rollbacks.count, before)
+    metrics = stage_metrics(
+        model, spec, measured, corpora[spec.data], rollbacks.count, parent.architecture if parent else None
+    )
     if in_int8 and parent is not None:
         make_whole(model, environment.store.tensors(parent))
     return model, metrics
@@ -201,7 +203,7 @@ def _prepare(
         near_ties = grow(model, generation, spec.grow, sample, seed)
         if near_ties:
             environment.console.print(f"{spec.name}: near ties in growth's check, decided by rounding: {near_ties}")
-    model.architecture = spec.architecture(Architecture.from_json(parent.config["architecture"]), vocab_size, bos_id)
+    model.architecture = spec.architecture(parent.architecture, vocab_size, bos_id)
     anchor = make_anchor(model, old, spec.penalty.factor, importances) if spec.penalty else None
     return model, teacher, anchor, generated
 
@@ -215,7 +217,7 @@ def _continued(
     bundles, or left centroids that nothing needs. Losses are always this stage's: an earlier version's coefficients
     were factors of a mean over layers.
     """
-    architecture, tensors = Architecture.from_json(parent.config["architecture"]), store.tensors(parent)
+    architecture, tensors = parent.architecture, store.tensors(parent)
     was, now = architecture.routing.with_losses_of(spec.routing), spec.routing
     if len(architecture.generations) > 1 or was.effective(grown=True) == now.effective(grown=True):
         return build_model(replace(architecture, routing=was), tensors)
@@ -289,7 +291,7 @@ def _fit_clusters(model: LanguageModel, spec: StageSpec, seed: int, corpora: lis
 
 
 def _commit(
-    identity: dict[str, Any],
+    record: StageRecord,
     parent: CommittedStage | None,
     model: LanguageModel,
     metrics: Mapping[str, Any],
@@ -297,7 +299,7 @@ def _commit(
     tokenizer: str | None,
 ) -> CommittedStage:
     """Commit what this stage changed; what it did not change is borrowed, and proved to be the same bits."""
-    state, name = model.state_dict(), identity["name"]
+    state, name = model.state_dict(), record.name
     trained = model.stored_names(trained=True)
     borrowed: dict[str, str] = {}
     if parent is not None:
@@ -310,4 +312,4 @@ def _commit(
     for n, tensor in own.items():
         if not bool(torch.isfinite(tensor).all()):
             raise DivergedError(f"stage {name}: {n} holds values that are not finite; nothing was committed.")
-    return store.commit(identity, metrics, own, borrowed, tokenizer)
+    return store.commit(replace(record, borrowed=borrowed), metrics, own, tokenizer)

@@ -24,7 +24,6 @@ from rich.console import Console
 from lifelong_moe.config.load import build_config
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.model.transformer import LanguageModel
-from lifelong_moe.plan.architecture import Architecture
 from lifelong_moe.retention.config import TrunkConfig
 from lifelong_moe.stages.store import StageStore
 from lifelong_moe.training.config import CheckpointConfig, FrozenConfig
@@ -122,10 +121,10 @@ def test_a_new_stage_goes_on_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
         old, new = store.tensors(parent), store.tensors(stage)
         assert all(torch.equal(new[name], tensor) for name, tensor in old.items())
         # Its 0.01 was a factor of a mean over layers, and what is trained now is a sum.
-        routings = [one.config["architecture"]["routing"] for one in (parent, stage)]
-        assert [routing["balance_loss"] for routing in routings] == [0.01, 0.0025]
+        routings = [one.architecture.routing for one in (parent, stage)]
+        assert [routing.balance_loss for routing in routings] == [0.01, 0.0025]
         assert {layer.router.config.balance_loss for layer in trained.pop().moe_layers()} == {0.0025}
-        assert len(Architecture.from_json(stage.config["architecture"]).generations) == i + 2
+        assert len(stage.architecture.generations) == i + 2
         assert load_model(store, stage).document_clusters is not None
 
 

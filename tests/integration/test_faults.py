@@ -24,6 +24,7 @@ from lifelong_moe.training import guard, rollback
 from lifelong_moe.training.callbacks import StepCheckpoint
 from lifelong_moe.training.module import StageModule
 from pipelines.cli import exit_code
+from tests.records import made_record
 from tests.tiny import CONTEXT, SEQUENCES, STEPS, VOCABULARIES, hashes, tiny_config, train, write_config, write_corpus
 
 Batch = dict[str, torch.Tensor]
@@ -425,7 +426,7 @@ def fill_disk_at(patch: pytest.MonkeyPatch, number: int) -> list[str]:
 def test_a_disk_that_fills_at_any_operation_of_a_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stages = StageStore(tmp_path)
     tensors = {"w": torch.ones(3)}
-    old = stages.commit({"key": "a" * 64, "name": "old"}, {}, tensors, {})
+    old = stages.commit(made_record("a" * 64, "old"), {}, tensors)
     bytes_before = (old.path / "model.safetensors").read_bytes()
     failed = []
     for number in range(100):
@@ -433,7 +434,7 @@ def test_a_disk_that_fills_at_any_operation_of_a_commit(tmp_path: Path, monkeypa
         with monkeypatch.context() as patch:
             asked = fill_disk_at(patch, number)
             try:
-                fresh.commit({"key": "b" * 64, "name": "new"}, {}, tensors, {}, "tokenizer")
+                fresh.commit(made_record("b" * 64, "new"), {}, tensors, "tokenizer")
                 break
             except ResourceError as error:
                 failed.append(asked[-1])

@@ -19,7 +19,6 @@ from lifelong_moe.data.pairs import SEPARATOR, precedes_answer
 from lifelong_moe.data.tokenizer import Tokenizer
 from lifelong_moe.errors import ConfigError, DataError
 from lifelong_moe.model.tokens import TokenBatch
-from lifelong_moe.plan.architecture import Architecture
 from lifelong_moe.plan.cost import forward_flops_per_token
 from lifelong_moe.stages.store import StageStore
 from lifelong_moe.training.module import StageModule
@@ -188,7 +187,7 @@ def test_it_stops_when_it_gets_no_better_and_keeps_the_best() -> None:
     assert stopping["best_step"] == curve[-2][0]
     told, tokens = tuned.metrics, curve[-1][0] * SEQUENCES * CONTEXT
     assert (told["steps"], told["tokens"]) == (curve[-1][0], tokens)  # what it took, not what it might have
-    forward = forward_flops_per_token(Architecture.from_json(tuned.config["architecture"]))
+    forward = forward_flops_per_token(tuned.architecture)
     assert told["active_flops"] == forward * (3 * tokens + tokens // 4)  # a teacher of its shape sees replayed text
     assert told["tokens_per_second"] == pytest.approx(tokens / told["seconds"])
     assert told["flops_per_second"] == pytest.approx(told["active_flops"] / told["seconds"])

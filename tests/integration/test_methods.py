@@ -119,7 +119,7 @@ def test_unrestrained(
         assert alone["tokens"] == TOKENS
         assert report["loss_at_init"][i] > alone["nats_per_token"] != report["loss_nats_per_token"][i][i]
         stage = store.get(head("unrestrained")["plan"][2 * i - 1])
-        assert stage.config["parent"] is None and set(stage.config["data"]) == {name}
+        assert stage.parent is None and set(stage.data) == {name}
     assert "code.scratch: committed as" in everywhere[2]["unrestrained"]
 
 

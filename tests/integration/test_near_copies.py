@@ -122,7 +122,7 @@ def test_run_and_prepare_leave_them_out_and_say_so(tmp_path: Path, monkeypatch: 
     said = f"fruit: {number} documents are near copies of held-out text and are not trained on"
     assert said in printed.getvalue() and said in train(config)[1]
     first = StageStore(Path("mlruns")).get(head()["stages"][0])
-    assert first.config["data"]["fruit"] == found["fruit"]["train_hash"] != first.split["fruit"]
+    assert first.data["fruit"] == found["fruit"]["train_hash"] != first.split["fruit"]
     assert "Nothing to train" in train(config)[1]
 
 
@@ -137,7 +137,7 @@ def test_a_run_of_an_earlier_version_goes_on(tmp_path: Path, monkeypatch: pytest
         patch.setattr(lifelong_moe.data.prepare, "without_near_copies", lambda corpora, others: dict(corpora))
         train()
     first = StageStore(Path("mlruns")).get(head()["stages"][0])
-    assert first.config["data"] == first.split
+    assert first.data == first.split
     Path("inbox").mkdir()
     write("inbox/new.jsonl", texts_of("sea", 3))
     result, _ = planned()
@@ -147,4 +147,4 @@ def test_a_run_of_an_earlier_version_goes_on(tmp_path: Path, monkeypatch: pytest
 def test_what_earlier_versions_committed_says_how_its_text_was_split() -> None:
     store = StageStore(Path(__file__).with_name("earlier") / "mlruns")
     stage = store.get(json.loads((store.root.parent / "runs/old/head.json").read_text())["stages"][0])
-    assert "split" not in stage.config and stage.split == stage.config["data"] != {}
+    assert stage.read_near_copies and stage.split == stage.data != {}

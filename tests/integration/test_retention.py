@@ -199,7 +199,7 @@ def test_generated_text_needs_no_stored_text(lab: Path, nothing_stored: list[str
     config = tiny_config(stage_defaults={"replay": GENERATED, **sections})
     report, _ = train(write_config(config))
     assert nothing_stored == ["fruit", "code"]
-    assert set(stage("code").config["data"]) == {"code"}
+    assert set(stage("code").data) == {"code"}
     assert "train/distill_loss" in report["stages"][1]["training"]["final"] or "review" in sections
     assert report["loss_nats_per_token"][1][1] < report["loss_nats_per_token"][0][1]
     assert list(Path("mlruns/work").iterdir()) == []
@@ -286,7 +286,7 @@ def test_old_experts_train_on_for_a_while(lab: Path) -> None:
     report, _ = train(write_config(config))
     changed = differing(tensors("fruit"), tensors("code"))
     assert {"blocks.0.moe.banks.experts.0.down", "blocks.0.moe.router.rows.0", "embedding.weight"} <= changed
-    assert stage("code").config["architecture"]["frozen"] == 0
+    assert stage("code").architecture.frozen == 0
     (first, second) = report["stages"]
     assert second["parameters_trainable"] == second["parameters_total"] > first["parameters_total"]
 
@@ -297,8 +297,7 @@ def test_only_some_layers_grow(lab: Path) -> None:
         {"data": "fruit"}, {"data": "code", "grow": {"layers": [1]}}, {"data": "sea", "grow": {"layers": [0]}},
     ]  # fmt: skip
     report, _ = train(write_config(config))
-    architecture = stage("sea").config["architecture"]
-    assert [one["layers"] for one in architecture["generations"]] == [None, [1], [0]]
+    assert [one.layers for one in stage("sea").architecture.generations] == [None, (1,), (0,)]
     assert [stage["experts_per_layer"] for stage in report["stages"]] == [2, 4, 4]
     counts = report["expert_counts"]["fruit"]
     assert [len(layer) for layer in counts] == [4, 4]
@@ -339,8 +338,7 @@ def test_bundles_with_deltas_forget_nothing(lab: Path, by: str) -> None:
     for i, one in enumerate(report["stages"]):
         trained = [t.numel() for name, t in models[i].items() if "centroids" not in name]
         assert one["parameters_total"] == sum(trained)
-        own = stage(names[i]).config
-        assert own["architecture"]["generations"][i]["delta_rank"] == (4 if i else 0)
+        assert stage(names[i]).architecture.generations[i].delta_rank == (4 if i else 0)
 
 
 def test_token_clusters_within_bundles(lab: Path) -> None:
@@ -383,7 +381,7 @@ def test_ewc_without_stored_text(lab: Path) -> None:
     report, _ = train()
     store = StageStore(Path("mlruns"))
     first, second = (store.get(one["key"]) for one in report["stages"])
-    assert second.config["data"].keys() == {"code"}
+    assert second.data.keys() == {"code"}
     without, _ = train("tiny.yaml", "run=free", "stage_defaults.penalty.kind=none")
     assert report["stages"][1]["weights_sha256"] != without["stages"][1]["weights_sha256"]
 

@@ -295,8 +295,8 @@ def test_a_known_kind_that_is_not_learned_yet_continues_its_experts(
     result, _ = tick_and_text("decision.forgetting_weight=0.1")
     assert (result["outcome"], result["action"]) == ("promoted", "continue"), result
     stage = StageStore(Path("mlruns")).get(result["candidate"])
-    assert stage.config["spec"]["continues"] == "code" and head()["versions"][1]["stages"][-1]["action"] == "continue"
-    assert stage.config["spec"]["replay_fraction"] == 0.25  # of when_continuing
+    assert stage.spec.continues == "code" and head()["versions"][1]["stages"][-1]["action"] == "continue"
+    assert stage.spec.replay_fraction == 0.25  # of when_continuing
     assert head()["best"]["code"]["key"] == result["candidate"]
 
 

@@ -19,7 +19,8 @@ from lifelong_moe.methods.graph import stage_specs
 from lifelong_moe.model.transformer import LanguageModel, initialize
 from lifelong_moe.plan.architecture import Architecture
 from lifelong_moe.plan.flops import loop_flops, stage_flops
-from lifelong_moe.plan.spec import Phase, StageSpec
+from lifelong_moe.plan.phase import Phase
+from lifelong_moe.plan.spec import StageSpec
 from lifelong_moe.retention.generated import generate_blocks
 from lifelong_moe.retention.penalty import fisher_diagonal
 from lifelong_moe.retention.teacher import make_teacher

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -10,8 +11,10 @@ from lifelong_moe.config.run import RunConfig
 from lifelong_moe.methods.graph import stage_specs
 from lifelong_moe.plan.cost import forward_flops_per_token
 from lifelong_moe.plan.flops import loop_flops, stage_flops
-from lifelong_moe.plan.spec import Phase, StageSpec, Trains
+from lifelong_moe.plan.phase import Phase, Trains
+from lifelong_moe.plan.spec import StageSpec
 from lifelong_moe.retention.config import ReplaySource
+from lifelong_moe.routing.config import CapacityConfig
 from lifelong_moe.training.config import FinetuneConfig
 
 MakeRun = Callable[..., RunConfig]
@@ -33,6 +36,23 @@ def later(make_run: MakeRun) -> StageSpec:
 def key_of(spec: StageSpec, parent: str | None = "parent", **changes: Any) -> str:
     arguments = {"data_hash": HASHES[spec.data], "replay_hashes": HASHES, "tokenizer": TOKENIZER} | changes
     return spec.key(parent, **arguments)
+
+
+def test_what_is_written_is_read_again(later: StageSpec) -> None:
+    grow = dataclasses.replace(later.grow, layers=[1]) if later.grow else None
+    routing = dataclasses.replace(later.routing, mode="my.Router", options={"a": [1]})
+    capped = dataclasses.replace(later.routing, capacity=CapacityConfig())
+    finetune = FinetuneConfig(patience=3)
+    for changes in ({}, {"grow": grow, "routing": routing}, {"routing": capped, "finetune": finetune}):
+        spec = dataclasses.replace(later, **changes)
+        assert StageSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
+
+
+def test_earlier_versions_trained_in_one_process_and_measured_on_the_text_they_name(later: StageSpec) -> None:
+    spec = later.to_json() | {"replay_source": "generated", "fisher_data": ["english"]}
+    del spec["processes"]
+    read = StageSpec.from_json(spec)
+    assert (read.processes, read.measures_generated) == (1, False)
 
 
 SCALARS: dict[str, Any] = {

@@ -9,6 +9,7 @@ import torch
 
 from lifelong_moe.errors import CheckpointError, CorruptError
 from lifelong_moe.stages.store import StageStore, load_weights
+from tests.records import made_record
 
 KEY, OTHER = "ab" * 32, "cd" * 32
 
@@ -16,13 +17,13 @@ KEY, OTHER = "ab" * 32, "cd" * 32
 @pytest.fixture
 def store(tmp_path: Path) -> StageStore:
     store = StageStore(tmp_path)
-    store.commit({"key": KEY, "name": "one", "parent": None}, {"loss": 2.0}, {"w": torch.arange(3.0)}, {"v": OTHER})
+    store.commit(made_record(KEY, borrowed={"v": OTHER}), {"loss": 2.0}, {"w": torch.arange(3.0)})
     return store
 
 
 def test_a_committed_stage_is_what_was_committed(store: StageStore) -> None:
     stage = StageStore(store.root.parent).get(KEY)
-    assert (stage.key, stage.name, stage.metrics, stage.config["borrowed"]) == (KEY, "one", {"loss": 2.0}, {"v": OTHER})
+    assert (stage.key, stage.name, stage.metrics, stage.borrowed) == (KEY, "one", {"loss": 2.0}, {"v": OTHER})
 
 
 def test_a_stage_that_is_not_there_is_none_to_find_and_an_error_to_get(store: StageStore) -> None:
@@ -36,18 +37,18 @@ def test_the_whole_key_counts_not_its_first_digits(store: StageStore) -> None:
 
 
 def test_a_second_commit_leaves_the_first_one(store: StageStore) -> None:
-    again = store.commit({"key": KEY, "name": "one", "parent": None}, {"loss": 9.0}, {"w": torch.zeros(3)}, {})
+    again = store.commit(made_record(KEY), {"loss": 9.0}, {"w": torch.zeros(3)})
     assert again.metrics == {"loss": 2.0}
 
 
 def test_the_oldest_ancestor_keeps_the_tokenizer_and_whoever_holds_a_tensor_has_it(store: StageStore) -> None:
     first, second = "11" * 32, "22" * 32
-    store.commit({"key": first, "name": "a", "parent": None}, {}, {"w": torch.ones(2)}, {}, tokenizer="{é}")
-    child = store.commit({"key": second, "name": "b", "parent": first}, {}, {"v": torch.zeros(1)}, {"w": first})
+    store.commit(made_record(first, "a"), {}, {"w": torch.ones(2)}, tokenizer="{é}")
+    child = store.commit(made_record(second, "b", parent=first, borrowed={"w": first}), {}, {"v": torch.zeros(1)})
     assert [stage.name for stage in store.chain(second)] == ["a", "b"] and store.tokenizer(child) == "{é}"
     assert (store.holder(child, "w"), store.holder(child, "v")) == (first, second)
     assert {name: tensor.tolist() for name, tensor in store.tensors(child).items()} == {"v": [0.0], "w": [1.0, 1.0]}
-    third = store.commit({"key": "33" * 32, "name": "c", "parent": second}, {}, {}, {"gone": first})
+    third = store.commit(made_record("33" * 32, "c", parent=second, borrowed={"gone": first}), {}, {})
     with pytest.raises(CorruptError, match="tensor gone is borrowed but not there"):
         store.tensors(third)
 

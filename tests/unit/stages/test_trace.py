@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 
 from lifelong_moe.errors import ConfigError
+from lifelong_moe.growth.config import ExpertInit, GrowConfig
 from lifelong_moe.model.parts import expert_tensor
 from lifelong_moe.plan.architecture import Architecture, Generation
-from lifelong_moe.stages.store import WEIGHTS, CommittedStage
+from lifelong_moe.retention.config import DistillConfig, ReplaySource
+from lifelong_moe.stages.store import CommittedStage
 from lifelong_moe.stages.trace import readers, trace_expert, trained_experts
+from tests.records import made_record, made_spec
 
 FIRST, GROWN = Generation("a", 2), Generation("b", 3, layers=(1,))
-SPEC: dict[str, Any] = {"data": "a_text", "grow": None, "replayed": [], "replay_source": "text"}
 
 
 @pytest.fixture
@@ -24,13 +26,23 @@ def chain(make_architecture: Callable[..., Architecture]) -> list[CommittedStage
     """Two experts everywhere; three more in layer 1; then a stage that trains none, and one derived from that."""
 
     def stage(
-        name: str, generations: tuple[Generation, ...], borrowed: dict[str, str], **config: Any
+        name: str,
+        generations: tuple[Generation, ...],
+        borrowed: dict[str, str],
+        grow: GrowConfig | None = None,
+        **changes: Any,
     ) -> CommittedStage:
-        architecture = replace(make_architecture("learned"), generations=generations)
-        whole = {"parent": None, "spec": SPEC, "data": {f"{name}_text": name * 64}, "borrowed": borrowed}
-        whole |= {"architecture": architecture.to_json(), **config}
-        manifest = {"files": {WEIGHTS: {"sha256": f"weights of {name}"}}}
-        return CommittedStage(Path(name), f"key of {name}", name, whole, {"epochs": 0.5}, manifest)
+        record = made_record(
+            f"key of {name}",
+            name,
+            spec=made_spec(name, parent=0 if changes else None, grow=grow),
+            architecture=replace(make_architecture("learned"), generations=generations),
+            data={f"{name}_text": name * 64},
+            borrowed=borrowed,
+            **changes,
+        )
+        more: dict[str, Any] = {"path": Path(name), "metrics": {"epochs": 0.5}, "weights_hash": f"weights of {name}"}
+        return CommittedStage(**vars(record), **more)
 
     def held(key: str, *experts: tuple[int, int]) -> dict[str, str]:
         return {expert_tensor(layer, expert, "down"): key for layer, expert in experts}
@@ -40,9 +52,9 @@ def chain(make_architecture: Callable[..., Architecture]) -> list[CommittedStage
     both = (FIRST, GROWN)
     return [
         stage("a", (FIRST,), {}),
-        stage("b", both, old, parent="key of a", spec=SPEC | {"data": "b_text", "grow": {"init": "copy"}}),
+        stage("b", both, old, GrowConfig(init=ExpertInit.copy), parent="key of a"),
         stage("c", both, old | {k: v for k, v in new.items() if k != expert_tensor(1, 3, "down")}, parent="key of b"),
-        stage("a.dropped", (GROWN,), held("key of b", (1, 0)), parent="key of c", derived={}),
+        stage("a.dropped", (GROWN,), held("key of b", (1, 0)), parent="key of c", derived={"derived": "drop"}),
     ]
 
 
@@ -65,11 +77,10 @@ def test_an_expert_s_history_goes_over_all_stages_since_its_birth(chain: list[Co
 
 def test_a_student_s_layers_are_numbered_anew(chain: list[CommittedStage]) -> None:
     """Its only layer is layer 1 of its parent, in which alone the generation grew; then it was derived from."""
-    architecture = Architecture.from_json(chain[1].config["architecture"]).shallow([1]).to_json()
-    distilled = SPEC | {"distill": {"student": [1]}}
-    config = {"architecture": architecture, "spec": distilled, "borrowed": {}}
-    student = replace(chain[1], name="student", key="key of student", config=chain[1].config | config)
-    derived = replace(student, name="derived", key="key of derived", config=student.config | {"derived": {}})
+    spec = replace(chain[1].spec, distill=DistillConfig(student=[1]))
+    architecture = chain[1].architecture.shallow([1])
+    student = replace(chain[1], name="student", key="key of student", architecture=architecture, spec=spec, borrowed={})
+    derived = replace(student, name="derived", key="key of derived", derived={"derived": "merge"})
     found = trace_expert([*chain[:3], student, derived], "b/L0/E3")["stages"]
     assert [(row["stage"], row["tensors"], row["held_by"]) for row in found] == [
         ("b", "trained", "key of b"),
@@ -93,8 +104,8 @@ def test_a_stage_trained_the_experts_that_it_does_not_borrow(chain: list[Committ
 
 def read(stage: CommittedStage, **spec: Any) -> CommittedStage:
     """The same stage, which read text of two kinds."""
-    config = {**stage.config, "data": {"own": "1", "old": "2"}, "spec": {**stage.config["spec"], "data": "own", **spec}}
-    return replace(stage, config=config)
+    texts = {"own": "1", "old": "2"}
+    return replace(stage, data=texts, split=texts, spec=replace(stage.spec, data="own", **spec))
 
 
 def test_a_set_s_readers_learned_replayed_or_measured_it(chain: list[CommittedStage]) -> None:
@@ -102,9 +113,9 @@ def test_a_set_s_readers_learned_replayed_or_measured_it(chain: list[CommittedSt
         return [(row["distribution"], row["role"]) for row in readers([stage], splits)]
 
     first, later = chain[0], chain[1]
-    assert roles(read(first, replayed=["old"]), "1", "2") == [("own", "learned"), ("old", "learned")]  # joint training
-    assert roles(read(later, replayed=["old"]), "1", "2") == [("own", "learned"), ("old", "replayed")]
-    assert roles(read(later, replayed=["old"], replay_source="generated"), "2") == [("old", "measured")]
+    assert roles(read(first, replayed=("old",)), "1", "2") == [("own", "learned"), ("old", "learned")]  # joint training
+    assert roles(read(later, replayed=("old",)), "1", "2") == [("own", "learned"), ("old", "replayed")]
+    assert roles(read(later, replayed=("old",), replay_source=ReplaySource.generated), "2") == [("old", "measured")]
     assert roles(read(later), "2", "3") == [("old", "measured")] and roles(read(first), "2") == [("old", "measured")]
     assert roles(read(later), "3") == roles(read(chain[3]), "1") == []
     (row,) = readers([read(later)], ["1"])
@@ -113,8 +124,8 @@ def test_a_set_s_readers_learned_replayed_or_measured_it(chain: list[CommittedSt
 
 def test_near_copies_alone_are_asked_of_stages_that_read_them(chain: list[CommittedStage]) -> None:
     """Earlier versions left no near copies out, so that their sets are asked about by another hash."""
-    earlier = read(chain[1])
-    now = replace(earlier, config={**earlier.config, "split": {"own": "1", "old": "2"}})
+    now = read(chain[1])
+    earlier = replace(now, read_near_copies=True)
     for stage, number in ((earlier, 1), (now, 0)):
         assert len(readers([stage], [], left_out=["1"])) == number and len(readers([stage], ["1"], ["1"])) == 1
-    assert len(readers([replace(now, config={**now.config, "data": {}})], ["1", "2"])) == 2  # what was split counts
+    assert len(readers([replace(now, data={})], ["1", "2"])) == 2  # what was split counts

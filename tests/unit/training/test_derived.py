@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,21 @@ import pytest
 import torch
 
 from lifelong_moe.errors import ConfigError
+from lifelong_moe.growth.config import ExpertInit, GrowConfig
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.architecture import Architecture
+from lifelong_moe.retention.config import (
+    DistillConfig,
+    PenaltyConfig,
+    PenaltyKind,
+    ReplaySource,
+    TrunkConfig,
+    TrunkTraining,
+)
+from lifelong_moe.routing.config import Bundles, RoutingConfig
 from lifelong_moe.stages.store import CommittedStage, StageStore
 from lifelong_moe.training.derived import commit_derived, derived_stage, generation_of, what_remains
+from tests.records import made_record, made_spec
 
 KEY, HOLDER = "ab" * 32, "cd" * 32
 
@@ -26,12 +38,10 @@ def source(tmp_path: Path, make_model: Callable[..., LanguageModel]) -> tuple[St
     if model.architecture.model.tie_embeddings:
         tensors.pop("head.weight")
     held = {"embedding.weight": tensors.pop("embedding.weight")}
-    store.commit({"key": HOLDER, "name": "before", "parent": None}, {}, held, {})
-    config = {
-        "key": KEY, "name": "two", "parent": None, "spec": {"name": "two"}, "tokenizer": {"hash": "t"},
-        "architecture": model.architecture.to_json(), "data": {"x": "1"},
-    }  # fmt: skip
-    return store, store.commit(config, {}, tensors, {"embedding.weight": HOLDER})
+    store.commit(made_record(HOLDER, "before"), {}, held)
+    borrowed = {"embedding.weight": HOLDER}
+    record = made_record(KEY, "two", architecture=model.architecture, data={"x": "1"}, borrowed=borrowed)
+    return store, store.commit(record, {}, tensors)
 
 
 def test_what_a_drop_leaves_is_committed_and_what_keeps_name_and_bits_is_borrowed(source: Any) -> None:
@@ -39,27 +49,27 @@ def test_what_a_drop_leaves_is_committed_and_what_keeps_name_and_bits_is_borrowe
     with pytest.raises(ConfigError):
         derived_stage(store, stage, "s0")  # the first generation stays
     dropped = derived_stage(store, stage, "s1")
-    assert (dropped.name, dropped.config["parent"], dropped.config["data"]) == ("s1.dropped", KEY, {})
-    assert dropped.config["derived"] == {"derived": "drop", "from": KEY, "stage": "s1"}
-    assert dropped.config["spec"] == stage.config["spec"] and dropped.metrics == {}
-    architecture = Architecture.from_json(dropped.config["architecture"])
+    assert (dropped.name, dropped.parent, dropped.data) == ("s1.dropped", KEY, {})
+    assert dropped.derived == {"derived": "drop", "from": KEY, "stage": "s1"}
+    assert dropped.spec == stage.spec and dropped.metrics == {}
+    architecture = dropped.architecture
     assert [generation.stage for generation in architecture.generations] == ["s0"]
     before, after = store.tensors(stage), store.tensors(dropped)
     expected = LanguageModel(architecture).state_dict()
     assert set(after) | {"head.weight"} == set(expected) | {"head.weight"}
     assert all(torch.equal(after[name], before[name]) for name in after if before[name].shape == after[name].shape)
-    assert dropped.config["borrowed"]["embedding.weight"] == HOLDER
-    assert set(dropped.config["borrowed"].values()) == {HOLDER, KEY}
+    assert dropped.borrowed["embedding.weight"] == HOLDER
+    assert set(dropped.borrowed.values()) == {HOLDER, KEY}
     assert derived_stage(store, stage, "s1").key == dropped.key and len(list(store.root.iterdir())) == 3
 
 
 def test_tensors_that_changed_are_stored_and_those_of_another_model_are_a_bug(source: Any) -> None:
     store, stage = source
-    tensors, architecture = store.tensors(stage), Architecture.from_json(stage.config["architecture"])
+    tensors, architecture = store.tensors(stage), stage.architecture
     name = min(tensors)
     changed = tensors | {name: tensors[name] + 1}
     made = commit_derived(store, stage, {"derived": "merge"}, "merged", architecture, changed)
-    assert name not in made.config["borrowed"] and set(made.config["borrowed"]) == set(tensors) - {name}
+    assert name not in made.borrowed and set(made.borrowed) == set(tensors) - {name}
     assert torch.equal(store.tensors(made)[name], tensors[name] + 1)
     for wrong in ({k: v for k, v in tensors.items() if k != name}, tensors | {"more": torch.zeros(1)}):
         with pytest.raises(AssertionError):
@@ -75,24 +85,26 @@ def test_a_generation_is_found_by_the_stage_that_bore_it(make_architecture: Call
 
 # What remains of a stage's text
 
-SPEC: dict[str, Any] = {
-    "data": "x", "trunk": {"train": "none"}, "grow": None, "replayed": [], "replay_source": "text", "distill": None,
-    "penalty": None, "fisher_data": [], "routing": {"bundles": "cluster", "mode": "learned"},
-}  # fmt: skip
+FROZEN, BUNDLES = TrunkConfig(train=TrunkTraining.frozen), RoutingConfig(bundles=Bundles.cluster)
+GROW, COPIES = GrowConfig(init=ExpertInit.random), GrowConfig(init=ExpertInit.copy)
+L2, EWC = PenaltyConfig(kind=PenaltyKind.l2), PenaltyConfig(kind=PenaltyKind.ewc)
+GENERATED = {"replayed": ("own",), "replay_source": ReplaySource.generated}
+WRITES: dict[str, Any] = {"replay_source": ReplaySource.generated}
 
 
-def remains(own: dict[str, Any], later: dict[str, Any] | None = None) -> list[str]:
+def remains(own: dict[str, Any], later: dict[str, Any]) -> list[str]:
+    def stage(name: str, derived: dict[str, Any] | None = None, **spec: Any) -> CommittedStage:
+        plain: dict[str, Any] = {"data": "x", "parent": 0, "trunk": FROZEN, "routing": BUNDLES}
+        record = made_record(KEY, name, spec=made_spec(name, **plain | spec), derived=derived)
+        return CommittedStage(**vars(record), path=Path(name), metrics={}, weights_hash="")
+
     chain = [
-        {"name": "before", "spec": SPEC | {"data": "own", "distill": {}, "fisher_data": ["own"]}},  # came before
-        {"name": "gone", "spec": SPEC | {"data": "own"} | own},
-        {"name": "merged", "spec": SPEC | {"data": "own"}, "derived": {}},  # learned nothing
-        {"name": "later", "spec": SPEC | (later or {})},
+        stage("before", data="own", distill=DistillConfig(), fisher_data=("own",)),  # came before
+        stage("gone", **{"data": "own"} | own),
+        stage("merged", {"derived": "merge"}, data="own"),  # learned nothing
+        stage("later", **later),
     ]
     return what_remains(chain, "gone")
-
-
-GROW = {"old_lr_scale": 0.0, "init": "random"}
-GENERATED = {"replayed": ["own"], "replay_source": "generated"}
 
 
 @pytest.mark.parametrize(
@@ -100,31 +112,33 @@ GENERATED = {"replayed": ["own"], "replay_source": "generated"}
     [
         ({}, {}, []),
         ({"trunk": None}, {}, ["the trunk trained on it (trunk.train=full), and all later"]),
-        ({"trunk": {"train": "gentle"}}, {}, ["the trunk trained on it (trunk.train=gentle)"]),
-        ({"trunk": {"train": "deltas"}}, {}, []),
+        ({"trunk": TrunkConfig(train=TrunkTraining.gentle)}, {}, ["the trunk trained on it (trunk.train=gentle)"]),
+        ({"trunk": TrunkConfig(train=TrunkTraining.deltas)}, {}, []),
         ({"grow": GROW}, {}, []),
-        ({"grow": GROW | {"old_lr_scale": 0.25}}, {}, ["older experts trained on it (grow.old_lr_scale=0.25)"]),
+        ({"grow": replace(GROW, old_lr_scale=0.25)}, {}, ["older experts trained on it (grow.old_lr_scale=0.25)"]),
         ({}, {"data": "own"}, ["stage later learned own itself"]),
-        ({}, {"replayed": ["own"]}, ["stage later replayed own"]),
-        ({}, {"data": "own", "replayed": ["own"]}, ["stage later learned own itself"]),
-        ({}, {"replayed": ["other"]}, []),
+        ({}, {"replayed": ("own",)}, ["stage later replayed own"]),
+        ({}, {"data": "own", "replayed": ("own",)}, ["stage later learned own itself"]),
+        ({}, {"replayed": ("other",)}, []),
         ({}, GENERATED, ["stage later trained on text that a model with it had written"]),
-        ({}, {"replay_source": "generated"}, []),
-        ({}, {"distill": {"weight": 1.0}}, ["stage later was distilled from a model with it"]),
-        ({}, {"penalty": {"kind": "ewc"}}, []),
-        ({}, {"penalty": {"kind": "l2"}, "replay_source": "generated"}, []),
-        ({}, {"penalty": {"kind": "ewc"}, "replay_source": "generated"}, ["stage later weighed its penalty by text"]),
-        ({}, {"fisher_data": ["own"]}, ["stage later weighed its penalty by own"]),
-        ({}, {"fisher_data": ["other"]}, []),
+        ({}, WRITES, []),
+        ({}, {"distill": DistillConfig()}, ["stage later was distilled from a model with it"]),
+        ({}, {"penalty": EWC}, []),
+        ({}, {"penalty": L2} | WRITES, []),
+        ({}, {"penalty": EWC} | WRITES, ["stage later weighed its penalty by text"]),
+        ({}, {"fisher_data": ("own",)}, ["stage later weighed its penalty by own"]),
+        ({}, {"fisher_data": ("other",)}, []),
+        # Earlier versions measured on stored text though they replayed generated text.
+        ({}, {"penalty": EWC, "fisher_data": ("own",)} | WRITES, ["stage later weighed its penalty by own"]),
         ({}, {"grow": GROW}, []),
-        ({}, {"grow": GROW | {"init": "copy"}}, ["stage later began its experts as copies"]),
+        ({}, {"grow": COPIES}, ["stage later began its experts as copies"]),
         (
             {},
-            {"grow": GROW, "routing": {"bundles": "none", "mode": "learned"}},
+            {"grow": GROW, "routing": RoutingConfig()},
             ["stage later trained its router rows"],
         ),
-        ({}, {"routing": {"bundles": "none", "mode": "learned"}}, []),
-        ({}, {"grow": GROW, "routing": {"bundles": "none", "mode": "hash"}}, []),
+        ({}, {"routing": RoutingConfig()}, []),
+        ({}, {"grow": GROW, "routing": RoutingConfig(mode="hash")}, []),
     ],
 )
 def test_what_remains_of_a_stage_s_text(own: dict[str, Any], later: dict[str, Any], found: list[str]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from lifelong_moe.data.blocks import BlockDataset
 from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel
-from lifelong_moe.plan.spec import Trains
+from lifelong_moe.plan.phase import Trains
 from lifelong_moe.training.module import StageModule
 from lifelong_moe.training.optimizer import phase_parameters
 from tests.divided import CASES, SEQUENCES, STEPS, MakeModel, MakeRun, second_stage, take_steps

@@ -1,0 +1,44 @@
+"""Dataclasses from plain JSON data: the inverse of ``dataclasses.asdict``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import is_dataclass
+from enum import StrEnum
+from functools import partial
+from types import NoneType, UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+T = TypeVar("T")
+
+
+def from_plain(kind: type[T], data: Mapping[str, Any]) -> T:
+    """Build a dataclass, and the dataclasses, enumerations and tuples that it is made of.
+
+    Args:
+        kind: The dataclass.
+        data: Its fields; absent ones have their defaults.
+
+    Raises:
+        TypeError: If a field without a default is absent, or something else is there.
+    """
+    hints = get_type_hints(kind)
+    return kind(**{name: _built(hints.get(name, Any), value) for name, value in data.items()})
+
+
+def _built(hint: Any, value: Any) -> Any:
+    if isinstance(hint, UnionType):
+        if value is None:
+            return None
+        hint = next(one for one in get_args(hint) if one is not NoneType)
+    if get_origin(hint) is tuple:
+        *items, last = get_args(hint)
+        items = items * len(value) if last is Ellipsis else [*items, last]
+        return tuple(map(_built, items, value))
+    if isinstance(hint, type) and issubclass(hint, StrEnum):
+        return hint(value)
+    if isinstance(hint, type) and is_dataclass(hint):
+        # A section that earlier versions wrote in another way reads that itself.
+        read = getattr(hint, "from_json", partial(from_plain, hint))
+        return read(value)
+    return value

@@ -1,0 +1,36 @@
+"""Specifications and records of stages that nobody trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lifelong_moe.model.config import ModelConfig
+from lifelong_moe.plan.architecture import Architecture, first_generation
+from lifelong_moe.plan.spec import StageSpec
+from lifelong_moe.retention.config import ReplaySource
+from lifelong_moe.routing.config import RoutingConfig
+from lifelong_moe.stages.record import StageRecord, TokenizerIdentity
+from lifelong_moe.training.config import OptimConfig
+
+
+def made_spec(name: str = "one", **changes: Any) -> StageSpec:
+    """A stage that learns ``<name>_text`` from random weights, and nothing else."""
+    plain: dict[str, Any] = {
+        "name": name, "data": f"{name}_text", "parent": None, "replayed": (), "replay_weights": (),
+        "replay_fraction": 0.0, "replay_source": ReplaySource.stored, "replay_buffer": None, "fisher_data": (),
+        "tokens": 1000, "grow": None, "continues": None, "trunk": None, "distill": None, "penalty": None,
+        "review": None, "optim": OptimConfig(), "finetune": None, "model": ModelConfig(), "routing": RoutingConfig(),
+        "seed": 0, "precision": "32-true", "gradient_clip": 1.0, "accumulate": 1, "processes": 1,
+    }  # fmt: skip
+    return StageSpec(**plain | changes)
+
+
+def made_record(key: str, name: str = "one", **changes: Any) -> StageRecord:
+    """Of a first stage, by default."""
+    spec = made_spec(name)
+    architecture = Architecture(spec.model, spec.routing, 300, 0, (first_generation(name, spec.model),))
+    plain: dict[str, Any] = {
+        "key": key, "name": name, "parent": None, "spec": spec, "architecture": architecture, "data": {}, "split": {},
+        "tokenizer": TokenizerIdentity({"vocab_size": 300}, "t"),
+    }  # fmt: skip
+    return StageRecord(**plain | changes)
