@@ -21,7 +21,6 @@ from lifelong_moe.clustering.kmeans import (
     spherical_kmeans,
     unit_rows,
 )
-from lifelong_moe.errors import DataError
 
 PRICE_ROUNDS = 120
 """Rounds of price adjustment at most; the rows that these leave misplaced are then moved exactly, path by path."""
@@ -65,28 +64,6 @@ def balanced_kmeans(
             centroids_KD = moved_KD
             labels_N, prices_K = balance(similarity(unit_ND, centroids_KD), prices_K)
     return centroids_KD, labels_N
-
-
-def balanced_assign(features_ND: NDArray[np.floating], centroids_KD: NDArray[np.floating]) -> Labels:
-    """Assign rows to centroids so that none gets more than ``ceil(N / K)`` and the total similarity is the largest.
-
-    Args:
-        features_ND: Float ``(N, D)``; normalized inside.
-        centroids_KD: Float ``(K, D)``; normalized inside.
-
-    Returns:
-        int64 ``(N,)``, an exact optimum of the transportation problem; the same one every time.
-
-    Raises:
-        DataError: If there are no rows.
-        ValueError: If a value is not finite, there is no centroid, or the widths differ.
-    """
-    if len(centroids_KD) == 0:
-        raise ValueError("there must be at least one centroid to assign to")
-    if len(features_ND) == 0:
-        raise DataError("there are no rows to assign; check that the documents are not empty.")
-    similarity_NK = similarity(unit_rows(features_ND), unit_rows(centroids_KD))
-    return balance(similarity_NK, np.zeros(len(centroids_KD), np.int64))[0]
 
 
 def balance(similarity_NK: Labels, prices_K: Labels) -> tuple[Labels, Labels]:

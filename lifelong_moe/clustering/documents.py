@@ -6,8 +6,7 @@ linear before the last normalization, so a text's feature is the normalized sum 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,36 +21,12 @@ NOISE = 1e-6
 """Directions whose singular value is below this share of the largest are rounding errors, and are left out."""
 
 
-@dataclass(frozen=True, eq=False)
-class Frequencies:
-    """In how many documents each token occurs."""
-
-    num_documents: int
-    """Documents that hold a token."""
-    containing_V: NDArray[np.int64]
-    """Those that hold token ``v``, int64 ``(V,)``."""
-
-    def idf(self) -> NDArray[np.float64]:
-        """``ln((1 + N) / (1 + document frequency)) + 1``, float64 ``(V,)``."""
-        return np.asarray(np.log((1 + self.num_documents) / (1 + self.containing_V)) + 1)
+def evenly_spread(documents: Sequence[TokenIds], most: int) -> list[TokenIds]:
+    """At most ``most`` documents, every n-th from the first on; the others are not read."""
+    return [documents[i] for i in range(0, len(documents), max(1, -(-len(documents) // most)))]
 
 
-def count_frequencies(documents: Iterable[TokenIds], vocab_size: int) -> Frequencies:
-    """Count document frequencies in one pass, a batch at a time. Empty documents count in nothing.
-
-    Raises:
-        ValueError: If a token id is outside the vocabulary.
-    """
-    num_documents, containing_V = 0, np.zeros(vocab_size, np.int64)
-    for batch in batches(document for document in documents if len(document)):
-        num_documents += len(batch)
-        containing_V += np.bincount(count_matrix(batch, vocab_size).indices, minlength=vocab_size)
-    return Frequencies(num_documents, containing_V)
-
-
-def fit_tfidf(
-    documents: Iterable[TokenIds], vocab_size: int, width: int, *, seed: int, frequencies: Frequencies | None = None
-) -> Floats:
+def fit_tfidf(documents: Iterable[TokenIds], vocab_size: int, width: int, *, seed: int) -> Floats:
     """Fit one row per token, such that a text's feature is the normalized sum of its tokens' rows.
 
     Term frequency is the plain count; ``idf = ln((1 + N) / (1 + document frequency)) + 1``; documents are normalized,
@@ -63,7 +38,6 @@ def fit_tfidf(
         vocab_size: V.
         width: D asked for; less comes back if the vocabulary, the documents or what they span have fewer dimensions.
         seed: Of the randomized SVD. Same seed, same bits, signs included.
-        frequencies: Of the corpus that the documents are a sample of; None to count these documents.
 
     Returns:
         Projection, float32 ``(V, D)``.
@@ -78,9 +52,8 @@ def fit_tfidf(
     if width < 1:
         raise ValueError(f"width must be at least 1, got {width}")
     weighted_NV = _counts(documents, vocab_size)
-    if frequencies is None:
-        frequencies = Frequencies(weighted_NV.shape[0], np.bincount(weighted_NV.indices, minlength=vocab_size))
-    idf_V = frequencies.idf()
+    containing_V = np.bincount(weighted_NV.indices, minlength=vocab_size)  # documents in which each token occurs
+    idf_V = np.log((1 + weighted_NV.shape[0]) / (1 + containing_V)) + 1
     _weigh(weighted_NV, idf_V)
     with one_thread():
         _, singular_D, components_DV = randomized_svd(
@@ -103,25 +76,10 @@ def document_features(documents: Iterable[TokenIds], projection_VD: Floats) -> F
     Raises:
         ValueError: If a token id is outside the vocabulary.
     """
-    rows = list(feature_batches(batches(documents), projection_VD))
-    return np.concatenate(rows) if rows else np.zeros((0, projection_VD.shape[1]), np.float32)
-
-
-def feature_batches(document_batches: Iterable[list[TokenIds]], projection_VD: Floats) -> Iterator[Floats]:
-    """Features of whole documents, a batch at a time; see `document_features`.
-
-    Each row sums its tokens in reading order, so its bits do not depend on what it is batched with.
-
-    Args:
-        document_batches: From `batches`.
-        projection_VD: From `fit_tfidf`.
-
-    Yields:
-        float32 ``(N, D)`` for each batch.
-    """
     rows_VD = projection_VD.astype(np.float64)
-    for batch in document_batches:
-        yield unit_rows(token_matrix(batch, len(rows_VD)) @ rows_VD)
+    # Each row sums its tokens in reading order, so its bits do not depend on what it is batched with.
+    rows = [unit_rows(token_matrix(batch, len(rows_VD)) @ rows_VD) for batch in batches(documents)]
+    return np.concatenate(rows) if rows else np.zeros((0, projection_VD.shape[1]), np.float32)
 
 
 def prefix_features(documents: Sequence[TokenIds], projection_VD: Floats, chunk: int) -> Floats:

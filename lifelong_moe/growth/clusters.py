@@ -15,8 +15,7 @@ from torch import Tensor
 from lifelong_moe.clustering.balanced import balanced_kmeans
 from lifelong_moe.clustering.balanced_table import balanced_table
 from lifelong_moe.clustering.bundles import fit_unigrams
-from lifelong_moe.clustering.corpus import evenly_spread
-from lifelong_moe.clustering.documents import document_features, fit_tfidf
+from lifelong_moe.clustering.documents import document_features, evenly_spread, fit_tfidf
 from lifelong_moe.clustering.kmeans import assign, spherical_kmeans, unit_rows
 from lifelong_moe.clustering.tokens import token_embedding
 from lifelong_moe.growth.observe import observe

@@ -20,15 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lifelong_moe.errors import ConfigError
-from lifelong_moe.model.moe import MoELayer
 from lifelong_moe.model.parts import TensorName, expert_tensor, router_rows
 from lifelong_moe.plan.architecture import Architecture
-
-
-@torch.no_grad()
-def expert_outputs(layer: MoELayer, inputs_ND: Tensor) -> Tensor:
-    """What every expert makes of the same inputs, whoever they are routed to: ``(E, N, D)``."""
-    return torch.stack([expert(inputs_ND) for expert in layer.banks.experts])
 
 
 def output_similarity(outputs_END: Tensor) -> Tensor:

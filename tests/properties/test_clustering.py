@@ -3,10 +3,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from lifelong_moe.clustering.balanced import balanced_assign
+from lifelong_moe.clustering.balanced import balance
 from lifelong_moe.clustering.bundles import hashed_groups, prefix_bundles
 from lifelong_moe.clustering.documents import prefix_features
-from lifelong_moe.clustering.kmeans import assign, spherical_kmeans
+from lifelong_moe.clustering.kmeans import assign, similarity, spherical_kmeans, unit_rows
 
 VOCAB = 20
 TOKENS = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=60).map(np.array)
@@ -45,7 +45,8 @@ def test_assignment_follows_its_row(features: np.ndarray, centroids: np.ndarray,
     centroids=arrays.arrays(np.float32, st.tuples(st.integers(1, 9), st.just(3)), elements=VALUES),
 )
 def test_no_cluster_is_ever_overfull(features: np.ndarray, centroids: np.ndarray) -> None:
-    labels = balanced_assign(features, centroids)
+    products = similarity(unit_rows(features), unit_rows(centroids))
+    labels = balance(products, np.zeros(len(centroids), np.int64))[0]
     assert labels.shape == (len(features),)
     assert np.bincount(labels, minlength=len(centroids)).max() <= -(-len(features) // len(centroids))
 

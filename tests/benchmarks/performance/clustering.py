@@ -1,4 +1,4 @@
-"""P10: clustering a corpus of documents that are read from disk, in time and in memory.
+"""P10: a stage's document clusters, fitted and every token assigned, of a corpus on disk; in time and in memory.
 
 Documents of 64 to 512 tokens, half drawn from what all topics share and half from one of 96 topics of unequal size;
 both follow Zipf's law over 8,192 tokens. Each size runs in a process of its own, which reads them as training does.
@@ -14,25 +14,20 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lifelong_moe.clustering import corpus
 from lifelong_moe.data.shards import ShardDocuments, TokenShard
+from lifelong_moe.growth.clusters import fit_document_clusters
+from lifelong_moe.model.config import ModelConfig
+from lifelong_moe.model.transformer import LanguageModel
+from lifelong_moe.plan.architecture import Architecture, Generation
+from lifelong_moe.routing.config import Level, RoutingConfig
 
 VOCAB, TOPICS, CLUSTERS, WIDTH, GOAL_SECONDS = 8192, 96, 64, 64, 600
 BLOCK = 10_000
-PHASES = {
-    "count_frequencies": "counting",
-    "fit_tfidf": "svd",
-    "document_features": "sample_features",
-    "balanced_kmeans": "balanced_kmeans",
-    "sample_prices": "prices",
-    "feature_batches": "features",
-}
 
 
 def write_documents(path: Path, documents: int) -> None:
@@ -59,36 +54,6 @@ def _zipf_cdf(size: int) -> np.ndarray:
     return np.cumsum(weights) / weights.sum()
 
 
-class Phases:
-    """Wall and processor seconds by phase. A generator is charged with its own time, not its consumer's."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, list[float]] = {}
-
-    def add(self, phase: str, began: tuple[float, float]) -> None:
-        spent = self.seconds.setdefault(phase, [0.0, 0.0])
-        spent[0] += time.perf_counter() - began[0]
-        spent[1] += time.process_time() - began[1]
-
-    def timed(self, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            began = _now()
-            result = function(*args, **kwargs)
-            self.add(phase, began)
-            return self._items(phase, result) if isinstance(result, Iterator) else result
-
-        return wrapped
-
-    def _items(self, phase: str, items: Iterator[Any]) -> Iterator[Any]:
-        while True:
-            began = _now()
-            item = next(items, None)
-            self.add(phase, began)
-            if item is None:
-                return
-            yield item
-
-
 def _now() -> tuple[float, float]:
     return time.perf_counter(), time.process_time()
 
@@ -108,34 +73,36 @@ class PrivateMemory(threading.Thread):
             time.sleep(0.02)
 
 
+def _model() -> LanguageModel:
+    """As small as can be, with a generation whose document clusters are to be fitted."""
+    routing = RoutingConfig(mode="cluster", level=Level.document, clusters=CLUSTERS, feature_width=WIDTH)
+    shape = ModelConfig(layers=1, width=8, heads=1, kv_heads=1, expert_width=8, experts=CLUSTERS, context=64)
+    return LanguageModel(Architecture(shape, routing, VOCAB, 0, (Generation("first", CLUSTERS),)))
+
+
 def child(path: Path) -> dict[str, Any]:
     """Cluster what is on disk; what it took."""
     offsets = np.fromfile(path / "offsets.bin", dtype="<i8")
     shard = TokenShard(np.memmap(path / "tokens.bin", dtype="<u2", mode="r"), offsets, np.zeros(len(offsets) - 1))
-    documents, phases, memory = ShardDocuments([shard]), Phases(), PrivateMemory()
-    for name, phase in PHASES.items():
-        setattr(corpus, name, phases.timed(phase, getattr(corpus, name)))
+    documents, memory, model = ShardDocuments([shard]), PrivateMemory(), _model()
+    assert model.document_clusters is not None
     memory.start()
     before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, _now()
-    clusters = corpus.fit_corpus(documents, VOCAB, CLUSTERS, width=WIDTH, seed=0)
-    sizes = np.zeros(CLUSTERS, np.int64)
-    for labels in corpus.assign_corpus(documents, len(documents), clusters):
-        sizes += np.bincount(labels, minlength=CLUSTERS)
-    phases.add("all", began)
-    whole = phases.seconds.pop("all")
-    parts = np.array(list(phases.seconds.values())).sum(axis=0)
-    phases.seconds["balanced_assignment"] = [whole[0] - parts[0], whole[1] - parts[1]]
+    fit_document_clusters(model, documents, seed=0)
+    fitted, sizes = _now(), np.zeros(CLUSTERS, np.int64)
+    for groups in model.document_clusters.group_id_batches(documents):
+        sizes += np.bincount(groups, minlength=CLUSTERS)
+    done = _now()
     return {
-        "documents": int(sizes.sum()),
+        "documents": len(documents),
         "tokens": int(offsets[-1]),
-        "wall_seconds": round(whole[0], 2),
-        "cpu_seconds": round(whole[1], 2),
-        "phases_wall_cpu": {name: [round(s, 2) for s in spent] for name, spent in phases.seconds.items()},
+        "wall_seconds": round(done[0] - began[0], 2),
+        "cpu_seconds": round(done[1] - began[1], 2),
+        "fit_seconds": round(fitted[0] - began[0], 2),
         "rss_before_mb": round(before),
         "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
         "peak_private_mb": round(memory.peak),
-        "balance_max_over_mean": round(float(sizes.max() / sizes.mean()), 4),
-        "balance_min_over_mean": round(float(sizes.min() / sizes.mean()), 4),
+        "largest_share_of_tokens": round(float(sizes.max() / sizes.sum()), 4),
     }
 
 
