@@ -7,6 +7,7 @@ names is looked at first where one does.
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,13 +83,11 @@ def lineage(run: str, console: Console) -> list[dict[str, Any]]:
     for header in ("stage", "parent", "trained on", "bore experts", "weights SHA-256"):
         table.add_column(header)
     for row in rows:
-        data = "\n".join(f"{name} {digest[:12]}" for name, digest in row["data"].items())
-        parent = (row["parent"] or "–")[:SHORT]
-        table.add_row(
-            f"{row['name']}\n{row['key'][:SHORT]}", parent, data, row["experts"], row["weights_sha256"][:SHORT]
-        )
+        data = "\n".join(f"{name} {digest[:12]}" for name, digest in row.data.items())
+        parent = (row.parent or "–")[:SHORT]
+        table.add_row(f"{row.name}\n{row.key[:SHORT]}", parent, data, row.experts, row.weights_sha256[:SHORT])
     show(console, table)
-    return rows
+    return list(map(asdict, rows))
 
 
 def open_stage(run: str, stage: str | None) -> tuple[StageStore, CommittedStage]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
@@ -23,21 +25,38 @@ from pipelines.remembering import remembered
 LEAST_DIGITS = 8
 
 
+@dataclass(frozen=True)
+class Holder:
+    """A distribution whose text holds a document."""
+
+    distribution: str
+    part: str
+    """``train``, ``heldout``, ``near copy`` or ``unknown``."""
+    document: str
+    """SHA-256 of its text."""
+    train_hash: str | None
+    split_hash: str | None
+    """These two of the distribution's training text; None where nobody remembers it."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON data, without what is not known."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+
+
 def expert(run: str, name: str, console: Console) -> dict[str, Any]:
     """Which stage and which text made an expert, and who has held its tensors since."""
     head, store = require_head(ROOT, run), StageStore(ROOT)
     if not head.stages:
         raise ConfigError(f"run {run} has no committed stage yet.")
     found = trace_expert(store.chain(head.stages[-1]), name)
-    born = found["born"]
-    texts = ", ".join(f"{name} {digest[:12]}" for name, digest in born["data"].items())
+    born = found.born
+    texts = ", ".join(f"{name} {digest[:12]}" for name, digest in born.data.items())
     console.print(
-        f"{name}: born in stage {born['stage']} ({born['key'][:SHORT]}) on {texts}; began: {born['began']}",
-        highlight=False,
+        f"{name}: born in stage {born.stage} ({born.key[:SHORT]}) on {texts}; began: {born.began}", highlight=False
     )
-    for row in found["stages"]:
-        console.print(f"· {row['stage']}: {row['tensors']}, held by {row['held_by'][:SHORT]}", highlight=False)
-    return found
+    for row in found.stages:
+        console.print(f"· {row.stage}: {row.tensors}, held by {row.held_by[:SHORT]}", highlight=False)
+    return dataclasses.asdict(found)
 
 
 def document(run: str, digest: str, console: Console) -> dict[str, Any]:
@@ -60,27 +79,28 @@ def document(run: str, digest: str, console: Console) -> dict[str, Any]:
         console.print(f"not known of {', '.join(gone)}, whose text is gone: only what was held out", highlight=False)
     if not holders:
         raise ConfigError(f"--document={digest}: no text that run {run} reads holds such a document.")
-    trained, left_out = ({row["split_hash"] for row in holders if row["part"] == p} for p in ("train", "near copy"))
-    rows = readers(_stages(head, store), trained, left_out)
-    for row in holders:
-        console.print(f"{row['document'][:SHORT]}: {row['distribution']}, {row['part']}", highlight=False)
-    for row in rows:
-        console.print(
-            f"· stage {row['stage']} {row['role']} {row['distribution']}; it trained {row['experts']}", highlight=False
-        )
-    if not rows:
+    trained, left_out = (
+        {row.split_hash for row in holders if row.split_hash and row.part == part} for part in ("train", "near copy")
+    )
+    found = readers(_stages(head, store), trained, left_out)
+    for holder in holders:
+        console.print(f"{holder.document[:SHORT]}: {holder.distribution}, {holder.part}", highlight=False)
+    for one in found:
+        console.print(f"· stage {one.stage} {one.role} {one.distribution}; it trained {one.experts}", highlight=False)
+    if not found:
         console.print("· no stage was trained on it")
-    return {"document": digest, "held_by": holders, "stages": rows}
+    held_by, stages = [holder.to_json() for holder in holders], [dataclasses.asdict(one) for one in found]
+    return {"document": digest, "held_by": held_by, "stages": stages}
 
 
-def _holders(head: RunHead, digest: str) -> tuple[list[dict[str, Any]], list[str]]:
+def _holders(head: RunHead, digest: str) -> tuple[list[Holder], list[str]]:
     """Distributions of the run, and batches that it looked at, with the document, and those that are gone; text is read
     again."""
     from omegaconf import OmegaConf
 
     config, batches = build_config(OmegaConf.create(head.config), is_stored=True), BatchStore(ROOT)
     sources = {name: config.distributions[name] for name in config.evaluated}
-    found: list[dict[str, Any]] = []
+    found: list[Holder] = []
     for batch in batches.holding(digest):
         if (settled := head.batches.get(batch)) is None:
             continue
@@ -100,12 +120,11 @@ def _holders(head: RunHead, digest: str) -> tuple[list[dict[str, Any]], list[str
         for part, documents in parts.items():
             for held in documents:
                 if held.hash.startswith(digest):
-                    row = {"distribution": name, "part": part, "document": held.hash}
-                    found.append(row | {"train_hash": of.train_hash, "split_hash": of.split_hash})
+                    found.append(Holder(name, part, held.hash, of.train_hash, of.split_hash))
     return found, list(texts.gone)
 
 
-def _removed_holders(head: RunHead, name: str, identities: set[tuple[str, str]], digest: str) -> list[dict[str, Any]]:
+def _removed_holders(head: RunHead, name: str, identities: set[tuple[str, str]], digest: str) -> list[Holder]:
     """The same of a batch whose text was removed; ``part`` is "unknown" where nothing says more of it."""
     learned = head.texts.get(name)
     held = set()
@@ -116,8 +135,8 @@ def _removed_holders(head: RunHead, name: str, identities: set[tuple[str, str]],
         part = "heldout" if found in held else "train" if held else "unknown"
         if learned is not None and found[:DIGITS] in learned.left_out:
             part = "near copy"
-        hashes = {"train_hash": learned.train_hash, "split_hash": learned.split_hash} if learned is not None else {}
-        rows.append({"distribution": name, "part": part, "document": found, **hashes})
+        hashes = (learned.train_hash, learned.split_hash) if learned is not None else (None, None)
+        rows.append(Holder(name, part, found, *hashes))
     return rows
 
 

@@ -1,48 +1,57 @@
-"""Which stage, on which data, bore which experts."""
+"""Which stage created which experts, and from what data."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 from lifelong_moe.plan.architecture import Architecture
 from lifelong_moe.stages.store import StageStore
 
 
-def lineage_rows(store: StageStore, keys: Sequence[str]) -> list[dict[str, Any]]:
-    """One entry a stage, oldest first.
+@dataclass(frozen=True, kw_only=True)
+class LineageRow:
+    """A stage, what it was trained on, and what it added."""
+
+    name: str
+    key: str
+    parent: str | None
+    data: dict[str, str]
+    """Hash of each distribution's training documents."""
+    tokenizer: str
+    """Hash of the tokenizer."""
+    experts: str
+    """Names of the experts that it added, ``STAGE/L<layer>/E<index>``, in short."""
+    borrowed_tensors: int
+    weights_sha256: str
+
+
+def lineage_rows(store: StageStore, keys: Sequence[str]) -> list[LineageRow]:
+    """One row a stage, oldest first.
 
     Args:
         store: Where the stages are.
         keys: Keys of a run's committed stages, in order.
-
-    Returns:
-        ``name``, ``key``, ``parent``, ``data`` (hash of each distribution's training documents), ``tokenizer``,
-        ``experts`` (names of the experts born there, ``STAGE/L<layer>/E<index>``, in short), ``borrowed_tensors`` and
-        ``weights_sha256``.
     """
-    rows = []
-    for key in keys:
-        stage = store.get(key)
-        rows.append(
-            {
-                "name": stage.name,
-                "key": key,
-                "parent": stage.parent,
-                "data": stage.data,
-                "tokenizer": stage.tokenizer.hash,
-                "experts": expert_names(stage.architecture, stage.name),
-                "borrowed_tensors": len(stage.borrowed),
-                "weights_sha256": stage.weights_hash,
-            }
+    return [
+        LineageRow(
+            name=stage.name,
+            key=stage.key,
+            parent=stage.parent,
+            data=stage.data,
+            tokenizer=stage.tokenizer.hash,
+            experts=expert_names(stage.architecture, stage.name),
+            borrowed_tensors=len(stage.borrowed),
+            weights_sha256=stage.weights_hash,
         )
-    return rows
+        for stage in map(store.get, keys)
+    ]
 
 
 def expert_names(architecture: Architecture, stage: str) -> str:
-    """Names of the experts that a stage bore, ranges written with two dots: ``python_code/L0..3/E4..5``."""
+    """Names of the experts that a stage added, ranges written with two dots: ``python_code/L0..3/E4..5``."""
     layers = range(architecture.model.layers)
     return grouped_names({stage: {layer: _born_in(architecture.expert_births(layer), stage) for layer in layers}})
 

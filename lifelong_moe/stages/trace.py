@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Literal
 
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.model.parts import expert_tensor
@@ -18,18 +19,64 @@ MATRIX = "down"
 """A matrix that every kind of expert has."""
 
 
-def trace_expert(chain: Sequence[CommittedStage], name: str) -> dict[str, Any]:
-    """Which stage and which text made an expert.
+@dataclass(frozen=True, kw_only=True)
+class Birth:
+    """The stage that created an expert."""
+
+    stage: str
+    key: str
+    data: dict[str, str]
+    """Hash of each distribution's training documents."""
+    began: str
+    """How its weights began: ``grow.init``, or ``random`` in a first stage."""
+    weights_sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Custody:
+    """What one stage did with an expert."""
+
+    stage: str
+    key: str
+    tensors: Literal["trained", "borrowed", "moved"]
+    """``moved`` where only its number changed."""
+    held_by: str
+    """Key of the stage that holds the tensors."""
+    data: dict[str, str]
+    """What it was trained on there; empty unless it was."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertTrace:
+    """Which stage and which text made an expert."""
+
+    expert: str
+    born: Birth
+    stages: list[Custody]
+    """One entry for the birth and one for each stage after it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reader:
+    """A stage that read a set of training documents."""
+
+    stage: str
+    key: str
+    distribution: str
+    role: Literal["learned", "replayed", "measured"]
+    """``measured`` for the Fisher information of EWC."""
+    epochs: float | None
+    """Passes over the text of its own distribution; below 1 the document may not have had its turn, as with replay."""
+    experts: str
+    """Those that it trained."""
+
+
+def trace_expert(chain: Sequence[CommittedStage], name: str) -> ExpertTrace:
+    """Trace an expert back to the text that made it.
 
     Args:
         chain: The model's stages, oldest first, derived ones included.
         name: ``STAGE/L<layer>/E<index>``, as the last of them numbers its experts.
-
-    Returns:
-        ``expert``; ``born`` (``stage``, ``key``, ``data``: hash of each distribution's training documents,
-        ``began``: how its weights began); and ``stages``, one entry for the birth and each stage after it: ``stage``,
-        ``key``, ``tensors`` (``trained``, ``borrowed``, or ``moved`` where only its number changed), ``held_by`` (key
-        of the stage that holds the tensors) and ``data`` (what it was trained on there; empty otherwise).
 
     Raises:
         ConfigError: If the name is malformed, or the model has no such expert.
@@ -37,22 +84,14 @@ def trace_expert(chain: Sequence[CommittedStage], name: str) -> dict[str, Any]:
     layer, place = _find(chain[-1].architecture, name)
     stage_name = name.rsplit("/", 2)[0]
     birth = next(i for i, stage in enumerate(chain) if stage.name == stage_name)
-    rows: list[dict[str, Any]] = []
+    stages: list[Custody] = []
     for stage in reversed(chain[birth:]):
-        rows.insert(0, _history(stage, layer, stage_name, place))
+        stages.insert(0, _custody(stage, layer, stage_name, place))
         layer = _layer_before(stage, layer)
     born = chain[birth]
-    return {
-        "expert": name,
-        "born": {
-            "stage": born.name,
-            "key": born.key,
-            "data": born.data,
-            "began": str(born.spec.grow.init) if born.spec.grow else "random",
-            "weights_sha256": born.weights_hash,
-        },
-        "stages": rows,
-    }
+    began = born.spec.grow.init.value if born.spec.grow else "random"
+    first = Birth(stage=born.name, key=born.key, data=born.data, began=began, weights_sha256=born.weights_hash)
+    return ExpertTrace(expert=name, born=first, stages=stages)
 
 
 def _find(architecture: Architecture, name: str) -> tuple[int, int]:
@@ -75,18 +114,17 @@ def _layer_before(stage: CommittedStage, layer: int) -> int:
     return layer if kept is None or stage.derived else kept[layer]
 
 
-def _history(stage: CommittedStage, layer: int, birth: str, place: int) -> dict[str, Any]:
-    """What a stage did with an expert."""
+def _custody(stage: CommittedStage, layer: int, birth: str, place: int) -> Custody:
     index = stage.architecture.expert_births(layer).index(birth) + place
     name = expert_tensor(layer, index, MATRIX)
-    how = "borrowed" if name in stage.borrowed else "moved" if stage.derived else "trained"
-    return {
-        "stage": stage.name,
-        "key": stage.key,
-        "tensors": how,
-        "held_by": stage.borrowed.get(name, stage.key),
-        "data": stage.data if how == "trained" else {},
-    }
+    is_trained = name not in stage.borrowed and not stage.derived
+    return Custody(
+        stage=stage.name,
+        key=stage.key,
+        tensors="trained" if is_trained else "borrowed" if name in stage.borrowed else "moved",
+        held_by=stage.borrowed.get(name, stage.key),
+        data=stage.data if is_trained else {},
+    )
 
 
 def trained_experts(stage: CommittedStage) -> str:
@@ -110,41 +148,31 @@ def trained_experts(stage: CommittedStage) -> str:
     )
 
 
-def readers(
-    stages: Sequence[CommittedStage], splits: Collection[str], left_out: Collection[str] = ()
-) -> list[dict[str, Any]]:
+def readers(stages: Sequence[CommittedStage], splits: Collection[str], left_out: Collection[str] = ()) -> list[Reader]:
     """Which stages read any of these sets of training documents, and which experts learned there.
 
     Args:
         stages: In any order.
         splits: Hashes of these sets, near copies of held-out text included, as stages record them.
         left_out: The same of sets whose near copies alone are asked about: stages of earlier versions read those too.
-
-    Returns:
-        One entry a stage that did: ``stage``, ``key``, ``distribution``, ``role`` (``learned``, ``replayed``, or
-        ``measured`` for the Fisher information of EWC), ``epochs`` (times the text of its own distribution was gone
-        through; below 1 the document may not have had its turn, as with replay) and ``experts`` (that it trained).
     """
-    rows = []
-    for stage in stages:
-        if stage.derived:
-            continue
-        for distribution, digest in stage.split.items():
-            if digest in splits or (digest in left_out and stage.read_near_copies):
-                rows.append(
-                    {
-                        "stage": stage.name,
-                        "key": stage.key,
-                        "distribution": distribution,
-                        "role": _role(stage.spec, distribution),
-                        "epochs": stage.metrics.get("epochs"),
-                        "experts": trained_experts(stage),
-                    }
-                )
-    return rows
+    return [
+        Reader(
+            stage=stage.name,
+            key=stage.key,
+            distribution=distribution,
+            role=_role(stage.spec, distribution),
+            epochs=stage.metrics.get("epochs"),
+            experts=trained_experts(stage),
+        )
+        for stage in stages
+        if not stage.derived
+        for distribution, digest in stage.split.items()
+        if digest in splits or (digest in left_out and stage.read_near_copies)
+    ]
 
 
-def _role(spec: StageSpec, distribution: str) -> str:
+def _role(spec: StageSpec, distribution: str) -> Literal["learned", "replayed", "measured"]:
     if distribution in spec.learns:
         return "learned"
     return "replayed" if distribution in spec.reads else "measured"

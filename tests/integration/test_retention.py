@@ -302,7 +302,7 @@ def test_only_some_layers_grow(lab: Path) -> None:
     counts = report["expert_counts"]["fruit"]
     assert [len(layer) for layer in counts] == [4, 4]
     born = lineage_rows(StageStore(Path("mlruns")), [one["key"] for one in report["stages"]])
-    assert [row["experts"] for row in born] == ["fruit/L0..1/E0..1", "code/L1/E2..3", "sea/L0/E2..3"]
+    assert [row.experts for row in born] == ["fruit/L0..1/E0..1", "code/L1/E2..3", "sea/L0/E2..3"]
     for i, one in enumerate(report["stages"]):
         model = StageStore(Path("mlruns")).tensors(stage(("fruit", "code", "sea")[i]))
         assert one["parameters_total"] == sum(tensor.numel() for tensor in model.values())

@@ -15,7 +15,7 @@ from lifelong_moe.model.parts import expert_tensor
 from lifelong_moe.plan.architecture import Architecture, Generation
 from lifelong_moe.retention.config import DistillConfig, ReplaySource
 from lifelong_moe.stages.store import CommittedStage
-from lifelong_moe.stages.trace import readers, trace_expert, trained_experts
+from lifelong_moe.stages.trace import Birth, readers, trace_expert, trained_experts
 from tests.records import made_record, made_spec
 
 FIRST, GROWN = Generation("a", 2), Generation("b", 3, layers=(1,))
@@ -60,19 +60,18 @@ def chain(make_architecture: Callable[..., Architecture]) -> list[CommittedStage
 
 def test_an_expert_s_history_goes_over_all_stages_since_its_birth(chain: list[CommittedStage]) -> None:
     found = trace_expert(chain, "b/L1/E1")  # the second of its generation: the first one is gone, so it moved up
-    assert found["born"] == {
-        "stage": "b", "key": "key of b", "data": {"b_text": "b" * 64}, "began": "copy",
-        "weights_sha256": "weights of b",
-    }  # fmt: skip
-    assert [(row["stage"], row["tensors"], row["held_by"], row["data"]) for row in found["stages"]] == [
+    assert found.born == Birth(
+        stage="b", key="key of b", data={"b_text": "b" * 64}, began="copy", weights_sha256="weights of b"
+    )
+    assert [(row.stage, row.tensors, row.held_by, row.data) for row in found.stages] == [
         ("b", "trained", "key of b", {"b_text": "b" * 64}),
         ("c", "trained", "key of c", {"c_text": "c" * 64}),  # only this one of the three
         ("a.dropped", "moved", "key of a.dropped", {}),
     ]
-    assert [row["tensors"] for row in trace_expert(chain[:3], "b/L1/E4")["stages"]] == ["trained", "borrowed"]
-    (born, grown) = trace_expert(chain[:2], "a/L0/E1")["stages"]
-    assert (born["tensors"], grown["tensors"], grown["held_by"]) == ("trained", "borrowed", "key of a")
-    assert trace_expert(chain[:1], "a/L0/E1")["born"]["began"] == "random"
+    assert [row.tensors for row in trace_expert(chain[:3], "b/L1/E4").stages] == ["trained", "borrowed"]
+    (born, grown) = trace_expert(chain[:2], "a/L0/E1").stages
+    assert (born.tensors, grown.tensors, grown.held_by) == ("trained", "borrowed", "key of a")
+    assert trace_expert(chain[:1], "a/L0/E1").born.began == "random"
 
 
 def test_a_student_s_layers_are_numbered_anew(chain: list[CommittedStage]) -> None:
@@ -81,8 +80,8 @@ def test_a_student_s_layers_are_numbered_anew(chain: list[CommittedStage]) -> No
     architecture = chain[1].architecture.shallow([1])
     student = replace(chain[1], name="student", key="key of student", architecture=architecture, spec=spec, borrowed={})
     derived = replace(student, name="derived", key="key of derived", derived={"derived": "merge"})
-    found = trace_expert([*chain[:3], student, derived], "b/L0/E3")["stages"]
-    assert [(row["stage"], row["tensors"], row["held_by"]) for row in found] == [
+    found = trace_expert([*chain[:3], student, derived], "b/L0/E3").stages
+    assert [(row.stage, row.tensors, row.held_by) for row in found] == [
         ("b", "trained", "key of b"),
         ("c", "trained", "key of c"),  # E3 of layer 1
         ("student", "trained", "key of student"),
@@ -110,7 +109,7 @@ def read(stage: CommittedStage, **spec: Any) -> CommittedStage:
 
 def test_a_set_s_readers_learned_replayed_or_measured_it(chain: list[CommittedStage]) -> None:
     def roles(stage: CommittedStage, *splits: str) -> list[tuple[str, str]]:
-        return [(row["distribution"], row["role"]) for row in readers([stage], splits)]
+        return [(row.distribution, row.role) for row in readers([stage], splits)]
 
     first, later = chain[0], chain[1]
     assert roles(read(first, replayed=("old",)), "1", "2") == [("own", "learned"), ("old", "learned")]  # joint training
@@ -119,7 +118,7 @@ def test_a_set_s_readers_learned_replayed_or_measured_it(chain: list[CommittedSt
     assert roles(read(later), "2", "3") == [("old", "measured")] and roles(read(first), "2") == [("old", "measured")]
     assert roles(read(later), "3") == roles(read(chain[3]), "1") == []
     (row,) = readers([read(later)], ["1"])
-    assert (row["stage"], row["key"], row["epochs"], row["experts"]) == ("b", "key of b", 0.5, "b/L1/E2..4")
+    assert (row.stage, row.key, row.epochs, row.experts) == ("b", "key of b", 0.5, "b/L1/E2..4")
 
 
 def test_near_copies_alone_are_asked_of_stages_that_read_them(chain: list[CommittedStage]) -> None:
