@@ -20,18 +20,20 @@ from lifelong_moe.errors import ConfigError
 from lifelong_moe.evaluation.documents import generation_shares
 from lifelong_moe.evaluation.measurements import Load, Measurements
 from lifelong_moe.methods.graph import stage_specs
-from lifelong_moe.methods.plan import PlannedStage, plan_next
+from lifelong_moe.methods.plan import plan_next
 from lifelong_moe.methods.retraining import NewStage, Retraining
 from lifelong_moe.plan.architecture import Architecture
+from lifelong_moe.plan.planned import PlannedStage
 from lifelong_moe.stages.evaluations import EvaluationStore
 from lifelong_moe.stages.store import CommittedStage, StageStore
 from lifelong_moe.stages.versions import Version
 from lifelong_moe.training.config import TrainerConfig
+from lifelong_moe.training.context import StageEnvironment
 from lifelong_moe.training.device import configured_device
 from lifelong_moe.training.interrupt import Interrupt
 from lifelong_moe.training.logger import Send
-from lifelong_moe.training.phase import StageEnvironment
-from lifelong_moe.training.stage import load_model, train_stage
+from lifelong_moe.training.restore import load_model
+from lifelong_moe.training.stage import train_stage
 from pipelines.kept_text import wait_for_text
 from pipelines.novelty import read_texts
 from pipelines.places import ROOT
@@ -120,10 +122,7 @@ class CandidateTrainer:
         now_routing, then_routing = (r.effective(grown=False) for r in (config.routing, trained))
         if len(self.architecture.generations) == 1 and now_routing != then_routing:
             raise ConfigError("routing: it is not the champion's. Bring it back, or begin another run.")
-        identity, bos_id = data.tokenizer_identity(), data.tokenizer.bos_id
-        planned = plan_next(
-            config, self.architecture, self.champion.key, data.train_hashes(), identity, bos_id, gone=data.gone
-        )
+        planned = plan_next(config, self.champion.key, self.architecture, data.identity, data.gone)
         return Candidate(Measurements(config, data, EvaluationStore(ROOT), self.load), planned, raw, grow)
 
     def train(self, candidate: Candidate, send: Send, run_id: str | None) -> CommittedStage:
@@ -146,16 +145,7 @@ class CandidateTrainer:
             send=send,
             run_id=run_id,
         )
-        return train_stage(
-            planned.spec,
-            planned.key,
-            planned.depth,
-            self.parent,
-            data.corpora,
-            data.tokenizer,
-            data.recipe,
-            environment,
-        )
+        return train_stage(planned, self.parent, data, environment)
 
     def leak(self, stage: CommittedStage, candidate: Candidate, distribution: str) -> float:
         """Share of a distribution's tokens that go to experts born after its stage."""

@@ -13,7 +13,7 @@ from lifelong_moe.methods.budget import tokens_within
 from lifelong_moe.methods.comparison import Arm, Budget, Comparison, require_equal_measures
 from lifelong_moe.stages.runs import RunRecord
 from lifelong_moe.storage.keys import SHORT
-from lifelong_moe.training.phase import build_trainer
+from lifelong_moe.training.trainer import build_trainer
 from pipelines.workspace import ROOT, Prepared, prepare
 
 Memory = dict[str, PreparedData]
@@ -57,7 +57,7 @@ def plan_jobs(comparison: Comparison, memory: Memory) -> list[Job]:
     first = {arm.name: _prepare(comparison, arm, comparison.overrides(arm, seed), memory) for arm in comparison.arms}
     for arm in comparison.arms:
         with _in_arm(arm):  # what this machine cannot do is said before anything else
-            build_trainer(first[arm.name].config.trainer, 1, [], None)
+            build_trainer(first[arm.name].config.trainer, 1)
     require_equal_measures({name: _measures(first[name]) for name in [comparison.reference, *first]})
     tokens = {arm.name: _token_overrides(comparison, arm, first) for arm in comparison.arms}
     jobs = []

@@ -24,7 +24,7 @@ from lifelong_moe.stages.versions import Version, VersionStage, describe
 from lifelong_moe.storage.locks import locked
 from lifelong_moe.training.derived import commit_derived, generation_of
 from lifelong_moe.training.device import configured_device
-from lifelong_moe.training.stage import build_model, load_model
+from lifelong_moe.training.restore import build_model, load_model
 from pipelines import render_retrain
 from pipelines.drop import with_versions
 from pipelines.gate_derived import gate_derived, served_measurements

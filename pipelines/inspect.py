@@ -38,7 +38,7 @@ from lifelong_moe.storage.tables import write_parquet
 from lifelong_moe.tracking.tracker import Tracker
 from lifelong_moe.training.device import configured_device
 from lifelong_moe.training.logger import Row
-from lifelong_moe.training.stage import load_model
+from lifelong_moe.training.restore import load_model
 from pipelines import inspect_tables
 from pipelines.recorded import tracking_of
 from pipelines.workspace import ROOT, read_data, recorded_trainer, remembered

@@ -257,7 +257,7 @@ def _loaded(run: str, store: StageStore, committed: CommittedStage, *, int8: boo
     """A stage's model on the run's device, for reading only."""
     from lifelong_moe.model.int8 import hold_in_int8
     from lifelong_moe.training.device import configured_device
-    from lifelong_moe.training.stage import load_model
+    from lifelong_moe.training.restore import load_model
     from pipelines.workspace import recorded_trainer
 
     model = load_model(store, committed).requires_grad_(False)

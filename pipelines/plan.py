@@ -10,10 +10,11 @@ from rich.table import Table
 from lifelong_moe.clustering.bundles import unigram_divergence
 from lifelong_moe.data.packing import epochs
 from lifelong_moe.methods.advice import growth_advice, leaking, nothing_to_hold
-from lifelong_moe.methods.plan import PlannedStage, stage_need
+from lifelong_moe.methods.plan import stage_need
 from lifelong_moe.methods.published import sentence as published_sentence
 from lifelong_moe.plan.cost import count_parameters
 from lifelong_moe.plan.disk import run_need
+from lifelong_moe.plan.planned import PlannedStage
 from lifelong_moe.stages.runs import RunRecord
 from lifelong_moe.stages.store import CommittedStage, StageStore
 from lifelong_moe.storage.keys import SHORT

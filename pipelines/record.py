@@ -10,8 +10,9 @@ from rich.console import Console
 
 from lifelong_moe.evaluation import figures
 from lifelong_moe.evaluation.loss import Evaluation
-from lifelong_moe.methods.plan import PlannedStage, chain
+from lifelong_moe.methods.plan import chain
 from lifelong_moe.plan.architecture import Architecture
+from lifelong_moe.plan.planned import PlannedStage
 from lifelong_moe.stages.head import MlflowState
 from lifelong_moe.stages.runs import OpenRun
 from lifelong_moe.stages.store import CommittedStage

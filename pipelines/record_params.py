@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from lifelong_moe.methods.plan import PlannedStage
+from lifelong_moe.plan.planned import PlannedStage
 from pipelines.workspace import Prepared
 
 CONFIG = "config.yaml"

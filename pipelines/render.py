@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lifelong_moe.evaluation.routing import dead_experts
-from lifelong_moe.methods.plan import PlannedStage
+from lifelong_moe.plan.planned import PlannedStage
 from lifelong_moe.stages.store import CommittedStage
 from pipelines.tables import show
 

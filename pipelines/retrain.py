@@ -29,7 +29,7 @@ from lifelong_moe.stages.versions import VersionStage
 from lifelong_moe.storage.locks import locked
 from lifelong_moe.tracking.tracker import Tracker
 from lifelong_moe.training.interrupt import Interrupt, handling_sigterm
-from lifelong_moe.training.phase import build_trainer
+from lifelong_moe.training.trainer import build_trainer
 from pipelines import render_retrain
 from pipelines.candidates import CandidateTrainer, batch_files, stage_models
 from pipelines.drop import with_versions
@@ -80,7 +80,7 @@ def retrain(
             head = with_versions(store, require_head(ROOT, record.run))
             tick = Tick(retraining, record, head, console)
             try:
-                build_trainer(tick.config.trainer, 1, [], None)  # what this machine cannot do is said before all else
+                build_trainer(tick.config.trainer, 1)  # what this machine cannot do is said before all else
                 if not dry_run:
                     tick.remove_text(working=True)  # of a tick that was killed
                 if reopen is not None:

@@ -19,19 +19,22 @@ from lifelong_moe.evaluation.measurements import Measurements
 from lifelong_moe.evaluation.report import build_report
 from lifelong_moe.methods.advice import leaking, nothing_to_hold
 from lifelong_moe.methods.graph import RECIPES
-from lifelong_moe.methods.plan import PlannedStage, chain
+from lifelong_moe.methods.plan import chain
 from lifelong_moe.model.transformer import LanguageModel
+from lifelong_moe.plan.planned import PlannedStage
 from lifelong_moe.stages.evaluations import EvaluationStore
 from lifelong_moe.stages.runs import OpenRun, RunRecord
 from lifelong_moe.stages.store import CommittedStage, StageStore
 from lifelong_moe.storage.keys import SHORT, content_key
 from lifelong_moe.storage.locks import locked
 from lifelong_moe.tracking.tracker import Tracker
+from lifelong_moe.training.context import StageEnvironment
 from lifelong_moe.training.device import configured_device
 from lifelong_moe.training.first_centroids import first_centroids, needs_first_centroids
 from lifelong_moe.training.interrupt import Interrupt, handling_sigterm
-from lifelong_moe.training.phase import StageEnvironment, build_trainer
-from lifelong_moe.training.stage import clear_abandoned, initial_model, load_model, train_stage
+from lifelong_moe.training.restore import initial_model, load_model
+from lifelong_moe.training.stage import clear_abandoned, train_stage
+from lifelong_moe.training.trainer import build_trainer
 from pipelines import render
 from pipelines.opening import open_run
 from pipelines.places import remove_abandoned
@@ -68,7 +71,7 @@ def run(
     with handling_sigterm() as interrupt:
         remove_abandoned()
         # What this machine cannot do is said before anything is written.
-        build_trainer(load_config(config_path, overrides)[0].trainer, 1, [], None)
+        build_trainer(load_config(config_path, overrides)[0].trainer, 1)
         with console.status("reading and tokenizing the distributions"):
             prepared = prepare(config_path, overrides, memory)
         record, store = RunRecord(ROOT, prepared.config.run), StageStore(ROOT)
@@ -193,7 +196,7 @@ def _train(
         run_id=run_id,
     )
     parent = None if spec.parent is None else committed[spec.parent]
-    return train_stage(spec, planned.key, planned.depth, parent, data.corpora, data.tokenizer, data.recipe, environment)
+    return train_stage(planned, parent, data, environment)
 
 
 def _fit_first(stage: CommittedStage, prepared: Prepared, store: StageStore, opened: OpenRun) -> None:

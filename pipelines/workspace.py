@@ -16,8 +16,9 @@ from lifelong_moe.config.yaml_file import read_yaml
 from lifelong_moe.data.prepare import PreparedData, prepare_data
 from lifelong_moe.data.records import Remembered
 from lifelong_moe.errors import DataError
-from lifelong_moe.methods.plan import PlannedStage, check_clusters, plan_stages, stage_need
+from lifelong_moe.methods.plan import check_clusters, plan_stages, stage_need
 from lifelong_moe.plan.disk import require_space, run_need, used_space
+from lifelong_moe.plan.planned import PlannedStage
 from lifelong_moe.plan.spec import SCHEMA
 from lifelong_moe.routing.registry import build_router
 from lifelong_moe.stages.head import RunHead
@@ -72,7 +73,7 @@ def prepare(config_path: str, overrides: list[str], memory: dict[str, PreparedDa
     build_router(config.routing, width=config.model.width, layer=0)  # one of the user's own is found, or not, now
     head, written = RunRecord(ROOT, config.run).head(), written_config(raw)
     data = read_data(config, memory, remembered(head, written))
-    plan = plan_stages(config, data.train_hashes(), data.tokenizer_identity(), data.tokenizer.bos_id)
+    plan = plan_stages(config, data.identity)
     check_clusters(plan, {name: record.documents for name, record in data.records.items()})
     require_text(plan, data, head)
     return Prepared(config, written, whole_config(raw), data, plan, left_behind(config_path, raw))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,12 +21,14 @@ from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.retention.penalty import make_anchor
 from lifelong_moe.retention.teacher import make_teacher
 from lifelong_moe.training.config import FinetuneConfig, TrainerConfig
+from lifelong_moe.training.context import PhaseRun, StageModels
 from lifelong_moe.training.data import StageData, phase_dataset
 from lifelong_moe.training.interrupt import Interrupt
 from lifelong_moe.training.module import StageModule
 from lifelong_moe.training.optimizer import phase_parameters, training_only
-from lifelong_moe.training.phase import build_trainer
 from lifelong_moe.training.ranks import run_ranks
+from lifelong_moe.training.rollback import Rollbacks
+from lifelong_moe.training.trainer import build_trainer
 
 MakeRun = Callable[..., RunConfig]
 MakeModel = Callable[..., LanguageModel]
@@ -85,7 +88,7 @@ def second_stage(make_run: MakeRun, make_model: MakeModel, case: str, kind: str 
         anchor = make_anchor(model, old, 0.05) if case == "penalty" else None
         phase = spec.phases()[-1]
         module = StageModule(model, spec, phase, teacher, anchor)
-        return module, phase_dataset(model, teacher, spec, phase, corpora, None, seed=3)
+        return module, phase_dataset(StageModels(model, teacher), spec, phase, corpora, seed=3)
 
     return begin
 
@@ -112,19 +115,13 @@ class Watch(Callback):
 def take_steps(begin: Begin, accumulate: int, processes: int = 1) -> tuple[dict[str, Tensor], Watch]:
     """Take the steps, each in so many micro-batches of each process; the weights, and what was seen."""
     (module, dataset), watch = begin(), Watch()
-    data = StageData(
-        dataset,
-        module.spec,
-        first_step=0,
-        steps=STEPS,
-        batches=lambda step: [range(step, STEPS)],
-        accumulate=accumulate,
-        num_workers=0,
-    )
     config = TrainerConfig(
         accelerator="cpu", devices=processes, accumulate_grad_batches=accumulate, deterministic=False
     )
-    trainer = build_trainer(config, STEPS, [watch], None)
+    stage: Any = SimpleNamespace(spec=module.spec, environment=SimpleNamespace(trainer=config))
+    phase = replace(module.phase, steps=STEPS)
+    data = StageData(dataset, PhaseRun(stage, 0, phase, 0, 0, 0, None, Rollbacks()))
+    trainer = build_trainer(config, STEPS, [watch])
     with training_only(module.model, phase_parameters(module.model, module.phase).values()):
         trainer.fit(module, data)
     return module.model.state_dict(), watch

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from lifelong_moe.data.identity import TokenizerIdentity
 from lifelong_moe.model.config import ModelConfig
 from lifelong_moe.plan.architecture import Architecture, first_generation
 from lifelong_moe.plan.spec import StageSpec
 from lifelong_moe.retention.config import ReplaySource
 from lifelong_moe.routing.config import RoutingConfig
-from lifelong_moe.stages.record import StageRecord, TokenizerIdentity
+from lifelong_moe.stages.record import StageRecord
 from lifelong_moe.training.config import OptimConfig
 
 

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from lifelong_moe.data.config import SourceConfig, TokenizerConfig
 from lifelong_moe.data.documents import Corpus, Document, documents_hash, normalized_hash
+from lifelong_moe.data.identity import DataIdentity, TokenizerIdentity
 from lifelong_moe.data.near_copies import without_near_copies
 from lifelong_moe.data.pairs import with_answers, with_heldout_answers
 from lifelong_moe.data.records import DIGITS, Remembered, TextRecord
@@ -58,17 +58,20 @@ class PreparedData:
     gone: dict[str, LifelongError]
     """Why the other distributions' text is not there."""
 
-    def tokenizer_identity(self) -> dict[str, Any]:
-        """What stage keys and manifests say of the tokenizer."""
-        return {"recipe": self.recipe, "hash": self.tokenizer.hash, "vocab_size": self.tokenizer.vocab_size}
+    @property
+    def identity(self) -> DataIdentity:
+        """What plans and stage keys say of it."""
+        tokenizer = self.tokenizer
+        return DataIdentity(
+            {name: record.train_hash for name, record in self.records.items()},
+            TokenizerIdentity(dict(self.recipe), tokenizer.hash),
+            tokenizer.vocab_size,
+            tokenizer.bos_id,
+        )
 
     def at_hand(self, name: str) -> TokenShard:
         """Training text; held-out text where that is gone."""
         return self.corpora[name].train if name in self.corpora else self.heldout[name]
-
-    def train_hashes(self) -> dict[str, str]:
-        """Hash of each distribution's training documents."""
-        return {name: record.train_hash for name, record in self.records.items()}
 
 
 def prepare_data(

@@ -16,7 +16,8 @@ from dataclasses import replace
 
 from lifelong_moe.config.run import Method, RunConfig, StageConfig
 from lifelong_moe.methods.graph import RECIPES, Recipe, earlier_distributions
-from lifelong_moe.methods.plan import PlannedStage, chain
+from lifelong_moe.methods.plan import chain
+from lifelong_moe.plan.planned import PlannedStage
 from lifelong_moe.retention.config import DistillText, PenaltyKind
 
 FEW_TOKENS, MANY_TOKENS = 1.0, 10.0

@@ -6,9 +6,9 @@ import dataclasses
 from bisect import bisect_right
 
 from lifelong_moe.errors import ConfigError
-from lifelong_moe.methods.plan import PlannedStage
 from lifelong_moe.plan.cost import forward_flops_per_token
 from lifelong_moe.plan.flops import stage_flops
+from lifelong_moe.plan.planned import PlannedStage
 
 
 def tokens_within(arm: list[PlannedStage], reference: list[PlannedStage], tokens: dict[str, int]) -> dict[str, int]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lifelong_moe.data.identity import DataIdentity
 from lifelong_moe.growth.config import GrowConfig
 from lifelong_moe.model.config import ModelConfig
 from lifelong_moe.model.parts import Part
@@ -280,26 +281,24 @@ class StageSpec:
             processes=self.processes if self.by_process else 1,
         )
 
-    def key(self, parent_key: str | None, data_hash: str, replay_hashes: dict[str, str], tokenizer: Any) -> str:
+    def key(self, parent_key: str | None, data: DataIdentity) -> str:
         """The stage's content address.
 
         Args:
             parent_key: Key of the stage it continues.
-            data_hash: Of its training documents.
-            replay_hashes: Of each earlier distribution's training documents.
-            tokenizer: Recipe and hash of the tokenizer, plain JSON data.
+            data: What it reads, and the tokenizer that made it.
         """
         spec = self.effective().to_json()
         del spec["parent"]  # an index; its key stands below
         if self.grow:
             del spec["grow"]["min_share"]  # a warning's threshold
-        hashes = [[replay_hashes[name] for name in names] for names in (self.reads, self.fisher_data)]
+        hashes = [[data.train_hashes[name] for name in names] for names in (self.reads, self.fisher_data)]
         return content_key(
             {
                 "schema": SCHEMA,
                 "spec": {**spec, "replayed": hashes[0], "fisher_data": hashes[1]},
                 "parent": parent_key,
-                "data": data_hash,
-                "tokenizer": tokenizer,
+                "data": data.train_hashes[self.data],
+                "tokenizer": dataclasses.asdict(data.tokenizer),
             }
         )

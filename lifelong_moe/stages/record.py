@@ -7,18 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+from lifelong_moe.data.identity import TokenizerIdentity
 from lifelong_moe.plan.architecture import Architecture
 from lifelong_moe.plan.spec import StageSpec
 from lifelong_moe.storage.plain import from_plain
-
-
-@dataclass(frozen=True)
-class TokenizerIdentity:
-    """Which tokenizer a stage's tokens came from."""
-
-    recipe: dict[str, Any]
-    """What it was made by."""
-    hash: str
 
 
 @dataclass(frozen=True, kw_only=True)

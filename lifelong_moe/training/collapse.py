@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lifelong_moe.plan.architecture import Architecture
+from lifelong_moe.plan.spec import StageSpec
 
 log = logging.getLogger(__name__)
 
@@ -87,3 +88,11 @@ def _training(architecture: Architecture, layer: int) -> slice:
         return slice(sum(numbers[: architecture.frozen]), None)
     first = sum(numbers[: architecture.continued])
     return slice(first, first + numbers[architecture.continued])
+
+
+def collapse_warning(spec: StageSpec, every_steps: int | None) -> list[CollapseWarning]:
+    """What warns of collapse in one process, where routers are trained and tokens choose."""
+    routing = spec.routing
+    if every_steps is None or not routing.has_rows or routing.mode in ("dense", "expert_choice"):
+        return []
+    return [CollapseWarning(spec.name, routing.top_k, every_steps)]

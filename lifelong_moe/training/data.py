@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from itertools import chain
 from typing import Any
 
@@ -21,6 +21,7 @@ from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.phase import Phase
 from lifelong_moe.plan.spec import StageSpec
 from lifelong_moe.routing.config import Bundles
+from lifelong_moe.training.context import PhaseRun, StageModels
 from lifelong_moe.training.shares import Tally, with_shares
 
 
@@ -40,50 +41,34 @@ class StageData(LightningDataModule):
 
     Args:
         dataset: All samples of the stage; sample n is the same whoever asks.
-        spec: For the global batch.
-        first_step: Steps of the phases before this one.
-        steps: Steps of this phase.
-        batches: Numbers of the batches that it reads from a step on, counted from its first: ranges of them.
-        accumulate: Micro-batches a step.
-        num_workers: Loader processes.
+        run: Which phase, and how its steps are divided.
     """
 
-    def __init__(
-        self,
-        dataset: BlockDataset,
-        spec: StageSpec,
-        *,
-        first_step: int,
-        steps: int,
-        batches: Callable[[int], list[range]],
-        accumulate: int,
-        num_workers: int,
-    ) -> None:
+    def __init__(self, dataset: BlockDataset, run: PhaseRun) -> None:
         super().__init__()
-        self.dataset = dataset
-        self.spec, self.first_step, self.steps = spec, first_step, steps
-        self.batches, self.accumulate, self.num_workers = batches, accumulate, num_workers
+        self.dataset, self.run, self.spec = dataset, run, run.stage.spec
         self._tally: tuple[int, Tally] | None = None
         """Of the step under way, which each of its micro-batches asks for."""
 
     def train_dataloader(self) -> StepLoader:
         """The rest of the phase, from the step that the trainer stands at."""
         assert self.trainer is not None
+        run, config = self.run, self.run.stage.environment.trainer
         samplers = [
             StepBatchSampler(
-                self.first_step + part.stop,
+                run.order_step + part.stop,
                 self.spec.global_batch,
-                accumulate=self.accumulate,
-                start_step=self.first_step + part.start,
+                accumulate=config.accumulate_grad_batches,
+                start_step=run.order_step + part.start,
                 rank=self.trainer.global_rank,
                 world=self.trainer.world_size,
             )
-            for part in self.batches(self.trainer.global_step)
+            for part in run.rollbacks.batches(run.number, self.trainer.global_step, run.phase.steps)
         ]
         return StepLoader(
             self.dataset,
-            batch_sampler=_Phase(samplers, self.steps * self.accumulate),
-            num_workers=self.num_workers,
+            batch_sampler=_Phase(samplers, run.phase.steps * config.accumulate_grad_batches),
+            num_workers=config.num_workers,
             pin_memory=self.trainer.strategy.root_device.type == "cuda",
         )
 
@@ -91,7 +76,8 @@ class StageData(LightningDataModule):
         """Say what the batch weighs in its step while it is on the CPU, so that no device is asked how much it is."""
         assert self.trainer is not None
         step = int(batch["sample"][0]) // self.spec.global_batch
-        return with_shares(batch, self.spec, self.tally(step), self.accumulate * self.trainer.world_size)
+        accumulate = self.run.stage.environment.trainer.accumulate_grad_batches
+        return with_shares(batch, self.spec, self.tally(step), accumulate * self.trainer.world_size)
 
     def tally(self, step: int) -> Tally:
         """What there is in all micro-batches of a step, on all processes."""
@@ -132,25 +118,18 @@ def own_group_ids(model: LanguageModel, spec: StageSpec, shard: TokenShard) -> N
 
 
 def phase_dataset(
-    model: LanguageModel,
-    teacher: LanguageModel | None,
-    spec: StageSpec,
-    phase: Phase,
-    corpora: Mapping[str, TokenizedCorpus],
-    generated: NDArray[np.int64] | None,
-    seed: int,
+    models: StageModels, spec: StageSpec, phase: Phase, corpora: Mapping[str, TokenizedCorpus], seed: int
 ) -> BlockDataset:
     """New text first, then what is replayed, with the groups that model and teacher give them now.
 
     Args:
-        model: Being trained.
-        teacher: Distilled from, if there is one.
+        models: Being trained, and distilled from.
         spec: The stage.
         phase: Gives the share of replayed text.
         corpora: Tokenized text by distribution.
-        generated: Blocks that the parent's model wrote, where those are what is replayed.
         seed: Of the sample order.
     """
+    model, teacher = models.model, models.teacher
     bos, context = model.architecture.bos_id, spec.model.context
     sources: list[BlockSource | RowSource] = []
     for name in (spec.data, *spec.reads):
@@ -159,8 +138,8 @@ def phase_dataset(
         bound = spec.buffer_blocks if name != spec.data else None
         groups = own_group_ids(model, spec, shard) if name == spec.data else group_ids(model, shard, name)
         sources.append(BlockSource(shard, context, bos, groups, taught, bound))
-    if generated is not None:
-        sources.append(_generated_source(model, teacher, generated))
+    if models.generated is not None:
+        sources.append(_generated_source(model, teacher, models.generated))
     weights = (1,) * (len(sources) - 1) if spec.generates else spec.replay_weights
     return BlockDataset(sources, SampleOrder([len(s) for s in sources], phase.replay_fraction, seed, weights))
 

@@ -9,17 +9,30 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lifelong_moe.data.shards import TokenizedCorpus
+from lifelong_moe.data.windows import evaluation_windows
+from lifelong_moe.evaluation.loss import evaluate
 from lifelong_moe.model.transformer import LanguageModel
+from lifelong_moe.plan.spec import StageSpec
 from lifelong_moe.stages.store import load_weights
 from lifelong_moe.storage.directories import verify_directory, write_directory
 from lifelong_moe.training.config import FinetuneConfig
+
+
+class StoppingReport(TypedDict):
+    """What early stopping saw."""
+
+    best_step: int
+    """After which the kept weights were taken."""
+    held_out_nats_per_token: list[tuple[int, float]]
+    """By step."""
 
 
 class EarlyStopping(Callback):
@@ -77,6 +90,10 @@ class EarlyStopping(Callback):
         self.curve = [(int(step), float(loss)) for step, loss in state_dict["curve"]]
         self.best = min((loss for _, loss in self.curve), default=float("inf"))
 
+    def report(self) -> StoppingReport:
+        """What was measured, and where it was best."""
+        return {"best_step": self.best_step, "held_out_nats_per_token": self.curve}
+
     @torch.no_grad()
     def restore(self, model: LanguageModel) -> None:
         """Give a model the best weights."""
@@ -85,3 +102,23 @@ class EarlyStopping(Callback):
         parameters = dict(model.named_parameters())
         for name, tensor in tensors.items():
             parameters[name].copy_(tensor)
+
+
+def early_stopping(spec: StageSpec, corpus: TokenizedCorpus, work: Path) -> EarlyStopping | None:
+    """What stops fine-tuning early; None where all steps are taken.
+
+    Args:
+        spec: The stage.
+        corpus: Its text, on whose held-out part it is measured.
+        work: The stage's directory of work under way.
+    """
+    config = spec.finetune
+    if config is None or config.patience is None:
+        return None
+    windows = evaluation_windows(corpus.heldout, spec.model.context, config.held_out_tokens)
+
+    def measure(model: LanguageModel) -> float:
+        found = evaluate(model, windows, distribution=spec.data, batch_tokens=spec.optim.batch_tokens)
+        return found.nats_per_token
+
+    return EarlyStopping(config, measure, work)

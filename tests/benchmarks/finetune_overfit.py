@@ -32,7 +32,7 @@ from lifelong_moe.data.windows import evaluation_windows
 from lifelong_moe.evaluation.loss import evaluate
 from lifelong_moe.stages.runs import require_head
 from lifelong_moe.stages.store import StageStore
-from lifelong_moe.training.stage import load_model
+from lifelong_moe.training.restore import load_model
 from pipelines import quiet
 from pipelines.run import run
 from pipelines.workspace import read_data

@@ -359,9 +359,9 @@ def test_all_ranks_roll_back_when_one_of_them_has_no_finite_loss(lab: Path, monk
             self.means._sums *= float("nan")  # of the loss only, so that gradients say nothing
         return step
 
-    def phase(module: StageModule, teacher: Any, run: Any, *args: Any) -> Any:
-        monkeypatch.setenv("WORK", str(run.work))
-        return train_phase(module, teacher, run, *args)
+    def phase(module: StageModule, models: Any, run: Any) -> Any:
+        monkeypatch.setenv("WORK", str(run.stage.work))
+        return train_phase(module, models, run)
 
     monkeypatch.setattr(StageModule, "training_step", training_step)
     monkeypatch.setattr("lifelong_moe.training.stage.train_phase", phase)

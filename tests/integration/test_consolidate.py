@@ -16,7 +16,7 @@ from lifelong_moe.evaluation.measurements import Measurements
 from lifelong_moe.retraining.bounds import DocumentLosses
 from lifelong_moe.stages.runs import require_head
 from lifelong_moe.stages.store import StageStore
-from lifelong_moe.training.stage import load_model
+from lifelong_moe.training.restore import load_model
 from pipelines.consolidate import consolidate
 from pipelines.inspectors import evaluate, generate, inspect
 from pipelines.rollback import rollback

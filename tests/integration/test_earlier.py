@@ -27,10 +27,11 @@ from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.retention.config import TrunkConfig
 from lifelong_moe.stages.store import StageStore
 from lifelong_moe.training.config import CheckpointConfig, FrozenConfig
+from lifelong_moe.training.context import StageEnvironment
 from lifelong_moe.training.interrupt import Interrupt
 from lifelong_moe.training.optimizer import freeze_trunk
-from lifelong_moe.training.phase import StageEnvironment
-from lifelong_moe.training.stage import load_model, train_stage
+from lifelong_moe.training.restore import load_model
+from lifelong_moe.training.stage import train_stage
 from pipelines import inspectors, trace
 from pipelines.workspace import prepare
 from tests.tiny import VOCABULARIES, train, write_config, write_corpus
@@ -99,11 +100,11 @@ def test_a_new_stage_goes_on_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
         trained.append(model)
         freeze_trunk(model, trunk)
 
-    monkeypatch.setattr("lifelong_moe.training.stage.freeze_trunk", seen)
+    monkeypatch.setattr("lifelong_moe.training.preparation.freeze_trunk", seen)
     path = earlier_config()
     prepared, store = prepare(path, []), StageStore(Path("mlruns"))
     head = json.loads(Path("mlruns/runs/old/head.json").read_text())
-    data, spec = prepared.data, prepared.plan[1].spec
+    planned = prepared.plan[1]
     environment = StageEnvironment(
         store=store,
         work=Path("mlruns/work"),
@@ -116,8 +117,8 @@ def test_a_new_stage_goes_on_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     for i, key in enumerate(head["stages"]):
         parent = store.get(key)
-        grows = replace(spec, name=f"new-{i}")
-        stage = train_stage(grows, str(i) * 64, 1, parent, data.corpora, data.tokenizer, data.recipe, environment)
+        grows = replace(planned, spec=replace(planned.spec, name=f"new-{i}"), key=str(i) * 64)
+        stage = train_stage(grows, parent, prepared.data, environment)
         old, new = store.tensors(parent), store.tensors(stage)
         assert all(torch.equal(new[name], tensor) for name, tensor in old.items())
         # Its 0.01 was a factor of a mean over layers, and what is trained now is a sum.

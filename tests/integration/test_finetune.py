@@ -22,7 +22,7 @@ from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.plan.cost import forward_flops_per_token
 from lifelong_moe.stages.store import StageStore
 from lifelong_moe.training.module import StageModule
-from lifelong_moe.training.stage import load_model
+from lifelong_moe.training.restore import load_model
 from pipelines.inspectors import generate
 from pipelines.workspace import prepare
 from tests.tiny import CONTEXT, SEQUENCES, VOCABULARIES, fork, hashes, kill_self, tiny_config, train, write_config

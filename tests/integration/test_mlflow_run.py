@@ -378,10 +378,10 @@ def test_database_that_dies_in_the_run(lab: Path, config: dict[str, Any], monkey
 
     original = story.train_stage
 
-    def train_stage(spec: Any, *args: Any) -> Any:
-        if spec.name == "code":
+    def train_stage(planned: Any, *args: Any) -> Any:
+        if planned.spec.name == "code":
             execute("ALTER TABLE metrics RENAME TO gone")
-        return original(spec, *args)
+        return original(planned, *args)
 
     monkeypatch.setattr(story, "train_stage", train_stage)
     report, printed = train()

@@ -128,10 +128,10 @@ def test_killed_in_a_run_and_absent_at_the_next_start(
     write_config(tiny_config(tracking={"enabled": True, "experiment": "killed"}))
     original = story.train_stage
 
-    def train_stage(spec: Any, *args: Any) -> Any:
-        if spec.name == "code":
+    def train_stage(planned: Any, *args: Any) -> Any:
+        if planned.spec.name == "code":
             server.kill()
-        return original(spec, *args)
+        return original(planned, *args)
 
     with monkeypatch.context() as patch:
         patch.setattr(story, "train_stage", train_stage)

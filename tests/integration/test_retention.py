@@ -5,26 +5,32 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from lifelong_moe.data.prepare import PreparedData
 from lifelong_moe.errors import CorruptError
 from lifelong_moe.model.tokens import TokenBatch
+from lifelong_moe.plan.planned import PlannedStage
 from lifelong_moe.retention.generated import generate_blocks
 from lifelong_moe.retention.penalty import WeightAnchor, fisher_diagonal
 from lifelong_moe.stages.lineage import lineage_rows
 from lifelong_moe.stages.store import CommittedStage, StageStore
 from lifelong_moe.training import phase as phases
-from lifelong_moe.training import stage as training
+from lifelong_moe.training import preparation
+from lifelong_moe.training import stage as stages
 from lifelong_moe.training.callbacks import StepCheckpoint
 from lifelong_moe.training.data import text_sample
 from lifelong_moe.training.module import StageModule
-from lifelong_moe.training.stage import _importances, load_model
+from lifelong_moe.training.preparation import _importances
+from lifelong_moe.training.restore import load_model
 from pipelines.workspace import prepare
 from tests.tiny import CONTEXT, STEPS, fork, kill_self, tiny_config, train, write_config
 
@@ -78,9 +84,9 @@ def order_seeds(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     seen: dict[str, int] = {}
     original = phases.phase_dataset
 
-    def phase_dataset(model: Any, teacher: Any, spec: Any, phase: Any, corpora: Any, rows: Any, seed: int) -> Any:
+    def phase_dataset(models: Any, spec: Any, phase: Any, corpora: Any, seed: int) -> Any:
         seen[f"{spec.name}/{phase.name}"] = seed
-        return original(model, teacher, spec, phase, corpora, rows, seed)
+        return original(models, spec, phase, corpora, seed)
 
     monkeypatch.setattr(phases, "phase_dataset", phase_dataset)
     return seen
@@ -131,13 +137,13 @@ def test_a_heavy_penalty_pins_old_weights(lab: Path, kind: str) -> None:
 
 
 def test_ewc_measures_the_parent_on_earlier_text(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    anchors, original = [], training.make_anchor
+    anchors, original = [], preparation.make_anchor
 
     def make_anchor(*args: Any) -> WeightAnchor:
         anchors.append(original(*args))
         return anchors[-1]
 
-    monkeypatch.setattr(training, "make_anchor", make_anchor)
+    monkeypatch.setattr(preparation, "make_anchor", make_anchor)
     config = tiny_config(method="ewc", stage_defaults={"penalty": {"fisher_tokens": 256}})
     train(write_config(config))
     (anchor,) = anchors
@@ -152,13 +158,13 @@ def test_ewc_measures_the_parent_on_earlier_text(lab: Path, monkeypatch: pytest.
 
 
 def test_ewc_reads_from_the_buffer_only(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    samples, original = [], training.fisher_diagonal
+    samples, original = [], preparation.fisher_diagonal
 
     def fisher(model: Any, sample: Any) -> Any:
         samples.append(sample)
         return original(model, sample)
 
-    monkeypatch.setattr(training, "fisher_diagonal", fisher)
+    monkeypatch.setattr(preparation, "fisher_diagonal", fisher)
     kept, seed = 3, 5  # blocks; with this seed the whole text's sample lies mostly beyond them
     replay = {"fraction": 0.25, "buffer_tokens": kept * CONTEXT + 1}
     config = tiny_config(seed=seed, stage_defaults={"penalty": {"kind": "ewc", "fisher_tokens": 256}, "replay": replay})
@@ -173,11 +179,12 @@ def test_ewc_reads_from_the_buffer_only(lab: Path, monkeypatch: pytest.MonkeyPat
 @pytest.fixture
 def nothing_stored(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """No stage but the first is given any text besides its own; names the stages that were trained."""
-    original, names = training.train_stage, []
+    original, names = stages.train_stage, []
 
-    def alone(spec: Any, key: str, index: int, parent: Any, corpora: Any, *args: Any) -> CommittedStage:
-        names.append(spec.name)
-        return original(spec, key, index, parent, {spec.data: corpora[spec.data]}, *args)
+    def alone(planned: PlannedStage, parent: Any, data: PreparedData, environment: Any) -> CommittedStage:
+        names.append(planned.spec.name)
+        own = replace(data, corpora={planned.spec.data: data.corpora[planned.spec.data]})
+        return original(planned, parent, own, environment)
 
     monkeypatch.setattr("pipelines.run.train_stage", alone)
     yield names
@@ -266,13 +273,13 @@ def test_the_teacher_is_the_parent_to_the_end(
     lab: Path, monkeypatch: pytest.MonkeyPatch, sections: dict[str, Any], trunk: bool, experts: bool
 ) -> None:
     """It shares what does not train, and nothing else; what trains is as without it."""
-    teachers, original = [], training.make_teacher
+    teachers, original = [], preparation.make_teacher
 
     def make_teacher(*args: Any) -> Any:
         teachers.append(original(*args))
         return teachers[-1]
 
-    monkeypatch.setattr(training, "make_teacher", make_teacher)
+    monkeypatch.setattr(preparation, "make_teacher", make_teacher)
     train(write_config(tiny_config(stage_defaults={"distill": {"weight": 0.5}, **sections})))
     (teacher,), old = teachers, tensors("fruit")
     assert differing(old, teacher.state_dict()) == set()
@@ -396,6 +403,7 @@ def test_ewc_without_stored_text(lab: Path) -> None:
         torch.nn.functional.cross_entropy(model.head.logits(hidden[0]), row[1:]).backward()
         for name, p in model.named_parameters():
             expected[name] += 0 if p.grad is None else 32 / 3 * p.grad**2
-    found = _importances(model, spec, {}, rows)
+    run: Any = SimpleNamespace(spec=spec, corpora={})
+    found = _importances(model, run, rows)
     for name, tensor in found.items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-9)

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from lifelong_moe.stages.store import StageStore
-from lifelong_moe.training.stage import load_model
+from lifelong_moe.training.restore import load_model
 from pipelines.inspectors import evaluate, generate
 from tests.tiny import tiny_config, train, write_config
 

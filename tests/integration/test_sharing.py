@@ -21,9 +21,10 @@ from lifelong_moe.routing.config import BalanceOver, Bundles, RoutingConfig
 from lifelong_moe.stages.garbage import collect
 from lifelong_moe.stages.store import CommittedStage, StageStore
 from lifelong_moe.training.config import CheckpointConfig, FrozenConfig, Schedule
+from lifelong_moe.training.context import StageEnvironment
 from lifelong_moe.training.interrupt import Interrupt
-from lifelong_moe.training.phase import StageEnvironment
-from lifelong_moe.training.stage import _continued, load_model, train_stage
+from lifelong_moe.training.restore import continued_model, load_model
+from lifelong_moe.training.stage import train_stage
 from pipelines.compare import compare
 from pipelines.workspace import Prepared, prepare
 from tests.tiny import hashes, tiny_config, train, write_config
@@ -45,9 +46,8 @@ def stage_of(prepared: Prepared, spec: StageSpec, key: str, parent: CommittedSta
         console=SILENT,
         send=lambda points: None,
     )
-    data = prepared.data
-    index = 0 if parent is None else 1
-    return train_stage(spec, key, index, parent, data.corpora, data.tokenizer, data.recipe, environment)
+    planned = replace(prepared.plan[0 if parent is None else 1], spec=spec, key=key)
+    return train_stage(planned, parent, prepared.data, environment)
 
 
 def tensors_of(stage: CommittedStage) -> dict[str, Tensor]:
@@ -80,7 +80,7 @@ def test_the_first_stage_is_the_same_bits_whatever_later_ones_need(lab: Path) ->
     }
     first = tensors_of(stage_of(prepared, spec, "0" * 64))
     for digit, (what, other) in enumerate(others.items(), start=1):
-        assert other != spec and other.key(None, "d", {}, {}) == spec.key(None, "d", {}, {}), what
+        assert other != spec and other.key(None, prepared.data.identity) == spec.key(None, prepared.data.identity), what
         found = tensors_of(stage_of(prepared, other, str(digit) * 64))
         assert all(torch.equal(found[name], tensor) for name, tensor in first.items()), what
         assert set(found) - set(first) == ({"document_clusters.centroids_0"} if what == "bundles" else set())
@@ -102,7 +102,7 @@ def test_a_later_stage_is_the_same_bits_whatever_it_does_not_use(lab: Path) -> N
     }
     same = tensors_of(stage_of(prepared, spec, "0" * 64, parent))
     for digit, (what, other) in enumerate(others.items(), start=1):
-        assert other != spec and other.key("p", "d", {"fruit": "f"}, {}) == spec.key("p", "d", {"fruit": "f"}, {}), what
+        assert other != spec and other.key("p", prepared.data.identity) == spec.key("p", prepared.data.identity), what
         found = tensors_of(stage_of(prepared, other, str(digit) * 64, parent))
         assert found.keys() == same.keys() and all(torch.equal(found[name], same[name]) for name in same), what
 
@@ -184,7 +184,7 @@ def test_a_first_stage_of_an_earlier_version_is_gone_on_with(lab: Path, monkeypa
         path = write_config(tiny_config(**settings) | {"run": f"{name}-next"}, f"{name}-next.yaml")
         prepared, store = prepare(path, []), StageStore(Path("mlruns"))
         parent = store.get(json.loads(Path(f"mlruns/runs/{name}/head.json").read_text())["stages"][0])
-        model = _continued(prepared.plan[1].spec, parent, prepared.data.corpora, store)
+        model = continued_model(store, parent, prepared.plan[1].spec.routing, prepared.data.corpora)
         assert model.document_clusters is not None
         centroids = model.document_clusters.all_centroids()[0]
         assert bool(centroids.any()) and (fitted is None or len(centroids) == fitted)

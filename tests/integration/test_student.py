@@ -15,7 +15,7 @@ from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.ops.losses import distillation_loss
 from lifelong_moe.stages.store import StageStore
 from lifelong_moe.training.module import StageModule
-from lifelong_moe.training.stage import load_model
+from lifelong_moe.training.restore import load_model
 from pipelines.inspectors import generate
 from tests.tiny import STEPS, tiny_config, train, write_config
 

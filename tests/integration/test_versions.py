@@ -22,7 +22,7 @@ from lifelong_moe.stages.runs import RunRecord, require_head
 from lifelong_moe.stages.store import StageStore
 from lifelong_moe.stages.versions import base_stages
 from lifelong_moe.storage.locks import locked
-from lifelong_moe.training.stage import load_model
+from lifelong_moe.training.restore import load_model
 from pipelines import trace
 from pipelines.drop import drop
 from pipelines.gc import gc

@@ -13,8 +13,10 @@ import pytest
 import yaml
 
 from lifelong_moe.config.load import load_config
-from lifelong_moe.methods.plan import PlannedStage, chain, plan_stages
+from lifelong_moe.data.identity import DataIdentity, TokenizerIdentity
+from lifelong_moe.methods.plan import chain, plan_stages
 from lifelong_moe.plan.cost import forward_flops_per_token, pass_flops
+from lifelong_moe.plan.planned import PlannedStage
 from lifelong_moe.plan.products import Text
 
 ROOT = Path(__file__).parents[2]
@@ -32,8 +34,8 @@ def planned(name: str, overrides: list[str]) -> list[PlannedStage]:
     """The chain of stages of a configuration, without its text."""
     config, _ = load_config(ROOT / "configs" / name, overrides)
     names = {distribution: distribution for distribution in config.distributions}
-    tokenizer = {"recipe": {}, "hash": "", "vocab_size": config.tokenizer.vocab_size}
-    return chain(plan_stages(config, names, tokenizer, 0))
+    data = DataIdentity(names, TokenizerIdentity({}, ""), config.tokenizer.vocab_size, bos_id=0)
+    return chain(plan_stages(config, data))
 
 
 def by_token(stage: PlannedStage) -> float:

@@ -26,7 +26,7 @@ from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.spec import StageSpec
 from lifelong_moe.retention.teacher import make_teacher
 from lifelong_moe.training.optimizer import freeze_trunk
-from lifelong_moe.training.stage import _unchanging
+from lifelong_moe.training.preparation import unchanging_tensors
 from tests.benchmarks.performance.clock import timed
 from tests.benchmarks.performance.goals import judged
 from tests.benchmarks.performance.subjects import Size
@@ -61,7 +61,7 @@ def measure() -> dict[str, Any]:
     def prepare(model: LanguageModel, config: GrowConfig) -> None:
         """As a stage does before it trains."""
         freeze_trunk(model, spec.trunk)
-        make_teacher(model, _unchanging(model, spec))
+        make_teacher(model, unchanging_tensors(model, spec))
         grow(model, generation, config, sample, seed=0)
 
     unclustered = replace(config, router=RouterInit.random)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,15 +22,18 @@ import torch
 from rich.console import Console
 
 from lifelong_moe.data.blocks import BlockDataset, BlockSource
+from lifelong_moe.data.identity import DataIdentity, TokenizerIdentity
 from lifelong_moe.data.order import SampleOrder, StepBatchSampler
 from lifelong_moe.data.shards import TokenizedCorpus, TokenShard
+from lifelong_moe.plan.planned import PlannedStage
 from lifelong_moe.plan.spec import StageSpec
 from lifelong_moe.stages.store import StageStore
 from lifelong_moe.training.config import CheckpointConfig, FrozenConfig, TrainerConfig
+from lifelong_moe.training.context import PhaseRun, StageEnvironment, StageModels, StageRun
 from lifelong_moe.training.data import StepLoader
 from lifelong_moe.training.interrupt import Interrupt
 from lifelong_moe.training.module import StageModule
-from lifelong_moe.training.phase import PhaseRun, StageEnvironment, train_phase
+from lifelong_moe.training.phase import train_phase
 from lifelong_moe.training.rollback import Rollbacks
 from tests.benchmarks.performance.clock import Ratio, ratio, timed
 from tests.benchmarks.performance.goals import judged
@@ -137,8 +141,10 @@ def interleaved(size: Size, shard: TokenShard, rounds: int, folder: Path) -> Int
         send=lambda rows: None,
     )
     corpora = {spec.data: TokenizedCorpus(spec.data, shard, shard, "", "", "")}
-    run = PhaseRun(0, module.phase, 0, 0, 0, folder / "work", None, Rollbacks())
-    train_phase(module, None, run, corpora, None, environment)
+    data: Any = SimpleNamespace(corpora=corpora)
+    planned = PlannedStage.of(spec, 0, 0, None, DataIdentity({spec.data: ""}, TokenizerIdentity({}, ""), size.vocab, 0))
+    run = PhaseRun(StageRun(planned, None, data, environment), 0, module.phase, 0, 0, 0, None, Rollbacks())
+    train_phase(module, StageModels(module.model), run)
     return module
 
 

@@ -8,15 +8,16 @@ import pytest
 
 from lifelong_moe.clustering.bundles import UNIFORM, unigram_divergence
 from lifelong_moe.config.run import RunConfig
+from lifelong_moe.data.identity import DataIdentity, TokenizerIdentity
 from lifelong_moe.methods.advice import growth_advice, nothing_to_hold
 from lifelong_moe.methods.plan import plan_stages
 
 MakeRun = Callable[..., RunConfig]
-TOKENIZER = {"recipe": {"vocab_size": 300}, "hash": "t", "vocab_size": 300}
+TOKENIZER = TokenizerIdentity({"vocab_size": 300}, "t")
 
 
 def advice(config: RunConfig, nats: float) -> list[str]:
-    plan = plan_stages(config, {"english": "e", "python": "p"}, TOKENIZER, bos_id=0)
+    plan = plan_stages(config, DataIdentity({"english": "e", "python": "p"}, TOKENIZER, vocab_size=300, bos_id=0))
     return growth_advice(plan, {"python": {"english": nats}})
 
 
@@ -41,7 +42,9 @@ def test_many_tokens_bind_and_like_text_is_trained_on(make_run: MakeRun) -> None
 
 
 def test_between_the_measurements_it_says_so(make_run: MakeRun) -> None:
-    first = plan_stages(make_run(), {"english": "e", "python": "p"}, TOKENIZER, bos_id=0)[0]
+    first = plan_stages(make_run(), DataIdentity({"english": "e", "python": "p"}, TOKENIZER, vocab_size=300, bos_id=0))[
+        0
+    ]
     tokens = 64 * round(1.5 * first.parameters.total / 64)  # two stages: 3 tokens a parameter
     assert "not measured" in advice(make_run(f"stage_defaults.tokens={tokens}"), nats=1.0)[0]
 

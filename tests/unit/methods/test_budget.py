@@ -7,18 +7,20 @@ from collections.abc import Callable
 import pytest
 
 from lifelong_moe.config.run import Method, RunConfig
+from lifelong_moe.data.identity import DataIdentity, TokenizerIdentity
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.methods.budget import tokens_within
-from lifelong_moe.methods.plan import PlannedStage, plan_stages
+from lifelong_moe.methods.plan import plan_stages
+from lifelong_moe.plan.planned import PlannedStage
 
 MakeRun = Callable[..., RunConfig]
-TOKENIZER = {"recipe": {}, "hash": "t", "vocab_size": 300}
+TOKENIZER = TokenizerIdentity({}, "t")
 BATCH, TOKENS = 64, 64 * 100
 
 
 def planned(make_run: MakeRun, *overrides: str) -> list[PlannedStage]:
     config = make_run(f"stage_defaults.tokens={TOKENS}", *overrides)
-    return plan_stages(config, {"english": "e", "python": "p"}, TOKENIZER, bos_id=0)
+    return plan_stages(config, DataIdentity({"english": "e", "python": "p"}, TOKENIZER, vocab_size=300, bos_id=0))
 
 
 def within(make_run: MakeRun, reference: list[PlannedStage], *overrides: str) -> dict[str, int]:

@@ -8,14 +8,16 @@ from typing import Any
 import pytest
 
 from lifelong_moe.config.run import Method, RunConfig
+from lifelong_moe.data.identity import DataIdentity, TokenizerIdentity
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.methods.graph import RECIPES, stage_specs
-from lifelong_moe.methods.plan import PlannedStage, chain, plan_stages
+from lifelong_moe.methods.plan import chain, plan_stages
+from lifelong_moe.plan.planned import PlannedStage
 from lifelong_moe.plan.spec import StageSpec
 from lifelong_moe.retention.config import DistillText, PenaltyKind, ReplaySource
 
 MakeRun = Callable[..., RunConfig]
-TOKENIZER = {"recipe": {"vocab_size": 300}, "hash": "t", "vocab_size": 300}
+TOKENIZER = TokenizerIdentity({"vocab_size": 300}, "t")
 STREAM = [{"data": "english"}, {"data": "python"}, {"data": "poems"}]
 EVERYTHING = {
     "tokens": 640,
@@ -49,7 +51,9 @@ def everything(make_run: MakeRun, method: str, *overrides: str, stages: list[dic
 
 
 def plan(config: RunConfig) -> list[PlannedStage]:
-    return plan_stages(config, {"english": "e", "python": "p", "poems": "o"}, TOKENIZER, bos_id=0)
+    return plan_stages(
+        config, DataIdentity({"english": "e", "python": "p", "poems": "o"}, TOKENIZER, vocab_size=300, bos_id=0)
+    )
 
 
 def parts(spec: StageSpec) -> set[str]:

@@ -5,17 +5,19 @@ from collections.abc import Callable
 import pytest
 
 from lifelong_moe.config.run import Method, RunConfig
+from lifelong_moe.data.identity import DataIdentity, TokenizerIdentity
 from lifelong_moe.methods.graph import stage_specs
-from lifelong_moe.methods.plan import PlannedStage, plan_stages
+from lifelong_moe.methods.plan import plan_stages
 from lifelong_moe.plan.cost import count_parameters
+from lifelong_moe.plan.planned import PlannedStage
 
 MakeRun = Callable[..., RunConfig]
 HASHES = {"english": "e", "python": "p"}
-TOKENIZER = {"recipe": {"vocab_size": 300}, "hash": "t", "vocab_size": 300}
+TOKENIZER = TokenizerIdentity({"vocab_size": 300}, "t")
 
 
 def plan(config: RunConfig, **hashes: str) -> list[PlannedStage]:
-    return plan_stages(config, HASHES | hashes, TOKENIZER, bos_id=0)
+    return plan_stages(config, DataIdentity(HASHES | hashes, TOKENIZER, vocab_size=300, bos_id=0))
 
 
 def keys(config: RunConfig) -> list[str]:

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from lifelong_moe.config.load import build_config
 from lifelong_moe.config.run import Method, RunConfig
 from lifelong_moe.config.yaml_file import apply_override, read_yaml
+from lifelong_moe.data.identity import DataIdentity, TokenizerIdentity
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.methods.plan import plan_stages
 from lifelong_moe.model.parts import Part
@@ -19,13 +20,18 @@ from tests.conftest import build_raw
 
 ROOT = Path(__file__).parents[3] / "configs"
 RUNS = ["quickstart", "bench", "capacity", "four_distributions", *(f"presets/{p.stem}" for p in ROOT.glob("presets/*"))]
-TOKENIZER = {"recipe": {"vocab_size": 300}, "hash": "t", "vocab_size": 300}
+TOKENIZER = TokenizerIdentity({"vocab_size": 300}, "t")
 MakeRun = Callable[..., RunConfig]
 
 
 def keys(config: RunConfig) -> list[str]:
     """Stage keys, later ones after the first."""
-    return [stage.key for stage in plan_stages(config, {n: n for n in config.distributions}, TOKENIZER, bos_id=0)]
+    return [
+        stage.key
+        for stage in plan_stages(
+            config, DataIdentity({n: n for n in config.distributions}, TOKENIZER, vocab_size=300, bos_id=0)
+        )
+    ]
 
 
 def build(raw: DictConfig, *overrides: str) -> RunConfig:
@@ -126,7 +132,7 @@ def test_what_bundles_may_train_is_new(make_run: MakeRun, train: str) -> None:
     """With a frozen trunk a stage trains its own experts and router rows; with deltas its low-rank changes too."""
     config = make_run(*BUNDLES, f"stage_defaults.trunk.train={train}")
     hashes = {name: name for name in config.distributions}
-    planned = plan_stages(config, hashes, TOKENIZER, bos_id=0)[1]
+    planned = plan_stages(config, DataIdentity(hashes, TOKENIZER, vocab_size=300, bos_id=0))[1]
     trains = {
         (part, generation)
         for part in Part

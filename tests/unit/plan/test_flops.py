@@ -28,7 +28,7 @@ from lifelong_moe.routing.cluster import TokenClusterRouter
 from lifelong_moe.training.execution import documents_apart
 from lifelong_moe.training.module import StageModule
 from lifelong_moe.training.optimizer import freeze_for_finetuning, freeze_trunk, phase_parameters, training_only
-from lifelong_moe.training.stage import _unchanging
+from lifelong_moe.training.preparation import unchanging_tensors
 
 MakeRun = Callable[..., RunConfig]
 VOCAB, CONTEXT = 96, 32
@@ -123,7 +123,7 @@ def prepared(spec: StageSpec, parent: Architecture | None, after: Architecture) 
         model.freeze_generations(model.architecture.born_in(spec.continues))
     freeze_trunk(model, spec.trunk)
     freeze_for_finetuning(model, spec.finetune)
-    teacher = make_teacher(model, _unchanging(model, spec)) if spec.distill else None
+    teacher = make_teacher(model, unchanging_tensors(model, spec)) if spec.distill else None
     generation = spec.generation()
     if generation is not None:
         assert spec.grow is not None

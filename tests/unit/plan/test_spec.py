@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from lifelong_moe.config.run import RunConfig
+from lifelong_moe.data.identity import DataIdentity, TokenizerIdentity
 from lifelong_moe.methods.graph import stage_specs
 from lifelong_moe.plan.cost import forward_flops_per_token
 from lifelong_moe.plan.flops import loop_flops, stage_flops
@@ -18,7 +19,7 @@ from lifelong_moe.routing.config import CapacityConfig
 from lifelong_moe.training.config import FinetuneConfig
 
 MakeRun = Callable[..., RunConfig]
-TOKENIZER = {"recipe": {"vocab_size": 300}, "hash": "t"}
+TOKENIZER = TokenizerIdentity({"vocab_size": 300}, "t")
 HASHES = {"english": "e", "python": "p"}
 
 
@@ -33,9 +34,13 @@ def later(make_run: MakeRun) -> StageSpec:
     return later_spec(make_run, *(f"stage_defaults.{section}" for section in sections))
 
 
-def key_of(spec: StageSpec, parent: str | None = "parent", **changes: Any) -> str:
-    arguments = {"data_hash": HASHES[spec.data], "replay_hashes": HASHES, "tokenizer": TOKENIZER} | changes
-    return spec.key(parent, **arguments)
+def key_of(
+    spec: StageSpec,
+    parent: str | None = "parent",
+    hashes: dict[str, str] = HASHES,
+    tokenizer: TokenizerIdentity = TOKENIZER,
+) -> str:
+    return spec.key(parent, DataIdentity(hashes, tokenizer, vocab_size=300, bos_id=0))
 
 
 def test_what_is_written_is_read_again(later: StageSpec) -> None:
@@ -119,10 +124,10 @@ def test_the_parent_s_index_is_not_its_content_is(later: StageSpec) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"data_hash": "x"},
-        {"replay_hashes": HASHES | {"english": "x"}},
-        {"tokenizer": TOKENIZER | {"hash": "x"}},
-        {"tokenizer": TOKENIZER | {"recipe": {"vocab_size": 301}}},
+        {"hashes": HASHES | {"python": "x"}},
+        {"hashes": HASHES | {"english": "x"}},
+        {"tokenizer": dataclasses.replace(TOKENIZER, hash="x")},
+        {"tokenizer": dataclasses.replace(TOKENIZER, recipe={"vocab_size": 301})},
     ],
 )
 def test_what_it_reads_is_in_the_key(later: StageSpec, change: dict[str, Any]) -> None:
@@ -131,17 +136,18 @@ def test_what_it_reads_is_in_the_key(later: StageSpec, change: dict[str, Any]) -
 
 def test_text_that_is_not_replayed_is_not(make_run: MakeRun, later: StageSpec) -> None:
     assert later.replayed == ("english",)
-    assert key_of(later, replay_hashes=HASHES | {"python": "x"}) == key_of(later)
+    assert key_of(later, hashes=HASHES | {"poems": "x"}) == key_of(later)
     none = later_spec(make_run, "stage_defaults.replay.fraction=0", "stage_defaults.distill.text=new")
-    assert key_of(none, replay_hashes={}) == key_of(none)
+    assert key_of(none, hashes={"python": "p"}) == key_of(none)
     generated = later_spec(make_run, "stage_defaults.replay.source=generated")
-    assert generated.replayed == ("english",) and key_of(generated, replay_hashes={}) == key_of(generated)
+    assert generated.replayed == ("english",)
+    assert key_of(generated, hashes={"python": "p"}) == key_of(generated)
 
 
 def test_text_that_the_fisher_information_is_measured_on_is(make_run: MakeRun) -> None:
     measured, pulled = (later_spec(make_run, f"method={method}") for method in ("ewc", "l2"))
-    assert key_of(measured, replay_hashes={"english": "x"}) != key_of(measured)
-    assert key_of(pulled, replay_hashes={}) == key_of(pulled)
+    assert key_of(measured, hashes=HASHES | {"english": "x"}) != key_of(measured)
+    assert key_of(pulled, hashes={"python": "p"}) == key_of(pulled)
 
 
 def test_a_key_is_a_function_of_the_config(make_run: MakeRun) -> None:

@@ -13,6 +13,7 @@ from lifelong_moe.data.shards import TokenizedCorpus, TokenShard
 from lifelong_moe.methods.graph import stage_specs
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.training import data as training_data
+from lifelong_moe.training.context import StageModels
 from lifelong_moe.training.data import group_ids, own_group_ids, phase_dataset, text_sample
 
 
@@ -34,9 +35,9 @@ def test_the_teacher_sees_groups_of_its_own(make_run: Any, make_model: Any, monk
     spec = stage_specs(make_run())[1]
     corpora = {name: corpus(name) for name in (spec.data, *spec.replayed)}
     phase = spec.phases()[0]
-    sample = phase_dataset(student, teacher, spec, phase, corpora, None, seed=0)[0]
+    sample = phase_dataset(StageModels(student, teacher), spec, phase, corpora, seed=0)[0]
     assert set(sample["group_ids"].tolist()) == {7} and set(sample["teacher_group_ids"].tolist()) == {3}
-    alone = phase_dataset(student, None, spec, phase, corpora, None, seed=0)[0]
+    alone = phase_dataset(StageModels(student), spec, phase, corpora, seed=0)[0]
     assert set(alone["teacher_group_ids"].tolist()) == {0}
 
 
@@ -44,7 +45,9 @@ def test_each_stage_has_an_order_of_its_own(make_run: Any, make_model: Any) -> N
     spec = stage_specs(make_run())[1]
     corpora = {name: corpus(name) for name in (spec.data, *spec.replayed)}
     corpora[spec.data].train.tokens[:] = np.arange(400) % 64  # blocks that differ
-    datasets = [phase_dataset(make_model(), None, spec, spec.phases()[0], corpora, None, seed) for seed in (0, 0, 1000)]
+    datasets = [
+        phase_dataset(StageModels(make_model()), spec, spec.phases()[0], corpora, seed) for seed in (0, 0, 1000)
+    ]
     orders = [[dataset[n]["token_ids"].tolist() for n in range(12)] for dataset in datasets]
     assert orders[0] == orders[1] != orders[2]
 
@@ -56,7 +59,7 @@ def replayed(dataset: BlockDataset, count: int) -> list[bool]:
 def test_each_phase_has_a_share_of_its_own(make_run: Any, make_model: Any) -> None:
     spec = stage_specs(make_run("stage_defaults.review.fraction=0.2", "stage_defaults.replay.fraction=0.25"))[1]
     corpora = {name: corpus(name) for name in ("english", "python")}
-    train, review = (phase_dataset(make_model(), None, spec, phase, corpora, None, seed=0) for phase in spec.phases())
+    train, review = (phase_dataset(StageModels(make_model()), spec, phase, corpora, seed=0) for phase in spec.phases())
     assert replayed(train, 8) == [False, False, False, True] * 2
     assert replayed(review, 8) == [False, True] * 4
 
@@ -67,7 +70,7 @@ def test_a_buffer_holds_the_first_blocks(make_run: Any, make_model: Any) -> None
     corpora = {name: corpus(name) for name in ("english", "python")}
     for one in corpora.values():
         one.train.tokens[:] = np.arange(400) % 64
-    dataset = phase_dataset(make_model(), None, spec, spec.phases()[0], corpora, None, seed=0)
+    dataset = phase_dataset(StageModels(make_model()), spec, spec.phases()[0], corpora, seed=0)
     samples = [dataset[n] for n in range(40)]
     firsts = {kind: {int(s["token_ids"][0]) for s in samples if bool(s["replayed"]) is kind} for kind in (True, False)}
     assert firsts == {True: {0, 16, 32}, False: {0, 16, 32, 48}}
@@ -78,7 +81,9 @@ def test_generated_text_is_replayed_in_place_of_what_is_stored(make_run: Any, ma
     spec = stage_specs(make_run("stage_defaults.replay.fraction=0.5", "stage_defaults.replay.source=generated"))[1]
     rows = np.array([[0, *range(1, 17)], [0, 9, 0, *range(3, 17)]])
     model = make_model()
-    dataset = phase_dataset(model, model, spec, spec.phases()[0], {"python": corpus("python")}, rows, seed=0)
+    dataset = phase_dataset(
+        StageModels(model, model, generated=rows), spec, spec.phases()[0], {"python": corpus("python")}, seed=0
+    )
     samples = [dataset[n] for n in range(4)]
     assert replayed(dataset, 4) == [False, True, False, True]
     found = sorted((sample["token_ids"].tolist(), sample["target_ids"].tolist()) for sample in samples[1::2])
@@ -97,7 +102,9 @@ def test_each_generated_document_has_groups_of_its_own(
     monkeypatch.setattr(training_data, "group_ids", fake)
     spec = stage_specs(make_run("stage_defaults.replay.fraction=0.5", "stage_defaults.replay.source=generated"))[1]
     rows = np.array([[0, 9, 9, 0, *range(4, 17)]])  # a document of three tokens and one of fourteen
-    dataset = phase_dataset(student, teacher, spec, spec.phases()[0], {"python": corpus("python")}, rows, seed=0)
+    dataset = phase_dataset(
+        StageModels(student, teacher, generated=rows), spec, spec.phases()[0], {"python": corpus("python")}, seed=0
+    )
     assert dataset[1]["group_ids"].tolist() == [3] * 3 + [14] * 13
     assert dataset[1]["teacher_group_ids"].tolist() == [-3] * 3 + [-14] * 13
 
@@ -110,7 +117,7 @@ def test_joint_takes_every_distribution_by_its_tokens(make_run: Any, make_model:
     corpora = {name: corpus(name) for name in names}
     for value, one in enumerate(corpora.values()):
         one.train.tokens[:] = 5 + value
-    dataset = phase_dataset(make_model(), None, spec, spec.phases()[0], corpora, None, seed=0)
+    dataset = phase_dataset(StageModels(make_model()), spec, spec.phases()[0], corpora, seed=0)
     seen = [int(dataset[n]["token_ids"][0]) - 5 for n in range(spec.tokens // 16)]
     assert [seen.count(value) for value in range(3)] == [40, 80, 40]
 
@@ -140,7 +147,7 @@ def test_a_new_text_s_first_chunk_is_learned_by_the_bundle_that_trains(make_run:
     assert causal is not None and causal.reshape(10, 40)[:, :4].tolist() == [[0] * 4] * 10
     expected = causal.reshape(10, 40).copy()
     expected[:, :4] = 1
-    samples = [phase_dataset(model, None, grows, grows.phases()[0], corpora, None, seed=0)[n] for n in range(50)]
+    samples = [phase_dataset(StageModels(model), grows, grows.phases()[0], corpora, seed=0)[n] for n in range(50)]
     for sample in samples:
         start, rows = int(sample["block"]) % 25 * 16, causal if bool(sample["replayed"]) else expected.ravel()
         assert sample["group_ids"].tolist() == rows[start : start + 16].tolist()

@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 from lifelong_moe.config.load import build_config
 from lifelong_moe.config.run import StageConfig
+from lifelong_moe.data.identity import DataIdentity, TokenizerIdentity
 from lifelong_moe.growth.config import GrowConfig
 from lifelong_moe.methods.graph import stage_specs
 from lifelong_moe.model.config import ModelConfig
@@ -168,9 +169,9 @@ def keys(make_raw: Callable[..., dict[str, object]]) -> Callable[[tuple[str, ...
                 OmegaConf.update(
                     raw, key, OmegaConf.from_dotlist([f"value={value}"])._get_node("value"), force_add=True
                 )
-            texts = {"english": "e", "python": "p"}
+            data = DataIdentity({"english": "e", "python": "p"}, TokenizerIdentity({}, "t"), 300, 0)
             one, two = stage_specs(build_config(raw))
-            found[overrides] = one.key(None, texts[one.data], texts, {}), two.key("parent", texts[two.data], texts, {})
+            found[overrides] = one.key(None, data), two.key("parent", data)
         return found[overrides]
 
     return call

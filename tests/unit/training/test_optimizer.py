@@ -12,10 +12,10 @@ from torch import Tensor
 from lifelong_moe.config.run import RunConfig
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.methods.graph import stage_specs
-from lifelong_moe.methods.plan import trainable_parameters
 from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel, initialize
 from lifelong_moe.plan.architecture import Architecture, Generation
+from lifelong_moe.plan.planned import trainable_parameters
 from lifelong_moe.plan.spec import StageSpec
 from lifelong_moe.retention.config import TrunkTraining
 from lifelong_moe.training.config import FinetuneConfig, OptimConfig, Schedule, Trainable
@@ -30,7 +30,7 @@ from lifelong_moe.training.optimizer import (
     rate_factor,
     training_only,
 )
-from lifelong_moe.training.stage import _unchanging
+from lifelong_moe.training.preparation import unchanging_tensors
 
 Make = Callable[..., LanguageModel]
 MakeRun = Callable[..., RunConfig]
@@ -365,7 +365,7 @@ def test_fine_tuning_splits_by_what_a_layer_is(make_run: MakeRun) -> None:
 def test_a_teacher_shares_no_dense_layer_that_trains(make_run: MakeRun) -> None:
     first, second = stage_specs(make_run(*SHAPES["both"]))
     model = LanguageModel(first.architecture(None, 61, 0))
-    shared = {id(tensor) for tensor in _unchanging(model, second)}
+    shared = {id(tensor) for tensor in unchanging_tensors(model, second)}
     model.freeze_generations()  # as growth does
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained == set(model.trunk_parameters()) and "blocks.0.moe.shared.down" in trained

@@ -14,14 +14,10 @@ from lifelong_moe.errors import ConfigError
 from lifelong_moe.routing.config import Features, Level, RoutingConfig
 from lifelong_moe.training import measure
 from lifelong_moe.training import phase as phases
+from lifelong_moe.training.collapse import collapse_warning
 from lifelong_moe.training.config import TrainerConfig
-from lifelong_moe.training.phase import (
-    _collapse_warning,
-    _out_of_memory,
-    _sample_assignments,
-    _strategy,
-    build_trainer,
-)
+from lifelong_moe.training.phase import _out_of_memory, _sample_assignments
+from lifelong_moe.training.trainer import _strategy, build_trainer
 
 no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU is chosen where there is no GPU")
 
@@ -39,7 +35,7 @@ def put_back() -> Iterator[None]:
     [({}, True), ({"accelerator": "cpu"}, True), ({"deterministic": False}, False), ({"deterministic": True}, True)],
 )
 def test_the_trainer_leaves_to_us_what_is_ours(settings: dict[str, Any], deterministic: bool) -> None:
-    trainer = build_trainer(TrainerConfig(accumulate_grad_batches=3, **settings), 7, [], None)
+    trainer = build_trainer(TrainerConfig(accumulate_grad_batches=3, **settings), 7)
     assert torch.are_deterministic_algorithms_enabled() is deterministic
     assert (trainer.max_steps, trainer.max_epochs, trainer.accumulate_grad_batches) == (7, -1, 3)
     assert trainer.progress_bar_callback is None and trainer.checkpoint_callback is None and trainer.logger is None
@@ -50,7 +46,7 @@ def test_the_trainer_leaves_to_us_what_is_ours(settings: dict[str, Any], determi
 @no_cuda
 def test_what_this_machine_cannot_do_is_one_line() -> None:
     with pytest.raises(ConfigError, match=r"^trainer: "):
-        build_trainer(TrainerConfig(accelerator="cuda"), 1, [], None)
+        build_trainer(TrainerConfig(accelerator="cuda"), 1)
 
 
 def test_ranks_work_together_by_gloo_and_one_process_alone() -> None:
@@ -72,7 +68,7 @@ def test_collapse_is_looked_for_where_routers_train_and_tokens_choose(
     routing: dict[str, Any], every: int | None, warns: bool
 ) -> None:
     spec: Any = SimpleNamespace(name="code", routing=RoutingConfig(**routing))
-    found = _collapse_warning(spec, every)
+    found = collapse_warning(spec, every)
     assert [(one.stage, one.top_k, one.every_steps) for one in found] == [("code", spec.routing.top_k, every)] * warns
 
 
@@ -113,28 +109,14 @@ def test_the_new_expert_that_is_chosen_least_counts(
         assert len(caplog.messages) == warnings
 
 
-class BegunError(Exception):
-    """In place of training."""
-
-
 @pytest.mark.parametrize("teacher", [None, SimpleNamespace(architecture="its teacher's")])
 def test_speed_in_flops_is_that_of_a_step_on_average(monkeypatch: pytest.MonkeyPatch, teacher: Any) -> None:
-    def begin(step_tokens: int, step_flops: float, every_steps: int, rollbacks: int) -> None:
-        raise BegunError(step_tokens, step_flops, every_steps, rollbacks)
-
-    for name in ("_sample_assignments", "phase_dataset", "StageData"):
-        monkeypatch.setattr(phases, name, lambda *_, **__: None)
-    monkeypatch.setattr(phases, "Meter", begin)
-    spec = SimpleNamespace(
-        data="x", steps=30, optim=SimpleNamespace(batch_tokens=640),
-        loop_flops=lambda after, before: 900 if (after, before) == ("ours", None) else 1200,
-    )  # fmt: skip
-    module: Any = SimpleNamespace(model=SimpleNamespace(architecture="ours"), spec=spec)
-    run: Any = SimpleNamespace(
-        number=0, resume=None, seed=0, order_step=0, phase=SimpleNamespace(steps=20), rollbacks=SimpleNamespace(count=2)
-    )
-    environment: Any = SimpleNamespace(trainer=TrainerConfig(log_every_n_steps=7))
-    corpora: Any = {"x": None}
-    with pytest.raises(BegunError) as found:
-        phases.train_phase(module, teacher, run, corpora, None, environment)
-    assert found.value.args == (640, 30.0 if teacher is None else 40.0, 7, 2)
+    flops = {("ours", None): 900, ("ours", "its teacher's"): 1200}
+    monkeypatch.setattr(phases, "loop_flops", lambda spec, after, before: flops[after, before])
+    models: Any = SimpleNamespace(model=SimpleNamespace(architecture="ours"), teacher=teacher)
+    spec = SimpleNamespace(steps=30, optim=SimpleNamespace(batch_tokens=640))
+    environment = SimpleNamespace(trainer=TrainerConfig(log_every_n_steps=7))
+    stage = SimpleNamespace(spec=spec, environment=environment)
+    meter = phases._meter(models, SimpleNamespace(stage=stage, rollbacks=SimpleNamespace(count=2)))  # type: ignore[arg-type]
+    assert (meter.step_tokens, meter.step_flops) == (640, 30.0 if teacher is None else 40.0)
+    assert (meter.every_steps, meter.rollbacks) == (7, 2)

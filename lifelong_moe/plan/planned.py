@@ -1,0 +1,86 @@
+"""A planned stage: its specification with its key and its cost. Torch-free."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lifelong_moe.data.identity import DataIdentity
+from lifelong_moe.errors import ConfigError
+from lifelong_moe.plan.architecture import Architecture
+from lifelong_moe.plan.cost import ParameterCount, count_parameters, parameters_by_part
+from lifelong_moe.plan.flops import stage_flops
+from lifelong_moe.plan.spec import StageSpec
+from lifelong_moe.routing.config import Bundles
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """A stage with its key and its cost."""
+
+    index: int
+    """Its place in the order of training."""
+    depth: int
+    """Stages that it continues, directly or not; seeds depend on it."""
+    spec: StageSpec
+    key: str
+    parent_key: str | None
+    architecture: Architecture
+    """At the end of the stage."""
+    parameters: ParameterCount
+    trainable: int
+    """Parameters that this stage trains."""
+    flops: int
+    """Active FLOPs, the teacher's included."""
+
+    @classmethod
+    def of(
+        cls, spec: StageSpec, index: int, depth: int, parent: tuple[str, Architecture] | None, data: DataIdentity
+    ) -> PlannedStage:
+        """Resolve a stage; ``parent`` is the key and the architecture of the stage that it continues.
+
+        Raises:
+            ConfigError: If it would train nothing.
+        """
+        parent_key, before = parent or (None, None)
+        after = spec.architecture(before, data.vocab_size, data.bos_id)
+        trainable = trainable_parameters(spec, after)
+        if not trainable:
+            raise ConfigError(
+                f"stages[{index}]: nothing is left to train. Set stages[{index}].trunk.train=full or "
+                f"stages[{index}].finetune.trainable=all."
+            )
+        return cls(
+            index=index,
+            depth=depth,
+            spec=spec,
+            key=spec.key(parent_key, data),
+            parent_key=parent_key,
+            architecture=after,
+            parameters=count_parameters(after),
+            trainable=trainable,
+            flops=stage_flops(spec, after, before),
+        )
+
+    @property
+    def beside(self) -> bool:
+        """Whether it is a model of its own beside the run's chain of stages."""
+        return self.index > 0 and self.spec.parent is None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on: whole steps."""
+        return self.spec.steps * self.spec.optim.batch_tokens
+
+    @property
+    def routing(self) -> str:
+        """The routing in a word or two."""
+        routing = self.spec.routing
+        if routing.bundles != Bundles.none:
+            return f"{routing.mode}, bundles by {routing.bundles}"
+        return f"cluster/{routing.level}" if routing.mode == "cluster" else routing.mode
+
+
+def trainable_parameters(spec: StageSpec, architecture: Architecture) -> int:
+    """Parameters that a stage trains."""
+    counted = parameters_by_part(architecture)
+    return sum(num for (part, generation), num in counted.items() if spec.trains_part(architecture, part, generation))

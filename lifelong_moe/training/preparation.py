@@ -1,0 +1,98 @@
+"""What stands before a stage's first step: the parent restored, grown and frozen, and what holds old knowledge."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lifelong_moe.growth.grow import grow
+from lifelong_moe.growth.shallow import shallow_student
+from lifelong_moe.model.transformer import LanguageModel
+from lifelong_moe.plan.spec import StageSpec
+from lifelong_moe.retention.generated import generate_blocks
+from lifelong_moe.retention.penalty import fisher_diagonal, make_anchor, mean_fisher
+from lifelong_moe.retention.teacher import make_teacher
+from lifelong_moe.stages.store import load_weights
+from lifelong_moe.storage.directories import verify_directory, write_directory
+from lifelong_moe.training.context import StageModels, StageRun
+from lifelong_moe.training.data import text_sample, written_sample
+from lifelong_moe.training.optimizer import freeze_for_finetuning, freeze_trunk
+from lifelong_moe.training.restore import continued_model, initial_model
+
+
+def prepare_models(run: StageRun) -> StageModels:
+    """Restore or begin; keep the teacher, the old weights and what the old model writes; grow and freeze."""
+    spec, parent, environment = run.spec, run.parent, run.environment
+    if parent is None:
+        return StageModels(initial_model(run.architecture, spec.seed))
+    model = continued_model(environment.store, parent, spec.routing, run.corpora)
+    written = _written_blocks(model, run) if any(spec.written_blocks) else None
+    generated = written[: spec.written_blocks[0]] if written is not None and spec.generates else None
+    if spec.continues is not None:
+        model.freeze_generations(model.architecture.born_in(spec.continues))
+    freeze_trunk(model, spec.trunk)
+    freeze_for_finetuning(model, spec.finetune)
+    importances = _importances(model, run, written) if spec.fisher_measured_tokens else None
+    old = {name: p.detach().clone() for name, p in model.named_parameters()} if spec.penalty else {}
+    if spec.student is not None:
+        student = shallow_student(model, spec.student)
+        return StageModels(student, model.requires_grad_(False).eval(), generated=generated)
+    teacher = make_teacher(model, unchanging_tensors(model, spec)) if spec.distill else None
+    _grow(model, run)
+    model.architecture = run.architecture
+    anchor = make_anchor(model, old, spec.penalty.factor, importances) if spec.penalty else None
+    return StageModels(model, teacher, anchor, generated)
+
+
+def _grow(model: LanguageModel, run: StageRun) -> None:
+    """Add the stage's generation, if it has one, beginning from what its text looks like to the model."""
+    spec, generation = run.spec, run.spec.generation()
+    if spec.grow is None or generation is None:
+        return
+    sample = text_sample(model, spec, run.corpora[spec.data], spec.grow.sample_tokens)
+    near_ties = grow(model, generation, spec.grow, sample, run.seed)
+    if near_ties:
+        console = run.environment.console
+        console.print(f"{spec.name}: near ties in growth's check, decided by rounding: {near_ties}")
+
+
+def unchanging_tensors(model: LanguageModel, spec: StageSpec) -> list[Tensor]:
+    """Tensors that this stage will not train; the teacher shares them."""
+    freezes, places = spec.grow is not None and spec.grow.freezes, model.places()
+    return [p for name, p in model.named_parameters() if not p.requires_grad or (freezes and not places[name].is_trunk)]
+
+
+def _importances(model: LanguageModel, run: StageRun, written: NDArray[np.int64] | None) -> dict[str, Tensor]:
+    """Mean Fisher information on what is kept of the earlier distributions, or on what the old model wrote."""
+    spec = run.spec
+    assert spec.penalty is not None
+    if spec.measures_generated and written is not None:
+        return fisher_diagonal(model, written_sample(model, written[spec.written_blocks[0] :]))
+    tokens, kept = spec.penalty.fisher_tokens, spec.buffer_blocks
+    samples = (text_sample(model, spec, run.corpora[name], tokens, kept) for name in spec.fisher_data)
+    return mean_fisher([fisher_diagonal(model, sample) for sample in samples])
+
+
+def _written_blocks(model: LanguageModel, run: StageRun) -> NDArray[np.int64]:
+    """Text that the parent's model writes, each block for one use, those to be replayed first; kept with the work."""
+    path, spec = run.work / "generated", run.spec
+    if not path.exists():
+        context, blocks = spec.model.context, sum(spec.written_blocks)
+        clusters = model.document_clusters
+        console = run.environment.console
+        with console.status(f"{spec.name}: the previous stage's model writes {blocks * context:,} tokens"):
+            rows = generate_blocks(
+                model,
+                blocks,
+                context=context,
+                seed=run.seed,
+                group_ids_of=None if clusters is None else clusters.group_ids,
+            )
+        write_directory(path, {"blocks.safetensors": partial(save_file, {"blocks": torch.from_numpy(rows)})})
+    verify_directory(path)
+    return load_weights(path / "blocks.safetensors")["blocks"].numpy()
