@@ -15,6 +15,19 @@ from rich.console import Console
 from lifelong_moe.errors import ConfigError, as_ours, one_line
 from pipelines import output, threads
 from pipelines.exit_codes import OUTCOMES, epilog
+from pipelines.options import (
+    AsJson,
+    ConfigPath,
+    GateSettings,
+    InspectionRequest,
+    Int8,
+    Label,
+    Overrides,
+    RunName,
+    SamplingOptions,
+    StageName,
+    with_options,
+)
 
 ABOUT = "Keep one mixture-of-experts language model learning along a stream of data distributions."
 app = typer.Typer(
@@ -22,12 +35,6 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, such as configs/quickstart.yaml.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as seed=1.")]
-RunName = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
-StageName = Annotated[str | None, typer.Option("--stage", help="A committed stage of the run; the last by default.")]
-Label = Annotated[str | None, typer.Option("--label", help="Known distribution of the text, for routing by label.")]
 
 
 def console(as_json: bool = False) -> Console:
@@ -69,12 +76,6 @@ def finish(result: Any, as_json: bool) -> None:
     """Print the result for a script, if one asked."""
     if as_json:
         print(json.dumps(result, ensure_ascii=not (sys.stdout.encoding or "utf-8").lower().startswith("utf")))
-
-
-Int8 = Annotated[bool, typer.Option("--int8", help="Hold the model's matrices in 8 bits, a scale a row.")]
-GateSettings = Annotated[
-    list[str] | None, typer.Argument(metavar="[gate.KEY=VALUE]...", help="Such as gate.tolerance=0.02.")
-]
 
 
 def print_version(asked: bool) -> None:
@@ -316,14 +317,13 @@ def evaluate(
 
 
 @app.command(epilog=epilog("generate"))
+@with_options
 def generate(
     run: RunName,
     prompt: Annotated[str, typer.Argument(help="Text to continue, or, of a fine-tuned stage, a prompt to answer.")],
+    *,
     stage: StageName = None,
-    max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.", min=1)] = 100,
-    temperature: Annotated[float, typer.Option(help="0 takes the most probable token.", min=0.0)] = 0.8,
-    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens up to this mass.", min=0.01)] = 0.95,
-    seed: Annotated[int, typer.Option(help="Of the sampling.", min=0, max=2**63 - 1)] = 0,
+    sampling: SamplingOptions,
     label: Label = None,
     int8: Int8 = False,
     as_json: AsJson = False,
@@ -331,34 +331,16 @@ def generate(
     """Continue a text; a fine-tuned stage answers it as a prompt."""
     from pipelines.inspectors import generate as story
 
-    result = story(
-        run,
-        stage,
-        prompt,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        label=label,
-        console=console(as_json),
-        int8=int8,
-    )
-    finish(result, as_json)
+    finish(story(run, stage, prompt, sampling, console(as_json), label=label, int8=int8), as_json)
 
 
 @app.command(epilog=epilog("inspect"))
+@with_options
 def inspect(
     run: RunName,
+    *,
     stage: StageName = None,
-    text: Annotated[str | None, typer.Option(help="Colour each token of this text by its expert.")] = None,
-    text_file: Annotated[str | None, typer.Option(help="The same for a text file.")] = None,
-    layer: Annotated[int | None, typer.Option(help="Experts of one layer; all layers by default.", min=0)] = None,
-    html: Annotated[str | None, typer.Option(help="Also write the coloured text to this HTML file.")] = None,
-    save: Annotated[str | None, typer.Option(help="Write every token's experts to this .parquet file.")] = None,
-    tokens: Annotated[
-        int | None, typer.Option(help="Held-out tokens a distribution, 8192 by default; not with a text.", min=1)
-    ] = None,
-    label: Label = None,
+    asked: InspectionRequest,
     as_json: AsJson = False,
 ) -> None:
     """Show what the experts specialize in, on held-out text or token by token on a text."""
@@ -367,19 +349,7 @@ def inspect(
 
     quiet.libraries()
     threads.say()
-    result = story(
-        run,
-        stage,
-        text=text,
-        text_file=text_file,
-        layer=layer,
-        html=html,
-        save=save,
-        tokens=tokens,
-        label=label,
-        console=console(as_json),
-    )
-    finish(result, as_json)
+    finish(story(run, stage, asked, console(as_json)), as_json)
 
 
 @app.command(epilog=epilog("sync"))

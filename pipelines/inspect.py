@@ -15,7 +15,7 @@ from lifelong_moe.config.run import RunConfig
 from lifelong_moe.data.tokenizer import Tokenizer
 from lifelong_moe.data.windows import EvaluationSet, evaluation_windows
 from lifelong_moe.errors import ConfigError, DataError
-from lifelong_moe.evaluation.inspection import build_inspection
+from lifelong_moe.evaluation.inspection import Readings, build_inspection
 from lifelong_moe.evaluation.loss import evaluate
 from lifelong_moe.evaluation.probing import (
     BATCH_TOKENS,
@@ -40,6 +40,7 @@ from lifelong_moe.training.device import configured_device
 from lifelong_moe.training.logger import Row
 from lifelong_moe.training.restore import load_model
 from pipelines import inspect_tables
+from pipelines.options import InspectionRequest
 from pipelines.recorded import tracking_of
 from pipelines.workspace import ROOT, read_data, recorded_trainer, remembered
 
@@ -51,10 +52,7 @@ def on_text(
     store: StageStore,
     committed: CommittedStage,
     text: str,
-    layer: int | None,
-    label: str | None,
-    html: str | None,
-    save: str | None,
+    asked: InspectionRequest,
     console: Console,
 ) -> dict[str, Any]:
     """Show which experts each token of a text chooses; ``--html`` and ``--save`` write it to files."""
@@ -63,14 +61,14 @@ def on_text(
     architecture, token_ids = model.architecture, tokenizer.encode(text)
     if not token_ids:
         raise ConfigError("the text has no token.")
-    seen = observe_text(model.to(configured_device(recorded_trainer(run))), token_ids, distribution=label)
-    routed = route_text(architecture, seen, tokenizer.decode, layer)
+    seen = observe_text(model.to(configured_device(recorded_trainer(run))), token_ids, distribution=asked.label)
+    routed = route_text(architecture, seen, tokenizer.decode, asked.layer)
     inspect_tables.text(console, routed)
-    if html is not None:
-        write_atomic(Path(html), html_page(routed, f"{run}, stage {committed.name}"))
-        console.print(f"written: {html}", highlight=False, markup=False)
-    if save is not None:
-        _save(save, architecture, {label or "": seen}, tokenizer, console)
+    if asked.html is not None:
+        write_atomic(Path(asked.html), html_page(routed, f"{run}, stage {committed.name}"))
+        console.print(f"written: {asked.html}", highlight=False, markup=False)
+    if asked.save is not None:
+        _save(asked.save, architecture, {asked.label or "": seen}, tokenizer, console)
     rows = [
         {
             "token_id": token.token_id,
@@ -187,12 +185,14 @@ def _measure(
         shuffled = _losses(model, windows)
     inspection = build_inspection(
         model.architecture,
-        observed,
+        Readings(
+            observed,
+            earlier,
+            expert_similarities(model, [(text, name) for name, text in windows.items()]),
+            {name: (losses[name], shuffled[name]) for name in windows},
+        ),
         stages=[one.name for one in chain],
         learned_in={name: index for index, one in enumerate(chain) for name in one.spec.learns},
-        earlier=earlier,
-        similarities=expert_similarities(model, [(text, name) for name, text in windows.items()]),
-        losses={name: (losses[name], shuffled[name]) for name in windows},
         name_token=tokenizer.name,
     )
     return inspection, observed

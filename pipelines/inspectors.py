@@ -26,6 +26,7 @@ from lifelong_moe.stages.store import CommittedStage, StageStore
 from lifelong_moe.stages.versions import describe
 from lifelong_moe.storage.keys import SHORT
 from pipelines import render
+from pipelines.options import InspectionRequest, SamplingOptions
 from pipelines.places import ROOT
 from pipelines.tables import show
 
@@ -139,13 +140,10 @@ def generate(
     run: str,
     stage: str | None,
     prompt: str,
-    *,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    seed: int,
-    label: str | None,
+    sampling: SamplingOptions,
     console: Console,
+    *,
+    label: str | None = None,
     int8: bool = False,
 ) -> dict[str, Any]:
     """Continue a text, or answer a prompt where the stage was fine-tuned, printing as it comes.
@@ -164,15 +162,8 @@ def generate(
     shown = ""
     answers = committed.spec.finetune is not None
     console.print(prompt, end="\n" if answers else "", markup=False, highlight=False)
-    for token in sample(
-        model,
-        tokenizer.encode(f"{prompt}{SEPARATOR}" if answers and SEPARATOR not in prompt else prompt),
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        distribution=label,
-    ):
+    prompt_ids = tokenizer.encode(f"{prompt}{SEPARATOR}" if answers and SEPARATOR not in prompt else prompt)
+    for token in sample(model, prompt_ids, distribution=label, **asdict(sampling)):
         ids.append(token)
         text = tokenizer.decode(ids)
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character may span several tokens
@@ -182,44 +173,32 @@ def generate(
     return {"run": run, "stage": committed.name, "prompt": prompt, "text": tokenizer.decode(ids), "tokens": len(ids)}
 
 
-def inspect(
-    run: str,
-    stage: str | None,
-    *,
-    text: str | None,
-    text_file: str | None,
-    layer: int | None,
-    html: str | None,
-    save: str | None,
-    tokens: int | None,
-    label: str | None,
-    console: Console,
-) -> dict[str, Any]:
+def inspect(run: str, stage: str | None, asked: InspectionRequest, console: Console) -> dict[str, Any]:
     """Inspect a stage on a text, or without one on held-out text of the run's distributions.
 
     Raises:
         ConfigError: If the options do not go together, or what they name is not there.
     """
-    if tokens is not None and (text is not None or text_file is not None):
-        raise ConfigError(f"--tokens={tokens} bounds held-out text; leave it out with --text or --text-file.")
-    given = _given_text(text, text_file)
-    for option, value in (("--layer", layer), ("--html", html), ("--label", label)):
+    if asked.tokens is not None and (asked.text is not None or asked.text_file is not None):
+        raise ConfigError(f"--tokens={asked.tokens} bounds held-out text; leave it out with --text or --text-file.")
+    given = _given_text(asked.text, asked.text_file)
+    for option, value in (("--layer", asked.layer), ("--html", asked.html), ("--label", asked.label)):
         if given is None and value is not None:
             raise ConfigError(f"{option}={value} needs a text: give --text or --text-file.")
-    for option, path, ending in (("--html", html, ".html"), ("--save", save, ".parquet")):
+    for option, path, ending in (("--html", asked.html, ".html"), ("--save", asked.save, ".parquet")):
         if path is not None:
             _check_target(option, Path(path), ending)
     store, committed = open_stage(run, stage)
-    _check_layer(committed, layer)
+    _check_layer(committed, asked.layer)
     if given is not None:
-        check_label(committed, label, console)
+        check_label(committed, asked.label, console)
         from pipelines.inspect import on_text
 
-        result = on_text(run, store, committed, given, layer, label, html, save, console)
+        result = on_text(run, store, committed, given, asked, console)
     else:
         from pipelines.inspect import on_heldout
 
-        result = on_heldout(run, store, committed, tokens or HELDOUT_TOKENS, save, console)
+        result = on_heldout(run, store, committed, asked.tokens or HELDOUT_TOKENS, asked.save, console)
     return {"run": run, "stage": committed.name, "key": committed.key, **result}
 
 

@@ -26,7 +26,7 @@ Keys of ``inspection.json`` (schema 1):
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -44,39 +44,46 @@ from lifelong_moe.evaluation.specialization import (
 from lifelong_moe.plan.architecture import Architecture
 
 SCHEMA = 1
-Losses = Mapping[str, tuple[float, float]]
+
+
+@dataclass(frozen=True, eq=False)
+class Readings:
+    """What a model, and those before it, did with the same held-out text."""
+
+    observed: Mapping[str, Observation]
+    """Its routing, by distribution."""
+    earlier: Mapping[str, Mapping[str, Observation]]
+    """The routing of each earlier stage."""
+    similarities: Sequence[NDArray[Any]]
+    """For each layer the cosines between its experts' outputs ``(E, E)``."""
+    losses: Mapping[str, tuple[float, float]]
+    """For each distribution nats per token, and the same with shuffled experts."""
 
 
 def build_inspection(
     architecture: Architecture,
-    observed: Mapping[str, Observation],
+    readings: Readings,
     *,
     stages: Sequence[str],
     learned_in: Mapping[str, int],
-    earlier: Mapping[str, Mapping[str, Observation]],
-    similarities: Sequence[NDArray[Any]],
-    losses: Losses,
     name_token: Callable[[int], str],
 ) -> dict[str, Any]:
     """Measure each layer.
 
     Args:
         architecture: Of the model that was observed.
-        observed: Its routing of held-out text, by distribution.
+        readings: What it did with held-out text.
         stages: Names of the stages that led to it, oldest first.
         learned_in: Index of the stage that last learned each distribution; those that none did are left out.
-        earlier: For each earlier stage the routing of the same text.
-        similarities: For each layer the cosines between its experts' outputs ``(E, E)``.
-        losses: For each distribution nats per token, and the same with shuffled experts.
         name_token: Text of a token id.
     """
     index = {name: i for i, name in enumerate(stages)}
     layers = []
-    for layer, similarity_EE in enumerate(similarities):
+    for layer, similarity_EE in enumerate(readings.similarities):
         if not len(similarity_EE):
             continue  # a dense layer
         births_E = [index[name] for name in architecture.expert_births(layer)]
-        measured = _layer(expert_names(architecture, layer), layer, observed, name_token)
+        measured = _layer(expert_names(architecture, layer), layer, readings.observed, name_token)
         measured["leak"] = {
             name: routing_statistics([counts], [births_E], learned_in.get(name, len(stages))).leak
             for name, counts in measured["counts"].items()
@@ -84,12 +91,12 @@ def build_inspection(
         layers.append({"layer": layer, **measured, "similarity": _json_matrix(similarity_EE)})
     return {
         "schema": SCHEMA,
-        "tokens": {name: len(seen) for name, seen in observed.items()},
+        "tokens": {name: len(seen) for name, seen in readings.observed.items()},
         "layers": layers,
-        "saturation": {stage: _saturation(before, observed) for stage, before in earlier.items()},
+        "saturation": {stage: _saturation(before, readings.observed) for stage, before in readings.earlier.items()},
         "shuffled": {
             name: {"nats_per_token": loss, "shuffled_nats_per_token": shuffled}
-            for name, (loss, shuffled) in losses.items()
+            for name, (loss, shuffled) in readings.losses.items()
         },
     }
 

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from pipelines import inspect_tables
 from pipelines.inspectors import inspect
+from pipelines.options import InspectionRequest
 from tests.e2e.conftest import Cli
 
 # One expert a token: none is chosen together with another.
@@ -102,8 +103,7 @@ def test_a_text_token_by_token(here: Path, cli: Cli) -> None:
 
 
 def inspected(console: Console, **options: Any) -> None:
-    empty = dict.fromkeys(("text", "text_file", "layer", "html", "save", "label"))
-    inspect("tiny", None, **empty | {"tokens": None} | options, console=console)
+    inspect("tiny", None, InspectionRequest(**options), console)
 
 
 def test_a_terminal_shows_colours_and_obeys_nothing_in_the_text(here: Path) -> None:

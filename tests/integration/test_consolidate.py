@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,6 +18,7 @@ from lifelong_moe.stages.store import StageStore
 from lifelong_moe.training.restore import load_model
 from pipelines.consolidate import consolidate
 from pipelines.inspectors import evaluate, generate, inspect
+from pipelines.options import InspectionRequest, SamplingOptions
 from pipelines.rollback import rollback
 from tests.retrain_lab import head
 from tests.tiny import tiny_config, train, write_config, write_corpora
@@ -88,13 +88,11 @@ def test_models_are_read_on_the_device_of_the_run(monkeypatch: pytest.MonkeyPatc
     recorded = json.loads(path.read_text())
     recorded["config"]["trainer"] |= {"accelerator": "gpu", "devices": [1]}
     path.write_text(json.dumps(recorded))
-    options: dict[str, Any] = {"temperature": 0.0, "top_p": 1.0, "seed": 0, "label": None, "console": SILENT}
-    shown: dict[str, Any] = {"text_file": None, "layer": None, "html": None, "save": None, "label": None}
     for read in (
         lambda: evaluate("tiny", None, "sea.jsonl", None, SILENT),
-        lambda: generate("tiny", None, "apple", max_new_tokens=2, **options),
-        lambda: inspect("tiny", None, text="apple", tokens=None, console=SILENT, **shown),
-        lambda: inspect("tiny", None, text=None, tokens=200, console=SILENT, **shown),
+        lambda: generate("tiny", None, "apple", SamplingOptions(max_new_tokens=2, temperature=0.0), SILENT),
+        lambda: inspect("tiny", None, InspectionRequest(text="apple"), SILENT),
+        lambda: inspect("tiny", None, InspectionRequest(tokens=200), SILENT),
         lambda: consolidate("tiny", "fruit", 1, SILENT, ["gate.tolerance=9"]),
     ):
         asked.clear()

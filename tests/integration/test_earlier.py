@@ -33,6 +33,7 @@ from lifelong_moe.training.optimizer import freeze_trunk
 from lifelong_moe.training.restore import load_model
 from lifelong_moe.training.stage import train_stage
 from pipelines import inspectors, trace
+from pipelines.options import SamplingOptions
 from pipelines.workspace import prepare
 from tests.tiny import VOCABULARIES, train, write_config, write_corpus
 
@@ -76,8 +77,8 @@ def test_status_report_and_lineage_read_it() -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_it_says_what_it_said(stage: str, kept: dict[str, Any]) -> None:
-    options: dict[str, Any] = {"max_new_tokens": 24, "top_p": 1.0, "seed": 0, "label": None, "console": SILENT}
-    generated = inspectors.generate("old", stage, "def return self value", temperature=0.0, **options)
+    sampling = SamplingOptions(max_new_tokens=24, temperature=0.0, top_p=1.0)
+    generated = inspectors.generate("old", stage, "def return self value", sampling, SILENT)
     assert generated["text"] == kept["generated"][stage]
     measured = inspectors.evaluate("old", stage, "text.txt", None, SILENT)
     for key, value in kept["evaluated"][stage].items():

@@ -24,6 +24,7 @@ from lifelong_moe.stages.store import StageStore
 from lifelong_moe.training.module import StageModule
 from lifelong_moe.training.restore import load_model
 from pipelines.inspectors import generate
+from pipelines.options import SamplingOptions
 from pipelines.workspace import prepare
 from tests.tiny import CONTEXT, SEQUENCES, VOCABULARIES, fork, hashes, kill_self, tiny_config, train, write_config
 
@@ -115,16 +116,16 @@ def test_a_model_ends_its_answers_and_is_asked_as_it_was_taught(lab: Path) -> No
         with torch.no_grad():
             probs = model.head.logits(model(TokenBatch(torch.tensor([ids]))).hidden_BSD[0, -1]).softmax(-1)
         assert float(probs[tokenizer.bos_id]) > 0.95
-        asked = {"max_new_tokens": 40, "temperature": 0.0, "top_p": 1.0, "seed": 0, "label": None}
+        asked = SamplingOptions(max_new_tokens=40, temperature=0.0, top_p=1.0)
         for text in (prompt, f"{prompt}\x1e"):
-            said = generate("tiny", None, text, console=Console(file=io.StringIO()), **asked)
+            said = generate("tiny", None, text, asked, Console(file=io.StringIO()))
             assert said["text"] == answer and said["tokens"] < 40
     printed = io.StringIO()
-    generate("tiny", None, "What is 3 plus 4?", console=Console(file=printed), **asked)
+    generate("tiny", None, "What is 3 plus 4?", asked, Console(file=printed))
     assert printed.getvalue() == "What is 3 plus 4?\nIt is 7.\n"
     # A stage before it goes on with a text.
     printed = io.StringIO()
-    generate("tiny", "fruit", "apple", console=Console(file=printed), **asked)
+    generate("tiny", "fruit", "apple", asked, Console(file=printed))
     assert printed.getvalue().startswith("apple") and not printed.getvalue().startswith("apple\n")
 
 

@@ -10,13 +10,12 @@ from typing import Any
 from rich.console import Console
 
 from pipelines.inspectors import inspect
+from pipelines.options import InspectionRequest
 from tests.tiny import tiny_config, train, write_config
 
 
-def inspected(**options: Any) -> dict[str, Any]:
-    empty = dict.fromkeys(("text", "text_file", "layer", "html", "save", "label"))
-    given = {"stage": None, "tokens": 200} | empty | options
-    return inspect("tiny", given.pop("stage"), **given, console=Console(file=io.StringIO()))
+def inspected(stage: str | None = None, **options: Any) -> dict[str, Any]:
+    return inspect("tiny", stage, InspectionRequest(**{"tokens": 200} | options), Console(file=io.StringIO()))
 
 
 def test_figures_and_curves_are_with_the_run_once(lab: Path, template: Path) -> None:

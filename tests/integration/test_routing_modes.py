@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from rich.console import Console
 from lifelong_moe.stages.store import StageStore
 from lifelong_moe.training.restore import load_model
 from pipelines.inspectors import evaluate, generate
+from pipelines.options import SamplingOptions
 from tests.tiny import tiny_config, train, write_config
 
 ONE = {"top_k": 1, "renormalize": False}
@@ -133,9 +135,11 @@ def check_evaluation_and_generation(label: str | None) -> None:
     scored = [evaluate("tiny", stage, "sea.jsonl", known, console) for stage, known in stages]
     assert scored[1] == scored[2]
     assert scored[0]["tokens"] == scored[1]["tokens"] > 0
-    options: dict[str, Any] = {"max_new_tokens": 8, "top_p": 1.0, "label": label, "console": console}
+    sampling = SamplingOptions(max_new_tokens=8, top_p=1.0)
     said = [
-        generate("tiny", None, "apple", temperature=temperature, seed=seed, **options)["text"]
+        generate("tiny", None, "apple", replace(sampling, temperature=temperature, seed=seed), console, label=label)[
+            "text"
+        ]
         for temperature, seed in ((0.0, 0), (0.0, 1), (5.0, 1), (5.0, 1), (5.0, 2))
     ]
     assert said[0] == said[1] and said[2] == said[3] != said[4]

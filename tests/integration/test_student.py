@@ -17,6 +17,7 @@ from lifelong_moe.stages.store import StageStore
 from lifelong_moe.training.module import StageModule
 from lifelong_moe.training.restore import load_model
 from pipelines.inspectors import generate
+from pipelines.options import SamplingOptions
 from tests.tiny import STEPS, tiny_config, train, write_config
 
 
@@ -49,17 +50,7 @@ def test_a_student_has_fewer_layers_and_learns(lab: Path, monkeypatch: pytest.Mo
     assert len(parts) == STEPS
     untrained = shallow_student(teacher, [0, 2])
     assert not torch.equal(untrained.embedding.weight, student.embedding.weight)
-    result = generate(
-        "tiny",
-        None,
-        "apple",
-        max_new_tokens=3,
-        temperature=0.0,
-        top_p=1.0,
-        seed=0,
-        label=None,
-        console=Console(quiet=True),
-    )
+    result = generate("tiny", None, "apple", SamplingOptions(max_new_tokens=3, temperature=0.0), Console(quiet=True))
     assert result["tokens"] <= 3
     assert report["stages"][2]["parameters_total"] < report["stages"][1]["parameters_total"]
 

@@ -20,6 +20,7 @@ from lifelong_moe.errors import ConfigError, CorruptError, DataError, LifelongEr
 from lifelong_moe.stages.garbage import find_garbage
 from pipelines import inspectors
 from pipelines.gc import gc
+from pipelines.options import InspectionRequest
 from pipelines.plan import plan
 from pipelines.prepare import prepare
 from tests.tiny import hashes, tiny_config, train, write_config, write_corpora
@@ -119,12 +120,7 @@ def test_keys_weights_and_losses_are_those_of_a_run_that_keeps_its_text(
     assert told(inspectors.report, ["tiny"])[0] == [again]
     assert [row["name"] for row in told(inspectors.lineage, "tiny")[0]] == list(NAMES)
     assert told(gc, True)[0]["bytes"] == 0
-    seen, _ = told(
-        lambda console: inspectors.inspect(
-            "tiny", None, text=None, text_file=None, layer=None, html=None, save=None, tokens=64, label=None,
-            console=console,
-        )
-    )  # fmt: skip
+    seen, _ = told(lambda console: inspectors.inspect("tiny", None, InspectionRequest(tokens=64), console))
     assert list(seen["tokens"]) == list(NAMES)
 
 

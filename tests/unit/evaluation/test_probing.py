@@ -11,7 +11,7 @@ import torch
 
 from lifelong_moe.data.shards import TokenShard
 from lifelong_moe.data.windows import EvaluationSet, evaluation_windows
-from lifelong_moe.evaluation.inspection import build_inspection
+from lifelong_moe.evaluation.inspection import Readings, build_inspection
 from lifelong_moe.evaluation.loss import evaluate
 from lifelong_moe.evaluation.probing import (
     expert_names,
@@ -126,12 +126,9 @@ def test_layers_of_different_size(uneven: LanguageModel) -> None:
         loss(model, windows)
     found = build_inspection(
         model.architecture,
-        observed,
+        Readings(observed, {"s0": observed}, expert_similarities(model, [(windows, None)]), {"d0": (2.0, 3.0)}),
         stages=["s0", "s1"],
         learned_in={"d0": 0, "d1": 1},
-        earlier={"s0": observed},
-        similarities=expert_similarities(model, [(windows, None)]),
-        losses={"d0": (2.0, 3.0)},
         name_token=str,
     )
     first, second = found["layers"]

@@ -1,0 +1,75 @@
+"""Arguments and options that several commands share, and groups of options that travel as one object."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, such as configs/quickstart.yaml.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as seed=1.")]
+RunName = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
+StageName = Annotated[str | None, typer.Option("--stage", help="A committed stage of the run; the last by default.")]
+Label = Annotated[str | None, typer.Option("--label", help="Known distribution of the text, for routing by label.")]
+Int8 = Annotated[bool, typer.Option("--int8", help="Hold the model's matrices in 8 bits, a scale a row.")]
+GateSettings = Annotated[
+    list[str] | None, typer.Argument(metavar="[gate.KEY=VALUE]...", help="Such as gate.tolerance=0.02.")
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """How a text is continued."""
+
+    max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.", min=1)] = 100
+    temperature: Annotated[float, typer.Option(help="0 takes the most probable token.", min=0.0)] = 0.8
+    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens up to this mass.", min=0.01)] = 0.95
+    seed: Annotated[int, typer.Option(help="Of the sampling.", min=0, max=2**63 - 1)] = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectionRequest:
+    """What an inspection reads, and where its result goes."""
+
+    text: Annotated[str | None, typer.Option(help="Colour each token of this text by its expert.")] = None
+    text_file: Annotated[str | None, typer.Option(help="The same for a text file.")] = None
+    layer: Annotated[int | None, typer.Option(help="Experts of one layer; all layers by default.", min=0)] = None
+    html: Annotated[str | None, typer.Option(help="Also write the coloured text to this HTML file.")] = None
+    save: Annotated[str | None, typer.Option(help="Write every token's experts to this .parquet file.")] = None
+    tokens: Annotated[
+        int | None, typer.Option(help="Held-out tokens a distribution, 8192 by default; not with a text.", min=1)
+    ] = None
+    label: Label = None
+
+
+def with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Let Typer see each field of a command's dataclass parameter as an option of its own, in its place."""
+    hints = get_type_hints(command, include_extras=True)
+    parameters: list[inspect.Parameter] = []
+    for name, parameter in inspect.signature(command).parameters.items():
+        if not is_dataclass(hints[name]):
+            parameters.append(parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY))
+            continue
+        group, options = name, hints[name]
+        types = get_type_hints(options, include_extras=True)
+        for field in fields(options):
+            default = inspect.Parameter.empty if field.default is MISSING else field.default
+            parameters.append(
+                inspect.Parameter(
+                    field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=types[field.name]
+                )
+            )
+
+    @functools.wraps(command)
+    def expanded(**given: Any) -> None:
+        asked = options(**{field.name: given.pop(field.name) for field in fields(options)})
+        command(**given, **{group: asked})
+
+    expanded.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    expanded.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return expanded
