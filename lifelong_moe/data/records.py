@@ -6,14 +6,12 @@ could be measured on it, are kept apart, in ``heldout/<SHA-256 of the file>.json
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from lifelong_moe.data.documents import Corpus, Document
 from lifelong_moe.data.shards import TokenizedCorpus
@@ -60,15 +58,6 @@ class TextRecord:
             duplicates=corpus.duplicates,
             left_out=tuple(document.hash[:DIGITS] for document in corpus.near_copies),
         )
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain JSON data."""
-        return {**dataclasses.asdict(self), "left_out": list(self.left_out)}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> TextRecord:
-        """The inverse of :meth:`to_json`."""
-        return cls(**{**data, "left_out": tuple(data["left_out"])})
 
 
 class HeldoutStore:

@@ -15,6 +15,7 @@ from lifelong_moe.data.config import KeepText
 from lifelong_moe.data.records import TextRecord
 from lifelong_moe.errors import ConfigError, CorruptError
 from lifelong_moe.stages.versions import Kind, Version, VersionStage
+from lifelong_moe.storage.plain import from_plain
 
 SCHEMA = 1
 """Version of the layout of ``head.json``; heads without one are read as this one, which only adds the number."""
@@ -149,24 +150,12 @@ class RunHead:
             )
         if not isinstance(data, Mapping) or not set(REQUIRED) <= set(data):
             raise CorruptError("not the head of a run.")
-        known = {one.name for one in dataclasses.fields(cls)}
-        given = {name: value for name, value in data.items() if name in known}
         try:
-            batches = {key: SettledBatch(**one) for key, one in data.get("batches", {}).items()}
-            tick = data.get("last_tick")
-            typed: dict[str, Any] = {
-                **{name: tuple(given[name]) for name in LISTS if name in given},
-                "texts": {name: TextRecord.from_json(record) for name, record in data.get("texts", {}).items()},
-                "mlflow": _mlflow(data.get("mlflow", {})),
-                "versions": tuple(_with_split(Version.from_json(one), batches) for one in data.get("versions", ())),
-                "champion_id": data.get("champion"),
-                "batches": batches,
-                "best": {name: BestLoss(**one) for name, one in data.get("best", {}).items()},
-                "keep_text": KeepText(data.get("keep_text", KeepText.always)),
-                "last_tick": None if tick is None else LastTick(**tick),
-            }
-            return cls(**{**given, **typed})
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            mlflow = _known(MlflowState, data.get("mlflow", {}))
+            told = {**data, "champion_id": data.get("champion"), "mlflow": mlflow}
+            head = from_plain(cls, _known(cls, told))
+            return replace(head, versions=tuple(_with_split(version, head.batches) for version in head.versions))
+        except (AttributeError, TypeError, ValueError) as error:
             raise CorruptError(f"not the head of a run ({error}).") from None
 
     @property
@@ -298,13 +287,11 @@ class RunHead:
 
 REQUIRED = tuple(one.name for one in dataclasses.fields(RunHead)[:7])
 """Fields that every head has."""
-LISTS = ("plan", "names", "stages", "trained", "open")
-"""Fields that are lists of text."""
 
 
-def _mlflow(data: Mapping[str, Any]) -> MlflowState:
-    known = {one.name: data[one.name] for one in dataclasses.fields(MlflowState) if one.name in data}
-    return MlflowState(**{**known, "replaced": tuple(data.get("replaced", ()))})
+def _known(kind: type[RunHead] | type[MlflowState], data: Mapping[str, Any]) -> dict[str, Any]:
+    """What the dataclass has a field for; earlier versions wrote more."""
+    return {one.name: data[one.name] for one in dataclasses.fields(kind) if one.name in data}
 
 
 def _with_split(version: Version, batches: Mapping[str, SettledBatch]) -> Version:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from lifelong_moe.storage.keys import SHORT
 
@@ -55,11 +55,6 @@ class Version:
     def key(self) -> str:
         """Key of the stage that serves."""
         return self.stages[-1].key
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Version:
-        """The inverse of :func:`dataclasses.asdict`."""
-        return cls(**{**data, "stages": tuple(VersionStage(**stage) for stage in data["stages"])})
 
 
 def base_stages(chain: Sequence[CommittedStage]) -> tuple[VersionStage, ...]:

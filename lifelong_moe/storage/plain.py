@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 def from_plain(kind: type[T], data: Mapping[str, Any]) -> T:
-    """Build a dataclass, and the dataclasses, enumerations and tuples that it is made of.
+    """Build a dataclass, and the dataclasses, enumerations, tuples and mappings that it is made of.
 
     Args:
         kind: The dataclass.
@@ -35,6 +35,8 @@ def _built(hint: Any, value: Any) -> Any:
         *items, last = get_args(hint)
         items = items * len(value) if last is Ellipsis else [*items, last]
         return tuple(map(_built, items, value))
+    if get_origin(hint) in (dict, Mapping):
+        return {name: _built(get_args(hint)[1], one) for name, one in value.items()}
     if isinstance(hint, type) and issubclass(hint, StrEnum):
         return hint(value)
     if isinstance(hint, type) and is_dataclass(hint):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lifelong_moe.data.documents import Document
-from lifelong_moe.data.records import HeldoutStore, TextRecord
+from lifelong_moe.data.records import HeldoutStore
 from lifelong_moe.errors import CorruptError
 
 
@@ -24,11 +24,3 @@ def test_held_out_documents_come_back_as_they_were(tmp_path: Path) -> None:
     with pytest.raises(CorruptError, match=f"{address}.jsonl: SHA-256 is"):
         store.documents(address)
     assert store.add(documents) == address and store.documents(address) == documents  # written anew
-
-
-def test_a_record_survives_json() -> None:
-    record = TextRecord(
-        train_hash="a", heldout_hash="b", split_hash="c", documents=3, tokens=40, bytes_per_token=2.5,
-        heldout_documents=1, heldout_tokens=9, duplicates=2, left_out=("0123",), kept="d",
-    )  # fmt: skip
-    assert TextRecord.from_json(record.to_json()) == record

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -42,12 +42,20 @@ class Outer:
     inners: tuple[Inner, ...] = ()
     width: int | list[int] = 1
     options: Any = None
+    named: Mapping[str, Inner] = field(default_factory=dict)
 
 
 def test_what_asdict_writes_is_read_again() -> None:
     for made in (
         Outer(None, ()),
-        Outer(Inner(numbers=(1, 2)), (("a", Kind.new),), (Inner(), Inner(Kind.new, ())), [3, 4], {"x": [1]}),
+        Outer(
+            Inner(numbers=(1, 2)),
+            (("a", Kind.new),),
+            (Inner(), Inner(Kind.new, ())),
+            [3, 4],
+            {"x": [1]},
+            {"a": Inner()},
+        ),
     ):
         read = from_plain(Outer, json.loads(json.dumps(asdict(made))))
         assert read == made and type(read.pairs) is tuple
