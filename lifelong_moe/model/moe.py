@@ -81,19 +81,23 @@ class MoELayer(nn.Module):
         """``(T, D)`` to ``(T, D)``, with what the router decided."""
         routing = self.router(x_TD, context)
         first = self.banks.sorted_from(x_TD)
-        rows_ND = routing.dispatch(x_TD, first) if first else routing.dispatch(x_TD)
+        rows_ND = self._experts(routing.dispatch(x_TD, first), routing.counts_E)
+        return self._with_shared(x_TD, routing.combine(rows_ND, first)), routing
+
+    def _experts(self, rows_ND: Tensor, counts_E: Tensor) -> Tensor:
         if self.recomputes and torch.is_grad_enabled():
-            rows_ND = checkpoint(self.banks, rows_ND, routing.counts_E, use_reentrant=False)
-        else:
-            rows_ND = self.banks(rows_ND, routing.counts_E)
-        routed_TD = routing.combine(rows_ND)
+            return checkpoint(self.banks, rows_ND, counts_E, use_reentrant=False)
+        return self.banks(rows_ND, counts_E)
+
+    def _with_shared(self, x_TD: Tensor, routed_TD: Tensor) -> Tensor:
+        """Routed experts' output and the shared network's, where there is one."""
         if self.shared is None:
-            return routed_TD, routing
+            return routed_TD
         shared_TD = self.shared(x_TD)
         if self.mix is None:
-            return routed_TD + shared_TD, routing
+            return routed_TD + shared_TD
         shares_T2 = self.mix(x_TD).softmax(dim=-1)
-        return routed_TD * shares_T2[:, :1] + shared_TD * shares_T2[:, 1:], routing
+        return routed_TD * shares_T2[:, :1] + shared_TD * shares_T2[:, 1:]
 
 
 class DenseLayer(MoELayer):

@@ -7,29 +7,59 @@ E experts, D model width.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def sort_by_expert(expert_idx_N: Tensor, num_experts: int, first_expert: int = 0) -> tuple[Tensor, Tensor]:
+def sort_by_expert(expert_idx_N: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """Order assignments by expert, stably.
 
     Args:
         expert_idx_N: Expert of each assignment, int64 ``(N,)``.
         num_experts: E.
-        first_expert: Begin with this expert, and go around.
 
     Returns:
         ``order_N``, the assignments sorted by expert and then by position, and ``counts_E``, int64 assignments
-        per expert by index. Nothing is asked of the device.
+        per expert. Nothing is asked of the device.
     """
-    keys_N = (expert_idx_N + (num_experts - first_expert)) % num_experts if first_expert else expert_idx_N
-    sorted_N, order_N = torch.sort(keys_N, stable=True)
+    sorted_N, order_N = torch.sort(expert_idx_N, stable=True)
     ends_E = torch.searchsorted(sorted_N, torch.arange(num_experts, device=sorted_N.device), right=True)
-    counts_E = torch.diff(ends_E, prepend=ends_E.new_zeros(1))
-    return order_N, counts_E.roll(first_expert) if first_expert else counts_E
+    return order_N, torch.diff(ends_E, prepend=ends_E.new_zeros(1))
+
+
+@dataclass(frozen=True)
+class ExpertOrder:
+    """Choices of tokens sorted by expert: the one order of dispatch, experts and combine."""
+
+    order_N: Tensor
+    """Choices ``token * K + choice``, int64 ``(N,)``; without those that are none."""
+    counts_E: Tensor
+    """Choices of each expert by index, int64 ``(E,)``."""
+
+    @classmethod
+    def of(cls, expert_ids_TK: Tensor, num_experts: int, *, ragged: bool) -> ExpertOrder:
+        """Sort, from expert 0 on; where tokens use different numbers of experts, -1 is none."""
+        ids_N = expert_ids_TK.reshape(-1)
+        if not ragged:
+            return cls(*sort_by_expert(ids_N, num_experts))
+        kept_N = (ids_N >= 0).nonzero().squeeze(1)
+        order_N, counts_E = sort_by_expert(ids_N[kept_N], num_experts)
+        return cls(kept_N[order_N], counts_E)
+
+    def begun_with(self, expert: int) -> ExpertOrder:
+        """The same order from this expert on and around."""
+        # Where an expert's slice begins is known to the device alone, and need not be known to anyone else.
+        places_N = torch.arange(len(self.order_N), device=self.order_N.device) + self.counts_E[:expert].sum()
+        return ExpertOrder(self.order_N[places_N % max(1, len(places_N))], self.counts_E)
+
+    @cached_property
+    def inverse_N(self) -> Tensor:  # noqa: N802 - named as the tensor that it is
+        """The permutation that undoes the order of N = T·K choices, int64 ``(N,)``."""
+        return inverse_permutation(self.order_N)
 
 
 class _GatherTokens(torch.autograd.Function):

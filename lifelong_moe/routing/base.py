@@ -9,13 +9,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
-from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from lifelong_moe.errors import ConfigError
-from lifelong_moe.ops.dispatch import combine, dispatch, inverse_permutation, sort_by_expert
+from lifelong_moe.ops.dispatch import ExpertOrder, combine, dispatch
 from lifelong_moe.ops.router_losses import choice_counts
 from lifelong_moe.routing.config import Bundles, RoutingConfig
 
@@ -67,23 +66,6 @@ class RouterLoss:
     """Its factor in the training loss, in which the layers' losses are summed."""
 
 
-@dataclass(frozen=True)
-class _Sorted:
-    """Assignments sorted by expert."""
-
-    first_expert: int
-    """With which the order begins."""
-    order_N: Tensor
-    """Assignments ``token * K + choice``, int64 ``(N,)``; without those that are none."""
-    counts_E: Tensor
-    """Assignments of each expert by index, int64 ``(E,)``."""
-
-    @cached_property
-    def inverse_N(self) -> Tensor:  # noqa: N802
-        """The permutation that undoes the order."""
-        return inverse_permutation(self.order_N)
-
-
 @dataclass
 class Routing:
     """A router's answer. The layer only calls ``dispatch``, ``counts_E`` and ``combine``, so an answer of another
@@ -104,44 +86,43 @@ class Routing:
     log_weights_TK: Tensor | None = None
     """Logarithms of the weights where experts compete: there a weight that underflows still has one, and a gradient."""
 
-    _sorted: _Sorted | None = field(default=None, init=False, repr=False)
+    _orders: dict[int, ExpertOrder] = field(default_factory=dict, init=False, repr=False)
 
-    def _by_expert(self, first_expert: int | None = None) -> _Sorted:
-        """Assignments sorted from this expert on; from any, if none is named. Sorted when first asked for."""
-        if self._sorted is None or first_expert not in (None, self._sorted.first_expert):
-            ids_N, first = self.expert_ids_TK.reshape(-1), first_expert or 0
-            if self.ragged:
-                kept_N = (ids_N >= 0).nonzero().squeeze(1)
-                order_N, counts_E = sort_by_expert(ids_N[kept_N], self.num_experts, first)
-                self._sorted = _Sorted(first, kept_N[order_N], counts_E)
-            else:
-                self._sorted = _Sorted(first, *sort_by_expert(ids_N, self.num_experts, first))
-        return self._sorted
+    def by_expert(self, first_expert: int = 0) -> ExpertOrder:
+        """Assignments sorted by expert, from this one on and around: sorted once, when first asked for."""
+        if not self._orders:
+            self._orders[0] = ExpertOrder.of(self.expert_ids_TK, self.num_experts, ragged=self.ragged)
+        if first_expert not in self._orders:
+            self._orders[first_expert] = self._orders[0].begun_with(first_expert)
+        return self._orders[first_expert]
 
     @property
     def counts_E(self) -> Tensor:  # noqa: N802 - named as the tensor that it is
         """Assignments of each expert, int64 ``(E,)``."""
-        return self._by_expert().counts_E
+        return self.by_expert().counts_E
 
     def dispatch(self, x_TD: Tensor, first_expert: int = 0) -> Tensor:
         """Rows for the experts ``(N, D)``, sorted by expert, from ``first_expert`` on and around.
 
         ``counts_E`` says how many each gets.
         """
-        by_expert, top_k = self._by_expert(first_expert), self.expert_ids_TK.shape[1]
+        order, top_k = self.by_expert(first_expert), self.expert_ids_TK.shape[1]
         if self.ragged:
-            return x_TD.index_select(0, by_expert.order_N // top_k)
-        return dispatch(x_TD, by_expert.order_N, by_expert.inverse_N, top_k)
+            return x_TD.index_select(0, order.order_N // top_k)
+        return dispatch(x_TD, order.order_N, order.inverse_N, top_k)
 
-    def combine(self, rows_ND: Tensor) -> Tensor:
-        """Weighted sum of the experts' outputs per token, ``(T, D)``; 0 for a token without expert."""
-        by_expert = self._by_expert()
+    def combine(self, rows_ND: Tensor, first_expert: int = 0) -> Tensor:
+        """Weighted sum of the experts' outputs per token, ``(T, D)``; 0 for a token without expert.
+
+        The rows stand in the order of :meth:`dispatch` with the same ``first_expert``.
+        """
+        order = self.by_expert(first_expert)
         if self.ragged:
             num_tokens, top_k = self.expert_ids_TK.shape
-            weights_N = self.weights_TK.flatten()[by_expert.order_N].to(rows_ND.dtype)
+            weights_N = self.weights_TK.flatten()[order.order_N].to(rows_ND.dtype)
             out_TD = rows_ND.new_zeros(num_tokens, rows_ND.shape[1])
-            return out_TD.index_add(0, by_expert.order_N // top_k, rows_ND * weights_N.unsqueeze(1))
-        return combine(rows_ND, self.weights_TK, by_expert.order_N, by_expert.inverse_N)
+            return out_TD.index_add(0, order.order_N // top_k, rows_ND * weights_N.unsqueeze(1))
+        return combine(rows_ND, self.weights_TK, order.order_N, order.inverse_N)
 
     def counts_of(self, mask_T: Tensor) -> Tensor:
         """Assignments that each expert has from some of the tokens, int64 ``(E,)``."""

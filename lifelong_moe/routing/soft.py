@@ -46,7 +46,7 @@ class SoftRouting(Routing):
         mixed_BMD = self.dispatch_BSM.transpose(1, 2).to(x_TD.dtype) @ x_BSD
         return mixed_BMD.unflatten(1, (experts, slots)).transpose(0, 1).reshape(-1, x_TD.shape[1])
 
-    def combine(self, rows_ND: Tensor) -> Tensor:
+    def combine(self, rows_ND: Tensor, first_expert: int = 0) -> Tensor:
         """Each token's mixture of all slots' outputs, ``(T, D)``."""
         batch, experts, slots = self.shape
         rows_BMD = rows_ND.view(experts, batch, slots, -1).transpose(0, 1).flatten(1, 2)

@@ -67,7 +67,8 @@ def check_parity(ids_TK: Tensor, num_experts: int, num_frozen: int, seed: int, *
         else:
             banks.implementation = how
             routing = Routing(ids_TK, w, num_experts)
-            out = routing.combine(banks(routing.dispatch(x, banks.sorted_from(x)), routing.counts_E))
+            first = banks.sorted_from(x)
+            out = routing.combine(banks(routing.dispatch(x, first), routing.counts_E), first)
         (out * upstream).sum().backward()
         return [out.detach(), x.grad, w.grad, *(p.grad for p in banks.parameters())]
 
@@ -250,20 +251,22 @@ def test_weighted_sum_by_hand() -> None:
 
 @pytest.mark.parametrize("ragged", [False, True])
 def test_a_routing_sorts_once_and_only_if_it_is_asked(monkeypatch: pytest.MonkeyPatch, ragged: bool) -> None:
-    begun: list[int] = []
+    sorts: list[int] = []
 
-    def counted(ids_N: Tensor, num_experts: int, first_expert: int) -> tuple[Tensor, Tensor]:
-        begun.append(first_expert)
-        return sort_by_expert(ids_N, num_experts, first_expert)
+    def counted(ids_N: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+        sorts.append(len(ids_N))
+        return sort_by_expert(ids_N, num_experts)
 
-    monkeypatch.setattr("lifelong_moe.routing.base.sort_by_expert", counted)
+    monkeypatch.setattr("lifelong_moe.ops.dispatch.sort_by_expert", counted)
     ids = torch.tensor([[0, 2], [2, 1], [2, -1 if ragged else 0]])
     x, weights = torch.tensor([[1.0], [2.0], [4.0]]), torch.ones(3, 2)
     routing = Routing(ids, weights, 3, ragged=ragged)
-    assert begun == []
+    assert sorts == []
+    assert routing.counts_E.tolist() == [1 if ragged else 2, 1, 3]
     # As where experts 1 and 2 train: theirs first, then around to expert 0.
     rows = routing.dispatch(x, 1)
     assert rows.flatten().tolist() == [2.0, 1.0, 2.0, 4.0, 1.0] + ([] if ragged else [4.0])
-    assert routing.counts_E.tolist() == [1 if ragged else 2, 1, 3]
-    assert routing.combine(rows).flatten().tolist() == [2.0, 4.0, 4.0 if ragged else 8.0]
-    assert begun == [1]
+    for first in (0, 1, 2):
+        rows = routing.dispatch(x, first)
+        assert routing.combine(rows, first).flatten().tolist() == [2.0, 4.0, 4.0 if ragged else 8.0]
+    assert sorts == [5 if ragged else 6]
