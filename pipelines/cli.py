@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,6 +27,7 @@ from pipelines.options import (
     StageName,
     with_options,
 )
+from pipelines.quiet import silence_libraries
 
 ABOUT = "Keep one mixture-of-experts language model learning along a stream of data distributions."
 app = typer.Typer(
@@ -41,35 +41,6 @@ def console(as_json: bool = False) -> Console:
     """Where people read; with ``--json`` standard output is for the program that asked."""
     terminal = (sys.stderr if as_json else sys.stdout).isatty()
     return Console(stderr=as_json, soft_wrap=not terminal, width=None if terminal else 140)
-
-
-def check_config(path: str, overrides: list[str] | None) -> list[str]:
-    """Refuse a wrong configuration before torch is imported."""
-    from lifelong_moe.config.load import load_config
-
-    load_config(path, overrides or [])
-    return overrides or []
-
-
-def check_stage(run: str, stage: str, gate: list[str] | None) -> list[str]:
-    """Refuse a run or a stage that does not exist, or a gate's wrong setting, before torch is imported."""
-    from lifelong_moe.methods.retraining import read_gate
-    from lifelong_moe.stages.runs import require_head
-    from pipelines.places import ROOT
-
-    read_gate(gate or [])
-    require_head(ROOT, run).require_stage(stage)
-    return gate or []
-
-
-def alone(run: str) -> AbstractContextManager[None]:
-    """The lock of a run that exists. Of ten processes that start at once nine end before torch is imported."""
-    from lifelong_moe.stages.runs import RunRecord, require_head
-    from lifelong_moe.storage.locks import locked
-    from pipelines.places import ROOT
-
-    require_head(ROOT, run)
-    return locked(RunRecord(ROOT, run).lock_path, f"run {run}")
 
 
 def finish(result: Any, as_json: bool) -> None:
@@ -104,11 +75,12 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Train the stages that are not committed yet, evaluate each, and report."""
+    from pipelines.preflight import check_config
+
     checked = check_config(config, overrides)
-    from pipelines import quiet
     from pipelines.run import run as story
 
-    quiet.libraries()
+    silence_libraries()
     threads.say()
     finish(story(config, checked, replace, console(as_json)), as_json)
 
@@ -116,6 +88,8 @@ def run(
 @app.command(epilog=epilog("plan"))
 def plan(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Show what a run would do and what it would cost; trains nothing."""
+    from pipelines.preflight import check_config
+
     checked = check_config(config, overrides)
     from pipelines.plan import plan as story
 
@@ -139,10 +113,9 @@ def compare(
     from lifelong_moe.methods.comparison import load_comparison
 
     load_comparison(config, overrides or []).select(only or [])
-    from pipelines import quiet
     from pipelines.compare import compare as story
 
-    quiet.libraries()
+    silence_libraries()
     threads.say()
     finish(story(config, overrides or [], only or [], replace, console(as_json)), as_json)
 
@@ -150,6 +123,8 @@ def compare(
 @app.command(epilog=epilog("prepare"))
 def prepare(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Fetch and tokenize everything that a run reads, away from the GPUs; trains nothing."""
+    from pipelines.preflight import check_config
+
     checked = check_config(config, overrides)
     from pipelines.prepare import prepare as story
 
@@ -175,14 +150,14 @@ def retrain(
     try:
         from lifelong_moe.methods.retraining import load_retraining
         from pipelines.plan_file import read_plan
+        from pipelines.preflight import run_lock
 
         if plan_path is not None:
             read_plan(Path(plan_path))
-        with alone(load_retraining(config, overrides or []).run):
-            from pipelines import quiet
+        with run_lock(load_retraining(config, overrides or []).run):
             from pipelines.retrain import retrain as story
 
-            quiet.libraries()
+            silence_libraries()
             threads.say()
             result = story(config, overrides or [], dry_run, plan_path, console(), reopen)
     except BaseException as error:  # a bug or Ctrl-C as well: who reads the last line always finds JSON
@@ -258,6 +233,8 @@ def drop(
     as_json: AsJson = False,
 ) -> None:
     """Let a version without a stage serve, and say what of its text remains in the model."""
+    from pipelines.preflight import check_stage
+
     settings = check_stage(run, stage, gate)
     from pipelines.drop import drop as story
 
@@ -275,11 +252,12 @@ def consolidate(
     as_json: AsJson = False,
 ) -> None:
     """Merge experts that are alike and little used into others; what comes of it serves if nothing gets worse."""
+    from pipelines.preflight import check_stage
+
     settings = check_stage(run, stage, gate)
-    from pipelines import quiet
     from pipelines.consolidate import consolidate as story
 
-    quiet.libraries()
+    silence_libraries()
     threads.say()
     result = story(run, stage, experts, console(as_json), settings)
     finish(result, as_json)
@@ -344,10 +322,9 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Show what the experts specialize in, on held-out text or token by token on a text."""
-    from pipelines import quiet
     from pipelines.inspectors import inspect as story
 
-    quiet.libraries()
+    silence_libraries()
     threads.say()
     finish(story(run, stage, asked, console(as_json)), as_json)
 

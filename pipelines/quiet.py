@@ -11,7 +11,7 @@ import warnings
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
-def libraries() -> None:
+def silence_libraries() -> None:
     """Keep warnings and errors of ours and theirs; drop banners, tips and notes to developers."""
     for name in ("lightning.pytorch", "lightning.fabric", "mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.ERROR)

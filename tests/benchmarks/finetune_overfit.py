@@ -33,7 +33,7 @@ from lifelong_moe.evaluation.loss import evaluate
 from lifelong_moe.stages.runs import require_head
 from lifelong_moe.stages.store import StageStore
 from lifelong_moe.training.restore import load_model
-from pipelines import quiet
+from pipelines.quiet import silence_libraries
 from pipelines.run import run
 from pipelines.workspace import read_data
 from tests.benchmarks.provenance import keep, made_with
@@ -152,7 +152,7 @@ def main() -> None:
     origin, rows = made_with(), []
     options.folder.mkdir(parents=True, exist_ok=True)
     os.chdir(options.folder)
-    quiet.libraries()
+    silence_libraries()
     torch.set_num_threads(1)
     print(f"{PAIRS} pairs, {write_pairs()} held out, {options.steps} steps")
     print("| model | trained | expert dropout | seed | best step | trained on | held out | gap | held out, last step |")

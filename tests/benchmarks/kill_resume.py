@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from lifelong_moe.errors import CorruptError
 from lifelong_moe.storage.directories import MANIFEST, verify_directory
 from lifelong_moe.storage.keys import file_sha256
-from pipelines import quiet
+from pipelines.quiet import silence_libraries
 from tests.benchmarks.provenance import keep, made_with
 from tests.tiny import fork, hashes, tiny_config, train, write_config, write_corpora
 
@@ -57,7 +57,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="where to keep the numbers, JSON")
     options, origin = parser.parse_args(), made_with()
     out = options.out and options.out.absolute()
-    quiet.libraries()
+    silence_libraries()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.chdir(tempfile.mkdtemp(prefix="kill-resume-"))
     write_corpora(Path())

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
 from lifelong_moe.training.module import StageModule
-from pipelines import quiet
+from pipelines.quiet import silence_libraries
 from tests.benchmarks.provenance import keep, made_with
 from tests.tiny import CONTEXT, SEQUENCES, fork, hashes, kill_self, tiny_config, train, write_config, write_corpora
 
@@ -82,7 +82,7 @@ def main() -> int:
     options, origin = parser.parse_args(), made_with()
     out = options.out and options.out.absolute()
     os.chdir(tempfile.mkdtemp(prefix="resume-points-"))
-    quiet.libraries()
+    silence_libraries()
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     write_corpora(Path())

@@ -29,7 +29,7 @@ from rich.console import Console
 
 from lifelong_moe.data.builtin import builtin_documents
 from lifelong_moe.data.documents import Document
-from pipelines import quiet
+from pipelines.quiet import silence_libraries
 from pipelines.retrain import retrain
 from pipelines.run import run
 from tests.benchmarks.provenance import keep, made_with
@@ -226,7 +226,7 @@ def main() -> None:
     parser.add_argument("--only", choices=list(WANTED))
     parser.add_argument("overrides", nargs="*", help="key=value of the retraining")
     options, origin = parser.parse_args(), made_with()
-    quiet.libraries()
+    silence_libraries()
     out = options.out.absolute()
     rows = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
     done = {(row["group"], row["name"]) for row in rows}

@@ -28,7 +28,7 @@ from rich.console import Console
 
 from lifelong_moe.data.documents import Document
 from lifelong_moe.errors import LifelongError
-from pipelines import quiet
+from pipelines.quiet import silence_libraries
 from pipelines.retrain import retrain
 from tests.benchmarks.provenance import keep, made_with
 from tests.benchmarks.retraining_month import vandalised
@@ -190,7 +190,7 @@ def main() -> None:
     parser.add_argument("--home", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=3)
     options, origin = parser.parse_args(), made_with()
-    quiet.libraries()
+    silence_libraries()
     options.home.mkdir()
     os.chdir(options.home)
     base = make_base(options.seed)

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from lifelong_moe.tracking.spool import Spool
 from lifelong_moe.training.config import TrainerConfig
-from pipelines import quiet
+from pipelines.quiet import silence_libraries
 from tests.benchmarks.provenance import keep, made_with
 from tests.tiny import CONTEXT, SEQUENCES, tiny_config, train, write_config, write_corpora
 
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="where to keep the numbers, JSON")
     options, origin = parser.parse_args(), made_with()
     out = options.out and options.out.absolute()
-    quiet.libraries()
+    silence_libraries()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.chdir(tempfile.mkdtemp(prefix="tracking-overhead-"))
     write_corpora(Path())

@@ -1,0 +1,30 @@
+"""What a command checks before torch is imported: of ten processes that start at once nine end in a moment."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+
+from lifelong_moe.config.load import load_config
+from lifelong_moe.methods.retraining import read_gate
+from lifelong_moe.stages.runs import RunRecord, require_head
+from lifelong_moe.storage.locks import locked
+from pipelines.places import ROOT
+
+
+def check_config(path: str, overrides: list[str] | None) -> list[str]:
+    """Refuse a wrong configuration; returns the overrides."""
+    load_config(path, overrides or [])
+    return overrides or []
+
+
+def check_stage(run: str, stage: str, gate: list[str] | None) -> list[str]:
+    """Refuse a run or a stage that does not exist, or a gate's wrong setting; returns the gate's settings."""
+    read_gate(gate or [])
+    require_head(ROOT, run).require_stage(stage)
+    return gate or []
+
+
+def run_lock(run: str) -> AbstractContextManager[None]:
+    """The lock of a run that exists."""
+    require_head(ROOT, run)
+    return locked(RunRecord(ROOT, run).lock_path, f"run {run}")
