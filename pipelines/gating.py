@@ -12,8 +12,8 @@ from lifelong_moe.retraining.bounds import DocumentLosses
 from lifelong_moe.retraining.checks import Verdict
 from lifelong_moe.retraining.gate import Evidence, judge
 from lifelong_moe.retraining.power import passing_chances
-from lifelong_moe.stages.head import BestLoss
 from lifelong_moe.stages.store import CommittedStage, StageStore
+from lifelong_moe.stages.ticks import BestLoss
 from lifelong_moe.stages.versions import Version
 from pipelines.candidates import Candidate, CandidateTrainer, changed_frozen
 

@@ -16,7 +16,7 @@ from lifelong_moe.data.prepare import PreparedData
 from lifelong_moe.errors import TryAgainError
 from lifelong_moe.evaluation.loss import Evaluation
 from lifelong_moe.evaluation.measurements import Measurements
-from lifelong_moe.evaluation.report import build_report
+from lifelong_moe.evaluation.report import RunResults, build_report
 from lifelong_moe.methods.advice import leaking, nothing_to_hold
 from lifelong_moe.methods.graph import RECIPES
 from lifelong_moe.methods.plan import chain
@@ -75,14 +75,31 @@ def run(
         with console.status("reading and tokenizing the distributions"):
             prepared = prepare(config_path, overrides, memory)
         record, store = RunRecord(ROOT, prepared.config.run), StageStore(ROOT)
-        require_room([planned for planned in prepared.plan if store.find(planned.key) is None], prepared.config)
+        todo = [planned for planned in prepared.plan if store.find(planned.key) is None]
+        require_room(todo, prepared.config)
         with locked(record.lock_path, f"run {record.run}"):
             opened = open_run(record, prepared, replace)
-            report, trained = _run_stages(prepared, store, opened, interrupt, console, parent_run)
+            _announce(console, prepared)
+            report = _run_stages(prepared, store, opened, interrupt, console, parent_run)
     render.report(console, [report])
-    if not trained:
+    if not todo:
         console.print(f"Nothing to train: all {len(prepared.plan)} stages of {record.run} are committed.")
     return report
+
+
+def _announce(console: Console, prepared: Prepared) -> None:
+    """The data, and what the configuration does not do although it may seem so."""
+    render.data_table(console, prepared)
+    for sentence in (*prepared.left_behind, *leaking(prepared.config), *nothing_to_hold(prepared.config)):
+        console.print(f"[yellow]{sentence}[/yellow]", highlight=False)
+
+
+def _connect(prepared: Prepared, console: Console) -> Tracker:
+    """MLflow; why it does not answer is said at once."""
+    tracker = Tracker.connect(prepared.config.tracking, ROOT)
+    if tracker.problem:
+        console.print(f"[yellow]{tracker.problem}[/yellow]")
+    return tracker
 
 
 def _run_stages(
@@ -92,29 +109,28 @@ def _run_stages(
     interrupt: Interrupt,
     console: Console,
     parent_run: str | None,
-) -> tuple[dict[str, Any], int]:
-    """Restore or train, evaluate, record: stage after stage. Returns the report and how many stages were trained."""
+) -> dict[str, Any]:
+    """Restore or train, evaluate, record: stage after stage. Returns the report."""
     config = prepared.config
-    render.data_table(console, prepared)
-    for sentence in (*prepared.left_behind, *leaking(config), *nothing_to_hold(config)):
-        console.print(f"[yellow]{sentence}[/yellow]", highlight=False)
-    tracker = Tracker.connect(config.tracking, ROOT)
-    if tracker.problem:
-        console.print(f"[yellow]{tracker.problem}[/yellow]")
+    tracker = _connect(prepared, console)
     keys = [planned.key for planned in prepared.plan]
     measurements = Measurements(config, prepared.data, EvaluationStore(ROOT), partial(_model, prepared, store))
     distributions = measurements.known([_init_key(prepared), *keys])
     content = content_key([keys, [measurements.key(name) for name in distributions]])
     mlflow = MlflowRecord(tracker, prepared, opened, content, parent_run)
     committed: dict[int, CommittedStage] = {}
-    rows: list[dict[str, Any]] = []
-    evaluations: list[dict[str, Evaluation]] = []
-    from_scratch: dict[str, dict[str, float]] = {}
     report: dict[str, Any] = {}
-    trained = 0
     try:
         with console.status("untrained model: evaluating"):  # what forward transfer is measured against
             init = measurements.evaluations(_init_key(prepared), distributions)
+        results = RunResults(
+            run=config.run,
+            method=config.method.value,
+            seed=config.seed,
+            distributions=distributions,
+            not_measured=[name for name in config.evaluated if name not in distributions],
+            init=init,
+        )
         for planned in prepared.plan:
             stage = store.find(planned.key)
             shared = stage is not None and planned.key not in opened.head.trained
@@ -122,7 +138,6 @@ def _run_stages(
                 require_room([planned], config)
                 with _claimed(planned.key, opened, interrupt):
                     stage = _train(planned, committed, prepared, mlflow, store, interrupt, console)
-                trained += 1
             clear_abandoned(ROOT / "work" / planned.key[:SHORT])
             committed[planned.index] = stage
             if planned.index == 0:
@@ -132,24 +147,13 @@ def _run_stages(
             render.stage_line(console, planned, stage, shared, measured)
             if planned.beside:
                 if planned.spec.data in measured:
-                    from_scratch[planned.spec.data] = _scratch_row(planned, measured[planned.spec.data])
+                    results.from_scratch[planned.spec.data] = _scratch_row(planned, measured[planned.spec.data])
                 mlflow.beside_done(planned, measured.get(planned.spec.data))
                 _note_commit(opened, planned)
                 continue
-            evaluations.append(measured)
-            rows.append(_stage_row(planned, stage, shared))
-            report = build_report(
-                run=config.run,
-                method=config.method.value,
-                seed=config.seed,
-                distributions=distributions,
-                not_measured=[name for name in config.evaluated if name not in distributions],
-                init=init,
-                evaluations=evaluations,
-                stages=rows,
-                births=stage_births(stage, prepared.plan),
-                from_scratch=from_scratch,
-            )
+            results.evaluations.append(measured)
+            results.stages.append(_stage_row(planned, stage, shared))
+            report = build_report(results, stage_births(stage, prepared.plan))
             opened.record.set_report(report)
             _note_commit(opened, planned)
             mlflow.stage_done(planned, stage, report, shared)
@@ -157,7 +161,7 @@ def _run_stages(
     except BaseException as error:
         mlflow.ended_by(error)
         raise
-    return report, trained
+    return report
 
 
 @contextmanager

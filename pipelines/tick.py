@@ -19,9 +19,10 @@ from lifelong_moe.errors import ConfigError, LifelongError, as_ours, one_line
 from lifelong_moe.methods.retraining import Retraining
 from lifelong_moe.retraining.config import HELDOUT_SOURCES
 from lifelong_moe.stages.batch_text import read_heads, removable_texts, remove_batch_text
-from lifelong_moe.stages.head import LastTick, RunHead, SettledBatch
+from lifelong_moe.stages.head import RunHead
 from lifelong_moe.stages.runs import OpenRun, RunRecord, require_head, timestamp
 from lifelong_moe.stages.store import CommittedStage, StageStore
+from lifelong_moe.stages.ticks import LastTick, SettledBatch
 from pipelines import hooks, render_retrain
 from pipelines.candidates import served_stages
 from pipelines.kept_text import remembered_by

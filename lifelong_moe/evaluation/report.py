@@ -35,7 +35,7 @@ it now is ``unused_experts``); matrices have a row after each stage and a column
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lifelong_moe.evaluation.matrix import backward_transfer, forgetting, forward_transfer
@@ -47,69 +47,68 @@ if TYPE_CHECKING:  # torch is imported there
 SCHEMA = 3
 
 
-def build_report(
-    *,
-    run: str,
-    method: str,
-    seed: int,
-    distributions: Sequence[str],
-    not_measured: Sequence[str] = (),
-    init: Mapping[str, Evaluation],
-    evaluations: Sequence[Mapping[str, Evaluation]],
-    stages: Sequence[Mapping[str, Any]],
-    births: Sequence[Sequence[int]],
-    from_scratch: Mapping[str, Mapping[str, Any]],
-) -> dict[str, Any]:
+@dataclass(kw_only=True)
+class RunResults:
+    """What is known of a run so far; grows stage by stage."""
+
+    run: str
+    method: str
+    seed: int
+    distributions: Sequence[str]
+    """Columns."""
+    not_measured: Sequence[str] = ()
+    """Distributions that can be measured no more."""
+    init: Mapping[str, Evaluation]
+    """Of the untrained model, by distribution."""
+    stages: list[Mapping[str, Any]] = field(default_factory=list)
+    """For each stage, the fields that the table above lists."""
+    evaluations: list[Mapping[str, Evaluation]] = field(default_factory=list)
+    """For each stage, by distribution."""
+    from_scratch: dict[str, Mapping[str, float]] = field(default_factory=dict)
+    """Of the model that learned one distribution alone, by distribution."""
+
+    def learned_after(self) -> dict[str, list[int]]:
+        """The stages that learned each column, where one did."""
+        learned = [stage["learns"] for stage in self.stages]
+        after = {name: [i for i, names in enumerate(learned) if name in names] for name in self.distributions}
+        return {name: places for name, places in after.items() if places}
+
+
+def build_report(results: RunResults, births: Sequence[Sequence[int]]) -> dict[str, Any]:
     """Build the report of the stages there are so far.
 
     Args:
-        run: Name of the run.
-        method: Its method.
-        seed: Its seed.
-        distributions: Columns.
-        not_measured: Distributions that can be measured no more.
-        init: Evaluation of the untrained model by distribution.
-        evaluations: For each stage, evaluations by distribution.
-        stages: For each stage, the fields that the table above lists.
+        results: At least one stage's.
         births: Stage in which each expert of each layer was born, after the last stage.
-        from_scratch: Evaluation of the model that learned one distribution alone, by distribution.
     """
-    trained = [stage["learns"] for stage in stages]
-    columns = [name for name in distributions if any(name in learned for learned in trained)]
-    learning = {name: [i for i, learned in enumerate(trained) if name in learned] for name in columns}
-    learned_after = [learning[name][-1] for name in columns]
-    first_learned = [learning[name][0] for name in columns]
+    distributions, init, evaluations = results.distributions, results.init, results.evaluations
+    learned = results.learned_after()
+    first, last = [places[0] for places in learned.values()], [places[-1] for places in learned.values()]
     nats = [[row[name].nats_per_token for name in distributions] for row in evaluations]
     init_nats = [init[name].nats_per_token for name in distributions]
-    last = evaluations[-1]
-    statistics = {
-        name: asdict(
-            routing_statistics(
-                last[name].expert_counts,
-                births,
-                learned_after[columns.index(name)] if name in columns else len(stages),
-            )
-        )
-        for name in distributions
-    }
+    counts = {name: evaluations[-1][name].expert_counts for name in distributions}
+    never = [len(results.stages)]  # then no expert is foreign to it
     return {
         "schema": SCHEMA,
-        "run": run,
-        "method": method,
-        "seed": seed,
+        "run": results.run,
+        "method": results.method,
+        "seed": results.seed,
         "distributions": list(distributions),
-        "not_measured": list(not_measured),
+        "not_measured": list(results.not_measured),
         "loss_at_init": init_nats,
         "bits_per_byte_at_init": [init[name].bits_per_byte for name in distributions],
         "loss_nats_per_token": nats,
         "bits_per_byte": [[row[name].bits_per_byte for name in distributions] for row in evaluations],
-        "forgetting": dict(zip(columns, forgetting(nats, learned_after).tolist(), strict=True)),
-        "backward_transfer": backward_transfer(nats, learned_after),
-        "forward_transfer": forward_transfer(nats, init_nats, first_learned),
-        "from_scratch": {name: dict(values) for name, values in from_scratch.items()},
+        "forgetting": dict(zip(learned, forgetting(nats, last).tolist(), strict=True)),
+        "backward_transfer": backward_transfer(nats, last),
+        "forward_transfer": forward_transfer(nats, init_nats, first),
+        "from_scratch": {name: dict(values) for name, values in results.from_scratch.items()},
         "bytes_per_token": {name: init[name].bytes / init[name].tokens for name in distributions},
-        "stages": [dict(stage) for stage in stages],
-        "routing": statistics,
-        "expert_counts": {name: last[name].expert_counts for name in distributions},
-        "dead_experts": dead_experts([last[name].expert_counts for name in distributions]),
+        "stages": [dict(stage) for stage in results.stages],
+        "routing": {
+            name: asdict(routing_statistics(counts[name], births, learned.get(name, never)[-1]))
+            for name in distributions
+        },
+        "expert_counts": counts,
+        "dead_experts": dead_experts(list(counts.values())),
     }

@@ -14,6 +14,7 @@ from typing import Any
 from lifelong_moe.data.config import KeepText
 from lifelong_moe.data.records import TextRecord
 from lifelong_moe.errors import ConfigError, CorruptError
+from lifelong_moe.stages.ticks import BestLoss, LastTick, SettledBatch
 from lifelong_moe.stages.versions import Kind, Version, VersionStage
 from lifelong_moe.storage.plain import from_plain
 
@@ -41,50 +42,6 @@ class MlflowState:
     def begun_anew(self) -> MlflowState:
         """Nothing told yet, and every run so far to be marked as replaced."""
         return MlflowState(replaced=(*self.replaced, *filter(None, (self.run, *self.stages.values()))))
-
-
-@dataclass(frozen=True, kw_only=True)
-class SettledBatch:
-    """A decision about a batch: its documents are not looked at again."""
-
-    name: str
-    """Of the distribution that it is."""
-    outcome: str
-    """``promoted``, ``rejected`` or ``skipped``."""
-    reason: str
-    at: str
-    """When, ISO 8601, UTC."""
-    heldout_fraction: float
-    heldout_sources: int = 1
-    sources: str | None = None
-    """As in :class:`~lifelong_moe.stages.versions.VersionStage`."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LastTick:
-    """How the last tick of retraining ended."""
-
-    at: str
-    outcome: str
-    reason: str
-    batch: str | None = None
-    """Hash of the batch that it was about."""
-
-    def repeats(self, earlier: LastTick | None) -> bool:
-        """Whether an earlier tick ended just so."""
-        return earlier is not None and replace(earlier, at=self.at) == self
-
-
-@dataclass(frozen=True, kw_only=True)
-class BestLoss:
-    """The lowest loss that any stage ever had on a distribution's held-out text."""
-
-    key: str
-    """Of that stage."""
-    heldout: str
-    """Hash of the text."""
-    nats: float
-    """Nats per token."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from lifelong_moe.evaluation.loss import Evaluation
-from lifelong_moe.evaluation.report import build_report
+from lifelong_moe.evaluation.report import RunResults, build_report
 
 NAMES = ["english", "python", "poems"]
 
@@ -21,7 +21,7 @@ def report(
     from_scratch: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     learns = [[stage] if isinstance(stage, str) else stage for stage in stages]
-    return build_report(
+    results = RunResults(
         run="r",
         method=method,
         seed=3,
@@ -29,9 +29,9 @@ def report(
         init={name: measured(8.0, [1, 1]) for name in NAMES},
         evaluations=[{n: measured(v, [3, 1]) for n, v in zip(NAMES, row, strict=True)} for row in rows],
         stages=[{"name": names[0], "data": names[0], "learns": names} for names in learns],
-        births=[[0, 1]],
         from_scratch=from_scratch or {},
     )
+    return build_report(results, births=[[0, 1]])
 
 
 def test_two_stages_by_hand() -> None:

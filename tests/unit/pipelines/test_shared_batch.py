@@ -13,8 +13,9 @@ from lifelong_moe.data.batches import BatchStore
 from lifelong_moe.data.config import KeepText
 from lifelong_moe.data.documents import Document
 from lifelong_moe.stages.batch_text import read_heads, removable_texts
-from lifelong_moe.stages.head import RunHead, SettledBatch
+from lifelong_moe.stages.head import RunHead
 from lifelong_moe.stages.runs import RunRecord, require_head
+from lifelong_moe.stages.ticks import SettledBatch
 from pipelines.tick import Tick
 
 ROOT = Path("mlruns")

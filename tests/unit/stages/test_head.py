@@ -12,7 +12,8 @@ import pytest
 from lifelong_moe.data.config import KeepText
 from lifelong_moe.data.records import TextRecord
 from lifelong_moe.errors import ConfigError, CorruptError
-from lifelong_moe.stages.head import BestLoss, LastTick, MlflowState, RunHead, SettledBatch
+from lifelong_moe.stages.head import MlflowState, RunHead
+from lifelong_moe.stages.ticks import BestLoss, LastTick, SettledBatch
 from lifelong_moe.stages.versions import VersionStage, describe
 
 A, B, C = (VersionStage(name=name, key=name * 64, data=f"{name}_text", action="base") for name in "abc")
