@@ -159,7 +159,7 @@ def expert_similarities(
         if not len(layer.banks):
             similarities.append(np.zeros((0, 0)))
             continue
-        outputs_END = torch.stack([expert(x_ND) for expert in layer.banks.experts])
+        outputs_END = torch.stack([expert(x_ND) for expert in layer.banks.networks()])
         similarities.append(output_similarity(outputs_END.float().cpu().numpy()))
     return similarities
 

@@ -15,7 +15,6 @@ from lifelong_moe.growth.config import ExpertInit, GrowConfig, RouterInit
 from lifelong_moe.growth.noop import behavior, check_noop
 from lifelong_moe.growth.observe import Observation, observe
 from lifelong_moe.model.config import ModelConfig
-from lifelong_moe.model.feedforward import FeedForward
 from lifelong_moe.model.moe import MoELayer
 from lifelong_moe.model.transformer import LanguageModel, initial_std
 from lifelong_moe.ops.beginnings import fan_in_normal_
@@ -102,19 +101,18 @@ def _begin_experts(
     Source:
         Exact copies of a dense network, of which a token's gates sum to 1: sparse upcycling (arXiv:2212.05055).
     """
-    newest: list[FeedForward] = layer.banks.experts[-len(copied) :]  # type: ignore[assignment]
-    for new, source in zip(newest, copied, strict=True):
-        old: FeedForward = layer.banks.experts[source]  # type: ignore[assignment]
-        for parameter, origin in zip(new.parameters(), old.parameters(), strict=True):
+    experts = layer.banks.matrices()
+    for new, source in zip(experts[-len(copied) :], copied, strict=True):
+        for i, (matrix, origin) in enumerate(zip(new, experts[source], strict=True)):
             noise = torch.randn(origin.shape, generator=generator).to(origin)
             if config.init == ExpertInit.upcycle:
-                parameter.copy_(origin)
+                matrix.copy_(origin)
             elif config.init == ExpertInit.copy:
-                parameter.copy_(origin + config.noise * origin.std() * noise)
+                matrix.copy_(origin + config.noise * origin.std() * noise)
             elif layer.router.expert_scale is not None:
-                fan_in_normal_(parameter, layer.router.expert_scale, generator)
+                fan_in_normal_(matrix, layer.router.expert_scale, generator)
             else:
-                parameter.copy_(initial_std(shape, residual=parameter is new.down) * noise)
+                matrix.copy_(initial_std(shape, residual=i == 1) * noise)
 
 
 def _new_rows(

@@ -91,10 +91,10 @@ def to_mixtral(model: LanguageModel) -> tuple[dict[str, Any], dict[str, Tensor]]
     for i, layer in enumerate(model.moe_layers()):
         prefix = f"model.layers.{i}.block_sparse_moe"
         tensors[f"{prefix}.gate.weight"] = _copy(torch.cat(list(layer.router.rows)))  # type: ignore[arg-type]
-        for e, expert in enumerate(layer.banks.experts):
-            gate_FD, up_FD = expert.gate_up.chunk(2)  # type: ignore[operator]
-            for name, tensor in (("w1", gate_FD), ("w2", expert.down), ("w3", up_FD)):
-                tensors[f"{prefix}.experts.{e}.{name}.weight"] = _copy(tensor)  # type: ignore[arg-type]
+        for e, (gate_up, down_DF) in enumerate(layer.banks.matrices()):
+            gate_FD, up_FD = gate_up.chunk(2)
+            for name, tensor in (("w1", gate_FD), ("w2", down_DF), ("w3", up_FD)):
+                tensors[f"{prefix}.experts.{e}.{name}.weight"] = _copy(tensor)
     return _mixtral_config(architecture), tensors
 
 
@@ -121,10 +121,10 @@ def from_mixtral(config: Mapping[str, Any], state_dict: Mapping[str, Tensor], st
     for i, layer in enumerate(model.moe_layers()):
         prefix = f"model.layers.{i}.block_sparse_moe"
         expected[f"{prefix}.gate.weight"] = layer.router.rows[0]  # type: ignore[index]
-        for e, expert in enumerate(layer.banks.experts):
-            gate_FD, up_FD = expert.gate_up.detach().chunk(2)  # type: ignore[operator]
-            for name, tensor in (("w1", gate_FD), ("w2", expert.down), ("w3", up_FD)):
-                expected[f"{prefix}.experts.{e}.{name}.weight"] = tensor  # type: ignore[assignment]
+        for e, (gate_up, down_DF) in enumerate(layer.banks.matrices()):
+            gate_FD, up_FD = gate_up.chunk(2)
+            for name, tensor in (("w1", gate_FD), ("w2", down_DF), ("w3", up_FD)):
+                expected[f"{prefix}.experts.{e}.{name}.weight"] = tensor
     _check_names(set(expected), set(found))
     with torch.no_grad():
         for name, target in expected.items():

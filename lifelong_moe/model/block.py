@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from lifelong_moe.model.attention import Attention, AttentionContext
 from lifelong_moe.model.cache import LayerCache
 from lifelong_moe.model.config import SharedMix
-from lifelong_moe.model.experts import ExpertBanks
+from lifelong_moe.model.experts import ExpertBanks, ExpertGeneration
 from lifelong_moe.model.feedforward import FeedForward
 from lifelong_moe.model.moe import DenseLayer, MoELayer
 from lifelong_moe.model.parts import Part, Place
@@ -52,7 +52,7 @@ class Block(nn.Module):
 
     def residual_weights(self) -> list[Tensor]:
         """The matrices that write into the residual stream, as they begin: attention's output, and ``down``."""
-        feed_forwards = (module for module in self.moe.modules() if isinstance(module, FeedForward))
+        feed_forwards = (module for module in self.moe.modules() if isinstance(module, FeedForward | ExpertGeneration))
         return [self.attention.output.weight, *(module.down for module in feed_forwards)]
 
     def forward(

@@ -6,14 +6,12 @@ Legend: N rows, D model width, F hidden width.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lifelong_moe.model.config import Activation
-from lifelong_moe.ops.expert_mlp import Weight
 
 FUNCTIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     Activation.swiglu: F.silu,
@@ -23,46 +21,53 @@ FUNCTIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 }
 
 
-class FeedForward(nn.Module):
+def input_matrix(activation: Activation) -> str:
+    """Name of the matrix that inputs meet; where the activation is gated, gate and up projections are one."""
+    return "gate_up" if activation.is_gated else "up"
+
+
+def feed_forward(
+    x_ND: Tensor, *, into_GD: Tensor, down_DF: Tensor, activation: Activation, dropout: float = 0.0
+) -> Tensor:
     """``(act(x G^T) * (x U^T)) W^T`` where the activation is gated, ``act(x U^T) W^T`` where not. No biases.
 
     Gate and up projections are one matrix, so that a small expert is two matrix products and not three.
+
+    Args:
+        x_ND: ``(N, D)``.
+        into_GD: ``(2·F, D)``, or ``(F, D)`` where the activation is not gated.
+        down_DF: ``(D, F)``.
+        activation: Between both.
+        dropout: Share of hidden units that are dropped.
 
     Source:
         GLU variants (arXiv:2002.05202); Mixtral (arXiv:2401.04088): ``swiglu``; Grok-1's code: ``geglu`` with the tanh
         form of GELU; Switch (arXiv:2101.03961): ``relu``, not gated.
     """
+    act, pre_NG = FUNCTIONS[activation], F.linear(x_ND, into_GD)
+    if activation.is_gated:
+        gate_NF, up_NF = pre_NG.chunk(2, dim=-1)
+        hidden_NF = act(gate_NF) * up_NF
+    else:
+        hidden_NF = act(pre_NG)
+    if dropout:
+        hidden_NF = F.dropout(hidden_NF, dropout)
+    return F.linear(hidden_NF, down_DF)
+
+
+class FeedForward(nn.Module):
+    """:func:`feed_forward` with weights of its own."""
 
     def __init__(self, width: int, hidden_width: int, activation: Activation = Activation.swiglu) -> None:
         super().__init__()
-        self.act, self.is_gated = FUNCTIONS[activation], activation.is_gated
-        self.dropout = 0.0
-        """Share of hidden units dropped in training; set for a stage, no state."""
-        if self.is_gated:
+        self.activation = activation
+        if activation.is_gated:
             self.gate_up = nn.Parameter(torch.empty(2 * hidden_width, width))
         else:
             self.up = nn.Parameter(torch.empty(hidden_width, width))
         self.down = nn.Parameter(torch.empty(width, hidden_width))
 
-    @property
-    def into(self) -> Tensor:
-        """The matrix, or both, that inputs meet: ``(2 * hidden_width, width)`` where the activation is gated."""
-        return self.gate_up if self.is_gated else self.up
-
-    @property
-    def weights(self) -> tuple[Weight, ...]:
-        """The matrix into it and the one out of it; those held in 8 bits as what makes them whole."""
-        held: Any = self._modules.get("parametrizations") or {}
-        names = ("gate_up" if self.is_gated else "up", "down")
-        return tuple(held[name] if name in held else getattr(self, name) for name in names)
-
     def forward(self, x_ND: Tensor) -> Tensor:
         """``(N, D)`` to ``(N, D)``."""
-        if self.is_gated:
-            gate_NF, up_NF = F.linear(x_ND, self.gate_up).chunk(2, dim=-1)
-            hidden_NF = self.act(gate_NF) * up_NF
-        else:
-            hidden_NF = self.act(F.linear(x_ND, self.up))
-        if self.dropout and self.training:
-            hidden_NF = F.dropout(hidden_NF, self.dropout)
-        return F.linear(hidden_NF, self.down)
+        into_GD = self.gate_up if self.activation.is_gated else self.up
+        return feed_forward(x_ND, into_GD=into_GD, down_DF=self.down, activation=self.activation)

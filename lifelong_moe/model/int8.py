@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from lifelong_moe.model.experts import ExpertGeneration
+
 LEVELS = 127
 
 
@@ -23,7 +25,7 @@ def quantize_rows(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
     """The nearest of 255 evenly spaced values in each row's range.
 
     Args:
-        weight_OI: Any finite matrix.
+        weight_OI: Any finite matrix, or several: ``(E, O, I)``.
 
     Returns:
         int8 ``(O, I)`` and scales ``(O, 1)`` of the matrix's dtype: no value is off by more than half its row's scale,
@@ -32,7 +34,7 @@ def quantize_rows(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
     Source:
         Symmetric absmax quantization by row: LLM.int8() (arXiv:2208.07339), section 2.1; Grok-1's released weights.
     """
-    highest_O1 = weight_OI.float().abs().amax(dim=1, keepdim=True)
+    highest_O1 = weight_OI.float().abs().amax(dim=-1, keepdim=True)
     # Rounded to its dtype first: levels that were chosen by another scale would be off by as much as it is, 127 times.
     scale_O1 = (highest_O1 / LEVELS).to(weight_OI.dtype).clamp_min(torch.finfo(weight_OI.dtype).tiny)
     return (weight_OI.float() / scale_O1.float()).round().clamp(-LEVELS, LEVELS).to(torch.int8), scale_O1
@@ -71,7 +73,8 @@ def hold_in_int8(model: nn.Module, teacher: nn.Module | None = None) -> int:
     for parameter, places in owners.items():
         if parameter.requires_grad or len(places) > 1:
             continue
-        saved += parameter.numel() * (parameter.element_size() - 1) - parameter.element_size() * len(parameter)
+        rows = parameter.numel() // parameter.shape[-1]
+        saved += parameter.numel() * (parameter.element_size() - 1) - parameter.element_size() * rows
         held = [*places, *sharers.get(parameter, [])]
         for module, name in held:
             parametrize.register_parametrization(module, name, _Int8(), unsafe=True)
@@ -94,15 +97,23 @@ def make_whole(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         owner = model.get_submodule(owner_name)
         parametrize.remove_parametrizations(owner, name)
         parameter = getattr(owner, name)
-        stored = tensors[f"{owner_name}.{name}" if owner_name else name]
+        stored = _stored(tensors, owner, owner_name, name)
         setattr(owner, name, nn.Parameter(stored.to(parameter.device), requires_grad=False))
 
 
+def _stored(tensors: Mapping[str, Tensor], owner: nn.Module, owner_name: str, name: str) -> Tensor:
+    """A parameter as it is stored; experts are stored one by one, under names that begin as their banks'."""
+    if isinstance(owner, ExpertGeneration):
+        banks = owner_name.rpartition("generations.")[0]
+        return torch.stack([tensors[banks + stored] for stored in owner.stored_names(name)])
+    return tensors[f"{owner_name}.{name}" if owner_name else name]
+
+
 def _owners(model: nn.Module) -> dict[Tensor, list[tuple[nn.Module, str]]]:
-    """Every matrix, and the modules in which it stands."""
+    """Every matrix, or generation of experts' matrices, and the modules in which it stands."""
     found: dict[Tensor, list[tuple[nn.Module, str]]] = {}
     for module in list(model.modules()):
         for name, parameter in module.named_parameters(recurse=False):
-            if parameter.dim() == 2 and parameter.numel():
+            if parameter.dim() >= 2 and parameter.numel():
                 found.setdefault(parameter, []).append((module, name))
     return found

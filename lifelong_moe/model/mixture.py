@@ -26,7 +26,7 @@ class CompetingLayer(MoELayer):
     def forward(self, x_TD: Tensor, context: RoutingContext) -> tuple[Tensor, Routing]:
         """``(T, D)`` to what each expert makes of each token, ``(T, E, D)``, with how the router weighs them."""
         routing = self.router(x_TD, context)
-        return torch.stack([expert(x_TD) for expert in self.banks.experts], dim=1), routing
+        return torch.stack([expert(x_TD) for expert in self.banks.networks()], dim=1), routing
 
 
 class CompetingBlock(Block):

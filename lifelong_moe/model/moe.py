@@ -50,21 +50,17 @@ class MoELayer(nn.Module):
         """Fill what a routing mode's authors begin in a way of their own, after all matrices were filled alike."""
         self.router.begin(generator)
         if self.router.expert_scale is not None:
-            for weight in self.banks.experts.parameters():
-                fan_in_normal_(weight, self.router.expert_scale, generator)
-
-    @property
-    def births(self) -> list[int]:
-        """Generation of each routed expert, by index."""
-        return [g for g, num in enumerate(self.router.generations) for _ in range(num)]
+            for expert in self.banks.matrices():
+                for matrix in expert:
+                    fan_in_normal_(matrix, self.router.expert_scale, generator)
 
     def places(self, layer: int) -> dict[nn.Parameter, Place]:
         """What each parameter is, for the layer of this index."""
         found = dict.fromkeys(self.router.parameters(), Place(Part.router, layer))
         for generation in range(len(self.router.generations)):
             found |= dict.fromkeys(self.router.parameters_of(generation), Place(Part.router, layer, generation))
-        for expert, birth in zip(self.banks.experts, self.births, strict=True):
-            found |= dict.fromkeys(expert.parameters(), Place(Part.expert, layer, birth))
+        for birth, experts in enumerate(self.banks.generations):
+            found |= dict.fromkeys(experts.parameters(), Place(Part.expert, layer, birth))
         for module in (self.shared, self.mix):
             if module is not None:
                 found |= dict.fromkeys(module.parameters(), Place(self.shared_part, layer))
@@ -72,7 +68,7 @@ class MoELayer(nn.Module):
 
     def freeze(self, but: int | None = None) -> None:
         """Freeze every expert and router row there is, but those of one generation, which alone trains."""
-        self.banks.freeze([i for i, birth in enumerate(self.births) if birth == but])
+        self.banks.freeze(but)
         self.router.freeze()
         for parameter in [] if but is None else self.router.parameters_of(but):
             parameter.requires_grad_(True)

@@ -116,8 +116,8 @@ class _Offload:
         for model in models:
             first = len(self._layers)
             for layer in model.moe_layers():
-                experts = [e for e in layer.banks.experts if not any(id(p) in own for p in e.parameters())]
-                if slots := [(expert, name) for expert in experts for name, _ in expert.named_parameters()]:
+                frozen = [g for g in layer.banks.generations if not any(id(p) in own for p in g.parameters())]
+                if slots := [(g, name) for g in frozen for name, p in g.named_parameters() if p.numel()]:
                     self._layers.append(_Layer(layer, slots, layer.banks.implementation))
             for i in range(first + 1, len(self._layers)):
                 self._layers[i].before, self._layers[i - 1].after = i - 1, i

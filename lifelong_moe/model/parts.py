@@ -57,8 +57,8 @@ class Place:
 _NAME = re.compile(
     r"""(?: blocks\.(?P<layer>\d+)\. )?
         (?: moe\.banks\.experts\.(?P<expert>\d+)\..+
-          | (?: .+\.deltas\. | moe\.router\..+[._] | document_clusters\.centroids_ )
-            (?P<generation>\d+) (?: \.up | \.down )?
+          | (?: .+\.deltas\. | moe\.router\..+[._] | moe\.banks\.generations\. | document_clusters\.centroids_ )
+            (?P<generation>\d+) (?: \.up | \.down | \.gate_up )?
           | .+
         )""",
     re.VERBOSE,

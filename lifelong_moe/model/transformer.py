@@ -107,7 +107,8 @@ class LanguageModel(nn.Module):
     def stored_names(self, *, trained: bool) -> set[str]:
         """Names in the state dictionary of the parameters that train, or of those that are frozen; no buffers."""
         buffers = {name for name, _ in self.named_buffers()}
-        stored = self.state_dict(keep_vars=True)
+        with torch.enable_grad():  # or an expert's share of its generation's Parameter would look frozen
+            stored = self.state_dict(keep_vars=True)
         return {name for name, tensor in stored.items() if tensor.requires_grad == trained and name not in buffers}
 
     def moe_layers(self) -> Iterator[MoELayer]:
@@ -235,6 +236,7 @@ class LanguageModel(nn.Module):
         )
 
 
+@torch.no_grad()
 def initialize(model: LanguageModel, seed: int) -> None:
     """Fill all parameters; a pure function of the architecture and the seed.
 
@@ -256,9 +258,17 @@ def initialize(model: LanguageModel, seed: int) -> None:
     as_made = {p for layer in model.moe_layers() for p in layer.router.begun_parameters()}
     as_made |= {delta.up for delta in deltas.values()}
     residual = {weight for block in model.blocks for weight in block.residual_weights()}  # type: ignore[operator]
+    banks = [layer.banks for layer in model.moe_layers()]
+    drawn_by_turns = {experts.into: experts.down for one in banks for experts in one.born}
+    as_made |= {*drawn_by_turns.values()}
     for parameter in model.parameters():
         if parameter in deltas:
             deltas[parameter].begin(generator)
+        elif parameter in drawn_by_turns:
+            for matrices in zip(parameter, drawn_by_turns[parameter], strict=True):  # of one expert after the other
+                for i, matrix in enumerate(matrices):
+                    std = initial_std(model.architecture.model, residual=i == 1)
+                    nn.init.normal_(matrix, std=std, generator=generator)
         elif parameter.dim() == 1:
             nn.init.ones_(parameter)
         elif parameter not in as_made:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,8 @@ aten = torch.ops.aten
 
 Weight = Tensor | Callable[[], Tensor]
 """A matrix, or what makes one from the form in which it is held: whole for one product, never kept."""
+Weights = Tensor | Sequence[Callable[[], Tensor]]
+"""One of a generation's matrices, of each of its experts."""
 
 
 @dataclass(frozen=True)
@@ -72,13 +74,14 @@ NONLINEARITIES = {
 
 class _Slices(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows_ND: Tensor, counts: Sequence[int], act: Nonlinearity, *weights: Weight) -> Tensor:
-        matrices = _cast(weights, rows_ND.dtype)
-        pre_NG, out_ND, values = _forward(rows_ND, counts, act, matrices)
+    def forward(ctx: Any, rows_ND: Tensor, counts: Sequence[int], act: Nonlinearity, *weights: Weights) -> Tensor:
+        used = _used(counts, weights)
+        matrices = _matrices(used, weights, rows_ND.dtype)
+        pre_NG, out_ND, values = _forward(rows_ND, used, act, matrices)
         ctx.save_for_backward(rows_ND, pre_NG, *(m if isinstance(m, Tensor) else None for m in matrices), *values)
         ctx.held = [None if isinstance(m, Tensor) else m for m in matrices]
-        ctx.dtypes = [weight.dtype if isinstance(weight, Tensor) else None for weight in weights]
-        ctx.counts, ctx.act = counts, act
+        ctx.like = [(w.shape, w.dtype) if isinstance(w, Tensor) else None for w in weights]
+        ctx.used, ctx.act = used, act
         return out_ND
 
     @staticmethod
@@ -86,36 +89,61 @@ class _Slices(torch.autograd.Function):
         rows_ND, pre_NG, *rest = ctx.saved_tensors
         kept, values = rest[: len(ctx.held)], rest[len(ctx.held) :]
         matrices = [m if held is None else held for m, held in zip(kept, ctx.held, strict=True)]
-        needs = ctx.needs_input_grad
         grad_ND = grad_ND.contiguous()
-        grad_rows_ND = torch.empty_like(rows_ND) if needs[0] else None
-        grads: list[Tensor | None] = [
-            torch.zeros_like(m, dtype=dtype) if need and not ctx.counts[i // 2] else None
-            for i, (m, need, dtype) in enumerate(zip(matrices, needs[3:], ctx.dtypes, strict=True))
+        grad_rows_ND = torch.empty_like(rows_ND) if ctx.needs_input_grad[0] else None
+        grads = [
+            rows_ND.new_empty(like[0], dtype=like[1]) if needed else None
+            for like, needed in zip(ctx.like, ctx.needs_input_grad[3:], strict=True)
         ]
-        for (i, part), value_NF in zip(_parts(ctx.counts), values, strict=True):
-            first, second = 2 * i, 2 * i + 1
-            if grad_rows_ND is None and not (needs[3 + first] or needs[3 + second]):
+        for i, (where, value_NF) in enumerate(zip(ctx.used, values, strict=True)):
+            part, (into, down) = where.rows, (grads[2 * where.generation], grads[2 * where.generation + 1])
+            if grad_rows_ND is None and into is None and down is None:
                 continue
             grad_NG, hidden_NF = ctx.act.hidden_backward(
-                grad_ND[part] @ _whole(matrices[second], rows_ND.dtype), pre_NG[part], value_NF
+                grad_ND[part] @ _whole(matrices[2 * i + 1], rows_ND.dtype), pre_NG[part], value_NF
             )
-            if needs[3 + second]:
-                grads[second] = (grad_ND[part].t() @ hidden_NF).to(ctx.dtypes[second])
-            if needs[3 + first]:
-                grads[first] = (grad_NG.t() @ rows_ND[part]).to(ctx.dtypes[first])
+            if down is not None:
+                _product(grad_ND[part].t(), hidden_NF, out=down[where.expert])
+            if into is not None:
+                _product(grad_NG.t(), rows_ND[part], out=into[where.expert])
             if grad_rows_ND is not None:
-                torch.mm(grad_NG, _whole(matrices[first], rows_ND.dtype), out=grad_rows_ND[part])
+                torch.mm(grad_NG, _whole(matrices[2 * i], rows_ND.dtype), out=grad_rows_ND[part])
+        _zero_unused(grads, ctx.used)
         return grad_rows_ND, None, None, *grads
 
 
+class _Used(NamedTuple):
+    """An expert that has rows."""
+
+    generation: int
+    expert: int
+    """Index within its generation."""
+    rows: slice
+
+
+def _used(counts: Sequence[int], weights: Sequence[Weights]) -> list[_Used]:
+    used, start = [], 0
+    experts = ((g, e) for g, into in enumerate(weights[::2]) for e in range(len(into)))
+    for (generation, expert), count in zip(experts, counts, strict=True):
+        if count:
+            used.append(_Used(generation, expert, slice(start, start + count)))
+        start += count
+    return used
+
+
+def _matrices(used: Sequence[_Used], weights: Sequence[Weights], dtype: torch.dtype) -> list[Weight]:
+    """The two matrices of each expert that has rows; no others are cast."""
+    found = (weights[2 * one.generation + i][one.expert] for one in used for i in (0, 1))
+    return [weight.to(dtype) if isinstance(weight, Tensor) else weight for weight in found]
+
+
 def _forward(
-    rows_ND: Tensor, counts: Sequence[int], act: Nonlinearity, matrices: Sequence[Weight]
+    rows_ND: Tensor, used: Sequence[_Used], act: Nonlinearity, matrices: Sequence[Weight]
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Pre-activations ``(N, G)``, outputs ``(N, D)``, and the activation's values of each expert that has rows."""
     values = []
     pre_NG, out_ND = rows_ND.new_empty(len(rows_ND), 0), rows_ND.new_empty(rows_ND.shape)
-    for i, part in _parts(counts):
+    for i, (_, _, part) in enumerate(used):
         into_GD = _whole(matrices[2 * i], rows_ND.dtype)
         if not pre_NG.shape[1]:  # known from the first that has rows
             pre_NG = rows_ND.new_empty(len(rows_ND), len(into_GD))
@@ -124,10 +152,6 @@ def _forward(
         _multiply(hidden_NF, _whole(matrices[2 * i + 1], rows_ND.dtype), out_ND[part])
         values.append(value_NF)
     return pre_NG, out_ND, values
-
-
-def _cast(weights: Sequence[Weight], dtype: torch.dtype) -> list[Weight]:
-    return [weight.to(dtype) if isinstance(weight, Tensor) else weight for weight in weights]
 
 
 def _whole(weight: Weight, dtype: torch.dtype) -> Tensor:
@@ -142,35 +166,43 @@ def _multiply(rows: Tensor, matrix: Tensor, out: Tensor) -> None:
         torch.mm(rows, matrix.t(), out=out)
 
 
-def _parts(counts: Sequence[int]) -> list[tuple[int, slice]]:
-    """Each expert that has rows, and where they are."""
-    parts, start = [], 0
-    for i, count in enumerate(counts):
-        if count:
-            parts.append((i, slice(start, start + count)))
-        start += count
-    return parts
+def _product(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """``left right`` into ``out``, perhaps of another dtype."""
+    if out.dtype == left.dtype:
+        torch.mm(left, right, out=out)
+    else:
+        out.copy_(left @ right)
 
 
-def slices(rows_ND: Tensor, counts: Sequence[int], weights: Sequence[Weight], activation: str) -> Tensor:
+def _zero_unused(grads: Sequence[Tensor | None], used: Sequence[_Used]) -> None:
+    """Fill what no product was written to: the gradients of experts without rows."""
+    filled = {(one.generation, one.expert) for one in used}
+    for i, grad in enumerate(grads):
+        for expert in range(0 if grad is None else len(grad)):
+            if (i // 2, expert) not in filled:
+                grad[expert].zero_()  # type: ignore[index]
+
+
+def slices(rows_ND: Tensor, counts: Sequence[int], weights: Sequence[Weights], activation: str) -> Tensor:
     """Each expert's slice through its own matrices.
 
     Args:
         rows_ND: Rows sorted by expert, ``(N, D)``.
         counts: Rows of each expert; they sum to N.
-        weights: Of each expert the matrix into it ``(G, D)`` and the one out of it ``(D, F)``, one after the other.
-            One that is made on use must not train; it is made once more for the backward pass.
+        weights: Of each generation the matrices into its experts ``(E, G, D)`` and those out of them ``(E, D, F)``, one
+            after the other. What is made on use must not train; it is made once more for the backward pass.
         activation: A name in ``NONLINEARITIES``.
 
     Returns:
         ``(N, D)``. An expert without rows gets gradients of zero, and a frozen one none.
     """
-    device = rows_ND.device.type
+    device, act = rows_ND.device.type, NONLINEARITIES[activation]
     if not (torch.is_grad_enabled() or torch.is_autocast_enabled(device)):  # in decoding what stands around costs most
-        return _forward(rows_ND, counts, NONLINEARITIES[activation], _cast(weights, rows_ND.dtype))[1]
+        used = _used(counts, weights)
+        return _forward(rows_ND, used, act, _matrices(used, weights, rows_ND.dtype))[1]
     rows_ND = _autocast(rows_ND)
     with torch.autocast(device, enabled=False):
-        return _Slices.apply(rows_ND, counts, NONLINEARITIES[activation], *weights)
+        return _Slices.apply(rows_ND, counts, act, *weights)
 
 
 def _autocast(rows_ND: Tensor) -> Tensor:
@@ -189,7 +221,7 @@ class _Grouped(torch.autograd.Function):
         hidden_NF, value_NF = act.hidden(pre_NG)
         out_ND = F.grouped_mm(hidden_NF, out_EDF.transpose(1, 2), offs=ends_E)
         ctx.save_for_backward(rows_ND, pre_NG, value_NF, ends_E, in_EGD, out_EDF)
-        ctx.act, ctx.dtypes = act, [weight.dtype for weight in active]
+        ctx.act, ctx.like = act, [(len(weights), weights.dtype) for weights in active]
         return out_ND
 
     @staticmethod
@@ -200,12 +232,13 @@ class _Grouped(torch.autograd.Function):
         grad_NG, hidden_NF = ctx.act.hidden_backward(grad_NF, pre_NG, value_NF)
         grad_rows = F.grouped_mm(grad_NG, in_EGD, offs=ends_E) if ctx.needs_input_grad[0] else None
         grads: list[Tensor | None] = []
-        if ctx.dtypes:
-            ends_A, active = ends_E[: len(ctx.dtypes) // 2].contiguous(), len(ctx.dtypes) // 2
-            for start, product in ((5, (grad_NG.t(), rows_ND)), (5 + active, (grad_ND.t(), hidden_NF))):
-                wanted = any(ctx.needs_input_grad[start : start + active])
-                grads += F.grouped_mm(*product, offs=ends_A).unbind() if wanted else [None] * active
-        cast = (None if grad is None else grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True))
+        active = len(ctx.like) // 2
+        sizes = [num for num, _ in ctx.like[:active]]
+        ends_A = ends_E[: sum(sizes)].contiguous()
+        for start, product in ((5, (grad_NG.t(), rows_ND)), (5 + active, (grad_ND.t(), hidden_NF))):
+            wanted = any(ctx.needs_input_grad[start : start + active])
+            grads += F.grouped_mm(*product, offs=ends_A).split(sizes) if wanted else [None] * active
+        cast = (None if grad is None else grad.to(dtype) for grad, (_, dtype) in zip(grads, ctx.like, strict=True))
         return (grad_rows, None, None, None, None, *cast)
 
 
@@ -217,13 +250,14 @@ def grouped(
     Args:
         rows_ND: Rows sorted by expert, ``(N, D)``; on CUDA in bfloat16, unless the kernel is to ask after all.
         counts_E: Rows of each expert, int64; they sum to N.
-        ins: Of each expert the matrix into it ``(G, D)``, those that train first. They are moved into one buffer, once.
-        outs: The matrix out of it ``(D, F)``.
-        active: How many train (A).
+        ins: Of each generation the matrices into its experts ``(E, G, D)``, those that train first. Those of several
+            generations are moved into one buffer, once.
+        outs: The matrices out of them ``(E, D, F)``.
+        active: How many generations train.
         activation: A name in ``NONLINEARITIES``.
 
     Returns:
-        ``(N, D)``. Weight gradients exist for active experts only, and are views of one tensor.
+        ``(N, D)``. Weight gradients exist for active generations only, and are views of one tensor.
     """
     rows_ND, ends_E = _autocast(rows_ND), counts_E.cumsum(0).to(torch.int32)
     with torch.autocast(rows_ND.device.type, enabled=False):
@@ -233,16 +267,15 @@ def grouped(
 
 
 @torch.no_grad()
-def in_a_row(weights: Sequence[Tensor]) -> Tensor:
-    """Matrices of one shape as one tensor ``(E, ...)`` without a copy: where they do not stand in one buffer, in this
+def in_a_row(generations: Sequence[Tensor]) -> Tensor:
+    """Generations' matrices as one tensor ``(E, ...)`` without a copy: where they do not stand in one buffer, in this
     order, they are moved there, and stay the same Parameters."""
-    first, size = weights[0], weights[0].numel()
-    base, offset = first.untyped_storage().data_ptr(), first.storage_offset()
-    stands = all(
-        w.untyped_storage().data_ptr() == base and w.storage_offset() == offset + i * size and w.is_contiguous()
-        for i, w in enumerate(weights)
-    )
-    if not stands:
-        for weight, row in zip(weights, torch.stack([w.detach() for w in weights]).unbind(), strict=True):
-            weight.data = row
-    return weights[0].detach().as_strided((len(weights), *first.shape), (size, *first.stride()))
+    first, at = generations[0], generations[0].data_ptr()
+    for one in generations:
+        if one.data_ptr() != at or one.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
+            sizes = [len(weights) for weights in generations]
+            for weights, rows in zip(generations, torch.cat([*generations]).split(sizes), strict=True):
+                weights.data = rows
+            break
+        at += one.numel() * one.element_size()
+    return first.detach().as_strided((sum(len(one) for one in generations), *first.shape[1:]), first.stride())

@@ -17,9 +17,12 @@ from torch import Tensor
 from lifelong_moe.errors import CorruptError
 from lifelong_moe.stages.store import load_weights
 from lifelong_moe.storage.directories import verify_directory, write_directory
+from lifelong_moe.storage.files import rename
 
 log = logging.getLogger(__name__)
 TENSORS, STATE = "state.safetensors", "state.json"
+LAYOUT = 2
+"""Of what optimizers know: since 2 they have one state a matrix for all experts of a generation, and not one each."""
 
 
 def flatten(value: Any, tensors: dict[str, Tensor]) -> Any:
@@ -69,7 +72,7 @@ class SafeCheckpointIO(CheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """Commit a checkpoint to the directory ``path``."""
         tensors: dict[str, Tensor] = {}
-        text = json.dumps(flatten(checkpoint, tensors))
+        text = json.dumps({"layout": LAYOUT, **flatten(checkpoint, tensors)})
         write_directory(
             Path(path),
             {
@@ -85,6 +88,7 @@ class SafeCheckpointIO(CheckpointIO):
         directory = Path(path)
         verify_directory(directory)
         state = json.loads((directory / STATE).read_text(encoding="utf-8"))
+        del state["layout"]
         return restore(state, load_weights(directory / TENSORS))
 
     def remove_checkpoint(self, path: Any) -> None:
@@ -104,6 +108,18 @@ def checkpoint_path(work: Path, phase: int, step: int) -> Path:
 def checkpoints(work: Path) -> list[Path]:
     """Step checkpoints of a stage, oldest first."""
     return sorted(work.glob("step-*"))
+
+
+def set_earlier_aside(work: Path, warn: Callable[[str], None] = log.warning) -> None:
+    """Rename checkpoints that an earlier version left, which no optimizer fits: their stage begins again."""
+    for path in checkpoints(work):
+        try:
+            layout = json.loads((path / STATE).read_text(encoding="utf-8")).get("layout")
+        except (OSError, ValueError):
+            continue  # damaged, which is told where the newest is looked for
+        if layout != LAYOUT:
+            rename(path, work / f"earlier-{path.name}")
+            warn(f"{path} is of an earlier version, whose optimizer has other states; the stage begins again")
 
 
 def newest_checkpoint(work: Path, warn: Callable[[str], None] = log.warning) -> tuple[int, Path] | None:

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.model.config import ExpertsImplementation
-from lifelong_moe.model.feedforward import FeedForward
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.training.config import TrainerConfig
 
@@ -98,11 +97,10 @@ def expert_dropout(model: LanguageModel, share: float) -> Iterator[None]:
     Source:
         "Expert dropout" of Switch (arXiv:2101.03961), section 2.4: a higher dropout within experts when fine-tuning.
     """
-    networks = [m for layer in model.moe_layers() for m in layer.banks.modules() if isinstance(m, FeedForward)]
     try:
-        for network in networks:
-            network.dropout = share
+        for layer in model.moe_layers():
+            layer.banks.dropout = share
         yield
     finally:
-        for network in networks:
-            network.dropout = 0.0
+        for layer in model.moe_layers():
+            layer.banks.dropout = 0.0

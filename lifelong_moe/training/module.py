@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -185,7 +187,7 @@ class StageModule(LightningModule):
             NonfiniteStepsError: After three steps in a row without a finite loss and gradient.
         """
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = torch.nn.utils.get_total_norm(_matrices(p.grad for p in parameters if p.grad is not None))
         self.grad_norm = self.means.close(norm)  # the step's only transfer
         loss = self.means.values.get("loss")  # absent in a step of prompts alone
         verdict = self.guard.judge(loss, self.means.values.pop("objective"), self.grad_norm)
@@ -246,6 +248,20 @@ def router_losses(routings: list[Routing]) -> dict[str, tuple[Tensor, Tensor]]:
         )
         for name, found in losses.items()
     }
+
+
+def _matrices(gradients: Iterable[Tensor]) -> list[Tensor]:
+    """Gradients in order, each expert's two matrices one after the other.
+
+    A norm is rounded by how it is summed: so it does not depend on how experts are held, and neither does a clipped
+    step.
+    """
+    found: list[Tensor] = []
+    rest = iter(gradients)
+    for gradient in rest:
+        # Of a generation the matrices into its experts come first, then those out of them.
+        found += chain.from_iterable(zip(gradient, next(rest), strict=True)) if gradient.dim() == 3 else [gradient]
+    return found
 
 
 def _counted(batch: dict[str, Any], values: Tensor, which: str = "counted") -> Tensor:

@@ -21,7 +21,7 @@ from lifelong_moe.plan.phase import Trains
 from lifelong_moe.plan.planned import PlannedStage
 from lifelong_moe.stages.store import CommittedStage
 from lifelong_moe.storage.locks import locked
-from lifelong_moe.training.checkpoint import newest_checkpoint
+from lifelong_moe.training.checkpoint import newest_checkpoint, set_earlier_aside
 from lifelong_moe.training.commit import commit_stage
 from lifelong_moe.training.context import PhaseRun, StageEnvironment, StageRun
 from lifelong_moe.training.data import text_sample
@@ -55,6 +55,7 @@ def train_stage(
     with locked(run.work / ".lock", f"stage {run.spec.name}"):
         if (committed := environment.store.find(planned.key)) is not None:
             return committed  # another process committed it while we were on our way here
+        set_earlier_aside(run.work)
         trained = None
         while trained is None:
             try:

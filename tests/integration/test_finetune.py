@@ -227,7 +227,7 @@ def test_dropout_is_for_training_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     train("tiny.yaml", "run=plain", "stages[1].finetune.expert_dropout=0")
     assert stages("plain")[1].weights_hash != dropped
     model = load_model(StageStore(Path("mlruns")), stages()[1])
-    assert all(expert.dropout == 0 for layer in model.moe_layers() for expert in layer.banks.experts)
+    assert all(layer.banks.dropout == 0 for layer in model.moe_layers())
 
 
 @pytest.mark.usefixtures("pairs")

@@ -51,9 +51,9 @@ def layer_of(rows_ED: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor, **routing: 
     layer.add_experts(len(rows_ED))
     router.set_rows(rows_ED)
     with torch.no_grad():
-        for expert, gate_up, down in zip(layer.banks.experts, gate_up_EGD, down_EDF, strict=True):
-            expert.gate_up.copy_(gate_up)  # type: ignore[operator, union-attr]
-            expert.down.copy_(down)  # type: ignore[operator, union-attr]
+        for (gate_up, down), *theirs in zip(layer.banks.matrices(), gate_up_EGD, down_EDF, strict=True):
+            gate_up.copy_(theirs[0])
+            down.copy_(theirs[1])
     return layer.eval()
 
 

@@ -39,16 +39,23 @@ def make_banks(
     newest: bool = True,
     trained: tuple[int, ...] | None = None,
 ) -> ExpertBanks:
-    """Of so many frozen experts, which come first, or with ``newest=False`` last; or all but ``trained``."""
+    """Of so many frozen experts, which come first, or with ``newest=False`` last; or of one a generation, all frozen
+    but ``trained``."""
     banks = ExpertBanks(D, F, activation)
-    banks.add(num_experts)
-    num_active = num_experts - num_frozen
-    active = range(num_frozen, num_experts) if newest else range(num_active)
-    banks.freeze(active if trained is None else trained)
+    if trained is None:
+        sizes = [num_frozen, num_experts - num_frozen]
+        for size in sizes if newest else reversed(sizes):
+            banks.add(size)
+        banks.freeze(1 if newest else 0)
+    else:
+        for expert in range(num_experts):
+            banks.add(1)
+            banks.born[expert].requires_grad_(expert in trained)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in banks.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        for expert in banks.matrices():
+            for matrix in expert:
+                matrix.copy_(torch.randn(matrix.shape, generator=generator))
     return banks
 
 
@@ -63,7 +70,7 @@ def check_parity(ids_TK: Tensor, num_experts: int, num_frozen: int, seed: int, *
         banks = make_banks(num_experts, num_frozen, seed, **options).to(dtype)
         x, w = x0.to(dtype, copy=True).requires_grad_(), w0.to(dtype, copy=True).requires_grad_()
         if how is None:
-            out = mixture_readable(x, ids_TK, w, list(banks.experts))
+            out = mixture_readable(x, ids_TK, w, banks.networks())
         else:
             banks.implementation = how
             routing = Routing(ids_TK, w, num_experts)
@@ -73,9 +80,12 @@ def check_parity(ids_TK: Tensor, num_experts: int, num_frozen: int, seed: int, *
         return [out.detach(), x.grad, w.grad, *(p.grad for p in banks.parameters())]
 
     expected = computed(None, torch.float64)
-    active = [True] * 3 + [p.requires_grad for p in make_banks(num_experts, num_frozen, seed, **options).parameters()]
+    parameters = make_banks(num_experts, num_frozen, seed, **options).parameters()
+    active = [True] * 3 + [p.requires_grad if p.numel() else None for p in parameters]
     for how, dtype in IMPLEMENTATIONS:
         for fast, slow, trains in zip(computed(how, dtype), expected, active, strict=True):
+            if trains is None:
+                continue  # of a generation without experts
             if not trains:
                 assert fast is None and slow is None
                 continue
@@ -161,7 +171,7 @@ def test_experts_held_in_eight_bits(rows_learn: bool) -> None:
         out.square().sum().backward()
         grads = [p.grad for p in banks.parameters() if p.requires_grad]
         found.append([out.detach(), *([x.grad] if rows_learn else []), *grads])
-    assert len(found[1]) == 1 + rows_learn + 2 * 2 and all(tensor is not None for tensor in found[1])
+    assert len(found[1]) == 1 + rows_learn + 2 and all(tensor is not None for tensor in found[1])
     for fast, slow in zip(found[1], found[0], strict=True):
         torch.testing.assert_close(fast, slow, atol=1e-6, rtol=1e-5)
 
@@ -178,9 +188,9 @@ def test_active_experts_that_a_phase_leaves_alone_get_no_gradients() -> None:
 
 @pytest.mark.parametrize("wanted", [wanted for wanted in product((True, False), repeat=5) if any(wanted)])
 def test_whatever_gradients_are_wanted(wanted: tuple[bool, ...]) -> None:
-    """Of the rows, and of each matrix of two experts: those that are wanted, and no others."""
+    """Of the rows, and of each matrix of two generations: those that are wanted, and no others."""
     generator = torch.Generator().manual_seed(0)
-    drawn = [torch.randn(shape, generator=generator).double() for shape in ((5, D), *((2 * F, D), (D, F)) * 2)]
+    drawn = [torch.randn(shape, generator=generator).double() for shape in ((5, D), *((1, 2 * F, D), (1, D, F)) * 2)]
     upstream = torch.randn(5, D, generator=generator).double()
     found = []
     for fast in (True, False):
@@ -192,8 +202,8 @@ def test_whatever_gradients_are_wanted(wanted: tuple[bool, ...]) -> None:
         else:
             parts = []
             for x, (into, out_of) in zip(rows.split([2, 3]), (weights[:2], weights[2:]), strict=True):
-                gate, up = (x @ into.t()).chunk(2, dim=1)
-                parts.append((gate * gate.sigmoid() * up) @ out_of.t())
+                gate, up = (x @ into[0].t()).chunk(2, dim=1)
+                parts.append((gate * gate.sigmoid() * up) @ out_of[0].t())
             out = torch.cat(parts)
         (out * upstream).sum().backward()
         found.append([leaf.grad for leaf in leaves])
@@ -213,7 +223,7 @@ def test_experts_in_one_buffer_stay_themselves() -> None:
     assert len(moved) == 2  # one buffer a matrix
     assert all(p is parameters[n] and torch.equal(p, before[n]) for n, p in banks.named_parameters())
     with torch.no_grad():  # what an optimizer does in place is seen
-        banks.experts[3].down.add_(1.0)
+        banks.matrices()[3][1].add_(1.0)
         assert not torch.equal(banks(rows, counts.roll(1)), banks(rows, counts))
     pointers = [p.data_ptr() for p in banks.parameters()]
     banks(rows, counts)

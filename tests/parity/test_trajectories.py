@@ -29,7 +29,7 @@ def readable_forward(model: LanguageModel) -> None:
 
         def forward(x_TD: Tensor, context: object, layer: torch.nn.Module = layer) -> tuple[Tensor, Routing]:
             routing = layer.router(x_TD, context)
-            experts = list(layer.banks.experts)
+            experts = layer.banks.networks()
             return mixture_readable(x_TD, routing.expert_ids_TK, routing.weights_TK.to(x_TD.dtype), experts), routing
 
         layer.forward = forward  # type: ignore[method-assign, assignment]

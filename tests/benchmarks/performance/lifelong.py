@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from lifelong_moe.model.parts import Part
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.retention.config import DistillConfig
 from lifelong_moe.retention.teacher import make_teacher
@@ -34,8 +35,7 @@ def grown_with_teacher(size: Size) -> tuple[LanguageModel, LanguageModel]:
     model.load_state_dict(state, strict=False)
     teacher = make_teacher(parent, [])
     for mine, theirs in zip(model.moe_layers(), teacher.moe_layers(), strict=True):
-        for old, held in zip(mine.banks.frozen, theirs.banks.experts, strict=True):
-            held.gate_up, held.down = old.gate_up, old.down  # type: ignore[assignment, union-attr]
+        theirs.banks.generations[0] = mine.banks.generations[0]
     return model, teacher
 
 
@@ -60,7 +60,7 @@ def frozen_memory() -> dict[str, Any]:
     size = REFERENCE
     model, teacher = grown_with_teacher(size)
     our_step(size, model=model, teacher=teacher, distill=DistillConfig(), replayed=REPLAYED)()
-    frozen = [p for layer in model.moe_layers() for expert in layer.banks.frozen for p in expert.parameters()]
+    frozen = [p for p in model.parameters_of(Part.expert).values() if not p.requires_grad]
     of_teacher = {id(p) for p in teacher.parameters()}
     gradients = sum(p.grad is not None for p in frozen)
     copies = sum(id(p) not in of_teacher for p in frozen)

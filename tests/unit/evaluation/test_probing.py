@@ -91,8 +91,11 @@ def test_shuffled_experts_are_those_of_a_model_whose_experts_swapped_places(make
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
     rng = np.random.default_rng(5)
     for layer in model.moe_layers():
-        experts = list(layer.banks.experts)
-        layer.banks.experts = torch.nn.ModuleList(experts[e] for e in derangement(6, rng))
+        experts = layer.banks.matrices()
+        copies = [(into.clone(), down.clone()) for into, down in experts]
+        for (into, down), e in zip(experts, derangement(6, rng), strict=True):
+            into.copy_(copies[e][0])
+            down.copy_(copies[e][1])
     assert loss(model, windows) == pytest.approx(shuffled, abs=1e-6)
     assert abs(shuffled - before) > 1e-3
 
@@ -108,9 +111,10 @@ def test_an_error_within_restores_the_experts(make_model: Make) -> None:
 def test_similarity_of_experts_that_are_equal_and_opposite(make_model: Make) -> None:
     model, windows = make_model("learned", (4,)), windows_of(documents_of(LENGTHS))
     for layer in model.moe_layers():
-        first, second, third, _ = layer.banks.experts
+        (gate_up, down), second, third, _ = layer.banks.matrices()
         for expert, sign in ((second, 1.0), (third, -1.0)):
-            expert.load_state_dict({"gate_up": first.gate_up, "down": sign * first.down})
+            expert[0].copy_(gate_up)
+            expert[1].copy_(sign * down)
     for matrix in expert_similarities(model, [(windows, None), (windows, None)], num_inputs=30):
         np.testing.assert_allclose(matrix[:3, :3], [[1, 1, -1], [1, 1, -1], [-1, -1, 1]], atol=1e-6)
         assert abs(matrix[0, 3]) < 0.9 and matrix[3, 3] == pytest.approx(1.0)

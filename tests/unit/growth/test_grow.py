@@ -22,7 +22,6 @@ from lifelong_moe.growth.grow import grow, most_used
 from lifelong_moe.growth.noop import behavior, check_noop
 from lifelong_moe.growth.observe import observe, sample_logits
 from lifelong_moe.methods.graph import stage_specs
-from lifelong_moe.model.feedforward import FeedForward
 from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.architecture import Generation
@@ -42,11 +41,6 @@ def add(model: LanguageModel, config: GrowConfig, sample: dict[str, Tensor], see
     grow(model, Generation("new", config.experts, **generation), config, sample, seed)
 
 
-def matrices(expert: torch.nn.Module) -> tuple[Tensor, Tensor]:
-    assert isinstance(expert, FeedForward)
-    return expert.gate_up.detach(), expert.down.detach()
-
-
 @pytest.mark.parametrize("init", list(ExpertInit))
 @pytest.mark.parametrize("generations", [(4,), (4, 2)])
 def test_growth_changes_nothing_until_the_new_experts_are_let_in(
@@ -57,7 +51,9 @@ def test_growth_changes_nothing_until_the_new_experts_are_let_in(
     add(model, GrowConfig(experts=2, init=init), sample, seed=3)
     for layer in model.moe_layers():
         assert layer.router.generations == [*generations, 2] and not layer.router.held_down
-        assert len(layer.banks) == sum(generations) + 2 and len(layer.banks.frozen) == sum(generations)
+        assert len(layer.banks) == sum(generations) + 2 and [g.trains for g in layer.banks.born] == [False] * len(
+            generations
+        ) + [True]
     assert model.training
     assert model.architecture.generations[-1].stage == "new" and model.architecture.frozen == len(generations)
     state = model.state_dict()
@@ -85,7 +81,7 @@ def test_a_broken_growth_is_noticed(make_model: Make, make_batch: Batch, monkeyp
 
     def clumsy(layer, *args):  # type: ignore[no-untyped-def]
         begin(layer, *args)
-        next(layer.banks.experts[0].parameters())[0, 0] += 1.0
+        layer.banks.matrices()[0][0][0, 0] += 1.0
 
     monkeypatch.setattr(grow_module, "_begin_experts", clumsy)
     with pytest.raises(RuntimeError, match=r"growth changed the logits by .* at most 1e-5 allowed"):
@@ -188,8 +184,7 @@ def test_a_fault_is_none_of_them(make_model: Make, make_batch: Batch, fault: str
     layer = list(model.moe_layers())[1]
     with torch.no_grad(), ExitStack() as faulty:
         if fault == "experts":
-            for expert in layer.banks.frozen:
-                matrices(expert)[1].mul_(1.01)
+            layer.banks.born[0].down.mul_(1.01)
         elif fault == "rows":
             layer.router.row_generations()[0][:2, 1].add_(0.01)
         elif fault == "biases":
@@ -221,8 +216,9 @@ def test_a_bundle_copies_the_most_used_of_the_bundle_before_it(make_model: Make,
     orders = [sorted(range(2, 6), key=lambda e: -counts_E[e])[:2] for counts_E in counts]
     assert orders != [[2, 3], [2, 3]]  # else it could be by index alone
     for layer, order in zip(model.moe_layers(), orders, strict=True):
-        for new, source in zip(layer.banks.active, order, strict=True):
-            assert torch.equal(new.gate_up, layer.banks.experts[source].gate_up)
+        experts = layer.banks.matrices()
+        for (gate_up, _), source in zip(experts[-2:], order, strict=True):
+            assert torch.equal(gate_up, experts[source][0])
         assert torch.equal(rows(layer.router)[-1], rows(layer.router)[1][[e - 2 for e in order]])
 
 
@@ -236,9 +232,9 @@ def test_copies_of_the_most_used_experts(make_model: Make, make_batch: Batch) ->
     add(model, GrowConfig(experts=2, init=ExpertInit.copy, noise=0.0, router=RouterInit.copy), sample, seed=0)
     for layer, counts_E in zip(model.moe_layers(), counts, strict=True):
         order = sorted(range(4), key=lambda e: -counts_E[e])
-        for new, source in zip(layer.banks.active, order[:2], strict=True):
-            copied, origin = matrices(new), matrices(layer.banks.experts[source])
-            assert all(torch.equal(a, b) for a, b in zip(copied, origin, strict=True))
+        experts = layer.banks.matrices()
+        for copied, source in zip(experts[-2:], order[:2], strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(copied, experts[source], strict=True))
         old_rows, new_rows = rows(layer.router)
         assert torch.equal(new_rows, old_rows[order[:2]])
 
@@ -249,8 +245,8 @@ def test_noise_is_relative_to_the_copied_matrix(make_model: Make, make_batch: Ba
     counts, drawn = usage(model, sample), []
     add(model, GrowConfig(experts=1, init=ExpertInit.copy, noise=0.1), sample, seed=0)
     for layer, counts_E in zip(model.moe_layers(), counts, strict=True):
-        source = layer.banks.experts[counts_E.index(max(counts_E))]
-        for new, old in zip(matrices(layer.banks.active[0]), matrices(source), strict=True):
+        experts = layer.banks.matrices()
+        for new, old in zip(experts[-1], experts[counts_E.index(max(counts_E))], strict=True):
             drawn.append(((new - old) / old.std()).flatten())
             assert float(drawn[-1].std()) == pytest.approx(0.1, rel=0.03)
     assert kstest(torch.cat(drawn).numpy(), norm(scale=0.1).cdf).pvalue > 0.05
@@ -261,7 +257,7 @@ def test_random_experts_and_rows(make_model: Make, make_batch: Batch) -> None:
     add(model, GrowConfig(experts=32, init=ExpertInit.random, router=RouterInit.random), sample, seed=0)
     drawn = []
     for layer in model.moe_layers():
-        gate_up, down = (torch.cat(both) for both in zip(*map(matrices, layer.banks.active), strict=True))
+        gate_up, down = (matrix.detach() for matrix in layer.banks.born[1].parameters())
         assert float(gate_up.std()) == pytest.approx(0.3, rel=0.01)  # init_std of the fixture
         assert float(down.std()) == pytest.approx(0.3 / (2 * 2) ** 0.5, rel=0.01)  # two layers of two residuals each
         old_rows, new_rows = rows(layer.router)
@@ -324,10 +320,10 @@ def test_only_some_layers_grow(make_model: Make, make_batch: Batch) -> None:
     add(model, GrowConfig(experts=2, router=RouterInit.random), sample, seed=0, layers=(1,))
     assert [len(layer.banks) for layer in model.moe_layers()] == [4, 6, 4]
     assert [layer.router.generations for layer in model.moe_layers()] == [[4, 0], [4, 2], [4, 0]]
-    assert all(len(layer.banks.frozen) == 4 for layer in model.moe_layers())
+    assert all([g.trains for g in layer.banks.born] == [False, True] for layer in model.moe_layers())
     assert [len(rows(layer.router)[-1]) for layer in model.moe_layers()] == [0, 2, 0]
     assert set(model.parameters_of(generation=1)) == {
-        *(f"blocks.1.moe.banks.experts.{e}.{name}" for e in (4, 5) for name in ("gate_up", "down")),
+        *(f"blocks.1.moe.banks.generations.1.{name}" for name in ("gate_up", "down")),
         "blocks.1.moe.router.rows.1",
     }
     assert check_noop(model, sample, before) == 0
@@ -341,7 +337,7 @@ def test_growth_that_freezes_nothing(make_model: Make, make_batch: Batch) -> Non
     old = {name: p.detach().clone() for name, p in model.named_parameters()}
     add(model, GrowConfig(experts=2, old_lr_scale=0.1), sample, seed=0)
     assert model.architecture.frozen == 0 and all(p.requires_grad for p in model.parameters())
-    assert all(len(layer.banks.frozen) == 0 for layer in model.moe_layers())
+    assert all(generation.trains for layer in model.moe_layers() for generation in layer.banks.born)
     now = dict(model.named_parameters())
     assert all(torch.equal(now[name], tensor) for name, tensor in old.items())
     assert check_noop(model, sample, before) == 0
@@ -351,7 +347,7 @@ def test_what_was_frozen_stays_frozen(make_model: Make, make_batch: Batch) -> No
     model = make_model("learned", (4, 2))
     add(model, GrowConfig(experts=2, old_lr_scale=0.1), make_batch(), seed=0)
     assert model.architecture.frozen == 1
-    trained = {name for name, p in model.named_parameters() if p.requires_grad and ".experts." in name}
+    trained = {name for name in model.stored_names(trained=True) if ".experts." in name}
     assert {int(name.split(".experts.")[1].split(".")[0]) for name in trained} == {4, 5, 6, 7}
 
 

@@ -53,8 +53,8 @@ def test_frozen_matrices_are_held_and_come_back(make_model: Make) -> None:
     whole = model.eval()(TokenBatch(ids)).hidden_BSD.detach()
     saved = hold_in_int8(model)
     held = {n: p for n, p in model.named_parameters() if p.dtype == torch.int8}
-    assert len(held) == 2 * 4 * 2 + 2  # gate_up and down of four experts in two layers, and the router's rows
-    assert saved == sum(3 * p.numel() - 4 * len(p) for p in held.values())
+    assert len(held) == 2 * 2 + 2  # gate_up and down of the first generation in two layers, and the router's rows
+    assert saved == sum(3 * p.numel() - 4 * p[..., 0].numel() for p in held.values())
     hidden = model(TokenBatch(ids)).hidden_BSD
     drift = float((hidden - whole).abs().max().detach())
     assert 0 < drift < 0.1  # of hidden states of size 1
@@ -65,19 +65,20 @@ def test_frozen_matrices_are_held_and_come_back(make_model: Make) -> None:
     assert all(torch.equal(tensor, stored[name]) for name, tensor in model.state_dict().items())
     assert set(model.state_dict()) == set(stored)
     assert torch.equal(model(TokenBatch(ids)).hidden_BSD, whole)
-    assert not any(p.requires_grad for n, p in model.named_parameters() if ".experts.0." in n)
+    assert not any(p.requires_grad for n, p in model.named_parameters() if ".generations.0." in n)
 
 
 def test_what_is_made_whole_of_an_expert_is_not_kept_for_the_backward_pass(make_model: Make) -> None:
     model = make_model("learned", (4, 2))
     ids = torch.randint(1, 61, (4, 32), generator=torch.Generator().manual_seed(0))
-    shape = next(model.moe_layers()).banks.experts[0].down.shape
+    shape = next(model.moe_layers()).banks.matrices()[0][1].shape
 
     def kept() -> int:
         seen = {}
 
         def note(tensor: Tensor) -> Tensor:
-            if tensor.shape in (shape, shape[::-1]) and tensor.untyped_storage().nbytes() == 4 * shape.numel():
+            size = tensor.untyped_storage().nbytes()
+            if tensor.shape in (shape, shape[::-1]) and size == 4 * 4 * shape.numel():  # of four experts' numbers
                 seen[tensor.data_ptr()] = tensor
             return tensor
 

@@ -32,16 +32,18 @@ def skeleton(architecture: Architecture) -> LanguageModel:
 
 def check_names(model: LanguageModel) -> None:
     """Names say what the structure says, of parameters; and of all tensors they can be put together again."""
-    assert all(str(TensorName.parse(name)) == name for name in model.state_dict())
-    layers = list(model.moe_layers())
+    stored = model.state_dict()
+    assert all(str(TensorName.parse(name)) == name for name in stored)
     for name, place in model.places().items():
         said = TensorName.parse(name)
         assert said.layer == place.layer, name
-        assert (said.expert is not None) == (place.part == Part.expert), name
-        if said.expert is None:
-            assert said.generation == place.generation, name
-        else:
-            assert layers[said.layer or 0].births[said.expert] == place.generation and said.generation is None, name
+        assert said.generation == place.generation and said.expert is None, name
+    for layer, one in enumerate(model.moe_layers()):
+        births = [g for g, generation in enumerate(one.banks.born) for _ in generation.indices]
+        for expert, birth in enumerate(births):
+            assert births[:expert].count(birth) == expert - births.index(birth)
+            for matrix in one.banks.born[birth].matrices:
+                assert expert_tensor(layer, expert, matrix) in stored
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
@@ -84,8 +86,8 @@ def test_places_by_hand() -> None:
         "blocks.1.moe.mix.bias": Place(Part.shared, 1),
         "blocks.1.moe.router.rows.0": Place(Part.router, 1, 0),
         "blocks.1.moe.router.rows.1": Place(Part.router, 1, 1),
-        "blocks.1.moe.banks.experts.1.down": Place(Part.expert, 1, 0),
-        "blocks.1.moe.banks.experts.2.down": Place(Part.expert, 1, 1),
+        "blocks.1.moe.banks.generations.0.down": Place(Part.expert, 1, 0),
+        "blocks.1.moe.banks.generations.1.gate_up": Place(Part.expert, 1, 1),
         "norm.weight": Place(Part.norm),
         "head.weight": Place(Part.head),
     }

@@ -110,11 +110,11 @@ def test_initial_deviations(make_architecture: MakeArchitecture) -> None:
 def test_banks_follow_the_architecture(make_model: Make) -> None:
     model = make_model("learned", (4, 2, 3))
     for layer in model.moe_layers():
-        assert (len(layer.banks.frozen), len(layer.banks.active)) == (6, 3)
+        assert [(len(g), g.trains) for g in layer.banks.born] == [(4, False), (2, False), (3, True)]
         assert layer.router.generations == [4, 2, 3] and layer.router.num_experts == 9
         trained = [p.requires_grad for p in layer.router.parameters()]
         assert trained == [False, False, True]
-    trainable = {n for n, p in model.named_parameters() if p.requires_grad and ".experts." in n}
+    trainable = {n for n in model.stored_names(trained=True) if ".experts." in n}
     assert {int(name.split(".experts.")[1].split(".")[0]) for name in trainable} == {6, 7, 8}
     assert not any(".moe." in name for name in model.trunk_parameters())
     assert "blocks.0.attention.query.weight" in model.trunk_parameters()
@@ -124,10 +124,9 @@ def test_an_expert_without_tokens_has_a_zero_gradient_not_none(make_model: Make)
     model = make_model("label", (2, 2))
     model(TokenBatch(random_ids(2, 8), group_ids_BS=torch.zeros(2, 8, dtype=torch.int64))).hidden_BSD.sum().backward()
     for layer in model.moe_layers():
-        assert all(
-            p.grad is not None and not p.grad.any() for expert in layer.banks.active for p in expert.parameters()
-        )
-        assert all(p.grad is None for expert in layer.banks.frozen for p in expert.parameters())
+        frozen, active = layer.banks.born
+        assert all(p.grad is not None and not p.grad.any() for p in active.parameters())
+        assert all(p.grad is None for p in frozen.parameters())
 
 
 def test_weights_survive_a_state_dict(make_model: Make, make_architecture: MakeArchitecture, router_kind: str) -> None:

@@ -33,7 +33,7 @@ def test_counts_are_those_of_the_model(make_model: Make, top_k_kind: str, shape:
     layers = list(model.moe_layers())
     assert count.total == sum(p.numel() for p in model.parameters())
     assert count.trunk == sum(p.numel() for p in model.trunk_parameters().values())
-    assert count.per_expert == sum(p.numel() for p in layers[0].banks.experts[0].parameters())
+    assert count.per_expert == sum(matrix.numel() for matrix in layers[0].banks.matrices()[0])
     rows = sum(p.numel() for layer in layers for p in layer.router.parameters())
     active = model.architecture.routing.top_k * count.per_expert * len(layers)
     assert count.active == count.trunk + rows + active

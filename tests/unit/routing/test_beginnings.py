@@ -32,13 +32,8 @@ def matrices(model: LanguageModel, generation: int) -> tuple[list[Tensor], list[
     """A generation's rows, and its experts' matrices in and out, of all layers."""
     layers = list(model.moe_layers())
     rows = [layer.router.row_generations()[generation] for layer in layers]
-    born = [
-        expert
-        for layer in layers
-        for expert, birth in zip(layer.banks.experts, layer.births, strict=True)
-        if birth == generation
-    ]
-    ins, outs = ([getattr(expert, name).detach() for expert in born] for name in ("up", "down"))
+    born = [layer.banks.born[generation] for layer in layers]
+    ins, outs = ([matrix for one in born for matrix in getattr(one, name).detach()] for name in ("up", "down"))
     return [one.detach() for one in rows], ins, outs
 
 

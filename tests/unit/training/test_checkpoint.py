@@ -12,12 +12,14 @@ import torch
 
 from lifelong_moe.errors import CorruptError
 from lifelong_moe.training.checkpoint import (
+    STATE,
     SafeCheckpointIO,
     checkpoint_path,
     checkpoints,
     flatten,
     newest_checkpoint,
     restore,
+    set_earlier_aside,
 )
 
 
@@ -139,3 +141,18 @@ def test_only_damaged_ones_are_for_a_person_to_decide(tmp_path: Path) -> None:
     (path / "state.json").unlink()
     with pytest.raises(CorruptError, match="none of its 1 step checkpoints verifies"):
         newest_checkpoint(tmp_path, lambda message: None)
+
+
+def test_checkpoints_of_an_earlier_version_are_set_aside(tmp_path: Path) -> None:
+    old, new, damaged = (checkpoint_path(tmp_path, 0, step) for step in (20, 10, 5))
+    for path in (old, new, damaged):
+        SafeCheckpointIO().save_checkpoint({"step": 1, "weights": torch.zeros(2)}, path)
+    state = json.loads((old / STATE).read_text())
+    del state["layout"]
+    (old / STATE).write_text(json.dumps(state))
+    (damaged / STATE).write_text("{")
+    said: list[str] = []
+    set_earlier_aside(tmp_path, said.append)
+    assert checkpoints(tmp_path) == [damaged, new] and (tmp_path / f"earlier-{old.name}").exists()
+    assert len(said) == 1 and f"{old} is of an earlier version" in said[0]
+    assert newest_checkpoint(tmp_path) == (0, new)

@@ -263,7 +263,7 @@ def test_a_checkpoint_holds_exactly_what_trains(make_run: MakeRun, make_model: M
     checkpoint: dict[str, Any] = {"state_dict": module.state_dict()}
     module.on_save_checkpoint(checkpoint)
     expected = torch.rand(3)
-    trained = {f"model.{name}" for name, p in model.named_parameters() if p.requires_grad}
+    trained = {f"model.{name}" for name in model.stored_names(trained=True)}
     assert set(checkpoint["state_dict"]) == trained
 
     torch.manual_seed(99)
@@ -505,7 +505,7 @@ def test_a_review_trains_the_new_rows_and_nothing_else(make_run: MakeRun, make_m
     # A step checkpoint holds the rest of what the stage trained, too.
     checkpoint: dict[str, Any] = {"state_dict": module.state_dict()}
     module.on_save_checkpoint(checkpoint)
-    assert set(checkpoint["state_dict"]) == {f"model.{name}" for name, trained in trains.items() if trained}
+    assert set(checkpoint["state_dict"]) == {f"model.{name}" for name in model.stored_names(trained=True)}
 
 
 def test_a_review_sends_old_text_back_to_old_experts(make_run: MakeRun, make_model: Make, make_batch: Batch) -> None:
@@ -542,7 +542,7 @@ def test_deltas_change_their_bundle_s_tokens_alone(make_run: MakeRun, make_model
     scores = [logits(group) for group in range(3)]
     fit(module, [make_batch(seed=i, groups=3) for i in range(3)])
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
-    assert changed == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert changed == model.stored_names(trained=True)
     assert all(".deltas.2." in name or ".rows.2" in name or ".experts.6." in name or ".experts.7." in name
                for name in changed)  # fmt: skip
     assert torch.equal(logits(0), scores[0]) and torch.equal(logits(1), scores[1])

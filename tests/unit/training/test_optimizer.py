@@ -102,13 +102,13 @@ def test_a_gentle_trunk(make_run: MakeRun, make_model: Make) -> None:
     assert found["embedding.weight"] == (0.2, 0.5)
     assert found["blocks.1.attention.query.weight"] == (0.2, 0.5)
     assert found["blocks.0.moe_norm.weight"] == found["norm.weight"] == (0.2, 0.0)
-    assert found["blocks.0.moe.banks.experts.4.down"] == found["blocks.0.moe.router.rows.1"] == (0.8, 0.5)
+    assert found["blocks.0.moe.banks.generations.1.down"] == found["blocks.0.moe.router.rows.1"] == (0.8, 0.5)
 
 
 @pytest.mark.parametrize("trunk", ["method=sequential", FULL])
 def test_a_full_trunk(make_run: MakeRun, make_model: Make, trunk: str) -> None:
     found = groups(make_model("learned", (4, 2)), spec_of(make_run, trunk))
-    assert found["embedding.weight"] == found["blocks.1.moe.banks.experts.5.gate_up"] == (0.8, 0.5)
+    assert found["embedding.weight"] == found["blocks.1.moe.banks.generations.1.gate_up"] == (0.8, 0.5)
     assert found["norm.weight"] == (0.8, 0.0)
 
 
@@ -116,8 +116,7 @@ def test_a_frozen_trunk_leaves_the_newest_experts(make_run: MakeRun, make_model:
     found = groups(make_model("learned", (4, 2)), spec_of(make_run, FROZEN))
     assert set(found.values()) == {(0.8, 0.5)}
     assert {name.split(".moe.")[1] for name in found} == {
-        "banks.experts.4.gate_up", "banks.experts.4.down", "banks.experts.5.gate_up", "banks.experts.5.down",
-        "router.rows.1",
+        "banks.generations.1.gate_up", "banks.generations.1.down", "router.rows.1",
     }  # fmt: skip
 
 
@@ -135,7 +134,7 @@ def test_frozen_experts_are_unknown_to_it(make_run: MakeRun, make_model: Make, t
     model = make_model("learned", (4, 2))
     known = set(groups(model, spec_of(make_run, trunk)))
     assert known == {name for name, p in model.named_parameters() if p.requires_grad}
-    assert not any(f".experts.{e}." in name for name in known for e in range(4))
+    assert not any(".banks.generations.0." in name for name in known)
     assert "blocks.0.moe.router.rows.0" not in known
 
 
@@ -160,9 +159,9 @@ def rates_of(model: LanguageModel, spec: StageSpec, phase: int = 0) -> dict[str,
     block = "blocks.1.moe"
     return {
         "trunk": rates["blocks.1.attention.key.weight"],
-        "new expert": rates[f"{block}.banks.experts.4.down"],
+        "new expert": rates[f"{block}.banks.generations.1.down"],
         "new rows": rates[f"{block}.router.rows.1"],
-        "old expert": rates[f"{block}.banks.experts.0.down"],
+        "old expert": rates[f"{block}.banks.generations.0.down"],
         "old rows": rates[f"{block}.router.rows.0"],
     }
 
@@ -207,9 +206,9 @@ def test_the_first_stage_and_one_without_growth_know_no_old_experts(make_run: Ma
 def test_rewarming_is_for_later_stages(make_run: MakeRun, make_model: Make) -> None:
     first, second = (spec_of(make_run, GENTLE, "stage_defaults.optim.rewarm=0.5", stage=stage) for stage in (0, 1))
     found = groups(make_model(), first)
-    assert found["embedding.weight"] == found["blocks.0.moe.banks.experts.0.down"] == (0.8, 0.5)
+    assert found["embedding.weight"] == found["blocks.0.moe.banks.generations.0.down"] == (0.8, 0.5)
     found = groups(make_model("learned", (4, 2)), second)
-    assert found["embedding.weight"] == (0.1, 0.5) and found["blocks.0.moe.banks.experts.4.down"] == (0.4, 0.5)
+    assert found["embedding.weight"] == (0.1, 0.5) and found["blocks.0.moe.banks.generations.1.down"] == (0.4, 0.5)
 
 
 def test_a_review_trains_the_newest_rows(make_run: MakeRun, make_model: Make) -> None:
@@ -276,7 +275,7 @@ def test_what_has_stopped_stays_the_same_bits(make_run: MakeRun, unfrozen: Langu
     spec = spec_of(make_run, "stage_defaults.optim.lr=0.01", *(f"stage_defaults.{setting}" for setting in settings))
     found = changes(unfrozen, spec, make_batch(), steps=10)
     for name, moved in found.items():
-        if ".rows.0" in name or any(f".experts.{e}." in name for e in range(4)):
+        if ".rows.0" in name or ".generations.0." in name:
             assert moved == [True] * 3 + [False] * 7, name
         elif ".rows.1" in name:
             assert moved == [True] * 6 + [False] * 4, name
@@ -288,7 +287,7 @@ def test_rows_that_never_train(make_run: MakeRun, make_model: Make, make_batch: 
     spec = spec_of(make_run, "stage_defaults.optim.router_until=0", "stage_defaults.optim.lr=0.01")
     found = changes(make_model("learned", (4, 2)), spec, make_batch(), steps=3)
     assert not any(any(moved) for name, moved in found.items() if ".router." in name)
-    assert all(found["blocks.0.moe.banks.experts.4.down"])
+    assert all(found["blocks.0.moe.banks.generations.1.down"])
 
 
 @pytest.mark.parametrize(
@@ -346,7 +345,7 @@ def test_fine_tuning_splits_by_what_a_layer_is(make_run: MakeRun) -> None:
     spec = stage_specs(make_run(*SHAPES["both"]))[0]
     model = LanguageModel(spec.architecture(None, 61, 0))  # layer 0 is dense, layer 1 has experts and a shared one
     sparse = {"blocks.1.moe.router.rows.0"}
-    sparse |= {f"blocks.1.moe.banks.experts.{e}.{matrix}" for e in range(4) for matrix in ("gate_up", "down")}
+    sparse |= {f"blocks.1.moe.banks.generations.0.{matrix}" for matrix in ("gate_up", "down")}
     of_all = {"blocks.0.moe.shared.gate_up", "blocks.1.moe.shared.down", "blocks.1.moe.mix.weight"}
     everything = {name for name, p in model.named_parameters() if p.numel()}
     assert sparse < everything and of_all < everything
