@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any
 
 from lifelong_moe.evaluation.measurements import Measurements
 from lifelong_moe.retraining.bounds import DocumentLosses
@@ -16,6 +15,7 @@ from lifelong_moe.stages.store import CommittedStage, StageStore
 from lifelong_moe.stages.ticks import BestLoss
 from lifelong_moe.stages.versions import Version
 from pipelines.candidates import Candidate, CandidateTrainer, changed_frozen
+from pipelines.plan_file import Power
 
 
 def gate(
@@ -117,7 +117,7 @@ def old_losses(
     return after, {name: measurements.losses(trainer.parent.key, name) for name in old}
 
 
-def foreseen_power(trainer: CandidateTrainer, probe: Candidate) -> dict[str, Any] | None:
+def foreseen_power(trainer: CandidateTrainer, probe: Candidate) -> Power | None:
     """How often the gate would pass a harmless candidate, if it scatters as a probe did; None without an old
     distribution, or where the probe was not made."""
     stage = trainer.store.find(probe.planned.key)
@@ -126,9 +126,4 @@ def foreseen_power(trainer: CandidateTrainer, probe: Candidate) -> dict[str, Any
     kinds, config = kinds_of_text(trainer.champion, trainer.store), trainer.retraining.settings.gate
     chances = passing_chances(*old_losses(trainer, probe, stage), kinds, config)
     weakest = min(chances, key=lambda group: chances[group])
-    return {
-        "passes": math.prod(chances.values()),
-        "checks": len(chances),
-        "weakest": ", ".join(weakest),
-        "weakest_passes": chances[weakest],
-    }
+    return Power(math.prod(chances.values()), len(chances), ", ".join(weakest), chances[weakest])

@@ -14,6 +14,7 @@ from lifelong_moe.retraining.gate import forgetting
 from lifelong_moe.retraining.pooling import joined
 from pipelines.candidates import Candidate, CandidateTrainer
 from pipelines.gating import kinds_of_text, old_losses
+from pipelines.plan_file import StageFacts
 from pipelines.workspace import require_room
 
 PROBE_LEVEL = 0.05
@@ -84,38 +85,31 @@ def _cost_fraction(trainer: CandidateTrainer, candidate: Candidate, probes: int)
     """Share of the budget that a stage and the probes before it take: of ``limits.tokens`` or ``limits.hours``, the
     larger share. Without either the budget is what training the champion's model on as many tokens costs."""
     limits, stage = trainer.retraining.settings.limits, stage_facts(trainer, candidate)
-    used = spent(stage, probes)
-    shares = [used[key] / limit for key in ("tokens", "hours") if (limit := getattr(limits, key)) and used[key]]
+    hours = stage.hours_spent(probes)
+    shares = [stage.tokens_spent(probes) / limits.tokens] if limits.tokens else []
+    shares += [hours / limits.hours] if limits.hours and hours else []
     if shares:
         return max(shares)
     return candidate.planned.flops / training_flops(trainer.architecture, candidate.planned.tokens, None, 0)
 
 
-def stage_facts(trainer: CandidateTrainer, chosen: Candidate) -> dict[str, Any]:
-    """What a plan says of a stage: what it is, and what it takes in tokens, FLOPs, bytes and, at the speed of the
-    champion's last stage, hours."""
+def stage_facts(trainer: CandidateTrainer, chosen: Candidate) -> StageFacts:
+    """What a plan says of a candidate's stage."""
     planned = chosen.planned
     speeds = [s.metrics["tokens_per_second"] for s in trainer.store.chain(trainer.champion.key) if s.metrics]
     speed = speeds[-1] if speeds else None  # a derived stage trained nothing
-    return {
-        "name": planned.spec.name,
-        "key": planned.key,
-        "continues": planned.spec.continues,
-        "grow": chosen.grow,
-        "tokens": planned.tokens,
-        "probe_tokens": probe_tokens(trainer, chosen),
-        "active_flops": planned.flops,
-        "experts_per_layer": planned.architecture.num_experts,
-        "parameters_total": planned.parameters.total,
-        "parameters_trainable": planned.trainable,
-        "replay_fraction": planned.spec.replay_fraction,
-        "disk_bytes": stage_need(planned, chosen.config).total,
-        "hours": None if not speed else planned.tokens / speed / 3600,
-    }
-
-
-def spent(stage: dict[str, Any], probes: int) -> dict[str, Any]:
-    """Tokens, and hours where speed is known, of a stage and of so many probes like its own."""
-    tokens = stage["tokens"] + probes * stage["probe_tokens"]
-    hours = stage["hours"]
-    return {"tokens": tokens, "hours": None if hours is None else hours * tokens / stage["tokens"]}
+    return StageFacts(
+        name=planned.spec.name,
+        key=planned.key,
+        continues=planned.spec.continues,
+        grow=None if chosen.grow is None else dict(chosen.grow),
+        tokens=planned.tokens,
+        probe_tokens=probe_tokens(trainer, chosen),
+        active_flops=planned.flops,
+        experts_per_layer=planned.architecture.num_experts,
+        parameters_total=planned.parameters.total,
+        parameters_trainable=planned.trainable,
+        replay_fraction=planned.spec.replay_fraction,
+        disk_bytes=stage_need(planned, chosen.config).total,
+        hours=None if not speed else planned.tokens / speed / 3600,
+    )

@@ -19,6 +19,7 @@ from lifelong_moe.tracking.tracker import Tracker
 from lifelong_moe.training.logger import Row
 from pipelines import render_retrain
 from pipelines.candidates import Candidate
+from pipelines.plan_file import PlanFacts
 from pipelines.record_params import CONFIG, config_yaml, stage_params
 from pipelines.recorded import show_champion
 
@@ -74,25 +75,24 @@ class TickRecord:
         """Training curves of the candidate."""
         self.tracker.log_metrics(self.run_id, points)
 
-    def planned(self, facts: Mapping[str, Any], candidate: Candidate | None) -> None:
+    def planned(self, facts: PlanFacts, candidate: Candidate | None) -> None:
         """The plan as a file and its terms as metrics; the candidate's settings as params, and as a file in whole."""
-        rows = [(f"decision/{key}", number(value), 0) for key, value in facts["decision"]["terms"].items()]
-        for name, drift in facts["drift"].items():
-            rows += [(f"drift/{name}/{key}", number(drift[key]), 0) for key in ("auc", "null_quantile", "psi")]
-        if power := facts.get("power"):
-            rows.append(("gate/harmless_passes", power["passes"], 0))
-        # What the text looks like; plans of earlier versions do not say.
-        looks = facts.get("looks", {})
+        rows = [(f"decision/{key}", number(value), 0) for key, value in facts.decision.terms.items()]
+        for name, drift in facts.drift.items():
+            rows += [(f"drift/{name}/{key}", number(getattr(drift, key)), 0) for key in ("auc", "null_quantile", "psi")]
+        if facts.power is not None:
+            rows.append(("gate/harmless_passes", facts.power.passes, 0))
+        looks = {} if facts.looks is None else dataclasses.asdict(facts.looks)
         rows += [(f"looks/{key}", float(value), 0) for key, value in looks.items() if isinstance(value, (int, float))]
         self.tracker.log_metrics(self.run_id, rows)
-        self.tracker.log_text(self.run_id, json.dumps(facts, indent=1, ensure_ascii=False), "plan.json")
+        self.tracker.log_text(self.run_id, json.dumps(facts.to_json(), indent=1, ensure_ascii=False), "plan.json")
         if candidate is not None and self.run_id is not None:
             self.tracker.start_run("", run_id=self.run_id, params=stage_params(candidate.planned))
             self.tracker.log_text(self.run_id, config_yaml(whole_config(candidate.raw)), CONFIG)
 
-    def candidate(self, stage: CommittedStage, facts: Mapping[str, Any]) -> None:
+    def candidate(self, stage: CommittedStage, facts: PlanFacts) -> None:
         """Register the candidate, whatever becomes of it."""
-        tags = {"stage_key": stage.key, "stage": stage.name, "run": self.opened.head.run, "data": facts["data"]}
+        tags = {"stage_key": stage.key, "stage": stage.name, "run": self.opened.head.run, "data": facts.data}
         tags |= {"parent_key": str(stage.parent), "weights_sha256": stage.weights_hash}
         self.tracker.register_version(
             self.model, stage.path, run_id=self.run_id, tags=tags, description="at the gate", alias="candidate"
@@ -106,7 +106,7 @@ class TickRecord:
                 rows.append((f"gate/{check.name}/{what}", value, 0))
         self.tracker.log_metrics(self.run_id, rows)
 
-    def done(self, outcome: Mapping[str, Any], facts: Mapping[str, Any], verdict: Verdict | None) -> None:
+    def done(self, outcome: Mapping[str, Any], facts: PlanFacts, verdict: Verdict | None) -> None:
         """The outcome in words, and the end."""
         if self.run_id is None:
             return

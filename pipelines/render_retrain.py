@@ -9,48 +9,49 @@ from rich.console import Console
 
 from lifelong_moe.retraining.checks import Verdict
 from lifelong_moe.storage.keys import SHORT
+from pipelines.plan_file import PlanFacts, Power
 
 
-def plan_sentences(facts: Mapping[str, Any]) -> list[str]:
+def plan_sentences(facts: PlanFacts) -> list[str]:
     """What was found, what was decided and why, and what it would cost; a sentence each."""
-    sentences = [f"Batch {facts['batch'][:SHORT]}: {facts['documents']} documents never seen before."]
-    if looks := facts.get("looks"):  # plans of earlier versions have none
-        sentences.append(looks["words"])
-    copies = facts.get("near_copies", {})
+    sentences = [f"Batch {facts.batch[:SHORT]}: {facts.documents} documents never seen before."]
+    if facts.looks is not None:  # plans of earlier versions have none
+        sentences.append(facts.looks.words)
+    copies = facts.near_copies or {}
     if any(copies.values()):
         sentences.append(
             f"Near copies, which are left out: {copies['of_known_text']} of text seen before, "
             f"{copies['of_its_held_out_text']} of the batch's own held-out text."
         )
-    sentences += [f"Against {name}: {drift['words']}" for name, drift in facts["drift"].items()]
-    sentences += facts["decision"]["reasons"]
-    if (stage := facts["stage"]) is not None:
-        how = "new experts" if stage["continues"] is None else f"the experts of stage {stage['continues']} train on"
-        hours = "" if stage["hours"] is None else f", about {60 * stage['hours']:.1f} minutes"
+    sentences += [f"Against {name}: {drift.words}" for name, drift in facts.drift.items()]
+    sentences += facts.decision.reasons
+    if (stage := facts.stage) is not None:
+        how = "new experts" if stage.continues is None else f"the experts of stage {stage.continues} train on"
+        hours = "" if stage.hours is None else f", about {60 * stage.hours:.1f} minutes"
         sentences.append(
-            f"Stage {stage['name']} ({stage['key'][:SHORT]}): {how}; {stage['tokens']:,} tokens "
-            f"({stage['replay_fraction']:.0%} replayed), {stage['parameters_trainable'] / 1e6:.2f}M of "
-            f"{stage['parameters_total'] / 1e6:.2f}M parameters train, {stage['active_flops']:.1e} FLOPs, at most "
-            f"{stage['disk_bytes'] / 1e6:,.1f} MB of disk{hours}."
+            f"Stage {stage.name} ({stage.key[:SHORT]}): {how}; {stage.tokens:,} tokens "
+            f"({stage.replay_fraction:.0%} replayed), {stage.parameters_trainable / 1e6:.2f}M of "
+            f"{stage.parameters_total / 1e6:.2f}M parameters train, {stage.active_flops:.1e} FLOPs, at most "
+            f"{stage.disk_bytes / 1e6:,.1f} MB of disk{hours}."
         )
-    if power := facts.get("power"):  # plans of earlier versions have none
-        sentences.append(_power(power))
-    return [*sentences, *facts["exceeded"]]
+    if facts.power is not None:  # plans of earlier versions have none
+        sentences.append(_power(facts.power))
+    return [*sentences, *facts.exceeded]
 
 
-def _power(power: Mapping[str, Any]) -> str:
+def _power(power: Power) -> str:
     """How often the gate would pass what does no harm; with a warning where that is less than half of the time."""
-    passes, weakest = round(100 * power["passes"]), round(100 * power["weakest_passes"])
-    found = f"This gate would pass a harmless candidate {passes} times of 100 ({power['checks']} check(s) of old text)"
+    passes, weakest = round(100 * power.passes), round(100 * power.weakest_passes)
+    found = f"This gate would pass a harmless candidate {passes} times of 100 ({power.checks} check(s) of old text)"
     if passes >= 50:
         return f"{found}."
     return (
-        f"Warning: {found[0].lower()}{found[1:]}: of {power['weakest']} alone {weakest}. Hold out more sources "
+        f"Warning: {found[0].lower()}{found[1:]}: of {power.weakest} alone {weakest}. Hold out more sources "
         f"of it, or raise evaluate.tokens or gate.tolerance."
     )
 
 
-def plan(console: Console, facts: Mapping[str, Any]) -> None:
+def plan(console: Console, facts: PlanFacts) -> None:
     """Print a plan."""
     for sentence in plan_sentences(facts):
         console.print(f"· {sentence}", highlight=False, markup=False)
@@ -74,7 +75,7 @@ def outcome(console: Console, result: Mapping[str, Any]) -> None:
     )
 
 
-def note(result: Mapping[str, Any], facts: Mapping[str, Any], judged: Verdict | None) -> str:
+def note(result: Mapping[str, Any], facts: PlanFacts, judged: Verdict | None) -> str:
     """The tick's page in MLflow, as Markdown."""
     lines = [f"**{result['outcome']}**: {result['reason']}.", "", "### Plan", ""]
     lines += [f"- {sentence}" for sentence in plan_sentences(facts)]

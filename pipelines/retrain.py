@@ -7,7 +7,6 @@ killed is done again by the next one, which does again only what was not committ
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,7 @@ from pipelines.gating import best_so_far, gate, with_best
 from pipelines.kept_text import with_texts
 from pipelines.novelty import NewDocuments, new_documents, read_texts
 from pipelines.places import ROOT, remove_abandoned
-from pipelines.plan_file import read_plan, refuse_idle_plan
+from pipelines.plan_file import PlanFacts, read_plan, refuse_idle_plan
 from pipelines.record_retrain import TickRecord
 from pipelines.recorded import show_champion
 from pipelines.retrain_plan import TickPlan, check_plan, make_plan
@@ -122,7 +121,7 @@ def _tick(tick: Tick, interrupt: Interrupt, dry_run: bool, plan_path: str | None
         before = waits_still(tick, new)
         if before is not None:
             _show_champion(tick)
-            return tick.end("waiting", _reason(before), batch=before["batch"], data=before["data"])
+            return tick.end("waiting", _reason(before), batch=before.batch, data=before.data)
     trainer = _candidate_trainer(tick, new, texts, interrupt)
     mlflow = TickRecord(Tracker.connect(tick.config.tracking, ROOT), tick)
     try:
@@ -153,9 +152,9 @@ def _show_champion(tick: Tick) -> None:
         show_champion(tick.head, tracker)
 
 
-def _reason(facts: Mapping[str, Any]) -> str:
+def _reason(facts: PlanFacts) -> str:
     """A plan's last word, why nothing is trained."""
-    return str(facts["decision"]["reasons"][-1]).removeprefix("Skip: ").removeprefix("Wait: ").rstrip(".")
+    return facts.decision.reasons[-1].removeprefix("Skip: ").removeprefix("Wait: ").rstrip(".")
 
 
 def _waiting(tick: Tick, new: NewDocuments) -> str | None:
@@ -207,12 +206,12 @@ def _carry_out(
         "action": plan.action.value,
         "plan": str(plan.path(tick.record)),
     }
-    about["near_copies"] = plan.facts.get("near_copies")  # plans of earlier versions do not say it
+    about["near_copies"] = plan.facts.near_copies
     stage, judged = None, None
     if dry_run:
         outcome, reason = "planned", f"{plan.action} is what a tick would do now"
-    elif plan.exceeded:
-        outcome, reason = "over budget", plan.exceeded[0].rstrip(".")
+    elif plan.facts.exceeded:
+        outcome, reason = "over budget", plan.facts.exceeded[0].rstrip(".")
     elif plan.candidate is None:
         outcome, reason = "waiting" if plan.action == Action.wait else "skipped", _reason(plan.facts)
     else:
@@ -233,7 +232,8 @@ def _carry_out(
     elif outcome == "waiting":
         tick.head = replace(tick.head, waiting=new.hash)
         if judged is not None:
-            plan.postpone(tick.record, f"{reason}.")
+            plan = replace(plan, facts=plan.facts.postponed(f"{reason}."))
+            plan.write(tick.record)
     if outcome == "promoted":
         assert stage is not None and plan.candidate is not None
         kept = plan.candidate.config.evaluate.keep_heldout

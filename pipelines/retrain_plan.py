@@ -7,13 +7,13 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lifelong_moe.errors import StalePlanError
 from lifelong_moe.methods.graph import stage_specs
 from lifelong_moe.methods.retraining import Retraining
-from lifelong_moe.retraining.decision import Action, Decision, decide
+from lifelong_moe.retraining.decision import Action, decide
 from lifelong_moe.retraining.drift import Drift
+from lifelong_moe.retraining.operation import LimitsConfig
 from lifelong_moe.stages.head import RunHead
 from lifelong_moe.stages.runs import RunRecord, latest_timestamp, timestamp
 from lifelong_moe.storage.files import write_atomic
@@ -22,8 +22,8 @@ from pipelines.candidates import Candidate, CandidateTrainer
 from pipelines.drifting import drift_notes, has_drifted, look_at_batch, measure_batch, untested
 from pipelines.gating import foreseen_power
 from pipelines.novelty import NewDocuments
-from pipelines.plan_file import read_plan
-from pipelines.probes import probe, require_room_for, shortened, spent, stage_facts
+from pipelines.plan_file import Decided, PlanFacts, Serving, StageFacts, read_plan
+from pipelines.probes import probe, require_room_for, shortened, stage_facts
 
 VALID_DAYS = 7
 
@@ -32,7 +32,7 @@ VALID_DAYS = 7
 class TickPlan:
     """What one tick would do."""
 
-    facts: dict[str, Any]
+    facts: PlanFacts
     """As written to the file."""
     candidate: Candidate | None
     """The stage to train; None to skip."""
@@ -40,26 +40,16 @@ class TickPlan:
     @property
     def action(self) -> Action:
         """What was decided."""
-        return Action(self.facts["decision"]["action"])
-
-    @property
-    def exceeded(self) -> list[str]:
-        """Limits that the plan would break, a sentence each."""
-        return list(self.facts["exceeded"])
+        return self.facts.decision.action
 
     def path(self, record: RunRecord) -> Path:
         """Where it is kept."""
-        return plan_path(record, self.facts["batch"])
+        return plan_path(record, self.facts.batch)
 
     def write(self, record: RunRecord) -> None:
         """Keep it."""
-        write_atomic(self.path(record), json.dumps(self.facts, indent=1, ensure_ascii=False, allow_nan=False))
-
-    def postpone(self, record: RunRecord, reason: str) -> None:
-        """Keep it as the plan of a batch that waits: its stage was trained, and the gate could not tell."""
-        decision = self.facts["decision"]
-        self.facts["decision"] = decision | {"action": Action.wait.value, "reasons": [*decision["reasons"], reason]}
-        self.write(record)
+        facts = json.dumps(self.facts.to_json(), indent=1, ensure_ascii=False, allow_nan=False)
+        write_atomic(self.path(record), facts)
 
 
 def make_plan(trainer: CandidateTrainer, new: NewDocuments, head: RunHead) -> TickPlan:
@@ -82,8 +72,9 @@ def make_plan(trainer: CandidateTrainer, new: NewDocuments, head: RunHead) -> Ti
     # What cannot be afforded is not probed either; of the cheapest way it is said why.
     growing = [way for way, room in zip(ways, rooms, strict=True) if drifted and room]
     probes = 1 + len(growing)
+    limits = settings.limits
     over = {
-        way.planned.key: _exceeded(trainer, stage_facts(trainer, way), head, probes) for way in (continues, *growing)
+        way.planned.key: _exceeded(limits, stage_facts(trainer, way), head, probes) for way in (continues, *growing)
     }
     affordable = [way for way in growing if not over[way.planned.key]]
     exceeded = [] if affordable or not over[continues.planned.key] else over[continues.planned.key]
@@ -108,10 +99,11 @@ def make_plan(trainer: CandidateTrainer, new: NewDocuments, head: RunHead) -> Ti
     notes += _left_out(continues, *affordable)
     notes += [] if all(rooms) else [_full(settings.limits.experts)]
     notes += [f"{_way(way)} is not considered: {over[way.planned.key][0]}" for way in growing if way not in affordable]
-    facts = _facts(trainer, new, drifts, decision, chosen, notes, exceeded)
-    facts["power"] = None if chosen is None else foreseen_power(trainer, shortened(trainer, chosen))
-    facts["looks"] = dataclasses.asdict(look_at_batch(trainer, settings.drift.documents, seed))
-    return TickPlan(facts, chosen)
+    decided = Decided(decision.action, {**decision.terms}, [*notes, *decision.reasons])
+    facts = _facts(trainer, new, drifts, decided, chosen, exceeded)
+    power = None if chosen is None else foreseen_power(trainer, shortened(trainer, chosen))
+    looks = look_at_batch(trainer, settings.drift.documents, seed)
+    return TickPlan(dataclasses.replace(facts, power=power, looks=looks), chosen)
 
 
 def _way(grows: Candidate) -> str:
@@ -156,20 +148,19 @@ def check_plan(path: Path, trainer: CandidateTrainer, new: NewDocuments) -> Tick
         StalePlanError: If champion, batch or settings are others now, or it has expired.
     """
     facts = read_plan(path)
-    old = (facts["champion"]["key"], facts["batch"], facts["settings"])
-    expires, stage = facts["expires"], facts["stage"]
+    old, stage = (facts.champion.key, facts.batch, facts.settings), facts.stage
     now = (trainer.champion.key, new.hash, settings_hash(trainer.retraining))
     for what, before, after in zip(("champion", "batch", "settings"), old, now, strict=True):
         if before != after:
             raise StalePlanError(f"{path}: made for {what} {before[:SHORT]}, which is {after[:SHORT]} now; plan again.")
-    if facts.get("sources") != new.sources:
+    if facts.sources != new.sources:
         raise StalePlanError(f"{path}: made when the documents of its batch named other sources; plan again.")
-    if facts.get("made_at", "") > latest_timestamp():
-        raise StalePlanError(f"{path}: made at {facts['made_at']}, which is in the future; plan again.")
-    if timestamp() > expires:
-        raise StalePlanError(f"{path}: expired at {expires}; plan again.")
-    candidate = None if stage is None else trainer.plan(stage["continues"], grow=stage["grow"])
-    if candidate is not None and candidate.planned.key != stage["key"]:
+    if facts.made_at > latest_timestamp():
+        raise StalePlanError(f"{path}: made at {facts.made_at}, which is in the future; plan again.")
+    if timestamp() > facts.expires:
+        raise StalePlanError(f"{path}: expired at {facts.expires}; plan again.")
+    candidate = None if stage is None else trainer.plan(stage.continues, grow=stage.grow)
+    if stage is not None and candidate is not None and candidate.planned.key != stage.key:
         raise StalePlanError(f"{path}: its stage would be another one now; plan again.")
     return TickPlan(facts, candidate)
 
@@ -193,53 +184,46 @@ def _facts(
     trainer: CandidateTrainer,
     new: NewDocuments,
     drifts: dict[str, Drift],
-    decision: Decision,
+    decided: Decided,
     chosen: Candidate | None,
-    notes: list[str],
     exceeded: list[str],
-) -> dict[str, Any]:
+) -> PlanFacts:
     settings, corpus = trainer.retraining.settings, trainer.texts.corpora[trainer.new]
     stage = None if chosen is None else stage_facts(trainer, chosen)
-    return {
-        "run": trainer.retraining.run,
-        "made_at": timestamp(),
-        "expires": timestamp(time.time() + VALID_DAYS * 86400),
-        "champion": {"version": trainer.champion.id, "key": trainer.champion.key},
-        "batch": new.hash,
-        "sources": new.sources,
-        "data": trainer.new,
-        "documents": len(corpus.train) + len(corpus.heldout),
-        "near_copies": {"of_known_text": new.near_copies, "of_its_held_out_text": len(corpus.near_copies)},
-        "settings": settings_hash(trainer.retraining),
-        "drift": {name: _finite(dataclasses.asdict(drift)) for name, drift in drifts.items()},
-        "decision": {
-            "action": decision.action.value,
-            "terms": _finite(decision.terms),
-            "reasons": [*notes, *decision.reasons],
-        },
-        "stage": stage,
-        "limits": dataclasses.asdict(settings.limits),
-        "exceeded": exceeded,
-        "gate": dataclasses.asdict(settings.gate),
-        "reads": [stage.key for stage in trainer.champion.stages],
-        "stages": [] if stage is None else [stage["key"]],
-    }
+    return PlanFacts(
+        run=trainer.retraining.run,
+        made_at=timestamp(),
+        expires=timestamp(time.time() + VALID_DAYS * 86400),
+        champion=Serving(trainer.champion.id, trainer.champion.key),
+        batch=new.hash,
+        sources=new.sources,
+        data=trainer.new,
+        documents=len(corpus.train) + len(corpus.heldout),
+        near_copies={"of_known_text": new.near_copies, "of_its_held_out_text": len(corpus.near_copies)},
+        settings=settings_hash(trainer.retraining),
+        drift=drifts,
+        decision=decided,
+        stage=stage,
+        limits=dataclasses.asdict(settings.limits),
+        exceeded=exceeded,
+        gate=dataclasses.asdict(settings.gate),
+        reads=[stage.key for stage in trainer.champion.stages],
+        stages=[] if stage is None else [stage.key],
+    )
 
 
-def _exceeded(trainer: CandidateTrainer, stage: dict[str, Any], head: RunHead, probes: int) -> list[str]:
-    limits = trainer.retraining.settings.limits
+def _exceeded(limits: LimitsConfig, stage: StageFacts, head: RunHead, probes: int) -> list[str]:
     week = timestamp(time.time() - 7 * 86400)
     lately = sum(v.kind == "promoted" and v.at > week for v in head.versions_until(latest_timestamp()))
-    needed = {**spent(stage, probes), "disk_bytes": stage["disk_bytes"], "promotions_per_week": lately + 1}
+    needed = {
+        "tokens": stage.tokens_spent(probes),
+        "hours": stage.hours_spent(probes),
+        "disk_bytes": stage.disk_bytes,
+        "promotions_per_week": lately + 1,
+    }
     found = {key: (value, getattr(limits, key)) for key, value in needed.items()}
     return [
         f"limits.{key}={limit} would be exceeded: {value:g}."
         for key, (value, limit) in found.items()
         if limit is not None and value is not None and value > limit
     ]
-
-
-def _finite(values: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no infinity: what has no bound is null."""
-    lowest, highest = float("-inf"), float("inf")
-    return {k: None if isinstance(v, float) and not lowest < v < highest else v for k, v in values.items()}

@@ -875,7 +875,7 @@ def test_text_of_a_version_that_was_rolled_back_can_be_looked_at_again(after_gro
 def test_a_plan_that_was_edited_is_refused(tmp_path: Path, key: str, value: Any) -> None:
     facts: dict[str, Any] = {
         "batch": "b", "settings": "s", "expires": "e", "stage": None, "decision": {"action": "skip"}, "exceeded": [],
-        "champion": {"key": "k"},
+        "champion": {"version": 0, "key": "k"},
     }  # fmt: skip
     path = tmp_path / "plan.json"
     path.write_text(json.dumps(facts))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,32 +17,36 @@ from scipy.stats import norm
 from lifelong_moe.errors import StalePlanError
 from lifelong_moe.retraining.bounds import DocumentLosses
 from lifelong_moe.retraining.config import GateConfig
+from lifelong_moe.retraining.decision import Action
+from lifelong_moe.retraining.drift import Drift
 from lifelong_moe.retraining.operation import LimitsConfig
 from lifelong_moe.stages.head import RunHead
 from lifelong_moe.stages.runs import timestamp
 from lifelong_moe.stages.versions import VersionStage
 from pipelines import probes
+from pipelines.plan_file import Decided, PlanFacts, Power, StageFacts
 from pipelines.retrain_plan import _exceeded, check_plan, settings_hash
 
 DAY = 86400.0
-STAGE: dict[str, Any] = {"tokens": 1000, "probe_tokens": 100, "hours": 2.0, "disk_bytes": 500}
+STAGE = StageFacts(
+    name="new", key="ab" * 32, continues=None, grow={"experts": 2}, tokens=1000, probe_tokens=100, active_flops=1e9,
+    experts_per_layer=4, parameters_total=10, parameters_trainable=5, replay_fraction=0.0, disk_bytes=500, hours=2.0,
+)  # fmt: skip
 
 
 def test_probes_are_spent_as_the_stage_is() -> None:
-    assert probes.spent(STAGE, 3) == {"tokens": 1300, "hours": pytest.approx(2.6)}
-    assert probes.spent(STAGE | {"hours": None}, 1) == {"tokens": 1100, "hours": None}
+    assert (STAGE.tokens_spent(3), STAGE.hours_spent(3)) == (1300, pytest.approx(2.6))
+    assert replace(STAGE, hours=None).hours_spent(1) is None
 
 
 def exceeded(promoted_days_ago: tuple[float, ...] = (), probes: int = 3, **limits: float) -> list[str]:
-    settings = SimpleNamespace(limits=LimitsConfig(**limits))  # type: ignore[arg-type]
-    trainer: Any = SimpleNamespace(retraining=SimpleNamespace(settings=settings))
     stage = VersionStage(name="a", key="k", data="d", action="base")
     head = RunHead(run="r", method="lifelong", seed=0, config={}, plan=("k",), names=("a",), stages=("k",))
     if promoted_days_ago:
         head = head.with_base([stage], timestamp(0))
     for days in promoted_days_ago:
         head = head.promoted("promoted", [stage], "", timestamp(time.time() - days * DAY))
-    return _exceeded(trainer, STAGE, head, probes)
+    return _exceeded(LimitsConfig(**limits), STAGE, head, probes)  # type: ignore[arg-type]
 
 
 def test_limits_count_the_stage_and_its_probes_and_are_themselves_allowed() -> None:
@@ -128,7 +133,7 @@ def plan(tmp_path: Path) -> tuple[Path, dict[str, Any], Any, Any]:
     """A plan's file and facts, and the trainer and documents that it fits."""
     settings = GateConfig()
     retraining: Any = SimpleNamespace(settings=settings, raw=lambda: {"base": "x"})
-    stage = {"key": "ab" * 32, "continues": None, "grow": {"experts": 2}}
+    stage = asdict(STAGE)
     asked: list[Any] = []
 
     def planned(continues: str | None, grow: Any = None) -> Any:
@@ -138,9 +143,9 @@ def plan(tmp_path: Path) -> tuple[Path, dict[str, Any], Any, Any]:
     trainer = SimpleNamespace(champion=SimpleNamespace(key="cd" * 32), retraining=retraining, plan=planned, asked=asked)
     new = SimpleNamespace(hash="ef" * 32, sources="ff")
     facts = {
-        "champion": {"key": trainer.champion.key}, "batch": new.hash, "settings": settings_hash(retraining),
-        "sources": new.sources, "stage": stage, "made_at": timestamp(), "expires": timestamp(time.time() + DAY),
-        "decision": {"action": "grow"}, "exceeded": [],
+        "champion": {"version": 0, "key": trainer.champion.key}, "batch": new.hash,
+        "settings": settings_hash(retraining), "sources": new.sources, "stage": stage, "made_at": timestamp(),
+        "expires": timestamp(time.time() + DAY), "decision": {"action": "grow"}, "exceeded": [],
     }  # fmt: skip
     return tmp_path / "plan.json", facts, trainer, new
 
@@ -167,3 +172,17 @@ def test_settings_are_all_that_a_person_configured(plan: Any) -> None:
     assert settings_hash(trainer.retraining) == facts["settings"]
     for other in others:
         assert settings_hash(SimpleNamespace(**{**now, **other})) != facts["settings"]  # type: ignore[arg-type]
+
+
+def test_a_plan_is_read_as_it_was_written(plan: Any) -> None:
+    """Bounds that there are none of are null in the file, and what an earlier version's plan lacks is absent."""
+    facts = PlanFacts.from_json(plan[1])
+    assert (facts.power, facts.looks, facts.near_copies) == (None, None, None)
+    decision = Decided(facts.decision.action, {"a": math.inf, "b": 1.0}, ["so"])
+    drift = Drift(auc=None, null_quantile=None, psi=0.5, new_sources=1, old_sources=1, drifted=False, words="No answer")
+    full = replace(facts, decision=decision, drift={"wiki": drift}, power=Power(0.9, 2, "wiki", 0.95))
+    written = json.loads(json.dumps(full.to_json(), allow_nan=False))
+    assert written["decision"] == {"action": "grow", "terms": {"a": None, "b": 1.0}, "reasons": ["so"]}
+    again = PlanFacts.from_json(written)
+    assert again == replace(full, decision=Decided(decision.action, {"a": None, "b": 1.0}, ["so"]))
+    assert again.postponed("later").decision == Decided(Action.wait, {"a": None, "b": 1.0}, ["so", "later"])
