@@ -194,9 +194,11 @@ def test_an_absent_store_that_nothing_is_kept_for_is_no_failure(lab: None, capsy
 
 
 def test_credentials_that_the_head_does_not_hold_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    def recorded(config: dict[str, Any]) -> TrackingConfig:
+        return tracking_of(RunHead(run="r", method="lifelong", seed=0, config=config, plan=(), names=()))
+
     def uri(written: str) -> str | None:
-        config = {"tracking": {"uri": written}}
-        return tracking_of(RunHead(run="r", method="lifelong", seed=0, config=config, plan=(), names=())).uri
+        return recorded({"tracking": {"uri": written}}).uri
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     assert uri("http://***@host:5000/x") == "http://host:5000/x"
@@ -205,7 +207,7 @@ def test_credentials_that_the_head_does_not_hold_come_from_the_environment(monke
     assert uri("http://***@other/x") == "http://other/x"
     monkeypatch.setenv("OWN", "http://you:secret@host:5000/x")
     assert uri("${oc.env:OWN}") == "http://you:secret@host:5000/x"
-    assert tracking_of({"config": {}}) == TrackingConfig()
+    assert recorded({}) == TrackingConfig()
 
 
 def test_a_tick_shows_how_it_ended_and_with_what(

@@ -265,7 +265,9 @@ def test_what_ended_a_run_is_shown(lab: Path, config: dict[str, Any], monkeypatc
         (parent,), children = runs()
         assert [run.info.status for run in (parent, *children)] == [status, status], code
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr("pipelines.run._evaluate_init", raises(ZeroDivisionError()))  # before there is any stage
+        patch.setattr(
+            "pipelines.run.Measurements.evaluations", raises(ZeroDivisionError())
+        )  # before there is any stage
         train()
     assert runs()[0][0].info.status == "FAILED"
     train()
