@@ -14,6 +14,10 @@ from typing import Any, get_args, get_type_hints
 from lifelong_moe.config.run import RunConfig
 from lifelong_moe.methods.comparison import ComparisonConfig
 from lifelong_moe.methods.retraining import RetrainConfig
+from lifelong_moe.routing.capacity_config import CapacityConfig
+from lifelong_moe.routing.config import RoutingConfig
+from lifelong_moe.routing.modes import ROUTERS
+from lifelong_moe.routing.topk_config import OwnConfig
 
 INTRODUCTION = """# Configuration
 
@@ -59,6 +63,47 @@ A file of its own, such as `configs/compare.yaml`, that names a run's configurat
 """
 
 
+def routing_section() -> list[str]:
+    """The keys of all modes in one table, each with the modes that have it and what they bring for it."""
+    rows: dict[tuple[str, str], dict[str, list[str]]] = {}
+    for mode, cls in [(mode, ROUTERS[mode].settings) for mode in ROUTERS] + [("your own", OwnConfig)]:
+        docs = {
+            key: doc
+            for base in reversed(cls.__mro__)
+            if dataclasses.is_dataclass(base)
+            for key, doc in field_docs(base).items()
+        }
+        for field in dataclasses.fields(cls):
+            default = "learned" if field.name == "mode" else default_text(field)
+            if field.name == "capacity":
+                made = cls().capacity
+                default = "null" if made is None else brought(made)
+            rows.setdefault((field.name, docs[field.name]), {}).setdefault(default, []).append(mode)
+    lines = []
+    for (key, doc), defaults in rows.items():
+        modes = [mode for these in defaults.values() for mode in these]
+        whose = "all" if len(modes) > len(ROUTERS) else ", ".join(modes)
+        first, *others = defaults.items()
+        values = "".join(f"; {', '.join(these)}: `{value}`" for value, these in others)
+        lines.append(f"| `{key}` | {whose} | `{first[0]}`{values} | {doc} |")
+    head = [
+        "## `routing`",
+        "",
+        str(inspect.getdoc(RoutingConfig)),
+        "",
+        "| key | modes | default | |",
+        "|---|---|---|---|",
+    ]
+    return [*head, *lines, "", *section(CapacityConfig, "routing.capacity", "")]
+
+
+def brought(capacity: CapacityConfig) -> str:
+    """What differs from an empty section, as YAML would write it."""
+    plain = CapacityConfig()
+    keys = [f.name for f in dataclasses.fields(capacity) if getattr(capacity, f.name) != getattr(plain, f.name)]
+    return f"{{{', '.join(f'{key}: {getattr(capacity, key)}' for key in keys)}}}"
+
+
 def section(cls: type, path: str, whole: str) -> list[str]:
     """A table for one dataclass, then the sections inside it."""
     hints, docs = get_type_hints(cls), field_docs(cls)
@@ -68,6 +113,9 @@ def section(cls: type, path: str, whole: str) -> list[str]:
         nested = next((k for k in (kind, *get_args(kind)) if dataclasses.is_dataclass(k)), None)
         name = f"{path}.{field.name}" if path else field.name
         if nested is not None:
+            if issubclass(nested, RoutingConfig):
+                inner += routing_section()
+                continue
             suffix = ".NAME" if field.name == "distributions" else "[i]" if field.name == "stages" else ""
             inner += section(nested, name + suffix, whole)
         else:

@@ -214,9 +214,9 @@ def _fit_first(stage: CommittedStage, prepared: Prepared, store: StageStore, ope
             prepared.config.routing.effective(grown=True),
             [prepared.data.corpora.get(d) for d in stage.split],
         )
-        clusters = one_day.clusters_of(prepared.plan[0].architecture.generations[0].experts)
-        has_text = all(text is not None for text in texts)
-        if needs_first_centroids(one_day) and has_text and sum(t.train.num_documents for t in texts if t) >= clusters:
+        documents = 0 if None in texts else sum(text.train.num_documents for text in texts if text is not None)
+        experts = prepared.plan[0].architecture.generations[0].experts
+        if needs_first_centroids(one_day) and documents >= one_day.clusters_of(experts):
             routing = one_day
     if routing is not None:
         fitted = first_centroids(store, stage, routing, prepared.data.corpora)

@@ -115,13 +115,14 @@ def require_text(plan: Sequence[PlannedStage], data: PreparedData, head: RunHead
 
 def _require_first_text(plan: Sequence[PlannedStage], data: PreparedData, store: StageStore) -> None:
     """What tells the first stage's text from later text is fitted on it, once."""
-    grown = next((p for p in plan if needs_first_centroids(p.spec.routing)), None)
+    each = ((planned.spec.name, planned.spec.routing) for planned in plan)
+    grown = next(((name, routing) for name, routing in each if needs_first_centroids(routing)), None)
     first = store.find(plan[0].key)
     gone = [name for name in plan[0].spec.learns if name in data.gone]
-    if grown is None or not gone or first is None or find_centroids(store, first, grown.spec.routing) is not None:
+    if grown is None or not gone or first is None or find_centroids(store, first, grown[1]) is not None:
         return
     raise DataError(
-        f"{data.gone[gone[0]]} Stage {grown.spec.name} needs centroids of that text (routing.bundles=cluster), and "
+        f"{data.gone[gone[0]]} Stage {grown[0]} needs centroids of that text (routing.bundles=cluster), and "
         f"they were never fitted."
     )
 

@@ -20,18 +20,10 @@ from lifelong_moe.config.run import RunConfig
 from lifelong_moe.model.config import ModelConfig
 from lifelong_moe.model.transformer import LanguageModel, initialize
 from lifelong_moe.plan.architecture import Architecture, Generation
+from lifelong_moe.routing.capacity_config import CapacityConfig, Overflow, Priority
 from lifelong_moe.routing.cluster import TokenClusterRouter
-from lifelong_moe.routing.config import (
-    BalanceScope,
-    Bundles,
-    CapacityConfig,
-    Features,
-    Level,
-    Overflow,
-    Priority,
-    RoutingConfig,
-    Score,
-)
+from lifelong_moe.routing.config import STORED, BalanceScope, Bundles, Features, Level, RoutingConfig, Score
+from lifelong_moe.routing.modes import keys_of, settings_of
 from lifelong_moe.tracking.connection import prepare_environment
 
 MEMORY = Path("/dev/shm")
@@ -86,6 +78,16 @@ ROUTER_KINDS: dict[str, dict[str, Any]] = {
 }
 
 
+def routing_of(**keys: Any) -> RoutingConfig:
+    """Settings of a mode: keys that are not given are as in stored stages, whatever the mode's authors have.
+
+    Keys of other modes may say that there is no such thing.
+    """
+    mode = keys.get("mode", "learned")
+    plain = {key: STORED[key] for key in keys_of(mode) & STORED.keys()}
+    return settings_of(mode)(**plain | {key: value for key, value in keys.items() if value or key in keys_of(mode)})
+
+
 def build_architecture(
     kind: str = "learned",
     generations: tuple[int | Generation, ...] = (4,),
@@ -98,10 +100,12 @@ def build_architecture(
     # Far larger than usual, so that logits differ by whole units and a difference of 1e-6 means equal.
     born = tuple(one if isinstance(one, Generation) else Generation(f"s{g}", one) for g, one in enumerate(generations))
     shape |= {"experts": born[0].experts, "init_std": 0.3, "document_mask": kind == "document" or "bundles" in kind}
-    router = {"feature_width": 6, "chunk_tokens": 4} | ROUTER_KINDS[kind]
+    router = ROUTER_KINDS[kind] | dict(routing or {})
+    small = {"feature_width": 6, "chunk_tokens": 4}
+    router = {key: small[key] for key in keys_of(router.get("mode", "learned")) & set(small)} | router
     return Architecture(
         model=ModelConfig(**(shape | dict(model or {}))),
-        routing=RoutingConfig(**(router | dict(routing or {}))),
+        routing=routing_of(**router),
         vocab_size=VOCAB,
         bos_id=0,
         generations=born,

@@ -9,7 +9,7 @@ from lifelong_moe.model.config import ModelConfig
 from lifelong_moe.plan.architecture import Architecture, first_generation
 from lifelong_moe.plan.spec import StageSpec
 from lifelong_moe.retention.config import ReplaySource
-from lifelong_moe.routing.config import RoutingConfig
+from lifelong_moe.routing.topk_config import LearnedConfig
 from lifelong_moe.stages.record import StageRecord
 from lifelong_moe.training.config import OptimConfig
 
@@ -20,7 +20,7 @@ def made_spec(name: str = "one", **changes: Any) -> StageSpec:
         "name": name, "data": f"{name}_text", "parent": None, "replayed": (), "replay_weights": (),
         "replay_fraction": 0.0, "replay_source": ReplaySource.stored, "replay_buffer": None, "fisher_data": (),
         "tokens": 1000, "grow": None, "continues": None, "trunk": None, "distill": None, "penalty": None,
-        "review": None, "optim": OptimConfig(), "finetune": None, "model": ModelConfig(), "routing": RoutingConfig(),
+        "review": None, "optim": OptimConfig(), "finetune": None, "model": ModelConfig(), "routing": LearnedConfig(),
         "seed": 0, "precision": "32-true", "gradient_clip": 1.0, "accumulate": 1, "processes": 1,
     }  # fmt: skip
     return StageSpec(**plain | changes)

@@ -21,9 +21,8 @@ from lifelong_moe.config.yaml_file import apply_override, read_yaml
 from lifelong_moe.data.config import SourceConfig
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.retention.refusals import refuse_idle_method, refuse_moving_trunk, refuse_unfit_mode
-from lifelong_moe.routing.config import DEFAULTS
-from lifelong_moe.routing.refusals import refuse_idle_keys, refuse_lone_choices
-from lifelong_moe.routing.switching import leave_behind
+from lifelong_moe.routing.modes import settings_of
+from lifelong_moe.routing.switching import leave_behind, own_keys
 from lifelong_moe.storage.credentials import without_credentials
 
 
@@ -84,17 +83,16 @@ def build_config(raw: DictConfig, *, is_stored: bool = False) -> RunConfig:
         is_stored: Whether it is of a run that exists: an earlier version may have let it have what is refused today.
     """
     if is_stored and OmegaConf.select(raw, "routing.capacity") and OmegaConf.select(raw, "routing.balance_scope"):
-        raw = raw.copy()  # they may contradict each other; see RoutingConfig.from_json
+        raw = raw.copy()  # they may contradict each other; see stored_routing
         del raw.routing.balance_scope
     known = {f.name for f in dataclasses.fields(RunConfig)} | {"stage_defaults"}
     for key in raw:
         require_known(str(key), known, "key")
     if not is_stored:
         refuse_unfit_mode(raw)
-    under = {"routing": mode_defaults(raw.get("routing"))}
-    values: dict[str, Any] = {
-        name: section(cls, raw.get(name), name, under.get(name)) for name, cls in sections_of(RunConfig).items()
-    }
+    nodes = {name: (cls, raw.get(name)) for name, cls in sections_of(RunConfig).items()}
+    nodes["routing"] = _of_its_mode(*nodes["routing"], is_stored=is_stored)
+    values: dict[str, Any] = {name: section(cls, node, name) for name, (cls, node) in nodes.items()}
     sources = _mapping(raw, "distributions")
     names = {str(key): key for key in sources}  # one such as 2024 is a number in YAML
     values["distributions"] = {
@@ -107,8 +105,7 @@ def build_config(raw: DictConfig, *, is_stored: bool = False) -> RunConfig:
     config = RunConfig(run=scalars.run, method=scalars.method, seed=scalars.seed, **values)
     require_consistent(config)
     if not is_stored:
-        refuse_lone_choices(config.routing)
-        refuse_idle_keys(config.routing)
+        config.routing.refuse_lone_choice()
         refuse_idle_method(config.method, config.routing, config.stages, raw)
         refuse_moving_trunk(config.method, config.routing, config.stages)
     require_finite(config, "")
@@ -125,10 +122,9 @@ def whole_config(raw: DictConfig) -> dict[str, Any]:
         Plain data that may be logged, like that of :func:`written_config`: what refers to a secret still only refers.
     """
     found = _unresolved(_Scalars, OmegaConf.masked_copy(raw, ["run", "method", "seed"]))
-    under = {"routing": mode_defaults(raw.get("routing"))}
-    found |= {
-        name: _unresolved(cls, raw._get_node(name), under.get(name)) for name, cls in sections_of(RunConfig).items()
-    }
+    parts = {name: (cls, raw._get_node(name)) for name, cls in sections_of(RunConfig).items()}
+    parts["routing"] = _of_its_mode(*parts["routing"])
+    found |= {name: _unresolved(cls, node) for name, (cls, node) in parts.items()}
     nodes: list[Any] = [raw._get_node(key) for key in ("distributions", "stages", "stage_defaults")]
     sources, stages, defaults = nodes
     found["distributions"] = _each(SourceConfig, sources)
@@ -160,10 +156,12 @@ def _each(cls: type, nodes: Any, under: DictConfig | None = None) -> Any:
     return {str(key): _unresolved(cls, nodes._get_node(key), under) for key in nodes}
 
 
-def mode_defaults(routing: Any) -> DictConfig:
-    """What ``routing.mode`` sets unless the user does."""
-    mode = routing.get("mode") if isinstance(routing, DictConfig) else None
-    return OmegaConf.create(DEFAULTS.get(mode, {}) if isinstance(mode, str) else {})
+def _of_its_mode(cls: type, node: Any, *, is_stored: bool = False) -> tuple[type, Any]:
+    """The dataclass of the mode that a routing section names, and the section without keys of other modes."""
+    if not isinstance(node, DictConfig) or _refers(node):
+        return cls, node
+    with errors_under("routing"):
+        return settings_of(node.get("mode", "learned")), own_keys(node, is_stored=is_stored)
 
 
 def _stages(raw: DictConfig) -> list[StageConfig]:

@@ -7,7 +7,8 @@ from lifelong_moe.config.run import Method, RunConfig
 from lifelong_moe.config.stage_rules import require_consistent_stage
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.model.config import ExpertsImplementation
-from lifelong_moe.routing.config import FOR_ENCODERS, Bundles
+from lifelong_moe.routing.config import Bundles
+from lifelong_moe.routing.modes import FOR_ENCODERS
 from lifelong_moe.training.config import Offload
 
 

@@ -14,6 +14,7 @@ from lifelong_moe.growth.config import GrowConfig
 from lifelong_moe.model.config import ModelConfig
 from lifelong_moe.retention.config import DistillConfig, PenaltyConfig, ReplayConfig, ReviewConfig, TrunkConfig
 from lifelong_moe.routing.config import RoutingConfig
+from lifelong_moe.routing.topk_config import LearnedConfig
 from lifelong_moe.tracking.config import TrackingConfig
 from lifelong_moe.training.config import CheckpointConfig, FinetuneConfig, FrozenConfig, OptimConfig, TrainerConfig
 
@@ -118,7 +119,7 @@ class RunConfig:
     """Every distribution that is trained or evaluated, by name."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The transformer's shape."""
-    routing: RoutingConfig = field(default_factory=RoutingConfig)
+    routing: RoutingConfig = field(default_factory=LearnedConfig)
     """How tokens reach experts."""
     stages: list[StageConfig]
     """The stream, in order."""

@@ -8,7 +8,8 @@ from lifelong_moe.errors import ConfigError
 from lifelong_moe.growth.config import ExpertInit, FrozenWeights
 from lifelong_moe.retention.config import PenaltyKind, ReplaySource, TrunkTraining
 from lifelong_moe.retention.refusals import require_text
-from lifelong_moe.routing.config import Features, Level, RoutingConfig
+from lifelong_moe.routing.router_config import ClusterConfig
+from lifelong_moe.routing.topk_config import LearnedConfig
 from lifelong_moe.training.config import Offload
 
 
@@ -69,7 +70,7 @@ def _check_tokens(run: RunConfig, i: int, stage: StageConfig) -> None:
         )
     if stage.tokens < tokens:
         raise ConfigError(f"stages[{i}].tokens={stage.tokens} is less than one step of {tokens} tokens.")
-    if i == 0 and _clusters_hidden(run.routing) and stage.tokens < 2 * tokens:
+    if i == 0 and run.routing.clusters_hidden and stage.tokens < 2 * tokens:
         raise ConfigError(
             f"stages[0].tokens={stage.tokens} is less than two steps of {tokens} tokens; routing.features=hidden "
             f"needs one before clusters are fitted and one after."
@@ -100,7 +101,8 @@ def _check_experts(run: RunConfig, i: int, stage: StageConfig) -> None:
     grows = i == 0 or run.method == Method.lifelong
     if not by_group or not grows or experts == 0:
         return
-    groups = 1 if run.routing.has_bundles else (run.routing.clusters or 1)
+    routing = run.routing
+    groups = 1 if routing.has_bundles or not isinstance(routing, ClusterConfig) else (routing.clusters or 1)
     if experts < groups * run.routing.top_k:
         key = "model.experts" if i == 0 else f"stages[{i}].grow.experts"
         raise ConfigError(
@@ -181,8 +183,8 @@ def _check_upcycling(run: RunConfig, i: int, stage: StageConfig) -> None:
         raise ConfigError(
             f"stages[{i}].grow.init=upcycle copies a dense model: set model.experts=1, and no growth before it."
         )
-    plain = routing.mode == "learned" and not routing.has_bundles and routing.capacity is None
-    if not (plain and routing.renormalize and routing.gate_scale == 1 and routing.top_k > 1):
+    sums_to_1 = isinstance(routing, LearnedConfig) and routing.renormalize and routing.gate_scale == 1
+    if not sums_to_1 or routing.top_k < 2 or routing.has_bundles or routing.capacity is not None:
         raise ConfigError(
             f"stages[{i}].grow.init=upcycle needs gates that sum to 1: routing.mode=learned with renormalize=true, "
             f"gate_scale=1 and top_k above 1, without capacity and bundles."
@@ -228,7 +230,3 @@ def _check_retention(run: RunConfig, i: int, stage: StageConfig) -> None:
             f"stages[{i}].replay.source=generated: text that a model wrote has no label, which this routing needs. "
             f"Set replay.source=stored."
         )
-
-
-def _clusters_hidden(routing: RoutingConfig) -> bool:
-    return routing.mode == "cluster" and routing.level == Level.token and routing.features == Features.hidden

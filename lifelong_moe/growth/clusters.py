@@ -22,7 +22,9 @@ from lifelong_moe.growth.observe import observe
 from lifelong_moe.model.groups import BundleClusters, TfidfClusters
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.routing.cluster import TokenClusterRouter
-from lifelong_moe.routing.config import Centroids, Features, HashTable, Level
+from lifelong_moe.routing.config import Centroids, HashTable, Level
+from lifelong_moe.routing.router_config import ClusterConfig, HashConfig
+from lifelong_moe.routing.shared_config import TextClusterConfig
 
 FIT_DOCUMENTS = 4096
 
@@ -43,7 +45,8 @@ def fit_token_clusters(
         seed: Of the embedding and of every clustering.
     """
     routing = model.architecture.routing
-    if routing.features == Features.embedding:
+    assert isinstance(routing, ClusterConfig)
+    if routing.clusters_embedding:
         table: Tensor = model.token_features  # type: ignore[assignment]
         if not bool(table.any()):
             fitted = token_embedding(stream, len(table), routing.feature_width, seed=seed)
@@ -52,7 +55,7 @@ def fit_token_clusters(
     for i, layer in enumerate(model.moe_layers()):
         router = layer.router
         assert isinstance(router, TokenClusterRouter)
-        if routing.features == Features.hidden:
+        if routing.clusters_hidden:
             features_NF = observe(model, sample)[i].inputs_ND.numpy()
         num = router.generations[-1]
         if routing.centroids == Centroids.random:
@@ -74,6 +77,7 @@ def fit_token_tables(model: LanguageModel, stream: NDArray[np.integer], seed: in
         seed: Of embedding and clustering.
     """
     routing, vocab_size = model.architecture.routing, model.architecture.vocab_size
+    assert isinstance(routing, HashConfig)
     tables: dict[int, Tensor] = {num: getattr(model, name) for num, name in model.table_names.items()}
     if any(bool(buckets.any()) for buckets in tables.values()):
         return
@@ -116,7 +120,7 @@ def fit_document_clusters(model: LanguageModel, documents: Sequence[NDArray[np.i
         seed: Of the SVD and the clustering.
     """
     clusters, routing = model.document_clusters, model.architecture.routing
-    assert clusters is not None
+    assert clusters is not None and isinstance(routing, TextClusterConfig)
     if routing.centroids == Centroids.random:
         return
     groups, vocab_size = len(clusters.all_centroids()[-1]), model.architecture.vocab_size
@@ -146,5 +150,5 @@ def fit_clusters(
         fit_document_clusters(model, documents, seed)
     if routing.has_table:
         fit_token_tables(model, stream, seed)
-    if routing.mode == "cluster" and routing.level == Level.token:
+    if isinstance(routing, ClusterConfig) and routing.level == Level.token:
         fit_token_clusters(model, stream, sample, seed)

@@ -22,6 +22,7 @@ from torch import Tensor
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.model.parts import TensorName, expert_tensor, router_rows
 from lifelong_moe.plan.architecture import Architecture
+from lifelong_moe.routing.topk_config import LearnedConfig
 
 
 def output_similarity(outputs_END: Tensor) -> Tensor:
@@ -131,7 +132,8 @@ def _renumbered(name: str, pairs: Mapping[int, tuple[int, int]]) -> str | None:
 
 def _require_mergeable(architecture: Architecture, generation: int, pairs: Mapping[int, tuple[int, int]]) -> None:
     routing, born = architecture.routing, architecture.generations[generation]
-    if routing.mode != "learned" or routing.has_bundles or routing.bias_rate or routing.expert_groups > 1:
+    plain = isinstance(routing, LearnedConfig) and not routing.bias_rate
+    if not plain or routing.has_bundles or routing.expert_groups > 1:
         raise ConfigError(
             f"routing.mode={routing.mode}, bundles={routing.bundles}: experts merge only under a learned router "
             f"without bundles, biases and groups; another one would send them text that they did not learn from."

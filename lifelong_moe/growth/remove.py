@@ -15,7 +15,9 @@ from torch import Tensor
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.model.parts import TensorName
 from lifelong_moe.plan.architecture import Architecture
-from lifelong_moe.routing.config import ROUTERS, Centroids
+from lifelong_moe.routing.config import Centroids
+from lifelong_moe.routing.modes import ROUTERS
+from lifelong_moe.routing.shared_config import TextClusterConfig
 
 
 def remove_generation(
@@ -78,7 +80,8 @@ def _require_removable(architecture: Architecture, index: int) -> None:
         )
     if routing.mode not in ROUTERS:
         raise ConfigError(f"routing.mode={routing.mode} is a router of your own; what it keeps of a stage is unknown.")
-    hashes = routing.mode == "hash" or (routing.by_document and routing.centroids == Centroids.random)
+    drawn = isinstance(routing, TextClusterConfig) and routing.centroids == Centroids.random
+    hashes = routing.mode == "hash" or (routing.by_document and drawn)
     if hashes and index != newest:
         raise ConfigError(
             f"routing hashes into numbered experts, so without stage {architecture.generations[index].stage} other "

@@ -18,7 +18,7 @@ from lifelong_moe.errors import CheckpointError, ConfigError
 from lifelong_moe.model.config import ModelConfig
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.architecture import Architecture, Generation
-from lifelong_moe.routing.config import RoutingConfig
+from lifelong_moe.routing.topk_config import LearnedConfig
 
 BLOCK_NAMES = {
     "attention_norm.weight": "input_layernorm.weight",
@@ -67,7 +67,7 @@ def to_mixtral(model: LanguageModel) -> tuple[dict[str, Any], dict[str, Tensor]]
     """
     architecture = model.architecture
     routing = architecture.routing
-    if routing.mode != "learned":
+    if not isinstance(routing, LearnedConfig):
         raise ConfigError(f"routing.mode={routing.mode} has no Mixtral form; only learned routing can be exported.")
     if routing.has_bundles and len(architecture.generations) > 1:
         raise ConfigError(
@@ -208,7 +208,7 @@ def _architecture(config: Mapping[str, Any], stage: str) -> Architecture:
             tie_embeddings=config.get("tie_word_embeddings", False),
             init_std=config.get("initializer_range", 0.02),
         ),
-        routing=RoutingConfig(top_k=config["num_experts_per_tok"]),
+        routing=LearnedConfig(top_k=config["num_experts_per_tok"]),
         vocab_size=config["vocab_size"],
         bos_id=config["bos_token_id"],
         generations=(Generation(stage, config["num_local_experts"]),),

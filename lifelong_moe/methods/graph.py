@@ -38,7 +38,6 @@ from lifelong_moe.config.rules import require_consistent
 from lifelong_moe.config.run import Method, RunConfig, StageConfig, StageKind
 from lifelong_moe.plan.spec import StageSpec
 from lifelong_moe.retention.config import DistillText, PenaltyKind, ReplaySource
-from lifelong_moe.routing.refusals import refuse_what_groups_lack
 
 MOST_TURNS = 1000
 """Turns in a round of the joint stage's distributions; whatever shares would need more are rounded."""
@@ -99,11 +98,11 @@ def stage_specs(config: RunConfig, gone: Collection[str] = ()) -> list[StageSpec
 def _require_groups(config: RunConfig, recipe: Recipe) -> None:
     """Each generation's experts form the groups that routing asks for."""
     for num in sorted(set(config.model.experts_by_layer) - {0}):
-        refuse_what_groups_lack(config.routing, num, "model.experts", is_first=True)
+        config.routing.require_groups(num, "model.experts", is_first=True)
     for i, stage in enumerate(config.stages):
         if _grows(recipe, i, stage):
             key = f"stages[{i}].grow.experts"
-            refuse_what_groups_lack(config.routing, stage.grow.experts, key, is_first=False)
+            config.routing.require_groups(stage.grow.experts, key, is_first=False)
 
 
 def with_all_experts(config: RunConfig) -> RunConfig:

@@ -11,6 +11,7 @@ from lifelong_moe.methods.graph import stage_specs
 from lifelong_moe.plan.architecture import Architecture
 from lifelong_moe.plan.disk import DiskNeed, disk_need
 from lifelong_moe.plan.planned import PlannedStage
+from lifelong_moe.routing.shared_config import TextClusterConfig
 
 
 def plan_stages(config: RunConfig, data: DataIdentity) -> list[PlannedStage]:
@@ -62,7 +63,8 @@ def check_clusters(planned: list[PlannedStage], documents: Mapping[str, int]) ->
     """
     for stage in planned:
         routing = stage.spec.routing
-        if not routing.by_document or not (stage.spec.parent is None or stage.spec.grow):
+        fits = stage.spec.parent is None or stage.spec.grow
+        if not isinstance(routing, TextClusterConfig) or not routing.by_document or not fits:
             continue
         clusters = routing.clusters_of(stage.architecture.generations[-1].experts)
         # With bundles the first stage's centroids are fitted for the first stage that grows.

@@ -18,6 +18,7 @@ from lifelong_moe.clustering.documents import num_chunks, prefix_features
 from lifelong_moe.clustering.kmeans import assign
 from lifelong_moe.plan.architecture import Architecture
 from lifelong_moe.routing.config import Centroids
+from lifelong_moe.routing.shared_config import TextClusterConfig
 
 BATCH_TOKENS = 2**16
 """Tokens whose prefixes are held at a time: at one token a chunk, as many rows of float64 ``(F,)``."""
@@ -30,10 +31,11 @@ class DocumentClusters(nn.Module):
     change. With ``routing.centroids=random`` a hash of chunk 0 decides for all later ones, and nothing is fitted.
     """
 
-    def __init__(self, architecture: Architecture, width: int) -> None:
+    def __init__(self, architecture: Architecture, width: int | None = None) -> None:
         super().__init__()
+        assert isinstance(architecture.routing, TextClusterConfig)
         self.routing = architecture.routing
-        self.width = width
+        self.width = width or self.routing.feature_width
         self.generations = 0
 
     def add(self, num_experts: int) -> None:
@@ -94,7 +96,7 @@ class TfidfClusters(DocumentClusters):
     projection: Tensor
 
     def __init__(self, architecture: Architecture) -> None:
-        super().__init__(architecture, architecture.routing.feature_width)
+        super().__init__(architecture)
         self.register_buffer("projection", torch.zeros(architecture.vocab_size, self.width))
 
     def set_projection(self, projection_VF: NDArray[np.float32]) -> None:

@@ -28,7 +28,7 @@ from lifelong_moe.ops.document_attention import Documents
 from lifelong_moe.ops.norm import RMSNorm
 from lifelong_moe.plan.architecture import Architecture, Generation
 from lifelong_moe.routing.base import Routing, RoutingContext
-from lifelong_moe.routing.config import Features, Level
+from lifelong_moe.routing.router_config import ClusterConfig
 
 
 @dataclass
@@ -62,11 +62,11 @@ class LanguageModel(nn.Module):
         self.head = (MixtureHead if routing.competitive else LinearHead)(config.width, architecture.vocab_size)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
-        clustered = routing.mode == "cluster"
         self.document_clusters = build_document_clusters(architecture)
         self.token_features: Tensor | None
-        uses_features = clustered and routing.level == Level.token and routing.features == Features.embedding
-        table = torch.zeros(architecture.vocab_size, routing.feature_width) if uses_features else None
+        table = None
+        if isinstance(routing, ClusterConfig) and routing.clusters_embedding:
+            table = torch.zeros(architecture.vocab_size, routing.feature_width)
         self.register_buffer("token_features", table)
         numbers = [architecture.experts_in(layer) for layer in range(config.layers)] if routing.has_table else []
         self.table_names = table_names(numbers)

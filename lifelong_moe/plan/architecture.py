@@ -9,6 +9,7 @@ from typing import Any
 
 from lifelong_moe.model.config import ModelConfig
 from lifelong_moe.routing.config import RoutingConfig
+from lifelong_moe.routing.modes import stored_routing
 from lifelong_moe.storage.plain import from_plain
 
 
@@ -112,7 +113,7 @@ class Architecture:
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON data; what is None in most models is left out, so that they are written as ever."""
-        data = dataclasses.asdict(self)
+        data = dataclasses.asdict(self) | {"routing": self.routing.to_json()}
         if self.continued is None:
             del data["continued"]
         return data
@@ -120,4 +121,4 @@ class Architecture:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Architecture:
         """The inverse of :meth:`to_json`."""
-        return from_plain(cls, data)
+        return from_plain(cls, {**data, "routing": stored_routing(data["routing"])})

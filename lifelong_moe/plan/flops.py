@@ -15,6 +15,7 @@ from lifelong_moe.plan.phase import Phase
 from lifelong_moe.plan.products import Text, TokenProducts, Trains, pass_products
 from lifelong_moe.plan.spec import StageSpec
 from lifelong_moe.retention.config import WRITTEN_AT_ONCE, DistillText
+from lifelong_moe.routing.topk_config import LearnedConfig
 
 
 def stage_flops(spec: StageSpec, architecture: Architecture, parent: Architecture | None) -> int:
@@ -79,9 +80,10 @@ def _shared_blocks(spec: StageSpec, architecture: Architecture, parent: Architec
     """Blocks at the bottom that compute the same in teacher and student, told from the shape; see
     :func:`lifelong_moe.retention.teacher.shared_blocks`, which looks at the tensors."""
     routing, trains = architecture.routing, _trained(spec, architecture)
-    varies = routing.mode != "learned" or routing.has_bundles or routing.capacity is not None or routing.jitter > 0
+    same = isinstance(routing, LearnedConfig) and routing.capacity is None and not routing.jitter
     drops = spec.finetune is not None and spec.finetune.expert_dropout > 0
-    if varies or drops or spec.student is not None or architecture.has_deltas or parent.has_deltas:
+    apart = routing.has_bundles or architecture.has_deltas or parent.has_deltas
+    if not same or apart or drops or spec.student is not None:
         return 0
     trunk = (Part.embedding, Part.attention, Part.norm, Part.dense, Part.shared)
     if any(trains(part, None) for part in trunk):

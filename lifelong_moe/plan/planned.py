@@ -11,6 +11,7 @@ from lifelong_moe.plan.cost import ParameterCount, count_parameters, parameters_
 from lifelong_moe.plan.flops import stage_flops
 from lifelong_moe.plan.spec import StageSpec
 from lifelong_moe.routing.config import Bundles
+from lifelong_moe.routing.router_config import ClusterConfig
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class PlannedStage:
         routing = self.spec.routing
         if routing.bundles != Bundles.none:
             return f"{routing.mode}, bundles by {routing.bundles}"
-        return f"cluster/{routing.level}" if routing.mode == "cluster" else routing.mode
+        return f"cluster/{routing.level}" if isinstance(routing, ClusterConfig) else routing.mode
 
 
 def trainable_parameters(spec: StageSpec, architecture: Architecture) -> int:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from lifelong_moe.model.config import Activation, SharedMix
 from lifelong_moe.model.parts import Part
 from lifelong_moe.plan.architecture import Architecture
+from lifelong_moe.routing.router_config import ClusterConfig, HierarchicalConfig
 
 Trains = Callable[[Part, int | None], bool]
 """Whether a part trains: of a generation, or, with None, of what all generations share."""
@@ -135,8 +136,8 @@ class TokenProducts:
                 rows = num * row + group_rows(self.architecture, [num])
                 trained = self.trains(Part.router, g)
                 has_gradient |= self._add(rows * self.config.width, trained, bool(row) and flows)
-                if routing.mode == "cluster" and not routing.by_document:  # fixed centroids, of a detached input
-                    width = self.config.width if routing.features == "hidden" else routing.feature_width
+                if isinstance(routing, ClusterConfig) and not routing.by_document:  # fixed, of a detached input
+                    width = self.config.width if routing.clusters_hidden else routing.feature_width
                     self._add(num * width, 0.0, flows=False)
         return has_gradient
 
@@ -170,7 +171,7 @@ def rows_an_expert(architecture: Architecture) -> int:
 def group_rows(architecture: Architecture, experts: Iterable[int]) -> int:
     """Rows that routers have for a generation's groups; of it each layer has so many experts."""
     routing = architecture.routing
-    return sum(routing.groups_of(num) for num in experts) if routing.mode == "hierarchical" else 0
+    return sum(routing.groups_of(num) for num in experts) if isinstance(routing, HierarchicalConfig) else 0
 
 
 def pass_products(

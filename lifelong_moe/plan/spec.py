@@ -23,7 +23,8 @@ from lifelong_moe.retention.config import (
     TrunkConfig,
     TrunkTraining,
 )
-from lifelong_moe.routing.config import Features, Level, RoutingConfig
+from lifelong_moe.routing.config import RoutingConfig
+from lifelong_moe.routing.modes import stored_routing
 from lifelong_moe.storage.keys import content_key
 from lifelong_moe.storage.plain import from_plain
 from lifelong_moe.training.config import FinetuneConfig, OptimConfig
@@ -172,12 +173,10 @@ class StageSpec:
         Mostly one; clusters made of hidden states need one before, in which hidden states are learned; a review comes
         after, with an order of samples of its own.
         """
-        routing = self.routing
-        of_hidden = routing.mode == "cluster" and routing.level == Level.token and routing.features == Features.hidden
-        fits = routing.is_clustered and (self.parent is None or self.grow is not None)
+        fits = self.routing.is_clustered and (self.parent is None or self.grow is not None)
         steps, share = self.steps - self.review_steps, self.replay_fraction
         phases = []
-        if of_hidden and self.parent is None:
+        if self.routing.clusters_hidden and self.parent is None:
             warmup = max(1, round(HASH_WARMUP * steps))
             phases.append(Phase(name="hash", steps=warmup, replay_fraction=share))
             steps -= warmup
@@ -246,12 +245,12 @@ class StageSpec:
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON data."""
-        return dataclasses.asdict(self)
+        return dataclasses.asdict(self) | {"routing": self.routing.to_json()}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> StageSpec:
         """The inverse of :meth:`to_json`; earlier versions trained in one process and did not say so."""
-        return from_plain(cls, {"processes": 1, **data})
+        return from_plain(cls, {"processes": 1, **data, "routing": stored_routing(data["routing"])})
 
     @property
     def by_process(self) -> bool:

@@ -18,8 +18,8 @@ from lifelong_moe.retention.config import (
     TrunkConfig,
 )
 from lifelong_moe.routing.config import Bundles, RoutingConfig
-from lifelong_moe.routing.refusals import as_yaml
-from lifelong_moe.routing.switching import CHOOSES_BUNDLES, is_noncausal, unfit
+from lifelong_moe.routing.modes import ROUTERS
+from lifelong_moe.routing.switching import built_routing
 
 DEFINING = {
     "static_moe": ("grow.experts", 2),
@@ -131,7 +131,9 @@ def refuse_unfit_mode(raw: DictConfig) -> None:
     if not isinstance(routing, Mapping) or not isinstance(plain.get("stages"), list):
         return
     mode, needed = routing.get("mode", "learned"), []
-    if mode not in (*CHOOSES_BUNDLES, "label"):
+    if not isinstance(mode, str) or mode not in ROUTERS:
+        return
+    if not ROUTERS[mode].settings.may_have_bundles:
         if routing.get("bundles", "none") != "none":
             needed.append("routing.bundles=none")
         if plain.get("method", "lifelong") == "lifelong" and "deltas" in _later(plain, "trunk.train", None):
@@ -139,8 +141,8 @@ def refuse_unfit_mode(raw: DictConfig) -> None:
             share = ReplayConfig().fraction
             if not any(_later(plain, "replay.fraction", share)):
                 needed += overrides(plain, "replay.fraction", share)
-    needed += [f"routing.{key}={as_yaml(value)}" for key, value in unfit(routing).items()]
-    if is_noncausal(routing):
+    built = built_routing(routing)
+    if built is not None and built.leaks and not built.allow_noncausal:
         needed.append("routing.allow_noncausal=true")
     if len(needed) > 1:
         raise ConfigError(f"routing.mode={mode} needs more than one key here. Add {' '.join(needed)}.")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.retention.config import DistillConfig, DistillText
+from lifelong_moe.routing.topk_config import LearnedConfig
 
 
 def make_teacher(model: LanguageModel, shared: Iterable[Tensor]) -> LanguageModel:
@@ -35,7 +36,8 @@ def shared_blocks(student: LanguageModel, teacher: LanguageModel) -> int:
     groups, or on more than a tensor says.
     """
     routing = student.architecture.routing
-    if routing.mode != "learned" or routing.capacity is not None or routing.jitter or not student.head.is_one_matrix:
+    same = isinstance(routing, LearnedConfig) and routing.capacity is None and not routing.jitter
+    if not same or not student.head.is_one_matrix:
         return 0
     if routing.has_bundles or not teacher.head.is_one_matrix or not _same(student.embedding, teacher.embedding):
         return 0

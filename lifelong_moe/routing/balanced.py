@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from lifelong_moe.ops.assignment import balanced_assignment
 from lifelong_moe.routing.base import Causality, Routing, RoutingContext
 from lifelong_moe.routing.linear import LinearRouter
-from lifelong_moe.routing.losses import auxiliary_losses
+from lifelong_moe.routing.losses import z_losses
+from lifelong_moe.routing.router_config import BaseConfig
 
 ROW_LENGTH = 0.1
 """Of each row at the beginning."""
@@ -28,6 +29,7 @@ class BalancedRouter(LinearRouter):
     """
 
     causality = Causality.leaks_when_full
+    config: BaseConfig
 
     def begin(self, generator: torch.Generator | None = None) -> None:
         """Orthogonal rows: no two experts want the same tokens yet."""
@@ -43,9 +45,6 @@ class BalancedRouter(LinearRouter):
             if self.training:
                 ids_T = ids_T.clone()
                 ids_T[context.mask_T] = balanced_assignment(logits_TE[context.mask_T].detach())
-                probs_TE = logits_TE.softmax(dim=1)
-                losses = auxiliary_losses(
-                    self.config, self.generations, logits_TE, probs_TE, ids_T.unsqueeze(1), context
-                )
+                losses = z_losses(self.config, logits_TE, context)
             weights_T1 = logits_TE.gather(1, ids_T.unsqueeze(1)).sigmoid()
         return Routing(ids_T.unsqueeze(1), weights_T1, self.num_experts, losses)

@@ -15,8 +15,15 @@ from lifelong_moe.ops.capacity import (
     token_order,
     within_capacity,
 )
-from lifelong_moe.routing.base import RoutingContext
-from lifelong_moe.routing.config import CapacityConfig, Counts, Overflow, Priority, Rounding
+from lifelong_moe.routing.base import Causality, RoutingContext
+from lifelong_moe.routing.capacity_config import CapacityConfig, Counts, Overflow, Priority, Rounding
+
+
+def causality(config: CapacityConfig | None) -> Causality:
+    """What tokens may depend on where choices are by token and this is the room."""
+    if config is None:
+        return Causality.token_local
+    return Causality.ordered if config.is_ordered else Causality.leaks_when_full
 
 
 def limited(

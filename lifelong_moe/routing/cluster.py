@@ -11,11 +11,12 @@ from torch import Tensor
 
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.routing.base import Router, Routing, RoutingContext, hashed_experts
-from lifelong_moe.routing.config import Features, Level, RoutingConfig
+from lifelong_moe.routing.config import Level
 from lifelong_moe.routing.group import DocumentRouter
+from lifelong_moe.routing.router_config import ClusterConfig
 
 
-def build_cluster_router(config: RoutingConfig, *, width: int, layer: int) -> Router:
+def build_cluster_router(config: ClusterConfig, *, width: int, layer: int) -> Router:
     """The router of ``routing.mode=cluster`` at ``routing.level``."""
     build = TokenClusterRouter if config.level == Level.token else DocumentRouter
     return build(config, width=width, layer=layer)
@@ -34,9 +35,11 @@ class TokenClusterRouter(Router):
         layers (arXiv:2106.04426). Class A.
     """
 
-    def __init__(self, config: RoutingConfig, *, width: int, layer: int) -> None:
+    config: ClusterConfig
+
+    def __init__(self, config: ClusterConfig, *, width: int, layer: int) -> None:
         super().__init__(config, width=width, layer=layer)
-        self.feature_width = width if config.features == Features.hidden else config.feature_width
+        self.feature_width = width if config.clusters_hidden else config.feature_width
         self.hashing = True
 
     def add_experts(self, num: int) -> None:

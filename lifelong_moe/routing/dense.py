@@ -8,7 +8,8 @@ from torch import Tensor
 
 from lifelong_moe.routing.base import Routing, RoutingContext
 from lifelong_moe.routing.linear import LinearRouter
-from lifelong_moe.routing.losses import auxiliary_losses
+from lifelong_moe.routing.losses import z_losses
+from lifelong_moe.routing.router_config import DenseConfig
 
 NOTHING = -1e4
 """Logarithm of no weight: finite, in half precision too."""
@@ -21,6 +22,8 @@ class DenseRouter(LinearRouter):
         Jacobs, Jordan, Nowlan & Hinton 1991, eq. 1.1's mixture; their losses are in ``ops/jacobs.py``. Class A.
     """
 
+    config: DenseConfig
+
     def forward(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         """Weigh all experts."""
         with torch.autocast(x_TD.device.type, enabled=False):
@@ -32,7 +35,5 @@ class DenseRouter(LinearRouter):
                 F.pad(logits_TE.log_softmax(dim=1), absent, value=NOTHING) if self.config.competitive else None
             )
             ids_TE = torch.arange(self.num_experts, device=x_TD.device).expand_as(probs_TE)
-            losses = {}
-            if self.training:
-                losses = auxiliary_losses(self.config, self.generations, logits_TE, probs_TE, ids_TE, context)
+            losses = z_losses(self.config, logits_TE, context) if self.training else {}
         return Routing(ids_TE, probs_TE, self.num_experts, losses, log_weights_TK=log_probs_TE)

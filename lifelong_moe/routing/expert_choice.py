@@ -7,7 +7,8 @@ from torch import Tensor
 
 from lifelong_moe.routing.base import Causality, Routing, RoutingContext
 from lifelong_moe.routing.linear import LinearRouter
-from lifelong_moe.routing.losses import auxiliary_losses
+from lifelong_moe.routing.losses import z_losses
+from lifelong_moe.routing.router_config import ExpertChoiceConfig
 
 
 class ExpertChoiceRouter(LinearRouter):
@@ -22,6 +23,7 @@ class ExpertChoiceRouter(LinearRouter):
     """
 
     causality = Causality.leaks
+    config: ExpertChoiceConfig
 
     def forward(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         """Let experts choose."""
@@ -37,7 +39,5 @@ class ExpertChoiceRouter(LinearRouter):
             taken_BSE = torch.zeros_like(wanted_BSE, dtype=torch.bool).scatter_(1, order_BSE, True)
             taken_TE = taken_BSE.flatten(0, 1) & real_TE
             ids_TE = torch.where(taken_TE, torch.arange(num, device=x_TD.device), -1)
-            losses = {}
-            if self.training:
-                losses = auxiliary_losses(self.config, self.generations, logits_TE, probs_TE, ids_TE, context)
+            losses = z_losses(self.config, logits_TE, context) if self.training else {}
         return Routing(ids_TE, probs_TE, self.num_experts, losses, ragged=True)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lifelong_moe.routing.base import Router, Routing, RoutingContext, hashed_experts
 from lifelong_moe.routing.config import RoutingConfig
+from lifelong_moe.routing.router_config import ClusterConfig
 
 
 class GroupRouter(Router):
@@ -73,6 +74,8 @@ class DocumentRouter(GroupRouter):
         c-BTM (arXiv:2303.14177): balanced clusters of tf-idf features; there each cluster trains a whole model and
         inference mixes several, here it owns experts.
     """
+
+    config: ClusterConfig
 
     def groups_of(self, num_experts: int) -> int:
         """``routing.clusters``, or one for every ``top_k`` experts."""

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lifelong_moe.routing.config import SecondExpert
 from lifelong_moe.routing.learned import LearnedRouter
+from lifelong_moe.routing.topk_config import GShardConfig
 
 THRESHOLD = 0.2
 """Share of both gates below which ``second=threshold`` leaves the second expert out (Mesh TensorFlow)."""
@@ -23,6 +24,8 @@ class GShardRouter(LearnedRouter):
         first choice evict an earlier token's second: ``capacity.priority=choice`` (class C). The default here serves
         token by token (class B).
     """
+
+    config: GShardConfig
 
     def used(self, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """-1 where the second expert is left out."""

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.routing.base import Router, Routing, RoutingContext, token_hash
+from lifelong_moe.routing.router_config import HashConfig
 
 
 class HashRouter(Router):
@@ -22,6 +23,8 @@ class HashRouter(Router):
         Hash layers (arXiv:2106.04426): random, balanced and clustered hashes, there with K = 1 and a fixed number of
         experts, and MultiHash; experts that come and go: rendezvous hashing (Thaler & Ravishankar 1998). Class A.
     """
+
+    config: HashConfig
 
     def add_experts(self, num: int) -> None:
         """Let ``num`` more experts take part."""

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.routing.base import Routing, RoutingContext
-from lifelong_moe.routing.config import RoutingConfig
 from lifelong_moe.routing.linear import LinearRouter
-from lifelong_moe.routing.losses import auxiliary_losses
+from lifelong_moe.routing.losses import Choices, balance_losses
+from lifelong_moe.routing.router_config import HierarchicalConfig
 
 
 class HierarchicalRouter(LinearRouter):
@@ -29,7 +29,9 @@ class HierarchicalRouter(LinearRouter):
         two experts of the first group, one of the second. Class A.
     """
 
-    def __init__(self, config: RoutingConfig, *, width: int, layer: int) -> None:
+    config: HierarchicalConfig
+
+    def __init__(self, config: HierarchicalConfig, *, width: int, layer: int) -> None:
         super().__init__(config, width=width, layer=layer)
         self.group_rows = nn.ParameterList()
 
@@ -40,15 +42,10 @@ class HierarchicalRouter(LinearRouter):
         if too_few or num % max(1, groups):
             raise ConfigError(
                 f"routing.expert_groups={self.config.expert_groups} must divide the number of experts ({num}) into "
-                f"groups of at least {self.experts_a_group} (routing.top_k / routing.top_groups)."
+                f"groups of at least {self.config.experts_a_group} (routing.top_k / routing.top_groups)."
             )
         self.group_rows.append(nn.Parameter(torch.zeros(groups, self.width, device=self.device)))
         super().add_experts(num)
-
-    @property
-    def experts_a_group(self) -> int:
-        """Experts that a chosen group gives to a token."""
-        return self.config.top_k // self.config.top_groups
 
     def set_rows(self, rows_ED: Tensor) -> None:
         """Begin the newest inner rows; a group's outer row is their mean."""
@@ -71,14 +68,13 @@ class HierarchicalRouter(LinearRouter):
             outer_weights_TG = chosen_TG.softmax(dim=1)
             in_group_TGE = group_E == groups_TG.unsqueeze(2)
             candidates_TGE = inner_TE.unsqueeze(1).masked_fill(~in_group_TGE, float("-inf"))
-            inner_TGK, ids_TGK = candidates_TGE.topk(self.experts_a_group, dim=2)
+            inner_TGK, ids_TGK = candidates_TGE.topk(self.config.experts_a_group, dim=2)
             weights_TK = (outer_weights_TG.unsqueeze(2) * inner_TGK.softmax(dim=2)).flatten(1)
             losses = {}
             if self.training:
                 logits_TE = self._log_product(outer_TG, inner_TE, group_E)
-                losses = auxiliary_losses(
-                    config, self.generations, logits_TE, logits_TE.exp(), ids_TGK.flatten(1), context
-                )
+                made = Choices(logits_TE, logits_TE.exp(), ids_TGK.flatten(1))
+                losses = balance_losses(config, self.generations, made, context)
         return Routing(ids_TGK.flatten(1), weights_TK, self.num_experts, losses)
 
     def _log_product(self, outer_TG: Tensor, inner_TE: Tensor, group_E: Tensor) -> Tensor:

@@ -14,11 +14,13 @@ from lifelong_moe.errors import ConfigError
 from lifelong_moe.ops.collectives import sum_over_ranks
 from lifelong_moe.ops.router_losses import choice_counts
 from lifelong_moe.ops.selection import within_best_groups
-from lifelong_moe.routing.base import Causality, Routing, RoutingContext
-from lifelong_moe.routing.capacity import limited, weighed
-from lifelong_moe.routing.config import BalanceScope, Overflow, RoutingConfig, Score
+from lifelong_moe.routing.base import Routing, RoutingContext
+from lifelong_moe.routing.capacity import causality, limited, weighed
+from lifelong_moe.routing.capacity_config import Overflow
+from lifelong_moe.routing.config import BalanceScope, Score
 from lifelong_moe.routing.linear import LinearRouter
-from lifelong_moe.routing.losses import auxiliary_losses, balanced_choices
+from lifelong_moe.routing.losses import Choices, balance_losses, balanced_choices, z_losses
+from lifelong_moe.routing.topk_config import TopKConfig
 
 
 class LearnedRouter(LinearRouter):
@@ -44,10 +46,11 @@ class LearnedRouter(LinearRouter):
         that token alone.
     """
 
-    def __init__(self, config: RoutingConfig, *, width: int, layer: int) -> None:
+    config: TopKConfig
+
+    def __init__(self, config: TopKConfig, *, width: int, layer: int) -> None:
         super().__init__(config, width=width, layer=layer)
-        if config.capacity is not None:
-            self.causality = Causality.ordered if config.capacity.is_ordered else Causality.leaks_when_full
+        self.causality = causality(config.capacity)
         self.counts_E: Tensor | None = None
         """Choices in the step under way, over all processes; what biases move by."""
         self.balanced_E: Tensor | None = None
@@ -83,16 +86,9 @@ class LearnedRouter(LinearRouter):
             if self.training:
                 counted_TK = self._counted(logits_TE, expert_ids_TK)
                 earlier_E = self._count(expert_ids_TK, counted_TK, context.mask_T)
-                losses = auxiliary_losses(
-                    config,
-                    self.generations,
-                    logits_TE,
-                    scores_TE if config.score == Score.softmax else _shares(scores_TE),
-                    counted_TK,
-                    context,
-                    allowed_TE=allowed_TE,
-                    earlier_E=earlier_E,
-                )
+                probs_TE = scores_TE if config.score == Score.softmax else _shares(scores_TE)
+                made = Choices(logits_TE, probs_TE, counted_TK, allowed_TE, earlier_E)
+                losses = balance_losses(config, self.generations, made, context) | z_losses(config, logits_TE, context)
             used_TK = self.used(expert_ids_TK, weights_TK)
         if config.capacity is None:
             return Routing(used_TK, weights_TK, self.num_experts, losses, ragged=used_TK is not expert_ids_TK)

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from lifelong_moe.ops.noisy import chosen_again
 from lifelong_moe.ops.router_losses import cv_squared
 from lifelong_moe.routing.base import RouterLoss, Routing, RoutingContext
-from lifelong_moe.routing.config import RoutingConfig
 from lifelong_moe.routing.linear import LinearRouter
-from lifelong_moe.routing.losses import auxiliary_losses
+from lifelong_moe.routing.losses import Choices, balance_losses, z_losses
+from lifelong_moe.routing.router_config import NoisyConfig
 
 LEAST_DEVIATION = 1e-2
 """Added to the noise's deviation, as in the authors' code."""
@@ -29,7 +29,9 @@ class NoisyRouter(LinearRouter):
         the noise's alone does. Class A.
     """
 
-    def __init__(self, config: RoutingConfig, *, width: int, layer: int) -> None:
+    config: NoisyConfig
+
+    def __init__(self, config: NoisyConfig, *, width: int, layer: int) -> None:
         super().__init__(config, width=width, layer=layer)
         self.noise_rows = nn.ParameterList()
 
@@ -56,8 +58,9 @@ class NoisyRouter(LinearRouter):
             weights_TK = chosen_TK.softmax(dim=1)
             losses: dict[str, RouterLoss] = {}
             if self.training:
-                probs_TE = clean_TE.softmax(dim=1)
-                losses = auxiliary_losses(config, self.generations, clean_TE, probs_TE, ids_TK, context)
+                made = Choices(clean_TE, clean_TE.softmax(dim=1), ids_TK)
+                losses |= balance_losses(config, self.generations, made, context)
+                losses |= z_losses(config, clean_TE, context)
                 mask_T = context.mask_T
                 gates_TE = torch.zeros_like(clean_TE).scatter(1, ids_TK, weights_TK)
                 if config.importance_loss:

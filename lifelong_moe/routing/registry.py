@@ -6,7 +6,9 @@ from importlib import import_module
 
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.routing.base import Causality, Router
-from lifelong_moe.routing.config import ROUTERS, RoutingConfig
+from lifelong_moe.routing.config import RoutingConfig
+from lifelong_moe.routing.modes import ROUTERS
+from lifelong_moe.routing.topk_config import OwnConfig
 
 
 def build_router(config: RoutingConfig, *, width: int, layer: int, causal: bool = True) -> Router:
@@ -21,11 +23,12 @@ def build_router(config: RoutingConfig, *, width: int, layer: int, causal: bool 
     Raises:
         ConfigError: If a dotted path cannot be imported, is no :class:`Router`, or breaks causality.
     """
-    path = ROUTERS.get(config.mode, config.mode)
+    options = config.options if isinstance(config, OwnConfig) else {}
+    path = config.mode if isinstance(config, OwnConfig) else ROUTERS[config.mode].router
     module, _, name = path.rpartition(".")
     try:
         build = getattr(import_module(module), name)
-        router = build(config, width=width, layer=layer, **config.options)
+        router = build(config, width=width, layer=layer, **options)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ConfigError(f"routing.mode={config.mode} cannot be built: {error}.") from None
     if not isinstance(router, Router):

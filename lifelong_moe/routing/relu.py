@@ -8,9 +8,9 @@ from torch import Tensor
 from lifelong_moe.ops.collectives import sum_over_ranks
 from lifelong_moe.ops.router_losses import relu_sparsity_loss
 from lifelong_moe.routing.base import RouterLoss, Routing, RoutingContext
-from lifelong_moe.routing.config import RoutingConfig
 from lifelong_moe.routing.linear import LinearRouter
-from lifelong_moe.routing.losses import auxiliary_losses
+from lifelong_moe.routing.losses import Choices, balance_losses, z_losses
+from lifelong_moe.routing.router_config import ReluConfig
 
 FIRST_COEFFICIENT = 1e-8
 FACTOR = 1.2
@@ -27,9 +27,10 @@ class ReluRouter(LinearRouter):
         ReMoE (arXiv:2412.14711), section 3; there one coefficient serves all layers. Class A.
     """
 
+    config: ReluConfig
     coefficient: Tensor
 
-    def __init__(self, config: RoutingConfig, *, width: int, layer: int) -> None:
+    def __init__(self, config: ReluConfig, *, width: int, layer: int) -> None:
         super().__init__(config, width=width, layer=layer)
         self.register_buffer("coefficient", torch.tensor(FIRST_COEFFICIENT))
         self.used_and_all: Tensor | None = None
@@ -44,8 +45,9 @@ class ReluRouter(LinearRouter):
             ids_TE = torch.where(gates_TE > 0, experts_E, -1)
             losses = {}
             if self.training:
-                probs_TE = logits_TE.softmax(dim=1)
-                losses = auxiliary_losses(self.config, self.generations, logits_TE, probs_TE, ids_TE, context)
+                made = Choices(logits_TE, logits_TE.softmax(dim=1), ids_TE)
+                losses = balance_losses(self.config, self.generations, made, context)
+                losses |= z_losses(self.config, logits_TE, context)
                 value = relu_sparsity_loss(gates_TE, context.mask_T, self.config.top_k)
                 losses["sparsity"] = RouterLoss(value, float(self.coefficient))
                 positive_TE = (gates_TE > 0)[context.mask_T]

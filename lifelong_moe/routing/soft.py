@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.routing.base import Causality, Routing, RoutingContext
-from lifelong_moe.routing.config import RoutingConfig
 from lifelong_moe.routing.linear import LinearRouter
+from lifelong_moe.routing.router_config import SoftConfig
 
 
 @dataclass
@@ -62,8 +62,9 @@ class SoftRouter(LinearRouter):
     """
 
     causality = Causality.leaks
+    config: SoftConfig
 
-    def __init__(self, config: RoutingConfig, *, width: int, layer: int) -> None:
+    def __init__(self, config: SoftConfig, *, width: int, layer: int) -> None:
         super().__init__(config, width=width, layer=layer)
         self.scale = nn.Parameter(torch.ones(1))
 

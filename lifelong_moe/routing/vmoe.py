@@ -11,15 +11,16 @@ from torch import Tensor
 from lifelong_moe.ops.beginnings import fan_in_normal_
 from lifelong_moe.ops.noisy import sequence_cv_squared, wins_again
 from lifelong_moe.routing.base import RouterLoss, Routing, RoutingContext
-from lifelong_moe.routing.capacity import limited, weighed
-from lifelong_moe.routing.learned import LearnedRouter
-from lifelong_moe.routing.losses import auxiliary_losses
+from lifelong_moe.routing.capacity import causality, limited, weighed
+from lifelong_moe.routing.linear import LinearRouter
+from lifelong_moe.routing.losses import Choices, balance_losses, z_losses
+from lifelong_moe.routing.router_config import VMoEConfig
 
 CUT_DEVIATION = 0.8796
 """Of a normal of deviation 1 that is drawn again beyond 2."""
 
 
-class VMoERouter(LearnedRouter):
+class VMoERouter(LinearRouter):
     """``g = softmax(x W^T + ε)``, ε normal of deviation 1/E; the k largest gates as they are, so that k = 1 learns too.
 
     In training ``CV²`` of the experts' summed gates without noise (importance) and of their expected loads are losses,
@@ -30,6 +31,12 @@ class VMoERouter(LearnedRouter):
         vmoe/moe.py. There a group of 8 images has the room, here a sequence. ``capacity.priority=batch`` is its
         batch-priority routing, ``choice`` what it calls vanilla; both are class C.
     """
+
+    config: VMoEConfig
+
+    def __init__(self, config: VMoEConfig, *, width: int, layer: int) -> None:
+        super().__init__(config, width=width, layer=layer)
+        self.causality = causality(config.capacity)
 
     def begin(self, generator: torch.Generator | None = None) -> None:
         """Rows that make logits of about 1 (LeCun's normal, flax's default), far above the noise."""
@@ -56,7 +63,8 @@ class VMoERouter(LearnedRouter):
         self, clean_TE: Tensor, noisy_TE: Tensor, ids_TK: Tensor, context: RoutingContext
     ) -> dict[str, RouterLoss]:
         config, mask_T, sequences = self.config, context.mask_T, context.num_sequences
-        losses = auxiliary_losses(config, self.generations, clean_TE, noisy_TE.softmax(dim=1), ids_TK, context)
+        made = Choices(clean_TE, noisy_TE.softmax(dim=1), ids_TK)
+        losses = balance_losses(config, self.generations, made, context) | z_losses(config, clean_TE, context)
         if context.old_text_T is not None:  # a review: earlier text belongs to earlier experts, balanced or not
             return losses
         if config.importance_loss:

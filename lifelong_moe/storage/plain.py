@@ -39,7 +39,7 @@ def _built(hint: Any, value: Any) -> Any:
         return {name: _built(get_args(hint)[1], one) for name, one in value.items()}
     if isinstance(hint, type) and issubclass(hint, StrEnum):
         return hint(value)
-    if isinstance(hint, type) and is_dataclass(hint):
+    if isinstance(hint, type) and is_dataclass(hint) and not is_dataclass(value):
         # A section that earlier versions wrote in another way reads that itself.
         read = getattr(hint, "from_json", partial(from_plain, hint))
         return read(value)

@@ -8,7 +8,7 @@ there, so that no later stage needs the text.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -17,6 +17,7 @@ from lifelong_moe.errors import ConfigError
 from lifelong_moe.growth.clusters import bundle_centroids
 from lifelong_moe.model.parts import document_centroids
 from lifelong_moe.routing.config import Bundles, Centroids, RoutingConfig
+from lifelong_moe.routing.shared_config import TextClusterConfig
 from lifelong_moe.stages.record import StageRecord
 from lifelong_moe.stages.store import CommittedStage, StageStore
 from lifelong_moe.storage.keys import SHORT, content_key
@@ -25,17 +26,19 @@ FIRST_CENTROIDS = document_centroids(0)
 """Name of the tensor, here and in the models of later stages."""
 
 
-def needs_first_centroids(routing: RoutingConfig) -> bool:
+def needs_first_centroids(routing: RoutingConfig) -> TypeGuard[TextClusterConfig]:
     """Whether a stage that grows with this routing needs centroids of the first stage's text."""
+    if not isinstance(routing, TextClusterConfig):
+        return False
     return routing.bundles == Bundles.cluster and routing.centroids == Centroids.fitted
 
 
-def find_centroids(store: StageStore, first: CommittedStage, routing: RoutingConfig) -> CommittedStage | None:
+def find_centroids(store: StageStore, first: CommittedStage, routing: TextClusterConfig) -> CommittedStage | None:
     """The centroids of a first stage's text if they were fitted before; arguments as for :func:`first_centroids`."""
     return store.find(content_key(_identity(first, routing)))
 
 
-def _identity(first: CommittedStage, routing: RoutingConfig) -> dict[str, Any]:
+def _identity(first: CommittedStage, routing: TextClusterConfig) -> dict[str, Any]:
     clusters = routing.clusters_of(first.architecture.generations[0].experts)
     return {
         "derived": "centroids",
@@ -46,7 +49,7 @@ def _identity(first: CommittedStage, routing: RoutingConfig) -> dict[str, Any]:
 
 
 def first_centroids(
-    store: StageStore, first: CommittedStage, routing: RoutingConfig, corpora: Mapping[str, TokenizedCorpus]
+    store: StageStore, first: CommittedStage, routing: TextClusterConfig, corpora: Mapping[str, TokenizedCorpus]
 ) -> CommittedStage:
     """Fit the centroids of a first stage's text and commit them, or find them committed.
 

@@ -16,7 +16,6 @@ from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.flops import loop_flops
 from lifelong_moe.plan.spec import StageSpec
 from lifelong_moe.retention.teacher_cache import TeacherCache
-from lifelong_moe.routing.config import Features, Level
 from lifelong_moe.training.callbacks import Meter
 from lifelong_moe.training.checkpoint import SafeCheckpointIO
 from lifelong_moe.training.context import PhaseRun, StageModels
@@ -144,8 +143,7 @@ def _churn(module: StageModule, run: PhaseRun) -> float | None:
 
 def _sample_assignments(model: LanguageModel, spec: StageSpec, corpus: TokenizedCorpus) -> Tensor | None:
     """First expert of each sampled real token at each layer, where fixed centroids look at moving hidden states."""
-    routing = spec.routing
-    if not (routing.mode == "cluster" and routing.level == Level.token and routing.features == Features.hidden):
+    if not spec.routing.clusters_hidden:
         return None
     sample = text_sample(model, spec, corpus, 4 * spec.model.context)
     model.eval()

@@ -12,6 +12,7 @@ from lifelong_moe.data.shards import TokenizedCorpus
 from lifelong_moe.model.transformer import LanguageModel, initialize
 from lifelong_moe.plan.architecture import Architecture
 from lifelong_moe.routing.config import Bundles, Centroids, RoutingConfig
+from lifelong_moe.routing.shared_config import TextClusterConfig
 from lifelong_moe.stages.store import CommittedStage, StageStore
 from lifelong_moe.training.first_centroids import FIRST_CENTROIDS, first_centroids
 
@@ -48,12 +49,11 @@ def continued_model(
     was, now = architecture.routing.with_losses_of(routing), routing
     if len(architecture.generations) > 1 or was.effective(grown=True) == now.effective(grown=True):
         return build_model(replace(architecture, routing=was), tensors)
-    fits_alike = all(
-        getattr(was, key) == getattr(now, key) for key in ("bundles", "centroids", "clusters", "feature_width")
-    )
+    fitted = ("bundles", "centroids", "clusters", "feature_width")
+    fits_alike = all(was.own().get(key) == now.own().get(key) for key in fitted)
     if was.bundles == Bundles.cluster and not fits_alike:
         tensors.pop(FIRST_CENTROIDS, None)
-    if now.bundles == Bundles.cluster and FIRST_CENTROIDS not in tensors:
+    if isinstance(now, TextClusterConfig) and now.bundles == Bundles.cluster and FIRST_CENTROIDS not in tensors:
         if now.centroids == Centroids.random:
             tensors[FIRST_CENTROIDS] = torch.zeros(now.clusters_of(1), architecture.vocab_size)
         else:

@@ -33,7 +33,8 @@ from lifelong_moe.model.config import ModelConfig
 from lifelong_moe.model.groups import DocumentClusters
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.architecture import Architecture, Generation
-from lifelong_moe.routing.config import Bundles, RoutingConfig
+from lifelong_moe.routing.config import Bundles
+from lifelong_moe.routing.topk_config import LearnedConfig
 from tests.benchmarks.provenance import keep, made_with
 
 ORDER = ("wiki_en", "multilingual", "dialogue", "code_python")
@@ -55,7 +56,7 @@ def tokenized(tokenizer: Tokenizer, texts: list[str]) -> Documents:
     return [np.array([tokenizer.bos_id, *ids], np.int64) for ids in tokenizer.encode_batch(texts)]
 
 
-def unfitted(routing: RoutingConfig, tokenizer: Tokenizer) -> LanguageModel:
+def unfitted(routing: LearnedConfig, tokenizer: Tokenizer) -> LanguageModel:
     """A model too small to matter, with room for the first stage's centroids."""
     shape = ModelConfig(
         layers=1, width=8, heads=1, kv_heads=1, expert_width=8, experts=2, context=8, document_mask=True
@@ -111,9 +112,9 @@ def main(overrides: Sequence[str], out: Path | None, origin: dict[str, Any]) -> 
     train = [tokenized(tokenizer, read(root, name, "train")) for name in ORDER]
     heldout = [tokenized(tokenizer, read(root, name, "validation")) for name in ORDER]
     wanted = OmegaConf.merge(
-        OmegaConf.structured(RoutingConfig(bundles=Bundles.cluster)), OmegaConf.from_dotlist(overrides)
+        OmegaConf.structured(LearnedConfig(bundles=Bundles.cluster)), OmegaConf.from_dotlist(overrides)
     )
-    routing: RoutingConfig = OmegaConf.to_object(wanted)  # type: ignore[assignment]
+    routing: LearnedConfig = OmegaConf.to_object(wanted)  # type: ignore[assignment]
     print(f"margin={routing.margin} clusters={routing.clusters_of(2)} chunk_tokens={routing.chunk_tokens}")
     model = unfitted(routing, tokenizer)
     assert model.document_clusters is not None

@@ -139,5 +139,5 @@ def test_settings_that_are_refused_today_may_stand_in_a_run_of_then() -> None:
     text = json.loads(Path("fruit.jsonl").read_text().splitlines()[0])["text"]
     found = trace.document("old", hashlib.sha256(text.encode()).hexdigest(), SILENT)
     assert found["held_by"][0]["distribution"] == "fruit"
-    with pytest.raises(ConfigError, match=r"routing\.sample_tokens=100000 does nothing with routing\.mode=learned"):
+    with pytest.raises(ConfigError, match=r"routing\.sample_tokens is for routing\.mode=cluster, not for learned"):
         build_config(OmegaConf.create(head["config"]))

@@ -15,8 +15,10 @@ from lifelong_moe.model.experts import ExpertBanks
 from lifelong_moe.model.moe import MoELayer
 from lifelong_moe.ops.router_losses import load_balancing_loss, router_z_loss
 from lifelong_moe.routing.base import RoutingContext
-from lifelong_moe.routing.config import CapacityConfig, Priority, RoutingConfig, Score
+from lifelong_moe.routing.capacity_config import CapacityConfig, Priority
+from lifelong_moe.routing.config import Score
 from lifelong_moe.routing.registry import build_router
+from tests.conftest import routing_of
 
 transformers = pytest.importorskip("transformers", reason="parity needs the extra `transformers`")
 
@@ -46,7 +48,7 @@ def fill(module: nn.Module, seed: int = 0) -> None:
 
 def layer_of(rows_ED: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor, **routing: Any) -> MoELayer:
     """Our layer with these numbers."""
-    router = build_router(RoutingConfig(**routing), width=WIDTH, layer=0, causal=False)
+    router = build_router(routing_of(**routing), width=WIDTH, layer=0, causal=False)
     layer = MoELayer(router, ExpertBanks(WIDTH, HIDDEN))
     layer.add_experts(len(rows_ED))
     router.set_rows(rows_ED)
@@ -176,7 +178,7 @@ def test_switch(capacity: int) -> None:
     theirs = SwitchTransformersSparseMLP(settings).eval()
     fill(theirs)
     router = build_router(
-        RoutingConfig(
+        routing_of(
             mode="switch",
             top_k=1,
             renormalize=False,
@@ -223,7 +225,7 @@ def test_gshard_against_nllbs_router(fraction: float, by_batch: bool) -> None:
     capacity = CapacityConfig(
         eval_factor=fraction * 6, priority=Priority.batch if by_batch else Priority.choice, least=1
     )
-    router = build_router(RoutingConfig(mode="gshard", capacity=capacity), width=WIDTH, layer=0, causal=False).eval()
+    router = build_router(routing_of(mode="gshard", capacity=capacity), width=WIDTH, layer=0, causal=False).eval()
     router.add_experts(6)
     router.set_rows(theirs.classifier.weight)
     x_TD = inputs().flatten(0, 1)

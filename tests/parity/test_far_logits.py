@@ -20,8 +20,9 @@ from lifelong_moe.ops.losses import Lesson, distillation_loss, linear_losses
 from lifelong_moe.ops.router_losses import old_experts_loss, router_z_loss
 from lifelong_moe.retention.generated import sample_tokens
 from lifelong_moe.routing.base import Router, RoutingContext
-from lifelong_moe.routing.config import RoutingConfig, Score
+from lifelong_moe.routing.config import Score
 from lifelong_moe.routing.registry import build_router
+from tests.conftest import routing_of
 
 FAR = (90.0, 150.0, 300.0)
 """What logits lie apart."""
@@ -40,7 +41,7 @@ def context() -> RoutingContext:
 
 def router_of(logits_TE: Tensor, **routing: Any) -> Router:
     """A router that makes these logits of the rows of an identity matrix, and of which nothing is random."""
-    router = build_router(RoutingConfig(**routing), width=TOKENS, layer=0)
+    router = build_router(routing_of(**routing), width=TOKENS, layer=0)
     router.add_experts(logits_TE.shape[1])
     router.row_generations()[0].data.copy_(logits_TE.t())
     return router

@@ -13,7 +13,7 @@ from lifelong_moe.model.config import ModelConfig, QKNorm
 from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.architecture import Architecture, Generation
-from lifelong_moe.routing.config import RoutingConfig
+from tests.conftest import routing_of
 
 transformers = pytest.importorskip("transformers", reason="parity needs the extra `transformers`")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -104,7 +104,7 @@ def test_whole_models(kind: str, more: dict[str, Any], model: dict[str, Any], re
         context=16,
         **model,
     )
-    routing = RoutingConfig(top_k=3, renormalize=renormalize)
+    routing = routing_of(top_k=3, renormalize=renormalize)
     ours = LanguageModel(Architecture(shape, routing, VOCAB, 0, (Generation("a", EXPERTS),))).eval()
     ours.load_state_dict(tensors(dict(theirs.state_dict())))
     ids = torch.randint(VOCAB, (2, 16), generator=torch.Generator().manual_seed(1))

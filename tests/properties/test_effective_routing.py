@@ -11,7 +11,10 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from lifelong_moe.errors import ConfigError
-from lifelong_moe.routing.config import ROUTERS, CapacityConfig, RoutingConfig
+from lifelong_moe.routing.capacity_config import CapacityConfig
+from lifelong_moe.routing.config import RoutingConfig
+from lifelong_moe.routing.modes import ROUTERS, stored_routing
+from tests.conftest import routing_of
 
 TYPES = typing.get_type_hints(RoutingConfig)
 
@@ -42,15 +45,15 @@ SETTINGS = st.lists(st.sampled_from(KEYS), max_size=5, unique=True).flatmap(
 @given(mode=st.sampled_from(list(ROUTERS)), settings=SETTINGS, grown=st.booleans())
 def test_every_routing_has_an_effective_form(mode: str, settings: dict[str, Any], grown: bool) -> None:
     try:
-        written = RoutingConfig(mode=mode, **settings)
+        written = routing_of(mode=mode, **settings)
     except ConfigError:
         assume(False)
     found = written.effective(grown=grown)
     assert found.effective(grown=grown) == found
-    assert RoutingConfig.from_json(dataclasses.asdict(found)) == found
+    assert stored_routing(found.to_json()) == found
 
 
 def test_one_expert_with_noise() -> None:
     """The default of ``renormalize``, which this mode does not read, cannot be written there."""
-    noisy = RoutingConfig(mode="noisy_topk", top_k=1, renormalize=False)
+    noisy = routing_of(mode="noisy_topk", top_k=1, renormalize=False)
     assert noisy.effective(grown=False) == noisy

@@ -13,7 +13,6 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from lifelong_moe.config.load import mode_defaults
 from lifelong_moe.config.run import RunConfig
 from lifelong_moe.config.sections import section
 from lifelong_moe.config.yaml_file import apply_override
@@ -22,11 +21,12 @@ from lifelong_moe.growth.clusters import fit_clusters
 from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel, initialize
 from lifelong_moe.plan.architecture import Architecture, Generation, first_generation
-from lifelong_moe.routing.config import FOR_ENCODERS, ROUTERS, RoutingConfig
-from lifelong_moe.routing.refusals import refuse_idle_keys, refuse_lone_choices
+from lifelong_moe.routing.config import RoutingConfig
+from lifelong_moe.routing.modes import FOR_ENCODERS, ROUTERS, keys_of, settings_of
+from lifelong_moe.routing.switching import own_keys
 
 MODES = [mode for mode in ROUTERS if mode not in FOR_ENCODERS]
-KEYS = [f.name for f in dataclasses.fields(RoutingConfig) if f.name != "mode"]
+KEYS = {key for mode in (*ROUTERS, "a.Router") for key in keys_of(mode)} - {"mode"}
 VOCAB, LENGTH, ROWS, EXPERTS, GROWN = 61, 16, 6, 12, 6
 WHOLE = (
     f"model.experts={EXPERTS}", f"model.context={LENGTH}", "model.init_std=0.3", "model.document_mask=true",
@@ -87,9 +87,8 @@ def build(make_run: Make) -> Callable[..., RunConfig | str]:
             for one in written:
                 apply_override(node, one)
             try:
-                routing = section(RoutingConfig, node, "routing", mode_defaults(node))
-                refuse_lone_choices(routing)
-                refuse_idle_keys(routing)
+                routing = section(settings_of(mode), own_keys(node), "routing")
+                routing.refuse_lone_choice()
                 known[written] = dataclasses.replace(whole, routing=routing)
             except ConfigError as error:
                 known[written] = str(error)
@@ -177,7 +176,7 @@ def differ(one: RunConfig, other: RunConfig) -> bool:
 
 
 def test_no_key_is_left_out() -> None:
-    assert set(VALUES) | {"allow_noncausal"} == set(KEYS)
+    assert set(VALUES) | {"allow_noncausal"} == KEYS
 
 
 @pytest.mark.parametrize("key", VALUES)

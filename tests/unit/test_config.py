@@ -131,7 +131,7 @@ def test_only_plain_dataclasses_come_out(load: Load) -> None:
     config = load("routing.mode=a.b.C", "routing.options={x: {y: [1]}}")
     assert type(config.routing.options) is dict and type(config.routing.options["x"]["y"]) is list
     assert type(config.stages) is list and type(config.distributions) is dict
-    assert config.routing.level is Level.token
+    assert load("routing.mode=cluster").routing.level is Level.token
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_only_plain_dataclasses_come_out(load: Load) -> None:
     [
         ("modle.layers=3", "key modle is unknown. Did you mean model?"),
         ("model.layer=3", "model.layer: Key 'layer' not in 'ModelConfig'. Did you mean: 'layers'?"),
-        ("routing.topk=3", "routing.topk: Key 'topk' not in 'RoutingConfig'. Did you mean: 'top_k'?"),
+        ("routing.topk=3", "routing.topk: Key 'topk' not in 'LearnedConfig'. Did you mean: 'top_k'?"),
         (
             "trainer.precisoin=x",
             "trainer.precisoin: Key 'precisoin' not in 'TrainerConfig'. Did you mean: 'precision'?",
@@ -184,7 +184,17 @@ def test_an_unknown_key_near_nothing_lists_what_there_is(load: Load) -> None:
             "method: Invalid value 'lifelnog', expected one of [lifelong, sequential, static_moe, replay, "
             "l2, ewc, lwf, joint, unrestrained]",
         ),
-        ("routing.level=documnt", "routing.level: Invalid value 'documnt', expected one of [token, document]"),
+        ("routing.score=sigmoyd", "routing.score: Invalid value 'sigmoyd', expected one of [softmax, sigmoid]"),
+        ("routing.level=document", "routing.level is for routing.mode=cluster, not for learned. Leave it out."),
+        ("routing.second=all", "routing.second is for routing.mode=gshard, not for learned. Leave it out."),
+        (
+            "routing={mode: hash, bias_rate: 1}",
+            "routing.bias_rate is for routing.mode=learned or switch, not for hash. Leave it out.",
+        ),
+        (
+            "routing={mode: label, options: {x: 1}}",
+            "routing.options is for routers named by dotted path, not for label. Leave it out.",
+        ),
         ("model=3", "model must be a mapping; got 3."),
         ("distributions=null", "distributions must be a non-empty mapping."),
         ("distributions.english=3", "distributions.english must be a mapping; got 3."),

@@ -28,7 +28,8 @@ FLOORS = [
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
-CONFIG_FILES = {"config", "refusals", "switching", "parts"}
+ROUTING_FILES = {"capacity_config", "shared_config", "topk_config", "router_config", "modes", "switching"}
+CONFIG_FILES = {"config", "refusals", "parts", *ROUTING_FILES}
 """Files of any room that belong to the room ``config``: what a configuration is made of and checked by."""
 
 ONLY_IN = {
@@ -47,7 +48,8 @@ FORBIDDEN_ENDINGS = {"load_from_checkpoint", "pyfunc.load_model", "read_index"}
 WRITING_NAMES = {"os.replace", "os.rename", "os.fsync", "fcntl.flock", "fcntl.lockf"}
 MAY_WRITE = {"lifelong_moe/tracking/store.py": "MLflow's client takes an artifact from a file, so one is made for it"}
 
-TORCH_FREE = ["errors.py", "config/*.py", "*/config.py", "plan/*.py", "methods/comparison.py"]
+TORCH_FREE = ["errors.py", "config/*.py", "*/config.py", "routing/*_config.py", "routing/modes.py", "plan/*.py"]
+TORCH_FREE += ["methods/comparison.py"]
 HEAVY = ["torch", "lightning", "mlflow", "faiss", "transformers", "datasets"]
 
 

@@ -24,7 +24,8 @@ from lifelong_moe.growth.clusters import fit_document_clusters
 from lifelong_moe.model.config import ModelConfig
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.architecture import Architecture, Generation
-from lifelong_moe.routing.config import Level, RoutingConfig
+from lifelong_moe.routing.config import Level
+from lifelong_moe.routing.router_config import ClusterConfig
 
 VOCAB, TOPICS, CLUSTERS, WIDTH, GOAL_SECONDS = 8192, 96, 64, 64, 600
 BLOCK = 10_000
@@ -75,7 +76,7 @@ class PrivateMemory(threading.Thread):
 
 def _model() -> LanguageModel:
     """As small as can be, with a generation whose document clusters are to be fitted."""
-    routing = RoutingConfig(mode="cluster", level=Level.document, clusters=CLUSTERS, feature_width=WIDTH)
+    routing = ClusterConfig(level=Level.document, clusters=CLUSTERS, feature_width=WIDTH)
     shape = ModelConfig(layers=1, width=8, heads=1, kv_heads=1, expert_width=8, experts=CLUSTERS, context=64)
     return LanguageModel(Architecture(shape, routing, VOCAB, 0, (Generation("first", CLUSTERS),)))
 

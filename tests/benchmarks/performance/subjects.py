@@ -24,7 +24,7 @@ from lifelong_moe.model.transformer import LanguageModel, initialize
 from lifelong_moe.plan.architecture import Architecture, Generation
 from lifelong_moe.plan.spec import StageSpec
 from lifelong_moe.retention.config import DistillConfig
-from lifelong_moe.routing.config import RoutingConfig
+from lifelong_moe.routing.topk_config import LearnedConfig
 from lifelong_moe.training.module import StageModule
 from lifelong_moe.training.shares import with_shares
 
@@ -64,7 +64,7 @@ class Size:
     def architecture(self, generations: tuple[int, ...] = (), frozen: int = 0) -> Architecture:
         """With ``generations`` experts were born in stages, of which so many are frozen; else all train."""
         born = tuple(Generation(f"stage-{i}", num) for i, num in enumerate(generations or (self.experts,)))
-        return Architecture(self.model_config(), RoutingConfig(top_k=self.top_k), self.vocab, 0, born, frozen)
+        return Architecture(self.model_config(), LearnedConfig(top_k=self.top_k), self.vocab, 0, born, frozen)
 
     def model(self, generations: tuple[int, ...] = (), frozen: int = 0) -> LanguageModel:
         """Our model, initialized."""
@@ -98,7 +98,7 @@ def stage_spec(size: Size) -> StageSpec:
         "model": {"context": size.context},
     }
     spec = stage_specs(build_config(OmegaConf.create(raw)))[0]
-    return replace(spec, model=size.model_config(), routing=RoutingConfig(top_k=size.top_k))
+    return replace(spec, model=size.model_config(), routing=LearnedConfig(top_k=size.top_k))
 
 
 def batches(size: Size, replayed: int = 0) -> list[dict[str, Tensor]]:

@@ -16,8 +16,9 @@ from lifelong_moe.model.config import ModelConfig
 from lifelong_moe.model.encoder import Encoder
 from lifelong_moe.plan.architecture import Architecture, Generation
 from lifelong_moe.routing.base import Router, RoutingContext
-from lifelong_moe.routing.config import CapacityConfig, Counts, Priority, RoutingConfig
+from lifelong_moe.routing.capacity_config import CapacityConfig, Counts, Priority
 from lifelong_moe.routing.registry import build_router
+from tests.conftest import routing_of
 
 BATCH_PRIORITY = CapacityConfig(factor=0.7, eval_factor=1.0, counts=Counts.assignments, priority=Priority.batch)
 KINDS: dict[str, dict[str, Any]] = {
@@ -30,7 +31,7 @@ KINDS: dict[str, dict[str, Any]] = {
 def encoder(kind: str) -> Encoder:
     torch.manual_seed(0)
     model = ModelConfig(layers=2, width=32, heads=4, kv_heads=4, expert_width=32, experts=4, context=16, init_std=0.1)
-    return Encoder(Architecture(model, RoutingConfig(**KINDS[kind]), 10, 0, (Generation("a", 4),)), 4)
+    return Encoder(Architecture(model, routing_of(**KINDS[kind]), 10, 0, (Generation("a", 4),)), 4)
 
 
 def patches() -> tuple[Tensor, Tensor]:
@@ -66,7 +67,7 @@ def test_digits_are_learned(kind: str) -> None:
 
 def soft_router() -> tuple[Router, Tensor, RoutingContext]:
     torch.manual_seed(0)
-    router = build_router(RoutingConfig(**KINDS["soft"]), width=8, layer=0, causal=False)
+    router = build_router(routing_of(**KINDS["soft"]), width=8, layer=0, causal=False)
     router.add_experts(3)
     ids = torch.zeros(10, dtype=torch.int64)
     return router, torch.randn(10, 8), RoutingContext(ids, ids == 0, ids, num_sequences=2)
@@ -100,7 +101,7 @@ def test_soft_routing_does_not_care_for_order() -> None:
 
 def test_soft_routing_is_for_encoders(make_run: Callable[..., Any]) -> None:
     with pytest.raises(ConfigError, match=r"class D.*a decoder must not"):
-        build_router(RoutingConfig(**KINDS["soft"]), width=8, layer=0)
+        build_router(routing_of(**KINDS["soft"]), width=8, layer=0)
     with pytest.raises(ConfigError, match=r"routing.mode=softmix is unknown; there are (?!.*soft,)"):
         make_run("routing.mode=softmix")
     with pytest.raises(ConfigError, match="it is for encoders"):

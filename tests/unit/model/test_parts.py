@@ -18,7 +18,8 @@ from lifelong_moe.model.parts import Part, Place, TensorName, expert_tensor, rou
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.architecture import Architecture, Generation, first_generation
 from lifelong_moe.plan.cost import parameters_by_part
-from lifelong_moe.routing.config import Bundles, RoutingConfig
+from lifelong_moe.routing.config import Bundles
+from tests.conftest import routing_of
 
 PRESETS = sorted((Path(__file__).resolve().parents[3] / "configs/presets").glob("*.yaml"))
 MakeArchitecture = Callable[..., Architecture]
@@ -72,7 +73,7 @@ def test_places_by_hand() -> None:
         layers=2, width=16, heads=4, kv_heads=2, expert_width=8, experts=2, context=16,
         moe_every=2, shared_experts=1, shared_mix=SharedMix.learned,
     )  # fmt: skip
-    routing = RoutingConfig(bundles=Bundles.label)
+    routing = routing_of(bundles=Bundles.label)
     born = (first_generation("s0", model), Generation("s1", 1, (1,), delta_rank=2))
     places = skeleton(Architecture(model, routing, 61, 0, born)).places()
     expected = {

@@ -18,8 +18,7 @@ from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel, initialize
 from lifelong_moe.plan.architecture import Architecture, Generation, first_generation
 from lifelong_moe.plan.cost import count_parameters, forward_flops_per_token
-from lifelong_moe.routing.config import RoutingConfig
-from tests.conftest import VOCAB
+from tests.conftest import VOCAB, routing_of
 
 SHAPES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -56,7 +55,7 @@ def architecture(shape: dict[str, Any], routing: dict[str, Any] | None = None, *
     sizes: dict[str, Any] = {"layers": 4, "width": 16, "heads": 4, "kv_heads": 2, "expert_width": 8, "context": 16}
     model = ModelConfig(**(sizes | {"init_std": 0.3} | shape))
     first = first_generation("s0", model)
-    made = Architecture(model, RoutingConfig(**(routing or {})), VOCAB, 0, (first,))
+    made = Architecture(model, routing_of(**(routing or {})), VOCAB, 0, (first,))
     return made.grown(Generation("s1", grown, model.moe_layers)) if grown else made
 
 

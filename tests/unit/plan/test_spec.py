@@ -15,8 +15,9 @@ from lifelong_moe.plan.flops import loop_flops, stage_flops
 from lifelong_moe.plan.phase import Phase, Trains
 from lifelong_moe.plan.spec import StageSpec
 from lifelong_moe.retention.config import ReplaySource
-from lifelong_moe.routing.config import CapacityConfig
+from lifelong_moe.routing.capacity_config import CapacityConfig
 from lifelong_moe.training.config import FinetuneConfig
+from tests.conftest import routing_of
 
 MakeRun = Callable[..., RunConfig]
 TOKENIZER = TokenizerIdentity({"vocab_size": 300}, "t")
@@ -45,7 +46,7 @@ def key_of(
 
 def test_what_is_written_is_read_again(later: StageSpec) -> None:
     grow = dataclasses.replace(later.grow, layers=[1]) if later.grow else None
-    routing = dataclasses.replace(later.routing, mode="my.Router", options={"a": [1]})
+    routing = routing_of(mode="my.Router", options={"a": [1]})
     capped = dataclasses.replace(later.routing, capacity=CapacityConfig())
     finetune = FinetuneConfig(patience=3)
     for changes in ({}, {"grow": grow, "routing": routing}, {"routing": capped, "finetune": finetune}):

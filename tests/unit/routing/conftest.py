@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lifelong_moe.routing.base import Router, RoutingContext
-from lifelong_moe.routing.config import RoutingConfig
 from lifelong_moe.routing.registry import build_router
+from tests.conftest import routing_of
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def make_router() -> Callable[..., Router]:
     """A router of width 3 with these generations."""
 
     def make(*generations: int, layer: int = 0, width: int = 3, **config: Any) -> Router:
-        router = build_router(RoutingConfig(**config), width=width, layer=layer)
+        router = build_router(routing_of(**config), width=width, layer=layer)
         for experts in generations:
             router.add_experts(experts)
         return router

@@ -10,8 +10,8 @@ import torch
 
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.routing.base import RoutingContext
-from lifelong_moe.routing.config import RoutingConfig
 from lifelong_moe.routing.registry import build_router
+from tests.conftest import routing_of
 
 Make = Callable[..., LanguageModel]
 
@@ -38,7 +38,7 @@ def test_no_bit_depends_on_autocast(any_router_kind: str, training: bool, make_m
 
 
 def test_neither_does_a_mixture_of_slots() -> None:
-    router = build_router(RoutingConfig(mode="soft", slots=2), width=16, layer=0, causal=False)
+    router = build_router(routing_of(mode="soft", slots=2), width=16, layer=0, causal=False)
     torch.manual_seed(0)
     router.add_experts(4)
     ids_T = torch.arange(16)

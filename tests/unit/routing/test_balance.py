@@ -14,17 +14,10 @@ from torch import Tensor
 
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.routing.base import Router, RoutingContext
-from lifelong_moe.routing.config import (
-    DEFAULTS,
-    BalanceCounts,
-    BalanceOver,
-    BalanceScope,
-    Bundles,
-    CapacityConfig,
-    RoutingConfig,
-    Score,
-    SecondExpert,
-)
+from lifelong_moe.routing.capacity_config import CapacityConfig
+from lifelong_moe.routing.config import BalanceCounts, BalanceOver, BalanceScope, Bundles, Score, SecondExpert
+from lifelong_moe.routing.modes import settings_of, stored_routing
+from tests.conftest import routing_of
 
 Make = Callable[..., Router]
 ROOM = CapacityConfig(factor=1.0)
@@ -135,27 +128,27 @@ def test_balance_where_room_is_counted(make_router: Make, mode: str, padded: boo
 @pytest.mark.parametrize("scope", [BalanceScope.microbatch, BalanceScope.global_batch])
 @pytest.mark.parametrize("mode", ["switch", "gshard", "learned"])
 def test_balance_elsewhere_than_room_is_refused(mode: str, scope: BalanceScope) -> None:
-    values = {**DEFAULTS.get(mode, {}), "capacity": ROOM}
+    values = {**settings_of(mode)().own(), "capacity": ROOM, "balance_scope": None}
     with pytest.raises(ConfigError, match=rf"^routing\.balance_scope={scope} cannot be .*capacity=null\.$") as caught:
-        RoutingConfig(mode=mode, balance_scope=scope, **values)
+        routing_of(**values | {"balance_scope": scope})
     assert "\n" not in str(caught.value)
-    assert RoutingConfig(mode=mode, **values).counts_balance_in == BalanceScope.sequence
-    assert RoutingConfig(mode=mode, **values | {"capacity": None}).counts_balance_in == BalanceScope.microbatch
-    assert RoutingConfig(mode=mode, balance_scope=scope, **values | {"capacity": None}).counts_balance_in == scope
+    assert routing_of(**values).counts_balance_in == BalanceScope.sequence
+    assert routing_of(**values | {"capacity": None}).counts_balance_in == BalanceScope.microbatch
+    assert routing_of(**values | {"capacity": None, "balance_scope": scope}).counts_balance_in == scope
 
 
 def test_what_an_earlier_version_wrote_is_read() -> None:
     """Capacity with balance over the micro-batch, which had no gradient against what was dropped."""
-    written = dataclasses.asdict(RoutingConfig(**SWITCH)) | {"balance_scope": "microbatch", "balance_loss": 0.01}
-    read = RoutingConfig.from_json(written)
+    written = routing_of(**SWITCH).to_json() | {"balance_scope": "microbatch", "balance_loss": 0.01}
+    read = stored_routing(written)
     assert read.capacity == ROOM and read.balance_scope is None and read.balance_loss == 0.01
-    again = RoutingConfig.from_json(dataclasses.asdict(RoutingConfig(balance_scope=BalanceScope.global_batch)))
+    again = stored_routing(routing_of(balance_scope=BalanceScope.global_batch).to_json())
     assert again.balance_scope is BalanceScope.global_batch
-    assert RoutingConfig.from_json(dataclasses.asdict(RoutingConfig())) == RoutingConfig()
+    assert stored_routing(routing_of().to_json()) == routing_of() == stored_routing({})
 
 
 def test_a_scope_that_is_meant_anyway_changes_nothing() -> None:
-    for config, said in ((RoutingConfig(), BalanceScope.microbatch), (RoutingConfig(**SWITCH), BalanceScope.sequence)):
+    for config, said in ((routing_of(), BalanceScope.microbatch), (routing_of(**SWITCH), BalanceScope.sequence)):
         spelled_out = dataclasses.replace(config, balance_scope=said)
         assert spelled_out != config and spelled_out.effective(grown=True) == config.effective(grown=True)
 

@@ -18,6 +18,7 @@ from lifelong_moe.routing.base import Causality, Router, Routing, RoutingContext
 from lifelong_moe.routing.config import Bundles, Level, RoutingConfig
 from lifelong_moe.routing.learned import LearnedRouter
 from lifelong_moe.routing.registry import build_router
+from tests.conftest import routing_of
 
 
 class FirstExperts(Router):
@@ -76,7 +77,7 @@ def my_package(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def build(**config: Any) -> Router:
-    return build_router(RoutingConfig(**config), width=4, layer=1)
+    return build_router(routing_of(**config), width=4, layer=1)
 
 
 def test_built_in_names() -> None:
@@ -88,14 +89,14 @@ def test_built_in_names() -> None:
 @pytest.mark.parametrize(("mode", "near"), [("lerned", "learned"), ("clusters", "cluster"), ("lable", "label")])
 def test_a_typo_names_what_was_meant(mode: str, near: str) -> None:
     with pytest.raises(ConfigError, match=rf"routing\.mode={mode} is unknown; .* Did you mean {near}\?"):
-        RoutingConfig(mode=mode)
+        routing_of(mode=mode)
 
 
 def test_what_a_generation_trains_in_a_router_of_your_own() -> None:
     """Modules that a router has for each generation freeze, train on and have their rates as its Parameters do."""
     config = ModelConfig(layers=1, width=4, heads=1, kv_heads=1, expert_width=4, experts=2, context=8)
     born = (Generation("a", 2), Generation("b", 3), Generation("c", 2))
-    model = LanguageModel(Architecture(config, RoutingConfig(mode="mine.routers.Two"), 16, 0, born))
+    model = LanguageModel(Architecture(config, routing_of(mode="mine.routers.Two"), 16, 0, born))
     router = "blocks.0.moe.router"
     own = {f"{router}.networks.1.{i}.{name}" for i in (0, 2) for name in ("weight", "bias")} | {f"{router}.offsets.1"}
     assert set(model.parameters_of(Part.router, 1)) == own
@@ -139,11 +140,6 @@ def test_what_cannot_be_built_costs_one_line(mode: str, options: dict[str, Any],
     assert str(caught.value).startswith(f"routing.mode={mode} ") and "\n" not in str(caught.value)
 
 
-def test_options_are_for_your_own_router_only() -> None:
-    with pytest.raises(ConfigError, match=r"routing\.options is for routers named by dotted path, not for learned"):
-        RoutingConfig(options={"skip": 1})
-
-
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
@@ -151,9 +147,9 @@ def test_options_are_for_your_own_router_only() -> None:
         ({"top_k": 1}, "routing.renormalize=true with routing.top_k=1"),
         ({"balance_loss": -0.1}, "routing.balance_loss=-0.1 must not be negative"),
         ({"z_loss": -1.0}, "routing.z_loss=-1.0 must not be negative"),
-        ({"scale": 0.0}, "routing.scale=0.0 must be positive"),
+        ({"mode": "cluster", "scale": 0.0}, "routing.scale=0.0 must be positive"),
         ({"chunk_tokens": 0}, "routing.chunk_tokens=0 must be positive"),
-        ({"sample_tokens": -5}, "routing.sample_tokens=-5 must be positive"),
+        ({"mode": "cluster", "sample_tokens": -5}, "routing.sample_tokens=-5 must be positive"),
         ({"feature_width": 0}, "routing.feature_width=0 must be positive"),
         ({"clusters": 0}, "routing.clusters=0 must be at least 1"),
         ({"margin": -1.0}, "routing.margin=-1.0 must not be negative"),
@@ -165,16 +161,16 @@ def test_options_are_for_your_own_router_only() -> None:
 )
 def test_values_out_of_range(keys: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message.replace(".", r"\.")):
-        RoutingConfig(**keys)
+        routing_of(**keys)
 
 
 def test_one_expert_a_token_where_the_router_is_not_trained_or_not_renormalized() -> None:
-    assert RoutingConfig(top_k=1, renormalize=False).top_k == 1
-    assert RoutingConfig(top_k=1, mode="label").top_k == 1
+    assert routing_of(top_k=1, renormalize=False).top_k == 1
+    assert routing_of(top_k=1, mode="label").top_k == 1
 
 
 def test_an_unfinished_router_says_what_is_missing() -> None:
-    router = Router(RoutingConfig(), width=4, layer=0)
+    router = Router(routing_of(), width=4, layer=0)
     with pytest.raises(TypeError, match=r"Router must implement add_experts\(num\)"):
         router.add_experts(1)
     with pytest.raises(ConfigError, match=r"set grow\.router=random"):
@@ -189,7 +185,6 @@ def test_an_unfinished_router_says_what_is_missing() -> None:
         ({"mode": "label"}, True, False, False, True),
         ({"mode": "cluster"}, False, False, True, False),
         ({"mode": "cluster", "level": Level.document}, False, True, True, False),
-        ({"level": Level.document}, False, False, False, False),  # a key of another mode
         ({"bundles": Bundles.label}, True, False, False, True),
         ({"bundles": Bundles.cluster}, False, True, True, True),
     ],
@@ -197,13 +192,13 @@ def test_an_unfinished_router_says_what_is_missing() -> None:
 def test_where_groups_come_from(
     keys: dict[str, Any], by_label: bool, by_document: bool, is_clustered: bool, has_bundles: bool
 ) -> None:
-    config = RoutingConfig(**keys)
+    config = routing_of(**keys)
     assert (config.by_label, config.by_document) == (by_label, by_document)
     assert (config.is_clustered, config.has_bundles) == (is_clustered, has_bundles)
 
 
 def test_clusters_of_a_generation() -> None:
-    document = RoutingConfig(mode="cluster", level=Level.document)
+    document = routing_of(mode="cluster", level=Level.document)
     assert [document.clusters_of(experts) for experts in (1, 4, 7)] == [1, 2, 3]
-    assert [RoutingConfig(bundles=Bundles.cluster).clusters_of(experts) for experts in (1, 4)] == [8, 8]
-    assert RoutingConfig(bundles=Bundles.cluster, clusters=3).clusters_of(4) == 3
+    assert [routing_of(bundles=Bundles.cluster).clusters_of(experts) for experts in (1, 4)] == [8, 8]
+    assert routing_of(bundles=Bundles.cluster, clusters=3).clusters_of(4) == 3

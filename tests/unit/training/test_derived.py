@@ -22,9 +22,10 @@ from lifelong_moe.retention.config import (
     TrunkConfig,
     TrunkTraining,
 )
-from lifelong_moe.routing.config import Bundles, RoutingConfig
+from lifelong_moe.routing.config import Bundles
 from lifelong_moe.stages.store import CommittedStage, StageStore
 from lifelong_moe.training.derived import commit_derived, derived_stage, generation_of, what_remains
+from tests.conftest import routing_of
 from tests.records import made_record, made_spec
 
 KEY, HOLDER = "ab" * 32, "cd" * 32
@@ -85,7 +86,7 @@ def test_a_generation_is_found_by_the_stage_that_bore_it(make_architecture: Call
 
 # What remains of a stage's text
 
-FROZEN, BUNDLES = TrunkConfig(train=TrunkTraining.frozen), RoutingConfig(bundles=Bundles.cluster)
+FROZEN, BUNDLES = TrunkConfig(train=TrunkTraining.frozen), routing_of(bundles=Bundles.cluster)
 GROW, COPIES = GrowConfig(init=ExpertInit.random), GrowConfig(init=ExpertInit.copy)
 L2, EWC = PenaltyConfig(kind=PenaltyKind.l2), PenaltyConfig(kind=PenaltyKind.ewc)
 GENERATED = {"replayed": ("own",), "replay_source": ReplaySource.generated}
@@ -134,11 +135,11 @@ def remains(own: dict[str, Any], later: dict[str, Any]) -> list[str]:
         ({}, {"grow": COPIES}, ["stage later began its experts as copies"]),
         (
             {},
-            {"grow": GROW, "routing": RoutingConfig()},
+            {"grow": GROW, "routing": routing_of()},
             ["stage later trained its router rows"],
         ),
-        ({}, {"routing": RoutingConfig()}, []),
-        ({}, {"grow": GROW, "routing": RoutingConfig(mode="hash")}, []),
+        ({}, {"routing": routing_of()}, []),
+        ({}, {"grow": GROW, "routing": routing_of(mode="hash")}, []),
     ],
 )
 def test_what_remains_of_a_stage_s_text(own: dict[str, Any], later: dict[str, Any], found: list[str]) -> None:

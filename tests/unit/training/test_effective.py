@@ -15,7 +15,7 @@ from lifelong_moe.growth.config import GrowConfig
 from lifelong_moe.methods.graph import stage_specs
 from lifelong_moe.model.config import ModelConfig
 from lifelong_moe.retention.config import DistillConfig, PenaltyConfig, ReplayConfig, ReviewConfig, TrunkConfig
-from lifelong_moe.routing.config import RoutingConfig
+from lifelong_moe.routing.modes import ROUTERS, keys_of
 from lifelong_moe.training.config import CheckpointConfig, FinetuneConfig, FrozenConfig, OptimConfig, TrainerConfig
 
 MASKED = ("model.document_mask=true",)
@@ -189,12 +189,13 @@ def test_a_key_changes_just_where_its_stage_does(
 
 def test_every_key_of_the_configuration_has_a_case() -> None:
     sections: dict[str, type] = {
-        "model.": ModelConfig, "routing.": RoutingConfig, "optim.": OptimConfig, "grow.": GrowConfig,
+        "model.": ModelConfig, "optim.": OptimConfig, "grow.": GrowConfig,
         "trunk.": TrunkConfig, "distill.": DistillConfig, "replay.": ReplayConfig, "penalty.": PenaltyConfig,
         "review.": ReviewConfig, "finetune.": FinetuneConfig, "trainer.": TrainerConfig,
         "checkpoint.": CheckpointConfig, "frozen.": FrozenConfig,
     }  # fmt: skip
     wanted = {f"{name}{f.name}" for name, section in sections.items() for f in dataclasses.fields(section)}
+    wanted |= {f"routing.{key}" for mode in (*ROUTERS, "a.Router") for key in keys_of(mode)}
     wanted |= {f.name for f in dataclasses.fields(StageConfig)} - {name.rstrip(".") for name in sections}
     changed = {
         change.partition("=")[0].removeprefix("stage_defaults.").removeprefix("stages[1].") for _, change, _ in CASES

@@ -11,13 +11,14 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 
 from lifelong_moe.errors import ConfigError
-from lifelong_moe.routing.config import Features, Level, RoutingConfig
+from lifelong_moe.routing.config import Features, Level
 from lifelong_moe.training import measure
 from lifelong_moe.training import phase as phases
 from lifelong_moe.training.collapse import collapse_warning
 from lifelong_moe.training.config import TrainerConfig
 from lifelong_moe.training.phase import _out_of_memory, _sample_assignments
 from lifelong_moe.training.trainer import _strategy, build_trainer
+from tests.conftest import routing_of
 
 no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU is chosen where there is no GPU")
 
@@ -67,7 +68,7 @@ def test_ranks_work_together_by_gloo_and_one_process_alone() -> None:
 def test_collapse_is_looked_for_where_routers_train_and_tokens_choose(
     routing: dict[str, Any], every: int | None, warns: bool
 ) -> None:
-    spec: Any = SimpleNamespace(name="code", routing=RoutingConfig(**routing))
+    spec: Any = SimpleNamespace(name="code", routing=routing_of(**routing))
     found = collapse_warning(spec, every)
     assert [(one.stage, one.top_k, one.every_steps) for one in found] == [("code", spec.routing.top_k, every)] * warns
 
