@@ -94,7 +94,7 @@ def _row(i: int, prepared: Prepared, store: StageStore) -> dict[str, Any]:
         "parameters_trainable": planned.trainable,
         "tokens": planned.tokens,
         "epochs": _epochs(planned, prepared, committed),
-        "replay_fraction": spec.replay_fraction,
+        "replay_fraction": spec.replay.fraction,
         "teacher_tokens": spec.teacher_tokens,
         "active_flops": planned.flops,
         "disk_bytes": stage_need(planned, prepared.config).total,

@@ -109,7 +109,7 @@ def stage_facts(trainer: CandidateTrainer, chosen: Candidate) -> StageFacts:
         experts_per_layer=planned.architecture.num_experts,
         parameters_total=planned.parameters.total,
         parameters_trainable=planned.trainable,
-        replay_fraction=planned.spec.replay_fraction,
+        replay_fraction=planned.spec.replay.fraction,
         disk_bytes=stage_need(planned, chosen.config).total,
         hours=None if not speed else planned.tokens / speed / 3600,
     )

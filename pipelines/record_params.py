@@ -17,7 +17,7 @@ KEYS = {
     "replay_source": "replay.source",
     "replay_buffer": "replay.buffer_tokens",
     "precision": "trainer.precision",
-    "gradient_clip": "trainer.gradient_clip_val",
+    "gradient_clip": "trainer.gradient_clip",
     "accumulate": "trainer.accumulate_grad_batches",
 }
 """What a stage's settings are called in a configuration, where it is not the same."""

@@ -8,7 +8,7 @@ from lifelong_moe.data.identity import TokenizerIdentity
 from lifelong_moe.model.config import ModelConfig
 from lifelong_moe.plan.architecture import Architecture, first_generation
 from lifelong_moe.plan.spec import StageSpec
-from lifelong_moe.retention.config import ReplaySource
+from lifelong_moe.retention.config import ReplayConfig
 from lifelong_moe.routing.topk_config import LearnedConfig
 from lifelong_moe.stages.record import StageRecord
 from lifelong_moe.training.config import OptimConfig
@@ -18,7 +18,7 @@ def made_spec(name: str = "one", **changes: Any) -> StageSpec:
     """A stage that learns ``<name>_text`` from random weights, and nothing else."""
     plain: dict[str, Any] = {
         "name": name, "data": f"{name}_text", "parent": None, "replayed": (), "replay_weights": (),
-        "replay_fraction": 0.0, "replay_source": ReplaySource.stored, "replay_buffer": None, "fisher_data": (),
+        "replay": ReplayConfig(fraction=0.0), "fisher_data": (),
         "tokens": 1000, "grow": None, "continues": None, "trunk": None, "distill": None, "penalty": None,
         "review": None, "optim": OptimConfig(), "finetune": None, "model": ModelConfig(), "routing": LearnedConfig(),
         "seed": 0, "precision": "32-true", "gradient_clip": 1.0, "accumulate": 1, "processes": 1,

@@ -37,7 +37,7 @@ from lifelong_moe.config.names import SCRATCH
 from lifelong_moe.config.rules import require_consistent
 from lifelong_moe.config.run import Method, RunConfig, StageConfig, StageKind
 from lifelong_moe.plan.spec import StageSpec
-from lifelong_moe.retention.config import DistillText, PenaltyKind, ReplaySource
+from lifelong_moe.retention.config import DistillText, PenaltyKind, ReplayConfig, ReplaySource
 
 MOST_TURNS = 1000
 """Turns in a round of the joint stage's distributions; whatever shares would need more are rounded."""
@@ -144,9 +144,11 @@ def _spec(config: RunConfig, recipe: Recipe, i: int, stage: StageConfig, gone: C
         parent=i - 1 if later else None,
         replayed=replayed,
         replay_weights=(1,) * len(replayed),
-        replay_fraction=stage.replay.fraction if replays else 0.0,
-        replay_source=stage.replay.source if uses_old_text else ReplaySource.stored,
-        replay_buffer=stage.replay.buffer_tokens if replayed or fisher_data else None,
+        replay=ReplayConfig(
+            fraction=stage.replay.fraction if replays else 0.0,
+            source=stage.replay.source if uses_old_text else ReplaySource.stored,
+            buffer_tokens=stage.replay.buffer_tokens if replayed or fisher_data else None,
+        ),
         fisher_data=fisher_data,
         tokens=stage.tokens,
         grow=stage.grow if grows else None,
@@ -173,7 +175,7 @@ def _common(config: RunConfig, stage: StageConfig, grown: bool) -> dict[str, Any
         "routing": config.routing.effective(grown=grown),
         "seed": config.seed,
         "precision": config.trainer.precision,
-        "gradient_clip": float(config.trainer.gradient_clip_val),
+        "gradient_clip": float(config.trainer.gradient_clip),
         "accumulate": config.trainer.accumulate_grad_batches,
         "processes": config.trainer.processes,
     }
@@ -196,7 +198,7 @@ def _joint(config: RunConfig) -> StageSpec:
         _first(config, config.stages[0], "joint"),
         replayed=tuple(others),
         replay_weights=tuple(max(1, round(count / unit)) for count in shared),
-        replay_fraction=1 - tokens[first] / total if others else 0.0,
+        replay=ReplayConfig(fraction=1 - tokens[first] / total if others else 0.0),
         tokens=total,
     )
 

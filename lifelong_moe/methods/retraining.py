@@ -224,7 +224,7 @@ def _refuse_replay_of_removed(settings: RetrainConfig, config: RunConfig, what: 
     if keep == KeepText.always or not (spec.reads or spec.fisher_data):
         return
     does = "replays" if spec.reads else "measures old weights on"
-    off = "replay.fraction=0" if spec.replay_fraction else "review.fraction=0" if spec.reads else "penalty.kind=none"
+    off = "replay.fraction=0" if spec.replay.fraction else "review.fraction=0" if spec.reads else "penalty.kind=none"
     raise ConfigError(
         f"inbox.keep_text={keep} removes text of earlier batches, which {what} {does}. Set "
         f"{what}.replay.source=generated or {what}.{off}, or inbox.keep_text=always."

@@ -18,6 +18,7 @@ from lifelong_moe.retention.config import (
     DistillText,
     PenaltyConfig,
     PenaltyKind,
+    ReplayConfig,
     ReplaySource,
     ReviewConfig,
     TrunkConfig,
@@ -35,6 +36,10 @@ HASH_WARMUP = 0.1
 """Share of the first stage that trains with hash routing before centroids of hidden states are fitted."""
 
 
+_REPLAY = {"replay_fraction": "fraction", "replay_source": "source", "replay_buffer": "buffer_tokens"}
+"""Names of :class:`ReplayConfig`'s fields in a stage's JSON data."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class StageSpec:
     """What a method wants of one stage. Absent mechanisms are None, so that equal work has equal keys."""
@@ -48,10 +53,8 @@ class StageSpec:
     """Earlier distributions whose text is mixed in; without a parent, those that are learned at the same time."""
     replay_weights: tuple[int, ...]
     """How often each of them has its turn."""
-    replay_fraction: float
-    replay_source: ReplaySource
-    replay_buffer: int | None
-    """Tokens kept of each earlier distribution that is replayed or measured on."""
+    replay: ReplayConfig
+    """Its source and its buffer are those of the text that the Fisher information is measured on, too."""
     fisher_data: tuple[str, ...]
     """Earlier distributions that the Fisher information is measured on; empty without EWC, or if it takes generated
     text."""
@@ -101,14 +104,14 @@ class StageSpec:
     @property
     def generates(self) -> bool:
         """Whether the parent's model writes the replayed text."""
-        return bool(self.replayed) and self.replay_source == ReplaySource.generated
+        return bool(self.replayed) and self.replay.source == ReplaySource.generated
 
     @property
     def measures_generated(self) -> bool:
         """Whether the Fisher information is measured on text that the parent's model writes."""
         by_fisher = self.penalty is not None and self.penalty.kind == PenaltyKind.ewc
         # Earlier versions measured on stored text whatever they replayed.
-        return by_fisher and self.replay_source == ReplaySource.generated and not self.fisher_data
+        return by_fisher and self.replay.source == ReplaySource.generated and not self.fisher_data
 
     @property
     def written_blocks(self) -> tuple[int, int]:
@@ -131,7 +134,7 @@ class StageSpec:
         """Share of the sequences, outside of the review, that a teacher is asked about."""
         if self.distill is None:
             return 0.0
-        share = self.replay_fraction if self.distill.text == DistillText.replay else 1 - self.replay_fraction
+        share = self.replay.fraction if self.distill.text == DistillText.replay else 1 - self.replay.fraction
         return share * self.distill.fraction
 
     @property
@@ -149,7 +152,7 @@ class StageSpec:
     @property
     def buffer_blocks(self) -> int | None:
         """Blocks kept of each earlier distribution's text; None keeps all."""
-        return None if self.replay_buffer is None else max(1, self.replay_buffer // self.model.context)
+        return None if self.replay.buffer_tokens is None else max(1, self.replay.buffer_tokens // self.model.context)
 
     @property
     def fisher_measured_tokens(self) -> int:
@@ -174,7 +177,7 @@ class StageSpec:
         after, with an order of samples of its own.
         """
         fits = self.routing.is_clustered and (self.parent is None or self.grow is not None)
-        steps, share = self.steps - self.review_steps, self.replay_fraction
+        steps, share = self.steps - self.review_steps, self.replay.fraction
         phases = []
         if self.routing.clusters_hidden and self.parent is None:
             warmup = max(1, round(HASH_WARMUP * steps))
@@ -245,12 +248,17 @@ class StageSpec:
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON data."""
-        return dataclasses.asdict(self) | {"routing": self.routing.to_json()}
+        data = dataclasses.asdict(self) | {"routing": self.routing.to_json()}
+        replay = data.pop("replay")  # flat, as stages have it whose keys are to stay what they are
+        return data | {name: replay[key] for name, key in _REPLAY.items()}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> StageSpec:
         """The inverse of :meth:`to_json`; earlier versions trained in one process and did not say so."""
-        return from_plain(cls, {"processes": 1, **data, "routing": stored_routing(data["routing"])})
+        replay = {key: data[name] for name, key in _REPLAY.items()}
+        others = {name: value for name, value in data.items() if name not in _REPLAY}
+        others["routing"] = stored_routing(data["routing"])
+        return from_plain(cls, {"processes": 1, "replay": replay, **others})
 
     @property
     def by_process(self) -> bool:

@@ -109,7 +109,7 @@ class RunHead:
             raise CorruptError("not the head of a run.")
         try:
             mlflow = _known(MlflowState, data.get("mlflow", {}))
-            told = {**data, "champion_id": data.get("champion"), "mlflow": mlflow}
+            told = {**data, "champion_id": data.get("champion"), "config": _config(data["config"]), "mlflow": mlflow}
             head = from_plain(cls, _known(cls, told))
             return replace(head, versions=tuple(_with_split(version, head.batches) for version in head.versions))
         except (AttributeError, TypeError, ValueError) as error:
@@ -249,6 +249,14 @@ REQUIRED = tuple(one.name for one in dataclasses.fields(RunHead)[:7])
 def _known(kind: type[RunHead] | type[MlflowState], data: Mapping[str, Any]) -> dict[str, Any]:
     """What the dataclass has a field for; earlier versions wrote more."""
     return {one.name: data[one.name] for one in dataclasses.fields(kind) if one.name in data}
+
+
+def _config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration under today's keys."""
+    trainer = dict(config.get("trainer") or {})
+    if "gradient_clip_val" not in trainer:
+        return dict(config)
+    return {**config, "trainer": {"gradient_clip": trainer.pop("gradient_clip_val"), **trainer}}
 
 
 def _with_split(version: Version, batches: Mapping[str, SettledBatch]) -> Version:

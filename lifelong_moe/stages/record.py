@@ -40,7 +40,7 @@ class StageRecord:
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON data."""
-        data = dataclasses.asdict(self) | {"architecture": self.architecture.to_json()}
+        data = dataclasses.asdict(self) | {"spec": self.spec.to_json(), "architecture": self.architecture.to_json()}
         left_out = {"read_near_copies", *(name for name in ("derived", "schema") if data[name] is None)}
         return {name: value for name, value in data.items() if name not in left_out}
 

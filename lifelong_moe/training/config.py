@@ -102,7 +102,7 @@ class TrainerConfig:
     """``auto``, ``ddp``, ...; several processes train with ``ddp``, which ``auto`` then means too."""
     precision: str = "32-true"
     """``32-true``, ``bf16-mixed`` or ``bf16-true``; part of a stage's key."""
-    gradient_clip_val: float = 1.0
+    gradient_clip: float = 1.0
     """Largest gradient norm; 0 does not clip; part of a stage's key."""
     accumulate_grad_batches: int = 1
     """Micro-batches a step; the global batch stays ``optim.batch_tokens``; part of a stage's key."""
@@ -159,7 +159,7 @@ class TrainerConfig:
         for key in ("num_nodes", "accumulate_grad_batches", "log_every_n_steps"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"trainer.{key}={getattr(self, key)} must be at least 1.")
-        for key in ("gradient_clip_val", "num_workers"):
+        for key in ("gradient_clip", "num_workers"):
             if getattr(self, key) < 0:
                 raise ConfigError(f"trainer.{key}={getattr(self, key)} must not be negative.")
 

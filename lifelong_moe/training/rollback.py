@@ -113,7 +113,7 @@ def roll_back(work: Path, error: NonfiniteStepsError, every_steps: int) -> None:
     if done.count == MAX_ROLLBACKS:
         raise DivergedError(
             f"{error}, after {MAX_ROLLBACKS} rollbacks; nothing was committed. Lower optim.lr or "
-            f"set trainer.gradient_clip_val."
+            f"set trainer.gradient_clip."
         ) from error
     step = return_step(error.first, every_steps)
     # In this order: killed in between, the stage comes to the same point again and rolls back then.

@@ -296,7 +296,7 @@ def test_a_known_kind_that_is_not_learned_yet_continues_its_experts(
     assert (result["outcome"], result["action"]) == ("promoted", "continue"), result
     stage = StageStore(Path("mlruns")).get(result["candidate"])
     assert stage.spec.continues == "code" and head()["versions"][1]["stages"][-1]["action"] == "continue"
-    assert stage.spec.replay_fraction == 0.25  # of when_continuing
+    assert stage.spec.replay.fraction == 0.25  # of when_continuing
     assert head()["best"]["code"]["key"] == result["candidate"]
 
 

@@ -25,6 +25,15 @@ routing.chunk_tokens=4 stage_defaults.trunk.rank=44 stage_defaults.trunk.train=d
 stage_defaults.distill.weight=0 stage_defaults.optim.rewarm=2.0 stage_defaults.tokens=200_000"""
 
 
+FULL = ("routing.bundles=none", "stage_defaults.trunk.train=full")
+REPLAY = (
+    "routing.bundles=none", "stage_defaults.trunk.train=gentle", "stage_defaults.replay.fraction=0.2",
+    "stage_defaults.distill.weight=0.5", "stage_defaults.distill.text=replay", "stage_defaults.review.fraction=0.1",
+)  # fmt: skip
+EWC = (*FULL, "method=ewc", "stage_defaults.replay.buffer_tokens=20000")
+JOINT = (*FULL, "method=joint")
+
+
 def page(name: str) -> str:
     """A page in one line."""
     return " ".join((ROOT / name).read_text(encoding="utf-8").split())
@@ -40,6 +49,21 @@ def planned(name: str, overrides: list[str]) -> list[PlannedStage]:
 
 def by_token(stage: PlannedStage) -> float:
     return stage.flops / stage.tokens
+
+
+@pytest.mark.parametrize(
+    ("overrides", "keys"),
+    [
+        ((), ("b8d880872ad592c6", "7fd689ee6fd81f3c", "bde627caa958fbcb")),
+        (REPLAY, ("b8d880872ad592c6", "5220ac69510e93b2", "4c0cf3c75d78bcd6")),
+        (EWC, ("b8d880872ad592c6", "8a591c007bc2cdc6", "8d383fb1946bbd35")),
+        (JOINT, ("67ab78e55b39cec4",)),
+    ],
+    ids=["quickstart", "replay", "ewc", "joint"],
+)
+def test_a_new_version_finds_the_stages_of_the_one_before(overrides: tuple[str, ...], keys: tuple[str, ...]) -> None:
+    """Whoever changes these values trains everybody's stages anew: raise ``SCHEMA``, and say so."""
+    assert tuple(stage.key[:16] for stage in planned("quickstart.yaml", [*overrides])) == keys
 
 
 def test_what_a_token_costs_on_the_quickstart() -> None:

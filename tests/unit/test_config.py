@@ -148,6 +148,10 @@ def test_only_plain_dataclasses_come_out(load: Load) -> None:
             "stages[1].grow.expert=3",
             "stages[1].grow.expert: Key 'expert' not in 'GrowConfig'. Did you mean: 'experts'?",
         ),
+        (
+            "trainer.gradient_clip_val=1",
+            "trainer.gradient_clip_val: Key 'gradient_clip_val' not in 'TrainerConfig'. Did you mean: 'gradient_clip'?",
+        ),
         ("stages[0].token=3", "stages[0].token: Key 'token' not in 'StageConfig'. Did you mean: 'tokens'?"),
         (
             "stage_defaults.grow.expert=3",

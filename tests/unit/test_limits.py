@@ -29,7 +29,7 @@ LIMITS: list[tuple[type, str, tuple[list[Any], list[Any]]]] = [
     (OptimConfig, "router_until", SHARE), (OptimConfig, "beta1", BELOW_ONE), (OptimConfig, "beta2", BELOW_ONE),
     (OptimConfig, "batch_tokens", FROM_ONE), (OptimConfig, "weight_decay", ([0.0], [-TINY])),
     (TrainerConfig, "num_nodes", ([1], [0, 2])), (TrainerConfig, "accumulate_grad_batches", FROM_ONE),
-    (TrainerConfig, "log_every_n_steps", FROM_ONE), (TrainerConfig, "gradient_clip_val", ([0.0], [-TINY])),
+    (TrainerConfig, "log_every_n_steps", FROM_ONE), (TrainerConfig, "gradient_clip", ([0.0], [-TINY])),
     (TrainerConfig, "num_workers", FROM_ZERO), (CheckpointConfig, "every_steps", FROM_ONE),
     (CheckpointConfig, "keep", FROM_ONE), (FinetuneConfig, "expert_dropout", BELOW_ONE),
     (FinetuneConfig, "every_steps", FROM_ONE), (FinetuneConfig, "held_out_tokens", FROM_ONE),

@@ -23,7 +23,7 @@ from lifelong_moe.model.config import ModelConfig
 from lifelong_moe.model.transformer import LanguageModel, initialize
 from lifelong_moe.plan.architecture import Architecture, Generation
 from lifelong_moe.plan.spec import StageSpec
-from lifelong_moe.retention.config import DistillConfig
+from lifelong_moe.retention.config import DistillConfig, ReplayConfig
 from lifelong_moe.routing.topk_config import LearnedConfig
 from lifelong_moe.training.module import StageModule
 from lifelong_moe.training.shares import with_shares
@@ -136,7 +136,7 @@ def our_step(
     model = (size.model() if model is None else model).to(DEVICE, DTYPE).train()
     if teacher is not None:
         teacher.to(DEVICE, DTYPE)
-    spec = replace(stage_spec(size), distill=distill, replay_fraction=replayed / size.sequences)
+    spec = replace(stage_spec(size), distill=distill, replay=ReplayConfig(fraction=replayed / size.sequences))
     module = StageModule(model, spec, spec.phases()[0], teacher)
     optimizer = module.configure_optimizers()["optimizer"]
     data = [with_shares(batch, spec) for batch in batches(size, replayed)]  # as the data module, on the CPU

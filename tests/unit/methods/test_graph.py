@@ -64,7 +64,7 @@ def parts(spec: StageSpec) -> set[str]:
             "grow": spec.grow,
             "trunk": spec.trunk,
             "distill": spec.distill,
-            "replay": spec.replay_fraction,
+            "replay": spec.replay.fraction,
             "penalty": spec.penalty,
             "review": spec.review,
         }.items()
@@ -145,10 +145,10 @@ def test_distillation(specs_of: Specs) -> None:
 def test_replay(specs_of: Specs) -> None:
     generated = specs_of("replay", "stage_defaults.replay.source=generated")
     assert [(spec.generates, spec.reads) for spec in generated] == [(False, ()), (True, ()), (True, ())]
-    assert [spec.replay_source for spec in generated] == [ReplaySource.stored] + [ReplaySource.generated] * 2
+    assert [spec.replay.source for spec in generated] == [ReplaySource.stored] + [ReplaySource.generated] * 2
     assert [spec.teacher_tokens for spec in generated] == [0, 160, 160]  # a quarter of 640 is written by the parent
     buffered = specs_of("replay", "stage_defaults.replay.buffer_tokens=99")
-    assert [(spec.replay_buffer, spec.reads) for spec in buffered] == [
+    assert [(spec.replay.buffer_tokens, spec.reads) for spec in buffered] == [
         (None, ()), (99, ("english",)), (99, ("english", "python")),
     ]  # fmt: skip
 
@@ -156,7 +156,7 @@ def test_replay(specs_of: Specs) -> None:
 def test_a_review_needs_no_replay_in_the_stage_itself(specs_of: Specs) -> None:
     off = ["stage_defaults.replay.fraction=0", "stage_defaults.distill.text=new"]
     spec = specs_of("lifelong", *off)[2]
-    assert spec.review is not None and spec.replay_fraction == 0.0 and spec.replayed == ("english", "python")
+    assert spec.review is not None and spec.replay.fraction == 0.0 and spec.replayed == ("english", "python")
     assert [phase.replay_fraction for phase in spec.phases()] == [0.0, 0.5]
     again = specs_of("lifelong", *off, stages=[{"data": "english"}, {"data": "english"}])[1]
     assert again.review is None and again.replayed == () and len(again.phases()) == 1
@@ -170,21 +170,21 @@ def test_joint(specs_of: Specs) -> None:
     (spec,) = specs_of("joint", stages=stages)
     assert (spec.name, spec.data, spec.parent, parts(spec)) == ("joint", "english", None, {"replay"})
     # English 640 + 320, Python 960, poems 1280; the first comes by its share, the others three turns to four.
-    assert spec.tokens == 3200 and spec.replay_fraction == pytest.approx(0.7)
+    assert spec.tokens == 3200 and spec.replay.fraction == pytest.approx(0.7)
     assert spec.replayed == ("python", "poems") and spec.replay_weights == (3, 4)
-    assert spec.learns == ("english", "python", "poems") and spec.replay_buffer is None
+    assert spec.learns == ("english", "python", "poems") and spec.replay.buffer_tokens is None
     assert spec.model.experts == 4 + 3 * 2
 
 
 def test_joint_of_equal_shares(specs_of: Specs) -> None:
     (spec,) = specs_of("joint")
-    assert (spec.tokens, spec.replay_weights) == (1920, (1, 1)) and spec.replay_fraction == pytest.approx(2 / 3)
+    assert (spec.tokens, spec.replay_weights) == (1920, (1, 1)) and spec.replay.fraction == pytest.approx(2 / 3)
 
 
 @pytest.mark.parametrize("stages", [[{"data": "english"}], [{"data": "english"}, {"data": "english"}]])
 def test_joint_of_one_distribution(specs_of: Specs, stages: list[dict[str, Any]]) -> None:
     (spec,) = specs_of("joint", stages=stages)
-    assert (spec.replayed, spec.replay_weights, spec.replay_fraction) == ((), (), 0.0)
+    assert (spec.replayed, spec.replay_weights, spec.replay.fraction) == ((), (), 0.0)
     assert spec.tokens == 640 * len(stages)
 
 
@@ -251,7 +251,7 @@ def test_ewc_reads_what_is_kept_and_no_more(make_run: MakeRun) -> None:
         return plan(everything(make_run, method, "stage_defaults.penalty.kind=ewc", *overrides))[1]
 
     buffer = "stage_defaults.replay.buffer_tokens=64"
-    assert of().spec.replay_buffer is None and of(buffer).spec.replay_buffer == 64
+    assert of().spec.replay.buffer_tokens is None and of(buffer).spec.replay.buffer_tokens == 64
     assert of().key != of(buffer).key and of(method="lifelong").key != of(buffer, method="lifelong").key
 
 

@@ -38,7 +38,7 @@ def test_methods_that_begin_with_the_same_experts_share_their_first_stage(make_r
 IN_EVERY_KEY = [
     "seed=1", "model.layers=3", "model.width=32", "model.experts=5", "model.context=32", "model.tie_embeddings=true",
     "routing.top_k=3", "routing.balance_loss=0.02", "routing.mode=label", "trainer.precision=bf16-mixed",
-    "trainer.gradient_clip_val=0.5", "trainer.accumulate_grad_batches=2", "stage_defaults.tokens=1280",
+    "trainer.gradient_clip=0.5", "trainer.accumulate_grad_batches=2", "stage_defaults.tokens=1280",
     "stage_defaults.optim.lr=0.5",
     "stage_defaults.optim.batch_tokens=128", "stages[0].optim.schedule=constant", "stages[0].optim.schedule=wsd",
 ]  # fmt: skip
@@ -145,7 +145,7 @@ def test_lifelong_by_hand(make_run: MakeRun) -> None:
 
 def test_sequential_by_hand(make_run: MakeRun) -> None:
     for spec in stage_specs(make_run("method=sequential")):
-        assert (spec.grow, spec.trunk, spec.distill, spec.replayed, spec.replay_fraction) == (None, None, None, (), 0.0)
+        assert (spec.grow, spec.trunk, spec.distill, spec.replayed, spec.replay.fraction) == (None, None, None, (), 0.0)
 
 
 def test_what_is_replayed_when_a_distribution_comes_back(make_run: MakeRun) -> None:
@@ -158,7 +158,7 @@ def test_what_is_replayed_when_a_distribution_comes_back(make_run: MakeRun) -> N
 
 def test_the_same_text_again_has_nothing_to_replay(make_run: MakeRun) -> None:
     spec = stage_specs(make_run(stages=[{"data": "english"}, {"data": "english"}]))[1]
-    assert spec.replayed == () and spec.replay_fraction == 0.0
+    assert spec.replayed == () and spec.replay.fraction == 0.0
 
 
 def test_a_plan_by_hand(make_run: MakeRun) -> None:

@@ -14,7 +14,7 @@ from lifelong_moe.plan.cost import forward_flops_per_token
 from lifelong_moe.plan.flops import loop_flops, stage_flops
 from lifelong_moe.plan.phase import Phase, Trains
 from lifelong_moe.plan.spec import StageSpec
-from lifelong_moe.retention.config import ReplaySource
+from lifelong_moe.retention.config import ReplayConfig, ReplaySource
 from lifelong_moe.routing.capacity_config import CapacityConfig
 from lifelong_moe.training.config import FinetuneConfig
 from tests.conftest import routing_of
@@ -65,9 +65,7 @@ SCALARS: dict[str, Any] = {
     "name": "other",
     "replayed": (),
     "replay_weights": (2,),
-    "replay_fraction": 0.5,
-    "replay_source": ReplaySource.generated,
-    "replay_buffer": 7,
+    "replay": ReplayConfig(fraction=0.5),
     "fisher_data": (),
     "tokens": 10_000_000,
     "seed": 9,
@@ -90,6 +88,12 @@ def test_every_field_of_the_stage_is_in_the_key(later: StageSpec, field: str) ->
         assert key_of(dataclasses.replace(later, **{field: SCALARS[field]})) != key_of(later)
     else:  # sections: key by key in test_effective.py; processes: below
         assert field in {"optim", "model", "routing", "processes"}
+
+
+@pytest.mark.parametrize("change", [{"fraction": 0.3}, {"source": ReplaySource.generated}, {"buffer_tokens": 64}])
+def test_all_of_replay_is_in_the_key(later: StageSpec, change: dict[str, Any]) -> None:
+    replay = dataclasses.replace(later.replay, **change)
+    assert key_of(dataclasses.replace(later, replay=replay)) != key_of(later)
 
 
 @pytest.mark.parametrize(

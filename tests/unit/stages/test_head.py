@@ -75,6 +75,13 @@ def test_heads_of_earlier_versions_say_the_same_and_then_have_a_schema() -> None
     assert RunHead.from_json({**stored, "of": "nobody"}) == head
 
 
+def test_a_configuration_of_an_earlier_version_is_read_under_today_s_keys() -> None:
+    stored = written(HEAD)
+    config = {"run": "one", "trainer": {"gradient_clip_val": 0.5, "devices": 2}}
+    head = RunHead.from_json({**stored, "config": config})
+    assert head.config == {"run": "one", "trainer": {"gradient_clip": 0.5, "devices": 2}}
+
+
 def test_what_is_no_head_or_one_of_a_later_version_is_said() -> None:
     stored = written(HEAD)
     for name in ("run", "method", "seed", "config", "plan", "names", "stages"):

@@ -13,7 +13,7 @@ from lifelong_moe.errors import ConfigError
 from lifelong_moe.growth.config import ExpertInit, GrowConfig
 from lifelong_moe.model.parts import expert_tensor
 from lifelong_moe.plan.architecture import Architecture, Generation
-from lifelong_moe.retention.config import DistillConfig, ReplaySource
+from lifelong_moe.retention.config import DistillConfig, ReplayConfig, ReplaySource
 from lifelong_moe.stages.store import CommittedStage
 from lifelong_moe.stages.trace import Birth, readers, trace_expert, trained_experts
 from tests.records import made_record, made_spec
@@ -114,7 +114,8 @@ def test_a_set_s_readers_learned_replayed_or_measured_it(chain: list[CommittedSt
     first, later = chain[0], chain[1]
     assert roles(read(first, replayed=("old",)), "1", "2") == [("own", "learned"), ("old", "learned")]  # joint training
     assert roles(read(later, replayed=("old",)), "1", "2") == [("own", "learned"), ("old", "replayed")]
-    assert roles(read(later, replayed=("old",), replay_source=ReplaySource.generated), "2") == [("old", "measured")]
+    generated = ReplayConfig(source=ReplaySource.generated)
+    assert roles(read(later, replayed=("old",), replay=generated), "2") == [("old", "measured")]
     assert roles(read(later), "2", "3") == [("old", "measured")] and roles(read(first), "2") == [("old", "measured")]
     assert roles(read(later), "3") == roles(read(chain[3]), "1") == []
     (row,) = readers([read(later)], ["1"])

@@ -18,6 +18,7 @@ from lifelong_moe.retention.config import (
     DistillConfig,
     PenaltyConfig,
     PenaltyKind,
+    ReplayConfig,
     ReplaySource,
     TrunkConfig,
     TrunkTraining,
@@ -89,8 +90,8 @@ def test_a_generation_is_found_by_the_stage_that_bore_it(make_architecture: Call
 FROZEN, BUNDLES = TrunkConfig(train=TrunkTraining.frozen), routing_of(bundles=Bundles.cluster)
 GROW, COPIES = GrowConfig(init=ExpertInit.random), GrowConfig(init=ExpertInit.copy)
 L2, EWC = PenaltyConfig(kind=PenaltyKind.l2), PenaltyConfig(kind=PenaltyKind.ewc)
-GENERATED = {"replayed": ("own",), "replay_source": ReplaySource.generated}
-WRITES: dict[str, Any] = {"replay_source": ReplaySource.generated}
+WRITES: dict[str, Any] = {"replay": ReplayConfig(fraction=0.0, source=ReplaySource.generated)}
+GENERATED = {"replayed": ("own",), **WRITES}
 
 
 def remains(own: dict[str, Any], later: dict[str, Any]) -> list[str]:

@@ -61,7 +61,7 @@ def by_hand(module: StageModule, dataset: BlockDataset) -> tuple[dict[str, Tenso
     objective = curves["loss"] + 2 * 0.00025 * curves["z_loss"]  # the sum of two layers
     if asked:
         assert spec.distill is not None
-        share = 0.25 if spec.distill.text == "replay" else (1 - spec.replay_fraction) * spec.distill.fraction
+        share = 0.25 if spec.distill.text == "replay" else (1 - spec.replay.fraction) * spec.distill.fraction
         curves["distill_loss"] = torch.cat(kl).mean()
         objective = objective + spec.distill.weight * curves["distill_loss"] * asked / (SEQUENCES * share)
     if phase.old_loss:

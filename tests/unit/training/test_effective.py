@@ -141,7 +141,7 @@ FINETUNING = [
     *none("stages[1].finetune.", "trainable=moe", "expert_dropout=0.1", "patience=3"),
 ]
 RUN = [
-    *both("", "seed=1", "stage_defaults.tokens=704", "trainer.precision=bf16-mixed", "trainer.gradient_clip_val=0.5"),
+    *both("", "seed=1", "stage_defaults.tokens=704", "trainer.precision=bf16-mixed", "trainer.gradient_clip=0.5"),
     *both("", "trainer.accumulate_grad_batches=2"),
     *second("", "stages[1].name=other", "stages[1].data=english", "stages[1].continues=english"),
     *none("", "run=other", "stage_defaults.tokens=641"),

@@ -100,7 +100,7 @@ def equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("clip", ["trainer.gradient_clip_val=1.0", "trainer.gradient_clip_val=0"])
+@pytest.mark.parametrize("clip", ["trainer.gradient_clip=1.0", "trainer.gradient_clip=0"])
 def test_a_bad_gradient_is_dropped_whole(
     make_run: MakeRun, make_model: Make, make_batch: Batch, value: float, clip: str
 ) -> None:
@@ -154,7 +154,7 @@ def test_a_parameter_that_is_not_finite_ends_training(make_run: MakeRun, make_mo
 
 def test_gradients_are_clipped_by_norm(make_run: MakeRun, make_model: Make, make_batch: Batch) -> None:
     for limit, expected in (("1.0", [0.6, 0.8]), ("0", [3.0, 4.0]), ("100.0", [3.0, 4.0])):
-        module = stage_module(make_run, make_model(), f"trainer.gradient_clip_val={limit}")
+        module = stage_module(make_run, make_model(), f"trainer.gradient_clip={limit}")
         weight = Parameter(torch.zeros(2))
         weight.grad = torch.tensor([3.0, 4.0])
         module.training_step(make_batch(), 0)
@@ -171,8 +171,8 @@ def test_the_loss_is_the_sum_of_its_parts(make_run: MakeRun, make_model: Make, m
     step = module.training_step(batch, 0)
     parts: Any = {name: value.item() for name, value in step["parts"].items()}
     assert set(parts) == {"loss", "balance_loss", "z_loss", "distill_loss"}
-    # 2 of 4 sequences are replayed, where spec.replay_fraction lets expect fewer: their KL counts for more.
-    share = 2 / (4 * module.spec.replay_fraction)
+    # 2 of 4 sequences are replayed, where spec.replay.fraction lets expect fewer: their KL counts for more.
+    share = 2 / (4 * module.spec.replay.fraction)
     distilled = 3.0 * share * parts["distill_loss"]
     routers = 2 * (0.0025 * parts["balance_loss"] + 0.00025 * parts["z_loss"])  # the sum of two layers; parts are means
     expected = parts["loss"] + routers + distilled
