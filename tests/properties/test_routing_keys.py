@@ -13,6 +13,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from lifelong_moe.config.rules import require_consistent
 from lifelong_moe.config.run import RunConfig
 from lifelong_moe.config.sections import section
 from lifelong_moe.config.yaml_file import apply_override
@@ -89,7 +90,9 @@ def build(make_run: Make) -> Callable[..., RunConfig | str]:
             try:
                 routing = section(settings_of(mode), own_keys(node), "routing")
                 routing.refuse_lone_choice()
-                known[written] = dataclasses.replace(whole, routing=routing)
+                made = dataclasses.replace(whole, routing=routing)
+                require_consistent(made)
+                known[written] = made
             except ConfigError as error:
                 known[written] = str(error)
         return known[written]
@@ -222,9 +225,9 @@ def test_what_is_as_true_of_any_mode_may_stand(build: Build) -> None:
         assert isinstance(build(mode, "top_k=1", "renormalize=false"), RunConfig)
 
 
-def test_a_refusal_says_what_may_stand(build: Build) -> None:
+def test_a_refusal_names_the_modes_that_have_the_key(build: Build) -> None:
     assert build("hash", "gate_scale=2.5") == (
-        "routing.gate_scale=2.5 does nothing with routing.mode=hash. Set routing.gate_scale=1.0."
+        "routing.gate_scale is for routing.mode=learned or switch or gshard, not for hash. Leave it out."
     )
-    assert "Set routing.renormalize=true." in str(build("hierarchical", "renormalize=false"))
-    assert "Set routing.clusters=null." in str(build("hash", "clusters=3"))
+    assert "learned or gshard, not for hierarchical" in str(build("hierarchical", "renormalize=true"))
+    assert "learned or cluster, not for hash" in str(build("hash", "clusters=3"))
