@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.ops.losses import linear_cross_entropy
 from lifelong_moe.retention.penalty import fisher_diagonal, make_anchor, mean_fisher
@@ -174,8 +175,8 @@ def test_fisher_is_the_squared_gradient_of_each_sequence(make_model: Make, make_
     expected = {name: torch.zeros_like(p) for name, p in model.named_parameters() if p.requires_grad}
     for row in range(3):
         model.zero_grad()
-        inputs = {f"{name}_BS": batch[name][row : row + 1] for name in ("token_ids", "document_ids", "group_ids")}
-        hidden = model(**inputs).hidden_BSD[0]
+        ids, documents, groups = (batch[name][row : row + 1] for name in ("token_ids", "document_ids", "group_ids"))
+        hidden = model(TokenBatch(ids, documents, groups)).hidden_BSD[0]
         linear_cross_entropy(hidden, model.head.weight, batch["target_ids"][row]).backward()
         for name, parameter in model.named_parameters():
             if parameter.grad is not None:
