@@ -17,7 +17,7 @@ from lifelong_moe.errors import ConfigError
 from lifelong_moe.model.config import Activation
 from lifelong_moe.plan.spec import StageSpec
 from lifelong_moe.retention.config import TrunkConfig, TrunkTraining
-from lifelong_moe.routing.config import BalanceOver, Bundles, RoutingConfig
+from lifelong_moe.routing.config import BalanceOver, Bundles, Centroids, RoutingConfig
 from lifelong_moe.stages.garbage import collect
 from lifelong_moe.stages.store import CommittedStage, StageStore
 from lifelong_moe.training.config import CheckpointConfig, FrozenConfig, Schedule
@@ -72,7 +72,7 @@ def test_the_first_stage_is_the_same_bits_whatever_later_ones_need(lab: Path) ->
     others = {
         "bundles": routing(spec, bundles=Bundles.cluster, clusters=2, chunk_tokens=4),
         "labels": routing(spec, bundles=Bundles.label),
-        "margin": routing(spec, margin=0.0, scale=3.0, feature_width=5, sample_tokens=512),
+        "margin": routing(spec, margin=0.0, feature_width=5, centroids=Centroids.random),
         "balance": routing(spec, balance_over=BalanceOver.active),
         "rewarm": optim(spec, rewarm=0.1, router_until=0.1),
         "decay": optim(spec, decay_fraction=0.9),  # the schedule is a cosine
@@ -98,7 +98,7 @@ def test_a_later_stage_is_the_same_bits_whatever_it_does_not_use(lab: Path) -> N
         "trunk": replace(spec, trunk=TrunkConfig(train=TrunkTraining.full, lr_scale=0.5, rank=3)),
         "gentle": replace(spec, trunk=TrunkConfig(train=TrunkTraining.gentle, lr_scale=1.0)),
         "layers": replace(spec, grow=replace(spec.grow, layers=[0, 1], old_until=0.5, min_share=0.5)),
-        "margin": routing(spec, margin=0.0, scale=3.0, clusters=3),
+        "margin": routing(spec, margin=0.0, clusters=3),
     }
     same = tensors_of(stage_of(prepared, spec, "0" * 64, parent))
     for digit, (what, other) in enumerate(others.items(), start=1):
