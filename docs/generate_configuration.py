@@ -11,13 +11,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from lifelong_moe.config.routing.base import RoutingConfig
+from lifelong_moe.config.routing.capacity import CapacityConfig
+from lifelong_moe.config.routing.modes import ROUTERS
+from lifelong_moe.config.routing.topk import OwnConfig
 from lifelong_moe.config.run import RunConfig
-from lifelong_moe.methods.comparison import ComparisonConfig
-from lifelong_moe.methods.retraining import RetrainConfig
-from lifelong_moe.routing.capacity_config import CapacityConfig
-from lifelong_moe.routing.config import RoutingConfig
-from lifelong_moe.routing.modes import ROUTERS
-from lifelong_moe.routing.topk_config import OwnConfig
+from lifelong_moe.plan.comparison import ComparisonConfig
+from lifelong_moe.plan.retraining import RetrainConfig
 
 INTRODUCTION = """# Configuration
 

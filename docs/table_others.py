@@ -61,7 +61,7 @@ def matrix(rows: Sequence[Row]) -> list[str]:
 def presets(notes: Mapping[str, str]) -> list[str]:
     """Published parameters beside those counted from each preset's configuration."""
     from lifelong_moe.config.load import load_config
-    from lifelong_moe.methods.published import published_count
+    from lifelong_moe.plan.published import published_count
 
     rows = []
     for name, note in notes.items():
@@ -204,8 +204,8 @@ def waiting_threads() -> list[str]:
     rows, settings = [], {one["waiting"]: one for one in read("results/waiting_threads")["settings"]}
     labels = {"one thread": "one thread", "default": "two, default", "passive": "two, `OMP_WAIT_POLICY=PASSIVE`"}
     for name, one in settings.items():
-        looks = f"{int(name.split()[0]):,} looks" if name not in labels else ""
-        label = labels.get(name) or "two, " + (f"**{looks}**" if name == "2000 spins" else looks)
+        polls = f"{int(name.split()[0]):,} polls" if name not in labels else ""
+        label = labels.get(name) or "two, " + (f"**{polls}**" if name == "2000 spins" else polls)
         alone, beside = one["idle"], one["beside"]
         over = alone / settings["default"]["idle"], beside / settings["one thread"]["beside"]
         values = alone, over[0], one["idle_processor_seconds"], beside, over[1], one["beside_processor_seconds"]

@@ -12,9 +12,9 @@ import typer
 from rich.console import Console
 
 from lifelong_moe.errors import ConfigError, as_ours, one_line
-from pipelines import output, threads
 from pipelines.exit_codes import OUTCOMES, epilog
-from pipelines.options import (
+from pipelines.shared import output, threads
+from pipelines.shared.options import (
     AsJson,
     ConfigPath,
     GateSettings,
@@ -27,7 +27,7 @@ from pipelines.options import (
     StageName,
     with_options,
 )
-from pipelines.quiet import silence_libraries
+from pipelines.shared.quiet import silence_libraries
 
 ABOUT = "Keep one mixture-of-experts language model learning along a stream of data distributions."
 app = typer.Typer(
@@ -78,7 +78,7 @@ def run(
     from pipelines.preflight import check_config
 
     checked = check_config(config, overrides)
-    from pipelines.run import run as story
+    from pipelines.run.run import run as story
 
     silence_libraries()
     threads.say()
@@ -91,7 +91,7 @@ def plan(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = Fals
     from pipelines.preflight import check_config
 
     checked = check_config(config, overrides)
-    from pipelines.plan import plan as story
+    from pipelines.run.plan import plan as story
 
     finish(story(config, checked, console(as_json)), as_json)
 
@@ -110,10 +110,10 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Train several arms with several seeds and put them side by side; started twice, two processes share the work."""
-    from lifelong_moe.methods.comparison import load_comparison
+    from lifelong_moe.plan.comparison import load_comparison
 
     load_comparison(config, overrides or []).select(only or [])
-    from pipelines.compare import compare as story
+    from pipelines.compare.compare import compare as story
 
     silence_libraries()
     threads.say()
@@ -126,7 +126,7 @@ def prepare(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = F
     from pipelines.preflight import check_config
 
     checked = check_config(config, overrides)
-    from pipelines.prepare import prepare as story
+    from pipelines.run.prepare import prepare as story
 
     finish(story(config, checked, console(as_json)), as_json)
 
@@ -148,14 +148,14 @@ def retrain(
 ) -> None:
     """One tick for a scheduler: look at the inbox, decide, train, gate, promote or reject; the last line is JSON."""
     try:
-        from lifelong_moe.methods.retraining import load_retraining
-        from pipelines.plan_file import read_plan
+        from lifelong_moe.plan.retraining import load_retraining
         from pipelines.preflight import run_lock
+        from pipelines.retrain.plan_file import read_plan
 
         if plan_path is not None:
             read_plan(Path(plan_path))
         with run_lock(load_retraining(config, overrides or []).run):
-            from pipelines.retrain import retrain as story
+            from pipelines.retrain.retrain import retrain as story
 
             silence_libraries()
             threads.say()
@@ -174,7 +174,7 @@ def report(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Names of runs.")], as_json: AsJson = False
 ) -> None:
     """Show the tables of runs side by side."""
-    from pipelines.inspectors import report as story
+    from pipelines.inspect.inspectors import report as story
 
     finish(story(runs, console(as_json)), as_json)
 
@@ -182,7 +182,7 @@ def report(
 @app.command(epilog=epilog("status"))
 def status(run: RunName, as_json: AsJson = False) -> None:
     """Show which stages are committed, under way and to do."""
-    from pipelines.inspectors import status as story
+    from pipelines.inspect.inspectors import status as story
 
     finish(story(run, console(as_json)), as_json)
 
@@ -202,12 +202,12 @@ def lineage(
     if expert is not None and document is not None:
         raise ConfigError("--expert and --document are two questions; ask one.")
     if expert is not None or document is not None:
-        from pipelines import trace
+        from pipelines.inspect import trace
 
         asked = trace.expert(run, expert, console(as_json)) if expert else None
         finish(asked or trace.document(run, str(document), console(as_json)), as_json)
         return
-    from pipelines.inspectors import lineage as story
+    from pipelines.inspect.inspectors import lineage as story
 
     finish(story(run, console(as_json)), as_json)
 
@@ -219,7 +219,7 @@ def rollback(
     as_json: AsJson = False,
 ) -> None:
     """Let an earlier version serve again: one pointer is swapped, and no stage is touched."""
-    from pipelines.rollback import rollback as story
+    from pipelines.versions.rollback import rollback as story
 
     finish(story(run, to, console(as_json)), as_json)
 
@@ -236,7 +236,7 @@ def drop(
     from pipelines.preflight import check_stage
 
     settings = check_stage(run, stage, gate)
-    from pipelines.drop import drop as story
+    from pipelines.versions.drop import drop as story
 
     result = story(run, stage, console(as_json), settings, ungated=ungated)
     finish(result, as_json)
@@ -255,7 +255,7 @@ def consolidate(
     from pipelines.preflight import check_stage
 
     settings = check_stage(run, stage, gate)
-    from pipelines.consolidate import consolidate as story
+    from pipelines.versions.consolidate import consolidate as story
 
     silence_libraries()
     threads.say()
@@ -274,7 +274,7 @@ def gc(
     Tokenized text counts once nothing has opened it for 30 days. What a killed process left half written goes with it,
     but for another machine's processes only after a day.
     """
-    from pipelines.gc import gc as story
+    from pipelines.upkeep.gc import gc as story
 
     finish(story(apply, console(as_json)), as_json)
 
@@ -289,7 +289,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Loss and bits per byte of any stage on any text."""
-    from pipelines.inspectors import evaluate as story
+    from pipelines.inspect.inspectors import evaluate as story
 
     finish(story(run, stage, data, label, console(as_json), int8=int8), as_json)
 
@@ -307,7 +307,7 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Continue a text; a fine-tuned stage answers it as a prompt."""
-    from pipelines.inspectors import generate as story
+    from pipelines.inspect.inspectors import generate as story
 
     finish(story(run, stage, prompt, sampling, console(as_json), label=label, int8=int8), as_json)
 
@@ -322,7 +322,7 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Show what the experts specialize in, on held-out text or token by token on a text."""
-    from pipelines.inspectors import inspect as story
+    from pipelines.inspect.inspectors import inspect as story
 
     silence_libraries()
     threads.say()
@@ -332,7 +332,7 @@ def inspect(
 @app.command(epilog=epilog("sync"))
 def sync(as_json: AsJson = False) -> None:
     """Deliver to MLflow what was recorded while it was absent; exit code 75 if it still is."""
-    from pipelines.sync import sync as story
+    from pipelines.upkeep.sync import sync as story
 
     finish(story(console(as_json)), as_json)
 
@@ -345,7 +345,7 @@ def ui(
     experiment: Annotated[str, typer.Option(help="MLflow experiment.")] = "lifelong-moe",
 ) -> None:
     """Start the MLflow UI on our database, at the comparison of runs; ends with the server's exit code."""
-    from pipelines.ui import ui as story
+    from pipelines.upkeep.ui import ui as story
 
     raise typer.Exit(story(port, host, browser, experiment, console()))
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 
 from lifelong_moe.config.load import load_config
-from lifelong_moe.methods.retraining import read_gate
-from lifelong_moe.stages.runs import RunRecord, require_head
+from lifelong_moe.plan.retraining import read_gate
 from lifelong_moe.storage.locks import locked
-from pipelines.places import ROOT
+from lifelong_moe.store.runs import RunRecord, require_head
+from pipelines.shared.places import ROOT
 
 
 def check_config(path: str, overrides: list[str] | None) -> list[str]:

@@ -16,14 +16,14 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from lifelong_moe.config.load import build_config
+from lifelong_moe.config.model import ModelConfig
+from lifelong_moe.config.routing.base import STORED, BalanceScope, Bundles, Features, Level, RoutingConfig, Score
+from lifelong_moe.config.routing.capacity import CapacityConfig, Overflow, Priority
+from lifelong_moe.config.routing.modes import keys_of, settings_of
 from lifelong_moe.config.run import RunConfig
-from lifelong_moe.model.config import ModelConfig
 from lifelong_moe.model.transformer import LanguageModel, initialize
 from lifelong_moe.plan.architecture import Architecture, Generation
-from lifelong_moe.routing.capacity_config import CapacityConfig, Overflow, Priority
-from lifelong_moe.routing.cluster import TokenClusterRouter
-from lifelong_moe.routing.config import STORED, BalanceScope, Bundles, Features, Level, RoutingConfig, Score
-from lifelong_moe.routing.modes import keys_of, settings_of
+from lifelong_moe.routing.routers.cluster import TokenClusterRouter
 from lifelong_moe.tracking.connection import prepare_environment
 
 MEMORY = Path("/dev/shm")

@@ -14,21 +14,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lifelong_moe.config.run import RunConfig
-from lifelong_moe.data.blocks import BlockDataset
-from lifelong_moe.data.shards import TokenizedCorpus, TokenShard
-from lifelong_moe.methods.graph import stage_specs
+from lifelong_moe.config.training import FinetuneConfig, TrainerConfig
+from lifelong_moe.data.tokens.blocks import BlockDataset
+from lifelong_moe.data.tokens.shards import TokenizedCorpus, TokenShard
 from lifelong_moe.model.transformer import LanguageModel
+from lifelong_moe.plan.methods import stage_specs
 from lifelong_moe.retention.penalty import make_anchor
 from lifelong_moe.retention.teacher import make_teacher
-from lifelong_moe.training.config import FinetuneConfig, TrainerConfig
-from lifelong_moe.training.context import PhaseRun, StageModels
-from lifelong_moe.training.data import StageData, phase_dataset
-from lifelong_moe.training.interrupt import Interrupt
-from lifelong_moe.training.module import StageModule
-from lifelong_moe.training.optimizer import phase_parameters, training_only
-from lifelong_moe.training.ranks import run_ranks
-from lifelong_moe.training.rollback import Rollbacks
-from lifelong_moe.training.trainer import build_trainer
+from lifelong_moe.training.callbacks.interrupt import Interrupt
+from lifelong_moe.training.loop.context import PhaseRun, StageModels
+from lifelong_moe.training.loop.data import StageData, phase_dataset
+from lifelong_moe.training.loop.module import StageModule
+from lifelong_moe.training.loop.optimizer import phase_parameters, training_only
+from lifelong_moe.training.loop.ranks import run_ranks
+from lifelong_moe.training.loop.rollback import Rollbacks
+from lifelong_moe.training.loop.trainer import build_trainer
 
 MakeRun = Callable[..., RunConfig]
 MakeModel = Callable[..., LanguageModel]

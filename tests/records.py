@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from lifelong_moe.data.identity import TokenizerIdentity
-from lifelong_moe.model.config import ModelConfig
+from lifelong_moe.config.model import ModelConfig
+from lifelong_moe.config.retention import ReplayConfig
+from lifelong_moe.config.routing.topk import LearnedConfig
+from lifelong_moe.config.training import OptimConfig
+from lifelong_moe.data.tokens.identity import TokenizerIdentity
 from lifelong_moe.plan.architecture import Architecture, first_generation
 from lifelong_moe.plan.spec import StageSpec
-from lifelong_moe.retention.config import ReplayConfig
-from lifelong_moe.routing.topk_config import LearnedConfig
-from lifelong_moe.stages.record import StageRecord
-from lifelong_moe.training.config import OptimConfig
+from lifelong_moe.store.record import StageRecord
 
 
 def made_spec(name: str = "one", **changes: Any) -> StageSpec:

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from pipelines.retrain import retrain
+from pipelines.retrain.retrain import retrain
 from tests.tiny import (
     CONTEXT,
     SEQUENCES,

@@ -17,9 +17,9 @@ import torch
 import yaml
 from rich.console import Console
 
-from lifelong_moe.stages.store import StageStore
+from lifelong_moe.store.stages import StageStore
 from pipelines.cli import exit_code
-from pipelines.run import run
+from pipelines.run.run import run
 
 STEPS = 12
 """Optimizer steps of a tiny stage."""

@@ -13,16 +13,16 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from lifelong_moe.config.data import SourceConfig
+from lifelong_moe.config.methods import refuse_idle_method, refuse_moving_trunk, refuse_unfit_mode
 from lifelong_moe.config.names import require_known
+from lifelong_moe.config.routing.modes import settings_of
+from lifelong_moe.config.routing.switching import leave_behind, own_keys
 from lifelong_moe.config.rules import require_consistent
 from lifelong_moe.config.run import Method, PublishedConfig, RunConfig, StageConfig
 from lifelong_moe.config.sections import errors_under, require_finite, section, sections_of, structured
 from lifelong_moe.config.yaml_file import apply_override, read_yaml
-from lifelong_moe.data.config import SourceConfig
 from lifelong_moe.errors import ConfigError
-from lifelong_moe.retention.refusals import refuse_idle_method, refuse_moving_trunk, refuse_unfit_mode
-from lifelong_moe.routing.modes import settings_of
-from lifelong_moe.routing.switching import leave_behind, own_keys
 from lifelong_moe.storage.credentials import without_credentials
 
 

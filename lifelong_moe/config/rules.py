@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from lifelong_moe.config.model import ExpertsImplementation
 from lifelong_moe.config.names import NAME, SCRATCH, require_known
+from lifelong_moe.config.routing.base import Bundles
+from lifelong_moe.config.routing.modes import FOR_ENCODERS
 from lifelong_moe.config.run import Method, RunConfig
 from lifelong_moe.config.stage_rules import require_consistent_stage
+from lifelong_moe.config.training import Offload
 from lifelong_moe.errors import ConfigError
-from lifelong_moe.model.config import ExpertsImplementation
-from lifelong_moe.routing.config import Bundles
-from lifelong_moe.routing.modes import FOR_ENCODERS
-from lifelong_moe.training.config import Offload
 
 
 def require_consistent(run: RunConfig) -> None:

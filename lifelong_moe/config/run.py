@@ -6,17 +6,17 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from lifelong_moe.config.data import SourceConfig, TokenizerConfig
+from lifelong_moe.config.evaluation import EvaluateConfig
+from lifelong_moe.config.growth import GrowConfig
+from lifelong_moe.config.model import ModelConfig
 from lifelong_moe.config.names import NAME
-from lifelong_moe.data.config import SourceConfig, TokenizerConfig
+from lifelong_moe.config.retention import DistillConfig, PenaltyConfig, ReplayConfig, ReviewConfig, TrunkConfig
+from lifelong_moe.config.routing.base import RoutingConfig
+from lifelong_moe.config.routing.topk import LearnedConfig
+from lifelong_moe.config.tracking import TrackingConfig
+from lifelong_moe.config.training import CheckpointConfig, FinetuneConfig, FrozenConfig, OptimConfig, TrainerConfig
 from lifelong_moe.errors import ConfigError
-from lifelong_moe.evaluation.config import EvaluateConfig
-from lifelong_moe.growth.config import GrowConfig
-from lifelong_moe.model.config import ModelConfig
-from lifelong_moe.retention.config import DistillConfig, PenaltyConfig, ReplayConfig, ReviewConfig, TrunkConfig
-from lifelong_moe.routing.config import RoutingConfig
-from lifelong_moe.routing.topk_config import LearnedConfig
-from lifelong_moe.tracking.config import TrackingConfig
-from lifelong_moe.training.config import CheckpointConfig, FinetuneConfig, FrozenConfig, OptimConfig, TrainerConfig
 
 
 class Method(StrEnum):

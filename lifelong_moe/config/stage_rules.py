@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from lifelong_moe.config.growth import ExpertInit, FrozenWeights
+from lifelong_moe.config.methods import require_text
 from lifelong_moe.config.names import require_known
+from lifelong_moe.config.retention import PenaltyKind, ReplaySource, TrunkTraining
+from lifelong_moe.config.routing.routers import ClusterConfig
+from lifelong_moe.config.routing.topk import LearnedConfig
 from lifelong_moe.config.run import Method, RunConfig, StageConfig, StageKind
+from lifelong_moe.config.training import Offload
 from lifelong_moe.errors import ConfigError
-from lifelong_moe.growth.config import ExpertInit, FrozenWeights
-from lifelong_moe.retention.config import PenaltyKind, ReplaySource, TrunkTraining
-from lifelong_moe.retention.refusals import require_text
-from lifelong_moe.routing.router_config import ClusterConfig
-from lifelong_moe.routing.topk_config import LearnedConfig
-from lifelong_moe.training.config import Offload
 
 
 def require_consistent_stage(run: RunConfig, i: int, stage: StageConfig) -> None:

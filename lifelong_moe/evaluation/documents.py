@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lifelong_moe.data.windows import EvaluationSet
+from lifelong_moe.data.tokens.windows import EvaluationSet
 from lifelong_moe.evaluation.loss import forward_windows
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.architecture import Architecture

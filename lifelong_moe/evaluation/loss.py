@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lifelong_moe.data.shards import ShardDocuments, TokenShard
-from lifelong_moe.data.windows import EvaluationSet
+from lifelong_moe.data.tokens.shards import ShardDocuments, TokenShard
+from lifelong_moe.data.tokens.windows import EvaluationSet
 from lifelong_moe.model.groups import label_group
 from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel, ModelOutput

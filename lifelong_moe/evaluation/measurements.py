@@ -13,18 +13,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lifelong_moe.config.run import RunConfig
-from lifelong_moe.data.documents import Document
-from lifelong_moe.data.prepare import PreparedData
-from lifelong_moe.data.shards import TokenShard, tokenize_documents
-from lifelong_moe.data.spread import spread_shard
-from lifelong_moe.data.windows import evaluation_windows
+from lifelong_moe.data.text.documents import Document
+from lifelong_moe.data.tokens.prepare import PreparedData
+from lifelong_moe.data.tokens.shards import TokenShard, tokenize_documents
+from lifelong_moe.data.tokens.spread import spread_shard
+from lifelong_moe.data.tokens.windows import evaluation_windows
 from lifelong_moe.evaluation.documents import measure_documents
 from lifelong_moe.evaluation.loss import EVALUATION_SCHEMA, Evaluation, evaluate
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.retraining.bounds import DocumentLosses
 from lifelong_moe.retraining.structure import shuffled_text
-from lifelong_moe.stages.evaluations import EvaluationStore
 from lifelong_moe.storage.keys import content_key
+from lifelong_moe.store.evaluations import EvaluationStore
 
 Load = Callable[[str], LanguageModel]
 """From a model's key to the model, on the device where it is to be measured."""

@@ -17,8 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lifelong_moe.data.shards import TokenShard
-from lifelong_moe.data.windows import EvaluationSet, evaluation_windows
+from lifelong_moe.data.tokens.shards import TokenShard
+from lifelong_moe.data.tokens.windows import EvaluationSet, evaluation_windows
 from lifelong_moe.evaluation.loss import forward_windows
 from lifelong_moe.evaluation.specialization import derangement, output_similarity
 from lifelong_moe.model.transformer import LanguageModel

@@ -18,13 +18,13 @@ from lifelong_moe.clustering.bundles import fit_unigrams
 from lifelong_moe.clustering.documents import document_features, evenly_spread, fit_tfidf
 from lifelong_moe.clustering.kmeans import assign, spherical_kmeans, unit_rows
 from lifelong_moe.clustering.tokens import token_embedding
+from lifelong_moe.config.routing.base import Centroids, HashTable, Level
+from lifelong_moe.config.routing.routers import ClusterConfig, HashConfig
+from lifelong_moe.config.routing.shared import TextClusterConfig
 from lifelong_moe.growth.observe import observe
 from lifelong_moe.model.groups import BundleClusters, TfidfClusters
 from lifelong_moe.model.transformer import LanguageModel
-from lifelong_moe.routing.cluster import TokenClusterRouter
-from lifelong_moe.routing.config import Centroids, HashTable, Level
-from lifelong_moe.routing.router_config import ClusterConfig, HashConfig
-from lifelong_moe.routing.shared_config import TextClusterConfig
+from lifelong_moe.routing.routers.cluster import TokenClusterRouter
 
 FIT_DOCUMENTS = 4096
 

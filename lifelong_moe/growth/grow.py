@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from lifelong_moe.clustering.kmeans import spherical_kmeans
-from lifelong_moe.growth.config import ExpertInit, GrowConfig, RouterInit
+from lifelong_moe.config.growth import ExpertInit, GrowConfig, RouterInit
+from lifelong_moe.config.model import ModelConfig
 from lifelong_moe.growth.noop import behavior, check_noop
 from lifelong_moe.growth.observe import Observation, observe
-from lifelong_moe.model.config import ModelConfig
 from lifelong_moe.model.moe import MoELayer
 from lifelong_moe.model.transformer import LanguageModel, initial_std
 from lifelong_moe.ops.beginnings import fan_in_normal_

@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lifelong_moe.config.parts import TensorName, expert_tensor, router_rows
+from lifelong_moe.config.routing.topk import LearnedConfig
 from lifelong_moe.errors import ConfigError
-from lifelong_moe.model.parts import TensorName, expert_tensor, router_rows
 from lifelong_moe.plan.architecture import Architecture
-from lifelong_moe.routing.topk_config import LearnedConfig
 
 
 def output_similarity(outputs_END: Tensor) -> Tensor:

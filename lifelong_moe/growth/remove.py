@@ -12,12 +12,12 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from lifelong_moe.config.parts import TensorName
+from lifelong_moe.config.routing.base import Centroids
+from lifelong_moe.config.routing.modes import ROUTERS
+from lifelong_moe.config.routing.shared import TextClusterConfig
 from lifelong_moe.errors import ConfigError
-from lifelong_moe.model.parts import TensorName
 from lifelong_moe.plan.architecture import Architecture
-from lifelong_moe.routing.config import Centroids
-from lifelong_moe.routing.modes import ROUTERS
-from lifelong_moe.routing.shared_config import TextClusterConfig
 
 
 def remove_generation(

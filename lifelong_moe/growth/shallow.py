@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from lifelong_moe.model.parts import TensorName
+from lifelong_moe.config.parts import TensorName
 from lifelong_moe.model.transformer import LanguageModel
 
 

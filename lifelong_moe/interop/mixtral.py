@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lifelong_moe.config.model import ModelConfig
+from lifelong_moe.config.routing.topk import LearnedConfig
 from lifelong_moe.errors import CheckpointError, ConfigError
-from lifelong_moe.model.config import ModelConfig
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.architecture import Architecture, Generation
-from lifelong_moe.routing.topk_config import LearnedConfig
 
 BLOCK_NAMES = {
     "attention_norm.weight": "input_layernorm.weight",

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lifelong_moe.config.model import ModelConfig, QKNorm
 from lifelong_moe.model.cache import LayerCache
-from lifelong_moe.model.config import ModelConfig, QKNorm
 from lifelong_moe.model.deltas import BundleSlices, DeltaLinear
 from lifelong_moe.ops.causal_attention import causal_attention, pays
 from lifelong_moe.ops.document_attention import Documents, document_attention

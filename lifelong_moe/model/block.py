@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lifelong_moe.config.model import SharedMix
+from lifelong_moe.config.parts import Part, Place
 from lifelong_moe.model.attention import Attention, AttentionContext
 from lifelong_moe.model.cache import LayerCache
-from lifelong_moe.model.config import SharedMix
 from lifelong_moe.model.experts import ExpertBanks, ExpertGeneration
 from lifelong_moe.model.feedforward import FeedForward
 from lifelong_moe.model.moe import DenseLayer, MoELayer
-from lifelong_moe.model.parts import Part, Place
 from lifelong_moe.ops.norm import RMSNorm
 from lifelong_moe.plan.architecture import Architecture
 from lifelong_moe.routing.base import Routing, RoutingContext

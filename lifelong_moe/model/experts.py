@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
-from lifelong_moe.model.config import Activation, ExpertsImplementation
+from lifelong_moe.config.model import Activation, ExpertsImplementation
 from lifelong_moe.model.feedforward import feed_forward, input_matrix
 from lifelong_moe.ops.expert_mlp import Weights, grouped, slices
 

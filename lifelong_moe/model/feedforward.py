@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lifelong_moe.model.config import Activation
+from lifelong_moe.config.model import Activation
 
 FUNCTIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     Activation.swiglu: F.silu,

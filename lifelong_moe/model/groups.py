@@ -16,9 +16,9 @@ from lifelong_moe.clustering.batches import batches
 from lifelong_moe.clustering.bundles import hashed_groups, prefix_bundles
 from lifelong_moe.clustering.documents import num_chunks, prefix_features
 from lifelong_moe.clustering.kmeans import assign
+from lifelong_moe.config.routing.base import Centroids
+from lifelong_moe.config.routing.shared import TextClusterConfig
 from lifelong_moe.plan.architecture import Architecture
-from lifelong_moe.routing.config import Centroids
-from lifelong_moe.routing.shared_config import TextClusterConfig
 
 BATCH_TOKENS = 2**16
 """Tokens whose prefixes are held at a time: at one token a chunk, as many rows of float64 ``(F,)``."""

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lifelong_moe.config.parts import Part, Place
 from lifelong_moe.model.experts import ExpertBanks
 from lifelong_moe.model.feedforward import FeedForward
-from lifelong_moe.model.parts import Part, Place
 from lifelong_moe.ops.beginnings import fan_in_normal_
 from lifelong_moe.routing.base import Router, Routing, RoutingContext
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from lifelong_moe.model.config import ExpertsImplementation
+from lifelong_moe.config.model import ExpertsImplementation
 from lifelong_moe.model.moe import MoELayer
 from lifelong_moe.model.transformer import LanguageModel
 

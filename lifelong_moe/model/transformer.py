@@ -12,23 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lifelong_moe.config.model import ModelConfig
+from lifelong_moe.config.parts import Part, Place
+from lifelong_moe.config.routing.routers import ClusterConfig
 from lifelong_moe.model.attention import AttentionContext, rotary_tables
 from lifelong_moe.model.block import Block
 from lifelong_moe.model.buckets import add_missing_tables, table_names
 from lifelong_moe.model.cache import KeyValueCache
-from lifelong_moe.model.config import ModelConfig
 from lifelong_moe.model.deltas import BundleSlices, DeltaEmbedding, DeltaLinear, LowRank
 from lifelong_moe.model.groups import build_document_clusters
 from lifelong_moe.model.head import LinearHead
 from lifelong_moe.model.mixture import CompetingBlock, MixtureHead
 from lifelong_moe.model.moe import MoELayer
-from lifelong_moe.model.parts import Part, Place
 from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.ops.document_attention import Documents
 from lifelong_moe.ops.norm import RMSNorm
 from lifelong_moe.plan.architecture import Architecture, Generation
 from lifelong_moe.routing.base import Routing, RoutingContext
-from lifelong_moe.routing.router_config import ClusterConfig
 
 
 @dataclass

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lifelong_moe.model.config import ModelConfig
-from lifelong_moe.routing.config import RoutingConfig
-from lifelong_moe.routing.modes import stored_routing
+from lifelong_moe.config.model import ModelConfig
+from lifelong_moe.config.routing.base import RoutingConfig
+from lifelong_moe.config.routing.modes import stored_routing
 from lifelong_moe.storage.plain import from_plain
 
 

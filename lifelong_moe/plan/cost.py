@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from lifelong_moe.model.config import Activation, ModelConfig, QKNorm, SharedMix
-from lifelong_moe.model.parts import Part
+from lifelong_moe.config.model import Activation, ModelConfig, QKNorm, SharedMix
+from lifelong_moe.config.parts import Part
 from lifelong_moe.plan.architecture import Architecture
 from lifelong_moe.plan.products import Text, TokenProducts, group_rows, nothing, pass_products, rows_an_expert
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lifelong_moe.config.training import CheckpointConfig, TrainerConfig
 from lifelong_moe.errors import ResourceError
 from lifelong_moe.plan.spec import StageSpec
-from lifelong_moe.training.config import CheckpointConfig, TrainerConfig
 
 BYTES = {"32-true": 4, "bf16-mixed": 4, "bf16-true": 2}
 """Of a number that is trained, and of each of its two moments."""

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 
-from lifelong_moe.model.parts import Part
+from lifelong_moe.config.parts import Part
+from lifelong_moe.config.retention import WRITTEN_AT_ONCE, DistillText
+from lifelong_moe.config.routing.topk import LearnedConfig
 from lifelong_moe.plan.architecture import Architecture
 from lifelong_moe.plan.cost import forward_flops_per_token, pass_flops
 from lifelong_moe.plan.phase import Phase
 from lifelong_moe.plan.products import Text, TokenProducts, Trains, pass_products
 from lifelong_moe.plan.spec import StageSpec
-from lifelong_moe.retention.config import WRITTEN_AT_ONCE, DistillText
-from lifelong_moe.routing.topk_config import LearnedConfig
 
 
 def stage_flops(spec: StageSpec, architecture: Architecture, parent: Architecture | None) -> int:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lifelong_moe.data.identity import DataIdentity
+from lifelong_moe.config.routing.base import Bundles
+from lifelong_moe.config.routing.routers import ClusterConfig
+from lifelong_moe.data.tokens.identity import DataIdentity
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.plan.architecture import Architecture
 from lifelong_moe.plan.cost import ParameterCount, count_parameters, parameters_by_part
 from lifelong_moe.plan.flops import stage_flops
 from lifelong_moe.plan.spec import StageSpec
-from lifelong_moe.routing.config import Bundles
-from lifelong_moe.routing.router_config import ClusterConfig
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from lifelong_moe.model.config import Activation, SharedMix
-from lifelong_moe.model.parts import Part
+from lifelong_moe.config.model import Activation, SharedMix
+from lifelong_moe.config.parts import Part
+from lifelong_moe.config.routing.routers import ClusterConfig, HierarchicalConfig
 from lifelong_moe.plan.architecture import Architecture
-from lifelong_moe.routing.router_config import ClusterConfig, HierarchicalConfig
 
 Trains = Callable[[Part, int | None], bool]
 """Whether a part trains: of a generation, or, with None, of what all generations share."""

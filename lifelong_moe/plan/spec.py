@@ -7,13 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lifelong_moe.data.identity import DataIdentity
-from lifelong_moe.growth.config import GrowConfig
-from lifelong_moe.model.config import ModelConfig
-from lifelong_moe.model.parts import Part
-from lifelong_moe.plan.architecture import Architecture, Generation, first_generation
-from lifelong_moe.plan.phase import Phase, Trains
-from lifelong_moe.retention.config import (
+from lifelong_moe.config.growth import GrowConfig
+from lifelong_moe.config.model import ModelConfig
+from lifelong_moe.config.parts import Part
+from lifelong_moe.config.retention import (
     DistillConfig,
     DistillText,
     PenaltyConfig,
@@ -24,11 +21,14 @@ from lifelong_moe.retention.config import (
     TrunkConfig,
     TrunkTraining,
 )
-from lifelong_moe.routing.config import RoutingConfig
-from lifelong_moe.routing.modes import stored_routing
+from lifelong_moe.config.routing.base import RoutingConfig
+from lifelong_moe.config.routing.modes import stored_routing
+from lifelong_moe.config.training import FinetuneConfig, OptimConfig
+from lifelong_moe.data.tokens.identity import DataIdentity
+from lifelong_moe.plan.architecture import Architecture, Generation, first_generation
+from lifelong_moe.plan.phase import Phase, Trains
 from lifelong_moe.storage.keys import content_key
 from lifelong_moe.storage.plain import from_plain
-from lifelong_moe.training.config import FinetuneConfig, OptimConfig
 
 SCHEMA = 5
 """Version of what a stage's key is made of; a change makes every stage a new one."""

@@ -12,11 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lifelong_moe.config.retention import WRITTEN_AT_ONCE
 from lifelong_moe.model.cache import KeyValueCache
 from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.architecture import Architecture
-from lifelong_moe.retention.config import WRITTEN_AT_ONCE
 
 GroupIdsOf = Callable[[NDArray[np.int64]], NDArray[np.int64]]
 """Tokens of one document so far, BOS first, int64 ``(N,)`` to their groups, int64 ``(N,)``."""

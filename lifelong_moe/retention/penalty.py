@@ -110,8 +110,8 @@ def fisher_diagonal(model: LanguageModel, sample: Mapping[str, Tensor]) -> dict[
 
     Args:
         model: At the old weights. Left in its mode, its ``grad`` and ``requires_grad`` untouched.
-        sample: Blocks of old text, ``(B, S)`` each, as :class:`lifelong_moe.data.blocks.BlockDataset` makes them; only
-            ``scored`` targets count.
+        sample: Blocks of old text, ``(B, S)`` each, as
+            :class:`lifelong_moe.data.tokens.blocks.BlockDataset` makes them; only ``scored`` targets count.
 
     Returns:
         Float32, one tensor a parameter that requires a gradient, of its shape and on its device.

@@ -10,9 +10,9 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
+from lifelong_moe.config.retention import DistillConfig, DistillText
+from lifelong_moe.config.routing.topk import LearnedConfig
 from lifelong_moe.model.transformer import LanguageModel
-from lifelong_moe.retention.config import DistillConfig, DistillText
-from lifelong_moe.routing.topk_config import LearnedConfig
 
 
 def make_teacher(model: LanguageModel, shared: Iterable[Tensor]) -> LanguageModel:

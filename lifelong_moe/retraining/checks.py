@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from lifelong_moe.config.retraining.policy import GateConfig
 from lifelong_moe.retraining.bounds import LEAST_SOURCES, Bounds, DocumentLosses
-from lifelong_moe.retraining.config import GateConfig
 from lifelong_moe.retraining.pooling import Group
 
 

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from lifelong_moe.retraining.config import DecisionConfig, GateConfig
+from lifelong_moe.config.retraining.policy import DecisionConfig, GateConfig
 
 
 class Action(StrEnum):

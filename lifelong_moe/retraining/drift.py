@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from scipy.stats import rankdata
 from threadpoolctl import ThreadpoolController
 
-from lifelong_moe.retraining.config import DriftConfig
+from lifelong_moe.config.retraining.policy import DriftConfig
 
 Floats = NDArray[np.floating[Any]]
 Ints = NDArray[np.integer[Any]]

@@ -10,10 +10,10 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from lifelong_moe.config.retraining.policy import GateConfig
 from lifelong_moe.retraining import checks
 from lifelong_moe.retraining.bounds import Bounds, DocumentLosses, difference
 from lifelong_moe.retraining.checks import Check, Comparison, Verdict
-from lifelong_moe.retraining.config import GateConfig
 from lifelong_moe.retraining.pooling import Group, groups, joined, worst_member
 
 RATCHET = 3

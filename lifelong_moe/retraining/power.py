@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.stats import nct, t
 
+from lifelong_moe.config.retraining.policy import GateConfig
 from lifelong_moe.retraining.bounds import DocumentLosses, can_tell, effective
-from lifelong_moe.retraining.config import GateConfig
 from lifelong_moe.retraining.pooling import Group, groups, joined
+
+
+@dataclass(frozen=True)
+class Power:
+    """How often a gate would pass a candidate that does no harm."""
+
+    passes: float
+    """Chance that all checks of old text pass it."""
+    checks: int
+    weakest: str
+    """Distributions of the check that passes it least often."""
+    weakest_passes: float
 
 
 def passing_chances(

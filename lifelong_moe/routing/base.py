@@ -13,10 +13,10 @@ from enum import StrEnum
 import torch
 from torch import Tensor, nn
 
+from lifelong_moe.config.routing.base import Bundles, RoutingConfig
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.ops.dispatch import ExpertOrder, combine, dispatch
 from lifelong_moe.ops.router_losses import choice_counts
-from lifelong_moe.routing.config import Bundles, RoutingConfig
 
 
 class Causality(StrEnum):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lifelong_moe.config.routing.capacity import CapacityConfig, Counts, Overflow, Priority, Rounding
 from lifelong_moe.ops.capacity import (
     batch_priority_order,
     choice_order,
@@ -16,7 +17,6 @@ from lifelong_moe.ops.capacity import (
     within_capacity,
 )
 from lifelong_moe.routing.base import Causality, RoutingContext
-from lifelong_moe.routing.capacity_config import CapacityConfig, Counts, Overflow, Priority, Rounding
 
 
 def causality(config: CapacityConfig | None) -> Causality:

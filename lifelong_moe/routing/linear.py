@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lifelong_moe.config.routing.base import RoutingConfig
 from lifelong_moe.routing.base import Router
-from lifelong_moe.routing.config import RoutingConfig
 
 
 class LinearRouter(Router):

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from lifelong_moe.config.routing.base import BalanceCounts, BalanceOver, BalanceScope
+from lifelong_moe.config.routing.shared import BalancedConfig, ZLossConfig
 from lifelong_moe.ops.router_losses import (
     load_balancing_loss,
     old_experts_loss,
@@ -16,8 +18,6 @@ from lifelong_moe.ops.router_losses import (
     sequence_balancing_loss,
 )
 from lifelong_moe.routing.base import RouterLoss, RoutingContext
-from lifelong_moe.routing.config import BalanceCounts, BalanceOver, BalanceScope
-from lifelong_moe.routing.shared_config import BalancedConfig, ZLossConfig
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from importlib import import_module
 
+from lifelong_moe.config.routing.base import RoutingConfig
+from lifelong_moe.config.routing.modes import ROUTERS
+from lifelong_moe.config.routing.topk import OwnConfig
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.routing.base import Causality, Router
-from lifelong_moe.routing.config import RoutingConfig
-from lifelong_moe.routing.modes import ROUTERS
-from lifelong_moe.routing.topk_config import OwnConfig
 
 
 def build_router(config: RoutingConfig, *, width: int, layer: int, causal: bool = True) -> Router:

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lifelong_moe.config.tracking import TrackingConfig
 from lifelong_moe.storage.credentials import without_credentials
 from lifelong_moe.tracking import links
-from lifelong_moe.tracking.config import TrackingConfig
 from lifelong_moe.tracking.connection import (
     is_server,
     is_utf8,

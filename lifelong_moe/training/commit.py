@@ -9,9 +9,9 @@ import torch
 from lifelong_moe.errors import DivergedError
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.spec import SCHEMA
-from lifelong_moe.stages.record import StageRecord
-from lifelong_moe.stages.store import CommittedStage
-from lifelong_moe.training.context import StageRun
+from lifelong_moe.store.record import StageRecord
+from lifelong_moe.store.stages import CommittedStage
+from lifelong_moe.training.loop.context import StageRun
 
 
 def commit_stage(run: StageRun, model: LanguageModel, metrics: dict[str, Any]) -> CommittedStage:

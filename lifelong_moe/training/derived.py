@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lifelong_moe.config.growth import ExpertInit
+from lifelong_moe.config.retention import TrunkTraining
 from lifelong_moe.errors import ConfigError
-from lifelong_moe.growth.config import ExpertInit
 from lifelong_moe.growth.remove import remove_generation
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.architecture import Architecture
 from lifelong_moe.plan.spec import StageSpec
-from lifelong_moe.retention.config import TrunkTraining
-from lifelong_moe.stages.record import StageRecord
-from lifelong_moe.stages.store import CommittedStage, StageStore
 from lifelong_moe.storage.keys import content_key
+from lifelong_moe.store.record import StageRecord
+from lifelong_moe.store.stages import CommittedStage, StageStore
 
 
 def derived_stage(store: StageStore, source: CommittedStage, name: str) -> CommittedStage:

@@ -12,15 +12,15 @@ from typing import Any, TypeGuard
 
 import torch
 
-from lifelong_moe.data.shards import ShardDocuments, TokenizedCorpus
+from lifelong_moe.config.parts import document_centroids
+from lifelong_moe.config.routing.base import Bundles, Centroids, RoutingConfig
+from lifelong_moe.config.routing.shared import TextClusterConfig
+from lifelong_moe.data.tokens.shards import ShardDocuments, TokenizedCorpus
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.growth.clusters import bundle_centroids
-from lifelong_moe.model.parts import document_centroids
-from lifelong_moe.routing.config import Bundles, Centroids, RoutingConfig
-from lifelong_moe.routing.shared_config import TextClusterConfig
-from lifelong_moe.stages.record import StageRecord
-from lifelong_moe.stages.store import CommittedStage, StageStore
 from lifelong_moe.storage.keys import SHORT, content_key
+from lifelong_moe.store.record import StageRecord
+from lifelong_moe.store.stages import CommittedStage, StageStore
 
 FIRST_CENTROIDS = document_centroids(0)
 """Name of the tensor, here and in the models of later stages."""

@@ -17,11 +17,11 @@ from lifelong_moe.plan.spec import StageSpec
 from lifelong_moe.retention.generated import generate_blocks
 from lifelong_moe.retention.penalty import fisher_diagonal, make_anchor, mean_fisher
 from lifelong_moe.retention.teacher import make_teacher
-from lifelong_moe.stages.store import load_weights
 from lifelong_moe.storage.directories import verify_directory, write_directory
-from lifelong_moe.training.context import StageModels, StageRun
-from lifelong_moe.training.data import text_sample, written_sample
-from lifelong_moe.training.optimizer import freeze_for_finetuning, freeze_trunk
+from lifelong_moe.store.stages import load_weights
+from lifelong_moe.training.loop.context import StageModels, StageRun
+from lifelong_moe.training.loop.data import text_sample, written_sample
+from lifelong_moe.training.loop.optimizer import freeze_for_finetuning, freeze_trunk
 from lifelong_moe.training.restore import continued_model, initial_model
 
 

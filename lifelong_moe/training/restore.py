@@ -8,12 +8,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lifelong_moe.data.shards import TokenizedCorpus
+from lifelong_moe.config.routing.base import Bundles, Centroids, RoutingConfig
+from lifelong_moe.config.routing.shared import TextClusterConfig
+from lifelong_moe.data.tokens.shards import TokenizedCorpus
 from lifelong_moe.model.transformer import LanguageModel, initialize
 from lifelong_moe.plan.architecture import Architecture
-from lifelong_moe.routing.config import Bundles, Centroids, RoutingConfig
-from lifelong_moe.routing.shared_config import TextClusterConfig
-from lifelong_moe.stages.store import CommittedStage, StageStore
+from lifelong_moe.store.stages import CommittedStage, StageStore
 from lifelong_moe.training.first_centroids import FIRST_CENTROIDS, first_centroids
 
 

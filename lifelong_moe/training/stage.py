@@ -10,26 +10,26 @@ from typing import Any
 import numpy as np
 import torch
 
-from lifelong_moe.data.prepare import PreparedData
-from lifelong_moe.data.shards import ShardDocuments
+from lifelong_moe.config.growth import FrozenWeights
+from lifelong_moe.data.tokens.prepare import PreparedData
+from lifelong_moe.data.tokens.shards import ShardDocuments
 from lifelong_moe.errors import TryAgainError
 from lifelong_moe.growth.clusters import fit_clusters
-from lifelong_moe.growth.config import FrozenWeights
 from lifelong_moe.model.int8 import hold_in_int8, make_whole
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.phase import Trains
 from lifelong_moe.plan.planned import PlannedStage
-from lifelong_moe.stages.store import CommittedStage
 from lifelong_moe.storage.locks import locked
-from lifelong_moe.training.checkpoint import newest_checkpoint, set_earlier_aside
+from lifelong_moe.store.stages import CommittedStage
+from lifelong_moe.training.callbacks.checkpoint import newest_checkpoint, set_earlier_aside
 from lifelong_moe.training.commit import commit_stage
-from lifelong_moe.training.context import PhaseRun, StageEnvironment, StageRun
-from lifelong_moe.training.data import text_sample
-from lifelong_moe.training.measure import PhaseMeasures, stage_metrics
-from lifelong_moe.training.module import StageModule
-from lifelong_moe.training.phase import train_phase
+from lifelong_moe.training.loop.context import PhaseRun, StageEnvironment, StageRun
+from lifelong_moe.training.loop.data import text_sample
+from lifelong_moe.training.loop.measure import PhaseMeasures, stage_metrics
+from lifelong_moe.training.loop.module import StageModule
+from lifelong_moe.training.loop.phase import train_phase
+from lifelong_moe.training.loop.rollback import NonfiniteStepsError, read_rollbacks, roll_back
 from lifelong_moe.training.preparation import prepare_models
-from lifelong_moe.training.rollback import NonfiniteStepsError, read_rollbacks, roll_back
 
 REVIEW_SEED = 500
 """Added to a stage's seed for the order of its review, which mixes its text anew."""

@@ -27,14 +27,14 @@ import numpy as np
 from numpy.typing import NDArray
 from omegaconf import OmegaConf
 
-from lifelong_moe.data.tokenizer import Tokenizer, train_tokenizer
+from lifelong_moe.config.model import ModelConfig
+from lifelong_moe.config.routing.base import Bundles
+from lifelong_moe.config.routing.topk import LearnedConfig
+from lifelong_moe.data.tokens.tokenizer import Tokenizer, train_tokenizer
 from lifelong_moe.growth.clusters import fit_document_clusters
-from lifelong_moe.model.config import ModelConfig
 from lifelong_moe.model.groups import DocumentClusters
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.architecture import Architecture, Generation
-from lifelong_moe.routing.config import Bundles
-from lifelong_moe.routing.topk_config import LearnedConfig
 from tests.benchmarks.provenance import keep, made_with
 
 ORDER = ("wiki_en", "multilingual", "dialogue", "code_python")

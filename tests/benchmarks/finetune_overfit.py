@@ -27,15 +27,15 @@ import yaml
 from rich.console import Console
 
 from lifelong_moe.config.load import load_config
-from lifelong_moe.data.documents import normalized_hash
-from lifelong_moe.data.windows import evaluation_windows
+from lifelong_moe.data.text.documents import normalized_hash
+from lifelong_moe.data.tokens.windows import evaluation_windows
 from lifelong_moe.evaluation.loss import evaluate
-from lifelong_moe.stages.runs import require_head
-from lifelong_moe.stages.store import StageStore
+from lifelong_moe.store.runs import require_head
+from lifelong_moe.store.stages import StageStore
 from lifelong_moe.training.restore import load_model
-from pipelines.quiet import silence_libraries
-from pipelines.run import run
-from pipelines.workspace import read_data
+from pipelines.run.run import run
+from pipelines.shared.quiet import silence_libraries
+from pipelines.shared.workspace import read_data
 from tests.benchmarks.provenance import keep, made_with
 
 PAIRS = 1000

@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from pipelines.render import summary_lines
+from pipelines.run.render import summary_lines
 from tests.benchmarks.provenance import ROOT, keep, made_with
 
 NAMES = ("quickstart", "quickstart-naive")

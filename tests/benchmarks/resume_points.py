@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from lifelong_moe.training.module import StageModule
-from pipelines.quiet import silence_libraries
+from lifelong_moe.training.loop.module import StageModule
+from pipelines.shared.quiet import silence_libraries
 from tests.benchmarks.provenance import keep, made_with
 from tests.tiny import CONTEXT, SEQUENCES, fork, hashes, kill_self, tiny_config, train, write_config, write_corpora
 

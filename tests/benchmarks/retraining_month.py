@@ -23,8 +23,8 @@ from typing import Any
 
 import yaml
 
-from lifelong_moe.data.builtin import builtin_documents
-from lifelong_moe.data.documents import Document
+from lifelong_moe.data.text.builtin import builtin_documents
+from lifelong_moe.data.text.documents import Document
 from tests.benchmarks.provenance import keep, made_with
 from tests.benchmarks.retraining_policy import Pool, make_base, noise, write
 

@@ -27,11 +27,11 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from lifelong_moe.data.builtin import builtin_documents
-from lifelong_moe.data.documents import Document
-from pipelines.quiet import silence_libraries
-from pipelines.retrain import retrain
-from pipelines.run import run
+from lifelong_moe.data.text.builtin import builtin_documents
+from lifelong_moe.data.text.documents import Document
+from pipelines.retrain.retrain import retrain
+from pipelines.run.run import run
+from pipelines.shared.quiet import silence_libraries
 from tests.benchmarks.provenance import keep, made_with
 
 HERE = Path.cwd()

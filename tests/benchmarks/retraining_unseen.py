@@ -26,10 +26,10 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from lifelong_moe.data.documents import Document
+from lifelong_moe.data.text.documents import Document
 from lifelong_moe.errors import LifelongError
-from pipelines.quiet import silence_libraries
-from pipelines.retrain import retrain
+from pipelines.retrain.retrain import retrain
+from pipelines.shared.quiet import silence_libraries
 from tests.benchmarks.provenance import keep, made_with
 from tests.benchmarks.retraining_month import vandalised
 from tests.benchmarks.retraining_policy import BASE_KINDS, Pool, make_base, noise, write

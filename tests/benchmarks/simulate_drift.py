@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import mannwhitneyu
 
-from lifelong_moe.retraining.config import DriftConfig
+from lifelong_moe.config.retraining.policy import DriftConfig
 from lifelong_moe.retraining.drift import DocumentSample, choose_documents, measure_drift
 from lifelong_moe.retraining.mixtures import draw_mixture, nearest_shares
 from tests.benchmarks.provenance import keep, made_with

@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import norm, t
 
+from lifelong_moe.config.retraining.policy import GateConfig
 from lifelong_moe.retraining.bounds import Bounds, DocumentLosses, can_tell, difference, effective
-from lifelong_moe.retraining.config import GateConfig
 from lifelong_moe.retraining.gate import unharmed
 from tests.benchmarks.provenance import keep, made_with
 

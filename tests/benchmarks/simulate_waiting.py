@@ -20,12 +20,12 @@ from typing import Any
 
 import numpy as np
 
-from lifelong_moe.data.config import SourceConfig
-from lifelong_moe.data.documents import Document, build_corpus
+from lifelong_moe.config.data import SourceConfig
+from lifelong_moe.config.retraining.operation import InboxConfig
+from lifelong_moe.config.retraining.policy import HELDOUT_SOURCES, DecisionConfig, GateConfig
+from lifelong_moe.data.text.documents import Document, build_corpus
 from lifelong_moe.retraining.bounds import DocumentLosses, difference
-from lifelong_moe.retraining.config import HELDOUT_SOURCES, DecisionConfig, GateConfig
 from lifelong_moe.retraining.decision import Action, ProbeResult, decide
-from lifelong_moe.retraining.operation import InboxConfig
 from tests.benchmarks.provenance import keep, made_with
 
 SOURCES, GAINS, TRIALS, RESAMPLES, SCATTER = (1, 2, 3, 5, 10, 20), (-0.5, 0.0, 0.1, 0.5, 2.8), 200, 400, 0.4

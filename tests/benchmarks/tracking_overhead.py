@@ -23,9 +23,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from lifelong_moe.config.training import TrainerConfig
 from lifelong_moe.tracking.spool import Spool
-from lifelong_moe.training.config import TrainerConfig
-from pipelines.quiet import silence_libraries
+from pipelines.shared.quiet import silence_libraries
 from tests.benchmarks.provenance import keep, made_with
 from tests.tiny import CONTEXT, SEQUENCES, tiny_config, train, write_config, write_corpora
 

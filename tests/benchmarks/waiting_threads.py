@@ -32,7 +32,7 @@ LOAD = "while True: pass"
 CHILD = """
 import sys, time, warnings
 warnings.filterwarnings("ignore")
-from lifelong_moe.training.execution import keep_freed_memory
+from lifelong_moe.training.loop.execution import keep_freed_memory
 from tests.benchmarks.performance.subjects import Size, our_step
 keep_freed_memory()
 step = our_step(Size(experts=8, layers=4, width=128, expert_width=256, vocab=4096, context=256, sequences=8))

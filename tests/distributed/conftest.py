@@ -10,7 +10,7 @@ from types import FrameType
 import pytest
 import torch
 
-from lifelong_moe.training import ranks
+from lifelong_moe.training.loop import ranks
 from tests.tiny import write_corpora
 
 LIMIT_SECONDS = 60

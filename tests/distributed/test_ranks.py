@@ -22,13 +22,13 @@ import torch.distributed as dist
 
 from lifelong_moe.errors import ConfigError, DataError, TryAgainError
 from lifelong_moe.evaluation.measurements import Measurements
-from lifelong_moe.stages.store import StageStore
-from lifelong_moe.training import ranks
+from lifelong_moe.store.stages import StageStore
 from lifelong_moe.training import stage as training_stage
-from lifelong_moe.training.module import StageModule
-from lifelong_moe.training.phase import train_phase
-from lifelong_moe.training.rollback import read_rollbacks
-from pipelines.record import MlflowRecord
+from lifelong_moe.training.loop import ranks
+from lifelong_moe.training.loop.module import StageModule
+from lifelong_moe.training.loop.phase import train_phase
+from lifelong_moe.training.loop.rollback import read_rollbacks
+from pipelines.run.record import MlflowRecord
 from tests.tiny import (
     EVERY,
     SEQUENCES,
@@ -412,9 +412,9 @@ def test_a_pool_of_threads_does_not_reach_the_ranks() -> None:
 
 POOL = """
 import pathlib, tempfile, torch
-from lifelong_moe.training.interrupt import Interrupt
+from lifelong_moe.training.callbacks.interrupt import Interrupt
 from lifelong_moe.ops.collectives import sum_over_ranks
-from lifelong_moe.training.ranks import run_ranks
+from lifelong_moe.training.loop.ranks import run_ranks
 torch.set_num_threads(4)
 def work(*args):
     a = torch.ones(800, 800, requires_grad=True)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from lifelong_moe.data.compression import COMPRESSED
+from lifelong_moe.data.text.compression import COMPRESSED
 from pipelines.cli import app, exit_code
 from tests.e2e.conftest import Cli
 from tests.retrain_lab import RETRAIN, base_config
@@ -236,7 +236,7 @@ def test_whatever_fails_the_last_line_of_a_tick_is_json(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("lifelong_moe.methods.retraining.load_retraining", fail)
+    monkeypatch.setattr("lifelong_moe.plan.retraining.load_retraining", fail)
     monkeypatch.setattr("sys.argv", ["lifelong-moe", "retrain", "retrain.yaml"])
     if isinstance(error, KeyError | RuntimeError):
         with pytest.raises(type(error)):

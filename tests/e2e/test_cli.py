@@ -156,7 +156,7 @@ def test_report_of_two_runs(trained: Path, cli: Cli) -> None:
 
 def test_status_of_what_is_done_under_way_and_to_do(lab: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     from lifelong_moe.errors import ResourceError
-    from lifelong_moe.training.callbacks import StepCheckpoint
+    from lifelong_moe.training.callbacks.progress import StepCheckpoint
 
     original = StepCheckpoint.on_train_batch_end
 
@@ -215,8 +215,8 @@ def test_evaluate_scores_as_the_run_did(trained: Path, cli: Cli) -> None:
     """On text without a split the measure is the report's own."""
     report = json.loads((trained / "mlruns/runs/tiny/report.json").read_text())
     (trained / "heldout").mkdir(exist_ok=True)
-    from lifelong_moe.data.config import SourceConfig
-    from lifelong_moe.data.sources import read_corpus
+    from lifelong_moe.config.data import SourceConfig
+    from lifelong_moe.data.text.sources import read_corpus
 
     corpus = read_corpus("fruit", SourceConfig(files="fruit.jsonl", heldout_fraction=0.1), Path("data/cache"))
     text = "".join(json.dumps({"text": document.text}) + "\n" for document in corpus.heldout)
@@ -291,7 +291,7 @@ def test_own_bug_keeps_its_traceback(lab: Path, cli: Cli, monkeypatch: pytest.Mo
     def broken(*args: object) -> None:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr("pipelines.run.prepare", broken)
+    monkeypatch.setattr("pipelines.run.run.prepare", broken)
     with pytest.raises(ZeroDivisionError):
         cli("run", "tiny.yaml")
 

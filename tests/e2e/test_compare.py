@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
-from lifelong_moe.evaluation import comparison as comparison_module
+from lifelong_moe.reports import comparison as comparison_module
 from tests.e2e.conftest import Cli
 
 

@@ -16,10 +16,10 @@ import yaml
 
 from lifelong_moe.config.load import build_config, load_config
 from lifelong_moe.config.run import RunConfig
-from lifelong_moe.evaluation import report as report_module
-from lifelong_moe.methods.comparison import load_comparison
-from lifelong_moe.methods.graph import stage_specs
-from lifelong_moe.methods.retraining import NewStage, load_retraining
+from lifelong_moe.plan.comparison import load_comparison
+from lifelong_moe.plan.methods import stage_specs
+from lifelong_moe.plan.retraining import NewStage, load_retraining
+from lifelong_moe.reports import report as report_module
 from pipelines.cli import app
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,9 +12,9 @@ import pytest
 from pyarrow import parquet
 from rich.console import Console
 
-from pipelines import inspect_tables
-from pipelines.inspectors import inspect
-from pipelines.options import InspectionRequest
+from pipelines.inspect import tables as inspect_tables
+from pipelines.inspect.inspectors import inspect
+from pipelines.shared.options import InspectionRequest
 from tests.e2e.conftest import Cli
 
 # One expert a token: none is chosen together with another.

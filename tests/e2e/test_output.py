@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 from pipelines import cli as command_line
-from pipelines import output
-from pipelines.tables import show
+from pipelines.shared import output
+from pipelines.shared.tables import show
 from tests.e2e.conftest import Cli
 from tests.tiny import tiny_config, write_config
 

@@ -26,9 +26,9 @@ import typer
 from omegaconf import OmegaConf
 
 from lifelong_moe.config.load import load_config
-from lifelong_moe.data import builtin
-from pipelines import ui
+from lifelong_moe.data.text import builtin
 from pipelines.cli import app
+from pipelines.upkeep import ui
 from tests.e2e.conftest import Cli
 from tests.tiny import VOCABULARIES, write_corpus
 

@@ -9,8 +9,8 @@ from typing import Any
 from rich.console import Console
 
 from lifelong_moe.evaluation.measurements import Measurements
-from lifelong_moe.stages.head import BestLoss
-from pipelines.gating import best_so_far, with_best
+from lifelong_moe.store.head import BestLoss
+from pipelines.versions.gating import best_so_far, with_best
 
 NATS = {
     ("a", "fruit"): 1.0, ("b", "fruit"): 1.25, ("c", "fruit"): 1.5,

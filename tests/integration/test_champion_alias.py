@@ -11,17 +11,17 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from lifelong_moe.config.tracking import TrackingConfig
 from lifelong_moe.errors import DivergedError
-from lifelong_moe.stages.head import RunHead
-from lifelong_moe.stages.runs import RunRecord, require_head
-from lifelong_moe.stages.store import StageStore
-from lifelong_moe.tracking.config import TrackingConfig
+from lifelong_moe.store.head import RunHead
+from lifelong_moe.store.runs import RunRecord, require_head
+from lifelong_moe.store.stages import StageStore
 from lifelong_moe.tracking.tracker import Tracker
 from pipelines.cli import app, exit_code
-from pipelines.consolidate import consolidate
-from pipelines.drop import drop
-from pipelines.recorded import tracking_of
-from pipelines.rollback import rollback
+from pipelines.shared.recorded import tracking_of
+from pipelines.versions.consolidate import consolidate
+from pipelines.versions.drop import drop
+from pipelines.versions.rollback import rollback
 from tests.retrain_lab import arrive, base_config, head, make_base, tick, write_retraining
 from tests.tiny import STEPS, train, write_config
 
@@ -120,7 +120,7 @@ def test_promotion_rollback_drop_and_consolidation(lab: None, monkeypatch: pytes
     derived = StageStore(Path("mlruns")).get(serving())
     rollback("tiny", 0, SILENT)
     # Experts of bundles do not merge; what was made before stands for the outcome.
-    monkeypatch.setattr("pipelines.consolidate._merged", lambda *args: (derived, []))
+    monkeypatch.setattr("pipelines.versions.consolidate._merged", lambda *args: (derived, []))
     assert SHOWN in said(lambda console: consolidate("tiny", "code", 1, console, ["gate.tolerance=9"]))
     assert shown().tags["stage_key"] == serving() == derived.key
 
@@ -217,7 +217,7 @@ def test_a_tick_shows_how_it_ended_and_with_what(
         raise DivergedError("stage x: no finite gradient")
 
     with monkeypatch.context() as patch, pytest.raises(DivergedError):
-        patch.setattr("pipelines.candidates.train_stage", diverge)
+        patch.setattr("pipelines.versions.candidates.train_stage", diverge)
         tick()
     (failed,) = [run for run in runs().values() if run.data.tags.get("lifelong.kind") == "tick"]
     assert failed.info.status == "FAILED"

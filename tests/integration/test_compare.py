@@ -15,10 +15,10 @@ import torch
 import yaml
 from rich.console import Console
 
-import pipelines.compare as story
+import pipelines.compare.compare as story
 from lifelong_moe.config.load import load_config
 from lifelong_moe.errors import DivergedError, LockedError, TryAgainError
-from pipelines.compare import compare
+from pipelines.compare.compare import compare
 from tests.tiny import fork, tiny_config, write_config
 
 needs_fork = pytest.mark.skipif(torch.cuda.is_available(), reason="autograd does not survive a fork once CUDA is there")

@@ -13,13 +13,13 @@ from rich.console import Console
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.evaluation.measurements import Measurements
 from lifelong_moe.retraining.bounds import DocumentLosses
-from lifelong_moe.stages.runs import require_head
-from lifelong_moe.stages.store import StageStore
+from lifelong_moe.store.runs import require_head
+from lifelong_moe.store.stages import StageStore
 from lifelong_moe.training.restore import load_model
-from pipelines.consolidate import consolidate
-from pipelines.inspectors import evaluate, generate, inspect
-from pipelines.options import InspectionRequest, SamplingOptions
-from pipelines.rollback import rollback
+from pipelines.inspect.inspectors import evaluate, generate, inspect
+from pipelines.shared.options import InspectionRequest, SamplingOptions
+from pipelines.versions.consolidate import consolidate
+from pipelines.versions.rollback import rollback
 from tests.retrain_lab import head
 from tests.tiny import tiny_config, train, write_config, write_corpora
 
@@ -83,7 +83,7 @@ def test_models_are_read_on_the_device_of_the_run(monkeypatch: pytest.MonkeyPatc
         def __init__(self, *, accelerator: str, devices: object) -> None:
             asked.append((accelerator, devices))
 
-    monkeypatch.setattr("lifelong_moe.training.device.Fabric", Here)
+    monkeypatch.setattr("lifelong_moe.training.loop.device.Fabric", Here)
     path = Path("mlruns/runs/tiny/head.json")
     recorded = json.loads(path.read_text())
     recorded["config"]["trainer"] |= {"accelerator": "gpu", "devices": [1]}

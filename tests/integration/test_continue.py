@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.plan.architecture import Architecture
-from lifelong_moe.stages.store import StageStore
-from pipelines.workspace import prepare
+from lifelong_moe.store.stages import StageStore
+from pipelines.shared.workspace import prepare
 from tests.tiny import hashes, tiny_config, train, write_config, write_corpora
 
 BUNDLES = {

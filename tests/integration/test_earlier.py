@@ -22,19 +22,19 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from lifelong_moe.config.load import build_config
+from lifelong_moe.config.retention import TrunkConfig
+from lifelong_moe.config.training import CheckpointConfig, FrozenConfig
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.model.transformer import LanguageModel
-from lifelong_moe.retention.config import TrunkConfig
-from lifelong_moe.stages.store import StageStore
-from lifelong_moe.training.config import CheckpointConfig, FrozenConfig
-from lifelong_moe.training.context import StageEnvironment
-from lifelong_moe.training.interrupt import Interrupt
-from lifelong_moe.training.optimizer import freeze_trunk
+from lifelong_moe.store.stages import StageStore
+from lifelong_moe.training.callbacks.interrupt import Interrupt
+from lifelong_moe.training.loop.context import StageEnvironment
+from lifelong_moe.training.loop.optimizer import freeze_trunk
 from lifelong_moe.training.restore import load_model
 from lifelong_moe.training.stage import train_stage
-from pipelines import inspectors, trace
-from pipelines.options import SamplingOptions
-from pipelines.workspace import prepare
+from pipelines.inspect import inspectors, trace
+from pipelines.shared.options import SamplingOptions
+from pipelines.shared.workspace import prepare
 from tests.tiny import VOCABULARIES, train, write_config, write_corpus
 
 EARLIER = Path(__file__).with_name("earlier")

@@ -19,10 +19,10 @@ import torch
 from safetensors import SafetensorError
 
 from lifelong_moe.errors import ConfigError, DivergedError, ResourceError, TryAgainError
-from lifelong_moe.stages.store import StageStore, load_weights
-from lifelong_moe.training import guard, rollback
-from lifelong_moe.training.callbacks import StepCheckpoint
-from lifelong_moe.training.module import StageModule
+from lifelong_moe.store.stages import StageStore, load_weights
+from lifelong_moe.training.callbacks.progress import StepCheckpoint
+from lifelong_moe.training.loop import guard, rollback
+from lifelong_moe.training.loop.module import StageModule
 from pipelines.cli import exit_code
 from tests.records import made_record
 from tests.tiny import CONTEXT, SEQUENCES, STEPS, VOCABULARIES, hashes, tiny_config, train, write_config, write_corpus
@@ -380,7 +380,7 @@ def test_what_a_stopped_stage_has_written_is_its_own(lab: Path, monkeypatch: pyt
     written = sum(path.stat().st_size for path in Path("mlruns/work").rglob("*") if path.is_file())
     assert written > 0
     needed: list[int] = []
-    monkeypatch.setattr("pipelines.workspace.require_space", lambda root, need, what: needed.append(need))
+    monkeypatch.setattr("pipelines.shared.workspace.require_space", lambda root, need, what: needed.append(need))
     train()
     whole = needed.copy()
     needed.clear()

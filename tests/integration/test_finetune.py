@@ -15,17 +15,17 @@ import pytest
 import torch
 from rich.console import Console
 
-from lifelong_moe.data.pairs import SEPARATOR, precedes_answer
-from lifelong_moe.data.tokenizer import Tokenizer
+from lifelong_moe.data.tokens.pairs import SEPARATOR, precedes_answer
+from lifelong_moe.data.tokens.tokenizer import Tokenizer
 from lifelong_moe.errors import ConfigError, DataError
 from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.plan.cost import forward_flops_per_token
-from lifelong_moe.stages.store import StageStore
-from lifelong_moe.training.module import StageModule
+from lifelong_moe.store.stages import StageStore
+from lifelong_moe.training.loop.module import StageModule
 from lifelong_moe.training.restore import load_model
-from pipelines.inspectors import generate
-from pipelines.options import SamplingOptions
-from pipelines.workspace import prepare
+from pipelines.inspect.inspectors import generate
+from pipelines.shared.options import SamplingOptions
+from pipelines.shared.workspace import prepare
 from tests.tiny import CONTEXT, SEQUENCES, VOCABULARIES, fork, hashes, kill_self, tiny_config, train, write_config
 
 STEPS = 24

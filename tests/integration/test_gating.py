@@ -6,10 +6,11 @@ from types import SimpleNamespace
 from typing import Any
 
 from lifelong_moe.retraining.decision import Action as Decision
-from lifelong_moe.stages.versions import Action, Version, VersionStage
-from pipelines.gating import kinds_of_text
-from pipelines.plan_file import Decided, PlanFacts, Power, Serving
-from pipelines.render_retrain import plan_sentences
+from lifelong_moe.retraining.power import Power
+from lifelong_moe.store.versions import Action, Version, VersionStage
+from pipelines.retrain.plan_file import Decided, PlanFacts, Serving
+from pipelines.retrain.render import plan_sentences
+from pipelines.versions.gating import kinds_of_text
 
 
 def test_what_continues_a_stage_is_of_its_kind() -> None:

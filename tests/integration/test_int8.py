@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from lifelong_moe.stages.store import StageStore
+from lifelong_moe.store.stages import StageStore
 from lifelong_moe.training.restore import load_model
-from pipelines.inspectors import evaluate
+from pipelines.inspect.inspectors import evaluate
 from tests.tiny import tiny_config, train, write_config
 
 

@@ -11,20 +11,20 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from lifelong_moe.data import prepare
-from lifelong_moe.data.batches import BatchStore
-from lifelong_moe.data.documents import Corpus, Document
-from lifelong_moe.data.records import HeldoutStore
-from lifelong_moe.data.sources import read_corpus
+from lifelong_moe.data.text.batches import BatchStore
+from lifelong_moe.data.text.documents import Corpus, Document
+from lifelong_moe.data.text.sources import read_corpus
+from lifelong_moe.data.tokens import prepare
+from lifelong_moe.data.tokens.records import HeldoutStore
 from lifelong_moe.errors import ConfigError, TryAgainError
-from lifelong_moe.methods.retraining import load_retraining
+from lifelong_moe.plan.retraining import load_retraining
 from lifelong_moe.retraining.decision import Action, Decision
-from lifelong_moe.stages.garbage import collect, find_garbage
-from pipelines import retrain_plan
-from pipelines.consolidate import consolidate
-from pipelines.gc import gc
-from pipelines.rollback import rollback
-from pipelines.trace import document
+from lifelong_moe.store.garbage import collect, find_garbage
+from pipelines.inspect.trace import document
+from pipelines.retrain import plan as retrain_plan
+from pipelines.upkeep.gc import gc
+from pipelines.versions.consolidate import consolidate
+from pipelines.versions.rollback import rollback
 from tests.retrain_lab import arrive, head, stages, tick, tick_and_text, write_retraining
 from tests.tiny import fork, kill_self, write_corpus
 
@@ -128,12 +128,12 @@ def test_a_batch_that_waits_needs_no_text_to_wait(monkeypatch: pytest.MonkeyPatc
         patch.setattr(retrain_plan, "decide", lambda **known: Decision(Action.wait, {}, ["Wait: no answer yet: x."]))
         first = tick()
         assert first["outcome"] == "waiting" and not left(sea) and "open" not in head()
-        patch.setattr("pipelines.retrain.make_plan", None)  # nothing is looked at again
+        patch.setattr("pipelines.retrain.retrain.make_plan", None)  # nothing is looked at again
         few = arrive("sea", "few.jsonl", seed=79, documents=3)
         result, text = tick_and_text()
         assert (result["outcome"], result["batch"]) == ("waiting", first["batch"]) and "have joined batch" in text
         few.unlink()
-        patch.setattr("pipelines.retrain.make_plan", lambda *_: kill_self())
+        patch.setattr("pipelines.retrain.retrain.make_plan", lambda *_: kill_self())
         assert fork(lambda: tick("gate.tolerance=0.02")).wait() == -9
     assert left(sea) == set(sea) and head()["open"] == [first["batch"]]
     Path("inbox/new.jsonl").rename("new")

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from lifelong_moe.config.run import Method
-from lifelong_moe.stages.store import StageStore
-from pipelines.run import stage_births
-from pipelines.workspace import prepare
+from lifelong_moe.store.stages import StageStore
+from pipelines.run.run import stage_births
+from pipelines.shared.workspace import prepare
 from tests.tiny import CONTEXT, SEQUENCES, tiny_config, train, write_config, write_corpora
 
 STREAM = ("fruit", "code", "sea")

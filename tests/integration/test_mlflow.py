@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 
+from lifelong_moe.config.tracking import TrackingConfig
 from lifelong_moe.errors import DivergedError
-from lifelong_moe.tracking.config import TrackingConfig
 from lifelong_moe.tracking.tracker import Tracker
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from lifelong_moe.config.tracking import TrackingConfig
 from lifelong_moe.storage import files
-from lifelong_moe.tracking.config import TrackingConfig
 from lifelong_moe.tracking.sync import sync
 from lifelong_moe.tracking.tracker import Tracker
 from tests.tiny import fork, kill_self

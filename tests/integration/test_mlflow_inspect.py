@@ -9,8 +9,8 @@ from typing import Any
 
 from rich.console import Console
 
-from pipelines.inspectors import inspect
-from pipelines.options import InspectionRequest
+from pipelines.inspect.inspectors import inspect
+from pipelines.shared.options import InspectionRequest
 from tests.tiny import tiny_config, train, write_config
 
 

@@ -21,10 +21,10 @@ from rich.console import Console
 
 from lifelong_moe.config.load import load_config
 from lifelong_moe.errors import DivergedError, TryAgainError
-from lifelong_moe.methods.plan import stage_need
+from lifelong_moe.plan.stages import stage_need
 from pipelines.cli import exit_code
-from pipelines.sync import sync
-from pipelines.workspace import prepare
+from pipelines.shared.workspace import prepare
+from pipelines.upkeep.sync import sync
 from tests.tiny import fork, tiny_config, train, write_config
 
 
@@ -203,7 +203,7 @@ def test_killed_run_is_taken_up_again(lab: Path, config: dict[str, Any]) -> None
     from tests.tiny import kill_self
 
     def action() -> None:
-        from lifelong_moe.training.callbacks import StepCheckpoint
+        from lifelong_moe.training.callbacks.progress import StepCheckpoint
 
         original = StepCheckpoint.on_train_batch_end
 
@@ -260,13 +260,13 @@ def test_what_ended_a_run_is_shown(lab: Path, config: dict[str, Any], monkeypatc
         (terminated_once(), 75, "KILLED"),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(f"lifelong_moe.training.callbacks.{step}", action)
+            patch.setattr(f"lifelong_moe.training.callbacks.progress.{step}", action)
             assert exit_code(lambda: train()) == code
         (parent,), children = runs()
         assert [run.info.status for run in (parent, *children)] == [status, status], code
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(
-            "pipelines.run.Measurements.evaluations", raises(ZeroDivisionError())
+            "pipelines.run.run.Measurements.evaluations", raises(ZeroDivisionError())
         )  # before there is any stage
         train()
     assert runs()[0][0].info.status == "FAILED"
@@ -357,7 +357,7 @@ def test_a_run_that_is_replaced_is_closed(lab: Path, config: dict[str, Any]) -> 
     from tests.tiny import kill_self
 
     def killed_while_recording() -> None:
-        import pipelines.run as story
+        import pipelines.run.run as story
 
         story.train_stage = lambda *args: kill_self()  # type: ignore[assignment]
         train()
@@ -376,7 +376,7 @@ def test_a_run_that_is_replaced_is_closed(lab: Path, config: dict[str, Any]) -> 
 
 
 def test_database_that_dies_in_the_run(lab: Path, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    import pipelines.run as story
+    import pipelines.run.run as story
 
     original = story.train_stage
 

@@ -15,7 +15,7 @@ import pytest
 from matplotlib.figure import Figure
 from mlflow import MlflowClient
 
-from lifelong_moe.tracking.config import TrackingConfig
+from lifelong_moe.config.tracking import TrackingConfig
 from lifelong_moe.tracking.server import serve_command, wait_until_up
 from lifelong_moe.tracking.tracker import Tracker
 from pipelines.cli import app, exit_code
@@ -123,7 +123,7 @@ def test_runs_aliases_artifacts_and_resuming(server: Server, lab: Path) -> None:
 def test_killed_in_a_run_and_absent_at_the_next_start(
     server: Server, lab: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import pipelines.run as story
+    import pipelines.run.run as story
 
     write_config(tiny_config(tracking={"enabled": True, "experiment": "killed"}))
     original = story.train_stage

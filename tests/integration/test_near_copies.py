@@ -13,13 +13,13 @@ import pytest
 from omegaconf import OmegaConf
 from rich.console import Console
 
-import lifelong_moe.data.prepare
-import pipelines.novelty
+import lifelong_moe.data.tokens.prepare
+import pipelines.shared.novelty
 from lifelong_moe.config.load import build_config
 from lifelong_moe.config.run import RunConfig
-from lifelong_moe.data.batches import BatchStore
-from lifelong_moe.stages.store import StageStore
-from pipelines.prepare import prepare
+from lifelong_moe.data.text.batches import BatchStore
+from lifelong_moe.store.stages import StageStore
+from pipelines.run.prepare import prepare
 from tests.retrain_lab import base_config, head, ledger, stages, tick, tick_and_text, write_retraining
 from tests.tiny import VOCABULARIES, train, write_config
 
@@ -103,7 +103,7 @@ def test_copies_within_a_batch_are_kept_out_of_its_training_text() -> None:
     first = texts_of("sea", 1)
     write("inbox/both.jsonl", [*first, *edited(first, 2)])
     result, _ = planned()
-    batch = pipelines.novelty.read_texts(with_batch(result["batch"])).corpora["batch"]
+    batch = pipelines.shared.novelty.read_texts(with_batch(result["batch"])).corpora["batch"]
     assert result["near_copies"] == {"of_known_text": 0, "of_its_held_out_text": len(batch.near_copies)}
     # A document's first or second word is its serial number, unless both were edited.
     held, trained = ({text.split()[0] for d in side for text in [d.text]} for side in (batch.heldout, batch.train))
@@ -134,14 +134,14 @@ def test_a_run_of_an_earlier_version_goes_on(tmp_path: Path, monkeypatch: pytest
     write_config(base_config(stage_defaults={"tokens": 512}))
     write_retraining()
     with monkeypatch.context() as patch:
-        patch.setattr(lifelong_moe.data.prepare, "without_near_copies", lambda corpora, others: dict(corpora))
+        patch.setattr(lifelong_moe.data.tokens.prepare, "without_near_copies", lambda corpora, others: dict(corpora))
         train()
     first = StageStore(Path("mlruns")).get(head()["stages"][0])
     assert first.data == first.split
     Path("inbox").mkdir()
     write("inbox/new.jsonl", texts_of("sea", 3))
     result, _ = planned()
-    assert pipelines.novelty.read_texts(with_batch(result["batch"])).corpora["fruit"].near_copies
+    assert pipelines.shared.novelty.read_texts(with_batch(result["batch"])).corpora["fruit"].near_copies
 
 
 def test_what_earlier_versions_committed_says_how_its_text_was_split() -> None:

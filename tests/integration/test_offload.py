@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lifelong_moe.training import phase
+from lifelong_moe.training.loop import phase
 from tests.tiny import hashes, tiny_config, train, write_config
 
 

@@ -11,9 +11,9 @@ import torch
 import yaml
 
 from lifelong_moe.config.load import load_config
-from lifelong_moe.methods.published import published_architecture, published_count, sentence
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.cost import count_parameters
+from lifelong_moe.plan.published import published_architecture, published_count, sentence
 from tests.tiny import train
 
 ROOT = Path(__file__).resolve().parents[2]

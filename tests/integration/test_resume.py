@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from lifelong_moe.errors import TryAgainError
-from lifelong_moe.stages.store import StageStore
-from lifelong_moe.training import callbacks
-from lifelong_moe.training.callbacks import StepCheckpoint
-from lifelong_moe.training.energy import EnergyCounter
+from lifelong_moe.store.stages import StageStore
+from lifelong_moe.training.callbacks import progress as callbacks
+from lifelong_moe.training.callbacks.energy import EnergyCounter
+from lifelong_moe.training.callbacks.progress import StepCheckpoint
 from tests.tiny import STEPS, Child, fork, hashes, kill_self, tiny_config, train, write_config, write_corpora
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="autograd does not survive a fork once CUDA is there")
@@ -325,7 +325,7 @@ def test_sigint_that_was_ignored_stays_ignored(
     assert hashes() == uninterrupted("learned")[0]
 
 
-@pytest.mark.parametrize("function", ["pipelines.run.prepare", "pipelines.run.build_report"])
+@pytest.mark.parametrize("function", ["pipelines.run.run.prepare", "pipelines.run.run.build_report"])
 def test_sigterm_outside_of_training(lab: Path, monkeypatch: pytest.MonkeyPatch, function: str) -> None:
     write_config(tiny_config(("fruit",)))
     monkeypatch.setattr(function, lambda *args, **kwargs: terminate())

@@ -15,23 +15,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from lifelong_moe.data.prepare import PreparedData
+from lifelong_moe.data.tokens.prepare import PreparedData
 from lifelong_moe.errors import CorruptError
 from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.plan.planned import PlannedStage
 from lifelong_moe.retention.generated import generate_blocks
 from lifelong_moe.retention.penalty import WeightAnchor, fisher_diagonal
-from lifelong_moe.stages.lineage import lineage_rows
-from lifelong_moe.stages.store import CommittedStage, StageStore
-from lifelong_moe.training import phase as phases
+from lifelong_moe.store.lineage import lineage_rows
+from lifelong_moe.store.stages import CommittedStage, StageStore
 from lifelong_moe.training import preparation
 from lifelong_moe.training import stage as stages
-from lifelong_moe.training.callbacks import StepCheckpoint
-from lifelong_moe.training.data import text_sample
-from lifelong_moe.training.module import StageModule
+from lifelong_moe.training.callbacks.progress import StepCheckpoint
+from lifelong_moe.training.loop import phase as phases
+from lifelong_moe.training.loop.data import text_sample
+from lifelong_moe.training.loop.module import StageModule
 from lifelong_moe.training.preparation import _importances
 from lifelong_moe.training.restore import load_model
-from pipelines.workspace import prepare
+from pipelines.shared.workspace import prepare
 from tests.tiny import CONTEXT, STEPS, fork, kill_self, tiny_config, train, write_config
 
 ONE = {"top_k": 1, "renormalize": False}
@@ -187,7 +187,7 @@ def nothing_stored(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         own = replace(data, corpora={planned.spec.data: data.corpora[planned.spec.data]})
         return original(planned, parent, own, environment)
 
-    monkeypatch.setattr("pipelines.run.train_stage", alone)
+    monkeypatch.setattr("pipelines.run.run.train_stage", alone)
     yield names
     assert names
 

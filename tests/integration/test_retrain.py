@@ -17,27 +17,28 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-import pipelines.retrain as story
-from lifelong_moe.data import batches, shards
-from lifelong_moe.data.batches import BatchStore
-from lifelong_moe.data.documents import Document
-from lifelong_moe.data.sources import read_corpus
+import pipelines.retrain.retrain as story
+from lifelong_moe.config.retraining.policy import GateConfig
+from lifelong_moe.data.text import batches
+from lifelong_moe.data.text.batches import BatchStore
+from lifelong_moe.data.text.documents import Document
+from lifelong_moe.data.text.sources import read_corpus
+from lifelong_moe.data.tokens import shards
 from lifelong_moe.errors import ConfigError, DataError, DivergedError, LockedError, ResourceError, StalePlanError
-from lifelong_moe.methods.retraining import load_retraining
+from lifelong_moe.plan.retraining import load_retraining
 from lifelong_moe.retraining.checks import Check, Verdict
-from lifelong_moe.retraining.config import GateConfig
 from lifelong_moe.retraining.decision import Action, Decision, decide
-from lifelong_moe.stages.head import RunHead
-from lifelong_moe.stages.runs import RunRecord, timestamp
-from lifelong_moe.stages.store import StageStore
 from lifelong_moe.storage.locks import locked
-from lifelong_moe.training.callbacks import StepCheckpoint
-from pipelines import retrain_plan
-from pipelines.candidates import served_stages
+from lifelong_moe.store.head import RunHead
+from lifelong_moe.store.runs import RunRecord, timestamp
+from lifelong_moe.store.stages import StageStore
+from lifelong_moe.training.callbacks.progress import StepCheckpoint
 from pipelines.cli import exit_code
-from pipelines.drop import drop
 from pipelines.exit_codes import OUTCOMES
-from pipelines.rollback import rollback
+from pipelines.retrain import plan as retrain_plan
+from pipelines.versions.candidates import served_stages
+from pipelines.versions.drop import drop
+from pipelines.versions.rollback import rollback
 from tests.retrain_lab import (
     TOKENS,
     arrive,
@@ -224,7 +225,7 @@ def test_text_without_an_answer_waits_for_more(monkeypatch: pytest.MonkeyPatch) 
     """Neither skipped for good nor probed every night, and told of once."""
     arrive("sea")
     told: list[str] = []
-    monkeypatch.setattr("pipelines.hooks.tell", lambda _, result: told.append(result["outcome"]))
+    monkeypatch.setattr("pipelines.retrain.hooks.tell", lambda _, result: told.append(result["outcome"]))
     with monkeypatch.context() as patch:
         patch.setattr(retrain_plan, "decide", lambda **known: Decision(Action.wait, {}, ["Wait: no answer yet: x."]))
         result = tick()
@@ -449,7 +450,7 @@ def test_a_tick_that_fails_is_noted_and_told(tmp_path: Path, monkeypatch: pytest
         raise DivergedError("stage x: loss is not finite")
 
     with monkeypatch.context() as patch:
-        patch.setattr("pipelines.candidates.train_stage", diverge)
+        patch.setattr("pipelines.versions.candidates.train_stage", diverge)
         with pytest.raises(DivergedError):
             tick()
         with pytest.raises(DivergedError):
@@ -797,7 +798,7 @@ def test_a_hook_is_told_and_may_fail(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_a_hugging_face_inbox(monkeypatch: pytest.MonkeyPatch) -> None:
-    import lifelong_moe.data.hub as hub
+    import lifelong_moe.data.text.hub as hub
 
     arrive("sea")
     rows = [json.loads(line)["text"] for line in Path("inbox/new.jsonl").read_text().splitlines()]
@@ -843,8 +844,8 @@ def test_numbers_without_end_are_refused(override: str) -> None:
 
 
 def test_hooks_of_any_kind_fail_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    from lifelong_moe.retraining.operation import HooksConfig
-    from pipelines.hooks import tell
+    from lifelong_moe.config.retraining.operation import HooksConfig
+    from pipelines.retrain.hooks import tell
 
     for url in ("http://127.0.0.1:1/a b", "http://[::1", "http://127.0.0.1:1/"):
         tell(HooksConfig(url=url, command=["a\0b"], seconds=1.0), {"outcome": "idle"})

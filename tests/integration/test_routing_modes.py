@@ -12,10 +12,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from lifelong_moe.stages.store import StageStore
+from lifelong_moe.store.stages import StageStore
 from lifelong_moe.training.restore import load_model
-from pipelines.inspectors import evaluate, generate
-from pipelines.options import SamplingOptions
+from pipelines.inspect.inspectors import evaluate, generate
+from pipelines.shared.options import SamplingOptions
 from tests.tiny import tiny_config, train, write_config
 
 ONE = {"top_k": 1, "renormalize": False}

@@ -17,8 +17,8 @@ import torch
 from rich.console import Console
 
 from lifelong_moe.errors import ConfigError, CorruptError, TryAgainError
-from lifelong_moe.stages.runs import RunRecord, require_head
 from lifelong_moe.storage.locks import locked
+from lifelong_moe.store.runs import RunRecord, require_head
 from pipelines.cli import exit_code
 from tests.tiny import fork, hashes, tiny_config, train, write_config
 
@@ -242,7 +242,7 @@ def test_simultaneous_starts_never_corrupt(lab: Path) -> None:
         from contextlib import nullcontext
 
         import lifelong_moe.training.stage as training
-        import pipelines.run as story
+        import pipelines.run.run as story
 
         training.locked = story.locked = lambda *args: nullcontext()  # type: ignore[attr-defined]
         train("tiny.yaml", f"run={name}", "seed=3")
@@ -274,7 +274,7 @@ def test_training_touches_no_network(lab: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_more_tokens_for_a_committed_stage_are_a_further_stage(lab: Path) -> None:
-    from pipelines.plan import plan
+    from pipelines.run.plan import plan
 
     write_config(tiny_config())
     train()

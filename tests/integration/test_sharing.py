@@ -13,20 +13,20 @@ import yaml
 from rich.console import Console
 from torch import Tensor
 
+from lifelong_moe.config.model import Activation
+from lifelong_moe.config.retention import TrunkConfig, TrunkTraining
+from lifelong_moe.config.routing.base import BalanceOver, Bundles, Centroids, RoutingConfig
+from lifelong_moe.config.training import CheckpointConfig, FrozenConfig, Schedule
 from lifelong_moe.errors import ConfigError
-from lifelong_moe.model.config import Activation
 from lifelong_moe.plan.spec import StageSpec
-from lifelong_moe.retention.config import TrunkConfig, TrunkTraining
-from lifelong_moe.routing.config import BalanceOver, Bundles, Centroids, RoutingConfig
-from lifelong_moe.stages.garbage import collect
-from lifelong_moe.stages.store import CommittedStage, StageStore
-from lifelong_moe.training.config import CheckpointConfig, FrozenConfig, Schedule
-from lifelong_moe.training.context import StageEnvironment
-from lifelong_moe.training.interrupt import Interrupt
+from lifelong_moe.store.garbage import collect
+from lifelong_moe.store.stages import CommittedStage, StageStore
+from lifelong_moe.training.callbacks.interrupt import Interrupt
+from lifelong_moe.training.loop.context import StageEnvironment
 from lifelong_moe.training.restore import continued_model, load_model
 from lifelong_moe.training.stage import train_stage
-from pipelines.compare import compare
-from pipelines.workspace import Prepared, prepare
+from pipelines.compare.compare import compare
+from pipelines.shared.workspace import Prepared, prepare
 from tests.tiny import hashes, tiny_config, train, write_config
 
 SILENT = Console(quiet=True)

@@ -18,10 +18,10 @@ import torch
 from safetensors.torch import save_file
 
 from lifelong_moe.errors import CheckpointError, ConfigError, CorruptError, DivergedError, ResourceError
-from lifelong_moe.stages.store import StageStore, load_weights
 from lifelong_moe.storage import directories, files
 from lifelong_moe.storage.keys import file_sha256
-from lifelong_moe.training import callbacks
+from lifelong_moe.store.stages import StageStore, load_weights
+from lifelong_moe.training.callbacks import progress as callbacks
 from pipelines.cli import exit_code
 from tests.tiny import fork, hashes, kill_self, tiny_config, train, write_config
 
@@ -154,7 +154,7 @@ def test_killed_between_ledger_report_and_head(lab: Path, expected: list[str]) -
             def when(path: Path, text: str) -> bool:
                 return path.name == name and len(list((lab / "mlruns/stages").glob("*"))) == 2
 
-            from lifelong_moe.stages import runs
+            from lifelong_moe.store import runs
 
             die_at(runs, "write_atomic", when, after=False)
             train()
@@ -352,7 +352,7 @@ def test_a_borrowed_tensor_that_is_not_there(lab: Path) -> None:
 
 def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
     """Make the gradient NaN in some steps."""
-    from lifelong_moe.training.module import StageModule
+    from lifelong_moe.training.loop.module import StageModule
 
     original = StageModule.training_step
 

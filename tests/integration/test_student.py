@@ -13,11 +13,11 @@ from lifelong_moe.errors import ConfigError
 from lifelong_moe.growth.shallow import shallow_student
 from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.ops.losses import distillation_loss
-from lifelong_moe.stages.store import StageStore
-from lifelong_moe.training.module import StageModule
+from lifelong_moe.store.stages import StageStore
+from lifelong_moe.training.loop.module import StageModule
 from lifelong_moe.training.restore import load_model
-from pipelines.inspectors import generate
-from pipelines.options import SamplingOptions
+from pipelines.inspect.inspectors import generate
+from pipelines.shared.options import SamplingOptions
 from tests.tiny import STEPS, tiny_config, train, write_config
 
 

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from mlflow import MlflowClient
 from typer.testing import CliRunner
 
-from lifelong_moe.tracking.config import TrackingConfig
+from lifelong_moe.config.tracking import TrackingConfig
 from lifelong_moe.tracking.spool import Spool
 from lifelong_moe.tracking.store import Store
 from lifelong_moe.tracking.tracker import Tracker

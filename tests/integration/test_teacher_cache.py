@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lifelong_moe.retention.teacher_cache import TeacherCache
-from lifelong_moe.training import module
+from lifelong_moe.training.loop import module
 from tests.tiny import CONTEXT, hashes, tiny_config, train, write_config
 
 CACHED = "trainer.cache_teacher=true"

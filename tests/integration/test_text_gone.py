@@ -12,17 +12,17 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from lifelong_moe.data.config import SourceConfig
-from lifelong_moe.data.documents import Document
-from lifelong_moe.data.records import HeldoutStore
-from lifelong_moe.data.sources import read_corpus
+from lifelong_moe.config.data import SourceConfig
+from lifelong_moe.data.text.documents import Document
+from lifelong_moe.data.text.sources import read_corpus
+from lifelong_moe.data.tokens.records import HeldoutStore
 from lifelong_moe.errors import ConfigError, CorruptError, DataError, LifelongError
-from lifelong_moe.stages.garbage import find_garbage
-from pipelines import inspectors
-from pipelines.gc import gc
-from pipelines.options import InspectionRequest
-from pipelines.plan import plan
-from pipelines.prepare import prepare
+from lifelong_moe.store.garbage import find_garbage
+from pipelines.inspect import inspectors
+from pipelines.run.plan import plan
+from pipelines.run.prepare import prepare
+from pipelines.shared.options import InspectionRequest
+from pipelines.upkeep.gc import gc
 from tests.tiny import hashes, tiny_config, train, write_config, write_corpora
 
 NAMES = ("fruit", "code", "sea")

@@ -18,8 +18,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from pipelines import ui as story
 from pipelines.cli import app, exit_code
+from pipelines.upkeep import ui as story
 from tests.tiny import fork
 
 

@@ -17,17 +17,17 @@ from rich.console import Console
 from lifelong_moe.errors import ConfigError, CorruptError, LockedError
 from lifelong_moe.evaluation.measurements import Measurements
 from lifelong_moe.retraining.bounds import DocumentLosses
-from lifelong_moe.stages.garbage import collect, find_garbage
-from lifelong_moe.stages.runs import RunRecord, require_head
-from lifelong_moe.stages.store import StageStore
-from lifelong_moe.stages.versions import base_stages
 from lifelong_moe.storage.locks import locked
+from lifelong_moe.store.garbage import collect, find_garbage
+from lifelong_moe.store.runs import RunRecord, require_head
+from lifelong_moe.store.stages import StageStore
+from lifelong_moe.store.versions import base_stages
 from lifelong_moe.training.restore import load_model
-from pipelines import trace
-from pipelines.drop import drop
-from pipelines.gc import gc
-from pipelines.inspectors import status
-from pipelines.rollback import rollback
+from pipelines.inspect import trace
+from pipelines.inspect.inspectors import status
+from pipelines.upkeep.gc import gc
+from pipelines.versions.drop import drop
+from pipelines.versions.rollback import rollback
 from tests.retrain_lab import base_config, change_head, head
 from tests.tiny import CONTEXT, SEQUENCES, STEPS, tiny_config, train, write_config, write_corpora
 
@@ -295,7 +295,7 @@ def test_what_made_an_expert() -> None:
 
 
 def test_what_learned_from_a_document() -> None:
-    from lifelong_moe.data.documents import Document
+    from lifelong_moe.data.text.documents import Document
 
     texts = [json.loads(line)["text"] for line in Path("code.jsonl").read_text().splitlines()]
     parts: dict[str, list[list[str]]] = {"train": [], "heldout": []}
@@ -315,7 +315,7 @@ def test_what_learned_from_a_document() -> None:
 
 
 def test_replay_counts_as_having_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lifelong_moe.data.documents import Document
+    from lifelong_moe.data.text.documents import Document
 
     root = tmp_path / "replay"
     root.mkdir()

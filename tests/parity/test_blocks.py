@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from lifelong_moe.config.load import load_config
+from lifelong_moe.config.routing.base import Score
+from lifelong_moe.config.routing.capacity import CapacityConfig, Priority
 from lifelong_moe.model.experts import ExpertBanks
 from lifelong_moe.model.moe import MoELayer
 from lifelong_moe.ops.router_losses import load_balancing_loss, router_z_loss
 from lifelong_moe.routing.base import RoutingContext
-from lifelong_moe.routing.capacity_config import CapacityConfig, Priority
-from lifelong_moe.routing.config import Score
 from lifelong_moe.routing.registry import build_router
 from tests.conftest import routing_of
 

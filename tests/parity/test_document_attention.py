@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention import varlen
 
+from lifelong_moe.config.model import ModelConfig
 from lifelong_moe.model.attention import Attention, AttentionContext, rotary_tables
-from lifelong_moe.model.config import ModelConfig
 from lifelong_moe.ops.document_attention import (
     Documents,
     Kernel,

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lifelong_moe.config.routing.base import Score
 from lifelong_moe.model.attention import softcapped_attention
 from lifelong_moe.model.mixture import mixture_log_probs, mixture_nats, pack
 from lifelong_moe.ops.causal_attention import causal_attention
@@ -20,7 +21,6 @@ from lifelong_moe.ops.losses import Lesson, distillation_loss, linear_losses
 from lifelong_moe.ops.router_losses import old_experts_loss, router_z_loss
 from lifelong_moe.retention.generated import sample_tokens
 from lifelong_moe.routing.base import Router, RoutingContext
-from lifelong_moe.routing.config import Score
 from lifelong_moe.routing.registry import build_router
 from tests.conftest import routing_of
 

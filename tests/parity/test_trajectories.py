@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lifelong_moe.model.config import ExpertsImplementation
+from lifelong_moe.config.model import ExpertsImplementation
 from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.ops.dispatch import mixture_readable

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from lifelong_moe.config.model import ModelConfig, QKNorm
 from lifelong_moe.model.attention import Attention, AttentionContext, rotary_tables
-from lifelong_moe.model.config import ModelConfig, QKNorm
 from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.architecture import Architecture, Generation

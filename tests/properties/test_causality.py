@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel
-from lifelong_moe.routing.cluster import TokenClusterRouter
+from lifelong_moe.routing.routers.cluster import TokenClusterRouter
 
 LENGTH = 16
 Make = Callable[..., LanguageModel]

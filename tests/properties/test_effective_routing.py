@@ -10,10 +10,10 @@ from typing import Any
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from lifelong_moe.config.routing.base import RoutingConfig
+from lifelong_moe.config.routing.capacity import CapacityConfig
+from lifelong_moe.config.routing.modes import ROUTERS, stored_routing
 from lifelong_moe.errors import ConfigError
-from lifelong_moe.routing.capacity_config import CapacityConfig
-from lifelong_moe.routing.config import RoutingConfig
-from lifelong_moe.routing.modes import ROUTERS, stored_routing
 from tests.conftest import routing_of
 
 TYPES = typing.get_type_hints(RoutingConfig)

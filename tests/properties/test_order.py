@@ -5,7 +5,7 @@ from fractions import Fraction
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lifelong_moe.data.order import SampleOrder, StepBatchSampler
+from lifelong_moe.data.tokens.order import SampleOrder, StepBatchSampler
 
 sizes = st.lists(st.integers(1, 12), min_size=2, max_size=4)
 shares = st.integers(0, 100).map(lambda percent: percent / 100)

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from lifelong_moe.config.load import load_config
+from lifelong_moe.config.model import ModelConfig
+from lifelong_moe.config.routing.modes import FOR_ENCODERS, ROUTERS
 from lifelong_moe.errors import ConfigError
-from lifelong_moe.model.config import ModelConfig
 from lifelong_moe.model.encoder import Encoder
 from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel, initialize
 from lifelong_moe.plan.architecture import Architecture, Generation, first_generation
-from lifelong_moe.routing.modes import FOR_ENCODERS, ROUTERS
 from tests.conftest import ROUTER_KINDS, VOCAB, routing_of
 
 PRESETS = sorted((Path(__file__).resolve().parents[2] / "configs/presets").glob("*.yaml"))

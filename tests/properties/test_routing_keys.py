@@ -13,6 +13,9 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from lifelong_moe.config.routing.base import RoutingConfig
+from lifelong_moe.config.routing.modes import FOR_ENCODERS, ROUTERS, keys_of, settings_of
+from lifelong_moe.config.routing.switching import own_keys
 from lifelong_moe.config.rules import require_consistent
 from lifelong_moe.config.run import RunConfig
 from lifelong_moe.config.sections import section
@@ -22,9 +25,6 @@ from lifelong_moe.growth.clusters import fit_clusters
 from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel, initialize
 from lifelong_moe.plan.architecture import Architecture, Generation, first_generation
-from lifelong_moe.routing.config import RoutingConfig
-from lifelong_moe.routing.modes import FOR_ENCODERS, ROUTERS, keys_of, settings_of
-from lifelong_moe.routing.switching import own_keys
 
 MODES = [mode for mode in ROUTERS if mode not in FOR_ENCODERS]
 KEYS = {key for mode in (*ROUTERS, "a.Router") for key in keys_of(mode)} - {"mode"}

@@ -13,11 +13,11 @@ import pytest
 import yaml
 
 from lifelong_moe.config.load import load_config
-from lifelong_moe.data.identity import DataIdentity, TokenizerIdentity
-from lifelong_moe.methods.plan import chain, plan_stages
+from lifelong_moe.data.tokens.identity import DataIdentity, TokenizerIdentity
 from lifelong_moe.plan.cost import forward_flops_per_token, pass_flops
 from lifelong_moe.plan.planned import PlannedStage
 from lifelong_moe.plan.products import Text
+from lifelong_moe.plan.stages import chain, plan_stages
 
 ROOT = Path(__file__).parents[2]
 BUNDLES = """model.experts=8 stage_defaults.grow.experts=4 stage_defaults.grow.router=copy routing.bundles=cluster

@@ -12,12 +12,12 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
+from lifelong_moe.config.growth import ExpertInit
 from lifelong_moe.config.load import build_config, load_config, read_config, whole_config
+from lifelong_moe.config.routing.base import Level
 from lifelong_moe.config.run import Method, RunConfig
 from lifelong_moe.config.yaml_file import _piped, read_yaml
 from lifelong_moe.errors import ConfigError
-from lifelong_moe.growth.config import ExpertInit
-from lifelong_moe.routing.config import Level
 
 YAML = """\
 run: tiny

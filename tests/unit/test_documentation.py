@@ -13,9 +13,9 @@ from types import ModuleType
 
 import pytest
 
-from lifelong_moe.methods.comparison import ComparisonConfig, load_comparison
-from lifelong_moe.stages.garbage import TOKENS_SECONDS
+from lifelong_moe.plan.comparison import ComparisonConfig, load_comparison
 from lifelong_moe.storage.temporary import GRACE_SECONDS
+from lifelong_moe.store.garbage import TOKENS_SECONDS
 from pipelines.cli import app, gc
 
 ROOT = Path(__file__).parents[2]

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from lifelong_moe.data.config import SourceConfig, TokenizerConfig
+from lifelong_moe.config.data import SourceConfig, TokenizerConfig
+from lifelong_moe.config.retraining.operation import HooksConfig, InboxConfig, LimitsConfig, ProbeConfig, TriggerConfig
+from lifelong_moe.config.retraining.policy import HELDOUT_SOURCES, DecisionConfig, DriftConfig, GateConfig
+from lifelong_moe.config.training import CheckpointConfig, FinetuneConfig, OptimConfig, TrainerConfig
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.retraining.bounds import LEAST_SOURCES
-from lifelong_moe.retraining.config import HELDOUT_SOURCES, DecisionConfig, DriftConfig, GateConfig
-from lifelong_moe.retraining.operation import HooksConfig, InboxConfig, LimitsConfig, ProbeConfig, TriggerConfig
-from lifelong_moe.training.config import CheckpointConfig, FinetuneConfig, OptimConfig, TrainerConfig
 
 TINY = 1e-9
 SHARE = ([0.0, 1.0], [-TINY, 1 + TINY, math.nan])

@@ -19,13 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from lifelong_moe.data.shards import ShardDocuments, TokenShard
+from lifelong_moe.config.model import ModelConfig
+from lifelong_moe.config.routing.base import Level
+from lifelong_moe.config.routing.routers import ClusterConfig
+from lifelong_moe.data.tokens.shards import ShardDocuments, TokenShard
 from lifelong_moe.growth.clusters import fit_document_clusters
-from lifelong_moe.model.config import ModelConfig
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.architecture import Architecture, Generation
-from lifelong_moe.routing.config import Level
-from lifelong_moe.routing.router_config import ClusterConfig
 
 VOCAB, TOPICS, CLUSTERS, WIDTH, GOAL_SECONDS = 8192, 96, 64, 64, 600
 BLOCK = 10_000

@@ -17,15 +17,15 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
+from lifelong_moe.config.growth import GrowConfig, RouterInit
 from lifelong_moe.config.load import build_config
-from lifelong_moe.growth.config import GrowConfig, RouterInit
 from lifelong_moe.growth.grow import grow
 from lifelong_moe.growth.observe import observe
-from lifelong_moe.methods.graph import stage_specs
 from lifelong_moe.model.transformer import LanguageModel
+from lifelong_moe.plan.methods import stage_specs
 from lifelong_moe.plan.spec import StageSpec
 from lifelong_moe.retention.teacher import make_teacher
-from lifelong_moe.training.optimizer import freeze_trunk
+from lifelong_moe.training.loop.optimizer import freeze_trunk
 from lifelong_moe.training.preparation import unchanging_tensors
 from tests.benchmarks.performance.clock import timed
 from tests.benchmarks.performance.goals import judged

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lifelong_moe.plan.cost import count_parameters
-from lifelong_moe.training.execution import keep_freed_memory
+from lifelong_moe.training.loop.execution import keep_freed_memory
 from tests.benchmarks.performance.clock import timed
 from tests.benchmarks.performance.subjects import DEVICE, REFERENCE, Step, our_step
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lifelong_moe.model.feedforward import FeedForward
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.routing.base import RoutingContext
-from lifelong_moe.training.execution import keep_freed_memory
+from lifelong_moe.training.loop.execution import keep_freed_memory
 from tests.benchmarks.performance.clock import paired
 from tests.benchmarks.performance.goals import judged
 from tests.benchmarks.performance.subjects import DEVICE, DTYPE, Size

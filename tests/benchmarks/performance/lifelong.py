@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from lifelong_moe.model.parts import Part
+from lifelong_moe.config.parts import Part
+from lifelong_moe.config.retention import DistillConfig
 from lifelong_moe.model.transformer import LanguageModel
-from lifelong_moe.retention.config import DistillConfig
 from lifelong_moe.retention.teacher import make_teacher
-from lifelong_moe.training.execution import keep_freed_memory
+from lifelong_moe.training.loop.execution import keep_freed_memory
 from tests.benchmarks.performance.clock import Ratio, paired
 from tests.benchmarks.performance.goals import judged
 from tests.benchmarks.performance.subjects import DEVICE, REFERENCE, Size, our_step

@@ -21,20 +21,20 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from lifelong_moe.data.blocks import BlockDataset, BlockSource
-from lifelong_moe.data.identity import DataIdentity, TokenizerIdentity
-from lifelong_moe.data.order import SampleOrder, StepBatchSampler
-from lifelong_moe.data.shards import TokenizedCorpus, TokenShard
+from lifelong_moe.config.training import CheckpointConfig, FrozenConfig, TrainerConfig
+from lifelong_moe.data.tokens.blocks import BlockDataset, BlockSource
+from lifelong_moe.data.tokens.identity import DataIdentity, TokenizerIdentity
+from lifelong_moe.data.tokens.order import SampleOrder, StepBatchSampler
+from lifelong_moe.data.tokens.shards import TokenizedCorpus, TokenShard
 from lifelong_moe.plan.planned import PlannedStage
 from lifelong_moe.plan.spec import StageSpec
-from lifelong_moe.stages.store import StageStore
-from lifelong_moe.training.config import CheckpointConfig, FrozenConfig, TrainerConfig
-from lifelong_moe.training.context import PhaseRun, StageEnvironment, StageModels, StageRun
-from lifelong_moe.training.data import StepLoader
-from lifelong_moe.training.interrupt import Interrupt
-from lifelong_moe.training.module import StageModule
-from lifelong_moe.training.phase import train_phase
-from lifelong_moe.training.rollback import Rollbacks
+from lifelong_moe.store.stages import StageStore
+from lifelong_moe.training.callbacks.interrupt import Interrupt
+from lifelong_moe.training.loop.context import PhaseRun, StageEnvironment, StageModels, StageRun
+from lifelong_moe.training.loop.data import StepLoader
+from lifelong_moe.training.loop.module import StageModule
+from lifelong_moe.training.loop.phase import train_phase
+from lifelong_moe.training.loop.rollback import Rollbacks
 from tests.benchmarks.performance.clock import Ratio, ratio, timed
 from tests.benchmarks.performance.goals import judged
 from tests.benchmarks.performance.subjects import DEVICE, REFERENCE, Size, Step, our_step, stage_spec

@@ -12,7 +12,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from lifelong_moe.model.sampling import sample_batch
-from lifelong_moe.training.execution import keep_freed_memory
+from lifelong_moe.training.loop.execution import keep_freed_memory
 from tests.benchmarks.performance.inference import BATCHES, EXPERTS, SIZE, build, build_prompts
 from tests.benchmarks.performance.step import WIDE
 from tests.benchmarks.performance.subjects import DEVICE, REFERENCE, Size, our_step

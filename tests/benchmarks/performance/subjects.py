@@ -17,16 +17,16 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from lifelong_moe.config.load import build_config
+from lifelong_moe.config.model import ModelConfig
+from lifelong_moe.config.retention import DistillConfig, ReplayConfig
+from lifelong_moe.config.routing.topk import LearnedConfig
 from lifelong_moe.interop.mixtral import to_mixtral
-from lifelong_moe.methods.graph import stage_specs
-from lifelong_moe.model.config import ModelConfig
 from lifelong_moe.model.transformer import LanguageModel, initialize
 from lifelong_moe.plan.architecture import Architecture, Generation
+from lifelong_moe.plan.methods import stage_specs
 from lifelong_moe.plan.spec import StageSpec
-from lifelong_moe.retention.config import DistillConfig, ReplayConfig
-from lifelong_moe.routing.topk_config import LearnedConfig
-from lifelong_moe.training.module import StageModule
-from lifelong_moe.training.shares import with_shares
+from lifelong_moe.training.loop.module import StageModule
+from lifelong_moe.training.loop.shares import with_shares
 
 Step = Callable[[], float]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lifelong_moe.data.builtin import english_docs
-from lifelong_moe.data.config import SourceConfig, TokenizerConfig
-from lifelong_moe.data.documents import Corpus, Document, build_corpus
-from lifelong_moe.data.shards import tokenize_corpus
-from lifelong_moe.data.tokenizer import Tokenizer, train_tokenizer
+from lifelong_moe.config.data import SourceConfig, TokenizerConfig
+from lifelong_moe.data.text.builtin import english_docs
+from lifelong_moe.data.text.documents import Corpus, Document, build_corpus
+from lifelong_moe.data.tokens.shards import tokenize_corpus
+from lifelong_moe.data.tokens.tokenizer import Tokenizer, train_tokenizer
 from tests.benchmarks.performance.clock import Ratio, paired
 from tests.benchmarks.performance.goals import judged
 

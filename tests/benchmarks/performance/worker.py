@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from lifelong_moe.training.execution import keep_freed_memory
+from lifelong_moe.training.loop.execution import keep_freed_memory
 from tests.benchmarks.performance.clock import Ratio, ratio, timed
 from tests.benchmarks.performance.subjects import DEVICE, DTYPE, Size, our_step, peer_step
 

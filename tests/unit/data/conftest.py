@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
-from lifelong_moe.data.shards import TokenShard
+from lifelong_moe.data.tokens.shards import TokenShard
 
 
 def build_shard(documents: Sequence[Sequence[int]]) -> TokenShard:

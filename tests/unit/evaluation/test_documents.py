@@ -7,8 +7,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from lifelong_moe.data.shards import TokenShard
-from lifelong_moe.data.windows import evaluation_windows
+from lifelong_moe.data.tokens.shards import TokenShard
+from lifelong_moe.data.tokens.windows import evaluation_windows
 from lifelong_moe.evaluation.documents import generation_shares, measure_documents
 from lifelong_moe.evaluation.loss import evaluate
 from lifelong_moe.model.transformer import LanguageModel

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lifelong_moe.data.shards import TokenShard
-from lifelong_moe.data.windows import EvaluationSet, evaluation_windows
-from lifelong_moe.evaluation.config import EvaluateConfig
+from lifelong_moe.config.evaluation import EvaluateConfig
+from lifelong_moe.data.tokens.shards import TokenShard
+from lifelong_moe.data.tokens.windows import EvaluationSet, evaluation_windows
 from lifelong_moe.evaluation.loss import evaluate
 from lifelong_moe.model.groups import DocumentClusters, label_group
 from lifelong_moe.model.tokens import TokenBatch

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from lifelong_moe.data.shards import TokenShard
-from lifelong_moe.data.windows import EvaluationSet, evaluation_windows
-from lifelong_moe.evaluation.inspection import Readings, build_inspection
+from lifelong_moe.data.tokens.shards import TokenShard
+from lifelong_moe.data.tokens.windows import EvaluationSet, evaluation_windows
 from lifelong_moe.evaluation.loss import evaluate
 from lifelong_moe.evaluation.probing import (
     expert_names,
@@ -24,6 +23,7 @@ from lifelong_moe.evaluation.probing import (
 from lifelong_moe.evaluation.specialization import derangement
 from lifelong_moe.model.transformer import LanguageModel, initialize
 from lifelong_moe.plan.architecture import Architecture, Generation
+from lifelong_moe.reports.inspection import Readings, build_inspection
 
 Make = Callable[..., LanguageModel]
 CONTEXT = 16

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 
-from lifelong_moe.data.tokenizer import train_tokenizer
+from lifelong_moe.data.tokens.tokenizer import train_tokenizer
 from lifelong_moe.evaluation.probing import Observation
 from lifelong_moe.evaluation.routed_text import RoutedText, describe, html_page, route_text, token_pieces, visible
 from lifelong_moe.plan.architecture import Architecture

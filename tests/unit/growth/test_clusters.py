@@ -9,14 +9,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lifelong_moe.config.growth import GrowConfig
+from lifelong_moe.config.routing.base import Bundles, Centroids, HashTable
 from lifelong_moe.growth.clusters import fit_clusters
-from lifelong_moe.growth.config import GrowConfig
 from lifelong_moe.growth.grow import grow
 from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel, initialize
 from lifelong_moe.plan.architecture import Architecture, Generation
-from lifelong_moe.routing.cluster import TokenClusterRouter
-from lifelong_moe.routing.config import Bundles, Centroids, HashTable
+from lifelong_moe.routing.routers.cluster import TokenClusterRouter
 
 MakeArchitecture = Callable[..., Architecture]
 Batch = Callable[..., dict[str, Tensor]]

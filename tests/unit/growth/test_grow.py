@@ -11,22 +11,22 @@ from omegaconf import OmegaConf
 from scipy.stats import kstest, norm
 from torch import Tensor
 
+from lifelong_moe.config.growth import ExpertInit, GrowConfig, RouterInit
 from lifelong_moe.config.load import build_config
 from lifelong_moe.config.run import RunConfig
 from lifelong_moe.config.yaml_file import apply_override
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.growth import grow as grow_module
 from lifelong_moe.growth import noop
-from lifelong_moe.growth.config import ExpertInit, GrowConfig, RouterInit
 from lifelong_moe.growth.grow import grow, most_used
 from lifelong_moe.growth.noop import behavior, check_noop
 from lifelong_moe.growth.observe import observe, sample_logits
-from lifelong_moe.methods.graph import stage_specs
 from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.architecture import Generation
+from lifelong_moe.plan.methods import stage_specs
 from lifelong_moe.routing.base import Router, Routing
-from lifelong_moe.training.optimizer import build_optimizer
+from lifelong_moe.training.loop.optimizer import build_optimizer
 from tests.conftest import build_raw
 
 Make = Callable[..., LanguageModel]

@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from lifelong_moe.config.routing.base import Centroids
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.growth.remove import remove_generation, renamed, without_generation
 from lifelong_moe.plan.architecture import Architecture, Generation
-from lifelong_moe.routing.config import Centroids
 
 MakeArchitecture = Callable[..., Architecture]
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lifelong_moe.growth.config import GrowConfig, RouterInit
+from lifelong_moe.config.growth import GrowConfig, RouterInit
 from lifelong_moe.growth.grow import grow
 from lifelong_moe.model.deltas import BundleSlices, DeltaEmbedding, DeltaLinear
 from lifelong_moe.model.tokens import TokenBatch

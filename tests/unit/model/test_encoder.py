@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor
 
+from lifelong_moe.config.model import ModelConfig
+from lifelong_moe.config.routing.capacity import CapacityConfig, Counts, Priority
 from lifelong_moe.errors import ConfigError
-from lifelong_moe.model.config import ModelConfig
 from lifelong_moe.model.encoder import Encoder
 from lifelong_moe.plan.architecture import Architecture, Generation
 from lifelong_moe.routing.base import Router, RoutingContext
-from lifelong_moe.routing.capacity_config import CapacityConfig, Counts, Priority
 from lifelong_moe.routing.registry import build_router
 from tests.conftest import routing_of
 

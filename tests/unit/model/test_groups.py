@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 from safetensors.torch import load, save
 from threadpoolctl import threadpool_limits
 
+from lifelong_moe.config.routing.base import Centroids
 from lifelong_moe.model.groups import BundleClusters, DocumentClusters, TfidfClusters, build_document_clusters
 from lifelong_moe.plan.architecture import Architecture
-from lifelong_moe.routing.config import Centroids
 
 MakeArchitecture = Callable[..., Architecture]
 VOCAB = 61

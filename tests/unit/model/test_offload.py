@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from lifelong_moe.config.model import ExpertsImplementation
 from lifelong_moe.model import offload
-from lifelong_moe.model.config import ExpertsImplementation
 from lifelong_moe.model.offload import SideStream, offloaded
 from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel

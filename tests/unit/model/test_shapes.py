@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from lifelong_moe.config.model import Activation, ModelConfig, QKNorm, SharedMix
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.model.attention import softcapped_attention
 from lifelong_moe.model.cache import KeyValueCache
-from lifelong_moe.model.config import Activation, ModelConfig, QKNorm, SharedMix
 from lifelong_moe.model.feedforward import FeedForward, feed_forward
 from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel, initialize

@@ -16,7 +16,7 @@ from lifelong_moe.model.transformer import LanguageModel, initialize
 from lifelong_moe.ops.document_attention import document_attention_mask
 from lifelong_moe.plan.architecture import Architecture, Generation
 from lifelong_moe.routing.base import Router
-from lifelong_moe.routing.cluster import TokenClusterRouter
+from lifelong_moe.routing.routers.cluster import TokenClusterRouter
 
 Make = Callable[..., LanguageModel]
 MakeArchitecture = Callable[..., Architecture]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lifelong_moe import errors
-from lifelong_moe.training.interrupt import EXIT_CODE as AFTER_SIGTERM
+from lifelong_moe.training.callbacks.interrupt import EXIT_CODE as AFTER_SIGTERM
 from pipelines.cli import app
 from pipelines.exit_codes import BESIDES, MEANINGS, OF_ALL, OUTCOMES
 

@@ -14,18 +14,19 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
+from lifelong_moe.config.retraining.operation import LimitsConfig
+from lifelong_moe.config.retraining.policy import GateConfig
 from lifelong_moe.errors import StalePlanError
 from lifelong_moe.retraining.bounds import DocumentLosses
-from lifelong_moe.retraining.config import GateConfig
 from lifelong_moe.retraining.decision import Action
 from lifelong_moe.retraining.drift import Drift
-from lifelong_moe.retraining.operation import LimitsConfig
-from lifelong_moe.stages.head import RunHead
-from lifelong_moe.stages.runs import timestamp
-from lifelong_moe.stages.versions import VersionStage
-from pipelines import probes
-from pipelines.plan_file import Decided, PlanFacts, Power, StageFacts
-from pipelines.retrain_plan import _exceeded, check_plan, settings_hash
+from lifelong_moe.retraining.power import Power
+from lifelong_moe.store.head import RunHead
+from lifelong_moe.store.runs import timestamp
+from lifelong_moe.store.versions import VersionStage
+from pipelines.retrain import probes
+from pipelines.retrain.plan import _exceeded, check_plan, settings_hash
+from pipelines.retrain.plan_file import Decided, PlanFacts, StageFacts
 
 DAY = 86400.0
 STAGE = StageFacts(

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from lifelong_moe.data.batches import BatchStore
-from lifelong_moe.data.config import KeepText
-from lifelong_moe.data.documents import Document
-from lifelong_moe.stages.batch_text import read_heads, removable_texts
-from lifelong_moe.stages.head import RunHead
-from lifelong_moe.stages.runs import RunRecord, require_head
-from lifelong_moe.stages.ticks import SettledBatch
-from pipelines.tick import Tick
+from lifelong_moe.config.data import KeepText
+from lifelong_moe.data.text.batches import BatchStore
+from lifelong_moe.data.text.documents import Document
+from lifelong_moe.store.batch_text import read_heads, removable_texts
+from lifelong_moe.store.head import RunHead
+from lifelong_moe.store.runs import RunRecord, require_head
+from lifelong_moe.store.ticks import SettledBatch
+from pipelines.retrain.tick import Tick
 
 ROOT = Path("mlruns")
 REJECTED = SettledBatch(name="x", outcome="rejected", reason="", at="", heldout_fraction=0.1)

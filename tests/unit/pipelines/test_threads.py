@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import cli, threads
+from pipelines import cli
+from pipelines.shared import threads
 
 V1 = "4:memory:/docker/a\n3:cpu,cpuacct:{path}\n2:cpuset:/docker/a\n1:name=systemd:/x\n"
 

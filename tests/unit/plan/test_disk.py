@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 
 from lifelong_moe.config.run import RunConfig
+from lifelong_moe.config.training import CheckpointConfig, FinetuneConfig, TrainerConfig
 from lifelong_moe.errors import ResourceError
-from lifelong_moe.methods.graph import stage_specs
 from lifelong_moe.plan.disk import (
     POINT_BYTES,
     RECORD_BYTES,
@@ -22,7 +22,7 @@ from lifelong_moe.plan.disk import (
     run_need,
     used_space,
 )
-from lifelong_moe.training.config import CheckpointConfig, FinetuneConfig, TrainerConfig
+from lifelong_moe.plan.methods import stage_specs
 
 RECORDS = RECORD_BYTES + POINT_BYTES
 """Ten steps give one point of the curves."""

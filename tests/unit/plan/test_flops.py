@@ -15,19 +15,19 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from lifelong_moe.config.run import RunConfig
-from lifelong_moe.methods.graph import stage_specs
 from lifelong_moe.model.transformer import LanguageModel, initialize
 from lifelong_moe.plan.architecture import Architecture
 from lifelong_moe.plan.flops import loop_flops, stage_flops
+from lifelong_moe.plan.methods import stage_specs
 from lifelong_moe.plan.phase import Phase
 from lifelong_moe.plan.spec import StageSpec
 from lifelong_moe.retention.generated import generate_blocks
 from lifelong_moe.retention.penalty import fisher_diagonal
 from lifelong_moe.retention.teacher import make_teacher
-from lifelong_moe.routing.cluster import TokenClusterRouter
-from lifelong_moe.training.execution import documents_apart
-from lifelong_moe.training.module import StageModule
-from lifelong_moe.training.optimizer import freeze_for_finetuning, freeze_trunk, phase_parameters, training_only
+from lifelong_moe.routing.routers.cluster import TokenClusterRouter
+from lifelong_moe.training.loop.execution import documents_apart
+from lifelong_moe.training.loop.module import StageModule
+from lifelong_moe.training.loop.optimizer import freeze_for_finetuning, freeze_trunk, phase_parameters, training_only
 from lifelong_moe.training.preparation import unchanging_tensors
 
 MakeRun = Callable[..., RunConfig]

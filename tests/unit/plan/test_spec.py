@@ -7,16 +7,16 @@ from typing import Any
 
 import pytest
 
+from lifelong_moe.config.retention import ReplayConfig, ReplaySource
+from lifelong_moe.config.routing.capacity import CapacityConfig
 from lifelong_moe.config.run import RunConfig
-from lifelong_moe.data.identity import DataIdentity, TokenizerIdentity
-from lifelong_moe.methods.graph import stage_specs
+from lifelong_moe.config.training import FinetuneConfig
+from lifelong_moe.data.tokens.identity import DataIdentity, TokenizerIdentity
 from lifelong_moe.plan.cost import forward_flops_per_token
 from lifelong_moe.plan.flops import loop_flops, stage_flops
+from lifelong_moe.plan.methods import stage_specs
 from lifelong_moe.plan.phase import Phase, Trains
 from lifelong_moe.plan.spec import StageSpec
-from lifelong_moe.retention.config import ReplayConfig, ReplaySource
-from lifelong_moe.routing.capacity_config import CapacityConfig
-from lifelong_moe.training.config import FinetuneConfig
 from tests.conftest import routing_of
 
 MakeRun = Callable[..., RunConfig]

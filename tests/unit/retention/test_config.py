@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from lifelong_moe.errors import ConfigError
-from lifelong_moe.retention.config import (
+from lifelong_moe.config.retention import (
     DistillConfig,
     PenaltyConfig,
     PenaltyKind,
@@ -17,6 +16,7 @@ from lifelong_moe.retention.config import (
     TrunkConfig,
     TrunkTraining,
 )
+from lifelong_moe.errors import ConfigError
 
 LEAST, ALMOST = 1e-9, 1 - 1e-9
 

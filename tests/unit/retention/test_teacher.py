@@ -7,13 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lifelong_moe.growth.config import ExpertInit, GrowConfig
-from lifelong_moe.growth.grow import grow
-from lifelong_moe.model.tokens import TokenBatch
-from lifelong_moe.model.transformer import LanguageModel
-from lifelong_moe.ops.losses import distillation_loss
-from lifelong_moe.plan.architecture import Generation
-from lifelong_moe.retention.config import (
+from lifelong_moe.config.growth import ExpertInit, GrowConfig
+from lifelong_moe.config.retention import (
     DistillConfig,
     DistillText,
     PenaltyConfig,
@@ -21,6 +16,11 @@ from lifelong_moe.retention.config import (
     ReviewConfig,
     TrunkConfig,
 )
+from lifelong_moe.growth.grow import grow
+from lifelong_moe.model.tokens import TokenBatch
+from lifelong_moe.model.transformer import LanguageModel
+from lifelong_moe.ops.losses import distillation_loss
+from lifelong_moe.plan.architecture import Generation
 from lifelong_moe.retention.teacher import distilled_rows, make_teacher, shared_blocks
 
 Make = Callable[..., LanguageModel]

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
+from lifelong_moe.config.retraining.policy import DecisionConfig, DriftConfig, GateConfig
 from lifelong_moe.errors import ConfigError
-from lifelong_moe.retraining.config import DecisionConfig, DriftConfig, GateConfig
 
 BAD: list[tuple[type, dict[str, Any], str]] = [
     (DriftConfig, {"auc": 0.4}, "drift.auc=0.4 must lie in [0.5, 1)."),

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from lifelong_moe.config.retraining.policy import DecisionConfig, GateConfig
 from lifelong_moe.retraining.bounds import DocumentLosses, difference
-from lifelong_moe.retraining.config import DecisionConfig, GateConfig
 from lifelong_moe.retraining.decision import Action, Decision, ProbeResult, decide, utility_terms
 
 CONFIG = DecisionConfig(forgetting_weight=2.0, parameter_weight=0.1, cost_weight=0.05)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from scipy.stats import mannwhitneyu
 from sklearn.linear_model import Ridge
 
-from lifelong_moe.retraining.config import DriftConfig
+from lifelong_moe.config.retraining.policy import DriftConfig
 from lifelong_moe.retraining.drift import (
     DocumentSample,
     _correlation,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lifelong_moe.data.documents import Document
-from lifelong_moe.data.jsonl import own_unit
+from lifelong_moe.data.text.documents import Document
+from lifelong_moe.data.text.jsonl import own_unit
 from lifelong_moe.retraining.drift import Drift
-from pipelines.drifting import TOGETHER, drift_notes, has_drifted
+from pipelines.retrain.drifting import TOGETHER, drift_notes, has_drifted
 
 DRIFTED = Drift(auc=0.9, null_quantile=0.7, psi=0.0, new_sources=9, old_sources=9, drifted=True, words="Drift.")
 ALIKE = replace(DRIFTED, auc=0.5, drifted=False, words="No drift.")

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from scipy.stats import t
 
+from lifelong_moe.config.retraining.policy import GateConfig
 from lifelong_moe.retraining.bounds import Bounds, DocumentLosses, difference
 from lifelong_moe.retraining.checks import Verdict
-from lifelong_moe.retraining.config import GateConfig
 from lifelong_moe.retraining.gate import Evidence, judge, unharmed
 
 BOOTSTRAP: dict[str, Any] = {"level": 0.05, "resamples": 1000, "seed": 0}

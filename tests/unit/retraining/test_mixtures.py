@@ -5,7 +5,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy.optimize import minimize
 
-from lifelong_moe.retraining.config import DriftConfig
+from lifelong_moe.config.retraining.policy import DriftConfig
 from lifelong_moe.retraining.drift import DocumentSample, measure_drift
 from lifelong_moe.retraining.mixtures import draw_mixture, nearest_shares
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy.stats import norm, t
 
+from lifelong_moe.config.retraining.policy import GateConfig
 from lifelong_moe.retraining.bounds import DocumentLosses
-from lifelong_moe.retraining.config import GateConfig
 from lifelong_moe.retraining.power import passing_chances
 
 CONFIG = GateConfig(tolerance=0.01)

@@ -12,11 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lifelong_moe.config.routing.base import BalanceCounts, BalanceOver, BalanceScope, Bundles, Score, SecondExpert
+from lifelong_moe.config.routing.capacity import CapacityConfig
+from lifelong_moe.config.routing.modes import settings_of, stored_routing
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.routing.base import Router, RoutingContext
-from lifelong_moe.routing.capacity_config import CapacityConfig
-from lifelong_moe.routing.config import BalanceCounts, BalanceOver, BalanceScope, Bundles, Score, SecondExpert
-from lifelong_moe.routing.modes import settings_of, stored_routing
 from tests.conftest import routing_of
 
 Make = Callable[..., Router]

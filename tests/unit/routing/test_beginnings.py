@@ -11,9 +11,9 @@ import torch
 from scipy.stats import kstest, truncnorm
 from torch import Tensor
 
-from lifelong_moe.growth.config import ExpertInit, GrowConfig, RouterInit
+from lifelong_moe.config.growth import ExpertInit, GrowConfig, RouterInit
+from lifelong_moe.config.model import Activation
 from lifelong_moe.growth.grow import grow
-from lifelong_moe.model.config import Activation
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.architecture import Generation
 

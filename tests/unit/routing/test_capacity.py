@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from lifelong_moe.config.routing.base import Score
+from lifelong_moe.config.routing.capacity import CapacityConfig, Counts, Overflow, Priority
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.routing.base import Router, Routing, RoutingContext
-from lifelong_moe.routing.capacity_config import CapacityConfig, Counts, Overflow, Priority
-from lifelong_moe.routing.config import Score
 
 Make = Callable[..., Router]
 SEQUENCES, LENGTH, WIDTH, EXPERTS = 3, 20, 8, 6

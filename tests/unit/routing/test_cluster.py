@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lifelong_moe.config.routing.base import Features, Level
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.routing.base import Router, RoutingContext
-from lifelong_moe.routing.cluster import TokenClusterRouter
-from lifelong_moe.routing.config import Features, Level
+from lifelong_moe.routing.routers.cluster import TokenClusterRouter
 
 Make = Callable[..., Router]
 Context = Callable[..., RoutingContext]

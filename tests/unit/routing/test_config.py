@@ -6,9 +6,7 @@ from typing import Any
 
 import pytest
 
-from lifelong_moe.errors import ConfigError
-from lifelong_moe.routing.capacity_config import CapacityConfig, Counts, Overflow, Priority, Rounding
-from lifelong_moe.routing.config import (
+from lifelong_moe.config.routing.base import (
     STORED,
     BalanceCounts,
     BalanceOver,
@@ -21,7 +19,9 @@ from lifelong_moe.routing.config import (
     Score,
     SecondExpert,
 )
-from lifelong_moe.routing.modes import keys_of, stored_routing
+from lifelong_moe.config.routing.capacity import CapacityConfig, Counts, Overflow, Priority, Rounding
+from lifelong_moe.config.routing.modes import keys_of, stored_routing
+from lifelong_moe.errors import ConfigError
 from tests.conftest import build_run, routing_of
 
 NO_LOSSES = {"balance_loss": 0.0, "z_loss": 0.0}

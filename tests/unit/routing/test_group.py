@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
+from lifelong_moe.config.routing.base import Level
 from lifelong_moe.routing.base import Router, RoutingContext, token_hash
-from lifelong_moe.routing.config import Level
-from lifelong_moe.routing.group import GroupRouter
+from lifelong_moe.routing.routers.group import GroupRouter
 
 Make = Callable[..., Router]
 Context = Callable[..., RoutingContext]

@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lifelong_moe.config.routing.base import BalanceScope, Score
 from lifelong_moe.config.run import RunConfig
 from lifelong_moe.errors import ConfigError
-from lifelong_moe.methods.graph import stage_specs
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.ops.selection import within_best_groups
+from lifelong_moe.plan.methods import stage_specs
 from lifelong_moe.routing.base import Router, RoutingContext
-from lifelong_moe.routing.config import BalanceScope, Score
 
 Make = Callable[..., Router]
 TOKENS, WIDTH = 60, 8

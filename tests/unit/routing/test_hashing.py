@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lifelong_moe.clustering.balanced_table import balanced_table
+from lifelong_moe.config.routing.base import HashTable
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.routing.base import Router, RoutingContext
-from lifelong_moe.routing.config import HashTable
 
 Make = Callable[..., Router]
 Context = Callable[..., RoutingContext]

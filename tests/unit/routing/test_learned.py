@@ -6,8 +6,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from lifelong_moe.config.routing.base import BalanceOver, Bundles
 from lifelong_moe.routing.base import Router, RoutingContext
-from lifelong_moe.routing.config import BalanceOver, Bundles
 
 Make = Callable[..., Router]
 Context = Callable[..., RoutingContext]

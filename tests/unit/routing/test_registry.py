@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lifelong_moe.config.model import ModelConfig
+from lifelong_moe.config.parts import Part
+from lifelong_moe.config.routing.base import Bundles, Level, RoutingConfig
 from lifelong_moe.errors import ConfigError
-from lifelong_moe.model.config import ModelConfig
-from lifelong_moe.model.parts import Part
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.architecture import Architecture, Generation
 from lifelong_moe.routing.base import Causality, Router, Routing, RoutingContext
-from lifelong_moe.routing.config import Bundles, Level, RoutingConfig
-from lifelong_moe.routing.learned import LearnedRouter
 from lifelong_moe.routing.registry import build_router
+from lifelong_moe.routing.routers.learned import LearnedRouter
 from tests.conftest import routing_of
 
 

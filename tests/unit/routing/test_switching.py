@@ -10,11 +10,11 @@ import pytest
 import yaml
 
 from lifelong_moe.config.load import load_config, read_config
+from lifelong_moe.config.routing.modes import FOR_ENCODERS, ROUTERS
 from lifelong_moe.config.run import RunConfig
 from lifelong_moe.errors import ConfigError
-from lifelong_moe.methods.graph import stage_specs
-from lifelong_moe.routing.modes import FOR_ENCODERS, ROUTERS
-from pipelines.workspace import left_behind
+from lifelong_moe.plan.methods import stage_specs
+from pipelines.shared.workspace import left_behind
 
 ROOT = Path(__file__).parents[3]
 MODES = [mode for mode in ROUTERS if mode not in FOR_ENCODERS]

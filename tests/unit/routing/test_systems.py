@@ -11,6 +11,8 @@ from scipy.optimize import linear_sum_assignment
 from scipy.stats import kstest, uniform
 from torch import Tensor
 
+from lifelong_moe.config.routing.base import BalanceScope, Score, SecondExpert
+from lifelong_moe.config.routing.capacity import CapacityConfig, Counts, Overflow, Priority
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel
@@ -23,8 +25,6 @@ from lifelong_moe.ops.router_losses import (
     sequence_balancing_loss,
 )
 from lifelong_moe.routing.base import Router, RoutingContext
-from lifelong_moe.routing.capacity_config import CapacityConfig, Counts, Overflow, Priority
-from lifelong_moe.routing.config import BalanceScope, Score, SecondExpert
 
 Make = Callable[..., Router]
 TOKENS, WIDTH, EXPERTS = 60, 8, 6

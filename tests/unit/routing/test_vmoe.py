@@ -14,10 +14,10 @@ from scipy.stats import norm
 from torch import Tensor
 
 from lifelong_moe.config.load import load_config
+from lifelong_moe.config.routing.capacity import CapacityConfig, Counts, Priority, Rounding
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.ops.noisy import sequence_cv_squared, wins_again
 from lifelong_moe.routing.base import Router, RoutingContext
-from lifelong_moe.routing.capacity_config import CapacityConfig, Counts, Priority, Rounding
 
 ROOT = Path(__file__).resolve().parents[3]
 Make = Callable[..., Router]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from lifelong_moe.stages.record import StageRecord
+from lifelong_moe.store.record import StageRecord
 from tests.records import made_record
 
 KEY = "ab" * 32

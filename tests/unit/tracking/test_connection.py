@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from lifelong_moe.config.tracking import TrackingConfig
 from lifelong_moe.errors import ConfigError
-from lifelong_moe.tracking.config import TrackingConfig
 from lifelong_moe.tracking.connection import probe, resolve_uri
 from lifelong_moe.tracking.links import ui_url
 from lifelong_moe.tracking.server import require_free, serve_command, wait_until_up

@@ -10,11 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from lifelong_moe.errors import ConfigError
-from lifelong_moe.growth.config import ExpertInit, GrowConfig
-from lifelong_moe.model.transformer import LanguageModel
-from lifelong_moe.plan.architecture import Architecture
-from lifelong_moe.retention.config import (
+from lifelong_moe.config.growth import ExpertInit, GrowConfig
+from lifelong_moe.config.retention import (
     DistillConfig,
     PenaltyConfig,
     PenaltyKind,
@@ -23,8 +20,11 @@ from lifelong_moe.retention.config import (
     TrunkConfig,
     TrunkTraining,
 )
-from lifelong_moe.routing.config import Bundles
-from lifelong_moe.stages.store import CommittedStage, StageStore
+from lifelong_moe.config.routing.base import Bundles
+from lifelong_moe.errors import ConfigError
+from lifelong_moe.model.transformer import LanguageModel
+from lifelong_moe.plan.architecture import Architecture
+from lifelong_moe.store.stages import CommittedStage, StageStore
 from lifelong_moe.training.derived import commit_derived, derived_stage, generation_of, what_remains
 from tests.conftest import routing_of
 from tests.records import made_record, made_spec

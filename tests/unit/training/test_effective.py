@@ -8,15 +8,15 @@ from collections.abc import Callable
 import pytest
 from omegaconf import OmegaConf
 
+from lifelong_moe.config.growth import GrowConfig
 from lifelong_moe.config.load import build_config
+from lifelong_moe.config.model import ModelConfig
+from lifelong_moe.config.retention import DistillConfig, PenaltyConfig, ReplayConfig, ReviewConfig, TrunkConfig
+from lifelong_moe.config.routing.modes import ROUTERS, keys_of
 from lifelong_moe.config.run import StageConfig
-from lifelong_moe.data.identity import DataIdentity, TokenizerIdentity
-from lifelong_moe.growth.config import GrowConfig
-from lifelong_moe.methods.graph import stage_specs
-from lifelong_moe.model.config import ModelConfig
-from lifelong_moe.retention.config import DistillConfig, PenaltyConfig, ReplayConfig, ReviewConfig, TrunkConfig
-from lifelong_moe.routing.modes import ROUTERS, keys_of
-from lifelong_moe.training.config import CheckpointConfig, FinetuneConfig, FrozenConfig, OptimConfig, TrainerConfig
+from lifelong_moe.config.training import CheckpointConfig, FinetuneConfig, FrozenConfig, OptimConfig, TrainerConfig
+from lifelong_moe.data.tokens.identity import DataIdentity, TokenizerIdentity
+from lifelong_moe.plan.methods import stage_specs
 
 MASKED = ("model.document_mask=true",)
 FROZEN = (*MASKED, "stage_defaults.trunk.train=frozen")

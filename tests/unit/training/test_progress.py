@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from lifelong_moe.training import callbacks
-from lifelong_moe.training.callbacks import ProgressReport
+from lifelong_moe.training.callbacks import progress as callbacks
+from lifelong_moe.training.callbacks.progress import ProgressReport
 
 
 @pytest.mark.parametrize("width", [140, 80, 60])

@@ -1,0 +1,1 @@
+"""Sections of scheduled retraining: drift, decision and gate; inbox, triggers, limits and hooks. Torch-free."""

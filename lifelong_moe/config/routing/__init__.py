@@ -1,0 +1,1 @@
+"""Routing sections: what every router has, and each router's own settings. Torch-free."""

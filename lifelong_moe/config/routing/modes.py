@@ -1,0 +1,94 @@
+"""The one registry of modes: ``routing.mode`` → its settings and its router. Torch-free: routers are imported on use.
+
+A new router is found in three places: a class in a file of its own (``routing/routers/<name>.py``, a subclass of
+:class:`~lifelong_moe.routing.base.Router`), a dataclass of the keys that it reads with its authors' values
+(``config/routing/routers.py``), and a line of :data:`ROUTERS`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, NamedTuple
+
+from lifelong_moe.config.routing.base import STORED, BalanceScope, RoutingConfig
+from lifelong_moe.config.routing.routers import (
+    BaseConfig,
+    ClusterConfig,
+    DenseConfig,
+    ExpertChoiceConfig,
+    HashConfig,
+    HierarchicalConfig,
+    LabelConfig,
+    NoisyConfig,
+    ReluConfig,
+    SoftConfig,
+    VMoEConfig,
+)
+from lifelong_moe.config.routing.topk import GShardConfig, LearnedConfig, OwnConfig, SwitchConfig
+from lifelong_moe.errors import ConfigError
+from lifelong_moe.storage.plain import from_plain
+
+
+class Mode(NamedTuple):
+    """What ``routing.mode`` names."""
+
+    settings: type[RoutingConfig]
+    """Its keys, their values, and what follows from them."""
+    router: str
+    """Dotted path of the class (or function) that builds a layer's router; imported on use."""
+
+
+HERE = "lifelong_moe.routing.routers"
+ROUTERS = {
+    "learned": Mode(LearnedConfig, f"{HERE}.learned.LearnedRouter"),
+    "switch": Mode(SwitchConfig, f"{HERE}.switch.SwitchRouter"),
+    "gshard": Mode(GShardConfig, f"{HERE}.gshard.GShardRouter"),
+    "noisy_topk": Mode(NoisyConfig, f"{HERE}.noisy.NoisyRouter"),
+    "vmoe": Mode(VMoEConfig, f"{HERE}.vmoe.VMoERouter"),
+    "hierarchical": Mode(HierarchicalConfig, f"{HERE}.hierarchical.HierarchicalRouter"),
+    "dense": Mode(DenseConfig, f"{HERE}.dense.DenseRouter"),
+    "relu": Mode(ReluConfig, f"{HERE}.relu.ReluRouter"),
+    "base": Mode(BaseConfig, f"{HERE}.balanced.BalancedRouter"),
+    "expert_choice": Mode(ExpertChoiceConfig, f"{HERE}.expert_choice.ExpertChoiceRouter"),
+    "soft": Mode(SoftConfig, f"{HERE}.soft.SoftRouter"),
+    "cluster": Mode(ClusterConfig, f"{HERE}.cluster.build_cluster_router"),
+    "label": Mode(LabelConfig, f"{HERE}.group.LabelRouter"),
+    "hash": Mode(HashConfig, f"{HERE}.hashing.HashRouter"),
+}
+"""What a new router is entered in."""
+
+FOR_ENCODERS = ("soft",)
+"""Modes that no run can have: for the encoder of ``lifelong_moe/model/encoder.py``, which no pipeline trains."""
+
+
+def settings_of(mode: object) -> type[RoutingConfig]:
+    """The dataclass of a mode's settings.
+
+    Raises:
+        ConfigError: If there is no such mode.
+    """
+    if isinstance(mode, str) and mode in ROUTERS:
+        return ROUTERS[mode].settings
+    if isinstance(mode, str) and "." in mode:
+        return OwnConfig
+    modes = [mode for mode in ROUTERS if mode not in FOR_ENCODERS]
+    near = difflib.get_close_matches(str(mode), modes, n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    raise ConfigError(f"routing.mode={mode} is unknown; there are {', '.join(modes)}, or a dotted path.{hint}")
+
+
+def keys_of(mode: object) -> set[str]:
+    """Keys that a mode has."""
+    return {f.name for f in fields(settings_of(mode))}
+
+
+def stored_routing(data: Mapping[str, Any]) -> RoutingConfig:
+    """From what :meth:`RoutingConfig.to_json` wrote, or an earlier version: keys that the mode lacks have no effect."""
+    cls = settings_of(data.get("mode", "learned"))
+    own = {f.name for f in fields(cls)}
+    values = {key: value for key, value in (STORED | dict(data)).items() if key in own}
+    if values.get("capacity") and values["balance_scope"] != BalanceScope.sequence:
+        values["balance_scope"] = None  # an earlier version's may contradict its capacity; it trains no more
+    return from_plain(cls, values)

@@ -1,0 +1,153 @@
+"""Settings of the trained top-k routers: ``learned``, ``switch``, ``gshard``, and a router of the user's own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from lifelong_moe.config.routing.base import BalanceCounts, RoutingConfig, Score, SecondExpert
+from lifelong_moe.config.routing.capacity import CapacityConfig
+from lifelong_moe.config.routing.shared import (
+    BalancedConfig,
+    CapacityKeys,
+    CountsConfig,
+    GroupsConfig,
+    TextClusterConfig,
+    ZLossConfig,
+    require_multiple,
+)
+from lifelong_moe.errors import ConfigError
+
+
+@dataclass(kw_only=True)
+class TopKConfig(CapacityKeys, ZLossConfig, BalancedConfig):
+    """Trained top-k routing of any kind; what a kind makes no key of holds as it stands here."""
+
+    gate_scale: float = 1.0
+    """Factor on the gate weights (DeepSeek-V3: 2.5)."""
+    jitter: float = 0.0
+    """In training the router's input, and nothing else, is multiplied by numbers between 1 - jitter and 1 + jitter."""
+
+    score = Score.softmax
+    renormalize = False
+    bias_rate = 0.0
+    top_groups = 1
+    counts_steps: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.jitter >= 1:
+            raise ConfigError(f"routing.jitter={self.jitter} must be below 1.")
+
+    @property
+    def by_process(self) -> bool:
+        """Jitter is each process's own."""
+        return super().by_process or self.jitter > 0
+
+
+@dataclass(kw_only=True)
+class SigmoidConfig(TopKConfig):
+    """Scores may be sigmoids, and biases may take part in choosing."""
+
+    score: Score = Score.softmax
+    """Scores from logits: ``softmax`` over all experts, or each its own ``sigmoid`` (DeepSeek-V3)."""
+    bias_rate: float = 0.0
+    """Above 0 each expert has a bias that takes part in choosing, not in weighting, and moves by so much a step
+    against its load over the global batch (DeepSeek-V3: 0.001)."""
+
+
+@dataclass(kw_only=True)
+class LearnedConfig(GroupsConfig, SigmoidConfig, CountsConfig, TextClusterConfig):
+    """``routing.mode=learned``."""
+
+    renormalize: bool = True
+    """Divide the chosen gate weights by their sum (Mixtral)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.top_k == 1 and self.renormalize:
+            raise ConfigError(
+                "routing.renormalize=true with routing.top_k=1 makes every gate weight 1, so the router gets no "
+                "gradient. Set routing.renormalize=false or routing.top_k=2."
+            )
+
+    def _check_bundles(self) -> None:
+        if self.capacity or self.bias_rate or self.expert_groups > 1:
+            raise ConfigError("routing.bundles cannot be used with routing.capacity, bias_rate or expert_groups.")
+
+    def require_groups(self, num_experts: int, key: str, *, is_first: bool) -> None:
+        """Groups of one size, the best of which hold as many experts as a token uses."""
+        groups = self.expert_groups
+        require_multiple(num_experts, groups, key)
+        held = num_experts // groups * self.top_groups
+        if groups > 1 and self.top_k > held:
+            raise ConfigError(
+                f"routing.top_k={self.top_k} is more than the {held} experts that routing.top_groups="
+                f"{self.top_groups} of {groups} groups of {key}={num_experts} hold. Set top_k to {held} or less, or "
+                f"more top_groups."
+            )
+
+    @property
+    def is_fixed(self) -> str | None:
+        """Groups cannot grow."""
+        return f"routing.expert_groups={self.expert_groups}" if self.expert_groups > 1 else None
+
+
+@dataclass(kw_only=True)
+class SwitchConfig(SigmoidConfig):
+    """``routing.mode=switch``."""
+
+    mode: str = "switch"
+    top_k: int = 1
+    jitter: float = 0.01
+    balance_loss: float = 0.01  # Mesh TensorFlow, transformer/moe.py: loss_coef, summed over layers
+    z_loss: float = 0.0
+    capacity: CapacityConfig | None = field(
+        default_factory=lambda: CapacityConfig(factor=1.25, eval_factor=2.0, least=4)
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_top_k(1)
+
+
+@dataclass(kw_only=True)
+class GShardConfig(TopKConfig, CountsConfig):
+    """``routing.mode=gshard``."""
+
+    mode: str = "gshard"
+    renormalize: bool = True
+    """Divide the chosen gate weights by their sum (Mixtral)."""
+    second: SecondExpert = SecondExpert.random
+    """``gshard`` in training: use the second expert always (``all``), if its share of both gates exceeds 0.2
+    (``threshold``), or with twice that share as probability (``random``). In evaluation always."""
+    balance_counts: BalanceCounts = BalanceCounts.first
+    balance_loss: float = 0.01  # Lingvo, gshard_builder.py: aux_loss_coef, summed over layers
+    z_loss: float = 0.0
+    capacity: CapacityConfig | None = field(
+        default_factory=lambda: CapacityConfig(factor=2.0, eval_factor=2.0, least=4)
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_top_k(2)
+
+    @property
+    def by_process(self) -> bool:
+        """A random second expert is each process's own."""
+        return super().by_process or self.second == SecondExpert.random
+
+
+@dataclass(kw_only=True)
+class OwnConfig(GroupsConfig, SigmoidConfig, CountsConfig):
+    """A router of the user's own, named by dotted path: all keys of trained top-k routing, and options."""
+
+    renormalize: bool = True
+    """Divide the chosen gate weights by their sum (Mixtral)."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments for a router named by dotted path."""
+    draws: ClassVar[bool] = True  # nobody knows
+
+    def effective(self, *, grown: bool) -> RoutingConfig:
+        """As it is: the router may read any key."""
+        return self

@@ -1,0 +1,161 @@
+"""Batches of documents that retraining looked at: what was trained on can be replayed and traced.
+
+``batches/<hash16>/`` holds ``documents.jsonl`` (``text``, ``source``), which a configuration names like any file, and
+``manifest.json``. The directory appears by rename, so it is whole or absent, and its text never changes: stages learned
+from it. Text may be removed (:meth:`BatchStore.remove_text`); ``removed.json`` then says which documents there were.
+The hash is over texts alone. The same texts with other sources, which are split otherwise, are another copy of the
+batch, ``batches/<hash16>-<sources8>/``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lifelong_moe.data.text.documents import Document, documents_hash, normalized_hash
+from lifelong_moe.data.text.jsonl import read_jsonl
+from lifelong_moe.errors import CorruptError
+from lifelong_moe.storage.directories import new_directory
+from lifelong_moe.storage.files import sync, write_atomic
+from lifelong_moe.storage.keys import SHORT, canonical_json, file_sha256, text_sha256
+
+DOCUMENTS, MANIFEST, REMOVED = "documents.jsonl", "manifest.json", "removed.json"
+SOURCES = 8
+"""Hexadecimal digits that tell the copies of a batch apart."""
+
+
+class BatchStore:
+    """The batches under ``mlruns/batches/``."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root / "batches"
+
+    def path(self, batch: str, sources: str | None = None) -> Path:
+        """File of a batch's documents, with the sources of one of its copies; see :meth:`sources`."""
+        return self.root / (batch[:SHORT] if sources is None else f"{batch[:SHORT]}-{sources}") / DOCUMENTS
+
+    def sources(self, documents: Sequence[Document]) -> str | None:
+        """Which copy of a batch says these sources: None for the first, also if none is kept yet, else its digits.
+
+        Raises:
+            CorruptError: If the first copy is damaged.
+        """
+        batch, given = documents_hash(documents), {document.hash: document.source for document in documents}
+        if not self.path(batch).parent.exists():
+            return None
+        if set(given.items()) == self.identities(batch):
+            return None
+        return text_sha256(canonical_json(given))[:SOURCES]
+
+    def add(self, documents: Sequence[Document], files: Sequence[dict[str, Any]]) -> str:
+        """Keep a batch; one that is there already with the same sources stays as it is, or gets its text back.
+
+        Args:
+            documents: In any order; they are written in order of their hash.
+            files: What they were read from.
+
+        Returns:
+            The batch's hash.
+        """
+        batch, sources = documents_hash(documents), self.sources(documents)
+        path = self.path(batch, sources)
+        if not self.has_text(batch, sources):
+            write_atomic(path, _rows(documents))
+        if path.parent.exists():
+            self.manifest(batch, sources)
+            return batch
+        with new_directory(path.parent) as work:
+            _write(work, batch, documents, files)
+        return batch
+
+    def manifest(self, batch: str, sources: str | None = None) -> dict[str, Any]:
+        """What is known of a batch, whose file is verified.
+
+        Raises:
+            CorruptError: If it is absent or damaged.
+        """
+        path = self.path(batch, sources)
+        try:
+            manifest: dict[str, Any] = json.loads((path.parent / MANIFEST).read_text(encoding="utf-8"))
+            listed = manifest["sha256"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CorruptError(f"{path.parent / MANIFEST}: unreadable ({type(error).__name__}).") from None
+        if not path.is_file() or (found := file_sha256(path)) != listed:
+            found = found if path.is_file() else "missing"
+            raise CorruptError(f"{path}: SHA-256 is {found}, but the manifest says {listed}.")
+        return manifest
+
+    def documents(self, batch: str, sources: str | None = None) -> list[Document]:
+        """All documents of a batch, verified; see :meth:`has_text`."""
+        self.manifest(batch, sources)
+        return list(read_jsonl(self.path(batch, sources), "text", "source"))
+
+    def has_text(self, batch: str, sources: str | None = None) -> bool:
+        """Whether a batch's text was not removed: it is there, or something else is wrong."""
+        path = self.path(batch, sources)
+        return path.exists() or not path.with_name(REMOVED).is_file()
+
+    def identities(self, batch: str, sources: str | None = None) -> set[tuple[str, str]]:
+        """Hash and source of each document of a batch, whose text may have been removed."""
+        if self.has_text(batch, sources):
+            return {(document.hash, document.source) for document in self.documents(batch, sources)}
+        return {(row["hash"], row["source"]) for row in self._removed(batch, sources)}
+
+    def normalized(self, batch: str) -> set[str]:
+        """``normalized_hash`` of each document of a batch whose text was removed."""
+        return {row["normalized"] for row in self._removed(batch, None)}
+
+    def copies(self, batch: str) -> list[Path]:
+        """Files of a batch's documents that are there, whatever sources they name."""
+        return sorted(self.root.glob(f"{batch[:SHORT]}*/{DOCUMENTS}"))
+
+    def remove_text(self, batch: str) -> int:
+        """Remove the text of a batch in all its copies, but not what its documents are known by; returns the bytes.
+
+        Raises:
+            CorruptError: If a file is damaged: what is noted of it would not be what was learned.
+        """
+        freed = 0
+        for path in self.copies(batch):
+            freed += path.stat().st_size
+            found = self.documents(batch, path.parent.name[SHORT + 1 :] or None)
+            rows = [{"hash": d.hash, "normalized": normalized_hash(d.text), "source": d.source} for d in found]
+            write_atomic(path.with_name(REMOVED), canonical_json(rows))  # counts once the text is gone
+            path.unlink()
+            sync(path.parent)
+        return freed
+
+    def _removed(self, batch: str, sources: str | None) -> list[dict[str, str]]:
+        path = self.path(batch, sources).with_name(REMOVED)
+        try:
+            rows: list[dict[str, str]] = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CorruptError(f"{path}: unreadable ({type(error).__name__}).") from None
+        return rows
+
+    def holding(self, document_hash: str) -> list[str]:
+        """Hashes of the batches that hold a document, by the hash of its text or the beginning of it."""
+        manifests = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(self.root.glob(f"*/{MANIFEST}"))]
+        found = (m["hash"] for m in manifests if any(h.startswith(document_hash) for h in m["documents"]))
+        return list(dict.fromkeys(found))
+
+
+def _write(work: Path, batch: str, documents: Sequence[Document], files: Sequence[dict[str, Any]]) -> None:
+    documents = sorted(documents, key=lambda document: document.hash)
+    (work / DOCUMENTS).write_bytes(_rows(documents))
+    manifest = {
+        "hash": batch,
+        "sha256": file_sha256(work / DOCUMENTS),
+        "documents": [document.hash for document in documents],
+        "bytes": sum(document.num_bytes for document in documents),
+        "files": list(files),
+    }
+    (work / MANIFEST).write_text(canonical_json(manifest), encoding="utf-8")
+
+
+def _rows(documents: Sequence[Document]) -> bytes:
+    """The file of documents: a JSON object each, in order of their hash."""
+    rows = sorted(documents, key=lambda document: document.hash)
+    return "".join(canonical_json({"text": row.text, "source": row.source}) + "\n" for row in rows).encode()

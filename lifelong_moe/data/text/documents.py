@@ -1,0 +1,236 @@
+"""Documents, and how a list of them becomes a corpus: duplicates out, capped, split, in canonical order."""
+
+from __future__ import annotations
+
+import hashlib
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from lifelong_moe.config.data import SourceConfig
+from lifelong_moe.errors import DataError
+from lifelong_moe.storage.keys import text_sha256
+
+SHORT_TEXT = 64
+"""Letters and digits below which symbols may be all that tells two texts apart."""
+_EDGES = ("Ps", "Pe", "Pi", "Pf", "Po")
+"""Unicode categories of brackets, quotation marks and sentence punctuation; dashes and symbols are of others."""
+_OPERATORS = frozenset("#%&*/@\\")
+"""What is punctuation to Unicode, but not at the edge of a number."""
+_VARIATIONS = frozenset(map(chr, range(0xFE00, 0xFE10)))
+"""Marks that only choose how an emoji looks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One text, never empty."""
+
+    text: str
+    source: str
+    """Split unit: documents of one unit are never divided between train and held-out."""
+    origin: str = field(default="", compare=False, repr=False)
+    """``file:line`` if known, for messages only."""
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of the UTF-8 text, hexadecimal."""
+        return text_sha256(self.text)
+
+    @property
+    def num_bytes(self) -> int:
+        """Length of the UTF-8 text."""
+        return len(self.text.encode("utf-8"))
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """A distribution's documents. Both lists are in order of document hash, which is also their shuffle."""
+
+    name: str
+    train: list[Document]
+    heldout: list[Document]
+    train_hash: str
+    """SHA-256 over the sorted document hashes: file names and their order do not count."""
+    heldout_hash: str
+    duplicates: int = 0
+    """Documents left out because they repeat others."""
+    near_copies: list[Document] = field(default_factory=list)
+    """Left out of ``train`` because they are near copies of held-out text, of this or another distribution."""
+
+    @property
+    def split_hash(self) -> str:
+        """Of the training text with its near copies: how documents were split, whatever else a run holds out."""
+        return documents_hash([*self.train, *self.near_copies]) if self.near_copies else self.train_hash
+
+
+def documents_hash(documents: Iterable[Document]) -> str:
+    """Return one SHA-256 for a set of documents, whatever their order, names and files."""
+    return text_sha256("\n".join(sorted(document.hash for document in documents)))
+
+
+def normalized_hash(text: str) -> str:
+    """Return a hash that two texts share if they differ only in case, spaces and punctuation.
+
+    Composed and decomposed characters are the same; marks belong to their letters, as vowel signs do. In a text of
+    few letters and digits ``12<3`` and ``12>3`` are not the same: there only spaces, and punctuation at the edges of
+    words, do not count.
+
+    Source:
+        Unicode 16.0, D145 (canonical caseless matching), and table 4-4 (general categories).
+    """
+    found = letters(text)
+    if len(found) < SHORT_TEXT:
+        folded = _folded(text)
+        found = " ".join(filter(None, map(_without_edges, folded.split()))) or folded
+    return text_sha256(found)
+
+
+def letters(text: str) -> str:
+    """Return the letters, with their marks, and the digits of a text, in one case and one form of composition."""
+    return _folded(text).translate(_LETTERS)
+
+
+def _folded(text: str) -> str:
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFD", text).casefold())
+
+
+class _Letters(dict[int, int | None]):
+    """For ``str.translate``: letters, their marks and digits stay; looked up once a character."""
+
+    def __missing__(self, code: int) -> int | None:
+        char = chr(code)
+        self[code] = code if unicodedata.category(char)[0] in "LMN" and char not in _VARIATIONS else None
+        return self[code]
+
+
+_LETTERS = _Letters()
+
+
+def _without_edges(word: str) -> str:
+    """A word without punctuation before and after it."""
+    chars = [char for char in word if unicodedata.category(char)[0] != "C"]
+    inner = [i for i, c in enumerate(chars) if c in _OPERATORS or unicodedata.category(c) not in _EDGES]
+    return "".join(chars[inner[0] : inner[-1] + 1]) if inner else ""
+
+
+def build_corpus(
+    name: str, documents: Sequence[Document], config: SourceConfig, heldout: Sequence[Document] | None = None
+) -> Corpus:
+    """Turn documents into a distribution: drop duplicates, cap, split by source unit, sort by hash.
+
+    Both the cap and the split decide by a hash of the unit's name, each with its own salt, so neither depends on the
+    order of documents, and a unit stays on its side of the split when others are added.
+
+    Args:
+        name: The distribution.
+        documents: All documents, or with ``heldout`` the training documents.
+        config: ``heldout_fraction``, ``heldout_sources`` and ``max_bytes``.
+        heldout: Explicit held-out documents; they are neither capped nor split.
+
+    Returns:
+        The corpus, with at least one document on each side.
+
+    Raises:
+        DataError: Over half the documents are duplicates, too few documents or units, or a training document is in
+            the held-out set.
+    """
+    if heldout is not None:
+        train, held = _distinct(documents), _distinct(heldout)
+        duplicates = len(documents) - len(train) + len(heldout) - len(held)
+        _refuse_overlap(train, held)
+        if config.max_bytes is not None:
+            train = _capped(train, config.max_bytes, least=1)
+    else:
+        distinct = _distinct(documents)
+        duplicates = len(documents) - len(distinct)
+        if config.max_bytes is not None:
+            distinct = _capped(distinct, config.max_bytes, least=2)
+        train, held = _split(distinct, config.heldout_fraction, config.heldout_sources)
+    for side, kept in (("training", train), ("held-out", held)):
+        if not kept:
+            raise DataError(f"there are no {side} documents.")
+    hashes = documents_hash(train), documents_hash(held)
+    return Corpus(name, _in_hash_order(train), _in_hash_order(held), *hashes, duplicates)
+
+
+def heldout_part(documents: Sequence[Document]) -> list[Document]:
+    """What :func:`build_corpus` holds out of explicit held-out documents."""
+    return _in_hash_order(_distinct(documents))
+
+
+def _distinct(documents: Sequence[Document]) -> list[Document]:
+    """Keep one document of each set of duplicates: the first by (source, hash), so that reading order is moot."""
+    kept: dict[str, Document] = {}
+    for document in documents:
+        key = normalized_hash(document.text)
+        other = kept.get(key)
+        if other is None or (document.source, document.hash) < (other.source, other.hash):
+            kept[key] = document
+    duplicates = len(documents) - len(kept)
+    if 2 * duplicates > len(documents):
+        raise DataError(
+            f"{duplicates} of {len(documents)} documents are duplicates of others (case, spaces "
+            "and punctuation aside); at most half may be. Is a file matched or concatenated twice?"
+        )
+    return list(kept.values())
+
+
+def _units(documents: Iterable[Document]) -> dict[str, list[Document]]:
+    units: dict[str, list[Document]] = {}
+    for document in documents:
+        units.setdefault(document.source, []).append(document)
+    return units
+
+
+def _unit_hash(salt: str, unit: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{salt}\n{unit}".encode()).digest(), "big")
+
+
+def _capped(documents: list[Document], max_bytes: int, least: int) -> list[Document]:
+    """Take whole units in hash order, passing over those that no longer fit, but at least ``least`` units."""
+    units = _units(documents)
+    kept: list[Document] = []
+    total = taken = 0
+    for unit in sorted(units, key=lambda unit: _unit_hash("cap", unit)):
+        size = sum(document.num_bytes for document in units[unit])
+        if taken < least or total + size <= max_bytes:
+            kept += units[unit]
+            total, taken = total + size, taken + 1
+    return kept
+
+
+def _split(documents: list[Document], fraction: float, least: int) -> tuple[list[Document], list[Document]]:
+    """Hold out each unit whose hash lies in the lowest ``fraction`` of all hashes.
+
+    Where these are fewer than ``least``, the next ones in order of hash as well, up to half of all; in any case at
+    least one unit a side.
+    """
+    units = _units(documents)
+    if len(units) < 2:
+        raise DataError(
+            f"{len(documents)} distinct document(s) in {len(units)} source unit(s) are too few to "
+            "split; at least 2 units are needed. Add documents, or give heldout_files."
+        )
+    order = sorted(units, key=lambda unit: _unit_hash("split", unit))
+    threshold = int(fraction * 2**256)
+    num_held = sum(_unit_hash("split", unit) < threshold for unit in order)
+    num_held = min(max(num_held, min(least, len(order) // 2), 1), len(order) - 1)
+    held = [document for unit in order[:num_held] for document in units[unit]]
+    train = [document for unit in order[num_held:] for document in units[unit]]
+    assert not {normalized_hash(d.text) for d in held} & {normalized_hash(d.text) for d in train}
+    return train, held
+
+
+def _refuse_overlap(train: list[Document], heldout: list[Document]) -> None:
+    held = {normalized_hash(document.text): document for document in heldout}
+    for document in train:
+        twin = held.get(normalized_hash(document.text))
+        if twin is not None:
+            raise DataError(
+                f"{document.origin or document.source}: this training document is also in the held-out set "
+                f"({twin.origin or twin.source}); remove it from one of the two."
+            )
+
+
+def _in_hash_order(documents: list[Document]) -> list[Document]:
+    return sorted(documents, key=lambda document: document.hash)

@@ -1,0 +1,93 @@
+"""A user's own files: JSONL, plain text and Parquet, named by a path or glob."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from lifelong_moe.config.data import SourceConfig
+from lifelong_moe.data.text.compression import COMPRESSED
+from lifelong_moe.data.text.documents import Document
+from lifelong_moe.data.text.jsonl import own_unit, read_jsonl
+from lifelong_moe.data.text.parquet import read_parquet
+from lifelong_moe.data.text.streams import MAX_TEXT_FILE_BYTES, check_text, decode, open_bytes, refuse_pickled
+from lifelong_moe.errors import DataError
+
+READABLE = ".jsonl and .txt (both also .gz or .zst) and .parquet"
+Reader = Callable[[Path, SourceConfig], Iterator[Document]]
+
+
+def read_documents(pattern: str, config: SourceConfig) -> list[Document]:
+    """Read all documents of the files that match.
+
+    Args:
+        pattern: Path or glob relative to the current directory; ``**`` crosses folders.
+        config: ``text_field`` and ``source_field``.
+
+    Raises:
+        DataError: Nothing matches, a file is of a kind that is not read, or ``file:line: reason``.
+    """
+    readers = [(path, reader_of(path)) for path in matching_files(pattern)]
+    documents = [document for path, reader in readers for document in reader(path, config)]
+    if not documents:
+        raise DataError(f"files={pattern}: there are no documents in its {len(readers)} file(s).")
+    return documents
+
+
+def matching_files(pattern: str) -> list[Path]:
+    """Return what a path or glob names, in order of name. Folders that a glob also matches are passed over.
+
+    Raises:
+        DataError: Nothing matches, or only folders do.
+    """
+    try:
+        if Path(pattern).exists():  # also a name that holds a glob's characters
+            found = [Path(pattern)]
+        else:
+            found = sorted({Path(name) for name in glob.glob(pattern, recursive=True)})
+    except (OSError, ValueError) as error:  # too long a name, or one that holds NUL
+        raise DataError(f"files={pattern}: {error}.") from None
+    if not found:
+        reason = f"files={pattern}: no such file, and nothing matches it under {Path.cwd()}."
+        raise DataError(reason, is_missing=True)
+    files = [path for path in found if not path.is_dir()]
+    if not files:
+        raise DataError(f"files={pattern}: is a directory; name its files, e.g. {found[0] / '**' / '*.jsonl'}.")
+    return files
+
+
+def reader_of(path: Path) -> Reader:
+    """Choose how a file is read by its extension, before anything is opened.
+
+    Raises:
+        DataError: Its kind is unknown, or can run code when loaded.
+    """
+    packed = path.suffix.lower() in COMPRESSED
+    kind = (path.with_suffix("") if packed else path).suffix.lower()
+    if kind == ".jsonl":
+        return _jsonl_documents
+    if kind == ".txt":
+        return _text_documents
+    if kind == ".parquet" and not packed:
+        return _parquet_documents
+    refuse_pickled(path)
+    raise DataError(f"{path}: unknown kind of file; {READABLE} are read.")
+
+
+def _jsonl_documents(path: Path, config: SourceConfig) -> Iterator[Document]:
+    return read_jsonl(path, config.text_field, config.source_field, config.answer_field)
+
+
+def _text_documents(path: Path, config: SourceConfig) -> Iterator[Document]:
+    """Yield a text file as one document, which is its own source unit."""
+    with open_bytes(path) as stream:
+        data = stream.read(MAX_TEXT_FILE_BYTES + 1)
+    if len(data) > MAX_TEXT_FILE_BYTES:
+        raise DataError(f"{path}: one document of more than {MAX_TEXT_FILE_BYTES >> 20} MiB; cut it, or use .jsonl.")
+    text = check_text(decode(data, str(path)), str(path))
+    yield Document(text, own_unit(text), str(path))
+
+
+def _parquet_documents(path: Path, config: SourceConfig) -> Iterator[Document]:
+    return read_parquet(path, config.text_field, config.source_field, config.answer_field)

@@ -1,0 +1,67 @@
+"""A dataset of the Hugging Face hub, at a fixed commit, or from its local cache when offline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from lifelong_moe.config.data import SourceConfig
+from lifelong_moe.data.text.documents import Document
+from lifelong_moe.data.text.jsonl import document_from
+from lifelong_moe.errors import DataError, ResourceError, TryAgainError, disk_is_full
+
+_MAX_REASON_CHARS = 300
+
+
+def hub_documents(config: SourceConfig) -> list[Document]:
+    """Download (or find in the cache) one split and read its documents.
+
+    Args:
+        config: ``hf``, ``name``, ``split``, ``revision``, ``text_field``, ``source_field``.
+
+    Raises:
+        DataError: The dataset cannot be had (unknown, gated, or not in the cache while offline) or a row has no usable
+            text.
+        ResourceError: The disk is full.
+        TryAgainError: The hub cannot be reached, or asks to come back later.
+    """
+    import datasets
+
+    place = f"hf={config.hf}" + (f"/{config.name}" if config.name else "") + f"@{(config.revision or '')[:8]}"
+    try:
+        rows = datasets.load_dataset(config.hf, config.name, split=config.split, revision=config.revision)
+    except Exception as error:  # the hub's errors share no base class; each is the user's to read
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:_MAX_REASON_CHARS]
+        if any(disk_is_full(cause) for cause in _causes(error)):
+            raise ResourceError(f"{place}: no space left in the cache of datasets: {reason}") from error
+        passes = any(_passes(cause) for cause in _causes(error))
+        if passes and datasets.config.HF_HUB_OFFLINE:  # which no time changes
+            raise DataError(
+                f"{place}: split {config.split} is not in the cache, and HF_HUB_OFFLINE or HF_DATASETS_OFFLINE forbids "
+                f"to fetch it. Unset that for lifelong-moe prepare.",
+                is_missing=True,
+            ) from error
+        if passes:
+            raise TryAgainError(f"{place}: the hub cannot serve it now: {reason}") from error
+        raise DataError(f"{place}: cannot be loaded, split {config.split}: {reason}", is_missing=True) from error
+    names = rows.column_names
+    if config.text_field not in names:
+        raise DataError(f'{place}: there is no field "{config.text_field}"; fields: {", ".join(names[:8])}.')
+    read = (config.text_field, config.source_field, config.answer_field)
+    rows = rows.select_columns([name for name in read if name in names])
+    return [
+        document_from(row, f"{place}:{number}", config.text_field, config.source_field, config.answer_field)
+        for number, row in enumerate(rows, start=1)
+    ]
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and those that led to it."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _passes(error: BaseException) -> bool:
+    """Whether an error is of the network or the hub's load and not of what was asked for."""
+    status = getattr(getattr(error, "response", None), "status_code", 0)
+    return isinstance(error, ConnectionError | TimeoutError) or status in (408, 429) or status >= 500

@@ -1,0 +1,90 @@
+"""A strict JSONL reader: whatever is wrong is one ``file:line: reason``, found in bounded time and memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lifelong_moe.data.text.documents import Document
+from lifelong_moe.data.text.streams import MAX_LINE_BYTES, check_text, decode, open_bytes
+from lifelong_moe.data.text.strict_json import parse_object
+from lifelong_moe.errors import DataError
+from lifelong_moe.storage.keys import text_sha256
+
+SEPARATOR = "\x1e"
+"""Stands between prompt and answer: the record separator, a byte that every byte-level tokenizer has."""
+
+if TYPE_CHECKING:
+    from lifelong_moe.data.text.compression import ByteStream
+
+
+def read_jsonl(path: Path, text_field: str, source_field: str, answer_field: str | None = None) -> Iterator[Document]:
+    """Yield the documents of a ``.jsonl`` file, also compressed, one JSON object a line.
+
+    Args:
+        path: The file.
+        text_field: Field with the text; required.
+        source_field: Field with the source unit; where it is absent, a document is its own unit.
+        answer_field: Field with the answer, where the text is a prompt.
+
+    Raises:
+        DataError: ``file:line: reason``.
+    """
+    with open_bytes(path) as stream:
+        for number, line in _lines(stream, path):
+            where = f"{path}:{number}"
+            row = parse_object(decode(line.rstrip(b"\r\n"), where), path, number)
+            yield document_from(row, where, text_field, source_field, answer_field)
+
+
+def document_from(
+    row: dict[str, Any], where: str, text_field: str, source_field: str, answer_field: str | None = None
+) -> Document:
+    """Turn one record (of JSONL, Parquet or a Hugging Face dataset) into a document.
+
+    Args:
+        row: Field names and values.
+        where: ``file:line``, for messages and as the document's origin.
+        text_field: Field with the text.
+        source_field: Field with the source unit; absent or null makes the document its own unit.
+        answer_field: Field with the answer, where the text is a prompt; it comes after a separator.
+
+    Raises:
+        DataError: The text is missing or unusable, or the source is not a string.
+    """
+    if text_field not in row:
+        fields = ", ".join(sorted(row)[:8]) or "none"
+        raise DataError(f'{where}: there is no field "{text_field}"; fields: {fields}. Set text_field.')
+    text = check_text(row[text_field], where, text_field)
+    if answer_field is not None:
+        if answer_field not in row:
+            raise DataError(f'{where}: there is no field "{answer_field}", which is to hold the answer.')
+        answer = check_text(row[answer_field], where, answer_field)
+        if SEPARATOR in text + answer:
+            raise DataError(f"{where}: U+001E stands between prompt and answer and must be in neither.")
+        text = f"{text}{SEPARATOR}{answer}"
+    source = row.get(source_field)
+    return Document(text, own_unit(text) if source is None else check_text(source, where, source_field), where)
+
+
+def own_unit(text: str) -> str:
+    """Return the source unit of a document that names none: itself. No file name: renaming must change nothing."""
+    return f"sha256:{text_sha256(text)}"
+
+
+def _lines(stream: ByteStream, path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield (line number from 1, line). Only a newline ends a line: U+2028 may stand within one.
+
+    One empty line at the end of the file is passed over; any other is an error.
+    """
+    number = 0
+    while line := stream.readline(MAX_LINE_BYTES + 1):
+        number += 1
+        if len(line) > MAX_LINE_BYTES:
+            raise DataError(f"{path}:{number}: line is longer than {MAX_LINE_BYTES >> 20} MiB; cut the document.")
+        if not line.strip():
+            if stream.peek(1):
+                raise DataError(f"{path}:{number}: line is empty; each line must be one JSON object.")
+            return
+        yield number, line

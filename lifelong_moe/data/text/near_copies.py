@@ -1,0 +1,196 @@
+"""Near copies: documents that share so much text with others that a loss on one says nothing new beside the other.
+
+Compared exactly, by every run of :data:`NGRAM` letters and digits: in the same form in which equal documents are found
+(:func:`lifelong_moe.data.text.documents.letters`), so case, spaces and punctuation do not count, and scripts without
+spaces need no words. Two documents are near copies if either has half of its runs in the other.
+
+Legend: D documents, R known documents, W distinct runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lifelong_moe.data.text.documents import SHORT_TEXT, Corpus, Document, documents_hash, letters
+from lifelong_moe.errors import DataError
+
+if TYPE_CHECKING:
+    from scipy import sparse
+
+NGRAM = 16
+"""Letters of a run, a power of 2: three or four words. A word that was changed costs about 20 runs."""
+SHARE = 0.5
+"""Of its runs that a near copy has in common with what is known."""
+COMMON_SOURCES = 8
+"""Runs in more sources than this (a licence, a greeting, a template) are nobody's own and do not count."""
+OWN = 0.1
+"""Documents of which less than this share of runs is their own are compared with all of them."""
+LEAST = SHORT_TEXT - NGRAM + 1
+"""Runs below which a document is too short: only equal ones are found, see ``normalized_hash``."""
+_STEPS = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB, 0xD6E8FEB86659FD93, 0xA0761D6478BD642F)
+"""Odd multipliers of 64 bits, one a doubling and one for letters."""
+FILTER_BITS = 24
+_LOW = np.uint64((1 << FILTER_BITS) - 1)
+
+
+def ngrams(text: str) -> NDArray[np.uint64]:
+    """Hashes of every run of :data:`NGRAM` letters and digits, sorted, each once, uint64 ``(n,)``.
+
+    A run of 2k letters is hashed from its halves, so four passes over the text make all runs of 16. The hashes are the
+    same everywhere; two of a billion different runs share one with a probability of 3 %.
+    """
+    codes = np.frombuffer(letters(text).encode("utf-32-le"), dtype="<u4").astype(np.uint64)
+    if len(codes) < NGRAM:
+        return codes[:0]
+    hashes = _mixed((codes + np.uint64(1)) * np.uint64(_STEPS[0]))
+    for i, half in enumerate((1, 2, 4, 8), 1):
+        hashes = _mixed(hashes[:-half] * np.uint64(_STEPS[i]) + hashes[half:])
+    return _distinct(hashes)
+
+
+def _distinct(hashes: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """What ``np.unique`` returns in three times the time."""
+    ordered = np.sort(hashes)
+    return ordered[np.append(True, ordered[1:] != ordered[:-1])[: len(ordered)]]
+
+
+def _mixed(hashes: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Let high bits, in which a product is best, reach the low ones."""
+    return hashes ^ (hashes >> np.uint64(31))
+
+
+class _Table:
+    """Every run of some documents, each with a place."""
+
+    def __init__(self, documents: Sequence[Document]) -> None:
+        self.runs_W = _distinct(np.concatenate([np.zeros(0, np.uint64), *(ngrams(d.text) for d in documents)]))
+        self.maybe = np.zeros(1 << FILTER_BITS, dtype=bool)
+        self.maybe[self.runs_W & _LOW] = True
+
+    def places(self, runs: NDArray[np.uint64]) -> NDArray[np.int64]:
+        """Where those of some runs stand that are in the table."""
+        runs = runs[self.maybe[runs & _LOW]]  # most are not, and a look at one bit is cheaper than a search
+        places = np.searchsorted(self.runs_W, runs)
+        places[places == len(self.runs_W)] = 0
+        return places[self.runs_W[places] == runs]
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """Documents as rows of a matrix over the runs of a table."""
+
+    has_DW: sparse.csr_array
+    """1 where a document has a run, int64; runs that are not in the table are not there."""
+    size_D: NDArray[np.int64]
+    """Runs of each document, those that are not in the table too."""
+    sources: list[str]
+
+    @classmethod
+    def of(cls, documents: Sequence[Document], table: _Table) -> _Texts:
+        """Look every run up in a table."""
+        from scipy import sparse  # which takes as long to import as a question about a run may take
+
+        rows, sizes = [], []
+        for document in documents:
+            runs = ngrams(document.text)
+            rows.append(table.places(runs))
+            sizes.append(len(runs))
+        ends = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
+        columns = np.concatenate([np.zeros(0, np.int64), *rows])
+        has = sparse.csr_array((np.ones(len(columns), np.int64), columns, ends), shape=(len(rows), len(table.runs_W)))
+        return cls(has, np.array(sizes, dtype=np.int64), [document.source for document in documents])
+
+
+def near_copies(documents: Sequence[Document], known: Sequence[Document], *, may_contain: bool) -> list[bool]:
+    """Which documents are near copies of known ones.
+
+    A document is one if it shares half of its own runs with a known document, or else half of the known document's.
+    Memory is that of the runs of ``documents``, whatever is known.
+
+    Args:
+        documents: To be judged.
+        known: What they may repeat.
+        may_contain: Whether a document may contain a known one without being a copy. What is held out must not stand in
+            training text at all; text that was merely seen may, or a short line of it would take a new book away.
+
+    Source:
+        Containment by shingles: Broder, "On the resemblance and containment of documents" (1997), there of words and
+        estimated from samples; here exact, of letters, and without those that many sources share.
+    """
+    if not documents or not known:
+        return [False] * len(documents)
+    table = _Table(documents)
+    new, old = _Texts.of(documents, table), _Texts.of(known, table)
+    return _judge(new, old, _common([new, old]), may_contain).tolist()
+
+
+def without_near_copies(
+    corpora: Mapping[str, Corpus], others: Mapping[str, Sequence[Document]] | None = None
+) -> dict[str, Corpus]:
+    """Leave out of each training text what is a near copy of any distribution's held-out text.
+
+    What counts as common to many sources follows from a distribution's own text alone, so another distribution can only
+    add near copies, and only by held-out text that is one.
+
+    Args:
+        corpora: As split, or as this returned them; held-out text is not changed.
+        others: Held-out documents of further distributions, whose training text does not matter.
+
+    Raises:
+        DataError: If no training text is left.
+    """
+    parts = {name: corpus.heldout for name, corpus in corpora.items()} | dict(others or {})
+    held = [document for documents in parts.values() for document in documents]
+    owner = np.array([name for name, documents in parts.items() for _ in documents])
+    table = _Table(held)
+    heldout = _Texts.of(held, table)
+    found = {}
+    for name, corpus in corpora.items():
+        train = sorted([*corpus.train, *corpus.near_copies], key=lambda document: document.hash)
+        trained = _Texts.of(train, table)
+        own = np.flatnonzero(owner == name)
+        mine = _Texts(heldout.has_DW[own], heldout.size_D[own], [heldout.sources[i] for i in own])
+        copies = _judge(trained, heldout, _common([trained, mine]), may_contain=False)
+        if copies.all():
+            raise DataError(
+                f"distributions.{name}: all {len(train)} training documents are near copies of held-out text; let "
+                f"versions of one text share a source, so that they are split together."
+            )
+        kept, left = (
+            [d for d, is_copy in zip(train, copies, strict=True) if is_copy == side] for side in (False, True)
+        )
+        found[name] = replace(corpus, train=kept, train_hash=documents_hash(kept), near_copies=left)
+    return found
+
+
+def _common(texts: Sequence[_Texts]) -> NDArray[np.bool_]:
+    """Runs that more than :data:`COMMON_SOURCES` sources have, bool ``(W,)``."""
+    from scipy import sparse
+
+    has_DW = sparse.vstack([text.has_DW for text in texts], format="csr")
+    _, source_D = np.unique([source for text in texts for source in text.sources], return_inverse=True)
+    documents = np.arange(len(source_D))
+    of_SD = sparse.csr_array((np.ones(len(source_D), np.int64), (source_D, documents)))
+    return np.bincount((of_SD @ has_DW).indices, minlength=has_DW.shape[1]) > COMMON_SOURCES
+
+
+def _judge(new: _Texts, known: _Texts, common_W: NDArray[np.bool_], may_contain: bool) -> NDArray[np.bool_]:
+    """Which new documents are near copies of known ones, bool ``(D,)``."""
+    own_D, own_R = (text.size_D - text.has_DW @ common_W.astype(np.int64) for text in (new, known))
+    rare = np.flatnonzero(~common_W)
+    pairs = (new.has_DW[:, rare] @ known.has_DW[:, rare].T).tocoo()
+    is_copy = np.zeros(len(own_D), dtype=bool)
+    sides = [(own_D, new.size_D, pairs.row), (own_R, known.size_D, pairs.col)]
+    for own, size, side in sides[:1] if may_contain else sides:
+        # What is short, or common but for a little, would be in many documents by chance.
+        judged = (own >= LEAST) & (own >= OWN * size)
+        is_copy[pairs.row[judged[side] & (pairs.data >= SHARE * own[side])]] = True
+    # New text with next to nothing of its own is judged by the common: nothing is lost with it.
+    is_known_W = np.bincount(known.has_DW.indices, minlength=len(common_W)) > 0
+    shared_D = new.has_DW @ is_known_W.astype(np.int64)
+    return is_copy | ((new.size_D >= LEAST) & (own_D < OWN * new.size_D) & (shared_D >= SHARE * new.size_D))

@@ -1,0 +1,49 @@
+"""From a distribution's configuration to its documents."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lifelong_moe.config.data import SourceConfig
+from lifelong_moe.data.text.documents import Corpus, Document, build_corpus, heldout_part
+
+
+def read_corpus(name: str, config: SourceConfig, cache: Path) -> Corpus:
+    """Read, check and split the documents of one distribution.
+
+    Args:
+        name: The distribution; used in messages and in the corpus.
+        config: Where its documents come from.
+        cache: Directory for what is expensive to extract again.
+
+    Returns:
+        Documents in canonical order, train and held-out apart.
+
+    Raises:
+        DataError: Documents are missing, malformed, duplicated or too few.
+    """
+    if config.builtin is not None:
+        from lifelong_moe.data.text.builtin import builtin_documents
+
+        return build_corpus(name, builtin_documents(config.builtin, cache), config)
+    if config.files is not None:
+        from lifelong_moe.data.text.files import read_documents
+
+        heldout = None if config.heldout_files is None else read_documents(config.heldout_files, config)
+        return build_corpus(name, read_documents(config.files, config), config, heldout)
+    from lifelong_moe.data.text.hub import hub_documents
+
+    return build_corpus(name, hub_documents(config), config)
+
+
+def heldout_documents(config: SourceConfig) -> list[Document] | None:
+    """Held-out documents that stand in files of their own, in order of hash; None if none do.
+
+    Raises:
+        DataError: They are missing or malformed.
+    """
+    if config.heldout_files is None:
+        return None
+    from lifelong_moe.data.text.files import read_documents
+
+    return heldout_part(read_documents(config.heldout_files, config))

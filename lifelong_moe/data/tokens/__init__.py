@@ -1,0 +1,1 @@
+"""Documents as tokens: tokenizer, shards, blocks, sample order, evaluation windows."""

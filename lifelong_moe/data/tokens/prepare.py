@@ -1,0 +1,265 @@
+"""From configured sources to tokens on disk: everything that a run reads, or remembers of text that is gone."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from lifelong_moe.config.data import SourceConfig, TokenizerConfig
+from lifelong_moe.data.text.documents import Corpus, Document, documents_hash, normalized_hash
+from lifelong_moe.data.text.near_copies import without_near_copies
+from lifelong_moe.data.text.sources import heldout_documents, read_corpus
+from lifelong_moe.data.tokens.identity import DataIdentity, TokenizerIdentity
+from lifelong_moe.data.tokens.pairs import with_answers, with_heldout_answers
+from lifelong_moe.data.tokens.records import DIGITS, Remembered, TextRecord
+from lifelong_moe.data.tokens.shards import (
+    TokenizedCorpus,
+    TokenShard,
+    open_or_tokenize,
+    tokenize_corpus,
+    tokenize_documents,
+)
+from lifelong_moe.data.tokens.tokenizer import Tokenizer, recipe, trained_tokenizer
+from lifelong_moe.errors import ConfigError, DataError, LifelongError, TryAgainError
+
+log = logging.getLogger(__name__)
+COARSE = 0.75
+"""Warn when a distribution has less than this many bytes per token, relative to the tokenizer's own text."""
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Documents of distributions, and what is left of those whose text is gone."""
+
+    corpora: dict[str, Corpus]
+    """Those that are there, training text without near copies of held-out text."""
+    heldout: dict[str, list[Document]]
+    """Held-out documents, in order of hash: of those that are there, and of the others if they were kept."""
+    gone: dict[str, LifelongError]
+    """Why text is not there."""
+
+    def at_hand(self, name: str) -> list[Document]:
+        """Training documents; held-out ones where text is gone."""
+        return self.corpora[name].train if name in self.corpora else self.heldout[name]
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Tokenizer and tokenized distributions."""
+
+    tokenizer: Tokenizer
+    recipe: dict[str, str | int]
+    """What the tokenizer was made by."""
+    corpora: dict[str, TokenizedCorpus]
+    """Distributions whose text is there."""
+    records: dict[str, TextRecord]
+    """What every distribution's text is or was."""
+    heldout: dict[str, TokenShard]
+    """What can be measured on: held-out text that is there or was kept."""
+    heldout_documents: dict[str, list[Document]]
+    """The same as text."""
+    gone: dict[str, LifelongError]
+    """Why the other distributions' text is not there."""
+
+    @property
+    def identity(self) -> DataIdentity:
+        """What plans and stage keys say of it."""
+        tokenizer = self.tokenizer
+        return DataIdentity(
+            {name: record.train_hash for name, record in self.records.items()},
+            TokenizerIdentity(dict(self.recipe), tokenizer.hash),
+            tokenizer.vocab_size,
+            tokenizer.bos_id,
+        )
+
+    def at_hand(self, name: str) -> TokenShard:
+        """Training text; held-out text where that is gone."""
+        return self.corpora[name].train if name in self.corpora else self.heldout[name]
+
+
+def prepare_data(
+    sources: Mapping[str, SourceConfig],
+    tokenizer: TokenizerConfig,
+    trained: list[str],
+    context: int,
+    cache: Path,
+    remembered: Remembered | None = None,
+) -> PreparedData:
+    """Read, check and tokenize every distribution; what is in the cache already is only verified.
+
+    Args:
+        sources: Distributions by name, those of the stages and those only evaluated.
+        tokenizer: How text becomes tokens.
+        trained: Distributions that the stages train on, in order; the tokenizer is trained on the first one's text.
+        context: Tokens in a training block; text that is trained on must fill at least one.
+        cache: Directory for extracted text, tokenizers and tokens.
+        remembered: In place of text that is gone.
+
+    Raises:
+        DataError: If documents cannot be read or are too few, or a training document is held out elsewhere.
+    """
+    remembered = remembered or Remembered()
+    # A person's own files first: a mistake in them is then found before the cache is written.
+    given = _given_tokenizer(tokenizer, remembered)
+    texts, splits = _read_all(sources, trained, cache, remembered)
+    text = {name: texts.corpora[name] for name in trained if name in texts.corpora and not sources[name].answer_field}
+    check = partial(_require_blocks, text, context)
+    if given is None and trained[0] in texts.gone:
+        given = _stored_tokenizer(remembered, texts.gone[trained[0]])
+    if given is not None:
+        check(given)
+    # The tokenizer is fixed for good, so it must not depend on what any distribution will ever hold out.
+    made = given or trained_tokenizer(tokenizer, splits[trained[0]], cache, check)
+    tokens = {name: tokenize_corpus(corpus, made, cache) for name, corpus in texts.corpora.items()}
+    records = {
+        name: TextRecord.of(texts.corpora[name], tokens[name]) if name in tokens else remembered.records[name]
+        for name in sources
+    }
+    heldout = {
+        name: tokens[name].heldout
+        if name in tokens
+        else open_or_tokenize(documents, records[name].heldout_hash, made, cache)
+        for name, documents in texts.heldout.items()
+    }
+    _warn_if_coarse(records, trained[0])
+    for name, source in sources.items():
+        if source.answer_field is not None and name in tokens:
+            tokens[name] = with_answers(texts.corpora[name], tokens[name], made, context)
+            heldout[name] = tokens[name].heldout
+        elif source.answer_field is not None and name in heldout:
+            heldout[name] = with_heldout_answers(texts.heldout[name], heldout[name], made)
+    return PreparedData(made, recipe(tokenizer), tokens, records, heldout, texts.heldout, texts.gone)
+
+
+def read_texts(
+    sources: Mapping[str, SourceConfig], trained: list[str], cache: Path, remembered: Remembered | None = None
+) -> Texts:
+    """Read the documents of every distribution; arguments and errors as for :func:`prepare_data`."""
+    return _read_all(sources, trained, cache, remembered or Remembered())[0]
+
+
+def _read_all(
+    sources: Mapping[str, SourceConfig], trained: list[str], cache: Path, remembered: Remembered
+) -> tuple[Texts, dict[str, Corpus]]:
+    """All text that there is, and the same as it was split, whatever other distributions hold out."""
+    splits: dict[str, Corpus] = {}
+    gone: dict[str, LifelongError] = {}
+    for name in sorted(sources, key=lambda name: sources[name].builtin is not None):
+        try:
+            splits[name] = read_corpus(name, sources[name], cache)
+        except (ConfigError, DataError, TryAgainError) as error:
+            told = _of_distribution(name, error)
+            if name not in remembered.records or not _is_missing(error):
+                raise told from None
+            gone[name] = told
+    kept = {name: found for name in gone if (found := _kept(name, sources[name], remembered)) is not None}
+    there = {name: splits[name] for name in sources if name in splits}
+    known = {name: corpus.heldout for name, corpus in there.items()} | kept
+    heldout = {name: known[name] for name in sources if name in known}
+    _require_disjoint(heldout, {name: splits[name] for name in trained if name in splits})
+    there = without_near_copies(there, kept)
+    if len(heldout) < len(sources):  # near copies of what is not known any more stay left out
+        there = {name: _as_before(corpus, remembered.records.get(name)) for name, corpus in there.items()}
+    return Texts(there, heldout, gone), splits
+
+
+def _of_distribution(name: str, error: LifelongError) -> LifelongError:
+    return type(error)(f"distributions.{name}: {error}")
+
+
+def _is_missing(error: LifelongError) -> bool:
+    """Whether text is not to be had: deleted, or of a hub that does not answer; what is malformed is a mistake."""
+    return isinstance(error, TryAgainError) or (isinstance(error, DataError) and error.is_missing)
+
+
+def _kept(name: str, source: SourceConfig, remembered: Remembered) -> list[Document] | None:
+    """Held-out documents of a distribution whose text is gone: those that were kept, else those in a file of their own.
+
+    Raises:
+        DataError: If that file holds others than it did.
+    """
+    record = remembered.records[name]
+    if record.kept is not None and remembered.heldout is not None:
+        return remembered.heldout.documents(record.kept)
+    try:
+        documents = heldout_documents(source)
+    except DataError as error:
+        if error.is_missing:
+            return None
+        raise _of_distribution(name, error) from None
+    if documents is None:
+        return None
+    if (found := documents_hash(documents)) != record.heldout_hash:
+        raise DataError(
+            f"distributions.{name}: its held-out text was {record.heldout_hash[:DIGITS]} and is {found[:DIGITS]} "
+            f"(SHA-256). Bring that text back, or remove it."
+        )
+    return documents
+
+
+def _as_before(corpus: Corpus, record: TextRecord | None) -> Corpus:
+    """A corpus without the near copies that were left out of it before, of whatever held-out text they are."""
+    if record is None or record.split_hash != corpus.split_hash:
+        return corpus
+    known = set(record.left_out)
+    train = [document for document in corpus.train if document.hash[:DIGITS] not in known]
+    left_out = [document for document in corpus.train if document.hash[:DIGITS] in known]
+    near_copies = [*corpus.near_copies, *left_out]
+    return replace(corpus, train=train, train_hash=documents_hash(train), near_copies=near_copies)
+
+
+def _given_tokenizer(config: TokenizerConfig, remembered: Remembered) -> Tokenizer | None:
+    """The tokenizer that is named, or that a run was begun with if its file is gone; None if none is named."""
+    if config.file is None:
+        return None
+    if not Path(config.file).exists() and (text := remembered.tokenizer()) is not None:
+        return Tokenizer.from_text(text)
+    return Tokenizer.load(Path(config.file))
+
+
+def _stored_tokenizer(remembered: Remembered, error: LifelongError) -> Tokenizer:
+    if (text := remembered.tokenizer()) is None:
+        raise error  # nothing is committed yet that could have it
+    return Tokenizer.from_text(text)
+
+
+def _require_disjoint(heldout: Mapping[str, list[Document]], trained: Mapping[str, Corpus]) -> None:
+    """Training text of one distribution must not be held out in another."""
+    held_out = {normalized_hash(d.text): name for name, documents in heldout.items() for d in documents}
+    for name, corpus in trained.items():
+        for document in corpus.train:
+            if (other := held_out.get(normalized_hash(document.text))) is not None:
+                raise DataError(
+                    f"distributions.{name}: {document.origin or document.source}: this training document is held out "
+                    f"in {other}; remove it from one of them."
+                )
+
+
+def _require_blocks(corpora: Mapping[str, Corpus], context: int, tokenizer: Tokenizer) -> None:
+    """Each corpus must fill a training block; one of so few bytes that it may not is tokenized to know.
+
+    Clusters and new experts begin from what a stage's text looks like, which next to no text does not show.
+    """
+    for name, corpus in corpora.items():
+        if sum(document.num_bytes for document in corpus.train) > context * tokenizer.longest_token_bytes:
+            continue
+        num_tokens = tokenize_documents(corpus.train, tokenizer).num_tokens
+        if num_tokens < context:
+            raise DataError(
+                f"distributions.{name}: too few tokens: {num_tokens} of training text do not fill one block of "
+                f"model.context={context}."
+            )
+
+
+def _warn_if_coarse(records: Mapping[str, TextRecord], train_on: str) -> None:
+    reference = records[train_on].bytes_per_token
+    for name, record in records.items():
+        found = record.bytes_per_token
+        if found < COARSE * reference:
+            log.warning(
+                "%s has %.2f bytes per token, %s has %.2f: the tokenizer, trained on %s, cuts it finely, so its loss "
+                "per token looks low; compare bits per byte", name, found, train_on, reference, train_on,
+            )  # fmt: skip

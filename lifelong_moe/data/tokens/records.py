@@ -1,0 +1,108 @@
+"""What a run remembers of its text, so that a committed stage needs none of it again.
+
+A record says what a distribution's text was: fingerprints and sizes, no text. Held-out documents, without which nothing
+could be measured on it, are kept apart, in ``heldout/<SHA-256 of the file>.jsonl`` (``text``, ``source``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lifelong_moe.data.text.documents import Corpus, Document
+from lifelong_moe.data.tokens.shards import TokenizedCorpus
+from lifelong_moe.errors import CorruptError
+from lifelong_moe.storage.files import write_atomic
+from lifelong_moe.storage.keys import canonical_json, file_sha256
+
+DIGITS = 16
+"""Of the hash of a document that was left out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextRecord:
+    """A distribution's text, as a run last read it."""
+
+    train_hash: str
+    heldout_hash: str
+    split_hash: str
+    """See :attr:`lifelong_moe.data.text.documents.Corpus.split_hash`."""
+    documents: int
+    tokens: int
+    bytes_per_token: float
+    """These three of the training text."""
+    heldout_documents: int
+    heldout_tokens: int
+    duplicates: int
+    left_out: tuple[str, ...] = ()
+    """First digits of the hash of each training document left out as a near copy of held-out text."""
+    kept: str | None = None
+    """Address of its held-out documents in the :class:`HeldoutStore`; None if they are not kept."""
+
+    @classmethod
+    def of(cls, corpus: Corpus, tokens: TokenizedCorpus) -> TextRecord:
+        """What is to be remembered of text that is there; nothing of it is kept yet."""
+        return cls(
+            train_hash=corpus.train_hash,
+            heldout_hash=corpus.heldout_hash,
+            split_hash=corpus.split_hash,
+            documents=tokens.train.num_documents,
+            tokens=tokens.train.num_tokens,
+            bytes_per_token=tokens.train.bytes_per_token,
+            heldout_documents=tokens.heldout.num_documents,
+            heldout_tokens=tokens.heldout.num_tokens,
+            duplicates=corpus.duplicates,
+            left_out=tuple(document.hash[:DIGITS] for document in corpus.near_copies),
+        )
+
+
+class HeldoutStore:
+    """Held-out documents under ``mlruns/heldout/``, named by their content."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root / "heldout"
+
+    def path(self, address: str) -> Path:
+        """File of a set of documents."""
+        return self.root / f"{address}.jsonl"
+
+    def add(self, documents: Sequence[Document]) -> str:
+        """Keep documents, in the order given; returns their address."""
+        rows = (canonical_json({"text": document.text, "source": document.source}) for document in documents)
+        data = "".join(f"{row}\n" for row in rows).encode("utf-8")
+        path = self.path(address := hashlib.sha256(data).hexdigest())
+        if path.is_file() and file_sha256(path) == address:
+            os.utime(path)  # young again: nothing may refer to it yet
+        else:
+            write_atomic(path, data)
+        return address
+
+    def documents(self, address: str) -> list[Document]:
+        """The documents of an address.
+
+        Raises:
+            CorruptError: If they are missing or damaged.
+        """
+        path = self.path(address)
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            raise CorruptError(f"{path}: missing, but a run refers to it.") from None
+        if (found := hashlib.sha256(data).hexdigest()) != address:
+            raise CorruptError(f"{path}: SHA-256 is {found}.")
+        return [Document(**json.loads(row)) for row in data.decode("utf-8").split("\n")[:-1]]
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """What there is in place of text that is gone. By default nothing: all text must be there."""
+
+    records: Mapping[str, TextRecord] = field(default_factory=dict)
+    """By distribution; only of those whose entry in the configuration is the same as then."""
+    heldout: HeldoutStore | None = None
+    tokenizer: Callable[[], str | None] = lambda: None
+    """Text of the ``tokenizer.json`` of the run's first stage; None if that is not committed."""

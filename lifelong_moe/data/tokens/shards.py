@@ -1,0 +1,214 @@
+"""Tokens on disk: written once per (documents, tokenizer), verified on opening, mapped into memory.
+
+A part (train or held-out) is one directory ``cache/tokens/<documents16>-<tokenizer16>/`` with raw little-endian
+arrays and a manifest of their sizes and hashes. A directory appears by rename, so it is whole or absent.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+
+from lifelong_moe.data.text.documents import Corpus, Document
+from lifelong_moe.data.tokens.tokenizer import Tokenizer
+from lifelong_moe.storage.directories import new_directory, remove_directory
+from lifelong_moe.storage.keys import SHORT, canonical_json, file_sha256
+
+FORMAT_VERSION = 1
+_FILES = ("tokens.bin", "offsets.bin", "text_bytes.bin")
+_BATCH_BYTES = 4 << 20
+"""Text encoded at a time; bounds memory."""
+
+
+@dataclass(frozen=True, eq=False)
+class TokenShard:
+    """Documents as one row of tokens; document ``i`` is ``tokens[offsets[i]:offsets[i + 1]]`` and begins with BOS."""
+
+    tokens: np.ndarray
+    """Token ids ``(num_tokens,)``, uint16 or uint32, mapped from disk and read-only."""
+    offsets: np.ndarray
+    """int64 ``(num_documents + 1,)``."""
+    text_bytes: np.ndarray
+    """UTF-8 bytes of each source text, int64 ``(num_documents,)``; of the answer alone where there is one."""
+    separator: int | None = None
+    """Token between prompt and answer, where only answers count."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens, one BOS per document included."""
+        return len(self.tokens)
+
+    @property
+    def num_documents(self) -> int:
+        """Documents."""
+        return len(self.text_bytes)
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Text bytes per token; BOS does not count, as it stands for no text."""
+        return float(self.text_bytes.sum() / max(1, self.num_tokens - self.num_documents))
+
+    def document(self, index: int) -> np.ndarray:
+        """Return the token ids of one document, BOS first."""
+        if not 0 <= index < self.num_documents:
+            raise IndexError(f"document {index} of {self.num_documents}")
+        return self.tokens[self.offsets[index] : self.offsets[index + 1]]
+
+
+class ShardDocuments(Sequence[np.ndarray]):
+    """The documents of several shards, shard after shard; each is mapped only when it is asked for."""
+
+    def __init__(self, shards: Sequence[TokenShard]) -> None:
+        self.shards = shards
+        self.ends = list(itertools.accumulate(shard.num_documents for shard in shards))
+
+    def __len__(self) -> int:
+        return self.ends[-1] if self.ends else 0
+
+    @overload
+    def __getitem__(self, index: int) -> np.ndarray: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[np.ndarray]: ...
+    def __getitem__(self, index: int | slice) -> np.ndarray | list[np.ndarray]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(f"document {index} of {len(self)}")
+        which = bisect.bisect_right(self.ends, index)
+        return self.shards[which].document(index - (self.ends[which - 1] if which else 0))
+
+
+@dataclass(frozen=True, eq=False)
+class TokenizedCorpus:
+    """A distribution as tokens, with the hashes that name it."""
+
+    name: str
+    train: TokenShard
+    heldout: TokenShard
+    train_hash: str
+    heldout_hash: str
+    tokenizer_hash: str
+    duplicates: int = 0
+    """Documents left out because they repeat others."""
+    near_copies: int = 0
+    """Documents left out of training because they are near copies of held-out text."""
+    split_hash: str = ""
+    """See :attr:`lifelong_moe.data.text.documents.Corpus.split_hash`."""
+
+
+def tokenize_corpus(corpus: Corpus, tokenizer: Tokenizer, cache: Path) -> TokenizedCorpus:
+    """Tokenize both parts of a corpus, or open what was tokenized before.
+
+    Args:
+        corpus: Documents in canonical order.
+        tokenizer: Also decides the width of a token on disk: 2 bytes up to 65,536 entries, else 4.
+        cache: ``cache/tokens/`` holds the arrays. A damaged part is made again, the other one left alone.
+    """
+    shards = [
+        open_or_tokenize(documents, key, tokenizer, cache)
+        for documents, key in ((corpus.train, corpus.train_hash), (corpus.heldout, corpus.heldout_hash))
+    ]
+    hashes = corpus.train_hash, corpus.heldout_hash, tokenizer.hash
+    counts = corpus.duplicates, len(corpus.near_copies)
+    return TokenizedCorpus(corpus.name, shards[0], shards[1], *hashes, *counts, corpus.split_hash)
+
+
+def tokenize_documents(documents: Sequence[Document], tokenizer: Tokenizer) -> TokenShard:
+    """Tokenize in memory, in the order given; for text that is measured once and not kept."""
+    dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
+    rows = [
+        np.array([tokenizer.bos_id, *ids], dtype=dtype)
+        for batch in _batches(documents)
+        for ids in tokenizer.encode_batch([document.text for document in batch])
+    ]
+    offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
+    text_bytes = np.array([document.num_bytes for document in documents], dtype=np.int64)
+    return TokenShard(tokens=np.concatenate(rows), offsets=offsets, text_bytes=text_bytes)
+
+
+def open_or_tokenize(documents: Sequence[Document], key: str, tokenizer: Tokenizer, cache: Path) -> TokenShard:
+    """Tokenize one part of a corpus, or open what was tokenized before; ``key`` is the hash of its documents."""
+    directory = cache / "tokens" / f"{key[:SHORT]}-{tokenizer.hash[:SHORT]}"
+    shard = _open(directory)
+    if shard is None:
+        _build(documents, directory, tokenizer)
+        shard = _open(directory)
+        if shard is None:
+            raise OSError(f"{directory}: what was written a moment ago does not verify")
+    with suppress(OSError):  # another user's cache
+        os.utime(directory / "manifest.json")  # garbage is what nobody has opened for long
+    return shard
+
+
+def _open(directory: Path) -> TokenShard | None:
+    """Map a part into memory if its manifest verifies."""
+    manifest = _read_manifest(directory)
+    if manifest is None:
+        return None
+    for name in _FILES:
+        path, entry = directory / name, manifest["files"][name]
+        if not path.is_file() or path.stat().st_size != entry["size"] or file_sha256(path) != entry["sha256"]:
+            return None
+    return TokenShard(
+        tokens=np.memmap(directory / "tokens.bin", dtype=manifest["dtype"], mode="r"),
+        offsets=np.fromfile(directory / "offsets.bin", dtype="<i8"),
+        text_bytes=np.fromfile(directory / "text_bytes.bin", dtype="<i8"),
+    )
+
+
+def _read_manifest(directory: Path) -> dict[str, Any] | None:
+    try:
+        manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
+        if manifest["version"] != FORMAT_VERSION or manifest["dtype"] not in ("<u2", "<u4"):
+            return None
+        if any(set(manifest["files"][name]) != {"size", "sha256"} for name in _FILES):
+            return None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return dict(manifest)
+
+
+def _build(documents: Sequence[Document], directory: Path, tokenizer: Tokenizer) -> None:
+    with new_directory(directory) as work:
+        dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
+        _write_arrays(documents, work, tokenizer, dtype)
+        files = {name: {"size": (work / name).stat().st_size, "sha256": file_sha256(work / name)} for name in _FILES}
+        manifest = canonical_json({"version": FORMAT_VERSION, "dtype": dtype, "files": files})
+        (work / "manifest.json").write_text(manifest, encoding="utf-8")
+        if directory.exists() and _open(directory) is None:
+            remove_directory(directory)  # damaged; what is whole there by now another process has written
+
+
+def _write_arrays(documents: Sequence[Document], work: Path, tokenizer: Tokenizer, dtype: str) -> None:
+    lengths: list[int] = []
+    text_bytes: list[int] = []
+    with (work / "tokens.bin").open("wb") as stream:
+        for batch in _batches(documents):
+            for ids in tokenizer.encode_batch([document.text for document in batch]):
+                stream.write(np.array([tokenizer.bos_id, *ids], dtype=dtype).tobytes())  # tofile's errors say no reason
+                lengths.append(len(ids) + 1)
+            text_bytes += [document.num_bytes for document in batch]
+    (work / "offsets.bin").write_bytes(np.array([0, *itertools.accumulate(lengths)], dtype="<i8").tobytes())
+    (work / "text_bytes.bin").write_bytes(np.array(text_bytes, dtype="<i8").tobytes())
+
+
+def _batches(documents: Sequence[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += document.num_bytes
+        if size >= _BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch

@@ -1,0 +1,234 @@
+"""Byte-level BPE with one special token, trained once and then fixed for good."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lifelong_moe.config.data import MAX_VOCAB_SIZE, TokenizerConfig
+from lifelong_moe.data.text.documents import Corpus
+from lifelong_moe.data.text.streams import MAX_TEXT_FILE_BYTES, decode, open_bytes, refuse_pickled
+from lifelong_moe.errors import ConfigError, DataError
+from lifelong_moe.storage.files import write_atomic
+from lifelong_moe.storage.keys import SHORT, canonical_json, content_key, text_sha256
+
+if TYPE_CHECKING:
+    import tokenizers
+
+BOS = "<|bos|>"
+"""Begins every document and so separates them; the only special token, id 0."""
+KNOWN_BOS = (BOS, "<s>", "<|begin_of_text|>", "<|startoftext|>", "<|endoftext|>", "[BOS]", "<bos>")
+"""What a given tokenizer may call its document separator, in order of preference."""
+RECIPE_VERSION = 1
+"""Raised whenever the same text would yield another tokenizer."""
+
+
+_PROBE = "A tokenizer must give back {every: character};\n\tgrüße, naïve, 漢字, λx.x+1, 🙂 0123456789!"
+"""What a given tokenizer is asked to encode and decode without loss."""
+
+
+class Tokenizer:
+    """Text to token ids and back. Immutable; two with equal ``hash`` are equal."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, text: str | None = None) -> None:
+        """Wrap a ``tokenizers.Tokenizer``.
+
+        Args:
+            backend: The tokenizer.
+            text: The ``tokenizer.json`` that it was read from, if any. The hash is of this text and not of how the
+                installed version of ``tokenizers`` would write it, so an upgrade changes no stage key.
+
+        Raises:
+            ConfigError: It has no special token that can begin a document, or text could forge that token.
+        """
+        self._text = canonical_json(json.loads(backend.to_str() if text is None else text))
+        self._hash = text_sha256(self._text)
+        # A special token's name within a text is text like any other; only we place the real one.
+        backend.encode_special_tokens = True
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        vocabulary = backend.get_vocab(with_added_tokens=True)
+        self._vocab_size = max(vocabulary.values()) + 1
+        self._longest_token_bytes = max(len(token.encode("utf-8")) for token in vocabulary)
+        if self._vocab_size > MAX_VOCAB_SIZE:
+            raise ConfigError(f"tokenizer: token ids reach {self._vocab_size - 1}; at most {MAX_VOCAB_SIZE:,} entries.")
+        self._bos_id = self._find_bos()
+
+    def _find_bos(self) -> int:
+        added = self._backend.get_added_tokens_decoder().items()
+        special = {token.content: index for index, token in added if token.special}
+        for name in KNOWN_BOS:
+            if name not in special:
+                continue
+            if special[name] in self._backend.encode(name, add_special_tokens=False).ids:
+                raise ConfigError(f"tokenizer: the text {name} encodes as the special token {name}; it must not.")
+            return special[name]
+        raise ConfigError(
+            f"tokenizer: no special token that can begin a document; needs one of {', '.join(KNOWN_BOS)}, "
+            f"has {', '.join(sorted(special)[:8]) or 'none'}."
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        """Largest token id + 1, special tokens included."""
+        return self._vocab_size
+
+    @property
+    def longest_token_bytes(self) -> int:
+        """No token stands for more UTF-8 bytes of text."""
+        return self._longest_token_bytes
+
+    @property
+    def bos_id(self) -> int:
+        """Id of the token that begins every document."""
+        return self._bos_id
+
+    @property
+    def text(self) -> str:
+        """Its ``tokenizer.json``."""
+        return self._text
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of the canonical JSON text, which is also what ``save`` writes."""
+        return self._hash
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Encode texts without adding any special token; special-token strings in them are plain text."""
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def encode(self, text: str) -> list[int]:
+        """Encode one text; see ``encode_batch``."""
+        return self.encode_batch([text])[0]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of token ids, leaving out document separators."""
+        kept = [int(index) for index in ids if int(index) != self._bos_id]
+        return str(self._backend.decode(kept, skip_special_tokens=False))
+
+    def name(self, token_id: int) -> str:
+        """Return a token's text; BOS, which stands for no text, by its name."""
+        return BOS if token_id == self._bos_id else self.decode([token_id])
+
+    def save(self, path: Path) -> None:
+        """Write ``tokenizer.json`` atomically; ``tokenizers`` and transformers read it."""
+        write_atomic(Path(path), self._text)
+
+    @classmethod
+    def load(cls, path: Path) -> Tokenizer:
+        """Read a ``tokenizer.json``, ours or a given one.
+
+        Raises:
+            ConfigError: The file is missing, is no tokenizer, loses text, or has no token that can begin a document.
+        """
+        try:
+            text = _read_text(Path(path))
+        except DataError as error:
+            raise ConfigError(f"tokenizer.file={error}") from error
+        try:
+            tokenizer = cls.from_text(text)
+        except ConfigError as error:
+            raise ConfigError(f"tokenizer.file={path}: {error}") from error
+        decoded = tokenizer.decode(tokenizer.encode(_PROBE))
+        if decoded.strip() != _PROBE:  # some put a space before the text, which costs nothing
+            raise ConfigError(
+                f"tokenizer.file={path}: loses text ({_PROBE!r} comes back as {decoded!r}), so bits per byte would "
+                f"mean nothing; it needs a byte-level alphabet or byte fallback."
+            )
+        return tokenizer
+
+    @classmethod
+    def from_text(cls, text: str) -> Tokenizer:
+        """Build a tokenizer from the text of a ``tokenizer.json``.
+
+        Raises:
+            ConfigError: The text is no tokenizer, or has no token that can begin a document.
+        """
+        import tokenizers
+
+        try:
+            backend = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # tokenizers raises bare Exception for whatever is wrong with the text
+            raise ConfigError(f"not a tokenizer.json: {' '.join(str(error).split())}.") from error
+        return cls(backend, text)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Tokenizer.from_text, (self._text,))
+
+
+def _read_text(path: Path) -> str:
+    """Read a text file of bounded size; a DataError says what else it is."""
+    refuse_pickled(path)
+    with open_bytes(path) as stream:
+        data = stream.read(MAX_TEXT_FILE_BYTES + 1)
+    if len(data) > MAX_TEXT_FILE_BYTES:
+        raise DataError(f"{path}: over {MAX_TEXT_FILE_BYTES >> 20} MiB; no tokenizer is as large.")
+    return decode(data, str(path))
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Train byte-level BPE: the same texts in the same order give the same bytes, for any number of threads.
+
+    Args:
+        texts: Training texts.
+        vocab_size: Entries wanted, ``<|bos|>`` and the 256 bytes included. A tiny corpus yields fewer.
+
+    Returns:
+        A tokenizer that decodes what it encoded to the byte.
+    """
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[BOS],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return Tokenizer(backend)
+
+
+def recipe(config: TokenizerConfig) -> dict[str, str | int]:
+    """Return what a stage key includes of how the tokenizer came about; its hash says the rest."""
+    if config.file is not None:
+        return {"kind": "file"}
+    return {"kind": "byte_level_bpe", "vocab_size": config.vocab_size, "version": RECIPE_VERSION}
+
+
+def trained_tokenizer(
+    config: TokenizerConfig, corpus: Corpus, cache: Path, check: Callable[[Tokenizer], None] = lambda _: None
+) -> Tokenizer:
+    """Train a tokenizer on ``corpus.train``, once per recipe and training text.
+
+    Args:
+        config: Recipe.
+        corpus: The first stage's documents; the held-out ones are not looked at.
+        cache: ``cache/tokenizers/<key>.json`` holds what was trained. A damaged file is trained again.
+        check: Raises if the tokenizer does not do; called before anything is written.
+    """
+    key = content_key({"recipe": recipe(config), "train_hash": corpus.train_hash})[:SHORT]
+    path = cache / "tokenizers" / f"{key}.json"
+    found = _cached(path)
+    tokenizer = found or train_tokenizer((document.text for document in corpus.train), config.vocab_size)
+    check(tokenizer)
+    if found is None:
+        tokenizer.save(path)
+        write_atomic(path.with_suffix(".sha256"), tokenizer.hash)
+    return tokenizer
+
+
+def _cached(path: Path) -> Tokenizer | None:
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.with_suffix(".sha256").read_text(encoding="ascii") == text_sha256(text):
+            return Tokenizer.from_text(text)
+    except (FileNotFoundError, UnicodeDecodeError):
+        pass
+    return None

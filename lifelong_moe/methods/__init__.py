@@ -1,1 +1,0 @@
-"""RunConfig to a graph of stage specifications."""

@@ -1,0 +1,115 @@
+"""When to grow, and how, from a plan and its data; and what a configuration asks for in vain. Pure.
+
+The rules are what docs/results.md found on models of 0.2 to 2.3 million parameters: a reading of few measurements, and
+no law. Two quantities decide:
+
+- *Tokens per parameter*: training tokens of all stages over the parameters that the first stage begins with. Where
+  they are few, capacity does not bind, and more experts earn next to nothing.
+- *Divergence*: how many nats a token of new text speaks against the old text's token frequencies. FAISS can tell the
+  two apart once a text's tokens add up to more than ``routing.margin``; bundles then keep old text exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from lifelong_moe.config.retention import DistillText, PenaltyKind
+from lifelong_moe.config.run import Method, RunConfig, StageConfig
+from lifelong_moe.plan.methods import RECIPES, Recipe, earlier_distributions
+from lifelong_moe.plan.planned import PlannedStage
+from lifelong_moe.plan.stages import chain
+
+FEW_TOKENS, MANY_TOKENS = 1.0, 10.0
+"""Tokens per parameter: capacity did not bind at 0.35 and did at 14; between these bounds nothing was measured."""
+CLOSE = 0.1
+"""Nats a token below which two distributions count as the same kind of text."""
+
+
+def growth_advice(planned: list[PlannedStage], divergence: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Sentences for a person who decides whether to grow.
+
+    Args:
+        planned: The run's stages.
+        divergence: For each later stage's distribution, nats per token against each earlier one.
+
+    Returns:
+        One sentence on capacity and one a later stage on its text; none for a single stage.
+    """
+    stages = chain(planned)
+    if len(stages) < 2:
+        return []
+    ratio = sum(stage.tokens for stage in stages) / stages[0].parameters.total
+    return [_capacity(ratio)] + [
+        _shift(stage, divergence[stage.spec.data]) for stage in stages[1:] if divergence.get(stage.spec.data)
+    ]
+
+
+def leaking(config: RunConfig) -> list[str]:
+    """A warning where later tokens change earlier ones; empty where they do not."""
+    if not config.routing.leaks:
+        return []
+    when = "in training; evaluation is not touched" if config.routing.mode == "base" else "also in evaluation"
+    return [f"{config.routing.leaks} lets later tokens change earlier ones, {when}: losses say nothing of generation."]
+
+
+def nothing_to_hold(config: RunConfig) -> list[str]:
+    """Sentences on stages that ask to hold on to earlier text where there is none but their own distribution's.
+
+    Args:
+        config: The run; only what its method takes of a stage counts as asked for.
+
+    Returns:
+        One sentence a stage, from the second on; mostly none.
+    """
+    if config.method == Method.joint:
+        return []
+    recipe, found = RECIPES[config.method], []
+    for i, stage in enumerate(config.stages[1:], start=1):
+        if (asked := _asked(recipe, stage)) and not earlier_distributions(config, i):
+            found.append(
+                f"stages[{i}] ({stage.name}): {', '.join(asked)}: off, because no earlier stage learned anything but "
+                f"{stage.data}."
+            )
+    return found
+
+
+def _asked(recipe: Recipe, stage: StageConfig) -> list[str]:
+    """What a stage wants that needs the text of other distributions."""
+    replays = recipe.replay and stage.replay.fraction > 0
+    on_replay = (recipe.distill_text or stage.distill.text) == DistillText.replay
+    ewc = (recipe.penalty_kind or stage.penalty.kind) == PenaltyKind.ewc
+    factor = replace(stage.penalty, kind=PenaltyKind.ewc).factor
+    wanted = {
+        "replay": replays,
+        "distillation on replayed text": replays and recipe.distill and on_replay and stage.distill.weight > 0,
+        "EWC": recipe.penalty and ewc and factor > 0,
+        "review": recipe.review and stage.review.fraction > 0,
+    }
+    return [name for name, asked in wanted.items() if asked]
+
+
+def _capacity(ratio: float) -> str:
+    seen = f"{ratio:.2g} training tokens a parameter of the first stage"
+    if ratio < FEW_TOKENS:
+        return (
+            f"{seen}: capacity will hardly bind. More experts earn little; grow to keep old text (routing.bundles), "
+            f"or keep all experts trainable (grow.experts=0) with replay and distillation."
+        )
+    if ratio > MANY_TOKENS:
+        return f"{seen}: capacity binds. Begin with more experts (model.experts) if you can, or grow."
+    return f"{seen}: whether capacity binds was not measured there; compare grow.experts=0 with a larger model.experts."
+
+
+def _shift(stage: PlannedStage, against: Mapping[str, float]) -> str:
+    nearest = min(against, key=lambda name: against[name])
+    nats, margin = against[nearest], stage.spec.routing.margin
+    if nats < CLOSE:
+        return (
+            f"{stage.spec.name}: {nats:.2f} nats a token from {nearest}, the same kind of text: train on "
+            f"(grow.experts=0); a bundle of its own could not be told apart."
+        )
+    return (
+        f"{stage.spec.name}: {nats:.2f} nats a token from {nearest}: told apart after about "
+        f"{max(1, round(margin / nats)):,} tokens (routing.margin={margin:g}), so bundles can keep old text as it is."
+    )

@@ -1,0 +1,214 @@
+"""RunConfig to the stages that a method trains. Pure.
+
+A method says which of a stage's sections it takes from the configuration; the rest stays off.
+
+================  =====  =====  =======  ======  =======  ======  ==============================================
+method            grow   trunk  distill  replay  penalty  review  stages
+================  =====  =====  =======  ======  =======  ======  ==============================================
+``lifelong``      yes    yes    yes      yes     yes      yes     a chain
+``sequential``    –      full   –        –       –        –       a chain
+``static_moe``    –      full   –        –       –        –       a chain that begins with all experts there will be
+``replay``        –      full   –        yes     –        –       a chain
+``l2``            –      full   –        –       L2       –       a chain
+``ewc``           –      full   –        –       EWC      –       a chain
+``lwf``           –      full   on new   –       –        –       a chain
+``joint``         –      full   –        –       –        –       one, with all experts, on all text at once
+``unrestrained``  –      full   –        –       –        –       ``sequential``'s chain, each also from scratch
+================  =====  =====  =======  ======  =======  ======  ==============================================
+
+The first stage has nothing to grow from, to hold on to or to replay, so it is the same stage under every method that
+begins with the same experts.
+
+Source:
+    ``lwf``: Learning without Forgetting (arXiv:1606.09282), on the new text, with one head. ``ewc``: see
+    :mod:`lifelong_moe.retention.penalty`. ``lifelong`` with ``replay.fraction=0``, ``distill.text=new`` and
+    ``distill.weight=1`` is Lifelong-MoE (arXiv:2305.12281).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from math import gcd
+from typing import Any
+
+from lifelong_moe.config.names import SCRATCH
+from lifelong_moe.config.retention import DistillText, PenaltyKind, ReplayConfig, ReplaySource
+from lifelong_moe.config.rules import require_consistent
+from lifelong_moe.config.run import Method, RunConfig, StageConfig, StageKind
+from lifelong_moe.plan.spec import StageSpec
+
+MOST_TURNS = 1000
+"""Turns in a round of the joint stage's distributions; whatever shares would need more are rounded."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Which sections of a stage a method takes from the configuration."""
+
+    grow: bool = False
+    trunk: bool = False
+    distill: bool = False
+    distill_text: DistillText | None = None
+    """Text to distil on whatever the configuration says."""
+    replay: bool = False
+    penalty: bool = False
+    penalty_kind: PenaltyKind | None = None
+    """Kind of the penalty whatever the configuration says."""
+    review: bool = False
+    all_experts: bool = False
+    """Begin with all experts that the stages would add."""
+
+
+RECIPES = {
+    Method.lifelong: Recipe(grow=True, trunk=True, distill=True, replay=True, penalty=True, review=True),
+    Method.sequential: Recipe(),
+    Method.static_moe: Recipe(all_experts=True),
+    Method.replay: Recipe(replay=True),
+    Method.l2: Recipe(penalty=True, penalty_kind=PenaltyKind.l2),
+    Method.ewc: Recipe(penalty=True, penalty_kind=PenaltyKind.ewc),
+    Method.lwf: Recipe(distill=True, distill_text=DistillText.new),
+    Method.joint: Recipe(all_experts=True),
+    Method.unrestrained: Recipe(),
+}
+
+
+def stage_specs(config: RunConfig, gone: Collection[str] = ()) -> list[StageSpec]:
+    """The run's stages in order of training; each names its parent by index.
+
+    The last one is the end of the run. Stages without a parent after the first are from scratch, beside the chain. A
+    stage appended to the stream comes after all that there were.
+
+    Args:
+        config: The run.
+        gone: Distributions whose text is not there any more, so that none of it is replayed or measured on. This is for
+            the stage that comes next; those before it were trained when it was there.
+    """
+    recipe = RECIPES[config.method]
+    if recipe.all_experts:
+        config = with_all_experts(config)
+    _require_groups(config, recipe)
+    if config.method == Method.joint:
+        return [_joint(config)]
+    chain = [_spec(config, recipe, i, stage, gone) for i, stage in enumerate(config.stages)]
+    return _with_scratch(chain) if config.method == Method.unrestrained else chain
+
+
+def _require_groups(config: RunConfig, recipe: Recipe) -> None:
+    """Each generation's experts form the groups that routing asks for."""
+    for num in sorted(set(config.model.experts_by_layer) - {0}):
+        config.routing.require_groups(num, "model.experts", is_first=True)
+    for i, stage in enumerate(config.stages):
+        if _grows(recipe, i, stage):
+            key = f"stages[{i}].grow.experts"
+            config.routing.require_groups(stage.grow.experts, key, is_first=False)
+
+
+def with_all_experts(config: RunConfig) -> RunConfig:
+    """The same run, whose first stage begins with all experts that later stages would add to a layer."""
+    added, first = sum(stage.grow.experts for stage in config.stages[1:]), config.model.experts
+    experts = [number + added for number in first] if isinstance(first, list) else first + added
+    whole = dataclasses.replace(config, model=replace(config.model, experts=experts))
+    require_consistent(whole)
+    return whole
+
+
+def earlier_distributions(config: RunConfig, i: int) -> tuple[str, ...]:
+    """What stage ``i`` could forget: distributions of the stages before it, without its own."""
+    return tuple(dict.fromkeys(s.data for s in config.stages[:i] if s.data != config.stages[i].data))
+
+
+def _spec(config: RunConfig, recipe: Recipe, i: int, stage: StageConfig, gone: Collection[str] = ()) -> StageSpec:
+    later = i > 0
+    earlier = earlier_distributions(config, i)
+    if stage.replay.source == ReplaySource.stored:
+        earlier = tuple(name for name in earlier if name not in gone)
+    reviews = later and recipe.review and stage.review.fraction > 0 and bool(earlier)
+    replays = later and recipe.replay and stage.replay.fraction > 0 and bool(earlier)
+    replayed = earlier if replays or reviews else ()
+    distill = replace(stage.distill, text=recipe.distill_text or stage.distill.text)
+    distils = later and recipe.distill and distill.weight > 0 and (replays or distill.text == DistillText.new)
+    penalty = replace(stage.penalty, kind=recipe.penalty_kind or stage.penalty.kind)
+    measures = penalty.kind == PenaltyKind.ewc
+    holds = penalty.kind != PenaltyKind.none and penalty.factor > 0 and (bool(earlier) or not measures)
+    penalizes = later and recipe.penalty and holds
+    grows = _grows(recipe, i, stage)
+    grown = any(_grows(recipe, j, earlier) for j, earlier in enumerate(config.stages[: i + 1]))
+    fisher_data = earlier if penalizes and measures and stage.replay.source == ReplaySource.stored else ()
+    uses_old_text = bool(replayed) or (penalizes and measures)
+    assert stage.name is not None
+    return StageSpec(
+        name=stage.name,
+        data=stage.data,
+        parent=i - 1 if later else None,
+        replayed=replayed,
+        replay_weights=(1,) * len(replayed),
+        replay=ReplayConfig(
+            fraction=stage.replay.fraction if replays else 0.0,
+            source=stage.replay.source if uses_old_text else ReplaySource.stored,
+            buffer_tokens=stage.replay.buffer_tokens if replayed or fisher_data else None,
+        ),
+        fisher_data=fisher_data,
+        tokens=stage.tokens,
+        grow=stage.grow if grows else None,
+        continues=stage.continues if later and recipe.grow else None,
+        trunk=stage.trunk if later and recipe.trunk else None,
+        distill=distill if distils else None,
+        penalty=penalty if penalizes else None,
+        review=stage.review if reviews else None,
+        **_common(config, stage, grown),
+    ).effective()
+
+
+def _grows(recipe: Recipe, i: int, stage: StageConfig) -> bool:
+    """Whether the ``i``-th stage adds experts."""
+    trains_old = stage.continues is not None or stage.kind == StageKind.finetune or stage.distill.student is not None
+    return i > 0 and recipe.grow and bool(stage.grow.experts) and not trains_old
+
+
+def _common(config: RunConfig, stage: StageConfig, grown: bool) -> dict[str, Any]:
+    return {
+        "optim": stage.optim,
+        "finetune": stage.finetune if stage.kind == StageKind.finetune else None,
+        "model": config.model,
+        "routing": config.routing.effective(grown=grown),
+        "seed": config.seed,
+        "precision": config.trainer.precision,
+        "gradient_clip": float(config.trainer.gradient_clip),
+        "accumulate": config.trainer.accumulate_grad_batches,
+        "processes": config.trainer.processes,
+    }
+
+
+def _first(config: RunConfig, stage: StageConfig, name: str) -> StageSpec:
+    """A stage that begins from random weights."""
+    return replace(_spec(config, Recipe(), 0, stage), name=name)
+
+
+def _joint(config: RunConfig) -> StageSpec:
+    """One stage on all distributions, each with the tokens that its stages have."""
+    tokens: dict[str, int] = {}
+    for stage in config.stages:
+        tokens[stage.data] = tokens.get(stage.data, 0) + stage.tokens
+    first, *others = tokens
+    total, shared = sum(tokens.values()), [tokens[name] for name in others]
+    unit = max(gcd(*shared), -(-sum(shared) // MOST_TURNS)) or 1
+    return replace(
+        _first(config, config.stages[0], "joint"),
+        replayed=tuple(others),
+        replay_weights=tuple(max(1, round(count / unit)) for count in shared),
+        replay=ReplayConfig(fraction=1 - tokens[first] / total if others else 0.0),
+        tokens=total,
+    )
+
+
+def _with_scratch(chain: list[StageSpec]) -> list[StageSpec]:
+    """Each later stage's distribution from scratch as well, right before it."""
+    first, *later = chain
+    stages, newest = [first], 0
+    for stage in later:
+        scratch = replace(stage, name=f"{stage.name}{SCRATCH}", parent=None).effective()
+        stages += [scratch, replace(stage, parent=newest)]
+        newest = len(stages) - 1
+    return stages

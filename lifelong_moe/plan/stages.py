@@ -1,0 +1,76 @@
+"""What a run would train and what it would cost, before anything is trained. Torch-free until a stage is opened."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from lifelong_moe.config.routing.shared import TextClusterConfig
+from lifelong_moe.config.run import RunConfig
+from lifelong_moe.data.tokens.identity import DataIdentity
+from lifelong_moe.errors import ConfigError
+from lifelong_moe.plan.architecture import Architecture
+from lifelong_moe.plan.disk import DiskNeed, disk_need
+from lifelong_moe.plan.methods import stage_specs
+from lifelong_moe.plan.planned import PlannedStage
+
+
+def plan_stages(config: RunConfig, data: DataIdentity) -> list[PlannedStage]:
+    """Resolve all stages of a run on its data."""
+    planned: list[PlannedStage] = []
+    for index, spec in enumerate(stage_specs(config)):
+        parent = None if spec.parent is None else planned[spec.parent]
+        depth = parent.depth + 1 if parent else 0
+        before = (parent.key, parent.architecture) if parent else None
+        planned.append(PlannedStage.of(spec, index, depth, before, data))
+    return planned
+
+
+def plan_next(
+    config: RunConfig, parent_key: str, parent: Architecture, data: DataIdentity, gone: Collection[str] = ()
+) -> PlannedStage:
+    """Resolve the run's last stage alone, as the one that comes after a committed stage.
+
+    Args:
+        config: The run, the new stage its last; a chain.
+        parent_key: Of the stage that it continues.
+        parent: That stage's architecture, whatever made it.
+        data: What the run reads.
+        gone: Distributions whose training text is not there any more: of those nothing is replayed.
+    """
+    spec, index = stage_specs(config, gone)[-1], len(config.stages) - 1
+    return PlannedStage.of(spec, index, index, (parent_key, parent), data)
+
+
+def chain(planned: list[PlannedStage]) -> list[PlannedStage]:
+    """The run's own stages in order, without those beside them."""
+    return [stage for stage in planned if not stage.beside]
+
+
+def stage_need(planned: PlannedStage, config: RunConfig) -> DiskNeed:
+    """What a stage of a run writes at most."""
+    return disk_need(planned.spec, planned.trainable, config.checkpoint, config.trainer)
+
+
+def check_clusters(planned: list[PlannedStage], documents: Mapping[str, int]) -> None:
+    """Every document cluster needs a document.
+
+    Args:
+        planned: The run's stages.
+        documents: Training documents of each distribution.
+
+    Raises:
+        ConfigError: Naming the first stage with more clusters than documents.
+    """
+    for stage in planned:
+        routing = stage.spec.routing
+        fits = stage.spec.parent is None or stage.spec.grow
+        if not isinstance(routing, TextClusterConfig) or not routing.by_document or not fits:
+            continue
+        clusters = routing.clusters_of(stage.architecture.generations[-1].experts)
+        # With bundles the first stage's centroids are fitted for the first stage that grows.
+        for one in (stage, planned[0]) if routing.has_bundles else (stage,):
+            if clusters > documents[one.spec.data]:
+                raise ConfigError(
+                    f"stages[{one.index}]: {clusters} document clusters need as many training documents; "
+                    f"{one.spec.data} has {documents[one.spec.data]}. Set routing.clusters lower."
+                )

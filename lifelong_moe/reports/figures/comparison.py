@@ -1,0 +1,272 @@
+"""Figures of a comparison for a person to look at, from the data of ``comparison.json``; pyplot is never touched.
+
+Values are means over the seeds that are committed, bars and bands span the lowest to the highest seed. An arm keeps its
+colour and marker in every figure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lifelong_moe.reports.figures.run import DPI, LOSS_COLOURS, MARKERS, MAX_INCHES, Floats, _heat_map, _ink
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Comparison = Mapping[str, Any]
+Arm = Mapping[str, Any]
+
+LARGEST_DOT = 420.0
+"""Area of the dot of the arm with most FLOPs, in square points; less for many arms."""
+MANY_ARMS = 10
+PANELS_A_ROW = 3
+LABEL_ANGLES = (0, 180, 35, -35, 145, -145, 90, -90, 62, -62, 118, -118)
+LABEL_POINTS = 8
+LABEL_DISTANCES = (3, 10, 20, 34, 52, 74, 104, 140)
+"""Points from the edge of its dot at which a label looks for room."""
+SMALLEST_LEAK = 0.1
+"""The scale of colours reaches at least to here; or else noise would look like a catastrophe."""
+
+
+def comparison_figures(comparison: Comparison) -> dict[str, Figure]:
+    """All figures for which there is something to draw, by file name."""
+    drawn = {"pareto": pareto_figure(comparison), "curves": curves_figure(comparison), "leak": leak_figure(comparison)}
+    return {f"{name}.png": figure for name, figure in drawn.items() if figure is not None}
+
+
+def pareto_figure(comparison: Comparison) -> Figure | None:
+    """Draw forgetting against plasticity; None unless an arm has both.
+
+    Returns:
+        The figure, in nats per token: a dot an arm, its area in proportion to active FLOPs, and a line through the arms
+        that no other one beats in both.
+    """
+    arms = [arm for arm in comparison["arms"] if _mean(arm, "forgetting_max") is not None]
+    arms = [arm for arm in arms if _mean(arm, "plasticity_gap") is not None]
+    if not arms:
+        return None
+    roomy = len(arms) > MANY_ARMS
+    figure, axes = _figure(11.5 if roomy else 8.4, 8.0 if roomy else 6.0)
+    style = _styles(comparison)
+    flops = {arm["name"]: _mean(arm, "active_flops") or 0.0 for arm in arms}
+    most = max(flops.values()) or 1.0
+    points = np.array([[np.mean(_nats(arm, key)) for key in ("forgetting_max", "plasticity_gap")] for arm in arms])
+    largest = min(LARGEST_DOT, MANY_ARMS * LARGEST_DOT / len(arms))
+    areas = [largest * flops[arm["name"]] / most for arm in arms]
+    for arm, (x, y), area in zip(arms, points, areas, strict=True):
+        colour, marker = style[arm["name"]]
+        bars = [_bar(arm, key) for key in ("forgetting_max", "plasticity_gap")]
+        axes.errorbar(x, y, xerr=bars[0], yerr=bars[1], color=colour, linewidth=1, capsize=2, zorder=2)
+        axes.scatter([x], [y], s=area, color=[colour], marker=marker, edgecolor="black", linewidth=0.6, zorder=3)
+    front = points[_front(points)]
+    axes.plot(front[:, 0], front[:, 1], color="black", linewidth=1, linestyle="--", alpha=0.5, zorder=1)
+    axes.set_xlabel("forgetting: the worst old distribution, nats per token above its own loss (lower is better)")
+    axes.set_ylabel("plasticity gap: the worst new distribution,\nnats per token above unrestrained (lower is better)")
+    note = f"dot area: active FLOPs (largest {most:.2g}); dashed: arms that no other beats in both"
+    axes.set_title(f"{comparison['compare']}: forgetting against plasticity\n{note}", fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.margins(0.12)
+    _label(figure, axes, points, np.sqrt(areas) / 2, [arm["name"] for arm in arms])
+    return figure
+
+
+def curves_figure(comparison: Comparison) -> Figure | None:
+    """Draw each distribution's loss over the stages, a line an arm; None before the first run is committed.
+
+    Returns:
+        The figure: a panel a distribution; an arm with a single stage is a horizontal line.
+    """
+    names, arms = comparison["distributions"], [arm for arm in comparison["arms"] if _committed(arm)]
+    if not arms:
+        return None
+    columns = 2 if len(names) == 4 else min(len(names), PANELS_A_ROW)
+    rows = -(-len(names) // columns)
+    height = max(3.5 * rows, 1.0 + 0.17 * len(arms))  # the legend has a line an arm
+    figure, panels = _panels(4.1 * columns + 2.2, height, rows, columns)
+    style, stages = _styles(comparison), max((arm["stages"] for arm in arms), key=len)
+    tilt = 30 if max(map(len, stages)) > 8 else 0
+    for axes, name in zip(panels, names, strict=False):
+        kept = [_curve(axes, arm, name, len(stages), *style[arm["name"]]) for arm in arms]
+        _frame(axes, np.concatenate(kept))
+        axes.set_title(name, fontsize=10)
+        axes.set_xticks(range(len(stages)), stages, rotation=tilt, ha="right" if tilt else "center", fontsize=8)
+        axes.margins(x=0.08)
+        axes.grid(alpha=0.3)
+    for axes in panels[len(names) :]:
+        axes.remove()
+    panels[0].set_ylabel("held-out bits per byte")
+    note = "band: lowest to highest seed; before it is learned, a loss may lie beyond the frame"
+    title = f"{comparison['compare']}: held-out loss after each stage (lower is better)\n{note}"
+    figure.suptitle(title, fontsize=10, x=0.02, ha="left")
+    _legend(figure, [(arm["name"], *style[arm["name"]], len(arm["stages"]) == 1 < len(stages)) for arm in arms])
+    return figure
+
+
+def leak_figure(comparison: Comparison) -> Figure | None:
+    """Draw the router leak by arm and distribution; None before the first run is committed.
+
+    Returns:
+        The figure: a heat map, an arm a row; grey where the arm did not learn the distribution.
+    """
+    names, arms = comparison["distributions"], [arm for arm in comparison["arms"] if _committed(arm)]
+    if not arms:
+        return None
+    leaks = np.full((len(arms), len(names)), np.nan)
+    for (i, arm), (j, name) in product(enumerate(arms), enumerate(names)):
+        known = [run["leak"][name] for run in _committed(arm) if name in run["leak"]]
+        leaks[i, j] = np.mean(known) if known else np.nan
+    longest = max(len(arm["name"]) for arm in arms)
+    figure, axes = _figure(2.6 + 0.075 * longest + 1.2 * len(names), 1.5 + 0.32 * len(arms))
+    image = _heat_map(axes, leaks, LOSS_COLOURS, 0.0, max(SMALLEST_LEAK, float(np.nanmax(leaks, initial=0.0))))
+    for (row, column), value in np.ndenumerate(leaks):
+        text = f"{100 * value:.1f}" if np.isfinite(value) else "–"
+        axes.text(column, row, text, ha="center", va="center", fontsize=8, color=_ink(image, float(value)))
+    axes.set_yticks(range(len(arms)), [arm["name"] for arm in arms], fontsize=9)
+    axes.set_xticks(range(len(names)), names, rotation=30, ha="right", rotation_mode="anchor", fontsize=9)
+    axes.set_title("router leak: % of tokens sent to experts\nborn after their stage", fontsize=10)
+    figure.colorbar(image, ax=axes, shrink=0.8, format=lambda share, _: f"{100 * share:.0f} %")
+    return figure
+
+
+def _curve(axes: Axes, arm: Arm, name: str, stages: int, colour: Any, marker: str) -> Floats:
+    """Draw one arm in one panel; returns what it lost there once it had learned the distribution, over all seeds."""
+    found = [run["curves"][name] for run in _committed(arm) if name in run["curves"]]
+    if not found:
+        return np.empty(0)
+    curves = np.array(found)
+    mean, steps = curves.mean(axis=0), np.arange(curves.shape[1])
+    if len(steps) == 1 < stages:
+        axes.axhline(float(mean[0]), color=colour, linewidth=1.5, linestyle=":")
+        return curves.ravel()
+    axes.plot(steps, mean, color=colour, marker=marker, markersize=4, linewidth=1.3)
+    if len(curves) > 1:
+        axes.fill_between(steps, curves.min(axis=0), curves.max(axis=0), color=colour, alpha=0.15, linewidth=0)
+    return curves[:, arm["learned_after"].get(name, 0) :].ravel()
+
+
+def _frame(axes: Axes, values: Floats) -> None:
+    """Fit the frame to these values; what lies above it, a model that never saw the distribution, is cut off."""
+    if values.size:
+        margin = 0.08 * float(np.ptp(values)) or 0.1
+        axes.set_ylim(float(values.min()) - margin, float(values.max()) + margin)
+
+
+def _legend(figure: Figure, entries: Iterable[tuple[str, Any, str, bool]]) -> None:
+    from matplotlib.lines import Line2D
+
+    handles = [
+        Line2D([], [], color=colour, marker="" if level else marker, linestyle=":" if level else "-", label=name)
+        for name, colour, marker, level in entries
+    ]
+    figure.legend(handles=handles, loc="outside right upper", fontsize=8, frameon=False)
+
+
+def _label(figure: Figure, axes: Axes, points: Floats, radii: Floats, names: Sequence[str]) -> None:
+    """Write each name where no other name and no dot is, as near as possible to its own dot, with a thin line to it.
+
+    Crowded dots choose first. Without room anywhere, the last place is taken.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.transforms import Bbox
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()  # the layout must be known before anything is measured
+    renderer, scale = canvas.get_renderer(), DPI / 72
+    pixels = axes.transData.transform(points)
+    taken = [Bbox.from_bounds(x - r, y - r, 2 * r, 2 * r) for (x, y), r in zip(pixels, scale * radii, strict=True)]
+    frame = axes.get_window_extent(renderer)
+    crowd = np.sort(np.linalg.norm(pixels[:, None] - pixels[None], axis=-1), axis=1)[:, :4].sum(axis=1)
+    for i in np.argsort(crowd, kind="stable"):
+        for distance, angle in product(LABEL_DISTANCES, np.radians(LABEL_ANGLES)):
+            note = _note(axes, names[i], points[i], float(radii[i]), distance, float(angle))
+            box = _text_box(note, renderer).padded(scale)
+            inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
+            if inside and not box.count_overlaps(taken):
+                break
+            note.remove()
+        else:
+            axes.add_artist(note)
+        taken.append(box)
+
+
+def _note(axes: Axes, text: str, point: Floats, radius: float, distance: float, angle: float) -> Any:
+    """A label at a distance from its dot; a far one has a line to it."""
+    across, up = np.cos(angle), np.sin(angle)
+    line = {"arrowstyle": "-", "linewidth": 0.6, "color": "gray", "shrinkA": 0, "shrinkB": radius}
+    return axes.annotate(
+        text,
+        (float(point[0]), float(point[1])),
+        ((radius + distance) * across, (radius + distance) * up),
+        textcoords="offset points",
+        fontsize=LABEL_POINTS,
+        ha="left" if across > 0.3 else "right" if across < -0.3 else "center",
+        va="center" if abs(up) < 0.5 else "bottom" if up > 0 else "top",
+        arrowprops=line if distance > LABEL_DISTANCES[1] else None,
+        zorder=4,
+    )
+
+
+def _text_box(note: Any, renderer: Any) -> Any:
+    """Where the text stands, without the line to its dot."""
+    from matplotlib.text import Text
+
+    note.update_positions(renderer)
+    return Text.get_window_extent(note, renderer)
+
+
+def _front(points: Floats) -> list[int]:
+    """Indices of the points that no other one is below in one coordinate and not above in the other, from left on."""
+    front: list[int] = []
+    for i in np.lexsort((points[:, 1], points[:, 0])):
+        if not front or points[i, 1] < points[front[-1], 1]:
+            front.append(int(i))
+    return front
+
+
+def _styles(comparison: Comparison) -> dict[str, tuple[Any, str]]:
+    """Colour and marker by arm."""
+    from matplotlib import colormaps
+
+    shades = list(colormaps["tab20"].colors)  # type: ignore[attr-defined]
+    colours = shades[::2] + shades[1::2]  # dark ones first
+    names = [arm["name"] for arm in comparison["arms"]]
+    markers = [MARKERS[(i + i // len(colours)) % len(MARKERS)] for i in range(len(names))]  # no pair comes twice
+    return {name: (colours[i % len(colours)], markers[i]) for i, name in enumerate(names)}
+
+
+def _committed(arm: Arm) -> list[Mapping[str, Any]]:
+    return [run for run in arm["runs"] if run["status"] == "committed"]
+
+
+def _mean(arm: Arm, key: str) -> float | None:
+    found = arm["summary"].get(key)
+    return None if found is None else float(found["mean"])
+
+
+def _bar(arm: Arm, key: str) -> Floats | None:
+    """Distances in nats from the mean to the lowest and the highest seed; None with one seed."""
+    values = _nats(arm, key)
+    mean = np.mean(values)
+    return np.array([[mean - min(values)], [max(values) - mean]]) if len(values) > 1 else None
+
+
+def _nats(arm: Arm, key: str) -> list[float]:
+    """Relative rises of perplexity as nats per token, by seed: in percent, the worst arms would hide all others."""
+    return [float(np.log1p(run["numbers"][key])) for run in _committed(arm) if run["numbers"][key] is not None]
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    figure, axes = _panels(width, height, 1, 1)
+    return figure, axes[0]
+
+
+def _panels(width: float, height: float, rows: int, columns: int) -> tuple[Figure, list[Axes]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(min(width, MAX_INCHES), min(height, MAX_INCHES)), dpi=DPI, layout="constrained")
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)

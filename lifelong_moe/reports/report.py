@@ -1,0 +1,114 @@
+"""The machine-readable result of a run. Pure: from numbers and names to plain JSON data.
+
+Keys of ``report.json`` (schema 3; in schema 2 there was no ``dead_experts`` but for each distribution by itself, where
+it now is ``unused_experts``); matrices have a row after each stage and a column for each distribution:
+
+===========================  ==================================================================================
+``schema``                   3
+``run``, ``method``          names
+``seed``                     of the run
+``distributions``            columns: the trained ones in order of first use, then those only evaluated
+``not_measured``             those that would be columns, but their held-out text is gone
+``loss_at_init``             nats per token of the untrained model, by column
+``bits_per_byte_at_init``    the same in bits per byte of source text
+``loss_nats_per_token``      the loss matrix R
+``bits_per_byte``            the same in bits per byte
+``forgetting``               {distribution: R[last, j] − R[j, j]} in nats, trained distributions
+``backward_transfer``        mean over earlier distributions of R[j, j] − R[last, j]; null with one stage
+``forward_transfer``         mean over later distributions of R_init[j] − R[j−1, j]; null with one stage
+``bytes_per_token``          {distribution: bytes of text a token}, held-out text
+``from_scratch``             {distribution: {``nats_per_token``, ``bits_per_byte``, ``tokens``, ``active_flops``}} of
+                             models that learned nothing else, at the same tokens; empty but for ``unrestrained``
+``stages``                   a list, one object a stage: ``name``, ``data``, ``learns`` (every distribution it was
+                             there to learn: ``[data]``, or all of a joint run), ``key``, ``routing``,
+                             ``experts_per_layer``, ``parameters_total``, ``parameters_active``,
+                             ``parameters_trainable``, ``tokens``, ``active_flops``, ``tokens_per_second``,
+                             ``seconds``, ``epochs``, ``shared`` (trained by another run), ``weights_sha256``,
+                             ``training`` (what else training measured)
+``routing``                  {distribution: {``entropy``, ``max_over_mean``, ``unused_experts``, ``leak``}} after the
+                             last stage
+``expert_counts``            {distribution: assignments per layer and expert} after the last stage
+``dead_experts``             experts, over all layers, that no distribution uses after the last stage
+===========================  ==================================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from lifelong_moe.evaluation.routing import dead_experts, routing_statistics
+from lifelong_moe.reports.matrix import backward_transfer, forgetting, forward_transfer
+
+if TYPE_CHECKING:  # torch is imported there
+    from lifelong_moe.evaluation.loss import Evaluation
+
+SCHEMA = 3
+
+
+@dataclass(kw_only=True)
+class RunResults:
+    """What is known of a run so far; grows stage by stage."""
+
+    run: str
+    method: str
+    seed: int
+    distributions: Sequence[str]
+    """Columns."""
+    not_measured: Sequence[str] = ()
+    """Distributions that can be measured no more."""
+    init: Mapping[str, Evaluation]
+    """Of the untrained model, by distribution."""
+    stages: list[Mapping[str, Any]] = field(default_factory=list)
+    """For each stage, the fields that the table above lists."""
+    evaluations: list[Mapping[str, Evaluation]] = field(default_factory=list)
+    """For each stage, by distribution."""
+    from_scratch: dict[str, Mapping[str, float]] = field(default_factory=dict)
+    """Of the model that learned one distribution alone, by distribution."""
+
+    def learned_after(self) -> dict[str, list[int]]:
+        """The stages that learned each column, where one did."""
+        learned = [stage["learns"] for stage in self.stages]
+        after = {name: [i for i, names in enumerate(learned) if name in names] for name in self.distributions}
+        return {name: places for name, places in after.items() if places}
+
+
+def build_report(results: RunResults, births: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Build the report of the stages there are so far.
+
+    Args:
+        results: At least one stage's.
+        births: Stage in which each expert of each layer was born, after the last stage.
+    """
+    distributions, init, evaluations = results.distributions, results.init, results.evaluations
+    learned = results.learned_after()
+    first, last = [places[0] for places in learned.values()], [places[-1] for places in learned.values()]
+    nats = [[row[name].nats_per_token for name in distributions] for row in evaluations]
+    init_nats = [init[name].nats_per_token for name in distributions]
+    counts = {name: evaluations[-1][name].expert_counts for name in distributions}
+    never = [len(results.stages)]  # then no expert is foreign to it
+    return {
+        "schema": SCHEMA,
+        "run": results.run,
+        "method": results.method,
+        "seed": results.seed,
+        "distributions": list(distributions),
+        "not_measured": list(results.not_measured),
+        "loss_at_init": init_nats,
+        "bits_per_byte_at_init": [init[name].bits_per_byte for name in distributions],
+        "loss_nats_per_token": nats,
+        "bits_per_byte": [[row[name].bits_per_byte for name in distributions] for row in evaluations],
+        "forgetting": dict(zip(learned, forgetting(nats, last).tolist(), strict=True)),
+        "backward_transfer": backward_transfer(nats, last),
+        "forward_transfer": forward_transfer(nats, init_nats, first),
+        "from_scratch": {name: dict(values) for name, values in results.from_scratch.items()},
+        "bytes_per_token": {name: init[name].bytes / init[name].tokens for name in distributions},
+        "stages": [dict(stage) for stage in results.stages],
+        "routing": {
+            name: asdict(routing_statistics(counts[name], births, learned.get(name, never)[-1]))
+            for name in distributions
+        },
+        "expert_counts": counts,
+        "dead_experts": dead_experts(list(counts.values())),
+    }

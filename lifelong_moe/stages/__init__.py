@@ -1,1 +1,0 @@
-"""The content-addressed stage store: keys, manifests, atomic commit, lock, lineage."""

@@ -1,0 +1,1 @@
+"""What was committed: stages, runs and their versions, evaluations; and what nothing refers to any more."""

@@ -1,0 +1,80 @@
+"""Which stage created which experts, and from what data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+from lifelong_moe.plan.architecture import Architecture
+from lifelong_moe.store.stages import StageStore
+
+
+@dataclass(frozen=True, kw_only=True)
+class LineageRow:
+    """A stage, what it was trained on, and what it added."""
+
+    name: str
+    key: str
+    parent: str | None
+    data: dict[str, str]
+    """Hash of each distribution's training documents."""
+    tokenizer: str
+    """Hash of the tokenizer."""
+    experts: str
+    """Names of the experts that it added, ``STAGE/L<layer>/E<index>``, in short."""
+    borrowed_tensors: int
+    weights_sha256: str
+
+
+def lineage_rows(store: StageStore, keys: Sequence[str]) -> list[LineageRow]:
+    """One row a stage, oldest first.
+
+    Args:
+        store: Where the stages are.
+        keys: Keys of a run's committed stages, in order.
+    """
+    return [
+        LineageRow(
+            name=stage.name,
+            key=stage.key,
+            parent=stage.parent,
+            data=stage.data,
+            tokenizer=stage.tokenizer.hash,
+            experts=expert_names(stage.architecture, stage.name),
+            borrowed_tensors=len(stage.borrowed),
+            weights_sha256=stage.weights_hash,
+        )
+        for stage in map(store.get, keys)
+    ]
+
+
+def expert_names(architecture: Architecture, stage: str) -> str:
+    """Names of the experts that a stage added, ranges written with two dots: ``python_code/L0..3/E4..5``."""
+    layers = range(architecture.model.layers)
+    return grouped_names({stage: {layer: _born_in(architecture.expert_births(layer), stage) for layer in layers}})
+
+
+def grouped_names(experts: Mapping[str, Mapping[int, list[int]]]) -> str:
+    """Names of experts in short, from their indices by birth stage and layer; ``none`` if there are none."""
+    names = []
+    for stage, by_layer in experts.items():
+        for found, layers in groupby(by_layer, key=lambda layer: by_layer[layer]):
+            if found:
+                names.append(f"{stage}/L{_range(list(layers))}/E{_range(found)}")
+    return ", ".join(names) or "none"
+
+
+def _born_in(births: list[str], stage: str) -> list[int]:
+    return [expert for expert, birth in enumerate(births) if birth == stage]
+
+
+def _range(numbers: list[int]) -> str:
+    return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}..{numbers[-1]}"
+
+
+def work_under_way(work: Path) -> int | None:
+    """Step of the newest step checkpoint under a stage's work directory; None if there is none."""
+    found = sorted(work.glob("step-*"))
+    return int(found[-1].name.rsplit("-", 1)[1]) if found else None

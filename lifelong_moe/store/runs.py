@@ -1,0 +1,118 @@
+"""Runs: named references to stages, with a ledger of what happened."""
+
+from __future__ import annotations
+
+import json
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from lifelong_moe.errors import ConfigError, CorruptError
+from lifelong_moe.storage.files import append_line, write_atomic
+from lifelong_moe.storage.keys import canonical_json
+from lifelong_moe.storage.temporary import GRACE_SECONDS
+from lifelong_moe.store.head import RunHead
+
+
+def timestamp(seconds: float | None = None) -> str:
+    """Now, or so many seconds after the epoch; ISO 8601, UTC, in whole seconds, so that later is greater."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
+
+
+def latest_timestamp() -> str:
+    """The latest time that is believed: clocks of machines that take turns may differ, but by less than a day."""
+    return timestamp(time.time() + GRACE_SECONDS)
+
+
+class RunRecord:
+    """The directory ``mlruns/runs/<run>/``."""
+
+    def __init__(self, root: Path, run: str) -> None:
+        self.run = run
+        self.path = root / "runs" / run
+
+    @property
+    def lock_path(self) -> Path:
+        """File that a working process locks."""
+        return self.path / ".lock"
+
+    def head(self) -> RunHead | None:
+        """What the run refers to; None if it never started.
+
+        Raises:
+            CorruptError: If it is damaged, or of a later version.
+        """
+        data = self._read("head.json")
+        try:
+            return None if data is None else RunHead.from_json(data)
+        except CorruptError as error:
+            raise CorruptError(f"{self.path / 'head.json'}: {error}") from None
+
+    def set_head(self, head: RunHead) -> None:
+        """Replace the head atomically."""
+        text = json.dumps(head.to_json(), indent=1, ensure_ascii=False, allow_nan=False)
+        write_atomic(self.path / "head.json", text)
+
+    def report(self) -> dict[str, Any] | None:
+        """The machine-readable result; None before the first stage is evaluated."""
+        return self._read("report.json")
+
+    def set_report(self, report: dict[str, Any]) -> None:
+        """Replace the report atomically."""
+        write_atomic(self.path / "report.json", json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False))
+
+    def log(self, event: str, **fields: Any) -> None:
+        """Append a line to the ledger and flush it to disk."""
+        append_line(self.path / "ledger.jsonl", canonical_json({"time": timestamp(), "event": event, **fields}))
+
+    def logged(self, event: str, field: str) -> list[Any]:
+        """A field of all the ledger's lines of an event, in order; a line that a crash left torn is passed over."""
+        path, found = self.path / "ledger.jsonl", []
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []:
+            with suppress(ValueError):
+                entry = json.loads(line)
+                if isinstance(entry, dict) and entry.get("event") == event:
+                    found.append(entry.get(field))
+        return found
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        path = self.path / name
+        if not path.is_file():
+            return None
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CorruptError(f"{path}: not JSON ({error}).") from None
+
+
+class OpenRun:
+    """A run that this process works on, under the run's lock.
+
+    Args:
+        record: Where it is kept.
+        head: As of now; what is not saved yet is lost if the process is killed.
+    """
+
+    def __init__(self, record: RunRecord, head: RunHead) -> None:
+        self.record, self.head = record, head
+
+    def save(self, head: RunHead) -> None:
+        """Go on with another head, and keep it."""
+        self.head = head
+        self.record.set_head(head)
+
+
+def require_head(root: Path, run: str) -> RunHead:
+    """The head of a run that must exist.
+
+    Raises:
+        ConfigError: Naming the runs there are.
+        CorruptError: If it is damaged, or of a later version.
+    """
+    head = RunRecord(root, run).head()
+    if head is None:
+        there = sorted(p.parent.name for p in (root / "runs").glob("*/head.json"))
+        known = f"There are {', '.join(there)}." if there else "There are none yet."
+        raise ConfigError(f"run {run} does not exist under {root / 'runs'}. {known}")
+    return head

@@ -1,0 +1,1 @@
+"""Lightning callbacks, logger and checkpoint plugin of a stage's training loop."""

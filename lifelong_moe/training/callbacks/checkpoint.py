@@ -1,0 +1,145 @@
+"""Step checkpoints as safetensors and JSON, committed like stages: whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins.io import CheckpointIO
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lifelong_moe.errors import CorruptError
+from lifelong_moe.storage.directories import verify_directory, write_directory
+from lifelong_moe.storage.files import rename
+from lifelong_moe.store.stages import load_weights
+
+log = logging.getLogger(__name__)
+TENSORS, STATE = "state.safetensors", "state.json"
+LAYOUT = 2
+"""Of what optimizers know: since 2 they have one state a matrix for all experts of a generation, and not one each."""
+
+
+def flatten(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """Plain JSON data for a checkpoint; its tensors are moved to ``tensors``.
+
+    Dictionaries whose keys are not all strings become ``{"$items": [[key, value], …]}``, tuples ``{"$tuple": […]}``
+    and tensors ``{"$tensor": name}``.
+
+    Raises:
+        TypeError: If something is neither plain data nor a tensor; it could only be pickled.
+    """
+    if isinstance(value, Tensor):
+        name = f"t{len(tensors)}"
+        tensors[name] = value.detach().cpu().contiguous().clone()
+        return {"$tensor": name}
+    if isinstance(value, dict):
+        if all(isinstance(key, str) and not key.startswith("$") for key in value):
+            return {key: flatten(item, tensors) for key, item in value.items()}
+        return {"$items": [[flatten(k, tensors), flatten(v, tensors)] for k, v in value.items()]}
+    if isinstance(value, tuple):
+        return {"$tuple": [flatten(item, tensors) for item in value]}
+    if isinstance(value, list):
+        return [flatten(item, tensors) for item in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"a checkpoint holds plain data and tensors only, not {type(value).__name__}")
+
+
+def restore(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """The inverse of :func:`flatten`."""
+    if isinstance(value, dict):
+        if "$tensor" in value:
+            return tensors[value["$tensor"]]
+        if "$items" in value:
+            return {restore(k, tensors): restore(v, tensors) for k, v in value["$items"]}
+        if "$tuple" in value:
+            return tuple(restore(item, tensors) for item in value["$tuple"])
+        return {key: restore(item, tensors) for key, item in value.items()}
+    if isinstance(value, list):
+        return [restore(item, tensors) for item in value]
+    return value
+
+
+class SafeCheckpointIO(CheckpointIO):
+    """Lightning's checkpoints in a directory of safetensors and JSON with a manifest; nothing is pickled."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Commit a checkpoint to the directory ``path``."""
+        tensors: dict[str, Tensor] = {}
+        text = json.dumps({"layout": LAYOUT, **flatten(checkpoint, tensors)})
+        write_directory(
+            Path(path),
+            {
+                TENSORS: lambda file: save_file(tensors, file),
+                STATE: lambda file: _write(file, text),
+            },
+        )
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Verify and read a checkpoint; tensors come to the CPU, and Lightning moves them."""
+        directory = Path(path)
+        verify_directory(directory)
+        state = json.loads((directory / STATE).read_text(encoding="utf-8"))
+        del state["layout"]
+        return restore(state, load_weights(directory / TENSORS))
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Remove a checkpoint."""
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def checkpoint_path(work: Path, phase: int, step: int) -> Path:
+    """Where the checkpoint after ``step`` steps of a phase goes; names sort by age."""
+    return work / f"step-{phase}-{step:08d}"
+
+
+def checkpoints(work: Path) -> list[Path]:
+    """Step checkpoints of a stage, oldest first."""
+    return sorted(work.glob("step-*"))
+
+
+def set_earlier_aside(work: Path, warn: Callable[[str], None] = log.warning) -> None:
+    """Rename checkpoints that an earlier version left, which no optimizer fits: their stage begins again."""
+    for path in checkpoints(work):
+        try:
+            layout = json.loads((path / STATE).read_text(encoding="utf-8")).get("layout")
+        except (OSError, ValueError):
+            continue  # damaged, which is told where the newest is looked for
+        if layout != LAYOUT:
+            rename(path, work / f"earlier-{path.name}")
+            warn(f"{path} is of an earlier version, whose optimizer has other states; the stage begins again")
+
+
+def newest_checkpoint(work: Path, warn: Callable[[str], None] = log.warning) -> tuple[int, Path] | None:
+    """The newest checkpoint that verifies, and its phase; damaged ones are reported and passed over.
+
+    Raises:
+        CorruptError: If there are checkpoints and none verifies: beginning again is for a person to decide.
+    """
+    found = checkpoints(work)
+    for path in reversed(found):
+        try:
+            verify_directory(path)
+            return int(path.name.split("-")[1]), path
+        except CorruptError as error:
+            warn(f"step checkpoint passed over: {error}")
+    if found:
+        raise CorruptError(f"{work}: none of its {len(found)} step checkpoints verifies; remove it to begin again.")
+    return None
+
+
+def as_float(value: Tensor | float) -> float:
+    """A number from a scalar tensor or a number."""
+    return float(value.detach()) if isinstance(value, torch.Tensor) else float(value)

@@ -1,0 +1,194 @@
+"""What goes along with the training loop: meter and curves, progress, step checkpoints, interruption."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
+
+from lifelong_moe.errors import TryAgainError
+from lifelong_moe.training.callbacks.checkpoint import checkpoint_path, checkpoints
+from lifelong_moe.training.callbacks.energy import READ_SECONDS, EnergyMeter, energy_counters
+from lifelong_moe.training.callbacks.interrupt import Interrupt
+
+LOG_SECONDS, BAR_SECONDS = 15.0, 1.0
+"""Between two lines, and between two moves of the bar."""
+WORDS = 72
+"""Characters of the words and numbers beside a bar."""
+
+
+class Meter(Callback):
+    """Training curves, speed, energy, and the share of time spent waiting for data.
+
+    Args:
+        step_tokens: Tokens a step.
+        step_flops: FLOPs a step, on average over the stage.
+        every_steps: Between two points of a curve.
+        rollbacks: Of the stage so far.
+    """
+
+    def __init__(self, step_tokens: int, step_flops: float, every_steps: int, rollbacks: int = 0) -> None:
+        self.step_tokens, self.step_flops = step_tokens, step_flops
+        self.every_steps, self.rollbacks = every_steps, rollbacks
+        self.seconds = 0.0
+        self.data_seconds = 0.0
+        self.energy = EnergyMeter()
+        self.last: dict[str, float] = {}
+        self._stepped = 0
+        self._mark = self._step_began = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock, and the device's energy counters."""
+        self.energy.start(energy_counters(trainer.strategy.root_device))
+        self._mark = time.perf_counter()
+        self._stepped = trainer.global_step
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """What passed since the last batch's end was spent on data (and on the loop itself)."""
+        self._step_began = time.perf_counter()
+        self.data_seconds += self._step_began - self._mark
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Advance the clock; every ``every_steps`` log a point of each curve, over the whole step and all processes."""
+        now = time.perf_counter()
+        self.seconds += now - self._mark
+        self._mark = now
+        self.energy.advance(READ_SECONDS)
+        step = trainer.global_step
+        due = step // self.every_steps > self._stepped // self.every_steps
+        self._stepped = step
+        if not (due or step == trainer.max_steps) or trainer.logger is None:
+            return
+        module: Any = pl_module
+        self.last = {f"train/{name}": value for name, value in module.means.values.items()}
+        extra = {
+            "train/learning_rate": trainer.optimizers[0].param_groups[-1]["lr"],
+            "train/tokens": float(step * self.step_tokens),
+            "train/grad_norm": module.grad_norm,
+            "train/nonfinite_steps": float(module.guard.nonfinite_steps),
+            "train/skipped_spikes": float(module.guard.skipped_spikes),
+            "train/rollbacks": float(self.rollbacks),
+            "speed/tokens_per_second": step * self.step_tokens / self.seconds,
+            "speed/tflops_per_second": step * self.step_flops / self.seconds / 1e12,
+            "speed/data_fraction": self.data_seconds / self.seconds,
+        }
+        trainer.logger.log_metrics({**self.last, **extra}, step=step)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Read the energy counters a last time."""
+        self.energy.advance()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Time and energy spent and the last point, so that an interrupted stage reports all of it."""
+        self.energy.advance()
+        spent = {"seconds": self.seconds, "data_seconds": self.data_seconds, "joules": self.energy.joules}
+        return {**spent, "last": self.last}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue the clock."""
+        self.seconds, self.data_seconds = state_dict["seconds"], state_dict["data_seconds"]
+        self.energy.joules = state_dict.get("joules")  # a checkpoint of an earlier version did not measure it
+        self.last = state_dict["last"]
+
+
+class ProgressReport(Callback):
+    """A bar on a terminal; a plain line every 15 seconds elsewhere."""
+
+    def __init__(self, title: str, console: Console, enabled: bool, meter: Meter) -> None:
+        self.title, self.console, self.enabled, self.meter = title, console, enabled, meter
+        self._bar: Progress | None = None
+        self._task: Any = None
+        self._said = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show the bar."""
+        self._said = time.monotonic()
+        if not (self.enabled and self.console.is_terminal):
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=max(4, min(40, self.console.width - WORDS))),
+            MofNCompleteColumn(),
+            TextColumn("steps · {task.fields[text]}", table_column=Column(overflow="fold")),
+            TimeRemainingColumn(),
+        )
+        self._bar = Progress(*columns, console=self.console, transient=True)
+        self._bar.start()
+        self._task = self._bar.add_task(
+            self.title, total=trainer.max_steps, completed=trainer.global_step, text="starting"
+        )
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Move the bar, or say a line."""
+        if not self.enabled:
+            return
+        if time.monotonic() - self._said < (LOG_SECONDS if self._bar is None else BAR_SECONDS):
+            return
+        self._said = time.monotonic()
+        if self._bar is not None:
+            self._bar.update(self._task, completed=trainer.global_step, text=self._text(trainer, pl_module))
+        else:
+            self.console.print(
+                f"{self.title}: step {trainer.global_step}/{trainer.max_steps}, {self._text(trainer, pl_module)}"
+            )
+
+    def _text(self, trainer: Trainer, pl_module: Any) -> str:
+        speed = trainer.global_step * self.meter.step_tokens / max(self.meter.seconds, 1e-9)
+        return f"loss {pl_module.means.values.get('loss', math.nan):.3f}, {speed:,.0f} tokens/s"
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Take the bar away, also after an error."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+class StepCheckpoint(Callback):
+    """Commit a checkpoint every so many steps, keep the newest few; on a request to stop, commit one and stop."""
+
+    def __init__(self, work: Path, phase: int, every_steps: int, keep: int, interrupt: Interrupt) -> None:
+        self.work, self.phase, self.every_steps, self.keep = work, phase, every_steps, keep
+        self.interrupt = interrupt
+        self._saved = -1
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Be the only one who hears SIGTERM."""
+        self.interrupt.take_over()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save at a step boundary.
+
+        Raises:
+            TryAgainError: If a stop was requested; the checkpoint is committed by then.
+        """
+        step = trainer.global_step
+        at_boundary = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if not at_boundary or step == self._saved:
+            return
+        requested = trainer.strategy.reduce_boolean_decision(self.interrupt.requested, all=False)
+        ends_rank = step == trainer.max_steps and trainer.world_size > 1  # the main process goes on from it
+        if requested or ends_rank or step % self.every_steps == 0:
+            if trainer.logger is not None:
+                trainer.logger.save()  # a run that continues from here does not log these points again
+            trainer.save_checkpoint(checkpoint_path(self.work, self.phase, step))
+            self._saved = step
+            if trainer.is_global_zero:
+                for old in checkpoints(self.work)[: -self.keep]:
+                    shutil.rmtree(old, ignore_errors=True)
+        if requested:
+            raise TryAgainError(
+                f"stopped by SIGTERM after step {step}, which is checkpointed; run the same command again to continue."
+            )

@@ -1,0 +1,124 @@
+"""Stop fine-tuning when held-out answers no longer get better, and keep the best weights.
+
+The held-out pairs choose the step, so their loss at that step is a little flattered; report other pairs if it matters.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lifelong_moe.config.training import FinetuneConfig
+from lifelong_moe.data.tokens.shards import TokenizedCorpus
+from lifelong_moe.data.tokens.windows import evaluation_windows
+from lifelong_moe.evaluation.loss import evaluate
+from lifelong_moe.model.transformer import LanguageModel
+from lifelong_moe.plan.spec import StageSpec
+from lifelong_moe.storage.directories import verify_directory, write_directory
+from lifelong_moe.store.stages import load_weights
+
+
+class StoppingReport(TypedDict):
+    """What early stopping saw."""
+
+    best_step: int
+    """After which the kept weights were taken."""
+    held_out_nats_per_token: list[tuple[int, float]]
+    """By step."""
+
+
+class EarlyStopping(Callback):
+    """Measure every so many steps; stop after ``patience`` measurements without improvement.
+
+    The best weights lie beside the step checkpoints, which hold what has been measured, so that a phase that was killed
+    goes on as if it had not been.
+
+    Args:
+        config: How often, and how patient.
+        measure: The held-out loss of a model, in evaluation mode.
+        work: The stage's directory of work under way.
+    """
+
+    def __init__(self, config: FinetuneConfig, measure: Callable[[LanguageModel], float], work: Path) -> None:
+        self.config, self.measure, self.path = config, measure, work / "best"
+        self.best, self.best_step, self.waited = float("inf"), -1, 0
+        self.curve: list[tuple[int, float]] = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A phase that had stopped when it was killed does not go on."""
+        trainer.should_stop = trainer.should_stop or self._is_over
+
+    @property
+    def _is_over(self) -> bool:
+        return self.config.patience is not None and self.waited >= self.config.patience
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Measure where it is due."""
+        step, at_boundary = trainer.global_step, (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        due = step % self.config.every_steps == 0 or step == trainer.max_steps
+        if not (at_boundary and due) or (self.curve and self.curve[-1][0] == step):
+            return
+        model: LanguageModel = pl_module.model  # type: ignore[assignment]
+        loss = self.measure(model)
+        self.curve.append((step, loss))
+        if loss < self.best:
+            self.best, self.best_step, self.waited = loss, step, 0
+            tensors = {n: p.detach().cpu().contiguous() for n, p in model.named_parameters() if p.requires_grad}
+            shutil.rmtree(self.path, ignore_errors=True)
+            write_directory(self.path, {"weights.safetensors": partial(save_file, tensors)})
+        else:
+            self.waited += 1
+        trainer.should_stop = self._is_over
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has been measured."""
+        return {"best_step": self.best_step, "waited": self.waited, "curve": [list(point) for point in self.curve]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on measuring."""
+        self.best_step, self.waited = state_dict["best_step"], state_dict["waited"]
+        self.curve = [(int(step), float(loss)) for step, loss in state_dict["curve"]]
+        self.best = min((loss for _, loss in self.curve), default=float("inf"))
+
+    def report(self) -> StoppingReport:
+        """What was measured, and where it was best."""
+        return {"best_step": self.best_step, "held_out_nats_per_token": self.curve}
+
+    @torch.no_grad()
+    def restore(self, model: LanguageModel) -> None:
+        """Give a model the best weights."""
+        verify_directory(self.path)
+        tensors: dict[str, Tensor] = load_weights(self.path / "weights.safetensors")
+        parameters = dict(model.named_parameters())
+        for name, tensor in tensors.items():
+            parameters[name].copy_(tensor)
+
+
+def early_stopping(spec: StageSpec, corpus: TokenizedCorpus, work: Path) -> EarlyStopping | None:
+    """What stops fine-tuning early; None where all steps are taken.
+
+    Args:
+        spec: The stage.
+        corpus: Its text, on whose held-out part it is measured.
+        work: The stage's directory of work under way.
+    """
+    config = spec.finetune
+    if config is None or config.patience is None:
+        return None
+    windows = evaluation_windows(corpus.heldout, spec.model.context, config.held_out_tokens)
+
+    def measure(model: LanguageModel) -> float:
+        found = evaluate(model, windows, distribution=spec.data, batch_tokens=spec.optim.batch_tokens)
+        return found.nats_per_token
+
+    return EarlyStopping(config, measure, work)

@@ -1,0 +1,116 @@
+"""What a stage, and each of its phases, is run with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+
+from lifelong_moe.config.training import CheckpointConfig, FrozenConfig, TrainerConfig
+from lifelong_moe.data.tokens.prepare import PreparedData
+from lifelong_moe.data.tokens.shards import TokenizedCorpus
+from lifelong_moe.model.transformer import LanguageModel
+from lifelong_moe.plan.architecture import Architecture
+from lifelong_moe.plan.phase import Phase
+from lifelong_moe.plan.planned import PlannedStage
+from lifelong_moe.plan.spec import StageSpec
+from lifelong_moe.retention.penalty import WeightAnchor
+from lifelong_moe.storage.keys import SHORT
+from lifelong_moe.store.stages import CommittedStage, StageStore
+from lifelong_moe.training.callbacks.interrupt import Interrupt
+from lifelong_moe.training.callbacks.logger import Send
+from lifelong_moe.training.loop.rollback import Rollbacks
+
+
+@dataclass(frozen=True)
+class StageEnvironment:
+    """Everything around a stage that its result does not depend on."""
+
+    store: StageStore
+    work: Path
+    """``mlruns/work``."""
+    trainer: TrainerConfig
+    checkpoint: CheckpointConfig
+    frozen: FrozenConfig
+    interrupt: Interrupt
+    console: Console
+    send: Send
+    """Receives training curves."""
+    run_id: str | None = None
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """One stage under way."""
+
+    planned: PlannedStage
+    parent: CommittedStage | None
+    """The stage that it continues."""
+    data: PreparedData
+    environment: StageEnvironment
+
+    @property
+    def spec(self) -> StageSpec:
+        """What to train."""
+        return self.planned.spec
+
+    @property
+    def corpora(self) -> Mapping[str, TokenizedCorpus]:
+        """Tokenized text by distribution."""
+        return self.data.corpora
+
+    @property
+    def before(self) -> Architecture | None:
+        """The parent's model, as it was committed."""
+        return None if self.parent is None else self.parent.architecture
+
+    @property
+    def architecture(self) -> Architecture:
+        """The model at the end of the stage."""
+        tokenizer = self.data.tokenizer
+        return self.spec.architecture(self.before, tokenizer.vocab_size, tokenizer.bos_id)
+
+    @property
+    def seed(self) -> int:
+        """Of growth, clustering and sample order: another one each stage, or every stage would replay the same."""
+        return self.spec.seed + 1000 * self.planned.depth
+
+    @property
+    def work(self) -> Path:
+        """Where its work under way is kept."""
+        return self.environment.work / self.planned.key[:SHORT]
+
+
+@dataclass(frozen=True)
+class StageModels:
+    """What a stage trains, and what it holds on to."""
+
+    model: LanguageModel
+    teacher: LanguageModel | None = None
+    """Distilled from."""
+    anchor: WeightAnchor | None = None
+    """The old weights, which the penalty pulls to."""
+    generated: NDArray[np.int64] | None = None
+    """Blocks that the parent's model wrote, where those are what is replayed."""
+
+
+@dataclass(frozen=True)
+class PhaseRun:
+    """One phase's place in its stage."""
+
+    stage: StageRun
+    number: int
+    phase: Phase
+    first_step: int
+    """Steps of the stage before it."""
+    order_step: int
+    """Steps before it that share its order of samples."""
+    seed: int
+    """Of that order."""
+    resume: Path | None
+    rollbacks: Rollbacks
+    """Of the stage so far."""

@@ -1,0 +1,94 @@
+"""The steps of one phase, taken by a Trainer of its own in this process or by one in each of several."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lightning.pytorch import Callback
+
+from lifelong_moe.config.training import Offload
+from lifelong_moe.model.offload import courier_to
+from lifelong_moe.training.callbacks.checkpoint import SafeCheckpointIO, checkpoint_path
+from lifelong_moe.training.callbacks.collapse import collapse_warning
+from lifelong_moe.training.callbacks.interrupt import Interrupt
+from lifelong_moe.training.callbacks.logger import BatchedLogger, Send
+from lifelong_moe.training.callbacks.progress import Meter, ProgressReport, StepCheckpoint
+from lifelong_moe.training.callbacks.stopping import EarlyStopping
+from lifelong_moe.training.loop.context import PhaseRun
+from lifelong_moe.training.loop.data import StageData
+from lifelong_moe.training.loop.execution import keep_freed_memory
+from lifelong_moe.training.loop.module import StageModule
+from lifelong_moe.training.loop.random_state import seed_rank
+from lifelong_moe.training.loop.ranks import run_ranks
+from lifelong_moe.training.loop.rollback import NonfiniteStepsError
+from lifelong_moe.training.loop.trainer import build_trainer
+
+
+@dataclass(frozen=True)
+class PhaseFit:
+    """All that takes part in the steps of a phase."""
+
+    run: PhaseRun
+    module: StageModule
+    data: StageData
+    meter: Meter
+    stopping: EarlyStopping | None
+
+    def fit(self) -> None:
+        """Take all steps.
+
+        Raises:
+            NonfiniteStepsError: If the stage has to roll back, or to give up.
+        """
+        environment = self.run.stage.environment
+        if environment.trainer.processes == 1:
+            self._fit_here(0, environment.interrupt, environment.send)
+        else:
+            self._fit_in_ranks()
+
+    def _fit_here(self, rank: int, interrupt: Interrupt, send: Send) -> None:
+        """Take the steps in this process."""
+        run, environment, steps = self.run, self.run.stage.environment, self.run.phase.steps
+        logger = BatchedLogger(run.stage.spec.name, environment.run_id, send, run.first_step) if rank == 0 else None
+        trainer = build_trainer(environment.trainer, steps, self._callbacks(rank, interrupt), logger)
+        keep_freed_memory()
+        if rank and run.resume is None:
+            seed_rank(run.seed, rank)  # it was forked with rank 0's numbers
+        offloads = environment.frozen.offload == Offload.cpu
+        with self.module.offloaded(courier_to(trainer.strategy.root_device) if offloads else None):
+            trainer.fit(self.module, self.data, ckpt_path=run.resume, weights_only=True)
+        if trainer.global_step != steps and not (self.stopping is not None and trainer.should_stop):
+            raise RuntimeError(f"stage {run.stage.spec.name}: trained {trainer.global_step} of {steps} steps")
+
+    def _callbacks(self, rank: int, interrupt: Interrupt) -> list[Callback]:
+        """In the order in which they act; what is for a reader's eyes is rank 0's."""
+        run, environment = self.run, self.run.stage.environment
+        config, checkpoint, spec = environment.trainer, environment.checkpoint, run.stage.spec
+        title = spec.name if run.phase.name == "train" else f"{spec.name} ({run.phase.name})"
+        return [
+            self.meter,
+            ProgressReport(title, environment.console, config.enable_progress_bar and rank == 0, self.meter),
+            *([] if self.stopping is None else [self.stopping]),
+            *collapse_warning(spec, config.log_every_n_steps if rank == 0 else None),
+            StepCheckpoint(run.stage.work, run.number, checkpoint.every_steps, checkpoint.keep, interrupt),
+        ]
+
+    def _fit_in_ranks(self) -> None:
+        """Take the steps in several processes; what they come to is the checkpoint after the last step."""
+        run, module, environment, work = self.run, self.module, self.run.stage.environment, self.run.stage.work
+
+        def fit(rank: int, interrupt: Interrupt, send: Send) -> int | None:
+            try:
+                self._fit_here(rank, interrupt, send)
+            except NonfiniteStepsError as error:  # on all ranks at once
+                return error.last
+            return None
+
+        processes = environment.trainer.processes
+        last = run_ranks(processes, fit, environment.interrupt, environment.send, work / ".ranks")
+        if last is not None:
+            raise NonfiniteStepsError(run.stage.spec, run.phase, last)
+        result = SafeCheckpointIO().load_checkpoint(checkpoint_path(work, run.number, run.phase.steps))
+        module.on_load_checkpoint(result)
+        module.load_state_dict(result["state_dict"], strict=False)
+        self.meter.load_state_dict(result["callbacks"][self.meter.state_key])

@@ -1,0 +1,1 @@
+"""`lifelong-moe compare`: arms with several seeds, side by side."""

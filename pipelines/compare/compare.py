@@ -1,0 +1,115 @@
+"""`lifelong-moe compare`: train the arms that are not committed yet, and put them side by side.
+
+Runs that another process works on are left to it and looked at again later, so that the same command started twice, on
+one machine or on several that share ``mlruns/``, shares the work.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from rich.console import Console
+
+from lifelong_moe.errors import DivergedError, LockedError
+from lifelong_moe.plan.comparison import load_comparison
+from lifelong_moe.store.runs import RunRecord
+from lifelong_moe.tracking.tracker import Tracker
+from lifelong_moe.training.callbacks.interrupt import handling_sigterm
+from pipelines.compare import render as render_comparison
+from pipelines.compare.jobs import Job, Memory, plan_jobs, refuse_taken_names
+from pipelines.compare.record import ComparisonRecord
+from pipelines.run.run import run
+from pipelines.shared.workspace import ROOT
+
+WAIT_SECONDS, MOST_SECONDS = 3.0, 60.0
+"""Between two looks, and until the next try, once other processes work on all that is left."""
+
+
+def compare(path: str, overrides: list[str], only: list[str], replace: bool, console: Console) -> dict[str, Any]:
+    """Run or continue a comparison; returns its ``comparison.json``.
+
+    Args:
+        path: The comparison's YAML file.
+        overrides: ``key=value``, for the comparison or for every arm.
+        only: Arms, or grids, to run; all by default.
+        replace: Let the runs' names refer to other stages than before.
+        console: Where people read.
+
+    Raises:
+        ConfigError: If anything about any arm is wrong; nothing was trained then.
+        DivergedError: At the end, if runs diverged; the others are committed and compared.
+        TryAgainError: If SIGTERM came.
+    """
+    with handling_sigterm():
+        comparison = load_comparison(path, overrides)
+        chosen, memory = comparison.select(only), Memory()
+        with console.status("reading and tokenizing the distributions, planning all arms"):
+            jobs = plan_jobs(comparison, memory)
+        wanted = [job for job in jobs if job.arm in chosen]
+        if not replace:
+            refuse_taken_names(wanted)
+        record = ComparisonRecord(comparison, jobs, Tracker.connect(jobs[0].prepared.config.tracking, ROOT))
+        try:
+            train = partial(run, str(comparison.base), memory=memory, parent_run=record.parent)
+            failed = _work(wanted, train, record, replace, console)
+            found = record.update()
+            render_comparison.terminal(console, found)
+            if failed:
+                raise DivergedError(
+                    f"{len(failed)} of {len(wanted)} runs diverged: {', '.join(failed)}; the others are compared."
+                )
+        except BaseException as error:
+            record.finish(console, error)
+            raise
+        record.finish(console)
+    return found
+
+
+def _work(
+    jobs: list[Job], train: Callable[..., object], record: ComparisonRecord, replace: bool, console: Console
+) -> list[str]:
+    """Train run after run, locked ones last; returns the names of those that diverged."""
+    queue, turned_away = deque(jobs), 0
+    failed: list[str] = []
+    while queue:
+        job = queue.popleft()
+        complete = job.report() is not None
+        how = "committed" if complete else "training"
+        console.rule(f"{job.run}: {how} ({len(jobs) - len(queue)} of {len(jobs)})", align="left", style="dim")
+        try:
+            quiet = Console(quiet=True) if complete else console
+            train(job.overrides, replace and job.is_taken(), quiet)
+        except LockedError as error:
+            console.print(f"{error} Going on with others.", highlight=False)
+            queue.append(job)
+            turned_away += 1
+            if turned_away == len(queue):
+                console.print("Other processes work on all that is left; waiting for them.")
+                turned_away = 0
+                _wait(jobs)
+            continue
+        except DivergedError as error:
+            console.print(f"[red]{job.run}: {error}[/red]", highlight=False)
+            record.failed(job, str(error))
+            failed.append(job.run)
+        turned_away = 0
+        record.update()
+    return failed
+
+
+def _wait(jobs: list[Job]) -> None:
+    """Until a process commits or records something; one that dies does neither, so not for ever."""
+    before, deadline = _signs(jobs), time.monotonic() + MOST_SECONDS
+    while _signs(jobs) == before and time.monotonic() < deadline:
+        time.sleep(WAIT_SECONDS)
+
+
+def _signs(jobs: list[Job]) -> tuple[set[str], list[int]]:
+    """Names of the committed stages, and when each run's head was written."""
+    heads = [RunRecord(ROOT, job.run).path / "head.json" for job in jobs]
+    written = [path.stat().st_mtime_ns for path in heads if path.is_file()]
+    return {path.name for path in (ROOT / "stages").glob("*")}, written

@@ -1,0 +1,114 @@
+"""The runs of a comparison, each planned before any of them is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from lifelong_moe.data.tokens.prepare import PreparedData
+from lifelong_moe.errors import ConfigError
+from lifelong_moe.plan.budget import tokens_within
+from lifelong_moe.plan.comparison import Arm, Budget, Comparison, require_equal_measures
+from lifelong_moe.storage.keys import SHORT
+from lifelong_moe.store.runs import RunRecord
+from lifelong_moe.training.loop.trainer import build_trainer
+from pipelines.shared.workspace import ROOT, Prepared, prepare
+
+Memory = dict[str, PreparedData]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One arm with one seed: a run."""
+
+    arm: Arm
+    seed: int
+    run: str
+    overrides: list[str]
+    """All of them, tokens that follow from the budget included."""
+    prepared: Prepared
+
+    def report(self) -> dict[str, Any] | None:
+        """The run's report, if all stages of just this plan are committed."""
+        record, keys = RunRecord(ROOT, self.run), [planned.key for planned in self.prepared.plan]
+        head = record.head()
+        complete = head is not None and list(head.plan) == keys and head.is_finished
+        return record.report() if complete else None
+
+    def is_taken(self) -> bool:
+        """Whether the run's name stands for other stages."""
+        head, keys = RunRecord(ROOT, self.run).head(), [planned.key for planned in self.prepared.plan]
+        return head is not None and any(old != new for old, new in zip(head.plan, keys, strict=False))
+
+
+def plan_jobs(comparison: Comparison, memory: Memory) -> list[Job]:
+    """All runs, seed by seed, so that what is committed first can be compared.
+
+    Args:
+        comparison: Its arms are validated already; here they meet data and machine.
+        memory: Filled with the data that was read.
+
+    Raises:
+        ConfigError: Naming the arm.
+    """
+    seed = comparison.settings.seeds[0]
+    first = {arm.name: _prepare(comparison, arm, comparison.overrides(arm, seed), memory) for arm in comparison.arms}
+    for arm in comparison.arms:
+        with _in_arm(arm):  # what this machine cannot do is said before anything else
+            build_trainer(first[arm.name].config.trainer, 1)
+    require_equal_measures({name: _measures(first[name]) for name in [comparison.reference, *first]})
+    tokens = {arm.name: _token_overrides(comparison, arm, first) for arm in comparison.arms}
+    jobs = []
+    for seed in comparison.settings.seeds:
+        for arm in comparison.arms:
+            overrides = comparison.overrides(arm, seed) + tokens[arm.name]
+            prepared = _prepare(comparison, arm, overrides, memory)
+            jobs.append(Job(arm, seed, comparison.run_name(arm, seed), overrides, prepared))
+    return jobs
+
+
+def _measures(prepared: Prepared) -> dict[str, str]:
+    """What the data say of how losses per token are measured; the configuration's part was compared on loading."""
+    heldout = {name: record.heldout_hash for name, record in prepared.data.records.items()}
+    found = {f"distributions.{name} (SHA-256 of its held-out text)": text for name, text in heldout.items()}
+    return {key: text[:SHORT] for key, text in ({"tokenizer (SHA-256)": prepared.data.tokenizer.hash} | found).items()}
+
+
+def refuse_taken_names(jobs: list[Job]) -> None:
+    """A run's name stands for one list of stages.
+
+    Raises:
+        ConfigError: If one of the names is in use for other stages.
+    """
+    for job in jobs:
+        if job.is_taken():
+            raise ConfigError(
+                f"arm {job.arm.name}: run {job.run} exists with another configuration or other data. Choose "
+                f"compare=NAME, or --replace to let its name refer to the new stages."
+            )
+
+
+def _prepare(comparison: Comparison, arm: Arm, overrides: list[str], memory: Memory) -> Prepared:
+    with _in_arm(arm):
+        return prepare(str(comparison.base), overrides, memory)
+
+
+def _token_overrides(comparison: Comparison, arm: Arm, prepared: dict[str, Prepared]) -> list[str]:
+    """Tokens of each stage, where the budget is not what the configuration says anyway."""
+    if comparison.settings.budget == Budget.tokens or arm.name == comparison.reference:
+        return []
+    own, reference = prepared[arm.name], prepared[comparison.reference]
+    configured = {str(stage.name): stage.tokens for stage in own.config.stages}
+    with _in_arm(arm):
+        allowed = tokens_within(own.plan, reference.plan, configured)
+    return [f"stages[{i}].tokens={allowed[name]}" for i, name in enumerate(configured)]
+
+
+@contextmanager
+def _in_arm(arm: Arm) -> Iterator[None]:
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"arm {arm.name}: {error}") from None

@@ -1,0 +1,196 @@
+"""What a person reads of a comparison: the same tables for the terminal and, in Markdown, for MLflow and a file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from pipelines.run.render import millions
+from pipelines.shared.tables import show
+
+Arm = Mapping[str, Any]
+ABSENT = "–"
+COLUMNS = {
+    "forgetting_max": ("forgetting, worst, %", 100, "{:+.2f}"),
+    "forgetting_mean": ("forgetting, mean, %", 100, "{:+.2f}"),
+    "plasticity_gap": ("plasticity gap, worst, %", 100, "{:+.2f}"),
+    "oracle_gap": ("oracle gap, %", 100, "{:+.2f}"),
+    "leak_max": ("leak, worst, %", 100, "{:.1f}"),
+    "final_mean_nats": ("final nats/token", 1, "{:.3f}"),
+    "final_mean_bits_per_byte": ("final bits/byte", 1, "{:.4f}"),
+}
+"""Header, scale and form of each number."""
+COMPARED = ("forgetting_max", "plasticity_gap", "oracle_gap", "final_mean_bits_per_byte")
+"""Numbers whose differences are shown."""
+EXPLANATION = (
+    "Forgetting and gaps are relative rises of perplexity, positive is worse: forgetting against right after learning, "
+    "the plasticity gap against an unrestrained run with the same seed, the oracle gap against a joint run. "
+    "Tokens and FLOPs are those of an arm's stages; models from scratch beside them are counted apart. "
+    "Means over seeds ± 95 % t-interval (none for one seed); – is not known."
+)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table: its first column holds names, the others numbers."""
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def grids(comparison: Mapping[str, Any]) -> list[Grid]:
+    """The tables of a comparison: results, cost, differences, and each distribution by itself."""
+    arms = comparison["arms"]
+    names, reference = comparison["distributions"], comparison["reference"]
+    compared = [arm for arm in arms if arm["differences"] and any(arm["differences"].values())]
+    found = [
+        Grid(
+            "Results", ("arm", "seeds", *(header for header, _, _ in COLUMNS.values())), [_results(arm) for arm in arms]
+        ),
+        Grid(
+            "Cost",
+            ("arm", "method", "tokens", "active FLOPs", "parameters", "active", "epochs, most", "seconds"),
+            [_cost(arm) for arm in arms],
+        ),
+        Grid(
+            "Final bits per byte",
+            ("arm", *names),
+            [_by_name(arm, "final_bits_per_byte", names, "{:.4f}") for arm in arms],
+        ),
+        Grid("Router leak", ("arm", *names), [_by_name(arm, "leak", names, "{:.1%}") for arm in arms]),
+    ]
+    if beside := [arm for arm in arms if (arm["summary"].get("scratch_tokens") or {"mean": 0})["mean"]]:
+        header = ("arm", "tokens", "active FLOPs")
+        found.insert(2, Grid("Cost of models from scratch, beside the arm's stages", header, [*map(_beside, beside)]))
+    if compared:
+        title = (
+            f"Differences to {reference} with the same seeds (in points where %; p of the paired t-test, not corrected)"
+        )
+        found.insert(
+            1, Grid(title, ("arm", *(COLUMNS[key][0] for key in COMPARED)), [_difference(arm) for arm in compared])
+        )
+    return found
+
+
+def terminal(console: Console, comparison: Mapping[str, Any]) -> None:
+    """Print the tables."""
+    for grid in grids(comparison):
+        table = Table(title=grid.title, title_justify="left")
+        for i, header in enumerate(grid.header):
+            table.add_column(header, justify="right" if i else "left")
+        for row in grid.rows:
+            table.add_row(*row)
+        show(console, table)
+    console.print(EXPLANATION, highlight=False)
+    for line in absent(comparison):
+        console.print(f"[yellow]{line}[/yellow]", highlight=False)
+
+
+def markdown(comparison: Mapping[str, Any]) -> str:
+    """The tables for ``comparison.md`` and the comparison's page in MLflow."""
+    lines = [
+        f"**{comparison['compare']}** · base {comparison['base']} · equal {comparison['budget']} · "
+        f"seeds {', '.join(map(str, comparison['seeds']))} · reference {comparison['reference']}",
+        "",
+        EXPLANATION,
+    ]
+    for grid in grids(comparison):
+        lines += ["", f"### {grid.title}", "", _line(grid.header), "|---|" + "---:|" * (len(grid.header) - 1)]
+        lines += [_line(row) for row in grid.rows]
+    if missing := absent(comparison):
+        lines += ["", "### Not there", "", *(f"- {line}" for line in missing)]
+    return "\n".join(lines) + "\n"
+
+
+def absent(comparison: Mapping[str, Any]) -> list[str]:
+    """One line for each run that has no result, and for each reference that there is not."""
+    lines = [
+        f"{run['run']}: {run['reason'] or 'not committed yet'}"
+        for arm in comparison["arms"]
+        for run in arm["runs"]
+        if run["status"] != "committed"
+    ]
+    measured = {arm["name"]: set(run["final_bits_per_byte"]) for arm in comparison["arms"] for run in arm["runs"]
+                if run["status"] == "committed"}  # fmt: skip
+    for name, found in measured.items():
+        if found != measured.get(comparison["reference"], found):
+            lines.append(
+                f"{name} was measured on other distributions than {comparison['reference']}: its means are over those, "
+                f"so no difference between them is taken"
+            )
+    for role, gap in (("unrestrained", "plasticity"), ("joint", "oracle")):
+        if comparison[role] is None:
+            lines.append(f"no {role} arm, hence no {gap} gap")
+    return lines
+
+
+def _results(arm: Arm) -> list[str]:
+    done = sum(run["status"] == "committed" for run in arm["runs"])
+    return [
+        arm["name"],
+        f"{done}/{len(arm['runs'])}",
+        *(_value(arm["summary"].get(key), form, scale) for key, (_, scale, form) in COLUMNS.items()),
+    ]
+
+
+def _cost(arm: Arm) -> list[str]:
+    mean = {key: value["mean"] for key, value in arm["summary"].items() if value is not None}
+    if not mean:
+        return [arm["name"], arm["method"], *[ABSENT] * 6]
+    return [
+        arm["name"],
+        arm["method"],
+        f"{mean['tokens']:,.0f}",
+        f"{mean['active_flops']:.3e}",
+        *(millions(mean[f"parameters_{kind}"]) for kind in ("total", "active")),
+        f"{mean['epochs_max']:.2f}",
+        f"{mean['seconds']:.0f}",
+    ]
+
+
+def _beside(arm: Arm) -> list[str]:
+    forms = {"tokens": "{:,.0f}", "active_flops": "{:.3e}"}
+    means = {key: arm["summary"].get(f"scratch_{key}") for key in forms}
+    return [arm["name"], *(forms[key].format(found["mean"]) if found else ABSENT for key, found in means.items())]
+
+
+def _difference(arm: Arm) -> list[str]:
+    cells = [arm["name"]]
+    for key in COMPARED:
+        found, (_, scale, form) = arm["differences"].get(key), COLUMNS[key]
+        cell = _value(found, form.replace("{:.", "{:+."), scale)
+        cells.append(f"{cell}, p {_p(found['p'])}" if found else cell)
+    return cells
+
+
+def _p(value: float | None) -> str:
+    return ABSENT if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _by_name(arm: Arm, field: str, names: Sequence[str], form: str) -> list[str]:
+    """Means over seeds, one a distribution."""
+    cells = [arm["name"]]
+    for name in names:
+        found = [run[field][name] for run in arm["runs"] if name in run.get(field, {})]
+        cells.append(form.format(sum(found) / len(found)) if found else ABSENT)
+    return cells
+
+
+def _value(found: Mapping[str, Any] | None, form: str, scale: float) -> str:
+    """``mean ± half of the interval``."""
+    if found is None:
+        return ABSENT
+    shown = form.format(scale * found["mean"])
+    if found["high"] is None:
+        return shown
+    digits = form.partition(".")[2][0]
+    return f"{shown} ± {scale * (found['high'] - found['mean']):.{digits}f}"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

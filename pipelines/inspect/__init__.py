@@ -1,0 +1,1 @@
+"""Commands that only read a run: `inspect`, `status`, `report`, `lineage`, `evaluate`, `generate`."""

@@ -1,0 +1,225 @@
+"""`lifelong-moe inspect`: what a stage's experts specialize in, on held-out text or token by token on a given text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from rich.console import Console
+
+from lifelong_moe.config.load import build_config
+from lifelong_moe.config.run import RunConfig
+from lifelong_moe.data.tokens.tokenizer import Tokenizer
+from lifelong_moe.data.tokens.windows import EvaluationSet, evaluation_windows
+from lifelong_moe.errors import ConfigError, DataError
+from lifelong_moe.evaluation.loss import evaluate
+from lifelong_moe.evaluation.probing import (
+    BATCH_TOKENS,
+    Observation,
+    expert_similarities,
+    observe,
+    observe_text,
+    routing_columns,
+    shuffled_experts,
+)
+from lifelong_moe.evaluation.routed_text import html_page, route_text
+from lifelong_moe.model.transformer import LanguageModel
+from lifelong_moe.plan.architecture import Architecture
+from lifelong_moe.reports.figures.specialization import inspection_figures
+from lifelong_moe.reports.inspection import Readings, build_inspection
+from lifelong_moe.storage.files import write_atomic
+from lifelong_moe.storage.tables import write_parquet
+from lifelong_moe.store.head import RunHead
+from lifelong_moe.store.runs import RunRecord, require_head
+from lifelong_moe.store.stages import CommittedStage, StageStore
+from lifelong_moe.tracking.tracker import Tracker
+from lifelong_moe.training.callbacks.logger import Row
+from lifelong_moe.training.loop.device import configured_device
+from lifelong_moe.training.restore import load_model
+from pipelines.inspect import tables as inspect_tables
+from pipelines.shared.options import InspectionRequest
+from pipelines.shared.recorded import tracking_of
+from pipelines.shared.workspace import ROOT, read_data, recorded_trainer, remembered
+
+Windows = Mapping[str, EvaluationSet]
+
+
+def on_text(
+    run: str,
+    store: StageStore,
+    committed: CommittedStage,
+    text: str,
+    asked: InspectionRequest,
+    console: Console,
+) -> dict[str, Any]:
+    """Show which experts each token of a text chooses; ``--html`` and ``--save`` write it to files."""
+    tokenizer = Tokenizer.from_text(store.tokenizer(committed))
+    model = load_model(store, committed)
+    architecture, token_ids = model.architecture, tokenizer.encode(text)
+    if not token_ids:
+        raise ConfigError("the text has no token.")
+    seen = observe_text(model.to(configured_device(recorded_trainer(run))), token_ids, distribution=asked.label)
+    routed = route_text(architecture, seen, tokenizer.decode, asked.layer)
+    inspect_tables.text(console, routed)
+    if asked.html is not None:
+        write_atomic(Path(asked.html), html_page(routed, f"{run}, stage {committed.name}"))
+        console.print(f"written: {asked.html}", highlight=False, markup=False)
+    if asked.save is not None:
+        _save(asked.save, architecture, {asked.label or "": seen}, tokenizer, console)
+    rows = [
+        {
+            "token_id": token.token_id,
+            "text": token.text,
+            "owner": routed.owners[token.owner],
+            "experts": [dict(chosen) for chosen in token.experts],
+        }
+        for token in routed.tokens
+    ]
+    return {"layers": routed.layers, "tokens": rows}
+
+
+def on_heldout(
+    run: str, store: StageStore, committed: CommittedStage, tokens: int, save: str | None, console: Console
+) -> dict[str, Any]:
+    """Measure what the experts specialize in on the run's held-out text, and keep it with the run."""
+    head, record = require_head(ROOT, run), RunRecord(ROOT, run)
+    config = build_config(OmegaConf.create(head.config), is_stored=True)
+    with console.status("reading held-out text") as status:
+        windows, tokenizer = _heldout_windows(head, config, committed, tokens)
+        if missing := [name for name in config.evaluated if name not in windows]:
+            console.print(f"not measured, because held-out text is gone: {', '.join(missing)}", highlight=False)
+        status.update("reading it through the model")
+        result, observed = _measure(store, committed, config, windows, tokenizer)
+    result = {"run": run, "stage": committed.name, "key": committed.key, **result}
+    _keep(record, head, config, result, tokens, console)
+    inspect_tables.heldout(console, result)
+    console.print(f"written: {record.path / 'inspection.json'}, {record.path / 'inspection'}/*.png", highlight=False)
+    if save is not None:
+        _save(save, committed.architecture, observed, tokenizer, console)
+    return result
+
+
+def _keep(
+    record: RunRecord,
+    head: RunHead,
+    config: RunConfig,
+    result: dict[str, Any],
+    tokens: int,
+    console: Console,
+) -> None:
+    """Leave the result and its figures with the run, and in MLflow unless it has them already.
+
+    Figures are those of the last inspection; of every inspection one copy is kept, because MLflow's points stay.
+    """
+    path, folder = record.path / "inspection.json", record.path / "inspection"
+    tracker = Tracker.connect(tracking_of(head), ROOT)
+    run_id = head.mlflow.run
+    result["mlflow_run"] = run_id if run_id and tracker.run_exists(run_id) else None
+    text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
+    copy = record.path / f"inspection-{result['stage']}-{tokens}.json"
+    known, plotted = (one.is_file() and one.read_text(encoding="utf-8") == text for one in (path, copy))
+    folder.mkdir(exist_ok=True)
+    for drawn in folder.glob("*.png"):  # of another stage, which may have had more to draw
+        drawn.unlink()
+    for name, figure in inspection_figures(result, result["stage"]).items():
+        figure.savefig(folder / f"{name}.png")
+        if not known:
+            tracker.log_figure(result["mlflow_run"], figure, f"inspection/{result['stage']}/{name}.png")
+    if not known:
+        tracker.log_text(result["mlflow_run"], text, f"inspection/{result['stage']}/inspection.json")
+    if not plotted:
+        tracker.log_metrics(result["mlflow_run"], _rows(result, tokens, head.stages.index(result["key"])))
+    if tracker.problem and config.tracking.enabled:
+        console.print(f"[yellow]{tracker.problem}[/yellow]")
+    write_atomic(copy, text)
+    write_atomic(path, text)
+
+
+def _rows(result: Mapping[str, Any], tokens: int, step: int) -> list[Row]:
+    """What MLflow draws as curves over stages; another number of tokens is another measurement, hence a curve."""
+    rows: list[Row] = []
+    prefix = f"inspection/{tokens}_tokens"
+    for layer in result["layers"]:
+        for kind in ("token", "distribution"):
+            if layer[kind] is not None:
+                excess = layer[kind]["nats"] - layer[kind]["null_mean"]
+                rows.append((f"{prefix}/{kind}_information/L{layer['layer']}", excess, step))
+    for name, losses in result["shuffled"].items():
+        cost = losses["shuffled_nats_per_token"] - losses["nats_per_token"]
+        rows.append((f"{prefix}/{name}/cost_of_shuffling", cost, step))
+    return rows
+
+
+def _heldout_windows(
+    head: RunHead, config: RunConfig, committed: CommittedStage, tokens: int
+) -> tuple[dict[str, EvaluationSet], Tokenizer]:
+    """Held-out text of each distribution of a run, as it evaluates it, where it is there or was kept."""
+    run, data = head.run, read_data(config, known=remembered(head, head.config))
+    if data.tokenizer.hash != committed.tokenizer.hash:
+        raise ConfigError(
+            f"run {run}: text or tokenizer has changed since stage {committed.name} was trained, so the tokens mean "
+            f"something else; bring the old text back, or inspect a --text."
+        )
+    context = config.model.context
+    there = [name for name in config.evaluated if name in data.heldout]
+    if not there:
+        raise DataError(f"run {run}: all held-out text is gone; inspect a --text.")
+    windows = {name: evaluation_windows(data.heldout[name], context, tokens) for name in there}
+    return windows, data.tokenizer
+
+
+def _measure(
+    store: StageStore, committed: CommittedStage, config: RunConfig, windows: Windows, tokenizer: Tokenizer
+) -> tuple[dict[str, Any], dict[str, Observation]]:
+    """Observe the stage and those before it on the same text."""
+    device = configured_device(config.trainer)
+    chain = store.chain(committed.key)
+    earlier = {one.name: _observe_all(load_model(store, one).to(device), windows) for one in chain[:-1]}
+    model = load_model(store, committed).to(device)
+    observed = _observe_all(model, windows)
+    losses = _losses(model, windows)
+    with shuffled_experts(model):
+        shuffled = _losses(model, windows)
+    inspection = build_inspection(
+        model.architecture,
+        Readings(
+            observed,
+            earlier,
+            expert_similarities(model, [(text, name) for name, text in windows.items()]),
+            {name: (losses[name], shuffled[name]) for name in windows},
+        ),
+        stages=[one.name for one in chain],
+        learned_in={name: index for index, one in enumerate(chain) for name in one.spec.learns},
+        name_token=tokenizer.name,
+    )
+    return inspection, observed
+
+
+def _observe_all(model: LanguageModel, windows: Windows) -> dict[str, Observation]:
+    return {name: observe(model, text, distribution=name) for name, text in windows.items()}
+
+
+def _losses(model: LanguageModel, windows: Windows) -> dict[str, float]:
+    return {
+        name: evaluate(model, text, distribution=name, batch_tokens=BATCH_TOKENS).nats_per_token
+        for name, text in windows.items()
+    }
+
+
+def _save(
+    path: str,
+    architecture: Architecture,
+    observed: Mapping[str, Observation],
+    tokenizer: Tokenizer,
+    console: Console,
+) -> None:
+    """Every token's experts as a table, a row a token and layer."""
+
+    def parts() -> Iterator[dict[str, Any]]:
+        for name, seen in observed.items():
+            yield from routing_columns(architecture, seen, name, tokenizer.name)
+
+    console.print(f"written: {path} ({write_parquet(Path(path), parts()):,} rows)", highlight=False, markup=False)

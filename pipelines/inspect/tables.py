@@ -1,0 +1,134 @@
+"""What a person sees of an inspection on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lifelong_moe.evaluation.routed_text import RoutedText, visible
+from lifelong_moe.reports.figures.specialization import can_leak
+from pipelines.shared.tables import show
+
+ANSI = [f"bright_{name}" for name in ("red", "green", "yellow", "blue", "magenta", "cyan")]
+ANSI += ["white", "green", "yellow", "magenta", "cyan", "red"]
+"""Backgrounds on a terminal of 16 colours, where light colours of any hue would all become white."""
+MOST_EXPERTS = 48
+"""Rows of top tokens shown; ``inspection.json`` has them all."""
+SHOWN_TOKENS = 5
+
+
+def text(console: Console, routed: RoutedText) -> None:
+    """The text in its owners' colours under a legend; without enough colours, a line a token."""
+    legend, body = Text(), Text()
+    few = console.color_system in ("standard", "windows")
+    colours = ANSI if few else routed.colours
+    plain = console.color_system is None or len(routed.owners) > len(colours)
+    for index, (name, count) in enumerate(zip(routed.owners, routed.counts, strict=True)):
+        if count:
+            legend.append(f" {name} ", style="" if plain else f"black on {colours[index]}").append(f" {count}  ")
+    if plain:
+        console.print(legend, soft_wrap=True)
+        _token_table(console, routed)
+        return
+    console.print(routed.rule, highlight=False)
+    for token in routed.tokens:
+        shown = visible(token.text).replace("\n", "⏎\n")  # or else the owner of a line's end would not be seen
+        body.append(shown, style=f"black on {colours[token.owner]}")
+    console.print(legend)
+    console.print()
+    console.print(body, soft_wrap=True)
+
+
+def heldout(console: Console, result: Mapping[str, Any]) -> None:
+    """Tables of an inspection on held-out text."""
+    show(console, _layers(result))
+    show(console, _by_distribution(result))
+    if result["saturation"]:
+        show(console, _saturation(result))
+    show(console, _top_tokens(result))
+
+
+def _token_table(console: Console, routed: RoutedText) -> None:
+    table = _table("Tokens", "token", "sent to", *(f"L{layer}" for layer in routed.layers))
+    for token in routed.tokens:
+        chosen = (", ".join(f"{name} {weight:.2f}" for name, weight in layer) for layer in token.experts)
+        table.add_row(*(Text(cell) for cell in (repr(token.text), routed.owners[token.owner], *chosen)))
+    show(console, table)
+
+
+def _layers(result: Mapping[str, Any]) -> Table:
+    headers = ("experts", "with token", "shuffled", "with distribution", "shuffled", "mean cosine", "dead")
+    title = f"{result['run']}, stage {result['stage']}: mutual information of experts, in nats"
+    table = _table(title, "layer", *headers)
+    for layer in result["layers"]:
+        table.add_row(
+            f"L{layer['layer']}",
+            str(len(layer["experts"])),
+            *_information(layer["token"]),
+            *_information(layer["distribution"]),
+            _mean_cosine(layer["similarity"]),
+            Text(", ".join(layer["dead"]) or "–"),
+        )
+    return table
+
+
+def _information(information: Mapping[str, float] | None) -> tuple[str, str]:
+    if information is None:
+        return "–", "–"
+    return f"{information['nats']:.4f}", f"{information['null_mean']:.4f} (95 %: {information['null_95']:.4f})"
+
+
+def _mean_cosine(similarity: Sequence[Sequence[float]]) -> str:
+    """Over all pairs of different experts."""
+    matrix = np.array(similarity)
+    pairs = matrix[~np.eye(len(matrix), dtype=bool)]
+    return f"{pairs.mean():+.3f}" if pairs.size else "–"
+
+
+def _by_distribution(result: Mapping[str, Any]) -> Table:
+    leaky = result["layers"] if can_leak(result) else ()
+    layers = [f"leak L{layer['layer']}" for layer in leaky]
+    table = _table("Held-out text", "distribution", "tokens", "nats/token", "experts shuffled", *layers)
+    for name, losses in result["shuffled"].items():
+        loss, shuffled = losses["nats_per_token"], losses["shuffled_nats_per_token"]
+        leak = (f"{layer['leak'][name]:.1%}" for layer in leaky)
+        cost = f"{shuffled:.3f} ({shuffled - loss:+.3f})"
+        table.add_row(name, f"{result['tokens'][name]:,}", f"{loss:.3f}", cost, *leak)
+    return table
+
+
+def _saturation(result: Mapping[str, Any]) -> Table:
+    names = list(result["tokens"])
+    table = _table(f"Chosen experts that {result['stage']} chooses too, mean over layers", "after stage", *names)
+    for stage, agreed in result["saturation"].items():
+        table.add_row(stage, *(f"{np.mean(agreed[name]):.1%}" for name in names))
+    return table
+
+
+def _top_tokens(result: Mapping[str, Any]) -> Table:
+    title = "Tokens that experts prefer (times as often as all tokens; of equals the most frequent first)"
+    table = _table(title, "expert", "tokens")
+    rows = [row for layer in result["layers"] for row in layer["top_tokens"].items()]
+    for name, tokens in rows[:MOST_EXPERTS]:
+        shown = "  ".join(f"{_named(token)} ×{token['lift']:.1f}" for token in tokens[:SHOWN_TOKENS])
+        table.add_row(name, Text(shown or "–"))
+    if len(rows) > MOST_EXPERTS:
+        table.caption = f"{len(rows) - MOST_EXPERTS} more experts in inspection.json"
+    return table
+
+
+def _named(token: Mapping[str, Any]) -> str:
+    """A token's text; a part of a character, which has none of its own, by its id."""
+    return f"#{token['token_id']}" if "\N{REPLACEMENT CHARACTER}" in token["text"] else repr(token["text"])
+
+
+def _table(title: str, first: str, *headers: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for header in (first, *headers):
+        table.add_column(header)
+    return table

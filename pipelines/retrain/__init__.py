@@ -1,0 +1,1 @@
+"""`lifelong-moe retrain`: one tick of scheduled retraining."""

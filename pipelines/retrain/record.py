@@ -1,0 +1,126 @@
+"""What a tick leaves in MLflow: a run under the lifelong run, with plan, probes, gate, and who serves."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from lifelong_moe.config.load import whole_config
+from lifelong_moe.data.text.documents import Corpus
+from lifelong_moe.plan.retraining import RetrainConfig
+from lifelong_moe.retraining.checks import Verdict
+from lifelong_moe.store.runs import OpenRun
+from lifelong_moe.store.stages import CommittedStage
+from lifelong_moe.tracking.store import local_id
+from lifelong_moe.tracking.tracker import Tracker
+from lifelong_moe.training.callbacks.logger import Row
+from pipelines.retrain.plan_file import PlanFacts
+from pipelines.retrain.render import tick_note
+from pipelines.shared.record_params import CONFIG, config_yaml, stage_params
+from pipelines.shared.recorded import show_champion
+from pipelines.versions.candidates import Candidate
+
+SHOWN = ("trigger", "drift", "probe", "decision", "gate", "limits")
+"""Sections of the retraining file that are numbers; the others hold paths, commands and addresses."""
+
+
+class TickRecord:
+    """One MLflow run a batch: a tick that is done again goes on in it.
+
+    Args:
+        tracker: MLflow, or nothing.
+        opened: The run; its head keeps the id by batch.
+    """
+
+    def __init__(self, tracker: Tracker, opened: OpenRun) -> None:
+        self.tracker, self.opened = tracker, opened
+        self.run_id: str | None = None
+
+    @property
+    def model(self) -> str:
+        """Name of the registered model."""
+        return f"lifelong-moe.{self.opened.head.run}"
+
+    def begin(self, name: str, batch: str, corpus: Corpus, settings: RetrainConfig) -> None:
+        """Open the run, or take it up again."""
+        if not self.tracker.active:
+            return
+        run, told = self.opened.head.run, self.opened.head.mlflow
+        known = told.ticks.get(batch) or local_id()
+        self._tell(batch, known)  # beforehand: whoever kills us now, the run is found again
+        tags = {"lifelong.run": run, "lifelong.kind": "tick", "lifelong.batch": batch}
+        params = {section: dataclasses.asdict(getattr(settings, section)) for section in SHOWN}
+        self.run_id = self.tracker.start_run(
+            f"{run} · {name}",
+            run_id=known,
+            parent_id=told.run,
+            params=params,
+            tags=tags,
+        )
+        self._tell(batch, self.run_id or known)
+        profile = {"documents": len(corpus.train) + len(corpus.heldout), "held_out": len(corpus.heldout)}
+        profile["near_copies"] = len(corpus.near_copies)
+        self.tracker.log_dataset(
+            self.run_id, name=name, digest=corpus.train_hash[:32], context="training", source="inbox", profile=profile
+        )
+
+    def _tell(self, batch: str, run_id: str) -> None:
+        head = self.opened.head
+        self.opened.save(head.with_mlflow(ticks={**head.mlflow.ticks, batch: run_id}))
+
+    def curves(self, points: list[Row]) -> None:
+        """Training curves of the candidate."""
+        self.tracker.log_metrics(self.run_id, points)
+
+    def planned(self, facts: PlanFacts, candidate: Candidate | None) -> None:
+        """The plan as a file and its terms as metrics; the candidate's settings as params, and as a file in whole."""
+        rows = [(f"decision/{key}", number(value), 0) for key, value in facts.decision.terms.items()]
+        for name, drift in facts.drift.items():
+            rows += [(f"drift/{name}/{key}", number(getattr(drift, key)), 0) for key in ("auc", "null_quantile", "psi")]
+        if facts.power is not None:
+            rows.append(("gate/harmless_passes", facts.power.passes, 0))
+        looks = {} if facts.looks is None else dataclasses.asdict(facts.looks)
+        rows += [(f"looks/{key}", float(value), 0) for key, value in looks.items() if isinstance(value, (int, float))]
+        self.tracker.log_metrics(self.run_id, rows)
+        self.tracker.log_text(self.run_id, json.dumps(facts.to_json(), indent=1, ensure_ascii=False), "plan.json")
+        if candidate is not None and self.run_id is not None:
+            self.tracker.start_run("", run_id=self.run_id, params=stage_params(candidate.planned))
+            self.tracker.log_text(self.run_id, config_yaml(whole_config(candidate.raw)), CONFIG)
+
+    def candidate(self, stage: CommittedStage, facts: PlanFacts) -> None:
+        """Register the candidate, whatever becomes of it."""
+        tags = {"stage_key": stage.key, "stage": stage.name, "run": self.opened.head.run, "data": facts.data}
+        tags |= {"parent_key": str(stage.parent), "weights_sha256": stage.weights_hash}
+        self.tracker.register_version(
+            self.model, stage.path, run_id=self.run_id, tags=tags, description="at the gate", alias="candidate"
+        )
+
+    def judged(self, verdict: Verdict) -> None:
+        """What the gate measured."""
+        rows: list[Row] = []
+        for check in verdict.checks:
+            for what, value in (("value", check.value), ("limit", check.limit), ("passed", float(check.passed))):
+                rows.append((f"gate/{check.name}/{what}", value, 0))
+        self.tracker.log_metrics(self.run_id, rows)
+
+    def done(self, outcome: Mapping[str, Any], facts: PlanFacts, verdict: Verdict | None) -> None:
+        """The outcome in words, and the end."""
+        if self.run_id is None:
+            return
+        self.tracker.start_run("", run_id=self.run_id, tags={"lifelong.outcome": str(outcome["outcome"])})
+        self.tracker.set_note(self.run_id, tick_note(outcome, facts, verdict))
+        self.tracker.log_text(self.run_id, json.dumps(outcome, indent=1, ensure_ascii=False), "outcome.json")
+        self.tracker.finish(self.run_id)
+        show_champion(self.opened.head, self.tracker)
+
+    def ended_by(self, error: BaseException) -> None:
+        """Close what is open; the next tick takes it up again."""
+        self.tracker.finish(self.run_id, error)
+
+
+def number(value: float | None) -> float:
+    """A term as a point; what is absent becomes NaN, which is logged as absent."""
+    return math.nan if value is None else float(value)

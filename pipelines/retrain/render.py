@@ -1,0 +1,79 @@
+"""A tick's plan and outcome in words: on the terminal and in MLflow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+
+from lifelong_moe.retraining.checks import Verdict
+from lifelong_moe.retraining.power import Power
+from lifelong_moe.storage.keys import SHORT
+from pipelines.retrain.plan_file import PlanFacts
+
+
+def plan_sentences(facts: PlanFacts) -> list[str]:
+    """What was found, what was decided and why, and what it would cost; a sentence each."""
+    sentences = [f"Batch {facts.batch[:SHORT]}: {facts.documents} documents never seen before."]
+    if facts.looks is not None:  # plans of earlier versions have none
+        sentences.append(facts.looks.words)
+    copies = facts.near_copies or {}
+    if any(copies.values()):
+        sentences.append(
+            f"Near copies, which are left out: {copies['of_known_text']} of text seen before, "
+            f"{copies['of_its_held_out_text']} of the batch's own held-out text."
+        )
+    sentences += [f"Against {name}: {drift.words}" for name, drift in facts.drift.items()]
+    sentences += facts.decision.reasons
+    if (stage := facts.stage) is not None:
+        how = "new experts" if stage.continues is None else f"the experts of stage {stage.continues} train on"
+        hours = "" if stage.hours is None else f", about {60 * stage.hours:.1f} minutes"
+        sentences.append(
+            f"Stage {stage.name} ({stage.key[:SHORT]}): {how}; {stage.tokens:,} tokens "
+            f"({stage.replay_fraction:.0%} replayed), {stage.parameters_trainable / 1e6:.2f}M of "
+            f"{stage.parameters_total / 1e6:.2f}M parameters train, {stage.active_flops:.1e} FLOPs, at most "
+            f"{stage.disk_bytes / 1e6:,.1f} MB of disk{hours}."
+        )
+    if facts.power is not None:  # plans of earlier versions have none
+        sentences.append(_power(facts.power))
+    return [*sentences, *facts.exceeded]
+
+
+def _power(power: Power) -> str:
+    """How often the gate would pass what does no harm; with a warning where that is less than half of the time."""
+    passes, weakest = round(100 * power.passes), round(100 * power.weakest_passes)
+    found = f"This gate would pass a harmless candidate {passes} times of 100 ({power.checks} check(s) of old text)"
+    if passes >= 50:
+        return f"{found}."
+    return (
+        f"Warning: {found[0].lower()}{found[1:]}: of {power.weakest} alone {weakest}. Hold out more sources "
+        f"of it, or raise evaluate.tokens or gate.tolerance."
+    )
+
+
+def print_plan(console: Console, facts: PlanFacts) -> None:
+    """Print a plan."""
+    for sentence in plan_sentences(facts):
+        console.print(f"· {sentence}", highlight=False, markup=False)
+
+
+def print_outcome(console: Console, result: Mapping[str, Any]) -> None:
+    """Print how the tick ended."""
+    now = result["champion"]
+    console.print(
+        f"{result['outcome']}: {result['reason']}. Version {now['version']} serves (stage {now['stage']}).",
+        highlight=False,
+        markup=False,
+    )
+
+
+def tick_note(result: Mapping[str, Any], facts: PlanFacts, judged: Verdict | None) -> str:
+    """The tick's page in MLflow, as Markdown."""
+    lines = [f"**{result['outcome']}**: {result['reason']}.", "", "### Plan", ""]
+    lines += [f"- {sentence}" for sentence in plan_sentences(facts)]
+    if judged is not None:
+        lines += ["", "### Gate", ""]
+        lines += [f"- {'✓' if check.passed else '✗'} {check.sentence}" for check in judged.checks]
+        lines += [f"- {sentence}" for sentence in judged.notes]
+    return "\n".join(lines)

@@ -1,0 +1,134 @@
+"""`lifelong-moe plan`: what a run would do and what it would cost. Prepares data, trains nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from lifelong_moe.clustering.bundles import unigram_divergence
+from lifelong_moe.data.tokens.packing import epochs
+from lifelong_moe.plan.advice import growth_advice, leaking, nothing_to_hold
+from lifelong_moe.plan.cost import count_parameters
+from lifelong_moe.plan.disk import run_need
+from lifelong_moe.plan.planned import PlannedStage
+from lifelong_moe.plan.published import sentence as published_sentence
+from lifelong_moe.plan.stages import stage_need
+from lifelong_moe.storage.keys import SHORT
+from lifelong_moe.store.runs import RunRecord
+from lifelong_moe.store.stages import CommittedStage, StageStore
+from pipelines.run import render
+from pipelines.shared.tables import show
+from pipelines.shared.workspace import ROOT, Prepared, further_training, prepare
+
+COMPARED_TOKENS = 200_000
+"""Tokens of each distribution whose frequencies are compared."""
+
+
+def plan(config_path: str, overrides: list[str], console: Console) -> dict[str, Any]:
+    """Show the stages with keys, sizes and cost; returns the same as plain data."""
+    with console.status("reading and tokenizing the distributions"):
+        prepared = prepare(config_path, overrides)
+    store = StageStore(ROOT)
+    head = RunRecord(ROOT, prepared.config.run).head()
+    rows = [_row(i, prepared, store) for i in range(len(prepared.plan))]
+    speed = [s.metrics["tokens_per_second"] for p in prepared.plan if (s := store.find(p.key))]
+    render.data_table(console, prepared)
+    todo = [stage for stage, row in zip(prepared.plan, rows, strict=True) if row["action"] == "train"]
+    disk = run_need([stage_need(stage, prepared.config) for stage in todo])
+    _print(console, rows, disk, speed)
+    if published := published_sentence(prepared.config):
+        console.print(published, highlight=False, markup=False)
+    warnings = [*prepared.left_behind, *leaking(prepared.config), *nothing_to_hold(prepared.config)]
+    for sentence in warnings:
+        console.print(f"[yellow]{sentence}[/yellow]", highlight=False)
+    advice = growth_advice(prepared.plan, _divergence(prepared))
+    gone = [stage.data for stage in prepared.config.stages if stage.data in prepared.data.gone]
+    if gone and any(row["action"] == "train" for row in rows):
+        names = ", ".join(dict.fromkeys(gone))
+        advice.append(f"how near new text is to {names} cannot be told: that text is gone.")
+    for sentence in advice:
+        console.print(f"· {sentence}", highlight=False)
+    if head is not None and any(row["key"] != old for row, old in zip(rows, head.plan, strict=False)):
+        console.print(
+            f"[yellow]run={head.run} exists with other stages; running needs run=NAME or --replace."
+            f"{further_training(head, prepared.plan, store)}[/yellow]"
+        )
+    return {
+        "run": prepared.config.run,
+        "method": prepared.config.method.value,
+        "stages": rows,
+        "disk_bytes": disk,
+        "warnings": warnings,
+        "advice": advice,
+    }
+
+
+def _divergence(prepared: Prepared) -> dict[str, dict[str, float]]:
+    """Of each later distribution's text from each earlier one's."""
+    vocab_size, there = prepared.data.tokenizer.vocab_size, prepared.data.corpora
+    names = [name for name in dict.fromkeys(s.data for s in prepared.config.stages) if name in there]
+    text = {name: prepared.data.corpora[name].train.tokens[:COMPARED_TOKENS] for name in names}
+    return {
+        name: {old: unigram_divergence(text[name], text[old], vocab_size) for old in names[:i]}
+        for i, name in enumerate(names)
+    }
+
+
+def _row(i: int, prepared: Prepared, store: StageStore) -> dict[str, Any]:
+    planned = prepared.plan[i]
+    spec, count, committed = planned.spec, planned.parameters, store.find(planned.key)
+    before = count_parameters(prepared.plan[spec.parent].architecture) if spec.parent is not None else None
+    return {
+        "name": spec.name,
+        "key": planned.key,
+        "action": "committed" if committed else "train",
+        "routing": planned.routing,
+        "experts_per_layer": planned.architecture.num_experts,
+        "new_experts_per_layer": spec.grow.experts
+        if spec.grow
+        else (0 if before else planned.architecture.num_experts),
+        "parameters_total": count.total,
+        "parameters_active": count.active,
+        "parameters_trainable": planned.trainable,
+        "tokens": planned.tokens,
+        "epochs": _epochs(planned, prepared, committed),
+        "replay_fraction": spec.replay.fraction,
+        "teacher_tokens": spec.teacher_tokens,
+        "active_flops": planned.flops,
+        "disk_bytes": stage_need(planned, prepared.config).total,
+    }
+
+
+def _epochs(planned: PlannedStage, prepared: Prepared, committed: CommittedStage | None) -> float:
+    """How often the stage goes, or went, through its text."""
+    spec, corpus = planned.spec, prepared.data.corpora.get(planned.spec.data)
+    if corpus is None and committed is not None:  # without its text: what was counted then
+        return float(committed.metrics["epochs"])
+    return epochs(planned.tokens - spec.replayed_tokens, prepared.data.corpora[spec.data].train, spec.model.context)
+
+
+def _print(console: Console, rows: list[dict[str, Any]], disk: int, speed: list[float]) -> None:
+    table = Table(title="Plan", title_justify="left")
+    for header in ("stage", "key", "", "experts", "total", "active", "trains", "tokens", "epochs", "replay", "FLOPs"):
+        table.add_column(header, justify="left" if header in ("stage", "key", "") else "right")
+    for row in rows:
+        table.add_row(
+            row["name"],
+            row["key"][:SHORT],
+            row["action"],
+            f"{row['experts_per_layer']} (+{row['new_experts_per_layer']})",
+            *(render.millions(row[f"parameters_{kind}"]) for kind in ("total", "active", "trainable")),
+            f"{row['tokens']:,}",
+            f"{row['epochs']:.2f}",
+            f"{row['replay_fraction']:.0%}",
+            f"{row['active_flops']:.1e}",
+        )
+    show(console, table)
+    todo = [row for row in rows if row["action"] == "train"]
+    tokens = sum(row["tokens"] for row in todo)
+    text = f"{len(todo)} of {len(rows)} stages to train: {tokens:,} tokens, at most {disk / 1e6:,.1f} MB of disk"
+    if speed and todo:
+        text += f", about {tokens / (sum(speed) / len(speed)):.0f} s at the speed of the stages committed so far"
+    console.print(text + ".")

@@ -1,0 +1,33 @@
+"""`lifelong-moe prepare`: fetch and tokenize what a run reads. Afterwards training touches no network."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+
+from pipelines.run import render
+from pipelines.shared.workspace import prepare as prepare_run
+
+
+def prepare(config_path: str, overrides: list[str], console: Console) -> dict[str, Any]:
+    """Fill the cache; returns tokens and fingerprints by distribution."""
+    with console.status("reading and tokenizing the distributions"):
+        prepared = prepare_run(config_path, overrides)
+    render.data_table(console, prepared)
+    return {
+        "run": prepared.config.run,
+        "tokenizer": prepared.data.tokenizer.hash,
+        "distributions": {
+            name: {
+                "train_tokens": record.tokens,
+                "heldout_tokens": record.heldout_tokens,
+                "duplicates": record.duplicates,
+                "near_copies": len(record.left_out),
+                "train_hash": record.train_hash,
+                "heldout_hash": record.heldout_hash,
+                "text_is_there": name in prepared.data.corpora,
+            }
+            for name, record in prepared.data.records.items()
+        },
+    }

@@ -1,0 +1,252 @@
+"""What a run leaves in MLflow: one parent run, a child a stage, datasets, figures, notes and registered versions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+
+from lifelong_moe.evaluation.loss import Evaluation
+from lifelong_moe.plan.architecture import Architecture
+from lifelong_moe.plan.planned import PlannedStage
+from lifelong_moe.plan.stages import chain
+from lifelong_moe.reports.figures import run as figures
+from lifelong_moe.store.head import MlflowState
+from lifelong_moe.store.runs import OpenRun
+from lifelong_moe.store.stages import CommittedStage
+from lifelong_moe.tracking.store import local_id
+from lifelong_moe.tracking.tracker import Tracker
+from lifelong_moe.training.callbacks.logger import Row
+from pipelines.run import render
+from pipelines.shared.record_params import CONFIG, config_yaml, run_params, stage_params
+from pipelines.shared.recorded import show_champion
+from pipelines.shared.workspace import Prepared
+
+
+class MlflowRecord:
+    """Keeps in the run's head what MLflow has been told, so that continuing appends and repeating adds nothing.
+
+    Args:
+        tracker: MLflow, or nothing.
+        prepared: The run.
+        opened: Its head says what MLflow was told.
+        content: Names all that there is to record: stages and evaluations.
+        parent_run: MLflow run that the run is shown under, such as a comparison's.
+    """
+
+    def __init__(
+        self,
+        tracker: Tracker,
+        prepared: Prepared,
+        opened: OpenRun,
+        content: str,
+        parent_run: str | None = None,
+    ) -> None:
+        self.tracker, self.prepared, self.opened, self.content = tracker, prepared, opened, content
+        self._open: str | None = None
+        self._told = tracker.problem  # by whoever connected
+        known = self.told.run if self.told.content == content else None
+        self.active = tracker.active and not (known and tracker.run_exists(known))
+        if self.active:
+            self._start(parent_run)
+
+    @property
+    def told(self) -> MlflowState:
+        """What MLflow knows of the run by now."""
+        return self.opened.head.mlflow
+
+    def _tell(self, **changes: Any) -> None:
+        self.opened.save(self.opened.head.with_mlflow(**changes))
+
+    def _start(self, parent_run: str | None) -> None:
+        config = self.prepared.config
+        params = run_params(self.prepared)
+        tags = {"lifelong.run": config.run, "lifelong.kind": "run", "lifelong.method": config.method.value}
+        known = self.told.run or local_id()
+        self._tell(run=known)  # beforehand: whoever kills us now, the run is found again
+        run_id = self.tracker.start_run(config.run, run_id=known, parent_id=parent_run, params=params, tags=tags)
+        if run_id is None:
+            return
+        for old in self.told.replaced:
+            self.tracker.replaced(old, run_id)
+        self._tell(replaced=(), **({"run": run_id, "stages": {}, "logged": {}} if run_id != known else {}))
+        self.tracker.log_text(run_id, config_yaml(self.prepared.whole), CONFIG)
+        for name, record in self.prepared.data.records.items():
+            context = "training" if name in {s.data for s in config.stages} else "evaluation"
+            self._dataset(run_id, name, record.train_hash, context)
+
+    def _dataset(self, run_id: str | None, name: str, digest: str, context: str) -> None:
+        record = self.prepared.data.records[name]
+        sources = {str(key): value for key, value in self.prepared.raw["distributions"].items()}
+        source = sources[name]  # as written: a reference to a secret stays a reference
+        if not isinstance(source, str):
+            source = source.get("builtin") or source.get("files") or f"{source['hf']}@{source['revision']}"
+        profile = {
+            "documents": record.documents,
+            "tokens": record.tokens,
+            "bytes_per_token": round(record.bytes_per_token, 3),
+            "near_copies": len(record.left_out),
+        }
+        self.tracker.log_dataset(run_id, name=name, digest=digest[:32], context=context, source=source, profile=profile)
+
+    def stage_begins(self, planned: PlannedStage) -> str | None:
+        """Open the stage's child run, or take it up again."""
+        if not self.active:
+            return None
+        spec = planned.spec
+        tags = {"lifelong.run": self.prepared.config.run, "lifelong.kind": "stage", "lifelong.stage_key": planned.key}
+        params = stage_params(planned)
+        name = f"{self.prepared.config.run} · {planned.depth} {spec.name}"
+        known = self.told.stages.get(planned.key) or local_id()
+        self._tell(stages={**self.told.stages, planned.key: known})
+        run_id = self.tracker.start_run(name, run_id=known, parent_id=self.told.run, params=params, tags=tags)
+        if run_id is None:
+            return None
+        self._open = run_id
+        self._tell(stages={**self.told.stages, planned.key: run_id})
+        contexts = dict.fromkeys(spec.learns, "training")  # all of a joint stage's
+        for context, names in (("replay", spec.reads), ("fisher", spec.fisher_data)):  # generated text reads nothing
+            for distribution in names:
+                contexts.setdefault(distribution, context)
+        for distribution, context in contexts.items():
+            self._dataset(run_id, distribution, self.prepared.data.records[distribution].train_hash, context)
+        return run_id
+
+    def curves(self, run_id: str | None, points: list[Row]) -> None:
+        """Training curves of a stage."""
+        if self.active:
+            self.tracker.log_metrics(run_id, points)
+
+    def stage_done(self, planned: PlannedStage, stage: CommittedStage, report: dict[str, Any], shared: bool) -> None:
+        """Summaries on the parent and the child, figures so far, and the stage's registered version."""
+        if not self.active:
+            return
+        if self._open is None:
+            self.stage_begins(planned)
+        run_id = self.told.stages.get(planned.key)
+        self._summarize(planned, run_id, summary_rows(report, planned.depth))
+        self.tracker.set_note(run_id, render.stage_note(report, planned.depth, shared))
+        self._figures(run_id, report)
+        config = self.prepared.config
+        tags = {"stage_key": planned.key, "stage": planned.spec.name, "run": config.run, "data": planned.spec.data}
+        if planned.parent_key:
+            tags["parent_key"] = planned.parent_key
+        tags["weights_sha256"] = stage.weights_hash
+        self.tracker.register_version(
+            f"lifelong-moe.{config.run}",
+            stage.path,
+            run_id=run_id,
+            tags=tags,
+            description=render.stage_note(report, planned.depth, shared),
+        )
+        self.tracker.finish(run_id)
+        self._open = None
+
+    def beside_done(self, planned: PlannedStage, own: Evaluation | None) -> None:
+        """A model beside the run's chain: its own distribution's loss, on the parent and on a child of its own.
+
+        Without an evaluation, once the held-out text is gone, no loss is logged.
+        """
+        if not self.active:
+            return
+        if self._open is None:
+            self.stage_begins(planned)
+        run_id, data = self.told.stages.get(planned.key), planned.spec.data
+        losses = {} if own is None else {"nats_per_token": own.nats_per_token, "bits_per_byte": own.bits_per_byte}
+        self._summarize(planned, run_id, [(f"from_scratch/{data}/{key}", loss, 0) for key, loss in losses.items()])
+        self.tracker.finish(run_id)
+        self._open = None
+
+    def _summarize(self, planned: PlannedStage, run_id: str | None, rows: list[Row]) -> None:
+        """Points that neither the parent nor the child has yet, on both."""
+        logged = self.told.logged.get(planned.key, {})
+        new = [row for row in rows if logged.get(row[0]) != row[1]]
+        for target in (self.told.run, run_id):
+            self.tracker.log_metrics(target, new)
+        if self.tracker.active:
+            now = {**logged, **{key: value for key, value, _ in new}}
+            self._tell(logged={**self.told.logged, planned.key: now})
+
+    def _figures(self, run_id: str | None, report: dict[str, Any]) -> None:
+        stages, distributions = [s["name"] for s in report["stages"]], report["distributions"]
+        loss, init = report["bits_per_byte"], report["bits_per_byte_at_init"]
+        learned = [stage["learns"] for stage in report["stages"]]
+        last = [
+            max(i for i, names in enumerate(learned) if d in names)
+            for d in distributions
+            if any(d in names for names in learned)
+        ]
+        architecture = chain(self.prepared.plan)[len(stages) - 1].architecture
+        for draw, path in ((figures.loss_matrix_figure, "loss_matrix"), (figures.curves_figure, "curves")):
+            figure = draw(loss, stages, distributions, init=init, learned_after=last)
+            self.tracker.log_figure(run_id, figure, f"figures/{path}.png")
+        self.tracker.log_figure(
+            run_id,
+            figures.expert_load_figure(
+                {name: aligned_counts(counts, architecture) for name, counts in report["expert_counts"].items()},
+                [generation.stage for generation in architecture.generations for _ in range(generation.experts)],
+            ),
+            "figures/expert_load.png",
+        )
+
+    def run_done(self, report: dict[str, Any], console: Console) -> None:
+        """The parent's note, figures and final numbers."""
+        if self.active:
+            self._figures(self.told.run, report)
+            self.tracker.set_note(self.told.run, render.run_note(report))
+            self.tracker.log_text(self.told.run, render.report_json(report), "report.json")
+            self.tracker.finish(self.told.run)
+            self._tell(content=self.content if self.tracker.active else None)
+        if self.active or self.tracker.connected:  # the spool was told when it was new
+            show_champion(self.opened.head, self.tracker)
+        if self.told.run and (link := self.tracker.ui_url([self.told.run])):
+            console.print(f"MLflow: {link}  (start it with: lifelong-moe ui)")
+        elif self.tracker.problem != self._told:
+            console.print(f"[yellow]{self.tracker.problem}[/yellow]")
+
+    def ended_by(self, error: BaseException) -> None:
+        """Close what is open; continuing takes it up again."""
+        if self.active:
+            for run_id in (self._open, self.told.run):
+                if run_id is not None:
+                    self.tracker.finish(run_id, error)
+
+
+def aligned_counts(counts: list[list[int]], architecture: Architecture) -> NDArray[np.float64]:
+    """Counts by layer with a column for each expert of each generation; NaN where a layer did not grow."""
+    columns = [[e < g.experts_in(layer) for g in architecture.generations for e in range(g.experts)]
+               for layer in range(len(counts))]  # fmt: skip
+    array = np.full((len(counts), len(columns[0])), np.nan)
+    for row, present, layer in zip(array, columns, counts, strict=True):
+        row[np.flatnonzero(present)] = layer
+    return array
+
+
+def summary_rows(report: dict[str, Any], index: int) -> list[Row]:
+    """A stage's summary as points at step = stage index, the same on parent and child."""
+    rows: list[Row] = []
+    stage, last = report["stages"][index], index
+    for j, name in enumerate(report["distributions"]):
+        rows.append((f"eval/{name}/nats_per_token", report["loss_nats_per_token"][last][j], index))
+        rows.append((f"eval/{name}/bits_per_byte", report["bits_per_byte"][last][j], index))
+    rows += [(f"forgetting/{name}", value, index) for name, value in report["forgetting"].items()]
+    for name, statistics in report["routing"].items():
+        rows += [(f"routing/{name}/{key}", float(value), index) for key, value in statistics.items()]
+    for key in ("backward_transfer", "forward_transfer"):
+        if report[key] is not None:
+            rows.append((f"summary/{key}", report[key], index))
+    if report["distributions"]:
+        mean = sum(report["bits_per_byte"][last]) / len(report["distributions"])
+        rows.append(("summary/mean_bits_per_byte", mean, index))
+    for key in ("experts_per_layer", "parameters_total", "parameters_active", "parameters_trainable"):
+        rows.append((f"size/{key}", float(stage[key]), index))
+    for key in ("tokens_per_second", "seconds", "active_flops"):
+        rows.append((f"usage/{key}", float(stage[key]), index))
+    counted = ("nonfinite_steps", "skipped_spikes", "rollbacks")
+    cost = ("flops_per_second", "energy_joules", "joules_per_token")
+    for key in ("data_fraction", *counted, *cost, "new_expert_share", "assignment_churn"):
+        if key in stage["training"]:
+            rows.append((f"usage/{key}", float(stage["training"][key]), index))
+    return rows

@@ -1,0 +1,282 @@
+"""`lifelong-moe run`: train the stages that are not committed yet, evaluate each, and report."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from rich.console import Console
+
+from lifelong_moe.config.load import load_config
+from lifelong_moe.data.tokens.prepare import PreparedData
+from lifelong_moe.errors import TryAgainError
+from lifelong_moe.evaluation.loss import Evaluation
+from lifelong_moe.evaluation.measurements import Measurements
+from lifelong_moe.model.transformer import LanguageModel
+from lifelong_moe.plan.advice import leaking, nothing_to_hold
+from lifelong_moe.plan.methods import RECIPES
+from lifelong_moe.plan.planned import PlannedStage
+from lifelong_moe.plan.stages import chain
+from lifelong_moe.reports.report import RunResults, build_report
+from lifelong_moe.storage.keys import SHORT, content_key
+from lifelong_moe.storage.locks import locked
+from lifelong_moe.store.evaluations import EvaluationStore
+from lifelong_moe.store.runs import OpenRun, RunRecord
+from lifelong_moe.store.stages import CommittedStage, StageStore
+from lifelong_moe.tracking.tracker import Tracker
+from lifelong_moe.training.callbacks.interrupt import Interrupt, handling_sigterm
+from lifelong_moe.training.first_centroids import first_centroids, needs_first_centroids
+from lifelong_moe.training.loop.context import StageEnvironment
+from lifelong_moe.training.loop.device import configured_device
+from lifelong_moe.training.loop.trainer import build_trainer
+from lifelong_moe.training.restore import initial_model, load_model
+from lifelong_moe.training.stage import clear_abandoned, train_stage
+from pipelines.run import render
+from pipelines.run.opening import open_run
+from pipelines.run.record import MlflowRecord
+from pipelines.shared.places import remove_abandoned
+from pipelines.shared.workspace import ROOT, Prepared, prepare, require_room
+
+log = logging.getLogger(__name__)
+
+
+def run(
+    config_path: str,
+    overrides: list[str],
+    replace: bool,
+    console: Console,
+    *,
+    memory: dict[str, PreparedData] | None = None,
+    parent_run: str | None = None,
+) -> dict[str, Any]:
+    """Run or continue a run; returns its report.
+
+    Args:
+        config_path: YAML file.
+        overrides: ``key=value``.
+        replace: Let the run's name refer to other stages than before.
+        console: Where people read.
+        memory: Data that was read before; see :func:`pipelines.shared.workspace.prepare`.
+        parent_run: MLflow run that this one is shown under.
+
+    Raises:
+        ConfigError: If the configuration is wrong, or the run's name belongs to another configuration.
+        TryAgainError: If another process works on this run, or SIGTERM came.
+        ResourceError: If disk or memory does not suffice.
+    """
+    with handling_sigterm() as interrupt:
+        remove_abandoned()
+        # What this machine cannot do is said before anything is written.
+        build_trainer(load_config(config_path, overrides)[0].trainer, 1)
+        with console.status("reading and tokenizing the distributions"):
+            prepared = prepare(config_path, overrides, memory)
+        record, store = RunRecord(ROOT, prepared.config.run), StageStore(ROOT)
+        todo = [planned for planned in prepared.plan if store.find(planned.key) is None]
+        require_room(todo, prepared.config)
+        with locked(record.lock_path, f"run {record.run}"):
+            opened = open_run(record, prepared, replace)
+            _announce(console, prepared)
+            report = _run_stages(prepared, store, opened, interrupt, console, parent_run)
+    render.report(console, [report])
+    if not todo:
+        console.print(f"Nothing to train: all {len(prepared.plan)} stages of {record.run} are committed.")
+    return report
+
+
+def _announce(console: Console, prepared: Prepared) -> None:
+    """The data, and what the configuration does not do although it may seem so."""
+    render.data_table(console, prepared)
+    for sentence in (*prepared.left_behind, *leaking(prepared.config), *nothing_to_hold(prepared.config)):
+        console.print(f"[yellow]{sentence}[/yellow]", highlight=False)
+
+
+def _connect(prepared: Prepared, console: Console) -> Tracker:
+    """MLflow; why it does not answer is said at once."""
+    tracker = Tracker.connect(prepared.config.tracking, ROOT)
+    if tracker.problem:
+        console.print(f"[yellow]{tracker.problem}[/yellow]")
+    return tracker
+
+
+def _run_stages(
+    prepared: Prepared,
+    store: StageStore,
+    opened: OpenRun,
+    interrupt: Interrupt,
+    console: Console,
+    parent_run: str | None,
+) -> dict[str, Any]:
+    """Restore or train, evaluate, record: stage after stage. Returns the report."""
+    config = prepared.config
+    tracker = _connect(prepared, console)
+    keys = [planned.key for planned in prepared.plan]
+    measurements = Measurements(config, prepared.data, EvaluationStore(ROOT), partial(_model, prepared, store))
+    distributions = measurements.known([_init_key(prepared), *keys])
+    content = content_key([keys, [measurements.key(name) for name in distributions]])
+    mlflow = MlflowRecord(tracker, prepared, opened, content, parent_run)
+    committed: dict[int, CommittedStage] = {}
+    report: dict[str, Any] = {}
+    try:
+        with console.status("untrained model: evaluating"):  # what forward transfer is measured against
+            init = measurements.evaluations(_init_key(prepared), distributions)
+        results = RunResults(
+            run=config.run,
+            method=config.method.value,
+            seed=config.seed,
+            distributions=distributions,
+            not_measured=[name for name in config.evaluated if name not in distributions],
+            init=init,
+        )
+        for planned in prepared.plan:
+            stage = store.find(planned.key)
+            shared = stage is not None and planned.key not in opened.head.trained
+            if stage is None:
+                require_room([planned], config)
+                with _claimed(planned.key, opened, interrupt):
+                    stage = _train(planned, committed, prepared, mlflow, store, interrupt, console)
+            clear_abandoned(ROOT / "work" / planned.key[:SHORT])
+            committed[planned.index] = stage
+            if planned.index == 0:
+                _fit_first(stage, prepared, store, opened)
+            with console.status(f"{planned.spec.name}: evaluating"):
+                measured = measurements.evaluations(planned.key, distributions)
+            render.stage_line(console, planned, stage, shared, measured)
+            if planned.beside:
+                if planned.spec.data in measured:
+                    results.from_scratch[planned.spec.data] = _scratch_row(planned, measured[planned.spec.data])
+                mlflow.beside_done(planned, measured.get(planned.spec.data))
+                _note_commit(opened, planned)
+                continue
+            results.evaluations.append(measured)
+            results.stages.append(_stage_row(planned, stage, shared))
+            report = build_report(results, stage_births(stage, prepared.plan))
+            opened.record.set_report(report)
+            _note_commit(opened, planned)
+            mlflow.stage_done(planned, stage, report, shared)
+        mlflow.run_done(report, console)
+    except BaseException as error:
+        mlflow.ended_by(error)
+        raise
+    return report
+
+
+@contextmanager
+def _claimed(key: str, opened: OpenRun, interrupt: Interrupt) -> Iterator[None]:
+    """Say beforehand who trains a stage: if we are killed right after its commit, it still is this run's."""
+    if key not in opened.head.trained:
+        opened.save(opened.head.with_trained(key))
+    try:
+        yield
+    except TryAgainError:
+        if not interrupt.requested:  # another run is at it
+            opened.save(opened.head.without_trained(key))
+        raise
+
+
+def _train(
+    planned: PlannedStage,
+    committed: dict[int, CommittedStage],
+    prepared: Prepared,
+    mlflow: MlflowRecord,
+    store: StageStore,
+    interrupt: Interrupt,
+    console: Console,
+) -> CommittedStage:
+    config, data, spec = prepared.config, prepared.data, planned.spec
+    run_id = mlflow.stage_begins(planned)
+    environment = StageEnvironment(
+        store=store,
+        work=ROOT / "work",
+        trainer=config.trainer,
+        checkpoint=config.checkpoint,
+        frozen=config.frozen,
+        interrupt=interrupt,
+        console=console,
+        send=lambda points: mlflow.curves(run_id, points),
+        run_id=run_id,
+    )
+    parent = None if spec.parent is None else committed[spec.parent]
+    return train_stage(planned, parent, data, environment)
+
+
+def _fit_first(stage: CommittedStage, prepared: Prepared, store: StageStore, opened: OpenRun) -> None:
+    """Fit what tells the first stage's text from later text, if a later stage needs it: while the text is there.
+
+    A stage that is added one day counts as well, where there is text enough: nobody knows what will be there then.
+    """
+    routing = next((p.spec.routing for p in prepared.plan if needs_first_centroids(p.spec.routing)), None)
+    if routing is None and RECIPES[prepared.config.method].grow:
+        one_day, texts = (
+            prepared.config.routing.effective(grown=True),
+            [prepared.data.corpora.get(d) for d in stage.split],
+        )
+        documents = 0 if None in texts else sum(text.train.num_documents for text in texts if text is not None)
+        experts = prepared.plan[0].architecture.generations[0].experts
+        if needs_first_centroids(one_day) and documents >= one_day.clusters_of(experts):
+            routing = one_day
+    if routing is not None:
+        fitted = first_centroids(store, stage, routing, prepared.data.corpora)
+        opened.save(dataclasses.replace(opened.head, centroids=fitted.key))
+
+
+def _model(prepared: Prepared, store: StageStore, key: str) -> LanguageModel:
+    """A committed stage's model by its key, or the untrained one, where evaluation runs."""
+    if key == _init_key(prepared):
+        model = initial_model(prepared.plan[0].architecture, prepared.config.seed)
+    else:
+        model = load_model(store, store.get(key))
+    return model.to(configured_device(prepared.config.trainer))
+
+
+def _init_key(prepared: Prepared) -> str:
+    """What evaluations of the untrained model are stored under."""
+    architecture = prepared.plan[0].architecture
+    return content_key({"init": architecture.to_json(), "seed": prepared.config.seed})
+
+
+def stage_births(stage: CommittedStage, plan: list[PlannedStage]) -> list[list[int]]:
+    """For each layer, the place in the chain of each expert's birth stage."""
+    place = {planned.spec.name: planned.depth for planned in chain(plan)}
+    layers = range(stage.architecture.model.layers)
+    return [[place[name] for name in stage.architecture.expert_births(layer)] for layer in layers]
+
+
+def _scratch_row(planned: PlannedStage, own: Evaluation) -> dict[str, float]:
+    """What the report says of a distribution learned from scratch."""
+    losses = {"nats_per_token": own.nats_per_token, "bits_per_byte": own.bits_per_byte}
+    return losses | {"tokens": planned.tokens, "active_flops": planned.flops}
+
+
+def _stage_row(planned: PlannedStage, stage: CommittedStage, shared: bool) -> dict[str, Any]:
+    """A stage's entry in the report."""
+    metrics = dict(stage.metrics)
+    return {
+        "name": planned.spec.name,
+        "data": planned.spec.data,
+        "learns": list(planned.spec.learns),
+        "key": planned.key,
+        "routing": planned.routing,
+        "experts_per_layer": planned.architecture.num_experts,
+        "parameters_total": planned.parameters.total,
+        "parameters_active": planned.parameters.active,
+        "parameters_trainable": metrics.pop("trainable_parameters"),
+        "tokens": metrics.pop("tokens"),
+        "active_flops": metrics.pop("active_flops", planned.flops),  # stages of earlier versions do not say it
+        "tokens_per_second": metrics.pop("tokens_per_second"),
+        "seconds": metrics.pop("seconds"),
+        "epochs": metrics.pop("epochs"),
+        "shared": shared,
+        "weights_sha256": stage.weights_hash,
+        "training": metrics,
+    }
+
+
+def _note_commit(opened: OpenRun, planned: PlannedStage) -> None:
+    """The ledger, then the head: a crash in between only repeats what is idempotent."""
+    if planned.key not in opened.head.stages:
+        opened.record.log("stage", name=planned.spec.name, key=planned.key)
+        opened.save(opened.head.with_committed(planned.key))

@@ -1,0 +1,115 @@
+"""What is new in the inbox: documents that neither the champion's distributions nor a settled batch hold, as they are
+or as near copies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lifelong_moe.config.data import SourceConfig
+from lifelong_moe.config.retraining.operation import InboxConfig
+from lifelong_moe.config.retraining.policy import HELDOUT_SOURCES
+from lifelong_moe.config.run import RunConfig
+from lifelong_moe.data.text.batches import BatchStore
+from lifelong_moe.data.text.documents import Document, documents_hash, normalized_hash
+from lifelong_moe.data.text.inbox import Inbox, read_inbox
+from lifelong_moe.data.text.near_copies import near_copies
+from lifelong_moe.data.tokens import prepare
+from lifelong_moe.data.tokens.prepare import Texts
+from lifelong_moe.data.tokens.records import Remembered
+from pipelines.shared.places import CACHE
+
+
+@dataclass(frozen=True)
+class NewDocuments:
+    """What a tick looks at."""
+
+    documents: list[Document]
+    """Never seen before, without duplicates; none if nothing new has arrived."""
+    hash: str
+    """Of these documents, whatever their files' names and order, and their sources: the batch's identity."""
+    name: str
+    """Of the distribution that they would be."""
+    files: list[dict[str, Any]]
+    """Name, size and hash of each file read."""
+    known: int
+    """Documents of these files that were seen before, or repeat one of the new."""
+    near_copies: int
+    """Documents of these files that are near copies of what was seen before, held-out text included."""
+    sources: str | None = None
+    """Which copy of the batch this is, if it came before with other sources."""
+
+
+def read_texts(config: RunConfig, known: Remembered | None = None) -> Texts:
+    """The documents of every distribution of a run, without training text that is a near copy of held-out text."""
+    sources = {name: config.distributions[name] for name in config.evaluated}
+    return prepare.read_texts(sources, [stage.data for stage in config.stages], CACHE, known)
+
+
+def new_documents(inbox: InboxConfig, texts: Texts, settled: Iterable[str], batches: BatchStore) -> NewDocuments:
+    """Read the inbox and leave out what was seen before.
+
+    A text that stands in several files has the source that the last of them names.
+
+    Near copies are no news either: as training text they would bring what the gate measures on, and as held-out text
+    they would measure what was trained on. Of text that was removed only what is equal is known, and near copies of
+    what was held out.
+
+    Args:
+        inbox: Where to look.
+        texts: Of the champion's distributions.
+        settled: Hashes of batches that a tick came to a decision about.
+        batches: Where those are.
+
+    Raises:
+        DataError: ``file:line: reason``.
+    """
+    found = _arrived(inbox)
+    if found is None:
+        return NewDocuments([], documents_hash([]), "", [], 0, 0)
+    new = {normalized_hash(document.text): document for document in found.documents}
+    held = [document for documents in texts.heldout.values() for document in documents]
+    seen = held + [d for corpus in texts.corpora.values() for d in (*corpus.train, *corpus.near_copies)]
+    there = {batch: batches.has_text(batch) for batch in settled}
+    seen += [document for batch in there if there[batch] for document in batches.documents(batch)]
+    removed = set().union(*(batches.normalized(batch) for batch in there if not there[batch]))
+    for digest in (*removed, *(normalized_hash(document.text) for document in seen)):
+        new.pop(digest, None)
+    left = list(new.values())
+    either = zip(near_copies(left, seen, may_contain=True), near_copies(left, held, may_contain=False), strict=True)
+    copies = [one or other for one, other in either]
+    documents = [document for document, is_copy in zip(left, copies, strict=True) if not is_copy]
+    digest = documents_hash(documents)
+    name, known = f"{found.distribution or 'batch'}-{digest[:8]}", len(found.documents) - len(left)
+    return NewDocuments(documents, digest, name, found.files, known, sum(copies), batches.sources(documents))
+
+
+def arrived(inbox: InboxConfig) -> set[str]:
+    """Hashes of all documents that the inbox holds, seen before or not."""
+    found = _arrived(inbox)
+    return set() if found is None else {document.hash for document in found.documents}
+
+
+def _arrived(inbox: InboxConfig) -> Inbox | None:
+    source = SourceConfig(
+        files=inbox.path,
+        hf=inbox.hf,
+        name=inbox.name,
+        revision=inbox.revision,
+        split=inbox.split,
+        text_field=inbox.text_field,
+        source_field=inbox.source_field,
+    )
+    if inbox.path is not None:
+        return read_inbox(Path(inbox.path), source)
+    from lifelong_moe.data.text.hub import hub_documents
+
+    documents = hub_documents(source)
+    return Inbox(documents, [{"name": f"{inbox.hf}@{inbox.revision}"}], None) if documents else None
+
+
+def batch_source(files: str, heldout_fraction: float, heldout_sources: int = HELDOUT_SOURCES) -> SourceConfig:
+    """A kept batch as a distribution's source."""
+    return SourceConfig(files=files, heldout_fraction=heldout_fraction, heldout_sources=heldout_sources)

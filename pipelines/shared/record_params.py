@@ -1,0 +1,58 @@
+"""What MLflow shows of settings: params of runs and of stages, and configurations as files."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from lifelong_moe.plan.planned import PlannedStage
+from pipelines.shared.workspace import Prepared
+
+CONFIG = "config.yaml"
+KEYS = {
+    "replayed": "replay.distributions",
+    "replay_weights": "replay.weights",
+    "replay_fraction": "replay.fraction",
+    "replay_source": "replay.source",
+    "replay_buffer": "replay.buffer_tokens",
+    "precision": "trainer.precision",
+    "gradient_clip": "trainer.gradient_clip",
+    "accumulate": "trainer.accumulate_grad_batches",
+}
+"""What a stage's settings are called in a configuration, where it is not the same."""
+OFF: dict[str, dict[str, Any]] = {
+    "grow": {"experts": 0},
+    "trunk": {"train": "full"},
+    "distill": {"weight": 0.0},
+    "penalty": {"kind": "none"},
+    "review": {"fraction": 0.0},
+}
+"""What a configuration would say of a mechanism that a stage does without."""
+
+
+def run_params(prepared: Prepared) -> dict[str, Any]:
+    """A run's settings with all defaults; its stages as written, for each has a run of its own that says all."""
+    written, whole = prepared.raw, prepared.whole
+    params = {key: value for key, value in whole.items() if key != "run"}
+    params |= {key: written[key] for key in ("distributions", "stage_defaults", "stages") if key in written}
+    return params | {"num_stages": len(prepared.config.stages)}
+
+
+def stage_params(planned: PlannedStage) -> dict[str, Any]:
+    """A stage's settings, resolved, under the configuration's keys, and what follows from them."""
+    spec = planned.spec
+    plain = {key: value for key, value in spec.to_json().items() if key not in ("name", "parent")}
+    return {
+        "stage": planned.depth,
+        "experts_per_layer": planned.architecture.num_experts,
+        "parameters_total": planned.parameters.total,
+        "parameters_active": planned.parameters.active,
+        "parameters_trainable": planned.trainable,
+        "tokens_trained": planned.tokens,
+    } | {KEYS.get(key, key): OFF[key] if value is None and key in OFF else value for key, value in plain.items()}
+
+
+def config_yaml(whole: dict[str, Any]) -> str:
+    """A configuration as a file that ``lifelong-moe run`` takes."""
+    return yaml.safe_dump(whole, sort_keys=False, allow_unicode=True)

@@ -1,0 +1,108 @@
+"""Where a run is recorded in MLflow, and the alias there that shows which of its stages serves.
+
+The run's head says who serves; the alias `champion` only shows it. Whatever changes the head lets the alias follow at
+once, or by way of the spool; ticks, runs and ``sync`` set right whatever they find wrong.
+"""
+
+from __future__ import annotations
+
+import json
+
+from omegaconf import OmegaConf
+from rich.console import Console
+
+from lifelong_moe.config.sections import section
+from lifelong_moe.config.tracking import TrackingConfig
+from lifelong_moe.errors import LifelongError, LockedError
+from lifelong_moe.storage.keys import SHORT
+from lifelong_moe.storage.locks import locked
+from lifelong_moe.store.head import RunHead
+from lifelong_moe.store.runs import RunRecord, require_head
+from lifelong_moe.tracking.connection import with_credentials
+from lifelong_moe.tracking.tracker import Tracker
+from pipelines.shared.places import ROOT
+
+
+def tracking_of(head: RunHead) -> TrackingConfig:
+    """Where a run is recorded, by its own configuration.
+
+    Raises:
+        ConfigError: If that refers to something that is not there any more, such as a variable of the environment.
+    """
+    config = section(TrackingConfig, OmegaConf.create(head.config).get("tracking"), "tracking")
+    if config.uri is not None and "***" in config.uri:  # the head does not hold what was there
+        config.uri = with_credentials(config.uri, ROOT)
+    return config
+
+
+def show_champion(head: RunHead, tracker: Tracker) -> str | None:
+    """Let the alias show the stage that serves, which is registered first if MLflow does not know it.
+
+    Args:
+        head: The run's.
+        tracker: Where it is recorded; if MLflow is absent there, the spool keeps the request.
+
+    Returns:
+        Why it does not show it, or not yet; None if it does, and if there is nothing to show: no record of the run, or
+        stages still to do.
+    """
+    known = _runs(head)
+    if not known or not tracker.active or not head.is_finished:
+        return None
+    key, model = head.plan[-1], f"lifelong-moe.{head.run}"
+    run_id = next((run for run in known if tracker.run_exists(run)), None)
+    manifest = next((ROOT / "stages").glob(f"*-{key[:SHORT]}/manifest.json"), None)
+    if run_id is None or manifest is None:
+        missing = "MLflow has no record of the run" if run_id is None else f"stage {key[:SHORT]} is not in the store"
+        return f"MLflow's alias champion of {model} is left alone: {missing}."
+    weights = json.loads(manifest.read_text(encoding="utf-8"))["files"]["model.safetensors"]["sha256"]
+    tags = {"stage_key": key, "stage": head.names[-1], "run": head.run, "weights_sha256": weights}
+    number = tracker.register_version(model, manifest.parent, run_id=run_id, tags=tags, alias="champion")
+    return tracker.problem if number is None else None
+
+
+def _runs(head: RunHead) -> list[str]:
+    """MLflow's runs that could have made the stage that serves, the likeliest first."""
+    told, batch = head.mlflow, head.champion.stages[-1].batch if head.versions else None
+    ids = [told.stages.get(head.plan[-1]), told.ticks.get(batch or ""), told.run, *told.ticks.values()]
+    return [run for run in dict.fromkeys(ids) if run]
+
+
+def follow_champion(head: RunHead, console: Console) -> None:
+    """After another version serves: let the alias follow, and say so. Nothing that is wrong there undoes it."""
+    if not _runs(head):
+        return
+    try:
+        tracker = Tracker.connect(tracking_of(head), ROOT)
+        if not tracker.active:
+            return
+        line = show_champion(head, tracker) or "MLflow's alias champion shows it."
+    except LifelongError as error:
+        line = f"MLflow's alias champion is left alone: {error}"
+    console.print(line, highlight=False, soft_wrap=True)
+
+
+def follow_champions() -> dict[str, str]:
+    """Set the alias of every run right whose MLflow answers; a process that works on a run does so for it.
+
+    Returns:
+        For each run whose alias may be wrong still, why.
+    """
+    trackers: dict[str, Tracker] = {}
+    problems: dict[str, str | None] = {}
+    for path in sorted((ROOT / "runs").glob("*/head.json")):
+        record = RunRecord(ROOT, path.parent.name)
+        try:
+            with locked(record.lock_path, f"run {record.run}"):
+                head = require_head(ROOT, record.run)
+                config = tracking_of(head)
+                if config.enabled and _runs(head):
+                    if (store := repr(config)) not in trackers:
+                        trackers[store] = Tracker.connect(config, ROOT)
+                    tracker = trackers[store]
+                    problems[record.run] = show_champion(head, tracker) if tracker.connected else tracker.problem
+        except LockedError:
+            continue
+        except LifelongError as error:
+            problems[record.run] = str(error)
+    return {run: problem for run, problem in problems.items() if problem}

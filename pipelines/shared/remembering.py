@@ -1,0 +1,62 @@
+"""What a run's head says of its text, so that it can go on when the text is gone. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from lifelong_moe.data.tokens.records import HeldoutStore, Remembered, TextRecord
+from lifelong_moe.store.head import RunHead
+from lifelong_moe.store.stages import StageStore
+from pipelines.shared.places import ROOT
+
+if TYPE_CHECKING:
+    from lifelong_moe.data.tokens.prepare import PreparedData
+
+
+def remembered(head: RunHead | None, written: Mapping[str, Any]) -> Remembered:
+    """What a run knows of its text without reading it.
+
+    Args:
+        head: Of the run; None if there is none yet.
+        written: The configuration now. What is said of a distribution there must be what was said when it was read.
+    """
+    before: Mapping[str, Any] = head.config if head is not None else {}
+    now, then = (config.get("distributions") for config in (written, before))
+    if head is None or not isinstance(now, Mapping) or not isinstance(then, Mapping):  # an interpolation
+        return Remembered()
+    records = {name: record for name, record in head.texts.items() if name in now and now[name] == then.get(name)}
+
+    def tokenizer() -> str | None:
+        if _tokenizer_file(written) != _tokenizer_file(before):
+            return None  # stage keys do not say which file it was
+        store = StageStore(ROOT)
+        first = store.find(head.plan[0]) if head.plan else None
+        return None if first is None else store.tokenizer(first)
+
+    return Remembered(records, HeldoutStore(ROOT), tokenizer)
+
+
+def _tokenizer_file(config: Mapping[str, Any]) -> Any:
+    section = config.get("tokenizer")
+    return section.get("file") if isinstance(section, Mapping) else section
+
+
+def keep_texts(
+    head: RunHead | None, written: Mapping[str, Any], data: PreparedData, keep: bool
+) -> dict[str, TextRecord]:
+    """What a head says of text from now on; held-out documents are kept now.
+
+    Args:
+        head: As it was; None if there is none yet.
+        written: The configuration now.
+        data: As read for it.
+        keep: See ``evaluate.keep_heldout``.
+    """
+    store, before = HeldoutStore(ROOT), remembered(head, written).records
+    now = dict(data.records)
+    for name, record in now.items():
+        kept = store.add(data.heldout_documents[name]) if keep and name in data.heldout_documents else None
+        now[name] = replace(record, kept=kept)
+    return {**before, **now}

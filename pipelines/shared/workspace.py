@@ -1,0 +1,202 @@
+"""How a configuration becomes a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from lifelong_moe.config.load import build_config, read_config, whole_config, written_config
+from lifelong_moe.config.run import RunConfig
+from lifelong_moe.config.sections import section
+from lifelong_moe.config.training import TrainerConfig
+from lifelong_moe.config.yaml_file import read_yaml
+from lifelong_moe.data.tokens.prepare import PreparedData, prepare_data
+from lifelong_moe.data.tokens.records import Remembered
+from lifelong_moe.errors import DataError
+from lifelong_moe.plan.disk import require_space, run_need, used_space
+from lifelong_moe.plan.planned import PlannedStage
+from lifelong_moe.plan.spec import SCHEMA
+from lifelong_moe.plan.stages import check_clusters, plan_stages, stage_need
+from lifelong_moe.routing.registry import build_router
+from lifelong_moe.storage.keys import SHORT
+from lifelong_moe.store.head import RunHead
+from lifelong_moe.store.runs import RunRecord, require_head
+from lifelong_moe.store.stages import StageStore
+from lifelong_moe.training.first_centroids import find_centroids, needs_first_centroids
+from pipelines.shared.places import CACHE, ROOT
+from pipelines.shared.remembering import remembered
+
+__all__ = [
+    "CACHE",
+    "ROOT",
+    "Prepared",
+    "prepare",
+    "read_data",
+    "recorded_trainer",
+    "remembered",
+    "require_room",
+]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A configuration with its data and its plan."""
+
+    config: RunConfig
+    raw: dict[str, Any]
+    """The configuration as written, interpolations unresolved: nothing resolved is ever logged."""
+    whole: dict[str, Any]
+    """The same with all defaults."""
+    data: PreparedData
+    plan: list[PlannedStage]
+    left_behind: list[str]
+    """What to say of the file's keys that another routing's mode does without."""
+
+
+def prepare(config_path: str, overrides: list[str], memory: dict[str, PreparedData] | None = None) -> Prepared:
+    """Read the configuration, prepare its data, and plan its stages.
+
+    Args:
+        config_path: YAML file.
+        overrides: ``key=value``.
+        memory: Data by what was asked for; several runs on the same data then read it once.
+
+    Raises:
+        DataError: If a stage that is not committed needs text that is not there.
+    """
+    raw = read_config(config_path, overrides)
+    config = build_config(raw)
+    build_router(config.routing, width=config.model.width, layer=0)  # one of the user's own is found, or not, now
+    head, written = RunRecord(ROOT, config.run).head(), written_config(raw)
+    data = read_data(config, memory, remembered(head, written))
+    plan = plan_stages(config, data.identity)
+    check_clusters(plan, {name: record.documents for name, record in data.records.items()})
+    require_text(plan, data, head)
+    return Prepared(config, written, whole_config(raw), data, plan, left_behind(config_path, raw))
+
+
+def left_behind(config_path: str, raw: DictConfig) -> list[str]:
+    """What a file wrote for its own routing's mode and an override's does without: a sentence, or nothing."""
+    gone = sorted(set(read_yaml(Path(config_path)).get("routing") or ()) - set(raw.get("routing") or ()))
+    keys, mode = ", ".join(f"routing.{key}" for key in gone), (raw.get("routing") or {}).get("mode")
+    return [f"routing.mode={mode} does without {keys} of {config_path}; docs/systems.md"] if gone else []
+
+
+def require_text(plan: Sequence[PlannedStage], data: PreparedData, head: RunHead | None) -> None:
+    """Refuse to go on where a stage that is to be trained needs text that is gone.
+
+    Args:
+        plan: All stages.
+        data: What was read for them.
+        head: Of the run; None if there is none yet.
+
+    Raises:
+        DataError: Naming the text and the stage; or of the kind that says why the text could not be had.
+    """
+    if not data.gone:
+        return
+    store = StageStore(ROOT)
+    for planned in plan:
+        needed = [name for name in planned.spec.uses if name in data.gone]
+        if not needed or store.find(planned.key) is not None:
+            continue
+        name, spec, was = needed[0], planned.spec, dict(enumerate(head.plan if head else ())).get(planned.index)
+        verb = "learns" if name in spec.learns else "replays" if name in spec.reads else "measures old weights on"
+        why = "is not committed"
+        if was is not None and was != planned.key and store.find(was) is not None:
+            why = f"is committed with another configuration ({was[:SHORT]}, not {planned.key[:SHORT]})"
+        raise type(data.gone[name])(f"{data.gone[name]} Stage {spec.name}, which {verb} {name}, {why}.")
+    _require_first_text(plan, data, store)
+
+
+def _require_first_text(plan: Sequence[PlannedStage], data: PreparedData, store: StageStore) -> None:
+    """What tells the first stage's text from later text is fitted on it, once."""
+    each = ((planned.spec.name, planned.spec.routing) for planned in plan)
+    grown = next(((name, routing) for name, routing in each if needs_first_centroids(routing)), None)
+    first = store.find(plan[0].key)
+    gone = [name for name in plan[0].spec.learns if name in data.gone]
+    if grown is None or not gone or first is None or find_centroids(store, first, grown[1]) is not None:
+        return
+    raise DataError(
+        f"{data.gone[gone[0]]} Stage {grown[0]} needs centroids of that text (routing.bundles=cluster), and "
+        f"they were never fitted."
+    )
+
+
+def further_training(head: RunHead, plan: list[PlannedStage], store: StageStore) -> str:
+    """What else there is to say of a plan that is not the run's: nothing, or how to train a committed stage further.
+
+    That is if all that was changed is that it should have more tokens. What an earlier version trained has other keys.
+
+    Args:
+        head: Of the run, whose stages are not the planned ones.
+        plan: What would be trained.
+        store: Where the stages are.
+    """
+    first = next(i for i, (old, new) in enumerate(zip(head.plan, plan, strict=False)) if old != new.key)
+    stage, spec = store.find(head.plan[first]), plan[first].spec
+    if stage is None:
+        return ""
+    if stage.schema != SCHEMA:
+        return (
+            f" Stage {stage.name} was trained by an earlier version: it can be read, evaluated and retrained from, but "
+            f"run trains it anew."
+        )
+    if not (before := stage.spec.tokens) < spec.tokens:
+        return ""
+    if replace(stage.spec, tokens=spec.tokens) != spec:
+        return ""
+    return (
+        f" Stage {spec.name} is committed with {before:,} tokens; to train it further, leave it as it is and append a "
+        f"stage {{data: {spec.data}, continues: {spec.name}}}."
+    )
+
+
+def read_data(
+    config: RunConfig, memory: dict[str, PreparedData] | None = None, known: Remembered | None = None
+) -> PreparedData:
+    """Read and tokenize all distributions of a run, or open what was read before.
+
+    Args:
+        config: The run.
+        memory: See :func:`prepare`.
+        known: In place of text that is gone.
+    """
+    trained = [stage.data for stage in config.stages]
+    used = {name: config.distributions[name] for name in config.evaluated}
+    asked = (used, config.tokenizer, trained, config.model.context)
+    known = known or Remembered()
+    if not config.evaluate.keep_heldout:
+        known = replace(known, heldout=None)
+    memory = {} if memory is None else memory
+    # Whoever reads text that is there needs no records: runs that remember different things share it.
+    name = repr(asked)
+    if name not in memory and (name := repr((asked, known.records, known.heldout is None))) not in memory:
+        data = prepare_data(*asked, CACHE, known)
+        memory[name if data.gone else repr(asked)] = data
+        return data
+    return memory[name]
+
+
+def require_room(stages: Sequence[PlannedStage], config: RunConfig) -> None:
+    """Refuse to train stages for which the disk has no room; what they have written already is theirs to use.
+
+    Args:
+        stages: Those that are not committed yet, trained one after the other.
+        config: Of their run.
+
+    Raises:
+        ResourceError: If the file system has less than :func:`stage_need` says.
+    """
+    written = sum(used_space(ROOT / "work" / stage.key[:SHORT]) for stage in stages)
+    what = f"stage {stages[0].spec.name}" if len(stages) == 1 else f"run={config.run}"
+    require_space(ROOT, run_need([stage_need(stage, config) for stage in stages]) - written, what)
+
+
+def recorded_trainer(run: str) -> TrainerConfig:
+    """The ``trainer`` section of a run that exists."""
+    return section(TrainerConfig, OmegaConf.create(require_head(ROOT, run).config).get("trainer"), "trainer")

@@ -1,0 +1,1 @@
+"""Commands around the store: `gc`, `sync`, `ui`."""

@@ -1,0 +1,53 @@
+"""`lifelong-moe ui`: the MLflow UI on our database, opened at the comparison of runs."""
+
+from __future__ import annotations
+
+import subprocess
+import webbrowser
+
+from rich.console import Console
+
+from lifelong_moe.config.tracking import TrackingConfig
+from lifelong_moe.errors import ConfigError, TryAgainError
+from lifelong_moe.tracking.links import ui_url
+from lifelong_moe.tracking.server import require_free, serve_command, wait_until_up
+from lifelong_moe.tracking.tracker import Tracker
+from lifelong_moe.training.callbacks.interrupt import handling_sigterm
+from pipelines.shared.places import ROOT
+
+START_SECONDS = 90.0
+
+
+def ui(port: int, host: str, browser: bool, experiment: str, console: Console) -> int:
+    """Serve until interrupted; returns the server's exit code.
+
+    Raises:
+        ConfigError: If the port is taken, or there is no database to show.
+        TryAgainError: If the server does not answer in time, or SIGTERM came.
+    """
+    require_free(host, port)
+    tracker = Tracker.connect(TrackingConfig(experiment=experiment), ROOT)
+    if tracker.experiment_id is None:
+        raise ConfigError(tracker.problem or "nothing is tracked.")
+    command, environment = serve_command(None, ROOT, port, host)
+    base = f"http://{host}:{port}"
+    url = ui_url(base, tracker.experiment_id)
+    console.print("starting the MLflow UI …")
+    with handling_sigterm():  # a server that outlives us would hold the port
+        server = subprocess.Popen(command, env=environment)
+        try:
+            # Whoever took the port meanwhile answers, too, until our server has found out.
+            if not wait_until_up(base, START_SECONDS, server, lambda: tracker.is_behind(base)):
+                if server.poll() is None:
+                    raise TryAgainError(f"the MLflow UI does not answer at {base} within {START_SECONDS:g} s.")
+                console.print(f"The MLflow server ended with exit code {server.returncode}; what it said is above.")
+                return server.returncode
+            console.print(f"MLflow: {url}   (Ctrl-C stops it)", soft_wrap=True)
+            if browser:
+                webbrowser.open(url)
+            return server.wait()
+        except KeyboardInterrupt:
+            return 0
+        finally:
+            server.terminate()
+            server.wait()

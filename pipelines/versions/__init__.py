@@ -1,0 +1,1 @@
+"""Candidates, the gate, and the commands that change which version serves: `rollback`, `drop`, `consolidate`."""

@@ -1,0 +1,197 @@
+"""What could come after the champion: planned, and trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from rich.console import Console
+
+from lifelong_moe.config.load import build_config
+from lifelong_moe.config.run import RunConfig
+from lifelong_moe.config.training import TrainerConfig
+from lifelong_moe.data.text.batches import BatchStore
+from lifelong_moe.data.tokens.prepare import PreparedData, Texts
+from lifelong_moe.data.tokens.records import Remembered
+from lifelong_moe.errors import ConfigError
+from lifelong_moe.evaluation.documents import generation_shares
+from lifelong_moe.evaluation.measurements import Load, Measurements
+from lifelong_moe.plan.architecture import Architecture
+from lifelong_moe.plan.methods import stage_specs
+from lifelong_moe.plan.planned import PlannedStage
+from lifelong_moe.plan.retraining import NewStage, Retraining
+from lifelong_moe.plan.stages import plan_next
+from lifelong_moe.store.evaluations import EvaluationStore
+from lifelong_moe.store.stages import CommittedStage, StageStore
+from lifelong_moe.store.versions import Version
+from lifelong_moe.training.callbacks.interrupt import Interrupt
+from lifelong_moe.training.callbacks.logger import Send
+from lifelong_moe.training.loop.context import StageEnvironment
+from lifelong_moe.training.loop.device import configured_device
+from lifelong_moe.training.restore import load_model
+from lifelong_moe.training.stage import train_stage
+from pipelines.shared.kept_text import wait_for_text
+from pipelines.shared.novelty import read_texts
+from pipelines.shared.places import ROOT
+from pipelines.shared.workspace import read_data, require_room
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A stage that could follow the champion, and the run as it would then be."""
+
+    measurements: Measurements
+    """Of that run's held-out text."""
+    planned: PlannedStage
+    raw: DictConfig
+    """The configuration, unresolved."""
+    grow: Mapping[str, Any] | None = None
+    """Settings of growth over the configured ones."""
+
+    @property
+    def config(self) -> RunConfig:
+        """The run's."""
+        return self.measurements.config
+
+    @property
+    def data(self) -> PreparedData:
+        """The run's."""
+        return self.measurements.data
+
+
+@dataclass
+class CandidateTrainer:
+    """Plans and trains candidates for one batch."""
+
+    retraining: Retraining
+    champion: Version
+    new: str
+    """Name of the batch's distribution."""
+    files: str
+    """Its documents."""
+    known: Remembered
+    """In place of text that is gone."""
+    store: StageStore
+    interrupt: Interrupt
+    console: Console
+    load: Load
+    """From a stage's key to its model."""
+    memory: dict[str, PreparedData] = field(default_factory=dict)
+
+    @cached_property
+    def parent(self) -> CommittedStage:
+        """The champion's last stage."""
+        return self.store.get(self.champion.key)
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        """The champion's."""
+        return self.parent.architecture
+
+    @cached_property
+    def texts(self) -> Texts:
+        """Documents of every distribution, the batch's own among them."""
+        kept, added = served_stages(self.champion, self.store)
+        return read_texts(self.retraining.config(kept, [*added, NewStage(self.new, self.files)]), self.known)
+
+    def plan(
+        self, continues: str | None, tokens: int | None = None, grow: Mapping[str, Any] | None = None
+    ) -> Candidate:
+        """Resolve a stage on the batch that continues a stage's experts, or grows."""
+        kept, added = served_stages(self.champion, self.store)
+        new = NewStage(self.new, self.files, continues, tokens, grow)
+        raw = self.retraining.extended(kept, [*added, new])
+        config = build_config(raw, is_stored=True)
+        data = read_data(config, self.memory, self.known)
+        wait_for_text(data, stage_specs(config)[-1].uses)
+        if data.tokenizer.hash != (had := self.parent.tokenizer.hash):
+            raise ConfigError(
+                f"tokenizer: it is {data.tokenizer.hash[:16]} now, but the champion was trained with {had[:16]}. Bring "
+                f"that one back, or begin another run."
+            )
+        now, then = config.model, self.architecture.model
+        if (now.width, now.layers, now.expert_width) != (then.width, then.layers, then.expert_width):
+            raise ConfigError("model: its sizes are not the champion's. Bring them back, or begin another run.")
+        # With one generation the stage's own routing holds, but for what the champion was trained with. Losses may
+        # differ: they are the new stage's, and an earlier version's were averaged over layers.
+        trained = self.architecture.routing.with_losses_of(config.routing)
+        now_routing, then_routing = (r.effective(grown=False) for r in (config.routing, trained))
+        if len(self.architecture.generations) == 1 and now_routing != then_routing:
+            raise ConfigError("routing: it is not the champion's. Bring it back, or begin another run.")
+        planned = plan_next(config, self.champion.key, self.architecture, data.identity, data.gone)
+        return Candidate(Measurements(config, data, EvaluationStore(ROOT), self.load), planned, raw, grow)
+
+    def train(self, candidate: Candidate, send: Send, run_id: str | None) -> CommittedStage:
+        """Train and commit a candidate, or find it committed.
+
+        Raises:
+            ResourceError: If disk or memory does not suffice.
+        """
+        config, data, planned = candidate.config, candidate.data, candidate.planned
+        if self.store.find(planned.key) is None:
+            require_room([planned], config)
+        environment = StageEnvironment(
+            store=self.store,
+            work=ROOT / "work",
+            trainer=config.trainer,
+            checkpoint=config.checkpoint,
+            frozen=config.frozen,
+            interrupt=self.interrupt,
+            console=self.console,
+            send=send,
+            run_id=run_id,
+        )
+        return train_stage(planned, self.parent, data, environment)
+
+    def leak(self, stage: CommittedStage, candidate: Candidate, distribution: str) -> float:
+        """Share of a distribution's tokens that go to experts born after its stage."""
+        counts = candidate.measurements.expert_counts(stage.key, distribution)
+        shares = generation_shares(counts, stage.architecture)
+        known = self._births_at(distribution)
+        return sum(share for birth, share in shares.items() if birth not in known)
+
+    def _births_at(self, distribution: str) -> list[str]:
+        """Generations that there were when a distribution was learned; all, if it never was."""
+        stage = next((s for s in self.champion.stages if s.data == distribution and s.action != "drop"), None)
+        learned = self.parent if stage is None else self.store.get(stage.key)
+        return [g.stage for g in learned.architecture.generations]
+
+
+def stage_models(store: StageStore, trainer: TrainerConfig) -> Load:
+    """Models of committed stages by key, on the device where evaluation runs; the last one stays in memory."""
+    return lru_cache(maxsize=1)(lambda key: load_model(store, store.get(key)).to(configured_device(trainer)))
+
+
+def served_stages(version: Version, store: StageStore) -> tuple[list[str], list[NewStage]]:
+    """A version's stages that still are in its model: names of the base's, and those that retraining added."""
+    names = {stage.name for stage in version.stages}
+    there = [s for s in version.stages if f"{s.name}.dropped" not in names and s.action not in ("drop", "consolidate")]
+    kept = [stage.name for stage in there if stage.batch is None]
+    added = [
+        NewStage(
+            s.name,
+            batch_files(s.batch, s.sources),
+            store.get(s.key).spec.continues,
+            heldout_fraction=s.heldout_fraction,
+            heldout_sources=s.heldout_sources,
+        )
+        for s in there
+        if s.batch is not None
+    ]
+    return kept, added
+
+
+def batch_files(batch: str, sources: str | None) -> str:
+    """Where a kept batch's documents are, with these sources."""
+    return str(BatchStore(ROOT).path(batch, sources))
+
+
+def changed_frozen(store: StageStore, before: CommittedStage, after: CommittedStage) -> list[str]:
+    """Frozen tensors of a stage's model that are not what they were in the one before."""
+    frozen = load_model(store, after).stored_names(trained=False)
+    old, new = store.tensors(before), store.tensors(after)
+    return sorted(name for name in frozen & set(old) if not torch.equal(old[name], new[name]))

@@ -1,0 +1,159 @@
+"""`lifelong-moe drop`: a version without one stage. The newest is forgotten as if it had never been; of an older one
+the experts are taken out, and it is said what else of it remains."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+
+from lifelong_moe.errors import ConfigError, LifelongError, TryAgainError
+from lifelong_moe.evaluation.measurements import Measurements
+from lifelong_moe.plan.retraining import read_gate
+from lifelong_moe.storage.keys import SHORT
+from lifelong_moe.storage.locks import locked
+from lifelong_moe.store.head import RunHead
+from lifelong_moe.store.runs import RunRecord, require_head, timestamp
+from lifelong_moe.store.stages import CommittedStage, StageStore
+from lifelong_moe.store.versions import Version, VersionStage, base_stages, describe
+from lifelong_moe.training.derived import derived_stage, what_remains
+from pipelines.shared.places import ROOT
+from pipelines.shared.recorded import follow_champion
+from pipelines.versions.gate_derived import gate_derived, served_measurements
+from pipelines.versions.render import print_verdict
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model without a stage, committed but not serving yet: a gate may still refuse it."""
+
+    stage: CommittedStage
+    """Its model."""
+    chain: tuple[VersionStage, ...]
+    """Its version's stages."""
+    remains: list[str]
+    """What of the dropped stage's text still is in it, in words; empty if nothing."""
+
+
+def with_versions(store: StageStore, head: RunHead) -> RunHead:
+    """A head with versions: those it has, or the finished run as version 0."""
+    if head.versions:
+        return head
+    head.require_finished()
+    return head.with_base(base_stages(store.chain(head.plan[-1])), timestamp())
+
+
+def drop_candidate(store: StageStore, version: Version, name: str) -> Candidate:
+    """Make the model of a version without one of its stages.
+
+    Args:
+        store: Where the stages are; the candidate is committed there if it has to be derived.
+        version: Mostly the champion.
+        name: The stage to drop.
+
+    Raises:
+        ConfigError: If it is not in the version, is the first, or its experts cannot be taken out.
+    """
+    stages = version.stages
+    names = [stage.name for stage in stages]
+    if name not in names:
+        raise ConfigError(f"version {version.id} has no stage {name}; there are {', '.join(names)}.")
+    at = names.index(name)
+    if at == 0:
+        raise ConfigError(f"stage {name} is the first: all later ones stand on it, and it cannot go.")
+    if stages[at].action in ("drop", "consolidate"):
+        raise ConfigError(f"stage {name} trained nothing that could go; lifelong-moe rollback undoes it.")
+    if at == len(stages) - 1:
+        return Candidate(store.get(stages[at - 1].key), stages[:-1], [])
+    chain = [store.get(stage.key) for stage in stages]
+    remains = what_remains(chain, name)
+    made = derived_stage(store, chain[-1], name)
+    added = VersionStage(name=made.name, key=made.key, data=stages[at].data, action="drop")
+    return Candidate(made, (*stages, added), remains)
+
+
+def drop(
+    run: str, stage: str, console: Console, overrides: Sequence[str] = (), *, ungated: bool = False
+) -> dict[str, Any]:
+    """Let a version without a stage serve, if nothing else gets worse by it.
+
+    What is exact, as if the stage had never been, needs no gate.
+
+    Args:
+        run: Its name.
+        stage: Name of the stage.
+        console: Where people read.
+        overrides: ``gate.KEY=VALUE``.
+        ungated: Let it serve whatever it costs.
+
+    Raises:
+        ConfigError: If there is no such run or stage, or the stage cannot go; nothing is written then.
+        LockedError: If another process works on the run.
+    """
+    settings = read_gate(overrides)
+    require_head(ROOT, run)  # a mistake is told before a lock is made
+    record, store = RunRecord(ROOT, run), StageStore(ROOT)
+    with locked(record.lock_path, f"run {run}"):
+        head = with_versions(store, require_head(ROOT, run))
+        before = head.champion
+        served = None if ungated else _served(head, before, store, stage)
+        candidate = drop_candidate(store, before, stage)
+        judged = None
+        if candidate.remains and served is not None:
+            data = next(s.data for s in before.stages if s.name == stage)
+            judged = gate_derived(store, before, candidate.stage, served, data, settings, console)
+            print_verdict(console, judged)
+        passed = judged is None or judged.passed
+        if passed:
+            head = head.promoted("dropped", candidate.chain, f"without stage {stage}", timestamp())
+        now = head.champion
+        facts = {"stage": stage, "key": candidate.stage.key, "remains": candidate.remains, "gated": judged is not None}
+        record.log("drop", outcome="promoted" if passed else "rejected", champion=now.id, **facts)
+        record.set_head(head)
+        console.print(f"{run}: serves: {describe(now)}", highlight=False)
+        follow_champion(head, console)
+    for sentence in _verdict(stage, candidate):
+        console.print(sentence, highlight=False)
+    result = {"run": run, "champion": now.id, "kind": now.kind, "outcome": "promoted" if passed else "rejected"}
+    if judged is not None and not passed:
+        console.print(f"rejected: {judged.reasons[0]} --no-gate lets it serve nevertheless.", highlight=False)
+    elif judged is None and candidate.remains:
+        console.print("not gated: whether the model got worse was not measured; lifelong-moe rollback undoes this.")
+    return {**result, "derived": candidate.stage.derived is not None, **facts}
+
+
+def _served(head: RunHead, version: Version, store: StageStore, stage: str) -> Measurements | None:
+    """What a gate would read; None where none is needed.
+
+    Raises:
+        ConfigError: If the text is not to be had.
+        TryAgainError: If it is not to be had now.
+    """
+    chain = [store.get(s.key) for s in version.stages]
+    names = [s.name for s in version.stages]
+    if stage not in names or names.index(stage) in (0, len(names) - 1) or not what_remains(chain, stage):
+        return None
+    try:
+        data = next(s.data for s in version.stages if s.name == stage)
+        return served_measurements(head, version, store, without=data)
+    except TryAgainError:
+        raise
+    except LifelongError as error:
+        raise ConfigError(
+            f"the gate of drop cannot read the run's text ({error}). --no-gate drops without it."
+        ) from None
+
+
+def _verdict(stage: str, candidate: Candidate) -> list[str]:
+    if candidate.chain[-1].name != f"{stage}.dropped":
+        return [f"as if stage {stage} had never been added: the model is stage {candidate.stage.key[:SHORT]} again."]
+    kept = f"the files of stage {stage} stay in the store: later stages continue from it."
+    if not candidate.remains:
+        return [f"the experts of stage {stage} are gone, and nothing of its text remains in the model;", kept]
+    return [
+        f"the experts of stage {stage} are gone, but this of its text remains in the model:",
+        *(f"· {sentence}" for sentence in candidate.remains),
+        kept,
+    ]

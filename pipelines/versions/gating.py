@@ -1,0 +1,128 @@
+"""The gate: a candidate against the champion, on the held-out text of every distribution."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+from lifelong_moe.evaluation.measurements import Measurements
+from lifelong_moe.retraining.bounds import DocumentLosses
+from lifelong_moe.retraining.checks import Verdict
+from lifelong_moe.retraining.gate import Evidence, judge
+from lifelong_moe.retraining.power import Power, passing_chances
+from lifelong_moe.store.stages import CommittedStage, StageStore
+from lifelong_moe.store.ticks import BestLoss
+from lifelong_moe.store.versions import Version
+from pipelines.versions.candidates import Candidate, CandidateTrainer, changed_frozen
+
+
+def gate(
+    trainer: CandidateTrainer, candidate: Candidate, stage: CommittedStage, best: Mapping[str, BestLoss]
+) -> Verdict:
+    """Measure and judge.
+
+    Args:
+        trainer: Of the batch's candidates.
+        candidate: What was planned.
+        stage: What came of it.
+        best: What the distributions had; only compared where it is of the same held-out text.
+    """
+    new, before = trainer.new, trainer.parent
+    old, losses = candidate.measurements.measurable(without=new), candidate.measurements.losses
+    peers = {}
+    for name in old:
+        known = best.get(name)
+        same = known is not None and known.heldout == candidate.data.records[name].heldout_hash
+        peers[name] = trainer.store.find(known.key) if known is not None and same else None
+    with trainer.console.status(f"{stage.name}: at the gate"):
+        # One model after the other, for each is loaded once.
+        after = {name: losses(stage.key, name) for name in (new, *old)}
+        earlier = {name: losses(before.key, name) for name in (new, *old)}
+        finest = {name: losses((peers[name] or before).key, name) for name in old}
+        leaks = {name: trainer.leak(stage, candidate, name) for name in old}
+        found = Evidence(
+            new=new,
+            after=after,
+            before=earlier,
+            best=finest,
+            changed_frozen=changed_frozen(trainer.store, before, stage),
+            leaks=leaks,
+            kinds=kinds_of_text(trainer.champion, trainer.store),
+        )
+        judged = judge(found, trainer.retraining.settings.gate, seed=candidate.config.seed)
+        return replace(judged, notes=tuple(candidate.measurements.unmeasurable()))
+
+
+def kinds_of_text(version: Version, store: StageStore) -> dict[str, str]:
+    """The kind of each distribution that a version learned: what a stage continues is of the kind of that stage's."""
+    by_stage: dict[str, str] = {}
+    kinds: dict[str, str] = {}
+    for stage in version.stages:
+        if stage.action not in ("drop", "consolidate"):  # those train nothing
+            continues = store.get(stage.key).spec.continues
+            by_stage[stage.name] = by_stage.get(continues or "", kinds.get(stage.data, stage.data))
+            kinds.setdefault(stage.data, by_stage[stage.name])
+    return kinds
+
+
+def best_so_far(trainer: CandidateTrainer, candidate: Candidate, best: Mapping[str, BestLoss]) -> dict[str, BestLoss]:
+    """The lowest loss of each old distribution since the stage that learned it, that stage and the champion included.
+
+    A stage that is not in the store any more is left out, and that is said.
+
+    Args:
+        trainer: Of the batch's candidates.
+        candidate: Gives data and settings.
+        best: What earlier ticks found; empty at the first one.
+    """
+    measurements = candidate.measurements
+    found = with_best(measurements, trainer.parent, best, measurements.measurable())
+    for learned in trainer.champion.stages:
+        if learned.action in ("drop", "consolidate") or learned.data not in measurements.measurable():
+            continue
+        if (stage := trainer.store.find(learned.key)) is None:
+            trainer.console.print(
+                f"Stage {learned.name} is not in the store any more: the best that {learned.data} ever had is counted "
+                f"without it.",
+                highlight=False,
+            )
+            continue
+        found = with_best(measurements, stage, found, [learned.data])
+    return found
+
+
+def with_best(
+    measurements: Measurements, stage: CommittedStage, best: Mapping[str, BestLoss], names: Iterable[str]
+) -> dict[str, BestLoss]:
+    """The lowest loss ever of each of these distributions, this stage included."""
+    found = dict(best)
+    for name in names:
+        heldout = measurements.data.records[name].heldout_hash
+        nats = measurements.losses(stage.key, name).nats_per_token
+        if name not in found or found[name].heldout != heldout or nats < found[name].nats:
+            found[name] = BestLoss(key=stage.key, heldout=heldout, nats=nats)
+    return found
+
+
+def old_losses(
+    trainer: CandidateTrainer, candidate: Candidate, stage: CommittedStage
+) -> tuple[dict[str, DocumentLosses], dict[str, DocumentLosses]]:
+    """Losses of a stage, and of the champion, on every old distribution."""
+    measurements = candidate.measurements
+    old = measurements.measurable(without=trainer.new)
+    # One model after the other, for each is loaded once.
+    after = {name: measurements.losses(stage.key, name) for name in old}
+    return after, {name: measurements.losses(trainer.parent.key, name) for name in old}
+
+
+def foreseen_power(trainer: CandidateTrainer, probe: Candidate) -> Power | None:
+    """How often the gate would pass a harmless candidate, if it scatters as a probe did; None without an old
+    distribution, or where the probe was not made."""
+    stage = trainer.store.find(probe.planned.key)
+    if stage is None or len(probe.measurements.measurable()) < 2:
+        return None
+    kinds, config = kinds_of_text(trainer.champion, trainer.store), trainer.retraining.settings.gate
+    chances = passing_chances(*old_losses(trainer, probe, stage), kinds, config)
+    weakest = min(chances, key=lambda group: chances[group])
+    return Power(math.prod(chances.values()), len(chances), ", ".join(weakest), chances[weakest])

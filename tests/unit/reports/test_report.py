@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from lifelong_moe.evaluation.loss import Evaluation
+from lifelong_moe.reports.report import RunResults, build_report
+
+NAMES = ["english", "python", "poems"]
+
+
+def measured(nats: float, counts: list[int]) -> Evaluation:
+    return Evaluation(nats, nats / 2, tokens=10, bytes=40, documents=2, expert_counts=[counts])
+
+
+def report(
+    stages: list[str | list[str]],
+    rows: list[list[float]],
+    *,
+    method: str = "lifelong",
+    from_scratch: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    learns = [[stage] if isinstance(stage, str) else stage for stage in stages]
+    results = RunResults(
+        run="r",
+        method=method,
+        seed=3,
+        distributions=NAMES,
+        init={name: measured(8.0, [1, 1]) for name in NAMES},
+        evaluations=[{n: measured(v, [3, 1]) for n, v in zip(NAMES, row, strict=True)} for row in rows],
+        stages=[{"name": names[0], "data": names[0], "learns": names} for names in learns],
+        from_scratch=from_scratch or {},
+    )
+    return build_report(results, births=[[0, 1]])
+
+
+def test_two_stages_by_hand() -> None:
+    found = report(["english", "python"], [[2.0, 6.0, 7.0], [2.5, 3.0, 6.5]])
+    assert found["loss_nats_per_token"] == [[2.0, 6.0, 7.0], [2.5, 3.0, 6.5]]
+    assert found["bits_per_byte"] == [[1.0, 3.0, 3.5], [1.25, 1.5, 3.25]]
+    assert found["loss_at_init"] == [8.0] * 3 and found["bits_per_byte_at_init"] == [4.0] * 3
+    assert found["forgetting"] == {"english": 0.5, "python": 0.0}
+    assert found["backward_transfer"] == -0.5 and found["forward_transfer"] == 2.0
+    assert found["bytes_per_token"] == dict.fromkeys(NAMES, 4.0)
+    assert found["schema"] == 3 and found["from_scratch"] == {}
+    # Expert 1 was born in stage 1: foreign to English, not to Python, nor to what no stage learned.
+    assert [found["routing"][name]["leak"] for name in NAMES] == [0.25, 0.0, 0.0]
+    assert found["dead_experts"] == 0 and found["routing"]["english"]["unused_experts"] == 0
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+def test_one_stage_has_no_transfer() -> None:
+    found = report(["english"], [[2.0, 6.0, 7.0]])
+    assert found["backward_transfer"] is None and found["forward_transfer"] is None
+    assert found["forgetting"] == {"english": 0.0}
+
+
+def test_a_distribution_that_comes_back() -> None:
+    found = report(["english", "python", "english"], [[2.0, 6.0, 7.0], [2.5, 3.0, 6.5], [2.25, 3.25, 6.0]])
+    assert found["forgetting"] == {"english": 0.0, "python": 0.25}
+    assert found["routing"]["english"]["leak"] == 0.0
+
+
+def test_a_joint_run_has_one_row_and_nothing_to_forget() -> None:
+    found = report([["english", "python"]], [[2.0, 3.0, 6.0]], method="joint")
+    assert found["loss_nats_per_token"] == [[2.0, 3.0, 6.0]] and found["method"] == "joint"
+    assert found["forgetting"] == {"english": 0.0, "python": 0.0}
+    assert found["backward_transfer"] is None and found["forward_transfer"] is None
+    # Whatever there is was born while both were learned, and no stage learned poems.
+    assert [found["routing"][name]["leak"] for name in NAMES] == [0.25, 0.25, 0.0]
+
+
+def test_an_unrestrained_run_says_what_each_costs_from_scratch() -> None:
+    alone = {"python": {"nats_per_token": 3.5, "bits_per_byte": 1.75, "tokens": 640}}
+    found = report(["english", "python"], [[2.0, 6.0, 7.0], [2.5, 3.0, 6.5]], method="unrestrained", from_scratch=alone)
+    assert found["from_scratch"] == alone and found["from_scratch"] is not alone
+    assert found["forgetting"] == {"english": 0.5, "python": 0.0}
+    assert json.loads(json.dumps(found, allow_nan=False)) == found

@@ -1,0 +1,192 @@
+"""What a run's name stands for: heads on disk, of today and of earlier versions, and how one becomes another."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lifelong_moe.config.data import KeepText
+from lifelong_moe.data.tokens.records import TextRecord
+from lifelong_moe.errors import ConfigError, CorruptError
+from lifelong_moe.store.head import MlflowState, RunHead
+from lifelong_moe.store.ticks import BestLoss, LastTick, SettledBatch
+from lifelong_moe.store.versions import VersionStage, describe
+
+A, B, C = (VersionStage(name=name, key=name * 64, data=f"{name}_text", action="base") for name in "abc")
+KEYS = ("a" * 64, "b" * 64)
+HEAD = RunHead(run="r", method="lifelong", seed=0, config={"x": {}}, plan=KEYS, names=("a", "b"), stages=KEYS)
+EARLIER = Path(__file__).parents[2] / "integration/earlier/mlruns/runs/old/head.json"
+TEXT = TextRecord(
+    train_hash="t", heldout_hash="h", split_hash="s", documents=3, tokens=9, bytes_per_token=2.5, heldout_documents=1,
+    heldout_tokens=2, duplicates=0, left_out=("0f",),
+)  # fmt: skip
+
+
+@pytest.fixture
+def head() -> RunHead:
+    """Two versions: the run's own two stages on the 1st, and a third stage on the 2nd."""
+    return HEAD.with_base([A, B], "2026-01-01T00:00:00Z").promoted(
+        "promoted", [A, B, C], "better", "2026-01-02T00:00:00Z"
+    )
+
+
+def written(head: RunHead) -> dict[str, Any]:
+    """As it stands on disk."""
+    return json.loads(json.dumps(head.to_json()))  # type: ignore[no-any-return]
+
+
+def test_a_head_comes_back_from_disk_as_it_was(head: RunHead) -> None:
+    whole = replace(
+        head,
+        trained=KEYS,
+        data={"a": "x"},
+        texts={"a": TEXT},
+        tokenizer="t",
+        centroids="c",
+        mlflow=MlflowState(run="m", stages={"a": "n"}, logged={"a": {"loss": 1.5}}, ticks={"b": "o"}, replaced=("p",)),
+        batches={"b": SettledBatch(name="n", outcome="skipped", reason="", at="", heldout_fraction=0.5, sources="s")},
+        waiting="w",
+        open=("b", "w"),
+        keep_text=KeepText.never,
+        best={"a": BestLoss(key="a", heldout="h", nats=2.5)},
+        last_tick=LastTick(at="2026", outcome="idle", reason="nothing"),
+    )
+    for one in (HEAD, head, whole):
+        assert RunHead.from_json(written(one)) == one
+    assert written(whole)["champion"] == 1 and "champion_id" not in written(whole)
+    assert set(written(HEAD)) == {
+        "schema", "run", "method", "seed", "config", "plan", "names", "stages", "mlflow"
+    }  # fmt: skip
+
+
+def test_heads_of_earlier_versions_say_the_same_and_then_have_a_schema() -> None:
+    stored = json.loads(EARLIER.read_text(encoding="utf-8"))
+    head = RunHead.from_json(stored)
+    assert "schema" not in stored
+    again = written(head)
+    assert {name: again[name] for name in stored if name != "mlflow"} == {
+        name: value for name, value in stored.items() if name != "mlflow"
+    }
+    assert stored["mlflow"].items() <= again["mlflow"].items() and again["schema"] == 1
+    assert RunHead.from_json({**stored, "of": "nobody"}) == head
+
+
+def test_a_configuration_of_an_earlier_version_is_read_under_today_s_keys() -> None:
+    stored = written(HEAD)
+    config = {"run": "one", "trainer": {"gradient_clip_val": 0.5, "devices": 2}}
+    head = RunHead.from_json({**stored, "config": config})
+    assert head.config == {"run": "one", "trainer": {"gradient_clip": 0.5, "devices": 2}}
+
+
+def test_what_is_no_head_or_one_of_a_later_version_is_said() -> None:
+    stored = written(HEAD)
+    for name in ("run", "method", "seed", "config", "plan", "names", "stages"):
+        with pytest.raises(CorruptError, match=r"^not the head of a run\.$"):
+            RunHead.from_json({key: value for key, value in stored.items() if key != name})
+    damaged: list[Any] = [[], "head", {**stored, "plan": 5}, {**stored, "versions": [{}]}, {**stored, "texts": []}]
+    for other in damaged:
+        with pytest.raises(CorruptError, match=r"^not the head of a run"):
+            RunHead.from_json(other)
+    with pytest.raises(CorruptError, match=r"^of a later version of lifelong-moe \(schema 2; this one knows 1\)"):
+        RunHead.from_json({"schema": 2, "runs": []})
+
+
+def test_committed_stages_come_in_the_order_of_the_plan() -> None:
+    first, neither = replace(HEAD, stages=KEYS[:1]), replace(HEAD, stages=())
+    assert first.committed == {"a": KEYS[0]} and first.with_committed(KEYS[1]) == HEAD
+    assert list(replace(HEAD, stages=KEYS[::-1]).committed) == ["a", "b"]
+    assert (HEAD.require_stage(), HEAD.require_stage("a"), first.require_stage()) == (KEYS[1], KEYS[0], KEYS[0])
+    assert (HEAD.is_finished, first.is_finished, replace(neither, plan=(), names=()).is_finished) == (
+        True,
+        False,
+        False,
+    )
+    with pytest.raises(ConfigError, match="no committed stage b; there are a"):
+        first.require_stage("b")
+    with pytest.raises(ConfigError, match="no committed stage yet"):
+        neither.require_stage()
+
+
+def test_versions_begin_with_a_finished_run() -> None:
+    found = HEAD.with_base([A, B], "2026-01-01T00:00:00Z")
+    (only,) = found.versions
+    assert (only.id, only.kind, only.before, only.stages, only.key) == (0, "base", None, (A, B), "b" * 64)
+    assert found.champion == only and not HEAD.versions and written(found)["champion"] == 0
+    assert found.with_base([A, B, C], "2027-01-01T00:00:00Z") == found  # once begun it stays
+    for unfinished in (replace(HEAD, stages=KEYS[:1]), replace(HEAD, stages=(), plan=(), names=())):
+        with pytest.raises(ConfigError, match="run r is not finished"):
+            unfinished.with_base([A], "2026-01-01T00:00:00Z")
+    with pytest.raises(ConfigError, match="b to do"):
+        replace(HEAD, stages=KEYS[:1]).require_finished()
+
+
+def test_what_is_promoted_serves_and_the_head_is_its(head: RunHead) -> None:
+    old, new = head.versions
+    assert (new.id, new.before, new.reason, head.champion) == (1, 0, "better", new)
+    assert head.names == ("a", "b", "c") and head.stages == head.plan == ("a" * 64, "b" * 64, "c" * 64)
+    assert describe(new) == "version 1 (promoted, 2026-01-02T00:00:00Z): a → b → c, stage cccccccccccccccc"
+    assert old.stages == (A, B)
+
+
+@pytest.mark.parametrize(
+    "read", [lambda head: head.champion, lambda head: head.promoted("promoted", [A], "", ""), RunHead.rolled_back]
+)
+def test_a_run_without_versions_has_no_champion(read: Any) -> None:
+    with pytest.raises(ConfigError, match="run r has no versions yet"):
+        read(HEAD)
+
+
+@pytest.mark.parametrize("stages", [[], [A, A]])
+def test_a_version_needs_stages_of_different_names(head: RunHead, stages: list[VersionStage]) -> None:
+    with pytest.raises(ValueError, match="each of another name"):
+        head.promoted("promoted", stages, "", "")
+
+
+def test_rolling_back_goes_to_what_served_before_and_forward_again(head: RunHead) -> None:
+    back = head.rolled_back()
+    assert back.champion.id == 0 and back.names == ("a", "b") and back.versions == head.versions
+    with pytest.raises(ConfigError, match="version 0 serves, and none served before it"):
+        back.rolled_back()
+    assert back.rolled_back(1) == head and head.rolled_back(0).champion.id == 0
+    for wrong in (-1, 2):
+        with pytest.raises(ConfigError, match=f"no version {wrong}; there are 0 to 1"):
+            head.rolled_back(wrong)
+    again = back.promoted("dropped", [A], "", "2026-01-03T00:00:00Z")
+    assert (again.champion.id, again.champion.before) == (2, 0)  # what served then, not the newest
+
+
+def test_what_is_dated_later_is_left_out(head: RunHead) -> None:
+    def dated(at: str) -> list[int]:
+        return [version.id for version in head.versions_until(at)]
+
+    assert dated("2025-12-31T23:59:59Z") == []
+    assert dated("2026-01-01T00:00:00Z") == dated("2026-01-01T23:59:59Z") == [0]
+    assert dated("2026-01-02T00:00:00Z") == [0, 1]
+
+
+def test_how_a_batch_was_split_stands_with_the_stage_or_with_the_decision_about_the_batch(head: RunHead) -> None:
+    assert (A.heldout_fraction, A.heldout_sources, A.batch, A.sources) == (None, 1, None, None)
+    noted = VersionStage(name="n", key="n", data="n", action="grow", batch="x", heldout_fraction=0.2, heldout_sources=5)
+    earlier = VersionStage(name="e", key="e", data="e", action="grow", batch="x")
+    unknown = VersionStage(name="u", key="u", data="u", action="grow", batch="y")
+    stored = written(head.promoted("promoted", [A, noted, earlier, unknown], "", ""))
+    stored["batches"] = {"x": {"name": "e", "outcome": "promoted", "reason": "", "at": "", "heldout_fraction": 0.3}}
+    stages = RunHead.from_json(stored).champion.stages
+    assert [stage.heldout_fraction for stage in stages] == [None, 0.2, 0.3, None]
+    assert [stage.heldout_sources for stage in stages] == [1, 5, 1, 1]
+
+
+def test_a_run_that_starts_over_marks_what_mlflow_knew_as_replaced() -> None:
+    told = MlflowState(run="m", stages={"a": "n"}, ticks={"b": "o"}, content="c", replaced=("p",))
+    assert told.begun_anew() == MlflowState(replaced=("p", "m", "n"))
+    assert MlflowState().begun_anew() == MlflowState()
+
+
+def test_a_tick_repeats_one_that_ended_just_so_at_whatever_time() -> None:
+    tick = LastTick(at="2026", outcome="waiting", reason="too little", batch="b")
+    assert tick.repeats(replace(tick, at="2025")) and not tick.repeats(None)
+    assert not tick.repeats(replace(tick, batch=None)) and not tick.repeats(replace(tick, reason="x"))

@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import json
+import math
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lifelong_moe.errors import CorruptError
+from lifelong_moe.training.callbacks.checkpoint import (
+    STATE,
+    SafeCheckpointIO,
+    checkpoint_path,
+    checkpoints,
+    flatten,
+    newest_checkpoint,
+    restore,
+    set_earlier_aside,
+)
+
+
+def round_trip(value: Any) -> Any:
+    tensors: dict[str, torch.Tensor] = {}
+    return restore(json.loads(json.dumps(flatten(value, tensors))), tensors)
+
+
+PLAIN: list[Any] = [
+    None,
+    True,
+    -3,
+    0.1,
+    "text",
+    [],
+    {},
+    (),
+    [1, [2.5, None]],
+    {"a": {"b": [1, (2, 3)]}},
+    {1: "int key", "1": "str key", (0, 1): "tuple key", None: "none key", False: "bool"},
+    {"$tensor": "t0", "plain": 1},
+    {"$items": []},
+    ((1,), [(2,)]),
+]
+
+
+@pytest.mark.parametrize("value", PLAIN, ids=repr)
+def test_plain_data_comes_back(value: Any) -> None:
+    back = round_trip(value)
+    assert back == value and type(back) is type(value)
+
+
+def test_numbers_that_are_not_finite_come_back() -> None:
+    assert round_trip(math.inf) == math.inf and math.isnan(round_trip([math.nan])[0])
+
+
+def test_tensors_come_back() -> None:
+    tied = torch.arange(6.0).reshape(2, 3)
+    value = {
+        "weights": tied,
+        "again": tied,
+        "transposed": tied.t(),
+        0: torch.tensor(3),
+        "half": torch.ones(2, dtype=torch.bfloat16),
+        "empty": torch.zeros(0, 4),
+        "nested": [(torch.tensor([True, False]),)],
+    }
+    back = round_trip(value)
+    assert back.keys() == value.keys()
+    for key in ("weights", "again", "transposed", 0, "half", "empty"):
+        assert torch.equal(back[key], value[key]) and back[key].dtype == value[key].dtype  # type: ignore[index]
+    assert back["nested"][0][0].tolist() == [True, False]
+
+
+def test_what_is_kept_is_a_copy() -> None:
+    tensors: dict[str, torch.Tensor] = {}
+    weight = torch.ones(3, requires_grad=True)
+    flatten([weight], tensors)
+    with torch.no_grad():
+        weight.zero_()
+    assert tensors["t0"].tolist() == [1, 1, 1] and not tensors["t0"].requires_grad
+
+
+class Odd:
+    pass
+
+
+@pytest.mark.parametrize(
+    "value",
+    [Odd(), Odd, len, {1, 2}, b"bytes", np.float32(1), np.ones(2), 1j, Path("x")],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_could_only_be_pickled_is_refused(value: Any) -> None:
+    with pytest.raises(TypeError, match=f"plain data and tensors only, not {type(value).__name__}"):
+        flatten({"a": [value]}, {})
+
+
+def test_an_ordered_dictionary_is_plain() -> None:
+    assert list(round_trip(OrderedDict(b=1, a=2)).items()) == [("b", 1), ("a", 2)]
+
+
+def test_files(tmp_path: Path) -> None:
+    io, path = SafeCheckpointIO(), checkpoint_path(tmp_path, 1, 25)
+    io.save_checkpoint({"state": {"w": torch.ones(2)}, "epoch": 0, 3: (1,)}, path)
+    assert path.name == "step-1-00000025"
+    assert {p.suffix for p in path.iterdir()} == {".safetensors", ".json"}
+    back = io.load_checkpoint(path)
+    assert back["state"]["w"].tolist() == [1, 1] and back[3] == (1,)
+    io.remove_checkpoint(path)
+    io.remove_checkpoint(path)  # twice is no error
+    assert checkpoints(tmp_path) == []
+
+
+def test_a_failed_save_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(TypeError):
+        SafeCheckpointIO().save_checkpoint({"w": torch.ones(2), "odd": Odd()}, checkpoint_path(tmp_path, 0, 1))
+    assert checkpoints(tmp_path) == []
+
+
+def test_the_newest_whole_checkpoint_is_taken(tmp_path: Path) -> None:
+    io = SafeCheckpointIO()
+    assert newest_checkpoint(tmp_path) is None
+    for phase, step in ((0, 9), (0, 10), (1, 2)):
+        io.save_checkpoint({"w": torch.full((2,), float(step))}, checkpoint_path(tmp_path, phase, step))
+    assert newest_checkpoint(tmp_path) == (1, checkpoint_path(tmp_path, 1, 2))
+    with (checkpoint_path(tmp_path, 1, 2) / "state.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\xff")
+    said: list[str] = []
+    assert newest_checkpoint(tmp_path, said.append) == (0, checkpoint_path(tmp_path, 0, 10))
+    assert len(said) == 1 and "step-1-00000002" in said[0]
+    with pytest.raises(CorruptError):
+        io.load_checkpoint(checkpoint_path(tmp_path, 1, 2))
+
+
+def test_only_damaged_ones_are_for_a_person_to_decide(tmp_path: Path) -> None:
+    path = checkpoint_path(tmp_path, 0, 1)
+    SafeCheckpointIO().save_checkpoint({"w": torch.ones(2)}, path)
+    (path / "state.json").unlink()
+    with pytest.raises(CorruptError, match="none of its 1 step checkpoints verifies"):
+        newest_checkpoint(tmp_path, lambda message: None)
+
+
+def test_checkpoints_of_an_earlier_version_are_set_aside(tmp_path: Path) -> None:
+    old, new, damaged = (checkpoint_path(tmp_path, 0, step) for step in (20, 10, 5))
+    for path in (old, new, damaged):
+        SafeCheckpointIO().save_checkpoint({"step": 1, "weights": torch.zeros(2)}, path)
+    state = json.loads((old / STATE).read_text())
+    del state["layout"]
+    (old / STATE).write_text(json.dumps(state))
+    (damaged / STATE).write_text("{")
+    said: list[str] = []
+    set_earlier_aside(tmp_path, said.append)
+    assert checkpoints(tmp_path) == [damaged, new] and (tmp_path / f"earlier-{old.name}").exists()
+    assert len(said) == 1 and f"{old} is of an earlier version" in said[0]
+    assert newest_checkpoint(tmp_path) == (0, new)

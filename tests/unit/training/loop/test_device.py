@@ -1,0 +1,47 @@
+"""Which device a run's models are read on; GPUs are counted, not there."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from lightning.fabric.accelerators import cuda as lightning_cuda
+from lightning.fabric.accelerators.cuda import CUDAAccelerator
+
+from lifelong_moe.config.training import TrainerConfig
+from lifelong_moe.training.loop.device import configured_device
+
+
+@pytest.fixture
+def four_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CUDAAccelerator, "is_available", lambda: True)
+    monkeypatch.setattr(lightning_cuda, "num_cuda_devices", lambda: 4)
+
+
+@pytest.mark.usefixtures("four_gpus")
+@pytest.mark.parametrize(
+    ("accelerator", "devices", "expected"),
+    [
+        ("auto", 1, "cuda:0"),
+        ("gpu", [2], "cuda:2"),
+        ("cuda", "3,", "cuda:3"),
+        ("auto", [1], "cuda:1"),
+        ("cpu", 1, "cpu"),
+        ("cpu", 2, "cpu"),
+    ],
+)
+def test_it_is_the_one_that_trains(accelerator: str, devices: Any, expected: str) -> None:
+    assert configured_device(TrainerConfig(accelerator=accelerator, devices=devices)) == torch.device(expected)
+
+
+@pytest.mark.parametrize(("accelerator", "devices"), [("gpu", 1), ("gpu", [3]), ("auto", [1]), ("tpu", 1)])
+def test_of_a_run_of_another_machine_it_is_the_cpu(
+    accelerator: str, devices: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine may have that device")
+    with caplog.at_level(logging.WARNING):
+        assert configured_device(TrainerConfig(accelerator=accelerator, devices=devices)) == torch.device("cpu")
+    assert f"trainer.accelerator={accelerator}, trainer.devices={devices}: on the CPU instead" in caplog.text
