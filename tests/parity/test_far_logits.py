@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lifelong_moe.config.routing.base import Score
 from lifelong_moe.model.attention import softcapped_attention
-from lifelong_moe.model.mixture import mixture_log_probs, mixture_nats, pack
+from lifelong_moe.model.mixture import MixtureHead, pack
 from lifelong_moe.ops.causal_attention import causal_attention
 from lifelong_moe.ops.document_attention import Documents, Kernel, document_attention
 from lifelong_moe.ops.jacobs import competitive_loss
@@ -135,25 +135,22 @@ def test_losses_over_the_vocabulary(far: float) -> None:
 @pytest.mark.parametrize("far", FAR)
 def test_experts_that_compete(far: float) -> None:
     """One expert that the gate all but rules out, and that alone knows the answer, still gets its posterior."""
-    target, head = torch.arange(TOKENS) % 7, torch.eye(7)
+    target, head = torch.arange(TOKENS) % 7, MixtureHead(7, 7)
+    head.weight.data.copy_(torch.eye(7))  # hidden states are the experts' logits
     target_TD = drawn(TOKENS, 2, scale=1.0)
 
     def log_mixture(gates: Tensor, hidden: Tensor) -> Tensor:
         return torch.logsumexp(gates.log_softmax(dim=1).unsqueeze(2) + hidden.log_softmax(dim=2), dim=1)
 
+    def packed(gates: Tensor, hidden: Tensor) -> Tensor:
+        return pack(hidden, gates.log_softmax(dim=1))
+
+    def mean_nats(gates: Tensor, hidden: Tensor) -> Tensor:
+        return -log_mixture(gates, hidden).gather(1, target.unsqueeze(1)).mean()
+
     gates, hidden = drawn(TOKENS, 3, scale=far), drawn(TOKENS, 3, 7, scale=far, seed=1)
-    for function in (mixture_log_probs, lambda packed, head: -mixture_nats(packed, head, target)):
-        whole = function is mixture_log_probs
-        compared(
-            lambda gates, hidden, function=function: function(pack(hidden, gates.log_softmax(dim=1)), head),
-            lambda gates, hidden, whole=whole: (
-                log_mixture(gates, hidden)
-                if whole
-                else log_mixture(gates, hidden).gather(1, target.unsqueeze(1)).squeeze(1)
-            ),
-            gates,
-            hidden,
-        )
+    compared(lambda gates, hidden: head.logits(packed(gates, hidden)), log_mixture, gates, hidden)
+    compared(lambda gates, hidden: head.cross_entropy(packed(gates, hidden), target), mean_nats, gates, hidden)
 
     def likelihood(gates: Tensor, outputs: Tensor) -> Tensor:
         errors = (target_TD.double().unsqueeze(1) - outputs).square().sum(dim=2)

@@ -245,7 +245,7 @@ def test_a_balanced_table_is_balanced_in_every_layer(make_architecture: MakeArch
 
 
 def test_a_clustered_table_has_a_clustering_for_each_number(make_architecture: MakeArchitecture) -> None:
-    made = make_architecture("hash", routing={**TABLE, "table": HashTable.clustered, "sample_tokens": 64})
+    made = make_architecture("hash", routing={**TABLE, "table": HashTable.clustered})
     made = replace(made, generations=(Generation("s0", 4, (0, 1), by_layer=(3, 4)),))
     model = unfitted(made)
     fit_clusters(model, [], text_of_many_frequencies(), {}, 0)
