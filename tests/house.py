@@ -1,6 +1,6 @@
 """Measure how the code is laid out: what `docs/design.md` tells of it, and what `tests/unit/test_house.py` holds.
 
-    PYTHONPATH=$PWD python -m tests.house [CHECKOUT]     # JSON of this checkout, or of another one
+PYTHONPATH=$PWD python -m tests.house [CHECKOUT]     # JSON of this checkout, or of another one
 """
 
 from __future__ import annotations
