@@ -718,7 +718,7 @@ KILLS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "in the second probe": lambda patch: kill_at_step(patch, 30),
     "in the stage": lambda patch: kill_at_step(patch, 70),
     "while its batch is kept": lambda patch: patch.setattr(batches, "_write", lambda *_: kill_self()),
-    "while text is tokenized": lambda patch: patch.setattr(shards, "_move_into_place", lambda *_: kill_self()),
+    "while text is tokenized": lambda patch: patch.setattr(shards, "canonical_json", lambda *_: kill_self()),
     "before the plan is kept": lambda patch: patch.setattr(retrain_plan.TickPlan, "write", lambda *_: kill_self()),
     "after the commit": lambda patch: patch.setattr(story, "gate", lambda *_: kill_self()),
     "before the ledger": lambda patch: patch.setattr(RunRecord, "log", lambda *_, **__: kill_self()),
