@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch.plugins.io import CheckpointIO
 from safetensors.torch import save_file
 from torch import Tensor
@@ -138,8 +137,3 @@ def newest_checkpoint(work: Path, warn: Callable[[str], None] = log.warning) -> 
     if found:
         raise CorruptError(f"{work}: none of its {len(found)} step checkpoints verifies; remove it to begin again.")
     return None
-
-
-def as_float(value: Tensor | float) -> float:
-    """A number from a scalar tensor or a number."""
-    return float(value.detach()) if isinstance(value, torch.Tensor) else float(value)

@@ -138,8 +138,8 @@ def test_data_is_in_the_key_of_its_stage_and_of_later_ones(make_run: MakeRun) ->
 def test_lifelong_by_hand(make_run: MakeRun) -> None:
     first, second = stage_specs(make_run("stage_defaults.replay.fraction=0.25"))
     assert (first.parent, first.grow, first.trunk, first.distill, first.replayed) == (None, None, None, None, ())
-    assert first.replay_fraction == 0.0
-    assert second.parent == 0 and second.replayed == ("english",) and second.replay_fraction == 0.25
+    assert first.replay.fraction == 0.0
+    assert second.parent == 0 and second.replayed == ("english",) and second.replay.fraction == 0.25
     assert second.grow is not None and second.trunk is not None and second.distill is not None
 
 

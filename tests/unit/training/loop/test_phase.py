@@ -87,9 +87,9 @@ def test_a_full_memory_is_answered_by_the_next_number_of_micro_batches(accumulat
     "other", [{"mode": "learned"}, {"level": Level.document}, {"features": Features.embedding}], ids=str
 )
 def test_assignments_are_compared_only_where_fixed_centroids_look_at_hidden_states(other: dict[str, Any]) -> None:
-    routing = {"mode": "cluster", "level": Level.token, "features": Features.hidden} | other
+    clustered: dict[str, Any] = {"mode": "cluster", "level": Level.token, "features": Features.hidden}
+    spec: Any = SimpleNamespace(routing=routing_of(**(other if "mode" in other else clustered | other)))
     nothing: Any = None
-    spec: Any = SimpleNamespace(routing=SimpleNamespace(**routing))
     assert _sample_assignments(nothing, spec, nothing) is None
 
 
