@@ -12,6 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from lifelong_moe.config.parts import Part
 from lifelong_moe.store.stages import StageStore
 from lifelong_moe.training.restore import load_model
 from pipelines.inspect.inspectors import evaluate, generate
@@ -122,8 +123,10 @@ def test_two_stages_to_the_end(lab: Path, mode: str) -> None:
     if "own" in mode:  # what a router of the user's own has is not in the cost formulas
         return
     assert sum(p.numel() for p in model.parameters()) == report["stages"][1]["parameters_total"]
-    kept = ("", "") if "bundles" not in mode else (".experts.", ".rows.")  # of a frozen trunk the stage trains nothing
-    learns = [p for n, p in model.named_parameters() if p.requires_grad and (kept[0] in n or kept[1] in n)]
+    trained = model.parameters_of()
+    if "bundles" in mode:  # the trunk is frozen
+        trained = model.parameters_of(Part.expert) | model.parameters_of(Part.router)
+    learns = [parameter for parameter in trained.values() if parameter.requires_grad]
     assert sum(p.numel() for p in learns) == report["stages"][1]["parameters_trainable"]
 
 

@@ -100,7 +100,7 @@ def test_the_cache_takes_one_token_at_a_time(make_model: Make) -> None:
 
 
 def test_groups_are_asked_at_chunk_borders_of_each_document(make_model: Make) -> None:
-    model = eager_for_bos(make_model("label", (4, 2)))
+    model = eager_for_bos(make_model("document", (4, 2)))
     asked: list[Ids] = []
 
     def ask(token_ids_N: Ids) -> Ids:
