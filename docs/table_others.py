@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 from table_kinds import ROOT, Row, listed, markdown, percent, read
 
 OTHER_MACHINE = (
-    "Last digits are those of one machine's floating point: where an earlier version printed +0.364\n"
-    "(forgetting of english_docs), 2.205 (newly learned) and 2.687 (final mean) for the naive run, another machine\n"
-    "printed +0.378, 2.219 and 2.697."
+    "The last digits depend on the machine's floating point: for the naive run, an earlier version printed +0.364\n"
+    "(forgetting of english_docs), 2.205 (newly learned) and 2.687 (final mean) here, and +0.378, 2.219 and 2.697\n"
+    "on another machine."
 )
 
 
@@ -27,7 +27,7 @@ def quickstart() -> list[str]:
 
 
 def assignment() -> list[str]:
-    """Held-out tokens by distribution and the bundle that they were given."""
+    """Shares of held-out tokens by distribution and the generation that they were assigned to."""
     found = read("results/assignment")
     names = found["distributions"]
     [tokens] = [one["tokens"] for one in found["settings"] if (one["chunk_tokens"], one["margin"]) == (8, 4)]
@@ -36,7 +36,7 @@ def assignment() -> list[str]:
 
 
 def assignment_by(key: str, header: str, fixed: Mapping[str, float]) -> list[str]:
-    """The same by one setting: what leaves the first distribution, and what of each other reaches its own bundle."""
+    """The share that leaves the first distribution, and of each other one its own generation's share, by a setting."""
     found = read("results/assignment")
     rows = []
     for one in sorted(found["settings"], key=lambda one: one[key]):
@@ -45,7 +45,7 @@ def assignment_by(key: str, header: str, fixed: Mapping[str, float]) -> list[str
             own = " / ".join(f"{share:.2f}" for share in shares[1:])
             rows.append([f"{one[key]:g}", f"{100 - shares[0]:.2f}", own])
     first, *others = found["distributions"]
-    return markdown([header, f"{first} to newer bundles", f"own bundle: {' / '.join(others)}"], rows)
+    return markdown([header, f"{first} to newer generations", f"own generation: {' / '.join(others)}"], rows)
 
 
 def matrix(rows: Sequence[Row]) -> list[str]:
@@ -170,7 +170,7 @@ def goals(lines: Iterable[Goal]) -> list[str]:
         goal = f"{'≥' if sign == '>=' else '≤'} {limit}{line.unit}"
         met = "yes" if found["met"] else "**no**"
         rows.append([line.name, value + line.unit, spread, goal, met, line.gpu_goal, line.gpu])
-    return markdown(["what", "CPU", "quartiles", "goal", "met", "H200: goal", "H200"], rows, "lrrrlll")
+    return markdown(["measurement", "CPU", "quartiles", "goal", "met", "H200: goal", "H200"], rows, "lrrrlll")
 
 
 def attention() -> list[str]:

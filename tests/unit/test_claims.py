@@ -154,8 +154,8 @@ def test_what_distillation_leaves_of_forgetting() -> None:
     shares.append(max(of_seed_0("kl")["forgetting"].values()) / max(of_seed_0("replay5")["forgetting"].values()))
     points = 100 * (number("kl", "plasticity_gap") - number("replay5", "plasticity_gap"))
     text = page("docs/results.md")
-    assert f"leaves {shares[0]:.2f} of what that replay forgets" in text and f"in nats {shares[1]:.2f})" in text
-    assert f"at {points:.1f} points of plasticity (`kl` against `replay5`)" in text
+    assert f"reduces forgetting to {shares[0]:.2f} of that replay's" in text and f"in nats {shares[1]:.2f})" in text
+    assert f"at a cost of {points:.1f} points of plasticity (`kl` against `replay5`)" in text
 
 
 FILES = {
@@ -215,11 +215,11 @@ def test_commands_of_earlier_defaults_give_the_shapes_of_then(monkeypatch: pytes
     assert "Three stages of 249,856 tokens" in text and "Four stages of 399,360 tokens" in text
 
 
-def test_flops_by_the_count_of_now(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flops_by_the_current_count(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LIFELONG_DATA", "nowhere")
     text, checked = page("docs/results.md"), 0
-    sentence = text[text.index("Whole runs by the count of now") :].split("arms in which all trains")[0]
-    for arm, now, then in re.findall(r"`(\w+)` ([\d.]+)e\+12 \((?:for )?([\d.]+)(?:e\+12)?\)", sentence):
+    sentence = text[text.index("Whole runs by the current count") :].split("arms in which everything trains")[0]
+    for arm, now, then in re.findall(r"`(\w+)` ([\d.]+)e\+12 \(([\d.]+)(?:e\+12 before)?\)", sentence):
         name = next(name for name in FILES if arm in arms(name))
         base, _, overrides = FILES[name]
         stages = planned(base, [*overrides, *arms(name)[arm]["overrides"]])
