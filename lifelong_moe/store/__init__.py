@@ -1,1 +1,1 @@
-"""What was committed: stages, runs and their versions, evaluations; and what nothing refers to any more."""
+"""Committed stages, runs and their versions, stored evaluations, the lineage of experts, and garbage collection."""

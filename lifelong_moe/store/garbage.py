@@ -1,13 +1,16 @@
-"""What nothing refers to any more, and how it is removed. Torch-free.
+"""Garbage collection: find and remove what nothing refers to any more. Torch-free.
 
-Kept is whatever can be reached from the head of a run (all versions, plan, what it trains), from a live plan of a
-retraining, or from a stage that is still young; and whatever these continue or borrow tensors from, and so on. A
-comparison refers to runs by name, and their heads keep its stages. Held-out text is kept as long as a head or a live
-plan names it.
+Removed are:
 
-Time comes from two clocks, because one may jump: this machine's, and the store's own, which is the newest file time
-under the root. A thing is young, and a plan is live, unless both clocks say otherwise; hence the newest thing always is
-young, and so is whatever claims to come from the future.
+- stages, unless a run's head (versions, plan, stages in training), a live retraining plan or a stage within its grace
+  period reaches them, directly or as a parent or holder of borrowed tensors;
+- evaluations and work directories of stages that are gone, and held-out text that no head and no live plan names;
+- token shards that were not opened for a month;
+- the text of batches that no head and no live plan names, or that every run which knows the batch lets go.
+
+Grace period: nothing younger than a day is collected, but for shards and text that runs let go. Age is measured by two
+clocks, this machine's and the newest file time in the store, since either may jump: only what is old, and only plans
+that have expired, by both clocks are collected. So the newest stage and files from the future are always kept.
 """
 
 from __future__ import annotations
@@ -31,17 +34,18 @@ from lifelong_moe.storage.temporary import GRACE_SECONDS
 from lifelong_moe.store.batch_text import read_heads, removable_texts, remove_batch_text
 
 TOKENS_SECONDS = 30 * 24 * 3600.0
-"""Tokens are kept for a month after they were opened last: whatever needs them can make them again."""
+"""A month since they were last opened; token shards can be made again from their text."""
 KEY = re.compile(r"[0-9a-f]{64}")
+"""A content key: SHA-256 in hexadecimal."""
 
 
 @dataclass(frozen=True)
 class Stored:
-    """Something on disk that may be removed."""
+    """A file or directory that may be removed."""
 
     path: Path
     key: str
-    """Of the stage that it is or belongs to; of a work directory the first digits only."""
+    """Key of the stage that it is or belongs to; its first 16 digits for a work directory."""
     bytes: int
     changed: float
     """Newest file time, seconds since the epoch."""
@@ -49,29 +53,29 @@ class Stored:
 
 @dataclass(frozen=True)
 class Garbage:
-    """What may be removed, dependants first, and what is spared only because it is young."""
+    """What may be removed, dependent stages first, and what only its grace period keeps."""
 
     stages: list[Stored]
     evaluations: list[Stored]
     work: list[Stored]
     heldout: list[Stored]
-    """Held-out documents that were kept."""
+    """Files of held-out documents."""
     tokens: list[Stored]
-    """Tokenized text that nobody has opened for a month."""
+    """Directories of token shards."""
     texts: list[Stored]
-    """Text of batches: a folder where no run and no live plan knows of the batch, else the file of documents, which
-    every run that knows of it lets go."""
+    """Text of batches: the whole directory of an unknown batch, else the file of documents that its runs let go."""
     young: list[Stored]
 
     @property
     def bytes(self) -> int:
-        """Disk that removing it frees."""
+        """Disk space that the removal frees."""
         kinds = (self.stages, self.evaluations, self.work, self.heldout, self.tokens, self.texts)
         return sum(stored.bytes for found in kinds for stored in found)
 
 
 def mentioned(value: Any) -> set[str]:
-    """Every content key that stands anywhere in plain JSON data, as a value or as a name."""
+    """All content keys anywhere in plain JSON data, as values or as names."""
+    # Reading every key, whatever its field means, also keeps what later versions of the software refer to.
     if isinstance(value, str):
         return {value} if KEY.fullmatch(value) else set()
     if isinstance(value, Mapping):
@@ -80,7 +84,7 @@ def mentioned(value: Any) -> set[str]:
 
 
 def reachable(roots: Iterable[str], needs: Mapping[str, Collection[str]]) -> set[str]:
-    """Keys that the roots need, directly or not, themselves included; those without an entry need nothing."""
+    """The roots and all keys that they need, directly or not; keys without an entry need nothing."""
     found: set[str] = set()
     open_ = list(roots)
     while open_:
@@ -92,32 +96,36 @@ def reachable(roots: Iterable[str], needs: Mapping[str, Collection[str]]) -> set
 
 
 def dependants_first(keys: Collection[str], needs: Mapping[str, Collection[str]]) -> list[str]:
-    """An order in which what is left never needs what is gone, wherever one stops."""
+    """Order keys so that each stands before those that it needs."""
+    # A removal that is killed halfway then leaves no stage without its parent or a holder of its tensors.
     among = {key: [need for need in needs[key] if need in keys] for key in sorted(keys)}
     return list(TopologicalSorter(among).static_order())[::-1]
 
 
 def find_garbage(root: Path, cache: Path, now: float, grace: float = GRACE_SECONDS) -> Garbage:
-    """Look for what may be removed; changes nothing.
+    """Find what may be removed; changes nothing.
 
     Args:
-        root: ``mlruns``.
-        cache: ``data/cache``.
+        root: The ``mlruns/`` directory.
+        cache: The ``data/cache/`` directory.
         now: Seconds since the epoch.
-        grace: Seconds for which a thing is young.
+        grace: Grace period in seconds.
 
     Raises:
-        CorruptError: If a head, a plan or a stage cannot be read: what it needs is then unknown.
+        CorruptError: If a head, a plan or a stage cannot be read: its references are then unknown.
     """
-    configs = dict(_stage_configs(root))
-    stages = {config["key"]: _stored(path, config["key"]) for path, config in configs.items()}
-    needs = {config["key"]: _needs(config) for config in configs.values()}
+    nodes = list(_stages(root))
+    stages = {node.stored.key: node.stored for node in nodes}
+    needs = {node.stored.key: node.needs for node in nodes}
+    # Old must be old by both clocks: one that jumped ahead alone makes nothing collectable.
     clock = min(now, _newest(root, stages.values()))
     limit = clock - grace
     roots = _roots(root, clock, now)
     held = reachable(roots, needs)
+    # Age alone holds a stage that is committed, but not yet in the head of its run.
     live = reachable(held | {key for key, stored in stages.items() if stored.changed > limit}, needs)
-    untrained = {_untrained_key(config) for config in configs.values() if config["key"] in live}
+    # A first stage also holds the evaluations of the untrained model, which are stored under no stage.
+    untrained = {node.untrained for node in nodes if node.stored.key in live}
     short = {key[:SHORT] for key in live}
     evaluations = [s for s in _evaluations(root) if s.key not in live | untrained]
     work = [s for s in _work(root) if s.key not in short]
@@ -138,12 +146,13 @@ def find_garbage(root: Path, cache: Path, now: float, grace: float = GRACE_SECON
 
 
 def collect(root: Path, cache: Path, now: float, grace: float = GRACE_SECONDS) -> Garbage:
-    """Remove the garbage while no process works on any run or stage; returns what was removed.
+    """Remove the garbage and return it; arguments as for :func:`find_garbage`.
 
     Raises:
-        LockedError: If one does; nothing is removed then.
+        LockedError: If a process works on any run or stage; nothing is removed then.
     """
     with ExitStack() as held:
+        # Locks come first: a run that went on after the search could refer to what is about to be removed.
         for path in sorted(root.glob("runs/*/")):
             held.enter_context(locked(path / ".lock", f"run {path.name}"))
         for path in sorted(root.glob("work/*/")):
@@ -152,8 +161,10 @@ def collect(root: Path, cache: Path, now: float, grace: float = GRACE_SECONDS) -
         for stored in (*garbage.evaluations, *garbage.heldout):
             stored.path.unlink(missing_ok=True)
         heads = read_heads(root)
+        # Text goes by what the heads say now, under all locks, and takes its token shards along.
         for batch, head in removable_texts(heads, heads).items():
             remove_batch_text(root, cache, batch, head)
+        # Of the found text, directories of unknown batches remain.
         folders = [stored for stored in garbage.texts if stored.path.is_dir()]
         for stored in (*garbage.work, *garbage.stages, *garbage.tokens, *folders):
             remove_directory(stored.path)
@@ -161,25 +172,27 @@ def collect(root: Path, cache: Path, now: float, grace: float = GRACE_SECONDS) -
 
 
 def _roots(root: Path, clock: float, now: float) -> set[str]:
+    """Keys that heads and live plans name."""
     roots: set[str] = set()
     for path in root.glob("runs/*/head.json"):
         roots |= mentioned(_read(path))
     for path in root.glob("runs/*/plans/*.json"):
         plan = _read(path)
         made = _moment(plan, "made_at")
-        if not _expired(plan, clock) and (made is None or made <= now + GRACE_SECONDS):  # else nobody can carry it out
+        # A plan from the future is refused when it is to be carried out, so it holds nothing.
+        if not _expired(plan, clock) and (made is None or made <= now + GRACE_SECONDS):
             roots |= mentioned(plan)
     return roots
 
 
 def _expired(plan: Any, clock: float) -> bool:
-    """Whether a plan says that it is over; one that does not say is live."""
+    """Whether a plan has expired; one without a date never does."""
     expires = _moment(plan, "expires")
     return expires is not None and expires < clock
 
 
 def _moment(plan: Any, name: str) -> float | None:
-    """A time that stands in a plan, seconds since the epoch; None if none does."""
+    """A time in a plan, seconds since the epoch; None if it is absent or no time."""
     text = plan.get(name) if isinstance(plan, dict) else None
     try:
         moment = datetime.fromisoformat(text) if isinstance(text, str) else None
@@ -190,22 +203,27 @@ def _moment(plan: Any, name: str) -> float | None:
     return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
 
 
-def _stage_configs(root: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+@dataclass(frozen=True)
+class _StageNode:
+    stored: Stored
+    needs: set[str]
+    """Keys of the stages without which this one cannot be loaded."""
+    untrained: str
+    """Key of the evaluations of the untrained model that this stage's chain began from, if it is a first stage."""
+
+
+def _stages(root: Path) -> Iterator[_StageNode]:
     for directory in sorted(root.glob("stages/[!.]*/")):
         config = _read(directory / "config.json")
         if not isinstance(config, dict) or not {"key", "parent", "borrowed"} <= set(config):
-            raise CorruptError(f"{directory / 'config.json'}: not the configuration of a stage; nothing is removed.")
-        yield directory, config
-
-
-def _needs(config: Mapping[str, Any]) -> set[str]:
-    """Keys of the stages without which this one cannot be loaded."""
-    return {*config["borrowed"].values(), *([config["parent"]] if config["parent"] else [])}
-
-
-def _untrained_key(config: Mapping[str, Any]) -> str:
-    """What evaluations of the untrained model that a first stage began from are stored under."""
-    return content_key({"init": config.get("architecture"), "seed": (config.get("spec") or {}).get("seed")})
+            raise CorruptError(
+                f"{directory / 'config.json'}: not the configuration of a stage, so nothing is removed. "
+                "Restore the file or delete the stage."
+            )
+        needs = {*config["borrowed"].values(), *filter(None, [config["parent"]])}
+        # Read as plain data: a stage that a later version wrote still names its parent and holders.
+        init = {"init": config.get("architecture"), "seed": (config.get("spec") or {}).get("seed")}
+        yield _StageNode(_stored(directory, config["key"]), needs, content_key(init))
 
 
 def _evaluations(root: Path) -> list[Stored]:
@@ -214,7 +232,7 @@ def _evaluations(root: Path) -> list[Stored]:
         try:
             key = json.loads(path.read_text(encoding="utf-8"))["stage"]
         except (ValueError, KeyError, TypeError):
-            continue  # damaged: it is made again when it is asked for
+            continue  # A damaged file is replaced when its stage is evaluated again.
         found.append(_stored(path, key))
     return found
 
@@ -228,13 +246,13 @@ def _heldout(root: Path) -> list[Stored]:
 
 
 def _batches(root: Path) -> list[Stored]:
-    """All batches that were looked at, each under its hash."""
+    """Directories of all batches, each under its hash."""
     manifests = {path.parent: _read(path) for path in sorted(root.glob("batches/[!.]*/manifest.json"))}
     return [_stored(path, manifest["hash"]) for path, manifest in manifests.items()]
 
 
 def _removable_texts(root: Path) -> list[Stored]:
-    """Text that runs let go and a crash, or another run that kept it, left."""
+    """Text that all runs have let go, but that a crash or a run that kept it until now left behind."""
     heads, batches = read_heads(root), BatchStore(root)
     return [_stored(path, batch) for batch in removable_texts(heads, heads) for path in batches.copies(batch)]
 
@@ -244,13 +262,14 @@ def _tokens(cache: Path) -> list[Stored]:
 
 
 def _stored(path: Path, key: str) -> Stored:
+    # Taking a lock, as collection itself does, may touch the lock file: no sign of work.
     files = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
     stats = [p.stat() for p in files if p.name != ".lock"] or [path.stat()]
     return Stored(path, key, sum(s.st_size for s in stats), max(s.st_mtime for s in stats))
 
 
 def _newest(root: Path, stages: Iterable[Stored]) -> float:
-    """The store's own clock: when anything in it last changed."""
+    """The store's own clock: the newest file time of its runs and stages."""
     heads = [p.stat().st_mtime for name in ("head.json", "ledger.jsonl") for p in root.glob(f"runs/*/{name}")]
     return max([*heads, *(stored.changed for stored in stages)], default=0.0)
 
@@ -259,4 +278,6 @@ def _read(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, FileNotFoundError) as error:
-        raise CorruptError(f"{path}: unreadable ({error}); what it needs is unknown, so nothing is removed.") from None
+        raise CorruptError(
+            f"{path}: unreadable ({error}), so its references are unknown and nothing is removed. Restore or delete it."
+        ) from None

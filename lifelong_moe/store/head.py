@@ -1,6 +1,6 @@
-"""The head of a run: what its name stands for, as ``head.json`` keeps it. Torch-free.
+"""The head of a run (``head.json``): its stages, its versions, and the state of retraining and MLflow. Torch-free.
 
-``plan``, ``names`` and ``stages`` always are the champion's, so that whatever reads a run reads the model that serves;
+``plan``, ``names`` and ``stages`` always describe the champion, so every reader of a run sees the model that serves;
 ``versions`` only ever grows.
 """
 
@@ -19,76 +19,77 @@ from lifelong_moe.store.ticks import BestLoss, LastTick, SettledBatch
 from lifelong_moe.store.versions import Kind, Version, VersionStage
 
 SCHEMA = 1
-"""Version of the layout of ``head.json``; heads without one are read as this one, which only adds the number."""
+"""Version of the layout of ``head.json``; a head without a number has this layout too."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MlflowState:
-    """What MLflow has been told of a run, so that continuing appends and repeating adds nothing."""
+    """What MLflow already holds of a run: continuing a run appends, repeating it adds nothing."""
 
     run: str | None = None
     """Id of the run's own MLflow run."""
     stages: Mapping[str, str] = field(default_factory=dict)
     """Id of each stage's child run, by the stage's key."""
     logged: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    """Summaries that each stage's child run holds, by the stage's key."""
+    """Summary metrics that each stage's child run holds, by the stage's key."""
     ticks: Mapping[str, str] = field(default_factory=dict)
     """Id of each tick's run, by the hash of its batch."""
     content: str | None = None
-    """Key of the stages and evaluations that were recorded to the end."""
+    """Key of the stages and evaluations whose recording was completed."""
     replaced: tuple[str, ...] = ()
-    """Runs that stand for what the name meant before, not yet marked so."""
+    """MLflow runs of an earlier run of this name, not yet marked as replaced."""
 
-    def begun_anew(self) -> MlflowState:
-        """Nothing told yet, and every run so far to be marked as replaced."""
+    def restarted(self) -> MlflowState:
+        """An empty state in which all runs so far are to be marked as replaced."""
         return MlflowState(replaced=(*self.replaced, *filter(None, (self.run, *self.stages.values()))))
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunHead:
-    """What a run refers to. Immutable: a change makes another head."""
+    """The state of a run. Immutable: each change makes a new head."""
 
     run: str
     method: str
     seed: int
     config: dict[str, Any]
-    """As written, interpolations unresolved."""
+    """As written by the user, interpolations unresolved."""
     plan: tuple[str, ...]
-    """Keys of all stages."""
+    """Keys of all planned stages."""
     names: tuple[str, ...]
-    """Their names."""
+    """Names of the planned stages."""
     stages: tuple[str, ...] = ()
-    """Keys of the committed ones."""
+    """Keys of the committed stages."""
     trained: tuple[str, ...] = ()
-    """Keys of those that this run itself trains."""
+    """Keys of the stages that this run trains itself; others it shares."""
     data: Mapping[str, str] = field(default_factory=dict)
     """Hash of each distribution's training documents."""
     texts: Mapping[str, TextRecord] = field(default_factory=dict)
-    """What must be known of each distribution's text once it is gone."""
+    """Metadata of each distribution's text, which outlives the text."""
     tokenizer: str | None = None
-    """Its hash."""
+    """Hash of the tokenizer."""
     centroids: str | None = None
-    """Key of the centroids that were fitted on the first stage's text."""
+    """Key of the centroids fitted on the first stage's text."""
     mlflow: MlflowState = field(default_factory=MlflowState)
     versions: tuple[Version, ...] = ()
-    """All models that have served, oldest first; none before the first ``retrain``, ``drop`` or ``consolidate``."""
+    """All models that have served, oldest first; empty before the first ``retrain``, ``drop`` or ``consolidate``."""
     champion_id: int | None = None
-    """Place of the version that serves."""
+    """Id of the version that serves."""
     batches: Mapping[str, SettledBatch] = field(default_factory=dict)
-    """Batches that were decided about, by hash."""
+    """Settled batches, by hash."""
     waiting: str | None = None
-    """Hash of the batch that a tick had no answer about."""
+    """Hash of the batch that the last tick could not settle."""
     open: tuple[str, ...] = ()
-    """Hashes of batches which may have left text without a decision, in the order in which they were looked at."""
+    """Hashes of the batches that may have left text, in the order in which ticks opened them."""
     keep_text: KeepText = KeepText.always
-    """How the last tick kept the text of batches."""
+    """The last tick's ``inbox.keep_text``."""
     best: Mapping[str, BestLoss] = field(default_factory=dict)
-    """The lowest loss that any stage ever had on each distribution."""
+    """The lowest loss of any stage so far, by distribution."""
     last_tick: LastTick | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON data; what was never set is left out."""
+        """As plain JSON data, without fields at their defaults."""
         written = dataclasses.asdict(self)
+        # On disk the id has had this name since before ``champion`` became the version itself.
         written["champion"] = written.pop("champion_id")
         unset: tuple[object, ...] = (None, (), {}, KeepText.always)
         kept = {name: value for name, value in written.items() if name in REQUIRED or value not in unset}
@@ -96,21 +97,22 @@ class RunHead:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> RunHead:
-        """Read a head of this or an earlier version.
+        """Read a head that this or an earlier version wrote.
 
         Raises:
-            CorruptError: If it is no head, or one of a later version.
+            CorruptError: If the data is no head, or of a later schema.
         """
         if isinstance(data, Mapping) and data.get("schema", SCHEMA) != SCHEMA:
             raise CorruptError(
-                f"of a later version of lifelong-moe (schema {data['schema']}; this one knows {SCHEMA})."
+                f"written by a later version of lifelong-moe (schema {data['schema']}; this one reads {SCHEMA})."
             )
+        # A damaged file may hold any JSON, lists and strings included.
         if not isinstance(data, Mapping) or not set(REQUIRED) <= set(data):
             raise CorruptError("not the head of a run.")
         try:
-            mlflow = _known(MlflowState, data.get("mlflow", {}))
-            told = {**data, "champion_id": data.get("champion"), "config": _config(data["config"]), "mlflow": mlflow}
-            head = from_plain(cls, _known(cls, told))
+            mlflow = _without_unknown(MlflowState, data.get("mlflow", {}))
+            fields = {**data, "champion_id": data.get("champion"), "config": _config(data["config"]), "mlflow": mlflow}
+            head = from_plain(cls, _without_unknown(cls, fields))
             return replace(head, versions=tuple(_with_split(version, head.batches) for version in head.versions))
         except (AttributeError, TypeError, ValueError) as error:
             raise CorruptError(f"not the head of a run ({error}).") from None
@@ -127,27 +129,27 @@ class RunHead:
         return bool(self.plan) and set(self.plan) <= set(self.stages)
 
     def require_stage(self, name: str | None = None) -> str:
-        """The key of a committed stage; of the last one by default.
+        """The key of a committed stage, by default the last.
 
         Raises:
-            ConfigError: If there is none, naming those there are.
+            ConfigError: If there is no such stage; the message lists the stages.
         """
         committed = self.committed
         if not committed:
-            raise ConfigError(f"run {self.run} has no committed stage yet.")
+            raise ConfigError(f"run {self.run} has no committed stage yet. Continue it first.")
         if name is not None and name not in committed:
             raise ConfigError(f"run {self.run} has no committed stage {name}; there are {', '.join(committed)}.")
         return committed[name] if name is not None else self.stages[-1]
 
     def require_finished(self) -> None:
-        """Versions begin with a run whose stages are all committed.
+        """Require that all stages are committed, as version 0 does.
 
         Raises:
-            ConfigError: If some are still to do.
+            ConfigError: If some are missing; the message lists them.
         """
         if not self.is_finished:
             todo = ", ".join(name for name in self.names if name not in self.committed)
-            raise ConfigError(f"run {self.run} is not finished: {todo} to do. Continue it first.")
+            raise ConfigError(f"run {self.run} is not finished: {todo} missing. Continue it first.")
 
     @property
     def champion(self) -> Version:
@@ -161,35 +163,32 @@ class RunHead:
         return self.versions[self.champion_id]
 
     def versions_until(self, at: str) -> list[Version]:
-        """Versions that began to serve by a time, oldest first; a later date comes from a clock that was ahead.
-
-        Args:
-            at: ISO 8601, UTC.
-        """
+        """Versions that began to serve no later than ``at`` (ISO 8601, UTC), oldest first."""
+        # Timestamps come from several machines; the caller's limit leaves out dates of a clock that ran ahead.
         return [version for version in self.versions if version.at <= at]
 
     def with_committed(self, key: str) -> RunHead:
-        """With one more committed stage."""
+        """This head with one more committed stage."""
         return replace(self, stages=(*self.stages, key))
 
     def with_trained(self, key: str) -> RunHead:
-        """With one more stage that this run trains itself."""
+        """This head with one more stage that the run trains itself."""
         return replace(self, trained=(*self.trained, key))
 
     def without_trained(self, key: str) -> RunHead:
-        """Without one of them: another run trains it."""
+        """This head without a stage that another run trains after all."""
         return replace(self, trained=tuple(one for one in self.trained if one != key))
 
     def with_mlflow(self, **changes: Any) -> RunHead:
-        """With other fields of ``mlflow``."""
+        """This head with fields of ``mlflow`` replaced."""
         return replace(self, mlflow=replace(self.mlflow, **changes))
 
     def with_base(self, stages: Sequence[VersionStage], at: str) -> RunHead:
-        """With the finished run as version 0; a head that has versions stays as it is.
+        """This head with the finished run as version 0; unchanged if it has versions.
 
         Args:
             stages: See :func:`lifelong_moe.store.versions.base_stages`.
-            at: Now, ISO 8601, UTC.
+            at: The current time, ISO 8601, UTC.
 
         Raises:
             ConfigError: If the run is not finished.
@@ -200,22 +199,22 @@ class RunHead:
         return self._with_version("base", stages, "the run as configured", at)
 
     def promoted(self, kind: Kind, stages: Sequence[VersionStage], reason: str, at: str) -> RunHead:
-        """With another version, which serves.
+        """This head with a new version, which now serves.
 
         Args:
-            kind: What made it.
+            kind: How the version was made.
             stages: The whole chain, oldest first.
-            reason: For people.
-            at: Now, ISO 8601, UTC.
+            reason: Human-readable.
+            at: The current time, ISO 8601, UTC.
 
         Raises:
             ConfigError: If the run has no versions yet.
         """
-        _ = self.champion
+        _ = self.champion  # raises unless there is a version 0 to roll back to
         return self._with_version(kind, stages, reason, at)
 
     def rolled_back(self, to: int | None = None) -> RunHead:
-        """With an earlier version serving: a given one, or the one that served before the champion.
+        """This head with an earlier version serving: ``to``, or by default the champion's predecessor.
 
         Raises:
             ConfigError: If there is no such version.
@@ -232,12 +231,13 @@ class RunHead:
     def _with_version(self, kind: Kind, stages: Sequence[VersionStage], reason: str, at: str) -> RunHead:
         names = [stage.name for stage in stages]
         if not names or len(set(names)) < len(names):
-            raise ValueError(f"a version needs stages, each of another name; got {names}")
+            raise ValueError(f"a version needs stages with distinct names; got {names}")
         number, before = len(self.versions), self.champion_id
         version = Version(id=number, at=at, kind=kind, reason=reason, before=before, stages=tuple(stages))
         return replace(self, versions=(*self.versions, version))._serving(version)
 
     def _serving(self, version: Version) -> RunHead:
+        # Readers that know nothing of versions follow plan, names and stages: all three change together.
         keys, names = tuple(stage.key for stage in version.stages), tuple(stage.name for stage in version.stages)
         return replace(self, champion_id=version.id, plan=keys, names=names, stages=keys)
 
@@ -246,21 +246,24 @@ REQUIRED = tuple(one.name for one in dataclasses.fields(RunHead)[:7])
 """Fields that every head has."""
 
 
-def _known(kind: type[RunHead] | type[MlflowState], data: Mapping[str, Any]) -> dict[str, Any]:
-    """What the dataclass has a field for; earlier versions wrote more."""
+def _without_unknown(kind: type[RunHead] | type[MlflowState], data: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The entries that the dataclass has a field for."""
+    # Earlier versions wrote more fields than are read today.
     return {one.name: data[one.name] for one in dataclasses.fields(kind) if one.name in data}
 
 
 def _config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration under today's keys."""
+    """A configuration with renamed keys under their current names."""
     trainer = dict(config.get("trainer") or {})
     if "gradient_clip_val" not in trainer:
         return dict(config)
+    # An explicit value of the new key wins over that of the old one.
     return {**config, "trainer": {"gradient_clip": trainer.pop("gradient_clip_val"), **trainer}}
 
 
 def _with_split(version: Version, batches: Mapping[str, SettledBatch]) -> Version:
-    """A version whose stages know how their batches were split: it used to stand with the decision about a batch."""
+    """The version with the held-out fraction of each batch filled in."""
+    # Earlier versions noted the fraction with the settled batch only, not with the stage.
     stages = list(version.stages)
     for place, stage in enumerate(stages):
         if stage.heldout_fraction is None and (known := batches.get(stage.batch or "")) is not None:

@@ -1,4 +1,7 @@
-"""Which stage created which experts, and from what data."""
+"""The lineage of a model: which stage created which experts, and from what data.
+
+One expert is traced back in :mod:`lifelong_moe.store.trace`.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from lifelong_moe.store.stages import StageStore
 
 @dataclass(frozen=True, kw_only=True)
 class LineageRow:
-    """A stage, what it was trained on, and what it added."""
+    """A stage, its training data, and the generation that it added."""
 
     name: str
     key: str
@@ -23,17 +26,17 @@ class LineageRow:
     tokenizer: str
     """Hash of the tokenizer."""
     experts: str
-    """Names of the experts that it added, ``STAGE/L<layer>/E<index>``, in short."""
+    """Names of the experts that it added, abbreviated as by :func:`grouped_names`."""
     borrowed_tensors: int
     weights_sha256: str
 
 
 def lineage_rows(store: StageStore, keys: Sequence[str]) -> list[LineageRow]:
-    """One row a stage, oldest first.
+    """One row per stage.
 
     Args:
-        store: Where the stages are.
-        keys: Keys of a run's committed stages, in order.
+        store: Holds the stages.
+        keys: Keys of a run's committed stages, oldest first.
     """
     return [
         LineageRow(
@@ -51,15 +54,16 @@ def lineage_rows(store: StageStore, keys: Sequence[str]) -> list[LineageRow]:
 
 
 def expert_names(architecture: Architecture, stage: str) -> str:
-    """Names of the experts that a stage added, ranges written with two dots: ``python_code/L0..3/E4..5``."""
+    """Names of the experts that a stage added, abbreviated: ``python_code/L0..3/E4..5``."""
     layers = range(architecture.model.layers)
     return grouped_names({stage: {layer: _born_in(architecture.expert_births(layer), stage) for layer in layers}})
 
 
 def grouped_names(experts: Mapping[str, Mapping[int, list[int]]]) -> str:
-    """Names of experts in short, from their indices by birth stage and layer; ``none`` if there are none."""
+    """Abbreviate the names of experts, given by birth stage and layer; ``none`` if there are none."""
     names = []
     for stage, by_layer in experts.items():
+        # Adjacent layers with the same indices become one range; growth may give layers different numbers of experts.
         for found, layers in groupby(by_layer, key=lambda layer: by_layer[layer]):
             if found:
                 names.append(f"{stage}/L{_range(list(layers))}/E{_range(found)}")
@@ -76,5 +80,6 @@ def _range(numbers: list[int]) -> str:
 
 def work_under_way(work: Path) -> int | None:
     """Step of the newest step checkpoint under a stage's work directory; None if there is none."""
+    # Names are step-<phase>-<step>, zero-padded, so they sort by age.
     found = sorted(work.glob("step-*"))
     return int(found[-1].name.rsplit("-", 1)[1]) if found else None

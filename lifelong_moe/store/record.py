@@ -1,4 +1,4 @@
-"""What a stage says of itself once it is committed: its ``config.json``."""
+"""The record of a committed stage: its ``config.json``."""
 
 from __future__ import annotations
 
@@ -15,36 +15,38 @@ from lifelong_moe.storage.plain import from_plain
 
 @dataclass(frozen=True, kw_only=True)
 class StageRecord:
-    """Where a stage comes from and what model it left."""
+    """The origin of a stage and the model that it produced."""
 
     key: str
     name: str
     parent: str | None
-    """Key of the stage that it continues or was derived from."""
+    """Key of the stage that it continues or is derived from."""
     spec: StageSpec
-    """Of a derived stage its source's, which says what the model still was trained by."""
+    """A derived stage repeats the spec of its source, which still describes the training."""
     architecture: Architecture
     data: dict[str, str]
-    """By distribution, the hash of the training documents that it was given; empty if it read none."""
+    """Hash of the training documents by distribution; empty if it read none."""
     split: dict[str, str]
-    """The same of the text that it read: :attr:`lifelong_moe.data.text.documents.Corpus.split_hash`."""
+    """:attr:`lifelong_moe.data.text.documents.Corpus.split_hash` by distribution, of the text that it read."""
     read_near_copies: bool = False
-    """Stages of earlier versions left no near copies out."""
+    """Whether near copies of held-out text were trained on, as stages of earlier versions did."""
     tokenizer: TokenizerIdentity
     borrowed: dict[str, str] = field(default_factory=dict)
-    """For each tensor of the model that it does not hold itself, the key of the stage that does."""
+    """For each tensor that another stage holds, the key of that stage."""
     derived: dict[str, Any] | None = None
-    """What a stage that was not trained was made from and how; its address."""
+    """How a stage that was not trained was made, and from what; its key is a hash of this."""
     schema: int | None = None
-    """Version of what the key is made of; None if the stage is derived."""
+    """Version of the key's recipe; None for a derived stage."""
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON data."""
         data = dataclasses.asdict(self) | {"spec": self.spec.to_json(), "architecture": self.architecture.to_json()}
+        # Near copies are a fact about old files, never written; of ``derived`` and ``schema`` a stage has one.
         left_out = {"read_near_copies", *(name for name in ("derived", "schema") if data[name] is None)}
         return {name: value for name, value in data.items() if name not in left_out}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any], **more: Any) -> Self:
-        """The inverse of :meth:`to_json`; ``more`` are fields of a subclass."""
+        """The inverse of :meth:`to_json`; ``more`` holds the fields of a subclass."""
+        # Before near copies were left out, the text given and the text read were the same.
         return from_plain(cls, {"split": data["data"], "read_near_copies": "split" not in data, **data, **more})

@@ -1,9 +1,10 @@
-"""Runs: named references to stages, with a ledger of what happened."""
+"""Runs: named references to stages (``head.json``), each with a ledger of events and a report."""
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,14 @@ from lifelong_moe.store.head import RunHead
 
 
 def timestamp(seconds: float | None = None) -> str:
-    """Now, or so many seconds after the epoch; ISO 8601, UTC, in whole seconds, so that later is greater."""
+    """The current time, or a time in seconds since the epoch, as ISO 8601, UTC."""
+    # A fixed width in one time zone, so that strings sort by time.
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
 def latest_timestamp() -> str:
-    """The latest time that is believed: clocks of machines that take turns may differ, but by less than a day."""
+    """The latest plausible timestamp; a later one comes from a clock that ran ahead."""
+    # Machines that take turns on a run may disagree on the time, but by less than a day.
     return timestamp(time.time() + GRACE_SECONDS)
 
 
@@ -34,11 +37,11 @@ class RunRecord:
 
     @property
     def lock_path(self) -> Path:
-        """File that a working process locks."""
+        """The file that a working process locks."""
         return self.path / ".lock"
 
     def head(self) -> RunHead | None:
-        """What the run refers to; None if it never started.
+        """The run's head; None if the run never started.
 
         Raises:
             CorruptError: If it is damaged, or of a later version.
@@ -55,20 +58,22 @@ class RunRecord:
         write_atomic(self.path / "head.json", text)
 
     def report(self) -> dict[str, Any] | None:
-        """The machine-readable result; None before the first stage is evaluated."""
+        """The last report; None before the first stage is evaluated."""
         return self._read("report.json")
 
-    def set_report(self, report: dict[str, Any]) -> None:
+    def set_report(self, report: Mapping[str, Any]) -> None:
         """Replace the report atomically."""
         write_atomic(self.path / "report.json", json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False))
 
     def log(self, event: str, **fields: Any) -> None:
         """Append a line to the ledger and flush it to disk."""
+        # The ledger is history for people; only the head decides what a run refers to.
         append_line(self.path / "ledger.jsonl", canonical_json({"time": timestamp(), "event": event, **fields}))
 
     def logged(self, event: str, field: str) -> list[Any]:
-        """A field of all the ledger's lines of an event, in order; a line that a crash left torn is passed over."""
+        """A field of every ledger entry of an event, oldest first."""
         path, found = self.path / "ledger.jsonl", []
+        # A crash can tear a line, even within a character: such lines are skipped.
         for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []:
             with suppress(ValueError):
                 entry = json.loads(line)
@@ -76,7 +81,7 @@ class RunRecord:
                     found.append(entry.get(field))
         return found
 
-    def _read(self, name: str) -> dict[str, Any] | None:
+    def _read(self, name: str) -> Any:
         path = self.path / name
         if not path.is_file():
             return None
@@ -91,14 +96,14 @@ class OpenRun:
 
     Args:
         record: Where it is kept.
-        head: As of now; what is not saved yet is lost if the process is killed.
+        head: The current head; changes that were not saved are lost if the process is killed.
     """
 
     def __init__(self, record: RunRecord, head: RunHead) -> None:
         self.record, self.head = record, head
 
     def save(self, head: RunHead) -> None:
-        """Go on with another head, and keep it."""
+        """Replace the head, in memory and on disk."""
         self.head = head
         self.record.set_head(head)
 
@@ -107,7 +112,7 @@ def require_head(root: Path, run: str) -> RunHead:
     """The head of a run that must exist.
 
     Raises:
-        ConfigError: Naming the runs there are.
+        ConfigError: If there is no such run; the message lists the runs.
         CorruptError: If it is damaged, or of a later version.
     """
     head = RunRecord(root, run).head()

@@ -1,4 +1,4 @@
-"""What ticks of retraining leave in a run's head. Torch-free."""
+"""The state that ticks of retraining keep in a run's head. Torch-free."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True, kw_only=True)
 class SettledBatch:
-    """A decision about a batch: its documents are not looked at again."""
+    """A decided batch, whose documents no tick considers again."""
 
     name: str
-    """Of the distribution that it is."""
+    """Name of its distribution."""
     outcome: str
     """``promoted``, ``rejected`` or ``skipped``."""
     reason: str
     at: str
-    """When, ISO 8601, UTC."""
+    """Time of the decision, ISO 8601, UTC."""
     heldout_fraction: float
     heldout_sources: int = 1
     sources: str | None = None
@@ -30,20 +30,20 @@ class LastTick:
     outcome: str
     reason: str
     batch: str | None = None
-    """Hash of the batch that it was about."""
+    """Hash of the batch that it considered."""
 
     def repeats(self, earlier: LastTick | None) -> bool:
-        """Whether an earlier tick ended just so."""
+        """Whether an earlier tick ended the same way, whatever its time."""
         return earlier is not None and replace(earlier, at=self.at) == self
 
 
 @dataclass(frozen=True, kw_only=True)
 class BestLoss:
-    """The lowest loss that any stage ever had on a distribution's held-out text."""
+    """The lowest loss of any stage on a distribution's held-out text."""
 
     key: str
-    """Of that stage."""
+    """Key of the stage."""
     heldout: str
-    """Hash of the text."""
+    """Hash of the held-out text; losses on another text do not compare."""
     nats: float
     """Nats per token."""

@@ -1,4 +1,8 @@
-"""Back from an expert to the text that made it, and from a document to the experts that learned from it."""
+"""The lineage of one expert: trace it back to its training text, and trace a document to the experts that learned it.
+
+:func:`trace_expert` answers the first, :func:`readers` the second; a whole model is listed in
+:mod:`lifelong_moe.store.lineage`.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ from lifelong_moe.store.stages import CommittedStage
 
 EXPERT_NAME = re.compile(r"(?P<stage>.+)/L(?P<layer>\d+)/E(?P<expert>\d+)")
 MATRIX = "down"
-"""A matrix that every kind of expert has."""
+"""The matrix that stands for an expert: every kind of expert has it, and a stage holds or borrows experts whole."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,32 +32,32 @@ class Birth:
     data: dict[str, str]
     """Hash of each distribution's training documents."""
     began: str
-    """How its weights began: ``grow.init``, or ``random`` in a first stage."""
+    """Initialization of its weights: ``grow.init``, or ``random`` in a first stage."""
     weights_sha256: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Custody:
-    """What one stage did with an expert."""
+    """How one stage treated an expert."""
 
     stage: str
     key: str
     tensors: Literal["trained", "borrowed", "moved"]
-    """``moved`` where only its number changed."""
+    """``moved``: stored again by a derived stage under another number, without training."""
     held_by: str
     """Key of the stage that holds the tensors."""
     data: dict[str, str]
-    """What it was trained on there; empty unless it was."""
+    """Hash of each distribution that it was trained on there; empty unless ``trained``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertTrace:
-    """Which stage and which text made an expert."""
+    """The history of an expert, from its birth to the last stage of the model."""
 
     expert: str
     born: Birth
     stages: list[Custody]
-    """One entry for the birth and one for each stage after it."""
+    """One entry per stage, the birth stage first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,17 +70,17 @@ class Reader:
     role: Literal["learned", "replayed", "measured"]
     """``measured`` for the Fisher information of EWC."""
     epochs: float | None
-    """Passes over the text of its own distribution; below 1 the document may not have had its turn, as with replay."""
+    """Passes over the stage's own distribution; below 1 it may not have reached the document, nor need replay have."""
     experts: str
-    """Those that it trained."""
+    """Names of the experts that it trained, abbreviated."""
 
 
 def trace_expert(chain: Sequence[CommittedStage], name: str) -> ExpertTrace:
-    """Trace an expert back to the text that made it.
+    """Trace an expert back to its training text.
 
     Args:
         chain: The model's stages, oldest first, derived ones included.
-        name: ``STAGE/L<layer>/E<index>``, as the last of them numbers its experts.
+        name: ``STAGE/L<layer>/E<index>``, numbered as in the last stage.
 
     Raises:
         ConfigError: If the name is malformed, or the model has no such expert.
@@ -85,6 +89,7 @@ def trace_expert(chain: Sequence[CommittedStage], name: str) -> ExpertTrace:
     stage_name = name.rsplit("/", 2)[0]
     birth = next(i for i, stage in enumerate(chain) if stage.name == stage_name)
     stages: list[Custody] = []
+    # Backwards, because the name counts layers as the last stage does and a smaller model renumbers them on the way.
     for stage in reversed(chain[birth:]):
         stages.insert(0, _custody(stage, layer, stage_name, place))
         layer = _layer_before(stage, layer)
@@ -95,7 +100,7 @@ def trace_expert(chain: Sequence[CommittedStage], name: str) -> ExpertTrace:
 
 
 def _find(architecture: Architecture, name: str) -> tuple[int, int]:
-    """Layer, and place within its generation."""
+    """The layer of a named expert, and its place within its generation."""
     match = EXPERT_NAME.fullmatch(name)
     if match is None:
         raise ConfigError(f"--expert={name}: an expert's name is STAGE/L<layer>/E<index>, such as python_code/L0/E4.")
@@ -103,20 +108,22 @@ def _find(architecture: Architecture, name: str) -> tuple[int, int]:
     births = architecture.expert_births(layer) if layer < architecture.model.layers else []
     if expert >= len(births) or births[expert] != match["stage"]:
         there = [expert_names(architecture, generation.stage) for generation in architecture.generations]
-        raise ConfigError(f"--expert={name}: the model has no such expert; there are {', '.join(there)}.")
+        raise ConfigError(f"--expert={name}: the model has no such expert; it has {', '.join(there)}.")
+    # Removing experts shifts indices, but keeps the order within a generation.
     return layer, expert - births.index(match["stage"])
 
 
 def _layer_before(stage: CommittedStage, layer: int) -> int:
-    """The number that a layer has in the stage's parent; a student has some of its layers, numbered anew."""
+    """Number of a layer in the stage's parent, of which a student keeps some layers, renumbered."""
     kept = stage.spec.student
-    # A derived stage repeats the spec of the stage that it was made of, whose layers it has.
+    # A derived stage repeats the spec of its source but starts from the source's own layers.
     return layer if kept is None or stage.derived else kept[layer]
 
 
 def _custody(stage: CommittedStage, layer: int, birth: str, place: int) -> Custody:
     index = stage.architecture.expert_births(layer).index(birth) + place
     name = expert_tensor(layer, index, MATRIX)
+    # A trained stage stores exactly the tensors that it changed; a derived one stores some without training them.
     is_trained = name not in stage.borrowed and not stage.derived
     return Custody(
         stage=stage.name,
@@ -128,7 +135,7 @@ def _custody(stage: CommittedStage, layer: int, birth: str, place: int) -> Custo
 
 
 def trained_experts(stage: CommittedStage) -> str:
-    """Names of the experts whose weights a stage trained, in short; a derived stage trained none."""
+    """Names of the experts that a stage trained, abbreviated; ``none`` for a derived stage."""
     if stage.derived:
         return "none"
     architecture = stage.architecture
@@ -149,12 +156,13 @@ def trained_experts(stage: CommittedStage) -> str:
 
 
 def readers(stages: Sequence[CommittedStage], splits: Collection[str], left_out: Collection[str] = ()) -> list[Reader]:
-    """Which stages read any of these sets of training documents, and which experts learned there.
+    """Find the stages that read any of these sets of training documents, and the experts that learned from them.
 
     Args:
         stages: In any order.
-        splits: Hashes of these sets, near copies of held-out text included, as stages record them.
-        left_out: The same of sets whose near copies alone are asked about: stages of earlier versions read those too.
+        splits: Split hashes of the sets, as stages record them.
+        left_out: Split hashes of sets where the document is a near copy of held-out text, which only stages of
+            earlier versions read.
     """
     return [
         Reader(

@@ -1,4 +1,4 @@
-"""Versions of the model that a run has served, as its head lists them. Pure and torch-free."""
+"""The versions of a run: each model that has served, as its head lists them. Pure and torch-free."""
 
 from __future__ import annotations
 
@@ -22,51 +22,51 @@ class VersionStage:
     name: str
     key: str
     data: str
-    """The distribution it is about."""
+    """Its distribution."""
     action: Action
-    """How it came to be; ``drop`` and ``consolidate`` derive a model from the one before and train nothing."""
+    """How it was made; ``drop`` and ``consolidate`` derive a model from the one before without training."""
     batch: str | None = None
-    """Hash of the batch of documents it learned from; None if the run's own configuration names the text."""
+    """Hash of its batch of documents; None if the run's configuration names the text."""
     heldout_fraction: float | None = None
-    """Share of the batch's sources that were held out; None without a batch, or where nobody noted it."""
+    """Fraction of the batch's sources that was held out; None without a batch, or if it was not recorded."""
     heldout_sources: int = 1
-    """Sources of it that were held out at least; 1 before this was noted."""
+    """Least number of sources held out; 1 where it was not recorded."""
     sources: str | None = None
-    """Copy of the batch, by its documents' sources; see :meth:`lifelong_moe.data.text.batches.BatchStore.sources`."""
+    """Identifies the copy of the batch by sources; see :meth:`lifelong_moe.data.text.batches.BatchStore.sources`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Version:
-    """A model that served."""
+    """A model that serves or has served."""
 
     id: int
-    """Its place in the list, from 0."""
+    """Its index in the list, from 0."""
     at: str
-    """When it began to serve, ISO 8601, UTC."""
+    """Time at which it began to serve, ISO 8601, UTC."""
     kind: Kind
     reason: str
-    """For people: why it took over."""
+    """Human-readable reason for the change."""
     before: int | None
-    """The version that served until then; None for the first."""
+    """Id of the version that served until then; None for the first."""
     stages: tuple[VersionStage, ...]
-    """The whole chain, oldest first; the last one is the model."""
+    """The whole chain, oldest first; the last stage is the model."""
 
     @property
     def key(self) -> str:
-        """Key of the stage that serves."""
+        """Key of the version's model."""
         return self.stages[-1].key
 
 
 def base_stages(chain: Sequence[CommittedStage]) -> tuple[VersionStage, ...]:
-    """A run's own stages, as its configuration made them.
+    """The stages of version 0, as the run's configuration made them.
 
     Args:
-        chain: From :meth:`lifelong_moe.store.stages.StageStore.chain`.
+        chain: See :meth:`lifelong_moe.store.stages.StageStore.chain`.
     """
     return tuple(VersionStage(name=stage.name, key=stage.key, data=stage.spec.data, action="base") for stage in chain)
 
 
 def describe(version: Version) -> str:
-    """One line for people."""
+    """One line of text."""
     chain = " → ".join(stage.name for stage in version.stages)
     return f"version {version.id} ({version.kind}, {version.at}): {chain}, stage {version.key[:SHORT]}"

@@ -42,7 +42,7 @@ def open_run(record: RunRecord, prepared: Prepared, replace: bool) -> OpenRun:
     if before is None:
         head = RunHead(run=record.run, **now)
     elif replace:
-        head = RunHead(run=record.run, trained=before.trained, mlflow=before.mlflow.begun_anew(), **now)
+        head = RunHead(run=record.run, trained=before.trained, mlflow=before.mlflow.restarted(), **now)
     else:
         committed = tuple(key for key in before.stages if key in keys)
         head = dataclasses.replace(before, stages=committed, **now)

@@ -345,7 +345,7 @@ def test_a_borrowed_tensor_that_is_not_there(lab: Path) -> None:
     manifest["files"]["model.safetensors"] = entry
     (first / "manifest.json").write_text(json.dumps(manifest))
     store = StageStore(Path("mlruns"))
-    with pytest.raises(CorruptError, match=r"borrowed but not there"):
+    with pytest.raises(CorruptError, match=r"borrowed but missing"):
         store.tensors(store.get(report["stages"][1]["key"]))
     assert second.is_dir()
 

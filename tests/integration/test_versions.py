@@ -288,7 +288,7 @@ def test_what_made_an_expert() -> None:
     assert found["born"]["stage"] == "code" and list(found["born"]["data"]) == ["code"]
     assert [(row["stage"], row["tensors"]) for row in found["stages"]] == [("code", "trained"), ("sea", "borrowed")]
     assert {row["held_by"] for row in found["stages"]} == {found["born"]["key"]}
-    with pytest.raises(ConfigError, match=r"no such expert; there are fruit/L0\.\.1/E0\.\.3"):
+    with pytest.raises(ConfigError, match=r"no such expert; it has fruit/L0\.\.1/E0\.\.3"):
         trace.expert("tiny", "code/L1/E0", SILENT)
     with pytest.raises(ConfigError, match="STAGE/L<layer>/E<index>"):
         trace.expert("tiny", "code", SILENT)

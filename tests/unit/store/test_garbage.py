@@ -168,7 +168,7 @@ def test_tokens_stay_for_a_month_after_they_were_opened(store: Store) -> None:
 )
 def test_a_stage_that_is_none_stops_the_search(store: Store, config: Any) -> None:
     store.write("stages/x-1/config.json", config, 0)
-    with pytest.raises(CorruptError, match="not the configuration of a stage; nothing is removed"):
+    with pytest.raises(CorruptError, match="not the configuration of a stage, so nothing is removed"):
         store.found()
 
 

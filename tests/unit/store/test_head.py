@@ -91,7 +91,9 @@ def test_what_is_no_head_or_one_of_a_later_version_is_said() -> None:
     for other in damaged:
         with pytest.raises(CorruptError, match=r"^not the head of a run"):
             RunHead.from_json(other)
-    with pytest.raises(CorruptError, match=r"^of a later version of lifelong-moe \(schema 2; this one knows 1\)"):
+    with pytest.raises(
+        CorruptError, match=r"^written by a later version of lifelong-moe \(schema 2; this one reads 1\)"
+    ):
         RunHead.from_json({"schema": 2, "runs": []})
 
 
@@ -120,7 +122,7 @@ def test_versions_begin_with_a_finished_run() -> None:
     for unfinished in (replace(HEAD, stages=KEYS[:1]), replace(HEAD, stages=(), plan=(), names=())):
         with pytest.raises(ConfigError, match="run r is not finished"):
             unfinished.with_base([A], "2026-01-01T00:00:00Z")
-    with pytest.raises(ConfigError, match="b to do"):
+    with pytest.raises(ConfigError, match="b missing"):
         replace(HEAD, stages=KEYS[:1]).require_finished()
 
 
@@ -182,8 +184,8 @@ def test_how_a_batch_was_split_stands_with_the_stage_or_with_the_decision_about_
 
 def test_a_run_that_starts_over_marks_what_mlflow_knew_as_replaced() -> None:
     told = MlflowState(run="m", stages={"a": "n"}, ticks={"b": "o"}, content="c", replaced=("p",))
-    assert told.begun_anew() == MlflowState(replaced=("p", "m", "n"))
-    assert MlflowState().begun_anew() == MlflowState()
+    assert told.restarted() == MlflowState(replaced=("p", "m", "n"))
+    assert MlflowState().restarted() == MlflowState()
 
 
 def test_a_tick_repeats_one_that_ended_just_so_at_whatever_time() -> None:

@@ -53,7 +53,10 @@ def test_a_head_is_what_was_set_and_one_that_is_missing_or_none_is_said(tmp_path
     opened = OpenRun(record, HEAD)
     opened.save(HEAD.with_committed("k2"))
     assert record.head() == opened.head == HEAD.with_committed("k2")
-    for text, message in (("[]", "not the head of a run"), ('{"schema": 2}', "of a later version of lifelong-moe")):
+    for text, message in (
+        ("[]", "not the head of a run"),
+        ('{"schema": 2}', "written by a later version of lifelong-moe"),
+    ):
         (record.path / "head.json").write_text(text)
         with pytest.raises(CorruptError, match=rf"runs/r/head\.json: {message}"):
             require_head(tmp_path, "r")
