@@ -137,8 +137,8 @@ GOALS = [
 
 
 def policy() -> list[str]:
-    """How many batches of each group were decided as wanted."""
-    columns = {"batches": ("batches", "{}"), "wanted": ("wanted", "{}"), "share": ("found", "{}")}
+    """Of how many batches of each group the decision was right."""
+    columns = {"batches": ("batches", "{}"), "wanted": ("goal", "{}"), "share": ("reached", "{}")}
     rows = [row | {"share": f"{row['found']} of {row['of']}"} for row in read("results/policy")["groups"]]
     return listed(rows, columns, "ll")
 

@@ -122,12 +122,12 @@ def _span(spans: Iterable[str]) -> str:
 
 
 def unseen() -> list[str]:
-    """What each day was wanted to become, and became before and now."""
+    """The expected outcome of each day, and the outcomes before and now."""
     rows = []
     for day in read("results/unseen")["days"]:
         found = [day[f"found{when}"] + ("" if day[f"right{when}"] else " **(!)**") for when in ("_before", "")]
         rows.append([str(day["day"]), day["arrived"], str(day["sources"]), day["wanted"], *found])
-    return markdown(["day", "arrived", "sources", "wanted", "before", "now"], rows, "rlrlll")
+    return markdown(["day", "arrived", "sources", "expected", "before", "now"], rows, "rlrlll")
 
 
 def fingerprints(found: Mapping[str, Row]) -> list[str]:
