@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import table_house as house
 import table_kinds as kinds
 import table_others as others
 from table_kinds import ROOT, listed, read
@@ -22,7 +23,7 @@ TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 def pages() -> list[Path]:
     """The pages that may hold tables."""
-    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def with_tables(text: str) -> str:
@@ -270,6 +271,10 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "attention": others.attention,
     "generation": others.generation,
     "waiting-threads": others.waiting_threads,
+    "floors": house.short_floors,
+    "house-floors": house.floors,
+    "house-figures": house.figures,
+    "house-lines": house.lines,
 }
 
 

@@ -1,1 +1,1 @@
-"""Short stories over `lifelong_moe`, one file each, and the command line over them."""
+"""The command line, and a folder for each group of commands."""

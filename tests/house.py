@@ -1,6 +1,7 @@
 """Measure how the code is laid out: what `docs/design.md` tells of it, and what `tests/unit/test_house.py` holds.
 
-PYTHONPATH=$PWD python -m tests.house [CHECKOUT]     # JSON of this checkout, or of another one
+PYTHONPATH=$PWD python -m tests.house                                            # of this checkout
+PYTHONPATH=$PWD python -m tests.house EARLIER_CHECKOUT > docs/results/house.json # of both, for docs/design.md
 """
 
 from __future__ import annotations
@@ -21,6 +22,28 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("lifelong_moe", "pipelines")
+FLOORS = [
+    {"errors"},
+    {"ops", "storage"},
+    {"config/routing"},
+    {"config"},
+    {"config/retraining"},
+    {"routing", "clustering", "data", "data/text"},
+    {"routing/routers", "data/tokens"},
+    {"plan", "tracking", "retraining"},
+    {"model", "store"},
+    {"growth", "retention", "evaluation", "interop"},
+    {"training/callbacks"},
+    {"training/loop"},
+    {"training", "reports/figures"},
+    {"reports"},
+    {"pipelines/shared"},
+    {"pipelines/run", "pipelines/versions", "pipelines/upkeep"},
+    {"pipelines/compare", "pipelines/inspect", "pipelines/retrain"},
+    {"pipelines"},
+]
+"""The rooms of both packages, lowest first. A room imports from floors below its own, never from its neighbours."""
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 DIRECTIVE = re.compile(r"#\s*(noqa|type:|fmt:|ruff:|pragma)")
 STATUS = """
 import runpy, sys
@@ -121,8 +144,17 @@ def measure_text(root: Path) -> dict[str, Any]:
 def measure(root: Path) -> dict[str, Any]:
     """The same, and what `lifelong-moe status` imports."""
     every, ours = modules_of_status(root)
-    return {**measure_text(root), "status_modules": every, "status_modules_ours": ours}
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
+    return {"commit": commit.stdout.strip(), **measure_text(root), "status_modules": every, "status_modules_ours": ours}
+
+
+def main() -> None:
+    """Print the measure of this checkout; with an earlier one as argument, of both."""
+    found = measure(ROOT)
+    if len(sys.argv) > 1:
+        found = {"before": measure(Path(sys.argv[1]).resolve()), "after": found}
+    print(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(Path(sys.argv[1]).resolve() if len(sys.argv) > 1 else ROOT), indent=1))
+    main()

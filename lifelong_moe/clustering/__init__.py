@@ -1,1 +1,1 @@
-"""FAISS clusters of tokens and documents: features, k-means, balanced assignment. NumPy in and out."""
+"""FAISS: features of tokens and documents, k-means, balanced assignment; NumPy in and out."""

@@ -1,1 +1,1 @@
-"""A run's configuration: its sections composed, its rules, and how it is read from YAML and overrides. Torch-free."""
+"""A run's configuration: a dataclass for each section, rules across sections, YAML and overrides. Torch-free."""

@@ -1,1 +1,1 @@
-"""Documents, tokenizer, token shards, sample order and evaluation windows."""
+"""Text and its tokens: see the rooms `text` and `tokens`."""

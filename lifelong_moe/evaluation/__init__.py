@@ -1,1 +1,1 @@
-"""Loss per distribution, the loss matrix and what follows from it, routing statistics, figures."""
+"""Held-out losses, routing statistics and probes of a model."""

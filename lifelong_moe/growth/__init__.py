@@ -1,1 +1,1 @@
-"""Add, freeze and initialize experts."""
+"""Add experts, initialize and freeze them; remove and merge them."""

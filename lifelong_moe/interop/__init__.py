@@ -1,1 +1,1 @@
-"""To and from transformers."""
+"""Conversion to and from Mixtral checkpoints of transformers."""

@@ -1,1 +1,1 @@
-"""The decoder-only mixture-of-experts transformer: attention, expert banks, generation, cost."""
+"""The decoder-only mixture-of-experts transformer: attention, experts, heads, low-rank changes, sampling."""

@@ -1,1 +1,1 @@
-"""Pure tensor functions: dispatch and combine, router losses, cross-entropy and KL."""
+"""Pure tensor functions: dispatch and combine, router losses, cross-entropy and KL in chunks."""

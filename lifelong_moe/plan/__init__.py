@@ -1,1 +1,1 @@
-"""What a stage is and what it costs, known before anything is trained. Torch-free."""
+"""A configuration resolved into stages: methods, specifications, keys, parameters, FLOPs, disk, advice. Torch-free."""

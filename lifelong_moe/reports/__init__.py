@@ -1,1 +1,1 @@
-"""What is said of a run after it was measured: loss matrices, comparisons, inspections."""
+"""Loss matrices, comparisons and inspections, from measurements."""

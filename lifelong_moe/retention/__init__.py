@@ -1,1 +1,1 @@
-"""What holds old knowledge in place: the teacher that a stage distils from."""
+"""Against forgetting: the teacher, penalties on weights, text that the old model writes."""

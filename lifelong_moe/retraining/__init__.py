@@ -1,1 +1,1 @@
-"""Whether and how to retrain, and whether the result may be kept: drift, decision, gate, from numbers only."""
+"""Drift, decision and gate of scheduled retraining, from numbers alone."""

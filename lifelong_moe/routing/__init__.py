@@ -1,1 +1,1 @@
-"""Hidden states to `Routing`: one file a router, one registry."""
+"""Hidden states to `Routing`: the interface, capacity, auxiliary losses, the registry."""

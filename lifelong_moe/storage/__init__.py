@@ -1,1 +1,1 @@
-"""Files, folders and tables that are whole or absent, locks, and content addresses."""
+"""Atomic files, folders and tables; locks; canonical JSON, hashes and keys."""

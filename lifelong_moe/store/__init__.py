@@ -1,1 +1,1 @@
-"""Committed stages, runs and their versions, stored evaluations, the lineage of experts, and garbage collection."""
+"""Committed stages, runs and their versions, evaluations, lineage, garbage collection."""

@@ -1,1 +1,1 @@
-"""Records in MLflow: the only package that imports it, and never at import time."""
+"""MLflow: runs, metrics, registered versions, and a spool for when it is unreachable."""

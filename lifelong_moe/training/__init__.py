@@ -1,1 +1,1 @@
-"""Lightning: module, data, schedules, callbacks, logger, checkpoints, and one stage's story."""
+"""One stage from beginning to end: restore, grow, freeze, train, commit."""

@@ -1,1 +1,1 @@
-"""`lifelong-moe plan`, `prepare` and `run`: a run's stages from configuration to report."""
+"""`lifelong-moe plan`, `prepare` and `run`: a run's stages, from configuration to report."""

@@ -1,1 +1,1 @@
-"""What several commands use."""
+"""What several commands use: preparing data, places, tables, output."""

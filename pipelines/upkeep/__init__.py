@@ -1,1 +1,1 @@
-"""Commands around the store: `gc`, `sync`, `ui`."""
+"""`lifelong-moe gc`, `sync` and `ui`."""

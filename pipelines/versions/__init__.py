@@ -1,1 +1,1 @@
-"""Candidates, the gate, and the commands that change which version serves: `rollback`, `drop`, `consolidate`."""
+"""Candidates, the gate, and commands that change the serving version: `rollback`, `drop`, `consolidate`."""

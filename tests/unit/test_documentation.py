@@ -98,3 +98,20 @@ def test_no_docstring_has_an_empty_section() -> None:
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
                 found += [f"{path.name}: {line}" for line in empty_sections(ast.get_docstring(node) or "")]
     assert not found
+
+
+def test_places_that_pages_name_are_there() -> None:
+    """A page's ``file.py:name`` names a function or class of that file; and a named file is there."""
+    named = 0
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        for file, name in re.findall(
+            r"`((?:lifelong_moe|pipelines|tests|docs)/[\w/]+\.py)(?::(\w+))?", page.read_text("utf-8")
+        ):
+            assert (ROOT / file).is_file(), f"{page.name}: {file}"
+            tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+            kinds = (ast.FunctionDef, ast.ClassDef)
+            assert not name or any(isinstance(n, kinds) and n.name == name for n in ast.walk(tree)), (
+                f"{page.name}: {file}:{name}"
+            )
+            named += bool(name)
+    assert named > 30

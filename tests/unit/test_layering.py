@@ -11,30 +11,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.house import FLOOR, FLOORS
 
-FLOORS = [
-    {"errors"},
-    {"ops", "storage"},
-    {"config/routing"},
-    {"config"},
-    {"config/retraining"},
-    {"routing", "clustering", "data", "data/text"},
-    {"routing/routers", "data/tokens"},
-    {"plan", "tracking", "retraining"},
-    {"model", "store"},
-    {"growth", "retention", "evaluation", "interop"},
-    {"training/callbacks"},
-    {"training/loop"},
-    {"training", "reports/figures"},
-    {"reports"},
-    {"pipelines/shared"},
-    {"pipelines/run", "pipelines/versions", "pipelines/upkeep"},
-    {"pipelines/compare", "pipelines/inspect", "pipelines/retrain"},
-    {"pipelines"},
-]
-"""The rooms of both packages, lowest first. A room imports from floors below its own, never from another room of it."""
-FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+ROOT = Path(__file__).parents[2]
 
 ONLY_IN = {
     "faiss": "clustering",

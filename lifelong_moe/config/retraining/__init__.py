@@ -1,1 +1,1 @@
-"""Sections of scheduled retraining: drift, decision and gate; inbox, triggers, limits and hooks. Torch-free."""
+"""Settings of scheduled retraining: drift, decision and gate; inbox, triggers, limits and hooks. Torch-free."""

@@ -1,1 +1,1 @@
-"""Routing sections: what every router has, and each router's own settings. Torch-free."""
+"""Settings of routing: keys that every mode shares, and a dataclass for each mode. Torch-free."""

@@ -1,1 +1,1 @@
-"""Text of any source as documents: readers, duplicates, near copies, the inbox, batches."""
+"""Documents from any source: readers, duplicates and near copies, the inbox, batches."""

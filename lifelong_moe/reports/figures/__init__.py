@@ -1,1 +1,1 @@
-"""Pictures of runs, comparisons and experts."""
+"""Figures of runs, comparisons and experts."""

@@ -1,1 +1,1 @@
-"""One file a router."""
+"""The routers, one file each."""

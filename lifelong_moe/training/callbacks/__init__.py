@@ -1,1 +1,1 @@
-"""Lightning callbacks, logger and checkpoint plugin of a stage's training loop."""
+"""Lightning callbacks, logger and checkpoint format of the training loop."""

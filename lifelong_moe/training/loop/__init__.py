@@ -1,1 +1,1 @@
-"""The training loop of a stage's phases: Lightning module, data module, optimizer, workers."""
+"""The training loop of a phase: Lightning module, data module, optimizer, schedule, worker processes."""
