@@ -82,7 +82,7 @@ def run(
 
     silence_libraries()
     threads.say()
-    finish(story(config, checked, replace, console(as_json)), as_json)
+    finish(story(config, checked, replace, console(as_json)).to_json(), as_json)
 
 
 @app.command(epilog=epilog("plan"))

@@ -87,7 +87,7 @@ def train(path: str = "tiny.yaml", *overrides: str, replace: bool = False) -> tu
     """Run in this process; returns the report and what was printed."""
     printed = io.StringIO()
     report = run(path, list(overrides), replace, Console(file=printed, width=200))
-    return report, printed.getvalue()
+    return json.loads(json.dumps(report.to_json())), printed.getvalue()
 
 
 def hashes(root: Path = Path(), run_name: str = "tiny") -> list[str]:

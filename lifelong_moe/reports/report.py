@@ -38,13 +38,108 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from lifelong_moe.evaluation.routing import dead_experts, routing_statistics
+from lifelong_moe.errors import CorruptError
+from lifelong_moe.evaluation.routing import RoutingStatistics, dead_experts, routing_statistics
 from lifelong_moe.reports.matrix import backward_transfer, forgetting, forward_transfer
+from lifelong_moe.storage.plain import from_plain
 
 if TYPE_CHECKING:  # torch is imported there
     from lifelong_moe.evaluation.loss import Evaluation
 
 SCHEMA = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageReport:
+    """One stage in the report; the table above lists the fields."""
+
+    name: str
+    data: str
+    learns: Sequence[str]
+    key: str
+    routing: str
+    experts_per_layer: int
+    parameters_total: int
+    parameters_active: int
+    parameters_trainable: int
+    tokens: int
+    active_flops: float
+    tokens_per_second: float
+    seconds: float
+    epochs: float
+    shared: bool
+    weights_sha256: str
+    training: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScratchReport:
+    """A model that learned one distribution and nothing else."""
+
+    nats_per_token: float
+    bits_per_byte: float
+    tokens: int
+    active_flops: float | None = None
+    """None in reports of earlier versions, which did not count it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """The content of ``report.json``; the table above explains the fields."""
+
+    schema: int = SCHEMA
+    run: str
+    method: str
+    seed: int
+    distributions: Sequence[str]
+    not_measured: Sequence[str] = ()
+    loss_at_init: Sequence[float]
+    bits_per_byte_at_init: Sequence[float]
+    loss_nats_per_token: Sequence[Sequence[float]]
+    bits_per_byte: Sequence[Sequence[float]]
+    forgetting: Mapping[str, float]
+    backward_transfer: float | None
+    forward_transfer: float | None
+    from_scratch: Mapping[str, ScratchReport]
+    bytes_per_token: Mapping[str, float]
+    stages: tuple[StageReport, ...]
+    routing: Mapping[str, RoutingStatistics]
+    expert_counts: Mapping[str, Sequence[Sequence[int]]]
+    dead_experts: int | None = None
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Report:
+        """Read a report of this version or an earlier one.
+
+        Raises:
+            CorruptError: If a later version wrote it.
+        """
+        if data["schema"] > SCHEMA:
+            raise CorruptError(
+                f"the report of run {data['run']} has schema {data['schema']}, but this version reads up to {SCHEMA}; "
+                f"update lifelong-moe."
+            )
+        # Schema 2 called a distribution's unused experts dead.
+        renamed = {"dead_experts": "unused_experts"}
+        routing = {
+            name: {renamed.get(key, key): value for key, value in statistics.items()}
+            for name, statistics in data["routing"].items()
+        }
+        return from_plain(cls, {**data, "routing": routing})
+
+    def to_json(self) -> Mapping[str, Any]:
+        """Plain JSON data, in the order of the table above."""
+        return asdict(self)
+
+    def learned_last(self) -> dict[str, int]:
+        """For each measured distribution that a stage learned, the index of the last such stage."""
+        return {name: places[-1] for name, places in _learned_after(self.distributions, self.stages).items()}
+
+
+def _learned_after(distributions: Sequence[str], stages: Sequence[StageReport]) -> dict[str, list[int]]:
+    """Indices of the stages that learned each column, where one did."""
+    after = {name: [i for i, stage in enumerate(stages) if name in stage.learns] for name in distributions}
+    return {name: places for name, places in after.items() if places}
 
 
 @dataclass(kw_only=True)
@@ -60,21 +155,14 @@ class RunResults:
     """Distributions that can be measured no more."""
     init: Mapping[str, Evaluation]
     """Of the untrained model, by distribution."""
-    stages: list[Mapping[str, Any]] = field(default_factory=list)
-    """For each stage, the fields that the table above lists."""
+    stages: list[StageReport] = field(default_factory=list)
     evaluations: list[Mapping[str, Evaluation]] = field(default_factory=list)
     """For each stage, by distribution."""
-    from_scratch: dict[str, Mapping[str, float]] = field(default_factory=dict)
+    from_scratch: dict[str, ScratchReport] = field(default_factory=dict)
     """Of the model that learned one distribution alone, by distribution."""
 
-    def learned_after(self) -> dict[str, list[int]]:
-        """The stages that learned each column, where one did."""
-        learned = [stage["learns"] for stage in self.stages]
-        after = {name: [i for i, names in enumerate(learned) if name in names] for name in self.distributions}
-        return {name: places for name, places in after.items() if places}
 
-
-def build_report(results: RunResults, births: Sequence[Sequence[int]]) -> dict[str, Any]:
+def build_report(results: RunResults, births: Sequence[Sequence[int]]) -> Report:
     """Build the report of the stages there are so far.
 
     Args:
@@ -82,33 +170,31 @@ def build_report(results: RunResults, births: Sequence[Sequence[int]]) -> dict[s
         births: Stage in which each expert of each layer was born, after the last stage.
     """
     distributions, init, evaluations = results.distributions, results.init, results.evaluations
-    learned = results.learned_after()
+    learned = _learned_after(distributions, results.stages)
     first, last = [places[0] for places in learned.values()], [places[-1] for places in learned.values()]
     nats = [[row[name].nats_per_token for name in distributions] for row in evaluations]
     init_nats = [init[name].nats_per_token for name in distributions]
     counts = {name: evaluations[-1][name].expert_counts for name in distributions}
     never = [len(results.stages)]  # then no expert is foreign to it
-    return {
-        "schema": SCHEMA,
-        "run": results.run,
-        "method": results.method,
-        "seed": results.seed,
-        "distributions": list(distributions),
-        "not_measured": list(results.not_measured),
-        "loss_at_init": init_nats,
-        "bits_per_byte_at_init": [init[name].bits_per_byte for name in distributions],
-        "loss_nats_per_token": nats,
-        "bits_per_byte": [[row[name].bits_per_byte for name in distributions] for row in evaluations],
-        "forgetting": dict(zip(learned, forgetting(nats, last).tolist(), strict=True)),
-        "backward_transfer": backward_transfer(nats, last),
-        "forward_transfer": forward_transfer(nats, init_nats, first),
-        "from_scratch": {name: dict(values) for name, values in results.from_scratch.items()},
-        "bytes_per_token": {name: init[name].bytes / init[name].tokens for name in distributions},
-        "stages": [dict(stage) for stage in results.stages],
-        "routing": {
-            name: asdict(routing_statistics(counts[name], births, learned.get(name, never)[-1]))
-            for name in distributions
+    return Report(
+        run=results.run,
+        method=results.method,
+        seed=results.seed,
+        distributions=list(distributions),
+        not_measured=list(results.not_measured),
+        loss_at_init=init_nats,
+        bits_per_byte_at_init=[init[name].bits_per_byte for name in distributions],
+        loss_nats_per_token=nats,
+        bits_per_byte=[[row[name].bits_per_byte for name in distributions] for row in evaluations],
+        forgetting=dict(zip(learned, forgetting(nats, last).tolist(), strict=True)),
+        backward_transfer=backward_transfer(nats, last),
+        forward_transfer=forward_transfer(nats, init_nats, first),
+        from_scratch=dict(results.from_scratch),
+        bytes_per_token={name: init[name].bytes / init[name].tokens for name in distributions},
+        stages=tuple(results.stages),
+        routing={
+            name: routing_statistics(counts[name], births, learned.get(name, never)[-1]) for name in distributions
         },
-        "expert_counts": counts,
-        "dead_experts": dead_experts(list(counts.values())),
-    }
+        expert_counts=counts,
+        dead_experts=dead_experts(list(counts.values())),
+    )

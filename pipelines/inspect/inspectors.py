@@ -20,6 +20,7 @@ from lifelong_moe.data.text.jsonl import SEPARATOR
 from lifelong_moe.data.tokens.shards import tokenize_documents
 from lifelong_moe.data.tokens.tokenizer import Tokenizer
 from lifelong_moe.errors import ConfigError
+from lifelong_moe.reports.report import Report
 from lifelong_moe.storage.keys import SHORT
 from lifelong_moe.store.lineage import lineage_rows, work_under_way
 from lifelong_moe.store.runs import RunRecord, require_head
@@ -73,7 +74,7 @@ def report(runs: list[str], console: Console) -> list[dict[str, Any]]:
         if found is None:
             raise ConfigError(f"run {run} has no report yet: no stage is committed and evaluated.")
         reports.append(found)
-    render.report(console, reports)
+    render.report(console, [Report.from_json(one) for one in reports])
     return reports
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from lifelong_moe.plan.architecture import Architecture
 from lifelong_moe.plan.planned import PlannedStage
 from lifelong_moe.plan.stages import chain
 from lifelong_moe.reports.figures import run as figures
+from lifelong_moe.reports.report import Report
 from lifelong_moe.store.head import MlflowState
 from lifelong_moe.store.runs import OpenRun
 from lifelong_moe.store.stages import CommittedStage
@@ -119,7 +122,7 @@ class MlflowRecord:
         if self.active:
             self.tracker.log_metrics(run_id, points)
 
-    def stage_done(self, planned: PlannedStage, stage: CommittedStage, report: dict[str, Any], shared: bool) -> None:
+    def stage_done(self, planned: PlannedStage, stage: CommittedStage, report: Report, shared: bool) -> None:
         """Summaries on the parent and the child, figures so far, and the stage's registered version."""
         if not self.active:
             return
@@ -169,15 +172,10 @@ class MlflowRecord:
             now = {**logged, **{key: value for key, value, _ in new}}
             self._tell(logged={**self.told.logged, planned.key: now})
 
-    def _figures(self, run_id: str | None, report: dict[str, Any]) -> None:
-        stages, distributions = [s["name"] for s in report["stages"]], report["distributions"]
-        loss, init = report["bits_per_byte"], report["bits_per_byte_at_init"]
-        learned = [stage["learns"] for stage in report["stages"]]
-        last = [
-            max(i for i, names in enumerate(learned) if d in names)
-            for d in distributions
-            if any(d in names for names in learned)
-        ]
+    def _figures(self, run_id: str | None, report: Report) -> None:
+        stages, distributions = [stage.name for stage in report.stages], report.distributions
+        loss, init = np.array(report.bits_per_byte), np.array(report.bits_per_byte_at_init)
+        last = list(report.learned_last().values())
         architecture = chain(self.prepared.plan)[len(stages) - 1].architecture
         for draw, path in ((figures.loss_matrix_figure, "loss_matrix"), (figures.curves_figure, "curves")):
             figure = draw(loss, stages, distributions, init=init, learned_after=last)
@@ -185,13 +183,13 @@ class MlflowRecord:
         self.tracker.log_figure(
             run_id,
             figures.expert_load_figure(
-                {name: aligned_counts(counts, architecture) for name, counts in report["expert_counts"].items()},
+                {name: aligned_counts(counts, architecture) for name, counts in report.expert_counts.items()},
                 [generation.stage for generation in architecture.generations for _ in range(generation.experts)],
             ),
             "figures/expert_load.png",
         )
 
-    def run_done(self, report: dict[str, Any], console: Console) -> None:
+    def run_done(self, report: Report, console: Console) -> None:
         """The parent's note, figures and final numbers."""
         if self.active:
             self._figures(self.told.run, report)
@@ -214,7 +212,7 @@ class MlflowRecord:
                     self.tracker.finish(run_id, error)
 
 
-def aligned_counts(counts: list[list[int]], architecture: Architecture) -> NDArray[np.float64]:
+def aligned_counts(counts: Sequence[Sequence[int]], architecture: Architecture) -> NDArray[np.float64]:
     """Counts by layer with a column for each expert of each generation; NaN where a layer did not grow."""
     columns = [[e < g.experts_in(layer) for g in architecture.generations for e in range(g.experts)]
                for layer in range(len(counts))]  # fmt: skip
@@ -224,29 +222,30 @@ def aligned_counts(counts: list[list[int]], architecture: Architecture) -> NDArr
     return array
 
 
-def summary_rows(report: dict[str, Any], index: int) -> list[Row]:
+def summary_rows(report: Report, index: int) -> list[Row]:
     """A stage's summary as points at step = stage index, the same on parent and child."""
     rows: list[Row] = []
-    stage, last = report["stages"][index], index
-    for j, name in enumerate(report["distributions"]):
-        rows.append((f"eval/{name}/nats_per_token", report["loss_nats_per_token"][last][j], index))
-        rows.append((f"eval/{name}/bits_per_byte", report["bits_per_byte"][last][j], index))
-    rows += [(f"forgetting/{name}", value, index) for name, value in report["forgetting"].items()]
-    for name, statistics in report["routing"].items():
-        rows += [(f"routing/{name}/{key}", float(value), index) for key, value in statistics.items()]
-    for key in ("backward_transfer", "forward_transfer"):
-        if report[key] is not None:
-            rows.append((f"summary/{key}", report[key], index))
-    if report["distributions"]:
-        mean = sum(report["bits_per_byte"][last]) / len(report["distributions"])
+    stage, last = report.stages[index], index
+    for j, name in enumerate(report.distributions):
+        rows.append((f"eval/{name}/nats_per_token", report.loss_nats_per_token[last][j], index))
+        rows.append((f"eval/{name}/bits_per_byte", report.bits_per_byte[last][j], index))
+    rows += [(f"forgetting/{name}", value, index) for name, value in report.forgetting.items()]
+    for name, statistics in report.routing.items():
+        rows += [
+            (f"routing/{name}/{key}", float(value), index) for key, value in dataclasses.asdict(statistics).items()
+        ]
+    transfers = {"backward_transfer": report.backward_transfer, "forward_transfer": report.forward_transfer}
+    rows += [(f"summary/{key}", value, index) for key, value in transfers.items() if value is not None]
+    if report.distributions:
+        mean = sum(report.bits_per_byte[last]) / len(report.distributions)
         rows.append(("summary/mean_bits_per_byte", mean, index))
     for key in ("experts_per_layer", "parameters_total", "parameters_active", "parameters_trainable"):
-        rows.append((f"size/{key}", float(stage[key]), index))
+        rows.append((f"size/{key}", float(getattr(stage, key)), index))
     for key in ("tokens_per_second", "seconds", "active_flops"):
-        rows.append((f"usage/{key}", float(stage[key]), index))
+        rows.append((f"usage/{key}", float(getattr(stage, key)), index))
     counted = ("nonfinite_steps", "skipped_spikes", "rollbacks")
     cost = ("flops_per_second", "energy_joules", "joules_per_token")
     for key in ("data_fraction", *counted, *cost, "new_expert_share", "assignment_churn"):
-        if key in stage["training"]:
-            rows.append((f"usage/{key}", float(stage["training"][key]), index))
+        if key in stage.training:
+            rows.append((f"usage/{key}", float(stage.training[key]), index))
     return rows

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from lifelong_moe.evaluation.routing import dead_experts
 from lifelong_moe.plan.planned import PlannedStage
+from lifelong_moe.reports.report import Report
 from lifelong_moe.store.stages import CommittedStage
 from pipelines.shared.tables import show
 
@@ -74,109 +75,111 @@ def stage_line(
     )
 
 
-def report(console: Console, reports: list[dict[str, Any]]) -> None:
+def report(console: Console, reports: list[Report]) -> None:
     """Loss matrices, then one table of all runs side by side."""
     for one in reports:
         show(console, _matrix_table(one))
-        if missing := one.get("not_measured"):  # reports of earlier versions have all
-            console.print(f"{one['run']}: not measured any more: {', '.join(missing)}", highlight=False)
+        if one.not_measured:
+            console.print(f"{one.run}: not measured any more: {', '.join(one.not_measured)}", highlight=False)
         show(console, _stages_table(one))
     show(console, _summary_table(reports))
 
 
-def _matrix_table(one: dict[str, Any]) -> Table:
-    table = Table(title=f"{one['run']} ({one['method']}): held-out bits per byte", title_justify="left")
+def _matrix_table(one: Report) -> Table:
+    table = Table(title=f"{one.run} ({one.method}): held-out bits per byte", title_justify="left")
     table.add_column("after stage")
-    for name in one["distributions"]:
+    for name in one.distributions:
         table.add_column(name, justify="right")
-    table.add_row("(untrained)", *(f"{value:.3f}" for value in one["bits_per_byte_at_init"]), style="dim")
-    for stage, row in zip(one["stages"], one["bits_per_byte"], strict=True):
+    table.add_row("(untrained)", *(f"{value:.3f}" for value in one.bits_per_byte_at_init), style="dim")
+    for stage, row in zip(one.stages, one.bits_per_byte, strict=True):
         cells = (
-            f"[bold]{value:.3f}[/bold]" if name in stage["learns"] else f"{value:.3f}"
-            for name, value in zip(one["distributions"], row, strict=True)
+            f"[bold]{value:.3f}[/bold]" if name in stage.learns else f"{value:.3f}"
+            for name, value in zip(one.distributions, row, strict=True)
         )
-        table.add_row(stage["name"], *cells)
+        table.add_row(stage.name, *cells)
     return table
 
 
-def _stages_table(one: dict[str, Any]) -> Table:
-    table = Table(title=f"{one['run']}: stages", title_justify="left")
+def _stages_table(one: Report) -> Table:
+    table = Table(title=f"{one.run}: stages", title_justify="left")
     headers = ("stage", "routing", "experts", "total", "active", "trainable", "tokens", "epochs", "tokens/s", "seconds")
     for header in headers:
         table.add_column(header, justify="left" if header in ("stage", "routing") else "right")
-    for stage in one["stages"]:
+    for stage in one.stages:
         table.add_row(
-            stage["name"] + (" (shared)" if stage["shared"] else ""),
-            stage["routing"],
-            str(stage["experts_per_layer"]),
-            *(millions(stage[f"parameters_{kind}"]) for kind in ("total", "active", "trainable")),
-            f"{stage['tokens']:,}",
-            f"{stage['epochs']:.2f}",
-            f"{stage['tokens_per_second']:,.0f}",
-            f"{stage['seconds']:.0f}",
+            stage.name + (" (shared)" if stage.shared else ""),
+            stage.routing,
+            str(stage.experts_per_layer),
+            millions(stage.parameters_total),
+            millions(stage.parameters_active),
+            millions(stage.parameters_trainable),
+            f"{stage.tokens:,}",
+            f"{stage.epochs:.2f}",
+            f"{stage.tokens_per_second:,.0f}",
+            f"{stage.seconds:.0f}",
         )
     return table
 
 
-def summary_lines(one: dict[str, Any]) -> list[tuple[str, str]]:
+def summary_lines(one: Report) -> list[tuple[str, str]]:
     """Name and value of each summary number of a run."""
-    last = one["bits_per_byte"][-1]
+    last, final = one.stages[-1], one.bits_per_byte[-1]
     learned = [
-        one["bits_per_byte"][i][one["distributions"].index(stage["data"])]
-        for i, stage in enumerate(one["stages"])
-        if i > 0 and stage["data"] in one["distributions"]
+        one.bits_per_byte[i][one.distributions.index(stage.data)]
+        for i, stage in enumerate(one.stages)
+        if i > 0 and stage.data in one.distributions
     ]
-    lines = [("method", one["method"]), ("routing", one["stages"][-1]["routing"]), ("seed", str(one["seed"]))]
-    lines += [(f"forgetting of {name} (nats/token)", f"{value:+.3f}") for name, value in one["forgetting"].items()]
+    lines = [("method", one.method), ("routing", last.routing), ("seed", str(one.seed))]
+    lines += [(f"forgetting of {name} (nats/token)", f"{value:+.3f}") for name, value in one.forgetting.items()]
     lines += [
-        ("backward transfer (nats/token)", _signed(one["backward_transfer"])),
-        ("forward transfer (nats/token)", _signed(one["forward_transfer"])),
+        ("backward transfer (nats/token)", _signed(one.backward_transfer)),
+        ("forward transfer (nats/token)", _signed(one.forward_transfer)),
         ("newly learned, mean (bits/byte)", f"{sum(learned) / len(learned):.3f}" if learned else "–"),
-        ("final mean (bits/byte)", f"{sum(last) / len(last):.3f}" if last else "–"),
-        ("experts per layer", str(one["stages"][-1]["experts_per_layer"])),
-        ("parameters total / active", f"{_size(one, 'total')} / {_size(one, 'active')}"),
-        ("tokens", f"{sum(stage['tokens'] for stage in one['stages']):,}"),
-        ("active FLOPs", f"{sum(stage['active_flops'] for stage in one['stages']):.2e}"),
-        ("training seconds", f"{sum(stage['seconds'] for stage in one['stages']):.0f}"),
+        ("final mean (bits/byte)", f"{sum(final) / len(final):.3f}" if final else "–"),
+        ("experts per layer", str(last.experts_per_layer)),
+        ("parameters total / active", f"{millions(last.parameters_total)} / {millions(last.parameters_active)}"),
+        ("tokens", f"{sum(stage.tokens for stage in one.stages):,}"),
+        ("active FLOPs", f"{sum(stage.active_flops for stage in one.stages):.2e}"),
+        ("training seconds", f"{sum(stage.seconds for stage in one.stages):.0f}"),
     ]
-    lines += [(f"router leak of {name}", f"{row['leak']:.1%}") for name, row in one["routing"].items()]
-    churn = [s["training"]["assignment_churn"] for s in one["stages"] if "assignment_churn" in s["training"]]
+    lines += [(f"router leak of {name}", f"{row.leak:.1%}") for name, row in one.routing.items()]
+    churn = [s.training["assignment_churn"] for s in one.stages if "assignment_churn" in s.training]
     if churn:
         lines.append(("churn of assignments, by stage", ", ".join(f"{value:.0%}" for value in churn)))
     # Counted here, because reports of earlier versions counted other text's experts, too.
-    lines.append(("experts that no distribution uses", str(dead_experts(one["expert_counts"].values()))))
+    lines.append(("experts that no distribution uses", str(dead_experts(one.expert_counts.values()))))
     return lines
 
 
-def _summary_table(reports: list[dict[str, Any]]) -> Table:
+def _summary_table(reports: list[Report]) -> Table:
     table = Table(title="Side by side" if len(reports) > 1 else "Summary", title_justify="left")
     table.add_column("")
     for one in reports:
-        table.add_column(one["run"], justify="right")
+        table.add_column(one.run, justify="right")
     columns = [dict(summary_lines(one)) for one in reports]
     for key in dict.fromkeys(key for column in columns for key in column):
         table.add_row(key, *(column.get(key, "–") for column in columns))
     return table
 
 
-def run_note(one: dict[str, Any]) -> str:
+def run_note(one: Report) -> str:
     """Markdown on the run's MLflow page."""
-    lines = [f"**{one['run']}** · {one['method']} · seed {one['seed']}", "", "Held-out bits per byte:", ""]
+    lines = [f"**{one.run}** · {one.method} · seed {one.seed}", "", "Held-out bits per byte:", ""]
     lines += _markdown_matrix(one)
     lines += ["", "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in summary_lines(one))]
     return "\n".join(lines)
 
 
-def stage_note(one: dict[str, Any], index: int, shared: bool) -> str:
+def stage_note(one: Report, index: int, shared: bool) -> str:
     """Markdown on a stage's MLflow page and model version."""
-    stage = one["stages"][index]
+    stage = one.stages[index]
     lines = [
-        f"Stage {index} **{stage['name']}** of {one['run']} · `{stage['key'][:16]}`"
+        f"Stage {index} **{stage.name}** of {one.run} · `{stage.key[:16]}`"
         + (" · trained by another run and shared" if shared else ""),
         "",
-        f"{stage['experts_per_layer']} experts a layer · {millions(stage['parameters_total'])} parameters, "
-        f"{millions(stage['parameters_active'])} active, {millions(stage['parameters_trainable'])} trained · "
-        f"{stage['tokens']:,} tokens",
+        f"{stage.experts_per_layer} experts a layer · {millions(stage.parameters_total)} parameters, "
+        f"{millions(stage.parameters_active)} active, {millions(stage.parameters_trainable)} trained · "
+        f"{stage.tokens:,} tokens",
         "",
         "Held-out bits per byte so far:",
         "",
@@ -185,25 +188,21 @@ def stage_note(one: dict[str, Any], index: int, shared: bool) -> str:
     return "\n".join(lines)
 
 
-def _markdown_matrix(one: dict[str, Any]) -> list[str]:
-    lines = ["| after | " + " | ".join(one["distributions"]) + " |", "|---|" + "---:|" * len(one["distributions"])]
-    for stage, row in zip(one["stages"], one["bits_per_byte"], strict=True):
-        lines.append(f"| {stage['name']} | " + " | ".join(f"{value:.3f}" for value in row) + " |")
+def _markdown_matrix(one: Report) -> list[str]:
+    lines = ["| after | " + " | ".join(one.distributions) + " |", "|---|" + "---:|" * len(one.distributions)]
+    for stage, row in zip(one.stages, one.bits_per_byte, strict=True):
+        lines.append(f"| {stage.name} | " + " | ".join(f"{value:.3f}" for value in row) + " |")
     return lines
 
 
-def report_json(one: dict[str, Any]) -> str:
+def report_json(one: Report) -> str:
     """The report as text."""
-    return json.dumps(one, indent=1, ensure_ascii=False)
+    return json.dumps(one.to_json(), indent=1, ensure_ascii=False)
 
 
 def millions(count: int) -> str:
     """``1.23M``."""
     return f"{count / 1e6:.2f}M"
-
-
-def _size(one: dict[str, Any], kind: str) -> str:
-    return millions(one["stages"][-1][f"parameters_{kind}"])
 
 
 def _signed(value: float | None) -> str:

@@ -7,7 +7,6 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 from rich.console import Console
 
@@ -21,7 +20,7 @@ from lifelong_moe.plan.advice import leaking, nothing_to_hold
 from lifelong_moe.plan.methods import RECIPES
 from lifelong_moe.plan.planned import PlannedStage
 from lifelong_moe.plan.stages import chain
-from lifelong_moe.reports.report import RunResults, build_report
+from lifelong_moe.reports.report import Report, RunResults, ScratchReport, StageReport, build_report
 from lifelong_moe.storage.keys import SHORT, content_key
 from lifelong_moe.storage.locks import locked
 from lifelong_moe.store.evaluations import EvaluationStore
@@ -52,7 +51,7 @@ def run(
     *,
     memory: dict[str, PreparedData] | None = None,
     parent_run: str | None = None,
-) -> dict[str, Any]:
+) -> Report:
     """Run or continue a run; returns its report.
 
     Args:
@@ -109,7 +108,7 @@ def _run_stages(
     interrupt: Interrupt,
     console: Console,
     parent_run: str | None,
-) -> dict[str, Any]:
+) -> Report:
     """Restore or train, evaluate, record: stage after stage. Returns the report."""
     config = prepared.config
     tracker = _connect(prepared, console)
@@ -119,7 +118,7 @@ def _run_stages(
     content = content_key([keys, [measurements.key(name) for name in distributions]])
     mlflow = MlflowRecord(tracker, prepared, opened, content, parent_run)
     committed: dict[int, CommittedStage] = {}
-    report: dict[str, Any] = {}
+    report: Report | None = None
     try:
         with console.status("untrained model: evaluating"):  # what forward transfer is measured against
             init = measurements.evaluations(_init_key(prepared), distributions)
@@ -154,9 +153,10 @@ def _run_stages(
             results.evaluations.append(measured)
             results.stages.append(_stage_row(planned, stage, shared))
             report = build_report(results, stage_births(stage, prepared.plan))
-            opened.record.set_report(report)
+            opened.record.set_report(report.to_json())
             _note_commit(opened, planned)
             mlflow.stage_done(planned, stage, report, shared)
+        assert report is not None, "every plan has a stage on its chain"
         mlflow.run_done(report, console)
     except BaseException as error:
         mlflow.ended_by(error)
@@ -245,34 +245,38 @@ def stage_births(stage: CommittedStage, plan: list[PlannedStage]) -> list[list[i
     return [[place[name] for name in stage.architecture.expert_births(layer)] for layer in layers]
 
 
-def _scratch_row(planned: PlannedStage, own: Evaluation) -> dict[str, float]:
-    """What the report says of a distribution learned from scratch."""
-    losses = {"nats_per_token": own.nats_per_token, "bits_per_byte": own.bits_per_byte}
-    return losses | {"tokens": planned.tokens, "active_flops": planned.flops}
+def _scratch_row(planned: PlannedStage, own: Evaluation) -> ScratchReport:
+    """The report on a model that learned one distribution from scratch."""
+    return ScratchReport(
+        nats_per_token=own.nats_per_token,
+        bits_per_byte=own.bits_per_byte,
+        tokens=planned.tokens,
+        active_flops=planned.flops,
+    )
 
 
-def _stage_row(planned: PlannedStage, stage: CommittedStage, shared: bool) -> dict[str, Any]:
+def _stage_row(planned: PlannedStage, stage: CommittedStage, shared: bool) -> StageReport:
     """A stage's entry in the report."""
     metrics = dict(stage.metrics)
-    return {
-        "name": planned.spec.name,
-        "data": planned.spec.data,
-        "learns": list(planned.spec.learns),
-        "key": planned.key,
-        "routing": planned.routing,
-        "experts_per_layer": planned.architecture.num_experts,
-        "parameters_total": planned.parameters.total,
-        "parameters_active": planned.parameters.active,
-        "parameters_trainable": metrics.pop("trainable_parameters"),
-        "tokens": metrics.pop("tokens"),
-        "active_flops": metrics.pop("active_flops", planned.flops),  # stages of earlier versions do not say it
-        "tokens_per_second": metrics.pop("tokens_per_second"),
-        "seconds": metrics.pop("seconds"),
-        "epochs": metrics.pop("epochs"),
-        "shared": shared,
-        "weights_sha256": stage.weights_hash,
-        "training": metrics,
-    }
+    return StageReport(
+        name=planned.spec.name,
+        data=planned.spec.data,
+        learns=list(planned.spec.learns),
+        key=planned.key,
+        routing=planned.routing,
+        experts_per_layer=planned.architecture.num_experts,
+        parameters_total=planned.parameters.total,
+        parameters_active=planned.parameters.active,
+        parameters_trainable=metrics.pop("trainable_parameters"),
+        tokens=metrics.pop("tokens"),
+        active_flops=metrics.pop("active_flops", planned.flops),  # stages of earlier versions do not say it
+        tokens_per_second=metrics.pop("tokens_per_second"),
+        seconds=metrics.pop("seconds"),
+        epochs=metrics.pop("epochs"),
+        shared=shared,
+        weights_sha256=stage.weights_hash,
+        training=metrics,
+    )
 
 
 def _note_commit(opened: OpenRun, planned: PlannedStage) -> None:

@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from lifelong_moe.reports.report import Report
 from pipelines.run.render import summary_lines
 from tests.benchmarks.provenance import ROOT, keep, made_with
 
@@ -25,7 +26,7 @@ CONFIG = str(ROOT / "configs/quickstart.yaml")
 
 def side_by_side(reports: list[dict[str, Any]]) -> list[list[str]]:
     """Rows of the table that ``lifelong-moe report`` shows."""
-    columns = [dict(summary_lines(report)) for report in reports]
+    columns = [dict(summary_lines(Report.from_json(report))) for report in reports]
     names = dict.fromkeys(name for column in columns for name in column)
     return [[name, *(column.get(name, "–") for column in columns)] for name in names]
 

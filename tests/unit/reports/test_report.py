@@ -1,10 +1,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+import pytest
+
+from lifelong_moe.errors import CorruptError
 from lifelong_moe.evaluation.loss import Evaluation
-from lifelong_moe.reports.report import RunResults, build_report
+from lifelong_moe.reports.report import SCHEMA, Report, RunResults, ScratchReport, StageReport, build_report
 
 NAMES = ["english", "python", "poems"]
 
@@ -13,12 +18,20 @@ def measured(nats: float, counts: list[int]) -> Evaluation:
     return Evaluation(nats, nats / 2, tokens=10, bytes=40, documents=2, expert_counts=[counts])
 
 
+def stage_report(learns: list[str]) -> StageReport:
+    """A stage of which only the names matter."""
+    sizes = {"experts_per_layer": 2, "parameters_total": 3, "parameters_active": 2, "parameters_trainable": 1}
+    cost = {"tokens": 640, "active_flops": 1e6, "tokens_per_second": 10.0, "seconds": 64.0, "epochs": 0.5}
+    identity = {"key": "k", "routing": "learned", "shared": False, "weights_sha256": "w"}
+    return StageReport(name=learns[0], data=learns[0], learns=learns, training={}, **identity, **sizes, **cost)
+
+
 def report(
     stages: list[str | list[str]],
     rows: list[list[float]],
     *,
     method: str = "lifelong",
-    from_scratch: dict[str, Any] | None = None,
+    from_scratch: dict[str, ScratchReport] | None = None,
 ) -> dict[str, Any]:
     learns = [[stage] if isinstance(stage, str) else stage for stage in stages]
     results = RunResults(
@@ -28,10 +41,13 @@ def report(
         distributions=NAMES,
         init={name: measured(8.0, [1, 1]) for name in NAMES},
         evaluations=[{n: measured(v, [3, 1]) for n, v in zip(NAMES, row, strict=True)} for row in rows],
-        stages=[{"name": names[0], "data": names[0], "learns": names} for names in learns],
+        stages=[stage_report(names) for names in learns],
         from_scratch=from_scratch or {},
     )
-    return build_report(results, births=[[0, 1]])
+    built = build_report(results, births=[[0, 1]])
+    plain = json.loads(json.dumps(built.to_json(), allow_nan=False))
+    assert Report.from_json(plain) == built
+    return plain
 
 
 def test_two_stages_by_hand() -> None:
@@ -46,7 +62,6 @@ def test_two_stages_by_hand() -> None:
     # Expert 1 was born in stage 1: foreign to English, not to Python, nor to what no stage learned.
     assert [found["routing"][name]["leak"] for name in NAMES] == [0.25, 0.0, 0.0]
     assert found["dead_experts"] == 0 and found["routing"]["english"]["unused_experts"] == 0
-    assert json.loads(json.dumps(found, allow_nan=False)) == found
 
 
 def test_one_stage_has_no_transfer() -> None:
@@ -71,8 +86,22 @@ def test_a_joint_run_has_one_row_and_nothing_to_forget() -> None:
 
 
 def test_an_unrestrained_run_says_what_each_costs_from_scratch() -> None:
-    alone = {"python": {"nats_per_token": 3.5, "bits_per_byte": 1.75, "tokens": 640}}
+    alone = {"python": ScratchReport(nats_per_token=3.5, bits_per_byte=1.75, tokens=640, active_flops=1e6)}
     found = report(["english", "python"], [[2.0, 6.0, 7.0], [2.5, 3.0, 6.5]], method="unrestrained", from_scratch=alone)
-    assert found["from_scratch"] == alone and found["from_scratch"] is not alone
+    assert found["from_scratch"] == {"python": asdict(alone["python"])}
     assert found["forgetting"] == {"english": 0.5, "python": 0.0}
-    assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+def test_a_report_of_an_earlier_version_is_read() -> None:
+    path = Path(__file__).parents[2] / "integration/earlier/mlruns/runs/old/report.json"
+    old = json.loads(path.read_text(encoding="utf-8"))
+    found = Report.from_json(old)
+    assert found.schema == 2 and found.dead_experts is None and list(found.not_measured) == []
+    assert found.routing["fruit"].unused_experts == old["routing"]["fruit"]["dead_experts"]
+    assert found.stages[1].tokens == old["stages"][1]["tokens"] and found.learned_last() == {"fruit": 0, "code": 1}
+
+
+def test_a_report_of_a_later_version_is_refused() -> None:
+    later = report(["english"], [[2.0, 6.0, 7.0]]) | {"schema": SCHEMA + 1, "unknown": 0}
+    with pytest.raises(CorruptError, match="update lifelong-moe"):
+        Report.from_json(later)
