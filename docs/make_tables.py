@@ -66,12 +66,12 @@ PRESETS = {
     "grok1": "",
     "glam": " (64B/64E)",
     "deepseek_moe": " (16B)",
-    "deepseek_v3": "|, with the authors' attention (latents), which is not ours",
+    "deepseek_v3": "|, with the authors' latent attention, which is not built here",
     "olmoe": " (1B-7B)",
     "qwen3_moe": " (30B-A3B)",
     "deepspeed_pr_moe": " (350M, 32/64)",
 }
-"""Size, and after a bar what else there is to say."""
+"""Size, and after a bar a remark on the count."""
 LEARNED = {f"learned/{name}": (f"learned {name}", "{:.3f}") for name in ("english_docs", "python_code", "cpp_headers")}
 FORGOTTEN = {f"forgetting/{name}": (f"forgetting {name}", "{:+.3f}") for name in ("english_docs", "python_code")}
 LEAKED = {f"leak/{name}": (f"leak {name}", "{:.0%}") for name in ("english_docs", "python_code")}
