@@ -1,6 +1,6 @@
 """Write the tables of README.md and docs/ from the JSON of the runs; run it after either changes.
 
-    python docs/make_tables.py
+    PYTHONPATH=$PWD python docs/make_tables.py
 
 A table stands in a page between ``<!-- table: NAME -->`` and ``<!-- end -->``; ``TABLES`` says what makes it.
 """
@@ -27,7 +27,7 @@ def pages() -> list[Path]:
 
 
 def with_tables(text: str) -> str:
-    """A page with all its tables made anew."""
+    """A page with all its tables regenerated."""
     return TABLE.sub(lambda found: found[1] + "\n".join(TABLES[found[2]]()) + "\n" + found[3], text)
 
 
@@ -93,8 +93,8 @@ NIGHT = {
     "arrived": ("arrived", "{}"),
     "outcome": ("outcome", "{}"),
     "action": ("action", "{}"),
-    "serves": ("serves", "{}"),
-    "seconds": ("s", "{}"),
+    "serves": ("serving", "{}"),
+    "seconds": ("seconds", "{}"),
     "reason": ("reason", "{}"),
 }
 GOALS = [
@@ -260,7 +260,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "reliability": partial(
         listed,
         read("results/reliability")["figures"],
-        {"figure": ("figure", "{}"), "wanted": ("wanted", "{}"), "found": ("found", "{}")},
+        {"figure": ("measurement", "{}"), "wanted": ("goal", "{}"), "found": ("result", "{}")},
         "lll",
     ),
     "corpora-files": partial(listed, CORPORA["files"], FILE, "lrrl"),

@@ -1,4 +1,4 @@
-"""Tables from JSON, and those of what ``lifelong-moe compare`` writes; ``make_tables.py`` says which stands where."""
+"""Tables from JSON, and of comparisons (``lifelong-moe compare``); ``make_tables.py`` says which goes where."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ def read(name: str) -> Any:
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], align: str = "l") -> list[str]:
-    """Lines of a table; ``align`` has an ``l`` or ``r`` for each column, and those that it lacks go to the right."""
+    """Lines of a table; ``align`` has an ``l`` or ``r`` for each column, and ``r`` is the default."""
     align = align.ljust(len(header), "r")
     columns = "|" + "".join("---|" if one == "l" else "---:|" for one in align)
     return [f"| {' | '.join(header)} |", columns, *(f"| {' | '.join(row)} |" for row in rows)]
 
 
 def listed(rows: Iterable[Row], columns: Mapping[str, tuple[str, str]], align: str = "l") -> list[str]:
-    """A line for each row: by key, a column's header and the form of its values."""
+    """One line per row; ``columns`` maps each key to the header and the format of its column."""
     cells = (["" if row[key] is None else form.format(row[key]) for key, (_, form) in columns.items()] for row in rows)
     return markdown([header for header, _ in columns.values()], cells, align)
 
 
 def percent(value: float) -> str:
-    """Of small numbers one digit more."""
+    """A percentage, below 10 with one decimal."""
     return f"{100 * value:.1f}" if value < 0.1 else f"{100 * value:.0f}"
 
 
@@ -47,7 +47,7 @@ NUMBERS: dict[str, tuple[str, float, str]] = {
     "parameters_total": ("parameters", 1e-6, ".2f"),
     "active_flops": ("active FLOPs", 1, ".3g"),
 }
-"""Header, scale and form of each number of an arm."""
+"""Header, scale and format of each number of an arm."""
 WITHOUT_INTERVAL = ("leak_max", "parameters_total", "active_flops")
 
 
@@ -69,7 +69,7 @@ def chosen(file: str, names: Iterable[str] | None) -> list[Row]:
 
 
 def seeds(arm: Row) -> int:
-    """Of how many there are numbers."""
+    """How many runs of an arm are committed."""
     return sum(run["status"] == "committed" for run in arm["runs"])
 
 
@@ -82,7 +82,7 @@ def arms(file: str, names: Iterable[str] | None = None) -> list[str]:
 
 
 def main_comparison(labels: Mapping[str, tuple[str, str]]) -> list[str]:
-    """Some arms of the bench by names that explain themselves, and what old text each stores."""
+    """Some arms of the bench under descriptive names, with the old text that each stores."""
     keys = ("forgetting_max", "plasticity_gap", "final_mean_bits_per_byte", "parameters_total", "active_flops")
     rows = []
     for arm in chosen("results/bench", labels):
@@ -93,7 +93,7 @@ def main_comparison(labels: Mapping[str, tuple[str, str]]) -> list[str]:
 
 
 def differences(file: str, names: Sequence[str]) -> list[str]:
-    """Paired differences to the reference in the final mean."""
+    """Differences to the reference in the final mean, paired by seed."""
     rows = []
     for arm in chosen(file, names):
         found = arm["differences"]["final_mean_nats"]
@@ -124,7 +124,7 @@ def before_and_after(before: str, after: str, names: Iterable[str]) -> list[str]
 
 
 def systems(labels: Mapping[str, str]) -> list[str]:
-    """Routers, the best first; a star where the losses are summed over layers."""
+    """Routers, best first; a star marks losses summed over layers."""
     found = [(arm["name"], " *", arm["runs"][0]["numbers"]) for arm in read("results/systems")["arms"]]
     found += [(arm["name"], "", arm) for arm in read("results/systems_earlier")["arms"]]
     forms = {

@@ -1,4 +1,4 @@
-"""Tables of everything that is no comparison; ``make_tables.py`` says which stands where."""
+"""Tables of everything except comparisons; ``make_tables.py`` says which goes where."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OTHER_MACHINE = (
 
 
 def quickstart() -> list[str]:
-    """What ``lifelong-moe report`` shows of the two runs, and what they were made with."""
+    """What ``lifelong-moe report`` shows of the two runs, with commit, machine and versions."""
     found = read("results/quickstart")
     run = found["run"]
     made = f"Commit `{run['commit'][:7]}`"
@@ -49,7 +49,7 @@ def assignment_by(key: str, header: str, fixed: Mapping[str, float]) -> list[str
 
 
 def matrix(rows: Sequence[Row]) -> list[str]:
-    """Losses after each stage; what a stage has just learned stands out."""
+    """Losses after each stage; the distribution just learned is bold."""
     names = [key for key in rows[0] if key != "after"]
     cells = [
         [row["after"], *(f"**{row[name]:.3f}**" if name == row["after"] else f"{row[name]:.3f}" for name in names)]
@@ -131,7 +131,7 @@ def unseen() -> list[str]:
 
 
 def fingerprints(found: Mapping[str, Row]) -> list[str]:
-    """Of the text that is trained on and of what is held out, by distribution."""
+    """Fingerprints of training and held-out text, by distribution."""
     rows = [
         [
             f"`{name}`",
@@ -145,7 +145,7 @@ def fingerprints(found: Mapping[str, Row]) -> list[str]:
 
 
 class Goal(NamedTuple):
-    """A line of the goals of speed."""
+    """A row of the table of speed goals."""
 
     name: str
     part: str
@@ -200,7 +200,7 @@ def generation() -> list[str]:
 
 
 def waiting_threads() -> list[str]:
-    """Two threads by how they wait, by themselves and beside a busy process."""
+    """Two threads by their way of waiting, alone and beside a busy process."""
     rows, settings = [], {one["waiting"]: one for one in read("results/waiting_threads")["settings"]}
     labels = {"one thread": "one thread", "default": "two, default", "passive": "two, `OMP_WAIT_POLICY=PASSIVE`"}
     for name, one in settings.items():

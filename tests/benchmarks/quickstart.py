@@ -1,6 +1,7 @@
 """Run the quickstart and its naive baseline in an empty folder, and keep what README's table is made from.
 
-    OMP_NUM_THREADS=1 PYTHONPATH=$PWD python -m tests.benchmarks.quickstart && python docs/make_tables.py
+    OMP_NUM_THREADS=1 PYTHONPATH=$PWD python -m tests.benchmarks.quickstart
+    PYTHONPATH=$PWD python docs/make_tables.py
 
 Writes ``docs/results/quickstart.json``: both reports, what is shown of them, and code, threads and machine.
 """

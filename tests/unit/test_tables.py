@@ -30,7 +30,7 @@ def maker() -> Iterator[ModuleType]:
 def test_pages_hold_what_the_json_says(maker: ModuleType) -> None:
     for page in maker.pages():
         text = page.read_text(encoding="utf-8")
-        assert maker.with_tables(text) == text, f"{page.name}: run python docs/make_tables.py"
+        assert maker.with_tables(text) == text, f"{page.name}: run PYTHONPATH=$PWD python docs/make_tables.py"
 
 
 def test_every_table_that_is_made_stands_in_one_page(maker: ModuleType) -> None:
