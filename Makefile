@@ -1,7 +1,7 @@
 # make quickstart   install into .venv and train the example (some minutes)
-# make test         everything that a change must pass
-# make bench        measure speed against its goals (an hour or so); writes docs/performance/
-# make format       let ruff put the code in shape
+# make test         lint, types and all tests; every change must pass
+# make bench        measure speed against its goals (about an hour); writes docs/performance/
+# make format       fix and format the code with ruff
 # make clean        remove .venv and tool caches; never data/ or mlruns/
 
 PYTHON ?= python3
@@ -38,7 +38,7 @@ clean:
 	rm -rf -- $(VENV) build lifelong_moe.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find lifelong_moe pipelines tests -type d -name __pycache__ -prune -exec rm -rf -- {} +
 
-# pip comes last when an environment is made, so one that was interrupted is made again.
+# venv installs pip last: depending on it rebuilds an environment whose creation was interrupted.
 $(BIN)/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	  echo "lifelong-moe needs Python 3.11 or newer, but '$(PYTHON)' is $$($(PYTHON) --version 2>/dev/null || echo missing)." \
