@@ -1,14 +1,14 @@
 """`lifelong-moe compare`: train the arms that are not committed yet, and put them side by side.
 
-Runs that another process works on are left to it and looked at again later, so that the same command started twice, on
-one machine or on several that share ``mlruns/``, shares the work.
+A run that another process has locked is tried again later. So the same command, started on several machines that share
+``mlruns/`` or twice on one, shares the work.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -26,10 +26,10 @@ from pipelines.run.run import run
 from pipelines.shared.workspace import ROOT
 
 WAIT_SECONDS, MOST_SECONDS = 3.0, 60.0
-"""Between two looks, and until the next try, once other processes work on all that is left."""
+"""Between two looks at the store, and before the locked runs are tried again, once other processes hold all of them."""
 
 
-def compare(path: str, overrides: list[str], only: list[str], replace: bool, console: Console) -> dict[str, Any]:
+def compare(path: str, overrides: list[str], only: list[str], replace: bool, console: Console) -> Mapping[str, Any]:
     """Run or continue a comparison; returns its ``comparison.json``.
 
     Args:
@@ -86,6 +86,7 @@ def _work(
         except LockedError as error:
             console.print(f"{error} Going on with others.", highlight=False)
             queue.append(job)
+            # Every run left was refused in a row: other processes hold all of them.
             turned_away += 1
             if turned_away == len(queue):
                 console.print("Other processes work on all that is left; waiting for them.")
@@ -96,20 +97,21 @@ def _work(
             console.print(f"[red]{job.run}: {error}[/red]", highlight=False)
             record.failed(job, str(error))
             failed.append(job.run)
-        turned_away = 0
+        turned_away = 0  # something was committed, so a locked run may be free by now
         record.update()
     return failed
 
 
 def _wait(jobs: list[Job]) -> None:
-    """Until a process commits or records something; one that dies does neither, so not for ever."""
+    """Wait until another process commits a stage or writes a head."""
+    # A process that dies does neither; its lock is free then, so the runs are tried again in any case.
     before, deadline = _signs(jobs), time.monotonic() + MOST_SECONDS
     while _signs(jobs) == before and time.monotonic() < deadline:
         time.sleep(WAIT_SECONDS)
 
 
 def _signs(jobs: list[Job]) -> tuple[set[str], list[int]]:
-    """Names of the committed stages, and when each run's head was written."""
+    """Names of the committed stages, and the modification times of the runs' heads."""
     heads = [RunRecord(ROOT, job.run).path / "head.json" for job in jobs]
     written = [path.stat().st_mtime_ns for path in heads if path.is_file()]
     return {path.name for path in (ROOT / "stages").glob("*")}, written

@@ -1,78 +1,51 @@
-"""What a comparison leaves: its files, and in MLflow one parent run with the arms' runs under it.
+"""What a comparison leaves: its files, and in MLflow one parent run with the arms' runs below it.
 
-``mlruns/comparisons/<name>/`` holds ``comparison.json``, ``comparison.md``, ``figures/`` and ``head.json``: ``content``
-(names what the files show), ``failed`` (why a run failed, by its name) and ``mlflow`` (the id of the parent ``run``,
-the ``content`` that it shows, and what is ``logged`` on each arm's run). Several processes may work on one comparison;
-each holds a lock while it records.
+``mlruns/comparisons/<name>/`` holds ``comparison.json``, ``comparison.md``, ``figures/`` and ``head.json``. Several
+processes may work on one comparison; each holds a lock while it records.
 """
 
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from lifelong_moe.errors import CorruptError, LockedError
 from lifelong_moe.plan.comparison import Comparison
 from lifelong_moe.reports.comparison import SCHEMA, ArmResult, build_comparison
 from lifelong_moe.reports.figures.comparison import comparison_figures
 from lifelong_moe.storage.credentials import without_credentials
 from lifelong_moe.storage.files import write_atomic
 from lifelong_moe.storage.keys import content_key
-from lifelong_moe.storage.locks import locked
 from lifelong_moe.store.runs import RunRecord
 from lifelong_moe.tracking.store import local_id
 from lifelong_moe.tracking.tracker import Tracker
 from pipelines.compare import render as render_comparison
+from pipelines.compare.head import ComparisonHead, ComparisonMlflow, head_to_change
 from pipelines.compare.jobs import Job
 from pipelines.shared.workspace import ROOT
 
-LOCK_SECONDS = 0.2
-"""Between two looks at a lock that another process holds for as long as it takes to draw some figures."""
-
 
 class ComparisonRecord:
-    """Keeps files and MLflow at what is committed; recording the same again changes nothing.
+    """Keeps the files and MLflow up to date with what is committed; recording the same again changes nothing.
 
     Args:
         comparison: The comparison.
         jobs: All of its runs.
-        tracker: MLflow, or nothing.
+        tracker: Connection to MLflow, if there is any.
     """
 
     def __init__(self, comparison: Comparison, jobs: list[Job], tracker: Tracker) -> None:
         self.comparison, self.jobs, self.tracker = comparison, jobs, tracker
         self.path = ROOT / "comparisons" / comparison.settings.compare
-        with self._head() as head:
-            if self.tracker.active and head["mlflow"]["run"] is None:
-                head["mlflow"]["run"] = local_id()
-        with self._head() as head:  # anew, for it was written: whoever kills us now, the run is found again
-            self.parent = head["mlflow"]["run"] = self._start(head["mlflow"]["run"])
-
-    @contextmanager
-    def _head(self) -> Iterator[dict[str, Any]]:
-        """The head, to be changed: other processes wait."""
-        path = self.path / "head.json"
-        with ExitStack() as stack:
-            while True:
-                try:
-                    stack.enter_context(locked(self.path / ".lock", "the comparison"))
-                    break
-                except LockedError:
-                    time.sleep(LOCK_SECONDS)
-            empty: dict[str, Any] = {"content": None, "failed": {}}
-            empty["mlflow"] = {"run": None, "content": None, "logged": {}}
-            try:
-                head = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else empty
-            except ValueError as error:
-                raise CorruptError(f"{path}: not JSON ({error}).") from None
-            yield head
-            write_atomic(path, json.dumps(head, indent=1, ensure_ascii=False))
+        # Persist the id before MLflow hears of it, so a process killed in between resumes the same parent run.
+        with head_to_change(self.path) as head:
+            if self.tracker.active and head.mlflow.run is None:
+                head.mlflow.run = local_id()
+        with head_to_change(self.path) as head:
+            self.parent = head.mlflow.run = self._start(head.mlflow.run)
 
     def _start(self, known: str | None) -> str | None:
         settings = self.comparison.settings
@@ -90,33 +63,34 @@ class ComparisonRecord:
         return self.tracker.start_run(settings.compare, run_id=known, params=params, tags=tags) or known
 
     def failed(self, job: Job, reason: str) -> None:
-        """Remember that a run did not end, and why."""
-        with self._head() as head:
-            head["failed"][job.run] = reason
+        """Record that a run failed, and why."""
+        with head_to_change(self.path) as head:
+            head.failed[job.run] = reason
 
-    def update(self) -> dict[str, Any]:
-        """Compare what is committed by now, and write it down wherever it is not yet."""
-        with self._head() as head:
+    def update(self) -> Mapping[str, Any]:
+        """Compare what is committed so far, and bring the files and MLflow up to date; returns the comparison."""
+        with head_to_change(self.path) as head:
             found = self._compare(head)
             content = content_key(found)
-            stale, unseen = head["content"] != content, head["mlflow"]["content"] != content
+            stale, unseen = head.content != content, head.mlflow.content != content
             if stale or (unseen and self.tracker.active):
                 figures = comparison_figures(found)
+                # Files first: they are complete even if MLflow is unreachable.
                 self._write(found, figures)
-                head["content"] = content
-                self._log(found, figures, head["mlflow"])
-                head["mlflow"]["content"] = content if self.tracker.active else None
+                head.content = content
+                self._log(found, figures, head.mlflow)
+                head.mlflow.content = content if self.tracker.active else None
         return found
 
-    def _compare(self, head: dict[str, Any]) -> dict[str, Any]:
+    def _compare(self, head: ComparisonHead) -> Mapping[str, Any]:
         settings = self.comparison.settings
         arms = []
         for arm in self.comparison.arms:
             jobs = {job.seed: job for job in self.jobs if job.arm is arm}
             reports = {seed: report for seed, job in jobs.items() if (report := job.report())}
-            for seed in reports:
-                head["failed"].pop(jobs[seed].run, None)
-            failed = {seed: head["failed"][job.run] for seed, job in jobs.items() if job.run in head["failed"]}
+            for seed in reports:  # committed after all, by a later attempt
+                head.failed.pop(jobs[seed].run, None)
+            failed = {seed: head.failed[job.run] for seed, job in jobs.items() if job.run in head.failed}
             method = next(iter(jobs.values())).prepared.config.method.value
             names = {seed: job.run for seed, job in jobs.items()}
             arms.append(ArmResult(arm.name, method, _shown(arm.overrides), names, reports, failed))
@@ -133,20 +107,21 @@ class ComparisonRecord:
             **compared,
         }
 
-    def _write(self, found: dict[str, Any], figures: Mapping[str, Figure]) -> None:
+    def _write(self, found: Mapping[str, Any], figures: Mapping[str, Figure]) -> None:
         write_atomic(self.path / "comparison.json", json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False))
         write_atomic(self.path / "comparison.md", render_comparison.markdown(found))
         (self.path / "figures").mkdir(exist_ok=True)
         for name, figure in figures.items():
             figure.savefig(self.path / "figures" / name)
 
-    def _log(self, found: dict[str, Any], figures: Mapping[str, Figure], mlflow: dict[str, Any]) -> None:
-        """Numbers on each arm's run, pictures and tables on the parent."""
+    def _log(self, found: Mapping[str, Any], figures: Mapping[str, Figure], mlflow: ComparisonMlflow) -> None:
+        """Log numbers on each arm's run, figures and tables on the parent."""
         for run in (run for arm in found["arms"] for run in arm["runs"] if run["status"] == "committed"):
             head = RunRecord(ROOT, run["run"]).head()
             run_id = head.mlflow.run if head else None
             numbers = {f"compare/{key}": float(value) for key, value in run["numbers"].items() if value is not None}
-            logged = mlflow["logged"].get(run["run"], {})
+            logged = mlflow.logged.get(run["run"], {})
+            # A run that was started over has another id and none of the numbers yet.
             old = logged if logged.get("id") == run_id else {}
             if run_id is None or numbers.items() <= old.items() or not self.tracker.run_exists(run_id):
                 continue
@@ -154,7 +129,7 @@ class ComparisonRecord:
             self.tracker.start_run(run["run"], run_id=run_id, parent_id=self.parent, tags=tags)
             self.tracker.log_metrics(run_id, [(k, v, 0) for k, v in numbers.items() if old.get(k) != v])
             self.tracker.finish(run_id)
-            mlflow["logged"][run["run"]] = {"id": run_id, **numbers}
+            mlflow.logged[run["run"]] = {"id": run_id, **numbers}
         for name, figure in figures.items():
             self.tracker.log_figure(self.parent, figure, f"figures/{name}")
         table = render_comparison.markdown(found)
@@ -163,7 +138,7 @@ class ComparisonRecord:
         self.tracker.set_note(self.parent, table)
 
     def finish(self, console: Console, error: BaseException | None = None) -> None:
-        """Close the parent run, which an error may have ended, and say where everything is."""
+        """End the parent run, as failed if there is an error, and print where the results are."""
         self.tracker.finish(self.parent, error)
         console.print(f"Comparison: {self.path / 'comparison.md'}, comparison.json and figures/", highlight=False)
         heads = [RunRecord(ROOT, job.run).head() for job in self.jobs]
@@ -176,5 +151,5 @@ class ComparisonRecord:
 
 
 def _shown(overrides: Sequence[str]) -> tuple[str, ...]:
-    """Overrides that may be kept: one of them may be a tracking URI."""
+    """Overrides without credentials: one of them may be a tracking URI."""
     return tuple(map(without_credentials, overrides))

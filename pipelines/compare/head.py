@@ -1,0 +1,76 @@
+"""The head of a comparison, ``mlruns/comparisons/<name>/head.json``: what its files and MLflow show already."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from lifelong_moe.errors import CorruptError, LockedError
+from lifelong_moe.storage.files import write_atomic
+from lifelong_moe.storage.locks import locked
+from lifelong_moe.storage.plain import from_plain
+
+# Another process holds the lock for as long as it takes to draw some figures: about a second.
+LOCK_SECONDS = 0.2
+"""Between two attempts to take the lock."""
+
+
+@dataclass
+class ComparisonMlflow:
+    """What MLflow was told of a comparison."""
+
+    run: str | None = None
+    """Id of the parent run."""
+    content: str | None = None
+    """Key of the comparison that the parent run shows."""
+    logged: dict[str, Mapping[str, str | float]] = field(default_factory=dict)
+    """By name of an arm's run: its MLflow ``id``, and the numbers logged there."""
+
+
+@dataclass
+class ComparisonHead:
+    """What is recorded of a comparison; changed under a lock."""
+
+    content: str | None = None
+    """Key of the comparison that the files show."""
+    failed: dict[str, str] = field(default_factory=dict)
+    """Why a run failed, by its name."""
+    mlflow: ComparisonMlflow = field(default_factory=ComparisonMlflow)
+
+
+@contextmanager
+def head_to_change(folder: Path) -> Iterator[ComparisonHead]:
+    """Lock the head, yield it, and write it when the block ends without an error.
+
+    Args:
+        folder: Of the comparison.
+
+    Raises:
+        CorruptError: If the file is damaged.
+    """
+    path = folder / "head.json"
+    with ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(locked(folder / ".lock", "the comparison"))
+                break
+            except LockedError:  # waited for, where a run's lock is refused: it is held only while recording
+                time.sleep(LOCK_SECONDS)
+        head = _read(path)
+        yield head
+        write_atomic(path, json.dumps(asdict(head), indent=1, ensure_ascii=False))
+
+
+def _read(path: Path) -> ComparisonHead:
+    if not path.is_file():
+        return ComparisonHead()
+    try:
+        return from_plain(ComparisonHead, json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise CorruptError(f"{path}: not JSON ({error}).") from None
+    except (AttributeError, TypeError) as error:
+        raise CorruptError(f"{path}: not the head of a comparison ({error}).") from None
