@@ -1,4 +1,4 @@
-"""`lifelong-moe inspect`: what a stage's experts specialize in, on held-out text or token by token on a given text."""
+"""`lifelong-moe inspect`: what the experts of a stage specialize in, on held-out text or token by token on a text."""
 
 from __future__ import annotations
 
@@ -54,13 +54,17 @@ def on_text(
     text: str,
     asked: InspectionRequest,
     console: Console,
-) -> dict[str, Any]:
-    """Show which experts each token of a text chooses; ``--html`` and ``--save`` write it to files."""
+) -> Mapping[str, Any]:
+    """Show which experts each token of a text chooses; ``--html`` and ``--save`` also write files.
+
+    Raises:
+        ConfigError: If the text is empty.
+    """
     tokenizer = Tokenizer.from_text(store.tokenizer(committed))
     model = load_model(store, committed)
     architecture, token_ids = model.architecture, tokenizer.encode(text)
     if not token_ids:
-        raise ConfigError("the text has no token.")
+        raise ConfigError("the text has no token; give a longer one.")
     seen = observe_text(model.to(configured_device(recorded_trainer(run))), token_ids, distribution=asked.label)
     routed = route_text(architecture, seen, tokenizer.decode, asked.layer)
     inspect_tables.text(console, routed)
@@ -83,15 +87,24 @@ def on_text(
 
 def on_heldout(
     run: str, store: StageStore, committed: CommittedStage, tokens: int, save: str | None, console: Console
-) -> dict[str, Any]:
-    """Measure what the experts specialize in on the run's held-out text, and keep it with the run."""
+) -> Mapping[str, Any]:
+    """Measure what the experts specialize in on held-out text, and keep the result with the run.
+
+    Args:
+        run: A run.
+        store: Holds its stages.
+        committed: The stage to inspect.
+        tokens: Held-out tokens per distribution.
+        save: File for every token's experts, if any.
+        console: Where people read.
+    """
     head, record = require_head(ROOT, run), RunRecord(ROOT, run)
     config = build_config(OmegaConf.create(head.config), is_stored=True)
     with console.status("reading held-out text") as status:
         windows, tokenizer = _heldout_windows(head, config, committed, tokens)
         if missing := [name for name in config.evaluated if name not in windows]:
-            console.print(f"not measured, because held-out text is gone: {', '.join(missing)}", highlight=False)
-        status.update("reading it through the model")
+            console.print(f"not measured, because the held-out text is gone: {', '.join(missing)}", highlight=False)
+        status.update("running the model on it")
         result, observed = _measure(store, committed, config, windows, tokenizer)
     result = {"run": run, "stage": committed.name, "key": committed.key, **result}
     _keep(record, head, config, result, tokens, console)
@@ -106,45 +119,48 @@ def _keep(
     record: RunRecord,
     head: RunHead,
     config: RunConfig,
-    result: dict[str, Any],
+    result: Mapping[str, Any],
     tokens: int,
     console: Console,
 ) -> None:
-    """Leave the result and its figures with the run, and in MLflow unless it has them already.
-
-    Figures are those of the last inspection; of every inspection one copy is kept, because MLflow's points stay.
-    """
+    """Write the result and its figures to the run's folder, and log them to MLflow unless they are there already."""
     path, folder = record.path / "inspection.json", record.path / "inspection"
     tracker = Tracker.connect(tracking_of(head), ROOT)
     run_id = head.mlflow.run
-    result["mlflow_run"] = run_id if run_id and tracker.run_exists(run_id) else None
+    target = run_id if run_id and tracker.run_exists(run_id) else None
+    result = {**result, "mlflow_run": target}
     text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
+    # A copy per stage and number of tokens says which points MLflow has: those cannot be taken back, while
+    # inspection.json holds the last inspection only.
     copy = record.path / f"inspection-{result['stage']}-{tokens}.json"
     known, plotted = (one.is_file() and one.read_text(encoding="utf-8") == text for one in (path, copy))
     folder.mkdir(exist_ok=True)
-    for drawn in folder.glob("*.png"):  # of another stage, which may have had more to draw
+    for drawn in folder.glob("*.png"):  # the last inspection may have drawn more: of more stages, or more layers
         drawn.unlink()
     for name, figure in inspection_figures(result, result["stage"]).items():
         figure.savefig(folder / f"{name}.png")
         if not known:
-            tracker.log_figure(result["mlflow_run"], figure, f"inspection/{result['stage']}/{name}.png")
+            tracker.log_figure(target, figure, f"inspection/{result['stage']}/{name}.png")
     if not known:
-        tracker.log_text(result["mlflow_run"], text, f"inspection/{result['stage']}/inspection.json")
+        tracker.log_text(target, text, f"inspection/{result['stage']}/inspection.json")
     if not plotted:
-        tracker.log_metrics(result["mlflow_run"], _rows(result, tokens, head.stages.index(result["key"])))
+        tracker.log_metrics(target, _rows(result, tokens, head.stages.index(result["key"])))
     if tracker.problem and config.tracking.enabled:
         console.print(f"[yellow]{tracker.problem}[/yellow]")
+    # Last: if the process dies before, the next inspection logs again rather than never.
     write_atomic(copy, text)
     write_atomic(path, text)
 
 
 def _rows(result: Mapping[str, Any], tokens: int, step: int) -> list[Row]:
-    """What MLflow draws as curves over stages; another number of tokens is another measurement, hence a curve."""
+    """Points of MLflow's curves over stages."""
     rows: list[Row] = []
+    # Another number of tokens is another measurement, hence another curve.
     prefix = f"inspection/{tokens}_tokens"
     for layer in result["layers"]:
         for kind in ("token", "distribution"):
             if layer[kind] is not None:
+                # What is above chance: shuffled labels have positive mutual information too.
                 excess = layer[kind]["nats"] - layer[kind]["null_mean"]
                 rows.append((f"{prefix}/{kind}_information/L{layer['layer']}", excess, step))
     for name, losses in result["shuffled"].items():
@@ -156,27 +172,33 @@ def _rows(result: Mapping[str, Any], tokens: int, step: int) -> list[Row]:
 def _heldout_windows(
     head: RunHead, config: RunConfig, committed: CommittedStage, tokens: int
 ) -> tuple[dict[str, EvaluationSet], Tokenizer]:
-    """Held-out text of each distribution of a run, as it evaluates it, where it is there or was kept."""
+    """Held-out text of each distribution that still has it, cut into windows as in the run's evaluation.
+
+    Raises:
+        ConfigError: If the tokenizer has changed since the stage was trained.
+        DataError: If all held-out text is gone.
+    """
     run, data = head.run, read_data(config, known=remembered(head, head.config))
     if data.tokenizer.hash != committed.tokenizer.hash:
         raise ConfigError(
-            f"run {run}: text or tokenizer has changed since stage {committed.name} was trained, so the tokens mean "
-            f"something else; bring the old text back, or inspect a --text."
+            f"run {run}: the tokenizer is another one than when stage {committed.name} was trained, because text or "
+            f"settings have changed; restore the old text, or inspect a --text."
         )
     context = config.model.context
     there = [name for name in config.evaluated if name in data.heldout]
     if not there:
-        raise DataError(f"run {run}: all held-out text is gone; inspect a --text.")
+        raise DataError(f"run {run}: all held-out text is gone; inspect a --text instead.")
     windows = {name: evaluation_windows(data.heldout[name], context, tokens) for name in there}
     return windows, data.tokenizer
 
 
 def _measure(
     store: StageStore, committed: CommittedStage, config: RunConfig, windows: Windows, tokenizer: Tokenizer
-) -> tuple[dict[str, Any], dict[str, Observation]]:
-    """Observe the stage and those before it on the same text."""
+) -> tuple[Mapping[str, Any], dict[str, Observation]]:
+    """Observe the stage and its ancestors on the same text."""
     device = configured_device(config.trainer)
     chain = store.chain(committed.key)
+    # One model at a time: only what was observed is kept of the earlier stages.
     earlier = {one.name: _observe_all(load_model(store, one).to(device), windows) for one in chain[:-1]}
     model = load_model(store, committed).to(device)
     observed = _observe_all(model, windows)
@@ -216,9 +238,9 @@ def _save(
     tokenizer: Tokenizer,
     console: Console,
 ) -> None:
-    """Every token's experts as a table, a row a token and layer."""
+    """Write every token's experts as a table, one row per token and layer."""
 
-    def parts() -> Iterator[dict[str, Any]]:
+    def parts() -> Iterator[dict[str, Any]]:  # streamed: the whole table may not fit into memory
         for name, seen in observed.items():
             yield from routing_columns(architecture, seen, name, tokenizer.name)
 

@@ -1,4 +1,4 @@
-"""What a person sees of an inspection on a terminal."""
+"""Tables and coloured text of an inspection, for the terminal."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from pipelines.shared.tables import show
 
 ANSI = [f"bright_{name}" for name in ("red", "green", "yellow", "blue", "magenta", "cyan")]
 ANSI += ["white", "green", "yellow", "magenta", "cyan", "red"]
-"""Backgrounds on a terminal of 16 colours, where light colours of any hue would all become white."""
+"""Backgrounds for terminals of 16 colours, which would show every light hue as white."""
 MOST_EXPERTS = 48
-"""Rows of top tokens shown; ``inspection.json`` has them all."""
+"""Experts whose top tokens are shown, about a screenful; ``inspection.json`` has all."""
 SHOWN_TOKENS = 5
 
 
 def text(console: Console, routed: RoutedText) -> None:
-    """The text in its owners' colours under a legend; without enough colours, a line a token."""
+    """Print the text, each token in the colour of its owner; as a table if there are too few colours."""
     legend, body = Text(), Text()
     few = console.color_system in ("standard", "windows")
     colours = ANSI if few else routed.colours
@@ -37,7 +37,7 @@ def text(console: Console, routed: RoutedText) -> None:
         return
     console.print(routed.rule, highlight=False)
     for token in routed.tokens:
-        shown = visible(token.text).replace("\n", "⏎\n")  # or else the owner of a line's end would not be seen
+        shown = visible(token.text).replace("\n", "⏎\n")  # a bare line end has no background to colour
         body.append(shown, style=f"black on {colours[token.owner]}")
     console.print(legend)
     console.print()
@@ -45,7 +45,7 @@ def text(console: Console, routed: RoutedText) -> None:
 
 
 def heldout(console: Console, result: Mapping[str, Any]) -> None:
-    """Tables of an inspection on held-out text."""
+    """Print the tables of an inspection on held-out text."""
     show(console, _layers(result))
     show(console, _by_distribution(result))
     if result["saturation"]:
@@ -85,7 +85,7 @@ def _information(information: Mapping[str, float] | None) -> tuple[str, str]:
 
 def _mean_cosine(similarity: Sequence[Sequence[float]]) -> str:
     """Over all pairs of different experts."""
-    matrix = np.array(similarity)
+    matrix = np.array(similarity)  # shape: (E, E)
     pairs = matrix[~np.eye(len(matrix), dtype=bool)]
     return f"{pairs.mean():+.3f}" if pairs.size else "–"
 
@@ -104,14 +104,16 @@ def _by_distribution(result: Mapping[str, Any]) -> Table:
 
 def _saturation(result: Mapping[str, Any]) -> Table:
     names = list(result["tokens"])
-    table = _table(f"Chosen experts that {result['stage']} chooses too, mean over layers", "after stage", *names)
+    table = _table(
+        f"Share of chosen experts that {result['stage']} also chooses, mean over layers", "after stage", *names
+    )
     for stage, agreed in result["saturation"].items():
         table.add_row(stage, *(f"{np.mean(agreed[name]):.1%}" for name in names))
     return table
 
 
 def _top_tokens(result: Mapping[str, Any]) -> Table:
-    title = "Tokens that experts prefer (times as often as all tokens; of equals the most frequent first)"
+    title = "Tokens that experts prefer (× how often the expert gets the token, relative to all tokens)"
     table = _table(title, "expert", "tokens")
     rows = [row for layer in result["layers"] for row in layer["top_tokens"].items()]
     for name, tokens in rows[:MOST_EXPERTS]:
@@ -123,7 +125,7 @@ def _top_tokens(result: Mapping[str, Any]) -> Table:
 
 
 def _named(token: Mapping[str, Any]) -> str:
-    """A token's text; a part of a character, which has none of its own, by its id."""
+    """A token's text, or its id if it is part of a character and has no text of its own."""
     return f"#{token['token_id']}" if "\N{REPLACEMENT CHARACTER}" in token["text"] else repr(token["text"])
 
 

@@ -1,8 +1,9 @@
-"""`lifelong-moe lineage RUN --expert …` and `--document …`: what made an expert, and what learned from a document."""
+"""`lifelong-moe lineage RUN --expert …` and `--document …`: the history of an expert, and who learned a document."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from pipelines.shared.novelty import batch_source
 from pipelines.shared.places import CACHE, ROOT
 from pipelines.shared.remembering import remembered
 
+# 32 bits: among a million documents, a chance of 1 in 4,000 that another one matches.
 LEAST_DIGITS = 8
 
 
@@ -36,15 +38,15 @@ class Holder:
     """SHA-256 of its text."""
     train_hash: str | None
     split_hash: str | None
-    """These two of the distribution's training text; None where nobody remembers it."""
+    """Both identify the distribution's training text; None if no record of it is left."""
 
-    def to_json(self) -> dict[str, Any]:
-        """As plain JSON data, without what is not known."""
+    def to_json(self) -> Mapping[str, str]:
+        """Plain JSON data, without unknown fields."""
         return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
 
 
-def expert(run: str, name: str, console: Console) -> dict[str, Any]:
-    """Which stage and which text made an expert, and who has held its tensors since."""
+def expert(run: str, name: str, console: Console) -> Mapping[str, Any]:
+    """Show which stage created an expert, from what text, and which stages hold its tensors."""
     head, store = require_head(ROOT, run), StageStore(ROOT)
     if not head.stages:
         raise ConfigError(f"run {run} has no committed stage yet.")
@@ -52,23 +54,24 @@ def expert(run: str, name: str, console: Console) -> dict[str, Any]:
     born = found.born
     texts = ", ".join(f"{name} {digest[:12]}" for name, digest in born.data.items())
     console.print(
-        f"{name}: born in stage {born.stage} ({born.key[:SHORT]}) on {texts}; began: {born.began}", highlight=False
+        f"{name}: created by stage {born.stage} ({born.key[:SHORT]}) from {texts}; initialized: {born.began}",
+        highlight=False,
     )
     for row in found.stages:
         console.print(f"· {row.stage}: {row.tensors}, held by {row.held_by[:SHORT]}", highlight=False)
     return dataclasses.asdict(found)
 
 
-def document(run: str, digest: str, console: Console) -> dict[str, Any]:
-    """Which distributions hold a document, which stages of the run read those, and which experts they trained.
+def document(run: str, digest: str, console: Console) -> Mapping[str, Any]:
+    """Show which distributions hold a document, which stages read them, and which experts those trained.
 
     Args:
         run: A run.
-        digest: SHA-256 of the document's text, or its first digits, at least 8.
+        digest: SHA-256 of the document's text, or at least its first 8 digits.
         console: Where people read.
 
     Raises:
-        ConfigError: If the digits are too few, or nothing that the run read holds such a document.
+        ConfigError: If the digits are too few, or no text of the run holds such a document.
     """
     digest = digest.lower()
     if len(digest) < LEAST_DIGITS or not set(digest) <= set("0123456789abcdef"):
@@ -76,9 +79,12 @@ def document(run: str, digest: str, console: Console) -> dict[str, Any]:
     head, store = require_head(ROOT, run), StageStore(ROOT)
     holders, gone = _holders(head, digest)
     if gone:
-        console.print(f"not known of {', '.join(gone)}, whose text is gone: only what was held out", highlight=False)
+        console.print(
+            f"the text of {', '.join(gone)} is gone: only held-out documents could be searched", highlight=False
+        )
     if not holders:
         raise ConfigError(f"--document={digest}: no text that run {run} reads holds such a document.")
+    # A stage that reads the distribution did not train on a document which is a near copy of held-out text.
     trained, left_out = (
         {row.split_hash for row in holders if row.split_hash and row.part == part} for part in ("train", "near copy")
     )
@@ -94,8 +100,11 @@ def document(run: str, digest: str, console: Console) -> dict[str, Any]:
 
 
 def _holders(head: RunHead, digest: str) -> tuple[list[Holder], list[str]]:
-    """Distributions of the run, and batches that it looked at, with the document, and those that are gone; text is read
-    again."""
+    """Search the text of the run's distributions and batches.
+
+    Returns:
+        Where the document was found, and the names of distributions whose text is gone.
+    """
     from omegaconf import OmegaConf
 
     config, batches = build_config(OmegaConf.create(head.config), is_stored=True), BatchStore(ROOT)
@@ -103,8 +112,9 @@ def _holders(head: RunHead, digest: str) -> tuple[list[Holder], list[str]]:
     found: list[Holder] = []
     for batch in batches.holding(digest):
         if (settled := head.batches.get(batch)) is None:
-            continue
+            continue  # all runs share the store of batches; this run has not decided about this one
         if not batches.has_text(batch, settled.sources):
+            # Hashes outlive removed text, so this much can still be told.
             found += _removed_holders(head, settled.name, batches.identities(batch, settled.sources), digest)
         else:
             split = settled.heldout_fraction, settled.heldout_sources
@@ -125,7 +135,10 @@ def _holders(head: RunHead, digest: str) -> tuple[list[Holder], list[str]]:
 
 
 def _removed_holders(head: RunHead, name: str, identities: set[tuple[str, str]], digest: str) -> list[Holder]:
-    """The same of a batch whose text was removed; ``part`` is "unknown" where nothing says more of it."""
+    """Where a batch whose text was removed held the document.
+
+    ``part`` is ``unknown`` if its held-out documents were not kept: then nothing tells which part it fell into.
+    """
     learned = head.texts.get(name)
     held = set()
     if learned is not None and learned.kept is not None:

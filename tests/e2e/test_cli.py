@@ -355,7 +355,7 @@ def test_mistakes_in_asking(trained: Path, cli: Cli) -> None:
     (trained / "empty.jsonl").write_text("")
     for arguments, reason in (
         (("evaluate", "tiny", "--data", "empty.jsonl"), "there are no documents"),
-        (("evaluate", "tiny", "--data", "sea.jsonl", "--label", "sea"), "does not look at labels"),
+        (("evaluate", "tiny", "--data", "sea.jsonl", "--label", "sea"), "ignores labels"),
         (("generate", "tiny", "a \udcff b"), "not UTF-8"),
     ):
         result = cli(*arguments)
