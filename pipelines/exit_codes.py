@@ -1,23 +1,25 @@
-"""What each command's exit code means: the help, docs/commands.md and the command line itself take it from here."""
+"""Exit codes of each command: the source of the help, of docs/commands.md and of the command line itself."""
 
 from __future__ import annotations
 
 MEANINGS = {
     0: "done, or nothing to do",
-    1: "a fault of ours, with a traceback",
+    1: "a bug of lifelong-moe, with a traceback",
     2: "a mistake in the configuration, the data or the arguments; one line says which, and nothing was written",
     3: "the gate rejected a candidate; the champion serves on",
-    4: "a tick would exceed its limits; no stage was trained, and no probe of what they forbid",
-    5: "the plan (`--plan`) is stale: another champion, other data or settings, its files are gone, or it expired",
-    6: "training diverged: it was rolled back twice and failed again; nothing of the stage was committed",
+    4: "a tick would exceed its limits; no stage was trained, nor any probe that the limits forbid",
+    5: "the plan (`--plan`) is stale: champion, data or settings have changed, its files are gone, or it has expired",
+    6: "training diverged: it was rolled back twice and failed again; the stage was not committed",
     7: "a committed file no longer matches its hash; the line names it and both hashes",
-    8: "disk or memory do not suffice; what was committed is intact",
-    75: "try again later: another process works on it, a server cannot be reached, or SIGTERM came (training has then "
-    "committed a checkpoint)",
-    130: "Ctrl-C; what was committed is intact",
+    8: "not enough disk or memory; committed stages are intact",
+    # EX_TEMPFAIL of sysexits.h: schedulers and mailers know it as "retry".
+    75: "try again later: another process holds the lock, a server cannot be reached, or SIGTERM arrived (training has "
+    "then saved a checkpoint)",
+    # 128 + SIGINT, as shells report it.
+    130: "Ctrl-C; committed stages are intact",
 }
 OF_ALL = (0, 1, 2, 8, 130)
-"""Any command ends with these: a disk fills up, and arguments are mistyped, everywhere."""
+"""Any command can end with these: disks fill up and arguments are mistyped everywhere."""
 BESIDES = {
     "run": (6, 7, 75),
     "plan": (7, 75),
@@ -37,11 +39,11 @@ BESIDES = {
     "sync": (7, 75),
     "ui": (75,),
 }
-"""By command, what else it ends with."""
+"""Further exit codes by command, in the order of the help."""
 OUTCOMES = {"rejected": 3, "over budget": 4}
-"""Of outcomes that are no success; 0 for all others."""
+"""Outcomes that are no success; all others end with 0."""
 
 
 def epilog(command: str) -> str:
-    """The end of a command's help: a line for each exit code that not every command has."""
+    """The end of a command's help: a line for each exit code of its own."""
     return "\n\n".join(f"Exit code {code}: {MEANINGS[code].replace('`', '')}." for code in BESIDES[command])

@@ -1,4 +1,4 @@
-"""What a command checks before torch is imported: of ten processes that start at once nine end in a moment."""
+"""Checks before torch is imported, so that of ten processes started at once nine give up within a moment."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def check_config(path: str, overrides: list[str] | None) -> list[str]:
 
 
 def check_stage(run: str, stage: str, gate: list[str] | None) -> list[str]:
-    """Refuse a run or a stage that does not exist, or a gate's wrong setting; returns the gate's settings."""
+    """Check that run and stage exist and that the gate's settings are valid; returns the settings."""
     read_gate(gate or [])
     require_head(ROOT, run).require_stage(stage)
     return gate or []
 
 
 def run_lock(run: str) -> AbstractContextManager[None]:
-    """The lock of a run that exists."""
+    """The lock of an existing run."""
     require_head(ROOT, run)
     return locked(RunRecord(ROOT, run).lock_path, f"run {run}")

@@ -107,7 +107,7 @@ def on_heldout(
         status.update("running the model on it")
         result, observed = _measure(store, committed, config, windows, tokenizer)
     result = {"run": run, "stage": committed.name, "key": committed.key, **result}
-    _keep(record, head, config, result, tokens, console)
+    result = _keep(record, head, config, result, tokens, console)
     inspect_tables.heldout(console, result)
     console.print(f"written: {record.path / 'inspection.json'}, {record.path / 'inspection'}/*.png", highlight=False)
     if save is not None:
@@ -122,8 +122,12 @@ def _keep(
     result: Mapping[str, Any],
     tokens: int,
     console: Console,
-) -> None:
-    """Write the result and its figures to the run's folder, and log them to MLflow unless they are there already."""
+) -> Mapping[str, Any]:
+    """Write the result and its figures to the run's folder, and log them to MLflow unless they are there already.
+
+    Returns:
+        The result with the id of the run's MLflow run.
+    """
     path, folder = record.path / "inspection.json", record.path / "inspection"
     tracker = Tracker.connect(tracking_of(head), ROOT)
     run_id = head.mlflow.run
@@ -150,6 +154,7 @@ def _keep(
     # Last: if the process dies before, the next inspection logs again rather than never.
     write_atomic(copy, text)
     write_atomic(path, text)
+    return result
 
 
 def _rows(result: Mapping[str, Any], tokens: int, step: int) -> list[Row]:

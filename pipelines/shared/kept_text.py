@@ -1,4 +1,4 @@
-"""What stands in place of batches' text once it is removed."""
+"""Records and held-out documents that replace the text of batches once it is removed."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from pipelines.shared.remembering import keep_texts, remembered
 
 
 def remembered_by(head: RunHead, written: Mapping[str, Any], version: Version, store: StageStore) -> Remembered:
-    """What stands in place of text that is gone, of a version's batches too.
+    """Records of text that may be gone, including that of a version's batches.
 
     Args:
-        head: Of the run.
+        head: The run's head.
         written: The run's configuration now; see :func:`pipelines.shared.remembering.remembered`.
-        version: Whose batches count.
-        store: Says which text its stages read: a batch may have been split otherwise since.
+        version: The version whose batches are included.
+        store: Tells which text the stages read.
     """
     base = remembered(head, written)
+    # A batch may have been split anew since the stage read it; then its record describes other text.
     records = {
         stage.data: record
         for stage in version.stages
@@ -36,20 +37,20 @@ def remembered_by(head: RunHead, written: Mapping[str, Any], version: Version, s
 
 
 def with_texts(head: RunHead, written: Mapping[str, Any], data: PreparedData, keep: bool) -> RunHead:
-    """A head that says of all text what must be known once it is gone; arguments as for
-    :func:`pipelines.shared.remembering.keep_texts`. What it says of batches that do not serve stays."""
+    """Add records of all text to a head; arguments as for :func:`pipelines.shared.remembering.keep_texts`."""
+    # Records of batches that do not serve stay: a rollback may need them.
     return dataclasses.replace(head, texts={**head.texts, **keep_texts(head, written, data, keep)})
 
 
 def wait_for_text(data: PreparedData, uses: Collection[str] = ()) -> None:
-    """Let nothing be trained or judged without text that only cannot be had now, as of a hub that is down.
+    """Stop if text is unreachable only for now, such as that of a hub which is down.
 
     Args:
-        data: Of a run.
+        data: What was read for a run.
         uses: Distributions whose training text is needed.
 
     Raises:
-        TryAgainError: If training text that is needed, or held-out text, will be there another time.
+        TryAgainError: If needed training text, or held-out text, is temporarily unreachable.
     """
     for name, error in data.gone.items():
         if isinstance(error, TryAgainError) and (name in uses or name not in data.heldout):

@@ -1,5 +1,5 @@
-"""What is new in the inbox: documents that neither the champion's distributions nor a settled batch hold, as they are
-or as near copies."""
+"""New documents of the inbox: those of which neither the champion's distributions nor a settled batch hold a copy or a
+near copy."""
 
 from __future__ import annotations
 
@@ -24,44 +24,38 @@ from pipelines.shared.places import CACHE
 
 @dataclass(frozen=True)
 class NewDocuments:
-    """What a tick looks at."""
+    """New documents, which a tick decides about."""
 
     documents: list[Document]
-    """Never seen before, without duplicates; none if nothing new has arrived."""
+    """Never seen before, without duplicates; empty if nothing new has arrived."""
     hash: str
-    """Of these documents, whatever their files' names and order, and their sources: the batch's identity."""
+    """Identity of the batch: of its documents and their sources, whatever the names and the order of the files."""
     name: str
-    """Of the distribution that they would be."""
+    """Name of the distribution that they would become."""
     files: list[dict[str, Any]]
     """Name, size and hash of each file read."""
     known: int
-    """Documents of these files that were seen before, or repeat one of the new."""
+    """Documents of these files that were seen before, or repeat a new one."""
     near_copies: int
     """Documents of these files that are near copies of what was seen before, held-out text included."""
     sources: str | None = None
-    """Which copy of the batch this is, if it came before with other sources."""
+    """Tells copies of the batch apart, if it arrived before with other sources."""
 
 
 def read_texts(config: RunConfig, known: Remembered | None = None) -> Texts:
-    """The documents of every distribution of a run, without training text that is a near copy of held-out text."""
+    """Read the documents of a run's distributions; near copies of held-out text are left out of the training text."""
     sources = {name: config.distributions[name] for name in config.evaluated}
     return prepare.read_texts(sources, [stage.data for stage in config.stages], CACHE, known)
 
 
 def new_documents(inbox: InboxConfig, texts: Texts, settled: Iterable[str], batches: BatchStore) -> NewDocuments:
-    """Read the inbox and leave out what was seen before.
-
-    A text that stands in several files has the source that the last of them names.
-
-    Near copies are no news either: as training text they would bring what the gate measures on, and as held-out text
-    they would measure what was trained on. Of text that was removed only what is equal is known, and near copies of
-    what was held out.
+    """Read the inbox and leave out documents that were seen before, and near copies of them.
 
     Args:
-        inbox: Where to look.
-        texts: Of the champion's distributions.
-        settled: Hashes of batches that a tick came to a decision about.
-        batches: Where those are.
+        inbox: The inbox's settings.
+        texts: Texts of the champion's distributions.
+        settled: Hashes of batches that a tick has decided about.
+        batches: The store of these batches.
 
     Raises:
         DataError: ``file:line: reason``.
@@ -69,14 +63,18 @@ def new_documents(inbox: InboxConfig, texts: Texts, settled: Iterable[str], batc
     found = _arrived(inbox)
     if found is None:
         return NewDocuments([], documents_hash([]), "", [], 0, 0)
+    # A text that stands in several files gets the source which the last of them names.
     new = {normalized_hash(document.text): document for document in found.documents}
     held = [document for documents in texts.heldout.values() for document in documents]
     seen = held + [d for corpus in texts.corpora.values() for d in (*corpus.train, *corpus.near_copies)]
     there = {batch: batches.has_text(batch) for batch in settled}
     seen += [document for batch in there if there[batch] for document in batches.documents(batch)]
+    # Of removed text only hashes are left, which find equal documents but no near copies.
     removed = set().union(*(batches.normalized(batch) for batch in there if not there[batch]))
     for digest in (*removed, *(normalized_hash(document.text) for document in seen)):
         new.pop(digest, None)
+    # A near copy in the training text would teach what the gate measures on; one in the held-out text would measure
+    # what was trained on.
     left = list(new.values())
     either = zip(near_copies(left, seen, may_contain=True), near_copies(left, held, may_contain=False), strict=True)
     copies = [one or other for one, other in either]
@@ -87,7 +85,7 @@ def new_documents(inbox: InboxConfig, texts: Texts, settled: Iterable[str], batc
 
 
 def arrived(inbox: InboxConfig) -> set[str]:
-    """Hashes of all documents that the inbox holds, seen before or not."""
+    """Hashes of all documents in the inbox, seen before or not."""
     found = _arrived(inbox)
     return set() if found is None else {document.hash for document in found.documents}
 

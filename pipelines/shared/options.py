@@ -1,4 +1,4 @@
-"""Arguments and options that several commands share, and groups of options that travel as one object."""
+"""Arguments and options that several commands share, and groups of options that are passed as one object."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...",
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
 StageName = Annotated[str | None, typer.Option("--stage", help="A committed stage of the run; the last by default.")]
-Label = Annotated[str | None, typer.Option("--label", help="Known distribution of the text, for routing by label.")]
-Int8 = Annotated[bool, typer.Option("--int8", help="Hold the model's matrices in 8 bits, a scale a row.")]
+Label = Annotated[str | None, typer.Option("--label", help="Domain of the text, for routing by label.")]
+Int8 = Annotated[bool, typer.Option("--int8", help="Hold the weight matrices in 8 bits, with one scale per row.")]
 GateSettings = Annotated[
     list[str] | None, typer.Argument(metavar="[gate.KEY=VALUE]...", help="Such as gate.tolerance=0.02.")
 ]
@@ -24,31 +24,32 @@ GateSettings = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
-    """How a text is continued."""
+    """How the next tokens are sampled."""
 
-    max_new_tokens: Annotated[int, typer.Option(help="At most so many tokens.", min=1)] = 100
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.", min=1)] = 100
     temperature: Annotated[float, typer.Option(help="0 takes the most probable token.", min=0.0)] = 0.8
-    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens up to this mass.", min=0.01)] = 0.95
-    seed: Annotated[int, typer.Option(help="Of the sampling.", min=0, max=2**63 - 1)] = 0
+    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens, up to this mass.", min=0.01)] = 0.95
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.", min=0, max=2**63 - 1)] = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class InspectionRequest:
-    """What an inspection reads, and where its result goes."""
+    """What an inspection reads, and where it writes."""
 
-    text: Annotated[str | None, typer.Option(help="Colour each token of this text by its expert.")] = None
-    text_file: Annotated[str | None, typer.Option(help="The same for a text file.")] = None
-    layer: Annotated[int | None, typer.Option(help="Experts of one layer; all layers by default.", min=0)] = None
+    text: Annotated[str | None, typer.Option(help="Text whose tokens are coloured by expert.")] = None
+    text_file: Annotated[str | None, typer.Option(help="File with such a text.")] = None
+    layer: Annotated[int | None, typer.Option(help="Colour by the experts of this layer, not of all.", min=0)] = None
     html: Annotated[str | None, typer.Option(help="Also write the coloured text to this HTML file.")] = None
     save: Annotated[str | None, typer.Option(help="Write every token's experts to this .parquet file.")] = None
     tokens: Annotated[
-        int | None, typer.Option(help="Held-out tokens a distribution, 8192 by default; not with a text.", min=1)
+        int | None, typer.Option(help="Held-out tokens per distribution, 8192 by default; not with a text.", min=1)
     ] = None
     label: Label = None
 
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Let Typer see each field of a command's dataclass parameter as an option of its own, in its place."""
+    """Show Typer each field of a command's dataclass parameter as an option of its own, in the parameter's place."""
+    # Typer reads a signature, not dataclasses, so the wrapper gets one in which the fields stand side by side.
     hints = get_type_hints(command, include_extras=True)
     parameters: list[inspect.Parameter] = []
     for name, parameter in inspect.signature(command).parameters.items():

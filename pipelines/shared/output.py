@@ -1,4 +1,4 @@
-"""Standard streams that no work depends on: readers may go away, any encoding will do, and they may not be there."""
+"""Standard streams that cannot fail: their reader may disappear, their encoding may be poor, or they may be closed."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ import sys
 from typing import Any, TextIO
 
 GONE = (errno.EPIPE, errno.EIO, errno.ECONNRESET)
-"""What a descriptor says once nobody reads it: ``head`` has seen enough, a terminal is closed, a connection is lost."""
+"""Errors of a descriptor that nobody reads any more: ``head`` has ended, a terminal was closed, a connection lost."""
 
 
 class Outlet(io.FileIO):
-    """A descriptor that goes on taking text when nobody reads it any more: days of training must not end for that."""
+    """A descriptor that accepts text even if nobody reads it: days of training must not end because a pipe did."""
 
     def write(self, data: Any, /) -> int:
-        """Write, or let it go where nobody reads."""
+        """Write, or drop the data if nobody reads it."""
         try:
             return super().write(data)
         except OSError as error:
             if error.errno not in GONE:
                 raise
-            return memoryview(data).nbytes
+            return memoryview(data).nbytes  # as if written: a short count would be tried again for ever
 
 
 def stream(number: int, like: TextIO | None, errors: str) -> TextIO:
-    """Text into a descriptor; what its encoding lacks comes out as a substitute.
+    """Open a descriptor for text; characters that its encoding lacks are replaced.
 
     Args:
-        number: The descriptor, which stays open.
-        like: Whose encoding and buffering it takes; None if the process was started without.
+        number: The descriptor; it stays open when the stream is closed.
+        like: Gives encoding and buffering; None if the process was started without this stream.
         errors: Name of the codec's error handler.
     """
     buffer = io.BufferedWriter(Outlet(number, "w", closefd=False))
@@ -42,10 +42,11 @@ def stream(number: int, like: TextIO | None, errors: str) -> TextIO:
 
 
 def make_robust() -> None:
-    """Replace standard output and error of this process, for good."""
+    """Replace standard output and error of this process."""
     for number in range(3):
         try:
             os.fstat(number)
-        except OSError:  # closed by whoever started us; the next file opened would take its place and all output
+        except OSError:
+            # The parent closed it. Left so, the next file opened would get this number, and all output with it.
             os.open(os.devnull, os.O_RDWR)
     sys.stdout, sys.stderr = stream(1, sys.stdout, "replace"), stream(2, sys.stderr, "backslashreplace")

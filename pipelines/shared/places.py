@@ -1,4 +1,4 @@
-"""Where things are: all output is under the current directory. Apart, so that quick commands import nothing heavy."""
+"""Folders under the current directory. A module of its own, so that quick commands import nothing heavy."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ CACHE = Path("data/cache")
 
 
 def remove_abandoned() -> None:
-    """Remove what killed processes left half written: before anybody asks how much room there is."""
+    """Remove half-written files of killed processes; call it before free disk space is measured."""
     for root in (ROOT, CACHE):
         remove_temporary(root)

@@ -1,4 +1,4 @@
-"""What libraries say that does not concern the person at the terminal."""
+"""Silence messages of libraries that are not meant for users."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ import logging
 import os
 import warnings
 
-# Read when torch is imported, which comes after this module: DDP's C++ would advise each process to turn off its search
-# for unused parameters, which it cannot do without where an expert may have no token.
+# Read when torch is imported, hence set here. DDP's C++ advises each process to turn off the search for unused
+# parameters, but an expert without a token in a batch is one.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 def silence_libraries() -> None:
-    """Keep warnings and errors of ours and theirs; drop banners, tips and notes to developers."""
+    """Keep our warnings and all errors; drop banners, tips and notes to developers."""
     for name in ("lightning.pytorch", "lightning.fabric", "mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # its report is what was asked for
+    logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # trainer.profiler asks for its report
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
+    # Batches come from a memory map in order: loader workers would gain nothing.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*loader strategy is deprecated.*")
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)

@@ -1,7 +1,7 @@
-"""Where a run is recorded in MLflow, and the alias there that shows which of its stages serves.
+"""Where a run is recorded in MLflow, and its alias `champion` there.
 
-The run's head says who serves; the alias `champion` only shows it. Whatever changes the head lets the alias follow at
-once, or by way of the spool; ticks, runs and ``sync`` set right whatever they find wrong.
+The run's head decides which version serves; the alias only shows it. Commands that change the head update the alias,
+at once or through the spool; ticks, runs and ``sync`` correct an alias that is wrong.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ from pipelines.shared.places import ROOT
 
 
 def tracking_of(head: RunHead) -> TrackingConfig:
-    """Where a run is recorded, by its own configuration.
+    """The tracking settings of a run, from its own configuration.
 
     Raises:
-        ConfigError: If that refers to something that is not there any more, such as a variable of the environment.
+        ConfigError: If they refer to something that no longer exists, such as an environment variable.
     """
     config = section(TrackingConfig, OmegaConf.create(head.config).get("tracking"), "tracking")
-    if config.uri is not None and "***" in config.uri:  # the head does not hold what was there
+    if config.uri is not None and "***" in config.uri:  # the head stores no credentials
         config.uri = with_credentials(config.uri, ROOT)
     return config
 
 
 def show_champion(head: RunHead, tracker: Tracker) -> str | None:
-    """Let the alias show the stage that serves, which is registered first if MLflow does not know it.
+    """Set the alias to the serving stage, which is registered first if MLflow does not know it.
 
     Args:
-        head: The run's.
-        tracker: Where it is recorded; if MLflow is absent there, the spool keeps the request.
+        head: The run's head.
+        tracker: Connection to MLflow; without one, the spool keeps the request.
 
     Returns:
-        Why it does not show it, or not yet; None if it does, and if there is nothing to show: no record of the run, or
-        stages still to do.
+        Why the alias is not set, or not yet; None if it is, or if there is nothing to set: MLflow has no record of the
+        run, or stages are still to do.
     """
     known = _runs(head)
     if not known or not tracker.active or not head.is_finished:
@@ -54,7 +54,7 @@ def show_champion(head: RunHead, tracker: Tracker) -> str | None:
     manifest = next((ROOT / "stages").glob(f"*-{key[:SHORT]}/manifest.json"), None)
     if run_id is None or manifest is None:
         missing = "MLflow has no record of the run" if run_id is None else f"stage {key[:SHORT]} is not in the store"
-        return f"MLflow's alias champion of {model} is left alone: {missing}."
+        return f"MLflow's alias champion of {model} is unchanged: {missing}."
     weights = json.loads(manifest.read_text(encoding="utf-8"))["files"]["model.safetensors"]["sha256"]
     tags = {"stage_key": key, "stage": head.names[-1], "run": head.run, "weights_sha256": weights}
     number = tracker.register_version(model, manifest.parent, run_id=run_id, tags=tags, alias="champion")
@@ -62,31 +62,32 @@ def show_champion(head: RunHead, tracker: Tracker) -> str | None:
 
 
 def _runs(head: RunHead) -> list[str]:
-    """MLflow's runs that could have made the stage that serves, the likeliest first."""
+    """MLflow runs that may have trained the serving stage, the likeliest first."""
     told, batch = head.mlflow, head.champion.stages[-1].batch if head.versions else None
+    # The stage's own run, the tick that promoted it, the parent run, then any tick.
     ids = [told.stages.get(head.plan[-1]), told.ticks.get(batch or ""), told.run, *told.ticks.values()]
     return [run for run in dict.fromkeys(ids) if run]
 
 
 def follow_champion(head: RunHead, console: Console) -> None:
-    """After another version serves: let the alias follow, and say so. Nothing that is wrong there undoes it."""
+    """Update the alias after a promotion and print the result; a failure there does not undo the promotion."""
     if not _runs(head):
         return
     try:
         tracker = Tracker.connect(tracking_of(head), ROOT)
         if not tracker.active:
             return
-        line = show_champion(head, tracker) or "MLflow's alias champion shows it."
+        line = show_champion(head, tracker) or "MLflow's alias champion is updated."
     except LifelongError as error:
-        line = f"MLflow's alias champion is left alone: {error}"
+        line = f"MLflow's alias champion is unchanged: {error}"
     console.print(line, highlight=False, soft_wrap=True)
 
 
 def follow_champions() -> dict[str, str]:
-    """Set the alias of every run right whose MLflow answers; a process that works on a run does so for it.
+    """Correct the alias of every run whose MLflow answers.
 
     Returns:
-        For each run whose alias may be wrong still, why.
+        For each run whose alias may still be wrong, the reason.
     """
     trackers: dict[str, Tracker] = {}
     problems: dict[str, str | None] = {}
@@ -102,7 +103,7 @@ def follow_champions() -> dict[str, str]:
                     tracker = trackers[store]
                     problems[record.run] = show_champion(head, tracker) if tracker.connected else tracker.problem
         except LockedError:
-            continue
+            continue  # the process that works on the run updates the alias itself
         except LifelongError as error:
             problems[record.run] = str(error)
     return {run: problem for run, problem in problems.items() if problem}

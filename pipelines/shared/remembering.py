@@ -1,4 +1,4 @@
-"""What a run's head says of its text, so that it can go on when the text is gone. Torch-free."""
+"""Records of a run's text in its head, which let the run continue when the text is gone. Torch-free."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ if TYPE_CHECKING:
 
 
 def remembered(head: RunHead | None, written: Mapping[str, Any]) -> Remembered:
-    """What a run knows of its text without reading it.
+    """What a run knows about its text without reading it.
 
     Args:
-        head: Of the run; None if there is none yet.
-        written: The configuration now. What is said of a distribution there must be what was said when it was read.
+        head: The run's head; None before the first start.
+        written: The configuration now, as written. A record counts only if its distribution is still configured alike.
     """
     before: Mapping[str, Any] = head.config if head is not None else {}
     now, then = (config.get("distributions") for config in (written, before))
-    if head is None or not isinstance(now, Mapping) or not isinstance(then, Mapping):  # an interpolation
+    if head is None or not isinstance(now, Mapping) or not isinstance(then, Mapping):
+        # An interpolation of the whole section: what it meant then cannot be compared.
         return Remembered()
     records = {name: record for name, record in head.texts.items() if name in now and now[name] == then.get(name)}
 
     def tokenizer() -> str | None:
         if _tokenizer_file(written) != _tokenizer_file(before):
-            return None  # stage keys do not say which file it was
+            return None  # stage keys do not tell one file from another
         store = StageStore(ROOT)
         first = store.find(head.plan[0]) if head.plan else None
         return None if first is None else store.tokenizer(first)
@@ -46,12 +47,12 @@ def _tokenizer_file(config: Mapping[str, Any]) -> Any:
 def keep_texts(
     head: RunHead | None, written: Mapping[str, Any], data: PreparedData, keep: bool
 ) -> dict[str, TextRecord]:
-    """What a head says of text from now on; held-out documents are kept now.
+    """Store the held-out documents, if they are kept, and return the text records for the head.
 
     Args:
-        head: As it was; None if there is none yet.
-        written: The configuration now.
-        data: As read for it.
+        head: The head so far; None before the first start.
+        written: The configuration now, as written.
+        data: What was read for it.
         keep: See ``evaluate.keep_heldout``.
     """
     store, before = HeldoutStore(ROOT), remembered(head, written).records
@@ -59,4 +60,5 @@ def keep_texts(
     for name, record in now.items():
         kept = store.add(data.heldout_documents[name]) if keep and name in data.heldout_documents else None
         now[name] = replace(record, kept=kept)
+    # Distributions that are not read now keep their records: a later plan may name them again.
     return {**before, **now}

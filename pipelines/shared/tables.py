@@ -9,23 +9,23 @@ from rich.measure import Measurement
 from rich.table import Column, Table
 
 EDGE = 3
-"""Of each column: a space on both sides and a line. One line more ends the table."""
+"""Characters per column besides its text: a space on both sides and a line. One more line ends the table."""
 
 
 def show(console: Console, table: Table) -> None:
-    """Print a table; if the terminal is too narrow for it, what does not fit goes on below, beside the names again.
+    """Print a table; columns that do not fit into the terminal follow below, each time beside the first column.
 
-    No number is cut: a cell is wrapped between words only, as long as its words fit beside the first column's.
+    Cells are wrapped between words, so no number is cut unless a single word is wider than the terminal.
     """
     spans = [_span(console, column) for column in table.columns]
-    room = console.width - 1
+    room = console.width - 1  # the line that ends the table
     if sum(span.maximum + EDGE for span in spans) <= room:
         console.print(table)
         return
     parts = [[0]]
     for index in range(1, len(spans)):
         wanted = sum(spans[i].minimum + EDGE for i in (*parts[-1], index))
-        if wanted > room and len(parts[-1]) > 1:
+        if wanted > room and len(parts[-1]) > 1:  # at least one column beside the names, however wide
             parts.append([0])
         parts[-1].append(index)
     for number, part in enumerate(parts):
@@ -36,17 +36,19 @@ def show(console: Console, table: Table) -> None:
 
 
 def _span(console: Console, column: Column) -> Measurement:
-    """Characters of a column's longest word, and of its longest line."""
+    """Widths of a column's longest word and longest line."""
+    # rich measures a cell's minimum as its longest word.
     cells = [Measurement.get(console, console.options, cell) for cell in (column.header, *column.cells)]
     return Measurement(max(1, *(cell.minimum for cell in cells)), max(1, *(cell.maximum for cell in cells)))
 
 
 def _shared(spans: Sequence[Measurement], room: int) -> list[int] | None:
-    """Widths of columns that fill the room at most, none less than its longest word; None if that is impossible."""
+    """Share the room among columns, each at least as wide as its longest word; None if that is impossible."""
     widths = [span.minimum for span in spans]
     spare = room - sum(widths)
     if spare < 0:
         return None
+    # Columns that need little first: what they leave of an equal share goes to the wider ones.
     modest = sorted(range(len(spans)), key=lambda i: spans[i].maximum - spans[i].minimum)
     for done, index in enumerate(modest):
         more = min(spans[index].maximum - spans[index].minimum, spare // (len(spans) - done))

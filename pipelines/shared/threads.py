@@ -1,7 +1,7 @@
-"""How many threads libraries start, and how they wait. OpenMP reads both when torch loads it, so this comes first.
+"""Number of threads that libraries start, and how these wait. OpenMP reads both when torch is imported.
 
-Torch's wheels for Linux carry GNU's OpenMP (libgomp); it counts the processors that this process may be scheduled on,
-but not the share of their time that a container was given.
+Torch's wheels for Linux carry GNU OpenMP (libgomp), which counts the processors that this process may be scheduled on,
+but ignores a container's limit of processor time.
 """
 
 from __future__ import annotations
@@ -11,26 +11,26 @@ import sys
 from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 
+# libgomp's default of 300,000 outlasts most gaps between parallel regions, so waiting threads would keep processors
+# from other work. Fewer spins are slower on an idle machine, more are slower beside other work.
 SPINS = "2000"
-"""How often a thread that waits looks before it sleeps. With libgomp's own 300,000, longer than most parallel regions
-are apart, waiting threads hold processors that other work needs. Fewer looks cost speed on an idle machine, more cost
-it beside other work; measured in ``docs/performance.md``."""
+"""Spins of a waiting thread before it sleeps; measured in ``docs/performance.md``."""
 HOW_TO_WAIT = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
 HOW_MANY = ("OMP_NUM_THREADS", "OMP_THREAD_LIMIT", "OMP_DYNAMIC", "MKL_NUM_THREADS")
 
 
 _lowered: list[str] = []
-"""What is still to be said of fewer threads."""
+"""Messages about lowered thread counts that were not printed yet."""
 
 
 def configure(environ: MutableMapping[str, str] = os.environ, root: Path = Path("/")) -> None:
-    """Set what the environment does not say about threads; children take it over. No effect once torch is imported.
+    """Set the environment variables about threads that the user did not set; child processes inherit them.
 
     Args:
-        environ: Changed in place. A user's own setting of a kind (how many, how to wait) is left alone.
-        root: Of the file system in which the kernel tells a container's limits.
+        environ: Changed in place.
+        root: Root of the file system in which the kernel shows a container's limits.
     """
-    if "torch" in sys.modules:  # its threads are another program's, which imports us
+    if "torch" in sys.modules:  # too late; a program that imports us has its own threads
         return
     processors, quota = schedulable(), processor_quota(root)
     settings = thread_settings(environ, processors, quota)
@@ -43,7 +43,7 @@ def configure(environ: MutableMapping[str, str] = os.environ, root: Path = Path(
 
 
 def say() -> None:
-    """Tell a person once, before anything long begins, that there are fewer threads than processors."""
+    """Print once, before anything long begins, that there are fewer threads than processors."""
     while _lowered:
         print(_lowered.pop(), file=sys.stderr)
 
@@ -52,9 +52,9 @@ def thread_settings(environ: Mapping[str, str], processors: int, quota: float | 
     """The variables to set.
 
     Args:
-        environ: What is set already.
-        processors: That this process may be scheduled on.
-        quota: Processors' worth of time that it is given; None without a limit.
+        environ: Variables that are set already; either kind (how many, how to wait) is left alone if the user set it.
+        processors: Processors that this process may be scheduled on.
+        quota: Limit of processor time, in processors; None without a limit.
     """
     settings = {}
     if not any(name in environ for name in HOW_TO_WAIT):
@@ -72,37 +72,37 @@ def schedulable() -> int:
 
 
 def processor_quota(root: Path = Path("/")) -> float | None:
-    """Processors' worth of time that this process's control groups leave it; None if they set no limit.
-
-    A group has at most what those above it have. In a container its own group may be mounted in the root's place, so
-    that the path in ``/proc/self/cgroup`` is not there, and the mounted root is what counts.
+    """Limit of processor time that this process's control groups set, in processors; None without a limit.
 
     Source:
         Linux's ``admin-guide/cgroup-v2.rst`` (``cpu.max``) and ``scheduler/sched-bwc.rst`` (``cpu.cfs_quota_us``).
     """
+    # A group cannot use more than the groups above it.
     quotas = [quota for folder in _groups(root) if (quota := _quota_in(folder)) is not None]
     return min(quotas, default=None)
 
 
 def _groups(root: Path) -> Iterator[Path]:
-    """Folders of the groups that limit this process's processor time: each hierarchy's, from its own upwards."""
+    """Folders of the groups that limit this process's processor time, per hierarchy from its own group upwards."""
     mounted = root / "sys/fs/cgroup"
     for line in _read(root / "proc/self/cgroup").splitlines():
         number, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
-        if number == "0" and not controllers:
+        if number == "0" and not controllers:  # version 2: one hierarchy for all controllers
             base = mounted
         elif "cpu" in controllers.split(","):
             base = next((folder for name in (controllers, "cpu") if (folder := mounted / name).is_dir()), mounted)
         else:
             continue
         parts = [part for part in path.split("/") if part not in ("", "..")]
+        # A container may see its own group mounted as the root: then the path does not exist below it, and only the
+        # last of these folders does.
         yield from (base.joinpath(*parts[:depth]) for depth in range(len(parts), -1, -1))
 
 
 def _quota_in(folder: Path) -> float | None:
-    """What one group sets: ``cpu.max`` holds ``QUOTA PERIOD``, and ``max`` for no limit; the older files a file each,
-    and -1."""
+    """The limit of one group, in processors; None if it sets none."""
+    # Version 2 holds "QUOTA PERIOD" in one file, "max" for no limit; version 1 a file for each, -1 for no limit.
     told = _read(folder / "cpu.max").split()
     told = told or _read(folder / "cpu.cfs_quota_us").split() + _read(folder / "cpu.cfs_period_us").split()
     try:
@@ -113,7 +113,7 @@ def _quota_in(folder: Path) -> float | None:
 
 
 def _read(path: Path) -> str:
-    """A file of the kernel's; nothing if there is none, or it is not for us."""
+    """The text of a kernel file; empty if it does not exist or is not readable."""
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:

@@ -1,8 +1,9 @@
-"""`lifelong-moe gc`: show, and with ``--apply`` remove, what no run refers to any more."""
+"""`lifelong-moe gc`: show files that no run refers to any more; with ``--apply``, remove them."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
@@ -14,12 +15,12 @@ from pipelines.shared.places import CACHE, ROOT, remove_abandoned
 from pipelines.shared.tables import show
 
 
-def gc(apply: bool, console: Console) -> dict[str, Any]:
+def gc(apply: bool, console: Console) -> Mapping[str, Any]:
     """List the garbage, or remove it.
 
     Raises:
-        LockedError: If a process works on a run or a stage; nothing is removed then.
-        CorruptError: If something is unreadable, so that it is unknown what it needs.
+        LockedError: If a process works on a run or a stage; then nothing is removed.
+        CorruptError: If a head or a stage is unreadable, because what it refers to is unknown.
     """
     garbage = collect(ROOT, CACHE, time.time()) if apply else find_garbage(ROOT, CACHE, time.time())
     if apply:
@@ -45,10 +46,13 @@ def _print(console: Console, garbage: Garbage, applied: bool) -> None:
     counts = ", ".join(f"{len(found)} {kind}{'' if kind == 'work' else 's'}" for kind, found in kinds)
     done = "removed" if applied else "nothing removed; --apply removes"
     console.print(f"{done}: {counts}, {garbage.bytes / 1e6:.1f} MB", highlight=False)
+    # A process may have written them for a run whose head it has not saved yet.
     if garbage.young:
-        console.print(f"left alone, because they are less than a day old: {len(garbage.young)}", highlight=False)
+        console.print(f"kept because less than a day old: {len(garbage.young)}", highlight=False)
     if ahead := sum(stored.changed > time.time() + GRACE_SECONDS for stored in garbage.young):
-        console.print(f"{ahead} of them are dated in the future: a clock was ahead; touch their files", highlight=False)
+        console.print(
+            f"{ahead} of them are dated in the future, because a clock was ahead; touch them", highlight=False
+        )
 
 
 def _megabytes(stored: Stored) -> str:

@@ -1,7 +1,8 @@
-"""`lifelong-moe sync`: deliver to MLflow what was recorded while it was absent, and set its aliases right."""
+"""`lifelong-moe sync`: send to MLflow what was recorded while it was unreachable, and correct its aliases."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
@@ -12,8 +13,8 @@ from pipelines.shared.places import ROOT
 from pipelines.shared.recorded import follow_champions
 
 
-def sync(console: Console) -> dict[str, Any]:
-    """Deliver all spools, then let each run's alias show who serves.
+def sync(console: Console) -> Mapping[str, Any]:
+    """Deliver all spools, then set each run's alias to its serving stage.
 
     Args:
         console: Where people read.
@@ -22,7 +23,7 @@ def sync(console: Console) -> dict[str, Any]:
         How many records were delivered and how many MLflow refused, by store.
 
     Raises:
-        TryAgainError: If a store does not answer; its records stay.
+        TryAgainError: If an MLflow store does not answer; its records are kept.
     """
     outcomes = deliver(ROOT)
     for synced in outcomes:
@@ -36,10 +37,12 @@ def sync(console: Console) -> dict[str, Any]:
             )
     if not outcomes:
         console.print("Nothing to deliver.")
+    # After the deliveries, which may hold the very stages that the aliases point to.
     for run, problem in follow_champions().items():
         console.print(f"[yellow]alias champion of run {run}: {problem}[/yellow]", highlight=False)
+    # Only now: one store that is down keeps nothing from the others.
     if left := [f"{synced.address}: {synced.problem}" for synced in outcomes if synced.problem is not None]:
-        raise TryAgainError(f"MLflow did not take all records, which stay for later: {'; '.join(left)}")
+        raise TryAgainError(f"MLflow did not take all records; they are kept for the next sync: {'; '.join(left)}")
     return {
         synced.address: {"delivered": s.operations, "refused": s.refused}
         for synced in outcomes

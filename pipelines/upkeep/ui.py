@@ -19,11 +19,11 @@ START_SECONDS = 90.0
 
 
 def ui(port: int, host: str, browser: bool, experiment: str, console: Console) -> int:
-    """Serve until interrupted; returns the server's exit code.
+    """Serve the MLflow UI until interrupted; returns the server's exit code.
 
     Raises:
-        ConfigError: If the port is taken, or there is no database to show.
-        TryAgainError: If the server does not answer in time, or SIGTERM came.
+        ConfigError: If the port is taken, or there is no database.
+        TryAgainError: If the server does not answer in time, or SIGTERM arrived.
     """
     require_free(host, port)
     tracker = Tracker.connect(TrackingConfig(experiment=experiment), ROOT)
@@ -33,14 +33,14 @@ def ui(port: int, host: str, browser: bool, experiment: str, console: Console) -
     base = f"http://{host}:{port}"
     url = ui_url(base, tracker.experiment_id)
     console.print("starting the MLflow UI …")
-    with handling_sigterm():  # a server that outlives us would hold the port
+    with handling_sigterm():  # so the server is stopped too: left running, it would keep the port
         server = subprocess.Popen(command, env=environment)
         try:
-            # Whoever took the port meanwhile answers, too, until our server has found out.
+            # Another server may have taken the port since: it answers until ours has failed to bind.
             if not wait_until_up(base, START_SECONDS, server, lambda: tracker.is_behind(base)):
                 if server.poll() is None:
                     raise TryAgainError(f"the MLflow UI does not answer at {base} within {START_SECONDS:g} s.")
-                console.print(f"The MLflow server ended with exit code {server.returncode}; what it said is above.")
+                console.print(f"The MLflow server ended with exit code {server.returncode}; see its messages above.")
                 return server.returncode
             console.print(f"MLflow: {url}   (Ctrl-C stops it)", soft_wrap=True)
             if browser:

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.xdist_group("champion alias")  # one process trains wha
 
 SILENT = Console(quiet=True)
 DATABASE = Path("mlruns/mlflow.db")
-SHOWN = "MLflow's alias champion shows it."
+SHOWN = "MLflow's alias champion is updated."
 
 
 def client() -> Any:
@@ -180,7 +180,7 @@ def test_a_store_without_the_run_is_said(lab: None, template: Path, capsys: pyte
     DATABASE.unlink()  # and with it all that was recorded
     shutil.copy(template, DATABASE)
     said_by_rollback = said(lambda console: rollback("tiny", None, console))
-    assert "alias champion of lifelong-moe.tiny is left alone: MLflow has no record of the run" in said_by_rollback
+    assert "alias champion of lifelong-moe.tiny is unchanged: MLflow has no record of the run" in said_by_rollback
     assert sync() == 0 and "MLflow has no record of the run" in capsys.readouterr().err
     assert not list(Path("mlruns/spool").glob("*/refused.jsonl"))
     assert head()["champion"] == 0
