@@ -1,1 +1,1 @@
-"""Loss matrices, comparisons and inspections, from measurements."""
+"""Reports of what was measured: a run's loss matrix, comparisons of runs, inspections of experts."""

@@ -144,7 +144,7 @@ def test_a_run_without_versions_has_no_champion(read: Any) -> None:
 
 @pytest.mark.parametrize("stages", [[], [A, A]])
 def test_a_version_needs_stages_of_different_names(head: RunHead, stages: list[VersionStage]) -> None:
-    with pytest.raises(ValueError, match="each of another name"):
+    with pytest.raises(ValueError, match="distinct names"):
         head.promoted("promoted", stages, "", "")
 
 

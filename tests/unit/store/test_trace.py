@@ -91,7 +91,7 @@ def test_a_student_s_layers_are_numbered_anew(chain: list[CommittedStage]) -> No
 
 @pytest.mark.parametrize("name", ["b/L0/E2", "a/L0/E2", "b/L1/E1", "a/L1/E2", "a/L2/E0", "b/L1/E5", "c/L0/E0"])
 def test_what_the_model_has_not_cannot_be_traced(chain: list[CommittedStage], name: str) -> None:
-    with pytest.raises(ConfigError, match=r"no such expert; there are a/L0\.\.1/E0\.\.1, b/L1/E2\.\.4\."):
+    with pytest.raises(ConfigError, match=r"no such expert; it has a/L0\.\.1/E0\.\.1, b/L1/E2\.\.4\."):
         trace_expert(chain[:2], name)
     with pytest.raises(ConfigError, match="an expert's name is STAGE/L<layer>/E<index>"):
         trace_expert(chain, name.replace("E", "X"))
