@@ -1,6 +1,6 @@
 """Forgetting, backward and forward transfer from the loss matrix.
 
-``R[i, j]`` is the held-out loss on distribution j after stage i. The trained distributions are the first columns, in the
+``R[i, j]`` is the held-out loss on distribution j after stage i. Trained distributions are the first columns, in the
 order of first use; later columns were only evaluated and have no forgetting. All functions are pure, in the unit of
 ``R``.
 """

@@ -1,14 +1,14 @@
-"""The machine-readable result of a run. Pure: from numbers and names to plain JSON data.
+"""The report of a run (``report.json``), built from evaluations and facts about its stages. Pure.
 
-Keys of ``report.json`` (schema 3; in schema 2 there was no ``dead_experts`` but for each distribution by itself, where
-it now is ``unused_experts``); matrices have a row after each stage and a column for each distribution:
+Keys of schema 3 (in schema 2, each distribution's ``unused_experts`` was called ``dead_experts``); matrices have a row
+for each stage and a column for each distribution:
 
 ===========================  ==================================================================================
 ``schema``                   3
 ``run``, ``method``          names
 ``seed``                     of the run
-``distributions``            columns: the trained ones in order of first use, then those only evaluated
-``not_measured``             those that would be columns, but their held-out text is gone
+``distributions``            columns: trained distributions in order of first use, then those only evaluated
+``not_measured``             distributions without a column because their held-out text is gone
 ``loss_at_init``             nats per token of the untrained model, by column
 ``bits_per_byte_at_init``    the same in bits per byte of source text
 ``loss_nats_per_token``      the loss matrix R
@@ -18,17 +18,12 @@ it now is ``unused_experts``); matrices have a row after each stage and a column
 ``forward_transfer``         mean over later distributions of R_init[j] − R[j−1, j]; null with one stage
 ``bytes_per_token``          {distribution: bytes of text a token}, held-out text
 ``from_scratch``             {distribution: {``nats_per_token``, ``bits_per_byte``, ``tokens``, ``active_flops``}} of
-                             models that learned nothing else, at the same tokens; empty but for ``unrestrained``
-``stages``                   a list, one object a stage: ``name``, ``data``, ``learns`` (every distribution it was
-                             there to learn: ``[data]``, or all of a joint run), ``key``, ``routing``,
-                             ``experts_per_layer``, ``parameters_total``, ``parameters_active``,
-                             ``parameters_trainable``, ``tokens``, ``active_flops``, ``tokens_per_second``,
-                             ``seconds``, ``epochs``, ``shared`` (trained by another run), ``weights_sha256``,
-                             ``training`` (what else training measured)
+                             models that learned only this one, from as many tokens; only for ``unrestrained``
+``stages``                   a list of the stages: see :class:`StageReport`
 ``routing``                  {distribution: {``entropy``, ``max_over_mean``, ``unused_experts``, ``leak``}} after the
                              last stage
 ``expert_counts``            {distribution: assignments per layer and expert} after the last stage
-``dead_experts``             experts, over all layers, that no distribution uses after the last stage
+``dead_experts``             number of experts, over all layers, that no distribution uses after the last stage
 ===========================  ==================================================================================
 """
 
@@ -47,29 +42,36 @@ if TYPE_CHECKING:  # torch is imported there
     from lifelong_moe.evaluation.loss import Evaluation
 
 SCHEMA = 3
+"""Version of the layout of ``report.json``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageReport:
-    """One stage in the report; the table above lists the fields."""
+    """A stage in the report, its fields in the order of the file."""
 
     name: str
     data: str
+    """The stage's distribution."""
     learns: Sequence[str]
+    """Distributions that it trains on to learn them: ``[data]``, or all of a joint stage."""
     key: str
     routing: str
     experts_per_layer: int
     parameters_total: int
     parameters_active: int
+    """Parameters that one token uses."""
     parameters_trainable: int
     tokens: int
     active_flops: float
     tokens_per_second: float
     seconds: float
     epochs: float
+    """Passes over the stage's own text."""
     shared: bool
+    """Whether another run trained it."""
     weights_sha256: str
     training: Mapping[str, Any]
+    """Everything else that training measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,14 +139,14 @@ class Report:
 
 
 def _learned_after(distributions: Sequence[str], stages: Sequence[StageReport]) -> dict[str, list[int]]:
-    """Indices of the stages that learned each column, where one did."""
+    """For each column that was learned, the indices of the stages that learned it."""
     after = {name: [i for i, stage in enumerate(stages) if name in stage.learns] for name in distributions}
     return {name: places for name, places in after.items() if places}
 
 
 @dataclass(kw_only=True)
 class RunResults:
-    """What is known of a run so far; grows stage by stage."""
+    """The results of a run so far; grows stage by stage."""
 
     run: str
     method: str
@@ -152,22 +154,22 @@ class RunResults:
     distributions: Sequence[str]
     """Columns."""
     not_measured: Sequence[str] = ()
-    """Distributions that can be measured no more."""
+    """Distributions whose held-out text is gone."""
     init: Mapping[str, Evaluation]
-    """Of the untrained model, by distribution."""
+    """Evaluations of the untrained model, by distribution."""
     stages: list[StageReport] = field(default_factory=list)
     evaluations: list[Mapping[str, Evaluation]] = field(default_factory=list)
-    """For each stage, by distribution."""
+    """Evaluations after each stage, by distribution."""
     from_scratch: dict[str, ScratchReport] = field(default_factory=dict)
-    """Of the model that learned one distribution alone, by distribution."""
+    """Loss and cost of the model that learned only this distribution, by distribution."""
 
 
 def build_report(results: RunResults, births: Sequence[Sequence[int]]) -> Report:
-    """Build the report of the stages there are so far.
+    """Build the report of the stages so far.
 
     Args:
-        results: At least one stage's.
-        births: Stage in which each expert of each layer was born, after the last stage.
+        results: Results of at least one stage.
+        births: Birth stage of each expert of each layer of the last model, as an index.
     """
     distributions, init, evaluations = results.distributions, results.init, results.evaluations
     learned = _learned_after(distributions, results.stages)
@@ -175,7 +177,8 @@ def build_report(results: RunResults, births: Sequence[Sequence[int]]) -> Report
     nats = [[row[name].nats_per_token for name in distributions] for row in evaluations]
     init_nats = [init[name].nats_per_token for name in distributions]
     counts = {name: evaluations[-1][name].expert_counts for name in distributions}
-    never = [len(results.stages)]  # then no expert is foreign to it
+    # A distribution that no stage learned counts as learned after the last: then no expert is born later, none leaks.
+    never = [len(results.stages)]
     return Report(
         run=results.run,
         method=results.method,
