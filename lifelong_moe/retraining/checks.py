@@ -1,4 +1,4 @@
-"""The conditions of the gate, one by one: a number, its limit, and the same as a sentence for a person."""
+"""The gate's checks: each is a number, its limit, and a sentence for the operator."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from lifelong_moe.config.retraining.policy import GateConfig
 from lifelong_moe.retraining.bounds import LEAST_SOURCES, Bounds, DocumentLosses
-from lifelong_moe.retraining.pooling import Group
+from lifelong_moe.retraining.pooling import Pool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,20 +21,20 @@ class Check:
     limit: float
     passed: bool
     sentence: str
-    """The same for a person."""
+    """The check in words, for the operator."""
     is_open: bool = False
-    """Whether it failed only because there is too little new text to tell."""
+    """Whether it failed only for want of new text: the limit lies within the bounds."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """An earlier version that losses are held against."""
+    """An earlier version as the baseline of a loss check."""
 
     name: str
     """``step`` or ``ratchet``."""
     words: str
     limit: float
-    """Nats per token that may be lost against it."""
+    """Largest loss increase against it, in nats per token."""
 
 
 @dataclass(frozen=True)
@@ -47,22 +47,22 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
-        """Whether every check is."""
+        """Whether every check passed."""
         return all(check.passed for check in self.checks)
 
     @property
     def is_open(self) -> bool:
-        """Whether more new text may change the answer: of what failed nothing was shown."""
+        """Whether more new text may change the answer: every check that failed is open."""
         return not self.passed and all(check.passed or check.is_open for check in self.checks)
 
     @property
     def reasons(self) -> list[str]:
-        """What forbids it, a sentence each; empty if it passed."""
+        """Why it failed, a sentence for each check; empty if it passed."""
         return [check.sentence for check in self.checks if not check.passed]
 
 
-def new_text_gains(gain: Bounds, after: DocumentLosses, config: GateConfig) -> Check:
-    """The new distribution improves by ``gate.min_gain`` with confidence."""
+def gain_check(gain: Bounds, after: DocumentLosses, config: GateConfig) -> Check:
+    """Check that the gain on the new distribution is at least ``gate.min_gain`` with confidence."""
     passed = gain.lower >= config.min_gain
     sentence = (
         f"New text gains {gain.mean:.4f} nats per token, with confidence at least {gain.lower:.4f}; "
@@ -70,41 +70,44 @@ def new_text_gains(gain: Bounds, after: DocumentLosses, config: GateConfig) -> C
     )
     if math.isinf(gain.lower):
         sentence = f"What new text gains cannot be told: {_too_few(after)}."
+    # Comparisons with NaN are false, so a missing loss neither passes nor counts as open.
     is_open = not passed and gain.upper >= config.min_gain
     return Check(
         name="new/gain", value=gain.lower, limit=config.min_gain, passed=passed, sentence=sentence, is_open=is_open
     )
 
 
-def loses_little(group: Group, against: Comparison, lost: Bounds, after: DocumentLosses) -> Check:
-    """What a distribution, or several together, may have lost at most."""
-    names, limit, passed = ", ".join(group), against.limit, lost.upper <= against.limit
+def loss_check(pool: Pool, against: Comparison, lost: Bounds, after: DocumentLosses) -> Check:
+    """Check that the loss of a distribution, or of a pool of them, increased by at most the limit with confidence."""
+    names, limit, passed = ", ".join(pool), against.limit, lost.upper <= against.limit
     sentence = (
-        f"{names} {'loses' if len(group) == 1 else 'together lose'} {lost.mean:.4f} nats per token against "
+        f"{names} {'loses' if len(pool) == 1 else 'together lose'} {lost.mean:.4f} nats per token against "
         f"{against.words}, "
         f"with confidence at most {lost.upper:.4f}; {'within' if passed else 'more than'} {limit:g}."
     )
     if math.isinf(lost.upper):
         sentence = f"What {names} lost against {against.words} cannot be told: {_too_few(after)}."
-    name = f"old/{_name(group)}/{against.name}"
+    name = f"old/{_name(pool)}/{against.name}"
     return Check(name=name, value=lost.upper, limit=limit, passed=passed, sentence=sentence)
 
 
-def worst_loses_little(group: Group, against: Comparison, name: str, lost: Bounds) -> Check:
-    """None of several that are tested together may have been shown to lose more than one alone may."""
+def worst_member_check(pool: Pool, against: Comparison, name: str, lost: Bounds) -> Check:
+    """Check that no member of a pool has been shown to lose more than the limit."""
+    # The lower bound: the member fails if its loss is shown; one alone has too few sources to be shown harmless.
     limit, passed = against.limit, lost.lower <= against.limit
     return Check(
-        name=f"old/{_name(group)}/{against.name}_worst",
+        name=f"old/{_name(pool)}/{against.name}_worst",
         value=lost.lower,
         limit=limit,
         passed=passed,
-        sentence=f"Of {', '.join(group)} {name} loses most clearly, {lost.mean:.4f} nats per token, with confidence at "
+        sentence=f"Of {', '.join(pool)} {name} loses most clearly, {lost.mean:.4f} nats per token, with confidence at "
         f"least {lost.lower:.4f}; {'not shown to be' if passed else 'shown to be'} more than {limit:g}.",
     )
 
 
-def borrower_loses_little(small: Group, against: Comparison, after: DocumentLosses, other: DocumentLosses) -> Check:
-    """What borrowed the sources of larger ones would vanish in their mean: its own is held to the limit as it is."""
+def borrower_check(small: Pool, against: Comparison, after: DocumentLosses, other: DocumentLosses) -> Check:
+    """Check the measured mean of the small members of a pool that borrows sources of larger distributions."""
+    # In the pool's mean they would vanish beside the lenders. They are too few for bounds, so the mean itself counts.
     mean, names = after.nats_per_token - other.nats_per_token, ", ".join(small)
     limit, passed = against.limit, mean <= against.limit
     return Check(
@@ -117,11 +120,12 @@ def borrower_loses_little(small: Group, against: Comparison, after: DocumentLoss
     )
 
 
-def _name(group: Group) -> str:
-    """Of a check; MLflow cuts what is longer than 250 characters."""
-    if len(group) == 1:
-        return group[0]
-    return f"pooled({', '.join(group[:3])}{f' and {len(group) - 3} more' * (len(group) > 3)})"
+def _name(pool: Pool) -> str:
+    """Name of a pool within a check's."""
+    if len(pool) == 1:
+        return pool[0]
+    # MLflow refuses metric names of more than 250 characters.
+    return f"pooled({', '.join(pool[:3])}{f' and {len(pool) - 3} more' * (len(pool) > 3)})"
 
 
 def _too_few(losses: DocumentLosses) -> str:
@@ -132,8 +136,8 @@ def _too_few(losses: DocumentLosses) -> str:
     )
 
 
-def frozen_is_unchanged(changed: Sequence[str]) -> Check:
-    """No frozen tensor is another one; ``changed`` names those that are."""
+def frozen_check(changed: Sequence[str]) -> Check:
+    """Check that every frozen tensor kept its bits; ``changed`` names those that did not."""
     first = ", ".join(changed[:3]) + (", …" if len(changed) > 3 else "")
     return Check(
         name="frozen",
@@ -144,8 +148,8 @@ def frozen_is_unchanged(changed: Sequence[str]) -> Check:
     )
 
 
-def old_text_stays(leaks: Mapping[str, float], config: GateConfig) -> Iterator[Check]:
-    """Old text stays with the experts that know it."""
+def leak_checks(leaks: Mapping[str, float], config: GateConfig) -> Iterator[Check]:
+    """Check for each old distribution that the router leak is at most ``gate.max_leak``."""
     for name, leak in leaks.items():
         yield Check(
             name=f"leak/{name}",

@@ -1,12 +1,7 @@
-"""Skip, wait, continue or grow? What probes gained, less what they forgot, added and would cost.
+"""Skip, wait, continue or grow: the action of largest utility, from probes.
 
 A probe is a short training on the new data: ``continue`` trains the experts that the data uses, with replay; ``grow``
-trains new ones. Noise can be learned as well, as far as its frequencies go, and then gains as lastingly as any text.
-What it does not have is order, so each probe is also scored on the new documents shuffled
-(`lifelong_moe.retraining.structure`), and what order is worth to it is a term, ``structure``.
-
-"Cannot tell" is not "no": where a bound leaves both open, the text waits for more of its kind. It is given up only
-where a bound says so, and an action is not begun where its probe shows that the gate will refuse what comes of it.
+trains new ones. Utility is the gain of the probe less the costs of forgetting, parameters and training.
 """
 
 from __future__ import annotations
@@ -24,49 +19,54 @@ class Action(StrEnum):
     """What to do with new data."""
 
     skip = "skip"
-    """Nothing, for good."""
+    """Train nothing, for good."""
     wait = "wait"
-    """Nothing yet: too little text for an answer."""
+    """Train nothing yet: too little text for an answer."""
     continue_ = "continue"
+    """Train on the experts that the data uses."""
     grow = "grow"
+    """Add experts and train them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeResult:
-    """What a probe showed on held-out text. Losses are in nats per token, bounds hold with 95 % confidence; they are
-    infinite where there is too little text."""
+    """Measurements of a probe on held-out text: nats per token, with 95 % bounds, infinite if there is too little text.
+
+    The order of documents tells text from noise: a model can learn the frequencies of noise too, and gains by it as
+    lastingly as by any text. So a probe is also scored on shuffled documents (`lifelong_moe.retraining.structure`).
+    """
 
     gain: float
     """Loss of the champion minus that of the probe on new text."""
     gain_lower: float
     gain_upper: float
     structure: float
-    """Lower bound of the probe's loss on new documents that were shuffled, minus its loss on them as they are."""
+    """Lower bound of the probe's loss on shuffled new documents minus its loss on the same documents in order."""
     structure_upper: float
     forgetting: float
-    """Highest upper bound, over what the gate tests of old text, of the probe's loss minus the champion's; 0 if there
-    is none."""
+    """Highest upper bound, over the gate's pools of old distributions, of the probe's loss minus the champion's; 0
+    without old distributions."""
     forgetting_lower: float
-    """Highest lower bound of the same: so much is forgotten at least, somewhere."""
+    """Highest lower bound of the same: at least so much is forgotten in one of the pools."""
     leak: float
-    """Highest share of an old distribution's tokens that go to experts born after it."""
+    """Highest router leak of an old distribution: share of its tokens routed to later experts."""
     parameters_fraction: float
-    """Parameters added, in units of those there are."""
+    """Parameters added, as a fraction of the champion's."""
     cost_fraction: float
-    """Cost of the stage that the probe stands for, in units of the budget."""
+    """Cost of the whole stage and its probes, as a fraction of the budget."""
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What to do and why."""
+    """The chosen action and its reasons."""
 
     action: Action
     terms: dict[str, float]
-    """Every number that counted, such as ``grow/gain``; utilities and what they are made of in nats per token."""
+    """Every number behind the choice, such as ``grow/gain``; utilities and their terms in nats per token."""
     reasons: list[str]
-    """For a person: a sentence on each action that was considered, warnings, and one on the choice."""
+    """Sentences for the operator: on each action considered, warnings, and the choice."""
     way: int | None = None
-    """Which of several ways to grow was the best, from 0; None if none was tried."""
+    """Index of the best way to grow; None if none was tried."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Obstacle:
 
     words: str
     waits: bool = False
-    """Whether more text might remove it."""
+    """Whether more text might remove it: "cannot tell" is not "no"."""
 
 
 def decide(
@@ -87,21 +87,20 @@ def decide(
     gate: GateConfig,
     untested: str | None = None,
 ) -> Decision:
-    """Choose the action of largest utility; doing nothing has 0, and wins a tie as the cheaper action does.
+    """Choose the action of largest utility; skipping has utility 0.
 
     ``gain - forgetting_weight max(0, forgetting - tolerance) - parameter_weight ΔP / P - cost_weight cost / budget``.
-    An action is ruled out where its probe shows that the gain is under ``min_gain``, that order is worth less than
-    ``min_structure`` (noise), or that the gate will refuse it. Where bounds leave that open, or a number is missing, it
-    cannot be taken yet: the decision is to wait, if the upper bound of its utility is above 0 and nothing else is worth
-    doing. Without drift growing is not considered.
+    An action is ruled out if its probe shows that the gain is under ``min_gain``, that order is worth less than
+    ``min_structure`` (noise), or that the gate will refuse it. If bounds leave that open, or a number is missing, the
+    decision is to wait, unless another action is worth taking or the utility is at most 0 even at its upper bound.
 
     Args:
-        continued: Probe that continued the experts there are; None if it was not made.
-        grown: Probes with new experts, each with a name in words ("Growing by 4 experts"); none without drift.
-        drifted: Whether the new documents come from elsewhere; where not, why not is the caller's to say.
+        continued: Probe of continuing; None if it was not run.
+        grown: Probes of growing, each with its name in words ("Growing by 4 experts"); empty without drift.
+        drifted: Whether the new documents drifted; growing is considered only then.
         config: Prices and limits.
-        gate: What a candidate will have to hold.
-        untested: Why growing could not be considered though it may be right, in words: nothing is given up then.
+        gate: Limits of the gate that a candidate will meet.
+        untested: Why drift could not be tested, in words; the text then waits and is not skipped.
     """
     way = _best_way(grown, config, gate) if drifted else None
     probes = {Action.continue_: continued, Action.grow: None if way is None else grown[way][1]}
@@ -120,12 +119,14 @@ def decide(
         parts = utility_terms(probe, config)
         terms |= {f"{action}/{name}": value for name, value in parts.items()}
         obstacle = _obstacle(probe, parts, config, gate)
-        reasons.append(_account(action, parts, obstacle))
+        reasons.append(_summary(action, parts, obstacle))
+        # Strictly greater: on a tie the cheaper action stays, and skipping is the cheapest.
         if obstacle is None and parts["utility"] > highest:
             best, highest = action, parts["utility"]
         obstacles.append(obstacle or Obstacle(f"the utility of what {action} brings is {parts['utility']:.4f}"))
     open_ = [obstacle for obstacle in obstacles if obstacle.waits]
     open_ += [Obstacle(untested, waits=True)] if untested else []
+    # Text is skipped for good only where bounds say so; any open question makes it wait for more of its kind.
     if best == Action.skip and open_:
         best, obstacles = Action.wait, open_
     if (taken := probes.get(best)) is not None:
@@ -134,23 +135,23 @@ def decide(
 
 
 def _best_way(grown: Sequence[tuple[str, ProbeResult]], config: DecisionConfig, gate: GateConfig) -> int | None:
-    """The way to grow of largest utility; those that must wait after those that need not, ruled-out ones last; of
-    equals the first. None if there is none."""
+    """Index of the way to grow with the largest utility; None if there is none.
+
+    Ways without an obstacle come first, then open ones, then those ruled out; the first of equals wins.
+    """
 
     def worth(i: int) -> tuple[int, float]:
         parts = utility_terms(grown[i][1], config)
         obstacle = _obstacle(grown[i][1], parts, config, gate)
         rank = 2 if obstacle is None else int(obstacle.waits)
+        # NaN compares false with everything, and max() would keep whichever came first.
         return rank, parts["utility"] if math.isfinite(parts["utility"]) else -math.inf
 
     return max(range(len(grown)), key=worth, default=None)
 
 
 def utility_terms(probe: ProbeResult, config: DecisionConfig) -> dict[str, float]:
-    """The probe's numbers, what each costs, and ``utility``: gain less the three costs; nats per token.
-
-    NaN anywhere makes the utility NaN.
-    """
+    """The probe's measurements, the three costs, and ``utility``, in nats per token; NaN anywhere makes utility NaN."""
     forgetting_cost = config.forgetting_weight * max(0.0, probe.forgetting - config.tolerance)
     if math.isnan(probe.forgetting):  # max() would drop it
         forgetting_cost = math.nan
@@ -175,7 +176,8 @@ def utility_terms(probe: ProbeResult, config: DecisionConfig) -> dict[str, float
 def _obstacle(
     probe: ProbeResult, parts: Mapping[str, float], config: DecisionConfig, gate: GateConfig
 ) -> Obstacle | None:
-    """Why an action cannot be taken whatever its utility: what is certain first, then what cannot be told."""
+    """Why an action cannot be taken whatever its utility; None if it can."""
+    # What is certain comes before what is open: text that is shown to be noise must not wait for more of it.
     if any(math.isnan(value) for value in dataclasses.astuple(probe)):
         return Obstacle("a number is missing", waits=True)
     if probe.structure_upper < config.min_structure:
@@ -200,12 +202,13 @@ def _obstacle(
 
 
 def _open_question(probe: ProbeResult, parts: Mapping[str, float], config: DecisionConfig) -> Obstacle | None:
-    """What more text would answer."""
+    """What more text might answer; an obstacle for good where even the best case is worth less than it costs."""
     if math.isinf(probe.forgetting):
         return Obstacle("what old text loses cannot be told until more sources of it are held out", waits=True)
     worth = f"{probe.gain_lower:.4f} to {probe.gain_upper:.4f}"
-    dear = config.forgetting_weight * max(0.0, probe.forgetting_lower - config.tolerance) - parts["forgetting_cost"]
-    if parts["utility"] - probe.gain + probe.gain_upper - dear <= 0:  # at best
+    # The utility's upper bound: the largest gain that the bounds allow, with the least forgetting that they allow.
+    least_cost = config.forgetting_weight * max(0.0, probe.forgetting_lower - config.tolerance)
+    if parts["utility"] - probe.gain + probe.gain_upper - (least_cost - parts["forgetting_cost"]) <= 0:
         return Obstacle(f"whatever it gains ({worth} nats per token) is worth less than it costs")
     if math.isinf(probe.gain_lower):
         return Obstacle(
@@ -222,7 +225,7 @@ def _open_question(probe: ProbeResult, parts: Mapping[str, float], config: Decis
     return None
 
 
-def _account(action: Action, parts: Mapping[str, float], obstacle: Obstacle | None) -> str:
+def _summary(action: Action, parts: Mapping[str, float], obstacle: Obstacle | None) -> str:
     verb = {Action.continue_: "Continuing", Action.grow: "Growing"}[action]
     text = (
         f"{verb} gains {parts['gain']:.4f} nats per token; forgetting costs {parts['forgetting_cost']:.4f}, parameters "
@@ -234,7 +237,8 @@ def _account(action: Action, parts: Mapping[str, float], obstacle: Obstacle | No
 
 
 def _warnings(probe: ProbeResult, gate: GateConfig) -> list[str]:
-    """What the gate may refuse, though the probe does not show it."""
+    """Warnings where the gate may refuse the candidate, though the probe's bounds leave it open."""
+    # Only warnings: a probe is a fraction of the stage, which both gains and forgets more.
     found = []
     if probe.gain_lower < gate.min_gain:
         found.append(

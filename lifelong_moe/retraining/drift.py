@@ -1,9 +1,7 @@
-"""Do new documents come from another distribution? A classifier that tells new from old, judged by chance.
+"""Drift: do new documents come from another distribution than old ones? A classifier two-sample test over sources.
 
-Documents of one source resemble each other, so sources, not documents, are what chance may exchange: with documents
-exchanged, undrifted data raises an alarm nearly always. A source counts once, as the mean of its documents, however
-many it has: counted by document, one large source decides, and chance, which seldom has as large a one, looks too weak.
-Numbers only; features come from the caller and must not depend on which side a document is on.
+A classifier is trained to tell new sources from old ones, and its AUC is compared with the null distribution of AUCs
+under permuted labels. Numbers only; features come from the caller and must not depend on which side a document is on.
 
 Legend: N documents of both sides, S sources of both sides, D feature width, K clusters, P permutations.
 """
@@ -27,45 +25,48 @@ Floats = NDArray[np.floating[Any]]
 Ints = NDArray[np.integer[Any]]
 
 FOLDS = 10
-"""Parts of the cross-validation, or one per source if there are fewer."""
+"""Folds of the cross-validation; one per source if there are fewer."""
+# Results hardly depend on it.
 SHRINKAGE = 1.0
-"""Ridge penalty in units of the features' mean variance over their principal axes; results hardly depend on it."""
+"""Ridge penalty in units of the features' mean variance over their principal axes."""
+# With few sources several labellings reach an AUC of 1, and the truth would not stand out however far apart the sides
+# are. The weight is below any step of the AUC, so the correlation breaks ties and nothing else.
 TIE = 1e-6
-"""Weight of the correlation beside the area, less than any step of it. Of few sources several labellings reach an area
-of 1, and the truth would not stand out from them however far apart the sides are."""
+"""Weight of the correlation of scores and labels beside the AUC."""
 
-_THREADS = ThreadpoolController()  # made once: looking for the libraries takes longer than the test
+# Made once: looking for the libraries takes longer than the test.
+_THREADS = ThreadpoolController()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Drift:
-    """How far new documents differ from old ones, and whether by more than sources differ anyway."""
+    """Result of the drift test."""
 
     auc: float | None
-    """Area under the curve of telling new sources from old, left out of training; None with a single one on a side."""
+    """Cross-validated AUC of telling new sources from old ones; None if a side has a single source."""
     null_quantile: float | None
-    """What chance reaches at the configured quantile; None if there are too few sources for a test."""
+    """Configured quantile of the AUC under permuted labels; None if there are too few sources for a test."""
+    # Reported only: its bias is known for independent documents, and documents of one source are not.
     psi: float
-    """Population stability index over clusters without its bias, in nats: the size of the shift. It decides nothing,
-    since its bias is known only for documents that are independent."""
+    """Population stability index over clusters without its bias, in nats: the size of the shift."""
     new_sources: int
     old_sources: int
     drifted: bool
-    """Always False if there are too few sources for a test."""
+    """Whether the test found drift; False if there are too few sources for a test."""
     words: str
-    """The same, as one sentence."""
+    """The result as a sentence."""
 
 
 @dataclass(frozen=True, eq=False)
 class DocumentSample:
-    """Documents of one side, as numbers."""
+    """Features and sources of the documents of one side."""
 
     features_ND: Floats
-    """Finite features ``(N, D)``; how they are made must not depend on the side."""
+    """Finite features ``(N, D)``, computed alike on both sides."""
     sources: Sequence[str]
     """Source of each document."""
     counts_K: Ints
-    """Documents in each cluster, ``(K,)``; may count more documents than have features."""
+    """Documents in each cluster, ``(K,)``; may count more documents than there are features of."""
 
     def __post_init__(self) -> None:
         if not len(self.sources) or np.ndim(self.features_ND) != 2 or len(self.features_ND) != len(self.sources):
@@ -73,7 +74,7 @@ class DocumentSample:
         if not np.isfinite(self.features_ND).all():
             raise ValueError("a feature is not finite")
 
-    def chosen(self, limit: int, *, seed: int) -> tuple[NDArray[np.float64], Ints]:
+    def subsample(self, limit: int, *, seed: int) -> tuple[NDArray[np.float64], Ints]:
         """Features of at most ``limit`` documents, and the index of their sources, from 0."""
         rows = choose_documents(self.sources, limit, seed=seed)
         _, source_N = np.unique(np.array(self.sources)[rows], return_inverse=True)
@@ -81,36 +82,44 @@ class DocumentSample:
 
 
 def measure_drift(new: DocumentSample, old: DocumentSample, config: DriftConfig, *, seed: int) -> Drift:
-    """Test whether new documents are from elsewhere than those the model has learned.
+    """Test whether new documents come from another distribution than those the model has learned.
 
-    The classifier is ridge regression on the standardized mean features of sources, weighted by how well each mean is
-    known; its direction is that of a regularized Fisher discriminant, cross-validated. Its scores are linear in the
-    labels, so one matrix serves all permutations. Trained on some sources and tested on others, it finds only what new
-    *sources* have in common.
+    The classifier is ridge regression on the standardized mean features of sources, weighted by the precision of each
+    mean: the direction of a regularized Fisher discriminant. It is cross-validated over sources, so it finds only what
+    new *sources* have in common.
 
     Args:
-        new: New documents. A source that is also an old one counts as another, which can only hide drift.
+        new: New documents. A source that is on both sides counts as two, which can only hide drift.
         old: Documents that the model has learned.
-        config: Limits.
+        config: Limits of the test.
         seed: Of the choice of documents, the folds and the permutations; same seed, same result.
 
     Raises:
-        ValueError: If the two have other numbers of features or clusters.
+        ValueError: If the sides differ in the number of features or clusters.
 
     Source:
         Classifier two-sample tests (arXiv:1610.06545); exact p-values of sampled permutations: Phipson and Smyth 2010.
     """
-    (new_ND, new_source_N), (old_ND, old_source_N) = (side.chosen(config.documents, seed=seed) for side in (new, old))
+    (new_ND, new_source_N), (old_ND, old_source_N) = (
+        side.subsample(config.documents, seed=seed) for side in (new, old)
+    )
     num_new, num_old = int(new_source_N.max()) + 1, int(old_source_N.max()) + 1
     psi = population_stability(new.counts_K, old.counts_K)
     auc = limit = None
-    if min(num_new, num_old) >= 2:  # of a single source none is left to train on
+    if min(num_new, num_old) >= 2:  # a single source would leave none to train on
         rng = np.random.default_rng(seed)
-        labels_SP = _relabelled(num_new, num_old, config.permutations, rng)
+        # Labels of sources are permuted. Documents of one source resemble each other: with documents permuted, data
+        # without drift raises an alarm nearly always.
+        labels_SP = _permuted_labels(num_new, num_old, config.permutations, rng)
         x_ND, source_N = np.concatenate([new_ND, old_ND]), np.concatenate([new_source_N, num_new + old_source_N])
+        # A source counts once, as the mean of its documents. Counted by document, one large source decides, and the
+        # null distribution, whose new side seldom has as large a one, comes out too low.
         means_SD, weight_S = source_means(x_ND, source_N), source_weights(x_ND, source_N)
-        with _THREADS.limit(limits=1):  # their number changes the last bits of a product
-            scores_SP = _scoring(means_SD, weight_S, rng) @ labels_SP
+        # One thread, since their number changes the last bits of a product. Scores are linear in the labels, so one
+        # matrix serves all permutations.
+        with _THREADS.limit(limits=1):
+            # shape: (S, S) @ (S, 1 + P)
+            scores_SP = _scoring_matrix(means_SD, weight_S, rng) @ labels_SP
         aucs_P = area_under_curve(scores_SP, labels_SP) + TIE * _correlation(scores_SP, labels_SP)
         auc, limit = float(aucs_P[0]), _upper_quantile(aucs_P[1:], config.quantile, num_new == num_old)
     drifted = auc is not None and limit is not None and auc > limit and auc >= config.auc
@@ -121,12 +130,12 @@ def measure_drift(new: DocumentSample, old: DocumentSample, config: DriftConfig,
         new_sources=num_new,
         old_sources=num_old,
         drifted=drifted,
-        words=_words(auc, limit, drifted, num_new, num_old, config),
+        words=_sentence(auc, limit, drifted, num_new, num_old, config),
     )
 
 
 def choose_documents(sources: Sequence[str], limit: int, *, seed: int) -> NDArray[np.int64]:
-    """Choose at most ``limit`` documents, as evenly over sources as they allow: in turn one from each.
+    """Choose at most ``limit`` documents in round robin over sources, so that each source has as many as possible.
 
     Returns:
         Their indices, ascending; all of them if they are no more than ``limit``.
@@ -140,18 +149,18 @@ def choose_documents(sources: Sequence[str], limit: int, *, seed: int) -> NDArra
 
 
 def source_means(x_ND: Floats, source_N: Ints) -> NDArray[np.float64]:
-    """Mean features of each source ``(S, D)``; sources are numbered from 0, none left out."""
+    """Mean features of each source ``(S, D)``; ``source_N`` numbers sources from 0 without gaps."""
     sums_SD: NDArray[np.float64] = np.zeros((int(source_N.max()) + 1, np.shape(x_ND)[1]))
     np.add.at(sums_SD, source_N, x_ND)
     return sums_SD / np.bincount(source_N)[:, None]
 
 
 def source_weights(x_ND: Floats, source_N: Ints) -> NDArray[np.float64]:
-    """One over the variance of each source's mean features, with a mean of 1 over sources ``(S,)``.
+    """Precision of each source's mean features, scaled to a mean of 1 over sources ``(S,)``.
 
-    With ``b`` the variance between sources and ``w`` that within them, the mean of n documents has ``b + w / n``; both
-    are those of a one-way analysis of variance, pooled over standardized features. So a source of one document weighs
-    less than one of ten, and one of ten nearly as much as one of thousands.
+    The mean of n documents has variance ``b + w / n``, with ``b`` the variance between sources and ``w`` that within
+    them, from a one-way analysis of variance pooled over standardized features. So a source of one document weighs less
+    than one of ten, and one of ten nearly as much as one of thousands.
 
     Source:
         Moment estimates of the random-effects model: Searle, Casella, McCulloch, Variance Components, 1992, sec. 3.6.
@@ -161,6 +170,7 @@ def source_weights(x_ND: Floats, source_N: Ints) -> NDArray[np.float64]:
     unit_D = np.where(deviation_D > 0, deviation_D, 1.0)
     within = (((x_ND - means_SD[source_N]) / unit_D) ** 2).sum() / max(1, len(x_ND) - len(means_SD))
     between = (means_SD / unit_D).var(axis=0, ddof=1).sum() - within * (1 / documents_S).mean()
+    # The moment estimate of the variance between sources can be negative.
     variance_S = max(between, 0.0) + within / documents_S
     if not variance_S.all():  # all documents are equal
         return np.ones(len(variance_S))
@@ -168,11 +178,10 @@ def source_weights(x_ND: Floats, source_N: Ints) -> NDArray[np.float64]:
 
 
 def population_stability(new_counts_K: Ints, old_counts_K: Ints) -> float:
-    """Symmetric divergence of two histograms without its bias: ``sum (p - q) ln(p / q) - (K - 1)(1/n + 1/m)``.
+    """Population stability index of two histograms, bias removed: ``sum (p - q) ln(p / q) - (K - 1)(1/n + 1/m)``.
 
-    Half a document is added to each cluster of each side, so that an empty one costs no infinity; clusters empty on
-    both sides do not count. For independent documents of one distribution the expectation is about 0, so values
-    may be negative.
+    For independent documents of one distribution its expectation is about 0, so values may be negative. Clusters empty
+    on both sides do not count.
 
     Args:
         new_counts_K: n documents by cluster, ``(K,)``.
@@ -188,6 +197,7 @@ def population_stability(new_counts_K: Ints, old_counts_K: Ints) -> float:
     total_2 = counts_2K.sum(axis=1)
     if not total_2.all():
         raise ValueError("each side needs a document")
+    # Half a document more in each cluster: an empty one would make the index infinite.
     counts_2K = counts_2K[:, counts_2K.any(axis=0)] + 0.5
     p_K, q_K = counts_2K / counts_2K.sum(axis=1, keepdims=True)
     bias = (len(p_K) - 1) * (1 / total_2).sum()
@@ -213,10 +223,10 @@ def _correlation(scores_SP: Floats, labels_SP: Floats) -> NDArray[np.float64]:
     return (x_SP * y_SP).sum(axis=0) / np.where(norm_P > 0, norm_P, 1.0)
 
 
-def _relabelled(num_new: int, num_old: int, permutations: int, rng: np.random.Generator) -> NDArray[np.float64]:
-    """Which sources count as new, 0 or 1, ``(sources, 1 + P)``: the truth first, then other choices, all distinct.
+def _permuted_labels(num_new: int, num_old: int, permutations: int, rng: np.random.Generator) -> NDArray[np.float64]:
+    """Labels of sources, 1 for new, ``(S, 1 + P)``: the truth in column 0, then distinct permutations.
 
-    All of them if there are no more than ``permutations``.
+    P is ``permutations``, or the number of all others if there are fewer.
     """
     num, truth = num_new + num_old, tuple(range(num_new))
     chosen = {truth: None}  # a dict keeps the order
@@ -230,14 +240,11 @@ def _relabelled(num_new: int, num_old: int, permutations: int, rng: np.random.Ge
     return labels_SP
 
 
-def _scoring(x_SD: Floats, weight_S: Floats, rng: np.random.Generator) -> NDArray[np.float64]:
-    """Matrix ``(S, S)`` from labels to the scores of sources by a weighted ridge regression on the other folds.
+def _scoring_matrix(x_SD: Floats, weight_S: Floats, rng: np.random.Generator) -> NDArray[np.float64]:
+    """Matrix ``(S, S)`` from labels to cross-validated scores of sources, by weighted ridge regression.
 
     Ridge in its dual form: with W the weights and Z the training features, centred by their weighted mean and times
-    ``sqrt(W)``, ``score(x) = sqrt(w) (x - mean) Z^T (Z Z^T + r)^-1 sqrt(W) C y``, C centring the labels alike. There is
-    no intercept, since that of a fold would tell which labels were left out. A score is in units of its standard
-    deviation, hence its ``sqrt(w)``: where one side has the smaller sources, its scores would scatter more, which alone
-    makes chance look too weak.
+    ``sqrt(W)``, ``score(x) = sqrt(w) (x - mean) Z^T (Z Z^T + r)^-1 sqrt(W) C y``, C centring the labels alike.
     """
     centre_D = np.average(x_SD, axis=0, weights=weight_S)
     deviation_D = np.sqrt(np.average((x_SD - centre_D) ** 2, axis=0, weights=weight_S))
@@ -248,26 +255,31 @@ def _scoring(x_SD: Floats, weight_S: Floats, rng: np.random.Generator) -> NDArra
         test, train = fold_S == fold, fold_S != fold
         share, root_S = weight_S[train] / weight_S[train].sum(), np.sqrt(weight_S)
         mean_D = share @ x_SD[train]
+        # shape: (training sources, D)
         z = (x_SD[train] - mean_D) * root_S[train, None]
         gram = z @ z.T
         ridge = SHRINKAGE * np.trace(gram) / min(z.shape) or 1.0  # equal features: any penalty gives scores of 0
+        # A score is in units of its standard deviation, hence times sqrt(w). Otherwise the side with the smaller
+        # sources has the wider scores, which alone makes the null distribution too low.
         left_out = (x_SD[test] - mean_D) * root_S[test, None]
         solved = np.linalg.solve(gram + ridge * np.eye(len(gram)), z @ left_out.T).T * root_S[train]
+        # Labels are centred and no intercept is added: the intercept of a fold would tell which labels were left out.
         matrix_SS[np.ix_(test, train)] = solved - np.outer(solved.sum(axis=1), share)
     return matrix_SS
 
 
 def _upper_quantile(null_P: Floats, quantile: float, mirrored: bool) -> float | None:
-    """Value that, exceeded by the truth, gives a permutation p-value of at most ``1 - quantile``.
+    """Critical value of the AUC: above it the permutation p-value is at most ``1 - quantile``.
 
-    None if no outcome could: with the truth there are ``P + 1`` labellings (when ``mirrored``, half of them are
-    another's mirror image with the same area), and the best of them alone must be rare enough.
+    None if even the largest AUC of all ``P + 1`` labellings has a larger p-value. When ``mirrored``, each labelling has
+    a mirror image with the same AUC.
     """
-    most = math.floor((len(null_P) + 1) * (1 - quantile) + 1e-9)  # labellings that may do as well, the truth included
+    # Labellings that may reach the truth's AUC, the truth included; 1e-9 against (1 - quantile) rounded down.
+    most = math.floor((len(null_P) + 1) * (1 - quantile) + 1e-9)
     return float(np.sort(null_P)[-most]) if most > int(mirrored) else None
 
 
-def _words(
+def _sentence(
     auc: float | None, limit: float | None, drifted: bool, num_new: int, num_old: int, config: DriftConfig
 ) -> str:
     sources = f"{num_new} new and {num_old} old source(s)"

@@ -1,7 +1,7 @@
-"""May a new version replace the one before? Differences of held-out loss with their uncertainty, against limits.
+"""The gate: may a candidate replace the champion? Bounds of held-out loss differences against limits.
 
-All losses are of fixed gate sets, so versions are compared document by document. What is not a number passes nothing,
-and neither does what has too few sources for an answer.
+The bounds are computed by :func:`lifelong_moe.retraining.bounds.difference_bounds`, on fixed gate sets, so that
+versions are compared document by document. NaN passes no check, and neither do infinite bounds.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 
 from lifelong_moe.config.retraining.policy import GateConfig
 from lifelong_moe.retraining import checks
-from lifelong_moe.retraining.bounds import Bounds, DocumentLosses, difference
+from lifelong_moe.retraining.bounds import Bounds, DocumentLosses, difference_bounds
 from lifelong_moe.retraining.checks import Check, Comparison, Verdict
-from lifelong_moe.retraining.pooling import Group, groups, joined, worst_member
+from lifelong_moe.retraining.pooling import Pool, pooled_losses, pools, worst_member
 
 RATCHET = 3
-"""What a distribution may lose against its best version ever, in units of what it may lose in one step."""
+"""Loss increase allowed against a distribution's best version ever, in units of ``gate.tolerance``."""
 
 Losses = Mapping[str, DocumentLosses]
 """By distribution."""
@@ -25,22 +25,22 @@ Losses = Mapping[str, DocumentLosses]
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """What was measured of a new version and of the champion before it, on gate sets that neither was trained on."""
+    """Measurements of a candidate and of the champion, on gate sets that neither was trained on."""
 
     new: str
     """The new distribution; all others are old ones."""
     after: Losses
-    """Of the new version."""
+    """Losses of the candidate."""
     before: Losses
-    """Of the champion, on the same documents."""
+    """Losses of the champion, on the same documents."""
     best: Losses
-    """Of each old distribution's best version: the one that had the lowest mean so far."""
+    """Losses of each old distribution's best version: the one with the lowest mean so far."""
     changed_frozen: Sequence[str] = ()
-    """Frozen tensors whose bits are others now."""
+    """Names of frozen tensors whose bits changed."""
     leaks: Mapping[str, float] = field(default_factory=dict)
-    """Share of an old distribution's tokens that go to experts born after it was learned, where that is measured."""
+    """Router leak of old distributions, where it was measured: share of tokens routed to later experts."""
     kinds: Mapping[str, str] = field(default_factory=dict)
-    """The kind of each old distribution, for pooling; one that is absent is a kind of its own."""
+    """Kind of each old distribution, for pooling; one that is absent is a kind of its own."""
 
     def __post_init__(self) -> None:
         if not set(self.after) == set(self.before) == {self.new, *self.best} or self.new in self.best:
@@ -51,21 +51,17 @@ class Evidence:
 
 
 def judge(found: Evidence, config: GateConfig, *, seed: int) -> Verdict:
-    """Hold a new version against the champion before it.
+    """Judge a candidate against the champion. All checks must pass.
 
-    - The new distribution improves: its gain is at least ``min_gain`` with confidence.
-    - Each old one loses at most ``tolerance`` with confidence; small ones together
-      (:func:`~lifelong_moe.retraining.pooling.groups`), and none of those may have been shown to lose more.
-    - Against the best version that each ever had it loses at most three times that, with the same confidence, on the
-      same documents: many small steps, each within its limit, must not add up.
-    - Frozen tensors are what they were, and old text stays with the experts that know it.
-
-    The level of a check is not divided by their number. All must be passed, so a version that harms one distribution
-    passes no more often than that one's check lets it, which is ``level`` at most; divided, the harmless would fail.
+    - Gain: the loss on the new distribution falls by at least ``min_gain`` with confidence.
+    - Step: the loss on each old distribution rises by at most ``tolerance`` with confidence. Small distributions are
+      pooled (:func:`~lifelong_moe.retraining.pooling.pools`), and no member may have been shown to lose more.
+    - Ratchet: against the best version of each old distribution, at most ``RATCHET`` times as much.
+    - Frozen tensors keep their bits, and the router leak of old distributions is at most ``max_leak``.
 
     Args:
-        found: What was measured.
-        config: Limits.
+        found: Measurements.
+        config: Limits and level.
         seed: Of the bootstraps.
 
     Raises:
@@ -76,51 +72,55 @@ def judge(found: Evidence, config: GateConfig, *, seed: int) -> Verdict:
         Technometrics 24(4).
     """
     new, old = found.after[found.new], {name: losses for name, losses in found.after.items() if name != found.new}
-    gain = -difference(new, found.before[found.new], level=config.level, resamples=config.resamples, seed=seed)
+    gain = -difference_bounds(new, found.before[found.new], level=config.level, resamples=config.resamples, seed=seed)
+    # The level is not divided by the number of checks. As all must pass, a candidate that harms one distribution passes
+    # no more often than that check alone lets it, which is `level` at most; divided, harmless candidates would fail.
     return Verdict(
         [
-            checks.new_text_gains(gain, new, config),
-            *_losses(old, found.before, found.kinds, _step(config), config, seed),
-            *_losses(old, found.best, found.kinds, _ratchet(config), config, seed),
-            checks.frozen_is_unchanged(found.changed_frozen),
-            *checks.old_text_stays(found.leaks, config),
+            checks.gain_check(gain, new, config),
+            *_loss_checks(old, found.before, found.kinds, _step(config), config, seed),
+            # Many small steps, each within its limit, must not add up.
+            *_loss_checks(old, found.best, found.kinds, _ratchet(config), config, seed),
+            checks.frozen_check(found.changed_frozen),
+            *checks.leak_checks(found.leaks, config),
         ]
     )
 
 
-def unharmed(
+def judge_derived(
     *, after: Losses, before: Losses, config: GateConfig, seed: int, kinds: Mapping[str, str] | None = None
 ) -> Verdict:
-    """Hold a version that learned nothing new against the one before it: each distribution loses at most ``tolerance``
-    with confidence, small ones together, as in :func:`judge`.
+    """Judge a version derived without training: only the step check of :func:`judge`, on each distribution.
 
     Args:
-        after: Losses of the new version on each distribution.
-        before: Those of the old one, on the same documents.
-        config: Limits.
+        after: Losses of the derived version on each distribution.
+        before: Losses of the version that it was derived from, on the same documents.
+        config: Limits and level.
         seed: Of the bootstraps.
-        kinds: The kind of each distribution, for pooling.
+        kinds: Kind of each distribution, for pooling.
     """
-    return Verdict(list(_losses(after, before, kinds or {}, _step(config), config, seed)))
+    return Verdict(list(_loss_checks(after, before, kinds or {}, _step(config), config, seed)))
 
 
-def forgetting(
+def forgetting_bounds(
     after: Losses, before: Losses, *, kinds: Mapping[str, str], level: float, resamples: int, seed: int
-) -> dict[Group, Bounds]:
-    """What each group of old distributions loses that the gate would test together.
+) -> dict[Pool, Bounds]:
+    """Bounds of the loss increase of each pool of old distributions that the gate tests together.
 
     Args:
         after: Losses of one version.
-        before: Those of another, on the same documents.
-        kinds: The kind of each distribution, for pooling.
+        before: Losses of another, on the same documents.
+        kinds: Kind of each distribution, for pooling.
         level: Of each bound.
         resamples: Of the bootstrap.
         seed: Of the bootstraps.
     """
     sizes = {name: losses.sizes for name, losses in after.items()}
     return {
-        group: difference(joined(after, group), joined(before, group), level=level, resamples=resamples, seed=seed)
-        for group in groups(sizes, kinds, level=level)
+        pool: difference_bounds(
+            pooled_losses(after, pool), pooled_losses(before, pool), level=level, resamples=resamples, seed=seed
+        )
+        for pool in pools(sizes, kinds, level=level)
     }
 
 
@@ -132,17 +132,17 @@ def _ratchet(config: GateConfig) -> Comparison:
     return Comparison("ratchet", "its best version", RATCHET * config.tolerance)
 
 
-def _losses(
+def _loss_checks(
     after: Losses, other: Losses, kinds: Mapping[str, str], against: Comparison, config: GateConfig, seed: int
 ) -> Iterator[Check]:
-    """What each distribution lost against another version, small ones together."""
-    lost = forgetting(after, other, kinds=kinds, level=config.level, resamples=config.resamples, seed=seed)
-    times = Counter(name for group in lost for name in group)
-    for group, bounds in lost.items():
-        yield checks.loses_little(group, against, bounds, joined(after, group))
-        if len(group) > 1 and max(times[name] for name in group) > 1:
-            # These borrow the sources of larger ones, which are in a group of their own too.
-            small = tuple(name for name in group if times[name] == 1)
-            yield checks.borrower_loses_little(small, against, joined(after, small), joined(other, small))
-        if len(group) > 1:
-            yield checks.worst_loses_little(group, against, *worst_member(after, other, group, config.level))
+    """Step or ratchet checks: one or more for each pool of distributions."""
+    lost = forgetting_bounds(after, other, kinds=kinds, level=config.level, resamples=config.resamples, seed=seed)
+    times = Counter(name for pool in lost for name in pool)
+    for pool, bounds in lost.items():
+        yield checks.loss_check(pool, against, bounds, pooled_losses(after, pool))
+        if len(pool) > 1 and max(times[name] for name in pool) > 1:
+            # Members of no other pool are the small ones; the rest lend their sources and have a pool of their own.
+            small = tuple(name for name in pool if times[name] == 1)
+            yield checks.borrower_check(small, against, pooled_losses(after, small), pooled_losses(other, small))
+        if len(pool) > 1:
+            yield checks.worst_member_check(pool, against, *worst_member(after, other, pool, config.level))

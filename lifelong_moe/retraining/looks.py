@@ -1,7 +1,7 @@
-"""What kind of text a batch looks like, in a sentence for a person and numbers for a chart. Nothing is decided by it.
+"""What kind of text a batch looks like: a sentence for the operator and numbers for a chart. It decides nothing.
 
-A model learns logs with random fields as willingly as prose, and gains by it; whether that is wanted is not for
-statistics to say. So the plan says what would be learned.
+A model learns logs with random fields as well as prose, and gains by it; whether that is wanted is the operator's
+decision. So the plan says what would be learned.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 LONGEST = 4000
-"""Characters looked at of each document, from its beginning."""
+"""Characters read of each document, from its beginning."""
+# Shorter lines repeat in any text.
 LEAST_WORDS = 4
-"""Words of a line, at least, before it can follow a template: shorter lines repeat in any text."""
+"""Fewest words of a line that can follow a template."""
 LEAST_LINES = 5
-"""Lines that a word, and a template, must be in; and at least one in a hundred."""
+"""Fewest lines that a frequent word, and a template, must occur in; and at least one in a hundred."""
 TYPICAL = 5
-"""Words named as typical."""
+"""Number of typical words to name."""
 
 _WORD = re.compile(r"\w+", re.UNICODE)
 _TOKEN = re.compile(r"[^\W\d_]+|\d|[^\w\s]|_")
@@ -28,30 +29,30 @@ _TOKEN = re.compile(r"[^\W\d_]+|\d|[^\w\s]|_")
 
 @dataclass(frozen=True, kw_only=True)
 class Looks:
-    """What text looks like. Shares are of characters that are not white space, but for ``template_lines_fraction``."""
+    """Traits of texts. Fractions are of characters other than white space, except ``template_lines_fraction``."""
 
     letters_fraction: float
     digits_fraction: float
     punctuation_fraction: float
-    """And symbols: all that is neither letter nor digit."""
+    """Punctuation and symbols: all that is neither letter nor digit."""
     line_characters: float
     """Mean length of a line that is not blank."""
     template_lines_fraction: float
-    """Share of lines that follow a template: their frequent words stand in the same places, the others vary."""
+    """Share of lines that follow a template: frequent words in fixed places, the others vary."""
     templates: int
-    """How many templates those lines follow."""
+    """Number of templates that those lines follow."""
     nearest: str | None
-    """Known distribution whose word frequencies overlap most; None if there is none."""
+    """Known distribution with the largest overlap of word frequencies; None if there is none."""
     overlap: float | None
-    """That overlap: the sum of the smaller frequency of each word, 0 to 1."""
+    """That overlap, 0 to 1; see :func:`overlap`."""
     typical: list[str]
     """Words, digits and signs most over-represented against known text, the strongest first."""
     words: str
-    """The same, as one sentence."""
+    """The traits as a sentence."""
 
 
 def look_at(new: Sequence[str], old: Mapping[str, Sequence[str]]) -> Looks:
-    """Describe texts, and hold their words against those of known distributions.
+    """Describe texts, and compare their words with those of known distributions.
 
     Args:
         new: Documents.
@@ -71,6 +72,7 @@ def look_at(new: Sequence[str], old: Mapping[str, Sequence[str]]) -> Looks:
     looks = Looks(
         letters_fraction=letters,
         digits_fraction=digits,
+        # The rest, which floating point may leave a hair below 0.
         punctuation_fraction=max(0.0, 1 - letters - digits) if characters else 0.0,
         line_characters=sum(map(len, lines)) / max(1, len(lines)),
         template_lines_fraction=followed / max(1, len(lines)),
@@ -86,14 +88,15 @@ def look_at(new: Sequence[str], old: Mapping[str, Sequence[str]]) -> Looks:
 def template_lines(lines: Sequence[str]) -> tuple[int, int]:
     """Count the lines that follow templates, and the templates.
 
-    A line's template is its sequence of words with the rare ones, and all digits, replaced by blanks. It counts if it
-    keeps at least two words and at least ``LEAST_LINES`` lines, and one in a hundred, follow it.
+    A line's template is its sequence of words with rare words and numbers replaced by blanks. It counts if it keeps at
+    least two words and at least ``LEAST_LINES`` lines, and one in a hundred, follow it.
 
     Source:
         Vaarandi 2003, A Data Clustering Algorithm for Mining Patterns from Event Logs: frequent words in fixed places.
         There each place has its own frequent words; here a word is frequent anywhere, since fields vary in number.
     """
     least = max(LEAST_LINES, math.ceil(len(lines) / 100))
+    # Digits within words go as well, so that "worker-17" and "worker-3" are one word.
     split = [[re.sub(r"\d+", "0", word) for word in _WORD.findall(line)] for line in lines]
     frequency = Counter(word for words in split for word in set(words))
     followers: Counter[tuple[str, ...]] = Counter()
@@ -112,7 +115,7 @@ def overlap(one: Counter[str], other: Counter[str]) -> float:
 
 
 def typical_words(new: Counter[str], old: Counter[str]) -> list[str]:
-    """Words by how certainly they are more frequent in new text than in old: those with z > 2, the strongest first.
+    """Words that are more frequent in new text than in old with z > 2, by descending z.
 
     Source:
         Monroe, Colaresi and Quinn 2008, Fightin' Words, eqs. 16 and 22: log-odds with a prior; here half a word each.
@@ -128,7 +131,7 @@ def typical_words(new: Counter[str], old: Counter[str]) -> list[str]:
 
 
 def _tokens(texts: Iterable[str]) -> Counter[str]:
-    """Words in lower case, single digits and single signs, counted."""
+    """Counts of lower-case words, single digits and single signs."""
     return Counter(token for text in texts for token in _TOKEN.findall(text.lower()))
 
 
@@ -146,7 +149,8 @@ def _sentence(looks: Looks) -> str:
 
 
 def _kind(looks: Looks) -> str:
-    """A name for the most striking trait. Limits are round numbers: they change words, and no decision."""
+    """Name of the most striking trait."""
+    # Round numbers, since they choose words and decide nothing. Templates first: logs are full of digits too.
     if looks.template_lines_fraction >= 0.5:
         many = f"{looks.templates} templates" if looks.templates > 1 else "one template"
         return f"machine-written lines ({looks.template_lines_fraction:.0%} of its lines follow {many})"

@@ -1,7 +1,7 @@
-"""The mixture of known distributions that is nearest to new documents: a batch of several known kinds is no new kind.
+"""The mixture of known distributions that is nearest to new documents.
 
-Such a batch differs from each known distribution, and from all of them put together as well, if its shares are others.
-So it is tested against old documents in the shares that fit it best, too.
+A batch that mixes known distributions is no new one, but it differs from each of them, and from all of them together
+in other shares. So drift is also tested against old documents in the shares that fit the batch best.
 
 Legend: S sources, D feature width, K known distributions.
 """
@@ -15,17 +15,18 @@ from scipy.optimize import nnls
 
 from lifelong_moe.retraining.drift import DocumentSample, source_means
 
+# nnls has no equality constraint: a heavy extra row stands in for it, beside features in standard units.
 SUM_WEIGHT = 1e3
-"""How strictly shares sum to 1, against features in standard units."""
+"""Weight of the equation that shares sum to 1."""
 
 
 def nearest_shares(new: DocumentSample, old: Mapping[str, DocumentSample]) -> dict[str, float]:
-    """Shares of the known distributions whose mixture has the mean features nearest to those of new documents.
+    """Shares of known distributions whose mixture has the mean features nearest to those of new documents.
 
-    A linear classifier finds differences of means, so this mixture is the hardest to tell from the new documents.
-    Means are over sources, in units of the features' standard deviation over all sources; shares are not negative and
+    Means are over sources, in units of the features' standard deviation over all sources; shares are at least 0 and
     sum to 1.
     """
+    # Means suffice: the drift test's classifier is linear, so this mixture is the hardest for it to tell apart.
     sides_SD = []
     for side in (new, *old.values()):
         _, source_N = np.unique(np.array(side.sources), return_inverse=True)
@@ -38,20 +39,21 @@ def nearest_shares(new: DocumentSample, old: Mapping[str, DocumentSample]) -> di
 
 
 def draw_mixture(old: Mapping[str, DocumentSample], shares: Mapping[str, float], *, seed: int) -> dict[str, list[int]]:
-    """Documents of as many sources as make a mixture of these shares, by distribution: whole sources, drawn at random.
+    """Draw whole sources at random so that their numbers make a mixture of these shares.
 
-    At least one source of any distribution whose share is not 0 would be rounded to none if its share is small.
+    A small share may be rounded to no source.
 
     Args:
         old: Documents of each known distribution.
-        shares: They sum to 1.
+        shares: By distribution; they sum to 1.
         seed: Of the draw.
 
     Returns:
-        Rows of each distribution's documents, ascending; distributions without any are left out.
+        Rows of each distribution's documents, ascending; distributions without rows are left out.
     """
     rng, rows = np.random.default_rng(seed), {}
     names = {name: np.unique(np.array(side.sources)) for name, side in old.items()}
+    # The largest mixture: some distribution gives all its sources.
     total = min(len(names[name]) / share for name, share in shares.items() if share > 0)
     for name, share in shares.items():
         number = min(len(names[name]), round(total * share))

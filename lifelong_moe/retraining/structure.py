@@ -1,10 +1,8 @@
-"""A document without its order: the control that tells text from noise.
+"""Shuffled documents: the control that tells text from noise.
 
-Noise can be learned, as far as its frequencies go, but it is as likely in any order, while text is not. What a probe
-loses on documents whose characters were shuffled says what order is worth to it. The *characters* are shuffled, and the
-result tokenized anew: shuffled tokens would betray noise as well, since a tokenizer never writes what it would have
-merged, and the bytes of one character stand in a strict order. Words drawn at random are not noise in this sense: how
-they are spelled is order.
+A model can learn the frequencies of noise, but noise is as likely in any order, while text is not. By how much a
+probe's loss rises on shuffled documents is what their order is worth to it. Words drawn at random are not noise in this
+sense: their spelling is order.
 """
 
 from __future__ import annotations
@@ -13,5 +11,7 @@ import numpy as np
 
 
 def shuffled_text(text: str, *, rng: np.random.Generator) -> str:
-    """The same characters in another order, each order as likely."""
+    """The same characters in a random order."""
+    # Characters, which the caller tokenizes anew. Shuffled tokens would betray noise as well, since a tokenizer never
+    # writes two tokens that it would have merged, and the bytes of one character stand in a strict order.
     return "".join(text[i] for i in rng.permutation(len(text)))

@@ -23,7 +23,7 @@ from pipelines.retrain.plan_file import Decided, PlanFacts, Serving, StageFacts,
 from pipelines.retrain.probes import probe, require_room_for, shortened, stage_facts
 from pipelines.shared.novelty import NewDocuments
 from pipelines.versions.candidates import Candidate, CandidateTrainer
-from pipelines.versions.gating import foreseen_power
+from pipelines.versions.gating import predicted_power
 
 VALID_DAYS = 7
 
@@ -101,7 +101,7 @@ def make_plan(trainer: CandidateTrainer, new: NewDocuments, head: RunHead) -> Ti
     notes += [f"{_way(way)} is not considered: {over[way.planned.key][0]}" for way in growing if way not in affordable]
     decided = Decided(decision.action, {**decision.terms}, [*notes, *decision.reasons])
     facts = _facts(trainer, new, drifts, decided, chosen, exceeded)
-    power = None if chosen is None else foreseen_power(trainer, shortened(trainer, chosen))
+    power = None if chosen is None else predicted_power(trainer, shortened(trainer, chosen))
     looks = look_at_batch(trainer, settings.drift.documents, seed)
     return TickPlan(dataclasses.replace(facts, power=power, looks=looks), chosen)
 

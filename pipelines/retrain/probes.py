@@ -8,10 +8,10 @@ from typing import Any
 
 from lifelong_moe.plan.cost import count_parameters, training_flops
 from lifelong_moe.plan.stages import stage_need
-from lifelong_moe.retraining.bounds import difference
+from lifelong_moe.retraining.bounds import difference_bounds
 from lifelong_moe.retraining.decision import ProbeResult
-from lifelong_moe.retraining.gate import forgetting
-from lifelong_moe.retraining.pooling import joined
+from lifelong_moe.retraining.gate import forgetting_bounds
+from lifelong_moe.retraining.pooling import pooled_losses
 from pipelines.retrain.plan_file import StageFacts
 from pipelines.shared.workspace import require_room
 from pipelines.versions.candidates import Candidate, CandidateTrainer
@@ -49,17 +49,19 @@ def probe(trainer: CandidateTrainer, candidate: Candidate, probes: int) -> Probe
     def lost(name: str, **kinds: bool) -> Any:
         after = short.measurements.losses(stage.key, name, **kinds)
         other = short.measurements.losses(stage.key if kinds else before.key, name)
-        return difference(after, other, level=PROBE_LEVEL, resamples=PROBE_RESAMPLES, seed=seed)
+        return difference_bounds(after, other, level=PROBE_LEVEL, resamples=PROBE_RESAMPLES, seed=seed)
 
     gain = -lost(new)
     kinds, level = kinds_of_text(trainer.champion, trainer.store), trainer.retraining.settings.gate.level
     losses = old_losses(trainer, short, stage)
-    forgotten = forgetting(*losses, kinds=kinds, level=level, resamples=PROBE_RESAMPLES, seed=seed)
+    forgotten = forgetting_bounds(*losses, kinds=kinds, level=level, resamples=PROBE_RESAMPLES, seed=seed)
     # Any of them rules an action out, and one of many looks bad by chance: for that the level is divided.
     each = level / max(1, len(forgotten))
     least = [
-        difference(*(joined(side, group) for side in losses), level=each, resamples=PROBE_RESAMPLES, seed=seed).lower
-        for group in forgotten
+        difference_bounds(
+            *(pooled_losses(side, pool) for side in losses), level=each, resamples=PROBE_RESAMPLES, seed=seed
+        ).lower
+        for pool in forgotten
     ]
     old, structure = count_parameters(trainer.architecture).total, lost(new, shuffled=True)
     return ProbeResult(

@@ -39,9 +39,9 @@ from pipelines.shared.kept_text import with_texts
 from pipelines.shared.novelty import NewDocuments, new_documents, read_texts
 from pipelines.shared.places import ROOT, remove_abandoned
 from pipelines.shared.recorded import show_champion
-from pipelines.versions.candidates import CandidateTrainer, batch_files, stage_models
+from pipelines.versions.candidates import CandidateTrainer, batch_files, model_loader
 from pipelines.versions.drop import with_versions
-from pipelines.versions.gating import best_so_far, gate, with_best
+from pipelines.versions.gating import best_losses, gate, updated_best
 from pipelines.versions.render import print_verdict
 
 
@@ -191,7 +191,7 @@ def _candidate_trainer(tick: Tick, new: NewDocuments, texts: Texts, interrupt: I
             )
     tick.open_batch(new.hash)
     tick.batches.add(new.documents, new.files)
-    files, load = batch_files(new.hash, new.sources), stage_models(tick.store, tick.config.trainer)
+    files, load = batch_files(new.hash, new.sources), model_loader(tick.store, tick.config.trainer)
     return CandidateTrainer(
         tick.retraining, now, new.name, files, tick.known, tick.store, interrupt, tick.console, load
     )
@@ -219,14 +219,14 @@ def _carry_out(
         stage = trainer.train(plan.candidate, mlflow.curves, mlflow.run_id)
         tick.trained(stage)
         mlflow.candidate(stage, plan.facts)
-        best = best_so_far(trainer, plan.candidate, tick.head.best)
+        best = best_losses(trainer, plan.candidate, tick.head.best)
         judged = gate(trainer, plan.candidate, stage, best)
         print_verdict(tick.console, judged)
         mlflow.judged(judged)
         outcome = "promoted" if judged.passed else "waiting" if judged.is_open else "rejected"
         reason = (judged.checks[0].sentence if judged.passed else judged.reasons[0]).rstrip(".")
         about["candidate"], measured = stage.key, plan.candidate.measurements
-        best = with_best(measured, stage, best, measured.measurable()) if judged.passed else best
+        best = updated_best(measured, stage, best, measured.measurable()) if judged.passed else best
         tick.head = replace(tick.head, best=best)
     if outcome in ("skipped", "promoted", "rejected"):
         tick.settle(new, outcome, reason)

@@ -161,7 +161,7 @@ class CandidateTrainer:
         return [g.stage for g in learned.architecture.generations]
 
 
-def stage_models(store: StageStore, trainer: TrainerConfig) -> Load:
+def model_loader(store: StageStore, trainer: TrainerConfig) -> Load:
     """Models of committed stages by key, on the device where evaluation runs; the last one stays in memory."""
     return lru_cache(maxsize=1)(lambda key: load_model(store, store.get(key)).to(configured_device(trainer)))
 

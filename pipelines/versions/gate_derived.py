@@ -13,7 +13,7 @@ from lifelong_moe.errors import ConfigError
 from lifelong_moe.evaluation.measurements import Measurements
 from lifelong_moe.plan.retraining import RetrainConfig, Retraining
 from lifelong_moe.retraining.checks import Verdict
-from lifelong_moe.retraining.gate import unharmed
+from lifelong_moe.retraining.gate import judge_derived
 from lifelong_moe.store.evaluations import EvaluationStore
 from lifelong_moe.store.head import RunHead
 from lifelong_moe.store.stages import CommittedStage, StageStore
@@ -21,7 +21,7 @@ from lifelong_moe.store.versions import Version
 from pipelines.shared.kept_text import remembered_by, wait_for_text
 from pipelines.shared.places import ROOT
 from pipelines.shared.workspace import read_data
-from pipelines.versions.candidates import served_stages, stage_models
+from pipelines.versions.candidates import model_loader, served_stages
 from pipelines.versions.gating import kinds_of_text
 
 
@@ -37,7 +37,7 @@ def served_measurements(head: RunHead, version: Version, store: StageStore, with
     retraining = Retraining(RetrainConfig(base=""), base, head.run)
     config = retraining.config(*served_stages(version, store))
     known = remembered_by(head, head.config, version, store)
-    data, models = read_data(config, None, known), stage_models(store, config.trainer)
+    data, models = read_data(config, None, known), model_loader(store, config.trainer)
     wait_for_text(data)
     served = Measurements(config, data, EvaluationStore(ROOT), models)
     if not served.measurable(without):
@@ -70,5 +70,5 @@ def gate_derived(
         after = {name: served.losses(stage.key, name) for name in names}
         before = {name: served.losses(version.key, name) for name in names}
     kinds = kinds_of_text(version, store)
-    judged = unharmed(after=after, before=before, config=config, seed=served.config.seed, kinds=kinds)
+    judged = judge_derived(after=after, before=before, config=config, seed=served.config.seed, kinds=kinds)
     return replace(judged, notes=tuple(served.unmeasurable()))

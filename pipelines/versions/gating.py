@@ -66,7 +66,7 @@ def kinds_of_text(version: Version, store: StageStore) -> dict[str, str]:
     return kinds
 
 
-def best_so_far(trainer: CandidateTrainer, candidate: Candidate, best: Mapping[str, BestLoss]) -> dict[str, BestLoss]:
+def best_losses(trainer: CandidateTrainer, candidate: Candidate, best: Mapping[str, BestLoss]) -> dict[str, BestLoss]:
     """The lowest loss of each old distribution since the stage that learned it, that stage and the champion included.
 
     A stage that is not in the store any more is left out, and that is said.
@@ -77,7 +77,7 @@ def best_so_far(trainer: CandidateTrainer, candidate: Candidate, best: Mapping[s
         best: What earlier ticks found; empty at the first one.
     """
     measurements = candidate.measurements
-    found = with_best(measurements, trainer.parent, best, measurements.measurable())
+    found = updated_best(measurements, trainer.parent, best, measurements.measurable())
     for learned in trainer.champion.stages:
         if learned.action in ("drop", "consolidate") or learned.data not in measurements.measurable():
             continue
@@ -88,11 +88,11 @@ def best_so_far(trainer: CandidateTrainer, candidate: Candidate, best: Mapping[s
                 highlight=False,
             )
             continue
-        found = with_best(measurements, stage, found, [learned.data])
+        found = updated_best(measurements, stage, found, [learned.data])
     return found
 
 
-def with_best(
+def updated_best(
     measurements: Measurements, stage: CommittedStage, best: Mapping[str, BestLoss], names: Iterable[str]
 ) -> dict[str, BestLoss]:
     """The lowest loss ever of each of these distributions, this stage included."""
@@ -116,7 +116,7 @@ def old_losses(
     return after, {name: measurements.losses(trainer.parent.key, name) for name in old}
 
 
-def foreseen_power(trainer: CandidateTrainer, probe: Candidate) -> Power | None:
+def predicted_power(trainer: CandidateTrainer, probe: Candidate) -> Power | None:
     """How often the gate would pass a harmless candidate, if it scatters as a probe did; None without an old
     distribution, or where the probe was not made."""
     stage = trainer.store.find(probe.planned.key)
@@ -124,5 +124,5 @@ def foreseen_power(trainer: CandidateTrainer, probe: Candidate) -> Power | None:
         return None
     kinds, config = kinds_of_text(trainer.champion, trainer.store), trainer.retraining.settings.gate
     chances = passing_chances(*old_losses(trainer, probe, stage), kinds, config)
-    weakest = min(chances, key=lambda group: chances[group])
+    weakest = min(chances, key=lambda pool: chances[pool])
     return Power(math.prod(chances.values()), len(chances), ", ".join(weakest), chances[weakest])

@@ -20,8 +20,14 @@ from numpy.typing import NDArray
 from scipy.stats import norm, t
 
 from lifelong_moe.config.retraining.policy import GateConfig
-from lifelong_moe.retraining.bounds import Bounds, DocumentLosses, can_tell, difference, effective
-from lifelong_moe.retraining.gate import unharmed
+from lifelong_moe.retraining.bounds import (
+    Bounds,
+    DocumentLosses,
+    difference_bounds,
+    effective_sources,
+    has_enough_sources,
+)
+from lifelong_moe.retraining.gate import judge_derived
 from tests.benchmarks.provenance import keep, made_with
 
 LEVEL, RESAMPLES = 0.05, 400
@@ -53,7 +59,7 @@ def gate_set(change: Floats, tokens: Sequence[int] | NDArray[np.int64]) -> tuple
 
 def as_before(found: Bounds, sizes: NDArray[np.int64]) -> Bounds:
     """The bounds with S - 1 degrees of freedom in place of the effective number's."""
-    number, count = effective(sizes), len(sizes)
+    number, count = effective_sources(sizes), len(sizes)
     now = math.sqrt(number / (number - 1)) * t.ppf(LEVEL, number - 1)
     then = math.sqrt(count / (count - 1)) * t.ppf(LEVEL, count - 1)
     return Bounds(found.mean, *(found.mean + then / now * (bound - found.mean) for bound in (found.lower, found.upper)))
@@ -64,7 +70,7 @@ def raw_bounds(after: DocumentLosses, seed: int) -> Bounds:
     sizes = after.sizes
     drawn = np.random.default_rng(seed).multinomial(len(sizes), np.full(len(sizes), 1 / len(sizes)), size=RESAMPLES)
     means, mean = (drawn @ after.nats) / (drawn @ sizes), after.nats.sum() / sizes.sum()
-    number = effective(sizes)
+    number = effective_sources(sizes)
     widening = math.sqrt(number / (number - 1)) * t.ppf(LEVEL, number - 1) / norm.ppf(LEVEL)
     ends = np.quantile(means, LEVEL, method="lower"), np.quantile(means, 1 - LEVEL, method="higher")
     return Bounds(mean, *(mean + widening * (end - mean) for end in ends))
@@ -74,13 +80,13 @@ def coverage(trials: int) -> list[dict[str, Any]]:
     """Share of upper bounds at 5 % that the truth exceeds, by sizes of sources and noise; None: no verdict is given."""
     rows = []
     for name, hundreds in SIZES.items():
-        sizes, row = 100 * np.array(hundreds), {"sources": name, "effective": effective(np.array(hundreds))}
+        sizes, row = 100 * np.array(hundreds), {"sources": name, "effective": effective_sources(np.array(hundreds))}
         rng = np.random.default_rng(0)
         for noise in NOISE:
-            missed, wide, told = np.zeros(2), [], can_tell(sizes)
+            missed, wide, told = np.zeros(2), [], has_enough_sources(sizes)
             for seed in range(trials):
                 after, before = gate_set(changes(rng, noise, len(sizes)), sizes)
-                now = difference(after, before, level=LEVEL, resamples=RESAMPLES, seed=seed)
+                now = difference_bounds(after, before, level=LEVEL, resamples=RESAMPLES, seed=seed)
                 then = as_before(raw_bounds(after, seed), sizes)
                 missed += [then.upper < 0, now.upper < 0]
                 if told:
@@ -115,7 +121,7 @@ def passing(trials: int) -> list[dict[str, Any]]:
                     tokens = np.full(sources, 100)
                     sets = [gate_set(rng.normal(mean, SCATTER, sources), tokens) for mean in means]
                     after, before = ({f"d{k:02}": pair[side] for k, pair in enumerate(sets)} for side in (0, 1))
-                    verdict = unharmed(after=after, before=before, config=config, seed=seed)
+                    verdict = judge_derived(after=after, before=before, config=config, seed=seed)
                     count += [before_passes(sets, config, seed), verdict.passed]
                 row |= {f"{lost}/before": count[0] / trials, f"{lost}/now": count[1] / trials}
             row["checks"] = sum(check.name.endswith("step") for check in verdict.checks)

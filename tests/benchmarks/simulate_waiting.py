@@ -24,7 +24,7 @@ from lifelong_moe.config.data import SourceConfig
 from lifelong_moe.config.retraining.operation import InboxConfig
 from lifelong_moe.config.retraining.policy import HELDOUT_SOURCES, DecisionConfig, GateConfig
 from lifelong_moe.data.text.documents import Document, build_corpus
-from lifelong_moe.retraining.bounds import DocumentLosses, difference
+from lifelong_moe.retraining.bounds import DocumentLosses, difference_bounds
 from lifelong_moe.retraining.decision import Action, ProbeResult, decide
 from tests.benchmarks.provenance import keep, made_with
 
@@ -70,7 +70,9 @@ def by_batch() -> Iterator[dict[str, Any]]:
 def verdicts(sources: int, gain: float, seed: int) -> tuple[str, str]:
     """What is decided now, and what was before."""
     rng = np.random.default_rng([sources, seed, round(1000 * (gain + 1))])
-    bounds = [-difference(*planted(rng, sources, one), level=0.05, resamples=RESAMPLES, seed=seed) for one in (gain, 2)]
+    bounds = [
+        -difference_bounds(*planted(rng, sources, one), level=0.05, resamples=RESAMPLES, seed=seed) for one in (gain, 2)
+    ]
     probe = ProbeResult(
         gain=bounds[0].mean, gain_lower=bounds[0].lower, gain_upper=bounds[0].upper, structure=bounds[1].lower,
         structure_upper=bounds[1].upper, forgetting=0.0, forgetting_lower=0.0, leak=0.0, parameters_fraction=0.1,

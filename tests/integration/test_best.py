@@ -10,7 +10,7 @@ from rich.console import Console
 
 from lifelong_moe.evaluation.measurements import Measurements
 from lifelong_moe.store.head import BestLoss
-from pipelines.versions.gating import best_so_far, with_best
+from pipelines.versions.gating import best_losses, updated_best
 
 NATS = {
     ("a", "fruit"): 1.0, ("b", "fruit"): 1.25, ("c", "fruit"): 1.5,
@@ -54,13 +54,13 @@ def test_what_has_no_held_out_text_is_left_out_and_said() -> None:
     said = "moss is not measured: its text is gone, and no held-out text of it was kept."
     assert found.unmeasurable() == [said]
     trainer, _ = trainer_of(stage("a", "fruit"), stage("m", "moss"), stage("c", "code"))
-    assert "moss" not in best_so_far(trainer, candidate, {})
+    assert "moss" not in best_losses(trainer, candidate, {})
 
 
 def test_the_best_begins_with_the_stage_that_learned_it() -> None:
     """By hand: fruit was learned at 1.0 and is at 1.5 now; code got better; what no stage learned begins now."""
     trainer, printed = trainer_of(stage("a", "fruit"), stage("b", "code"), stage("c", "news", "grow"))
-    best = best_so_far(trainer, candidate_of("fruit", "code", "also", "new"), {})
+    best = best_losses(trainer, candidate_of("fruit", "code", "also", "new"), {})
     assert {name: (one.key, one.nats) for name, one in best.items()} == {
         "fruit": ("a", 1.0), "code": ("c", 1.5), "also": ("c", 3.0), "new": ("c", 9.0),
     }  # fmt: skip
@@ -72,14 +72,14 @@ def test_a_head_of_an_earlier_version_is_set_right_and_a_better_one_stays() -> N
     before = {
         "fruit": BestLoss(key="c", heldout="fruit", nats=1.5), "code": BestLoss(key="x", heldout="code", nats=0.5),
     }  # fmt: skip
-    best = best_so_far(trainer, candidate_of("fruit", "code"), before)
+    best = best_losses(trainer, candidate_of("fruit", "code"), before)
     assert (best["fruit"].key, best["code"].key) == ("a", "x")
-    assert best == with_best(candidate_of("fruit", "code").measurements, trainer.parent, best, ["fruit", "code"])
+    assert best == updated_best(candidate_of("fruit", "code").measurements, trainer.parent, best, ["fruit", "code"])
 
 
 def test_what_cannot_be_measured_any_more_is_left_out_and_said() -> None:
     trainer, printed = trainer_of(stage("a", "fruit"), stage("b", "code"), stage("c", "fruit", "drop"), gone="a")
-    best = best_so_far(trainer, candidate_of("fruit", "code"), {})
+    best = best_losses(trainer, candidate_of("fruit", "code"), {})
     assert (best["fruit"].key, best["fruit"].nats) == ("c", 1.5)
     said = "Stage stage-a is not in the store any more: the best that fruit ever had is counted without it."
     assert printed.getvalue().strip() == said

@@ -722,7 +722,7 @@ KILLS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "before the plan is kept": lambda patch: patch.setattr(retrain_plan.TickPlan, "write", lambda *_: kill_self()),
     "after the commit": lambda patch: patch.setattr(story, "gate", lambda *_: kill_self()),
     "before the ledger": lambda patch: patch.setattr(RunRecord, "log", lambda *_, **__: kill_self()),
-    "after the ledger": lambda patch: patch.setattr(story.render_retrain, "outcome", lambda *_: kill_self()),
+    "after the ledger": lambda patch: patch.setattr("pipelines.retrain.tick.print_outcome", lambda *_: kill_self()),
 }
 
 

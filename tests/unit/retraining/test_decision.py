@@ -8,7 +8,7 @@ import pytest
 from numpy.typing import NDArray
 
 from lifelong_moe.config.retraining.policy import DecisionConfig, GateConfig
-from lifelong_moe.retraining.bounds import DocumentLosses, difference
+from lifelong_moe.retraining.bounds import DocumentLosses, difference_bounds
 from lifelong_moe.retraining.decision import Action, Decision, ProbeResult, decide, utility_terms
 
 CONFIG = DecisionConfig(forgetting_weight=2.0, parameter_weight=0.1, cost_weight=0.05)
@@ -230,8 +230,8 @@ def probe(documents: list[NDArray[np.int64]], seed: int) -> ProbeResult:
     rng = np.random.default_rng(seed)
     shuffled = [rng.permutation(document) for document in heldout]
     after = bigram_losses(train, heldout)
-    gain = -difference(after, bigram_losses([], heldout), level=0.05, resamples=200, seed=seed)
-    order = -difference(after, bigram_losses(train, shuffled), level=0.05, resamples=200, seed=seed)
+    gain = -difference_bounds(after, bigram_losses([], heldout), level=0.05, resamples=200, seed=seed)
+    order = -difference_bounds(after, bigram_losses(train, shuffled), level=0.05, resamples=200, seed=seed)
     return replace(GOOD, gain=gain.mean, gain_lower=gain.lower, gain_upper=gain.upper, structure=order.lower,
                    structure_upper=order.upper, parameters_fraction=0.2)  # fmt: skip
 

@@ -14,7 +14,7 @@ from lifelong_moe.config.retraining.policy import DriftConfig
 from lifelong_moe.retraining.drift import (
     DocumentSample,
     _correlation,
-    _relabelled,
+    _permuted_labels,
     area_under_curve,
     choose_documents,
     measure_drift,
@@ -139,7 +139,7 @@ def test_relabellings_are_distinct_and_all_if_they_are_few() -> None:
     for num_new, num_old in ((2, 2), (2, 3), (3, 3), (4, 2)):
         number = math.comb(num_new + num_old, num_new)
         for permutations in (1, number - 3, number - 2, number - 1, number, 2 * number):
-            labels_SP = _relabelled(num_new, num_old, permutations, np.random.default_rng(0))
+            labels_SP = _permuted_labels(num_new, num_old, permutations, np.random.default_rng(0))
             columns = list(map(tuple, labels_SP.T.astype(int).tolist()))
             assert columns[0] == (1,) * num_new + (0,) * num_old
             assert len(set(columns)) == len(columns) == 1 + min(permutations, number - 1)

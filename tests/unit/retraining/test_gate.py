@@ -10,9 +10,9 @@ import pytest
 from scipy.stats import t
 
 from lifelong_moe.config.retraining.policy import GateConfig
-from lifelong_moe.retraining.bounds import Bounds, DocumentLosses, difference
+from lifelong_moe.retraining.bounds import Bounds, DocumentLosses, difference_bounds
 from lifelong_moe.retraining.checks import Verdict
-from lifelong_moe.retraining.gate import Evidence, judge, unharmed
+from lifelong_moe.retraining.gate import Evidence, judge, judge_derived
 
 BOOTSTRAP: dict[str, Any] = {"level": 0.05, "resamples": 1000, "seed": 0}
 CONFIG = GateConfig()
@@ -35,8 +35,8 @@ def test_a_difference_is_a_mean_over_tokens_and_positive_where_it_became_worse()
     before = losses([100.0, 100.0], [10, 90], ["a", "b"])
     after = losses([110.0, 100.0], [10, 90], ["a", "b"])
     assert before.nats_per_token == 2.0
-    assert difference(after, before, **BOOTSTRAP).mean == 0.1  # 10 nats over 100 tokens, not half a nat
-    assert difference(before, after, **BOOTSTRAP).mean == -0.1
+    assert difference_bounds(after, before, **BOOTSTRAP).mean == 0.1  # 10 nats over 100 tokens, not half a nat
+    assert difference_bounds(before, after, **BOOTSTRAP).mean == -0.1
 
 
 def test_bounds_with_five_unequal_sources_against_all_their_samples() -> None:
@@ -48,7 +48,7 @@ def test_bounds_with_five_unequal_sources_against_all_their_samples() -> None:
     lowest, highest = means[int(0.05 * 3125)], means[-int(0.05 * 3125) - 1]
     number = 100**2 / (10**2 + 3 * 20**2 + 30**2)  # of sources, were they equal
     widening = math.sqrt(number / (number - 1)) * t.ppf(0.95, number - 1) / 1.6449
-    found = difference(after, before, level=0.05, resamples=50_000, seed=0)
+    found = difference_bounds(after, before, level=0.05, resamples=50_000, seed=0)
     assert number == pytest.approx(4.545, abs=1e-3) and found.mean == pytest.approx(3.2)
     assert found.lower == pytest.approx(3.2 + widening * (lowest - 3.2), abs=0.06)
     assert found.upper == pytest.approx(3.2 + widening * (highest - 3.2), abs=0.06)
@@ -59,7 +59,7 @@ def test_with_many_sources_bounds_are_those_of_the_normal_distribution() -> None
     shift = rng.normal(1.0, 2.0, size=500)
     sources, tokens = [str(i) for i in range(500)], np.full(500, 50)
     before, after = DocumentLosses(np.zeros(500), tokens, sources), DocumentLosses(50 * shift, tokens, sources)
-    found = difference(after, before, level=0.05, resamples=3000, seed=0)
+    found = difference_bounds(after, before, level=0.05, resamples=3000, seed=0)
     half = 1.645 * shift.std() / math.sqrt(500)
     assert found.upper - found.mean == pytest.approx(half, rel=0.05)
     assert found.mean - found.lower == pytest.approx(half, rel=0.05)
@@ -69,20 +69,20 @@ def test_versions_are_compared_document_by_document() -> None:
     rng = np.random.default_rng(0)
     nats, tokens = rng.uniform(100, 900, size=20), np.full(20, 100)
     before = DocumentLosses(nats, tokens, SOURCES)
-    found = difference(DocumentLosses(nats + 3.0, tokens, SOURCES), before, **BOOTSTRAP)
+    found = difference_bounds(DocumentLosses(nats + 3.0, tokens, SOURCES), before, **BOOTSTRAP)
     assert (found.lower, found.upper) == pytest.approx((0.03, 0.03))  # however much documents differ
-    assert difference(before, before, **BOOTSTRAP) == Bounds(0.0, 0.0, 0.0)
+    assert difference_bounds(before, before, **BOOTSTRAP) == Bounds(0.0, 0.0, 0.0)
 
 
 def test_ten_copies_of_each_document_add_no_certainty() -> None:
     rng = np.random.default_rng(0)
     change, tokens = rng.normal(size=20), np.full(20, 10)
-    once = difference(
+    once = difference_bounds(
         DocumentLosses(change, tokens, SOURCES), DocumentLosses(np.zeros(20), tokens, SOURCES), **BOOTSTRAP
     )
     many, zeros = np.repeat(change, 10), np.zeros(200)
     repeated = np.repeat(tokens, 10), [s for s in SOURCES for _ in range(10)]
-    copies = difference(DocumentLosses(many, *repeated), DocumentLosses(zeros, *repeated), **BOOTSTRAP)
+    copies = difference_bounds(DocumentLosses(many, *repeated), DocumentLosses(zeros, *repeated), **BOOTSTRAP)
     assert (copies.mean, copies.lower, copies.upper) == pytest.approx((once.mean, once.lower, once.upper))
 
 
@@ -90,7 +90,7 @@ def test_minus_a_difference_is_that_of_the_versions_exchanged() -> None:
     rng = np.random.default_rng(0)
     a, b = (DocumentLosses(rng.uniform(1, 9, size=20), np.full(20, 3), SOURCES) for _ in range(2))
     assert -Bounds(1.0, 0.5, 3.0) == Bounds(-1.0, -3.0, -0.5)
-    one, other = -difference(a, b, **BOOTSTRAP), difference(b, a, **BOOTSTRAP)
+    one, other = -difference_bounds(a, b, **BOOTSTRAP), difference_bounds(b, a, **BOOTSTRAP)
     assert (one.mean, one.lower, one.upper) == pytest.approx((other.mean, other.lower, other.upper))
 
 
@@ -111,7 +111,7 @@ def misses(sizes: Sequence[int], noise: str = "normal", clustered: bool = True, 
     for i in range(trials):
         by_source = rng.normal(size=len(sizes)) if noise == "normal" else rng.standard_t(3, size=len(sizes))
         nats = tokens * (by_source[source] + 0.3 * rng.normal(size=len(source)))
-        found = difference(DocumentLosses(nats, tokens, names), before, level=0.05, resamples=400, seed=i)
+        found = difference_bounds(DocumentLosses(nats, tokens, names), before, level=0.05, resamples=400, seed=i)
         count += (found.upper < 0) + (found.lower > 0)
     return count / (2 * trials)
 
@@ -140,21 +140,21 @@ def test_drawing_documents_instead_would_miss_it_several_times_as_often() -> Non
 def test_too_few_sources_or_one_with_most_of_the_text_bound_nothing(sizes: list[int]) -> None:
     names = [str(i) for i in range(len(sizes))]
     one = DocumentLosses(np.ones(len(sizes)), np.array(sizes), names)
-    assert difference(one, one, **BOOTSTRAP) == Bounds(0.0, -math.inf, math.inf)
+    assert difference_bounds(one, one, **BOOTSTRAP) == Bounds(0.0, -math.inf, math.inf)
 
 
 def test_the_same_seed_gives_the_same_bounds() -> None:
     rng = np.random.default_rng(0)
     a, b = (DocumentLosses(rng.uniform(1, 9, size=20), np.full(20, 3), SOURCES) for _ in range(2))
-    first = difference(a, b, level=0.05, resamples=100, seed=1)
-    assert first == difference(a, b, level=0.05, resamples=100, seed=1)
-    assert first != difference(a, b, level=0.05, resamples=100, seed=2)
+    first = difference_bounds(a, b, level=0.05, resamples=100, seed=1)
+    assert first == difference_bounds(a, b, level=0.05, resamples=100, seed=1)
+    assert first != difference_bounds(a, b, level=0.05, resamples=100, seed=2)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_loss_that_is_no_number_makes_bounds_that_are_none(bad: float) -> None:
     good, ill = losses([1.0, 2.0], [1, 1], ["a", "b"]), losses([bad, 2.0], [1, 1], ["a", "b"])
-    for found in (difference(ill, good, **BOOTSTRAP), difference(good, ill, **BOOTSTRAP)):
+    for found in (difference_bounds(ill, good, **BOOTSTRAP), difference_bounds(good, ill, **BOOTSTRAP)):
         assert all(math.isnan(value) for value in (found.mean, found.lower, found.upper))
 
 
@@ -162,7 +162,7 @@ def test_losses_of_other_documents_are_refused() -> None:
     before = losses([1.0, 2.0], [1, 1], ["a", "b"])
     for after in (losses([1.0, 2.0], [1, 2], ["a", "b"]), losses([1.0, 2.0], [1, 1], ["b", "a"])):
         with pytest.raises(ValueError, match="same documents"):
-            difference(after, before, **BOOTSTRAP)
+            difference_bounds(after, before, **BOOTSTRAP)
 
 
 @pytest.mark.parametrize(
@@ -286,7 +286,7 @@ def test_each_old_distribution_is_held_to_the_level_however_many_there_are(num_o
     found = judge(
         Evidence(new="legal", after=after, before={"legal": level(2.0), **before}, best=before), CONFIG, seed=4
     )
-    expected = difference(noisy(1), level(1.0), level=0.05, resamples=2000, seed=4).upper
+    expected = difference_bounds(noisy(1), level(1.0), level=0.05, resamples=2000, seed=4).upper
     values = {check.name: check.value for check in found.checks}
     assert all(values[f"old/{name}/{step}"] == expected for name in names for step in ("step", "ratchet"))
 
@@ -303,7 +303,7 @@ def passes(num_old: int, num_sources: int, lost: float, trials: int = 60) -> flo
             name: DocumentLosses(100 * rng.normal(truth[k], 0.0085, num_sources), tokens, names)
             for k, name in enumerate(before)
         }
-        count += unharmed(after=after, before=before, config=GateConfig(resamples=400), seed=i).passed
+        count += judge_derived(after=after, before=before, config=GateConfig(resamples=400), seed=i).passed
     return count / trials
 
 
@@ -335,7 +335,7 @@ def few(nats_per_token: float, sources: int) -> DocumentLosses:
 
 def test_small_distributions_are_tested_together() -> None:
     before = {"a": few(1.0, 3), "b": few(2.0, 3), "c": few(1.0, 3), "wiki": level(1.0)}
-    same = unharmed(after=before, before=before, config=CONFIG, seed=0)
+    same = judge_derived(after=before, before=before, config=CONFIG, seed=0)
     assert same.passed and {check.name for check in same.checks} == {
         "old/wiki/step", "old/pooled(a, b, c)/step", "old/pooled(a, b, c)/step_worst",
     }  # fmt: skip
@@ -343,7 +343,7 @@ def test_small_distributions_are_tested_together() -> None:
         "a, b, c together lose 0.0000 nats per token against the version before, with confidence at most 0.0000; "
         "within 0.01."
     )
-    found = unharmed(after={**before, "b": few(2.014, 3)}, before=before, config=CONFIG, seed=0)
+    found = judge_derived(after={**before, "b": few(2.014, 3)}, before=before, config=CONFIG, seed=0)
     assert not found.passed  # 0.0047 together, but b has been shown to lose more than 0.01
     assert found.reasons == [
         "Of a, b, c b loses most clearly, 0.0140 nats per token, with confidence at least 0.0140; shown to be more "
@@ -361,18 +361,20 @@ def test_what_borrows_the_sources_of_a_large_one_does_not_vanish_in_it() -> None
         "large": DocumentLosses(large.nats + 1000 * rng.normal(0, 0.03, 60), large.tokens, names),
         "small": DocumentLosses(small.nats + np.array([-2.0, 11.0, 3.0]), small.tokens, names[:3]),
     }
-    found = unharmed(after=after, before={"large": large, "small": small}, config=CONFIG, seed=0)
+    found = judge_derived(after=after, before={"large": large, "small": small}, config=CONFIG, seed=0)
     assert failed(found) == ["old/small/step_mean"], found.checks
     assert found.reasons == [
         "small, of too few sources for bounds, loses 0.0300 nats per token as measured; more than 0.01."
     ]
-    same = unharmed(after={**after, "small": small}, before={"large": large, "small": small}, config=CONFIG, seed=0)
+    same = judge_derived(
+        after={**after, "small": small}, before={"large": large, "small": small}, config=CONFIG, seed=0
+    )
     assert same.passed
 
 
 def test_what_has_too_few_sources_even_together_is_not_passed_silently() -> None:
     sets = {"a": few(1.0, 2), "b": few(1.0, 2)}
-    found = unharmed(after=sets, before=sets, config=CONFIG, seed=0)
+    found = judge_derived(after=sets, before=sets, config=CONFIG, seed=0)
     assert failed(found) == ["old/pooled(a, b)/step"] and found.reasons == [
         "What a, b lost against the version before cannot be told: the held-out text is of 4 source(s), the largest "
         "with 25% of it; at least 5 are needed, none with most of it."

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from scipy.stats import t
 
-from lifelong_moe.retraining.bounds import DocumentLosses, can_tell, effective
-from lifelong_moe.retraining.pooling import groups, joined, sources_needed, worst_member
+from lifelong_moe.retraining.bounds import DocumentLosses, effective_sources, has_enough_sources
+from lifelong_moe.retraining.pooling import pooled_losses, pools, sources_needed, worst_member
 
 LEVEL = 0.05
 
@@ -21,9 +21,10 @@ def sized(**sources: int) -> dict[str, np.ndarray]:
 
 
 def test_effective_sources_by_hand() -> None:
-    assert effective(np.array([7, 7, 7])) == pytest.approx(3)
-    assert effective(np.array([90, 10])) == pytest.approx(1 / 0.82)
-    assert can_tell(np.full(5, 3)) and not can_tell(np.full(4, 3)) and not can_tell(np.array([80, 5, 5, 5, 5]))
+    assert effective_sources(np.array([7, 7, 7])) == pytest.approx(3)
+    assert effective_sources(np.array([90, 10])) == pytest.approx(1 / 0.82)
+    assert has_enough_sources(np.full(5, 3)) and not has_enough_sources(np.full(4, 3))
+    assert not has_enough_sources(np.array([80, 5, 5, 5, 5]))
 
 
 @pytest.mark.parametrize("number", [1, 5, 50])
@@ -38,32 +39,32 @@ def test_as_many_harmless_candidates_pass_many_checks_as_one_of_five_sources(num
 def test_large_ones_stand_alone_and_small_ones_join_only_until_there_are_enough() -> None:
     needed = sources_needed(6, LEVEL)
     assert 9 < needed < 10
-    found = groups(sized(big=30, a=4, b=4, c=6, d=7, other=10), {}, level=LEVEL)
+    found = pools(sized(big=30, a=4, b=4, c=6, d=7, other=10), {}, level=LEVEL)
     assert found == [("other",), ("big",), ("a", "b", "c"), ("d", "a")]
 
 
 def test_first_come_those_of_one_kind() -> None:
     sizes = sized(de1=5, en1=5, de2=6, en2=6)
-    assert groups(sizes, {"de1": "de", "de2": "de", "en1": "en", "en2": "en"}, level=LEVEL) == [
+    assert pools(sizes, {"de1": "de", "de2": "de", "en1": "en", "en2": "en"}, level=LEVEL) == [
         ("de1", "de2"), ("en1", "en2"),
     ]  # fmt: skip
 
 
 def test_what_is_left_borrows_from_its_kind_which_keeps_its_own_test() -> None:
     sizes = sized(code=40, text=40, more=3)
-    assert groups(sizes, {}, level=LEVEL)[:2] == [("code",), ("text",)]
-    assert groups(sizes, {"more": "text"}, level=LEVEL) == [("code",), ("text",), ("more", "text")]
-    assert groups(sizes, {"more": "code"}, level=LEVEL) == [("code",), ("text",), ("more", "code")]
+    assert pools(sizes, {}, level=LEVEL)[:2] == [("code",), ("text",)]
+    assert pools(sizes, {"more": "text"}, level=LEVEL) == [("code",), ("text",), ("more", "text")]
+    assert pools(sizes, {"more": "code"}, level=LEVEL) == [("code",), ("text",), ("more", "code")]
 
 
 def test_a_huge_source_is_worth_one() -> None:
     sizes = {"a": np.array([10_000] + [10] * 20), "b": np.full(20, 100)}
-    assert groups(sizes, {}, level=LEVEL)[0] == ("b",)
+    assert pools(sizes, {}, level=LEVEL)[0] == ("b",)
 
 
 def test_all_together_may_still_be_too_few() -> None:
-    assert groups(sized(a=1, b=2), {}, level=LEVEL) == [("a", "b")]
-    assert groups({}, {}, level=LEVEL) == []
+    assert pools(sized(a=1, b=2), {}, level=LEVEL) == [("a", "b")]
+    assert pools({}, {}, level=LEVEL) == []
 
 
 def test_every_distribution_is_tested_whatever_their_sizes() -> None:
@@ -71,11 +72,12 @@ def test_every_distribution_is_tested_whatever_their_sizes() -> None:
     for _ in range(200):
         sizes = {f"d{k}": rng.integers(1, 500, size=rng.integers(1, 25)) for k in range(rng.integers(1, 12))}
         kinds = {name: str(rng.integers(3)) for name in sizes}
-        found = groups(sizes, kinds, level=LEVEL)
+        found = pools(sizes, kinds, level=LEVEL)
         count = Counter(name for group in found for name in group)
         assert set(count) == set(sizes) and len(set(found)) == len(found)
         enough = [
-            effective(np.concatenate([sizes[n] for n in group])) >= sources_needed(len(sizes), LEVEL) for group in found
+            effective_sources(np.concatenate([sizes[n] for n in group])) >= sources_needed(len(sizes), LEVEL)
+            for group in found
         ]
         assert all(enough) or set(found[-1]) == set(sizes)
 
@@ -86,7 +88,7 @@ def losses(change: np.ndarray) -> DocumentLosses:
 
 
 def test_joined_sets_keep_their_sources_apart() -> None:
-    found = joined({"a": losses(np.zeros(2)), "b": losses(np.ones(3))}, ("a", "b"))
+    found = pooled_losses({"a": losses(np.zeros(2)), "b": losses(np.ones(3))}, ("a", "b"))
     assert len(found.sizes) == 5 and found.nats_per_token == pytest.approx(0.6)
 
 
