@@ -165,8 +165,8 @@ def retrain(
         failure = {"outcome": "failed", "error": type(told).__name__, "reason": one_line(str(told))}
         finish(failure, as_json=True)
         raise
-    finish(result, as_json=True)
-    raise typer.Exit(OUTCOMES.get(result["outcome"], 0))
+    finish(result.to_json(), as_json=True)
+    raise typer.Exit(OUTCOMES.get(result.outcome, 0))
 
 
 @app.command(epilog=epilog("report"))

@@ -87,7 +87,7 @@ def tick_and_text(
 ) -> tuple[dict[str, Any], str]:
     """One tick, and what it printed."""
     printed = io.StringIO()
-    result = retrain(config, list(overrides), dry_run, plan, Console(file=printed, width=1000), reopen)
+    result = retrain(config, list(overrides), dry_run, plan, Console(file=printed, width=1000), reopen).to_json()
     json.dumps(result, allow_nan=False)
     return result, printed.getvalue()
 

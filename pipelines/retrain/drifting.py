@@ -1,4 +1,4 @@
-"""Drift of a batch from each distribution that the champion knows, in the champion's own eyes."""
+"""Drift of a batch from each distribution that the champion learned, in features of the champion."""
 
 from __future__ import annotations
 
@@ -21,34 +21,35 @@ from lifelong_moe.retraining.mixtures import draw_mixture, nearest_shares
 from pipelines.versions.candidates import Candidate, CandidateTrainer
 
 CLUSTERS = 16
-"""Clusters of the old distribution's documents, over which the stability index is taken."""
+"""Clusters of the old distribution's documents, the bins of the stability index."""
+# With a space: no distribution can have this name.
 TOGETHER = "all together"
-"""Stands for the old distributions in that mixture which is nearest to a batch; no distribution can be named so."""
+"""Key of the drift from the nearest mixture of old distributions."""
 
 
 @dataclass(frozen=True)
 class _View:
-    """The champion's view of the first context of some training documents of one distribution."""
+    """Documents of one distribution as the champion sees them: the first context of each."""
 
     measured: DocumentMeasures
     documents: list[Document]
-    """Those measured, in this order."""
+    """The measured documents, in the order of the measures."""
 
     @property
     def sample(self) -> DocumentSample:
-        """Features and sources; the clusters are filled in for a comparison."""
+        """Features and sources; :func:`_compare` fills in the clusters."""
         return _sample(self.measured.features, [document.source for document in self.documents])
 
 
 def measure_batch(
     trainer: CandidateTrainer, candidate: Candidate, config: DriftConfig, seed: int
 ) -> tuple[dict[str, Drift], str]:
-    """Test the batch against every old distribution, and against that mixture of them which is nearest to it.
+    """Test the batch for drift from every old distribution and from their nearest mixture.
 
-    Features are mean final hidden states of the champion over a document's first ``model.context`` tokens.
+    Features are the mean final hidden states of the champion over a document's first ``model.context`` tokens.
 
     Returns:
-        The drift from each distribution and, if there are several, from ``TOGETHER``; and the stage whose experts take
+        The drift from each distribution and, if there are several, from ``TOGETHER``; and the stage whose experts get
         most of the batch's tokens.
     """
     new = _view(trainer, candidate, trainer.new, config, seed)
@@ -69,35 +70,36 @@ def measure_batch(
 
 
 def has_drifted(drifts: Mapping[str, Drift]) -> bool:
-    """A batch is of a new kind if it differs from every distribution there is, and from every mixture of them."""
+    """Whether a batch is of a new kind: it drifted from every old distribution, and from their nearest mixture."""
     return all(drift.drifted for drift in drifts.values())
 
 
 def untested(drifts: Mapping[str, Drift]) -> str | None:
-    """Why nobody knows whether a batch is of a new kind; None if that is known."""
+    """Why it is unknown whether a batch is of a new kind; None if it is known."""
     unknown = _unanswered(drifts)
+    # One tested distribution that the batch does not differ from is an answer, whatever the others would say.
     if _alike(drifts) or not unknown:
         return None
     return f"whether it is a new kind of text could not be tested against {', '.join(unknown)}: too few sources"
 
 
 def _alike(drifts: Mapping[str, Drift]) -> list[str]:
-    """What the batch was tested against and does not differ from."""
+    """Distributions that the batch was tested against and did not drift from."""
     return [name for name, drift in drifts.items() if drift.null_quantile is not None and not drift.drifted]
 
 
 def _unanswered(drifts: Mapping[str, Drift]) -> list[str]:
-    """What it could not be tested against, for want of sources."""
+    """Distributions with too few sources for a test."""
     return [name for name, drift in drifts.items() if drift.null_quantile is None]
 
 
 def name_no_source(documents: Sequence[Document]) -> bool:
-    """Whether each document counts as a source of its own because none names one."""
+    """Whether no document names a source, so that each counts as one of its own."""
     return all(document.source == own_unit(document.text) for document in documents)
 
 
 def drift_notes(documents: Sequence[Document], drifts: Mapping[str, Drift]) -> list[str]:
-    """What a person should know of the test beside its results: what its sources are, and why nothing may grow."""
+    """Notes on the drift test for the operator: unnamed sources, and why growing is not considered."""
     notes = []
     if name_no_source(documents):
         notes.append(
@@ -108,7 +110,7 @@ def drift_notes(documents: Sequence[Document], drifts: Mapping[str, Drift]) -> l
 
 
 def look_at_batch(trainer: CandidateTrainer, documents: int, seed: int) -> Looks:
-    """What kind of text the batch looks like, from at most so many documents of each distribution."""
+    """Describe the batch's text, from at most so many documents of each distribution."""
     texts = {}
     for name in trainer.texts.heldout:
         there = trainer.texts.at_hand(name)
@@ -118,7 +120,7 @@ def look_at_batch(trainer: CandidateTrainer, documents: int, seed: int) -> Looks
 
 
 def _why_no_growth(drifts: Mapping[str, Drift]) -> list[str]:
-    """For a person: why a batch does not count as a new kind; empty if it does."""
+    """Why growing is not considered, a sentence; empty if it is."""
     alike, unanswered = _alike(drifts), _unanswered(drifts)
     if not alike and not unanswered:
         return []
@@ -133,7 +135,7 @@ def _why_no_growth(drifts: Mapping[str, Drift]) -> list[str]:
 
 
 def _compare(new: DocumentSample, old: DocumentSample, config: DriftConfig, seed: int) -> Drift:
-    """Drift, with the stability index over clusters of the old documents."""
+    """The drift test, with the stability index over clusters of the old documents."""
     centroids = spherical_kmeans(old.features_ND, min(CLUSTERS, len(old.features_ND)), seed=seed)
     new, old = (
         replace(side, counts_K=np.bincount(assign(side.features_ND, centroids), minlength=len(centroids)))
@@ -143,12 +145,14 @@ def _compare(new: DocumentSample, old: DocumentSample, config: DriftConfig, seed
 
 
 def _from_mixture(new: DocumentSample, old: Mapping[str, DocumentSample], config: DriftConfig, seed: int) -> Drift:
+    """Drift from the mixture of old distributions that is nearest to the new documents."""
     shares = nearest_shares(new, old)
     rows = draw_mixture(old, shares, seed=seed)
     drift = _compare(
         new,
         _sample(
             np.concatenate([old[name].features_ND[chosen] for name, chosen in rows.items()]),
+            # Prefixed: sources of the same name in two distributions are two sources.
             [f"{name} {old[name].sources[row]}" for name, chosen in rows.items() for row in chosen],
         ),
         config,
@@ -159,29 +163,33 @@ def _from_mixture(new: DocumentSample, old: Mapping[str, DocumentSample], config
 
 
 def _sample(features_ND: NDArray[np.float64], sources: list[str]) -> DocumentSample:
+    # One cluster stands in until _compare has clustered the old documents.
     return DocumentSample(features_ND, sources, np.array([len(sources)]))
 
 
 def _view(trainer: CandidateTrainer, candidate: Candidate, name: str, config: DriftConfig, seed: int) -> _View:
+    """Run the champion over the beginnings of some documents of a distribution."""
     documents = trainer.texts.at_hand(name)
     chosen = choose_documents([document.source for document in documents], config.documents, seed=seed)
     context = candidate.config.model.context
     shard = first_tokens(candidate.data.at_hand(name), chosen, context)
     windows = evaluation_windows(shard, context, shard.num_tokens)
     model = trainer.load(trainer.parent.key)
-    # Where routing goes by label, a new text's is unknown, and an old one's must not tell the two apart.
+    # Without labels, also for old text: where routing depends on them, the new text has none, and labels of the old
+    # text alone would tell the two apart.
     batch_tokens = candidate.config.evaluate.batch_tokens
     measured = measure_documents(model, windows, distribution=None, batch_tokens=batch_tokens)
     return _View(measured, [documents[chosen[i]] for i in measured.document])
 
 
 def first_tokens(shard: TokenShard, documents: NDArray[np.int64], tokens: int) -> TokenShard:
-    """The beginnings of some documents."""
+    """Truncate some documents of a shard to their first tokens."""
     rows = [shard.document(int(i))[:tokens] for i in documents]
     offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
     return replace(shard, tokens=np.concatenate(rows), offsets=offsets, text_bytes=shard.text_bytes[documents])
 
 
 def _nearest_stage(trainer: CandidateTrainer, measured: DocumentMeasures) -> str:
+    """The stage whose generation gets the largest share of the batch's tokens."""
     shares = generation_shares(measured.expert_counts, trainer.architecture)
     return max(shares, key=lambda stage: shares[stage])

@@ -1,4 +1,4 @@
-"""Tell others of an outcome. Their failure is logged and never fails anything."""
+"""Hooks: send a tick's outcome to a command and an address. Their failure is logged and fails nothing."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import json
 import logging
 import subprocess
 import urllib.request
-from typing import Any
 
 from lifelong_moe.config.retraining.operation import HooksConfig
+from pipelines.retrain.outcome import TickOutcome
 
 log = logging.getLogger(__name__)
 
 
-def tell(hooks: HooksConfig, outcome: dict[str, Any]) -> None:
+def tell(hooks: HooksConfig, outcome: TickOutcome) -> None:
     """Run the command and call the address, each with the outcome as JSON."""
-    text = json.dumps(outcome, ensure_ascii=False).encode()
+    text = json.dumps(outcome.to_json(), ensure_ascii=False).encode()
     if hooks.command:
         try:
             subprocess.run(hooks.command, input=text, timeout=hooks.seconds, check=True, stdout=subprocess.DEVNULL)
-        except Exception as error:  # whatever is wrong with it, it is not ours
+        except Exception as error:  # anything: the operator's program must not fail a tick that is done
             log.warning("hooks.command failed: %s", _reason(error))
     if hooks.url:
         try:
@@ -30,7 +30,8 @@ def tell(hooks: HooksConfig, outcome: dict[str, Any]) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """Without the command or the address, which may hold a secret."""
+    """Why a hook failed."""
+    # Never str(error): it may quote the command or the address, and they may hold a secret.
     if isinstance(error, subprocess.CalledProcessError):
         return f"exit status {error.returncode}"
     if isinstance(error, subprocess.TimeoutExpired):

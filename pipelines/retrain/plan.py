@@ -1,4 +1,4 @@
-"""A tick's plan: what was found, what it means, what would be done and at what cost. A file that a person can read."""
+"""A tick's plan: findings, decision, and the stage to train with its cost; kept as a readable JSON file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lifelong_moe.config.retraining.operation import LimitsConfig
 from lifelong_moe.errors import StalePlanError
 from lifelong_moe.plan.methods import stage_specs
 from lifelong_moe.plan.retraining import Retraining
-from lifelong_moe.retraining.decision import Action, decide
+from lifelong_moe.retraining.decision import Action, Decision, decide
 from lifelong_moe.retraining.drift import Drift
 from lifelong_moe.storage.files import write_atomic
 from lifelong_moe.storage.keys import SHORT, content_key
@@ -25,111 +25,141 @@ from pipelines.shared.novelty import NewDocuments
 from pipelines.versions.candidates import Candidate, CandidateTrainer
 from pipelines.versions.gating import predicted_power
 
+# Older ones are refused: the machine's speed, the disk and the week of limits.promotions_per_week have moved on.
 VALID_DAYS = 7
+"""Days for which a plan can be carried out."""
 
 
 @dataclass(frozen=True)
 class TickPlan:
-    """What one tick would do."""
+    """A plan, with the candidate that it would train."""
 
     facts: PlanFacts
-    """As written to the file."""
+    """Contents of the plan's file."""
     candidate: Candidate | None
-    """The stage to train; None to skip."""
+    """The stage to train; None to train nothing."""
 
     @property
     def action(self) -> Action:
-        """What was decided."""
+        """The decision."""
         return self.facts.decision.action
 
     def path(self, record: RunRecord) -> Path:
-        """Where it is kept."""
+        """Path of its file."""
         return plan_path(record, self.facts.batch)
 
     def write(self, record: RunRecord) -> None:
-        """Keep it."""
+        """Write its file."""
         facts = json.dumps(self.facts.to_json(), indent=1, ensure_ascii=False, allow_nan=False)
         write_atomic(self.path(record), facts)
 
 
 def make_plan(trainer: CandidateTrainer, new: NewDocuments, head: RunHead) -> TickPlan:
-    """Measure drift, probe what is worth a probe, and decide.
+    """Measure drift, probe the affordable candidates, and decide.
 
     Args:
         trainer: Of the batch's candidates.
-        new: Its documents.
-        head: The run's; its versions say how often was promoted lately.
+        new: The batch's documents.
+        head: Of the run; its versions say how many promotions there were in the last week.
     """
     settings = trainer.retraining.settings
     grows = trainer.plan(None)
     seed = grows.config.seed
     with trainer.console.status(f"{trainer.new}: measuring drift"):
         drifts, nearest = measure_batch(trainer, grows, settings.drift, seed)
-    continues = trainer.plan(nearest)
-    drifted = has_drifted(drifts)
-    ways = [trainer.plan(None, grow=way) for way in settings.probe.grow] or [grows]
-    rooms = [_has_room(trainer.retraining, way) for way in ways]
-    # What cannot be afforded is not probed either; of the cheapest way it is said why.
-    growing = [way for way, room in zip(ways, rooms, strict=True) if drifted and room]
-    probes = 1 + len(growing)
-    limits = settings.limits
-    over = {
-        way.planned.key: _exceeded(limits, stage_facts(trainer, way), head, probes) for way in (continues, *growing)
-    }
-    affordable = [way for way in growing if not over[way.planned.key]]
-    exceeded = [] if affordable or not over[continues.planned.key] else over[continues.planned.key]
-    require_room_for(trainer, [*([] if over[continues.planned.key] else [continues]), *affordable])
-    continued = None if over[continues.planned.key] else probe(trainer, continues, probes)
-    decision = decide(
-        continued=continued,
-        grown=list(zip(_names(affordable), (probe(trainer, way, probes) for way in affordable), strict=True)),
-        drifted=drifted,
-        config=settings.decision,
-        gate=settings.gate,
-        untested=untested(drifts),
-    )
-    if decision.action == Action.skip and drifted and not affordable:  # no verdict on growing: the text stays open
-        exceeded = over[growing[0].planned.key] if growing else [_full(settings.limits.experts)]
-    chosen = continues if decision.action == Action.continue_ else None
-    if decision.action == Action.grow:
-        assert decision.way is not None
-        chosen = affordable[decision.way]
+    options = _options(trainer, trainer.plan(nearest), grows, has_drifted(drifts), head)
+    require_room_for(trainer, [*options.continuing, *options.affordable])
+    decision = _decide(trainer, options, drifts)
+    chosen = options.chosen(decision)
     corpus = trainer.texts.corpora[trainer.new]
     notes = drift_notes([*corpus.train, *corpus.heldout], drifts)
-    notes += _left_out(continues, *affordable)
-    notes += [] if all(rooms) else [_full(settings.limits.experts)]
-    notes += [f"{_way(way)} is not considered: {over[way.planned.key][0]}" for way in growing if way not in affordable]
+    notes += _lost_text(options.continues, *options.affordable)
+    notes += _not_considered(options)
     decided = Decided(decision.action, {**decision.terms}, [*notes, *decision.reasons])
-    facts = _facts(trainer, new, drifts, decided, chosen, exceeded)
+    facts = _facts(trainer, new, drifts, decided, chosen, options.exceeded(decision))
     power = None if chosen is None else predicted_power(trainer, shortened(trainer, chosen))
     looks = look_at_batch(trainer, settings.drift.documents, seed)
     return TickPlan(dataclasses.replace(facts, power=power, looks=looks), chosen)
 
 
-def _way(grows: Candidate) -> str:
-    """How a stage grows, in words."""
-    generation = grows.planned.architecture.generations[-1]
-    where = "" if generation.layers is None else f" in layers {', '.join(map(str, generation.layers))}"
-    return f"Growing by {generation.experts} experts{where}"
+@dataclass(frozen=True)
+class _Options:
+    """Candidates of a tick, and what the limits forbid."""
+
+    drifted: bool
+    continues: Candidate
+    growing: list[Candidate]
+    """Ways to grow that ``limits.experts`` allows; none without drift."""
+    over: dict[str, list[str]]
+    """Sentences on exceeded limits, by key of the candidate's stage."""
+    full: list[str]
+    """A sentence, if ``limits.experts`` forbids a way to grow."""
+
+    @property
+    def continuing(self) -> list[Candidate]:
+        """The candidate that continues, if it is affordable."""
+        return [] if self.over[self.continues.planned.key] else [self.continues]
+
+    @property
+    def affordable(self) -> list[Candidate]:
+        """Ways to grow within all limits."""
+        return [way for way in self.growing if not self.over[way.planned.key]]
+
+    @property
+    def probes(self) -> int:
+        """Number of probes that the estimates of cost count."""
+        return 1 + len(self.growing)
+
+    def chosen(self, decision: Decision) -> Candidate | None:
+        """The candidate to train; None to train nothing."""
+        if decision.action == Action.continue_:
+            return self.continues
+        if decision.action == Action.grow:
+            assert decision.way is not None
+            return self.affordable[decision.way]
+        return None
+
+    def exceeded(self, decision: Decision) -> list[str]:
+        """Why the limits, and not the probes, made the decision; empty if they did not."""
+        # Nothing was said of growing, for which the text calls: it stays open until a limit is raised.
+        if decision.action == Action.skip and self.drifted and not self.affordable:
+            return self.over[self.growing[0].planned.key] if self.growing else self.full
+        return [] if self.affordable else self.over[self.continues.planned.key]
 
 
-def _names(ways: list[Candidate]) -> list[str]:
-    """The ways to grow in words, with their settings where words are the same."""
-    words = [_way(way) for way in ways]
+def _options(
+    trainer: CandidateTrainer, continues: Candidate, grows: Candidate, drifted: bool, head: RunHead
+) -> _Options:
+    """The candidates, with what each would exceed."""
+    settings = trainer.retraining.settings
+    limits = settings.limits
+    ways = [trainer.plan(None, grow=way) for way in settings.probe.grow] or [grows]
+    rooms = [limits.experts is None or way.planned.architecture.num_experts <= limits.experts for way in ways]
+    growing = [way for way, room in zip(ways, rooms, strict=True) if drifted and room]
+    probes = 1 + len(growing)
+    # What cannot be afforded is not probed either.
+    over = {
+        way.planned.key: _exceeded(limits, stage_facts(trainer, way), head, probes) for way in (continues, *growing)
+    }
+    return _Options(drifted, continues, growing, over, [] if all(rooms) else [_full(limits.experts)])
+
+
+def _exceeded(limits: LimitsConfig, stage: StageFacts, head: RunHead, probes: int) -> list[str]:
+    """The limits that a stage and its probes would exceed, a sentence each."""
+    week = timestamp(time.time() - 7 * 86400)
+    lately = sum(v.kind == "promoted" and v.at > week for v in head.versions_until(latest_timestamp()))
+    needed = {
+        "tokens": stage.tokens_spent(probes),
+        "hours": stage.hours_spent(probes),
+        "disk_bytes": stage.disk_bytes,
+        "promotions_per_week": lately + 1,
+    }
+    found = {key: (value, getattr(limits, key)) for key, value in needed.items()}
     return [
-        f"{name} ({json.dumps(dict(way.grow or {}))})" if words.count(name) > 1 else name
-        for name, way in zip(words, ways, strict=True)
+        f"limits.{key}={limit} would be exceeded: {value:g}."
+        for key, (value, limit) in found.items()
+        if limit is not None and value is not None and value > limit
     ]
-
-
-def _left_out(continues: Candidate, *growing: Candidate) -> list[str]:
-    """What cannot be replayed or measured any more, a sentence each."""
-    notes = continues.measurements.unmeasurable()
-    for what, candidate in (("Continuing", continues), *(("Growing", way) for way in growing[:1])):
-        gone = candidate.data.gone
-        if lost := [name for name in stage_specs(candidate.config)[-1].uses if name in gone]:
-            notes.append(f"{what} replays nothing of {', '.join(lost)}, as it would otherwise: the text is gone.")
-    return notes
 
 
 def _full(limit: int | None) -> str:
@@ -140,44 +170,51 @@ def _full(limit: int | None) -> str:
     )
 
 
-def check_plan(path: Path, trainer: CandidateTrainer, new: NewDocuments) -> TickPlan:
-    """Read a plan that was made before, and refuse it if it no longer fits.
-
-    Raises:
-        ConfigError: If there is no such plan.
-        StalePlanError: If champion, batch or settings are others now, or it has expired.
-    """
-    facts = read_plan(path)
-    old, stage = (facts.champion.key, facts.batch, facts.settings), facts.stage
-    now = (trainer.champion.key, new.hash, settings_hash(trainer.retraining))
-    for what, before, after in zip(("champion", "batch", "settings"), old, now, strict=True):
-        if before != after:
-            raise StalePlanError(f"{path}: made for {what} {before[:SHORT]}, which is {after[:SHORT]} now; plan again.")
-    if facts.sources != new.sources:
-        raise StalePlanError(f"{path}: made when the documents of its batch named other sources; plan again.")
-    if facts.made_at > latest_timestamp():
-        raise StalePlanError(f"{path}: made at {facts.made_at}, which is in the future; plan again.")
-    if timestamp() > facts.expires:
-        raise StalePlanError(f"{path}: expired at {facts.expires}; plan again.")
-    candidate = None if stage is None else trainer.plan(stage.continues, grow=stage.grow)
-    if stage is not None and candidate is not None and candidate.planned.key != stage.key:
-        raise StalePlanError(f"{path}: its stage would be another one now; plan again.")
-    return TickPlan(facts, candidate)
+def _decide(trainer: CandidateTrainer, options: _Options, drifts: dict[str, Drift]) -> Decision:
+    """Run the probes and choose an action."""
+    settings = trainer.retraining.settings
+    continued = [probe(trainer, one, options.probes) for one in options.continuing]
+    grown = [probe(trainer, way, options.probes) for way in options.affordable]
+    return decide(
+        continued=continued[0] if continued else None,
+        grown=list(zip(_names(options.affordable), grown, strict=True)),
+        drifted=options.drifted,
+        config=settings.decision,
+        gate=settings.gate,
+        untested=untested(drifts),
+    )
 
 
-def plan_path(record: RunRecord, batch: str) -> Path:
-    """Where a batch's plan is kept."""
-    return record.path / "plans" / f"{batch[:SHORT]}.json"
+def _names(ways: list[Candidate]) -> list[str]:
+    """The ways to grow in words, with their settings where the words are the same."""
+    words = [_way(way) for way in ways]
+    return [
+        f"{name} ({json.dumps(dict(way.grow or {}))})" if words.count(name) > 1 else name
+        for name, way in zip(words, ways, strict=True)
+    ]
 
 
-def settings_hash(retraining: Retraining) -> str:
-    """Of everything that a person configured."""
-    return content_key([dataclasses.asdict(retraining.settings), retraining.raw()])
+def _way(grows: Candidate) -> str:
+    """A way to grow in words."""
+    generation = grows.planned.architecture.generations[-1]
+    where = "" if generation.layers is None else f" in layers {', '.join(map(str, generation.layers))}"
+    return f"Growing by {generation.experts} experts{where}"
 
 
-def _has_room(retraining: Retraining, grows: Candidate) -> bool:
-    most = retraining.settings.limits.experts
-    return most is None or grows.planned.architecture.num_experts <= most
+def _lost_text(continues: Candidate, *growing: Candidate) -> list[str]:
+    """Text that can no longer be measured or replayed, a sentence each."""
+    notes = continues.measurements.unmeasurable()
+    for what, candidate in (("Continuing", continues), *(("Growing", way) for way in growing[:1])):
+        gone = candidate.data.gone
+        if lost := [name for name in stage_specs(candidate.config)[-1].uses if name in gone]:
+            notes.append(f"{what} replays nothing of {', '.join(lost)}, as it would otherwise: the text is gone.")
+    return notes
+
+
+def _not_considered(options: _Options) -> list[str]:
+    """Ways to grow that a limit forbids, a sentence each."""
+    forbidden = [way for way in options.growing if way not in options.affordable]
+    return options.full + [f"{_way(way)} is not considered: {options.over[way.planned.key][0]}" for way in forbidden]
 
 
 def _facts(
@@ -188,6 +225,7 @@ def _facts(
     chosen: Candidate | None,
     exceeded: list[str],
 ) -> PlanFacts:
+    """Everything that the plan's file says, but for power and looks."""
     settings, corpus = trainer.retraining.settings, trainer.texts.corpora[trainer.new]
     stage = None if chosen is None else stage_facts(trainer, chosen)
     return PlanFacts(
@@ -207,23 +245,43 @@ def _facts(
         limits=dataclasses.asdict(settings.limits),
         exceeded=exceeded,
         gate=dataclasses.asdict(settings.gate),
+        # Garbage collection keeps these while the plan is there.
         reads=[stage.key for stage in trainer.champion.stages],
         stages=[] if stage is None else [stage.key],
     )
 
 
-def _exceeded(limits: LimitsConfig, stage: StageFacts, head: RunHead, probes: int) -> list[str]:
-    week = timestamp(time.time() - 7 * 86400)
-    lately = sum(v.kind == "promoted" and v.at > week for v in head.versions_until(latest_timestamp()))
-    needed = {
-        "tokens": stage.tokens_spent(probes),
-        "hours": stage.hours_spent(probes),
-        "disk_bytes": stage.disk_bytes,
-        "promotions_per_week": lately + 1,
-    }
-    found = {key: (value, getattr(limits, key)) for key, value in needed.items()}
-    return [
-        f"limits.{key}={limit} would be exceeded: {value:g}."
-        for key, (value, limit) in found.items()
-        if limit is not None and value is not None and value > limit
-    ]
+def check_plan(path: Path, trainer: CandidateTrainer, new: NewDocuments) -> TickPlan:
+    """Read a plan and refuse it if it is stale.
+
+    Raises:
+        ConfigError: If there is no such plan.
+        StalePlanError: If champion, batch or settings have changed, or it has expired.
+    """
+    facts = read_plan(path)
+    old, stage = (facts.champion.key, facts.batch, facts.settings), facts.stage
+    now = (trainer.champion.key, new.hash, settings_hash(trainer.retraining))
+    for what, before, after in zip(("champion", "batch", "settings"), old, now, strict=True):
+        if before != after:
+            raise StalePlanError(f"{path}: made for {what} {before[:SHORT]}, which is {after[:SHORT]} now; plan again.")
+    if facts.sources != new.sources:
+        raise StalePlanError(f"{path}: made when the documents of its batch named other sources; plan again.")
+    if facts.made_at > latest_timestamp():
+        raise StalePlanError(f"{path}: made at {facts.made_at}, which is in the future; plan again.")
+    if timestamp() > facts.expires:
+        raise StalePlanError(f"{path}: expired at {facts.expires}; plan again.")
+    # The key covers all that the stage depends on, such as the text that it replays.
+    candidate = None if stage is None else trainer.plan(stage.continues, grow=stage.grow)
+    if stage is not None and candidate is not None and candidate.planned.key != stage.key:
+        raise StalePlanError(f"{path}: its stage would be another one now; plan again.")
+    return TickPlan(facts, candidate)
+
+
+def plan_path(record: RunRecord, batch: str) -> Path:
+    """Path of a batch's plan."""
+    return record.path / "plans" / f"{batch[:SHORT]}.json"
+
+
+def settings_hash(retraining: Retraining) -> str:
+    """Hash of the retraining file and its base, overrides included."""
+    return content_key([dataclasses.asdict(retraining.settings), retraining.raw()])

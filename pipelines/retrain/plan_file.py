@@ -1,9 +1,10 @@
-"""A tick's plan as a file. Apart from what makes one, so that a wrong path is answered before torch is imported."""
+"""A tick's plan as a file. Torch-free, so that a wrong path is reported before torch is imported."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -13,7 +14,7 @@ from lifelong_moe.retraining.decision import Action
 from lifelong_moe.retraining.looks import Looks
 from lifelong_moe.retraining.power import Power
 
-if TYPE_CHECKING:  # scipy takes as long to import as a question may take
+if TYPE_CHECKING:  # imports scipy, which takes longer than a mistyped path should take to report
     from lifelong_moe.retraining.drift import Drift
 
 
@@ -27,18 +28,18 @@ class Serving:
 
 @dataclass(frozen=True)
 class Decided:
-    """What to do and why."""
+    """The decision as the file holds it."""
 
     action: Action
     terms: dict[str, float | None] = field(default_factory=dict)
-    """As :class:`lifelong_moe.retraining.decision.Decision` has them; None where there is no bound."""
+    """Terms of :class:`lifelong_moe.retraining.decision.Decision`; None where they are not finite."""
     reasons: list[str] = field(default_factory=list)
-    """For a person, a sentence each."""
+    """Sentences for the operator."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageFacts:
-    """What a plan says of a stage: what it is, and what it takes."""
+    """A planned stage and its cost."""
 
     name: str
     key: str
@@ -57,55 +58,58 @@ class StageFacts:
     """At the speed of the champion's last stage; None where that is unknown."""
 
     def tokens_spent(self, probes: int) -> int:
-        """By the stage and so many probes like its own."""
+        """Tokens of the stage and so many probes."""
         return self.tokens + probes * self.probe_tokens
 
     def hours_spent(self, probes: int) -> float | None:
-        """By the stage and so many probes like its own, where speed is known."""
+        """Hours of the stage and so many probes; None if the speed is unknown."""
+        # All probes count like this stage's own: ways to grow differ little in tokens and speed.
         return None if self.hours is None else self.hours * self.tokens_spent(probes) / self.tokens
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanFacts:
-    """All that a plan says, as it stands in its file; plans of earlier versions lack what has a default."""
+    """Contents of a plan's file."""
 
+    # Fields with a default are missing in plans of earlier versions.
     run: str = ""
     made_at: str = ""
     expires: str
     champion: Serving
     batch: str
-    """Hash of its documents."""
+    """Hash of the batch's documents."""
     sources: str | None = None
-    """Which copy of the batch this is, if it came before with other sources."""
+    """Copy of the batch, if it came before with other sources."""
     data: str = ""
     """Name of the batch's distribution."""
     documents: int = 0
     near_copies: dict[str, int] | None = None
-    """Documents that are left out, by what they are near copies of."""
+    """Documents left out, by what they are near copies of."""
     settings: str
-    """Hash of everything that a person configured."""
+    """Hash of the retraining file and its base."""
     drift: dict[str, Drift] = field(default_factory=dict)
     decision: Decided
     stage: StageFacts | None
-    """To be trained; None if nothing is."""
+    """Stage to train; None to train nothing."""
     limits: dict[str, float | None] = field(default_factory=dict)
     exceeded: list[str]
-    """Limits that the plan would break, a sentence each."""
+    """Limits that forbid what the text calls for, a sentence each."""
     gate: dict[str, float] = field(default_factory=dict)
     reads: list[str] = field(default_factory=list)
     """Stages that must stay in the store while the plan is there."""
     stages: list[str] = field(default_factory=list)
-    """Those that it would add."""
+    """Keys of the stages that it would add."""
     power: Power | None = None
     looks: Looks | None = None
 
     def __post_init__(self) -> None:
+        # Dataclasses check no types, and a plan's file may hold any JSON.
         texts = (self.batch, self.settings, self.expires, self.champion.key)
         if not all(isinstance(text, str) for text in texts) or not isinstance(self.exceeded, list):
             raise TypeError("a plan's texts are no texts")
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON data; JSON has no infinity, and what has no bound is null."""
+        """As plain JSON data; infinities, which JSON lacks, become null."""
         drift = {name: _finite(dataclasses.asdict(one)) for name, one in self.drift.items()}
         plain = dataclasses.asdict(self) | {"drift": drift}
         plain["decision"]["terms"] = _finite(self.decision.terms)
@@ -118,7 +122,7 @@ class PlanFacts:
         Raises:
             KeyError, TypeError, ValueError: If it is something else.
         """
-        from lifelong_moe.retraining.drift import Drift
+        from lifelong_moe.retraining.drift import Drift  # late: see the top of this file
 
         decision = values["decision"]
         parts: dict[str, Any] = {
@@ -131,16 +135,16 @@ class PlanFacts:
         return cls(**values | parts)
 
     def postponed(self, reason: str) -> PlanFacts:
-        """The plan of a batch that waits: its stage was trained, and the gate could not tell."""
+        """The plan with the decision to wait, after a gate that left the question open."""
         reasons = [*self.decision.reasons, reason]
         return dataclasses.replace(self, decision=Decided(Action.wait, self.decision.terms, reasons))
 
 
 def read_plan(path: Path) -> PlanFacts:
-    """A plan that was made before.
+    """Read a plan's file.
 
     Raises:
-        ConfigError: If there is no such plan.
+        ConfigError: If it is absent or not a plan.
     """
     try:
         return PlanFacts.from_json(json.loads(path.read_text(encoding="utf-8")))
@@ -149,14 +153,14 @@ def read_plan(path: Path) -> PlanFacts:
 
 
 def refuse_idle_plan(path: str | None, now: str) -> None:
-    """Where a tick would have nothing to do, a plan that was to be carried out is stale.
+    """Refuse a plan where the tick has nothing to do.
 
     Args:
-        path: Of the plan; None if there is none to carry out.
-        now: What the tick found instead of the plan's batch.
+        path: Of the plan to be carried out; None without one.
+        now: What the tick found in place of the plan's batch.
 
     Raises:
-        StalePlanError: If there is one.
+        StalePlanError: If there is a plan.
     """
     if path is not None:
         batch = read_plan(Path(path)).batch
@@ -166,6 +170,6 @@ def refuse_idle_plan(path: str | None, now: str) -> None:
         )
 
 
-def _finite(values: dict[str, Any]) -> dict[str, Any]:
+def _finite(values: Mapping[str, object]) -> dict[str, object]:
     lowest, highest = float("-inf"), float("inf")
     return {k: None if isinstance(v, float) and not lowest < v < highest else v for k, v in values.items()}

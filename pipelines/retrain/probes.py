@@ -1,14 +1,13 @@
-"""Short versions of a tick's candidates: what they show, and what the stages that they stand for would cost."""
+"""Probes: short trainings of a tick's candidates, and the cost of the stages that they stand for."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
 
 from lifelong_moe.plan.cost import count_parameters, training_flops
 from lifelong_moe.plan.stages import stage_need
-from lifelong_moe.retraining.bounds import difference_bounds
+from lifelong_moe.retraining.bounds import Bounds, DocumentLosses, difference_bounds
 from lifelong_moe.retraining.decision import ProbeResult
 from lifelong_moe.retraining.gate import forgetting_bounds
 from lifelong_moe.retraining.pooling import pooled_losses
@@ -18,7 +17,10 @@ from pipelines.versions.candidates import Candidate, CandidateTrainer
 from pipelines.versions.gating import kinds_of_text, old_losses
 
 PROBE_LEVEL = 0.05
+"""Level of each bound: 95 % confidence, one-sided."""
+# The gate requires at least 20 samples beyond a bound; here there are 100.
 PROBE_RESAMPLES = 2000
+"""Bootstrap samples of each bound."""
 
 
 def probe_tokens(trainer: CandidateTrainer, candidate: Candidate) -> int:
@@ -33,7 +35,12 @@ def shortened(trainer: CandidateTrainer, candidate: Candidate) -> Candidate:
 
 
 def require_room_for(trainer: CandidateTrainer, candidates: list[Candidate]) -> None:
-    """All probes, and then any of the candidates, must fit on the disk."""
+    """Require disk space for all probes and then any one of the candidates.
+
+    Raises:
+        ResourceError: If there is too little.
+    """
+    # Checked before the first probe: space that runs out after hours of probes is found out too late.
     for candidate in candidates:
         stages = [*(shortened(trainer, one).planned for one in candidates), candidate.planned]
         todo = [stage for stage in stages if trainer.store.find(stage.key) is None]
@@ -41,21 +48,26 @@ def require_room_for(trainer: CandidateTrainer, candidates: list[Candidate]) -> 
 
 
 def probe(trainer: CandidateTrainer, candidate: Candidate, probes: int) -> ProbeResult:
-    """Train a short version of a candidate, one of so many, and hold it against the champion."""
+    """Train a candidate's probe and compare it with the champion.
+
+    Args:
+        trainer: Of the batch's candidates.
+        candidate: The stage that the probe stands for.
+        probes: Number of probes of this tick, for the cost.
+    """
     short = shortened(trainer, candidate)
     stage = trainer.train(short, lambda points: None, None)
     seed, new, before = short.config.seed, trainer.new, trainer.parent
 
-    def lost(name: str, **kinds: bool) -> Any:
-        after = short.measurements.losses(stage.key, name, **kinds)
-        other = short.measurements.losses(stage.key if kinds else before.key, name)
+    def bounds(after: DocumentLosses, other: DocumentLosses) -> Bounds:
         return difference_bounds(after, other, level=PROBE_LEVEL, resamples=PROBE_RESAMPLES, seed=seed)
 
-    gain = -lost(new)
+    probed = short.measurements.losses(stage.key, new)
+    gain = -bounds(probed, short.measurements.losses(before.key, new))
     kinds, level = kinds_of_text(trainer.champion, trainer.store), trainer.retraining.settings.gate.level
     losses = old_losses(trainer, short, stage)
     forgotten = forgetting_bounds(*losses, kinds=kinds, level=level, resamples=PROBE_RESAMPLES, seed=seed)
-    # Any of them rules an action out, and one of many looks bad by chance: for that the level is divided.
+    # Divided by their number (Bonferroni): any pool rules the action out, and one of many looks bad by chance.
     each = level / max(1, len(forgotten))
     least = [
         difference_bounds(
@@ -63,7 +75,8 @@ def probe(trainer: CandidateTrainer, candidate: Candidate, probes: int) -> Probe
         ).lower
         for pool in forgotten
     ]
-    old, structure = count_parameters(trainer.architecture).total, lost(new, shuffled=True)
+    structure = bounds(short.measurements.losses(stage.key, new, shuffled=True), probed)
+    old = count_parameters(trainer.architecture).total
     return ProbeResult(
         gain=gain.mean,
         gain_lower=gain.lower,
@@ -79,13 +92,16 @@ def probe(trainer: CandidateTrainer, candidate: Candidate, probes: int) -> Probe
 
 
 def _largest(values: Iterable[float]) -> float:
-    """The largest, or NaN if one is; 0 of none."""
+    """The largest value, NaN if one is NaN, 0 without values."""
+    # NaN sorts first: max() alone would drop it or keep it depending on the order.
     return max(values, key=lambda value: (math.isnan(value), value), default=0.0)
 
 
 def _cost_fraction(trainer: CandidateTrainer, candidate: Candidate, probes: int) -> float:
-    """Share of the budget that a stage and the probes before it take: of ``limits.tokens`` or ``limits.hours``, the
-    larger share. Without either the budget is what training the champion's model on as many tokens costs."""
+    """Cost of a stage and the tick's probes as a fraction of ``limits.tokens`` or ``limits.hours``, the larger one.
+
+    Without limits the budget is the cost of training the champion's model on as many tokens.
+    """
     limits, stage = trainer.retraining.settings.limits, stage_facts(trainer, candidate)
     hours = stage.hours_spent(probes)
     shares = [stage.tokens_spent(probes) / limits.tokens] if limits.tokens else []
@@ -96,10 +112,10 @@ def _cost_fraction(trainer: CandidateTrainer, candidate: Candidate, probes: int)
 
 
 def stage_facts(trainer: CandidateTrainer, chosen: Candidate) -> StageFacts:
-    """What a plan says of a candidate's stage."""
+    """A candidate's stage and its cost, as a plan reports them."""
     planned = chosen.planned
     speeds = [s.metrics["tokens_per_second"] for s in trainer.store.chain(trainer.champion.key) if s.metrics]
-    speed = speeds[-1] if speeds else None  # a derived stage trained nothing
+    speed = speeds[-1] if speeds else None  # a chain of derived stages has no speed: they train nothing
     return StageFacts(
         name=planned.spec.name,
         key=planned.key,

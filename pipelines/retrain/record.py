@@ -1,12 +1,10 @@
-"""What a tick leaves in MLflow: a run under the lifelong run, with plan, probes, gate, and who serves."""
+"""MLflow record of a tick: a nested run with plan, probes, gate and champion."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
-from typing import Any
 
 from lifelong_moe.config.load import whole_config
 from lifelong_moe.data.text.documents import Corpus
@@ -17,22 +15,24 @@ from lifelong_moe.store.stages import CommittedStage
 from lifelong_moe.tracking.store import local_id
 from lifelong_moe.tracking.tracker import Tracker
 from lifelong_moe.training.callbacks.logger import Row
+from pipelines.retrain.outcome import TickOutcome
 from pipelines.retrain.plan_file import PlanFacts
 from pipelines.retrain.render import tick_note
 from pipelines.shared.record_params import CONFIG, config_yaml, stage_params
 from pipelines.shared.recorded import show_champion
 from pipelines.versions.candidates import Candidate
 
+# The others hold paths, commands and addresses, which may name secrets.
 SHOWN = ("trigger", "drift", "probe", "decision", "gate", "limits")
-"""Sections of the retraining file that are numbers; the others hold paths, commands and addresses."""
+"""Sections of the retraining file that are logged as params."""
 
 
 class TickRecord:
-    """One MLflow run a batch: a tick that is done again goes on in it.
+    """One MLflow run for each batch; a tick that is repeated resumes it.
 
     Args:
-        tracker: MLflow, or nothing.
-        opened: The run; its head keeps the id by batch.
+        tracker: Connection to MLflow, which may be inactive.
+        opened: The lifelong run, whose head keeps the MLflow run ids by batch.
     """
 
     def __init__(self, tracker: Tracker, opened: OpenRun) -> None:
@@ -45,12 +45,13 @@ class TickRecord:
         return f"lifelong-moe.{self.opened.head.run}"
 
     def begin(self, name: str, batch: str, corpus: Corpus, settings: RetrainConfig) -> None:
-        """Open the run, or take it up again."""
+        """Start or resume the batch's MLflow run."""
         if not self.tracker.active:
             return
         run, told = self.opened.head.run, self.opened.head.mlflow
         known = told.ticks.get(batch) or local_id()
-        self._tell(batch, known)  # beforehand: whoever kills us now, the run is found again
+        # Persist the id first, so that a killed tick resumes this MLflow run.
+        self._save_id(batch, known)
         tags = {"lifelong.run": run, "lifelong.kind": "tick", "lifelong.batch": batch}
         params = {section: dataclasses.asdict(getattr(settings, section)) for section in SHOWN}
         self.run_id = self.tracker.start_run(
@@ -60,23 +61,24 @@ class TickRecord:
             params=params,
             tags=tags,
         )
-        self._tell(batch, self.run_id or known)
+        # MLflow gives the run an id of its own; offline the local one stays.
+        self._save_id(batch, self.run_id or known)
         profile = {"documents": len(corpus.train) + len(corpus.heldout), "held_out": len(corpus.heldout)}
         profile["near_copies"] = len(corpus.near_copies)
         self.tracker.log_dataset(
             self.run_id, name=name, digest=corpus.train_hash[:32], context="training", source="inbox", profile=profile
         )
 
-    def _tell(self, batch: str, run_id: str) -> None:
+    def _save_id(self, batch: str, run_id: str) -> None:
         head = self.opened.head
         self.opened.save(head.with_mlflow(ticks={**head.mlflow.ticks, batch: run_id}))
 
     def curves(self, points: list[Row]) -> None:
-        """Training curves of the candidate."""
+        """Log training curves of the candidate."""
         self.tracker.log_metrics(self.run_id, points)
 
     def planned(self, facts: PlanFacts, candidate: Candidate | None) -> None:
-        """The plan as a file and its terms as metrics; the candidate's settings as params, and as a file in whole."""
+        """Log the plan's terms as metrics and the plan as a file; the candidate's settings as params and as a file."""
         rows = [(f"decision/{key}", number(value), 0) for key, value in facts.decision.terms.items()]
         for name, drift in facts.drift.items():
             rows += [(f"drift/{name}/{key}", number(getattr(drift, key)), 0) for key in ("auc", "null_quantile", "psi")]
@@ -87,11 +89,12 @@ class TickRecord:
         self.tracker.log_metrics(self.run_id, rows)
         self.tracker.log_text(self.run_id, json.dumps(facts.to_json(), indent=1, ensure_ascii=False), "plan.json")
         if candidate is not None and self.run_id is not None:
+            # Resuming an open run only adds to it; it keeps its name.
             self.tracker.start_run("", run_id=self.run_id, params=stage_params(candidate.planned))
             self.tracker.log_text(self.run_id, config_yaml(whole_config(candidate.raw)), CONFIG)
 
     def candidate(self, stage: CommittedStage, facts: PlanFacts) -> None:
-        """Register the candidate, whatever becomes of it."""
+        """Register the candidate as a model version, before the gate and whatever its verdict."""
         tags = {"stage_key": stage.key, "stage": stage.name, "run": self.opened.head.run, "data": facts.data}
         tags |= {"parent_key": str(stage.parent), "weights_sha256": stage.weights_hash}
         self.tracker.register_version(
@@ -99,28 +102,29 @@ class TickRecord:
         )
 
     def judged(self, verdict: Verdict) -> None:
-        """What the gate measured."""
+        """Log the checks of the gate."""
         rows: list[Row] = []
         for check in verdict.checks:
             for what, value in (("value", check.value), ("limit", check.limit), ("passed", float(check.passed))):
                 rows.append((f"gate/{check.name}/{what}", value, 0))
         self.tracker.log_metrics(self.run_id, rows)
 
-    def done(self, outcome: Mapping[str, Any], facts: PlanFacts, verdict: Verdict | None) -> None:
-        """The outcome in words, and the end."""
+    def done(self, ended: TickOutcome, facts: PlanFacts, verdict: Verdict | None) -> None:
+        """Log the outcome, and end the MLflow run."""
         if self.run_id is None:
             return
-        self.tracker.start_run("", run_id=self.run_id, tags={"lifelong.outcome": str(outcome["outcome"])})
-        self.tracker.set_note(self.run_id, tick_note(outcome, facts, verdict))
-        self.tracker.log_text(self.run_id, json.dumps(outcome, indent=1, ensure_ascii=False), "outcome.json")
+        self.tracker.start_run("", run_id=self.run_id, tags={"lifelong.outcome": ended.outcome})
+        self.tracker.set_note(self.run_id, tick_note(ended, facts, verdict))
+        self.tracker.log_text(self.run_id, json.dumps(ended.to_json(), indent=1, ensure_ascii=False), "outcome.json")
         self.tracker.finish(self.run_id)
+        # Last: the alias of the champion moves only once its run says why.
         show_champion(self.opened.head, self.tracker)
 
     def ended_by(self, error: BaseException) -> None:
-        """Close what is open; the next tick takes it up again."""
+        """End the MLflow run with the error's status; the next tick resumes it."""
         self.tracker.finish(self.run_id, error)
 
 
 def number(value: float | None) -> float:
-    """A term as a point; what is absent becomes NaN, which is logged as absent."""
+    """A term as a metric; None becomes NaN, which is logged as absent."""
     return math.nan if value is None else float(value)

@@ -1,24 +1,22 @@
-"""A tick's plan and outcome in words: on the terminal and in MLflow."""
+"""A tick's plan and outcome in words, on the terminal and in MLflow."""
 
 from __future__ import annotations
-
-from collections.abc import Mapping
-from typing import Any
 
 from rich.console import Console
 
 from lifelong_moe.retraining.checks import Verdict
 from lifelong_moe.retraining.power import Power
 from lifelong_moe.storage.keys import SHORT
+from pipelines.retrain.outcome import TickOutcome
 from pipelines.retrain.plan_file import PlanFacts
 
 
 def plan_sentences(facts: PlanFacts) -> list[str]:
-    """What was found, what was decided and why, and what it would cost; a sentence each."""
+    """Findings, decision with reasons, and cost of a plan, a sentence each."""
     sentences = [f"Batch {facts.batch[:SHORT]}: {facts.documents} documents never seen before."]
     if facts.looks is not None:  # plans of earlier versions have none
         sentences.append(facts.looks.words)
-    copies = facts.near_copies or {}
+    copies = facts.near_copies or {}  # None in plans of earlier versions
     if any(copies.values()):
         sentences.append(
             f"Near copies, which are left out: {copies['of_known_text']} of text seen before, "
@@ -41,8 +39,9 @@ def plan_sentences(facts: PlanFacts) -> list[str]:
 
 
 def _power(power: Power) -> str:
-    """How often the gate would pass what does no harm; with a warning where that is less than half of the time."""
+    """The gate's power, with a warning if it would pass a harmless candidate less than half of the time."""
     passes, weakest = round(100 * power.passes), round(100 * power.weakest_passes)
+    # Rounded before the comparison, so that the warning never stands beside "50 times of 100".
     found = f"This gate would pass a harmless candidate {passes} times of 100 ({power.checks} check(s) of old text)"
     if passes >= 50:
         return f"{found}."
@@ -58,22 +57,23 @@ def print_plan(console: Console, facts: PlanFacts) -> None:
         console.print(f"· {sentence}", highlight=False, markup=False)
 
 
-def print_outcome(console: Console, result: Mapping[str, Any]) -> None:
+def print_outcome(console: Console, ended: TickOutcome) -> None:
     """Print how the tick ended."""
-    now = result["champion"]
+    now = ended.champion
+    serves = f" Version {now.version} serves (stage {now.stage})." if now is not None else ""
     console.print(
-        f"{result['outcome']}: {result['reason']}. Version {now['version']} serves (stage {now['stage']}).",
+        f"{ended.outcome}: {ended.reason}.{serves}",
         highlight=False,
         markup=False,
     )
 
 
-def tick_note(result: Mapping[str, Any], facts: PlanFacts, judged: Verdict | None) -> str:
-    """The tick's page in MLflow, as Markdown."""
-    lines = [f"**{result['outcome']}**: {result['reason']}.", "", "### Plan", ""]
+def tick_note(ended: TickOutcome, facts: PlanFacts, verdict: Verdict | None) -> str:
+    """The note of the tick's MLflow run, as Markdown."""
+    lines = [f"**{ended.outcome}**: {ended.reason}.", "", "### Plan", ""]
     lines += [f"- {sentence}" for sentence in plan_sentences(facts)]
-    if judged is not None:
+    if verdict is not None:
         lines += ["", "### Gate", ""]
-        lines += [f"- {'✓' if check.passed else '✗'} {check.sentence}" for check in judged.checks]
-        lines += [f"- {sentence}" for sentence in judged.notes]
+        lines += [f"- {'✓' if check.passed else '✗'} {check.sentence}" for check in verdict.checks]
+        lines += [f"- {sentence}" for sentence in verdict.notes]
     return "\n".join(lines)

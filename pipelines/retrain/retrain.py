@@ -1,7 +1,7 @@
-"""`lifelong-moe retrain`: one tick. Look, measure drift, decide, plan, train, gate, promote or reject, and say so.
+"""`lifelong-moe retrain`: one tick. Look, measure drift, decide, plan, train, gate, promote or reject, and record it.
 
-Idempotent: stages, probes and measurements are found by their content, a batch by its documents. A tick that was
-killed is done again by the next one, which does again only what was not committed.
+A tick is idempotent: stages, probes and measurements are found by content, a batch by its documents. After a kill, the
+next tick repeats only what was not committed.
 """
 
 from __future__ import annotations
@@ -9,16 +9,17 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from lifelong_moe.config.data import KeepText
 from lifelong_moe.config.load import written_config
+from lifelong_moe.config.retraining.policy import HELDOUT_SOURCES
 from lifelong_moe.data.tokens.prepare import Texts
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.plan.retraining import load_retraining
 from lifelong_moe.retraining.bounds import LEAST_SOURCES
+from lifelong_moe.retraining.checks import Verdict
 from lifelong_moe.retraining.decision import Action
 from lifelong_moe.storage.locks import locked
 from lifelong_moe.store.head import RunHead
@@ -29,17 +30,18 @@ from lifelong_moe.store.versions import VersionStage
 from lifelong_moe.tracking.tracker import Tracker
 from lifelong_moe.training.callbacks.interrupt import Interrupt, handling_sigterm
 from lifelong_moe.training.loop.trainer import build_trainer
+from pipelines.retrain.outcome import TickOutcome
 from pipelines.retrain.plan import TickPlan, check_plan, make_plan
 from pipelines.retrain.plan_file import PlanFacts, read_plan, refuse_idle_plan
 from pipelines.retrain.record import TickRecord
 from pipelines.retrain.render import print_plan
-from pipelines.retrain.tick import Tick, split_of
-from pipelines.retrain.waiting import waits_still
+from pipelines.retrain.tick import Tick
+from pipelines.retrain.waiting import still_waiting
 from pipelines.shared.kept_text import with_texts
 from pipelines.shared.novelty import NewDocuments, new_documents, read_texts
 from pipelines.shared.places import ROOT, remove_abandoned
 from pipelines.shared.recorded import show_champion
-from pipelines.versions.candidates import CandidateTrainer, batch_files, model_loader
+from pipelines.versions.candidates import Candidate, CandidateTrainer, batch_files, model_loader
 from pipelines.versions.drop import with_versions
 from pipelines.versions.gating import best_losses, gate, updated_best
 from pipelines.versions.render import print_verdict
@@ -52,16 +54,16 @@ def retrain(
     plan_path: str | None,
     console: Console,
     reopen: str | None = None,
-) -> dict[str, Any]:
-    """Do one tick; returns its outcome.
+) -> TickOutcome:
+    """Run one tick.
 
     Args:
         config_path: Retraining file.
         overrides: ``key=value``, for it or for its base.
         dry_run: Write and print the plan, and stop.
-        plan_path: A plan that a dry run wrote, to be carried out as it stands.
-        console: Where people read.
-        reopen: Name, or beginning of the hash, of a skipped or rejected batch to look at again.
+        plan_path: Plan of a dry run, to be carried out as it stands.
+        console: Output for people.
+        reopen: Name, or beginning of the hash, of a skipped or rejected batch to consider again.
 
     Raises:
         ConfigError: If the configuration is wrong, or the run does not exist.
@@ -70,7 +72,8 @@ def retrain(
         TryAgainError: If another process works on the run, or SIGTERM came.
     """
     retraining = load_retraining(config_path, overrides)
-    require_head(ROOT, retraining.run)  # a mistake is told before a lock is made
+    # Mistakes of the user are raised before the lock file is made.
+    require_head(ROOT, retraining.run)
     if plan_path is not None:
         read_plan(Path(plan_path))
     with handling_sigterm() as interrupt:
@@ -80,9 +83,10 @@ def retrain(
             head = with_versions(store, require_head(ROOT, record.run))
             tick = Tick(retraining, record, head, console)
             try:
-                build_trainer(tick.config.trainer, 1)  # what this machine cannot do is said before all else
+                # An accelerator or strategy that this machine lacks is refused before anything is written.
+                build_trainer(tick.config.trainer, 1)
                 if not dry_run:
-                    tick.remove_text(working=True)  # of a tick that was killed
+                    tick.remove_text(working=True)  # left by a killed tick
                 if reopen is not None:
                     tick.reopen(reopen)
                 return _tick(tick, interrupt, dry_run, plan_path)
@@ -91,38 +95,26 @@ def retrain(
                     tick.fail(error)
                 raise
             finally:
-                if not dry_run or retraining.settings.inbox.keep_text == KeepText.always:  # then only its note goes
+                # After a dry run the text stays for --plan, unless it stays anyway: then only its note is cleared.
+                if not dry_run or retraining.settings.inbox.keep_text == KeepText.always:
                     tick.remove_text()
 
 
-def _tick(tick: Tick, interrupt: Interrupt, dry_run: bool, plan_path: str | None) -> dict[str, Any]:
-    with tick.console.status("looking at the inbox"):
-        texts = read_texts(tick.config, tick.known)
-        new = new_documents(tick.retraining.settings.inbox, texts, tick.head.batches, tick.batches)
-    if new.known:
-        tick.console.print(f"{new.known:,} documents in the inbox were seen before, or repeat others", highlight=False)
-    copies = f"{new.near_copies:,} documents in the inbox are near copies of text seen before"
-    if new.near_copies:
-        tick.console.print(f"{copies}, and are left out", highlight=False)
+def _tick(tick: Tick, interrupt: Interrupt, dry_run: bool, plan_path: str | None) -> TickOutcome:
+    """From the inbox to the outcome."""
+    texts, new = _look(tick)
     if not new.documents:
         refuse_idle_plan(plan_path, "nothing is new")
-        return _idle(tick, "nothing new has arrived" + (f"; {copies}" if new.near_copies else ""))
-    believed = tick.head.versions_until(latest_timestamp())
-    for version in tick.head.versions:
-        if version not in believed:
-            tick.console.print(
-                f"Version {version.id} is dated {version.at}, which is in the future: a clock was ahead. It counts "
-                f"neither for trigger.max_days nor for limits.promotions_per_week.",
-                highlight=False,
-            )
-    if (waiting := _waiting(tick, new)) is not None:
-        refuse_idle_plan(plan_path, waiting)
-        return _idle(tick, waiting)
-    if plan_path is None and not dry_run:
-        before = waits_still(tick, new)
-        if before is not None:
-            _show_champion(tick)
-            return tick.end("waiting", _reason(before), batch=before.batch, data=before.data)
+        copies = f"; {_near_copies(new)}" if new.near_copies else ""
+        return _idle(tick, f"nothing new has arrived{copies}")
+    _warn_of_future_versions(tick)
+    if (too_little := _too_little(tick, new)) is not None:
+        refuse_idle_plan(plan_path, too_little)
+        return _idle(tick, too_little)
+    # A dry run always looks, and a plan is carried out or refused as stale.
+    if plan_path is None and not dry_run and (before := still_waiting(tick, new)) is not None:
+        _show_champion(tick)
+        return tick.end(TickOutcome("waiting", _last_reason(before), batch=before.batch, data=before.data))
     trainer = _candidate_trainer(tick, new, texts, interrupt)
     mlflow = TickRecord(Tracker.connect(tick.config.tracking, ROOT), tick)
     try:
@@ -140,33 +132,44 @@ def _tick(tick: Tick, interrupt: Interrupt, dry_run: bool, plan_path: str | None
         raise
 
 
-def _idle(tick: Tick, reason: str) -> dict[str, Any]:
-    """Nothing to do but to set MLflow right."""
-    _show_champion(tick)
-    return tick.end("idle", reason)
+def _look(tick: Tick) -> tuple[Texts, NewDocuments]:
+    """Read the run's texts and the inbox, and print what the inbox held besides new documents."""
+    with tick.console.status("looking at the inbox"):
+        texts = read_texts(tick.config, tick.known)
+        new = new_documents(tick.retraining.settings.inbox, texts, tick.head.batches, tick.batches)
+    if new.known:
+        tick.console.print(f"{new.known:,} documents in the inbox were seen before, or repeat others", highlight=False)
+    if new.near_copies:
+        tick.console.print(f"{_near_copies(new)}, and are left out", highlight=False)
+    return texts, new
 
 
-def _show_champion(tick: Tick) -> None:
-    """Tell MLflow what it missed, and who serves."""
-    tracker = Tracker.connect(tick.config.tracking, ROOT)
-    if tracker.connected:
-        show_champion(tick.head, tracker)
+def _near_copies(new: NewDocuments) -> str:
+    return f"{new.near_copies:,} documents in the inbox are near copies of text seen before"
 
 
-def _reason(facts: PlanFacts) -> str:
-    """A plan's last word, why nothing is trained."""
-    return facts.decision.reasons[-1].removeprefix("Skip: ").removeprefix("Wait: ").rstrip(".")
+def _warn_of_future_versions(tick: Tick) -> None:
+    """Print a line for each version whose date is not believed."""
+    believed = tick.head.versions_until(latest_timestamp())
+    for version in tick.head.versions:
+        if version not in believed:
+            tick.console.print(
+                f"Version {version.id} is dated {version.at}, which is in the future: a clock was ahead. It counts "
+                f"neither for trigger.max_days nor for limits.promotions_per_week.",
+                highlight=False,
+            )
 
 
-def _waiting(tick: Tick, new: NewDocuments) -> str | None:
-    """Why this is not enough yet; None if it is."""
+def _too_little(tick: Tick, new: NewDocuments) -> str | None:
+    """Why the new documents are not enough yet; None if they are."""
     trigger = tick.retraining.settings.trigger
     if len(new.documents) < trigger.least_documents:
         return f"{len(new.documents)} new documents are waiting; trigger.least_documents={trigger.least_documents}"
-    # At most half of the sources are held out.
+    # At most half of the sources are held out, and the gate needs LEAST_SOURCES of them.
     if (sources := len({document.source for document in new.documents})) < 2 * LEAST_SOURCES:
         return f"{len(new.documents)} new documents are of {sources} source(s); {2 * LEAST_SOURCES} are needed"
     tokens = tick.count_tokens(new.documents)
+    # Timestamps are ISO 8601 in UTC, so they compare as strings; "" is earlier than all.
     oldest = timestamp(time.time() - 86400 * trigger.max_days) if trigger.max_days is not None else ""
     newest = max((version.at for version in tick.head.versions_until(latest_timestamp())), default="")
     if tokens >= trigger.min_tokens or newest < oldest:
@@ -174,11 +177,30 @@ def _waiting(tick: Tick, new: NewDocuments) -> str | None:
     return f"{tokens:,} new tokens are waiting; trigger.min_tokens={trigger.min_tokens:,}"
 
 
+def _idle(tick: Tick, reason: str) -> TickOutcome:
+    """End a tick that has nothing to do."""
+    _show_champion(tick)
+    return tick.end(TickOutcome("idle", reason))
+
+
+def _show_champion(tick: Tick) -> None:
+    """Send MLflow what it missed, and which version serves."""
+    # A server that was away during an earlier tick learns of its outcome even if nothing new arrives.
+    tracker = Tracker.connect(tick.config.tracking, ROOT)
+    if tracker.connected:
+        show_champion(tick.head, tracker)
+
+
+def _last_reason(facts: PlanFacts) -> str:
+    """The last of a plan's reasons: why nothing is trained."""
+    return facts.decision.reasons[-1].removeprefix("Skip: ").removeprefix("Wait: ").rstrip(".")
+
+
 def _candidate_trainer(tick: Tick, new: NewDocuments, texts: Texts, interrupt: Interrupt) -> CandidateTrainer:
-    """Keep the batch, and check that what it follows still is what the champion was trained on.
+    """Keep the batch, and return the trainer of its candidates.
 
     Raises:
-        ConfigError: If a distribution's text is another now.
+        ConfigError: If a distribution's text is no longer the one that its stage was trained on.
     """
     now = tick.head.champion
     for stage in now.stages:
@@ -189,6 +211,7 @@ def _candidate_trainer(tick: Tick, new: NewDocuments, texts: Texts, interrupt: I
                 f"distributions.{stage.data}: its training text is {found[:16]}, but stage {stage.name} was trained on "
                 f"{known[:16]}. Bring that text back, or begin another run."
             )
+    # Noted before the text is written: whoever is killed in between, the next tick knows that there is text to remove.
     tick.open_batch(new.hash)
     tick.batches.add(new.documents, new.files)
     files, load = batch_files(new.hash, new.sources), model_loader(tick.store, tick.config.trainer)
@@ -199,58 +222,90 @@ def _candidate_trainer(tick: Tick, new: NewDocuments, texts: Texts, interrupt: I
 
 def _carry_out(
     tick: Tick, trainer: CandidateTrainer, new: NewDocuments, plan: TickPlan, mlflow: TickRecord, dry_run: bool
-) -> dict[str, Any]:
-    """From the plan to the outcome."""
-    about: dict[str, Any] = {
-        "batch": new.hash,
-        "data": new.name,
-        "action": plan.action.value,
-        "plan": str(plan.path(tick.record)),
-    }
-    about["near_copies"] = plan.facts.near_copies
-    stage, judged = None, None
-    if dry_run:
-        outcome, reason = "planned", f"{plan.action} is what a tick would do now"
-    elif plan.facts.exceeded:
-        outcome, reason = "over budget", plan.facts.exceeded[0].rstrip(".")
-    elif plan.candidate is None:
-        outcome, reason = "waiting" if plan.action == Action.wait else "skipped", _reason(plan.facts)
-    else:
-        stage = trainer.train(plan.candidate, mlflow.curves, mlflow.run_id)
-        tick.trained(stage)
-        mlflow.candidate(stage, plan.facts)
-        best = best_losses(trainer, plan.candidate, tick.head.best)
-        judged = gate(trainer, plan.candidate, stage, best)
-        print_verdict(tick.console, judged)
-        mlflow.judged(judged)
-        outcome = "promoted" if judged.passed else "waiting" if judged.is_open else "rejected"
-        reason = (judged.checks[0].sentence if judged.passed else judged.reasons[0]).rstrip(".")
-        about["candidate"], measured = stage.key, plan.candidate.measurements
-        best = updated_best(measured, stage, best, measured.measurable()) if judged.passed else best
-        tick.head = replace(tick.head, best=best)
-    if outcome in ("skipped", "promoted", "rejected"):
-        tick.settle(new, outcome, reason)
-    elif outcome == "waiting":
+) -> TickOutcome:
+    """From the plan to the outcome: train and gate if the plan says so, then settle the batch."""
+    ended, stage, verdict = _without_training(plan, dry_run), None, None
+    if ended is None:
+        assert plan.candidate is not None
+        stage, verdict = _train_and_judge(tick, trainer, plan.candidate, plan.facts, mlflow)
+        ended = _after_gate(verdict)
+    if ended.outcome in ("skipped", "promoted", "rejected"):
+        tick.settle(new, ended.outcome, ended.reason)
+    elif ended.outcome == "waiting":
         tick.head = replace(tick.head, waiting=new.hash)
-        if judged is not None:
-            plan = replace(plan, facts=plan.facts.postponed(f"{reason}."))
+        if verdict is not None:
+            # Rewritten, so that the next tick finds a plan that waits and does not train the stage again.
+            plan = replace(plan, facts=plan.facts.postponed(f"{ended.reason}."))
             plan.write(tick.record)
-    if outcome == "promoted":
+    if ended.outcome == "promoted":
         assert stage is not None and plan.candidate is not None
         kept = plan.candidate.config.evaluate.keep_heldout
         tick.head = with_texts(tick.head, written_config(tick.retraining.base), plan.candidate.data, kept)
-        tick.head = _promotion(tick, stage, new, plan, reason)
-    result = tick.end(outcome, reason, **about)
-    mlflow.done(result, plan.facts, judged)
-    return result
+        tick.head = _promoted(tick, stage, new, plan.action, ended.reason)
+    ended = replace(
+        ended,
+        batch=new.hash,
+        data=new.name,
+        action=plan.action.value,
+        plan=str(plan.path(tick.record)),
+        near_copies=plan.facts.near_copies,
+        candidate=None if stage is None else stage.key,
+    )
+    # The head is saved here, in one write: a kill before it repeats the gate, and finds all measurements.
+    ended = tick.end(ended)
+    mlflow.done(ended, plan.facts, verdict)
+    return ended
 
 
-def _promotion(tick: Tick, stage: CommittedStage, new: NewDocuments, plan: TickPlan, reason: str) -> RunHead:
-    """The head with the candidate serving."""
-    action: StageAction = "grow" if plan.action == Action.grow else "continue"
-    split = split_of(tick.retraining)
+def _without_training(plan: TickPlan, dry_run: bool) -> TickOutcome | None:
+    """The outcome of a plan that trains nothing now; None if its candidate is to be trained."""
+    if dry_run:
+        return TickOutcome("planned", f"{plan.action} is what a tick would do now")
+    if plan.facts.exceeded:
+        return TickOutcome("over budget", plan.facts.exceeded[0].rstrip("."))
+    if plan.candidate is None:
+        return TickOutcome("waiting" if plan.action == Action.wait else "skipped", _last_reason(plan.facts))
+    return None
+
+
+def _train_and_judge(
+    tick: Tick, trainer: CandidateTrainer, candidate: Candidate, facts: PlanFacts, mlflow: TickRecord
+) -> tuple[CommittedStage, Verdict]:
+    """Train the candidate and take it through the gate."""
+    stage = trainer.train(candidate, mlflow.curves, mlflow.run_id)
+    tick.trained(stage)
+    mlflow.candidate(stage, facts)
+    best = best_losses(trainer, candidate, tick.head.best)
+    verdict = gate(trainer, candidate, stage, best)
+    print_verdict(tick.console, verdict)
+    mlflow.judged(verdict)
+    # Only a version that serves raises the bar for later ones; what a rejected candidate reached does not count.
+    if verdict.passed:
+        measurements = candidate.measurements
+        best = updated_best(measurements, stage, best, measurements.measurable())
+    tick.head = replace(tick.head, best=best)
+    return stage, verdict
+
+
+def _after_gate(verdict: Verdict) -> TickOutcome:
+    outcome = "promoted" if verdict.passed else "waiting" if verdict.is_open else "rejected"
+    reason = verdict.checks[0].sentence if verdict.passed else verdict.reasons[0]
+    return TickOutcome(outcome, reason.rstrip("."))
+
+
+def _promoted(tick: Tick, stage: CommittedStage, new: NewDocuments, decided: Action, reason: str) -> RunHead:
+    """The head with the candidate as champion."""
+    action: StageAction = "grow" if decided == Action.grow else "continue"
     added = VersionStage(
-        name=stage.name, key=stage.key, data=new.name, action=action, batch=new.hash, sources=new.sources, **split
+        name=stage.name,
+        key=stage.key,
+        data=new.name,
+        action=action,
+        batch=new.hash,
+        sources=new.sources,
+        # The split is noted with the stage: text that it was trained on must never count as held out later.
+        heldout_fraction=tick.retraining.settings.inbox.heldout_fraction,
+        heldout_sources=HELDOUT_SOURCES,
     )
     chain = (*tick.head.champion.stages, added)
     return tick.head.promoted("promoted", chain, reason, timestamp())

@@ -1,11 +1,10 @@
-"""What one tick of retraining works with, and how it ends."""
+"""State of one tick of retraining, and how it ends."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
 
 from rich.console import Console
 
@@ -24,6 +23,7 @@ from lifelong_moe.store.runs import OpenRun, RunRecord, require_head, timestamp
 from lifelong_moe.store.stages import CommittedStage, StageStore
 from lifelong_moe.store.ticks import LastTick, SettledBatch
 from pipelines.retrain import hooks
+from pipelines.retrain.outcome import ServingVersion, TickOutcome
 from pipelines.retrain.render import print_outcome
 from pipelines.shared.kept_text import remembered_by
 from pipelines.shared.novelty import NewDocuments, arrived
@@ -32,7 +32,7 @@ from pipelines.versions.candidates import served_stages
 
 
 class Tick(OpenRun):
-    """What one tick works with, and how it ends."""
+    """State of one tick: the run under its lock, its stores and its configuration."""
 
     def __init__(self, retraining: Retraining, record: RunRecord, head: RunHead, console: Console) -> None:
         super().__init__(record, head)
@@ -42,32 +42,35 @@ class Tick(OpenRun):
         self.config = retraining.config(self.base, self.added)
         self.known = remembered_by(head, written_config(retraining.base), head.champion, self.store)
 
-    def end(self, outcome: str, reason: str, **fields: Any) -> dict[str, Any]:
-        """Note the outcome in ledger and head, tell the hooks, and return it."""
+    def end(self, ended: TickOutcome) -> TickOutcome:
+        """Write the outcome to ledger and head, run the hooks, and return it with champion, run and time."""
         now = self.head.champion
-        serves = {"version": now.id, "stage": now.stages[-1].name, "key": now.key}
-        result = {"outcome": outcome, "reason": reason, "champion": serves, **fields}
-        last = LastTick(at=timestamp(), outcome=outcome, reason=reason, batch=fields.get("batch"))
-        # A batch that waits for a higher limit, or for more of its kind, is told of once, not every night.
-        again = outcome in ("over budget", "waiting") and last.repeats(self.head.last_tick)
-        if not again:
-            self.record.log("tick", **result)
-        result |= {"run": self.record.run, "at": last.at}
+        ended = replace(ended, champion=ServingVersion(now.id, now.stages[-1].name, now.key))
+        last = LastTick(at=timestamp(), outcome=ended.outcome, reason=ended.reason, batch=ended.batch)
+        # A batch that waits for a higher limit, or for more of its kind, is reported once, not every night.
+        repeated = ended.outcome in ("over budget", "waiting") and last.repeats(self.head.last_tick)
+        # Ledger before head: a tick killed in between is repeated and logged twice, but no version lacks its line.
+        if not repeated:
+            self.record.log("tick", **ended.to_json())
+        ended = replace(ended, run=self.record.run, at=last.at)
         self.save(replace(self.head, last_tick=last))
-        print_outcome(self.console, result)
-        if outcome != "idle" and not again:
-            hooks.tell(self.retraining.settings.hooks, result)
-        return result
+        print_outcome(self.console, ended)
+        if ended.outcome != "idle" and not repeated:
+            hooks.tell(self.retraining.settings.hooks, ended)
+        return ended
 
     def open_batch(self, batch: str) -> None:
-        """Say that a batch's text is about to be written: whoever kills us, the next tick knows that it is there, and
-        other runs that look at the same batch leave it alone."""
+        """Note in the head that a batch's text is about to be written.
+
+        After a kill the next tick finds it, and other runs that look at the same batch leave it alone.
+        """
         opened = (*(one for one in self.head.open if one != batch), batch)
+        # The head on disk gets the note alone: the rest of this tick's head must wait for its end.
         self.head = replace(self.head, open=opened)
         self.record.set_head(replace(require_head(ROOT, self.record.run), open=opened))
 
     def remove_text(self, *, working: bool = False) -> None:
-        """Remove the text of batches that ``inbox.keep_text`` lets go."""
+        """Remove the text of batches that ``inbox.keep_text`` does not keep."""
         keep = self.retraining.settings.inbox.keep_text
         self.head = replace(self.head, keep_text=keep)
         if keep == KeepText.always:
@@ -75,13 +78,13 @@ class Tick(OpenRun):
                 self.record.set_head(replace(head, open=()))
             return
         try:
-            heads = read_heads(ROOT)  # as they are on disk, not what a tick that fails had in mind
-        except LifelongError as error:  # what another run needs is not known, and this tick is no worse for it
+            heads = read_heads(ROOT)  # from disk: the head in memory of a tick that failed was never committed
+        except LifelongError as error:  # unknown what another run still needs, so nothing goes; the tick is unharmed
             self.console.print(f"inbox.keep_text={keep}: nothing is removed. {error}", highlight=False, markup=False)
             return
         head = heads[self.record.run] = replace(heads[self.record.run], keep_text=keep)
-        goes = removable_texts(heads, [self.record.run], working=working)
-        if freed := sum(remove_batch_text(ROOT, CACHE, batch, head) for batch in goes):
+        removable = removable_texts(heads, [self.record.run], working=working)
+        if freed := sum(remove_batch_text(ROOT, CACHE, batch, head) for batch in removable):
             self.console.print(f"inbox.keep_text={keep}: {freed / 1e6:.1f} MB of text removed", highlight=False)
         left = tuple(batch for batch in head.open if self.batches.copies(batch))
         if left != head.open:
@@ -89,29 +92,28 @@ class Tick(OpenRun):
             self.record.set_head(replace(head, open=left))
 
     def fail(self, error: BaseException) -> None:
-        """Note a failure in ledger and head as they were committed, and tell the hooks.
-
-        What a person must mend (exit code 2) is only told: it writes nothing.
-        """
+        """Write a failure to ledger and head, and run the hooks. Mistakes of the user (exit code 2) write nothing."""
         ours = as_ours(error)
         reason, code = one_line(str(ours or error)), ours.exit_code if ours else 1
-        failure = {"outcome": "failed", "error": type(ours or error).__name__, "reason": reason}
+        failure = TickOutcome("failed", reason, error=type(ours or error).__name__)
         if code != ConfigError.exit_code:
-            with suppress(OSError, LifelongError):  # on a full disk the error that filled it is the one to tell
-                self.record.log("tick", **failure, exit_code=code)
+            with suppress(OSError, LifelongError):  # on a full disk the original error is the one to report
+                self.record.log("tick", **failure.to_json(), exit_code=code)
+                # The head on disk, not the one in memory, which holds what was never committed.
                 last = LastTick(at=timestamp(), outcome="failed", reason=reason)
                 self.record.set_head(replace(require_head(ROOT, self.record.run), last_tick=last))
-        hooks.tell(self.retraining.settings.hooks, {**failure, "run": self.record.run, "at": timestamp()})
+        hooks.tell(self.retraining.settings.hooks, replace(failure, run=self.record.run, at=timestamp()))
 
     def count_tokens(self, documents: Sequence[Document]) -> int:
-        """Tokens of documents, as the champion reads them."""
+        """Number of tokens of documents by the champion's tokenizer."""
         if not documents:
             return 0
         tokenizer = Tokenizer.from_text(self.store.tokenizer(self.store.get(self.head.champion.key)))
         return tokenize_documents(documents, tokenizer).num_tokens
 
     def trained(self, stage: CommittedStage) -> None:
-        """Note a stage in the ledger, once."""
+        """Log a stage in the ledger, once."""
+        # A tick that is repeated after a kill finds the stage committed, and perhaps logged.
         if stage.key not in self.record.logged("stage", "key"):
             self.record.log("stage", name=stage.name, key=stage.key)
 
@@ -119,7 +121,7 @@ class Tick(OpenRun):
         """Forget the decision about a batch, so that its documents are new again.
 
         Raises:
-            ConfigError: If no batch, or more than one, begins so, but those that the champion has learned.
+            ConfigError: If the prefix names no batch, or several. Batches that the champion learned do not count.
         """
         batches = self.head.batches
         served = {stage.batch for stage in self.head.champion.stages}
@@ -133,10 +135,10 @@ class Tick(OpenRun):
         self.save(replace(self.head, batches={key: batch for key, batch in batches.items() if key != found[0]}))
 
     def _require_arrived(self, batch: str, prefix: str) -> None:
-        """Text that was removed can only be looked at again where it has arrived again.
+        """Require a batch's documents in the store, or again in the inbox if its text was removed.
 
         Raises:
-            ConfigError: If it has not.
+            ConfigError: If some are in neither.
         """
         known = self.head.batches[batch]
         if self.batches.has_text(batch, known.sources):
@@ -149,18 +151,15 @@ class Tick(OpenRun):
             )
 
     def settle(self, new: NewDocuments, outcome: str, reason: str) -> None:
-        """A decision about a batch: its documents are not looked at again."""
+        """Record the decision about a batch, so that later ticks pass over its documents."""
         settled = SettledBatch(
             name=new.name,
             outcome=outcome,
             reason=reason,
             at=timestamp(),
             sources=new.sources,
-            **split_of(self.retraining),
+            # The split, since what was trained on must never count as held out later.
+            heldout_fraction=self.retraining.settings.inbox.heldout_fraction,
+            heldout_sources=HELDOUT_SOURCES,
         )
         self.head = replace(self.head, waiting=None, batches={**self.head.batches, new.hash: settled})
-
-
-def split_of(retraining: Retraining) -> dict[str, Any]:
-    """How a new batch is divided; noted with it, since what was trained on must never count as held out later."""
-    return {"heldout_fraction": retraining.settings.inbox.heldout_fraction, "heldout_sources": HELDOUT_SOURCES}

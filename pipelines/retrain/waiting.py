@@ -1,7 +1,7 @@
-"""Batches that wait: text that was looked at without an answer comes again with newer text, not with every line of it.
+"""Batches that wait for more text: when a tick should look at them again.
 
-Probes cost training. So a batch that waits is left alone until champion, settings or its documents are others, or until
-as much has joined it as would be worth a look by itself.
+Probes cost training. So a waiting batch is left alone until the champion, the settings or its documents change, or as
+much text has joined it as would be worth a look by itself.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ from pipelines.retrain.tick import Tick
 from pipelines.shared.novelty import NewDocuments
 
 
-def waits_still(tick: Tick, new: NewDocuments) -> PlanFacts | None:
+def still_waiting(tick: Tick, new: NewDocuments) -> PlanFacts | None:
     """The plan by which the inbox's documents, or nearly all of them, wait; None if a tick should look at them.
 
-    Says what has joined them. Plans are rewritten by ``--dry-run``, which always looks.
+    Prints how much text has joined them.
     """
+    # The same batch: its own plan says whether it waits.
     if (made := _made_of(tick, new.hash)) is not None and made.sources == new.sources:
         return made if _waits(made) else None
+    # Another batch, since documents have joined: the plan of the one that waited before them.
     before = tick.head.waiting
     facts = None if before is None else _made_of(tick, before)
     if before is None or facts is None or not _waits(facts):
@@ -33,8 +35,9 @@ def waits_still(tick: Tick, new: NewDocuments) -> PlanFacts | None:
     waiting = tick.batches.identities(before, facts.sources)
     joined = [document for document in new.documents if _identity(document) not in waiting]
     if not waiting <= {_identity(document) for document in new.documents}:
-        return None  # some were taken away, or have other sources now
+        return None  # some were taken away, or their sources changed
     trigger, tokens = tick.retraining.settings.trigger, tick.count_tokens(joined)
+    # A plan that is dated in the future was made by a clock that was ahead: look again.
     oldest = timestamp(time.time() - 86400 * trigger.max_days) if trigger.max_days is not None else ""
     if tokens >= trigger.min_tokens or not oldest <= facts.made_at <= latest_timestamp():
         return None
@@ -46,9 +49,9 @@ def waits_still(tick: Tick, new: NewDocuments) -> PlanFacts | None:
 
 
 def _made_of(tick: Tick, batch: str) -> PlanFacts | None:
-    """A batch's plan, if champion and settings still are those that it was made for."""
+    """A batch's plan, if champion and settings are still those that it was made for."""
     facts = None
-    with suppress(ConfigError):  # there is none, or none that can be read: it is made again
+    with suppress(ConfigError):  # absent or unreadable plans are made again
         facts = read_plan(plan_path(tick.record, batch))
     now = tick.head.champion.key, batch, settings_hash(tick.retraining)
     return facts if facts and (facts.champion.key, facts.batch, facts.settings) == now else None

@@ -186,7 +186,7 @@ def decide(base: Path, documents: list[Document], overrides: list[str]) -> dict[
         os.chdir(lab)
         try:
             write(Path("inbox/batch.jsonl"), documents)
-            result = retrain("retrain.yaml", overrides, True, None, Console(file=io.StringIO()))
+            result = retrain("retrain.yaml", overrides, True, None, Console(file=io.StringIO())).to_json()
             facts = json.loads(Path(result["plan"]).read_text()) if "plan" in result else None
         finally:
             os.chdir(HERE)

@@ -173,7 +173,7 @@ def italian_pages(pool: Pool) -> list[Document]:
 def tick() -> dict[str, Any]:
     """One, in this process."""
     try:
-        return retrain("retrain.yaml", [], False, None, Console(file=io.StringIO()))
+        return retrain("retrain.yaml", [], False, None, Console(file=io.StringIO())).to_json()
     except LifelongError as error:
         return {"outcome": type(error).__name__, "reason": str(error)}
 

@@ -225,7 +225,7 @@ def test_text_without_an_answer_waits_for_more(monkeypatch: pytest.MonkeyPatch) 
     """Neither skipped for good nor probed every night, and told of once."""
     arrive("sea")
     told: list[str] = []
-    monkeypatch.setattr("pipelines.retrain.hooks.tell", lambda _, result: told.append(result["outcome"]))
+    monkeypatch.setattr("pipelines.retrain.hooks.tell", lambda _, ended: told.append(ended.outcome))
     with monkeypatch.context() as patch:
         patch.setattr(retrain_plan, "decide", lambda **known: Decision(Action.wait, {}, ["Wait: no answer yet: x."]))
         result = tick()
@@ -846,10 +846,11 @@ def test_numbers_without_end_are_refused(override: str) -> None:
 def test_hooks_of_any_kind_fail_nothing(caplog: pytest.LogCaptureFixture) -> None:
     from lifelong_moe.config.retraining.operation import HooksConfig
     from pipelines.retrain.hooks import tell
+    from pipelines.retrain.outcome import TickOutcome
 
     for url in ("http://127.0.0.1:1/a b", "http://[::1", "http://127.0.0.1:1/"):
-        tell(HooksConfig(url=url, command=["a\0b"], seconds=1.0), {"outcome": "idle"})
-    tell(HooksConfig(command=["true"], seconds=1e300), {"outcome": "idle"})
+        tell(HooksConfig(url=url, command=["a\0b"], seconds=1.0), TickOutcome("idle", ""))
+    tell(HooksConfig(command=["true"], seconds=1e300), TickOutcome("idle", ""))
     assert caplog.text.count("hooks.url failed") == 3 and caplog.text.count("hooks.command failed") >= 3
 
 

@@ -1,0 +1,52 @@
+"""How a tick ended, as the command line, the ledger, MLflow and the hooks get it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ServingVersion:
+    """The version that serves after a tick, and its last stage."""
+
+    version: int
+    stage: str
+    """Name of the stage."""
+    key: str
+    """Key of the stage."""
+
+
+@dataclass(frozen=True)
+class TickOutcome:
+    """How a tick ended; a field is None where it does not apply."""
+
+    outcome: str
+    """``idle``, ``planned``, ``waiting``, ``skipped``, ``over budget``, ``rejected``, ``promoted`` or ``failed``."""
+    reason: str
+    """Why, for the operator."""
+    _: KW_ONLY
+    error: str | None = None
+    """Class of the exception, if the tick failed."""
+    champion: ServingVersion | None = None
+    batch: str | None = None
+    """Hash of the batch."""
+    data: str | None = None
+    """Name of the batch's distribution."""
+    action: str | None = None
+    """What the plan decided: ``skip``, ``wait``, ``continue`` or ``grow``."""
+    plan: str | None = None
+    """Path of the plan."""
+    near_copies: Mapping[str, int] | None = None
+    """Documents left out, by what they are near copies of."""
+    candidate: str | None = None
+    """Key of the stage that was trained."""
+    run: str | None = None
+    at: str | None = None
+    """When it ended, ISO 8601, UTC."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON data; fields that are None are left out."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
