@@ -1,11 +1,11 @@
-"""Frozen experts' weights in the CPU's memory, on the device a layer at a time: a view of models while a stage trains.
+"""Keep frozen experts in CPU memory and stream them to the device, one layer ahead of the computation.
 
-A layer's weights are copied to the device while the layer before it computes, and given back after use: in a forward
-pass from the first layer to the last, and again in the backward pass from the last to the first, which needs them for
-the gradient of what comes before a frozen expert. At most two layers' copies are there at a time. The price is that
-all frozen experts cross the bus twice a micro-batch, and a teacher's once, whether or not a token chose them.
+While a layer computes, the next layer's weights are copied to the device, and a layer's copies are freed after use:
+first layer to last in the forward pass, last to first in the backward pass, which needs frozen weights for the
+gradients of earlier layers. At most two layers' copies exist at a time. In exchange, all frozen experts cross the bus
+twice per micro-batch (a teacher's once), whether or not a token chose them.
 
-The Parameters stay where they are in the model, under their names, as the same objects, and a teacher may share them.
+The model keeps the same Parameter objects under the same names, and a teacher may share them.
 """
 
 from __future__ import annotations
@@ -25,69 +25,91 @@ from lifelong_moe.model.moe import MoELayer
 from lifelong_moe.model.transformer import LanguageModel
 
 
-class Arrival(Protocol):
-    """Copies under way."""
+@contextmanager
+def offloaded(
+    models: Iterable[LanguageModel], trained: Iterable[Tensor], streamer: WeightStreamer | None
+) -> Iterator[None]:
+    """Within this context, frozen experts stay in CPU memory wherever their model is moved.
+
+    Args:
+        models: On the CPU. They take turns on one device, and may share experts.
+        trained: The trainable parameters. A generation that owns one of them moves with its model as usual.
+        streamer: Copies weights to the device on demand. None disables offloading.
+    """
+    if streamer is None:
+        yield
+        return
+    offload = _Offload(models, {id(parameter) for parameter in trained}, streamer)
+    try:
+        offload.attach()
+        yield
+    finally:
+        offload.detach()
+
+
+class Transfer(Protocol):
+    """Copies in flight."""
 
     def wait(self) -> list[Tensor]:
-        """The copies; what computes from now on computes after they came."""
+        """The copies, ready for all computation that is launched from now on."""
 
 
-class Courier(Protocol):
-    """What brings weights to a device."""
+class WeightStreamer(Protocol):
+    """Copies weights to a device in the background."""
 
     device: torch.device
 
-    def keep(self, host: Tensor) -> Tensor:
-        """The same values in CPU memory from which this courier copies well."""
+    def prepare(self, host: Tensor) -> Tensor:
+        """The same values in CPU memory that this streamer copies efficiently."""
 
-    def begin(self, hosts: Sequence[Tensor], dtype: torch.dtype | None) -> Arrival:
-        """Begin to copy, to another floating-point type if one is given, and do not wait."""
-
-
-@dataclass
-class _Event:
-    """Copies that another stream makes."""
-
-    copies: list[Tensor]
-    done: torch.cuda.Event
-
-    def wait(self) -> list[Tensor]:
-        torch.cuda.current_stream(self.copies[0].device).wait_event(self.done)
-        return self.copies
+    def start(self, hosts: Sequence[Tensor], dtype: torch.dtype | None) -> Transfer:
+        """Start copying, converted to ``dtype`` if given; does not wait."""
 
 
-class SideStream:
-    """Copies page-locked memory to a CUDA device on a stream of its own, while the device computes.
+def streamer_to(device: torch.device) -> WeightStreamer | None:
+    """A streamer for a CUDA device; None for any other, where weights are used in place."""
+    return CudaStreamer(device) if device.type == "cuda" else None
 
-    Copies are allocated on the stream that computes, and the side stream waits for what it has been told before: memory
-    that is given back is then never written before its last reader is done, and there is no more of it than is held.
-    """
+
+class CudaStreamer:
+    """Copies page-locked memory to a CUDA device on a side stream, in parallel with computation."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._stream = torch.cuda.Stream(device)
 
-    def keep(self, host: Tensor) -> Tensor:
+    def prepare(self, host: Tensor) -> Tensor:
         """The same values, page-locked."""
+        # Copies from pageable memory would block the host, and so not overlap with computation.
         return host if host.is_pinned() else host.pin_memory()
 
-    def begin(self, hosts: Sequence[Tensor], dtype: torch.dtype | None) -> Arrival:
-        """Begin to copy; a change of type happens on the device."""
+    def start(self, hosts: Sequence[Tensor], dtype: torch.dtype | None) -> Transfer:
+        """Start copying; the type is converted on the device."""
+        # Allocated on the compute stream, and the side stream waits for it: the allocator may hand out memory that
+        # was just freed, and it must not be overwritten before its last reader is done.
         copies = [torch.empty_like(host, dtype=dtype, device=self.device) for host in hosts]
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
             for copy, host in zip(copies, hosts, strict=True):
                 copy.copy_(host if host.dtype == copy.dtype else host.to(self.device, non_blocking=True), True)
-            return _Event(copies, self._stream.record_event())
+            return _CudaTransfer(copies, self._stream.record_event())
 
 
-def courier_to(device: torch.device) -> Courier | None:
-    """What brings weights to this device; None for one that is not CUDA, where they stay as they are."""
-    return SideStream(device) if device.type == "cuda" else None
+@dataclass
+class _CudaTransfer:
+    """Copies that the side stream makes."""
+
+    copies: list[Tensor]
+    done: torch.cuda.Event
+
+    def wait(self) -> list[Tensor]:
+        # The compute stream waits, not the host.
+        torch.cuda.current_stream(self.copies[0].device).wait_event(self.done)
+        return self.copies
 
 
-class _Saved(NamedTuple):
-    """What the backward pass needs of a copy, which is not held until then."""
+class _SavedView(NamedTuple):
+    """Where the backward pass finds a tensor that it needs, in place of the tensor."""
 
     slot: int
     size: torch.Size
@@ -99,119 +121,108 @@ class _Saved(NamedTuple):
 class _Layer:
     layer: MoELayer
     slots: list[tuple[nn.Module, str]]
-    """Where its frozen weights are read."""
+    """Its frozen weights: the module and the name of each."""
     implementation: ExpertsImplementation
-    """How its experts are computed elsewhere; a buffer of all of them would hold the copies for the backward pass."""
+    """How its experts are computed without offloading."""
     before: int | None = None
     after: int | None = None
 
 
 class _Offload:
-    """The view of several models whose layers take turns on one device."""
+    """Frozen experts of several models, whose layers take turns on one device."""
 
-    def __init__(self, models: Iterable[LanguageModel], own: Collection[int], courier: Courier) -> None:
-        self.courier = courier
+    def __init__(self, models: Iterable[LanguageModel], trained: Collection[int], streamer: WeightStreamer) -> None:
+        self.streamer = streamer
         self._layers: list[_Layer] = []
-        self._held: dict[tuple[int, torch.dtype | None], Arrival] = {}
+        self._transfers: dict[tuple[int, torch.dtype | None], Transfer] = {}
         for model in models:
             first = len(self._layers)
             for layer in model.moe_layers():
-                frozen = [g for g in layer.banks.generations if not any(id(p) in own for p in g.parameters())]
+                frozen = [g for g in layer.banks.generations if not any(id(p) in trained for p in g.parameters())]
                 if slots := [(g, name) for g in frozen for name, p in g.named_parameters() if p.numel()]:
                     self._layers.append(_Layer(layer, slots, layer.banks.implementation))
             for i in range(first + 1, len(self._layers)):
                 self._layers[i].before, self._layers[i - 1].after = i - 1, i
 
-    def put_on(self) -> None:
-        """Let layers ask for copies, and experts stay where they are when their model moves."""
+    def attach(self) -> None:
+        """Make layers fetch copies, and keep experts on the CPU when their model moves."""
         for i, one in enumerate(self._layers):
             vars(one.layer)["forward"] = partial(self._forward, i, one.layer.forward)
+            # `grouped_mm` moves all experts into one buffer: the graph would hold it until the backward pass, and copies
+            # would lose the storage by which `pack` knows them.
             if one.implementation != ExpertsImplementation.readable:
                 one.layer.banks.implementation = ExpertsImplementation.slices
-            for expert, name in one.slots:
-                vars(expert)["_apply"] = partial(_stay, expert, self.courier)
-                host: nn.Parameter = getattr(expert, name)
-                host.data = self.courier.keep(host.data)
+            for experts, name in one.slots:
+                vars(experts)["_apply"] = partial(_stay_on_cpu, experts, self.streamer)
+                host: nn.Parameter = getattr(experts, name)
+                host.data = self.streamer.prepare(host.data)
 
-    def take_off(self) -> None:
-        """Leave the models as they were, and give the copies back."""
+    def detach(self) -> None:
+        """Restore the models and free the copies."""
         for one in self._layers:
             vars(one.layer).pop("forward", None)
             one.layer.banks.implementation = one.implementation
-            for expert, _ in one.slots:
-                vars(expert).pop("_apply", None)
-        self._release(())
+            for experts, _ in one.slots:
+                vars(experts).pop("_apply", None)
+        self._release(keep=())
 
     def _forward(self, i: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """A layer's forward pass with copies in the place of its frozen weights.
+        """A layer's forward pass on copies of its frozen weights.
 
-        The graph remembers which part of which copy it needs, and not the copy. A tensor that was made of a copy, such
-        as a stack of several, it holds as it would without offload.
+        The graph records which part of which copy it needs instead of holding the copy. It still holds tensors that
+        were computed from a copy, such as a stack of several.
         """
-        kind = self.courier.device.type
-        # Autocast would make copies of the copies, and hold these for the backward pass; this is the same rounding.
+        kind = self.streamer.device.type
+        # Autocast would cast the copies again and hold the casts until the backward pass; this rounds the same.
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        one, copies = self._layers[i], self._bring(i, self._layers[i].after, dtype)
+        one, copies = self._layers[i], self._fetch(i, self._layers[i].after, dtype)
         slot_of = {copy.untyped_storage().data_ptr(): slot for slot, copy in enumerate(copies)}
 
-        def pack(tensor: Tensor) -> Tensor | _Saved:
+        def pack(tensor: Tensor) -> Tensor | _SavedView:
+            # Views of a copy share its storage, whose address therefore identifies the copy.
             slot = slot_of.get(tensor.untyped_storage().data_ptr())
-            return tensor if slot is None else _Saved(slot, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
+            if slot is None:
+                return tensor
+            return _SavedView(slot, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
 
-        def unpack(saved: Tensor | _Saved) -> Tensor:
+        def unpack(saved: Tensor | _SavedView) -> Tensor:
             if isinstance(saved, Tensor):
                 return saved
-            copy = self._bring(i, one.before, dtype)[saved.slot]
+            copy = self._fetch(i, one.before, dtype)[saved.slot]
             return copy.as_strided(saved.size, saved.stride, saved.offset)
 
         try:
-            for (expert, name), copy in zip(one.slots, copies, strict=True):
-                vars(expert)[name] = copy  # found before the Parameter of that name
+            for (experts, name), copy in zip(one.slots, copies, strict=True):
+                # An instance attribute hides the Parameter, which nn.Module finds through `__getattr__`.
+                vars(experts)[name] = copy
             with saved_tensors_hooks(pack, unpack):
                 return forward(*args, **kwargs)
         finally:
-            for expert, name in one.slots:
-                vars(expert).pop(name, None)
+            for experts, name in one.slots:
+                vars(experts).pop(name, None)
 
-    def _bring(self, i: int, then: int | None, dtype: torch.dtype | None) -> list[Tensor]:
-        """A layer's copies; those of the layer that is needed next are begun, all others given back."""
+    def _fetch(self, i: int, then: int | None, dtype: torch.dtype | None) -> list[Tensor]:
+        """Copies of layer ``i``; starts copying layer ``then``, which is needed next, and frees all others."""
         wanted = [(one, dtype) for one in (i, then) if one is not None]
-        self._release(wanted)
+        self._release(keep=wanted)
         for key in wanted:
-            if key not in self._held:
-                hosts = [getattr(expert, name) for expert, name in self._layers[key[0]].slots]
-                self._held[key] = self.courier.begin(hosts, dtype)
-        return self._held[i, dtype].wait()
+            if key not in self._transfers:
+                hosts = [getattr(experts, name) for experts, name in self._layers[key[0]].slots]
+                self._transfers[key] = self.streamer.start(hosts, dtype)
+        return self._transfers[i, dtype].wait()
 
-    def _release(self, but: Collection[tuple[int, torch.dtype | None]]) -> None:
-        """Give copies back; of one that is still under way the memory must not be used again before it came."""
-        for key in [key for key in self._held if key not in but]:
-            self._held.pop(key).wait()
+    def _release(self, keep: Collection[tuple[int, torch.dtype | None]]) -> None:
+        """Free all copies but some."""
+        for key in [key for key in self._transfers if key not in keep]:
+            # Memory of a copy in flight must not be reused before the copy is complete.
+            self._transfers.pop(key).wait()
 
 
-def _stay(expert: nn.Module, courier: Courier, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-    """What ``Module.to`` does to an offloaded expert: its type changes with its model's, but not its place."""
-    for parameter in expert.parameters():
+def _stay_on_cpu(
+    experts: nn.Module, streamer: WeightStreamer, fn: Callable[[Tensor], Tensor], recurse: bool = True
+) -> nn.Module:
+    """``Module._apply`` of offloaded experts: their dtype follows the model's, their device does not."""
+    for parameter in experts.parameters():
         dtype = fn(parameter.data.new_empty(0)).dtype
-        parameter.data = courier.keep(parameter.data.to(dtype))
-    return expert
-
-
-@contextmanager
-def offloaded(models: Iterable[LanguageModel], own: Iterable[Tensor], courier: Courier | None) -> Iterator[None]:
-    """Within this context experts are in the CPU's memory, wherever their model goes, but for those that train.
-
-    Args:
-        models: On the CPU; they take turns on one device, and may share experts.
-        own: Parameters that train: an expert that has one goes with its model as always.
-        courier: Brings copies to the device when they are needed. None does nothing.
-    """
-    if courier is None:
-        yield
-        return
-    view = _Offload(models, {id(parameter) for parameter in own}, courier)
-    try:
-        view.put_on()
-        yield
-    finally:
-        view.take_off()
+        parameter.data = streamer.prepare(parameter.data.to(dtype))
+    return experts

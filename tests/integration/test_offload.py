@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lifelong_moe.training.loop import phase
+from lifelong_moe.training.loop import fit
 from tests.tiny import hashes, tiny_config, train, write_config
 
 
@@ -22,10 +22,10 @@ class Clones:
     def __init__(self, breaks_at: int = 0) -> None:
         self.begun, self.breaks_at = 0, breaks_at
 
-    def keep(self, host: Tensor) -> Tensor:
+    def prepare(self, host: Tensor) -> Tensor:
         return host
 
-    def begin(self, hosts: Sequence[Tensor], dtype: torch.dtype | None) -> Clone:
+    def start(self, hosts: Sequence[Tensor], dtype: torch.dtype | None) -> Clone:
         self.begun += 1
         if self.begun == self.breaks_at:
             raise ConnectionError("the bus broke down")
@@ -49,18 +49,18 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_same_bits(lab: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
-    config, courier = tiny_config(), Clones()
+    config, streamer = tiny_config(), Clones()
     for name, section in CASES[case].items():
         config[name] |= section
     write_config(config)
     train()
     without = hashes()
-    monkeypatch.setattr(phase, "courier_to", lambda _: courier)
+    monkeypatch.setattr(fit, "streamer_to", lambda _: streamer)
     _, printed = train("tiny.yaml", "frozen.offload=cpu")
-    assert "Nothing to train" in printed and not courier.begun  # the stages' keys are the same
+    assert "Nothing to train" in printed and not streamer.begun  # the stages' keys are the same
     (lab / "mlruns").rename(lab / "without")
     train("tiny.yaml", "frozen.offload=cpu")
-    assert courier.begun and hashes() == without
+    assert streamer.begun and hashes() == without
 
 
 def test_continued_without_what_broke_down(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,7 +68,7 @@ def test_continued_without_what_broke_down(lab: Path, monkeypatch: pytest.Monkey
     train()
     without = hashes()
     (lab / "mlruns").rename(lab / "without")
-    monkeypatch.setattr(phase, "courier_to", lambda _: Clones(breaks_at=30))
+    monkeypatch.setattr(fit, "streamer_to", lambda _: Clones(breaks_at=30))
     with pytest.raises(ConnectionError):
         train("tiny.yaml", "frozen.offload=cpu")
     _, printed = train("tiny.yaml", "frozen.offload=none")
@@ -76,4 +76,4 @@ def test_continued_without_what_broke_down(lab: Path, monkeypatch: pytest.Monkey
 
 
 def test_on_a_cpu_it_changes_nothing() -> None:
-    assert phase.courier_to(torch.device("cpu")) is None
+    assert fit.streamer_to(torch.device("cpu")) is None

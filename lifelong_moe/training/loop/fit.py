@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from lightning.pytorch import Callback
 
 from lifelong_moe.config.training import Offload
-from lifelong_moe.model.offload import courier_to
+from lifelong_moe.model.offload import streamer_to
 from lifelong_moe.training.callbacks.checkpoint import SafeCheckpointIO, checkpoint_path
 from lifelong_moe.training.callbacks.collapse import collapse_warning
 from lifelong_moe.training.callbacks.interrupt import Interrupt
@@ -55,7 +55,7 @@ class PhaseFit:
         if rank and run.resume is None:
             seed_rank(run.seed, rank)  # it was forked with rank 0's numbers
         offloads = environment.frozen.offload == Offload.cpu
-        with self.module.offloaded(courier_to(trainer.strategy.root_device) if offloads else None):
+        with self.module.offloaded(streamer_to(trainer.strategy.root_device) if offloads else None):
             trainer.fit(self.module, self.data, ckpt_path=run.resume, weights_only=True)
         if trainer.global_step != steps and not (self.stopping is not None and trainer.should_stop):
             raise RuntimeError(f"stage {run.stage.spec.name}: trained {trainer.global_step} of {steps} steps")

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lifelong_moe.errors import CorruptError
-from lifelong_moe.model.offload import Courier, offloaded
+from lifelong_moe.model.offload import WeightStreamer, offloaded
 from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel, ModelOutput
 from lifelong_moe.ops.losses import Lesson, distillation_loss, linear_losses
@@ -77,10 +77,10 @@ class StageModule(LightningModule):
         self.assignments_before: Tensor | None = None
         """Clusters of a sample when the phase began, to measure how much they churn; kept over interruptions."""
 
-    def offloaded(self, courier: Courier | None) -> AbstractContextManager[None]:
+    def offloaded(self, streamer: WeightStreamer | None) -> AbstractContextManager[None]:
         """Within this context frozen experts, the teacher's too, come to the device when they are needed only."""
         models = [model for model in (self.model, *self._teacher) if model is not None]
-        return offloaded(models, self._own, courier)
+        return offloaded(models, self._own, streamer)
 
     def on_fit_start(self) -> None:
         """The teacher follows to the device and dtype; what it shares with the student did so, or is offloaded."""

@@ -13,7 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from lifelong_moe.config.model import ExpertsImplementation
 from lifelong_moe.model import offload
-from lifelong_moe.model.offload import SideStream, offloaded
+from lifelong_moe.model.offload import CudaStreamer, offloaded
 from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.retention.teacher import make_teacher
@@ -23,7 +23,7 @@ Event = tuple[str, int]
 
 
 class Clones:
-    """A courier whose device is the CPU: copies hold no number before they are waited for."""
+    """A streamer whose device is the CPU: copies hold NaN until they are waited for."""
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")
@@ -33,7 +33,7 @@ class Clones:
         self.most_alive = 0
         self._copies: list[weakref.ref[Tensor]] = []
 
-    def keep(self, host: Tensor) -> Tensor:
+    def prepare(self, host: Tensor) -> Tensor:
         return host
 
     @property
@@ -41,7 +41,7 @@ class Clones:
         """Copies that something still refers to."""
         return sum(copy() is not None for copy in self._copies)
 
-    def begin(self, hosts: Sequence[Tensor], dtype: torch.dtype | None) -> Clone:
+    def start(self, hosts: Sequence[Tensor], dtype: torch.dtype | None) -> Clone:
         self.events.append(("begin", hosts[0].data_ptr()))
         self.dtypes.add(dtype)
         copies = [torch.full_like(host, torch.nan, dtype=dtype) for host in hosts]
@@ -102,11 +102,11 @@ def with_teacher(model: LanguageModel) -> tuple[LanguageModel, LanguageModel]:
     return model, teacher
 
 
-def agree(model: LanguageModel, teacher: LanguageModel | None, courier: Clones) -> None:
+def agree(model: LanguageModel, teacher: LanguageModel | None, streamer: Clones) -> None:
     """Steps with and without offload give the same bits, and change none of what is frozen."""
     loss, grads = step(model, teacher)
     stored = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with offloaded([model, *([teacher] if teacher else [])], own(model), courier):
+    with offloaded([model, *([teacher] if teacher else [])], own(model), streamer):
         for _ in range(2):  # the second begins with what the first left on the device
             again, grads_again = step(model, teacher)
             assert torch.equal(again, loss)
@@ -114,7 +114,7 @@ def agree(model: LanguageModel, teacher: LanguageModel | None, courier: Clones) 
             assert all(torch.equal(grads[name], grads_again[name]) for name in grads)
         state = model.state_dict()
     assert set(state) == set(stored) and all(torch.equal(state[name], stored[name]) for name in stored)
-    assert courier.events and not courier.alive
+    assert streamer.events and not streamer.alive
 
 
 def test_the_same_bits(make_model: Make, any_router_kind: str) -> None:
@@ -143,11 +143,11 @@ def test_offloaded_layers_compute_in_slices(make_model: Make) -> None:
 
 def test_autocast_rounds_once(make_model: Make) -> None:
     """What autocast would make of the copies for itself, and hold until the backward pass, comes already rounded."""
-    courier = Clones()
+    streamer = Clones()
     model, teacher = with_teacher(make_model("learned", (4, 2)))
     with torch.autocast("cpu", torch.bfloat16):
-        agree(model, teacher, courier)
-    assert courier.dtypes == {torch.bfloat16}
+        agree(model, teacher, streamer)
+    assert streamer.dtypes == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -173,20 +173,20 @@ def test_the_graph_holds_no_frozen_matrix(make_model: Make, monkeypatch: pytest.
 
 
 def test_the_next_layer_comes_while_one_computes(make_model: Make) -> None:
-    model, courier = make_model("learned", (4, 2), model={"layers": 3}), Clones()
+    model, streamer = make_model("learned", (4, 2), model={"layers": 3}), Clones()
     layers = list(model.moe_layers())
     number = {layer.banks.generations[0].gate_up.data_ptr(): i for i, layer in enumerate(layers)}
 
     def note(word: str, i: int) -> None:
-        courier.events.append((word, i))
+        streamer.events.append((word, i))
 
     for i, (layer, block) in enumerate(zip(layers, model.blocks, strict=True)):
         layer.banks.register_forward_pre_hook(lambda *_, i=i: note("forward", i))
         layer.banks.register_forward_hook(lambda *a, i=i: a[-1].register_hook(lambda _: note("backward", i)) and None)
         block.moe_norm.register_full_backward_pre_hook(lambda *_, i=i: note("backward is done", i))
-    with offloaded([model], own(model), courier):
+    with offloaded([model], own(model), streamer):
         step(model, None)
-    seen = [(word, number.get(what, what)) for word, what in courier.events]
+    seen = [(word, number.get(what, what)) for word, what in streamer.events]
     assert seen == [
         ("begin", 0),
         ("begin", 1),
@@ -207,11 +207,11 @@ def test_the_next_layer_comes_while_one_computes(make_model: Make) -> None:
 
 def test_two_layers_at_a_time(make_model: Make) -> None:
     model, teacher = with_teacher(make_model("learned", (4, 2), model={"layers": 5}))
-    courier = Clones()
-    with offloaded([model, teacher], own(model), courier):
+    streamer = Clones()
+    with offloaded([model, teacher], own(model), streamer):
         step(model, teacher)
-        assert courier.alive == 2  # the matrices of the student's first layer, where the next step begins
-    assert courier.most_alive == 2 * 2 * 2  # of the teacher, of which both generations are frozen
+        assert streamer.alive == 2  # the matrices of the student's first layer, where the next step begins
+    assert streamer.most_alive == 2 * 2 * 2  # of the teacher, of which both generations are frozen
 
 
 def test_experts_stay_where_they_are(make_model: Make) -> None:
@@ -233,24 +233,24 @@ def test_experts_stay_where_they_are(make_model: Make) -> None:
 
 
 def test_nothing_is_left_after_an_error(make_model: Make) -> None:
-    model, courier = make_model("learned", (4, 2)), Clones()
+    model, streamer = make_model("learned", (4, 2)), Clones()
     attributes = [set(vars(module)) for module in model.modules()]
-    with pytest.raises(RuntimeError, match="out of it"), offloaded([model], own(model), courier):
+    with pytest.raises(RuntimeError, match="out of it"), offloaded([model], own(model), streamer):
         model(TokenBatch(ids()))
         model.blocks[1].moe.banks.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("out of it")))
         model(TokenBatch(ids()))
     assert [set(vars(module)) for module in model.modules()] == attributes
-    assert not courier.alive
+    assert not streamer.alive
 
 
-def test_nothing_frozen_and_no_courier(make_model: Make) -> None:
-    courier = Clones()
-    for model, brings in ((make_model("learned", (4,)), courier), (make_model("learned", (4, 2)), None)):
+def test_nothing_frozen_and_no_streamer(make_model: Make) -> None:
+    streamer = Clones()
+    for model, brings in ((make_model("learned", (4,)), streamer), (make_model("learned", (4, 2)), None)):
         with offloaded([model], own(model), brings):
             step(model, None)
             model.to("meta")
             assert {p.device.type for p in model.parameters()} == {"meta"}
-    assert not courier.events
+    assert not streamer.events
 
 
 @pytest.mark.gpu
@@ -260,8 +260,8 @@ def test_on_a_gpu_the_same_numbers_in_less_memory(make_model: Make) -> None:
         make_model("learned", (16, 2), model={"layers": 8, "width": 256, "expert_width": 512})
     )
     device, found = torch.device("cuda", 0), []
-    for courier in (None, SideStream(device)):
-        with offloaded([model, teacher], own(model), courier):
+    for streamer in (None, CudaStreamer(device)):
+        with offloaded([model, teacher], own(model), streamer):
             model.to(device)
             teacher.to(device)
             step(model, teacher)
