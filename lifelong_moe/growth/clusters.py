@@ -1,4 +1,4 @@
-"""Fit the centroids that route a stage, before it trains. FAISS does the clustering; routers only apply it.
+"""Fit a stage's centroids and bucket tables before it trains. FAISS clusters; routers only assign.
 
 Legend: N tokens, V vocabulary, F feature width.
 """
@@ -27,34 +27,36 @@ from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.routing.routers.cluster import TokenClusterRouter
 
 FIT_DOCUMENTS = 4096
+"""Documents that centroids are fitted on, evenly spread over the training data."""
 
 
 def fit_token_clusters(
     model: LanguageModel, stream: NDArray[np.integer], sample: Mapping[str, Tensor], seed: int
 ) -> None:
-    """Set the newest centroids of every layer; older centroids take their points first and stay as they are.
+    """Fit the newest centroids of every layer; older centroids stay fixed, and keep the points nearest to them.
 
-    Layers are fitted from the bottom up, and each sees what the layers below it, already clustered, make of the
-    sample; with frozen embedding features they differ by their seed alone. With ``routing.centroids=random`` they are
-    random directions, drawn evenly from the sphere.
+    Layers are fitted bottom up, on hidden states that the already fitted layers below produce; with frozen embedding
+    features, layers differ by their seed only. With ``routing.centroids=random`` centroids are random directions,
+    uniform on the sphere.
 
     Args:
-        model: With a generation whose centroids are not set yet.
-        stream: Token ids of the stage's training text; the frozen embedding is made of the first stage's.
+        model: Its newest centroids are not fitted yet.
+        stream: Token ids of the stage's training text; the first stage's determine the frozen embedding.
         sample: Blocks of it, for hidden states.
-        seed: Of the embedding and of every clustering.
+        seed: For the embedding and every clustering.
     """
     routing = model.architecture.routing
     assert isinstance(routing, ClusterConfig)
     if routing.clusters_embedding:
         table: Tensor = model.token_features  # type: ignore[assignment]
-        if not bool(table.any()):
+        if not bool(table.any()):  # only in the first stage: later ones keep its embedding
             fitted = token_embedding(stream, len(table), routing.feature_width, seed=seed)
             table[:, : fitted.shape[1]] = torch.from_numpy(fitted)
         features_NF = table[torch.from_numpy(stream[: routing.sample_tokens].astype(np.int64))].cpu().numpy()
     for i, layer in enumerate(model.moe_layers()):
         router = layer.router
         assert isinstance(router, TokenClusterRouter)
+        # Observed anew for each layer: the layers below route by the centroids that were just fitted.
         if routing.clusters_hidden:
             features_NF = observe(model, sample)[i].inputs_ND.numpy()
         num = router.generations[-1]
@@ -63,18 +65,19 @@ def fit_token_clusters(
             router.set_rows(torch.from_numpy(unit_rows(drawn)))
             continue
         old = [c.cpu().numpy() for c in router.centroids()[:-1]]
-        fixed = np.concatenate(old) if old and not routing.has_bundles else None  # a bundle's tokens see its own alone
+        # With bundles a token sees its own generation's centroids only.
+        fixed = np.concatenate(old) if old and not routing.has_bundles else None
         centroids = spherical_kmeans(features_NF, num, seed=seed + i, fixed_KD=fixed)
         router.set_rows(torch.from_numpy(centroids))
 
 
 def fit_token_tables(model: LanguageModel, stream: NDArray[np.integer], seed: int) -> None:
-    """Give each token id a bucket, once for each number of experts: a later stage finds the tables as they are.
+    """Assign each token id to a bucket, in one table per number of experts; later stages keep the tables.
 
     Args:
         model: With ``routing.table`` other than ``random``.
         stream: Token ids of the first stage's training text.
-        seed: Of embedding and clustering.
+        seed: For embedding and clustering.
     """
     routing, vocab_size = model.architecture.routing, model.architecture.vocab_size
     assert isinstance(routing, HashConfig)
@@ -93,48 +96,50 @@ def fit_token_tables(model: LanguageModel, stream: NDArray[np.integer], seed: in
         buckets.copy_(torch.from_numpy(table))
 
 
-def bundle_centroids(
+def unigram_centroids(
     documents: Sequence[NDArray[np.integer]], vocab_size: int, num: int, *, width: int, seed: int
 ) -> NDArray[np.float32]:
-    """What tells a generation's text from others': log probabilities of tokens, float32 ``(num, V)``.
+    """Unigram log probabilities by which a generation's text is recognized, float32 ``(num, V)``.
 
     Args:
-        documents: Token ids of its training documents, BOS first; at most 4,096, evenly spread, are used.
+        documents: Token ids of its training documents, BOS first; at most ``FIT_DOCUMENTS`` are used.
         vocab_size: V.
-        num: Centroids.
-        width: Dimensions of the features that documents are clustered by.
-        seed: Of features and clustering.
+        num: Number of centroids.
+        width: Dimensions of the features by which documents are clustered.
+        seed: For features and clustering.
     """
+    # Every document begins with BOS, which tells nothing.
     texts = [document[1:] for document in evenly_spread(documents, FIT_DOCUMENTS)]
     return fit_unigrams(texts, vocab_size, num, width=width, seed=seed)
 
 
 def fit_document_clusters(model: LanguageModel, documents: Sequence[NDArray[np.integer]], seed: int) -> None:
-    """Set the newest document centroids from whole training documents.
+    """Fit the newest document centroids on whole training documents.
 
-    Those of bundles come from this stage's text alone; other clusters share the first stage's projection.
+    Unigram centroids depend on this stage's text only; tf-idf centroids share the first stage's projection.
 
     Args:
-        model: With document clusters whose newest generation is not set yet.
-        documents: Token ids of the stage's training documents, BOS first; at most 4,096, evenly spread, are used.
-        seed: Of the SVD and the clustering.
+        model: Its newest document centroids are not fitted yet.
+        documents: Token ids of the stage's training documents, BOS first; at most ``FIT_DOCUMENTS`` are used.
+        seed: For the SVD and the clustering.
     """
     clusters, routing = model.document_clusters, model.architecture.routing
     assert clusters is not None and isinstance(routing, TextClusterConfig)
-    if routing.centroids == Centroids.random:
+    if routing.centroids == Centroids.random:  # a hash decides, and centroids stay zero
         return
-    groups, vocab_size = len(clusters.all_centroids()[-1]), model.architecture.vocab_size
+    num, vocab_size = len(clusters.all_centroids()[-1]), model.architecture.vocab_size
     if isinstance(clusters, BundleClusters):
         width = routing.feature_width
-        clusters.set_centroids(bundle_centroids(documents, vocab_size, groups, width=width, seed=seed))
+        clusters.set_centroids(unigram_centroids(documents, vocab_size, num, width=width, seed=seed))
         return
     assert isinstance(clusters, TfidfClusters)
     documents = evenly_spread(documents, FIT_DOCUMENTS)
     projection = clusters.projection
+    # Fitted once: centroids of different stages compare only under one projection.
     if not bool(projection.any()):
         clusters.set_projection(fit_tfidf(documents, len(projection), clusters.width, seed=seed))
     features = document_features(documents, projection.cpu().numpy())
-    clusters.set_centroids(balanced_kmeans(features, groups, seed=seed)[0])
+    clusters.set_centroids(balanced_kmeans(features, num, seed=seed)[0])
 
 
 def fit_clusters(
@@ -144,7 +149,7 @@ def fit_clusters(
     sample: Mapping[str, Tensor],
     seed: int,
 ) -> None:
-    """Fit whatever ``routing`` asks for; nothing unless it is clustered."""
+    """Fit all centroids and tables that ``routing`` needs, if any."""
     routing = model.architecture.routing
     if routing.by_document:
         fit_document_clusters(model, documents, seed)

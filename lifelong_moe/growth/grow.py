@@ -1,4 +1,6 @@
-"""Add experts to a model: freeze the old ones, make new ones, and prove that nothing has changed yet.
+"""Grow a model by a generation: freeze the old ones, initialize the new one, verify that nothing has changed yet.
+
+Experts are frozen by ``LanguageModel.freeze_generations``, which :func:`grow` calls.
 
 Legend: D model width, E experts.
 """
@@ -24,25 +26,27 @@ from lifelong_moe.plan.architecture import Generation
 def grow(
     model: LanguageModel, generation: Generation, config: GrowConfig, sample: Mapping[str, Tensor], seed: int
 ) -> int:
-    """Freeze all experts, router rows and deltas, then add a generation of new ones.
+    """Freeze all experts, router rows and deltas, then add a new generation.
 
     With ``config.old_lr_scale`` above 0 nothing is frozen.
 
     Args:
-        model: Changed in place; its architecture gains the generation.
-        generation: How many experts, in which layers, born in which stage, with deltas of which rank.
-        config: How they begin.
+        model: Changed in place, its architecture included.
+        generation: Number of experts, their layers, the stage that creates them, and the rank of deltas.
+        config: How new parameters are initialized.
         sample: Blocks of the new data; see :func:`lifelong_moe.growth.observe.observe`.
-        seed: Of noise, random rows and clustering.
+        seed: For noise, random rows and clustering.
 
     Returns:
-        Near ties in the proof that nothing has changed yet; see :func:`lifelong_moe.growth.noop.check_noop`.
+        Number of near ties in the no-op check; see :func:`lifelong_moe.growth.noop.check_noop`.
 
     Raises:
-        RuntimeError: If without the new experts the model is not the old one to 1e-5: a bug of ours.
+        RuntimeError: If, with the new experts masked, the model differs from the old one by more than 1e-5: a bug.
     """
+    # Both before anything is added: what the check compares with, and the usage by which experts are copied.
     before = behavior(model, sample)
     observations = observe(model, sample)
+    # Freeze first: what is added later is trainable.
     if config.freezes:
         model.freeze_generations()
     model.add_generation(generation)
@@ -51,9 +55,10 @@ def grow(
     with torch.no_grad():
         for i, (layer, seen) in enumerate(zip(model.moe_layers(), observations, strict=True)):
             num = generation.experts_in(i)
-            if num == 0:
+            if num == 0:  # a dense layer, or one that grow.layers leaves out
                 continue
-            counts_E = of_newest_bundle(layer, seen.counts_E) if routing.has_bundles else seen.counts_E
+            # With bundles, deltas are copied from the previous generation, and its experts trained with those.
+            counts_E = of_previous_generation(layer, seen.counts_E) if routing.has_bundles else seen.counts_E
             copied = most_used(counts_E, num)
             _begin_experts(layer, copied, config, model.architecture.model, generator)
             if layer.router.row_generations():
@@ -64,10 +69,10 @@ def grow(
 
 
 def _begin_deltas(model: LanguageModel, generator: torch.Generator) -> None:
-    """A bundle goes on from the one before it: its deltas begin as copies, or at zero where there are none."""
-    bundle = len(model.architecture.generations) - 1
+    """Copy the deltas of the generation before; where it has none of this rank, start from a change of zero."""
+    newest = len(model.architecture.generations) - 1
     for matrix in model.delta_matrices():
-        new, previous = matrix.deltas.of(bundle), matrix.deltas.of(bundle - 1)
+        new, previous = matrix.deltas.of(newest), matrix.deltas.of(newest - 1)
         assert new is not None
         if previous is not None and previous.up.shape == new.up.shape:
             new.load_state_dict(previous.state_dict())
@@ -75,8 +80,9 @@ def _begin_deltas(model: LanguageModel, generator: torch.Generator) -> None:
             new.begin(generator)
 
 
-def of_newest_bundle(layer: MoELayer, counts_E: Tensor) -> Tensor:
-    """Counts of the bundle before the new one; -1 for all other experts, which are not to be copied."""
+def of_previous_generation(layer: MoELayer, counts_E: Tensor) -> Tensor:
+    """Counts of the generation before the new one; -1 for all other experts, which must not be copied."""
+    # The router has the new generation already; the counts are from before it was added.
     *_, before, _ = layer.router.generations
     counts_E = counts_E.clone()
     counts_E[: len(counts_E) - before] = -1
@@ -84,9 +90,9 @@ def of_newest_bundle(layer: MoELayer, counts_E: Tensor) -> Tensor:
 
 
 def most_used(counts_E: Tensor, num: int) -> list[int]:
-    """The ``num`` experts with the largest counts, ties to the lower index; repeated in order if too few.
+    """The ``num`` most used experts, ties to the lower index; repeated in order if there are fewer.
 
-    Those with a negative count are left out.
+    Experts with a negative count are left out.
     """
     order = torch.argsort(counts_E, descending=True, stable=True)
     candidates: list[int] = order[counts_E[order] >= 0].tolist()
@@ -96,14 +102,15 @@ def most_used(counts_E: Tensor, num: int) -> list[int]:
 def _begin_experts(
     layer: MoELayer, copied: list[int], config: GrowConfig, shape: ModelConfig, generator: torch.Generator
 ) -> None:
-    """Fill the new experts: copies, with relative noise or exact, or matrices as random as at the very beginning.
+    """Initialize the new experts: as copies, exact or with relative noise, or at random as the first generation.
 
     Source:
-        Exact copies of a dense network, of which a token's gates sum to 1: sparse upcycling (arXiv:2212.05055).
+        Exact copies of a dense network, with gates that sum to 1: sparse upcycling (arXiv:2212.05055).
     """
     experts = layer.banks.matrices()
     for new, source in zip(experts[-len(copied) :], copied, strict=True):
         for i, (matrix, origin) in enumerate(zip(new, experts[source], strict=True)):
+            # Always drawn, used or not: skipping a draw would change all later ones of the same seed.
             noise = torch.randn(origin.shape, generator=generator).to(origin)
             if config.init == ExpertInit.upcycle:
                 matrix.copy_(origin)
@@ -123,7 +130,7 @@ def _new_rows(
     generator: torch.Generator,
     seed: int,
 ) -> Tensor:
-    """Rows for the new experts ``(num, D)``, at the old rows' scale."""
+    """Router rows of the new experts ``(num, D)``, scaled as the old rows, so that logits compare."""
     old_ED = torch.cat(layer.router.row_generations()[:-1])
     if config.router == RouterInit.copy:
         return old_ED[copied]

@@ -1,13 +1,12 @@
-"""Consolidate: merge two frozen experts of a layer into one, under a learned router without bundles. Pure functions.
+"""Consolidate: merge pairs of frozen experts under a learned router without bundles. Pure functions of tensors.
 
-Which pair: the one whose merger should change the layer's output least, the less used and the more alike the better.
-One expert in place of two never is exact: where both were chosen, one slot of the top-k is free for another expert.
+A pair is chosen so that merging changes the layer's output least: rarely used experts with similar outputs. Merging is
+never exact: a token that chose both experts has a top-k slot free afterwards, which another expert takes.
 
 Legend: E experts, N sampled tokens, D model width.
 
 Source:
-    Weights averaged by usage: M-SMoE (arXiv:2310.01334), there within groups found by router logits; here pairs found
-    by the experts' outputs.
+    Usage-weighted averages: M-SMoE (arXiv:2310.01334), which groups experts by router logits; we pair them by outputs.
 """
 
 from __future__ import annotations
@@ -26,7 +25,8 @@ from lifelong_moe.plan.architecture import Architecture
 
 
 def output_similarity(outputs_END: Tensor) -> Tensor:
-    """Mean cosine over tokens between the outputs of each two experts, ``(E, E)``, 1 on the diagonal."""
+    """Cosine similarity of each two experts' outputs, averaged over tokens, ``(E, E)``; 1 on the diagonal."""
+    # shape: (E, N, D)
     unit_END = F.normalize(outputs_END.float(), dim=-1)
     return torch.einsum("and,bnd->ab", unit_END, unit_END) / outputs_END.shape[1]
 
@@ -34,16 +34,16 @@ def output_similarity(outputs_END: Tensor) -> Tensor:
 def closest_pair(
     similarity_EE: Tensor, counts_E: Tensor, first: Sequence[int], second: Sequence[int]
 ) -> tuple[int, int]:
-    """The pair with the smallest ``min(share) * (1 - similarity)``: how many tokens change expert, and by how much.
+    """The pair with the smallest ``min(share) * (1 - similarity)``: the number of tokens affected, times the change.
 
     Args:
         similarity_EE: See :func:`output_similarity`.
-        counts_E: Assignments that each expert received on the sample, ``(E,)``.
-        first: Experts that may stay.
-        second: Experts that may go into one that stays.
+        counts_E: Tokens assigned to each expert on the sample, ``(E,)``.
+        first: Candidates to keep.
+        second: Candidates to merge into a kept one.
 
     Returns:
-        Who stays and who goes; ties to the lower indices.
+        The expert to keep and the one to remove; ties go to the lower indices.
 
     Raises:
         ValueError: If there are no two different experts.
@@ -56,7 +56,7 @@ def closest_pair(
 
 
 def weighted(keep: Tensor, gone: Tensor, keep_count: int, gone_count: int) -> Tensor:
-    """Average of two tensors by usage; their plain mean if neither was used."""
+    """Average of two tensors, weighted by usage; their plain mean if neither was used."""
     total = keep_count + gone_count
     share = gone_count / total if total else 0.5
     return torch.lerp(keep, gone, share)
@@ -69,22 +69,22 @@ def merge_experts(
     pairs: Mapping[int, tuple[int, int]],
     counts: Mapping[int, Tensor],
 ) -> tuple[Architecture, dict[str, Tensor]]:
-    """Take one expert of a generation out of each of its layers, and merge it into another frozen one.
+    """In each layer that has a generation, merge one of its experts into another frozen expert.
 
     Args:
-        architecture: Of the model: learned routing without bundles.
-        tensors: All of its tensors by name, as in its state dictionary; not changed.
-        generation: Which one shrinks; frozen, with at least two experts.
-        pairs: For each layer that has the generation, who stays (any frozen expert) and who goes (one of the
+        architecture: Of the model; learned routing without bundles.
+        tensors: The model's state dictionary; not changed.
+        generation: The frozen generation that shrinks; it has at least two experts.
+        pairs: For each layer that has the generation, the expert to keep (any frozen one) and the one to remove (of the
             generation), by index in the layer.
-        counts: For each such layer, assignments of each expert on a sample, ``(E,)``.
+        counts: For each such layer, tokens assigned to each expert on a sample, ``(E,)``.
 
     Returns:
-        The architecture and the tensors, later experts one index lower.
+        The architecture, and the tensors with later experts renumbered.
 
     Raises:
-        ConfigError: If the routing cannot be merged.
-        ValueError: If the generation or a pair is not as described.
+        ConfigError: If the router does not allow merging.
+        ValueError: If the generation or a pair does not meet these conditions.
     """
     _require_mergeable(architecture, generation, pairs)
     merged = dict(tensors)
@@ -94,6 +94,7 @@ def merge_experts(
             name = expert_tensor(layer, keep, matrix)
             merged[name] = weighted(tensors[name], tensors[expert_tensor(layer, gone, matrix)], *numbers)
         _merge_rows(architecture, merged, layer, keep, gone, numbers)
+    # Only after all layers are merged: until here experts have their old numbers.
     names = {name: _renumbered(name, pairs) for name in merged}
     born = replace(architecture.generations[generation], experts=architecture.generations[generation].experts - 1)
     generations = (*architecture.generations[:generation], born, *architecture.generations[generation + 1 :])
@@ -103,18 +104,19 @@ def merge_experts(
 def _merge_rows(
     architecture: Architecture, tensors: dict[str, Tensor], layer: int, keep: int, gone: int, numbers: tuple[int, int]
 ) -> None:
-    """The router row likewise."""
+    """Average both router rows into the kept expert's, and delete the other, in ``tensors``."""
     (keep_name, keep_at), (gone_name, gone_at) = (_row(architecture, layer, expert) for expert in (keep, gone))
     row = weighted(tensors[keep_name][keep_at], tensors[gone_name][gone_at], *numbers)
-    kept = tensors[keep_name].clone()
+    kept = tensors[keep_name].clone()  # the caller's tensor stays as it is
     kept[keep_at] = row
     tensors[keep_name] = kept
+    # Read anew: both rows may be in the same tensor.
     rows = tensors[gone_name]
     tensors[gone_name] = torch.cat([rows[:gone_at], rows[gone_at + 1 :]])
 
 
 def _row(architecture: Architecture, layer: int, expert: int) -> tuple[str, int]:
-    """Tensor and place of an expert's router row."""
+    """Name of the tensor that holds an expert's router row, and the row's index in it."""
     for number, generation in enumerate(architecture.generations):
         if expert < generation.experts_in(layer):
             return router_rows(layer, number), expert
@@ -135,20 +137,20 @@ def _require_mergeable(architecture: Architecture, generation: int, pairs: Mappi
     plain = isinstance(routing, LearnedConfig) and not routing.bias_rate
     if not plain or routing.has_bundles or routing.expert_groups > 1:
         raise ConfigError(
-            f"routing.mode={routing.mode}, bundles={routing.bundles}: experts merge only under a learned router "
-            f"without bundles, biases and groups; another one would send them text that they did not learn from."
+            f"routing.mode={routing.mode}, bundles={routing.bundles}: experts can be merged only under a learned "
+            f"router without bundles, biases and expert groups."
         )
     if any(g.by_layer is not None for g in architecture.generations):
-        raise ConfigError("model.experts differs by layer: experts of a pyramid cannot be merged.")
+        raise ConfigError("model.experts differs by layer (a pyramid): such experts cannot be merged.")
     if generation >= architecture.frozen or born.experts < 2:
-        raise ValueError(f"generation {generation} ({born.stage}) must be frozen and have two experts to lose one")
+        raise ValueError(f"generation {generation} ({born.stage}) must be frozen and have at least two experts")
     grown = [layer for layer in range(architecture.model.layers) if born.experts_in(layer)]
     if sorted(pairs) != grown:
-        raise ValueError(f"generation {generation} is in layers {grown}; got pairs for {sorted(pairs)}")
+        raise ValueError(f"generation {generation} has experts in layers {grown}; got pairs for layers {sorted(pairs)}")
     if generation == 0 and born.experts <= routing.top_k:
-        raise ConfigError(f"routing.top_k={routing.top_k} experts must be left.")
+        raise ConfigError(f"the first generation must keep at least routing.top_k={routing.top_k} experts.")
     for layer, (keep, gone) in pairs.items():
         first = sum(g.experts_in(layer) for g in architecture.generations[:generation])
         frozen = sum(g.experts_in(layer) for g in architecture.generations[: architecture.frozen])
         if keep == gone or not 0 <= keep < frozen or not first <= gone < first + born.experts:
-            raise ValueError(f"layer {layer}: expert {gone} of generation {generation} cannot go into expert {keep}")
+            raise ValueError(f"layer {layer}: cannot merge expert {gone} of generation {generation} into expert {keep}")

@@ -1,9 +1,9 @@
-"""Prove that growth has changed nothing yet: with the new experts held down, the model is the one that it was.
+"""Verify that growth is a no-op at first: with the new experts masked, the model computes what it did before.
 
-Rounding must not decide. Where two experts are all but tied, a logit that differs in its last bit sends a token
-elsewhere, and what follows from there differs by whole units. So decisions and all else are proved apart: each router
-is asked again what it was asked before growth, and where an input that differs by rounding makes it answer otherwise,
-the old answer is used, and counted.
+Near ties need care. Where two experts score almost the same, a difference in the last bit sends a token to the other
+expert, and all later activations differ by far more than rounding. Routing and arithmetic are therefore verified
+separately: each router must decide the same on its recorded inputs from before growth, and where rounding alone flips
+a decision in the new forward pass, the old decision is used, and counted.
 
 Legend: T tokens, E experts, K experts per token.
 """
@@ -21,21 +21,21 @@ from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.routing.base import Router, Routing, RoutingContext
 
 TOLERANCE = 1e-5
-"""By which logits and gate weights may differ."""
+"""Largest allowed difference of logits and of gate weights."""
 
 
 @dataclass(frozen=True)
 class Behavior:
-    """What a model makes of a sample, in evaluation mode."""
+    """What a model computes on a sample, in evaluation mode."""
 
     logits: Tensor
     """float32 ``(B, S, V)``."""
     decisions: dict[Router, tuple[Tensor, RoutingContext, Routing]]
-    """What each router was given, and what it answered, bottom to top."""
+    """Each router's inputs and its answer, bottom to top."""
 
 
 def behavior(model: LanguageModel, sample: Mapping[str, Tensor]) -> Behavior:
-    """Run the model over the sample's first blocks and keep what the check compares."""
+    """Run the model on the sample's first blocks and record what :func:`check_noop` compares."""
     decisions: dict[Router, tuple[Tensor, RoutingContext, Routing]] = {}
 
     def keep(router: Router, given: tuple[Tensor, RoutingContext], routing: Routing) -> None:
@@ -45,43 +45,46 @@ def behavior(model: LanguageModel, sample: Mapping[str, Tensor]) -> Behavior:
 
 
 def check_noop(model: LanguageModel, sample: Mapping[str, Tensor], before: Behavior) -> int:
-    """Assert that with the new experts held down the model behaves as before growth.
+    """Verify that with the new experts masked the model behaves as before growth.
 
     Args:
-        model: Grown.
-        sample: As :func:`behavior` had it.
-        before: What that returned before growth.
+        model: After growth.
+        sample: The one that :func:`behavior` was given.
+        before: The result of :func:`behavior` before growth.
 
     Returns:
-        Near ties: how often, over tokens and layers, rounding alone changed a token's experts.
+        Near ties: the number of decisions, over tokens and layers, that rounding alone changed.
 
     Raises:
-        RuntimeError: If a router that is given the same as before answers otherwise, or if logits differ by more than
-            1e-5 although every token uses the experts that it used.
+        RuntimeError: If a router decides differently on the same inputs, or logits differ by more than 1e-5 although
+            every token uses the same experts as before.
     """
     near_ties = 0
 
     def decide_as_before(router: Router, _: tuple[Tensor, RoutingContext], routing: Routing) -> Routing | None:
         nonlocal near_ties
         x_TD, context, old = before.decisions[router]
+        # shape: (T, E), of the new experts too, whose gates were 0
         old_TE = _gates(old, router.num_experts)
+        # `forward`, not a call, which would run this hook again. `not <=`, so that NaN fails.
         if not _drift(_gates(router.forward(x_TD, context), router.num_experts), old_TE) <= TOLERANCE:
-            raise RuntimeError(f"growth changed what layer {router.layer}'s router decides with new experts held down")
+            raise RuntimeError(f"growth changed what layer {router.layer}'s router decides with new experts masked")
+        # Tokens whose set of experts differs, though their weights may be almost the same.
         moved = int(((_gates(routing, router.num_experts) > 0) != (old_TE > 0)).any(dim=1).sum())
         near_ties += moved
         return replace(old, num_experts=router.num_experts) if moved else None
 
-    with ExitStack() as held:
+    with ExitStack() as masked:
         for layer in model.moe_layers():
-            held.enter_context(layer.router.holding_down())
+            masked.enter_context(layer.router.holding_down())
         drift = _drift(_logits(model, sample, decide_as_before), before.logits)
     if not drift <= TOLERANCE:
-        raise RuntimeError(f"growth changed the logits by {drift:.2e} with new experts held down; at most 1e-5 allowed")
+        raise RuntimeError(f"growth changed the logits by {drift:.2e} with new experts masked; at most 1e-5 is allowed")
     return near_ties
 
 
 def _logits(model: LanguageModel, sample: Mapping[str, Tensor], hook: Callable[..., Routing | None]) -> Tensor:
-    """Logits of the sample's first blocks; the hook sees, and may replace, what each router answers."""
+    """Logits of the sample's first blocks; the hook sees each router's answer, and may replace it."""
     with ExitStack() as hooked:
         for layer in model.moe_layers():
             hooked.callback(layer.router.register_forward_hook(hook).remove)
@@ -92,6 +95,7 @@ def _gates(routing: Routing, num_experts: int) -> Tensor:
     """Each token's gate weights by expert, float32 ``(T, E)``; 0 where it does not use one."""
     ids_TK, weights_TK = routing.expert_ids_TK, routing.weights_TK
     gates_TE = weights_TK.new_zeros(len(ids_TK), num_experts)
+    # An unused slot has expert -1: it adds 0 to expert 0.
     return gates_TE.scatter_add(1, ids_TK.clamp_min(0), weights_TK.masked_fill(ids_TK < 0, 0.0))
 
 

@@ -1,4 +1,4 @@
-"""What a model does with a sample of the new data: expert usage and hidden states at each layer.
+"""Record how a model processes a sample of the new data: hidden states and expert usage of each layer.
 
 Legend: B batch, S sequence, N sampled tokens, D model width, E experts.
 """
@@ -15,6 +15,7 @@ from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel
 
 FORWARD_TOKENS = 8192
+"""Tokens per forward pass, which bounds memory."""
 
 
 @dataclass(frozen=True)
@@ -22,30 +23,31 @@ class Observation:
     """One layer's view of the sample."""
 
     inputs_ND: Tensor
-    """Input of the mixture-of-experts layer, float32 ``(N, D)``, one row a sampled token; none for padding."""
+    """Inputs of the mixture-of-experts layer, float32 ``(N, D)``, one row per sampled token, without padding."""
     counts_E: Tensor
-    """Assignments each expert received, int64 ``(E,)``."""
+    """Tokens assigned to each expert, int64 ``(E,)``."""
 
 
 @torch.no_grad()
 def observe(model: LanguageModel, sample: Mapping[str, Tensor]) -> list[Observation]:
-    """Run the model over a sample and keep what each mixture-of-experts layer saw.
+    """Run the model on a sample and record what each mixture-of-experts layer sees.
 
     Args:
-        model: Any model; left as it was.
-        sample: Blocks as the data module makes them, ``token_ids`` ``(B, S)`` among them.
+        model: Unchanged; back in its mode afterwards.
+        sample: Blocks as the data module yields them, ``token_ids`` ``(B, S)`` among them.
 
     Returns:
-        One observation a layer, bottom to top.
+        One observation per layer, bottom to top.
     """
     inputs: list[list[Tensor]] = [[] for _ in model.moe_layers()]
     counts: list[list[Tensor]] = []
+    # Moved to the CPU at once: hidden states of all layers for a whole sample may not fit on the device.
     hooks = [
         layer.register_forward_pre_hook(lambda _, args, kept=kept: kept.append(args[0].float().cpu()))
         for layer, kept in zip(model.moe_layers(), inputs, strict=True)
     ]
     training = model.training
-    model.eval()
+    model.eval()  # no jitter, dropout or capacity of training
     try:
         blocks = max(1, FORWARD_TOKENS // sample["token_ids"].shape[1])
         for start in range(0, len(sample["token_ids"]), blocks):
@@ -57,6 +59,7 @@ def observe(model: LanguageModel, sample: Mapping[str, Tensor]) -> list[Observat
         for hook in hooks:
             hook.remove()
     by_layer = zip(*counts, strict=True)
+    # Hooks saw padding too, which counts in no statistic.
     real_T = sample["mask"].flatten().cpu()
     return [Observation(torch.cat(x)[real_T], torch.stack(c).sum(dim=0)) for x, c in zip(inputs, by_layer, strict=True)]
 

@@ -1,8 +1,7 @@
-"""Take a generation of experts out of a model again. Pure: names and tensors in, names and tensors out.
+"""Remove a generation from a model: a pure function of tensors by name.
 
-What is left computes what it would have computed had the generation never been there, exactly, provided that nothing
-trained beside it. A trunk that trained with it, or later experts that competed with it for tokens, stay as it made
-them.
+The remaining model is exactly what it would be had the generation never been added, provided that nothing else trained
+along with it. A trunk that trained with it, and later experts that competed with it for tokens, keep its influence.
 """
 
 from __future__ import annotations
@@ -23,20 +22,20 @@ from lifelong_moe.plan.architecture import Architecture
 def remove_generation(
     architecture: Architecture, tensors: Mapping[str, Tensor], index: int
 ) -> tuple[Architecture, dict[str, Tensor]]:
-    """Remove a generation's experts, router rows, deltas, centroids and label; later ones move up.
+    """Remove a generation's experts, router rows, deltas, centroids and label; later ones are renumbered.
 
-    A distribution whose label pointed to it is unknown from then on, and goes to group 0.
+    A distribution that was labelled with it becomes unknown, and uses generation 0.
 
     Args:
         architecture: Of the model.
-        tensors: All of its tensors by name, as in its state dictionary; not changed.
-        index: Which generation, from 0.
+        tensors: The model's state dictionary; not changed.
+        index: Of the generation, from 0.
 
     Returns:
-        The architecture and the tensors that are left, by their new names.
+        The architecture and the remaining tensors under their new names.
 
     Raises:
-        ConfigError: If it is the first generation, or routing has no place for a gap.
+        ConfigError: If it is the first generation, or the router cannot lose this one.
     """
     _require_removable(architecture, index)
     names = {name: renamed(architecture, name, index) for name in tensors}
@@ -44,8 +43,9 @@ def remove_generation(
 
 
 def without_generation(architecture: Architecture, index: int) -> Architecture:
-    """The architecture with one generation less; the newest one left still trains if it did."""
+    """The architecture without a generation; the newest remaining one still trains if it did."""
     left, continued = architecture.generations[:index] + architecture.generations[index + 1 :], architecture.continued
+    # A stage that continues an old generation trains that one in place of the newest.
     if continued is not None:
         continued = None if continued == index else continued - (continued > index)
     return replace(
@@ -58,8 +58,9 @@ def without_generation(architecture: Architecture, index: int) -> Architecture:
 
 
 def renamed(architecture: Architecture, name: str, index: int) -> str | None:
-    """Name of a tensor once a generation is gone; None if it goes with it."""
+    """A tensor's name after a generation is removed; None if the tensor is removed with it."""
     here = TensorName.parse(name)
+    # Experts are numbered through all generations of a layer; everything else carries its generation's number.
     if here.expert is not None and here.layer is not None:
         first = sum(g.experts_in(here.layer) for g in architecture.generations[:index])
         num = architecture.generations[index].experts_in(here.layer)
@@ -76,14 +77,17 @@ def _require_removable(architecture: Architecture, index: int) -> None:
     routing, newest = architecture.routing, len(architecture.generations) - 1
     if index == 0:
         raise ConfigError(
-            f"stage {architecture.generations[0].stage} is the first: all later ones stand on it, and it cannot go."
+            f"stage {architecture.generations[0].stage} is the first, on which all others build; it cannot be removed."
         )
     if routing.mode not in ROUTERS:
-        raise ConfigError(f"routing.mode={routing.mode} is a router of your own; what it keeps of a stage is unknown.")
+        raise ConfigError(
+            f"routing.mode={routing.mode} is a custom router: which of its tensors belong to a stage is unknown."
+        )
     drawn = isinstance(routing, TextClusterConfig) and routing.centroids == Centroids.random
+    # Hashes go by expert or domain numbers, which shift for all generations after a removed one.
     hashes = routing.mode == "hash" or (routing.by_document and drawn)
     if hashes and index != newest:
         raise ConfigError(
-            f"routing hashes into numbered experts, so without stage {architecture.generations[index].stage} other "
-            f"text would reach the later ones than they learned from; only the newest stage can go."
+            f"routing hashes tokens to expert numbers: without stage {architecture.generations[index].stage}, later "
+            f"experts would receive other text than they were trained on. Remove the newest stage first."
         )

@@ -148,8 +148,8 @@ class _Offload:
         """Make layers fetch copies, and keep experts on the CPU when their model moves."""
         for i, one in enumerate(self._layers):
             vars(one.layer)["forward"] = partial(self._forward, i, one.layer.forward)
-            # `grouped_mm` moves all experts into one buffer: the graph would hold it until the backward pass, and copies
-            # would lose the storage by which `pack` knows them.
+            # `grouped_mm` moves all experts into one buffer: the graph would hold it until the backward pass, and
+            # copies would lose the storage by which `pack` knows them.
             if one.implementation != ExpertsImplementation.readable:
                 one.layer.banks.implementation = ExpertsImplementation.slices
             for experts, name in one.slots:

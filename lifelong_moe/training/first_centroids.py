@@ -17,7 +17,7 @@ from lifelong_moe.config.routing.base import Bundles, Centroids, RoutingConfig
 from lifelong_moe.config.routing.shared import TextClusterConfig
 from lifelong_moe.data.tokens.shards import ShardDocuments, TokenizedCorpus
 from lifelong_moe.errors import ConfigError
-from lifelong_moe.growth.clusters import bundle_centroids
+from lifelong_moe.growth.clusters import unigram_centroids
 from lifelong_moe.storage.keys import SHORT, content_key
 from lifelong_moe.store.record import StageRecord
 from lifelong_moe.store.stages import CommittedStage, StageStore
@@ -74,7 +74,7 @@ def first_centroids(
                 f"routing.bundles=none."
             )
     documents = ShardDocuments([corpora[name].train for name in first.spec.learns])
-    centroids = bundle_centroids(
+    centroids = unigram_centroids(
         documents,
         first.architecture.vocab_size,
         identity["clusters"],

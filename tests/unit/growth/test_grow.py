@@ -198,7 +198,7 @@ def test_a_fault_is_none_of_them(make_model: Make, make_batch: Batch, fault: str
 
 
 def born(router: Router) -> list[int]:
-    """All generations, the one that is held down among them."""
+    """All generations, the masked one among them."""
     return router.generations
 
 

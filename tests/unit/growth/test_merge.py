@@ -77,7 +77,7 @@ def test_a_merged_model_has_one_expert_less_and_the_rest_as_it_was(make_model: M
 @pytest.mark.parametrize("kind", ["bundles", "hash", "label"])
 def test_only_a_learned_router_without_bundles(make_model: Make, kind: str) -> None:
     model = make_model(kind, (4, 2))
-    with pytest.raises(ConfigError, match="merge only under a learned router"):
+    with pytest.raises(ConfigError, match="merged only under a learned"):
         merge_experts(model.architecture, model.state_dict(), 0, {0: (0, 1), 1: (0, 1)}, {})
 
 
@@ -100,7 +100,7 @@ def test_what_trains_is_not_merged(make_model: Make) -> None:
 )
 def test_who_cannot_go_into_whom(make_model: Make, generation: int, pair: tuple[int, int]) -> None:
     model = make_model("learned", (2, 3, 2, 2))  # experts 0-1, 2-4, 5-6, and 7-8, which train
-    with pytest.raises(ValueError, match=f"layer 1: expert {pair[1]} of generation {generation} cannot go into expert"):
+    with pytest.raises(ValueError, match=f"layer 1: cannot merge expert {pair[1]} of generation {generation} "):
         merge_experts(
             model.architecture, model.state_dict(), generation, {0: (2, 6 if generation == 2 else 3), 1: pair}, {}
         )
@@ -116,7 +116,7 @@ def test_the_first_and_the_last_may(make_model: Make, pair: tuple[int, int]) -> 
 
 def test_each_layer_that_has_the_generation_loses_one(make_model: Make) -> None:
     model = make_model("learned", (2, Generation("b", 2, layers=(1,)), 2))
-    with pytest.raises(ValueError, match=r"is in layers \[1\]; got pairs for \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"has experts in layers \[1\]; got pairs for layers \[0, 1\]"):
         merge_experts(model.architecture, model.state_dict(), 1, {0: (0, 1), 1: (0, 2)}, {})
     merge_experts(model.architecture, model.state_dict(), 1, {1: (0, 2)}, {1: torch.ones(6)})
 
@@ -132,14 +132,14 @@ def test_a_pyramid_is_not_merged(make_model: Make) -> None:
 @pytest.mark.parametrize("routing", [{"score": "sigmoid", "bias_rate": 0.1}, {"expert_groups": 2, "top_groups": 2}])
 def test_biases_and_groups_are_not_merged(make_model: Make, routing: dict[str, Any]) -> None:
     model = make_model("learned", (4,), routing=routing)
-    with pytest.raises(ConfigError, match="without bundles, biases and groups"):
+    with pytest.raises(ConfigError, match="biases and expert groups"):
         merge_experts(replace(model.architecture, frozen=1), model.state_dict(), 0, {0: (0, 1), 1: (0, 1)}, {})
 
 
 def test_what_a_token_uses_is_left(make_model: Make) -> None:
     model, counts = make_model("learned", (2, 2)), {layer: torch.ones(4) for layer in range(2)}
     pairs = {0: (0, 1), 1: (0, 1)}
-    with pytest.raises(ConfigError, match=r"routing\.top_k=2 experts must be left"):
+    with pytest.raises(ConfigError, match=r"at least routing\.top_k=2 experts"):
         merge_experts(model.architecture, model.state_dict(), 0, pairs, counts)
     single = make_model("learned", (2, 2), routing={"top_k": 1, "renormalize": False})
     assert merge_experts(single.architecture, single.state_dict(), 0, pairs, counts)[0].generations[0].experts == 1
@@ -147,5 +147,5 @@ def test_what_a_token_uses_is_left(make_model: Make) -> None:
 
 def test_the_only_expert_of_a_generation_stays(make_model: Make) -> None:
     model = make_model("learned", (4, 1, 2))
-    with pytest.raises(ValueError, match="must be frozen and have two experts"):
+    with pytest.raises(ValueError, match="must be frozen and have at least two experts"):
         merge_experts(model.architecture, model.state_dict(), 1, {0: (0, 4), 1: (0, 4)}, {})
