@@ -1,6 +1,6 @@
-"""Quadratic penalties that tie weights to the previous stage's: L2, or EWC with the Fisher information.
+"""Quadratic penalties on the distance to the previous stage's weights: L2, or EWC with the Fisher information.
 
-Legend: B sequences, S length.
+Legend: B sequences, S length, N scored tokens, D model width.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from lifelong_moe.model.transformer import LanguageModel
 
 @dataclass(frozen=True)
 class WeightAnchor:
-    """Where weights stood and how much each matters: ``weight / 2 * sum importance * (theta - anchor)^2``.
+    """The penalty ``weight / 2 * sum importance * (theta - anchor)^2``.
 
-    Plain tensors and no module: nothing here is trained, counted or saved with the model.
+    Plain tensors, not a module: nothing here is trained, counted or saved with the model.
 
     Source:
-        Kirkpatrick et al. 2017 (arXiv:1612.00796), eq. 3, there with one such term for every earlier task. Here, as
-        in online EWC (Schwarz et al. 2018, arXiv:1805.06370, section 3), one term at the newest old weights.
+        Kirkpatrick et al. 2017 (arXiv:1612.00796), eq. 3, with one term per earlier task. Here, as in online EWC
+        (Schwarz et al. 2018, arXiv:1805.06370, section 3), there is one term, at the previous stage's weights.
     """
 
     weight: float
@@ -31,20 +31,21 @@ class WeightAnchor:
     anchors: dict[str, Tensor]
     """Old value of each penalized parameter, by name."""
     importances: dict[str, Tensor] | None = None
-    """Importance of each number, same names and shapes; None means 1 for all (L2)."""
+    """Importance of each weight, same names and shapes; None means 1 for all (L2)."""
 
     def value(self, model: nn.Module) -> Tensor:
-        """The penalty on a model as it is now.
+        """The penalty on a model's current weights.
 
         Args:
-            model: Has a parameter for every anchor; others are free.
+            model: Has a parameter for every anchor; its other parameters are not penalized.
 
         Returns:
-            Scalar float32 with gradient; ``weight`` is in it.
+            Scalar float32 with gradient, ``weight`` included.
         """
         parameters = dict(model.named_parameters())
         terms = []
         for name, anchor in self.anchors.items():
+            # In float32 as the anchors are, whatever the precision of the model.
             squared = (parameters[name].float() - anchor).square()
             terms.append((squared if self.importances is None else self.importances[name] * squared).sum())
         return self.weight / 2 * torch.stack(terms).sum()
@@ -65,12 +66,12 @@ def make_anchor(
     weight: float,
     importances: Mapping[str, Tensor] | None = None,
 ) -> WeightAnchor:
-    """Tie what trains now to what it was before.
+    """Anchor the trainable parameters at their values in the previous stage.
 
     Args:
-        model: This stage's, grown and frozen as it will be trained; its values are not looked at.
-        previous: The previous stage's tensors by name; copied. Its frozen ones, and those of this model alone (new
-            experts), stay out of the penalty.
+        model: This stage's, grown and frozen as it will be trained; its values are ignored.
+        previous: The previous stage's tensors by name; copied. Frozen parameters, and new ones (experts), are not
+            penalized.
         weight: Factor on the penalty, not negative.
         importances: From :func:`fisher_diagonal` at ``previous`` for EWC; None for L2. Further names are ignored.
 
@@ -81,7 +82,7 @@ def make_anchor(
         raise ValueError(f"weight={weight} must not be negative")
     shapes = {n: p.shape for n, p in model.named_parameters() if p.requires_grad and n in previous}
     if not shapes:
-        raise ValueError("nothing that trains was there before, so there is nothing to penalize")
+        raise ValueError("no trainable parameter existed in the previous stage, so there is nothing to penalize")
     return WeightAnchor(
         weight,
         _copies(previous, shapes, "anchor"),
@@ -97,32 +98,32 @@ def _copies(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], kin
 
 
 def fisher_diagonal(model: LanguageModel, sample: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """How much a token's loss would rise if one number moved: the diagonal of the empirical Fisher information.
+    """How sensitive the loss per token is to each weight: the diagonal of the empirical Fisher information.
 
-    ``F_i = sum over sequences of (d nats / d theta_i)^2 / scored tokens of all``, one sequence at a time. ``nats``,
-    summed over a sequence's scored tokens, is its negative log-likelihood, so this is the Fisher information of whole
-    sequences, and ``F`` its share per token. Thus ``F`` does not depend on how long sequences are, and estimates the
-    curvature of the training loss in nats per token: a penalty of weight 1 stands for as many old tokens as there are
-    new ones. Of prompts with answers only answers count, as in training.
+    ``F_i = sum over sequences (d nats / d theta_i)^2 / number of scored tokens``. ``nats``, summed over a sequence's
+    scored tokens, is its negative log-likelihood, so the sum is the Fisher information of whole sequences, and ``F``
+    its share per token. ``F`` therefore does not depend on the length of sequences, and estimates the curvature of the
+    training loss in nats per token: a penalty of weight 1 counts as many old tokens as there are new ones. Of prompts
+    with answers only the answers count, as in training.
 
-    The targets are the text's and not drawn from the model (hence *empirical*); router losses are left out; which
-    experts a token chose counts as given.
+    Targets come from the text rather than from the model (hence *empirical*), router losses are excluded, and the
+    choice of experts is treated as constant.
 
     Args:
-        model: At the old weights. Left in its mode, its ``grad`` and ``requires_grad`` untouched.
+        model: At the old weights. Its mode, gradients and ``requires_grad`` do not change.
         sample: Blocks of old text, ``(B, S)`` each, as
-            :class:`lifelong_moe.data.tokens.blocks.BlockDataset` makes them; only ``scored`` targets count.
+            :class:`lifelong_moe.data.tokens.blocks.BlockDataset` yields them; only ``scored`` targets count.
 
     Returns:
-        Float32, one tensor a parameter that requires a gradient, of its shape and on its device.
+        Float32, one tensor per parameter that requires a gradient, with its shape and device.
 
     Raises:
         ValueError: If the sample has no scored token.
 
     Source:
-        Kirkpatrick et al. 2017 (arXiv:1612.00796), section 2, which leaves open how F is computed; van de Ven 2025
-        (arXiv:2502.11756) compares the ways. Online EWC (arXiv:1805.06370) adds each task's F once, decayed, as it
-        was when the task ended; we can compute it again, at the newest weights and on text kept for replay.
+        Kirkpatrick et al. 2017 (arXiv:1612.00796), section 2, which does not say how F is computed; van de Ven 2025
+        (arXiv:2502.11756) compares the options. Online EWC (arXiv:1805.06370) adds up each task's F, decayed, as it was
+        at the end of the task; we recompute it at the newest weights, on text kept for replay.
     """
     rows, num_tokens = sample["scored"].any(dim=1).nonzero().flatten().tolist(), int(sample["scored"].sum())
     if not num_tokens:
@@ -130,11 +131,13 @@ def fisher_diagonal(model: LanguageModel, sample: Mapping[str, Tensor]) -> dict[
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     fisher = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in parameters.items()}
     training = model.training
-    model.eval()  # without router losses
+    model.eval()  # routers return no losses
     try:
+        # One sequence at a time: the square of a sum of gradients is not the sum of their squares.
         for row in rows:
             nats = _nats(model, {name: sample[name][row : row + 1] for name in sample})
-            # Not `backward`: the parameters' own gradients stay as they are.
+            # `grad` instead of `backward`, which would add to the parameters' own gradients. Unused are, for
+            # instance, deltas of a generation that this sequence does not use.
             grads = torch.autograd.grad(nats, list(parameters.values()), allow_unused=True)
             for total, grad in zip(fisher.values(), grads, strict=True):
                 if grad is not None:
@@ -145,24 +148,24 @@ def fisher_diagonal(model: LanguageModel, sample: Mapping[str, Tensor]) -> dict[
 
 
 def _nats(model: LanguageModel, sequence: Mapping[str, Tensor]) -> Tensor:
-    """A sequence's next-token loss, summed over what a stage trains on."""
+    """A sequence's next-token loss, summed over its scored tokens."""
     scored = sequence["scored"]
+    # shape: (N, D)
     hidden_TD = model(TokenBatch.of(sequence)).hidden_BSD[scored]
     nats = model.head.cross_entropy(hidden_TD, sequence["target_ids"][scored], sequence["group_ids"][scored])
     return nats * scored.sum()
 
 
 def mean_fisher(fishers: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Importance for several old distributions: the mean of their Fisher information, each counting the same.
-
-    A sum, as the Bayesian reading has it, would make the penalty grow with every stage.
+    """Importance for several old distributions: the mean of their Fisher information, equally weighted.
 
     Args:
-        fishers: One a distribution, all with the same names and shapes.
+        fishers: One per distribution, all with the same names and shapes.
 
     Raises:
         ValueError: If there is none, or their names differ.
     """
     if not fishers or any(fisher.keys() != fishers[0].keys() for fisher in fishers):
         raise ValueError(f"cannot average {len(fishers)} Fisher diagonals: none at all, or of different parameters")
+    # The Bayesian derivation has a sum, with which the penalty would grow from stage to stage.
     return {name: torch.stack([fisher[name] for fisher in fishers]).mean(dim=0) for name in fishers[0]}

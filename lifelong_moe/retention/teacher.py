@@ -1,4 +1,7 @@
-"""The teacher: the previous stage's model, sharing every tensor that cannot change."""
+"""The teacher of distillation: the previous stage's model, which shares all frozen tensors with the student.
+
+Legend: B sequences.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from lifelong_moe.model.transformer import LanguageModel
 
 
 def make_teacher(model: LanguageModel, shared: Iterable[Tensor]) -> LanguageModel:
-    """Copy a model as it is now; tensors in ``shared`` are the same objects in both and take no memory.
+    """Copy a model; tensors in ``shared`` are the same objects in both, and take no memory.
 
     Args:
         model: The previous stage's model, before growth.
@@ -25,28 +28,31 @@ def make_teacher(model: LanguageModel, shared: Iterable[Tensor]) -> LanguageMode
     Returns:
         A model in evaluation mode without gradients.
     """
+    # `deepcopy` takes what its memo lists as already copied.
     teacher = copy.deepcopy(model, memo={id(tensor): tensor for tensor in shared})
     return teacher.requires_grad_(False).eval()
 
 
 def shared_blocks(student: LanguageModel, teacher: LanguageModel) -> int:
-    """How many blocks from the bottom compute the same in both, so that once is enough.
+    """Number of blocks, from the bottom, that compute the same in both models, so that computing them once is enough.
 
-    The embedding and those blocks must be the same frozen tensors, and nothing in them may depend on training mode, on
-    groups, or on more than a tensor says.
+    The embedding and these blocks must share all their tensors, frozen, and their output must not depend on training
+    mode, on domains, or on state outside of these tensors.
     """
     routing = student.architecture.routing
+    # Capacity differs between training and evaluation, and jitter is noise in training.
     same = isinstance(routing, LearnedConfig) and routing.capacity is None and not routing.jitter
     if not same or not student.head.is_one_matrix:
         return 0
     if routing.has_bundles or not teacher.head.is_one_matrix or not _same(student.embedding, teacher.embedding):
         return 0
+    # Not strict: a shallow student has fewer blocks. Never the last block: the forward pass is split before a block.
     pairs = list(zip(student.blocks, teacher.blocks, strict=False))[:-1]
     return next((i for i, (mine, theirs) in enumerate(pairs) if not _same(mine, theirs)), len(pairs))
 
 
 def _same(mine: nn.Module, theirs: nn.Module) -> bool:
-    """Whether two modules have the same tensors, and none of them trains; rows for no expert count for nothing."""
+    """Whether two modules share all their tensors, frozen. Empty tensors are ignored: router rows of no experts."""
     ours, others = (_tensors(module) for module in (mine, theirs))
     return ours.keys() == others.keys() and all(t is others[n] and not t.requires_grad for n, t in ours.items())
 
@@ -57,16 +63,18 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def distilled_rows(replayed_B: Tensor, ordinal_B: Tensor, config: DistillConfig) -> Tensor:
-    """Which sequences of a batch are distilled on: a pure function of each sequence's place in the stage.
+    """Which sequences of a batch are distilled: a pure function of each sequence's position in the stage.
 
     Args:
         replayed_B: True for replayed sequences, bool ``(B,)``.
-        ordinal_B: How many sequences of the same kind came before it in the stage, int64 ``(B,)``.
-        config: ``text`` chooses new or replayed ones, ``fraction`` the share of them, spread evenly.
+        ordinal_B: Number of earlier sequences of the same kind in the stage, int64 ``(B,)``.
+        config: ``text`` selects new or replayed sequences, ``fraction`` the evenly spread share of them.
 
     Returns:
-        Their indices, int64, ascending; empty if there are none.
+        Their indices, int64, ascending; empty if none is distilled.
     """
+    # Exact integers: with floats, rounding would move some of them. Of a fraction p / q, sequence n is distilled where
+    # floor(n p / q) grows.
     share = Fraction(str(config.fraction))
     chosen_B = (ordinal_B + 1) * share.numerator // share.denominator > ordinal_B * share.numerator // share.denominator
     wanted_B = replayed_B if config.text == DistillText.replay else ~replayed_B

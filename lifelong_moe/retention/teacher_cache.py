@@ -1,6 +1,6 @@
-"""What a teacher made of blocks that it has seen before, kept on disk.
+"""Cache a teacher's final hidden states on disk, block by block.
 
-Legend: N blocks asked for, S tokens a block, W width of the teacher's final hidden states.
+Legend: N blocks requested, S tokens per block, W width of the teacher's final hidden states.
 """
 
 from __future__ import annotations
@@ -16,27 +16,26 @@ import torch
 from torch import Tensor
 
 MARK = 4
-"""Bytes of a block's mark: the width of what is kept of it, 0 if nothing is."""
+"""Bytes of a block's mark: the width of its hidden states, 0 if they are not cached."""
 
 
 class TeacherCache:
-    """Final hidden states by block, float32, in a sparse file: with the head they are all logits.
+    """Final hidden states by block, float32, in a sparse file; the teacher's head turns them into logits.
 
-    The teacher is asked about one block at a time, so that an answer does not depend on what else is in a batch, and
-    an interrupted stage goes on with the same bits. A block is marked after it was written; a process that is killed
-    in between leaves it unmarked. A full disk is an ``OSError``.
+    The teacher computes one block at a time, so that a result does not depend on its batch, and an interrupted stage
+    continues with the same bits. A full disk raises ``OSError``.
 
     Source:
-        Caching in place of a running teacher: Sparse Logit Sampling (ACL 2025), which keeps a sample of the logits;
-        hidden states are smaller than all logits by V / W, and exact for a teacher of at most 32 bits.
+        Caching in place of a running teacher: Sparse Logit Sampling (ACL 2025), which stores a sample of the logits.
+        Hidden states are smaller than all logits by V / W, and exact for a teacher of at most 32 bits.
     """
 
     def __init__(self, path: Path, context: int) -> None:
-        """Open or begin.
+        """Open the cache, or create it.
 
         Args:
-            path: A file in the stage's work; another beside it says which blocks are known.
-            context: Tokens a block (S).
+            path: A file in the stage's working folder; a second file beside it marks the cached blocks.
+            context: Tokens per block (S).
         """
         self.context = context
         self._hidden, self._known = (self._opened(p) for p in (path, path.with_suffix(".known")))
@@ -51,19 +50,20 @@ class TeacherCache:
 
         Args:
             block_N: Numbers of blocks, int64.
-            ask: From a position in ``block_N`` to what the teacher makes of that block, ``(1, S, W)``; called for
-                blocks that are not known yet.
+            ask: Computes the hidden states ``(1, S, W)`` of the block at a position of ``block_N``; called for blocks
+                that are not cached.
         """
         found = [self._one(block, partial(ask, i)) for i, block in enumerate(block_N.tolist())]
         return torch.from_numpy(np.stack(found)).to(block_N.device)
 
     def _one(self, block: int, ask: Callable[[], Tensor]) -> np.ndarray:
         width = int.from_bytes(os.pread(self._known, MARK, block * MARK), "little")
-        if width:
+        if width:  # a hole reads as zeros, past the end nothing is read: neither is a mark
             size = 4 * self.context * width
             kept = np.frombuffer(os.pread(self._hidden, size, block * size), dtype=np.float32)
             return kept.reshape(self.context, width)
         answer = ask()[0].float().cpu().numpy()
+        # The mark comes last: a process that is killed in between leaves the block unmarked.
         write_all(self._hidden, answer.tobytes(), block * answer.nbytes)
         write_all(self._known, answer.shape[1].to_bytes(MARK, "little"), block * MARK)
         return answer
@@ -71,6 +71,7 @@ class TeacherCache:
 
 def write_all(descriptor: int, data: bytes, offset: int) -> None:
     """``os.pwrite`` until all is written."""
+    # A single call may write less than it is given.
     while data:
         written = os.pwrite(descriptor, data, offset)
         data, offset = data[written:], offset + written

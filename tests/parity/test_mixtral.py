@@ -166,7 +166,7 @@ def test_tensors_that_do_not_fit(make_model: Make) -> None:
         from_mixtral(config, without)
     with pytest.raises(CheckpointError, match=rf"{name} has shape \(2, 2\), but its config asks for \(16, 8\)"):
         from_mixtral(config, without | {name: torch.zeros(2, 2)})
-    with pytest.raises(CheckpointError, match=r"odd\.bias is no tensor of a Mixtral"):
+    with pytest.raises(CheckpointError, match=r"odd\.bias is not a tensor of a Mixtral"):
         from_mixtral(config, tensors | {"odd.bias": torch.zeros(2)})
     in_memory = transformers.MixtralForCausalLM(transformers.MixtralConfig.from_dict(config)).state_dict()
     with pytest.raises(CheckpointError, match="Its experts are fused, as in memory"):

@@ -108,7 +108,7 @@ def test_it_follows_to_a_device(fisher: bool) -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     module = linear([1.0, 1.0], 0.0)
-    with pytest.raises(ValueError, match="nothing that trains was there before"):
+    with pytest.raises(ValueError, match="no trainable parameter existed"):
         make_anchor(module, {"other": torch.zeros(1)}, 1.0)
     with pytest.raises(ValueError, match="weight=-1 must not be negative"):
         make_anchor(module, named(module), -1)
