@@ -14,7 +14,7 @@ from typing import Any, get_args, get_type_hints
 from lifelong_moe.config.routing.base import RoutingConfig
 from lifelong_moe.config.routing.capacity import CapacityConfig
 from lifelong_moe.config.routing.modes import ROUTERS
-from lifelong_moe.config.routing.topk import OwnConfig
+from lifelong_moe.config.routing.topk import CustomRouterConfig
 from lifelong_moe.config.run import RunConfig
 from lifelong_moe.plan.comparison import ComparisonConfig
 from lifelong_moe.plan.retraining import RetrainConfig
@@ -66,7 +66,7 @@ A file of its own, such as `configs/compare.yaml`, that names a run's configurat
 def routing_section() -> list[str]:
     """The keys of all modes in one table, each with the modes that have it and what they bring for it."""
     rows: dict[tuple[str, str], dict[str, list[str]]] = {}
-    for mode, cls in [(mode, ROUTERS[mode].settings) for mode in ROUTERS] + [("your own", OwnConfig)]:
+    for mode, cls in [(mode, ROUTERS[mode].settings) for mode in ROUTERS] + [("your own", CustomRouterConfig)]:
         docs = {
             key: doc
             for base in reversed(cls.__mro__)

@@ -58,10 +58,12 @@ def balanced_kmeans(
         labels_N, prices_K = balance(similarity(unit_ND, centroids_KD), np.zeros(k, np.int64))
         for _ in range(iterations):
             moved_KD = mean_directions(unit_ND, labels_N, k)
+            # Rows that cancel out have no mean direction: such a cluster keeps its centroid.
             moved_KD = np.where(moved_KD.any(axis=1, keepdims=True), moved_KD, centroids_KD)
             if np.array_equal(moved_KD, centroids_KD):
                 break
             centroids_KD = moved_KD
+            # Centroids move little in a round, so the last prices are a good start.
             labels_N, prices_K = balance(similarity(unit_ND, centroids_KD), prices_K)
     return centroids_KD, labels_N
 
@@ -87,6 +89,7 @@ def balance(similarity_NK: Labels, prices_K: Labels) -> tuple[Labels, Labels]:
         if excess == 0:
             break
         prices_K = prices_K + np.rint(step * (sizes_K / capacity - 1)).astype(np.int64)
+        # Ever smaller: a fixed step would swing about the balance.
         step *= 0.9
     labels_N = (similarity_NK - best_K).argmax(axis=1)
     _move_along_paths(similarity_NK, labels_N, capacity)

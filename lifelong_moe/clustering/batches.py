@@ -59,8 +59,9 @@ def token_matrix(documents: list[TokenIds], vocab_size: int) -> csr_array:
     Raises:
         ValueError: If a token id is outside the vocabulary.
     """
-    ids = checked(np.concatenate(documents), vocab_size)
+    ids = checked_ids(np.concatenate(documents), vocab_size)
     borders = np.concatenate([[0], np.cumsum([len(document) for document in documents])])
+    # Duplicates stay: a row is summed in reading order, one token after the other.
     return csr_array((np.ones(len(ids)), ids, borders), shape=(len(documents), vocab_size))
 
 
@@ -71,7 +72,7 @@ def count_matrix(documents: list[TokenIds], vocab_size: int) -> csr_array:
     return counts_NV
 
 
-def checked(token_ids: TokenIds, vocab_size: int) -> NDArray[np.int64]:
+def checked_ids(token_ids: TokenIds, vocab_size: int) -> NDArray[np.int64]:
     """The ids as int64.
 
     Raises:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_array, vstack
 from sklearn.utils.extmath import randomized_svd
 
-from lifelong_moe.clustering.batches import TokenIds, batches, checked, count_matrix, token_matrix
+from lifelong_moe.clustering.batches import TokenIds, batches, checked_ids, count_matrix, token_matrix
 from lifelong_moe.clustering.kmeans import Floats, one_thread, unit_rows
 from lifelong_moe.errors import DataError
 
@@ -116,7 +116,7 @@ def prefix_sums(documents: Sequence[TokenIds], table_VD: NDArray[np.floating], c
         ValueError: If ``chunk < 1`` or a token id is outside the vocabulary.
     """
     chunks_N = num_chunks(documents, chunk)
-    ids = checked(np.concatenate(documents), len(table_VD))
+    ids = checked_ids(np.concatenate(documents), len(table_VD))
     borders = np.cumsum([len(document) for document in documents]).tolist()
     # What a document's last chunk holds precedes none, so that only whole chunks count.
     wholes = np.maximum(chunks_N - 1, 0).tolist()

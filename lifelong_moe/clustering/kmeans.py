@@ -88,7 +88,8 @@ def assign(features_ND: NDArray[np.floating], centroids_KD: NDArray[np.floating]
         raise ValueError("there must be at least one centroid to assign to")
     unit_ND, unit_KD = unit_rows(features_ND), unit_rows(centroids_KD)
     labels_N = np.empty(len(unit_ND), np.int64)
-    for start in range(0, len(unit_ND), 65536):  # bounds the float64 copy
+    # Blocks bound the float64 copy.
+    for start in range(0, len(unit_ND), 65536):
         block = slice(start, start + 65536)
         labels_N[block] = similarity(unit_ND[block], unit_KD).argmax(axis=1)
     return labels_N
@@ -157,11 +158,13 @@ def _fit(unit_ND: Floats, k: int, seed: int, iterations: int) -> Floats:
         k,
         niter=iterations,
         nredo=RESTARTS,
-        seed=seed % 2**31,  # a negative seed would mean the clock
+        # A negative seed would mean the clock.
+        seed=seed % 2**31,
         spherical=True,
         init_method=faiss.ClusteringInitMethod_KMEANS_PLUS_PLUS,
         min_points_per_centroid=1,
-        max_points_per_centroid=len(rows_ND),  # the default subsamples
+        # By default FAISS fits a sample.
+        max_points_per_centroid=len(rows_ND),
     )
     kmeans.train(rows_ND)
     assert kmeans.centroids is not None
@@ -180,6 +183,7 @@ def _grow(unit_ND: NDArray[np.float64], k: int, seed: int, fixed_FD: Floats, ite
             if np.array_equal(previous_N, labels_N):
                 break
             moved_KD = mean_directions(unit_ND, labels_N, len(centroids_KD))
+            # Old centroids route old text: they must not move.
             moved_KD[: len(fixed_FD)] = fixed_FD
             centroids_KD = _replace_empty(moved_KD, unit_ND)
         total = similarity(unit_ND, centroids_KD).max(axis=1).sum()

@@ -55,8 +55,11 @@ def token_embedding(
     if information_VV.nnz:
         with one_thread():
             left_VR, singular_R, _ = randomized_svd(information_VV, min(width, vocab_size), random_state=seed % 2**32)
+        # Half of the spectrum on each side (Levy et al. 2015).
         embedding_VD[:, : len(singular_R)] = left_VR * np.sqrt(singular_R)
-        embedding_VD[np.diff(information_VV.indptr) == 0] = 0.0  # there U holds rounding errors
+        # Where a token has no neighbours U holds rounding errors.
+        embedding_VD[np.diff(information_VV.indptr) == 0] = 0.0
+    # Zeros would all fall into one cluster.
     random_VD = np.random.default_rng(seed).standard_normal((vocab_size, width))
     return unit_rows(np.where(embedding_VD.any(axis=1, keepdims=True), embedding_VD, random_VD))
 
@@ -67,6 +70,7 @@ def _pair_counts(token_ids_N: NDArray[np.int64], vocab_size: int, window: int) -
     for distance in range(1, min(window, len(token_ids_N) - 1) + 1):
         pairs = (token_ids_N[:-distance], token_ids_N[distance:])
         total_VV = total_VV + coo_array((np.ones(len(pairs[0])), pairs), shape=(vocab_size, vocab_size)).tocsr()
+    # Counted to the right; the window is symmetric.
     return csr_array(total_VV + total_VV.T)
 
 
@@ -77,5 +81,6 @@ def _ppmi(pairs_VV: csr_array) -> csr_array:
     entries = pairs_VV.tocoo()
     rows, columns = entries.coords
     information = np.log(entries.data / (count_V[rows] * context_V[columns]))
+    # Pairs that are rarer than chance count as unrelated: estimates of small counts are noise.
     informative = information > 0
     return csr_array((information[informative], (rows[informative], columns[informative])), shape=pairs_VV.shape)

@@ -17,7 +17,7 @@ from lifelong_moe.config.data import SourceConfig
 from lifelong_moe.config.methods import refuse_idle_method, refuse_moving_trunk, refuse_unfit_mode
 from lifelong_moe.config.names import require_known
 from lifelong_moe.config.routing.modes import settings_of
-from lifelong_moe.config.routing.switching import leave_behind, own_keys
+from lifelong_moe.config.routing.switching import drop_foreign_keys, drop_keys_of_old_mode
 from lifelong_moe.config.rules import require_consistent
 from lifelong_moe.config.run import Method, PublishedConfig, RunConfig, StageConfig
 from lifelong_moe.config.sections import errors_under, require_finite, section, sections_of, structured
@@ -57,7 +57,7 @@ def read_config(path: str | Path, overrides: list[str] | None = None) -> DictCon
     raw = before.copy()
     for override in overrides or []:
         apply_override(raw, override)
-    leave_behind(raw, before, overrides or [])
+    drop_keys_of_old_mode(raw, before, overrides or [])
     return raw
 
 
@@ -105,7 +105,7 @@ def build_config(raw: DictConfig, *, is_stored: bool = False) -> RunConfig:
     config = RunConfig(run=scalars.run, method=scalars.method, seed=scalars.seed, **values)
     require_consistent(config)
     if not is_stored:
-        config.routing.refuse_lone_choice()
+        config.routing.require_gate_gradient()
         refuse_idle_method(config.method, config.routing, config.stages, raw)
         refuse_moving_trunk(config.method, config.routing, config.stages)
     require_finite(config, "")
@@ -161,7 +161,7 @@ def _of_its_mode(cls: type, node: Any, *, is_stored: bool = False) -> tuple[type
     if not isinstance(node, DictConfig) or _refers(node):
         return cls, node
     with errors_under("routing"):
-        return settings_of(node.get("mode", "learned")), own_keys(node, is_stored=is_stored)
+        return settings_of(node.get("mode", "learned")), drop_foreign_keys(node, is_stored=is_stored)
 
 
 def _stages(raw: DictConfig) -> list[StageConfig]:

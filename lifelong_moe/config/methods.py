@@ -18,7 +18,7 @@ from lifelong_moe.config.retention import (
 )
 from lifelong_moe.config.routing.base import Bundles, RoutingConfig
 from lifelong_moe.config.routing.modes import ROUTERS
-from lifelong_moe.config.routing.switching import built_routing
+from lifelong_moe.config.routing.switching import valid_routing
 from lifelong_moe.errors import ConfigError
 
 DEFINING = {
@@ -133,7 +133,7 @@ def refuse_unfit_mode(raw: DictConfig) -> None:
     mode, needed = routing.get("mode", "learned"), []
     if not isinstance(mode, str) or mode not in ROUTERS:
         return
-    if not ROUTERS[mode].settings.may_have_bundles:
+    if not ROUTERS[mode].settings.supports_bundles:
         if routing.get("bundles", "none") != "none":
             needed.append("routing.bundles=none")
         if plain.get("method", "lifelong") == "lifelong" and "deltas" in _later(plain, "trunk.train", None):
@@ -141,8 +141,8 @@ def refuse_unfit_mode(raw: DictConfig) -> None:
             share = ReplayConfig().fraction
             if not any(_later(plain, "replay.fraction", share)):
                 needed += overrides(plain, "replay.fraction", share)
-    built = built_routing(routing)
-    if built is not None and built.leaks and not built.allow_noncausal:
+    built = valid_routing(routing)
+    if built is not None and built.noncausal_by and not built.allow_noncausal:
         needed.append("routing.allow_noncausal=true")
     if len(needed) > 1:
         raise ConfigError(f"routing.mode={mode} needs more than one key here. Add {' '.join(needed)}.")

@@ -86,9 +86,9 @@ def _check_causality(run: RunConfig) -> None:
             f"routing.mode={run.routing.mode} mixes each token with all later ones; it is for encoders, see "
             "lifelong_moe/model/encoder.py."
         )
-    if run.routing.leaks and not run.routing.allow_noncausal:
+    if run.routing.noncausal_by and not run.routing.allow_noncausal:
         raise ConfigError(
-            f"{run.routing.leaks} lets later tokens change earlier ones, which a decoder must not. Set "
+            f"{run.routing.noncausal_by} lets later tokens change earlier ones, which a decoder must not. Set "
             f"routing.allow_noncausal=true to try it nevertheless."
         )
 
@@ -112,12 +112,12 @@ def _check_document_routing(run: RunConfig) -> None:
 def _check_number_of_experts(run: RunConfig) -> None:
     """Each centroid needs a sampled token, and each token ``top_k`` experts."""
     most = max(run.model.most_experts, *(stage.grow.experts for stage in run.stages))
-    if run.routing.is_clustered and not run.routing.has_bundles and run.routing.sample_tokens < most:
+    if run.routing.is_clustered and not run.routing.by_generation and run.routing.sample_tokens < most:
         raise ConfigError(
             f"routing.sample_tokens={run.routing.sample_tokens} must reach the number of experts that a stage "
             f"begins ({most})."
         )
-    dense = run.model.most_experts == 1 and run.routing.mode == "learned" and not run.routing.has_bundles
+    dense = run.model.most_experts == 1 and run.routing.mode == "learned" and not run.routing.by_generation
     if run.routing.top_k > run.model.fewest_experts and not dense:
         raise ConfigError(f"routing.top_k={run.routing.top_k} must not exceed model.experts={run.model.experts}.")
 

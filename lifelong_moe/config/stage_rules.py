@@ -102,7 +102,7 @@ def _check_experts(run: RunConfig, i: int, stage: StageConfig) -> None:
     if not by_group or not grows or experts == 0:
         return
     routing = run.routing
-    groups = 1 if routing.has_bundles or not isinstance(routing, ClusterConfig) else (routing.clusters or 1)
+    groups = 1 if routing.by_generation or not isinstance(routing, ClusterConfig) else (routing.clusters or 1)
     if experts < groups * run.routing.top_k:
         key = "model.experts" if i == 0 else f"stages[{i}].grow.experts"
         raise ConfigError(
@@ -126,7 +126,7 @@ def _check_growth(run: RunConfig, i: int, stage: StageConfig) -> None:
         )
     if grow.init == ExpertInit.upcycle and grow.experts:
         _check_upcycling(run, i, stage)
-    if grow.experts and not stage.continues and (fixed := run.routing.is_fixed):
+    if grow.experts and not stage.continues and (fixed := run.routing.fixed_by):
         raise ConfigError(f"{fixed} has no place for new experts: set stages[{i}].grow.experts=0.")
 
 
@@ -135,7 +135,7 @@ def _check_deltas(run: RunConfig, i: int, stage: StageConfig) -> None:
     grow = stage.grow
     if stage.trunk.train != TrunkTraining.deltas:
         return
-    if not (grow.experts or stage.continues) or not run.routing.has_bundles:
+    if not (grow.experts or stage.continues) or not run.routing.by_generation:
         raise ConfigError(
             f"stages[{i}].trunk.train=deltas changes the trunk for the tokens of one bundle. Set "
             f"routing.bundles=cluster (or label, or routing.mode=label) and stages[{i}].grow.experts above 0."
@@ -153,7 +153,7 @@ def _check_grown_layers(run: RunConfig, i: int, stage: StageConfig) -> None:
         raise ConfigError(f"stages[{i}].grow.layers={grow.layers} must lie in 0 to {run.model.layers - 1}.")
     if dense := sorted(set(grow.layers) - set(run.model.moe_layers)):
         raise ConfigError(f"stages[{i}].grow.layers={grow.layers}: layer {dense[0]} is dense and has no experts.")
-    if not run.routing.has_rows or run.routing.has_bundles:
+    if not run.routing.has_rows or run.routing.by_generation:
         raise ConfigError(
             f"stages[{i}].grow.layers needs a trained router and routing.bundles=none; every layer must grow otherwise."
         )
@@ -168,7 +168,7 @@ def _check_student(run: RunConfig, i: int, stage: StageConfig) -> None:
         raise ConfigError(f"stages[{i}].distill.student={layers} must lie in 0 to {run.model.layers - 1}.")
     if i + 1 < len(run.stages):
         raise ConfigError(f"stages[{i}].distill.student is for the last stage: later ones have all layers.")
-    if len(run.model.moe_layers) < run.model.layers or not routing.has_rows or routing.has_bundles:
+    if len(run.model.moe_layers) < run.model.layers or not routing.has_rows or routing.by_generation:
         raise ConfigError(
             f"stages[{i}].distill.student needs a trained router without bundles, and a mixture in every layer."
         )
@@ -184,7 +184,7 @@ def _check_upcycling(run: RunConfig, i: int, stage: StageConfig) -> None:
             f"stages[{i}].grow.init=upcycle copies a dense model: set model.experts=1, and no growth before it."
         )
     sums_to_1 = isinstance(routing, LearnedConfig) and routing.renormalize and routing.gate_scale == 1
-    if not sums_to_1 or routing.top_k < 2 or routing.has_bundles or routing.capacity is not None:
+    if not sums_to_1 or routing.top_k < 2 or routing.by_generation or routing.capacity is not None:
         raise ConfigError(
             f"stages[{i}].grow.init=upcycle needs gates that sum to 1: routing.mode=learned with renormalize=true, "
             f"gate_scale=1 and top_k above 1, without capacity and bundles."
@@ -201,7 +201,7 @@ def _check_review(run: RunConfig, i: int, stage: StageConfig) -> None:
     """A review trains this stage's router rows, in whole steps, and leaves some to the stage itself."""
     if not stage.review.fraction:
         return
-    if run.routing.mode != "learned" or run.routing.has_bundles or not stage.grow.experts or stage.continues:
+    if run.routing.mode != "learned" or run.routing.by_generation or not stage.grow.experts or stage.continues:
         raise ConfigError(
             f"stages[{i}].review.fraction={stage.review.fraction} trains new router rows on old text, too. Set "
             f"routing.mode=learned, routing.bundles=none and stages[{i}].grow.experts above 0, or "

@@ -1,4 +1,4 @@
-"""Held-out loss of a model on one distribution: each token is scored once, from the tokens before it alone.
+"""Held-out loss of a model on one distribution: each token scored once, with nothing that comes after it.
 
 Legend: W windows, S window length, T scored tokens, L layers, E experts.
 """
@@ -17,17 +17,17 @@ from torch import Tensor
 
 from lifelong_moe.data.tokens.shards import ShardDocuments, TokenShard
 from lifelong_moe.data.tokens.windows import EvaluationSet
-from lifelong_moe.model.groups import label_group
+from lifelong_moe.model.groups import label_domain
 from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel, ModelOutput
 
 EVALUATION_SCHEMA = 2
-"""Version of the measurement; a change invalidates every stored evaluation."""
+"""Version of how losses are measured; a change makes every stored evaluation a stranger."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The measurement of one distribution."""
+    """What was measured on one distribution."""
 
     nats_per_token: float
     """Mean cross-entropy of the scored tokens."""
@@ -36,9 +36,9 @@ class Evaluation:
     tokens: int
     """Tokens scored."""
     bytes: int
-    """UTF-8 bytes of their text."""
+    """Bytes of their text."""
     documents: int
-    """Documents that they come from."""
+    """Documents they come from."""
     expert_counts: list[list[int]]
     """Assignments of scored tokens per layer and expert."""
 
@@ -47,20 +47,20 @@ class Evaluation:
         return asdict(self)
 
 
-def group_ids(model: LanguageModel, shard: TokenShard, distribution: str | None) -> NDArray[np.integer] | None:
+def domain_ids(model: LanguageModel, shard: TokenShard, distribution: str | None) -> NDArray[np.integer] | None:
     """Group of every token of a shard, from the text before it in its document; None if routing has no groups.
 
     Document clusters give the smallest unsigned integers that hold them: a byte a token up to 255 groups.
     """
     clusters = model.document_clusters
     if clusters is not None:
-        ids, filled = np.empty(shard.num_tokens, np.min_scalar_type(clusters.num_groups())), 0
-        for batch in clusters.group_id_batches(ShardDocuments([shard])):
+        ids, filled = np.empty(shard.num_tokens, np.min_scalar_type(clusters.num_domains())), 0
+        for batch in clusters.domain_id_batches(ShardDocuments([shard])):
             ids[filled : filled + len(batch)] = batch
             filled += len(batch)
         return ids
     if model.architecture.routing.by_label:
-        return np.full(shard.num_tokens, label_group(model.architecture, distribution), dtype=np.int64)
+        return np.full(shard.num_tokens, label_domain(model.architecture, distribution), dtype=np.int64)
     return None
 
 
@@ -71,22 +71,19 @@ def forward_windows(
     """Run held-out windows through a model, batch by batch, in evaluation mode; arguments as for :func:`evaluate`.
 
     Yields:
-        The batch, ``token_ids``, ``target_ids``, ``scored``, ``valid`` and ``group_ids`` ``(B, S)`` of consecutive
+        The batch, ``token_ids``, ``target_ids``, ``scored``, ``valid`` and ``domain_ids`` ``(B, S)`` of consecutive
         windows, and what the model made of it.
     """
-    # The mode is restored below: training may continue with the model.
     training, device = model.training, model.embedding.weight.device
-    windows = replace(windows, group_ids=group_ids(model, windows.shard, distribution))
-    # A batch has at least one window, even if a window is longer than the batch should be.
+    windows = replace(windows, domain_ids=domain_ids(model, windows.shard, distribution))
     rows = max(1, batch_tokens // int(windows.length[0]))
     model.eval()
     try:
         for first in range(0, len(windows), rows):
             batch = windows.batch(slice(first, first + rows))
             arrays = {name: torch.from_numpy(array).to(device) for name, array in batch.items()}
-            # A window holds one document.
             token_ids, one_document = arrays["token_ids"], torch.zeros_like(arrays["token_ids"])
-            yield arrays, model(TokenBatch(token_ids, one_document, arrays["group_ids"], arrays["valid"]))
+            yield arrays, model(TokenBatch(token_ids, one_document, arrays["domain_ids"], arrays["valid"]))
     finally:
         model.train(training)
 
@@ -106,9 +103,8 @@ def evaluate(
     total, counts = 0.0, None
     for arrays, output in forward_windows(model, windows, distribution=distribution, batch_tokens=batch_tokens):
         scored = arrays["scored"]
-        targets_T, groups_T = arrays["target_ids"][scored], arrays["group_ids"][scored]
-        nats_T = model.head.token_nats(output.hidden_BSD[scored], targets_T, groups_T)
-        # float64: a sum over millions of tokens must not depend on the size of a batch.
+        targets_T, domains_T = arrays["target_ids"][scored], arrays["domain_ids"][scored]
+        nats_T = model.head.token_nats(output.hidden_BSD[scored], targets_T, domains_T)
         total += float(nats_T.double().sum())
         batch_counts = [routing.counts_of(scored.flatten()) for routing in output.routings]
         counts = batch_counts if counts is None else [a + b for a, b in zip(counts, batch_counts, strict=True)]

@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lifelong_moe.clustering.balanced import balanced_kmeans
-from lifelong_moe.clustering.balanced_table import balanced_table
-from lifelong_moe.clustering.bundles import fit_unigrams
 from lifelong_moe.clustering.documents import document_features, evenly_spread, fit_tfidf
 from lifelong_moe.clustering.kmeans import assign, spherical_kmeans, unit_rows
+from lifelong_moe.clustering.tables import balanced_table
 from lifelong_moe.clustering.tokens import token_embedding
+from lifelong_moe.clustering.unigrams import fit_unigrams
 from lifelong_moe.config.routing.base import Centroids, HashTable, Level
 from lifelong_moe.config.routing.routers import ClusterConfig, HashConfig
 from lifelong_moe.config.routing.shared import TextClusterConfig
@@ -66,7 +66,7 @@ def fit_token_clusters(
             continue
         old = [c.cpu().numpy() for c in router.centroids()[:-1]]
         # With bundles a token sees its own generation's centroids only.
-        fixed = np.concatenate(old) if old and not routing.has_bundles else None
+        fixed = np.concatenate(old) if old and not routing.by_generation else None
         centroids = spherical_kmeans(features_NF, num, seed=seed + i, fixed_KD=fixed)
         router.set_rows(torch.from_numpy(centroids))
 

@@ -19,7 +19,7 @@ from lifelong_moe.growth.noop import behavior, check_noop
 from lifelong_moe.growth.observe import Observation, observe
 from lifelong_moe.model.moe import MoELayer
 from lifelong_moe.model.transformer import LanguageModel, initial_std
-from lifelong_moe.ops.beginnings import fan_in_normal_
+from lifelong_moe.ops.initializers import fan_in_normal_
 from lifelong_moe.plan.architecture import Generation
 
 
@@ -58,7 +58,7 @@ def grow(
             if num == 0:  # a dense layer, or one that grow.layers leaves out
                 continue
             # With bundles, deltas are copied from the previous generation, and its experts trained with those.
-            counts_E = of_previous_generation(layer, seen.counts_E) if routing.has_bundles else seen.counts_E
+            counts_E = of_previous_generation(layer, seen.counts_E) if routing.by_generation else seen.counts_E
             copied = most_used(counts_E, num)
             _begin_experts(layer, copied, config, model.architecture.model, generator)
             if layer.router.row_generations():

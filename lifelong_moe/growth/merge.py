@@ -135,7 +135,7 @@ def _renumbered(name: str, pairs: Mapping[int, tuple[int, int]]) -> str | None:
 def _require_mergeable(architecture: Architecture, generation: int, pairs: Mapping[int, tuple[int, int]]) -> None:
     routing, born = architecture.routing, architecture.generations[generation]
     plain = isinstance(routing, LearnedConfig) and not routing.bias_rate
-    if not plain or routing.has_bundles or routing.expert_groups > 1:
+    if not plain or routing.by_generation or routing.expert_groups > 1:
         raise ConfigError(
             f"routing.mode={routing.mode}, bundles={routing.bundles}: experts can be merged only under a learned "
             f"router without bundles, biases and expert groups."

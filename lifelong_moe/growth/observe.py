@@ -71,6 +71,6 @@ def sample_logits(model: LanguageModel, sample: Mapping[str, Tensor], blocks: in
     model.eval()
     batch = TokenBatch.of(sample)[:blocks]
     try:
-        return model.head.logits(model(batch).hidden_BSD, batch.group_ids_BS).float()
+        return model.head.logits(model(batch).hidden_BSD, batch.domain_ids_BS).float()
     finally:
         model.train(training)

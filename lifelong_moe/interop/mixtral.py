@@ -76,7 +76,7 @@ def _require_expressible(architecture: Architecture) -> None:
     routing = architecture.routing
     if not isinstance(routing, LearnedConfig):
         raise ConfigError(f"routing.mode={routing.mode} has no Mixtral form; only learned routing can be exported.")
-    if routing.has_bundles and len(architecture.generations) > 1:
+    if routing.by_generation and len(architecture.generations) > 1:
         raise ConfigError(
             f"routing.bundles={routing.bundles} has no Mixtral form: in Mixtral every token may use any expert."
         )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lifelong_moe.config.model import ModelConfig, QKNorm
 from lifelong_moe.model.cache import LayerCache
 from lifelong_moe.model.deltas import BundleSlices, DeltaLinear
-from lifelong_moe.ops.causal_attention import causal_attention, pays
+from lifelong_moe.ops.causal_attention import causal_attention, is_faster_here
 from lifelong_moe.ops.document_attention import Documents, document_attention
 from lifelong_moe.ops.norm import RMSNorm
 
@@ -102,14 +102,14 @@ def grouped_query_attention(query_BHSW: Tensor, key_BJPW: Tensor, value_BJPW: Te
         query_BJGW = query_BHSW.reshape(batch, -1, sharing, width)
         mixed_BJGW = F.scaled_dot_product_attention(query_BJGW, key_BJPW, value_BJPW, attn_mask=mask)
         return mixed_BJGW.reshape(query_BHSW.shape)
-    if mask is None and pays(query_BHSW):
+    if mask is None and is_faster_here(query_BHSW):
         return causal_attention(query_BHSW, key_BJPW, value_BJPW)
     # On CUDA the fused kernels that know groups take half precision and no mask; without one, logits are in memory.
-    knows_groups = query_BHSW.device.type == "cpu" or (mask is None and query_BHSW.dtype != torch.float32)
-    if not knows_groups:
+    knows_domains = query_BHSW.device.type == "cpu" or (mask is None and query_BHSW.dtype != torch.float32)
+    if not knows_domains:
         key_BJPW, value_BJPW = (x.repeat_interleave(sharing, dim=1) for x in (key_BJPW, value_BJPW))
     return F.scaled_dot_product_attention(
-        query_BHSW, key_BJPW, value_BJPW, attn_mask=mask, is_causal=mask is None, enable_gqa=knows_groups
+        query_BHSW, key_BJPW, value_BJPW, attn_mask=mask, is_causal=mask is None, enable_gqa=knows_domains
     )
 
 

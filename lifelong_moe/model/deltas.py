@@ -33,9 +33,9 @@ class BundleSlices:
     """Tokens of each bundle."""
 
     @classmethod
-    def of(cls, group_ids_T: Tensor, num_bundles: int) -> BundleSlices:
+    def of(cls, domain_ids_T: Tensor, num_bundles: int) -> BundleSlices:
         """Sort tokens by bundle; a bundle that the model does not have counts as bundle 0."""
-        known_T = torch.where(group_ids_T < num_bundles, group_ids_T, 0)
+        known_T = torch.where(domain_ids_T < num_bundles, domain_ids_T, 0)
         order_T, counts = sort_by_expert(known_T, num_bundles)
         return cls(order_T, inverse_permutation(order_T), counts.tolist())
 
@@ -49,10 +49,10 @@ class BundleSlices:
 
 
 def apply_readable(
-    x_TI: Tensor, group_ids_T: Tensor, num_bundles: int, function: Callable[[int, Tensor], Tensor]
+    x_TI: Tensor, domain_ids_T: Tensor, num_bundles: int, function: Callable[[int, Tensor], Tensor]
 ) -> Tensor:
     """What :meth:`BundleSlices.apply` computes, one token at a time: the oracle of the fast path; slow."""
-    known = [group if group < num_bundles else 0 for group in group_ids_T.tolist()]
+    known = [group if group < num_bundles else 0 for group in domain_ids_T.tolist()]
     return torch.cat([function(bundle, x_TI[t : t + 1]) for t, bundle in enumerate(known)])
 
 
@@ -89,11 +89,11 @@ class Deltas(nn.ModuleDict):
             self[str(self.num_bundles)] = LowRank(base_OI.shape[0], base_OI.shape[1], rank)
         self.num_bundles += 1
 
-    def slices(self, group_ids: Tensor | None) -> BundleSlices | None:
+    def slices(self, domain_ids: Tensor | None) -> BundleSlices | None:
         """Tokens ``(...)`` by bundle; None where that makes no difference."""
-        if group_ids is None or not self:
+        if domain_ids is None or not self:
             return None
-        return BundleSlices.of(group_ids.flatten(), self.num_bundles)
+        return BundleSlices.of(domain_ids.flatten(), self.num_bundles)
 
     def of(self, bundle: int) -> LowRank | None:
         """A bundle's change; None if it has none."""

@@ -41,12 +41,12 @@ class Encoder(nn.Module):
         for layer, block in enumerate(self.blocks):
             for generation in architecture.generations:
                 block.moe.add_experts(generation.experts_in(layer))  # type: ignore[operator, union-attr]
-        as_made = {p for block in self.blocks for p in block.moe.router.begun_parameters()}  # type: ignore[operator, union-attr]
+        as_made = {p for block in self.blocks for p in block.moe.router.preset_parameters()}  # type: ignore[operator, union-attr]
         for parameter in self.blocks.parameters():
             if parameter.dim() > 1 and parameter not in as_made:
                 nn.init.normal_(parameter, std=config.init_std)
         for block in self.blocks:
-            block.moe.begin()  # type: ignore[operator, union-attr]
+            block.moe.initialize()  # type: ignore[operator, union-attr]
 
     def forward(self, patches_BSW: Tensor) -> tuple[Tensor, list[Routing]]:
         """Class logits ``(B, C)``, and what each layer's router decided."""

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lifelong_moe.clustering.batches import batches
-from lifelong_moe.clustering.bundles import hashed_groups, prefix_bundles
 from lifelong_moe.clustering.documents import num_chunks, prefix_features
 from lifelong_moe.clustering.kmeans import assign
+from lifelong_moe.clustering.unigrams import hashed_domains, prefix_generations
 from lifelong_moe.config.routing.base import Centroids
 from lifelong_moe.config.routing.shared import TextClusterConfig
 from lifelong_moe.plan.architecture import Architecture
@@ -40,7 +40,7 @@ class DocumentClusters(nn.Module):
 
     def add(self, num_experts: int) -> None:
         """Make room for a generation's centroids, all zero until :meth:`set_centroids`."""
-        groups = self.routing.clusters_of(num_experts)
+        groups = self.routing.num_clusters(num_experts)
         self.register_buffer(f"centroids_{self.generations}", torch.zeros(groups, self.width))
         self.generations += 1
 
@@ -56,11 +56,11 @@ class DocumentClusters(nn.Module):
         """Set the newest generation's centroids."""
         self.all_centroids()[-1].copy_(torch.from_numpy(centroids_GF))
 
-    def group_ids(self, token_ids_N: NDArray[np.integer]) -> NDArray[np.int64]:
+    def domain_ids(self, token_ids_N: NDArray[np.integer]) -> NDArray[np.int64]:
         """Group of each token of one document, BOS first, int64 ``(N,)``."""
-        return next(self.group_id_batches([token_ids_N]))
+        return next(self.domain_id_batches([token_ids_N]))
 
-    def group_id_batches(self, documents: Iterable[NDArray[np.integer]]) -> Iterator[NDArray[np.int64]]:
+    def domain_id_batches(self, documents: Iterable[NDArray[np.integer]]) -> Iterator[NDArray[np.int64]]:
         """Group of each token of many documents, BOS first each, read and yielded a batch at a time.
 
         Yields:
@@ -70,20 +70,20 @@ class DocumentClusters(nn.Module):
         for batch in batches(documents, enough_tokens=BATCH_TOKENS):
             chunks_N = num_chunks(batch, chunk)
             if self.routing.centroids == Centroids.random:
-                groups_C = np.concatenate([hashed_groups(one, self.num_groups(), chunk) for one in batch])
+                domains_C = np.concatenate([hashed_domains(one, self.num_domains(), chunk) for one in batch])
             elif fitted:
-                groups_C = self.nearest(batch, fitted)
+                domains_C = self.nearest(batch, fitted)
             else:
-                groups_C = np.zeros(int(chunks_N.sum()), np.int64)
-            lengths_C = np.full(len(groups_C), chunk)
+                domains_C = np.zeros(int(chunks_N.sum()), np.int64)
+            lengths_C = np.full(len(domains_C), chunk)
             lengths_N, ends_N = np.array([len(one) for one in batch]), np.cumsum(chunks_N)
             last_N = lengths_N > 0  # an empty document has no last chunk
             lengths_C[ends_N[last_N] - 1] = (lengths_N - (chunks_N - 1) * chunk)[last_N]
-            yield np.repeat(groups_C, lengths_C)
+            yield np.repeat(domains_C, lengths_C)
 
-    def num_groups(self) -> int:
+    def num_domains(self) -> int:
         """Groups over all generations, fitted or not."""
-        raise TypeError(f"{type(self).__name__} must implement num_groups()")
+        raise TypeError(f"{type(self).__name__} must implement num_domains()")
 
     def nearest(self, documents: list[NDArray[np.integer]], centroids: list[NDArray[np.float32]]) -> NDArray[np.int64]:
         """Group of each chunk, document after document, int64 ``(C,)``, by each generation's fitted centroids."""
@@ -104,7 +104,7 @@ class TfidfClusters(DocumentClusters):
         self.projection.zero_()
         self.projection[:, : projection_VF.shape[1]] = torch.from_numpy(projection_VF)
 
-    def num_groups(self) -> int:
+    def num_domains(self) -> int:
         """One a centroid."""
         return sum(len(c) for c in self.all_centroids())
 
@@ -124,22 +124,22 @@ class BundleClusters(DocumentClusters):
     def __init__(self, architecture: Architecture) -> None:
         super().__init__(architecture, architecture.vocab_size)
 
-    def num_groups(self) -> int:
+    def num_domains(self) -> int:
         """One a generation."""
         return self.generations
 
     def nearest(self, documents: list[NDArray[np.integer]], centroids: list[NDArray[np.float32]]) -> NDArray[np.int64]:
         """The bundle that explains the text so far."""
-        return prefix_bundles(documents, centroids, self.routing.chunk_tokens, self.routing.margin)
+        return prefix_generations(documents, centroids, self.routing.chunk_tokens, self.routing.margin)
 
 
 def build_document_clusters(architecture: Architecture) -> DocumentClusters | None:
     """What decides a token's group from the text so far, where ``routing`` wants that."""
     if not architecture.routing.by_document:
         return None
-    return BundleClusters(architecture) if architecture.routing.has_bundles else TfidfClusters(architecture)
+    return BundleClusters(architecture) if architecture.routing.by_generation else TfidfClusters(architecture)
 
 
-def label_group(architecture: Architecture, distribution: str | None) -> int:
+def label_domain(architecture: Architecture, distribution: str | None) -> int:
     """Group of a known distribution where routing goes by label; an unknown one goes to group 0."""
     return dict(architecture.labels).get(distribution or "", 0)

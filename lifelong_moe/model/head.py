@@ -27,29 +27,29 @@ class LinearHead(DeltaLinear):
         """What the head needs of final hidden states and the last layer's routing, one row a token."""
         return hidden_BSD
 
-    def logits(self, hidden: Tensor, group_ids: Tensor | None = None) -> Tensor:
+    def logits(self, hidden: Tensor, domain_ids: Tensor | None = None) -> Tensor:
         """Logits ``(..., V)`` of hidden states ``(..., D)``, whose groups ``(...)`` matter with deltas only."""
-        return self(hidden, self.deltas.slices(group_ids))
+        return self(hidden, self.deltas.slices(domain_ids))
 
-    def cross_entropy(self, hidden_TD: Tensor, target_T: Tensor, group_ids_T: Tensor | None = None) -> Tensor:
+    def cross_entropy(self, hidden_TD: Tensor, target_T: Tensor, domain_ids_T: Tensor | None = None) -> Tensor:
         """Mean next-token loss in nats, scalar float32; logits are never all in memory."""
         parts = [
             linear_cross_entropy(hidden_TD[rows], self.weight_of(bundle), target_T[rows]) * share
-            for bundle, rows, share in self._slices(group_ids_T)
+            for bundle, rows, share in self._slices(domain_ids_T)
         ]
         return torch.stack(parts).sum()
 
     @torch.no_grad()
-    def token_nats(self, hidden_TD: Tensor, target_T: Tensor, group_ids_T: Tensor | None = None) -> Tensor:
+    def token_nats(self, hidden_TD: Tensor, target_T: Tensor, domain_ids_T: Tensor | None = None) -> Tensor:
         """Next-token loss of each token in nats, float32 ``(T,)``; no gradient."""
         nats_T = torch.empty(len(target_T), device=hidden_TD.device)
-        for bundle, rows, _ in self._slices(group_ids_T):
+        for bundle, rows, _ in self._slices(domain_ids_T):
             nats_T[rows] = token_nats(hidden_TD[rows], self.weight_of(bundle), target_T[rows])
         return nats_T
 
-    def _slices(self, group_ids_T: Tensor | None) -> Iterator[tuple[int, Tensor | slice, float]]:
+    def _slices(self, domain_ids_T: Tensor | None) -> Iterator[tuple[int, Tensor | slice, float]]:
         """Each bundle that occurs, its tokens, and their share of all."""
-        bundles = self.deltas.slices(group_ids_T)
+        bundles = self.deltas.slices(domain_ids_T)
         if bundles is None:
             yield 0, slice(None), 1.0
             return

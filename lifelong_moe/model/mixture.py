@@ -64,18 +64,18 @@ class MixtureHead(LinearHead):
         assert routing.log_weights_TK is not None
         return pack(hidden_BSED, routing.log_weights_TK.unflatten(0, hidden_BSED.shape[:2]))
 
-    def logits(self, hidden: Tensor, group_ids: Tensor | None = None) -> Tensor:
+    def logits(self, hidden: Tensor, domain_ids: Tensor | None = None) -> Tensor:
         """Logarithms of probabilities, float32 ``(..., V)``; their exponentials sum to 1."""
         hidden, log_gates = unpack(hidden, self.in_features)
         log_probs = F.linear(hidden, self.weight).float().log_softmax(dim=-1)
         return torch.logsumexp(log_gates.float().unsqueeze(-1) + log_probs, dim=-2)
 
-    def cross_entropy(self, hidden_TD: Tensor, target_T: Tensor, group_ids_T: Tensor | None = None) -> Tensor:
+    def cross_entropy(self, hidden_TD: Tensor, target_T: Tensor, domain_ids_T: Tensor | None = None) -> Tensor:
         """Mean next-token loss in nats, scalar float32."""
         return self._nats(hidden_TD, target_T).mean()
 
     @torch.no_grad()
-    def token_nats(self, hidden_TD: Tensor, target_T: Tensor, group_ids_T: Tensor | None = None) -> Tensor:
+    def token_nats(self, hidden_TD: Tensor, target_T: Tensor, domain_ids_T: Tensor | None = None) -> Tensor:
         """Next-token loss of each token in nats, float32 ``(T,)``; no gradient."""
         return self._nats(hidden_TD, target_T)
 

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from lifelong_moe.config.parts import Part, Place
 from lifelong_moe.model.experts import ExpertBanks
 from lifelong_moe.model.feedforward import FeedForward
-from lifelong_moe.ops.beginnings import fan_in_normal_
+from lifelong_moe.ops.initializers import fan_in_normal_
 from lifelong_moe.routing.base import Router, Routing, RoutingContext
 
 
@@ -46,9 +46,9 @@ class MoELayer(nn.Module):
         self.banks.add(num)
         self.router.add_experts(num)
 
-    def begin(self, generator: torch.Generator | None = None) -> None:
+    def initialize(self, generator: torch.Generator | None = None) -> None:
         """Fill what a routing mode's authors begin in a way of their own, after all matrices were filled alike."""
-        self.router.begin(generator)
+        self.router.initialize(generator)
         if self.router.expert_scale is not None:
             for expert in self.banks.matrices():
                 for matrix in expert:

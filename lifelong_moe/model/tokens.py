@@ -20,7 +20,7 @@ class TokenBatch:
     document_ids_BS: Tensor | None = None
     """Document of each token, int64; needed where the model separates documents only. With a cache in every call or in
     none, where each text is one document."""
-    group_ids_BS: Tensor | None = None
+    domain_ids_BS: Tensor | None = None
     """Document cluster, bundle or label of each token, int64; zeros by default."""
     mask_BS: Tensor | None = None
     """True for real tokens; all by default. Padding must stand at the right."""
@@ -30,7 +30,7 @@ class TokenBatch:
     @classmethod
     def of(cls, batch: Mapping[str, Tensor]) -> TokenBatch:
         """From a batch of blocks as the data module makes them."""
-        return cls(batch["token_ids"], batch["document_ids"], batch["group_ids"], batch["mask"])
+        return cls(batch["token_ids"], batch["document_ids"], batch["domain_ids"], batch["mask"])
 
     def __getitem__(self, rows: slice | Tensor) -> TokenBatch:
         """Some of the sequences."""

@@ -213,7 +213,7 @@ class LanguageModel(nn.Module):
         if self.separates_documents and batch.document_ids_BS is not None:
             documents_BS = batch.document_ids_BS
             mask = Documents.of(documents_BS) if cache is None else cache.within_documents(documents_BS)
-        bundles = self.embedding.deltas.slices(batch.group_ids_BS)
+        bundles = self.embedding.deltas.slices(batch.domain_ids_BS)
         if cache is None:
             rotary = rotary_tables(length, config.attention_width, config.rope_base, device)
             return AttentionContext(rotary, mask, bundles)
@@ -223,11 +223,11 @@ class LanguageModel(nn.Module):
         return AttentionContext((cos, sin), mask, bundles)
 
     def _routing_context(self, batch: TokenBatch) -> RoutingContext:
-        token_ids_T, mask_BS, groups_BS = batch.ids_BS.flatten(), batch.mask_BS, batch.group_ids_BS
+        token_ids_T, mask_BS, domains_BS = batch.ids_BS.flatten(), batch.mask_BS, batch.domain_ids_BS
         return RoutingContext(
             token_ids_T=token_ids_T,
             mask_T=torch.ones_like(token_ids_T, dtype=torch.bool) if mask_BS is None else mask_BS.flatten(),
-            group_ids_T=torch.zeros_like(token_ids_T) if groups_BS is None else groups_BS.flatten(),
+            domain_ids_T=torch.zeros_like(token_ids_T) if domains_BS is None else domains_BS.flatten(),
             old_text_T=None if batch.old_text_BS is None else batch.old_text_BS.flatten(),
             features_TF=None if self.token_features is None else self.token_features[token_ids_T],
             buckets_of={num: getattr(self, name)[token_ids_T] for num, name in self.table_names.items()},
@@ -255,7 +255,7 @@ def initialize(model: LanguageModel, seed: int) -> None:
     """
     generator = torch.Generator().manual_seed(seed)
     deltas = {delta.down: delta for delta in model.modules() if isinstance(delta, LowRank)}
-    as_made = {p for layer in model.moe_layers() for p in layer.router.begun_parameters()}
+    as_made = {p for layer in model.moe_layers() for p in layer.router.preset_parameters()}
     as_made |= {delta.up for delta in deltas.values()}
     residual = {weight for block in model.blocks for weight in block.residual_weights()}  # type: ignore[operator]
     banks = [layer.banks for layer in model.moe_layers()]
@@ -275,7 +275,7 @@ def initialize(model: LanguageModel, seed: int) -> None:
             std = initial_std(model.architecture.model, residual=parameter in residual)
             nn.init.normal_(parameter, std=std, generator=generator)
     for layer in model.moe_layers():
-        layer.begin(generator)
+        layer.initialize(generator)
 
 
 def initial_std(config: ModelConfig, *, residual: bool) -> float:

@@ -29,6 +29,7 @@ def expert_capacity(
         At most ``num_tokens``: experts chosen by one token are distinct.
     """
     exact = num_tokens * per_token * factor / num_experts
+    # 1e-9: float error must not push a product that is whole on paper to the next number.
     whole = math.ceil(exact - 1e-9) if round_up else math.floor(exact + 1e-9)
     return min(num_tokens, -(-max(whole, least) // multiple) * multiple)
 
@@ -53,11 +54,13 @@ def within_capacity(
     groups_N = group_T.repeat_interleave(expert_ids_TK.shape[1])[order_N]
     # Where there is no assignment the bucket is one of its own behind all others.
     bucket_N = torch.where(experts_N >= 0, groups_N * num_experts + experts_N, num_groups * num_experts)
+    # Stable: within a bucket the order of service stays.
     sorted_N = torch.argsort(bucket_N, stable=True)
     size_B = torch.bincount(bucket_N, minlength=num_groups * num_experts + 1)
     starts_B = size_B.cumsum(0) - size_B
     place_N = torch.empty_like(bucket_N)
     place_N[sorted_N] = torch.arange(len(bucket_N), device=bucket_N.device) - starts_B[bucket_N[sorted_N]]
+    # The bucket of choices that are none counts as full from the start.
     before_B = torch.cat([taken_GE.flatten(), taken_GE.new_full((1,), capacity)])
     fits_N = place_N + before_B[bucket_N] < capacity
     kept_N = torch.empty_like(fits_N)

@@ -29,14 +29,17 @@ class _CausalAttention(torch.autograd.Function):
     def forward(ctx: Any, query_BHSW: Tensor, key_BJSW: Tensor, value_BJSW: Tensor) -> Tensor:
         batch, heads, length, width = query_BHSW.shape
         groups, sharing = batch * key_BJSW.shape[1], heads // key_BJSW.shape[1]
+        # Queries that share a key stand in one batch entry, so each key is read once. shape: (B·J, H/J, S, W)
         query = query_BHSW.reshape(groups, sharing, length, width)
         key, value = (x.reshape(groups, length, width) for x in (key_BJSW, value_BJSW))
         out, probs = torch.empty_like(query), []
         for start, end in _tiles(length):
             tile = query[:, :, start:end].reshape(groups, -1, width)
             scores = torch.bmm(tile, key[:, :end].transpose(1, 2)).mul_(width**-0.5)
+            # Only the tile's own square holds later keys; every key before it is visible.
             later = torch.ones(end - start, end - start, dtype=torch.bool).triu_(1)
             scores.view(groups, sharing, end - start, end)[..., start:].masked_fill_(later, float("-inf"))
+            # shape: (B·J, H/J · tile, end)
             probs.append(scores.softmax(dim=-1))
             out[:, :, start:end] = torch.bmm(probs[-1], value[:, :end]).view(groups, sharing, -1, width)
         ctx.save_for_backward(query, key, value, *probs)
@@ -54,6 +57,7 @@ class _CausalAttention(torch.autograd.Function):
             grad_tile = grad[:, :, start:end].reshape(groups, -1, width)
             grad_value[:, :end].baddbmm_(tile_probs.transpose(1, 2), grad_tile)
             grad_probs = torch.bmm(grad_tile, value[:, :end].transpose(1, 2))
+            # The softmax's own backward kernel, from kept probabilities: no exponential is computed twice.
             grad_scores = torch._softmax_backward_data(grad_probs, tile_probs, -1, query.dtype).mul_(width**-0.5)
             grad_query[:, :, start:end] = torch.bmm(grad_scores, key[:, :end]).view(groups, -1, end - start, width)
             grad_key[:, :end].baddbmm_(grad_scores.transpose(1, 2), tile)
@@ -64,11 +68,12 @@ def _tiles(length: int) -> list[tuple[int, int]]:
     return [(start, min(start + TILE, length)) for start in range(0, length, TILE)]
 
 
-def pays(query_BHSW: Tensor) -> bool:
+def is_faster_here(query_BHSW: Tensor) -> bool:
     """Whether :func:`causal_attention` is the faster way to train: on a CPU, unrounded, in short sequences."""
     batch, heads, length, _ = query_BHSW.shape
     kept = batch * heads * length**2 // 2
     short = kept <= MOST_KEPT and SHORTEST <= length <= LONGEST
+    # In half precision the probabilities that are kept would be rounded.
     exact = query_BHSW.dtype in (torch.float32, torch.float64)
     return short and exact and query_BHSW.device.type == "cpu" and torch.is_grad_enabled()
 

@@ -27,6 +27,7 @@ def sort_by_expert(expert_idx_N: Tensor, num_experts: int) -> tuple[Tensor, Tens
         per expert. Nothing is asked of the device.
     """
     sorted_N, order_N = torch.sort(expert_idx_N, stable=True)
+    # Not bincount: on CUDA it reads the largest value back, and the host would wait for the device.
     ends_E = torch.searchsorted(sorted_N, torch.arange(num_experts, device=sorted_N.device), right=True)
     return order_N, torch.diff(ends_E, prepend=ends_E.new_zeros(1))
 
@@ -46,11 +47,12 @@ class ExpertOrder:
         ids_N = expert_ids_TK.reshape(-1)
         if not ragged:
             return cls(*sort_by_expert(ids_N, num_experts))
+        # The number of choices left is known to the device alone, so this waits for it.
         kept_N = (ids_N >= 0).nonzero().squeeze(1)
         order_N, counts_E = sort_by_expert(ids_N[kept_N], num_experts)
         return cls(kept_N[order_N], counts_E)
 
-    def begun_with(self, expert: int) -> ExpertOrder:
+    def starting_at(self, expert: int) -> ExpertOrder:
         """The same order from this expert on and around."""
         # Where an expert's slice begins is known to the device alone, and need not be known to anyone else.
         places_N = torch.arange(len(self.order_N), device=self.order_N.device) + self.counts_E[:expert].sum()
@@ -84,6 +86,7 @@ class _WeightAndSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows_ND: Tensor, weights_TK: Tensor, order_N: Tensor, inverse_N: Tensor) -> Tensor:
         ctx.save_for_backward(rows_ND, weights_TK, order_N, inverse_N)
+        # shape: (K, T), the row of each token's k-th choice
         where_KT = inverse_N.view(weights_TK.shape).t()
         out_TD = rows_ND.index_select(0, where_KT[0]).mul_(weights_TK[:, :1])
         for k in range(1, weights_TK.shape[1]):
@@ -97,6 +100,7 @@ class _WeightAndSum(torch.autograd.Function):
         grad_weights_TK = None
         if ctx.needs_input_grad[1]:
             grad_weights_TK = (grad_ND * rows_ND).sum(dim=1).index_select(0, inverse_N).view_as(weights_TK)
+        # In place, and only after the weights' gradient, which needs the unweighted rows' gradient.
         grad_ND.mul_(weights_TK.flatten().index_select(0, order_N).unsqueeze(1))
         return grad_ND, grad_weights_TK, None, None
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
@@ -74,7 +74,7 @@ class Documents:
         return offsets.to(self.document_ids_BS.device, non_blocking=True)
 
     @cached_property
-    def groups(self) -> list[tuple[int, int]]:
+    def length_counts(self) -> list[tuple[int, int]]:
         """Each length that occurs, the shortest first, and how many documents have it."""
         return sorted(Counter(self.lengths).items())
 
@@ -82,6 +82,7 @@ class Documents:
     def orders(self) -> tuple[Tensor, Tensor]:
         """Tokens sorted by the length of their document, stably, int64 ``(T,)``; and the permutation that undoes it."""
         lengths_N = torch.tensor(self.lengths, dtype=torch.int64)
+        # Stable: the tokens of one document stay side by side and in order.
         order_T = lengths_N.repeat_interleave(lengths_N).argsort(stable=True).to(self.document_ids_BS.device)
         return order_T, inverse_permutation(order_T)
 
@@ -93,7 +94,7 @@ class Documents:
     @property
     def pairs(self) -> int:
         """Pairs of a query and a key of the same document, both ways."""
-        return sum(length * length * count for length, count in self.groups)
+        return sum(length * length * count for length, count in self.length_counts)
 
 
 def document_starts(document_ids_BS: Tensor) -> Tensor:
@@ -105,6 +106,7 @@ def document_starts(document_ids_BS: Tensor) -> Tensor:
 
 def document_attention_mask(document_ids_BS: Tensor) -> Tensor:
     """Causal attention within a document only: bool ``(B, 1, S, S)``, True where a query may look."""
+    # Runs and not ids: an id that returns later in a row is another document.
     runs_BS = document_starts(document_ids_BS).cumsum(dim=1)
     same_BSS = runs_BS.unsqueeze(2) == runs_BS.unsqueeze(1)
     return same_BSS.tril().unsqueeze(1)
@@ -144,20 +146,21 @@ def document_attention(
 def choose_kernel(query_BHSW: Tensor, documents: Documents) -> Kernel:
     """The fastest kernel that runs for these queries, by device, dtype and lengths."""
     batch, heads, length, width = query_BHSW.shape
-    if documents.groups == [(length, batch)]:
+    if documents.length_counts == [(length, batch)]:
         return Kernel.causal
     if query_BHSW.device.type == "cuda":
         return Kernel.packed if packed_runs(query_BHSW.device, _autocast_dtype(query_BHSW), width) else Kernel.mask
     if query_BHSW.device.type != "cpu":
         return Kernel.mask
-    return Kernel.by_length if length_calls_pay(heads, width, batch * length**2, documents) else Kernel.mask
+    return Kernel.by_length if grouping_is_faster(heads, width, batch * length**2, documents) else Kernel.mask
 
 
-def length_calls_pay(heads: int, width: int, masked_pairs: int, documents: Documents) -> bool:
+def grouping_is_faster(heads: int, width: int, masked_pairs: int, documents: Documents) -> bool:
     """Whether products that are not computed outweigh the calls that are made, on a CPU; by measurement."""
-    calls, token = len(documents.groups), TOKEN_PAIRS
+    calls, token = len(documents.length_counts), TOKEN_PAIRS
     if calls > 1:
         calls, token = calls + REORDERING_CALLS, REORDERED_TOKEN_PAIRS
+    # Under a mask every pair of a row is computed, visible or not.
     saved_pairs = masked_pairs - documents.pairs - token * sum(documents.lengths)
     return saved_pairs * heads * (width + SOFTMAX_PRODUCTS) > calls * CALL_PRODUCTS
 
@@ -179,17 +182,21 @@ def _by_length(query_BHSW: Tensor, key_BJSW: Tensor, value_BJSW: Tensor, documen
     """Sort tokens by the length of their document; then those of one length are a batch, without a copy."""
     batch, _, length, width = query_BHSW.shape
     packed = [_tokens(x) for x in (query_BHSW, key_BJSW, value_BJSW)]
-    if len(documents.groups) > 1:
+    if len(documents.length_counts) > 1:
         order_T, inverse_T = documents.orders
         packed = [permute(x_TC, order_T, inverse_T) for x_TC in packed]
-    sizes = [size * count for size, count in documents.groups]
+    sizes = [size * count for size, count in documents.length_counts]
     mixed = []
-    for (size, count), parts in zip(documents.groups, zip(*(x.split(sizes) for x in packed), strict=True), strict=True):
+    for (size, count), parts in zip(
+        documents.length_counts, zip(*(x.split(sizes) for x in packed), strict=True), strict=True
+    ):
+        # Sorted documents of one length lie side by side: a view makes them a batch. shape: (N, H or J, length, W)
         query, key, value = (part.view(count, size, -1, width).transpose(1, 2) for part in parts)
         out_NHSW = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
         mixed.append(_tokens(out_NHSW))
     mixed_TC = mixed[0]
     if len(mixed) > 1:
+        # Permutation and inverse change places: this undoes the first reordering.
         mixed_TC = permute(torch.cat(mixed), inverse_T, order_T)
     return mixed_TC.view(batch, length, -1, width).transpose(1, 2)
 
@@ -206,12 +213,12 @@ def _packed(query_BHSW: Tensor, key_BJSW: Tensor, value_BJSW: Tensor, documents:
     options = packed_options(inspect.signature(varlen_attn).parameters)
     if "enable_gqa" not in options:
         key, value = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))
-    offsets, longest = documents.offsets, documents.groups[-1][0]
+    offsets, longest = documents.offsets, documents.length_counts[-1][0]
     mixed_THW: Tensor = varlen_attn(query, key, value, offsets, offsets, longest, longest, **options)  # type: ignore[assignment]
     return mixed_THW.view(batch, length, heads, width).transpose(1, 2)
 
 
-def packed_options(known: Collection[str]) -> dict[str, Any]:
+def packed_options(known: Collection[str]) -> Mapping[str, Any]:
     """How ``varlen_attn`` is told to be causal and to share keys among heads; both have changed.
 
     Args:

@@ -54,7 +54,9 @@ class Nonlinearity:
             return self.backward(grad_NF, pre_NG), value_NF
         gate_NF, up_NF = pre_NG.chunk(2, dim=-1)
         grad_NG = torch.empty_like(pre_NG)
+        # Two halves of one tensor, so that the product with the input matrix is one call.
         grad_gate_NF, grad_up_NF = grad_NG.chunk(2, dim=-1)
+        # The up half first: the next line uses up grad_NF.
         torch.mul(grad_NF, value_NF, out=grad_up_NF)
         grad_gate_NF.copy_(self.backward(grad_NF.mul_(up_NF), gate_NF))
         return grad_NG, value_NF * up_NF
@@ -78,6 +80,8 @@ class _Slices(torch.autograd.Function):
         used = _used(counts, weights)
         matrices = _matrices(used, weights, rows_ND.dtype)
         pre_NG, out_ND, values = _forward(rows_ND, used, act, matrices)
+        # Functions that make a matrix on use (8 bits, offloaded) are no tensors: they are kept beside, and called
+        # again.
         ctx.save_for_backward(rows_ND, pre_NG, *(m if isinstance(m, Tensor) else None for m in matrices), *values)
         ctx.held = [None if isinstance(m, Tensor) else m for m in matrices]
         ctx.like = [(w.shape, w.dtype) if isinstance(w, Tensor) else None for w in weights]
@@ -91,12 +95,14 @@ class _Slices(torch.autograd.Function):
         matrices = [m if held is None else held for m, held in zip(kept, ctx.held, strict=True)]
         grad_ND = grad_ND.contiguous()
         grad_rows_ND = torch.empty_like(rows_ND) if ctx.needs_input_grad[0] else None
+        # Empty, not zeros: experts with rows write all of their slice, and `_zero_unused` fills the others.
         grads = [
             rows_ND.new_empty(like[0], dtype=like[1]) if needed else None
             for like, needed in zip(ctx.like, ctx.needs_input_grad[3:], strict=True)
         ]
         for i, (where, value_NF) in enumerate(zip(ctx.used, values, strict=True)):
             part, (into, down) = where.rows, (grads[2 * where.generation], grads[2 * where.generation + 1])
+            # A frozen expert whose input needs no gradient either has nothing to compute.
             if grad_rows_ND is None and into is None and down is None:
                 continue
             grad_NG, hidden_NF = ctx.act.hidden_backward(
@@ -234,7 +240,9 @@ class _Grouped(torch.autograd.Function):
         grads: list[Tensor | None] = []
         active = len(ctx.like) // 2
         sizes = [num for num, _ in ctx.like[:active]]
+        # Experts that train come first: a prefix of the borders leaves frozen ones out of the weight products.
         ends_A = ends_E[: sum(sizes)].contiguous()
+        # 5 inputs of `forward` precede the weights in `needs_input_grad`.
         for start, product in ((5, (grad_NG.t(), rows_ND)), (5 + active, (grad_ND.t(), hidden_NF))):
             wanted = any(ctx.needs_input_grad[start : start + active])
             grads += F.grouped_mm(*product, offs=ends_A).split(sizes) if wanted else [None] * active
@@ -259,22 +267,25 @@ def grouped(
     Returns:
         ``(N, D)``. Weight gradients exist for active generations only, and are views of one tensor.
     """
+    # int32 is the only type that `grouped_mm` takes for offsets.
     rows_ND, ends_E = _autocast(rows_ND), counts_E.cumsum(0).to(torch.int32)
     with torch.autocast(rows_ND.device.type, enabled=False):
-        in_EGD, out_EDF = (in_a_row(weights).to(rows_ND.dtype) for weights in (ins, outs))
+        in_EGD, out_EDF = (as_one_tensor(weights).to(rows_ND.dtype) for weights in (ins, outs))
         act, trained = NONLINEARITIES[activation], (*ins[:active], *outs[:active])
         return _Grouped.apply(rows_ND, ends_E, in_EGD, out_EDF, act, *trained)
 
 
 @torch.no_grad()
-def in_a_row(generations: Sequence[Tensor]) -> Tensor:
+def as_one_tensor(generations: Sequence[Tensor]) -> Tensor:
     """Generations' matrices as one tensor ``(E, ...)`` without a copy: where they do not stand in one buffer, in this
     order, they are moved there, and stay the same Parameters."""
     first, at = generations[0], generations[0].data_ptr()
     for one in generations:
+        # Neighbouring addresses alone prove nothing: two storages may lie side by side.
         if one.data_ptr() != at or one.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
             sizes = [len(weights) for weights in generations]
             for weights, rows in zip(generations, torch.cat([*generations]).split(sizes), strict=True):
+                # `.data`: optimizer and hooks keep the Parameter that they know.
                 weights.data = rows
             break
         at += one.numel() * one.element_size()

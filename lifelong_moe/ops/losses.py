@@ -16,7 +16,7 @@ CHUNK_TOKENS = 1024
 
 
 @dataclass(frozen=True)
-class Lesson:
+class TeacherTargets:
     """What a teacher makes of some of the tokens, not yet as logits."""
 
     tokens_N: Tensor
@@ -51,36 +51,39 @@ class _LinearLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_TD: Tensor, head_VD: Tensor, target_T: Tensor, lesson: Lesson | None, chunk: int
+        ctx: Any, hidden_TD: Tensor, head_VD: Tensor, target_T: Tensor, teacher: TeacherTargets | None, chunk: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         device, num_tokens, num_taught = hidden_TD.device.type, len(target_T), 0
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_TD.dtype
         head = head_VD.to(dtype)
         order_T = None
-        if lesson is not None:
-            num_taught = len(lesson.tokens_N)
+        if teacher is not None:
+            num_taught = len(teacher.tokens_N)
             is_plain_T = torch.ones(num_tokens, dtype=torch.bool, device=hidden_TD.device)
-            is_plain_T[lesson.tokens_N] = False
+            is_plain_T[teacher.tokens_N] = False
             # Those that are taught first, in the teacher's order; how many plain ones there are is known without asking
             # the device.
             plain_T = torch.argsort(is_plain_T, stable=True)[num_taught:]
-            order_T = torch.cat([lesson.tokens_N, plain_T])
+            order_T = torch.cat([teacher.tokens_N, plain_T])
             hidden_TD, target_T = hidden_TD.index_select(0, order_T), target_T.index_select(0, order_T)
         nats, kl = (torch.zeros((), dtype=_wide(hidden_TD).dtype, device=hidden_TD.device) for _ in range(2))
         grad_hidden = torch.empty_like(hidden_TD) if ctx.needs_input_grad[0] else None
+        # Summed over chunks in float32, where bfloat16 would lose small terms.
         grad_head = torch.zeros_like(head_VD, dtype=_wide(head_VD).dtype) if ctx.needs_input_grad[1] else None
         for part in _chunks(num_taught, num_tokens, chunk):
             hidden, target = hidden_TD[part].to(dtype), target_T[part].unsqueeze(1)
+            # shape: (chunk, V), in float32: the only tensors as wide as the vocabulary
             logits = _wide(hidden @ head.t())
             probs, log_sum = _softmax(logits)
             nats += (log_sum - logits.gather(1, target)).sum()
             # d(sum of nats) / d(logits) = softmax - onehot
-            grad = probs.clone() if part.start < num_taught and lesson.temperature == 1 else probs  # type: ignore[union-attr]
+            # At temperature 1 the KL reads the probabilities too; else they become the gradient in place.
+            grad = probs.clone() if part.start < num_taught and teacher.temperature == 1 else probs  # type: ignore[union-attr]
             grad.scatter_add_(1, target, torch.full_like(log_sum, -1.0))
             if part.start < num_taught:
-                assert lesson is not None
-                own = (probs, log_sum) if lesson.temperature == 1 else None
-                kl += _teach(lesson, part, logits, own, grad, num_tokens / num_taught)
+                assert teacher is not None
+                own = (probs, log_sum) if teacher.temperature == 1 else None
+                kl += _teach(teacher, part, logits, own, grad, num_tokens / num_taught)
             if grad_hidden is not None:
                 grad_hidden[part] = (grad.to(dtype) @ head).to(hidden_TD.dtype)
             if grad_head is not None:
@@ -90,11 +93,13 @@ class _LinearLoss(torch.autograd.Function):
         ctx.save_for_backward(grad_hidden, None if grad_head is None else grad_head.to(head_VD.dtype))
         ctx.num_tokens = num_tokens
         nats, kl = nats / num_tokens, kl / max(1, num_taught)
+        # For reports: the objective alone carries gradients.
         ctx.mark_non_differentiable(nats, kl)
-        return nats + (lesson.weight * kl if lesson is not None else 0.0), nats, kl
+        return nats + (teacher.weight * kl if teacher is not None else 0.0), nats, kl
 
     @staticmethod
     def backward(ctx: Any, grad_objective: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        # The forward pass made gradients of a sum; this makes them those of the mean.
         factor = grad_objective / ctx.num_tokens
         grads = (None if grad is None else grad * factor.to(grad.dtype) for grad in ctx.saved_tensors)
         return (*grads, None, None, None)
@@ -110,20 +115,21 @@ def _chunks(num_taught: int, num_tokens: int, chunk: int) -> list[slice]:
 
 
 def _teach(
-    lesson: Lesson, part: slice, logits: Tensor, own: tuple[Tensor, Tensor] | None, grad: Tensor, share: float
+    teacher: TeacherTargets, part: slice, logits: Tensor, own: tuple[Tensor, Tensor] | None, grad: Tensor, share: float
 ) -> Tensor:
     """The KL's sum over a chunk; its gradient is added to the cross-entropy's, of which ``share`` makes a mean again.
 
     Per token, before the weight: ``temperature * (softmax(student / temperature) - softmax(teacher / temperature))``.
     """
-    temperature = lesson.temperature
-    hidden, head = lesson.hidden_ND[part].to(lesson.head_VD.dtype), lesson.head_VD
+    temperature = teacher.temperature
+    hidden, head = teacher.hidden_ND[part].to(teacher.head_VD.dtype), teacher.head_VD
     taught = _wide(hidden @ head.t()).to(logits.dtype)
     if temperature != 1:
+        # In place: nothing reads the plain logits from here on.
         logits, taught = logits.div_(temperature), taught.div_(temperature)
     probs, log_sum = _softmax(logits) if own is None else own
     taught_probs, taught_log_sum = _softmax(taught)
-    scale = lesson.weight * temperature * share
+    scale = teacher.weight * temperature * share
     grad.add_(probs, alpha=scale).sub_(taught_probs, alpha=scale)
     # sum of p_t (log p_t - log p_s)
     difference = taught.sub_(logits).mul_(taught_probs).sum(dim=1, keepdim=True)
@@ -138,27 +144,31 @@ def _accumulate(grad_VD: Tensor, grad_cV: Tensor, hidden_cD: Tensor) -> None:
 
 
 def linear_losses(
-    hidden_TD: Tensor, head_VD: Tensor, target_T: Tensor, lesson: Lesson | None = None, chunk: int = CHUNK_TOKENS
+    hidden_TD: Tensor,
+    head_VD: Tensor,
+    target_T: Tensor,
+    teacher: TeacherTargets | None = None,
+    chunk: int = CHUNK_TOKENS,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Cross-entropy of ``hidden @ head.T`` and KL to a teacher, in one pass over the vocabulary, without full logits.
 
-    Equals ``F.cross_entropy`` over all tokens, and :func:`distillation_loss` over those of the lesson, in values and
+    Equals ``F.cross_entropy`` over all tokens, and :func:`distillation_loss` over those of the teacher, in values and
     gradients.
 
     Args:
         hidden_TD: Final hidden states ``(T, D)``.
         head_VD: Output head ``(V, D)``.
         target_T: Next tokens, int64 ``(T,)``; every one counts.
-        lesson: What the teacher says, if it says anything; no gradient flows into it.
+        teacher: What the teacher says, if it says anything; no gradient flows into it.
         chunk: Tokens whose logits exist at a time.
 
     Returns:
         Three scalars in float32 (float64 for float64): ``nats + weight * kl``, which alone carries gradients; the
-        mean cross-entropy in nats a token; the mean KL times ``temperature²``, 0 without a lesson.
+        mean cross-entropy in nats a token; the mean KL times ``temperature²``, 0 without a teacher.
     """
     if not torch.is_grad_enabled():  # a function of autograd's does not see that, and would make gradients
         hidden_TD, head_VD = hidden_TD.detach(), head_VD.detach()
-    return _LinearLoss.apply(hidden_TD, head_VD, target_T, lesson, chunk)
+    return _LinearLoss.apply(hidden_TD, head_VD, target_T, teacher, chunk)
 
 
 def linear_cross_entropy(hidden_TD: Tensor, head_VD: Tensor, target_T: Tensor, chunk: int = CHUNK_TOKENS) -> Tensor:

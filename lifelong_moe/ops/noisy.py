@@ -11,7 +11,7 @@ from torch import Tensor
 from lifelong_moe.ops.router_losses import cv_squared
 
 
-def chosen_again(clean_TE: Tensor, noisy_TE: Tensor, deviation_TE: Tensor, top_k: int) -> Tensor:
+def prob_in_top_k(clean_TE: Tensor, noisy_TE: Tensor, deviation_TE: Tensor, top_k: int) -> Tensor:
     """Probability that an expert is among the k largest, if only its own noise were drawn again.
 
     ``Φ((clean − threshold) / deviation)``; the threshold is the k-th largest noisy value of all *other* experts. The
@@ -37,10 +37,11 @@ def chosen_again(clean_TE: Tensor, noisy_TE: Tensor, deviation_TE: Tensor, top_k
     return torch.special.ndtr((clean_TE - threshold_TE) / deviation_TE)
 
 
-def wins_again(clean_TE: Tensor, noisy_TE: Tensor, deviation: float, top_k: int) -> Tensor:
+def prob_above_threshold(clean_TE: Tensor, noisy_TE: Tensor, deviation: float, top_k: int) -> Tensor:
     """Probability that an expert's noise, drawn again, lifts it over the k-th largest noisy value there is now.
 
-    ``1 − Φ((threshold − clean) / deviation)``. Unlike :func:`chosen_again` the threshold may be the expert's own value.
+    ``1 − Φ((threshold − clean) / deviation)``. Unlike in :func:`prob_in_top_k`, the threshold may be the
+    expert's own value.
 
     Args:
         clean_TE: Logits without noise, float32 ``(T, E)``.

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        # One pass; `x.square().mean()` would first write a tensor of x's size.
         mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
         scale = mean_square.add_(eps).rsqrt_()
+        # Not x * scale: to multiply again is cheaper than to keep it.
         ctx.save_for_backward(x, weight_D, scale)
         return (x * scale).mul_(weight_D)
 

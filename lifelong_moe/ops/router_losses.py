@@ -57,6 +57,7 @@ def load_balancing_loss(
     if allowed_TE is not None:
         allowed = allowed_TE.to(probs_TE.dtype)
         sums.append(_sum(allowed / allowed.sum(dim=1, keepdim=True), mask_T))
+    # One message for all sums; gradients flow through the probabilities alone.
     counts_E, probs_E, num_tokens, *evens = sums_over_ranks(*sums)
     counts_E = (counts_E if earlier_E is None else counts_E + earlier_E)[first_expert:]
     mass_E = _mean_shares(probs_E, num_tokens, first_expert)
@@ -64,11 +65,13 @@ def load_balancing_loss(
     if not evens:
         return counts_E.numel() * (share_E * mass_E).sum()
     even_E = _mean_shares(evens[0], num_tokens, first_expert)
+    # An expert that no token may use has neither mass nor even share: 0 / 1e-9 adds nothing.
     return (share_E * mass_E / even_E.clamp_min(1e-9)).sum()
 
 
 def choice_counts(expert_ids_TK: Tensor, mask_T: Tensor, num_experts: int) -> Tensor:
     """How often real tokens chose each expert, int64 ``(E,)``; choices below 0 are none."""
+    # scatter_add below and not bincount, which would wait for a CUDA device.
     counts = (mask_T.unsqueeze(1) & (expert_ids_TK >= 0)).long()
     return counts.new_zeros(num_experts).scatter_add(0, expert_ids_TK.clamp_min(0).flatten(), counts.flatten())
 
@@ -156,12 +159,14 @@ def relu_sparsity_loss(gates_TE: Tensor, mask_T: Tensor, top_k: int) -> Tensor:
     used_E, gates_E = _sum(gates_TE.gt(0).to(gates_TE.dtype), mask_T), _sum(gates_TE, mask_T)
     used_E, gates_E, num_tokens = sums_over_ranks(used_E, gates_E, mask_T.sum().to(gates_TE.dtype))
     num_tokens = num_tokens.clamp_min(1.0)
+    # Detached: load is a factor, and only gates are pushed down.
     return (gates_E / num_tokens * (used_E / num_tokens).detach()).sum() * gates_TE.shape[1] / top_k
 
 
 def _sum(values: Tensor, mask_T: Tensor) -> Tensor:
     """Sum over unmasked tokens of ``(T,)`` or ``(T, E)``."""
     mask = mask_T if values.dim() == 1 else mask_T.unsqueeze(1)
+    # `where` and not a product: padding may hold infinities, and 0 · inf is NaN.
     return torch.where(mask, values, 0.0).sum(dim=0)
 
 

@@ -27,6 +27,7 @@ def within_best_groups(scores_TE: Tensor, num_groups: int, top_groups: int, best
         ``group_limited_topk``) take the ``K / top_groups`` largest, with and without bias: two for V3's 8 experts of
         4 groups, so that all agree on the model that was published.
     """
+    # shape: (T, G, E/G)
     scores_TGE = scores_TE.unflatten(1, (num_groups, -1))
     group_TG = scores_TGE.topk(min(best, scores_TGE.shape[2]), dim=2).values.sum(dim=2)
     closed_TG = torch.ones_like(group_TG, dtype=torch.bool)

@@ -47,10 +47,11 @@ def growth_advice(planned: list[PlannedStage], divergence: Mapping[str, Mapping[
 
 def leaking(config: RunConfig) -> list[str]:
     """A warning where later tokens change earlier ones; empty where they do not."""
-    if not config.routing.leaks:
+    if not config.routing.noncausal_by:
         return []
     when = "in training; evaluation is not touched" if config.routing.mode == "base" else "also in evaluation"
-    return [f"{config.routing.leaks} lets later tokens change earlier ones, {when}: losses say nothing of generation."]
+    key = config.routing.noncausal_by
+    return [f"{key} lets later tokens change earlier ones, {when}: losses say nothing of generation."]
 
 
 def nothing_to_hold(config: RunConfig) -> list[str]:

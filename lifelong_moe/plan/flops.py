@@ -82,7 +82,7 @@ def _shared_blocks(spec: StageSpec, architecture: Architecture, parent: Architec
     routing, trains = architecture.routing, _trained(spec, architecture)
     same = isinstance(routing, LearnedConfig) and routing.capacity is None and not routing.jitter
     drops = spec.finetune is not None and spec.finetune.expert_dropout > 0
-    apart = routing.has_bundles or architecture.has_deltas or parent.has_deltas
+    apart = routing.by_generation or architecture.has_deltas or parent.has_deltas
     if not same or apart or drops or spec.student is not None:
         return 0
     trunk = (Part.embedding, Part.attention, Part.norm, Part.dense, Part.shared)

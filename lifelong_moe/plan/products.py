@@ -149,7 +149,7 @@ class TokenProducts:
         if architecture.routing.mode == "dense":
             return {g: float(num) for g, num in experts.items()}
         used = min(every, architecture.routing.top_k)
-        if architecture.routing.has_bundles and all(experts.values()):
+        if architecture.routing.by_generation and all(experts.values()):
             return {g: used * self.text.shares[g] for g in experts}
         return {g: used * num / every for g, num in experts.items()}
 

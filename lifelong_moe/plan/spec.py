@@ -261,9 +261,9 @@ class StageSpec:
         return from_plain(cls, {"processes": 1, "replay": replay, **others})
 
     @property
-    def by_process(self) -> bool:
+    def varies_by_process(self) -> bool:
         """Whether the number of processes changes what is learned: each draws noise of its own."""
-        return self.routing.by_process or bool(self.finetune and self.finetune.expert_dropout)
+        return self.routing.varies_by_process or bool(self.finetune and self.finetune.expert_dropout)
 
     def effective(self) -> StageSpec:
         """The same stage, with whatever changes nothing in it at its default, so that equal work has equal keys.
@@ -285,7 +285,7 @@ class StageSpec:
             trunk=self.trunk and self.trunk.effective(),
             penalty=self.penalty and self.penalty.effective(),
             finetune=self.finetune and self.finetune.effective(),
-            processes=self.processes if self.by_process else 1,
+            processes=self.processes if self.varies_by_process else 1,
         )
 
     def key(self, parent_key: str | None, data: DataIdentity) -> str:

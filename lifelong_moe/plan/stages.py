@@ -66,9 +66,9 @@ def check_clusters(planned: list[PlannedStage], documents: Mapping[str, int]) ->
         fits = stage.spec.parent is None or stage.spec.grow
         if not isinstance(routing, TextClusterConfig) or not routing.by_document or not fits:
             continue
-        clusters = routing.clusters_of(stage.architecture.generations[-1].experts)
+        clusters = routing.num_clusters(stage.architecture.generations[-1].experts)
         # With bundles the first stage's centroids are fitted for the first stage that grows.
-        for one in (stage, planned[0]) if routing.has_bundles else (stage,):
+        for one in (stage, planned[0]) if routing.by_generation else (stage,):
             if clusters > documents[one.spec.data]:
                 raise ConfigError(
                     f"stages[{one.index}]: {clusters} document clusters need as many training documents; "

@@ -31,7 +31,7 @@ def generate_blocks(
     seed: int,
     temperature: float = 1.0,
     batch_size: int = WRITTEN_AT_ONCE,
-    group_ids_of: GroupIdsOf | None = None,
+    domain_ids_of: GroupIdsOf | None = None,
 ) -> NDArray[np.int64]:
     """Sample packed blocks: BOS, then a model's text; where it samples BOS again, a new document begins.
 
@@ -48,7 +48,7 @@ def generate_blocks(
         seed: Of the sampling, not negative.
         temperature: Divides the logits; 1 samples what the model believes.
         batch_size: Blocks written at a time; bounds memory.
-        group_ids_of: Gives groups where routing has them (``DocumentClusters.group_ids``, or a label's constant);
+        domain_ids_of: Gives groups where routing has them (``DocumentClusters.domain_ids``, or a label's constant);
             asked every ``routing.chunk_tokens`` tokens of a document only. None means group 0.
 
     Returns:
@@ -71,7 +71,7 @@ def generate_blocks(
             part = blocks[start : start + batch_size]
             numbers = range(start, start + len(part))
             uniform_BS = np.stack([_uniform(seed, number, context) for number in numbers])
-            _fill(model, part, uniform_BS, temperature, group_ids_of)
+            _fill(model, part, uniform_BS, temperature, domain_ids_of)
     finally:
         model.train(training)
     return blocks
@@ -87,11 +87,11 @@ def _fill(
     tokens: NDArray[np.int64],
     uniform_BS: NDArray[np.float32],
     temperature: float,
-    group_ids_of: GroupIdsOf | None,
+    domain_ids_of: GroupIdsOf | None,
 ) -> None:
     """Write over all columns ``(B, S + 1)`` but the first, column by column."""
     uniform = torch.from_numpy(uniform_BS).to(model.embedding.weight.device)
-    documents = _Documents(len(tokens), model.architecture, group_ids_of)
+    documents = _Documents(len(tokens), model.architecture, domain_ids_of)
     cache = KeyValueCache(len(model.blocks), uniform_BS.shape[1])
     for t in range(uniform_BS.shape[1]):
         documents.read(tokens, t)
@@ -105,9 +105,9 @@ def _next_logits(
     """One more token of each row: float32 logits ``(B, V)`` of the one after it."""
     device = model.embedding.weight.device
     columns = (token_ids_B, documents.begins, documents.groups)
-    token_ids, document_ids, group_ids = (torch.tensor(ids_B, device=device).unsqueeze(1) for ids_B in columns)
-    output = model(TokenBatch(token_ids, document_ids, group_ids), cache=cache)
-    return model.head.logits(output.hidden_BSD[:, -1], group_ids.squeeze(1)).float()
+    token_ids, document_ids, domain_ids = (torch.tensor(ids_B, device=device).unsqueeze(1) for ids_B in columns)
+    output = model(TokenBatch(token_ids, document_ids, domain_ids), cache=cache)
+    return model.head.logits(output.hidden_BSD[:, -1], domain_ids.squeeze(1)).float()
 
 
 def sample_tokens(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
@@ -130,11 +130,11 @@ def sample_tokens(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
 class _Documents:
     """Each row's document under way, and its group; asked anew at chunk borders, counted from its start."""
 
-    def __init__(self, num_rows: int, architecture: Architecture, group_ids_of: GroupIdsOf | None) -> None:
-        self.chunk, self.bos_id, self.group_ids_of = (
+    def __init__(self, num_rows: int, architecture: Architecture, domain_ids_of: GroupIdsOf | None) -> None:
+        self.chunk, self.bos_id, self.domain_ids_of = (
             architecture.routing.chunk_tokens,
             architecture.bos_id,
-            group_ids_of,
+            domain_ids_of,
         )
         self.begins = np.zeros(num_rows, dtype=np.int64)
         """Column of its BOS, which tells it from others, int64 ``(B,)``."""
@@ -144,6 +144,6 @@ class _Documents:
     def read(self, tokens: NDArray[np.int64], t: int) -> None:
         """Go on to column ``t``, of which groups know the columns up to it."""
         self.begins[tokens[:, t] == self.bos_id] = t
-        if self.group_ids_of is not None:
+        if self.domain_ids_of is not None:
             for row in np.flatnonzero((t - self.begins) % self.chunk == 0):
-                self.groups[row] = self.group_ids_of(tokens[row, self.begins[row] : t + 1])[-1]
+                self.groups[row] = self.domain_ids_of(tokens[row, self.begins[row] : t + 1])[-1]

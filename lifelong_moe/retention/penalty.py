@@ -152,7 +152,7 @@ def _nats(model: LanguageModel, sequence: Mapping[str, Tensor]) -> Tensor:
     scored = sequence["scored"]
     # shape: (N, D)
     hidden_TD = model(TokenBatch.of(sequence)).hidden_BSD[scored]
-    nats = model.head.cross_entropy(hidden_TD, sequence["target_ids"][scored], sequence["group_ids"][scored])
+    nats = model.head.cross_entropy(hidden_TD, sequence["target_ids"][scored], sequence["domain_ids"][scored])
     return nats * scored.sum()
 
 

@@ -44,7 +44,7 @@ def shared_blocks(student: LanguageModel, teacher: LanguageModel) -> int:
     same = isinstance(routing, LearnedConfig) and routing.capacity is None and not routing.jitter
     if not same or not student.head.is_one_matrix:
         return 0
-    if routing.has_bundles or not teacher.head.is_one_matrix or not _same(student.embedding, teacher.embedding):
+    if routing.by_generation or not teacher.head.is_one_matrix or not _same(student.embedding, teacher.embedding):
         return 0
     # Not strict: a shallow student has fewer blocks. Never the last block: the forward pass is split before a block.
     pairs = list(zip(student.blocks, teacher.blocks, strict=False))[:-1]

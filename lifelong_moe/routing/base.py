@@ -1,4 +1,4 @@
-"""What a router is given, what it answers, and what all routers share.
+"""A router's input, its output, and the base class of all routers.
 
 Legend: T tokens, D model width, K experts per token, E experts, N rows handed to experts.
 """
@@ -36,8 +36,8 @@ class RoutingContext:
     """Token ids, int64 ``(T,)``."""
     mask_T: Tensor
     """True for real tokens, bool ``(T,)``."""
-    group_ids_T: Tensor
-    """Document cluster or label of each token, int64 ``(T,)``; zeros where routing has no groups."""
+    domain_ids_T: Tensor
+    """Domain of each token (document cluster, label, or generation), int64 ``(T,)``; zeros where routing has none."""
     old_text_T: Tensor | None = None
     """True for text of earlier stages, bool ``(T,)``; given in a review only."""
     features_TF: Tensor | None = None
@@ -91,9 +91,10 @@ class Routing:
     def by_expert(self, first_expert: int = 0) -> ExpertOrder:
         """Assignments sorted by expert, from this one on and around: sorted once, when first asked for."""
         if not self._orders:
+            # Always sorted from expert 0: another start is a rotation, cheaper than a second sort.
             self._orders[0] = ExpertOrder.of(self.expert_ids_TK, self.num_experts, ragged=self.ragged)
         if first_expert not in self._orders:
-            self._orders[first_expert] = self._orders[0].begun_with(first_expert)
+            self._orders[first_expert] = self._orders[0].starting_at(first_expert)
         return self._orders[first_expert]
 
     @property
@@ -108,6 +109,7 @@ class Routing:
         """
         order, top_k = self.by_expert(first_expert), self.expert_ids_TK.shape[1]
         if self.ragged:
+            # Rows are fewer than T·K here, so no inverse permutation exists to gather by.
             return x_TD.index_select(0, order.order_N // top_k)
         return dispatch(x_TD, order.order_N, order.inverse_N, top_k)
 
@@ -119,6 +121,7 @@ class Routing:
         order = self.by_expert(first_expert)
         if self.ragged:
             num_tokens, top_k = self.expert_ids_TK.shape
+            # Gate weights are float32; experts may compute in bfloat16.
             weights_N = self.weights_TK.flatten()[order.order_N].to(rows_ND.dtype)
             out_TD = rows_ND.new_zeros(num_tokens, rows_ND.shape[1])
             return out_TD.index_add(0, order.order_N // top_k, rows_ND * weights_N.unsqueeze(1))
@@ -130,17 +133,17 @@ class Routing:
 
 
 class Router(nn.Module):
-    """Base of all routers. Experts come in generations: those a stage is born with, in order.
+    """Base of all routers. Each stage adds one generation of experts; generations are ordered by age.
 
-    A subclass implements :meth:`forward` and :meth:`add_experts`; what it trains of generation g stands at place g of a
-    ``ParameterList`` or a ``ModuleList``. One of your own is named in the config by its dotted path and built as
+    A subclass implements :meth:`forward` and :meth:`add_experts`, and keeps the parameters of generation g at index g
+    of a ``ParameterList`` or ``ModuleList``. The config names a custom router by its dotted path; it is built as
     ``YourRouter(config, width=..., layer=..., **config.options)``.
     """
 
     causality: Causality = Causality.token_local
     """The strictest promise this router keeps; C and D are refused in a decoder."""
     expert_scale: float | None = None
-    """Variance of experts' matrices times their inputs, where a mode's authors begin them so; else as all others."""
+    """Initial variance of the experts' matrices times their inputs, where a mode's authors set one."""
 
     def __init__(self, config: RoutingConfig, *, width: int, layer: int) -> None:
         super().__init__()
@@ -148,7 +151,7 @@ class Router(nn.Module):
         self.width = width
         self.layer = layer
         self.generations: list[int] = []
-        self.held_down = False
+        self.masks_newest = False
         self._owners: tuple[list[int], Tensor] | None = None
 
     @property
@@ -169,7 +172,7 @@ class Router(nn.Module):
         return []
 
     def parameters_of(self, generation: int) -> list[nn.Parameter]:
-        """All that trains of one generation: its place in each list that has one for every generation."""
+        """The parameters of one generation: its entry in each list that has one for every generation."""
         found: list[nn.Parameter] = []
         for each in self.children():
             if isinstance(each, nn.ParameterList | nn.ModuleList) and len(each) == len(self.generations):
@@ -177,89 +180,86 @@ class Router(nn.Module):
                 found += one.parameters() if isinstance(one, nn.Module) else [one]
         return found
 
-    def begun_parameters(self) -> list[nn.Parameter]:
-        """Parameters that begin as the router made them, not at random like all other matrices."""
+    def preset_parameters(self) -> list[nn.Parameter]:
+        """Parameters whose initial values the router sets itself; all other matrices are initialized at random."""
         return []
 
-    def begin(self, generator: torch.Generator | None = None) -> None:
-        """Fill rows as the mode's authors do, after all matrices were filled alike; by default they stay so."""
+    def initialize(self, generator: torch.Generator | None = None) -> None:
+        """Initialize rows as the mode's authors do, after the model's own initialization; by default do nothing."""
 
     def set_rows(self, rows_ED: Tensor) -> None:
-        """Begin the newest generation's rows with these, ``(num, D)``."""
-        raise ConfigError(f"routing.mode={self.config.mode} has no router rows to begin; set grow.router=random.")
+        """Initialize the newest generation's rows with these, ``(num, D)``."""
+        raise ConfigError(f"routing.mode={self.config.mode} has no router rows to initialize; set grow.router=random.")
 
     def end_step(self, taken: bool) -> None:
-        """Do what follows an optimizer step, in training: by default nothing.
+        """Update whatever adapts after an optimizer step in training; by default nothing.
 
         Args:
             taken: Whether the step was taken; one whose loss is not finite, for instance, is not.
         """
 
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> Router:
-        """Go where the model goes, but with buffers in float32 whatever its precision.
-
-        What adapts in small steps would soon stand still in bfloat16, where 0.5 + 0.001 is 0.5.
-        """
+        """Follow the model's device, but keep buffers in float32 whatever its precision."""
         before = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
         for name, buffer in before.items():
+            # Biases and coefficients adapt in small steps, which bfloat16 would lose: there 0.5 + 0.001 is 0.5.
             now = getattr(self, name)
             if now.dtype != buffer.dtype:
                 setattr(self, name, buffer.to(now.device))
         return self
 
     def freeze(self) -> None:
-        """Stop training every row there is now; generations added later train."""
+        """Freeze all current parameters; generations that are added later train."""
         for parameter in self.parameters():
             parameter.requires_grad_(False)
 
     @contextmanager
-    def holding_down(self) -> Iterator[None]:
-        """Within this context a router in evaluation mode answers as if the newest generation were not there.
-
-        Its scores are not computed at all: among other columns, sums are rounded and exact ties are broken otherwise.
-        """
-        self.held_down = True
+    def masking_newest(self) -> Iterator[None]:
+        """Within this context a router in evaluation mode answers as if the newest generation did not exist."""
+        # Scores of the newest generation are not computed at all: among other columns sums round differently, and exact
+        # ties break differently.
+        self.masks_newest = True
         try:
             yield
         finally:
-            self.held_down = False
+            self.masks_newest = False
 
     def allowed(self, context: RoutingContext) -> Tensor | None:
-        """Experts that each token's bundle has, bool ``(T, E)``; None if all.
+        """Experts that each token's generation has, bool ``(T, E)``; None if all.
 
-        With ``routing.bundles`` a token's group is a bundle, and it uses that generation's experts alone; a group that
-        does not exist counts as bundle 0.
+        With ``routing.bundles`` a token's domain is a generation, and it uses that generation's experts alone; a domain
+        without a generation counts as 0.
         """
-        group_T, num = context.group_ids_T, len(self.choosable)
+        domain_T, num = context.domain_ids_T, len(self.available)
         if self.config.bundles == Bundles.none or num == 1:
             return None
-        births_E = self.owners(self.choosable, group_T.device)
-        return births_E == torch.where(group_T < num, group_T, 0).unsqueeze(1)
+        births_E = self.owners(self.available, domain_T.device)
+        # Text of a domain that has no generation here is read by the oldest.
+        return births_E == torch.where(domain_T < num, domain_T, 0).unsqueeze(1)
 
     def owners(self, sizes: list[int], device: torch.device) -> Tensor:
-        """Of generations, or groups, of these sizes the one that each expert belongs to, int64 ``(E,)``.
-
-        Kept until they change: it is made on the CPU, for which a GPU would have to wait at each step.
-        """
+        """Which of several generations (or groups) of these sizes each expert belongs to, int64 ``(E,)``."""
         if self._owners is None or self._owners[0] != sizes or self._owners[1].device != device:
+            # Made on the CPU and kept: to copy it at each step would make a GPU wait.
             owners_E = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(device)
             self._owners = list(sizes), owners_E
         return self._owners[1]
 
     @property
-    def choosable(self) -> list[int]:
-        """Experts of each generation among which tokens choose: all, but for those held down."""
-        return self.generations[:-1] if self.held_down else self.generations
+    def available(self) -> list[int]:
+        """Experts of each generation that tokens can choose: all but those that are masked."""
+        return self.generations[:-1] if self.masks_newest else self.generations
 
     @property
-    def num_choosable(self) -> int:
-        """How many those are, over all generations."""
-        return sum(self.choosable)
+    def num_available(self) -> int:
+        """Experts that tokens can choose, over all generations."""
+        return sum(self.available)
 
 
 def token_hash(token_ids_T: Tensor, salt: int) -> Tensor:
     """A fixed pseudo-random non-negative integer per token id, int64 ``(T,)`` (multiplicative hashing, 31 bits)."""
+    # Knuth's multiplier and one of xxHash's. They stay: the experts of stored models depend on every bit.
     mixed = (token_ids_T + 0x9E37 * (salt + 1)) * 2654435761 % (1 << 32)
     return ((mixed >> 15) ^ mixed) * 2246822519 % (1 << 32) >> 1
 

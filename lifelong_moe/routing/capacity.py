@@ -26,7 +26,7 @@ def causality(config: CapacityConfig | None) -> Causality:
     return Causality.ordered if config.is_ordered else Causality.leaks_when_full
 
 
-def limited(
+def apply_capacity(
     config: CapacityConfig,
     expert_ids_TK: Tensor,
     ranks_TE: Tensor,
@@ -35,7 +35,9 @@ def limited(
     *,
     training: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Drop what finds no room, or send it on; padding takes none. Weights are the caller's: see :func:`weighed`.
+    """Drop assignments that find no room, or send them to a next choice; padding takes no room.
+
+    Weights are the caller's: see :func:`weighting_experts`.
 
     Args:
         config: How much room, and for whom first.
@@ -51,7 +53,9 @@ def limited(
         many, int64 ``(2,)``.
     """
     (num_tokens, top_k), num_experts = expert_ids_TK.shape, ranks_TE.shape[1]
+    # Padding must not take room from real tokens.
     wanted_TK = expert_ids_TK.masked_fill(~context.mask_T.unsqueeze(1), -1)
+    # A share of the full context, also of shorter text: else the length of what follows would change what fits.
     capacity = expert_capacity(
         context.full_length or num_tokens // context.num_sequences,
         num_experts,
@@ -71,7 +75,7 @@ def limited(
     return final_TK, torch.stack([wanted - (final_TK >= 0).sum(), wanted])
 
 
-def weighed(kept_TK: Tensor, expert_ids_TK: Tensor) -> Tensor:
+def weighting_experts(kept_TK: Tensor, expert_ids_TK: Tensor) -> Tensor:
     """Experts by whose scores a token weighs: those that serve it, and where nobody does the one that was chosen.
 
     A dropped choice so keeps its part in the sum that weights are divided by, and what is left weighs no more.

@@ -1,4 +1,4 @@
-"""What all trained routers share: a row an expert, in one Parameter a generation.
+"""Base class of the trained routers: one row per expert, one Parameter per generation.
 
 Legend: T tokens, D model width, E experts, K experts per token.
 """
@@ -30,7 +30,7 @@ class LinearRouter(Router):
 
     @property
     def device(self) -> torch.device | None:
-        """Where the rows are; None before there are any."""
+        """Device of the rows; None before there are any."""
         return self.rows[0].device if len(self.rows) else None
 
     def row_generations(self) -> list[Tensor]:
@@ -38,7 +38,7 @@ class LinearRouter(Router):
         return list(self.rows)
 
     def set_rows(self, rows_ED: Tensor) -> None:
-        """Begin the newest generation's rows with ``(num, D)``."""
+        """Initialize the newest generation's rows with ``(num, D)``."""
         with torch.no_grad():
             self.rows[-1].copy_(rows_ED)
 
@@ -47,10 +47,8 @@ class LinearRouter(Router):
         return self.products(x_TD, self.rows)
 
     def products(self, x_TD: Tensor, generations: Iterable[Tensor]) -> Tensor:
-        """Products with each generation's rows, side by side, but for a generation that is held down.
-
-        Each is a product of its own, so that no bit of it depends on how many generations came later: kernels round
-        otherwise for another number of rows, and one token on the edge between two experts would go elsewhere.
-        """
-        choosable = list(generations)[: len(self.choosable)]
-        return torch.cat([F.linear(x_TD.float(), rows_ED.float()) for rows_ED in choosable], dim=-1)
+        """Products with each available generation's rows, side by side."""
+        # A product for each generation: kernels round differently for another number of rows, and a token on the edge
+        # between two experts would move when the model grows.
+        available = list(generations)[: len(self.available)]
+        return torch.cat([F.linear(x_TD.float(), rows_ED.float()) for rows_ED in available], dim=-1)

@@ -60,7 +60,8 @@ def balance_losses(
         return {}
     first = old_experts if config.balance_over == BalanceOver.active else 0
     counted = made.probs_TE, balanced_choices(config, made.expert_ids_TK), context.mask_T
-    if config.counts_balance_in == BalanceScope.sequence:
+    if config.effective_balance_scope == BalanceScope.sequence:
+        # Counted where an expert's room is counted.
         value = sequence_balancing_loss(*counted, context.num_sequences, first, made.allowed_TE)
     else:
         value = load_balancing_loss(*counted, first, made.allowed_TE, made.earlier_E)

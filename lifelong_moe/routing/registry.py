@@ -6,7 +6,7 @@ from importlib import import_module
 
 from lifelong_moe.config.routing.base import RoutingConfig
 from lifelong_moe.config.routing.modes import ROUTERS
-from lifelong_moe.config.routing.topk import OwnConfig
+from lifelong_moe.config.routing.topk import CustomRouterConfig
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.routing.base import Causality, Router
 
@@ -23,16 +23,18 @@ def build_router(config: RoutingConfig, *, width: int, layer: int, causal: bool 
     Raises:
         ConfigError: If a dotted path cannot be imported, is no :class:`Router`, or breaks causality.
     """
-    options = config.options if isinstance(config, OwnConfig) else {}
-    path = config.mode if isinstance(config, OwnConfig) else ROUTERS[config.mode].router
+    options = config.options if isinstance(config, CustomRouterConfig) else {}
+    path = config.mode if isinstance(config, CustomRouterConfig) else ROUTERS[config.mode].router
     module, _, name = path.rpartition(".")
     try:
         build = getattr(import_module(module), name)
         router = build(config, width=width, layer=layer, **options)
+    # A class of the user may fail in each of these ways; the configuration named it, so the error names the key.
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ConfigError(f"routing.mode={config.mode} cannot be built: {error}.") from None
     if not isinstance(router, Router):
         raise ConfigError(f"routing.mode={config.mode} must build a lifelong_moe.routing.base.Router.")
+    # In an encoder every token may see all others, so only a decoder is held to causality.
     if causal and not config.allow_noncausal and router.causality in (Causality.leaks_when_full, Causality.leaks):
         raise ConfigError(
             f"routing.mode={config.mode} lets later tokens change earlier ones (class "

@@ -126,7 +126,7 @@ def what_remains(chain: Sequence[CommittedStage], name: str) -> list[str]:
 
 def _carried_on(spec: StageSpec, data: str) -> list[str]:
     """Ways in which a later stage learned from text of ``data``, or from a model that had."""
-    routes_anew = spec.routing.mode == "learned" and not spec.routing.has_bundles
+    routes_anew = spec.routing.mode == "learned" and not spec.routing.by_generation
     ways = {
         f"learned {data} itself": spec.data == data,
         f"replayed {data}": spec.data != data and data in spec.reads,

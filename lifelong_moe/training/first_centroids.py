@@ -39,7 +39,7 @@ def find_centroids(store: StageStore, first: CommittedStage, routing: TextCluste
 
 
 def _identity(first: CommittedStage, routing: TextClusterConfig) -> dict[str, Any]:
-    clusters = routing.clusters_of(first.architecture.generations[0].experts)
+    clusters = routing.num_clusters(first.architecture.generations[0].experts)
     return {
         "derived": "centroids",
         "from": first.key,

@@ -50,12 +50,12 @@ def continued_model(
     if len(architecture.generations) > 1 or was.effective(grown=True) == now.effective(grown=True):
         return build_model(replace(architecture, routing=was), tensors)
     fitted = ("bundles", "centroids", "clusters", "feature_width")
-    fits_alike = all(was.own().get(key) == now.own().get(key) for key in fitted)
+    fits_alike = all(was.settings().get(key) == now.settings().get(key) for key in fitted)
     if was.bundles == Bundles.cluster and not fits_alike:
         tensors.pop(FIRST_CENTROIDS, None)
     if isinstance(now, TextClusterConfig) and now.bundles == Bundles.cluster and FIRST_CENTROIDS not in tensors:
         if now.centroids == Centroids.random:
-            tensors[FIRST_CENTROIDS] = torch.zeros(now.clusters_of(1), architecture.vocab_size)
+            tensors[FIRST_CENTROIDS] = torch.zeros(now.num_clusters(1), architecture.vocab_size)
         else:
             tensors |= store.tensors(first_centroids(store, store.chain(parent.key)[0], now, corpora))
     return build_model(replace(architecture, routing=now), tensors)

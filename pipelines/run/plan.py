@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from lifelong_moe.clustering.bundles import unigram_divergence
+from lifelong_moe.clustering.unigrams import unigram_divergence
 from lifelong_moe.data.tokens.packing import epochs
 from lifelong_moe.plan.advice import growth_advice, leaking, nothing_to_hold
 from lifelong_moe.plan.cost import count_parameters

@@ -216,7 +216,7 @@ def _fit_first(stage: CommittedStage, prepared: Prepared, store: StageStore, ope
         )
         documents = 0 if None in texts else sum(text.train.num_documents for text in texts if text is not None)
         experts = prepared.plan[0].architecture.generations[0].experts
-        if needs_first_centroids(one_day) and documents >= one_day.clusters_of(experts):
+        if needs_first_centroids(one_day) and documents >= one_day.num_clusters(experts):
             routing = one_day
     if routing is not None:
         fitted = first_centroids(store, stage, routing, prepared.data.corpora)

@@ -72,7 +72,7 @@ def confusion(clusters: DocumentClusters, heldout: list[Documents]) -> tuple[NDA
     chunk = clusters.routing.chunk_tokens
     for true, documents in enumerate(heldout):
         for document in documents:
-            groups = clusters.group_ids(document)
+            groups = clusters.domain_ids(document)
             every[true] += np.bincount(groups, minlength=len(heldout))
             later[true] += np.bincount(groups[chunk:], minlength=len(heldout))
     return every, later
@@ -82,7 +82,7 @@ def by_prefix(clusters: DocumentClusters, heldout: list[Documents]) -> NDArray[n
     """Share of documents in their own bundle at each of ``PREFIXES`` that they reach ``(D, P)``."""
     shares = np.full((len(heldout), len(PREFIXES)), np.nan)
     for true, documents in enumerate(heldout):
-        ids = [clusters.group_ids(document) for document in documents]
+        ids = [clusters.domain_ids(document) for document in documents]
         for column, position in enumerate(PREFIXES):
             reached = [groups[position] for groups in ids if len(groups) > position]
             shares[true, column] = np.mean(np.array(reached) == true)
@@ -115,7 +115,7 @@ def main(overrides: Sequence[str], out: Path | None, origin: dict[str, Any]) -> 
         OmegaConf.structured(LearnedConfig(bundles=Bundles.cluster)), OmegaConf.from_dotlist(overrides)
     )
     routing: LearnedConfig = OmegaConf.to_object(wanted)  # type: ignore[assignment]
-    print(f"margin={routing.margin} clusters={routing.clusters_of(2)} chunk_tokens={routing.chunk_tokens}")
+    print(f"margin={routing.margin} clusters={routing.num_clusters(2)} chunk_tokens={routing.chunk_tokens}")
     model = unfitted(routing, tokenizer)
     assert model.document_clusters is not None
     before = None
@@ -127,7 +127,7 @@ def main(overrides: Sequence[str], out: Path | None, origin: dict[str, Any]) -> 
         fitted = time.perf_counter() - began
         known = heldout[: stage + 1]
         every, later = confusion(model.document_clusters, known)
-        old = [np.concatenate([model.document_clusters.group_ids(d) for d in documents]) for documents in known]
+        old = [np.concatenate([model.document_clusters.domain_ids(d) for d in documents]) for documents in known]
         changed = [np.mean(a != b) for a, b in zip(before or [], old, strict=False)]
         print(f"\nafter {name} (fitted in {fitted:.1f} s); changed: {', '.join(f'{100 * c:.3f} %' for c in changed)}")
         show("all chunks, %", every / every.sum(axis=1, keepdims=True), list(ORDER[: stage + 1]))
@@ -136,7 +136,7 @@ def main(overrides: Sequence[str], out: Path | None, origin: dict[str, Any]) -> 
     print()
     show("own bundle at position, %", by_prefix(model.document_clusters, heldout), [str(p) for p in PREFIXES])
     if out:
-        settings = {"chunk_tokens": routing.chunk_tokens, "margin": routing.margin, "clusters": routing.clusters_of(2)}
+        settings = {"chunk_tokens": routing.chunk_tokens, "margin": routing.margin, "clusters": routing.num_clusters(2)}
         record(out, origin, settings, every)
 
 

@@ -43,7 +43,7 @@ class RoundRobin(Router):
     def forward(self, x_TD, context):
         k = self.config.top_k
         ids_T1 = (context.token_ids_T + self.offset).unsqueeze(1) + torch.arange(k)
-        allowed = self.num_experts - (self.generations[-1] if self.held_down else 0)
+        allowed = self.num_experts - (self.generations[-1] if self.masks_newest else 0)
         return Routing(ids_T1 % allowed, torch.full(ids_T1.shape, 1.0 / k), self.num_experts)
 
 
@@ -60,7 +60,7 @@ class Own(Router):
 
     def forward(self, x_TD, context):
         scores_TE = x_TD.float() @ torch.cat(list(self.vectors)).t()
-        scores_TE = scores_TE[:, : self.num_choosable]
+        scores_TE = scores_TE[:, : self.num_available]
         weights_TK, ids_TK = scores_TE.sigmoid().topk(self.config.top_k, dim=-1)
         return Routing(ids_TK, weights_TK, self.num_experts)
 '''

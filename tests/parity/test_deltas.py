@@ -27,11 +27,11 @@ MIXES = {
 class Readable:
     """In the place of :class:`BundleSlices`."""
 
-    def __init__(self, group_ids_T: Tensor, num_bundles: int) -> None:
-        self.group_ids_T, self.num_bundles = group_ids_T, num_bundles
+    def __init__(self, domain_ids_T: Tensor, num_bundles: int) -> None:
+        self.domain_ids_T, self.num_bundles = domain_ids_T, num_bundles
 
     def apply(self, x_TI: Tensor, function: Callable[[int, Tensor], Tensor]) -> Tensor:
-        return apply_readable(x_TI, self.group_ids_T, self.num_bundles, function)
+        return apply_readable(x_TI, self.domain_ids_T, self.num_bundles, function)
 
 
 @pytest.fixture(params=MIXES)
@@ -56,9 +56,9 @@ def gradients(output: Tensor, inputs: list[Tensor]) -> list[Tensor]:
     return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, grads, strict=True)]
 
 
-def check(module: nn.Module, x: Tensor, groups_T: Tensor) -> None:
+def check(module: nn.Module, x: Tensor, domains_T: Tensor) -> None:
     inputs = [*module.parameters(), *([x] if x.requires_grad else [])]
-    fast, readable = (module(x, slices) for slices in (BundleSlices.of(groups_T, 3), Readable(groups_T, 3)))
+    fast, readable = (module(x, slices) for slices in (BundleSlices.of(domains_T, 3), Readable(domains_T, 3)))
     torch.testing.assert_close(fast, readable, atol=1e-5, rtol=1e-5)
     for one, other in zip(gradients(fast, inputs), gradients(readable, inputs), strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
@@ -79,15 +79,15 @@ def test_the_whole_model(
     """Embedding, attention and head together, through training's loss."""
     model = make_model("labelled_bundles", BORN).requires_grad_(True)
     ids = torch.randint(1, 61, (2, 9), generator=torch.Generator().manual_seed(3))
-    groups_BS, target_T = bundles.view(2, 4).repeat_interleave(2, dim=1), ids[:, 1:].flatten()
+    domains_BS, target_T = bundles.view(2, 4).repeat_interleave(2, dim=1), ids[:, 1:].flatten()
 
     def hidden() -> Tensor:
-        return model(TokenBatch(ids[:, :-1], group_ids_BS=groups_BS)).hidden_BSD
+        return model(TokenBatch(ids[:, :-1], domain_ids_BS=domains_BS)).hidden_BSD
 
-    fast = model.head.cross_entropy(hidden().flatten(0, 1), target_T, groups_BS.flatten())
-    fast_logits = model.head.logits(hidden(), groups_BS)
+    fast = model.head.cross_entropy(hidden().flatten(0, 1), target_T, domains_BS.flatten())
+    fast_logits = model.head.logits(hidden(), domains_BS)
     monkeypatch.setattr(Deltas, "slices", lambda _, groups: Readable(groups.flatten(), 3))
-    readable_logits = model.head.logits(hidden(), groups_BS)
+    readable_logits = model.head.logits(hidden(), domains_BS)
     readable = F.cross_entropy(readable_logits.flatten(0, 1), target_T)
     torch.testing.assert_close(fast_logits, readable_logits, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(fast, readable, atol=1e-5, rtol=1e-5)

@@ -91,7 +91,7 @@ def test_documents_by_hand(lengths: list[int]) -> None:
     assert documents.lengths == lengths * 2
     assert documents.offsets.tolist() == [0, *torch.tensor(lengths * 2).cumsum(0).tolist()]
     assert documents.offsets.dtype == torch.int32
-    assert documents.groups == sorted((n, 2 * lengths.count(n)) for n in set(lengths))
+    assert documents.length_counts == sorted((n, 2 * lengths.count(n)) for n in set(lengths))
     assert documents.pairs == 2 * sum(n * n for n in lengths)
 
 

@@ -17,7 +17,7 @@ from lifelong_moe.model.mixture import MixtureHead, pack
 from lifelong_moe.ops.causal_attention import causal_attention
 from lifelong_moe.ops.document_attention import Documents, Kernel, document_attention
 from lifelong_moe.ops.jacobs import competitive_loss
-from lifelong_moe.ops.losses import Lesson, distillation_loss, linear_losses
+from lifelong_moe.ops.losses import TeacherTargets, distillation_loss, linear_losses
 from lifelong_moe.ops.router_losses import old_experts_loss, router_z_loss
 from lifelong_moe.retention.generated import sample_tokens
 from lifelong_moe.routing.base import Router, RoutingContext
@@ -111,7 +111,7 @@ def test_losses_over_the_vocabulary(far: float) -> None:
     for temperature in (1.0, 2.0):
 
         def both(hidden: Tensor, temperature: float = temperature) -> Tensor:
-            return linear_losses(hidden, head, target, Lesson(taught, teacher, head, temperature, 0.7))[0]
+            return linear_losses(hidden, head, target, TeacherTargets(taught, teacher, head, temperature, 0.7))[0]
 
         def apart(hidden: Tensor, temperature: float = temperature) -> Tensor:
             own, theirs = hidden @ head.double().t(), teacher.double() @ head.double().t()

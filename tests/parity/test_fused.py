@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lifelong_moe.model.attention import rotary_tables, rotate
-from lifelong_moe.ops.causal_attention import LONGEST, SHORTEST, causal_attention, pays
+from lifelong_moe.ops.causal_attention import LONGEST, SHORTEST, causal_attention, is_faster_here
 from lifelong_moe.ops.norm import RMSNorm
 
 
@@ -53,10 +53,14 @@ def test_it_is_chosen_for_training_short_sequences() -> None:
     def query(length: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.zeros(1, 1, length, 4, dtype=dtype)
 
-    assert pays(query(SHORTEST)) and pays(query(LONGEST))
-    assert not (pays(query(SHORTEST - 1)) or pays(query(LONGEST + 1)) or pays(query(256, torch.bfloat16)))
+    assert is_faster_here(query(SHORTEST)) and is_faster_here(query(LONGEST))
+    assert not (
+        is_faster_here(query(SHORTEST - 1))
+        or is_faster_here(query(LONGEST + 1))
+        or is_faster_here(query(256, torch.bfloat16))
+    )
     with torch.no_grad():
-        assert not pays(query(256))
+        assert not is_faster_here(query(256))
 
 
 def test_rotation() -> None:

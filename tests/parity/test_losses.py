@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lifelong_moe.ops.losses import Lesson, distillation_loss, linear_cross_entropy, linear_losses, token_nats
+from lifelong_moe.ops.losses import TeacherTargets, distillation_loss, linear_cross_entropy, linear_losses, token_nats
 
 
 def inputs(tokens: int, width: int, vocab: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -50,7 +50,7 @@ def test_linear_cross_entropy_for_any_chunk(tokens: int, width: int, vocab: int,
 def test_both_losses_in_one_pass(temperature: float, chunk: int, taught: list[int]) -> None:
     case, tokens = inputs(9, 4, 11), torch.tensor(taught)
     hidden, head, _ = inputs(len(taught), 3, 11, seed=1)  # a teacher of another width
-    lesson = Lesson(tokens, hidden, head, temperature, weight=0.7)
+    lesson = TeacherTargets(tokens, hidden, head, temperature, weight=0.7)
     values = []
 
     def readable(h: Tensor, w: Tensor, t: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ def test_both_losses_in_one_pass(temperature: float, chunk: int, taught: list[in
 
 def test_only_the_sum_carries_gradients() -> None:
     hidden, head, target = inputs(5, 3, 4)
-    lesson = Lesson(torch.tensor([1]), hidden[:1], head, 2.0, 1.0)
+    lesson = TeacherTargets(torch.tensor([1]), hidden[:1], head, 2.0, 1.0)
     total, nats, kl = linear_losses(hidden.requires_grad_(), head, target, lesson)
     assert total.requires_grad and not nats.requires_grad and not kl.requires_grad
 

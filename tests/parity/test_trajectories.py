@@ -13,7 +13,7 @@ from lifelong_moe.config.model import ExpertsImplementation
 from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.ops.dispatch import mixture_readable
-from lifelong_moe.ops.losses import Lesson, distillation_loss, linear_losses
+from lifelong_moe.ops.losses import TeacherTargets, distillation_loss, linear_losses
 from lifelong_moe.retention.teacher import make_teacher
 from lifelong_moe.routing.base import Routing
 
@@ -45,7 +45,7 @@ def objective(model: LanguageModel, teacher: LanguageModel, batch: dict[str, Ten
     tokens_N = (rows.unsqueeze(1) * length + torch.arange(length)).flatten()
     balance = sum(r.losses["balance"].value for r in output.routings)
     if fast:
-        lesson = Lesson(tokens_N, taught_ND, teacher.head.weight, TEMPERATURE, weight=0.5)
+        lesson = TeacherTargets(tokens_N, taught_ND, teacher.head.weight, TEMPERATURE, weight=0.5)
         return linear_losses(hidden_TD, model.head.weight, target_T, lesson, chunk=7)[0] + 0.01 * balance
     student_TV, taught_TV = hidden_TD @ model.head.weight.t(), taught_ND @ teacher.head.weight.t()
     kl = distillation_loss(student_TV[tokens_N], taught_TV, TEMPERATURE)

@@ -4,9 +4,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from lifelong_moe.clustering.balanced import balance
-from lifelong_moe.clustering.bundles import hashed_groups, prefix_bundles
 from lifelong_moe.clustering.documents import prefix_features
 from lifelong_moe.clustering.kmeans import assign, similarity, spherical_kmeans, unit_rows
+from lifelong_moe.clustering.unigrams import hashed_domains, prefix_generations
 
 VOCAB = 20
 TOKENS = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=60).map(np.array)
@@ -79,8 +79,8 @@ def test_no_later_token_changes_an_earlier_bundle(
     cut = min(cut, len(tokens))
     changed = np.concatenate([tokens[:cut], other])
     for bundles in (
-        lambda ids: prefix_bundles([ids], unigrams(stages), chunk, 1.0),
-        lambda ids: hashed_groups(ids, stages, chunk),
+        lambda ids: prefix_generations([ids], unigrams(stages), chunk, 1.0),
+        lambda ids: hashed_domains(ids, stages, chunk),
     ):
         before, after = bundles(tokens), bundles(changed)
         chunks = min(cut // chunk + 1, len(before), len(after))  # chunk c reads the tokens before c * chunk
@@ -90,8 +90,8 @@ def test_no_later_token_changes_an_earlier_bundle(
 
 @given(tokens=TOKENS, chunk=st.integers(1, 16), margin=st.sampled_from([0.0, 1.0, 4.0]))
 def test_a_further_stage_only_takes_over(tokens: np.ndarray, chunk: int, margin: float) -> None:
-    before = prefix_bundles([tokens], unigrams(4)[:3], chunk, margin)
-    after = prefix_bundles([tokens], unigrams(4), chunk, margin)
+    before = prefix_generations([tokens], unigrams(4)[:3], chunk, margin)
+    after = prefix_generations([tokens], unigrams(4), chunk, margin)
     assert set(after[after != before]) <= {3}
-    hashed = hashed_groups(tokens, 3, chunk), hashed_groups(tokens, 4, chunk)
+    hashed = hashed_domains(tokens, 3, chunk), hashed_domains(tokens, 4, chunk)
     assert set(hashed[1][hashed[1] != hashed[0]]) <= {3}

@@ -31,7 +31,7 @@ def learn(model: LanguageModel, batch: dict[str, Tensor]) -> None:
     torch.manual_seed(0)
     output = model(TokenBatch.of(batch))
     hidden, target = output.hidden_BSD.flatten(0, 1), batch["target_ids"].flatten()
-    model.head.cross_entropy(hidden, target, batch["group_ids"].flatten()).backward()
+    model.head.cross_entropy(hidden, target, batch["domain_ids"].flatten()).backward()
 
 
 def assert_routers_learn(model: LanguageModel) -> int:

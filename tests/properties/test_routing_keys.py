@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lifelong_moe.config.routing.base import RoutingConfig
 from lifelong_moe.config.routing.modes import FOR_ENCODERS, ROUTERS, keys_of, settings_of
-from lifelong_moe.config.routing.switching import own_keys
+from lifelong_moe.config.routing.switching import drop_foreign_keys
 from lifelong_moe.config.rules import require_consistent
 from lifelong_moe.config.run import RunConfig
 from lifelong_moe.config.sections import section
@@ -88,8 +88,8 @@ def build(make_run: Make) -> Callable[..., RunConfig | str]:
             for one in written:
                 apply_override(node, one)
             try:
-                routing = section(settings_of(mode), own_keys(node), "routing")
-                routing.refuse_lone_choice()
+                routing = section(settings_of(mode), drop_foreign_keys(node), "routing")
+                routing.require_gate_gradient()
                 made = dataclasses.replace(whole, routing=routing)
                 require_consistent(made)
                 known[written] = made
@@ -109,7 +109,7 @@ def document(seed: int, length: int) -> np.ndarray[Any, np.dtype[np.int64]]:
 def groups_of(model: LanguageModel, rows: list[np.ndarray[Any, np.dtype[np.int64]]]) -> Tensor:
     """As the data gives them: by clusters of text, or by label."""
     if model.document_clusters is not None:
-        return torch.from_numpy(np.stack([model.document_clusters.group_ids(row) for row in rows]))
+        return torch.from_numpy(np.stack([model.document_clusters.domain_ids(row) for row in rows]))
     return (torch.arange(len(rows)) % 2).unsqueeze(1).expand(-1, LENGTH)
 
 
@@ -128,7 +128,7 @@ def grown(routing: RoutingConfig, config: RunConfig, generations: int) -> Langua
         sample = {
             "token_ids": blocks,
             "document_ids": torch.zeros_like(blocks),
-            "group_ids": torch.zeros_like(blocks),
+            "domain_ids": torch.zeros_like(blocks),
             "mask": torch.ones_like(blocks, dtype=torch.bool),
         }
         kind = documents[generation::2] if generations > 1 else documents
@@ -145,7 +145,7 @@ def answers(config: RunConfig, generations: int) -> list[Tensor]:
     torch.manual_seed(0)
     model.train()
     for part in (slice(0, ROWS // 2), slice(ROWS // 2, ROWS)):
-        output = model(TokenBatch(ids[part], document_ids_BS=torch.zeros_like(ids[part]), group_ids_BS=groups[part]))
+        output = model(TokenBatch(ids[part], document_ids_BS=torch.zeros_like(ids[part]), domain_ids_BS=groups[part]))
         hidden, target = output.hidden_BSD[:, :-1].flatten(0, 1), ids[part, 1:].flatten()
         loss = model.head.cross_entropy(hidden, target, groups[part, 1:].flatten())
         for routing in output.routings:
@@ -157,7 +157,7 @@ def answers(config: RunConfig, generations: int) -> list[Tensor]:
     found += [p.grad for p in model.parameters() if p.grad is not None]
     found += [buffer for _, buffer in sorted(model.named_buffers()) if buffer.is_floating_point()]
     model.eval()
-    return [*found, model(TokenBatch(ids, document_ids_BS=torch.zeros_like(ids), group_ids_BS=groups)).hidden_BSD]
+    return [*found, model(TokenBatch(ids, document_ids_BS=torch.zeros_like(ids), domain_ids_BS=groups)).hidden_BSD]
 
 
 ANSWERS: dict[str, list[Tensor]] = {}
@@ -166,7 +166,7 @@ ANSWERS: dict[str, list[Tensor]] = {}
 
 def differ(one: RunConfig, other: RunConfig) -> bool:
     """By more than rounding."""
-    fixed = one.routing.is_fixed or other.routing.is_fixed
+    fixed = one.routing.fixed_by or other.routing.fixed_by
     generations, pairs = 1 if fixed else 2, []
     for config in (one, other):
         key = f"{config.routing} {generations}"

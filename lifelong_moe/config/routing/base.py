@@ -1,7 +1,7 @@
 """How tokens reach experts: what all modes have in common. Torch-free.
 
-A mode's settings are a subclass (``router_config.py``), and groups of keys that some modes share are mixins
-(``shared_config.py``).
+A mode's settings are a subclass (``routers.py``, ``topk.py``), and groups of keys that some modes share are mixins
+(``shared.py``).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LOSS_KEYS = (
     "load_loss",
     "z_loss",
 )
-"""What shapes a router's losses and nothing of what it answers."""
+"""Keys that shape a router's losses and none of its choices."""
 
 BUNDLE_CLUSTERS = 8
 """Centroids a stage of ``routing.bundles=cluster`` has by default."""
@@ -104,6 +104,8 @@ class HashTable(StrEnum):
     clustered = "clustered"
 
 
+# Stage keys are hashes of this form. A new key belongs to the stages of its own mode alone: one more entry here would
+# change the key of every stage that exists.
 STORED: dict[str, Any] = {
     "mode": "learned",
     "top_k": 2,
@@ -142,6 +144,7 @@ STORED: dict[str, Any] = {
 """What stages and their keys say of all modes, whether one has the key or not. It stays as it is: a key that is new
 stands in the stages of its own mode alone, and changes the keys of no other."""
 
+# 0 switches each of these off.
 NOT_NEGATIVE = ("balance_loss", "z_loss", "margin", "importance_loss", "load_loss", "bias_rate", "jitter")
 POSITIVE = ("scale", "chunk_tokens", "sample_tokens", "feature_width", "gate_scale", "expert_groups", "slots")
 AT_LEAST_ONE = ("top_k", "clusters")
@@ -161,7 +164,7 @@ class RoutingConfig:
     ``cluster``: FAISS picks the stage from the text so far, a chunk at a time; ``label``: by the known distribution;
     ``none``: a token may use all experts."""
 
-    # Not annotated, hence no keys: what holds in a mode that makes no key of it, for those who ask whatever the mode.
+    # Not annotated, hence no keys: values that hold in modes without such a key, so that callers need not ask the mode.
     top_k = 2
     expert_groups = 1
     allow_noncausal = False
@@ -170,19 +173,21 @@ class RoutingConfig:
     chunk_tokens = 64
     sample_tokens = 32_768
 
-    may_have_bundles: ClassVar[bool] = False
+    # Class variables are facts about a mode, not keys: no configuration sets them.
+    supports_bundles: ClassVar[bool] = False
     """Whether a token can be kept to the experts of one stage."""
     has_rows: ClassVar[bool] = True
     """Whether the router has trained rows, one an expert."""
-    always_leaks: ClassVar[bool] = False
+    is_noncausal: ClassVar[bool] = False
     """Whether later tokens change earlier ones, in training or always, whatever the keys."""
-    draws: ClassVar[bool] = False
+    draws_per_process: ClassVar[bool] = False
     """Whether each process draws random numbers, or assigns its tokens all at once, whatever the keys."""
     stored: ClassVar[dict[str, Any]] = {"renormalize": False}
     """What stages say of keys that the mode does not have, where it is not as in ``STORED``."""
 
     def __post_init__(self) -> None:
-        for key, value in self.own().items():
+        # A mode has only some of the keys that the three tuples name.
+        for key, value in self.settings().items():
             if key in NOT_NEGATIVE and value < 0:
                 raise ConfigError(f"routing.{key}={value} must not be negative.")
             if key in POSITIVE and value <= 0:
@@ -198,19 +203,19 @@ class RoutingConfig:
             f"features=embedding; got routing.mode={self.mode}. Set routing.bundles=none otherwise."
         )
 
-    def refuse_lone_choice(self) -> None:
-        """Refuse, of a new run, a softmax over the one expert that it chose: its weight is 1, and nothing teaches it.
+    def require_gate_gradient(self) -> None:
+        """Reject, in a new run, a softmax over a single chosen expert: its weight is 1 and its gradient 0.
 
         Source:
             Sparsely-gated mixture of experts (arXiv:1701.06538), section 2.1: gates have gradients where k > 1.
         """
 
     def require_groups(self, num_experts: int, key: str, *, is_first: bool) -> None:
-        """Refuse experts that do not form the groups that are asked for, and groups that hold less than a token uses.
+        """Reject experts that do not form the configured groups, and groups of fewer experts than a token uses.
 
         Args:
-            num_experts: Of one layer, that a generation has.
-            key: What sets their number.
+            num_experts: Experts of a generation in one layer.
+            key: Configuration key that sets their number.
             is_first: Whether it is the first generation.
         """
 
@@ -220,9 +225,9 @@ class RoutingConfig:
         return None
 
     @property
-    def leaks(self) -> str | None:
-        """The setting by which later tokens change earlier ones, at least where loads bind; None if they never do."""
-        return f"routing.mode={self.mode}" if self.always_leaks else None
+    def noncausal_by(self) -> str | None:
+        """The setting that lets later tokens change earlier ones, at least under full load; None if none does."""
+        return f"routing.mode={self.mode}" if self.is_noncausal else None
 
     @property
     def has_table(self) -> bool:
@@ -230,23 +235,23 @@ class RoutingConfig:
         return False
 
     @property
-    def is_fixed(self) -> str | None:
-        """The setting by which the number of experts cannot change; None if it can."""
+    def fixed_by(self) -> str | None:
+        """The setting that fixes the number of experts; None if it can grow."""
         return None
 
     @property
-    def by_process(self) -> bool:
+    def varies_by_process(self) -> bool:
         """Whether the number of processes changes what is learned."""
-        return self.draws
+        return self.draws_per_process
 
     @property
     def by_label(self) -> bool:
-        """Whether a token's group is its text's known distribution."""
+        """Whether a token's domain is the known distribution of its text."""
         return self.bundles == Bundles.label
 
     @property
     def by_document(self) -> bool:
-        """Whether a token's group is decided from the text so far, a chunk at a time."""
+        """Whether a token's domain is decided from the preceding text, a chunk at a time."""
         return self.bundles == Bundles.cluster
 
     @property
@@ -256,43 +261,44 @@ class RoutingConfig:
 
     @property
     def clusters_hidden(self) -> bool:
-        """Whether centroids of hidden states choose the experts, so that those have to be learned first."""
+        """Whether centroids of hidden states choose the experts; hidden states have to be learned first."""
         return False
 
     @property
-    def has_bundles(self) -> bool:
-        """Whether a token's group names the stage whose experts and deltas it uses."""
+    def by_generation(self) -> bool:
+        """Whether a token's domain is the generation whose experts and deltas it uses."""
         return self.bundles != Bundles.none
 
     def effective(self, *, grown: bool) -> RoutingConfig:
-        """The same, with every key that changes nothing at its default: equal work, equal keys.
+        """A copy with every key that has no effect at its default: equal work, equal keys.
 
         Args:
             grown: Whether the model has experts of more than one stage.
         """
-        found = self if grown else self.with_keys({"bundles", "balance_over"}, STORED)  # there is no choice
+        # In a model of one generation nothing is left to choose between.
+        found = self if grown else self.with_keys({"bundles", "balance_over"}, STORED)
         found = found.with_keys(found.idle_keys(), STORED)
         # A permission, where one is needed.
-        return found.with_keys({"allow_noncausal"}, {"allow_noncausal": self.leaks is not None})
+        return found.with_keys({"allow_noncausal"}, {"allow_noncausal": self.noncausal_by is not None})
 
     def idle_keys(self) -> set[str]:
         """Keys that change nothing beside the others."""
         return set()
 
     def with_losses_of(self, other: RoutingConfig) -> RoutingConfig:
-        """With another one's losses, if it chooses alike: these are a stage's, all else is its parent's."""
+        """With the losses of another section that chooses alike: losses are a stage's own, all else is its parent's."""
         if (self.mode, self.capacity) != (other.mode, other.capacity):
             return self
-        return self.with_keys(LOSS_KEYS, other.own())
+        return self.with_keys(LOSS_KEYS, other.settings())
 
     def with_keys(self, keys: Iterable[str], values: Mapping[str, Any]) -> Self:
-        """With these values of those keys that it has."""
-        return dataclasses.replace(self, **{key: values[key] for key in keys if key in self.own()})
+        """A copy with these values, for those of the keys that this mode has."""
+        return dataclasses.replace(self, **{key: values[key] for key in keys if key in self.settings()})
 
-    def own(self) -> dict[str, Any]:
+    def settings(self) -> Mapping[str, Any]:
         """Its keys and their values, shallow."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON data: one flat form for all modes; read by :func:`.router_config.stored_routing`."""
+        """As plain JSON data: one flat form for all modes; read by :func:`.modes.stored_routing`."""
         return STORED | self.stored | dataclasses.asdict(self)

@@ -46,6 +46,7 @@ class CapacityConfig:
     follows changes it.
     """
 
+    # 1.25 and 2: the values of Switch (arXiv:2101.03961) and Mesh TensorFlow.
     factor: float = 1.25
     """Capacity factor in training; 1 is just enough if experts are used evenly."""
     eval_factor: float = 2.0
@@ -68,6 +69,7 @@ class CapacityConfig:
 
     def __post_init__(self) -> None:
         for key in ("factor", "eval_factor"):
+            # Written so that NaN is rejected as well.
             if not getattr(self, key) > 0:
                 raise ConfigError(f"routing.capacity.{key}={getattr(self, key)} must be positive.")
         for key in ("multiple", "least"):

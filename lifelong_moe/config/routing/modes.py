@@ -26,7 +26,7 @@ from lifelong_moe.config.routing.routers import (
     SoftConfig,
     VMoEConfig,
 )
-from lifelong_moe.config.routing.topk import GShardConfig, LearnedConfig, OwnConfig, SwitchConfig
+from lifelong_moe.config.routing.topk import CustomRouterConfig, GShardConfig, LearnedConfig, SwitchConfig
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.storage.plain import from_plain
 
@@ -40,6 +40,7 @@ class Mode(NamedTuple):
     """Dotted path of the class (or function) that builds a layer's router; imported on use."""
 
 
+# Paths and not classes: to read a configuration must not import torch.
 HERE = "lifelong_moe.routing.routers"
 ROUTERS = {
     "learned": Mode(LearnedConfig, f"{HERE}.learned.LearnedRouter"),
@@ -54,7 +55,7 @@ ROUTERS = {
     "expert_choice": Mode(ExpertChoiceConfig, f"{HERE}.expert_choice.ExpertChoiceRouter"),
     "soft": Mode(SoftConfig, f"{HERE}.soft.SoftRouter"),
     "cluster": Mode(ClusterConfig, f"{HERE}.cluster.build_cluster_router"),
-    "label": Mode(LabelConfig, f"{HERE}.group.LabelRouter"),
+    "label": Mode(LabelConfig, f"{HERE}.domain.LabelRouter"),
     "hash": Mode(HashConfig, f"{HERE}.hashing.HashRouter"),
 }
 """What a new router is entered in."""
@@ -71,8 +72,9 @@ def settings_of(mode: object) -> type[RoutingConfig]:
     """
     if isinstance(mode, str) and mode in ROUTERS:
         return ROUTERS[mode].settings
+    # Not imported yet, as plans are made without torch: `build_router` finds out whether it exists.
     if isinstance(mode, str) and "." in mode:
-        return OwnConfig
+        return CustomRouterConfig
     modes = [mode for mode in ROUTERS if mode not in FOR_ENCODERS]
     near = difflib.get_close_matches(str(mode), modes, n=1)
     hint = f" Did you mean {near[0]}?" if near else ""
@@ -88,7 +90,9 @@ def stored_routing(data: Mapping[str, Any]) -> RoutingConfig:
     """From what :meth:`RoutingConfig.to_json` wrote, or an earlier version: keys that the mode lacks have no effect."""
     cls = settings_of(data.get("mode", "learned"))
     own = {f.name for f in fields(cls)}
+    # Earlier versions wrote every key for every mode; those that a mode does not read are left out.
     values = {key: value for key, value in (STORED | dict(data)).items() if key in own}
     if values.get("capacity") and values["balance_scope"] != BalanceScope.sequence:
-        values["balance_scope"] = None  # an earlier version's may contradict its capacity; it trains no more
+        # An earlier version's scope may contradict its capacity; such a stage no longer trains.
+        values["balance_scope"] = None
     return from_plain(cls, values)

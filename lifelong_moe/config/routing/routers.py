@@ -27,12 +27,13 @@ class LoadConfig(ZLossConfig, CountsConfig):
 
     balance_loss: float = 0.0
     z_loss: float = 0.0
+    # Shazeer et al., appendix C.1: w_importance = w_load = 0.1.
     importance_loss: float = 0.1
     """Coefficient of the squared coefficient of variation of what experts' gates sum to: ``noisy_topk``, of the chosen
     experts' gates; ``vmoe``, of all gates without noise, in each sequence. Summed over layers."""
     load_loss: float = 0.1
     """``noisy_topk``, ``vmoe``: the same of experts' expected loads, were their noise drawn again."""
-    draws: ClassVar[bool] = True
+    draws_per_process: ClassVar[bool] = True
 
 
 @dataclass(kw_only=True)
@@ -41,7 +42,7 @@ class NoisyConfig(LoadConfig):
 
     mode: str = "noisy_topk"
 
-    def refuse_lone_choice(self) -> None:
+    def require_gate_gradient(self) -> None:
         """The softmax is over the chosen."""
         if self.top_k == 1:
             raise ConfigError(
@@ -55,10 +56,12 @@ class VMoEConfig(CapacityKeys, LoadConfig):
     """``routing.mode=vmoe``."""
 
     mode: str = "vmoe"
+    # V-MoE: 0.01 on the mean of both losses.
     importance_loss: float = 0.005
     load_loss: float = 0.005
     capacity: CapacityConfig | None = field(
         default_factory=lambda: CapacityConfig(
+            # V-MoE: C = 1.05.
             factor=1.05,
             eval_factor=1.05,
             counts=Counts.assignments,
@@ -74,6 +77,7 @@ class HierarchicalConfig(GroupsConfig, CountsConfig):
     """``routing.mode=hierarchical``. Its logits are logarithms of probabilities, which have no use for a z-loss."""
 
     mode: str = "hierarchical"
+    # Shazeer et al., appendix C.1: two groups, and two experts of each.
     top_k: int = 4
     expert_groups: int = 2
     top_groups: int = 2
@@ -88,17 +92,17 @@ class HierarchicalConfig(GroupsConfig, CountsConfig):
             )
 
     @property
-    def experts_a_group(self) -> int:
+    def experts_per_group(self) -> int:
         """Experts that a chosen group gives to a token."""
         return self.top_k // self.top_groups
 
     def groups_of(self, num_experts: int) -> int:
         """How many groups a generation of ``num_experts`` experts forms: each has what a token uses."""
-        return min(self.expert_groups, num_experts // self.experts_a_group)
+        return min(self.expert_groups, num_experts // self.experts_per_group)
 
-    def refuse_lone_choice(self) -> None:
+    def require_gate_gradient(self) -> None:
         """Both gates are softmaxes over what they chose."""
-        if min(self.top_groups, self.experts_a_group) < 2:
+        if min(self.top_groups, self.experts_per_group) < 2:
             raise ConfigError(
                 f"routing.top_k={self.top_k} with routing.top_groups={self.top_groups}: a gate of a hierarchy that "
                 f"chooses one weighs it 1 and learns nothing. Set top_groups=2 and top_k=4 at least: two groups, and "
@@ -107,7 +111,7 @@ class HierarchicalConfig(GroupsConfig, CountsConfig):
 
     def require_groups(self, num_experts: int, key: str, *, is_first: bool) -> None:
         """As many groups as are asked for at first, and later as many as have what a token uses."""
-        groups, least = self.expert_groups if is_first else self.groups_of(num_experts), self.experts_a_group
+        groups, least = self.expert_groups if is_first else self.groups_of(num_experts), self.experts_per_group
         if num_experts < least * max(1, groups) or num_experts % groups:
             raise ConfigError(
                 f"{key}={num_experts} must be a multiple of {max(1, groups)} group(s) of at least {least} experts "
@@ -147,8 +151,10 @@ class BaseConfig(ZLossConfig, NoncausalConfig, ChoosingConfig):
     mode: str = "base"
     top_k: int = 1
     z_loss: float = 0.0
-    always_leaks: ClassVar[bool] = True
-    draws: ClassVar[bool] = True
+    # Tokens compete for equal places.
+    is_noncausal: ClassVar[bool] = True
+    # The assignment is over the micro-batch of each process by itself.
+    draws_per_process: ClassVar[bool] = True
     stored: ClassVar[dict[str, Any]] = UNBALANCED
 
     def __post_init__(self) -> None:
@@ -162,7 +168,8 @@ class ExpertChoiceConfig(ZLossConfig, NoncausalConfig, ChoosingConfig):
 
     mode: str = "expert_choice"
     z_loss: float = 0.0
-    always_leaks: ClassVar[bool] = True
+    # Each expert ranks all tokens of a sequence.
+    is_noncausal: ClassVar[bool] = True
     stored: ClassVar[dict[str, Any]] = UNBALANCED
 
 
@@ -173,7 +180,8 @@ class SoftConfig(NoncausalConfig):
     mode: str = "soft"
     slots: int = 1
     """Has no use in a run: Soft MoE's slots of each expert, in an encoder of your own."""
-    always_leaks: ClassVar[bool] = True
+    # Each slot mixes all tokens of a sequence.
+    is_noncausal: ClassVar[bool] = True
 
 
 @dataclass(kw_only=True)
@@ -189,6 +197,7 @@ class ClusterConfig(TextClusterConfig):
     """Token-level clusters: gate weights are ``softmax(scale * x.c)`` over the chosen unit-length centroids."""
     sample_tokens: int = 32_768
     """Training tokens that centroids are fitted on."""
+    # Centroids are fitted, never trained.
     has_rows: ClassVar[bool] = False
 
     def _check_bundles(self) -> None:
@@ -220,6 +229,7 @@ class ClusterConfig(TextClusterConfig):
         idle = super().idle_keys()
         if self.level == Level.document:
             return idle | {"features", "scale", "sample_tokens"}
+        # Centroids of tokens may be random too, so that key counts here.
         return idle - {"centroids"} - ({"feature_width"} if self.clusters_embedding else set())
 
 
@@ -228,7 +238,7 @@ class LabelConfig(ChoosingConfig):
     """``routing.mode=label``."""
 
     mode: str = "label"
-    may_have_bundles: ClassVar[bool] = True
+    supports_bundles: ClassVar[bool] = True
     has_rows: ClassVar[bool] = False
 
     @property
@@ -237,7 +247,7 @@ class LabelConfig(ChoosingConfig):
         return True
 
     @property
-    def has_bundles(self) -> bool:
+    def by_generation(self) -> bool:
         """Always: a label names the stage that learned it."""
         return True
 
@@ -276,7 +286,7 @@ class HashConfig(ChoosingConfig):
         return self.table != HashTable.random
 
     @property
-    def is_fixed(self) -> str | None:
+    def fixed_by(self) -> str | None:
         """A table is made for a number of experts."""
         return f"routing.table={self.table}" if self.has_table else None
 

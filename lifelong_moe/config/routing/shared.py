@@ -49,17 +49,18 @@ class CapacityKeys(NoncausalConfig):
     """Room of each expert; none by default: nothing is ever dropped."""
 
     @property
-    def leaks(self) -> str | None:
+    def noncausal_by(self) -> str | None:
         """The key that says who is served, unless earlier tokens never lose to later ones."""
         if self.capacity is None or self.capacity.is_ordered:
-            return super().leaks
+            return super().noncausal_by
+        # Where both leak, the priority is named: another overflow alone would not help.
         key = "priority" if self.capacity.priority != Priority.token else "overflow"
         return f"routing.capacity.{key}={getattr(self.capacity, key)}"
 
     @property
-    def by_process(self) -> bool:
+    def varies_by_process(self) -> bool:
         """A random order is each process's own."""
-        return super().by_process or (self.capacity is not None and self.capacity.priority == Priority.random)
+        return super().varies_by_process or (self.capacity is not None and self.capacity.priority == Priority.random)
 
 
 @dataclass(kw_only=True)
@@ -88,12 +89,12 @@ class BalancedConfig(ChoosingConfig):
     """Spread tokens over ``all`` experts or over this stage's ``active`` ones only."""
 
     balance_counts = BalanceCounts.all  # no key
-    counts_steps: ClassVar[bool] = False
+    supports_global_batch: ClassVar[bool] = False
     """Whether choices are counted through a step's micro-batches."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.balance_scope == BalanceScope.global_batch and not self.counts_steps:
+        if self.balance_scope == BalanceScope.global_batch and not self.supports_global_batch:
             raise ConfigError("routing.balance_scope=global_batch is for routing.mode=learned or switch or gshard.")
         if self.capacity is not None and self.balance_scope not in (None, BalanceScope.sequence):
             raise ConfigError(
@@ -102,7 +103,7 @@ class BalancedConfig(ChoosingConfig):
             )
 
     @property
-    def counts_balance_in(self) -> BalanceScope:
+    def effective_balance_scope(self) -> BalanceScope:
         """Over which tokens the load-balancing loss counts choices: where room is counted, unless there is no limit."""
         return self.balance_scope or self._implied_scope
 
@@ -162,11 +163,12 @@ class TextClusterConfig(ChoosingConfig):
     feature_width: int = 64
     """Dimensions kept by the SVD behind ``embedding`` and ``tfidf`` features."""
 
-    may_have_bundles: ClassVar[bool] = True
+    supports_bundles: ClassVar[bool] = True
 
-    def clusters_of(self, num_experts: int) -> int:
+    def num_clusters(self, num_experts: int) -> int:
         """How many clusters of text a generation of ``num_experts`` experts has, where :attr:`by_document` holds."""
-        default = BUNDLE_CLUSTERS if self.has_bundles else max(1, num_experts // self.top_k)
+        # Without bundles a cluster owns as many experts as a token uses, so that all of them run.
+        default = BUNDLE_CLUSTERS if self.by_generation else max(1, num_experts // self.top_k)
         return self.clusters or default
 
     def idle_keys(self) -> set[str]:
@@ -174,6 +176,7 @@ class TextClusterConfig(ChoosingConfig):
         idle = super().idle_keys() | (set() if self.bundles == Bundles.cluster else {"margin"})
         if not self.by_document:
             return idle | {"centroids", "clusters", "chunk_tokens", "feature_width"}
+        # Random clusters are hashes: no features, hence no width.
         return idle if self.centroids == Centroids.fitted else idle | {"feature_width"}
 
 

@@ -18,7 +18,7 @@ FITTING = [{"top_k"}, {"balance_scope"}, {"top_k", "balance_scope"}]
 """Keys that modes share, with values that not all can have."""
 
 
-def own_keys(written: DictConfig, *, is_stored: bool = False) -> DictConfig:
+def drop_foreign_keys(written: DictConfig, *, is_stored: bool = False) -> DictConfig:
     """A section without keys of other modes, where they say nothing: a coefficient of 0, ``false``, ``null``.
 
     Args:
@@ -34,6 +34,7 @@ def own_keys(written: DictConfig, *, is_stored: bool = False) -> DictConfig:
         modes = [name for name in ROUTERS if key in keys_of(name)]
         if not modes and key != "options":
             continue  # no key at all: the section itself says so
+        # What asks for nothing may stand in a file that is used with several modes.
         nothing = plain[key] is None or plain[key] is False or (key.endswith("_loss") and plain[key] == 0)
         if not nothing and not is_stored:
             whose = f"routing.mode={' or '.join(modes)}" if modes else "routers named by dotted path"
@@ -42,7 +43,7 @@ def own_keys(written: DictConfig, *, is_stored: bool = False) -> DictConfig:
     return OmegaConf.masked_copy(written, [key for key in written if str(key) in plain])  # type: ignore[misc]
 
 
-def leave_behind(raw: DictConfig, before: DictConfig, overrides: Sequence[str]) -> None:
+def drop_keys_of_old_mode(raw: DictConfig, before: DictConfig, overrides: Sequence[str]) -> None:
     """Let one key switch the mode: take out of a configuration what its file wrote for its own mode alone.
 
     That is what the other mode has no key for, or cannot have; the mode's values stand there instead.
@@ -60,14 +61,15 @@ def leave_behind(raw: DictConfig, before: DictConfig, overrides: Sequence[str]) 
         return
     theirs = set(old) & set(new) - _asked(overrides)
     gone = {key for key in theirs if key not in keys_of(mode) or key in GROUPS or (mode, key) == ("label", "bundles")}
+    # Keys that modes share stay where they can: the smallest removal that gives a valid section wins.
     for unfit in (set[str](), *FITTING):
-        if built_routing(new, gone | (unfit & theirs)) is not None:
+        if valid_routing(new, gone | (unfit & theirs)) is not None:
             break
     for key in gone | (unfit & theirs):
         del raw.routing[key]
 
 
-def built_routing(written: Mapping[str, Any], without: Collection[str] = ()) -> RoutingConfig | None:
+def valid_routing(written: Mapping[str, Any], without: Collection[str] = ()) -> RoutingConfig | None:
     """A section's settings as a new run may have them, but for bundles; None if it cannot.
 
     Args:
@@ -75,10 +77,11 @@ def built_routing(written: Mapping[str, Any], without: Collection[str] = ()) -> 
         without: Keys that are left out.
     """
     try:
-        node = own_keys(OmegaConf.create({k: v for k, v in written.items() if k not in {"bundles", *without}}))
+        # Bundles stay out of the question: whether to give them up is for the user to say.
+        node = drop_foreign_keys(OmegaConf.create({k: v for k, v in written.items() if k not in {"bundles", *without}}))
         cls = settings_of(node.get("mode", "learned"))
         config: RoutingConfig = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), node))  # type: ignore[assignment]
-        config.refuse_lone_choice()
+        config.require_gate_gradient()
     except (ConfigError, OmegaConfBaseException):
         return None
     return config
@@ -96,6 +99,7 @@ def _asked(overrides: Sequence[str]) -> set[str]:
     for override in overrides:
         parts = override.partition("=")[0].split(".")
         if parts[0] == "routing":
+            # `routing={mode: relu}` sets several keys at once.
             node = None if len(parts) > 1 else OmegaConf.from_dotlist([override]).get("routing")
             found |= {parts[1]} if len(parts) > 1 else set(node) if isinstance(node, DictConfig) else set()
     return found

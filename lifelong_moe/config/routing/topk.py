@@ -32,7 +32,7 @@ class TopKConfig(CapacityKeys, ZLossConfig, BalancedConfig):
     renormalize = False
     bias_rate = 0.0
     top_groups = 1
-    counts_steps: ClassVar[bool] = True
+    supports_global_batch: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -40,9 +40,9 @@ class TopKConfig(CapacityKeys, ZLossConfig, BalancedConfig):
             raise ConfigError(f"routing.jitter={self.jitter} must be below 1.")
 
     @property
-    def by_process(self) -> bool:
+    def varies_by_process(self) -> bool:
         """Jitter is each process's own."""
-        return super().by_process or self.jitter > 0
+        return super().varies_by_process or self.jitter > 0
 
 
 @dataclass(kw_only=True)
@@ -65,6 +65,7 @@ class LearnedConfig(GroupsConfig, SigmoidConfig, CountsConfig, TextClusterConfig
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        # A softmax over one logit is 1, whatever the router says.
         if self.top_k == 1 and self.renormalize:
             raise ConfigError(
                 "routing.renormalize=true with routing.top_k=1 makes every gate weight 1, so the router gets no "
@@ -72,6 +73,7 @@ class LearnedConfig(GroupsConfig, SigmoidConfig, CountsConfig, TextClusterConfig
             )
 
     def _check_bundles(self) -> None:
+        # Generations share room, biases and groups, so a later one would change what older text uses.
         if self.capacity or self.bias_rate or self.expert_groups > 1:
             raise ConfigError("routing.bundles cannot be used with routing.capacity, bias_rate or expert_groups.")
 
@@ -88,7 +90,7 @@ class LearnedConfig(GroupsConfig, SigmoidConfig, CountsConfig, TextClusterConfig
             )
 
     @property
-    def is_fixed(self) -> str | None:
+    def fixed_by(self) -> str | None:
         """Groups cannot grow."""
         return f"routing.expert_groups={self.expert_groups}" if self.expert_groups > 1 else None
 
@@ -99,8 +101,11 @@ class SwitchConfig(SigmoidConfig):
 
     mode: str = "switch"
     top_k: int = 1
+    # Mesh TensorFlow: moe_switch_jitter
     jitter: float = 0.01
-    balance_loss: float = 0.01  # Mesh TensorFlow, transformer/moe.py: loss_coef, summed over layers
+    # Mesh TensorFlow, transformer/moe.py: loss_coef, summed over layers
+    balance_loss: float = 0.01
+    # The z-loss is younger (ST-MoE, 2022).
     z_loss: float = 0.0
     capacity: CapacityConfig | None = field(
         default_factory=lambda: CapacityConfig(factor=1.25, eval_factor=2.0, least=4)
@@ -119,12 +124,15 @@ class GShardConfig(TopKConfig, CountsConfig):
     renormalize: bool = True
     """Divide the chosen gate weights by their sum (Mixtral)."""
     second: SecondExpert = SecondExpert.random
-    """``gshard`` in training: use the second expert always (``all``), if its share of both gates exceeds 0.2
-    (``threshold``), or with twice that share as probability (``random``). In evaluation always."""
+    """In training, use the second expert always (``all``), if its share of both gates exceeds 0.2 (``threshold``), or
+    with twice that share as probability (``random``). In evaluation always."""
     balance_counts: BalanceCounts = BalanceCounts.first
-    balance_loss: float = 0.01  # Lingvo, gshard_builder.py: aux_loss_coef, summed over layers
+    # Lingvo, gshard_builder.py: aux_loss_coef, summed over layers
+    balance_loss: float = 0.01
+    # The z-loss is younger (ST-MoE, 2022).
     z_loss: float = 0.0
     capacity: CapacityConfig | None = field(
+        # Twice the tokens: room for both choices of each where experts are used evenly.
         default_factory=lambda: CapacityConfig(factor=2.0, eval_factor=2.0, least=4)
     )
 
@@ -133,20 +141,21 @@ class GShardConfig(TopKConfig, CountsConfig):
         self.require_top_k(2)
 
     @property
-    def by_process(self) -> bool:
+    def varies_by_process(self) -> bool:
         """A random second expert is each process's own."""
-        return super().by_process or self.second == SecondExpert.random
+        return super().varies_by_process or self.second == SecondExpert.random
 
 
 @dataclass(kw_only=True)
-class OwnConfig(GroupsConfig, SigmoidConfig, CountsConfig):
+class CustomRouterConfig(GroupsConfig, SigmoidConfig, CountsConfig):
     """A router of the user's own, named by dotted path: all keys of trained top-k routing, and options."""
 
     renormalize: bool = True
     """Divide the chosen gate weights by their sum (Mixtral)."""
     options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments for a router named by dotted path."""
-    draws: ClassVar[bool] = True  # nobody knows
+    # Nobody knows, so the number of processes is part of the key.
+    draws_per_process: ClassVar[bool] = True
 
     def effective(self, *, grown: bool) -> RoutingConfig:
         """As it is: the router may read any key."""

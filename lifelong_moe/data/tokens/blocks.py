@@ -30,17 +30,17 @@ class BlockSource:
     context: int
     """Tokens a block (S); a shorter one is padded at its end."""
     bos_id: int
-    group_ids: np.ndarray | None = None
+    domain_ids: np.ndarray | None = None
     """Cluster or label of each token of the shard ``(num_tokens,)``; None if routing needs none."""
-    teacher_group_ids: np.ndarray | None = None
+    teacher_domain_ids: np.ndarray | None = None
     """The same as the teacher, who does not know this stage's clusters, sees it; None if there is none."""
     limit: int | None = None
     """Blocks that may be used at most, from the beginning; None means all."""
 
     def __post_init__(self) -> None:
-        for ids in (self.group_ids, self.teacher_group_ids):
+        for ids in (self.domain_ids, self.teacher_domain_ids):
             if ids is not None and ids.shape != (self.shard.num_tokens,):
-                raise ValueError(f"group_ids {ids.shape} for {self.shard.num_tokens} tokens")
+                raise ValueError(f"domain_ids {ids.shape} for {self.shard.num_tokens} tokens")
 
     def __len__(self) -> int:
         """Return the number of blocks."""
@@ -56,7 +56,8 @@ class BlockSource:
         tokens = _padded(self.shard.tokens[begin : end + 1], length + 1, self.bos_id)
         real = _padded(np.ones(end - begin), length, 0)
         groups = (
-            None if ids is None else _padded(ids[inputs], length, 0) for ids in (self.group_ids, self.teacher_group_ids)
+            None if ids is None else _padded(ids[inputs], length, 0)
+            for ids in (self.domain_ids, self.teacher_domain_ids)
         )
         scored = real if self.answered is None else _padded(self.answered[inputs], length, 0)
         return _block(tokens, self.bos_id, real, scored, *groups)
@@ -92,9 +93,9 @@ class RowSource:
     rows: np.ndarray
     """Tokens ``(N, S + 1)``."""
     bos_id: int
-    group_ids: np.ndarray | None = None
+    domain_ids: np.ndarray | None = None
     """``(N, S + 1)``; see ``BlockSource``."""
-    teacher_group_ids: np.ndarray | None = None
+    teacher_domain_ids: np.ndarray | None = None
 
     def __len__(self) -> int:
         """Return the number of blocks."""
@@ -102,7 +103,7 @@ class RowSource:
 
     def block(self, index: int) -> dict[str, Tensor]:
         """Return block ``index``; see ``BlockDataset``."""
-        groups = (None if ids is None else ids[index, :-1] for ids in (self.group_ids, self.teacher_group_ids))
+        groups = (None if ids is None else ids[index, :-1] for ids in (self.domain_ids, self.teacher_domain_ids))
         tokens, everywhere = self.rows[index], np.ones(self.rows.shape[1] - 1)
         return _block(tokens, self.bos_id, everywhere, everywhere, *groups)
 
@@ -127,20 +128,20 @@ def _block(
     bos_id: int,
     mask_S: np.ndarray,
     scored_S: np.ndarray,
-    groups_S: np.ndarray | None,
-    teacher_groups_S: np.ndarray | None,
+    domains_S: np.ndarray | None,
+    teacher_domains_S: np.ndarray | None,
 ) -> dict[str, Tensor]:
     """A sample from S + 1 tokens and what is known of the first S."""
     token_ids, mask = _tensor(tokens_S1[:-1]), _tensor(mask_S).bool()
-    groups, teacher_groups = (
-        torch.zeros_like(token_ids) if ids is None else _tensor(ids) for ids in (groups_S, teacher_groups_S)
+    groups, teacher_domains = (
+        torch.zeros_like(token_ids) if ids is None else _tensor(ids) for ids in (domains_S, teacher_domains_S)
     )
     return {
         "token_ids": token_ids,
         "target_ids": _tensor(tokens_S1[1:]),
         "document_ids": torch.cumsum((token_ids == bos_id) & mask, dim=0),
-        "group_ids": groups,
-        "teacher_group_ids": teacher_groups,
+        "domain_ids": groups,
+        "teacher_domain_ids": teacher_domains,
         "mask": mask,
         "scored": _tensor(scored_S).bool(),
     }
@@ -156,7 +157,7 @@ class BlockDataset(Dataset[dict[str, Tensor]]):
 
     A sample is a dict of int64 tensors ``(S,)``: ``token_ids``; ``target_ids``, shifted by one; ``document_ids``,
     the number of BOS up to and including a position (0 is the rest of a document begun in an earlier block);
-    ``group_ids`` and ``teacher_group_ids``, aligned with the inputs, 0 without groups; ``mask``, bool, False on
+    ``domain_ids`` and ``teacher_domain_ids``, aligned with the inputs, 0 without groups; ``mask``, bool, False on
     padding, which is BOS, lies at the end and belongs to the last document; ``scored``, bool, False there and where a
     target is part of a prompt. Scalars: ``sample``, which is n; ``replayed``, bool; ``ordinal``, how many samples of
     the same kind (new, or replayed) came before; and ``block``, the block's number among those of all sources: the

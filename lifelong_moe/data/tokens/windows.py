@@ -31,12 +31,12 @@ class EvaluationSet:
     """Position of the first target that no earlier window scores ``(W,)``."""
     length: NDArray[np.int64]
     """Targets, and inputs, ``(W,)``; at most S."""
-    group_ids: NDArray[np.integer] | None = None
+    domain_ids: NDArray[np.integer] | None = None
     """Cluster or label of each token of the shard ``(T,)``; None is group 0."""
 
     def __post_init__(self) -> None:
-        if self.group_ids is not None and self.group_ids.shape != (self.shard.num_tokens,):
-            raise ValueError(f"{self.group_ids.shape} group ids for {self.shard.num_tokens} tokens")
+        if self.domain_ids is not None and self.domain_ids.shape != (self.shard.num_tokens,):
+            raise ValueError(f"{self.domain_ids.shape} group ids for {self.shard.num_tokens} tokens")
 
     def __len__(self) -> int:
         """Return the number of windows."""
@@ -67,7 +67,7 @@ class EvaluationSet:
 
         Returns:
             ``token_ids`` and ``target_ids``, int64; ``valid``, False on padding, which holds 0 and lies at the end of
-            a row; ``scored``, where a target counts, which each token does in one window; ``group_ids``, int64, of
+            a row; ``scored``, where a target counts, which each token does in one window; ``domain_ids``, int64, of
             which a repeated BOS carries what the document's own BOS carries.
         """
         document_B, start_B1, length_B1 = self.document[rows], self.start[rows, None], self.length[rows, None]
@@ -79,14 +79,14 @@ class EvaluationSet:
         after_BS = before_BS + 1
         is_end_BS = after_BS == self.shard.offsets[document_B + 1, None]
         targets_BS = tokens[np.where(is_end_BS, first_B1, after_BS)]
-        groups_BS = np.zeros_like(before_BS) if self.group_ids is None else self.group_ids[inputs_BS]
+        domains_BS = np.zeros_like(before_BS) if self.domain_ids is None else self.domain_ids[inputs_BS]
         fresh_BS = start_B1 + columns_S >= self.fresh[rows, None]
         return {
             "token_ids": np.where(valid_BS, tokens[inputs_BS], 0).astype(np.int64),
             "target_ids": np.where(valid_BS, targets_BS, 0).astype(np.int64),
             "valid": valid_BS,
             "scored": valid_BS & fresh_BS & self.counted[before_BS],
-            "group_ids": np.where(valid_BS, groups_BS, 0).astype(np.int64),
+            "domain_ids": np.where(valid_BS, domains_BS, 0).astype(np.int64),
         }
 
 

@@ -31,7 +31,7 @@ class BalancedRouter(LinearRouter):
     causality = Causality.leaks_when_full
     config: BaseConfig
 
-    def begin(self, generator: torch.Generator | None = None) -> None:
+    def initialize(self, generator: torch.Generator | None = None) -> None:
         """Orthogonal rows: no two experts want the same tokens yet."""
         for rows_ED in self.rows:
             nn.init.orthogonal_(rows_ED, gain=ROW_LENGTH, generator=generator)
@@ -44,6 +44,7 @@ class BalancedRouter(LinearRouter):
             losses = {}
             if self.training:
                 ids_T = ids_T.clone()
+                # Detached: rows learn through the weight below, not through the assignment.
                 ids_T[context.mask_T] = balanced_assignment(logits_TE[context.mask_T].detach())
                 losses = z_losses(self.config, logits_TE, context)
             weights_T1 = logits_TE.gather(1, ids_T.unsqueeze(1)).sigmoid()

@@ -13,7 +13,7 @@ from lifelong_moe.config.routing.base import Level
 from lifelong_moe.config.routing.routers import ClusterConfig
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.routing.base import Router, Routing, RoutingContext, hashed_experts
-from lifelong_moe.routing.routers.group import DocumentRouter
+from lifelong_moe.routing.routers.domain import DocumentRouter
 
 
 def build_cluster_router(config: ClusterConfig, *, width: int, layer: int) -> Router:
@@ -65,6 +65,7 @@ class TokenClusterRouter(Router):
     def features(self, x_TD: Tensor, context: RoutingContext) -> Tensor:
         """What is compared with centroids: float32 ``(T, F)`` at unit length."""
         x = x_TD if context.features_TF is None else context.features_TF
+        # Detached: centroids are fixed, and routing must not shape hidden states.
         return F.normalize(x.detach().float(), dim=-1)
 
     def forward(self, x_TD: Tensor, context: RoutingContext) -> Routing:
@@ -72,14 +73,14 @@ class TokenClusterRouter(Router):
         top_k = self.config.top_k
         if self.hashing:
             start_T = torch.zeros_like(context.token_ids_T)
-            size_T = torch.full_like(context.token_ids_T, self.num_choosable)
+            size_T = torch.full_like(context.token_ids_T, self.num_available)
             ids_TK = hashed_experts(context.token_ids_T, start_T, size_T, top_k, salt=self.layer)
             return Routing(ids_TK, torch.full(ids_TK.shape, 1.0 / top_k, device=x_TD.device), self.num_experts)
         with torch.autocast(x_TD.device.type, enabled=False):
             features_TF, allowed_TE = self.features(x_TD, context), self.allowed(context)
             # A product each, as a LinearRouter's rows have.
-            choosable = self.centroids()[: len(self.choosable)]
-            scores_TE = torch.cat([F.linear(features_TF, c.float()) for c in choosable], dim=-1)
+            available = self.centroids()[: len(self.available)]
+            scores_TE = torch.cat([F.linear(features_TF, c.float()) for c in available], dim=-1)
             if allowed_TE is not None:
                 scores_TE = scores_TE.masked_fill(~allowed_TE, -math.inf)
             chosen_TK, ids_TK = scores_TE.topk(top_k, dim=-1)

@@ -29,7 +29,7 @@ class DenseRouter(LinearRouter):
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = self.logits(x_TD)
             # One that is held down answers too, and weighs nothing.
-            absent = (0, self.num_experts - self.num_choosable)
+            absent = (0, self.num_experts - self.num_available)
             probs_TE = F.pad(logits_TE.softmax(dim=1), absent)
             log_probs_TE = (
                 F.pad(logits_TE.log_softmax(dim=1), absent, value=NOTHING) if self.config.competitive else None

@@ -27,13 +27,15 @@ class ExpertChoiceRouter(LinearRouter):
 
     def forward(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         """Let experts choose."""
-        num, sequences = self.num_choosable, context.num_sequences
+        num, sequences = self.num_available, context.num_sequences
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = self.logits(x_TD)
             probs_TE = logits_TE.softmax(dim=1)
             real_TE = context.mask_T.unsqueeze(1).expand_as(probs_TE)
+            # -1 is below every probability: padding is taken last, and then left out.
             wanted_BSE = probs_TE.masked_fill(~real_TE, -1.0).detach().unflatten(0, (sequences, -1))
             length = wanted_BSE.shape[1]
+            # At least one token, where a sequence is shorter than experts are many.
             capacity = min(length, max(1, round(length * self.config.top_k / num)))
             order_BSE = wanted_BSE.argsort(dim=1, descending=True, stable=True)[:, :capacity]
             taken_BSE = torch.zeros_like(wanted_BSE, dtype=torch.bool).scatter_(1, order_BSE, True)

@@ -31,7 +31,9 @@ class GShardRouter(LearnedRouter):
         """-1 where the second expert is left out."""
         if not self.training or self.config.second == SecondExpert.all:
             return expert_ids_TK
+        # Detached: the decision teaches nothing, the weight of a used expert does.
         gate_T = weights_TK[:, 1].detach() / weights_TK.detach().sum(dim=1).clamp_min(1e-9)
+        # Uniform in [0, 1/2): exceeded with probability min(1, 2 g2).
         limit_T = torch.rand_like(gate_T) / 2 if self.config.second == SecondExpert.random else THRESHOLD
         used_T = gate_T > limit_T
         return torch.stack([expert_ids_TK[:, 0], torch.where(used_T, expert_ids_TK[:, 1], -1)], dim=1)

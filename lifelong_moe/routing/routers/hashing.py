@@ -38,7 +38,7 @@ class HashRouter(Router):
         if self.config.has_table:
             ids_T1 = ((context.buckets_of[num] + self.layer) % num).unsqueeze(1)
             return Routing(ids_T1, torch.ones(ids_T1.shape, device=x_TD.device), num)
-        experts_E = torch.arange(self.num_choosable, device=x_TD.device)
+        experts_E = torch.arange(self.num_available, device=x_TD.device)
         # Hashed twice, so that the ranks of one token's experts have nothing to do with those of its neighbour's.
         ranks_TE = token_hash(token_hash(context.token_ids_T, self.layer).unsqueeze(1) ^ experts_E, salt=self.layer)
         # With the expert's index as the last digit no two ranks are equal.
@@ -46,7 +46,7 @@ class HashRouter(Router):
         if groups == 1:
             ids_TK = ranks_TE.topk(top_k, dim=-1).indices
             return Routing(ids_TK, torch.full(ids_TK.shape, 1.0 / top_k, device=x_TD.device), num)
-        sizes = [n // groups for n in self.choosable for _ in range(groups)]
+        sizes = [n // groups for n in self.available for _ in range(groups)]
         group_E = self.owners(sizes, x_TD.device) % groups
         of_group = [ranks_TE.masked_fill(group_E != g, -1).argmax(dim=1) for g in range(groups)]
         ids_TK = torch.stack(of_group, dim=1)

@@ -42,7 +42,7 @@ class HierarchicalRouter(LinearRouter):
         if too_few or num % max(1, groups):
             raise ConfigError(
                 f"routing.expert_groups={self.config.expert_groups} must divide the number of experts ({num}) into "
-                f"groups of at least {self.config.experts_a_group} (routing.top_k / routing.top_groups)."
+                f"groups of at least {self.config.experts_per_group} (routing.top_k / routing.top_groups)."
             )
         self.group_rows.append(nn.Parameter(torch.zeros(groups, self.width, device=self.device)))
         super().add_experts(num)
@@ -55,7 +55,7 @@ class HierarchicalRouter(LinearRouter):
 
     def group_of_experts(self) -> Tensor:
         """Group of each expert among which tokens choose, int64 ``(E,)``."""
-        numbers = [(num, self.config.groups_of(num)) for num in self.choosable]
+        numbers = [(num, self.config.groups_of(num)) for num in self.available]
         sizes = [num // groups for num, groups in numbers for _ in range(groups)]
         return self.owners(sizes, self.rows[0].device)
 
@@ -68,12 +68,13 @@ class HierarchicalRouter(LinearRouter):
             outer_weights_TG = chosen_TG.softmax(dim=1)
             in_group_TGE = group_E == groups_TG.unsqueeze(2)
             candidates_TGE = inner_TE.unsqueeze(1).masked_fill(~in_group_TGE, float("-inf"))
-            inner_TGK, ids_TGK = candidates_TGE.topk(self.config.experts_a_group, dim=2)
+            inner_TGK, ids_TGK = candidates_TGE.topk(self.config.experts_per_group, dim=2)
             weights_TK = (outer_weights_TG.unsqueeze(2) * inner_TGK.softmax(dim=2)).flatten(1)
             losses = {}
             if self.training:
                 logits_TE = self._log_product(outer_TG, inner_TE, group_E)
                 made = Choices(logits_TE, logits_TE.exp(), ids_TGK.flatten(1))
+                # Balance on the product of both softmaxes over all, not over what was chosen.
                 losses = balance_losses(config, self.generations, made, context)
         return Routing(ids_TGK.flatten(1), weights_TK, self.num_experts, losses)
 

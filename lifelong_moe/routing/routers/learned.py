@@ -18,7 +18,7 @@ from lifelong_moe.ops.collectives import sum_over_ranks
 from lifelong_moe.ops.router_losses import choice_counts
 from lifelong_moe.ops.selection import within_best_groups
 from lifelong_moe.routing.base import Routing, RoutingContext
-from lifelong_moe.routing.capacity import causality, limited, weighed
+from lifelong_moe.routing.capacity import apply_capacity, causality, weighting_experts
 from lifelong_moe.routing.linear import LinearRouter
 from lifelong_moe.routing.losses import Choices, balance_losses, balanced_choices, z_losses
 
@@ -74,13 +74,14 @@ class LearnedRouter(LinearRouter):
     def forward(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         """Choose the k experts of each token; losses come along in training mode."""
         config, allowed_TE = self.config, self.allowed(context)
+        # float32 throughout: in bfloat16 close logits tie, and a tie chooses another expert.
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = self.logits(self._jittered(x_TD.float()))
             if allowed_TE is not None:
                 logits_TE = logits_TE.masked_fill(~allowed_TE, -math.inf)
             scores_TE = logits_TE.softmax(dim=-1) if config.score == Score.softmax else logits_TE.sigmoid()
             ranks_TE = self._ranks(logits_TE, scores_TE)
-            expert_ids_TK = ranks_TE.topk(min(config.top_k, self.num_choosable), dim=-1).indices
+            expert_ids_TK = ranks_TE.topk(min(config.top_k, self.num_available), dim=-1).indices
             weights_TK = self._weights(logits_TE, scores_TE, expert_ids_TK)
             losses = {}
             if self.training:
@@ -92,9 +93,11 @@ class LearnedRouter(LinearRouter):
             used_TK = self.used(expert_ids_TK, weights_TK)
         if config.capacity is None:
             return Routing(used_TK, weights_TK, self.num_experts, losses, ragged=used_TK is not expert_ids_TK)
-        kept_TK, dropped = limited(config.capacity, used_TK, ranks_TE, scores_TE, context, training=self.training)
+        kept_TK, dropped = apply_capacity(
+            config.capacity, used_TK, ranks_TE, scores_TE, context, training=self.training
+        )
         if config.capacity.overflow == Overflow.next_choice:
-            weights_TK = self._weights(logits_TE, scores_TE, weighed(kept_TK, expert_ids_TK))
+            weights_TK = self._weights(logits_TE, scores_TE, weighting_experts(kept_TK, expert_ids_TK))
         return Routing(kept_TK, weights_TK, self.num_experts, losses, ragged=True, dropped=dropped)
 
     def used(self, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
@@ -105,6 +108,7 @@ class LearnedRouter(LinearRouter):
         jitter = self.config.jitter
         if not (self.training and jitter):
             return x_TD
+        # The router's input alone; experts see the hidden state as it is (Switch).
         return x_TD * torch.empty_like(x_TD).uniform_(1 - jitter, 1 + jitter)
 
     def _ranks(self, logits_TE: Tensor, scores_TE: Tensor) -> Tensor:
@@ -113,7 +117,7 @@ class LearnedRouter(LinearRouter):
         # By logit: where probabilities underflow, a tie at 0 must not admit an expert that is not allowed.
         ranks_TE = logits_TE
         if config.bias_rate:
-            ranks_TE = scores_TE + torch.cat(self.biases()[: len(self.choosable)])
+            ranks_TE = scores_TE + torch.cat(self.biases()[: len(self.available)])
         elif config.expert_groups > 1:
             ranks_TE = scores_TE
         if config.expert_groups > 1:
@@ -147,7 +151,7 @@ class LearnedRouter(LinearRouter):
         """
         if self.config.bias_rate:
             self.counts_E = self._added(self.counts_E, expert_ids_TK, mask_T)
-        if self.config.counts_balance_in != BalanceScope.global_batch:
+        if self.config.effective_balance_scope != BalanceScope.global_batch:
             return None
         earlier_E = self.balanced_E
         self.balanced_E = self._added(earlier_E, counted_TK, mask_T)
@@ -162,8 +166,10 @@ class LearnedRouter(LinearRouter):
         counts_E, self.counts_E, self.balanced_E = self.counts_E, None, None
         if not (taken and self.config.bias_rate and counts_E is not None):
             return
+        # Only its sign moves a bias (DeepSeek-V3): the step does not grow with the batch.
         error_E = counts_E.float().mean() - counts_E
         for rows, bias, error in zip(self.rows, self.biases(), error_E.split(self.generations), strict=True):
+            # A frozen expert's bias stays as it is: old choices must not move.
             if rows.requires_grad:
                 bias += self.config.bias_rate * error.sign()
 

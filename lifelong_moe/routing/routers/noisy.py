@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lifelong_moe.config.routing.routers import NoisyConfig
-from lifelong_moe.ops.noisy import chosen_again
+from lifelong_moe.ops.noisy import prob_in_top_k
 from lifelong_moe.ops.router_losses import cv_squared
 from lifelong_moe.routing.base import RouterLoss, Routing, RoutingContext
 from lifelong_moe.routing.linear import LinearRouter
@@ -40,7 +40,7 @@ class NoisyRouter(LinearRouter):
         self.noise_rows.append(nn.Parameter(torch.zeros(num, self.width, device=self.device)))
         super().add_experts(num)
 
-    def begun_parameters(self) -> list[nn.Parameter]:
+    def preset_parameters(self) -> list[nn.Parameter]:
         """The noise's rows, at zero."""
         return list(self.noise_rows)
 
@@ -52,6 +52,7 @@ class NoisyRouter(LinearRouter):
             noisy_TE = clean_TE
             if self.training:
                 raw_TE = F.linear(x_TD.float(), torch.cat([rows.float() for rows in self.noise_rows]))
+                # softplus keeps it positive, the constant away from 0, by which the load divides.
                 deviation_TE = F.softplus(raw_TE) + LEAST_DEVIATION
                 noisy_TE = clean_TE + torch.randn_like(clean_TE) * deviation_TE
             chosen_TK, ids_TK = noisy_TE.topk(config.top_k, dim=1)
@@ -67,8 +68,9 @@ class NoisyRouter(LinearRouter):
                     losses["importance"] = RouterLoss(cv_squared(gates_TE[mask_T].sum(dim=0)), config.importance_loss)
                 if config.load_loss:
                     if config.top_k < self.num_experts:
-                        load_TE = chosen_again(clean_TE, noisy_TE, deviation_TE, config.top_k)
+                        load_TE = prob_in_top_k(clean_TE, noisy_TE, deviation_TE, config.top_k)
                     else:
+                        # Every expert is chosen, whatever the noise: the load is a plain count.
                         load_TE = torch.ones_like(clean_TE)
                     losses["load"] = RouterLoss(cv_squared(load_TE[mask_T].sum(dim=0)), config.load_loss)
         return Routing(ids_TK, weights_TK, self.num_experts, losses)

@@ -41,7 +41,7 @@ class ReluRouter(LinearRouter):
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = self.logits(x_TD)
             gates_TE = logits_TE.relu()
-            experts_E = torch.arange(self.num_choosable, device=x_TD.device)
+            experts_E = torch.arange(self.num_available, device=x_TD.device)
             ids_TE = torch.where(gates_TE > 0, experts_E, -1)
             losses = {}
             if self.training:
@@ -52,6 +52,7 @@ class ReluRouter(LinearRouter):
                 losses["sparsity"] = RouterLoss(value, float(self.coefficient))
                 positive_TE = (gates_TE > 0)[context.mask_T]
                 counts = torch.tensor([int(positive_TE.sum()), positive_TE.numel()], device=x_TD.device)
+                # Over all processes, so that each adapts its coefficient alike.
                 seen = sum_over_ranks(counts)
                 self.used_and_all = seen if self.used_and_all is None else self.used_and_all + seen
         return Routing(ids_TE, gates_TE, self.num_experts, losses, ragged=True)
@@ -60,5 +61,6 @@ class ReluRouter(LinearRouter):
         """Adapt the coefficient."""
         seen, self.used_and_all = self.used_and_all, None
         if taken and seen is not None:
+            # Products of whole numbers: exact, hence the same on every device.
             too_many = int(seen[0]) * self.num_experts > int(seen[1]) * self.config.top_k
             self.coefficient *= FACTOR if too_many else 1 / FACTOR

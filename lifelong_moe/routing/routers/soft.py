@@ -30,7 +30,9 @@ class SoftRouting(Routing):
         assert self.logits_BSEP is not None
         batch, _, experts, slots = self.logits_BSEP.shape
         self.shape = (batch, experts, slots)
+        # Over tokens: a slot's input is a mean of the sequence.
         self.dispatch_BSM = self.logits_BSEP.flatten(2).softmax(dim=1)
+        # Over slots: a token's output is a mean of all slots' outputs.
         self.combine_BSM = self.logits_BSEP.flatten(2).softmax(dim=2)
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lifelong_moe.ops.beginnings import fan_in_normal_
+from lifelong_moe.ops.initializers import fan_in_normal_
 from lifelong_moe.routing.routers.learned import LearnedRouter
 
 SCALE = 0.1
@@ -22,9 +22,10 @@ class SwitchRouter(LearnedRouter):
         mesh_tensorflow/transformer/moe.py, ``_switch_gating``.
     """
 
+    # Also of the experts: Switch begins all of its matrices so.
     expert_scale = SCALE
 
-    def begin(self, generator: torch.Generator | None = None) -> None:
+    def initialize(self, generator: torch.Generator | None = None) -> None:
         """Rows as small as the experts' matrices."""
         for rows_ED in self.rows:
             fan_in_normal_(rows_ED, SCALE, generator)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from lifelong_moe.config.routing.routers import VMoEConfig
-from lifelong_moe.ops.beginnings import fan_in_normal_
-from lifelong_moe.ops.noisy import sequence_cv_squared, wins_again
+from lifelong_moe.ops.initializers import fan_in_normal_
+from lifelong_moe.ops.noisy import prob_above_threshold, sequence_cv_squared
 from lifelong_moe.routing.base import RouterLoss, Routing, RoutingContext
-from lifelong_moe.routing.capacity import causality, limited, weighed
+from lifelong_moe.routing.capacity import apply_capacity, causality, weighting_experts
 from lifelong_moe.routing.linear import LinearRouter
 from lifelong_moe.routing.losses import Choices, balance_losses, z_losses
 
@@ -38,7 +38,7 @@ class VMoERouter(LinearRouter):
         super().__init__(config, width=width, layer=layer)
         self.causality = causality(config.capacity)
 
-    def begin(self, generator: torch.Generator | None = None) -> None:
+    def initialize(self, generator: torch.Generator | None = None) -> None:
         """Rows that make logits of about 1 (LeCun's normal, flax's default), far above the noise."""
         for rows_ED in self.rows:
             fan_in_normal_(rows_ED, 1 / CUT_DEVIATION**2, generator)
@@ -49,14 +49,17 @@ class VMoERouter(LinearRouter):
         with torch.autocast(x_TD.device.type, enabled=False):
             noisy_TE = clean_TE = self.logits(x_TD)
             if self.training:
-                noisy_TE = clean_TE + torch.randn_like(clean_TE) / self.num_choosable
+                # Of deviation 1 / E, which is fixed: nothing learns how much noise there is.
+                noisy_TE = clean_TE + torch.randn_like(clean_TE) / self.num_available
             gates_TE = noisy_TE.softmax(dim=1)
-            ids_TK = noisy_TE.topk(min(config.top_k, self.num_choosable), dim=1).indices
+            ids_TK = noisy_TE.topk(min(config.top_k, self.num_available), dim=1).indices
             losses = self._losses(clean_TE, noisy_TE, ids_TK, context) if self.training else {}
             if config.capacity is None:
                 return Routing(ids_TK, gates_TE.gather(1, ids_TK), self.num_experts, losses)
-            kept_TK, dropped = limited(config.capacity, ids_TK, noisy_TE, gates_TE, context, training=self.training)
-            weights_TK = gates_TE.gather(1, weighed(kept_TK, ids_TK))
+            kept_TK, dropped = apply_capacity(
+                config.capacity, ids_TK, noisy_TE, gates_TE, context, training=self.training
+            )
+            weights_TK = gates_TE.gather(1, weighting_experts(kept_TK, ids_TK))
         return Routing(kept_TK, weights_TK, self.num_experts, losses, ragged=True, dropped=dropped)
 
     def _losses(
@@ -68,9 +71,10 @@ class VMoERouter(LinearRouter):
         if context.old_text_T is not None:  # a review: earlier text belongs to earlier experts, balanced or not
             return losses
         if config.importance_loss:
+            # Of the gates without noise: importance is what the router means.
             value = sequence_cv_squared(clean_TE.softmax(dim=1), mask_T, sequences)
             losses["importance"] = RouterLoss(value, config.importance_loss)
         if config.load_loss:
-            load_TE = wins_again(clean_TE, noisy_TE, 1 / self.num_choosable, ids_TK.shape[1])
+            load_TE = prob_above_threshold(clean_TE, noisy_TE, 1 / self.num_available, ids_TK.shape[1])
             losses["load"] = RouterLoss(sequence_cv_squared(load_TE, mask_T, sequences), config.load_loss)
         return losses

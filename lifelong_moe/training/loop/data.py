@@ -17,7 +17,7 @@ from lifelong_moe.config.routing.base import Bundles
 from lifelong_moe.data.tokens.blocks import BlockDataset, BlockSource, RowSource
 from lifelong_moe.data.tokens.order import SampleOrder, StepBatchSampler
 from lifelong_moe.data.tokens.shards import TokenizedCorpus, TokenShard
-from lifelong_moe.evaluation.loss import group_ids
+from lifelong_moe.evaluation.loss import domain_ids
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.phase import Phase
 from lifelong_moe.plan.spec import StageSpec
@@ -103,13 +103,13 @@ class _Phase:
         return self.length
 
 
-def own_group_ids(model: LanguageModel, spec: StageSpec, shard: TokenShard) -> NDArray[np.integer] | None:
-    """Groups of the text that a stage learns, as :func:`group_ids`, but for each document's first chunk.
+def own_domain_ids(model: LanguageModel, spec: StageSpec, shard: TokenShard) -> NDArray[np.integer] | None:
+    """Groups of the text that a stage learns, as :func:`domain_ids`, but for each document's first chunk.
 
     Nothing precedes it, so evaluation and generation give it to the first bundle. In training its bundle is known: it
     is the one that this stage trains, and an old one, which is frozen, would learn nothing from it.
     """
-    ids, architecture = group_ids(model, shard, spec.data), model.architecture
+    ids, architecture = domain_ids(model, shard, spec.data), model.architecture
     trained = len(architecture.generations) - 1 if spec.grow is not None else architecture.continued
     if ids is None or architecture.routing.bundles != Bundles.cluster or trained is None:
         return ids
@@ -134,9 +134,9 @@ def phase_dataset(
     sources: list[BlockSource | RowSource] = []
     for name in (spec.data, *spec.reads):
         shard = corpora[name].train
-        taught = group_ids(teacher, shard, name) if teacher else None
+        taught = domain_ids(teacher, shard, name) if teacher else None
         bound = spec.buffer_blocks if name != spec.data else None
-        groups = own_group_ids(model, spec, shard) if name == spec.data else group_ids(model, shard, name)
+        groups = own_domain_ids(model, spec, shard) if name == spec.data else domain_ids(model, shard, name)
         sources.append(BlockSource(shard, context, bos, groups, taught, bound))
     if models.generated is not None:
         sources.append(_generated_source(model, teacher, models.generated))
@@ -149,7 +149,7 @@ def _generated_source(model: LanguageModel, teacher: LanguageModel | None, rows:
     tokens = rows.flatten()
     begins = np.flatnonzero(tokens == bos)  # every row begins with one
     shard = TokenShard(tokens, np.append(begins, len(tokens)), np.zeros(len(begins), dtype=np.int64))
-    groups = (None if m is None else group_ids(m, shard, "") for m in (model, teacher))
+    groups = (None if m is None else domain_ids(m, shard, "") for m in (model, teacher))
     return RowSource(rows, bos, *(None if ids is None else ids.reshape(rows.shape) for ids in groups))
 
 
@@ -168,7 +168,7 @@ def text_sample(
     Growth, clustering and Fisher information are measured on them.
     """
     shard, context = corpus.train, spec.model.context
-    groups = group_ids(model, shard, corpus.name)
+    groups = domain_ids(model, shard, corpus.name)
     source = BlockSource(shard, context, model.architecture.bos_id, groups, limit=limit)
     order = SampleOrder([len(source)], 0.0, spec.seed)
     dataset = BlockDataset([source], order)

@@ -22,7 +22,7 @@ from lifelong_moe.errors import CorruptError
 from lifelong_moe.model.offload import WeightStreamer, offloaded
 from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel, ModelOutput
-from lifelong_moe.ops.losses import Lesson, distillation_loss, linear_losses
+from lifelong_moe.ops.losses import TeacherTargets, distillation_loss, linear_losses
 from lifelong_moe.plan.phase import Phase, Trains
 from lifelong_moe.plan.spec import StageSpec
 from lifelong_moe.retention.penalty import WeightAnchor
@@ -126,8 +126,8 @@ class StageModule(LightningModule):
         """Mean over the tokens that count, whose hidden states are given."""
         if not len(hidden_TD):
             return hidden_TD.sum()  # a micro-batch of prompts alone: 0
-        targets_T, groups_T = _counted(batch, batch["target_ids"]), _counted(batch, batch["group_ids"])
-        return self.model.head.cross_entropy(hidden_TD, targets_T, groups_T)
+        targets_T, domains_T = _counted(batch, batch["target_ids"]), _counted(batch, batch["domain_ids"])
+        return self.model.head.cross_entropy(hidden_TD, targets_T, domains_T)
 
     def _language_losses(self, batch: dict[str, Any], output: ModelOutput) -> tuple[Tensor, dict[str, Tensor]]:
         """What next tokens, and the teacher, ask for: the weighted sum, and its parts.
@@ -147,21 +147,21 @@ class StageModule(LightningModule):
             return share * nats, {"loss": nats, "distill_loss": torch.zeros_like(nats)}
         taught_ND = _counted(batch, self._taught(teacher, batch, batch["distilled"], output), "taught")
         if self.model.head.is_one_matrix and teacher.head.is_one_matrix:
-            lesson = Lesson(tokens_N, taught_ND, teacher.head.weight, config.temperature, weight / share)
+            lesson = TeacherTargets(tokens_N, taught_ND, teacher.head.weight, config.temperature, weight / share)
             targets_T = _counted(batch, batch["target_ids"])
             total, nats, kl = linear_losses(hidden_TD, self.model.head.weight, targets_T, lesson)
             return share * total, {"loss": nats, "distill_loss": kl}
         nats = self._next_token_loss(batch, hidden_TD)
-        student_NV = self.model.head.logits(hidden_TD[tokens_N], _counted(batch, batch["group_ids"])[tokens_N])
-        taught_groups_RS = batch["teacher_group_ids"][batch["distilled"]]
-        teacher_NV = teacher.head.logits(taught_ND, _counted(batch, taught_groups_RS, "taught"))
+        student_NV = self.model.head.logits(hidden_TD[tokens_N], _counted(batch, batch["domain_ids"])[tokens_N])
+        taught_domains_RS = batch["teacher_domain_ids"][batch["distilled"]]
+        teacher_NV = teacher.head.logits(taught_ND, _counted(batch, taught_domains_RS, "taught"))
         kl = distillation_loss(student_NV, teacher_NV, config.temperature)
         return share * nats + weight * kl, {"loss": nats, "distill_loss": kl}
 
     @torch.no_grad()
     def _taught(self, teacher: LanguageModel, batch: dict[str, Any], rows: Tensor, output: ModelOutput) -> Tensor:
         """The teacher's final hidden states of some sequences, from where it differs from the student."""
-        taught = replace(TokenBatch.of(batch), group_ids_BS=batch["teacher_group_ids"])[rows]
+        taught = replace(TokenBatch.of(batch), domain_ids_BS=batch["teacher_domain_ids"])[rows]
         if self.teacher_cache is not None:
             return self.teacher_cache.hidden(batch["block"][rows], lambda i: teacher(taught[i : i + 1]).hidden_BSD)
         below = output.below_BSD

@@ -75,7 +75,7 @@ def measure(rounds: int = 15) -> dict[str, Any]:
             rounds,
         )
         chosen = kernel or choose_kernel(inputs[0].transpose(1, 2), documents)
-        shape = {"documents": len(documents.starts), "lengths": len(documents.groups)}
+        shape = {"documents": len(documents.starts), "lengths": len(documents.length_counts)}
         detail[name] = {"kernel": chosen.value, **shape, **found.json()}
     return {"goals": {}, "detail": detail}
 

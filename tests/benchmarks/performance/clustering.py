@@ -91,7 +91,7 @@ def child(path: Path) -> dict[str, Any]:
     before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, _now()
     fit_document_clusters(model, documents, seed=0)
     fitted, sizes = _now(), np.zeros(CLUSTERS, np.int64)
-    for groups in model.document_clusters.group_id_batches(documents):
+    for groups in model.document_clusters.domain_id_batches(documents):
         sizes += np.bincount(groups, minlength=CLUSTERS)
     done = _now()
     return {

@@ -56,7 +56,7 @@ def measure() -> dict[str, Any]:
     shape = (max(1, config.sample_tokens // SIZE.context), SIZE.context)
     ids = torch.randint(1, SIZE.vocab, shape, generator=generator)
     zeros, real = torch.zeros_like(ids), torch.ones_like(ids, dtype=torch.bool)
-    sample = {"token_ids": ids, "document_ids": zeros, "group_ids": zeros, "mask": real}
+    sample = {"token_ids": ids, "document_ids": zeros, "domain_ids": zeros, "mask": real}
 
     def prepare(model: LanguageModel, config: GrowConfig) -> None:
         """As a stage does before it trains."""

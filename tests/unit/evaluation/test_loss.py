@@ -13,7 +13,7 @@ from lifelong_moe.config.evaluation import EvaluateConfig
 from lifelong_moe.data.tokens.shards import TokenShard
 from lifelong_moe.data.tokens.windows import EvaluationSet, evaluation_windows
 from lifelong_moe.evaluation.loss import evaluate
-from lifelong_moe.model.groups import DocumentClusters, label_group
+from lifelong_moe.model.groups import DocumentClusters, label_domain
 from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel
 
@@ -44,9 +44,9 @@ def naive(model: LanguageModel, documents: Sequence[Sequence[int]], distribution
     nats = []
     for document in documents:
         if model.document_clusters is not None:
-            groups = model.document_clusters.group_ids(np.asarray(document)).tolist()
+            groups = model.document_clusters.domain_ids(np.asarray(document)).tolist()
         else:
-            groups = [label_group(model.architecture, distribution)] * len(document)
+            groups = [label_domain(model.architecture, distribution)] * len(document)
         for t in range(1, len(document)):
             start = 1
             while t >= start + CONTEXT:  # window k begins at token 1 + k * 8 and is 16 tokens long
@@ -54,7 +54,7 @@ def naive(model: LanguageModel, documents: Sequence[Sequence[int]], distribution
             ids = [document[0], *document[start:t]]
             group = [groups[0], *groups[start:t]]
             with torch.no_grad():
-                hidden = model(TokenBatch(torch.tensor([ids]), group_ids_BS=torch.tensor([group]))).hidden_BSD[0, -1]
+                hidden = model(TokenBatch(torch.tensor([ids]), domain_ids_BS=torch.tensor([group]))).hidden_BSD[0, -1]
                 nats.append(-float(model.head.logits(hidden).log_softmax(-1)[document[t]]))
     return nats
 

@@ -101,7 +101,7 @@ def test_documents_of_one_kind_share_experts(make_architecture: MakeArchitecture
     documents = corpus(1, 31)
     fit(model, documents, make_batch())
     assert model.document_clusters is not None
-    groups = [model.document_clusters.group_ids(document) for document in documents]
+    groups = [model.document_clusters.domain_ids(document) for document in documents]
     assert all(group[:4].tolist() == [0] * 4 for group in groups)  # chunk 0 goes by the fixed prior
     late = np.array([group[-1] for group in groups])
     assert len(set(late[::2])) == len(set(late[1::2])) == 1 and late[0] != late[1]
@@ -116,9 +116,9 @@ def test_each_chunk_s_group_is_that_of_the_text_before_it(
     clusters = model.document_clusters
     assert clusters is not None
     mixed = np.concatenate([documents[0], documents[1][1:]])
-    whole = clusters.group_ids(mixed)
+    whole = clusters.domain_ids(mixed)
     for length in range(1, len(mixed) + 1):
-        assert clusters.group_ids(mixed[:length]).tolist() == whole[:length].tolist()
+        assert clusters.domain_ids(mixed[:length]).tolist() == whole[:length].tolist()
     assert len(set(whole)) == 2
 
 
@@ -136,12 +136,12 @@ def test_each_stage_s_text_goes_to_its_bundle(make_architecture: MakeArchitectur
     fit(model, old, sample)
     clusters = model.document_clusters
     assert clusters is not None
-    assert all(clusters.group_ids(document).tolist() == [0] * 31 for document in new)
-    before = [clusters.group_ids(document) for document in old]
+    assert all(clusters.domain_ids(document).tolist() == [0] * 31 for document in new)
+    before = [clusters.domain_ids(document) for document in old]
     grow(model, Generation("new", 2), GrowConfig(experts=2), sample, seed=0)
     fit(model, new, sample, seed=1)
-    assert all((clusters.group_ids(document) == ids).all() for document, ids in zip(old, before, strict=True))
-    assert all(clusters.group_ids(document).tolist() == [0] * 4 + [1] * 27 for document in new)
+    assert all((clusters.domain_ids(document) == ids).all() for document, ids in zip(old, before, strict=True))
+    assert all(clusters.domain_ids(document).tolist() == [0] * 4 + [1] * 27 for document in new)
 
 
 @pytest.mark.parametrize("kind", ["token_embedding", "token_hidden"])
@@ -171,11 +171,11 @@ def test_random_clusters_of_documents(
     fit(model, documents, sample)
     clusters = model.document_clusters
     assert clusters is not None and not any(buffer.any() for buffer in clusters.buffers())
-    before = [clusters.group_ids(document) for document in documents]
+    before = [clusters.domain_ids(document) for document in documents]
     assert {int(ids[-1]) for ids in before} == set(range(groups[0]))
     assert all(ids[:4].tolist() == [0] * 4 and len(set(ids[4:])) == 1 for ids in before)
     grow(model, Generation("new", 2), GrowConfig(experts=2), sample, seed=0)
-    after = [clusters.group_ids(document) for document in documents]
+    after = [clusters.domain_ids(document) for document in documents]
     moved = [(a != b).any() for a, b in zip(before, after, strict=True)]
     assert 0 < sum(moved) < 40
     assert all(ids[-1] == groups[1] - 1 for ids, new in zip(after, moved, strict=True) if new)
@@ -197,13 +197,13 @@ def test_groups_of_many_documents_are_those_of_each(
         clusters.routing = replace(clusters.routing, centroids=Centroids.random)
     lengths = [31, 0, 1, 4, 5, 8, 31, 30, 2]
     documents = [one[:length] for one, length in zip([*corpus(1, 31), *corpus(31, 61)][::9], lengths, strict=True)]
-    alone = [clusters.group_ids(document) for document in documents]
+    alone = [clusters.domain_ids(document) for document in documents]
     assert [len(ids) for ids in alone] == lengths
     assert (
         len(set(np.concatenate(alone).tolist())) == 1 if kind == "unfitted" else max(map(max, filter(len, alone))) > 0
     )
     monkeypatch.setattr("lifelong_moe.model.groups.BATCH_TOKENS", 40)
-    parts = list(clusters.group_id_batches(iter(documents)))
+    parts = list(clusters.domain_id_batches(iter(documents)))
     assert len(parts) > 1 and max(len(part) for part in parts) < 40 + 31
     np.testing.assert_array_equal(np.concatenate(parts), np.concatenate(alone))
 

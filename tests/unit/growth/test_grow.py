@@ -50,7 +50,7 @@ def test_growth_changes_nothing_until_the_new_experts_are_let_in(
     before, old = behavior(model, sample), {n: p.clone() for n, p in model.state_dict().items()}
     add(model, GrowConfig(experts=2, init=init), sample, seed=3)
     for layer in model.moe_layers():
-        assert layer.router.generations == [*generations, 2] and not layer.router.held_down
+        assert layer.router.generations == [*generations, 2] and not layer.router.masks_newest
         assert len(layer.banks) == sum(generations) + 2 and [g.trains for g in layer.banks.born] == [False] * len(
             generations
         ) + [True]
@@ -125,7 +125,7 @@ def test_no_bit_of_the_logits_depends_on_what_came_later(
     add(model, GrowConfig(experts=8, init=ExpertInit.random), sample, seed=0)
     with ExitStack() as held:
         for layer in model.moe_layers():
-            held.enter_context(layer.router.holding_down())
+            held.enter_context(layer.router.masking_newest())
         assert torch.equal(sample_logits(model, sample), before)
 
 
@@ -166,7 +166,7 @@ def test_near_ties_are_counted_and_change_nothing(make_model: Make, make_batch: 
     with rounded_otherwise(model):
         with ExitStack() as held:
             for layer in model.moe_layers():
-                held.enter_context(layer.router.holding_down())
+                held.enter_context(layer.router.masking_newest())
             alone = float((sample_logits(model, sample) - before.logits).abs().max())
         assert alone > 0.1  # many tokens have the other expert, and what follows from there is something else
         # Tokens of even number are nudged to even experts, those of odd number to odd ones.
@@ -190,7 +190,7 @@ def test_a_fault_is_none_of_them(make_model: Make, make_batch: Batch, fault: str
         elif fault == "biases":
             layer.router.bias_0[0] += 0.5  # type: ignore[index, operator]
         else:
-            faulty.enter_context(pytest.MonkeyPatch.context()).setattr(Router, "choosable", property(born))
+            faulty.enter_context(pytest.MonkeyPatch.context()).setattr(Router, "available", property(born))
         said = "logits" if fault == "experts" else "what layer .'s router decides"
         faulty.enter_context(rounded_otherwise(model))
         with pytest.raises(RuntimeError, match=f"growth changed (the )?{said}"):
@@ -301,7 +301,7 @@ def test_frozen_tensors_do_not_train_and_stay_the_same_bits(
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for _ in range(4):
         optimizer.zero_grad()
-        hidden = model(TokenBatch(batch["token_ids"], group_ids_BS=batch["group_ids"])).hidden_BSD
+        hidden = model(TokenBatch(batch["token_ids"], domain_ids_BS=batch["domain_ids"])).hidden_BSD
         logits = model.head.logits(hidden).flatten(0, 1)
         torch.nn.functional.cross_entropy(logits, batch["target_ids"].flatten()).backward()
         optimizer.step()

@@ -87,9 +87,9 @@ def test_an_embedding_by_hand() -> None:
     assert embedding(torch.tensor([[2, 2], [0, 1]]), slices).tolist() == [[[10, -4], [3, 3]], [[1, 1], [2, 2]]]
 
 
-def logits(model: LanguageModel, batch: dict[str, Tensor], groups_BS: Tensor) -> Tensor:
+def logits(model: LanguageModel, batch: dict[str, Tensor], domains_BS: Tensor) -> Tensor:
     with torch.no_grad():
-        return model.head.logits(model(TokenBatch(batch["token_ids"], group_ids_BS=groups_BS)).hidden_BSD, groups_BS)
+        return model.head.logits(model(TokenBatch(batch["token_ids"], domain_ids_BS=domains_BS)).hidden_BSD, domains_BS)
 
 
 def test_a_new_bundle_begins_as_the_trunk_itself(make_model: Make, make_batch: Batch) -> None:
@@ -117,31 +117,31 @@ def test_a_bundle_goes_on_from_the_one_before_it(make_model: Make, make_batch: B
 @pytest.mark.parametrize("kind", ["labelled_bundles", "label"])
 def test_a_new_bundle_changes_no_old_one(make_model: Make, make_batch: Batch, kind: str) -> None:
     model, batch = make_model(kind, (4, SECOND)).eval(), make_batch(groups=2)
-    before = logits(model, batch, batch["group_ids"])
+    before = logits(model, batch, batch["domain_ids"])
     grow(model, THIRD, GrowConfig(experts=2), batch, seed=0)
     with torch.no_grad():
         for matrix in model.delta_matrices():
             matrix.deltas["2"].up.add_(1.0)
             trained = {name: p.requires_grad for name, p in matrix.deltas.named_parameters()}
             assert trained == {"1.up": False, "1.down": False, "2.up": True, "2.down": True}
-    assert torch.equal(logits(model, batch, batch["group_ids"]), before)
+    assert torch.equal(logits(model, batch, batch["domain_ids"]), before)
 
 
 def test_only_a_bundle_s_tokens_see_its_change(make_model: Make, make_batch: Batch) -> None:
     model, batch = make_model("labelled_bundles", (4, SECOND, THIRD)).eval(), make_batch(groups=3)
 
     def embedded() -> Tensor:
-        return model.embedding(batch["token_ids"], BundleSlices.of(batch["group_ids"].flatten(), 3))
+        return model.embedding(batch["token_ids"], BundleSlices.of(batch["domain_ids"].flatten(), 3))
 
     def scores() -> Tensor:
-        return model.head.logits(torch.ones(4, 16, 16), batch["group_ids"])
+        return model.head.logits(torch.ones(4, 16, 16), batch["domain_ids"])
 
     with torch.no_grad():
         before = embedded(), scores()
         for matrix in (model.embedding, model.head):
             matrix.deltas["1"].up.add_(1.0)
         after = embedded(), scores()
-    touched = batch["group_ids"] == 1
+    touched = batch["domain_ids"] == 1
     for old, new in zip(before, after, strict=True):
         assert torch.equal((old != new).any(dim=-1), touched)
 

@@ -80,13 +80,13 @@ def step(model: LanguageModel, teacher: LanguageModel | None) -> tuple[Tensor, d
     torch.manual_seed(0)
     model.zero_grad()
     tokens = ids().to(model.embedding.weight.device)
-    output = model(TokenBatch(tokens, group_ids_BS=tokens % 2))
+    output = model(TokenBatch(tokens, domain_ids_BS=tokens % 2))
     loss = output.hidden_BSD.square().mean()
     for routing in output.routings:
         loss = loss + sum(one.value for one in routing.losses.values())
     if teacher is not None:
         with torch.no_grad():
-            target = teacher(TokenBatch(tokens, group_ids_BS=torch.zeros_like(tokens))).hidden_BSD
+            target = teacher(TokenBatch(tokens, domain_ids_BS=torch.zeros_like(tokens))).hidden_BSD
         loss = loss + output.hidden_BSD.sub(target).square().mean()
     loss.backward()
     return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}

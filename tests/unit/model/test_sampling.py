@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.model.cache import KeyValueCache
-from lifelong_moe.model.groups import label_group
+from lifelong_moe.model.groups import label_domain
 from lifelong_moe.model.sampling import sample, sample_batch, sample_token
 from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel
@@ -21,8 +21,8 @@ PROMPT = [5, 17, 3]
 
 def group_row(model: LanguageModel, ids: list[int], distribution: str | None) -> Tensor:
     if model.document_clusters is not None:
-        return torch.from_numpy(model.document_clusters.group_ids(np.asarray(ids))).unsqueeze(0)
-    return torch.full((1, len(ids)), label_group(model.architecture, distribution))
+        return torch.from_numpy(model.document_clusters.domain_ids(np.asarray(ids))).unsqueeze(0)
+    return torch.full((1, len(ids)), label_domain(model.architecture, distribution))
 
 
 def greedy_without_cache(model: LanguageModel, count: int, distribution: str | None) -> list[int]:
@@ -31,7 +31,9 @@ def greedy_without_cache(model: LanguageModel, count: int, distribution: str | N
     for _ in range(count):
         assert len(ids) <= context
         with torch.no_grad():
-            hidden = model(TokenBatch(torch.tensor([ids]), group_ids_BS=group_row(model, ids, distribution))).hidden_BSD
+            hidden = model(
+                TokenBatch(torch.tensor([ids]), domain_ids_BS=group_row(model, ids, distribution))
+            ).hidden_BSD
             last = group_row(model, ids, distribution)[:, -1]
             ids.append(int(model.head.logits(hidden[:, -1], last).argmax()))
     return ids[4:]
@@ -40,8 +42,8 @@ def greedy_without_cache(model: LanguageModel, count: int, distribution: str | N
 @pytest.fixture
 def second(router_kind: str) -> Generation:
     """Two experts, with changes of the trunk where a token's group is a bundle."""
-    has_bundles = router_kind in ("label", "bundles", "labelled_bundles")
-    return Generation("s1", 2, delta_rank=3 if has_bundles else 0)
+    by_generation = router_kind in ("label", "bundles", "labelled_bundles")
+    return Generation("s1", 2, delta_rank=3 if by_generation else 0)
 
 
 @pytest.mark.parametrize("distribution", [None, "d1"])
@@ -62,12 +64,12 @@ def test_cached_logits_equal_full_logits(make_model: Make, router_kind: str, sec
     ids = torch.randint(1, 61, (2, 12), generator=torch.Generator().manual_seed(0))
     groups = torch.arange(12).expand(2, 12) // 6
     with torch.no_grad():
-        full = model(TokenBatch(ids, group_ids_BS=groups)).hidden_BSD
+        full = model(TokenBatch(ids, domain_ids_BS=groups)).hidden_BSD
         cache = KeyValueCache(len(model.blocks), 12)
-        output = model(TokenBatch(ids[:, :5], group_ids_BS=groups[:, :5]), cache=cache)
+        output = model(TokenBatch(ids[:, :5], domain_ids_BS=groups[:, :5]), cache=cache)
         torch.testing.assert_close(output.hidden_BSD, full[:, :5], atol=1e-5, rtol=0)
         for t in range(5, 12):
-            output = model(TokenBatch(ids[:, t : t + 1], group_ids_BS=groups[:, t : t + 1]), cache=cache)
+            output = model(TokenBatch(ids[:, t : t + 1], domain_ids_BS=groups[:, t : t + 1]), cache=cache)
             torch.testing.assert_close(output.hidden_BSD[:, 0], full[:, t], atol=1e-5, rtol=0)
 
 

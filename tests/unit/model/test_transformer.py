@@ -122,7 +122,7 @@ def test_banks_follow_the_architecture(make_model: Make) -> None:
 
 def test_an_expert_without_tokens_has_a_zero_gradient_not_none(make_model: Make) -> None:
     model = make_model("label", (2, 2))
-    model(TokenBatch(random_ids(2, 8), group_ids_BS=torch.zeros(2, 8, dtype=torch.int64))).hidden_BSD.sum().backward()
+    model(TokenBatch(random_ids(2, 8), domain_ids_BS=torch.zeros(2, 8, dtype=torch.int64))).hidden_BSD.sum().backward()
     for layer in model.moe_layers():
         frozen, active = layer.banks.born
         assert all(p.grad is not None and not p.grad.any() for p in active.parameters())

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from lifelong_moe.clustering.bundles import UNIFORM, unigram_divergence
+from lifelong_moe.clustering.unigrams import UNIFORM, unigram_divergence
 from lifelong_moe.config.run import RunConfig
 from lifelong_moe.data.tokens.identity import DataIdentity, TokenizerIdentity
 from lifelong_moe.plan.advice import growth_advice, nothing_to_hold

@@ -148,8 +148,8 @@ def batch_of(spec: StageSpec, phase: Phase, after: Architecture) -> dict[str, Te
         "token_ids": ids[:, :-1],
         "target_ids": ids[:, 1:],
         "document_ids": zeros,
-        "group_ids": groups,
-        "teacher_group_ids": torch.randint(0, max(1, own), zeros.shape, generator=generator),
+        "domain_ids": groups,
+        "teacher_domain_ids": torch.randint(0, max(1, own), zeros.shape, generator=generator),
         "mask": torch.ones_like(zeros, dtype=torch.bool),
         "scored": torch.ones_like(zeros, dtype=torch.bool),
         "replayed": replayed,
@@ -305,9 +305,9 @@ def test_what_the_old_model_writes_is_what_runs(make_run: MakeRun, overrides: tu
     model, blocks = LanguageModel(parent), spec.written_blocks[0]
     fill(model)
 
-    def group_ids_of(ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    def domain_ids_of(ids: NDArray[np.int64]) -> NDArray[np.int64]:
         return ids % 2 if parent.has_deltas else ids * 0  # half of the text is each generation's
 
-    kwargs: Any = {"context": CONTEXT, "seed": 0, "group_ids_of": group_ids_of}
+    kwargs: Any = {"context": CONTEXT, "seed": 0, "domain_ids_of": domain_ids_of}
     found = counted(lambda: generate_blocks(model, blocks, **kwargs))
     assert stage_flops(spec, after, parent) - loop_flops(spec, after, parent) == pytest.approx(found, rel=0.02)

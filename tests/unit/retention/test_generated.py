@@ -7,7 +7,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from lifelong_moe.model.groups import label_group
+from lifelong_moe.model.groups import label_domain
 from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.retention.generated import GroupIdsOf, generate_blocks, sample_tokens
@@ -20,9 +20,9 @@ KEYS = {"context": 16, "seed": 3}
 def groups_of(model: LanguageModel) -> GroupIdsOf | None:
     """As the data module gives them, for text of the newest label."""
     if model.document_clusters is not None:
-        return model.document_clusters.group_ids
+        return model.document_clusters.domain_ids
     if model.architecture.routing.mode == "label":
-        return lambda ids: np.full(len(ids), label_group(model.architecture, "d1"))
+        return lambda ids: np.full(len(ids), label_domain(model.architecture, "d1"))
     return None
 
 
@@ -55,7 +55,7 @@ def readable(model: LanguageModel, block: int, context: int, seed: int) -> list[
 
 def test_it_is_what_full_forward_passes_sample(make_model: Make, router_kind: str) -> None:
     model = eager_for_bos(make_model(router_kind, (4, 2))).eval()
-    blocks = generate_blocks(model, 12, **KEYS, group_ids_of=groups_of(model))
+    blocks = generate_blocks(model, 12, **KEYS, domain_ids_of=groups_of(model))
     assert blocks.shape == (12, 17) and blocks.dtype == np.int64
     assert blocks.tolist() == [readable(model, i, **KEYS) for i in range(12)]
     assert int((blocks[:, 1:-1] == 0).sum()) > 0  # documents begin inside
@@ -107,7 +107,7 @@ def test_groups_are_asked_at_chunk_borders_of_each_document(make_model: Make) ->
         asked.append(token_ids_N.copy())
         return np.zeros_like(token_ids_N)
 
-    blocks = generate_blocks(model, 12, **KEYS, group_ids_of=ask)
+    blocks = generate_blocks(model, 12, **KEYS, domain_ids_of=ask)
     expected = []
     for block in blocks[:, :-1]:
         for document in np.split(block, np.flatnonzero(block == 0)[1:]):

@@ -134,7 +134,7 @@ def sample_of(targets: list[list[int]]) -> dict[str, Tensor]:
     target_ids = torch.tensor(targets)
     zeros = torch.zeros_like(target_ids)
     real = torch.ones_like(target_ids, dtype=torch.bool)
-    ids = {"token_ids": zeros, "target_ids": target_ids, "document_ids": zeros, "group_ids": zeros}
+    ids = {"token_ids": zeros, "target_ids": target_ids, "document_ids": zeros, "domain_ids": zeros}
     return {**ids, "mask": real, "scored": real}
 
 
@@ -175,7 +175,7 @@ def test_fisher_is_the_squared_gradient_of_each_sequence(make_model: Make, make_
     expected = {name: torch.zeros_like(p) for name, p in model.named_parameters() if p.requires_grad}
     for row in range(3):
         model.zero_grad()
-        ids, documents, groups = (batch[name][row : row + 1] for name in ("token_ids", "document_ids", "group_ids"))
+        ids, documents, groups = (batch[name][row : row + 1] for name in ("token_ids", "document_ids", "domain_ids"))
         hidden = model(TokenBatch(ids, documents, groups)).hidden_BSD[0]
         linear_cross_entropy(hidden, model.head.weight, batch["target_ids"][row]).backward()
         for name, parameter in model.named_parameters():

@@ -33,7 +33,7 @@ def expert_parameters(model: LanguageModel) -> list[Tensor]:
 
 def logits(model: LanguageModel, batch: dict[str, Tensor]) -> Tensor:
     with torch.no_grad():
-        hidden = model(TokenBatch(batch["token_ids"], group_ids_BS=batch["group_ids"])).hidden_BSD
+        hidden = model(TokenBatch(batch["token_ids"], domain_ids_BS=batch["domain_ids"])).hidden_BSD
         return model.head.logits(hidden.flatten(0, 1))
 
 
@@ -68,7 +68,7 @@ def test_no_divergence_before_the_first_step(make_model: Make, make_batch: Batch
     grow(model, Generation("new", 2), GrowConfig(experts=2), batch, seed=0)
     with ExitStack() as held:
         for layer in model.moe_layers():
-            held.enter_context(layer.router.holding_down())
+            held.enter_context(layer.router.masking_newest())
         student = logits(model, batch)
     assert float(distillation_loss(student, logits(teacher, batch), 2.0)) == pytest.approx(0.0, abs=1e-6)
 

@@ -37,7 +37,7 @@ def make_context() -> Callable[..., RoutingContext]:
         return RoutingContext(
             token_ids_T=torch.arange(tokens),
             mask_T=torch.ones(tokens, dtype=torch.bool) if mask is None else mask,
-            group_ids_T=torch.zeros(tokens, dtype=torch.int64) if groups is None else torch.tensor(groups),
+            domain_ids_T=torch.zeros(tokens, dtype=torch.int64) if groups is None else torch.tensor(groups),
             features_TF=features,
         )
 

@@ -128,13 +128,13 @@ def test_balance_where_room_is_counted(make_router: Make, mode: str, padded: boo
 @pytest.mark.parametrize("scope", [BalanceScope.microbatch, BalanceScope.global_batch])
 @pytest.mark.parametrize("mode", ["switch", "gshard", "learned"])
 def test_balance_elsewhere_than_room_is_refused(mode: str, scope: BalanceScope) -> None:
-    values = {**settings_of(mode)().own(), "capacity": ROOM, "balance_scope": None}
+    values = {**settings_of(mode)().settings(), "capacity": ROOM, "balance_scope": None}
     with pytest.raises(ConfigError, match=rf"^routing\.balance_scope={scope} cannot be .*capacity=null\.$") as caught:
         routing_of(**values | {"balance_scope": scope})
     assert "\n" not in str(caught.value)
-    assert routing_of(**values).counts_balance_in == BalanceScope.sequence
-    assert routing_of(**values | {"capacity": None}).counts_balance_in == BalanceScope.microbatch
-    assert routing_of(**values | {"capacity": None, "balance_scope": scope}).counts_balance_in == scope
+    assert routing_of(**values).effective_balance_scope == BalanceScope.sequence
+    assert routing_of(**values | {"capacity": None}).effective_balance_scope == BalanceScope.microbatch
+    assert routing_of(**values | {"capacity": None, "balance_scope": scope}).effective_balance_scope == scope
 
 
 def test_what_an_earlier_version_wrote_is_read() -> None:
@@ -157,10 +157,10 @@ def test_sequences_are_balanced_over_the_experts_that_tokens_have(make_router: M
     """Two bundles of two and three experts: 1 where each token's experts are used evenly, as over a micro-batch."""
     generator = torch.Generator().manual_seed(0)
     values: dict[str, Any] = {"bundles": Bundles.label, "top_k": 1, "renormalize": False, "z_loss": 0.0}
-    groups_T = torch.tensor([0] * 6 + [1] * 6 + [0, 1] * 6)
+    domains_T = torch.tensor([0] * 6 + [1] * 6 + [0, 1] * 6)
     x_TD = torch.randn(24, 3, generator=generator)
     router = make_router(2, 3, balance_scope=BalanceScope.sequence, **values)  # rows are zero: all is even
-    assert router(x_TD, context(2, 12, groups=groups_T)).losses["balance"].value.item() == pytest.approx(1.0)
+    assert router(x_TD, context(2, 12, groups=domains_T)).losses["balance"].value.item() == pytest.approx(1.0)
     parts, rows = [], [torch.randn(n, 3, generator=generator) for n in (2, 3)]
     for scope in (BalanceScope.sequence, BalanceScope.microbatch):
         router = make_router(2, 3, balance_scope=scope, **values)
@@ -168,12 +168,12 @@ def test_sequences_are_balanced_over_the_experts_that_tokens_have(make_router: M
             mine.data.copy_(given)
         parts.append(
             [
-                router(x_TD[i : i + 12], context(1, 12, groups=groups_T[i : i + 12])).losses["balance"].value
+                router(x_TD[i : i + 12], context(1, 12, groups=domains_T[i : i + 12])).losses["balance"].value
                 for i in (0, 12)
             ]
         )
         if scope == BalanceScope.sequence:
-            whole = router(x_TD, context(2, 12, groups=groups_T)).losses["balance"].value
+            whole = router(x_TD, context(2, 12, groups=domains_T)).losses["balance"].value
     torch.testing.assert_close(torch.stack(parts[0]), torch.stack(parts[1]))
     torch.testing.assert_close(whole, torch.stack(parts[0]).mean())
 

@@ -100,7 +100,7 @@ def test_later_centroids_leave_the_old_ones_alone(make_router: Make, make_contex
     after = router(x, context)
     assert after.num_experts == 5
     assert after.expert_ids_TK.tolist() == [[3, 4], [0, 1]]  # the token at the old centroids stays with them
-    with router.holding_down():
+    with router.masking_newest():
         held = router(x, context)
     assert torch.equal(held.expert_ids_TK, before.expert_ids_TK) and torch.equal(held.weights_TK, before.weights_TK)
 

@@ -101,11 +101,11 @@ def test_one_expert_may_not_be_divided_by_itself() -> None:
         routing_of(top_k=1, renormalize=True)
     routing_of(top_k=1, renormalize=False)
     with pytest.raises(ConfigError, match="the router gets no gradient"):
-        routing_of(mode="noisy_topk", top_k=1).refuse_lone_choice()
+        routing_of(mode="noisy_topk", top_k=1).require_gate_gradient()
 
 
 def test_options_are_for_a_router_of_ones_own() -> None:
-    assert routing_of(mode="some.Router", options={"x": 1}).own()["options"] == {"x": 1}
+    assert routing_of(mode="some.Router", options={"x": 1}).settings()["options"] == {"x": 1}
 
 
 def test_many_hashes_use_one_expert_of_each_group() -> None:
@@ -125,11 +125,11 @@ def test_a_table_gives_one_expert(table: HashTable, top_k: int) -> None:
     else:
         routing = routing_of(mode="hash", table=table, top_k=top_k)
         assert (routing.has_table, routing.is_clustered) == (table != HashTable.random,) * 2
-        assert routing.is_fixed == (f"routing.table={table}" if routing.has_table else None)
+        assert routing.fixed_by == (f"routing.table={table}" if routing.has_table else None)
 
 
 @pytest.mark.parametrize(
-    ("values", "by_process"),
+    ("values", "varies_by_process"),
     [
         ({}, False),
         ({"jitter": 0.01}, True),
@@ -145,12 +145,12 @@ def test_a_table_gives_one_expert(table: HashTable, top_k: int) -> None:
         ({"mode": "some.Router"}, True),
     ],
 )
-def test_who_depends_on_the_number_of_processes(values: dict[str, Any], by_process: bool) -> None:
-    assert routing_of(**values).by_process is by_process
+def test_who_depends_on_the_number_of_processes(values: dict[str, Any], varies_by_process: bool) -> None:
+    assert routing_of(**values).varies_by_process is varies_by_process
 
 
 @pytest.mark.parametrize(
-    ("values", "by_document", "is_clustered", "has_bundles", "by_label"),
+    ("values", "by_document", "is_clustered", "by_generation", "by_label"),
     [
         ({}, False, False, False, False),
         ({"mode": "cluster"}, False, True, False, False),
@@ -163,15 +163,15 @@ def test_who_depends_on_the_number_of_processes(values: dict[str, Any], by_proce
     ],
 )
 def test_what_a_tokens_group_is(
-    values: dict[str, Any], by_document: bool, is_clustered: bool, has_bundles: bool, by_label: bool
+    values: dict[str, Any], by_document: bool, is_clustered: bool, by_generation: bool, by_label: bool
 ) -> None:
     routing = routing_of(**values)
-    found = (routing.by_document, routing.is_clustered, routing.has_bundles, routing.by_label)
-    assert found == (by_document, is_clustered, has_bundles, by_label)
+    found = (routing.by_document, routing.is_clustered, routing.by_generation, routing.by_label)
+    assert found == (by_document, is_clustered, by_generation, by_label)
 
 
 @pytest.mark.parametrize(
-    ("values", "leaks"),
+    ("values", "noncausal_by"),
     [
         ({}, None),
         ({"capacity": CapacityConfig()}, None),
@@ -185,8 +185,8 @@ def test_what_a_tokens_group_is(
         ({"mode": "expert_choice"}, "routing.mode=expert_choice"),
     ],
 )
-def test_by_what_later_tokens_change_earlier_ones(values: dict[str, Any], leaks: str | None) -> None:
-    assert routing_of(**values).leaks == leaks
+def test_by_what_later_tokens_change_earlier_ones(values: dict[str, Any], noncausal_by: str | None) -> None:
+    assert routing_of(**values).noncausal_by == noncausal_by
 
 
 @pytest.mark.parametrize(("top_k", "top_groups", "groups", "experts", "expected"), [
@@ -199,10 +199,10 @@ def test_groups_of_a_generation(top_k: int, top_groups: int, groups: int, expert
 
 def test_clusters_of_a_generation() -> None:
     documents = {"mode": "cluster", "level": Level.document}
-    assert [routing_of(**documents, top_k=2).clusters_of(n) for n in (1, 2, 5, 8)] == [1, 1, 2, 4]  # type: ignore[arg-type]
-    assert routing_of(**documents, clusters=3).clusters_of(8) == 3  # type: ignore[arg-type]
-    assert routing_of(bundles=Bundles.cluster).clusters_of(2) == 8
-    assert routing_of(bundles=Bundles.cluster, clusters=5).clusters_of(2) == 5
+    assert [routing_of(**documents, top_k=2).num_clusters(n) for n in (1, 2, 5, 8)] == [1, 1, 2, 4]  # type: ignore[arg-type]
+    assert routing_of(**documents, clusters=3).num_clusters(8) == 3  # type: ignore[arg-type]
+    assert routing_of(bundles=Bundles.cluster).num_clusters(2) == 8
+    assert routing_of(bundles=Bundles.cluster, clusters=5).num_clusters(2) == 5
 
 
 EVERYTHING: dict[str, Any] = {

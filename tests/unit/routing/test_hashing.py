@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lifelong_moe.clustering.balanced_table import balanced_table
+from lifelong_moe.clustering.tables import balanced_table
 from lifelong_moe.config.routing.base import HashTable
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.routing.base import Router, RoutingContext
@@ -47,7 +47,7 @@ def test_held_down_experts_are_not_there(make_router: Make, make_context: Contex
     router, context = make_router(4, mode="hash"), make_context(500)
     before = chosen(router, context)
     router.add_experts(3)
-    with router.holding_down():
+    with router.masking_newest():
         assert torch.equal(chosen(router, context), before)
 
 

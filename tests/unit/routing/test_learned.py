@@ -111,7 +111,7 @@ def test_held_down_rows_change_nothing(make_router: Make, make_context: Context)
     before = router(x, make_context(20))
     router.add_experts(2)
     router.set_rows(10 * torch.ones(2, 3))
-    with router.holding_down():
+    with router.masking_newest():
         held = router(x, make_context(20))
     assert torch.equal(held.expert_ids_TK, before.expert_ids_TK)
     torch.testing.assert_close(held.weights_TK, before.weights_TK, atol=1e-7, rtol=0)
@@ -120,9 +120,9 @@ def test_held_down_rows_change_nothing(make_router: Make, make_context: Context)
 
 def test_holding_down_ends_with_an_error_too(make_router: Make) -> None:
     router = make_router(3)
-    with pytest.raises(KeyError), router.holding_down():
+    with pytest.raises(KeyError), router.masking_newest():
         raise KeyError
-    assert not router.held_down
+    assert not router.masks_newest
 
 
 def grown(make_router: Make, **config: object) -> Router:

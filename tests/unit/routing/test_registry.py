@@ -178,7 +178,7 @@ def test_an_unfinished_router_says_what_is_missing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("keys", "by_label", "by_document", "is_clustered", "has_bundles"),
+    ("keys", "by_label", "by_document", "is_clustered", "by_generation"),
     [
         ({}, False, False, False, False),
         ({"mode": "hash"}, False, False, False, False),
@@ -190,15 +190,15 @@ def test_an_unfinished_router_says_what_is_missing() -> None:
     ],
 )
 def test_where_groups_come_from(
-    keys: dict[str, Any], by_label: bool, by_document: bool, is_clustered: bool, has_bundles: bool
+    keys: dict[str, Any], by_label: bool, by_document: bool, is_clustered: bool, by_generation: bool
 ) -> None:
     config = routing_of(**keys)
     assert (config.by_label, config.by_document) == (by_label, by_document)
-    assert (config.is_clustered, config.has_bundles) == (is_clustered, has_bundles)
+    assert (config.is_clustered, config.by_generation) == (is_clustered, by_generation)
 
 
 def test_clusters_of_a_generation() -> None:
     document = routing_of(mode="cluster", level=Level.document)
-    assert [document.clusters_of(experts) for experts in (1, 4, 7)] == [1, 2, 3]
-    assert [routing_of(bundles=Bundles.cluster).clusters_of(experts) for experts in (1, 4)] == [8, 8]
-    assert routing_of(bundles=Bundles.cluster, clusters=3).clusters_of(4) == 3
+    assert [document.num_clusters(experts) for experts in (1, 4, 7)] == [1, 2, 3]
+    assert [routing_of(bundles=Bundles.cluster).num_clusters(experts) for experts in (1, 4)] == [8, 8]
+    assert routing_of(bundles=Bundles.cluster, clusters=3).num_clusters(4) == 3

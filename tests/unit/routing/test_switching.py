@@ -93,7 +93,7 @@ def load(tmp_path: Path) -> Load:
 def test_what_the_file_says_for_both_modes_stays(load: Load) -> None:
     routing = load("{mode: learned, top_k: 3, balance_loss: 0.5, score: sigmoid, z_loss: 0.1}", "routing.mode=relu")
     assert (routing.routing.top_k, routing.routing.balance_loss, routing.routing.z_loss) == (3, 0.5, 0.1)
-    assert "score" not in routing.routing.own()  # relu has no scores of that kind
+    assert "score" not in routing.routing.settings()  # relu has no scores of that kind
 
 
 def test_what_the_mode_cannot_have_has_its_value(load: Load) -> None:

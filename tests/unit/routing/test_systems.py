@@ -17,7 +17,7 @@ from lifelong_moe.errors import ConfigError
 from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.ops.assignment import balanced_assignment
-from lifelong_moe.ops.noisy import chosen_again
+from lifelong_moe.ops.noisy import prob_in_top_k
 from lifelong_moe.ops.router_losses import (
     cv_squared,
     load_balancing_loss,
@@ -57,13 +57,13 @@ def test_expected_load_is_what_redrawing_an_experts_noise_gives() -> None:
         again = noisy.repeat(draws, 1, 1)
         again[:, :, expert] = clean[:, expert] + torch.randn(draws, 4, generator=generator) * deviation[:, expert]
         chosen = (again.topk(2, dim=2).indices == expert).any(dim=2).float().mean(dim=0)
-        torch.testing.assert_close(chosen_again(clean, noisy, deviation, 2)[:, expert], chosen, atol=0.015, rtol=0)
+        torch.testing.assert_close(prob_in_top_k(clean, noisy, deviation, 2)[:, expert], chosen, atol=0.015, rtol=0)
 
 
 def test_expected_load_needs_an_expert_that_is_left_out() -> None:
     ones = torch.ones(2, 3)
     with pytest.raises(ValueError, match="top_k=3"):
-        chosen_again(ones, ones, ones, 3)
+        prob_in_top_k(ones, ones, ones, 3)
 
 
 def test_cv_squared_by_hand() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from lifelong_moe.config.load import load_config
 from lifelong_moe.config.routing.capacity import CapacityConfig, Counts, Priority, Rounding
 from lifelong_moe.errors import ConfigError
-from lifelong_moe.ops.noisy import sequence_cv_squared, wins_again
+from lifelong_moe.ops.noisy import prob_above_threshold, sequence_cv_squared
 from lifelong_moe.routing.base import Router, RoutingContext
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -134,11 +134,11 @@ def test_the_loads_gradient_is_that_of_finite_differences() -> None:
     noise, mask = torch.randn(12, 5, generator=generator, dtype=torch.float64) / 5, torch.ones(12, dtype=torch.bool)
 
     def value(logits: Tensor) -> Tensor:  # in float64, unlike cv_squared
-        sums = wins_again(logits, logits + noise, 0.2, 2).sum(dim=0)
+        sums = prob_above_threshold(logits, logits + noise, 0.2, 2).sum(dim=0)
         return sums.var(unbiased=False) / sums.mean().square()
 
     assert torch.autograd.gradcheck(value, (clean,))
-    ours = sequence_cv_squared(wins_again(clean, clean + noise, 0.2, 2), mask, 1)
+    ours = sequence_cv_squared(prob_above_threshold(clean, clean + noise, 0.2, 2), mask, 1)
     assert ours.item() == pytest.approx(value(clean).item(), rel=1e-5)
 
 

@@ -21,19 +21,19 @@ MakeShard = Callable[[Sequence[Sequence[int]]], TokenShard]
 
 def test_block(make_shard: MakeShard) -> None:
     shard = make_shard([[0, 5, 6], [0, 7], [0, 8, 9, 10]])  # 0 5 6 0 7 0 8 9 10
-    source = BlockSource(shard, context=4, bos_id=0, group_ids=np.arange(9, dtype=np.int32))
+    source = BlockSource(shard, context=4, bos_id=0, domain_ids=np.arange(9, dtype=np.int32))
     assert len(source) == 3
     first, second, rest = (source.block(i) for i in range(3))
     assert first["token_ids"].tolist() == [0, 5, 6, 0]
     assert first["target_ids"].tolist() == [5, 6, 0, 7]
     assert first["document_ids"].tolist() == [1, 1, 1, 2]
-    assert first["group_ids"].tolist() == [0, 1, 2, 3]
+    assert first["domain_ids"].tolist() == [0, 1, 2, 3]
     assert second["token_ids"].tolist() == [7, 0, 8, 9]
     assert second["document_ids"].tolist() == [0, 1, 1, 1]
-    assert second["group_ids"].tolist() == [4, 5, 6, 7]
+    assert second["domain_ids"].tolist() == [4, 5, 6, 7]
     # What is left is read as well: after the last document its end, and then padding.
     assert rest["token_ids"].tolist() == [10, 0, 0, 0] and rest["target_ids"].tolist() == [0, 0, 0, 0]
-    assert rest["document_ids"].tolist() == [0] * 4 and rest["group_ids"].tolist() == [8, 0, 0, 0]
+    assert rest["document_ids"].tolist() == [0] * 4 and rest["domain_ids"].tolist() == [8, 0, 0, 0]
     assert rest["mask"].tolist() == rest["scored"].tolist() == [True, False, False, False]
     for block in (first, second):
         assert bool(block["scored"].all()) and bool(block["mask"].all())
@@ -86,7 +86,7 @@ def test_pairs_stay_whole(make_shard: MakeShard) -> None:
     assert first["target_ids"][first["scored"]].tolist() == [2, 0, 4, 5, 0]
     assert second["token_ids"].tolist() == [0, 6, 99, 7, 0, 0, 0, 0, 0]
     assert second["mask"].tolist() == [True] * 4 + [False] * 5 and second["document_ids"].tolist() == [1] * 9
-    assert second["group_ids"].tolist() == [9, 10, 11, 12, 0, 0, 0, 0, 0]
+    assert second["domain_ids"].tolist() == [9, 10, 11, 12, 0, 0, 0, 0, 0]
     assert second["target_ids"][second["scored"]].tolist() == [7, 0]
     assert source.block(2)["target_ids"][source.block(2)["scored"]].tolist() == [10, 11, 0]
 
@@ -150,9 +150,9 @@ def test_rows_stand_apart() -> None:
     first, second = source.block(0), source.block(1)
     assert first["token_ids"].tolist() == [0, 5, 0, 6] and first["target_ids"].tolist() == [5, 0, 6, 7]
     assert first["document_ids"].tolist() == [1, 1, 2, 2]
-    assert first["group_ids"].tolist() == [1, 1, 2, 2] and first["teacher_group_ids"].tolist() == [11, 11, 12, 12]
+    assert first["domain_ids"].tolist() == [1, 1, 2, 2] and first["teacher_domain_ids"].tolist() == [11, 11, 12, 12]
     assert second["token_ids"].tolist() == [0, 8, 9, 9] and second["target_ids"].tolist() == [8, 9, 9, 0]
-    assert RowSource(rows, 0).block(1)["group_ids"].tolist() == [0] * 4
+    assert RowSource(rows, 0).block(1)["domain_ids"].tolist() == [0] * 4
 
 
 def test_rows_are_replayed_like_blocks(make_shard: MakeShard) -> None:
@@ -174,7 +174,7 @@ def test_dataset(make_shard: MakeShard) -> None:
     dataset = _dataset(make_shard)
     assert [bool(dataset[n]["replayed"]) for n in range(8)] == [False, False, False, True] * 2
     assert dataset[3]["token_ids"][1:].min() >= 100
-    assert dataset[0]["group_ids"].tolist() == [0] * 8
+    assert dataset[0]["domain_ids"].tolist() == [0] * 8
     assert torch.equal(dataset[50]["token_ids"], dataset[50]["token_ids"])
 
 

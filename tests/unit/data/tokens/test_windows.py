@@ -59,12 +59,12 @@ def test_whole_documents_until_max_tokens(make_shard: MakeShard) -> None:
 
 def test_groups_follow_their_tokens(make_shard: MakeShard) -> None:
     windows = evaluation_windows(make_shard([[0, 1, 2, 3, 4, 5, 6], [0, 9]]), 4, 100)
-    whole = replace(windows, group_ids=windows.shard.tokens * 10 + 1).batch(slice(None))
+    whole = replace(windows, domain_ids=windows.shard.tokens * 10 + 1).batch(slice(None))
     assert whole["token_ids"].tolist() == [[0, 1, 2, 3], [0, 3, 4, 5], [0, 0, 0, 0]]
-    assert whole["group_ids"].tolist() == [[1, 11, 21, 31], [1, 31, 41, 51], [1, 0, 0, 0]]
-    assert not windows.batch(slice(None))["group_ids"].any()
+    assert whole["domain_ids"].tolist() == [[1, 11, 21, 31], [1, 31, 41, 51], [1, 0, 0, 0]]
+    assert not windows.batch(slice(None))["domain_ids"].any()
     with pytest.raises(ValueError, match="group ids for"):
-        replace(windows, group_ids=np.zeros(8))
+        replace(windows, domain_ids=np.zeros(8))
 
 
 def test_refuses(make_shard: MakeShard) -> None:
@@ -113,11 +113,11 @@ def test_batches_are_the_windows_one_by_one(lengths: list[int], context: int, se
         np.concatenate(documents), np.cumsum([0, *map(len, documents)]), np.ones(len(documents)), separator
     )
     groups = rng.integers(0, 9, size=shard.num_tokens)
-    windows = replace(evaluation_windows(shard, context, 10**6), group_ids=groups)
+    windows = replace(evaluation_windows(shard, context, 10**6), domain_ids=groups)
     found = []
     for first in range(0, len(windows), rows):
         batch = windows.batch(slice(first, first + rows))
-        names = ("token_ids", "target_ids", "scored", "group_ids")
+        names = ("token_ids", "target_ids", "scored", "domain_ids")
         for row, length in enumerate(batch["valid"].sum(axis=1)):
             found.append(tuple(batch[name][row, :length].astype(int).tolist() for name in names))
             assert not any(batch[name][row, length:].any() for name in (*names, "valid"))

@@ -14,7 +14,7 @@ from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.methods import stage_specs
 from lifelong_moe.training.loop import data as training_data
 from lifelong_moe.training.loop.context import StageModels
-from lifelong_moe.training.loop.data import group_ids, own_group_ids, phase_dataset, text_sample
+from lifelong_moe.training.loop.data import domain_ids, own_domain_ids, phase_dataset, text_sample
 
 
 def corpus(name: str) -> TokenizedCorpus:
@@ -31,14 +31,14 @@ def test_the_teacher_sees_groups_of_its_own(make_run: Any, make_model: Any, monk
     def fake(model: LanguageModel, shard: TokenShard, distribution: str) -> Any:
         return np.full(shard.num_tokens, 7 if model is student else 3)
 
-    monkeypatch.setattr(training_data, "group_ids", fake)
+    monkeypatch.setattr(training_data, "domain_ids", fake)
     spec = stage_specs(make_run())[1]
     corpora = {name: corpus(name) for name in (spec.data, *spec.replayed)}
     phase = spec.phases()[0]
     sample = phase_dataset(StageModels(student, teacher), spec, phase, corpora, seed=0)[0]
-    assert set(sample["group_ids"].tolist()) == {7} and set(sample["teacher_group_ids"].tolist()) == {3}
+    assert set(sample["domain_ids"].tolist()) == {7} and set(sample["teacher_domain_ids"].tolist()) == {3}
     alone = phase_dataset(StageModels(student), spec, phase, corpora, seed=0)[0]
-    assert set(alone["teacher_group_ids"].tolist()) == {0}
+    assert set(alone["teacher_domain_ids"].tolist()) == {0}
 
 
 def test_each_stage_has_an_order_of_its_own(make_run: Any, make_model: Any) -> None:
@@ -99,14 +99,14 @@ def test_each_generated_document_has_groups_of_its_own(
         return np.repeat(lengths, lengths) * (1 if model is student else -1)
 
     student, teacher = make_model(), make_model()
-    monkeypatch.setattr(training_data, "group_ids", fake)
+    monkeypatch.setattr(training_data, "domain_ids", fake)
     spec = stage_specs(make_run("stage_defaults.replay.fraction=0.5", "stage_defaults.replay.source=generated"))[1]
     rows = np.array([[0, 9, 9, 0, *range(4, 17)]])  # a document of three tokens and one of fourteen
     dataset = phase_dataset(
         StageModels(student, teacher, generated=rows), spec, spec.phases()[0], {"python": corpus("python")}, seed=0
     )
-    assert dataset[1]["group_ids"].tolist() == [3] * 3 + [14] * 13
-    assert dataset[1]["teacher_group_ids"].tolist() == [-3] * 3 + [-14] * 13
+    assert dataset[1]["domain_ids"].tolist() == [3] * 3 + [14] * 13
+    assert dataset[1]["teacher_domain_ids"].tolist() == [-3] * 3 + [-14] * 13
 
 
 def test_joint_takes_every_distribution_by_its_tokens(make_run: Any, make_model: Any) -> None:
@@ -133,7 +133,7 @@ def test_a_text_sample_is_evenly_drawn_and_whole_blocks(make_run: Any, make_mode
 
 
 def test_routing_without_groups_has_none(make_model: Any) -> None:
-    assert group_ids(make_model(), corpus("a").train, "a") is None
+    assert domain_ids(make_model(), corpus("a").train, "a") is None
 
 
 def test_a_new_text_s_first_chunk_is_learned_by_the_bundle_that_trains(make_run: Any, make_model: Any) -> None:
@@ -143,23 +143,25 @@ def test_a_new_text_s_first_chunk_is_learned_by_the_bundle_that_trains(make_run:
     grows = stage_specs(make_run(*sets))[1]
     model = make_model("bundles", (2, 2))  # four tokens a chunk
     corpora = {name: corpus(name) for name in ("english", "python")}
-    causal = group_ids(model, corpora["python"].train, "python")
+    causal = domain_ids(model, corpora["python"].train, "python")
     assert causal is not None and causal.reshape(10, 40)[:, :4].tolist() == [[0] * 4] * 10
     expected = causal.reshape(10, 40).copy()
     expected[:, :4] = 1
     samples = [phase_dataset(StageModels(model), grows, grows.phases()[0], corpora, seed=0)[n] for n in range(50)]
     for sample in samples:
         start, rows = int(sample["block"]) % 25 * 16, causal if bool(sample["replayed"]) else expected.ravel()
-        assert sample["group_ids"].tolist() == rows[start : start + 16].tolist()
+        assert sample["domain_ids"].tolist() == rows[start : start + 16].tolist()
     assert {bool(sample["replayed"]) for sample in samples} == {False, True}
     # A stage that trains an older generation on knows its text as well; one that trains no bundle of its own does not.
     goes_on = stage_specs(make_run(*sets, stages=[{"data": "english"}, {"data": "python"}, {"data": "english"}]))[2]
     model.architecture = dataclasses.replace(model.architecture, frozen=2, continued=0)
-    first = own_group_ids(model, dataclasses.replace(goes_on, grow=None, continues="english"), corpora["english"].train)
+    first = own_domain_ids(
+        model, dataclasses.replace(goes_on, grow=None, continues="english"), corpora["english"].train
+    )
     assert first is not None and first.tolist() == causal.tolist()
     model.architecture = dataclasses.replace(model.architecture, continued=1)
-    second = own_group_ids(model, dataclasses.replace(goes_on, grow=None, continues="python"), corpora["python"].train)
+    second = own_domain_ids(model, dataclasses.replace(goes_on, grow=None, continues="python"), corpora["python"].train)
     assert second is not None and second.tolist() == expected.ravel().tolist()
     model.architecture = dataclasses.replace(model.architecture, frozen=1, continued=None)
-    neither = own_group_ids(model, dataclasses.replace(goes_on, grow=None), corpora["english"].train)
+    neither = own_domain_ids(model, dataclasses.replace(goes_on, grow=None), corpora["english"].train)
     assert neither is not None and neither.tolist() == causal.tolist()

@@ -28,7 +28,7 @@ Batch = Callable[..., dict[str, Tensor]]
 def gradients(model: LanguageModel, batch: dict[str, Tensor]) -> list[Tensor]:
     model.zero_grad()
     torch.manual_seed(0)
-    output = model(TokenBatch(batch["token_ids"], batch["document_ids"], batch["group_ids"]))
+    output = model(TokenBatch(batch["token_ids"], batch["document_ids"], batch["domain_ids"]))
     loss = model.head.cross_entropy(output.hidden_BSD.flatten(0, 1), batch["target_ids"].flatten())
     for routing in output.routings:
         for one in routing.losses.values():

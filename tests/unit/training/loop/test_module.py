@@ -367,7 +367,7 @@ def test_padding_has_no_part_in_a_step(
     for seed in (1, 2):
         batch, other = make_batch(groups=2), make_batch(seed=seed, groups=2)
         batch["mask"][:2, 9:] = batch["scored"][:2, 9:] = False
-        for name in ("token_ids", "target_ids", "group_ids", "teacher_group_ids"):
+        for name in ("token_ids", "target_ids", "domain_ids", "teacher_domain_ids"):
             batch[name] = torch.where(batch["mask"], batch[name], other[name])
         model = make_model(any_router_kind, (4,))
         teacher = make_teacher(make_model(any_router_kind, (4,), seed=3), [])
@@ -536,7 +536,7 @@ def test_deltas_change_their_bundle_s_tokens_alone(make_run: MakeRun, make_model
     def logits(group: int) -> Tensor:
         groups = torch.full_like(probe["token_ids"], group)
         with torch.no_grad():
-            return model.head.logits(model(TokenBatch(probe["token_ids"], group_ids_BS=groups)).hidden_BSD, groups)
+            return model.head.logits(model(TokenBatch(probe["token_ids"], domain_ids_BS=groups)).hidden_BSD, groups)
 
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     scores = [logits(group) for group in range(3)]

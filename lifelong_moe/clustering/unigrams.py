@@ -42,6 +42,7 @@ def fit_unigrams(documents: Sequence[TokenIds], vocab_size: int, k: int, *, widt
         ValueError: If a token id is outside the vocabulary.
     """
     projection_VD = fit_tfidf(documents, vocab_size, width, seed=seed)
+    # Equal sizes: the few odd documents of a small cluster would draw other generations' text.
     labels = balanced_kmeans(document_features(documents, projection_VD), k, seed=seed)[1]
     counts_KV = np.zeros((k, vocab_size))
     for label, document in zip(labels, documents, strict=True):
@@ -67,7 +68,7 @@ def unigram_divergence(new_N: TokenIds, old_N: TokenIds, vocab_size: int) -> flo
     return float((np.exp(logs[0]) * (logs[0] - logs[1])).sum())
 
 
-def prefix_bundles(documents: Sequence[TokenIds], centroids: Sequence[Floats], chunk: int, margin: float) -> Labels:
+def prefix_generations(documents: Sequence[TokenIds], centroids: Sequence[Floats], chunk: int, margin: float) -> Labels:
     """The stage that explains best what precedes each chunk of a document.
 
     Oldest first, a stage takes a chunk over from the older one that holds it if its best centroid's log likelihood is
@@ -87,13 +88,14 @@ def prefix_bundles(documents: Sequence[TokenIds], centroids: Sequence[Floats], c
     held_C = np.zeros(len(best_C), np.int64)
     for stage, centroids_KV in enumerate(centroids[1:], start=1):
         likelihood_C = prefix_sums(documents, centroids_KV.T, chunk).max(axis=1)
+        # Strictly more than the margin: at a tie the older generation keeps the text.
         taken_C = likelihood_C > best_C + margin
         held_C[taken_C] = stage
         best_C = np.where(taken_C, likelihood_C, best_C)
     return held_C
 
 
-def hashed_groups(token_ids_N: TokenIds, num_groups: int, chunk: int) -> Labels:
+def hashed_domains(token_ids_N: TokenIds, num_domains: int, chunk: int) -> Labels:
     """Random groups that read nothing: a document's first chunk, hashed, decides for all later ones; chunk 0 is in 0.
 
     The group of the highest rank wins, so that a further group takes documents over and moves none between old ones.
@@ -104,8 +106,10 @@ def hashed_groups(token_ids_N: TokenIds, num_groups: int, chunk: int) -> Labels:
     Source:
         c-BTM's random clusters (arXiv:2303.14177), there drawn once a document; rendezvous hashing (1998).
     """
+    # Little-endian whatever the machine: the hash decides which experts a document has.
     first = np.asarray(token_ids_N[:chunk], "<i8").tobytes()
-    ranks = [hashlib.sha256(group.to_bytes(4, "little") + first).digest() for group in range(num_groups)]
-    groups_C = np.full(-(-len(token_ids_N) // chunk), ranks.index(max(ranks)), np.int64)
-    groups_C[:1] = 0
-    return groups_C
+    ranks = [hashlib.sha256(group.to_bytes(4, "little") + first).digest() for group in range(num_domains)]
+    domains_C = np.full(-(-len(token_ids_N) // chunk), ranks.index(max(ranks)), np.int64)
+    # Nothing precedes chunk 0, so it must not depend on its own text.
+    domains_C[:1] = 0
+    return domains_C

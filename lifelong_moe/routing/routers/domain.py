@@ -10,7 +10,7 @@ from lifelong_moe.config.routing.routers import ClusterConfig
 from lifelong_moe.routing.base import Router, Routing, RoutingContext, hashed_experts
 
 
-class GroupRouter(Router):
+class DomainRouter(Router):
     """Each group owns consecutive experts of its generation; a token uses ``top_k`` of them, weighted 1/k.
 
     A group with exactly ``top_k`` experts uses them all; in a larger one the token id's hash chooses. Groups are
@@ -41,21 +41,22 @@ class GroupRouter(Router):
         self.generations.append(num)
 
     @property
-    def num_groups(self) -> int:
+    def num_domains(self) -> int:
         """Groups over all generations."""
         return len(self.starts_G)
 
     def forward(self, x_TD: Tensor, context: RoutingContext) -> Routing:
         """Choose ``top_k`` experts of each token's group."""
         top_k = self.config.top_k
-        group_T = torch.where(context.group_ids_T < self.num_groups, context.group_ids_T, 0)
+        # A domain that this layer does not know goes to the first.
+        domain_T = torch.where(context.domain_ids_T < self.num_domains, context.domain_ids_T, 0)
         ids_TK = hashed_experts(
-            context.token_ids_T, self.starts_G[group_T], self.sizes_G[group_T], top_k, salt=self.layer
+            context.token_ids_T, self.starts_G[domain_T], self.sizes_G[domain_T], top_k, salt=self.layer
         )
         return Routing(ids_TK, torch.full(ids_TK.shape, 1.0 / top_k, device=x_TD.device), self.num_experts)
 
 
-class LabelRouter(GroupRouter):
+class LabelRouter(DomainRouter):
     """One group a generation: the distribution that a stage learned owns the experts born in that stage.
 
     Source:
@@ -67,7 +68,7 @@ class LabelRouter(GroupRouter):
         return 1
 
 
-class DocumentRouter(GroupRouter):
+class DocumentRouter(DomainRouter):
     """One group a document cluster; which cluster a chunk belongs to is decided from the text before it.
 
     Source:
@@ -79,4 +80,4 @@ class DocumentRouter(GroupRouter):
 
     def groups_of(self, num_experts: int) -> int:
         """``routing.clusters``, or one for every ``top_k`` experts."""
-        return self.config.clusters_of(num_experts)
+        return self.config.num_clusters(num_experts)

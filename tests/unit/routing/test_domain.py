@@ -8,7 +8,7 @@ import torch
 
 from lifelong_moe.config.routing.base import Level
 from lifelong_moe.routing.base import Router, RoutingContext, token_hash
-from lifelong_moe.routing.routers.group import GroupRouter
+from lifelong_moe.routing.routers.domain import DomainRouter
 
 Make = Callable[..., Router]
 Context = Callable[..., RoutingContext]
@@ -18,7 +18,7 @@ DOCUMENT: dict[str, Any] = {"mode": "cluster", "level": Level.document}
 def experts_of(router: Router, context: RoutingContext) -> list[set[int]]:
     """Experts that each group's tokens use."""
     ids_TK = router(torch.zeros(len(context.token_ids_T), 3), context).expert_ids_TK
-    groups = context.group_ids_T.tolist()
+    groups = context.domain_ids_T.tolist()
     found: dict[int, set[int]] = {}
     for group, ids in zip(groups, ids_TK.tolist(), strict=True):
         assert len(set(ids)) == len(ids)
@@ -27,7 +27,7 @@ def experts_of(router: Router, context: RoutingContext) -> list[set[int]]:
 
 
 def sizes(router: Router) -> list[int]:
-    assert isinstance(router, GroupRouter)
+    assert isinstance(router, DomainRouter)
     return router.sizes_G.tolist()
 
 

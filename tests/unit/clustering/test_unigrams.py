@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from threadpoolctl import threadpool_limits
 
-from lifelong_moe.clustering.bundles import UNIFORM, fit_unigrams, hashed_groups, prefix_bundles
+from lifelong_moe.clustering.unigrams import UNIFORM, fit_unigrams, hashed_domains, prefix_generations
 from lifelong_moe.errors import DataError
 
 VOCAB = 30
@@ -49,25 +49,25 @@ def test_bundles_by_hand() -> None:
     stages = [log([0.25, 0.5, 0.25]), log([0.5, 0.25, 0.25])]
     tokens = np.array([2, 0, 0, 1, 1, 1, 0])
     # Evidence before each token: 0, 0, 1, 2, 1, 0, -1 times ln 2.
-    assert prefix_bundles([tokens], stages, 1, 0.0).tolist() == [0, 0, 1, 1, 1, 0, 0]
-    assert prefix_bundles([tokens], stages, 1, 1.0).tolist() == [0, 0, 0, 1, 0, 0, 0]
-    assert prefix_bundles([tokens], stages, 2, 0.0).tolist() == [0, 1, 1, 0]  # before tokens 0, 2, 4 and 6
-    assert prefix_bundles([tokens[:1]], stages, 2, 0.0).tolist() == [0]
+    assert prefix_generations([tokens], stages, 1, 0.0).tolist() == [0, 0, 1, 1, 1, 0, 0]
+    assert prefix_generations([tokens], stages, 1, 1.0).tolist() == [0, 0, 0, 1, 0, 0, 0]
+    assert prefix_generations([tokens], stages, 2, 0.0).tolist() == [0, 1, 1, 0]  # before tokens 0, 2, 4 and 6
+    assert prefix_generations([tokens[:1]], stages, 2, 0.0).tolist() == [0]
 
 
 def test_a_stage_is_as_near_as_its_nearest_centroid() -> None:
     stages = [log([0.5, 0.25, 0.25]), log([0.1, 0.1, 0.8], [0.1, 0.8, 0.1])]
     for token, bundle in ((0, 0), (1, 1), (2, 1)):
-        assert prefix_bundles([np.array([token, 0])], stages, 1, 0.0).tolist() == [0, bundle]
+        assert prefix_generations([np.array([token, 0])], stages, 1, 0.0).tolist() == [0, bundle]
 
 
 def test_a_newer_stage_must_beat_whoever_holds_the_text() -> None:
     # Stage 1 is not enough better than stage 0 to take it over; stage 2 is, though less than stage 1 by the margin.
     stages = [log([0.2, 0.8]), log([0.4, 0.6]), log([0.7, 0.3])]
     tokens = np.array([0, 0])
-    assert prefix_bundles([tokens], stages[:2], 1, 1.0).tolist() == [0, 0]
-    assert prefix_bundles([tokens], stages, 1, 1.0).tolist() == [0, 2]  # ln 3.5 > 1
-    assert prefix_bundles([tokens], stages, 1, 0.6).tolist() == [0, 1]  # ln 2 > 0.6, but then ln 1.75 is not
+    assert prefix_generations([tokens], stages[:2], 1, 1.0).tolist() == [0, 0]
+    assert prefix_generations([tokens], stages, 1, 1.0).tolist() == [0, 2]  # ln 3.5 > 1
+    assert prefix_generations([tokens], stages, 1, 0.6).tolist() == [0, 1]  # ln 2 > 0.6, but then ln 1.75 is not
 
 
 def test_any_number_of_threads_gives_the_same_bits() -> None:
@@ -78,21 +78,21 @@ def test_any_number_of_threads_gives_the_same_bits() -> None:
         with threadpool_limits(limits=threads):
             centroids = fit_unigrams(documents, VOCAB, 4, width=8, seed=3)
             stages = [centroids[:2], centroids[2:]]
-            made.append((centroids.tobytes(), [prefix_bundles([d], stages, 8, 0.5).tolist() for d in documents]))
+            made.append((centroids.tobytes(), [prefix_generations([d], stages, 8, 0.5).tolist() for d in documents]))
     assert made[0] == made[1]
 
 
 def test_hashed_groups_are_even_and_go_by_the_first_chunk() -> None:
     rng = np.random.default_rng(0)
     documents = [rng.integers(1000, size=20) for _ in range(3000)]
-    groups = [hashed_groups(document, 3, 4) for document in documents]
+    groups = [hashed_domains(document, 3, 4) for document in documents]
     assert all(g[0] == 0 and len(g) == 5 and len(set(g[1:])) == 1 for g in groups)
     shares = np.bincount([g[-1] for g in groups]) / 3000
     assert np.abs(shares - 1 / 3).max() < 0.03
     other = np.concatenate([documents[0][:4], documents[1][4:]])
-    assert hashed_groups(other, 3, 4).tolist() == groups[0].tolist()
+    assert hashed_domains(other, 3, 4).tolist() == groups[0].tolist()
     small = documents[0].astype(np.uint16)
-    assert hashed_groups(small, 3, 4).tolist() == groups[0].tolist()
+    assert hashed_domains(small, 3, 4).tolist() == groups[0].tolist()
 
 
 def test_mistakes_are_named() -> None:
@@ -101,4 +101,4 @@ def test_mistakes_are_named() -> None:
     with pytest.raises(DataError, match="no document holds a token"):
         fit_unigrams([np.array([], np.int64)], 4, 1, width=2, seed=0)
     with pytest.raises(ValueError, match=r"\[0, 4\), got 0 to 4"):
-        prefix_bundles([np.array([4, 0])], [np.zeros((1, 4), np.float32)], 1, 0.0)
+        prefix_generations([np.array([4, 0])], [np.zeros((1, 4), np.float32)], 1, 0.0)
