@@ -59,6 +59,7 @@ def measure_batch(
     }
     drifts = {}
     for name, view in views.items():
+        # One test for each distribution, at its own level: a batch must differ from all to count as drifted.
         drift = _compare(new.sample, view.sample, config, seed)
         note = f" The documents of {name} name no source: each counts as one of its own."
         gone = " Its training text is gone: held-out text was compared."

@@ -63,6 +63,7 @@ def probe(trainer: CandidateTrainer, candidate: Candidate, probes: int) -> Probe
         return difference_bounds(after, other, level=PROBE_LEVEL, resamples=PROBE_RESAMPLES, seed=seed)
 
     probed = short.measurements.losses(stage.key, new)
+    # A gain is a loss that fell, so the difference changes sign and its bounds change places.
     gain = -bounds(probed, short.measurements.losses(before.key, new))
     kinds, level = kinds_of_text(trainer.champion, trainer.store), trainer.retraining.settings.gate.level
     losses = old_losses(trainer, short, stage)

@@ -6,7 +6,6 @@ next tick repeats only what was not committed.
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +17,6 @@ from lifelong_moe.config.retraining.policy import HELDOUT_SOURCES
 from lifelong_moe.data.tokens.prepare import Texts
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.plan.retraining import load_retraining
-from lifelong_moe.retraining.bounds import LEAST_SOURCES
 from lifelong_moe.retraining.checks import Verdict
 from lifelong_moe.retraining.decision import Action
 from lifelong_moe.storage.locks import locked
@@ -36,7 +34,7 @@ from pipelines.retrain.plan_file import PlanFacts, read_plan, refuse_idle_plan
 from pipelines.retrain.record import TickRecord
 from pipelines.retrain.render import print_plan
 from pipelines.retrain.tick import Tick
-from pipelines.retrain.waiting import still_waiting
+from pipelines.retrain.waiting import still_waiting, too_little
 from pipelines.shared.kept_text import with_texts
 from pipelines.shared.novelty import NewDocuments, new_documents, read_texts
 from pipelines.shared.places import ROOT, remove_abandoned
@@ -108,9 +106,9 @@ def _tick(tick: Tick, interrupt: Interrupt, dry_run: bool, plan_path: str | None
         copies = f"; {_near_copies(new)}" if new.near_copies else ""
         return _idle(tick, f"nothing new has arrived{copies}")
     _warn_of_future_versions(tick)
-    if (too_little := _too_little(tick, new)) is not None:
-        refuse_idle_plan(plan_path, too_little)
-        return _idle(tick, too_little)
+    if (reason := too_little(tick, new)) is not None:
+        refuse_idle_plan(plan_path, reason)
+        return _idle(tick, reason)
     # A dry run always looks, and a plan is carried out or refused as stale.
     if plan_path is None and not dry_run and (before := still_waiting(tick, new)) is not None:
         _show_champion(tick)
@@ -158,23 +156,6 @@ def _warn_of_future_versions(tick: Tick) -> None:
                 f"neither for trigger.max_days nor for limits.promotions_per_week.",
                 highlight=False,
             )
-
-
-def _too_little(tick: Tick, new: NewDocuments) -> str | None:
-    """Why the new documents are not enough yet; None if they are."""
-    trigger = tick.retraining.settings.trigger
-    if len(new.documents) < trigger.least_documents:
-        return f"{len(new.documents)} new documents are waiting; trigger.least_documents={trigger.least_documents}"
-    # At most half of the sources are held out, and the gate needs LEAST_SOURCES of them.
-    if (sources := len({document.source for document in new.documents})) < 2 * LEAST_SOURCES:
-        return f"{len(new.documents)} new documents are of {sources} source(s); {2 * LEAST_SOURCES} are needed"
-    tokens = tick.count_tokens(new.documents)
-    # Timestamps are ISO 8601 in UTC, so they compare as strings; "" is earlier than all.
-    oldest = timestamp(time.time() - 86400 * trigger.max_days) if trigger.max_days is not None else ""
-    newest = max((version.at for version in tick.head.versions_until(latest_timestamp())), default="")
-    if tokens >= trigger.min_tokens or newest < oldest:
-        return None
-    return f"{tokens:,} new tokens are waiting; trigger.min_tokens={trigger.min_tokens:,}"
 
 
 def _idle(tick: Tick, reason: str) -> TickOutcome:

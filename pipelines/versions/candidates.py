@@ -1,4 +1,4 @@
-"""What could come after the champion: planned, and trained."""
+"""Candidates: stages that could follow the champion, planned and trained."""
 
 from __future__ import annotations
 
@@ -42,44 +42,45 @@ from pipelines.shared.workspace import read_data, require_room
 
 @dataclass(frozen=True)
 class Candidate:
-    """A stage that could follow the champion, and the run as it would then be."""
+    """A stage that could follow the champion, with the run's configuration and data extended by it."""
 
     measurements: Measurements
-    """Of that run's held-out text."""
+    """On the held-out text of the extended run."""
     planned: PlannedStage
     raw: DictConfig
-    """The configuration, unresolved."""
+    """The extended configuration, unresolved."""
     grow: Mapping[str, Any] | None = None
     """Settings of growth over the configured ones."""
 
     @property
     def config(self) -> RunConfig:
-        """The run's."""
+        """Configuration of the extended run."""
         return self.measurements.config
 
     @property
     def data(self) -> PreparedData:
-        """The run's."""
+        """Data of the extended run."""
         return self.measurements.data
 
 
 @dataclass
 class CandidateTrainer:
-    """Plans and trains candidates for one batch."""
+    """Plans and trains the candidates of one batch."""
 
     retraining: Retraining
     champion: Version
     new: str
     """Name of the batch's distribution."""
     files: str
-    """Its documents."""
+    """Path of its documents."""
     known: Remembered
-    """In place of text that is gone."""
+    """Records of text that is gone."""
     store: StageStore
     interrupt: Interrupt
     console: Console
     load: Load
     """From a stage's key to its model."""
+    # A tick plans several candidates on the same text, which is prepared once.
     memory: dict[str, PreparedData] = field(default_factory=dict)
 
     @cached_property
@@ -89,25 +90,44 @@ class CandidateTrainer:
 
     @cached_property
     def architecture(self) -> Architecture:
-        """The champion's."""
+        """Architecture of the champion."""
         return self.parent.architecture
 
     @cached_property
     def texts(self) -> Texts:
-        """Documents of every distribution, the batch's own among them."""
+        """Documents of every distribution, the batch's included."""
         kept, added = served_stages(self.champion, self.store)
         return read_texts(self.retraining.config(kept, [*added, NewStage(self.new, self.files)]), self.known)
 
     def plan(
         self, continues: str | None, tokens: int | None = None, grow: Mapping[str, Any] | None = None
     ) -> Candidate:
-        """Resolve a stage on the batch that continues a stage's experts, or grows."""
+        """Plan a stage on the batch.
+
+        Args:
+            continues: Stage whose experts train on; None grows.
+            tokens: Training tokens, if other than configured: a probe's.
+            grow: Settings of growth over the configured ones.
+
+        Raises:
+            ConfigError: If tokenizer, sizes or routing are no longer the champion's.
+        """
         kept, added = served_stages(self.champion, self.store)
         new = NewStage(self.new, self.files, continues, tokens, grow)
         raw = self.retraining.extended(kept, [*added, new])
         config = build_config(raw, is_stored=True)
         data = read_data(config, self.memory, self.known)
         wait_for_text(data, stage_specs(config)[-1].uses)
+        self._require_same_model(config, data)
+        planned = plan_next(config, self.champion.key, self.architecture, data.identity, data.gone)
+        return Candidate(Measurements(config, data, EvaluationStore(ROOT), self.load), planned, raw, grow)
+
+    def _require_same_model(self, config: RunConfig, data: PreparedData) -> None:
+        """Refuse a configuration whose model the champion could not become.
+
+        Raises:
+            ConfigError: Naming what differs.
+        """
         if data.tokenizer.hash != (had := self.parent.tokenizer.hash):
             raise ConfigError(
                 f"tokenizer: it is {data.tokenizer.hash[:16]} now, but the champion was trained with {had[:16]}. Bring "
@@ -116,17 +136,15 @@ class CandidateTrainer:
         now, then = config.model, self.architecture.model
         if (now.width, now.layers, now.expert_width) != (then.width, then.layers, then.expert_width):
             raise ConfigError("model: its sizes are not the champion's. Bring them back, or begin another run.")
-        # With one generation the stage's own routing holds, but for what the champion was trained with. Losses may
-        # differ: they are the new stage's, and an earlier version's were averaged over layers.
+        # With one generation the stage routes by its own configuration, which must be the champion's but for the router
+        # losses: those are the new stage's own, and earlier releases averaged them over layers.
         trained = self.architecture.routing.with_losses_of(config.routing)
         now_routing, then_routing = (r.effective(grown=False) for r in (config.routing, trained))
         if len(self.architecture.generations) == 1 and now_routing != then_routing:
             raise ConfigError("routing: it is not the champion's. Bring it back, or begin another run.")
-        planned = plan_next(config, self.champion.key, self.architecture, data.identity, data.gone)
-        return Candidate(Measurements(config, data, EvaluationStore(ROOT), self.load), planned, raw, grow)
 
     def train(self, candidate: Candidate, send: Send, run_id: str | None) -> CommittedStage:
-        """Train and commit a candidate, or find it committed.
+        """Train and commit a candidate, or return the committed stage.
 
         Raises:
             ResourceError: If disk or memory does not suffice.
@@ -148,26 +166,27 @@ class CandidateTrainer:
         return train_stage(planned, self.parent, data, environment)
 
     def leak(self, stage: CommittedStage, candidate: Candidate, distribution: str) -> float:
-        """Share of a distribution's tokens that go to experts born after its stage."""
+        """Router leak: share of a distribution's tokens that are routed to generations later than its stage."""
         counts = candidate.measurements.expert_counts(stage.key, distribution)
         shares = generation_shares(counts, stage.architecture)
-        known = self._births_at(distribution)
-        return sum(share for birth, share in shares.items() if birth not in known)
+        known = self._generations_known(distribution)
+        return sum(share for generation, share in shares.items() if generation not in known)
 
-    def _births_at(self, distribution: str) -> list[str]:
-        """Generations that there were when a distribution was learned; all, if it never was."""
+    def _generations_known(self, distribution: str) -> list[str]:
+        """Generations that existed when a distribution was learned; all of the champion's if it never was."""
         stage = next((s for s in self.champion.stages if s.data == distribution and s.action != "drop"), None)
         learned = self.parent if stage is None else self.store.get(stage.key)
         return [g.stage for g in learned.architecture.generations]
 
 
 def model_loader(store: StageStore, trainer: TrainerConfig) -> Load:
-    """Models of committed stages by key, on the device where evaluation runs; the last one stays in memory."""
+    """A function from a stage's key to its model, on the device of evaluation."""
+    # One model stays in memory: callers measure one model on all distributions before the next.
     return lru_cache(maxsize=1)(lambda key: load_model(store, store.get(key)).to(configured_device(trainer)))
 
 
 def served_stages(version: Version, store: StageStore) -> tuple[list[str], list[NewStage]]:
-    """A version's stages that still are in its model: names of the base's, and those that retraining added."""
+    """Stages that are still in a version's model: names of the base's, and those that retraining added."""
     names = {stage.name for stage in version.stages}
     there = [s for s in version.stages if f"{s.name}.dropped" not in names and s.action not in ("drop", "consolidate")]
     kept = [stage.name for stage in there if stage.batch is None]
@@ -186,12 +205,13 @@ def served_stages(version: Version, store: StageStore) -> tuple[list[str], list[
 
 
 def batch_files(batch: str, sources: str | None) -> str:
-    """Where a kept batch's documents are, with these sources."""
+    """Path of a stored batch's documents, in the copy with these sources."""
     return str(BatchStore(ROOT).path(batch, sources))
 
 
 def changed_frozen(store: StageStore, before: CommittedStage, after: CommittedStage) -> list[str]:
-    """Frozen tensors of a stage's model that are not what they were in the one before."""
+    """Names of frozen tensors whose bits differ between a stage and the one before."""
+    # Tensors that are new in this stage have nothing to be compared with.
     frozen = load_model(store, after).stored_names(trained=False)
     old, new = store.tensors(before), store.tensors(after)
     return sorted(name for name in frozen & set(old) if not torch.equal(old[name], new[name]))

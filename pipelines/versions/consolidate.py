@@ -1,4 +1,4 @@
-"""`lifelong-moe consolidate`: merge experts that are alike and little used, where no more may be added."""
+"""`lifelong-moe consolidate`: merge similar, little-used experts of a stage, to make room for new ones."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ from pipelines.versions.gate_derived import gate_derived, served_measurements
 from pipelines.versions.render import print_verdict
 
 SAMPLE_TOKENS = 8192
-"""Training tokens of each distribution that usage and likeness are measured on."""
+"""Training tokens of each distribution on which usage and similarity are measured."""
 
 
 def consolidate(run: str, stage: str, experts: int, console: Console, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Merge experts born in a stage into others, one at a time in each layer, and let the result serve if it may.
+    """Merge experts of a stage's generation, one per layer at a time, and promote the result if it passes the gate.
 
     Args:
         run: Its name.
-        stage: Whose generation shrinks.
-        experts: By how many experts a layer.
-        console: Where people read.
+        stage: Stage whose generation shrinks.
+        experts: Number of experts to merge in each layer.
+        console: Output for people.
         overrides: ``gate.KEY=VALUE``.
 
     Raises:
@@ -59,15 +59,16 @@ def consolidate(run: str, stage: str, experts: int, console: Console, overrides:
         served = served_measurements(head, before, store)
         with console.status(f"{stage}: looking for experts that are alike"):
             made, merged = _merged(store, source, served, before, stage, experts)
-        judged = gate_derived(store, before, made, served, None, settings, console)
-        print_verdict(console, judged)
-        outcome = "promoted" if judged.passed else "rejected"
-        if judged.passed:
+        verdict = gate_derived(store, before, made, served, None, settings, console)
+        print_verdict(console, verdict)
+        outcome = "promoted" if verdict.passed else "rejected"
+        if verdict.passed:
             added = VersionStage(name=made.name, key=made.key, data=before.stages[-1].data, action="consolidate")
             reason = f"{experts} fewer experts of stage {stage} in each layer"
             head = head.promoted("consolidated", (*before.stages, added), reason, timestamp())
         now = head.champion
         facts = {"stage": stage, "key": made.key, "merged": merged}
+        # Ledger before head: a kill in between leaves a line too many and never a change without a line.
         record.log("consolidate", outcome=outcome, champion=now.id, **facts)
         record.set_head(head)
         for one in merged:
@@ -76,15 +77,18 @@ def consolidate(run: str, stage: str, experts: int, console: Console, overrides:
             )
         console.print(f"{run}: serves: {describe(now)}", highlight=False)
         follow_champion(head, console)
-    if not judged.passed:
-        console.print(f"rejected: {judged.reasons[0]}", highlight=False)
+    if not verdict.passed:
+        console.print(f"rejected: {verdict.reasons[0]}", highlight=False)
     return {"run": run, "outcome": outcome, "champion": now.id, **facts}
 
 
 def _merged(
     store: StageStore, source: CommittedStage, served: Measurements, version: Version, stage: str, experts: int
 ) -> tuple[CommittedStage, list[dict[str, int]]]:
-    """Merge, commit, and say what went where; experts are numbered as they were just before each merger."""
+    """Merge and commit; returns the derived stage and the merged pairs.
+
+    Experts are numbered as they were just before each merge.
+    """
     architecture = source.architecture
     generation, tensors = generation_of(architecture, stage), store.tensors(source)
     born = architecture.generations[generation].experts
@@ -96,6 +100,7 @@ def _merged(
     merged: list[dict[str, int]] = []
     device = configured_device(config.trainer)
     model = load_model(store, source).to(device)
+    # One at a time: each merge changes usage and similarity, so the next pair is chosen on the merged model.
     for _ in range(experts):
         pairs, counts = _closest(model, texts, generation, config.evaluate.batch_tokens)
         try:
@@ -104,6 +109,7 @@ def _merged(
             raise ConfigError(f"stage {stage}: {error}.") from None
         merged += [{"layer": layer, "kept": kept, "gone": gone} for layer, (kept, gone) in pairs.items()]
         model = build_model(architecture, tensors).to(device)
+    # Stage names are unique within a version: fruit.consolidated, fruit.consolidated1, and so on.
     taken = {s.name for s in version.stages}
     name = next(n for i in range(len(taken) + 1) if (n := f"{stage}.consolidated{i or ''}") not in taken)
     identity = {"derived": "consolidate", "from": source.key, "stage": stage, "experts": experts}
@@ -119,7 +125,7 @@ def _text_hash(data: PreparedData, name: str) -> str:
 def _closest(
     model: LanguageModel, texts: list[tuple[EvaluationSet, str]], generation: int, batch_tokens: int
 ) -> tuple[dict[int, tuple[int, int]], dict[int, Tensor]]:
-    """The pair to merge in each layer that has the generation, and how often each expert is used there."""
+    """The pair to merge in each layer with the generation, and each expert's token count there."""
     similarities = expert_similarities(model, texts)
     usage = [evaluate(model, w, distribution=n, batch_tokens=batch_tokens).expert_counts for w, n in texts]
     architecture, pairs, counts = model.architecture, {}, {}
@@ -128,6 +134,7 @@ def _closest(
         if not numbers[generation]:
             continue
         first, frozen = sum(numbers[:generation]), sum(numbers[: architecture.frozen])
+        # shape: (experts of the layer,), summed over distributions
         counts[layer] = torch.tensor([one[layer] for one in usage]).sum(dim=0)
         likeness = torch.as_tensor(similarities[layer])
         goes = range(first, first + numbers[generation])

@@ -26,35 +26,36 @@ from pipelines.versions.render import print_verdict
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """A model without a stage, committed but not serving yet: a gate may still refuse it."""
+class DropCandidate:
+    """A champion without one of its stages, committed but not serving: the gate may still reject it."""
 
     stage: CommittedStage
-    """Its model."""
+    """Its last stage."""
     chain: tuple[VersionStage, ...]
-    """Its version's stages."""
+    """All its stages."""
     remains: list[str]
-    """What of the dropped stage's text still is in it, in words; empty if nothing."""
+    """What the model retains of the dropped stage's text, in words; empty if nothing."""
 
 
 def with_versions(store: StageStore, head: RunHead) -> RunHead:
-    """A head with versions: those it has, or the finished run as version 0."""
+    """A head with versions: its own, or the finished run as version 0."""
+    # `run` writes no versions; the first command that needs them makes the list.
     if head.versions:
         return head
     head.require_finished()
     return head.with_base(base_stages(store.chain(head.plan[-1])), timestamp())
 
 
-def drop_candidate(store: StageStore, version: Version, name: str) -> Candidate:
+def drop_candidate(store: StageStore, version: Version, name: str) -> DropCandidate:
     """Make the model of a version without one of its stages.
 
     Args:
-        store: Where the stages are; the candidate is committed there if it has to be derived.
-        version: Mostly the champion.
+        store: Committed stages; the candidate is committed there if it has to be derived.
+        version: Usually the champion.
         name: The stage to drop.
 
     Raises:
-        ConfigError: If it is not in the version, is the first, or its experts cannot be taken out.
+        ConfigError: If it is not in the version, is the first, or its experts cannot be removed.
     """
     stages = version.stages
     names = [stage.name for stage in stages]
@@ -65,51 +66,54 @@ def drop_candidate(store: StageStore, version: Version, name: str) -> Candidate:
         raise ConfigError(f"stage {name} is the first: all later ones stand on it, and it cannot go.")
     if stages[at].action in ("drop", "consolidate"):
         raise ConfigError(f"stage {name} trained nothing that could go; lifelong-moe rollback undoes it.")
+    # Nothing builds on the newest stage: the one before it is the exact model without it.
     if at == len(stages) - 1:
-        return Candidate(store.get(stages[at - 1].key), stages[:-1], [])
+        return DropCandidate(store.get(stages[at - 1].key), stages[:-1], [])
     chain = [store.get(stage.key) for stage in stages]
     remains = what_remains(chain, name)
     made = derived_stage(store, chain[-1], name)
     added = VersionStage(name=made.name, key=made.key, data=stages[at].data, action="drop")
-    return Candidate(made, (*stages, added), remains)
+    return DropCandidate(made, (*stages, added), remains)
 
 
 def drop(
     run: str, stage: str, console: Console, overrides: Sequence[str] = (), *, ungated: bool = False
 ) -> dict[str, Any]:
-    """Let a version without a stage serve, if nothing else gets worse by it.
-
-    What is exact, as if the stage had never been, needs no gate.
+    """Promote a version without a stage if no other distribution gets worse.
 
     Args:
         run: Its name.
         stage: Name of the stage.
-        console: Where people read.
+        console: Output for people.
         overrides: ``gate.KEY=VALUE``.
-        ungated: Let it serve whatever it costs.
+        ungated: Promote it without a gate.
 
     Raises:
         ConfigError: If there is no such run or stage, or the stage cannot go; nothing is written then.
         LockedError: If another process works on the run.
     """
     settings = read_gate(overrides)
-    require_head(ROOT, run)  # a mistake is told before a lock is made
+    # A run that does not exist is refused before a lock file is made for it.
+    require_head(ROOT, run)
     record, store = RunRecord(ROOT, run), StageStore(ROOT)
     with locked(record.lock_path, f"run {run}"):
         head = with_versions(store, require_head(ROOT, run))
         before = head.champion
         served = None if ungated else _served(head, before, store, stage)
         candidate = drop_candidate(store, before, stage)
-        judged = None
+        verdict = None
+        # If nothing remains, the model is exactly as if the stage had never been added: no gate.
         if candidate.remains and served is not None:
             data = next(s.data for s in before.stages if s.name == stage)
-            judged = gate_derived(store, before, candidate.stage, served, data, settings, console)
-            print_verdict(console, judged)
-        passed = judged is None or judged.passed
+            verdict = gate_derived(store, before, candidate.stage, served, data, settings, console)
+            print_verdict(console, verdict)
+        # Without a gate it is promoted: nothing remains of the stage, or the operator said --no-gate.
+        passed = verdict is None or verdict.passed
         if passed:
             head = head.promoted("dropped", candidate.chain, f"without stage {stage}", timestamp())
         now = head.champion
-        facts = {"stage": stage, "key": candidate.stage.key, "remains": candidate.remains, "gated": judged is not None}
+        facts = {"stage": stage, "key": candidate.stage.key, "remains": candidate.remains, "gated": verdict is not None}
+        # Ledger before head: a kill in between leaves a line too many and never a change without a line.
         record.log("drop", outcome="promoted" if passed else "rejected", champion=now.id, **facts)
         record.set_head(head)
         console.print(f"{run}: serves: {describe(now)}", highlight=False)
@@ -117,22 +121,23 @@ def drop(
     for sentence in _verdict(stage, candidate):
         console.print(sentence, highlight=False)
     result = {"run": run, "champion": now.id, "kind": now.kind, "outcome": "promoted" if passed else "rejected"}
-    if judged is not None and not passed:
-        console.print(f"rejected: {judged.reasons[0]} --no-gate lets it serve nevertheless.", highlight=False)
-    elif judged is None and candidate.remains:
+    if verdict is not None and not passed:
+        console.print(f"rejected: {verdict.reasons[0]} --no-gate lets it serve nevertheless.", highlight=False)
+    elif verdict is None and candidate.remains:
         console.print("not gated: whether the model got worse was not measured; lifelong-moe rollback undoes this.")
     return {**result, "derived": candidate.stage.derived is not None, **facts}
 
 
 def _served(head: RunHead, version: Version, store: StageStore, stage: str) -> Measurements | None:
-    """What a gate would read; None where none is needed.
+    """Measurements for the gate; None if none is needed.
 
     Raises:
-        ConfigError: If the text is not to be had.
-        TryAgainError: If it is not to be had now.
+        ConfigError: If the run's text cannot be read.
+        TryAgainError: If it cannot be read now.
     """
     chain = [store.get(s.key) for s in version.stages]
     names = [s.name for s in version.stages]
+    # An unknown stage and the first one are refused by drop_candidate, with better words.
     if stage not in names or names.index(stage) in (0, len(names) - 1) or not what_remains(chain, stage):
         return None
     try:
@@ -146,7 +151,8 @@ def _served(head: RunHead, version: Version, store: StageStore, stage: str) -> M
         ) from None
 
 
-def _verdict(stage: str, candidate: Candidate) -> list[str]:
+def _verdict(stage: str, candidate: DropCandidate) -> list[str]:
+    """What the model retains of the dropped stage, in lines for the operator."""
     if candidate.chain[-1].name != f"{stage}.dropped":
         return [f"as if stage {stage} had never been added: the model is stage {candidate.stage.key[:SHORT]} again."]
     kept = f"the files of stage {stage} stay in the store: later stages continue from it."

@@ -1,4 +1,4 @@
-"""The gate of versions that learned nothing new: no distribution may get worse by it."""
+"""The gate of derived versions, which learned nothing new: no distribution may get worse."""
 
 from __future__ import annotations
 
@@ -26,13 +26,19 @@ from pipelines.versions.gating import kinds_of_text
 
 
 def served_measurements(head: RunHead, version: Version, store: StageStore, without: str | None = None) -> Measurements:
-    """Of a version's distributions, by the run's own configuration and the batches that it kept.
+    """Measurements on a version's distributions, from the run's stored configuration and batches.
+
+    Args:
+        head: Of the run.
+        version: Its champion.
+        store: Committed stages.
+        without: A distribution that may be gone.
 
     Raises:
-        ConfigError, DataError: If their text is gone and nothing is known of it, or none of it is left to measure on,
-            that of one distribution aside.
-        TryAgainError: If held-out text that was not kept cannot be had now.
+        ConfigError, DataError: If text is gone that nothing is recorded of, or none is left to measure on.
+        TryAgainError: If held-out text that was not kept cannot be read now.
     """
+    # No retraining file is read: drop and consolidate know only the run, so defaults stand in.
     base: Any = OmegaConf.create(head.config)
     retraining = Retraining(RetrainConfig(base=""), base, head.run)
     config = retraining.config(*served_stages(version, store))
@@ -54,21 +60,22 @@ def gate_derived(
     config: GateConfig,
     console: Console,
 ) -> Verdict:
-    """Hold a derived stage against the version that it was made of.
+    """Judge a derived stage against the version that it was derived from.
 
     Args:
-        store: Where stages are.
-        version: That serves.
-        stage: That might.
-        served: Of the version's distributions.
-        without: A distribution that does not count: it is meant to be forgotten.
-        config: Limits.
-        console: Where people read.
+        store: Committed stages.
+        version: The champion.
+        stage: The derived stage.
+        served: Measurements on the version's distributions.
+        without: A distribution that does not count, since it is meant to be forgotten.
+        config: Limits and level.
+        console: Output for people.
     """
     names = served.measurable(without)
     with console.status(f"{stage.name}: at the gate"):
+        # One model after the other: each is loaded once.
         after = {name: served.losses(stage.key, name) for name in names}
         before = {name: served.losses(version.key, name) for name in names}
     kinds = kinds_of_text(version, store)
-    judged = judge_derived(after=after, before=before, config=config, seed=served.config.seed, kinds=kinds)
-    return replace(judged, notes=tuple(served.unmeasurable()))
+    verdict = judge_derived(after=after, before=before, config=config, seed=served.config.seed, kinds=kinds)
+    return replace(verdict, notes=tuple(served.unmeasurable()))

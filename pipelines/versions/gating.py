@@ -1,4 +1,7 @@
-"""The gate: a candidate against the champion, on the held-out text of every distribution."""
+"""Measure a candidate and the champion on the held-out text of every distribution, and judge by the gate.
+
+The bounds themselves are computed by :func:`lifelong_moe.retraining.bounds.difference_bounds`.
+"""
 
 from __future__ import annotations
 
@@ -20,23 +23,24 @@ from pipelines.versions.candidates import Candidate, CandidateTrainer, changed_f
 def gate(
     trainer: CandidateTrainer, candidate: Candidate, stage: CommittedStage, best: Mapping[str, BestLoss]
 ) -> Verdict:
-    """Measure and judge.
+    """Measure a trained candidate and judge it.
 
     Args:
         trainer: Of the batch's candidates.
-        candidate: What was planned.
-        stage: What came of it.
-        best: What the distributions had; only compared where it is of the same held-out text.
+        candidate: The plan of the stage.
+        stage: The trained stage.
+        best: Best loss of each old distribution so far.
     """
     new, before = trainer.new, trainer.parent
     old, losses = candidate.measurements.measurable(without=new), candidate.measurements.losses
     peers = {}
     for name in old:
+        # A loss on other held-out text is no baseline. Then, and if that stage is gone, the champion stands in.
         known = best.get(name)
         same = known is not None and known.heldout == candidate.data.records[name].heldout_hash
         peers[name] = trainer.store.find(known.key) if known is not None and same else None
     with trainer.console.status(f"{stage.name}: at the gate"):
-        # One model after the other, for each is loaded once.
+        # One model after the other: each is loaded once.
         after = {name: losses(stage.key, name) for name in (new, *old)}
         earlier = {name: losses(before.key, name) for name in (new, *old)}
         finest = {name: losses((peers[name] or before).key, name) for name in old}
@@ -55,11 +59,11 @@ def gate(
 
 
 def kinds_of_text(version: Version, store: StageStore) -> dict[str, str]:
-    """The kind of each distribution that a version learned: what a stage continues is of the kind of that stage's."""
+    """Kind of each distribution of a version, for pooling: a stage that continues another is of its kind."""
     by_stage: dict[str, str] = {}
     kinds: dict[str, str] = {}
     for stage in version.stages:
-        if stage.action not in ("drop", "consolidate"):  # those train nothing
+        if stage.action not in ("drop", "consolidate"):  # they train nothing
             continues = store.get(stage.key).spec.continues
             by_stage[stage.name] = by_stage.get(continues or "", kinds.get(stage.data, stage.data))
             kinds.setdefault(stage.data, by_stage[stage.name])
@@ -69,13 +73,14 @@ def kinds_of_text(version: Version, store: StageStore) -> dict[str, str]:
 def best_losses(trainer: CandidateTrainer, candidate: Candidate, best: Mapping[str, BestLoss]) -> dict[str, BestLoss]:
     """The lowest loss of each old distribution since the stage that learned it, that stage and the champion included.
 
-    A stage that is not in the store any more is left out, and that is said.
+    Stages that are no longer in the store are left out, with a message.
 
     Args:
         trainer: Of the batch's candidates.
-        candidate: Gives data and settings.
-        best: What earlier ticks found; empty at the first one.
+        candidate: Gives data and settings of the measurements.
+        best: Best losses of earlier ticks; empty at the first one.
     """
+    # Measured anew at each tick, since held-out text may have changed; measurements are found by content.
     measurements = candidate.measurements
     found = updated_best(measurements, trainer.parent, best, measurements.measurable())
     for learned in trainer.champion.stages:
@@ -95,11 +100,12 @@ def best_losses(trainer: CandidateTrainer, candidate: Candidate, best: Mapping[s
 def updated_best(
     measurements: Measurements, stage: CommittedStage, best: Mapping[str, BestLoss], names: Iterable[str]
 ) -> dict[str, BestLoss]:
-    """The lowest loss ever of each of these distributions, this stage included."""
+    """Best losses with those of a stage on some distributions taken into account."""
     found = dict(best)
     for name in names:
         heldout = measurements.data.records[name].heldout_hash
         nats = measurements.losses(stage.key, name).nats_per_token
+        # Losses on other held-out text do not compare: the record begins anew.
         if name not in found or found[name].heldout != heldout or nats < found[name].nats:
             found[name] = BestLoss(key=stage.key, heldout=heldout, nats=nats)
     return found
@@ -108,17 +114,16 @@ def updated_best(
 def old_losses(
     trainer: CandidateTrainer, candidate: Candidate, stage: CommittedStage
 ) -> tuple[dict[str, DocumentLosses], dict[str, DocumentLosses]]:
-    """Losses of a stage, and of the champion, on every old distribution."""
+    """Losses of a stage and of the champion on every old distribution."""
     measurements = candidate.measurements
     old = measurements.measurable(without=trainer.new)
-    # One model after the other, for each is loaded once.
+    # One model after the other: each is loaded once.
     after = {name: measurements.losses(stage.key, name) for name in old}
     return after, {name: measurements.losses(trainer.parent.key, name) for name in old}
 
 
 def predicted_power(trainer: CandidateTrainer, probe: Candidate) -> Power | None:
-    """How often the gate would pass a harmless candidate, if it scatters as a probe did; None without an old
-    distribution, or where the probe was not made."""
+    """Power of the gate, estimated from a probe; None without an old distribution, or if the probe was not run."""
     stage = trainer.store.find(probe.planned.key)
     if stage is None or len(probe.measurements.measurable()) < 2:
         return None

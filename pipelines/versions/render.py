@@ -7,9 +7,9 @@ from rich.console import Console
 from lifelong_moe.retraining.checks import Verdict
 
 
-def print_verdict(console: Console, judged: Verdict) -> None:
+def print_verdict(console: Console, verdict: Verdict) -> None:
     """Print each check and note."""
-    for check in judged.checks:
+    for check in verdict.checks:
         console.print(f"{'✓' if check.passed else '✗'} {check.sentence}", highlight=False, markup=False)
-    for sentence in judged.notes:
+    for sentence in verdict.notes:
         console.print(f"· {sentence}", highlight=False, markup=False)

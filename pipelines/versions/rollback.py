@@ -1,8 +1,6 @@
-"""`lifelong-moe rollback`: let an earlier version serve again. One pointer is swapped; no stage is touched."""
+"""`lifelong-moe rollback`: serve an earlier version again. One pointer changes; no stage does."""
 
 from __future__ import annotations
-
-from typing import Any
 
 from rich.console import Console
 
@@ -15,20 +13,21 @@ from pipelines.shared.places import ROOT
 from pipelines.shared.recorded import follow_champion
 
 
-def rollback(run: str, to: int | None, console: Console) -> dict[str, Any]:
-    """Swap the champion.
+def rollback(run: str, to: int | None, console: Console) -> dict[str, str | int]:
+    """Make an earlier version the champion.
 
     Args:
         run: A run with versions.
-        to: The version that shall serve; by default the one that served before the champion.
-        console: Where people read.
+        to: Id of the version; by default the one that served before the champion.
+        console: Output for people.
 
     Raises:
         ConfigError: If there is no such run or version.
         LockedError: If another process works on the run.
         CorruptError: If a stage of that version is no longer in the store.
     """
-    require_head(ROOT, run)  # a mistake is told before a lock is made
+    # A run that does not exist is refused before a lock file is made for it.
+    require_head(ROOT, run)
     record = RunRecord(ROOT, run)
     with locked(record.lock_path, f"run {run}"):
         head = require_head(ROOT, run)
@@ -36,6 +35,7 @@ def rollback(run: str, to: int | None, console: Console) -> dict[str, Any]:
         now = after.champion
         _require_stages(now)
         if now != was:
+            # Ledger before head: a kill in between leaves a line too many and never a change without a line.
             record.log("rollback", champion=now.id, was=was.id, key=now.key)
             record.set_head(after)
         console.print(f"{run}: {'serves' if now != was else 'serves already'}: {describe(now)}", highlight=False)
@@ -44,6 +44,7 @@ def rollback(run: str, to: int | None, console: Console) -> dict[str, Any]:
 
 
 def _require_stages(version: Version) -> None:
+    """Raise a CorruptError unless every stage of a version is in the store."""
     for stage in version.stages:
         if not any((ROOT / "stages").glob(f"*-{stage.key[:SHORT]}/manifest.json")):
             raise CorruptError(f"version {version.id}: stage {stage.name} {stage.key[:SHORT]} is not in the store.")

@@ -1,4 +1,4 @@
-"""What an operator sets around the decision: where data arrives, when to look, how much may be spent. Torch-free."""
+"""Settings of operation: where data arrives, when a tick looks, what it may spend, whom it notifies. Torch-free."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class InboxConfig:
     source_field: str = "source"
     """Field that names a document's source unit; drift and gate resample whole units."""
     heldout_fraction: float = 0.15
-    """Share of a batch's source units held out for its gate set; at least five units, if the batch has ten. A batch
-    that was learned keeps the split that it was learned with."""
+    """Fraction of a batch's source units held out for its gate set; at least five units, if the batch has ten. A batch
+    that was learned keeps its split."""
     keep_text: KeepText = KeepText.always
     """How long ``mlruns/batches`` keeps the text of a batch: ``always``; ``until_promoted``, until a version that
     learned it serves; or ``never``, until the tick is over. Every batch's documents stay known by their hashes, and a
@@ -37,6 +37,7 @@ class InboxConfig:
     ``when_continuing`` does by default, needs ``always``."""
 
     def __post_init__(self) -> None:
+        # path has a default, so hf alone leaves both set; to prefer one silently would hide a mistake.
         if (self.path is None) == (self.hf is None):
             raise ConfigError("inbox needs exactly one of path and hf; the other one null.")
         if not 0.0 < self.heldout_fraction < 1.0:
@@ -45,15 +46,16 @@ class InboxConfig:
 
 @dataclass(kw_only=True)
 class TriggerConfig:
-    """When a batch is worth a look; until then documents gather in the inbox."""
+    """When a tick looks at the inbox; until then documents gather there."""
 
     min_tokens: int = 50_000
     """Tokens of documents never seen before."""
     max_days: float | None = None
-    """Days after the newest promotion at which any number of new documents suffices; null waits for ``min_tokens``.
-    So it is with what joins a batch without an answer, from the day on which that was looked at."""
+    """Days after the newest promotion from which any number of tokens suffices; null always waits for ``min_tokens``.
+    For text that joins a waiting batch, days since that batch was last looked at."""
+    # With fewer, neither drift nor the gate could be measured.
     least_documents: int = 20
-    """Fewer documents than this are never looked at: neither drift nor a gate could be measured."""
+    """Fewest documents that a tick looks at."""
 
     def __post_init__(self) -> None:
         for key in ("min_tokens", "least_documents"):
@@ -65,15 +67,14 @@ class TriggerConfig:
 
 @dataclass(kw_only=True)
 class ProbeConfig:
-    """Short trainings that show what continuing and growing would bring."""
+    """Short trainings that estimate the utility of continuing and growing."""
 
     fraction: float = 0.02
-    """Tokens of a probe, as a share of the stage's; in whole steps, two at least."""
+    """Tokens of a probe as a fraction of the stage's; rounded to whole steps, at least two."""
     grow: list[dict[str, Any]] = field(default_factory=list)
-    """Ways to grow, each tried by a probe of its own, over the configured ``grow`` settings: such as
-    ``[{experts: 2}, {experts: 4}]``, or, of a base with a trained router and ``routing.bundles=none``,
-    ``[{experts: 2, layers: [2, 3]}]``. The one of largest utility is proposed; by default only the configured one is
-    tried."""
+    """Ways to grow, each a mapping over the configured ``grow`` settings with a probe of its own: such as
+    ``[{experts: 2}, {experts: 4}]``, or, for a base with a trained router and ``routing.bundles=none``,
+    ``[{experts: 2, layers: [2, 3]}]``. The way of largest utility is proposed; empty tries the configured one."""
 
     def __post_init__(self) -> None:
         if not 0.0 < self.fraction <= 1.0:
@@ -82,17 +83,17 @@ class ProbeConfig:
 
 @dataclass(kw_only=True)
 class LimitsConfig:
-    """What a tick may spend; null is no limit. What would exceed one is not begun, not even
-    a probe of it, and a tick that may not do what the text calls for says so (exit 4)."""
+    """What a tick may spend; null is no limit. A stage that would exceed one is not even probed, and a tick that
+    may not train what the text calls for exits with 4."""
 
     tokens: int | None = None
-    """Training tokens of the stage and of all probes."""
+    """Training tokens of the stage and all its probes."""
     hours: float | None = None
-    """Estimated device-hours of training, by the speed of the champion's last stage."""
+    """Estimated device-hours of training, at the speed of the champion's last stage."""
     disk_bytes: int | None = None
     """Estimated bytes that the stage adds under ``mlruns/``."""
     experts: int | None = None
-    """Experts a layer may have."""
+    """Experts of a layer."""
     promotions_per_week: int | None = None
     """Promotions in any seven days."""
 
@@ -105,16 +106,17 @@ class LimitsConfig:
 
 @dataclass(kw_only=True)
 class HooksConfig:
-    """Told of every outcome but an idle tick; their failure is logged and never fails a run."""
+    """Notified of every outcome except ``idle``. Failures of a hook are logged and fail nothing."""
 
     command: list[str] = field(default_factory=list)
-    """Program and arguments; the outcome comes as JSON on its standard input."""
+    """Program and arguments; it gets the outcome as JSON on standard input."""
     url: str | None = None
-    """Address that the outcome is posted to as JSON."""
+    """URL to which the outcome is posted as JSON."""
     seconds: float = 30.0
-    """Longest time that a hook may take."""
+    """Timeout of each hook."""
 
     def __post_init__(self) -> None:
+        # urllib would open file:// and ftp:// too.
         if self.url is not None and not self.url.startswith(("http://", "https://")):
             raise ConfigError("hooks.url must begin with http:// or https://.")
         if self.seconds <= 0:

@@ -1,4 +1,4 @@
-"""When new data counts as drift, what a stage must be worth, and what the gate lets through. Torch-free."""
+"""Settings of the retraining policy: drift test, decision, gate. Torch-free."""
 
 from __future__ import annotations
 
@@ -7,27 +7,29 @@ from dataclasses import dataclass
 
 from lifelong_moe.errors import ConfigError
 
+# The gate computes no bounds from fewer (lifelong_moe.retraining.bounds.LEAST_SOURCES).
 HELDOUT_SOURCES = 5
-"""Sources of a batch that are held out at least, if it has twice as many: bounds from fewer are no verdict."""
+"""Fewest held-out sources of a batch that has twice as many."""
 
 
 @dataclass(kw_only=True)
 class DriftConfig:
-    """Whether new documents come from another distribution than those the model has learned."""
+    """Test of whether new documents come from another distribution than those the model has learned."""
 
     auc: float = 0.60
-    """Area under the curve that a classifier of new against old sources must at least reach; 0.5 is guessing."""
+    """Least AUC of a classifier of new against old sources that counts as drift; 0.5 is guessing."""
     quantile: float = 0.99
-    """It must also exceed this quantile of what it reaches when chance says which sources are new."""
+    """The AUC must also exceed this quantile of its null distribution, under permuted labels."""
     permutations: int = 200
-    """How often chance says so."""
+    """Number of permutations."""
     documents: int = 400
-    """Documents looked at on each side, at most; spread evenly over sources."""
+    """Most documents to read on each side, spread evenly over sources."""
 
     def __post_init__(self) -> None:
         _require("drift.auc", self.auc, 0.5 <= self.auc < 1, "must lie in [0.5, 1)")
         _require("drift.quantile", self.quantile, 0.5 <= self.quantile < 1, "must lie in [0.5, 1)")
-        # With as many new sources as old ones the mirror image of the truth scores as well as the truth.
+        # A quantile needs 1 / (1 - quantile) labellings; twice as many, since with as many new sources as old ones the
+        # mirror image of the truth has the same AUC.
         least = round(2 / (1 - self.quantile)) - 1
         _require(
             "drift.permutations",
@@ -40,7 +42,7 @@ class DriftConfig:
 
 @dataclass(kw_only=True)
 class DecisionConfig:
-    """What continuing or growing must be worth, from probes; prices are in nats per token of gain."""
+    """Utility of continuing or growing, from probes; prices are in nats per token of gain."""
 
     forgetting_weight: float = 1.0
     """Price of a nat per token that the worst old distribution loses beyond ``tolerance``."""
@@ -48,15 +50,16 @@ class DecisionConfig:
     """Price of adding as many parameters as the model has."""
     cost_weight: float = 0.02
     """Price of spending the whole budget on a stage and its probes: ``limits.tokens`` or ``limits.hours``, whichever
-    they take more of. Without either, the budget is what training the model as it is on as many tokens would cost."""
+    they use the larger fraction of. Without either, the budget is the cost of training the present model on as many
+    tokens."""
     tolerance: float = 0.01
     """Forgetting that costs nothing, in nats per token."""
     min_gain: float = 0.01
-    """What the gain on new held-out text must reach with 95 % confidence, in nats per token. Text whose gain may be
-    less or more waits for more of its kind; it is skipped once the gain is less with 95 % confidence."""
+    """Least gain on new held-out text, in nats per token. Text is skipped if its gain is less with 95 % confidence, and
+    waits for more of its kind while its bounds leave that open."""
     min_structure: float = 0.1
-    """What reading tokens in their order must be worth on new held-out text, with 95 % confidence, in nats per token:
-    less with that confidence, and the text is noise, however well its frequencies can be learned."""
+    """Least value of token order on new held-out text, in nats per token. Text of less with 95 % confidence is noise,
+    however well its frequencies can be learned."""
 
     def __post_init__(self) -> None:
         for key in ("forgetting_weight", "parameter_weight", "cost_weight", "tolerance", "min_structure"):
@@ -66,20 +69,20 @@ class DecisionConfig:
 
 @dataclass(kw_only=True)
 class GateConfig:
-    """What a new version must hold to become the champion."""
+    """Limits that a candidate must hold to become the champion."""
 
     min_gain: float = 0.01
-    """What the gain on the new distribution must reach with confidence, in nats per token."""
+    """Least gain on the new distribution with confidence, in nats per token."""
     tolerance: float = 0.01
-    """What an old distribution may lose against the version before, in nats per token. Against its best version ever,
-    three times as much."""
+    """Largest loss increase of an old distribution against the champion, in nats per token; three times as much against
+    its best version ever."""
     level: float = 0.05
-    """Chance that a check passes what it should not. It is not divided by the number of checks: a version must pass all
-    of them."""
+    """Chance that a check passes what it should not. It is not divided by the number of checks, since a candidate must
+    pass all of them."""
     resamples: int = 2000
-    """Bootstrap samples of the sources; 20 of them must lie beyond a bound, so at least ``20 / level``."""
+    """Bootstrap samples of the sources; at least ``20 / level``, so that 20 lie beyond a bound."""
     max_leak: float = 0.5
-    """Share of an old distribution's tokens that may go to experts born after it was learned."""
+    """Largest router leak of an old distribution: share of its tokens routed to experts added after it was learned."""
 
     def __post_init__(self) -> None:
         _require("gate.min_gain", self.min_gain, self.min_gain >= 0, "must not be negative")
@@ -96,6 +99,7 @@ class GateConfig:
 
 
 def _require(key: str, value: float, holds: bool, rule: str) -> None:
-    """Raise a ConfigError unless a rule holds; NaN breaks every rule."""
+    """Raise a ConfigError unless a rule holds."""
+    # Rules are written so that NaN, which compares false, breaks them all.
     if not holds:
         raise ConfigError(f"{key}={value} {rule}.")
