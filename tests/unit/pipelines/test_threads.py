@@ -118,6 +118,6 @@ def test_torch_s_openmp_reads_it() -> None:
     taken = (*threads.HOW_TO_WAIT, *threads.HOW_MANY)
     environment = {n: v for n, v in os.environ.items() if n not in taken} | {"OMP_DISPLAY_ENV": "verbose"}
     command = [sys.executable, "-c", code]
-    root = Path(threads.__file__).parents[1]
+    root = Path(threads.__file__).parents[2]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=True)
     assert f"GOMP_SPINCOUNT = '{threads.SPINS}'" in done.stderr

@@ -66,7 +66,7 @@ def test_training_is_deterministic_for_any_number_of_threads(trained: Tokenizer)
         "print(train_tokenizer(texts, 300).hash)"
     )
     for threads in ("1", "3"):
-        environment = {**os.environ, "RAYON_NUM_THREADS": threads, "PYTHONPATH": str(Path(module.__file__).parents[2])}
+        environment = {**os.environ, "RAYON_NUM_THREADS": threads, "PYTHONPATH": str(Path(module.__file__).parents[3])}
         run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
         assert run.stdout.strip() == trained.hash
 
