@@ -60,12 +60,12 @@ def matrix(rows: Sequence[Row]) -> list[str]:
 
 def presets(notes: Mapping[str, str]) -> list[str]:
     """Published parameters beside those counted from each preset's configuration."""
-    from lifelong_moe.config.load import load_config
+    from lifelong_moe.config.load import read_config
     from lifelong_moe.plan.published import published_count
 
     rows = []
     for name, note in notes.items():
-        config, _ = load_config(ROOT / f"configs/presets/{name}.yaml")
+        config = read_config(ROOT / f"configs/presets/{name}.yaml").config
         said, counted = config.published, published_count(config)
         assert said is not None
         published = " / ".join(f"{figure:,g} B" for figure in (said.total, said.active) if figure is not None)

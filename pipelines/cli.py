@@ -75,25 +75,25 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Train the stages that are not committed yet, evaluate each, and report."""
-    from pipelines.preflight import check_config
+    from lifelong_moe.config.load import read_config
 
-    checked = check_config(config, overrides)
+    loaded = read_config(config, overrides or [])  # a mistake is told before torch is imported, which takes seconds
     from pipelines.run.run import run as story
 
     silence_libraries()
     threads.say()
-    finish(story(config, checked, replace, console(as_json)).to_json(), as_json)
+    finish(story(loaded, replace, console(as_json)).to_json(), as_json)
 
 
 @app.command(epilog=epilog("plan"))
 def plan(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Show what a run would do and what it would cost; trains nothing."""
-    from pipelines.preflight import check_config
+    from lifelong_moe.config.load import read_config
 
-    checked = check_config(config, overrides)
+    loaded = read_config(config, overrides or [])  # a mistake is told before torch is imported, which takes seconds
     from pipelines.run.plan import plan as story
 
-    finish(story(config, checked, console(as_json)), as_json)
+    finish(story(loaded, console(as_json)), as_json)
 
 
 @app.command(epilog=epilog("compare"))
@@ -112,23 +112,24 @@ def compare(
     """Train several arms with several seeds and put them side by side; started twice, two processes share the work."""
     from lifelong_moe.plan.comparison import load_comparison
 
-    load_comparison(config, overrides or []).select(only or [])
+    comparison = load_comparison(config, overrides or [])
+    comparison.select(only or [])
     from pipelines.compare.compare import compare as story
 
     silence_libraries()
     threads.say()
-    finish(story(config, overrides or [], only or [], replace, console(as_json)), as_json)
+    finish(story(comparison, only or [], replace, console(as_json)), as_json)
 
 
 @app.command(epilog=epilog("prepare"))
 def prepare(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Fetch and tokenize everything that a run reads, away from the GPUs; trains nothing."""
-    from pipelines.preflight import check_config
+    from lifelong_moe.config.load import read_config
 
-    checked = check_config(config, overrides)
+    loaded = read_config(config, overrides or [])  # a mistake is told before torch is imported, which takes seconds
     from pipelines.run.prepare import prepare as story
 
-    finish(story(config, checked, console(as_json)), as_json)
+    finish(story(loaded, console(as_json)), as_json)
 
 
 @app.command(epilog=epilog("retrain"))
@@ -154,12 +155,13 @@ def retrain(
 
         if plan_path is not None:
             read_plan(Path(plan_path))
-        with run_lock(load_retraining(config, overrides or []).run):
+        retraining = load_retraining(config, overrides or [])
+        with run_lock(retraining.run):
             from pipelines.retrain.retrain import retrain as story
 
             silence_libraries()
             threads.say()
-            result = story(config, overrides or [], dry_run, plan_path, console(), reopen)
+            result = story(retraining, dry_run, plan_path, console(), reopen)
     except BaseException as error:  # a bug or Ctrl-C as well: who reads the last line always finds JSON
         told = as_ours(error) or error
         failure = {"outcome": "failed", "error": type(told).__name__, "reason": one_line(str(told))}

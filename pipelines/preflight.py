@@ -4,17 +4,10 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 
-from lifelong_moe.config.load import load_config
 from lifelong_moe.plan.retraining import read_gate
 from lifelong_moe.storage.locks import locked
 from lifelong_moe.store.runs import RunRecord, require_head
 from pipelines.shared.places import ROOT
-
-
-def check_config(path: str, overrides: list[str] | None) -> list[str]:
-    """Refuse a wrong configuration; returns the overrides."""
-    load_config(path, overrides or [])
-    return overrides or []
 
 
 def check_stage(run: str, stage: str, gate: list[str] | None) -> list[str]:

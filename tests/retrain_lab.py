@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 
+from lifelong_moe.plan.retraining import load_retraining
 from pipelines.retrain.retrain import retrain
 from tests.tiny import (
     CONTEXT,
@@ -87,7 +88,8 @@ def tick_and_text(
 ) -> tuple[dict[str, Any], str]:
     """One tick, and what it printed."""
     printed = io.StringIO()
-    result = retrain(config, list(overrides), dry_run, plan, Console(file=printed, width=1000), reopen).to_json()
+    outcome = retrain(load_retraining(config, overrides), dry_run, plan, Console(file=printed, width=1000), reopen)
+    result = outcome.to_json()
     json.dumps(result, allow_nan=False)
     return result, printed.getvalue()
 

@@ -7,6 +7,7 @@ this package only plain dataclasses travel.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,36 +34,59 @@ class _Scalars:
     seed: int = 0
 
 
-def load_config(path: str | Path, overrides: list[str] | None = None) -> tuple[RunConfig, dict[str, Any]]:
+@dataclass(frozen=True)
+class LoadedConfig:
+    """A run's configuration, which a command reads once and hands on."""
+
+    raw: DictConfig
+    """As written, with overrides; interpolations such as ``${oc.env:TOKEN}`` are unresolved."""
+    config: RunConfig
+    """Validated and built from it."""
+    left_behind: tuple[str, ...] = ()
+    """Sentences on the file's keys that the routing mode of an override ignores."""
+
+
+def read_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig:
     """Read a YAML file, apply ``key=value`` overrides, validate, and build the run's configuration.
 
     Args:
-        path: YAML file.
+        path: YAML file, or ``-`` for standard input.
         overrides: Such as ``seed=1`` or ``stages[1].grow.experts=4``; the value is YAML.
-
-    Returns:
-        The configuration, and the same as plain data, which may be logged: interpolations such as ``${oc.env:TOKEN}``
-        are left unresolved, and URLs have lost user, password and query.
 
     Raises:
         ConfigError: One line with the full key or file and line, what was required and what came.
     """
-    raw = read_config(path, overrides)
-    return build_config(raw), written_config(raw)
+    return configure(read_yaml(Path(path)), overrides, str(path))
 
 
-def read_config(path: str | Path, overrides: list[str] | None = None) -> DictConfig:
-    """Read a YAML file and apply overrides, which may switch the routing's mode; interpolations are unresolved."""
-    before = read_yaml(Path(path))
-    raw = before.copy()
-    for override in overrides or []:
+def configure(file: DictConfig, overrides: Sequence[str], path: str) -> LoadedConfig:
+    """Build a configuration from a file that was read already, as the many runs of a comparison share one.
+
+    Args:
+        file: As from :func:`~lifelong_moe.config.yaml_file.read_yaml`; left unchanged.
+        overrides: See :func:`read_config`.
+        path: What messages call the file.
+    """
+    raw = overridden(file, overrides)
+    config = build_config(raw)
+    ignored = sorted(set(file.get("routing") or ()) - set(raw.get("routing") or ()))
+    if not ignored:
+        return LoadedConfig(raw, config)
+    keys, mode = ", ".join(f"routing.{key}" for key in ignored), raw.routing.get("mode")
+    return LoadedConfig(raw, config, (f"routing.mode={mode} does without {keys} of {path}; docs/systems.md",))
+
+
+def overridden(file: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """A copy of a file's content with overrides, which may switch the routing's mode; not validated."""
+    raw = file.copy()
+    for override in overrides:
         apply_override(raw, override)
-    drop_keys_of_old_mode(raw, before, overrides or [])
+    drop_keys_of_old_mode(raw, file, overrides)
     return raw
 
 
 def written_config(raw: DictConfig) -> dict[str, Any]:
-    """A configuration as it was written, as plain data that may be logged; see :func:`load_config`."""
+    """A configuration as plain data that may be logged: interpolations unresolved, URLs without credentials."""
     return _masked(OmegaConf.to_container(raw, resolve=False))
 
 
@@ -76,10 +100,10 @@ def _masked(value: Any) -> Any:
 
 
 def build_config(raw: DictConfig, *, is_stored: bool = False) -> RunConfig:
-    """Validate plain configuration data and build the dataclasses; see :func:`load_config`.
+    """Validate plain configuration data and build the dataclasses; see :func:`read_config`.
 
     Args:
-        raw: As from :func:`read_config`.
+        raw: As from :func:`overridden`.
         is_stored: Whether it is of a run that exists: an earlier version may have let it have what is refused today.
     """
     if is_stored and OmegaConf.select(raw, "routing.capacity") and OmegaConf.select(raw, "routing.balance_scope"):
@@ -116,7 +140,7 @@ def whole_config(raw: DictConfig) -> dict[str, Any]:
     """Everything that a valid configuration says: with all defaults, and ``stage_defaults`` merged under each stage.
 
     Args:
-        raw: As from :func:`read_config`.
+        raw: As from :func:`overridden`.
 
     Returns:
         Plain data that may be logged, like that of :func:`written_config`: what refers to a secret still only refers.

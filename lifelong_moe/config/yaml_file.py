@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import functools
 import io
 import re
 from pathlib import Path
@@ -26,7 +25,8 @@ def read_yaml(path: Path) -> DictConfig:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
         hint = f" Did you mean {path.parent / near[0]}?" if near else ""
         raise ConfigError(f"{path}: no such file.{hint}")
-    data = _begins(path) if path.is_file() else _piped(path)
+    with path.open("rb") as file:
+        data = file.read(MAX_CONFIG_BYTES + 1)  # one more tells that it is too long; a file may be endless
     if len(data) > MAX_CONFIG_BYTES:
         raise ConfigError(f"{path}: over {MAX_CONFIG_BYTES:,} bytes; is this a configuration file?")
     try:
@@ -50,18 +50,6 @@ def read_yaml(path: Path) -> DictConfig:
     if not isinstance(loaded, DictConfig) or not loaded:
         raise ConfigError(f"{path}: must hold a mapping such as run: NAME; it is empty or a list.")
     return loaded
-
-
-def _begins(path: Path) -> bytes:
-    """A file's bytes, one more than a configuration may have at most."""
-    with path.open("rb") as file:
-        return file.read(MAX_CONFIG_BYTES + 1)
-
-
-@functools.cache
-def _piped(path: Path) -> bytes:
-    """What comes out of a pipe, which gives it once: the next who asks for it in this process gets the same."""
-    return _begins(path)
 
 
 def _require_shallow(text: str) -> None:

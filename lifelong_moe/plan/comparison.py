@@ -17,9 +17,9 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
-from lifelong_moe.config.load import load_config
+from lifelong_moe.config.load import LoadedConfig, configure
 from lifelong_moe.config.names import NAME, require_known
 from lifelong_moe.config.run import RunConfig
 from lifelong_moe.config.sections import section
@@ -94,6 +94,8 @@ class Comparison:
     arms: tuple[Arm, ...]
     common: tuple[str, ...]
     """Overrides of every arm, from the command line."""
+    file: DictConfig
+    """What the base file holds, read once for all runs."""
 
     @property
     def reference(self) -> str:
@@ -107,6 +109,10 @@ class Comparison:
     def overrides(self, arm: Arm, seed: int) -> list[str]:
         """All overrides of the base file for one run."""
         return [*self.common, *arm.overrides, f"run={self.run_name(arm, seed)}", f"seed={seed}"]
+
+    def configure(self, overrides: Sequence[str]) -> LoadedConfig:
+        """The base file's configuration with overrides."""
+        return configure(self.file, overrides, str(self.base))
 
     def select(self, only: Sequence[str]) -> tuple[Arm, ...]:
         """Arms by name, or by the name of the grid that they come from; all if nothing is named.
@@ -146,7 +152,8 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
     written: Any = OmegaConf.to_container(raw.arms, resolve=False)
     settings = dataclasses.replace(settings, arms={str(name): entry for name, entry in written.items()})
     arms = tuple(arm for name, entry in settings.arms.items() for arm in _arms(name, entry))
-    comparison = Comparison(settings, path.parent / settings.base, arms, common)
+    base = path.parent / settings.base
+    comparison = Comparison(settings, base, arms, common, read_yaml(base))
     _check(comparison)
     return comparison
 
@@ -173,12 +180,10 @@ def _check(comparison: Comparison) -> None:
     for role in ("reference", "unrestrained", "joint"):
         if (name := getattr(settings, role)) is not None:
             require_known(name, names, role)
-    if not comparison.base.is_file():
-        load_config(comparison.base)  # says so, and what may be meant
     configs = {}
     for arm in comparison.arms:
         try:
-            configs[arm.name], _ = load_config(comparison.base, comparison.overrides(arm, settings.seeds[0]))
+            configs[arm.name] = comparison.configure(comparison.overrides(arm, settings.seeds[0])).config
         except ConfigError as error:
             raise ConfigError(f"arm {arm.name}: {error}") from None
     require_equal_measures({name: measures(configs[name]) for name in [comparison.reference, *configs]})

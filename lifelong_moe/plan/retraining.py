@@ -17,7 +17,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from lifelong_moe.config.data import KeepText
-from lifelong_moe.config.load import build_config, read_config
+from lifelong_moe.config.load import build_config, overridden
 from lifelong_moe.config.names import require_known
 from lifelong_moe.config.retraining.operation import HooksConfig, InboxConfig, LimitsConfig, ProbeConfig, TriggerConfig
 from lifelong_moe.config.retraining.policy import HELDOUT_SOURCES, DecisionConfig, DriftConfig, GateConfig
@@ -158,7 +158,8 @@ def load_retraining(path: str | Path, overrides: Sequence[str] = ()) -> Retraini
     for key in raw:
         require_known(str(key), known, "key")
     settings = _settings(raw)
-    base = read_config(path.parent / settings.base, [override for override in overrides if override not in own])
+    file = read_yaml(path.parent / settings.base)
+    base = overridden(file, [override for override in overrides if override not in own])
     config = build_config(base, is_stored=True)  # a run that is there already
     if config.method != Method.lifelong:
         raise ConfigError(f"method={config.method}: retraining continues and grows, so it needs method=lifelong.")

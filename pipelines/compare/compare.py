@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from lifelong_moe.errors import DivergedError, LockedError
-from lifelong_moe.plan.comparison import load_comparison
+from lifelong_moe.plan.comparison import Comparison
 from lifelong_moe.store.runs import RunRecord
 from lifelong_moe.tracking.tracker import Tracker
 from lifelong_moe.training.callbacks.interrupt import handling_sigterm
@@ -29,12 +29,11 @@ WAIT_SECONDS, MOST_SECONDS = 3.0, 60.0
 """Between two looks at the store, and before the locked runs are tried again, once other processes hold all of them."""
 
 
-def compare(path: str, overrides: list[str], only: list[str], replace: bool, console: Console) -> Mapping[str, Any]:
+def compare(comparison: Comparison, only: list[str], replace: bool, console: Console) -> Mapping[str, Any]:
     """Run or continue a comparison; returns its ``comparison.json``.
 
     Args:
-        path: The comparison's YAML file.
-        overrides: ``key=value``, for the comparison or for every arm.
+        comparison: Its arms, with the file that they change.
         only: Arms, or grids, to run; all by default.
         replace: Let the runs' names refer to other stages than before.
         console: Where people read.
@@ -45,7 +44,6 @@ def compare(path: str, overrides: list[str], only: list[str], replace: bool, con
         TryAgainError: If SIGTERM came.
     """
     with handling_sigterm():
-        comparison = load_comparison(path, overrides)
         chosen, memory = comparison.select(only), Memory()
         with console.status("reading and tokenizing the distributions, planning all arms"):
             jobs = plan_jobs(comparison, memory)
@@ -54,7 +52,7 @@ def compare(path: str, overrides: list[str], only: list[str], replace: bool, con
             refuse_taken_names(wanted)
         record = ComparisonRecord(comparison, jobs, Tracker.connect(jobs[0].prepared.config.tracking, ROOT))
         try:
-            train = partial(run, str(comparison.base), memory=memory, parent_run=record.parent)
+            train = partial(run, memory=memory, parent_run=record.parent)
             failed = _work(wanted, train, record, replace, console)
             found = record.update()
             render_comparison.terminal(console, found)
@@ -82,7 +80,7 @@ def _work(
         console.rule(f"{job.run}: {how} ({len(jobs) - len(queue)} of {len(jobs)})", align="left", style="dim")
         try:
             quiet = Console(quiet=True) if complete else console
-            train(job.overrides, replace and job.is_taken(), quiet)
+            train(job.prepared.loaded, replace and job.is_taken(), quiet)
         except LockedError as error:
             console.print(f"{error} Going on with others.", highlight=False)
             queue.append(job)

@@ -26,9 +26,8 @@ class Job:
     arm: Arm
     seed: int
     run: str
-    overrides: list[str]
-    """All of them, tokens that follow from the budget included."""
     prepared: Prepared
+    """Of its whole configuration, tokens that follow from the budget included."""
 
     def report(self) -> dict[str, Any] | None:
         """The run's report, if all stages of just this plan are committed."""
@@ -65,7 +64,7 @@ def plan_jobs(comparison: Comparison, memory: Memory) -> list[Job]:
         for arm in comparison.arms:
             overrides = comparison.overrides(arm, seed) + tokens[arm.name]
             prepared = _prepare(comparison, arm, overrides, memory)
-            jobs.append(Job(arm, seed, comparison.run_name(arm, seed), overrides, prepared))
+            jobs.append(Job(arm, seed, comparison.run_name(arm, seed), prepared))
     return jobs
 
 
@@ -92,7 +91,7 @@ def refuse_taken_names(jobs: list[Job]) -> None:
 
 def _prepare(comparison: Comparison, arm: Arm, overrides: list[str], memory: Memory) -> Prepared:
     with _in_arm(arm):
-        return prepare(str(comparison.base), overrides, memory)
+        return prepare(comparison.configure(overrides), memory)
 
 
 def _token_overrides(comparison: Comparison, arm: Arm, prepared: dict[str, Prepared]) -> list[str]:

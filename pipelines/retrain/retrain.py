@@ -16,7 +16,7 @@ from lifelong_moe.config.load import written_config
 from lifelong_moe.config.retraining.policy import HELDOUT_SOURCES
 from lifelong_moe.data.tokens.prepare import Texts
 from lifelong_moe.errors import ConfigError
-from lifelong_moe.plan.retraining import load_retraining
+from lifelong_moe.plan.retraining import Retraining
 from lifelong_moe.retraining.checks import Verdict
 from lifelong_moe.retraining.decision import Action
 from lifelong_moe.storage.locks import locked
@@ -46,8 +46,7 @@ from pipelines.versions.render import print_verdict
 
 
 def retrain(
-    config_path: str,
-    overrides: list[str],
+    retraining: Retraining,
     dry_run: bool,
     plan_path: str | None,
     console: Console,
@@ -56,20 +55,18 @@ def retrain(
     """Run one tick.
 
     Args:
-        config_path: Retraining file.
-        overrides: ``key=value``, for it or for its base.
+        retraining: Its file and its base.
         dry_run: Write and print the plan, and stop.
         plan_path: Plan of a dry run, to be carried out as it stands.
         console: Output for people.
         reopen: Name, or beginning of the hash, of a skipped or rejected batch to consider again.
 
     Raises:
-        ConfigError: If the configuration is wrong, or the run does not exist.
+        ConfigError: If the run does not exist.
         DataError: If the inbox holds something unusable.
         StalePlanError: If the plan no longer fits.
         TryAgainError: If another process works on the run, or SIGTERM came.
     """
-    retraining = load_retraining(config_path, overrides)
     # Mistakes of the user are raised before the lock file is made.
     require_head(ROOT, retraining.run)
     if plan_path is not None:

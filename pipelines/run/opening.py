@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from lifelong_moe.config.load import written_config
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.storage.keys import SHORT
 from lifelong_moe.store.head import RunHead
@@ -29,14 +30,15 @@ def open_run(record: RunRecord, prepared: Prepared, replace: bool) -> OpenRun:
     before = record.head()
     if before is not None and not replace:
         _require_same(before, prepared, data)
+    written = written_config(prepared.loaded.raw)
     now: dict[str, Any] = {
         "method": prepared.config.method.value,
         "seed": prepared.config.seed,
-        "config": prepared.raw,
+        "config": written,
         "plan": keys,
         "names": tuple(planned.spec.name for planned in prepared.plan),
         "data": data,
-        "texts": keep_texts(before, prepared.raw, prepared.data, prepared.config.evaluate.keep_heldout),
+        "texts": keep_texts(before, written, prepared.data, prepared.config.evaluate.keep_heldout),
         "tokenizer": prepared.data.tokenizer.hash,
     }
     if before is None:

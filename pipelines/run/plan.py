@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lifelong_moe.clustering.unigrams import unigram_divergence
+from lifelong_moe.config.load import LoadedConfig
 from lifelong_moe.data.tokens.packing import epochs
 from lifelong_moe.plan.advice import growth_advice, leaking, nothing_to_hold
 from lifelong_moe.plan.cost import count_parameters
@@ -26,10 +27,10 @@ COMPARED_TOKENS = 200_000
 """Tokens of each distribution whose frequencies are compared."""
 
 
-def plan(config_path: str, overrides: list[str], console: Console) -> dict[str, Any]:
+def plan(loaded: LoadedConfig, console: Console) -> dict[str, Any]:
     """Show the stages with keys, sizes and cost; returns the same as plain data."""
     with console.status("reading and tokenizing the distributions"):
-        prepared = prepare(config_path, overrides)
+        prepared = prepare(loaded)
     store = StageStore(ROOT)
     head = RunRecord(ROOT, prepared.config.run).head()
     rows = [_row(i, prepared, store) for i in range(len(prepared.plan))]
@@ -40,7 +41,7 @@ def plan(config_path: str, overrides: list[str], console: Console) -> dict[str, 
     _print(console, rows, disk, speed)
     if published := published_sentence(prepared.config):
         console.print(published, highlight=False, markup=False)
-    warnings = [*prepared.left_behind, *leaking(prepared.config), *nothing_to_hold(prepared.config)]
+    warnings = [*prepared.loaded.left_behind, *leaking(prepared.config), *nothing_to_hold(prepared.config)]
     for sentence in warnings:
         console.print(f"[yellow]{sentence}[/yellow]", highlight=False)
     advice = growth_advice(prepared.plan, _divergence(prepared))

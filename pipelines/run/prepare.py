@@ -6,14 +6,15 @@ from typing import Any
 
 from rich.console import Console
 
+from lifelong_moe.config.load import LoadedConfig
 from pipelines.run import render
 from pipelines.shared.workspace import prepare as prepare_run
 
 
-def prepare(config_path: str, overrides: list[str], console: Console) -> dict[str, Any]:
+def prepare(loaded: LoadedConfig, console: Console) -> dict[str, Any]:
     """Fill the cache; returns tokens and fingerprints by distribution."""
     with console.status("reading and tokenizing the distributions"):
-        prepared = prepare_run(config_path, overrides)
+        prepared = prepare_run(loaded)
     render.data_table(console, prepared)
     return {
         "run": prepared.config.run,

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
+from lifelong_moe.config.load import whole_config, written_config
 from lifelong_moe.evaluation.loss import Evaluation
 from lifelong_moe.plan.architecture import Architecture
 from lifelong_moe.plan.planned import PlannedStage
@@ -75,14 +76,14 @@ class MlflowRecord:
         for old in self.told.replaced:
             self.tracker.replaced(old, run_id)
         self._tell(replaced=(), **({"run": run_id, "stages": {}, "logged": {}} if run_id != known else {}))
-        self.tracker.log_text(run_id, config_yaml(self.prepared.whole), CONFIG)
+        self.tracker.log_text(run_id, config_yaml(whole_config(self.prepared.loaded.raw)), CONFIG)
         for name, record in self.prepared.data.records.items():
             context = "training" if name in {s.data for s in config.stages} else "evaluation"
             self._dataset(run_id, name, record.train_hash, context)
 
     def _dataset(self, run_id: str | None, name: str, digest: str, context: str) -> None:
         record = self.prepared.data.records[name]
-        sources = {str(key): value for key, value in self.prepared.raw["distributions"].items()}
+        sources = {str(key): value for key, value in written_config(self.prepared.loaded.raw)["distributions"].items()}
         source = sources[name]  # as written: a reference to a secret stays a reference
         if not isinstance(source, str):
             source = source.get("builtin") or source.get("files") or f"{source['hf']}@{source['revision']}"

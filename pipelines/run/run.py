@@ -10,7 +10,7 @@ from functools import partial
 
 from rich.console import Console
 
-from lifelong_moe.config.load import load_config
+from lifelong_moe.config.load import LoadedConfig
 from lifelong_moe.data.tokens.prepare import PreparedData
 from lifelong_moe.errors import TryAgainError
 from lifelong_moe.evaluation.loss import Evaluation
@@ -44,8 +44,7 @@ log = logging.getLogger(__name__)
 
 
 def run(
-    config_path: str,
-    overrides: list[str],
+    loaded: LoadedConfig,
     replace: bool,
     console: Console,
     *,
@@ -55,24 +54,23 @@ def run(
     """Run or continue a run; returns its report.
 
     Args:
-        config_path: YAML file.
-        overrides: ``key=value``.
+        loaded: Its configuration.
         replace: Let the run's name refer to other stages than before.
         console: Where people read.
         memory: Data that was read before; see :func:`pipelines.shared.workspace.prepare`.
         parent_run: MLflow run that this one is shown under.
 
     Raises:
-        ConfigError: If the configuration is wrong, or the run's name belongs to another configuration.
+        ConfigError: If the run's name belongs to another configuration.
         TryAgainError: If another process works on this run, or SIGTERM came.
         ResourceError: If disk or memory does not suffice.
     """
     with handling_sigterm() as interrupt:
         remove_abandoned()
         # What this machine cannot do is said before anything is written.
-        build_trainer(load_config(config_path, overrides)[0].trainer, 1)
+        build_trainer(loaded.config.trainer, 1)
         with console.status("reading and tokenizing the distributions"):
-            prepared = prepare(config_path, overrides, memory)
+            prepared = prepare(loaded, memory)
         record, store = RunRecord(ROOT, prepared.config.run), StageStore(ROOT)
         todo = [planned for planned in prepared.plan if store.find(planned.key) is None]
         require_room(todo, prepared.config)
@@ -89,7 +87,7 @@ def run(
 def _announce(console: Console, prepared: Prepared) -> None:
     """The data, and what the configuration does not do although it may seem so."""
     render.data_table(console, prepared)
-    for sentence in (*prepared.left_behind, *leaking(prepared.config), *nothing_to_hold(prepared.config)):
+    for sentence in (*prepared.loaded.left_behind, *leaking(prepared.config), *nothing_to_hold(prepared.config)):
         console.print(f"[yellow]{sentence}[/yellow]", highlight=False)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from lifelong_moe.config.load import whole_config, written_config
 from lifelong_moe.plan.planned import PlannedStage
 from pipelines.shared.workspace import Prepared
 
@@ -33,7 +34,7 @@ OFF: dict[str, dict[str, Any]] = {
 
 def run_params(prepared: Prepared) -> dict[str, Any]:
     """A run's settings with all defaults; its stages as written, for each has a run of its own that says all."""
-    written, whole = prepared.raw, prepared.whole
+    written, whole = written_config(prepared.loaded.raw), whole_config(prepared.loaded.raw)
     params = {key: value for key, value in whole.items() if key != "run"}
     params |= {key: written[key] for key in ("distributions", "stage_defaults", "stages") if key in written}
     return params | {"num_stages": len(prepared.config.stages)}

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
-from lifelong_moe.config.load import build_config, read_config, whole_config, written_config
+from lifelong_moe.config.load import LoadedConfig, written_config
 from lifelong_moe.config.run import RunConfig
 from lifelong_moe.config.sections import section
 from lifelong_moe.config.training import TrainerConfig
-from lifelong_moe.config.yaml_file import read_yaml
 from lifelong_moe.data.tokens.prepare import PreparedData, prepare_data
 from lifelong_moe.data.tokens.records import Remembered
 from lifelong_moe.errors import DataError
@@ -46,44 +43,34 @@ __all__ = [
 class Prepared:
     """A configuration with its data and its plan."""
 
-    config: RunConfig
-    raw: dict[str, Any]
-    """The configuration as written, interpolations unresolved: nothing resolved is ever logged."""
-    whole: dict[str, Any]
-    """The same with all defaults."""
+    loaded: LoadedConfig
     data: PreparedData
     plan: list[PlannedStage]
-    left_behind: list[str]
-    """What to say of the file's keys that another routing's mode does without."""
+
+    @property
+    def config(self) -> RunConfig:
+        """The validated configuration."""
+        return self.loaded.config
 
 
-def prepare(config_path: str, overrides: list[str], memory: dict[str, PreparedData] | None = None) -> Prepared:
-    """Read the configuration, prepare its data, and plan its stages.
+def prepare(loaded: LoadedConfig, memory: dict[str, PreparedData] | None = None) -> Prepared:
+    """Prepare a configuration's data, and plan its stages.
 
     Args:
-        config_path: YAML file.
-        overrides: ``key=value``.
+        loaded: The configuration.
         memory: Data by what was asked for; several runs on the same data then read it once.
 
     Raises:
         DataError: If a stage that is not committed needs text that is not there.
     """
-    raw = read_config(config_path, overrides)
-    config = build_config(raw)
+    config = loaded.config
     build_router(config.routing, width=config.model.width, layer=0)  # one of the user's own is found, or not, now
-    head, written = RunRecord(ROOT, config.run).head(), written_config(raw)
-    data = read_data(config, memory, remembered(head, written))
+    head = RunRecord(ROOT, config.run).head()
+    data = read_data(config, memory, remembered(head, written_config(loaded.raw)))
     plan = plan_stages(config, data.identity)
     check_clusters(plan, {name: record.documents for name, record in data.records.items()})
     require_text(plan, data, head)
-    return Prepared(config, written, whole_config(raw), data, plan, left_behind(config_path, raw))
-
-
-def left_behind(config_path: str, raw: DictConfig) -> list[str]:
-    """What a file wrote for its own routing's mode and an override's does without: a sentence, or nothing."""
-    gone = sorted(set(read_yaml(Path(config_path)).get("routing") or ()) - set(raw.get("routing") or ()))
-    keys, mode = ", ".join(f"routing.{key}" for key in gone), (raw.get("routing") or {}).get("mode")
-    return [f"routing.mode={mode} does without {keys} of {config_path}; docs/systems.md"] if gone else []
+    return Prepared(loaded, data, plan)
 
 
 def require_text(plan: Sequence[PlannedStage], data: PreparedData, head: RunHead | None) -> None:

@@ -26,7 +26,7 @@ import torch
 import yaml
 from rich.console import Console
 
-from lifelong_moe.config.load import load_config
+from lifelong_moe.config.load import read_config
 from lifelong_moe.data.text.documents import normalized_hash
 from lifelong_moe.data.tokens.windows import evaluation_windows
 from lifelong_moe.evaluation.loss import evaluate
@@ -124,7 +124,7 @@ def measured(name: str) -> dict[str, Any]:
     """Nats per answer token at the best step, on what was trained on and on what was not; and the last one held out."""
     head, store = require_head(Path("mlruns"), name), StageStore(Path("mlruns"))
     stage = store.get(head.stages[-1])
-    run_config, _ = load_config(f"{name}.yaml")
+    run_config = read_config(f"{name}.yaml").config
     data = read_data(run_config)
     model, corpus = load_model(store, stage), data.corpora["pairs"]
 
@@ -162,7 +162,7 @@ def main() -> None:
             settings = config(model, trainable, dropout, seed, options.steps)
             name = settings["run"]
             Path(f"{name}.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
-            run(f"{name}.yaml", [], False, Console(quiet=True))
+            run(read_config(f"{name}.yaml"), False, Console(quiet=True))
             found = measured(name)
             gap = found["held_out"] - found["trained_on"]
             arm = {"model": model, "trained": trainable, "expert_dropout": dropout, "seed": seed}

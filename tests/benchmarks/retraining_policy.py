@@ -27,8 +27,10 @@ from typing import Any
 import yaml
 from rich.console import Console
 
+from lifelong_moe.config.load import read_config
 from lifelong_moe.data.text.builtin import builtin_documents
 from lifelong_moe.data.text.documents import Document
+from lifelong_moe.plan.retraining import load_retraining
 from pipelines.retrain.retrain import retrain
 from pipelines.run.run import run
 from pipelines.shared.quiet import silence_libraries
@@ -174,7 +176,7 @@ def make_base(seed: int, margin: float = 4.0, evaluated: int = 8000) -> dict[str
     }
     for name, config in (("base.yaml", base), ("retrain.yaml", tick)):
         Path(name).write_text(yaml.safe_dump(config), encoding="utf-8")
-    run("base.yaml", [], False, Console(file=io.StringIO()))
+    run(read_config("base.yaml"), False, Console(file=io.StringIO()))
     return pools
 
 
@@ -186,7 +188,9 @@ def decide(base: Path, documents: list[Document], overrides: list[str]) -> dict[
         os.chdir(lab)
         try:
             write(Path("inbox/batch.jsonl"), documents)
-            result = retrain("retrain.yaml", overrides, True, None, Console(file=io.StringIO())).to_json()
+            result = retrain(
+                load_retraining("retrain.yaml", overrides), True, None, Console(file=io.StringIO())
+            ).to_json()
             facts = json.loads(Path(result["plan"]).read_text()) if "plan" in result else None
         finally:
             os.chdir(HERE)

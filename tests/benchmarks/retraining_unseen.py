@@ -28,6 +28,7 @@ from rich.console import Console
 
 from lifelong_moe.data.text.documents import Document
 from lifelong_moe.errors import LifelongError
+from lifelong_moe.plan.retraining import load_retraining
 from pipelines.retrain.retrain import retrain
 from pipelines.shared.quiet import silence_libraries
 from tests.benchmarks.provenance import keep, made_with
@@ -173,7 +174,7 @@ def italian_pages(pool: Pool) -> list[Document]:
 def tick() -> dict[str, Any]:
     """One, in this process."""
     try:
-        return retrain("retrain.yaml", [], False, None, Console(file=io.StringIO())).to_json()
+        return retrain(load_retraining("retrain.yaml"), False, None, Console(file=io.StringIO())).to_json()
     except LifelongError as error:
         return {"outcome": type(error).__name__, "reason": str(error)}
 

@@ -14,7 +14,7 @@ import pytest
 import typer
 import yaml
 
-from lifelong_moe.config.load import build_config, load_config
+from lifelong_moe.config.load import build_config, read_config
 from lifelong_moe.config.run import RunConfig
 from lifelong_moe.plan.comparison import load_comparison
 from lifelong_moe.plan.methods import stage_specs
@@ -43,10 +43,10 @@ def run_configurations(path: Path) -> list[RunConfig]:
         names = [str(stage.name) for stage in build_config(retraining.base).stages]
         return [retraining.config(names, [NewStage("batch", "a.jsonl", name)]) for name in (None, names[0])]
     if not is_comparison(path):
-        return [load_config(path)[0]]
+        return [read_config(path).config]
     comparison = load_comparison(path)
     runs = [(arm, seed) for arm in comparison.arms for seed in comparison.settings.seeds[:1]]
-    return [load_config(comparison.base, comparison.overrides(arm, seed))[0] for arm, seed in runs]
+    return [read_config(comparison.base, comparison.overrides(arm, seed)).config for arm, seed in runs]
 
 
 def is_retraining(path: Path) -> bool:
@@ -107,7 +107,7 @@ def test_commands_in_the_documentation_parse(monkeypatch: pytest.MonkeyPatch) ->
         path = parsed.params.get("config")
         if path is not None and (ROOT / path).is_file():
             asked = ROOT / path
-            load = load_retraining if is_retraining(asked) else load_comparison if is_comparison(asked) else load_config
+            load = load_retraining if is_retraining(asked) else load_comparison if is_comparison(asked) else read_config
             load(asked, list(parsed.params.get("overrides") or []))
         elif path is not None and path.startswith("configs/"):
             pytest.fail(f"{where}: {path} does not exist")

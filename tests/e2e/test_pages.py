@@ -25,7 +25,7 @@ import pytest
 import typer
 from omegaconf import OmegaConf
 
-from lifelong_moe.config.load import load_config
+from lifelong_moe.config.load import read_config
 from lifelong_moe.data.text import builtin
 from pipelines.cli import app
 from pipelines.upkeep import ui
@@ -205,7 +205,7 @@ class Reader:
         """Sections of a run's configuration."""
         Path("snippet.yaml").write_text(found.text, encoding="utf-8")
         OmegaConf.save(OmegaConf.merge(quickstart(), OmegaConf.load("snippet.yaml")), "snippet.yaml")
-        load_config("snippet.yaml")
+        read_config("snippet.yaml")
 
     def json(self, found: Found) -> None:
         """Anything."""

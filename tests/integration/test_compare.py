@@ -16,8 +16,9 @@ import yaml
 from rich.console import Console
 
 import pipelines.compare.compare as story
-from lifelong_moe.config.load import load_config
+from lifelong_moe.config.load import LoadedConfig, read_config
 from lifelong_moe.errors import DivergedError, LockedError, TryAgainError
+from lifelong_moe.plan.comparison import load_comparison
 from pipelines.compare.compare import compare
 from tests.tiny import fork, tiny_config, write_config
 
@@ -27,7 +28,7 @@ needs_fork = pytest.mark.skipif(torch.cuda.is_available(), reason="autograd does
 def start(*overrides: str, only: list[str] | None = None) -> tuple[dict[str, Any], str]:
     """Compare in this process; returns ``comparison.json`` and what was printed."""
     printed = io.StringIO()
-    found = compare("compare.yaml", list(overrides), only or [], False, Console(file=printed, width=200))
+    found = compare(load_comparison("compare.yaml", overrides), only or [], False, Console(file=printed, width=200))
     return found, printed.getvalue()
 
 
@@ -93,7 +94,7 @@ def test_one_parent_with_the_arms_under_it(lab: Path, template: Path, setup: Cal
     assert (grown["grow.experts"], grown["grow.noise"], trained_on["grow.experts"]) == ("2", "0.02", "0")
     for name in arms:
         kept = lab / "mlruns/artifacts" / first[name].info.run_id / "artifacts/config.yaml"
-        assert load_config(kept)[0].run == name
+        assert read_config(kept).config.run == name
     assert "### Results" in parent.data.tags["mlflow.note.content"]
     artifacts = lab / "mlruns/artifacts" / parent.info.run_id / "artifacts"
     stored = {str(path.relative_to(artifacts)) for path in artifacts.rglob("*") if path.is_file()}
@@ -125,10 +126,10 @@ def test_an_arm_that_diverges_does_not_stop_the_others(
     setup(("fruit",), tracking={"enabled": True})
     trains = story.run
 
-    def run(base: str, overrides: list[str], *args: Any, **kwargs: Any) -> dict[str, Any]:
-        if "run=c.naive.s0" in overrides:
+    def run(loaded: LoadedConfig, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        if loaded.config.run == "c.naive.s0":
             raise DivergedError("stage fruit: no finite gradient; nothing was committed.")
-        return trains(base, overrides, *args, **kwargs)
+        return trains(loaded, *args, **kwargs)
 
     monkeypatch.setattr(story, "run", run)
     with pytest.raises(DivergedError, match=r"1 of 2 runs diverged: c\.naive\.s0; the others are compared"):
@@ -149,16 +150,16 @@ def test_locked_runs_come_last_and_are_waited_for(setup: Callable[..., None], mo
     setup(("fruit",))
     trains, begun, waits = story.run, [], []
 
-    def run(base: str, overrides: list[str], *args: Any, **kwargs: Any) -> dict[str, Any]:
-        begun.append(next(o for o in overrides if o.startswith("run=")))
-        if begun[-1] == "run=c.naive.s0" and len(begun) < 5:
+    def run(loaded: LoadedConfig, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        begun.append(loaded.config.run)
+        if begun[-1] == "c.naive.s0" and len(begun) < 5:
             raise LockedError("run c.naive.s0 is being worked on by process 1; try again later.")
-        return trains(base, overrides, *args, **kwargs)
+        return trains(loaded, *args, **kwargs)
 
     monkeypatch.setattr(story, "run", run)
     monkeypatch.setattr(story, "_wait", lambda jobs: waits.append(len(begun)))
     found, printed = start()
-    assert begun == ["run=c.naive.s0", "run=c.lifelong.s0", *["run=c.naive.s0"] * 3]
+    assert begun == ["c.naive.s0", "c.lifelong.s0", *["c.naive.s0"] * 3]
     assert waits == [3, 4]  # once it was all that was left
     assert set(statuses(found).values()) == {"committed"} and "waiting for them" in printed
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
+from lifelong_moe.config.load import read_config
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.plan.architecture import Architecture
 from lifelong_moe.store.stages import StageStore
@@ -49,7 +50,7 @@ def config_of(continues: str, **sections: Any) -> dict[str, Any]:
 def models(num: int) -> list[dict[str, Tensor]]:
     """All tensors of each stage's model."""
     store = StageStore(Path("mlruns"))
-    plan = prepare("tiny.yaml", []).plan
+    plan = prepare(read_config("tiny.yaml")).plan
     return [store.tensors(store.get(planned.key)) for planned in plan][:num]
 
 
@@ -74,7 +75,7 @@ def test_it_is_planned_stored_and_grown_from() -> None:
     config = config_of("fruit", **BUNDLES)
     config["stages"].append({"data": "code", "name": "more"})
     write_config(config)
-    plan = prepare("tiny.yaml", []).plan
+    plan = prepare(read_config("tiny.yaml")).plan
     assert plan[2].parameters.total == plan[1].parameters.total
     assert plan[2].trainable == plan[0].parameters.unfrozen  # two experts and two rows a layer, and no trunk
     report, _ = train()
@@ -89,15 +90,18 @@ def test_it_is_planned_stored_and_grown_from() -> None:
 
 def test_the_label_of_continued_text_is_the_old_one() -> None:
     write_config(config_of("fruit", **ROUTINGS["label"]))
-    plan = prepare("tiny.yaml", []).plan
+    plan = prepare(read_config("tiny.yaml")).plan
     assert plan[2].architecture.labels == (("fruit", 0), ("code", 1), ("sea", 0))
 
 
 def test_continuing_is_deterministic_and_part_of_the_key() -> None:
     write_config(config_of("fruit", **BUNDLES))
     train()
-    first, other = hashes(), prepare("tiny.yaml", ["stages[2].continues=code"]).plan
-    assert other[2].key != prepare("tiny.yaml", []).plan[2].key and other[1].key == prepare("tiny.yaml", []).plan[1].key
+    first, other = hashes(), prepare(read_config("tiny.yaml", ["stages[2].continues=code"])).plan
+    assert (
+        other[2].key != prepare(read_config("tiny.yaml")).plan[2].key
+        and other[1].key == prepare(read_config("tiny.yaml")).plan[1].key
+    )
     for path in Path("mlruns/stages").glob("sea-*/*"):
         path.unlink()
     for path in Path("mlruns/stages").glob("sea-*"):
@@ -113,5 +117,5 @@ def test_continuing_is_deterministic_and_part_of_the_key() -> None:
 def test_only_an_earlier_stage_with_experts_can_be_continued(name: str, message: str) -> None:
     write_config(config_of(name))
     with pytest.raises(ConfigError) as refused:
-        prepare("tiny.yaml", [])
+        prepare(read_config("tiny.yaml"))
     assert str(refused.value).startswith(message)

@@ -21,7 +21,7 @@ import torch
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from lifelong_moe.config.load import build_config
+from lifelong_moe.config.load import build_config, read_config
 from lifelong_moe.config.retention import TrunkConfig
 from lifelong_moe.config.training import CheckpointConfig, FrozenConfig
 from lifelong_moe.errors import ConfigError
@@ -103,7 +103,7 @@ def test_a_new_stage_goes_on_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("lifelong_moe.training.preparation.freeze_trunk", seen)
     path = earlier_config()
-    prepared, store = prepare(path, []), StageStore(Path("mlruns"))
+    prepared, store = prepare(read_config(path)), StageStore(Path("mlruns"))
     head = json.loads(Path("mlruns/runs/old/head.json").read_text())
     planned = prepared.plan[1]
     environment = StageEnvironment(

@@ -15,6 +15,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from lifelong_moe.config.load import read_config
 from lifelong_moe.data.tokens.pairs import SEPARATOR, precedes_answer
 from lifelong_moe.data.tokens.tokenizer import Tokenizer
 from lifelong_moe.errors import ConfigError, DataError
@@ -152,7 +153,7 @@ def test_dense_layers_and_shared_experts_are_no_mixture(trainable: str) -> None:
     config["model"] |= {"moe_every": 2, "shared_experts": 1}
     config["stage_defaults"]["optim"]["weight_decay"] = 0.5
     path = write_config(config)
-    plan = prepare(path, []).plan
+    plan = prepare(read_config(path)).plan
     report, _ = train(path)
     store, (before, after) = StageStore(Path("mlruns")), stages()
     old, new = store.tensors(before), store.tensors(after)

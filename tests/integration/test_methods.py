@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from lifelong_moe.config.load import read_config
 from lifelong_moe.config.run import Method
 from lifelong_moe.store.stages import StageStore
 from pipelines.run.run import stage_births
@@ -97,7 +98,7 @@ def test_joint(reports: dict[str, dict[str, Any]]) -> None:
     assert report["backward_transfer"] is None and report["forward_transfer"] is None
     assert all(statistics["leak"] == 0.0 for statistics in report["routing"].values())
     # It read each text as often as its stage would have: a third of the tokens are the first one's.
-    corpus = prepare("tiny.yaml", []).data.corpora["fruit"].train
+    corpus = prepare(read_config("tiny.yaml")).data.corpora["fruit"].train
     assert stage["epochs"] == pytest.approx(TOKENS / corpus.num_tokens, rel=0.01)
 
 
@@ -145,7 +146,7 @@ def test_what_each_holds_on_to_is_in_its_losses(reports: dict[str, dict[str, Any
 def test_births_are_places_in_the_chain(reports: dict[str, dict[str, Any]]) -> None:
     store, births = StageStore(Path("mlruns")), {}
     for method in ("lifelong", "unrestrained", "joint"):
-        plan = prepare("tiny.yaml", [f"run={method}", f"method={method}"]).plan
+        plan = prepare(read_config("tiny.yaml", [f"run={method}", f"method={method}"])).plan
         births[method] = stage_births(store.get(plan[-1].key), plan)
     assert births == {
         "lifelong": [[0, 0, 1, 1, 2, 2]] * 2, "unrestrained": [[0, 0]] * 2, "joint": [[0] * 6] * 2,

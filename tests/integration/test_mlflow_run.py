@@ -19,7 +19,7 @@ import torch
 import yaml
 from rich.console import Console
 
-from lifelong_moe.config.load import load_config
+from lifelong_moe.config.load import read_config
 from lifelong_moe.errors import DivergedError, TryAgainError
 from lifelong_moe.plan.stages import stage_need
 from pipelines.cli import exit_code
@@ -73,7 +73,7 @@ FIGURES = {"figures/loss_matrix.png", "figures/curves.png", "figures/expert_load
 
 
 def test_two_stages(lab: Path, config: dict[str, Any]) -> None:
-    planned = prepare("tiny.yaml", [])
+    planned = prepare(read_config("tiny.yaml"))
     report, printed = train()
     left = sum(path.stat().st_size for path in Path("mlruns").rglob("*") if path.is_file())
     assert left <= sum(stage_need(stage, planned.config).stays for stage in planned.plan)  # database and figures too
@@ -104,7 +104,9 @@ def test_two_stages(lab: Path, config: dict[str, Any]) -> None:
         for key in ("energy_joules", "joules_per_token"):
             assert points(child, f"usage/{key}") == ([(index, training[key])] if key in training else [])
         assert points(child, "train/loss")[-1] == (12, pytest.approx(final))
-    assert [stage["active_flops"] for stage in report["stages"]] == [p.flops for p in prepare("tiny.yaml", []).plan]
+    assert [stage["active_flops"] for stage in report["stages"]] == [
+        p.flops for p in prepare(read_config("tiny.yaml")).plan
+    ]
     assert not points(parent, "train/loss")
     assert parent.data.params["routing.mode"] == "learned" and parent.data.params["model.width"] == "32"
     assert children[1].data.params["experts_per_layer"] == "4"
@@ -156,7 +158,7 @@ def test_settings_are_shown_as_they_were_in_effect(lab: Path, config: dict[str, 
     for run in (parent, naive, first, second, trained_on):
         assert not [key for key in run.data.params if key.endswith("_") or "._" in key]
     file = lab / f"mlruns/artifacts/{parent.info.run_id}/artifacts/config.yaml"
-    assert load_config(file)[0] == load_config("tiny.yaml")[0]
+    assert read_config(file).config == read_config("tiny.yaml").config
     whole = yaml.safe_load(file.read_text())
     assert whole["stages"][1]["grow"]["experts"] == 3 and whole["stages"][1]["grow"]["noise"] == 0.01
     assert whole["stages"][0]["grow"]["experts"] == 2 and whole["stages"][0]["optim"]["lr"] == 3.0e-3

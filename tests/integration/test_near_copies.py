@@ -15,7 +15,7 @@ from rich.console import Console
 
 import lifelong_moe.data.tokens.prepare
 import pipelines.shared.novelty
-from lifelong_moe.config.load import build_config
+from lifelong_moe.config.load import build_config, read_config
 from lifelong_moe.config.run import RunConfig
 from lifelong_moe.data.text.batches import BatchStore
 from lifelong_moe.store.stages import StageStore
@@ -116,7 +116,7 @@ def test_run_and_prepare_leave_them_out_and_say_so(tmp_path: Path, monkeypatch: 
     write("code.jsonl", texts_of("code", 2))
     config = write_config(base_config(stage_defaults={"tokens": 512}))
     printed = io.StringIO()
-    found = prepare(config, [], Console(file=printed, width=200))["distributions"]
+    found = prepare(read_config(config), Console(file=printed, width=200))["distributions"]
     number = found["fruit"]["near_copies"]
     assert number > 0 == found["code"]["near_copies"]
     said = f"fruit: {number} documents are near copies of held-out text and are not trained on"

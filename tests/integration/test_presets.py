@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from lifelong_moe.config.load import load_config
+from lifelong_moe.config.load import read_config
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.cost import count_parameters
 from lifelong_moe.plan.published import published_architecture, published_count, sentence
@@ -54,7 +54,7 @@ def test_every_preset_trains(path: Path, lab: Path) -> None:
     report, _ = train("preset.yaml", *TINY)
     assert [stage["name"] for stage in report["stages"]][:2] == ["english_docs", "python_code"]
     assert all(math.isfinite(value) for row in report["loss_nats_per_token"] for value in row)
-    grown = load_config(path)[0].stages[1].grow.experts
+    grown = read_config(path).config.stages[1].grow.experts
     first, second = (stage["experts_per_layer"] for stage in report["stages"][:2])
     assert second == first + grown
     assert config["routing"].get("allow_noncausal", False) == (path.stem not in DECODER_SAFE)
@@ -62,7 +62,7 @@ def test_every_preset_trains(path: Path, lab: Path) -> None:
 
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
 def test_published_sizes(path: Path) -> None:
-    config, _ = load_config(path)
+    config = read_config(path).config
     architecture, published = published_architecture(config), config.published
     assert published is not None
     with torch.device("meta"):

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lifelong_moe.config.load import read_config
 from lifelong_moe.data.tokens.prepare import PreparedData
 from lifelong_moe.errors import CorruptError
 from lifelong_moe.model.tokens import TokenBatch
@@ -147,7 +148,7 @@ def test_ewc_measures_the_parent_on_earlier_text(lab: Path, monkeypatch: pytest.
     config = tiny_config(method="ewc", stage_defaults={"penalty": {"fisher_tokens": 256}})
     train(write_config(config))
     (anchor,) = anchors
-    prepared = prepare("tiny.yaml", [])
+    prepared = prepare(read_config("tiny.yaml"))
     parent = load_model(StageStore(Path("mlruns")), stage("fruit"))
     sample = text_sample(parent, prepared.plan[1].spec, prepared.data.corpora["fruit"], 256)
     assert sample["token_ids"].shape == (8, CONTEXT)
@@ -170,7 +171,7 @@ def test_ewc_reads_from_the_buffer_only(lab: Path, monkeypatch: pytest.MonkeyPat
     replay = {"fraction": 0.25, "buffer_tokens": kept * CONTEXT + 1}
     config = tiny_config(seed=seed, stage_defaults={"penalty": {"kind": "ewc", "fisher_tokens": 256}, "replay": replay})
     train(write_config(config))
-    prepared = prepare("tiny.yaml", [])
+    prepared = prepare(read_config("tiny.yaml"))
     tokens = torch.as_tensor(prepared.data.corpora["fruit"].train.tokens[: kept * CONTEXT + 1].astype("int64"))
     (sample,) = samples
     blocks = sorted(map(tuple, sample["target_ids"].tolist()))
@@ -382,7 +383,7 @@ def test_ewc_without_stored_text(lab: Path) -> None:
     """The Fisher information is that of text which the old model writes: by hand, from its weights and seed alone."""
     ewc = {"kind": "ewc", "fisher_tokens": 100}
     stage = {"penalty": ewc, "replay": {"fraction": 0.0, "source": "generated"}, "distill": {"weight": 0.0}}
-    prepared = prepare(write_config(tiny_config(stage_defaults=stage)), [])
+    prepared = prepare(read_config(write_config(tiny_config(stage_defaults=stage)), []))
     spec = prepared.plan[1].spec
     assert (spec.fisher_data, spec.reads, spec.uses) == ((), (), ("code",))
     assert (spec.written_blocks, spec.fisher_measured_tokens, spec.teacher_tokens) == ((0, 3), 96, 96)

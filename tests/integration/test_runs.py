@@ -274,6 +274,7 @@ def test_training_touches_no_network(lab: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_more_tokens_for_a_committed_stage_are_a_further_stage(lab: Path) -> None:
+    from lifelong_moe.config.load import read_config
     from pipelines.run.plan import plan
 
     write_config(tiny_config())
@@ -285,7 +286,7 @@ def test_more_tokens_for_a_committed_stage_are_a_further_stage(lab: Path) -> Non
     with pytest.raises(ConfigError, match=rf"Choose run=NAME, or --replace .* stages\. {remedy}$"):
         train("tiny.yaml", "stages[1].tokens=2048")
     printed = io.StringIO()
-    plan("tiny.yaml", ["stages[1].tokens=2048"], Console(file=printed, width=400))
+    plan(read_config("tiny.yaml", ["stages[1].tokens=2048"]), Console(file=printed, width=400))
     assert re.search(remedy, printed.getvalue())
     for other in ("stages[1].tokens=1024", "stages[1].optim.lr=1e-4"):  # less, and not tokens at all
         with pytest.raises(ConfigError, match=r"new stages\.$"):

@@ -13,11 +13,13 @@ import yaml
 from rich.console import Console
 from torch import Tensor
 
+from lifelong_moe.config.load import read_config
 from lifelong_moe.config.model import Activation
 from lifelong_moe.config.retention import TrunkConfig, TrunkTraining
 from lifelong_moe.config.routing.base import BalanceOver, Bundles, Centroids, RoutingConfig
 from lifelong_moe.config.training import CheckpointConfig, FrozenConfig, Schedule
 from lifelong_moe.errors import ConfigError
+from lifelong_moe.plan.comparison import load_comparison
 from lifelong_moe.plan.spec import StageSpec
 from lifelong_moe.store.garbage import collect
 from lifelong_moe.store.stages import CommittedStage, StageStore
@@ -67,7 +69,7 @@ def routing(spec: StageSpec, **changes: Any) -> StageSpec:
 
 
 def test_the_first_stage_is_the_same_bits_whatever_later_ones_need(lab: Path) -> None:
-    prepared = prepare(write_config(tiny_config(model={"document_mask": True})), [])
+    prepared = prepare(read_config(write_config(tiny_config(model={"document_mask": True})), []))
     spec = prepared.plan[0].spec
     others = {
         "bundles": routing(spec, bundles=Bundles.cluster, clusters=2, chunk_tokens=4),
@@ -89,7 +91,7 @@ def test_the_first_stage_is_the_same_bits_whatever_later_ones_need(lab: Path) ->
 
 
 def test_a_later_stage_is_the_same_bits_whatever_it_does_not_use(lab: Path) -> None:
-    prepared = prepare(write_config(tiny_config(stage_defaults={"trunk": {"train": "full"}})), [])
+    prepared = prepare(read_config(write_config(tiny_config(stage_defaults={"trunk": {"train": "full"}})), []))
     one, two = prepared.plan
     parent = stage_of(prepared, one.spec, one.key)
     spec = two.spec
@@ -137,7 +139,7 @@ def test_bundles_go_on_from_a_stage_that_was_trained_without(lab: Path) -> None:
 def test_the_first_stage_s_text_is_read_once(lab: Path) -> None:
     """A later stage finds its centroids committed; were they lost, the text would be asked for."""
     path = write_config(bundled_config())
-    prepared = prepare(path, [])
+    prepared = prepare(read_config(path))
     one, two = prepared.plan
     train(path)
     store = StageStore(Path("mlruns"))
@@ -161,7 +163,7 @@ def test_a_comparison_of_what_comes_later_trains_the_base_once(lab: Path) -> Non
         "naive": ["method=sequential"],
     }  # fmt: skip
     Path("compare.yaml").write_text(yaml.safe_dump({"compare": "c", "base": "tiny.yaml", "arms": arms}))
-    found = compare("compare.yaml", [], [], False, SILENT)
+    found = compare(load_comparison("compare.yaml"), [], False, SILENT)
     assert {run["status"] for arm in found["arms"] for run in arm["runs"]} == {"committed"}
     names = sorted(path.name.rsplit("-", 1)[0] for path in Path("mlruns/stages").iterdir())
     assert names == ["code"] * 5 + ["fruit", "fruit.centroids"]
@@ -182,7 +184,7 @@ def test_a_first_stage_of_an_earlier_version_is_gone_on_with(lab: Path, monkeypa
         if fitted:
             settings["routing"] = {**routing, "clusters": fitted}
         path = write_config(tiny_config(**settings) | {"run": f"{name}-next"}, f"{name}-next.yaml")
-        prepared, store = prepare(path, []), StageStore(Path("mlruns"))
+        prepared, store = prepare(read_config(path)), StageStore(Path("mlruns"))
         parent = store.get(json.loads(Path(f"mlruns/runs/{name}/head.json").read_text())["stages"][0])
         model = continued_model(store, parent, prepared.plan[1].spec.routing, prepared.data.corpora)
         assert model.document_clusters is not None

@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from lifelong_moe.config.data import SourceConfig
+from lifelong_moe.config.load import read_config
 from lifelong_moe.data.text.documents import Document
 from lifelong_moe.data.text.sources import read_corpus
 from lifelong_moe.data.tokens.records import HeldoutStore
@@ -108,9 +109,9 @@ def test_keys_weights_and_losses_are_those_of_a_run_that_keeps_its_text(
     assert "fruit: its text is gone" in printed and "held-out text was kept" in printed
 
     before = {path: path.stat().st_mtime_ns for path in Path("mlruns").rglob("*") if path.is_file()}
-    planned, printed = told(plan, "tiny.yaml", [])
+    planned, printed = told(plan, read_config("tiny.yaml"))
     assert [row["action"] for row in planned["stages"]] == ["committed"] * 3 and "0 of 3 stages to train" in printed
-    facts, _ = told(prepare, "tiny.yaml", [])
+    facts, _ = told(prepare, read_config("tiny.yaml"))
     assert [one["text_is_there"] for one in facts["distributions"].values()] == [False] * 3
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
@@ -142,7 +143,7 @@ def test_what_is_not_kept_is_measured_no_more(text: Path, keeping: tuple[dict[st
     assert "new stages are not measured on it" in printed and "tiny: not measured any more: fruit, code" in printed
 
     Path("code.bak").rename("code.jsonl")  # with the near copy of what fruit held out
-    planned, printed = told(plan, "tiny.yaml", [])
+    planned, printed = told(plan, read_config("tiny.yaml"))
     assert [row["key"] for row in planned["stages"]] == [stage["key"] for stage in report["stages"]]
     assert "code: 1 documents are near copies of held-out text" in printed
     back, _ = train("tiny.yaml")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lifelong_moe.config.load import load_config
+from lifelong_moe.config.load import read_config
 from lifelong_moe.config.routing.base import Score
 from lifelong_moe.config.routing.capacity import CapacityConfig, Priority
 from lifelong_moe.model.experts import ExpertBanks
@@ -262,7 +262,7 @@ def test_a_preset_presses_as_transformers_does(preset: str, published: float) ->
     """Where layers route alike: pooled before the product, each layer gets its share of one product's gradient."""
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-    config, _ = load_config(PRESETS / f"{preset}.yaml")
+    config = read_config(PRESETS / f"{preset}.yaml").config
     logits_TE = torch.randn(30, config.model.experts, generator=torch.Generator().manual_seed(0)).requires_grad_()
     layers, top_k = config.model.layers, config.routing.top_k
     pooled: Any = load_balancing_loss_func((logits_TE,) * layers, config.model.experts, top_k)  # type: ignore[arg-type]
@@ -275,7 +275,7 @@ def test_a_preset_presses_as_transformers_does(preset: str, published: float) ->
 
 def test_olmoe_presses_as_megablocks_does() -> None:
     """``layers/moe.py`` and ``layers/router.py`` there: 0.01 and 0.001, divided by layers, in float64."""
-    (config, _), mask_T = load_config(PRESETS / "olmoe.yaml"), torch.ones(30, dtype=torch.bool)
+    (config, _), mask_T = read_config(PRESETS / "olmoe.yaml"), torch.ones(30, dtype=torch.bool)
     experts, top_k, layers = config.model.experts, config.routing.top_k, config.model.layers
     generator = torch.Generator().manual_seed(0)
     logits = [torch.randn(30, experts, generator=generator).double().requires_grad_() for _ in range(layers)]

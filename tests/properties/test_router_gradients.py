@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lifelong_moe.config.load import load_config
+from lifelong_moe.config.load import read_config
 from lifelong_moe.config.model import ModelConfig
 from lifelong_moe.config.routing.modes import FOR_ENCODERS, ROUTERS
 from lifelong_moe.errors import ConfigError
@@ -77,7 +77,7 @@ def test_an_encoders_mode() -> None:
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_every_preset(path: Path, make_batch: Batch) -> None:
-    config, _ = load_config(path, list(TINY))
+    config = read_config(path, list(TINY)).config
     made = Architecture(config.model, config.routing, VOCAB, 0, (first_generation("a", config.model),))
     added = config.stages[1].grow.experts
     for one in [made, made.grown(Generation("b", added, config.model.moe_layers))] if added else [made]:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from lifelong_moe.config.load import load_config
+from lifelong_moe.config.load import read_config
 from lifelong_moe.data.tokens.identity import DataIdentity, TokenizerIdentity
 from lifelong_moe.plan.cost import forward_flops_per_token, pass_flops
 from lifelong_moe.plan.planned import PlannedStage
@@ -41,7 +41,7 @@ def page(name: str) -> str:
 
 def planned(name: str, overrides: list[str]) -> list[PlannedStage]:
     """The chain of stages of a configuration, without its text."""
-    config, _ = load_config(ROOT / "configs" / name, overrides)
+    config = read_config(ROOT / "configs" / name, overrides).config
     names = {distribution: distribution for distribution in config.distributions}
     data = DataIdentity(names, TokenizerIdentity({}, ""), config.tokenizer.vocab_size, bos_id=0)
     return chain(plan_stages(config, data))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lifelong_moe.config.load import load_config
+from lifelong_moe.config.load import read_config
 from lifelong_moe.config.model import ModelConfig, SharedMix
 from lifelong_moe.config.parts import Part, Place, TensorName, expert_tensor, router_rows
 from lifelong_moe.config.routing.base import Bundles
@@ -49,7 +49,7 @@ def check_names(model: LanguageModel) -> None:
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_names_and_structure_agree_in_every_preset(path: Path) -> None:
-    config, _ = load_config(path)
+    config = read_config(path).config
     chain: list[Architecture] = []
     for spec in stage_specs(config):
         parent = None if spec.parent is None else chain[spec.parent]

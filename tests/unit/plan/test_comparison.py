@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from lifelong_moe.config.load import load_config
+from lifelong_moe.config.load import read_config
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.plan.comparison import Budget, Comparison, load_comparison
 
@@ -44,7 +44,7 @@ def test_order_of_overrides(load: Write) -> None:
     assert comparison.overrides(two, 2) == [
         "routing.top_k=3", "method=sequential", "routing.top_k=2", "run=c.two.s2", "seed=2"
     ]  # fmt: skip
-    config, _ = load_config(comparison.base, comparison.overrides(plain, 2))
+    config = read_config(comparison.base, comparison.overrides(plain, 2)).config
     assert (config.run, config.seed, config.routing.top_k) == ("c.plain.s2", 2, 3)
 
 
@@ -54,7 +54,7 @@ def test_what_an_arm_refers_to_is_not_resolved(load: Write, monkeypatch: pytest.
     comparison = load(arms={"one": [refers], "two": {"grid": {"model.experts": [4, 8]}, "set": [refers]}})
     assert "canary" not in str(comparison)  # overrides are recorded
     for arm in comparison.arms:
-        assert load_config(comparison.base, comparison.overrides(arm, 0))[0].tracking.experiment == "canary"
+        assert read_config(comparison.base, comparison.overrides(arm, 0)).config.tracking.experiment == "canary"
 
 
 def test_overrides_of_the_comparison_itself(load: Write) -> None:
@@ -82,7 +82,7 @@ def test_labels_of_a_grid_tell_keys_and_values_apart(load: Write, tmp_path: Path
     (arm,) = load(arms={"g": {"grid": grid}}).arms
     assert arm.name == "g.lr-0.001.tie_embeddings-true.name-null"
     assert arm.overrides == ("stage_defaults.optim.lr=0.001", "model.tie_embeddings=true", "stages[1].name=null")
-    assert load_config(tmp_path / "base.yaml", list(arm.overrides))[0].stages[1].name == "python"
+    assert read_config(tmp_path / "base.yaml", list(arm.overrides)).config.stages[1].name == "python"
 
 
 def test_selecting_arms(load: Write) -> None:

@@ -9,12 +9,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lifelong_moe.config.load import load_config, read_config
+from lifelong_moe.config.load import read_config
 from lifelong_moe.config.routing.modes import FOR_ENCODERS, ROUTERS
 from lifelong_moe.config.run import RunConfig
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.plan.methods import stage_specs
-from pipelines.shared.workspace import left_behind
 
 ROOT = Path(__file__).parents[3]
 MODES = [mode for mode in ROUTERS if mode not in FOR_ENCODERS]
@@ -40,13 +39,13 @@ def needs(path: Path, mode: str) -> str:
     """What else is needed to plan a file's run in a mode; with it, it plans."""
     missing = ""
     try:
-        config, _ = load_config(path, [f"routing.mode={mode}"])
+        config = read_config(path, [f"routing.mode={mode}"]).config
     except ConfigError as error:
         assert error.exit_code == 2 and "\n" not in str(error)
         asked = re.search(r"(?:Add|Set) (.+?)(?: to try it nevertheless)?\.$", str(error))
         assert asked is not None, error
         missing = asked[1]
-        config, _ = load_config(path, [f"routing.mode={mode}", *missing.split(" ")])
+        config = read_config(path, [f"routing.mode={mode}", *missing.split(" ")]).config
     assert config.routing.mode == mode and len(stage_specs(config)) == len(config.stages)
     return missing
 
@@ -85,7 +84,7 @@ def load(tmp_path: Path) -> Load:
 
     def load(routing: str, *overrides: str) -> RunConfig:
         (tmp_path / "run.yaml").write_text(FILE.replace("ROUTING", routing), encoding="utf-8")
-        return load_config(tmp_path / "run.yaml", list(overrides))[0]
+        return read_config(tmp_path / "run.yaml", list(overrides)).config
 
     return load
 
@@ -130,11 +129,11 @@ def test_what_is_left_out_is_said(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(FILE.replace("ROUTING", "{top_k: 2, score: sigmoid}"), encoding="utf-8")
     path = str(tmp_path / "run.yaml")
     said = f"routing.mode=switch does without routing.top_k of {path}; docs/systems.md"
-    assert left_behind(path, read_config(path, ["routing.mode=switch"])) == [said]
-    assert left_behind(path, read_config(path, ["routing.mode=relu"])) == [
-        f"routing.mode=relu does without routing.score of {path}; docs/systems.md"
-    ]
-    assert left_behind(path, read_config(path, ["routing.top_k=3"])) == []
+    assert read_config(path, ["routing.mode=switch"]).left_behind == (said,)
+    assert read_config(path, ["routing.mode=relu"]).left_behind == (
+        f"routing.mode=relu does without routing.score of {path}; docs/systems.md",
+    )
+    assert read_config(path, ["routing.top_k=3"]).left_behind == ()
 
 
 def test_stages_with_deltas_of_their_own_are_named(load: Load) -> None:
@@ -154,4 +153,4 @@ def test_a_mode_that_is_none_is_refused_in_a_line(mode: str, tmp_path: Path) -> 
     path.write_text(yaml.safe_dump(written), encoding="utf-8")
     for given in ((quickstart, [f"routing.mode={mode}"]), (path, []), (path, ["routing.mode=hash", "seed=1"])):
         with pytest.raises(ConfigError, match=r"^routing\.mode"):
-            load_config(*given)
+            read_config(*given)

@@ -13,7 +13,7 @@ import torch
 from scipy.stats import norm
 from torch import Tensor
 
-from lifelong_moe.config.load import load_config
+from lifelong_moe.config.load import read_config
 from lifelong_moe.config.routing.capacity import CapacityConfig, Counts, Priority, Rounding
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.ops.noisy import prob_above_threshold, sequence_cv_squared
@@ -151,7 +151,7 @@ def test_one_expert_a_token_learns_from_its_gate_alone(make_router: Make) -> Non
 
 
 def test_a_mode_brings_its_authors_values() -> None:
-    config, _ = load_config(ROOT / "configs/presets/vmoe.yaml", ["routing.top_k=1"])
+    config = read_config(ROOT / "configs/presets/vmoe.yaml", ["routing.top_k=1"]).config
     routing = config.routing
     assert (routing.importance_loss, routing.load_loss, routing.balance_loss, routing.z_loss) == (0.005, 0.005, 0, 0)
     assert routing.capacity == AUTHORS
