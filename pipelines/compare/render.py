@@ -1,4 +1,4 @@
-"""What a person reads of a comparison: the same tables for the terminal and, in Markdown, for MLflow and a file."""
+"""Tables of a comparison, for the terminal and, as Markdown, for MLflow and ``comparison.md``."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ COLUMNS = {
     "final_mean_nats": ("final nats/token", 1, "{:.3f}"),
     "final_mean_bits_per_byte": ("final bits/byte", 1, "{:.4f}"),
 }
-"""Header, scale and form of each number."""
+"""Header, scale and format of each number."""
 COMPARED = ("forgetting_max", "plasticity_gap", "oracle_gap", "final_mean_bits_per_byte")
-"""Numbers whose differences are shown."""
+"""Numbers whose differences from the reference are shown."""
 EXPLANATION = (
-    "Forgetting and gaps are relative rises of perplexity, positive is worse: forgetting against right after learning, "
-    "the plasticity gap against an unrestrained run with the same seed, the oracle gap against a joint run. "
-    "Tokens and FLOPs are those of an arm's stages; models from scratch beside them are counted apart. "
-    "Means over seeds ± 95 % t-interval (none for one seed); – is not known."
+    "Forgetting and gaps are relative increases of perplexity; positive is worse. Forgetting compares with the loss "
+    "right after learning, the plasticity gap with an unrestrained run of the same seed, the oracle gap with a joint "
+    "run. Tokens and FLOPs are those of an arm's stages; models trained from scratch are counted apart. "
+    "Means over seeds ± 95 % t-interval (none for one seed); – is unknown."
 )
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A table: its first column holds names, the others numbers."""
+    """A table: names in its first column, numbers in the others."""
 
     title: str
     header: Sequence[str]
@@ -44,7 +44,7 @@ class Grid:
 
 
 def grids(comparison: Mapping[str, Any]) -> list[Grid]:
-    """The tables of a comparison: results, cost, differences, and each distribution by itself."""
+    """The tables of a comparison: results, differences, cost, and numbers per distribution."""
     arms = comparison["arms"]
     names, reference = comparison["distributions"], comparison["reference"]
     compared = [arm for arm in arms if arm["differences"] and any(arm["differences"].values())]
@@ -66,10 +66,12 @@ def grids(comparison: Mapping[str, Any]) -> list[Grid]:
     ]
     if beside := [arm for arm in arms if (arm["summary"].get("scratch_tokens") or {"mean": 0})["mean"]]:
         header = ("arm", "tokens", "active FLOPs")
-        found.insert(2, Grid("Cost of models from scratch, beside the arm's stages", header, [*map(_beside, beside)]))
+        found.insert(
+            2, Grid("Cost of models trained from scratch, apart from the arm's stages", header, [*map(_beside, beside)])
+        )
     if compared:
         title = (
-            f"Differences to {reference} with the same seeds (in points where %; p of the paired t-test, not corrected)"
+            f"Differences from {reference} with the same seeds (points where %; p of the paired t-test, not corrected)"
         )
         found.insert(
             1, Grid(title, ("arm", *(COLUMNS[key][0] for key in COMPARED)), [_difference(arm) for arm in compared])
@@ -103,12 +105,12 @@ def markdown(comparison: Mapping[str, Any]) -> str:
         lines += ["", f"### {grid.title}", "", _line(grid.header), "|---|" + "---:|" * (len(grid.header) - 1)]
         lines += [_line(row) for row in grid.rows]
     if missing := absent(comparison):
-        lines += ["", "### Not there", "", *(f"- {line}" for line in missing)]
+        lines += ["", "### Missing", "", *(f"- {line}" for line in missing)]
     return "\n".join(lines) + "\n"
 
 
 def absent(comparison: Mapping[str, Any]) -> list[str]:
-    """One line for each run that has no result, and for each reference that there is not."""
+    """One line for each run without a result, and for each reference arm that does not exist."""
     lines = [
         f"{run['run']}: {run['reason'] or 'not committed yet'}"
         for arm in comparison["arms"]
@@ -120,12 +122,12 @@ def absent(comparison: Mapping[str, Any]) -> list[str]:
     for name, found in measured.items():
         if found != measured.get(comparison["reference"], found):
             lines.append(
-                f"{name} was measured on other distributions than {comparison['reference']}: its means are over those, "
-                f"so no difference between them is taken"
+                f"{name} was measured on other distributions than {comparison['reference']}, so their means are not "
+                f"compared"
             )
     for role, gap in (("unrestrained", "plasticity"), ("joint", "oracle")):
         if comparison[role] is None:
-            lines.append(f"no {role} arm, hence no {gap} gap")
+            lines.append(f"no {role} arm, so no {gap} gap")
     return lines
 
 
@@ -169,6 +171,7 @@ def _difference(arm: Arm) -> list[str]:
 
 
 def _p(value: float | None) -> str:
+    # Three digits: a t-test over a few seeds supports no more.
     return ABSENT if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
@@ -188,6 +191,7 @@ def _value(found: Mapping[str, Any] | None, form: str, scale: float) -> str:
     shown = form.format(scale * found["mean"])
     if found["high"] is None:
         return shown
+    # The half width with as many digits as the mean.
     digits = form.partition(".")[2][0]
     return f"{shown} ± {scale * (found['high'] - found['mean']):.{digits}f}"
 

@@ -186,8 +186,8 @@ def _heldout_windows(
     run, data = head.run, read_data(config, known=remembered(head, head.config))
     if data.tokenizer.hash != committed.tokenizer.hash:
         raise ConfigError(
-            f"run {run}: the tokenizer is another one than when stage {committed.name} was trained, because text or "
-            f"settings have changed; restore the old text, or inspect a --text."
+            f"run {run}: text or tokenizer has changed since stage {committed.name} was trained, so token ids have "
+            f"another meaning; restore the old text, or inspect a --text."
         )
     context = config.model.context
     there = [name for name in config.evaluated if name in data.heldout]

@@ -1,4 +1,4 @@
-"""What a person reads: tables for the terminal, Markdown for MLflow."""
+"""Tables of a run for the terminal, and Markdown notes for MLflow."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # torch is imported there
 
 
 def data_table(console: Console, prepared: Prepared) -> None:
-    """Distributions with fingerprints, sizes and bytes per token."""
+    """Print the distributions with sizes, bytes per token and fingerprints."""
     table = Table(title="Data", title_justify="left")
     for column in ("distribution", "documents", "train tokens", "held-out tokens", "bytes/token", "fingerprint"):
         table.add_column(column, justify="left" if column in ("distribution", "fingerprint") else "right")
@@ -40,10 +40,10 @@ def data_table(console: Console, prepared: Prepared) -> None:
         if name in data.gone:
             console.print(_gone(name, is_measured=name in data.heldout), highlight=False)
         if record.duplicates:
-            console.print(f"{name}: {record.duplicates:,} documents repeat others and are left out", highlight=False)
+            console.print(f"{name}: {record.duplicates:,} documents are duplicates and left out", highlight=False)
         if record.left_out:
             console.print(
-                f"{name}: {len(record.left_out):,} documents are near copies of held-out text and are not trained on",
+                f"{name}: {len(record.left_out):,} documents are near copies of held-out text and left out of training",
                 highlight=False,
             )
     tokenizer = data.tokenizer
@@ -51,11 +51,11 @@ def data_table(console: Console, prepared: Prepared) -> None:
 
 
 def _gone(name: str, *, is_measured: bool) -> str:
-    """That a distribution's text is not there, and what of it is left."""
+    """Say that a distribution's text is gone, and what is left of it."""
     if is_measured:
-        return f"{name}: its text is gone, and the stages that learned it need it no more; held-out text was kept"
+        return f"{name}: its text is gone; its committed stages no longer need it, and the held-out text was kept"
     return (
-        f"{name}: its text is gone, and the stages that learned it need it no more; held-out text was not kept, so "
+        f"{name}: its text is gone; its committed stages no longer need it, but the held-out text was not kept, so "
         f"new stages are not measured on it"
     )
 
@@ -67,7 +67,7 @@ def stage_line(
     shared: bool,
     evaluations: Mapping[str, Evaluation],
 ) -> None:
-    """One line when a stage is there."""
+    """Print one line about a committed stage."""
     losses = ", ".join(f"{name} {found.bits_per_byte:.3f}" for name, found in evaluations.items())
     how = "shared with another run" if shared else f"{stage.metrics['tokens_per_second']:,.0f} tokens/s"
     console.print(
@@ -76,11 +76,11 @@ def stage_line(
 
 
 def report(console: Console, reports: list[Report]) -> None:
-    """Loss matrices, then one table of all runs side by side."""
+    """Print each run's loss matrix and stages, then all runs side by side."""
     for one in reports:
         show(console, _matrix_table(one))
         if one.not_measured:
-            console.print(f"{one.run}: not measured any more: {', '.join(one.not_measured)}", highlight=False)
+            console.print(f"{one.run}: no longer measured: {', '.join(one.not_measured)}", highlight=False)
         show(console, _stages_table(one))
     show(console, _summary_table(reports))
 
@@ -122,8 +122,9 @@ def _stages_table(one: Report) -> Table:
 
 
 def summary_lines(one: Report) -> list[tuple[str, str]]:
-    """Name and value of each summary number of a run."""
+    """Names and values of a run's summary, ready to print."""
     last, final = one.stages[-1], one.bits_per_byte[-1]
+    # Right after each stage, without the first: plasticity is about what comes later.
     learned = [
         one.bits_per_byte[i][one.distributions.index(stage.data)]
         for i, stage in enumerate(one.stages)
@@ -146,7 +147,7 @@ def summary_lines(one: Report) -> list[tuple[str, str]]:
     churn = [s.training["assignment_churn"] for s in one.stages if "assignment_churn" in s.training]
     if churn:
         lines.append(("churn of assignments, by stage", ", ".join(f"{value:.0%}" for value in churn)))
-    # Counted here, because reports of earlier versions counted other text's experts, too.
+    # Counted anew: reports of earlier versions also counted experts that only other distributions use.
     lines.append(("experts that no distribution uses", str(dead_experts(one.expert_counts.values()))))
     return lines
 
@@ -163,7 +164,7 @@ def _summary_table(reports: list[Report]) -> Table:
 
 
 def run_note(one: Report) -> str:
-    """Markdown on the run's MLflow page."""
+    """Markdown for the run's MLflow page."""
     lines = [f"**{one.run}** · {one.method} · seed {one.seed}", "", "Held-out bits per byte:", ""]
     lines += _markdown_matrix(one)
     lines += ["", "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in summary_lines(one))]
@@ -171,7 +172,7 @@ def run_note(one: Report) -> str:
 
 
 def stage_note(one: Report, index: int, shared: bool) -> str:
-    """Markdown on a stage's MLflow page and model version."""
+    """Markdown for a stage's MLflow page and model version."""
     stage = one.stages[index]
     lines = [
         f"Stage {index} **{stage.name}** of {one.run} · `{stage.key[:16]}`"
@@ -196,12 +197,12 @@ def _markdown_matrix(one: Report) -> list[str]:
 
 
 def report_json(one: Report) -> str:
-    """The report as text."""
+    """The report as it stands in ``report.json``."""
     return json.dumps(one.to_json(), indent=1, ensure_ascii=False)
 
 
 def millions(count: int) -> str:
-    """``1.23M``."""
+    """Format a count in millions, such as ``1.23M``."""
     return f"{count / 1e6:.2f}M"
 
 

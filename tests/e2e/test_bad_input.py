@@ -193,7 +193,7 @@ def test_scripts_with_vowel_signs_and_sums_are_no_duplicates(lab: Path, cli: Cli
     config["distributions"]["fruit"]["files"] = "good.jsonl"
     write_config(config)
     result = cli("prepare", "tiny.yaml", "--json")
-    assert result.code == 0 and "fruit: 25 documents repeat others and are left out" in result.err
+    assert result.code == 0 and "fruit: 25 documents are duplicates and left out" in result.err
     prepared = json.loads(result.out)["distributions"]
     assert (prepared["fruit"]["duplicates"], prepared["code"]["duplicates"]) == (25, 0)
 

@@ -119,7 +119,7 @@ def test_run_and_prepare_leave_them_out_and_say_so(tmp_path: Path, monkeypatch: 
     found = prepare(read_config(config), Console(file=printed, width=200))["distributions"]
     number = found["fruit"]["near_copies"]
     assert number > 0 == found["code"]["near_copies"]
-    said = f"fruit: {number} documents are near copies of held-out text and are not trained on"
+    said = f"fruit: {number} documents are near copies of held-out text and left out of training"
     assert said in printed.getvalue() and said in train(config)[1]
     first = StageStore(Path("mlruns")).get(head()["stages"][0])
     assert first.data["fruit"] == found["fruit"]["train_hash"] != first.split["fruit"]

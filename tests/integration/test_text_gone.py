@@ -140,7 +140,7 @@ def test_what_is_not_kept_is_measured_no_more(text: Path, keeping: tuple[dict[st
     ]  # fmt: skip
     assert report["loss_nats_per_token"] == [[row[2]] for row in keeping[0]["loss_nats_per_token"]]
     assert report["forgetting"] == {"sea": 0.0} and report["backward_transfer"] is None
-    assert "new stages are not measured on it" in printed and "tiny: not measured any more: fruit, code" in printed
+    assert "new stages are not measured on it" in printed and "tiny: no longer measured: fruit, code" in printed
 
     Path("code.bak").rename("code.jsonl")  # with the near copy of what fruit held out
     planned, printed = told(plan, read_config("tiny.yaml"))
