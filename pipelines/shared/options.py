@@ -12,6 +12,22 @@ import typer
 
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, such as configs/quickstart.yaml.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as seed=1.")]
+ComparisonOverrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="For the comparison, such as seeds=[0], or else for every arm."),
+]
+RetrainingOverrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="For the file, such as trigger.min_tokens=1, or else for its base."),
+]
+Replace = Annotated[bool, typer.Option("--replace", help="Let the name of a run refer to other stages than before.")]
+ExpertName = Annotated[
+    str | None, typer.Option("--expert", metavar="STAGE/L3/E7", help="Show the history of this expert.")
+]
+DocumentHash = Annotated[
+    str | None,
+    typer.Option("--document", metavar="HASH", help="Show the experts that saw the document with this SHA-256."),
+]
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
 StageName = Annotated[str | None, typer.Option("--stage", help="A committed stage of the run; the last by default.")]

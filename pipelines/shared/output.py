@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import os
 import sys
 from typing import Any, TextIO
+
+from rich.console import Console
 
 GONE = (errno.EPIPE, errno.EIO, errno.ECONNRESET)
 """Errors of a descriptor that nobody reads any more: ``head`` has ended, a terminal was closed, a connection lost."""
@@ -50,3 +53,17 @@ def make_robust() -> None:
             # The parent closed it. Left so, the next file opened would get this number, and all output with it.
             os.open(os.devnull, os.O_RDWR)
     sys.stdout, sys.stderr = stream(1, sys.stdout, "replace"), stream(2, sys.stderr, "backslashreplace")
+
+
+def console(as_json: bool = False) -> Console:
+    """The console for people: standard error with ``--json``, which reserves standard output for the result."""
+    terminal = (sys.stderr if as_json else sys.stdout).isatty()
+    # In a pipe or a log, rich would fold lines at 80 columns.
+    return Console(stderr=as_json, soft_wrap=not terminal, width=None if terminal else 140)
+
+
+def finish(result: object, as_json: bool) -> None:
+    """Print the result as one line of JSON, if that was asked for."""
+    if as_json:
+        # An encoding that lacks characters would replace them; JSON can escape them instead.
+        print(json.dumps(result, ensure_ascii=not (sys.stdout.encoding or "utf-8").lower().startswith("utf")))

@@ -139,6 +139,6 @@ def test_costs_beside_an_arm_and_other_distributions(compare_yaml: Path, lab: Pa
     assert wide["differences"]["final_mean_nats"] is None
     assert wide["differences"]["forgetting_max"] == {"mean": 0.0, "low": 0.0, "high": 0.0, "n": 2, "p": None}
     tables = (lab / "mlruns/comparisons/two/comparison.md").read_text()
-    beside = tables.partition("### Cost of models from scratch")[2].partition("###")[0]
+    beside = tables.partition("### Cost of models trained from scratch")[2].partition("###")[0]
     assert "| free | 1,536 | " in beside and "| naive |" not in beside
     assert "- wide was measured on other distributions than naive: " in tables

@@ -16,7 +16,8 @@ import pytest
 from lifelong_moe.plan.comparison import ComparisonConfig, load_comparison
 from lifelong_moe.storage.temporary import GRACE_SECONDS
 from lifelong_moe.store.garbage import TOKENS_SECONDS
-from pipelines.cli import app, gc
+from pipelines.cli import app
+from pipelines.commands import gc
 
 ROOT = Path(__file__).parents[2]
 HEADING = re.compile("(Args|Returns|Yields|Raises|Source):")

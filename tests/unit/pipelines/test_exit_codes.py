@@ -155,7 +155,7 @@ def go(x: C, other):
 def test_every_exit_code_of_every_command_is_documented(calls: Calls) -> None:
     assert list(BESIDES) == [command.callback.__name__ for command in app.registered_commands]  # type: ignore[union-attr]
     for command, documented in BESIDES.items():
-        found = exit_codes(calls.reached(("pipelines.cli", command))) - set(OF_ALL)
+        found = exit_codes(calls.reached(("pipelines.commands", command))) - set(OF_ALL)
         assert set(documented) == found - {code for name, code in NOT_TRAINED if name == command}, command
         assert list(documented) == sorted(documented)
 

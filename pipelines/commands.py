@@ -1,0 +1,292 @@
+"""The commands: their arguments, the checks that need no torch, and a call of the story that does the work.
+
+The stories are imported inside the commands, after the checks. Importing torch takes seconds: a mistake is reported
+before, and ``status`` never pays for it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lifelong_moe.errors import ConfigError, as_ours, one_line
+from pipelines.exit_codes import OUTCOMES
+from pipelines.shared import threads
+from pipelines.shared.options import (
+    AsJson,
+    ComparisonOverrides,
+    ConfigPath,
+    DocumentHash,
+    ExpertName,
+    GateSettings,
+    InspectionRequest,
+    Int8,
+    Label,
+    Overrides,
+    Replace,
+    RetrainingOverrides,
+    RunName,
+    SamplingOptions,
+    StageName,
+    with_options,
+)
+from pipelines.shared.output import console, finish
+from pipelines.shared.quiet import silence_libraries
+
+
+def run(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    replace: Replace = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train the stages that are not committed, evaluate each, and report."""
+    from lifelong_moe.config.load import read_config
+
+    loaded = read_config(config, overrides or [])
+    from pipelines.run.run import run as story
+
+    silence_libraries()
+    threads.say()
+    finish(story(loaded, replace, console(as_json)).to_json(), as_json)
+
+
+def plan(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Show what a run would do and what it would cost; train nothing."""
+    from lifelong_moe.config.load import read_config
+
+    loaded = read_config(config, overrides or [])
+    from pipelines.run.plan import plan as story
+
+    finish(story(loaded, console(as_json)), as_json)
+
+
+def compare(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, such as configs/compare.yaml.")],
+    overrides: ComparisonOverrides = None,
+    only: Annotated[list[str] | None, typer.Option("--only", metavar="ARM", help="Run only this arm or grid.")] = None,
+    replace: Replace = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train several arms with several seeds and compare them; started twice, two processes share the work."""
+    from lifelong_moe.plan.comparison import load_comparison
+
+    comparison = load_comparison(config, overrides or [])
+    comparison.select(only or [])
+    from pipelines.compare.compare import compare as story
+
+    silence_libraries()
+    threads.say()
+    finish(story(comparison, only or [], replace, console(as_json)), as_json)
+
+
+def prepare(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Fetch and tokenize everything that a run reads, so that training needs no network; train nothing."""
+    from lifelong_moe.config.load import read_config
+
+    loaded = read_config(config, overrides or [])
+    from pipelines.run.prepare import prepare as story
+
+    finish(story(loaded, console(as_json)), as_json)
+
+
+def retrain(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, such as configs/retrain.yaml.")],
+    overrides: RetrainingOverrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Write and print the plan, then stop.")] = False,
+    plan_path: Annotated[
+        str | None, typer.Option("--plan", metavar="FILE", help="Carry out this plan; refused if it is stale.")
+    ] = None,
+    reopen: Annotated[
+        str | None, typer.Option("--reopen", metavar="BATCH", help="Consider a skipped or rejected batch again.")
+    ] = None,
+) -> None:
+    """One tick of scheduled retraining: look at the inbox, decide, train, gate, promote; the last line is JSON."""
+    try:
+        from lifelong_moe.plan.retraining import load_retraining
+        from pipelines.preflight import run_lock
+        from pipelines.retrain.plan_file import read_plan
+
+        if plan_path is not None:
+            read_plan(Path(plan_path))
+        retraining = load_retraining(config, overrides or [])
+        with run_lock(retraining.run):
+            from pipelines.retrain.retrain import retrain as story
+
+            silence_libraries()
+            threads.say()
+            result = story(retraining, dry_run, plan_path, console(), reopen)
+    except BaseException as error:  # after a bug or Ctrl-C too, a script finds JSON in the last line
+        told = as_ours(error) or error
+        failure = {"outcome": "failed", "error": type(told).__name__, "reason": one_line(str(told))}
+        finish(failure, as_json=True)
+        raise
+    finish(result.to_json(), as_json=True)
+    raise typer.Exit(OUTCOMES.get(result.outcome, 0))
+
+
+def report(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Names of runs.")], as_json: AsJson = False
+) -> None:
+    """Show the tables of runs side by side."""
+    from pipelines.inspect.inspectors import report as story
+
+    finish(story(runs, console(as_json)), as_json)
+
+
+def status(run: RunName, as_json: AsJson = False) -> None:
+    """Show which stages are committed, under way and to do."""
+    from pipelines.inspect.inspectors import status as story
+
+    finish(story(run, console(as_json)), as_json)
+
+
+def lineage(
+    run: RunName,
+    expert: ExpertName = None,
+    document: DocumentHash = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show which stage created which experts, and from what data, with hashes."""
+    if expert is not None and document is not None:
+        raise ConfigError("--expert and --document exclude each other; give one.")
+    if expert is not None or document is not None:
+        from pipelines.inspect import trace
+
+        asked = trace.expert(run, expert, console(as_json)) if expert else None
+        finish(asked or trace.document(run, str(document), console(as_json)), as_json)
+        return
+    from pipelines.inspect.inspectors import lineage as story
+
+    finish(story(run, console(as_json)), as_json)
+
+
+def rollback(
+    run: RunName,
+    to: Annotated[int | None, typer.Option("--to", help="A version; by default the one before the champion.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make an earlier version serve again, by swapping one pointer."""
+    from pipelines.versions.rollback import rollback as story
+
+    finish(story(run, to, console(as_json)), as_json)
+
+
+def drop(
+    run: RunName,
+    stage: Annotated[str, typer.Argument(metavar="STAGE", help="Name of a stage of the champion.")],
+    gate: GateSettings = None,
+    ungated: Annotated[bool, typer.Option("--no-gate", help="Promote without asking the gate.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Promote a version without STAGE and report what the model retains of its data."""
+    from pipelines.preflight import check_stage
+
+    settings = check_stage(run, stage, gate)
+    from pipelines.versions.drop import drop as story
+
+    result = story(run, stage, console(as_json), settings, ungated=ungated)
+    finish(result, as_json)
+    raise typer.Exit(OUTCOMES.get(result["outcome"], 0))
+
+
+def consolidate(
+    run: RunName,
+    stage: Annotated[str, typer.Argument(metavar="STAGE", help="Stage of the champion whose experts are merged.")],
+    gate: GateSettings = None,
+    experts: Annotated[int, typer.Option(help="Experts to remove from each layer.", min=1)] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Merge similar, little used experts of each layer; promoted if the gate accepts the result."""
+    from pipelines.preflight import check_stage
+
+    settings = check_stage(run, stage, gate)
+    from pipelines.versions.consolidate import consolidate as story
+
+    silence_libraries()
+    threads.say()
+    result = story(run, stage, experts, console(as_json), settings)
+    finish(result, as_json)
+    raise typer.Exit(OUTCOMES.get(result["outcome"], 0))
+
+
+def gc(
+    apply: Annotated[bool, typer.Option("--apply", help="Remove the files; otherwise they are only shown.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show files to which no run, version or live plan refers and that are at least a day old.
+
+    Tokenized text is included once it was not opened for 30 days. --apply also removes half-written files of killed
+    processes, those of other machines once they are a day old.
+    """
+    from pipelines.upkeep.gc import gc as story
+
+    finish(story(apply, console(as_json)), as_json)
+
+
+def evaluate(
+    run: RunName,
+    data: Annotated[str, typer.Option("--data", help="Path or glob of .jsonl, .txt or .parquet files.")],
+    stage: StageName = None,
+    label: Label = None,
+    int8: Int8 = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure loss and bits per byte of any stage on any text."""
+    from pipelines.inspect.inspectors import evaluate as story
+
+    finish(story(run, stage, data, label, console(as_json), int8=int8), as_json)
+
+
+@with_options
+def generate(
+    run: RunName,
+    prompt: Annotated[str, typer.Argument(help="Text to continue; for a fine-tuned stage, a prompt to answer.")],
+    *,
+    stage: StageName = None,
+    sampling: SamplingOptions,
+    label: Label = None,
+    int8: Int8 = False,
+    as_json: AsJson = False,
+) -> None:
+    """Continue a text, or answer it as a prompt if the stage was fine-tuned."""
+    from pipelines.inspect.inspectors import generate as story
+
+    finish(story(run, stage, prompt, sampling, console(as_json), label=label, int8=int8), as_json)
+
+
+@with_options
+def inspect(
+    run: RunName,
+    *,
+    stage: StageName = None,
+    asked: InspectionRequest,
+    as_json: AsJson = False,
+) -> None:
+    """Show what the experts specialize in, on held-out text, or which expert takes which token of a text."""
+    from pipelines.inspect.inspectors import inspect as story
+
+    silence_libraries()
+    threads.say()
+    finish(story(run, stage, asked, console(as_json)), as_json)
+
+
+def sync(as_json: AsJson = False) -> None:
+    """Send to MLflow what was recorded while it was unreachable; exit code 75 if it still is."""
+    from pipelines.upkeep.sync import sync as story
+
+    finish(story(console(as_json)), as_json)
+
+
+def ui(
+    port: Annotated[int, typer.Option(help="Port on this machine.", min=1, max=65535)] = 5000,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    browser: Annotated[bool, typer.Option(help="Open a browser.")] = True,
+    experiment: Annotated[str, typer.Option(help="MLflow experiment.")] = "lifelong-moe",
+) -> None:
+    """Start the MLflow UI on our database, opened at the comparison of runs; ends with the server's exit code."""
+    from pipelines.upkeep.ui import ui as story
+
+    raise typer.Exit(story(port, host, browser, experiment, console()))
