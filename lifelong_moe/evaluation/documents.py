@@ -1,4 +1,4 @@
-"""What a model makes of each document: its loss, and a vector that says what kind of text it is.
+"""Measure each held-out document: its loss, and its mean hidden state as features.
 
 Legend: W windows, S window length, N documents, D model width.
 """
@@ -19,7 +19,7 @@ from lifelong_moe.plan.architecture import Architecture
 
 @dataclass(frozen=True)
 class DocumentMeasures:
-    """One row a document, in the order of the held-out set; documents beyond the asked number of tokens are absent."""
+    """One row per document, in the order of the held-out set, up to the requested number of tokens."""
 
     document: NDArray[np.int64]
     """Index in the shard ``(N,)``, ascending."""
@@ -47,10 +47,13 @@ def measure_documents(
         scored = arrays["scored"]
         targets_T, domains_T = arrays["target_ids"][scored], arrays["domain_ids"][scored]
         nats_T = model.head.token_nats(output.hidden_BSD[scored], targets_T, domains_T)
+        # Windows are consecutive, so the rows of this batch follow those of the last.
         of_window = place_W[row : row + len(scored)]
         of_token = of_window[scored.nonzero()[:, 0].cpu().numpy()]
+        # add.at accumulates repeated indices, which += would drop; float64, since a document sums many tokens.
         np.add.at(nats, of_token, nats_T.double().cpu().numpy())
         np.add.at(tokens, of_token, 1)
+        # Scored tokens alone: padding and tokens scored in another window have no weight. shape: (B, D)
         hidden_BD = (output.hidden_BSD.double() * scored.unsqueeze(-1)).sum(dim=1)
         np.add.at(sums, of_window, hidden_BD.cpu().numpy())
         found = [r.counts_of(scored.flatten()).cpu().numpy() for r in output.routings]
@@ -60,13 +63,13 @@ def measure_documents(
         document=documents,
         nats=nats,
         tokens=tokens,
-        features=sums / np.maximum(tokens, 1)[:, None],
+        features=sums / np.maximum(tokens, 1)[:, None],  # a document without a scored token keeps zeros
         expert_counts=[layer.tolist() for layer in counts or []],
     )
 
 
 def generation_shares(expert_counts: list[list[int]], architecture: Architecture) -> dict[str, float]:
-    """Share of assignments that each generation's experts get, over all layers, by birth stage.
+    """Share of assignments that go to each generation's experts, over all layers, by birth stage.
 
     Args:
         expert_counts: Assignments per layer and expert.

@@ -1,4 +1,4 @@
-"""Held-out loss of a model on one distribution: each token scored once, with nothing that comes after it.
+"""Held-out loss of a model on one distribution: each token is scored once, from the tokens before it alone.
 
 Legend: W windows, S window length, T scored tokens, L layers, E experts.
 """
@@ -22,12 +22,12 @@ from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel, ModelOutput
 
 EVALUATION_SCHEMA = 2
-"""Version of how losses are measured; a change makes every stored evaluation a stranger."""
+"""Version of the measurement; a change invalidates every stored evaluation."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured on one distribution."""
+    """The measurement of one distribution."""
 
     nats_per_token: float
     """Mean cross-entropy of the scored tokens."""
@@ -36,9 +36,9 @@ class Evaluation:
     tokens: int
     """Tokens scored."""
     bytes: int
-    """Bytes of their text."""
+    """UTF-8 bytes of their text."""
     documents: int
-    """Documents they come from."""
+    """Documents that they come from."""
     expert_counts: list[list[int]]
     """Assignments of scored tokens per layer and expert."""
 
@@ -74,14 +74,17 @@ def forward_windows(
         The batch, ``token_ids``, ``target_ids``, ``scored``, ``valid`` and ``domain_ids`` ``(B, S)`` of consecutive
         windows, and what the model made of it.
     """
+    # The mode is restored below: training may continue with the model.
     training, device = model.training, model.embedding.weight.device
     windows = replace(windows, domain_ids=domain_ids(model, windows.shard, distribution))
+    # A batch has at least one window, even if a window is longer than the batch should be.
     rows = max(1, batch_tokens // int(windows.length[0]))
     model.eval()
     try:
         for first in range(0, len(windows), rows):
             batch = windows.batch(slice(first, first + rows))
             arrays = {name: torch.from_numpy(array).to(device) for name, array in batch.items()}
+            # A window holds one document.
             token_ids, one_document = arrays["token_ids"], torch.zeros_like(arrays["token_ids"])
             yield arrays, model(TokenBatch(token_ids, one_document, arrays["domain_ids"], arrays["valid"]))
     finally:
@@ -105,6 +108,7 @@ def evaluate(
         scored = arrays["scored"]
         targets_T, domains_T = arrays["target_ids"][scored], arrays["domain_ids"][scored]
         nats_T = model.head.token_nats(output.hidden_BSD[scored], targets_T, domains_T)
+        # float64: a sum over millions of tokens must not depend on the size of a batch.
         total += float(nats_T.double().sum())
         batch_counts = [routing.counts_of(scored.flatten()) for routing in output.routings]
         counts = batch_counts if counts is None else [a + b for a, b in zip(counts, batch_counts, strict=True)]

@@ -1,6 +1,6 @@
-"""Losses of models on held-out text, measured once and stored: of a distribution as a whole, and of each document.
+"""Losses of models on held-out text, by distribution or by document, each measured once and then stored.
 
-Models are named by their keys; a model is loaded only if something was not measured before.
+Models are named by their keys; a model is loaded only if a measurement is missing.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from lifelong_moe.storage.keys import content_key
 from lifelong_moe.store.evaluations import EvaluationStore
 
 Load = Callable[[str], LanguageModel]
-"""From a model's key to the model, on the device where it is to be measured."""
+"""Returns the model of a key, on the device where it is measured."""
 What = Literal["distribution", "documents", "shuffled documents"]
 
 
 @dataclass(frozen=True)
 class Measurements:
-    """What models make of a run's held-out text."""
+    """Measures models on a run's held-out text."""
 
     config: RunConfig
     data: PreparedData
@@ -41,11 +41,11 @@ class Measurements:
     load: Load
 
     def measurable(self, without: str | None = None) -> list[str]:
-        """Distributions with held-out text, in the run's order, but for one."""
+        """Distributions with held-out text, in the run's order, except ``without``."""
         return [name for name in self.config.evaluated if name in self.data.heldout and name != without]
 
     def unmeasurable(self) -> list[str]:
-        """A sentence on each distribution of which no held-out text is left."""
+        """A sentence on each distribution without held-out text."""
         return [
             f"{name} is not measured: its text is gone, and no held-out text of it was kept."
             for name in self.config.evaluated
@@ -53,7 +53,7 @@ class Measurements:
         ]
 
     def known(self, models: Sequence[str]) -> list[str]:
-        """Distributions with held-out text, and those on which all of these models were measured while they had it."""
+        """Distributions with held-out text, or whose stored measurements cover all of these models."""
         return [
             name
             for name in self.config.evaluated
@@ -61,7 +61,7 @@ class Measurements:
         ]
 
     def key(self, distribution: str, what: What = "distribution") -> str:
-        """Everything besides the model that a stored measurement depends on, as one hash."""
+        """Hash of everything besides the model that a measurement depends on."""
         settings: dict[str, Any] = {
             "schema": EVALUATION_SCHEMA,
             "heldout": self.data.records[distribution].heldout_hash,
@@ -70,10 +70,11 @@ class Measurements:
             "context": self.config.model.context,
         }
         if self.config.routing.by_label:
+            # Routing by label makes the loss depend on the distribution's name, too.
             settings["label"] = distribution
         if what != "distribution":
             text = "shuffled" if what == "shuffled documents" else "as they are"
-            # Without a label, documents are stored under null: what earlier versions measured is found again.
+            # Without a label the entry is null, so that measurements of earlier versions are found.
             settings = {"label": None, **settings, "documents": text, "spread": "over sources"}
         return content_key(settings)
 
@@ -82,6 +83,7 @@ class Measurements:
         loaded, found = None, {}
         for name in distributions:
             if (result := self.store.find(model, self.key(name))) is None:
+                # Loading costs more than measuring: once, and only if something is missing.
                 loaded = self.load(model) if loaded is None else loaded
                 result = self._evaluate(loaded, name).to_json()
                 self.store.add(model, self.key(name), result)
@@ -103,6 +105,7 @@ class Measurements:
         """
         found = self._documents(model, distribution, shuffled=shuffled)
         heldout = self.data.heldout_documents[distribution]
+        # A bound divides by a document's tokens, so documents without a scored one are left out.
         scored = [i for i, tokens in enumerate(found["tokens"]) if tokens]
         return DocumentLosses(
             np.array(found["nats"])[scored],
@@ -133,19 +136,21 @@ class Measurements:
         )
         found = {name: getattr(measured, name).tolist() for name in ("nats", "tokens")}
         found |= {"document": chosen[measured.document].tolist(), "expert_counts": measured.expert_counts}
+        # Shuffled characters make more tokens; per original token the two losses compare.
         if plain is not None:
             found["tokens"] = plain["tokens"]
         self.store.add(model, key, found)
         return found
 
     def _shuffled(self, distribution: str, shard: TokenShard, documents: NDArray[np.int64]) -> TokenShard:
-        """What is scored of held-out documents, with its characters in random order."""
+        """The scored part of held-out documents with its characters in random order."""
+        # A fixed seed: a measurement is stored, so it must be the same whenever it is made.
         rng, tokenizer = np.random.default_rng(0), self.data.tokenizer
         whole, mixed = self.data.heldout[distribution], []
         for place, i in enumerate(documents.tolist()):
             document, ids = self.data.heldout_documents[distribution][i], shard.document(place)
             text = document.text
-            if len(ids) < len(whole.document(i)):  # a cut may go through a character
+            if len(ids) < len(whole.document(i)):  # the cut may split a character
                 text = text[: max(1, len(tokenizer.decode(ids.tolist()).rstrip("\ufffd")))]
             mixed.append(Document(shuffled_text(text, rng=rng), document.source))
         return tokenize_documents(mixed, tokenizer)

@@ -1,4 +1,4 @@
-"""Look into a model while it reads: whom each token is sent to, what experts answer, what happens if they swap places.
+"""Probe a model as it reads: the routing of each token, the outputs of experts, the loss when experts swap places.
 
 Legend: T tokens read, K experts chosen per token, N sampled inputs, D model width, E experts.
 """
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from lifelong_moe.data.tokens.shards import TokenShard
@@ -31,7 +31,7 @@ BATCH_TOKENS = 8192
 
 @dataclass(frozen=True, eq=False)
 class Observation:
-    """Whom each token of a text was sent to. Tokens stand in reading order, each once."""
+    """The routing of a text. Each token stands once, in reading order."""
 
     document_T: NDArray[np.int64]
     """Document in its shard."""
@@ -63,10 +63,10 @@ def expert_names(architecture: Architecture, layer: int) -> list[str]:
 
 
 def observe(model: LanguageModel, windows: EvaluationSet, *, distribution: str | None) -> Observation:
-    """Read held-out windows and note the routing of each token from which a next one is predicted.
+    """Read held-out windows and record the routing of each token that predicts a next one.
 
     These are the tokens whose assignments :func:`lifelong_moe.evaluation.loss.evaluate` counts: all but the last of
-    each document, each in the window that has most text before it.
+    each document, each in the window with the most text before it.
 
     Args:
         model: On any device; left as it was.
@@ -93,7 +93,7 @@ def observe(model: LanguageModel, windows: EvaluationSet, *, distribution: str |
 
 
 def observe_text(model: LanguageModel, token_ids: Sequence[int], *, distribution: str | None) -> Observation:
-    """The same for one text without BOS; its last token is read as well.
+    """The same for one text without BOS, its last token included.
 
     Raises:
         ValueError: If the text has no token.
@@ -101,18 +101,18 @@ def observe_text(model: LanguageModel, token_ids: Sequence[int], *, distribution
     if not token_ids:
         raise ValueError("the text has no token")
     bos = model.architecture.bos_id
-    # A next BOS makes the last token one from which something is predicted; nothing before it can see it.
+    # A closing BOS gives the last token a target, so it is scored; no earlier token can see it.
     document = np.array([bos, *token_ids, bos], dtype=np.int64)
     shard = TokenShard(document, np.array([0, len(document)]), np.zeros(1, dtype=np.int64))
     windows = evaluation_windows(shard, model.architecture.model.context, sys.maxsize)
     seen = observe(model, windows, distribution=distribution)
-    return seen.rows(seen.position_T > 0)
+    return seen.rows(seen.position_T > 0)  # without BOS
 
 
 def routing_columns(
     architecture: Architecture, seen: Observation, distribution: str, name_token: Callable[[int], str]
-) -> Iterator[dict[str, Any]]:
-    """An observation as the columns of a table: for each layer in turn a row a token.
+) -> Iterator[dict[str, ArrayLike]]:
+    """Yield an observation as columns of a table, layer by layer, with one row per token.
 
     Args:
         architecture: Of the model that was observed.
@@ -121,10 +121,11 @@ def routing_columns(
         name_token: Text of a token id.
     """
     ids_J, token_T = np.unique(seen.token_ids_T, return_inverse=True)
+    # Tokenizers decode slowly: each distinct token once.
     texts_J = [name_token(int(token_id)) for token_id in ids_J]
     for layer, (ids_TK, weights_TK) in enumerate(zip(seen.expert_ids, seen.weights, strict=True)):
         if not ids_TK.shape[1]:
-            continue
+            continue  # a dense layer
         yield {
             "distribution": [distribution] * len(seen),
             "document": seen.document_T,
@@ -142,11 +143,11 @@ def routing_columns(
 def expert_similarities(
     model: LanguageModel, texts: Sequence[tuple[EvaluationSet, str | None]], num_inputs: int = 512
 ) -> list[NDArray[np.floating[Any]]]:
-    """How alike the experts of each layer answer: every expert gets the same inputs, chosen for them or not.
+    """Similarity of the experts of each layer on the same inputs, whether or not they were routed there.
 
     Args:
         model: On any device; left as it was.
-        texts: Held-out windows with their distribution; each gives an equal part of the inputs.
+        texts: Held-out windows with their distribution; each contributes equally many inputs.
         num_inputs: Inputs a layer, rounded up; fewer if the texts are shorter.
 
     Returns:
@@ -166,11 +167,11 @@ def expert_similarities(
 
 @contextmanager
 def shuffled_experts(model: LanguageModel, seed: int = 0) -> Iterator[None]:
-    """Within this context the experts of each layer swap places: who was meant for one gets another one.
+    """Within this context the experts of each layer swap places; gate weights stay.
 
-    Routers and gate weights stay. No expert keeps its place, unless it is alone in its layer. Only the routers'
-    answers are rewritten, so nothing of the model changes and afterwards it is what it was, bit for bit.
+    No expert keeps its place, unless it is alone in its layer.
     """
+    # Hooks rewrite the outputs of routers, so the model itself never changes.
     rng, hooks = np.random.default_rng(seed), []
     try:
         for layer in model.moe_layers():
@@ -185,12 +186,13 @@ def shuffled_experts(model: LanguageModel, seed: int = 0) -> Iterator[None]:
 
 
 def _moved(moved_E: Tensor, router: nn.Module, arguments: tuple[Any, ...], routing: Routing) -> Routing:
+    # -1 marks a choice without an expert, and stays.
     ids_TK = routing.expert_ids_TK
     return replace(routing, expert_ids_TK=torch.where(ids_TK >= 0, moved_E[ids_TK], -1))
 
 
 def _layer_inputs(model: LanguageModel, texts: Sequence[tuple[EvaluationSet, str | None]], share: int) -> list[Tensor]:
-    """What the experts of each layer are given, ``(N, D)``: the first ``share`` scored tokens of each text."""
+    """Inputs of the experts of each layer, ``(N, D)``: the first ``share`` scored tokens of each text."""
     layers = list(model.moe_layers())
     latest: list[Tensor] = [torch.empty(0)] * len(layers)
     kept: list[list[Tensor]] = [[] for _ in layers]
@@ -218,6 +220,7 @@ def _layer_inputs(model: LanguageModel, texts: Sequence[tuple[EvaluationSet, str
 def _in_reading_order(parts: Sequence[Observation]) -> Observation:
     document_T = np.concatenate([part.document_T for part in parts])
     position_T = np.concatenate([part.position_T for part in parts])
+    # Windows come longest first, so those of a document are apart.
     order = np.lexsort((position_T, document_T))
     layers = range(len(parts[0].expert_ids))
     return Observation(

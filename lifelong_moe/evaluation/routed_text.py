@@ -1,8 +1,7 @@
-"""A text with each token coloured by whom it was sent to, as data and as a self-contained HTML page.
+"""A text whose tokens are coloured by their experts, as data and as a self-contained HTML page.
 
-Of one layer, a token belongs to the expert with the largest gate weight. Of the whole model it belongs to the birth
-stage whose experts' gate weights, summed over layers, are largest: which generation of experts read it. The first of
-equals wins, that is the older one.
+In one layer, a token's owner is the expert with the largest gate weight. In the whole model, it is the generation whose
+experts have the largest gate weights, summed over layers. In a tie the older one wins.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ class RoutedToken:
 
     token_id: int
     text: str
-    """What the token adds to the text; empty where it only begins a character that the next one ends."""
+    """Its part of the text; empty where it begins a character that the next token completes."""
     owner: int
     """Index in the owners of its :class:`RoutedText`."""
     experts: list[list[tuple[str, float]]]
@@ -41,7 +40,7 @@ class RoutedToken:
 
 @dataclass(frozen=True)
 class RoutedText:
-    """A text and those who own its tokens."""
+    """A text and the owners of its tokens."""
 
     owners: list[str]
     """Names of the experts of a layer, or of the stages."""
@@ -58,7 +57,7 @@ class RoutedText:
 
     @property
     def rule(self) -> str:
-        """Who owns a token, as a sentence."""
+        """The rule of ownership, as a sentence."""
         if self.layer is not None:
             return f"Each token has the colour of its heaviest expert of layer {self.layer}."
         return "Each token has the colour of the stage whose experts weigh most for it, over all layers."
@@ -88,7 +87,7 @@ def route_text(
     else:
         owners = names[layer]
         heaviest_T1 = seen.weights[layer].argmax(axis=1, keepdims=True)
-        # A token without experts is shown as the first one's, with no expert in its description.
+        # A token without experts (-1) is shown as the first one's, with an empty description.
         owner_T = np.take_along_axis(seen.expert_ids[layer], heaviest_T1, axis=1)[:, 0].clip(0).tolist()
     pieces = token_pieces(seen.token_ids_T.tolist(), decode)
     tokens = [
@@ -128,6 +127,7 @@ def describe(routed: RoutedText, token: RoutedToken) -> str:
 
 def html_page(routed: RoutedText, title: str) -> str:
     """A page without scripts or links: the text in colours, experts and gate weights on hovering, a legend on top."""
+    # Classes, not inline styles: a page has thousands of tokens and few owners.
     rules = "".join(f".o{i}{{background:{colour}}}" for i, colour in enumerate(routed.colours))
     legend = "\n".join(
         f'<span class="o{i}">{html.escape(name)} ({count})</span>'
@@ -152,7 +152,7 @@ def _heaviest_stage(architecture: Architecture, seen: Observation, owners: Seque
     """Index of each token's stage, by gate weight summed over layers."""
     weight_TO = np.zeros((len(seen), len(owners)))
     for layer, (ids_TK, weights_TK) in enumerate(zip(seen.expert_ids, seen.weights, strict=True)):
-        # Experts that are not, -1, weigh 0, whosever they seem to be.
+        # The extra last entry stands for -1, no expert, whose weight is 0.
         stage_E = np.array([*(owners.index(name) for name in architecture.expert_births(layer)), 0])
         for stage in range(len(owners)):
             weight_TO[:, stage] += np.where(stage_E[ids_TK] == stage, weights_TK, 0.0).sum(axis=1)

@@ -1,7 +1,6 @@
-"""How tokens of one distribution are spread over experts.
+"""Statistics of how tokens of one distribution are spread over experts.
 
-Legend: L layers, E experts. Statistics are per layer and then averaged: two collapsed layers look balanced when
-pooled.
+Legend: E experts.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 DEAD_SHARE = 1e-3
-"""An expert with less than this share of a layer's assignments, relative to an even share, is not in use."""
+"""An expert that gets less than this fraction of an even share of a layer's assignments is unused."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class RoutingStatistics:
     max_over_mean: float
     """Load of the busiest expert over the mean load; 1 if even."""
     unused_experts: int
-    """Experts that next to none of these tokens reach, over all layers; they may be other text's."""
+    """Experts, over all layers, that almost none of these tokens reach; other text may use them."""
     leak: float
     """Share of assignments that go to experts born after the stage that learned this distribution."""
 
@@ -43,6 +42,7 @@ def routing_statistics(
     Raises:
         ValueError: If a layer has no assignments.
     """
+    # Averaged over layers, not pooled: two collapsed layers can look balanced together.
     layers = [_layer_statistics(*one, learned_in) for one in zip(counts, births, strict=True) if one[1]]
     entropy, max_over_mean, unused, leak = zip(*layers, strict=True)
     return RoutingStatistics(
@@ -58,6 +58,7 @@ def _layer_statistics(counts: Sequence[int], births: Sequence[int], learned_in: 
     if not counts_E.sum() > 0:
         raise ValueError("every layer needs at least one assignment")
     share_E = counts_E / counts_E.sum()
+    # 0 log 0 counts as 0.
     log_E = np.log(np.where(share_E > 0, share_E, 1.0))
     later_E = np.asarray(births) > learned_in
     unused = int((~_in_use(counts_E)).sum())
@@ -65,7 +66,7 @@ def _layer_statistics(counts: Sequence[int], births: Sequence[int], learned_in: 
 
 
 def dead_experts(counts: Iterable[Sequence[Sequence[int]]]) -> int:
-    """Experts, over all layers, that no distribution uses; an expert that serves one of them alone is not dead.
+    """Number of experts, over all layers, that no distribution uses.
 
     Args:
         counts: For each distribution, assignments per layer and expert.
@@ -76,6 +77,6 @@ def dead_experts(counts: Iterable[Sequence[Sequence[int]]]) -> int:
 
 
 def _in_use(counts_E: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Which experts get more than next to nothing of a layer's assignments."""
+    """Mask of the experts that are in use in a layer."""
     in_use: NDArray[np.bool_] = counts_E >= DEAD_SHARE / max(1, len(counts_E)) * counts_E.sum()
     return in_use

@@ -1,6 +1,6 @@
-"""How specialized experts are. Pure functions of who was chosen for which token; one layer at a time.
+"""Measures of expert specialization, pure functions of one layer's routing.
 
-Layers may differ in their number of experts, so nothing here spans layers: callers keep lists.
+Layers may differ in their number of experts, so callers keep a list with an entry per layer.
 
 Legend: T tokens, K experts chosen per token, E experts, J labels (token ids or distributions), N inputs, D model width.
 """
@@ -19,10 +19,10 @@ Floats = NDArray[np.floating[Any]]
 
 @dataclass(frozen=True)
 class Information:
-    """Mutual information beside what the same counts give by chance."""
+    """Mutual information, and its values by chance for the same counts."""
 
     nats: float
-    """Measured, in nats. Few tokens bias it upward; what counts is its distance from the null."""
+    """Measured, in nats. Few tokens bias it upward, so compare it with the null."""
     null_mean: float
     """Mean over shuffles of the labels, in nats."""
     null_95: float
@@ -31,7 +31,7 @@ class Information:
 
 @dataclass(frozen=True)
 class TopToken:
-    """A token that an expert gets more often than others do."""
+    """A token that an expert gets with more than its average frequency."""
 
     token_id: int
     count: int
@@ -59,6 +59,7 @@ def joint_counts(expert_ids_TK: Ints, labels_T: Ints, num_experts: int) -> tuple
         raise ValueError("there are no tokens to count")
     labels_J, label_T = np.unique(labels_T, return_inverse=True)
     ids_TK = np.asarray(expert_ids_TK, dtype=np.int64)
+    # One flat cell per (expert, label), so that a single bincount makes the table. shape: (T, K)
     cells_TK = ids_TK * len(labels_J) + label_T[:, None]
     counts = np.bincount(cells_TK[ids_TK >= 0], minlength=num_experts * len(labels_J))
     return counts.reshape(num_experts, len(labels_J)), labels_J
@@ -81,7 +82,8 @@ def mutual_information(counts_EJ: Ints) -> float:
         raise ValueError("mutual information needs at least one count")
     p_EJ = counts_EJ / total
     independent_EJ = p_EJ.sum(axis=1, keepdims=True) * p_EJ.sum(axis=0, keepdims=True)
-    seen = p_EJ > 0
+    seen = p_EJ > 0  # 0 log 0 counts as 0
+    # Rounding can make an exact 0 slightly negative.
     return max(0.0, float((p_EJ[seen] * np.log(p_EJ[seen] / independent_EJ[seen])).sum()))
 
 
@@ -90,8 +92,8 @@ def information(
 ) -> Information:
     """Mutual information between the expert of an assignment and the label of its token, with a shuffled null.
 
-    The null deals the same labels to the tokens at random: both marginals stay, what they share is gone. Tokens of a
-    document are not independent, so for distributions it is the null of the easiest opponent.
+    The null permutes the labels over the tokens, which keeps both marginals. Tokens of a document are not independent,
+    so for distributions this null is easy to beat.
 
     Args:
         expert_ids_TK: Chosen experts ``(T, K)``; each of a token's K choices counts as one assignment.
@@ -102,6 +104,7 @@ def information(
     """
     rng = np.random.default_rng(seed)
     measured = mutual_information(joint_counts(expert_ids_TK, labels_T, num_experts)[0])
+    # Labels move, choices stay: experts of one token remain distinct.
     null = [
         mutual_information(joint_counts(expert_ids_TK, rng.permutation(labels_T), num_experts)[0])
         for _ in range(shuffles)
@@ -119,7 +122,7 @@ def top_tokens(
         token_ids_T: Token ids ``(T,)``.
         num_experts: E.
         most: At most so many tokens an expert.
-        min_count: A token that the expert got less often is left out: rare tokens have the wildest lifts.
+        min_count: Least count of a token for the expert; rare tokens have the most extreme lifts.
 
     Returns:
         For each expert its tokens; equal lifts stand by falling count, then by token id. Tokens without any
@@ -129,7 +132,8 @@ def top_tokens(
     of_token_J, of_expert_E, total = counts_EJ.sum(axis=0), counts_EJ.sum(axis=1), counts_EJ.sum()
     found = []
     for counts_J, of_expert in zip(counts_EJ, of_expert_E, strict=True):
-        share_J = counts_J / of_token_J  # one rounding, so equal shares are equal numbers and ties are ties
+        # Rounded once: computing lifts first would break ties between equal shares.
+        share_J = counts_J / of_token_J
         order = np.lexsort((tokens_J, -counts_J, -share_J))
         kept = [j for j in order if counts_J[j] >= min_count and share_J[j] * total > of_expert][:most]
         lift = total / max(1, of_expert)
@@ -153,9 +157,11 @@ def coactivation(expert_ids_TK: Ints, num_experts: int) -> Floats:
         OLMoE (arXiv:2409.02060), section 5.2, "expert co-activation".
     """
     ids_TK = np.asarray(expert_ids_TK, dtype=np.int64)
+    # shape: (T, K, K)
     pairs_TKK = ids_TK[:, :, None] * num_experts + ids_TK[:, None, :]
     both_TKK = (ids_TK[:, :, None] >= 0) & (ids_TK[:, None, :] >= 0)
     counts_EE = np.bincount(pairs_TKK[both_TKK], minlength=num_experts**2).reshape(num_experts, num_experts)
+    # Experts are distinct within a row, so an expert meets itself once per token that chose it.
     chosen_E = counts_EE.diagonal().astype(np.float64)
     chosen_E[chosen_E == 0] = np.nan
     shares_EE = counts_EE / chosen_E[:, None]
@@ -184,6 +190,7 @@ def agreement(first_TK: Ints, second_TL: Ints) -> float:
     chosen = int((second_TL >= 0).sum())
     if len(first_TK) != len(second_TL) or not chosen:
         raise ValueError(f"{first_TK.shape} and {second_TL.shape} are not of the same tokens, or all of them -1")
+    # shape: (T, K, L)
     same_TKL = (first_TK[:, :, None] == second_TL[:, None, :]) & (second_TL[:, None, :] >= 0)
     return float(same_TKL.sum() / chosen)
 
@@ -200,12 +207,14 @@ def output_similarity(outputs_END: Floats) -> Floats:
     outputs = np.asarray(outputs_END, dtype=np.float64)
     lengths = np.linalg.norm(outputs, axis=2, keepdims=True)
     unit_END = np.divide(outputs, lengths, out=np.zeros_like(outputs), where=lengths > 0)
+    # Unit vectors, so the product sums N cosines. shape: (E, N * D)
     flat = unit_END.reshape(len(outputs), -1)
     return flat @ flat.T / outputs.shape[1]
 
 
 def derangement(num: int, rng: np.random.Generator) -> NDArray[np.int64]:
     """A random permutation of ``0 … num - 1`` in one cycle: no number stays, unless there is only one."""
+    # Each number moves to its successor in a random order: a single cycle has no fixed point.
     order = rng.permutation(num)
     moved = np.empty(num, dtype=np.int64)
     moved[order] = np.roll(order, -1)

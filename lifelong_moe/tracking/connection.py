@@ -1,7 +1,7 @@
-"""Find the tracking store, and find out quickly whether it answers.
+"""Find the tracking store, and learn within seconds whether it answers.
 
-The stock client retries: measured, 247 s on a refused port and 101 s on a database that cannot be opened. So a store is
-probed with a few seconds' patience before MLflow ever sees it.
+The stock client retries: measured, 247 s on a refused port and 101 s on a database that cannot be opened. So each store
+is probed with a short timeout before MLflow uses it.
 """
 
 from __future__ import annotations
@@ -76,11 +76,8 @@ def sqlite_path(uri: str) -> Path | None:
 
 
 def is_utf8(text: str) -> bool:
-    """Tell text from what holds bytes of a file name that are not UTF-8.
-
-    Args:
-        text: Such as a path; Python stands for each such byte with a lone surrogate.
-    """
+    """Whether a text, such as a path, can be encoded as UTF-8."""
+    # Python represents each undecodable byte of a file name by a lone surrogate, which has no encoding.
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -89,7 +86,7 @@ def is_utf8(text: str) -> bool:
 
 
 def with_credentials(uri: str, root: Path) -> str:
-    """Find the credentials of a store that was written down without them.
+    """Restore the credentials of a URI that was stored without them.
 
     Args:
         uri: Tracking URI.
@@ -155,10 +152,11 @@ def _probe_sqlite(uri: str, seconds: float) -> str | None:
         return None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.exists():  # SQLite would leave an empty file there
-            return None
+        if not path.exists():
+            return None  # Connecting would create an empty file.
         connection = sqlite3.connect(path, timeout=seconds / 2)
         try:
+            # The cheapest statement that reads the file: connecting alone does not.
             connection.execute("PRAGMA schema_version")
         finally:
             connection.close()

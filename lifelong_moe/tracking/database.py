@@ -1,4 +1,4 @@
-"""MLflow's SQLite database, made whole or not at all."""
+"""Create MLflow's SQLite database atomically."""
 
 from __future__ import annotations
 
@@ -14,10 +14,7 @@ CREATE_SECONDS = 120.0
 
 
 def ensure_database(uri: str, root: Path) -> None:
-    """Create the SQLite database of a tracking URI unless it is there; other stores are left alone.
-
-    MLflow migrates a new database in place, through some fifty schemas: a kill in there, or a second process, leaves
-    one that no MLflow ever opens again. So it is made beside, by one process at a time, and renamed.
+    """Create the SQLite database of a tracking URI if it is absent; other stores are left alone.
 
     Args:
         uri: Tracking URI.
@@ -29,13 +26,16 @@ def ensure_database(uri: str, root: Path) -> None:
     path = sqlite_path(uri)
     if path is None or exists(path):
         return
+    # MLflow migrates a new database in place, through some fifty schemas: a kill or a second process in the middle
+    # leaves one that no MLflow ever opens again. So one process at a time makes it aside and renames it.
     with locked_when_free(path.with_name(f".{path.name}.lock"), time.monotonic() + CREATE_SECONDS):
         if not exists(path):
             _create(path, root)
 
 
 def exists(path: Path) -> bool:
-    """Whether there is a database; SQLite leaves an empty file where it was opened and nothing was written."""
+    """Whether there is a database."""
+    # SQLite leaves an empty file where it was opened without a write.
     return path.is_file() and path.stat().st_size > 0
 
 
@@ -44,4 +44,4 @@ def _create(path: Path, root: Path) -> None:
 
     with new_file(path) as work:
         store = SqlAlchemyStore(f"sqlite:///{work.absolute()}", str(root.absolute() / "artifacts"))
-        store.engine.dispose()
+        store.engine.dispose()  # Closes the file before it is renamed.

@@ -21,9 +21,10 @@ def ui_url(uri: str, experiment_id: str, run_ids: Sequence[str] | None = None) -
         run_ids: Show only these runs; None shows all.
 
     Returns:
-        A link that opens the charts; without the query MLflow opens a page for language-model traces.
+        A link that opens the charts.
     """
     base = without_credentials(uri).rstrip("/") if is_server(uri) else LOCAL_UI
+    # Without the query MLflow opens a page for language-model traces.
     link = f"{base}/#/experiments/{experiment_id}/runs?workflowType=machine_learning&compareRunsMode=CHART"
     if run_ids:
         chosen = ", ".join(f"'{run_id}'" for run_id in run_ids)

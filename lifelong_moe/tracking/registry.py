@@ -19,7 +19,7 @@ DIRECTORY_TAG = "directory"
 
 @dataclass(frozen=True)
 class Version:
-    """What to register."""
+    """A model version to register."""
 
     name: str
     """Registered model."""
@@ -47,6 +47,7 @@ def register_version(client: MlflowClient, uri: str, version: Version) -> str:
         The number of the new version, or of the one with the same stage key that exists already.
     """
     name = re.sub("[/:']", "-", version.name)
+    # Looked up by stage key first, so that a repeated delivery registers nothing twice.
     number = _find(client, name, version.tags[STAGE_KEY_TAG]) or _create(client, uri, name, version)
     if version.alias:
         client.set_registered_model_alias(name, version.alias, number)
@@ -68,7 +69,7 @@ def _create(client: MlflowClient, uri: str, name: str, version: Version) -> str:
             raise
     source = str(version.directory)
     if is_server(uri):
-        # A server takes no local path outside of the run's artifacts: leave a pointer there.
+        # A server refuses local paths outside of the run's artifacts: leave a pointer there.
         pointer = f"stages/{version.tags[STAGE_KEY_TAG]}"
         client.log_text(version.run_id, f"{version.directory}\n", f"{pointer}/directory.txt")
         source = f"runs:/{version.run_id}/{pointer}"
@@ -79,6 +80,6 @@ def _create(client: MlflowClient, uri: str, name: str, version: Version) -> str:
         run_id=version.run_id,
         tags=tags | {DIRECTORY_TAG: str(version.directory)},
         description=version.description,
-        await_creation_for=0,
+        await_creation_for=0,  # nothing is copied, so there is nothing to wait for
     )
     return str(created.version)

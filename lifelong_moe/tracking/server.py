@@ -1,4 +1,4 @@
-"""Start the MLflow UI on our database; a bare ``mlflow ui`` looks for ``./mlflow.db`` and would not find it."""
+"""Serve the MLflow UI from our database, which a bare ``mlflow ui`` would not find: it looks for ``./mlflow.db``."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def serve_command(uri: str | None, root: Path, port: int, host: str = "127.0.0.1
     root.mkdir(parents=True, exist_ok=True)
     artifacts = str(root / "artifacts")
     argv = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri]
-    # Both default to the working directory, and would litter it.
+    # Both default to the working directory.
     argv += ["--default-artifact-root", artifacts, "--artifacts-destination", artifacts]
     argv += ["--host", host, "--port", str(port), "--workers", "1"]
     environment = os.environ | {
@@ -52,7 +52,7 @@ def serve_command(uri: str | None, root: Path, port: int, host: str = "127.0.0.1
 
 
 def require_free(host: str, port: int) -> None:
-    """Refuse a port that nobody can listen on, before a server is started that takes seconds to find out.
+    """Require a port that we can listen on.
 
     Args:
         host: Interface to listen on.
@@ -61,6 +61,7 @@ def require_free(host: str, port: int) -> None:
     Raises:
         ConfigError: If it is taken, forbidden, or the address is not this machine's.
     """
+    # The server itself would take seconds to find out.
     try:
         socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except OSError as error:

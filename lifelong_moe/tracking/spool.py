@@ -1,10 +1,11 @@
-"""What MLflow could not be told yet, on disk until it can.
+"""The spool: records that MLflow could not take yet, kept on disk until it can.
 
 ``mlruns/spool/<hash of the address>/`` holds ``address`` (the tracking URI without credentials),
-``pending.jsonl`` (an operation a line, appended by every process), ``taken-N.jsonl`` (what a delivery took from there),
-``refused.jsonl`` (what the store would not take, with its reasons; for people) and ``files/`` (artifacts by SHA-256).
+``pending.jsonl`` (one operation a line, appended by every process), ``taken-N.jsonl`` (lines that a delivery took from
+there), ``refused.jsonl`` (operations that the store refused, with its reasons; for people) and ``files/`` (artifacts by
+SHA-256).
 
-Operations are idempotent and delivered in order, so a delivery that is killed is simply repeated.
+Operations are idempotent and delivered in order, so a killed delivery is simply repeated.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from lifelong_moe.storage.locks import locked_when_free
 log = logging.getLogger(__name__)
 
 Operation = dict[str, Any]
-"""See :mod:`lifelong_moe.tracking.store`."""
+"""See :mod:`lifelong_moe.tracking.operations`."""
 Perform = Callable[[Operation, bytes | None], object]
 
 SPOOL = "spool"
@@ -36,21 +37,21 @@ _ADDRESS = "address"
 
 
 class RefusedError(Exception):
-    """The store is well, but will never take this operation."""
+    """The store works, but will never accept this operation."""
 
 
 @dataclass(frozen=True)
 class Delivered:
-    """What a delivery did."""
+    """The outcome of a delivery."""
 
     operations: int = 0
-    """Told to MLflow."""
+    """Accepted by MLflow."""
     refused: int = 0
-    """Put aside into ``refused.jsonl``."""
+    """Moved to ``refused.jsonl``."""
 
 
 class Spool:
-    """What one tracking store is still to be told.
+    """The undelivered operations of one tracking store.
 
     Args:
         root: The ``mlruns/`` directory; nothing is written before the first :meth:`append`.
@@ -71,15 +72,15 @@ class Spool:
 
     @property
     def empty(self) -> bool:
-        """Whether nothing is to be told."""
+        """Whether nothing is left to deliver."""
         return not self._pending.exists() and not self._taken()
 
     def append(self, operation: Operation, content: bytes | None = None) -> None:
-        """Keep an operation; it is on disk when this returns.
+        """Store an operation; it is on disk when this returns.
 
         Args:
             operation: The operation; a JSON object without ``file``.
-            content: Bytes of the file that goes with it; ``path`` then says what it is called.
+            content: Bytes of its file, if any; ``path`` in the operation then names the artifact.
 
         Raises:
             OSError: If the disk is full or cannot be written.
@@ -87,6 +88,7 @@ class Spool:
         with self._locked("spool.lock"):
             if not (self.path / _ADDRESS).exists():
                 write_atomic(self.path / _ADDRESS, self.address)
+            # The file first: a line must never name a file that is not there.
             if content is not None:
                 operation = operation | {"file": self._keep(content, operation["path"])}
             append_line(self._pending, json.dumps(operation, allow_nan=False, separators=(",", ":")))
@@ -98,22 +100,23 @@ class Spool:
         return name
 
     def deliver(self, perform: Perform, seconds: float = math.inf) -> Delivered:
-        """Tell everything, oldest first, and forget what was told.
+        """Deliver and remove all operations, oldest first.
 
         Args:
-            perform: Tells one operation with its file's bytes; raises :class:`RefusedError` for one to put aside, and
-                anything else to stop here.
-            seconds: Stop after this time; what is left stays.
+            perform: Performs one operation with the bytes of its file; raises :class:`RefusedError` to put it aside,
+                and anything else to stop the delivery.
+            seconds: Longest time; the rest stays.
 
         Returns:
-            What was done; the spool is then empty.
+            The outcome; the spool is then empty.
 
         Raises:
             TimeoutError: If the time is over, or another process delivers all the while.
-            Exception: What ``perform`` raised; it and everything after it stays.
+            Exception: As raised by ``perform``; its operation and all later ones stay.
         """
         told = refused = 0
         deadline = time.monotonic() + seconds
+        # Others may append while we deliver, so look again until nothing is left.
         while not self.empty:
             with self._locked("delivery.lock", deadline):
                 self._take()
@@ -124,7 +127,7 @@ class Spool:
         return Delivered(told, refused)
 
     def _take(self) -> None:
-        """Move what is pending out of the way of those who append."""
+        """Rename the pending file, so that others append to a new one while this one is delivered."""
         with self._locked("spool.lock"):
             numbers = [int(path.stem.partition("-")[2]) for path in self._taken()]
             if self._pending.exists():
@@ -134,7 +137,7 @@ class Spool:
         return sorted(self.path.glob("taken-*.jsonl"))
 
     def _tell(self, path: Path, perform: Perform, deadline: float) -> Iterator[bool]:
-        """Tell what a file holds; yields for each operation whether it was accepted."""
+        """Deliver the operations of a file; yields for each whether it was accepted."""
         lines = [line for line in path.read_bytes().split(b"\n") if line]
         done = 0
         try:
@@ -144,7 +147,7 @@ class Spool:
                 yield self._tell_line(line, perform)
                 done += 1
         finally:
-            # SIGKILL skips this, and then all is told again, which changes nothing.
+            # SIGKILL skips this; then all is delivered again, which changes nothing.
             if rest := lines[done:]:
                 write_atomic(path, b"\n".join(rest) + b"\n")
             else:
@@ -168,6 +171,7 @@ class Spool:
 
     def _sweep(self) -> None:
         """Remove files that no operation names any more."""
+        # Under the lock of those who append: a file comes before the line that names it.
         with self._locked("spool.lock"):
             text = "".join(path.read_text(encoding="utf-8") for path in self.path.glob("*.jsonl"))
             for path in (self.path / "files").glob("*"):

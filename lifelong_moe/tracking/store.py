@@ -1,9 +1,4 @@
-"""An open tracking store, and what is asked of it: operations that may be asked late, and more than once.
-
-An operation is a JSON object: ``do`` says what, ``run`` is the run as its caller knows it, ``time`` is when it was
-meant (milliseconds since 1970). Each is idempotent, and a sequence that is repeated from any point on ends in the same
-state: a run is created once by its id, a point keeps its first timestamp and so is the same row, the rest overwrites.
-"""
+"""An open MLflow tracking store, which performs the operations of :mod:`lifelong_moe.tracking.operations`."""
 
 from __future__ import annotations
 
@@ -11,15 +6,14 @@ import json
 import logging
 import re
 import tempfile
-import time
-import uuid
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from lifelong_moe.storage.credentials import without_credentials
-from lifelong_moe.tracking.connection import is_server, sqlite_path
+from lifelong_moe.tracking.connection import is_server
 from lifelong_moe.tracking.database import ensure_database
+from lifelong_moe.tracking.failures import one_line
+from lifelong_moe.tracking.operations import LOCAL_PREFIX
 from lifelong_moe.tracking.registry import Version, register_version
 from lifelong_moe.tracking.spool import Operation, RefusedError
 
@@ -28,48 +22,32 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+# Limits of MLflow's REST interface: a larger batch or a longer digest is refused.
 METRICS_PER_BATCH = 1000
 PARAMS_PER_BATCH = 100
 DIGEST_CHARACTERS = 36
 LOCAL_ID_TAG = "lifelong.local_id"
-"""Every run we create carries the id that its caller knew it by before MLflow gave it one."""
+"""Tag of every run: the id by which its caller knew it before MLflow gave it one."""
 
-_LOCAL = "local-"
 _ABSENT = "RESOURCE_DOES_NOT_EXIST"
 _EXISTS = "RESOURCE_ALREADY_EXISTS"
 _REFUSALS = (_ABSENT, _EXISTS, "INVALID_PARAMETER_VALUE", "INVALID_STATE")
-"""The store is well, and will not take this operation however often it is asked. ``BAD_REQUEST`` is not among them:
-MLflow says that of a broken database, too."""
-
-
-def local_id() -> str:
-    """Make an id for a run that MLflow does not know yet; :class:`Store` finds the run by it ever after."""
-    return _LOCAL + uuid.uuid4().hex
-
-
-def operation(do: str, run: str, **fields: Any) -> Operation:
-    """Make an operation of this moment.
-
-    Args:
-        do: What :meth:`Store.perform` shall do.
-        run: MLflow's id of the run, or a local one.
-        **fields: Whatever belongs to it; must be JSON.
-    """
-    return {"do": do, "run": run, "time": time.time_ns() // 1_000_000, **fields}
+"""Errors of a working store that will never accept the operation. ``BAD_REQUEST`` is absent: MLflow also reports a
+broken database by it."""
 
 
 class Store:
-    """An open tracking store; a SQLite database that is not there yet is made.
+    """An open tracking store; creates an absent SQLite database.
 
     Args:
-        uri: Tracking URI; asked for the first time by :meth:`experiment_id`.
+        uri: Tracking URI; the first request is that of :meth:`experiment_id`.
         root: The ``mlruns/`` directory.
     """
 
     def __init__(self, uri: str, root: Path) -> None:
         from mlflow import MlflowClient
 
-        # It announces migrations on stderr, and prints tracebacks of errors that we report in one line.
+        # MLflow announces migrations on stderr, and prints tracebacks of errors that we report in one line.
         logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
         logging.getLogger("alembic").setLevel(logging.WARNING)
         ensure_database(uri, root)
@@ -98,7 +76,7 @@ class Store:
         if found is None:
             try:
                 return str(self.client.create_experiment(name, artifact_location=location))
-            except MlflowException as error:  # two first runs at once: the other one was faster
+            except MlflowException as error:  # Another process created it first.
                 found = self.client.get_experiment_by_name(name)
                 if error.error_code != _EXISTS or found is None:
                     raise
@@ -107,11 +85,11 @@ class Store:
         return str(found.experiment_id)
 
     def is_behind(self, url: str, experiment: str) -> bool:
-        """Whether a server shows this very store.
+        """Whether a server serves this very store.
 
         Args:
-            url: Its address.
-            experiment: Name of an experiment of ours.
+            url: Address of the server.
+            experiment: Name of one of our experiments.
         """
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
@@ -121,21 +99,22 @@ class Store:
         except MlflowException:  # not a tracking server at all
             return False
         ours = self.client.get_experiment(self.experiment_id(experiment))
+        # Names and ids repeat between stores; the time of creation, in milliseconds, hardly does.
         known = ("experiment_id", "artifact_location", "creation_time")
         return theirs is not None and all(getattr(theirs, key) == getattr(ours, key) for key in known)
 
     def find(self, run_id: str) -> Run | None:
-        """Look a run up.
+        """Look up a run.
 
         Args:
-            run_id: MLflow's id, or the one that the run had before it got there.
+            run_id: MLflow's id, or the local id that the run had before.
 
         Returns:
             The run, or None if it does not exist or is deleted.
         """
         from mlflow.exceptions import MlflowException
 
-        if not run_id.startswith(_LOCAL):
+        if not run_id.startswith(LOCAL_PREFIX):
             try:
                 run = self.client.get_run(run_id)
                 if run.info.lifecycle_stage == "active":
@@ -143,6 +122,7 @@ class Store:
             except MlflowException as error:
                 if error.error_code not in (_ABSENT, "INVALID_PARAMETER_VALUE"):  # the latter: not an id at all
                     raise
+        # The id becomes part of a filter expression, where a quote would end it.
         if not re.fullmatch(r"[\w-]+", run_id):
             return None
         experiments = [experiment.experiment_id for experiment in self.client.search_experiments()]
@@ -150,7 +130,7 @@ class Store:
         return found[0] if found else None
 
     def resolve(self, run_id: str) -> str:
-        """MLflow's id of a run; the given one if there is no such run, and MLflow will say so."""
+        """MLflow's id of a run; the given id if there is no such run, which MLflow then refuses."""
         if run_id not in self._runs:
             run = self.find(run_id)
             if run is None:
@@ -159,18 +139,18 @@ class Store:
         return self._runs[run_id]
 
     def perform(self, asked: Operation, content: bytes | None = None) -> str | None:
-        """Do an operation.
+        """Perform an operation.
 
         Args:
             asked: The operation.
-            content: The file's bytes, for an ``artifact``.
+            content: Bytes of the file of an ``artifact``.
 
         Returns:
-            For ``start`` the id to call the run by: the given one if there is such a run already. For ``version``
-            its number.
+            The id by which to refer to a run after ``start``: the given one if the run existed. The number of a
+            ``version``.
 
         Raises:
-            RefusedError: If asking again would not help.
+            RefusedError: If trying again would not help.
         """
         from mlflow.exceptions import MlflowException
 
@@ -201,6 +181,7 @@ class Store:
         tags = dict(asked["tags"])
         if asked["parent"]:
             tags["mlflow.parentRunId"] = self.resolve(asked["parent"])
+        # A local id is looked up first: a delivery that was killed may have created the run already.
         known = run = self.find(asked["run"])
         if run is None:
             run = self.client.create_run(
@@ -213,6 +194,7 @@ class Store:
             self.client.update_run(run.info.run_id, status="RUNNING")
             self.client.log_batch(run.info.run_id, tags=[RunTag(key, value) for key, value in tags.items()])
         run_id = str(run.info.run_id)
+        # MLflow refuses to change a param, so a resumed run keeps those of its start.
         missing = [Param(key, value) for key, value in asked["params"].items() if key not in run.data.params]
         for chunk in chunks(missing, PARAMS_PER_BATCH):
             self.client.log_batch(run_id, params=chunk)
@@ -224,6 +206,7 @@ class Store:
 
         run_id = self.resolve(asked["run"])
         for chunk in chunks(asked["rows"], METRICS_PER_BATCH):
+            # With its first timestamp, a repeated point is the same row and adds nothing.
             metrics = [Metric(key, value, asked["time"], step) for key, value, step in chunk]
             self.client.log_batch(run_id, metrics=metrics)
 
@@ -237,6 +220,7 @@ class Store:
 
     def _artifact(self, asked: Operation, content: bytes) -> None:
         path = PurePosixPath(asked["path"])
+        # The client takes files only, and names the artifact like the file.
         with tempfile.TemporaryDirectory() as folder:
             local = Path(folder) / path.name
             local.write_bytes(content)
@@ -263,7 +247,7 @@ class Store:
     def _replaced(self, asked: Operation) -> None:
         run = self.find(asked["run"])
         if run is None:
-            return
+            return  # The user deleted it.
         self.client.set_tag(run.info.run_id, "lifelong.replaced_by", self.resolve(asked["by"]))
         if run.info.status == "RUNNING":
             self.client.set_terminated(run.info.run_id, "KILLED")
@@ -272,32 +256,3 @@ class Store:
 def chunks(items: Sequence[T], size: int) -> Iterable[Sequence[T]]:
     """Cut a sequence into pieces of at most ``size`` items."""
     return (items[start : start + size] for start in range(0, len(items), size))
-
-
-def failures() -> tuple[type[Exception], ...]:
-    """Name the exceptions that mean that MLflow, its database, the network or the disk failed, or refused."""
-    from alembic.util import CommandError
-    from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import SQLAlchemyError
-
-    # MLflow opens a database by Alembic, which has errors of its own; requests' are OSErrors.
-    return (MlflowException, OSError, SQLAlchemyError, CommandError, RefusedError)
-
-
-def unusable(uri: str, reason: str) -> str:
-    """Say why a store could not be opened, and what helps if that is for good.
-
-    Args:
-        uri: Tracking URI.
-        reason: One line.
-    """
-    path = sqlite_path(uri)
-    if path is None or not path.exists():
-        return reason
-    return f"{reason.rstrip('.')}. If that stays so, move {path} away: then a new one is made, and gets what was kept."
-
-
-def one_line(error: Exception) -> str:
-    """The first line of an error, without credentials."""
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return without_credentials(line)  # MLflow repeats the URI, password and all

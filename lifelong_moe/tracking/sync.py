@@ -1,4 +1,4 @@
-"""Tell MLflow everything that it missed."""
+"""Deliver to MLflow everything that it missed."""
 
 from __future__ import annotations
 
@@ -7,33 +7,34 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lifelong_moe.tracking.connection import prepare_environment, probe, with_credentials
+from lifelong_moe.tracking.failures import failures, one_line, unusable
 from lifelong_moe.tracking.spool import Delivered, Spool
-from lifelong_moe.tracking.store import Store, failures, one_line, unusable
+from lifelong_moe.tracking.store import Store
 
 
 @dataclass(frozen=True)
 class Synced:
-    """What became of one store's spool."""
+    """The outcome for one store's spool."""
 
     address: str
     """Tracking URI without credentials."""
     delivered: Delivered
-    """What was done; nothing is counted if a problem ended it."""
+    """Empty if a problem ended the delivery."""
     problem: str | None
-    """One line why records are left; None if none are."""
+    """Why records are left, in one line; None if none are."""
 
 
 def sync(root: Path) -> list[Synced]:
-    """Deliver every spool under ``mlruns/``; doing it again, or after being killed in it, adds nothing.
+    """Deliver every spool under ``mlruns/``; repeating it, or continuing after a kill, adds nothing twice.
 
-    Credentials are in no spool: they come from ``MLFLOW_TRACKING_URI`` if it is the same store, or from MLflow's own
+    No spool holds credentials: they come from ``MLFLOW_TRACKING_URI`` if it is the same store, or from MLflow's own
     ``MLFLOW_TRACKING_USERNAME`` and ``MLFLOW_TRACKING_PASSWORD``.
 
     Args:
         root: The ``mlruns/`` directory.
 
     Returns:
-        What became of each spool that held something.
+        The outcome for each spool that held something.
     """
     prepare_environment()
     return [_deliver(spool, root) for spool in Spool.all(root)]
@@ -41,6 +42,7 @@ def sync(root: Path) -> list[Synced]:
 
 def _deliver(spool: Spool, root: Path) -> Synced:
     uri = with_credentials(spool.address, root)
+    # MLflow's client would retry for minutes on a store that is down.
     if (problem := probe(uri)) is not None:
         return Synced(spool.address, Delivered(), unusable(uri, problem))
     try:

@@ -1,4 +1,4 @@
-"""A thin, batched face over MLflow that never stops a training, and forgets nothing while MLflow is away."""
+"""A thin, batched interface to MLflow that never stops a training and loses nothing while MLflow is unavailable."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ from lifelong_moe.tracking.connection import (
     probe,
     resolve_uri,
 )
+from lifelong_moe.tracking.failures import failures, one_line, unusable
+from lifelong_moe.tracking.operations import local_id, operation
 from lifelong_moe.tracking.registry import STAGE_KEY_TAG
 from lifelong_moe.tracking.spool import SPOOL, Operation, Spool
-from lifelong_moe.tracking.store import Store, failures, local_id, one_line, operation, unusable
+from lifelong_moe.tracking.store import Store
 from lifelong_moe.tracking.values import TAG_CHARACTERS, clean_key, cut, flatten_params, split_finite, status_after
 
 if TYPE_CHECKING:
@@ -29,21 +31,20 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DELIVERY_SECONDS = 60.0
-"""Longest time that a start spends on telling MLflow what it missed before."""
+"""Longest time that connecting spends on delivering the spool."""
 
 _SOURCE_TAGS = {"mlflow.source.name": "lifelong-moe", "mlflow.source.type": "LOCAL"}
 
 
 class Tracker:
-    """Records runs in MLflow; while MLflow is absent, in the spool, to be delivered by the next start or by ``sync``.
+    """Records runs in MLflow, or in the spool while MLflow is unavailable; the next start or ``sync`` delivers it.
 
-    It writes either to MLflow or to the spool, and to MLflow only once the spool is empty, so that nothing is told in
-    the wrong order. Only failures of MLflow, its database, the network or the disk change that. Anything else is a
-    bug of ours and is raised. A run may be called by the id that it had in the spool for ever.
+    Only failures of MLflow, its database, the network or the disk are caught; anything else is our bug and is raised.
+    The id that a run had in the spool stays valid.
     """
 
     problem: str | None
-    """One line why nothing is recorded, or nothing but in the spool; None while all is well."""
+    """Why nothing is recorded in MLflow, in one line; None while it is."""
 
     def __init__(self, experiment: str, uri: str, spool: Spool | None, problem: str | None) -> None:
         """Use :meth:`connect` instead."""
@@ -67,21 +68,21 @@ class Tracker:
             return cls(config.experiment, "", None, "tracking.enabled=false: nothing is recorded in MLflow.")
         uri = resolve_uri(config.uri, root)
         if not is_utf8(uri if is_server(uri) else f"{uri} {root.absolute()}"):
-            unnamed = "the name of the working directory is not UTF-8, which MLflow cannot keep: nothing is recorded."
-            return cls(config.experiment, "", None, unnamed)
+            problem = "the working directory's name is not UTF-8, which MLflow cannot store: nothing is recorded."
+            return cls(config.experiment, "", None, problem)
         prepare_environment()
         tracker = cls(config.experiment, uri, Spool(root, uri), None)
-        problem = probe(uri) or tracker._open(root)
-        if problem is not None:
-            tracker._lose("is not usable", unusable(uri, problem))
+        if (failed := probe(uri) or tracker._open(root)) is not None:
+            tracker._use_spool("is not usable", unusable(uri, failed))
         return tracker
 
     def _open(self, root: Path) -> str | None:
-        """Open the store and tell it what it missed; returns why that did not succeed."""
+        """Open the store and deliver the spool to it; return why that failed, if it did."""
         assert self._spool is not None
         try:
             store = Store(self._uri, root)
             store.experiment_id(self._experiment)
+            # Before anything new is recorded, so that MLflow gets operations in the order in which they were made.
             self._spool.deliver(store.perform, DELIVERY_SECONDS)
         except failures() as error:
             return one_line(error)
@@ -97,37 +98,34 @@ class Tracker:
 
     @property
     def connected(self) -> bool:
-        """Whether MLflow itself is told, not the spool."""
+        """Whether records go to MLflow itself, not to the spool."""
         return self._store is not None
 
     @property
     def experiment_id(self) -> str | None:
-        """MLflow's id of the experiment; None while MLflow is absent."""
+        """MLflow's id of the experiment; None while MLflow is unavailable."""
         return self._store.experiment_id(self._experiment) if self._store is not None else None
 
     def is_behind(self, url: str) -> bool:
-        """Whether a server shows this very store: it knows the experiment, its moment of creation included.
-
-        Args:
-            url: The server's address.
-        """
+        """Whether the server at ``url`` serves this very store."""
         return self._store is not None and self._store.is_behind(url, self._experiment)
 
     def run_exists(self, run_id: str) -> bool:
-        """Look a run up.
+        """Look up a run.
 
         Args:
             run_id: MLflow run id, or one from the spool.
 
         Returns:
-            True if this store has the run and it is not deleted. While MLflow is absent nobody can tell, and the run
-            is taken to exist; False if nothing is recorded.
+            Whether this store has the run and it is not deleted; always True while records go to the spool, and False
+            if nothing is recorded.
         """
         if self._store is not None:
             try:
                 return self._store.find(run_id) is not None
             except failures() as error:
                 self._fail(error)
+        # Without MLflow nobody can tell; a run taken to exist is resumed, never created twice.
         return self.active
 
     def start_run(
@@ -140,19 +138,19 @@ class Tracker:
         tags: Mapping[str, str] | None = None,
         note: str = "",
     ) -> str | None:
-        """Create a run, or take one up again.
+        """Create or resume a run.
 
         Args:
             name: Name in the UI; a resumed run keeps the name it has.
-            run_id: Run to resume: it is set to RUNNING again. One that does not exist is created. Write an id from
-                :func:`lifelong_moe.tracking.store.local_id` down before, and no kill leaves a run that nobody knows.
+            run_id: Run to resume; created if it does not exist. Persist an id from
+                :func:`lifelong_moe.tracking.operations.local_id` first, so a killed process can resume this run.
             parent_id: Run under which this one is shown.
-            params: Settings, nested at will; flattened to ``a.b.c``. Those that the run has already are left alone.
+            params: Settings, nested at will; flattened to ``a.b.c``. Existing params of the run stay.
             tags: Tags to set.
             note: Markdown shown on the run's page; empty leaves it as it is.
 
         Returns:
-            The id to call the run by: the given one if it exists or MLflow is absent; None if nothing is recorded.
+            The id of the run: the given one if it exists or MLflow is unavailable; None if nothing is recorded.
         """
         given = _SOURCE_TAGS | dict(tags or {}) | ({"mlflow.note.content": note} if note else {})
         legal_tags = {clean_key(key): cut(str(value), TAG_CHARACTERS) for key, value in given.items()}
@@ -168,7 +166,7 @@ class Tracker:
         return self._record(asked) or (asked["run"] if self.active else None)
 
     def log_metrics(self, run_id: str | None, rows: Iterable[tuple[str, float, int]]) -> None:
-        """Log many points at once; a call costs about 0.2 s per thousand, so collect before calling.
+        """Log many points at once; a call takes about 0.2 s per thousand, so collect before calling.
 
         Args:
             run_id: The run; None (from a tracker that was off) logs nothing.
@@ -183,7 +181,7 @@ class Tracker:
     def log_dataset(
         self, run_id: str | None, *, name: str, digest: str, context: str, source: str, profile: Mapping[str, Any]
     ) -> None:
-        """Say which data a run read; logging the same dataset again changes nothing.
+        """Log a dataset that a run read; logging it again changes nothing.
 
         Args:
             run_id: The run.
@@ -252,7 +250,7 @@ class Tracker:
             alias: Moved to this version, such as ``champion``.
 
         Returns:
-            The version, or None while MLflow is absent.
+            The version, or None while MLflow is unavailable.
         """
         if run_id is None:
             return None
@@ -276,11 +274,11 @@ class Tracker:
             self._record(operation("finish", run_id, status=status_after(error)))
 
     def replaced(self, run_id: str, by: str) -> None:
-        """Say of a run that another took its place, and end it as killed if nobody did.
+        """Mark a run as replaced by another, and end it as killed if it is still running.
 
         Args:
-            run_id: The old run; nothing happens if there is none.
-            by: The new one.
+            run_id: The old run; ignored if there is none.
+            by: The new run.
         """
         self._record(operation("replaced", run_id, by=by))
 
@@ -291,7 +289,7 @@ class Tracker:
             run_ids: Runs to compare; None shows all of the experiment.
 
         Returns:
-            The link; empty while MLflow is absent.
+            The link; empty while MLflow is unavailable.
         """
         if self._store is None:
             return ""
@@ -303,10 +301,8 @@ class Tracker:
             return ""
 
     def _record(self, asked: Operation, content: bytes | None = None) -> str | None:
-        """Tell MLflow, or keep it for later.
-
-        What MLflow may have heard although its answer was lost is kept too: hearing it twice changes nothing.
-        """
+        """Perform an operation, or append it to the spool."""
+        # After a failure MLflow may still have performed it; delivered again, it changes nothing.
         if self._store is not None:
             try:
                 return self._store.perform(asked, content)
@@ -322,11 +318,12 @@ class Tracker:
         return None
 
     def _fail(self, error: Exception) -> None:
-        self._lose("failed", one_line(error))
+        self._use_spool("failed", one_line(error))
         log.warning(self.problem)
 
-    def _lose(self, how: str, reason: str) -> None:
-        """From now on write to the spool."""
+    def _use_spool(self, how: str, reason: str) -> None:
+        """Record in the spool from now on."""
+        # For good: back in MLflow, later operations would overtake those in the spool.
         self._store = None
         self.problem = (
             f"MLflow at {without_credentials(self._uri)} {how}, so records are kept under mlruns/{SPOOL} until the "

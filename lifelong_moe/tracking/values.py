@@ -1,4 +1,4 @@
-"""Turn our names and values into ones that MLflow accepts, losing nothing silently."""
+"""Convert our names and values to ones that MLflow accepts, losing nothing silently."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 from lifelong_moe.errors import TryAgainError
 
+# Limits of MLflow's database schema; longer texts are refused.
 PARAM_CHARACTERS = 6000
 TAG_CHARACTERS = 8000
 KEY_CHARACTERS = 250
@@ -69,6 +70,7 @@ def flatten_params(params: Mapping[str, Any]) -> dict[str, str]:
     flat: dict[str, str] = {}
     for path, value in _leaves("", params):
         key = clean_key(path)
+        # Two keys may become equal by cleaning, and MLflow refuses a second value.
         while key in flat:
             key = key[: KEY_CHARACTERS - 1] + "_" if len(key) < KEY_CHARACTERS else clean_key("_" + key)
         flat[key] = cut(_as_text(value), PARAM_CHARACTERS)
@@ -78,9 +80,7 @@ def flatten_params(params: Mapping[str, Any]) -> dict[str, str]:
 def split_finite(
     rows: Iterable[tuple[str, float, int]],
 ) -> tuple[list[tuple[str, float, int]], list[tuple[str, int]]]:
-    """Separate what a chart can show from what would ruin it.
-
-    MLflow stores infinity as 1.8e308, which makes a chart's axis useless.
+    """Separate finite points from those that a chart cannot show.
 
     Args:
         rows: ``(key, value, step)``.
@@ -92,6 +92,7 @@ def split_finite(
     kept: list[tuple[str, float, int]] = []
     absent: list[tuple[str, int]] = []
     for key, value, step in rows:
+        # MLflow stores infinity as 1.8e308, which makes a chart's axis useless.
         if math.isfinite(value):
             kept.append((clean_key(key), float(value), int(step)))
         else:

@@ -20,7 +20,7 @@ from lifelong_moe.storage.credentials import without_credentials
 from lifelong_moe.storage.files import write_atomic
 from lifelong_moe.storage.keys import content_key
 from lifelong_moe.store.runs import RunRecord
-from lifelong_moe.tracking.store import local_id
+from lifelong_moe.tracking.operations import local_id
 from lifelong_moe.tracking.tracker import Tracker
 from pipelines.compare import render as render_comparison
 from pipelines.compare.head import ComparisonHead, ComparisonMlflow, head_to_change

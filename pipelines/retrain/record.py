@@ -12,7 +12,7 @@ from lifelong_moe.plan.retraining import RetrainConfig
 from lifelong_moe.retraining.checks import Verdict
 from lifelong_moe.store.runs import OpenRun
 from lifelong_moe.store.stages import CommittedStage
-from lifelong_moe.tracking.store import local_id
+from lifelong_moe.tracking.operations import local_id
 from lifelong_moe.tracking.tracker import Tracker
 from lifelong_moe.training.callbacks.logger import Row
 from pipelines.retrain.outcome import TickOutcome

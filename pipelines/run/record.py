@@ -20,7 +20,7 @@ from lifelong_moe.reports.report import Report
 from lifelong_moe.store.head import MlflowState
 from lifelong_moe.store.runs import OpenRun
 from lifelong_moe.store.stages import CommittedStage
-from lifelong_moe.tracking.store import local_id
+from lifelong_moe.tracking.operations import local_id
 from lifelong_moe.tracking.tracker import Tracker
 from lifelong_moe.training.callbacks.logger import Row
 from pipelines.run import render

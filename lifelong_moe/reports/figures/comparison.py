@@ -1,7 +1,7 @@
-"""Figures of a comparison for a person to look at, from the data of ``comparison.json``; pyplot is never touched.
+"""Figures of a comparison, from the data of ``comparison.json``. Without pyplot, so safe in any thread.
 
-Values are means over the seeds that are committed, bars and bands span the lowest to the highest seed. An arm keeps its
-colour and marker in every figure.
+Values are means over committed seeds; bars and bands span the lowest to the highest seed. An arm has the same colour
+and marker in every figure.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ Comparison = Mapping[str, Any]
 Arm = Mapping[str, Any]
 
 LARGEST_DOT = 420.0
-"""Area of the dot of the arm with most FLOPs, in square points; less for many arms."""
+"""Area of the largest dot, that of the arm with most FLOPs, in square points; smaller for many arms."""
 MANY_ARMS = 10
 PANELS_A_ROW = 3
 LABEL_ANGLES = (0, 180, 35, -35, 145, -145, 90, -90, 62, -62, 118, -118)
 LABEL_POINTS = 8
 LABEL_DISTANCES = (3, 10, 20, 34, 52, 74, 104, 140)
-"""Points from the edge of its dot at which a label looks for room."""
+"""Distances from the edge of the dot at which a label is tried, in points."""
 SMALLEST_LEAK = 0.1
-"""The scale of colours reaches at least to here; or else noise would look like a catastrophe."""
+"""The colour scale reaches at least this leak, so that noise does not look dramatic."""
 
 
 def comparison_figures(comparison: Comparison) -> dict[str, Figure]:
-    """All figures for which there is something to draw, by file name."""
+    """All figures that have data, by file name."""
     drawn = {"pareto": pareto_figure(comparison), "curves": curves_figure(comparison), "leak": leak_figure(comparison)}
     return {f"{name}.png": figure for name, figure in drawn.items() if figure is not None}
 
@@ -56,6 +56,7 @@ def pareto_figure(comparison: Comparison) -> Figure | None:
     flops = {arm["name"]: _mean(arm, "active_flops") or 0.0 for arm in arms}
     most = max(flops.values()) or 1.0
     points = np.array([[np.mean(_nats(arm, key)) for key in ("forgetting_max", "plasticity_gap")] for arm in arms])
+    # The total area stays that of MANY_ARMS dots, or they would cover each other.
     largest = min(LARGEST_DOT, MANY_ARMS * LARGEST_DOT / len(arms))
     areas = [largest * flops[arm["name"]] / most for arm in arms]
     for arm, (x, y), area in zip(arms, points, areas, strict=True):
@@ -86,7 +87,8 @@ def curves_figure(comparison: Comparison) -> Figure | None:
         return None
     columns = 2 if len(names) == 4 else min(len(names), PANELS_A_ROW)
     rows = -(-len(names) // columns)
-    height = max(3.5 * rows, 1.0 + 0.17 * len(arms))  # the legend has a line an arm
+    # The legend has a line per arm.
+    height = max(3.5 * rows, 1.0 + 0.17 * len(arms))
     figure, panels = _panels(4.1 * columns + 2.2, height, rows, columns)
     style, stages = _styles(comparison), max((arm["stages"] for arm in arms), key=len)
     tilt = 30 if max(map(len, stages)) > 8 else 0
@@ -134,7 +136,7 @@ def leak_figure(comparison: Comparison) -> Figure | None:
 
 
 def _curve(axes: Axes, arm: Arm, name: str, stages: int, colour: Any, marker: str) -> Floats:
-    """Draw one arm in one panel; returns what it lost there once it had learned the distribution, over all seeds."""
+    """Draw one arm in one panel; return its losses since it learned the distribution, over all seeds."""
     found = [run["curves"][name] for run in _committed(arm) if name in run["curves"]]
     if not found:
         return np.empty(0)
@@ -150,7 +152,8 @@ def _curve(axes: Axes, arm: Arm, name: str, stages: int, colour: Any, marker: st
 
 
 def _frame(axes: Axes, values: Floats) -> None:
-    """Fit the frame to these values; what lies above it, a model that never saw the distribution, is cut off."""
+    """Fit the frame to these values."""
+    # Losses before a distribution was learned lie far above, and are cut off.
     if values.size:
         margin = 0.08 * float(np.ptp(values)) or 0.1
         axes.set_ylim(float(values.min()) - margin, float(values.max()) + margin)
@@ -167,19 +170,17 @@ def _legend(figure: Figure, entries: Iterable[tuple[str, Any, str, bool]]) -> No
 
 
 def _label(figure: Figure, axes: Axes, points: Floats, radii: Floats, names: Sequence[str]) -> None:
-    """Write each name where no other name and no dot is, as near as possible to its own dot, with a thin line to it.
-
-    Crowded dots choose first. Without room anywhere, the last place is taken.
-    """
+    """Place each name as near as possible to its dot without overlap; far names get a thin line to their dot."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.transforms import Bbox
 
     canvas = FigureCanvasAgg(figure)
-    canvas.draw()  # the layout must be known before anything is measured
+    canvas.draw()  # positions in pixels are known only after the layout
     renderer, scale = canvas.get_renderer(), DPI / 72
     pixels = axes.transData.transform(points)
     taken = [Bbox.from_bounds(x - r, y - r, 2 * r, 2 * r) for (x, y), r in zip(pixels, scale * radii, strict=True)]
     frame = axes.get_window_extent(renderer)
+    # Crowded dots choose first, as they have the fewest free places. Crowding: distance to the three nearest dots.
     crowd = np.sort(np.linalg.norm(pixels[:, None] - pixels[None], axis=-1), axis=1)[:, :4].sum(axis=1)
     for i in np.argsort(crowd, kind="stable"):
         for distance, angle in product(LABEL_DISTANCES, np.radians(LABEL_ANGLES)):
@@ -188,7 +189,7 @@ def _label(figure: Figure, axes: Axes, points: Floats, radii: Floats, names: Seq
             inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
             if inside and not box.count_overlaps(taken):
                 break
-            note.remove()
+            note.remove()  # the last note returns below if no place is free
         else:
             axes.add_artist(note)
         taken.append(box)
@@ -220,7 +221,8 @@ def _text_box(note: Any, renderer: Any) -> Any:
 
 
 def _front(points: Floats) -> list[int]:
-    """Indices of the points that no other one is below in one coordinate and not above in the other, from left on."""
+    """Indices of the Pareto front, both coordinates to be minimized, from left to right."""
+    # From left to right, a point is on the front if it is lower than all before it.
     front: list[int] = []
     for i in np.lexsort((points[:, 1], points[:, 0])):
         if not front or points[i, 1] < points[front[-1], 1]:
@@ -233,9 +235,11 @@ def _styles(comparison: Comparison) -> dict[str, tuple[Any, str]]:
     from matplotlib import colormaps
 
     shades = list(colormaps["tab20"].colors)  # type: ignore[attr-defined]
-    colours = shades[::2] + shades[1::2]  # dark ones first
+    colours = shades[::2] + shades[1::2]  # tab20 alternates dark and light: dark ones first
     names = [arm["name"] for arm in comparison["arms"]]
-    markers = [MARKERS[(i + i // len(colours)) % len(MARKERS)] for i in range(len(names))]  # no pair comes twice
+    markers = [
+        MARKERS[(i + i // len(colours)) % len(MARKERS)] for i in range(len(names))
+    ]  # shifted each round, so no pair repeats
     return {name: (colours[i % len(colours)], markers[i]) for i, name in enumerate(names)}
 
 
@@ -256,7 +260,8 @@ def _bar(arm: Arm, key: str) -> Floats | None:
 
 
 def _nats(arm: Arm, key: str) -> list[float]:
-    """Relative rises of perplexity as nats per token, by seed: in percent, the worst arms would hide all others."""
+    """A relative rise of perplexity as nats per token, by seed."""
+    # The logarithm: in percent, the worst arms would push all others into one corner.
     return [float(np.log1p(run["numbers"][key])) for run in _committed(arm) if run["numbers"][key] is not None]
 
 

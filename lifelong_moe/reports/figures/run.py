@@ -1,6 +1,6 @@
-"""Figures of a run for a person to look at. They never touch pyplot, so they are safe in any thread.
+"""Figures of a run: its loss matrix, loss curves and the load of experts. Without pyplot, so safe in any thread.
 
-Axes: stages are rows (after stage i), distributions are columns (loss on j); lower is better everywhere.
+Stages are rows (after stage i), distributions are columns (loss on j); lower is better.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LOSS_COLOURS = "YlOrRd"
 LOAD_COLOURS = "Blues"
 ABSENT_COLOUR = "#dddddd"
 SMALLEST_SPREAD = 0.1
-"""A column is coloured over at least this fraction of its best value; or else noise would look like a catastrophe."""
+"""Least range of a column's colour scale, as a fraction of its best value, so that noise does not look dramatic."""
 MARKERS = "osD^vP*Xhp"
 MAX_INCHES = 18.0
 
@@ -38,9 +38,8 @@ def loss_matrix_figure(
 ) -> Figure:
     """Draw the loss matrix as a heat map with its values.
 
-    Each column has its own colour scale, from its best to its worst value (at least 10 % apart): distributions differ
-    in how hard they are, and what matters is how one of them fares over the stages. The cell of the stage that last
-    trained on a distribution is outlined; below it, the change since then stands in brackets.
+    Each column has its own colour scale, from its best to its worst value (at least 10 % apart). The cell of the stage
+    that last trained on a distribution is outlined; cells below it also show the change since then, in brackets.
 
     Args:
         matrix: Loss ``(stages, distributions)``; NaN where nothing was measured.
@@ -60,6 +59,7 @@ def loss_matrix_figure(
     values, rows = _with_init(matrix, stages, distributions, init)
     trained = _trained_rows(stages, distributions, learned_after, offset=0 if init is None else 1)
     figure, (axes,) = _figure(2.6 + 1.15 * len(distributions), 1.7 + 0.62 * len(rows))
+    # Distributions differ in difficulty, so colours compare stages, not distributions.
     scaled = _per_column(values, first=len(rows) - len(stages))
     image = _heat_map(axes, scaled, LOSS_COLOURS, 0.0, 1.0)
     for (row, column), value in np.ndenumerate(values):
@@ -111,7 +111,7 @@ def curves_figure(
     figure, (axes,) = _figure(4.5 + 0.9 * len(points), 4.4)
     for column, name in enumerate(distributions):
         marker = MARKERS[column % len(MARKERS)]
-        style = "-" if column < 10 else "--"  # the colour cycle has ten entries
+        style = "-" if column < 10 else "--"  # the colour cycle repeats after ten
         (line,) = axes.plot(values[:, column], style, marker=marker, markersize=4, label=name)
         if column in trained:
             row = trained[column]
@@ -169,6 +169,7 @@ def expert_load_figure(counts: Mapping[str, NDArray[Any]], births: Sequence[str]
 def _figure(width: float, height: float, panels: int = 1) -> tuple[Figure, list[Axes]]:
     from matplotlib.figure import Figure
 
+    # Bounded, because a long chain of stages would otherwise make an image too large to open.
     size = (min(width, MAX_INCHES), min(height, 2 * MAX_INCHES))
     figure = Figure(figsize=size, dpi=DPI, layout="constrained")
     return figure, list(np.atleast_1d(figure.subplots(panels, 1)))
@@ -184,12 +185,14 @@ def _heat_map(axes: Axes, values: Floats, colours: str, low: float, high: float)
 def _ink(image: AxesImage, value: float) -> str:
     """Choose black or white text, whichever is legible on the cell."""
     red, green, blue, _ = image.to_rgba(np.ma.masked_invalid([[value]]))[0, 0]
+    # Luma of Rec. 601: the perceived brightness of a colour.
     return "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "white"
 
 
 def _outline(axes: Axes, row: int, column: int) -> None:
     from matplotlib.patches import Rectangle
 
+    # Unclipped, or the edge of the axes would cut the outline in half.
     axes.add_patch(
         Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="black", linewidth=2, clip_on=False)
     )
@@ -201,7 +204,8 @@ def _name_axes(axes: Axes, rows: Sequence[str], columns: Sequence[str]) -> None:
 
 
 def _name_births(axes: Axes, births: Sequence[str]) -> None:
-    axes.set_xticks(range(0, len(births), -(-len(births) // 40)))  # more labels would overlap
+    axes.set_xticks(range(0, len(births), -(-len(births) // 40)))  # more than 40 labels overlap
+    # Experts stand in the order of birth, so a generation is a contiguous range.
     borders = [i for i in range(1, len(births)) if births[i] != births[i - 1]]
     for border in borders:
         axes.axvline(border - 0.5, color="black", linewidth=1.5)
@@ -213,11 +217,8 @@ def _name_births(axes: Axes, births: Sequence[str]) -> None:
 
 
 def _per_column(values: Floats, first: int) -> Floats:
-    """Scale each column to 0 (its best) … 1 (its worst); a column without spread is 0.
-
-    Rows before ``first`` are drawn, clipped, but not counted: an untrained model is so bad that beside it all stages
-    would look alike.
-    """
+    """Scale each column to 0 (its best) … 1 (its worst); a column without spread is 0."""
+    # Rows before ``first`` are clipped and do not set the scale: beside an untrained model all stages look alike.
     result = np.full(values.shape, np.nan)
     for column in range(values.shape[1]):
         stages = values[first:, column]
@@ -229,7 +230,7 @@ def _per_column(values: Floats, first: int) -> Floats:
 
 
 def _frame_stages(axes: Axes, values: Floats, first: int) -> bool:
-    """Fit the frame to the rows from ``first`` on; tell whether something finite lies outside."""
+    """Fit the frame to the rows from ``first`` on; return whether a finite value lies outside."""
     axes.margins(x=0.08)
     stages = values[first:][np.isfinite(values[first:])]
     if not stages.size:
@@ -269,6 +270,7 @@ def _trained_rows(
     """Map each trained column to the row of its stage in the drawing."""
     if learned_after is not None:
         return {column: stage + offset for column, stage in enumerate(learned_after)}
+    # Names may repeat: the last stage of a name is the one that trained last.
     last = {name: row for row, name in enumerate(stages)}
     named = {column: last[name] + offset for column, name in enumerate(distributions) if name in last}
     return named or {i: i + offset for i in range(min(len(stages), len(distributions)))}

@@ -1,6 +1,6 @@
-"""Figures of what experts specialize in, drawn from the parts of ``inspection.json``. They never touch pyplot.
+"""Figures of expert specialization, from ``inspection.json``. Without pyplot, so safe in any thread.
 
-Layers may differ in their number of experts, so each layer has a panel of its own where experts are an axis.
+Layers may differ in their number of experts, so each layer has its own panel where experts are an axis.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Matrix = Sequence[Sequence[float | None]]
 
 
 def inspection_figures(inspection: Mapping[str, Any], stage: str) -> dict[str, Figure]:
-    """All figures of an inspection that there is something to draw for, by file name without ending.
+    """All figures of an inspection that have data, by file name without suffix.
 
     Args:
         inspection: As :func:`lifelong_moe.reports.inspection.build_inspection` made it.
@@ -39,7 +39,8 @@ def inspection_figures(inspection: Mapping[str, Any], stage: str) -> dict[str, F
     leak = {name: [layer["leak"][name] for layer in layers] for name in inspection["tokens"]}
     together = [layer["coactivation"] for layer in layers]
     drawn = {"information": information_figure(known)}
-    if any(share for matrix in together for row in matrix for share in row):  # never so with one expert a token
+    # With one expert per token all shares are 0.
+    if any(share for matrix in together for row in matrix for share in row):
         drawn["coactivation"] = coactivation_figure(together, births)
     drawn["similarity"] = similarity_figure([layer["similarity"] for layer in layers], births)
     if can_leak(inspection):
@@ -50,7 +51,8 @@ def inspection_figures(inspection: Mapping[str, Any], stage: str) -> dict[str, F
 
 
 def can_leak(inspection: Mapping[str, Any]) -> bool:
-    """Whether experts were born in more than one stage; with one generation every leak is 0 and says nothing."""
+    """Whether the model has more than one generation of experts."""
+    # With one generation every leak is 0.
     return len({name.split("/")[0] for layer in inspection["layers"] for name in layer["experts"]}) > 1
 
 
@@ -84,6 +86,7 @@ def coactivation_figure(matrices: Sequence[Matrix], births: Sequence[Sequence[st
         births: Birth stage of each expert of each layer; lines divide the generations.
     """
     arrays = [np.array(matrix, dtype=np.float64) for matrix in matrices]
+    # One scale for all layers, without the empty diagonal.
     top = max((float(np.nanmax(array)) for array in arrays if np.isfinite(array).any()), default=1.0)
     title = "share of the row expert's tokens that the column expert gets too"
     return _pairs(arrays, births, title, LOAD_COLOURS, (0.0, top or 1.0))
@@ -187,11 +190,13 @@ def _grid(num: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
     size = (min(columns * width + 1.4, MAX_INCHES), min(rows * height + 0.5, 2 * MAX_INCHES))
     figure = Figure(figsize=size, dpi=DPI, layout="constrained")
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    # The last row may be shorter than the grid.
     for unused in panels[num:]:
         unused.remove()
     return figure, panels[:num]
 
 
 def _few(num: int) -> range:
-    """At most 16 of the indices below ``num``: more labels would overlap."""
+    """At most 16 of the indices below ``num``, evenly apart."""
+    # More labels would overlap.
     return range(0, num, -(-num // 16))
