@@ -1,6 +1,6 @@
-"""Arms side by side, from their runs' reports. Pure: plain JSON data in and out.
+"""Compare arms by their runs' reports. Pure: plain JSON data in and out.
 
-Keys of ``comparison.json`` (schema 1). What cannot be known, because a run or a reference is absent, is null.
+Keys of ``comparison.json`` (schema 1). A value that needs an absent run or reference is null.
 
 =====================  ========================================================================================
 ``schema``             1
@@ -58,7 +58,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -77,12 +77,12 @@ OVER = {
     "final_mean_bits_per_byte": "final_bits_per_byte",
     "leak_max": "forgetting",
 }
-"""The part of a run that names the distributions which a number sums up; other numbers are of the whole run."""
+"""For numbers that summarize distributions, the part of a run's measures that names them."""
 
 
 @dataclass(frozen=True)
 class ArmResult:
-    """What is known of an arm."""
+    """The results of an arm so far."""
 
     name: str
     method: str
@@ -90,20 +90,58 @@ class ArmResult:
     runs: Mapping[int, str]
     """Name of the run of each seed."""
     reports: Mapping[int, Report]
-    """Report of each seed that is committed."""
+    """Report of each committed seed."""
     failed: Mapping[int, str]
     """Why a seed's run failed."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over seeds with its 95 % t-interval; no interval for one seed."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    n: int
+
+
+@dataclass(frozen=True)
+class PairedDifference(Interval):
+    """A mean difference over common seeds, and the p-value of the paired t-test."""
+
+    p: float | None
+
+
+@dataclass(frozen=True)
+class RunMeasures:
+    """The measures of one committed run; the tables above list them."""
+
+    numbers: Mapping[str, float | None]
+    forgetting: Mapping[str, float]
+    plasticity_gap: Mapping[str, float] | None
+    oracle_gap: Mapping[str, float] | None
+    leak: Mapping[str, float]
+    final_bits_per_byte: Mapping[str, float]
+    curves: Mapping[str, Sequence[float]]
+
+    def distributions_of(self, number: str) -> set[str]:
+        """Distributions that a number summarizes; empty for a number of the whole run."""
+        return set(getattr(self, OVER[number]) or ()) if number in OVER else set()
+
+
+Measured = Mapping[int, RunMeasures]
+"""Measures of an arm's committed runs, by seed."""
 
 
 def build_comparison(
     arms: Sequence[ArmResult], *, reference: str, unrestrained: str | None = None, joint: str | None = None
 ) -> dict[str, Any]:
-    """Compare what is committed so far.
+    """Compare the runs committed so far.
 
     Args:
         arms: In the order of the table.
         reference: Arm that differences are taken against.
-        unrestrained: Arm with nothing to hold it back; by default the first of method ``unrestrained``, else the first
+        unrestrained: Arm without any retention; by default the first of method ``unrestrained``, else the first
             of method ``sequential``.
         joint: Arm that learned everything at once; by default the first of method ``joint``.
 
@@ -114,10 +152,17 @@ def build_comparison(
     joint = joint or _first(arms, "joint")
     reports = {arm.name: arm.reports for arm in arms}
     free, oracle = (reports[role] if role else {} for role in (unrestrained, joint))
-    rows = [_arm(arm, free, oracle) for arm in arms]
-    base = next(row for row in rows if row["name"] == reference)
-    for row in rows:
-        row["differences"] = None if row is base else _differences(row, base)
+    # An arm is compared with references of the same seed, which saw the same data in the same order.
+    measured: dict[str, Measured] = {
+        arm.name: {
+            seed: measure(arm.reports[seed], free.get(seed), oracle.get(seed))
+            for seed in arm.runs
+            if seed in arm.reports
+        }
+        for arm in arms
+    }
+    base = measured[reference]
+    rows = [_row(arm, measured[arm.name], None if arm.name == reference else base) for arm in arms]
     return {
         "reference": reference,
         "unrestrained": unrestrained,
@@ -125,7 +170,7 @@ def build_comparison(
         "distributions": list(
             dict.fromkeys(d for arm in arms for r in arm.reports.values() for d in r["distributions"])
         ),
-        "complete": all(run["status"] == "committed" for row in rows for run in row["runs"]),
+        "complete": all(seed in arm.reports for arm in arms for seed in arm.runs),
         "arms": rows,
     }
 
@@ -134,9 +179,11 @@ def _first(arms: Sequence[ArmResult], method: str) -> str | None:
     return next((arm.name for arm in arms if arm.method == method), None)
 
 
-def _arm(arm: ArmResult, free: Mapping[int, Report], oracle: Mapping[int, Report]) -> dict[str, Any]:
-    runs = [_run(arm, seed, free.get(seed), oracle.get(seed)) for seed in arm.runs]
-    numbers = [run["numbers"] for run in runs if run["status"] == "committed"]
+def _row(arm: ArmResult, measured: Measured, base: Measured | None) -> Mapping[str, Any]:
+    """An arm's entry in the file; ``base`` is None for the reference itself."""
+    numbers = [one.numbers for one in measured.values()]
+    summary = {key: over_seeds([one[key] for one in numbers]) for key in (numbers[0] if numbers else ())}
+    differences = None if base is None else _differences(measured, base)
     report = next(iter(arm.reports.values()), None)
     return {
         "name": arm.name,
@@ -144,25 +191,27 @@ def _arm(arm: ArmResult, free: Mapping[int, Report], oracle: Mapping[int, Report
         "overrides": list(arm.overrides),
         "stages": [stage["name"] for stage in report["stages"]] if report else [],
         "learned_after": learned_rows(report) if report else {},
-        "runs": runs,
-        "summary": {key: over_seeds([one[key] for one in numbers]) for key in (numbers[0] if numbers else ())},
+        "runs": [_run(arm, seed, measured.get(seed)) for seed in arm.runs],
+        "summary": {key: found and asdict(found) for key, found in summary.items()},
+        "differences": differences and {key: found and asdict(found) for key, found in differences.items()},
     }
 
 
-def _run(arm: ArmResult, seed: int, free: Report | None, oracle: Report | None) -> dict[str, Any]:
-    report, reason = arm.reports.get(seed), arm.failed.get(seed)
-    status = "committed" if report else "failed" if reason else "absent"
-    row = {"run": arm.runs[seed], "seed": seed, "status": status, "reason": None if report else reason}
-    return row | measure(report, free, oracle) if report else row
+def _run(arm: ArmResult, seed: int, measures: RunMeasures | None) -> Mapping[str, Any]:
+    # A failure of an earlier attempt no longer counts once the run is committed.
+    reason = None if measures else arm.failed.get(seed)
+    status = "committed" if measures else "failed" if reason else "absent"
+    row = {"run": arm.runs[seed], "seed": seed, "status": status, "reason": reason}
+    return row | asdict(measures) if measures else row
 
 
-def measure(report: Report, free: Report | None, oracle: Report | None) -> dict[str, Any]:
-    """What the tables above say of one run.
+def measure(report: Report, free: Report | None, oracle: Report | None) -> RunMeasures:
+    """Measure one run.
 
     Args:
-        report: Of the run.
-        free: Of the unrestrained run with the same seed.
-        oracle: Of the joint run with the same seed.
+        report: Report of the run.
+        free: Report of the unrestrained run with the same seed.
+        oracle: Report of the joint run with the same seed.
     """
     names, stages = report["distributions"], report["stages"]
     forgetting = {name: value for name, value in report["forgetting"].items() if name in old_distributions(report)}
@@ -187,25 +236,25 @@ def measure(report: Report, free: Report | None, oracle: Report | None) -> dict[
         "epochs_max": max(stage["epochs"] for stage in stages),
         "seconds": sum(stage["seconds"] for stage in stages),
     }
-    return {
-        "numbers": numbers,
-        "forgetting": forgetting,
-        "plasticity_gap": plasticity,
-        "oracle_gap": above,
-        "leak": leak,
-        "final_bits_per_byte": dict(zip(names, report["bits_per_byte"][-1], strict=True)),
-        "curves": {name: [row[j] for row in report["bits_per_byte"]] for j, name in enumerate(names)},
-    }
+    return RunMeasures(
+        numbers=numbers,
+        forgetting=forgetting,
+        plasticity_gap=plasticity,
+        oracle_gap=above,
+        leak=leak,
+        final_bits_per_byte=dict(zip(names, report["bits_per_byte"][-1], strict=True)),
+        curves={name: [row[j] for row in report["bits_per_byte"]] for j, name in enumerate(names)},
+    )
 
 
 def learned_rows(report: Report) -> dict[str, int]:
-    """For each learned distribution, the row of the last stage that was there to learn it."""
+    """For each learned distribution, the row of the last stage that learned it."""
     learned = [stage["learns"] for stage in report["stages"]]
     return {name: max(i for i, names in enumerate(learned) if name in names) for name in report["forgetting"]}
 
 
 def old_distributions(report: Report) -> list[str]:
-    """Learned distributions that the last stage did not train on."""
+    """Learned distributions that the last stage did not learn."""
     last = len(report["stages"]) - 1
     return [name for name, row in learned_rows(report).items() if row < last]
 
@@ -213,6 +262,7 @@ def old_distributions(report: Report) -> list[str]:
 def _plasticity_gap(report: Report, free: Report) -> dict[str, float]:
     """``R[j, j] − R_unrestrained[j, j]`` in nats of what both learned from their second stage on."""
     rows, free_rows = learned_rows(report), learned_rows(free)
+    # The first stage has nothing to retain, so no method holds it back.
     common = [name for name, row in rows.items() if row > 0 and free_rows.get(name, 0) > 0]
     return {name: _loss(report, rows[name], name) - _loss(free, free_rows[name], name) for name in common}
 
@@ -220,6 +270,7 @@ def _plasticity_gap(report: Report, free: Report) -> dict[str, float]:
 def _oracle_gap(report: Report, oracle: Report) -> dict[str, float] | None:
     """``R[last, j] − R_joint[j]`` in nats; None unless the joint run learned all that this one did."""
     names = list(report["forgetting"])
+    # A joint run that learned less had more tokens for each distribution: no upper bound.
     if not set(names) <= set(oracle["forgetting"]):
         return None
     return {name: _loss(report, -1, name) - _loss(oracle, -1, name) for name in names}
@@ -234,7 +285,8 @@ def _relative(reduce: Any, nats: Mapping[str, float] | None) -> float | None:
 
 
 def _total(models: Mapping[str, Mapping[str, Any]], field: str) -> Any:
-    """Of all models; None if one of them, of an earlier version's report, does not say."""
+    """Sum of a field over models."""
+    # Reports of earlier versions lack some fields: the sum is then unknown.
     values = [model.get(field) for model in models.values()]
     return None if None in values else sum(values)
 
@@ -243,57 +295,50 @@ def _mean(values: Any) -> float:
     return float(np.mean(list(values)))
 
 
-def over_seeds(values: Sequence[float | None]) -> dict[str, Any] | None:
-    """Mean and 95 % t-interval of the values that are known.
-
-    Returns:
-        ``mean``, ``low``, ``high`` and ``n``; no interval for n = 1; None if nothing is known.
-    """
+def over_seeds(values: Sequence[float | None]) -> Interval | None:
+    """Mean and 95 % t-interval of the known values; None if there are none."""
     known = np.array([value for value in values if value is not None], dtype=np.float64)
     n = len(known)
     if not n:
         return None
     mean = float(known.mean())
     if n == 1:
-        return {"mean": mean, "low": None, "high": None, "n": 1}
+        return Interval(mean, None, None, 1)
     half = float(stdtrit(n - 1, (1 + CONFIDENCE) / 2) * known.std(ddof=1) / math.sqrt(n))
-    return {"mean": mean, "low": mean - half, "high": mean + half, "n": n}
+    return Interval(mean, mean - half, mean + half, n)
 
 
-def paired(values: Mapping[int, float | None], reference: Mapping[int, float | None]) -> dict[str, Any] | None:
+def paired(values: Mapping[int, float | None], reference: Mapping[int, float | None]) -> PairedDifference | None:
     """Differences with the same seed, and the paired t-test of a mean difference of 0.
-
-    As :func:`scipy.stats.ttest_rel`, which warns and answers NaN where there is no spread.
 
     Args:
         values: By seed.
         reference: By seed.
 
     Returns:
-        ``mean``, ``low``, ``high``, ``n``, ``p``; None for fewer than two seeds. Differences without any spread leave
-        p undefined, hence null.
+        None for fewer than two common seeds. Without any spread p is undefined and None.
     """
     pairs = [(value, reference.get(seed)) for seed, value in values.items()]
     differences = [a - b for a, b in pairs if a is not None and b is not None]
     if len(differences) < 2:
         return None
-    result, spread = over_seeds(differences), float(np.std(differences, ddof=1))
-    assert result is not None
-    t = abs(result["mean"]) / (spread / math.sqrt(result["n"])) if spread else None
-    return result | {"p": None if t is None else float(2 * stdtr(result["n"] - 1, -t))}
+    found, spread = over_seeds(differences), float(np.std(differences, ddof=1))
+    assert found is not None
+    # As scipy.stats.ttest_rel, which warns and returns NaN without spread.
+    t = abs(found.mean) / (spread / math.sqrt(found.n)) if spread else None
+    p = None if t is None else float(2 * stdtr(found.n - 1, -t))
+    return PairedDifference(found.mean, found.low, found.high, found.n, p)
 
 
-def _differences(row: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
-    committed = [{run["seed"]: run for run in arm["runs"] if "numbers" in run} for arm in (row, base)]
-    ours, theirs = committed
-    keys: list[str] = list(next(iter(ours.values()))["numbers"]) if ours else []
+def _differences(ours: Measured, theirs: Measured) -> dict[str, PairedDifference | None]:
+    keys = list(next(iter(ours.values())).numbers) if ours else []
     found = {}
     for key in keys:
-        same = [seed for seed in ours if seed in theirs and _over(key, ours[seed]) == _over(key, theirs[seed])]
-        found[key] = paired(*({seed: runs[seed]["numbers"][key] for seed in same} for runs in committed))
+        # A mean over other distributions is another quantity: such seeds do not count.
+        same = [
+            seed
+            for seed in ours
+            if seed in theirs and ours[seed].distributions_of(key) == theirs[seed].distributions_of(key)
+        ]
+        found[key] = paired(*({seed: runs[seed].numbers[key] for seed in same} for runs in (ours, theirs)))
     return found
-
-
-def _over(key: str, run: Mapping[str, Any]) -> set[str]:
-    """Distributions that a number of a run sums up."""
-    return set(run[OVER[key]] or ()) if key in OVER else set()

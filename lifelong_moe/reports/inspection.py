@@ -1,4 +1,4 @@
-"""What experts specialize in, as plain JSON data. Pure: from observed routing and names.
+"""Inspect what experts specialize in, from observed routing. Pure: plain JSON data out.
 
 Keys of ``inspection.json`` (schema 1):
 
@@ -12,7 +12,7 @@ Keys of ``inspection.json`` (schema 1):
 ``·token``            mutual information of expert and token id: ``nats``, ``null_mean``, ``null_95``
 ``·distribution``     the same of expert and distribution; null if there is one distribution only
 ``·leak``             {distribution: share of assignments to experts born after the stage that learned it}
-``·dead``             names of experts that next to no token reaches
+``·dead``             names of experts that almost no token reaches
 ``·top_tokens``       {expert: [{``token_id``, ``text``, ``count``, ``lift``}]}
 ``·coactivation``     row i: share of expert i's tokens that expert j gets too; null on the diagonal and where
                       i has none
@@ -35,6 +35,7 @@ from numpy.typing import NDArray
 from lifelong_moe.evaluation.probing import Observation, expert_names
 from lifelong_moe.evaluation.routing import DEAD_SHARE, routing_statistics
 from lifelong_moe.evaluation.specialization import (
+    Information,
     agreement,
     coactivation,
     information,
@@ -48,7 +49,7 @@ SCHEMA = 1
 
 @dataclass(frozen=True, eq=False)
 class Readings:
-    """What a model, and those before it, did with the same held-out text."""
+    """Observations of a model and its earlier stages on the same held-out text."""
 
     observed: Mapping[str, Observation]
     """Its routing, by distribution."""
@@ -60,6 +61,19 @@ class Readings:
     """For each distribution nats per token, and the same with shuffled experts."""
 
 
+@dataclass(frozen=True)
+class _Layer:
+    """Measures of one layer; the table above lists them."""
+
+    experts: list[str]
+    counts: dict[str, list[int]]
+    token: Information
+    distribution: Information | None
+    dead: list[str]
+    top_tokens: dict[str, list[dict[str, object]]]
+    coactivation: list[list[float | None]]
+
+
 def build_inspection(
     architecture: Architecture,
     readings: Readings,
@@ -68,13 +82,13 @@ def build_inspection(
     learned_in: Mapping[str, int],
     name_token: Callable[[int], str],
 ) -> dict[str, Any]:
-    """Measure each layer.
+    """Inspect each layer.
 
     Args:
         architecture: Of the model that was observed.
-        readings: What it did with held-out text.
+        readings: Its observations.
         stages: Names of the stages that led to it, oldest first.
-        learned_in: Index of the stage that last learned each distribution; those that none did are left out.
+        learned_in: Index of the last stage that learned each distribution, if any did.
         name_token: Text of a token id.
     """
     index = {name: i for i, name in enumerate(stages)}
@@ -84,11 +98,12 @@ def build_inspection(
             continue  # a dense layer
         births_E = [index[name] for name in architecture.expert_births(layer)]
         measured = _layer(expert_names(architecture, layer), layer, readings.observed, name_token)
-        measured["leak"] = {
+        # A distribution that no stage learned counts as learned after the last: nothing leaks from it.
+        leak = {
             name: routing_statistics([counts], [births_E], learned_in.get(name, len(stages))).leak
-            for name, counts in measured["counts"].items()
+            for name, counts in measured.counts.items()
         }
-        layers.append({"layer": layer, **measured, "similarity": _json_matrix(similarity_EE)})
+        layers.append({"layer": layer, **asdict(measured), "leak": leak, "similarity": _json_matrix(similarity_EE)})
     return {
         "schema": SCHEMA,
         "tokens": {name: len(seen) for name, seen in readings.observed.items()},
@@ -103,27 +118,28 @@ def build_inspection(
 
 def _layer(
     names: Sequence[str], layer: int, observed: Mapping[str, Observation], name_token: Callable[[int], str]
-) -> dict[str, Any]:
-    """What can be said of one layer from all distributions together."""
+) -> _Layer:
+    """Measure one layer over all distributions together."""
     experts = len(names)
     ids_TK = np.concatenate([seen.expert_ids[layer] for seen in observed.values()])
     token_ids_T = np.concatenate([seen.token_ids_T for seen in observed.values()])
     distribution_T = np.repeat(np.arange(len(observed)), [len(seen) for seen in observed.values()])
     counts_EJ, _ = joint_counts(ids_TK, distribution_T, experts)
+    # One row per expert, one column per distribution. shape: (E, J)
     share_E = counts_EJ.sum(axis=1) / counts_EJ.sum()
     tops = top_tokens(ids_TK, token_ids_T, experts)
-    return {
-        "experts": list(names),
-        "counts": dict(zip(observed, counts_EJ.T.tolist(), strict=True)),
-        "token": asdict(information(ids_TK, token_ids_T, experts)),
-        "distribution": asdict(information(ids_TK, distribution_T, experts)) if len(observed) > 1 else None,
-        "dead": [name for name, share in zip(names, share_E, strict=True) if share < DEAD_SHARE / experts],
-        "top_tokens": {
+    return _Layer(
+        experts=list(names),
+        counts=dict(zip(observed, counts_EJ.T.tolist(), strict=True)),
+        token=information(ids_TK, token_ids_T, experts),
+        distribution=information(ids_TK, distribution_T, experts) if len(observed) > 1 else None,
+        dead=[name for name, share in zip(names, share_E, strict=True) if share < DEAD_SHARE / experts],
+        top_tokens={
             name: [asdict(token) | {"text": name_token(token.token_id)} for token in tokens]
             for name, tokens in zip(names, tops, strict=True)
         },
-        "coactivation": _json_matrix(coactivation(ids_TK, experts)),
-    }
+        coactivation=_json_matrix(coactivation(ids_TK, experts)),
+    )
 
 
 def _saturation(before: Mapping[str, Observation], now: Mapping[str, Observation]) -> dict[str, list[float]]:
@@ -138,5 +154,6 @@ def _saturation(before: Mapping[str, Observation], now: Mapping[str, Observation
 
 
 def _json_matrix(matrix: NDArray[Any]) -> list[list[float | None]]:
-    """Rows, with None for NaN, which JSON lacks."""
+    """Rows of a matrix, NaN as None."""
+    # JSON has no NaN; six decimals keep the file small and its figures unchanged.
     return [[None if np.isnan(value) else round(float(value), 6) for value in row] for row in matrix]

@@ -5,13 +5,22 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import pytest
 from scipy.stats import ttest_rel
 
-from lifelong_moe.reports.comparison import ArmResult, build_comparison, measure, over_seeds, paired
+from lifelong_moe.reports.comparison import (
+    ArmResult,
+    Interval,
+    PairedDifference,
+    build_comparison,
+    measure,
+    over_seeds,
+    paired,
+)
 
 NAMES = ["a", "b", "c"]
 
@@ -54,38 +63,38 @@ JOINT = report([[3.8, 1.9, 3.2]], names=["c", "a", "b"], learns=(("a", "c", "b")
 
 def test_one_run_by_hand() -> None:
     found = measure(HELD, FREE, JOINT)
-    numbers = found["numbers"]
-    assert found["forgetting"] == pytest.approx({"a": 0.3, "b": 0.1})  # c is not old
+    numbers = found.numbers
+    assert found.forgetting == pytest.approx({"a": 0.3, "b": 0.1})  # c is not old
     assert numbers["forgetting_max"] == pytest.approx(math.exp(0.3) - 1)
     assert numbers["forgetting_mean"] == pytest.approx(math.exp(0.2) - 1)
-    assert found["plasticity_gap"] == pytest.approx({"b": 0.2, "c": 0.1})  # a was learned first: nothing to hold
+    assert found.plasticity_gap == pytest.approx({"b": 0.2, "c": 0.1})  # a was learned first: nothing to hold
     assert numbers["plasticity_gap"] == pytest.approx(math.exp(0.2) - 1)
     assert numbers["plasticity_gap_mean"] == pytest.approx(math.exp(0.15) - 1)
-    assert found["oracle_gap"] == pytest.approx({"a": 0.4, "b": -0.1, "c": 0.2})
+    assert found.oracle_gap == pytest.approx({"a": 0.4, "b": -0.1, "c": 0.2})
     assert numbers["oracle_gap"] == pytest.approx(math.exp(0.5 / 3) - 1)
     assert numbers["final_mean_nats"] == pytest.approx((2.3 + 3.1 + 4.0) / 3)
     assert numbers["final_mean_bits_per_byte"] == pytest.approx((2.3 + 3.1 + 4.0) / 6)
-    assert numbers["leak_max"] == 0.5 and found["leak"] == {"a": 0.2, "b": 0.5, "c": 0.9}
+    assert numbers["leak_max"] == 0.5 and found.leak == {"a": 0.2, "b": 0.5, "c": 0.9}
     assert [numbers[key] for key in ("tokens", "active_flops", "seconds")] == [600, 60, 12.0]
     assert [numbers[key] for key in ("parameters_total", "parameters_active", "epochs_max")] == [9, 5, 1.0]
-    assert found["final_bits_per_byte"] == {"a": 1.15, "b": 1.55, "c": 2.0}
-    assert found["curves"]["a"] == [1.0, 1.1, 1.15]
+    assert found.final_bits_per_byte == {"a": 1.15, "b": 1.55, "c": 2.0}
+    assert found.curves["a"] == [1.0, 1.1, 1.15]
 
 
 def test_what_was_learned_better_and_remembered_better_is_negative() -> None:
     improved = report([[2.0, 9.0, 9.0], [1.9, 2.7, 9.0], [1.8, 2.5, 3.5]])
-    numbers = measure(improved, FREE, JOINT)["numbers"]
+    numbers = measure(improved, FREE, JOINT).numbers
     assert numbers["forgetting_max"] == pytest.approx(math.exp(-0.2) - 1)
     assert numbers["plasticity_gap"] == pytest.approx(math.exp(-0.1) - 1)
     assert numbers["oracle_gap"] == pytest.approx(math.exp((-0.1 - 0.7 - 0.3) / 3) - 1)
 
 
 def test_what_is_not_there_is_null() -> None:
-    numbers = measure(HELD, None, None)["numbers"]
+    numbers = measure(HELD, None, None).numbers
     assert numbers["plasticity_gap"] is numbers["plasticity_gap_mean"] is numbers["oracle_gap"] is None
     half = report([[1.9, 3.2]], names=["a", "b"], learns=(("a", "b"),))  # never learned c
-    assert measure(HELD, FREE, half)["numbers"]["oracle_gap"] is None
-    joint = measure(JOINT, FREE, JOINT)["numbers"]
+    assert measure(HELD, FREE, half).numbers["oracle_gap"] is None
+    joint = measure(JOINT, FREE, JOINT).numbers
     assert joint["forgetting_max"] is joint["plasticity_gap"] is joint["leak_max"] is None
     assert joint["oracle_gap"] == 0.0
 
@@ -94,36 +103,42 @@ def test_a_distribution_that_comes_back_was_learned_last() -> None:
     back = report([[2.0, 9.0], [2.5, 3.0], [1.9, 3.4]], names=["a", "b"], learns=(("a",), ("b",), ("a",)))
     free = report([[2.0, 9.0], [2.5, 2.9], [1.7, 3.5]], names=["a", "b"], learns=(("a",), ("b",), ("a",)))
     found = measure(back, free, None)
-    assert found["forgetting"] == pytest.approx({"b": 0.4})
-    assert found["plasticity_gap"] == pytest.approx({"a": 0.2, "b": 0.1})
+    assert found.forgetting == pytest.approx({"b": 0.4})
+    assert found.plasticity_gap == pytest.approx({"a": 0.2, "b": 0.1})
 
 
 def test_distributions_only_evaluated_count_in_the_mean_alone() -> None:
     wide = report([[2.0, 9.0], [2.5, 8.0]], names=["a", "other"], learns=(("a",), ("a",)))
     found = measure(wide, None, None)
-    assert found["numbers"]["final_mean_nats"] == pytest.approx(5.25)
-    assert found["forgetting"] == {} and list(found["leak"]) == ["a"]
+    assert found.numbers["final_mean_nats"] == pytest.approx(5.25)
+    assert found.forgetting == {} and list(found.leak) == ["a"]
 
 
 def test_interval_over_seeds_by_hand() -> None:
     # 1, 2, 3: deviation 1, t(0.975, 2) = 4.302653, half = 4.302653 / sqrt(3).
-    assert over_seeds([1.0, 2.0, 3.0]) == pytest.approx({"mean": 2.0, "low": -0.484138, "high": 4.484138, "n": 3})
+    assert asdict(over_seeds([1.0, 2.0, 3.0])) == pytest.approx(
+        {"mean": 2.0, "low": -0.484138, "high": 4.484138, "n": 3}
+    )
     # Two seeds: t(0.975, 1) = 12.706205 times |difference| / 2.
-    assert over_seeds([1.0, None, 2.0]) == pytest.approx({"mean": 1.5, "low": -4.853102, "high": 7.853102, "n": 2})
-    assert over_seeds([4.0]) == {"mean": 4.0, "low": None, "high": None, "n": 1}
+    assert asdict(over_seeds([1.0, None, 2.0])) == pytest.approx(
+        {"mean": 1.5, "low": -4.853102, "high": 7.853102, "n": 2}
+    )
+    assert over_seeds([4.0]) == Interval(4.0, None, None, 1)
     assert over_seeds([None, None]) is None and over_seeds([]) is None
 
 
 def test_paired_differences_by_hand() -> None:
     # Differences 1, 2, 3: t = 2 / (1 / sqrt 3) = 3.464102, p = 0.074180 with 2 degrees of freedom.
     found = paired({0: 11.0, 1: 22.0, 2: 33.0, 3: 5.0}, {2: 30.0, 1: 20.0, 0: 10.0})
-    assert found == pytest.approx({"mean": 2.0, "low": -0.484138, "high": 4.484138, "n": 3, "p": 0.0741799}, abs=1e-6)
+    assert asdict(found) == pytest.approx(
+        {"mean": 2.0, "low": -0.484138, "high": 4.484138, "n": 3, "p": 0.0741799}, abs=1e-6
+    )
     lower = paired({0: 10.0, 1: 20.0, 2: 30.0}, {0: 11.0, 1: 22.0, 2: 33.0})
-    assert lower is not None and lower["mean"] == -2.0 and lower["p"] == pytest.approx(0.0741799, abs=1e-6)
+    assert lower is not None and lower.mean == -2.0 and lower.p == pytest.approx(0.0741799, abs=1e-6)
     assert paired({0: 1.0, 1: 2.0}, {0: 1.0}) is None
     assert paired({0: 1.0, 1: None}, {0: 1.0, 1: 2.0}) is None
     even = paired({0: 2.0, 1: 3.0}, {0: 1.0, 1: 2.0})
-    assert even == {"mean": 1.0, "low": 1.0, "high": 1.0, "n": 2, "p": None}
+    assert even == PairedDifference(1.0, 1.0, 1.0, 2, None)
 
 
 def arm(name: str, method: str, *reports: dict[str, Any], failed: Mapping[int, str] | None = None) -> ArmResult:
@@ -204,13 +219,13 @@ def test_differences_are_taken_over_the_same_distributions_only() -> None:
 
 def test_models_from_scratch_are_counted_apart() -> None:
     alone = {"nats_per_token": 3.0, "bits_per_byte": 1.5, "tokens": 200, "active_flops": 21}
-    found = measure(FREE | {"from_scratch": {"b": alone, "c": alone | {"active_flops": 30}}}, None, None)["numbers"]
+    found = measure(FREE | {"from_scratch": {"b": alone, "c": alone | {"active_flops": 30}}}, None, None).numbers
     assert (found["tokens"], found["active_flops"]) == (600, 60)
     assert (found["scratch_tokens"], found["scratch_active_flops"]) == (400, 51)
-    none = measure(HELD, None, None)["numbers"]
+    none = measure(HELD, None, None).numbers
     assert none["scratch_tokens"] == none["scratch_active_flops"] == 0
     del alone["active_flops"]  # a report of an earlier version
-    old = measure(FREE | {"from_scratch": {"b": alone}}, None, None)["numbers"]
+    old = measure(FREE | {"from_scratch": {"b": alone}}, None, None).numbers
     assert (old["scratch_tokens"], old["scratch_active_flops"]) == (200, None)
 
 
@@ -222,4 +237,4 @@ def test_intervals_and_paired_tests_are_those_of_scipy() -> None:
         low, high = reference.confidence_interval(0.95)
         found = paired(dict(enumerate(ours)), dict(enumerate(theirs)))
         assert found is not None
-        assert (found["p"], found["low"], found["high"]) == pytest.approx((reference.pvalue, low, high), rel=1e-12)
+        assert (found.p, found.low, found.high) == pytest.approx((reference.pvalue, low, high), rel=1e-12)
