@@ -48,9 +48,9 @@ class Evaluation:
 
 
 def domain_ids(model: LanguageModel, shard: TokenShard, distribution: str | None) -> NDArray[np.integer] | None:
-    """Group of every token of a shard, from the text before it in its document; None if routing has no groups.
+    """Domain of every token of a shard, from the text before it in its document; None if routing has no domains.
 
-    Document clusters give the smallest unsigned integers that hold them: a byte a token up to 255 groups.
+    Document clusters give the smallest unsigned integers that hold them: a byte per token up to 255 domains.
     """
     clusters = model.document_clusters
     if clusters is not None:
