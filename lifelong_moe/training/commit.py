@@ -1,8 +1,6 @@
-"""The end of a stage: what it changed is committed, and what it did not is borrowed."""
+"""The end of a stage: commit the tensors that changed, and refer to the stages that hold the others."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 
@@ -12,34 +10,40 @@ from lifelong_moe.plan.spec import SCHEMA
 from lifelong_moe.store.record import StageRecord
 from lifelong_moe.store.stages import CommittedStage
 from lifelong_moe.training.loop.context import StageRun
+from lifelong_moe.training.loop.measure import StageMetrics
 
 
-def commit_stage(run: StageRun, model: LanguageModel, metrics: dict[str, Any]) -> CommittedStage:
-    """Commit what this stage changed; what it did not change is borrowed, and proved to be the same bits.
+def commit_stage(run: StageRun, model: LanguageModel, metrics: StageMetrics) -> CommittedStage:
+    """Commit the tensors that this stage changed; the others are borrowed after a comparison of their bits.
 
     Raises:
         DivergedError: If a tensor holds values that are not finite.
-        RuntimeError: If a frozen tensor changed: a bug of ours.
+        RuntimeError: If a frozen tensor changed, which is a bug.
     """
     state, name, store, parent = model.state_dict(), run.spec.name, run.environment.store, run.parent
     trained = model.stored_names(trained=True)
     borrowed: dict[str, str] = {}
     if parent is not None:
         old = store.tensors(parent)
+        # A tensor that the stage trains is its own even if its bits are the same: how often that happens is chance, and
+        # what a stage holds should follow from its configuration.
         same = (n for n in old if n in state and n not in trained and torch.equal(old[n], state[n].cpu()))
         borrowed = {n: store.holder(parent, n) for n in same}
+        # The invariant of the whole project: a frozen weight is never written again.
         if changed := sorted(model.stored_names(trained=False) & set(old) - set(borrowed)):
             raise RuntimeError(f"stage {name}: frozen tensor {changed[0]} changed in training")
     own = {n: tensor for n, tensor in state.items() if n not in borrowed}
+    # A non-finite weight would poison every later stage, and nothing could roll back past a commit.
     for n, tensor in own.items():
         if not bool(torch.isfinite(tensor).all()):
             raise DivergedError(f"stage {name}: {n} holds values that are not finite; nothing was committed.")
-    tokenizer = run.data.tokenizer.text if parent is None else None  # its descendants find it there
-    return store.commit(_record(run, model, borrowed), metrics, own, tokenizer)
+    # Stored once, with the first stage; its descendants find it along the chain.
+    tokenizer = run.data.tokenizer.text if parent is None else None
+    return store.commit(_record(run, model, borrowed), metrics.to_json(), own, tokenizer)
 
 
 def _record(run: StageRun, model: LanguageModel, borrowed: dict[str, str]) -> StageRecord:
-    """What was trained, on what."""
+    """The stage's specification, model and data."""
     spec, corpora = run.spec, run.corpora
     return StageRecord(
         schema=SCHEMA,

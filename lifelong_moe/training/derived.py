@@ -1,7 +1,6 @@
-"""Stages that were not trained but derived from another: a generation taken out of a model, or experts merged.
+"""Stages that are derived from another one without training: a generation removed from a model, or experts merged.
 
-A derived stage has an address like any other, made of what it derives from and how. Its record holds the
-same under ``derived``.
+A derived stage's content address consists of its source and the operation; its record holds both under ``derived``.
 """
 
 from __future__ import annotations
@@ -25,18 +24,15 @@ from lifelong_moe.store.stages import CommittedStage, StageStore
 
 
 def derived_stage(store: StageStore, source: CommittedStage, name: str) -> CommittedStage:
-    """The model of a stage without the experts born in another one, committed; found if it was derived before.
-
-    Tensors that keep their name and bits are borrowed. Later experts move up by as many places, so they are stored
-    again: a stage borrows by name.
+    """Commit a stage's model without the experts born in another stage, or find it committed.
 
     Args:
         store: Where the stages are.
-        source: Whose model it is.
-        name: Stage whose generation goes.
+        source: The stage whose model it is.
+        name: Stage whose generation is removed.
 
     Raises:
-        ConfigError: If the model holds no experts that were born in that stage, or they cannot go.
+        ConfigError: If the model holds no experts that were born in that stage, or they cannot be removed.
     """
     identity = {"derived": "drop", "from": source.key, "stage": name}
     key = content_key(identity)
@@ -55,20 +51,21 @@ def commit_derived(
     architecture: Architecture,
     left: Mapping[str, Tensor],
 ) -> CommittedStage:
-    """Commit a model that was made of another's tensors.
+    """Commit a model made of another one's tensors.
 
     Args:
         store: Where the stages are.
-        source: Whose tensors they were; of these the ones that keep name and bits are borrowed.
-        identity: What it derives from and how: its address.
+        source: The stage that held the tensors.
+        identity: Source and operation; its content address.
         name: The stage's name.
         architecture: Of the model.
         left: Its tensors.
     """
     key, tensors = content_key(identity), store.tensors(source)
-    with torch.device("meta"):
+    with torch.device("meta"):  # names alone, without memory
         expected = set(LanguageModel(architecture).state_dict())
     assert set(left) == expected, sorted(set(left) ^ expected)
+    # A stage borrows by name, so experts that move up by the removed ones' number are stored again.
     same = [n for n in left if n in tensors and torch.equal(left[n], tensors[n])]
     borrowed = {n: store.holder(source, n) for n in same}
     record = StageRecord(
@@ -87,7 +84,7 @@ def commit_derived(
 
 
 def generation_of(architecture: Architecture, name: str) -> int:
-    """Which generation was born in a stage.
+    """The generation that was born in a stage.
 
     Raises:
         ConfigError: If none was.
@@ -95,25 +92,28 @@ def generation_of(architecture: Architecture, name: str) -> int:
     births = [generation.stage for generation in architecture.generations]
     if name not in births:
         raise ConfigError(
-            f"the model holds no experts born in stage {name}: it added none, or they were dropped before; what it "
-            f"trained it shares with all stages. lifelong-moe rollback goes back to a version before it."
+            f"the model holds no experts born in stage {name}: it added none, or they were dropped before; the weights "
+            f"that it trained are shared by all stages. To undo it, roll back to a version before it: "
+            f"lifelong-moe rollback."
         )
     return births.index(name)
 
 
 def what_remains(chain: Sequence[CommittedStage], name: str) -> list[str]:
-    """What of a stage's text still is in a model once the stage's own experts are gone.
+    """What a model retains of a stage's text after the stage's own experts are dropped.
 
     Args:
         chain: The model's stages, oldest first, derived ones included.
         name: The stage; one of them.
 
     Returns:
-        Sentences; none if nothing remains.
+        Sentences; none if it retains nothing.
     """
+    # Derived stages carry their source's specification, so they would count it twice.
     trained = [stage for stage in chain if stage.derived is None]
     index = next(i for i, stage in enumerate(trained) if stage.name == name)
     own, found = trained[index].spec, []
+    # Without a trunk section the shared parts train like everything else.
     trunk = own.trunk.train if own.trunk else TrunkTraining.full
     if trunk in (TrunkTraining.full, TrunkTraining.gentle):
         found.append(f"the trunk trained on it (trunk.train={trunk}), and all later stages began from that trunk")
@@ -125,17 +125,18 @@ def what_remains(chain: Sequence[CommittedStage], name: str) -> list[str]:
 
 
 def _carried_on(spec: StageSpec, data: str) -> list[str]:
-    """Ways in which a later stage learned from text of ``data``, or from a model that had."""
+    """Ways in which a later stage learned from text of ``data``, or from a model that had learned it."""
+    # Bundles choose by centroids, and other modes without rows by labels: only learned rows compete with older ones.
     routes_anew = spec.routing.mode == "learned" and not spec.routing.by_generation
     ways = {
         f"learned {data} itself": spec.data == data,
         f"replayed {data}": spec.data != data and data in spec.reads,
         "trained on text that a model with it had written": spec.generates,
         "was distilled from a model with it": spec.distill is not None,
-        "weighed its penalty by text that a model with it had written": spec.measures_generated,
-        f"weighed its penalty by {data}": data in spec.fisher_data,
-        "began its experts as copies of those most used, perhaps of its own": spec.grow is not None
+        "weighted its penalty by text that a model with it had written": spec.measures_generated,
+        f"weighted its penalty by {data}": data in spec.fisher_data,
+        "initialized its experts as copies of the most used ones, possibly its own": spec.grow is not None
         and spec.grow.init == ExpertInit.copy,
-        "trained its router rows beside its own": spec.grow is not None and routes_anew,
+        "trained its router rows in competition with its own": spec.grow is not None and routes_anew,
     }
     return [way for way, holds in ways.items() if holds]

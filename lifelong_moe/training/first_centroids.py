@@ -1,14 +1,14 @@
-"""The first generation's centroids: fitted on its own text alone, and committed apart from the stage.
+"""The first generation's centroids, fitted to its own text alone and committed apart from the stage.
 
-While there is one generation, nothing chooses among generations: the first stage is the same with ``routing.bundles``
-and without, has one key, and is trained once. What tells its text from later text is fitted as soon as the stage is
-there, so that no later stage needs the text.
+With one generation there is nothing to choose from, so the first stage is the same with and without
+``routing.bundles``: it has one key and is trained once. The centroids that tell its text from later text are fitted as
+soon as it is committed, and no later stage needs that text again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 import torch
 
@@ -27,25 +27,15 @@ FIRST_CENTROIDS = document_centroids(0)
 
 
 def needs_first_centroids(routing: RoutingConfig) -> TypeGuard[TextClusterConfig]:
-    """Whether a stage that grows with this routing needs centroids of the first stage's text."""
+    """Whether a stage that grows with this routing needs the centroids of the first stage's text."""
     if not isinstance(routing, TextClusterConfig):
         return False
     return routing.bundles == Bundles.cluster and routing.centroids == Centroids.fitted
 
 
 def find_centroids(store: StageStore, first: CommittedStage, routing: TextClusterConfig) -> CommittedStage | None:
-    """The centroids of a first stage's text if they were fitted before; arguments as for :func:`first_centroids`."""
+    """The centroids of a first stage's text if they are committed; arguments as for :func:`first_centroids`."""
     return store.find(content_key(_identity(first, routing)))
-
-
-def _identity(first: CommittedStage, routing: TextClusterConfig) -> dict[str, Any]:
-    clusters = routing.num_clusters(first.architecture.generations[0].experts)
-    return {
-        "derived": "centroids",
-        "from": first.key,
-        "clusters": clusters,
-        "feature_width": routing.feature_width,
-    }
 
 
 def first_centroids(
@@ -66,19 +56,22 @@ def first_centroids(
     if (found := find_centroids(store, first, routing)) is not None:
         return found
     identity = _identity(first, routing)
+    # Hashes of the training split: with other text, or another held-out part, the same key would mean other centroids.
     for name, text in first.split.items():
         if name not in corpora or corpora[name].split_hash != text:
             raise ConfigError(
-                f"routing.bundles=cluster needs centroids of the text that stage {first.name} learned, and "
-                f"distributions.{name} is not that text ({text[:SHORT]}) any more. Bring it back, or set "
+                f"routing.bundles=cluster needs centroids of the text that stage {first.name} learned, but "
+                f"distributions.{name} no longer is that text ({text[:SHORT]}). Restore it, or set "
                 f"routing.bundles=none."
             )
+    clusters = routing.num_clusters(first.architecture.generations[0].experts)
     documents = ShardDocuments([corpora[name].train for name in first.spec.learns])
     centroids = unigram_centroids(
         documents,
         first.architecture.vocab_size,
-        identity["clusters"],
+        clusters,
         width=routing.feature_width,
+        # The stage's own seed, not that of the run that asks: its centroids are the same for every run.
         seed=first.spec.seed,
     )
     record = StageRecord(
@@ -93,3 +86,13 @@ def first_centroids(
         derived=identity,
     )
     return store.commit(record, {}, {FIRST_CENTROIDS: torch.from_numpy(centroids)})
+
+
+def _identity(first: CommittedStage, routing: TextClusterConfig) -> dict[str, str | int]:
+    """What the centroids depend on; their content address."""
+    return {
+        "derived": "centroids",
+        "from": first.key,
+        "clusters": routing.num_clusters(first.architecture.generations[0].experts),
+        "feature_width": routing.feature_width,
+    }

@@ -1,4 +1,4 @@
-"""What stands before a stage's first step: the parent restored, grown and frozen, and what holds old knowledge."""
+"""Prepare a stage's models: restore the parent, record what it knows, freeze, and grow."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lifelong_moe.growth.shallow import shallow_student
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.spec import StageSpec
 from lifelong_moe.retention.generated import generate_blocks
-from lifelong_moe.retention.penalty import fisher_diagonal, make_anchor, mean_fisher
+from lifelong_moe.retention.penalty import WeightAnchor, fisher_diagonal, make_anchor, mean_fisher
 from lifelong_moe.retention.teacher import make_teacher
 from lifelong_moe.storage.directories import verify_directory, write_directory
 from lifelong_moe.store.stages import load_weights
@@ -26,39 +26,34 @@ from lifelong_moe.training.restore import continued_model, initial_model
 
 
 def prepare_models(run: StageRun) -> StageModels:
-    """Restore or begin; keep the teacher, the old weights and what the old model writes; grow and freeze."""
+    """The stage's models before its first step, the same after every interruption."""
     spec, parent, environment = run.spec, run.parent, run.environment
     if parent is None:
         return StageModels(initial_model(run.architecture, spec.seed))
     model = continued_model(environment.store, parent, spec.routing, run.corpora)
     written = _written_blocks(model, run) if any(spec.written_blocks) else None
     generated = written[: spec.written_blocks[0]] if written is not None and spec.generates else None
+    _freeze(model, spec)
+    # After freezing, since Fisher information of frozen weights is not needed; before growth, which moves the weights.
+    old_weights = {name: p.detach().clone() for name, p in model.named_parameters()} if spec.penalty else {}
+    importances = _importances(model, run, written) if spec.fisher_measured_tokens else None
+    if spec.student is not None:
+        student = shallow_student(model, spec.student)
+        return StageModels(student, model.requires_grad_(False).eval(), generated=generated)
+    # Before growth: the teacher has no new experts. It shares every tensor that this stage leaves alone.
+    teacher = make_teacher(model, unchanging_tensors(model, spec)) if spec.distill else None
+    _grow(model, run)
+    # Also without growth: a stage that continues an older generation freezes others, and labels get a new entry.
+    model.architecture = run.architecture
+    return StageModels(model, teacher, _anchor(model, spec, old_weights, importances), generated)
+
+
+def _freeze(model: LanguageModel, spec: StageSpec) -> None:
+    """Freeze everything that the stage must not change; :func:`grow` freezes older generations itself."""
     if spec.continues is not None:
         model.freeze_generations(model.architecture.born_in(spec.continues))
     freeze_trunk(model, spec.trunk)
     freeze_for_finetuning(model, spec.finetune)
-    importances = _importances(model, run, written) if spec.fisher_measured_tokens else None
-    old = {name: p.detach().clone() for name, p in model.named_parameters()} if spec.penalty else {}
-    if spec.student is not None:
-        student = shallow_student(model, spec.student)
-        return StageModels(student, model.requires_grad_(False).eval(), generated=generated)
-    teacher = make_teacher(model, unchanging_tensors(model, spec)) if spec.distill else None
-    _grow(model, run)
-    model.architecture = run.architecture
-    anchor = make_anchor(model, old, spec.penalty.factor, importances) if spec.penalty else None
-    return StageModels(model, teacher, anchor, generated)
-
-
-def _grow(model: LanguageModel, run: StageRun) -> None:
-    """Add the stage's generation, if it has one, beginning from what its text looks like to the model."""
-    spec, generation = run.spec, run.spec.generation()
-    if spec.grow is None or generation is None:
-        return
-    sample = text_sample(model, spec, run.corpora[spec.data], spec.grow.sample_tokens)
-    near_ties = grow(model, generation, spec.grow, sample, run.seed)
-    if near_ties:
-        console = run.environment.console
-        console.print(f"{spec.name}: near ties in growth's check, decided by rounding: {near_ties}")
 
 
 def unchanging_tensors(model: LanguageModel, spec: StageSpec) -> list[Tensor]:
@@ -67,8 +62,28 @@ def unchanging_tensors(model: LanguageModel, spec: StageSpec) -> list[Tensor]:
     return [p for name, p in model.named_parameters() if not p.requires_grad or (freezes and not places[name].is_trunk)]
 
 
+def _grow(model: LanguageModel, run: StageRun) -> None:
+    """Add the stage's generation, if it has one, initialized by what the model makes of the new text."""
+    spec, generation = run.spec, run.spec.generation()
+    if spec.grow is None or generation is None:
+        return
+    sample = text_sample(model, spec, run.corpora[spec.data], spec.grow.sample_tokens)
+    near_ties = grow(model, generation, spec.grow, sample, run.seed)
+    if near_ties:
+        run.environment.console.print(
+            f"{spec.name}: the check that growth changes nothing met {near_ties} near ties, which rounding decides"
+        )
+
+
+def _anchor(
+    model: LanguageModel, spec: StageSpec, old_weights: dict[str, Tensor], importances: dict[str, Tensor] | None
+) -> WeightAnchor | None:
+    """The pull to the old weights; of the grown model, whose new experts have none."""
+    return make_anchor(model, old_weights, spec.penalty.factor, importances) if spec.penalty else None
+
+
 def _importances(model: LanguageModel, run: StageRun, written: NDArray[np.int64] | None) -> dict[str, Tensor]:
-    """Mean Fisher information on what is kept of the earlier distributions, or on what the old model wrote."""
+    """Mean Fisher information on the stored text of earlier distributions, or on text that the old model wrote."""
     spec = run.spec
     assert spec.penalty is not None
     if spec.measures_generated and written is not None:
@@ -79,8 +94,9 @@ def _importances(model: LanguageModel, run: StageRun, written: NDArray[np.int64]
 
 
 def _written_blocks(model: LanguageModel, run: StageRun) -> NDArray[np.int64]:
-    """Text that the parent's model writes, each block for one use, those to be replayed first; kept with the work."""
+    """Text that the parent's model writes: first the blocks to be replayed, then those to measure the penalty on."""
     path, spec = run.work / "generated", run.spec
+    # Written once a stage and kept with its work: sampling is the slowest part, and another device rounds differently.
     if not path.exists():
         context, blocks = spec.model.context, sum(spec.written_blocks)
         clusters = model.document_clusters

@@ -1,4 +1,4 @@
-"""Models of committed stages: as they are, or as the next stage goes on with them."""
+"""Models of committed stages, as they are or as the next stage continues them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def load_model(store: StageStore, stage: CommittedStage) -> LanguageModel:
 
 
 def build_model(architecture: Architecture, tensors: Mapping[str, Tensor]) -> LanguageModel:
-    """A model of stored tensors, on the CPU."""
+    """A model from stored tensors, on the CPU."""
     model = LanguageModel(architecture)
     model.load_state_dict(tensors, strict=True)
     return model
@@ -39,22 +39,28 @@ def initial_model(architecture: Architecture, seed: int) -> LanguageModel:
 def continued_model(
     store: StageStore, parent: CommittedStage, routing: RoutingConfig, corpora: Mapping[str, TokenizedCorpus]
 ) -> LanguageModel:
-    """A committed stage's model, as a stage with this routing goes on with it.
+    """A committed stage's model with the routing of the stage that continues it.
 
-    What tells generations apart is this stage's to say while there is one: the parent may have been trained without
-    bundles, or left centroids that nothing needs. Losses are always this stage's: an earlier version's coefficients
-    were factors of a mean over layers.
+    Args:
+        store: Where the parent's tensors are.
+        parent: The committed stage.
+        routing: Of the stage that continues it.
+        corpora: Tokenized text by distribution; read only if centroids of the first stage have to be fitted.
     """
     architecture, tensors = parent.architecture, store.tensors(parent)
+    # Losses are always the new stage's. Earlier versions stored coefficients of a mean over layers, not of a sum.
     was, now = architecture.routing.with_losses_of(routing), routing
+    # With several generations, how to tell them apart is settled. With one, the new stage decides: its parent may have
+    # been trained without bundles, or with centroids that nothing reads.
     if len(architecture.generations) > 1 or was.effective(grown=True) == now.effective(grown=True):
         return build_model(replace(architecture, routing=was), tensors)
     fitted = ("bundles", "centroids", "clusters", "feature_width")
     fits_alike = all(was.settings().get(key) == now.settings().get(key) for key in fitted)
     if was.bundles == Bundles.cluster and not fits_alike:
-        tensors.pop(FIRST_CENTROIDS, None)
+        tensors.pop(FIRST_CENTROIDS, None)  # fitted in another number or of other features
     if isinstance(now, TextClusterConfig) and now.bundles == Bundles.cluster and FIRST_CENTROIDS not in tensors:
         if now.centroids == Centroids.random:
+            # Zeros stand for centroids that are not fitted, and random ones never are.
             tensors[FIRST_CENTROIDS] = torch.zeros(now.num_clusters(1), architecture.vocab_size)
         else:
             tensors |= store.tensors(first_centroids(store, store.chain(parent.key)[0], now, corpora))

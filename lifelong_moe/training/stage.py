@@ -1,11 +1,21 @@
-"""One stage from beginning to end: restore, assign, grow, freeze, train, commit."""
+"""One stage from beginning to end.
+
+=========  ==============================================================================
+restore    the parent's model, or a new one (``restore.py``)
+assign     each token of the new text to a generation (``loop/generations.py``)
+grow       add the new generation's experts (``preparation.py``)
+freeze     what the stage must not change (``preparation.py``, ``loop/optimizer.py``)
+train      phase by phase (``loop/phase.py``), in the order of samples of ``loop/data.py``
+commit     what changed, and where the rest is stored (``commit.py``)
+=========  ==============================================================================
+"""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,22 +33,22 @@ from lifelong_moe.storage.locks import locked
 from lifelong_moe.store.stages import CommittedStage
 from lifelong_moe.training.callbacks.checkpoint import newest_checkpoint, set_earlier_aside
 from lifelong_moe.training.commit import commit_stage
-from lifelong_moe.training.loop.context import PhaseRun, StageEnvironment, StageRun
+from lifelong_moe.training.loop.context import PhaseRun, StageEnvironment, StageModels, StageRun
 from lifelong_moe.training.loop.data import text_sample
-from lifelong_moe.training.loop.measure import PhaseMeasures, stage_metrics
+from lifelong_moe.training.loop.measure import PhaseMeasures, StageMetrics, stage_metrics
 from lifelong_moe.training.loop.module import StageModule
 from lifelong_moe.training.loop.phase import train_phase
-from lifelong_moe.training.loop.rollback import NonfiniteStepsError, read_rollbacks, roll_back
+from lifelong_moe.training.loop.rollback import NonfiniteStepsError, Rollbacks, read_rollbacks, roll_back
 from lifelong_moe.training.preparation import prepare_models
 
 REVIEW_SEED = 500
-"""Added to a stage's seed for the order of its review, which mixes its text anew."""
+"""Added to a stage's seed for its review, which reads the same text in another order."""
 
 
 def train_stage(
     planned: PlannedStage, parent: CommittedStage | None, data: PreparedData, environment: StageEnvironment
 ) -> CommittedStage:
-    """Train one stage and commit it; continue from its newest step checkpoint if there is one.
+    """Train one stage and commit it, from its newest step checkpoint if there is one.
 
     Args:
         planned: What to train.
@@ -47,68 +57,96 @@ def train_stage(
         environment: Where and how to run.
 
     Raises:
-        TryAgainError: If another process trains this stage, or SIGTERM came; a checkpoint is committed by then.
-        DivergedError: If loss or gradient stays non-finite although the stage rolled back.
-        ResourceError: If disk or the device's memory does not suffice.
+        TryAgainError: If another process trains this stage, or after SIGTERM; a checkpoint is committed by then.
+        DivergedError: If loss or gradient stays non-finite after the allowed rollbacks.
+        ResourceError: If the disk or the device's memory is full.
     """
     run = StageRun(planned, parent, data, environment)
     with locked(run.work / ".lock", f"stage {run.spec.name}"):
+        # Looked up under the lock: another process may have committed the stage while this one waited for it.
         if (committed := environment.store.find(planned.key)) is not None:
-            return committed  # another process committed it while we were on our way here
+            return committed
         set_earlier_aside(run.work)
-        trained = None
-        while trained is None:
-            try:
-                trained = _train_phases(run)
-            except NonfiniteStepsError as error:
-                roll_back(run.work, error, environment.checkpoint.every_steps)
-        model, metrics = trained
+        model, metrics = _train_with_rollbacks(run)
         stage = commit_stage(run, model, metrics)
-        # Whoever takes a new lock from now on finds the stage committed.
+        # After the commit, not before: a process killed in between leaves work that clear_abandoned removes.
         shutil.rmtree(run.work, ignore_errors=True)
     return stage
 
 
-def _train_phases(run: StageRun) -> tuple[LanguageModel, dict[str, Any]]:
-    """Begin, or go on from the work that is there, and train to the end; the model and what the stage reports."""
-    spec, models = run.spec, prepare_models(run)
-    in_int8 = spec.grow is not None and spec.grow.frozen_weights == FrozenWeights.int8
+def _train_with_rollbacks(run: StageRun) -> tuple[LanguageModel, StageMetrics]:
+    """Train until all steps are finite or rollbacks are used up."""
+    while True:
+        try:
+            return _restore_and_train(run)
+        except NonfiniteStepsError as error:
+            # Everything is read from the disk again, as after a kill: the model in memory holds the bad steps.
+            roll_back(run.work, error, run.environment.checkpoint.every_steps)
+
+
+def _restore_and_train(run: StageRun) -> tuple[LanguageModel, StageMetrics]:
+    """Prepare the models, train the phases that are left, and measure the stage."""
+    models, rollbacks = prepare_models(run), read_rollbacks(run.work)
+    in_int8 = run.spec.grow is not None and run.spec.grow.frozen_weights == FrozenWeights.int8
     if in_int8:
         hold_in_int8(models.model, models.teacher)
-    resumed, rollbacks = newest_checkpoint(run.work), read_rollbacks(run.work)
-    measured, first_step, order_step = [], 0, 0
-    for number, phase in enumerate(spec.phases()):
-        order_step = order_step if phase.follows else 0
-        if resumed is None or number >= resumed[0]:
-            resume = resumed[1] if resumed is not None and number == resumed[0] else None
-            if phase.fits_clusters and resume is None:
-                _fit_clusters(models.model, run)
-            seed = run.seed if phase.trains == Trains.stage else run.seed + REVIEW_SEED
-            part = PhaseRun(run, number, phase, first_step, order_step, seed, resume, rollbacks)
-            module = StageModule(models.model, spec, phase, models.teacher, models.anchor)
-            train_phase(module, models, part).save(run.work, number)
-        measured.append(PhaseMeasures.load(run.work, number))
-        first_step += phase.steps
-        order_step += phase.steps + rollbacks.shift(number, phase.steps)
+    measured = [_train_or_load(phase, models) for phase in _phase_runs(run, rollbacks)]
     metrics = stage_metrics(models.model, run, measured, rollbacks.count)
     if in_int8 and run.parent is not None:
+        # The stored bits, not dequantized ones: a commit proves that frozen tensors are unchanged.
         make_whole(models.model, run.environment.store.tensors(run.parent))
     return models.model, metrics
 
 
-def clear_abandoned(work: Path) -> None:
-    """Remove what a process left that was killed right after its commit, unless one is at work there."""
-    if work.exists():
-        with suppress(TryAgainError), locked(work / ".lock", "a stage"):
-            shutil.rmtree(work, ignore_errors=True)
+def _phase_runs(run: StageRun, rollbacks: Rollbacks) -> Iterator[PhaseRun]:
+    """The stage's phases in order, each with its place in the stage's steps and in the order of samples."""
+    # Read once: while a phase trains it writes newer checkpoints, which say nothing of the phases after it.
+    newest = newest_checkpoint(run.work)
+    current, checkpoint = newest if newest is not None else (0, None)
+    first_step = order_step = 0
+    for number, phase in enumerate(run.spec.phases()):
+        order_step = order_step if phase.follows else 0
+        yield PhaseRun(
+            stage=run,
+            number=number,
+            phase=phase,
+            first_step=first_step,
+            order_step=order_step,
+            seed=run.seed if phase.trains == Trains.stage else run.seed + REVIEW_SEED,
+            resume=checkpoint if number == current else None,
+            rollbacks=rollbacks,
+            is_done=number < current,
+        )
+        first_step += phase.steps
+        # Skipped batches belong to the order, so the phase that follows begins after them.
+        order_step += phase.steps + rollbacks.shift(number, phase.steps)
+
+
+def _train_or_load(run: PhaseRun, models: StageModels) -> PhaseMeasures:
+    """Train a phase, unless a checkpoint of a later one holds its result; what was measured of it."""
+    if not run.is_done:
+        if run.phase.fits_clusters and run.resume is None:
+            _fit_clusters(models.model, run.stage)  # a checkpoint of the phase already holds the centroids
+        module = StageModule(models.model, run.stage.spec, run.phase, models.teacher, models.anchor)
+        train_phase(module, models, run).save(run.stage.work, run.number)
+    # From the file also when it was just written, so that an interrupted stage reports the same numbers.
+    return PhaseMeasures.load(run.stage.work, run.number)
 
 
 def _fit_clusters(model: LanguageModel, run: StageRun) -> None:
-    """Fit the stage's centroids on what it learns; of several distributions each gives as much to the sample."""
+    """Fit the stage's centroids to the text that it learns, the same number of tokens from each distribution."""
     spec, corpora = run.spec, [run.corpora[name] for name in run.spec.learns]
     share = spec.routing.sample_tokens // len(corpora)
     samples = [text_sample(model, spec, corpus, share) for corpus in corpora]
     sample = {name: torch.cat([one[name] for one in samples]) for name in samples[0]}
     documents = ShardDocuments([corpus.train for corpus in corpora])
+    # Centroids are fitted on a prefix of the stream, so every distribution's share comes before any of the rest.
     heads, rests = [c.train.tokens[:share] for c in corpora], [c.train.tokens[share:] for c in corpora]
     fit_clusters(model, documents, np.concatenate([*heads, *rests]), sample, run.seed)
+
+
+def clear_abandoned(work: Path) -> None:
+    """Remove the work of a process that was killed right after its commit, unless another one is using it."""
+    if work.exists():
+        with suppress(TryAgainError), locked(work / ".lock", "a stage"):
+            shutil.rmtree(work, ignore_errors=True)

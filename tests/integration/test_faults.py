@@ -98,7 +98,7 @@ def test_three_bad_steps_roll_back_past_the_text_read_since(
     assert "fruit: continuing from step-0-00000004" in printed
     said = [record.getMessage() for record in caplog.records if record.name.startswith("lifelong_moe.training")]
     assert len(said) == 4 and all("loss or gradient is not finite; step skipped" in line for line in said[:3])
-    assert "rolling back to step 4, past the 4 batches read since" in said[3]
+    assert "rolling back to step 4, skipping the 4 batches read since" in said[3]
     measured = training(report)
     assert (measured["rollbacks"], measured["nonfinite_steps"], measured["skipped_spikes"]) == (1, 3, 0)
     weights = next((lab / "mlruns/stages").glob("fruit-*/model.safetensors"))

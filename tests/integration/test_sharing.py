@@ -147,7 +147,7 @@ def test_the_first_stage_s_text_is_read_once(lab: Path) -> None:
     elsewhere = {name: replace(corpus, split_hash="other") for name, corpus in prepared.data.corpora.items()}
     found = replace(prepared, data=replace(prepared.data, corpora=elsewhere))
     assert stage_of(found, two.spec, "0" * 64, first).weights_hash == store.get(two.key).weights_hash
-    with pytest.raises(ConfigError, match=r"text that stage fruit learned, and distributions\.fruit is not that text"):
+    with pytest.raises(ConfigError, match=r"text that stage fruit learned, but distributions\.fruit no longer is"):
         stage_of(found, routing(two.spec, clusters=3), "1" * 64, first)
 
 

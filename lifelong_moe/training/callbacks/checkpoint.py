@@ -21,7 +21,7 @@ from lifelong_moe.store.stages import load_weights
 log = logging.getLogger(__name__)
 TENSORS, STATE = "state.safetensors", "state.json"
 LAYOUT = 2
-"""Of what optimizers know: since 2 they have one state a matrix for all experts of a generation, and not one each."""
+"""Layout of optimizer states; since 2 a generation's experts share one state a matrix."""
 
 
 def flatten(value: Any, tensors: dict[str, Tensor]) -> Any:
@@ -31,13 +31,15 @@ def flatten(value: Any, tensors: dict[str, Tensor]) -> Any:
     and tensors ``{"$tensor": name}``.
 
     Raises:
-        TypeError: If something is neither plain data nor a tensor; it could only be pickled.
+        TypeError: If something is neither plain data nor a tensor, and so would need pickle.
     """
     if isinstance(value, Tensor):
+        # Cloned: views of one storage, such as tied weights, are refused by safetensors.
         name = f"t{len(tensors)}"
         tensors[name] = value.detach().cpu().contiguous().clone()
         return {"$tensor": name}
     if isinstance(value, dict):
+        # AdamW's state has integers as keys, which JSON would make strings.
         if all(isinstance(key, str) and not key.startswith("$") for key in value):
             return {key: flatten(item, tensors) for key, item in value.items()}
         return {"$items": [[flatten(k, tensors), flatten(v, tensors)] for k, v in value.items()]}
@@ -66,7 +68,7 @@ def restore(value: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 class SafeCheckpointIO(CheckpointIO):
-    """Lightning's checkpoints in a directory of safetensors and JSON with a manifest; nothing is pickled."""
+    """Lightning's checkpoints as directories of safetensors and JSON with a manifest, without pickle."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """Commit a checkpoint to the directory ``path``."""
@@ -83,7 +85,7 @@ class SafeCheckpointIO(CheckpointIO):
     def load_checkpoint(
         self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Verify and read a checkpoint; tensors come to the CPU, and Lightning moves them."""
+        """Verify and read a checkpoint; its tensors are on the CPU, from where Lightning moves them."""
         directory = Path(path)
         verify_directory(directory)
         state = json.loads((directory / STATE).read_text(encoding="utf-8"))
@@ -100,7 +102,8 @@ def _write(path: Path, text: str) -> None:
 
 
 def checkpoint_path(work: Path, phase: int, step: int) -> Path:
-    """Where the checkpoint after ``step`` steps of a phase goes; names sort by age."""
+    """Directory of the checkpoint after ``step`` steps of a phase."""
+    # Zero-padded, so that names sort by age. Phases are at most three.
     return work / f"step-{phase}-{step:08d}"
 
 
@@ -110,22 +113,23 @@ def checkpoints(work: Path) -> list[Path]:
 
 
 def set_earlier_aside(work: Path, warn: Callable[[str], None] = log.warning) -> None:
-    """Rename checkpoints that an earlier version left, which no optimizer fits: their stage begins again."""
+    """Rename checkpoints with the optimizer layout of an earlier version, so that their stage begins again."""
     for path in checkpoints(work):
         try:
             layout = json.loads((path / STATE).read_text(encoding="utf-8")).get("layout")
         except (OSError, ValueError):
-            continue  # damaged, which is told where the newest is looked for
+            continue  # damaged: newest_checkpoint reports it
         if layout != LAYOUT:
+            # Not removed: the weights in it may be worth hours of training.
             rename(path, work / f"earlier-{path.name}")
-            warn(f"{path} is of an earlier version, whose optimizer has other states; the stage begins again")
+            warn(f"{path} is of an earlier version with another optimizer layout; renamed, and the stage begins again")
 
 
 def newest_checkpoint(work: Path, warn: Callable[[str], None] = log.warning) -> tuple[int, Path] | None:
-    """The newest checkpoint that verifies, and its phase; damaged ones are reported and passed over.
+    """The newest intact checkpoint and its phase; damaged ones are reported and passed over.
 
     Raises:
-        CorruptError: If there are checkpoints and none verifies: beginning again is for a person to decide.
+        CorruptError: If there are checkpoints and all are damaged; only the user can decide to begin again.
     """
     found = checkpoints(work)
     for path in reversed(found):

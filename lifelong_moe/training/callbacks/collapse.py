@@ -1,4 +1,4 @@
-"""Router collapse, said while it happens: a layer whose tokens nearly all choose the same experts.
+"""Warn of router collapse during training: nearly all tokens of a layer choose the same experts.
 
 Legend: E experts, K experts per token.
 """
@@ -18,13 +18,14 @@ from lifelong_moe.plan.spec import StageSpec
 log = logging.getLogger(__name__)
 
 NEARLY = 0.1
-"""Of the experts beyond K that a layer could use, it uses at most this share: then it has collapsed."""
+"""A layer has collapsed if it uses at most this share of its experts beyond K."""
 MOST_WARNINGS = 4
-"""A phase warns of so many layers, each once; further ones are not named."""
+"""Layers that a phase warns of, each once."""
 
 
 def effective_experts(counts_E: Tensor) -> float:
-    """How many experts evenly used would have the same entropy of load: E if all are, K if K take all tokens."""
+    """Exponential of the load's entropy: E if all experts are used evenly, K if K of them take all tokens."""
+    # shape: (E,); entr(0) is 0, so unused experts need no case of their own
     share_E = counts_E.double() / counts_E.sum().clamp_min(1)
     return float(torch.exp(torch.special.entr(share_E).sum()))
 
@@ -32,11 +33,9 @@ def effective_experts(counts_E: Tensor) -> float:
 class CollapseWarning(Callback):
     """Warns of each layer that collapsed between two points of the training curves.
 
-    Loads are summed on the device, and read at those points alone, where the curves are read too.
-
     Args:
         stage: Its name.
-        top_k: Experts of a token (K).
+        top_k: Experts per token (K).
         every_steps: Between two points of a curve.
     """
 
@@ -47,13 +46,14 @@ class CollapseWarning(Callback):
         self._since = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to count, after what was done before an interruption."""
+        """Begin to count, at the step of the checkpoint."""
         self._since = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count; every ``every_steps`` look at what was counted."""
+        """Count loads; every ``every_steps`` check them."""
+        # Summed on the device, and read at the points of the curves alone, where the host waits for it anyway.
         for layer, counts_E in enumerate(outputs["loads"]):
             self._loads[layer] = counts_E + self._loads[layer] if layer in self._loads else counts_E
         step = trainer.global_step
@@ -66,7 +66,8 @@ class CollapseWarning(Callback):
             competing = len(counts_E)
             if layer in self._warned or len(self._warned) == MOST_WARNINGS or competing <= self.top_k:
                 continue
-            if not counts_E.any():  # what is never chosen is warned of when the stage ends
+            # Trainable experts that no token chooses are reported as new_expert_share at the end of the stage.
+            if not counts_E.any():
                 continue
             used = effective_experts(counts_E)
             if used < self.top_k + NEARLY * (competing - self.top_k):
@@ -82,7 +83,8 @@ class CollapseWarning(Callback):
 
 
 def _training(architecture: Architecture, layer: int) -> slice:
-    """The experts that train: others are used or not as they were, whatever a router's loss or rate are set to."""
+    """The trainable experts of a layer."""
+    # The load of frozen ones is settled: no router loss or learning rate that a user sets could change it.
     numbers = [generation.experts_in(layer) for generation in architecture.generations]
     if architecture.continued is None:
         return slice(sum(numbers[: architecture.frozen]), None)
@@ -91,7 +93,8 @@ def _training(architecture: Architecture, layer: int) -> slice:
 
 
 def collapse_warning(spec: StageSpec, every_steps: int | None) -> list[CollapseWarning]:
-    """What warns of collapse in one process, where routers are trained and tokens choose."""
+    """The collapse warning, if routers are trained and tokens choose; empty otherwise or without ``every_steps``."""
+    # Dense uses all experts by design; in expert choice experts choose, so their loads are equal.
     routing = spec.routing
     if every_steps is None or not routing.has_rows or routing.mode in ("dense", "expert_choice"):
         return []

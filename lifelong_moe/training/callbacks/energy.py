@@ -1,8 +1,7 @@
-"""Joules that the training device draws, from counters that hardware keeps; where there are none, nothing is said.
+"""Energy drawn by the training device, from hardware counters; absent on devices without one.
 
-It is the device that trains and no other: a GPU's whole board, or all CPU packages of the machine, whoever else uses
-them at the time. Memory beside the CPU, the host of a GPU, fans and power supplies are not in it. Nothing is estimated
-from a nominal power.
+Measured is a GPU's whole board, or all CPU packages of the machine, other processes on them included; memory beside the
+CPU, the host of a GPU, fans and power supplies are not. Nothing is estimated from a nominal power.
 """
 
 from __future__ import annotations
@@ -19,25 +18,25 @@ import torch
 
 POWERCAP = Path("/sys/class/powercap")
 READ_SECONDS = 1.0
-"""Between two readings: far less than the minutes in which a busy package's 32 bits begin again at 0."""
+"""Between two readings; a busy package's 32-bit counter overflows within minutes."""
 
 
 @dataclass(frozen=True)
 class EnergyCounter:
-    """A counter that only rises, or begins again at 0 once it is full."""
+    """A counter that rises, and may overflow to 0."""
 
     read: Callable[[], int]
     """Its value in units; raises OSError or ValueError where it cannot be read."""
     unit: float
     """Joules."""
     highest: int | None = None
-    """Value after which it begins again at 0; None if it does not."""
+    """Value after which it overflows to 0; None if it never does."""
 
     def joules(self, before: int, now: int) -> float:
         """Energy between two readings.
 
         Raises:
-            ValueError: If it fell although it never begins again: somebody reset it.
+            ValueError: If it fell although it never overflows: somebody reset it.
         """
         if now < before and self.highest is None:
             raise ValueError(f"an energy counter fell from {before} to {now}")
@@ -45,13 +44,13 @@ class EnergyCounter:
 
 
 def energy_counters(device: torch.device) -> list[EnergyCounter]:
-    """What measures a device; empty if nothing does."""
+    """The counters of a device; empty if it has none."""
     if device.type == "cuda":
         try:
             nvml = importlib.import_module("pynvml")  # package nvidia-ml-py, which nothing of ours requires
         except ImportError:
             return []
-        # Not by number: CUDA_VISIBLE_DEVICES renumbers devices for CUDA alone.
+        # By UUID, not by number: CUDA_VISIBLE_DEVICES renumbers devices for CUDA, but not for NVML.
         return nvml_counters(f"GPU-{torch.cuda.get_device_properties(device).uuid}", nvml)
     return rapl_counters(POWERCAP) if device.type == "cpu" else []
 
@@ -82,10 +81,7 @@ def nvml_counters(uuid: str, nvml: Any) -> list[EnergyCounter]:
 
 
 def rapl_counters(root: Path) -> list[EnergyCounter]:
-    """The counters of all CPU packages, Intel's or AMD's, in microjoules.
-
-    Zones within a package (``intel-rapl:0:0``) are part of it or memory, and the platform's (``psys``) holds packages:
-    neither is added to them. Most systems let only root read them.
+    """The counters of all CPU packages, Intel's or AMD's, in microjoules; most systems let only root read them.
 
     Args:
         root: ``/sys/class/powercap``.
@@ -93,6 +89,7 @@ def rapl_counters(root: Path) -> list[EnergyCounter]:
     Source:
         Linux, Documentation/ABI/testing/sysfs-class-powercap and Documentation/power/powercap/powercap.rst.
     """
+    # Packages alone: a zone within one (intel-rapl:0:0) is part of it or memory, and the platform's (psys) holds them.
     zones = [path for path in sorted(root.glob("intel-rapl:*")) if path.name.count(":") == 1]
     try:
         packages = [path for path in zones if (path / "name").read_text(encoding="ascii").startswith("package-")]
@@ -110,15 +107,11 @@ def _number(path: Path) -> int:
 
 
 class EnergyMeter:
-    """Adds up what counters say, over interruptions too.
-
-    All or nothing: once a counter could not be read, or if a run that goes on from a checkpoint cannot read what the
-    one before it could, the energy is not known. A part of it would pass for the whole.
-    """
+    """Adds up counters, also over interruptions."""
 
     def __init__(self) -> None:
         self.joules: float | None = 0.0
-        """So far; None if it is not known. Goes into checkpoints and is set from them."""
+        """So far; None if unknown. Saved in checkpoints and set from them."""
         self._counters: Sequence[EnergyCounter] = ()
         self._values: list[int] = []
         self._read_at = 0.0
@@ -130,11 +123,12 @@ class EnergyMeter:
             self._values = [counter.read() for counter in counters]
         except (OSError, ValueError):
             self._values = []
+        # All or nothing, also if an earlier part of the run could be measured: a part would pass for the whole.
         if not self._values:
             self.joules = None
 
     def advance(self, every_seconds: float = 0.0) -> None:
-        """Read again, unless less time has passed since the last reading; nothing before the start."""
+        """Read the counters, unless the last reading is less than ``every_seconds`` ago."""
         now = time.monotonic()
         if self.joules is None or not self._values or now - self._read_at < every_seconds:
             return

@@ -1,4 +1,4 @@
-"""SIGTERM as a request: training checkpoints at its next step boundary; elsewhere work simply stops."""
+"""SIGTERM as a request: training checkpoints at its next step boundary; other work stops at once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ EXIT_CODE = TryAgainError.exit_code
 
 
 class Interrupt:
-    """Whether somebody asked us to stop."""
+    """A request to stop, from SIGTERM."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -23,18 +23,19 @@ class Interrupt:
 
     @contextmanager
     def until_step_boundary(self) -> Iterator[None]:
-        """Within this context a request only sets ``requested``; somebody inside looks at it.
+        """Context in which SIGTERM only sets ``requested``, for the code within to check.
 
         Raises:
-            TryAgainError: On leaving, if the request came too late for anybody inside to see it.
-            KeyboardInterrupt: If Lightning made an exit of it.
+            TryAgainError: On leaving, if the request came after the last check.
+            KeyboardInterrupt: In place of the SystemExit that Lightning makes of it.
         """
         self.deferred = True
         try:
             yield
         except SystemExit as stop:
+            # Lightning turns Ctrl-C into an exit with code 1, which would hide it from the command's own handling.
             if isinstance(stop.__context__, KeyboardInterrupt):
-                signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning ignores it from then on
+                signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning has set it to be ignored
                 raise KeyboardInterrupt from None
             if not self.requested:
                 raise
@@ -44,12 +45,14 @@ class Interrupt:
             self._stop()
 
     def take_over(self) -> None:
-        """Undo a handler that a library put around ours: Lightning's would end training between two micro-batches."""
+        """Install the handler again, after a library replaced it."""
+        # Lightning's own one would end training between two micro-batches, where no checkpoint is possible.
         signal.signal(signal.SIGTERM, self.handle)
 
     def handle(self, signum: int, frame: FrameType | None) -> None:
-        """Signal handler: the first signal asks, a second one ends the process at once."""
+        """Signal handler: the first signal is a request, a second one ends the process at once."""
         if self.requested:
+            # Without cleanup: everything on disk is whole or absent, so a kill at any point is safe.
             os._exit(EXIT_CODE)
         self.requested = True
         if not self.deferred:
@@ -60,7 +63,7 @@ class Interrupt:
 
 
 class PendingInterrupt(Interrupt):
-    """For a process that blocks SIGTERM, where the signal stays pending however often it comes."""
+    """The request in a process that blocks SIGTERM, where the signal stays pending."""
 
     def __init__(self) -> None:
         self.deferred = True
@@ -71,12 +74,12 @@ class PendingInterrupt(Interrupt):
         return signal.SIGTERM in signal.sigpending()
 
     def take_over(self) -> None:
-        """Nothing: no handler is ever called."""
+        """Do nothing: a blocked signal calls no handler."""
 
 
 @contextmanager
 def handling_sigterm() -> Iterator[Interrupt]:
-    """Install the handler for the length of a run, and put the old one back."""
+    """Context with the handler installed; the old one is restored at its end."""
     interrupt = Interrupt()
     previous = signal.signal(signal.SIGTERM, interrupt.handle)
     try:

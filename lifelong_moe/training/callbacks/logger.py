@@ -1,4 +1,4 @@
-"""A Lightning Logger over our tracker: points are kept and sent in batches, off the critical path."""
+"""A Lightning Logger that sends points to the tracker in batches, off the critical path."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import Logger
 Row = tuple[str, float, int]
 Send = Callable[[list[Row]], None]
 FLUSH_ROWS = 500
+"""Points in a batch; MLflow takes at most 1,000 metrics in one request."""
 
 
 class BatchedLogger(Logger):
@@ -39,16 +40,18 @@ class BatchedLogger(Logger):
         return self._version
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Keep metrics; they are sent when enough have come together."""
+        """Keep metrics, and send them once there are ``FLUSH_ROWS``."""
+        # Lightning adds "epoch" to every point; it says nothing here, where a phase is one epoch.
         self._rows += [(k, float(v), self._first_step + (step or 0)) for k, v in metrics.items() if k != "epoch"]
         if len(self._rows) >= FLUSH_ROWS:
             self.save()
 
     def log_hyperparams(self, params: dict[str, Any] | argparse.Namespace, *args: Any, **kwargs: Any) -> None:
-        """Nothing: the pipeline logs parameters when it starts the run."""
+        """Do nothing: the pipeline logs parameters when it starts the run."""
 
     def save(self) -> None:
-        """Send what has been kept."""
+        """Send the metrics kept so far."""
+        # Emptied first, so that no point is sent twice if sending is interrupted.
         rows, self._rows = self._rows, []
         if rows:
             self._send(rows)

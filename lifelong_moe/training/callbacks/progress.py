@@ -1,4 +1,4 @@
-"""What goes along with the training loop: meter and curves, progress, step checkpoints, interruption."""
+"""Callbacks of the training loop: curves and costs, progress, step checkpoints."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from lifelong_moe.training.callbacks.energy import READ_SECONDS, EnergyMeter, en
 from lifelong_moe.training.callbacks.interrupt import Interrupt
 
 LOG_SECONDS, BAR_SECONDS = 15.0, 1.0
-"""Between two lines, and between two moves of the bar."""
+"""Between two lines, and between two updates of the bar."""
 WORDS = 72
-"""Characters of the words and numbers beside a bar."""
+"""Columns of the terminal for the text beside a bar."""
 
 
 class Meter(Callback):
     """Training curves, speed, energy, and the share of time spent waiting for data.
 
     Args:
-        step_tokens: Tokens a step.
-        step_flops: FLOPs a step, on average over the stage.
+        step_tokens: Tokens per step.
+        step_flops: FLOPs per step, on average over the stage.
         every_steps: Between two points of a curve.
         rollbacks: Of the stage so far.
     """
@@ -51,7 +51,8 @@ class Meter(Callback):
         self._stepped = trainer.global_step
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """What passed since the last batch's end was spent on data (and on the loop itself)."""
+        """Count the time since the last batch's end as waiting for data."""
+        # It includes the overhead of the loop itself, which is small beside a micro-batch.
         self._step_began = time.perf_counter()
         self.data_seconds += self._step_began - self._mark
 
@@ -64,6 +65,7 @@ class Meter(Callback):
         self._mark = now
         self.energy.advance(READ_SECONDS)
         step = trainer.global_step
+        # By quotients, not remainders: with accumulation this runs several times a step, and logs once.
         due = step // self.every_steps > self._stepped // self.every_steps
         self._stepped = step
         if not (due or step == trainer.max_steps) or trainer.logger is None:
@@ -71,12 +73,14 @@ class Meter(Callback):
         module: Any = pl_module
         self.last = {f"train/{name}": value for name, value in module.means.values.items()}
         extra = {
+            # The last parameter group; the first may be a trunk with a smaller rate.
             "train/learning_rate": trainer.optimizers[0].param_groups[-1]["lr"],
             "train/tokens": float(step * self.step_tokens),
             "train/grad_norm": module.grad_norm,
             "train/nonfinite_steps": float(module.guard.nonfinite_steps),
             "train/skipped_spikes": float(module.guard.skipped_spikes),
             "train/rollbacks": float(self.rollbacks),
+            # Since the beginning of the phase, also over interruptions.
             "speed/tokens_per_second": step * self.step_tokens / self.seconds,
             "speed/tflops_per_second": step * self.step_flops / self.seconds / 1e12,
             "speed/data_fraction": self.data_seconds / self.seconds,
@@ -88,7 +92,7 @@ class Meter(Callback):
         self.energy.advance()
 
     def state_dict(self) -> dict[str, Any]:
-        """Time and energy spent and the last point, so that an interrupted stage reports all of it."""
+        """Time, energy and the last point so far."""
         self.energy.advance()
         spent = {"seconds": self.seconds, "data_seconds": self.data_seconds, "joules": self.energy.joules}
         return {**spent, "last": self.last}
@@ -130,7 +134,7 @@ class ProgressReport(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Move the bar, or say a line."""
+        """Update the bar, or print a line."""
         if not self.enabled:
             return
         if time.monotonic() - self._said < (LOG_SECONDS if self._bar is None else BAR_SECONDS):
@@ -148,14 +152,14 @@ class ProgressReport(Callback):
         return f"loss {pl_module.means.values.get('loss', math.nan):.3f}, {speed:,.0f} tokens/s"
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Take the bar away, also after an error."""
+        """Remove the bar, also after an error."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
 
 
 class StepCheckpoint(Callback):
-    """Commit a checkpoint every so many steps, keep the newest few; on a request to stop, commit one and stop."""
+    """Commits a checkpoint every ``every_steps`` steps and on a request to stop; keeps the newest few."""
 
     def __init__(self, work: Path, phase: int, every_steps: int, keep: int, interrupt: Interrupt) -> None:
         self.work, self.phase, self.every_steps, self.keep = work, phase, every_steps, keep
@@ -163,7 +167,7 @@ class StepCheckpoint(Callback):
         self._saved = -1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Be the only one who hears SIGTERM."""
+        """Take SIGTERM back from Lightning, which has just installed its own handler."""
         self.interrupt.take_over()
 
     def on_train_batch_end(
@@ -178,13 +182,17 @@ class StepCheckpoint(Callback):
         at_boundary = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if not at_boundary or step == self._saved:
             return
+        # All ranks must take the same decision, or one would wait in the next all-reduce for ranks that have stopped.
         requested = trainer.strategy.reduce_boolean_decision(self.interrupt.requested, all=False)
-        ends_rank = step == trainer.max_steps and trainer.world_size > 1  # the main process goes on from it
+        # Ranks are forks, whose result reaches the main process through a checkpoint.
+        ends_rank = step == trainer.max_steps and trainer.world_size > 1
         if requested or ends_rank or step % self.every_steps == 0:
             if trainer.logger is not None:
-                trainer.logger.save()  # a run that continues from here does not log these points again
+                # Sent before the commit: a run that continues from the checkpoint does not log these points again.
+                trainer.logger.save()
             trainer.save_checkpoint(checkpoint_path(self.work, self.phase, step))
             self._saved = step
+            # After the commit, so that there always is one.
             if trainer.is_global_zero:
                 for old in checkpoints(self.work)[: -self.keep]:
                     shutil.rmtree(old, ignore_errors=True)

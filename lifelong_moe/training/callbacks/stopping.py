@@ -1,6 +1,6 @@
-"""Stop fine-tuning when held-out answers no longer get better, and keep the best weights.
+"""Stop fine-tuning when held-out answers no longer improve, and keep the best weights.
 
-The held-out pairs choose the step, so their loss at that step is a little flattered; report other pairs if it matters.
+The held-out pairs choose the step, so their loss at that step is optimistic; measure other pairs if it matters.
 """
 
 from __future__ import annotations
@@ -27,24 +27,21 @@ from lifelong_moe.store.stages import load_weights
 
 
 class StoppingReport(TypedDict):
-    """What early stopping saw."""
+    """Result of early stopping."""
 
     best_step: int
-    """After which the kept weights were taken."""
+    """Step of the weights that were kept."""
     held_out_nats_per_token: list[tuple[int, float]]
-    """By step."""
+    """Pairs of a step and the loss after it."""
 
 
 class EarlyStopping(Callback):
-    """Measure every so many steps; stop after ``patience`` measurements without improvement.
-
-    The best weights lie beside the step checkpoints, which hold what has been measured, so that a phase that was killed
-    goes on as if it had not been.
+    """Measures every so many steps, and stops after ``patience`` measurements without improvement.
 
     Args:
-        config: How often, and how patient.
+        config: Interval and patience.
         measure: The held-out loss of a model, in evaluation mode.
-        work: The stage's directory of work under way.
+        work: The stage's work directory.
     """
 
     def __init__(self, config: FinetuneConfig, measure: Callable[[LanguageModel], float], work: Path) -> None:
@@ -53,7 +50,7 @@ class EarlyStopping(Callback):
         self.curve: list[tuple[int, float]] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A phase that had stopped when it was killed does not go on."""
+        """Stop at once if the phase had stopped before it was killed."""
         trainer.should_stop = trainer.should_stop or self._is_over
 
     @property
@@ -63,7 +60,7 @@ class EarlyStopping(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Measure where it is due."""
+        """Measure every ``every_steps`` steps and after the last one."""
         step, at_boundary = trainer.global_step, (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         due = step % self.config.every_steps == 0 or step == trainer.max_steps
         if not (at_boundary and due) or (self.curve and self.curve[-1][0] == step):
@@ -73,6 +70,8 @@ class EarlyStopping(Callback):
         self.curve.append((step, loss))
         if loss < self.best:
             self.best, self.best_step, self.waited = loss, step, 0
+            # Trainable tensors alone: the others are frozen. They outlive step checkpoints, hence a file of their own;
+            # killed before the next checkpoint, the phase measures this step again.
             tensors = {n: p.detach().cpu().contiguous() for n, p in model.named_parameters() if p.requires_grad}
             shutil.rmtree(self.path, ignore_errors=True)
             write_directory(self.path, {"weights.safetensors": partial(save_file, tensors)})
@@ -81,22 +80,22 @@ class EarlyStopping(Callback):
         trainer.should_stop = self._is_over
 
     def state_dict(self) -> dict[str, Any]:
-        """What has been measured."""
+        """Measurements so far."""
         return {"best_step": self.best_step, "waited": self.waited, "curve": [list(point) for point in self.curve]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on measuring."""
+        """Restore the measurements."""
         self.best_step, self.waited = state_dict["best_step"], state_dict["waited"]
         self.curve = [(int(step), float(loss)) for step, loss in state_dict["curve"]]
         self.best = min((loss for _, loss in self.curve), default=float("inf"))
 
     def report(self) -> StoppingReport:
-        """What was measured, and where it was best."""
+        """The curve and its best step."""
         return {"best_step": self.best_step, "held_out_nats_per_token": self.curve}
 
     @torch.no_grad()
     def restore(self, model: LanguageModel) -> None:
-        """Give a model the best weights."""
+        """Load the best weights into a model."""
         verify_directory(self.path)
         tensors: dict[str, Tensor] = load_weights(self.path / "weights.safetensors")
         parameters = dict(model.named_parameters())
@@ -105,12 +104,12 @@ class EarlyStopping(Callback):
 
 
 def early_stopping(spec: StageSpec, corpus: TokenizedCorpus, work: Path) -> EarlyStopping | None:
-    """What stops fine-tuning early; None where all steps are taken.
+    """The callback for early stopping; None if all steps are taken.
 
     Args:
         spec: The stage.
-        corpus: Its text, on whose held-out part it is measured.
-        work: The stage's directory of work under way.
+        corpus: Its text, whose held-out part is measured.
+        work: The stage's work directory.
     """
     config = spec.finetune
     if config is None or config.patience is None:

@@ -1,4 +1,4 @@
-"""What a stage, and each of its phases, is run with."""
+"""The inputs of a stage and of each of its phases."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from lifelong_moe.training.loop.rollback import Rollbacks
 
 @dataclass(frozen=True)
 class StageEnvironment:
-    """Everything around a stage that its result does not depend on."""
+    """Everything around a stage on which its result does not depend."""
 
     store: StageStore
     work: Path
@@ -76,31 +76,34 @@ class StageRun:
 
     @property
     def seed(self) -> int:
-        """Of growth, clustering and sample order: another one each stage, or every stage would replay the same."""
+        """Seed of growth, clustering and sample order."""
+        # By depth, not by index: the same stage gets the same seed whatever stands beside its chain. With one seed for
+        # all stages, each would replay the same blocks of an earlier distribution.
         return self.spec.seed + 1000 * self.planned.depth
 
     @property
     def work(self) -> Path:
-        """Where its work under way is kept."""
+        """Directory of step checkpoints and other work in progress."""
+        # By key, so that equal stages of two runs share the work, and one of them waits for the other.
         return self.environment.work / self.planned.key[:SHORT]
 
 
 @dataclass(frozen=True)
 class StageModels:
-    """What a stage trains, and what it holds on to."""
+    """The model that a stage trains, and what preserves earlier knowledge."""
 
     model: LanguageModel
     teacher: LanguageModel | None = None
-    """Distilled from."""
+    """Source of distillation."""
     anchor: WeightAnchor | None = None
-    """The old weights, which the penalty pulls to."""
+    """The old weights, to which the penalty pulls."""
     generated: NDArray[np.int64] | None = None
-    """Blocks that the parent's model wrote, where those are what is replayed."""
+    """Blocks that the parent's model wrote, if they are replayed in place of stored text."""
 
 
 @dataclass(frozen=True)
 class PhaseRun:
-    """One phase's place in its stage."""
+    """One phase and its place in the stage."""
 
     stage: StageRun
     number: int
@@ -110,7 +113,10 @@ class PhaseRun:
     order_step: int
     """Steps before it that share its order of samples."""
     seed: int
-    """Of that order."""
+    """Seed of that order."""
     resume: Path | None
+    """Step checkpoint to continue from."""
     rollbacks: Rollbacks
     """Of the stage so far."""
+    is_done: bool = False
+    """Whether a checkpoint of a later phase holds its result."""

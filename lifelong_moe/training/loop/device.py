@@ -1,4 +1,4 @@
-"""The device that a run's models are read on: evaluated, inspected, sampled from."""
+"""The device on which a run's models are evaluated, inspected and sampled from."""
 
 from __future__ import annotations
 
@@ -15,15 +15,13 @@ CPU = torch.device("cpu")
 
 
 def configured_device(trainer: TrainerConfig) -> torch.device:
-    """The first of the devices that ``trainer`` names, as Lightning resolves them.
-
-    It is the CPU where this machine has no such device, since a run may have been trained on another one; and in place
-    of an accelerator other than CUDA, because losses are summed in float64.
-    """
+    """The first device of ``trainer``, as Lightning resolves it; the CPU if this machine has none or it is not CUDA."""
     try:
         device = Fabric(accelerator=trainer.accelerator, devices=trainer.devices).device
     except (MisconfigurationException, RuntimeError, TypeError, ValueError, ImportError) as error:
+        # No error: the run may have been trained on another machine.
         how, reason = f"{trainer.accelerator}, trainer.devices={trainer.devices}", " ".join(str(error).split())
-        log.warning("trainer.accelerator=%s: on the CPU instead: %s", how, reason)
+        log.warning("trainer.accelerator=%s: using the CPU instead: %s", how, reason)
         return CPU
+    # Losses are summed in float64, which MPS, for one, lacks.
     return device if device.type == "cuda" else CPU

@@ -1,4 +1,4 @@
-"""How a model is computed while it trains. Nothing here changes what it learns, beyond rounding."""
+"""Contexts and process settings for the computation of a model in training."""
 
 from __future__ import annotations
 
@@ -14,31 +14,35 @@ from lifelong_moe.errors import ConfigError
 from lifelong_moe.model.transformer import LanguageModel
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-"""Numbers of glibc's ``mallopt`` parameters, from ``malloc.h``."""
+"""Numbers of glibc's ``mallopt`` parameters in ``malloc.h``."""
 MALLOC_SETTINGS = ("GLIBC_TUNABLES", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "LD_PRELOAD")
-"""Variables by which a user has chosen an allocator, or how it works."""
+"""Variables by which a user chooses or configures an allocator."""
 
 
 def keep_freed_memory() -> bool:
-    """Let the C library keep what this process frees, for the next tensor: its pages need not be made again.
-
-    A step allocates and frees the same large tensors over and over; given back to the system each time, they cost a
-    tenth of a step and more in page faults. Whoever has set up the allocator in the environment has the last word.
+    """Make the C library keep freed memory for the next tensors, for the rest of this process and its forks.
 
     Returns:
-        Whether it was done: on Linux with glibc, for good, in this process and those it forks.
+        Whether it does: on Linux with glibc, unless the user has configured an allocator.
     """
+    # A step allocates and frees the same large tensors again and again. Returned to the system each time, they cost a
+    # tenth of a step or more in page faults.
     if sys.platform != "linux" or any(name in os.environ for name in MALLOC_SETTINGS):
         return False
     library = ctypes.CDLL(None)
     if not hasattr(library, "gnu_get_libc_version"):
         return False
+    # No allocation by mmap, which free() always returns; and a trim threshold that the heap's top never reaches.
     return bool(library.mallopt(M_MMAP_MAX, 0) and library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
 
 
 @contextmanager
-def executed(models: Iterable[LanguageModel], config: TrainerConfig) -> Iterator[None]:
-    """Within this context models, the student first, are computed as ``trainer`` says.
+def execution_options(models: Iterable[LanguageModel], config: TrainerConfig) -> Iterator[None]:
+    """Context in which models compute as ``trainer`` says; none of it changes results beyond rounding.
+
+    Args:
+        models: The student first, then its teacher.
+        config: Implementation of experts, recomputation, compilation.
 
     Raises:
         ConfigError: If torch cannot compile.
@@ -49,8 +53,8 @@ def executed(models: Iterable[LanguageModel], config: TrainerConfig) -> Iterator
     try:
         for layer in layers:
             layer.banks.implementation = config.experts_implementation
-        # With an older generation training on, student and teacher want their common experts in different orders, and
-        # would move them from one buffer to another and back.
+        # If an older generation trains on, student and teacher hold their common experts in different orders. Joint
+        # buffers would then be copied back and forth in every step.
         if models[0].architecture.continued is not None:
             for layer in (layer for model in models[1:] for layer in model.moe_layers()):
                 layer.banks.implementation = ExpertsImplementation.slices
@@ -71,16 +75,14 @@ def executed(models: Iterable[LanguageModel], config: TrainerConfig) -> Iterator
             layer.banks.implementation = implementation
         for model in models:
             model.recompute(False)
-            model._compiled_call_impl = None  # what nn.Module.compile sets; it has no inverse
+            model._compiled_call_impl = None  # set by nn.Module.compile, which has no inverse
 
 
 @contextmanager
-def documents_apart(models: Sequence[LanguageModel]) -> Iterator[None]:
-    """Within this context documents of a block do not see each other, with ``model.document_mask`` or without.
-
-    Pairs share a block with the same others each epoch: seeing them, a model learns which answer follows
-    which, and not what it answers.
-    """
+def isolated_documents(models: Sequence[LanguageModel]) -> Iterator[None]:
+    """Context in which attention stays within documents, whatever ``model.document_mask`` says."""
+    # For fine-tuning: a pair shares its block with the same other pairs in every epoch, and a model that sees them
+    # learns which answer follows which, not how to answer.
     try:
         for model in models:
             model.separates_documents = True
@@ -92,7 +94,7 @@ def documents_apart(models: Sequence[LanguageModel]) -> Iterator[None]:
 
 @contextmanager
 def expert_dropout(model: LanguageModel, share: float) -> Iterator[None]:
-    """Within this context hidden units of experts are dropped in training.
+    """Context in which a share of the experts' hidden units is dropped in training.
 
     Source:
         "Expert dropout" of Switch (arXiv:2101.03961), section 2.4: a higher dropout within experts when fine-tuning.

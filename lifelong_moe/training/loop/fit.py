@@ -1,4 +1,4 @@
-"""The steps of one phase, taken by a Trainer of its own in this process or by one in each of several."""
+"""The steps of one phase, by one Trainer in this process or by one in each of several processes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from lifelong_moe.training.loop.trainer import build_trainer
 
 @dataclass(frozen=True)
 class PhaseFit:
-    """All that takes part in the steps of a phase."""
+    """The participants in a phase's steps."""
 
     run: PhaseRun
     module: StageModule
@@ -38,7 +38,7 @@ class PhaseFit:
         """Take all steps.
 
         Raises:
-            NonfiniteStepsError: If the stage has to roll back, or to give up.
+            NonfiniteStepsError: If the stage has to roll back.
         """
         environment = self.run.stage.environment
         if environment.trainer.processes == 1:
@@ -53,15 +53,18 @@ class PhaseFit:
         trainer = build_trainer(environment.trainer, steps, self._callbacks(rank, interrupt), logger)
         keep_freed_memory()
         if rank and run.resume is None:
-            seed_rank(run.seed, rank)  # it was forked with rank 0's numbers
+            # It was forked with rank 0's generator, and would draw the same noise.
+            seed_rank(run.seed, rank)
         offloads = environment.frozen.offload == Offload.cpu
+        # Before fit, whose setup moves the whole module to the device.
         with self.module.offloaded(streamer_to(trainer.strategy.root_device) if offloads else None):
             trainer.fit(self.module, self.data, ckpt_path=run.resume, weights_only=True)
+        # Lightning can end training early without an error; a stage with fewer steps must not be committed.
         if trainer.global_step != steps and not (self.stopping is not None and trainer.should_stop):
             raise RuntimeError(f"stage {run.stage.spec.name}: trained {trainer.global_step} of {steps} steps")
 
     def _callbacks(self, rank: int, interrupt: Interrupt) -> list[Callback]:
-        """In the order in which they act; what is for a reader's eyes is rank 0's."""
+        """In the order in which they act; only rank 0 prints."""
         run, environment = self.run, self.run.stage.environment
         config, checkpoint, spec = environment.trainer, environment.checkpoint, run.stage.spec
         title = spec.name if run.phase.name == "train" else f"{spec.name} ({run.phase.name})"
@@ -70,17 +73,20 @@ class PhaseFit:
             ProgressReport(title, environment.console, config.enable_progress_bar and rank == 0, self.meter),
             *([] if self.stopping is None else [self.stopping]),
             *collapse_warning(spec, config.log_every_n_steps if rank == 0 else None),
+            # Last, so that a checkpoint holds the state of all others after this step.
             StepCheckpoint(run.stage.work, run.number, checkpoint.every_steps, checkpoint.keep, interrupt),
         ]
 
     def _fit_in_ranks(self) -> None:
-        """Take the steps in several processes; what they come to is the checkpoint after the last step."""
+        """Take the steps in several processes, and load the result from the checkpoint after the last step."""
         run, module, environment, work = self.run, self.module, self.run.stage.environment, self.run.stage.work
 
         def fit(rank: int, interrupt: Interrupt, send: Send) -> int | None:
             try:
                 self._fit_here(rank, interrupt, send)
-            except NonfiniteStepsError as error:  # on all ranks at once
+            except NonfiniteStepsError as error:
+                # Raised on all ranks at once. Returned, since an error crosses processes as a name and a message, and
+                # the rollback needs the step.
                 return error.last
             return None
 
@@ -88,6 +94,7 @@ class PhaseFit:
         last = run_ranks(processes, fit, environment.interrupt, environment.send, work / ".ranks")
         if last is not None:
             raise NonfiniteStepsError(run.stage.spec, run.phase, last)
+        # Ranks are forks: their weights reach this process through the file alone.
         result = SafeCheckpointIO().load_checkpoint(checkpoint_path(work, run.number, run.phase.steps))
         module.on_load_checkpoint(result)
         module.load_state_dict(result["state_dict"], strict=False)

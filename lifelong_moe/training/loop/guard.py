@@ -1,4 +1,4 @@
-"""Whether an optimizer step may be taken: judged by its loss and gradient before anything is updated."""
+"""Decide from loss and gradient whether an optimizer step is taken, before anything is updated."""
 
 from __future__ import annotations
 
@@ -6,23 +6,22 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from enum import StrEnum
-from typing import Any
+from typing import TypedDict
 
 WINDOW = 128
-"""Losses that a new one is compared with: those of the steps last taken."""
+"""Losses of the last steps taken, with which a new one is compared."""
 MIN_LOSSES = 32
-"""With fewer no loss is a spike: a mean and a deviation of a handful say little, and a stage begins with a fall."""
+"""With fewer losses none is a spike: their deviation says little, and a stage begins with a fall."""
 MAX_Z = 6.0
-"""Standard deviations above the window's mean beyond which a loss is a spike."""
+"""Standard deviations above the window's mean from which on a loss is a spike."""
 MIN_STD = 0.05
-"""Nats per token that count as the deviation of a window flatter than that: no rise under 0.3 nats is a spike."""
+"""Least standard deviation of a window, nats per token: no rise under 0.3 nats is a spike."""
 MAX_SPIKES = 3
-"""Spikes in a row after which the window begins anew. Batches are drawn at random, so a rise that lasts is the model's
-own level by then, and comparing with the old one would skip every step that is left."""
+"""Spikes in a row after which the window is cleared."""
 
 
 class Verdict(StrEnum):
-    """What is to become of a step."""
+    """Judgement of a step; all but sound ones are skipped."""
 
     sound = "sound"
     nonfinite = "nonfinite"
@@ -48,23 +47,33 @@ def spike_score(loss: float, losses: Sequence[float]) -> float:
     return (loss - mean) / max(std, MIN_STD)
 
 
+class GuardState(TypedDict):
+    """The state of a :class:`StepGuard` in a step checkpoint."""
+
+    losses: list[float]
+    nonfinite_steps: int
+    nonfinite_in_a_row: int
+    skipped_spikes: int
+    spikes_in_a_row: int
+
+
 class StepGuard:
-    """Judges one phase's steps in turn; its state goes along in every step checkpoint."""
+    """Judges the steps of one phase in turn."""
 
     def __init__(self) -> None:
         self.losses: deque[float] = deque(maxlen=WINDOW)
-        """Of the steps last taken; what was skipped never enters."""
+        """Of the last steps taken; those of skipped steps never enter."""
         self.nonfinite_steps = 0
         self.nonfinite_in_a_row = 0
         self.skipped_spikes = 0
         self.spikes_in_a_row = 0
 
     def judge(self, loss: float | None, *others: float) -> Verdict:
-        """Say whether a step may be taken, and remember it.
+        """Judge a step, and count it.
 
         Args:
             loss: Next-token loss of the whole step, nats per token; None if it had no token to score.
-            others: What else must be finite: the sum that is minimized, the gradient's norm.
+            others: Other numbers that must be finite: the objective, the gradient's norm.
         """
         if not all(math.isfinite(value) for value in (loss or 0.0, *others)):
             self.nonfinite_steps += 1
@@ -76,6 +85,8 @@ class StepGuard:
         if spike_score(loss, self.losses) > MAX_Z:
             self.skipped_spikes += 1
             self.spikes_in_a_row += 1
+            # Batches are drawn at random, so a rise that lasts is the model's new level. Compared with the old one,
+            # every step that is left would be skipped.
             if self.spikes_in_a_row == MAX_SPIKES:
                 self.losses.clear()
                 self.spikes_in_a_row = 0
@@ -84,10 +95,10 @@ class StepGuard:
         self.losses.append(loss)
         return Verdict.sound
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> GuardState:
         """As plain data."""
-        return {**vars(self), "losses": list(self.losses)}
+        return {**vars(self), "losses": list(self.losses)}  # type: ignore[typeddict-item]
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where :meth:`state_dict` was taken."""
+    def load_state_dict(self, state: GuardState) -> None:
+        """Restore the state."""
         vars(self).update({**state, "losses": deque(state["losses"], maxlen=WINDOW)})

@@ -1,18 +1,17 @@
-"""What a trained stage reports of itself.
+"""Measurements of a stage's training, kept with the stage, in the report and in MLflow.
 
-Of its cost, in the directory of the stage, in the report and in MLflow:
+Those of its cost:
 
 ======================  ===================================================================================
-``active_flops``        FLOPs of the stage, the parent's included, as plans and comparisons count them
-``flops_per_second``    of those in the training loop (a teacher's too, but not what the parent's model writes
-                        or is measured on before it), by ``seconds``
+``active_flops``        FLOPs of the stage and of the parent's model in it, as plans and comparisons count them
+``flops_per_second``    FLOPs of the training loop, the teacher's included, over ``seconds``; without the text that
+                        the parent's model writes before it and the Fisher information
 ``energy_joules``       drawn by the training device in those seconds; absent unless all of it was measured
-``joules_per_token``    the same by ``tokens``
+``joules_per_token``    the same over ``tokens``
 ======================  ===================================================================================
 
-FLOPs are the model's, from its shape, as in PaLM (arXiv:2204.02311, appendix B): padding and recomputation do not
-count. Gradients that frozen parameters skip do, so where a stage freezes, the device did fewer. Seconds include waiting
-for data. What an interruption threw away is in none of these.
+FLOPs follow from the model's shape, as in PaLM (arXiv:2204.02311, appendix B), without padding and recomputation.
+Seconds include waiting for data. Steps that an interruption threw away are in none of these.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ import logging
 import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from lifelong_moe.data.tokens.packing import epochs
 from lifelong_moe.data.tokens.shards import TokenizedCorpus
@@ -41,71 +39,107 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PhaseMeasures:
-    """What a phase's steps cost and came to."""
+    """Cost and results of a phase's steps."""
 
     seconds: float
     data_seconds: float
-    """Of those, spent waiting for data."""
+    """Of those, waiting for data."""
     nonfinite_steps: int
     skipped_spikes: int
     final: dict[str, float]
     """Last point of each training curve."""
     joules: float | None = None
-    """Absent where the device does not say, and in a phase that an earlier version trained."""
+    """Absent on a device without a counter, and in a phase that an earlier version trained."""
     stopping: StoppingReport | None = None
     assignment_churn: float | None = None
 
     def save(self, work: Path, number: int) -> None:
-        """Keep it with the stage's work: a stage that is interrupted later does not train the phase again."""
+        """Write them to the stage's work directory."""
+        # A stage that is interrupted in a later phase does not train this one again, but reports it.
         known = {name: value for name, value in asdict(self).items() if value is not None}
         write_atomic(work / f"phase-{number}.json", json.dumps(known))
 
     @classmethod
     def load(cls, work: Path, number: int) -> PhaseMeasures:
-        """What :meth:`save` kept of the stage's phase with this number."""
+        """Read the measurements of a phase."""
         return cls(**json.loads((work / f"phase-{number}.json").read_text(encoding="utf-8")))
 
 
-def stage_metrics(model: LanguageModel, run: StageRun, measured: list[PhaseMeasures], rollbacks: int) -> dict[str, Any]:
-    """What a stage reports of its training.
+@dataclass(frozen=True, kw_only=True)
+class StageMetrics:
+    """A stage's report on its training; what was not measured is None, and absent from the file."""
+
+    tokens: int
+    """Trained on, in whole steps."""
+    steps: int
+    seconds: float
+    tokens_per_second: float
+    active_flops: int
+    flops_per_second: float
+    energy_joules: float | None
+    joules_per_token: float | None
+    data_fraction: float
+    """Share of the seconds spent waiting for data."""
+    nonfinite_steps: int
+    """Skipped steps without a finite loss and gradient, also those that led to a rollback."""
+    skipped_spikes: int
+    rollbacks: int
+    final: dict[str, float]
+    """Last point of each training curve, if it is finite."""
+    trainable_parameters: int
+    epochs: float
+    """Over the new text."""
+    assignment_churn: float | None
+    """Share of a sample's assignments to fixed centroids that the last phase changed."""
+    stopping: StoppingReport | None
+    new_expert_share: float | None
+    """Smallest share of the new text's assignments that any new expert gets."""
+
+    def to_json(self) -> dict[str, object]:
+        """As plain JSON data."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def stage_metrics(model: LanguageModel, run: StageRun, measured: list[PhaseMeasures], rollbacks: int) -> StageMetrics:
+    """Sum up a stage's training.
 
     Args:
         model: Trained.
         run: The stage.
         measured: Of each phase.
-        rollbacks: How often it rolled back; ``nonfinite_steps`` counts the steps that made it do so, too.
+        rollbacks: Of the whole stage.
     """
     spec, corpus = run.spec, run.corpora[run.spec.data]
     taken, last = _as_taken(spec, measured), measured[-1]
     seconds, tokens = sum(m.seconds for m in measured), taken.tokens
-    metrics: dict[str, Any] = {
-        "tokens": tokens,
-        "steps": taken.steps,
-        "seconds": seconds,
-        "tokens_per_second": tokens / seconds,
-        "active_flops": stage_flops(taken, model.architecture, run.before),
-        "flops_per_second": loop_flops(taken, model.architecture, run.before) / seconds,
-        **_energy([m.joules for m in measured], tokens),
-        "data_fraction": sum(m.data_seconds for m in measured) / seconds,
-        "nonfinite_steps": sum(m.nonfinite_steps for m in measured) + rollbacks * MAX_NONFINITE,
-        "skipped_spikes": sum(m.skipped_spikes for m in measured),
-        "rollbacks": rollbacks,
-        # A loss that was not finite is absent here; nonfinite_steps says why.
-        "final": {name: value for name, value in last.final.items() if math.isfinite(value)},
-        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "epochs": epochs(tokens - taken.replayed_tokens, corpus.train, spec.model.context),
-    }
-    if last.assignment_churn is not None:
-        metrics["assignment_churn"] = last.assignment_churn
-    if last.stopping is not None:
-        metrics["stopping"] = last.stopping
-    if spec.grow:
-        metrics["new_expert_share"] = _new_expert_share(model, spec, corpus)
-    return metrics
+    joules = _total_joules([m.joules for m in measured])
+    return StageMetrics(
+        tokens=tokens,
+        steps=taken.steps,
+        seconds=seconds,
+        tokens_per_second=tokens / seconds,
+        active_flops=stage_flops(taken, model.architecture, run.before),
+        flops_per_second=loop_flops(taken, model.architecture, run.before) / seconds,
+        energy_joules=joules,
+        joules_per_token=None if joules is None else joules / tokens,
+        data_fraction=sum(m.data_seconds for m in measured) / seconds,
+        # A rollback returns to a checkpoint from before these steps, whose guard has not counted them.
+        nonfinite_steps=sum(m.nonfinite_steps for m in measured) + rollbacks * MAX_NONFINITE,
+        skipped_spikes=sum(m.skipped_spikes for m in measured),
+        rollbacks=rollbacks,
+        # JSON has no NaN; nonfinite_steps says why a loss is absent.
+        final={name: value for name, value in last.final.items() if math.isfinite(value)},
+        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        epochs=epochs(tokens - taken.replayed_tokens, corpus.train, spec.model.context),
+        assignment_churn=last.assignment_churn,
+        stopping=last.stopping,
+        new_expert_share=_new_expert_share(model, spec, corpus) if spec.grow else None,
+    )
 
 
 def _as_taken(spec: StageSpec, measured: list[PhaseMeasures]) -> StageSpec:
-    """The stage in whole steps, and no more of them than it took if it stopped early: where it measured last."""
+    """The stage with the tokens of the steps that it took."""
+    # Early stopping ends with a measurement, whose step is therefore the last one taken.
     steps = sum(
         phase.steps if done.stopping is None else done.stopping["held_out_nats_per_token"][-1][0]
         for done, phase in zip(measured, spec.phases(), strict=True)
@@ -113,17 +147,18 @@ def _as_taken(spec: StageSpec, measured: list[PhaseMeasures]) -> StageSpec:
     return replace(spec, tokens=steps * spec.optim.batch_tokens)
 
 
-def _energy(joules: list[float | None], tokens: int) -> dict[str, float]:
-    """Of all phases, or nothing; a counter that stood still all along has measured nothing."""
+def _total_joules(joules: list[float | None]) -> float | None:
+    """The sum over all phases; None if any of them is unknown."""
     known = [spent for spent in joules if spent is not None]
-    total = sum(known)
-    return {"energy_joules": total, "joules_per_token": total / tokens} if total and len(known) == len(joules) else {}
+    # A counter that never moved has measured nothing: no device trains for 0 J.
+    return (sum(known) or None) if len(known) == len(joules) else None
 
 
 def _new_expert_share(model: LanguageModel, spec: StageSpec, corpus: TokenizedCorpus) -> float:
-    """Smallest share of the new data's assignments that any new expert gets; warns if next to none."""
+    """Smallest share of the new text's assignments that any new expert gets; warn if it is below ``min_share``."""
     assert spec.grow is not None
     sample = text_sample(model, spec, corpus, spec.grow.sample_tokens)
+    # Growth may be restricted to some layers.
     grown = [layer for layer in range(spec.model.layers) if model.architecture.generations[-1].experts_in(layer)]
     counts = [seen.counts_E for seen in observe(model, sample)]
     smallest = min(float((counts[i] / counts[i].sum())[-spec.grow.experts :].min()) for i in grown)

@@ -1,4 +1,4 @@
-"""One phase of a stage as a LightningModule: loss, optimizer, and what is never stepped on.
+"""One phase of a stage as a LightningModule: losses, optimizer, and the steps that are skipped.
 
 Legend: B sequences, S length, D model width, V vocabulary.
 """
@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import chain
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import torch
 from lightning.pytorch import LightningModule
@@ -34,9 +34,20 @@ from lifelong_moe.training.loop.means import StepMeans
 from lifelong_moe.training.loop.optimizer import build_optimizer, build_schedule
 from lifelong_moe.training.loop.random_state import RandomState, random_states, restore_random_state
 from lifelong_moe.training.loop.rollback import MAX_NONFINITE, NonfiniteStepsError
-from lifelong_moe.training.loop.shares import with_shares
+from lifelong_moe.training.loop.shares import Batch, WeightedBatch, with_shares
 
 log = logging.getLogger(__name__)
+
+
+class StepOutput(TypedDict):
+    """A micro-batch's losses and loads, for Lightning and for callbacks."""
+
+    loss: Tensor
+    """Its contribution to the step's objective; the only part with a gradient."""
+    parts: dict[str, Tensor]
+    """Unweighted losses by name."""
+    loads: list[Tensor]
+    """Real tokens of each expert, one tensor ``(E,)`` a layer."""
 
 
 class StageModule(LightningModule):
@@ -55,86 +66,93 @@ class StageModule(LightningModule):
         self.spec = spec
         self.phase = phase
         self.frozen = {f"model.{name}" for name in model.stored_names(trained=False)}
-        """What the stage freezes; a phase may train less than the rest, but all of the rest belongs to the stage."""
+        """Names of the tensors that the stage freezes; a phase may freeze more for its length."""
         self._own = [p for p in model.parameters() if p.requires_grad]
         # In a tuple, so that it is no submodule: not saved, not trained, not counted.
         self._teacher = (teacher,)
+        # Expert dropout draws other units for the student, so its lower blocks differ from the teacher's.
         noisy = spec.finetune is not None and spec.finetune.expert_dropout > 0
         self._shared_blocks = 0 if teacher is None or noisy else shared_blocks(model, teacher)
-        """Blocks at the bottom whose output the teacher takes from the student."""
+        """Lowest blocks, frozen in both models, whose output the teacher takes from the student."""
         self.teacher_cache: TeacherCache | None = None
-        """Where what the teacher said is kept, if it is."""
+        """Keeps the teacher's hidden states of a block for its next epoch."""
         self._anchor = anchor
-        self.strict_loading = False  # step checkpoints leave frozen tensors out; on_load_checkpoint checks names
+        # Step checkpoints leave frozen tensors out; on_load_checkpoint checks the names instead.
+        self.strict_loading = False
         self.guard = StepGuard()
-        self._taken = True
+        self._is_step_taken = True
         self._random_states: list[RandomState] | None = None
-        """To go on with, once the loader has been set up, which draws a number as well."""
+        """From the checkpoint, until the first batch."""
         self.means = StepMeans()
-        """Of the step's losses and loads."""
+        """Means of the last step."""
         self.grad_norm = math.nan
         """Norm of the last step's gradient before clipping."""
         self.assignments_before: Tensor | None = None
-        """Clusters of a sample when the phase began, to measure how much they churn; kept over interruptions."""
+        """Clusters of a sample at the beginning of the phase, to measure churn; kept in step checkpoints."""
 
     def offloaded(self, streamer: WeightStreamer | None) -> AbstractContextManager[None]:
-        """Within this context frozen experts, the teacher's too, come to the device when they are needed only."""
+        """Context in which frozen experts, also the teacher's, are on the device only while they compute."""
         models = [model for model in (self.model, *self._teacher) if model is not None]
         return offloaded(models, self._own, streamer)
 
     def on_fit_start(self) -> None:
-        """The teacher follows to the device and dtype; what it shares with the student did so, or is offloaded."""
+        """Move the teacher and the anchor to the device."""
+        # Lightning moves submodules only. Tensors that the teacher shares are there already, or offloaded.
         if self._teacher[0] is not None:
             self._teacher[0].to(self.device, self.model.embedding.weight.dtype)
         if self._anchor is not None:
             self._anchor = self._anchor.to(self.device)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Go on with the random numbers of the run that was interrupted."""
+        """Restore the random state of an interrupted run before its next step."""
+        # Not in on_load_checkpoint: setting up the loader draws a number after it.
         if self._random_states is not None:
             restore_random_state(self._random_states, self.device, self.spec.seed + self.global_step)
             self._random_states = None
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
-        """What a micro-batch adds to its step's objective; its parts ride along, detached, for callbacks.
+    def training_step(self, batch: Batch | WeightedBatch, batch_idx: int) -> StepOutput:
+        """A micro-batch's contribution to the objective, which is the mean over the micro-batches of all processes.
 
-        The objective is the mean over the micro-batches of all processes: token-weighted means over the whole step for
-        next tokens, teacher and review (see ``shares.py``), router losses of each micro-batch, and the penalty.
+        It sums next-token, distillation and review losses, weighted by their shares (see ``shares.py``), the router
+        losses of the micro-batch, and the penalty.
         """
-        batch = batch if "shares" in batch else with_shares(batch, self.spec)
+        # The data module adds the shares; a batch without them is a whole step.
+        weighted = batch if "shares" in batch else with_shares(batch, self.spec)
+        return self._losses(weighted)  # type: ignore[arg-type]
+
+    def _losses(self, batch: WeightedBatch) -> StepOutput:
         reviews = self.phase.old_loss > 0
         old_text_BS = batch["replayed"].unsqueeze(1).expand_as(batch["token_ids"]) if reviews else None
-        output = self.model(replace(TokenBatch.of(batch), old_text_BS=old_text_BS), split=self._shared_blocks)
+        output = self.model(replace(_tokens(batch), old_text_BS=old_text_BS), split=self._shared_blocks)
         total, parts = self._language_losses(batch, output)
         shares = batch["shares"]
         for name, (value, weighted) in router_losses(output.routings).items():
             if name != "old":
                 parts[f"{name}_loss"] = value
                 total = total + shares.get(f"{name}_loss", 1.0) * weighted
-            elif "old_loss" in shares:  # there is old text in this step, perhaps in other micro-batches alone
+            # Each micro-batch of a step has to report the same parts, also one without old text.
+            elif "old_loss" in shares:
                 parts["old_loss"] = value
                 total = total + self.phase.old_loss * shares["old_loss"] * value
         if self._anchor is not None:
             parts["penalty"] = self._anchor.value(self.model)
             total = total + parts["penalty"]
+        # shape: (T,)
         mask_T = batch["mask"].flatten()
         self.means.add({"objective": total, **parts}, shares, output.routings, mask_T)
         detached = {name: value.detach() for name, value in parts.items()}
         return {"loss": total, "parts": detached, "loads": [r.counts_of(mask_T) for r in output.routings]}
 
-    def _next_token_loss(self, batch: dict[str, Any], hidden_TD: Tensor) -> Tensor:
-        """Mean over the tokens that count, whose hidden states are given."""
+    def _next_token_loss(self, batch: WeightedBatch, hidden_TD: Tensor) -> Tensor:
+        """Mean over the scored tokens, whose hidden states are given."""
         if not len(hidden_TD):
-            return hidden_TD.sum()  # a micro-batch of prompts alone: 0
+            # A micro-batch of prompts alone: a mean would be NaN, and a constant 0 would have no graph for backward.
+            return hidden_TD.sum()
         targets_T, domains_T = _counted(batch, batch["target_ids"]), _counted(batch, batch["domain_ids"])
         return self.model.head.cross_entropy(hidden_TD, targets_T, domains_T)
 
-    def _language_losses(self, batch: dict[str, Any], output: ModelOutput) -> tuple[Tensor, dict[str, Tensor]]:
-        """What next tokens, and the teacher, ask for: the weighted sum, and its parts.
-
-        The step's mean KL is weighted by its number of distilled sequences relative to the expected one: a token of
-        theirs weighs the same whether few or many of them fall into a step.
-        """
+    def _language_losses(self, batch: WeightedBatch, output: ModelOutput) -> tuple[Tensor, dict[str, Tensor]]:
+        """Next-token loss and distillation: their weighted sum, and each of them."""
         shares, hidden_TD = batch["shares"], _counted(batch, output.hidden_BSD)
         teacher, config, share = self._teacher[0], self.spec.distill, shares.get("loss", 0.0)
         asks = self.phase.trains == Trains.stage and "distill_loss" in shares
@@ -142,11 +160,14 @@ class StageModule(LightningModule):
             nats = self._next_token_loss(batch, hidden_TD)
             return share * nats, {"loss": nats} if "loss" in shares else {}
         tokens_N, weight = batch["distilled_tokens"], config.weight * batch["lesson"]
-        if not len(tokens_N):  # others in this step have some
+        if not len(tokens_N):
+            # Other micro-batches of this step have some, and all report the same parts.
             nats = self._next_token_loss(batch, hidden_TD)
             return share * nats, {"loss": nats, "distill_loss": torch.zeros_like(nats)}
         taught_ND = _counted(batch, self._taught(teacher, batch, batch["distilled"], output), "taught")
+        # Both losses in one pass over chunks of tokens, which never holds all logits (T, V) at once.
         if self.model.head.is_one_matrix and teacher.head.is_one_matrix:
+            # linear_losses weights the KL within the sum that `share` multiplies, so its weight is divided by it.
             lesson = TeacherTargets(tokens_N, taught_ND, teacher.head.weight, config.temperature, weight / share)
             targets_T = _counted(batch, batch["target_ids"])
             total, nats, kl = linear_losses(hidden_TD, self.model.head.weight, targets_T, lesson)
@@ -159,9 +180,10 @@ class StageModule(LightningModule):
         return share * nats + weight * kl, {"loss": nats, "distill_loss": kl}
 
     @torch.no_grad()
-    def _taught(self, teacher: LanguageModel, batch: dict[str, Any], rows: Tensor, output: ModelOutput) -> Tensor:
-        """The teacher's final hidden states of some sequences, from where it differs from the student."""
-        taught = replace(TokenBatch.of(batch), domain_ids_BS=batch["teacher_domain_ids"])[rows]
+    def _taught(self, teacher: LanguageModel, batch: WeightedBatch, rows: Tensor, output: ModelOutput) -> Tensor:
+        """The teacher's final hidden states ``(R, S, D)`` of some sequences."""
+        # The teacher does not know this stage's generation, so it reads the text with domains of its own.
+        taught = replace(_tokens(batch), domain_ids_BS=batch["teacher_domain_ids"])[rows]
         if self.teacher_cache is not None:
             return self.teacher_cache.hidden(batch["block"][rows], lambda i: teacher(taught[i : i + 1]).hidden_BSD)
         below = output.below_BSD
@@ -170,7 +192,7 @@ class StageModule(LightningModule):
         return teacher(taught, split=self._shared_blocks, below_BSD=below[rows]).hidden_BSD
 
     def configure_optimizers(self) -> Any:
-        """AdamW over what trains; the rate is a pure function of the step."""
+        """AdamW over the trainable parameters; the learning rate is a pure function of the step."""
         optimizer, rates = build_optimizer(self.model, self.spec, self.phase)
         schedule = build_schedule(optimizer, rates, self.phase.steps, self.spec.optim)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -181,37 +203,41 @@ class StageModule(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by norm; the gradient of a step that may not be taken is dropped whole, so that it changes nothing.
+        """Clip the gradient's norm, or drop the gradient of a step that the guard skips.
 
         Raises:
-            NonfiniteStepsError: After three steps in a row without a finite loss and gradient.
+            NonfiniteStepsError: After ``MAX_NONFINITE`` steps in a row without a finite loss and gradient.
         """
+        # Lightning calls this once a step, on the accumulated and all-reduced gradient: the place for a verdict on it.
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(_matrices(p.grad for p in parameters if p.grad is not None))
-        self.grad_norm = self.means.close(norm)  # the step's only transfer
+        # The step's only transfer from the device; everything on the host waits for it.
+        self.grad_norm = self.means.finish_step(norm)
         loss = self.means.values.get("loss")  # absent in a step of prompts alone
         verdict = self.guard.judge(loss, self.means.values.pop("objective"), self.grad_norm)
-        self._taken = verdict == Verdict.sound
+        self._is_step_taken = verdict == Verdict.sound
         if verdict == Verdict.sound:
             limit = self.spec.gradient_clip or math.inf
-            if self.grad_norm > limit:  # else they are left alone: multiplying by 1 would cost a pass over memory
+            # Not always, with a factor of at most 1: multiplying by 1 would cost a pass over memory.
+            if self.grad_norm > limit:
                 torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
             return
         for parameter in parameters:
-            parameter.grad = None  # absent, not zero: AdamW then applies neither moments nor decay
+            # None, not zero: with a zero gradient AdamW would still apply its moments and weight decay.
+            parameter.grad = None
         reason = "loss or gradient is not finite" if verdict == Verdict.nonfinite else f"loss jumped to {loss:.3f}"
         log.warning("stage %s, step %d: %s; step skipped", self.spec.name, self.global_step, reason)
         if self.guard.nonfinite_in_a_row == MAX_NONFINITE:
             raise NonfiniteStepsError(self.spec, self.phase, self.global_step)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Step, then let routers adapt what is not learned by gradient."""
+        """Step, then let routers adapt the state that no gradient reaches, such as biases for balance."""
         super().optimizer_step(*args, **kwargs)
         for layer in self.model.moe_layers():
-            layer.router.end_step(self._taken)
+            layer.router.end_step(self._is_step_taken)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave frozen tensors out: the stage that bore them holds them."""
+        """Leave frozen tensors out, which earlier stages hold, and add guard and random state."""
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: tensor for name, tensor in state.items() if name not in self.frozen}
         checkpoint["guard"] = self.guard.state_dict()
@@ -219,20 +245,21 @@ class StageModule(LightningModule):
         checkpoint["assignments_before"] = self.assignments_before
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that the checkpoint holds exactly what trains, then restore counters and random state."""
+        """Check that the checkpoint holds exactly the trainable tensors, then restore guard and random state."""
         expected = set(self.state_dict()) - self.frozen
         if set(checkpoint["state_dict"]) != expected:
             odd = sorted(set(checkpoint["state_dict"]) ^ expected)
-            raise CorruptError(f"step checkpoint of stage {self.spec.name} does not fit its model: {odd[0]}.")
+            raise CorruptError(
+                f"step checkpoint of stage {self.spec.name} does not fit its model: {odd[0]}. Remove the stage's work "
+                f"directory to begin again."
+            )
         self.guard.load_state_dict(checkpoint["guard"])
         self._random_states = checkpoint["random_states"]
         self.assignments_before = checkpoint["assignments_before"]
 
 
 def router_losses(routings: list[Routing]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Each auxiliary loss of the layers that have it: its mean, for curves, and what is minimized, its weighted sum.
-
-    A sum, so that what presses on one router does not depend on how many other layers have one.
+    """Each auxiliary loss by name: its mean over layers, for curves, and its weighted sum, which is minimized.
 
     Source:
         Layers are summed by Mesh TensorFlow (transformer.py, ``add_n(context.losses)``), Lingvo, V-MoE, Megatron-LM,
@@ -241,6 +268,7 @@ def router_losses(routings: list[Routing]) -> dict[str, tuple[Tensor, Tensor]]:
     """
     names = dict.fromkeys(name for routing in routings for name in routing.losses)
     losses = {name: [r.losses[name] for r in routings if name in r.losses] for name in names}
+    # Summed, so that the pressure on one router does not depend on how many other layers have one.
     return {
         name: (
             torch.stack([loss.value for loss in found]).mean(),
@@ -251,20 +279,22 @@ def router_losses(routings: list[Routing]) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def _matrices(gradients: Iterable[Tensor]) -> list[Tensor]:
-    """Gradients in order, each expert's two matrices one after the other.
-
-    A norm is rounded by how it is summed: so it does not depend on how experts are held, and neither does a clipped
-    step.
-    """
+    """Gradients in order, those of a generation split into each expert's two matrices, one after the other."""
+    # The order of a sum decides its rounding. In this one the norm, and so a clipped step, has the same bits as with
+    # one parameter a matrix.
     found: list[Tensor] = []
     rest = iter(gradients)
     for gradient in rest:
-        # Of a generation the matrices into its experts come first, then those out of them.
+        # A generation has two 3-D parameters: first the matrices into its experts, then those out of them.
         found += chain.from_iterable(zip(gradient, next(rest), strict=True)) if gradient.dim() == 3 else [gradient]
     return found
 
 
-def _counted(batch: dict[str, Any], values: Tensor, which: str = "counted") -> Tensor:
-    """Values of the tokens that count, ``(T, ...)``, of those of all, ``(B, S, ...)``; no copy where these are all."""
+def _tokens(batch: WeightedBatch) -> TokenBatch:
+    return TokenBatch(batch["token_ids"], batch["document_ids"], batch["domain_ids"], batch["mask"])
+
+
+def _counted(batch: WeightedBatch, values: Tensor, which: Literal["counted", "taught"] = "counted") -> Tensor:
+    """The scored tokens' values ``(T, ...)``, out of ``(B, S, ...)``; a view if all tokens are scored."""
     flat = values.flatten(0, 1)
     return flat.index_select(0, batch[which]) if which in batch else flat

@@ -1,4 +1,4 @@
-"""AdamW over what trains, and the learning rate as a pure function of the step."""
+"""AdamW over the trainable parameters, and the learning rate as a pure function of the step."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ def rate_factor(step: int, steps: int, config: OptimConfig) -> float:
         ``wsd``: MiniCPM (arXiv:2404.06395), with a linear decay.
     """
     warmup = round(config.warmup_fraction * steps)
+    # Never 0, or the first step would be wasted.
     if step < warmup:
         return (step + 1) / (warmup + 1)
     if config.schedule == Schedule.constant:
@@ -49,23 +50,23 @@ def rate_factor(step: int, steps: int, config: OptimConfig) -> float:
 
 @dataclass(frozen=True)
 class Rate:
-    """How one parameter's learning rate differs from the stage's."""
+    """A parameter's learning rate relative to the stage's."""
 
     scale: float = 1.0
     """Factor on the rate."""
     until: float = 1.0
-    """Share of the phase's steps after which it is 0."""
+    """Share of the phase's steps after which the rate is 0."""
 
 
 def freeze_trunk(model: LanguageModel, trunk: TrunkConfig | None) -> None:
-    """Stop training the shared parts if ``trunk.train`` is ``frozen`` or ``deltas``."""
+    """Freeze the shared parts if ``trunk.train`` is ``frozen`` or ``deltas``."""
     if trunk is not None and trunk.is_frozen:
         for parameter in model.trunk_parameters().values():
             parameter.requires_grad_(False)
 
 
 def freeze_for_finetuning(model: LanguageModel, config: FinetuneConfig | None) -> None:
-    """Stop training what fine-tuning leaves alone."""
+    """Freeze the parts that ``finetune.trainable`` leaves out."""
     if config is None:
         return
     for part in Part:
@@ -75,7 +76,8 @@ def freeze_for_finetuning(model: LanguageModel, config: FinetuneConfig | None) -
 
 
 def phase_parameters(model: LanguageModel, phase: Phase) -> dict[str, nn.Parameter]:
-    """What a phase trains, by name: what the stage does not freeze, or its new router rows only."""
+    """The parameters that a phase trains, by name: all that the stage does not freeze, or its new router rows only."""
+    # Without empty ones: a layer that did not grow has rows for no expert.
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad and p.numel()}
     if phase.trains == Trains.stage:
         return trained
@@ -85,7 +87,8 @@ def phase_parameters(model: LanguageModel, phase: Phase) -> dict[str, nn.Paramet
 
 @contextmanager
 def training_only(model: LanguageModel, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Within this context only these parameters have gradients."""
+    """Context in which only these parameters have gradients."""
+    # By identity: tied weights are one parameter under two names.
     chosen = {id(p) for p in parameters}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
     for parameter in others:
@@ -98,13 +101,12 @@ def training_only(model: LanguageModel, parameters: Iterable[nn.Parameter]) -> I
 
 
 def parameter_rates(model: LanguageModel, spec: StageSpec, phase: Phase) -> dict[str, Rate]:
-    """The rate of every parameter by name: a gentle trunk, old experts that train on, router rows that settle.
-
-    In a review, which is for the router, its rows do not settle.
-    """
+    """The rate of every parameter by name."""
+    # In a review, which trains router rows alone, they keep the rate to its end.
     if spec.parent is None or phase.trains == Trains.router:
         return {name: Rate() for name, _ in model.named_parameters()}
     trunk_scale = spec.trunk.lr_scale if spec.trunk and spec.trunk.train == TrunkTraining.gentle else 1.0
+    # Three exceptions from rate 1: a gentle trunk, router rows that settle early, old experts that train on.
     newest, rates = len(model.architecture.generations) - 1, {}
     for name, place in model.places().items():
         until = spec.optim.router_until if place.part == Part.router else 1.0
@@ -116,20 +118,23 @@ def parameter_rates(model: LanguageModel, spec: StageSpec, phase: Phase) -> dict
 
 
 def build_optimizer(model: LanguageModel, spec: StageSpec, phase: Phase) -> tuple[AdamW, list[Rate]]:
-    """AdamW over what a phase trains, and the rate of each of its groups; what is frozen is unknown to it.
-
-    Groups: matrices and norms (no decay), each once for every :class:`Rate`.
+    """AdamW over a phase's parameters, and the rate of each of its parameter groups.
 
     Raises:
-        ConfigError: If nothing trains.
+        ConfigError: If no parameter trains.
     """
+    # Frozen means neither gradient nor weight decay: a frozen parameter is in no group.
     config, rates = spec.optim, parameter_rates(model, spec, phase)
     groups: dict[tuple[Rate, float], list[nn.Parameter]] = {}
     for name, parameter in phase_parameters(model, phase).items():
+        # Matrices decay; norms and biases, of one dimension, do not.
         decay = config.weight_decay if parameter.dim() > 1 else 0.0
         groups.setdefault((rates[name], decay), []).append(parameter)
     if not groups:
-        raise ConfigError("nothing is left to train: the trunk is frozen and no experts are added (grow.experts=0).")
+        raise ConfigError(
+            "nothing is left to train: the trunk is frozen and no experts are added. Set trunk.train=full, or "
+            "grow.experts above 0."
+        )
     peak = config.lr * phase.lr_scale * (config.rewarm if spec.parent is not None else 1.0)
     optimizer = AdamW(
         [
@@ -148,6 +153,7 @@ def build_schedule(optimizer: AdamW, rates: list[Rate], steps: int, config: Opti
 
     def factor(rate: Rate) -> Callable[[int], float]:
         last = round(rate.until * steps)
+        # The schedule of the whole phase up to there; it does not decay earlier.
         return lambda step: rate_factor(step, steps, config) if step < last or rate.until == 1 else 0.0
 
     return LambdaLR(optimizer, [factor(rate) for rate in rates])

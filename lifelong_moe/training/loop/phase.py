@@ -1,4 +1,4 @@
-"""One phase of a stage: its mix of text, its steps, and what is measured of them."""
+"""One phase of a stage, from its mix of text to its measurements."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lifelong_moe.training.callbacks.progress import Meter
 from lifelong_moe.training.callbacks.stopping import early_stopping
 from lifelong_moe.training.loop.context import PhaseRun, StageModels
 from lifelong_moe.training.loop.data import StageData, phase_dataset, text_sample
-from lifelong_moe.training.loop.execution import documents_apart, executed, expert_dropout
+from lifelong_moe.training.loop.execution import execution_options, expert_dropout, isolated_documents
 from lifelong_moe.training.loop.fit import PhaseFit
 from lifelong_moe.training.loop.measure import PhaseMeasures
 from lifelong_moe.training.loop.module import StageModule
@@ -32,27 +32,26 @@ def train_phase(module: StageModule, models: StageModels, run: PhaseRun) -> Phas
     """Train one phase with a fresh Trainer and optimizer.
 
     Args:
-        module: Of the model; what is measured of its steps is read from it.
-        models: Of the stage.
-        run: Which phase, from where on.
-
-    Returns:
-        What was measured.
+        module: With the stage's model.
+        models: Of the stage; the model is on the CPU again at the end.
+        run: The phase and its place in the stage.
 
     Raises:
-        NonfiniteStepsError: If the stage has to roll back, or to give up.
-        ResourceError: If the device's memory does not suffice.
+        NonfiniteStepsError: If the stage has to roll back.
+        ResourceError: If the device's memory is full.
     """
     model, spec, config = models.model, run.stage.spec, run.stage.environment.trainer
     corpus = run.stage.corpora[spec.data]
-    _begin(module, run)
+    _restore_or_seed(module, run)
     if config.cache_teacher and models.teacher is not None:
         module.teacher_cache = TeacherCache(run.stage.work / f"teacher-{run.number}", spec.model.context)
+    # After restoring: centroids in the checkpoint decide the generation of each token of the data.
     data = StageData(phase_dataset(models, spec, run.phase, run.stage.corpora, run.seed), run)
     meter, stopping = _meter(models, run), early_stopping(spec, corpus, run.stage.work)
     model.train()
-    with _as_the_stage_trains(models, run), _memory_for(spec):
+    with _training_context(models, run), _explained_full_memory(spec):
         PhaseFit(run, module, data, meter, stopping).fit()
+    # Clusters of the next phase, measurements and the commit are computed on the CPU.
     model.cpu()
     if stopping is not None:
         stopping.restore(model)
@@ -68,16 +67,17 @@ def train_phase(module: StageModule, models: StageModels, run: PhaseRun) -> Phas
     )
 
 
-def _begin(module: StageModule, run: PhaseRun) -> None:
-    """Go on from the phase's checkpoint, or draw its random numbers anew."""
+def _restore_or_seed(module: StageModule, run: PhaseRun) -> None:
+    """Load the phase's checkpoint, or seed its random numbers."""
     spec = run.stage.spec
     if run.resume is not None:
         run.stage.environment.console.print(f"{spec.name}: continuing from {run.resume.name}")
-        # Groups of the training text depend on centroids, which the checkpoint holds, whichever phase fitted them.
+        # Lightning loads it again in fit, with optimizer and loop. Centroids are needed earlier, to make the data.
         state = SafeCheckpointIO().load_checkpoint(run.resume)["state_dict"]
         module.load_state_dict(state, strict=False)
     else:
-        torch.manual_seed(run.seed)  # of noise, jitter and dropout; later on it is part of the checkpoint
+        # Of noise, jitter and dropout. Every phase seeds anew, so that it does not depend on the draws before it.
+        torch.manual_seed(run.seed)
         module.assignments_before = _sample_assignments(module.model, spec, run.stage.corpora[spec.data])
 
 
@@ -89,23 +89,23 @@ def _meter(models: StageModels, run: PhaseRun) -> Meter:
 
 
 @contextmanager
-def _as_the_stage_trains(models: StageModels, run: PhaseRun) -> Iterator[None]:
-    """Within this context models compute and train as the phase wants it, and SIGTERM waits for the end of a step."""
+def _training_context(models: StageModels, run: PhaseRun) -> Iterator[None]:
+    """Context with the phase's settings on the models, in which SIGTERM waits for the end of a step."""
     spec, environment = run.stage.spec, run.stage.environment
     both = [model for model in (models.model, models.teacher) if model is not None]
     with (
-        documents_apart(both if spec.finetune else []),
+        isolated_documents(both if spec.finetune else []),
         training_only(models.model, phase_parameters(models.model, run.phase).values()),
         expert_dropout(models.model, spec.finetune.expert_dropout if spec.finetune else 0.0),
-        executed(both, environment.trainer),
+        execution_options(both, environment.trainer),
         environment.interrupt.until_step_boundary(),
     ):
         yield
 
 
 @contextmanager
-def _memory_for(spec: StageSpec) -> Iterator[None]:
-    """Answer a full memory with what to set.
+def _explained_full_memory(spec: StageSpec) -> Iterator[None]:
+    """Context that turns out-of-memory errors into one that names the setting to change.
 
     Raises:
         ResourceError: In place of the device's error.
@@ -119,7 +119,8 @@ def _memory_for(spec: StageSpec) -> Iterator[None]:
 
 
 def _out_of_memory(spec: StageSpec) -> ResourceError:
-    """What a stage asked of the device and how to ask for less; the global batch is for a person to change."""
+    """The error with the smallest change of settings that needs less memory."""
+    # More micro-batches keep the global batch, and so nearly the result; a smaller batch is a user's decision.
     total, now = spec.global_batch, spec.accumulate
     more = next((n for n in range(now + 1, total + 1) if total % n == 0), None)
     remedy = "Set model.context or the model's size lower."
@@ -132,7 +133,7 @@ def _out_of_memory(spec: StageSpec) -> ResourceError:
 
 
 def _churn(module: StageModule, run: PhaseRun) -> float | None:
-    """Share of a sample's assignments that the phase changed; None where none was compared."""
+    """Share of a sample's assignments that the phase changed; None without a sample."""
     if module.assignments_before is None:
         return None
     spec = run.stage.spec
@@ -142,7 +143,8 @@ def _churn(module: StageModule, run: PhaseRun) -> float | None:
 
 
 def _sample_assignments(model: LanguageModel, spec: StageSpec, corpus: TokenizedCorpus) -> Tensor | None:
-    """First expert of each sampled real token at each layer, where fixed centroids look at moving hidden states."""
+    """First expert of each real token of a sample, by layer; None unless fixed centroids read hidden states."""
+    # Only there do weights that train move the assignments, although the centroids stay.
     if not spec.routing.clusters_hidden:
         return None
     sample = text_sample(model, spec, corpus, 4 * spec.model.context)

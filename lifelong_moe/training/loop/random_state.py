@@ -1,9 +1,7 @@
-"""Random numbers of a training process: of its own generators, and the same ones after an interruption.
+"""Random states of training processes, restored after an interruption.
 
-Noise, jitter and dropout come from the CPU's generator and from that of the process's device. A step checkpoint holds
-both of every rank. If it is continued by more ranks, or on another kind of device, the generators that it does not know
-begin anew, from the stage's seed, the step and the rank; of fewer ranks each goes on with its own. Where ranks draw
-numbers, their number is in the stage's key, so nothing that another number of them goes on with depends on these.
+Noise, jitter and dropout draw from the generators of the CPU and of the process's device. A step checkpoint holds both
+for every rank.
 """
 
 from __future__ import annotations
@@ -13,10 +11,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 RANK_SEED = 1_000_003
-"""Added to a seed once a rank, so that no two ranks draw the same noise."""
+"""Distance between the seeds of two ranks, so that no two draw the same noise."""
 
 RandomState = dict[str, Tensor]
-"""States of one rank's generators by kind of device, uint8."""
+"""States of one rank's generators by kind of device, uint8 tensors."""
 
 
 def seed_rank(seed: int, rank: int) -> None:
@@ -25,10 +23,10 @@ def seed_rank(seed: int, rank: int) -> None:
 
 
 def random_states(device: torch.device) -> list[RandomState]:
-    """Where the generators of all ranks stand, by rank; the same on each.
+    """The states of all ranks' generators, by rank; the same list on each rank.
 
     Args:
-        device: That this rank trains on.
+        device: Of this rank.
     """
     own = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
@@ -42,14 +40,16 @@ def random_states(device: torch.device) -> list[RandomState]:
 
 
 def restore_random_state(states: list[RandomState], device: torch.device, seed: int) -> None:
-    """Go on with this rank's random numbers.
+    """Set this rank's generators.
 
     Args:
         states: From :func:`random_states`.
-        device: That this rank trains on.
-        seed: Of generators that were not there then.
+        device: Of this rank.
+        seed: For generators without a state, of a further rank or another kind of device.
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
+    # First everything from the seed, then what is known. Another number of ranks is harmless to what a key promises:
+    # where ranks draw numbers, their number is in the stage's key.
     seed_rank(seed, rank)
     own = states[rank] if rank < len(states) else {}
     if "cpu" in own:

@@ -1,7 +1,7 @@
-"""Ranks: processes on this machine that take training steps together, while the main process watches over them.
+"""Ranks: processes on this machine that take training steps together, supervised by the main process.
 
-A rank is forked for one phase and has a pipe to the main process. Everything that is not a training step stays with
-the main process alone: locks, tracking, evaluation and commits.
+A rank is forked for one phase and has a pipe to the main process, which keeps everything but training steps: locks,
+tracking, evaluation and commits.
 """
 
 from __future__ import annotations
@@ -29,40 +29,43 @@ from lifelong_moe.training.callbacks.interrupt import Interrupt, PendingInterrup
 from lifelong_moe.training.callbacks.logger import Row, Send
 
 TIMEOUT_SECONDS = 300.0
-"""Longest time that a rank waits for the others, within which rank 0 may write a checkpoint or wait for MLflow."""
+"""Time that a rank waits for the others; rank 0 writes checkpoints and waits for MLflow within it."""
 GRACE_SECONDS = 5.0
-"""Once a rank has failed: time for the others to say why they failed, before they are killed."""
-LOOK_SECONDS = 0.1
-"""Between two looks at whether a rank has died, or somebody asked us to stop."""
-LOST = ("gloo/transport/", "Application timeout caused pair closure")
-"""Gloo's errors are RuntimeErrors. Their messages name the file that raised them, or say that another wait failed."""
+"""Time for the other ranks to report their errors after one has failed, before they are killed."""
+POLL_SECONDS = 0.1
+"""Between two checks for dead ranks and a request to stop."""
+# Gloo's errors are plain RuntimeErrors: only their messages tell them from a bug of ours.
+PEER_LOST = ("gloo/transport/", "Application timeout caused pair closure")
+"""Parts of the messages of Gloo's errors after another rank has gone."""
 
 Work = Callable[[int, Interrupt, Send], Any]
-"""What a rank does: its number, what tells it to stop, and where its curves go; returns plain JSON data."""
+"""The work of a rank, from its number, its interrupt and the receiver of its curves; returns plain JSON data."""
 
 
 def run_ranks(number: int, work: Work, interrupt: Interrupt, send: Send, meeting: Path) -> Any:
-    """Do something in several ranks; returns what rank 0 returned.
+    """Run work in several ranks, and return the result of rank 0.
 
     Args:
-        number: Ranks.
-        work: What each does.
+        number: Of ranks.
+        work: Of each rank.
         interrupt: Of the main process; a request to stop is passed on.
-        send: Receives in this process the curves that rank 0 sends; it waits meanwhile.
-        meeting: A file of their own, through which they find each other.
+        send: Receives rank 0's curves in this process, while the rank waits.
+        meeting: File through which the ranks find each other.
 
     Raises:
         LifelongError: What a rank raised, with the same message.
-        TryAgainError: If a rank died, or the others waited for it in vain.
-        RuntimeError: If there was a bug of ours in a rank; with its traceback.
+        TryAgainError: If a rank died or did not answer.
+        RuntimeError: After a bug in a rank; with its traceback.
     """
-    meeting.unlink(missing_ok=True)  # of a main process that was killed
+    # A file that a killed main process left would make the new ranks meet the dead ones.
+    meeting.unlink(missing_ok=True)
     ranks: list[_Rank] = []
     try:
         for rank in range(number):
             ranks.append(_Rank(rank, number, work, meeting))
-        _watch(ranks, interrupt, send)
+        _supervise(ranks, interrupt, send)
     finally:
+        # Also after Ctrl-C: no rank outlives this call.
         for one in ranks:
             one.end()
         meeting.unlink(missing_ok=True)
@@ -75,11 +78,11 @@ class _Rank:
     def __init__(self, rank: int, number: int, work: Work, meeting: Path) -> None:
         self.rank, self.number = rank, number
         self.outcome: dict[str, Any] = {}
-        """Empty until it comes: ``result``, or ``error`` with its ``message``, ``lost`` or ``bug``."""
+        """Empty until it arrives: ``result``, or ``error`` with its ``message``, ``lost`` (a peer) or ``bug``."""
         self.killed = False
         self.pipe, theirs = get_context("fork").Pipe()
         arguments = (rank, number, work, meeting, theirs, os.getpid())
-        self.process = get_context("fork").Process(target=_live, args=arguments)
+        self.process = get_context("fork").Process(target=_run_rank, args=arguments)
         # In a rank SIGTERM stays pending, from the first moment on: a handler would act on one rank alone.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         self.process.start()
@@ -93,7 +96,7 @@ class _Rank:
 
     @property
     def failed(self) -> bool:
-        """Whether it will not finish."""
+        """Whether it has failed."""
         return bool(self.code) or bool(self.outcome and "result" not in self.outcome)
 
     def listen(self, send: Send) -> None:
@@ -109,7 +112,7 @@ class _Rank:
             self.pipe.close()
 
     def end(self) -> None:
-        """Kill it if it lives, also if it is stopped or stuck; nothing that it holds outlives it."""
+        """Kill it if it lives, also if it is stopped or stuck."""
         if self.process.is_alive():
             self.killed = True
             self.process.kill()
@@ -117,17 +120,19 @@ class _Rank:
         self.pipe.close()
 
 
-def _watch(ranks: list[_Rank], interrupt: Interrupt, send: Send) -> None:
-    """Until all ranks ended, or one died, or one failed and the others had their time to do so too."""
+def _supervise(ranks: list[_Rank], interrupt: Interrupt, send: Send) -> None:
+    """Relay messages and a request to stop until all ranks ended, one died, or one failed and time is up."""
     asked, failed_at = False, None
     while any(rank.code is None or not rank.pipe.closed for rank in ranks):
-        for pipe in wait([rank.pipe for rank in ranks if not rank.pipe.closed], LOOK_SECONDS):
+        for pipe in wait([rank.pipe for rank in ranks if not rank.pipe.closed], POLL_SECONDS):
             next(rank for rank in ranks if rank.pipe is pipe).listen(send)
+        # Once: all ranks agree at their next step boundary, where any one request is enough.
         if interrupt.requested and not asked:
             asked = True
             for rank in ranks:
                 if rank.code is None:
                     os.kill(rank.process.ident or 0, signal.SIGTERM)
+        # Killed by a signal: the others would wait for it until the timeout.
         if any((rank.code or 0) < 0 for rank in ranks):
             return
         if failed_at is None and any(rank.failed for rank in ranks):
@@ -137,7 +142,8 @@ def _watch(ranks: list[_Rank], interrupt: Interrupt, send: Send) -> None:
 
 
 def _result(ranks: list[_Rank]) -> Any:
-    """What rank 0 returned; or raises the cause: a death, else a bug, else an error. To be lost is what follows."""
+    """Rank 0's result; or raise the cause of a failure."""
+    # Causes before consequences: a death, a bug and an error each make the other ranks lose their peer.
     again = "nothing was committed; run the same command again to continue from the newest checkpoint."
     for rank in ranks:
         if not rank.killed and not rank.outcome and rank.code:
@@ -156,39 +162,41 @@ def _result(ranks: list[_Rank]) -> Any:
     return ranks[0].outcome["result"]
 
 
-def _live(rank: int, number: int, work: Work, meeting: Path, pipe: Connection, parent: int) -> None:
-    """The life of a rank."""
+def _run_rank(rank: int, number: int, work: Work, meeting: Path, pipe: Connection, parent: int) -> None:
+    """Run a forked process as a rank: prepare, connect, work, and report the outcome."""
     _prepare(rank, parent)
     try:
         store = dist.FileStore(str(meeting), number)  # type: ignore[attr-defined]
         limit = timedelta(seconds=TIMEOUT_SECONDS)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=number, timeout=limit)
-        outcome = {"result": work(rank, PendingInterrupt(), lambda rows: _tell(pipe, rows))}
+        outcome = {"result": work(rank, PendingInterrupt(), lambda rows: _send_rows(pipe, rows))}
         dist.destroy_process_group()
     except LifelongError as error:
         outcome = {"error": type(error).__name__, "message": str(error)}
     except BaseException as error:
-        lost = isinstance(error, dist.DistError) or any(words in str(error) for words in LOST)
+        lost = isinstance(error, dist.DistError) or any(words in str(error) for words in PEER_LOST)
         outcome = {"lost": str(error)} if lost else {"bug": traceback.format_exc()}
     pipe.send_bytes(json.dumps(outcome).encode())
 
 
-def _tell(pipe: Connection, rows: list[Row]) -> None:
-    """Hand curves to the main process and wait until it has sent them: a checkpoint that follows implies them."""
+def _send_rows(pipe: Connection, rows: list[Row]) -> None:
+    """Hand curves to the main process, and wait until it has sent them."""
     pipe.send_bytes(json.dumps({"rows": rows}).encode())
+    # A checkpoint comes next, and a run that continues from it does not log these points again.
     pipe.recv_bytes()
 
 
 def _prepare(rank: int, parent: int) -> None:
-    """Make a forked process a rank."""
-    _prctl_pr_set_pdeathsig(signal.SIGKILL)  # nobody trains on behalf of a main process that is gone
+    """Turn a forked process into a rank."""
+    # No rank trains on for a main process that is gone; it may be gone before this line.
+    _prctl_pr_set_pdeathsig(signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process hears it too, and ends us
-    # A pool of threads that the main process began does not survive the fork: the first use of it would never end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the main process too, which ends the ranks
+    # Threads do not survive a fork: the first use of a pool that the main process had started would hang.
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
-    os.environ["LOCAL_RANK"] = str(rank)  # tells Lightning that we are what it would have started
+    os.environ["LOCAL_RANK"] = str(rank)  # so that Lightning takes this process for one that it started
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     if rank > 0:
         logging.disable(logging.WARNING)  # rank 0 says the same

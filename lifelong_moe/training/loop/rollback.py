@@ -1,9 +1,8 @@
-"""Rolling back: a stage goes on from an earlier step, and past the text that it has met since.
+"""Roll a stage back to an earlier step, and skip the batches that it has read since.
 
-Steps without a finite loss update nothing, so the steps before them are to blame as much as they are. Going back
-alone would repeat them bit for bit. Therefore all batches read since the step that training returns to are passed
-over, those of the steps without a finite loss included. What is passed over is kept beside the step checkpoints and
-depends on nothing else, so a run that is killed on the way comes to the same bits.
+Steps without a finite loss update nothing, so the steps before them are as suspect as they are. Returning alone would
+repeat them bit for bit; therefore all batches read since the step of return are skipped. Skips are kept beside the step
+checkpoints and depend on nothing else, so a run that is killed in between arrives at the same bits.
 
 Source:
     PaLM (arXiv:2204.02311), section 5.1: restart before a spike, and skip the batches before and during it.
@@ -26,7 +25,7 @@ from lifelong_moe.training.callbacks.checkpoint import checkpoint_path, checkpoi
 MAX_NONFINITE = 3
 """Steps in a row without a finite loss and gradient after which a stage rolls back."""
 MAX_ROLLBACKS = 2
-"""Times that a stage may; the next one would be divergence."""
+"""Rollbacks of a stage; after these, it has diverged."""
 FILE = "rollbacks.json"
 log = logging.getLogger(__name__)
 
@@ -50,29 +49,31 @@ class NonfiniteStepsError(DivergedError):
 
 @dataclass(frozen=True)
 class Skip:
-    """From a step of a phase on, batches lie so many further on than they would."""
+    """From a step of a phase on, batches are read from a later place in the order."""
 
     phase: int
     step: int
     batches: int
+    """Distance to the place without rollbacks."""
 
 
 @dataclass(frozen=True)
 class Rollbacks:
-    """How often a stage rolled back, and what it passes over since."""
+    """A stage's rollbacks, and the batches that it skips because of them."""
 
     count: int = 0
     skips: tuple[Skip, ...] = ()
     """In order of phase and step."""
 
     def shift(self, phase: int, step: int) -> int:
-        """Batches by which a step's batch lies further on."""
+        """Number of batches that a step's batch comes later than without rollbacks."""
+        # The largest one: each skip was computed from a place in the order that includes those before it.
         return max((skip.batches for skip in self.skips if skip.phase == phase and skip.step <= step), default=0)
 
     def batches(self, phase: int, start: int, steps: int) -> list[range]:
-        """Numbers of the batches that a phase of so many steps reads from step ``start`` on; one range without skips.
+        """Batches that a phase of ``steps`` steps reads from step ``start`` on, counted from its first step.
 
-        Numbers count from the phase's first step.
+        Without skips they are one range.
         """
         begins = {start, *(skip.step for skip in self.skips if skip.phase == phase and start < skip.step < steps)}
         bounds = [*sorted(begins), steps]
@@ -80,14 +81,15 @@ class Rollbacks:
         return [range(a + s, b + s) for a, b, s in zip(bounds, bounds[1:], shifts, strict=False)]
 
     def returning(self, phase: int, step: int, last: int) -> Rollbacks:
-        """After one more rollback, from step ``last`` of a phase to ``step``: what came in between is passed over."""
+        """After one more rollback, from step ``last`` of a phase to ``step``, skipping the batches in between."""
+        # Skips from ``step`` on belong to steps that are taken again, now with other batches.
         kept = tuple(skip for skip in self.skips if (skip.phase, skip.step) < (phase, step))
         unread = last + self.shift(phase, last) + 1
         return Rollbacks(self.count + 1, (*kept, Skip(phase, step, unread - step)))
 
 
 def read_rollbacks(work: Path) -> Rollbacks:
-    """What a stage has been through so far."""
+    """A stage's rollbacks so far."""
     if not (work / FILE).exists():
         return Rollbacks()
     state = json.loads((work / FILE).read_text(encoding="utf-8"))
@@ -95,19 +97,17 @@ def read_rollbacks(work: Path) -> Rollbacks:
 
 
 def return_step(first: int, every_steps: int) -> int:
-    """Where training returns to if step ``first`` is the first without a finite loss.
-
-    The newest regular checkpoint that a sound step came after: one taken right before ``first`` may hold the very
-    parameters that made it. A checkpoint that an interruption left does not count, or the result would depend on it.
-    """
+    """The step to which training returns if step ``first`` is the first without a finite loss."""
+    # The newest regular checkpoint with a sound step after it: one taken right before ``first`` may hold the parameters
+    # that caused it. A checkpoint that an interruption left does not count, or the result would depend on it.
     return max(0, (first - 1) // every_steps * every_steps)
 
 
 def roll_back(work: Path, error: NonfiniteStepsError, every_steps: int) -> None:
-    """Make the stage go on from an earlier step when it is started again.
+    """Make the stage continue from an earlier step when it is started again.
 
     Raises:
-        DivergedError: If it did so ``MAX_ROLLBACKS`` times before.
+        DivergedError: If it rolled back ``MAX_ROLLBACKS`` times before.
     """
     done = read_rollbacks(work)
     if done.count == MAX_ROLLBACKS:
@@ -116,10 +116,11 @@ def roll_back(work: Path, error: NonfiniteStepsError, every_steps: int) -> None:
             f"set trainer.gradient_clip."
         ) from error
     step = return_step(error.first, every_steps)
-    # In this order: killed in between, the stage comes to the same point again and rolls back then.
+    # Checkpoints first, skips second: a process killed in between trains to the same step again and rolls back there.
+    # The other way round, a checkpoint of the bad steps would be continued with skips.
     for path in checkpoints(work):
         if path.name > checkpoint_path(work, error.phase, step).name:
             remove_directory(path)
     after = done.returning(error.phase, step, error.last)
     write_atomic(work / FILE, json.dumps(asdict(after)))
-    log.warning("%s; rolling back to step %d, past the %d batches read since", error, step, error.last + 1 - step)
+    log.warning("%s; rolling back to step %d, skipping the %d batches read since", error, step, error.last + 1 - step)

@@ -1,11 +1,9 @@
-"""What a micro-batch weighs in its step, so that a step has one objective however it is divided.
+"""The weight of a micro-batch in its step, so that a step's objective does not depend on how it is divided.
 
-The objective's means are over the whole step: the sum over its tokens, by their number in all micro-batches on all
-processes. Lightning and DDP take the plain mean of the micro-batches' losses instead. So each micro-batch multiplies
-the mean over its own tokens by its share: its tokens by those of the step's micro-batches on average. Where all
-blocks are full, as nearly all are in pretraining, shares are 1.
-
-A step's tokens are counted before its first micro-batch: the order of samples is a pure function.
+The objective is a mean over all tokens of a step. Lightning and DDP average the micro-batches' means instead, which
+differs where micro-batches hold different numbers of tokens. So each micro-batch multiplies the mean over its own
+tokens by its *share*: its tokens over the average of the step's micro-batches. Where all blocks are full, as nearly
+all are in pretraining, shares are 1.
 
 Legend: B sequences, S length, T = B·S tokens, N tokens that a teacher is asked about.
 """
@@ -13,7 +11,7 @@ Legend: B sequences, S length, T = B·S tokens, N tokens that a teacher is asked
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import NotRequired, TypedDict
 
 import torch
 from torch import Tensor
@@ -23,18 +21,59 @@ from lifelong_moe.plan.spec import StageSpec
 from lifelong_moe.retention.teacher import distilled_rows
 
 
+class Batch(TypedDict):
+    """Sequences of a :class:`~lifelong_moe.data.tokens.blocks.BlockDataset`, as the DataLoader collates them."""
+
+    token_ids: Tensor
+    """``(B, S)``, as all that are not ``(B,)``."""
+    target_ids: Tensor
+    document_ids: Tensor
+    domain_ids: Tensor
+    teacher_domain_ids: Tensor
+    mask: Tensor
+    """True for real tokens."""
+    scored: Tensor
+    """True where the next-token loss counts."""
+    sample: Tensor
+    """``(B,)``: number of the sample in the stage."""
+    replayed: Tensor
+    """``(B,)``: True for text of earlier distributions."""
+    ordinal: Tensor
+    """``(B,)``: samples of the same kind, new or replayed, before this one."""
+    block: Tensor
+    """``(B,)``: number of the block among those of all sources."""
+
+
+class WeightedBatch(Batch):
+    """A micro-batch with its weight in the step."""
+
+    shares: dict[str, float]
+    """Share of the step's mean ``loss``, ``z_loss``, ``distill_loss`` and ``old_loss``; those without a token in this
+    step are absent."""
+    lesson: float
+    """The share of ``distill_loss`` times the step's distilled sequences over their expected number."""
+    distilled: Tensor
+    """Rows on which the teacher is asked ``(R,)``."""
+    distilled_tokens: Tensor
+    """Positions of their scored tokens among the batch's scored ones ``(N,)``."""
+    counted: NotRequired[Tensor]
+    """Positions of the scored tokens among all ``(T,)``; absent if all are scored."""
+    taught: NotRequired[Tensor]
+    """Positions of the distilled tokens among those of the ``distilled`` rows ``(N,)``; absent if all are scored."""
+
+
 @dataclass(frozen=True)
 class Tally:
-    """How much some sequences have of what losses are means over."""
+    """Counts of the tokens and sequences over which losses are means."""
 
     real: int
-    """Tokens that are no padding."""
+    """Tokens without padding."""
     scored: int
     """Tokens whose next-token loss counts."""
     distilled: int
-    """Those of them that the teacher is asked about."""
+    """Scored tokens on which the teacher is asked."""
     distilled_sequences: int
-    """Sequences that the teacher is asked about."""
+    """Sequences on which the teacher is asked."""
     replayed: int
     """Real tokens of earlier text."""
 
@@ -42,7 +81,7 @@ class Tally:
     def of(
         cls, real_B: Tensor, scored_B: Tensor, replayed_B: Tensor, ordinal_B: Tensor, config: DistillConfig | None
     ) -> Tally:
-        """Count sequences, each with so many real and scored tokens; for the others see ``BlockDataset``."""
+        """Add up sequences; the arguments, ``(B,)`` each, are real and scored tokens, and as in :class:`Batch`."""
         rows = _rows(replayed_B, ordinal_B, config)
         return cls(
             real=int(real_B.sum()),
@@ -53,27 +92,14 @@ class Tally:
         )
 
 
-def with_shares(
-    batch: dict[str, Any], spec: StageSpec, step: Tally | None = None, micro_batches: int = 1
-) -> dict[str, Any]:
-    """A micro-batch with what it weighs in its step; best made on the CPU, so that no device is asked how much it is.
+def with_shares(batch: Batch, spec: StageSpec, step: Tally | None = None, micro_batches: int = 1) -> WeightedBatch:
+    """Add a micro-batch's shares and the positions of its distilled tokens.
 
     Args:
-        batch: Of a ``BlockDataset``.
+        batch: On the CPU, for all of this needs numbers and not tensors.
         spec: The stage.
-        step: All of the step; by default the batch is all of it.
-        micro_batches: Of the step, over all processes.
-
-    Returns:
-        The batch, and:
-
-        - ``shares``: of the step's mean ``loss``, ``z_loss``, ``distill_loss`` and ``old_loss``; without those that are
-          means of nothing in this step.
-        - ``lesson``: the share of ``distill_loss`` times the step's distilled sequences over the expected number.
-        - ``distilled``: rows that the teacher is asked about ``(R,)``.
-        - ``distilled_tokens``: where their counted tokens stand among the batch's counted ones, ``(N,)``.
-        - Where not all tokens count: ``counted``, where those stand among all ``(T,)``; and ``taught``, where the
-          distilled ones stand among the tokens of the ``distilled`` rows, ``(N,)``.
+        step: Counts of the whole step; by default the batch is the whole step.
+        micro_batches: In the step, over all processes.
     """
     replayed_B, ordinal_B, scored_BS = batch["replayed"], batch["ordinal"], batch["scored"]
     own = Tally.of(batch["mask"].sum(dim=1), scored_BS.sum(dim=1), replayed_B, ordinal_B, spec.distill)
@@ -85,26 +111,27 @@ def with_shares(
         "old_loss": (own.replayed, step.replayed),
     }
     shares = {name: micro_batches * mine / whole for name, (mine, whole) in sizes.items() if whole}
+    # Sequences are distilled by their place in the stage, so their number in a step varies around this. Dividing by it,
+    # and not by the actual number, gives a distilled token the same weight in every step.
     expected = micro_batches * len(replayed_B) * spec.distilled_share
     rows = _rows(replayed_B, ordinal_B, spec.distill)
-    taught_RS = torch.zeros_like(scored_BS).index_fill(0, rows, True) & scored_BS
-    found = {
+    taught_BS = torch.zeros_like(scored_BS).index_fill(0, rows, True) & scored_BS
+    # shape: (T,)
+    scored_T, taught_T = scored_BS.flatten(), taught_BS.flatten()
+    weighted: WeightedBatch = {
+        **batch,
         "shares": shares,
         "lesson": shares.get("distill_loss", 0.0) * step.distilled_sequences / expected if expected else 0.0,
         "distilled": rows,
+        "distilled_tokens": taught_T[scored_T].nonzero().squeeze(1),
     }
-    scored_T, taught_T = scored_BS.flatten(), taught_RS.flatten()
-    if own.scored == len(scored_T):
-        return {**batch, **found, "distilled_tokens": taught_T.nonzero().squeeze(1)}
-    counted = scored_T.nonzero().squeeze(1)
-    return {
-        **batch,
-        **found,
-        "counted": counted,
-        "distilled_tokens": taught_T[counted].nonzero().squeeze(1),
-        "taught": scored_BS[rows].flatten().nonzero().squeeze(1),
-    }
+    # Without these two keys no token is left out, and hidden states need not be copied.
+    if own.scored < len(scored_T):
+        weighted["counted"] = scored_T.nonzero().squeeze(1)
+        weighted["taught"] = scored_BS[rows].flatten().nonzero().squeeze(1)
+    return weighted
 
 
 def _rows(replayed_B: Tensor, ordinal_B: Tensor, config: DistillConfig | None) -> Tensor:
+    # Not None: an empty index selects no token, so callers need no case of their own.
     return torch.empty(0, dtype=torch.int64) if config is None else distilled_rows(replayed_B, ordinal_B, config)

@@ -1,4 +1,4 @@
-"""A Lightning Trainer as ``trainer`` asks for it, or a line on why this machine cannot have it."""
+"""A Lightning Trainer from the ``trainer`` section, or one line on why this machine cannot run it."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ from lifelong_moe.training.callbacks.logger import BatchedLogger
 def build_trainer(
     config: TrainerConfig, steps: int, callbacks: Sequence[Callback] = (), logger: BatchedLogger | None = None
 ) -> Trainer:
-    """A Lightning Trainer for so many steps; what a stage needs of its own stays ours.
+    """A Lightning Trainer for ``steps`` steps.
 
     Raises:
         ConfigError: If this machine cannot do what ``trainer`` asks for.
     """
+    # Deterministic by default on the CPU, where resuming is exact bit for bit; on a GPU it is the user's choice.
     on_cpu = config.accelerator == "cpu" or (config.accelerator == "auto" and not torch.cuda.is_available())
     try:
         strategy, plugins = _strategy(config)
@@ -36,7 +37,8 @@ def build_trainer(
             strategy=strategy,
             precision=config.precision,  # type: ignore[arg-type]
             accumulate_grad_batches=config.accumulate_grad_batches,
-            log_every_n_steps=1,  # our Meter decides
+            # The Meter decides when to log.
+            log_every_n_steps=1,
             deterministic=on_cpu if config.deterministic is None else config.deterministic,
             benchmark=config.benchmark,
             detect_anomaly=config.detect_anomaly,
@@ -46,6 +48,7 @@ def build_trainer(
             callbacks=list(callbacks),
             logger=logger or False,
             plugins=[*plugins],
+            # StepBatchSampler, StepCheckpoint and ProgressReport take the place of Lightning's own.
             use_distributed_sampler=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -62,9 +65,10 @@ def build_trainer(
 
 
 def _strategy(config: TrainerConfig) -> tuple[str | DDPStrategy, list[CheckpointIO | ClusterEnvironment]]:
-    """How processes work together, and Lightning's plugins; it starts none itself."""
+    """Lightning's strategy and plugins for the configured number of processes."""
     if config.processes == 1:
         return "auto" if config.strategy == "ddp" else config.strategy, [SafeCheckpointIO()]
-    # A rank may have no token for an expert or a bundle. Nothing in a buffer changes in training.
+    # Unused parameters: a rank may have no token for an expert or a generation. Buffers do not change in training.
     strategy = DDPStrategy(process_group_backend="gloo", find_unused_parameters=True, forward_sync_buffers=False)
+    # run_ranks forks the ranks: with LOCAL_RANK set, this environment makes Lightning join them and start none.
     return strategy, [SafeCheckpointIO(), LightningEnvironment()]

@@ -25,7 +25,7 @@ from lifelong_moe.retention.generated import generate_blocks
 from lifelong_moe.retention.penalty import fisher_diagonal
 from lifelong_moe.retention.teacher import make_teacher
 from lifelong_moe.routing.routers.cluster import TokenClusterRouter
-from lifelong_moe.training.loop.execution import documents_apart
+from lifelong_moe.training.loop.execution import isolated_documents
 from lifelong_moe.training.loop.module import StageModule
 from lifelong_moe.training.loop.optimizer import freeze_for_finetuning, freeze_trunk, phase_parameters, training_only
 from lifelong_moe.training.preparation import unchanging_tensors
@@ -165,7 +165,7 @@ def measured(spec: StageSpec, parent: Architecture | None, after: Architecture) 
         module, batch = StageModule(model, spec, phase, teacher), batch_of(spec, phase, after)
         models = [m for m in (model, teacher) if m is not None]
         with (
-            documents_apart(models if spec.finetune else []),
+            isolated_documents(models if spec.finetune else []),
             training_only(model, phase_parameters(model, phase).values()),
         ):
             one = counted(lambda m=module, b=batch: m.training_step(b, 0)["loss"].backward())
@@ -290,7 +290,7 @@ def test_what_weights_are_measured_on_is_what_runs(make_run: MakeRun, overrides:
     freeze_for_finetuning(model, spec.finetune)
     whole = dataclasses.replace(spec, optim=dataclasses.replace(spec.optim, batch_tokens=320), accumulate=1)
     batch = batch_of(whole, spec.phases()[0], parent)
-    with documents_apart([model] if spec.finetune else []):
+    with isolated_documents([model] if spec.finetune else []):
         found = counted(lambda: fisher_diagonal(model, batch))
     assert spec.fisher_measured_tokens == 320
     assert stage_flops(spec, after, parent) - loop_flops(spec, after, parent) == pytest.approx(found, rel=0.02)

@@ -127,13 +127,13 @@ def remains(own: dict[str, Any], later: dict[str, Any]) -> list[str]:
         ({}, {"distill": DistillConfig()}, ["stage later was distilled from a model with it"]),
         ({}, {"penalty": EWC}, []),
         ({}, {"penalty": L2} | WRITES, []),
-        ({}, {"penalty": EWC} | WRITES, ["stage later weighed its penalty by text"]),
-        ({}, {"fisher_data": ("own",)}, ["stage later weighed its penalty by own"]),
+        ({}, {"penalty": EWC} | WRITES, ["stage later weighted its penalty by text"]),
+        ({}, {"fisher_data": ("own",)}, ["stage later weighted its penalty by own"]),
         ({}, {"fisher_data": ("other",)}, []),
         # Earlier versions measured on stored text though they replayed generated text.
-        ({}, {"penalty": EWC, "fisher_data": ("own",)} | WRITES, ["stage later weighed its penalty by own"]),
+        ({}, {"penalty": EWC, "fisher_data": ("own",)} | WRITES, ["stage later weighted its penalty by own"]),
         ({}, {"grow": GROW}, []),
-        ({}, {"grow": COPIES}, ["stage later began its experts as copies"]),
+        ({}, {"grow": COPIES}, ["stage later initialized its experts as copies"]),
         (
             {},
             {"grow": GROW, "routing": routing_of()},

@@ -13,8 +13,10 @@ from lifelong_moe.data.tokens.shards import TokenizedCorpus, TokenShard
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.methods import stage_specs
 from lifelong_moe.training.loop import data as training_data
+from lifelong_moe.training.loop import generations
 from lifelong_moe.training.loop.context import StageModels
-from lifelong_moe.training.loop.data import domain_ids, own_domain_ids, phase_dataset, text_sample
+from lifelong_moe.training.loop.data import domain_ids, phase_dataset, text_sample
+from lifelong_moe.training.loop.generations import training_domain_ids
 
 
 def corpus(name: str) -> TokenizedCorpus:
@@ -31,7 +33,8 @@ def test_the_teacher_sees_groups_of_its_own(make_run: Any, make_model: Any, monk
     def fake(model: LanguageModel, shard: TokenShard, distribution: str) -> Any:
         return np.full(shard.num_tokens, 7 if model is student else 3)
 
-    monkeypatch.setattr(training_data, "domain_ids", fake)
+    for module in (training_data, generations):
+        monkeypatch.setattr(module, "domain_ids", fake)
     spec = stage_specs(make_run())[1]
     corpora = {name: corpus(name) for name in (spec.data, *spec.replayed)}
     phase = spec.phases()[0]
@@ -99,7 +102,8 @@ def test_each_generated_document_has_groups_of_its_own(
         return np.repeat(lengths, lengths) * (1 if model is student else -1)
 
     student, teacher = make_model(), make_model()
-    monkeypatch.setattr(training_data, "domain_ids", fake)
+    for module in (training_data, generations):
+        monkeypatch.setattr(module, "domain_ids", fake)
     spec = stage_specs(make_run("stage_defaults.replay.fraction=0.5", "stage_defaults.replay.source=generated"))[1]
     rows = np.array([[0, 9, 9, 0, *range(4, 17)]])  # a document of three tokens and one of fourteen
     dataset = phase_dataset(
@@ -155,13 +159,15 @@ def test_a_new_text_s_first_chunk_is_learned_by_the_bundle_that_trains(make_run:
     # A stage that trains an older generation on knows its text as well; one that trains no bundle of its own does not.
     goes_on = stage_specs(make_run(*sets, stages=[{"data": "english"}, {"data": "python"}, {"data": "english"}]))[2]
     model.architecture = dataclasses.replace(model.architecture, frozen=2, continued=0)
-    first = own_domain_ids(
+    first = training_domain_ids(
         model, dataclasses.replace(goes_on, grow=None, continues="english"), corpora["english"].train
     )
     assert first is not None and first.tolist() == causal.tolist()
     model.architecture = dataclasses.replace(model.architecture, continued=1)
-    second = own_domain_ids(model, dataclasses.replace(goes_on, grow=None, continues="python"), corpora["python"].train)
+    second = training_domain_ids(
+        model, dataclasses.replace(goes_on, grow=None, continues="python"), corpora["python"].train
+    )
     assert second is not None and second.tolist() == expected.ravel().tolist()
     model.architecture = dataclasses.replace(model.architecture, frozen=1, continued=None)
-    neither = own_domain_ids(model, dataclasses.replace(goes_on, grow=None), corpora["english"].train)
+    neither = training_domain_ids(model, dataclasses.replace(goes_on, grow=None), corpora["english"].train)
     assert neither is not None and neither.tolist() == causal.tolist()

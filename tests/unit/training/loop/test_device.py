@@ -44,4 +44,4 @@ def test_of_a_run_of_another_machine_it_is_the_cpu(
         pytest.skip("this machine may have that device")
     with caplog.at_level(logging.WARNING):
         assert configured_device(TrainerConfig(accelerator=accelerator, devices=devices)) == torch.device("cpu")
-    assert f"trainer.accelerator={accelerator}, trainer.devices={devices}: on the CPU instead" in caplog.text
+    assert f"trainer.accelerator={accelerator}, trainer.devices={devices}: using the CPU instead" in caplog.text

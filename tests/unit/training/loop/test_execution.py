@@ -19,7 +19,7 @@ from lifelong_moe.errors import ConfigError
 from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.training.loop import execution
-from lifelong_moe.training.loop.execution import documents_apart, executed, keep_freed_memory
+from lifelong_moe.training.loop.execution import execution_options, isolated_documents, keep_freed_memory
 
 Make = Callable[..., LanguageModel]
 Batch = Callable[..., dict[str, Tensor]]
@@ -40,7 +40,7 @@ def gradients(model: LanguageModel, batch: dict[str, Tensor]) -> list[Tensor]:
 def test_recomputation_changes_no_bit(make_model: Make, make_batch: Batch, router_kind: str) -> None:
     batch, plain, other = make_batch(), make_model(router_kind, (4, 4)), make_model(router_kind, (4, 4))
     expected = gradients(plain, batch)
-    with executed([other], TrainerConfig(activation_checkpointing=True)):
+    with execution_options([other], TrainerConfig(activation_checkpointing=True)):
         found = gradients(other, batch)
     assert len(found) == len(expected) and all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert not any(block.recomputes or block.moe.recomputes for block in other.blocks)  # type: ignore[union-attr]
@@ -60,16 +60,16 @@ def test_recomputation_keeps_less(make_model: Make, make_batch: Batch) -> None:
 
     model = make_model(model={"width": 16, "expert_width": 64})
     whole = kept(model)
-    with executed([model], TrainerConfig(activation_checkpointing=True)):
+    with execution_options([model], TrainerConfig(activation_checkpointing=True)):
         assert kept(model) < 0.8 * whole
 
 
 @pytest.mark.parametrize("how", list(ExpertsImplementation))
 def test_experts_are_computed_as_asked(make_model: Make, make_batch: Batch, how: ExpertsImplementation) -> None:
     batch, model = make_batch(), make_model("learned", (2, 2))
-    with executed([model], TrainerConfig(experts_implementation=ExpertsImplementation.readable)):
+    with execution_options([model], TrainerConfig(experts_implementation=ExpertsImplementation.readable)):
         expected = gradients(model, batch)
-    with executed([model], TrainerConfig(experts_implementation=how)):
+    with execution_options([model], TrainerConfig(experts_implementation=how)):
         assert all(layer.banks.implementation == how for layer in model.moe_layers())
         found = gradients(model, batch)
     assert all(layer.banks.implementation == ExpertsImplementation.auto for layer in model.moe_layers())
@@ -83,7 +83,7 @@ def test_documents_are_kept_apart_for_a_while(make_model: Make) -> None:
     documents = (torch.arange(12) >= 7).long().unsqueeze(0)
     with torch.no_grad():
         alone = torch.cat([model(TokenBatch(part)).hidden_BSD for part in ids.split([7, 5], dim=1)], dim=1)
-        with documents_apart([model]):
+        with isolated_documents([model]):
             apart = model(TokenBatch(ids, document_ids_BS=documents)).hidden_BSD
         together = model(TokenBatch(ids, document_ids_BS=documents)).hidden_BSD
     torch.testing.assert_close(apart, alone, atol=1e-5, rtol=0)
@@ -96,7 +96,7 @@ def test_compiled_is_the_same(make_model: Make, make_batch: Batch, monkeypatch: 
     expected, names = gradients(model, batch), list(model.state_dict())
     # The graphs that torch.compile finds, differentiated, without the compiler, which takes minutes.
     monkeypatch.setattr(nn.Module, "compile", partial_method(backend="aot_eager"))
-    with executed([model], TrainerConfig(compile=True)):
+    with execution_options([model], TrainerConfig(compile=True)):
         assert model._compiled_call_impl is not None and list(model.state_dict()) == names
         found = gradients(model, batch)
     assert model._compiled_call_impl is None
@@ -108,17 +108,17 @@ def test_a_compiler_that_fails_is_one_line(make_model: Make, monkeypatch: pytest
     monkeypatch.setattr(nn.Module, "compile", lambda self: None)
     with (
         pytest.raises(ConfigError, match=r"trainer.compile=true: torch cannot compile here \(no compiler\)"),
-        executed([make_model()], TrainerConfig(compile=True)),
+        execution_options([make_model()], TrainerConfig(compile=True)),
     ):
         raise torch._dynamo.exc.TorchDynamoException("no compiler")
-    with pytest.raises(RuntimeError, match="else"), executed([make_model()], TrainerConfig(compile=True)):
+    with pytest.raises(RuntimeError, match="else"), execution_options([make_model()], TrainerConfig(compile=True)):
         raise RuntimeError("something else")
 
 
 def test_a_teacher_of_a_continued_generation_moves_no_experts(make_model: Make) -> None:
     student, teacher = make_model("learned", (2, 2)), make_model("learned", (2, 2))
     student.architecture = dataclasses.replace(student.architecture, continued=0, frozen=2)
-    with executed([student, teacher], TrainerConfig()):
+    with execution_options([student, teacher], TrainerConfig()):
         assert {layer.banks.implementation for layer in teacher.moe_layers()} == {ExpertsImplementation.slices}
         assert {layer.banks.implementation for layer in student.moe_layers()} == {ExpertsImplementation.auto}
     assert {layer.banks.implementation for layer in teacher.moe_layers()} == {ExpertsImplementation.auto}

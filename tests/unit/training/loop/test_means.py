@@ -20,9 +20,9 @@ def test_a_step_s_loss_is_the_mean_over_micro_batches_of_all_processes(
     step = StepMeans()
     for loss in (1.0, 2.0, 6.0):
         step.add({"loss": torch.tensor(loss), "old": torch.tensor(loss)}, {"old": 0.5}, [], MASK)
-    assert step.close(torch.tensor(7.0)) == 7.0 and step.values == {"loss": 3.0, "old": 1.5}
+    assert step.finish_step(torch.tensor(7.0)) == 7.0 and step.values == {"loss": 3.0, "old": 1.5}
     step.add({"loss": torch.tensor(5.0)}, {}, [], MASK)
-    step.close(torch.tensor(0.0))
+    step.finish_step(torch.tensor(0.0))
     assert step.values == {"loss": 5.0}  # nothing is left of the step before
     with pytest.raises(RuntimeError, match="without a micro-batch"):
-        step.close(torch.tensor(0.0))
+        step.finish_step(torch.tensor(0.0))

@@ -313,7 +313,7 @@ def test_a_micro_batch_of_prompts_alone_weighs_nothing(make_run: MakeRun, make_m
     halves = [{name: value[rows] for name, value in batch.items()} for rows in (slice(0, 2), slice(2, 4))]
     for half in halves:
         module.training_step(with_shares(half, module.spec, whole, 2), 0)
-    module.means.close(torch.tensor(0.0))
+    module.means.finish_step(torch.tensor(0.0))
     with torch.no_grad():
         logits = module.model.head.logits(module.model(TokenBatch(batch["token_ids"])).hidden_BSD)
     expected = torch.nn.functional.cross_entropy(logits[2, 3:6], batch["target_ids"][2, 3:6])
@@ -331,7 +331,7 @@ def test_padding_has_no_weight_in_a_step_s_means(make_run: MakeRun, make_model: 
         one = {name: value[row : row + 1] for name, value in batch.items()}
         step: Any = module.training_step(with_shares(one, module.spec, whole, 2), 0)
         alone.append(float(step["parts"]["z_loss"]))
-    module.means.close(torch.tensor(0.0))
+    module.means.finish_step(torch.tensor(0.0))
     assert module.means.values["z_loss"] == pytest.approx((4 * alone[0] + 16 * alone[1]) / 20, rel=1e-5)
     assert alone[0] != pytest.approx(alone[1], rel=1e-3)
 
@@ -352,10 +352,10 @@ def test_imbalance_by_hand() -> None:
     routings = [Routing(torch.tensor(ids).unsqueeze(1), torch.ones(8, 1), 4) for ids in chosen]
     means = StepMeans()
     means.add({"loss": torch.tensor(3.0)}, {}, routings, torch.ones(8, dtype=torch.bool))
-    assert means.close(torch.tensor(7.0)) == 7.0 and means.values == {"loss": 3.0, "imbalance": 2.0}
+    assert means.finish_step(torch.tensor(7.0)) == 7.0 and means.values == {"loss": 3.0, "imbalance": 2.0}
     # Of the last four tokens the first layer sends two to each of two experts: the mean of 2 and 1.
     means.add({"loss": torch.tensor(3.0)}, {}, routings, torch.arange(8) >= 4)
-    means.close(torch.tensor(7.0))
+    means.finish_step(torch.tensor(7.0))
     assert means.values["imbalance"] == 1.5
 
 
@@ -405,7 +405,7 @@ def test_loads_and_drops_are_those_of_the_whole_step() -> None:
         means.add(
             {"loss": torch.tensor(float(expert))}, {"loss": 0.5 + expert}, [routing], torch.ones(4, dtype=torch.bool)
         )
-    means.close(torch.tensor(0.0))
+    means.finish_step(torch.tensor(0.0))
     assert means.values == {"loss": 0.75, "imbalance": 1.0, "drop_rate": pytest.approx(0.2)}
 
 
@@ -420,7 +420,7 @@ def test_loads_and_drops_are_means_over_the_layers_that_have_them() -> None:
     ]
     means = StepMeans()
     means.add({"loss": torch.tensor(0.0)}, {}, routings, mask_T)
-    means.close(torch.tensor(0.0))
+    means.finish_step(torch.tensor(0.0))
     assert means.values["imbalance"] == pytest.approx((3 / 2 + 4 / (8 / 3) * 2) / 3)
     assert means.values["drop_rate"] == pytest.approx((0.1 + 0.45) / 2)
 
@@ -430,7 +430,7 @@ def test_means_of_padding_alone_are_numbers() -> None:
     routing = Routing(torch.tensor([[0], [1]]), torch.ones(2, 1), 2, dropped=torch.tensor([0, 0]))
     means = StepMeans()
     means.add({"loss": torch.tensor(0.0)}, {}, [routing], nobody)
-    means.close(torch.tensor(0.0))
+    means.finish_step(torch.tensor(0.0))
     assert means.values == {"loss": 0.0, "imbalance": 0.0, "drop_rate": 0.0}
 
 

@@ -72,7 +72,7 @@ def test_rolling_back_removes_what_came_after(
         roll_back(tmp_path, error(make_run, 7), every_steps=2)
     assert [path.name for path in checkpoints(tmp_path)] == ["step-0-00000002", "step-0-00000004"]
     assert read_rollbacks(tmp_path) == Rollbacks(1, (Skip(0, 4, 4),))
-    assert "rolling back to step 4, past the 4 batches read since" in caplog.text
+    assert "rolling back to step 4, skipping the 4 batches read since" in caplog.text
     assert {path.name for path in tmp_path.iterdir()} == {"step-0-00000002", "step-0-00000004", "rollbacks.json"}
 
 
