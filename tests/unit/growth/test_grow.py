@@ -84,7 +84,7 @@ def test_a_broken_growth_is_noticed(make_model: Make, make_batch: Batch, monkeyp
         layer.banks.matrices()[0][0][0, 0] += 1.0
 
     monkeypatch.setattr(grow_module, "_begin_experts", clumsy)
-    with pytest.raises(RuntimeError, match=r"growth changed the logits by .* at most 1e-5 allowed"):
+    with pytest.raises(RuntimeError, match=r"growth changed the logits by .* at most 1e-5 is allowed"):
         add(model, GrowConfig(experts=2), sample, seed=0)
 
 
