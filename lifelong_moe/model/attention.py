@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lifelong_moe.config.model import ModelConfig, QKNorm
 from lifelong_moe.model.cache import LayerCache
-from lifelong_moe.model.deltas import BundleSlices, DeltaLinear
+from lifelong_moe.model.deltas import DeltaLinear, GenerationSlices
 from lifelong_moe.ops.causal_attention import causal_attention, is_faster_here
 from lifelong_moe.ops.document_attention import Documents, document_attention
 from lifelong_moe.ops.norm import RMSNorm
@@ -75,7 +75,9 @@ def softcapped_attention(
     Source:
         Grok-1's released code; Gemma 2 (arXiv:2408.00118), section 2.
     """
+    # shape: (B, H, S, P)
     logits = (query_BHSP @ key_BHPW.transpose(-1, -2)).float() / query_BHSP.shape[-1] ** 0.5
+    # Before the mask, or tanh would make -inf finite.
     logits = cap * (logits / cap).tanh()
     if is_causal:
         mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
@@ -105,25 +107,25 @@ def grouped_query_attention(query_BHSW: Tensor, key_BJPW: Tensor, value_BJPW: Te
     if mask is None and is_faster_here(query_BHSW):
         return causal_attention(query_BHSW, key_BJPW, value_BJPW)
     # On CUDA the fused kernels that know groups take half precision and no mask; without one, logits are in memory.
-    knows_domains = query_BHSW.device.type == "cpu" or (mask is None and query_BHSW.dtype != torch.float32)
-    if not knows_domains:
+    has_gqa = query_BHSW.device.type == "cpu" or (mask is None and query_BHSW.dtype != torch.float32)
+    if not has_gqa:
         key_BJPW, value_BJPW = (x.repeat_interleave(sharing, dim=1) for x in (key_BJPW, value_BJPW))
     return F.scaled_dot_product_attention(
-        query_BHSW, key_BJPW, value_BJPW, attn_mask=mask, is_causal=mask is None, enable_gqa=knows_domains
+        query_BHSW, key_BJPW, value_BJPW, attn_mask=mask, is_causal=mask is None, enable_gqa=has_gqa
     )
 
 
 @dataclass(frozen=True)
 class AttentionContext:
-    """What all layers' attention reads beside the stream."""
+    """Inputs of attention that all layers share."""
 
     rotary: tuple[Tensor, Tensor]
     """Cosines and sines of these S positions, each ``(S, head_width)``."""
     mask: Tensor | Documents | None = None
     """True where a query may look at a key, bool ``(B, 1, S, P)``; or documents, within which attention is causal;
     None means causal."""
-    bundles: BundleSlices | None = None
-    """The B·S tokens by bundle, where the trunk has deltas."""
+    generations: GenerationSlices | None = None
+    """The B·S tokens sorted by generation, if the trunk has deltas."""
 
 
 class Attention(nn.Module):
@@ -147,13 +149,15 @@ class Attention(nn.Module):
 
     def forward(self, x_BSD: Tensor, context: AttentionContext, cache: LayerCache | None = None) -> Tensor:
         """Attend: ``(B, S, D)`` to ``(B, S, D)``; a cache has the positions before these, and these are added to it."""
-        mask, bundles = context.mask, context.bundles
+        mask, generations = context.mask, context.generations
         batch, length, _ = x_BSD.shape
         shape = (batch, length, -1, self.head_width)
-        query = self._normalized(self.query(x_BSD, bundles), self.query_norm, shape)
-        key = self._normalized(self.key(x_BSD, bundles), self.key_norm, shape)
+        query = self._normalized(self.query(x_BSD, generations), self.query_norm, shape)
+        key = self._normalized(self.key(x_BSD, generations), self.key_norm, shape)
+        # shape: (B, H, S, W) and (B, J, S, W)
         query, key = (rotate(x.transpose(1, 2), *context.rotary) for x in (query, key))
-        value = self.value(x_BSD, bundles).view(shape).transpose(1, 2)
+        value = self.value(x_BSD, generations).view(shape).transpose(1, 2)
+        # After rotation: cached keys keep the angles of their own positions. shape: (B, J, P, W)
         if cache is not None:
             key, value = cache.extend(key, value)
         if self.softcap is None and isinstance(mask, Documents):
@@ -163,9 +167,10 @@ class Attention(nn.Module):
         else:
             mask = mask.mask if isinstance(mask, Documents) else mask
             key, value = (x.repeat_interleave(self.heads // self.kv_heads, dim=1) for x in (key, value))
+            # A single new token may look at all of the cache.
             is_causal = mask is None and length > 1
             mixed = softcapped_attention(query, key, value, mask, self.softcap, is_causal=is_causal)
-        return self.output(mixed.transpose(1, 2).reshape(batch, length, -1), bundles)
+        return self.output(mixed.transpose(1, 2).reshape(batch, length, -1), generations)
 
     def _normalized(self, x_BSO: Tensor, norm: RMSNorm | None, shape: tuple[int, int, int, int]) -> Tensor:
         """Heads ``(B, S, H, head_width)``, normalized each by itself, or all together before they are divided."""

@@ -39,10 +39,10 @@ class Block(nn.Module):
             self.moe_out_norm = RMSNorm(config.width, eps=config.norm_eps)
 
         self.recomputes = False
-        """Whether attention is computed again in the backward pass."""
+        """Whether attention is recomputed in the backward pass."""
 
     def places(self, layer: int) -> dict[nn.Parameter, Place]:
-        """What each parameter is, for the layer of this index."""
+        """The place of each parameter, given the index of this layer."""
         found = self.moe.places(layer)
         found |= dict.fromkeys(self.attention.parameters(), Place(Part.attention, layer))
         for module in self.children():
@@ -51,21 +51,24 @@ class Block(nn.Module):
         return found
 
     def residual_weights(self) -> list[Tensor]:
-        """The matrices that write into the residual stream, as they begin: attention's output, and ``down``."""
+        """The matrices that write into the residual stream, which are initialized smaller."""
         feed_forwards = (module for module in self.moe.modules() if isinstance(module, FeedForward | ExpertGeneration))
         return [self.attention.output.weight, *(module.down for module in feed_forwards)]
 
     def forward(
         self, x_BSD: Tensor, attention: AttentionContext, routing: RoutingContext, cache: LayerCache | None = None
     ) -> tuple[Tensor, Routing]:
-        """``(B, S, D)`` to ``(B, S, D)``, with what the router decided."""
+        """``(B, S, D)`` to ``(B, S, D)``, and the router's decision."""
+        # shape: (B, S, D)
         x_BSD = self.attend(x_BSD, attention, cache)
+        # shape: (T, D): routers see tokens, not sequences
         out_TD, decided = self.moe(self.moe_norm(x_BSD).flatten(0, 1), routing)
         out_TD = out_TD if self.moe_out_norm is None else self.moe_out_norm(out_TD)
         return x_BSD + out_TD.view_as(x_BSD), decided
 
     def attend(self, x_BSD: Tensor, context: AttentionContext, cache: LayerCache | None) -> Tensor:
-        """The first half of a layer."""
+        """Attention and its residual connection."""
+        # Without gradients nothing is stored, and there is nothing to recompute.
         if self.recomputes and torch.is_grad_enabled():
             return checkpoint(self._attend, x_BSD, context, cache, use_reentrant=False)
         return self._attend(x_BSD, context, cache)
@@ -76,14 +79,16 @@ class Block(nn.Module):
 
 
 def build_moe(architecture: Architecture, layer: int, *, causal: bool) -> MoELayer:
-    """A layer's mixture of experts, still without experts; or its dense network."""
+    """A layer's mixture of experts, without experts yet, or its dense network."""
     config = architecture.model
     router = build_router(architecture.routing, width=config.width, layer=layer, causal=causal)
     banks = ExpertBanks(config.width, config.expert_width, config.activation)
     if layer not in config.moe_layers:
+        # By default as wide as the experts that a token uses, so that the layers cost the same.
         dense_width = config.dense_width or config.expert_width * architecture.routing.top_k
         return DenseLayer(router, banks, FeedForward(config.width, dense_width, config.dense_activation))
     if not config.shared_experts:
         return MoELayer(router, banks)
+    # Several shared experts are one wider network.
     shared = FeedForward(config.width, config.shared_experts * config.expert_width, config.activation)
     return MoELayer(router, banks, shared, mixes=config.shared_mix == SharedMix.learned)

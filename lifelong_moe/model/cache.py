@@ -1,4 +1,4 @@
-"""Keys and values of the positions so far: room for all of them is made once, and each step writes into it.
+"""Key-value cache: allocated once for all positions, and written in place at each step.
 
 Legend: B batch, J key and value heads, S new positions, P positions so far, W head width.
 """
@@ -17,19 +17,19 @@ class LayerCache:
         self._held: tuple[Tensor, Tensor] | None = None
 
     def extend(self, key_BJSW: Tensor, value_BJSW: Tensor) -> tuple[Tensor, Tensor]:
-        """Write the next positions, in place; no gradient flows through them.
+        """Append the keys and values of the next positions, in place and without gradient.
 
         Returns:
             Views of the keys and the values of all positions so far, ``(B, J, P, W)``.
 
         Raises:
-            ValueError: If there is no room for them.
+            ValueError: If the cache is full.
         """
         end = self.length + key_BJSW.shape[2]
         if end > self.room:
             raise ValueError(f"the cache has room for {self.room} positions, not for {end}")
         new = key_BJSW, value_BJSW
-        if self._held is None:  # the first keys know batch, dtype and device
+        if self._held is None:  # allocated at the first call, which shows batch size, dtype and device
             batch, heads, _, width = key_BJSW.shape
             self._held = tuple(x.new_empty(batch, heads, self.room, width) for x in new)  # type: ignore[assignment]
         assert self._held is not None
@@ -40,20 +40,20 @@ class LayerCache:
 
 
 class KeyValueCache:
-    """What a model keeps of one batch of texts of equal length, layer by layer.
+    """Keys and values of a batch of texts of equal length, for all layers.
 
     Args:
-        layers: Of the model.
-        room: Positions that fit.
+        layers: Number of layers.
+        room: Number of positions that fit.
     """
 
     def __init__(self, layers: int, room: int) -> None:
         self.room = room
         self.layers = [LayerCache(room) for _ in range(layers)]
         self.rotary: tuple[Tensor, Tensor] | None = None
-        """Cosines and sines of all positions that fit, once the model has made them."""
+        """Cosines and sines of all positions that fit, once the model has computed them."""
         self.document_ids_BP: Tensor | None = None
-        """Document of each position so far, int64, where the model is told."""
+        """Document of each position so far, int64, if the model separates documents."""
 
     @property
     def length(self) -> int:
@@ -61,12 +61,14 @@ class KeyValueCache:
         return self.layers[0].length
 
     def within_documents(self, document_ids_BS: Tensor) -> Tensor:
-        """Learn the next positions' documents, and say where each may look: at its own document up to itself.
+        """Append the next positions' documents; return the mask by which each attends to its own document up to itself.
 
         Returns:
-            bool ``(B, 1, S, P)``, over all positions so far and these.
+            bool ``(B, 1, S, P)``, over all positions, these included.
         """
         before = [] if self.document_ids_BP is None else [self.document_ids_BP]
         self.document_ids_BP = torch.cat([*before, document_ids_BS], dim=1)
+        # shape: (B, S, P)
         same_BSP = document_ids_BS.unsqueeze(2) == self.document_ids_BP.unsqueeze(1)
+        # The new positions are the last S of P, so the diagonal is shifted by P - S.
         return same_BSP.tril(same_BSP.shape[2] - same_BSP.shape[1]).unsqueeze(1)

@@ -1,6 +1,6 @@
-"""A small non-causal host of the decoder's own blocks: patches for tokens, a class for the next token.
+"""A small non-causal encoder of the decoder's blocks: patches in place of tokens, a class in place of the next token.
 
-For routers that may not stand in a decoder: Soft MoE and batch-priority routing. No pipeline is built around it.
+It serves routers that a decoder cannot use: Soft MoE and batch-priority routing. No command trains it.
 
 Legend: B images, S patches, W values of a patch, D model width, C classes.
 """
@@ -18,7 +18,7 @@ from lifelong_moe.routing.base import Routing, RoutingContext
 
 
 class Encoder(nn.Module):
-    """Patch projection, learned positions, blocks that look at all patches, mean over patches, class head.
+    """Patch projection, learned positions, blocks with full attention, mean over patches, class head.
 
     Args:
         architecture: Shape, routing and experts; ``vocab_size`` is the number of classes, ``model.context`` that of
@@ -49,11 +49,13 @@ class Encoder(nn.Module):
             block.moe.initialize()  # type: ignore[operator, union-attr]
 
     def forward(self, patches_BSW: Tensor) -> tuple[Tensor, list[Routing]]:
-        """Class logits ``(B, C)``, and what each layer's router decided."""
+        """Class logits ``(B, C)``, and each layer's routing decision."""
         batch, length, _ = patches_BSW.shape
+        # shape: (B, S, D)
         x_BSD = self.patches(patches_BSW) + self.positions[:length]
         mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=x_BSD.device)
-        still = x_BSD.new_ones(length, self.architecture.model.attention_width)  # positions are added, not rotated
+        # Rotation by an angle of 0: positions are learned and added instead.
+        still = x_BSD.new_ones(length, self.architecture.model.attention_width)
         attention = AttentionContext((still, torch.zeros_like(still)), mask)
         nobody_T = torch.zeros(batch * length, dtype=torch.int64, device=x_BSD.device)
         context = RoutingContext(nobody_T, torch.ones_like(nobody_T, dtype=torch.bool), nobody_T, num_sequences=batch)

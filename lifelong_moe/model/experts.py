@@ -1,9 +1,12 @@
-"""Routed experts: a layer's generations of them, one Parameter a matrix in each.
+"""Routed experts of a layer, by generation.
 
-In memory the experts of a generation are one 3-D Parameter a matrix: they train and freeze together, and a step costs
-as few calls as there are generations. In a state dictionary, and so on disk, each expert's matrices are tensors of
-their own, ``experts.<index in the layer>.<matrix>``: a stage then borrows, drops, merges and traces single experts, and
-reads what was committed when each expert was a module.
+In memory, the experts of a generation share one 3-D Parameter per matrix: they train and freeze together, and a step
+needs only a few calls per generation. In a state dictionary, and so on disk, each expert has its own tensors,
+``experts.<index in the layer>.<matrix>``: single experts can be borrowed, dropped, merged and traced.
+
+Old experts are frozen by ``LanguageModel.freeze_generations``, which calls :meth:`ExpertBanks.freeze` in each layer
+(a phase of training may freeze more, in ``training/loop/optimizer.py``). A frozen generation has
+``requires_grad=False``, and the optimizer never sees its Parameters.
 
 Legend: N rows handed to experts, D model width, F expert width, E experts, of a generation or of all, G = 2·F where the
 activation is gated, F where not.
@@ -25,14 +28,14 @@ from lifelong_moe.ops.expert_mlp import Weights, grouped, slices
 
 
 class ExpertGeneration(nn.Module):
-    """Experts of one layer that were born together; perhaps none.
+    """Experts of one layer that one stage added; may be empty.
 
     Args:
-        first: Index in the layer of the first of them, which never changes.
-        num: How many.
+        first: Index in the layer of the first expert; never changes.
+        num: Number of experts.
         width: D.
         hidden_width: F.
-        activation: Between their two matrices.
+        activation: Between the two matrices.
     """
 
     def __init__(self, first: int, num: int, width: int, hidden_width: int, activation: Activation) -> None:
@@ -40,7 +43,7 @@ class ExpertGeneration(nn.Module):
         self.indices = range(first, first + num)
         """Their indices in the layer."""
         self.matrices = input_matrix(activation), "down"
-        """Names of the matrix into them, ``(E, G, D)``, and the one out of them, ``(E, D, F)``."""
+        """Names of the input matrices, ``(E, G, D)``, and of the output matrices, ``(E, D, F)``."""
         hidden_rows = (2 if activation.is_gated else 1) * hidden_width
         self.register_parameter(self.matrices[0], nn.Parameter(torch.empty(num, hidden_rows, width)))
         self.down = nn.Parameter(torch.empty(num, width, hidden_width))
@@ -50,29 +53,30 @@ class ExpertGeneration(nn.Module):
 
     @property
     def into(self) -> Tensor:
-        """The matrices that inputs meet, ``(E, G, D)``."""
+        """The input matrices, ``(E, G, D)``."""
         into: Tensor = getattr(self, self.matrices[0])
         return into
 
     @property
     def weights(self) -> tuple[Weights, Weights]:
-        """Both matrices; those held in 8 bits as what makes one expert's whole."""
+        """Both matrices; a matrix held in 8 bits as functions that dequantize one expert each."""
         held: Any = self._modules.get("parametrizations") or {}
         into, down = (_makers(held[name]) if name in held else getattr(self, name) for name in self.matrices)
         return into, down
 
     @property
     def trains(self) -> bool:
-        """Whether they have gradients."""
+        """Whether any of their matrices is trainable."""
         return any(parameter.requires_grad for parameter in self.parameters())
 
     def stored_names(self, matrix: str) -> list[str]:
-        """Name of each expert's own matrix in a state dictionary, within the layer's banks."""
+        """Name of each expert's matrix in a state dictionary, relative to the layer's banks."""
         return [f"experts.{index}.{matrix}" for index in self.indices]
 
 
 def _makers(held: ParametrizationList) -> list[Callable[[], Tensor]]:
-    """What makes each expert's matrix whole by itself: all of a generation's at once would take their full memory."""
+    """Functions that dequantize one expert's matrix each."""
+    # Dequantizing a whole generation at once would take the memory that 8 bits save.
 
     def make(expert: int) -> Tensor:
         whole: Tensor = held[0](held.original0[expert], held.original1[expert])  # type: ignore[index]
@@ -82,10 +86,11 @@ def _makers(held: ParametrizationList) -> list[Callable[[], Tensor]]:
 
 
 class ExpertBanks(nn.Module):
-    """One layer's experts in order of birth. Those of *frozen* generations have no gradient, hence no optimizer state
-    and no decay, and a step costs the same however many there are; the others are *active*.
+    """One layer's experts in order of creation.
 
-    Growing adds a generation; continuing an old one makes that one active alone. Indices of old experts never change.
+    Experts of *frozen* generations have no gradient, hence no optimizer state and no weight decay; the others are
+    *active*. Growing adds a generation; a stage that continues an old generation trains only that one. Indices of old
+    experts never change.
     """
 
     def __init__(self, width: int, expert_width: int, activation: Activation = Activation.swiglu) -> None:
@@ -93,9 +98,9 @@ class ExpertBanks(nn.Module):
         self.width, self.expert_width, self.activation = width, expert_width, activation
         self.generations = nn.ModuleList()
         self.dropout = 0.0
-        """Share of hidden units dropped in training; set for a stage, no state."""
+        """Fraction of hidden units dropped in training; set per stage, not part of the state."""
         self.implementation = ExpertsImplementation.auto
-        """No state: a setting of the machine at hand."""
+        """A setting of the machine, not part of the state."""
         self.register_state_dict_post_hook(self._store_apart)
 
     def __len__(self) -> int:
@@ -112,16 +117,16 @@ class ExpertBanks(nn.Module):
         self.generations.append(born.to(next((p.device for p in self.parameters()), None)))
 
     def freeze(self, but: int | None = None) -> None:
-        """Freeze all generations there are but one, which alone trains."""
+        """Freeze all generations except one; None freezes all."""
         for g, generation in enumerate(self.generations):
             generation.requires_grad_(g == but)
 
     def matrices(self) -> list[tuple[Tensor, Tensor]]:
-        """Each expert's two matrices, ``(G, D)`` and ``(D, F)``, to read or to write; no gradient sees it."""
+        """Each expert's two matrices, ``(G, D)`` and ``(D, F)``, as detached views that may be written to."""
         return [pair for g in self.born for pair in zip(g.into.detach(), g.down.detach(), strict=True)]
 
     def networks(self) -> list[Callable[[Tensor], Tensor]]:
-        """Each expert by itself, from ``(N, D)`` to ``(N, D)``: the readable way to compute them."""
+        """Each expert as a function from ``(N, D)`` to ``(N, D)``: the readable reference."""
         dropout = self.dropout if self.training else 0.0
         pairs = (pair for g in self.born for pair in zip(g.into, g.down, strict=True))
         return [
@@ -131,10 +136,10 @@ class ExpertBanks(nn.Module):
 
     @staticmethod
     def _store_apart(banks: ExpertBanks, state_dict: dict[str, Tensor], prefix: str, _: Any) -> None:
-        """Give each expert's matrices a name of their own; they stay views of their generation's."""
+        """Split each generation into one tensor per expert and matrix: views, not copies."""
         for g, generation in enumerate(banks.born):
             for matrix in generation.matrices:
-                # Absent where they are held in 8 bits, which is for a stage's time in memory alone.
+                # Absent if held in 8 bits, a form that exists in memory only while a stage trains.
                 whole = state_dict.pop(f"{prefix}generations.{g}.{matrix}", ())
                 state_dict |= zip((prefix + name for name in generation.stored_names(matrix)), whole, strict=False)
 
@@ -142,6 +147,7 @@ class ExpertBanks(nn.Module):
         for g, generation in enumerate(self.born):
             for matrix in generation.matrices:
                 names = [f"{prefix}{name}" for name in generation.stored_names(matrix)]
+                # All or none: what is missing is reported by the strict load below.
                 if all(name in state_dict for name in names):
                     tensors = [state_dict.pop(name) for name in names]
                     whole = torch.stack(tensors) if tensors else getattr(generation, matrix)
@@ -149,27 +155,24 @@ class ExpertBanks(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _around(self) -> tuple[list[ExpertGeneration], int] | None:
-        """Generations from the first that trains on and around, and how many train; None if these are not in a row.
-
-        Some that are active may not train: a phase, or fine-tuning, may leave them alone.
-        """
+        """Generations, beginning with the trainable ones, and the number of these; None if they are not adjacent."""
+        # Empty generations are skipped: they have no rows and no gradient.
         born = [generation for generation in self.born if len(generation)]
         trained = [g for g, generation in enumerate(born) if generation.trains]
         if not trained:
             return born, 0
+        # Usually the newest generation only. A phase, or fine-tuning, may train another one, or several.
         first, last = trained[0], trained[-1]
         return ([*born[first:], *born[:first]], len(trained)) if last - first < len(trained) else None
 
     def chosen(self, rows: Tensor) -> ExpertsImplementation:
-        """How rows of this device and dtype are computed.
+        """The implementation that computes rows of this device and dtype.
 
-        ``auto`` takes ``grouped_mm`` where it needs no answer from the device, which is in bfloat16 on a GPU of
-        compute capability 9, and ``slices`` elsewhere. Dropout within experts is ``readable`` always. Whatever was
-        asked for, ``grouped_mm`` needs the experts that train side by side, and weights that are tensors of their own,
-        which those held in 8 bits are not: else it is ``slices``. So it is on a GPU of compute capability 10 or more,
-        where torch's kernel does not write the weight gradients of experts without rows.
+        ``auto`` is ``grouped_mm`` in bfloat16 on a GPU of compute capability 9, ``slices`` elsewhere. Where
+        ``grouped_mm`` cannot be used, it falls back to ``slices``; dropout within experts is always ``readable``.
         """
         how = self.implementation
+        # The fast implementations have no dropout.
         if self.training and self.dropout:
             return ExpertsImplementation.readable
         if how == ExpertsImplementation.auto:
@@ -179,18 +182,22 @@ class ExpertBanks(nn.Module):
         return how
 
     def _can_be_grouped(self, device: torch.device) -> bool:
+        # From compute capability 10 on, torch's kernel leaves weight gradients of experts without rows unwritten.
         is_sound = device.type != "cuda" or torch.cuda.get_device_capability(device) < (10, 0)
+        # Trainable generations must be adjacent, and weights must be tensors, which those held in 8 bits are not.
         return is_sound and self._around() is not None and not any(is_parametrized(g) for g in self.born)
 
     def _fastest(self, rows: Tensor) -> ExpertsImplementation:
         device = rows.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else rows.dtype
+        # Only there does the kernel run without a synchronization with the host.
         fits = device == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(rows.device)[0] == 9
+        # The kernel needs rows of a multiple of 16 bytes.
         aligned = self.width % 8 == 0 and self.expert_width % 8 == 0
         return ExpertsImplementation.grouped_mm if fits and aligned else ExpertsImplementation.slices
 
     def sorted_from(self, x: Tensor) -> int:
-        """The expert that rows must begin with: where weight gradients are grouped, the first that trains."""
+        """The expert whose rows must come first: with ``grouped_mm`` the first trainable one, else 0."""
         around = self._around()
         if self.chosen(x) != ExpertsImplementation.grouped_mm or not around or not around[0]:
             return 0
@@ -200,20 +207,21 @@ class ExpertBanks(nn.Module):
         """Each expert on its slice.
 
         Args:
-            rows_ND: Rows sorted by expert ``(N, D)``, from expert :meth:`sorted_from` on and around.
+            rows_ND: Rows sorted by expert ``(N, D)``, starting at expert :meth:`sorted_from` and wrapping around.
             counts_E: Rows of each expert by index, int64 ``(E,)``.
 
         Returns:
-            ``(N, D)``. An active expert without rows still takes part, so that its gradient is zero and not
-            absent: gradient synchronization between processes relies on it. Otherwise only experts that have rows cost
-            anything.
+            ``(N, D)``. An active expert without rows gets a gradient of zero rather than none, which gradient
+            synchronization between processes relies on.
         """
         how = self.chosen(rows_ND)
         if how == ExpertsImplementation.grouped_mm:
             around, num_trained = self._around() or ([], 0)
             ins, outs = [generation.into for generation in around], [generation.down for generation in around]
+            # In the order of the rows, which start at the first trainable expert.
             counts_E = counts_E.roll(-around[0].indices.start)
             return grouped(rows_ND, counts_E, ins, outs, num_trained, self.activation)
+        # Waits for the device; `grouped_mm` above does not.
         counts: list[int] = counts_E.tolist()
         if how == ExpertsImplementation.readable:
             parts = zip(self.networks(), rows_ND.split(counts), strict=True)

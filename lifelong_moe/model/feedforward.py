@@ -1,4 +1,4 @@
-"""Feed-forward networks: an expert, a shared expert, and what a layer without a mixture has.
+"""Feed-forward networks: experts, shared experts and dense layers.
 
 Legend: N rows, D model width, F hidden width.
 """
@@ -22,7 +22,7 @@ FUNCTIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 
 
 def input_matrix(activation: Activation) -> str:
-    """Name of the matrix that inputs meet; where the activation is gated, gate and up projections are one."""
+    """Name of the input matrix; with a gated activation, it holds the gate and up projections."""
     return "gate_up" if activation.is_gated else "up"
 
 
@@ -30,8 +30,6 @@ def feed_forward(
     x_ND: Tensor, *, into_GD: Tensor, down_DF: Tensor, activation: Activation, dropout: float = 0.0
 ) -> Tensor:
     """``(act(x G^T) * (x U^T)) W^T`` where the activation is gated, ``act(x U^T) W^T`` where not. No biases.
-
-    Gate and up projections are one matrix, so that a small expert is two matrix products and not three.
 
     Args:
         x_ND: ``(N, D)``.
@@ -44,6 +42,8 @@ def feed_forward(
         GLU variants (arXiv:2002.05202); Mixtral (arXiv:2401.04088): ``swiglu``; Grok-1's code: ``geglu`` with the tanh
         form of GELU; Switch (arXiv:2101.03961): ``relu``, not gated.
     """
+    # Gate and up projections are one matrix: a small expert takes two matrix products rather than three.
+    # shape: (N, G)
     act, pre_NG = FUNCTIONS[activation], F.linear(x_ND, into_GD)
     if activation.is_gated:
         gate_NF, up_NF = pre_NG.chunk(2, dim=-1)

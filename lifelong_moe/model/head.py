@@ -16,7 +16,7 @@ from lifelong_moe.routing.base import Routing
 
 
 class LinearHead(DeltaLinear):
-    """Logits are the product of a hidden state and one matrix ``(V, D)``, which may change by bundle."""
+    """Logits are the product of a hidden state and one matrix ``(V, D)``, which may have deltas."""
 
     @property
     def is_one_matrix(self) -> bool:
@@ -24,7 +24,7 @@ class LinearHead(DeltaLinear):
         return not self.deltas
 
     def read(self, hidden_BSD: Tensor, routing: Routing) -> Tensor:
-        """What the head needs of final hidden states and the last layer's routing, one row a token."""
+        """What the head reads of the final hidden states and the last layer's routing, one row per token."""
         return hidden_BSD
 
     def logits(self, hidden: Tensor, domain_ids: Tensor | None = None) -> Tensor:
@@ -32,10 +32,11 @@ class LinearHead(DeltaLinear):
         return self(hidden, self.deltas.slices(domain_ids))
 
     def cross_entropy(self, hidden_TD: Tensor, target_T: Tensor, domain_ids_T: Tensor | None = None) -> Tensor:
-        """Mean next-token loss in nats, scalar float32; logits are never all in memory."""
+        """Mean next-token loss in nats, scalar float32; all logits are never in memory at once."""
+        # Means over each generation's tokens, weighted by their number: the mean over all tokens.
         parts = [
-            linear_cross_entropy(hidden_TD[rows], self.weight_of(bundle), target_T[rows]) * share
-            for bundle, rows, share in self._slices(domain_ids_T)
+            linear_cross_entropy(hidden_TD[rows], self.weight_of(generation), target_T[rows]) * share
+            for generation, rows, share in self._slices(domain_ids_T)
         ]
         return torch.stack(parts).sum()
 
@@ -43,16 +44,16 @@ class LinearHead(DeltaLinear):
     def token_nats(self, hidden_TD: Tensor, target_T: Tensor, domain_ids_T: Tensor | None = None) -> Tensor:
         """Next-token loss of each token in nats, float32 ``(T,)``; no gradient."""
         nats_T = torch.empty(len(target_T), device=hidden_TD.device)
-        for bundle, rows, _ in self._slices(domain_ids_T):
-            nats_T[rows] = token_nats(hidden_TD[rows], self.weight_of(bundle), target_T[rows])
+        for generation, rows, _ in self._slices(domain_ids_T):
+            nats_T[rows] = token_nats(hidden_TD[rows], self.weight_of(generation), target_T[rows])
         return nats_T
 
     def _slices(self, domain_ids_T: Tensor | None) -> Iterator[tuple[int, Tensor | slice, float]]:
-        """Each bundle that occurs, its tokens, and their share of all."""
-        bundles = self.deltas.slices(domain_ids_T)
-        if bundles is None:
+        """Each generation in use, its tokens, and their share of all."""
+        generations = self.deltas.slices(domain_ids_T)
+        if generations is None:
             yield 0, slice(None), 1.0
             return
-        for bundle, rows in enumerate(bundles.order_T.split(bundles.counts)):
+        for generation, rows in enumerate(generations.order_T.split(generations.counts)):
             if len(rows):
-                yield bundle, rows, len(rows) / len(bundles.order_T)
+                yield generation, rows, len(rows) / len(generations.order_T)

@@ -1,9 +1,6 @@
-"""Weights held in 8 bits, a scale a row, and made whole on use: a view of a model, made when it is loaded.
+"""Hold frozen weights in 8 bits, with a scale per row, and dequantize them on use.
 
-A frozen expert's, where experts are computed in slices, are made whole again for the backward pass; other matrices are
-kept whole between both passes.
-
-What is stored never changes: the view is taken off again, and the stored bits put back, before anything is committed.
+This changes a loaded model in memory only: the stored bits are put back before anything is committed.
 
 Legend: O rows, I columns of a matrix.
 """
@@ -22,33 +19,34 @@ LEVELS = 127
 
 
 def quantize_rows(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearest of 255 evenly spaced values in each row's range.
+    """Round to the nearest of 255 evenly spaced values in each row's range.
 
     Args:
         weight_OI: Any finite matrix, or several: ``(E, O, I)``.
 
     Returns:
-        int8 ``(O, I)`` and scales ``(O, 1)`` of the matrix's dtype: no value is off by more than half its row's scale,
-        but for what the dtype rounds.
+        int8 ``(O, I)`` and scales ``(O, 1)`` in the matrix's dtype. The error is at most half the row's scale, plus the
+        rounding of the dtype.
 
     Source:
         Symmetric absmax quantization by row: LLM.int8() (arXiv:2208.07339), section 2.1; Grok-1's released weights.
     """
     highest_O1 = weight_OI.float().abs().amax(dim=-1, keepdim=True)
-    # Rounded to its dtype first: levels that were chosen by another scale would be off by as much as it is, 127 times.
+    # Rounded to its dtype before it divides: a level times the error of the scale would be up to 127 times that error.
+    # Not zero, or a row of zeros would become NaN.
     scale_O1 = (highest_O1 / LEVELS).to(weight_OI.dtype).clamp_min(torch.finfo(weight_OI.dtype).tiny)
     return (weight_OI.float() / scale_O1.float()).round().clamp(-LEVELS, LEVELS).to(torch.int8), scale_O1
 
 
 def dequantize_rows(quantized_OI: Tensor, scale_O1: Tensor) -> Tensor:
-    """The inverse of :func:`quantize_rows`, but for rounding; ``(O, I)`` in the scales' dtype."""
+    """The inverse of :func:`quantize_rows` up to rounding; ``(O, I)`` in the scales' dtype."""
     return (quantized_OI.float() * scale_O1.float()).to(scale_O1.dtype)
 
 
 class _Int8(nn.Module):
-    """A parametrization: torch keeps what :meth:`right_inverse` gives, and a module reads what :meth:`forward` does.
+    """A torch parametrization: stores the result of :meth:`right_inverse`, and computes the weight by :meth:`forward`.
 
-    A matrix has its scales' dtype, which changes with the model's.
+    The weight has the dtype of the scales, which follows the model's.
     """
 
     def forward(self, quantized_OI: Tensor, scale_O1: Tensor) -> Tensor:
@@ -59,11 +57,14 @@ class _Int8(nn.Module):
 
 
 def hold_in_int8(model: nn.Module, teacher: nn.Module | None = None) -> int:
-    """Hold every frozen matrix of a model in 8 bits, in place; gradients still flow through to what is before it.
+    """Quantize every frozen matrix of a model, in place; gradients still flow to earlier layers.
+
+    Autograd keeps the dequantized matrix between forward and backward pass, except for experts computed in slices:
+    these are dequantized once more for the backward pass.
 
     Args:
-        model: Matrices that train, and any that stand in several of its modules, stay whole.
-        teacher: Goes on sharing what it shares with the model, and so holds it in the same 8 bits.
+        model: Trainable matrices, and those that several of its modules share, stay as they are.
+        teacher: Keeps sharing what it shares with the model, in the same 8 bits.
 
     Returns:
         Bytes saved.
@@ -75,6 +76,7 @@ def hold_in_int8(model: nn.Module, teacher: nn.Module | None = None) -> int:
             continue
         rows = parameter.numel() // parameter.shape[-1]
         saved += parameter.numel() * (parameter.element_size() - 1) - parameter.element_size() * rows
+        # `unsafe`: torch would otherwise require that quantizing and dequantizing change nothing.
         held = [*places, *sharers.get(parameter, [])]
         for module, name in held:
             parametrize.register_parametrization(module, name, _Int8(), unsafe=True)
@@ -85,11 +87,11 @@ def hold_in_int8(model: nn.Module, teacher: nn.Module | None = None) -> int:
 
 
 def make_whole(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Take the view off, in place.
+    """Undo :func:`hold_in_int8`, in place.
 
     Args:
-        model: After :func:`hold_in_int8`; other matrices stay as they are.
-        tensors: The stored tensors by name, which the matrices held in 8 bits become again, bit for bit.
+        model: Its other matrices stay as they are.
+        tensors: The stored tensors by name; the quantized matrices become these again, bit for bit.
     """
     held = [(prefix, m) for prefix, m in model.named_modules() if isinstance(m, parametrize.ParametrizationList)]
     for prefix, _ in held:
@@ -102,7 +104,7 @@ def make_whole(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _stored(tensors: Mapping[str, Tensor], owner: nn.Module, owner_name: str, name: str) -> Tensor:
-    """A parameter as it is stored; experts are stored one by one, under names that begin as their banks'."""
+    """A parameter as it is stored; experts are stored one by one."""
     if isinstance(owner, ExpertGeneration):
         banks = owner_name.rpartition("generations.")[0]
         return torch.stack([tensors[banks + stored] for stored in owner.stored_names(name)])
@@ -110,7 +112,7 @@ def _stored(tensors: Mapping[str, Tensor], owner: nn.Module, owner_name: str, na
 
 
 def _owners(model: nn.Module) -> dict[Tensor, list[tuple[nn.Module, str]]]:
-    """Every matrix, or generation of experts' matrices, and the modules in which it stands."""
+    """Every matrix, or 3-D Parameter of experts, and the modules and names under which it is found."""
     found: dict[Tensor, list[tuple[nn.Module, str]]] = {}
     for module in list(model.modules()):
         for name, parameter in module.named_parameters(recurse=False):

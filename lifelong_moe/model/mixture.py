@@ -1,6 +1,6 @@
-"""Experts that compete: each predicts by itself, and the prediction is their mixture.
+"""Competing experts: each makes its own prediction, and the model predicts their mixture.
 
-The last layer keeps its experts' answers apart, and the head mixes what each predicts.
+The last layer returns each expert's output separately, and the head mixes their predictions.
 
 Legend: B batch, S sequence, T = B·S tokens, E experts, D model width, V vocabulary.
 """
@@ -21,16 +21,16 @@ from lifelong_moe.routing.base import Routing, RoutingContext
 
 
 class CompetingLayer(MoELayer):
-    """All experts answer every token, and nothing is summed."""
+    """All experts process every token, and their outputs are not summed."""
 
     def forward(self, x_TD: Tensor, context: RoutingContext) -> tuple[Tensor, Routing]:
-        """``(T, D)`` to what each expert makes of each token, ``(T, E, D)``, with how the router weighs them."""
+        """``(T, D)`` to each expert's output, ``(T, E, D)``, and the router's weights."""
         routing = self.router(x_TD, context)
         return torch.stack([expert(x_TD) for expert in self.banks.networks()], dim=1), routing
 
 
 class CompetingBlock(Block):
-    """The last block where experts compete: each has a stream of its own from there on."""
+    """The last block of a model with competing experts: from there on each expert has its own residual stream."""
 
     def __init__(self, architecture: Architecture, layer: int) -> None:
         super().__init__(architecture, layer)
@@ -46,7 +46,7 @@ class CompetingBlock(Block):
 
 
 class MixtureHead(LinearHead):
-    """``p(v) = sum_j p_j P_j(v)``: gates of the last layer mix what one matrix makes of each expert's stream.
+    """``p(v) = sum_j p_j P_j(v)``: the last layer's gates mix the softmax of each expert's stream.
 
     Source:
         Jacobs et al. 1991, eq. 1.3, with the experts' probability of the token for their Gaussian density: ours, as
@@ -55,18 +55,20 @@ class MixtureHead(LinearHead):
 
     @property
     def is_one_matrix(self) -> bool:
-        """A mixture of softmaxes is none."""
+        """A mixture of softmaxes is not one linear map."""
         return False
 
     def read(self, hidden_BSED: Tensor, routing: Routing) -> Tensor:
         """Each expert's hidden state, and its gate, in a row ``(B, S, E * D + E)``."""
-        # Logarithms: a gate that underflows still has one, and a gradient.
+        # Logarithms: a gate that underflows still has a finite logarithm, and a gradient.
         assert routing.log_weights_TK is not None
         return pack(hidden_BSED, routing.log_weights_TK.unflatten(0, hidden_BSED.shape[:2]))
 
     def logits(self, hidden: Tensor, domain_ids: Tensor | None = None) -> Tensor:
         """Logarithms of probabilities, float32 ``(..., V)``; their exponentials sum to 1."""
+        # shape: (..., E, D) and (..., E)
         hidden, log_gates = unpack(hidden, self.in_features)
+        # shape: (..., E, V)
         log_probs = F.linear(hidden, self.weight).float().log_softmax(dim=-1)
         return torch.logsumexp(log_gates.float().unsqueeze(-1) + log_probs, dim=-2)
 

@@ -1,6 +1,6 @@
-"""The mixture-of-experts layer: route, dispatch, experts, combine; and what stands beside the routed experts.
+"""The mixture-of-experts layer: route, dispatch, experts, combine, and add shared experts.
 
-Legend: T tokens, D model width.
+Legend: T tokens, D model width, N rows handed to experts, E experts.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from lifelong_moe.routing.base import Router, Routing, RoutingContext
 
 
 class MoELayer(nn.Module):
-    """Any router over two banks of experts, and perhaps a network that every token uses.
+    """A router over experts, and optionally a shared network that every token uses.
 
-    It knows nothing of how the router decides. With ``mixes`` routed and shared outputs are weighted by a learned
-    softmax of the token, else added.
+    The layer does not depend on how the router decides. With ``mixes``, routed and shared outputs are weighted by a
+    learned softmax per token; otherwise they are added.
 
     Source:
         Shared experts: DeepSeekMoE (arXiv:2401.06066). Learned mix: DeepSpeed-MoE's residual layer, as in its code; the
@@ -28,7 +28,7 @@ class MoELayer(nn.Module):
     """
 
     shared_part = Part.shared
-    """What the network that every token uses is."""
+    """The part that the shared network belongs to."""
 
     def __init__(
         self, router: Router, banks: ExpertBanks, shared: FeedForward | None = None, *, mixes: bool = False
@@ -39,10 +39,10 @@ class MoELayer(nn.Module):
         self.shared = shared
         self.mix = nn.Linear(banks.width, 2) if mixes else None
         self.recomputes = False
-        """Whether experts are computed again in the backward pass."""
+        """Whether experts are recomputed in the backward pass."""
 
     def add_experts(self, num: int) -> None:
-        """Add experts and their router rows, uninitialized, to the active bank."""
+        """Add a generation of experts and their router rows, uninitialized."""
         self.banks.add(num)
         self.router.add_experts(num)
 
@@ -55,7 +55,7 @@ class MoELayer(nn.Module):
                     fan_in_normal_(matrix, self.router.expert_scale, generator)
 
     def places(self, layer: int) -> dict[nn.Parameter, Place]:
-        """What each parameter is, for the layer of this index."""
+        """The place of each parameter, given the index of this layer."""
         found = dict.fromkeys(self.router.parameters(), Place(Part.router, layer))
         for generation in range(len(self.router.generations)):
             found |= dict.fromkeys(self.router.parameters_of(generation), Place(Part.router, layer, generation))
@@ -67,47 +67,56 @@ class MoELayer(nn.Module):
         return found
 
     def freeze(self, but: int | None = None) -> None:
-        """Freeze every expert and router row there is, but those of one generation, which alone trains."""
+        """Freeze all experts and router rows except those of one generation; None freezes all."""
         self.banks.freeze(but)
+        # The router freezes what its generations share as well, and one generation is released again.
         self.router.freeze()
         for parameter in [] if but is None else self.router.parameters_of(but):
             parameter.requires_grad_(True)
 
     def forward(self, x_TD: Tensor, context: RoutingContext) -> tuple[Tensor, Routing]:
-        """``(T, D)`` to ``(T, D)``, with what the router decided."""
+        """``(T, D)`` to ``(T, D)``, and the router's decision."""
         routing = self.router(x_TD, context)
         first = self.banks.sorted_from(x_TD)
-        rows_ND = self._experts(routing.dispatch(x_TD, first), routing.counts_E)
-        return self._with_shared(x_TD, routing.combine(rows_ND, first)), routing
+        # shape: (N, D), sorted by expert
+        rows_ND = routing.dispatch(x_TD, first)
+        # shape: (N, D)
+        out_ND = self._experts(rows_ND, routing.counts_E)
+        # shape: (T, D), weighted by gates
+        routed_TD = routing.combine(out_ND, first)
+        return self._with_shared(x_TD, routed_TD), routing
 
     def _experts(self, rows_ND: Tensor, counts_E: Tensor) -> Tensor:
+        # The router is not recomputed: it may count tokens or draw noise.
         if self.recomputes and torch.is_grad_enabled():
             return checkpoint(self.banks, rows_ND, counts_E, use_reentrant=False)
         return self.banks(rows_ND, counts_E)
 
     def _with_shared(self, x_TD: Tensor, routed_TD: Tensor) -> Tensor:
-        """Routed experts' output and the shared network's, where there is one."""
+        """Add the shared network's output, if there is one."""
         if self.shared is None:
             return routed_TD
         shared_TD = self.shared(x_TD)
         if self.mix is None:
             return routed_TD + shared_TD
+        # shape: (T, 2), routed and shared
         shares_T2 = self.mix(x_TD).softmax(dim=-1)
         return routed_TD * shares_T2[:, :1] + shared_TD * shares_T2[:, 1:]
 
 
 class DenseLayer(MoELayer):
-    """A layer without routed experts: the shared network is all there is."""
+    """A layer without routed experts: a feed-forward network only."""
 
     shared_part = Part.dense
 
     def forward(self, x_TD: Tensor, context: RoutingContext) -> tuple[Tensor, Routing]:
-        """``(T, D)`` to ``(T, D)``, with the answer of a router that has nobody to choose."""
+        """``(T, D)`` to ``(T, D)``, with an empty routing."""
         assert self.shared is not None
         return self.shared(x_TD), no_routing(x_TD)
 
 
 def no_routing(x_TD: Tensor) -> Routing:
-    """The answer of a layer without routed experts."""
+    """The routing of a layer without routed experts."""
+    # shape: (T, 0)
     nobody = torch.zeros(len(x_TD), 0, dtype=torch.int64, device=x_TD.device)
     return Routing(nobody, nobody.float(), 0)

@@ -1,4 +1,4 @@
-"""The tokens that a model reads, and what is known of each.
+"""A model's input: tokens, and the document, domain and mask of each.
 
 Legend: B batch, S sequence.
 """
@@ -23,15 +23,16 @@ class TokenBatch:
     domain_ids_BS: Tensor | None = None
     """Document cluster, bundle or label of each token, int64; zeros by default."""
     mask_BS: Tensor | None = None
-    """True for real tokens; all by default. Padding must stand at the right."""
+    """True for real tokens; all by default. Padding must be on the right."""
     old_text_BS: Tensor | None = None
     """True for text of earlier stages; given in a router's review only."""
 
     @classmethod
     def of(cls, batch: Mapping[str, Tensor]) -> TokenBatch:
-        """From a batch of blocks as the data module makes them."""
+        """From a batch of blocks as the data module yields them."""
         return cls(batch["token_ids"], batch["document_ids"], batch["domain_ids"], batch["mask"])
 
     def __getitem__(self, rows: slice | Tensor) -> TokenBatch:
         """Some of the sequences."""
+        # Every field is (B, S) or None.
         return TokenBatch(**{name: known_BS[rows] for name, known_BS in vars(self).items() if known_BS is not None})

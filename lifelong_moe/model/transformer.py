@@ -19,7 +19,7 @@ from lifelong_moe.model.attention import AttentionContext, rotary_tables
 from lifelong_moe.model.block import Block
 from lifelong_moe.model.buckets import add_missing_tables, table_names
 from lifelong_moe.model.cache import KeyValueCache
-from lifelong_moe.model.deltas import BundleSlices, DeltaEmbedding, DeltaLinear, LowRank
+from lifelong_moe.model.deltas import DeltaEmbedding, DeltaLinear, GenerationSlices, LowRank
 from lifelong_moe.model.groups import build_document_clusters
 from lifelong_moe.model.head import LinearHead
 from lifelong_moe.model.mixture import CompetingBlock, MixtureHead
@@ -33,20 +33,21 @@ from lifelong_moe.routing.base import Routing, RoutingContext
 
 @dataclass
 class ModelOutput:
-    """What a forward pass gives."""
+    """The result of a forward pass."""
 
     hidden_BSD: Tensor
-    """Final hidden states after the last norm, as the head reads them: ``model.head.logits`` makes logits of them."""
+    """Final hidden states after the last norm, in the form that ``model.head.logits`` reads."""
     routings: list[Routing]
-    """What each layer's router decided."""
+    """Each layer's routing decision."""
     below_BSD: Tensor | None = None
-    """What went into the block at which the pass was split; see ``LanguageModel.forward``."""
+    """Input of the block at which the pass was split; see ``LanguageModel.forward``."""
 
 
 class LanguageModel(nn.Module):
     """A decoder-only transformer whose experts come in generations.
 
-    Parameters are uninitialized until :func:`initialize` or a checkpoint fills them.
+    Parameters are uninitialized until :func:`initialize` or a checkpoint fills them. Old experts, router rows
+    and deltas are frozen by :meth:`freeze_generations`.
     """
 
     def __init__(self, architecture: Architecture) -> None:
@@ -54,7 +55,7 @@ class LanguageModel(nn.Module):
         config, routing = architecture.model, architecture.routing
         self.architecture = architecture
         self.separates_documents = config.document_mask
-        """Whether tokens attend within their own document only; pairs are kept apart whatever ``model`` says."""
+        """Whether tokens attend within their own document only; set for pairs whatever ``model.document_mask`` is."""
         self.embedding = DeltaEmbedding(architecture.vocab_size, config.width)
         self.blocks = nn.ModuleList(Block(architecture, layer) for layer in range(config.layers - 1))
         self.blocks.append((CompetingBlock if routing.competitive else Block)(architecture, config.layers - 1))
@@ -79,9 +80,9 @@ class LanguageModel(nn.Module):
                 self.freeze_generations(architecture.continued)
 
     def recompute(self, on: bool) -> None:
-        """Compute attention and experts again in the backward pass, or keep what it needs of them.
+        """Recompute attention and experts in the backward pass instead of storing their activations, or stop doing so.
 
-        Routers are never computed twice: some count, or draw noise.
+        Routers are never recomputed: some count tokens or draw noise.
         """
         for block in self.blocks:
             block.recomputes = block.moe.recomputes = on  # type: ignore[assignment, union-attr]
@@ -107,48 +108,48 @@ class LanguageModel(nn.Module):
     def stored_names(self, *, trained: bool) -> set[str]:
         """Names in the state dictionary of the parameters that train, or of those that are frozen; no buffers."""
         buffers = {name for name, _ in self.named_buffers()}
-        with torch.enable_grad():  # or an expert's share of its generation's Parameter would look frozen
+        with torch.enable_grad():  # without, an expert's view of its generation's Parameter would look frozen
             stored = self.state_dict(keep_vars=True)
         return {name for name, tensor in stored.items() if tensor.requires_grad == trained and name not in buffers}
 
     def moe_layers(self) -> Iterator[MoELayer]:
-        """Each layer's mixture of experts, bottom to top; a dense layer's has no routed experts."""
+        """The mixture-of-experts layers, bottom to top; a dense one has no routed experts."""
         for block in self.blocks:
             yield block.moe  # type: ignore[misc]
 
     def add_generation(self, generation: Generation) -> None:
-        """Add a generation's experts and deltas, uninitialized; the architecture is the caller's to change."""
+        """Add a generation's experts and deltas, uninitialized; the caller updates ``architecture``."""
         for i, layer in enumerate(self.moe_layers()):
             layer.add_experts(generation.experts_in(i))
         if self.document_clusters is not None:
             self.document_clusters.add(generation.experts)
         for matrix in self.delta_matrices():
-            matrix.add_bundle(generation.delta_rank)
+            matrix.add_generation(generation.delta_rank)
 
     def delta_matrices(self) -> Iterator[DeltaLinear | DeltaEmbedding]:
-        """The matrices of the trunk that a bundle may change: embedding, attention, head."""
+        """The matrices of the trunk that may have deltas: embedding, attention, head."""
         for module in self.modules():
             if isinstance(module, DeltaLinear | DeltaEmbedding):
                 yield module
 
     def freeze_generations(self, but: int | None = None) -> None:
-        """Freeze all experts, router rows and deltas there are, but those of one generation, which alone trains."""
+        """Freeze all experts, router rows and deltas except those of one generation; None freezes all."""
         for layer in self.moe_layers():
             layer.freeze(but)
         for matrix in self.delta_matrices():
-            for bundle, delta in matrix.deltas.items():
-                delta.requires_grad_(bundle == str(but))
+            for generation, delta in matrix.deltas.items():
+                delta.requires_grad_(generation == str(but))
 
     def places(self) -> dict[str, Place]:
-        """What each parameter is, by name: told by the modules that hold it."""
+        """The place of each parameter by name, as reported by the module that owns it."""
         found = dict.fromkeys(self.head.parameters(), Place(Part.head))
         found |= dict.fromkeys(self.embedding.parameters(), Place(Part.embedding))  # the head's too if they are tied
         found |= dict.fromkeys(self.norm.parameters(), Place(Part.norm))
         for i, block in enumerate(self.blocks):
             found |= block.places(i)  # type: ignore[operator]
         for matrix in self.delta_matrices():
-            for bundle, delta in matrix.deltas.items():
-                found |= {p: replace(found[p], generation=int(bundle)) for p in delta.parameters()}
+            for generation, delta in matrix.deltas.items():
+                found |= {p: replace(found[p], generation=int(generation)) for p in delta.parameters()}
         return {name: found[parameter] for name, parameter in self.named_parameters()}
 
     def parameters_of(self, part: Part | None = None, generation: int | None = None) -> dict[str, nn.Parameter]:
@@ -159,7 +160,7 @@ class LanguageModel(nn.Module):
             generation: Counted from 0. None is every generation, and what they share.
 
         Returns:
-            Without those that are empty, as router rows are where a generation has no experts.
+            No empty parameters, such as the router rows of a generation without experts in a layer.
         """
         found = {
             name: self.get_parameter(name) for name, place in self.places().items() if place.is_in(part, generation)
@@ -181,46 +182,50 @@ class LanguageModel(nn.Module):
         """Hidden states of every token.
 
         Args:
-            batch: Tokens and what is known of them.
-            cache: Knows the positions before these, and learns these: all at once into an empty one, then one by one.
-            split: What goes into this block comes along as ``below_BSD``.
-            below_BSD: ``(B, S, D)``, from such a call: the blocks below ``split`` are left out. A teacher goes on where
-                it begins to differ from its student.
+            batch: Tokens and their documents, domains and masks.
+            cache: Keys and values of earlier positions, extended by these. Fill it with a prompt, then one token at a
+                time.
+            split: The input of this block is returned as ``below_BSD``.
+            below_BSD: ``(B, S, D)``, from another model's call with the same ``split``: blocks below it are skipped. A
+                teacher starts where it begins to differ from its student.
         """
         attention, routing = self._attention_context(batch, cache), self._routing_context(batch)
         caches = [None] * len(self.blocks) if cache is None else cache.layers
         routings: list[Routing] = []
-        x_BSD, first = (self._embed(batch, attention.bundles), 0) if below_BSD is None else (below_BSD, split)
+        # shape: (B, S, D)
+        x_BSD, first = (self._embed(batch, attention.generations), 0) if below_BSD is None else (below_BSD, split)
         for i, block in enumerate(list(self.blocks)[first:], first):
             if i == split:
                 below_BSD = x_BSD
+            # shape: (B, S, D), or (B, S, E, D) after a competing block, which is the last
             x_BSD, decided = block(x_BSD, attention, routing, caches[i])
             routings.append(decided)
         hidden_BSD = self.norm(x_BSD)
-        if self.architecture.model.logit_scale != 1:  # scaling what the head reads is scaling the logits
+        if self.architecture.model.logit_scale != 1:  # logits are linear in what the head reads
             hidden_BSD = hidden_BSD * self.architecture.model.logit_scale
         return ModelOutput(self.head.read(hidden_BSD, routings[-1]), routings, below_BSD)
 
-    def _embed(self, batch: TokenBatch, bundles: BundleSlices | None) -> Tensor:
-        x_BSD, scale = self.embedding(batch.ids_BS, bundles), self.architecture.model.embedding_scale
+    def _embed(self, batch: TokenBatch, generations: GenerationSlices | None) -> Tensor:
+        x_BSD, scale = self.embedding(batch.ids_BS, generations), self.architecture.model.embedding_scale
         return x_BSD if scale == 1 else x_BSD * scale
 
     def _attention_context(self, batch: TokenBatch, cache: KeyValueCache | None) -> AttentionContext:
         config, device, length = self.architecture.model, batch.ids_BS.device, batch.ids_BS.shape[1]
         if cache is not None and cache.length and length > 1:
-            raise ValueError("with a cache, tokens come one at a time")
+            raise ValueError("a cache that is not empty takes one token at a time")
         mask: Tensor | Documents | None = None
         if self.separates_documents and batch.document_ids_BS is not None:
             documents_BS = batch.document_ids_BS
             mask = Documents.of(documents_BS) if cache is None else cache.within_documents(documents_BS)
-        bundles = self.embedding.deltas.slices(batch.domain_ids_BS)
+        # Sorted once, for all layers.
+        generations = self.embedding.deltas.slices(batch.domain_ids_BS)
         if cache is None:
             rotary = rotary_tables(length, config.attention_width, config.rope_base, device)
-            return AttentionContext(rotary, mask, bundles)
-        if cache.rotary is None:
+            return AttentionContext(rotary, mask, generations)
+        if cache.rotary is None:  # computed once for all positions, not at every step
             cache.rotary = rotary_tables(cache.room, config.attention_width, config.rope_base, device)
         cos, sin = (table[cache.length : cache.length + length] for table in cache.rotary)
-        return AttentionContext((cos, sin), mask, bundles)
+        return AttentionContext((cos, sin), mask, generations)
 
     def _routing_context(self, batch: TokenBatch) -> RoutingContext:
         token_ids_T, mask_BS, domains_BS = batch.ids_BS.flatten(), batch.mask_BS, batch.domain_ids_BS
@@ -238,7 +243,7 @@ class LanguageModel(nn.Module):
 
 @torch.no_grad()
 def initialize(model: LanguageModel, seed: int) -> None:
-    """Fill all parameters; a pure function of the architecture and the seed.
+    """Initialize all parameters; a pure function of the architecture and the seed.
 
     ==============================  ==========================================================
     norms                           1
@@ -253,6 +258,7 @@ def initialize(model: LanguageModel, seed: int) -> None:
                                     the stream's variance does not grow with depth
     ==============================  ==========================================================
     """
+    # On the CPU, so that the numbers do not depend on the device.
     generator = torch.Generator().manual_seed(seed)
     deltas = {delta.down: delta for delta in model.modules() if isinstance(delta, LowRank)}
     as_made = {p for layer in model.moe_layers() for p in layer.router.preset_parameters()}
@@ -265,7 +271,8 @@ def initialize(model: LanguageModel, seed: int) -> None:
         if parameter in deltas:
             deltas[parameter].begin(generator)
         elif parameter in drawn_by_turns:
-            for matrices in zip(parameter, drawn_by_turns[parameter], strict=True):  # of one expert after the other
+            # Expert by expert, both matrices in turn: the order of draws when each expert was a module of its own.
+            for matrices in zip(parameter, drawn_by_turns[parameter], strict=True):
                 for i, matrix in enumerate(matrices):
                     std = initial_std(model.architecture.model, residual=i == 1)
                     nn.init.normal_(matrix, std=std, generator=generator)

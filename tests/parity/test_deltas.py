@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lifelong_moe.model.deltas import BundleSlices, DeltaEmbedding, DeltaLinear, Deltas, apply_readable
+from lifelong_moe.model.deltas import DeltaEmbedding, DeltaLinear, Deltas, GenerationSlices, apply_readable
 from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.architecture import Generation
@@ -25,13 +25,13 @@ MIXES = {
 
 
 class Readable:
-    """In the place of :class:`BundleSlices`."""
+    """In the place of :class:`GenerationSlices`."""
 
-    def __init__(self, domain_ids_T: Tensor, num_bundles: int) -> None:
-        self.domain_ids_T, self.num_bundles = domain_ids_T, num_bundles
+    def __init__(self, domain_ids_T: Tensor, num_generations: int) -> None:
+        self.domain_ids_T, self.num_generations = domain_ids_T, num_generations
 
     def apply(self, x_TI: Tensor, function: Callable[[int, Tensor], Tensor]) -> Tensor:
-        return apply_readable(x_TI, self.domain_ids_T, self.num_bundles, function)
+        return apply_readable(x_TI, self.domain_ids_T, self.num_generations, function)
 
 
 @pytest.fixture(params=MIXES)
@@ -43,7 +43,7 @@ def bundles(request: pytest.FixtureRequest) -> Tensor:
 def filled(module: Any) -> Any:
     """Two changes, of rank 3 and 1; bundle 0 has none."""
     for rank in (0, 3, 1):
-        module.add_bundle(rank)
+        module.add_generation(rank)
     generator = torch.Generator().manual_seed(0)
     for parameter in module.parameters():
         nn.init.normal_(parameter, generator=generator)
@@ -58,7 +58,7 @@ def gradients(output: Tensor, inputs: list[Tensor]) -> list[Tensor]:
 
 def check(module: nn.Module, x: Tensor, domains_T: Tensor) -> None:
     inputs = [*module.parameters(), *([x] if x.requires_grad else [])]
-    fast, readable = (module(x, slices) for slices in (BundleSlices.of(domains_T, 3), Readable(domains_T, 3)))
+    fast, readable = (module(x, slices) for slices in (GenerationSlices.of(groups_T, 3), Readable(groups_T, 3)))
     torch.testing.assert_close(fast, readable, atol=1e-5, rtol=1e-5)
     for one, other in zip(gradients(fast, inputs), gradients(readable, inputs), strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)

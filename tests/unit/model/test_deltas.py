@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lifelong_moe.config.growth import GrowConfig, RouterInit
 from lifelong_moe.growth.grow import grow
-from lifelong_moe.model.deltas import BundleSlices, DeltaEmbedding, DeltaLinear
+from lifelong_moe.model.deltas import DeltaEmbedding, DeltaLinear, GenerationSlices
 from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.architecture import Generation
@@ -36,7 +36,7 @@ def bundles(request: pytest.FixtureRequest) -> Tensor:
 
 
 def test_slices_by_hand() -> None:
-    slices = BundleSlices.of(torch.tensor([1, 0, 5, 1]), 2)
+    slices = GenerationSlices.of(torch.tensor([1, 0, 5, 1]), 2)
     assert slices.counts == [2, 2] and slices.order_T.tolist() == [1, 2, 0, 3]
     seen = {}
 
@@ -49,20 +49,20 @@ def test_slices_by_hand() -> None:
 
 
 def test_a_batch_of_one_bundle_is_not_sorted() -> None:
-    slices = BundleSlices.of(torch.tensor([1, 1, 1]), 3)
+    slices = GenerationSlices.of(torch.tensor([1, 1, 1]), 3)
     x_TI = torch.rand(3, 2)
     assert slices.apply(x_TI, lambda bundle, rows: rows) is x_TI
 
 
 def test_no_tokens() -> None:
-    slices = BundleSlices.of(torch.zeros(0, dtype=torch.int64), 2)
+    slices = GenerationSlices.of(torch.zeros(0, dtype=torch.int64), 2)
     assert slices.apply(torch.zeros(0, 3), lambda bundle, rows: rows[:, :2]).shape == (0, 2)
 
 
 def test_a_linear_map_by_hand() -> None:
     linear = DeltaLinear(2, 2)
     for rank in (0, 1):
-        linear.add_bundle(rank)
+        linear.add_generation(rank)
     with torch.no_grad():
         linear.weight.copy_(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
         linear.deltas["1"].up.copy_(torch.tensor([[10.0], [0.0]]))
@@ -70,7 +70,7 @@ def test_a_linear_map_by_hand() -> None:
     assert linear.weight_of(0).tolist() == linear.weight_of(2).tolist() == [[1, 2], [3, 4]]
     assert linear.weight_of(1).tolist() == [[1, 12], [3, 4]]
     x_BSI = torch.tensor([[[1.0, 1.0], [1.0, 1.0]]])
-    slices = BundleSlices.of(torch.tensor([0, 1]), 2)
+    slices = GenerationSlices.of(torch.tensor([0, 1]), 2)
     assert linear(x_BSI, slices).tolist() == [[[3, 7], [13, 7]]]
     assert linear(x_BSI).tolist() == [[[3, 7], [3, 7]]]
 
@@ -78,12 +78,12 @@ def test_a_linear_map_by_hand() -> None:
 def test_an_embedding_by_hand() -> None:
     embedding = DeltaEmbedding(3, 2)
     for rank in (0, 1):
-        embedding.add_bundle(rank)
+        embedding.add_generation(rank)
     with torch.no_grad():
         embedding.weight.copy_(torch.tensor([[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]]))
         embedding.deltas["1"].up.copy_(torch.tensor([[0.0], [5.0], [7.0]]))
         embedding.deltas["1"].down.copy_(torch.tensor([[1.0, -1.0]]))
-    slices = BundleSlices.of(torch.tensor([1, 0, 1, 0]), 2)
+    slices = GenerationSlices.of(torch.tensor([1, 0, 1, 0]), 2)
     assert embedding(torch.tensor([[2, 2], [0, 1]]), slices).tolist() == [[[10, -4], [3, 3]], [[1, 1], [2, 2]]]
 
 
@@ -131,7 +131,7 @@ def test_only_a_bundle_s_tokens_see_its_change(make_model: Make, make_batch: Bat
     model, batch = make_model("labelled_bundles", (4, SECOND, THIRD)).eval(), make_batch(groups=3)
 
     def embedded() -> Tensor:
-        return model.embedding(batch["token_ids"], BundleSlices.of(batch["domain_ids"].flatten(), 3))
+        return model.embedding(batch["token_ids"], GenerationSlices.of(batch["domain_ids"].flatten(), 3))
 
     def scores() -> Tensor:
         return model.head.logits(torch.ones(4, 16, 16), batch["domain_ids"])

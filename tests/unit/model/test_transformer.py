@@ -204,5 +204,5 @@ def test_a_cache_takes_one_token_at_a_time(make_model: Make) -> None:
     model, ids = make_model().eval(), random_ids(1, 4)
     cache = KeyValueCache(len(model.blocks), 8)
     model(TokenBatch(ids), cache=cache)
-    with pytest.raises(ValueError, match="one at a time"):
+    with pytest.raises(ValueError, match="one token at a time"):
         model(TokenBatch(ids), cache=cache)
