@@ -58,7 +58,7 @@ def gradients(output: Tensor, inputs: list[Tensor]) -> list[Tensor]:
 
 def check(module: nn.Module, x: Tensor, domains_T: Tensor) -> None:
     inputs = [*module.parameters(), *([x] if x.requires_grad else [])]
-    fast, readable = (module(x, slices) for slices in (GenerationSlices.of(groups_T, 3), Readable(groups_T, 3)))
+    fast, readable = (module(x, slices) for slices in (GenerationSlices.of(domains_T, 3), Readable(domains_T, 3)))
     torch.testing.assert_close(fast, readable, atol=1e-5, rtol=1e-5)
     for one, other in zip(gradients(fast, inputs), gradients(readable, inputs), strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
