@@ -383,7 +383,7 @@ def test_ewc_without_stored_text(lab: Path) -> None:
     """The Fisher information is that of text which the old model writes: by hand, from its weights and seed alone."""
     ewc = {"kind": "ewc", "fisher_tokens": 100}
     stage = {"penalty": ewc, "replay": {"fraction": 0.0, "source": "generated"}, "distill": {"weight": 0.0}}
-    prepared = prepare(read_config(write_config(tiny_config(stage_defaults=stage)), []))
+    prepared = prepare(read_config(write_config(tiny_config(stage_defaults=stage))))
     spec = prepared.plan[1].spec
     assert (spec.fisher_data, spec.reads, spec.uses) == ((), (), ("code",))
     assert (spec.written_blocks, spec.fisher_measured_tokens, spec.teacher_tokens) == ((0, 3), 96, 96)

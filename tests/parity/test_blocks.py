@@ -275,7 +275,7 @@ def test_a_preset_presses_as_transformers_does(preset: str, published: float) ->
 
 def test_olmoe_presses_as_megablocks_does() -> None:
     """``layers/moe.py`` and ``layers/router.py`` there: 0.01 and 0.001, divided by layers, in float64."""
-    (config, _), mask_T = read_config(PRESETS / "olmoe.yaml"), torch.ones(30, dtype=torch.bool)
+    config, mask_T = read_config(PRESETS / "olmoe.yaml").config, torch.ones(30, dtype=torch.bool)
     experts, top_k, layers = config.model.experts, config.routing.top_k, config.model.layers
     generator = torch.Generator().manual_seed(0)
     logits = [torch.randn(30, experts, generator=generator).double().requires_grad_() for _ in range(layers)]
