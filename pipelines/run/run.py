@@ -11,6 +11,7 @@ from functools import partial
 from rich.console import Console
 
 from lifelong_moe.config.load import LoadedConfig
+from lifelong_moe.config.run import RunConfig
 from lifelong_moe.data.tokens.prepare import PreparedData
 from lifelong_moe.errors import TryAgainError
 from lifelong_moe.evaluation.loss import Evaluation
@@ -120,14 +121,7 @@ def _run_stages(
     try:
         with console.status("untrained model: evaluating"):  # what forward transfer is measured against
             init = measurements.evaluations(_init_key(prepared), distributions)
-        results = RunResults(
-            run=config.run,
-            method=config.method.value,
-            seed=config.seed,
-            distributions=distributions,
-            not_measured=[name for name in config.evaluated if name not in distributions],
-            init=init,
-        )
+        results = _no_results(config, distributions, init)
         for planned in prepared.plan:
             stage = store.find(planned.key)
             shared = stage is not None and planned.key not in opened.head.trained
@@ -160,6 +154,19 @@ def _run_stages(
         mlflow.ended_by(error)
         raise
     return report
+
+
+def _no_results(config: RunConfig, distributions: list[str], init: dict[str, Evaluation]) -> RunResults:
+    """The results of a run before its first stage."""
+    return RunResults(
+        run=config.run,
+        method=config.method.value,
+        seed=config.seed,
+        distributions=distributions,
+        # Their held-out text is gone, and no stored evaluation replaces it.
+        not_measured=[name for name in config.evaluated if name not in distributions],
+        init=init,
+    )
 
 
 @contextmanager
