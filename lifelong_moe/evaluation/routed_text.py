@@ -167,6 +167,7 @@ def _choices(seen: Observation, layer: int, token: int, names: Sequence[str]) ->
 
 def _colour(index: int, num: int) -> str:
     """Hues evenly apart; neighbours also differ in lightness."""
+    # Light and saturated enough that black text stays legible on every hue.
     channels = colorsys.hls_to_rgb(index / num, (0.72, 0.85)[index % 2], 0.75)
     return "#" + "".join(f"{round(255 * channel):02x}" for channel in channels)
 

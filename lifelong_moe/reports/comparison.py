@@ -62,10 +62,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from scipy.special import stdtr, stdtrit
+
+from lifelong_moe.reports.seeds import PairedDifference, over_seeds, paired
 
 SCHEMA = 1
-CONFIDENCE = 0.95
 Report = Mapping[str, Any]
 OVER = {
     "forgetting_max": "forgetting",
@@ -93,23 +93,6 @@ class ArmResult:
     """Report of each committed seed."""
     failed: Mapping[int, str]
     """Why a seed's run failed."""
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean over seeds with its 95 % t-interval; no interval for one seed."""
-
-    mean: float
-    low: float | None
-    high: float | None
-    n: int
-
-
-@dataclass(frozen=True)
-class PairedDifference(Interval):
-    """A mean difference over common seeds, and the p-value of the paired t-test."""
-
-    p: float | None
 
 
 @dataclass(frozen=True)
@@ -150,6 +133,7 @@ def build_comparison(
     """
     unrestrained = unrestrained or _first(arms, "unrestrained") or _first(arms, "sequential")
     joint = joint or _first(arms, "joint")
+    # The reference of a gap is an arm like any other, so each arm has a gap of its own, 0 for the reference itself.
     reports = {arm.name: arm.reports for arm in arms}
     free, oracle = (reports[role] if role else {} for role in (unrestrained, joint))
     # An arm is compared with references of the same seed, which saw the same data in the same order.
@@ -214,6 +198,7 @@ def measure(report: Report, free: Report | None, oracle: Report | None) -> RunMe
         oracle: Report of the joint run with the same seed.
     """
     names, stages = report["distributions"], report["stages"]
+    # What the last stage learned has not been followed by anything, so it cannot be forgotten yet.
     forgetting = {name: value for name, value in report["forgetting"].items() if name in old_distributions(report)}
     plasticity = _plasticity_gap(report, free) if free else None
     above = _oracle_gap(report, oracle) if oracle else None
@@ -250,6 +235,7 @@ def measure(report: Report, free: Report | None, oracle: Report | None) -> RunMe
 def learned_rows(report: Report) -> dict[str, int]:
     """For each learned distribution, the row of the last stage that learned it."""
     learned = [stage["learns"] for stage in report["stages"]]
+    # Learned again later, a distribution is measured from there on.
     return {name: max(i for i, names in enumerate(learned) if name in names) for name in report["forgetting"]}
 
 
@@ -281,6 +267,7 @@ def _loss(report: Report, row: int, name: str) -> float:
 
 
 def _relative(reduce: Any, nats: Mapping[str, float] | None) -> float | None:
+    # expm1: exact also for the small differences that a good method shows.
     return math.expm1(reduce(nats.values())) if nats else None
 
 
@@ -293,41 +280,6 @@ def _total(models: Mapping[str, Mapping[str, Any]], field: str) -> Any:
 
 def _mean(values: Any) -> float:
     return float(np.mean(list(values)))
-
-
-def over_seeds(values: Sequence[float | None]) -> Interval | None:
-    """Mean and 95 % t-interval of the known values; None if there are none."""
-    known = np.array([value for value in values if value is not None], dtype=np.float64)
-    n = len(known)
-    if not n:
-        return None
-    mean = float(known.mean())
-    if n == 1:
-        return Interval(mean, None, None, 1)
-    half = float(stdtrit(n - 1, (1 + CONFIDENCE) / 2) * known.std(ddof=1) / math.sqrt(n))
-    return Interval(mean, mean - half, mean + half, n)
-
-
-def paired(values: Mapping[int, float | None], reference: Mapping[int, float | None]) -> PairedDifference | None:
-    """Differences with the same seed, and the paired t-test of a mean difference of 0.
-
-    Args:
-        values: By seed.
-        reference: By seed.
-
-    Returns:
-        None for fewer than two common seeds. Without any spread p is undefined and None.
-    """
-    pairs = [(value, reference.get(seed)) for seed, value in values.items()]
-    differences = [a - b for a, b in pairs if a is not None and b is not None]
-    if len(differences) < 2:
-        return None
-    found, spread = over_seeds(differences), float(np.std(differences, ddof=1))
-    assert found is not None
-    # As scipy.stats.ttest_rel, which warns and returns NaN without spread.
-    t = abs(found.mean) / (spread / math.sqrt(found.n)) if spread else None
-    p = None if t is None else float(2 * stdtr(found.n - 1, -t))
-    return PairedDifference(found.mean, found.low, found.high, found.n, p)
 
 
 def _differences(ours: Measured, theirs: Measured) -> dict[str, PairedDifference | None]:

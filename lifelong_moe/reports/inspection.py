@@ -123,9 +123,11 @@ def _layer(
     experts = len(names)
     ids_TK = np.concatenate([seen.expert_ids[layer] for seen in observed.values()])
     token_ids_T = np.concatenate([seen.token_ids_T for seen in observed.values()])
+    # All distributions together: an expert that serves one of them alone shows only beside the others. shape: (T,)
     distribution_T = np.repeat(np.arange(len(observed)), [len(seen) for seen in observed.values()])
+    # shape: (E, J), a column per distribution
     counts_EJ, _ = joint_counts(ids_TK, distribution_T, experts)
-    # One row per expert, one column per distribution. shape: (E, J)
+    # Pooled over distributions: an expert is dead only if none of them uses it.
     share_E = counts_EJ.sum(axis=1) / counts_EJ.sum()
     tops = top_tokens(ids_TK, token_ids_T, experts)
     return _Layer(
@@ -147,6 +149,7 @@ def _saturation(before: Mapping[str, Observation], now: Mapping[str, Observation
         name: [
             agreement(first_TK, second_TK)
             for first_TK, second_TK in zip(before[name].expert_ids, seen.expert_ids, strict=True)
+            # Dense layers choose nothing.
             if second_TK.shape[1]
         ]
         for name, seen in now.items()

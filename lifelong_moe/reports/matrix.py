@@ -32,6 +32,7 @@ def backward_transfer(matrix: ArrayLike, learned_after: list[int]) -> float | No
     None with a single stage.
     """
     last = len(np.asarray(matrix)) - 1
+    # No stage came after what the last one learned.
     values = [-f for f, i in zip(forgetting(matrix, learned_after), learned_after, strict=True) if i < last]
     return float(np.mean(values)) if values else None
 

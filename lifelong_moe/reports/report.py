@@ -173,6 +173,7 @@ def build_report(results: RunResults, births: Sequence[Sequence[int]]) -> Report
     """
     distributions, init, evaluations = results.distributions, results.init, results.evaluations
     learned = _learned_after(distributions, results.stages)
+    # Forward transfer looks at the first training on a distribution, forgetting at the last.
     first, last = [places[0] for places in learned.values()], [places[-1] for places in learned.values()]
     nats = [[row[name].nats_per_token for name in distributions] for row in evaluations]
     init_nats = [init[name].nats_per_token for name in distributions]

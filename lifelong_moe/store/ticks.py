@@ -34,6 +34,7 @@ class LastTick:
 
     def repeats(self, earlier: LastTick | None) -> bool:
         """Whether an earlier tick ended the same way, whatever its time."""
+        # A timer asks every night: only the time may differ.
         return earlier is not None and replace(earlier, at=self.at) == self
 
 

@@ -82,6 +82,7 @@ def wait_until_up(
     Returns:
         True as soon as it answers, False if its process ended or it did not answer within the time.
     """
+    # A wall clock may jump while we wait.
     deadline = time.monotonic() + seconds
     while (left := deadline - time.monotonic()) > 0 and (server is None or server.poll() is None):
         if probe(url, min(left, 2.0)) is None and is_ours():

@@ -71,6 +71,7 @@ def pareto_figure(comparison: Comparison) -> Figure | None:
     note = f"dot area: active FLOPs (largest {most:.2g}); dashed: arms that no other beats in both"
     axes.set_title(f"{comparison['compare']}: forgetting against plasticity\n{note}", fontsize=10)
     axes.grid(alpha=0.3)
+    # Room for the labels, which are placed within the frame.
     axes.margins(0.12)
     _label(figure, axes, points, np.sqrt(areas) / 2, [arm["name"] for arm in arms])
     return figure
@@ -90,6 +91,7 @@ def curves_figure(comparison: Comparison) -> Figure | None:
     # The legend has a line per arm.
     height = max(3.5 * rows, 1.0 + 0.17 * len(arms))
     figure, panels = _panels(4.1 * columns + 2.2, height, rows, columns)
+    # A joint arm has one stage; the longest chain names the axis.
     style, stages = _styles(comparison), max((arm["stages"] for arm in arms), key=len)
     tilt = 30 if max(map(len, stages)) > 8 else 0
     for axes, name in zip(panels, names, strict=False):

@@ -209,6 +209,7 @@ def _name_births(axes: Axes, births: Sequence[str]) -> None:
     borders = [i for i in range(1, len(births)) if births[i] != births[i - 1]]
     for border in borders:
         axes.axvline(border - 0.5, color="black", linewidth=1.5)
+    # Each generation is named once, above the middle of its experts.
     starts, ends = [0, *borders], [*borders, len(births)]
     names = [births[start] for start in starts]
     top = axes.secondary_xaxis("top")
@@ -243,6 +244,7 @@ def _frame_stages(axes: Axes, values: Floats, first: int) -> bool:
 
 def _shares(table: NDArray[Any]) -> Floats:
     """Divide each row by its sum; a row without assignments is NaN."""
+    # NaN, not 0: a row without assignments is drawn as absent.
     totals = table.sum(axis=1, keepdims=True).astype(np.float64)
     return np.divide(table, totals, out=np.full(table.shape, np.nan), where=totals > 0)
 

@@ -34,6 +34,7 @@ def inspection_figures(inspection: Mapping[str, Any], stage: str) -> dict[str, F
     """
     layers = inspection["layers"]
     kinds = {"token id": "token", "distribution": "distribution"}
+    # With one distribution there is no information about it, and the measure is null.
     known = {title: [layer[key] for layer in layers] for title, key in kinds.items() if layers[0][key]}
     births = [[name.split("/")[0] for name in layer["experts"]] for layer in layers]
     leak = {name: [layer["leak"][name] for layer in layers] for name in inspection["tokens"]}
@@ -119,6 +120,7 @@ def saturation_figure(saturation: Mapping[str, Mapping[str, Sequence[float]]], l
         layers = agreed_SL.shape[1]
         for layer in range(layers):
             colour = colormaps["viridis"](0.9 * layer / max(1, layers - 1))
+            # The last stage agrees with itself.
             axes.plot([*agreed_SL[:, layer], 1.0], "o-", markersize=4, color=colour, label=f"L{layer}")
         axes.set_xticks(range(len(saturation) + 1), [*saturation, last], rotation=30, ha="right", fontsize=8)
         axes.set_ylim(0.0, 1.05)

@@ -12,15 +12,8 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_rel
 
-from lifelong_moe.reports.comparison import (
-    ArmResult,
-    Interval,
-    PairedDifference,
-    build_comparison,
-    measure,
-    over_seeds,
-    paired,
-)
+from lifelong_moe.reports.comparison import ArmResult, build_comparison, measure
+from lifelong_moe.reports.seeds import Interval, PairedDifference, over_seeds, paired
 
 NAMES = ["a", "b", "c"]
 

@@ -49,7 +49,7 @@ def test_the_oldest_ancestor_keeps_the_tokenizer_and_whoever_holds_a_tensor_has_
     assert (store.holder(child, "w"), store.holder(child, "v")) == (first, second)
     assert {name: tensor.tolist() for name, tensor in store.tensors(child).items()} == {"v": [0.0], "w": [1.0, 1.0]}
     third = store.commit(made_record("33" * 32, "c", parent=second, borrowed={"gone": first}), {}, {})
-    with pytest.raises(CorruptError, match="tensor gone is borrowed but not there"):
+    with pytest.raises(CorruptError, match="tensor gone is borrowed but missing"):
         store.tensors(third)
 
 

@@ -1,0 +1,171 @@
+"""Perform operations in MLflow, or keep them in the spool: a failure of MLflow never stops a training.
+
+The next start or ``lifelong-moe sync`` delivers the spool. Once spooling, a process goes on spooling.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+from lifelong_moe.config.tracking import TrackingConfig
+from lifelong_moe.storage.credentials import without_credentials
+from lifelong_moe.tracking import links
+from lifelong_moe.tracking.connection import (
+    is_server,
+    is_utf8,
+    prepare_environment,
+    probe,
+    resolve_uri,
+)
+from lifelong_moe.tracking.failures import failures, one_line, unusable
+from lifelong_moe.tracking.spool import SPOOL, Operation, Spool
+from lifelong_moe.tracking.store import Store
+
+log = logging.getLogger(__name__)
+
+DELIVERY_SECONDS = 60.0
+"""Longest time that connecting spends on delivering the spool."""
+
+
+class Recorder:
+    """Performs operations in MLflow, or spools them while MLflow is unavailable.
+
+    Only failures of MLflow, its database, the network or the disk are caught; anything else is our bug and is raised.
+    The id that a run had in the spool stays valid.
+    """
+
+    problem: str | None
+    """Why nothing is recorded in MLflow, in one line; None while it is."""
+
+    def __init__(self, experiment: str, uri: str, spool: Spool | None, problem: str | None) -> None:
+        """Use :meth:`connect` instead."""
+        self._experiment, self._uri, self._spool, self.problem = experiment, uri, spool, problem
+        self._store: Store | None = None
+
+    @classmethod
+    def connect(cls, config: TrackingConfig, root: Path) -> Self:
+        """Open the tracking store within seconds, or go without it.
+
+        Creating a SQLite database takes about 2 s, once. What the store missed before is delivered first.
+
+        Args:
+            config: Where to record, and whether.
+            root: The ``mlruns/`` directory, which holds the spool, and database and artifacts if no URI says otherwise.
+
+        Returns:
+            The recorder; ``problem`` is set unless it records in MLflow.
+        """
+        if not config.enabled:
+            return cls(config.experiment, "", None, "tracking.enabled=false: nothing is recorded in MLflow.")
+        uri = resolve_uri(config.uri, root)
+        if not is_utf8(uri if is_server(uri) else f"{uri} {root.absolute()}"):
+            problem = "the working directory's name is not UTF-8, which MLflow cannot store: nothing is recorded."
+            return cls(config.experiment, "", None, problem)
+        prepare_environment()
+        recorder = cls(config.experiment, uri, Spool(root, uri), None)
+        if (failed := probe(uri) or recorder._open(root)) is not None:
+            recorder._use_spool("is not usable", unusable(uri, failed))
+        return recorder
+
+    def _open(self, root: Path) -> str | None:
+        """Open the store and deliver the spool to it; return why that failed, if it did."""
+        assert self._spool is not None
+        try:
+            store = Store(self._uri, root)
+            store.experiment_id(self._experiment)
+            # Before anything new is recorded, so that MLflow gets operations in the order in which they were made.
+            self._spool.deliver(store.perform, DELIVERY_SECONDS)
+        except failures() as error:
+            return one_line(error)
+        except ImportError as error:  # the database's driver is not installed
+            return str(error)
+        self._store = store
+        return None
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is recorded, in MLflow or in the spool."""
+        return self._store is not None or self._spool is not None
+
+    @property
+    def connected(self) -> bool:
+        """Whether records go to MLflow itself, not to the spool."""
+        return self._store is not None
+
+    @property
+    def experiment_id(self) -> str | None:
+        """MLflow's id of the experiment; None while MLflow is unavailable."""
+        return self._store.experiment_id(self._experiment) if self._store is not None else None
+
+    def is_behind(self, url: str) -> bool:
+        """Whether the server at ``url`` serves this very store."""
+        return self._store is not None and self._store.is_behind(url, self._experiment)
+
+    def run_exists(self, run_id: str) -> bool:
+        """Look up a run.
+
+        Args:
+            run_id: MLflow run id, or one from the spool.
+
+        Returns:
+            Whether this store has the run and it is not deleted; always True while records go to the spool, and False
+            if nothing is recorded.
+        """
+        if self._store is not None:
+            try:
+                return self._store.find(run_id) is not None
+            except failures() as error:
+                self._fail(error)
+        # Without MLflow nobody can tell; a run taken to exist is resumed, never created twice.
+        return self.active
+
+    def ui_url(self, run_ids: Sequence[str] | None = None) -> str:
+        """Link to the charts; for a local database, on the server that ``lifelong-moe ui`` starts.
+
+        Args:
+            run_ids: Runs to compare; None shows all of the experiment.
+
+        Returns:
+            The link; empty while MLflow is unavailable.
+        """
+        if self._store is None:
+            return ""
+        try:
+            known = None if run_ids is None else [self._store.resolve(run_id) for run_id in run_ids]
+            return links.ui_url(self._uri, self._store.experiment_id(self._experiment), known)
+        except failures() as error:
+            self._fail(error)
+            return ""
+
+    def _record(self, asked: Operation, content: bytes | None = None) -> str | None:
+        """Perform an operation, or append it to the spool."""
+        # After a failure MLflow may still have performed it; delivered again, it changes nothing.
+        if self._store is not None:
+            try:
+                return self._store.perform(asked, content)
+            except failures() as error:
+                self._fail(error)
+        if self._spool is not None:
+            try:
+                self._spool.append(asked, content)
+            except OSError as error:
+                kept, self._spool = self._spool.path, None
+                self.problem = f"{self.problem}. But {kept} cannot be written, so no more is recorded: {error.strerror}"
+                log.warning(self.problem)
+        return None
+
+    def _fail(self, error: Exception) -> None:
+        self._use_spool("failed", one_line(error))
+        log.warning(self.problem)
+
+    def _use_spool(self, how: str, reason: str) -> None:
+        """Record in the spool from now on."""
+        # For good: back in MLflow, later operations would overtake those in the spool.
+        self._store = None
+        self.problem = (
+            f"MLflow at {without_credentials(self._uri)} {how}, so records are kept under mlruns/{SPOOL} until the "
+            f"next run or `lifelong-moe sync` delivers them: {reason}"
+        )
