@@ -1,12 +1,10 @@
-"""When to grow, and how, from a plan and its data; and what a configuration asks for in vain. Pure.
+"""Advice on growth, and warnings of settings without effect, from a plan and its data. Pure.
 
-The rules are what docs/results.md found on models of 0.2 to 2.3 million parameters: a reading of few measurements, and
-no law. Two quantities decide:
+The rules are those that docs/results.md found on models of 0.2 to 2.3 million parameters, from few measurements. Two
+quantities decide:
 
-- *Tokens per parameter*: training tokens of all stages over the parameters that the first stage begins with. Where
-  they are few, capacity does not bind, and more experts earn next to nothing.
-- *Divergence*: how many nats a token of new text speaks against the old text's token frequencies. FAISS can tell the
-  two apart once a text's tokens add up to more than ``routing.margin``; bundles then keep old text exactly.
+- *Tokens per parameter*: training tokens of all stages over the parameters of the first stage.
+- *Divergence*: nats per token of new text against the old text's token frequencies.
 """
 
 from __future__ import annotations
@@ -21,20 +19,21 @@ from lifelong_moe.plan.planned import PlannedStage
 from lifelong_moe.plan.stages import chain
 
 FEW_TOKENS, MANY_TOKENS = 1.0, 10.0
-"""Tokens per parameter: capacity did not bind at 0.35 and did at 14; between these bounds nothing was measured."""
+"""Tokens per parameter below which capacity does not bind, and above which it does."""
+# Measured: it did not bind at 0.35 and did at 14. Nothing was measured in between.
 CLOSE = 0.1
-"""Nats a token below which two distributions count as the same kind of text."""
+"""Nats per token below which two distributions count as the same kind of text."""
 
 
 def growth_advice(planned: list[PlannedStage], divergence: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """Sentences for a person who decides whether to grow.
+    """Sentences on whether to grow.
 
     Args:
         planned: The run's stages.
         divergence: For each later stage's distribution, nats per token against each earlier one.
 
     Returns:
-        One sentence on capacity and one a later stage on its text; none for a single stage.
+        One sentence on capacity and one per later stage on its text; none for a single stage.
     """
     stages = chain(planned)
     if len(stages) < 2:
@@ -46,23 +45,18 @@ def growth_advice(planned: list[PlannedStage], divergence: Mapping[str, Mapping[
 
 
 def leaking(config: RunConfig) -> list[str]:
-    """A warning where later tokens change earlier ones; empty where they do not."""
+    """A warning if routing is not causal."""
     if not config.routing.noncausal_by:
         return []
-    when = "in training; evaluation is not touched" if config.routing.mode == "base" else "also in evaluation"
+    # Losses of such a model are computed with knowledge of the future, which sampling does not have.
+    when = "in training, not in evaluation" if config.routing.mode == "base" else "also in evaluation"
     key = config.routing.noncausal_by
-    return [f"{key} lets later tokens change earlier ones, {when}: losses say nothing of generation."]
+    return [f"{key} lets later tokens change earlier ones, {when}: its losses say little of generation."]
 
 
-def nothing_to_hold(config: RunConfig) -> list[str]:
-    """Sentences on stages that ask to hold on to earlier text where there is none but their own distribution's.
-
-    Args:
-        config: The run; only what its method takes of a stage counts as asked for.
-
-    Returns:
-        One sentence a stage, from the second on; mostly none.
-    """
+def idle_retention(config: RunConfig) -> list[str]:
+    """One sentence per stage whose retention settings have no effect, since no earlier stage had other text."""
+    # Only sections that the method takes from the configuration count as asked for.
     if config.method == Method.joint:
         return []
     recipe, found = RECIPES[config.method], []
@@ -76,7 +70,8 @@ def nothing_to_hold(config: RunConfig) -> list[str]:
 
 
 def _asked(recipe: Recipe, stage: StageConfig) -> list[str]:
-    """What a stage wants that needs the text of other distributions."""
+    """Retention that a stage asks for and that needs the text of other distributions."""
+    # L2 and distillation on new text need none.
     replays = recipe.replay and stage.replay.fraction > 0
     on_replay = (recipe.distill_text or stage.distill.text) == DistillText.replay
     ewc = (recipe.penalty_kind or stage.penalty.kind) == PenaltyKind.ewc
@@ -104,6 +99,7 @@ def _capacity(ratio: float) -> str:
 
 def _shift(stage: PlannedStage, against: Mapping[str, float]) -> str:
     nearest = min(against, key=lambda name: against[name])
+    # Chunks are assigned once the log-likelihood ratio of the preceding text exceeds routing.margin, in nats.
     nats, margin = against[nearest], stage.spec.routing.margin
     if nats < CLOSE:
         return (
@@ -112,5 +108,5 @@ def _shift(stage: PlannedStage, against: Mapping[str, float]) -> str:
         )
     return (
         f"{stage.spec.name}: {nats:.2f} nats a token from {nearest}: told apart after about "
-        f"{max(1, round(margin / nats)):,} tokens (routing.margin={margin:g}), so bundles can keep old text as it is."
+        f"{max(1, round(margin / nats)):,} tokens (routing.margin={margin:g}), so bundles can keep old text exactly."
     )

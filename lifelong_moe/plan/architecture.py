@@ -1,4 +1,4 @@
-"""What a model is built from: shape, routing, and the generations of experts it has grown. Torch-free, JSON."""
+"""The description of a model: shape, routing, and generations of experts. Torch-free, stored as JSON."""
 
 from __future__ import annotations
 
@@ -15,28 +15,29 @@ from lifelong_moe.storage.plain import from_plain
 
 @dataclass(frozen=True)
 class Generation:
-    """Experts that one stage gave to every layer."""
+    """Experts, router rows and low-rank changes that one stage added."""
 
     stage: str
     """Name of the stage they were born in."""
     experts: int
-    """How many in each layer that grew."""
+    """Number in each layer that grew."""
     layers: tuple[int, ...] | None = None
     """Layers that grew; None means all."""
     delta_rank: int = 0
-    """Rank of the changes of the trunk that travel with these experts; 0 means none."""
+    """Rank of the changes of the trunk that belong to these experts; 0 means none."""
     by_layer: tuple[int, ...] | None = None
-    """How many each layer got, where that differs; ``experts`` is then the largest number."""
+    """Number in each layer, if they differ; ``experts`` is then the largest."""
 
     def experts_in(self, layer: int) -> int:
-        """How many a layer got."""
+        """Number of experts in a layer."""
         if self.by_layer is not None:
             return self.by_layer[layer]
         return self.experts if self.layers is None or layer in self.layers else 0
 
 
 def first_generation(stage: str, model: ModelConfig) -> Generation:
-    """Experts that the first stage begins with."""
+    """The experts of the first stage."""
+    # In the shortest of three forms, so that stored architectures of plain models stay as they are.
     numbers = model.experts_by_layer
     if len(set(numbers)) == 1:
         return Generation(stage, numbers[0])
@@ -47,7 +48,7 @@ def first_generation(stage: str, model: ModelConfig) -> Generation:
 
 @dataclass(frozen=True)
 class Architecture:
-    """Everything but the numbers: two equal architectures have the same tensors."""
+    """Everything about a model but its weights: equal architectures have tensors of the same names and shapes."""
 
     model: ModelConfig
     routing: RoutingConfig
@@ -55,20 +56,20 @@ class Architecture:
     bos_id: int
     generations: tuple[Generation, ...]
     frozen: int = 0
-    """Generations, oldest first, that no longer train."""
+    """Number of frozen generations, the oldest ones."""
     continued: int | None = None
-    """An older generation that trains on, alone; ``frozen`` then counts all."""
+    """An older generation that alone trains on; ``frozen`` then counts all."""
     labels: tuple[tuple[str, int], ...] = ()
-    """Where routing goes by label: the group of each distribution learned so far."""
+    """For routing by label: the generation of each distribution learned so far."""
 
     @property
     def num_experts(self) -> int:
-        """Experts of the layer that has most."""
+        """Experts of the largest layer."""
         return max(self.experts_in(layer) for layer in range(self.model.layers))
 
     @property
     def has_deltas(self) -> bool:
-        """Whether tokens of different bundles see different trunks."""
+        """Whether generations have low-rank changes of the trunk."""
         return any(generation.delta_rank for generation in self.generations)
 
     def experts_in(self, layer: int) -> int:
@@ -80,17 +81,19 @@ class Architecture:
         return [generation.stage for generation in self.generations for _ in range(generation.experts_in(layer))]
 
     def grown(self, generation: Generation, freezes: bool = True) -> Architecture:
-        """With a new generation; all present ones are frozen, or train on."""
+        """With a new generation; all others are frozen, or stay as they are."""
         frozen = len(self.generations) if freezes else self.frozen
         continued = None if freezes else self.continued
         return replace(self, generations=(*self.generations, generation), frozen=frozen, continued=continued)
 
     def continuing(self, stage: str) -> Architecture:
-        """With the generation that was born in a stage training on, and all others frozen."""
+        """With the generation of a stage trainable, and all others frozen."""
+        # All count as frozen, and `continued` is the exception.
         return replace(self, frozen=len(self.generations), continued=self.born_in(stage))
 
     def shallow(self, layers: Sequence[int]) -> Architecture:
-        """With some of the layers, all of which have a mixture of experts; everything trains."""
+        """With some of the layers, all of which have a mixture of experts; everything is trainable."""
+        # The kept layers have new numbers, so `by_layer` takes the place of `layers`.
         model = replace(self.model, layers=len(layers), experts=[self.experts_in(layer) for layer in layers])
         kept = tuple(
             replace(g, layers=None, by_layer=tuple(g.experts_in(layer) for layer in layers)) for g in self.generations
@@ -98,22 +101,23 @@ class Architecture:
         return replace(self, model=model, generations=kept, frozen=0, continued=None)
 
     def born_in(self, stage: str) -> int:
-        """The generation that a stage bore."""
+        """Number of the generation that a stage added."""
         return [generation.stage for generation in self.generations].index(stage)
 
     def trains(self, generation: int) -> bool:
-        """Whether a generation trains."""
+        """Whether a generation is trainable."""
         return generation >= self.frozen or generation == self.continued
 
     def labelled(self, distribution: str) -> Architecture:
-        """The distribution's label points to the newest generation, or to the one that trains on."""
+        """With the distribution's label at the newest generation, or at the one that trains on."""
         group = len(self.generations) - 1 if self.continued is None else self.continued
         labels = {**dict(self.labels), distribution: group}
         return replace(self, labels=tuple(labels.items()))
 
-    def to_json(self) -> dict[str, Any]:
-        """As plain JSON data; what is None in most models is left out, so that they are written as ever."""
+    def to_json(self) -> dict[str, object]:
+        """As plain JSON data."""
         data = dataclasses.asdict(self) | {"routing": self.routing.to_json()}
+        # Left out where it is None, as in stages from before the field existed, whose keys must not change.
         if self.continued is None:
             del data["continued"]
         return data

@@ -1,4 +1,4 @@
-"""Tokens at which two arms cost the same active FLOPs. Pure."""
+"""Token numbers at which an arm costs no more active FLOPs than the reference. Pure."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from lifelong_moe.plan.planned import PlannedStage
 
 
 def tokens_within(arm: list[PlannedStage], reference: list[PlannedStage], tokens: dict[str, int]) -> dict[str, int]:
-    """The most tokens of each stage, in whole steps, at which none costs more than the reference's of the same name.
+    """The most tokens per stage, in whole steps, at which none costs more than the reference's of the same name.
 
-    The teacher's forward passes count. An arm that trains everything in one stage is measured against all of the
-    reference's, and its tokens are shared out in proportion to ``tokens``.
+    The teacher's forward passes count.
 
     Args:
         arm: Its stages as configured.
@@ -26,14 +25,16 @@ def tokens_within(arm: list[PlannedStage], reference: list[PlannedStage], tokens
         ConfigError: If not even one step of a stage fits, or the reference has no such stage.
     """
     allowed = {stage.spec.name: stage.flops for stage in reference if stage.spec.name in tokens}
+    # An arm with one joint stage may spend what all stages of the reference do, divided in proportion to `tokens`.
     if len(arm) == 1 and arm[0].spec.name not in allowed:
         total = _steps_within(arm, 0, sum(allowed.values())) * arm[0].spec.optim.batch_tokens
         shares = {name: total * count // sum(tokens.values()) for name, count in tokens.items()}
+        # The rounding remainder goes to the last distribution, so that the sum is whole steps.
         last = next(reversed(tokens))
         return shares | {last: shares[last] + total - sum(shares.values())}
     matched = {stage.spec.name: i for i, stage in enumerate(arm) if stage.spec.name in tokens}
     if missing := [name for name in tokens if name not in allowed or name not in matched]:
-        raise ConfigError(f"budget=flops: the reference has no stage {missing[0]} to measure this arm's against.")
+        raise ConfigError(f"budget=flops: the reference has no stage {missing[0]} to compare this arm's with.")
     batch = {name: arm[i].spec.optim.batch_tokens for name, i in matched.items()}
     return {name: _steps_within(arm, i, allowed[name]) * batch[name] for name, i in matched.items()}
 
@@ -47,8 +48,9 @@ def _steps_within(arm: list[PlannedStage], index: int, flops: int) -> int:
         spec = dataclasses.replace(stage.spec, tokens=steps * stage.spec.optim.batch_tokens)
         return stage_flops(spec, stage.architecture, parent)
 
-    # What a step costs varies with its place among phases, but never below one forward pass.
+    # A step's cost depends on its phase, but is never below one forward pass: a bound for the bisection.
     least = forward_flops_per_token(stage.architecture) * stage.spec.optim.batch_tokens
+    # cost() rises with the number of steps, so the last affordable number is where it passes the limit.
     steps = bisect_right(range(1, flops // least + 1), flops, key=cost)
     if not steps:
         raise ConfigError(f"budget=flops: stages[{index}] ({stage.spec.name}) would get less than one step.")

@@ -1,7 +1,6 @@
-"""A comparison file to its arms: named sets of overrides of one run configuration. Torch-free.
+"""Read a comparison file: its arms are named sets of overrides of one run configuration. Torch-free.
 
-Overrides have one order: the base file, then ``key=value`` of the command line for every arm, then the arm's own, so
-that an arm stays what its name says. A ``key=value`` whose key belongs to :class:`ComparisonConfig`, such as
+A ``key=value`` whose key belongs to :class:`ComparisonConfig`, such as
 ``seeds=[0]`` or ``arms.more=[routing.top_k=1]``, addresses the comparison; every other key addresses every arm.
 """
 
@@ -31,7 +30,7 @@ SET_BY_US = ("run", "seed")
 
 
 class Budget(StrEnum):
-    """What is equal between arms."""
+    """The quantity that is equal between arms."""
 
     tokens = "tokens"
     flops = "flops"
@@ -77,7 +76,7 @@ class ComparisonConfig:
 
 @dataclass(frozen=True)
 class Arm:
-    """One way of doing it."""
+    """One of the compared configurations."""
 
     name: str
     entry: str
@@ -108,6 +107,7 @@ class Comparison:
 
     def overrides(self, arm: Arm, seed: int) -> list[str]:
         """All overrides of the base file for one run."""
+        # The command line comes before the arm's own, so that an arm stays what its name says.
         return [*self.common, *arm.overrides, f"run={self.run_name(arm, seed)}", f"seed={seed}"]
 
     def configure(self, overrides: Sequence[str]) -> LoadedConfig:
@@ -138,6 +138,7 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
     """
     path = Path(path)
     raw, known = read_yaml(path), {f.name for f in dataclasses.fields(ComparisonConfig)}
+    # An override of the comparison, such as seeds=[0], would be an unknown key to a run.
     own = [override for override in overrides if _first_key(override) in known]
     common = tuple(override for override in overrides if override not in own)
     for override in own:
@@ -148,7 +149,7 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
     for override in common:
         require_known(_first_key(override), known | of_runs, "key")
     settings = section(ComparisonConfig, raw, "")
-    # Unresolved: overrides are recorded, and what they refer to may be secret. Each run resolves its own.
+    # Unresolved: overrides are recorded, and an interpolation may refer to a secret. Each run resolves its own.
     written: Any = OmegaConf.to_container(raw.arms, resolve=False)
     settings = dataclasses.replace(settings, arms={str(name): entry for name, entry in written.items()})
     arms = tuple(arm for name, entry in settings.arms.items() for arm in _arms(name, entry))
@@ -180,6 +181,7 @@ def _check(comparison: Comparison) -> None:
     for role in ("reference", "unrestrained", "joint"):
         if (name := getattr(settings, role)) is not None:
             require_known(name, names, role)
+    # Every arm is built once, with one seed, so that a mistake in the last one is found before the first one trains.
     configs = {}
     for arm in comparison.arms:
         try:
@@ -189,10 +191,11 @@ def _check(comparison: Comparison) -> None:
     require_equal_measures({name: measures(configs[name]) for name in [comparison.reference, *configs]})
 
 
-def measures(config: RunConfig) -> dict[str, Any]:
-    """What the configuration says of how losses per token are measured, by key: tokens, held-out text, context."""
+def measures(config: RunConfig) -> dict[str, object]:
+    """The settings that decide how losses per token are measured, by key: tokenizer, held-out text, context."""
+    # A key without effect is None, so that arms may differ in it.
     tokenizer, file = config.tokenizer, config.tokenizer.file
-    found: dict[str, Any] = {
+    found: dict[str, object] = {
         "tokenizer.file": file,
         "tokenizer.vocab_size": tokenizer.vocab_size if file is None else None,
         "tokenizer.train_on": config.stages[0].data if file is None else None,
@@ -211,8 +214,8 @@ def require_equal_measures(arms: Mapping[str, Mapping[str, Any]]) -> None:
     """Refuse arms whose losses per token do not compare.
 
     Args:
-        arms: For each arm, the one to be named as right first, what it is measured by; a key that only some have is
-            compared among those.
+        arms: From :func:`measures` for each arm, the reference first; a key that only some have is compared among
+            those.
 
     Raises:
         ConfigError: Naming the arm and the key.
@@ -244,6 +247,7 @@ def _arms(name: str, entry: Any) -> list[Arm]:
     shared, labels = _overrides(entry.get("set", []), f"arms.{name}.set"), _labels([str(key) for key in grid])
     arms = []
     for values in itertools.product(*grid.values()):
+        # JSON writes null, true and numbers as an override reads them.
         texts = [value if isinstance(value, str) else json.dumps(value) for value in values]
         parts = [f"{label}-{_nameable(text)}" for label, text in zip(labels, texts, strict=True)]
         chosen = [f"{key}={text}" for key, text in zip(grid, texts, strict=True)]
@@ -258,9 +262,9 @@ def _overrides(entry: Any, path: str) -> tuple[str, ...]:
 
 
 def _labels(keys: list[str]) -> list[str]:
-    """Each key's last part, or as many of its last parts as tell it from the others."""
+    """Each key's last part, or as many of its last parts as distinguish it from the others."""
     parts = [key.split(".") for key in keys]
-    # One key may be another's end; then all its parts do not tell it apart, and are all there is.
+    # One key may be the end of another one; then its full name has to do.
     ends = [next((n for n in range(1, len(p) + 1) if sum(p[-n:] == q[-n:] for q in parts) == 1), len(p)) for p in parts]
     return [_nameable(".".join(p[-n:])) for p, n in zip(parts, ends, strict=True)]
 

@@ -13,12 +13,12 @@ from lifelong_moe.plan.products import Text, TokenProducts, group_rows, nothing,
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """How many numbers a model has, uses per token, and trains."""
+    """Numbers of a model's parameters: all, active, trainable."""
 
     total: int
     """All parameters."""
     active: int
-    """Those that one token's forward pass uses: trunk, one bundle's deltas, router, ``top_k`` experts a layer."""
+    """Used in one token's forward pass: trunk, one generation's deltas, router, ``top_k`` experts per layer."""
     trunk: int
     """Attention, norms, embedding and head."""
     per_expert: int
@@ -28,15 +28,17 @@ class ParameterCount:
 
 
 def parameters_by_part(architecture: Architecture) -> dict[tuple[Part, int | None], int]:
-    """Parameters of each part of a model, and of each generation; of None those that all generations share."""
+    """Parameters of each part of a model and of each generation; None is shared by all generations."""
     config = architecture.model
     head_width, layers = config.attention_width, range(config.layers)
     attention = 2 * config.width * head_width * (config.heads + config.kv_heads) + _qk_norm_parameters(config)
     table = architecture.vocab_size * config.width
     counted: Counter[tuple[Part, int | None]] = Counter()
     counted[Part.embedding, None] = table
+    # A tied head is the embedding, which is counted already.
     counted[Part.head, None] = 0 if config.tie_embeddings else table
     counted[Part.attention, None] = config.layers * attention
+    # Two norms per layer, four with sandwich norms, and the last one.
     counted[Part.norm, None] = config.width * (config.layers * (4 if config.sandwich_norms else 2) + 1)
     for layer in layers:
         part = Part.shared if layer in config.moe_layers else Part.dense
@@ -66,6 +68,7 @@ def count_parameters(architecture: Architecture) -> ParameterCount:
     used = sum(min(architecture.experts_in(layer), _used_experts(architecture, layer)) for layer in layers)
     return ParameterCount(
         total=sum(counted.values()),
+        # A token uses one generation's deltas: those of the largest rank.
         active=trunk + used * per_expert + routers + max(deltas),
         trunk=trunk,
         per_expert=per_expert,
@@ -78,7 +81,7 @@ def _feed_forward(width: int, hidden_width: int, activation: Activation) -> int:
 
 
 def _used_experts(architecture: Architecture, layer: int) -> int:
-    """Experts that a token uses in a layer, on average where that varies."""
+    """Experts that a token uses in a layer, on average if that varies."""
     return architecture.experts_in(layer) if architecture.routing.mode == "dense" else architecture.routing.top_k
 
 
@@ -88,7 +91,7 @@ def _qk_norm_parameters(config: ModelConfig) -> int:
 
 
 def _shared_parameters(architecture: Architecture, layer: int) -> int:
-    """Of what every token uses in a layer beside attention: a dense network, or shared experts and their mix."""
+    """A layer's parameters for every token besides attention: a dense network, or shared experts and their mix."""
     config = architecture.model
     if layer not in config.moe_layers:
         dense_width = config.dense_width or config.expert_width * architecture.routing.top_k
@@ -98,7 +101,7 @@ def _shared_parameters(architecture: Architecture, layer: int) -> int:
 
 
 def _delta_parameters_per_rank(architecture: Architecture) -> dict[Part, int]:
-    """Parameters of a bundle's deltas at rank 1: rows plus columns of every matrix that has one."""
+    """Parameters of a generation's deltas at rank 1: rows plus columns of every matrix that has one."""
     config = architecture.model
     wide, narrow = config.width, config.kv_heads * config.attention_width
     attention = 2 * (wide + config.heads * config.attention_width) + 2 * (wide + narrow)
@@ -109,22 +112,21 @@ def _delta_parameters_per_rank(architecture: Architecture) -> dict[Part, int]:
 def forward_flops_per_token(architecture: Architecture, first_block: int = 0) -> int:
     """Multiply-adds times two of one token's forward pass from a block on, attention over half a context included.
 
-    The embedding is a look-up and costs none; the head does, once for each expert that predicts by itself. Low-rank
-    changes of the trunk cost by pass and not by token: :func:`pass_flops`. Documents that are kept apart are not known
-    here: with ``model.document_mask`` attention costs at most this.
+    Low-rank changes of the trunk cost by pass and not by token: see :func:`pass_flops`.
     """
+    # An upper bound with model.document_mask, for the lengths of documents are not known here.
     return round(2 * TokenProducts(architecture, nothing, Text.of(architecture), first_block).total)
 
 
 def pass_flops(architecture: Architecture, text: Text) -> int:
-    """Of one forward pass, whatever its number of tokens: a matrix and its low-rank change are added up once."""
+    """FLOPs of one forward pass that do not depend on its tokens: each low-rank change is added to its matrix once."""
     return round(2 * pass_products(architecture, nothing, text))
 
 
 def training_flops(architecture: Architecture, tokens: int, teacher: Architecture | None, teacher_tokens: int) -> int:
-    """Three forward passes' worth a token, and the teacher's forward passes: a yardstick from the shape alone.
+    """Three forward passes per token, and the teacher's: an estimate without regard to frozen parameters.
 
-    What a stage takes, with what it leaves frozen, is :func:`lifelong_moe.plan.flops.stage_flops`.
+    :func:`lifelong_moe.plan.flops.stage_flops` is exact.
     """
     student = 3 * forward_flops_per_token(architecture) * tokens
     return student + (forward_flops_per_token(teacher) * teacher_tokens if teacher else 0)

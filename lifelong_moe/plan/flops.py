@@ -1,7 +1,7 @@
-"""FLOPs of a stage: what runs, phase by phase. Torch-free.
+"""FLOPs of a stage, phase by phase. Torch-free.
 
-Counted are matrix products, multiply-adds times two, of the model's shape: padding, prompts whose answers alone are
-learned, dropped tokens and documents kept apart make them fewer, and recomputation more, than stands here.
+Counted are matrix products, multiply-adds times two, from the model's shape. Padding, unscored prompts, dropped tokens
+and a document mask make the real number smaller, recomputation makes it larger.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lifelong_moe.plan.spec import StageSpec
 
 
 def stage_flops(spec: StageSpec, architecture: Architecture, parent: Architecture | None) -> int:
-    """FLOPs of a stage, those of the parent's model included: as teacher, writing, and measuring its weights.
+    """FLOPs of a stage, those of the parent's model included: as teacher, as writer, and for the Fisher information.
 
     Args:
         spec: The stage.
@@ -31,20 +31,21 @@ def stage_flops(spec: StageSpec, architecture: Architecture, parent: Architectur
 
 
 def loop_flops(spec: StageSpec, architecture: Architecture, parent: Architecture | None) -> int:
-    """Those of the training loop: the model's passes, and those in which the parent's teaches it."""
+    """FLOPs of the training loop: the model's passes and the teacher's."""
     flops = sum(_phase_flops(spec, phase, architecture) for phase in spec.phases())
     return flops if parent is None else flops + _teacher_flops(spec, architecture, parent)
 
 
 def _preparation_flops(spec: StageSpec, parent: Architecture) -> int:
-    """Of the parent's model before the loop: what it writes, and what its weights are measured on."""
+    """FLOPs of the parent's model before the loop: for generated text, and for the Fisher information."""
     blocks, context = sum(spec.written_blocks), spec.model.context
     mixed = Text.mixed(parent)
-    # Written a token at a time, so many blocks at once.
+    # A pass writes one token of each of WRITTEN_AT_ONCE blocks.
     passes = math.ceil(blocks / WRITTEN_AT_ONCE) * context
     written = blocks * context * forward_flops_per_token(parent) + passes * pass_flops(parent, mixed)
     before = parent if spec.continues is None else parent.continuing(spec.continues)
-    measured = spec.fisher_measured_tokens  # a sequence a pass
+    # Fisher information is squared per sequence, so each pass has one.
+    measured = spec.fisher_measured_tokens
     return written + _backward_too(before, _trained(spec, before), mixed, measured, measured // context)
 
 
@@ -60,8 +61,7 @@ def _backward_too(architecture: Architecture, trains: Trains, text: Text, tokens
 
 
 def _teacher_flops(spec: StageSpec, architecture: Architecture, parent: Architecture) -> int:
-    """Its forward passes from where it differs from the student; and, where logits are not one product for all, the
-    student's head once more for the tokens that it is asked about."""
+    """FLOPs of the teacher's forward passes above the blocks that it shares, and of repeated head products."""
     tokens = spec.distilled_tokens
     if spec.distill is None or not tokens:
         return 0
@@ -70,6 +70,7 @@ def _teacher_flops(spec: StageSpec, architecture: Architecture, parent: Architec
     flops = tokens * by_token + passes * pass_flops(parent, Text.mixed(parent))
     if not (architecture.has_deltas or parent.has_deltas or architecture.routing.competitive):
         return flops
+    # Without one head for all tokens there is no fused loss: the student's logits of distilled tokens are made twice.
     trains = _trained(spec, architecture)
     text = Text.of(architecture, _own(architecture), float(spec.distill.text == DistillText.replay))
     again = tokens * TokenProducts(architecture, trains, text).of_head
@@ -77,8 +78,11 @@ def _teacher_flops(spec: StageSpec, architecture: Architecture, parent: Architec
 
 
 def _shared_blocks(spec: StageSpec, architecture: Architecture, parent: Architecture) -> int:
-    """Blocks at the bottom that compute the same in teacher and student, told from the shape; see
-    :func:`lifelong_moe.retention.teacher.shared_blocks`, which looks at the tensors."""
+    """Lowest blocks that compute the same in teacher and student, as far as the shape tells.
+
+    :func:`lifelong_moe.retention.teacher.shared_blocks` looks at the tensors.
+    """
+    # Nothing may depend on training mode or on other tokens, or the teacher's output would differ.
     routing, trains = architecture.routing, _trained(spec, architecture)
     same = isinstance(routing, LearnedConfig) and routing.capacity is None and not routing.jitter
     drops = spec.finetune is not None and spec.finetune.expert_dropout > 0
@@ -99,12 +103,12 @@ def _shared_blocks(spec: StageSpec, architecture: Architecture, parent: Architec
 
 
 def _own(architecture: Architecture) -> int:
-    """The generation that new text belongs to where generations are kept apart."""
+    """The generation of new text, if tokens use one generation alone."""
     return len(architecture.generations) - 1 if architecture.continued is None else architecture.continued
 
 
 def _trained(spec: StageSpec, architecture: Architecture, phase: Phase | None = None) -> Trains:
-    """What trains in a phase; without one, in the stage."""
+    """A predicate for the trainable parts in a phase; without one, in the stage."""
 
     def trains(part: Part, generation: int | None) -> bool:
         is_newest_row = part == Part.router and generation == len(architecture.generations) - 1

@@ -1,4 +1,4 @@
-"""RunConfig to the stages that a method trains. Pure.
+"""From a run's configuration to the stages that its method trains. Pure.
 
 A method says which of a stage's sections it takes from the configuration; the rest stays off.
 
@@ -16,8 +16,8 @@ method            grow   trunk  distill  replay  penalty  review  stages
 ``unrestrained``  –      full   –        –       –        –       ``sequential``'s chain, each also from scratch
 ================  =====  =====  =======  ======  =======  ======  ==============================================
 
-The first stage has nothing to grow from, to hold on to or to replay, so it is the same stage under every method that
-begins with the same experts.
+The first stage has no parent to grow from and no earlier text to replay or preserve, so it is the same stage under
+every method that begins with the same experts.
 
 Source:
     ``lwf``: Learning without Forgetting (arXiv:1606.09282), on the new text, with one head. ``ewc``: see
@@ -31,7 +31,6 @@ import dataclasses
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from math import gcd
-from typing import Any
 
 from lifelong_moe.config.names import SCRATCH
 from lifelong_moe.config.retention import DistillText, PenaltyKind, ReplayConfig, ReplaySource
@@ -40,7 +39,7 @@ from lifelong_moe.config.run import Method, RunConfig, StageConfig, StageKind
 from lifelong_moe.plan.spec import StageSpec
 
 MOST_TURNS = 1000
-"""Turns in a round of the joint stage's distributions; whatever shares would need more are rounded."""
+"""Longest round of turns of the joint stage's distributions; shares that would need more are rounded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,11 +50,11 @@ class Recipe:
     trunk: bool = False
     distill: bool = False
     distill_text: DistillText | None = None
-    """Text to distil on whatever the configuration says."""
+    """Text to distil on, in place of the configured one."""
     replay: bool = False
     penalty: bool = False
     penalty_kind: PenaltyKind | None = None
-    """Kind of the penalty whatever the configuration says."""
+    """Kind of the penalty, in place of the configured one."""
     review: bool = False
     all_experts: bool = False
     """Begin with all experts that the stages would add."""
@@ -82,8 +81,7 @@ def stage_specs(config: RunConfig, gone: Collection[str] = ()) -> list[StageSpec
 
     Args:
         config: The run.
-        gone: Distributions whose text is not there any more, so that none of it is replayed or measured on. This is for
-            the stage that comes next; those before it were trained when it was there.
+        gone: Distributions whose text was removed, so that the next stage neither replays it nor measures on it.
     """
     recipe = RECIPES[config.method]
     if recipe.all_experts:
@@ -110,6 +108,7 @@ def with_all_experts(config: RunConfig) -> RunConfig:
     added, first = sum(stage.grow.experts for stage in config.stages[1:]), config.model.experts
     experts = [number + added for number in first] if isinstance(first, list) else first + added
     whole = dataclasses.replace(config, model=replace(config.model, experts=experts))
+    # Once more, for some rules between sections depend on the number of experts.
     require_consistent(whole)
     return whole
 
@@ -120,6 +119,7 @@ def earlier_distributions(config: RunConfig, i: int) -> tuple[str, ...]:
 
 
 def _spec(config: RunConfig, recipe: Recipe, i: int, stage: StageConfig, gone: Collection[str] = ()) -> StageSpec:
+    # Only mechanisms that have an effect are set, so that equal work has equal keys.
     later = i > 0
     earlier = earlier_distributions(config, i)
     if stage.replay.source == ReplaySource.stored:
@@ -128,8 +128,10 @@ def _spec(config: RunConfig, recipe: Recipe, i: int, stage: StageConfig, gone: C
     replays = later and recipe.replay and stage.replay.fraction > 0 and bool(earlier)
     replayed = earlier if replays or reviews else ()
     distill = replace(stage.distill, text=recipe.distill_text or stage.distill.text)
+    # On replayed text there is nothing to distil unless some is replayed.
     distils = later and recipe.distill and distill.weight > 0 and (replays or distill.text == DistillText.new)
     penalty = replace(stage.penalty, kind=recipe.penalty_kind or stage.penalty.kind)
+    # EWC needs text of earlier distributions for its Fisher information; L2 needs none.
     measures = penalty.kind == PenaltyKind.ewc
     holds = penalty.kind != PenaltyKind.none and penalty.factor > 0 and (bool(earlier) or not measures)
     penalizes = later and recipe.penalty and holds
@@ -137,10 +139,8 @@ def _spec(config: RunConfig, recipe: Recipe, i: int, stage: StageConfig, gone: C
     grown = any(_grows(recipe, j, earlier) for j, earlier in enumerate(config.stages[: i + 1]))
     fisher_data = earlier if penalizes and measures and stage.replay.source == ReplaySource.stored else ()
     uses_old_text = bool(replayed) or (penalizes and measures)
-    assert stage.name is not None
-    return StageSpec(
-        name=stage.name,
-        data=stage.data,
+    return replace(
+        _plain(config, stage, grown),
         parent=i - 1 if later else None,
         replayed=replayed,
         replay_weights=(1,) * len(replayed),
@@ -150,14 +150,12 @@ def _spec(config: RunConfig, recipe: Recipe, i: int, stage: StageConfig, gone: C
             buffer_tokens=stage.replay.buffer_tokens if replayed or fisher_data else None,
         ),
         fisher_data=fisher_data,
-        tokens=stage.tokens,
         grow=stage.grow if grows else None,
         continues=stage.continues if later and recipe.grow else None,
         trunk=stage.trunk if later and recipe.trunk else None,
         distill=distill if distils else None,
         penalty=penalty if penalizes else None,
         review=stage.review if reviews else None,
-        **_common(config, stage, grown),
     ).effective()
 
 
@@ -167,22 +165,39 @@ def _grows(recipe: Recipe, i: int, stage: StageConfig) -> bool:
     return i > 0 and recipe.grow and bool(stage.grow.experts) and not trains_old
 
 
-def _common(config: RunConfig, stage: StageConfig, grown: bool) -> dict[str, Any]:
-    return {
-        "optim": stage.optim,
-        "finetune": stage.finetune if stage.kind == StageKind.finetune else None,
-        "model": config.model,
-        "routing": config.routing.effective(grown=grown),
-        "seed": config.seed,
-        "precision": config.trainer.precision,
-        "gradient_clip": float(config.trainer.gradient_clip),
-        "accumulate": config.trainer.accumulate_grad_batches,
-        "processes": config.trainer.processes,
-    }
+def _plain(config: RunConfig, stage: StageConfig, grown: bool) -> StageSpec:
+    """A first stage that trains everything, without growth, replay or retention."""
+    assert stage.name is not None
+    return StageSpec(
+        name=stage.name,
+        data=stage.data,
+        parent=None,
+        replayed=(),
+        replay_weights=(),
+        replay=ReplayConfig(fraction=0.0),
+        fisher_data=(),
+        tokens=stage.tokens,
+        grow=None,
+        continues=None,
+        trunk=None,
+        distill=None,
+        penalty=None,
+        review=None,
+        optim=stage.optim,
+        finetune=stage.finetune if stage.kind == StageKind.finetune else None,
+        model=config.model,
+        routing=config.routing.effective(grown=grown),
+        seed=config.seed,
+        precision=config.trainer.precision,
+        # YAML gives an int or a float; a key must not tell 1 from 1.0.
+        gradient_clip=float(config.trainer.gradient_clip),
+        accumulate=config.trainer.accumulate_grad_batches,
+        processes=config.trainer.processes,
+    )
 
 
 def _first(config: RunConfig, stage: StageConfig, name: str) -> StageSpec:
-    """A stage that begins from random weights."""
+    """A stage that begins with random weights."""
     return replace(_spec(config, Recipe(), 0, stage), name=name)
 
 
@@ -193,6 +208,7 @@ def _joint(config: RunConfig) -> StageSpec:
         tokens[stage.data] = tokens.get(stage.data, 0) + stage.tokens
     first, *others = tokens
     total, shared = sum(tokens.values()), [tokens[name] for name in others]
+    # In units of the greatest common divisor, so that a round of turns is as short as exact shares allow.
     unit = max(gcd(*shared), -(-sum(shared) // MOST_TURNS)) or 1
     return replace(
         _first(config, config.stages[0], "joint"),
@@ -204,10 +220,11 @@ def _joint(config: RunConfig) -> StageSpec:
 
 
 def _with_scratch(chain: list[StageSpec]) -> list[StageSpec]:
-    """Each later stage's distribution from scratch as well, right before it."""
+    """Insert before each later stage a model of its distribution from scratch."""
     first, *later = chain
     stages, newest = [first], 0
     for stage in later:
+        # effective() again: without a parent fewer settings have an effect.
         scratch = replace(stage, name=f"{stage.name}{SCRATCH}", parent=None).effective()
         stages += [scratch, replace(stage, parent=newest)]
         newest = len(stages) - 1

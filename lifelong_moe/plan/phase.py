@@ -1,4 +1,4 @@
-"""A part of a stage, with what it trains."""
+"""A phase of a stage, and the parameters that it trains."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from enum import StrEnum
 
 
 class Trains(StrEnum):
-    """What a phase trains."""
+    """The parameters that a phase trains."""
 
     stage = "stage"
-    """Everything that the stage does not freeze."""
+    """All that the stage does not freeze."""
     router = "router"
     """This stage's router rows only."""
 
@@ -25,9 +25,10 @@ class Phase:
     """Share of its sequences that is replayed text."""
     trains: Trains = Trains.stage
     fits_clusters: bool = False
-    """Fit the stage's centroids before it begins."""
+    """Whether the stage's centroids are fitted before it."""
     follows: bool = False
-    """Go on in the previous phase's order of samples; else it has an order of its own."""
+    """Whether it continues the previous phase's order of samples; otherwise it has its own."""
     lr_scale: float = 1.0
     old_loss: float = 0.0
-    """Factor on ``-log`` of what replayed text gives to old experts; above 0 it replaces the balance loss."""
+    """Factor on ``-log`` of the gate weight that replayed text gives to old experts; above 0 it replaces the balance
+    loss."""

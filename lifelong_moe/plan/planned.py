@@ -1,4 +1,4 @@
-"""A planned stage: its specification with its key and its cost. Torch-free."""
+"""A planned stage: specification, key and cost. Torch-free."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from lifelong_moe.errors import ConfigError
 from lifelong_moe.plan.architecture import Architecture
 from lifelong_moe.plan.cost import ParameterCount, count_parameters, parameters_by_part
 from lifelong_moe.plan.flops import stage_flops
+from lifelong_moe.plan.key import stage_key
 from lifelong_moe.plan.spec import StageSpec
 
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """A stage with its key and its cost."""
+    """A stage that is resolved on its run's data."""
 
     index: int
     """Its place in the order of training."""
@@ -43,6 +44,7 @@ class PlannedStage:
             ConfigError: If it would train nothing.
         """
         parent_key, before = parent or (None, None)
+        # Checked here, where the stage's index is known for the message.
         after = spec.architecture(before, data.vocab_size, data.bos_id)
         trainable = trainable_parameters(spec, after)
         if not trainable:
@@ -54,7 +56,7 @@ class PlannedStage:
             index=index,
             depth=depth,
             spec=spec,
-            key=spec.key(parent_key, data),
+            key=stage_key(spec, parent_key, data),
             parent_key=parent_key,
             architecture=after,
             parameters=count_parameters(after),
@@ -64,7 +66,7 @@ class PlannedStage:
 
     @property
     def beside(self) -> bool:
-        """Whether it is a model of its own beside the run's chain of stages."""
+        """Whether it is trained from scratch, beside the run's chain of stages."""
         return self.index > 0 and self.spec.parent is None
 
     @property
@@ -74,7 +76,7 @@ class PlannedStage:
 
     @property
     def routing(self) -> str:
-        """The routing in a word or two."""
+        """The routing in a few words, for tables."""
         routing = self.spec.routing
         if routing.bundles != Bundles.none:
             return f"{routing.mode}, bundles by {routing.bundles}"

@@ -1,7 +1,7 @@
-"""The matrix products that text takes through a model, in order, and those of their backward passes. Torch-free.
+"""Matrix products of a model's forward and backward passes, in order. Torch-free.
 
-A product of an input and a matrix is one in the forward pass; backward it is one more for the input's gradient, if
-anything before it has one, and one for the matrix's, if that trains. All else, norms included, is left out.
+A product of an input and a matrix is one in the forward pass. The backward pass adds one for the input's gradient, if
+anything before it is trainable, and one for the matrix's, if it is trainable. All else, norms included, is left out.
 
 Legend: D model width, F hidden width, V vocabulary, R rank.
 """
@@ -17,29 +17,29 @@ from lifelong_moe.config.routing.routers import ClusterConfig, HierarchicalConfi
 from lifelong_moe.plan.architecture import Architecture
 
 Trains = Callable[[Part, int | None], bool]
-"""Whether a part trains: of a generation, or, with None, of what all generations share."""
+"""Whether a part is trainable: of a generation, or, with None, of what all generations share."""
 
 
 def nothing(part: Part, generation: int | None) -> bool:
-    """Where there is no backward pass."""
+    """Predicate for no trainable part: there is no backward pass."""
     return False
 
 
 def everything(part: Part, generation: int | None) -> bool:
-    """Where all that there is trains."""
+    """Predicate for a model that is trainable as a whole."""
     return True
 
 
 @dataclass(frozen=True)
 class Text:
-    """Whose text it is: where generations are kept apart, tokens use one alone."""
+    """A mix of text by generation, for models whose tokens use one generation alone."""
 
     shares: Mapping[int, float]
-    """Share of the tokens of each generation's text; they sum to 1."""
+    """Share of the tokens of each generation; they sum to 1."""
 
     @classmethod
     def of(cls, architecture: Architecture, own: int | None = None, old: float = 0.0) -> Text:
-        """Text of one generation, the newest by default, and a share ``old`` of it spread evenly over all others."""
+        """Text of one generation, the newest by default, with a share ``old`` spread evenly over all others."""
         num = len(architecture.generations)
         own = num - 1 if own is None else own
         others = [g for g in range(num) if g != own]
@@ -47,13 +47,13 @@ class Text:
 
     @classmethod
     def mixed(cls, architecture: Architecture) -> Text:
-        """As much of each generation's."""
+        """Text with the same share of each generation."""
         num = len(architecture.generations)
         return cls(dict.fromkeys(range(num), 1 / num))
 
 
 class TokenProducts:
-    """What one token's way through a model takes, on average: multiply-adds, in :attr:`total`.
+    """Multiply-adds of one token's passes through a model, on average, in :attr:`total`.
 
     Without groups or bundles, tokens are taken to use all experts alike, which is what routers are balanced to.
     """
@@ -62,7 +62,7 @@ class TokenProducts:
         self.architecture, self.config, self.trains, self.text = architecture, architecture.model, trains, text
         self.total = 0.0
         self.flows = trains(Part.embedding, None)
-        """Whether what goes on to the next layer has a gradient."""
+        """Whether the input of the next layer has a gradient."""
         if not first_block:
             self._embed()
         for layer in range(first_block, self.config.layers):
@@ -71,23 +71,30 @@ class TokenProducts:
         below = self.total
         self._head()
         self.of_head = self.total - below
-        """Those of them that make logits."""
+        """Those of the logits."""
 
     def _add(self, size: float, trained: float, flows: bool) -> bool:
-        """One more product: of so many multiply-adds, its matrix trained by such a share of the tokens, its input with
-        a gradient or without. Returns whether its output has one."""
+        """Add one product, and return whether its output has a gradient.
+
+        Args:
+            size: Multiply-adds.
+            trained: Share of the tokens for which its matrix has a gradient.
+            flows: Whether its input has a gradient.
+        """
         self.total += size * (1 + flows + trained)
         return flows or trained > 0
 
     def _trained(self, part: Part) -> float:
-        """Share of the tokens whose matrix of this part has a gradient: its own, or its low-rank change's."""
+        """Share of the tokens for which a matrix of this part, or its low-rank change, has a gradient."""
+        # A low-rank change is added to its matrix before the product, so its gradient needs the whole matrix's.
         if self.trains(part, None):
             return 1.0
         ranks = (generation.delta_rank for generation in self.architecture.generations)
         return sum(self.text.shares[g] for g, rank in enumerate(ranks) if rank and self.trains(part, g))
 
     def _embed(self) -> None:
-        """A look-up, which costs nothing; its low-rank change is one and a product with ``down`` ``(R, D)``."""
+        """The embedding's low-rank changes."""
+        # A look-up costs nothing; a low-rank change is a look-up in (V, R) and a product with (R, D).
         for g, share in self.text.shares.items():
             rank = self.architecture.generations[g].delta_rank
             trained = bool(rank and share and self.trains(Part.embedding, g))
@@ -98,7 +105,8 @@ class TokenProducts:
         wide, narrow = (heads * config.attention_width for heads in (config.heads, config.kv_heads))
         flows = self.flows or self.trains(Part.norm, None)
         flows = self._add((wide + 2 * narrow) * config.width, trained, flows)
-        # Queries by keys, and probabilities by values: of two inputs each. A capped one looks at all and masks half.
+        # Queries by keys, and probabilities by values: products of two inputs, without a matrix. A causal token sees
+        # half a context on average; with a softcap the kernel computes all scores and masks half.
         seen = config.context if config.attention_softcap is not None else config.context / 2
         flows = self._add(2 * wide * seen, float(flows), flows)
         flows = self._add(wide * config.width, trained, flows)
@@ -112,7 +120,8 @@ class TokenProducts:
             return
         self.flows |= self._route(layer, flows)
         for g, used in self._used(layer).items():
-            if used:  # a generation may have grown in other layers alone
+            # A generation may have grown in other layers alone.
+            if used:
                 trained = self.trains(Part.expert, g)
                 self.flows |= self._network(config.expert_width, config.activation, used, trained, flows)
         if config.shared_experts:
@@ -122,13 +131,14 @@ class TokenProducts:
                 self._add(2 * config.width, trained, flows)
 
     def _network(self, hidden: int, activation: Activation, used: float, trained: bool, flows: bool) -> bool:
-        """A feed-forward network that so many tokens use."""
+        """A feed-forward network that a token uses ``used`` times on average."""
         one = used * self.config.width * hidden
         flows = self._add((2 if activation.is_gated else 1) * one, trained, flows)
         return self._add(one, trained, flows)
 
     def _route(self, layer: int, flows: bool) -> bool:
-        """Products with all generations' rows, whichever of them a token may choose."""
+        """Products with the router rows of all generations."""
+        # Also of generations that the token may not choose: they are masked after the product.
         routing, has_gradient = self.architecture.routing, False
         row = rows_an_expert(self.architecture)
         for g, generation in enumerate(self.architecture.generations):
@@ -136,7 +146,7 @@ class TokenProducts:
                 rows = num * row + group_rows(self.architecture, [num])
                 trained = self.trains(Part.router, g)
                 has_gradient |= self._add(rows * self.config.width, trained, bool(row) and flows)
-                if isinstance(routing, ClusterConfig) and not routing.by_document:  # fixed, of a detached input
+                if isinstance(routing, ClusterConfig) and not routing.by_document:  # fixed centroids, detached input
                     width = self.config.width if routing.clusters_hidden else routing.feature_width
                     self._add(num * width, 0.0, flows=False)
         return has_gradient
@@ -154,7 +164,7 @@ class TokenProducts:
         return {g: used * num / every for g, num in experts.items()}
 
     def _head(self) -> None:
-        """Logits: one product, or of competing experts one each."""
+        """Logits: one product, or one for each competing expert."""
         config, last = self.config, self.config.layers - 1
         times = self.architecture.experts_in(last) if self.architecture.routing.competitive else 1
         part = Part.embedding if config.tie_embeddings else Part.head
@@ -163,13 +173,13 @@ class TokenProducts:
 
 
 def rows_an_expert(architecture: Architecture) -> int:
-    """Rows that a router has for each expert."""
+    """Router rows per expert; noisy top-k has one more for the noise."""
     routing = architecture.routing
     return (2 if routing.mode == "noisy_topk" else 1) if routing.has_rows else 0
 
 
 def group_rows(architecture: Architecture, experts: Iterable[int]) -> int:
-    """Rows that routers have for a generation's groups; of it each layer has so many experts."""
+    """Router rows for a generation's groups, from its number of experts in each layer."""
     routing = architecture.routing
     return sum(routing.groups_of(num) for num in experts) if isinstance(routing, HierarchicalConfig) else 0
 
@@ -177,8 +187,8 @@ def group_rows(architecture: Architecture, experts: Iterable[int]) -> int:
 def pass_products(
     architecture: Architecture, trains: Trains, text: Text, parts: tuple[Part, ...] = (Part.attention, Part.head)
 ) -> float:
-    """Multiply-adds of one pass, however many tokens it has: ``up down`` of each matrix for each bundle that occurs,
-    and, where that bundle trains, a product for the gradient of either."""
+    """Multiply-adds of one pass that do not depend on its number of tokens: the products of low-rank changes."""
+    # `up @ down` of each matrix for each generation in the text; if it is trainable, one more for the gradient of each.
     config, total = architecture.model, 0.0
     wide, narrow = (heads * config.attention_width for heads in (config.heads, config.kv_heads))
     sizes = {

@@ -1,4 +1,4 @@
-"""The size that a system's authors built, from a preset: what it would be here, and what they say it is."""
+"""The published size of a preset's system: its parameters as counted here, and as its authors state them."""
 
 from __future__ import annotations
 
@@ -23,23 +23,25 @@ def published_architecture(config: RunConfig) -> Architecture:
     assert published is not None
     model = replace(config.model, **published.model)
     routing = replace(config.routing, **published.routing)
+    # The id of BOS has no influence on the count.
     return Architecture(model, routing, published.vocab_size, 0, (first_generation("published", model),))
 
 
 def published_count(config: RunConfig) -> ParameterCount:
-    """Its parameters, with the authors' attention where ours is of another kind."""
+    """Parameters of the published architecture."""
     architecture, published = published_architecture(config), config.published
     counted = count_parameters(architecture)
     if published is None or published.attention is None:
         return counted
     model = architecture.model
+    # Where the authors' attention is of another kind, their count of it replaces ours.
     ours = 2 * model.layers * model.width * model.attention_width * (model.heads + model.kv_heads)
     more = round(published.attention * 1e9) - ours
     return dataclasses.replace(counted, total=counted.total + more, active=counted.active + more)
 
 
 def sentence(config: RunConfig) -> str | None:
-    """For people; None if nothing was published."""
+    """One sentence that compares both counts; None without a published size."""
     published: PublishedConfig | None = config.published
     if published is None:
         return None

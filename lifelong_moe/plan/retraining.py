@@ -1,4 +1,4 @@
-"""A retraining file, and how a run's configuration goes on with a batch of new documents. Torch-free.
+"""Read a retraining file, and extend its run's configuration by a stage on new documents. Torch-free.
 
 The file names a ``base`` run configuration, whose stages are the first champion, and says what a tick does with new
 documents. An override ``key=value`` whose key belongs to :class:`RetrainConfig` addresses this file; every other one
@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -40,17 +40,17 @@ class RetrainConfig:
     inbox: InboxConfig = field(default_factory=InboxConfig)
     """Where new documents arrive."""
     trigger: TriggerConfig = field(default_factory=TriggerConfig)
-    """When they are looked at."""
+    """When they are examined."""
     drift: DriftConfig = field(default_factory=DriftConfig)
     """When they count as another distribution."""
     probe: ProbeConfig = field(default_factory=ProbeConfig)
-    """How continuing and growing are tried."""
+    """How both continuing and growing are tried."""
     decision: DecisionConfig = field(default_factory=DecisionConfig)
     """How the trials are weighed."""
     gate: GateConfig = field(default_factory=GateConfig)
-    """What a candidate must show before it serves."""
+    """Requirements on a candidate before it is served."""
     limits: LimitsConfig = field(default_factory=LimitsConfig)
-    """What a tick may spend."""
+    """Limits on the cost of a tick."""
     hooks: HooksConfig = field(default_factory=HooksConfig)
     """Who is told."""
     stage: dict[str, Any] = field(default_factory=dict)
@@ -69,7 +69,7 @@ OVERLAYS = ("stage", "when_growing", "when_continuing")
 
 @dataclass(frozen=True)
 class NewStage:
-    """A stage of the stream that the base configuration does not know."""
+    """A stage of the stream that the base configuration does not contain."""
 
     name: str
     """Also the distribution's name."""
@@ -121,23 +121,27 @@ class Retraining:
 
     @cached_property
     def _stage_names(self) -> list[str | None]:
-        """Of the base; building a configuration takes some hundredths of a second, and a tick builds many."""
+        """Names of the base's stages."""
+        # Cached: building a configuration takes some hundredths of a second, and a tick builds many.
         return [stage.name for stage in build_config(self.base, is_stored=True).stages]
 
-    def _stage(self, stage: NewStage) -> dict[str, Any]:
+    def _stage(self, stage: NewStage) -> Mapping[str, Any]:
+        """The new stage as a mapping, as in a YAML file."""
         settings = self.settings
         overlay = settings.when_growing if stage.continues is None else settings.when_continuing
+        # Later ones win: the file's settings, those of the kind of stage, and those of this stage.
         own: dict[str, Any] = {"data": stage.name, "name": stage.name, "continues": stage.continues}
         if stage.tokens is not None:
             own["tokens"] = stage.tokens
         if stage.grow is not None and stage.continues is None:
             own["grow"] = dict(stage.grow)
         merged = OmegaConf.merge(settings.stage, overlay, own)
-        return OmegaConf.to_container(merged)  # type: ignore[return-value]
+        return cast(Mapping[str, Any], OmegaConf.to_container(merged))
 
-    def raw(self) -> dict[str, Any]:
-        """The base as written, interpolations unresolved."""
-        return OmegaConf.to_container(self.base, resolve=False)  # type: ignore[return-value]
+    def raw(self) -> Mapping[str, Any]:
+        """The base as written."""
+        # Unresolved: it is recorded, and an interpolation may refer to a secret.
+        return cast(Mapping[str, Any], OmegaConf.to_container(self.base, resolve=False))
 
 
 def load_retraining(path: str | Path, overrides: Sequence[str] = ()) -> Retraining:
@@ -160,7 +164,7 @@ def load_retraining(path: str | Path, overrides: Sequence[str] = ()) -> Retraini
     settings = _settings(raw)
     file = read_yaml(path.parent / settings.base)
     base = overridden(file, [override for override in overrides if override not in own])
-    config = build_config(base, is_stored=True)  # a run that is there already
+    config = build_config(base, is_stored=True)  # of a run that exists already
     if config.method != Method.lifelong:
         raise ConfigError(f"method={config.method}: retraining continues and grows, so it needs method=lifelong.")
     found = Retraining(settings, base, config.run)
@@ -205,7 +209,7 @@ def _settings(raw: DictConfig) -> RetrainConfig:
 
 
 def _check_stages(retraining: Retraining, names: list[str]) -> None:
-    """Build both kinds of stage once, so that a mistake in the file is found before anything is read."""
+    """Build each kind of stage once, so that a mistake in the file is found before documents are read."""
     ways = [(f"probe.grow[{i}]", None, way) for i, way in enumerate(retraining.settings.probe.grow)]
     for what, continues, grow in (("when_growing", None, None), ("when_continuing", names[0], None), *ways):
         try:
@@ -220,7 +224,7 @@ def _check_stages(retraining: Retraining, names: list[str]) -> None:
 
 
 def _refuse_replay_of_removed(settings: RetrainConfig, config: RunConfig, what: str) -> None:
-    """Text that is removed cannot be replayed."""
+    """Refuse replay of text that ``inbox.keep_text`` removes."""
     keep, spec = settings.inbox.keep_text, stage_specs(config)[-1]
     if keep == KeepText.always or not (spec.reads or spec.fisher_data):
         return

@@ -1,4 +1,4 @@
-"""A stage, fully resolved: what it reads, and hence its key. Torch-free."""
+"""The full specification of a stage. Torch-free."""
 
 from __future__ import annotations
 
@@ -24,25 +24,19 @@ from lifelong_moe.config.retention import (
 from lifelong_moe.config.routing.base import RoutingConfig
 from lifelong_moe.config.routing.modes import stored_routing
 from lifelong_moe.config.training import FinetuneConfig, OptimConfig
-from lifelong_moe.data.tokens.identity import DataIdentity
 from lifelong_moe.plan.architecture import Architecture, Generation, first_generation
 from lifelong_moe.plan.phase import Phase, Trains
-from lifelong_moe.storage.keys import content_key
 from lifelong_moe.storage.plain import from_plain
 
-SCHEMA = 5
-"""Version of what a stage's key is made of; a change makes every stage a new one."""
 HASH_WARMUP = 0.1
 """Share of the first stage that trains with hash routing before centroids of hidden states are fitted."""
-
-
 _REPLAY = {"replay_fraction": "fraction", "replay_source": "source", "replay_buffer": "buffer_tokens"}
 """Names of :class:`ReplayConfig`'s fields in a stage's JSON data."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageSpec:
-    """What a method wants of one stage. Absent mechanisms are None, so that equal work has equal keys."""
+    """All settings of a stage. Mechanisms that are off are None, so that equal work has equal keys."""
 
     name: str
     data: str
@@ -52,12 +46,11 @@ class StageSpec:
     replayed: tuple[str, ...]
     """Earlier distributions whose text is mixed in; without a parent, those that are learned at the same time."""
     replay_weights: tuple[int, ...]
-    """How often each of them has its turn."""
+    """Turns of each in a round."""
     replay: ReplayConfig
-    """Its source and its buffer are those of the text that the Fisher information is measured on, too."""
+    """Its source and buffer also apply to the text for the Fisher information."""
     fisher_data: tuple[str, ...]
-    """Earlier distributions that the Fisher information is measured on; empty without EWC, or if it takes generated
-    text."""
+    """Earlier distributions for the Fisher information; empty without EWC, or with generated text."""
     tokens: int
     grow: GrowConfig | None
     continues: str | None
@@ -76,10 +69,11 @@ class StageSpec:
     precision: str
     gradient_clip: float
     accumulate: int
-    """Micro-batches a step of each process; the load-balancing loss is one of each, over all processes, so that they
-    change the result and the number of processes does not."""
+    """Micro-batches per step and process."""
+    # Each has a load-balancing loss of its own, over all processes: their number changes the result, that of processes
+    # changes rounding alone, unless each process draws noise.
     processes: int
-    """Processes that take a step together; they change the result by rounding alone, unless each draws noise."""
+    """Processes that take a step together."""
 
     @property
     def steps(self) -> int:
@@ -98,7 +92,7 @@ class StageSpec:
 
     @property
     def learns(self) -> tuple[str, ...]:
-        """Distributions that this stage is there to learn."""
+        """Distributions that are new in this stage."""
         return (self.data,) if self.parent is not None else (self.data, *self.replayed)
 
     @property
@@ -110,28 +104,28 @@ class StageSpec:
     def measures_generated(self) -> bool:
         """Whether the Fisher information is measured on text that the parent's model writes."""
         by_fisher = self.penalty is not None and self.penalty.kind == PenaltyKind.ewc
-        # Earlier versions measured on stored text whatever they replayed.
+        # Earlier versions measured on stored text even if they replayed generated text.
         return by_fisher and self.replay.source == ReplaySource.generated and not self.fisher_data
 
     @property
     def written_blocks(self) -> tuple[int, int]:
-        """Blocks that the parent's model writes: those to be replayed, and those to measure its weights on."""
+        """Blocks that the parent's model writes: for replay, and for the Fisher information."""
         replayed = max(1, self.replayed_tokens // self.model.context) if self.generates else 0
         return replayed, self.fisher_measured_tokens // self.model.context if self.measures_generated else 0
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """Other distributions whose training text it mixes in; generated text comes from the parent alone."""
+        """Other distributions whose training text it replays."""
         return () if self.generates else self.replayed
 
     @property
     def uses(self) -> tuple[str, ...]:
-        """Distributions whose training text has a part in its result."""
+        """Distributions whose training text affects its result."""
         return (self.data, *self.reads, *self.fisher_data)
 
     @property
     def distilled_share(self) -> float:
-        """Share of the sequences, outside of the review, that a teacher is asked about."""
+        """Share of the sequences outside the review on which the teacher is asked."""
         if self.distill is None:
             return 0.0
         share = self.replay.fraction if self.distill.text == DistillText.replay else 1 - self.replay.fraction
@@ -139,13 +133,13 @@ class StageSpec:
 
     @property
     def distilled_tokens(self) -> int:
-        """Tokens that a teacher is asked about, nearly."""
+        """Approximate number of tokens on which the teacher is asked."""
         until = 0.0 if self.distill is None else self.distill.until
         return round((self.steps - self.review_steps) * self.optim.batch_tokens * self.distilled_share * until)
 
     @property
     def teacher_tokens(self) -> int:
-        """Tokens that pass through the parent's model without a gradient, nearly: distilled on, or written by it."""
+        """Approximate number of tokens that the parent's model reads as teacher, or writes."""
         measured = self.fisher_measured_tokens if self.measures_generated else 0
         return self.distilled_tokens + (self.replayed_tokens if self.generates else 0) + measured
 
@@ -156,7 +150,7 @@ class StageSpec:
 
     @property
     def fisher_measured_tokens(self) -> int:
-        """Tokens, in whole blocks, that the Fisher information is measured on; less if there is less text."""
+        """Tokens, in whole blocks, for the Fisher information; less if there is less text."""
         if self.penalty is None:
             return 0
         blocks = max(1, self.penalty.fisher_tokens // self.model.context)
@@ -167,18 +161,15 @@ class StageSpec:
 
     @property
     def replayed_tokens(self) -> int:
-        """Tokens of replayed text that it trains on, nearly."""
+        """Approximate number of replayed tokens that it trains on."""
         return round(sum(p.steps * self.optim.batch_tokens * p.replay_fraction for p in self.phases()))
 
     def phases(self) -> list[Phase]:
-        """The stage's parts in order.
-
-        Mostly one; clusters made of hidden states need one before, in which hidden states are learned; a review comes
-        after, with an order of samples of its own.
-        """
+        """The stage's phases in order: usually one."""
         fits = self.routing.is_clustered and (self.parent is None or self.grow is not None)
         steps, share = self.steps - self.review_steps, self.replay.fraction
         phases = []
+        # Clusters of hidden states need hidden states that have been learned: hash routing trains them.
         if self.routing.clusters_hidden and self.parent is None:
             warmup = max(1, round(HASH_WARMUP * steps))
             phases.append(Phase(name="hash", steps=warmup, replay_fraction=share))
@@ -199,11 +190,11 @@ class StageSpec:
 
     @property
     def student(self) -> list[int] | None:
-        """Layers of the parent that this stage's model keeps, where it is a shallower one."""
+        """Layers of the parent that this stage's model keeps, if it is a shallower student."""
         return None if self.distill is None else self.distill.student
 
     def generation(self) -> Generation | None:
-        """What this stage adds to the model it continues."""
+        """The generation that this stage adds; None without growth."""
         if self.grow is None:
             return None
         layers = None if self.grow.layers is None else tuple(self.grow.layers)
@@ -213,14 +204,14 @@ class StageSpec:
 
     @property
     def delta_rank(self) -> int:
-        """Rank of the trunk's changes that this stage trains; 0 if it trains none."""
+        """Rank of the trunk's low-rank changes that this stage trains; 0 for none."""
         return self.trunk.rank if self.trunk is not None and self.trunk.train == TrunkTraining.deltas else 0
 
     def architecture(self, parent: Architecture | None, vocab_size: int, bos_id: int) -> Architecture:
         """The model at the end of this stage."""
         generation = self.generation()
         if parent is not None and len(parent.generations) == 1:
-            # What tells generations apart is not settled before there are several.
+            # How to tell generations apart is not settled before there are several.
             parent = replace(parent, routing=self.routing)
         elif parent is not None:
             parent = replace(parent, routing=parent.routing.with_losses_of(self.routing))
@@ -235,26 +226,29 @@ class StageSpec:
             architecture = parent
         else:
             architecture = parent.grown(generation, self.grow.freezes)
+        # A label stays with its generation until a stage that adds or continues one learns its distribution again.
         known = self.data in dict(architecture.labels)
         return architecture.labelled(self.data) if self.grow or self.continues or not known else architecture
 
     def trains_part(self, architecture: Architecture, part: Part, generation: int | None) -> bool:
-        """Whether it trains a part of the trunk, or of a generation; a student trains all that it is made of."""
+        """Whether it trains a part of the trunk, or of a generation; a student trains all of itself."""
         if self.finetune is not None and not self.finetune.trains(part):
             return False
         if generation is not None:
             return architecture.trains(generation)
         return self.trunk is None or not self.trunk.is_frozen or self.student is not None
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """As plain JSON data."""
         data = dataclasses.asdict(self) | {"routing": self.routing.to_json()}
-        replay = data.pop("replay")  # flat, as stages have it whose keys are to stay what they are
+        # Flat, as in stages from before replay was a section, whose keys must not change.
+        replay = data.pop("replay")
         return data | {name: replay[key] for name, key in _REPLAY.items()}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> StageSpec:
-        """The inverse of :meth:`to_json`; earlier versions trained in one process and did not say so."""
+        """The inverse of :meth:`to_json`."""
+        # Earlier versions trained in one process, and their stages do not say so.
         replay = {key: data[name] for name, key in _REPLAY.items()}
         others = {name: value for name, value in data.items() if name not in _REPLAY}
         others["routing"] = stored_routing(data["routing"])
@@ -266,11 +260,8 @@ class StageSpec:
         return self.routing.varies_by_process or bool(self.finetune and self.finetune.expert_dropout)
 
     def effective(self) -> StageSpec:
-        """The same stage, with whatever changes nothing in it at its default, so that equal work has equal keys.
-
-        Each section knows which of its own keys have an effect; here stands what depends on the stage's place. A stage
-        without a parent has one generation of experts, nothing to grow from and nothing to hold on to.
-        """
+        """The same stage with every setting without effect at its default, so that equal work has equal keys."""
+        # Each section knows its own idle keys; here is what depends on the stage's place in the chain.
         has_rows, grow = self.routing.has_rows, self.grow
         if grow is not None:
             everywhere = grow.layers == list(self.model.moe_layers)
@@ -286,26 +277,4 @@ class StageSpec:
             penalty=self.penalty and self.penalty.effective(),
             finetune=self.finetune and self.finetune.effective(),
             processes=self.processes if self.varies_by_process else 1,
-        )
-
-    def key(self, parent_key: str | None, data: DataIdentity) -> str:
-        """The stage's content address.
-
-        Args:
-            parent_key: Key of the stage it continues.
-            data: What it reads, and the tokenizer that made it.
-        """
-        spec = self.effective().to_json()
-        del spec["parent"]  # an index; its key stands below
-        if self.grow:
-            del spec["grow"]["min_share"]  # a warning's threshold
-        hashes = [[data.train_hashes[name] for name in names] for names in (self.reads, self.fisher_data)]
-        return content_key(
-            {
-                "schema": SCHEMA,
-                "spec": {**spec, "replayed": hashes[0], "fisher_data": hashes[1]},
-                "parent": parent_key,
-                "data": data.train_hashes[self.data],
-                "tokenizer": dataclasses.asdict(data.tokenizer),
-            }
         )

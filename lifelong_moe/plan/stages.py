@@ -1,4 +1,4 @@
-"""What a run would train and what it would cost, before anything is trained. Torch-free until a stage is opened."""
+"""Plan a run: its stages with keys and costs, before anything is trained. Torch-free."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ def plan_stages(config: RunConfig, data: DataIdentity) -> list[PlannedStage]:
     """Resolve all stages of a run on its data."""
     planned: list[PlannedStage] = []
     for index, spec in enumerate(stage_specs(config)):
+        # Specs come in order of training, so the parent has its key already.
         parent = None if spec.parent is None else planned[spec.parent]
         depth = parent.depth + 1 if parent else 0
         before = (parent.key, parent.architecture) if parent else None
@@ -28,14 +29,14 @@ def plan_stages(config: RunConfig, data: DataIdentity) -> list[PlannedStage]:
 def plan_next(
     config: RunConfig, parent_key: str, parent: Architecture, data: DataIdentity, gone: Collection[str] = ()
 ) -> PlannedStage:
-    """Resolve the run's last stage alone, as the one that comes after a committed stage.
+    """Resolve the run's last stage alone, as the successor of a committed stage.
 
     Args:
         config: The run, the new stage its last; a chain.
         parent_key: Of the stage that it continues.
-        parent: That stage's architecture, whatever made it.
+        parent: That stage's architecture, also of a derived stage.
         data: What the run reads.
-        gone: Distributions whose training text is not there any more: of those nothing is replayed.
+        gone: Distributions whose training text was removed, which are not replayed.
     """
     spec, index = stage_specs(config, gone)[-1], len(config.stages) - 1
     return PlannedStage.of(spec, index, index, (parent_key, parent), data)
@@ -47,12 +48,12 @@ def chain(planned: list[PlannedStage]) -> list[PlannedStage]:
 
 
 def stage_need(planned: PlannedStage, config: RunConfig) -> DiskNeed:
-    """What a stage of a run writes at most."""
+    """Upper bound of what a stage of a run writes."""
     return disk_need(planned.spec, planned.trainable, config.checkpoint, config.trainer)
 
 
 def check_clusters(planned: list[PlannedStage], documents: Mapping[str, int]) -> None:
-    """Every document cluster needs a document.
+    """Require a training document for every document cluster.
 
     Args:
         planned: The run's stages.
@@ -67,7 +68,7 @@ def check_clusters(planned: list[PlannedStage], documents: Mapping[str, int]) ->
         if not isinstance(routing, TextClusterConfig) or not routing.by_document or not fits:
             continue
         clusters = routing.num_clusters(stage.architecture.generations[-1].experts)
-        # With bundles the first stage's centroids are fitted for the first stage that grows.
+        # With bundles, the first stage's centroids are fitted when the first stage grows, in the same number.
         for one in (stage, planned[0]) if routing.by_generation else (stage,):
             if clusters > documents[one.spec.data]:
                 raise ConfigError(

@@ -6,7 +6,7 @@ import torch
 
 from lifelong_moe.errors import DivergedError
 from lifelong_moe.model.transformer import LanguageModel
-from lifelong_moe.plan.spec import SCHEMA
+from lifelong_moe.plan.key import SCHEMA
 from lifelong_moe.store.record import StageRecord
 from lifelong_moe.store.stages import CommittedStage
 from lifelong_moe.training.loop.context import StageRun

@@ -17,7 +17,7 @@ from lifelong_moe.errors import TryAgainError
 from lifelong_moe.evaluation.loss import Evaluation
 from lifelong_moe.evaluation.measurements import Measurements
 from lifelong_moe.model.transformer import LanguageModel
-from lifelong_moe.plan.advice import leaking, nothing_to_hold
+from lifelong_moe.plan.advice import idle_retention, leaking
 from lifelong_moe.plan.methods import RECIPES
 from lifelong_moe.plan.planned import PlannedStage
 from lifelong_moe.plan.stages import chain
@@ -88,7 +88,7 @@ def run(
 def _announce(console: Console, prepared: Prepared) -> None:
     """The data, and what the configuration does not do although it may seem so."""
     render.data_table(console, prepared)
-    for sentence in (*prepared.loaded.left_behind, *leaking(prepared.config), *nothing_to_hold(prepared.config)):
+    for sentence in (*prepared.loaded.left_behind, *leaking(prepared.config), *idle_retention(prepared.config)):
         console.print(f"[yellow]{sentence}[/yellow]", highlight=False)
 
 

@@ -15,8 +15,8 @@ from lifelong_moe.data.tokens.prepare import PreparedData, prepare_data
 from lifelong_moe.data.tokens.records import Remembered
 from lifelong_moe.errors import DataError
 from lifelong_moe.plan.disk import require_space, run_need, used_space
+from lifelong_moe.plan.key import SCHEMA
 from lifelong_moe.plan.planned import PlannedStage
-from lifelong_moe.plan.spec import SCHEMA
 from lifelong_moe.plan.stages import check_clusters, plan_stages, stage_need
 from lifelong_moe.routing.registry import build_router
 from lifelong_moe.storage.keys import SHORT

@@ -20,6 +20,7 @@ from lifelong_moe.config.routing.base import BalanceOver, Bundles, Centroids, Ro
 from lifelong_moe.config.training import CheckpointConfig, FrozenConfig, Schedule
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.plan.comparison import load_comparison
+from lifelong_moe.plan.key import stage_key
 from lifelong_moe.plan.spec import StageSpec
 from lifelong_moe.store.garbage import collect
 from lifelong_moe.store.stages import CommittedStage, StageStore
@@ -82,7 +83,9 @@ def test_the_first_stage_is_the_same_bits_whatever_later_ones_need(lab: Path) ->
     }
     first = tensors_of(stage_of(prepared, spec, "0" * 64))
     for digit, (what, other) in enumerate(others.items(), start=1):
-        assert other != spec and other.key(None, prepared.data.identity) == spec.key(None, prepared.data.identity), what
+        assert other != spec and stage_key(other, None, prepared.data.identity) == stage_key(
+            spec, None, prepared.data.identity
+        ), what
         found = tensors_of(stage_of(prepared, other, str(digit) * 64))
         assert all(torch.equal(found[name], tensor) for name, tensor in first.items()), what
         assert set(found) - set(first) == ({"document_clusters.centroids_0"} if what == "bundles" else set())
@@ -104,7 +107,9 @@ def test_a_later_stage_is_the_same_bits_whatever_it_does_not_use(lab: Path) -> N
     }
     same = tensors_of(stage_of(prepared, spec, "0" * 64, parent))
     for digit, (what, other) in enumerate(others.items(), start=1):
-        assert other != spec and other.key("p", prepared.data.identity) == spec.key("p", prepared.data.identity), what
+        assert other != spec and stage_key(other, "p", prepared.data.identity) == stage_key(
+            spec, "p", prepared.data.identity
+        ), what
         found = tensors_of(stage_of(prepared, other, str(digit) * 64, parent))
         assert found.keys() == same.keys() and all(torch.equal(found[name], same[name]) for name in same), what
 

@@ -9,7 +9,7 @@ import pytest
 from lifelong_moe.clustering.unigrams import UNIFORM, unigram_divergence
 from lifelong_moe.config.run import RunConfig
 from lifelong_moe.data.tokens.identity import DataIdentity, TokenizerIdentity
-from lifelong_moe.plan.advice import growth_advice, nothing_to_hold
+from lifelong_moe.plan.advice import growth_advice, idle_retention
 from lifelong_moe.plan.stages import plan_stages
 
 MakeRun = Callable[..., RunConfig]
@@ -69,7 +69,7 @@ AGAIN = [{"data": "english"}, {"data": "english"}, {"data": "python"}, {"data": 
     ],
 )
 def test_a_stage_with_nothing_to_hold_on_to_is_named(make_run: MakeRun, overrides: list[str], asked: str) -> None:
-    (said,) = nothing_to_hold(make_run(*overrides, stages=AGAIN))
+    (said,) = idle_retention(make_run(*overrides, stages=AGAIN))
     assert said.startswith(
         f"stages[1] (english-2): {asked}: off, because no earlier stage learned anything but english"
     )
@@ -77,13 +77,13 @@ def test_a_stage_with_nothing_to_hold_on_to_is_named(make_run: MakeRun, override
 
 @pytest.mark.parametrize("method", ["sequential", "static_moe", "l2", "lwf", "joint", "unrestrained"])
 def test_what_a_method_does_not_take_is_not_asked_for(make_run: MakeRun, method: str) -> None:
-    assert nothing_to_hold(make_run(f"method={method}", stages=AGAIN)) == []
+    assert idle_retention(make_run(f"method={method}", stages=AGAIN)) == []
 
 
 def test_a_stage_that_holds_on_to_something_is_not_named(make_run: MakeRun) -> None:
     everything = ["stage_defaults.penalty.kind=ewc", "stage_defaults.review.fraction=0.2"]
-    assert nothing_to_hold(make_run(*everything)) == []
+    assert idle_retention(make_run(*everything)) == []
     off = ["stage_defaults.replay.fraction=0", "stage_defaults.distill.weight=0"]
-    assert nothing_to_hold(make_run(*off, stages=AGAIN)) == []
+    assert idle_retention(make_run(*off, stages=AGAIN)) == []
     unheld = ["stage_defaults.penalty.kind=ewc", "stage_defaults.penalty.weight=0"]
-    assert nothing_to_hold(make_run(*off, *unheld, stages=AGAIN)) == []
+    assert idle_retention(make_run(*off, *unheld, stages=AGAIN)) == []

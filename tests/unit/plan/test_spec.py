@@ -14,6 +14,7 @@ from lifelong_moe.config.training import FinetuneConfig
 from lifelong_moe.data.tokens.identity import DataIdentity, TokenizerIdentity
 from lifelong_moe.plan.cost import forward_flops_per_token
 from lifelong_moe.plan.flops import loop_flops, stage_flops
+from lifelong_moe.plan.key import stage_key
 from lifelong_moe.plan.methods import stage_specs
 from lifelong_moe.plan.phase import Phase, Trains
 from lifelong_moe.plan.spec import StageSpec
@@ -41,7 +42,7 @@ def key_of(
     hashes: dict[str, str] = HASHES,
     tokenizer: TokenizerIdentity = TOKENIZER,
 ) -> str:
-    return spec.key(parent, DataIdentity(hashes, tokenizer, vocab_size=300, bos_id=0))
+    return stage_key(spec, parent, DataIdentity(hashes, tokenizer, vocab_size=300, bos_id=0))
 
 
 def test_what_is_written_is_read_again(later: StageSpec) -> None:

@@ -16,6 +16,7 @@ from lifelong_moe.config.routing.modes import ROUTERS, keys_of
 from lifelong_moe.config.run import StageConfig
 from lifelong_moe.config.training import CheckpointConfig, FinetuneConfig, FrozenConfig, OptimConfig, TrainerConfig
 from lifelong_moe.data.tokens.identity import DataIdentity, TokenizerIdentity
+from lifelong_moe.plan.key import stage_key
 from lifelong_moe.plan.methods import stage_specs
 
 MASKED = ("model.document_mask=true",)
@@ -171,7 +172,7 @@ def keys(make_raw: Callable[..., dict[str, object]]) -> Callable[[tuple[str, ...
                 )
             data = DataIdentity({"english": "e", "python": "p"}, TokenizerIdentity({}, "t"), 300, 0)
             one, two = stage_specs(build_config(raw))
-            found[overrides] = one.key(None, data), two.key("parent", data)
+            found[overrides] = stage_key(one, None, data), stage_key(two, "parent", data)
         return found[overrides]
 
     return call

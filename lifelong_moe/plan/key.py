@@ -1,0 +1,37 @@
+"""The content address of a stage: its settings, its parent, and the hashes of its text. Torch-free."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from lifelong_moe.data.tokens.identity import DataIdentity
+from lifelong_moe.plan.spec import StageSpec
+from lifelong_moe.storage.keys import content_key
+
+SCHEMA = 5
+"""Version of the content of a stage's key; a change makes every stage a new one."""
+
+
+def stage_key(spec: StageSpec, parent_key: str | None, data: DataIdentity) -> str:
+    """The stage's content address.
+
+    Args:
+        spec: The stage.
+        parent_key: Key of the stage it continues.
+        data: What it reads, and the tokenizer that made it.
+    """
+    content = spec.effective().to_json()
+    # An index in a run, which another run may not share; the parent's key stands below.
+    del content["parent"]
+    if isinstance(grow := content["grow"], dict):
+        del grow["min_share"]  # a warning's threshold, without effect on weights
+    hashes = [[data.train_hashes[name] for name in names] for names in (spec.reads, spec.fisher_data)]
+    return content_key(
+        {
+            "schema": SCHEMA,
+            "spec": {**content, "replayed": hashes[0], "fisher_data": hashes[1]},
+            "parent": parent_key,
+            "data": data.train_hashes[spec.data],
+            "tokenizer": dataclasses.asdict(data.tokenizer),
+        }
+    )
