@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import nct, t
 
 from lifelong_moe.config.retraining.policy import GateConfig
 from lifelong_moe.retraining.bounds import DocumentLosses, effective_sources, has_enough_sources
@@ -56,6 +55,8 @@ def passing_chances(
 
 
 def _power(after: DocumentLosses, before: DocumentLosses, config: GateConfig) -> float:
+    from scipy.stats import nct, t  # takes a third of a second; a stored plan is read without it
+
     sizes_S = after.sizes
     source = np.unique(np.array(after.sources), return_inverse=True)[1]
     lost_S = np.bincount(source, np.asarray(after.nats) - np.asarray(before.nats))

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipelines import cli as command_line
+from pipelines import commands
 from pipelines.shared import output
 from pipelines.shared.tables import show
 from tests.e2e.conftest import Cli
@@ -75,7 +76,7 @@ def test_training_outlives_the_reader_of_its_output(lab: Path) -> None:
 
 def test_standard_streams_that_are_closed(trained: Path) -> None:
     """``>&-``; what is opened next must not take their numbers, or all that is printed would go into it."""
-    code = "from pipelines import output; output.make_robust(); raise SystemExit(open('tiny.yaml').fileno() < 3)"
+    code = "from pipelines.shared import output; output.make_robust(); raise SystemExit(open('tiny.yaml').fileno() < 3)"
     for command in ("-m pipelines.cli report tiny naive --json", f'-c "{code}"'):
         closed = f"exec {sys.executable} {command} <&- >&- 2>&-"
         assert subprocess.run(["sh", "-c", closed], env=environment(), check=False).returncode == 0, command
@@ -141,7 +142,7 @@ def test_no_number_is_cut_on_a_narrow_terminal(copied: Path, cli: Cli, monkeypat
     for arguments in asked:
         printed = {}
         for width in (400, 80, 60):
-            monkeypatch.setattr(command_line, "console", lambda as_json, width=width: Console(width=width))
+            monkeypatch.setattr(commands, "console", lambda as_json, width=width: Console(width=width))
             result = cli(*arguments)
             assert result.code == 0 and max(map(cell_len, result.out.splitlines())) <= width
             printed[width] = {word for word in words(result.out) if any(map(str.isdigit, word)) and "/" not in word}
