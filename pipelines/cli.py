@@ -67,7 +67,8 @@ for command in COMMANDS:
 def main() -> None:
     """Entry point: a user's mistake costs one line and its exit code; only our own bugs show a traceback."""
     output.make_robust()
-    threads.configure()  # before a command imports torch, which reads these settings once
+    # Before a command imports torch: OpenMP reads these settings once.
+    threads.configure()
     sys.exit(exit_code(app))
 
 
@@ -76,6 +77,7 @@ def exit_code(command: Callable[[], object]) -> int:
     try:
         command()
     except Exception as error:
+        # Anything else is a bug of ours: Python prints its traceback.
         if (told := as_ours(error)) is None:
             raise
         print(f"{type(told).__name__}: {told}", file=sys.stderr)
@@ -83,7 +85,8 @@ def exit_code(command: Callable[[], object]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except SystemExit as stop:  # Typer ends every command with one
+    # Typer ends every command with one; a code that is no number is a message.
+    except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 1
     return 0
 

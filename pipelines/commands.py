@@ -74,6 +74,7 @@ def compare(
     from lifelong_moe.plan.comparison import load_comparison
 
     comparison = load_comparison(config, overrides or [])
+    # Only for its errors: an unknown --only is reported before torch is imported.
     comparison.select(only or [])
     from pipelines.compare.compare import compare as story
 
@@ -109,6 +110,7 @@ def retrain(
         from pipelines.preflight import run_lock
         from pipelines.retrain.plan_file import read_plan
 
+        # A plan that is no plan is refused before the lock, which the tick then holds from its first look to its end.
         if plan_path is not None:
             read_plan(Path(plan_path))
         retraining = load_retraining(config, overrides or [])
@@ -118,7 +120,8 @@ def retrain(
             silence_libraries()
             threads.say()
             result = story(retraining, dry_run, plan_path, console(), reopen)
-    except BaseException as error:  # after a bug or Ctrl-C too, a script finds JSON in the last line
+    # After a bug or Ctrl-C too, a script finds JSON in the last line.
+    except BaseException as error:
         told = as_ours(error) or error
         failure = {"outcome": "failed", "error": type(told).__name__, "reason": one_line(str(told))}
         finish(failure, as_json=True)

@@ -30,14 +30,14 @@ class Job:
     """Of its whole configuration, tokens that follow from the budget included."""
 
     def report(self) -> dict[str, Any] | None:
-        """The run's report, if all stages of just this plan are committed."""
+        """The run's report, if all stages of exactly this plan are committed."""
         record, keys = RunRecord(ROOT, self.run), [planned.key for planned in self.prepared.plan]
         head = record.head()
         complete = head is not None and list(head.plan) == keys and head.is_finished
         return record.report() if complete else None
 
     def is_taken(self) -> bool:
-        """Whether the run's name stands for other stages."""
+        """Whether the run's name refers to other stages."""
         head, keys = RunRecord(ROOT, self.run).head(), [planned.key for planned in self.prepared.plan]
         return head is not None and any(old != new for old, new in zip(head.plan, keys, strict=False))
 
@@ -52,10 +52,12 @@ def plan_jobs(comparison: Comparison, memory: Memory) -> list[Job]:
     Raises:
         ConfigError: Naming the arm.
     """
+    # The first seed stands for all in these checks: seeds change neither data nor cost.
     seed = comparison.settings.seeds[0]
     first = {arm.name: _prepare(comparison, arm, comparison.overrides(arm, seed), memory) for arm in comparison.arms}
     for arm in comparison.arms:
-        with _in_arm(arm):  # what this machine cannot do is said before anything else
+        # A device that this machine lacks is refused before hours of training on the other arms.
+        with _in_arm(arm):
             build_trainer(first[arm.name].config.trainer, 1)
     require_equal_measures({name: _measures(first[name]) for name in [comparison.reference, *first]})
     tokens = {arm.name: _token_overrides(comparison, arm, first) for arm in comparison.arms}
@@ -69,14 +71,15 @@ def plan_jobs(comparison: Comparison, memory: Memory) -> list[Job]:
 
 
 def _measures(prepared: Prepared) -> dict[str, str]:
-    """What the data say of how losses per token are measured; the configuration's part was compared on loading."""
+    """What the losses are measured on: hashes of the tokenizer and of the held-out texts."""
+    # Arms must agree on them, or their losses per token do not compare. Settings were compared on loading.
     heldout = {name: record.heldout_hash for name, record in prepared.data.records.items()}
     found = {f"distributions.{name} (SHA-256 of its held-out text)": text for name, text in heldout.items()}
     return {key: text[:SHORT] for key, text in ({"tokenizer (SHA-256)": prepared.data.tokenizer.hash} | found).items()}
 
 
 def refuse_taken_names(jobs: list[Job]) -> None:
-    """A run's name stands for one list of stages.
+    """Check that no run would change the stages that its name refers to.
 
     Raises:
         ConfigError: If one of the names is in use for other stages.
@@ -95,7 +98,7 @@ def _prepare(comparison: Comparison, arm: Arm, overrides: list[str], memory: Mem
 
 
 def _token_overrides(comparison: Comparison, arm: Arm, prepared: dict[str, Prepared]) -> list[str]:
-    """Tokens of each stage, where the budget is not what the configuration says anyway."""
+    """Overrides of the stages' tokens that keep an arm within the reference's FLOPs."""
     if comparison.settings.budget == Budget.tokens or arm.name == comparison.reference:
         return []
     own, reference = prepared[arm.name], prepared[comparison.reference]

@@ -47,6 +47,7 @@ def grids(comparison: Mapping[str, Any]) -> list[Grid]:
     """The tables of a comparison: results, differences, cost, and numbers per distribution."""
     arms = comparison["arms"]
     names, reference = comparison["distributions"], comparison["reference"]
+    # The reference has no differences, nor has an arm without two seeds in common with it.
     compared = [arm for arm in arms if arm["differences"] and any(arm["differences"].values())]
     found = [
         Grid(
@@ -163,6 +164,7 @@ def _beside(arm: Arm) -> list[str]:
 
 def _difference(arm: Arm) -> list[str]:
     cells = [arm["name"]]
+    # A difference shows its sign: positive is worse than the reference for each of these numbers.
     for key in COMPARED:
         found, (_, scale, form) = arm["differences"].get(key), COLUMNS[key]
         cell = _value(found, form.replace("{:.", "{:+."), scale)

@@ -208,6 +208,7 @@ def _measure(
     model = load_model(store, committed).to(device)
     observed = _observe_all(model, windows)
     losses = _losses(model, windows)
+    # The same weights with the experts of each layer permuted: what the choice of expert is worth, in nats.
     with shuffled_experts(model):
         shuffled = _losses(model, windows)
     inspection = build_inspection(

@@ -158,6 +158,7 @@ def evaluate(
     result = score_windows(
         model, evaluation_windows(shard, context, sys.maxsize), distribution=label, batch_tokens=EVALUATED_TOKENS
     ).to_json()
+    # A number per layer and expert: `inspect` shows it by name.
     del result["expert_counts"]
     console.print(
         f"{committed.name} on {data}: {result['nats_per_token']:.4f} nats/token, {result['bits_per_byte']:.4f} "
@@ -221,6 +222,7 @@ def inspect(run: str, stage: str | None, asked: InspectionRequest, console: Cons
     """
     if asked.tokens is not None and (asked.text is not None or asked.text_file is not None):
         raise ConfigError(f"--tokens={asked.tokens} limits held-out text; leave it out with --text or --text-file.")
+    # The checks go from cheap to dear: options, files, the run, and only then torch.
     given = _given_text(asked.text, asked.text_file)
     for option, value in (("--layer", asked.layer), ("--html", asked.html), ("--label", asked.label)):
         if given is None and value is not None:

@@ -86,11 +86,13 @@ def _information(information: Mapping[str, float] | None) -> tuple[str, str]:
 def _mean_cosine(similarity: Sequence[Sequence[float]]) -> str:
     """Over all pairs of different experts."""
     matrix = np.array(similarity)  # shape: (E, E)
+    # Without the diagonal, where every expert agrees with itself.
     pairs = matrix[~np.eye(len(matrix), dtype=bool)]
     return f"{pairs.mean():+.3f}" if pairs.size else "–"
 
 
 def _by_distribution(result: Mapping[str, Any]) -> Table:
+    # With one generation no expert is newer than the text, so the columns would all be 0.
     leaky = result["layers"] if can_leak(result) else ()
     layers = [f"leak L{layer['layer']}" for layer in leaky]
     table = _table("Held-out text", "distribution", "tokens", "nats/token", "experts shuffled", *layers)

@@ -1,4 +1,4 @@
-"""A run begins, or goes on: what its name stands for from now on."""
+"""Starting or continuing a run: which stages its name refers to from now on."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from pipelines.shared.workspace import Prepared, further_training
 
 
 def open_run(record: RunRecord, prepared: Prepared, replace: bool) -> OpenRun:
-    """Begin or continue a run.
+    """Start or continue a run.
 
     Raises:
-        ConfigError: If the name stands for other stages and may not be given to these.
+        ConfigError: If the name refers to other stages and ``replace`` is not set.
     """
     keys = tuple(planned.key for planned in prepared.plan)
     records = prepared.data.records
@@ -46,6 +46,7 @@ def open_run(record: RunRecord, prepared: Prepared, replace: bool) -> OpenRun:
     elif replace:
         head = RunHead(run=record.run, trained=before.trained, mlflow=before.mlflow.restarted(), **now)
     else:
+        # A stage that was taken out of the plan leaves the run, but stays in the store.
         committed = tuple(key for key in before.stages if key in keys)
         head = dataclasses.replace(before, stages=committed, **now)
     opened = OpenRun(record, head)
@@ -54,10 +55,10 @@ def open_run(record: RunRecord, prepared: Prepared, replace: bool) -> OpenRun:
 
 
 def _require_same(head: RunHead, prepared: Prepared, data: Mapping[str, str]) -> None:
-    """Refuse a plan that does not go on where the run is.
+    """Check that the plan continues the run.
 
     Raises:
-        ConfigError: If retraining moved it on, or one of its stages would be another one.
+        ConfigError: If ticks have promoted later versions, or a stage of the plan differs from the run's.
     """
     if head.champion_id:
         raise ConfigError(
@@ -71,7 +72,8 @@ def _require_same(head: RunHead, prepared: Prepared, data: Mapping[str, str]) ->
 
 
 def _changed(prepared: Prepared, head: RunHead, data: Mapping[str, str]) -> str:
-    """Which training text is another one, with both hashes; else the first stage that would be another one."""
+    """Name the training text that has changed, with both hashes; else the first stage that differs."""
+    # Text first: a stage's key contains its text's hash, so changed text explains a changed stage.
     run, before = prepared.config.run, head.data
     other = [name for name in data if data[name] != before.get(name, data[name])]
     if other:

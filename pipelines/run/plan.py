@@ -1,4 +1,4 @@
-"""`lifelong-moe plan`: what a run would do and what it would cost. Prepares data, trains nothing."""
+"""`lifelong-moe plan`: what a run would do and what it would cost. Prepares data, but trains nothing."""
 
 from __future__ import annotations
 
@@ -103,9 +103,10 @@ def _row(i: int, prepared: Prepared, store: StageStore) -> dict[str, Any]:
 
 
 def _epochs(planned: PlannedStage, prepared: Prepared, committed: CommittedStage | None) -> float:
-    """How often the stage goes, or went, through its text."""
+    """Passes of the stage over its own text."""
     spec, corpus = planned.spec, prepared.data.corpora.get(planned.spec.data)
-    if corpus is None and committed is not None:  # without its text: what was counted then
+    # Text that is gone cannot be counted; the committed stage recorded the number.
+    if corpus is None and committed is not None:
         return float(committed.metrics["epochs"])
     return epochs(planned.tokens - spec.replayed_tokens, prepared.data.corpora[spec.data].train, spec.model.context)
 

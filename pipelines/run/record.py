@@ -1,4 +1,4 @@
-"""What a run leaves in MLflow: one parent run, a child a stage, datasets, figures, notes and registered versions."""
+"""A run in MLflow: a parent run, one child per stage, datasets, figures, notes and registered versions."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from pipelines.shared.workspace import Prepared
 
 
 class MlflowRecord:
-    """Keeps in the run's head what MLflow has been told, so that continuing appends and repeating adds nothing.
+    """Logs a run; the run's head holds what was logged, so continuing appends and repeating adds nothing.
 
     Args:
-        tracker: MLflow, or nothing.
+        tracker: Connection to MLflow, if there is any.
         prepared: The run.
-        opened: Its head says what MLflow was told.
-        content: Names all that there is to record: stages and evaluations.
+        opened: Its head holds what was logged.
+        content: Key of all that there is to record: stages and evaluations.
         parent_run: MLflow run that the run is shown under, such as a comparison's.
     """
 
@@ -51,6 +51,7 @@ class MlflowRecord:
         self.tracker, self.prepared, self.opened, self.content = tracker, prepared, opened, content
         self._open: str | None = None
         self._told = tracker.problem  # by whoever connected
+        # If MLflow has exactly this content, nothing is sent at all.
         known = self.told.run if self.told.content == content else None
         self.active = tracker.active and not (known and tracker.run_exists(known))
         if self.active:
@@ -69,10 +70,12 @@ class MlflowRecord:
         params = run_params(self.prepared)
         tags = {"lifelong.run": config.run, "lifelong.kind": "run", "lifelong.method": config.method.value}
         known = self.told.run or local_id()
-        self._tell(run=known)  # beforehand: whoever kills us now, the run is found again
+        # Persist the id first, so a killed process can resume this MLflow run.
+        self._tell(run=known)
         run_id = self.tracker.start_run(config.run, run_id=known, parent_id=parent_run, params=params, tags=tags)
         if run_id is None:
             return
+        # Runs that --replace started over stay in MLflow, marked with their successor.
         for old in self.told.replaced:
             self.tracker.replaced(old, run_id)
         self._tell(replaced=(), **({"run": run_id, "stages": {}, "logged": {}} if run_id != known else {}))
@@ -84,7 +87,8 @@ class MlflowRecord:
     def _dataset(self, run_id: str | None, name: str, digest: str, context: str) -> None:
         record = self.prepared.data.records[name]
         sources = {str(key): value for key, value in written_config(self.prepared.loaded.raw)["distributions"].items()}
-        source = sources[name]  # as written: a reference to a secret stays a reference
+        # As written: an interpolation of a secret must not be resolved into MLflow.
+        source = sources[name]
         if not isinstance(source, str):
             source = source.get("builtin") or source.get("files") or f"{source['hf']}@{source['revision']}"
         profile = {
@@ -96,13 +100,14 @@ class MlflowRecord:
         self.tracker.log_dataset(run_id, name=name, digest=digest[:32], context=context, source=source, profile=profile)
 
     def stage_begins(self, planned: PlannedStage) -> str | None:
-        """Open the stage's child run, or take it up again."""
+        """Start the stage's child run, or resume it."""
         if not self.active:
             return None
         spec = planned.spec
         tags = {"lifelong.run": self.prepared.config.run, "lifelong.kind": "stage", "lifelong.stage_key": planned.key}
         params = stage_params(planned)
         name = f"{self.prepared.config.run} · {planned.depth} {spec.name}"
+        # The same as for the parent: the id is persisted before MLflow hears of it.
         known = self.told.stages.get(planned.key) or local_id()
         self._tell(stages={**self.told.stages, planned.key: known})
         run_id = self.tracker.start_run(name, run_id=known, parent_id=self.told.run, params=params, tags=tags)
@@ -110,7 +115,8 @@ class MlflowRecord:
             return None
         self._open = run_id
         self._tell(stages={**self.told.stages, planned.key: run_id})
-        contexts = dict.fromkeys(spec.learns, "training")  # all of a joint stage's
+        # A distribution that is learned and replayed is logged once, as training.
+        contexts = dict.fromkeys(spec.learns, "training")
         for context, names in (("replay", spec.reads), ("fisher", spec.fisher_data)):  # generated text reads nothing
             for distribution in names:
                 contexts.setdefault(distribution, context)
@@ -119,12 +125,12 @@ class MlflowRecord:
         return run_id
 
     def curves(self, run_id: str | None, points: list[Row]) -> None:
-        """Training curves of a stage."""
+        """Log training curves of a stage."""
         if self.active:
             self.tracker.log_metrics(run_id, points)
 
     def stage_done(self, planned: PlannedStage, stage: CommittedStage, report: Report, shared: bool) -> None:
-        """Summaries on the parent and the child, figures so far, and the stage's registered version."""
+        """Log summaries on parent and child and figures so far, and register the stage as a model version."""
         if not self.active:
             return
         if self._open is None:
@@ -149,9 +155,11 @@ class MlflowRecord:
         self._open = None
 
     def beside_done(self, planned: PlannedStage, own: Evaluation | None) -> None:
-        """A model beside the run's chain: its own distribution's loss, on the parent and on a child of its own.
+        """Log a model trained from scratch: its distribution's loss, on the parent and on a child of its own.
 
-        Without an evaluation, once the held-out text is gone, no loss is logged.
+        Args:
+            planned: The stage apart from the run's chain.
+            own: Its evaluation; None once the held-out text is gone, and then no loss is logged.
         """
         if not self.active:
             return
@@ -164,8 +172,9 @@ class MlflowRecord:
         self._open = None
 
     def _summarize(self, planned: PlannedStage, run_id: str | None, rows: list[Row]) -> None:
-        """Points that neither the parent nor the child has yet, on both."""
+        """Log to parent and child the points that they do not have yet."""
         logged = self.told.logged.get(planned.key, {})
+        # MLflow keeps every point, so one logged again would appear twice in its charts.
         new = [row for row in rows if logged.get(row[0]) != row[1]]
         for target in (self.told.run, run_id):
             self.tracker.log_metrics(target, new)
@@ -191,14 +200,16 @@ class MlflowRecord:
         )
 
     def run_done(self, report: Report, console: Console) -> None:
-        """The parent's note, figures and final numbers."""
+        """Log the parent's note, figures and report, and finish it."""
         if self.active:
             self._figures(self.told.run, report)
             self.tracker.set_note(self.told.run, render.run_note(report))
             self.tracker.log_text(self.told.run, render.report_json(report), "report.json")
             self.tracker.finish(self.told.run)
+            # Last, so a process killed before logs the rest when it continues.
             self._tell(content=self.content if self.tracker.active else None)
-        if self.active or self.tracker.connected:  # the spool was told when it was new
+        # The spool got the request when the run was new; asking again would only repeat it.
+        if self.active or self.tracker.connected:
             show_champion(self.opened.head, self.tracker)
         if self.told.run and (link := self.tracker.ui_url([self.told.run])):
             console.print(f"MLflow: {link}  (start it with: lifelong-moe ui)")
@@ -206,7 +217,7 @@ class MlflowRecord:
             console.print(f"[yellow]{self.tracker.problem}[/yellow]")
 
     def ended_by(self, error: BaseException) -> None:
-        """Close what is open; continuing takes it up again."""
+        """Finish open runs with the error; continuing resumes them."""
         if self.active:
             for run_id in (self._open, self.told.run):
                 if run_id is not None:
@@ -217,6 +228,7 @@ def aligned_counts(counts: Sequence[Sequence[int]], architecture: Architecture) 
     """Counts by layer with a column for each expert of each generation; NaN where a layer did not grow."""
     columns = [[e < g.experts_in(layer) for g in architecture.generations for e in range(g.experts)]
                for layer in range(len(counts))]  # fmt: skip
+    # shape: (layers, experts of all generations)
     array = np.full((len(counts), len(columns[0])), np.nan)
     for row, present, layer in zip(array, columns, counts, strict=True):
         row[np.flatnonzero(present)] = layer

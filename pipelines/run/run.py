@@ -68,7 +68,7 @@ def run(
     """
     with handling_sigterm() as interrupt:
         remove_abandoned()
-        # What this machine cannot do is said before anything is written.
+        # A device that this machine lacks is refused before anything is written.
         build_trainer(loaded.config.trainer, 1)
         with console.status("reading and tokenizing the distributions"):
             prepared = prepare(loaded, memory)
@@ -86,14 +86,14 @@ def run(
 
 
 def _announce(console: Console, prepared: Prepared) -> None:
-    """The data, and what the configuration does not do although it may seem so."""
+    """Print the data, and warnings about settings without the effect that they suggest."""
     render.data_table(console, prepared)
     for sentence in (*prepared.loaded.left_behind, *leaking(prepared.config), *idle_retention(prepared.config)):
         console.print(f"[yellow]{sentence}[/yellow]", highlight=False)
 
 
 def _connect(prepared: Prepared, console: Console) -> Tracker:
-    """MLflow; why it does not answer is said at once."""
+    """Connect to MLflow, and print at once why it does not answer."""
     tracker = Tracker.connect(prepared.config.tracking, ROOT)
     if tracker.problem:
         console.print(f"[yellow]{tracker.problem}[/yellow]")
@@ -129,8 +129,10 @@ def _run_stages(
                 require_room([planned], config)
                 with _claimed(planned.key, opened, interrupt):
                     stage = _train(planned, committed, prepared, mlflow, store, interrupt, console)
+            # Checkpoints of a committed stage: a process killed right after its commit left them.
             clear_abandoned(ROOT / "work" / planned.key[:SHORT])
             committed[planned.index] = stage
+            # While the text is there: centroids that a later stage needs cannot be fitted once it is gone.
             if planned.index == 0:
                 _fit_first(stage, prepared, store, opened)
             with console.status(f"{planned.spec.name}: evaluating"):
@@ -145,6 +147,7 @@ def _run_stages(
             results.evaluations.append(measured)
             results.stages.append(_stage_row(planned, stage, shared))
             report = build_report(results, stage_births(stage, prepared.plan))
+            # Files before MLflow: the report is complete even if MLflow is unreachable.
             opened.record.set_report(report.to_json())
             _note_commit(opened, planned)
             mlflow.stage_done(planned, stage, report, shared)
@@ -171,13 +174,15 @@ def _no_results(config: RunConfig, distributions: list[str], init: dict[str, Eva
 
 @contextmanager
 def _claimed(key: str, opened: OpenRun, interrupt: Interrupt) -> Iterator[None]:
-    """Say beforehand who trains a stage: if we are killed right after its commit, it still is this run's."""
+    """Note in the head that this run trains a stage, while it does."""
+    # Saved first: a stage whose process is killed right after the commit still counts as this run's, not as shared.
     if key not in opened.head.trained:
         opened.save(opened.head.with_trained(key))
     try:
         yield
     except TryAgainError:
-        if not interrupt.requested:  # another run is at it
+        # Without a SIGTERM of our own, another run holds the stage's lock and will have trained it.
+        if not interrupt.requested:
             opened.save(opened.head.without_trained(key))
         raise
 
@@ -209,11 +214,9 @@ def _train(
 
 
 def _fit_first(stage: CommittedStage, prepared: Prepared, store: StageStore, opened: OpenRun) -> None:
-    """Fit what tells the first stage's text from later text, if a later stage needs it: while the text is there.
-
-    A stage that is added one day counts as well, where there is text enough: nobody knows what will be there then.
-    """
+    """Fit the centroids that tell the first stage's text from later text, if a later stage needs them."""
     routing = next((p.spec.routing for p in prepared.plan if needs_first_centroids(p.spec.routing)), None)
+    # A stage may be appended later, when this text is gone, so the centroids are fitted if there is enough text.
     if routing is None and RECIPES[prepared.config.method].grow:
         one_day, texts = (
             prepared.config.routing.effective(grown=True),
@@ -229,7 +232,7 @@ def _fit_first(stage: CommittedStage, prepared: Prepared, store: StageStore, ope
 
 
 def _model(prepared: Prepared, store: StageStore, key: str) -> LanguageModel:
-    """A committed stage's model by its key, or the untrained one, where evaluation runs."""
+    """The model of a committed stage by its key, or the untrained one, on the device of evaluation."""
     if key == _init_key(prepared):
         model = initial_model(prepared.plan[0].architecture, prepared.config.seed)
     else:
@@ -238,7 +241,8 @@ def _model(prepared: Prepared, store: StageStore, key: str) -> LanguageModel:
 
 
 def _init_key(prepared: Prepared) -> str:
-    """What evaluations of the untrained model are stored under."""
+    """The key under which evaluations of the untrained model are stored."""
+    # No stage has it: the untrained model is a function of its architecture and the seed.
     architecture = prepared.plan[0].architecture
     return content_key({"init": architecture.to_json(), "seed": prepared.config.seed})
 
@@ -285,7 +289,8 @@ def _stage_row(planned: PlannedStage, stage: CommittedStage, shared: bool) -> St
 
 
 def _note_commit(opened: OpenRun, planned: PlannedStage) -> None:
-    """The ledger, then the head: a crash in between only repeats what is idempotent."""
+    """Record a commit in the ledger and the head."""
+    # The ledger first: after a crash in between, the next start repeats its line; the other way round it would be lost.
     if planned.key not in opened.head.stages:
         opened.record.log("stage", name=planned.spec.name, key=planned.key)
         opened.save(opened.head.with_committed(planned.key))

@@ -45,7 +45,7 @@ def _span(console: Console, column: Column) -> Measurement:
 def _shared(spans: Sequence[Measurement], room: int) -> list[int] | None:
     """Share the room among columns, each at least as wide as its longest word; None if that is impossible."""
     widths = [span.minimum for span in spans]
-    spare = room - sum(widths)
+    spare = room - sum(widths)  # characters left once the longest words fit
     if spare < 0:
         return None
     # Columns that need little first: what they leave of an equal share goes to the wider ones.

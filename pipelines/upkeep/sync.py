@@ -30,6 +30,7 @@ def sync(console: Console) -> Mapping[str, Any]:
         done = synced.delivered
         if synced.problem is None:
             console.print(f"{synced.address}: {done.operations} records delivered.", highlight=False)
+        # Refused for good, such as a name that MLflow does not allow: kept in a file, but not sent again.
         if done.refused:
             where = f"{ROOT}/spool/*/refused.jsonl"
             console.print(
