@@ -4,25 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
+from scipy.stats import nct, t
 
 from lifelong_moe.config.retraining.policy import GateConfig
 from lifelong_moe.retraining.bounds import DocumentLosses, effective_sources, has_enough_sources
 from lifelong_moe.retraining.pooling import Pool, pooled_losses, pools
-
-
-@dataclass(frozen=True)
-class Power:
-    """How often the gate would pass a harmless candidate."""
-
-    passes: float
-    """Chance that all checks of old distributions pass it."""
-    checks: int
-    weakest: str
-    """Distributions of the check with the smallest chance."""
-    weakest_passes: float
 
 
 def passing_chances(
@@ -55,8 +43,6 @@ def passing_chances(
 
 
 def _power(after: DocumentLosses, before: DocumentLosses, config: GateConfig) -> float:
-    from scipy.stats import nct, t  # takes a third of a second; a stored plan is read without it
-
     sizes_S = after.sizes
     source = np.unique(np.array(after.sources), return_inverse=True)[1]
     lost_S = np.bincount(source, np.asarray(after.nats) - np.asarray(before.nats))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 from lifelong_moe.errors import ConfigError, StalePlanError
 from lifelong_moe.retraining.decision import Action
 from lifelong_moe.retraining.looks import Looks
-from lifelong_moe.retraining.power import Power
+from lifelong_moe.retraining.predicted import Power
 
 if TYPE_CHECKING:  # imports scipy, which takes longer than a mistyped path should take to report
     from lifelong_moe.retraining.drift import Drift

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 
 from lifelong_moe.retraining.checks import Verdict
-from lifelong_moe.retraining.power import Power
+from lifelong_moe.retraining.predicted import Power
 from lifelong_moe.storage.keys import SHORT
 from pipelines.retrain.outcome import TickOutcome
 from pipelines.retrain.plan_file import PlanFacts

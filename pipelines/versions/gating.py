@@ -13,7 +13,8 @@ from lifelong_moe.evaluation.measurements import Measurements
 from lifelong_moe.retraining.bounds import DocumentLosses
 from lifelong_moe.retraining.checks import Verdict
 from lifelong_moe.retraining.gate import Evidence, judge
-from lifelong_moe.retraining.power import Power, passing_chances
+from lifelong_moe.retraining.power import passing_chances
+from lifelong_moe.retraining.predicted import Power
 from lifelong_moe.store.stages import CommittedStage, StageStore
 from lifelong_moe.store.ticks import BestLoss
 from lifelong_moe.store.versions import Version

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from lifelong_moe.retraining.decision import Action as Decision
-from lifelong_moe.retraining.power import Power
+from lifelong_moe.retraining.predicted import Power
 from lifelong_moe.store.versions import Action, Version, VersionStage
 from pipelines.retrain.plan_file import Decided, PlanFacts, Serving
 from pipelines.retrain.render import plan_sentences

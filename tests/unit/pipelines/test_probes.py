@@ -20,7 +20,7 @@ from lifelong_moe.errors import StalePlanError
 from lifelong_moe.retraining.bounds import DocumentLosses
 from lifelong_moe.retraining.decision import Action
 from lifelong_moe.retraining.drift import Drift
-from lifelong_moe.retraining.power import Power
+from lifelong_moe.retraining.predicted import Power
 from lifelong_moe.store.head import RunHead
 from lifelong_moe.store.runs import timestamp
 from lifelong_moe.store.versions import VersionStage
