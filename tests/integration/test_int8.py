@@ -23,7 +23,7 @@ def test_stored_bits_stay(lab: Path) -> None:
     assert full["stages"][0]["key"] == first.key  # the same stage 0, another stage 1
     assert full["stages"][1]["weights_sha256"] != report["stages"][1]["weights_sha256"]
     old, new = store.tensors(first), store.tensors(second)
-    frozen = {n for n, p in load_model(store, second).named_parameters() if not p.requires_grad}
+    frozen = load_model(store, second).stored_names(trained=False)
     assert frozen and all(torch.equal(old[name], new[name]) for name in frozen)
     for ours, theirs in zip(report["loss_nats_per_token"][1], full["loss_nats_per_token"][1], strict=True):
         assert abs(ours - theirs) < 0.02

@@ -35,7 +35,7 @@ MODES: dict[str, dict[str, Any]] = {
     },
     "label": {"routing": {**EVEN, "mode": "label"}},
     "noisy": {
-        "routing": {"mode": "noisy_topk", "top_k": 2, "renormalize": True, "load_loss": 0.1},
+        "routing": {"mode": "noisy_topk", "top_k": 2, "load_loss": 0.1},
         "model": {"experts": 4},
     },
     "switch": {"routing": {**EVEN, "mode": "switch", "jitter": 0.3, "capacity": {"factor": 1.0}}},
