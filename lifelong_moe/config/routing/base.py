@@ -15,15 +15,8 @@ from typing import Any, ClassVar, Self
 from lifelong_moe.config.routing.capacity import CapacityConfig
 from lifelong_moe.errors import ConfigError
 
-LOSS_KEYS = (
-    "balance_loss",
-    "balance_counts",
-    "balance_scope",
-    "balance_over",
-    "importance_loss",
-    "load_loss",
-    "z_loss",
-)
+BALANCE_KEYS = ("balance_loss", "balance_counts", "balance_scope", "balance_over")
+LOSS_KEYS = (*BALANCE_KEYS, "importance_loss", "load_loss", "z_loss")
 """Keys that shape a router's losses and none of its choices."""
 
 BUNDLE_CLUSTERS = 8
@@ -141,8 +134,7 @@ STORED: dict[str, Any] = {
     "sample_tokens": 32_768,
     "options": {},
 }
-"""What stages and their keys say of all modes, whether one has the key or not. It stays as it is: a key that is new
-stands in the stages of its own mode alone, and changes the keys of no other."""
+"""What stages and their keys say of every mode, whether it has the key or not."""
 
 # 0 switches each of these off.
 NOT_NEGATIVE = ("balance_loss", "z_loss", "margin", "importance_loss", "load_loss", "bias_rate", "jitter")

@@ -32,7 +32,7 @@ class LoadConfig(ZLossConfig, CountsConfig):
     """Coefficient of the squared coefficient of variation of what experts' gates sum to: ``noisy_topk``, of the chosen
     experts' gates; ``vmoe``, of all gates without noise, in each sequence. Summed over layers."""
     load_loss: float = 0.1
-    """``noisy_topk``, ``vmoe``: the same of experts' expected loads, were their noise drawn again."""
+    """The same of experts' expected loads, were their noise drawn again."""
     draws_per_process: ClassVar[bool] = True
 
 
@@ -130,7 +130,7 @@ class DenseConfig(ZLossConfig):
     mode: str = "dense"
     z_loss: float = 0.0
     competitive: bool = False
-    """``dense``: in the last layer each expert predicts by itself, and the prediction is their mixture (Jacobs: experts
+    """In the last layer each expert predicts by itself, and the prediction is their mixture (Jacobs: experts
     compete), in place of the prediction from their outputs' sum (they cooperate)."""
     stored: ClassVar[dict[str, Any]] = UNBALANCED
 
@@ -258,11 +258,11 @@ class HashConfig(ChoosingConfig):
 
     mode: str = "hash"
     table: HashTable = HashTable.random
-    """``hash``: experts by a fixed pseudo-random order for each token id (``random``), or by a table made of the first
+    """Experts by a fixed pseudo-random order for each token id (``random``), or by a table made of the first
     stage's text: ``balanced``, the most frequent token id to the expert with least text so far, or ``clustered``, by
     FAISS clusters of token embeddings."""
     expert_groups: int = 1
-    """``hash``: a token uses one expert of each group, at weight 1 (MultiHash)."""
+    """A token uses one expert of each group, at weight 1 (MultiHash)."""
     feature_width: int = 64
     """``table=clustered``: dimensions kept by the SVD behind token embeddings."""
     has_rows: ClassVar[bool] = False
