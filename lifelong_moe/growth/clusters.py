@@ -138,6 +138,7 @@ def fit_document_clusters(model: LanguageModel, documents: Sequence[NDArray[np.i
     # Fitted once: centroids of different stages compare only under one projection.
     if not bool(projection.any()):
         clusters.set_projection(fit_tfidf(documents, len(projection), clusters.width, seed=seed))
+    # Balanced, so that a generation's experts get similar shares of its text.
     features = document_features(documents, projection.cpu().numpy())
     clusters.set_centroids(balanced_kmeans(features, num, seed=seed)[0])
 

@@ -120,6 +120,7 @@ def from_mixtral(config: Mapping[str, Any], state_dict: Mapping[str, Tensor], st
     for i, layer in enumerate(model.moe_layers()):
         expected[f"{_moe_prefix(i)}.gate.weight"] = layer.router.rows[0]  # type: ignore[index]
         expected |= _expert_tensors(i, layer)
+    # Names before shapes: a missing tensor explains more than a wrong one.
     _check_names(set(expected), set(found))
     with torch.no_grad():
         for name, target in expected.items():

@@ -54,7 +54,7 @@ def apply_readable(
     x_TI: Tensor, domain_ids_T: Tensor, num_generations: int, function: Callable[[int, Tensor], Tensor]
 ) -> Tensor:
     """What :meth:`GenerationSlices.apply` computes, one token at a time: the slow reference for the fast path."""
-    known = [group if group < num_generations else 0 for group in domain_ids_T.tolist()]
+    known = [domain if domain < num_generations else 0 for domain in domain_ids_T.tolist()]
     return torch.cat([function(generation, x_TI[t : t + 1]) for t, generation in enumerate(known)])
 
 

@@ -1,6 +1,8 @@
-"""Which group (document cluster or label) each token of a document belongs to, from the text before it alone.
+"""Decide the domain of each chunk of a document from the preceding text only.
 
-Legend: N tokens of one document, V vocabulary, F feature width, G groups.
+With bundles a domain is a generation, whose experts and deltas the chunk uses.
+
+Legend: N tokens of one document, C chunks of a batch, V vocabulary, F feature width, G centroids of a generation.
 """
 
 from __future__ import annotations
@@ -25,9 +27,9 @@ BATCH_TOKENS = 2**16
 
 
 class DocumentClusters(nn.Module):
-    """FAISS centroids, as buffers, that give each chunk of a document a group by the tokens before it.
+    """FAISS centroids, as buffers, by which each chunk of a document is assigned to a domain.
 
-    Chunk 0, which has none before it, is in group 0. Centroids of later stages stand after the old ones, which never
+    Chunk 0, which no text precedes, is in domain 0. Centroids of later stages stand after the old ones, which never
     change. With ``routing.centroids=random`` a hash of chunk 0 decides for all later ones, and nothing is fitted.
     """
 
@@ -40,8 +42,8 @@ class DocumentClusters(nn.Module):
 
     def add(self, num_experts: int) -> None:
         """Make room for a generation's centroids, all zero until :meth:`set_centroids`."""
-        groups = self.routing.num_clusters(num_experts)
-        self.register_buffer(f"centroids_{self.generations}", torch.zeros(groups, self.width))
+        num_centroids = self.routing.num_clusters(num_experts)
+        self.register_buffer(f"centroids_{self.generations}", torch.zeros(num_centroids, self.width))
         self.generations += 1
 
     def all_centroids(self) -> list[Tensor]:
@@ -49,7 +51,7 @@ class DocumentClusters(nn.Module):
         return [getattr(self, f"centroids_{i}") for i in range(self.generations)]
 
     def centroids(self) -> list[Tensor]:
-        """Those that are fitted."""
+        """Each generation's centroids, without generations whose centroids are not fitted yet."""
         return [c for c in self.all_centroids() if bool(c.any())]
 
     def set_centroids(self, centroids_GF: NDArray[np.float32]) -> None:
@@ -57,14 +59,14 @@ class DocumentClusters(nn.Module):
         self.all_centroids()[-1].copy_(torch.from_numpy(centroids_GF))
 
     def domain_ids(self, token_ids_N: NDArray[np.integer]) -> NDArray[np.int64]:
-        """Group of each token of one document, BOS first, int64 ``(N,)``."""
+        """Domain of each token of one document, BOS first, int64 ``(N,)``."""
         return next(self.domain_id_batches([token_ids_N]))
 
     def domain_id_batches(self, documents: Iterable[NDArray[np.integer]]) -> Iterator[NDArray[np.int64]]:
-        """Group of each token of many documents, BOS first each, read and yielded a batch at a time.
+        """Domain of each token of many documents, BOS first each, read and yielded a batch at a time.
 
         Yields:
-            int64, document after document; a document's groups do not depend on what it is batched with.
+            int64, document after document; a document's domains do not depend on the others in its batch.
         """
         chunk, fitted = self.routing.chunk_tokens, [c.cpu().numpy() for c in self.centroids()]
         for batch in batches(documents, enough_tokens=BATCH_TOKENS):
@@ -75,6 +77,7 @@ class DocumentClusters(nn.Module):
                 domains_C = self.nearest(batch, fitted)
             else:
                 domains_C = np.zeros(int(chunks_N.sum()), np.int64)
+            # Every chunk has the same length but the last of a document.
             lengths_C = np.full(len(domains_C), chunk)
             lengths_N, ends_N = np.array([len(one) for one in batch]), np.cumsum(chunks_N)
             last_N = lengths_N > 0  # an empty document has no last chunk
@@ -82,16 +85,16 @@ class DocumentClusters(nn.Module):
             yield np.repeat(domains_C, lengths_C)
 
     def num_domains(self) -> int:
-        """Groups over all generations, fitted or not."""
+        """Domains over all generations, fitted or not."""
         raise TypeError(f"{type(self).__name__} must implement num_domains()")
 
     def nearest(self, documents: list[NDArray[np.integer]], centroids: list[NDArray[np.float32]]) -> NDArray[np.int64]:
-        """Group of each chunk, document after document, int64 ``(C,)``, by each generation's fitted centroids."""
+        """Domain of each chunk, document after document, int64 ``(C,)``, by each generation's fitted centroids."""
         raise TypeError(f"{type(self).__name__} must implement nearest(documents, centroids)")
 
 
 class TfidfClusters(DocumentClusters):
-    """``routing.level=document``: each centroid is a group. Features are tf-idf through the first stage's SVD."""
+    """``routing.level=document``: each centroid is a domain. Features are tf-idf through the first stage's SVD."""
 
     projection: Tensor
 
@@ -109,16 +112,17 @@ class TfidfClusters(DocumentClusters):
         return sum(len(c) for c in self.all_centroids())
 
     def nearest(self, documents: list[NDArray[np.integer]], centroids: list[NDArray[np.float32]]) -> NDArray[np.int64]:
-        """The centroid nearest in angle; the first where nothing precedes, since a row of zeros goes there."""
+        """The centroid nearest in angle."""
+        # A chunk that no text precedes has features of zero, which go to the first centroid.
         features_CF = prefix_features(documents, self.projection.cpu().numpy(), self.routing.chunk_tokens)
         return assign(features_CF, np.concatenate(centroids))
 
 
 class BundleClusters(DocumentClusters):
-    """``routing.bundles=cluster``: each generation is a group, and owns several centroids: log probabilities of tokens.
+    """``routing.bundles=cluster``: each generation is a domain with several centroids: log probabilities of tokens.
 
-    A chunk goes to the bundle under which the tokens before it are most probable, or to an older one unless the newer
-    is better by more than ``routing.margin``.
+    A chunk goes to the generation under which the preceding tokens are most probable; a newer generation must beat an
+    older one by more than ``routing.margin``.
     """
 
     def __init__(self, architecture: Architecture) -> None:
@@ -129,17 +133,17 @@ class BundleClusters(DocumentClusters):
         return self.generations
 
     def nearest(self, documents: list[NDArray[np.integer]], centroids: list[NDArray[np.float32]]) -> NDArray[np.int64]:
-        """The bundle that explains the text so far."""
+        """The generation under which the preceding tokens are most probable."""
         return prefix_generations(documents, centroids, self.routing.chunk_tokens, self.routing.margin)
 
 
 def build_document_clusters(architecture: Architecture) -> DocumentClusters | None:
-    """What decides a token's group from the text so far, where ``routing`` wants that."""
+    """The clusters that decide a chunk's domain, if ``routing`` uses the text for that."""
     if not architecture.routing.by_document:
         return None
     return BundleClusters(architecture) if architecture.routing.by_generation else TfidfClusters(architecture)
 
 
 def label_domain(architecture: Architecture, distribution: str | None) -> int:
-    """Group of a known distribution where routing goes by label; an unknown one goes to group 0."""
+    """Domain of a distribution under routing by label; an unknown distribution is in domain 0."""
     return dict(architecture.labels).get(distribution or "", 0)

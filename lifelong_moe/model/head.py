@@ -28,7 +28,7 @@ class LinearHead(DeltaLinear):
         return hidden_BSD
 
     def logits(self, hidden: Tensor, domain_ids: Tensor | None = None) -> Tensor:
-        """Logits ``(..., V)`` of hidden states ``(..., D)``, whose groups ``(...)`` matter with deltas only."""
+        """Logits ``(..., V)`` of hidden states ``(..., D)``, whose domains ``(...)`` matter with deltas only."""
         return self(hidden, self.deltas.slices(domain_ids))
 
     def cross_entropy(self, hidden_TD: Tensor, target_T: Tensor, domain_ids_T: Tensor | None = None) -> Tensor:

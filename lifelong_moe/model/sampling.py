@@ -122,10 +122,10 @@ def _steps(
 
 
 class _Texts:
-    """Texts of equal length under way: a cache of what the model has read of them, and their last tokens' groups."""
+    """Texts of equal length in progress: their key-value cache, and the domains of their tokens."""
 
     def __init__(self, model: LanguageModel, distribution: str | None) -> None:
-        self.model, self.group = model, label_domain(model.architecture, distribution)
+        self.model, self.label_domain = model, label_domain(model.architecture, distribution)
         self.cache: KeyValueCache | None = None
         self.domains_BN = np.empty((0, 0), dtype=np.int64)
 
@@ -133,22 +133,22 @@ class _Texts:
         """Logits ``(B, V)`` of the tokens after these, of which all but the last were read before, if any were."""
         context = self.model.architecture.model.context
         if self.cache is None or self.cache.length >= context:
-            self.domains_BN, kept = self._groups(ids_BN), [*range(ids_BN.shape[1])]
+            self.domains_BN, kept = self._domains(ids_BN), [*range(ids_BN.shape[1])]
             if len(kept) > context:  # BOS and the newest half, so that most of a context of new tokens fits
                 kept = [0, *kept[-(context // 2) :]]
             self.cache = KeyValueCache(len(self.model.blocks), context)
             return self._read(ids_BN[:, kept], self.domains_BN[:, kept])
         if self.model.document_clusters and (ids_BN.shape[1] - 1) % self.model.architecture.routing.chunk_tokens == 0:
-            self.domains_BN = self._groups(ids_BN)
+            self.domains_BN = self._domains(ids_BN)
         return self._read(ids_BN[:, -1:], self.domains_BN[:, -1:])
 
-    def _groups(self, ids_BN: NDArray[np.int64]) -> NDArray[np.int64]:
+    def _domains(self, ids_BN: NDArray[np.int64]) -> NDArray[np.int64]:
         if self.model.document_clusters is None:
-            return np.full_like(ids_BN, self.group)
+            return np.full_like(ids_BN, self.label_domain)
         return np.concatenate([*self.model.document_clusters.domain_id_batches(ids_BN)]).reshape(ids_BN.shape)
 
     def _read(self, ids_BN: NDArray[np.int64], domains_BN: NDArray[np.int64]) -> Tensor:
         device = self.model.embedding.weight.device
-        ids, groups = torch.from_numpy(ids_BN.copy()).to(device), torch.from_numpy(domains_BN.copy()).to(device)
-        hidden_BSD = self.model(TokenBatch(ids, domain_ids_BS=groups), cache=self.cache).hidden_BSD
-        return self.model.head.logits(hidden_BSD[:, -1], groups[:, -1])
+        ids, domains = torch.from_numpy(ids_BN.copy()).to(device), torch.from_numpy(domains_BN.copy()).to(device)
+        hidden_BSD = self.model(TokenBatch(ids, domain_ids_BS=domains), cache=self.cache).hidden_BSD
+        return self.model.head.logits(hidden_BSD[:, -1], domains[:, -1])

@@ -1,4 +1,4 @@
-"""Text that the previous stage's model writes itself, to distil on or replay where no old text is kept.
+"""Text sampled from the previous stage's model, to distil on or replay where no old text is kept.
 
 Legend: B blocks written at a time, S tokens fed to a block, V vocabulary.
 """
@@ -18,8 +18,8 @@ from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.architecture import Architecture
 
-GroupIdsOf = Callable[[NDArray[np.int64]], NDArray[np.int64]]
-"""Tokens of one document so far, BOS first, int64 ``(N,)`` to their groups, int64 ``(N,)``."""
+DomainIdsOf = Callable[[NDArray[np.int64]], NDArray[np.int64]]
+"""Tokens of one document so far, BOS first, int64 ``(N,)`` to their domains, int64 ``(N,)``."""
 
 
 @torch.no_grad()
@@ -31,25 +31,25 @@ def generate_blocks(
     seed: int,
     temperature: float = 1.0,
     batch_size: int = WRITTEN_AT_ONCE,
-    domain_ids_of: GroupIdsOf | None = None,
+    domain_ids_of: DomainIdsOf | None = None,
 ) -> NDArray[np.int64]:
-    """Sample packed blocks: BOS, then a model's text; where it samples BOS again, a new document begins.
+    """Sample packed blocks: BOS, then the model's text; a sampled BOS starts a new document.
 
-    With ``model.document_mask`` it sees nothing of the one before it, as in training; positions count through the
-    block either way. A block's end cuts its last document.
+    With ``model.document_mask`` documents do not see each other, as in training; positions count through the block
+    either way. The end of a block cuts its last document.
 
-    A pure function of weights and arguments on one device. Block ``i`` has random numbers of its own, so that
-    neither ``num_blocks`` nor ``batch_size`` changes it, but for floating point in products of another size.
+    A pure function of weights and arguments on one device. Each block has its own random numbers, so that neither
+    ``num_blocks`` nor ``batch_size`` changes it, except for rounding in products of another size.
 
     Args:
         model: On any device; used in evaluation mode and left in its own.
         num_blocks: How many.
         context: Tokens of a training block (S). It costs ``num_blocks * context`` tokens' forward passes.
         seed: Of the sampling, not negative.
-        temperature: Divides the logits; 1 samples what the model believes.
+        temperature: Divides the logits; 1 samples from the model's distribution.
         batch_size: Blocks written at a time; bounds memory.
-        domain_ids_of: Gives groups where routing has them (``DocumentClusters.domain_ids``, or a label's constant);
-            asked every ``routing.chunk_tokens`` tokens of a document only. None means group 0.
+        domain_ids_of: Returns domains where routing has them (``DocumentClusters.domain_ids``, or a label's constant);
+            asked every ``routing.chunk_tokens`` tokens of a document only. None means domain 0.
 
     Returns:
         int64 ``(num_blocks, context + 1)``: inputs are all columns but the last, targets all but the first.
@@ -87,9 +87,9 @@ def _fill(
     tokens: NDArray[np.int64],
     uniform_BS: NDArray[np.float32],
     temperature: float,
-    domain_ids_of: GroupIdsOf | None,
+    domain_ids_of: DomainIdsOf | None,
 ) -> None:
-    """Write over all columns ``(B, S + 1)`` but the first, column by column."""
+    """Fill all columns of ``(B, S + 1)`` but the first, which is BOS, from left to right."""
     uniform = torch.from_numpy(uniform_BS).to(model.embedding.weight.device)
     documents = _Documents(len(tokens), model.architecture, domain_ids_of)
     cache = KeyValueCache(len(model.blocks), uniform_BS.shape[1])
@@ -102,16 +102,16 @@ def _fill(
 def _next_logits(
     model: LanguageModel, token_ids_B: NDArray[np.int64], documents: _Documents, cache: KeyValueCache
 ) -> Tensor:
-    """One more token of each row: float32 logits ``(B, V)`` of the one after it."""
+    """Read one more token of each row: float32 logits ``(B, V)`` of the next one."""
     device = model.embedding.weight.device
-    columns = (token_ids_B, documents.begins, documents.groups)
+    columns = (token_ids_B, documents.begins, documents.domains)
     token_ids, document_ids, domain_ids = (torch.tensor(ids_B, device=device).unsqueeze(1) for ids_B in columns)
     output = model(TokenBatch(token_ids, document_ids, domain_ids), cache=cache)
     return model.head.logits(output.hidden_BSD[:, -1], domain_ids.squeeze(1)).float()
 
 
 def sample_tokens(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """One token a row by inverting its cumulative distribution, all rows at once.
+    """Sample one token per row by inverting its cumulative distribution.
 
     Args:
         logits_BV: Float ``(B, V)``; ``-inf`` is never drawn.
@@ -128,9 +128,9 @@ def sample_tokens(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
 
 
 class _Documents:
-    """Each row's document under way, and its group; asked anew at chunk borders, counted from its start."""
+    """The current document of each row, and its domain, decided anew at each chunk border of the document."""
 
-    def __init__(self, num_rows: int, architecture: Architecture, domain_ids_of: GroupIdsOf | None) -> None:
+    def __init__(self, num_rows: int, architecture: Architecture, domain_ids_of: DomainIdsOf | None) -> None:
         self.chunk, self.bos_id, self.domain_ids_of = (
             architecture.routing.chunk_tokens,
             architecture.bos_id,
@@ -138,12 +138,12 @@ class _Documents:
         )
         self.begins = np.zeros(num_rows, dtype=np.int64)
         """Column of its BOS, which tells it from others, int64 ``(B,)``."""
-        self.groups = np.zeros(num_rows, dtype=np.int64)
+        self.domains = np.zeros(num_rows, dtype=np.int64)
         """int64 ``(B,)``."""
 
     def read(self, tokens: NDArray[np.int64], t: int) -> None:
-        """Go on to column ``t``, of which groups know the columns up to it."""
+        """Advance to column ``t``; its domain depends on columns up to ``t`` only."""
         self.begins[tokens[:, t] == self.bos_id] = t
         if self.domain_ids_of is not None:
             for row in np.flatnonzero((t - self.begins) % self.chunk == 0):
-                self.groups[row] = self.domain_ids_of(tokens[row, self.begins[row] : t + 1])[-1]
+                self.domains[row] = self.domain_ids_of(tokens[row, self.begins[row] : t + 1])[-1]

@@ -10,14 +10,14 @@ from numpy.typing import NDArray
 from lifelong_moe.model.groups import label_domain
 from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel
-from lifelong_moe.retention.generated import GroupIdsOf, generate_blocks, sample_tokens
+from lifelong_moe.retention.generated import DomainIdsOf, generate_blocks, sample_tokens
 
 Make = Callable[..., LanguageModel]
 Ids = NDArray[np.int64]
 KEYS = {"context": 16, "seed": 3}
 
 
-def groups_of(model: LanguageModel) -> GroupIdsOf | None:
+def groups_of(model: LanguageModel) -> DomainIdsOf | None:
     """As the data module gives them, for text of the newest label."""
     if model.document_clusters is not None:
         return model.document_clusters.domain_ids
