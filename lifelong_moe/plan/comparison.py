@@ -22,7 +22,7 @@ from lifelong_moe.config.load import LoadedConfig, configure
 from lifelong_moe.config.names import NAME, require_known
 from lifelong_moe.config.run import RunConfig
 from lifelong_moe.config.sections import section
-from lifelong_moe.config.yaml_file import apply_override, read_yaml
+from lifelong_moe.config.yaml_file import apply_override, first_key, read_yaml
 from lifelong_moe.errors import ConfigError
 
 MAX_RUN_NAME = 64
@@ -139,7 +139,7 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
     path = Path(path)
     raw, known = read_yaml(path), {f.name for f in dataclasses.fields(ComparisonConfig)}
     # An override of the comparison, such as seeds=[0], would be an unknown key to a run.
-    own = [override for override in overrides if _first_key(override) in known]
+    own = [override for override in overrides if first_key(override) in known]
     common = tuple(override for override in overrides if override not in own)
     for override in own:
         apply_override(raw, override)
@@ -147,7 +147,7 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
     for key in raw:
         require_known(str(key), known, "key")
     for override in common:
-        require_known(_first_key(override), known | of_runs, "key")
+        require_known(first_key(override), known | of_runs, "key")
     settings = section(ComparisonConfig, raw, "")
     # Unresolved: overrides are recorded, and an interpolation may refer to a secret. Each run resolves its own.
     written: Any = OmegaConf.to_container(raw.arms, resolve=False)
@@ -157,11 +157,6 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
     comparison = Comparison(settings, base, arms, common, read_yaml(base))
     _check(comparison)
     return comparison
-
-
-def _first_key(override: str) -> str:
-    """``stages`` of ``stages[1].tokens=5``."""
-    return re.split(r"[.\[=]", override)[0]
 
 
 def _check(comparison: Comparison) -> None:
