@@ -1,7 +1,7 @@
 """Exceptions that a caller can act on, each with the exit code that the command line returns.
 
-Every message is one line: the full config path or ``file:line``, what was required, what came, and the remedy
-if one is known. Anything else that escapes, unless :func:`as_ours` knows it, is a bug of ours and keeps its traceback.
+Every message is one line: the full config path or ``file:line``, what was required, what came, and the remedy if one
+is known. Any other exception that escapes, unless :func:`as_ours` knows it, is a bug of ours and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ import errno
 _MAX_CHARS = 1000
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FULL_IN_WORDS = ("No space left on device", "Disk quota exceeded", "Not enough disk space", "database or disk is full")
-"""Not every library hands an error number on."""
+"""Messages of libraries that pass no error number on."""
+# What the user can free (exit code 8), apart from what must be mended (2, below).
 _SPENT = (errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EAGAIN)
 _NO_MEMORY_IN_WORDS = ("can't allocate memory", "out of memory", "Cannot allocate memory")
+# ENOENT is absent on purpose: commands look for a user's files first, so a file that is missing later is a bug.
 _UNUSABLE = {
     *(errno.EACCES, errno.EPERM, errno.EROFS),  # not ours to write
     *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY, errno.ELOOP, errno.ENAMETOOLONG),  # of another kind
@@ -23,17 +25,17 @@ _UNUSABLE = {
 
 
 class LifelongError(Exception):
-    """Base of all errors that a person can mend; never raised itself."""
+    """Base of all errors that a user can fix; never raised itself."""
 
     exit_code = 1
 
     def __str__(self) -> str:
-        """The message on one line of bounded length, whatever the names and values from a person's files hold."""
+        """The message on one line of bounded length, whatever names and values from a user's files it quotes."""
         return one_line(super().__str__())
 
 
 class AccessError(LifelongError):
-    """A file or directory cannot be used as it is: permissions, its kind, or a file system that is not well."""
+    """A file or directory is unusable: wrong permissions, wrong kind, or a faulty or limited file system."""
 
     exit_code = 2
 
@@ -41,6 +43,7 @@ class AccessError(LifelongError):
 class ConfigError(LifelongError):
     """The configuration, or a combination of its keys, is not usable."""
 
+    # As of a command line that cannot be parsed: either is the user's to correct.
     exit_code = 2
 
 
@@ -52,11 +55,11 @@ class DataError(LifelongError):
     def __init__(self, message: str, *, is_missing: bool = False) -> None:
         super().__init__(message)
         self.is_missing = is_missing
-        """Whether nothing at all is where documents were looked for."""
+        """Whether there is nothing at all where the documents should be."""
 
 
 class CheckpointError(LifelongError):
-    """A named weight file or run does not fit what was asked for, or is of a format that is never loaded."""
+    """A named weight file or run does not fit the request, or has a format that is never loaded."""
 
     exit_code = 2
 
@@ -68,7 +71,7 @@ class StalePlanError(LifelongError):
 
 
 class DivergedError(LifelongError):
-    """Training produced non-finite gradients several times in a row; nothing was stepped on or committed."""
+    """Training produced non-finite gradients several times in a row; none was applied, and nothing was committed."""
 
     exit_code = 6
 
@@ -80,42 +83,44 @@ class CorruptError(LifelongError):
 
 
 class ResourceError(LifelongError):
-    """Disk or memory does not suffice."""
+    """There is not enough disk space or memory."""
 
     exit_code = 8
 
 
 class TryAgainError(LifelongError):
-    """Nothing is wrong, but not now: another process holds the lock, or we were preempted after a checkpoint."""
+    """Nothing is wrong, but try later: another process holds the lock, or we were preempted after a checkpoint."""
 
+    # EX_TEMPFAIL of sysexits.h, so that a scheduler can tell what to repeat.
     exit_code = 75
 
 
 class LockedError(TryAgainError):
-    """Another process is at work on the same thing."""
+    """Another process works on the same thing."""
 
 
 def one_line(text: str) -> str:
-    """A text of bounded length that can be printed and encoded, whatever names and values it holds."""
+    """Shorten and escape a text such that it can be printed and encoded, whatever names and values it holds."""
+    # Both ends are kept: a message begins with a key or path and ends with the remedy.
     if len(text) > _MAX_CHARS:
         text = f"{text[: _MAX_CHARS // 2]} … {text[-_MAX_CHARS // 2 :]}"
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def disk_is_full(error: BaseException) -> bool:
-    """Whether the disk or a quota is full, which some libraries say in words only."""
+    """Whether the disk or a quota is full, which some libraries report in words only."""
     number = error.errno if isinstance(error, OSError) else None
     return number in _FULL or any(words in str(error) for words in _FULL_IN_WORDS)
 
 
 def memory_is_full(error: BaseException) -> bool:
-    """Whether there was no memory left, of the CPU (for which PyTorch has a plain RuntimeError) or of a device."""
+    """Whether memory ran out, of the CPU (where PyTorch raises a plain RuntimeError) or of a device."""
     in_words = isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY_IN_WORDS)
     return isinstance(error, MemoryError) or in_words
 
 
 def as_ours(error: BaseException) -> LifelongError | None:
-    """What a person can mend, said as an error of ours; None for whatever is a bug."""
+    """Translate what a user can fix into an error of ours; None for a bug."""
     if isinstance(error, LifelongError):
         return error
     number, name, reason = None, None, str(error)

@@ -1,4 +1,4 @@
-"""Directories that exist whole or not at all, whatever kills the process."""
+"""Write, verify and remove directories that exist whole or not at all, whatever kills the process."""
 
 from __future__ import annotations
 
@@ -21,20 +21,22 @@ MANIFEST = "manifest.json"
 
 @contextmanager
 def new_directory(target: Path) -> Iterator[Path]:
-    """Yield a folder to fill with files, which in the end becomes ``target``.
+    """Yield a folder to fill with files; on leaving it becomes ``target``.
 
-    Everything is flushed to disk before the rename, and the rename after it. If ``target`` is there by then, another
-    process was first with the same content address: its version stays.
+    Everything is flushed to disk before the rename, and then the rename itself. If ``target`` exists by then, another
+    process was first with the same content address, and its version stays.
 
     Args:
-        target: Directory to appear; its parents are made.
+        target: Directory to create, with its parents.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     with temporary(target.parent) as work:
         yield work
         mode = work.stat().st_mode & 0o666
         for path in sorted(work.iterdir()):
-            path.chmod(mode)  # safetensors writes for its owner alone; what is shared is for everyone that umask allows
+            # safetensors makes its files readable by their owner alone; a shared store follows the umask.
+            path.chmod(mode)
+            # Contents before the rename: after a power failure the final name must not lead to empty files.
             sync(path)
         sync(work)
         _publish(work, target)
@@ -44,6 +46,7 @@ def _publish(work: Path, target: Path) -> None:
     try:
         rename(work, target)
     except OSError as error:
+        # File systems differ in which of the two a rename onto a filled directory raises.
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
 
@@ -52,8 +55,8 @@ def write_directory(target: Path, files: Mapping[str, Callable[[Path], object]])
     """Write files and a manifest of their hashes into a :func:`new_directory`.
 
     Args:
-        target: Directory to appear; its parents are made.
-        files: For each file name a function that writes it to the path it is given.
+        target: Directory to create, with its parents.
+        files: By file name, a function that writes the file to a given path.
 
     Raises:
         ResourceError: If the disk is full; ``target`` is then untouched.
@@ -66,6 +69,7 @@ def write_directory(target: Path, files: Mapping[str, Callable[[Path], object]])
                 name: {"bytes": (work / name).stat().st_size, "sha256": file_sha256(work / name)} for name in files
             }
             (work / MANIFEST).write_text(canonical_json({"files": entries}), encoding="utf-8")
+    # safetensors reports a full disk as an error of its own, without an error number.
     except (OSError, SafetensorError) as error:
         if disk_is_full(error):
             raise ResourceError(f"{target}: no space left on the disk; nothing committed was touched.") from error
@@ -73,10 +77,11 @@ def write_directory(target: Path, files: Mapping[str, Callable[[Path], object]])
 
 
 def remove_directory(path: Path) -> None:
-    """Remove a directory so that it is there whole or not at all: renamed first, and what a kill leaves is cleaned up
-    like any half-written directory."""
+    """Remove a directory such that it exists whole or not at all: it is renamed first, and if the process is killed,
+    the rest is cleaned up like any half-written directory."""
     with temporary(path.parent) as work:
         rename(path, work / path.name)
+        # `rename` flushes the new name's folder. The old name must be gone for good before the first file is.
         sync(path.parent)
 
 
@@ -87,7 +92,7 @@ def verify_directory(directory: Path) -> dict[str, Any]:
         The manifest.
 
     Raises:
-        CorruptError: Naming the file and both hashes, or what is missing.
+        CorruptError: If a file is missing, or its hash differs; names the file and both hashes.
     """
     manifest_path = directory / MANIFEST
     try:

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent, and files that grow by whole lines."""
+"""Write files that are either whole or absent, and files that grow by whole lines."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lifelong_moe.storage.temporary import temporary
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or the names within a directory, to disk."""
+    """Flush a file, or a directory's entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -22,19 +22,21 @@ def sync(path: Path) -> None:
 def rename(source: Path, target: Path) -> None:
     """Rename a file or directory durably; a file at ``target`` is replaced."""
     os.rename(source, target)
-    sync(target.parent)  # else a power failure may bring the old name back
+    # Otherwise a power failure may bring the old name back.
+    sync(target.parent)
 
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Yield a path to write to; what is there in the end replaces ``path``.
+    """Yield a path to write to; on leaving, the file written there replaces ``path``.
 
-    A reader, or a crash, sees the old or the new content and no mixture.
+    Readers see the old or the new content and never a mixture, even after a crash.
 
     Args:
-        path: The file; missing parent directories are made.
+        path: The file; missing parent directories are created.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    # In the same folder, since a rename is atomic within one file system only.
     with temporary(path.parent) as folder:
         work = folder / path.name
         yield work
@@ -43,13 +45,13 @@ def new_file(path: Path) -> Iterator[Path]:
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Replace the content of ``path``, made with its parents if absent, by ``content``, text as UTF-8."""
+    """Replace the content of ``path`` by ``content``, text as UTF-8; a missing file is created with its parents."""
     with new_file(path) as work:
         work.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append a line to a file, made with its parents if absent; it is on disk when this returns.
+    """Append a line to a file; it is on disk when this returns. A missing file is created with its parents.
 
     Raises:
         OSError: If the disk is full or cannot be written.
@@ -59,7 +61,8 @@ def append_line(path: Path, line: str) -> None:
     data = f"{line}\n".encode()
     with path.open("ab+") as file:
         if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
-            data = b"\n" + data  # a process that was killed here left its line torn
+            # A process that was killed here left half a line; keep it from damaging this one.
+            data = b"\n" + data
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

@@ -1,4 +1,4 @@
-"""Content addresses: SHA-256 of canonical JSON, of text and of files."""
+"""Compute content addresses: SHA-256 of canonical JSON, of text and of files."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ SHORT = 16
 
 
 def canonical_json(value: Any) -> str:
-    """Return the one JSON text of ``value``: sorted keys, no spaces, UTF-8 characters as they are.
+    """Return the canonical JSON text of ``value``: sorted keys, no spaces, unescaped Unicode.
 
     Raises:
         ValueError: If a number is not finite.
         TypeError: If something is not plain JSON data.
     """
+    # Keys of committed stages are hashes of this text: to change any of these options makes every stage a new one.
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 

@@ -1,6 +1,6 @@
-"""Locks between processes; the system releases them however a process ends.
+"""Lock files between processes; the system releases the locks however a process ends.
 
-They are POSIX's: children do not inherit them, so data workers that outlive a killed run hold nothing.
+These are POSIX locks: children do not inherit them, so data workers that outlive a killed run hold none.
 """
 
 from __future__ import annotations
@@ -17,21 +17,22 @@ from typing import IO
 from lifelong_moe.errors import LockedError
 
 LOOK_SECONDS = 0.01
-"""Between two looks at a lock that another process holds."""
+"""Pause between two attempts at a lock that another process holds."""
 
 
 @contextmanager
 def locked(path: Path, what: str) -> Iterator[None]:
-    """Hold an advisory lock, or fail at once. Saves work; correctness never depends on it.
+    """Hold an advisory lock, or fail at once. It prevents duplicate work; correctness never depends on it.
 
     Args:
-        path: Lock file; made with its parents if absent, never removed.
-        what: What is locked, for the message.
+        path: Lock file; created with its parents if missing, never removed.
+        what: Name of the locked thing, for the message.
 
     Raises:
         LockedError: If another process holds it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Append mode, which keeps the holder's process id until the lock is ours.
     with path.open("a+") as file:
         if not _acquire(file):
             file.seek(0)
@@ -45,14 +46,14 @@ def locked(path: Path, what: str) -> Iterator[None]:
 
 @contextmanager
 def locked_when_free(path: Path, deadline: float = math.inf) -> Iterator[None]:
-    """Hold an advisory lock, waiting for whoever has it.
+    """Hold an advisory lock, once the process that holds it releases it.
 
     Args:
-        path: Lock file; made with its parents if absent, never removed.
-        deadline: Until when to wait for another process, by ``time.monotonic()``.
+        path: Lock file; created with its parents if missing, never removed.
+        deadline: When to stop waiting, by ``time.monotonic()``.
 
     Raises:
-        TimeoutError: If another process holds it all the while.
+        TimeoutError: If another process still holds it at the deadline.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
@@ -66,8 +67,10 @@ def locked_when_free(path: Path, deadline: float = math.inf) -> Iterator[None]:
 def _acquire(file: IO[str]) -> bool:
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    # POSIX allows either error for a lock that another process holds.
     except (BlockingIOError, PermissionError):
         return False
-    except OSError as error:  # which names no file
+    except OSError as error:
+        # lockf's error does not name the file.
         raise OSError(error.errno, error.strerror, file.name) from None
     return True

@@ -1,4 +1,4 @@
-"""Dataclasses from plain JSON data: the inverse of ``dataclasses.asdict``."""
+"""Build dataclasses from plain JSON data: the inverse of ``dataclasses.asdict``."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ T = TypeVar("T")
 
 
 def from_plain(kind: type[T], data: Mapping[str, Any]) -> T:
-    """Build a dataclass, and the dataclasses, enumerations, tuples and mappings that it is made of.
+    """Build a dataclass, and the dataclasses, enumerations, tuples and mappings within it.
 
     Args:
         kind: The dataclass.
-        data: Its fields; absent ones have their defaults.
+        data: Values by field name; absent fields get their defaults.
 
     Raises:
-        TypeError: If a field without a default is absent, or something else is there.
+        TypeError: If a field without a default is absent, or a name is no field.
     """
     hints = get_type_hints(kind)
+    # Names without a hint pass through, so that the dataclass itself rejects them.
     return kind(**{name: _built(hints.get(name, Any), value) for name, value in data.items()})
 
 
@@ -30,6 +31,7 @@ def _built(hint: Any, value: Any) -> Any:
     if isinstance(hint, UnionType):
         if value is None:
             return None
+        # The first alternative decides; in `int | list[int]` either value is plain data and passes unchanged.
         hint = next(one for one in get_args(hint) if one is not NoneType)
     if get_origin(hint) is tuple:
         *items, last = get_args(hint)
@@ -40,7 +42,7 @@ def _built(hint: Any, value: Any) -> Any:
     if isinstance(hint, type) and issubclass(hint, StrEnum):
         return hint(value)
     if isinstance(hint, type) and is_dataclass(hint) and not is_dataclass(value):
-        # A section that earlier versions wrote in another way reads that itself.
+        # A dataclass that earlier versions wrote in another form reads that form itself.
         read = getattr(hint, "from_json", partial(from_plain, hint))
         return read(value)
     return value

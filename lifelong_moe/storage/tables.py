@@ -1,4 +1,4 @@
-"""Tables for other tools: Parquet files, whole or absent."""
+"""Write tables for other tools: Parquet files, whole or absent."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ def write_parquet(path: Path, parts: Iterable[Mapping[str, Any]]) -> int:
 
     Args:
         path: The file; replaced once the table is complete.
-        parts: Columns by name, all parts with the same ones and at least one part. A column is a NumPy array
+        parts: At least one mapping from column names, the same in all, to columns. A column is a NumPy array
             ``(rows,)``, an array ``(rows, K)`` for lists of K values, or a list of texts.
 
     Returns:
         Rows written.
     """
+    # Imported on use: most commands write no table.
     import pyarrow  # type: ignore[import-untyped]
     from pyarrow import parquet
 
@@ -37,13 +38,14 @@ def write_parquet(path: Path, parts: Iterable[Mapping[str, Any]]) -> int:
             if writer is None:
                 raise ValueError("a table needs at least one part")
         finally:
+            # Closing writes Parquet's footer, so it comes before `new_file` renames.
             if writer is not None:
                 writer.close()
     return rows
 
 
 def _column(values: Any) -> Any:
-    """An Arrow array; the rows of a matrix become lists."""
+    """Make an Arrow array; the rows of a matrix become lists."""
     import pyarrow
 
     if isinstance(values, np.ndarray) and values.ndim == 2:

@@ -1,4 +1,4 @@
-"""All temporary folders of this package: what is written half, and what killed processes left of it."""
+"""Make temporary folders for half-written files, and remove those that killed processes left."""
 
 from __future__ import annotations
 
@@ -12,28 +12,31 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 GRACE_SECONDS = 24 * 3600.0
-"""A thing is young for a day."""
+"""Grace period: nothing younger than a day is collected."""
 _TMP = ".tmp-"
+# As deep as any folder that we write to, such as `spool/<key>/files`; what lies deeper is not ours.
 _DEPTH = 3
-"""Folders between a root and what is written half."""
+"""Most folders between a root and a temporary folder."""
 
 
 @contextmanager
 def temporary(parent: Path) -> Iterator[Path]:
-    """A new directory, to write in and then move the content out of it, or to be renamed itself.
+    """Make a directory to write in; the caller moves its content elsewhere, or renames the directory itself.
 
-    If it is still there in the end, it is removed. A kill leaves it behind, for :func:`remove_temporary`, which sees
-    by a lock whether the writer lives: the system releases it with the process. Only what is locked is named after
+    If it still exists on leaving, it is removed. A kill leaves it behind for :func:`remove_temporary`, which tells by a
+    lock whether the writer lives: the system releases the lock with the process. Only a locked directory is named after
     this machine; where a file system has no locks, age must decide.
 
     Args:
-        parent: Where the content is going to be. (``tempfile`` makes what only its owner may read; this is shared.)
+        parent: Final folder of the content.
     """
+    # Not `tempfile`, whose folders only their owner may read; ours are shared.
     path = parent / f"{_TMP}{secrets.token_hex(8)}"
     path.mkdir()
     descriptor = os.open(path, os.O_RDONLY)
     try:
         with suppress(OSError):
+            # flock, since POSIX locks need a descriptor open for writing, which directories do not have.
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path = path.replace(path.with_name(path.name + _machine()))
         yield path
@@ -43,18 +46,18 @@ def temporary(parent: Path) -> Iterator[Path]:
 
 
 def remove_temporary(root: Path) -> int:
-    """Remove what killed processes left half written, up to three folders down; returns how many entries.
+    """Remove the half-written folders of killed processes, up to three folders down; return their number.
 
-    What was locked on this machine goes as soon as its lock is free. The rest, of other machines and of earlier
-    versions, goes once nothing in it has changed for a day.
+    Those locked on this machine go as soon as the lock is free. The rest, of other machines and of earlier versions, go
+    once nothing in them has changed for a day.
     """
     patterns = ["*/" * depth + _TMP + "*" for depth in range(_DEPTH + 1)]
     return sum(_remove_abandoned(path) for pattern in patterns for path in root.glob(pattern))
 
 
 def _machine() -> str:
-    """Name of the running kernel, within which locks are seen by all: containers of one machine share it, while a
-    host's name changes with the pod and may be that of two machines."""
+    """Name the running kernel, within which every process sees the locks. Containers of one machine share it, while a
+    host name changes with the pod, and two machines may have the same one."""
     with suppress(OSError):
         return f"@{Path('/proc/sys/kernel/random/boot_id').read_text()[:8]}"
     return f"@{socket.gethostname()}"
@@ -62,6 +65,7 @@ def _machine() -> str:
 
 def _remove_abandoned(path: Path) -> bool:
     try:
+        # Non-blocking, since opening a FIFO of such a name would wait for a writer.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except OSError:  # gone by now, or another user's
         return False
@@ -78,6 +82,7 @@ def _remove_abandoned(path: Path) -> bool:
 def _may_be_written(path: Path, descriptor: int) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # A free lock proves a dead writer on this machine only: another one's locks may be invisible here.
         if path.name.endswith(_machine()):
             return False
     except BlockingIOError:
@@ -88,12 +93,14 @@ def _may_be_written(path: Path, descriptor: int) -> bool:
 
 
 def _is_old(path: Path) -> bool:
-    """Whether nothing in it has changed for a day, by the clock of its file system, which need not be ours."""
+    """Whether nothing in it has changed for a day, by the clock of its file system, which may differ from ours."""
     try:
+        # Of the parent alone: an entry that each nightly check touched would never be a day old.
         os.utime(path.parent)
         now, entries = path.parent.stat().st_mtime, [path, *path.rglob("*")]
         changed = max(entry.lstat().st_mtime for entry in entries)
-        if changed > now + GRACE_SECONDS:  # by a clock that was ahead: its day begins now
+        # Dated by a clock that was ahead: its day begins now, or it would stay until that date.
+        if changed > now + GRACE_SECONDS:
             for entry in entries:
                 os.utime(entry, follow_symlinks=False)
     except OSError:  # it is changing, or another user's
