@@ -33,12 +33,13 @@ COMMANDS = (
     commands.sync,
     commands.ui,
 )
-"""In the order of the help."""
+"""All commands, in the order in which the help lists them."""
 
 app = typer.Typer(
     add_completion=True,
     no_args_is_help=True,
-    pretty_exceptions_enable=False,  # `exit_code` prints errors on one line; a bug's traceback stays plain
+    # `exit_code` prints errors on one line, and a bug's traceback stays plain text for reports and logs.
+    pretty_exceptions_enable=False,
 )
 
 
@@ -65,7 +66,7 @@ for command in COMMANDS:
 
 
 def main() -> None:
-    """Entry point: a user's mistake costs one line and its exit code; only our own bugs show a traceback."""
+    """Entry point: a user's mistake prints one line and sets an exit code; only our own bugs show a traceback."""
     output.make_robust()
     # Before a command imports torch: OpenMP reads these settings once.
     threads.configure()
@@ -85,7 +86,7 @@ def exit_code(command: Callable[[], object]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    # Typer ends every command with one; a code that is no number is a message.
+    # Typer ends every command with SystemExit; a code that is not a number is a message.
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 1
     return 0

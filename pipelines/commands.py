@@ -1,7 +1,7 @@
-"""The commands: their arguments, the checks that need no torch, and a call of the story that does the work.
+"""The commands: parse arguments, run the checks that need no torch, then call the function that does the work.
 
-The stories are imported inside the commands, after the checks. Importing torch takes seconds: a mistake is reported
-before, and ``status`` never pays for it.
+Each command imports that function, as ``story``, after its checks. Importing torch takes seconds, so mistakes are
+reported before that, and ``status`` never does it.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def retrain(
         from pipelines.preflight import run_lock
         from pipelines.retrain.plan_file import read_plan
 
-        # A plan that is no plan is refused before the lock, which the tick then holds from its first look to its end.
+        # A file that is not a plan is refused before the lock, which the tick holds from its first look to its end.
         if plan_path is not None:
             read_plan(Path(plan_path))
         retraining = load_retraining(config, overrides or [])
@@ -127,6 +127,7 @@ def retrain(
         finish(failure, as_json=True)
         raise
     finish(result.to_json(), as_json=True)
+    # Outside the try: typer.Exit is an exception too, and would be reported as a failure.
     raise typer.Exit(OUTCOMES.get(result.outcome, 0))
 
 

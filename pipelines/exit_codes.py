@@ -4,7 +4,9 @@ from __future__ import annotations
 
 MEANINGS = {
     0: "done, or nothing to do",
+    # Python's own code after an uncaught exception.
     1: "a bug of lifelong-moe, with a traceback",
+    # Click ends with it too if arguments are wrong.
     2: "a mistake in the configuration, the data or the arguments; one line says which, and nothing was written",
     3: "the gate rejected a candidate; the champion serves on",
     4: "a tick would exceed its limits; no stage was trained, nor any probe that the limits forbid",
@@ -41,9 +43,11 @@ BESIDES = {
 }
 """Further exit codes by command, in the order of the help."""
 OUTCOMES = {"rejected": 3, "over budget": 4}
-"""Outcomes that are no success; all others end with 0."""
+"""Exit codes of unsuccessful outcomes; all others end with 0."""
 
 
 def epilog(command: str) -> str:
     """The end of a command's help: a line for each exit code of its own."""
+    # A blank line between codes: Typer joins lines that a single line break separates. Backticks are Markdown for
+    # docs/commands.md, and a terminal would show them.
     return "\n\n".join(f"Exit code {code}: {MEANINGS[code].replace('`', '')}." for code in BESIDES[command])

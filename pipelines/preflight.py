@@ -1,4 +1,4 @@
-"""Checks before torch is imported, so that of ten processes started at once nine give up within a moment."""
+"""Checks before torch is imported: a mistake, or a run that another process has locked, ends a command at once."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pipelines.shared.places import ROOT
 
 def check_stage(run: str, stage: str, gate: list[str] | None) -> list[str]:
     """Check that run and stage exist and that the gate's settings are valid; returns the settings."""
+    # Only for its errors: the command itself reads the settings again.
     read_gate(gate or [])
     require_head(ROOT, run).require_stage(stage)
     return gate or []
@@ -19,5 +20,6 @@ def check_stage(run: str, stage: str, gate: list[str] | None) -> list[str]:
 
 def run_lock(run: str) -> AbstractContextManager[None]:
     """The lock of an existing run."""
+    # A run that does not exist is refused before a lock file is made for it.
     require_head(ROOT, run)
     return locked(RunRecord(ROOT, run).lock_path, f"run {run}")

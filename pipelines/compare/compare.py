@@ -26,14 +26,15 @@ from pipelines.run.run import run
 from pipelines.shared.workspace import ROOT
 
 WAIT_SECONDS, MOST_SECONDS = 3.0, 60.0
-"""Between two looks at the store, and before the locked runs are tried again, once other processes hold all of them."""
+"""Seconds between two looks at the store, and at most until locked runs are tried again, while other processes hold all
+that are left."""
 
 
 def compare(comparison: Comparison, only: list[str], replace: bool, console: Console) -> Mapping[str, Any]:
     """Run or continue a comparison; returns its ``comparison.json``.
 
     Args:
-        comparison: Its arms, with the file that they change.
+        comparison: Arms, and the configuration that they override.
         only: Arms, or grids, to run; all by default.
         replace: Let the runs' names refer to other stages than before.
         console: Where people read.
@@ -79,7 +80,9 @@ def _work(
         how = "committed" if complete else "training"
         console.rule(f"{job.run}: {how} ({len(jobs) - len(queue)} of {len(jobs)})", align="left", style="dim")
         try:
+            # A complete run trains nothing, but may still owe MLflow something; its tables were printed before.
             quiet = Console(quiet=True) if complete else console
+            # Replacing a run that this plan continues would start its record in MLflow over.
             train(job.prepared.loaded, replace and job.is_taken(), quiet)
         except LockedError as error:
             console.print(f"{error} Going on with others.", highlight=False)
@@ -95,7 +98,8 @@ def _work(
             console.print(f"[red]{job.run}: {error}[/red]", highlight=False)
             record.failed(job, str(error))
             failed.append(job.run)
-        turned_away = 0  # something was committed, so a locked run may be free by now
+        # Meanwhile a locked run may have become free.
+        turned_away = 0
         record.update()
     return failed
 

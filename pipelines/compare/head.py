@@ -1,4 +1,4 @@
-"""The head of a comparison, ``mlruns/comparisons/<name>/head.json``: what its files and MLflow show already."""
+"""The head of a comparison, ``mlruns/comparisons/<name>/head.json``: what its files and MLflow already show."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lifelong_moe.storage.plain import from_plain
 
 # Another process holds the lock for as long as it takes to draw some figures: about a second.
 LOCK_SECONDS = 0.2
-"""Between two attempts to take the lock."""
+"""Seconds between two attempts to take the lock."""
 
 
 @dataclass
@@ -58,7 +58,8 @@ def head_to_change(folder: Path) -> Iterator[ComparisonHead]:
             try:
                 stack.enter_context(locked(folder / ".lock", "the comparison"))
                 break
-            except LockedError:  # waited for, where a run's lock is refused: it is held only while recording
+            # A run's lock is refused at once; this one is held only while recording, so wait for it.
+            except LockedError:
                 time.sleep(LOCK_SECONDS)
         head = _read(path)
         yield head

@@ -27,7 +27,7 @@ class Job:
     seed: int
     run: str
     prepared: Prepared
-    """Of its whole configuration, tokens that follow from the budget included."""
+    """Its whole configuration, including tokens that follow from the budget, with data and plan."""
 
     def report(self) -> dict[str, Any] | None:
         """The run's report, if all stages of exactly this plan are committed."""
@@ -38,6 +38,7 @@ class Job:
 
     def is_taken(self) -> bool:
         """Whether the run's name refers to other stages."""
+        # A plan that extends the run's, or ends earlier, is no conflict: `run` goes on with it.
         head, keys = RunRecord(ROOT, self.run).head(), [planned.key for planned in self.prepared.plan]
         return head is not None and any(old != new for old, new in zip(head.plan, keys, strict=False))
 
@@ -46,7 +47,7 @@ def plan_jobs(comparison: Comparison, memory: Memory) -> list[Job]:
     """All runs, seed by seed, so that what is committed first can be compared.
 
     Args:
-        comparison: Its arms are validated already; here they meet data and machine.
+        comparison: Its arms are already validated; here they are checked against data and machine.
         memory: Filled with the data that was read.
 
     Raises:

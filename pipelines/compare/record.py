@@ -1,4 +1,4 @@
-"""What a comparison leaves: its files, and in MLflow one parent run with the arms' runs below it.
+"""Record a comparison: in files, and in MLflow as one parent run with the arms' runs below it.
 
 ``mlruns/comparisons/<name>/`` holds ``comparison.json``, ``comparison.md``, ``figures/`` and ``head.json``. Several
 processes may work on one comparison; each holds a lock while it records.
@@ -44,6 +44,7 @@ class ComparisonRecord:
         with head_to_change(self.path) as head:
             if self.tracker.active and head.mlflow.run is None:
                 head.mlflow.run = local_id()
+        # Started under the lock, so that of several processes one creates the run and the others resume it.
         with head_to_change(self.path) as head:
             self.parent = head.mlflow.run = self._start(head.mlflow.run)
 
@@ -88,9 +89,11 @@ class ComparisonRecord:
         for arm in self.comparison.arms:
             jobs = {job.seed: job for job in self.jobs if job.arm is arm}
             reports = {seed: report for seed, job in jobs.items() if (report := job.report())}
-            for seed in reports:  # committed after all, by a later attempt
+            # A later attempt may have committed what failed before.
+            for seed in reports:
                 head.failed.pop(jobs[seed].run, None)
             failed = {seed: head.failed[job.run] for seed, job in jobs.items() if job.run in head.failed}
+            # A seed changes no other setting, so any of the arm's runs tells its method.
             method = next(iter(jobs.values())).prepared.config.method.value
             names = {seed: job.run for seed, job in jobs.items()}
             arms.append(ArmResult(arm.name, method, _shown(arm.overrides), names, reports, failed))

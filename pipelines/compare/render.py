@@ -65,6 +65,7 @@ def grids(comparison: Mapping[str, Any]) -> list[Grid]:
         ),
         Grid("Router leak", ("arm", *names), [_by_name(arm, "leak", names, "{:.1%}") for arm in arms]),
     ]
+    # Inserted before the table of differences, which comes in front of it and would shift its place.
     if beside := [arm for arm in arms if (arm["summary"].get("scratch_tokens") or {"mean": 0})["mean"]]:
         header = ("arm", "tokens", "active FLOPs")
         found.insert(
@@ -121,6 +122,7 @@ def absent(comparison: Mapping[str, Any]) -> list[str]:
     measured = {arm["name"]: set(run["final_bits_per_byte"]) for arm in comparison["arms"] for run in arm["runs"]
                 if run["status"] == "committed"}  # fmt: skip
     for name, found in measured.items():
+        # As long as the reference has no result, there is nothing to differ from.
         if found != measured.get(comparison["reference"], found):
             lines.append(
                 f"{name} was measured on other distributions than {comparison['reference']}, so their means are not "
@@ -178,7 +180,7 @@ def _p(value: float | None) -> str:
 
 
 def _by_name(arm: Arm, field: str, names: Sequence[str], form: str) -> list[str]:
-    """Means over seeds, one a distribution."""
+    """A mean over seeds for each distribution."""
     cells = [arm["name"]]
     for name in names:
         found = [run[field][name] for run in arm["runs"] if name in run.get(field, {})]
@@ -199,4 +201,5 @@ def _value(found: Mapping[str, Any] | None, form: str, scale: float) -> str:
 
 
 def _line(cells: Sequence[str]) -> str:
+    # A bare pipe would end the cell.
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

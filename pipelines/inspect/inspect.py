@@ -132,6 +132,7 @@ def _keep(
     tracker = Tracker.connect(tracking_of(head), ROOT)
     run_id = head.mlflow.run
     target = run_id if run_id and tracker.run_exists(run_id) else None
+    # Part of the text that is compared below: once the run has another MLflow run, everything is logged to that one.
     result = {**result, "mlflow_run": target}
     text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
     # A copy per stage and number of tokens says which points MLflow has: those cannot be taken back, while
@@ -139,7 +140,8 @@ def _keep(
     copy = record.path / f"inspection-{result['stage']}-{tokens}.json"
     known, plotted = (one.is_file() and one.read_text(encoding="utf-8") == text for one in (path, copy))
     folder.mkdir(exist_ok=True)
-    for drawn in folder.glob("*.png"):  # the last inspection may have drawn more: of more stages, or more layers
+    # The last inspection may have drawn more figures, of more stages or more layers.
+    for drawn in folder.glob("*.png"):
         drawn.unlink()
     for name, figure in inspection_figures(result, result["stage"]).items():
         figure.savefig(folder / f"{name}.png")
@@ -160,7 +162,7 @@ def _keep(
 def _rows(result: Mapping[str, Any], tokens: int, step: int) -> list[Row]:
     """Points of MLflow's curves over stages."""
     rows: list[Row] = []
-    # Another number of tokens is another measurement, hence another curve.
+    # Measurements on different numbers of tokens do not compare, so each number has its own curve.
     prefix = f"inspection/{tokens}_tokens"
     for layer in result["layers"]:
         for kind in ("token", "distribution"):
@@ -246,7 +248,8 @@ def _save(
 ) -> None:
     """Write every token's experts as a table, one row per token and layer."""
 
-    def parts() -> Iterator[dict[str, Any]]:  # streamed: the whole table may not fit into memory
+    # Streamed: the whole table may not fit into memory.
+    def parts() -> Iterator[dict[str, Any]]:
         for name, seen in observed.items():
             yield from routing_columns(architecture, seen, name, tokenizer.name)
 

@@ -70,7 +70,8 @@ def status(run: str, console: Console) -> Mapping[str, Any]:
         table.add_row(row.name, row.key[:SHORT], row.state, step)
     show(console, table)
     result: dict[str, Any] = {"run": run, "method": head.method, "stages": list(map(asdict, stages))}
-    if head.versions:  # none before the first tick or drop: the run then serves its last stage
+    # Before the first tick, drop or consolidation there are no versions: the run then serves its last stage.
+    if head.versions:
         now, tick = head.champion, head.last_tick
         console.print(describe(now), highlight=False)
         result["champion"] = {"version": now.id, "stage": now.stages[-1].name, "key": now.key, "since": now.at}
@@ -122,8 +123,9 @@ def check_label(stage: CommittedStage, label: str | None, console: Console) -> N
     """
     architecture, routing = stage.architecture, stage.architecture.routing
     known = [name for name, _ in architecture.labels]
+    # With one generation there is nothing to select, so its label is right in any mode.
     if label in known and len(architecture.generations) == 1:
-        return  # with one generation there is nothing to select, so its label is right in any mode
+        return
     if not routing.by_label:
         if label is not None:
             raise ConfigError(f"--label={label}: routing.mode={routing.mode} ignores labels; leave it out.")
@@ -155,6 +157,7 @@ def evaluate(
     shard = tokenize_documents(documents, Tokenizer.from_text(store.tokenizer(committed)))
     model = _loaded(run, store, committed, int8=int8)
     context = model.architecture.model.context
+    # sys.maxsize: the user named this text, so all of it is scored.
     result = score_windows(
         model, evaluation_windows(shard, context, sys.maxsize), distribution=label, batch_tokens=EVALUATED_TOKENS
     ).to_json()
@@ -222,7 +225,7 @@ def inspect(run: str, stage: str | None, asked: InspectionRequest, console: Cons
     """
     if asked.tokens is not None and (asked.text is not None or asked.text_file is not None):
         raise ConfigError(f"--tokens={asked.tokens} limits held-out text; leave it out with --text or --text-file.")
-    # The checks go from cheap to dear: options, files, the run, and only then torch.
+    # Cheap checks first: options, files, the run, and only then torch.
     given = _given_text(asked.text, asked.text_file)
     for option, value in (("--layer", asked.layer), ("--html", asked.html), ("--label", asked.label)):
         if given is None and value is not None:
@@ -282,6 +285,7 @@ def _loaded(run: str, store: StageStore, committed: CommittedStage, *, int8: boo
     from pipelines.shared.workspace import recorded_trainer
 
     model = load_model(store, committed).requires_grad_(False)
+    # Only frozen matrices are quantized, hence no gradients above; on the CPU, so the device holds 8 bits alone.
     if int8:
         hold_in_int8(model)
     return model.to(configured_device(recorded_trainer(run)))

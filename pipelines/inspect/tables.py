@@ -37,7 +37,8 @@ def text(console: Console, routed: RoutedText) -> None:
         return
     console.print(routed.rule, highlight=False)
     for token in routed.tokens:
-        shown = visible(token.text).replace("\n", "⏎\n")  # a bare line end has no background to colour
+        # A bare line end has no background to colour.
+        shown = visible(token.text).replace("\n", "⏎\n")
         body.append(shown, style=f"black on {colours[token.owner]}")
     console.print(legend)
     console.print()
@@ -57,6 +58,7 @@ def _token_table(console: Console, routed: RoutedText) -> None:
     table = _table("Tokens", "token", "sent to", *(f"L{layer}" for layer in routed.layers))
     for token in routed.tokens:
         chosen = (", ".join(f"{name} {weight:.2f}" for name, weight in layer) for layer in token.experts)
+        # As Text: rich would read square brackets within a token as markup.
         table.add_row(*(Text(cell) for cell in (repr(token.text), routed.owners[token.owner], *chosen)))
     show(console, table)
 
@@ -84,7 +86,7 @@ def _information(information: Mapping[str, float] | None) -> tuple[str, str]:
 
 
 def _mean_cosine(similarity: Sequence[Sequence[float]]) -> str:
-    """Over all pairs of different experts."""
+    """Mean over all pairs of different experts."""
     matrix = np.array(similarity)  # shape: (E, E)
     # Without the diagonal, where every expert agrees with itself.
     pairs = matrix[~np.eye(len(matrix), dtype=bool)]

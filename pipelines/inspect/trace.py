@@ -1,4 +1,4 @@
-"""`lifelong-moe lineage RUN --expert …` and `--document …`: the history of an expert, and who learned a document."""
+"""`lifelong-moe lineage RUN --expert …` and `--document …`: the history of an expert, or of a document."""
 
 from __future__ import annotations
 
@@ -126,6 +126,7 @@ def _holders(head: RunHead, digest: str) -> tuple[list[Holder], list[str]]:
         parts = {"heldout": heldout}
         if corpus is not None:
             parts = {"train": corpus.train, **parts, "near copy": corpus.near_copies}
+        # Where only held-out text is left, the record has the hashes.
         of = corpus or known.records[name]
         for part, documents in parts.items():
             for held in documents:
@@ -146,6 +147,7 @@ def _removed_holders(head: RunHead, name: str, identities: set[tuple[str, str]],
     rows = []
     for found in sorted(hashed for hashed, _ in identities if hashed.startswith(digest)):
         part = "heldout" if found in held else "train" if held else "unknown"
+        # The record keeps only this many digits of each hash.
         if learned is not None and found[:DIGITS] in learned.left_out:
             part = "near copy"
         hashes = (learned.train_hash, learned.split_hash) if learned is not None else (None, None)
@@ -155,5 +157,6 @@ def _removed_holders(head: RunHead, name: str, identities: set[tuple[str, str]],
 
 def _stages(head: RunHead, store: StageStore) -> list[CommittedStage]:
     """Every committed stage of every version, each once, oldest first."""
+    # The head's own stages too: before the first tick there are no versions.
     keys = [stage.key for version in head.versions for stage in version.stages]
     return [store.get(key) for key in dict.fromkeys([*keys, *head.stages])]

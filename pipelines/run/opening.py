@@ -1,4 +1,4 @@
-"""Starting or continuing a run: which stages its name refers to from now on."""
+"""Start or continue a run: decide which stages its name refers to, and save its head."""
 
 from __future__ import annotations
 
@@ -44,6 +44,7 @@ def open_run(record: RunRecord, prepared: Prepared, replace: bool) -> OpenRun:
     if before is None:
         head = RunHead(run=record.run, **now)
     elif replace:
+        # Stages that this run has trained still count as its own if the new plan contains them.
         head = RunHead(run=record.run, trained=before.trained, mlflow=before.mlflow.restarted(), **now)
     else:
         # A stage that was taken out of the plan leaves the run, but stays in the store.
@@ -66,6 +67,7 @@ def _require_same(head: RunHead, prepared: Prepared, data: Mapping[str, str]) ->
             f"configuration does not know. Go on with lifelong-moe retrain, or choose run=NAME; --replace starts over "
             f"and forgets the versions."
         )
+    # Only the positions that both plans have: stages may be appended, or taken off the end.
     if any(old != planned.key for old, planned in zip(head.plan, prepared.plan, strict=False)):
         remedy = further_training(head, prepared.plan, StageStore(ROOT))
         raise ConfigError(_changed(prepared, head, data) + remedy)

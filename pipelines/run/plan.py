@@ -24,7 +24,7 @@ from pipelines.shared.tables import show
 from pipelines.shared.workspace import ROOT, Prepared, further_training, prepare
 
 COMPARED_TOKENS = 200_000
-"""Tokens of each distribution whose frequencies are compared."""
+"""Leading tokens of each distribution whose frequencies are compared."""
 
 
 def plan(loaded: LoadedConfig, console: Console) -> dict[str, Any]:
@@ -51,6 +51,7 @@ def plan(loaded: LoadedConfig, console: Console) -> dict[str, Any]:
         advice.append(f"how near new text is to {names} cannot be told: that text is gone.")
     for sentence in advice:
         console.print(f"· {sentence}", highlight=False)
+    # A longer or shorter plan continues the run; only a stage that differs needs another name.
     if head is not None and any(row["key"] != old for row, old in zip(rows, head.plan, strict=False)):
         console.print(
             f"[yellow]run={head.run} exists with other stages; running needs run=NAME or --replace."
@@ -67,7 +68,7 @@ def plan(loaded: LoadedConfig, console: Console) -> dict[str, Any]:
 
 
 def _divergence(prepared: Prepared) -> dict[str, dict[str, float]]:
-    """Of each later distribution's text from each earlier one's."""
+    """Unigram divergence of each distribution's text from that of each earlier one."""
     vocab_size, there = prepared.data.tokenizer.vocab_size, prepared.data.corpora
     names = [name for name in dict.fromkeys(s.data for s in prepared.config.stages) if name in there]
     text = {name: prepared.data.corpora[name].train.tokens[:COMPARED_TOKENS] for name in names}

@@ -36,8 +36,8 @@ class MlflowRecord:
         tracker: Connection to MLflow, if there is any.
         prepared: The run.
         opened: Its head holds what was logged.
-        content: Key of all that there is to record: stages and evaluations.
-        parent_run: MLflow run that the run is shown under, such as a comparison's.
+        content: Key of everything to be recorded: stages and evaluations.
+        parent_run: MLflow run under which this one is shown, such as a comparison's.
     """
 
     def __init__(
@@ -50,7 +50,8 @@ class MlflowRecord:
     ) -> None:
         self.tracker, self.prepared, self.opened, self.content = tracker, prepared, opened, content
         self._open: str | None = None
-        self._told = tracker.problem  # by whoever connected
+        # Printed already when the connection was made; `run_done` prints only another one.
+        self._told = tracker.problem
         # If MLflow has exactly this content, nothing is sent at all.
         known = self.told.run if self.told.content == content else None
         self.active = tracker.active and not (known and tracker.run_exists(known))
@@ -78,6 +79,7 @@ class MlflowRecord:
         # Runs that --replace started over stay in MLflow, marked with their successor.
         for old in self.told.replaced:
             self.tracker.replaced(old, run_id)
+        # MLflow made a new run, because it is the first or the old one was deleted: it holds no stages and no points.
         self._tell(replaced=(), **({"run": run_id, "stages": {}, "logged": {}} if run_id != known else {}))
         self.tracker.log_text(run_id, config_yaml(whole_config(self.prepared.loaded.raw)), CONFIG)
         for name, record in self.prepared.data.records.items():
@@ -117,7 +119,8 @@ class MlflowRecord:
         self._tell(stages={**self.told.stages, planned.key: run_id})
         # A distribution that is learned and replayed is logged once, as training.
         contexts = dict.fromkeys(spec.learns, "training")
-        for context, names in (("replay", spec.reads), ("fisher", spec.fisher_data)):  # generated text reads nothing
+        # Replay of generated text is absent here: it reads no distribution.
+        for context, names in (("replay", spec.reads), ("fisher", spec.fisher_data)):
             for distribution in names:
                 contexts.setdefault(distribution, context)
         for distribution, context in contexts.items():
@@ -133,6 +136,7 @@ class MlflowRecord:
         """Log summaries on parent and child and figures so far, and register the stage as a model version."""
         if not self.active:
             return
+        # No child run is open if this process did not train the stage: it is shared, or was committed before a kill.
         if self._open is None:
             self.stage_begins(planned)
         run_id = self.told.stages.get(planned.key)

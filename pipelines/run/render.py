@@ -15,7 +15,8 @@ from lifelong_moe.reports.report import Report
 from lifelong_moe.store.stages import CommittedStage
 from pipelines.shared.tables import show
 
-if TYPE_CHECKING:  # torch is imported there
+# Both import torch, and `status`, which shares this file, answers without it.
+if TYPE_CHECKING:
     from lifelong_moe.evaluation.loss import Evaluation
     from pipelines.shared.workspace import Prepared
 
@@ -158,6 +159,7 @@ def _summary_table(reports: list[Report]) -> Table:
     for one in reports:
         table.add_column(one.run, justify="right")
     columns = [dict(summary_lines(one)) for one in reports]
+    # Runs on different distributions have different lines: all of them, in order of first appearance.
     for key in dict.fromkeys(key for column in columns for key in column):
         table.add_row(key, *(column.get(key, "–") for column in columns))
     return table
@@ -197,7 +199,7 @@ def _markdown_matrix(one: Report) -> list[str]:
 
 
 def report_json(one: Report) -> str:
-    """The report as it stands in ``report.json``."""
+    """The report as ``report.json`` holds it."""
     return json.dumps(one.to_json(), indent=1, ensure_ascii=False)
 
 

@@ -119,7 +119,8 @@ def _run_stages(
     committed: dict[int, CommittedStage] = {}
     report: Report | None = None
     try:
-        with console.status("untrained model: evaluating"):  # what forward transfer is measured against
+        # Forward transfer is measured against the untrained model.
+        with console.status("untrained model: evaluating"):
             init = measurements.evaluations(_init_key(prepared), distributions)
         results = _no_results(config, distributions, init)
         for planned in prepared.plan:
@@ -153,6 +154,7 @@ def _run_stages(
             mlflow.stage_done(planned, stage, report, shared)
         assert report is not None, "every plan has a stage on its chain"
         mlflow.run_done(report, console)
+    # After Ctrl-C and SIGTERM too: MLflow would show an unfinished run as running for ever.
     except BaseException as error:
         mlflow.ended_by(error)
         raise
@@ -174,7 +176,7 @@ def _no_results(config: RunConfig, distributions: list[str], init: dict[str, Eva
 
 @contextmanager
 def _claimed(key: str, opened: OpenRun, interrupt: Interrupt) -> Iterator[None]:
-    """Note in the head that this run trains a stage, while it does."""
+    """Mark a stage in the head as trained by this run; undone if another run trains it."""
     # Saved first: a stage whose process is killed right after the commit still counts as this run's, not as shared.
     if key not in opened.head.trained:
         opened.save(opened.head.with_trained(key))
@@ -278,7 +280,8 @@ def _stage_row(planned: PlannedStage, stage: CommittedStage, shared: bool) -> St
         parameters_active=planned.parameters.active,
         parameters_trainable=metrics.pop("trainable_parameters"),
         tokens=metrics.pop("tokens"),
-        active_flops=metrics.pop("active_flops", planned.flops),  # stages of earlier versions do not say it
+        # Stages of earlier versions did not record it.
+        active_flops=metrics.pop("active_flops", planned.flops),
         tokens_per_second=metrics.pop("tokens_per_second"),
         seconds=metrics.pop("seconds"),
         epochs=metrics.pop("epochs"),

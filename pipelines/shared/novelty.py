@@ -1,5 +1,7 @@
-"""New documents of the inbox: those of which neither the champion's distributions nor a settled batch hold a copy or a
-near copy."""
+"""Find the new documents of the inbox.
+
+New is what has no copy and no near copy in the champion's distributions or in a batch that was decided about.
+"""
 
 from __future__ import annotations
 
@@ -24,14 +26,14 @@ from pipelines.shared.places import CACHE
 
 @dataclass(frozen=True)
 class NewDocuments:
-    """New documents, which a tick decides about."""
+    """New documents, about which a tick decides."""
 
     documents: list[Document]
     """Never seen before, without duplicates; empty if nothing new has arrived."""
     hash: str
     """Identity of the batch: of its documents and their sources, whatever the names and the order of the files."""
     name: str
-    """Name of the distribution that they would become."""
+    """Name of the distribution that they would form."""
     files: list[dict[str, Any]]
     """Name, size and hash of each file read."""
     known: int
@@ -39,7 +41,7 @@ class NewDocuments:
     near_copies: int
     """Documents of these files that are near copies of what was seen before, held-out text included."""
     sources: str | None = None
-    """Tells copies of the batch apart, if it arrived before with other sources."""
+    """Identifies this copy of the batch if the same documents arrived before with other sources; otherwise None."""
 
 
 def read_texts(config: RunConfig, known: Remembered | None = None) -> Texts:

@@ -67,6 +67,7 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
     """Show Typer each field of a command's dataclass parameter as an option of its own, in the parameter's place."""
     # Typer reads a signature, not dataclasses, so the wrapper gets one in which the fields stand side by side.
     hints = get_type_hints(command, include_extras=True)
+    # Keyword-only, because Click passes all values by name; so the order of defaults does not matter either.
     parameters: list[inspect.Parameter] = []
     for name, parameter in inspect.signature(command).parameters.items():
         if not is_dataclass(hints[name]):
@@ -88,5 +89,6 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
         command(**given, **{group: asked})
 
     expanded.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    # Typer also calls get_type_hints, which reads the annotations that `wraps` has copied from the command.
     expanded.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return expanded

@@ -25,7 +25,8 @@ class Outlet(io.FileIO):
         except OSError as error:
             if error.errno not in GONE:
                 raise
-            return memoryview(data).nbytes  # as if written: a short count would be tried again for ever
+            # As if written: a short count would be tried again for ever.
+            return memoryview(data).nbytes
 
 
 def stream(number: int, like: TextIO | None, errors: str) -> TextIO:
@@ -52,6 +53,7 @@ def make_robust() -> None:
         except OSError:
             # The parent closed it. Left so, the next file opened would get this number, and all output with it.
             os.open(os.devnull, os.O_RDWR)
+    # Python's own standard error escapes such characters too, so that errors lose none.
     sys.stdout, sys.stderr = stream(1, sys.stdout, "replace"), stream(2, sys.stderr, "backslashreplace")
 
 

@@ -1,4 +1,4 @@
-"""Folders under the current directory. A module of its own, so that quick commands import nothing heavy."""
+"""Paths of our folders below the current directory; a separate module, so that quick commands import nothing heavy."""
 
 from __future__ import annotations
 

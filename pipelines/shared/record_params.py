@@ -1,4 +1,4 @@
-"""What MLflow shows of settings: params of runs and of stages, and configurations as files."""
+"""Settings as MLflow shows them: params of runs and of stages, and configurations as files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KEYS = {
     "gradient_clip": "trainer.gradient_clip",
     "accumulate": "trainer.accumulate_grad_batches",
 }
-"""What a stage's settings are called in a configuration, where it is not the same."""
+"""Configuration keys of those stage settings that have another name there."""
 OFF: dict[str, dict[str, Any]] = {
     "grow": {"experts": 0},
     "trunk": {"train": "full"},
@@ -29,11 +29,11 @@ OFF: dict[str, dict[str, Any]] = {
     "penalty": {"kind": "none"},
     "review": {"fraction": 0.0},
 }
-"""What a configuration would say of a mechanism that a stage does without."""
+"""Configuration values that stand for an unused mechanism, for which a stage has None."""
 
 
 def run_params(prepared: Prepared) -> dict[str, Any]:
-    """A run's settings with all defaults; its stages as written, for each has a run of its own that says all."""
+    """A run's settings with all defaults; its stages as written: each has its own MLflow run with all settings."""
     written, whole = written_config(prepared.loaded.raw), whole_config(prepared.loaded.raw)
     params = {key: value for key, value in whole.items() if key != "run"}
     params |= {key: written[key] for key in ("distributions", "stage_defaults", "stages") if key in written}
@@ -41,7 +41,7 @@ def run_params(prepared: Prepared) -> dict[str, Any]:
 
 
 def stage_params(planned: PlannedStage) -> dict[str, Any]:
-    """A stage's settings, resolved, under the configuration's keys, and what follows from them."""
+    """A stage's resolved settings under the configuration's keys, and the sizes that follow from them."""
     spec = planned.spec
     plain = {key: value for key, value in spec.to_json().items() if key not in ("name", "parent")}
     return {
@@ -55,5 +55,5 @@ def stage_params(planned: PlannedStage) -> dict[str, Any]:
 
 
 def config_yaml(whole: dict[str, Any]) -> str:
-    """A configuration as a file that ``lifelong-moe run`` takes."""
+    """A configuration as the text of a file that ``lifelong-moe run`` accepts."""
     return yaml.safe_dump(whole, sort_keys=False, allow_unicode=True)

@@ -30,7 +30,8 @@ def tracking_of(head: RunHead) -> TrackingConfig:
         ConfigError: If they refer to something that no longer exists, such as an environment variable.
     """
     config = section(TrackingConfig, OmegaConf.create(head.config).get("tracking"), "tracking")
-    if config.uri is not None and "***" in config.uri:  # the head stores no credentials
+    # The head stores the address with its credentials masked.
+    if config.uri is not None and "***" in config.uri:
         config.uri = with_credentials(config.uri, ROOT)
     return config
 
@@ -98,12 +99,14 @@ def follow_champions() -> dict[str, str]:
                 head = require_head(ROOT, record.run)
                 config = tracking_of(head)
                 if config.enabled and _runs(head):
+                    # Connecting waits for a server that is down; once per store is enough.
                     if (store := repr(config)) not in trackers:
                         trackers[store] = Tracker.connect(config, ROOT)
                     tracker = trackers[store]
                     problems[record.run] = show_champion(head, tracker) if tracker.connected else tracker.problem
+        # The process that works on the run updates the alias itself.
         except LockedError:
-            continue  # the process that works on the run updates the alias itself
+            continue
         except LifelongError as error:
             problems[record.run] = str(error)
     return {run: problem for run, problem in problems.items() if problem}

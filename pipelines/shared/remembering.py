@@ -30,8 +30,9 @@ def remembered(head: RunHead | None, written: Mapping[str, Any]) -> Remembered:
     records = {name: record for name, record in head.texts.items() if name in now and now[name] == then.get(name)}
 
     def tokenizer() -> str | None:
+        # The first stage stores the former file's tokenizer, and the new file may hold another.
         if _tokenizer_file(written) != _tokenizer_file(before):
-            return None  # stage keys do not tell one file from another
+            return None
         store = StageStore(ROOT)
         first = store.find(head.plan[0]) if head.plan else None
         return None if first is None else store.tokenizer(first)

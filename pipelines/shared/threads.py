@@ -30,7 +30,8 @@ def configure(environ: MutableMapping[str, str] = os.environ, root: Path = Path(
         environ: Changed in place.
         root: Root of the file system in which the kernel shows a container's limits.
     """
-    if "torch" in sys.modules:  # too late; a program that imports us has its own threads
+    # Too late, and a program that imports us decides about its threads itself.
+    if "torch" in sys.modules:
         return
     processors, quota = schedulable(), processor_quota(root)
     settings = thread_settings(environ, processors, quota)

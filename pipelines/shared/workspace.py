@@ -1,4 +1,4 @@
-"""How a configuration becomes a plan."""
+"""Turn a configuration into data and a plan, and check that text and disk space suffice for it."""
 
 from __future__ import annotations
 
@@ -58,13 +58,14 @@ def prepare(loaded: LoadedConfig, memory: dict[str, PreparedData] | None = None)
 
     Args:
         loaded: The configuration.
-        memory: Data by what was asked for; several runs on the same data then read it once.
+        memory: Data that was read before, by what was requested; several runs on the same data share it.
 
     Raises:
-        DataError: If a stage that is not committed needs text that is not there.
+        DataError: If a stage that is not committed needs text that is gone.
     """
     config = loaded.config
-    build_router(config.routing, width=config.model.width, layer=0)  # one of the user's own is found, or not, now
+    # Only for its errors: a router class of the user's own that cannot be built is reported before data is read.
+    build_router(config.routing, width=config.model.width, layer=0)
     head = RunRecord(ROOT, config.run).head()
     data = read_data(config, memory, remembered(head, written_config(loaded.raw)))
     plan = plan_stages(config, data.identity)
@@ -74,15 +75,15 @@ def prepare(loaded: LoadedConfig, memory: dict[str, PreparedData] | None = None)
 
 
 def require_text(plan: Sequence[PlannedStage], data: PreparedData, head: RunHead | None) -> None:
-    """Refuse to go on where a stage that is to be trained needs text that is gone.
+    """Raise an error if a stage that has yet to be trained needs text that is gone.
 
     Args:
         plan: All stages.
         data: What was read for them.
-        head: Of the run; None if there is none yet.
+        head: The run's head; None if there is none yet.
 
     Raises:
-        DataError: Naming the text and the stage; or of the kind that says why the text could not be had.
+        DataError: Naming the text and the stage; or another error that says why the text could not be read.
     """
     if not data.gone:
         return
@@ -96,12 +97,13 @@ def require_text(plan: Sequence[PlannedStage], data: PreparedData, head: RunHead
         why = "is not committed"
         if was is not None and was != planned.key and store.find(was) is not None:
             why = f"is committed with another configuration ({was[:SHORT]}, not {planned.key[:SHORT]})"
+        # The same type: unreachable text remains a TryAgainError, with its exit code 75.
         raise type(data.gone[name])(f"{data.gone[name]} Stage {spec.name}, which {verb} {name}, {why}.")
     _require_first_text(plan, data, store)
 
 
 def _require_first_text(plan: Sequence[PlannedStage], data: PreparedData, store: StageStore) -> None:
-    """What tells the first stage's text from later text is fitted on it, once."""
+    """Raise a DataError if centroids of the first stage's text are needed, but were not fitted before it was gone."""
     each = ((planned.spec.name, planned.spec.routing) for planned in plan)
     grown = next(((name, routing) for name, routing in each if needs_first_centroids(routing)), None)
     first = store.find(plan[0].key)
@@ -115,14 +117,15 @@ def _require_first_text(plan: Sequence[PlannedStage], data: PreparedData, store:
 
 
 def further_training(head: RunHead, plan: list[PlannedStage], store: StageStore) -> str:
-    """What else there is to say of a plan that is not the run's: nothing, or how to train a committed stage further.
+    """A remedy to append to the message that a plan differs from its run's; empty if there is none.
 
-    That is if all that was changed is that it should have more tokens. What an earlier version trained has other keys.
+    It tells how to train a committed stage further, if only the stage's tokens were raised; or that an earlier version
+    trained the stage, whose keys differ.
 
     Args:
-        head: Of the run, whose stages are not the planned ones.
-        plan: What would be trained.
-        store: Where the stages are.
+        head: The run's head; its stages differ from the planned ones.
+        plan: The planned stages.
+        store: The committed stages.
     """
     first = next(i for i, (old, new) in enumerate(zip(head.plan, plan, strict=False)) if old != new.key)
     stage, spec = store.find(head.plan[first]), plan[first].spec
@@ -151,7 +154,7 @@ def read_data(
     Args:
         config: The run.
         memory: See :func:`prepare`.
-        known: In place of text that is gone.
+        known: Records and held-out documents that replace text that is gone.
     """
     trained = [stage.data for stage in config.stages]
     used = {name: config.distributions[name] for name in config.evaluated}
@@ -160,7 +163,7 @@ def read_data(
     if not config.evaluate.keep_heldout:
         known = replace(known, heldout=None)
     memory = {} if memory is None else memory
-    # Whoever reads text that is there needs no records: runs that remember different things share it.
+    # Text that is there is read without records, so runs with different records share it.
     name = repr(asked)
     if name not in memory and (name := repr((asked, known.records, known.heldout is None))) not in memory:
         data = prepare_data(*asked, CACHE, known)
@@ -170,11 +173,11 @@ def read_data(
 
 
 def require_room(stages: Sequence[PlannedStage], config: RunConfig) -> None:
-    """Refuse to train stages for which the disk has no room; what they have written already is theirs to use.
+    """Require disk space for stages that are about to be trained; what they have already written counts as free.
 
     Args:
-        stages: Those that are not committed yet, trained one after the other.
-        config: Of their run.
+        stages: Stages that are not committed yet, trained one after the other.
+        config: Their run's configuration.
 
     Raises:
         ResourceError: If the file system has less than :func:`stage_need` says.

@@ -20,9 +20,10 @@ def gc(apply: bool, console: Console) -> Mapping[str, Any]:
 
     Raises:
         LockedError: If a process works on a run or a stage; then nothing is removed.
-        CorruptError: If a head or a stage is unreadable, because what it refers to is unknown.
+        CorruptError: If a head or a stage is unreadable: its references are then unknown.
     """
     garbage = collect(ROOT, CACHE, time.time()) if apply else find_garbage(ROOT, CACHE, time.time())
+    # After `collect`, which raises LockedError: then nothing at all is removed.
     if apply:
         remove_abandoned()
     _print(console, garbage, apply)

@@ -16,6 +16,7 @@ from lifelong_moe.training.callbacks.interrupt import handling_sigterm
 from pipelines.shared.places import ROOT
 
 START_SECONDS = 90.0
+"""Longest wait for the server to answer."""
 
 
 def ui(port: int, host: str, browser: bool, experiment: str, console: Console) -> int:
@@ -33,7 +34,8 @@ def ui(port: int, host: str, browser: bool, experiment: str, console: Console) -
     base = f"http://{host}:{port}"
     url = ui_url(base, tracker.experiment_id)
     console.print("starting the MLflow UI …")
-    with handling_sigterm():  # so the server is stopped too: left running, it would keep the port
+    # SIGTERM must stop the server too: left running, it would keep the port.
+    with handling_sigterm():
         server = subprocess.Popen(command, env=environment)
         try:
             # Another server may have taken the port since: it answers until ours has failed to bind.

@@ -68,7 +68,8 @@ def consolidate(run: str, stage: str, experts: int, console: Console, overrides:
             head = head.promoted("consolidated", (*before.stages, added), reason, timestamp())
         now = head.champion
         facts = {"stage": stage, "key": made.key, "merged": merged}
-        # Ledger before head: a kill in between leaves a line too many and never a change without a line.
+        # Ledger before head: a kill in between leaves a line too many and never a change without a line. The head is
+        # saved after a rejection too: version 0, which the line may name, can be new in it.
         record.log("consolidate", outcome=outcome, champion=now.id, **facts)
         record.set_head(head)
         for one in merged:

@@ -1,5 +1,8 @@
-"""`lifelong-moe drop`: a version without one stage. The newest is forgotten as if it had never been; of an older one
-the experts are taken out, and it is said what else of it remains."""
+"""`lifelong-moe drop`: promote a version without one stage.
+
+Without the newest stage, the model is exactly the one before it. Of an older stage the experts are removed, and the
+command reports what else the model retains of its text.
+"""
 
 from __future__ import annotations
 
@@ -86,7 +89,7 @@ def drop(
         stage: Name of the stage.
         console: Output for people.
         overrides: ``gate.KEY=VALUE``.
-        ungated: Promote it without a gate.
+        ungated: Promote it without asking the gate.
 
     Raises:
         ConfigError: If there is no such run or stage, or the stage cannot go; nothing is written then.
@@ -99,6 +102,7 @@ def drop(
     with locked(record.lock_path, f"run {run}"):
         head = with_versions(store, require_head(ROOT, run))
         before = head.champion
+        # Before the candidate is committed: if the gate cannot read its text, nothing is written.
         served = None if ungated else _served(head, before, store, stage)
         candidate = drop_candidate(store, before, stage)
         verdict = None
@@ -137,7 +141,7 @@ def _served(head: RunHead, version: Version, store: StageStore, stage: str) -> M
     """
     chain = [store.get(s.key) for s in version.stages]
     names = [s.name for s in version.stages]
-    # An unknown stage and the first one are refused by drop_candidate, with better words.
+    # `drop_candidate` refuses an unknown stage and the first one, with a better message.
     if stage not in names or names.index(stage) in (0, len(names) - 1) or not what_remains(chain, stage):
         return None
     try:

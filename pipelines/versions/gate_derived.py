@@ -29,8 +29,8 @@ def served_measurements(head: RunHead, version: Version, store: StageStore, with
     """Measurements on a version's distributions, from the run's stored configuration and batches.
 
     Args:
-        head: Of the run.
-        version: Its champion.
+        head: The run's head.
+        version: The run's champion.
         store: Committed stages.
         without: A distribution that may be gone.
 

@@ -72,7 +72,7 @@ def kinds_of_text(version: Version, store: StageStore) -> dict[str, str]:
 
 
 def best_losses(trainer: CandidateTrainer, candidate: Candidate, best: Mapping[str, BestLoss]) -> dict[str, BestLoss]:
-    """The lowest loss of each old distribution since the stage that learned it, that stage and the champion included.
+    """The lowest loss of each old distribution from the stage that learned it to the champion, both included.
 
     Stages that are no longer in the store are left out, with a message.
 
@@ -126,6 +126,7 @@ def old_losses(
 def predicted_power(trainer: CandidateTrainer, probe: Candidate) -> Power | None:
     """Power of the gate, estimated from a probe; None without an old distribution, or if the probe was not run."""
     stage = trainer.store.find(probe.planned.key)
+    # The batch's own distribution is always among the measurable ones.
     if stage is None or len(probe.measurements.measurable()) < 2:
         return None
     kinds, config = kinds_of_text(trainer.champion, trainer.store), trainer.retraining.settings.gate
