@@ -1,4 +1,4 @@
-"""What documents a distribution consists of and how text becomes tokens. Torch-free."""
+"""Settings of distributions, which say where documents come from, and of the tokenizer. Torch-free."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from enum import StrEnum
 
 from lifelong_moe.errors import ConfigError
 
+# A given tokenizer.json is held to it, too: its highest token id decides the size of the embedding.
 MAX_VOCAB_SIZE = 1_000_000
 BUILTIN_SOURCES = ("english_docs", "python_code", "cpp_headers")
 
 
 class KeepText(StrEnum):
-    """How long a tick keeps its copy of a batch's text."""
+    """How long a tick of scheduled retraining keeps its copy of a batch's text."""
 
     always = "always"
     until_promoted = "until_promoted"
@@ -25,32 +26,34 @@ class SourceConfig:
     """Where a distribution's documents come from: exactly one of ``builtin``, ``files`` and ``hf``."""
 
     builtin: str | None = None
-    """Text that every installation carries: ``english_docs``, ``python_code`` or ``cpp_headers``."""
+    """Text that comes with every installation: ``english_docs``, ``python_code`` or ``cpp_headers``. Null: not used."""
     files: str | None = None
-    """Path or glob of ``.jsonl``, ``.txt`` or ``.parquet`` files; the first two also as ``.gz`` or ``.zst``."""
+    """Path or glob of ``.jsonl``, ``.txt`` or ``.parquet`` files; the first two also as ``.gz`` or ``.zst``. Null: not
+    used."""
     heldout_files: str | None = None
-    """Path or glob of the held-out documents; without it they are split off by ``heldout_fraction``."""
+    """Path or glob of the held-out documents, with ``files`` only. Null: ``heldout_fraction`` splits them off."""
     hf: str | None = None
-    """Id of a Hugging Face dataset."""
+    """Id of a Hugging Face dataset. Null: not used."""
     name: str | None = None
-    """Configuration name of the Hugging Face dataset."""
+    """Configuration name of the Hugging Face dataset. Null: its default configuration."""
     revision: str | None = None
-    """Commit of the Hugging Face dataset, 40 hexadecimal digits; required with ``hf``."""
+    """Commit of the Hugging Face dataset, 40 hexadecimal digits; required with ``hf``, null without."""
     split: str = "train"
     """Split of the Hugging Face dataset."""
     text_field: str = "text"
     """Field (JSONL, Parquet, Hugging Face) that holds the text."""
     answer_field: str | None = None
-    """Field (JSONL, Parquet, Hugging Face) with the answer to ``text_field``'s prompt. Only answers and their
-    ends are then scored, and a stage of ``kind: finetune`` learns them alone."""
+    """Field (JSONL, Parquet, Hugging Face) that holds the answer to the prompt in ``text_field``. Only answers and the
+    token that ends them are then scored, and only a stage of ``kind: finetune`` can train on them. Null: plain text."""
     source_field: str = "source"
-    """Field that names the document's source unit, if present; a unit is never split between train and held-out."""
+    """Field that names the document's source unit, such as its author or site; a unit is never split between training
+    and held-out documents. A document without it is a unit of its own."""
     heldout_fraction: float = 0.05
-    """Share of source units held out."""
+    """Fraction of source units held out, above 0 and below 1."""
     heldout_sources: int = 1
-    """Source units held out at least, whatever share they are, but never more than half of them."""
+    """Fewest source units held out, whatever ``heldout_fraction`` gives, but never more than half of all."""
     max_bytes: int | None = None
-    """Keep at most about this many UTF-8 bytes of documents (whole source units, in hash order); None keeps all."""
+    """Keep about this many UTF-8 bytes of documents at most, as whole source units in hash order. Null keeps all."""
 
     def __post_init__(self) -> None:
         given = [key for key in ("builtin", "files", "hf") if getattr(self, key) is not None]
@@ -60,6 +63,7 @@ class SourceConfig:
             )
         if self.builtin is not None and self.builtin not in BUILTIN_SOURCES:
             raise ConfigError(f"builtin={self.builtin} is unknown; there are {', '.join(BUILTIN_SOURCES)}.")
+        # A commit and not a branch or tag, which may move: the text of a stage that is to be resumed must not change.
         if self.hf is not None and not re.fullmatch(r"[0-9a-f]{40}", self.revision or ""):
             raise ConfigError(
                 f"hf={self.hf} needs revision=<commit, 40 hexadecimal digits>, so that the text cannot change; "
@@ -77,14 +81,15 @@ class SourceConfig:
 
 @dataclass(kw_only=True)
 class TokenizerConfig:
-    """Byte-level BPE, trained once on the first stage's training text and then fixed for good."""
+    """Byte-level BPE, trained once on the first stage's training text and never changed again."""
 
     vocab_size: int = 4096
-    """Entries, special tokens included."""
+    """Number of entries, special tokens included."""
     train_on: str | None = None
-    """Must name the first stage's distribution, the default: a tokenizer that saw later stages leaks the future."""
+    """Distribution to train on. It must be the first stage's, which null means, too: a tokenizer that has seen later
+    stages leaks the future."""
     file: str | None = None
-    """A given ``tokenizer.json`` instead; ``vocab_size`` is then read from it."""
+    """Path of a ``tokenizer.json`` to use as it is; it then decides ``vocab_size``. Null trains one."""
 
     def __post_init__(self) -> None:
         if not 257 <= self.vocab_size <= MAX_VOCAB_SIZE:

@@ -1,4 +1,4 @@
-"""What is measured after each stage. Torch-free."""
+"""Settings of what is measured after each stage. Torch-free."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ class EvaluateConfig:
     """Held-out loss after each stage, on every distribution of the run."""
 
     also: list[str] = field(default_factory=list)
-    """Distributions that are evaluated and never trained."""
+    """Distributions to evaluate after each stage besides those of the stages; they are never trained on."""
     tokens: int = 50_000
-    """Held-out tokens a distribution (whole documents, so slightly more)."""
+    """Held-out tokens per distribution; whole documents are scored, so slightly more."""
     batch_tokens: int = 8192
-    """Tokens a forward pass; changes memory and speed, not results."""
+    """Tokens per forward pass; affects memory and speed, not results."""
     keep_heldout: bool = True
-    """Keep a copy of held-out documents, which nothing is trained on, in ``mlruns/heldout``: forgetting can then be
-    measured when the files are gone. Without it a distribution whose files are gone is measured no more."""
+    """Keep a copy of the held-out documents in ``mlruns/heldout``, so that forgetting can still be measured once their
+    files are gone. If false, a distribution is no longer measured once its files are gone."""
 
     def __post_init__(self) -> None:
         for key in ("tokens", "batch_tokens"):

@@ -1,4 +1,4 @@
-"""How many experts a stage adds and how they begin. Torch-free."""
+"""Settings of growth: how many experts a stage adds, and how they are initialized. Torch-free."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lifelong_moe.errors import ConfigError
 
 
 class ExpertInit(StrEnum):
-    """How a new expert's weights begin."""
+    """How a new expert's weights are initialized."""
 
     copy = "copy"
     random = "random"
@@ -19,14 +19,14 @@ class ExpertInit(StrEnum):
 
 
 class FrozenWeights(StrEnum):
-    """How frozen matrices are held while a stage trains."""
+    """How frozen matrices are held in memory while a stage trains."""
 
     full = "full"
     int8 = "int8"
 
 
 class RouterInit(StrEnum):
-    """How a new expert's router row begins."""
+    """How a new expert's router row is initialized."""
 
     random = "random"
     copy = "copy"
@@ -35,32 +35,34 @@ class RouterInit(StrEnum):
 
 @dataclass(kw_only=True)
 class GrowConfig:
-    """Growth at the start of a stage; from the second stage on."""
+    """Growth at the start of a stage, from the second stage on."""
 
     experts: int = 2
-    """New experts per layer; 0 adds none, and then nothing is frozen either."""
+    """New experts per layer. 0 adds none and freezes none: the stage trains the existing experts on."""
     init: ExpertInit = ExpertInit.copy
-    """``copy`` the experts that the new data uses most (with bundles, those of the newest one), with noise;
-    ``upcycle``, exact copies of a dense model's only expert, which change nothing yet (as published with
-    ``router=random``, ``old_lr_scale=1`` and ``trunk.train=full``: all train); or ``random``."""
+    """Initial weights of the new experts. ``copy``: those of the experts that the new data uses most (of the newest
+    generation, if ``routing.bundles`` is set), plus noise. ``upcycle``: exact copies of a dense model's only expert,
+    which leave its outputs unchanged; as published with ``router=random``, ``old_lr_scale=1`` and ``trunk.train=full``,
+    where all parameters train. ``random``: as in the first stage."""
     noise: float = 0.01
-    """Standard deviation of the noise on a copy, relative to the copied matrix's own deviation."""
+    """``init=copy``: standard deviation of the noise, relative to that of the copied matrix."""
     router: RouterInit = RouterInit.centroid
-    """New router rows: ``centroid`` (FAISS k-means of the new data's hidden states at that layer, scaled to the old
-    rows' length), ``random``, or ``copy`` of the copied expert's row. Clustered routers always use centroids."""
+    """Initial router rows of the new experts: ``centroid`` (FAISS k-means of the new data's hidden states at the layer,
+    scaled to the old rows' length), ``random``, or ``copy`` of the copied expert's row. Clustered routers always use
+    centroids."""
     sample_tokens: int = 20_000
-    """Tokens of the new data on which expert usage and hidden states are measured."""
+    """Tokens of the new data from which expert usage and hidden states are measured."""
     layers: list[int] | None = None
-    """Layers that get the new experts, counted from 0; None means all."""
+    """Layers that get the new experts, counted from 0 and in ascending order. Null means all."""
     frozen_weights: FrozenWeights = FrozenWeights.full
-    """Hold what is frozen as stored (``full``), or while the stage trains in 8 bits with a scale a row (``int8``): a
-    quarter of the memory. What is stored stays as it is."""
+    """Precision of frozen matrices in memory while the stage trains: as stored (``full``), or 8 bits with a scale per
+    row (``int8``), which takes a quarter of the memory. The stored weights do not change."""
     old_lr_scale: float = 0.0
-    """Learning-rate factor of the old experts and their router rows; 0 freezes them for good."""
+    """Learning-rate factor of the old experts and their router rows, 0 to 1; 0 freezes them for good."""
     old_until: float = 1.0
-    """With ``old_lr_scale`` above 0: share of the stage's steps after which the old experts stop."""
+    """With ``old_lr_scale`` above 0: fraction of the stage's steps after which the old experts stop training."""
     min_share: float = 0.01
-    """Warn when a new expert ends its stage with less than this share of the new data's assignments."""
+    """Warn if a new expert gets less than this fraction of the new data's assignments at the end of its stage."""
 
     def __post_init__(self) -> None:
         if self.experts < 0:
@@ -72,15 +74,17 @@ class GrowConfig:
         for key in ("old_lr_scale", "old_until"):
             if not 0.0 <= getattr(self, key) <= 1.0:
                 raise ConfigError(f"grow.{key}={getattr(self, key)} must lie in [0, 1].")
+        # One way to write a set of layers, so that equal work has equal keys.
         if self.layers is not None and (not self.layers or sorted(set(self.layers)) != self.layers):
             raise ConfigError(f"grow.layers={self.layers} must name layers in ascending order, each once.")
 
     def effective(self, *, has_rows: bool) -> GrowConfig:
-        """The same, with every key that changes nothing at its default: equal work, equal keys.
+        """A copy with every key that has no effect at its default: equal work, equal keys.
 
         Args:
-            has_rows: Whether routers have rows, which begin somehow.
+            has_rows: Whether routers have rows to initialize.
         """
+        # `min_share` has none either, but its warning needs the value: `stage_key` leaves it out.
         used = {
             "noise": self.init == ExpertInit.copy,
             "router": has_rows,

@@ -1,7 +1,7 @@
-"""A run's configuration from YAML and overrides. Torch-free.
+"""Load a run's configuration from YAML and overrides. Torch-free.
 
-One path in: YAML, then ``key=value`` overrides, then each section merged over its dataclass by OmegaConf. Below
-this package only plain dataclasses travel.
+There is one path in: YAML, then ``key=value`` overrides, then OmegaConf merges each section over its dataclass. Other
+packages see plain dataclasses only.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from lifelong_moe.errors import ConfigError
 from lifelong_moe.storage.credentials import without_credentials
 
 
+# RunConfig as a whole is never merged: `stages` and `distributions` are built item by item, so that errors name theirs.
 @dataclass(kw_only=True)
 class _Scalars:
     run: str
@@ -36,14 +37,14 @@ class _Scalars:
 
 @dataclass(frozen=True)
 class LoadedConfig:
-    """A run's configuration, which a command reads once and hands on."""
+    """A run's configuration, which a command reads once and passes on."""
 
     raw: DictConfig
-    """As written, with overrides; interpolations such as ``${oc.env:TOKEN}`` are unresolved."""
+    """The file with overrides; interpolations such as ``${oc.env:TOKEN}`` are unresolved."""
     config: RunConfig
-    """Validated and built from it."""
+    """The validated dataclasses built from ``raw``."""
     left_behind: tuple[str, ...] = ()
-    """Sentences on the file's keys that the routing mode of an override ignores."""
+    """Messages on keys of the file that do not apply to the routing mode set by an override."""
 
 
 def read_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig:
@@ -54,13 +55,13 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig
         overrides: Such as ``seed=1`` or ``stages[1].grow.experts=4``; the value is YAML.
 
     Raises:
-        ConfigError: One line with the full key or file and line, what was required and what came.
+        ConfigError: With the full key or file and line, what was required and what came, on one line.
     """
     return configure(read_yaml(Path(path)), overrides, str(path))
 
 
 def configure(file: DictConfig, overrides: Sequence[str], path: str) -> LoadedConfig:
-    """Build a configuration from a file that was read already, as the many runs of a comparison share one.
+    """Build a configuration from a file that was read before, such as the one that all runs of a comparison share.
 
     Args:
         file: As from :func:`~lifelong_moe.config.yaml_file.read_yaml`; left unchanged.
@@ -77,21 +78,23 @@ def configure(file: DictConfig, overrides: Sequence[str], path: str) -> LoadedCo
 
 
 def overridden(file: DictConfig, overrides: Sequence[str]) -> DictConfig:
-    """A copy of a file's content with overrides, which may switch the routing's mode; not validated."""
+    """Copy a file's content and apply overrides, which may switch the routing's mode; nothing is validated."""
     raw = file.copy()
     for override in overrides:
         apply_override(raw, override)
+    # Last, since any of the overrides may have set the mode.
     drop_keys_of_old_mode(raw, file, overrides)
     return raw
 
 
 def written_config(raw: DictConfig) -> dict[str, Any]:
     """A configuration as plain data that may be logged: interpolations unresolved, URLs without credentials."""
+    # An interpolation may refer to a secret in the environment; a URL may contain one.
     return _masked(OmegaConf.to_container(raw, resolve=False))
 
 
 def _masked(value: Any) -> Any:
-    """Mask what may be secret in every URL within plain data."""
+    """Mask the parts of URLs within plain data that may be secret."""
     if isinstance(value, dict):
         return {key: _masked(child) for key, child in value.items()}
     if isinstance(value, list):
@@ -104,47 +107,54 @@ def build_config(raw: DictConfig, *, is_stored: bool = False) -> RunConfig:
 
     Args:
         raw: As from :func:`overridden`.
-        is_stored: Whether it is of a run that exists: an earlier version may have let it have what is refused today.
+        is_stored: Whether it belongs to an existing run, which an earlier version may have allowed more than today's.
     """
     if is_stored and OmegaConf.select(raw, "routing.capacity") and OmegaConf.select(raw, "routing.balance_scope"):
-        raw = raw.copy()  # they may contradict each other; see stored_routing
+        # In an existing run the two may contradict each other; see `stored_routing`. The caller's `raw` stays.
+        raw = raw.copy()
         del raw.routing.balance_scope
     known = {f.name for f in dataclasses.fields(RunConfig)} | {"stage_defaults"}
     for key in raw:
         require_known(str(key), known, "key")
+    # Before the sections, the first of which would report one of several keys that a mode needs.
     if not is_stored:
         refuse_unfit_mode(raw)
     nodes = {name: (cls, raw.get(name)) for name, cls in sections_of(RunConfig).items()}
     nodes["routing"] = _of_its_mode(*nodes["routing"], is_stored=is_stored)
     values: dict[str, Any] = {name: section(cls, node, name) for name, (cls, node) in nodes.items()}
     sources = _mapping(raw, "distributions")
-    names = {str(key): key for key in sources}  # one such as 2024 is a number in YAML
+    # YAML reads a name such as 2024 as a number, under which OmegaConf finds the node.
+    names = {str(key): key for key in sources}
     values["distributions"] = {
         name: section(SourceConfig, sources._get_node(key), f"distributions.{name}") for name, key in names.items()
     }
     values["stages"] = _stages(raw)
     if raw.get("published") is not None:
         values["published"] = section(PublishedConfig, raw.published, "published")
+    # OmegaConf rejects keys that the dataclass lacks, so the node is cut down to those that it has.
     scalars = section(_Scalars, OmegaConf.masked_copy(raw, ["run", "method", "seed"]), "")
     config = RunConfig(run=scalars.run, method=scalars.method, seed=scalars.seed, **values)
     require_consistent(config)
+    # Rules of later versions: an existing run that breaks them must still open.
     if not is_stored:
         config.routing.require_gate_gradient()
         refuse_idle_method(config.method, config.routing, config.stages, raw)
         refuse_moving_trunk(config.method, config.routing, config.stages)
+    # YAML can write .nan and .inf, and NaN passes checks such as `lr <= 0`.
     require_finite(config, "")
     return config
 
 
 def whole_config(raw: DictConfig) -> dict[str, Any]:
-    """Everything that a valid configuration says: with all defaults, and ``stage_defaults`` merged under each stage.
+    """Write out a valid configuration with all defaults, and with ``stage_defaults`` merged under each stage.
 
     Args:
         raw: As from :func:`overridden`.
 
     Returns:
-        Plain data that may be logged, like that of :func:`written_config`: what refers to a secret still only refers.
+        Plain data that may be logged, like that of :func:`written_config`: interpolations stay unresolved.
     """
+    # Nodes throughout: access by key would resolve an interpolation, which may refer to a secret.
     found = _unresolved(_Scalars, OmegaConf.masked_copy(raw, ["run", "method", "seed"]))
     parts = {name: (cls, raw._get_node(name)) for name, cls in sections_of(RunConfig).items()}
     parts["routing"] = _of_its_mode(*parts["routing"])
@@ -152,6 +162,7 @@ def whole_config(raw: DictConfig) -> dict[str, Any]:
     nodes: list[Any] = [raw._get_node(key) for key in ("distributions", "stages", "stage_defaults")]
     sources, stages, defaults = nodes
     found["distributions"] = _each(SourceConfig, sources)
+    # What an interpolation would merge under the stages is unknown.
     found["stages"] = _each(StageConfig, stages, None if _refers(defaults) else defaults)
     if raw.get("published") is not None:
         found["published"] = _unresolved(PublishedConfig, raw._get_node("published"))
@@ -159,7 +170,7 @@ def whole_config(raw: DictConfig) -> dict[str, Any]:
 
 
 def _unresolved(cls: type, node: Any, under: DictConfig | None = None) -> Any:
-    """A node merged over its dataclass, as plain data with its interpolations."""
+    """Merge a node over its dataclass, as plain data that keeps interpolations."""
     if _refers(node):
         return node._value()
     parts = [part for part in (structured(cls), under, node) if part is not None]
@@ -167,12 +178,12 @@ def _unresolved(cls: type, node: Any, under: DictConfig | None = None) -> Any:
 
 
 def _refers(node: Any) -> bool:
-    """Whether a node is an interpolation, of which nobody knows what it stands for."""
+    """Whether a node is an interpolation, whose value is unknown until it is resolved."""
     return node is not None and bool(node._is_interpolation())
 
 
 def _each(cls: type, nodes: Any, under: DictConfig | None = None) -> Any:
-    """A mapping or list of nodes, each merged over its dataclass."""
+    """Merge each node of a mapping or list over its dataclass."""
     if _refers(nodes):
         return nodes._value()
     if isinstance(nodes, ListConfig):
@@ -181,7 +192,8 @@ def _each(cls: type, nodes: Any, under: DictConfig | None = None) -> Any:
 
 
 def _of_its_mode(cls: type, node: Any, *, is_stored: bool = False) -> tuple[type, Any]:
-    """The dataclass of the mode that a routing section names, and the section without keys of other modes."""
+    """Find the dataclass of the mode that a routing section names, and drop the section's keys of other modes."""
+    # `section` reports a node that is no mapping.
     if not isinstance(node, DictConfig) or _refers(node):
         return cls, node
     with errors_under("routing"):
@@ -195,6 +207,7 @@ def _stages(raw: DictConfig) -> list[StageConfig]:
     defaults = raw.get("stage_defaults") or OmegaConf.create({})
     if not isinstance(defaults, DictConfig):
         raise ConfigError("stage_defaults must be a mapping.")
+    # Merged by themselves first, so that a mistake in them is reported under their name, not the first stage's.
     with errors_under("stage_defaults"):
         OmegaConf.merge(structured(StageConfig), defaults)
     built = []

@@ -1,4 +1,4 @@
-"""What a new run may not ask of what holds old knowledge, though one of an earlier version may have it. Torch-free."""
+"""Rules on retention that bind new runs only; runs of earlier versions may break them. Torch-free."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ DEFINING = {
     "ewc": ("penalty.weight", DEFAULT_PENALTY[PenaltyKind.ewc]),
     "lwf": ("distill.weight", DistillConfig().weight),
 }
-"""What makes a method more than ``sequential``: a stage's key, and its default, which the refusal of a 0 names."""
+"""By method, the stage's key that makes it more than ``sequential``, and the value that a refusal of 0 recommends."""
 
 
 class Growth(Protocol):
-    """What is read here of a stage's growth."""
+    """The part of a stage's growth that these rules read."""
 
     experts: int
 
 
 class Finetuning(Protocol):
-    """What is read here of a stage's fine-tuning."""
+    """The part of a stage's fine-tuning that these rules read."""
 
     @property
     def trainable(self) -> str:
-        """``moe`` leaves the trunk alone."""
+        """Which parameters train; ``moe`` leaves the trunk unchanged."""
 
 
 class Stage(Protocol):
-    """What is read here of a stage's configuration."""
+    """The part of a stage's configuration that these rules read."""
 
     distill: DistillConfig
     replay: ReplayConfig
@@ -67,19 +67,19 @@ class Stage(Protocol):
 
 
 def refuse_idle_method(method: str, routing: RoutingConfig, stages: Sequence[Stage], raw: DictConfig) -> None:
-    """Refuse a method whose one part is 0 in every later stage: it would be ``sequential`` under another name.
-
-    No default takes the 0's place: the file says 0 for a reason, be it for another method.
+    """Reject a method whose only mechanism is 0 in every later stage: it would be ``sequential`` under another name.
 
     Args:
-        method: Of the run.
-        routing: Of the run; experts that form groups begin as many at a time.
-        stages: All of them; the first has nothing to hold on to.
-        raw: As it was written, for the keys to set.
+        method: The run's method.
+        routing: The run's routing; experts that form groups are added a group at a time.
+        stages: All stages; the first has nothing to retain.
+        raw: The configuration as written, for the keys to set.
     """
+    # Rejected, not replaced by a default: the file says 0 for a reason, perhaps for another method.
     if method not in DEFINING or len(stages) == 1:
         return
     key, default = DEFINING[method]
+    # Fewer experts than groups would leave groups empty.
     default = max(default, routing.expert_groups) if method == "static_moe" else default
     if not any(_part(stage, method) for stage in stages[1:]):
         raise ConfigError(
@@ -89,7 +89,7 @@ def refuse_idle_method(method: str, routing: RoutingConfig, stages: Sequence[Sta
 
 
 def _part(stage: Stage, method: str) -> float:
-    """How much a stage has of what the method is about."""
+    """The strength of a method's mechanism in a stage."""
     match method:
         case "static_moe":
             return stage.grow.experts
@@ -102,30 +102,33 @@ def _part(stage: Stage, method: str) -> float:
 
 
 def overrides(raw: Any, key: str, value: object) -> list[str]:
-    """The ``key=value`` that set a key in every later stage: the default, and each stage's own where it has one.
+    """List the ``key=value`` overrides that set a key in every later stage.
 
     Args:
         raw: The configuration as written, plain data.
         key: Such as ``trunk.train``.
-        value: To be set.
+        value: New value.
     """
     part, name = key.split(".")
+    # A stage's own value takes precedence over `stage_defaults`, so it needs an override of its own.
     own = [
         f"stages[{i}].{key}={value}"
         for i, stage in enumerate(raw["stages"])
         if i and isinstance(stage, Mapping) and name in (stage.get(part) or {})
     ]
+    # Where each later stage has its own, a default would be without effect.
     return [f"stage_defaults.{key}={value}", *own] if len(own) < len(raw["stages"]) - 1 else own
 
 
 def refuse_unfit_mode(raw: DictConfig) -> None:
-    """Refuse a mode that needs more than one key changed, and list them all, as they can be copied.
+    """Reject a mode that needs several keys changed, and list all of them as overrides to copy.
 
-    Where one is enough, the section that it belongs to says so.
+    Where one key is enough, the section that it belongs to reports it.
 
     Args:
-        raw: As it was written.
+        raw: The configuration as written.
     """
+    # Nothing is validated yet: whatever has the wrong shape is left to the sections, which report it.
     plain: Any = OmegaConf.to_container(raw, resolve=False)
     routing = plain.get("routing")
     if not isinstance(routing, Mapping) or not isinstance(plain.get("stages"), list):
@@ -138,6 +141,7 @@ def refuse_unfit_mode(raw: DictConfig) -> None:
             needed.append("routing.bundles=none")
         if plain.get("method", "lifelong") == "lifelong" and "deltas" in _later(plain, "trunk.train", None):
             needed += overrides(plain, "trunk.train", "full")
+            # Without generations of their own for old text, replay has to retain it.
             share = ReplayConfig().fraction
             if not any(_later(plain, "replay.fraction", share)):
                 needed += overrides(plain, "replay.fraction", share)
@@ -149,7 +153,7 @@ def refuse_unfit_mode(raw: DictConfig) -> None:
 
 
 def _later(plain: Any, key: str, default: object) -> list[Any]:
-    """What later stages have at a key: their own, or from ``stage_defaults``, or the default."""
+    """The value of a key in each later stage: its own, that of ``stage_defaults``, or the default."""
     part, name = key.split(".")
     sections = [stage.get(part) for stage in plain["stages"][1:] if isinstance(stage, Mapping)]
     common = (plain.get("stage_defaults") or {}).get(part)
@@ -158,15 +162,16 @@ def _later(plain: Any, key: str, default: object) -> list[Any]:
 
 
 def refuse_moving_trunk(method: str, routing: RoutingConfig, stages: Sequence[Stage]) -> None:
-    """Refuse to train the trunk beside frozen bundles: their tokens use it, so old text would be forgotten after all.
+    """Reject training the trunk beside frozen generations: their tokens use it, so old text would be forgotten.
 
     Args:
-        method: Of the run; others than ``lifelong`` train everything, and have no bundles.
-        routing: Of the run.
-        stages: All of them; the first has no bundles yet, nor has a later one before the first that grows.
+        method: The run's method; all but ``lifelong`` train every parameter and have no generations to protect.
+        routing: The run's routing.
+        stages: All stages.
     """
     if method != "lifelong" or routing.bundles == Bundles.none:
         return
+    # Until a stage grows there is one generation, which trains on together with the trunk.
     grown = 0
     for i, stage in enumerate(stages[1:], start=1):
         grown += stage.grow.experts
@@ -180,7 +185,7 @@ def refuse_moving_trunk(method: str, routing: RoutingConfig, stages: Sequence[St
 
 
 def require_text(distill: DistillConfig, replay: ReplayConfig, i: int) -> None:
-    """There must be replayed text to distil on, where a later stage, the ``i``-th, is to."""
+    """Reject distillation on replayed text in the ``i``-th stage, a later one, if it replays none."""
     if distill.weight and distill.text == DistillText.replay and not replay.fraction:
         raise ConfigError(
             f"stages[{i}].distill.text=replay needs stages[{i}].replay.fraction above 0. Set it, or distill.text=new, "

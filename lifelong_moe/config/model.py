@@ -1,4 +1,4 @@
-"""The transformer's shape. Torch-free."""
+"""Settings of the transformer's shape. Torch-free."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lifelong_moe.errors import ConfigError
 
 
 class Activation(StrEnum):
-    """What stands between the two matrices of a feed-forward network."""
+    """The nonlinearity between the two matrices of a feed-forward network."""
 
     swiglu = "swiglu"
     geglu = "geglu"
@@ -25,7 +25,7 @@ class Activation(StrEnum):
 
 
 class ExpertsImplementation(StrEnum):
-    """How a layer's experts are computed. Results are the same up to rounding."""
+    """How a layer's experts are computed; results are equal up to rounding."""
 
     auto = "auto"
     readable = "readable"
@@ -34,7 +34,7 @@ class ExpertsImplementation(StrEnum):
 
 
 class SharedMix(StrEnum):
-    """How a layer's shared experts join the routed ones."""
+    """How the outputs of shared and routed experts are combined."""
 
     sum = "sum"
     learned = "learned"
@@ -53,32 +53,35 @@ class ModelConfig:
     """Mixtral's shape by default: RMSNorm, RoPE, grouped-query attention, SwiGLU experts in every layer, no biases."""
 
     layers: int = 4
-    """Decoder layers."""
+    """Number of decoder layers."""
     width: int = 128
     """Hidden size (D)."""
     heads: int = 4
-    """Query heads; ``width`` must be a multiple of it."""
+    """Number of query heads; without ``head_width``, ``width`` must be an even multiple of it."""
     kv_heads: int = 2
-    """Key and value heads; ``heads`` must be a multiple of it."""
+    """Number of key and value heads; ``heads`` must be a multiple of it."""
     expert_width: int = 256
     """Hidden size of one expert (F)."""
+    # Any, since an OmegaConf field cannot be a number or a list.
     experts: Any = 4
-    """Experts per layer that the first stage starts with; or a list with a number for each layer that has a mixture,
-    bottom to top (a pyramid, DeepSpeed-MoE)."""
+    """Experts per layer in the first stage; or a list with a number for each layer that has experts, bottom to top (the
+    pyramid of DeepSpeed-MoE)."""
     activation: Activation = Activation.swiglu
-    """Of the experts: ``swiglu`` or ``geglu``, which are gated, ``gelu`` or ``relu``, which are not."""
+    """Nonlinearity of the experts: ``swiglu`` or ``geglu``, which are gated, or ``gelu`` or ``relu``, which are not."""
     moe_every: int = 1
-    """Every so manieth layer has a mixture of experts; the others are dense (GLaM: 2)."""
+    """Every ``moe_every``-th layer has a mixture of experts; the others are dense (GLaM: 2)."""
     dense_layers: int = 0
-    """So many of the lowest layers are dense whatever ``moe_every`` says (DeepSeek-V3: 3)."""
+    """Number of lowest layers that are dense whatever ``moe_every`` says (DeepSeek-V3: 3)."""
     dense_width: int | None = None
-    """Hidden size of a dense layer; ``expert_width`` times the experts that a token uses elsewhere by default."""
+    """Hidden size of a dense layer's feed-forward network. Null: ``expert_width`` times ``routing.top_k``, as large as
+    the experts that a token uses in other layers."""
     dense_activation: Activation = Activation.swiglu
-    """Of dense layers."""
+    """Nonlinearity of dense layers; the values are those of ``activation``."""
     shared_experts: int = 0
-    """Experts of each mixture that every token uses beside the routed ones, as one network (DeepSeekMoE)."""
+    """Experts in each mixture that every token uses besides the routed ones, computed as one network (DeepSeekMoE)."""
     shared_mix: SharedMix = SharedMix.sum
-    """Add shared and routed experts' outputs, or weigh them by a ``learned`` softmax of the token (DeepSpeed-MoE)."""
+    """How the outputs of shared and routed experts are combined: their ``sum``, or an average with weights from a
+    ``learned`` softmax per token (DeepSpeed-MoE)."""
     context: int = 256
     """Tokens in a training block and in an evaluation window."""
     rope_base: float = 10_000.0
@@ -86,24 +89,25 @@ class ModelConfig:
     norm_eps: float = 1e-5
     """Added to the mean square in RMSNorm."""
     head_width: int | None = None
-    """Width of an attention head; ``width / heads`` by default."""
+    """Width of an attention head, even. Null: ``width / heads``."""
     qk_norm: QKNorm = QKNorm.none
-    """Normalize queries and keys over each ``head`` (Qwen3) or over the ``full`` projection (OLMoE)."""
+    """Normalize queries and keys over each ``head`` (Qwen3), over the ``full`` projection (OLMoE), or not at all
+    (``none``)."""
     attention_softcap: float | None = None
-    """Bound attention's logits to ``c tanh(logits / c)`` (Grok-1: 30); none by default."""
+    """Bound ``c`` on attention logits, which become ``c tanh(logits / c)`` (Grok-1: 30). Null: no bound."""
     embedding_scale: float = 1.0
     """Factor on the token embeddings (Grok-1: the square root of the width)."""
     logit_scale: float = 1.0
     """Factor on the output logits (Grok-1: ``1 / sqrt(3)``)."""
     sandwich_norms: bool = False
-    """Normalize what a sublayer puts out as well as what it takes in (Grok-1)."""
+    """Normalize the output of each sublayer as well as its input (Grok-1)."""
     tie_embeddings: bool = False
-    """Use the token embedding as output head (Mixtral does not)."""
+    """Use the token embedding as the output head (Mixtral does not)."""
     document_mask: bool = False
-    """Let tokens attend within their own document only; otherwise a packed block is one causal sequence."""
+    """Let tokens attend within their own document only. If false, a packed block is one causal sequence."""
     init_std: float = 0.02
-    """Standard deviation of the normal initialization of every matrix, but for rows and experts of routing modes whose
-    authors begin them otherwise (``switch``, ``base``, ``vmoe``)."""
+    """Standard deviation of the normal initialization of every matrix, except router rows and experts of routing modes
+    whose authors initialize them differently (``switch``, ``base``, ``vmoe``)."""
 
     def __post_init__(self) -> None:
         for key in ("layers", "width", "heads", "kv_heads", "expert_width", "context", "moe_every"):
@@ -115,6 +119,7 @@ class ModelConfig:
                 raise ConfigError(f"model.{key}={value} must be at least 1.")
         above_zero = ("norm_eps", "init_std", "embedding_scale", "logit_scale")
         for key, least in (("rope_base", 1.0), *((key, 1e-12) for key in above_zero)):
+            # Written so that NaN is rejected as well.
             if not getattr(self, key) >= least:
                 raise ConfigError(f"model.{key}={getattr(self, key)} must be at least {least}.")
         if self.attention_softcap is not None and not self.attention_softcap > 0:
@@ -143,6 +148,7 @@ class ModelConfig:
                 f"{self.layers} layers with experts."
             )
         numbers = self.experts if isinstance(self.experts, list) else [self.experts]
+        # In Python a bool is an int, so `experts: true` would be one expert.
         if not all(isinstance(n, int) and not isinstance(n, bool) for n in numbers):
             raise ConfigError(f"model.experts={self.experts} must be a whole number, or a list of them.")
         if isinstance(self.experts, list) and len(numbers) != len(mixtures):
@@ -153,10 +159,11 @@ class ModelConfig:
             raise ConfigError(f"model.experts={self.experts} must be at least 1.")
 
     def effective(self) -> ModelConfig:
-        """The same, with every key that changes nothing at its default: equal work, equal keys."""
+        """A copy with every key that has no effect at its default: equal work, equal keys."""
         if len(self.moe_layers) < self.layers:
             return self
-        return dataclasses.replace(self, dense_width=None, dense_activation=Activation.swiglu)  # no layer is dense
+        # No layer is dense, so nothing reads these two.
+        return dataclasses.replace(self, dense_width=None, dense_activation=Activation.swiglu)
 
     @property
     def attention_width(self) -> int:
@@ -166,12 +173,13 @@ class ModelConfig:
     @property
     def moe_layers(self) -> tuple[int, ...]:
         """Layers that have a mixture of experts."""
+        # `dense_layers` takes layers away and does not shift the count of `moe_every`.
         layers = range(self.dense_layers, self.layers)
         return tuple(layer for layer in layers if (layer + 1) % self.moe_every == 0)
 
     @property
     def experts_by_layer(self) -> tuple[int, ...]:
-        """Experts of each decoder layer that the first stage begins with; 0 for a dense one."""
+        """Experts of each decoder layer in the first stage; 0 for a dense one."""
         mixtures = self.moe_layers
         numbers = self.experts if isinstance(self.experts, list) else [self.experts] * len(mixtures)
         found = dict(zip(mixtures, numbers, strict=True))
@@ -179,10 +187,10 @@ class ModelConfig:
 
     @property
     def most_experts(self) -> int:
-        """Of the layer that begins with most."""
+        """Experts of the layer that has most of them in the first stage."""
         return max(self.experts_by_layer)
 
     @property
     def fewest_experts(self) -> int:
-        """Of the layer with a mixture that begins with fewest."""
+        """Experts of the layer with a mixture that has fewest of them in the first stage."""
         return min(n for n in self.experts_by_layer if n)

@@ -1,4 +1,4 @@
-"""Names in a configuration: which are allowed, and which known one is meant by an unknown one. Torch-free."""
+"""Check names in a configuration, and suggest a known one for a misspelt one. Torch-free."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 
 from lifelong_moe.errors import ConfigError
 
+# Names become folders, hence no slash, and no leading dot, which marks our temporary folders.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 SCRATCH = ".scratch"
-"""Ends the name of a model from scratch beside a stage."""
+"""Suffix of the name of a model that is trained from scratch beside a stage."""
 
 
 def require_known(name: str, known: Any, what: str) -> None:

@@ -1,7 +1,7 @@
-"""What a parameter of a model is, and the one grammar of names that stored tensors are read by. Torch-free.
+"""Parts of a model that parameters belong to, and the grammar of stored tensors' names. Torch-free.
 
-A model itself says where its parameters belong (``LanguageModel.parameters_of``), by the modules that hold them. Names
-are for tensors without a model: those of a committed stage.
+A loaded model knows its parameters' parts from the modules that hold them (``LanguageModel.parameters_of``). Names are
+parsed only where there are tensors without a model: those of a committed stage.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from enum import StrEnum
 
 
 class Part(StrEnum):
-    """What a parameter belongs to."""
+    """The part of a model that a parameter belongs to."""
 
     embedding = "embedding"
     attention = "attention"
     """Projections, and the norms of queries and keys."""
     norm = "norm"
-    """Norms of the stream."""
+    """Norms of the residual stream."""
     dense = "dense"
     """The feed-forward network of a layer without a mixture of experts."""
     shared = "shared"
-    """What every token uses in a layer with one: shared experts, and their mix with the routed ones."""
+    """Shared experts of a layer with a mixture, and their mix with the routed ones; every token uses them."""
     expert = "expert"
     """Routed experts."""
     router = "router"
@@ -30,27 +30,28 @@ class Part(StrEnum):
 
     @property
     def is_routed(self) -> bool:
-        """Whether it makes up a sparse layer: an expert that tokens are routed to, or its router."""
+        """Whether it belongs to a sparse layer: its routed experts and its router."""
         return self in (Part.expert, Part.router)
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where in a model a parameter is."""
+    """Position of a parameter in a model."""
 
     part: Part
     layer: int | None = None
-    """None outside of the blocks."""
+    """Decoder layer, counted from 0; None outside of the blocks."""
     generation: int | None = None
-    """Whose it is alone, counted from 0: experts, router rows, and deltas of any part. None is shared by all."""
+    """The only generation that uses it, counted from 0: experts, router rows, and deltas of any part. None: all do."""
 
     def is_in(self, part: Part | None, generation: int | None) -> bool:
-        """Whether it is of this part and this generation; None is any."""
+        """Whether it belongs to this part and this generation; None matches any."""
         return part in (None, self.part) and generation in (None, self.generation)
 
     @property
     def is_trunk(self) -> bool:
         """Whether all generations share it."""
+        # A router's parameters outside of its rows have no generation either.
         return self.generation is None and not self.part.is_routed
 
 
@@ -67,7 +68,7 @@ _NAME = re.compile(
 
 @dataclass(frozen=True)
 class TensorName:
-    """A tensor's name in a state dictionary, taken apart; ``str`` puts it together again."""
+    """A tensor's name in a state dictionary, parsed; ``str`` gives the name again."""
 
     form: str
     """The name with ``{layer}``, ``{expert}`` and ``{generation}`` in place of the numbers."""
@@ -75,16 +76,18 @@ class TensorName:
     expert: int | None = None
     """Index within the layer."""
     generation: int | None = None
-    """Of what carries its generation's number in its name: router rows, biases, centroids and deltas, not experts."""
+    """Number within the names of router rows, biases, centroids and deltas. None for experts, whose names lack it."""
 
     @classmethod
     def parse(cls, name: str) -> TensorName:
-        """Take a name apart."""
+        """Parse a name."""
         match = _NAME.fullmatch(name)
+        # The grammar ends with an alternative that takes any other name.
         assert match is not None, name
         numbers = {kind: int(number) for kind, number in match.groupdict().items() if number is not None}
         form = name
-        for kind in sorted(numbers, key=match.start, reverse=True):  # what is replaced moves what comes after it
+        # From the right, since a replacement moves everything after it.
+        for kind in sorted(numbers, key=match.start, reverse=True):
             form = f"{form[: match.start(kind)]}{{{kind}}}{form[match.end(kind) :]}"
         return cls(form, **numbers)
 
@@ -103,5 +106,5 @@ def router_rows(layer: int, generation: int) -> str:
 
 
 def document_centroids(generation: int) -> str:
-    """Name of the centroids by which a generation's text is recognized."""
+    """Name of the centroids that recognize a generation's text."""
     return str(TensorName("document_clusters.centroids_{generation}", generation=generation))

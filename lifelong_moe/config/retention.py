@@ -1,4 +1,4 @@
-"""What holds the old knowledge in place while a new distribution is learned. Torch-free."""
+"""Settings against forgetting: trunk, distillation, replay, penalty and review. Torch-free."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from enum import StrEnum
 
 from lifelong_moe.errors import ConfigError
 
+# Here and not in the room `retention`, since plans count its forward passes without torch.
 WRITTEN_AT_ONCE = 64
-"""Blocks that the old model writes side by side; bounds memory."""
+"""Blocks that the old model generates in parallel; bounds memory."""
 
 
 class TrunkTraining(StrEnum):
@@ -21,7 +22,7 @@ class TrunkTraining(StrEnum):
 
 
 class DistillText(StrEnum):
-    """Which tokens of a batch the teacher is asked about."""
+    """Text whose tokens are distilled."""
 
     new = "new"
     replay = "replay"
@@ -35,7 +36,7 @@ class ReplaySource(StrEnum):
 
 
 class PenaltyKind(StrEnum):
-    """A quadratic pull to the previous stage's weights."""
+    """Kind of the quadratic penalty on the distance to the previous stage's weights."""
 
     none = "none"
     l2 = "l2"
@@ -44,15 +45,16 @@ class PenaltyKind(StrEnum):
 
 @dataclass(kw_only=True)
 class TrunkConfig:
-    """The shared parts: everything but experts and router rows."""
+    """Training of the trunk: all parameters but experts and router rows."""
 
     train: TrunkTraining = TrunkTraining.full
-    """``frozen``, ``gentle`` (at ``lr_scale`` times the rate), ``full``, or ``deltas``: the trunk stays as it is, and
-    each stage trains low-rank changes of attention, embedding and head that only its own bundle's tokens use."""
+    """``frozen``; ``gentle``, at ``lr_scale`` times the learning rate; ``full``; or ``deltas``: the trunk is frozen,
+    and each stage trains low-rank changes of attention, embedding and head that only its own generation's tokens
+    use."""
     lr_scale: float = 0.1
-    """Learning-rate factor of a ``gentle`` trunk."""
+    """``train=gentle``: learning-rate factor of the trunk, above 0 and at most 1."""
     rank: int = 16
-    """Rank of each of a stage's ``deltas``."""
+    """``train=deltas``: rank of each low-rank change."""
 
     def __post_init__(self) -> None:
         if not 0.0 < self.lr_scale <= 1.0:
@@ -62,11 +64,12 @@ class TrunkConfig:
 
     @property
     def is_frozen(self) -> bool:
-        """Whether the trunk itself stays as it is."""
+        """Whether the trunk itself does not change."""
         return self.train in (TrunkTraining.frozen, TrunkTraining.deltas)
 
     def effective(self) -> TrunkConfig | None:
-        """The same, with every key that changes nothing at its default; None where the trunk trains like the rest."""
+        """A copy with every key that has no effect at its default; None if the trunk trains like the rest."""
+        # At factor 1 `gentle` is `full`, and must not have another key.
         if self.train == TrunkTraining.full or (self.train == TrunkTraining.gentle and self.lr_scale == 1):
             return None
         if self.train == TrunkTraining.gentle:
@@ -76,21 +79,25 @@ class TrunkConfig:
 
 @dataclass(kw_only=True)
 class DistillConfig:
-    """Distillation from the previous stage's model: per-token KL x T squared."""
+    """Distillation from the previous stage's model: per-token KL divergence times the squared temperature."""
 
     weight: float = 0.5
     """Factor on the distillation loss, a mean over distilled tokens; 0 turns it off."""
+    # Its square is a factor of the loss, which keeps gradients at one scale (arXiv:1503.02531, section 2).
     temperature: float = 2.0
-    """Softens teacher and student alike."""
+    """Divisor of the logits of teacher and student; above 1 it flattens both distributions."""
     text: DistillText = DistillText.replay
-    """Distil on the ``new`` text or on ``replay``ed text, which ``replay.source`` may take from the teacher itself."""
+    """Distil on the ``new`` text or on ``replay``ed text, which the teacher itself writes if ``replay.source`` is
+    ``generated``."""
     fraction: float = 1.0
-    """Share of that text's sequences that is distilled on, spread evenly."""
+    """Fraction of that text's sequences to distil on, spread evenly over the stage."""
     until: float = 1.0
-    """Share of the stage's steps after which distillation is switched off (DeepSpeed-MoE's students)."""
+    """Fraction of the stage's steps after which distillation is switched off (DeepSpeed-MoE's students); 1 keeps it on
+    to the end."""
     student: list[int] | None = None
-    """The last stage only: keep these layers of the previous stage's model, which is their teacher, and train them all
-    (Mixture-of-Students). Nothing grows then."""
+    """Layers of the previous stage's model, ascending and counted from 0, that a shallower student keeps and trains
+    entirely; the whole model is its teacher (Mixture-of-Students). For the last stage only, which then adds no experts.
+    Null: all layers."""
 
     def __post_init__(self) -> None:
         if not 0.0 < self.until <= 1.0:
@@ -107,17 +114,19 @@ class DistillConfig:
 
 @dataclass(kw_only=True)
 class ReplayConfig:
-    """Text of earlier stages, mixed into the new text; it counts into the stage's tokens."""
+    """Text of earlier stages, mixed into the new text; it counts towards the stage's tokens."""
 
     fraction: float = 0.25
-    """Share of the stage's sequences, spread evenly over steps and over earlier stages."""
+    """Fraction of the stage's sequences that are replayed, spread evenly over steps and earlier stages; 0 turns replay
+    off."""
     source: ReplaySource = ReplaySource.stored
-    """``stored`` training text, or text ``generated`` by the previous stage's model, for which nothing is stored; of it
-    ``penalty.kind=ewc`` takes its Fisher information too."""
+    """``stored`` training text, or text ``generated`` by the previous stage's model, which needs no stored text;
+    ``penalty.kind=ewc`` then measures its Fisher information on generated text as well."""
     buffer_tokens: int | None = None
-    """Tokens of stored text kept of each earlier distribution; None keeps all."""
+    """Tokens of stored text to replay from, per earlier distribution. Null: all of it."""
 
     def __post_init__(self) -> None:
+        # At 1 a stage would train on no new text.
         if not 0.0 <= self.fraction < 1.0:
             raise ConfigError(f"replay.fraction={self.fraction} must lie in [0, 1).")
         if self.buffer_tokens is not None and self.buffer_tokens < 1:
@@ -130,20 +139,22 @@ class ReplayConfig:
 
 
 DEFAULT_PENALTY = {PenaltyKind.none: 0.0, PenaltyKind.l2: 0.1, PenaltyKind.ewc: 1000.0}
-"""``penalty.weight`` if none is given."""
+"""``penalty.weight`` where it is null."""
 
 
 @dataclass(kw_only=True)
 class PenaltyConfig:
-    """A quadratic pull of everything that trains, and was there before, to the previous stage's weights."""
+    """A quadratic penalty on the distance between trainable parameters and their values after the previous stage; new
+    experts have none."""
 
     kind: PenaltyKind = PenaltyKind.none
-    """``l2`` pulls every weight alike, ``ewc`` in proportion to its Fisher information on earlier text."""
+    """``none``; ``l2``, which penalizes every weight alike; or ``ewc``, in proportion to each weight's Fisher
+    information on earlier text."""
     weight: float | None = None
-    """Factor on half the weighted sum of squares; by default 0.1 for ``l2`` and 1000 for ``ewc``."""
+    """Factor on half the weighted sum of squares; 0 turns it off. Null: 0.1 for ``l2`` and 1000 for ``ewc``."""
     fisher_tokens: int = 16_384
-    """``ewc``: training tokens of each earlier distribution that the Fisher information is measured on; in all, where
-    ``replay.source=generated``."""
+    """``kind=ewc``: training tokens of each earlier distribution on which the Fisher information is measured; with
+    ``replay.source=generated``, generated tokens in all."""
 
     def __post_init__(self) -> None:
         if self.weight is not None and self.weight < 0:
@@ -152,7 +163,8 @@ class PenaltyConfig:
             raise ConfigError(f"penalty.fisher_tokens={self.fisher_tokens} must be positive.")
 
     def effective(self) -> PenaltyConfig:
-        """The same, with its weight spelled out, and without what only another kind reads."""
+        """A copy with the weight in numbers, and without keys that only another kind reads."""
+        # null and the kind's default are equal work, so both get the same key.
         tokens = {"fisher_tokens": self.fisher_tokens} if self.kind == PenaltyKind.ewc else {}
         return PenaltyConfig(kind=self.kind, weight=self.factor, **tokens)
 
@@ -167,18 +179,19 @@ class ReviewConfig:
     """A last phase of a stage in which only its router rows train, on new and earlier text (MoE-LPR)."""
 
     fraction: float = 0.0
-    """Share of the stage's steps; 0 leaves the review out. The stage's tokens stay what they are."""
+    """Fraction of the stage's steps that are the review; 0 leaves it out. The stage's tokens do not change."""
     replay_fraction: float = 0.5
-    """Share of the review's sequences that is earlier text."""
+    """Fraction of the review's sequences that are earlier text."""
     old_loss: float = 0.1
-    """Factor on ``-log`` of the gate probability that earlier text gives to experts older than this stage, a mean over
-    tokens and layers, as its authors average it; ``routing``'s losses are summed over layers."""
+    """Factor on ``-log`` of the gate probability that tokens of earlier text give to experts older than this stage,
+    averaged over tokens and layers as by its authors; losses of ``routing`` are summed over layers. 0 turns it off."""
     lr_scale: float = 1.0
-    """Peak rate of the review relative to ``optim.lr``."""
+    """Peak learning rate of the review, relative to ``optim.lr``."""
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.fraction < 1.0:
             raise ConfigError(f"review.fraction={self.fraction} must lie in [0, 1).")
+        # Without earlier text, `old_loss` would have nothing to average.
         if not 0.0 < self.replay_fraction < 1.0:
             raise ConfigError(f"review.replay_fraction={self.replay_fraction} must lie between 0 and 1.")
         if self.old_loss < 0:

@@ -1,4 +1,4 @@
-"""Rules across the sections of a run: what cannot stand together. Torch-free."""
+"""Reject combinations of a run's sections that cannot work together. Torch-free."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lifelong_moe.errors import ConfigError
 
 
 def require_consistent(run: RunConfig) -> None:
-    """Hold a run to every rule that ties one section to another.
+    """Check every rule that relates one section of a run to another.
 
     Raises:
         ConfigError: With the full key, what was required and what came.
@@ -32,8 +32,9 @@ def require_consistent(run: RunConfig) -> None:
 
 
 def _check_execution(run: RunConfig) -> None:
-    """What cannot be computed together, or at all."""
+    """Reject combinations of execution settings that cannot be computed."""
     if run.trainer.experts_implementation == ExpertsImplementation.grouped_mm:
+        # The kernel needs rows of a multiple of 16 bytes: 8 numbers in bfloat16.
         for key in ("width", "expert_width"):
             if getattr(run.model, key) % 8:
                 raise ConfigError(
@@ -55,13 +56,13 @@ def _check_execution(run: RunConfig) -> None:
 
 
 def _check_evaluated(run: RunConfig) -> None:
-    """Whatever is measured beside the stream is known, too."""
+    """Require that distributions which are only evaluated are known, too."""
     for i, name in enumerate(run.evaluate.also):
         require_known(name, run.distributions, f"evaluate.also[{i}]")
 
 
 def _check_tokenizer(run: RunConfig) -> None:
-    """The tokenizer sees the first text alone."""
+    """Require that the tokenizer is trained on the first stage's text."""
     first = run.stages[0].data
     if run.tokenizer.train_on not in (None, first):
         raise ConfigError(
@@ -71,7 +72,8 @@ def _check_tokenizer(run: RunConfig) -> None:
 
 
 def _check_competition(run: RunConfig) -> None:
-    """Experts that compete for tokens stand right below the head."""
+    """Require that competing experts are the last modules before the head."""
+    # Each predicts by itself through the head, so nothing may be added to or normalize its output.
     last_is_dense = run.model.layers - 1 not in run.model.moe_layers
     if run.routing.competitive and (last_is_dense or run.model.shared_experts or run.model.sandwich_norms):
         raise ConfigError(
@@ -80,7 +82,7 @@ def _check_competition(run: RunConfig) -> None:
 
 
 def _check_causality(run: RunConfig) -> None:
-    """A decoder knows nothing of later tokens."""
+    """Reject routing that lets later tokens change earlier ones, unless it is explicitly allowed."""
     if run.routing.mode in FOR_ENCODERS:
         raise ConfigError(
             f"routing.mode={run.routing.mode} mixes each token with all later ones; it is for encoders, see "
@@ -94,9 +96,10 @@ def _check_causality(run: RunConfig) -> None:
 
 
 def _check_document_routing(run: RunConfig) -> None:
-    """Whoever assigns a document at a time sees no other, at full precision."""
+    """Require document masks, and float32 features, where experts are assigned by document."""
     bundles = run.routing.bundles
     by_what = "routing.level=document" if bundles == Bundles.none else f"routing.bundles={bundles}"
+    # Otherwise attention would carry text of one document into another, perhaps of another generation.
     if (run.routing.by_document or bundles != Bundles.none) and not run.model.document_mask:
         raise ConfigError(
             f"{by_what} assigns experts a document at a time, so attention must stop at document borders. Set "
@@ -110,23 +113,25 @@ def _check_document_routing(run: RunConfig) -> None:
 
 
 def _check_number_of_experts(run: RunConfig) -> None:
-    """Each centroid needs a sampled token, and each token ``top_k`` experts."""
+    """Require a sampled token for each centroid, and ``top_k`` experts for each token."""
     most = max(run.model.most_experts, *(stage.grow.experts for stage in run.stages))
     if run.routing.is_clustered and not run.routing.by_generation and run.routing.sample_tokens < most:
         raise ConfigError(
             f"routing.sample_tokens={run.routing.sample_tokens} must reach the number of experts that a stage "
             f"begins ({most})."
         )
+    # A dense model that is going to be upcycled has one expert, whatever `top_k` its later stages use.
     dense = run.model.most_experts == 1 and run.routing.mode == "learned" and not run.routing.by_generation
     if run.routing.top_k > run.model.fewest_experts and not dense:
         raise ConfigError(f"routing.top_k={run.routing.top_k} must not exceed model.experts={run.model.experts}.")
 
 
 def _check_scratch(run: RunConfig) -> None:
-    """A model from scratch beside the chain has a name of its own."""
+    """Require a free and valid name for each model that is trained from scratch beside a stage."""
     taken = {stage.name for stage in run.stages} | set(run.distributions)
     for i, stage in enumerate(run.stages[1:], start=1):
         name = f"{stage.name}{SCRATCH}"
+        # The suffix can make a valid name too long.
         if name in taken or not NAME.fullmatch(name):
             problem = "is taken" if name in taken else "is over 64 characters"
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""The dataclasses of a run and its stages, composed of the packages' sections. Torch-free."""
+"""Settings of a run and of its stages, composed of the sections in this room. Torch-free."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Method(StrEnum):
 
 
 class StageKind(StrEnum):
-    """What a stage does with its text."""
+    """Whether a stage trains on plain text or on answers to prompts."""
 
     pretrain = "pretrain"
     finetune = "finetune"
@@ -45,29 +45,29 @@ class StageConfig:
     """One training episode on one distribution; ``stage_defaults`` are merged under each."""
 
     data: str
-    """The distribution to learn, a key of ``distributions``."""
+    """Distribution to train on, a key of ``distributions``."""
     kind: StageKind = StageKind.pretrain
-    """``pretrain`` on text, or ``finetune`` on prompts with answers, of which the answers alone are learned; nothing
-    grows then."""
+    """``pretrain`` on text, or ``finetune`` on prompts with answers, where only answers are scored and no experts are
+    added."""
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
-    """How ``kind: finetune`` trains."""
+    """Fine-tuning, if ``kind: finetune``."""
     name: str | None = None
-    """The stage's name; the distribution's by default, numbered if that is taken."""
+    """Name of the stage. Null: that of its distribution, numbered if it is taken."""
     tokens: int = 500_000
-    """Training tokens, replayed ones and the padding of short blocks included."""
+    """Training tokens, including replayed ones and the padding of short blocks."""
     grow: GrowConfig = field(default_factory=GrowConfig)
     """Growth, from the second stage on."""
     continues: str | None = None
-    """Name of an earlier stage whose experts, router rows and trunk deltas alone train on, for text of a kind that
-    they know; nothing grows then."""
+    """Name of an earlier stage whose generation (experts, router rows, trunk deltas) alone trains on, for more text of
+    a known domain; no experts are added then. Null: none."""
     trunk: TrunkConfig = field(default_factory=TrunkConfig)
-    """Training of the shared parts, from the second stage on."""
+    """Training of the trunk, from the second stage on."""
     distill: DistillConfig = field(default_factory=DistillConfig)
     """Distillation from the previous stage's model, from the second stage on."""
     replay: ReplayConfig = field(default_factory=ReplayConfig)
     """Replay of earlier stages' text, from the second stage on."""
     penalty: PenaltyConfig = field(default_factory=PenaltyConfig)
-    """A pull to the previous stage's weights, from the second stage on."""
+    """Penalty on the distance to the previous stage's weights, from the second stage on."""
     review: ReviewConfig = field(default_factory=ReviewConfig)
     """A last phase for the router alone, from the second stage on."""
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -82,43 +82,45 @@ class StageConfig:
 
 @dataclass(kw_only=True)
 class PublishedConfig:
-    """What a system's authors built, of which the run is a small version; ``plan`` counts its parameters."""
+    """The published system of which the run is a small version; ``plan`` counts its parameters. It trains nothing."""
 
     source: str
-    """Where the figures are from."""
+    """Source of the figures, such as a paper."""
     total: float
-    """Parameters, in billions, as published."""
+    """Parameters in billions, as published."""
     active: float | None = None
-    """Those that a token uses, in billions, as published."""
+    """Parameters in billions that a token uses, as published. Null: not published."""
     vocab_size: int
-    """Entries of the tokenizer."""
+    """Number of entries of the published tokenizer."""
     model: dict[str, Any] = field(default_factory=dict)
-    """The model's keys where they differ from the run's."""
+    """Keys of ``model`` whose values differ from the run's."""
     routing: dict[str, Any] = field(default_factory=dict)
-    """Routing's keys where they differ from the run's."""
+    """Keys of ``routing`` whose values differ from the run's."""
     attention: float | None = None
-    """Parameters of the authors' attention in billions, where it is of another kind than ours; counted in its place."""
+    """Parameters in billions of the published attention, if it is of another kind than ours; counted in place of it.
+    Null: of our kind."""
 
 
 @dataclass(kw_only=True)
 class RunConfig:
-    """A whole run: the stream of distributions and how one model learns them all."""
+    """A run: the stream of distributions, and how one model learns all of them."""
 
     run: str
     """Name of the run; its results are under ``mlruns/runs/<run>/``."""
     method: Method = Method.lifelong
-    """``lifelong`` takes every section of a stage; ``sequential`` just trains on; ``static_moe`` does so with all
-    experts from the start; ``replay``, ``l2``, ``ewc`` and ``lwf`` (distillation on new text) add one mechanism;
-    ``joint`` trains on everything at once; ``unrestrained`` is ``sequential`` with each distribution from scratch
-    beside it."""
+    """``lifelong`` uses every section of a stage. ``sequential`` trains the same model on each distribution in turn;
+    ``static_moe`` does so with all experts from the start; ``replay``, ``l2``, ``ewc`` and ``lwf`` (distillation on new
+    text) add one mechanism to ``sequential``. ``joint`` trains on all distributions at once. ``unrestrained`` is
+    ``sequential``, plus a model from scratch for each distribution, for comparison."""
     seed: int = 0
     """Seed of initialization, sample order and clustering."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    """Text to tokens."""
+    """Tokenizer."""
     distributions: dict[str, SourceConfig]
-    """Every distribution that is trained or evaluated, by name."""
+    """Every distribution to train on or to evaluate, by name."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The transformer's shape."""
+    # `load.py` takes the dataclass of `routing.mode` in place of this default's.
     routing: RoutingConfig = field(default_factory=LearnedConfig)
     """How tokens reach experts."""
     stages: list[StageConfig]
@@ -126,7 +128,7 @@ class RunConfig:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     """Held-out measurement."""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    """Lightning's own words."""
+    """Arguments of Lightning's Trainer."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Step checkpoints."""
     frozen: FrozenConfig = field(default_factory=FrozenConfig)
@@ -134,7 +136,7 @@ class RunConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     """MLflow."""
     published: PublishedConfig | None = None
-    """The size that a preset's authors built; trains nothing."""
+    """Size of the published system that a preset follows; trains nothing. Null: none."""
 
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.run):
@@ -143,6 +145,7 @@ class RunConfig:
             raise ConfigError(f"seed={self.seed} must lie between 0 and 2**32 - 1.")
         if not self.stages:
             raise ConfigError("stages is empty; a run needs at least one, such as stages: [{data: NAME}].")
+        # They become parts of metrics' names, and the names of stages that have none.
         for name in self.distributions:
             if not NAME.fullmatch(name):
                 raise ConfigError(f"distributions.{name} may hold letters, digits, '_', '-' and '.' only.")
@@ -152,6 +155,7 @@ class RunConfig:
         taken: set[str] = set()
         for i, stage in enumerate(self.stages):
             if stage.name is None:
+                # Fewer earlier stages than candidates, so one of these is free.
                 candidates = (stage.data if n == 1 else f"{stage.data}-{n}" for n in range(1, len(self.stages) + 1))
                 stage.name = next(name for name in candidates if name not in taken)
             elif stage.name in taken:
@@ -160,5 +164,6 @@ class RunConfig:
 
     @property
     def evaluated(self) -> list[str]:
-        """Distributions measured after each stage: the stream's, in order of first use, then ``evaluate.also``."""
+        """Distributions measured after each stage: the stages', in order of first use, then ``evaluate.also``."""
+        # Not a set: several stages may share a distribution, and reports keep this order.
         return list(dict.fromkeys([stage.data for stage in self.stages] + self.evaluate.also))

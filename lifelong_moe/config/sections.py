@@ -1,4 +1,4 @@
-"""A section: a YAML node merged over its dataclass, every error with the full path of its key. Torch-free."""
+"""Merge a YAML node over a section's dataclass; every error names the full path of its key. Torch-free."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SCHEMAS: dict[type, DictConfig] = {}
 
 
 def sections_of(cls: type) -> dict[str, type]:
-    """The sections of a configuration that need not be written, by name: fields that a dataclass is the default of."""
+    """The optional sections of a configuration, by name: fields whose default is a dataclass."""
     return {f.name: f.default_factory for f in dataclasses.fields(cls) if dataclasses.is_dataclass(f.default_factory)}  # type: ignore[misc]
 
 
@@ -28,19 +28,20 @@ def section(cls: type[T], node: Any, path: str, under: DictConfig | None = None)
     if not isinstance(node, DictConfig):
         raise ConfigError(f"{path} must be a mapping; got {node!r}.")
     with errors_under(path):
+        # Later ones take precedence. The dataclass comes first, so that OmegaConf rejects keys that it lacks.
         parts = [structured(cls), *([under] if under else []), node]
         return OmegaConf.to_object(OmegaConf.merge(*parts))  # type: ignore[return-value]
 
 
 def structured(cls: type) -> DictConfig:
-    """A dataclass as OmegaConf sees it, made once; merging copies it."""
+    """The OmegaConf schema of a dataclass, built once; merging copies it."""
     if cls not in _SCHEMAS:
         _SCHEMAS[cls] = OmegaConf.structured(cls)
     return _SCHEMAS[cls]
 
 
 def require_finite(value: Any, path: str) -> None:
-    """Refuse numbers that are not finite, anywhere in a configuration.
+    """Reject numbers that are not finite, anywhere in a configuration.
 
     Raises:
         ConfigError: With the full key.
@@ -74,6 +75,7 @@ class errors_under:  # noqa: N801 - a context manager, named like the statement 
         if isinstance(error, OmegaConfBaseException):
             key = getattr(error, "full_key", None) or ""
             missing = isinstance(error, MissingMandatoryValue)
+            # OmegaConf's first line says what is wrong; the next ones name its own types.
             lines = ["is required."] if missing else str(getattr(error, "msg", None) or error).splitlines()
             extra = re.compile(r"\s*(full_key|object_type|reference_type)")
             text = " ".join(line.strip() for line in lines if not extra.match(line))
@@ -82,8 +84,10 @@ class errors_under:  # noqa: N801 - a context manager, named like the statement 
             raise ConfigError(f"{where}: {text}") from None
         if isinstance(error, ConfigError):
             text = str(error)
+            # A message that begins with its section's name has the whole path already.
             last = self.path.split(".")[-1]
             if not self.path or text.startswith(f"{last}."):
                 raise error
+            # `key=value …` continues the path; any other sentence follows it.
             joint = "." if re.match(r"[a-z_0-9.]+=", text) else ": "
             raise ConfigError(f"{self.path}{joint}{text}") from None

@@ -1,4 +1,4 @@
-"""Rules that tie one stage's sections to each other and to the run's. Torch-free."""
+"""Reject stages whose sections fit neither each other nor the run's. Torch-free."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lifelong_moe.errors import ConfigError
 
 
 def require_consistent_stage(run: RunConfig, i: int, stage: StageConfig) -> None:
-    """Hold the ``i``-th stage to every rule that ties it to the run.
+    """Check every rule that relates the ``i``-th stage to the run.
 
     Raises:
         ConfigError: With the full key, what was required and what came.
@@ -24,7 +24,8 @@ def require_consistent_stage(run: RunConfig, i: int, stage: StageConfig) -> None
     _check_tokens(run, i, stage)
     _check_finetuning(run, i, stage)
     _check_experts(run, i, stage)
-    if i and run.method == Method.lifelong:  # other methods take none of these sections from the configuration
+    # Other methods use none of these sections as they are in the configuration.
+    if i and run.method == Method.lifelong:
         require_text(stage.distill, stage.replay, i)
         _check_student(run, i, stage)
         _check_growth(run, i, stage)
@@ -37,7 +38,7 @@ def require_consistent_stage(run: RunConfig, i: int, stage: StageConfig) -> None
 
 
 def _check_batch(run: RunConfig, i: int, stage: StageConfig) -> None:
-    """A step is whole sequences, divided evenly among micro-batches and processes."""
+    """Require whole sequences per step, divided evenly among micro-batches and processes."""
     context, tokens = run.model.context, stage.optim.batch_tokens
     if tokens % context:
         raise ConfigError(
@@ -51,6 +52,7 @@ def _check_batch(run: RunConfig, i: int, stage: StageConfig) -> None:
             f"(stages[{i}].optim.batch_tokens / model.context); valid are "
             f"{', '.join(str(d) for d in range(1, sequences + 1) if sequences % d == 0)}."
         )
+    # Equal numbers, since Lightning and DDP take plain means over micro-batches and processes.
     micro, processes = sequences // accumulate, run.trainer.processes
     if micro % processes:
         raise ConfigError(
@@ -61,9 +63,10 @@ def _check_batch(run: RunConfig, i: int, stage: StageConfig) -> None:
 
 
 def _check_tokens(run: RunConfig, i: int, stage: StageConfig) -> None:
-    """There are steps enough for what a stage does, and tokens enough for what it measures."""
+    """Require enough steps for what a stage does, and enough tokens for what it measures."""
     context, tokens = run.model.context, stage.optim.batch_tokens
-    if max(1, stage.grow.sample_tokens // context) * context < stage.grow.experts:  # at least one block is sampled
+    # Whole blocks are sampled, at least one. k-means needs a token for each new expert's centroid.
+    if max(1, stage.grow.sample_tokens // context) * context < stage.grow.experts:
         raise ConfigError(
             f"stages[{i}].grow.sample_tokens={stage.grow.sample_tokens} must reach the number of new experts "
             f"({stage.grow.experts})."
@@ -78,7 +81,7 @@ def _check_tokens(run: RunConfig, i: int, stage: StageConfig) -> None:
 
 
 def _check_finetuning(run: RunConfig, i: int, stage: StageConfig) -> None:
-    """Answers are learned after text, and in one process where the best weights are kept."""
+    """Require answers for fine-tuning, a stage before it, and one process where ``patience`` keeps the best weights."""
     answers = run.distributions[stage.data].answer_field is not None
     if stage.kind == StageKind.pretrain:
         if answers:
@@ -95,9 +98,10 @@ def _check_finetuning(run: RunConfig, i: int, stage: StageConfig) -> None:
 
 
 def _check_experts(run: RunConfig, i: int, stage: StageConfig) -> None:
-    """Clusters, labels and bundles own experts; each needs ``top_k`` of them."""
+    """Require ``top_k`` experts for each cluster, label or generation."""
     experts = run.model.fewest_experts if i == 0 else stage.grow.experts
     by_group = run.routing.by_label or run.routing.by_document
+    # Other methods add no experts after the first stage.
     grows = i == 0 or run.method == Method.lifelong
     if not by_group or not grows or experts == 0:
         return
@@ -112,7 +116,7 @@ def _check_experts(run: RunConfig, i: int, stage: StageConfig) -> None:
 
 
 def _check_growth(run: RunConfig, i: int, stage: StageConfig) -> None:
-    """New experts have a place, and old ones are held in a form that everything else can use."""
+    """Require a router that can grow, and frozen weights in a form that the trainer supports."""
     grow = stage.grow
     if grow.frozen_weights == FrozenWeights.int8 and run.frozen.offload == Offload.cpu:
         raise ConfigError(
@@ -131,7 +135,7 @@ def _check_growth(run: RunConfig, i: int, stage: StageConfig) -> None:
 
 
 def _check_deltas(run: RunConfig, i: int, stage: StageConfig) -> None:
-    """Low-rank changes need a router that can tell whose they are."""
+    """Require generations, and an untied head, for low-rank changes."""
     grow = stage.grow
     if stage.trunk.train != TrunkTraining.deltas:
         return
@@ -145,7 +149,7 @@ def _check_deltas(run: RunConfig, i: int, stage: StageConfig) -> None:
 
 
 def _check_grown_layers(run: RunConfig, i: int, stage: StageConfig) -> None:
-    """Where some layers grow, they have experts, and a router that can tell them apart."""
+    """Require that ``grow.layers`` names layers with experts, under a router that lets single layers grow."""
     grow = stage.grow
     if grow.layers is None:
         return
@@ -153,6 +157,7 @@ def _check_grown_layers(run: RunConfig, i: int, stage: StageConfig) -> None:
         raise ConfigError(f"stages[{i}].grow.layers={grow.layers} must lie in 0 to {run.model.layers - 1}.")
     if dense := sorted(set(grow.layers) - set(run.model.moe_layers)):
         raise ConfigError(f"stages[{i}].grow.layers={grow.layers}: layer {dense[0]} is dense and has no experts.")
+    # A token that uses one generation alone needs experts of it in every layer.
     if not run.routing.has_rows or run.routing.by_generation:
         raise ConfigError(
             f"stages[{i}].grow.layers needs a trained router and routing.bundles=none; every layer must grow otherwise."
@@ -160,7 +165,7 @@ def _check_grown_layers(run: RunConfig, i: int, stage: StageConfig) -> None:
 
 
 def _check_student(run: RunConfig, i: int, stage: StageConfig) -> None:
-    """A student has layers that can be told apart from those of its teacher by number alone."""
+    """Require a last stage and layers that are all alike, so that a student is described by their numbers."""
     layers, routing = stage.distill.student, run.routing
     if layers is None:
         return
@@ -177,7 +182,7 @@ def _check_student(run: RunConfig, i: int, stage: StageConfig) -> None:
 
 
 def _check_upcycling(run: RunConfig, i: int, stage: StageConfig) -> None:
-    """The copies change nothing if the model before is dense and a token's gates sum to 1."""
+    """Require a dense model before upcycling, and gates that sum to 1, so that copies leave outputs unchanged."""
     routing, before = run.routing, [s.grow.experts for s in run.stages[1:i]]
     if run.model.most_experts > 1 or any(before):
         raise ConfigError(
@@ -192,13 +197,14 @@ def _check_upcycling(run: RunConfig, i: int, stage: StageConfig) -> None:
 
 
 def _check_continued(run: RunConfig, i: int, name: str) -> None:
-    """Only a stage that bore experts can be continued."""
+    """Require that a continued stage is one that created experts."""
+    # The first stage has a generation without growth; one that continues another has none of its own.
     born = [s.name for j, s in enumerate(run.stages[:i]) if j == 0 or (s.grow.experts and not s.continues)]
     require_known(name, born, f"stages[{i}].continues")
 
 
 def _check_review(run: RunConfig, i: int, stage: StageConfig) -> None:
-    """A review trains this stage's router rows, in whole steps, and leaves some to the stage itself."""
+    """Require new router rows for a review to train, and at least one step each for stage and review."""
     if not stage.review.fraction:
         return
     if run.routing.mode != "learned" or run.routing.by_generation or not stage.grow.experts or stage.continues:
@@ -208,6 +214,7 @@ def _check_review(run: RunConfig, i: int, stage: StageConfig) -> None:
             f"review.fraction=0."
         )
     steps = stage.tokens // stage.optim.batch_tokens
+    # Rounded as `StageSpec.review_steps` rounds.
     if not 1 <= round(steps * stage.review.fraction) < steps:
         raise ConfigError(
             f"stages[{i}].review.fraction={stage.review.fraction} of {steps} steps must be at least one step and "
@@ -216,13 +223,15 @@ def _check_review(run: RunConfig, i: int, stage: StageConfig) -> None:
 
 
 def _check_retention(run: RunConfig, i: int, stage: StageConfig) -> None:
-    """A penalty needs old weights that train; generated text has no label."""
+    """Require trainable old weights for a penalty, and no labels for generated text."""
     trunk_trains = stage.trunk.train in (TrunkTraining.full, TrunkTraining.gentle)
+    # Without new experts none is frozen, so the old ones train.
     if stage.penalty.kind != PenaltyKind.none and not trunk_trains and stage.grow.experts and stage.grow.freezes:
         raise ConfigError(
             f"stages[{i}].penalty.kind={stage.penalty.kind} holds old weights that train, and none does: the trunk "
             f"is {stage.trunk.train} and old experts are frozen. Set penalty.kind=none."
         )
+    # At factor 0 no Fisher information is measured, so no old text is needed.
     measures = stage.penalty.kind == PenaltyKind.ewc and stage.penalty.factor > 0
     uses_old_text = stage.replay.fraction or stage.review.fraction or measures
     if stage.replay.source == ReplaySource.generated and uses_old_text and run.routing.by_label:

@@ -1,4 +1,4 @@
-"""Where MLflow records go. Torch-free and MLflow-free."""
+"""Settings of tracking: where MLflow records go. Torch-free and MLflow-free."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(kw_only=True)
 class TrackingConfig:
-    """MLflow; never part of a stage's key."""
+    """MLflow tracking; never part of a stage's key."""
 
     enabled: bool = True
-    """Record in MLflow at all."""
+    """Record runs in MLflow; false records nothing there."""
     uri: str | None = None
-    """Tracking URI; the default is ``MLFLOW_TRACKING_URI``, else SQLite under ``mlruns/``."""
+    """Tracking URI. Null: the environment variable ``MLFLOW_TRACKING_URI``, or else SQLite under ``mlruns/``."""
     experiment: str = "lifelong-moe"
-    """MLflow experiment that the runs appear in."""
+    """Name of the MLflow experiment in which runs appear."""

@@ -1,4 +1,4 @@
-"""How a stage is optimized and what Lightning is told. Torch-free."""
+"""Settings of optimizer, Lightning's Trainer, checkpoints, frozen weights and fine-tuning. Torch-free."""
 
 from __future__ import annotations
 
@@ -22,32 +22,33 @@ class Schedule(StrEnum):
 
 @dataclass(kw_only=True)
 class OptimConfig:
-    """AdamW, warmed up anew in each stage."""
+    """AdamW, with a new warm-up in each stage."""
 
     lr: float = 1e-3
-    """Peak learning rate."""
+    """Peak learning rate of the first stage; later ones multiply it by ``rewarm``."""
     schedule: Schedule = Schedule.cosine
     """``cosine`` decays to ``min_lr_fraction`` at the stage's end; ``wsd`` (warm-up, stable, decay) keeps the peak and
-    decays linearly in the last ``decay_fraction``; ``constant`` never decays, so that a stream can go on from it."""
+    decays linearly over the last ``decay_fraction``; ``constant`` never decays, so that later stages can go on
+    from it."""
     warmup_fraction: float = 0.05
-    """Share of the stage's steps over which the rate rises linearly; it starts anew in each stage."""
+    """Fraction of each stage's steps over which the learning rate rises linearly."""
     min_lr_fraction: float = 0.1
-    """Final rate of ``cosine`` and ``wsd``, relative to the peak."""
+    """Final learning rate of ``cosine`` and ``wsd``, relative to the peak."""
     decay_fraction: float = 0.2
-    """``wsd``: share of the stage's steps that decay."""
+    """``schedule=wsd``: fraction of the stage's steps over which the learning rate decays."""
     rewarm: float = 1.0
-    """Peak rate of stages after the first, relative to ``lr``; 1 warms up to the full rate again. Low-rank deltas
-    learned better at twice the rate than at four times."""
+    """Peak learning rate of stages after the first, relative to ``lr``; 1 warms up to the full rate again. Low-rank
+    deltas learned better at 2 than at 4."""
     router_until: float = 1.0
-    """From the second stage on: share of the stage's steps after which router rows stay as they are (StableMoE)."""
+    """From the second stage on: fraction of the stage's steps after which router rows no longer change (StableMoE)."""
     batch_tokens: int = 8192
-    """Tokens an optimizer step over all devices and accumulation steps; a multiple of ``model.context``."""
+    """Tokens per optimizer step over all devices and micro-batches; a multiple of ``model.context``."""
     weight_decay: float = 0.1
-    """Decoupled weight decay on matrices; norms have none."""
+    """Decoupled weight decay of matrices; norms and biases have none."""
     beta1: float = 0.9
-    """Decay of the first moment."""
+    """Decay rate of AdamW's first moment."""
     beta2: float = 0.95
-    """Decay of the second moment."""
+    """Decay rate of AdamW's second moment."""
 
     def __post_init__(self) -> None:
         for key in ("lr", "rewarm"):
@@ -65,11 +66,11 @@ class OptimConfig:
             raise ConfigError(f"optim.weight_decay={self.weight_decay} must not be negative.")
 
     def effective(self, *, continues: bool, has_rows: bool) -> OptimConfig:
-        """The same, with every key that changes nothing at its default: equal work, equal keys.
+        """A copy with every key that has no effect at its default: equal work, equal keys.
 
         Args:
-            continues: Whether the stage has one before it.
-            has_rows: Whether routers have rows that train.
+            continues: Whether the stage continues another one.
+            has_rows: Whether routers have trainable rows.
         """
         used = {
             "rewarm": continues,
@@ -82,6 +83,7 @@ class OptimConfig:
 
 
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
+# Without Lightning's `xla`, which needs a TPU.
 PROFILERS = ("simple", "advanced", "pytorch")
 
 
@@ -90,50 +92,51 @@ class TrainerConfig:
     """Arguments of ``lightning.Trainer`` under their own names, and the data loader's ``num_workers``."""
 
     accelerator: str = "auto"
-    """``auto``, ``cpu``, ``gpu``, ..."""
+    """``auto``, ``cpu``, ``gpu``, and so on; ``auto`` takes the GPU if there is one."""
+    # Any, since an OmegaConf field cannot be a number or a list.
     devices: Any = 1
-    """How many devices, or which. On CPU each is a process with one thread, and their number must divide the sequences
-    of a micro-batch; it is part of a stage's key only where each draws random numbers or assigns its tokens all at
-    once, since nothing else depends on it. There can be one GPU so far. The first of them evaluates, inspects and
-    writes text as well, or the CPU on a machine without it."""
+    """Number of devices, or a list of them. On CPU each is a process with one thread, and their number must divide the
+    sequences of a micro-batch. It is part of a stage's key only if each process draws random numbers or assigns all of
+    its tokens at once; otherwise results do not depend on it. More than one GPU is not supported yet. The first device
+    also evaluates, inspects and writes text, or the CPU on a machine without it."""
     num_nodes: int = 1
-    """Machines."""
+    """Number of machines; only 1 is supported yet."""
     strategy: str = "auto"
-    """``auto``, ``ddp``, ...; several processes train with ``ddp``, which ``auto`` then means too."""
+    """``auto``, ``ddp``, and so on; several processes train with ``ddp``, which ``auto`` then chooses."""
     precision: str = "32-true"
-    """``32-true``, ``bf16-mixed`` or ``bf16-true``; part of a stage's key."""
+    """Number format: ``32-true``, ``bf16-mixed`` or ``bf16-true``; part of a stage's key."""
     gradient_clip: float = 1.0
-    """Largest gradient norm; 0 does not clip; part of a stage's key."""
+    """Largest norm of the gradient; 0 turns clipping off. Part of a stage's key."""
     accumulate_grad_batches: int = 1
-    """Micro-batches a step; the global batch stays ``optim.batch_tokens``; part of a stage's key."""
+    """Micro-batches per optimizer step, which together have ``optim.batch_tokens``; part of a stage's key."""
     experts_implementation: ExpertsImplementation = ExpertsImplementation.auto
-    """``slices`` multiplies each expert's rows by its own matrices, ``grouped_mm`` all in one kernel, ``readable``
-    calls one expert after the other; ``auto`` is ``grouped_mm`` in bfloat16 on GPUs that have it (compute capability
-    9), and ``slices`` elsewhere."""
+    """``slices`` multiplies each expert's rows by its own matrices; ``grouped_mm`` does so for all experts in one
+    kernel; ``readable`` calls one expert after the other. ``auto`` is ``grouped_mm`` in bfloat16 on GPUs that have it
+    (compute capability 9), and ``slices`` elsewhere."""
     cache_teacher: bool = False
-    """Keep on disk, while a stage trains, what its teacher makes of each block, for the next time the block comes:
-    worth it where ``replay.buffer_tokens`` lets blocks come again. A block takes four bytes times ``model.context``
-    times the width of the teacher's final hidden states. The teacher is then asked about one block at a time, which
-    changes results by rounding."""
+    """Keep the teacher's final hidden states of each block on disk while a stage trains, and reuse them when the block
+    comes again: worth it where ``replay.buffer_tokens`` makes blocks repeat. A block takes four bytes times
+    ``model.context`` times the width of those states. The teacher then computes one block at a time, which changes
+    results by rounding."""
     activation_checkpointing: bool = False
-    """Compute attention and experts again in the backward pass instead of keeping what is in between: less memory for
-    about a third more time."""
+    """Recompute attention and experts in the backward pass instead of keeping their activations: less memory for about
+    a third more time."""
     compile: bool = False
-    """Compile models with ``torch.compile``; needs a compiler, and minutes to begin with. On CPU it gained nothing."""
+    """Compile models with ``torch.compile``; needs a compiler, and takes minutes at first. It gained nothing on CPU."""
     num_workers: int = 0
-    """Processes that load data; sample order does not depend on it."""
+    """Number of processes that load data; 0 loads in the training process. Sample order does not depend on it."""
     log_every_n_steps: int = 10
-    """Steps between two logged points of a training curve."""
+    """Optimizer steps between two logged points of a training curve."""
     enable_progress_bar: bool = True
-    """Show a progress bar where the output is a terminal."""
+    """Show a progress bar if the output is a terminal."""
     deterministic: bool | None = None
-    """Refuse operations without a deterministic implementation; by default on for CPU."""
+    """Reject operations without a deterministic implementation. Null: true on CPU, false elsewhere."""
     benchmark: bool | None = None
-    """Let cuDNN choose algorithms by timing."""
+    """Let cuDNN choose algorithms by timing them. Null: PyTorch's setting, false unless changed."""
     detect_anomaly: bool = False
-    """Trace the operation that made a NaN; slow."""
+    """Trace the operation that produced a NaN; slow."""
     profiler: str | None = None
-    """``simple``, ``advanced`` or ``pytorch``."""
+    """Lightning's profiler: ``simple``, ``advanced`` or ``pytorch``. Null: none."""
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -144,6 +147,7 @@ class TrainerConfig:
             raise ConfigError(f"trainer.devices={self.devices} must be a number, a list or a string.")
         if self.num_nodes > 1:
             raise ConfigError(f"trainer.num_nodes={self.num_nodes}: a run is on one machine so far. Set it to 1.")
+        # Lightning would start processes of its own; ours are forked once the main process has loaded model and text.
         if any(word in self.strategy for word in ("spawn", "fork", "notebook")):
             raise ConfigError(f"trainer.strategy={self.strategy} is not supported; set trainer.strategy=ddp.")
         if self.processes > 1 and (self.accelerator not in ("auto", "cpu") or isinstance(self.devices, list)):
@@ -168,6 +172,7 @@ class TrainerConfig:
         """Processes that take every step together."""
         if isinstance(self.devices, list):
             return len(self.devices)
+        # Lightning decides what "auto" and -1 mean; `build_trainer` compares its number of processes with this one.
         text = str(self.devices)
         return max(1, int(text)) if text.isdecimal() else 1
 
@@ -177,10 +182,11 @@ class CheckpointConfig:
     """Step checkpoints within a stage; never part of its key."""
 
     every_steps: int = 50
-    """Steps between two checkpoints. Where losses stay non-finite a stage goes back to the newest one before them; with
-    none it begins again."""
+    """Optimizer steps between two checkpoints. If losses stay non-finite, a stage goes back to the newest checkpoint
+    before them, or begins again if there is none."""
+    # Two, since a damaged newest checkpoint is passed over for the one before it.
     keep: int = 2
-    """Newest checkpoints kept; older ones are removed."""
+    """Number of newest checkpoints to keep; older ones are removed."""
 
     def __post_init__(self) -> None:
         for key in ("every_steps", "keep"):
@@ -189,7 +195,7 @@ class CheckpointConfig:
 
 
 class Offload(StrEnum):
-    """Where frozen experts' weights are while a stage trains on an accelerator."""
+    """Memory that holds frozen experts' weights while a stage trains on an accelerator."""
 
     none = "none"
     cpu = "cpu"
@@ -197,16 +203,16 @@ class Offload(StrEnum):
 
 @dataclass(kw_only=True)
 class FrozenConfig:
-    """What is done with frozen weights while a stage trains; never part of its key."""
+    """Placement of frozen weights while a stage trains; never part of its key."""
 
     offload: Offload = Offload.none
-    """``cpu``: frozen experts, the teacher's too, stay in page-locked CPU memory, and a layer's weights come to the GPU
-    when it needs them: the same results, but all frozen experts cross the bus twice a micro-batch, a teacher's once.
-    Without CUDA it changes nothing."""
+    """``none``: frozen experts stay on the GPU. ``cpu``: they stay in page-locked CPU memory, the teacher's as well,
+    and are copied to the GPU layer by layer when needed. Results are the same, but all frozen experts cross the bus
+    twice per micro-batch, the teacher's once. No effect without CUDA."""
 
 
 class Trainable(StrEnum):
-    """What fine-tuning trains."""
+    """Parameters that fine-tuning trains."""
 
     all = "all"
     non_moe = "non_moe"
@@ -219,17 +225,17 @@ class FinetuneConfig:
     """How a stage of ``kind: finetune`` trains, on prompts with answers."""
 
     trainable: Trainable = Trainable.all
-    """``all``; ``non_moe``: everything but routed experts and routers, so dense layers and shared experts too; ``moe``:
-    routed experts and routers alone; or ``attention`` alone. The rest stays the same bits."""
+    """Trainable parameters: ``all``; ``non_moe``, all but routed experts and routers, including dense layers and shared
+    experts; ``moe``, only routed experts and routers; or only ``attention``. The others do not change by a bit."""
     expert_dropout: float = 0.0
-    """Share of the hidden units within each expert that are dropped in training (ST-MoE: 0.4)."""
+    """Fraction of the hidden units within each expert that are dropped in training (ST-MoE: 0.4); 0 drops none."""
     patience: int | None = None
-    """Stop when the held-out loss has not improved in so many measurements, and keep the best weights; by default all
-    steps are taken, and the last weights kept."""
+    """Stop after this many measurements in a row without a better held-out loss, and keep the best weights. Null: take
+    all steps, and keep the last weights."""
     every_steps: int = 20
-    """Steps between two measurements."""
+    """``patience``: optimizer steps between two measurements."""
     held_out_tokens: int = 10_000
-    """Answers' tokens that a measurement scores."""
+    """``patience``: tokens of held-out answers that a measurement scores."""
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.expert_dropout < 1.0:
@@ -243,12 +249,12 @@ class FinetuneConfig:
     def trains(self, part: Part) -> bool:
         """Whether fine-tuning trains a part of the model.
 
-        A sparse layer is its routed experts and its router. Dense layers' feed-forward networks are no part of it, nor
-        are shared experts and their mix: every token uses these, as it uses attention.
+        A sparse layer consists of routed experts and a router. Dense layers' feed-forward networks do not belong to it,
+        nor do shared experts and their mix: every token uses these, as it uses attention.
 
         Source:
             ST-MoE (arXiv:2202.08906), section 4.2, where the feed-forward networks of the layers between sparse ones
-            are among the non-MoE parameters. It has no shared experts; that they go with those is ours.
+            are among the non-MoE parameters. It has no shared experts; counting them among those is our choice.
         """
         match self.trainable:
             case Trainable.non_moe:
@@ -261,7 +267,7 @@ class FinetuneConfig:
                 return True
 
     def effective(self) -> FinetuneConfig:
-        """The same, with every key that changes nothing at its default: without ``patience`` nothing is measured."""
+        """A copy with every key that has no effect at its default: without ``patience`` nothing is measured."""
         if self.patience is not None:
             return self
         return FinetuneConfig(trainable=self.trainable, expert_dropout=self.expert_dropout)

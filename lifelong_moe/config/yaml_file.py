@@ -1,4 +1,4 @@
-"""A YAML file and ``key=value`` overrides, as unresolved nodes. Torch-free."""
+"""Read a YAML file and apply ``key=value`` overrides; interpolations stay unresolved. Torch-free."""
 
 from __future__ import annotations
 
@@ -13,23 +13,27 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lifelong_moe.errors import ConfigError
 
+# Ten times our largest; a file that is longer was given by mistake, such as one of text.
 MAX_CONFIG_BYTES = 1 << 16
 MAX_YAML_DEPTH = 32
 """Deepest nesting of a configuration; ours has five levels."""
 
 
 def read_yaml(path: Path) -> DictConfig:
-    """Read a YAML file, or a pipe, that holds a mapping; a mistake costs one line with file and line number."""
+    """Read a mapping from a YAML file or a pipe; a mistake is reported on one line with file and line number."""
     path = Path("/dev/stdin") if str(path) == "-" else path
+    # Not `is_file`, which a pipe such as <(sed …) is not.
     if path.is_dir() or not path.exists():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
         hint = f" Did you mean {path.parent / near[0]}?" if near else ""
         raise ConfigError(f"{path}: no such file.{hint}")
     with path.open("rb") as file:
-        data = file.read(MAX_CONFIG_BYTES + 1)  # one more tells that it is too long; a file may be endless
+        # Not the whole file, which may be endless; one byte more than allowed shows that it is too long.
+        data = file.read(MAX_CONFIG_BYTES + 1)
     if len(data) > MAX_CONFIG_BYTES:
         raise ConfigError(f"{path}: over {MAX_CONFIG_BYTES:,} bytes; is this a configuration file?")
     try:
+        # Some editors begin a file with a byte order mark.
         text = data.decode("utf-8-sig")
         _require_shallow(text)
         loaded = OmegaConf.load(io.StringIO(text))
@@ -42,6 +46,7 @@ def read_yaml(path: Path) -> DictConfig:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
+        # libyaml itself says only that a character cannot start any token.
         if mark and "\t" in re.match(r"\s*", text.split("\n")[mark.line])[0]:  # type: ignore[index]
             raise ConfigError(f"{where}: indented with a tab; YAML takes spaces only.") from None
         raise ConfigError(f"{where}: {(getattr(error, 'problem', None) or 'not YAML').rstrip('.')}.") from None
@@ -53,7 +58,7 @@ def read_yaml(path: Path) -> DictConfig:
 
 
 def _require_shallow(text: str) -> None:
-    """Refuse deep nesting before the tree is built: libyaml's composer overflows the stack and kills the process."""
+    """Reject deep nesting before the tree is built: libyaml's composer overflows the stack and kills the process."""
     depth = 0
     for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
@@ -62,13 +67,16 @@ def _require_shallow(text: str) -> None:
 
 
 def apply_override(raw: DictConfig, override: str) -> None:
-    """Set what ``key=value`` says, the value being YAML."""
+    """Apply an override ``key=value``, whose value is YAML."""
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"override {override!r} must have the form key=value.")
     try:
+        # Read by the same composer as a file.
         _require_shallow(value)
+        # The node and not its value, so that an interpolation stays unresolved.
         parsed = OmegaConf.from_dotlist([f"value={value}"])._get_node("value")
+        # Keys that the file lacks are added; the section rejects those that do not exist.
         OmegaConf.update(raw, key, parsed, force_add=True)
     except (OmegaConfBaseException, yaml.YAMLError, AttributeError, IndexError, TypeError, ValueError) as error:
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -76,5 +84,5 @@ def apply_override(raw: DictConfig, override: str) -> None:
 
 
 def first_key(override: str) -> str:
-    """``stages`` of ``stages[1].tokens=5``."""
+    """The first part of an override's key: ``stages`` of ``stages[1].tokens=5``."""
     return re.split(r"[.\[=]", override)[0]
