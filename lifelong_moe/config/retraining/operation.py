@@ -14,13 +14,14 @@ class InboxConfig:
     """Where new documents arrive: a directory, or a Hugging Face dataset at a revision."""
 
     path: str | None = "data/inbox"
-    """Directory of JSONL, text or Parquet files, with or without a ``manifest.json``; nothing in it is ever changed."""
+    """Directory of JSONL, text or Parquet files, with or without a ``manifest.json``; nothing in it is ever changed.
+    Null: ``hf`` is used."""
     hf: str | None = None
-    """Id of a Hugging Face dataset instead; set ``path: null``."""
+    """Id of a Hugging Face dataset to use instead; then set ``path: null``. Null: ``path`` is used."""
     name: str | None = None
-    """Configuration name of the Hugging Face dataset."""
+    """Configuration name of the Hugging Face dataset. Null: its default configuration."""
     revision: str | None = None
-    """Commit of the Hugging Face dataset, 40 hexadecimal digits."""
+    """Commit of the Hugging Face dataset, 40 hexadecimal digits; required with ``hf``, null without."""
     split: str = "train"
     """Split of the Hugging Face dataset."""
     text_field: str = "text"
@@ -71,6 +72,7 @@ class ProbeConfig:
 
     fraction: float = 0.02
     """Tokens of a probe as a fraction of the stage's; rounded to whole steps, at least two."""
+    # Mappings and not GrowConfig, whose defaults would replace the configured settings.
     grow: list[dict[str, Any]] = field(default_factory=list)
     """Ways to grow, each a mapping over the configured ``grow`` settings with a probe of its own: such as
     ``[{experts: 2}, {experts: 4}]``, or, for a base with a trained router and ``routing.bundles=none``,
@@ -87,13 +89,13 @@ class LimitsConfig:
     may not train what the text calls for exits with 4."""
 
     tokens: int | None = None
-    """Training tokens of the stage and all its probes."""
+    """Training tokens of a stage and all its probes."""
     hours: float | None = None
     """Estimated device-hours of training, at the speed of the champion's last stage."""
     disk_bytes: int | None = None
-    """Estimated bytes that the stage adds under ``mlruns/``."""
+    """Estimated bytes that a stage adds under ``mlruns/``."""
     experts: int | None = None
-    """Experts of a layer."""
+    """Experts per layer."""
     promotions_per_week: int | None = None
     """Promotions in any seven days."""
 
@@ -109,11 +111,11 @@ class HooksConfig:
     """Notified of every outcome except ``idle``. Failures of a hook are logged and fail nothing."""
 
     command: list[str] = field(default_factory=list)
-    """Program and arguments; it gets the outcome as JSON on standard input."""
+    """Program and arguments; it gets the outcome as JSON on standard input. An empty list runs none."""
     url: str | None = None
-    """URL to which the outcome is posted as JSON."""
+    """URL to which the outcome is posted as JSON. Null: none."""
     seconds: float = 30.0
-    """Timeout of each hook."""
+    """Timeout of each hook, in seconds."""
 
     def __post_init__(self) -> None:
         # urllib would open file:// and ftp:// too.

@@ -21,7 +21,7 @@ class DriftConfig:
     quantile: float = 0.99
     """The AUC must also exceed this quantile of its null distribution, under permuted labels."""
     permutations: int = 200
-    """Number of permutations."""
+    """Number of permutations of the labels that the null distribution is computed from."""
     documents: int = 400
     """Most documents to read on each side, spread evenly over sources."""
 

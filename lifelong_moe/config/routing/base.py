@@ -1,4 +1,4 @@
-"""How tokens reach experts: what all modes have in common. Torch-free.
+"""Settings of routing that all modes have in common. Torch-free.
 
 A mode's settings are a subclass (``routers.py``, ``topk.py``), and groups of keys that some modes share are mixins
 (``shared.py``).
@@ -17,28 +17,28 @@ from lifelong_moe.errors import ConfigError
 
 BALANCE_KEYS = ("balance_loss", "balance_counts", "balance_scope", "balance_over")
 LOSS_KEYS = (*BALANCE_KEYS, "importance_loss", "load_loss", "z_loss")
-"""Keys that shape a router's losses and none of its choices."""
+"""Keys that affect a router's losses but not its choices."""
 
 BUNDLE_CLUSTERS = 8
-"""Centroids a stage of ``routing.bundles=cluster`` has by default."""
+"""Default number of centroids per generation with ``routing.bundles=cluster``."""
 
 
 class Level(StrEnum):
-    """What a FAISS cluster is a cluster of."""
+    """What FAISS clusters: tokens or documents."""
 
     token = "token"
     document = "document"
 
 
 class Features(StrEnum):
-    """What token-level clusters are computed from."""
+    """Vectors that token-level clusters are computed from."""
 
     embedding = "embedding"
     hidden = "hidden"
 
 
 class Bundles(StrEnum):
-    """How a token comes to the bundle (experts, router rows, trunk deltas) of one stage."""
+    """How a token is assigned to the generation (experts, router rows, trunk deltas) of one stage."""
 
     none = "none"
     cluster = "cluster"
@@ -46,7 +46,7 @@ class Bundles(StrEnum):
 
 
 class Centroids(StrEnum):
-    """Where centroids come from."""
+    """Whether centroids are fitted or drawn at random."""
 
     fitted = "fitted"
     random = "random"
@@ -60,7 +60,7 @@ class BalanceOver(StrEnum):
 
 
 class Score(StrEnum):
-    """What turns logits into scores."""
+    """The function from logits to scores."""
 
     softmax = "softmax"
     sigmoid = "sigmoid"
@@ -90,7 +90,7 @@ class SecondExpert(StrEnum):
 
 
 class HashTable(StrEnum):
-    """How ``hash`` comes from token ids to experts."""
+    """How ``hash`` maps token ids to experts."""
 
     random = "random"
     balanced = "balanced"
@@ -134,7 +134,7 @@ STORED: dict[str, Any] = {
     "sample_tokens": 32_768,
     "options": {},
 }
-"""What stages and their keys say of every mode, whether it has the key or not."""
+"""Values that stages and their keys record for every mode, even for keys that it lacks."""
 
 # 0 switches each of these off.
 NOT_NEGATIVE = ("balance_loss", "z_loss", "margin", "importance_loss", "load_loss", "bias_rate", "jitter")
@@ -144,17 +144,17 @@ AT_LEAST_ONE = ("top_k", "clusters")
 
 @dataclass(kw_only=True)
 class RoutingConfig:
-    """How tokens reach experts; fixed for the whole run. ``routing.mode`` decides which keys there are."""
+    """How tokens are routed to experts; fixed for the whole run. ``routing.mode`` decides which keys exist."""
 
     mode: str = "learned"
     """``learned`` (trained top-k: Mixtral, DeepSeek and most others), ``switch``, ``gshard``, ``noisy_topk``, ``vmoe``,
     ``hierarchical``, ``dense`` (Jacobs), ``relu`` (ReMoE), ``base``, ``expert_choice``, ``cluster`` (FAISS, never
     trained), ``label`` (by the known distribution), ``hash`` (by token id, never trained), or the dotted path of a
-    ``Router`` subclass of your own. A mode brings its authors' values for keys that are not set: docs/systems.md."""
+    ``Router`` subclass of your own. Keys that are not set get the values of the mode's authors: docs/systems.md."""
     bundles: Bundles = Bundles.none
-    """A token uses the experts of one stage alone, among which ``learned`` or ``cluster`` (token level) chooses.
-    ``cluster``: FAISS picks the stage from the text so far, a chunk at a time; ``label``: by the known distribution;
-    ``none``: a token may use all experts."""
+    """Restrict each token to the generation of one stage, within which ``learned`` or ``cluster`` (token level) chooses
+    experts. ``cluster``: FAISS selects the generation from the preceding text, chunk by chunk. ``label``: the known
+    distribution selects it. ``none``: a token may use all experts."""
 
     # Not annotated, hence no keys: values that hold in modes without such a key, so that callers need not ask the mode.
     top_k = 2
@@ -167,15 +167,15 @@ class RoutingConfig:
 
     # Class variables are facts about a mode, not keys: no configuration sets them.
     supports_bundles: ClassVar[bool] = False
-    """Whether a token can be kept to the experts of one stage."""
+    """Whether tokens can be restricted to the generation of one stage."""
     has_rows: ClassVar[bool] = True
-    """Whether the router has trained rows, one an expert."""
+    """Whether the router has trained rows, one per expert."""
     is_noncausal: ClassVar[bool] = False
-    """Whether later tokens change earlier ones, in training or always, whatever the keys."""
+    """Whether later tokens change earlier ones under any keys, in training or always."""
     draws_per_process: ClassVar[bool] = False
-    """Whether each process draws random numbers, or assigns its tokens all at once, whatever the keys."""
+    """Whether, under any keys, each process draws random numbers or assigns all of its tokens at once."""
     stored: ClassVar[dict[str, Any]] = {"renormalize": False}
-    """What stages say of keys that the mode does not have, where it is not as in ``STORED``."""
+    """Recorded values of keys that the mode lacks, where they differ from ``STORED``."""
 
     def __post_init__(self) -> None:
         # A mode has only some of the keys that the three tuples name.
@@ -213,7 +213,7 @@ class RoutingConfig:
 
     @property
     def capacity(self) -> CapacityConfig | None:
-        """Room of each expert; None: nothing is ever dropped."""
+        """Capacity of each expert; None means no limit, so that no token is dropped."""
         return None
 
     @property
@@ -274,11 +274,11 @@ class RoutingConfig:
         return found.with_keys({"allow_noncausal"}, {"allow_noncausal": self.noncausal_by is not None})
 
     def idle_keys(self) -> set[str]:
-        """Keys that change nothing beside the others."""
+        """Keys without effect, given the values of the others."""
         return set()
 
     def with_losses_of(self, other: RoutingConfig) -> RoutingConfig:
-        """With the losses of another section that chooses alike: losses are a stage's own, all else is its parent's."""
+        """A copy with another section's losses if it chooses alike: losses are a stage's own, the rest its parent's."""
         if (self.mode, self.capacity) != (other.mode, other.capacity):
             return self
         return self.with_keys(LOSS_KEYS, other.settings())
@@ -288,9 +288,9 @@ class RoutingConfig:
         return dataclasses.replace(self, **{key: values[key] for key in keys if key in self.settings()})
 
     def settings(self) -> Mapping[str, Any]:
-        """Its keys and their values, shallow."""
+        """Keys and values of this section, shallow."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON data: one flat form for all modes; read by :func:`.modes.stored_routing`."""
+        """Plain JSON data in one flat form for all modes; read by :func:`.modes.stored_routing`."""
         return STORED | self.stored | dataclasses.asdict(self)

@@ -1,4 +1,4 @@
-"""How much room experts have, and for whom. Torch-free."""
+"""Settings of capacity: how many tokens an expert takes, and which are dropped. Torch-free."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from lifelong_moe.errors import ConfigError
 
 
 class Counts(StrEnum):
-    """What capacity is a share of."""
+    """The number that the capacity factor multiplies."""
 
     tokens = "tokens"
     assignments = "assignments"
 
 
 class Rounding(StrEnum):
-    """How capacity becomes a whole number."""
+    """How capacity is rounded to a whole number."""
 
     down = "down"
     up = "up"
 
 
 class Priority(StrEnum):
-    """Who is served first where an expert's room is short."""
+    """Which assignments come first where an expert's capacity is short."""
 
     token = "token"
     choice = "choice"
@@ -32,7 +32,7 @@ class Priority(StrEnum):
 
 
 class Overflow(StrEnum):
-    """What becomes of an assignment that finds no room."""
+    """What happens to an assignment over capacity."""
 
     residual = "residual"
     next_choice = "next_choice"
@@ -40,32 +40,33 @@ class Overflow(StrEnum):
 
 @dataclass(kw_only=True)
 class CapacityConfig:
-    """How many of a sequence's tokens an expert takes; without this section there is no limit and nothing is dropped.
+    """How many tokens of a sequence an expert takes. Without this section there is no limit and no token is dropped.
 
-    It is a share of ``model.context``, not of the tokens at hand, so that neither batch mates nor the length of what
-    follows changes it.
+    Capacity is a fraction of ``model.context``, not of the tokens at hand, so that it depends on neither the other
+    sequences of a batch nor the length of later text.
     """
 
     # 1.25 and 2: the values of Switch (arXiv:2101.03961) and Mesh TensorFlow.
     factor: float = 1.25
-    """Capacity factor in training; 1 is just enough if experts are used evenly."""
+    """Capacity factor in training; 1 is just enough if all experts are used evenly."""
     eval_factor: float = 2.0
-    """The same in evaluation."""
+    """Capacity factor in evaluation."""
     counts: Counts = Counts.tokens
-    """Factor times ``tokens`` / experts (Switch, GShard), or times ``assignments``, which are ``top_k`` as many."""
+    """Capacity is the factor times ``tokens`` / experts (Switch, GShard), or ``assignments`` / experts, which is
+    ``top_k`` times as much."""
     rounding: Rounding = Rounding.down
-    """To a whole number (Mesh, Lingvo: ``down``; DeepSpeed: ``up``)."""
+    """Round capacity to a whole number ``down`` (Mesh TensorFlow, Lingvo) or ``up`` (DeepSpeed)."""
     multiple: int = 1
-    """Then up to a multiple of this."""
+    """After rounding, capacity rises to a multiple of this number."""
     least: int = 1
-    """At least so many."""
+    """Smallest capacity, in tokens."""
     priority: Priority = Priority.token
-    """``token`` by token (class B: earlier tokens never lose to later ones); every first ``choice`` before any second
-    (GShard); largest gate of the ``batch`` first (V-MoE); ``random`` in training and ``choice`` in evaluation
-    (DeepSpeed). All but the first let later tokens change earlier ones."""
+    """Which assignments come first. ``token``: those of earlier tokens, which never lose to later ones. ``choice``: all
+    first choices before any second (GShard). ``batch``: those with the largest gates (V-MoE). ``random``: any in
+    training, and ``choice`` in evaluation (DeepSpeed). All but ``token`` let later tokens change earlier ones."""
     overflow: Overflow = Overflow.residual
-    """A dropped assignment adds nothing (``residual``), or goes to the token's ``next_choice`` that has room, at that
-    expert's gate, which lets later tokens change earlier ones."""
+    """What happens to an assignment over capacity. ``residual``: it adds nothing. ``next_choice``: it goes to the
+    token's next choice that has room, with that expert's gate weight, which lets later tokens change earlier ones."""
 
     def __post_init__(self) -> None:
         for key in ("factor", "eval_factor"):

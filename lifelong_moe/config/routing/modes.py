@@ -32,10 +32,10 @@ from lifelong_moe.storage.plain import from_plain
 
 
 class Mode(NamedTuple):
-    """What ``routing.mode`` names."""
+    """A value of ``routing.mode``: its settings and its router."""
 
     settings: type[RoutingConfig]
-    """Its keys, their values, and what follows from them."""
+    """Dataclass of the mode's keys, with their defaults and properties."""
     router: str
     """Dotted path of the class (or function) that builds a layer's router; imported on use."""
 
@@ -58,7 +58,7 @@ ROUTERS = {
     "label": Mode(LabelConfig, f"{HERE}.domain.LabelRouter"),
     "hash": Mode(HashConfig, f"{HERE}.hashing.HashRouter"),
 }
-"""What a new router is entered in."""
+"""Registry of all modes; a new router gets a line here."""
 
 FOR_ENCODERS = ("soft",)
 """Modes that no run can have: for the encoder of ``lifelong_moe/model/encoder.py``, which no pipeline trains."""
@@ -82,12 +82,12 @@ def settings_of(mode: object) -> type[RoutingConfig]:
 
 
 def keys_of(mode: object) -> set[str]:
-    """Keys that a mode has."""
+    """Names of a mode's keys."""
     return {f.name for f in fields(settings_of(mode))}
 
 
 def stored_routing(data: Mapping[str, Any]) -> RoutingConfig:
-    """From what :meth:`RoutingConfig.to_json` wrote, or an earlier version: keys that the mode lacks have no effect."""
+    """Read what :meth:`RoutingConfig.to_json` or an earlier version wrote; keys that the mode lacks have no effect."""
     cls = settings_of(data.get("mode", "learned"))
     own = {f.name for f in fields(cls)}
     # Earlier versions wrote every key for every mode; those that a mode does not read are left out.

@@ -1,4 +1,4 @@
-"""Settings of all other routers: noisy and hierarchical, dense, balanced by themselves, and not trained."""
+"""Settings of the routers not in ``topk.py``: noisy, hierarchical, dense, balanced, untrained. Torch-free."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from lifelong_moe.errors import ConfigError
 
 @dataclass(kw_only=True)
 class LoadConfig(ZLossConfig, CountsConfig):
-    """Noise in training, under which experts have expected loads."""
+    """Modes with noise in training, under which each expert has an expected load."""
 
     balance_loss: float = 0.0
     z_loss: float = 0.0
     # Shazeer et al., appendix C.1: w_importance = w_load = 0.1.
     importance_loss: float = 0.1
-    """Coefficient of the squared coefficient of variation of what experts' gates sum to: ``noisy_topk``, of the chosen
-    experts' gates; ``vmoe``, of all gates without noise, in each sequence. Summed over layers."""
+    """Coefficient of the squared coefficient of variation of the experts' gate sums: ``noisy_topk`` sums the chosen
+    experts' gates, ``vmoe`` all gates without noise within each sequence. Losses are summed over layers; 0 is off."""
     load_loss: float = 0.1
-    """The same of experts' expected loads, were their noise drawn again."""
+    """Coefficient of the same loss on experts' expected loads, the expectation over new noise; 0 turns it off."""
     draws_per_process: ClassVar[bool] = True
 
 
@@ -43,7 +43,7 @@ class NoisyConfig(LoadConfig):
     mode: str = "noisy_topk"
 
     def require_gate_gradient(self) -> None:
-        """The softmax is over the chosen."""
+        """Reject one chosen expert, since the softmax is over the chosen ones."""
         if self.top_k == 1:
             raise ConfigError(
                 f"routing.mode={self.mode} with routing.top_k=1 makes every gate weight 1, so the router gets no "
@@ -97,11 +97,11 @@ class HierarchicalConfig(GroupsConfig, CountsConfig):
         return self.top_k // self.top_groups
 
     def groups_of(self, num_experts: int) -> int:
-        """How many groups a generation of ``num_experts`` experts forms: each has what a token uses."""
+        """Number of groups in a generation of ``num_experts`` experts; each group has as many as a token uses of it."""
         return min(self.expert_groups, num_experts // self.experts_per_group)
 
     def require_gate_gradient(self) -> None:
-        """Both gates are softmaxes over what they chose."""
+        """Reject a gate that chooses one, since both gates are softmaxes over their choices."""
         if min(self.top_groups, self.experts_per_group) < 2:
             raise ConfigError(
                 f"routing.top_k={self.top_k} with routing.top_groups={self.top_groups}: a gate of a hierarchy that "
@@ -110,7 +110,7 @@ class HierarchicalConfig(GroupsConfig, CountsConfig):
             )
 
     def require_groups(self, num_experts: int, key: str, *, is_first: bool) -> None:
-        """As many groups as are asked for at first, and later as many as have what a token uses."""
+        """Require the configured groups in the first stage, and later as many as have enough experts for a token."""
         groups, least = self.expert_groups if is_first else self.groups_of(num_experts), self.experts_per_group
         if num_experts < least * max(1, groups) or num_experts % groups:
             raise ConfigError(
@@ -120,7 +120,7 @@ class HierarchicalConfig(GroupsConfig, CountsConfig):
 
 
 UNBALANCED: dict[str, Any] = {"renormalize": False, "balance_loss": 0.0}
-"""What stages say of modes whose loads are even by themselves."""
+"""Recorded values of modes whose loads are even by design."""
 
 
 @dataclass(kw_only=True)
@@ -130,14 +130,14 @@ class DenseConfig(ZLossConfig):
     mode: str = "dense"
     z_loss: float = 0.0
     competitive: bool = False
-    """In the last layer each expert predicts by itself, and the prediction is their mixture (Jacobs: experts
-    compete), in place of the prediction from their outputs' sum (they cooperate)."""
+    """If true, each expert of the last layer predicts by itself, and the model's prediction is the mixture of theirs
+    (Jacobs: experts compete). If false, it predicts from the sum of their outputs (experts cooperate)."""
     stored: ClassVar[dict[str, Any]] = UNBALANCED
 
 
 @dataclass(kw_only=True)
 class ReluConfig(ZLossConfig, BalancedConfig):
-    """``routing.mode=relu``; ``top_k`` of them are used on average."""
+    """``routing.mode=relu``; a token uses ``top_k`` experts on average."""
 
     mode: str = "relu"
     balance_loss: float = 0.0
@@ -164,7 +164,7 @@ class BaseConfig(ZLossConfig, NoncausalConfig, ChoosingConfig):
 
 @dataclass(kw_only=True)
 class ExpertChoiceConfig(ZLossConfig, NoncausalConfig, ChoosingConfig):
-    """``routing.mode=expert_choice``; a token gets ``top_k`` on average."""
+    """``routing.mode=expert_choice``; a token gets ``top_k`` experts on average."""
 
     mode: str = "expert_choice"
     z_loss: float = 0.0
@@ -179,7 +179,7 @@ class SoftConfig(NoncausalConfig):
 
     mode: str = "soft"
     slots: int = 1
-    """Has no use in a run: Soft MoE's slots of each expert, in an encoder of your own."""
+    """Slots per expert of Soft MoE, in an encoder of your own; runs cannot use this mode."""
     # Each slot mixes all tokens of a sequence.
     is_noncausal: ClassVar[bool] = True
 
@@ -190,13 +190,13 @@ class ClusterConfig(TextClusterConfig):
 
     mode: str = "cluster"
     level: Level = Level.token
-    """``cluster`` only: one assignment a ``token``, or one a chunk of a ``document``."""
+    """One assignment per ``token``, or one per chunk of a ``document``."""
     features: Features = Features.embedding
-    """Token-level clusters: of a frozen token ``embedding`` (drift-free) or of the layer's ``hidden`` input."""
+    """``level=token``: cluster a frozen token ``embedding``, which never drifts, or the layer's ``hidden`` input."""
     scale: float = 10.0
-    """Token-level clusters: gate weights are ``softmax(scale * x.c)`` over the chosen unit-length centroids."""
+    """``level=token``: gate weights are ``softmax(scale * x.c)`` over the chosen unit-length centroids ``c``."""
     sample_tokens: int = 32_768
-    """Training tokens that centroids are fitted on."""
+    """``level=token``: training tokens on which centroids are fitted."""
     # Centroids are fitted, never trained.
     has_rows: ClassVar[bool] = False
 
@@ -206,7 +206,7 @@ class ClusterConfig(TextClusterConfig):
 
     @property
     def by_document(self) -> bool:
-        """Also by clusters of documents."""
+        """Also true for clusters of documents."""
         return super().by_document or self.level == Level.document
 
     @property
@@ -221,11 +221,11 @@ class ClusterConfig(TextClusterConfig):
 
     @property
     def clusters_hidden(self) -> bool:
-        """Whether those of the layer's input do."""
+        """Whether centroids of the layer's input choose the experts."""
         return self.level == Level.token and self.features == Features.hidden
 
     def idle_keys(self) -> set[str]:
-        """Of clusters of tokens and those of documents what the other kind reads."""
+        """For clusters of tokens, the keys that only clusters of documents read, and the other way round."""
         idle = super().idle_keys()
         if self.level == Level.document:
             return idle | {"features", "scale", "sample_tokens"}
@@ -258,13 +258,13 @@ class HashConfig(ChoosingConfig):
 
     mode: str = "hash"
     table: HashTable = HashTable.random
-    """Experts by a fixed pseudo-random order for each token id (``random``), or by a table made of the first
-    stage's text: ``balanced``, the most frequent token id to the expert with least text so far, or ``clustered``, by
-    FAISS clusters of token embeddings."""
+    """``random``: a fixed pseudo-random order of experts for each token id. The others are tables made from the first
+    stage's text: ``balanced`` assigns token ids, most frequent first, to the expert with the least text so far;
+    ``clustered`` assigns them by FAISS clusters of token embeddings."""
     expert_groups: int = 1
-    """A token uses one expert of each group, at weight 1 (MultiHash)."""
+    """Number of groups of experts; a token uses one expert of each, with gate weight 1 (MultiHash). 1: no groups."""
     feature_width: int = 64
-    """``table=clustered``: dimensions kept by the SVD behind token embeddings."""
+    """``table=clustered``: dimensions of the token embeddings, which an SVD gives."""
     has_rows: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -277,19 +277,19 @@ class HashConfig(ChoosingConfig):
             raise ConfigError(f"routing.table={self.table} gives each token id one expert: set routing.top_k=1.")
 
     def require_groups(self, num_experts: int, key: str, *, is_first: bool) -> None:
-        """Groups of one size."""
+        """Require groups of one size."""
         require_multiple(num_experts, self.expert_groups, key)
 
     @property
     def has_table(self) -> bool:
-        """Unless ids are hashed."""
+        """True unless ids are hashed."""
         return self.table != HashTable.random
 
     @property
     def fixed_by(self) -> str | None:
-        """A table is made for a number of experts."""
+        """The table, which is made for a fixed number of experts."""
         return f"routing.table={self.table}" if self.has_table else None
 
     def idle_keys(self) -> set[str]:
-        """Dimensions of embeddings that nobody clusters."""
+        """Also the dimensions of embeddings where none are clustered."""
         return super().idle_keys() | (set() if self.table == HashTable.clustered else {"feature_width"})

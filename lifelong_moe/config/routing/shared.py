@@ -1,4 +1,4 @@
-"""Keys that several modes share, as mixins of their settings. Torch-free."""
+"""Settings that several modes share, as mixins. Torch-free."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ from lifelong_moe.errors import ConfigError
 
 @dataclass(kw_only=True)
 class ChoosingConfig(RoutingConfig):
-    """Tokens choose experts, or experts tokens."""
+    """Modes in which tokens choose experts, or experts choose tokens."""
 
     top_k: int = 2
-    """Experts per token; so many run, however many there are, and each further one adds a row of the router."""
+    """Experts per token. The cost of a token depends on this number, not on how many experts exist, apart from the
+    router's row for each."""
 
     def require_top_k(self, number: int) -> None:
-        """Refuse another number of experts than the one that the mode has."""
+        """Reject any number of experts per token but the mode's own."""
         if self.top_k != number:
             raise ConfigError(
                 f"routing.mode={self.mode} chooses {number} expert(s) a token: set routing.top_k={number}."
@@ -35,22 +36,22 @@ class ChoosingConfig(RoutingConfig):
 
 @dataclass(kw_only=True)
 class NoncausalConfig(RoutingConfig):
-    """Later tokens change earlier ones, always or with some keys."""
+    """Modes in which later tokens change earlier ones, always or with some keys."""
 
     allow_noncausal: bool = False
-    """Let a router be used that lets later tokens change earlier ones. Its losses say nothing about generation."""
+    """Allow a router in which later tokens change earlier ones. Its losses say nothing about generated text."""
 
 
 @dataclass(kw_only=True)
 class CapacityKeys(NoncausalConfig):
-    """Experts may have limited room, whose order may let later tokens change earlier ones."""
+    """Modes whose experts can have a capacity, whose order may let later tokens change earlier ones."""
 
     capacity: CapacityConfig | None = None
-    """Room of each expert; none by default: nothing is ever dropped."""
+    """Capacity of each expert, a section of its own. Null: no limit, so that no token is dropped."""
 
     @property
     def noncausal_by(self) -> str | None:
-        """The key that says who is served, unless earlier tokens never lose to later ones."""
+        """The key that decides which assignments are dropped, unless earlier tokens never lose to later ones."""
         if self.capacity is None or self.capacity.is_ordered:
             return super().noncausal_by
         # Where both leak, the priority is named: another overflow alone would not help.
@@ -65,28 +66,28 @@ class CapacityKeys(NoncausalConfig):
 
 @dataclass(kw_only=True)
 class ZLossConfig(RoutingConfig):
-    """The router has logits, whose size a loss can hold down."""
+    """Modes whose router has logits, whose size a loss can limit."""
 
     z_loss: float = 0.00025
-    """Coefficient of the router z-loss, where rows are trained; summed over layers. The default is 0.001 averaged over
-    four."""
+    """Coefficient of the router z-loss, where rows are trained; summed over layers, 0 turns it off. 0.00025 equals
+    0.001 for a loss that is averaged over four layers."""
 
 
 @dataclass(kw_only=True)
 class BalancedConfig(ChoosingConfig):
-    """Loads can be uneven, so that a loss can balance them."""
+    """Modes whose loads can be uneven, so that a loss can balance them."""
 
     balance_loss: float = 0.0025
-    """Coefficient of the load-balancing loss (1 at perfect balance), where rows are trained. Losses of routers are
-    summed over layers, as most authors do; curves show their mean. The default is 0.01 averaged over the four layers
-    of the measured runs, and a coefficient that was published for an average is to be divided by the layers."""
+    """Coefficient of the load-balancing loss (1 at perfect balance), where rows are trained; 0 turns it off. Losses of
+    routers are summed over layers, as most authors do; curves show their mean. Divide a coefficient that was published
+    for an average by the number of layers: 0.0025 equals 0.01 averaged over the four layers of the measured runs."""
     balance_scope: BalanceScope | None = None
-    """Count choices in each ``sequence`` (DeepSeek-V3), in a ``microbatch``, or in all of a step's micro-batches so far
-    (``global_batch``, Qwen3; ``learned``, ``switch`` and ``gshard`` alone); over all processes, whose number changes
-    nothing. By default where room is counted: in each sequence with ``capacity``, which allows nothing else, and in a
-    micro-batch without."""
+    """Tokens over which the load-balancing loss counts choices: each ``sequence`` (DeepSeek-V3), a ``microbatch``, or
+    all micro-batches of the step so far (``global_batch``, Qwen3; only ``learned``, ``switch`` and ``gshard``). Counts
+    are over all processes, whose number has no effect. Null: ``sequence`` with ``capacity``, which allows no other
+    value, and ``microbatch`` without."""
     balance_over: BalanceOver = BalanceOver.all
-    """Spread tokens over ``all`` experts or over this stage's ``active`` ones only."""
+    """Experts that the load-balancing loss spreads tokens over: ``all``, or only this stage's ``active`` ones."""
 
     balance_counts = BalanceCounts.all  # no key
     supports_global_batch: ClassVar[bool] = False
@@ -104,7 +105,7 @@ class BalancedConfig(ChoosingConfig):
 
     @property
     def effective_balance_scope(self) -> BalanceScope:
-        """Over which tokens the load-balancing loss counts choices: where room is counted, unless there is no limit."""
+        """``balance_scope``, or its default: where capacity is counted if there is one."""
         return self.balance_scope or self._implied_scope
 
     @property
@@ -112,7 +113,7 @@ class BalancedConfig(ChoosingConfig):
         return BalanceScope.microbatch if self.capacity is None else BalanceScope.sequence
 
     def idle_keys(self) -> set[str]:
-        """What shapes a loss that is not there; and a scope that is meant anyway."""
+        """Also the keys of a loss that is off, and a scope that equals the default."""
         idle = super().idle_keys()
         if not self.balance_loss:
             return idle | {"balance_counts", "balance_scope", "balance_over"}
@@ -121,23 +122,24 @@ class BalancedConfig(ChoosingConfig):
 
 @dataclass(kw_only=True)
 class CountsConfig(BalancedConfig):
-    """Tokens choose several experts, and balance may look at the first choice alone."""
+    """Modes in which tokens choose several experts, and balance may count the first choice alone."""
 
     balance_counts: BalanceCounts = BalanceCounts.all
-    """Count ``all`` choices, or ``first`` ones only (GShard). Of ``learned`` with ``bias_rate`` or ``expert_groups``:
-    those that scores alone would make among all experts (DeepSeek-V3)."""
+    """Choices that the load-balancing loss counts: ``all``, or only the ``first`` of each token (GShard). With
+    ``bias_rate`` or ``expert_groups``, ``learned`` counts the choices that scores alone would make among all experts
+    (DeepSeek-V3)."""
 
 
 @dataclass(kw_only=True)
 class GroupsConfig(ChoosingConfig):
-    """Experts form groups, of which a token uses some."""
+    """Modes whose experts form groups, of which a token uses some."""
 
     expert_groups: int = 1
-    """``learned``: divide the experts into so many groups, of which a token uses the best ``top_groups``
-    (DeepSeek-V3). ``hierarchical``: groups that the first stage's experts form, each with a gate of its own; a later
-    stage's form as many, or fewer where each would have less experts than a token uses of it."""
+    """Number of groups that the experts form. ``learned``: a token uses the best ``top_groups`` of them (DeepSeek-V3);
+    1 is no grouping. ``hierarchical``: each group has a gate of its own; the experts of a later stage form as many
+    groups, or fewer if a group would have fewer experts than a token uses of it."""
     top_groups: int = 1
-    """Groups that a token uses; ``hierarchical``: two or more, and two or more experts of each."""
+    """Number of groups that a token uses; at least two for ``hierarchical``, with at least two experts of each."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -149,30 +151,33 @@ class GroupsConfig(ChoosingConfig):
 
 @dataclass(kw_only=True)
 class TextClusterConfig(ChoosingConfig):
-    """Text may be clustered: with ``bundles=cluster``, or by ``cluster`` itself."""
+    """Modes that may cluster text: with ``bundles=cluster``, or ``cluster`` itself."""
 
     margin: float = 4.0
-    """``bundles=cluster``: nats by which a newer bundle must explain the text so far better than an older one."""
+    """``bundles=cluster``: nats by which a newer generation must explain the preceding text better than an older one to
+    be selected."""
     centroids: Centroids = Centroids.fitted
-    """``random`` is the null to compare with: random directions for tokens, a hash of the first chunk for documents."""
+    """``fitted`` to the text, or ``random`` as a baseline: random directions for tokens, a hash of the first chunk for
+    documents."""
     clusters: int | None = None
-    """Clusters a stage has, where text is clustered. The default gives each cluster of ``level=document`` ``top_k``
-    experts of its own, and each bundle 8 centroids."""
+    """Clusters of text per stage. Null: with ``level=document``, as many as have ``top_k`` experts each; with
+    ``bundles=cluster``, 8 per generation."""
     chunk_tokens: int = 64
-    """Document-level, and ``bundles=cluster``: tokens that share one assignment, made from the tokens before them."""
+    """``level=document`` and ``bundles=cluster``: tokens per chunk; a chunk has one assignment, which depends on the
+    tokens before it."""
     feature_width: int = 64
-    """Dimensions kept by the SVD behind ``embedding`` and ``tfidf`` features."""
+    """Dimensions that the SVD keeps of ``embedding`` and tf-idf features."""
 
     supports_bundles: ClassVar[bool] = True
 
     def num_clusters(self, num_experts: int) -> int:
-        """How many clusters of text a generation of ``num_experts`` experts has, where :attr:`by_document` holds."""
+        """Number of clusters of text in a generation of ``num_experts`` experts, where :attr:`by_document` holds."""
         # Without bundles a cluster owns as many experts as a token uses, so that all of them run.
         default = BUNDLE_CLUSTERS if self.by_generation else max(1, num_experts // self.top_k)
         return self.clusters or default
 
     def idle_keys(self) -> set[str]:
-        """What shapes clusters of text that are not there, or that are drawn and not fitted."""
+        """Also the keys of clusters of text where there are none, and of fitting where they are drawn."""
         idle = super().idle_keys() | (set() if self.bundles == Bundles.cluster else {"margin"})
         if not self.by_document:
             return idle | {"centroids", "clusters", "chunk_tokens", "feature_width"}
@@ -181,6 +186,6 @@ class TextClusterConfig(ChoosingConfig):
 
 
 def require_multiple(num_experts: int, groups: int, key: str) -> None:
-    """Refuse experts that do not form so many groups of one size."""
+    """Reject a number of experts that is not a multiple of the number of groups."""
     if num_experts % groups:
         raise ConfigError(f"{key}={num_experts} must be a multiple of routing.expert_groups={groups}.")

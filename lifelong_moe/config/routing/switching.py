@@ -1,4 +1,4 @@
-"""A routing section as written, and a mode: what stands there of another one. Torch-free."""
+"""Drop keys of other modes from a routing section, also when an override switches the mode. Torch-free."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from lifelong_moe.config.routing.modes import ROUTERS, keys_of, settings_of
 from lifelong_moe.errors import ConfigError
 
 GROUPS = {"expert_groups", "top_groups"}
-"""Keys that mean another thing in each mode that has them."""
+"""Keys whose meaning differs between the modes that have them."""
 FITTING = [{"top_k"}, {"balance_scope"}, {"top_k", "balance_scope"}]
-"""Keys that modes share, with values that not all can have."""
+"""Keys that modes share but not all values of which each mode allows."""
 
 
 def drop_foreign_keys(written: DictConfig, *, is_stored: bool = False) -> DictConfig:
-    """A section without keys of other modes, where they say nothing: a coefficient of 0, ``false``, ``null``.
+    """Copy a section without keys of other modes whose values ask for nothing: a coefficient of 0, ``false``, ``null``.
 
     Args:
         written: The section, not yet validated.
-        is_stored: Whether it is of a run that exists: an earlier version let it say more, which did nothing.
+        is_stored: Whether it belongs to an existing run, in which earlier versions allowed such keys without effect.
 
     Raises:
-        ConfigError: If such a key says something, lest somebody believe that it does something.
+        ConfigError: If such a key has another value, since the mode would ignore it.
     """
     mode = written.get("mode", "learned")
     plain, own = _plain(written), keys_of(mode)
     for key in set(plain) - own:
         modes = [name for name in ROUTERS if key in keys_of(name)]
         if not modes and key != "options":
-            continue  # no key at all: the section itself says so
-        # What asks for nothing may stand in a file that is used with several modes.
+            continue  # no key of any mode: OmegaConf rejects it
+        # A file that is used with several modes may turn off what only some of them have.
         nothing = plain[key] is None or plain[key] is False or (key.endswith("_loss") and plain[key] == 0)
         if not nothing and not is_stored:
             whose = f"routing.mode={' or '.join(modes)}" if modes else "routers named by dotted path"
@@ -44,15 +44,15 @@ def drop_foreign_keys(written: DictConfig, *, is_stored: bool = False) -> DictCo
 
 
 def drop_keys_of_old_mode(raw: DictConfig, before: DictConfig, overrides: Sequence[str]) -> None:
-    """Let one key switch the mode: take out of a configuration what its file wrote for its own mode alone.
+    """Let one key switch the mode: drop the keys of the file that only fit its own mode.
 
-    That is what the other mode has no key for, or cannot have; the mode's values stand there instead.
-    What an override says stays, whatever it is, and so do ``bundles`` (but for ``label``, which is bundles by itself):
-    without them something else has to hold old knowledge, which is for the user to say.
+    These are keys that the new mode lacks, or whose values it does not allow; its defaults apply instead. Keys set by
+    an override stay. So does ``bundles``, except under ``label``, which implies it: without generations something else
+    must retain old text, and that is the user's decision.
 
     Args:
-        raw: The configuration with its overrides; changed.
-        before: The same without.
+        raw: The configuration with its overrides; changed in place.
+        before: The configuration without overrides.
         overrides: ``key=value``.
     """
     old, new = _plain(before._get_node("routing")), _plain(raw._get_node("routing"))
@@ -70,11 +70,11 @@ def drop_keys_of_old_mode(raw: DictConfig, before: DictConfig, overrides: Sequen
 
 
 def valid_routing(written: Mapping[str, Any], without: Collection[str] = ()) -> RoutingConfig | None:
-    """A section's settings as a new run may have them, but for bundles; None if it cannot.
+    """Build a section's settings without ``bundles``, as for a new run; None if they are not valid.
 
     Args:
         written: Plain data, not yet validated.
-        without: Keys that are left out.
+        without: Keys to leave out.
     """
     try:
         # Bundles stay out of the question: whether to give them up is for the user to say.
@@ -88,13 +88,13 @@ def valid_routing(written: Mapping[str, Any], without: Collection[str] = ()) -> 
 
 
 def _plain(node: Any) -> dict[str, Any]:
-    """The routing section as plain data; empty if there is none, or it is not one."""
+    """The routing section as plain data; empty if it is missing or not a mapping."""
     found = OmegaConf.to_container(node, resolve=False) if isinstance(node, DictConfig) else {}
     return {str(key): value for key, value in found.items()} if isinstance(found, dict) else {}
 
 
 def _asked(overrides: Sequence[str]) -> set[str]:
-    """Keys of the section that overrides set."""
+    """Keys of the routing section that overrides set."""
     found: set[str] = set()
     for override in overrides:
         parts = override.partition("=")[0].split(".")

@@ -1,4 +1,4 @@
-"""Settings of the trained top-k routers: ``learned``, ``switch``, ``gshard``, and a router of the user's own."""
+"""Settings of the trained top-k routers: ``learned``, ``switch``, ``gshard``, and the user's own. Torch-free."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ from lifelong_moe.errors import ConfigError
 
 @dataclass(kw_only=True)
 class TopKConfig(CapacityKeys, ZLossConfig, BalancedConfig):
-    """Trained top-k routing of any kind; what a kind makes no key of holds as it stands here."""
+    """Trained top-k routing of any kind. Attributes without annotation are no keys; a kind may make them keys."""
 
     gate_scale: float = 1.0
     """Factor on the gate weights (DeepSeek-V3: 2.5)."""
     jitter: float = 0.0
-    """In training the router's input, and nothing else, is multiplied by numbers between 1 - jitter and 1 + jitter."""
+    """In training, the router's input (not the experts') is multiplied by random numbers between 1 - jitter and
+    1 + jitter; 0 is none."""
 
     score = Score.softmax
     renormalize = False
@@ -47,13 +48,13 @@ class TopKConfig(CapacityKeys, ZLossConfig, BalancedConfig):
 
 @dataclass(kw_only=True)
 class SigmoidConfig(TopKConfig):
-    """Scores may be sigmoids, and biases may take part in choosing."""
+    """Modes whose scores may be sigmoids, and whose choices may depend on biases."""
 
     score: Score = Score.softmax
-    """Scores from logits: ``softmax`` over all experts, or each its own ``sigmoid`` (DeepSeek-V3)."""
+    """Function from logits to scores: ``softmax`` over all experts, or a ``sigmoid`` of each (DeepSeek-V3)."""
     bias_rate: float = 0.0
-    """Above 0 each expert has a bias that takes part in choosing, not in weighting, and moves by so much a step
-    against its load over the global batch (DeepSeek-V3: 0.001)."""
+    """Above 0, each expert has a bias that affects choices but not gate weights. It moves by this much per step,
+    against the expert's load over the global batch (DeepSeek-V3: 0.001). 0: no biases."""
 
 
 @dataclass(kw_only=True)
@@ -78,7 +79,7 @@ class LearnedConfig(GroupsConfig, SigmoidConfig, CountsConfig, TextClusterConfig
             raise ConfigError("routing.bundles cannot be used with routing.capacity, bias_rate or expert_groups.")
 
     def require_groups(self, num_experts: int, key: str, *, is_first: bool) -> None:
-        """Groups of one size, the best of which hold as many experts as a token uses."""
+        """Require groups of one size, and as many experts in ``top_groups`` of them as a token uses."""
         groups = self.expert_groups
         require_multiple(num_experts, groups, key)
         held = num_experts // groups * self.top_groups
@@ -91,7 +92,7 @@ class LearnedConfig(GroupsConfig, SigmoidConfig, CountsConfig, TextClusterConfig
 
     @property
     def fixed_by(self) -> str | None:
-        """Groups cannot grow."""
+        """The number of groups, since groups cannot grow."""
         return f"routing.expert_groups={self.expert_groups}" if self.expert_groups > 1 else None
 
 
@@ -124,8 +125,8 @@ class GShardConfig(TopKConfig, CountsConfig):
     renormalize: bool = True
     """Divide the chosen gate weights by their sum (Mixtral)."""
     second: SecondExpert = SecondExpert.random
-    """In training, use the second expert always (``all``), if its share of both gates exceeds 0.2 (``threshold``), or
-    with twice that share as probability (``random``). In evaluation always."""
+    """When training uses the second expert: always (``all``), if its share of both gates exceeds 0.2 (``threshold``),
+    or with twice that share as probability (``random``). Evaluation always uses it."""
     balance_counts: BalanceCounts = BalanceCounts.first
     # Lingvo, gshard_builder.py: aux_loss_coef, summed over layers
     balance_loss: float = 0.01
@@ -153,10 +154,10 @@ class CustomRouterConfig(GroupsConfig, SigmoidConfig, CountsConfig):
     renormalize: bool = True
     """Divide the chosen gate weights by their sum (Mixtral)."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Keyword arguments for a router named by dotted path."""
+    """Keyword arguments for the router that ``mode`` names by dotted path."""
     # Nobody knows, so the number of processes is part of the key.
     draws_per_process: ClassVar[bool] = True
 
     def effective(self, *, grown: bool) -> RoutingConfig:
-        """As it is: the router may read any key."""
+        """Itself, since the router may read any key."""
         return self
