@@ -1,4 +1,4 @@
-"""Batches of documents that retraining looked at: what was trained on can be replayed and traced.
+"""Store the batches of documents that retraining examined, so that training data can be replayed and traced.
 
 ``batches/<hash16>/`` holds ``documents.jsonl`` (``text``, ``source``), which a configuration names like any file, and
 ``manifest.json``. The directory appears by rename, so it is whole or absent, and its text never changes: stages learned
@@ -37,7 +37,7 @@ class BatchStore:
         return self.root / (batch[:SHORT] if sources is None else f"{batch[:SHORT]}-{sources}") / DOCUMENTS
 
     def sources(self, documents: Sequence[Document]) -> str | None:
-        """Which copy of a batch says these sources: None for the first, also if none is kept yet, else its digits.
+        """The copy of a batch that has these sources: None for the first (or if none is stored yet), else its digits.
 
         Raises:
             CorruptError: If the first copy is damaged.
@@ -45,12 +45,13 @@ class BatchStore:
         batch, given = documents_hash(documents), {document.hash: document.source for document in documents}
         if not self.path(batch).parent.exists():
             return None
+        # Compared as a set: a batch is its documents, whatever order they arrived in.
         if set(given.items()) == self.identities(batch):
             return None
         return text_sha256(canonical_json(given))[:SOURCES]
 
     def add(self, documents: Sequence[Document], files: Sequence[dict[str, Any]]) -> str:
-        """Keep a batch; one that is there already with the same sources stays as it is, or gets its text back.
+        """Store a batch. A stored batch with the same sources is unchanged, except that removed text is restored.
 
         Args:
             documents: In any order; they are written in order of their hash.
@@ -61,6 +62,8 @@ class BatchStore:
         """
         batch, sources = documents_hash(documents), self.sources(documents)
         path = self.path(batch, sources)
+        # Text that was removed may arrive again; the manifest is still there and lists the same bytes,
+        # because rows are canonical JSON in order of hash.
         if not self.has_text(batch, sources):
             write_atomic(path, _rows(documents))
         if path.parent.exists():
@@ -71,7 +74,7 @@ class BatchStore:
         return batch
 
     def manifest(self, batch: str, sources: str | None = None) -> dict[str, Any]:
-        """What is known of a batch, whose file is verified.
+        """Return a batch's manifest after verifying its file.
 
         Raises:
             CorruptError: If it is absent or damaged.
@@ -82,6 +85,7 @@ class BatchStore:
             listed = manifest["sha256"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CorruptError(f"{path.parent / MANIFEST}: unreadable ({type(error).__name__}).") from None
+        # A batch may be replayed long after it was written, so its bytes are verified at each reading.
         if not path.is_file() or (found := file_sha256(path)) != listed:
             found = found if path.is_file() else "missing"
             raise CorruptError(f"{path}: SHA-256 is {found}, but the manifest says {listed}.")
@@ -93,7 +97,7 @@ class BatchStore:
         return list(read_jsonl(self.path(batch, sources), "text", "source"))
 
     def has_text(self, batch: str, sources: str | None = None) -> bool:
-        """Whether a batch's text was not removed: it is there, or something else is wrong."""
+        """False only if the text was removed on purpose; missing without a record of removal is damage."""
         path = self.path(batch, sources)
         return path.exists() or not path.with_name(REMOVED).is_file()
 
@@ -115,15 +119,18 @@ class BatchStore:
         """Remove the text of a batch in all its copies, but not what its documents are known by; returns the bytes.
 
         Raises:
-            CorruptError: If a file is damaged: what is noted of it would not be what was learned.
+            CorruptError: If a file is damaged, because its hashes would not be those of the text that was learned.
         """
         freed = 0
         for path in self.copies(batch):
             freed += path.stat().st_size
             found = self.documents(batch, path.parent.name[SHORT + 1 :] or None)
+            # The normalized hash cannot be computed once the text is gone; it recognizes a document that returns.
             rows = [{"hash": d.hash, "normalized": normalized_hash(d.text), "source": d.source} for d in found]
-            write_atomic(path.with_name(REMOVED), canonical_json(rows))  # counts once the text is gone
+            # Written first: it takes effect once the text is gone, so a kill in between loses nothing.
+            write_atomic(path.with_name(REMOVED), canonical_json(rows))
             path.unlink()
+            # Else a power failure may bring the removed text back.
             sync(path.parent)
         return freed
 
@@ -137,7 +144,9 @@ class BatchStore:
 
     def holding(self, document_hash: str) -> list[str]:
         """Hashes of the batches that hold a document, by the hash of its text or the beginning of it."""
+        # Manifests keep the hashes of documents, so a batch without text is found too.
         manifests = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(self.root.glob(f"*/{MANIFEST}"))]
+        # Copies of a batch with other sources have the same hash, which is listed once.
         found = (m["hash"] for m in manifests if any(h.startswith(document_hash) for h in m["documents"]))
         return list(dict.fromkeys(found))
 

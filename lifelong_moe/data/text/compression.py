@@ -42,9 +42,11 @@ class _Unpacked(io.RawIOBase):
             data = self._read(len(buffer))
         except EOFError as error:
             raise DataError(f"{self._path}: the gzip stream ends early; the file is truncated.") from error
-        except (OSError, zlib.error) as error:  # gzip's BadGzipFile and Arrow's errors are OSErrors
+        # BadGzipFile of gzip and the errors of Arrow are OSErrors.
+        except (OSError, zlib.error) as error:
             reason = " ".join(str(error).split())
             raise DataError(f"{self._path}: not a valid {self._kind} file: {reason}.") from error
+        # Counted while unpacking: neither format states reliably how many bytes will come.
         buffer[: len(data)] = data
         self._num_bytes += len(data)
         if self._num_bytes > ALLOWANCE_BYTES and self._num_bytes > MAX_RATIO * self._packed.tell():

@@ -1,4 +1,4 @@
-"""Documents, and how a list of them becomes a corpus: duplicates out, capped, split, in canonical order."""
+"""Build a corpus from documents: drop duplicates, cap, split, and sort into canonical order."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lifelong_moe.errors import DataError
 from lifelong_moe.storage.keys import text_sha256
 
 SHORT_TEXT = 64
-"""Letters and digits below which symbols may be all that tells two texts apart."""
+"""In a text with fewer letters and digits than this, symbols count when duplicates are sought."""
 _EDGES = ("Ps", "Pe", "Pi", "Pf", "Po")
 """Unicode categories of brackets, quotation marks and sentence punctuation; dashes and symbols are of others."""
 _OPERATORS = frozenset("#%&*/@\\")
@@ -79,6 +79,7 @@ def normalized_hash(text: str) -> str:
         Unicode 16.0, D145 (canonical caseless matching), and table 4-4 (general categories).
     """
     found = letters(text)
+    # Few letters: `a < b` and `a > b` must stay two documents, so symbols count here.
     if len(found) < SHORT_TEXT:
         folded = _folded(text)
         found = " ".join(filter(None, map(_without_edges, folded.split()))) or folded
@@ -91,6 +92,7 @@ def letters(text: str) -> str:
 
 
 def _folded(text: str) -> str:
+    # Decomposed before folding, as D145 asks, for rare characters such as U+0345.
     return unicodedata.normalize("NFC", unicodedata.normalize("NFD", text).casefold())
 
 
@@ -99,6 +101,7 @@ class _Letters(dict[int, int | None]):
 
     def __missing__(self, code: int) -> int | None:
         char = chr(code)
+        # Marks are kept (Unicode's M): without its vowel signs, an Indic word is another word.
         self[code] = code if unicodedata.category(char)[0] in "LMN" and char not in _VARIATIONS else None
         return self[code]
 
@@ -108,6 +111,7 @@ _LETTERS = _Letters()
 
 def _without_edges(word: str) -> str:
     """A word without punctuation before and after it."""
+    # Control and format characters, such as a zero-width joiner, are invisible and do not count.
     chars = [char for char in word if unicodedata.category(char)[0] != "C"]
     inner = [i for i, c in enumerate(chars) if c in _OPERATORS or unicodedata.category(c) not in _EDGES]
     return "".join(chars[inner[0] : inner[-1] + 1]) if inner else ""
@@ -137,6 +141,7 @@ def build_corpus(
     if heldout is not None:
         train, held = _distinct(documents), _distinct(heldout)
         duplicates = len(documents) - len(train) + len(heldout) - len(held)
+        # Before the cap: a training document that is also held out is an error even if the cap would drop it.
         _refuse_overlap(train, held)
         if config.max_bytes is not None:
             train = _capped(train, config.max_bytes, least=1)
@@ -144,6 +149,7 @@ def build_corpus(
         distinct = _distinct(documents)
         duplicates = len(documents) - len(distinct)
         if config.max_bytes is not None:
+            # At least two units, so that each side of the split has one.
             distinct = _capped(distinct, config.max_bytes, least=2)
         train, held = _split(distinct, config.heldout_fraction, config.heldout_sources)
     for side, kept in (("training", train), ("held-out", held)):
@@ -154,7 +160,7 @@ def build_corpus(
 
 
 def heldout_part(documents: Sequence[Document]) -> list[Document]:
-    """What :func:`build_corpus` holds out of explicit held-out documents."""
+    """The held-out side that :func:`build_corpus` makes of explicit held-out documents."""
     return _in_hash_order(_distinct(documents))
 
 
@@ -167,6 +173,7 @@ def _distinct(documents: Sequence[Document]) -> list[Document]:
         if other is None or (document.source, document.hash) < (other.source, other.hash):
             kept[key] = document
     duplicates = len(documents) - len(kept)
+    # A few repeats are normal in real text; a majority means that the configuration names a file twice.
     if 2 * duplicates > len(documents):
         raise DataError(
             f"{duplicates} of {len(documents)} documents are duplicates of others (case, spaces "
@@ -212,11 +219,13 @@ def _split(documents: list[Document], fraction: float, least: int) -> tuple[list
             "split; at least 2 units are needed. Add documents, or give heldout_files."
         )
     order = sorted(units, key=lambda unit: _unit_hash("split", unit))
+    # A fixed threshold, not a share of the units present: in a large corpus, adding units moves no other one.
     threshold = int(fraction * 2**256)
     num_held = sum(_unit_hash("split", unit) < threshold for unit in order)
     num_held = min(max(num_held, min(least, len(order) // 2), 1), len(order) - 1)
     held = [document for unit in order[:num_held] for document in units[unit]]
     train = [document for unit in order[num_held:] for document in units[unit]]
+    # Duplicates were dropped before; a leak would make every held-out loss look too good.
     assert not {normalized_hash(d.text) for d in held} & {normalized_hash(d.text) for d in train}
     return train, held
 

@@ -45,6 +45,7 @@ def without_docstrings(code: str) -> str:
     """
     lines = [line.encode("utf-8") for line in code.split("\n")]  # ast counts columns in UTF-8 bytes
     found = [node for node in _documented(ast.parse(code)) if ast.get_docstring(node, clean=False) is not None]
+    # From the end, so that line numbers of earlier docstrings stay valid.
     for node in sorted(found, key=lambda node: node.body[0].lineno, reverse=True):
         _take_out(lines, node)
     return b"\n".join(lines).decode("utf-8")
@@ -80,6 +81,7 @@ def topics(code: str) -> dict[str, str]:
     """Return the language reference's topics from the source text of ``pydoc_data.topics``: one dict literal."""
     for node in ast.parse(code).body:
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
+            # Never executed: the file is read as data.
             entries = ast.literal_eval(node.value)
             return {str(name): inspect.cleandoc(text) for name, text in entries.items()}
     return {}
@@ -90,6 +92,7 @@ def header_code(code: str) -> str:
     if _GENERATED.search(code[:_GENERATED_HEAD_CHARS]):
         return ""
     code = _TORCH_GUARD_TAIL.sub("", _TORCH_GUARD_HEAD.sub("", code, count=1), count=1)
+    # Only leading comments about the licence; the one that explains the file is text worth learning.
     while (comment := _LEADING_COMMENT.match(code)) and _LICENCE.search(comment.group()):
         code = code[comment.end() :]
     return code.strip("\n")

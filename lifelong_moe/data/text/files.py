@@ -28,6 +28,7 @@ def read_documents(pattern: str, config: SourceConfig) -> list[Document]:
     Raises:
         DataError: Nothing matches, a file is of a kind that is not read, or ``file:line: reason``.
     """
+    # Every file's kind is checked before the first is read, which may take minutes.
     readers = [(path, reader_of(path)) for path in matching_files(pattern)]
     documents = [document for path, reader in readers for document in reader(path, config)]
     if not documents:
@@ -42,11 +43,14 @@ def matching_files(pattern: str) -> list[Path]:
         DataError: Nothing matches, or only folders do.
     """
     try:
-        if Path(pattern).exists():  # also a name that holds a glob's characters
+        # First as a plain path: a file's own name may hold `[` or `*`.
+        if Path(pattern).exists():
             found = [Path(pattern)]
         else:
+            # `**` can yield one path twice, and glob's order is the file system's.
             found = sorted({Path(name) for name in glob.glob(pattern, recursive=True)})
-    except (OSError, ValueError) as error:  # too long a name, or one that holds NUL
+    # Too long a name, or one that holds NUL.
+    except (OSError, ValueError) as error:
         raise DataError(f"files={pattern}: {error}.") from None
     if not found:
         reason = f"files={pattern}: no such file, and nothing matches it under {Path.cwd()}."
@@ -82,6 +86,7 @@ def _jsonl_documents(path: Path, config: SourceConfig) -> Iterator[Document]:
 def _text_documents(path: Path, config: SourceConfig) -> Iterator[Document]:
     """Yield a text file as one document, which is its own source unit."""
     with open_bytes(path) as stream:
+        # One byte more than allowed shows that a file is too long without reading all of it.
         data = stream.read(MAX_TEXT_FILE_BYTES + 1)
     if len(data) > MAX_TEXT_FILE_BYTES:
         raise DataError(f"{path}: one document of more than {MAX_TEXT_FILE_BYTES >> 20} MiB; cut it, or use .jsonl.")

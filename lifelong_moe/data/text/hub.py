@@ -24,6 +24,7 @@ def hub_documents(config: SourceConfig) -> list[Document]:
         ResourceError: The disk is full.
         TryAgainError: The hub cannot be reached, or asks to come back later.
     """
+    # Here, since importing it takes seconds and only distributions of the hub need it.
     import datasets
 
     place = f"hf={config.hf}" + (f"/{config.name}" if config.name else "") + f"@{(config.revision or '')[:8]}"
@@ -47,6 +48,7 @@ def hub_documents(config: SourceConfig) -> list[Document]:
     if config.text_field not in names:
         raise DataError(f'{place}: there is no field "{config.text_field}"; fields: {", ".join(names[:8])}.')
     read = (config.text_field, config.source_field, config.answer_field)
+    # Other columns, such as images, would be decoded for each row.
     rows = rows.select_columns([name for name in read if name in names])
     return [
         document_from(row, f"{place}:{number}", config.text_field, config.source_field, config.answer_field)
@@ -55,13 +57,15 @@ def hub_documents(config: SourceConfig) -> list[Document]:
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error, and those that led to it."""
+    """The error and the chain of errors that caused it."""
     while error is not None:
         yield error
+        # Libraries wrap the network's error in their own, sometimes without `from`.
         error = error.__cause__ or error.__context__
 
 
 def _passes(error: BaseException) -> bool:
-    """Whether an error is of the network or the hub's load and not of what was asked for."""
+    """Whether an error is temporary: caused by the network or the hub's load, not by the request."""
+    # By attribute: requests, httpx and the hub each have an exception class of their own with a response.
     status = getattr(getattr(error, "response", None), "status_code", 0)
     return isinstance(error, ConnectionError | TimeoutError) or status in (408, 429) or status >= 500

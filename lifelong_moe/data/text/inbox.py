@@ -22,6 +22,7 @@ from lifelong_moe.errors import DataError, one_line
 from lifelong_moe.storage.keys import file_sha256
 
 MANIFEST = "manifest.json"
+# Room for about a hundred thousand files; the manifest is parsed whole in memory.
 MAX_MANIFEST_BYTES = 16 << 20
 UNFINISHED = (".tmp", ".part")
 DISTRIBUTION = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,39}")
@@ -53,10 +54,13 @@ def read_inbox(directory: Path, source: SourceConfig) -> Inbox | None:
     if not directory.is_dir():
         raise DataError(f"{directory}: the inbox must be a directory.")
     manifest = directory / MANIFEST
+    # A dangling link counts as a manifest: ignoring it would read files that nobody listed.
     listed, distribution = _listed(manifest) if manifest.exists() or manifest.is_symlink() else (None, None)
     paths = _present(directory) if listed is None else [_contained(directory, name, manifest) for name in listed]
     readers = [(path, reader_of(path)) for path in paths]
+    # Hashed before reading, and names made printable: they go into records and messages.
     files = [{"name": one_line(path.name), "bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in paths]
+    # All files are compared with the manifest before any is parsed: half an inbox is never learned.
     for path, file in zip(paths, files, strict=True):
         _require_as_listed(path, file, (listed or {}).get(str(path.relative_to(directory))))
     documents = [document for path, reader in readers for document in reader(path, source)]
@@ -113,6 +117,7 @@ def _contained(directory: Path, name: str, manifest: Path) -> Path:
 
 
 def _require_inside(directory: Path, path: Path) -> None:
+    # Resolved, because a link in the inbox could name any file that this user may read.
     if not path.resolve().is_relative_to(directory.resolve()):
         raise DataError(f"{path}: leads out of the inbox; only files in it are read.")
 

@@ -1,4 +1,4 @@
-"""A strict JSONL reader: whatever is wrong is one ``file:line: reason``, found in bounded time and memory."""
+"""Read JSONL strictly, in bounded time and memory; every error is one ``file:line: reason``."""
 
 from __future__ import annotations
 
@@ -61,6 +61,7 @@ def document_from(
         if answer_field not in row:
             raise DataError(f'{where}: there is no field "{answer_field}", which is to hold the answer.')
         answer = check_text(row[answer_field], where, answer_field)
+        # Answers are scored from the first separator on, so one within the prompt would move the border.
         if SEPARATOR in text + answer:
             raise DataError(f"{where}: U+001E stands between prompt and answer and must be in neither.")
         text = f"{text}{SEPARATOR}{answer}"
@@ -79,11 +80,13 @@ def _lines(stream: ByteStream, path: Path) -> Iterator[tuple[int, bytes]]:
     One empty line at the end of the file is passed over; any other is an error.
     """
     number = 0
+    # Bounded, else one endless line would fill memory before its length is known.
     while line := stream.readline(MAX_LINE_BYTES + 1):
         number += 1
         if len(line) > MAX_LINE_BYTES:
             raise DataError(f"{path}:{number}: line is longer than {MAX_LINE_BYTES >> 20} MiB; cut the document.")
         if not line.strip():
+            # Only an empty line at the very end is normal; elsewhere it suggests a damaged file.
             if stream.peek(1):
                 raise DataError(f"{path}:{number}: line is empty; each line must be one JSON object.")
             return

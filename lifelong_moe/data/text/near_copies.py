@@ -44,6 +44,7 @@ def ngrams(text: str) -> NDArray[np.uint64]:
     A run of 2k letters is hashed from its halves, so four passes over the text make all runs of 16. The hashes are the
     same everywhere; two of a billion different runs share one with a probability of 3 %.
     """
+    # UTF-32, so that each letter is one number in every script.
     codes = np.frombuffer(letters(text).encode("utf-32-le"), dtype="<u4").astype(np.uint64)
     if len(codes) < NGRAM:
         return codes[:0]
@@ -54,7 +55,7 @@ def ngrams(text: str) -> NDArray[np.uint64]:
 
 
 def _distinct(hashes: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """What ``np.unique`` returns in three times the time."""
+    """Sorted distinct hashes, three times faster than ``np.unique``."""
     ordered = np.sort(hashes)
     return ordered[np.append(True, ordered[1:] != ordered[:-1])[: len(ordered)]]
 
@@ -65,17 +66,20 @@ def _mixed(hashes: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 class _Table:
-    """Every run of some documents, each with a place."""
+    """The distinct runs of some documents, sorted; a run's index is its column in :class:`_Texts`."""
 
     def __init__(self, documents: Sequence[Document]) -> None:
         self.runs_W = _distinct(np.concatenate([np.zeros(0, np.uint64), *(ngrams(d.text) for d in documents)]))
+        # A filter of 16 MiB with false positives only; `places` confirms each by search.
         self.maybe = np.zeros(1 << FILTER_BITS, dtype=bool)
         self.maybe[self.runs_W & _LOW] = True
 
     def places(self, runs: NDArray[np.uint64]) -> NDArray[np.int64]:
-        """Where those of some runs stand that are in the table."""
-        runs = runs[self.maybe[runs & _LOW]]  # most are not, and a look at one bit is cheaper than a search
+        """Indices in ``runs_W`` of those runs that are in the table."""
+        # Most runs are not in the table, and reading one flag is cheaper than a search.
+        runs = runs[self.maybe[runs & _LOW]]
         places = np.searchsorted(self.runs_W, runs)
+        # `searchsorted` puts what exceeds all runs one past the end; the next line compares and drops it.
         places[places == len(self.runs_W)] = 0
         return places[self.runs_W[places] == runs]
 
@@ -93,7 +97,8 @@ class _Texts:
     @classmethod
     def of(cls, documents: Sequence[Document], table: _Table) -> _Texts:
         """Look every run up in a table."""
-        from scipy import sparse  # which takes as long to import as a question about a run may take
+        # Imported here: importing scipy takes as long as answering a command about a run may take.
+        from scipy import sparse
 
         rows, sizes = [], []
         for document in documents:
@@ -102,6 +107,7 @@ class _Texts:
             sizes.append(len(runs))
         ends = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
         columns = np.concatenate([np.zeros(0, np.int64), *rows])
+        # int64: products of these matrices count shared runs, which would overflow a byte.
         has = sparse.csr_array((np.ones(len(columns), np.int64), columns, ends), shape=(len(rows), len(table.runs_W)))
         return cls(has, np.array(sizes, dtype=np.int64), [document.source for document in documents])
 
@@ -151,10 +157,12 @@ def without_near_copies(
     heldout = _Texts.of(held, table)
     found = {}
     for name, corpus in corpora.items():
+        # From the split on, so that calling this again with more held-out text gives the same as one call.
         train = sorted([*corpus.train, *corpus.near_copies], key=lambda document: document.hash)
         trained = _Texts.of(train, table)
         own = np.flatnonzero(owner == name)
         mine = _Texts(heldout.has_DW[own], heldout.size_D[own], [heldout.sources[i] for i in own])
+        # Common runs are those of this distribution alone: another one must not make held-out text "common".
         copies = _judge(trained, heldout, _common([trained, mine]), may_contain=False)
         if copies.all():
             raise DataError(

@@ -55,6 +55,7 @@ def _columns(path: Path, table: Any, text_field: str, source_field: str, answer_
         for index in range(table.metadata.num_columns):
             column = table.metadata.row_group(group).column(index)
             if column.path_in_schema in columns:
+                # The footer states sizes, so most bombs are rejected before anything is unpacked.
                 _refuse_bomb(path, column.total_uncompressed_size)
     return columns
 
@@ -63,10 +64,12 @@ def _rows(path: Path, table: Any, columns: list[str]) -> Iterator[dict[str, Any]
     number = num_bytes = 0
     for batch in table.iter_batches(batch_size=_ROWS, columns=columns):
         num_bytes += batch.nbytes
+        # Again while reading: the footer may lie, and a dictionary's values repeat in memory.
         _refuse_bomb(path, num_bytes)
         for index in range(batch.num_rows):
             number += 1
             try:
+                # One value at a time, so that an error names its row.
                 row = {name: batch.column(name)[index].as_py() for name in columns}
             except UnicodeDecodeError as error:
                 raise DataError(f"{path}:{number}: invalid UTF-8 at byte {error.start} of a text.") from error

@@ -1,4 +1,4 @@
-"""From a distribution's configuration to its documents."""
+"""Read the documents that a distribution's configuration names."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def read_corpus(name: str, config: SourceConfig, cache: Path) -> Corpus:
 
 
 def heldout_documents(config: SourceConfig) -> list[Document] | None:
-    """Held-out documents that stand in files of their own, in order of hash; None if none do.
+    """Return the documents of ``heldout_files`` in order of hash; None if the key is not set.
 
     Raises:
         DataError: They are missing or malformed.

@@ -15,6 +15,7 @@ MAX_LINE_BYTES = 16 << 20
 """Longest JSONL line."""
 MAX_TEXT_FILE_BYTES = 256 << 20
 """Longest ``.txt`` file; it is one document."""
+# Most are pickles, or may contain one, which runs code when it is loaded.
 _NEVER_LOADED = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".npy", ".npz", ".joblib", ".faiss")
 _UTF8_BOM = b"\xef\xbb\xbf"
 
@@ -36,6 +37,7 @@ def open_bytes(path: Path) -> Iterator[ByteStream]:
         raise DataError(f"{path}: cannot be read: {error.strerror}.") from error
     with raw:
         stream: ByteStream = unpack(path, raw) if path.suffix.lower() in COMPRESSED else raw
+        # Peeked, not read: a stream of unpacked text cannot seek back.
         head = stream.peek(4)[:4]
         if head.startswith((b"\xff\xfe", b"\xfe\xff")) or head[:1] == b"\0" or head[1:2] == b"\0":
             raise DataError(f"{path}:1: this is UTF-16 or binary, not UTF-8; iconv -f UTF-16 -t UTF-8 converts it.")
@@ -106,6 +108,7 @@ def check_text(text: object, where: str, field: str | None = None) -> str:
     if "\0" in text:
         raise DataError(f"{where}: {name} holds a NUL character at position {text.index(chr(0))}; is this binary data?")
     try:
+        # JSON's \ud800 escapes make strings that Python holds but that no tokenizer can encode.
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         code = ord(text[error.start])

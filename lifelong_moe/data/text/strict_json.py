@@ -1,4 +1,4 @@
-"""JSON of a user's: what Python's reader accepts beyond the standard, or what would take long, is refused."""
+"""Parse a user's JSON strictly: reject what Python accepts beyond the standard, and what would take long."""
 
 from __future__ import annotations
 
@@ -62,6 +62,7 @@ def _integer(digits: str) -> int:
 
 def _number(digits: str) -> float:
     value = float(digits)
+    # 1e999 is valid JSON and reads as infinity, which no canonical JSON can hold.
     if not math.isfinite(value):
         raise _RefusedError(f"number {digits[:40]} is not finite.")
     return value
