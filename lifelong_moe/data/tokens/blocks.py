@@ -39,6 +39,7 @@ class BlockSource:
 
     def __post_init__(self) -> None:
         for ids in (self.domain_ids, self.teacher_domain_ids):
+            # An invariant of the caller, not a user's mistake: ids are made from this very shard.
             if ids is not None and ids.shape != (self.shard.num_tokens,):
                 raise ValueError(f"domain_ids {ids.shape} for {self.shard.num_tokens} tokens")
 
@@ -53,6 +54,7 @@ class BlockSource:
             raise IndexError(f"block {index} of {len(self)}")
         begin, end = self.borders[index : index + 2]
         inputs, length = slice(begin, end), self.context
+        # One token beyond the block, the last target; after the shard's last token padding supplies BOS.
         tokens = _padded(self.shard.tokens[begin : end + 1], length + 1, self.bos_id)
         real = _padded(np.ones(end - begin), length, 0)
         groups = (
@@ -139,6 +141,7 @@ def _block(
     return {
         "token_ids": token_ids,
         "target_ids": _tensor(tokens_S1[1:]),
+        # Padding is BOS as well, but begins no document.
         "document_ids": torch.cumsum((token_ids == bos_id) & mask, dim=0),
         "domain_ids": groups,
         "teacher_domain_ids": teacher_domains,
@@ -149,6 +152,7 @@ def _block(
 
 def _tensor(values: np.ndarray) -> Tensor:
     """A copy, int64."""
+    # A copy: the shard is mapped read-only, which torch warns about, and embeddings need int64 indices.
     return torch.from_numpy(values.astype(np.int64))
 
 
@@ -173,6 +177,7 @@ class BlockDataset(Dataset[dict[str, Tensor]]):
         """
         self._sources = list(sources)
         self._order = order
+        # Numbers of blocks over all sources, by which the teacher's cached hidden states are found again.
         self._first_blocks = list(accumulate((len(source) for source in self._sources), initial=0))
 
     def __getitem__(self, n: int) -> dict[str, Tensor]:
@@ -189,6 +194,7 @@ class BlockDataset(Dataset[dict[str, Tensor]]):
     def place(self, n: int) -> tuple[bool, int]:
         """Return ``replayed`` and ``ordinal`` of sample ``n``, which need no text."""
         before = self._order.num_replayed(n)
+        # The order is a pure function of n, so no counter needs to survive a resume.
         replayed = self._order.num_replayed(n + 1) > before
         return replayed, before if replayed else n - before
 

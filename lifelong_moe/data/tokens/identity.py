@@ -1,4 +1,4 @@
-"""What stages know of their data without opening it: hashes of text, and the tokenizer. Torch-free."""
+"""Identify prepared data by hashes, so that plans and stage keys need no text. Torch-free."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class TokenizerIdentity:
-    """Which tokenizer made the tokens."""
+    """The tokenizer that made the tokens, by recipe and hash."""
 
     recipe: dict[str, Any]
-    """What it was made by."""
+    """How it was made: a file, or the settings and version of its training."""
     hash: str
 
 

@@ -1,4 +1,4 @@
-"""Which sample comes when: a pure function of (sizes, replay fraction, seed, sample number).
+"""Decide the order of samples: a pure function of (sizes, replay fraction, seed, sample number).
 
 Nothing is carried from step to step, so a run resumes at any step, and neither data workers nor the number of
 processes change what is seen.
@@ -53,6 +53,7 @@ class SampleOrder:
 
     def num_replayed(self, n: int) -> int:
         """Return how many of the first ``n`` samples are replayed."""
+        # Integers, since a product of floats may be off by one.
         return n * self._replay.numerator // self._replay.denominator
 
     def at(self, n: int) -> tuple[int, int]:
@@ -64,6 +65,7 @@ class SampleOrder:
             raise ValueError(f"sample {n} does not exist")
         replayed = self.num_replayed(n)
         if self.num_replayed(n + 1) > replayed:
+            # Arithmetic in place of a stored position: any sample can be asked for without those before it.
             rounds, turn = divmod(replayed, len(self._round))
             source = 1 + self._round[turn]
             index = rounds * self._weights[source - 1] + self._turns[turn]
@@ -73,8 +75,10 @@ class SampleOrder:
         return source, int(self._permutation(source, epoch)[position])
 
     def _permutation(self, source: int, epoch: int) -> np.ndarray:
+        # One permutation per source is kept: samples come in order, so an older epoch is rarely asked for again.
         held = self._permutations.get(source)
         if held is None or held[0] != epoch:
+            # PCG64 by name: NumPy may change its default generator, and the order must stay the same for a resume.
             generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self._seed, source, epoch])))
             held = (epoch, generator.permutation(self._blocks[source]))
             self._permutations[source] = held
@@ -83,6 +87,7 @@ class SampleOrder:
 
 def _round(weights: Sequence[int]) -> list[int]:
     """A round of turns in which each index has as many as its weight, spread as evenly as it goes."""
+    # Each index's turns lie in the middle of equal parts of the round; equal places go by index.
     turns = [((turn + 0.5) / weight, index) for index, weight in enumerate(weights) for turn in range(weight)]
     return [index for _, index in sorted(turns)]
 
@@ -122,6 +127,7 @@ def batch_indices(step: int, micro: int, *, global_batch: int, accumulate: int, 
     if step < 0 or not 0 <= micro < accumulate or not 0 <= rank < world:
         raise ValueError(f"step={step}, micro={micro} of {accumulate}, rank={rank} of {world} is out of range")
     size = global_batch // (accumulate * world)
+    # Micro-batch outside, rank inside: accumulation and processes share the same samples of a step.
     start = step * global_batch + (micro * world + rank) * size
     return range(start, start + size)
 
@@ -148,6 +154,7 @@ class StepBatchSampler:
         """
         if not 0 <= start_step <= num_steps:
             raise ValueError(f"start_step={start_step} lies outside the stage's {num_steps} steps")
+        # Called for its checks: a wrong division fails here and not at the first step.
         batch_indices(0, 0, global_batch=global_batch, accumulate=accumulate, rank=rank, world=world)
         self.num_steps = num_steps
         self.global_batch = global_batch

@@ -1,4 +1,4 @@
-"""How a shard is cut into training blocks. Torch-free, so that plans can count blocks too."""
+"""Cut a shard into training blocks. Torch-free, so that plans can count blocks too."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ def block_borders(shard: TokenShard, context: int) -> NDArray[np.int64]:
         return np.append(np.arange(0, shard.num_tokens, context), shard.num_tokens)
     ends, borders = shard.offsets.tolist(), [0]
     while borders[-1] < shard.num_tokens:
+        # Sorted ends and binary search: a shard may hold millions of pairs.
         border = ends[bisect.bisect_right(ends, borders[-1] + context) - 1]
         if border == borders[-1]:
             raise ValueError(f"the pair at token {border} is longer than context={context}")
@@ -40,11 +41,12 @@ def block_borders(shard: TokenShard, context: int) -> NDArray[np.int64]:
 
 
 def epochs(positions: int, shard: TokenShard, context: int) -> float:
-    """How often training goes through a shard; at 1 every token was an input once.
+    """Return the number of passes over a shard; at 1 every token was an input once.
 
     Args:
         positions: Trained on, the padding of short blocks included, as a stage's ``tokens`` are.
         shard: The text.
         context: Tokens a block.
     """
+    # Blocks times context, because `positions` counts the padding of short blocks too.
     return positions / ((len(block_borders(shard, context)) - 1) * context)

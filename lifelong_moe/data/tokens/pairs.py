@@ -25,13 +25,14 @@ def separator_id(tokenizer: Tokenizer) -> int:
         ConfigError: If the tokenizer cuts it into several.
     """
     ids = tokenizer.encode(SEPARATOR)
+    # The separator is found again in tokens by its id alone, so it must be exactly one token.
     if len(ids) != 1:
         raise ConfigError("the tokenizer has no token for U+001E, which stands between prompt and answer.")
     return ids[0]
 
 
 def with_answers(corpus: Corpus, tokenized: TokenizedCorpus, tokenizer: Tokenizer, context: int) -> TokenizedCorpus:
-    """The same tokens, of which only answers count, and as bytes only theirs.
+    """Return the same tokens, with only answers scored and only their bytes counted.
 
     Raises:
         DataError: ``file:line: reason`` for the first pair that does not fit into a training block; how many do not.
@@ -39,6 +40,7 @@ def with_answers(corpus: Corpus, tokenized: TokenizedCorpus, tokenizer: Tokenize
 
     def marked(documents: Sequence[Document], shard: TokenShard) -> TokenShard:
         lengths = np.diff(shard.offsets)
+        # Not cut: an answer without the beginning of its prompt would be learned as an answer to nothing.
         if len(long := np.flatnonzero(lengths > context)):
             first = documents[long[0]]
             raise DataError(
@@ -54,6 +56,7 @@ def with_answers(corpus: Corpus, tokenized: TokenizedCorpus, tokenizer: Tokenize
 
 def with_heldout_answers(documents: Sequence[Document], shard: TokenShard, tokenizer: Tokenizer) -> TokenShard:
     """One part of a corpus, of which only answers count; pairs that fit into a block, as they did before."""
+    # Bits per byte divide by the bytes of what is scored; those of the prompt would make them look low.
     answers = [len(document.text.partition(SEPARATOR)[2].encode()) for document in documents]
     return replace(shard, separator=separator_id(tokenizer), text_bytes=np.array(answers, dtype=np.int64))
 
@@ -68,6 +71,8 @@ def precedes_answer(tokens_N: NDArray[np.integer], offsets: NDArray[np.int64], s
         offsets: Where documents begin, and the end.
         separator: Its token; the first one of a document counts.
     """
+    # One pass over all tokens; a Python loop over documents would be slow.
     seen_N = np.cumsum(np.asarray(tokens_N) == separator)
-    before_D = np.concatenate([[0], seen_N])[offsets[:-1]]  # separators before each document
+    # Separators before each document, so that the first one within it is where the count exceeds this.
+    before_D = np.concatenate([[0], seen_N])[offsets[:-1]]
     return seen_N > np.repeat(before_D, np.diff(offsets))

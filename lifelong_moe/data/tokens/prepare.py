@@ -1,4 +1,4 @@
-"""From configured sources to tokens on disk: everything that a run reads, or remembers of text that is gone."""
+"""Turn configured sources into tokens on disk, using what a run remembers of text that is gone."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ COARSE = 0.75
 
 @dataclass(frozen=True)
 class Texts:
-    """Documents of distributions, and what is left of those whose text is gone."""
+    """Documents of distributions, and what was kept of distributions whose text is gone."""
 
     corpora: dict[str, Corpus]
     """Those that are there, training text without near copies of held-out text."""
@@ -107,6 +107,7 @@ def prepare_data(
     texts, splits = _read_all(sources, trained, cache, remembered)
     text = {name: texts.corpora[name] for name in trained if name in texts.corpora and not sources[name].answer_field}
     check = partial(_require_blocks, text, context)
+    # The first distribution's text is gone, so its tokenizer cannot be trained again; the first stage stored it.
     if given is None and trained[0] in texts.gone:
         given = _stored_tokenizer(remembered, texts.gone[trained[0]])
     if given is not None:
@@ -144,24 +145,28 @@ def read_texts(
 def _read_all(
     sources: Mapping[str, SourceConfig], trained: list[str], cache: Path, remembered: Remembered
 ) -> tuple[Texts, dict[str, Corpus]]:
-    """All text that there is, and the same as it was split, whatever other distributions hold out."""
+    """Return the available text, and the corpora as split, before near copies of other held-out text are dropped."""
     splits: dict[str, Corpus] = {}
     gone: dict[str, LifelongError] = {}
+    # A user's own files first: a mistake in them is found before the builtin text is extracted.
     for name in sorted(sources, key=lambda name: sources[name].builtin is not None):
         try:
             splits[name] = read_corpus(name, sources[name], cache)
         except (ConfigError, DataError, TryAgainError) as error:
             told = _of_distribution(name, error)
             if name not in remembered.records or not _is_missing(error):
+                # Only missing text is replaced by what the run remembers; malformed text is a mistake to report.
                 raise told from None
             gone[name] = told
     kept = {name: found for name in gone if (found := _kept(name, sources[name], remembered)) is not None}
     there = {name: splits[name] for name in sources if name in splits}
     known = {name: corpus.heldout for name, corpus in there.items()} | kept
     heldout = {name: known[name] for name in sources if name in known}
+    # Before near copies are dropped: an equal document in two places is a mistake, a near copy is not.
     _require_disjoint(heldout, {name: splits[name] for name in trained if name in splits})
     there = without_near_copies(there, kept)
-    if len(heldout) < len(sources):  # near copies of what is not known any more stay left out
+    # Near copies of held-out text that is no longer known stay left out.
+    if len(heldout) < len(sources):
         there = {name: _as_before(corpus, remembered.records.get(name)) for name, corpus in there.items()}
     return Texts(there, heldout, gone), splits
 
@@ -192,6 +197,7 @@ def _kept(name: str, source: SourceConfig, remembered: Remembered) -> list[Docum
         raise _of_distribution(name, error) from None
     if documents is None:
         return None
+    # Another held-out set would make losses of earlier stages incomparable with new ones.
     if (found := documents_hash(documents)) != record.heldout_hash:
         raise DataError(
             f"distributions.{name}: its held-out text was {record.heldout_hash[:DIGITS]} and is {found[:DIGITS]} "
@@ -202,6 +208,7 @@ def _kept(name: str, source: SourceConfig, remembered: Remembered) -> list[Docum
 
 def _as_before(corpus: Corpus, record: TextRecord | None) -> Corpus:
     """A corpus without the near copies that were left out of it before, of whatever held-out text they are."""
+    # Only for the same text and split: other text has no earlier near copies.
     if record is None or record.split_hash != corpus.split_hash:
         return corpus
     known = set(record.left_out)
@@ -215,6 +222,7 @@ def _given_tokenizer(config: TokenizerConfig, remembered: Remembered) -> Tokeniz
     """The tokenizer that is named, or that a run was begun with if its file is gone; None if none is named."""
     if config.file is None:
         return None
+    # The file wins if it is there: a changed one must change the stage keys, not be ignored.
     if not Path(config.file).exists() and (text := remembered.tokenizer()) is not None:
         return Tokenizer.from_text(text)
     return Tokenizer.load(Path(config.file))
@@ -222,7 +230,8 @@ def _given_tokenizer(config: TokenizerConfig, remembered: Remembered) -> Tokeniz
 
 def _stored_tokenizer(remembered: Remembered, error: LifelongError) -> Tokenizer:
     if (text := remembered.tokenizer()) is None:
-        raise error  # nothing is committed yet that could have it
+        # No stage is committed yet that could have stored it.
+        raise error
     return Tokenizer.from_text(text)
 
 
@@ -244,6 +253,7 @@ def _require_blocks(corpora: Mapping[str, Corpus], context: int, tokenizer: Toke
     Clusters and new experts begin from what a stage's text looks like, which next to no text does not show.
     """
     for name, corpus in corpora.items():
+        # A lower bound without tokenizing: a token stands for at most `longest_token_bytes` bytes.
         if sum(document.num_bytes for document in corpus.train) > context * tokenizer.longest_token_bytes:
             continue
         num_tokens = tokenize_documents(corpus.train, tokenizer).num_tokens
@@ -258,6 +268,7 @@ def _warn_if_coarse(records: Mapping[str, TextRecord], train_on: str) -> None:
     reference = records[train_on].bytes_per_token
     for name, record in records.items():
         found = record.bytes_per_token
+        # Loss per token is lower where tokens stand for fewer bytes, which looks like a better model.
         if found < COARSE * reference:
             log.warning(
                 "%s has %.2f bytes per token, %s has %.2f: the tokenizer, trained on %s, cuts it finely, so its loss "

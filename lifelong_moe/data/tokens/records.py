@@ -1,4 +1,4 @@
-"""What a run remembers of its text, so that a committed stage needs none of it again.
+"""Record what a run must remember of its text, so that committed stages never need that text again.
 
 A record says what a distribution's text was: fingerprints and sizes, no text. Held-out documents, without which nothing
 could be measured on it, are kept apart, in ``heldout/<SHA-256 of the file>.jsonl`` (``text``, ``source``).
@@ -20,7 +20,7 @@ from lifelong_moe.storage.files import write_atomic
 from lifelong_moe.storage.keys import canonical_json, file_sha256
 
 DIGITS = 16
-"""Of the hash of a document that was left out."""
+"""Hexadecimal digits kept of the hash of each document that was left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class TextRecord:
 
     @classmethod
     def of(cls, corpus: Corpus, tokens: TokenizedCorpus) -> TextRecord:
-        """What is to be remembered of text that is there; nothing of it is kept yet."""
+        """Make the record of available text; its held-out documents are not stored yet."""
         return cls(
             train_hash=corpus.train_hash,
             heldout_hash=corpus.heldout_hash,
@@ -74,9 +74,12 @@ class HeldoutStore:
         """Keep documents, in the order given; returns their address."""
         rows = (canonical_json({"text": document.text, "source": document.source}) for document in documents)
         data = "".join(f"{row}\n" for row in rows).encode("utf-8")
+        # Named by content, so runs with the same held-out text share one file, and damage shows.
         path = self.path(address := hashlib.sha256(data).hexdigest())
+        # A damaged file is written again.
         if path.is_file() and file_sha256(path) == address:
-            os.utime(path)  # young again: nothing may refer to it yet
+            # Restarts the grace period of garbage collection: no run may refer to the file yet.
+            os.utime(path)
         else:
             write_atomic(path, data)
         return address
@@ -94,6 +97,7 @@ class HeldoutStore:
             raise CorruptError(f"{path}: missing, but a run refers to it.") from None
         if (found := hashlib.sha256(data).hexdigest()) != address:
             raise CorruptError(f"{path}: SHA-256 is {found}.")
+        # Not `splitlines`, which would cut at U+2028 within a text.
         return [Document(**json.loads(row)) for row in data.decode("utf-8").split("\n")[:-1]]
 
 

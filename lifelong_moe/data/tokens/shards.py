@@ -23,6 +23,7 @@ from lifelong_moe.data.tokens.tokenizer import Tokenizer
 from lifelong_moe.storage.directories import new_directory, remove_directory
 from lifelong_moe.storage.keys import SHORT, canonical_json, file_sha256
 
+# Part of each manifest: a part of another version is made again instead of read wrongly.
 FORMAT_VERSION = 1
 _FILES = ("tokens.bin", "offsets.bin", "text_bytes.bin")
 _BATCH_BYTES = 4 << 20
@@ -83,6 +84,7 @@ class ShardDocuments(Sequence[np.ndarray]):
             return [self[i] for i in range(*index.indices(len(self)))]
         if not 0 <= index < len(self):
             raise IndexError(f"document {index} of {len(self)}")
+        # `ends` are exclusive, so the first end greater than the index names the shard.
         which = bisect.bisect_right(self.ends, index)
         return self.shards[which].document(index - (self.ends[which - 1] if which else 0))
 
@@ -144,8 +146,9 @@ def open_or_tokenize(documents: Sequence[Document], key: str, tokenizer: Tokeniz
         shard = _open(directory)
         if shard is None:
             raise OSError(f"{directory}: what was written a moment ago does not verify")
-    with suppress(OSError):  # another user's cache
-        os.utime(directory / "manifest.json")  # garbage is what nobody has opened for long
+    # Garbage collection removes parts that nobody opened for long. Another user's cache cannot be touched.
+    with suppress(OSError):
+        os.utime(directory / "manifest.json")
     return shard
 
 
@@ -155,10 +158,12 @@ def _open(directory: Path) -> TokenShard | None:
     if manifest is None:
         return None
     for name in _FILES:
+        # Size before hash: a truncated file is rejected without reading gigabytes.
         path, entry = directory / name, manifest["files"][name]
         if not path.is_file() or path.stat().st_size != entry["size"] or file_sha256(path) != entry["sha256"]:
             return None
     return TokenShard(
+        # Only tokens are mapped, which may exceed memory; the other arrays have one number per document.
         tokens=np.memmap(directory / "tokens.bin", dtype=manifest["dtype"], mode="r"),
         offsets=np.fromfile(directory / "offsets.bin", dtype="<i8"),
         text_bytes=np.fromfile(directory / "text_bytes.bin", dtype="<i8"),
@@ -168,10 +173,12 @@ def _open(directory: Path) -> TokenShard | None:
 def _read_manifest(directory: Path) -> dict[str, Any] | None:
     try:
         manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
+        # The dtype is passed to NumPy, so only the two that are written are accepted.
         if manifest["version"] != FORMAT_VERSION or manifest["dtype"] not in ("<u2", "<u4"):
             return None
         if any(set(manifest["files"][name]) != {"size", "sha256"} for name in _FILES):
             return None
+    # Missing or damaged is the same: a cache is made again and never an error.
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return dict(manifest)
@@ -179,22 +186,26 @@ def _read_manifest(directory: Path) -> dict[str, Any] | None:
 
 def _build(documents: Sequence[Document], directory: Path, tokenizer: Tokenizer) -> None:
     with new_directory(directory) as work:
+        # Little-endian by name, so that a cache can be copied between machines.
         dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
         _write_arrays(documents, work, tokenizer, dtype)
         files = {name: {"size": (work / name).stat().st_size, "sha256": file_sha256(work / name)} for name in _FILES}
         manifest = canonical_json({"version": FORMAT_VERSION, "dtype": dtype, "files": files})
         (work / "manifest.json").write_text(manifest, encoding="utf-8")
         if directory.exists() and _open(directory) is None:
-            remove_directory(directory)  # damaged; what is whole there by now another process has written
+            # Damaged. A whole one was written meanwhile by another process, and is kept.
+            remove_directory(directory)
 
 
 def _write_arrays(documents: Sequence[Document], work: Path, tokenizer: Tokenizer, dtype: str) -> None:
     lengths: list[int] = []
     text_bytes: list[int] = []
+    # Written batch by batch: the tokens of a large distribution need not fit into memory.
     with (work / "tokens.bin").open("wb") as stream:
         for batch in _batches(documents):
             for ids in tokenizer.encode_batch([document.text for document in batch]):
-                stream.write(np.array([tokenizer.bos_id, *ids], dtype=dtype).tobytes())  # tofile's errors say no reason
+                # Not `tofile`, whose errors give no reason, such as a full disk.
+                stream.write(np.array([tokenizer.bos_id, *ids], dtype=dtype).tobytes())
                 lengths.append(len(ids) + 1)
             text_bytes += [document.num_bytes for document in batch]
     (work / "offsets.bin").write_bytes(np.array([0, *itertools.accumulate(lengths)], dtype="<i8").tobytes())

@@ -1,4 +1,4 @@
-"""Which tokens of held-out documents are scored where not all are: no source takes more than its share.
+"""Select the held-out tokens to score when there are too many, so that no source takes more than its share.
 
 Confidence is measured over sources. Taken in order, one huge document would be all that is scored, and bound nothing.
 
@@ -36,6 +36,7 @@ def spread(scored_D: NDArray[np.int64], sources: Sequence[str], max_tokens: int)
         return scored_D.copy()
     _, source_D = np.unique(np.array(sources), return_inverse=True)
     sizes_C = np.bincount(source_D, scored_D).astype(np.int64)
+    # Rounded up. With few sources a twentieth each would not reach the total, so the level decides.
     share = max(-(-max_tokens // SHARES), _level(sizes_C, max_tokens))
     taken_D, taken = np.zeros_like(scored_D), 0
     left: dict[int, int] = defaultdict(lambda: share)
@@ -49,9 +50,10 @@ def spread(scored_D: NDArray[np.int64], sources: Sequence[str], max_tokens: int)
 
 
 def _level(sizes_C: NDArray[np.int64], total: int) -> int:
-    """The smallest limit with which sources of these sizes, which hold more, still reach a total."""
+    """The smallest limit per source with which sources of these sizes together still reach ``total``."""
     rest, ordered = total, np.sort(sizes_C)
     for i, size in enumerate(ordered.tolist()):
+        # From the smallest source: those below the level give all they have, the others divide the rest.
         level = -(-rest // (len(ordered) - i))
         if level <= size:
             return level
@@ -68,6 +70,7 @@ def spread_shard(shard: TokenShard, sources: Sequence[str], max_tokens: int) -> 
     taken_D = spread(scored_D, sources, max_tokens)
     chosen = np.flatnonzero(taken_D)
     lengths_D = np.diff(shard.offsets)
+    # Plus BOS, which precedes the first scored token and is not scored itself.
     kept = lengths_D[chosen] if shard.separator is not None else 1 + taken_D[chosen]
     rows = [shard.document(int(i))[:n] for i, n in zip(chosen, kept, strict=True)]
     offsets = np.concatenate([[0], np.cumsum(kept)]).astype(np.int64)

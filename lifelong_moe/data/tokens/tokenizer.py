@@ -47,10 +47,12 @@ class Tokenizer:
         self._hash = text_sha256(self._text)
         # A special token's name within a text is text like any other; only we place the real one.
         backend.encode_special_tokens = True
+        # A given file may ask for truncation or padding, which would lose text or add tokens.
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
         vocabulary = backend.get_vocab(with_added_tokens=True)
+        # Not the number of entries: ids of a given tokenizer may have gaps, and the embedding is indexed by id.
         self._vocab_size = max(vocabulary.values()) + 1
         self._longest_token_bytes = max(len(token.encode("utf-8")) for token in vocabulary)
         if self._vocab_size > MAX_VOCAB_SIZE:
@@ -63,6 +65,7 @@ class Tokenizer:
         for name in KNOWN_BOS:
             if name not in special:
                 continue
+            # Else a document that contains the name could forge a document border.
             if special[name] in self._backend.encode(name, add_special_tokens=False).ids:
                 raise ConfigError(f"tokenizer: the text {name} encodes as the special token {name}; it must not.")
             return special[name]
@@ -78,7 +81,7 @@ class Tokenizer:
 
     @property
     def longest_token_bytes(self) -> int:
-        """No token stands for more UTF-8 bytes of text."""
+        """UTF-8 bytes of the longest token: an upper bound of the text that one token represents."""
         return self._longest_token_bytes
 
     @property
@@ -106,6 +109,7 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids, leaving out document separators."""
+        # Left out by id and not by `skip_special_tokens`, which would drop a given tokenizer's other tokens too.
         kept = [int(index) for index in ids if int(index) != self._bos_id]
         return str(self._backend.decode(kept, skip_special_tokens=False))
 
@@ -133,7 +137,8 @@ class Tokenizer:
         except ConfigError as error:
             raise ConfigError(f"tokenizer.file={path}: {error}") from error
         decoded = tokenizer.decode(tokenizer.encode(_PROBE))
-        if decoded.strip() != _PROBE:  # some put a space before the text, which costs nothing
+        # Some tokenizers put a space before the text, which loses nothing.
+        if decoded.strip() != _PROBE:
             raise ConfigError(
                 f"tokenizer.file={path}: loses text ({_PROBE!r} comes back as {decoded!r}), so bits per byte would "
                 f"mean nothing; it needs a byte-level alphabet or byte fallback."
@@ -156,6 +161,7 @@ class Tokenizer:
         return cls(backend, text)
 
     def __reduce__(self) -> tuple[Any, ...]:
+        # Workers get the text: an unpickled backend would lose `encode_special_tokens`.
         return (Tokenizer.from_text, (self._text,))
 
 
@@ -188,6 +194,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[BOS],
+        # All 256 bytes, seen in training or not, so that any text can be encoded; sorted, since its order may vary.
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -198,6 +205,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 def recipe(config: TokenizerConfig) -> dict[str, str | int]:
     """Return what a stage key includes of how the tokenizer came about; its hash says the rest."""
     if config.file is not None:
+        # Not the path: moving the file must change no stage key.
         return {"kind": "file"}
     return {"kind": "byte_level_bpe", "vocab_size": config.vocab_size, "version": RECIPE_VERSION}
 
@@ -215,11 +223,13 @@ def trained_tokenizer(
     """
     key = content_key({"recipe": recipe(config), "train_hash": corpus.train_hash})[:SHORT]
     path = cache / "tokenizers" / f"{key}.json"
+    # The check comes before the tokenizer is saved: a mistake in the text leaves no cache behind.
     found = _cached(path)
     tokenizer = found or train_tokenizer((document.text for document in corpus.train), config.vocab_size)
     check(tokenizer)
     if found is None:
         tokenizer.save(path)
+        # After the tokenizer: without its hash a file counts as absent, so a kill in between is harmless.
         write_atomic(path.with_suffix(".sha256"), tokenizer.hash)
     return tokenizer
 

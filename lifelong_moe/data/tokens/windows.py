@@ -74,10 +74,13 @@ class EvaluationSet:
         tokens, first_B1 = self.shard.tokens, self.shard.offsets[document_B, None]
         columns_S = np.arange(length_B1.max())
         valid_BS = columns_S < length_B1
-        before_BS = np.where(valid_BS, first_B1 + start_B1 - 1 + columns_S, first_B1)  # the token before the target
+        # The token before each target; padding reads the document's BOS, so that no index leaves the shard.
+        before_BS = np.where(valid_BS, first_B1 + start_B1 - 1 + columns_S, first_B1)
+        # Every window begins with the document's BOS, as every text in training does.
         inputs_BS = np.where(columns_S > 0, before_BS, first_B1)
         after_BS = before_BS + 1
         is_end_BS = after_BS == self.shard.offsets[document_B + 1, None]
+        # At the end of a document its own BOS stands for the next one's: the id is the same.
         targets_BS = tokens[np.where(is_end_BS, first_B1, after_BS)]
         domains_BS = np.zeros_like(before_BS) if self.domain_ids is None else self.domain_ids[inputs_BS]
         fresh_BS = start_B1 + columns_S >= self.fresh[rows, None]
@@ -95,6 +98,7 @@ def counted_tokens(shard: TokenShard) -> NDArray[np.bool_]:
     if shard.separator is not None:
         return precedes_answer(shard.tokens, shard.offsets, shard.separator)
     counted = np.ones(shard.num_tokens, dtype=np.bool_)
+    # What follows a document's last token is another document, which it cannot predict.
     counted[shard.offsets[1:] - 1] = False
     return counted
 
@@ -116,16 +120,20 @@ def evaluation_windows(shard: TokenShard, context: int, max_tokens: int) -> Eval
         shard.offsets[1:]
     ]  # up to the end of each document
     shard = _first_documents(shard, min(shard.num_documents, int(np.searchsorted(scored_to, max_tokens)) + 1))
+    # A pair has one target more: the BOS after its answer.
     targets_D = np.diff(shard.offsets) - (shard.separator is None)
     stride = context // 2
+    # -(-a // b) rounds up: after the first window each one adds `stride` new targets.
     windows_D = np.where(targets_D > 0, 1 + np.maximum(0, -(-(targets_D - context) // stride)), 0)
     if not windows_D.any():
         raise ValueError("the held-out documents hold no token to score")
     document = np.repeat(np.arange(shard.num_documents), windows_D)
     number = np.arange(len(document)) - np.repeat(np.cumsum(windows_D) - windows_D, windows_D)
     start = 1 + number * stride
+    # Where the previous window ended: it began one stride earlier and is `context` long.
     fresh = np.where(number == 0, 1, start - stride + context)
     length = np.minimum(context, targets_D[document] + 1 - start)
+    # Stable, so that equal lengths stay in order of the text on every machine.
     order = np.argsort(-length, kind="stable")
     return EvaluationSet(shard, document[order], start[order], fresh[order], length[order])
 
