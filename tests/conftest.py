@@ -153,7 +153,7 @@ def build_model(
     return model
 
 
-def build_batch(blocks: int = 4, length: int = 16, *, seed: int = 0, groups: int = 1) -> dict[str, Tensor]:
+def build_batch(blocks: int = 4, length: int = 16, *, seed: int = 0, domains: int = 1) -> dict[str, Tensor]:
     """Random blocks as the data module makes them; two documents a block, every other block replayed."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(1, VOCAB, (blocks, length + 1), generator=generator)
@@ -161,7 +161,7 @@ def build_batch(blocks: int = 4, length: int = 16, *, seed: int = 0, groups: int
         "token_ids": ids[:, :-1],
         "target_ids": ids[:, 1:],
         "document_ids": (torch.arange(length) >= length // 2).long().expand(blocks, length).clone(),
-        "domain_ids": (domain_ids := torch.randint(0, groups, (blocks, length), generator=generator)),
+        "domain_ids": (domain_ids := torch.randint(0, domains, (blocks, length), generator=generator)),
         "teacher_domain_ids": domain_ids,
         "mask": torch.ones(blocks, length, dtype=torch.bool),
         "scored": torch.ones(blocks, length, dtype=torch.bool),

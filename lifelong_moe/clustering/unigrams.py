@@ -1,10 +1,10 @@
-"""Which stage a text belongs to, as far as it has been read: several unigram models a stage, compared by likelihood.
+"""Which generation a text belongs to, as far as it has been read: several unigram models each, compared by likelihood.
 
 FAISS clusters a stage's own documents, and each cluster's token frequencies become a centroid: a row of log
-probabilities. The inner product of a text's token counts with it is the text's log likelihood, in nats. Every stage is
-fitted on its own text alone, so a new one needs no old text and changes no old centroid.
+probabilities. The inner product of a text's token counts with it is the text's log likelihood, in nats. A generation's
+centroids are fitted on its own stage's text alone, so a new one needs no old text and changes no old centroid.
 
-Shapes: N tokens of a document, V vocabulary size, K centroids of a stage, G stages, C chunks.
+Shapes: N tokens of a document, V vocabulary size, K centroids of a generation, C chunks.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lifelong_moe.clustering.documents import document_features, fit_tfidf, pref
 from lifelong_moe.clustering.kmeans import Floats, Labels
 
 UNIFORM = 0.01
-"""Share of the uniform distribution in each centroid, so that a token which its stage never saw costs
+"""Share of the uniform distribution in each centroid, so that a token which its generation never saw costs
 ``ln(V / UNIFORM)`` nats and not infinitely many."""
 
 
@@ -30,7 +30,7 @@ def fit_unigrams(documents: Sequence[TokenIds], vocab_size: int, k: int, *, widt
     Args:
         documents: Token ids of each whole document of one stage, integer ``(length,)``, without BOS.
         vocab_size: V.
-        k: Clusters; of equal size, because the few odd documents of a small cluster draw other stages' text.
+        k: Clusters; of equal size, because the few odd documents of a small cluster would draw other generations' text.
         width: Dimensions of the tf-idf features, which are fitted on these documents and then forgotten.
         seed: Of the features and the clustering.
 
@@ -42,7 +42,6 @@ def fit_unigrams(documents: Sequence[TokenIds], vocab_size: int, k: int, *, widt
         ValueError: If a token id is outside the vocabulary.
     """
     projection_VD = fit_tfidf(documents, vocab_size, width, seed=seed)
-    # Equal sizes: the few odd documents of a small cluster would draw other generations' text.
     labels = balanced_kmeans(document_features(documents, projection_VD), k, seed=seed)[1]
     counts_KV = np.zeros((k, vocab_size))
     for label, document in zip(labels, documents, strict=True):
@@ -69,14 +68,14 @@ def unigram_divergence(new_N: TokenIds, old_N: TokenIds, vocab_size: int) -> flo
 
 
 def prefix_generations(documents: Sequence[TokenIds], centroids: Sequence[Floats], chunk: int, margin: float) -> Labels:
-    """The stage that explains best what precedes each chunk of a document.
+    """The generation that explains best what precedes each chunk of a document; the choice of generations is made here.
 
-    Oldest first, a stage takes a chunk over from the older one that holds it if its best centroid's log likelihood is
-    more than ``margin`` larger. A further stage thus changes nothing but what it takes over itself.
+    Oldest first, a generation takes a chunk over from the older one that holds it if its best centroid's log likelihood
+    is more than ``margin`` larger. A further generation thus changes nothing but what it takes over itself.
 
     Args:
         documents: Token ids of each in order, integer ``(length,)``; at least one.
-        centroids: Each stage's log probabilities ``(K, V)``, oldest first; at least one stage.
+        centroids: Each generation's log probabilities ``(K, V)``, oldest first; at least one generation.
         chunk: Tokens per chunk, at least 1.
         margin: In nats.
 
@@ -86,19 +85,19 @@ def prefix_generations(documents: Sequence[TokenIds], centroids: Sequence[Floats
     """
     best_C = prefix_sums(documents, centroids[0].T, chunk).max(axis=1)
     held_C = np.zeros(len(best_C), np.int64)
-    for stage, centroids_KV in enumerate(centroids[1:], start=1):
+    for generation, centroids_KV in enumerate(centroids[1:], start=1):
         likelihood_C = prefix_sums(documents, centroids_KV.T, chunk).max(axis=1)
         # Strictly more than the margin: at a tie the older generation keeps the text.
         taken_C = likelihood_C > best_C + margin
-        held_C[taken_C] = stage
+        held_C[taken_C] = generation
         best_C = np.where(taken_C, likelihood_C, best_C)
     return held_C
 
 
 def hashed_domains(token_ids_N: TokenIds, num_domains: int, chunk: int) -> Labels:
-    """Random groups that read nothing: a document's first chunk, hashed, decides for all later ones; chunk 0 is in 0.
+    """Random domains that read nothing: a document's first chunk, hashed, decides for all later ones; chunk 0 is in 0.
 
-    The group of the highest rank wins, so that a further group takes documents over and moves none between old ones.
+    The domain of the highest rank wins, so that a further one takes documents over and moves none between old ones.
 
     Returns:
         int64 ``(ceil(N / chunk),)``.
@@ -108,7 +107,7 @@ def hashed_domains(token_ids_N: TokenIds, num_domains: int, chunk: int) -> Label
     """
     # Little-endian whatever the machine: the hash decides which experts a document has.
     first = np.asarray(token_ids_N[:chunk], "<i8").tobytes()
-    ranks = [hashlib.sha256(group.to_bytes(4, "little") + first).digest() for group in range(num_domains)]
+    ranks = [hashlib.sha256(domain.to_bytes(4, "little") + first).digest() for domain in range(num_domains)]
     domains_C = np.full(-(-len(token_ids_N) // chunk), ranks.index(max(ranks)), np.int64)
     # Nothing precedes chunk 0, so it must not depend on its own text.
     domains_C[:1] = 0

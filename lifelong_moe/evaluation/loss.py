@@ -10,14 +10,10 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from lifelong_moe.data.tokens.shards import ShardDocuments, TokenShard
 from lifelong_moe.data.tokens.windows import EvaluationSet
-from lifelong_moe.model.groups import label_domain
 from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel, ModelOutput
 
@@ -47,23 +43,6 @@ class Evaluation:
         return asdict(self)
 
 
-def domain_ids(model: LanguageModel, shard: TokenShard, distribution: str | None) -> NDArray[np.integer] | None:
-    """Domain of every token of a shard, from the text before it in its document; None if routing has no domains.
-
-    Document clusters give the smallest unsigned integers that hold them: a byte per token up to 255 domains.
-    """
-    clusters = model.document_clusters
-    if clusters is not None:
-        ids, filled = np.empty(shard.num_tokens, np.min_scalar_type(clusters.num_domains())), 0
-        for batch in clusters.domain_id_batches(ShardDocuments([shard])):
-            ids[filled : filled + len(batch)] = batch
-            filled += len(batch)
-        return ids
-    if model.architecture.routing.by_label:
-        return np.full(shard.num_tokens, label_domain(model.architecture, distribution), dtype=np.int64)
-    return None
-
-
 @torch.no_grad()
 def forward_windows(
     model: LanguageModel, windows: EvaluationSet, *, distribution: str | None, batch_tokens: int
@@ -76,7 +55,7 @@ def forward_windows(
     """
     # The mode is restored below: training may continue with the model.
     training, device = model.training, model.embedding.weight.device
-    windows = replace(windows, domain_ids=domain_ids(model, windows.shard, distribution))
+    windows = replace(windows, domain_ids=model.domain_ids(windows.shard, distribution))
     # A batch has at least one window, even if a window is longer than the batch should be.
     rows = max(1, batch_tokens // int(windows.length[0]))
     model.eval()

@@ -22,7 +22,7 @@ from lifelong_moe.config.routing.base import Centroids, HashTable, Level
 from lifelong_moe.config.routing.routers import ClusterConfig, HashConfig
 from lifelong_moe.config.routing.shared import TextClusterConfig
 from lifelong_moe.growth.observe import observe
-from lifelong_moe.model.groups import BundleClusters, TfidfClusters
+from lifelong_moe.model.domains import GenerationClusters, TfidfClusters
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.routing.routers.cluster import TokenClusterRouter
 
@@ -128,7 +128,7 @@ def fit_document_clusters(model: LanguageModel, documents: Sequence[NDArray[np.i
     if routing.centroids == Centroids.random:  # a hash decides, and centroids stay zero
         return
     num, vocab_size = len(clusters.all_centroids()[-1]), model.architecture.vocab_size
-    if isinstance(clusters, BundleClusters):
+    if isinstance(clusters, GenerationClusters):
         width = routing.feature_width
         clusters.set_centroids(unigram_centroids(documents, vocab_size, num, width=width, seed=seed))
         return

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.model.cache import KeyValueCache
-from lifelong_moe.model.groups import label_domain
+from lifelong_moe.model.domains import label_domain
 from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel
 

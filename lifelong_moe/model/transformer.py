@@ -9,18 +9,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lifelong_moe.config.model import ModelConfig
 from lifelong_moe.config.parts import Part, Place
 from lifelong_moe.config.routing.routers import ClusterConfig
+from lifelong_moe.data.tokens.shards import TokenShard
 from lifelong_moe.model.attention import AttentionContext, rotary_tables
 from lifelong_moe.model.block import Block
 from lifelong_moe.model.buckets import add_missing_tables, table_names
 from lifelong_moe.model.cache import KeyValueCache
 from lifelong_moe.model.deltas import DeltaEmbedding, DeltaLinear, GenerationSlices, LowRank
-from lifelong_moe.model.groups import build_document_clusters
+from lifelong_moe.model.domains import build_document_clusters, shard_domain_ids
 from lifelong_moe.model.head import LinearHead
 from lifelong_moe.model.mixture import CompetingBlock, MixtureHead
 from lifelong_moe.model.moe import MoELayer
@@ -170,6 +173,10 @@ class LanguageModel(nn.Module):
     def trunk_parameters(self) -> dict[str, nn.Parameter]:
         """The shared parts by name: everything but experts, routers and deltas."""
         return {name: self.get_parameter(name) for name, place in self.places().items() if place.is_trunk}
+
+    def domain_ids(self, shard: TokenShard, distribution: str | None) -> NDArray[np.integer] | None:
+        """Domain of each token of a shard; see :func:`lifelong_moe.model.domains.shard_domain_ids`."""
+        return shard_domain_ids(self.architecture, self.document_clusters, shard, distribution)
 
     def forward(
         self,

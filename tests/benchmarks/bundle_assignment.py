@@ -32,7 +32,7 @@ from lifelong_moe.config.routing.base import Bundles
 from lifelong_moe.config.routing.topk import LearnedConfig
 from lifelong_moe.data.tokens.tokenizer import Tokenizer, train_tokenizer
 from lifelong_moe.growth.clusters import fit_document_clusters
-from lifelong_moe.model.groups import DocumentClusters
+from lifelong_moe.model.domains import DocumentClusters
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.architecture import Architecture, Generation
 from tests.benchmarks.provenance import keep, made_with

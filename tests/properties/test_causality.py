@@ -40,13 +40,13 @@ def models(make_model: Make) -> dict[str, LanguageModel]:
 
 
 def look(model: LanguageModel, ids_BS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits ``(B, S, V)``, and experts and weights of all layers ``(B, S, L, K)``; groups as they are made."""
-    groups = torch.ones_like(ids_BS)
+    """Logits ``(B, S, V)``, and experts and weights of all layers ``(B, S, L, K)``; domains as they are made."""
+    domains = torch.ones_like(ids_BS)
     if model.document_clusters is not None:
         found = [model.document_clusters.domain_ids(row) for row in ids_BS.numpy()]
-        groups = torch.from_numpy(np.stack(found))
+        domains = torch.from_numpy(np.stack(found))
     with torch.no_grad():
-        output = model(TokenBatch(ids_BS, document_ids_BS=torch.zeros_like(ids_BS), domain_ids_BS=groups))
+        output = model(TokenBatch(ids_BS, document_ids_BS=torch.zeros_like(ids_BS), domain_ids_BS=domains))
         logits = model.head.logits(output.hidden_BSD)
     shape = (*ids_BS.shape, -1)
     experts = torch.stack([r.expert_ids_TK.view(shape) for r in output.routings], dim=2)

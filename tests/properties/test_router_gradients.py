@@ -52,7 +52,7 @@ def test_every_mode(
 ) -> None:
     model = make_model(any_router_kind, generations)
     model.train()
-    learn(model, make_batch(16, groups=len(generations)))
+    learn(model, make_batch(16, domains=len(generations)))
     found = assert_routers_learn(model)
     assert (found == 0) == (model.architecture.routing.mode in ("cluster", "label", "hash"))
 

@@ -106,7 +106,7 @@ def document(seed: int, length: int) -> np.ndarray[Any, np.dtype[np.int64]]:
     return np.append(0, np.random.default_rng(seed).integers(low, low + 30, length - 1))
 
 
-def groups_of(model: LanguageModel, rows: list[np.ndarray[Any, np.dtype[np.int64]]]) -> Tensor:
+def domains_of(model: LanguageModel, rows: list[np.ndarray[Any, np.dtype[np.int64]]]) -> Tensor:
     """As the data gives them: by clusters of text, or by label."""
     if model.document_clusters is not None:
         return torch.from_numpy(np.stack([model.document_clusters.domain_ids(row) for row in rows]))
@@ -141,13 +141,13 @@ def answers(config: RunConfig, generations: int) -> list[Tensor]:
     """Outputs and gradients of a training step of two micro-batches, state after it, and outputs in evaluation."""
     model, found = grown(config.routing, config, generations), []
     rows = [document(seed, LENGTH) for seed in range(ROWS)]
-    ids, groups = torch.from_numpy(np.stack(rows)), groups_of(model, rows)
+    ids, domains = torch.from_numpy(np.stack(rows)), domains_of(model, rows)
     torch.manual_seed(0)
     model.train()
     for part in (slice(0, ROWS // 2), slice(ROWS // 2, ROWS)):
-        output = model(TokenBatch(ids[part], document_ids_BS=torch.zeros_like(ids[part]), domain_ids_BS=groups[part]))
+        output = model(TokenBatch(ids[part], document_ids_BS=torch.zeros_like(ids[part]), domain_ids_BS=domains[part]))
         hidden, target = output.hidden_BSD[:, :-1].flatten(0, 1), ids[part, 1:].flatten()
-        loss = model.head.cross_entropy(hidden, target, groups[part, 1:].flatten())
+        loss = model.head.cross_entropy(hidden, target, domains[part, 1:].flatten())
         for routing in output.routings:
             loss = loss + sum(one.coefficient * one.value for one in routing.losses.values())
         loss.backward()
@@ -157,7 +157,7 @@ def answers(config: RunConfig, generations: int) -> list[Tensor]:
     found += [p.grad for p in model.parameters() if p.grad is not None]
     found += [buffer for _, buffer in sorted(model.named_buffers()) if buffer.is_floating_point()]
     model.eval()
-    return [*found, model(TokenBatch(ids, document_ids_BS=torch.zeros_like(ids), domain_ids_BS=groups)).hidden_BSD]
+    return [*found, model(TokenBatch(ids, document_ids_BS=torch.zeros_like(ids), domain_ids_BS=domains)).hidden_BSD]
 
 
 ANSWERS: dict[str, list[Tensor]] = {}

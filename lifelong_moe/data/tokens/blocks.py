@@ -31,9 +31,9 @@ class BlockSource:
     """Tokens a block (S); a shorter one is padded at its end."""
     bos_id: int
     domain_ids: np.ndarray | None = None
-    """Cluster or label of each token of the shard ``(num_tokens,)``; None if routing needs none."""
+    """Domain of each token of the shard ``(num_tokens,)``; None if routing needs none."""
     teacher_domain_ids: np.ndarray | None = None
-    """The same as the teacher, who does not know this stage's clusters, sees it; None if there is none."""
+    """The same for the teacher, which does not know this stage's domains; None if there is no teacher."""
     limit: int | None = None
     """Blocks that may be used at most, from the beginning; None means all."""
 
@@ -57,12 +57,12 @@ class BlockSource:
         # One token beyond the block, the last target; after the shard's last token padding supplies BOS.
         tokens = _padded(self.shard.tokens[begin : end + 1], length + 1, self.bos_id)
         real = _padded(np.ones(end - begin), length, 0)
-        groups = (
+        domains = (
             None if ids is None else _padded(ids[inputs], length, 0)
             for ids in (self.domain_ids, self.teacher_domain_ids)
         )
         scored = real if self.answered is None else _padded(self.answered[inputs], length, 0)
-        return _block(tokens, self.bos_id, real, scored, *groups)
+        return _block(tokens, self.bos_id, real, scored, *domains)
 
     def num_real(self, index: int) -> int:
         """Return how many tokens block ``index`` has, but for padding."""
@@ -105,9 +105,9 @@ class RowSource:
 
     def block(self, index: int) -> dict[str, Tensor]:
         """Return block ``index``; see ``BlockDataset``."""
-        groups = (None if ids is None else ids[index, :-1] for ids in (self.domain_ids, self.teacher_domain_ids))
+        domains = (None if ids is None else ids[index, :-1] for ids in (self.domain_ids, self.teacher_domain_ids))
         tokens, everywhere = self.rows[index], np.ones(self.rows.shape[1] - 1)
-        return _block(tokens, self.bos_id, everywhere, everywhere, *groups)
+        return _block(tokens, self.bos_id, everywhere, everywhere, *domains)
 
     def num_real(self, index: int) -> int:
         """Return how many tokens block ``index`` has: none is padding."""
@@ -135,7 +135,7 @@ def _block(
 ) -> dict[str, Tensor]:
     """A sample from S + 1 tokens and what is known of the first S."""
     token_ids, mask = _tensor(tokens_S1[:-1]), _tensor(mask_S).bool()
-    groups, teacher_domains = (
+    domains, teacher_domains = (
         torch.zeros_like(token_ids) if ids is None else _tensor(ids) for ids in (domains_S, teacher_domains_S)
     )
     return {
@@ -143,7 +143,7 @@ def _block(
         "target_ids": _tensor(tokens_S1[1:]),
         # Padding is BOS as well, but begins no document.
         "document_ids": torch.cumsum((token_ids == bos_id) & mask, dim=0),
-        "domain_ids": groups,
+        "domain_ids": domains,
         "teacher_domain_ids": teacher_domains,
         "mask": mask,
         "scored": _tensor(scored_S).bool(),
@@ -161,7 +161,7 @@ class BlockDataset(Dataset[dict[str, Tensor]]):
 
     A sample is a dict of int64 tensors ``(S,)``: ``token_ids``; ``target_ids``, shifted by one; ``document_ids``,
     the number of BOS up to and including a position (0 is the rest of a document begun in an earlier block);
-    ``domain_ids`` and ``teacher_domain_ids``, aligned with the inputs, 0 without groups; ``mask``, bool, False on
+    ``domain_ids`` and ``teacher_domain_ids``, aligned with the inputs, 0 without domains; ``mask``, bool, False on
     padding, which is BOS, lies at the end and belongs to the last document; ``scored``, bool, False there and where a
     target is part of a prompt. Scalars: ``sample``, which is n; ``replayed``, bool; ``ordinal``, how many samples of
     the same kind (new, or replayed) came before; and ``block``, the block's number among those of all sources: the

@@ -32,11 +32,11 @@ class EvaluationSet:
     length: NDArray[np.int64]
     """Targets, and inputs, ``(W,)``; at most S."""
     domain_ids: NDArray[np.integer] | None = None
-    """Cluster or label of each token of the shard ``(T,)``; None is group 0."""
+    """Domain of each token of the shard ``(T,)``; None is domain 0."""
 
     def __post_init__(self) -> None:
         if self.domain_ids is not None and self.domain_ids.shape != (self.shard.num_tokens,):
-            raise ValueError(f"{self.domain_ids.shape} group ids for {self.shard.num_tokens} tokens")
+            raise ValueError(f"{self.domain_ids.shape} domain ids for {self.shard.num_tokens} tokens")
 
     def __len__(self) -> int:
         """Return the number of windows."""

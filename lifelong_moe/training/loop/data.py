@@ -21,7 +21,6 @@ from torch.utils.data import DataLoader
 from lifelong_moe.data.tokens.blocks import BlockDataset, BlockSource, RowSource
 from lifelong_moe.data.tokens.order import SampleOrder, StepBatchSampler
 from lifelong_moe.data.tokens.shards import TokenizedCorpus
-from lifelong_moe.evaluation.loss import domain_ids
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.phase import Phase
 from lifelong_moe.plan.spec import StageSpec
@@ -130,11 +129,11 @@ def phase_dataset(
     sources: list[BlockSource | RowSource] = []
     for name in (spec.data, *spec.reads):
         shard = corpora[name].train
-        taught = domain_ids(teacher, shard, name) if teacher else None
+        teacher_domains = teacher.domain_ids(shard, name) if teacher else None
         bound = spec.buffer_blocks if name != spec.data else None
         # Replayed text is old text: its generation is the one that evaluation would choose.
-        domains = training_domain_ids(model, spec, shard) if name == spec.data else domain_ids(model, shard, name)
-        sources.append(BlockSource(shard, context, bos, domains, taught, bound))
+        domains = training_domain_ids(model, spec, shard) if name == spec.data else model.domain_ids(shard, name)
+        sources.append(BlockSource(shard, context, bos, domains, teacher_domains, bound))
     if models.generated is not None:
         sources.append(generated_source(model, teacher, models.generated))
     # Generated text is one source, whatever distributions its model had learned.
@@ -162,8 +161,7 @@ def text_sample(
         limit: Draw from the first blocks only, as many as replay keeps.
     """
     shard, context = corpus.train, spec.model.context
-    domains = domain_ids(model, shard, corpus.name)
-    source = BlockSource(shard, context, model.architecture.bos_id, domains, limit=limit)
+    source = BlockSource(shard, context, model.architecture.bos_id, model.domain_ids(shard, corpus.name), limit=limit)
     # The first blocks of a random permutation, not of the text, whose beginning may be one long document.
     order = SampleOrder([len(source)], 0.0, spec.seed)
     dataset = BlockDataset([source], order)

@@ -1,7 +1,8 @@
 """The generation whose experts each chunk of training text uses.
 
-In evaluation a chunk's generation is decided by :func:`lifelong_moe.evaluation.loss.domain_ids`, from the text before
-it. Training text gets the same ids, but for the first chunk of each document that the stage learns.
+Text is assigned to generations by :meth:`~lifelong_moe.model.transformer.LanguageModel.domain_ids`, each chunk by what
+precedes it (:func:`lifelong_moe.clustering.unigrams.prefix_generations` decides). Training text gets the same ids, but
+for the first chunk of each document that the stage learns.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from numpy.typing import NDArray
 from lifelong_moe.config.routing.base import Bundles
 from lifelong_moe.data.tokens.blocks import RowSource
 from lifelong_moe.data.tokens.shards import TokenShard
-from lifelong_moe.evaluation.loss import domain_ids
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.spec import StageSpec
 
@@ -26,10 +26,10 @@ def training_domain_ids(model: LanguageModel, spec: StageSpec, shard: TokenShard
         shard: Training text of ``spec.data``.
 
     Returns:
-        As :func:`domain_ids`, but the first chunk of a document belongs to the generation that this stage trains; None
-        if routing has no domains.
+        As ``model.domain_ids``, but the first chunk of a document belongs to the generation that this stage trains;
+        None if routing has no domains.
     """
-    ids, architecture = domain_ids(model, shard, spec.data), model.architecture
+    ids, architecture = model.domain_ids(shard, spec.data), model.architecture
     trained = len(architecture.generations) - 1 if spec.grow is not None else architecture.continued
     if ids is None or architecture.routing.bundles != Bundles.cluster or trained is None:
         return ids
@@ -53,5 +53,5 @@ def generated_source(model: LanguageModel, teacher: LanguageModel | None, rows: 
     begins = np.flatnonzero(tokens == bos)
     shard = TokenShard(tokens, np.append(begins, len(tokens)), np.zeros(len(begins), dtype=np.int64))
     # Written text belongs to no known distribution, hence the empty name.
-    domains = (None if m is None else domain_ids(m, shard, "") for m in (model, teacher))
+    domains = (None if m is None else m.domain_ids(shard, "") for m in (model, teacher))
     return RowSource(rows, bos, *(None if ids is None else ids.reshape(rows.shape) for ids in domains))

@@ -82,17 +82,17 @@ def test_any_number_of_threads_gives_the_same_bits() -> None:
     assert made[0] == made[1]
 
 
-def test_hashed_groups_are_even_and_go_by_the_first_chunk() -> None:
+def test_hashed_domains_are_even_and_go_by_the_first_chunk() -> None:
     rng = np.random.default_rng(0)
     documents = [rng.integers(1000, size=20) for _ in range(3000)]
-    groups = [hashed_domains(document, 3, 4) for document in documents]
-    assert all(g[0] == 0 and len(g) == 5 and len(set(g[1:])) == 1 for g in groups)
-    shares = np.bincount([g[-1] for g in groups]) / 3000
+    domains = [hashed_domains(document, 3, 4) for document in documents]
+    assert all(g[0] == 0 and len(g) == 5 and len(set(g[1:])) == 1 for g in domains)
+    shares = np.bincount([g[-1] for g in domains]) / 3000
     assert np.abs(shares - 1 / 3).max() < 0.03
     other = np.concatenate([documents[0][:4], documents[1][4:]])
-    assert hashed_domains(other, 3, 4).tolist() == groups[0].tolist()
+    assert hashed_domains(other, 3, 4).tolist() == domains[0].tolist()
     small = documents[0].astype(np.uint16)
-    assert hashed_domains(small, 3, 4).tolist() == groups[0].tolist()
+    assert hashed_domains(small, 3, 4).tolist() == domains[0].tolist()
 
 
 def test_mistakes_are_named() -> None:

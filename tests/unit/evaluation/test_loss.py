@@ -13,7 +13,7 @@ from lifelong_moe.config.evaluation import EvaluateConfig
 from lifelong_moe.data.tokens.shards import TokenShard
 from lifelong_moe.data.tokens.windows import EvaluationSet, evaluation_windows
 from lifelong_moe.evaluation.loss import evaluate
-from lifelong_moe.model.groups import DocumentClusters, label_domain
+from lifelong_moe.model.domains import DocumentClusters, label_domain
 from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel
 
@@ -44,17 +44,17 @@ def naive(model: LanguageModel, documents: Sequence[Sequence[int]], distribution
     nats = []
     for document in documents:
         if model.document_clusters is not None:
-            groups = model.document_clusters.domain_ids(np.asarray(document)).tolist()
+            domains = model.document_clusters.domain_ids(np.asarray(document)).tolist()
         else:
-            groups = [label_domain(model.architecture, distribution)] * len(document)
+            domains = [label_domain(model.architecture, distribution)] * len(document)
         for t in range(1, len(document)):
             start = 1
             while t >= start + CONTEXT:  # window k begins at token 1 + k * 8 and is 16 tokens long
                 start += CONTEXT // 2
             ids = [document[0], *document[start:t]]
-            group = [groups[0], *groups[start:t]]
+            domain = [domains[0], *domains[start:t]]
             with torch.no_grad():
-                hidden = model(TokenBatch(torch.tensor([ids]), domain_ids_BS=torch.tensor([group]))).hidden_BSD[0, -1]
+                hidden = model(TokenBatch(torch.tensor([ids]), domain_ids_BS=torch.tensor([domain]))).hidden_BSD[0, -1]
                 nats.append(-float(model.head.logits(hidden).log_softmax(-1)[document[t]]))
     return nats
 
@@ -82,7 +82,7 @@ def test_the_mode_stays_as_it_was(make_model: Make) -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_groups_are_found_a_batch_of_documents_at_a_time(make_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_domains_are_found_a_batch_of_documents_at_a_time(make_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Centroids are read once for all documents, not once for each; windows are filled as they are scored."""
     model, documents = make_model("document", (4, 2)), random_documents([9] * 300)
     read, filled = [], []

@@ -101,9 +101,9 @@ def test_documents_of_one_kind_share_experts(make_architecture: MakeArchitecture
     documents = corpus(1, 31)
     fit(model, documents, make_batch())
     assert model.document_clusters is not None
-    groups = [model.document_clusters.domain_ids(document) for document in documents]
-    assert all(group[:4].tolist() == [0] * 4 for group in groups)  # chunk 0 goes by the fixed prior
-    late = np.array([group[-1] for group in groups])
+    domains = [model.document_clusters.domain_ids(document) for document in documents]
+    assert all(domain[:4].tolist() == [0] * 4 for domain in domains)  # chunk 0 goes by the fixed prior
+    late = np.array([domain[-1] for domain in domains])
     assert len(set(late[::2])) == len(set(late[1::2])) == 1 and late[0] != late[1]
 
 
@@ -162,9 +162,9 @@ def test_random_centroids_are_unit_directions_that_read_nothing(
     assert not torch.equal(lower, upper)
 
 
-@pytest.mark.parametrize(("kind", "groups"), [("document", [2, 3]), ("bundles", [1, 2])])
+@pytest.mark.parametrize(("kind", "domains"), [("document", [2, 3]), ("bundles", [1, 2])])
 def test_random_clusters_of_documents(
-    make_architecture: MakeArchitecture, make_batch: Batch, kind: str, groups: list[int]
+    make_architecture: MakeArchitecture, make_batch: Batch, kind: str, domains: list[int]
 ) -> None:
     architecture = make_architecture(kind, routing={"centroids": Centroids.random})
     model, sample, documents = unfitted(architecture), make_batch(), corpus(1, 31)
@@ -172,17 +172,17 @@ def test_random_clusters_of_documents(
     clusters = model.document_clusters
     assert clusters is not None and not any(buffer.any() for buffer in clusters.buffers())
     before = [clusters.domain_ids(document) for document in documents]
-    assert {int(ids[-1]) for ids in before} == set(range(groups[0]))
+    assert {int(ids[-1]) for ids in before} == set(range(domains[0]))
     assert all(ids[:4].tolist() == [0] * 4 and len(set(ids[4:])) == 1 for ids in before)
     grow(model, Generation("new", 2), GrowConfig(experts=2), sample, seed=0)
     after = [clusters.domain_ids(document) for document in documents]
     moved = [(a != b).any() for a, b in zip(before, after, strict=True)]
     assert 0 < sum(moved) < 40
-    assert all(ids[-1] == groups[1] - 1 for ids, new in zip(after, moved, strict=True) if new)
+    assert all(ids[-1] == domains[1] - 1 for ids, new in zip(after, moved, strict=True) if new)
 
 
 @pytest.mark.parametrize("kind", ["document", "bundles", "unfitted", "random"])
-def test_groups_of_many_documents_are_those_of_each(
+def test_domains_of_many_documents_are_those_of_each(
     make_architecture: MakeArchitecture, make_batch: Batch, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     model = unfitted(make_architecture("bundles" if kind == "bundles" else "document"))
@@ -202,7 +202,7 @@ def test_groups_of_many_documents_are_those_of_each(
     assert (
         len(set(np.concatenate(alone).tolist())) == 1 if kind == "unfitted" else max(map(max, filter(len, alone))) > 0
     )
-    monkeypatch.setattr("lifelong_moe.model.groups.BATCH_TOKENS", 40)
+    monkeypatch.setattr("lifelong_moe.model.domains.BATCH_TOKENS", 40)
     parts = list(clusters.domain_id_batches(iter(documents)))
     assert len(parts) > 1 and max(len(part) for part in parts) < 40 + 31
     np.testing.assert_array_equal(np.concatenate(parts), np.concatenate(alone))

@@ -46,7 +46,7 @@ def add(model: LanguageModel, config: GrowConfig, sample: dict[str, Tensor], see
 def test_growth_changes_nothing_until_the_new_experts_are_let_in(
     make_model: Make, make_batch: Batch, any_router_kind: str, init: ExpertInit, generations: tuple[int, ...]
 ) -> None:
-    model, sample = make_model(any_router_kind, generations), make_batch(groups=len(generations))
+    model, sample = make_model(any_router_kind, generations), make_batch(domains=len(generations))
     before, old = behavior(model, sample), {n: p.clone() for n, p in model.state_dict().items()}
     add(model, GrowConfig(experts=2, init=init), sample, seed=3)
     for layer in model.moe_layers():
@@ -116,7 +116,7 @@ def test_no_bit_of_the_logits_depends_on_what_came_later(
 ) -> None:
     # BLAS rounds a product with 16 rows otherwise than one with 8, and top-k breaks exact ties otherwise.
     shape = {"layers": 6, "width": 64}
-    model, sample = make_model(any_router_kind, generations, model=shape), make_batch(groups=len(generations))
+    model, sample = make_model(any_router_kind, generations, model=shape), make_batch(domains=len(generations))
     for layer in model.moe_layers():
         if layer.router.row_generations():
             newest_ED = layer.router.row_generations()[-1].detach()
@@ -209,7 +209,7 @@ def test_most_used_by_hand() -> None:
 
 
 def test_a_bundle_copies_the_most_used_of_the_bundle_before_it(make_model: Make, make_batch: Batch) -> None:
-    model, sample = make_model("bundles", (2, 4)), make_batch(groups=2)
+    model, sample = make_model("bundles", (2, 4)), make_batch(domains=2)
     counts = usage(model, sample)
     config = GrowConfig(experts=2, init=ExpertInit.copy, noise=0.0, router=RouterInit.copy)
     add(model, config, sample, seed=0)
@@ -292,7 +292,7 @@ def test_a_seed_decides(make_model: Make, make_batch: Batch) -> None:
 def test_frozen_tensors_do_not_train_and_stay_the_same_bits(
     make_run: Callable[..., RunConfig], make_model: Make, make_batch: Batch, any_router_kind: str
 ) -> None:
-    model, batch = make_model(any_router_kind), make_batch(groups=2)
+    model, batch = make_model(any_router_kind), make_batch(domains=2)
     spec = stage_specs(make_run(*(f"stage_defaults.{kv}" for kv in ("optim.lr=0.1", "optim.weight_decay=0.5"))))[1]
     old = {name for name, _ in model.named_parameters() if ".moe." in name}
     add(model, GrowConfig(experts=2), make_batch(), seed=0)

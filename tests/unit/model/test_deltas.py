@@ -105,7 +105,7 @@ def test_a_new_bundle_begins_as_the_trunk_itself(make_model: Make, make_batch: B
 
 
 def test_a_bundle_goes_on_from_the_one_before_it(make_model: Make, make_batch: Batch) -> None:
-    model, batch = make_model("labelled_bundles", (4, SECOND)).eval(), make_batch(groups=2)
+    model, batch = make_model("labelled_bundles", (4, SECOND)).eval(), make_batch(domains=2)
     grow(model, replace(THIRD, delta_rank=3), GrowConfig(experts=2, noise=0.0, router=RouterInit.copy), batch, seed=0)
     second, third = torch.ones_like(batch["token_ids"]), torch.full_like(batch["token_ids"], 2)
     torch.testing.assert_close(logits(model, batch, third), logits(model, batch, second), atol=1e-6, rtol=0)
@@ -116,7 +116,7 @@ def test_a_bundle_goes_on_from_the_one_before_it(make_model: Make, make_batch: B
 
 @pytest.mark.parametrize("kind", ["labelled_bundles", "label"])
 def test_a_new_bundle_changes_no_old_one(make_model: Make, make_batch: Batch, kind: str) -> None:
-    model, batch = make_model(kind, (4, SECOND)).eval(), make_batch(groups=2)
+    model, batch = make_model(kind, (4, SECOND)).eval(), make_batch(domains=2)
     before = logits(model, batch, batch["domain_ids"])
     grow(model, THIRD, GrowConfig(experts=2), batch, seed=0)
     with torch.no_grad():
@@ -128,7 +128,7 @@ def test_a_new_bundle_changes_no_old_one(make_model: Make, make_batch: Batch, ki
 
 
 def test_only_a_bundle_s_tokens_see_its_change(make_model: Make, make_batch: Batch) -> None:
-    model, batch = make_model("labelled_bundles", (4, SECOND, THIRD)).eval(), make_batch(groups=3)
+    model, batch = make_model("labelled_bundles", (4, SECOND, THIRD)).eval(), make_batch(domains=3)
 
     def embedded() -> Tensor:
         return model.embedding(batch["token_ids"], GenerationSlices.of(batch["domain_ids"].flatten(), 3))

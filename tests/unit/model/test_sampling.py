@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.model.cache import KeyValueCache
-from lifelong_moe.model.groups import label_domain
+from lifelong_moe.model.domains import label_domain
 from lifelong_moe.model.sampling import sample, sample_batch, sample_token
 from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel
@@ -62,14 +62,14 @@ def test_the_cache_gives_what_a_full_forward_pass_gives(
 def test_cached_logits_equal_full_logits(make_model: Make, router_kind: str, second: Generation) -> None:
     model = make_model(router_kind, (4, second)).eval()
     ids = torch.randint(1, 61, (2, 12), generator=torch.Generator().manual_seed(0))
-    groups = torch.arange(12).expand(2, 12) // 6
+    domains = torch.arange(12).expand(2, 12) // 6
     with torch.no_grad():
-        full = model(TokenBatch(ids, domain_ids_BS=groups)).hidden_BSD
+        full = model(TokenBatch(ids, domain_ids_BS=domains)).hidden_BSD
         cache = KeyValueCache(len(model.blocks), 12)
-        output = model(TokenBatch(ids[:, :5], domain_ids_BS=groups[:, :5]), cache=cache)
+        output = model(TokenBatch(ids[:, :5], domain_ids_BS=domains[:, :5]), cache=cache)
         torch.testing.assert_close(output.hidden_BSD, full[:, :5], atol=1e-5, rtol=0)
         for t in range(5, 12):
-            output = model(TokenBatch(ids[:, t : t + 1], domain_ids_BS=groups[:, t : t + 1]), cache=cache)
+            output = model(TokenBatch(ids[:, t : t + 1], domain_ids_BS=domains[:, t : t + 1]), cache=cache)
             torch.testing.assert_close(output.hidden_BSD[:, 0], full[:, t], atol=1e-5, rtol=0)
 
 

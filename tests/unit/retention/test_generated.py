@@ -7,7 +7,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from lifelong_moe.model.groups import label_domain
+from lifelong_moe.model.domains import label_domain
 from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.retention.generated import DomainIdsOf, generate_blocks, sample_tokens
@@ -17,7 +17,7 @@ Ids = NDArray[np.int64]
 KEYS = {"context": 16, "seed": 3}
 
 
-def groups_of(model: LanguageModel) -> DomainIdsOf | None:
+def domains_of(model: LanguageModel) -> DomainIdsOf | None:
     """As the data module gives them, for text of the newest label."""
     if model.document_clusters is not None:
         return model.document_clusters.domain_ids
@@ -38,7 +38,7 @@ def readable(model: LanguageModel, block: int, context: int, seed: int) -> list[
     """One block, one token at a time, the whole text again for each, groups of each document from its start."""
     uniform = np.random.default_rng(np.random.SeedSequence([seed, block])).random(context, dtype=np.float32)
     bos_id = model.architecture.bos_id
-    ids, ask = [bos_id], groups_of(model)
+    ids, ask = [bos_id], domains_of(model)
     for u in uniform:
         token_ids = np.array(ids)
         documents = np.cumsum(token_ids == bos_id)
@@ -55,7 +55,7 @@ def readable(model: LanguageModel, block: int, context: int, seed: int) -> list[
 
 def test_it_is_what_full_forward_passes_sample(make_model: Make, router_kind: str) -> None:
     model = eager_for_bos(make_model(router_kind, (4, 2))).eval()
-    blocks = generate_blocks(model, 12, **KEYS, domain_ids_of=groups_of(model))
+    blocks = generate_blocks(model, 12, **KEYS, domain_ids_of=domains_of(model))
     assert blocks.shape == (12, 17) and blocks.dtype == np.int64
     assert blocks.tolist() == [readable(model, i, **KEYS) for i in range(12)]
     assert int((blocks[:, 1:-1] == 0).sum()) > 0  # documents begin inside

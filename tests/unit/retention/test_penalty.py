@@ -171,7 +171,7 @@ def test_fisher_is_the_curvature_where_the_text_is_as_predicted(make_model: Make
 
 
 def test_fisher_is_the_squared_gradient_of_each_sequence(make_model: Make, make_batch: Batch, router_kind: str) -> None:
-    model, batch = make_model(router_kind, (4, 2)).eval(), make_batch(blocks=3, groups=2)
+    model, batch = make_model(router_kind, (4, 2)).eval(), make_batch(blocks=3, domains=2)
     expected = {name: torch.zeros_like(p) for name, p in model.named_parameters() if p.requires_grad}
     for row in range(3):
         model.zero_grad()

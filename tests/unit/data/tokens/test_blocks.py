@@ -144,8 +144,8 @@ def test_a_limit_keeps_the_first_blocks(make_shard: MakeShard) -> None:
 
 def test_rows_stand_apart() -> None:
     rows = np.array([[0, 5, 0, 6, 7], [0, 8, 9, 9, 0]])
-    groups = np.array([[1, 1, 2, 2, 3], [4, 4, 4, 4, 5]])
-    source = RowSource(rows, 0, groups, groups + 10)
+    domains = np.array([[1, 1, 2, 2, 3], [4, 4, 4, 4, 5]])
+    source = RowSource(rows, 0, domains, domains + 10)
     assert len(source) == 2
     first, second = source.block(0), source.block(1)
     assert first["token_ids"].tolist() == [0, 5, 0, 6] and first["target_ids"].tolist() == [5, 0, 6, 7]

@@ -57,13 +57,13 @@ def test_whole_documents_until_max_tokens(make_shard: MakeShard) -> None:
     assert (windows.num_tokens, windows.num_bytes, windows.num_documents) == (5, 50, 2)  # the empty one has no window
 
 
-def test_groups_follow_their_tokens(make_shard: MakeShard) -> None:
+def test_domains_follow_their_tokens(make_shard: MakeShard) -> None:
     windows = evaluation_windows(make_shard([[0, 1, 2, 3, 4, 5, 6], [0, 9]]), 4, 100)
     whole = replace(windows, domain_ids=windows.shard.tokens * 10 + 1).batch(slice(None))
     assert whole["token_ids"].tolist() == [[0, 1, 2, 3], [0, 3, 4, 5], [0, 0, 0, 0]]
     assert whole["domain_ids"].tolist() == [[1, 11, 21, 31], [1, 31, 41, 51], [1, 0, 0, 0]]
     assert not windows.batch(slice(None))["domain_ids"].any()
-    with pytest.raises(ValueError, match="group ids for"):
+    with pytest.raises(ValueError, match="domain ids for"):
         replace(windows, domain_ids=np.zeros(8))
 
 
@@ -74,8 +74,8 @@ def test_refuses(make_shard: MakeShard) -> None:
         evaluation_windows(make_shard([[0]]), 4, 1)
 
 
-def one_by_one(shard: TokenShard, groups: np.ndarray, context: int) -> list[tuple[list[int], ...]]:
-    """Each window's inputs, targets, which of them are scored, and groups, written down token by token."""
+def one_by_one(shard: TokenShard, domains: np.ndarray, context: int) -> list[tuple[list[int], ...]]:
+    """Each window's inputs, targets, which of them are scored, and domains, written down token by token."""
     rows = []
     for index in range(shard.num_documents):
         begin, end = shard.offsets[index : index + 2].tolist()
@@ -90,7 +90,7 @@ def one_by_one(shard: TokenShard, groups: np.ndarray, context: int) -> list[tupl
                     [tokens[place] for place in inputs],
                     [tokens[place] for place in places],
                     [int(place >= covered and answered[place]) for place in places],
-                    [int(groups[begin + place]) for place in inputs],
+                    [int(domains[begin + place]) for place in inputs],
                 )
             )
             covered, start = start + context, start + context // 2
@@ -112,8 +112,8 @@ def test_batches_are_the_windows_one_by_one(lengths: list[int], context: int, se
     shard = TokenShard(
         np.concatenate(documents), np.cumsum([0, *map(len, documents)]), np.ones(len(documents)), separator
     )
-    groups = rng.integers(0, 9, size=shard.num_tokens)
-    windows = replace(evaluation_windows(shard, context, 10**6), domain_ids=groups)
+    domains = rng.integers(0, 9, size=shard.num_tokens)
+    windows = replace(evaluation_windows(shard, context, 10**6), domain_ids=domains)
     found = []
     for first in range(0, len(windows), rows):
         batch = windows.batch(slice(first, first + rows))
@@ -121,7 +121,7 @@ def test_batches_are_the_windows_one_by_one(lengths: list[int], context: int, se
         for row, length in enumerate(batch["valid"].sum(axis=1)):
             found.append(tuple(batch[name][row, :length].astype(int).tolist() for name in names))
             assert not any(batch[name][row, length:].any() for name in (*names, "valid"))
-    expected = one_by_one(shard, groups, context)
+    expected = one_by_one(shard, domains, context)
     assert found == expected and windows.num_tokens == sum(sum(row[2]) for row in expected)
 
 

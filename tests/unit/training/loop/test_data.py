@@ -12,10 +12,8 @@ from lifelong_moe.data.tokens.blocks import BlockDataset
 from lifelong_moe.data.tokens.shards import TokenizedCorpus, TokenShard
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.methods import stage_specs
-from lifelong_moe.training.loop import data as training_data
-from lifelong_moe.training.loop import generations
 from lifelong_moe.training.loop.context import StageModels
-from lifelong_moe.training.loop.data import domain_ids, phase_dataset, text_sample
+from lifelong_moe.training.loop.data import phase_dataset, text_sample
 from lifelong_moe.training.loop.generations import training_domain_ids
 
 
@@ -26,15 +24,14 @@ def corpus(name: str) -> TokenizedCorpus:
     return TokenizedCorpus(name, shard, shard, "", "", "")
 
 
-def test_the_teacher_sees_groups_of_its_own(make_run: Any, make_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_teacher_sees_domains_of_its_own(make_run: Any, make_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Clusters that a stage adds do not exist for its teacher."""
     student, teacher = make_model(), make_model()
 
     def fake(model: LanguageModel, shard: TokenShard, distribution: str) -> Any:
         return np.full(shard.num_tokens, 7 if model is student else 3)
 
-    for module in (training_data, generations):
-        monkeypatch.setattr(module, "domain_ids", fake)
+    monkeypatch.setattr(LanguageModel, "domain_ids", fake)
     spec = stage_specs(make_run())[1]
     corpora = {name: corpus(name) for name in (spec.data, *spec.replayed)}
     phase = spec.phases()[0]
@@ -93,7 +90,7 @@ def test_generated_text_is_replayed_in_place_of_what_is_stored(make_run: Any, ma
     assert found == [(row[:-1].tolist(), row[1:].tolist()) for row in rows]
 
 
-def test_each_generated_document_has_groups_of_its_own(
+def test_each_generated_document_has_domains_of_its_own(
     make_run: Any, make_model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fake(model: LanguageModel, shard: TokenShard, distribution: str) -> Any:
@@ -102,8 +99,7 @@ def test_each_generated_document_has_groups_of_its_own(
         return np.repeat(lengths, lengths) * (1 if model is student else -1)
 
     student, teacher = make_model(), make_model()
-    for module in (training_data, generations):
-        monkeypatch.setattr(module, "domain_ids", fake)
+    monkeypatch.setattr(LanguageModel, "domain_ids", fake)
     spec = stage_specs(make_run("stage_defaults.replay.fraction=0.5", "stage_defaults.replay.source=generated"))[1]
     rows = np.array([[0, 9, 9, 0, *range(4, 17)]])  # a document of three tokens and one of fourteen
     dataset = phase_dataset(
@@ -136,8 +132,8 @@ def test_a_text_sample_is_evenly_drawn_and_whole_blocks(make_run: Any, make_mode
     assert len(everything) == 25 and sorted(everything[:, 0].tolist()) == sorted([0, 16, 32, 48] * 6 + [0])
 
 
-def test_routing_without_groups_has_none(make_model: Any) -> None:
-    assert domain_ids(make_model(), corpus("a").train, "a") is None
+def test_routing_without_domains_has_none(make_model: Any) -> None:
+    assert make_model().domain_ids(corpus("a").train, "a") is None
 
 
 def test_a_new_text_s_first_chunk_is_learned_by_the_bundle_that_trains(make_run: Any, make_model: Any) -> None:
@@ -147,7 +143,7 @@ def test_a_new_text_s_first_chunk_is_learned_by_the_bundle_that_trains(make_run:
     grows = stage_specs(make_run(*sets))[1]
     model = make_model("bundles", (2, 2))  # four tokens a chunk
     corpora = {name: corpus(name) for name in ("english", "python")}
-    causal = domain_ids(model, corpora["python"].train, "python")
+    causal = model.domain_ids(corpora["python"].train, "python")
     assert causal is not None and causal.reshape(10, 40)[:, :4].tolist() == [[0] * 4] * 10
     expected = causal.reshape(10, 40).copy()
     expected[:, :4] = 1

@@ -365,7 +365,7 @@ def test_padding_has_no_part_in_a_step(
     """Whatever stands there: in no loss, no count, no gradient, of new text and of what a teacher is asked about."""
     found = []
     for seed in (1, 2):
-        batch, other = make_batch(groups=2), make_batch(seed=seed, groups=2)
+        batch, other = make_batch(domains=2), make_batch(seed=seed, domains=2)
         batch["mask"][:2, 9:] = batch["scored"][:2, 9:] = False
         for name in ("token_ids", "target_ids", "domain_ids", "teacher_domain_ids"):
             batch[name] = torch.where(batch["mask"], batch[name], other[name])
@@ -540,7 +540,7 @@ def test_deltas_change_their_bundle_s_tokens_alone(make_run: MakeRun, make_model
 
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     scores = [logits(group) for group in range(3)]
-    fit(module, [make_batch(seed=i, groups=3) for i in range(3)])
+    fit(module, [make_batch(seed=i, domains=3) for i in range(3)])
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert changed == model.stored_names(trained=True)
     assert all(".deltas.2." in name or ".rows.2" in name or ".experts.6." in name or ".experts.7." in name

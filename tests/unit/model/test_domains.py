@@ -10,7 +10,7 @@ from safetensors.torch import load, save
 from threadpoolctl import threadpool_limits
 
 from lifelong_moe.config.routing.base import Centroids
-from lifelong_moe.model.groups import BundleClusters, DocumentClusters, TfidfClusters, build_document_clusters
+from lifelong_moe.model.domains import DocumentClusters, GenerationClusters, TfidfClusters, build_document_clusters
 from lifelong_moe.plan.architecture import Architecture
 
 MakeArchitecture = Callable[..., Architecture]
@@ -35,7 +35,7 @@ def built(architecture: Architecture, generations: int) -> DocumentClusters:
     assert clusters is not None
     for g in range(generations):
         clusters.add(2)
-        if isinstance(clusters, BundleClusters):
+        if isinstance(clusters, GenerationClusters):
             clusters.set_centroids(log_probabilities(g + 1))
     return clusters
 
@@ -47,13 +47,13 @@ def test_only_routing_by_document_has_clusters(make_architecture: MakeArchitectu
         "hash": None,
         "labelled_bundles": None,
         "document": TfidfClusters,
-        "bundles": BundleClusters,
+        "bundles": GenerationClusters,
     }
     found = {kind: build_document_clusters(make_architecture(kind)) for kind in kinds}
     assert {kind: None if made is None else type(made) for kind, made in found.items()} == kinds
 
 
-def test_groups_by_hand(bundles: DocumentClusters) -> None:
+def test_domains_by_hand(bundles: DocumentClusters) -> None:
     # One token that speaks for a bundle is worth ln(0.5 / (0.5 / 60)) = 4.09 nats over each other bundle, just above
     # the margin; chunks are decided at 0, 2, 4, … from what stands before.
     assert bundles.domain_ids(np.array([0, 2, 9, 9, 3])).tolist() == [0, 0, 1, 1, 1]
@@ -97,7 +97,7 @@ def test_the_same_after_save_and_load_and_with_any_threads(
 
 
 @pytest.mark.parametrize(("kind", "num_domains"), [("bundles", 3), ("document", 4)])
-def test_random_groups_need_no_fit(make_architecture: MakeArchitecture, kind: str, num_domains: int) -> None:
+def test_random_domains_need_no_fit(make_architecture: MakeArchitecture, kind: str, num_domains: int) -> None:
     documents = [np.random.default_rng(seed).integers(1, VOCAB, size=12) for seed in range(60)]
     clusters = build_document_clusters(make_architecture(kind, routing={"centroids": Centroids.random}))
     assert clusters is not None
@@ -105,6 +105,6 @@ def test_random_groups_need_no_fit(make_architecture: MakeArchitecture, kind: st
         clusters.add(experts)
     assert clusters.num_domains() == num_domains
     ids = [clusters.domain_ids(document) for document in documents]
-    assert {int(groups[-1]) for groups in ids} == set(range(num_domains))
-    assert all(groups[:4].tolist() == [0] * 4 for groups in ids)
+    assert {int(domains[-1]) for domains in ids} == set(range(num_domains))
+    assert all(domains[:4].tolist() == [0] * 4 for domains in ids)
     assert not any(bool(torch.any(buffer)) for buffer in clusters.buffers())

@@ -1,6 +1,7 @@
 """Decide the domain of each chunk of a document from the preceding text only.
 
-With bundles a domain is a generation, whose experts and deltas the chunk uses.
+With bundles a domain is a generation, whose experts and deltas the chunk uses. Whatever reads text asks
+:func:`shard_domain_ids`; a kind of clusters decides in :meth:`DocumentClusters.nearest`.
 
 Legend: N tokens of one document, C chunks of a batch, V vocabulary, F feature width, G centroids of a generation.
 """
@@ -20,6 +21,7 @@ from lifelong_moe.clustering.kmeans import assign
 from lifelong_moe.clustering.unigrams import hashed_domains, prefix_generations
 from lifelong_moe.config.routing.base import Centroids
 from lifelong_moe.config.routing.shared import TextClusterConfig
+from lifelong_moe.data.tokens.shards import ShardDocuments, TokenShard
 from lifelong_moe.plan.architecture import Architecture
 
 BATCH_TOKENS = 2**16
@@ -118,7 +120,7 @@ class TfidfClusters(DocumentClusters):
         return assign(features_CF, np.concatenate(centroids))
 
 
-class BundleClusters(DocumentClusters):
+class GenerationClusters(DocumentClusters):
     """``routing.bundles=cluster``: each generation is a domain with several centroids: log probabilities of tokens.
 
     A chunk goes to the generation under which the preceding tokens are most probable; a newer generation must beat an
@@ -141,9 +143,35 @@ def build_document_clusters(architecture: Architecture) -> DocumentClusters | No
     """The clusters that decide a chunk's domain, if ``routing`` uses the text for that."""
     if not architecture.routing.by_document:
         return None
-    return BundleClusters(architecture) if architecture.routing.by_generation else TfidfClusters(architecture)
+    return GenerationClusters(architecture) if architecture.routing.by_generation else TfidfClusters(architecture)
 
 
 def label_domain(architecture: Architecture, distribution: str | None) -> int:
     """Domain of a distribution under routing by label; an unknown distribution is in domain 0."""
     return dict(architecture.labels).get(distribution or "", 0)
+
+
+def shard_domain_ids(
+    architecture: Architecture, clusters: DocumentClusters | None, shard: TokenShard, distribution: str | None
+) -> NDArray[np.integer] | None:
+    """Domain of every token of a shard, from the text before it in its document; None if routing has no domains.
+
+    Args:
+        architecture: Of the model.
+        clusters: The model's, from :func:`build_document_clusters`.
+        shard: Whole documents.
+        distribution: Theirs, if it is known; only routing by label looks at it.
+
+    Returns:
+        ``(num_tokens,)``. Clusters give the smallest unsigned integers that hold them: a byte per token up to 255
+        domains.
+    """
+    if clusters is not None:
+        ids, filled = np.empty(shard.num_tokens, np.min_scalar_type(clusters.num_domains())), 0
+        for batch in clusters.domain_id_batches(ShardDocuments([shard])):
+            ids[filled : filled + len(batch)] = batch
+            filled += len(batch)
+        return ids
+    if architecture.routing.by_label:
+        return np.full(shard.num_tokens, label_domain(architecture, distribution), dtype=np.int64)
+    return None
