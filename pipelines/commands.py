@@ -1,7 +1,7 @@
 """The commands: parse arguments, run the checks that need no torch, then call the function that does the work.
 
-Each command imports that function, as ``story``, after its checks. Importing torch takes seconds, so mistakes are
-reported before that, and ``status`` never does it.
+Each command imports that function after its checks. Importing torch takes seconds, so mistakes are reported before
+that, and ``status`` never does it.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ def run(
     from lifelong_moe.config.load import read_config
 
     loaded = read_config(config, overrides or [])
-    from pipelines.run.run import run as story
+    from pipelines.run.run import run as run_stages
 
     silence_libraries()
     threads.say()
-    finish(story(loaded, replace, console(as_json)).to_json(), as_json)
+    finish(run_stages(loaded, replace, console(as_json)).to_json(), as_json)
 
 
 def plan(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
@@ -58,9 +58,9 @@ def plan(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = Fals
     from lifelong_moe.config.load import read_config
 
     loaded = read_config(config, overrides or [])
-    from pipelines.run.plan import plan as story
+    from pipelines.run.plan import plan as show_plan
 
-    finish(story(loaded, console(as_json)), as_json)
+    finish(show_plan(loaded, console(as_json)), as_json)
 
 
 def compare(
@@ -76,11 +76,11 @@ def compare(
     comparison = load_comparison(config, overrides or [])
     # Only for its errors: an unknown --only is reported before torch is imported.
     comparison.select(only or [])
-    from pipelines.compare.compare import compare as story
+    from pipelines.compare.compare import compare as run_comparison
 
     silence_libraries()
     threads.say()
-    finish(story(comparison, only or [], replace, console(as_json)), as_json)
+    finish(run_comparison(comparison, only or [], replace, console(as_json)), as_json)
 
 
 def prepare(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
@@ -88,9 +88,9 @@ def prepare(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = F
     from lifelong_moe.config.load import read_config
 
     loaded = read_config(config, overrides or [])
-    from pipelines.run.prepare import prepare as story
+    from pipelines.run.prepare import prepare as prepare_data
 
-    finish(story(loaded, console(as_json)), as_json)
+    finish(prepare_data(loaded, console(as_json)), as_json)
 
 
 def retrain(
@@ -115,11 +115,11 @@ def retrain(
             read_plan(Path(plan_path))
         retraining = load_retraining(config, overrides or [])
         with run_lock(retraining.run):
-            from pipelines.retrain.retrain import retrain as story
+            from pipelines.retrain.retrain import retrain as run_tick
 
             silence_libraries()
             threads.say()
-            result = story(retraining, dry_run, plan_path, console(), reopen)
+            result = run_tick(retraining, dry_run, plan_path, console(), reopen)
     # After a bug or Ctrl-C too, a script finds JSON in the last line.
     except BaseException as error:
         told = as_ours(error) or error
@@ -135,16 +135,16 @@ def report(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Names of runs.")], as_json: AsJson = False
 ) -> None:
     """Show the tables of runs side by side."""
-    from pipelines.inspect.inspectors import report as story
+    from pipelines.inspect.report import show_report
 
-    finish(story(runs, console(as_json)), as_json)
+    finish(show_report(runs, console(as_json)), as_json)
 
 
 def status(run: RunName, as_json: AsJson = False) -> None:
     """Show which stages are committed, under way and to do."""
-    from pipelines.inspect.inspectors import status as story
+    from pipelines.inspect.status import show_status
 
-    finish(story(run, console(as_json)), as_json)
+    finish(show_status(run, console(as_json)), as_json)
 
 
 def lineage(
@@ -162,9 +162,9 @@ def lineage(
         asked = trace.expert(run, expert, console(as_json)) if expert else None
         finish(asked or trace.document(run, str(document), console(as_json)), as_json)
         return
-    from pipelines.inspect.inspectors import lineage as story
+    from pipelines.inspect.lineage import show_lineage
 
-    finish(story(run, console(as_json)), as_json)
+    finish(show_lineage(run, console(as_json)), as_json)
 
 
 def rollback(
@@ -173,9 +173,9 @@ def rollback(
     as_json: AsJson = False,
 ) -> None:
     """Make an earlier version serve again, by swapping one pointer."""
-    from pipelines.versions.rollback import rollback as story
+    from pipelines.versions.rollback import rollback as roll_back
 
-    finish(story(run, to, console(as_json)), as_json)
+    finish(roll_back(run, to, console(as_json)), as_json)
 
 
 def drop(
@@ -189,9 +189,9 @@ def drop(
     from pipelines.preflight import check_stage
 
     settings = check_stage(run, stage, gate)
-    from pipelines.versions.drop import drop as story
+    from pipelines.versions.drop import drop as drop_stage
 
-    result = story(run, stage, console(as_json), settings, ungated=ungated)
+    result = drop_stage(run, stage, console(as_json), settings, ungated=ungated)
     finish(result, as_json)
     raise typer.Exit(OUTCOMES.get(result["outcome"], 0))
 
@@ -207,11 +207,11 @@ def consolidate(
     from pipelines.preflight import check_stage
 
     settings = check_stage(run, stage, gate)
-    from pipelines.versions.consolidate import consolidate as story
+    from pipelines.versions.consolidate import consolidate as consolidate_stage
 
     silence_libraries()
     threads.say()
-    result = story(run, stage, experts, console(as_json), settings)
+    result = consolidate_stage(run, stage, experts, console(as_json), settings)
     finish(result, as_json)
     raise typer.Exit(OUTCOMES.get(result["outcome"], 0))
 
@@ -225,9 +225,9 @@ def gc(
     Tokenized text is included once it was not opened for 30 days. --apply also removes half-written files of killed
     processes, those of other machines once they are a day old.
     """
-    from pipelines.upkeep.gc import gc as story
+    from pipelines.upkeep.gc import gc as collect_garbage
 
-    finish(story(apply, console(as_json)), as_json)
+    finish(collect_garbage(apply, console(as_json)), as_json)
 
 
 def evaluate(
@@ -239,9 +239,9 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure loss and bits per byte of any stage on any text."""
-    from pipelines.inspect.inspectors import evaluate as story
+    from pipelines.inspect.evaluate import evaluate_text
 
-    finish(story(run, stage, data, label, console(as_json), int8=int8), as_json)
+    finish(evaluate_text(run, stage, data, label, console(as_json), int8=int8), as_json)
 
 
 @with_options
@@ -256,9 +256,9 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Continue a text, or answer it as a prompt if the stage was fine-tuned."""
-    from pipelines.inspect.inspectors import generate as story
+    from pipelines.inspect.generate import generate_text
 
-    finish(story(run, stage, prompt, sampling, console(as_json), label=label, int8=int8), as_json)
+    finish(generate_text(run, stage, prompt, sampling, console(as_json), label=label, int8=int8), as_json)
 
 
 @with_options
@@ -270,18 +270,18 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Show what the experts specialize in, on held-out text, or which expert takes which token of a text."""
-    from pipelines.inspect.inspectors import inspect as story
+    from pipelines.inspect.inspect import inspect_stage
 
     silence_libraries()
     threads.say()
-    finish(story(run, stage, asked, console(as_json)), as_json)
+    finish(inspect_stage(run, stage, asked, console(as_json)), as_json)
 
 
 def sync(as_json: AsJson = False) -> None:
     """Send to MLflow what was recorded while it was unreachable; exit code 75 if it still is."""
-    from pipelines.upkeep.sync import sync as story
+    from pipelines.upkeep.sync import sync as send_spooled
 
-    finish(story(console(as_json)), as_json)
+    finish(send_spooled(console(as_json)), as_json)
 
 
 def ui(
@@ -291,6 +291,6 @@ def ui(
     experiment: Annotated[str, typer.Option(help="MLflow experiment.")] = "lifelong-moe",
 ) -> None:
     """Start the MLflow UI on our database, opened at the comparison of runs; ends with the server's exit code."""
-    from pipelines.upkeep.ui import ui as story
+    from pipelines.upkeep.ui import ui as serve_ui
 
-    raise typer.Exit(story(port, host, browser, experiment, console()))
+    raise typer.Exit(serve_ui(port, host, browser, experiment, console()))

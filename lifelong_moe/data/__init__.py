@@ -1,1 +1,1 @@
-"""Text and its tokens: see the rooms `text` and `tokens`."""
+"""`text` turns sources into documents, `tokens` turns documents into blocks to train on."""

@@ -1,1 +1,1 @@
-"""Add experts, initialize and freeze them; remove and merge them."""
+"""Freeze a model's old experts, add and initialize new ones; remove and merge experts."""

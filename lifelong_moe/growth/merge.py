@@ -31,10 +31,10 @@ def output_similarity(outputs_END: Tensor) -> Tensor:
     return torch.einsum("and,bnd->ab", unit_END, unit_END) / outputs_END.shape[1]
 
 
-def closest_pair(
+def cheapest_pair(
     similarity_EE: Tensor, counts_E: Tensor, first: Sequence[int], second: Sequence[int]
 ) -> tuple[int, int]:
-    """The pair with the smallest ``min(share) * (1 - similarity)``: the number of tokens affected, times the change.
+    """The pair that costs least to merge: the tokens affected times the change, ``min(share) * (1 - similarity)``.
 
     Args:
         similarity_EE: See :func:`output_similarity`.
@@ -125,6 +125,7 @@ def _row(architecture: Architecture, layer: int, expert: int) -> tuple[str, int]
 
 
 def _renumbered(name: str, pairs: Mapping[int, tuple[int, int]]) -> str | None:
+    """A tensor's name once the removed experts are gone: later ones move up by one; None for a removed expert's own."""
     here = TensorName.parse(name)
     if here.layer is None or here.expert is None or here.layer not in pairs:
         return name

@@ -1,1 +1,1 @@
-"""One stage from beginning to end: restore, grow, freeze, train, commit."""
+"""One stage from beginning to end: restore, freeze, grow, train, commit."""

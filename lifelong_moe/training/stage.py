@@ -2,9 +2,10 @@
 
 =========  ==============================================================================
 restore    the parent's model, or a new one (``restore.py``)
-assign     each token of the new text to a generation (``loop/generations.py``)
-grow       add the new generation's experts (``preparation.py``)
 freeze     what the stage must not change (``preparation.py``, ``loop/optimizer.py``)
+grow       freeze old experts and add the new generation's (``preparation.py``)
+fit        centroids of the new text, where text selects experts (``growth/clusters.py``)
+assign     each token of the text to a generation (``loop/generations.py``)
 train      phase by phase (``loop/phase.py``), in the order of samples of ``loop/data.py``
 commit     what changed, and where the rest is stored (``commit.py``)
 =========  ==============================================================================

@@ -1,1 +1,1 @@
-"""Commands that only read a run: `inspect`, `status`, `report`, `lineage`, `evaluate`, `generate`."""
+"""Commands about a trained run: `status`, `report`, `lineage`, `evaluate`, `generate`, `inspect`."""

@@ -15,7 +15,7 @@ from lifelong_moe.errors import ConfigError
 from lifelong_moe.evaluation.loss import evaluate
 from lifelong_moe.evaluation.measurements import Measurements
 from lifelong_moe.evaluation.probing import expert_similarities
-from lifelong_moe.growth.merge import closest_pair, merge_experts
+from lifelong_moe.growth.merge import cheapest_pair, merge_experts
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.retraining import read_gate
 from lifelong_moe.storage.locks import locked
@@ -103,7 +103,7 @@ def _merged(
     model = load_model(store, source).to(device)
     # One at a time: each merge changes usage and similarity, so the next pair is chosen on the merged model.
     for _ in range(experts):
-        pairs, counts = _closest(model, texts, generation, config.evaluate.batch_tokens)
+        pairs, counts = _cheapest_pairs(model, texts, generation, config.evaluate.batch_tokens)
         try:
             architecture, tensors = merge_experts(architecture, tensors, generation, pairs, counts)
         except ValueError as error:
@@ -123,7 +123,7 @@ def _text_hash(data: PreparedData, name: str) -> str:
     return record.train_hash if name in data.corpora else record.heldout_hash
 
 
-def _closest(
+def _cheapest_pairs(
     model: LanguageModel, texts: list[tuple[EvaluationSet, str]], generation: int, batch_tokens: int
 ) -> tuple[dict[int, tuple[int, int]], dict[int, Tensor]]:
     """The pair to merge in each layer with the generation, and each expert's token count there."""
@@ -139,5 +139,5 @@ def _closest(
         counts[layer] = torch.tensor([one[layer] for one in usage]).sum(dim=0)
         likeness = torch.as_tensor(similarities[layer])
         goes = range(first, first + numbers[generation])
-        pairs[layer] = closest_pair(likeness, counts[layer], range(frozen), goes)
+        pairs[layer] = cheapest_pair(likeness, counts[layer], range(frozen), goes)
     return pairs, counts

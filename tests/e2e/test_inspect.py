@@ -13,7 +13,7 @@ from pyarrow import parquet
 from rich.console import Console
 
 from pipelines.inspect import tables as inspect_tables
-from pipelines.inspect.inspectors import inspect
+from pipelines.inspect.inspect import inspect_stage
 from pipelines.shared.options import InspectionRequest
 from tests.e2e.conftest import Cli
 
@@ -103,7 +103,7 @@ def test_a_text_token_by_token(here: Path, cli: Cli) -> None:
 
 
 def inspected(console: Console, **options: Any) -> None:
-    inspect("tiny", None, InspectionRequest(**options), console)
+    inspect_stage("tiny", None, InspectionRequest(**options), console)
 
 
 def test_a_terminal_shows_colours_and_obeys_nothing_in_the_text(here: Path) -> None:

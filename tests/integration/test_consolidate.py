@@ -16,7 +16,9 @@ from lifelong_moe.retraining.bounds import DocumentLosses
 from lifelong_moe.store.runs import require_head
 from lifelong_moe.store.stages import StageStore
 from lifelong_moe.training.restore import load_model
-from pipelines.inspect.inspectors import evaluate, generate, inspect
+from pipelines.inspect.evaluate import evaluate_text
+from pipelines.inspect.generate import generate_text
+from pipelines.inspect.inspect import inspect_stage
 from pipelines.shared.options import InspectionRequest, SamplingOptions
 from pipelines.versions.consolidate import consolidate
 from pipelines.versions.rollback import rollback
@@ -89,10 +91,10 @@ def test_models_are_read_on_the_device_of_the_run(monkeypatch: pytest.MonkeyPatc
     recorded["config"]["trainer"] |= {"accelerator": "gpu", "devices": [1]}
     path.write_text(json.dumps(recorded))
     for read in (
-        lambda: evaluate("tiny", None, "sea.jsonl", None, SILENT),
-        lambda: generate("tiny", None, "apple", SamplingOptions(max_new_tokens=2, temperature=0.0), SILENT),
-        lambda: inspect("tiny", None, InspectionRequest(text="apple"), SILENT),
-        lambda: inspect("tiny", None, InspectionRequest(tokens=200), SILENT),
+        lambda: evaluate_text("tiny", None, "sea.jsonl", None, SILENT),
+        lambda: generate_text("tiny", None, "apple", SamplingOptions(max_new_tokens=2, temperature=0.0), SILENT),
+        lambda: inspect_stage("tiny", None, InspectionRequest(text="apple"), SILENT),
+        lambda: inspect_stage("tiny", None, InspectionRequest(tokens=200), SILENT),
         lambda: consolidate("tiny", "fruit", 1, SILENT, ["gate.tolerance=9"]),
     ):
         asked.clear()

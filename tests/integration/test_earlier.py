@@ -32,7 +32,12 @@ from lifelong_moe.training.loop.context import StageEnvironment
 from lifelong_moe.training.loop.optimizer import freeze_trunk
 from lifelong_moe.training.restore import load_model
 from lifelong_moe.training.stage import train_stage
-from pipelines.inspect import inspectors, trace
+from pipelines.inspect import trace
+from pipelines.inspect.evaluate import evaluate_text
+from pipelines.inspect.generate import generate_text
+from pipelines.inspect.lineage import show_lineage
+from pipelines.inspect.report import show_report
+from pipelines.inspect.status import show_status
 from pipelines.shared.options import SamplingOptions
 from pipelines.shared.workspace import prepare
 from tests.tiny import VOCABULARIES, train, write_config, write_corpus
@@ -65,22 +70,22 @@ def said(command: Any) -> str:
 
 
 def test_status_report_and_lineage_read_it() -> None:
-    status = said(lambda console: inspectors.status("old", console))
+    status = said(lambda console: show_status("old", console))
     assert all(re.search(rf"{name}.*committed", status) for name in STAGES)
-    report = said(lambda console: inspectors.report(["old"], console))
+    report = said(lambda console: show_report(["old"], console))
     counts = json.loads(Path("mlruns/runs/old/report.json").read_text())["expert_counts"]
     unused = int((np.array(counts["fruit"]) + np.array(counts["code"]) == 0).sum())
     assert re.search(rf"experts that no distribution uses\W+{unused}\b", report)
-    lineage = said(lambda console: inspectors.lineage("old", console))
+    lineage = said(lambda console: show_lineage("old", console))
     assert "fruit/L0..1/E0..1" in lineage and "code/L0..1/E2..3" in lineage
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_it_says_what_it_said(stage: str, kept: dict[str, Any]) -> None:
     sampling = SamplingOptions(max_new_tokens=24, temperature=0.0, top_p=1.0)
-    generated = inspectors.generate("old", stage, "def return self value", sampling, SILENT)
+    generated = generate_text("old", stage, "def return self value", sampling, SILENT)
     assert generated["text"] == kept["generated"][stage]
-    measured = inspectors.evaluate("old", stage, "text.txt", None, SILENT)
+    measured = evaluate_text("old", stage, "text.txt", None, SILENT)
     for key, value in kept["evaluated"][stage].items():
         assert measured[key] == pytest.approx(value, rel=1e-6), key
 

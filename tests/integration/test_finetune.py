@@ -24,7 +24,7 @@ from lifelong_moe.plan.cost import forward_flops_per_token
 from lifelong_moe.store.stages import StageStore
 from lifelong_moe.training.loop.module import StageModule
 from lifelong_moe.training.restore import load_model
-from pipelines.inspect.inspectors import generate
+from pipelines.inspect.generate import generate_text
 from pipelines.shared.options import SamplingOptions
 from pipelines.shared.workspace import prepare
 from tests.tiny import CONTEXT, SEQUENCES, VOCABULARIES, fork, hashes, kill_self, tiny_config, train, write_config
@@ -119,14 +119,14 @@ def test_a_model_ends_its_answers_and_is_asked_as_it_was_taught(lab: Path) -> No
         assert float(probs[tokenizer.bos_id]) > 0.95
         asked = SamplingOptions(max_new_tokens=40, temperature=0.0, top_p=1.0)
         for text in (prompt, f"{prompt}\x1e"):
-            said = generate("tiny", None, text, asked, Console(file=io.StringIO()))
+            said = generate_text("tiny", None, text, asked, Console(file=io.StringIO()))
             assert said["text"] == answer and said["tokens"] < 40
     printed = io.StringIO()
-    generate("tiny", None, "What is 3 plus 4?", asked, Console(file=printed))
+    generate_text("tiny", None, "What is 3 plus 4?", asked, Console(file=printed))
     assert printed.getvalue() == "What is 3 plus 4?\nIt is 7.\n"
     # A stage before it goes on with a text.
     printed = io.StringIO()
-    generate("tiny", "fruit", "apple", asked, Console(file=printed))
+    generate_text("tiny", "fruit", "apple", asked, Console(file=printed))
     assert printed.getvalue().startswith("apple") and not printed.getvalue().startswith("apple\n")
 
 

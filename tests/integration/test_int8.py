@@ -9,7 +9,7 @@ from rich.console import Console
 
 from lifelong_moe.store.stages import StageStore
 from lifelong_moe.training.restore import load_model
-from pipelines.inspect.inspectors import evaluate
+from pipelines.inspect.evaluate import evaluate_text
 from tests.tiny import tiny_config, train, write_config
 
 
@@ -28,6 +28,6 @@ def test_stored_bits_stay(lab: Path) -> None:
     for ours, theirs in zip(report["loss_nats_per_token"][1], full["loss_nats_per_token"][1], strict=True):
         assert abs(ours - theirs) < 0.02
     silent = Console(quiet=True)
-    whole = evaluate("tiny", None, "fruit.jsonl", None, silent)["nats_per_token"]
-    held = evaluate("tiny", None, "fruit.jsonl", None, silent, int8=True)["nats_per_token"]
+    whole = evaluate_text("tiny", None, "fruit.jsonl", None, silent)["nats_per_token"]
+    held = evaluate_text("tiny", None, "fruit.jsonl", None, silent, int8=True)["nats_per_token"]
     assert 0 < abs(held - whole) < 0.02

@@ -9,13 +9,13 @@ from typing import Any
 
 from rich.console import Console
 
-from pipelines.inspect.inspectors import inspect
+from pipelines.inspect.inspect import inspect_stage
 from pipelines.shared.options import InspectionRequest
 from tests.tiny import tiny_config, train, write_config
 
 
 def inspected(stage: str | None = None, **options: Any) -> dict[str, Any]:
-    return inspect("tiny", stage, InspectionRequest(**{"tokens": 200} | options), Console(file=io.StringIO()))
+    return inspect_stage("tiny", stage, InspectionRequest(**{"tokens": 200} | options), Console(file=io.StringIO()))
 
 
 def test_figures_and_curves_are_with_the_run_once(lab: Path, template: Path) -> None:

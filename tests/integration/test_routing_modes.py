@@ -15,7 +15,8 @@ from rich.console import Console
 from lifelong_moe.config.parts import Part
 from lifelong_moe.store.stages import StageStore
 from lifelong_moe.training.restore import load_model
-from pipelines.inspect.inspectors import evaluate, generate
+from pipelines.inspect.evaluate import evaluate_text
+from pipelines.inspect.generate import generate_text
 from pipelines.shared.options import SamplingOptions
 from tests.tiny import tiny_config, train, write_config
 
@@ -135,14 +136,14 @@ def check_evaluation_and_generation(label: str | None) -> None:
     console = Console(file=io.StringIO())
     first = None if label is None else "fruit"  # the only label that the first stage knows
     stages = (("fruit", first), ("code", label), ("code", label))
-    scored = [evaluate("tiny", stage, "sea.jsonl", known, console) for stage, known in stages]
+    scored = [evaluate_text("tiny", stage, "sea.jsonl", known, console) for stage, known in stages]
     assert scored[1] == scored[2]
     assert scored[0]["tokens"] == scored[1]["tokens"] > 0
     sampling = SamplingOptions(max_new_tokens=8, top_p=1.0)
     said = [
-        generate("tiny", None, "apple", replace(sampling, temperature=temperature, seed=seed), console, label=label)[
-            "text"
-        ]
+        generate_text(
+            "tiny", None, "apple", replace(sampling, temperature=temperature, seed=seed), console, label=label
+        )["text"]
         for temperature, seed in ((0.0, 0), (0.0, 1), (5.0, 1), (5.0, 1), (5.0, 2))
     ]
     assert said[0] == said[1] and said[2] == said[3] != said[4]

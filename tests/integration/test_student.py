@@ -16,7 +16,7 @@ from lifelong_moe.ops.losses import distillation_loss
 from lifelong_moe.store.stages import StageStore
 from lifelong_moe.training.loop.module import StageModule
 from lifelong_moe.training.restore import load_model
-from pipelines.inspect.inspectors import generate
+from pipelines.inspect.generate import generate_text
 from pipelines.shared.options import SamplingOptions
 from tests.tiny import STEPS, tiny_config, train, write_config
 
@@ -50,7 +50,9 @@ def test_a_student_has_fewer_layers_and_learns(lab: Path, monkeypatch: pytest.Mo
     assert len(parts) == STEPS
     untrained = shallow_student(teacher, [0, 2])
     assert not torch.equal(untrained.embedding.weight, student.embedding.weight)
-    result = generate("tiny", None, "apple", SamplingOptions(max_new_tokens=3, temperature=0.0), Console(quiet=True))
+    result = generate_text(
+        "tiny", None, "apple", SamplingOptions(max_new_tokens=3, temperature=0.0), Console(quiet=True)
+    )
     assert result["tokens"] <= 3
     assert report["stages"][2]["parameters_total"] < report["stages"][1]["parameters_total"]
 

@@ -19,7 +19,10 @@ from lifelong_moe.data.text.sources import read_corpus
 from lifelong_moe.data.tokens.records import HeldoutStore
 from lifelong_moe.errors import ConfigError, CorruptError, DataError, LifelongError
 from lifelong_moe.store.garbage import find_garbage
-from pipelines.inspect import inspectors
+from pipelines.inspect.inspect import inspect_stage
+from pipelines.inspect.lineage import show_lineage
+from pipelines.inspect.report import show_report
+from pipelines.inspect.status import show_status
 from pipelines.run.plan import plan
 from pipelines.run.prepare import prepare
 from pipelines.shared.options import InspectionRequest
@@ -117,11 +120,11 @@ def test_keys_weights_and_losses_are_those_of_a_run_that_keeps_its_text(
 
     again, printed = train("tiny.yaml")
     assert again == reports[-1] and "Nothing to train" in printed
-    assert [row["state"] for row in told(inspectors.status, "tiny")[0]["stages"]] == ["committed"] * 3
-    assert told(inspectors.report, ["tiny"])[0] == [again]
-    assert [row["name"] for row in told(inspectors.lineage, "tiny")[0]] == list(NAMES)
+    assert [row["state"] for row in told(show_status, "tiny")[0]["stages"]] == ["committed"] * 3
+    assert told(show_report, ["tiny"])[0] == [again]
+    assert [row["name"] for row in told(show_lineage, "tiny")[0]] == list(NAMES)
     assert told(gc, True)[0]["bytes"] == 0
-    seen, _ = told(lambda console: inspectors.inspect("tiny", None, InspectionRequest(tokens=64), console))
+    seen, _ = told(lambda console: inspect_stage("tiny", None, InspectionRequest(tokens=64), console))
     assert list(seen["tokens"]) == list(NAMES)
 
 

@@ -24,7 +24,7 @@ from lifelong_moe.store.stages import StageStore
 from lifelong_moe.store.versions import base_stages
 from lifelong_moe.training.restore import load_model
 from pipelines.inspect import trace
-from pipelines.inspect.inspectors import status
+from pipelines.inspect.status import show_status
 from pipelines.upkeep.gc import gc
 from pipelines.versions.drop import drop
 from pipelines.versions.rollback import rollback
@@ -88,7 +88,7 @@ def test_rollback_swaps_a_pointer_and_touches_no_stage() -> None:
     result = rollback("tiny", None, SILENT)
     assert (result["champion"], result["was"]) == (0, 1) and served() == ["fruit", "code"]
     assert head()["names"] == ["fruit", "code"] and len(head()["versions"]) == 2
-    assert status("tiny", SILENT)["champion"]["stage"] == "code"
+    assert show_status("tiny", SILENT)["champion"]["stage"] == "code"
     with pytest.raises(ConfigError, match="none served before it"):
         rollback("tiny", None, SILENT)
     assert rollback("tiny", 1, SILENT)["champion"] == 1 and served() == ["fruit", "code", "sea"]

@@ -1,4 +1,4 @@
-"""One phase of a stage as a LightningModule: losses, optimizer, and the steps that are skipped.
+"""One phase of a stage as a LightningModule: losses, optimizer, gradient clipping, and the steps that are skipped.
 
 Legend: B sequences, S length, D model width, V vocabulary.
 """

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lifelong_moe.errors import ConfigError
-from lifelong_moe.growth.merge import closest_pair, merge_experts, output_similarity, weighted
+from lifelong_moe.growth.merge import cheapest_pair, merge_experts, output_similarity, weighted
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.architecture import Generation
 
@@ -29,17 +29,17 @@ def test_the_pair_that_changes_least() -> None:
     similarity[0, 1] = similarity[1, 0] = 0.9
     similarity[0, 2] = similarity[2, 0] = 0.5
     # min(share) * (1 - similarity): (0, 1) 0.3 * 0.1; (0, 2) 0.1 * 0.5; (1, 2) 0.1 * 1
-    assert closest_pair(similarity, torch.tensor([60, 30, 10]), [0, 1, 2], [0, 1, 2]) == (0, 1)
+    assert cheapest_pair(similarity, torch.tensor([60, 30, 10]), [0, 1, 2], [0, 1, 2]) == (0, 1)
     # (0, 1) 0.1 * 0.1, (0, 2) 0.3 * 0.5, (1, 2) 0.1 * 1, and with (0, 1) left out the more alike (0, 2) against 0.1
-    assert closest_pair(similarity, torch.tensor([60, 10, 30]), [0, 1, 2], [0, 1, 2]) == (0, 1)
-    assert closest_pair(similarity, torch.tensor([60, 10, 30]), [0, 1], [2]) == (1, 2)
+    assert cheapest_pair(similarity, torch.tensor([60, 10, 30]), [0, 1, 2], [0, 1, 2]) == (0, 1)
+    assert cheapest_pair(similarity, torch.tensor([60, 10, 30]), [0, 1], [2]) == (1, 2)
     # both shares count: (0, 2) 0.02 * 0.5 and (1, 2) 0.02 * 1, then (0, 1) 0.03 * 0.1 and (2, 1) 0.03 * 1
-    assert closest_pair(similarity, torch.tensor([95, 3, 2]), [0, 1], [2]) == (0, 2)
-    assert closest_pair(similarity, torch.tensor([95, 3, 2]), [2, 0], [1]) == (0, 1)
+    assert cheapest_pair(similarity, torch.tensor([95, 3, 2]), [0, 1], [2]) == (0, 2)
+    assert cheapest_pair(similarity, torch.tensor([95, 3, 2]), [2, 0], [1]) == (0, 1)
     # hardly used, the third goes first
-    assert closest_pair(similarity, torch.tensor([60, 39, 1]), [0, 1], [2]) == (0, 2)
+    assert cheapest_pair(similarity, torch.tensor([60, 39, 1]), [0, 1], [2]) == (0, 2)
     with pytest.raises(ValueError, match="no two experts"):
-        closest_pair(similarity, torch.tensor([1, 1, 1]), [1], [1])
+        cheapest_pair(similarity, torch.tensor([1, 1, 1]), [1], [1])
 
 
 @torch.no_grad()

@@ -1,0 +1,53 @@
+"""`lifelong-moe evaluate`: loss and bits per byte of a stage on any text."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+
+from lifelong_moe.config.data import SourceConfig
+from lifelong_moe.data.text.files import read_documents
+from lifelong_moe.data.tokens.shards import tokenize_documents
+from lifelong_moe.data.tokens.tokenizer import Tokenizer
+from pipelines.inspect.opening import check_label, load_on_device, open_stage
+
+EVALUATED_TOKENS = 8192
+"""Tokens per forward pass: bounds the memory, whatever the text's length."""
+
+
+def evaluate_text(
+    run: str, stage: str | None, data: str, label: str | None, console: Console, *, int8: bool = False
+) -> Mapping[str, Any]:
+    """Measure loss and bits per byte of a stage on any text.
+
+    Args:
+        run: A run.
+        stage: Name of a committed stage; the last one if None.
+        data: Path or glob.
+        label: Domain of the text, for routing by label.
+        console: Where people read.
+        int8: Hold the weight matrices in 8 bits.
+    """
+    store, committed = open_stage(run, stage)
+    check_label(committed, label, console)
+    documents = read_documents(data, SourceConfig(files=data))
+    from lifelong_moe.data.tokens.windows import evaluation_windows
+    from lifelong_moe.evaluation.loss import evaluate
+
+    shard = tokenize_documents(documents, Tokenizer.from_text(store.tokenizer(committed)))
+    model = load_on_device(run, store, committed, int8=int8)
+    context = model.architecture.model.context
+    # sys.maxsize: the user named this text, so all of it is scored.
+    result = evaluate(
+        model, evaluation_windows(shard, context, sys.maxsize), distribution=label, batch_tokens=EVALUATED_TOKENS
+    ).to_json()
+    # A number per layer and expert: `inspect` shows it by name.
+    del result["expert_counts"]
+    console.print(
+        f"{committed.name} on {data}: {result['nats_per_token']:.4f} nats/token, {result['bits_per_byte']:.4f} "
+        f"bits/byte ({result['documents']:,} documents, {result['tokens']:,} tokens, {result['bytes']:,} bytes)"
+    )
+    return {"run": run, "stage": committed.name, "key": committed.key, "data": data, **result}

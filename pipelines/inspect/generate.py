@@ -1,0 +1,62 @@
+"""`lifelong-moe generate`: text that a stage writes, token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+
+from lifelong_moe.data.text.jsonl import SEPARATOR
+from lifelong_moe.data.tokens.tokenizer import Tokenizer
+from lifelong_moe.errors import ConfigError
+from pipelines.inspect.opening import check_label, load_on_device, open_stage
+from pipelines.shared.options import SamplingOptions
+
+
+def generate_text(
+    run: str,
+    stage: str | None,
+    prompt: str,
+    sampling: SamplingOptions,
+    console: Console,
+    *,
+    label: str | None = None,
+    int8: bool = False,
+) -> Mapping[str, Any]:
+    """Continue a text, or answer it as a prompt if the stage was fine-tuned; prints token by token.
+
+    Args:
+        run: A run.
+        stage: Name of a committed stage; the last one if None.
+        prompt: A prompt that holds the separator already begins the answer after it.
+        sampling: Length, temperature, nucleus and seed.
+        console: Where people read.
+        label: Domain of the text, for routing by label.
+        int8: Hold the weight matrices in 8 bits.
+    """
+    # Python hands over bytes of the command line that are not UTF-8 as lone surrogates.
+    if any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise ConfigError("the prompt is not UTF-8.")
+    store, committed = open_stage(run, stage)
+    check_label(committed, label, console)
+    from lifelong_moe.model.sampling import sample
+
+    tokenizer = Tokenizer.from_text(store.tokenizer(committed))
+    model = load_on_device(run, store, committed, int8=int8)
+    ids: list[int] = []
+    shown = ""
+    answers = committed.spec.finetune is not None
+    console.print(prompt, end="\n" if answers else "", markup=False, highlight=False)
+    # Training pairs were encoded as prompt, separator, answer.
+    prompt_ids = tokenizer.encode(f"{prompt}{SEPARATOR}" if answers and SEPARATOR not in prompt else prompt)
+    for token in sample(model, prompt_ids, distribution=label, **asdict(sampling)):
+        ids.append(token)
+        text = tokenizer.decode(ids)
+        # A character may span several tokens; until it is complete, decoding ends in a replacement character.
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            console.print(text[len(shown) :], end="", markup=False, highlight=False)
+            shown = text
+    console.print()
+    return {"run": run, "stage": committed.name, "prompt": prompt, "text": tokenizer.decode(ids), "tokens": len(ids)}

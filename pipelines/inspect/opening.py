@@ -1,0 +1,56 @@
+"""Open a stage for the commands that run its model: `evaluate`, `generate` and `inspect`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from lifelong_moe.errors import ConfigError
+from lifelong_moe.store.runs import require_head
+from lifelong_moe.store.stages import CommittedStage, StageStore
+from pipelines.shared.places import ROOT
+
+if TYPE_CHECKING:
+    from lifelong_moe.model.transformer import LanguageModel
+
+
+def open_stage(run: str, stage: str | None) -> tuple[StageStore, CommittedStage]:
+    """A committed stage of a run by name; the last one by default."""
+    key, store = require_head(ROOT, run).require_stage(stage), StageStore(ROOT)
+    return store, store.get(key)
+
+
+def check_label(stage: CommittedStage, label: str | None, console: Console) -> None:
+    """Check ``--label`` against the stage's routing, and say which domain is assumed without one.
+
+    Raises:
+        ConfigError: If the routing ignores labels, or does not know this one.
+    """
+    architecture, routing = stage.architecture, stage.architecture.routing
+    known = [name for name, _ in architecture.labels]
+    # With one generation there is nothing to select, so its label is right in any mode.
+    if label in known and len(architecture.generations) == 1:
+        return
+    if not routing.by_label:
+        if label is not None:
+            raise ConfigError(f"--label={label}: routing.mode={routing.mode} ignores labels; leave it out.")
+    elif label is None:
+        console.print(f"no --label: routed as {known[0]}; there are {', '.join(known)}")
+    elif label not in known:
+        raise ConfigError(f"--label={label} is unknown to stage {stage.name}; there are {', '.join(known)}.")
+
+
+def load_on_device(run: str, store: StageStore, committed: CommittedStage, *, int8: bool) -> LanguageModel:
+    """A stage's model on the run's device, without gradients."""
+    # Imported here: what the user named is checked before torch is imported, which takes seconds.
+    from lifelong_moe.model.int8 import hold_in_int8
+    from lifelong_moe.training.loop.device import configured_device
+    from lifelong_moe.training.restore import load_model
+    from pipelines.shared.workspace import recorded_trainer
+
+    model = load_model(store, committed).requires_grad_(False)
+    # Only frozen matrices are quantized, hence no gradients above; on the CPU, so the device holds 8 bits alone.
+    if int8:
+        hold_in_int8(model)
+    return model.to(configured_device(recorded_trainer(run)))
