@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lifelong_moe.config.retraining.operation import LimitsConfig
-from lifelong_moe.errors import StalePlanError
 from lifelong_moe.plan.methods import stage_specs
 from lifelong_moe.plan.retraining import Retraining
 from lifelong_moe.retraining.decision import Action, Decision, decide
@@ -19,7 +18,7 @@ from lifelong_moe.storage.keys import SHORT, content_key
 from lifelong_moe.store.head import RunHead
 from lifelong_moe.store.runs import RunRecord, latest_timestamp, timestamp
 from pipelines.retrain.drifting import drift_notes, has_drifted, look_at_batch, measure_batch, untested
-from pipelines.retrain.plan_file import Decided, PlanFacts, Serving, StageFacts, read_plan
+from pipelines.retrain.plan_file import Decided, PlanFacts, Serving, StageFacts
 from pipelines.retrain.probes import probe, require_room_for, shortened, stage_facts
 from pipelines.shared.novelty import NewDocuments
 from pipelines.versions.candidates import Candidate, CandidateTrainer
@@ -76,7 +75,7 @@ def make_plan(trainer: CandidateTrainer, new: NewDocuments, head: RunHead) -> Ti
     notes += _lost_text(options.continues, *options.affordable)
     notes += _not_considered(options)
     decided = Decided(decision.action, {**decision.terms}, [*notes, *decision.reasons])
-    facts = _facts(trainer, new, drifts, decided, chosen, options.exceeded(decision))
+    facts = plan_facts(trainer, new, drifts, decided, chosen, options.exceeded(decision))
     power = None if chosen is None else predicted_power(trainer, shortened(trainer, chosen))
     looks = look_at_batch(trainer, settings.drift.documents, seed)
     return TickPlan(dataclasses.replace(facts, power=power, looks=looks), chosen)
@@ -139,12 +138,13 @@ def _options(
     probes = 1 + len(growing)
     # What cannot be afforded is not probed either.
     over = {
-        way.planned.key: _exceeded(limits, stage_facts(trainer, way), head, probes) for way in (continues, *growing)
+        way.planned.key: exceeded_limits(limits, stage_facts(trainer, way), head, probes)
+        for way in (continues, *growing)
     }
-    return _Options(drifted, continues, growing, over, [] if all(rooms) else [_full(limits.experts)])
+    return _Options(drifted, continues, growing, over, [] if all(rooms) else [no_room(limits.experts)])
 
 
-def _exceeded(limits: LimitsConfig, stage: StageFacts, head: RunHead, probes: int) -> list[str]:
+def exceeded_limits(limits: LimitsConfig, stage: StageFacts, head: RunHead, probes: int) -> list[str]:
     """The limits that a stage and its probes would exceed, a sentence each."""
     week = timestamp(time.time() - 7 * 86400)
     lately = sum(v.kind == "promoted" and v.at > week for v in head.versions_until(latest_timestamp()))
@@ -162,7 +162,8 @@ def _exceeded(limits: LimitsConfig, stage: StageFacts, head: RunHead, probes: in
     ]
 
 
-def _full(limit: int | None) -> str:
+def no_room(limit: int | None) -> str:
+    """The sentence on a way to grow that ``limits.experts`` forbids."""
     return (
         f"Growing is not considered where a layer would have more than limits.experts={limit} experts. Raise the "
         f"limit, merge similar experts (lifelong-moe consolidate), or drop a stage that is no longer needed "
@@ -217,7 +218,7 @@ def _not_considered(options: _Options) -> list[str]:
     return options.full + [f"{_way(way)} is not considered: {options.over[way.planned.key][0]}" for way in forbidden]
 
 
-def _facts(
+def plan_facts(
     trainer: CandidateTrainer,
     new: NewDocuments,
     drifts: dict[str, Drift],
@@ -249,32 +250,6 @@ def _facts(
         reads=[stage.key for stage in trainer.champion.stages],
         stages=[] if stage is None else [stage.key],
     )
-
-
-def check_plan(path: Path, trainer: CandidateTrainer, new: NewDocuments) -> TickPlan:
-    """Read a plan and refuse it if it is stale.
-
-    Raises:
-        ConfigError: If there is no such plan.
-        StalePlanError: If champion, batch or settings have changed, or it has expired.
-    """
-    facts = read_plan(path)
-    old, stage = (facts.champion.key, facts.batch, facts.settings), facts.stage
-    now = (trainer.champion.key, new.hash, settings_hash(trainer.retraining))
-    for what, before, after in zip(("champion", "batch", "settings"), old, now, strict=True):
-        if before != after:
-            raise StalePlanError(f"{path}: made for {what} {before[:SHORT]}, which is {after[:SHORT]} now; plan again.")
-    if facts.sources != new.sources:
-        raise StalePlanError(f"{path}: made when the documents of its batch named other sources; plan again.")
-    if facts.made_at > latest_timestamp():
-        raise StalePlanError(f"{path}: made at {facts.made_at}, which is in the future; plan again.")
-    if timestamp() > facts.expires:
-        raise StalePlanError(f"{path}: expired at {facts.expires}; plan again.")
-    # The key covers all that the stage depends on, such as the text that it replays.
-    candidate = None if stage is None else trainer.plan(stage.continues, grow=stage.grow)
-    if stage is not None and candidate is not None and candidate.planned.key != stage.key:
-        raise StalePlanError(f"{path}: its stage would be another one now; plan again.")
-    return TickPlan(facts, candidate)
 
 
 def plan_path(record: RunRecord, batch: str) -> Path:

@@ -104,7 +104,7 @@ class PlanFacts:
 
     def __post_init__(self) -> None:
         # Dataclasses check no types, and a plan's file may hold any JSON.
-        texts = (self.batch, self.settings, self.expires, self.champion.key)
+        texts = (self.batch, self.settings, self.made_at, self.expires, self.champion.key)
         if not all(isinstance(text, str) for text in texts) or not isinstance(self.exceeded, list):
             raise TypeError("a plan's texts are no texts")
 

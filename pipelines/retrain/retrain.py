@@ -29,7 +29,8 @@ from lifelong_moe.tracking.tracker import Tracker
 from lifelong_moe.training.callbacks.interrupt import Interrupt, handling_sigterm
 from lifelong_moe.training.loop.trainer import build_trainer
 from pipelines.retrain.outcome import TickOutcome
-from pipelines.retrain.plan import TickPlan, check_plan, make_plan
+from pipelines.retrain.plan import TickPlan, make_plan
+from pipelines.retrain.plan_check import check_plan
 from pipelines.retrain.plan_file import PlanFacts, read_plan, refuse_idle_plan
 from pipelines.retrain.record import TickRecord
 from pipelines.retrain.render import print_plan
@@ -118,7 +119,7 @@ def _tick(tick: Tick, interrupt: Interrupt, dry_run: bool, plan_path: str | None
             plan = make_plan(trainer, new, tick.head)
             plan.write(tick.record)
         else:
-            plan = check_plan(Path(plan_path), trainer, new)
+            plan = check_plan(Path(plan_path), trainer, new, tick)
         print_plan(tick.console, plan.facts)
         mlflow.planned(plan.facts, plan.candidate)
         return _carry_out(tick, trainer, new, plan, mlflow, dry_run)

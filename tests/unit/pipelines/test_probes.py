@@ -6,7 +6,6 @@ import json
 import math
 import time
 from dataclasses import asdict, replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +15,6 @@ from scipy.stats import norm
 
 from lifelong_moe.config.retraining.operation import LimitsConfig
 from lifelong_moe.config.retraining.policy import GateConfig
-from lifelong_moe.errors import StalePlanError
 from lifelong_moe.retraining.bounds import DocumentLosses
 from lifelong_moe.retraining.decision import Action
 from lifelong_moe.retraining.drift import Drift
@@ -25,7 +23,7 @@ from lifelong_moe.store.head import RunHead
 from lifelong_moe.store.runs import timestamp
 from lifelong_moe.store.versions import VersionStage
 from pipelines.retrain import probes
-from pipelines.retrain.plan import _exceeded, check_plan, settings_hash
+from pipelines.retrain.plan import exceeded_limits, settings_hash
 from pipelines.retrain.plan_file import Decided, PlanFacts, StageFacts
 
 DAY = 86400.0
@@ -47,7 +45,7 @@ def exceeded(promoted_days_ago: tuple[float, ...] = (), probes: int = 3, **limit
         head = head.with_base([stage], timestamp(0))
     for days in promoted_days_ago:
         head = head.promoted("promoted", [stage], "", timestamp(time.time() - days * DAY))
-    return _exceeded(LimitsConfig(**limits), STAGE, head, probes)  # type: ignore[arg-type]
+    return exceeded_limits(LimitsConfig(**limits), STAGE, head, probes)  # type: ignore[arg-type]
 
 
 def test_limits_count_the_stage_and_its_probes_and_are_themselves_allowed() -> None:
@@ -130,54 +128,28 @@ def test_a_probe_s_bounds_hold_at_five_percent_and_harm_is_shown_at_that_over_th
 
 
 @pytest.fixture
-def plan(tmp_path: Path) -> tuple[Path, dict[str, Any], Any, Any]:
-    """A plan's file and facts, and the trainer and documents that it fits."""
-    settings = GateConfig()
-    retraining: Any = SimpleNamespace(settings=settings, raw=lambda: {"base": "x"})
-    stage = asdict(STAGE)
-    asked: list[Any] = []
-
-    def planned(continues: str | None, grow: Any = None) -> Any:
-        asked.append((continues, grow))
-        return SimpleNamespace(planned=SimpleNamespace(key=stage["key"]))
-
-    trainer = SimpleNamespace(champion=SimpleNamespace(key="cd" * 32), retraining=retraining, plan=planned, asked=asked)
-    new = SimpleNamespace(hash="ef" * 32, sources="ff")
+def plan() -> tuple[dict[str, Any], Any]:
+    """A plan's facts, and the retraining file that it was made by."""
+    retraining: Any = SimpleNamespace(settings=GateConfig(), raw=lambda: {"base": "x"})
     facts = {
-        "champion": {"version": 0, "key": trainer.champion.key}, "batch": new.hash,
-        "settings": settings_hash(retraining), "sources": new.sources, "stage": stage, "made_at": timestamp(),
-        "expires": timestamp(time.time() + DAY), "decision": {"action": "grow"}, "exceeded": [],
+        "champion": {"version": 0, "key": "cd" * 32}, "batch": "ef" * 32, "settings": settings_hash(retraining),
+        "sources": "ff", "stage": asdict(STAGE), "made_at": timestamp(), "expires": timestamp(time.time() + DAY),
+        "decision": {"action": "grow"}, "exceeded": [],
     }  # fmt: skip
-    return tmp_path / "plan.json", facts, trainer, new
-
-
-def test_a_plan_that_fits_is_carried_out_with_the_settings_that_it_was_made_with(plan: Any) -> None:
-    path, facts, trainer, new = plan
-    path.write_text(json.dumps(facts))
-    found = check_plan(path, trainer, new)
-    assert found.candidate is not None and found.action == "grow" and trainer.asked == [(None, {"experts": 2})]
-    path.write_text(json.dumps(facts | {"stage": None}))
-    assert check_plan(path, trainer, new).candidate is None
-
-
-def test_a_plan_whose_stage_would_be_another_one_is_stale(plan: Any) -> None:
-    path, facts, trainer, new = plan
-    path.write_text(json.dumps(facts | {"stage": facts["stage"] | {"key": "ac" * 32}}))
-    with pytest.raises(StalePlanError, match="its stage would be another one now; plan again"):
-        check_plan(path, trainer, new)
+    return facts, retraining
 
 
 def test_settings_are_all_that_a_person_configured(plan: Any) -> None:
-    _, facts, trainer, _ = plan
-    now, others = vars(trainer.retraining), ({"settings": GateConfig(level=0.1)}, {"raw": lambda: {"base": "y"}})
-    assert settings_hash(trainer.retraining) == facts["settings"]
+    facts, retraining = plan
+    now, others = vars(retraining), ({"settings": GateConfig(level=0.1)}, {"raw": lambda: {"base": "y"}})
+    assert settings_hash(retraining) == facts["settings"]
     for other in others:
         assert settings_hash(SimpleNamespace(**{**now, **other})) != facts["settings"]  # type: ignore[arg-type]
 
 
 def test_a_plan_is_read_as_it_was_written(plan: Any) -> None:
     """Bounds that there are none of are null in the file, and what an earlier version's plan lacks is absent."""
-    facts = PlanFacts.from_json(plan[1])
+    facts = PlanFacts.from_json(plan[0])
     assert (facts.power, facts.looks, facts.near_copies) == (None, None, None)
     decision = Decided(facts.decision.action, {"a": math.inf, "b": 1.0}, ["so"])
     drift = Drift(auc=None, null_quantile=None, psi=0.5, new_sources=1, old_sources=1, drifted=False, words="No answer")
