@@ -10,7 +10,8 @@ MEANINGS = {
     2: "a mistake in the configuration, the data or the arguments; one line says which, and nothing was written",
     3: "the gate rejected a candidate; the champion serves on",
     4: "a tick would exceed its limits; no stage was trained, nor any probe that the limits forbid",
-    5: "the plan (`--plan`) is stale: champion, data or settings have changed, its files are gone, or it has expired",
+    5: "the plan (`--plan`) is stale: champion, data or settings have changed, its files are gone, it has "
+    "expired, or it allows what the configuration does not",
     6: "training diverged: it was rolled back twice and failed again; the stage was not committed",
     7: "a committed file no longer matches its hash; the line names it and both hashes",
     8: "not enough disk or memory; committed stages are intact",

@@ -83,8 +83,8 @@ def _candidate(path: Path, facts: PlanFacts, trainer: CandidateTrainer) -> Candi
     if stage.continues is not None and stage.continues not in known:
         raise StalePlanError(f"{path}: stage.continues={stage.continues} is no stage of the champion; plan again.")
     # Only what `probe.grow` says; without it, and where a stage continues, the configured settings as they are.
-    ways = trainer.retraining.settings.probe.grow if action == Action.grow else []
-    if stage.grow not in (ways or [None]):
+    ways = [*trainer.retraining.settings.probe.grow] if action == Action.grow else []
+    if stage.grow not in ways if ways else stage.grow is not None:
         raise StalePlanError(f"{path}: stage.grow={stage.grow} is no way of probe.grow; plan again.")
     candidate = trainer.plan(stage.continues, grow=stage.grow)
     # The key covers all that the stage depends on, such as the text that it replays.

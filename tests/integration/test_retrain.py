@@ -36,6 +36,7 @@ from lifelong_moe.training.callbacks.progress import StepCheckpoint
 from pipelines.cli import exit_code
 from pipelines.exit_codes import OUTCOMES
 from pipelines.retrain import plan as retrain_plan
+from pipelines.retrain.plan_file import read_plan
 from pipelines.versions.candidates import served_stages
 from pipelines.versions.drop import drop
 from pipelines.versions.rollback import rollback
@@ -881,10 +882,10 @@ def test_a_plan_that_was_edited_is_refused(tmp_path: Path, key: str, value: Any)
     }  # fmt: skip
     path = tmp_path / "plan.json"
     path.write_text(json.dumps(facts))
-    retrain_plan.read_plan(path)
+    read_plan(path)
     path.write_text(json.dumps(facts | {key: value}))
     with pytest.raises(ConfigError, match="not a plan of lifelong-moe retrain"):
-        retrain_plan.read_plan(path)
+        read_plan(path)
 
 
 def test_a_batch_of_one_source_waits() -> None:
