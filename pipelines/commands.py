@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from lifelong_moe.config.routing.own import allow_router
 from lifelong_moe.errors import ConfigError, as_ours, one_line
 from pipelines.exit_codes import OUTCOMES
 from pipelines.shared import threads
@@ -22,9 +23,10 @@ from pipelines.shared.options import (
     ExpertName,
     GateSettings,
     InspectionRequest,
-    Int8,
     Label,
+    LoadingOptions,
     Overrides,
+    OwnRouter,
     Replace,
     RetrainingOverrides,
     RunName,
@@ -183,12 +185,14 @@ def drop(
     stage: Annotated[str, typer.Argument(metavar="STAGE", help="Name of a stage of the champion.")],
     gate: GateSettings = None,
     ungated: Annotated[bool, typer.Option("--no-gate", help="Promote without asking the gate.")] = False,
+    router: OwnRouter = None,
     as_json: AsJson = False,
 ) -> None:
     """Promote a version without STAGE and report what the model retains of its data."""
     from pipelines.preflight import check_stage
 
     settings = check_stage(run, stage, gate)
+    allow_router(router)
     from pipelines.versions.drop import drop as drop_stage
 
     result = drop_stage(run, stage, console(as_json), settings, ungated=ungated)
@@ -201,12 +205,14 @@ def consolidate(
     stage: Annotated[str, typer.Argument(metavar="STAGE", help="Stage of the champion whose experts are merged.")],
     gate: GateSettings = None,
     experts: Annotated[int, typer.Option(help="Experts to remove from each layer.", min=1)] = 1,
+    router: OwnRouter = None,
     as_json: AsJson = False,
 ) -> None:
     """Merge similar, little used experts of each layer; promoted if the gate accepts the result."""
     from pipelines.preflight import check_stage
 
     settings = check_stage(run, stage, gate)
+    allow_router(router)
     from pipelines.versions.consolidate import consolidate as consolidate_stage
 
     silence_libraries()
@@ -230,18 +236,21 @@ def gc(
     finish(collect_garbage(apply, console(as_json)), as_json)
 
 
+@with_options
 def evaluate(
     run: RunName,
+    *,
     data: Annotated[str, typer.Option("--data", help="Path or glob of .jsonl, .txt or .parquet files.")],
     stage: StageName = None,
     label: Label = None,
-    int8: Int8 = False,
+    loading: LoadingOptions,
     as_json: AsJson = False,
 ) -> None:
     """Measure loss and bits per byte of any stage on any text."""
+    allow_router(loading.router)
     from pipelines.inspect.evaluate import evaluate_text
 
-    finish(evaluate_text(run, stage, data, label, console(as_json), int8=int8), as_json)
+    finish(evaluate_text(run, stage, data, label, console(as_json), int8=loading.int8), as_json)
 
 
 @with_options
@@ -252,13 +261,14 @@ def generate(
     stage: StageName = None,
     sampling: SamplingOptions,
     label: Label = None,
-    int8: Int8 = False,
+    loading: LoadingOptions,
     as_json: AsJson = False,
 ) -> None:
     """Continue a text, or answer it as a prompt if the stage was fine-tuned."""
+    allow_router(loading.router)
     from pipelines.inspect.generate import generate_text
 
-    finish(generate_text(run, stage, prompt, sampling, console(as_json), label=label, int8=int8), as_json)
+    finish(generate_text(run, stage, prompt, sampling, console(as_json), label=label, int8=loading.int8), as_json)
 
 
 @with_options
@@ -267,9 +277,11 @@ def inspect(
     *,
     stage: StageName = None,
     asked: InspectionRequest,
+    router: OwnRouter = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what the experts specialize in, on held-out text, or which expert takes which token of a text."""
+    allow_router(router)
     from pipelines.inspect.inspect import inspect_stage
 
     silence_libraries()

@@ -6,6 +6,7 @@ from importlib import import_module
 
 from lifelong_moe.config.routing.base import RoutingConfig
 from lifelong_moe.config.routing.modes import ROUTERS
+from lifelong_moe.config.routing.own import require_allowed
 from lifelong_moe.config.routing.topk import CustomRouterConfig
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.routing.base import Causality, Router
@@ -21,8 +22,11 @@ def build_router(config: RoutingConfig, *, width: int, layer: int, causal: bool 
         causal: Whether it is for a decoder, where a token must not see what follows.
 
     Raises:
-        ConfigError: If a dotted path cannot be imported, is no :class:`Router`, or breaks causality.
+        ConfigError: If a dotted path was not named by the user, cannot be imported, is no :class:`Router`, or breaks
+            causality.
     """
+    if isinstance(config, CustomRouterConfig):
+        require_allowed(config.mode)
     options = config.options if isinstance(config, CustomRouterConfig) else {}
     path = config.mode if isinstance(config, CustomRouterConfig) else ROUTERS[config.mode].router
     module, _, name = path.rpartition(".")

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from lifelong_moe.config.routing.own import require_allowed
+from lifelong_moe.config.routing.topk import CustomRouterConfig
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.store.runs import require_head
 from lifelong_moe.store.stages import CommittedStage, StageStore
@@ -16,9 +18,17 @@ if TYPE_CHECKING:
 
 
 def open_stage(run: str, stage: str | None) -> tuple[StageStore, CommittedStage]:
-    """A committed stage of a run by name; the last one by default."""
+    """A committed stage of a run by name; the last one by default.
+
+    Raises:
+        ConfigError: If there is no such stage, or it needs a router of somebody's own that the user has not named.
+    """
     key, store = require_head(ROOT, run).require_stage(stage), StageStore(ROOT)
-    return store, store.get(key)
+    committed = store.get(key)
+    # `build_router` asks as well; here it costs no import of torch.
+    if isinstance(committed.architecture.routing, CustomRouterConfig):
+        require_allowed(committed.architecture.routing.mode)
+    return store, committed
 
 
 def check_label(stage: CommittedStage, label: str | None, console: Console) -> None:

@@ -14,6 +14,7 @@ from rich.console import Console
 from lifelong_moe.config.data import KeepText
 from lifelong_moe.config.load import written_config
 from lifelong_moe.config.retraining.policy import HELDOUT_SOURCES
+from lifelong_moe.config.routing.own import allow_router
 from lifelong_moe.data.tokens.prepare import Texts
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.plan.retraining import Retraining
@@ -78,6 +79,7 @@ def retrain(
             remove_abandoned()
             head = with_versions(store, require_head(ROOT, record.run))
             tick = Tick(retraining, record, head, console)
+            allow_router(tick.config.routing.mode)  # its user gave the base to this command
             try:
                 # An accelerator or strategy that this machine lacks is refused before anything is written.
                 build_trainer(tick.config.trainer, 1)

@@ -33,6 +33,14 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and 
 StageName = Annotated[str | None, typer.Option("--stage", help="A committed stage of the run; the last by default.")]
 Label = Annotated[str | None, typer.Option("--label", help="Domain of the text, for routing by label.")]
 Int8 = Annotated[bool, typer.Option("--int8", help="Hold the weight matrices in 8 bits, with one scale per row.")]
+OwnRouter = Annotated[
+    str | None,
+    typer.Option(
+        "--router",
+        metavar="MODULE.CLASS",
+        help="Import this router of your own, which the stage was trained with. It is code: name what you trust.",
+    ),
+]
 GateSettings = Annotated[
     list[str] | None, typer.Argument(metavar="[gate.KEY=VALUE]...", help="Such as gate.tolerance=0.02.")
 ]
@@ -46,6 +54,14 @@ class SamplingOptions:
     temperature: Annotated[float, typer.Option(help="0 takes the most probable token.", min=0.0)] = 0.8
     top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens, up to this mass.", min=0.01)] = 0.95
     seed: Annotated[int, typer.Option(help="Seed of the sampling.", min=0, max=2**63 - 1)] = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadingOptions:
+    """How a stage's model is loaded."""
+
+    int8: Int8 = False
+    router: OwnRouter = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,16 +80,17 @@ class InspectionRequest:
 
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Show Typer each field of a command's dataclass parameter as an option of its own, in the parameter's place."""
+    """Show Typer each field of a command's dataclass parameters as an option of its own, in the parameter's place."""
     # Typer reads a signature, not dataclasses, so the wrapper gets one in which the fields stand side by side.
     hints = get_type_hints(command, include_extras=True)
     # Keyword-only, because Click passes all values by name; so the order of defaults does not matter either.
     parameters: list[inspect.Parameter] = []
+    groups: dict[str, type] = {}
     for name, parameter in inspect.signature(command).parameters.items():
         if not is_dataclass(hints[name]):
             parameters.append(parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY))
             continue
-        group, options = name, hints[name]
+        options = groups[name] = hints[name]
         types = get_type_hints(options, include_extras=True)
         for field in fields(options):
             default = inspect.Parameter.empty if field.default is MISSING else field.default
@@ -85,8 +102,11 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def expanded(**given: Any) -> None:
-        asked = options(**{field.name: given.pop(field.name) for field in fields(options)})
-        command(**given, **{group: asked})
+        asked = {
+            name: options(**{field.name: given.pop(field.name) for field in fields(options)})
+            for name, options in groups.items()
+        }
+        command(**given, **asked)
 
     expanded.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     # Typer also calls get_type_hints, which reads the annotations that `wraps` has copied from the command.

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from omegaconf import OmegaConf
 
 from lifelong_moe.config.load import LoadedConfig, written_config
+from lifelong_moe.config.routing.own import allow_router
 from lifelong_moe.config.run import RunConfig
 from lifelong_moe.config.sections import section
 from lifelong_moe.config.training import TrainerConfig
@@ -64,6 +65,7 @@ def prepare(loaded: LoadedConfig, memory: dict[str, PreparedData] | None = None)
         DataError: If a stage that is not committed needs text that is gone.
     """
     config = loaded.config
+    allow_router(config.routing.mode)  # its user gave the configuration to this command
     # Only for its errors: a router class of the user's own that cannot be built is reported before data is read.
     build_router(config.routing, width=config.model.width, layer=0)
     head = RunRecord(ROOT, config.run).head()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lifelong_moe.config.model import ModelConfig
 from lifelong_moe.config.parts import Part
+from lifelong_moe.config.routing import own
 from lifelong_moe.config.routing.base import Bundles, Level, RoutingConfig
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.model.transformer import LanguageModel
@@ -19,6 +20,8 @@ from lifelong_moe.routing.base import Causality, Router, Routing, RoutingContext
 from lifelong_moe.routing.registry import build_router
 from lifelong_moe.routing.routers.learned import LearnedRouter
 from tests.conftest import routing_of
+
+NOWHERE = {"nowhere.at.All", ".All", "..All"}
 
 
 class FirstExperts(Router):
@@ -73,6 +76,7 @@ def my_package(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     vars(module).update(number=3, make=lambda *a, **k: 3)
     monkeypatch.setitem(sys.modules, "mine", ModuleType("mine"))
     monkeypatch.setitem(sys.modules, "mine.routers", module)
+    monkeypatch.setattr(own, "_allowed", {f"mine.routers.{name}" for name in (*vars(module), "Missing")} | NOWHERE)
     yield
 
 
