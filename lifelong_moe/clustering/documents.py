@@ -148,10 +148,10 @@ def num_chunks(documents: Sequence[TokenIds], chunk: int) -> NDArray[np.int64]:
 
 def _counts(documents: Iterable[TokenIds], vocab_size: int) -> csr_array:
     """Token counts, float64 sparse ``(N, V)`` with sorted, distinct columns."""
-    counted = [count_matrix(batch, vocab_size) for batch in batches(d for d in documents if len(d))]
-    if not counted:
+    matrices = [count_matrix(batch, vocab_size) for batch in batches(d for d in documents if len(d))]
+    if not matrices:
         raise DataError("no document holds a token, so there is nothing to fit document features on.")
-    return csr_array(vstack(counted, format="csr"))
+    return csr_array(vstack(matrices, format="csr"))
 
 
 def _weigh(counts_NV: csr_array, idf_V: NDArray[np.float64]) -> None:

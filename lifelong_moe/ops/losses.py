@@ -53,24 +53,24 @@ class _LinearLoss(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_TD: Tensor, head_VD: Tensor, target_T: Tensor, teacher: TeacherTargets | None, chunk: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        device, num_tokens, num_taught = hidden_TD.device.type, len(target_T), 0
+        device, num_tokens, num_distilled = hidden_TD.device.type, len(target_T), 0
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_TD.dtype
         head = head_VD.to(dtype)
         order_T = None
         if teacher is not None:
-            num_taught = len(teacher.tokens_N)
+            num_distilled = len(teacher.tokens_N)
             is_plain_T = torch.ones(num_tokens, dtype=torch.bool, device=hidden_TD.device)
             is_plain_T[teacher.tokens_N] = False
-            # Those that are taught first, in the teacher's order; how many plain ones there are is known without asking
+            # Distilled tokens first, in the teacher's order; how many plain ones there are is known without asking
             # the device.
-            plain_T = torch.argsort(is_plain_T, stable=True)[num_taught:]
+            plain_T = torch.argsort(is_plain_T, stable=True)[num_distilled:]
             order_T = torch.cat([teacher.tokens_N, plain_T])
             hidden_TD, target_T = hidden_TD.index_select(0, order_T), target_T.index_select(0, order_T)
         nats, kl = (torch.zeros((), dtype=_wide(hidden_TD).dtype, device=hidden_TD.device) for _ in range(2))
         grad_hidden = torch.empty_like(hidden_TD) if ctx.needs_input_grad[0] else None
         # Summed over chunks in float32, where bfloat16 would lose small terms.
         grad_head = torch.zeros_like(head_VD, dtype=_wide(head_VD).dtype) if ctx.needs_input_grad[1] else None
-        for part in _chunks(num_taught, num_tokens, chunk):
+        for part in _chunks(num_distilled, num_tokens, chunk):
             hidden, target = hidden_TD[part].to(dtype), target_T[part].unsqueeze(1)
             # shape: (chunk, V), in float32: the only tensors as wide as the vocabulary
             logits = _wide(hidden @ head.t())
@@ -78,12 +78,12 @@ class _LinearLoss(torch.autograd.Function):
             nats += (log_sum - logits.gather(1, target)).sum()
             # d(sum of nats) / d(logits) = softmax - onehot
             # At temperature 1 the KL reads the probabilities too; else they become the gradient in place.
-            grad = probs.clone() if part.start < num_taught and teacher.temperature == 1 else probs  # type: ignore[union-attr]
+            grad = probs.clone() if part.start < num_distilled and teacher.temperature == 1 else probs  # type: ignore[union-attr]
             grad.scatter_add_(1, target, torch.full_like(log_sum, -1.0))
-            if part.start < num_taught:
+            if part.start < num_distilled:
                 assert teacher is not None
                 own = (probs, log_sum) if teacher.temperature == 1 else None
-                kl += _teach(teacher, part, logits, own, grad, num_tokens / num_taught)
+                kl += _add_distillation(teacher, part, logits, own, grad, num_tokens / num_distilled)
             if grad_hidden is not None:
                 grad_hidden[part] = (grad.to(dtype) @ head).to(hidden_TD.dtype)
             if grad_head is not None:
@@ -92,7 +92,7 @@ class _LinearLoss(torch.autograd.Function):
             grad_hidden = torch.empty_like(grad_hidden).index_copy_(0, order_T, grad_hidden)
         ctx.save_for_backward(grad_hidden, None if grad_head is None else grad_head.to(head_VD.dtype))
         ctx.num_tokens = num_tokens
-        nats, kl = nats / num_tokens, kl / max(1, num_taught)
+        nats, kl = nats / num_tokens, kl / max(1, num_distilled)
         # For reports: the objective alone carries gradients.
         ctx.mark_non_differentiable(nats, kl)
         return nats + (teacher.weight * kl if teacher is not None else 0.0), nats, kl
@@ -105,16 +105,16 @@ class _LinearLoss(torch.autograd.Function):
         return (*grads, None, None, None)
 
 
-def _chunks(num_taught: int, num_tokens: int, chunk: int) -> list[slice]:
+def _chunks(num_distilled: int, num_tokens: int, chunk: int) -> list[slice]:
     """Slices of tokens of one kind each."""
     return [
         slice(start, min(start + chunk, end))
-        for begin, end in ((0, num_taught), (num_taught, num_tokens))
+        for begin, end in ((0, num_distilled), (num_distilled, num_tokens))
         for start in range(begin, end, chunk)
     ]
 
 
-def _teach(
+def _add_distillation(
     teacher: TeacherTargets, part: slice, logits: Tensor, own: tuple[Tensor, Tensor] | None, grad: Tensor, share: float
 ) -> Tensor:
     """The KL's sum over a chunk; its gradient is added to the cross-entropy's, of which ``share`` makes a mean again.
@@ -123,17 +123,17 @@ def _teach(
     """
     temperature = teacher.temperature
     hidden, head = teacher.hidden_ND[part].to(teacher.head_VD.dtype), teacher.head_VD
-    taught = _wide(hidden @ head.t()).to(logits.dtype)
+    teacher_logits = _wide(hidden @ head.t()).to(logits.dtype)
     if temperature != 1:
         # In place: nothing reads the plain logits from here on.
-        logits, taught = logits.div_(temperature), taught.div_(temperature)
+        logits, teacher_logits = logits.div_(temperature), teacher_logits.div_(temperature)
     probs, log_sum = _softmax(logits) if own is None else own
-    taught_probs, taught_log_sum = _softmax(taught)
+    teacher_probs, teacher_log_sum = _softmax(teacher_logits)
     scale = teacher.weight * temperature * share
-    grad.add_(probs, alpha=scale).sub_(taught_probs, alpha=scale)
+    grad.add_(probs, alpha=scale).sub_(teacher_probs, alpha=scale)
     # sum of p_t (log p_t - log p_s)
-    difference = taught.sub_(logits).mul_(taught_probs).sum(dim=1, keepdim=True)
-    return (difference - taught_log_sum + log_sum).sum() * temperature**2
+    difference = teacher_logits.sub_(logits).mul_(teacher_probs).sum(dim=1, keepdim=True)
+    return (difference - teacher_log_sum + log_sum).sum() * temperature**2
 
 
 def _accumulate(grad_VD: Tensor, grad_cV: Tensor, hidden_cD: Tensor) -> None:

@@ -44,7 +44,7 @@ def growth_advice(planned: list[PlannedStage], divergence: Mapping[str, Mapping[
     ]
 
 
-def leaking(config: RunConfig) -> list[str]:
+def noncausal_routing(config: RunConfig) -> list[str]:
     """A warning if routing is not causal."""
     if not config.routing.noncausal_by:
         return []

@@ -33,46 +33,46 @@ def parameters_by_part(architecture: Architecture) -> dict[tuple[Part, int | Non
     head_width, layers = config.attention_width, range(config.layers)
     attention = 2 * config.width * head_width * (config.heads + config.kv_heads) + _qk_norm_parameters(config)
     table = architecture.vocab_size * config.width
-    counted: Counter[tuple[Part, int | None]] = Counter()
-    counted[Part.embedding, None] = table
+    counts: Counter[tuple[Part, int | None]] = Counter()
+    counts[Part.embedding, None] = table
     # A tied head is the embedding, which is counted already.
-    counted[Part.head, None] = 0 if config.tie_embeddings else table
-    counted[Part.attention, None] = config.layers * attention
+    counts[Part.head, None] = 0 if config.tie_embeddings else table
+    counts[Part.attention, None] = config.layers * attention
     # Two norms per layer, four with sandwich norms, and the last one.
-    counted[Part.norm, None] = config.width * (config.layers * (4 if config.sandwich_norms else 2) + 1)
+    counts[Part.norm, None] = config.width * (config.layers * (4 if config.sandwich_norms else 2) + 1)
     for layer in layers:
         part = Part.shared if layer in config.moe_layers else Part.dense
-        counted[part, None] += _shared_parameters(architecture, layer)
+        counts[part, None] += _shared_parameters(architecture, layer)
     per_expert = _feed_forward(config.width, config.expert_width, config.activation)
     row = rows_an_expert(architecture)
     for g, generation in enumerate(architecture.generations):
         experts = [generation.experts_in(layer) for layer in layers]
-        counted[Part.expert, g] = sum(experts) * per_expert
-        counted[Part.router, g] = (sum(experts) * row + group_rows(architecture, experts)) * config.width
+        counts[Part.expert, g] = sum(experts) * per_expert
+        counts[Part.router, g] = (sum(experts) * row + group_rows(architecture, experts)) * config.width
         for part, numbers in _delta_parameters_per_rank(architecture).items():
-            counted[part, g] = generation.delta_rank * numbers
-    return dict(counted)
+            counts[part, g] = generation.delta_rank * numbers
+    return dict(counts)
 
 
 def count_parameters(architecture: Architecture) -> ParameterCount:
     """Count parameters without building the model."""
-    config, counted = architecture.model, parameters_by_part(architecture)
-    trunk = sum(num for (_, generation), num in counted.items() if generation is None)
-    routers = sum(num for (part, _), num in counted.items() if part == Part.router)
+    config, counts = architecture.model, parameters_by_part(architecture)
+    trunk = sum(num for (_, generation), num in counts.items() if generation is None)
+    routers = sum(num for (part, _), num in counts.items() if part == Part.router)
     deltas = [
-        sum(num for (part, one), num in counted.items() if one == g and not part.is_routed)
+        sum(num for (part, one), num in counts.items() if one == g and not part.is_routed)
         for g in range(len(architecture.generations))
     ]
     per_expert = _feed_forward(config.width, config.expert_width, config.activation)
     layers = range(config.layers)
     used = sum(min(architecture.experts_in(layer), _used_experts(architecture, layer)) for layer in layers)
     return ParameterCount(
-        total=sum(counted.values()),
+        total=sum(counts.values()),
         # A token uses one generation's deltas: those of the largest rank.
         active=trunk + used * per_expert + routers + max(deltas),
         trunk=trunk,
         per_expert=per_expert,
-        unfrozen=sum(num for (_, g), num in counted.items() if g is not None and architecture.trains(g)),
+        unfrozen=sum(num for (_, g), num in counts.items() if g is not None and architecture.trains(g)),
     )
 
 

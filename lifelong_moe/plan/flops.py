@@ -13,8 +13,8 @@ from lifelong_moe.config.retention import WRITTEN_AT_ONCE, DistillText
 from lifelong_moe.config.routing.topk import LearnedConfig
 from lifelong_moe.plan.architecture import Architecture
 from lifelong_moe.plan.cost import forward_flops_per_token, pass_flops
-from lifelong_moe.plan.phase import Phase
-from lifelong_moe.plan.products import Text, TokenProducts, Trains, pass_products
+from lifelong_moe.plan.phase import Phase, Trains
+from lifelong_moe.plan.products import IsTrainable, Text, TokenProducts, pass_products
 from lifelong_moe.plan.spec import StageSpec
 
 
@@ -55,7 +55,7 @@ def _phase_flops(spec: StageSpec, phase: Phase, architecture: Architecture) -> i
     return _backward_too(architecture, _trained(spec, architecture, phase), text, tokens, passes)
 
 
-def _backward_too(architecture: Architecture, trains: Trains, text: Text, tokens: int, passes: int) -> int:
+def _backward_too(architecture: Architecture, trains: IsTrainable, text: Text, tokens: int, passes: int) -> int:
     by_token = TokenProducts(architecture, trains, text).total
     return round(2 * (tokens * by_token + passes * pass_products(architecture, trains, text)))
 
@@ -107,12 +107,12 @@ def _own(architecture: Architecture) -> int:
     return len(architecture.generations) - 1 if architecture.continued is None else architecture.continued
 
 
-def _trained(spec: StageSpec, architecture: Architecture, phase: Phase | None = None) -> Trains:
+def _trained(spec: StageSpec, architecture: Architecture, phase: Phase | None = None) -> IsTrainable:
     """A predicate for the trainable parts in a phase; without one, in the stage."""
 
     def trains(part: Part, generation: int | None) -> bool:
         is_newest_row = part == Part.router and generation == len(architecture.generations) - 1
-        if phase is not None and phase.trains == "router" and not is_newest_row:
+        if phase is not None and phase.trains == Trains.router and not is_newest_row:
             return False
         return spec.trains_part(architecture, part, generation)
 

@@ -65,8 +65,8 @@ class PlannedStage:
         )
 
     @property
-    def beside(self) -> bool:
-        """Whether it is trained from scratch, beside the run's chain of stages."""
+    def is_from_scratch(self) -> bool:
+        """Whether it is a model from scratch, for comparison with a stage of the run's chain."""
         return self.index > 0 and self.spec.parent is None
 
     @property
@@ -85,5 +85,5 @@ class PlannedStage:
 
 def trainable_parameters(spec: StageSpec, architecture: Architecture) -> int:
     """Parameters that a stage trains."""
-    counted = parameters_by_part(architecture)
-    return sum(num for (part, generation), num in counted.items() if spec.trains_part(architecture, part, generation))
+    counts = parameters_by_part(architecture)
+    return sum(num for (part, generation), num in counts.items() if spec.trains_part(architecture, part, generation))

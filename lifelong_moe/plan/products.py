@@ -16,7 +16,7 @@ from lifelong_moe.config.parts import Part
 from lifelong_moe.config.routing.routers import ClusterConfig, HierarchicalConfig
 from lifelong_moe.plan.architecture import Architecture
 
-Trains = Callable[[Part, int | None], bool]
+IsTrainable = Callable[[Part, int | None], bool]
 """Whether a part is trainable: of a generation, or, with None, of what all generations share."""
 
 
@@ -58,7 +58,7 @@ class TokenProducts:
     Without groups or bundles, tokens are taken to use all experts alike, which is what routers are balanced to.
     """
 
-    def __init__(self, architecture: Architecture, trains: Trains, text: Text, first_block: int = 0) -> None:
+    def __init__(self, architecture: Architecture, trains: IsTrainable, text: Text, first_block: int = 0) -> None:
         self.architecture, self.config, self.trains, self.text = architecture, architecture.model, trains, text
         self.total = 0.0
         self.flows = trains(Part.embedding, None)
@@ -185,7 +185,7 @@ def group_rows(architecture: Architecture, experts: Iterable[int]) -> int:
 
 
 def pass_products(
-    architecture: Architecture, trains: Trains, text: Text, parts: tuple[Part, ...] = (Part.attention, Part.head)
+    architecture: Architecture, trains: IsTrainable, text: Text, parts: tuple[Part, ...] = (Part.attention, Part.head)
 ) -> float:
     """Multiply-adds of one pass that do not depend on its number of tokens: the products of low-rank changes."""
     # `up @ down` of each matrix for each generation in the text; if it is trainable, one more for the gradient of each.

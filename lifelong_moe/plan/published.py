@@ -30,14 +30,14 @@ def published_architecture(config: RunConfig) -> Architecture:
 def published_count(config: RunConfig) -> ParameterCount:
     """Parameters of the published architecture."""
     architecture, published = published_architecture(config), config.published
-    counted = count_parameters(architecture)
+    count = count_parameters(architecture)
     if published is None or published.attention is None:
-        return counted
+        return count
     model = architecture.model
     # Where the authors' attention is of another kind, their count of it replaces ours.
     ours = 2 * model.layers * model.width * model.attention_width * (model.heads + model.kv_heads)
     more = round(published.attention * 1e9) - ours
-    return dataclasses.replace(counted, total=counted.total + more, active=counted.active + more)
+    return dataclasses.replace(count, total=count.total + more, active=count.active + more)
 
 
 def sentence(config: RunConfig) -> str | None:
@@ -45,9 +45,9 @@ def sentence(config: RunConfig) -> str | None:
     published: PublishedConfig | None = config.published
     if published is None:
         return None
-    counted = published_count(config)
+    count = published_count(config)
     active = "" if published.active is None else f" / {published.active:g}B active"
     return (
         f"published size ({published.source}): {published.total:g}B{active}; counted here: "
-        f"{counted.total / 1e9:.2f}B / {counted.active / 1e9:.2f}B active"
+        f"{count.total / 1e9:.2f}B / {count.active / 1e9:.2f}B active"
     )

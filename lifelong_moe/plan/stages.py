@@ -43,8 +43,8 @@ def plan_next(
 
 
 def chain(planned: list[PlannedStage]) -> list[PlannedStage]:
-    """The run's own stages in order, without those beside them."""
-    return [stage for stage in planned if not stage.beside]
+    """The run's own stages in order, without the models that are trained from scratch for comparison."""
+    return [stage for stage in planned if not stage.is_from_scratch]
 
 
 def stage_need(planned: PlannedStage, config: RunConfig) -> DiskNeed:

@@ -59,12 +59,12 @@ def balance_losses(
     if not config.balance_loss:
         return {}
     first = old_experts if config.balance_over == BalanceOver.active else 0
-    counted = made.probs_TE, balanced_choices(config, made.expert_ids_TK), context.mask_T
+    choices = made.probs_TE, balanced_choices(config, made.expert_ids_TK), context.mask_T
     if config.effective_balance_scope == BalanceScope.sequence:
         # Counted where an expert's room is counted.
-        value = sequence_balancing_loss(*counted, context.num_sequences, first, made.allowed_TE)
+        value = sequence_balancing_loss(*choices, context.num_sequences, first, made.allowed_TE)
     else:
-        value = load_balancing_loss(*counted, first, made.allowed_TE, made.earlier_E)
+        value = load_balancing_loss(*choices, first, made.allowed_TE, made.earlier_E)
     return {"balance": RouterLoss(value, config.balance_loss)}
 
 

@@ -66,10 +66,15 @@ def grids(comparison: Mapping[str, Any]) -> list[Grid]:
         Grid("Router leak", ("arm", *names), [_by_name(arm, "leak", names, "{:.1%}") for arm in arms]),
     ]
     # Inserted before the table of differences, which comes in front of it and would shift its place.
-    if beside := [arm for arm in arms if (arm["summary"].get("scratch_tokens") or {"mean": 0})["mean"]]:
+    if with_scratch := [arm for arm in arms if (arm["summary"].get("scratch_tokens") or {"mean": 0})["mean"]]:
         header = ("arm", "tokens", "active FLOPs")
         found.insert(
-            2, Grid("Cost of models trained from scratch, apart from the arm's stages", header, [*map(_beside, beside)])
+            2,
+            Grid(
+                "Cost of models trained from scratch, apart from the arm's stages",
+                header,
+                [*map(_scratch_cost, with_scratch)],
+            ),
         )
     if compared:
         title = (
@@ -158,7 +163,7 @@ def _cost(arm: Arm) -> list[str]:
     ]
 
 
-def _beside(arm: Arm) -> list[str]:
+def _scratch_cost(arm: Arm) -> list[str]:
     forms = {"tokens": "{:,.0f}", "active_flops": "{:.3e}"}
     means = {key: arm["summary"].get(f"scratch_{key}") for key in forms}
     return [arm["name"], *(forms[key].format(found["mean"]) if found else ABSENT for key, found in means.items())]

@@ -10,7 +10,7 @@ from rich.table import Table
 from lifelong_moe.clustering.unigrams import unigram_divergence
 from lifelong_moe.config.load import LoadedConfig
 from lifelong_moe.data.tokens.packing import epochs
-from lifelong_moe.plan.advice import growth_advice, idle_retention, leaking
+from lifelong_moe.plan.advice import growth_advice, idle_retention, noncausal_routing
 from lifelong_moe.plan.cost import count_parameters
 from lifelong_moe.plan.disk import run_need
 from lifelong_moe.plan.planned import PlannedStage
@@ -41,7 +41,7 @@ def plan(loaded: LoadedConfig, console: Console) -> dict[str, Any]:
     _print(console, rows, disk, speed)
     if published := published_sentence(prepared.config):
         console.print(published, highlight=False, markup=False)
-    warnings = [*prepared.loaded.left_behind, *leaking(prepared.config), *idle_retention(prepared.config)]
+    warnings = [*prepared.loaded.left_behind, *noncausal_routing(prepared.config), *idle_retention(prepared.config)]
     for sentence in warnings:
         console.print(f"[yellow]{sentence}[/yellow]", highlight=False)
     advice = growth_advice(prepared.plan, _divergence(prepared))

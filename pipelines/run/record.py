@@ -158,11 +158,11 @@ class MlflowRecord:
         self.tracker.finish(run_id)
         self._open = None
 
-    def beside_done(self, planned: PlannedStage, own: Evaluation | None) -> None:
+    def scratch_done(self, planned: PlannedStage, own: Evaluation | None) -> None:
         """Log a model trained from scratch: its distribution's loss, on the parent and on a child of its own.
 
         Args:
-            planned: The stage apart from the run's chain.
+            planned: The stage that begins from scratch.
             own: Its evaluation; None once the held-out text is gone, and then no loss is logged.
         """
         if not self.active:

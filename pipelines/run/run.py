@@ -17,7 +17,7 @@ from lifelong_moe.errors import TryAgainError
 from lifelong_moe.evaluation.loss import Evaluation
 from lifelong_moe.evaluation.measurements import Measurements
 from lifelong_moe.model.transformer import LanguageModel
-from lifelong_moe.plan.advice import idle_retention, leaking
+from lifelong_moe.plan.advice import idle_retention, noncausal_routing
 from lifelong_moe.plan.methods import RECIPES
 from lifelong_moe.plan.planned import PlannedStage
 from lifelong_moe.plan.stages import chain
@@ -88,7 +88,11 @@ def run(
 def _announce(console: Console, prepared: Prepared) -> None:
     """Print the data, and warnings about settings without the effect that they suggest."""
     render.data_table(console, prepared)
-    for sentence in (*prepared.loaded.left_behind, *leaking(prepared.config), *idle_retention(prepared.config)):
+    for sentence in (
+        *prepared.loaded.left_behind,
+        *noncausal_routing(prepared.config),
+        *idle_retention(prepared.config),
+    ):
         console.print(f"[yellow]{sentence}[/yellow]", highlight=False)
 
 
@@ -139,10 +143,10 @@ def _run_stages(
             with console.status(f"{planned.spec.name}: evaluating"):
                 measured = measurements.evaluations(planned.key, distributions)
             render.stage_line(console, planned, stage, shared, measured)
-            if planned.beside:
+            if planned.is_from_scratch:
                 if planned.spec.data in measured:
                     results.from_scratch[planned.spec.data] = _scratch_row(planned, measured[planned.spec.data])
-                mlflow.beside_done(planned, measured.get(planned.spec.data))
+                mlflow.scratch_done(planned, measured.get(planned.spec.data))
                 _note_commit(opened, planned)
                 continue
             results.evaluations.append(measured)

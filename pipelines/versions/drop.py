@@ -66,7 +66,7 @@ def drop_candidate(store: StageStore, version: Version, name: str) -> DropCandid
         raise ConfigError(f"version {version.id} has no stage {name}; there are {', '.join(names)}.")
     at = names.index(name)
     if at == 0:
-        raise ConfigError(f"stage {name} is the first: all later ones stand on it, and it cannot go.")
+        raise ConfigError(f"stage {name} is the first: all later stages continue it, so it cannot be dropped.")
     if stages[at].action in ("drop", "consolidate"):
         raise ConfigError(f"stage {name} trained nothing that could go; lifelong-moe rollback undoes it.")
     # Nothing builds on the newest stage: the one before it is the exact model without it.
@@ -92,7 +92,7 @@ def drop(
         ungated: Promote it without asking the gate.
 
     Raises:
-        ConfigError: If there is no such run or stage, or the stage cannot go; nothing is written then.
+        ConfigError: If there is no such run or stage, or the stage cannot be dropped; nothing is written then.
         LockedError: If another process works on the run.
     """
     settings = read_gate(overrides)

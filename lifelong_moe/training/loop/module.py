@@ -148,48 +148,56 @@ class StageModule(LightningModule):
         if not len(hidden_TD):
             # A micro-batch of prompts alone: a mean would be NaN, and a constant 0 would have no graph for backward.
             return hidden_TD.sum()
-        targets_T, domains_T = _counted(batch, batch["target_ids"]), _counted(batch, batch["domain_ids"])
+        targets_T, domains_T = _scored(batch, batch["target_ids"]), _scored(batch, batch["domain_ids"])
         return self.model.head.cross_entropy(hidden_TD, targets_T, domains_T)
 
     def _language_losses(self, batch: WeightedBatch, output: ModelOutput) -> tuple[Tensor, dict[str, Tensor]]:
         """Next-token loss and distillation: their weighted sum, and each of them."""
-        shares, hidden_TD = batch["shares"], _counted(batch, output.hidden_BSD)
+        shares, hidden_TD = batch["shares"], _scored(batch, output.hidden_BSD)
         teacher, config, share = self._teacher[0], self.spec.distill, shares.get("loss", 0.0)
         asks = self.phase.trains == Trains.stage and "distill_loss" in shares
         if teacher is None or config is None or not asks or self.global_step >= round(config.until * self.phase.steps):
             nats = self._next_token_loss(batch, hidden_TD)
             return share * nats, {"loss": nats} if "loss" in shares else {}
-        tokens_N, weight = batch["distilled_tokens"], config.weight * batch["lesson"]
+        tokens_N, weight = batch["distilled_tokens"], config.weight * batch["distill_weight"]
         if not len(tokens_N):
             # Other micro-batches of this step have some, and all report the same parts.
             nats = self._next_token_loss(batch, hidden_TD)
             return share * nats, {"loss": nats, "distill_loss": torch.zeros_like(nats)}
-        taught_ND = _counted(batch, self._taught(teacher, batch, batch["distilled"], output), "taught")
+        teacher_ND = _scored(
+            batch, self._teacher_hidden(teacher, batch, batch["distilled"], output), "distilled_positions"
+        )
         # Both losses in one pass over chunks of tokens, which never holds all logits (T, V) at once.
         if self.model.head.is_one_matrix and teacher.head.is_one_matrix:
             # linear_losses weights the KL within the sum that `share` multiplies, so its weight is divided by it.
-            lesson = TeacherTargets(tokens_N, taught_ND, teacher.head.weight, config.temperature, weight / share)
-            targets_T = _counted(batch, batch["target_ids"])
-            total, nats, kl = linear_losses(hidden_TD, self.model.head.weight, targets_T, lesson)
+            teacher_targets = TeacherTargets(
+                tokens_N, teacher_ND, teacher.head.weight, config.temperature, weight / share
+            )
+            targets_T = _scored(batch, batch["target_ids"])
+            total, nats, kl = linear_losses(hidden_TD, self.model.head.weight, targets_T, teacher_targets)
             return share * total, {"loss": nats, "distill_loss": kl}
         nats = self._next_token_loss(batch, hidden_TD)
-        student_NV = self.model.head.logits(hidden_TD[tokens_N], _counted(batch, batch["domain_ids"])[tokens_N])
-        taught_domains_RS = batch["teacher_domain_ids"][batch["distilled"]]
-        teacher_NV = teacher.head.logits(taught_ND, _counted(batch, taught_domains_RS, "taught"))
+        student_NV = self.model.head.logits(hidden_TD[tokens_N], _scored(batch, batch["domain_ids"])[tokens_N])
+        teacher_domains_RS = batch["teacher_domain_ids"][batch["distilled"]]
+        teacher_NV = teacher.head.logits(teacher_ND, _scored(batch, teacher_domains_RS, "distilled_positions"))
         kl = distillation_loss(student_NV, teacher_NV, config.temperature)
         return share * nats + weight * kl, {"loss": nats, "distill_loss": kl}
 
     @torch.no_grad()
-    def _taught(self, teacher: LanguageModel, batch: WeightedBatch, rows: Tensor, output: ModelOutput) -> Tensor:
+    def _teacher_hidden(
+        self, teacher: LanguageModel, batch: WeightedBatch, rows: Tensor, output: ModelOutput
+    ) -> Tensor:
         """The teacher's final hidden states ``(R, S, D)`` of some sequences."""
         # The teacher does not know this stage's generation, so it reads the text with domains of its own.
-        taught = replace(_tokens(batch), domain_ids_BS=batch["teacher_domain_ids"])[rows]
+        teacher_batch = replace(_tokens(batch), domain_ids_BS=batch["teacher_domain_ids"])[rows]
         if self.teacher_cache is not None:
-            return self.teacher_cache.hidden(batch["block"][rows], lambda i: teacher(taught[i : i + 1]).hidden_BSD)
+            return self.teacher_cache.hidden(
+                batch["block"][rows], lambda i: teacher(teacher_batch[i : i + 1]).hidden_BSD
+            )
         below = output.below_BSD
         if not self._shared_blocks or below is None:
-            return teacher(taught).hidden_BSD
-        return teacher(taught, split=self._shared_blocks, below_BSD=below[rows]).hidden_BSD
+            return teacher(teacher_batch).hidden_BSD
+        return teacher(teacher_batch, split=self._shared_blocks, below_BSD=below[rows]).hidden_BSD
 
     def configure_optimizers(self) -> Any:
         """AdamW over the trainable parameters; the learning rate is a pure function of the step."""
@@ -294,7 +302,11 @@ def _tokens(batch: WeightedBatch) -> TokenBatch:
     return TokenBatch(batch["token_ids"], batch["document_ids"], batch["domain_ids"], batch["mask"])
 
 
-def _counted(batch: WeightedBatch, values: Tensor, which: Literal["counted", "taught"] = "counted") -> Tensor:
+def _scored(
+    batch: WeightedBatch,
+    values: Tensor,
+    positions: Literal["scored_positions", "distilled_positions"] = "scored_positions",
+) -> Tensor:
     """The scored tokens' values ``(T, ...)``, out of ``(B, S, ...)``; a view if all tokens are scored."""
     flat = values.flatten(0, 1)
-    return flat.index_select(0, batch[which]) if which in batch else flat
+    return flat.index_select(0, batch[positions]) if positions in batch else flat

@@ -50,15 +50,15 @@ class WeightedBatch(Batch):
     shares: dict[str, float]
     """Share of the step's mean ``loss``, ``z_loss``, ``distill_loss`` and ``old_loss``; those without a token in this
     step are absent."""
-    lesson: float
+    distill_weight: float
     """The share of ``distill_loss`` times the step's distilled sequences over their expected number."""
     distilled: Tensor
     """Rows on which the teacher is asked ``(R,)``."""
     distilled_tokens: Tensor
     """Positions of their scored tokens among the batch's scored ones ``(N,)``."""
-    counted: NotRequired[Tensor]
+    scored_positions: NotRequired[Tensor]
     """Positions of the scored tokens among all ``(T,)``; absent if all are scored."""
-    taught: NotRequired[Tensor]
+    distilled_positions: NotRequired[Tensor]
     """Positions of the distilled tokens among those of the ``distilled`` rows ``(N,)``; absent if all are scored."""
 
 
@@ -115,20 +115,20 @@ def with_shares(batch: Batch, spec: StageSpec, step: Tally | None = None, micro_
     # and not by the actual number, gives a distilled token the same weight in every step.
     expected = micro_batches * len(replayed_B) * spec.distilled_share
     rows = _rows(replayed_B, ordinal_B, spec.distill)
-    taught_BS = torch.zeros_like(scored_BS).index_fill(0, rows, True) & scored_BS
+    distilled_BS = torch.zeros_like(scored_BS).index_fill(0, rows, True) & scored_BS
     # shape: (T,)
-    scored_T, taught_T = scored_BS.flatten(), taught_BS.flatten()
+    scored_T, distilled_T = scored_BS.flatten(), distilled_BS.flatten()
     weighted: WeightedBatch = {
         **batch,
         "shares": shares,
-        "lesson": shares.get("distill_loss", 0.0) * step.distilled_sequences / expected if expected else 0.0,
+        "distill_weight": shares.get("distill_loss", 0.0) * step.distilled_sequences / expected if expected else 0.0,
         "distilled": rows,
-        "distilled_tokens": taught_T[scored_T].nonzero().squeeze(1),
+        "distilled_tokens": distilled_T[scored_T].nonzero().squeeze(1),
     }
     # Without these two keys no token is left out, and hidden states need not be copied.
     if own.scored < len(scored_T):
-        weighted["counted"] = scored_T.nonzero().squeeze(1)
-        weighted["taught"] = scored_BS[rows].flatten().nonzero().squeeze(1)
+        weighted["scored_positions"] = scored_T.nonzero().squeeze(1)
+        weighted["distilled_positions"] = scored_BS[rows].flatten().nonzero().squeeze(1)
     return weighted
 
 

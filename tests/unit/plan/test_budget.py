@@ -111,7 +111,7 @@ def test_one_more_step_would_exceed_the_budget(make_run: MakeRun, recipe: str) -
 
     def costs(tokens: dict[str, int]) -> list[int]:
         given = [f"stages[{i}].tokens={count}" for i, count in enumerate(tokens.values())]
-        return [stage.flops for stage in planned(make_run, *settings, *given) if not stage.beside]
+        return [stage.flops for stage in planned(make_run, *settings, *given) if not stage.is_from_scratch]
 
     assert all(cost <= budget for cost, budget in zip(costs(allowed), budgets, strict=True))
     assert all(costs(more)[i] > budgets[i] for i, more in enumerate(grown))

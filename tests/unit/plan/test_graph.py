@@ -199,7 +199,7 @@ def test_unrestrained(make_run: MakeRun) -> None:
     found = plan(everything(make_run, "unrestrained"))
     assert [stage.spec.name for stage in found] == ["english", "python.scratch", "python", "poems.scratch", "poems"]
     assert [stage.spec.parent for stage in found] == [None, None, 0, None, 2]
-    assert [stage.beside for stage in found] == [False, True, False, True, False]
+    assert [stage.is_from_scratch for stage in found] == [False, True, False, True, False]
     assert [stage.depth for stage in found] == [0, 0, 1, 0, 2]
     assert [stage.spec.data for stage in found] == ["english", "python", "python", "poems", "poems"]
     assert all(parts(stage.spec) == set() and stage.architecture.num_experts == 4 for stage in found)
