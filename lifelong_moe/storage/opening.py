@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 _KINDS = (
     (stat.S_ISDIR, "a directory"),
@@ -16,13 +16,14 @@ _KINDS = (
 )
 
 
-def open_regular(path: Path, *, follow: bool) -> BinaryIO:
+def open_regular(path: Path, *, follow: bool, folder: int | None = None) -> BufferedReader:
     """Open a regular file for reading.
 
     Args:
         path: The file.
         follow: Whether ``path`` itself may be a symbolic link, as files that the user names may be. Files of a store
             and of an inbox may not: a link could name any file that this user can read.
+        folder: Descriptor of the folder that ``path`` is relative to; None for the current one.
 
     Raises:
         OSError: Missing, unreadable, a link that is not followed, or not a regular file; ``strerror`` says which.
@@ -30,10 +31,10 @@ def open_regular(path: Path, *, follow: bool) -> BinaryIO:
     # Without waiting: opening a FIFO would otherwise last until somebody writes to it.
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW)
     try:
-        descriptor = os.open(path, flags)
+        descriptor = os.open(path, flags, dir_fd=folder)
     except OSError as error:
         if error.errno == errno.ELOOP and not follow:
-            raise OSError(errno.ELOOP, "a symbolic link, which is not followed here", str(path)) from None
+            raise _link(path) from None
         raise
     # The descriptor is examined, not the name, behind which another file may stand by now.
     mode = os.fstat(descriptor).st_mode
@@ -42,6 +43,43 @@ def open_regular(path: Path, *, follow: bool) -> BinaryIO:
         kind = next((name for matches, name in _KINDS if matches(mode)), "a device")
         raise OSError(errno.EINVAL, f"{kind}, not a regular file", str(path))
     return os.fdopen(descriptor, "rb")
+
+
+def open_below(folder: int, path: Path) -> BufferedReader:
+    """Open a regular file below an open folder; neither it nor a folder on the way may be a symbolic link.
+
+    Args:
+        folder: Descriptor of the folder.
+        path: Relative to it, without "..".
+
+    Raises:
+        OSError: As :func:`open_regular`.
+    """
+    *folders, name = path.parts
+    # Each folder is opened in the one before, so that nobody can exchange one for a link between check and use.
+    inner = os.dup(folder)
+    try:
+        for part in folders:
+            outer = inner
+            try:
+                inner = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=outer)
+            except OSError as error:
+                # Linux says of a link that it is no directory.
+                if error.errno in (errno.ELOOP, errno.ENOTDIR) and _is_link(part, outer):
+                    raise _link(path) from None
+                raise
+            os.close(outer)
+        return open_regular(Path(name), follow=False, folder=inner)
+    finally:
+        os.close(inner)
+
+
+def _is_link(name: str, folder: int) -> bool:
+    return stat.S_ISLNK(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode)
+
+
+def _link(path: Path) -> OSError:
+    return OSError(errno.ELOOP, "a symbolic link, which is not followed here", str(path))
 
 
 def read_bounded(path: Path, most_bytes: int, *, follow: bool) -> bytes:

@@ -9,17 +9,22 @@ batch, ``batches/<hash16>-<sources8>/``.
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from lifelong_moe.data.text.documents import Document, documents_hash, normalized_hash
 from lifelong_moe.data.text.jsonl import read_jsonl
+from lifelong_moe.data.text.limits import Portion, Quota
+from lifelong_moe.data.text.streams import OpenFile
 from lifelong_moe.errors import CorruptError
 from lifelong_moe.storage.directories import new_directory
 from lifelong_moe.storage.files import sync, write_atomic
 from lifelong_moe.storage.keys import SHORT, canonical_json, file_sha256, text_sha256
+from lifelong_moe.storage.opening import open_regular
 
 DOCUMENTS, MANIFEST, REMOVED = "documents.jsonl", "manifest.json", "removed.json"
 SOURCES = 8
@@ -79,22 +84,42 @@ class BatchStore:
         Raises:
             CorruptError: If it is absent or damaged.
         """
-        path = self.path(batch, sources)
-        try:
-            manifest: dict[str, Any] = json.loads((path.parent / MANIFEST).read_text(encoding="utf-8"))
-            listed = manifest["sha256"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CorruptError(f"{path.parent / MANIFEST}: unreadable ({type(error).__name__}).") from None
-        # A batch may be replayed long after it was written, so its bytes are verified at each reading.
-        if not path.is_file() or (found := file_sha256(path)) != listed:
-            found = found if path.is_file() else "missing"
-            raise CorruptError(f"{path}: SHA-256 is {found}, but the manifest says {listed}.")
-        return manifest
+        manifest = self._manifest(batch, sources)
+        with self._verified(self.path(batch, sources), manifest["sha256"]):
+            return manifest
 
     def documents(self, batch: str, sources: str | None = None) -> list[Document]:
         """All documents of a batch, verified; see :meth:`has_text`."""
-        self.manifest(batch, sources)
-        return list(read_jsonl(self.path(batch, sources), "text", "source"))
+        listed = self._manifest(batch, sources)["sha256"]
+        with self._verified(self.path(batch, sources), listed) as file:
+            return list(read_jsonl(file, "text", "source"))
+
+    def _manifest(self, batch: str, sources: str | None) -> dict[str, Any]:
+        path = self.path(batch, sources).parent / MANIFEST
+        try:
+            manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(manifest["sha256"], str):
+                raise TypeError("sha256")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CorruptError(f"{path}: unreadable ({type(error).__name__}).") from None
+        return manifest
+
+    @contextmanager
+    def _verified(self, path: Path, listed: str) -> Iterator[OpenFile]:
+        """A file of documents, opened once: what was hashed is what will be read, though a batch may be replayed long
+        after it was written."""
+        try:
+            data = open_regular(path, follow=False)
+        except OSError as error:
+            found = "missing" if isinstance(error, FileNotFoundError) else f"unreadable: {error.strerror}"
+            raise CorruptError(f"{path}: SHA-256 is {found}, but the manifest says {listed}.") from None
+        with data:
+            if (digest := hashlib.file_digest(data, "sha256").hexdigest()) != listed:
+                raise CorruptError(f"{path}: SHA-256 is {digest}, but the manifest says {listed}.")
+            size = data.seek(0, 2)
+            data.seek(0)
+            # It is text that a tick has read within its limits before.
+            yield OpenFile(path, data, Portion(path, size, Quota()))
 
     def has_text(self, batch: str, sources: str | None = None) -> bool:
         """False only if the text was removed on purpose; missing without a record of removal is damage."""

@@ -8,15 +8,11 @@ import zlib
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from lifelong_moe.data.text.limits import ALLOWANCE_BYTES, Portion, Quota
 from lifelong_moe.errors import DataError
 
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 """Endings of compressed files, and what their content is called."""
-MAX_UNPACKED_BYTES = 64 << 30
-"""Most bytes that one compressed file may unpack to."""
-MAX_RATIO = 200
-"""Highest ratio of unpacked to packed bytes; text reaches about 20. Applies beyond ``ALLOWANCE_BYTES``."""
-ALLOWANCE_BYTES = 64 << 20
 _CHUNK_BYTES = 1 << 20
 
 if TYPE_CHECKING:
@@ -26,12 +22,11 @@ if TYPE_CHECKING:
 class _Unpacked(io.RawIOBase):
     """Reads a compressed file and stops where it unpacks to far more than text ever does."""
 
-    def __init__(self, path: Path, packed: IO[bytes]) -> None:
+    def __init__(self, path: Path, packed: IO[bytes], portion: Portion) -> None:
         self._path = path
-        self._packed = packed
         self._kind = COMPRESSED[path.suffix.lower()]
         self._read = _gzip_reader(packed) if self._kind == "gzip" else _zstd_reader(packed)
-        self._num_bytes = 0
+        self._portion = portion
 
     def readable(self) -> bool:
         return True
@@ -47,12 +42,8 @@ class _Unpacked(io.RawIOBase):
             reason = " ".join(str(error).split())
             raise DataError(f"{self._path}: not a valid {self._kind} file: {reason}.") from error
         # Counted while unpacking: neither format states reliably how many bytes will come.
+        self._portion.take(len(data))
         buffer[: len(data)] = data
-        self._num_bytes += len(data)
-        if self._num_bytes > ALLOWANCE_BYTES and self._num_bytes > MAX_RATIO * self._packed.tell():
-            raise DataError(f"{self._path}: unpacks to more than {MAX_RATIO} times its size, which no text does.")
-        if self._num_bytes > MAX_UNPACKED_BYTES:
-            raise DataError(f"{self._path}: unpacks to more than {MAX_UNPACKED_BYTES} bytes; split it.")
         return len(data)
 
 
@@ -67,20 +58,27 @@ def _zstd_reader(packed: IO[bytes]) -> Any:
     return pyarrow.CompressedInputStream(packed, "zstd").read
 
 
-def unpack(path: Path, packed: IO[bytes]) -> ByteStream:
-    """Return the unpacked content of ``packed``, an open file; ``path`` tells its kind and is for messages.
+def unpack(path: Path, packed: IO[bytes], portion: Portion) -> ByteStream:
+    """Return the unpacked content of a compressed file.
+
+    Args:
+        path: Tells its kind, and is for messages.
+        packed: The open file, at its beginning; it can seek.
+        portion: Counts the unpacked bytes.
 
     Raises:
         DataError: It unpacks to more than text ever does. Reading raises it, too, also where the file is truncated or
             damaged.
     """
-    _refuse_bomb(path)
-    return io.BufferedReader(_Unpacked(path, packed), _CHUNK_BYTES)
+    _refuse_bomb(path, packed, portion.packed_bytes)
+    packed.seek(0)
+    return io.BufferedReader(_Unpacked(path, packed, portion), _CHUNK_BYTES)
 
 
-def _refuse_bomb(path: Path) -> None:
+def _refuse_bomb(path: Path, packed: IO[bytes], packed_bytes: int) -> None:
     """Unpack up to the allowance once, unparsed: a bomb of short lines would else take long to reach it."""
-    with path.open("rb") as packed, io.BufferedReader(_Unpacked(path, packed), _CHUNK_BYTES) as stream:
-        unpacked = 0
-        while unpacked <= ALLOWANCE_BYTES and (chunk := stream.read(_CHUNK_BYTES)):
-            unpacked += len(chunk)
+    # Counted apart: these bytes are not kept.
+    stream = _Unpacked(path, packed, Portion(path, packed_bytes, Quota()))
+    buffer, unpacked = bytearray(_CHUNK_BYTES), 0
+    while unpacked <= ALLOWANCE_BYTES and (read := stream.readinto(buffer)):
+        unpacked += read

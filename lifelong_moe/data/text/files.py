@@ -10,12 +10,13 @@ from lifelong_moe.config.data import SourceConfig
 from lifelong_moe.data.text.compression import COMPRESSED
 from lifelong_moe.data.text.documents import Document
 from lifelong_moe.data.text.jsonl import own_unit, read_jsonl
+from lifelong_moe.data.text.limits import MAX_TEXT_FILE_BYTES, Quota
 from lifelong_moe.data.text.parquet import read_parquet
-from lifelong_moe.data.text.streams import MAX_TEXT_FILE_BYTES, check_text, decode, open_bytes, refuse_pickled
+from lifelong_moe.data.text.streams import OpenFile, check_text, decode, open_file, read_whole, refuse_pickled
 from lifelong_moe.errors import DataError
 
 READABLE = ".jsonl and .txt (both also .gz or .zst) and .parquet"
-Reader = Callable[[Path, SourceConfig], Iterator[Document]]
+Reader = Callable[[OpenFile, SourceConfig], Iterator[Document]]
 
 
 def read_documents(pattern: str, config: SourceConfig) -> list[Document]:
@@ -30,7 +31,12 @@ def read_documents(pattern: str, config: SourceConfig) -> list[Document]:
     """
     # Every file's kind is checked before the first is read, which may take minutes.
     readers = [(path, reader_of(path)) for path in matching_files(pattern)]
-    documents = [document for path, reader in readers for document in reader(path, config)]
+    # One quota for all of them: many small files are as much as a large one.
+    documents: list[Document] = []
+    quota = Quota()
+    for path, reader in readers:
+        with open_file(path, quota) as file:
+            documents += reader(file, config)
     if not documents:
         raise DataError(f"files={pattern}: there are no documents in its {len(readers)} file(s).")
     return documents
@@ -79,20 +85,18 @@ def reader_of(path: Path) -> Reader:
     raise DataError(f"{path}: unknown kind of file; {READABLE} are read.")
 
 
-def _jsonl_documents(path: Path, config: SourceConfig) -> Iterator[Document]:
-    return read_jsonl(path, config.text_field, config.source_field, config.answer_field)
+def _jsonl_documents(file: OpenFile, config: SourceConfig) -> Iterator[Document]:
+    return read_jsonl(file, config.text_field, config.source_field, config.answer_field)
 
 
-def _text_documents(path: Path, config: SourceConfig) -> Iterator[Document]:
+def _text_documents(file: OpenFile, config: SourceConfig) -> Iterator[Document]:
     """Yield a text file as one document, which is its own source unit."""
-    with open_bytes(path) as stream:
-        # One byte more than allowed shows that a file is too long without reading all of it.
-        data = stream.read(MAX_TEXT_FILE_BYTES + 1)
-    if len(data) > MAX_TEXT_FILE_BYTES:
+    path = file.path
+    if (data := read_whole(file, MAX_TEXT_FILE_BYTES)) is None:
         raise DataError(f"{path}: one document of more than {MAX_TEXT_FILE_BYTES >> 20} MiB; cut it, or use .jsonl.")
     text = check_text(decode(data, str(path)), str(path))
     yield Document(text, own_unit(text), str(path))
 
 
-def _parquet_documents(path: Path, config: SourceConfig) -> Iterator[Document]:
-    return read_parquet(path, config.text_field, config.source_field, config.answer_field)
+def _parquet_documents(file: OpenFile, config: SourceConfig) -> Iterator[Document]:
+    return read_parquet(file, config.text_field, config.source_field, config.answer_field)

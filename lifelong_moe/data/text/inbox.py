@@ -4,22 +4,31 @@ With a ``manifest.json`` exactly the files that it lists are read, and each must
 ``{"files": {"news.jsonl": {"bytes": 123, "sha256": "…"}}, "distribution": "news"}``. Without one every file of the
 directory is read, in order of name; hidden files, ``*.tmp`` and ``*.part``, which somebody may still be writing, and
 folders are passed over.
+
+Other systems write here, so each file is opened once, below the directory that was opened at the beginning, and no
+symbolic link is followed. What is parsed are the bytes that were hashed, whatever becomes of the file meanwhile.
 """
 
 from __future__ import annotations
 
+import hashlib
+import io
+import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lifelong_moe.config.data import SourceConfig
 from lifelong_moe.data.text.documents import Document
 from lifelong_moe.data.text.files import reader_of
-from lifelong_moe.data.text.streams import decode, open_bytes, require_regular
+from lifelong_moe.data.text.limits import MAX_INBOX_BYTES, MAX_INBOX_FILES, Portion, Quota
+from lifelong_moe.data.text.streams import OpenFile, decode, unpacked, unreadable
 from lifelong_moe.data.text.strict_json import parse_object
 from lifelong_moe.errors import DataError, one_line
-from lifelong_moe.storage.keys import file_sha256
+from lifelong_moe.storage.opening import open_below
 
 MANIFEST = "manifest.json"
 # Room for about a hundred thousand files; the manifest is parsed whole in memory.
@@ -43,86 +52,128 @@ def read_inbox(directory: Path, source: SourceConfig) -> Inbox | None:
     """Read everything that has arrived; None if nothing has.
 
     Args:
-        directory: The inbox; an absent one is empty.
+        directory: The inbox; an absent one is empty. It may be a symbolic link itself.
         source: ``text_field`` and ``source_field``.
 
     Raises:
         DataError: ``file:line: reason``; a file is not what the manifest says, or not one that may be read.
     """
-    if not directory.exists():
-        return None
-    if not directory.is_dir():
-        raise DataError(f"{directory}: the inbox must be a directory.")
-    manifest = directory / MANIFEST
-    # A dangling link counts as a manifest: ignoring it would read files that nobody listed.
-    listed, distribution = _listed(manifest) if manifest.exists() or manifest.is_symlink() else (None, None)
-    paths = _present(directory) if listed is None else [_contained(directory, name, manifest) for name in listed]
-    readers = [(path, reader_of(path)) for path in paths]
-    # Hashed before reading, and names made printable: they go into records and messages.
-    files = [{"name": one_line(path.name), "bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in paths]
-    # All files are compared with the manifest before any is parsed: half an inbox is never learned.
-    for path, file in zip(paths, files, strict=True):
-        _require_as_listed(path, file, (listed or {}).get(str(path.relative_to(directory))))
-    documents = [document for path, reader in readers for document in reader(path, source)]
-    return Inbox(documents, files, distribution) if documents else None
+    with _opened(directory) as folder:
+        return None if folder is None else _Arrivals(directory, folder, source).read()
 
 
-def _present(directory: Path) -> list[Path]:
-    """Files in order of name; what is no regular file is an error before anything is opened."""
-    paths = [
-        path
-        for path in sorted(directory.iterdir())
-        if not path.name.startswith(".") and path.suffix not in UNFINISHED and not path.is_dir()
-    ]
-    for path in paths:
-        _require_inside(directory, path)
-        require_regular(path)
-    return paths
+@contextmanager
+def _opened(directory: Path) -> Iterator[int | None]:
+    """A descriptor of the inbox; None if there is none."""
+    try:
+        folder = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        yield None
+        return
+    except NotADirectoryError:
+        raise DataError(f"{directory}: the inbox must be a directory.") from None
+    except OSError as error:
+        raise unreadable(directory, error) from error
+    try:
+        yield folder
+    finally:
+        os.close(folder)
 
 
-def _listed(manifest: Path) -> tuple[dict[str, dict[str, Any]], str | None]:
-    with open_bytes(manifest) as stream:
-        data = stream.read(MAX_MANIFEST_BYTES + 1)
-    if len(data) > MAX_MANIFEST_BYTES:
-        raise DataError(f"{manifest}: over {MAX_MANIFEST_BYTES >> 20} MiB.")
-    content = parse_object(decode(data, str(manifest)), manifest)
-    files, distribution = content.get("files"), content.get("distribution")
-    if unknown := sorted(set(content) - {"files", "distribution"}):
-        raise DataError(f'{manifest}: key "{unknown[0]}" is unknown; there are files and distribution.')
-    if not isinstance(files, dict) or not files:
-        raise DataError(f'{manifest}: "files" must be an object with an entry for each file.')
-    for name, entry in files.items():
-        if not isinstance(entry, dict) or not isinstance(entry.get("bytes"), int) or not _is_hash(entry.get("sha256")):
-            raise DataError(f'{manifest}: "{name}" needs bytes (a number) and sha256 (64 hexadecimal digits).')
-    if distribution is not None and not (isinstance(distribution, str) and DISTRIBUTION.fullmatch(distribution)):
-        raise DataError(
-            f"{manifest}: \"distribution\" may hold at most 40 letters, digits, '_', '-' and '.'; got {distribution!r}."
-        )
-    return files, distribution
+class _Arrivals:
+    """An open inbox; everything is found by its descriptor, not by its name."""
+
+    def __init__(self, directory: Path, folder: int, source: SourceConfig) -> None:
+        self._directory, self._folder, self._source = directory, folder, source
+        self._manifest = directory / MANIFEST
+        self._quota = Quota(MAX_INBOX_BYTES, "the inbox")
+
+    def read(self) -> Inbox | None:
+        """Read the files that are listed, or all of them; None if they hold no document."""
+        names = self._names()
+        # A dangling link counts as a manifest: ignoring it would read files that nobody listed.
+        if MANIFEST in names:
+            listed, distribution = self._listed()
+            entries = [(self._contained(name), entry) for name, entry in listed.items()]
+        else:
+            distribution, entries = None, [(Path(name), {}) for name in names]
+        # Every file's kind is checked before the first is read, which may take minutes.
+        readers = [reader_of(self._directory / path) for path, _ in entries]
+        documents: list[Document] = []
+        files: list[dict[str, Any]] = []
+        for (path, entry), reader in zip(entries, readers, strict=True):
+            file, found = self._snapshot(path, MAX_INBOX_BYTES)
+            _require_as_listed(file.path, found, entry)
+            files.append(found)
+            documents += reader(file, self._source)
+        return Inbox(documents, files, distribution) if documents else None
+
+    def _names(self) -> list[str]:
+        """Files in order of name, without those that are passed over."""
+        names = []
+        with os.scandir(self._folder) as entries:
+            for number, entry in enumerate(entries):
+                if number == MAX_INBOX_FILES:
+                    raise DataError(f"{self._directory}: the inbox may hold {MAX_INBOX_FILES:,} files; there are more.")
+                # A link to a folder is no folder: it is not followed, and so an error when it is opened.
+                is_ready = not entry.name.startswith(".") and not entry.name.endswith(UNFINISHED)
+                if entry.name == MANIFEST or (is_ready and not entry.is_dir(follow_symlinks=False)):
+                    names.append(entry.name)
+        return sorted(names)
+
+    def _contained(self, name: str) -> Path:
+        """The path of a listed file, which must lie in the inbox."""
+        given = Path(name)
+        if given.is_absolute() or ".." in given.parts or not given.parts or "\0" in name:
+            raise DataError(f'{self._manifest}: "{name}" must be a path below the inbox, without "..".')
+        return given
+
+    def _snapshot(self, path: Path, most_bytes: int) -> tuple[OpenFile, dict[str, Any]]:
+        """A file as it is now, and its record: ``name``, ``bytes`` and ``sha256``."""
+        shown = self._directory / path
+        try:
+            with open_below(self._folder, path) as file:
+                # By its size first, so that a file of any size takes no memory.
+                is_too_large = os.fstat(file.fileno()).st_size > most_bytes
+                # Into memory: a writer who kept the file open could change it between hashing and parsing.
+                data = b"" if is_too_large else file.read(most_bytes + 1)
+        except OSError as error:
+            raise unreadable(shown, error) from error
+        if is_too_large or len(data) > most_bytes:
+            raise DataError(f"{shown}: over {most_bytes >> 20} MiB.")
+        # Made printable: names go into records and messages.
+        found = {"name": one_line(path.name), "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        stream = io.BufferedReader(cast(Any, io.BytesIO(data)))
+        return OpenFile(shown, stream, Portion(shown, len(data), self._quota)), found
+
+    def _listed(self) -> tuple[dict[str, dict[str, Any]], str | None]:
+        """The manifest's entries by name, and the name that it gives to their distribution."""
+        manifest = self._manifest
+        file, _ = self._snapshot(Path(MANIFEST), MAX_MANIFEST_BYTES)
+        data = unpacked(file).read()
+        content = parse_object(decode(data, str(manifest)), manifest)
+        files, distribution = content.get("files"), content.get("distribution")
+        if unknown := sorted(set(content) - {"files", "distribution"}):
+            raise DataError(f'{manifest}: key "{unknown[0]}" is unknown; there are files and distribution.')
+        if not isinstance(files, dict) or not files:
+            raise DataError(f'{manifest}: "files" must be an object with an entry for each file.')
+        for name, entry in files.items():
+            is_entry = isinstance(entry, dict) and isinstance(entry.get("bytes"), int)
+            if not is_entry or not _is_hash(entry.get("sha256")):
+                raise DataError(f'{manifest}: "{name}" needs bytes (a number) and sha256 (64 hexadecimal digits).')
+        if distribution is not None and not (isinstance(distribution, str) and DISTRIBUTION.fullmatch(distribution)):
+            raise DataError(
+                f"{manifest}: \"distribution\" may hold at most 40 letters, digits, '_', '-' and '.'; "
+                f"got {distribution!r}."
+            )
+        return files, distribution
 
 
 def _is_hash(value: object) -> bool:
     return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) is not None
 
 
-def _contained(directory: Path, name: str, manifest: Path) -> Path:
-    """The path of a listed file, which must lie in the inbox, also behind symbolic links."""
-    given = Path(name)
-    if given.is_absolute() or ".." in given.parts or not given.parts or "\0" in name:
-        raise DataError(f'{manifest}: "{name}" must be a path below the inbox, without "..".')
-    path = directory / given
-    _require_inside(directory, path)
-    require_regular(path)
-    return path
-
-
-def _require_inside(directory: Path, path: Path) -> None:
-    # Resolved, because a link in the inbox could name any file that this user may read.
-    if not path.resolve().is_relative_to(directory.resolve()):
-        raise DataError(f"{path}: leads out of the inbox; only files in it are read.")
-
-
-def _require_as_listed(path: Path, found: dict[str, Any], listed: dict[str, Any] | None) -> None:
+def _require_as_listed(path: Path, found: dict[str, Any], listed: dict[str, Any]) -> None:
     for key in ("bytes", "sha256"):
-        if listed is not None and found[key] != listed[key]:
+        if listed and found[key] != listed[key]:
             raise DataError(f"{path}: {key} is {found[key]}, but the manifest says {listed[key]}.")

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lifelong_moe.data.text.documents import Document
-from lifelong_moe.data.text.streams import MAX_LINE_BYTES, check_text, decode, open_bytes
+from lifelong_moe.data.text.limits import MAX_LINE_BYTES
+from lifelong_moe.data.text.streams import OpenFile, check_text, decode, unpacked
 from lifelong_moe.data.text.strict_json import parse_object
 from lifelong_moe.errors import DataError
 from lifelong_moe.storage.keys import text_sha256
@@ -19,11 +20,13 @@ if TYPE_CHECKING:
     from lifelong_moe.data.text.compression import ByteStream
 
 
-def read_jsonl(path: Path, text_field: str, source_field: str, answer_field: str | None = None) -> Iterator[Document]:
+def read_jsonl(
+    file: OpenFile, text_field: str, source_field: str, answer_field: str | None = None
+) -> Iterator[Document]:
     """Yield the documents of a ``.jsonl`` file, also compressed, one JSON object a line.
 
     Args:
-        path: The file.
+        file: The file.
         text_field: Field with the text; required.
         source_field: Field with the source unit; where it is absent, a document is its own unit.
         answer_field: Field with the answer, where the text is a prompt.
@@ -31,11 +34,12 @@ def read_jsonl(path: Path, text_field: str, source_field: str, answer_field: str
     Raises:
         DataError: ``file:line: reason``.
     """
-    with open_bytes(path) as stream:
-        for number, line in _lines(stream, path):
-            where = f"{path}:{number}"
-            row = parse_object(decode(line.rstrip(b"\r\n"), where), path, number)
-            yield document_from(row, where, text_field, source_field, answer_field)
+    path = file.path
+    for number, line in _lines(unpacked(file), path):
+        where = f"{path}:{number}"
+        row = parse_object(decode(line.rstrip(b"\r\n"), where), path, number)
+        file.portion.hold()
+        yield document_from(row, where, text_field, source_field, answer_field)
 
 
 def document_from(

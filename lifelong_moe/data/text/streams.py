@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import stat
+import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lifelong_moe.data.text.compression import COMPRESSED, unpack
+from lifelong_moe.data.text.limits import Portion, Quota
 from lifelong_moe.errors import DataError
+from lifelong_moe.storage.opening import open_regular
 
-MAX_LINE_BYTES = 16 << 20
-"""Longest JSONL line."""
-MAX_TEXT_FILE_BYTES = 256 << 20
-"""Longest ``.txt`` file; it is one document."""
 # Most are pickles, or may contain one, which runs code when it is loaded.
 _NEVER_LOADED = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".npy", ".npz", ".joblib", ".faiss")
 _UTF8_BOM = b"\xef\xbb\xbf"
@@ -23,42 +22,71 @@ if TYPE_CHECKING:
     from lifelong_moe.data.text.compression import ByteStream
 
 
+@dataclass(frozen=True)
+class OpenFile:
+    """A file that was opened once: what is checked, hashed and parsed is the same bytes, whatever its name leads to."""
+
+    path: Path
+    """What messages call it; its endings tell its kind."""
+    data: ByteStream
+    """Its bytes, at their beginning; it can seek."""
+    portion: Portion
+    """Its share of what may be read."""
+
+
 @contextlib.contextmanager
-def open_bytes(path: Path) -> Iterator[ByteStream]:
-    """Open a regular file for reading, unpacking ``.gz`` and ``.zst``; a leading UTF-8 byte order mark is passed over.
+def open_file(path: Path, quota: Quota | None = None, *, follow: bool = True) -> Iterator[OpenFile]:
+    """Open a regular file for reading.
+
+    Args:
+        path: The file.
+        quota: Limits of all files that are read together; None for a file by itself.
+        follow: Whether ``path`` itself may be a symbolic link; see :func:`open_regular`.
 
     Raises:
-        DataError: Not a regular file, unreadable, UTF-16, or compressed but damaged or unpacking beyond the limits.
+        DataError: Missing, unreadable, or not a regular file.
     """
-    require_regular(path)
     try:
-        raw = path.open("rb")
+        data = open_regular(path, follow=follow)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}.") from error
-    with raw:
-        stream: ByteStream = unpack(path, raw) if path.suffix.lower() in COMPRESSED else raw
-        # Peeked, not read: a stream of unpacked text cannot seek back.
-        head = stream.peek(4)[:4]
-        if head.startswith((b"\xff\xfe", b"\xfe\xff")) or head[:1] == b"\0" or head[1:2] == b"\0":
-            raise DataError(f"{path}:1: this is UTF-16 or binary, not UTF-8; iconv -f UTF-16 -t UTF-8 converts it.")
-        if head.startswith(_UTF8_BOM):
-            stream.read(len(_UTF8_BOM))
-        yield stream
+        raise unreadable(path, error) from error
+    with data:
+        size = os.fstat(data.fileno()).st_size
+        yield OpenFile(path, data, Portion(path, size, quota or Quota()))
 
 
-def require_regular(path: Path) -> None:
-    """Refuse what is not a regular file before opening it: opening a FIFO would wait forever.
+def unreadable(path: Path, error: OSError) -> DataError:
+    """The error for a file that cannot be opened."""
+    reason = error.strerror or str(error)
+    # "a FIFO", "a symbolic link": what it is, and not what went wrong.
+    return DataError(f"{path}: {'is' if reason.startswith('a ') else 'cannot be read:'} {reason}.")
+
+
+def unpacked(file: OpenFile) -> ByteStream:
+    """The file's content: ``.gz`` and ``.zst`` unpacked, a leading UTF-8 byte order mark passed over.
 
     Raises:
-        DataError: Missing, a directory, a FIFO, a device or a socket.
+        DataError: UTF-16, or compressed but damaged or unpacking beyond the limits.
     """
-    try:
-        mode = path.stat().st_mode
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}.") from error
-    if not stat.S_ISREG(mode):
-        kind = "a directory" if stat.S_ISDIR(mode) else "a FIFO" if stat.S_ISFIFO(mode) else "a device or socket"
-        raise DataError(f"{path}: is {kind}, not a regular file.")
+    if file.path.suffix.lower() in COMPRESSED:
+        stream = unpack(file.path, file.data, file.portion)
+    else:
+        file.portion.take(file.portion.packed_bytes)
+        stream = file.data
+    # Peeked, not read: a stream of unpacked text cannot seek back.
+    head = stream.peek(4)[:4]
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")) or head[:1] == b"\0" or head[1:2] == b"\0":
+        raise DataError(f"{file.path}:1: this is UTF-16 or binary, not UTF-8; iconv -f UTF-16 -t UTF-8 converts it.")
+    if head.startswith(_UTF8_BOM):
+        stream.read(len(_UTF8_BOM))
+    return stream
+
+
+def read_whole(file: OpenFile, most_bytes: int) -> bytes | None:
+    """The file's :func:`unpacked` content; None if it is longer than ``most_bytes``."""
+    # One byte more than allowed shows that a file is too long without reading all of it.
+    data = unpacked(file).read(most_bytes + 1)
+    return data if len(data) <= most_bytes else None
 
 
 def refuse_pickled(path: Path) -> None:

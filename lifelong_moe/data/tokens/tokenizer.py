@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lifelong_moe.config.data import MAX_VOCAB_SIZE, TokenizerConfig
 from lifelong_moe.data.text.documents import Corpus
-from lifelong_moe.data.text.streams import MAX_TEXT_FILE_BYTES, decode, open_bytes, refuse_pickled
+from lifelong_moe.data.text.streams import decode, open_file, read_whole, refuse_pickled
 from lifelong_moe.errors import ConfigError, DataError
 from lifelong_moe.storage.files import write_atomic
 from lifelong_moe.storage.keys import SHORT, canonical_json, content_key, text_sha256
@@ -21,6 +21,8 @@ BOS = "<|bos|>"
 """Begins every document and so separates them; the only special token, id 0."""
 KNOWN_BOS = (BOS, "<s>", "<|begin_of_text|>", "<|startoftext|>", "<|endoftext|>", "[BOS]", "<bos>")
 """What a given tokenizer may call its document separator, in order of preference."""
+MAX_TOKENIZER_BYTES = 64 << 20
+"""Longest ``tokenizer.json``; the largest published ones have 35 MB."""
 RECIPE_VERSION = 1
 """Raised whenever the same text would yield another tokenizer."""
 
@@ -168,10 +170,10 @@ class Tokenizer:
 def _read_text(path: Path) -> str:
     """Read a text file of bounded size; a DataError says what else it is."""
     refuse_pickled(path)
-    with open_bytes(path) as stream:
-        data = stream.read(MAX_TEXT_FILE_BYTES + 1)
-    if len(data) > MAX_TEXT_FILE_BYTES:
-        raise DataError(f"{path}: over {MAX_TEXT_FILE_BYTES >> 20} MiB; no tokenizer is as large.")
+    with open_file(path) as file:
+        data = read_whole(file, MAX_TOKENIZER_BYTES)
+    if data is None:
+        raise DataError(f"{path}: over {MAX_TOKENIZER_BYTES >> 20} MiB; no tokenizer is as large.")
     return decode(data, str(path))
 
 

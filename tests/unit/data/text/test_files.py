@@ -12,10 +12,12 @@ import pytest
 from pyarrow import parquet
 
 from lifelong_moe.config.data import SourceConfig
+from lifelong_moe.data.text import limits
 from lifelong_moe.data.text import parquet as parquets
 from lifelong_moe.data.text.files import matching_files, read_documents
 from lifelong_moe.data.text.hub import hub_documents
 from lifelong_moe.data.text.sources import read_corpus
+from lifelong_moe.data.text.streams import open_file
 from lifelong_moe.errors import DataError, ResourceError, TryAgainError
 
 CONFIG = SourceConfig(files="unused")
@@ -232,14 +234,15 @@ def test_parquet_s_bombs_are_known_before_and_while_they_are_unpacked(
     columns = {"text": [f"{i}" for i in range(200)], "other": [text] * 200}
     parquet.write_table(pyarrow.table(columns), path, compression="zstd", use_dictionary=["other"])
     size = path.stat().st_size
-    monkeypatch.setattr(parquets, "ALLOWANCE_BYTES", 1_000)
-    monkeypatch.setattr(parquets, "MAX_RATIO", 2)
+    monkeypatch.setattr(limits, "ALLOWANCE_BYTES", 1_000)
+    monkeypatch.setattr(limits, "MAX_RATIO", 2)
     assert len(read_documents(str(path), CONFIG)) == 200  # the other column counts for nothing
     with pytest.raises(DataError, match="unpacks to more than 2 times its size"):
         read_documents(str(path), SourceConfig(files="unused", text_field="other"))
     assert 20 * size < 200 * len(text)
-    monkeypatch.setattr(parquets, "MAX_RATIO", 200 * len(text) // size + 2)
-    assert len(list(parquets.read_parquet(path, "other", "source"))) == 200
+    monkeypatch.setattr(limits, "MAX_RATIO", 200 * len(text) // size + 2)
+    with open_file(path) as file:
+        assert len(list(parquets.read_parquet(file, "other", "source"))) == 200
 
 
 def test_a_row_s_fault_is_said_with_its_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lifelong_moe.data.text import compression
+from lifelong_moe.data.text import limits
+from lifelong_moe.data.text.documents import Document
 from lifelong_moe.data.text.jsonl import read_jsonl
+from lifelong_moe.data.text.streams import open_file
 from lifelong_moe.errors import DataError
 
 GOOD = b'{"text": "good"}\n'
@@ -25,8 +27,13 @@ def _quick() -> Iterator[None]:
     assert time.process_time() - started < 2
 
 
+def _read(path: Path) -> list[Document]:
+    with open_file(path) as file:
+        return list(read_jsonl(file, "text", "source"))
+
+
 def _texts(path: Path) -> list[str]:
-    return [document.text for document in read_jsonl(path, "text", "source")]
+    return [document.text for document in _read(path)]
 
 
 def _write(tmp_path: Path, data: bytes, name: str = "a.jsonl") -> Path:
@@ -38,7 +45,7 @@ def _write(tmp_path: Path, data: bytes, name: str = "a.jsonl") -> Path:
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
 def test_reads_lines(tmp_path: Path, name: str) -> None:
     lines = '{"text": "é\\n", "source": "u", "more": [1, {"x": 2.5}]}\r\n{"text": "line\u2028separator"}'
-    first, second = read_jsonl(_write(tmp_path, lines.encode(), name), "text", "source")
+    first, second = _read(_write(tmp_path, lines.encode(), name))
     assert (first.text, first.source, first.origin) == ("é\n", "u", f"{tmp_path / name}:1")
     assert second.text == "line\u2028separator"
     assert second.source == f"sha256:{second.hash}"
@@ -119,17 +126,20 @@ def test_gzip_bomb(tmp_path: Path, line: bytes) -> None:
     data = line * ((72 << 20) // len(line))
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(data, 5))
-    assert path.stat().st_size * compression.MAX_RATIO < len(data)
+    assert path.stat().st_size * limits.MAX_RATIO < len(data)
     started = time.process_time()
     with pytest.raises(DataError, match="more than 200 times its size"):
         _texts(path)
     assert time.process_time() - started < 1.5
 
 
-def test_total_unpacked_size_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compression, "MAX_UNPACKED_BYTES", 1000)
-    with pytest.raises(DataError, match="unpacks to more than 1000 bytes"):
-        _texts(_write(tmp_path, GOOD * 1000, "a.jsonl.gz"))
+def test_total_unpacked_size_is_bounded(tmp_path: Path) -> None:
+    path = _write(tmp_path, GOOD * 1000, "a.jsonl.gz")
+    with (
+        pytest.raises(DataError, match="the files of a distribution may hold 1000 B of documents together"),
+        open_file(path, limits.Quota(1000)) as file,
+    ):
+        list(read_jsonl(file, "text", "source"))
 
 
 def test_fifo_does_not_wait(tmp_path: Path) -> None:
