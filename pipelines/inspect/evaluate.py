@@ -37,7 +37,7 @@ def evaluate_text(
     from lifelong_moe.data.tokens.windows import evaluation_windows
     from lifelong_moe.evaluation.loss import evaluate
 
-    shard = tokenize_documents(documents, Tokenizer.from_text(store.tokenizer(committed)))
+    shard = tokenize_documents(documents, Tokenizer.stored(store.tokenizer(committed)))
     model = load_on_device(run, store, committed, int8=int8)
     context = model.architecture.model.context
     # sys.maxsize: the user named this text, so all of it is scored.

@@ -108,7 +108,7 @@ class Tick(OpenRun):
         """Number of tokens of documents by the champion's tokenizer."""
         if not documents:
             return 0
-        tokenizer = Tokenizer.from_text(self.store.tokenizer(self.store.get(self.head.champion.key)))
+        tokenizer = Tokenizer.stored(self.store.tokenizer(self.store.get(self.head.champion.key)))
         return tokenize_documents(documents, tokenizer).num_tokens
 
     def trained(self, stage: CommittedStage) -> None:

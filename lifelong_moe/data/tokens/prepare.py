@@ -224,7 +224,7 @@ def _given_tokenizer(config: TokenizerConfig, remembered: Remembered) -> Tokeniz
         return None
     # The file wins if it is there: a changed one must change the stage keys, not be ignored.
     if not Path(config.file).exists() and (text := remembered.tokenizer()) is not None:
-        return Tokenizer.from_text(text)
+        return Tokenizer.stored(text)
     return Tokenizer.load(Path(config.file))
 
 
@@ -232,7 +232,7 @@ def _stored_tokenizer(remembered: Remembered, error: LifelongError) -> Tokenizer
     if (text := remembered.tokenizer()) is None:
         # No stage is committed yet that could have stored it.
         raise error
-    return Tokenizer.from_text(text)
+    return Tokenizer.stored(text)
 
 
 def _require_disjoint(heldout: Mapping[str, list[Document]], trained: Mapping[str, Corpus]) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lifelong_moe.config.data import MAX_VOCAB_SIZE, TokenizerConfig
 from lifelong_moe.data.text.documents import Corpus
 from lifelong_moe.data.text.streams import decode, open_file, read_whole, refuse_pickled
-from lifelong_moe.errors import ConfigError, DataError
+from lifelong_moe.data.text.strict_json import parse_object
+from lifelong_moe.data.tokens.components import MAX_TOKEN_BYTES, require_bounded
+from lifelong_moe.errors import ConfigError, CorruptError, DataError, LifelongError
 from lifelong_moe.storage.files import write_atomic
 from lifelong_moe.storage.keys import SHORT, canonical_json, content_key, text_sha256
 
@@ -39,19 +42,21 @@ class Tokenizer:
 
         Args:
             backend: The tokenizer.
-            text: The ``tokenizer.json`` that it was read from, if any. The hash is of this text and not of how the
+            text: Canonical JSON of what it was built from, if any. The hash is of this text and not of how the
                 installed version of ``tokenizers`` would write it, so an upgrade changes no stage key.
 
         Raises:
             ConfigError: It has no special token that can begin a document, or text could forge that token.
         """
-        self._text = canonical_json(json.loads(backend.to_str() if text is None else text))
+        self._text = canonical_json(json.loads(backend.to_str())) if text is None else text
         self._hash = text_sha256(self._text)
         # A special token's name within a text is text like any other; only we place the real one.
         backend.encode_special_tokens = True
         # A given file may ask for truncation or padding, which would lose text or add tokens.
         backend.no_truncation()
         backend.no_padding()
+        # Nor its post-processor, which adds the special tokens that we place ourselves, and may repeat the text.
+        backend.post_processor = None
         self._backend = backend
         vocabulary = backend.get_vocab(with_added_tokens=True)
         # Not the number of entries: ids of a given tokenizer may have gaps, and the embedding is indexed by id.
@@ -59,6 +64,10 @@ class Tokenizer:
         self._longest_token_bytes = max(len(token.encode("utf-8")) for token in vocabulary)
         if self._vocab_size > MAX_VOCAB_SIZE:
             raise ConfigError(f"tokenizer: token ids reach {self._vocab_size - 1}; at most {MAX_VOCAB_SIZE:,} entries.")
+        if self._longest_token_bytes > MAX_TOKEN_BYTES:
+            raise ConfigError(
+                f"tokenizer: a token of {self._longest_token_bytes:,} bytes; at most {MAX_TOKEN_BYTES:,}."
+            )
         self._bos_id = self._find_bos()
 
     def _find_bos(self) -> int:
@@ -68,7 +77,7 @@ class Tokenizer:
             if name not in special:
                 continue
             # Else a document that contains the name could forge a document border.
-            if special[name] in self._backend.encode(name, add_special_tokens=False).ids:
+            if special[name] in self.encode(name):
                 raise ConfigError(f"tokenizer: the text {name} encodes as the special token {name}; it must not.")
             return special[name]
         raise ConfigError(
@@ -103,7 +112,9 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Encode texts without adding any special token; special-token strings in them are plain text."""
-        return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        with _panics_told():
+            encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
 
     def encode(self, text: str) -> list[int]:
         """Encode one text; see ``encode_batch``."""
@@ -113,7 +124,8 @@ class Tokenizer:
         """Return the text of token ids, leaving out document separators."""
         # Left out by id and not by `skip_special_tokens`, which would drop a given tokenizer's other tokens too.
         kept = [int(index) for index in ids if int(index) != self._bos_id]
-        return str(self._backend.decode(kept, skip_special_tokens=False))
+        with _panics_told():
+            return str(self._backend.decode(kept, skip_special_tokens=False))
 
     def name(self, token_id: int) -> str:
         """Return a token's text; BOS, which stands for no text, by its name."""
@@ -157,14 +169,46 @@ class Tokenizer:
         import tokenizers
 
         try:
-            backend = tokenizers.Tokenizer.from_str(text)
+            content = parse_object(text, Path("tokenizer.json"))
+            require_bounded(content)
+            # What was checked, and not the text, which another parser might read in another way.
+            text = canonical_json(content)
+            with _panics_told():
+                backend = tokenizers.Tokenizer.from_str(text)
+                return cls(backend, text)
+        except LifelongError as error:
+            raise ConfigError(f"not a usable tokenizer.json: {error}") from error
         except Exception as error:  # tokenizers raises bare Exception for whatever is wrong with the text
-            raise ConfigError(f"not a tokenizer.json: {' '.join(str(error).split())}.") from error
-        return cls(backend, text)
+            raise ConfigError(f"not a usable tokenizer.json: {' '.join(str(error).split())}.") from error
+
+    @classmethod
+    def stored(cls, text: str) -> Tokenizer:
+        """Build the tokenizer of a committed stage; arguments as for :meth:`from_text`.
+
+        Raises:
+            CorruptError: The text is no tokenizer that a stage could have been committed with.
+        """
+        try:
+            return cls.from_text(text)
+        except ConfigError as error:
+            raise CorruptError(f"a committed stage's tokenizer: {error}") from error
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Workers get the text: an unpickled backend would lose `encode_special_tokens`.
         return (Tokenizer.from_text, (self._text,))
+
+
+@contextmanager
+def _panics_told() -> Iterator[None]:
+    """Turn a panic of the library, such as of a regular expression that gives up, into an error of ours."""
+    try:
+        yield
+    except BaseException as error:
+        # By name, since no module exports it; it is no Exception, so that few catch it.
+        if type(error).__name__ != "PanicException":
+            raise
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"tokenizer: it fails on this text: {reason}.") from None
 
 
 def _read_text(path: Path) -> str:
@@ -241,6 +285,6 @@ def _cached(path: Path) -> Tokenizer | None:
         text = path.read_text(encoding="utf-8")
         if path.with_suffix(".sha256").read_text(encoding="ascii") == text_sha256(text):
             return Tokenizer.from_text(text)
-    except (FileNotFoundError, UnicodeDecodeError):
+    except (FileNotFoundError, UnicodeDecodeError, ConfigError):
         pass
     return None

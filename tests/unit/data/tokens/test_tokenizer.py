@@ -105,7 +105,7 @@ def test_unusable_tokenizers(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no\.json: cannot be read"):
         Tokenizer.load(tmp_path / "no.json")
     (tmp_path / "t.json").write_text('{"a": 1}')
-    with pytest.raises(ConfigError, match=r"t\.json: not a tokenizer\.json"):
+    with pytest.raises(ConfigError, match=r"t\.json: not a usable tokenizer\.json"):
         Tokenizer.load(tmp_path / "t.json")
 
 
