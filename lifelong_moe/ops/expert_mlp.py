@@ -4,7 +4,7 @@
 pre-activations and the activation's values for the backward pass, where autograd would keep hidden units as well.
 ``grouped`` (CUDA) multiplies all slices in one kernel, whose borders stay on the device.
 
-Legend: N rows handed to experts, E experts, A of them active, D model width, F expert width, G = 2·F where the
+Legend: N rows handed to experts, E experts, A of them trainable, D model width, F expert width, G = 2·F where the
 activation is gated, F where not.
 """
 
@@ -23,7 +23,7 @@ from lifelong_moe.ops.few_rows import are_few, matrix_first
 aten = torch.ops.aten
 
 Weight = Tensor | Callable[[], Tensor]
-"""A matrix, or what makes one from the form in which it is held: whole for one product, never kept."""
+"""A matrix, or a function that makes it from a smaller form (8 bits, offloaded), anew for each product."""
 Weights = Tensor | Sequence[Callable[[], Tensor]]
 """One of a generation's matrices, of each of its experts."""
 
@@ -80,7 +80,7 @@ class _Slices(torch.autograd.Function):
         used = _used(counts, weights)
         matrices = _matrices(used, weights, rows_ND.dtype)
         pre_NG, out_ND, values = _forward(rows_ND, used, act, matrices)
-        # Functions that make a matrix on use (8 bits, offloaded) are no tensors: they are kept beside, and called
+        # Functions that make a matrix on use (8 bits, offloaded) are no tensors: they are kept apart, and called
         # again.
         ctx.save_for_backward(rows_ND, pre_NG, *(m if isinstance(m, Tensor) else None for m in matrices), *values)
         ctx.held = [None if isinstance(m, Tensor) else m for m in matrices]
@@ -109,9 +109,9 @@ class _Slices(torch.autograd.Function):
                 grad_ND[part] @ _whole(matrices[2 * i + 1], rows_ND.dtype), pre_NG[part], value_NF
             )
             if down is not None:
-                _product(grad_ND[part].t(), hidden_NF, out=down[where.expert])
+                _multiply(grad_ND[part].t(), hidden_NF, out=down[where.expert])
             if into is not None:
-                _product(grad_NG.t(), rows_ND[part], out=into[where.expert])
+                _multiply(grad_NG.t(), rows_ND[part], out=into[where.expert])
             if grad_rows_ND is not None:
                 torch.mm(grad_NG, _whole(matrices[2 * i], rows_ND.dtype), out=grad_rows_ND[part])
         _zero_unused(grads, ctx.used)
@@ -153,9 +153,9 @@ def _forward(
         into_GD = _whole(matrices[2 * i], rows_ND.dtype)
         if not pre_NG.shape[1]:  # known from the first that has rows
             pre_NG = rows_ND.new_empty(len(rows_ND), len(into_GD))
-        _multiply(rows_ND[part], into_GD, pre_NG[part])
+        _multiply_transposed(rows_ND[part], into_GD, pre_NG[part])
         hidden_NF, value_NF = act.hidden(pre_NG[part])
-        _multiply(hidden_NF, _whole(matrices[2 * i + 1], rows_ND.dtype), out_ND[part])
+        _multiply_transposed(hidden_NF, _whole(matrices[2 * i + 1], rows_ND.dtype), out_ND[part])
         values.append(value_NF)
     return pre_NG, out_ND, values
 
@@ -164,7 +164,7 @@ def _whole(weight: Weight, dtype: torch.dtype) -> Tensor:
     return weight if isinstance(weight, Tensor) else weight().to(dtype)
 
 
-def _multiply(rows: Tensor, matrix: Tensor, out: Tensor) -> None:
+def _multiply_transposed(rows: Tensor, matrix: Tensor, out: Tensor) -> None:
     """``rows matrix^T`` into ``out``."""
     if are_few(rows, matrix):
         out.copy_(matrix_first(rows, matrix))
@@ -172,7 +172,7 @@ def _multiply(rows: Tensor, matrix: Tensor, out: Tensor) -> None:
         torch.mm(rows, matrix.t(), out=out)
 
 
-def _product(left: Tensor, right: Tensor, out: Tensor) -> None:
+def _multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
     """``left right`` into ``out``, perhaps of another dtype."""
     if out.dtype == left.dtype:
         torch.mm(left, right, out=out)
@@ -203,7 +203,8 @@ def slices(rows_ND: Tensor, counts: Sequence[int], weights: Sequence[Weights], a
         ``(N, D)``. An expert without rows gets gradients of zero, and a frozen one none.
     """
     device, act = rows_ND.device.type, NONLINEARITIES[activation]
-    if not (torch.is_grad_enabled() or torch.is_autocast_enabled(device)):  # in decoding what stands around costs most
+    # Decoding has so few rows that an autograd function and an autocast context would cost more than the products.
+    if not (torch.is_grad_enabled() or torch.is_autocast_enabled(device)):
         used = _used(counts, weights)
         return _forward(rows_ND, used, act, _matrices(used, weights, rows_ND.dtype))[1]
     rows_ND = _autocast(rows_ND)
@@ -221,13 +222,13 @@ class _Grouped(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows_ND: Tensor, ends_E: Tensor, in_EGD: Tensor, out_EDF: Tensor, act: Nonlinearity, *active: Tensor
+        ctx: Any, rows_ND: Tensor, ends_E: Tensor, in_EGD: Tensor, out_EDF: Tensor, act: Nonlinearity, *trained: Tensor
     ) -> Tensor:
         pre_NG = F.grouped_mm(rows_ND, in_EGD.transpose(1, 2), offs=ends_E)
         hidden_NF, value_NF = act.hidden(pre_NG)
         out_ND = F.grouped_mm(hidden_NF, out_EDF.transpose(1, 2), offs=ends_E)
         ctx.save_for_backward(rows_ND, pre_NG, value_NF, ends_E, in_EGD, out_EDF)
-        ctx.act, ctx.like = act, [(len(weights), weights.dtype) for weights in active]
+        ctx.act, ctx.like = act, [(len(weights), weights.dtype) for weights in trained]
         return out_ND
 
     @staticmethod
@@ -238,40 +239,39 @@ class _Grouped(torch.autograd.Function):
         grad_NG, hidden_NF = ctx.act.hidden_backward(grad_NF, pre_NG, value_NF)
         grad_rows = F.grouped_mm(grad_NG, in_EGD, offs=ends_E) if ctx.needs_input_grad[0] else None
         grads: list[Tensor | None] = []
-        active = len(ctx.like) // 2
-        sizes = [num for num, _ in ctx.like[:active]]
-        # Experts that train come first: a prefix of the borders leaves frozen ones out of the weight products.
+        num_trained = len(ctx.like) // 2
+        sizes = [num for num, _ in ctx.like[:num_trained]]
         ends_A = ends_E[: sum(sizes)].contiguous()
         # 5 inputs of `forward` precede the weights in `needs_input_grad`.
-        for start, product in ((5, (grad_NG.t(), rows_ND)), (5 + active, (grad_ND.t(), hidden_NF))):
-            wanted = any(ctx.needs_input_grad[start : start + active])
-            grads += F.grouped_mm(*product, offs=ends_A).split(sizes) if wanted else [None] * active
+        for start, product in ((5, (grad_NG.t(), rows_ND)), (5 + num_trained, (grad_ND.t(), hidden_NF))):
+            wanted = any(ctx.needs_input_grad[start : start + num_trained])
+            grads += F.grouped_mm(*product, offs=ends_A).split(sizes) if wanted else [None] * num_trained
         cast = (None if grad is None else grad.to(dtype) for grad, (_, dtype) in zip(grads, ctx.like, strict=True))
         return (grad_rows, None, None, None, None, *cast)
 
 
 def grouped(
-    rows_ND: Tensor, counts_E: Tensor, ins: Sequence[Tensor], outs: Sequence[Tensor], active: int, activation: str
+    rows_ND: Tensor, counts_E: Tensor, ins: Sequence[Tensor], outs: Sequence[Tensor], num_trained: int, activation: str
 ) -> Tensor:
     """Each expert's slice in one kernel a matrix; the host never learns where slices end.
 
     Args:
-        rows_ND: Rows sorted by expert, ``(N, D)``; on CUDA in bfloat16, unless the kernel is to ask after all.
+        rows_ND: Rows sorted by expert, ``(N, D)``. On CUDA in bfloat16; with other types the kernel waits for the host.
         counts_E: Rows of each expert, int64; they sum to N.
         ins: Of each generation the matrices into its experts ``(E, G, D)``, those that train first. Those of several
             generations are moved into one buffer, once.
         outs: The matrices out of them ``(E, D, F)``.
-        active: How many generations train.
+        num_trained: How many generations train.
         activation: A name in ``NONLINEARITIES``.
 
     Returns:
-        ``(N, D)``. Weight gradients exist for active generations only, and are views of one tensor.
+        ``(N, D)``. Weight gradients exist for the trained generations only, and are views of one tensor.
     """
     # int32 is the only type that `grouped_mm` takes for offsets.
     rows_ND, ends_E = _autocast(rows_ND), counts_E.cumsum(0).to(torch.int32)
     with torch.autocast(rows_ND.device.type, enabled=False):
         in_EGD, out_EDF = (as_one_tensor(weights).to(rows_ND.dtype) for weights in (ins, outs))
-        act, trained = NONLINEARITIES[activation], (*ins[:active], *outs[:active])
+        act, trained = NONLINEARITIES[activation], (*ins[:num_trained], *outs[:num_trained])
         return _Grouped.apply(rows_ND, ends_E, in_EGD, out_EDF, act, *trained)
 
 

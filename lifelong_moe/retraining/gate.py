@@ -17,7 +17,10 @@ from lifelong_moe.retraining.checks import Check, Comparison, Verdict
 from lifelong_moe.retraining.pooling import Pool, pooled_losses, pools, worst_member
 
 RATCHET = 3
-"""Loss increase allowed against a distribution's best version ever, in units of ``gate.tolerance``."""
+"""Loss increase allowed against a distribution's best version ever, in units of ``gate.tolerance``.
+
+1 would count one step's whole tolerance against all later ones, and no limit would let each promotion lose a tolerance
+more. 3 is a choice, not a measurement: room for the noise of several steps, and an end to slow forgetting."""
 
 Losses = Mapping[str, DocumentLosses]
 """By distribution."""

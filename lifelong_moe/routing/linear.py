@@ -50,5 +50,5 @@ class LinearRouter(Router):
         """Products with each available generation's rows, side by side."""
         # A product for each generation: kernels round differently for another number of rows, and a token on the edge
         # between two experts would move when the model grows.
-        available = list(generations)[: len(self.available)]
-        return torch.cat([F.linear(x_TD.float(), rows_ED.float()) for rows_ED in available], dim=-1)
+        unmasked = list(generations)[: len(self.available)]
+        return torch.cat([F.linear(x_TD.float(), rows_ED.float()) for rows_ED in unmasked], dim=-1)

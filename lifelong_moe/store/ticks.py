@@ -17,6 +17,7 @@ class SettledBatch:
     at: str
     """Time of the decision, ISO 8601, UTC."""
     heldout_fraction: float
+    """As in :class:`~lifelong_moe.store.versions.VersionStage`; so are the next two."""
     heldout_sources: int = 1
     sources: str | None = None
     """As in :class:`~lifelong_moe.store.versions.VersionStage`."""

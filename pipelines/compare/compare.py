@@ -96,7 +96,7 @@ def _work(
             continue
         except DivergedError as error:
             console.print(f"[red]{job.run}: {error}[/red]", highlight=False)
-            record.failed(job, str(error))
+            record.record_failure(job, str(error))
             failed.append(job.run)
         # Meanwhile a locked run may have become free.
         turned_away = 0

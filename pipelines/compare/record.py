@@ -23,7 +23,7 @@ from lifelong_moe.store.runs import RunRecord
 from lifelong_moe.tracking.operations import local_id
 from lifelong_moe.tracking.tracker import Tracker
 from pipelines.compare import render as render_comparison
-from pipelines.compare.head import ComparisonHead, ComparisonMlflow, head_to_change
+from pipelines.compare.head import ComparisonMlflow, head_to_change
 from pipelines.compare.jobs import Job
 from pipelines.shared.workspace import ROOT
 
@@ -63,7 +63,7 @@ class ComparisonRecord:
         tags = {"lifelong.kind": "comparison", "lifelong.comparison": settings.compare}
         return self.tracker.start_run(settings.compare, run_id=known, params=params, tags=tags) or known
 
-    def failed(self, job: Job, reason: str) -> None:
+    def record_failure(self, job: Job, reason: str) -> None:
         """Record that a run failed, and why."""
         with head_to_change(self.path) as head:
             head.failed[job.run] = reason
@@ -71,7 +71,10 @@ class ComparisonRecord:
     def update(self) -> Mapping[str, Any]:
         """Compare what is committed so far, and bring the files and MLflow up to date; returns the comparison."""
         with head_to_change(self.path) as head:
-            found = self._compare(head)
+            reports = {job.run: report for job in self.jobs if (report := job.report())}
+            # A later attempt may have committed what failed before.
+            head.failed = {run: reason for run, reason in head.failed.items() if run not in reports}
+            found = self._compare(reports, head.failed)
             content = content_key(found)
             stale, unseen = head.content != content, head.mlflow.content != content
             if stale or (unseen and self.tracker.active):
@@ -83,20 +86,18 @@ class ComparisonRecord:
                 head.mlflow.content = content if self.tracker.active else None
         return found
 
-    def _compare(self, head: ComparisonHead) -> Mapping[str, Any]:
+    def _compare(self, reports: Mapping[str, Any], failed: Mapping[str, str]) -> Mapping[str, Any]:
+        """The comparison of what is committed, from the reports of runs and the reasons of failed ones, by name."""
         settings = self.comparison.settings
         arms = []
         for arm in self.comparison.arms:
             jobs = {job.seed: job for job in self.jobs if job.arm is arm}
-            reports = {seed: report for seed, job in jobs.items() if (report := job.report())}
-            # A later attempt may have committed what failed before.
-            for seed in reports:
-                head.failed.pop(jobs[seed].run, None)
-            failed = {seed: head.failed[job.run] for seed, job in jobs.items() if job.run in head.failed}
+            done = {seed: reports[job.run] for seed, job in jobs.items() if job.run in reports}
+            reasons = {seed: failed[job.run] for seed, job in jobs.items() if job.run in failed}
             # A seed changes no other setting, so any of the arm's runs tells its method.
             method = next(iter(jobs.values())).prepared.config.method.value
             names = {seed: job.run for seed, job in jobs.items()}
-            arms.append(ArmResult(arm.name, method, _shown(arm.overrides), names, reports, failed))
+            arms.append(ArmResult(arm.name, method, _shown(arm.overrides), names, done, reasons))
         compared = build_comparison(
             arms, reference=self.comparison.reference, unrestrained=settings.unrestrained, joint=settings.joint
         )

@@ -11,14 +11,15 @@ from lifelong_moe.retraining.bounds import Bounds, DocumentLosses, difference_bo
 from lifelong_moe.retraining.decision import ProbeResult
 from lifelong_moe.retraining.gate import forgetting_bounds
 from lifelong_moe.retraining.pooling import pooled_losses
+from lifelong_moe.training.callbacks.logger import Row
 from pipelines.retrain.plan_file import StageFacts
 from pipelines.shared.workspace import require_room
 from pipelines.versions.candidates import Candidate, CandidateTrainer
 from pipelines.versions.gating import kinds_of_text, old_losses
 
 PROBE_LEVEL = 0.05
-"""Level of each bound: 95 % confidence, one-sided."""
-# The gate requires at least 20 samples beyond a bound; here there are 100.
+"""Level of each bound on gain and structure: 95 % confidence, one-sided. Forgetting is bounded at the gate's level."""
+# At level 0.05 they leave 100 samples beyond a bound; the gate requires 20.
 PROBE_RESAMPLES = 2000
 """Bootstrap samples of each bound."""
 
@@ -56,7 +57,7 @@ def probe(trainer: CandidateTrainer, candidate: Candidate, probes: int) -> Probe
         probes: Number of probes of this tick, for the cost.
     """
     short = shortened(trainer, candidate)
-    stage = trainer.train(short, lambda points: None, None)
+    stage = trainer.train(short, _discard, None)
     seed, new, before = short.config.seed, trainer.new, trainer.parent
 
     def bounds(after: DocumentLosses, other: DocumentLosses) -> Bounds:
@@ -69,10 +70,10 @@ def probe(trainer: CandidateTrainer, candidate: Candidate, probes: int) -> Probe
     losses = old_losses(trainer, short, stage)
     forgotten = forgetting_bounds(*losses, kinds=kinds, level=level, resamples=PROBE_RESAMPLES, seed=seed)
     # Divided by their number (Bonferroni): any pool rules the action out, and one of many looks bad by chance.
-    each = level / max(1, len(forgotten))
-    least = [
+    pool_level = level / max(1, len(forgotten))
+    lower_bounds = [
         difference_bounds(
-            *(pooled_losses(side, pool) for side in losses), level=each, resamples=PROBE_RESAMPLES, seed=seed
+            *(pooled_losses(side, pool) for side in losses), level=pool_level, resamples=PROBE_RESAMPLES, seed=seed
         ).lower
         for pool in forgotten
     ]
@@ -85,11 +86,15 @@ def probe(trainer: CandidateTrainer, candidate: Candidate, probes: int) -> Probe
         structure=structure.lower,
         structure_upper=structure.upper,
         forgetting=_largest(one.upper for one in forgotten.values()),
-        forgetting_lower=_largest(least),
+        forgetting_lower=_largest(lower_bounds),
         leak=_largest(trainer.leak(stage, short, name) for name in short.measurements.measurable(without=new)),
         parameters_fraction=(candidate.planned.parameters.total - old) / old,
         cost_fraction=_cost_fraction(trainer, candidate, probes),
     )
+
+
+def _discard(points: list[Row]) -> None:
+    """Send no training curve: a probe has no MLflow run."""
 
 
 def _largest(values: Iterable[float]) -> float:

@@ -1,8 +1,13 @@
 """The one registry of modes: ``routing.mode`` → its settings and its router. Torch-free: routers are imported on use.
 
 A new router is found in three places: a class in a file of its own (``routing/routers/<name>.py``, a subclass of
-:class:`~lifelong_moe.routing.base.Router`), a dataclass of the keys that it reads with its authors' values
-(``config/routing/routers.py``), and a line of :data:`ROUTERS`.
+:class:`~lifelong_moe.routing.base.Router`, or of ``routing/linear.py``'s where it has trained rows), a dataclass of the
+keys that it reads with its authors' values (``config/routing/routers.py``), and a line of :data:`ROUTERS`.
+
+The dataclass derives from :class:`~lifelong_moe.config.routing.shared.ChoosingConfig` if a token has a number of
+experts, else from :class:`~lifelong_moe.config.routing.base.RoutingConfig`, and from a mixin for each of these
+(``config/routing/shared.py``): ``ZLossConfig`` for logits, ``BalancedConfig`` for a balance loss, ``CapacityKeys`` for
+a capacity, ``GroupsConfig`` for groups of experts. The mixins bring these keys with their checks.
 """
 
 from __future__ import annotations

@@ -21,7 +21,10 @@ from lifelong_moe.errors import ConfigError
 
 @dataclass(kw_only=True)
 class TopKConfig(CapacityKeys, ZLossConfig, BalancedConfig):
-    """Trained top-k routing of any kind. Attributes without annotation are no keys; a kind may make them keys."""
+    """Trained top-k routing of any kind.
+
+    Attributes without a type annotation are constants of the mode; a subclass that annotates one makes it a key.
+    """
 
     gate_scale: float = 1.0
     """Factor on the gate weights (DeepSeek-V3: 2.5)."""
@@ -155,7 +158,7 @@ class CustomRouterConfig(GroupsConfig, SigmoidConfig, CountsConfig):
     """Divide the chosen gate weights by their sum (Mixtral)."""
     options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments for the router that ``mode`` names by dotted path."""
-    # Nobody knows, so the number of processes is part of the key.
+    # The router may draw random numbers; to be safe, the number of processes is part of the key.
     draws_per_process: ClassVar[bool] = True
 
     def effective(self, *, grown: bool) -> RoutingConfig:

@@ -25,16 +25,18 @@ if TYPE_CHECKING:
 NGRAM = 16
 """Letters of a run, a power of 2: three or four words. A word that was changed costs about 20 runs."""
 SHARE = 0.5
-"""Of its runs that a near copy has in common with what is known."""
+"""Least share of its own runs that a near copy has in common with a known document."""
 COMMON_SOURCES = 8
-"""Runs in more sources than this (a licence, a greeting, a template) are nobody's own and do not count."""
-OWN = 0.1
-"""Documents of which less than this share of runs is their own are compared with all of them."""
+"""Most sources that have a run in common; a run of more (a licence, a greeting, a template) is *common*, any other is
+a document's *own*. Common runs do not count."""
+LEAST_OWN = 0.1
+"""Least share of a document's runs that must be its own; one with less is judged by all its runs, common ones too."""
 LEAST = SHORT_TEXT - NGRAM + 1
 """Runs below which a document is too short: only equal ones are found, see ``normalized_hash``."""
-_STEPS = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB, 0xD6E8FEB86659FD93, 0xA0761D6478BD642F)
-"""Odd multipliers of 64 bits, one a doubling and one for letters."""
+_MULTIPLIERS = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB, 0xD6E8FEB86659FD93, 0xA0761D6478BD642F)
+"""Odd numbers of 64 bits: the first hashes letters, each other one joins two halves of a run."""
 FILTER_BITS = 24
+"""Low bits of a hash that index the filter of a table: one flag for each value, 16 MiB together."""
 _LOW = np.uint64((1 << FILTER_BITS) - 1)
 
 
@@ -48,9 +50,9 @@ def ngrams(text: str) -> NDArray[np.uint64]:
     codes = np.frombuffer(letters(text).encode("utf-32-le"), dtype="<u4").astype(np.uint64)
     if len(codes) < NGRAM:
         return codes[:0]
-    hashes = _mixed((codes + np.uint64(1)) * np.uint64(_STEPS[0]))
+    hashes = _mixed((codes + np.uint64(1)) * np.uint64(_MULTIPLIERS[0]))
     for i, half in enumerate((1, 2, 4, 8), 1):
-        hashes = _mixed(hashes[:-half] * np.uint64(_STEPS[i]) + hashes[half:])
+        hashes = _mixed(hashes[:-half] * np.uint64(_MULTIPLIERS[i]) + hashes[half:])
     return _distinct(hashes)
 
 
@@ -70,7 +72,7 @@ class _Table:
 
     def __init__(self, documents: Sequence[Document]) -> None:
         self.runs_W = _distinct(np.concatenate([np.zeros(0, np.uint64), *(ngrams(d.text) for d in documents)]))
-        # A filter of 16 MiB with false positives only; `places` confirms each by search.
+        # A filter with false positives only; `places` confirms each by search.
         self.maybe = np.zeros(1 << FILTER_BITS, dtype=bool)
         self.maybe[self.runs_W & _LOW] = True
 
@@ -160,10 +162,10 @@ def without_near_copies(
         # From the split on, so that calling this again with more held-out text gives the same as one call.
         train = sorted([*corpus.train, *corpus.near_copies], key=lambda document: document.hash)
         trained = _Texts.of(train, table)
-        own = np.flatnonzero(owner == name)
-        mine = _Texts(heldout.has_DW[own], heldout.size_D[own], [heldout.sources[i] for i in own])
+        rows = np.flatnonzero(owner == name)
+        held_here = _Texts(heldout.has_DW[rows], heldout.size_D[rows], [heldout.sources[i] for i in rows])
         # Common runs are those of this distribution alone: another one must not make held-out text "common".
-        copies = _judge(trained, heldout, _common([trained, mine]), may_contain=False)
+        copies = _judge(trained, heldout, _common([trained, held_here]), may_contain=False)
         if copies.all():
             raise DataError(
                 f"distributions.{name}: all {len(train)} training documents are near copies of held-out text; let "
@@ -195,10 +197,10 @@ def _judge(new: _Texts, known: _Texts, common_W: NDArray[np.bool_], may_contain:
     is_copy = np.zeros(len(own_D), dtype=bool)
     sides = [(own_D, new.size_D, pairs.row), (own_R, known.size_D, pairs.col)]
     for own, size, side in sides[:1] if may_contain else sides:
-        # What is short, or common but for a little, would be in many documents by chance.
-        judged = (own >= LEAST) & (own >= OWN * size)
+        # A document with few runs of its own would share half of them with many others by chance.
+        judged = (own >= LEAST) & (own >= LEAST_OWN * size)
         is_copy[pairs.row[judged[side] & (pairs.data >= SHARE * own[side])]] = True
-    # New text with next to nothing of its own is judged by the common: nothing is lost with it.
+    # New text with almost no run of its own is a copy if half of all its runs, common ones too, are known.
     is_known_W = np.bincount(known.has_DW.indices, minlength=len(common_W)) > 0
     shared_D = new.has_DW @ is_known_W.astype(np.int64)
-    return is_copy | ((new.size_D >= LEAST) & (own_D < OWN * new.size_D) & (shared_D >= SHARE * new.size_D))
+    return is_copy | ((new.size_D >= LEAST) & (own_D < LEAST_OWN * new.size_D) & (shared_D >= SHARE * new.size_D))

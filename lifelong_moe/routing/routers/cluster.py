@@ -79,8 +79,8 @@ class TokenClusterRouter(Router):
         with torch.autocast(x_TD.device.type, enabled=False):
             features_TF, allowed_TE = self.features(x_TD, context), self.allowed(context)
             # A product each, as a LinearRouter's rows have.
-            available = self.centroids()[: len(self.available)]
-            scores_TE = torch.cat([F.linear(features_TF, c.float()) for c in available], dim=-1)
+            unmasked = self.centroids()[: len(self.available)]
+            scores_TE = torch.cat([F.linear(features_TF, c.float()) for c in unmasked], dim=-1)
             if allowed_TE is not None:
                 scores_TE = scores_TE.masked_fill(~allowed_TE, -math.inf)
             chosen_TK, ids_TK = scores_TE.topk(top_k, dim=-1)
