@@ -13,6 +13,11 @@ from lifelong_moe.plan.architecture import Architecture, first_generation
 from lifelong_moe.plan.spec import StageSpec
 from lifelong_moe.store.record import StageRecord
 
+METRICS: dict[str, Any] = {
+    "tokens": 1000, "seconds": 2.0, "tokens_per_second": 500.0, "epochs": 0.5, "trainable_parameters": 10,
+}  # fmt: skip
+"""What every trained stage tells of its training."""
+
 
 def made_spec(name: str = "one", **changes: Any) -> StageSpec:
     """A stage that learns ``<name>_text`` from random weights, and nothing else."""
@@ -27,11 +32,11 @@ def made_spec(name: str = "one", **changes: Any) -> StageSpec:
 
 
 def made_record(key: str, name: str = "one", **changes: Any) -> StageRecord:
-    """Of a first stage, by default."""
+    """Of a first stage of an earlier version, whose key is taken at its word, by default."""
     spec = made_spec(name)
     architecture = Architecture(spec.model, spec.routing, 300, 0, (first_generation(name, spec.model),))
     plain: dict[str, Any] = {
         "key": key, "name": name, "parent": None, "spec": spec, "architecture": architecture, "data": {}, "split": {},
-        "tokenizer": TokenizerIdentity({"vocab_size": 300}, "t"),
+        "tokenizer": TokenizerIdentity({"vocab_size": 300}, "7" * 64), "schema": 1,
     }  # fmt: skip
     return StageRecord(**plain | changes)

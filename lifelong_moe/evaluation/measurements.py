@@ -5,8 +5,10 @@ Models are named by their keys; a model is loaded only if a measurement is missi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -24,11 +26,43 @@ from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.retraining.bounds import DocumentLosses
 from lifelong_moe.retraining.structure import shuffled_text
 from lifelong_moe.storage.keys import content_key
+from lifelong_moe.storage.plain import PlainError, from_plain
 from lifelong_moe.store.evaluations import EvaluationStore
 
 Load = Callable[[str], LanguageModel]
 """Returns the model of a key, on the device where it is measured."""
 What = Literal["distribution", "documents", "shuffled documents"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredLosses:
+    """Losses by document and assignments by expert, as they are stored."""
+
+    nats: list[float]
+    tokens: list[int]
+    """Scored tokens of each document."""
+    document: list[int]
+    """Place of each among the distribution's held-out documents."""
+    expert_counts: list[list[int]]
+    """Assignments of scored tokens per layer and expert."""
+
+    @classmethod
+    def read(cls, data: Any, documents: float) -> StoredLosses:
+        """From plain JSON data.
+
+        Args:
+            data: What was stored.
+            documents: Number of held-out documents; infinite if it is not known.
+
+        Raises:
+            PlainError: If it is something else.
+        """
+        found = from_plain(cls, data)
+        if not len(found.nats) == len(found.tokens) == len(found.document):
+            raise PlainError("a loss, a number of tokens and a place belong to each document")
+        if not all(0 <= place < documents for place in found.document):
+            raise PlainError(f"must be below {documents}", ".document")
+        return found
 
 
 @dataclass(frozen=True)
@@ -57,7 +91,7 @@ class Measurements:
         return [
             name
             for name in self.config.evaluated
-            if name in self.data.heldout or all(self.store.find(model, self.key(name)) is not None for model in models)
+            if name in self.data.heldout or all(self._stored(model, name) is not None for model in models)
         ]
 
     def key(self, distribution: str, what: What = "distribution") -> str:
@@ -82,13 +116,16 @@ class Measurements:
         """A model's loss on each of these distributions."""
         loaded, found = None, {}
         for name in distributions:
-            if (result := self.store.find(model, self.key(name))) is None:
+            if (result := self._stored(model, name)) is None:
                 # Loading costs more than measuring: once, and only if something is missing.
                 loaded = self.load(model) if loaded is None else loaded
-                result = self._evaluate(loaded, name).to_json()
-                self.store.add(model, self.key(name), result)
-            found[name] = Evaluation(**result)
+                result = self._evaluate(loaded, name)
+                self.store.add(model, self.key(name), result.to_json())
+            found[name] = result
         return found
+
+    def _stored(self, model: str, name: str) -> Evaluation | None:
+        return self.store.find(model, self.key(name), partial(from_plain, Evaluation))
 
     def _evaluate(self, model: LanguageModel, name: str) -> Evaluation:
         settings = self.config.evaluate
@@ -106,22 +143,24 @@ class Measurements:
         found = self._documents(model, distribution, shuffled=shuffled)
         heldout = self.data.heldout_documents[distribution]
         # A bound divides by a document's tokens, so documents without a scored one are left out.
-        scored = [i for i, tokens in enumerate(found["tokens"]) if tokens]
+        scored = [i for i, tokens in enumerate(found.tokens) if tokens]
         return DocumentLosses(
-            np.array(found["nats"])[scored],
-            np.array(found["tokens"])[scored],
-            [heldout[found["document"][i]].source for i in scored],
+            np.array(found.nats)[scored],
+            np.array(found.tokens)[scored],
+            [heldout[found.document[i]].source for i in scored],
         )
 
     def expert_counts(self, model: str, distribution: str) -> list[list[int]]:
         """Assignments of the held-out documents' scored tokens, per layer and expert."""
-        counts: list[list[int]] = self._documents(model, distribution)["expert_counts"]
-        return counts
+        return self._documents(model, distribution).expert_counts
 
-    def _documents(self, model: str, distribution: str, *, shuffled: bool = False) -> dict[str, Any]:
+    def _documents(self, model: str, distribution: str, *, shuffled: bool = False) -> StoredLosses:
         """Losses by document and assignments by expert, as they are stored."""
         key = self.key(distribution, "shuffled documents" if shuffled else "documents")
-        if (found := self.store.find(model, key)) is not None:
+        # Where the documents are gone, only the counts are read.
+        there = self.data.heldout_documents.get(distribution)
+        known = math.inf if there is None else len(there)
+        if (found := self.store.find(model, key, partial(StoredLosses.read, documents=known))) is not None:
             return found
         sources = [document.source for document in self.data.heldout_documents[distribution]]
         shard, chosen = spread_shard(self.data.heldout[distribution], sources, self.config.evaluate.tokens)
@@ -134,12 +173,14 @@ class Measurements:
             distribution=distribution,
             batch_tokens=self.config.evaluate.batch_tokens,
         )
-        found = {name: getattr(measured, name).tolist() for name in ("nats", "tokens")}
-        found |= {"document": chosen[measured.document].tolist(), "expert_counts": measured.expert_counts}
-        # Shuffled characters make more tokens; per original token the two losses compare.
-        if plain is not None:
-            found["tokens"] = plain["tokens"]
-        self.store.add(model, key, found)
+        found = StoredLosses(
+            nats=measured.nats.tolist(),
+            # Shuffled characters make more tokens; per original token the two losses compare.
+            tokens=measured.tokens.tolist() if plain is None else plain.tokens,
+            document=chosen[measured.document].tolist(),
+            expert_counts=measured.expert_counts,
+        )
+        self.store.add(model, key, asdict(found))
         return found
 
     def _shuffled(self, distribution: str, shard: TokenShard, documents: NDArray[np.int64]) -> TokenShard:

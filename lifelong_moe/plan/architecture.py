@@ -10,14 +10,15 @@ from typing import Any
 from lifelong_moe.config.model import ModelConfig
 from lifelong_moe.config.routing.base import RoutingConfig
 from lifelong_moe.config.routing.modes import stored_routing
-from lifelong_moe.storage.plain import from_plain
+from lifelong_moe.storage.grammars import Name
+from lifelong_moe.storage.plain import PlainError, from_plain
 
 
 @dataclass(frozen=True)
 class Generation:
     """Experts, router rows and low-rank changes that one stage added."""
 
-    stage: str
+    stage: Name
     """Name of the stage they were born in."""
     experts: int
     """Number in each layer that grew."""
@@ -59,7 +60,7 @@ class Architecture:
     """Number of frozen generations, the oldest ones."""
     continued: int | None = None
     """An older generation that alone trains on; ``frozen`` then counts all."""
-    labels: tuple[tuple[str, int], ...] = ()
+    labels: tuple[tuple[Name, int], ...] = ()
     """For routing by label: the generation of each distribution learned so far."""
 
     @property
@@ -123,6 +124,33 @@ class Architecture:
         return data
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Architecture:
-        """The inverse of :meth:`to_json`."""
-        return from_plain(cls, {**data, "routing": stored_routing(data["routing"])})
+    def from_json(cls, data: Any) -> Architecture:
+        """The inverse of :meth:`to_json`.
+
+        Raises:
+            PlainError: If the data is no architecture.
+        """
+        if not isinstance(data, Mapping) or "routing" not in data:
+            raise PlainError("not the architecture of a model")
+        found = from_plain(cls, {**data, "routing": stored_routing(data["routing"])})
+        _check(found)
+        return found
+
+
+def _check(architecture: Architecture) -> None:
+    """Require what no type says: that layers, generations and tokens which are named are there."""
+    layers, born = architecture.model.layers, len(architecture.generations)
+    for place, one in enumerate(architecture.generations):
+        numbers = (one.experts, one.delta_rank, *(one.by_layer or ()))
+        named = one.layers or ()
+        fits = all(0 <= layer < layers for layer in named) and len(one.by_layer or range(layers)) == layers
+        if min(numbers) < 0 or not fits:
+            raise PlainError(f"not numbers of experts in {layers} layers", f".generations[{place}]")
+    if not born:
+        raise PlainError("a model has at least one", ".generations")
+    places = {".frozen": (architecture.frozen, born + 1), ".continued": (architecture.continued or 0, born)}
+    places |= {f".labels.{name}": (place, born) for name, place in architecture.labels}
+    places |= {".bos_id": (architecture.bos_id, architecture.vocab_size)}
+    for path, (number, end) in places.items():
+        if not 0 <= number < end:
+            raise PlainError(f"must lie in 0 to {end - 1}, not be {number}", path)

@@ -26,7 +26,8 @@ from lifelong_moe.config.routing.modes import stored_routing
 from lifelong_moe.config.training import FinetuneConfig, OptimConfig
 from lifelong_moe.plan.architecture import Architecture, Generation, first_generation
 from lifelong_moe.plan.phase import Phase, Trains
-from lifelong_moe.storage.plain import from_plain
+from lifelong_moe.storage.grammars import Name
+from lifelong_moe.storage.plain import PlainError, from_plain
 
 HASH_WARMUP = 0.1
 """Share of the first stage that trains with hash routing before centroids of hidden states are fitted."""
@@ -38,22 +39,22 @@ _REPLAY = {"replay_fraction": "fraction", "replay_source": "source", "replay_buf
 class StageSpec:
     """All settings of a stage. Mechanisms that are off are None, so that equal work has equal keys."""
 
-    name: str
-    data: str
+    name: Name
+    data: Name
     """The distribution it learns."""
     parent: int | None
     """Index of the stage it continues; None begins from random weights."""
-    replayed: tuple[str, ...]
+    replayed: tuple[Name, ...]
     """Earlier distributions whose text is mixed in; without a parent, those that are learned at the same time."""
     replay_weights: tuple[int, ...]
     """Turns of each in a round."""
     replay: ReplayConfig
     """Its source and buffer also apply to the text for the Fisher information."""
-    fisher_data: tuple[str, ...]
+    fisher_data: tuple[Name, ...]
     """Earlier distributions for the Fisher information; empty without EWC, or with generated text."""
     tokens: int
     grow: GrowConfig | None
-    continues: str | None
+    continues: Name | None
     """Birth stage of the experts that alone train on; None trains new ones, or those that trained last."""
     trunk: TrunkConfig | None
     """None trains the shared parts like everything else."""
@@ -246,8 +247,14 @@ class StageSpec:
         return data | {name: replay[key] for name, key in _REPLAY.items()}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> StageSpec:
-        """The inverse of :meth:`to_json`."""
+    def from_json(cls, data: Any) -> StageSpec:
+        """The inverse of :meth:`to_json`.
+
+        Raises:
+            PlainError: If the data is no specification.
+        """
+        if not isinstance(data, Mapping) or not {"routing", *_REPLAY} <= set(data):
+            raise PlainError("not the specification of a stage")
         # Earlier versions trained in one process, and their stages do not say so.
         replay = {key: data[name] for name, key in _REPLAY.items()}
         others = {name: value for name, value in data.items() if name not in _REPLAY}

@@ -33,10 +33,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from lifelong_moe.errors import CorruptError
 from lifelong_moe.evaluation.routing import RoutingStatistics, dead_experts, routing_statistics
 from lifelong_moe.reports.matrix import backward_transfer, forgetting, forward_transfer
-from lifelong_moe.storage.plain import from_plain
+from lifelong_moe.storage.grammars import Key, Name, Sha256
+from lifelong_moe.storage.plain import PlainError, from_plain
 
 if TYPE_CHECKING:  # torch is imported there
     from lifelong_moe.evaluation.loss import Evaluation
@@ -49,12 +49,12 @@ SCHEMA = 3
 class StageReport:
     """A stage in the report, its fields in the order of the file."""
 
-    name: str
-    data: str
+    name: Name
+    data: Name
     """The stage's distribution."""
-    learns: Sequence[str]
+    learns: Sequence[Name]
     """Distributions that it trains on to learn them: ``[data]``, or all of a joint stage."""
-    key: str
+    key: Key
     routing: str
     experts_per_layer: int
     parameters_total: int
@@ -69,7 +69,7 @@ class StageReport:
     """Passes over the stage's own text."""
     shared: bool
     """Whether another run trained it."""
-    weights_sha256: str
+    weights_sha256: Sha256
     training: Mapping[str, Any]
     """Everything else that training measured."""
 
@@ -90,11 +90,11 @@ class Report:
     """The content of ``report.json``; the table above explains the fields."""
 
     schema: int = SCHEMA
-    run: str
-    method: str
+    run: Name
+    method: Name
     seed: int
-    distributions: Sequence[str]
-    not_measured: Sequence[str] = ()
+    distributions: Sequence[Name]
+    not_measured: Sequence[Name] = ()
     loss_at_init: Sequence[float]
     bits_per_byte_at_init: Sequence[float]
     loss_nats_per_token: Sequence[Sequence[float]]
@@ -110,24 +110,22 @@ class Report:
     dead_experts: int | None = None
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Report:
+    def from_json(cls, data: Any) -> Report:
         """Read a report of this version or an earlier one.
 
         Raises:
-            CorruptError: If a later version wrote it.
+            PlainError: If it is no report, or a later version wrote it.
         """
-        if data["schema"] > SCHEMA:
-            raise CorruptError(
-                f"the report of run {data['run']} has schema {data['schema']}, but this version reads up to {SCHEMA}; "
-                f"update lifelong-moe."
+        if not isinstance(data, Mapping) or not isinstance(schema := data.get("schema"), int):
+            raise PlainError("not the report of a run")
+        if schema > SCHEMA:
+            raise PlainError(
+                f"the report of run {data.get('run')} has schema {schema}, but this version reads up to {SCHEMA}; "
+                f"update lifelong-moe"
             )
-        # Schema 2 called a distribution's unused experts dead.
-        renamed = {"dead_experts": "unused_experts"}
-        routing = {
-            name: {renamed.get(key, key): value for key, value in statistics.items()}
-            for name, statistics in data["routing"].items()
-        }
-        return from_plain(cls, {**data, "routing": routing})
+        report = from_plain(cls, {**data, "routing": _renamed(data.get("routing"))})
+        _check(report)
+        return report
 
     def to_json(self) -> Mapping[str, Any]:
         """Plain JSON data, in the order of the table above."""
@@ -136,6 +134,38 @@ class Report:
     def learned_last(self) -> dict[str, int]:
         """For each measured distribution that a stage learned, the index of the last such stage."""
         return {name: places[-1] for name, places in _learned_after(self.distributions, self.stages).items()}
+
+
+def as_written(data: Any) -> Mapping[str, Any]:
+    """A stored report as it was written, with every key of an earlier version; arguments and errors as for
+    :meth:`Report.from_json`."""
+    Report.from_json(data)
+    written: Mapping[str, Any] = data
+    return written
+
+
+def _renamed(routing: Any) -> Any:
+    """Statistics of a report under their current names."""
+    # Schema 2 called a distribution's unused experts dead. What is no mapping, `from_plain` refuses.
+    names = {"dead_experts": "unused_experts"}
+    if not isinstance(routing, Mapping) or not all(isinstance(one, Mapping) for one in routing.values()):
+        return routing
+    return {name: {names.get(key, key): value for key, value in one.items()} for name, one in routing.items()}
+
+
+def _check(report: Report) -> None:
+    """Require that matrices have a row for each stage and a column for each distribution."""
+    width, height = len(report.distributions), len(report.stages)
+    for name in ("loss_nats_per_token", "bits_per_byte"):
+        rows = getattr(report, name)
+        if not rows or len(rows) != height or any(len(row) != width for row in rows):
+            raise PlainError(f"must have {height} rows of {width} numbers", f".{name}")
+    for name in ("loss_at_init", "bits_per_byte_at_init"):
+        if len(getattr(report, name)) != width:
+            raise PlainError(f"must have {width} numbers", f".{name}")
+    for name in ("bytes_per_token", "routing", "expert_counts"):
+        if set(getattr(report, name)) != set(report.distributions):
+            raise PlainError("must have an entry for each distribution", f".{name}")
 
 
 def _learned_after(distributions: Sequence[str], stages: Sequence[StageReport]) -> dict[str, list[int]]:

@@ -1,22 +1,19 @@
-"""Write, verify and remove directories that exist whole or not at all, whatever kills the process."""
+"""Write and remove directories that exist whole or not at all, whatever kills the process."""
 
 from __future__ import annotations
 
 import errno
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 
-from lifelong_moe.errors import CorruptError, ResourceError, disk_is_full
+from lifelong_moe.errors import ResourceError, disk_is_full
 from lifelong_moe.storage.files import rename, sync
 from lifelong_moe.storage.keys import canonical_json, file_sha256
 from lifelong_moe.storage.temporary import temporary
-
-MANIFEST = "manifest.json"
+from lifelong_moe.storage.verified import MANIFEST
 
 
 @contextmanager
@@ -83,28 +80,3 @@ def remove_directory(path: Path) -> None:
         rename(path, work / path.name)
         # `rename` flushes the new name's folder. The old name must be gone for good before the first file is.
         sync(path.parent)
-
-
-def verify_directory(directory: Path) -> dict[str, Any]:
-    """Check every file against the manifest.
-
-    Returns:
-        The manifest.
-
-    Raises:
-        CorruptError: If a file is missing, or its hash differs; names the file and both hashes.
-    """
-    manifest_path = directory / MANIFEST
-    try:
-        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
-        entries = manifest["files"].items()
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise CorruptError(f"{manifest_path}: unreadable ({type(error).__name__}); the directory is damaged.") from None
-    for name, entry in entries:
-        path = directory / name
-        if not path.is_file():
-            raise CorruptError(f"{path}: missing, but the manifest lists it.")
-        found = file_sha256(path)
-        if found != entry["sha256"]:
-            raise CorruptError(f"{path}: SHA-256 is {found}, but the manifest says {entry['sha256']}.")
-    return manifest

@@ -1,18 +1,40 @@
-"""Build dataclasses from plain JSON data: the inverse of ``dataclasses.asdict``."""
+"""Build dataclasses from plain JSON data: the inverse of ``dataclasses.asdict``.
+
+Whoever wrote a stored file, its values have the types and the grammars of the fields that they fill, or it is refused.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import is_dataclass
+import math
+import reprlib
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import MISSING, fields, is_dataclass
 from enum import StrEnum
-from functools import partial
+from functools import cache
 from types import NoneType, UnionType
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints, is_typeddict
+
+from lifelong_moe.errors import LifelongError
+from lifelong_moe.storage.grammars import Grammar
 
 T = TypeVar("T")
+MOST = 1 << 63
+"""Numbers of 64 bits and below: what we write, and what NumPy and PyTorch can hold."""
 
 
-def from_plain(kind: type[T], data: Mapping[str, Any]) -> T:
+class PlainError(ValueError):
+    """Plain data is not what it should be. The message begins with the path of the field, once it is known."""
+
+    def __init__(self, reason: str, path: str = "") -> None:
+        self.reason, self.path = reason, path
+        super().__init__(f"{path.removeprefix('.')}: {reason}" if path else reason)
+
+    def within(self, step: str) -> PlainError:
+        """The same error, seen from one level further out; ``step`` is ``.field`` or ``[index]``."""
+        return PlainError(self.reason, step + self.path)
+
+
+def from_plain(kind: type[T], data: object) -> T:
     """Build a dataclass, and the dataclasses, enumerations, tuples and mappings within it.
 
     Args:
@@ -20,29 +42,152 @@ def from_plain(kind: type[T], data: Mapping[str, Any]) -> T:
         data: Values by field name; absent fields get their defaults.
 
     Raises:
-        TypeError: If a field without a default is absent, or a name is no field.
+        PlainError: If ``data`` is no mapping, a field without a default is absent, a name is no field, or a value
+            has another type or grammar than its field; names the field, such as ``versions[2].stages[0].key``.
     """
-    hints = get_type_hints(kind)
-    # Names without a hint pass through, so that the dataclass itself rejects them.
-    return kind(**{name: _built(hints.get(name, Any), value) for name, value in data.items()})
+    hints, values = _hints(cast(Hashable, kind)), _mapping(data)
+    for name in values:
+        if name not in hints:
+            raise PlainError("no such field", f".{name}")
+    for one in fields(kind):  # type: ignore[arg-type]
+        if one.init and one.name not in values and one.default is MISSING and one.default_factory is MISSING:
+            raise PlainError("missing", f".{one.name}")
+    built = {name: _under(f".{name}", hints[name], value) for name, value in values.items()}
+    try:
+        return kind(**built)
+    # A section's own rules, such as that a number must be positive.
+    except LifelongError as error:
+        raise PlainError(str(error)) from None
+
+
+@cache
+def _hints(kind: Any) -> Mapping[str, Any]:
+    """Types of a dataclass's fields, grammars included."""
+    hints = get_type_hints(kind, include_extras=True)
+    return {one.name: hints[one.name] for one in fields(kind) if one.init}
+
+
+def _mapping(data: object) -> Mapping[str, Any]:
+    if not isinstance(data, Mapping) or not all(isinstance(name, str) for name in data):
+        raise _wrong("an object with named fields", data)
+    return data
+
+
+def _under(step: str, hint: Any, value: Any) -> Any:
+    """Build a value that stands at ``step`` of what is being built."""
+    try:
+        return _built(hint, value)
+    except PlainError as error:
+        raise error.within(step) from None
 
 
 def _built(hint: Any, value: Any) -> Any:
-    if isinstance(hint, UnionType):
-        if value is None:
-            return None
-        # The first alternative decides; in `int | list[int]` either value is plain data and passes unchanged.
-        hint = next(one for one in get_args(hint) if one is not NoneType)
-    if get_origin(hint) is tuple:
-        *items, last = get_args(hint)
-        items = items * len(value) if last is Ellipsis else [*items, last]
-        return tuple(map(_built, items, value))
-    if get_origin(hint) in (dict, Mapping):
-        return {name: _built(get_args(hint)[1], one) for name, one in value.items()}
-    if isinstance(hint, type) and issubclass(hint, StrEnum):
-        return hint(value)
-    if isinstance(hint, type) and is_dataclass(hint) and not is_dataclass(value):
-        # A dataclass that earlier versions wrote in another form reads that form itself.
-        read = getattr(hint, "from_json", partial(from_plain, hint))
-        return read(value)
+    origin = get_origin(hint)
+    if origin is Annotated:
+        return _in_grammar(hint, value)
+    if origin in (Union, UnionType):
+        return _one_of(get_args(hint), value)
+    if origin is Literal:
+        if not any(type(value) is type(one) and value == one for one in get_args(hint)):
+            raise _wrong(f"one of {', '.join(map(str, get_args(hint)))}", value)
+        return value
+    if origin is tuple:
+        return _tuple(get_args(hint), value)
+    if origin in (list, Sequence):
+        return [_under(f"[{i}]", get_args(hint)[0], one) for i, one in enumerate(_items(value))]
+    if origin in (dict, Mapping):
+        key, kind = get_args(hint)
+        return _table(key, kind, _mapping(value))
+    return _plain(hint, value)
+
+
+def _in_grammar(hint: Any, value: Any) -> Any:
+    kind, *grammars = get_args(hint)
+    built = _built(kind, value)
+    for grammar in grammars:
+        if isinstance(grammar, Grammar) and not grammar.allows(built):
+            raise _wrong(grammar.words, value)
+    return built
+
+
+def _one_of(hints: Sequence[Any], value: Any) -> Any:
+    """Build the first alternative that the value fits."""
+    others = [one for one in hints if one is not NoneType]
+    if value is None and len(others) < len(hints):
+        return None
+    for hint in others[:-1]:
+        try:
+            return _built(hint, value)
+        except PlainError:
+            continue
+    return _built(others[-1], value)
+
+
+def _tuple(hints: Sequence[Any], value: Any) -> tuple[Any, ...]:
+    values = _items(value)
+    if hints[-1] is Ellipsis:
+        hints = [hints[0]] * len(values)
+    elif len(values) != len(hints):
+        raise _wrong(f"a list of {len(hints)}", value)
+    return tuple(_under(f"[{i}]", hint, one) for i, (hint, one) in enumerate(zip(hints, values, strict=True)))
+
+
+def _items(value: Any) -> Sequence[Any]:
+    if not isinstance(value, (list, tuple)):
+        raise _wrong("a list", value)
     return value
+
+
+def _table(key: Any, hint: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    return {_under(f".{name}", key, name): _under(f".{name}", hint, one) for name, one in values.items()}
+
+
+def _plain(hint: Any, value: Any) -> Any:
+    """Build what stands for itself: a number, a text, a value of an enumeration, a dataclass."""
+    if hint in (Any, object):
+        return value
+    if hint is float:
+        return _number(value)
+    # In Python a boolean is an integer; in JSON it is not.
+    if isinstance(value, bool) and hint is not bool:
+        raise _wrong(_words(hint), value)
+    if hint is int and isinstance(value, int) and not -MOST <= value < MOST:
+        raise _wrong("a number of at most 64 bits", value)
+    if is_typeddict(hint):
+        return _typed_dict(hint, _mapping(value))
+    # Built before, such as a routing section, whose class depends on its mode.
+    if isinstance(value, hint):
+        return value
+    if issubclass(hint, StrEnum):
+        if not isinstance(value, str) or value not in list(hint):
+            raise _wrong(f"one of {', '.join(hint)}", value)
+        return hint(value)
+    if is_dataclass(hint):
+        # A dataclass that earlier versions wrote in another form reads that form itself.
+        read = getattr(hint, "from_json", None)
+        return from_plain(cast(type, hint), value) if read is None else read(_mapping(value))
+    raise _wrong(_words(hint), value)
+
+
+def _number(value: Any) -> float:
+    # An integer stays one: what is read is written again as it was.
+    whole = isinstance(value, int) and not isinstance(value, bool) and -MOST <= value < MOST
+    if not whole and not (isinstance(value, float) and math.isfinite(value)):
+        raise _wrong("a finite number", value)
+    return value
+
+
+def _typed_dict(hint: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    hints = get_type_hints(hint, include_extras=True)
+    for name in hints.keys() ^ values.keys():
+        raise PlainError("missing" if name in hints else "no such field", f".{name}")
+    return {name: _under(f".{name}", hints[name], value) for name, value in values.items()}
+
+
+def _words(hint: Any) -> str:
+    return {int: "a whole number", str: "a text", bool: "true or false"}.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+def _wrong(words: str, value: Any) -> PlainError:
+    # Shortened: a hostile file may hold anything, of any size.
+    return PlainError(f"must be {words}, not {reprlib.repr(value)}")

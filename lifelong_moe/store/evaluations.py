@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from lifelong_moe.errors import CorruptError
 from lifelong_moe.storage.files import write_atomic
+from lifelong_moe.storage.grammars import Key
 from lifelong_moe.storage.keys import SHORT, canonical_json
+from lifelong_moe.storage.plain import PlainError, from_plain
+from lifelong_moe.storage.stored import read_stored
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class StoredEvaluation:
+    """The content of a file."""
+
+    stage: Key
+    data: Key
+    """Hash of the held-out text and the settings."""
+    result: Any
+    """Plain JSON data of whoever measured."""
 
 
 class EvaluationStore:
@@ -19,15 +38,15 @@ class EvaluationStore:
     def _path(self, stage_key: str, data_key: str) -> Path:
         return self.root / f"{stage_key[:SHORT]}-{data_key[:SHORT]}.json"
 
-    def find(self, stage_key: str, data_key: str) -> dict[str, Any] | None:
-        """A stored evaluation, or None if there is none."""
+    def find(self, stage_key: str, data_key: str, build: Callable[[Any], T]) -> T | None:
+        """What ``build`` makes of a stored evaluation, or None if there is none."""
+        path = self._path(stage_key, data_key)
         try:
-            stored = json.loads(self._path(stage_key, data_key).read_text(encoding="utf-8"))
-            same = stored["stage"] == stage_key and stored["data"] == data_key
-        except (OSError, ValueError, KeyError, TypeError):
+            stored = read_stored(path, partial(from_plain, StoredEvaluation))
+            # File names hold 16 digits of each key, so the full keys inside decide.
+            return build(stored.result) if (stored.stage, stored.data) == (stage_key, data_key) else None
+        except (FileNotFoundError, CorruptError, PlainError):
             return None  # A damaged file counts as absent: measuring again restores it.
-        # File names hold 16 digits of each key, so the full keys inside decide.
-        return stored["result"] if same else None
 
     def add(self, stage_key: str, data_key: str, result: dict[str, Any]) -> None:
         """Store an evaluation atomically."""

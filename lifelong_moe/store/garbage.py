@@ -15,23 +15,27 @@ that have expired, by both clocks are collected. So the newest stage and files f
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from graphlib import TopologicalSorter
+from functools import partial
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
-from lifelong_moe.data.text.batches import BatchStore
+from lifelong_moe.data.text.batches import BatchStore, read_manifest
 from lifelong_moe.errors import CorruptError
 from lifelong_moe.storage.directories import remove_directory
+from lifelong_moe.storage.grammars import Key
 from lifelong_moe.storage.keys import SHORT, content_key
 from lifelong_moe.storage.locks import locked
+from lifelong_moe.storage.plain import PlainError, from_plain
+from lifelong_moe.storage.stored import naming, read_json, read_stored
 from lifelong_moe.storage.temporary import GRACE_SECONDS
 from lifelong_moe.store.batch_text import read_heads, removable_texts, remove_batch_text
+from lifelong_moe.store.evaluations import StoredEvaluation
 
 TOKENS_SECONDS = 30 * 24 * 3600.0
 """A month since they were last opened; token shards can be made again from their text."""
@@ -99,7 +103,11 @@ def dependants_first(keys: Collection[str], needs: Mapping[str, Collection[str]]
     """Order keys so that each stands before those that it needs."""
     # A removal that is killed halfway then leaves no stage without its parent or a holder of its tensors.
     among = {key: [need for need in needs[key] if need in keys] for key in sorted(keys)}
-    return list(TopologicalSorter(among).static_order())[::-1]
+    try:
+        return list(TopologicalSorter(among).static_order())[::-1]
+    except CycleError as error:
+        around = ", ".join(key[:SHORT] for key in error.args[1])
+        raise CorruptError(f"stages {around} need each other in a circle, so nothing is removed.") from None
 
 
 def find_garbage(root: Path, cache: Path, now: float, grace: float = GRACE_SECONDS) -> Garbage:
@@ -212,28 +220,44 @@ class _StageNode:
     """Key of the evaluations of the untrained model that this stage's chain began from, if it is a first stage."""
 
 
+@dataclass(frozen=True)
+class _Named:
+    """The stages that a stage's record names."""
+
+    key: Key
+    parent: Key | None
+    borrowed: Mapping[str, Key]
+    seed: int | None = None
+
+    @classmethod
+    def read(cls, config: Any) -> _Named:
+        # Only this much of the record: a stage that a later version wrote still names its parent and holders.
+        if not isinstance(config, dict):
+            raise PlainError("not the record of a stage")
+        spec = config.get("spec")
+        seed = spec.get("seed") if isinstance(spec, dict) else None
+        known = {name: config[name] for name in ("key", "parent", "borrowed") if name in config}
+        return from_plain(cls, known | {"seed": seed})
+
+
 def _stages(root: Path) -> Iterator[_StageNode]:
     for directory in sorted(root.glob("stages/[!.]*/")):
         config = _read(directory / "config.json")
-        if not isinstance(config, dict) or not {"key", "parent", "borrowed"} <= set(config):
-            raise CorruptError(
-                f"{directory / 'config.json'}: not the configuration of a stage, so nothing is removed. "
-                "Restore the file or delete the stage."
-            )
-        needs = {*config["borrowed"].values(), *filter(None, [config["parent"]])}
-        # Read as plain data: a stage that a later version wrote still names its parent and holders.
-        init = {"init": config.get("architecture"), "seed": (config.get("spec") or {}).get("seed")}
-        yield _StageNode(_stored(directory, config["key"]), needs, content_key(init))
+        with naming(directory / "config.json"):
+            named = _Named.read(config)
+        needs = {*named.borrowed.values(), *filter(None, [named.parent])}
+        init = {"init": config.get("architecture"), "seed": named.seed}
+        yield _StageNode(_stored(directory, named.key), needs, content_key(init))
 
 
 def _evaluations(root: Path) -> list[Stored]:
     found = []
     for path in sorted(root.glob("evaluations/[!.]*.json")):
         try:
-            key = json.loads(path.read_text(encoding="utf-8"))["stage"]
-        except (ValueError, KeyError, TypeError):
+            stored = read_stored(path, partial(from_plain, StoredEvaluation))
+        except CorruptError:
             continue  # A damaged file is replaced when its stage is evaluated again.
-        found.append(_stored(path, key))
+        found.append(_stored(path, stored.stage))
     return found
 
 
@@ -247,8 +271,8 @@ def _heldout(root: Path) -> list[Stored]:
 
 def _batches(root: Path) -> list[Stored]:
     """Directories of all batches, each under its hash."""
-    manifests = {path.parent: _read(path) for path in sorted(root.glob("batches/[!.]*/manifest.json"))}
-    return [_stored(path, manifest["hash"]) for path, manifest in manifests.items()]
+    manifests = {path.parent: read_manifest(path) for path in sorted(root.glob("batches/[!.]*/manifest.json"))}
+    return [_stored(path, manifest.hash) for path, manifest in manifests.items()]
 
 
 def _removable_texts(root: Path) -> list[Stored]:
@@ -275,9 +299,10 @@ def _newest(root: Path, stages: Iterable[Stored]) -> float:
 
 
 def _read(path: Path) -> Any:
+    hint = "Its references are unknown, so nothing is removed; restore or delete it."
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, FileNotFoundError) as error:
-        raise CorruptError(
-            f"{path}: unreadable ({error}), so its references are unknown and nothing is removed. Restore or delete it."
-        ) from None
+        return read_json(path)
+    except FileNotFoundError:
+        raise CorruptError(f"{path}: missing. {hint}") from None
+    except CorruptError as error:
+        raise CorruptError(f"{error} {hint}") from None

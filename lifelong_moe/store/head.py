@@ -13,8 +13,9 @@ from typing import Any
 
 from lifelong_moe.config.data import KeepText
 from lifelong_moe.data.tokens.records import TextRecord
-from lifelong_moe.errors import ConfigError, CorruptError
-from lifelong_moe.storage.plain import from_plain
+from lifelong_moe.errors import ConfigError
+from lifelong_moe.storage.grammars import Key, Name, RunId, Sha256
+from lifelong_moe.storage.plain import PlainError, from_plain
 from lifelong_moe.store.ticks import BestLoss, LastTick, SettledBatch
 from lifelong_moe.store.versions import Kind, Version, VersionStage
 
@@ -26,17 +27,17 @@ SCHEMA = 1
 class MlflowState:
     """What MLflow already holds of a run: continuing a run appends, repeating it adds nothing."""
 
-    run: str | None = None
+    run: RunId | None = None
     """Id of the run's own MLflow run."""
-    stages: Mapping[str, str] = field(default_factory=dict)
+    stages: Mapping[Key, RunId] = field(default_factory=dict)
     """Id of each stage's child run, by the stage's key."""
-    logged: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    logged: Mapping[Key, Mapping[str, float]] = field(default_factory=dict)
     """Summary metrics that each stage's child run holds, by the stage's key."""
-    ticks: Mapping[str, str] = field(default_factory=dict)
+    ticks: Mapping[Sha256, RunId] = field(default_factory=dict)
     """Id of each tick's run, by the hash of its batch."""
-    content: str | None = None
+    content: Key | None = None
     """Key of the stages and evaluations whose recording was completed."""
-    replaced: tuple[str, ...] = ()
+    replaced: tuple[RunId, ...] = ()
     """MLflow runs of an earlier run of this name, not yet marked as replaced."""
 
     def restarted(self) -> MlflowState:
@@ -48,41 +49,41 @@ class MlflowState:
 class RunHead:
     """The state of a run. Immutable: each change makes a new head."""
 
-    run: str
-    method: str
+    run: Name
+    method: Name
     seed: int
     config: dict[str, Any]
     """As written by the user, interpolations unresolved."""
-    plan: tuple[str, ...]
+    plan: tuple[Key, ...]
     """Keys of all planned stages."""
-    names: tuple[str, ...]
+    names: tuple[Name, ...]
     """Names of the planned stages."""
-    stages: tuple[str, ...] = ()
+    stages: tuple[Key, ...] = ()
     """Keys of the committed stages."""
-    trained: tuple[str, ...] = ()
+    trained: tuple[Key, ...] = ()
     """Keys of the stages that this run trains itself; others it shares."""
-    data: Mapping[str, str] = field(default_factory=dict)
+    data: Mapping[Name, Sha256] = field(default_factory=dict)
     """Hash of each distribution's training documents."""
-    texts: Mapping[str, TextRecord] = field(default_factory=dict)
+    texts: Mapping[Name, TextRecord] = field(default_factory=dict)
     """Metadata of each distribution's text, which outlives the text."""
-    tokenizer: str | None = None
+    tokenizer: Sha256 | None = None
     """Hash of the tokenizer."""
-    centroids: str | None = None
+    centroids: Key | None = None
     """Key of the centroids fitted on the first stage's text."""
     mlflow: MlflowState = field(default_factory=MlflowState)
     versions: tuple[Version, ...] = ()
     """All models that have served, oldest first; empty before the first ``retrain``, ``drop`` or ``consolidate``."""
     champion_id: int | None = None
     """Id of the version that serves."""
-    batches: Mapping[str, SettledBatch] = field(default_factory=dict)
+    batches: Mapping[Sha256, SettledBatch] = field(default_factory=dict)
     """Settled batches, by hash."""
-    waiting: str | None = None
+    waiting: Sha256 | None = None
     """Hash of the batch that the last tick could not settle."""
-    open: tuple[str, ...] = ()
+    open: tuple[Sha256, ...] = ()
     """Hashes of the batches that may have left text, in the order in which ticks opened them."""
     keep_text: KeepText = KeepText.always
     """The last tick's ``inbox.keep_text``."""
-    best: Mapping[str, BestLoss] = field(default_factory=dict)
+    best: Mapping[Name, BestLoss] = field(default_factory=dict)
     """The lowest loss of any stage so far, by distribution."""
     last_tick: LastTick | None = None
 
@@ -96,26 +97,24 @@ class RunHead:
         return {"schema": SCHEMA, **kept}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> RunHead:
+    def from_json(cls, data: Any) -> RunHead:
         """Read a head that this or an earlier version wrote.
 
         Raises:
-            CorruptError: If the data is no head, or of a later schema.
+            PlainError: If the data is no head, or of a later schema.
         """
         if isinstance(data, Mapping) and data.get("schema", SCHEMA) != SCHEMA:
-            raise CorruptError(
-                f"written by a later version of lifelong-moe (schema {data['schema']}; this one reads {SCHEMA})."
+            raise PlainError(
+                f"written by a later version of lifelong-moe (schema {data['schema']}; this one reads {SCHEMA})"
             )
         # A damaged file may hold any JSON, lists and strings included.
         if not isinstance(data, Mapping) or not set(REQUIRED) <= set(data):
-            raise CorruptError("not the head of a run.")
-        try:
-            mlflow = _without_unknown(MlflowState, data.get("mlflow", {}))
-            fields = {**data, "champion_id": data.get("champion"), "config": _config(data["config"]), "mlflow": mlflow}
-            head = from_plain(cls, _without_unknown(cls, fields))
-            return replace(head, versions=tuple(_with_split(version, head.batches) for version in head.versions))
-        except (AttributeError, TypeError, ValueError) as error:
-            raise CorruptError(f"not the head of a run ({error}).") from None
+            raise PlainError("not the head of a run")
+        mlflow = _without_unknown(MlflowState, data.get("mlflow", {}))
+        fields = {**data, "champion_id": data.get("champion"), "config": _config(data["config"]), "mlflow": mlflow}
+        head = from_plain(cls, _without_unknown(cls, fields))
+        _check(head)
+        return replace(head, versions=tuple(_with_split(version, head.batches) for version in head.versions))
 
     @property
     def committed(self) -> dict[str, str]:
@@ -246,17 +245,32 @@ REQUIRED = tuple(one.name for one in dataclasses.fields(RunHead)[:7])
 """Fields that every head has."""
 
 
-def _without_unknown(kind: type[RunHead] | type[MlflowState], data: Mapping[str, Any]) -> Mapping[str, Any]:
+def _without_unknown(kind: type[RunHead] | type[MlflowState], data: Any) -> Any:
     """The entries that the dataclass has a field for."""
-    # Earlier versions wrote more fields than are read today.
+    # Earlier versions wrote more fields than are read today. What is no mapping, `from_plain` refuses.
+    if not isinstance(data, Mapping):
+        return data
     return {one.name: data[one.name] for one in dataclasses.fields(kind) if one.name in data}
 
 
-def _config(config: Mapping[str, Any]) -> dict[str, Any]:
+def _check(head: RunHead) -> None:
+    """Require what no type says: that names and keys belong together, and that each version stands in its place."""
+    if len(head.names) != len(head.plan):
+        raise PlainError(f"names: {len(head.names)} for the {len(head.plan)} stages of the plan")
+    for place, version in enumerate(head.versions):
+        before = version.before
+        if version.id != place or not version.stages or (before is not None and not 0 <= before < place):
+            raise PlainError(f"versions[{place}]: not a version with stages that follows earlier ones")
+    if head.champion_id is not None and not 0 <= head.champion_id < len(head.versions):
+        raise PlainError(f"champion: {head.champion_id}, but there are {len(head.versions)} versions")
+
+
+def _config(config: Any) -> Any:
     """A configuration with renamed keys under their current names."""
-    trainer = dict(config.get("trainer") or {})
-    if "gradient_clip_val" not in trainer:
-        return dict(config)
+    trainer = config.get("trainer") if isinstance(config, Mapping) else None
+    if not isinstance(trainer, Mapping) or "gradient_clip_val" not in trainer:
+        return config
+    trainer = dict(trainer)
     # An explicit value of the new key wins over that of the old one.
     return {**config, "trainer": {"gradient_clip": trainer.pop("gradient_clip_val"), **trainer}}
 

@@ -5,6 +5,7 @@ One expert is traced back in :mod:`lifelong_moe.store.trace`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -81,5 +82,5 @@ def _range(numbers: list[int]) -> str:
 def work_under_way(work: Path) -> int | None:
     """Step of the newest step checkpoint under a stage's work directory; None if there is none."""
     # Names are step-<phase>-<step>, zero-padded, so they sort by age.
-    found = sorted(work.glob("step-*"))
-    return int(found[-1].name.rsplit("-", 1)[1]) if found else None
+    found = sorted(path.name for path in work.glob("step-*") if re.fullmatch(r"step-([0-9]-)?[0-9]{8,12}", path.name))
+    return int(found[-1].rsplit("-", 1)[1]) if found else None

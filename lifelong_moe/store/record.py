@@ -10,28 +10,29 @@ from typing import Any, Self
 from lifelong_moe.data.tokens.identity import TokenizerIdentity
 from lifelong_moe.plan.architecture import Architecture
 from lifelong_moe.plan.spec import StageSpec
-from lifelong_moe.storage.plain import from_plain
+from lifelong_moe.storage.grammars import Key, Name, Sha256
+from lifelong_moe.storage.plain import PlainError, from_plain
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageRecord:
     """The origin of a stage and the model that it produced."""
 
-    key: str
-    name: str
-    parent: str | None
+    key: Key
+    name: Name
+    parent: Key | None
     """Key of the stage that it continues or is derived from."""
     spec: StageSpec
     """A derived stage repeats the spec of its source, which still describes the training."""
     architecture: Architecture
-    data: dict[str, str]
+    data: dict[Name, Sha256]
     """Hash of the training documents by distribution; empty if it read none."""
-    split: dict[str, str]
+    split: dict[Name, Sha256]
     """:attr:`lifelong_moe.data.text.documents.Corpus.split_hash` by distribution, of the text that it read."""
     read_near_copies: bool = False
     """Whether near copies of held-out text were trained on, as stages of earlier versions did."""
     tokenizer: TokenizerIdentity
-    borrowed: dict[str, str] = field(default_factory=dict)
+    borrowed: dict[str, Key] = field(default_factory=dict)
     """For each tensor that another stage holds, the key of that stage."""
     derived: dict[str, Any] | None = None
     """How a stage that was not trained was made, and from what; its key is a hash of this."""
@@ -46,7 +47,13 @@ class StageRecord:
         return {name: value for name, value in data.items() if name not in left_out}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any], **more: Any) -> Self:
-        """The inverse of :meth:`to_json`; ``more`` holds the fields of a subclass."""
+    def from_json(cls, data: Any, **more: Any) -> Self:
+        """The inverse of :meth:`to_json`; ``more`` holds the fields of a subclass.
+
+        Raises:
+            PlainError: If the data is no record.
+        """
+        if not isinstance(data, Mapping) or "data" not in data:
+            raise PlainError("not the record of a stage")
         # Before near copies were left out, the text given and the text read were the same.
         return from_plain(cls, {"split": data["data"], "read_near_copies": "split" not in data, **data, **more})

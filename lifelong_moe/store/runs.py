@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from lifelong_moe.errors import ConfigError, CorruptError
+from lifelong_moe.errors import ConfigError
 from lifelong_moe.storage.files import append_line, write_atomic
 from lifelong_moe.storage.keys import canonical_json
+from lifelong_moe.storage.opening import read_bounded
+from lifelong_moe.storage.stored import MOST_BYTES, read_stored
 from lifelong_moe.storage.temporary import GRACE_SECONDS
 from lifelong_moe.store.head import RunHead
+
+T = TypeVar("T")
 
 
 def timestamp(seconds: float | None = None) -> str:
@@ -46,20 +50,20 @@ class RunRecord:
         Raises:
             CorruptError: If it is damaged, or of a later version.
         """
-        data = self._read("head.json")
-        try:
-            return None if data is None else RunHead.from_json(data)
-        except CorruptError as error:
-            raise CorruptError(f"{self.path / 'head.json'}: {error}") from None
+        return self._read("head.json", RunHead.from_json)
 
     def set_head(self, head: RunHead) -> None:
         """Replace the head atomically."""
         text = json.dumps(head.to_json(), indent=1, ensure_ascii=False, allow_nan=False)
         write_atomic(self.path / "head.json", text)
 
-    def report(self) -> dict[str, Any] | None:
-        """The last report; None before the first stage is evaluated."""
-        return self._read("report.json")
+    def report(self, build: Callable[[Any], T]) -> T | None:
+        """What ``build`` makes of the last report; None before the first stage is evaluated.
+
+        Raises:
+            CorruptError: If it is damaged, or of a later version.
+        """
+        return self._read("report.json", build)
 
     def set_report(self, report: Mapping[str, Any]) -> None:
         """Replace the report atomically."""
@@ -74,21 +78,22 @@ class RunRecord:
         """A field of every ledger entry of an event, oldest first."""
         path, found = self.path / "ledger.jsonl", []
         # A crash can tear a line, even within a character: such lines are skipped.
-        for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []:
-            with suppress(ValueError):
+        try:
+            text = read_bounded(path, MOST_BYTES, follow=False).decode("utf-8", errors="replace")
+        except FileNotFoundError:
+            return []
+        for line in text.split("\n"):
+            with suppress(ValueError, RecursionError):
                 entry = json.loads(line)
                 if isinstance(entry, dict) and entry.get("event") == event:
                     found.append(entry.get(field))
         return found
 
-    def _read(self, name: str) -> Any:
-        path = self.path / name
-        if not path.is_file():
-            return None
+    def _read(self, name: str, build: Callable[[Any], T]) -> T | None:
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise CorruptError(f"{path}: not JSON ({error}).") from None
+            return read_stored(self.path / name, build)
+        except FileNotFoundError:
+            return None
 
 
 class OpenRun:

@@ -6,17 +6,19 @@ A stage stores only the tensors that it changed. All others, frozen experts abov
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from lifelong_moe.errors import CheckpointError, CorruptError
-from lifelong_moe.storage.directories import verify_directory, write_directory
+from lifelong_moe.errors import CorruptError
+from lifelong_moe.storage.directories import write_directory
 from lifelong_moe.storage.keys import SHORT, canonical_json
+from lifelong_moe.storage.stored import naming, parse_json
+from lifelong_moe.storage.verified import VerifiedDirectory, verify_directory
+from lifelong_moe.store.checks import measured, require_own_key
 from lifelong_moe.store.record import StageRecord
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 WEIGHTS = "model.safetensors"
 TOKENIZER = "tokenizer.json"
+CONFIG, METRICS = "config.json", "metrics.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +47,7 @@ class StageStore:
         self.root = root / "stages"
         # Stages are immutable, so a process verifies each of them once.
         self._open: dict[str, CommittedStage] = {}
+        self._files: dict[str, VerifiedDirectory] = {}
 
     def find(self, key: str) -> CommittedStage | None:
         """The committed stage with this key, verified; None if there is none.
@@ -55,13 +59,9 @@ class StageStore:
             return self._open[key]
         # Directory names end in 16 digits of the key, so the full key inside decides.
         for path in self.root.glob(f"*-{key[:SHORT]}"):
-            manifest = verify_directory(path)
-            config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-            if config["key"] == key:
-                metrics = json.loads((path / "metrics.json").read_text(encoding="utf-8"))
-                weights_hash = manifest["files"][WEIGHTS]["sha256"]
-                stage = CommittedStage.from_json(config, path=path, metrics=metrics, weights_hash=weights_hash)
-                self._open[key] = stage
+            files = verify_directory(path)
+            if (stage := _read(files)).key == key:
+                self._open[key], self._files[key] = stage, files
                 return stage
         return None
 
@@ -93,8 +93,8 @@ class StageStore:
         own = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
         files: dict[str, Callable[[Path], object]] = {
             WEIGHTS: lambda path: save_file(own, path),
-            "config.json": lambda path: _write_json(path, record.to_json()),
-            "metrics.json": lambda path: _write_json(path, metrics),
+            CONFIG: lambda path: _write_json(path, record.to_json()),
+            METRICS: lambda path: _write_json(path, metrics),
         }
         if tokenizer is not None:
             files[TOKENIZER] = lambda path: path.write_text(tokenizer, encoding="utf-8")
@@ -103,53 +103,81 @@ class StageStore:
         return self.get(record.key)
 
     def tensors(self, stage: CommittedStage) -> dict[str, Tensor]:
-        """All tensors of a stage's model, borrowed ones included."""
-        tensors = load_weights(stage.path / WEIGHTS)
+        """All tensors of a stage's model, borrowed ones included.
+
+        Raises:
+            CorruptError: If a file is damaged, or a borrowed tensor is not with its holder.
+        """
+        tensors = self._weights(stage.key)
         by_holder: dict[str, list[str]] = {}
         for name, key in stage.borrowed.items():
             by_holder.setdefault(key, []).append(name)
         # Each holder's file is read once, however many tensors it lends.
         for key, names in by_holder.items():
-            held = load_weights(self.get(key).path / WEIGHTS)
+            held = self._weights(key)
             missing = [name for name in names if name not in held]
             if missing:
                 raise CorruptError(f"{self.get(key).path / WEIGHTS}: tensor {missing[0]} is borrowed but missing.")
             tensors.update({name: held[name] for name in names})
         return tensors
 
+    def _weights(self, key: str) -> dict[str, Tensor]:
+        """The tensors that a stage holds itself."""
+        self.get(key)
+        return load_weights(self._files[key], WEIGHTS)
+
     def chain(self, key: str) -> list[CommittedStage]:
-        """The stage's ancestors and the stage itself, oldest first."""
-        found = [self.get(key)]
-        while (parent := found[-1].parent) is not None:
-            found.append(self.get(parent))
-        return found[::-1]
+        """The stage's ancestors and the stage itself, oldest first.
+
+        Raises:
+            CorruptError: If one is missing or damaged, or is its own ancestor.
+        """
+        found = {key: self.get(key)}
+        while (parent := next(reversed(found.values())).parent) is not None:
+            if parent in found:
+                raise CorruptError(f"stage {parent[:SHORT]} in {self.root} is its own ancestor.")
+            found[parent] = self.get(parent)
+        return list(found.values())[::-1]
 
     def tokenizer(self, stage: CommittedStage) -> str:
         """Text of the ``tokenizer.json`` that a stage was trained with, kept by its oldest ancestor."""
-        return (self.chain(stage.key)[0].path / TOKENIZER).read_text(encoding="utf-8")
+        first = self.chain(stage.key)[0]
+        try:
+            return self._files[first.key].read(TOKENIZER).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise CorruptError(f"{first.path / TOKENIZER}: {error}.") from None
 
     def holder(self, stage: CommittedStage, tensor: str) -> str:
         """Key of the stage that stores a tensor of ``stage``'s model."""
         return stage.borrowed.get(tensor, stage.key)
 
 
-def load_weights(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file.
+def load_weights(directory: VerifiedDirectory, name: str) -> dict[str, Tensor]:
+    """Read a safetensors file, the only format of weights that is loaded: a pickle could execute code.
 
     Raises:
-        CheckpointError: If the file is absent, damaged or of another kind, such as a pickle.
+        CorruptError: If it is something else, or holds a number that is not finite.
     """
     from safetensors.torch import load_file
 
-    # A pickle can execute code on loading, so its suffix is refused before anything is read.
-    if path.suffix != ".safetensors":
-        raise CheckpointError(f"{path}: only .safetensors files are loaded, never {path.suffix or 'others'}.")
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file.") from None
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: not a safetensors file ({error}).") from None
+    with directory.opened(name) as path:
+        try:
+            tensors = load_file(path)
+        except SafetensorError as error:
+            raise CorruptError(f"{directory.path / name}: not a safetensors file ({error}).") from None
+    return tensors
+
+
+def _read(files: VerifiedDirectory) -> CommittedStage:
+    """The stage in a verified directory."""
+    files.require(WEIGHTS, CONFIG, METRICS)
+    config, metrics = (parse_json(files.read(name), files.path / name) for name in (CONFIG, METRICS))
+    weights_hash = files.manifest.files[WEIGHTS].sha256
+    with naming(files.path / CONFIG):
+        stage = CommittedStage.from_json(config, path=files.path, metrics={}, weights_hash=weights_hash)
+        require_own_key(stage)
+    with naming(files.path / METRICS):
+        return replace(stage, metrics=measured(metrics, stage))
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from lifelong_moe.storage.grammars import Key, Name, Prefix, Sha256
+
 
 @dataclass(frozen=True, kw_only=True)
 class SettledBatch:
     """A decided batch, whose documents no tick considers again."""
 
-    name: str
+    name: Name
     """Name of its distribution."""
     outcome: str
     """``promoted``, ``rejected`` or ``skipped``."""
@@ -19,7 +21,7 @@ class SettledBatch:
     heldout_fraction: float
     """As in :class:`~lifelong_moe.store.versions.VersionStage`; so are the next two."""
     heldout_sources: int = 1
-    sources: str | None = None
+    sources: Prefix | None = None
     """As in :class:`~lifelong_moe.store.versions.VersionStage`."""
 
 
@@ -30,7 +32,7 @@ class LastTick:
     at: str
     outcome: str
     reason: str
-    batch: str | None = None
+    batch: Sha256 | None = None
     """Hash of the batch that it considered."""
 
     def repeats(self, earlier: LastTick | None) -> bool:
@@ -43,9 +45,9 @@ class LastTick:
 class BestLoss:
     """The lowest loss of any stage on a distribution's held-out text."""
 
-    key: str
+    key: Key
     """Key of the stage."""
-    heldout: str
+    heldout: Key
     """Hash of the held-out text; losses on another text do not compare."""
     nats: float
     """Nats per token."""

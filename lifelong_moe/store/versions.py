@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from lifelong_moe.storage.grammars import Key, Name, Prefix, Sha256
 from lifelong_moe.storage.keys import SHORT
 
 if TYPE_CHECKING:
@@ -19,19 +20,19 @@ Action = Literal["base", "grow", "continue", "drop", "consolidate"]
 class VersionStage:
     """One stage of a version's chain."""
 
-    name: str
-    key: str
-    data: str
+    name: Name
+    key: Key
+    data: Name
     """Its distribution."""
     action: Action
     """How it was made; ``drop`` and ``consolidate`` derive a model from the one before without training."""
-    batch: str | None = None
+    batch: Sha256 | None = None
     """Hash of its batch of documents; None if the run's configuration names the text."""
     heldout_fraction: float | None = None
     """Fraction of the batch's sources that was held out; None without a batch, or if it was not recorded."""
     heldout_sources: int = 1
     """Least number of sources held out; 1 where it was not recorded."""
-    sources: str | None = None
+    sources: Prefix | None = None
     """Identifies the copy of the batch by sources; see :meth:`lifelong_moe.data.text.batches.BatchStore.sources`."""
 
 

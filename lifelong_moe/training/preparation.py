@@ -17,7 +17,8 @@ from lifelong_moe.plan.spec import StageSpec
 from lifelong_moe.retention.generated import generate_blocks
 from lifelong_moe.retention.penalty import WeightAnchor, fisher_diagonal, make_anchor, mean_fisher
 from lifelong_moe.retention.teacher import make_teacher
-from lifelong_moe.storage.directories import verify_directory, write_directory
+from lifelong_moe.storage.directories import write_directory
+from lifelong_moe.storage.verified import verify_directory
 from lifelong_moe.store.stages import load_weights
 from lifelong_moe.training.loop.context import StageModels, StageRun
 from lifelong_moe.training.loop.data import text_sample, written_sample
@@ -110,5 +111,4 @@ def _written_blocks(model: LanguageModel, run: StageRun) -> NDArray[np.int64]:
                 domain_ids_of=None if clusters is None else clusters.domain_ids,
             )
         write_directory(path, {"blocks.safetensors": partial(save_file, {"blocks": torch.from_numpy(rows)})})
-    verify_directory(path)
-    return load_weights(path / "blocks.safetensors")["blocks"].numpy()
+    return load_weights(verify_directory(path), "blocks.safetensors")["blocks"].numpy()

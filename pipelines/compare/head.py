@@ -7,12 +7,15 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
-from lifelong_moe.errors import CorruptError, LockedError
+from lifelong_moe.errors import LockedError
 from lifelong_moe.storage.files import write_atomic
+from lifelong_moe.storage.grammars import Key, Name, RunId
 from lifelong_moe.storage.locks import locked
 from lifelong_moe.storage.plain import from_plain
+from lifelong_moe.storage.stored import read_stored
 
 # Another process holds the lock for as long as it takes to draw some figures: about a second.
 LOCK_SECONDS = 0.2
@@ -23,11 +26,11 @@ LOCK_SECONDS = 0.2
 class ComparisonMlflow:
     """What MLflow was told of a comparison."""
 
-    run: str | None = None
+    run: RunId | None = None
     """Id of the parent run."""
-    content: str | None = None
+    content: Key | None = None
     """Key of the comparison that the parent run shows."""
-    logged: dict[str, Mapping[str, str | float]] = field(default_factory=dict)
+    logged: dict[Name, Mapping[str, str | float]] = field(default_factory=dict)
     """By name of an arm's run: its MLflow ``id``, and the numbers logged there."""
 
 
@@ -35,9 +38,9 @@ class ComparisonMlflow:
 class ComparisonHead:
     """What is recorded of a comparison; changed under a lock."""
 
-    content: str | None = None
+    content: Key | None = None
     """Key of the comparison that the files show."""
-    failed: dict[str, str] = field(default_factory=dict)
+    failed: dict[Name, str] = field(default_factory=dict)
     """Why a run failed, by its name."""
     mlflow: ComparisonMlflow = field(default_factory=ComparisonMlflow)
 
@@ -67,11 +70,7 @@ def head_to_change(folder: Path) -> Iterator[ComparisonHead]:
 
 
 def _read(path: Path) -> ComparisonHead:
-    if not path.is_file():
-        return ComparisonHead()
     try:
-        return from_plain(ComparisonHead, json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise CorruptError(f"{path}: not JSON ({error}).") from None
-    except (AttributeError, TypeError) as error:
-        raise CorruptError(f"{path}: not the head of a comparison ({error}).") from None
+        return read_stored(path, partial(from_plain, ComparisonHead))
+    except FileNotFoundError:
+        return ComparisonHead()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +11,7 @@ from lifelong_moe.data.tokens.prepare import PreparedData
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.plan.budget import tokens_within
 from lifelong_moe.plan.comparison import Arm, Budget, Comparison, require_equal_measures
+from lifelong_moe.reports.report import as_written
 from lifelong_moe.storage.keys import SHORT
 from lifelong_moe.store.runs import RunRecord
 from lifelong_moe.training.loop.trainer import build_trainer
@@ -29,12 +30,12 @@ class Job:
     prepared: Prepared
     """Its whole configuration, including tokens that follow from the budget, with data and plan."""
 
-    def report(self) -> dict[str, Any] | None:
+    def report(self) -> Mapping[str, Any] | None:
         """The run's report, if all stages of exactly this plan are committed."""
         record, keys = RunRecord(ROOT, self.run), [planned.key for planned in self.prepared.plan]
         head = record.head()
         complete = head is not None and list(head.plan) == keys and head.is_finished
-        return record.report() if complete else None
+        return record.report(as_written) if complete else None
 
     def is_taken(self) -> bool:
         """Whether the run's name refers to other stages."""

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from lifelong_moe.errors import ConfigError
-from lifelong_moe.reports.report import Report
+from lifelong_moe.reports.report import Report, as_written
 from lifelong_moe.store.runs import RunRecord, require_head
 from pipelines.run import render
 from pipelines.shared.places import ROOT
@@ -19,7 +19,7 @@ def show_report(runs: list[str], console: Console) -> list[Mapping[str, Any]]:
     reports: list[Mapping[str, Any]] = []
     for run in runs:
         require_head(ROOT, run)
-        found = RunRecord(ROOT, run).report()
+        found = RunRecord(ROOT, run).report(as_written)
         if found is None:
             raise ConfigError(f"run {run} has no report yet: no stage is committed and evaluated.")
         reports.append(found)

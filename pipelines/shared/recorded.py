@@ -6,18 +6,18 @@ at once or through the spool; ticks, runs and ``sync`` correct an alias that is 
 
 from __future__ import annotations
 
-import json
-
 from omegaconf import OmegaConf
 from rich.console import Console
 
 from lifelong_moe.config.sections import section
 from lifelong_moe.config.tracking import TrackingConfig
-from lifelong_moe.errors import LifelongError, LockedError
+from lifelong_moe.errors import CorruptError, LifelongError, LockedError
 from lifelong_moe.storage.keys import SHORT
 from lifelong_moe.storage.locks import locked
+from lifelong_moe.storage.verified import read_manifest
 from lifelong_moe.store.head import RunHead
 from lifelong_moe.store.runs import RunRecord, require_head
+from lifelong_moe.store.stages import WEIGHTS
 from lifelong_moe.tracking.connection import with_credentials
 from lifelong_moe.tracking.tracker import Tracker
 from pipelines.shared.places import ROOT
@@ -56,8 +56,10 @@ def show_champion(head: RunHead, tracker: Tracker) -> str | None:
     if run_id is None or manifest is None:
         missing = "MLflow has no record of the run" if run_id is None else f"stage {key[:SHORT]} is not in the store"
         return f"MLflow's alias champion of {model} is unchanged: {missing}."
-    weights = json.loads(manifest.read_text(encoding="utf-8"))["files"]["model.safetensors"]["sha256"]
-    tags = {"stage_key": key, "stage": head.names[-1], "run": head.run, "weights_sha256": weights}
+    weights = read_manifest(manifest.parent).files.get(WEIGHTS)
+    if weights is None:
+        raise CorruptError(f"{manifest}: lists no {WEIGHTS}.")
+    tags = {"stage_key": key, "stage": head.names[-1], "run": head.run, "weights_sha256": weights.sha256}
     number = tracker.register_version(model, manifest.parent, run_id=run_id, tags=tags, alias="champion")
     return tracker.problem if number is None else None
 

@@ -25,8 +25,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from lifelong_moe.errors import CorruptError
-from lifelong_moe.storage.directories import MANIFEST, verify_directory
 from lifelong_moe.storage.keys import file_sha256
+from lifelong_moe.storage.verified import MANIFEST, verify_directory
 from pipelines.shared.quiet import silence_libraries
 from tests.benchmarks.provenance import keep, made_with
 from tests.tiny import fork, hashes, tiny_config, train, write_config, write_corpora

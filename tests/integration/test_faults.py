@@ -17,14 +17,15 @@ import pytest
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from lifelong_moe.errors import ConfigError, DivergedError, ResourceError, TryAgainError
-from lifelong_moe.store.stages import StageStore, load_weights
+from lifelong_moe.store.stages import StageStore
 from lifelong_moe.training.callbacks.progress import StepCheckpoint
 from lifelong_moe.training.loop import guard, rollback
 from lifelong_moe.training.loop.module import StageModule
 from pipelines.cli import exit_code
-from tests.records import made_record
+from tests.records import METRICS, made_record
 from tests.tiny import CONTEXT, SEQUENCES, STEPS, VOCABULARIES, hashes, tiny_config, train, write_config, write_corpus
 
 Batch = dict[str, torch.Tensor]
@@ -102,7 +103,7 @@ def test_three_bad_steps_roll_back_past_the_text_read_since(
     measured = training(report)
     assert (measured["rollbacks"], measured["nonfinite_steps"], measured["skipped_spikes"]) == (1, 3, 0)
     weights = next((lab / "mlruns/stages").glob("fruit-*/model.safetensors"))
-    assert all(bool(tensor.isfinite().all()) for tensor in load_weights(weights).values())
+    assert all(bool(tensor.isfinite().all()) for tensor in load_file(weights).values())
     assert list((lab / "mlruns/work").iterdir()) == []
 
 
@@ -426,7 +427,7 @@ def fill_disk_at(patch: pytest.MonkeyPatch, number: int) -> list[str]:
 def test_a_disk_that_fills_at_any_operation_of_a_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stages = StageStore(tmp_path)
     tensors = {"w": torch.ones(3)}
-    old = stages.commit(made_record("a" * 64, "old"), {}, tensors)
+    old = stages.commit(made_record("a" * 64, "old"), METRICS, tensors)
     bytes_before = (old.path / "model.safetensors").read_bytes()
     failed = []
     for number in range(100):
@@ -434,7 +435,7 @@ def test_a_disk_that_fills_at_any_operation_of_a_commit(tmp_path: Path, monkeypa
         with monkeypatch.context() as patch:
             asked = fill_disk_at(patch, number)
             try:
-                fresh.commit(made_record("b" * 64, "new"), {}, tensors, "tokenizer")
+                fresh.commit(made_record("b" * 64, "new"), METRICS, tensors, "tokenizer")
                 break
             except ResourceError as error:
                 failed.append(asked[-1])

@@ -98,7 +98,7 @@ def test_a_file_whose_name_is_not_utf8_is_read_like_any_other() -> None:
     arrive("sea", os.fsdecode(b"caf\xe9.jsonl"))
     result = tick(dry_run=True)
     assert result["outcome"] == "planned"
-    assert BatchStore(Path("mlruns")).manifest(result["batch"])["files"][0]["name"] == "caf\\udce9.jsonl"
+    assert BatchStore(Path("mlruns")).manifest(result["batch"]).files[0]["name"] == "caf\\udce9.jsonl"
 
 
 @pytest.mark.parametrize("setting", ["accelerator=tpu", "strategy=xla"])

@@ -15,11 +15,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from lifelong_moe.errors import CheckpointError, ConfigError, CorruptError, DivergedError, ResourceError
+from lifelong_moe.errors import ConfigError, CorruptError, DivergedError, ResourceError
 from lifelong_moe.storage import directories, files
+from lifelong_moe.storage.directories import write_directory
 from lifelong_moe.storage.keys import file_sha256
+from lifelong_moe.storage.verified import verify_directory
 from lifelong_moe.store.stages import StageStore, load_weights
 from lifelong_moe.training.callbacks import progress as callbacks
 from pipelines.cli import exit_code
@@ -193,7 +195,7 @@ def test_manifest_gone_or_file_gone(lab: Path) -> None:
         train()
     shutil.copy(lab / "copy/metrics.json", directory)
     (directory / "manifest.json").unlink()
-    with pytest.raises(CorruptError, match=r"manifest.json: unreadable"):
+    with pytest.raises(CorruptError, match=r"manifest.json: missing"):
         train()
 
 
@@ -285,7 +287,7 @@ def test_frozen_tensors_keep_their_bits_over_three_stages(lab: Path, trunk: str)
     store = StageStore(Path("mlruns"))
     stages = [store.get(stage["key"]) for stage in report["stages"]]
     tensors = [store.tensors(stage) for stage in stages]
-    own = [set(load_weights(stage.path / "model.safetensors")) for stage in stages]
+    own = [set(load_file(stage.path / "model.safetensors")) for stage in stages]
     bits = [{name: tensor.numpy().tobytes() for name, tensor in one.items()} for one in tensors]
     experts = [{name for name in one if ".moe." in name} for one in bits]
     assert experts[0] < experts[1] < experts[2]
@@ -319,15 +321,11 @@ def test_pickles_are_never_loaded(tmp_path: Path) -> None:
         def __reduce__(self) -> tuple[Any, ...]:
             return (os.mkdir, (str(tmp_path / "ran"),))
 
-    for name in ("model.pt", "model.bin", "index.faiss", "model.pkl", "model"):
-        (tmp_path / name).write_bytes(pickle.dumps(Bomb()))
-        with pytest.raises(CheckpointError, match=r"only \.safetensors files are loaded"):
-            load_weights(tmp_path / name)
-    (tmp_path / "renamed.safetensors").write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(CheckpointError, match="not a safetensors file"):
-        load_weights(tmp_path / "renamed.safetensors")
-    with pytest.raises(CheckpointError, match="no such file"):
-        load_weights(tmp_path / "absent.safetensors")
+    names = ("model.pt", "model.bin", "index.faiss", "model.pkl", "model", "renamed.safetensors")
+    write_directory(tmp_path / "bombs", {name: lambda path: path.write_bytes(pickle.dumps(Bomb())) for name in names})
+    for name in names:
+        with pytest.raises(CorruptError, match="not a safetensors file"):
+            load_weights(verify_directory(tmp_path / "bombs"), name)
     assert not (tmp_path / "ran").exists()
 
 
@@ -335,7 +333,7 @@ def test_a_borrowed_tensor_that_is_not_there(lab: Path) -> None:
     write_config(tiny_config())
     report, _ = train()
     first, second = (stage_directory(name) for name in ("fruit", "code"))
-    weights = load_weights(first / "model.safetensors")
+    weights = load_file(first / "model.safetensors")
     lost = next(name for name in weights if ".moe.banks." in name)
     del weights[lost]
     save_file(weights, first / "model.safetensors")
@@ -385,7 +383,7 @@ def test_single_steps_without_a_finite_gradient_are_skipped(
     poison(monkeypatch, steps)
     report, _ = train()
     assert report["stages"][0]["training"]["nonfinite_steps"] == len(steps)
-    weights = load_weights(stage_directory("fruit") / "model.safetensors")
+    weights = load_file(stage_directory("fruit") / "model.safetensors")
     assert all(bool(tensor.isfinite().all()) for tensor in weights.values())
 
 

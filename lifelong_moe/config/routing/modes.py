@@ -33,7 +33,7 @@ from lifelong_moe.config.routing.routers import (
 )
 from lifelong_moe.config.routing.topk import CustomRouterConfig, GShardConfig, LearnedConfig, SwitchConfig
 from lifelong_moe.errors import ConfigError
-from lifelong_moe.storage.plain import from_plain
+from lifelong_moe.storage.plain import PlainError, from_plain
 
 
 class Mode(NamedTuple):
@@ -91,13 +91,25 @@ def keys_of(mode: object) -> set[str]:
     return {f.name for f in fields(settings_of(mode))}
 
 
-def stored_routing(data: Mapping[str, Any]) -> RoutingConfig:
-    """Read what :meth:`RoutingConfig.to_json` or an earlier version wrote; keys that the mode lacks have no effect."""
-    cls = settings_of(data.get("mode", "learned"))
+def stored_routing(data: Any) -> RoutingConfig:
+    """Read what :meth:`RoutingConfig.to_json` or an earlier version wrote; keys that the mode lacks have no effect.
+
+    Raises:
+        PlainError: If it is something else.
+    """
+    try:
+        cls = settings_of(data.get("mode", "learned")) if isinstance(data, Mapping) else None
+    except ConfigError as error:
+        raise PlainError(str(error), ".routing") from None
+    if cls is None:
+        raise PlainError("must be an object with named fields", ".routing")
     own = {f.name for f in fields(cls)}
     # Earlier versions wrote every key for every mode; those that a mode does not read are left out.
     values = {key: value for key, value in (STORED | dict(data)).items() if key in own}
-    if values.get("capacity") and values["balance_scope"] != BalanceScope.sequence:
+    if values.get("capacity") and values.get("balance_scope") != BalanceScope.sequence:
         # An earlier version's scope may contradict its capacity; such a stage no longer trains.
         values["balance_scope"] = None
-    return from_plain(cls, values)
+    try:
+        return from_plain(cls, values)
+    except PlainError as error:
+        raise error.within(".routing") from None

@@ -10,9 +10,10 @@ batch, ``batches/<hash16>-<sources8>/``.
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,44 @@ from lifelong_moe.data.text.streams import OpenFile
 from lifelong_moe.errors import CorruptError
 from lifelong_moe.storage.directories import new_directory
 from lifelong_moe.storage.files import sync, write_atomic
+from lifelong_moe.storage.grammars import Sha256
 from lifelong_moe.storage.keys import SHORT, canonical_json, file_sha256, text_sha256
 from lifelong_moe.storage.opening import open_regular
+from lifelong_moe.storage.plain import from_plain
+from lifelong_moe.storage.stored import read_stored
 
 DOCUMENTS, MANIFEST, REMOVED = "documents.jsonl", "manifest.json", "removed.json"
 SOURCES = 8
 """Hexadecimal digits that tell the copies of a batch apart."""
+
+
+@dataclass(frozen=True)
+class BatchManifest:
+    """The content of a batch's ``manifest.json``."""
+
+    hash: Sha256
+    """Over texts alone."""
+    sha256: Sha256
+    """Of the file of documents."""
+    documents: tuple[Sha256, ...]
+    bytes: int
+    """Of all texts."""
+    files: tuple[Mapping[str, Any], ...]
+    """What they were read from."""
+
+
+@dataclass(frozen=True)
+class RemovedDocument:
+    """What a removed document is known by."""
+
+    hash: Sha256
+    normalized: Sha256
+    source: str
+
+
+@dataclass(frozen=True)
+class _Removed:
+    rows: tuple[RemovedDocument, ...]
 
 
 class BatchStore:
@@ -78,31 +111,22 @@ class BatchStore:
             _write(work, batch, documents, files)
         return batch
 
-    def manifest(self, batch: str, sources: str | None = None) -> dict[str, Any]:
+    def manifest(self, batch: str, sources: str | None = None) -> BatchManifest:
         """Return a batch's manifest after verifying its file.
 
         Raises:
             CorruptError: If it is absent or damaged.
         """
-        manifest = self._manifest(batch, sources)
-        with self._verified(self.path(batch, sources), manifest["sha256"]):
+        path = self.path(batch, sources)
+        manifest = read_manifest(path.parent / MANIFEST)
+        with self._verified(path, manifest.sha256):
             return manifest
 
     def documents(self, batch: str, sources: str | None = None) -> list[Document]:
         """All documents of a batch, verified; see :meth:`has_text`."""
-        listed = self._manifest(batch, sources)["sha256"]
-        with self._verified(self.path(batch, sources), listed) as file:
+        path = self.path(batch, sources)
+        with self._verified(path, read_manifest(path.parent / MANIFEST).sha256) as file:
             return list(read_jsonl(file, "text", "source"))
-
-    def _manifest(self, batch: str, sources: str | None) -> dict[str, Any]:
-        path = self.path(batch, sources).parent / MANIFEST
-        try:
-            manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(manifest["sha256"], str):
-                raise TypeError("sha256")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CorruptError(f"{path}: unreadable ({type(error).__name__}).") from None
-        return manifest
 
     @contextmanager
     def _verified(self, path: Path, listed: str) -> Iterator[OpenFile]:
@@ -130,11 +154,11 @@ class BatchStore:
         """Hash and source of each document of a batch, whose text may have been removed."""
         if self.has_text(batch, sources):
             return {(document.hash, document.source) for document in self.documents(batch, sources)}
-        return {(row["hash"], row["source"]) for row in self._removed(batch, sources)}
+        return {(row.hash, row.source) for row in self._removed(batch, sources)}
 
     def normalized(self, batch: str) -> set[str]:
         """``normalized_hash`` of each document of a batch whose text was removed."""
-        return {row["normalized"] for row in self._removed(batch, None)}
+        return {row.normalized for row in self._removed(batch, None)}
 
     def copies(self, batch: str) -> list[Path]:
         """Files of a batch's documents that are there, whatever sources they name."""
@@ -151,29 +175,40 @@ class BatchStore:
             freed += path.stat().st_size
             found = self.documents(batch, path.parent.name[SHORT + 1 :] or None)
             # The normalized hash cannot be computed once the text is gone; it recognizes a document that returns.
-            rows = [{"hash": d.hash, "normalized": normalized_hash(d.text), "source": d.source} for d in found]
+            rows = [RemovedDocument(d.hash, normalized_hash(d.text), d.source) for d in found]
             # Written first: it takes effect once the text is gone, so a kill in between loses nothing.
-            write_atomic(path.with_name(REMOVED), canonical_json(rows))
+            write_atomic(path.with_name(REMOVED), canonical_json(list(map(asdict, rows))))
             path.unlink()
             # Else a power failure may bring the removed text back.
             sync(path.parent)
         return freed
 
-    def _removed(self, batch: str, sources: str | None) -> list[dict[str, str]]:
+    def _removed(self, batch: str, sources: str | None) -> tuple[RemovedDocument, ...]:
         path = self.path(batch, sources).with_name(REMOVED)
         try:
-            rows: list[dict[str, str]] = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CorruptError(f"{path}: unreadable ({type(error).__name__}).") from None
-        return rows
+            return read_stored(path, lambda rows: from_plain(_Removed, {"rows": rows}).rows)
+        except FileNotFoundError:
+            raise CorruptError(f"{path}: missing.") from None
 
     def holding(self, document_hash: str) -> list[str]:
         """Hashes of the batches that hold a document, by the hash of its text or the beginning of it."""
         # Manifests keep the hashes of documents, so a batch without text is found too.
-        manifests = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(self.root.glob(f"*/{MANIFEST}"))]
+        manifests = [read_manifest(path) for path in sorted(self.root.glob(f"*/{MANIFEST}"))]
         # Copies of a batch with other sources have the same hash, which is listed once.
-        found = (m["hash"] for m in manifests if any(h.startswith(document_hash) for h in m["documents"]))
+        found = (one.hash for one in manifests if any(digest.startswith(document_hash) for digest in one.documents))
         return list(dict.fromkeys(found))
+
+
+def read_manifest(path: Path) -> BatchManifest:
+    """Read a batch's manifest; its file of documents may be gone.
+
+    Raises:
+        CorruptError: If it is absent or damaged.
+    """
+    try:
+        return read_stored(path, partial(from_plain, BatchManifest))
+    except FileNotFoundError:
+        raise CorruptError(f"{path}: missing.") from None
 
 
 def _write(work: Path, batch: str, documents: Sequence[Document], files: Sequence[dict[str, Any]]) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lifelong_moe.storage.grammars import Sha256
+
 
 @dataclass(frozen=True)
 class TokenizerIdentity:
@@ -13,7 +15,7 @@ class TokenizerIdentity:
 
     recipe: dict[str, Any]
     """How it was made: a file, or the settings and version of its training."""
-    hash: str
+    hash: Sha256
 
 
 @dataclass(frozen=True)

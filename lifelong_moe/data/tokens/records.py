@@ -7,7 +7,6 @@ could be measured on it, are kept apart, in ``heldout/<SHA-256 of the file>.json
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,11 @@ from lifelong_moe.data.text.documents import Corpus, Document
 from lifelong_moe.data.tokens.shards import TokenizedCorpus
 from lifelong_moe.errors import CorruptError
 from lifelong_moe.storage.files import write_atomic
+from lifelong_moe.storage.grammars import Prefix, Sha256
 from lifelong_moe.storage.keys import canonical_json, file_sha256
+from lifelong_moe.storage.opening import open_regular
+from lifelong_moe.storage.plain import from_plain
+from lifelong_moe.storage.stored import naming, parse_json
 
 DIGITS = 16
 """Hexadecimal digits kept of the hash of each document that was left out."""
@@ -27,9 +30,9 @@ DIGITS = 16
 class TextRecord:
     """A distribution's text, as a run last read it."""
 
-    train_hash: str
-    heldout_hash: str
-    split_hash: str
+    train_hash: Sha256
+    heldout_hash: Sha256
+    split_hash: Sha256
     """See :attr:`lifelong_moe.data.text.documents.Corpus.split_hash`."""
     documents: int
     tokens: int
@@ -38,9 +41,9 @@ class TextRecord:
     heldout_documents: int
     heldout_tokens: int
     duplicates: int
-    left_out: tuple[str, ...] = ()
+    left_out: tuple[Prefix, ...] = ()
     """First digits of the hash of each training document left out as a near copy of held-out text."""
-    kept: str | None = None
+    kept: Sha256 | None = None
     """Address of its held-out documents in the :class:`HeldoutStore`; None if they are not kept."""
 
     @classmethod
@@ -92,13 +95,16 @@ class HeldoutStore:
         """
         path = self.path(address)
         try:
-            data = path.read_bytes()
+            with open_regular(path, follow=False) as file:
+                data = file.read()
         except FileNotFoundError:
             raise CorruptError(f"{path}: missing, but a run refers to it.") from None
         if (found := hashlib.sha256(data).hexdigest()) != address:
             raise CorruptError(f"{path}: SHA-256 is {found}.")
         # Not `splitlines`, which would cut at U+2028 within a text.
-        return [Document(**json.loads(row)) for row in data.decode("utf-8").split("\n")[:-1]]
+        rows = (parse_json(row, path) for row in data.split(b"\n")[:-1])
+        with naming(path):
+            return [from_plain(Document, row) for row in rows]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import bisect
 import itertools
-import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -20,8 +19,10 @@ import numpy as np
 
 from lifelong_moe.data.text.documents import Corpus, Document
 from lifelong_moe.data.tokens.tokenizer import Tokenizer
+from lifelong_moe.errors import CorruptError
 from lifelong_moe.storage.directories import new_directory, remove_directory
 from lifelong_moe.storage.keys import SHORT, canonical_json, file_sha256
+from lifelong_moe.storage.stored import read_json
 
 # Part of each manifest: a part of another version is made again instead of read wrongly.
 FORMAT_VERSION = 1
@@ -162,24 +163,29 @@ def _open(directory: Path) -> TokenShard | None:
         path, entry = directory / name, manifest["files"][name]
         if not path.is_file() or path.stat().st_size != entry["size"] or file_sha256(path) != entry["sha256"]:
             return None
+    offsets, lengths = (np.fromfile(directory / name, dtype="<i8") for name in ("offsets.bin", "text_bytes.bin"))
+    # Hashes tell damage alone: with numbers that do not belong together, a reader would leave the file.
+    fits = len(offsets) == len(lengths) + 1 and offsets[0] == 0 and (np.diff(offsets) > 0).all()
+    if not fits or offsets[-1] * np.dtype(manifest["dtype"]).itemsize != manifest["files"]["tokens.bin"]["size"]:
+        return None
     return TokenShard(
         # Only tokens are mapped, which may exceed memory; the other arrays have one number per document.
         tokens=np.memmap(directory / "tokens.bin", dtype=manifest["dtype"], mode="r"),
-        offsets=np.fromfile(directory / "offsets.bin", dtype="<i8"),
-        text_bytes=np.fromfile(directory / "text_bytes.bin", dtype="<i8"),
+        offsets=offsets,
+        text_bytes=lengths,
     )
 
 
 def _read_manifest(directory: Path) -> dict[str, Any] | None:
     try:
-        manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
+        manifest = read_json(directory / "manifest.json")
         # The dtype is passed to NumPy, so only the two that are written are accepted.
         if manifest["version"] != FORMAT_VERSION or manifest["dtype"] not in ("<u2", "<u4"):
             return None
         if any(set(manifest["files"][name]) != {"size", "sha256"} for name in _FILES):
             return None
     # Missing or damaged is the same: a cache is made again and never an error.
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, CorruptError, KeyError, TypeError):
         return None
     return dict(manifest)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,12 +15,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lifelong_moe.errors import CorruptError
-from lifelong_moe.storage.directories import verify_directory, write_directory
+from lifelong_moe.storage.directories import write_directory
 from lifelong_moe.storage.files import rename
+from lifelong_moe.storage.stored import parse_json, read_json
+from lifelong_moe.storage.verified import verify_directory
 from lifelong_moe.store.stages import load_weights
 
 log = logging.getLogger(__name__)
 TENSORS, STATE = "state.safetensors", "state.json"
+NAME = re.compile(r"step-([0-9]-)?[0-9]{8,12}")
+"""Of a checkpoint's directory; see :func:`checkpoint_path`. In earlier versions the phase was not part of it."""
 LAYOUT = 2
 """Layout of optimizer states; since 2 a generation's experts share one state a matrix."""
 
@@ -87,10 +92,10 @@ class SafeCheckpointIO(CheckpointIO):
     ) -> dict[str, Any]:
         """Verify and read a checkpoint; its tensors are on the CPU, from where Lightning moves them."""
         directory = Path(path)
-        verify_directory(directory)
-        state = json.loads((directory / STATE).read_text(encoding="utf-8"))
+        files = verify_directory(directory)
+        state = parse_json(files.read(STATE), directory / STATE, finite=False)
         del state["layout"]
-        return restore(state, load_weights(directory / TENSORS))
+        return restore(state, load_weights(files, TENSORS))
 
     def remove_checkpoint(self, path: Any) -> None:
         """Remove a checkpoint."""
@@ -109,16 +114,17 @@ def checkpoint_path(work: Path, phase: int, step: int) -> Path:
 
 def checkpoints(work: Path) -> list[Path]:
     """Step checkpoints of a stage, oldest first."""
-    return sorted(work.glob("step-*"))
+    return sorted(path for path in work.glob("step-*") if NAME.fullmatch(path.name))
 
 
 def set_earlier_aside(work: Path, warn: Callable[[str], None] = log.warning) -> None:
     """Rename checkpoints with the optimizer layout of an earlier version, so that their stage begins again."""
     for path in checkpoints(work):
         try:
-            layout = json.loads((path / STATE).read_text(encoding="utf-8")).get("layout")
-        except (OSError, ValueError):
+            state = read_json(path / STATE, finite=False)
+        except (FileNotFoundError, CorruptError):
             continue  # damaged: newest_checkpoint reports it
+        layout = state.get("layout") if isinstance(state, dict) else None
         if layout != LAYOUT:
             # Not removed: the weights in it may be worth hours of training.
             rename(path, work / f"earlier-{path.name}")

@@ -22,7 +22,8 @@ from lifelong_moe.data.tokens.windows import evaluation_windows
 from lifelong_moe.evaluation.loss import evaluate
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.spec import StageSpec
-from lifelong_moe.storage.directories import verify_directory, write_directory
+from lifelong_moe.storage.directories import write_directory
+from lifelong_moe.storage.verified import verify_directory
 from lifelong_moe.store.stages import load_weights
 
 
@@ -96,8 +97,7 @@ class EarlyStopping(Callback):
     @torch.no_grad()
     def restore(self, model: LanguageModel) -> None:
         """Load the best weights into a model."""
-        verify_directory(self.path)
-        tensors: dict[str, Tensor] = load_weights(self.path / "weights.safetensors")
+        tensors: dict[str, Tensor] = load_weights(verify_directory(self.path), "weights.safetensors")
         parameters = dict(model.named_parameters())
         for name, tensor in tensors.items():
             parameters[name].copy_(tensor)

@@ -20,15 +20,19 @@ import json
 import logging
 import math
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from lifelong_moe.data.tokens.packing import epochs
 from lifelong_moe.data.tokens.shards import TokenizedCorpus
+from lifelong_moe.errors import CorruptError
 from lifelong_moe.growth.observe import observe
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.flops import loop_flops, stage_flops
 from lifelong_moe.plan.spec import StageSpec
 from lifelong_moe.storage.files import write_atomic
+from lifelong_moe.storage.plain import from_plain
+from lifelong_moe.storage.stored import read_stored
 from lifelong_moe.training.callbacks.stopping import StoppingReport
 from lifelong_moe.training.loop.context import StageRun
 from lifelong_moe.training.loop.data import text_sample
@@ -57,12 +61,22 @@ class PhaseMeasures:
         """Write them to the stage's work directory."""
         # A stage that is interrupted in a later phase does not train this one again, but reports it.
         known = {name: value for name, value in asdict(self).items() if value is not None}
+        # JSON has no NaN; of such a point, the report is silent too.
+        known["final"] = {name: value for name, value in self.final.items() if math.isfinite(value)}
         write_atomic(work / f"phase-{number}.json", json.dumps(known))
 
     @classmethod
     def load(cls, work: Path, number: int) -> PhaseMeasures:
-        """Read the measurements of a phase."""
-        return cls(**json.loads((work / f"phase-{number}.json").read_text(encoding="utf-8")))
+        """Read the measurements of a phase.
+
+        Raises:
+            CorruptError: If they are missing or damaged.
+        """
+        path = work / f"phase-{number}.json"
+        try:
+            return read_stored(path, partial(from_plain, cls))
+        except FileNotFoundError:
+            raise CorruptError(f"{path}: missing; remove {work} to begin the stage again.") from None
 
 
 @dataclass(frozen=True, kw_only=True)

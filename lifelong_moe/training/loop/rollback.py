@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from lifelong_moe.errors import DivergedError
@@ -20,6 +21,8 @@ from lifelong_moe.plan.phase import Phase
 from lifelong_moe.plan.spec import StageSpec
 from lifelong_moe.storage.directories import remove_directory
 from lifelong_moe.storage.files import write_atomic
+from lifelong_moe.storage.plain import from_plain
+from lifelong_moe.storage.stored import read_stored
 from lifelong_moe.training.callbacks.checkpoint import checkpoint_path, checkpoints
 
 MAX_NONFINITE = 3
@@ -90,10 +93,10 @@ class Rollbacks:
 
 def read_rollbacks(work: Path) -> Rollbacks:
     """A stage's rollbacks so far."""
-    if not (work / FILE).exists():
+    try:
+        return read_stored(work / FILE, partial(from_plain, Rollbacks))
+    except FileNotFoundError:
         return Rollbacks()
-    state = json.loads((work / FILE).read_text(encoding="utf-8"))
-    return Rollbacks(state["count"], tuple(Skip(**skip) for skip in state["skips"]))
 
 
 def return_step(first: int, every_steps: int) -> int:

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from lifelong_moe.errors import CorruptError
 from lifelong_moe.evaluation.loss import Evaluation
 from lifelong_moe.reports.report import SCHEMA, Report, RunResults, ScratchReport, StageReport, build_report
+from lifelong_moe.storage.plain import PlainError
 
 NAMES = ["english", "python", "poems"]
 
@@ -22,7 +22,7 @@ def stage_report(learns: list[str]) -> StageReport:
     """A stage of which only the names matter."""
     sizes = {"experts_per_layer": 2, "parameters_total": 3, "parameters_active": 2, "parameters_trainable": 1}
     cost = {"tokens": 640, "active_flops": 1e6, "tokens_per_second": 10.0, "seconds": 64.0, "epochs": 0.5}
-    identity = {"key": "k", "routing": "learned", "shared": False, "weights_sha256": "w"}
+    identity = {"key": "1" * 64, "routing": "learned", "shared": False, "weights_sha256": "2" * 64}
     return StageReport(name=learns[0], data=learns[0], learns=learns, training={}, **identity, **sizes, **cost)
 
 
@@ -103,5 +103,22 @@ def test_a_report_of_an_earlier_version_is_read() -> None:
 
 def test_a_report_of_a_later_version_is_refused() -> None:
     later = report(["english"], [[2.0, 6.0, 7.0]]) | {"schema": SCHEMA + 1, "unknown": 0}
-    with pytest.raises(CorruptError, match="update lifelong-moe"):
+    with pytest.raises(PlainError, match="update lifelong-moe"):
         Report.from_json(later)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"schema": "3"}, "^not the report of a run$"),
+        ({"stages": []}, "^loss_nats_per_token: must have 0 rows"),
+        ({"loss_at_init": [1.0]}, "^loss_at_init: must have 3 numbers$"),
+        ({"bits_per_byte": [[1.0, 2.0]]}, "^bits_per_byte: must have 1 rows of 3 numbers$"),
+        ({"routing": {}}, "^routing: must have an entry for each distribution$"),
+        ({"routing": {"english": 5}}, r"^routing\.english: must be an object"),
+        ({"run": "../x"}, "^run: must be a name"),
+    ],
+)
+def test_what_is_no_report_is_said_by_its_field(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(PlainError, match=message):
+        Report.from_json(report(["english"], [[2.0, 6.0, 7.0]]) | changes)

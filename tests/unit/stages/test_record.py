@@ -11,8 +11,8 @@ KEY = "ab" * 32
 
 
 def test_a_record_is_read_as_it_was_written() -> None:
-    trained = made_record(KEY, data={"a": "1"}, split={"a": "2"}, borrowed={"w": KEY}, schema=5)
-    derived = made_record(KEY, parent=KEY, derived={"derived": "drop", "from": KEY})
+    trained = made_record(KEY, data={"a": KEY}, split={"a": "2" * 64}, borrowed={"w": KEY}, schema=5)
+    derived = made_record(KEY, parent=KEY, derived={"derived": "drop", "from": KEY}, schema=None)
     for record in (trained, derived):
         written = json.loads(json.dumps(record.to_json()))
         assert StageRecord.from_json(written) == record
@@ -20,7 +20,7 @@ def test_a_record_is_read_as_it_was_written() -> None:
 
 
 def test_earlier_versions_left_no_near_copies_out_and_did_not_say_how_text_was_split() -> None:
-    written = made_record(KEY, data={"a": "1"}).to_json()
+    written = made_record(KEY, data={"a": KEY}, schema=None).to_json()
     del written["split"]
     record = StageRecord.from_json(written)
-    assert (record.split, record.read_near_copies, record.schema) == ({"a": "1"}, True, None)
+    assert (record.split, record.read_near_copies, record.schema) == ({"a": KEY}, True, None)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lifelong_moe.storage.plain import from_plain
+from lifelong_moe.storage.plain import PlainError, from_plain
 
 
 class Kind(StrEnum):
@@ -65,9 +65,9 @@ def test_what_asdict_writes_is_read_again() -> None:
 def test_absent_fields_have_their_defaults_and_what_is_not_known_is_an_error() -> None:
     assert from_plain(Inner, {}) == Inner()
     for wrong in ({}, {"inner": None, "pairs": [], "more": 1}):
-        with pytest.raises(TypeError):
+        with pytest.raises(PlainError):
             from_plain(Outer, wrong)
-    with pytest.raises(ValueError, match="old"):
+    with pytest.raises(PlainError, match="kind: must be one of new, not 'old'"):
         from_plain(Inner, {"kind": "old"})
 
 

@@ -16,6 +16,7 @@ from lifelong_moe.store.garbage import collect, dependants_first, find_garbage, 
 
 DAY, NOW = 86400.0, 1_800_000_000.0
 KEYS = {name: content_key(name) for name in "abcdefg"}
+DATA = "9" * 64
 
 
 class Store:
@@ -136,7 +137,7 @@ def test_evaluations_and_work_go_with_their_stages(store: Store) -> None:
     for name, stage, age in (
         ("live", KEYS["a"], 9), ("untrained", untrained, 9), ("gone", KEYS["b"], 9), ("young", KEYS["c"], 0.9),
     ):  # fmt: skip
-        store.write(f"evaluations/{name}.json", {"stage": stage}, age * DAY, size=100)
+        store.write(f"evaluations/{name}.json", {"stage": stage, "data": DATA, "result": {}}, age * DAY, size=100)
     store.write("evaluations/damaged.json", "{", 9 * DAY)
     for name, age in ((KEYS["a"], 9), (KEYS["b"], 9), (KEYS["c"], 0.9)):
         store.write(f"work/{name[:16]}/step", "x" * 50, age * DAY)
@@ -164,11 +165,25 @@ def test_tokens_stay_for_a_month_after_they_were_opened(store: Store) -> None:
 
 
 @pytest.mark.parametrize(
-    "config", [[], 5, {"key": "k"}, {"key": "k", "parent": None}, {"parent": None, "borrowed": {}}]
+    "config",
+    [
+        *([], 5, {"key": KEYS["a"]}, {"key": KEYS["a"], "parent": None}, {"parent": None, "borrowed": {}}),
+        {"key": "../" * 22, "parent": None, "borrowed": {}},
+        {"key": KEYS["a"], "parent": 5, "borrowed": {}},
+        {"key": KEYS["a"], "parent": None, "borrowed": {"w": "k"}},
+    ],
 )
 def test_a_stage_that_is_none_stops_the_search(store: Store, config: Any) -> None:
     store.write("stages/x-1/config.json", config, 0)
-    with pytest.raises(CorruptError, match="not the configuration of a stage, so nothing is removed"):
+    with pytest.raises(CorruptError, match=r"x-1/config\.json: "):
+        store.found()
+
+
+def test_stages_that_need_each_other_stop_the_search(store: Store) -> None:
+    store.stage("a", 9 * DAY, parent="b")
+    store.stage("b", 9 * DAY, parent="a")
+    store.head(age=0.0)
+    with pytest.raises(CorruptError, match="need each other in a circle"):
         store.found()
 
 
@@ -176,7 +191,7 @@ def test_what_was_found_is_removed_and_nothing_else_unless_somebody_works(store:
     store.stage("a", 9 * DAY)
     store.stage("b", 9 * DAY, parent="a")
     store.head("a")
-    store.write("evaluations/e.json", {"stage": KEYS["b"]}, 9 * DAY)
+    store.write("evaluations/e.json", {"stage": KEYS["b"], "data": DATA, "result": {}}, 9 * DAY)
     store.write(f"work/{KEYS['b'][:16]}/step", "x", 9 * DAY)
     pid = os.fork()  # POSIX locks do not exclude their own process
     if not pid:

@@ -11,18 +11,20 @@ import pytest
 
 from lifelong_moe.config.data import KeepText
 from lifelong_moe.data.tokens.records import TextRecord
-from lifelong_moe.errors import ConfigError, CorruptError
+from lifelong_moe.errors import ConfigError
+from lifelong_moe.storage.plain import PlainError
 from lifelong_moe.store.head import MlflowState, RunHead
 from lifelong_moe.store.ticks import BestLoss, LastTick, SettledBatch
 from lifelong_moe.store.versions import VersionStage, describe
 
 A, B, C = (VersionStage(name=name, key=name * 64, data=f"{name}_text", action="base") for name in "abc")
 KEYS = ("a" * 64, "b" * 64)
+BATCH = "d" * 64
 HEAD = RunHead(run="r", method="lifelong", seed=0, config={"x": {}}, plan=KEYS, names=("a", "b"), stages=KEYS)
 EARLIER = Path(__file__).parents[2] / "integration/earlier/mlruns/runs/old/head.json"
 TEXT = TextRecord(
-    train_hash="t", heldout_hash="h", split_hash="s", documents=3, tokens=9, bytes_per_token=2.5, heldout_documents=1,
-    heldout_tokens=2, duplicates=0, left_out=("0f",),
+    train_hash="1" * 64, heldout_hash="2" * 64, split_hash="3" * 64, documents=3, tokens=9, bytes_per_token=2.5,
+    heldout_documents=1, heldout_tokens=2, duplicates=0, left_out=("0f",),
 )  # fmt: skip
 
 
@@ -43,16 +45,20 @@ def test_a_head_comes_back_from_disk_as_it_was(head: RunHead) -> None:
     whole = replace(
         head,
         trained=KEYS,
-        data={"a": "x"},
+        data={"a": "4" * 64},
         texts={"a": TEXT},
-        tokenizer="t",
-        centroids="c",
-        mlflow=MlflowState(run="m", stages={"a": "n"}, logged={"a": {"loss": 1.5}}, ticks={"b": "o"}, replaced=("p",)),
-        batches={"b": SettledBatch(name="n", outcome="skipped", reason="", at="", heldout_fraction=0.5, sources="s")},
-        waiting="w",
-        open=("b", "w"),
+        tokenizer="5" * 64,
+        centroids="6" * 64,
+        mlflow=MlflowState(
+            run="m", stages={KEYS[0]: "n"}, logged={KEYS[0]: {"loss": 1.5}}, ticks={BATCH: "o"}, replaced=("p",)
+        ),
+        batches={
+            BATCH: SettledBatch(name="n", outcome="skipped", reason="", at="", heldout_fraction=0.5, sources="5a")
+        },
+        waiting="e" * 64,
+        open=(BATCH, "e" * 64),
         keep_text=KeepText.never,
-        best={"a": BestLoss(key="a", heldout="h", nats=2.5)},
+        best={"a": BestLoss(key=KEYS[0], heldout="2" * 64, nats=2.5)},
         last_tick=LastTick(at="2026", outcome="idle", reason="nothing"),
     )
     for one in (HEAD, head, whole):
@@ -85,15 +91,38 @@ def test_a_configuration_of_an_earlier_version_is_read_under_today_s_keys() -> N
 def test_what_is_no_head_or_one_of_a_later_version_is_said() -> None:
     stored = written(HEAD)
     for name in ("run", "method", "seed", "config", "plan", "names", "stages"):
-        with pytest.raises(CorruptError, match=r"^not the head of a run\.$"):
+        with pytest.raises(PlainError, match=r"^not the head of a run$"):
             RunHead.from_json({key: value for key, value in stored.items() if key != name})
-    damaged: list[Any] = [[], "head", {**stored, "plan": 5}, {**stored, "versions": [{}]}, {**stored, "texts": []}]
-    for other in damaged:
-        with pytest.raises(CorruptError, match=r"^not the head of a run"):
+    for other in ([], "head"):
+        with pytest.raises(PlainError, match=r"^not the head of a run$"):
             RunHead.from_json(other)
-    with pytest.raises(
-        CorruptError, match=r"^written by a later version of lifelong-moe \(schema 2; this one reads 1\)"
-    ):
+    version = {"id": 0, "at": "", "kind": "base", "reason": "", "before": None, "stages": [vars(A)]}
+    damaged: list[tuple[dict[str, Any], str]] = [
+        ({"plan": 5}, "plan: must be a list, not 5"),
+        ({"plan": [KEYS[0], "../" + KEYS[1]]}, r"plan\[1\]: must be 64 hexadecimal digits"),
+        ({"plan": KEYS[:1]}, "names: 2 for the 1 stages"),
+        ({"run": "x/../../evil"}, "run: must be a name"),
+        ({"seed": True}, "seed: must be a whole number, not True"),
+        ({"seed": 1e400}, "seed: must be a whole number"),
+        ({"seed": 1 << 63}, "seed: must be a number of at most 64 bits"),
+        ({"versions": [{}]}, r"versions\[0\]\.id: missing"),
+        ({"versions": [version | {"id": 3}]}, r"versions\[0\]: not a version"),
+        ({"versions": [version | {"stages": []}]}, r"versions\[0\]: not a version"),
+        ({"versions": [version], "champion": 1}, "champion: 1, but there are 1 versions"),
+        ({"versions": [version | {"stages": [vars(A) | {"key": "k"}]}]}, r"versions\[0\]\.stages\[0\]\.key: must"),
+        ({"texts": []}, "texts: must be an object"),
+        ({"data": {"../x": KEYS[0]}}, r"data\.\.\./x: must be a name"),
+        ({"mlflow": None}, "mlflow: must be an object"),
+        (
+            {"mlflow": {"logged": {KEYS[0]: {"loss": float("nan")}}}},
+            rf"mlflow\.logged\.{KEYS[0]}\.loss: must be a finite",
+        ),
+        ({"config": []}, "config: must be an object"),
+    ]
+    for changes, message in damaged:
+        with pytest.raises(PlainError, match=f"^{message}"):
+            RunHead.from_json(stored | changes)
+    with pytest.raises(PlainError, match=r"^written by a later version of lifelong-moe \(schema 2; this one reads 1\)"):
         RunHead.from_json({"schema": 2, "runs": []})
 
 
@@ -172,11 +201,13 @@ def test_what_is_dated_later_is_left_out(head: RunHead) -> None:
 
 def test_how_a_batch_was_split_stands_with_the_stage_or_with_the_decision_about_the_batch(head: RunHead) -> None:
     assert (A.heldout_fraction, A.heldout_sources, A.batch, A.sources) == (None, 1, None, None)
-    noted = VersionStage(name="n", key="n", data="n", action="grow", batch="x", heldout_fraction=0.2, heldout_sources=5)
-    earlier = VersionStage(name="e", key="e", data="e", action="grow", batch="x")
-    unknown = VersionStage(name="u", key="u", data="u", action="grow", batch="y")
+    noted = VersionStage(
+        name="n", key=KEYS[0], data="n", action="grow", batch=BATCH, heldout_fraction=0.2, heldout_sources=5
+    )
+    earlier = VersionStage(name="e", key=KEYS[1], data="e", action="grow", batch=BATCH)
+    unknown = VersionStage(name="u", key="f" * 64, data="u", action="grow", batch="e" * 64)
     stored = written(head.promoted("promoted", [A, noted, earlier, unknown], "", ""))
-    stored["batches"] = {"x": {"name": "e", "outcome": "promoted", "reason": "", "at": "", "heldout_fraction": 0.3}}
+    stored["batches"] = {BATCH: {"name": "e", "outcome": "promoted", "reason": "", "at": "", "heldout_fraction": 0.3}}
     stages = RunHead.from_json(stored).champion.stages
     assert [stage.heldout_fraction for stage in stages] == [None, 0.2, 0.3, None]
     assert [stage.heldout_sources for stage in stages] == [1, 5, 1, 1]

@@ -18,7 +18,8 @@ from lifelong_moe.store.runs import (
     timestamp,
 )
 
-HEAD = RunHead(run="r", method="lifelong", seed=0, config={}, names=("a", "b"), plan=("k1", "k2"), stages=("k1",))
+KEYS = ("1" * 64, "2" * 64)
+HEAD = RunHead(run="r", method="lifelong", seed=0, config={}, names=("a", "b"), plan=KEYS, stages=KEYS[:1])
 
 
 def test_times_are_utc_in_seconds_and_clocks_may_be_a_day_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,17 +43,17 @@ def test_the_ledger_is_read_by_event_and_what_is_no_line_of_it_is_passed_over(tm
 
 def test_a_head_is_what_was_set_and_one_that_is_missing_or_none_is_said(tmp_path: Path) -> None:
     record = RunRecord(tmp_path, "r")
-    assert record.head() is None and record.report() is None
+    assert record.head() is None and record.report(dict) is None
     with pytest.raises(ConfigError, match=r"run r does not exist under .*There are none yet\."):
         require_head(tmp_path, "r")
     record.set_head(HEAD)
     record.set_report({"x": 1})
-    assert require_head(tmp_path, "r") == HEAD == record.head() and record.report() == {"x": 1}
+    assert require_head(tmp_path, "r") == HEAD == record.head() and record.report(dict) == {"x": 1}
     with pytest.raises(ConfigError, match=r"run q does not exist under .*There are r\."):
         require_head(tmp_path, "q")
     opened = OpenRun(record, HEAD)
-    opened.save(HEAD.with_committed("k2"))
-    assert record.head() == opened.head == HEAD.with_committed("k2")
+    opened.save(HEAD.with_committed(KEYS[1]))
+    assert record.head() == opened.head == HEAD.with_committed(KEYS[1])
     for text, message in (
         ("[]", "not the head of a run"),
         ('{"schema": 2}', "written by a later version of lifelong-moe"),

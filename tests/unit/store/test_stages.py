@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import pytest
 import torch
 
-from lifelong_moe.errors import CheckpointError, CorruptError
+from lifelong_moe.errors import CorruptError
+from lifelong_moe.storage.directories import write_directory
+from lifelong_moe.storage.verified import verify_directory
 from lifelong_moe.store.stages import StageStore, load_weights
-from tests.records import made_record
+from tests.records import METRICS, made_record
 
 KEY, OTHER = "ab" * 32, "cd" * 32
 
@@ -17,13 +20,13 @@ KEY, OTHER = "ab" * 32, "cd" * 32
 @pytest.fixture
 def store(tmp_path: Path) -> StageStore:
     store = StageStore(tmp_path)
-    store.commit(made_record(KEY, borrowed={"v": OTHER}), {"loss": 2.0}, {"w": torch.arange(3.0)})
+    store.commit(made_record(KEY, borrowed={"v": OTHER}), METRICS, {"w": torch.arange(3.0)})
     return store
 
 
 def test_a_committed_stage_is_what_was_committed(store: StageStore) -> None:
     stage = StageStore(store.root.parent).get(KEY)
-    assert (stage.key, stage.name, stage.metrics, stage.borrowed) == (KEY, "one", {"loss": 2.0}, {"v": OTHER})
+    assert (stage.key, stage.name, stage.metrics, stage.borrowed) == (KEY, "one", METRICS, {"v": OTHER})
 
 
 def test_a_stage_that_is_not_there_is_none_to_find_and_an_error_to_get(store: StageStore) -> None:
@@ -37,26 +40,26 @@ def test_the_whole_key_counts_not_its_first_digits(store: StageStore) -> None:
 
 
 def test_a_second_commit_leaves_the_first_one(store: StageStore) -> None:
-    again = store.commit(made_record(KEY), {"loss": 9.0}, {"w": torch.zeros(3)})
-    assert again.metrics == {"loss": 2.0}
+    again = store.commit(made_record(KEY), METRICS | {"epochs": 9.0}, {"w": torch.zeros(3)})
+    assert again.metrics == METRICS
 
 
 def test_the_oldest_ancestor_keeps_the_tokenizer_and_whoever_holds_a_tensor_has_it(store: StageStore) -> None:
     first, second = "11" * 32, "22" * 32
-    store.commit(made_record(first, "a"), {}, {"w": torch.ones(2)}, tokenizer="{é}")
-    child = store.commit(made_record(second, "b", parent=first, borrowed={"w": first}), {}, {"v": torch.zeros(1)})
+    store.commit(made_record(first, "a"), METRICS, {"w": torch.ones(2)}, tokenizer="{é}")
+    child = store.commit(made_record(second, "b", parent=first, borrowed={"w": first}), METRICS, {"v": torch.zeros(1)})
     assert [stage.name for stage in store.chain(second)] == ["a", "b"] and store.tokenizer(child) == "{é}"
     assert (store.holder(child, "w"), store.holder(child, "v")) == (first, second)
     assert {name: tensor.tolist() for name, tensor in store.tensors(child).items()} == {"v": [0.0], "w": [1.0, 1.0]}
-    third = store.commit(made_record("33" * 32, "c", parent=second, borrowed={"gone": first}), {}, {})
+    third = store.commit(made_record("33" * 32, "c", parent=second, borrowed={"gone": first}), METRICS, {})
     with pytest.raises(CorruptError, match="tensor gone is borrowed but missing"):
         store.tensors(third)
 
 
 def test_only_safetensors_are_loaded(tmp_path: Path) -> None:
-    (tmp_path / "a.safetensors").write_bytes(b"no")
-    for name, reason in (("a.pt", "only .safetensors files"), ("a", "never others"), ("b.safetensors", "no such file")):
-        with pytest.raises(CheckpointError, match=reason):
-            load_weights(tmp_path / name)
-    with pytest.raises(CheckpointError, match="not a safetensors file"):
-        load_weights(tmp_path / "a.safetensors")
+    write_directory(tmp_path / "a", {"pickle.safetensors": lambda path: path.write_bytes(pickle.dumps({"w": 1}))})
+    files = verify_directory(tmp_path / "a")
+    with pytest.raises(CorruptError, match=r"pickle\.safetensors: not a safetensors file"):
+        load_weights(files, "pickle.safetensors")
+    with pytest.raises(CorruptError, match=r"manifest\.json: lists no b\.safetensors"):
+        load_weights(files, "b.safetensors")

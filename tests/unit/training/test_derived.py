@@ -27,7 +27,7 @@ from lifelong_moe.plan.architecture import Architecture
 from lifelong_moe.store.stages import CommittedStage, StageStore
 from lifelong_moe.training.derived import commit_derived, derived_stage, generation_of, what_remains
 from tests.conftest import routing_of
-from tests.records import made_record, made_spec
+from tests.records import METRICS, made_record, made_spec
 
 KEY, HOLDER = "ab" * 32, "cd" * 32
 
@@ -40,10 +40,10 @@ def source(tmp_path: Path, make_model: Callable[..., LanguageModel]) -> tuple[St
     if model.architecture.model.tie_embeddings:
         tensors.pop("head.weight")
     held = {"embedding.weight": tensors.pop("embedding.weight")}
-    store.commit(made_record(HOLDER, "before"), {}, held)
+    store.commit(made_record(HOLDER, "before"), METRICS, held)
     borrowed = {"embedding.weight": HOLDER}
-    record = made_record(KEY, "two", architecture=model.architecture, data={"x": "1"}, borrowed=borrowed)
-    return store, store.commit(record, {}, tensors)
+    record = made_record(KEY, "two", architecture=model.architecture, data={"x": KEY}, borrowed=borrowed)
+    return store, store.commit(record, METRICS, tensors)
 
 
 def test_what_a_drop_leaves_is_committed_and_what_keeps_name_and_bits_is_borrowed(source: Any) -> None:
@@ -70,7 +70,7 @@ def test_tensors_that_changed_are_stored_and_those_of_another_model_are_a_bug(so
     tensors, architecture = store.tensors(stage), stage.architecture
     name = min(tensors)
     changed = tensors | {name: tensors[name] + 1}
-    made = commit_derived(store, stage, {"derived": "merge"}, "merged", architecture, changed)
+    made = commit_derived(store, stage, {"derived": "merge", "from": stage.key}, "merged", architecture, changed)
     assert name not in made.borrowed and set(made.borrowed) == set(tensors) - {name}
     assert torch.equal(store.tensors(made)[name], tensors[name] + 1)
     for wrong in ({k: v for k, v in tensors.items() if k != name}, tensors | {"more": torch.zeros(1)}):

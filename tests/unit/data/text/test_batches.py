@@ -23,8 +23,8 @@ def test_a_batch_is_named_by_its_documents_in_any_order(tmp_path: Path) -> None:
     assert store.path(batch) == tmp_path / "batches" / batch[:16] / "documents.jsonl"
     assert store.documents(batch) == sorted(DOCUMENTS, key=lambda document: document.hash)
     manifest = store.manifest(batch)
-    assert manifest["files"] == FILES  # of whoever was first
-    assert manifest["bytes"] == sum(document.num_bytes for document in DOCUMENTS)
+    assert list(manifest.files) == FILES  # of whoever was first
+    assert manifest.bytes == sum(document.num_bytes for document in DOCUMENTS)
     assert [path.name for path in (tmp_path / "batches").iterdir()] == [batch[:16]]
 
 
@@ -67,7 +67,7 @@ def test_damage_is_noticed(tmp_path: Path) -> None:
     with pytest.raises(CorruptError, match="SHA-256 is missing"):
         store.documents(batch)
     (path.parent / "manifest.json").write_text("{")
-    with pytest.raises(CorruptError, match=r"manifest\.json: unreadable"):
+    with pytest.raises(CorruptError, match=r"manifest\.json: not JSON"):
         store.manifest(batch)
 
 
@@ -101,7 +101,7 @@ def test_removed_text_is_known_by_its_documents_and_may_come_again(tmp_path: Pat
         store.documents(batch)
     assert store.add(DOCUMENTS[::-1], []) == batch and files[0].read_bytes() == before
     assert store.has_text(batch) and not store.has_text(batch, copy) and not files[1].exists()
-    assert store.manifest(batch)["files"] == FILES
+    assert list(store.manifest(batch).files) == FILES
 
 
 def test_text_stays_until_its_documents_are_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,7 +114,7 @@ def test_text_stays_until_its_documents_are_noted(tmp_path: Path, monkeypatch: p
     assert store.has_text(batch) and len(store.documents(batch)) == len(DOCUMENTS)
     assert store.remove_text(batch) > 0
     (store.path(batch).parent / "removed.json").write_text("{")
-    with pytest.raises(CorruptError, match=r"removed\.json: unreadable"):
+    with pytest.raises(CorruptError, match=r"removed\.json: not JSON"):
         store.identities(batch)
 
 

@@ -1,0 +1,142 @@
+"""Read the files of a directory whose manifest lists their hashes: exactly the bytes that were compared with it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO
+
+from lifelong_moe.errors import CorruptError
+from lifelong_moe.storage.grammars import FileName, Sha256
+from lifelong_moe.storage.opening import open_regular
+from lifelong_moe.storage.plain import PlainError, from_plain
+from lifelong_moe.storage.stored import read_stored
+
+MANIFEST = "manifest.json"
+_DESCRIPTORS = Path("/proc/self/fd")
+"""Where Linux shows what this process has opened."""
+State = tuple[int, ...]
+"""What changes if a file is written or replaced: device, inode, size and times."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file in a manifest."""
+
+    bytes: int
+    sha256: Sha256
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of a manifest."""
+
+    files: Mapping[FileName, Entry]
+
+    def __post_init__(self) -> None:
+        # Without any file there would be nothing that could be wrong.
+        if not self.files:
+            raise PlainError("lists no file", ".files")
+
+
+@dataclass(frozen=True)
+class VerifiedDirectory:
+    """A directory that holds exactly the files of its manifest, with the hashes that it lists."""
+
+    path: Path
+    manifest: Manifest
+    states: Mapping[str, State]
+    """Of each file when it was hashed."""
+
+    def require(self, *names: str) -> None:
+        """Require files of these names.
+
+        Raises:
+            CorruptError: If the manifest does not list one.
+        """
+        for name in names:
+            if name not in self.manifest.files:
+                raise CorruptError(f"{self.path / MANIFEST}: lists no {name}.")
+
+    @contextmanager
+    def opened(self, name: str) -> Iterator[Path]:
+        """Yield a path at which the verified bytes of a file are, whatever stands behind its name by now.
+
+        Raises:
+            CorruptError: If the file is gone or another one, or is written to meanwhile.
+        """
+        self.require(name)
+        path = self.path / name
+        with _open(path) as file:
+            state = _state(file)
+            if state != self.states.get(name):
+                _compare(path, file, self.manifest.files[name])
+            # Opened by its descriptor: a name may lead elsewhere a moment later.
+            yield _DESCRIPTORS / str(file.fileno()) if _DESCRIPTORS.is_dir() else path
+            if _state(file) != state:
+                raise CorruptError(f"{path}: changed while it was read.")
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a small file; errors as for :meth:`opened`."""
+        with self.opened(name) as path:
+            return path.read_bytes()
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Read a directory's manifest.
+
+    Raises:
+        CorruptError: If it is absent or damaged.
+    """
+    path = directory / MANIFEST
+    try:
+        return read_stored(path, partial(from_plain, Manifest))
+    except FileNotFoundError:
+        raise CorruptError(f"{path}: missing; the directory is damaged.") from None
+
+
+def verify_directory(directory: Path) -> VerifiedDirectory:
+    """Check every file against the manifest.
+
+    Raises:
+        CorruptError: If a file is missing, is not listed, or its hash differs; names the file and both hashes.
+    """
+    manifest, states = read_manifest(directory), {}
+    for name, entry in manifest.files.items():
+        path = directory / name
+        with _open(path) as file:
+            states[name] = _state(file)
+            _compare(path, file, entry)
+    for name in sorted(set(os.listdir(directory)) - {MANIFEST, *manifest.files}):
+        raise CorruptError(f"{directory / name}: not in the directory's manifest.")
+    return VerifiedDirectory(directory, manifest, states)
+
+
+def _open(path: Path) -> BinaryIO:
+    try:
+        return open_regular(path, follow=False)
+    except FileNotFoundError:
+        raise CorruptError(f"{path}: missing, but the manifest lists it.") from None
+    except PermissionError:
+        raise
+    except OSError as error:
+        raise CorruptError(f"{path}: {error.strerror}.") from None
+
+
+def _state(file: BinaryIO) -> State:
+    stat = os.fstat(file.fileno())
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
+def _compare(path: Path, file: BinaryIO, entry: Entry) -> None:
+    # Size before hash: what is too long or too short is refused without reading gigabytes.
+    if (size := os.fstat(file.fileno()).st_size) != entry.bytes:
+        raise CorruptError(f"{path}: {size} bytes, but the manifest says {entry.bytes}.")
+    found = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+    if found != entry.sha256:
+        raise CorruptError(f"{path}: SHA-256 is {found}, but the manifest says {entry.sha256}.")
