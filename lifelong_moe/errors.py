@@ -7,8 +7,16 @@ is known. Any other exception that escapes, unless :func:`as_ours` knows it, is 
 from __future__ import annotations
 
 import errno
+import re
+import unicodedata
 
 _MAX_CHARS = 1000
+_SUSPECT = re.compile(r"[^ -~]")
+_STEERING = ("Cc", "Cf", "Cs", "Zl", "Zp")
+"""Unicode's categories of characters that are obeyed, not shown: controls (C0, C1, DEL), formats (bidirectional
+overrides, zero widths, tags), lone surrogates, separators of lines and paragraphs."""
+# Persian, Indic scripts and emoji cannot be written without the joiners.
+_JOINERS = "\N{ZERO WIDTH NON-JOINER}\N{ZERO WIDTH JOINER}"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FULL_IN_WORDS = ("No space left on device", "Disk quota exceeded", "Not enough disk space", "database or disk is full")
 """Messages of libraries that pass no error number on."""
@@ -99,12 +107,29 @@ class LockedError(TryAgainError):
     """Another process works on the same thing."""
 
 
+def visible(text: str, keep: str = "\n\t") -> str:
+    """Write characters that a terminal or a reader's eye would obey as escapes, such as ``\\x1b`` and ``\\u202e``.
+
+    Args:
+        text: Any text, whoever wrote it.
+        keep: Control characters that stay as they are.
+    """
+    if text.isprintable():
+        return text
+    return _SUSPECT.sub(lambda found: _shown(found[0], keep), text)
+
+
+def _shown(char: str, keep: str) -> str:
+    is_harmless = char in keep or char in _JOINERS or unicodedata.category(char) not in _STEERING
+    return char if is_harmless else ascii(char)[1:-1]
+
+
 def one_line(text: str) -> str:
     """Shorten and escape a text such that it can be printed and encoded, whatever names and values it holds."""
     # Both ends are kept: a message begins with a key or path and ends with the remedy.
     if len(text) > _MAX_CHARS:
         text = f"{text[: _MAX_CHARS // 2]} … {text[-_MAX_CHARS // 2 :]}"
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+    return visible(text, keep="")
 
 
 def disk_is_full(error: BaseException) -> bool:

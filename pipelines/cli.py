@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from typing import Annotated
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any, cast
 
 import typer
+from typer.core import TyperGroup
 
-from lifelong_moe.errors import as_ours
+from lifelong_moe.errors import as_ours, one_line
 from pipelines import commands
 from pipelines.exit_codes import epilog
 from pipelines.shared import output, threads
@@ -35,7 +37,36 @@ COMMANDS = (
 )
 """All commands, in the order in which the help lists them."""
 
+USAGE_ERROR = cast(type[Exception], typer.BadParameter.__mro__[1])
+"""The base of all errors in a command's use, to which Typer gives no name of its own."""
+
+
+class Commands(TyperGroup):
+    """All commands; errors in their use quote arguments, which may be names of files that somebody else has made."""
+
+    def make_context(self, *args: Any, **options: Any) -> Any:
+        """Parse what stands before a command."""
+        with _visible_mistakes():
+            return super().make_context(*args, **options)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Parse the command's arguments, and run it."""
+        with _visible_mistakes():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _visible_mistakes() -> Iterator[None]:
+    try:
+        yield
+    except USAGE_ERROR as error:
+        # Typer prints it in a frame, by a console of its own.
+        error.message = one_line(error.message)  # type: ignore[attr-defined]
+        raise
+
+
 app = typer.Typer(
+    cls=Commands,
     add_completion=True,
     no_args_is_help=True,
     # `exit_code` prints errors on one line, and a bug's traceback stays plain text for reports and logs.
@@ -48,7 +79,7 @@ def print_version(asked: bool) -> None:
     if asked:
         from importlib.metadata import version
 
-        print(f"lifelong-moe {version('lifelong-moe')}")
+        output.console().print(f"lifelong-moe {version('lifelong-moe')}")
         raise typer.Exit
 
 
@@ -81,10 +112,10 @@ def exit_code(command: Callable[[], object]) -> int:
         # Anything else is a bug of ours: Python prints its traceback.
         if (told := as_ours(error)) is None:
             raise
-        print(f"{type(told).__name__}: {told}", file=sys.stderr)
+        output.tell(f"{type(told).__name__}: {told}")
         return told.exit_code
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        output.tell("interrupted")
         return 130
     # Typer ends every command with SystemExit; a code that is not a number is a message.
     except SystemExit as stop:

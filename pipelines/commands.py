@@ -32,6 +32,7 @@ from pipelines.shared.options import (
     RunName,
     SamplingOptions,
     StageName,
+    TextOutput,
     with_options,
 )
 from pipelines.shared.output import console, finish
@@ -262,13 +263,15 @@ def generate(
     sampling: SamplingOptions,
     label: Label = None,
     loading: LoadingOptions,
-    as_json: AsJson = False,
+    printing: TextOutput,
 ) -> None:
     """Continue a text, or answer it as a prompt if the stage was fine-tuned."""
     allow_router(loading.router)
     from pipelines.inspect.generate import generate_text
 
-    finish(generate_text(run, stage, prompt, sampling, console(as_json), label=label, int8=loading.int8), as_json)
+    people = console(printing.as_json, raw=printing.raw)
+    result = generate_text(run, stage, prompt, sampling, people, label=label, int8=loading.int8)
+    finish(result, printing.as_json)
 
 
 @with_options

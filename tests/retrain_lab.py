@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from rich.console import Console
 
 from lifelong_moe.plan.retraining import load_retraining
 from pipelines.retrain.retrain import retrain
+from pipelines.shared.output import SafeConsole
 from tests.tiny import (
     CONTEXT,
     SEQUENCES,
@@ -88,7 +88,7 @@ def tick_and_text(
 ) -> tuple[dict[str, Any], str]:
     """One tick, and what it printed."""
     printed = io.StringIO()
-    outcome = retrain(load_retraining(config, overrides), dry_run, plan, Console(file=printed, width=1000), reopen)
+    outcome = retrain(load_retraining(config, overrides), dry_run, plan, SafeConsole(printed, width=1000), reopen)
     result = outcome.to_json()
     json.dumps(result, allow_nan=False)
     return result, printed.getvalue()

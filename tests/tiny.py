@@ -15,12 +15,12 @@ from typing import Any, NoReturn
 
 import torch
 import yaml
-from rich.console import Console
 
 from lifelong_moe.config.load import read_config
 from lifelong_moe.store.stages import StageStore
 from pipelines.cli import exit_code
 from pipelines.run.run import run
+from pipelines.shared.output import SafeConsole
 
 STEPS = 12
 """Optimizer steps of a tiny stage."""
@@ -87,7 +87,7 @@ def write_config(config: dict[str, Any], path: str = "tiny.yaml") -> str:
 def train(path: str = "tiny.yaml", *overrides: str, replace: bool = False) -> tuple[dict[str, Any], str]:
     """Run in this process; returns the report and what was printed."""
     printed = io.StringIO()
-    report = run(read_config(path, overrides), replace, Console(file=printed, width=200))
+    report = run(read_config(path, overrides), replace, SafeConsole(printed, width=200))
     return json.loads(json.dumps(report.to_json())), printed.getvalue()
 
 

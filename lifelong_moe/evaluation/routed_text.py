@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lifelong_moe.errors import visible
 from lifelong_moe.evaluation.probing import Observation, expert_names
 from lifelong_moe.plan.architecture import Architecture
+from lifelong_moe.storage.marks import PAGE_BEGINS
 
-CONTROL = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
-"""A control character is shown by its Unicode picture: a text must not steer a terminal."""
 STYLE = (
     "body{font:16px/1.7 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em;color:#111;background:#fff}"
     "pre{white-space:pre-wrap;overflow-wrap:anywhere;font:15px/1.9 ui-monospace,monospace}"
@@ -115,11 +115,6 @@ def token_pieces(token_ids: Sequence[int], decode: Callable[[Sequence[int]], str
     return pieces
 
 
-def visible(text: str) -> str:
-    """The text with control characters other than newline and tab as pictures."""
-    return text.translate(CONTROL)
-
-
 def describe(routed: RoutedText, token: RoutedToken) -> str:
     """A line a layer: the experts of a token with their gate weights."""
     return "\n".join(", ".join(f"{name} {weight:.3f}" for name, weight in chosen) for chosen in token.experts)
@@ -130,19 +125,18 @@ def html_page(routed: RoutedText, title: str) -> str:
     # Classes, not inline styles: a page has thousands of tokens and few owners.
     rules = "".join(f".o{i}{{background:{colour}}}" for i, colour in enumerate(routed.colours))
     legend = "\n".join(
-        f'<span class="o{i}">{html.escape(name)} ({count})</span>'
+        f'<span class="o{i}">{_text(name)} ({count})</span>'
         for i, (name, count) in enumerate(zip(routed.owners, routed.counts, strict=True))
         if count
     )
     hint = f"{routed.rule} Point at a token to see its experts and their gate weights, a line a layer."
     body = "".join(
-        f'<span class="o{token.owner}" title="{_attribute(describe(routed, token))}">'
-        f"{html.escape(visible(token.text))}</span>"
+        f'<span class="o{token.owner}" title="{_attribute(describe(routed, token))}">{_text(token.text)}</span>'
         for token in routed.tokens
     )
     return (
-        f'<!doctype html>\n<html><head><meta charset="utf-8"><title>{html.escape(title)}</title>\n'
-        f"<style>{STYLE}{rules}</style></head><body>\n<h1>{html.escape(title)}</h1>\n"
+        f"{PAGE_BEGINS}<title>{_text(title)}</title>\n"
+        f"<style>{STYLE}{rules}</style></head><body>\n<h1>{_text(title)}</h1>\n"
         f"<p>{hint}</p>\n"
         f'<p class="legend">{legend}</p>\n<pre>\n{body}</pre>\n</body></html>\n'
     )
@@ -172,5 +166,10 @@ def _colour(index: int, num: int) -> str:
     return "#" + "".join(f"{round(255 * channel):02x}" for channel in channels)
 
 
+def _text(text: str) -> str:
+    # Bidirectional overrides would reorder what a browser shows.
+    return html.escape(visible(text))
+
+
 def _attribute(text: str) -> str:
-    return html.escape(text).replace("\n", "&#10;")
+    return _text(text).replace("\n", "&#10;")

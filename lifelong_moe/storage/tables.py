@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from lifelong_moe.storage.files import new_file
+from lifelong_moe.storage.marks import TABLE_MARK
 
 
 def write_parquet(path: Path, parts: Iterable[Mapping[str, Any]]) -> int:
@@ -32,7 +33,7 @@ def write_parquet(path: Path, parts: Iterable[Mapping[str, Any]]) -> int:
             for part in parts:
                 table = pyarrow.table({name: _column(values) for name, values in part.items()})
                 if writer is None:
-                    writer = parquet.ParquetWriter(work, table.schema)
+                    writer = parquet.ParquetWriter(work, table.schema.with_metadata(TABLE_MARK))
                 writer.write_table(table)
                 rows += len(table)
             if writer is None:

@@ -63,9 +63,12 @@ def require_free(host: str, port: int) -> None:
     """
     # The server itself would take seconds to find out.
     try:
+        host.encode("idna")  # as sockets do, which report a name that cannot be one as a bug
         socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except OSError as error:
         raise ConfigError(f"port {port} of {host} is not free: {error.strerror}. Choose another --port.") from None
+    except UnicodeError:
+        raise ConfigError(f"--host={host}: not the name of a host.") from None
 
 
 def wait_until_up(

@@ -23,6 +23,7 @@ from pipelines.compare import render as render_comparison
 from pipelines.compare.jobs import Job, Memory, plan_jobs, refuse_taken_names
 from pipelines.compare.record import ComparisonRecord
 from pipelines.run.run import run
+from pipelines.shared.output import silent
 from pipelines.shared.workspace import ROOT
 
 WAIT_SECONDS, MOST_SECONDS = 3.0, 60.0
@@ -81,11 +82,11 @@ def _work(
         console.rule(f"{job.run}: {how} ({len(jobs) - len(queue)} of {len(jobs)})", align="left", style="dim")
         try:
             # A complete run trains nothing, but may still owe MLflow something; its tables were printed before.
-            quiet = Console(quiet=True) if complete else console
+            quiet = silent() if complete else console
             # Replacing a run that this plan continues would start its record in MLflow over.
             train(job.prepared.loaded, replace and job.is_taken(), quiet)
         except LockedError as error:
-            console.print(f"{error} Going on with others.", highlight=False)
+            console.print(f"{error} Going on with others.")
             queue.append(job)
             # Every run left was refused in a row: other processes hold all of them.
             turned_away += 1
@@ -95,7 +96,7 @@ def _work(
                 _wait(jobs)
             continue
         except DivergedError as error:
-            console.print(f"[red]{job.run}: {error}[/red]", highlight=False)
+            console.print(f"{job.run}: {error}", style="red")
             record.record_failure(job, str(error))
             failed.append(job.run)
         # Meanwhile a locked run may have become free.

@@ -144,14 +144,14 @@ class ComparisonRecord:
     def finish(self, console: Console, error: BaseException | None = None) -> None:
         """End the parent run, as failed if there is an error, and print where the results are."""
         self.tracker.finish(self.parent, error)
-        console.print(f"Comparison: {self.path / 'comparison.md'}, comparison.json and figures/", highlight=False)
+        console.print(f"Comparison: {self.path / 'comparison.md'}, comparison.json and figures/")
         heads = [RunRecord(ROOT, job.run).head() for job in self.jobs]
         ids = [head.mlflow.run for head in heads if head and head.mlflow.run]
         if self.parent and (link := self.tracker.ui_url(ids or [self.parent])):
             console.print(f"MLflow: {link}  (start it with: lifelong-moe ui)")
             console.print("Unfold the comparison there (the + before its name), and its arms are in the charts.")
         elif self.tracker.problem:
-            console.print(f"[yellow]{self.tracker.problem}[/yellow]")
+            console.print(self.tracker.problem, style="yellow")
 
 
 def _shown(overrides: Sequence[str]) -> tuple[str, ...]:

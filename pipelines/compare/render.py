@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipelines.run.render import millions
+from pipelines.shared.markdown import plain, table_row
 from pipelines.shared.tables import show
 
 Arm = Mapping[str, Any]
@@ -95,24 +96,30 @@ def terminal(console: Console, comparison: Mapping[str, Any]) -> None:
         for row in grid.rows:
             table.add_row(*row)
         show(console, table)
-    console.print(EXPLANATION, highlight=False)
+    console.print(EXPLANATION)
     for line in absent(comparison):
-        console.print(f"[yellow]{line}[/yellow]", highlight=False)
+        console.print(line, style="yellow")
 
 
 def markdown(comparison: Mapping[str, Any]) -> str:
     """The tables for ``comparison.md`` and the comparison's page in MLflow."""
     lines = [
-        f"**{comparison['compare']}** · base {comparison['base']} · equal {comparison['budget']} · "
-        f"seeds {', '.join(map(str, comparison['seeds']))} · reference {comparison['reference']}",
+        f"**{plain(comparison['compare'])}** · base {plain(comparison['base'])} · equal {comparison['budget']} · "
+        f"seeds {', '.join(map(str, comparison['seeds']))} · reference {plain(comparison['reference'])}",
         "",
         EXPLANATION,
     ]
     for grid in grids(comparison):
-        lines += ["", f"### {grid.title}", "", _line(grid.header), "|---|" + "---:|" * (len(grid.header) - 1)]
-        lines += [_line(row) for row in grid.rows]
+        lines += [
+            "",
+            f"### {plain(grid.title)}",
+            "",
+            table_row(grid.header),
+            "|---|" + "---:|" * (len(grid.header) - 1),
+        ]
+        lines += map(table_row, grid.rows)
     if missing := absent(comparison):
-        lines += ["", "### Missing", "", *(f"- {line}" for line in missing)]
+        lines += ["", "### Missing", "", *(f"- {plain(line)}" for line in missing)]
     return "\n".join(lines) + "\n"
 
 
@@ -203,8 +210,3 @@ def _value(found: Mapping[str, Any] | None, form: str, scale: float) -> str:
     # The half width with as many digits as the mean.
     digits = form.partition(".")[2][0]
     return f"{shown} ± {scale * (found['high'] - found['mean']):.{digits}f}"
-
-
-def _line(cells: Sequence[str]) -> str:
-    # A bare pipe would end the cell.
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

@@ -13,6 +13,7 @@ from lifelong_moe.data.tokens.tokenizer import Tokenizer
 from lifelong_moe.errors import ConfigError
 from pipelines.inspect.opening import check_label, load_on_device, open_stage
 from pipelines.shared.options import SamplingOptions
+from pipelines.shared.output import print_text
 
 
 def generate_text(
@@ -48,7 +49,7 @@ def generate_text(
     ids: list[int] = []
     shown = ""
     answers = committed.spec.finetune is not None
-    console.print(prompt, end="\n" if answers else "", markup=False, highlight=False)
+    print_text(console, prompt + "\n" * answers)
     # Training pairs were encoded as prompt, separator, answer.
     prompt_ids = tokenizer.encode(f"{prompt}{SEPARATOR}" if answers and SEPARATOR not in prompt else prompt)
     for token in sample(model, prompt_ids, distribution=label, **asdict(sampling)):
@@ -56,7 +57,7 @@ def generate_text(
         text = tokenizer.decode(ids)
         # A character may span several tokens; until it is complete, decoding ends in a replacement character.
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            console.print(text[len(shown) :], end="", markup=False, highlight=False)
+            print_text(console, text[len(shown) :])
             shown = text
-    console.print()
+    print_text(console, "\n")
     return {"run": run, "stage": committed.name, "prompt": prompt, "text": tokenizer.decode(ids), "tokens": len(ids)}

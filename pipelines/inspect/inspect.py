@@ -11,10 +11,8 @@ from rich.console import Console
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.store.stages import CommittedStage
 from pipelines.inspect.opening import check_label, open_stage
+from pipelines.inspect.targets import require_targets
 from pipelines.shared.options import InspectionRequest
-
-HELDOUT_TOKENS = 8192
-"""Held-out tokens per distribution that are read by default."""
 
 
 def inspect_stage(run: str, stage: str | None, asked: InspectionRequest, console: Console) -> Mapping[str, Any]:
@@ -30,9 +28,7 @@ def inspect_stage(run: str, stage: str | None, asked: InspectionRequest, console
     for option, value in (("--layer", asked.layer), ("--html", asked.html), ("--label", asked.label)):
         if given is None and value is not None:
             raise ConfigError(f"{option}={value} needs a text: give --text or --text-file.")
-    for option, path, ending in (("--html", asked.html, ".html"), ("--save", asked.save, ".parquet")):
-        if path is not None:
-            _check_target(option, Path(path), ending)
+    require_targets(asked)
     store, committed = open_stage(run, stage)
     _check_layer(committed, asked.layer)
     if given is not None:
@@ -43,7 +39,7 @@ def inspect_stage(run: str, stage: str | None, asked: InspectionRequest, console
     else:
         from pipelines.inspect.specialization import on_heldout
 
-        result = on_heldout(run, store, committed, asked.tokens or HELDOUT_TOKENS, asked.save, console)
+        result = on_heldout(run, store, committed, asked, console)
     return {"run": run, "stage": committed.name, "key": committed.key, **result}
 
 
@@ -53,13 +49,6 @@ def _check_layer(stage: CommittedStage, layer: int | None) -> None:
         raise ConfigError(f"--layer={layer}: the layers of {stage.name} are 0 to {architecture.model.layers - 1}.")
     if layer is not None and not architecture.experts_in(layer):
         raise ConfigError(f"--layer={layer} is dense: it has no experts to choose from.")
-
-
-def _check_target(option: str, path: Path, ending: str) -> None:
-    if not path.parent.is_dir():
-        raise ConfigError(f"{option}={path}: no such directory: {path.parent}.")
-    if path.suffix != ending or path.is_dir():
-        raise ConfigError(f"{option}={path}: give the name of a file that ends in {ending}.")
 
 
 def _given_text(text: str | None, text_file: str | None) -> str | None:

@@ -40,11 +40,15 @@ from lifelong_moe.training.callbacks.logger import Row
 from lifelong_moe.training.loop.device import configured_device
 from lifelong_moe.training.restore import load_model
 from pipelines.inspect import tables as inspect_tables
+from pipelines.inspect.targets import require_targets
 from pipelines.shared.options import InspectionRequest
 from pipelines.shared.recorded import tracking_of
 from pipelines.shared.workspace import ROOT, read_data, recorded_trainer, remembered
 
 Windows = Mapping[str, EvaluationSet]
+
+HELDOUT_TOKENS = 8192
+"""Held-out tokens per distribution that are read by default."""
 
 
 def on_text(
@@ -68,9 +72,10 @@ def on_text(
     seen = observe_text(model.to(configured_device(recorded_trainer(run))), token_ids, distribution=asked.label)
     routed = route_text(architecture, seen, tokenizer.decode, asked.layer)
     inspect_tables.text(console, routed)
+    require_targets(asked)
     if asked.html is not None:
         write_atomic(Path(asked.html), html_page(routed, f"{run}, stage {committed.name}"))
-        console.print(f"written: {asked.html}", highlight=False, markup=False)
+        console.print(f"written: {asked.html}")
     if asked.save is not None:
         _save(asked.save, architecture, {asked.label or "": seen}, tokenizer, console)
     rows = [
@@ -86,7 +91,7 @@ def on_text(
 
 
 def on_heldout(
-    run: str, store: StageStore, committed: CommittedStage, tokens: int, save: str | None, console: Console
+    run: str, store: StageStore, committed: CommittedStage, asked: InspectionRequest, console: Console
 ) -> Mapping[str, Any]:
     """Measure what the experts specialize in on held-out text, and keep the result with the run.
 
@@ -94,24 +99,25 @@ def on_heldout(
         run: A run.
         store: Holds its stages.
         committed: The stage to inspect.
-        tokens: Held-out tokens per distribution.
-        save: File for every token's experts, if any.
+        asked: Held-out tokens per distribution, and the file for every token's experts, if any.
         console: Where people read.
     """
+    tokens = asked.tokens or HELDOUT_TOKENS
     head, record = require_head(ROOT, run), RunRecord(ROOT, run)
     config = build_config(OmegaConf.create(head.config), is_stored=True)
     with console.status("reading held-out text") as status:
         windows, tokenizer = _heldout_windows(head, config, committed, tokens)
         if missing := [name for name in config.evaluated if name not in windows]:
-            console.print(f"not measured, because the held-out text is gone: {', '.join(missing)}", highlight=False)
+            console.print(f"not measured, because the held-out text is gone: {', '.join(missing)}")
         status.update("running the model on it")
         result, observed = _measure(store, committed, config, windows, tokenizer)
     result = {"run": run, "stage": committed.name, "key": committed.key, **result}
     result = _keep(record, head, config, result, tokens, console)
     inspect_tables.heldout(console, result)
-    console.print(f"written: {record.path / 'inspection.json'}, {record.path / 'inspection'}/*.png", highlight=False)
-    if save is not None:
-        _save(save, committed.architecture, observed, tokenizer, console)
+    console.print(f"written: {record.path / 'inspection.json'}, {record.path / 'inspection'}/*.png")
+    if asked.save is not None:
+        require_targets(asked)
+        _save(asked.save, committed.architecture, observed, tokenizer, console)
     return result
 
 
@@ -152,7 +158,7 @@ def _keep(
     if not plotted:
         tracker.log_metrics(target, _rows(result, tokens, head.stages.index(result["key"])))
     if tracker.problem and config.tracking.enabled:
-        console.print(f"[yellow]{tracker.problem}[/yellow]")
+        console.print(tracker.problem, style="yellow")
     # Last: if the process dies before, the next inspection logs again rather than never.
     write_atomic(copy, text)
     write_atomic(path, text)
@@ -253,4 +259,4 @@ def _save(
         for name, seen in observed.items():
             yield from routing_columns(architecture, seen, name, tokenizer.name)
 
-    console.print(f"written: {path} ({write_parquet(Path(path), parts()):,} rows)", highlight=False, markup=False)
+    console.print(f"written: {path} ({write_parquet(Path(path), parts()):,} rows)")

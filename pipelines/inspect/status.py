@@ -50,9 +50,9 @@ def show_status(run: str, console: Console) -> Mapping[str, Any]:
     # Before the first tick, drop or consolidation there are no versions: the run then serves its last stage.
     if head.versions:
         now, tick = head.champion, head.last_tick
-        console.print(describe(now), highlight=False)
+        console.print(describe(now))
         result["champion"] = {"version": now.id, "stage": now.stages[-1].name, "key": now.key, "since": now.at}
         result["last_tick_at"] = tick.at if tick else None
         if tick:
-            console.print(f"last tick {tick.at}: {tick.outcome}: {tick.reason}", highlight=False)
+            console.print(f"last tick {tick.at}: {tick.outcome}: {tick.reason}")
     return result

@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lifelong_moe.evaluation.routed_text import RoutedText, visible
+from lifelong_moe.errors import visible
+from lifelong_moe.evaluation.routed_text import RoutedText
 from lifelong_moe.reports.figures.specialization import can_leak
 from pipelines.shared.tables import show
 
@@ -30,12 +31,14 @@ def text(console: Console, routed: RoutedText) -> None:
     plain = console.color_system is None or len(routed.owners) > len(colours)
     for index, (name, count) in enumerate(zip(routed.owners, routed.counts, strict=True)):
         if count:
-            legend.append(f" {name} ", style="" if plain else f"black on {colours[index]}").append(f" {count}  ")
+            legend.append(f" {visible(name)} ", style="" if plain else f"black on {colours[index]}").append(
+                f" {count}  "
+            )
     if plain:
         console.print(legend, soft_wrap=True)
         _token_table(console, routed)
         return
-    console.print(routed.rule, highlight=False)
+    console.print(routed.rule)
     for token in routed.tokens:
         # A bare line end has no background to colour.
         shown = visible(token.text).replace("\n", "⏎\n")
@@ -58,8 +61,7 @@ def _token_table(console: Console, routed: RoutedText) -> None:
     table = _table("Tokens", "token", "sent to", *(f"L{layer}" for layer in routed.layers))
     for token in routed.tokens:
         chosen = (", ".join(f"{name} {weight:.2f}" for name, weight in layer) for layer in token.experts)
-        # As Text: rich would read square brackets within a token as markup.
-        table.add_row(*(Text(cell) for cell in (repr(token.text), routed.owners[token.owner], *chosen)))
+        table.add_row(repr(token.text), routed.owners[token.owner], *chosen)
     show(console, table)
 
 
@@ -74,7 +76,7 @@ def _layers(result: Mapping[str, Any]) -> Table:
             *_information(layer["token"]),
             *_information(layer["distribution"]),
             _mean_cosine(layer["similarity"]),
-            Text(", ".join(layer["dead"]) or "–"),
+            ", ".join(layer["dead"]) or "–",
         )
     return table
 
@@ -122,7 +124,7 @@ def _top_tokens(result: Mapping[str, Any]) -> Table:
     rows = [row for layer in result["layers"] for row in layer["top_tokens"].items()]
     for name, tokens in rows[:MOST_EXPERTS]:
         shown = "  ".join(f"{_named(token)} ×{token['lift']:.1f}" for token in tokens[:SHOWN_TOKENS])
-        table.add_row(name, Text(shown or "–"))
+        table.add_row(name, shown or "–")
     if len(rows) > MOST_EXPERTS:
         table.caption = f"{len(rows) - MOST_EXPERTS} more experts in inspection.json"
     return table

@@ -55,10 +55,9 @@ def expert(run: str, name: str, console: Console) -> Mapping[str, Any]:
     texts = ", ".join(f"{name} {digest[:12]}" for name, digest in born.data.items())
     console.print(
         f"{name}: created by stage {born.stage} ({born.key[:SHORT]}) from {texts}; initialized: {born.began}",
-        highlight=False,
     )
     for row in found.stages:
-        console.print(f"· {row.stage}: {row.tensors}, held by {row.held_by[:SHORT]}", highlight=False)
+        console.print(f"· {row.stage}: {row.tensors}, held by {row.held_by[:SHORT]}")
     return dataclasses.asdict(found)
 
 
@@ -79,9 +78,7 @@ def document(run: str, digest: str, console: Console) -> Mapping[str, Any]:
     head, store = require_head(ROOT, run), StageStore(ROOT)
     holders, gone = _holders(head, digest)
     if gone:
-        console.print(
-            f"the text of {', '.join(gone)} is gone: only held-out documents could be searched", highlight=False
-        )
+        console.print(f"the text of {', '.join(gone)} is gone: only held-out documents could be searched")
     if not holders:
         raise ConfigError(f"--document={digest}: no text that run {run} reads holds such a document.")
     # A stage that reads the distribution did not train on a document which is a near copy of held-out text.
@@ -90,9 +87,9 @@ def document(run: str, digest: str, console: Console) -> Mapping[str, Any]:
     )
     found = readers(_stages(head, store), trained, left_out)
     for holder in holders:
-        console.print(f"{holder.document[:SHORT]}: {holder.distribution}, {holder.part}", highlight=False)
+        console.print(f"{holder.document[:SHORT]}: {holder.distribution}, {holder.part}")
     for one in found:
-        console.print(f"· stage {one.stage} {one.role} {one.distribution}; it trained {one.experts}", highlight=False)
+        console.print(f"· stage {one.stage} {one.role} {one.distribution}; it trained {one.experts}")
     if not found:
         console.print("· no stage was trained on it")
     held_by, stages = [holder.to_json() for holder in holders], [dataclasses.asdict(one) for one in found]

@@ -9,6 +9,7 @@ from lifelong_moe.retraining.predicted import Power
 from lifelong_moe.storage.keys import SHORT
 from pipelines.retrain.outcome import TickOutcome
 from pipelines.retrain.plan_file import PlanFacts
+from pipelines.shared.markdown import plain
 
 
 def plan_sentences(facts: PlanFacts) -> list[str]:
@@ -54,7 +55,7 @@ def _power(power: Power) -> str:
 def print_plan(console: Console, facts: PlanFacts) -> None:
     """Print a plan."""
     for sentence in plan_sentences(facts):
-        console.print(f"· {sentence}", highlight=False, markup=False)
+        console.print(f"· {sentence}")
 
 
 def print_outcome(console: Console, ended: TickOutcome) -> None:
@@ -63,17 +64,15 @@ def print_outcome(console: Console, ended: TickOutcome) -> None:
     serves = f" Version {now.version} serves (stage {now.stage})." if now is not None else ""
     console.print(
         f"{ended.outcome}: {ended.reason}.{serves}",
-        highlight=False,
-        markup=False,
     )
 
 
 def tick_note(ended: TickOutcome, facts: PlanFacts, verdict: Verdict | None) -> str:
     """The note of the tick's MLflow run, as Markdown."""
-    lines = [f"**{ended.outcome}**: {ended.reason}.", "", "### Plan", ""]
-    lines += [f"- {sentence}" for sentence in plan_sentences(facts)]
+    lines = [f"**{ended.outcome}**: {plain(ended.reason)}.", "", "### Plan", ""]
+    lines += [f"- {plain(sentence)}" for sentence in plan_sentences(facts)]
     if verdict is not None:
         lines += ["", "### Gate", ""]
-        lines += [f"- {'✓' if check.passed else '✗'} {check.sentence}" for check in verdict.checks]
-        lines += [f"- {sentence}" for sentence in verdict.notes]
+        lines += [f"- {'✓' if check.passed else '✗'} {plain(check.sentence)}" for check in verdict.checks]
+        lines += [f"- {plain(sentence)}" for sentence in verdict.notes]
     return "\n".join(lines)

@@ -136,9 +136,9 @@ def _look(tick: Tick) -> tuple[Texts, NewDocuments]:
         texts = read_texts(tick.config, tick.known)
         new = new_documents(tick.retraining.settings.inbox, texts, tick.head.batches, tick.batches)
     if new.known:
-        tick.console.print(f"{new.known:,} documents in the inbox were seen before, or repeat others", highlight=False)
+        tick.console.print(f"{new.known:,} documents in the inbox were seen before, or repeat others")
     if new.near_copies:
-        tick.console.print(f"{_near_copies(new)}, and are left out", highlight=False)
+        tick.console.print(f"{_near_copies(new)}, and are left out")
     return texts, new
 
 
@@ -154,7 +154,6 @@ def _warn_of_future_versions(tick: Tick) -> None:
             tick.console.print(
                 f"Version {version.id} is dated {version.at}, which is in the future: a clock was ahead. It counts "
                 f"neither for trigger.max_days nor for limits.promotions_per_week.",
-                highlight=False,
             )
 
 

@@ -80,12 +80,12 @@ class Tick(OpenRun):
         try:
             heads = read_heads(ROOT)  # from disk: the head in memory of a tick that failed was never committed
         except LifelongError as error:  # unknown what another run still needs, so nothing goes; the tick is unharmed
-            self.console.print(f"inbox.keep_text={keep}: nothing is removed. {error}", highlight=False, markup=False)
+            self.console.print(f"inbox.keep_text={keep}: nothing is removed. {error}")
             return
         head = heads[self.record.run] = replace(heads[self.record.run], keep_text=keep)
         removable = removable_texts(heads, [self.record.run], working=working)
         if freed := sum(remove_batch_text(ROOT, CACHE, batch, head) for batch in removable):
-            self.console.print(f"inbox.keep_text={keep}: {freed / 1e6:.1f} MB of text removed", highlight=False)
+            self.console.print(f"inbox.keep_text={keep}: {freed / 1e6:.1f} MB of text removed")
         left = tuple(batch for batch in head.open if self.batches.copies(batch))
         if left != head.open:
             self.head = replace(self.head, open=left)

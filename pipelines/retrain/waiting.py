@@ -62,7 +62,6 @@ def still_waiting(tick: Tick, new: NewDocuments) -> PlanFacts | None:
         return None
     tick.console.print(
         f"{tokens:,} tokens have joined batch {facts.data}, which waits; trigger.min_tokens={trigger.min_tokens:,}",
-        highlight=False,
     )
     return facts
 

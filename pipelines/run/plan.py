@@ -40,22 +40,23 @@ def plan(loaded: LoadedConfig, console: Console) -> dict[str, Any]:
     disk = run_need([stage_need(stage, prepared.config) for stage in todo])
     _print(console, rows, disk, speed)
     if published := published_sentence(prepared.config):
-        console.print(published, highlight=False, markup=False)
+        console.print(published)
     warnings = [*prepared.loaded.left_behind, *noncausal_routing(prepared.config), *idle_retention(prepared.config)]
     for sentence in warnings:
-        console.print(f"[yellow]{sentence}[/yellow]", highlight=False)
+        console.print(sentence, style="yellow")
     advice = growth_advice(prepared.plan, _divergence(prepared))
     gone = [stage.data for stage in prepared.config.stages if stage.data in prepared.data.gone]
     if gone and any(row["action"] == "train" for row in rows):
         names = ", ".join(dict.fromkeys(gone))
         advice.append(f"how near new text is to {names} cannot be told: that text is gone.")
     for sentence in advice:
-        console.print(f"· {sentence}", highlight=False)
+        console.print(f"· {sentence}")
     # A longer or shorter plan continues the run; only a stage that differs needs another name.
     if head is not None and any(row["key"] != old for row, old in zip(rows, head.plan, strict=False)):
         console.print(
-            f"[yellow]run={head.run} exists with other stages; running needs run=NAME or --replace."
-            f"{further_training(head, prepared.plan, store)}[/yellow]"
+            f"run={head.run} exists with other stages; running needs run=NAME or --replace."
+            f"{further_training(head, prepared.plan, store)}",
+            style="yellow",
         )
     return {
         "run": prepared.config.run,

@@ -218,7 +218,7 @@ class MlflowRecord:
         if self.told.run and (link := self.tracker.ui_url([self.told.run])):
             console.print(f"MLflow: {link}  (start it with: lifelong-moe ui)")
         elif self.tracker.problem != self._told:
-            console.print(f"[yellow]{self.tracker.problem}[/yellow]")
+            console.print(self.tracker.problem, style="yellow")
 
     def ended_by(self, error: BaseException) -> None:
         """Finish open runs with the error; continuing resumes them."""

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from lifelong_moe.evaluation.routing import dead_experts
 from lifelong_moe.plan.planned import PlannedStage
 from lifelong_moe.reports.report import Report
 from lifelong_moe.store.stages import CommittedStage
+from pipelines.shared.markdown import plain, table_row
 from pipelines.shared.tables import show
 
 # Both import torch, and `status`, which shares this file, answers without it.
@@ -39,13 +41,12 @@ def data_table(console: Console, prepared: Prepared) -> None:
     show(console, table)
     for name, record in data.records.items():
         if name in data.gone:
-            console.print(_gone(name, is_measured=name in data.heldout), highlight=False)
+            console.print(_gone(name, is_measured=name in data.heldout))
         if record.duplicates:
-            console.print(f"{name}: {record.duplicates:,} documents are duplicates and left out", highlight=False)
+            console.print(f"{name}: {record.duplicates:,} documents are duplicates and left out")
         if record.left_out:
             console.print(
                 f"{name}: {len(record.left_out):,} documents are near copies of held-out text and left out of training",
-                highlight=False,
             )
     tokenizer = data.tokenizer
     console.print(f"tokenizer: {tokenizer.vocab_size:,} entries, {tokenizer.hash[:12]}")
@@ -71,9 +72,7 @@ def stage_line(
     """Print one line about a committed stage."""
     losses = ", ".join(f"{name} {found.bits_per_byte:.3f}" for name, found in evaluations.items())
     how = "shared with another run" if shared else f"{stage.metrics['tokens_per_second']:,.0f} tokens/s"
-    console.print(
-        f"{planned.spec.name}: committed as {planned.key[:16]} ({how}); bits per byte: {losses}", highlight=False
-    )
+    console.print(f"{planned.spec.name}: committed as {planned.key[:16]} ({how}); bits per byte: {losses}")
 
 
 def report(console: Console, reports: list[Report]) -> None:
@@ -81,7 +80,7 @@ def report(console: Console, reports: list[Report]) -> None:
     for one in reports:
         show(console, _matrix_table(one))
         if one.not_measured:
-            console.print(f"{one.run}: no longer measured: {', '.join(one.not_measured)}", highlight=False)
+            console.print(f"{one.run}: no longer measured: {', '.join(one.not_measured)}")
         show(console, _stages_table(one))
     show(console, _summary_table(reports))
 
@@ -94,7 +93,7 @@ def _matrix_table(one: Report) -> Table:
     table.add_row("(untrained)", *(f"{value:.3f}" for value in one.bits_per_byte_at_init), style="dim")
     for stage, row in zip(one.stages, one.bits_per_byte, strict=True):
         cells = (
-            f"[bold]{value:.3f}[/bold]" if name in stage.learns else f"{value:.3f}"
+            Text(f"{value:.3f}", style="bold" if name in stage.learns else "")
             for name, value in zip(one.distributions, row, strict=True)
         )
         table.add_row(stage.name, *cells)
@@ -167,9 +166,9 @@ def _summary_table(reports: list[Report]) -> Table:
 
 def run_note(one: Report) -> str:
     """Markdown for the run's MLflow page."""
-    lines = [f"**{one.run}** · {one.method} · seed {one.seed}", "", "Held-out bits per byte:", ""]
+    lines = [f"**{plain(one.run)}** · {plain(one.method)} · seed {one.seed}", "", "Held-out bits per byte:", ""]
     lines += _markdown_matrix(one)
-    lines += ["", "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in summary_lines(one))]
+    lines += ["", "| | |", "|---|---|", *map(table_row, summary_lines(one))]
     return "\n".join(lines)
 
 
@@ -177,7 +176,7 @@ def stage_note(one: Report, index: int, shared: bool) -> str:
     """Markdown for a stage's MLflow page and model version."""
     stage = one.stages[index]
     lines = [
-        f"Stage {index} **{stage.name}** of {one.run} · `{stage.key[:16]}`"
+        f"Stage {index} **{plain(stage.name)}** of {plain(one.run)} · `{stage.key[:16]}`"
         + (" · trained by another run and shared" if shared else ""),
         "",
         f"{stage.experts_per_layer} experts a layer · {millions(stage.parameters_total)} parameters, "
@@ -192,9 +191,9 @@ def stage_note(one: Report, index: int, shared: bool) -> str:
 
 
 def _markdown_matrix(one: Report) -> list[str]:
-    lines = ["| after | " + " | ".join(one.distributions) + " |", "|---|" + "---:|" * len(one.distributions)]
+    lines = [table_row(["after", *one.distributions]), "|---|" + "---:|" * len(one.distributions)]
     for stage, row in zip(one.stages, one.bits_per_byte, strict=True):
-        lines.append(f"| {stage.name} | " + " | ".join(f"{value:.3f}" for value in row) + " |")
+        lines.append(table_row([stage.name, *(f"{value:.3f}" for value in row)]))
     return lines
 
 

@@ -93,14 +93,14 @@ def _announce(console: Console, prepared: Prepared) -> None:
         *noncausal_routing(prepared.config),
         *idle_retention(prepared.config),
     ):
-        console.print(f"[yellow]{sentence}[/yellow]", highlight=False)
+        console.print(sentence, style="yellow")
 
 
 def _connect(prepared: Prepared, console: Console) -> Tracker:
     """Connect to MLflow, and print at once why it does not answer."""
     tracker = Tracker.connect(prepared.config.tracking, ROOT)
     if tracker.problem:
-        console.print(f"[yellow]{tracker.problem}[/yellow]")
+        console.print(tracker.problem, style="yellow")
     return tracker
 
 

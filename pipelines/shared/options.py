@@ -65,6 +65,14 @@ class LoadingOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TextOutput:
+    """How a text is printed."""
+
+    raw: Annotated[bool, typer.Option("--raw", help="Print control characters as they are, not as escapes.")] = False
+    as_json: AsJson = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class InspectionRequest:
     """What an inspection reads, and where it writes."""
 
@@ -77,6 +85,7 @@ class InspectionRequest:
         int | None, typer.Option(help="Held-out tokens per distribution, 8192 by default; not with a text.", min=1)
     ] = None
     label: Label = None
+    force: Annotated[bool, typer.Option("--force", help="Let --html and --save replace files of other origin.")] = False
 
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:

@@ -1,4 +1,8 @@
-"""Standard streams that cannot fail: their reader may disappear, their encoding may be poor, or they may be closed."""
+"""The one place that prints: to streams that cannot fail, and nothing that a terminal would obey.
+
+Names, documents, reasons and messages of libraries may come from anybody. Characters that steer a terminal or reorder
+a line are printed as escapes such as ``\\x1b``, and no string is markup: our own styling is ``style=`` or a ``Text``.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,16 @@ import io
 import json
 import os
 import sys
+from collections.abc import Iterable
 from typing import Any, TextIO
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
+from rich.status import Status
+from rich.style import Style
+from rich.text import Text
+
+from lifelong_moe.errors import visible
 
 GONE = (errno.EPIPE, errno.EIO, errno.ECONNRESET)
 """Errors of a descriptor that nobody reads any more: ``head`` has ended, a terminal was closed, a connection lost."""
@@ -29,7 +40,35 @@ class Outlet(io.FileIO):
             return memoryview(data).nbytes
 
 
-def stream(number: int, like: TextIO | None, errors: str) -> TextIO:
+class Screen(io.TextIOWrapper):
+    """A stream for text of anybody: tracebacks, warnings, logs, and whatever libraries print."""
+
+    def write(self, text: str, /) -> int:
+        """Write a text, with everything visible that would steer a terminal."""
+        super().write(visible(text))
+        return len(text)
+
+    @property
+    def rich_proxied_file(self) -> Styled:
+        """Where consoles of rich write, which look for this name: their colours are escape sequences."""
+        return Styled(self)
+
+
+class Styled:
+    """A screen's other side: what is written here reaches the terminal as it is."""
+
+    def __init__(self, screen: Screen) -> None:
+        self._screen = screen
+
+    def write(self, text: str) -> int:
+        """Write a text as it is."""
+        return io.TextIOWrapper.write(self._screen, text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._screen, name)
+
+
+def stream(number: int, like: TextIO | None, errors: str) -> Screen:
     """Open a descriptor for text; characters that its encoding lacks are replaced.
 
     Args:
@@ -39,10 +78,8 @@ def stream(number: int, like: TextIO | None, errors: str) -> TextIO:
     """
     buffer = io.BufferedWriter(Outlet(number, "w", closefd=False))
     if not isinstance(like, io.TextIOWrapper):
-        return io.TextIOWrapper(buffer, "utf-8", errors)
-    return io.TextIOWrapper(
-        buffer, like.encoding, errors, line_buffering=like.line_buffering, write_through=like.write_through
-    )
+        return Screen(buffer, "utf-8", errors)
+    return Screen(buffer, like.encoding, errors, line_buffering=like.line_buffering, write_through=like.write_through)
 
 
 def make_robust() -> None:
@@ -57,15 +94,97 @@ def make_robust() -> None:
     sys.stdout, sys.stderr = stream(1, sys.stdout, "replace"), stream(2, sys.stderr, "backslashreplace")
 
 
-def console(as_json: bool = False) -> Console:
+class SafeConsole(Console):
+    """A console that obeys no text: see the module.
+
+    Args:
+        file: Where to print.
+        raw: Whether :func:`print_text` prints its texts as they are.
+        options: As of rich's own console.
+    """
+
+    def __init__(self, file: TextIO, *, raw: bool = False, **options: Any) -> None:
+        # The file is named, so that it stays the same while a spinner has replaced `sys.stdout`.
+        super().__init__(file=file, highlight=False, **options)
+        self.raw = raw
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print; a string is one line, whatever line ends it holds, so that none can be forged."""
+        super().print(*(visible(one, keep="\t") if isinstance(one, str) else one for one in objects), **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Make a text of a string, such as a table's cell, before its width is measured."""
+        return super().render_str(visible(text), **options | {"markup": False, "emoji": False})
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Render anything, a ``Text`` too, as segments of which only rich's own controls steer the terminal."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(visible(segment.text), _honest(segment.style))
+
+    def status(self, status: RenderableType, **options: Any) -> Status:
+        """Show a spinner beside a text."""
+        return _Status(status, console=self, **options)
+
+
+class _Status(Status):
+    """A spinner whose text is no markup."""
+
+    def __init__(self, status: RenderableType, **options: Any) -> None:
+        super().__init__(_plain(status), **options)
+
+    def update(self, status: RenderableType | None = None, **options: Any) -> None:
+        """Change the text, or else the spinner."""
+        super().update(None if status is None else _plain(status), **options)
+
+
+def _plain(given: RenderableType) -> RenderableType:
+    return Text(visible(given, keep="")) if isinstance(given, str) else given
+
+
+def _honest(style: Style | None) -> Style | None:
+    """A style without links and hidden text, which rich makes of a library's escape sequences while a spinner turns."""
+    if style is None or not (style.link or style.conceal):
+        return style
+    return (style + Style(conceal=False)).update_link(None)
+
+
+def console(as_json: bool = False, *, raw: bool = False) -> Console:
     """The console for people: standard error with ``--json``, which reserves standard output for the result."""
-    terminal = (sys.stderr if as_json else sys.stdout).isatty()
+    file = sys.stderr if as_json else sys.stdout
+    terminal = file.isatty()
     # In a pipe or a log, rich would fold lines at 80 columns.
-    return Console(stderr=as_json, soft_wrap=not terminal, width=None if terminal else 140)
+    return SafeConsole(file, raw=raw, soft_wrap=not terminal, width=None if terminal else 140)
+
+
+def silent() -> Console:
+    """A console that prints nothing."""
+    return SafeConsole(sys.stdout, quiet=True)
+
+
+def tell(line: str) -> None:
+    """Print one line on standard error."""
+    print(visible(line, keep="\t"), file=sys.stderr)
+
+
+def print_text(console: Console, text: str) -> None:
+    """Print a part of a text of several lines, as it is if the console is a raw one."""
+    if isinstance(console, SafeConsole) and console.raw:
+        console.file.write(text)
+        console.file.flush()
+    else:
+        console.print(Text(visible(text)), end="")
 
 
 def finish(result: object, as_json: bool) -> None:
     """Print the result as one line of JSON, if that was asked for."""
     if as_json:
         # An encoding that lacks characters would replace them; JSON can escape them instead.
-        print(json.dumps(result, ensure_ascii=not (sys.stdout.encoding or "utf-8").lower().startswith("utf")))
+        is_ascii = not (sys.stdout.encoding or "utf-8").lower().startswith("utf")
+        print(_escaped(json.dumps(result, ensure_ascii=is_ascii)))
+
+
+def _escaped(text: str) -> str:
+    """JSON of which nothing steers a terminal: the same value, since only its strings hold such characters."""
+    if text.isprintable():
+        return text
+    return "".join(one if visible(one) == one else json.dumps(one)[1:-1] for one in text)

@@ -83,7 +83,7 @@ def follow_champion(head: RunHead, console: Console) -> None:
         line = show_champion(head, tracker) or "MLflow's alias champion is updated."
     except LifelongError as error:
         line = f"MLflow's alias champion is unchanged: {error}"
-    console.print(line, highlight=False, soft_wrap=True)
+    console.print(line, soft_wrap=True)
 
 
 def follow_champions() -> dict[str, str]:

@@ -11,6 +11,8 @@ import sys
 from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 
+from pipelines.shared import output
+
 # libgomp's default of 300,000 outlasts most gaps between parallel regions, so waiting threads would keep processors
 # from other work. Fewer spins are slower on an idle machine, more are slower beside other work.
 SPINS = "2000"
@@ -46,7 +48,7 @@ def configure(environ: MutableMapping[str, str] = os.environ, root: Path = Path(
 def say() -> None:
     """Print once, before anything long begins, that there are fewer threads than processors."""
     while _lowered:
-        print(_lowered.pop(), file=sys.stderr)
+        output.tell(_lowered.pop())
 
 
 def thread_settings(environ: Mapping[str, str], processors: int, quota: float | None) -> dict[str, str]:

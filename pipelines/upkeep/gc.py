@@ -46,14 +46,12 @@ def _print(console: Console, garbage: Garbage, applied: bool) -> None:
         show(console, table)
     counts = ", ".join(f"{len(found)} {kind}{'' if kind == 'work' else 's'}" for kind, found in kinds)
     done = "removed" if applied else "nothing removed; --apply removes"
-    console.print(f"{done}: {counts}, {garbage.bytes / 1e6:.1f} MB", highlight=False)
+    console.print(f"{done}: {counts}, {garbage.bytes / 1e6:.1f} MB")
     # A process may have written them for a run whose head it has not saved yet.
     if garbage.young:
-        console.print(f"kept because less than a day old: {len(garbage.young)}", highlight=False)
+        console.print(f"kept because less than a day old: {len(garbage.young)}")
     if ahead := sum(stored.changed > time.time() + GRACE_SECONDS for stored in garbage.young):
-        console.print(
-            f"{ahead} of them are dated in the future, because a clock was ahead; touch them", highlight=False
-        )
+        console.print(f"{ahead} of them are dated in the future, because a clock was ahead; touch them")
 
 
 def _megabytes(stored: Stored) -> str:

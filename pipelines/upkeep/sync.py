@@ -29,18 +29,18 @@ def sync(console: Console) -> Mapping[str, Any]:
     for synced in outcomes:
         done = synced.delivered
         if synced.problem is None:
-            console.print(f"{synced.address}: {done.operations} records delivered.", highlight=False)
+            console.print(f"{synced.address}: {done.operations} records delivered.")
         # Refused for good, such as a name that MLflow does not allow: kept in a file, but not sent again.
         if done.refused:
             where = f"{ROOT}/spool/*/refused.jsonl"
             console.print(
-                f"[yellow]{synced.address}: MLflow refused {done.refused} of the records; see {where}.[/yellow]"
+                f"{synced.address}: MLflow refused {done.refused} of the records; see {where}.", style="yellow"
             )
     if not outcomes:
         console.print("Nothing to deliver.")
     # After the deliveries, which may hold the very stages that the aliases point to.
     for run, problem in follow_champions().items():
-        console.print(f"[yellow]alias champion of run {run}: {problem}[/yellow]", highlight=False)
+        console.print(f"alias champion of run {run}: {problem}", style="yellow")
     # Only now: one store that is down keeps nothing from the others.
     if left := [f"{synced.address}: {synced.problem}" for synced in outcomes if synced.problem is not None]:
         raise TryAgainError(f"MLflow did not take all records; they are kept for the next sync: {'; '.join(left)}")

@@ -73,13 +73,11 @@ def consolidate(run: str, stage: str, experts: int, console: Console, overrides:
         record.log("consolidate", outcome=outcome, champion=now.id, **facts)
         record.set_head(head)
         for one in merged:
-            console.print(
-                f"layer {one['layer']}: expert {one['gone']} merged into expert {one['kept']}", highlight=False
-            )
-        console.print(f"{run}: serves: {describe(now)}", highlight=False)
+            console.print(f"layer {one['layer']}: expert {one['gone']} merged into expert {one['kept']}")
+        console.print(f"{run}: serves: {describe(now)}")
         follow_champion(head, console)
     if not verdict.passed:
-        console.print(f"rejected: {verdict.reasons[0]}", highlight=False)
+        console.print(f"rejected: {verdict.reasons[0]}")
     return {"run": run, "outcome": outcome, "champion": now.id, **facts}
 
 

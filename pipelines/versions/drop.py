@@ -120,13 +120,13 @@ def drop(
         # Ledger before head: a kill in between leaves a line too many and never a change without a line.
         record.log("drop", outcome="promoted" if passed else "rejected", champion=now.id, **facts)
         record.set_head(head)
-        console.print(f"{run}: serves: {describe(now)}", highlight=False)
+        console.print(f"{run}: serves: {describe(now)}")
         follow_champion(head, console)
     for sentence in _verdict(stage, candidate):
-        console.print(sentence, highlight=False)
+        console.print(sentence)
     result = {"run": run, "champion": now.id, "kind": now.kind, "outcome": "promoted" if passed else "rejected"}
     if verdict is not None and not passed:
-        console.print(f"rejected: {verdict.reasons[0]} --no-gate lets it serve nevertheless.", highlight=False)
+        console.print(f"rejected: {verdict.reasons[0]} --no-gate lets it serve nevertheless.")
     elif verdict is None and candidate.remains:
         console.print("not gated: whether the model got worse was not measured; lifelong-moe rollback undoes this.")
     return {**result, "derived": candidate.stage.derived is not None, **facts}

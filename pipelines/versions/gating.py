@@ -91,7 +91,6 @@ def best_losses(trainer: CandidateTrainer, candidate: Candidate, best: Mapping[s
             trainer.console.print(
                 f"Stage {learned.name} is not in the store any more: the best that {learned.data} ever had is counted "
                 f"without it.",
-                highlight=False,
             )
             continue
         found = updated_best(measurements, stage, found, [learned.data])

@@ -10,6 +10,6 @@ from lifelong_moe.retraining.checks import Verdict
 def print_verdict(console: Console, verdict: Verdict) -> None:
     """Print each check and note."""
     for check in verdict.checks:
-        console.print(f"{'✓' if check.passed else '✗'} {check.sentence}", highlight=False, markup=False)
+        console.print(f"{'✓' if check.passed else '✗'} {check.sentence}")
     for sentence in verdict.notes:
-        console.print(f"· {sentence}", highlight=False, markup=False)
+        console.print(f"· {sentence}")

@@ -38,7 +38,7 @@ def rollback(run: str, to: int | None, console: Console) -> dict[str, str | int]
             # Ledger before head: a kill in between leaves a line too many and never a change without a line.
             record.log("rollback", champion=now.id, was=was.id, key=now.key)
             record.set_head(after)
-        console.print(f"{run}: {'serves' if now != was else 'serves already'}: {describe(now)}", highlight=False)
+        console.print(f"{run}: {'serves' if now != was else 'serves already'}: {describe(now)}")
         follow_champion(after, console)
     return {"run": run, "champion": now.id, "was": was.id, "kind": now.kind, "at": now.at, "key": now.key}
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
+import unicodedata
 
 import pytest
 import torch
 
-from lifelong_moe.errors import AccessError, DataError, ResourceError, as_ours, one_line
+from lifelong_moe.errors import AccessError, DataError, ResourceError, as_ours, one_line, visible
 from pipelines.cli import exit_code
 
 
@@ -71,6 +73,22 @@ def test_ours_stay_as_they_are() -> None:
     assert as_ours(ValueError("x")) is None and as_ours(KeyboardInterrupt()) is None
     assert isinstance(as_ours(PermissionError(13, "Permission denied", "x")), AccessError)
     assert isinstance(as_ours(MemoryError()), ResourceError)
+
+
+def test_what_steers_a_terminal_is_shown() -> None:
+    assert (
+        visible("a\nb\tc\rd\x00\x7f\x9b\u202e\u2028\U000e0041") == "a\nb\tc\\rd\\x00\\x7f\\x9b\\u202e\\u2028\\U000e0041"
+    )
+    assert visible("a\nb\tc", keep="\t") == "a\\nb\tc"
+    written = "naïve 10\N{NO-BREAK SPACE}km می\N{ZERO WIDTH NON-JOINER}خواهم 👩\N{ZERO WIDTH JOINER}🔬 שלום"
+    assert visible(written) == written
+
+
+@pytest.mark.parametrize("category", ["Cc", "Cf", "Cs", "Zl", "Zp"])
+def test_no_steering_character_of_unicode_is_left(category: str) -> None:
+    found = [chr(code) for code in range(sys.maxunicode + 1) if unicodedata.category(chr(code)) == category]
+    left = {char for char in found if visible(char) == char}
+    assert found and left <= {"\n", "\t", "\N{ZERO WIDTH NON-JOINER}", "\N{ZERO WIDTH JOINER}"}
 
 
 def test_one_line_can_be_encoded() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 from lifelong_moe.config.data import SourceConfig
@@ -24,6 +25,9 @@ def hub_documents(config: SourceConfig) -> list[Document]:
         ResourceError: The disk is full.
         TryAgainError: The hub cannot be reached, or asks to come back later.
     """
+    # A bar shows remote names, and redraws its line by control characters that our streams do not obey.
+    for switch in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+        os.environ.setdefault(switch, "1")
     # Here, since importing it takes seconds and only distributions of the hub need it.
     import datasets
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
-from lifelong_moe.errors import TryAgainError
+from lifelong_moe.errors import TryAgainError, visible
 from lifelong_moe.training.callbacks.checkpoint import checkpoint_path, checkpoints
 from lifelong_moe.training.callbacks.energy import READ_SECONDS, EnergyMeter, energy_counters
 from lifelong_moe.training.callbacks.interrupt import Interrupt
@@ -119,16 +119,17 @@ class ProgressReport(Callback):
         if not (self.enabled and self.console.is_terminal):
             return
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=max(4, min(40, self.console.width - WORDS))),
             MofNCompleteColumn(),
-            TextColumn("steps · {task.fields[text]}", table_column=Column(overflow="fold")),
+            TextColumn("steps · {task.fields[text]}", markup=False, table_column=Column(overflow="fold")),
             TimeRemainingColumn(),
         )
         self._bar = Progress(*columns, console=self.console, transient=True)
         self._bar.start()
+        # rich drops some control characters instead of showing them.
         self._task = self._bar.add_task(
-            self.title, total=trainer.max_steps, completed=trainer.global_step, text="starting"
+            visible(self.title, keep=""), total=trainer.max_steps, completed=trainer.global_step, text="starting"
         )
 
     def on_train_batch_end(
