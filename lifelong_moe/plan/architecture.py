@@ -111,8 +111,8 @@ class Architecture:
 
     def labelled(self, distribution: str) -> Architecture:
         """With the distribution's label at the newest generation, or at the one that trains on."""
-        group = len(self.generations) - 1 if self.continued is None else self.continued
-        labels = {**dict(self.labels), distribution: group}
+        domain = len(self.generations) - 1 if self.continued is None else self.continued
+        labels = {**dict(self.labels), distribution: domain}
         return replace(self, labels=tuple(labels.items()))
 
     def to_json(self) -> dict[str, object]:

@@ -34,7 +34,7 @@ class LearnedRouter(LinearRouter):
     tokens, and what is dropped adds nothing: the weights of what is left stay as they were. What goes to a next
     choice weighs by the expert that serves it.
 
-    With ``bundles`` a token's group is a bundle, and only that generation's experts are in the softmax: a later stage
+    With ``bundles`` a token's domain is a generation, and only that generation's experts are in the softmax: a later stage
     changes nothing for the tokens of an earlier one, and old experts, which no longer learn, take nothing from new
     text.
 
