@@ -34,9 +34,9 @@ class LearnedRouter(LinearRouter):
     tokens, and what is dropped adds nothing: the weights of what is left stay as they were. What goes to a next
     choice weighs by the expert that serves it.
 
-    With ``bundles`` a token's domain is a generation, and only that generation's experts are in the softmax: a later stage
-    changes nothing for the tokens of an earlier one, and old experts, which no longer learn, take nothing from new
-    text.
+    With ``bundles`` a token's domain is a generation, and only that generation's experts are in the softmax: a later
+    stage changes nothing for the tokens of an earlier one, and old experts, which no longer learn, take nothing from
+    new text.
 
     Source:
         Mixtral (arXiv:2401.04088), section 2.1; Switch (arXiv:2101.03961), section 2: top-1 by the full softmax,
