@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -99,6 +100,8 @@ for command in COMMANDS:
 def main() -> None:
     """Entry point: a user's mistake prints one line and sets an exit code; only our own bugs show a traceback."""
     output.make_robust()
+    # Ours are narrower by themselves; MLflow and others write files as wide as the umask allows.
+    os.umask(os.umask(0o077) | 0o007)
     # Before a command imports torch: OpenMP reads these settings once.
     threads.configure()
     sys.exit(exit_code(app))

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lifelong_moe.storage.modes import SHARED
+
 MARK = 4
 """Bytes of a block's mark: the width of its hidden states, 0 if they are not cached."""
 
@@ -41,7 +43,7 @@ class TeacherCache:
         self._hidden, self._known = (self._opened(p) for p in (path, path.with_suffix(".known")))
 
     def _opened(self, path: Path) -> int:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, SHARED)
         weakref.finalize(self, os.close, descriptor)
         return descriptor
 

@@ -12,12 +12,13 @@ from safetensors import SafetensorError
 from lifelong_moe.errors import ResourceError, disk_is_full
 from lifelong_moe.storage.files import rename, sync
 from lifelong_moe.storage.keys import canonical_json, file_sha256
+from lifelong_moe.storage.modes import SHARED, make_folder
 from lifelong_moe.storage.temporary import temporary
 from lifelong_moe.storage.verified import MANIFEST
 
 
 @contextmanager
-def new_directory(target: Path) -> Iterator[Path]:
+def new_directory(target: Path, mode: int = SHARED) -> Iterator[Path]:
     """Yield a folder to fill with files; on leaving it becomes ``target``.
 
     Everything is flushed to disk before the rename, and then the rename itself. If ``target`` exists by then, another
@@ -25,13 +26,15 @@ def new_directory(target: Path) -> Iterator[Path]:
 
     Args:
         target: Directory to create, with its parents.
+        mode: Permissions of its files, less those that the umask takes away.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with temporary(target.parent) as work:
+    make_folder(target.parent)
+    with temporary(target.parent, mode) as work:
         yield work
-        mode = work.stat().st_mode & 0o666
+        # The folder's permissions are those that the umask has left.
+        mode &= work.stat().st_mode
         for path in sorted(work.iterdir()):
-            # safetensors makes its files readable by their owner alone; a shared store follows the umask.
+            # safetensors makes its files readable by their owner alone, and others follow the umask alone.
             path.chmod(mode)
             # Contents before the rename: after a power failure the final name must not lead to empty files.
             sync(path)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from lifelong_moe.storage.modes import SHARED, make_folder
 from lifelong_moe.storage.temporary import temporary
 
 
@@ -27,26 +28,32 @@ def rename(source: Path, target: Path) -> None:
 
 
 @contextmanager
-def new_file(path: Path) -> Iterator[Path]:
+def new_file(path: Path, mode: int = SHARED) -> Iterator[Path]:
     """Yield a path to write to; on leaving, the file written there replaces ``path``.
 
     Readers see the old or the new content and never a mixture, even after a crash.
 
     Args:
         path: The file; missing parent directories are created.
+        mode: Its permissions, less those that the umask takes away.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     # In the same folder, since a rename is atomic within one file system only.
-    with temporary(path.parent) as folder:
+    with temporary(path.parent, mode) as folder:
         work = folder / path.name
         yield work
+        # The folder's permissions are those that the umask has left.
+        work.chmod(folder.stat().st_mode & mode)
         sync(work)
         rename(work, path)
 
 
-def write_atomic(path: Path, content: str | bytes) -> None:
-    """Replace the content of ``path`` by ``content``, text as UTF-8; a missing file is created with its parents."""
-    with new_file(path) as work:
+def write_atomic(path: Path, content: str | bytes, mode: int = SHARED) -> None:
+    """Replace the content of ``path`` by ``content``, text as UTF-8; a missing file is created with its parents.
+
+    Its permissions are ``mode``, less those that the umask takes away.
+    """
+    with new_file(path, mode) as work:
         work.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
 
 
@@ -56,10 +63,12 @@ def append_line(path: Path, line: str) -> None:
     Raises:
         OSError: If the disk is full or cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     is_new = not path.exists()
     data = f"{line}\n".encode()
-    with path.open("ab+") as file:
+    # Nobody may have put a link here, which would lead the line into another file.
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    with open(os.open(path, flags, SHARED), "ab+") as file:
         if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
             # A process that was killed here left half a line; keep it from damaging this one.
             data = b"\n" + data

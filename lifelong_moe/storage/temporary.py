@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from lifelong_moe.storage.modes import SHARED, folder_mode
+
 GRACE_SECONDS = 24 * 3600.0
 """Grace period: nothing younger than a day is collected."""
 _TMP = ".tmp-"
@@ -20,7 +22,7 @@ _DEPTH = 3
 
 
 @contextmanager
-def temporary(parent: Path) -> Iterator[Path]:
+def temporary(parent: Path, mode: int = SHARED) -> Iterator[Path]:
     """Make a directory to write in; the caller moves its content elsewhere, or renames the directory itself.
 
     If it still exists on leaving, it is removed. A kill leaves it behind for :func:`remove_temporary`, which tells by a
@@ -29,10 +31,11 @@ def temporary(parent: Path) -> Iterator[Path]:
 
     Args:
         parent: Final folder of the content.
+        mode: Widest permissions of files in it; the directory may be entered by those who may read them.
     """
-    # Not `tempfile`, whose folders only their owner may read; ours are shared.
+    # Not `tempfile`, whose folders only their owner may read; ours may be shared within a group.
     path = parent / f"{_TMP}{secrets.token_hex(8)}"
-    path.mkdir()
+    path.mkdir(mode=folder_mode(mode))
     descriptor = os.open(path, os.O_RDONLY)
     try:
         with suppress(OSError):

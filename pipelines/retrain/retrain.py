@@ -193,7 +193,7 @@ def _candidate_trainer(tick: Tick, new: NewDocuments, texts: Texts, interrupt: I
             )
     # Noted before the text is written: whoever is killed in between, the next tick knows that there is text to remove.
     tick.open_batch(new.hash)
-    tick.batches.add(new.documents, new.files)
+    tick.batches.add(new.documents, new.files, new.mode)
     files, load = batch_files(new.hash, new.sources), model_loader(tick.store, tick.config.trainer)
     return CandidateTrainer(
         tick.retraining, now, new.name, files, tick.known, tick.store, interrupt, tick.console, load

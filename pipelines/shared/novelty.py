@@ -21,6 +21,7 @@ from lifelong_moe.data.text.near_copies import near_copies
 from lifelong_moe.data.tokens import prepare
 from lifelong_moe.data.tokens.prepare import Texts
 from lifelong_moe.data.tokens.records import Remembered
+from lifelong_moe.storage.modes import SHARED
 from pipelines.shared.places import CACHE
 
 
@@ -42,6 +43,8 @@ class NewDocuments:
     """Documents of these files that are near copies of what was seen before, held-out text included."""
     sources: str | None = None
     """Identifies this copy of the batch if the same documents arrived before with other sources; otherwise None."""
+    mode: int = SHARED
+    """Permissions of the batch's files: as private as the files read."""
 
 
 def read_texts(config: RunConfig, known: Remembered | None = None) -> Texts:
@@ -83,7 +86,8 @@ def new_documents(inbox: InboxConfig, texts: Texts, settled: Iterable[str], batc
     documents = [document for document, is_copy in zip(left, copies, strict=True) if not is_copy]
     digest = documents_hash(documents)
     name, known = f"{found.distribution or 'batch'}-{digest[:8]}", len(found.documents) - len(left)
-    return NewDocuments(documents, digest, name, found.files, known, sum(copies), batches.sources(documents))
+    sources = batches.sources(documents)
+    return NewDocuments(documents, digest, name, found.files, known, sum(copies), sources, found.mode)
 
 
 def arrived(inbox: InboxConfig) -> set[str]:

@@ -59,7 +59,7 @@ def keep_texts(
     store, before = HeldoutStore(ROOT), remembered(head, written).records
     now = dict(data.records)
     for name, record in now.items():
-        kept = store.add(data.heldout_documents[name]) if keep and name in data.heldout_documents else None
-        now[name] = replace(record, kept=kept)
+        is_kept = keep and name in data.heldout_documents
+        now[name] = replace(record, kept=store.add(data.heldout_documents[name], data.mode(name)) if is_kept else None)
     # Distributions that are not read now keep their records: a later plan may name them again.
     return {**before, **now}

@@ -26,6 +26,7 @@ from lifelong_moe.storage.directories import new_directory
 from lifelong_moe.storage.files import sync, write_atomic
 from lifelong_moe.storage.grammars import Sha256
 from lifelong_moe.storage.keys import SHORT, canonical_json, file_sha256, text_sha256
+from lifelong_moe.storage.modes import SHARED
 from lifelong_moe.storage.opening import open_regular
 from lifelong_moe.storage.plain import from_plain
 from lifelong_moe.storage.stored import read_stored
@@ -88,12 +89,13 @@ class BatchStore:
             return None
         return text_sha256(canonical_json(given))[:SOURCES]
 
-    def add(self, documents: Sequence[Document], files: Sequence[dict[str, Any]]) -> str:
+    def add(self, documents: Sequence[Document], files: Sequence[dict[str, Any]], mode: int = SHARED) -> str:
         """Store a batch. A stored batch with the same sources is unchanged, except that removed text is restored.
 
         Args:
             documents: In any order; they are written in order of their hash.
             files: What they were read from.
+            mode: Permissions of the files of the batch, which are as private as those.
 
         Returns:
             The batch's hash.
@@ -103,11 +105,11 @@ class BatchStore:
         # Text that was removed may arrive again; the manifest is still there and lists the same bytes,
         # because rows are canonical JSON in order of hash.
         if not self.has_text(batch, sources):
-            write_atomic(path, _rows(documents))
+            write_atomic(path, _rows(documents), mode)
         if path.parent.exists():
             self.manifest(batch, sources)
             return batch
-        with new_directory(path.parent) as work:
+        with new_directory(path.parent, mode) as work:
             _write(work, batch, documents, files)
         return batch
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from lifelong_moe.config.data import SourceConfig
 from lifelong_moe.errors import DataError
 from lifelong_moe.storage.keys import text_sha256
+from lifelong_moe.storage.modes import SHARED
 
 SHORT_TEXT = 64
 """In a text with fewer letters and digits than this, symbols count when duplicates are sought."""
@@ -56,6 +57,8 @@ class Corpus:
     """Documents left out because they repeat others."""
     near_copies: list[Document] = field(default_factory=list)
     """Left out of ``train`` because they are near copies of held-out text, of this or another distribution."""
+    mode: int = SHARED
+    """Permissions of files that are made of this text: as private as each of those it came from."""
 
     @property
     def split_hash(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from lifelong_moe.config.data import SourceConfig
@@ -14,6 +15,7 @@ from lifelong_moe.data.text.limits import MAX_TEXT_FILE_BYTES, Quota
 from lifelong_moe.data.text.parquet import read_parquet
 from lifelong_moe.data.text.streams import OpenFile, check_text, decode, open_file, read_whole, refuse_pickled
 from lifelong_moe.errors import DataError
+from lifelong_moe.storage.modes import SHARED, as_private_as
 
 READABLE = ".jsonl and .txt (both also .gz or .zst) and .parquet"
 Reader = Callable[[OpenFile, SourceConfig], Iterator[Document]]
@@ -65,6 +67,20 @@ def matching_files(pattern: str) -> list[Path]:
     if not files:
         raise DataError(f"files={pattern}: is a directory; name its files, e.g. {found[0] / '**' / '*.jsonl'}.")
     return files
+
+
+def mode_of(pattern: str) -> int:
+    """Permissions of copies of text of the files that match: as private as each of them.
+
+    Raises:
+        DataError: Nothing matches.
+    """
+    mode = SHARED
+    for path in matching_files(pattern):
+        # A file that has gone meanwhile is no one's text; whoever reads it says so.
+        with suppress(OSError):
+            mode &= as_private_as(path.stat().st_mode)
+    return mode
 
 
 def reader_of(path: Path) -> Reader:

@@ -28,6 +28,7 @@ from lifelong_moe.data.text.limits import MAX_INBOX_BYTES, MAX_INBOX_FILES, Port
 from lifelong_moe.data.text.streams import OpenFile, decode, unpacked, unreadable
 from lifelong_moe.data.text.strict_json import parse_object
 from lifelong_moe.errors import DataError, one_line
+from lifelong_moe.storage.modes import SHARED, as_private_as
 from lifelong_moe.storage.opening import open_below
 
 MANIFEST = "manifest.json"
@@ -46,6 +47,8 @@ class Inbox:
     """``name``, ``bytes`` and ``sha256`` of each file read."""
     distribution: str | None
     """Name that the manifest gives them."""
+    mode: int = SHARED
+    """Permissions of copies of their text: as private as each of the files."""
 
 
 def read_inbox(directory: Path, source: SourceConfig) -> Inbox | None:
@@ -101,12 +104,14 @@ class _Arrivals:
         readers = [reader_of(self._directory / path) for path, _ in entries]
         documents: list[Document] = []
         files: list[dict[str, Any]] = []
+        mode = SHARED
         for (path, entry), reader in zip(entries, readers, strict=True):
             file, found = self._snapshot(path, MAX_INBOX_BYTES)
             _require_as_listed(file.path, found, entry)
             files.append(found)
             documents += reader(file, self._source)
-        return Inbox(documents, files, distribution) if documents else None
+            mode &= file.mode
+        return Inbox(documents, files, distribution, mode) if documents else None
 
     def _names(self) -> list[str]:
         """Files in order of name, without those that are passed over."""
@@ -133,8 +138,9 @@ class _Arrivals:
         shown = self._directory / path
         try:
             with open_below(self._folder, path) as file:
+                stat = os.fstat(file.fileno())
                 # By its size first, so that a file of any size takes no memory.
-                is_too_large = os.fstat(file.fileno()).st_size > most_bytes
+                is_too_large = stat.st_size > most_bytes
                 # Into memory: a writer who kept the file open could change it between hashing and parsing.
                 data = b"" if is_too_large else file.read(most_bytes + 1)
         except OSError as error:
@@ -144,7 +150,8 @@ class _Arrivals:
         # Made printable: names go into records and messages.
         found = {"name": one_line(path.name), "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         stream = io.BufferedReader(cast(Any, io.BytesIO(data)))
-        return OpenFile(shown, stream, Portion(shown, len(data), self._quota)), found
+        portion = Portion(shown, len(data), self._quota)
+        return OpenFile(shown, stream, portion, as_private_as(stat.st_mode)), found
 
     def _listed(self) -> tuple[dict[str, dict[str, Any]], str | None]:
         """The manifest's entries by name, and the name that it gives to their distribution."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from lifelong_moe.config.data import SourceConfig
 from lifelong_moe.data.text.documents import Corpus, Document, build_corpus, heldout_part
+from lifelong_moe.storage.modes import SHARED
 
 
 def read_corpus(name: str, config: SourceConfig, cache: Path) -> Corpus:
@@ -27,10 +29,12 @@ def read_corpus(name: str, config: SourceConfig, cache: Path) -> Corpus:
 
         return build_corpus(name, builtin_documents(config.builtin, cache), config)
     if config.files is not None:
-        from lifelong_moe.data.text.files import read_documents
+        from lifelong_moe.data.text.files import mode_of, read_documents
 
         heldout = None if config.heldout_files is None else read_documents(config.heldout_files, config)
-        return build_corpus(name, read_documents(config.files, config), config, heldout)
+        corpus = build_corpus(name, read_documents(config.files, config), config, heldout)
+        mode = mode_of(config.files) & (mode_of(config.heldout_files) if config.heldout_files is not None else SHARED)
+        return replace(corpus, mode=mode)
     from lifelong_moe.data.text.hub import hub_documents
 
     return build_corpus(name, hub_documents(config), config)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from lifelong_moe.data.text.compression import COMPRESSED, unpack
 from lifelong_moe.data.text.limits import Portion, Quota
 from lifelong_moe.errors import DataError
+from lifelong_moe.storage.modes import SHARED, as_private_as
 from lifelong_moe.storage.opening import open_regular
 
 # Most are pickles, or may contain one, which runs code when it is loaded.
@@ -32,6 +33,8 @@ class OpenFile:
     """Its bytes, at their beginning; it can seek."""
     portion: Portion
     """Its share of what may be read."""
+    mode: int = SHARED
+    """Permissions of copies of its text: as private as the file."""
 
 
 @contextlib.contextmanager
@@ -51,8 +54,8 @@ def open_file(path: Path, quota: Quota | None = None, *, follow: bool = True) ->
     except OSError as error:
         raise unreadable(path, error) from error
     with data:
-        size = os.fstat(data.fileno()).st_size
-        yield OpenFile(path, data, Portion(path, size, quota or Quota()))
+        stat = os.fstat(data.fileno())
+        yield OpenFile(path, data, Portion(path, stat.st_size, quota or Quota()), as_private_as(stat.st_mode))
 
 
 def unreadable(path: Path, error: OSError) -> DataError:

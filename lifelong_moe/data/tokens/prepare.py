@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from lifelong_moe.data.tokens.shards import (
 )
 from lifelong_moe.data.tokens.tokenizer import Tokenizer, recipe, trained_tokenizer
 from lifelong_moe.errors import ConfigError, DataError, LifelongError, TryAgainError
+from lifelong_moe.storage.modes import PRIVATE
 
 log = logging.getLogger(__name__)
 COARSE = 0.75
@@ -63,6 +64,12 @@ class PreparedData:
     """The same as text."""
     gone: dict[str, LifelongError]
     """Why the other distributions' text is not there."""
+    modes: Mapping[str, int] = field(default_factory=dict)
+    """Permissions of files that are made of text that is there; of other text they are private."""
+
+    def mode(self, name: str) -> int:
+        """Permissions of files that are made of a distribution's text."""
+        return self.modes.get(name, PRIVATE)
 
     @property
     def identity(self) -> DataIdentity:
@@ -122,7 +129,7 @@ def prepare_data(
     heldout = {
         name: tokens[name].heldout
         if name in tokens
-        else open_or_tokenize(documents, records[name].heldout_hash, made, cache)
+        else open_or_tokenize(documents, records[name].heldout_hash, made, cache, PRIVATE)
         for name, documents in texts.heldout.items()
     }
     _warn_if_coarse(records, trained[0])
@@ -132,7 +139,8 @@ def prepare_data(
             heldout[name] = tokens[name].heldout
         elif source.answer_field is not None and name in heldout:
             heldout[name] = with_heldout_answers(texts.heldout[name], heldout[name], made)
-    return PreparedData(made, recipe(tokenizer), tokens, records, heldout, texts.heldout, texts.gone)
+    modes = {name: corpus.mode for name, corpus in texts.corpora.items()}
+    return PreparedData(made, recipe(tokenizer), tokens, records, heldout, texts.heldout, texts.gone, modes)
 
 
 def read_texts(

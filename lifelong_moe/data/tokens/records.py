@@ -18,6 +18,7 @@ from lifelong_moe.errors import CorruptError
 from lifelong_moe.storage.files import write_atomic
 from lifelong_moe.storage.grammars import Prefix, Sha256
 from lifelong_moe.storage.keys import canonical_json, file_sha256
+from lifelong_moe.storage.modes import SHARED
 from lifelong_moe.storage.opening import open_regular
 from lifelong_moe.storage.plain import from_plain
 from lifelong_moe.storage.stored import naming, parse_json
@@ -73,8 +74,8 @@ class HeldoutStore:
         """File of a set of documents."""
         return self.root / f"{address}.jsonl"
 
-    def add(self, documents: Sequence[Document]) -> str:
-        """Keep documents, in the order given; returns their address."""
+    def add(self, documents: Sequence[Document], mode: int = SHARED) -> str:
+        """Keep documents, in the order given, in a file of permissions ``mode``; returns their address."""
         rows = (canonical_json({"text": document.text, "source": document.source}) for document in documents)
         data = "".join(f"{row}\n" for row in rows).encode("utf-8")
         # Named by content, so runs with the same held-out text share one file, and damage shows.
@@ -84,7 +85,7 @@ class HeldoutStore:
             # Restarts the grace period of garbage collection: no run may refer to the file yet.
             os.utime(path)
         else:
-            write_atomic(path, data)
+            write_atomic(path, data, mode)
         return address
 
     def documents(self, address: str) -> list[Document]:

@@ -117,7 +117,7 @@ def tokenize_corpus(corpus: Corpus, tokenizer: Tokenizer, cache: Path) -> Tokeni
         cache: ``cache/tokens/`` holds the arrays. A damaged part is made again, the other one left alone.
     """
     shards = [
-        open_or_tokenize(documents, key, tokenizer, cache)
+        open_or_tokenize(documents, key, tokenizer, cache, corpus.mode)
         for documents, key in ((corpus.train, corpus.train_hash), (corpus.heldout, corpus.heldout_hash))
     ]
     hashes = corpus.train_hash, corpus.heldout_hash, tokenizer.hash
@@ -138,12 +138,22 @@ def tokenize_documents(documents: Sequence[Document], tokenizer: Tokenizer) -> T
     return TokenShard(tokens=np.concatenate(rows), offsets=offsets, text_bytes=text_bytes)
 
 
-def open_or_tokenize(documents: Sequence[Document], key: str, tokenizer: Tokenizer, cache: Path) -> TokenShard:
-    """Tokenize one part of a corpus, or open what was tokenized before; ``key`` is the hash of its documents."""
+def open_or_tokenize(
+    documents: Sequence[Document], key: str, tokenizer: Tokenizer, cache: Path, mode: int
+) -> TokenShard:
+    """Tokenize one part of a corpus, or open what was tokenized before.
+
+    Args:
+        documents: In canonical order.
+        key: The hash of its documents.
+        tokenizer: See :func:`tokenize_corpus`.
+        cache: See :func:`tokenize_corpus`.
+        mode: Permissions of the arrays, from which the text can be had again.
+    """
     directory = cache / "tokens" / f"{key[:SHORT]}-{tokenizer.hash[:SHORT]}"
     shard = _open(directory)
     if shard is None:
-        _build(documents, directory, tokenizer)
+        _build(documents, directory, tokenizer, mode)
         shard = _open(directory)
         if shard is None:
             raise OSError(f"{directory}: what was written a moment ago does not verify")
@@ -190,8 +200,8 @@ def _read_manifest(directory: Path) -> dict[str, Any] | None:
     return dict(manifest)
 
 
-def _build(documents: Sequence[Document], directory: Path, tokenizer: Tokenizer) -> None:
-    with new_directory(directory) as work:
+def _build(documents: Sequence[Document], directory: Path, tokenizer: Tokenizer, mode: int) -> None:
+    with new_directory(directory, mode) as work:
         # Little-endian by name, so that a cache can be copied between machines.
         dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
         _write_arrays(documents, work, tokenizer, dtype)

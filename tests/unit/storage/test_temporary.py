@@ -7,6 +7,7 @@ import fcntl
 import os
 import shutil
 import signal
+import stat
 import time
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from typing import Any
 import pytest
 
 from lifelong_moe.storage import temporary as module
-from lifelong_moe.storage.files import write_atomic
+from lifelong_moe.storage.directories import new_directory
+from lifelong_moe.storage.files import append_line, write_atomic
 from lifelong_moe.storage.keys import canonical_json, file_sha256, text_sha256
+from lifelong_moe.storage.modes import PRIVATE
 from lifelong_moe.storage.temporary import remove_temporary, temporary
 
 HOUR = 3600.0
@@ -50,10 +53,34 @@ def test_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_written_files_have_ordinary_permissions(tmp_path: Path) -> None:
-    write_atomic(tmp_path / "ours", b"")
-    (tmp_path / "ordinary").write_bytes(b"")
-    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "ordinary").stat().st_mode
+@pytest.mark.parametrize(("umask", "shared"), [(0o022, 0o640), (0o002, 0o640), (0o077, 0o600), (0, 0o640)])
+def test_what_is_written_is_for_its_owner_and_group(tmp_path: Path, umask: int, shared: int) -> None:
+    before = os.umask(umask)
+    try:
+        write_atomic(tmp_path / "a" / "file", b"")
+        write_atomic(tmp_path / "private", b"", PRIVATE)
+        append_line(tmp_path / "b" / "lines", "line")
+        with new_directory(tmp_path / "c" / "made") as work:
+            (work / "file").touch(0o666)
+            (work / "narrow").touch(0o600)
+        with new_directory(tmp_path / "secret", PRIVATE) as work:
+            (work / "file").touch(0o666)
+    finally:
+        os.umask(before)
+    for name in ("a/file", "b/lines", "c/made/file", "c/made/narrow"):
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == shared
+        assert stat.S_IMODE((tmp_path / name).parent.stat().st_mode) == shared | 0o100 | (shared & 0o040) >> 2
+    for name in ("private", "secret/file"):
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o600
+    assert stat.S_IMODE((tmp_path / "secret").stat().st_mode) == 0o700
+
+
+def test_lines_are_appended_to_no_link(tmp_path: Path) -> None:
+    (tmp_path / "startup").write_text("ours\n")
+    (tmp_path / "lines").symlink_to("startup")
+    with pytest.raises(OSError, match="symbolic links"):
+        append_line(tmp_path / "lines", "theirs")
+    assert (tmp_path / "startup").read_text() == "ours\n"
 
 
 def left_behind(path: Path, age: float) -> Path:

@@ -139,9 +139,9 @@ def test_lost_race_takes_the_winners_files(
 ) -> None:
     build = shards._build
 
-    def build_twice(documents: list[Document], directory: Path, given: Tokenizer) -> None:
-        build(documents, directory, given)
-        build(documents, directory, given)
+    def build_twice(documents: list[Document], directory: Path, given: Tokenizer, mode: int) -> None:
+        build(documents, directory, given, mode)
+        build(documents, directory, given, mode)
 
     monkeypatch.setattr(shards, "_build", build_twice)
     tokenize_corpus(corpus, tokenizer, tmp_path)

@@ -1,0 +1,108 @@
+"""Machines are shared: what is made of somebody's text is as private as that text, and never for everybody."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from lifelong_moe.data.text.batches import BatchStore
+from lifelong_moe.data.text.documents import Document
+from lifelong_moe.storage.modes import SHARED, as_private_as, folder_mode, make_folder
+from tests.retrain_lab import arrive, make_base, tick
+
+LOCKS = {".lock", "spool.lock", "delivery.lock"}
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A run and a dry tick, by a user whose files others may read, of text of which some is private."""
+    root, umask, threads = tmp_path_factory.mktemp("modes"), os.umask(0o022), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(root)
+            patch.setenv("TOKENIZERS_PARALLELISM", "false")
+            patch.setattr("tests.retrain_lab.write_corpora", write_corpora)
+            make_base(root, stage_defaults={"tokens": 256}, evaluate={"tokens": 600, "keep_heldout": True})
+            arrive("sea", "a.jsonl").chmod(0o600)
+            arrive("sea", "b.jsonl", seed=78).chmod(0o644)
+            assert tick(dry_run=True)["outcome"] == "planned"
+        yield root
+    finally:
+        os.umask(umask)
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(False)
+
+
+def write_corpora(root: Path) -> None:
+    from tests import tiny
+
+    tiny.write_corpora(root)
+    (root / "code.jsonl").chmod(0o600)
+
+
+def modes(*folders: Path) -> dict[str, int]:
+    paths = [path for folder in folders for path in folder.rglob("*") if path.name not in LOCKS]
+    assert paths
+    return {str(path): stat.S_IMODE(path.lstat().st_mode) for path in paths}
+
+
+def test_nothing_is_for_everybody(lab: Path) -> None:
+    # Folders that a lock was the first to need hold names only; see `locks`.
+    made_by_locks = {str(lab / "mlruns" / name) for name in ("runs", "runs/tiny", "work")}
+    found = modes(lab / "mlruns", lab / "data").items()
+    assert {path: oct(mode) for path, mode in found if mode & 0o027 and path not in made_by_locks} == {}
+
+
+def test_a_private_inbox_makes_a_private_batch(lab: Path) -> None:
+    """Of two files one is private, so that their batch is."""
+    assert set(modes(lab / "mlruns" / "batches").values()) == {0o600, 0o700}
+
+
+def test_private_text_makes_private_tokens_and_held_out_text(lab: Path) -> None:
+    """That of ``code`` and of the batch is private, that of ``fruit`` is not."""
+    heldout = modes(lab / "mlruns" / "heldout")
+    assert sorted(heldout.values()) == [0o600, 0o640]
+    (private,) = (Path(path) for path, mode in heldout.items() if mode == 0o600)
+    assert "lambda" in private.read_text(encoding="utf-8")  # a word of code
+    tokens = modes(lab / "data" / "cache" / "tokens")
+    folders = [mode for path, mode in tokens.items() if Path(path).is_dir()]
+    assert sorted(set(folders)) == [0o700, 0o750] and folders.count(0o750) == 2  # training and held-out text of fruit
+    for path, mode in tokens.items():
+        if Path(path).is_file():
+            assert mode == (0o600 if tokens[str(Path(path).parent)] == 0o700 else 0o640)
+
+
+def test_text_that_arrives_again_is_as_private_as_then(tmp_path: Path) -> None:
+    batches, documents = BatchStore(tmp_path), [Document("one", "a"), Document("two", "b")]
+    batch = batches.add(documents, [], 0o600)
+    batches.remove_text(batch)
+    assert set(modes(tmp_path / "batches").values()) <= {0o600, 0o640, 0o700}
+    batches.add(documents, [], 0o600)
+    assert stat.S_IMODE(batches.path(batch).stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize(
+    ("source", "ours"), [(0o600, 0o600), (0o644, 0o640), (0o640, 0o640), (0o400, 0o600), (0o777, 0o640), (0o604, 0o600)]
+)
+def test_a_copy_is_as_private_as_its_source(source: int, ours: int) -> None:
+    assert as_private_as(source) == ours
+    assert folder_mode(ours) == (0o750 if ours & 0o040 else 0o700)
+
+
+def test_folders_are_entered_by_those_who_read(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        make_folder(tmp_path / "a" / "b")
+        make_folder(tmp_path / "a" / "b")
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.rglob("*")} == {0o750}
+    shutil.rmtree(tmp_path / "a")
+    assert folder_mode(SHARED) == 0o750
