@@ -10,6 +10,8 @@ import errno
 import re
 import unicodedata
 
+from lifelong_moe.redaction import MASK, redact, without_credentials
+
 _MAX_CHARS = 1000
 _SUSPECT = re.compile(r"[^ -~]")
 _STEERING = ("Cc", "Cf", "Cs", "Zl", "Zp")
@@ -125,7 +127,11 @@ def _shown(char: str, keep: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """Shorten and escape a text such that it can be printed and encoded, whatever names and values it holds."""
+    """Shorten and escape a text such that it can be printed and encoded, whatever names and values it holds.
+
+    Secrets and credentials are left out.
+    """
+    text = without_credentials(redact(text), mask=MASK)
     # Both ends are kept: a message begins with a key or path and ends with the remedy.
     if len(text) > _MAX_CHARS:
         text = f"{text[: _MAX_CHARS // 2]} … {text[-_MAX_CHARS // 2 :]}"

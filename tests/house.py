@@ -23,6 +23,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("lifelong_moe", "pipelines")
 FLOORS = [
+    {"redaction"},
     {"errors"},
     {"ops", "storage"},
     {"config/routing"},

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from lifelong_moe.config.data import SourceConfig
 from lifelong_moe.config.methods import refuse_idle_method, refuse_moving_trunk, refuse_unfit_mode
 from lifelong_moe.config.names import require_known
+from lifelong_moe.config.references import note_secrets, with_numbers
 from lifelong_moe.config.routing.modes import settings_of
 from lifelong_moe.config.routing.switching import drop_foreign_keys, drop_keys_of_old_mode
 from lifelong_moe.config.rules import require_consistent
@@ -24,7 +25,7 @@ from lifelong_moe.config.run import Method, PublishedConfig, RunConfig, StageCon
 from lifelong_moe.config.sections import errors_under, require_finite, section, sections_of, structured
 from lifelong_moe.config.yaml_file import apply_override, read_yaml
 from lifelong_moe.errors import ConfigError
-from lifelong_moe.storage.credentials import without_credentials
+from lifelong_moe.redaction import note_address, say_openly, shown_address, without_credentials
 
 
 # RunConfig as a whole is never merged: `stages` and `distributions` are built item by item, so that errors name theirs.
@@ -84,19 +85,24 @@ def overridden(file: DictConfig, overrides: Sequence[str]) -> DictConfig:
         apply_override(raw, override)
     # Last, since any of the overrides may have set the mode.
     drop_keys_of_old_mode(raw, file, overrides)
+    # Before anything is built from it: the first error may quote a secret.
+    note_secrets(raw)
     return raw
 
 
 def written_config(raw: DictConfig) -> dict[str, Any]:
     """A configuration as plain data that may be logged: interpolations unresolved, URLs without credentials."""
     # An interpolation may refer to a secret in the environment; a URL may contain one.
-    return _masked(OmegaConf.to_container(raw, resolve=False))
+    return _masked(with_numbers(raw))
 
 
 def _masked(value: Any) -> Any:
     """Mask the parts of URLs within plain data that may be secret."""
     if isinstance(value, dict):
-        return {key: _masked(child) for key, child in value.items()}
+        masked = {key: _masked(child) for key, child in value.items()}
+        # In the path of a server's address a token may stand; other URLs, such as a paper's, name something public.
+        addresses = {key: child for key, child in value.items() if key == "uri" and isinstance(child, str)}
+        return masked | {key: shown_address(child) for key, child in addresses.items()}
     if isinstance(value, list):
         return [_masked(child) for child in value]
     return without_credentials(value, mask="***") if isinstance(value, str) else value
@@ -134,6 +140,9 @@ def build_config(raw: DictConfig, *, is_stored: bool = False) -> RunConfig:
     # OmegaConf rejects keys that the dataclass lacks, so the node is cut down to those that it has.
     scalars = section(_Scalars, OmegaConf.masked_copy(raw, ["run", "method", "seed"]), "")
     config = RunConfig(run=scalars.run, method=scalars.method, seed=scalars.seed, **values)
+    # Names are no secrets, wherever they come from: files and records are called by them.
+    say_openly([config.run, config.tracking.experiment, *config.distributions, *(str(s.name) for s in config.stages)])
+    note_address(config.tracking.uri or "")
     require_consistent(config)
     # Rules of later versions: an existing run that breaks them must still open.
     if not is_stored:

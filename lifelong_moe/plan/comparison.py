@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lifelong_moe.config.load import LoadedConfig, configure
 from lifelong_moe.config.names import NAME, require_known
+from lifelong_moe.config.references import note_secrets
 from lifelong_moe.config.run import RunConfig
 from lifelong_moe.config.sections import section
 from lifelong_moe.config.yaml_file import apply_override, first_key, read_yaml
@@ -148,6 +149,7 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
         require_known(str(key), known, "key")
     for override in common:
         require_known(first_key(override), known | of_runs, "key")
+    note_secrets(raw)
     settings = section(ComparisonConfig, raw, "")
     # Unresolved: overrides are recorded, and an interpolation may refer to a secret. Each run resolves its own.
     written: Any = OmegaConf.to_container(raw.arms, resolve=False)

@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from lifelong_moe.config.data import KeepText
 from lifelong_moe.config.load import build_config, overridden
 from lifelong_moe.config.names import require_known
+from lifelong_moe.config.references import as_text, note_secrets
 from lifelong_moe.config.retraining.operation import HooksConfig, InboxConfig, LimitsConfig, ProbeConfig, TriggerConfig
 from lifelong_moe.config.retraining.policy import HELDOUT_SOURCES, DecisionConfig, DriftConfig, GateConfig
 from lifelong_moe.config.run import Method, RunConfig
@@ -26,6 +27,7 @@ from lifelong_moe.config.sections import require_finite, section, sections_of
 from lifelong_moe.config.yaml_file import apply_override, first_key, read_yaml
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.plan.methods import stage_specs
+from lifelong_moe.redaction import note_address, redact
 
 BATCH_NAME = "batch"
 MAX_DAYS = 3650
@@ -113,7 +115,7 @@ class Retraining:
         for stage in new:
             share = stage.heldout_fraction
             raw.distributions[stage.name] = {
-                "files": stage.files,
+                "files": as_text(stage.files),
                 "heldout_fraction": self.settings.inbox.heldout_fraction if share is None else share,
                 "heldout_sources": stage.heldout_sources,
             }
@@ -135,7 +137,8 @@ class Retraining:
             own["tokens"] = stage.tokens
         if stage.grow is not None and stage.continues is None:
             own["grow"] = dict(stage.grow)
-        merged = OmegaConf.merge(settings.stage, overlay, own)
+        # Names and ways to grow may come from a head or a plan, whose references nobody resolves.
+        merged = OmegaConf.merge(settings.stage, overlay, as_text(own))
         return cast(Mapping[str, Any], OmegaConf.to_container(merged))
 
     def raw(self) -> Mapping[str, Any]:
@@ -161,7 +164,10 @@ def load_retraining(path: str | Path, overrides: Sequence[str] = ()) -> Retraini
         apply_override(raw, override)
     for key in raw:
         require_known(str(key), known, "key")
+    note_secrets(raw)
     settings = _settings(raw)
+    note_address(settings.hooks.url or "")
+    _refuse_secret_arguments(settings.hooks)
     file = read_yaml(path.parent / settings.base)
     base = overridden(file, [override for override in overrides if override not in own])
     config = build_config(base, is_stored=True)  # of a run that exists already
@@ -206,6 +212,16 @@ def _settings(raw: DictConfig) -> RetrainConfig:
     if settings.trigger.max_days is not None and settings.trigger.max_days > MAX_DAYS:
         raise ConfigError(f"trigger.max_days={settings.trigger.max_days} must be at most {MAX_DAYS}.")
     return settings
+
+
+def _refuse_secret_arguments(hooks: HooksConfig) -> None:
+    """Refuse secrets in a command's arguments, which everybody on a machine can read."""
+    for place, argument in enumerate(hooks.command[1:], start=1):
+        if redact(argument) != argument:
+            raise ConfigError(
+                f"hooks.command[{place}]={argument} holds a value from the environment, and everybody on this machine "
+                f"can read the arguments of a process. Let the command itself read the variable."
+            )
 
 
 def _check_stages(retraining: Retraining, names: list[str]) -> None:

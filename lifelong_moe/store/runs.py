@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lifelong_moe.errors import ConfigError
+from lifelong_moe.redaction import redacted
 from lifelong_moe.storage.files import append_line, write_atomic
 from lifelong_moe.storage.keys import canonical_json
 from lifelong_moe.storage.opening import read_bounded
@@ -72,7 +73,8 @@ class RunRecord:
     def log(self, event: str, **fields: Any) -> None:
         """Append a line to the ledger and flush it to disk."""
         # The ledger is history for people; only the head decides what a run refers to.
-        append_line(self.path / "ledger.jsonl", canonical_json({"time": timestamp(), "event": event, **fields}))
+        line = canonical_json({"time": timestamp(), "event": event, **redacted(fields)})
+        append_line(self.path / "ledger.jsonl", line)
 
     def logged(self, event: str, field: str) -> list[Any]:
         """A field of every ledger entry of an event, oldest first."""

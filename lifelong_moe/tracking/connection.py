@@ -6,6 +6,8 @@ is probed with a short timeout before MLflow uses it.
 
 from __future__ import annotations
 
+import http.client
+import logging
 import os
 import socket
 import sqlite3
@@ -16,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from lifelong_moe.storage.credentials import without_credentials
+from lifelong_moe.redaction import is_web, redact, without_credentials
 
 PROBE_SECONDS = 5.0
 """Longest wait for a tracking server or database before training starts without it."""
@@ -44,7 +46,12 @@ def resolve_uri(uri: str | None, root: Path) -> str:
     Returns:
         ``uri``, else ``MLFLOW_TRACKING_URI``, else a SQLite database ``mlflow.db`` under ``root``.
     """
-    return uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root.absolute() / 'mlflow.db'}"
+    return uri or os.environ.get("MLFLOW_TRACKING_URI") or local_uri(root)
+
+
+def local_uri(root: Path) -> str:
+    """The SQLite database of a store: ``mlflow.db`` under ``root``, the ``mlruns/`` directory."""
+    return f"sqlite:///{root.absolute() / 'mlflow.db'}"
 
 
 def is_server(uri: str) -> bool:
@@ -56,7 +63,7 @@ def is_server(uri: str) -> bool:
     Returns:
         True for ``http`` and ``https``.
     """
-    return urlsplit(uri).scheme in ("http", "https")
+    return is_web(uri)
 
 
 def sqlite_path(uri: str) -> Path | None:
@@ -68,7 +75,7 @@ def sqlite_path(uri: str) -> Path | None:
     Returns:
         Its path; None for any other store, and for a database in memory.
     """
-    if urlsplit(uri).scheme.partition("+")[0] != "sqlite":
+    if _scheme(uri) != "sqlite":
         return None
     from sqlalchemy.engine import make_url
 
@@ -86,25 +93,12 @@ def is_utf8(text: str) -> bool:
     return True
 
 
-def with_credentials(uri: str, root: Path) -> str:
-    """Restore the credentials of a URI that was stored without them.
-
-    Args:
-        uri: Tracking URI.
-        root: The ``mlruns/`` directory.
-
-    Returns:
-        ``MLFLOW_TRACKING_URI`` if that is the same store, else the URI without any: then MLflow's own
-        ``MLFLOW_TRACKING_USERNAME`` and ``MLFLOW_TRACKING_PASSWORD`` are left.
-    """
-    ours, address = resolve_uri(None, root), without_credentials(uri)
-    return ours if without_credentials(ours) == address else address
-
-
 def prepare_environment() -> None:
     """Set MLflow's own switches before its first import; values that the user has set are kept."""
     for name, value in _CLIENT_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    # It warns of each repeated request with the path of the address; we say once what failed.
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
 
 
 def probe(uri: str, seconds: float = PROBE_SECONDS) -> str | None:
@@ -117,7 +111,7 @@ def probe(uri: str, seconds: float = PROBE_SECONDS) -> str | None:
     Returns:
         None if it answers, else one line why not.
     """
-    scheme = urlsplit(uri).scheme.partition("+")[0]
+    scheme = _scheme(uri)
     if is_server(uri):
         check: Callable[[str, float], str | None] = _probe_server
     elif scheme == "sqlite":
@@ -127,23 +121,38 @@ def probe(uri: str, seconds: float = PROBE_SECONDS) -> str | None:
     else:
         return None
     outcome: list[str | None] = []
+    # What libraries say may quote a part of the address.
     # A socket timeout bounds neither name resolution nor a server that drips bytes; abandoning a daemon thread does.
     worker = threading.Thread(target=lambda: outcome.append(check(uri, seconds)), daemon=True)
     worker.start()
     worker.join(seconds)
-    return outcome[0] if outcome else f"no answer within {seconds:g} s"
+    told = outcome[0] if outcome else f"no answer within {seconds:g} s"
+    return None if told is None else redact(told, uri)
+
+
+def _scheme(uri: str) -> str:
+    """The kind of a store, without its driver."""
+    # Not urlsplit, which refuses some passwords.
+    return uri.partition(":")[0].partition("+")[0].lower()
 
 
 def _probe_server(uri: str, seconds: float) -> str | None:
     try:
-        with urllib.request.urlopen(without_credentials(uri).rstrip("/") + "/health", timeout=seconds):
+        parts = urlsplit(uri)
+        # A password that holds "/" makes a port of its beginning, and a host of the user.
+        _ = parts.port
+        address = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    except ValueError:
+        return "its address cannot be read; write / as %2F, @ as %40, # as %23 and ? as %3F in its password"
+    try:
+        with urllib.request.urlopen(address.rstrip("/") + "/health", timeout=seconds):
             return None
     except urllib.error.HTTPError as error:
         # A gateway may refuse or not know /health; only 5xx says that nobody is behind it.
         return f"HTTP {error.code} {error.reason}" if error.code >= 500 else None
     except urllib.error.URLError as error:
         return str(error.reason)
-    except (OSError, ValueError) as error:  # ValueError: not a URL, such as an unreadable port
+    except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: not a URL
         return str(error)
 
 
@@ -168,8 +177,9 @@ def _probe_sqlite(uri: str, seconds: float) -> str | None:
 
 def _probe_port(uri: str, seconds: float) -> str | None:
     try:
-        parts = urlsplit(uri)
-        address = (parts.hostname or "localhost", parts.port or _DEFAULT_PORTS[parts.scheme.partition("+")[0]])
+        # A database's password may hold what ends the host of other addresses.
+        parts = urlsplit(without_credentials(uri))
+        address = (parts.hostname or "localhost", parts.port or _DEFAULT_PORTS[_scheme(uri)])
         socket.create_connection(address, timeout=seconds).close()
     except (OSError, ValueError) as error:
         return str(error)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from lifelong_moe.storage.credentials import without_credentials
+from lifelong_moe.redaction import MASK, redact, without_credentials
 from lifelong_moe.tracking.connection import sqlite_path
 from lifelong_moe.tracking.spool import RefusedError
 
 
 def failures() -> tuple[type[Exception], ...]:
     """The exceptions by which MLflow, its database, the network or the disk fail or refuse."""
+    import sqlite3
+
     from alembic.util import CommandError
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
     # MLflow opens a database through Alembic, which has its own errors; those of requests are OSErrors.
-    return (MlflowException, OSError, SQLAlchemyError, CommandError, RefusedError)
+    return (MlflowException, OSError, SQLAlchemyError, sqlite3.Error, CommandError, RefusedError)
 
 
 def unusable(uri: str, reason: str) -> str:
@@ -31,8 +33,13 @@ def unusable(uri: str, reason: str) -> str:
     return f"{reason.rstrip('.')}. If this persists, move {path} away: a new database gets the kept records."
 
 
-def one_line(error: Exception) -> str:
-    """The first line of an error, without credentials."""
+def one_line(error: Exception, uri: str = "") -> str:
+    """The first line of an error, without credentials.
+
+    Args:
+        error: Of MLflow, a database or the network.
+        uri: Tracking URI; MLflow repeats it, password, path and all.
+    """
     # Tracebacks and SQL follow in further lines.
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return without_credentials(line)  # MLflow repeats the URI, password and all
+    return without_credentials(redact(line, uri), mask=MASK)

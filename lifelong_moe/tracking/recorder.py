@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Self
 
 from lifelong_moe.config.tracking import TrackingConfig
-from lifelong_moe.storage.credentials import without_credentials
+from lifelong_moe.redaction import note_address, redacted, shown_address
 from lifelong_moe.tracking import links
 from lifelong_moe.tracking.connection import (
     is_server,
@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 DELIVERY_SECONDS = 60.0
 """Longest time that connecting spends on delivering the spool."""
+_OURS = ("do", "run", "time", "rows", "experiment", "parent", "by", "directory", "path", "alias")
+"""Fields of operations that find something again: no text of theirs is a secret, and none may change."""
 
 
 class Recorder:
@@ -65,6 +67,7 @@ class Recorder:
             problem = "the working directory's name is not UTF-8, which MLflow cannot store: nothing is recorded."
             return cls(config.experiment, "", None, problem)
         prepare_environment()
+        note_address(uri)
         recorder = cls(config.experiment, uri, Spool(root, uri), None)
         if (failed := probe(uri) or recorder._open(root)) is not None:
             recorder._use_spool("is not usable", unusable(uri, failed))
@@ -77,9 +80,9 @@ class Recorder:
             store = Store(self._uri, root)
             store.experiment_id(self._experiment)
             # Before anything new is recorded, so that MLflow gets operations in the order in which they were made.
-            self._spool.deliver(store.perform, DELIVERY_SECONDS)
+            self._spool.deliver(store.deliver, DELIVERY_SECONDS)
         except failures() as error:
-            return one_line(error)
+            return one_line(error, self._uri)
         except ImportError as error:  # the database's driver is not installed
             return str(error)
         self._store = store
@@ -142,6 +145,7 @@ class Recorder:
 
     def _record(self, asked: Operation, content: bytes | None = None) -> str | None:
         """Perform an operation, or append it to the spool."""
+        asked = {name: value if name in _OURS else redacted(value) for name, value in asked.items()}
         # After a failure MLflow may still have performed it; delivered again, it changes nothing.
         if self._store is not None:
             try:
@@ -158,7 +162,7 @@ class Recorder:
         return None
 
     def _fail(self, error: Exception) -> None:
-        self._use_spool("failed", one_line(error))
+        self._use_spool("failed", one_line(error, self._uri))
         log.warning(self.problem)
 
     def _use_spool(self, how: str, reason: str) -> None:
@@ -166,6 +170,6 @@ class Recorder:
         # For good: back in MLflow, later operations would overtake those in the spool.
         self._store = None
         self.problem = (
-            f"MLflow at {without_credentials(self._uri)} {how}, so records are kept under mlruns/{SPOOL} until the "
+            f"MLflow at {shown_address(self._uri)} {how}, so records are kept under mlruns/{SPOOL} until the "
             f"next run or `lifelong-moe sync` delivers them: {reason}"
         )

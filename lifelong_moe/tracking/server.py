@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lifelong_moe.errors import ConfigError
-from lifelong_moe.storage.credentials import without_credentials
-from lifelong_moe.tracking.connection import is_server, probe, resolve_uri
+from lifelong_moe.redaction import shown_address
+from lifelong_moe.tracking.connection import is_server, probe, resolve_uri, sqlite_path
+from lifelong_moe.tracking.guard import GRACE_SECONDS
 
 
 def serve_command(uri: str | None, root: Path, port: int, host: str = "127.0.0.1") -> tuple[list[str], dict[str, str]]:
@@ -33,22 +36,57 @@ def serve_command(uri: str | None, root: Path, port: int, host: str = "127.0.0.1
     uri = resolve_uri(uri, root)
     if is_server(uri):
         raise ConfigError(
-            f"tracking.uri={without_credentials(uri)} is a server already; open it in a browser, "
+            f"tracking.uri={shown_address(uri)} is a server already; open it in a browser, "
             "or unset tracking.uri and MLFLOW_TRACKING_URI to serve the local database."
         )
     root = root.absolute()
     root.mkdir(parents=True, exist_ok=True)
     artifacts = str(root / "artifacts")
-    argv = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri]
+    if (path := sqlite_path(uri)) is not None:
+        uri = f"sqlite:///{path.absolute()}"  # the server runs in another directory
+    # Without the working directory among the places of modules: it may be somebody else's.
+    argv = [sys.executable, "-P", "-m", "mlflow", "server"]
     # Both default to the working directory.
     argv += ["--default-artifact-root", artifacts, "--artifacts-destination", artifacts]
     argv += ["--host", host, "--port", str(port), "--workers", "1"]
     environment = os.environ | {
+        # Not an argument: those of every process can be read by everyone on this machine, and this may hold a password.
+        "MLFLOW_BACKEND_STORE_URI": uri,
+        "PYTHONSAFEPATH": "1",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         # Not used by us, and it makes the start 36 s instead of 14 s.
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     }
     return argv, environment
+
+
+@contextmanager
+def serving(command: Sequence[str], environment: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a server that ends with this context, and with this process, however that ends.
+
+    Args:
+        command: Arguments of the server.
+        environment: Its whole environment.
+
+    Yields:
+        A process that ends with the server, and with its exit code.
+    """
+    guarded = [sys.executable, "-P", "-m", "lifelong_moe.tracking.guard", *command]
+    # At the root of the file system, because servers look for modules and settings in their working directory.
+    server = subprocess.Popen(
+        guarded, env=environment, stdin=subprocess.PIPE, start_new_session=True, cwd=os.path.abspath(os.sep)
+    )
+    assert server.stdin is not None
+    try:
+        yield server
+    finally:
+        server.stdin.close()
+        with suppress(subprocess.TimeoutExpired):
+            server.wait(GRACE_SECONDS + 2)
+        # If somebody has ended the guard alone, what it guarded is still there.
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
 
 
 def require_free(host: str, port: int) -> None:

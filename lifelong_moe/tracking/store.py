@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, TypeVar
 from lifelong_moe.tracking.connection import is_server
 from lifelong_moe.tracking.database import ensure_database
 from lifelong_moe.tracking.failures import one_line
-from lifelong_moe.tracking.operations import LOCAL_PREFIX
+from lifelong_moe.tracking.locations import keep_artifacts_within, require_within
+from lifelong_moe.tracking.operations import LOCAL_PREFIX, require_ours
 from lifelong_moe.tracking.registry import Version, register_version
 from lifelong_moe.tracking.spool import Operation, RefusedError
 
@@ -26,6 +27,8 @@ T = TypeVar("T")
 METRICS_PER_BATCH = 1000
 PARAMS_PER_BATCH = 100
 DIGEST_CHARACTERS = 36
+SOURCE = "lifelong-moe"
+"""Tag ``mlflow.source.name`` of every run."""
 LOCAL_ID_TAG = "lifelong.local_id"
 """Tag of every run: the id by which its caller knew it before MLflow gave it one."""
 
@@ -51,6 +54,7 @@ class Store:
         logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
         logging.getLogger("alembic").setLevel(logging.WARNING)
         ensure_database(uri, root)
+        keep_artifacts_within(uri, root)
         self.client = MlflowClient(tracking_uri=uri)
         self._uri, self._root = uri, root
         self._experiments: dict[str, str] = {}
@@ -82,6 +86,7 @@ class Store:
                     raise
         if found.lifecycle_stage == "deleted":
             raise MlflowException(f"experiment {name!r} is deleted; restore it or set another tracking.experiment.")
+        require_within(self._uri, self._root, str(found.artifact_location))
         return str(found.experiment_id)
 
     def is_behind(self, url: str, experiment: str) -> bool:
@@ -138,6 +143,31 @@ class Store:
             self._runs[run_id] = run.info.run_id
         return self._runs[run_id]
 
+    def deliver(self, asked: Operation, content: bytes | None = None) -> str | None:
+        """Perform an operation from a spool, which somebody else may have written; see :meth:`perform`.
+
+        Raises:
+            RefusedError: If it is none of ours, or is about a run that we did not make.
+        """
+        require_ours(asked)
+        for run_id in {asked["run"], asked.get("parent"), asked.get("by")} - {None}:
+            run = self._find(run_id)
+            tags = {} if run is None else run.data.tags
+            if run is not None and LOCAL_ID_TAG not in tags and tags.get("mlflow.source.name") != SOURCE:
+                raise RefusedError(f"run {run_id} was not made by lifelong-moe.")
+        return self.perform(asked, content)
+
+    def _find(self, run_id: str) -> Run | None:
+        """Like :meth:`find`, but refused for good where MLflow refuses the question."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return self.find(run_id)
+        except MlflowException as error:
+            if error.error_code in _REFUSALS:
+                raise RefusedError(one_line(error, self._uri)) from error
+            raise
+
     def perform(self, asked: Operation, content: bytes | None = None) -> str | None:
         """Perform an operation.
 
@@ -172,7 +202,7 @@ class Store:
             return actions[asked["do"]](asked)
         except MlflowException as error:
             if error.error_code in _REFUSALS:
-                raise RefusedError(one_line(error)) from error
+                raise RefusedError(one_line(error, self._uri)) from error
             raise
 
     def _start(self, asked: Operation) -> str:
@@ -219,13 +249,14 @@ class Store:
         self.client.log_inputs(self.resolve(asked["run"]), [given])
 
     def _artifact(self, asked: Operation, content: bytes) -> None:
-        path = PurePosixPath(asked["path"])
+        path, run_id = PurePosixPath(asked["path"]), self.resolve(asked["run"])
+        require_within(self._uri, self._root, str(self.client.get_run(run_id).info.artifact_uri))
         # The client takes files only, and names the artifact like the file.
         with tempfile.TemporaryDirectory() as folder:
             local = Path(folder) / path.name
             local.write_bytes(content)
             parent = None if path.parent == PurePosixPath(".") else str(path.parent)
-            self.client.log_artifact(self.resolve(asked["run"]), str(local), parent)
+            self.client.log_artifact(run_id, str(local), parent)
 
     def _tag(self, asked: Operation) -> None:
         self.client.set_tag(self.resolve(asked["run"]), asked["key"], asked["value"])

@@ -6,9 +6,10 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from lifelong_moe.tracking.connection import prepare_environment, probe, with_credentials
+from lifelong_moe.redaction import note_address
+from lifelong_moe.tracking.connection import local_uri, prepare_environment, probe, resolve_uri
 from lifelong_moe.tracking.failures import failures, one_line, unusable
-from lifelong_moe.tracking.spool import Delivered, Spool
+from lifelong_moe.tracking.spool import Delivered, Spool, left_for_others
 from lifelong_moe.tracking.store import Store
 
 
@@ -17,7 +18,7 @@ class Synced:
     """The outcome for one store's spool."""
 
     address: str
-    """Tracking URI without credentials."""
+    """Tracking URI as it may be shown."""
     delivered: Delivered
     """Empty if a problem ended the delivery."""
     problem: str | None
@@ -25,10 +26,11 @@ class Synced:
 
 
 def sync(root: Path) -> list[Synced]:
-    """Deliver every spool under ``mlruns/``; repeating it, or continuing after a kill, adds nothing twice.
+    """Deliver the user's spools under ``mlruns/``; repeating it, or continuing after a kill, adds nothing twice.
 
-    No spool holds credentials: they come from ``MLFLOW_TRACKING_URI`` if it is the same store, or from MLflow's own
-    ``MLFLOW_TRACKING_USERNAME`` and ``MLFLOW_TRACKING_PASSWORD``.
+    The user's own addresses are ``MLFLOW_TRACKING_URI`` and the database of this store. What a spool says of its own
+    address is only shown: a store may come from somebody else, who must not choose where this user's records go, nor
+    to whom this user's password is sent.
 
     Args:
         root: The ``mlruns/`` directory.
@@ -37,17 +39,20 @@ def sync(root: Path) -> list[Synced]:
         The outcome for each spool that held something.
     """
     prepare_environment()
-    return [_deliver(spool, root) for spool in Spool.all(root)]
+    own = {uri: Spool(root, uri) for uri in dict.fromkeys([resolve_uri(None, root), local_uri(root)])}
+    outcomes = [_deliver(uri, spool, root) for uri, spool in own.items() if not spool.empty]
+    missing = "set MLFLOW_TRACKING_URI to this address, or start a command whose configuration names it"
+    return outcomes + [Synced(address, Delivered(), missing) for address in left_for_others(root, own.values())]
 
 
-def _deliver(spool: Spool, root: Path) -> Synced:
-    uri = with_credentials(spool.address, root)
+def _deliver(uri: str, spool: Spool, root: Path) -> Synced:
+    note_address(uri)
     # MLflow's client would retry for minutes on a store that is down.
     if (problem := probe(uri)) is not None:
         return Synced(spool.address, Delivered(), unusable(uri, problem))
     try:
-        return Synced(spool.address, spool.deliver(Store(uri, root).perform, math.inf), None)
+        return Synced(spool.address, spool.deliver(Store(uri, root).deliver, math.inf), None)
     except failures() as error:
-        return Synced(spool.address, Delivered(), unusable(uri, one_line(error)))
+        return Synced(spool.address, Delivered(), unusable(uri, one_line(error, uri)))
     except ImportError as error:  # the database's driver is not installed
         return Synced(spool.address, Delivered(), str(error))

@@ -8,9 +8,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lifelong_moe.redaction import redact
 from lifelong_moe.tracking.operations import local_id, operation
 from lifelong_moe.tracking.recorder import Recorder
 from lifelong_moe.tracking.registry import STAGE_KEY_TAG
+from lifelong_moe.tracking.store import SOURCE
 from lifelong_moe.tracking.values import TAG_CHARACTERS, clean_key, cut, flatten_params, split_finite, status_after
 
 if TYPE_CHECKING:
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_SOURCE_TAGS = {"mlflow.source.name": "lifelong-moe", "mlflow.source.type": "LOCAL"}
+_SOURCE_TAGS = {"mlflow.source.name": SOURCE, "mlflow.source.type": "LOCAL"}
 
 
 class Tracker(Recorder):
@@ -118,7 +120,7 @@ class Tracker(Recorder):
             artifact_path: Path under the run's artifacts.
         """
         if run_id is not None:
-            self._record(operation("artifact", run_id, path=artifact_path), text.encode())
+            self._record(operation("artifact", run_id, path=artifact_path), redact(text).encode())
 
     def set_note(self, run_id: str | None, markdown: str) -> None:
         """Set the description on the run's page.

@@ -14,9 +14,9 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from lifelong_moe.plan.comparison import Comparison
+from lifelong_moe.redaction import redact, shown_address, without_credentials
 from lifelong_moe.reports.comparison import SCHEMA, ArmResult, build_comparison
 from lifelong_moe.reports.figures.comparison import comparison_figures
-from lifelong_moe.storage.credentials import without_credentials
 from lifelong_moe.storage.files import write_atomic
 from lifelong_moe.storage.keys import content_key
 from lifelong_moe.store.runs import RunRecord
@@ -155,5 +155,10 @@ class ComparisonRecord:
 
 
 def _shown(overrides: Sequence[str]) -> tuple[str, ...]:
-    """Overrides without credentials: one of them may be a tracking URI."""
-    return tuple(map(without_credentials, overrides))
+    """Overrides without secrets: one of them may be a tracking URI."""
+    return tuple(map(_shown_override, overrides))
+
+
+def _shown_override(override: str) -> str:
+    key, _, value = override.partition("=")
+    return f"{key}={shown_address(value)}" if key == "tracking.uri" else without_credentials(redact(override))

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
 from rich.console import Console
 
 from lifelong_moe.config.load import build_config
+from lifelong_moe.config.references import stored_config
 from lifelong_moe.config.run import RunConfig
 from lifelong_moe.data.tokens.tokenizer import Tokenizer
 from lifelong_moe.data.tokens.windows import EvaluationSet, evaluation_windows
@@ -35,14 +35,13 @@ from lifelong_moe.storage.tables import write_parquet
 from lifelong_moe.store.head import RunHead
 from lifelong_moe.store.runs import RunRecord, require_head
 from lifelong_moe.store.stages import CommittedStage, StageStore
-from lifelong_moe.tracking.tracker import Tracker
 from lifelong_moe.training.callbacks.logger import Row
 from lifelong_moe.training.loop.device import configured_device
 from lifelong_moe.training.restore import load_model
 from pipelines.inspect import tables as inspect_tables
 from pipelines.inspect.targets import require_targets
 from pipelines.shared.options import InspectionRequest
-from pipelines.shared.recorded import tracking_of
+from pipelines.shared.recorded import tracker_of
 from pipelines.shared.workspace import ROOT, read_data, recorded_trainer, remembered
 
 Windows = Mapping[str, EvaluationSet]
@@ -104,7 +103,7 @@ def on_heldout(
     """
     tokens = asked.tokens or HELDOUT_TOKENS
     head, record = require_head(ROOT, run), RunRecord(ROOT, run)
-    config = build_config(OmegaConf.create(head.config), is_stored=True)
+    config = build_config(stored_config(head.config), is_stored=True)
     with console.status("reading held-out text") as status:
         windows, tokenizer = _heldout_windows(head, config, committed, tokens)
         if missing := [name for name in config.evaluated if name not in windows]:
@@ -135,7 +134,7 @@ def _keep(
         The result with the id of the run's MLflow run.
     """
     path, folder = record.path / "inspection.json", record.path / "inspection"
-    tracker = Tracker.connect(tracking_of(head), ROOT)
+    tracker = tracker_of(head)
     run_id = head.mlflow.run
     target = run_id if run_id and tracker.run_exists(run_id) else None
     # Part of the text that is compared below: once the run has another MLflow run, everything is logged to that one.

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from lifelong_moe.config.load import build_config
+from lifelong_moe.config.references import stored_config
 from lifelong_moe.data.text.batches import BatchStore
 from lifelong_moe.data.tokens.prepare import read_texts
 from lifelong_moe.data.tokens.records import DIGITS, HeldoutStore
@@ -102,9 +103,7 @@ def _holders(head: RunHead, digest: str) -> tuple[list[Holder], list[str]]:
     Returns:
         Where the document was found, and the names of distributions whose text is gone.
     """
-    from omegaconf import OmegaConf
-
-    config, batches = build_config(OmegaConf.create(head.config), is_stored=True), BatchStore(ROOT)
+    config, batches = build_config(stored_config(head.config), is_stored=True), BatchStore(ROOT)
     sources = {name: config.distributions[name] for name in config.evaluated}
     found: list[Holder] = []
     for batch in batches.holding(digest):

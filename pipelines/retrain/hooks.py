@@ -1,4 +1,7 @@
-"""Hooks: send a tick's outcome to a command and an address. Their failure is logged and fails nothing."""
+"""Hooks: send a tick's outcome to a command and an address. Their failure is logged and fails nothing.
+
+They are programs that are not ours: what they get holds no secret of ours, nor does their environment.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import subprocess
 import urllib.request
 
 from lifelong_moe.config.retraining.operation import HooksConfig
+from lifelong_moe.redaction import environment_without_secrets, redact, redacted
 from pipelines.retrain.outcome import TickOutcome
 
 log = logging.getLogger(__name__)
@@ -15,10 +19,17 @@ log = logging.getLogger(__name__)
 
 def tell(hooks: HooksConfig, outcome: TickOutcome) -> None:
     """Run the command and call the address, each with the outcome as JSON."""
-    text = json.dumps(outcome.to_json(), ensure_ascii=False).encode()
+    text = json.dumps(redacted(outcome.to_json()), ensure_ascii=False).encode()
     if hooks.command:
         try:
-            subprocess.run(hooks.command, input=text, timeout=hooks.seconds, check=True, stdout=subprocess.DEVNULL)
+            subprocess.run(
+                hooks.command,
+                input=text,
+                timeout=hooks.seconds,
+                check=True,
+                stdout=subprocess.DEVNULL,
+                env=environment_without_secrets(),
+            )
         except Exception as error:  # anything: the operator's program must not fail a tick that is done
             log.warning("hooks.command failed: %s", _reason(error))
     if hooks.url:
@@ -36,4 +47,4 @@ def _reason(error: Exception) -> str:
         return f"exit status {error.returncode}"
     if isinstance(error, subprocess.TimeoutExpired):
         return f"no end within {error.timeout:g} s"
-    return str(getattr(error, "reason", None) or getattr(error, "strerror", None) or type(error).__name__)
+    return redact(str(getattr(error, "reason", None) or getattr(error, "strerror", None) or type(error).__name__))

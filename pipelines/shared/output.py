@@ -21,6 +21,7 @@ from rich.style import Style
 from rich.text import Text
 
 from lifelong_moe.errors import visible
+from lifelong_moe.redaction import keep_out_of_logs, redact, redacted
 
 GONE = (errno.EPIPE, errno.EIO, errno.ECONNRESET)
 """Errors of a descriptor that nobody reads any more: ``head`` has ended, a terminal was closed, a connection lost."""
@@ -44,8 +45,8 @@ class Screen(io.TextIOWrapper):
     """A stream for text of anybody: tracebacks, warnings, logs, and whatever libraries print."""
 
     def write(self, text: str, /) -> int:
-        """Write a text, with everything visible that would steer a terminal."""
-        super().write(visible(text))
+        """Write a text without secrets, and with everything visible that would steer a terminal."""
+        super().write(visible(redact(text)))
         return len(text)
 
     @property
@@ -61,8 +62,9 @@ class Styled:
         self._screen = screen
 
     def write(self, text: str) -> int:
-        """Write a text as it is."""
-        return io.TextIOWrapper.write(self._screen, text)
+        """Write a text as it is, but for secrets."""
+        io.TextIOWrapper.write(self._screen, redact(text))
+        return len(text)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._screen, name)
@@ -91,6 +93,7 @@ def make_robust() -> None:
             # The parent closed it. Left so, the next file opened would get this number, and all output with it.
             os.open(os.devnull, os.O_RDWR)
     # Python's own standard error escapes such characters too, so that errors lose none.
+    keep_out_of_logs()
     sys.stdout, sys.stderr = stream(1, sys.stdout, "replace"), stream(2, sys.stderr, "backslashreplace")
 
 
@@ -110,11 +113,11 @@ class SafeConsole(Console):
 
     def print(self, *objects: Any, **options: Any) -> None:
         """Print; a string is one line, whatever line ends it holds, so that none can be forged."""
-        super().print(*(visible(one, keep="\t") if isinstance(one, str) else one for one in objects), **options)
+        super().print(*(visible(redact(one), keep="\t") if isinstance(one, str) else one for one in objects), **options)
 
     def render_str(self, text: str, **options: Any) -> Text:
         """Make a text of a string, such as a table's cell, before its width is measured."""
-        return super().render_str(visible(text), **options | {"markup": False, "emoji": False})
+        return super().render_str(visible(redact(text)), **options | {"markup": False, "emoji": False})
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         """Render anything, a ``Text`` too, as segments of which only rich's own controls steer the terminal."""
@@ -180,7 +183,7 @@ def finish(result: object, as_json: bool) -> None:
     if as_json:
         # An encoding that lacks characters would replace them; JSON can escape them instead.
         is_ascii = not (sys.stdout.encoding or "utf-8").lower().startswith("utf")
-        print(_escaped(json.dumps(result, ensure_ascii=is_ascii)))
+        print(_escaped(json.dumps(redacted(result), ensure_ascii=is_ascii)))
 
 
 def _escaped(text: str) -> str:

@@ -6,34 +6,62 @@ at once or through the spool; ticks, runs and ``sync`` correct an alias that is 
 
 from __future__ import annotations
 
-from omegaconf import OmegaConf
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
 from rich.console import Console
 
-from lifelong_moe.config.sections import section
 from lifelong_moe.config.tracking import TrackingConfig
-from lifelong_moe.errors import CorruptError, LifelongError, LockedError
+from lifelong_moe.errors import CorruptError, LifelongError, LockedError, one_line
+from lifelong_moe.redaction import shown_address
 from lifelong_moe.storage.keys import SHORT
 from lifelong_moe.storage.locks import locked
 from lifelong_moe.storage.verified import read_manifest
 from lifelong_moe.store.head import RunHead
 from lifelong_moe.store.runs import RunRecord, require_head
 from lifelong_moe.store.stages import WEIGHTS
-from lifelong_moe.tracking.connection import with_credentials
 from lifelong_moe.tracking.tracker import Tracker
 from pipelines.shared.places import ROOT
 
 
 def tracking_of(head: RunHead) -> TrackingConfig:
-    """The tracking settings of a run, from its own configuration.
+    """How a command that is given no configuration tracks a run: as the run's own says, but never where it says.
 
-    Raises:
-        ConfigError: If they refer to something that no longer exists, such as an environment variable.
+    A store may come from somebody else, who must not choose where this user's records and password go.
     """
-    config = section(TrackingConfig, OmegaConf.create(head.config).get("tracking"), "tracking")
-    # The head stores the address with its credentials masked.
-    if config.uri is not None and "***" in config.uri:
-        config.uri = with_credentials(config.uri, ROOT)
-    return config
+    stored = head.config.get("tracking")
+    stored = stored if isinstance(stored, Mapping) else {}
+    enabled, experiment = stored.get("enabled"), stored.get("experiment")
+    # References are not resolved: what they meant is unknown.
+    is_name = isinstance(experiment, str) and experiment and "${" not in experiment
+    return TrackingConfig(
+        enabled=enabled is not False, experiment=str(experiment) if is_name else TrackingConfig().experiment
+    )
+
+
+def tracked_elsewhere(head: RunHead) -> str | None:
+    """Why a command that is given no configuration does not track a run; None if it does."""
+    stored = head.config.get("tracking")
+    uri = stored.get("uri") if isinstance(stored, Mapping) else None
+    if not isinstance(uri, str) or "MLFLOW_TRACKING_URI" in os.environ:
+        return None
+    scheme, _, path = uri.partition(":///")
+    if scheme == "sqlite" and Path(path).absolute() == (ROOT / "mlflow.db").absolute():
+        return None
+    return f"it is tracked at {one_line(shown_address(uri))}; set MLFLOW_TRACKING_URI, and this is recorded too."
+
+
+def tracker_of(head: RunHead) -> Tracker:
+    """Connect to where the user tracks now: ``MLFLOW_TRACKING_URI``, or the database of this store.
+
+    Returns:
+        The tracker; an inactive one if the run was tracked elsewhere, whose ``problem`` then says so.
+    """
+    config, elsewhere = tracking_of(head), tracked_elsewhere(head)
+    if config.enabled and elsewhere is not None:
+        return Tracker(config.experiment, "", None, f"nothing of run {head.run} is recorded in MLflow: {elsewhere}")
+    return Tracker.connect(config, ROOT)
 
 
 def show_champion(head: RunHead, tracker: Tracker) -> str | None:
@@ -77,10 +105,11 @@ def follow_champion(head: RunHead, console: Console) -> None:
     if not _runs(head):
         return
     try:
-        tracker = Tracker.connect(tracking_of(head), ROOT)
-        if not tracker.active:
+        tracker = tracker_of(head)
+        if not tracker.active and not tracking_of(head).enabled:
             return
-        line = show_champion(head, tracker) or "MLflow's alias champion is updated."
+        line = tracker.problem if not tracker.active else show_champion(head, tracker)
+        line = line or "MLflow's alias champion is updated."
     except LifelongError as error:
         line = f"MLflow's alias champion is unchanged: {error}"
     console.print(line, soft_wrap=True)
@@ -92,7 +121,7 @@ def follow_champions() -> dict[str, str]:
     Returns:
         For each run whose alias may still be wrong, the reason.
     """
-    trackers: dict[str, Tracker] = {}
+    trackers: dict[tuple[str, str | None], Tracker] = {}
     problems: dict[str, str | None] = {}
     for path in sorted((ROOT / "runs").glob("*/head.json")):
         record = RunRecord(ROOT, path.parent.name)
@@ -101,10 +130,11 @@ def follow_champions() -> dict[str, str]:
                 head = require_head(ROOT, record.run)
                 config = tracking_of(head)
                 if config.enabled and _runs(head):
-                    # Connecting waits for a server that is down; once per store is enough.
-                    if (store := repr(config)) not in trackers:
-                        trackers[store] = Tracker.connect(config, ROOT)
-                    tracker = trackers[store]
+                    # Connecting waits for a server that is down; once per experiment is enough.
+                    where = (config.experiment, tracked_elsewhere(head))
+                    if where not in trackers:
+                        trackers[where] = tracker_of(head)
+                    tracker = trackers[where]
                     problems[record.run] = show_champion(head, tracker) if tracker.connected else tracker.problem
         # The process that works on the run updates the alias itself.
         except LockedError:

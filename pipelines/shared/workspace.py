@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from omegaconf import OmegaConf
-
 from lifelong_moe.config.load import LoadedConfig, written_config
+from lifelong_moe.config.references import stored_config
 from lifelong_moe.config.routing.own import allow_router
 from lifelong_moe.config.run import RunConfig
 from lifelong_moe.config.sections import section
@@ -191,4 +190,4 @@ def require_room(stages: Sequence[PlannedStage], config: RunConfig) -> None:
 
 def recorded_trainer(run: str) -> TrainerConfig:
     """The ``trainer`` section of a run that exists."""
-    return section(TrainerConfig, OmegaConf.create(require_head(ROOT, run).config).get("trainer"), "trainer")
+    return section(TrainerConfig, stored_config(require_head(ROOT, run).config).get("trainer"), "trainer")

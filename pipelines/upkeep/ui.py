@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import webbrowser
 
 from rich.console import Console
@@ -10,7 +9,7 @@ from rich.console import Console
 from lifelong_moe.config.tracking import TrackingConfig
 from lifelong_moe.errors import ConfigError, TryAgainError
 from lifelong_moe.tracking.links import ui_url
-from lifelong_moe.tracking.server import require_free, serve_command, wait_until_up
+from lifelong_moe.tracking.server import require_free, serve_command, serving, wait_until_up
 from lifelong_moe.tracking.tracker import Tracker
 from lifelong_moe.training.callbacks.interrupt import handling_sigterm
 from pipelines.shared.places import ROOT
@@ -34,9 +33,8 @@ def ui(port: int, host: str, browser: bool, experiment: str, console: Console) -
     base = f"http://{host}:{port}"
     url = ui_url(base, tracker.experiment_id)
     console.print("starting the MLflow UI …")
-    # SIGTERM must stop the server too: left running, it would keep the port.
-    with handling_sigterm():
-        server = subprocess.Popen(command, env=environment)
+    # Left running, the server would keep the port: it ends with us, also where we are killed.
+    with handling_sigterm(), serving(command, environment) as server:
         try:
             # Another server may have taken the port since: it answers until ours has failed to bind.
             if not wait_until_up(base, START_SECONDS, server, lambda: tracker.is_behind(base)):
@@ -50,6 +48,3 @@ def ui(port: int, host: str, browser: bool, experiment: str, console: Console) -
             return server.wait()
         except KeyboardInterrupt:
             return 0
-        finally:
-            server.terminate()
-            server.wait()

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
-from omegaconf import OmegaConf
 from rich.console import Console
 
+from lifelong_moe.config.references import stored_config
 from lifelong_moe.config.retraining.policy import GateConfig
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.evaluation.measurements import Measurements
@@ -39,8 +38,7 @@ def served_measurements(head: RunHead, version: Version, store: StageStore, with
         TryAgainError: If held-out text that was not kept cannot be read now.
     """
     # No retraining file is read: drop and consolidate know only the run, so defaults stand in.
-    base: Any = OmegaConf.create(head.config)
-    retraining = Retraining(RetrainConfig(base=""), base, head.run)
+    retraining = Retraining(RetrainConfig(base=""), stored_config(head.config), head.run)
     config = retraining.config(*served_stages(version, store))
     known = remembered_by(head, head.config, version, store)
     data, models = read_data(config, None, known), model_loader(store, config.trainer)

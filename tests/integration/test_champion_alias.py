@@ -18,7 +18,7 @@ from lifelong_moe.store.runs import RunRecord, require_head
 from lifelong_moe.store.stages import StageStore
 from lifelong_moe.tracking.tracker import Tracker
 from pipelines.cli import app, exit_code
-from pipelines.shared.recorded import tracking_of
+from pipelines.shared.recorded import tracker_of, tracking_of
 from pipelines.versions.consolidate import consolidate
 from pipelines.versions.drop import drop
 from pipelines.versions.rollback import rollback
@@ -193,21 +193,19 @@ def test_an_absent_store_that_nothing_is_kept_for_is_no_failure(lab: None, capsy
     assert not list(Path("mlruns/spool").glob("*/pending.jsonl"))  # no idle contact fills the spool
 
 
-def test_credentials_that_the_head_does_not_hold_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    def recorded(config: dict[str, Any]) -> TrackingConfig:
-        return tracking_of(RunHead(run="r", method="lifelong", seed=0, config=config, plan=(), names=()))
+def test_a_stored_address_is_never_where_records_go(lab: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stored(**tracking: Any) -> RunHead:
+        return RunHead(run="r", method="lifelong", seed=0, config={"tracking": tracking}, plan=(), names=())
 
-    def uri(written: str) -> str | None:
-        return recorded({"tracking": {"uri": written}}).uri
-
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    assert uri("http://***@host:5000/x") == "http://host:5000/x"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@host:5000/x")
-    assert uri("http://***@host:5000/x") == "http://me:secret@host:5000/x"
-    assert uri("http://***@other/x") == "http://other/x"
-    monkeypatch.setenv("OWN", "http://you:secret@host:5000/x")
-    assert uri("${oc.env:OWN}") == "http://you:secret@host:5000/x"
-    assert recorded({}) == TrackingConfig()
+    monkeypatch.setenv("OWN", "http://you:secret@127.0.0.1:1/x")
+    for uri in ("http://***@127.0.0.1:1/x", "${oc.env:OWN}", "sqlite:////elsewhere/mlflow.db", "databricks"):
+        tracker = tracker_of(stored(uri=uri))
+        assert not tracker.active and "set MLFLOW_TRACKING_URI" in str(tracker.problem), uri
+    assert tracker_of(stored(uri=f"sqlite:///{DATABASE.absolute()}")).connected
+    assert tracking_of(stored(experiment="${oc.env:OWN}", enabled="${oc.env:OWN}")) == TrackingConfig()
+    assert tracking_of(stored(uri="http://127.0.0.1:1/x", experiment="mine")) == TrackingConfig(experiment="mine")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{DATABASE.absolute()}")  # what the user says counts
+    assert tracker_of(stored(uri="http://127.0.0.1:1/x")).connected
 
 
 def test_a_tick_shows_how_it_ended_and_with_what(

@@ -97,7 +97,7 @@ def test_runs_aliases_artifacts_and_resuming(server: Server, lab: Path) -> None:
     tracker.log_figure(child, Figure(), "figures/loss.png")
     tracker.log_text(child, "# r\u00e9sum\u00e9", "report.md")
     numbers = [
-        tracker.register_version("demo", lab / key, run_id=child, tags={"stage_key": key}, alias=alias)
+        tracker.register_version("lifelong-moe.demo", lab / key, run_id=child, tags={"stage_key": key}, alias=alias)
         for key, alias in (("0123", "champion"), ("4567", None), ("4567", "champion"))
     ]
     tracker.finish(parent, KeyboardInterrupt())
@@ -116,7 +116,7 @@ def test_runs_aliases_artifacts_and_resuming(server: Server, lab: Path) -> None:
     assert {item.path for item in client.list_artifacts(child)} >= {"figures", "report.md"}
     assert Path(client.download_artifacts(child, "report.md", str(lab))).read_text() == "# r\u00e9sum\u00e9"
     assert numbers == ["1", "2", "2"]
-    champion = client.get_model_version_by_alias("demo", "champion")
+    champion = client.get_model_version_by_alias("lifelong-moe.demo", "champion")
     assert (str(champion.version), champion.tags["directory"]) == ("2", str(lab / "4567"))
 
 

@@ -61,7 +61,7 @@ class Lab:
         runs = {run.info.run_id: run for run in client.search_runs([experiment.experiment_id])}
         shown: dict[str, Any] = {"versions": [
             (v.version, dict(v.tags), v.description, runs[v.run_id].info.run_name)
-            for v in client.search_model_versions("name = 'demo'")
+            for v in client.search_model_versions("name = 'lifelong-moe.demo'")
         ]}  # fmt: skip
         for run_id, run in runs.items():
             parent = run.data.tags.get("mlflow.parentRunId")
@@ -102,7 +102,9 @@ def record(tracker: Tracker) -> tuple[str, str]:
     tracker.set_note(child, "note")
     for key, alias in (("0123", None), ("4567", "champion")):
         tags = {"stage_key": key}
-        tracker.register_version("demo", Path("s"), run_id=child, tags=tags, description="first", alias=alias)
+        tracker.register_version(
+            "lifelong-moe.demo", Path("s"), run_id=child, tags=tags, description="first", alias=alias
+        )
     tracker.finish(child)
     assert tracker.start_run("arm", run_id=parent, params={"lr": 0.2, "new": 1}, tags={"a": "2"}) == parent
     tracker.finish(parent, KeyboardInterrupt())
@@ -128,7 +130,7 @@ def test_late_is_the_same_as_at_once(lab: Lab) -> None:
     assert synced() == 0 and lab.spool().empty
     assert lab.shown() == told
     assert len(told) == 3 and len(told["arm / stage"]["metrics"]["train/loss"]) == 1501
-    assert MlflowClient(lab.uri).get_model_version_by_alias("demo", "champion").tags["stage_key"] == "4567"
+    assert MlflowClient(lab.uri).get_model_version_by_alias("lifelong-moe.demo", "champion").tags["stage_key"] == "4567"
     healed = lab.connect()  # and the ids of then are good for ever
     assert all(healed.run_exists(run_id) for run_id in ids)
     assert "local-" not in healed.ui_url(ids)

@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
@@ -77,23 +78,39 @@ def test_whoever_takes_the_port_meanwhile_is_not_opened(opened: list[str], monke
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a fork does not survive once CUDA is there")
-def test_a_server_does_not_outlive_us(tmp_path: Path) -> None:
-    port = free_port()
-
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_a_server_does_not_outlive_us(tmp_path: Path, number: signal.Signals) -> None:
     def serve_command(*args: Any) -> tuple[list[str], dict[str, str]]:
-        code = "import os, time; open('pid', 'w').write(str(os.getpid())); time.sleep(60)"
+        # As MLflow does, the server starts another process; neither ends when it is asked to.
+        code = "import os, signal, time; signal.signal(15, signal.SIG_IGN); os.fork(); "
+        code += f"open(f'{tmp_path}/{{os.getpid()}}.pid', 'w').close(); time.sleep(120)"
         return [sys.executable, "-c", code], dict(os.environ)
 
     def serve() -> Any:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # not as `nohup` leaves it
         story.serve_command = serve_command  # type: ignore[assignment]
         return story.ui(port, "127.0.0.1", False, "lifelong-moe", Console(file=io.StringIO()))
 
+    port = free_port()
     child = fork(serve)
-    pid = tmp_path / "pid"
-    deadline = time.monotonic() + 60
-    while not (pid.exists() and pid.read_text()) and time.monotonic() < deadline:
+    assert wait_for(lambda: len(list(tmp_path.glob("*.pid"))) == 2)
+    servers = [int(path.stem) for path in tmp_path.glob("*.pid")]
+    os.kill(child.pid, number)
+    assert child.wait() == {signal.SIGTERM: 75}.get(number, -number), child.output
+    assert wait_for(lambda: not any(map(is_alive, servers)))
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> bool:
+    """Whether something becomes true in time."""
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
         time.sleep(0.05)
-    os.kill(child.pid, signal.SIGTERM)
-    assert child.wait() == 75, child.output
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(pid.read_text()), 0)
+    return condition()
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"  # it has ended, and its new parent has not looked yet

@@ -86,13 +86,15 @@ def test_database_that_cannot_be_opened_is_down(tmp_path: Path) -> None:
 def test_ui_command_serves_our_database(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     argv, environment = serve_command(None, tmp_path / "mlruns", 5001)
-    assert argv[:4] == [sys.executable, "-m", "mlflow", "server"]
-    options = dict(zip(argv[4::2], argv[5::2], strict=True))
-    assert options["--backend-store-uri"] == f"sqlite:///{tmp_path}/mlruns/mlflow.db"
+    assert argv[:5] == [sys.executable, "-P", "-m", "mlflow", "server"]
+    options = dict(zip(argv[5::2], argv[6::2], strict=True))
+    # Arguments of every process can be read by all users of a machine, and an address may hold a password.
+    assert environment["MLFLOW_BACKEND_STORE_URI"] == f"sqlite:///{tmp_path}/mlruns/mlflow.db"
+    assert not [one for one in argv if "mlflow.db" in one]
     assert (options["--host"], options["--port"], options["--workers"]) == ("127.0.0.1", "5001", "1")
     assert environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] == "false"
     assert environment["MLFLOW_DISABLE_TELEMETRY"] == "true"
-    with pytest.raises(ConfigError, match=r"tracking\.uri=http://host is a server already"):
+    with pytest.raises(ConfigError, match=r"tracking\.uri=http://\*\*\*@host is a server already"):
         serve_command("http://user:secret@host", tmp_path, 5001)
 
 

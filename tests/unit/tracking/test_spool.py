@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from lifelong_moe.tracking.spool import Delivered, RefusedError, Spool
+from lifelong_moe.storage.keys import text_sha256
+from lifelong_moe.tracking.spool import Delivered, RefusedError, Spool, left_for_others
 
 URI = "http://me:canary@127.0.0.1:5000/base?token=canary"
 
@@ -53,7 +54,7 @@ def filled(root: Path, count: int = 5) -> Spool:
 def test_nothing_is_written_before_there_is_something(tmp_path: Path) -> None:
     spool = Spool(tmp_path, URI)
     assert spool.empty and spool.deliver(Store().perform) == Delivered(0, 0)
-    assert Spool.all(tmp_path) == [] and not list(tmp_path.iterdir())
+    assert left_for_others(tmp_path, []) == [] and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -70,11 +71,11 @@ def test_all_is_told_in_order_with_its_files_and_forgotten(tmp_path: Path) -> No
     spool = filled(tmp_path, 2)
     spool.append({"do": "artifact", "number": 2, "path": "figures/a.png"}, b"\x89PNG")
     spool.append({"do": "artifact", "number": 3, "path": "notes/\u2028.md"}, "a\u2028b\n".encode())
-    assert [one.address for one in Spool.all(tmp_path)] == [spool.address]
+    assert left_for_others(tmp_path, []) == [spool.address] and left_for_others(tmp_path, [spool]) == []
     store = Store()
     assert spool.deliver(store.perform) == Delivered(4, 0)
     assert store.told == [(0, None), (1, None), (2, b"\x89PNG"), (3, "a\u2028b\n".encode())]
-    assert spool.empty and Spool.all(tmp_path) == []
+    assert spool.empty and left_for_others(tmp_path, []) == []
     assert not list((spool.path / "files").iterdir()) and not list(spool.path.glob("*.jsonl"))
 
 
@@ -169,7 +170,11 @@ def test_processes_append_while_another_delivers(tmp_path: Path) -> None:
 
 def test_credentials_are_written_nowhere(tmp_path: Path) -> None:
     spool = filled(tmp_path)
-    assert (spool.path / "address").read_text() == "http://127.0.0.1:5000/base"
-    assert Spool(tmp_path, spool.address).path == spool.path  # from the address alone, `sync` finds it again
+    # In the path too a token may stand.
+    assert (spool.path / "address").read_text() == "http://***@127.0.0.1:5000/***"
+    # Another password is the same store; the folder is that of earlier versions.
+    assert Spool(tmp_path, "http://you:other@127.0.0.1:5000/base").path == spool.path
+    assert Spool(tmp_path, "http://127.0.0.1:5000/other").path != spool.path
+    assert spool.path.name == text_sha256("http://127.0.0.1:5000/base")[:16]
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(written) > 1 and all(b"canary" not in path.read_bytes() for path in written)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lifelong_moe.storage.credentials import without_credentials
+from lifelong_moe.redaction import without_credentials
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,120 @@
+"""References such as ``${oc.env:TOKEN}``: a user's may be secrets, a stored configuration's stay text. Torch-free."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from omegaconf.resolvers import oc
+
+from lifelong_moe.redaction import is_setting, note, note_variable, say_openly
+
+_TO_A_VALUE = re.compile(r"\$\{([\w.]+)\}")
+"""A text that is nothing but a reference to another key."""
+
+
+def _environment(key: str, *default: Any) -> str | None:
+    """OmegaConf's resolver ``oc.env``, which notes what it finds: nobody knows whether it is a secret."""
+    note_variable(key)
+    return oc.env(key, *default)
+
+
+OmegaConf.register_resolver("oc.env", _environment, replace=True)
+
+
+def note_secrets(raw: DictConfig) -> None:
+    """Note as secrets all texts that a user's configuration gets through resolvers; what it says openly is none."""
+    # A literal address may hold a secret itself.
+    say_openly(text for text in _texts(OmegaConf.to_container(raw, resolve=False)) if not _is_kept(text))
+    for node, key, written in _references(raw):
+        if ":" not in written:
+            continue  # a key of this file, which holds a secret only if it refers to one itself
+        try:
+            found = node[key]
+        except OmegaConfBaseException:  # whoever needs the value reports this
+            continue
+        for text in _texts(OmegaConf.to_container(found) if OmegaConf.is_config(found) else found):
+            note(text, written)
+
+
+def with_numbers(raw: DictConfig) -> Any:
+    """A configuration as plain data: references stay as they are written, but for those to numbers and truth values.
+
+    Those are settings, without which a stored configuration would be of no use where nothing is resolved.
+    """
+    plain = raw.copy()
+    for node, key, _ in _references(plain):
+        try:
+            found = node[key]
+        except OmegaConfBaseException:  # the variable is not set here
+            continue
+        if isinstance(found, int | float) or (isinstance(found, str) and is_setting(found)):
+            node[key] = found
+    return OmegaConf.to_container(plain, resolve=False)
+
+
+def stored_config(config: Mapping[str, Any]) -> DictConfig:
+    """A stored configuration as OmegaConf reads it, in which nothing is resolved.
+
+    A store may come from somebody else, and a reference in it would put a secret of this machine where they want it.
+    What it says is plain text here, but for a whole value that refers to a plain value of the same configuration.
+
+    Args:
+        config: As in a run's head.
+    """
+    return OmegaConf.create(_escaped(config, config))
+
+
+def as_text(value: Any) -> Any:
+    """Plain data as part of a configuration in which nothing is resolved, such as names that a store holds."""
+    return _escaped(value, {})
+
+
+def _escaped(value: Any, root: Mapping[str, Any]) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _escaped(child, root) for key, child in value.items()}
+    if isinstance(value, list | tuple):
+        return [_escaped(child, root) for child in value]
+    if not isinstance(value, str) or "${" not in value:
+        return value
+    # One step to a scalar: references to references could grow without bound.
+    if match := _TO_A_VALUE.fullmatch(value):
+        found: Any = root
+        for part in match[1].split("."):
+            found = found.get(part) if isinstance(found, Mapping) else None
+        if isinstance(found, int | float) or (isinstance(found, str) and "${" not in found):
+            return found
+    # OmegaConf takes a backslash before "${" for an escape, and two of them for a backslash.
+    return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", value)
+
+
+def _references(node: Any) -> Iterator[tuple[Any, Any, str]]:
+    """All references within a configuration: container, key and text."""
+    if not isinstance(node, DictConfig | ListConfig) or node._is_none() or node._is_missing():
+        return
+    for key in range(len(node)) if isinstance(node, ListConfig) else list(node.keys()):
+        # The node and not its value, which would be resolved.
+        child: Any = node._get_node(key)  # type: ignore[arg-type]
+        if child._is_interpolation():
+            yield node, key, str(child._value())
+        else:
+            yield from _references(child)
+
+
+def _is_kept(text: str) -> bool:
+    """Whether a text of a configuration may hold a secret, or refers to one."""
+    return "://" in text or "${" in text
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts within plain data: keys too, and numbers."""
+    if isinstance(value, Mapping):
+        value = [*value.keys(), *value.values()]
+    if isinstance(value, list | tuple):
+        for child in value:
+            yield from _texts(child)
+    elif value is not None:
+        yield str(value)

@@ -1,0 +1,238 @@
+"""Secrets, noted where they enter, and kept out of everything that is printed or stored.
+
+Nobody can tell a secret by its look. So each is known by where it came from: a reference to the environment in a
+configuration, user, password, path and query of an address, a variable that a client of a server reads. What the
+configuration says openly, the names in it, and the working directory are no secrets.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import logging
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
+from typing import Any
+from urllib.parse import quote, quote_plus, unquote
+
+MASK = "***"
+# A shorter text stands in too many others by chance; a password of an address is removed with its address anyway.
+_LEAST = 4
+_ANYWHERE = 8
+"""Characters from which a secret is found within words too."""
+_LEAST_DIGITS = 12
+"""Digits from which a number is taken for a secret; a shorter one is a setting."""
+_PLAIN = re.compile(r"[+-]?[\d_.]+(?:e[+-]?\d+)?|true|false|null|none|yes|no|on|off", re.IGNORECASE)
+_CLIENTS = r"(?:MLFLOW|DATABRICKS|HF|HUGGING_?FACE(?:_HUB)?|AWS|AZURE|GOOGLE|PG|MYSQL)_?"
+_USUAL_PATHS = {"", "mlflow", "ml", "tracking", "api"}
+_WORD = re.compile("[a-z]{1,10}")
+_READ_BY_CLIENTS = re.compile(
+    rf"{_CLIENTS}(?:.*_)?(?:TOKEN|PASSWORD|PASSPHRASE|PWD|SECRET|CREDENTIALS?|ACCESS_KEY|API_KEY|SECRET_KEY|HEADERS?|"
+    rf"CONNECTION_STRING)(?:_.*)?"
+)
+_ADDRESS = re.compile(r"(?:MLFLOW|DATABRICKS|HF)_(?:.*_)?(?:URI|URL|HOST|ENDPOINT)")
+"""Variables that name a server of ours, in whose path too a secret may stand."""
+# The last "@" counts: a database's password may hold "/", "#", "?" and "@". A path of this machine has no user.
+_USER = re.compile(r"(?<=://)(?!/)[^\s\"'<>]*@")
+_QUERY = re.compile(r"(://[^?\s]*)\?\S*")
+
+
+class _Known:
+    """What was noted in this process."""
+
+    def __init__(self) -> None:
+        self.shown: dict[str, str] = {}
+        """By secret, what is shown in its place."""
+        self.variables: set[str] = set()
+        """Environment variables that a configuration refers to."""
+        self.said = ""
+        """What is no secret, nor is any part of it, a line each."""
+
+
+_known = _Known()
+
+
+def note(secret: str, shown: str = MASK) -> None:
+    """Note a secret.
+
+    Args:
+        secret: Its text; each of its lines counts too.
+        shown: What stands in its place, such as the reference that it came from.
+    """
+    keep_out_of_logs()
+    for line in {secret, *secret.splitlines()}:
+        _known.shown.setdefault(line, shown)
+
+
+def note_variable(name: str) -> None:
+    """Note the value of an environment variable to which a configuration refers; absent ones have none."""
+    if (value := os.environ.get(name)) is not None:
+        _known.variables.add(name)
+        note(value, f"${{oc.env:{name}}}")
+        if "://" in value:
+            note_address(value)
+
+
+def note_address(uri: str) -> None:
+    """Note the parts of an address that may be secret: user and password, path and query."""
+    for part in _told_apart(uri):
+        note(part)
+
+
+def say_openly(texts: Iterable[str]) -> None:
+    """Note texts that are no secret, although a secret may be equal to a part of them."""
+    new = {text for text in texts if text and text not in _known.said}
+    _known.said = "\n".join([_known.said, *sorted(new)]) if new else _known.said
+
+
+def redact(text: str, uri: str = "") -> str:
+    """Replace every known secret within a text, however it is escaped there.
+
+    Args:
+        text: What is to be printed or stored.
+        uri: Address that the text is about; then all its parts go, such as a path that is a word.
+    """
+    known = dict(_of_environment()) | _known.shown
+    said = f"{_known.said}\n{_working_directory()}"
+    secrets = {one: shown for one, shown in known.items() if _is_secret(one) and one not in said}
+    secrets |= {part: MASK for part in _secret_parts(uri) if part}
+    if not secrets:
+        return text
+    # Longest first: a password may be a part of the address that is noted too.
+    found = {spelled: shown for one, shown in secrets.items() for spelled in _spellings(one)}
+    pattern = _pattern(tuple(sorted(found, key=lambda one: (-len(one), one))))
+    return pattern.sub(lambda match: found[match[0]], text)
+
+
+def redacted(data: Any) -> Any:
+    """Replace known secrets in all texts within plain data; names of entries and numbers stay."""
+    if isinstance(data, str):
+        return redact(data)
+    if isinstance(data, Mapping):
+        return {name: redacted(value) for name, value in data.items()}
+    return [redacted(one) for one in data] if isinstance(data, list | tuple) else data
+
+
+def without_credentials(text: str, mask: str = "") -> str:
+    """Remove user, password and query, which may be secret, from every URL in a text.
+
+    Args:
+        text: A URL, or a message that contains some.
+        mask: Their replacement, to show that something was there.
+    """
+    text = _USER.sub(f"{mask}@" if mask else "", text)
+    return _QUERY.sub(rf"\1?{mask}" if mask else r"\1", text)
+
+
+def shown_address(uri: str) -> str:
+    """An address as it may be printed and stored; of a server without its path, which may hold a token.
+
+    A path of words that are used for MLflow everywhere stays, so that links lead somewhere.
+    """
+    address = without_credentials(uri, mask=MASK)
+    scheme, separator, rest = address.partition("://")
+    if not is_web(uri):
+        return address
+    host, slash, path = rest.partition("/")
+    shown = path if set(path.split("/")) <= _USUAL_PATHS else MASK
+    return f"{scheme}{separator}{host}{slash}{shown}"
+
+
+def is_web(uri: str) -> bool:
+    """Whether an address is of a server that speaks HTTP."""
+    return uri.partition("://")[0].lower() in ("http", "https")
+
+
+def is_setting(text: str) -> bool:
+    """Whether a text is a number or a truth value, such as a configuration holds, and no secret."""
+    return len(text) < _LEAST_DIGITS and _PLAIN.fullmatch(text) is not None
+
+
+def environment_without_secrets() -> dict[str, str]:
+    """The environment for a program that is not ours, without the variables that hold secrets of ours."""
+    ours = {*_known.variables, *(name for name in os.environ if _READ_BY_CLIENTS.fullmatch(name))}
+    # An address stays unless it holds a secret.
+    ours |= {name for name, value in os.environ.items() if _ADDRESS.fullmatch(name) and _secret_parts(value)}
+    return {name: value for name, value in os.environ.items() if name not in ours}
+
+
+def _secret_parts(uri: str) -> list[str]:
+    """Parts of an address that may be secret, as they stand in it and decoded."""
+    _, separator, rest = uri.partition("://")
+    if not separator or rest.startswith("/"):
+        return []
+    user, _, rest = rest.rpartition("@")
+    name, colon, password = user.partition(":")
+    # A lone name may be a token. Clients that take another "@" or "/" for the end quote parts of a password.
+    parts = [user, password, *re.split(r"[/@#?:]", password)] if colon else [name]
+    rest, _, query = rest.partition("?")
+    parts += [query, *(value for pair in query.split("&") for value in [pair.partition("=")[2]])]
+    if is_web(uri):
+        path = rest.partition("/")[2]
+        parts += [path, *path.split("/")]
+    return [spelled for part in parts if part for spelled in {part, unquote(part)}]
+
+
+def _told_apart(uri: str) -> list[str]:
+    """Secret parts of an address that can be told from other text: no words such as ``mlflow`` or ``api``."""
+    # Where the address itself is shown, and in messages about it, such words go too.
+    return [part for part in _secret_parts(uri) if not _WORD.fullmatch(part)]
+
+
+def _of_environment() -> Iterator[tuple[str, str]]:
+    """Secrets that clients of servers find in the environment, as it is now."""
+    for name, value in os.environ.items():
+        if _READ_BY_CLIENTS.fullmatch(name):
+            yield value, f"${name}"
+        elif _ADDRESS.fullmatch(name):
+            yield from ((part, f"${name}") for part in _told_apart(value))
+        elif "://" in value and "@" in value:
+            # Of others, such as a proxy or a database, the password alone: their paths are none of ours.
+            yield from ((part, f"${name}") for part in _told_apart(value.rpartition("@")[0] + "@"))
+
+
+def _is_secret(text: str) -> bool:
+    return len(text) >= _LEAST and not is_setting(text)
+
+
+def _working_directory() -> str:
+    try:
+        return os.getcwd()
+    except FileNotFoundError:  # it was removed
+        return ""
+
+
+@lru_cache(maxsize=1024)
+def _spellings(secret: str) -> tuple[str, ...]:
+    """A secret as it stands in plain text, in JSON, in a URL, in HTML and in Python."""
+    as_json = json.dumps(secret)[1:-1], json.dumps(secret, ensure_ascii=False)[1:-1]
+    in_url = quote(secret), quote(secret, safe=""), quote_plus(secret), unquote(secret)
+    return tuple({secret, *as_json, *in_url, html.escape(secret), repr(secret)[1:-1]} - {""})
+
+
+@lru_cache(maxsize=64)
+def _pattern(spellings: tuple[str, ...]) -> re.Pattern[str]:
+    whole = r"(?<![A-Za-z0-9]){}(?![A-Za-z0-9])"
+    parts = (re.escape(one) if len(one) >= _ANYWHERE else whole.format(re.escape(one)) for one in spellings)
+    return re.compile("|".join(parts))
+
+
+def keep_out_of_logs() -> None:
+    """Redact messages of all loggers from now on: libraries log what they are given."""
+    if getattr(made := logging.getLogRecordFactory(), "redacts", False):
+        return
+
+    def make(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        record = made(*args, **kwargs)
+        try:
+            text = record.getMessage()
+        except (TypeError, ValueError):  # arguments that do not fit, which the handler reports
+            return record
+        if (clean := redact(text)) != text:
+            record.msg, record.args = clean, None
+        return record
+
+    make.redacts = True  # type: ignore[attr-defined]
+    logging.setLogRecordFactory(make)
