@@ -15,6 +15,7 @@ from hypothesis import settings
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from lifelong_moe import redaction
 from lifelong_moe.config.load import build_config
 from lifelong_moe.config.model import ModelConfig
 from lifelong_moe.config.routing.base import STORED, BalanceScope, Bundles, Features, Level, RoutingConfig, Score
@@ -225,6 +226,12 @@ def top_k_kind(request: pytest.FixtureRequest) -> str:
 def any_router_kind(request: pytest.FixtureRequest) -> str:
     """Each way of routing in turn."""
     return str(request.param)
+
+
+@pytest.fixture(autouse=True)
+def nothing_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Secrets that another test has noted are none here; each command is a process of its own."""
+    monkeypatch.setattr(redaction, "_known", redaction._Known())
 
 
 @pytest.fixture(scope="session")
