@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import io
 import re
+from functools import partial
 from pathlib import Path
 
 import yaml
@@ -12,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lifelong_moe.errors import ConfigError
+from lifelong_moe.storage.opening import read_bounded, read_given
 
 # Ten times our largest; a file that is longer was given by mistake, such as one of text.
 MAX_CONFIG_BYTES = 1 << 16
@@ -19,19 +22,28 @@ MAX_YAML_DEPTH = 32
 """Deepest nesting of a configuration; ours has five levels."""
 
 
-def read_yaml(path: Path) -> DictConfig:
-    """Read a mapping from a YAML file or a pipe; a mistake is reported on one line with file and line number."""
+def read_yaml(path: Path, *, is_base: bool = False) -> DictConfig:
+    """Read a mapping from a YAML file; a mistake is reported on one line with file and line number.
+
+    Args:
+        path: The file, or a pipe; ``-`` is standard input.
+        is_base: Whether another file names it, which may come from anybody; then it must be a regular file.
+    """
     path = Path("/dev/stdin") if str(path) == "-" else path
     # Not `is_file`, which a pipe such as <(sed …) is not.
     if path.is_dir() or not path.exists():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
         hint = f" Did you mean {path.parent / near[0]}?" if near else ""
         raise ConfigError(f"{path}: no such file.{hint}")
-    with path.open("rb") as file:
-        # Not the whole file, which may be endless; one byte more than allowed shows that it is too long.
-        data = file.read(MAX_CONFIG_BYTES + 1)
-    if len(data) > MAX_CONFIG_BYTES:
-        raise ConfigError(f"{path}: over {MAX_CONFIG_BYTES:,} bytes; is this a configuration file?")
+    try:
+        read = partial(read_bounded, follow=True) if is_base else read_given
+        data = read(path, MAX_CONFIG_BYTES)
+    except OSError as error:
+        if error.errno == errno.EFBIG:
+            raise ConfigError(f"{path}: over {MAX_CONFIG_BYTES:,} bytes; is this a configuration file?") from None
+        if error.errno == errno.EINVAL:
+            raise ConfigError(f"{path}: is {error.strerror}.") from None
+        raise
     try:
         # Some editors begin a file with a byte order mark.
         text = data.decode("utf-8-sig")

@@ -156,7 +156,7 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
     settings = dataclasses.replace(settings, arms={str(name): entry for name, entry in written.items()})
     arms = tuple(arm for name, entry in settings.arms.items() for arm in _arms(name, entry))
     base = path.parent / settings.base
-    comparison = Comparison(settings, base, arms, common, read_yaml(base))
+    comparison = Comparison(settings, base, arms, common, read_yaml(base, is_base=True))
     _check(comparison)
     return comparison
 

@@ -168,7 +168,7 @@ def load_retraining(path: str | Path, overrides: Sequence[str] = ()) -> Retraini
     settings = _settings(raw)
     note_address(settings.hooks.url or "")
     _refuse_secret_arguments(settings.hooks)
-    file = read_yaml(path.parent / settings.base)
+    file = read_yaml(path.parent / settings.base, is_base=True)
     base = overridden(file, [override for override in overrides if override not in own])
     config = build_config(base, is_stored=True)  # of a run that exists already
     if config.method != Method.lifelong:

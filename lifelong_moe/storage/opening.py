@@ -40,8 +40,7 @@ def open_regular(path: Path, *, follow: bool, folder: int | None = None) -> Buff
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):
         os.close(descriptor)
-        kind = next((name for matches, name in _KINDS if matches(mode)), "a device")
-        raise OSError(errno.EINVAL, f"{kind}, not a regular file", str(path))
+        raise OSError(errno.EINVAL, f"{_kind(mode)}, not a regular file", str(path))
     return os.fdopen(descriptor, "rb")
 
 
@@ -89,8 +88,37 @@ def read_bounded(path: Path, most_bytes: int, *, follow: bool) -> bytes:
         OSError: As :func:`open_regular`, or the file is longer.
     """
     with open_regular(path, follow=follow) as file:
-        # One byte more than allowed shows that a file is too long, also one that grows or whose size is not stated.
-        data = file.read(most_bytes + 1)
+        return _read_at_most(file, most_bytes, path)
+
+
+def read_given(path: Path, most_bytes: int) -> bytes:
+    """Read what the user names on the command line: a regular file, a terminal, or a pipe such as ``<(sed …)``.
+
+    A FIFO into which nobody writes is empty and not waited for; a device, which may be endless or act when it is read,
+    is refused.
+
+    Raises:
+        OSError: Missing, unreadable, something else, or longer than ``most_bytes``.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    mode = os.fstat(descriptor).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode) or os.isatty(descriptor)):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, f"{_kind(mode)}, neither a file nor a pipe", str(path))
+    # From here on a pipe may be waited for: somebody has it open for writing, or it ends at once.
+    os.set_blocking(descriptor, True)
+    with os.fdopen(descriptor, "rb") as file:
+        return _read_at_most(file, most_bytes, path)
+
+
+def _read_at_most(file: BufferedReader, most_bytes: int, path: Path) -> bytes:
+    # One byte more than allowed shows that a file is too long, also one that grows or whose size is not stated.
+    data = file.read(most_bytes + 1)
     if len(data) > most_bytes:
-        raise OSError(errno.EFBIG, f"longer than {most_bytes >> 20} MiB", str(path))
+        most = f"{most_bytes >> 20} MiB" if most_bytes >> 20 else f"{most_bytes:,} bytes"
+        raise OSError(errno.EFBIG, f"longer than {most}", str(path))
     return data
+
+
+def _kind(mode: int) -> str:
+    return next((name for matches, name in _KINDS if matches(mode)), "a device")

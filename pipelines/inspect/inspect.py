@@ -8,7 +8,9 @@ from typing import Any
 
 from rich.console import Console
 
+from lifelong_moe.data.text.limits import MAX_LINE_BYTES
 from lifelong_moe.errors import ConfigError
+from lifelong_moe.storage.opening import read_given
 from lifelong_moe.store.stages import CommittedStage
 from pipelines.inspect.opening import check_label, open_stage
 from pipelines.inspect.targets import require_targets
@@ -56,9 +58,12 @@ def _given_text(text: str | None, text_file: str | None) -> str | None:
         raise ConfigError("--text and --text-file exclude each other; give one.")
     if text_file is not None:
         try:
-            return Path(text_file).read_text(encoding="utf-8")
+            # A device may be endless; a text is limited like a document.
+            return read_given(Path(text_file), MAX_LINE_BYTES).decode("utf-8")
         except FileNotFoundError:
             raise ConfigError(f"--text-file={text_file}: no such file.") from None
+        except OSError as error:
+            raise ConfigError(f"--text-file={text_file}: {error.strerror}.") from None
         except UnicodeDecodeError as error:
             raise ConfigError(f"--text-file={text_file}: not UTF-8 at byte {error.start}.") from None
     if text is not None and any("\ud800" <= character <= "\udfff" for character in text):

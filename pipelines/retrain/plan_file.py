@@ -13,9 +13,13 @@ from lifelong_moe.errors import ConfigError, StalePlanError
 from lifelong_moe.retraining.decision import Action
 from lifelong_moe.retraining.looks import Looks
 from lifelong_moe.retraining.predicted import Power
+from lifelong_moe.storage.opening import read_bounded
 
 if TYPE_CHECKING:  # imports scipy, which takes longer than a mistyped path should take to report
     from lifelong_moe.retraining.drift import Drift
+
+MAX_PLAN_BYTES = 16 << 20
+"""Longest plan; one names each stage that it reads, and has some kilobytes."""
 
 
 @dataclass(frozen=True)
@@ -147,8 +151,8 @@ def read_plan(path: Path) -> PlanFacts:
         ConfigError: If it is absent or not a plan.
     """
     try:
-        return PlanFacts.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError):
+        return PlanFacts.from_json(json.loads(read_bounded(path, MAX_PLAN_BYTES, follow=True).decode("utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise ConfigError(f"{path}: not a plan of lifelong-moe retrain.") from None
 
 

@@ -215,3 +215,12 @@ def test_a_file_of_any_size_takes_no_memory(inbox: Path) -> None:
         file.truncate(1 << 40)  # sparse
     with pytest.raises(DataError, match=r"a\.jsonl: over 4096 MiB"):
         read_inbox(inbox, SOURCE)
+
+
+@pytest.mark.parametrize("name", ["\\ud800.jsonl", "a\\u0000.jsonl", "", ".", "..", "/etc/passwd", "../secret.jsonl"])
+def test_a_name_that_no_file_has(inbox: Path, name: str) -> None:
+    (inbox / "manifest.json").write_text(f'{{"files": {{"{name}": {{"bytes": 1, "sha256": "{"0" * 64}"}}}}}}')
+    with pytest.raises(DataError, match="must be a path below the inbox"):
+        read_inbox(inbox, SOURCE)
+    with pytest.raises(DataError, match="null byte"):
+        read_inbox(Path("in\0box"), SOURCE)

@@ -77,6 +77,8 @@ def _opened(directory: Path) -> Iterator[int | None]:
         raise DataError(f"{directory}: the inbox must be a directory.") from None
     except OSError as error:
         raise unreadable(directory, error) from error
+    except ValueError as error:  # NUL, or what is no text
+        raise DataError(f"{directory}: {error}.") from error
     try:
         yield folder
     finally:
@@ -129,7 +131,12 @@ class _Arrivals:
     def _contained(self, name: str) -> Path:
         """The path of a listed file, which must lie in the inbox."""
         given = Path(name)
-        if given.is_absolute() or ".." in given.parts or not given.parts or "\0" in name:
+        try:
+            can_be_name = os.fsencode(name) and "\0" not in name
+        # A lone surrogate, which JSON can write and no file system can hold.
+        except UnicodeEncodeError:
+            can_be_name = False
+        if given.is_absolute() or ".." in given.parts or not given.parts or not can_be_name:
             raise DataError(f'{self._manifest}: "{name}" must be a path below the inbox, without "..".')
         return given
 
