@@ -1,17 +1,29 @@
-# make quickstart   install into .venv and train the example (some minutes)
-# make test         lint, types and all tests; every change must pass
-# make bench        measure speed against its goals (about an hour); writes docs/performance/
-# make format       fix and format the code with ruff
-# make clean        remove .venv and tool caches; never data/ or mlruns/
+# make quickstart     install into .venv and train the example (some minutes)
+# make test           lint, types and all tests; every change must pass
+# make bench          measure speed against its goals (about an hour); writes docs/performance/
+# make format         fix and format the code with ruff
+# make lock           resolve requirements/*.txt anew (network); UPGRADE=1 takes the newest versions that fit
+# make release-check  known faults of locked packages, and a bill of materials in dist/ (network; not part of the tests)
+# make clean          remove .venv and tool caches; never data/ or mlruns/
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
+# Exactly the locked files, by their hashes. Wheels only: building a package would run code of its authors' choice.
+LOCKED := -m pip install -q --disable-pip-version-check --no-deps --require-hashes --only-binary :all:
+# Ours is built by the locked setuptools. Then a check that nothing is absent which any package asks for.
+OURS := -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+# Torch's CPU build where pip knows a place that has it. The usual index has none for Linux, but a CUDA build of several GB.
+TORCH = $(BIN)/python $(LOCKED) -r requirements/torch-cpu.txt 2> $(VENV)/torch.log \
+	|| { grep -q "No matching distribution" $(VENV)/torch.log || { cat $(VENV)/torch.log >&2; exit 1; }; \
+	  $(BIN)/python $(LOCKED) -r requirements/torch.txt; }
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
+TOOLS := build/release
+LOCKS := base.txt torch.txt dev.txt release.txt
+BUILT := pyproject.toml requirements/base.txt requirements/torch.txt requirements/torch-cpu.txt
 
-.PHONY: quickstart test bench format clean
+.PHONY: quickstart test bench format lock release-check clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/lifelong-moe run configs/quickstart.yaml
@@ -34,6 +46,16 @@ format: $(INSTALLED_DEV)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+lock: $(TOOLS)/.installed
+	$(TOOLS)/bin/python requirements/lock.py $(if $(UPGRADE),--upgrade)
+
+# Both read what is locked, not what some environment holds. pip-audit sends names and versions to the index of packages.
+release-check: $(TOOLS)/.installed
+	$(TOOLS)/bin/pip-audit --strict --require-hashes --disable-pip $(addprefix -r requirements/,$(LOCKS))
+	mkdir -p dist
+	cat requirements/base.txt requirements/torch.txt | $(TOOLS)/bin/cyclonedx-py requirements --pyproject pyproject.toml \
+	  --output-reproducible --output-file dist/bom.json -
+
 clean:
 	rm -rf -- $(VENV) build lifelong_moe.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find lifelong_moe pipelines tests -type d -name __pycache__ -prune -exec rm -rf -- {} +
@@ -45,12 +67,21 @@ $(BIN)/pip:
 	    "Name another one with: make PYTHON=python3.12" >&2; exit 2; }
 	@$(PYTHON) -m venv $(VENV)
 
-$(INSTALLED): pyproject.toml constraints.txt | $(BIN)/pip
+$(INSTALLED): $(BUILT) | $(BIN)/pip
 	@echo "Installing lifelong-moe and its libraries into $(VENV): about 2 GB, which takes minutes, and only once."
-	@$(INSTALL) -e .
+	@$(BIN)/python $(LOCKED) -r requirements/base.txt
+	@$(TORCH)
+	@$(BIN)/python $(OURS)
+	@$(BIN)/python -m pip check
 	@touch $@
 
-$(INSTALLED_DEV): pyproject.toml constraints.txt | $(BIN)/pip
-	@echo "Installing lifelong-moe with its development tools into $(VENV): about 2 GB, which takes minutes, and only once."
-	@$(INSTALL) -e '.[dev,transformers]'
-	@touch $@ $(INSTALLED)
+$(INSTALLED_DEV): requirements/dev.txt | $(INSTALLED)
+	@echo "Installing the development tools into $(VENV)."
+	@$(BIN)/python $(LOCKED) -r requirements/dev.txt
+	@$(BIN)/python -m pip check
+	@touch $@
+
+$(TOOLS)/.installed: requirements/release.txt
+	@$(PYTHON) -m venv $(TOOLS)
+	@$(TOOLS)/bin/python $(LOCKED) -r requirements/release.txt
+	@touch $@
