@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from lifelong_moe.errors import as_ours, one_line
+from lifelong_moe.storage.signing import SigningKeys
 from pipelines import commands
 from pipelines.exit_codes import epilog
 from pipelines.shared import output, threads
@@ -90,7 +91,9 @@ def without_command(
         bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=print_version)
     ] = False,
 ) -> None:
-    """Options that need no command."""
+    """Options that need no command, and a check that every command needs."""
+    # Before a command writes anything: unusable keys would else be found when the first stage is to be signed.
+    SigningKeys.from_environment()
 
 
 for command in COMMANDS:

@@ -51,12 +51,15 @@ def _publish(work: Path, target: Path) -> None:
             raise
 
 
-def write_directory(target: Path, files: Mapping[str, Callable[[Path], object]]) -> None:
+def write_directory(
+    target: Path, files: Mapping[str, Callable[[Path], object]], sign: Callable[[Path], object] | None = None
+) -> None:
     """Write files and a manifest of their hashes into a :func:`new_directory`.
 
     Args:
         target: Directory to create, with its parents.
         files: By file name, a function that writes the file to a given path.
+        sign: Called with the complete directory before it gets its name, so that none is ever there unsigned.
 
     Raises:
         ResourceError: If the disk is full; ``target`` is then untouched.
@@ -69,6 +72,9 @@ def write_directory(target: Path, files: Mapping[str, Callable[[Path], object]])
                 name: {"bytes": (work / name).stat().st_size, "sha256": file_sha256(work / name)} for name in files
             }
             (work / MANIFEST).write_text(canonical_json({"files": entries}), encoding="utf-8")
+            # What another process has committed meanwhile stays, and so does its signature.
+            if sign is not None and not target.exists():
+                sign(work)
     # safetensors reports a full disk as an error of its own, without an error number.
     except (OSError, SafetensorError) as error:
         if disk_is_full(error):

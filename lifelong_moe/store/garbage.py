@@ -4,7 +4,8 @@ Removed are:
 
 - stages, unless a run's head (versions, plan, stages in training), a live retraining plan or a stage within its grace
   period reaches them, directly or as a parent or holder of borrowed tensors;
-- evaluations and work directories of stages that are gone, and held-out text that no head and no live plan names;
+- evaluations, signatures and work directories of stages that are gone, and held-out text that no head and no live plan
+  names;
 - token shards that were not opened for a month;
 - the text of batches that no head and no live plan names, or that every run which knows the batch lets go.
 
@@ -61,6 +62,7 @@ class Garbage:
 
     stages: list[Stored]
     evaluations: list[Stored]
+    signatures: list[Stored]
     work: list[Stored]
     heldout: list[Stored]
     """Files of held-out documents."""
@@ -73,7 +75,7 @@ class Garbage:
     @property
     def bytes(self) -> int:
         """Disk space that the removal frees."""
-        kinds = (self.stages, self.evaluations, self.work, self.heldout, self.tokens, self.texts)
+        kinds = (self.stages, self.evaluations, self.signatures, self.work, self.heldout, self.tokens, self.texts)
         return sum(stored.bytes for found in kinds for stored in found)
 
 
@@ -136,19 +138,21 @@ def find_garbage(root: Path, cache: Path, now: float, grace: float = GRACE_SECON
     untrained = {node.untrained for node in nodes if node.stored.key in live}
     short = {key[:SHORT] for key in live}
     evaluations = [s for s in _evaluations(root) if s.key not in live | untrained]
+    signatures = [s for s in _signatures(root) if s.key not in live]
     work = [s for s in _work(root) if s.key not in short]
     heldout = [s for s in _heldout(root) if s.key not in roots]
     unknown = [s for s in _batches(root) if s.key not in roots]
     return Garbage(
         stages=[stages[key] for key in dependants_first(stages.keys() - live, needs)],
         evaluations=[s for s in evaluations if s.changed <= limit],
+        signatures=[s for s in signatures if s.changed <= limit],
         work=[s for s in work if s.changed <= limit],
         heldout=[s for s in heldout if s.changed <= limit],
         tokens=[s for s in _tokens(cache) if s.changed < clock - TOKENS_SECONDS],
         texts=[*(s for s in unknown if s.changed <= limit), *_removable_texts(root)],
         young=[
             *(stages[key] for key in sorted(stages.keys() & live - held)),
-            *(s for s in (*evaluations, *work, *heldout, *unknown) if s.changed > limit),
+            *(s for s in (*evaluations, *signatures, *work, *heldout, *unknown) if s.changed > limit),
         ],
     )
 
@@ -176,6 +180,9 @@ def collect(root: Path, cache: Path, now: float, grace: float = GRACE_SECONDS) -
         folders = [stored for stored in garbage.texts if stored.path.is_dir()]
         for stored in (*garbage.work, *garbage.stages, *garbage.tokens, *folders):
             remove_directory(stored.path)
+        # After their stages: a stage that is left by a kill is still signed.
+        for stored in garbage.signatures:
+            stored.path.unlink(missing_ok=True)
     return garbage
 
 
@@ -259,6 +266,10 @@ def _evaluations(root: Path) -> list[Stored]:
             continue  # A damaged file is replaced when its stage is evaluated again.
         found.append(_stored(path, stored.stage))
     return found
+
+
+def _signatures(root: Path) -> list[Stored]:
+    return [_stored(path, path.stem) for path in sorted(root.glob("signatures/[!.]*.sig"))]
 
 
 def _work(root: Path) -> list[Stored]:

@@ -30,6 +30,10 @@ class LineageRow:
     """Names of the experts that it added, abbreviated as by :func:`grouped_names`."""
     borrowed_tensors: int
     weights_sha256: str
+    signed_by: str | None
+    """Fingerprint of the key that signed it; None if it is unsigned."""
+    signature_verified: bool
+    """Whether the signature was checked, with a key that the user trusts; else it is a claim of the store."""
 
 
 def lineage_rows(store: StageStore, keys: Sequence[str]) -> list[LineageRow]:
@@ -49,6 +53,8 @@ def lineage_rows(store: StageStore, keys: Sequence[str]) -> list[LineageRow]:
             experts=expert_names(stage.architecture, stage.name),
             borrowed_tensors=len(stage.borrowed),
             weights_sha256=stage.weights_hash,
+            signed_by=store.signed_by(stage.key),
+            signature_verified=bool(store.keys.public),
         )
         for stage in map(store.get, keys)
     ]

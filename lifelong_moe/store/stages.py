@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from lifelong_moe.errors import CorruptError
 from lifelong_moe.storage.directories import write_directory
 from lifelong_moe.storage.keys import SHORT, canonical_json
+from lifelong_moe.storage.signing import SigningKeys, signed_by
 from lifelong_moe.storage.stored import naming, parse_json
 from lifelong_moe.storage.verified import VerifiedDirectory, verify_directory
 from lifelong_moe.store.checks import measured, require_own_key
@@ -31,7 +32,7 @@ CONFIG, METRICS = "config.json", "metrics.json"
 
 @dataclass(frozen=True, kw_only=True)
 class CommittedStage(StageRecord):
-    """A stage on disk whose manifest was verified on opening."""
+    """A stage on disk whose manifest was verified on opening, and its signature where public keys are given."""
 
     path: Path
     metrics: dict[str, Any]
@@ -41,10 +42,22 @@ class CommittedStage(StageRecord):
 
 
 class StageStore:
-    """The stages under ``mlruns/stages/``."""
+    """The stages under ``mlruns/stages/``, and their signatures under ``mlruns/signatures/``.
 
-    def __init__(self, root: Path) -> None:
+    Args:
+        root: The ``mlruns/`` directory.
+        keys: Keys to sign and to verify stages with; by default those that the environment names.
+
+    Raises:
+        ConfigError: If the environment names unusable keys.
+    """
+
+    def __init__(self, root: Path, keys: SigningKeys | None = None) -> None:
         self.root = root / "stages"
+        # Apart from the stages, whose manifests list their files and whose content does not depend on who signs.
+        self._signatures = root / "signatures"
+        # From the environment here, where every reader of stages passes, so that none can forget to verify.
+        self.keys = SigningKeys.from_environment() if keys is None else keys
         # Stages are immutable, so a process verifies each of them once.
         self._open: dict[str, CommittedStage] = {}
         self._files: dict[str, VerifiedDirectory] = {}
@@ -53,7 +66,7 @@ class StageStore:
         """The committed stage with this key, verified; None if there is none.
 
         Raises:
-            CorruptError: If it is there but damaged.
+            CorruptError: If it is there but damaged, or not signed by a trusted key where there are any.
         """
         if key in self._open:
             return self._open[key]
@@ -61,6 +74,8 @@ class StageStore:
         for path in self.root.glob(f"*-{key[:SHORT]}"):
             files = verify_directory(path)
             if (stage := _read(files)).key == key:
+                read = {name: entry.sha256 for name, entry in files.manifest.files.items()}
+                self.keys.verify(path, self._signature(key), read)
                 self._open[key], self._files[key] = stage, files
                 return stage
         return None
@@ -99,8 +114,23 @@ class StageStore:
         if tokenizer is not None:
             files[TOKENIZER] = lambda path: path.write_text(tokenizer, encoding="utf-8")
         # Written aside and renamed: a killed commit leaves no stage.
-        write_directory(self.root / f"{record.name}-{record.key[:SHORT]}", files)
+        target = self.root / f"{record.name}-{record.key[:SHORT]}"
+        write_directory(target, files, lambda path: self.keys.sign(path, self._signature(record.key)))
         return self.get(record.key)
+
+    def sign(self, *keys: str | None) -> None:
+        """Sign stages and all others that they need, if there is a private key; signatures that exist stay."""
+        open_, seen = [key for key in keys if key is not None], set[str]()
+        while open_ and self.keys.private is not None:
+            stage = self.get(open_.pop())
+            seen.add(stage.key)
+            if self.signed_by(stage.key) is None:
+                self.keys.sign(stage.path, self._signature(stage.key))
+            open_ += {*stage.borrowed.values(), *filter(None, [stage.parent])} - seen
+
+    def signed_by(self, key: str) -> str | None:
+        """Fingerprint of the key that signed a stage, verified only where public keys are given; None if unsigned."""
+        return signed_by(self._signature(key))
 
     def tensors(self, stage: CommittedStage) -> dict[str, Tensor]:
         """All tensors of a stage's model, borrowed ones included.
@@ -146,6 +176,9 @@ class StageStore:
             return self._files[first.key].read(TOKENIZER).decode("utf-8")
         except UnicodeDecodeError as error:
             raise CorruptError(f"{first.path / TOKENIZER}: {error}.") from None
+
+    def _signature(self, key: str) -> Path:
+        return self._signatures / f"{key}.sig"
 
     def holder(self, stage: CommittedStage, tensor: str) -> str:
         """Key of the stage that stores a tensor of ``stage``'s model."""

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lifelong_moe.storage.keys import SHORT
-from lifelong_moe.store.lineage import lineage_rows
+from lifelong_moe.store.lineage import LineageRow, lineage_rows
 from lifelong_moe.store.runs import require_head
 from lifelong_moe.store.stages import StageStore
 from pipelines.shared.places import ROOT
@@ -21,11 +21,22 @@ def show_lineage(run: str, console: Console) -> list[Mapping[str, Any]]:
     """Show which stage created which experts, and from what data, with hashes."""
     rows = lineage_rows(StageStore(ROOT), require_head(ROOT, run).stages)
     table = Table(title=f"lineage of {run}", title_justify="left")
-    for header in ("stage", "parent", "trained on", "created experts", "weights SHA-256"):
+    # Few sign: without a signature the table stays as narrow as it was.
+    signed = any(row.signed_by for row in rows)
+    headers = ["stage", "parent", "trained on", "created experts", "weights SHA-256"]
+    for header in [*headers, *(["signed by"] if signed else [])]:
         table.add_column(header)
     for row in rows:
         data = "\n".join(f"{name} {digest[:12]}" for name, digest in row.data.items())
         parent = (row.parent or "–")[:SHORT]
-        table.add_row(f"{row.name}\n{row.key[:SHORT]}", parent, data, row.experts, row.weights_sha256[:SHORT])
+        cells = [f"{row.name}\n{row.key[:SHORT]}", parent, data, row.experts, row.weights_sha256[:SHORT]]
+        table.add_row(*cells, *([_signer(row)] if signed else []))
     show(console, table)
     return [asdict(row) for row in rows]
+
+
+def _signer(row: LineageRow) -> str:
+    """Who signed a stage, and whether that was verified."""
+    if row.signed_by is None:
+        return "nobody"
+    return f"{row.signed_by[:SHORT]}\n{'verified' if row.signature_verified else 'not verified'}"

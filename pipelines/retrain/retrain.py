@@ -274,7 +274,8 @@ def _after_gate(verdict: Verdict) -> TickOutcome:
 
 
 def _promoted(tick: Tick, stage: CommittedStage, new: NewDocuments, decided: Action, reason: str) -> RunHead:
-    """The head with the candidate as champion."""
+    """The head with the candidate as champion, signed if there is a key."""
+    tick.store.sign(stage.key, tick.head.centroids)
     action: StageAction = "grow" if decided == Action.grow else "continue"
     added = VersionStage(
         name=stage.name,

@@ -79,6 +79,8 @@ def run(
             opened = open_run(record, prepared, replace)
             _announce(console, prepared)
             report = _run_stages(prepared, store, opened, interrupt, console, parent_run)
+            # Stages that were there may have been committed before there was a key.
+            store.sign(*opened.head.stages, opened.head.centroids)
     render.report(console, [report])
     if not todo:
         console.print(f"Nothing to train: all {len(prepared.plan)} stages of {record.run} are committed.")

@@ -63,6 +63,7 @@ def consolidate(run: str, stage: str, experts: int, console: Console, overrides:
         print_verdict(console, verdict)
         outcome = "promoted" if verdict.passed else "rejected"
         if verdict.passed:
+            store.sign(made.key, head.centroids)
             added = VersionStage(name=made.name, key=made.key, data=before.stages[-1].data, action="consolidate")
             reason = f"{experts} fewer experts of stage {stage} in each layer"
             head = head.promoted("consolidated", (*before.stages, added), reason, timestamp())

@@ -114,6 +114,7 @@ def drop(
         # Without a gate it is promoted: nothing remains of the stage, or the operator said --no-gate.
         passed = verdict is None or verdict.passed
         if passed:
+            store.sign(candidate.stage.key, head.centroids)
             head = head.promoted("dropped", candidate.chain, f"without stage {stage}", timestamp())
         now = head.champion
         facts = {"stage": stage, "key": candidate.stage.key, "remains": candidate.remains, "gated": verdict is not None}

@@ -21,6 +21,8 @@ ONLY_IN = {
     "tokenizers": "data",
     "mlflow": "tracking",
     "lightning": "training",
+    "model_signing": "storage",
+    "cryptography": "storage",
     "pytorch_lightning": "training",
 }
 

@@ -1,0 +1,7 @@
+"""What attacks need: the command line in this process, and the directories of the end-to-end tests."""
+
+from __future__ import annotations
+
+from tests.e2e.conftest import cli, lab, single_threaded, trained, trained_once
+
+__all__ = ["cli", "lab", "single_threaded", "trained", "trained_once"]
