@@ -30,15 +30,18 @@ from pipelines.shared.options import (
     Replace,
     RetrainingOverrides,
     RunName,
+    RunNames,
     SamplingOptions,
     StageName,
     TextOutput,
     with_options,
 )
 from pipelines.shared.output import console, finish
+from pipelines.shared.places import opens_store, require_plain_store
 from pipelines.shared.quiet import silence_libraries
 
 
+@opens_store
 def run(
     config: ConfigPath,
     overrides: Overrides = None,
@@ -56,6 +59,7 @@ def run(
     finish(run_stages(loaded, replace, console(as_json)).to_json(), as_json)
 
 
+@opens_store
 def plan(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Show what a run would do and what it would cost; train nothing."""
     from lifelong_moe.config.load import read_config
@@ -66,6 +70,7 @@ def plan(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = Fals
     finish(show_plan(loaded, console(as_json)), as_json)
 
 
+@opens_store
 def compare(
     config: Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, such as configs/compare.yaml.")],
     overrides: ComparisonOverrides = None,
@@ -86,6 +91,7 @@ def compare(
     finish(run_comparison(comparison, only or [], replace, console(as_json)), as_json)
 
 
+@opens_store
 def prepare(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Fetch and tokenize everything that a run reads, so that training needs no network; train nothing."""
     from lifelong_moe.config.load import read_config
@@ -109,6 +115,8 @@ def retrain(
 ) -> None:
     """One tick of scheduled retraining: look at the inbox, decide, train, gate, promote; the last line is JSON."""
     try:
+        # Here and not around the command: that the store is refused stands in the last line too.
+        require_plain_store()
         from lifelong_moe.plan.retraining import load_retraining
         from pipelines.preflight import run_lock
         from pipelines.retrain.plan_file import read_plan
@@ -134,15 +142,15 @@ def retrain(
     raise typer.Exit(OUTCOMES.get(result.outcome, 0))
 
 
-def report(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Names of runs.")], as_json: AsJson = False
-) -> None:
+@opens_store
+def report(runs: RunNames, as_json: AsJson = False) -> None:
     """Show the tables of runs side by side."""
     from pipelines.inspect.report import show_report
 
     finish(show_report(runs, console(as_json)), as_json)
 
 
+@opens_store
 def status(run: RunName, as_json: AsJson = False) -> None:
     """Show which stages are committed, under way and to do."""
     from pipelines.inspect.status import show_status
@@ -150,6 +158,7 @@ def status(run: RunName, as_json: AsJson = False) -> None:
     finish(show_status(run, console(as_json)), as_json)
 
 
+@opens_store
 def lineage(
     run: RunName,
     expert: ExpertName = None,
@@ -170,6 +179,7 @@ def lineage(
     finish(show_lineage(run, console(as_json)), as_json)
 
 
+@opens_store
 def rollback(
     run: RunName,
     to: Annotated[int | None, typer.Option("--to", help="A version; by default the one before the champion.")] = None,
@@ -181,6 +191,7 @@ def rollback(
     finish(roll_back(run, to, console(as_json)), as_json)
 
 
+@opens_store
 def drop(
     run: RunName,
     stage: Annotated[str, typer.Argument(metavar="STAGE", help="Name of a stage of the champion.")],
@@ -201,6 +212,7 @@ def drop(
     raise typer.Exit(OUTCOMES.get(result["outcome"], 0))
 
 
+@opens_store
 def consolidate(
     run: RunName,
     stage: Annotated[str, typer.Argument(metavar="STAGE", help="Stage of the champion whose experts are merged.")],
@@ -223,6 +235,7 @@ def consolidate(
     raise typer.Exit(OUTCOMES.get(result["outcome"], 0))
 
 
+@opens_store
 def gc(
     apply: Annotated[bool, typer.Option("--apply", help="Remove the files; otherwise they are only shown.")] = False,
     as_json: AsJson = False,
@@ -237,6 +250,7 @@ def gc(
     finish(collect_garbage(apply, console(as_json)), as_json)
 
 
+@opens_store
 @with_options
 def evaluate(
     run: RunName,
@@ -254,6 +268,7 @@ def evaluate(
     finish(evaluate_text(run, stage, data, label, console(as_json), int8=loading.int8), as_json)
 
 
+@opens_store
 @with_options
 def generate(
     run: RunName,
@@ -274,6 +289,7 @@ def generate(
     finish(result, printing.as_json)
 
 
+@opens_store
 @with_options
 def inspect(
     run: RunName,
@@ -292,6 +308,7 @@ def inspect(
     finish(inspect_stage(run, stage, asked, console(as_json)), as_json)
 
 
+@opens_store
 def sync(as_json: AsJson = False) -> None:
     """Send to MLflow what was recorded while it was unreachable; exit code 75 if it still is."""
     from pipelines.upkeep.sync import sync as send_spooled
@@ -299,6 +316,7 @@ def sync(as_json: AsJson = False) -> None:
     finish(send_spooled(console(as_json)), as_json)
 
 
+@opens_store
 def ui(
     port: Annotated[int, typer.Option(help="Port on this machine.", min=1, max=65535)] = 5000,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 
+from lifelong_moe.config.names import require_name
 from lifelong_moe.plan.retraining import read_gate
 from lifelong_moe.storage.locks import locked
 from lifelong_moe.store.runs import RunRecord, require_head
@@ -14,7 +15,7 @@ def check_stage(run: str, stage: str, gate: list[str] | None) -> list[str]:
     """Check that run and stage exist and that the gate's settings are valid; returns the settings."""
     # Only for its errors: the command itself reads the settings again.
     read_gate(gate or [])
-    require_head(ROOT, run).require_stage(stage)
+    require_head(ROOT, run).require_stage(require_name(stage, "STAGE"))
     return gate or []
 
 

@@ -7,11 +7,24 @@ import re
 from typing import Any
 
 from lifelong_moe.errors import ConfigError
+from lifelong_moe.storage import grammars
 
 # Names become folders, hence no slash, and no leading dot, which marks our temporary folders.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 SCRATCH = ".scratch"
 """Suffix of the name of a model that is trained from scratch beside a stage."""
+
+
+def require_name(name: str, what: str) -> str:
+    """Return a name, which becomes part of paths, once it has the form of one.
+
+    Raises:
+        ConfigError: If it has not.
+    """
+    # Longer than what a configuration may say: names of derived stages end in `.dropped` and the like.
+    if not grammars.NAME.allows(name):
+        raise ConfigError(f"{what}={name}: must be {grammars.NAME.words}, at most 128 characters.")
+    return name
 
 
 def require_known(name: str, known: Any, what: str) -> None:

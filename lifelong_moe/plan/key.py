@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 from lifelong_moe.data.tokens.identity import DataIdentity
 from lifelong_moe.plan.spec import StageSpec
@@ -20,11 +21,24 @@ def stage_key(spec: StageSpec, parent_key: str | None, data: DataIdentity) -> st
         parent_key: Key of the stage it continues.
         data: What it reads, and the tokenizer that made it.
     """
-    content = spec.effective().to_json()
+    return stored_key(spec.effective().to_json(), spec, parent_key, data)
+
+
+def stored_key(written: Mapping[str, object], spec: StageSpec, parent_key: str | None, data: DataIdentity) -> str:
+    """The content address of a stage that was committed under this schema.
+
+    Args:
+        written: Its specification just as it was stored, whatever this version would write in its place.
+        spec: The same, read.
+        parent_key: As for :func:`stage_key`.
+        data: As for :func:`stage_key`.
+    """
+    content = dict(written)
     # An index in a run, which another run may not share; the parent's key stands below.
     del content["parent"]
-    if isinstance(grow := content["grow"], dict):
-        del grow["min_share"]  # a warning's threshold, without effect on weights
+    if isinstance(grow := content["grow"], Mapping):
+        # A warning's threshold, without effect on weights.
+        content["grow"] = {name: value for name, value in grow.items() if name != "min_share"}
     hashes = [[data.train_hashes[name] for name in names] for names in (spec.reads, spec.fisher_data)]
     return content_key(
         {

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from lifelong_moe.storage.modes import SHARED, make_folder
+from lifelong_moe.storage.plain_files import open_to_write
 from lifelong_moe.storage.temporary import temporary
 
 
@@ -62,16 +64,22 @@ def append_line(path: Path, line: str) -> None:
 
     Raises:
         OSError: If the disk is full or cannot be written.
+        CorruptError: If the path leads to something else than a regular file.
     """
     make_folder(path.parent)
-    is_new = not path.exists()
-    data = f"{line}\n".encode()
-    # Nobody may have put a link here, which would lead the line into another file.
-    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-    with open(os.open(path, flags, SHARED), "ab+") as file:
-        if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
+    is_new, data = not path.exists(), f"{line}\n".encode()
+    with os.fdopen(open_to_write(path), "rb+") as file:
+        end = file.seek(0, os.SEEK_END)
+        if end and os.pread(file.fileno(), 1, end - 1) != b"\n":
             # A process that was killed here left half a line; keep it from damaging this one.
             data = b"\n" + data
+        # A file of several names may be one outside the store: it stays as it is, and this name gets its own.
+        if os.fstat(file.fileno()).st_nlink > 1:
+            file.seek(0)
+            write_atomic(path, file.read() + data)
+            return
+        # Set now, since others may have written: each line goes to whatever is the end then.
+        fcntl.fcntl(file, fcntl.F_SETFL, fcntl.fcntl(file, fcntl.F_GETFL) | os.O_APPEND)
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

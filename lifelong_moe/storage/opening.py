@@ -8,6 +8,8 @@ import stat
 from io import BufferedReader
 from pathlib import Path
 
+from lifelong_moe.storage.modes import SHARED
+
 _KINDS = (
     (stat.S_ISDIR, "a directory"),
     (stat.S_ISFIFO, "a FIFO"),
@@ -28,20 +30,25 @@ def open_regular(path: Path, *, follow: bool, folder: int | None = None) -> Buff
     Raises:
         OSError: Missing, unreadable, a link that is not followed, or not a regular file; ``strerror`` says which.
     """
-    # Without waiting: opening a FIFO would otherwise last until somebody writes to it.
-    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW)
+    flags = os.O_RDONLY | (0 if follow else os.O_NOFOLLOW)
+    return os.fdopen(open_descriptor(path, flags, folder), "rb")
+
+
+def open_descriptor(path: Path, flags: int, folder: int | None = None) -> int:
+    """Open a regular file with flags of :func:`os.open`; other arguments and errors as for :func:`open_regular`."""
     try:
-        descriptor = os.open(path, flags, dir_fd=folder)
+        # Without waiting: opening a FIFO would otherwise last until somebody writes to it.
+        descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK, SHARED, dir_fd=folder)
     except OSError as error:
-        if error.errno == errno.ELOOP and not follow:
+        if error.errno == errno.ELOOP and flags & os.O_NOFOLLOW:
             raise _link(path) from None
         raise
     # The descriptor is examined, not the name, behind which another file may stand by now.
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):
         os.close(descriptor)
-        raise OSError(errno.EINVAL, f"{_kind(mode)}, not a regular file", str(path))
-    return os.fdopen(descriptor, "rb")
+        raise OSError(errno.EINVAL, f"{kind_of(mode)}, not a regular file", str(path))
+    return descriptor
 
 
 def open_below(folder: int, path: Path) -> BufferedReader:
@@ -104,7 +111,7 @@ def read_given(path: Path, most_bytes: int) -> bytes:
     mode = os.fstat(descriptor).st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode) or os.isatty(descriptor)):
         os.close(descriptor)
-        raise OSError(errno.EINVAL, f"{_kind(mode)}, neither a file nor a pipe", str(path))
+        raise OSError(errno.EINVAL, f"{kind_of(mode)}, neither a file nor a pipe", str(path))
     # From here on a pipe may be waited for: somebody has it open for writing, or it ends at once.
     os.set_blocking(descriptor, True)
     with os.fdopen(descriptor, "rb") as file:
@@ -120,5 +127,6 @@ def _read_at_most(file: BufferedReader, most_bytes: int, path: Path) -> bytes:
     return data
 
 
-def _kind(mode: int) -> str:
+def kind_of(mode: int) -> str:
+    """What a file that is not a regular one is, in words."""
     return next((name for matches, name in _KINDS if matches(mode)), "a device")

@@ -15,6 +15,7 @@ from typing import Any, NoReturn, TypeVar
 from lifelong_moe.errors import CorruptError
 from lifelong_moe.storage.opening import read_bounded
 from lifelong_moe.storage.plain import PlainError
+from lifelong_moe.storage.plain_files import corrupt_if_irregular
 
 T = TypeVar("T")
 MOST_BYTES = 256 << 20
@@ -35,12 +36,8 @@ def read_json(path: Path, *, finite: bool = True) -> Any:
         FileNotFoundError: If there is none.
         CorruptError: If it is no regular file, too long, or not JSON.
     """
-    try:
+    with corrupt_if_irregular(path):
         data = read_bounded(path, MOST_BYTES, follow=False)
-    except (FileNotFoundError, PermissionError):
-        raise
-    except OSError as error:
-        raise CorruptError(f"{path}: {error.strerror}.") from None
     return parse_json(data, path, finite=finite)
 
 

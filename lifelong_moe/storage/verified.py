@@ -13,8 +13,8 @@ from typing import BinaryIO
 
 from lifelong_moe.errors import CorruptError
 from lifelong_moe.storage.grammars import FileName, Sha256
-from lifelong_moe.storage.opening import open_regular
 from lifelong_moe.storage.plain import PlainError, from_plain
+from lifelong_moe.storage.plain_files import open_stored
 from lifelong_moe.storage.stored import read_stored
 
 MANIFEST = "manifest.json"
@@ -119,13 +119,9 @@ def verify_directory(directory: Path) -> VerifiedDirectory:
 
 def _open(path: Path) -> BinaryIO:
     try:
-        return open_regular(path, follow=False)
+        return open_stored(path)
     except FileNotFoundError:
         raise CorruptError(f"{path}: missing, but the manifest lists it.") from None
-    except PermissionError:
-        raise
-    except OSError as error:
-        raise CorruptError(f"{path}: {error.strerror}.") from None
 
 
 def _state(file: BinaryIO) -> State:

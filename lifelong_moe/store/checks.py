@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lifelong_moe.data.tokens.identity import DataIdentity
-from lifelong_moe.plan.key import SCHEMA, stage_key
+from lifelong_moe.plan.key import SCHEMA, stored_key
 from lifelong_moe.storage.keys import content_key
 from lifelong_moe.storage.plain import PlainError
 from lifelong_moe.store.record import StageRecord
@@ -15,10 +15,14 @@ MEASURED = ("tokens", "seconds", "tokens_per_second", "epochs", "trainable_param
 """What the metrics of every trained stage tell, all numbers above zero."""
 
 
-def require_own_key(record: StageRecord) -> None:
+def require_own_key(record: StageRecord, spec: Mapping[str, Any]) -> None:
     """Compute a stage's key again, and require that it is the one that its record names.
 
     Stages of earlier versions, whose keys were hashes of something else, are taken at their word.
+
+    Args:
+        record: The stage.
+        spec: Its specification just as it is stored.
 
     Raises:
         PlainError: If it is another one, or a later version wrote the record.
@@ -32,7 +36,7 @@ def require_own_key(record: StageRecord) -> None:
         if origin != record.parent:
             raise PlainError("is not what the stage was derived from", ".parent")
     elif record.schema == SCHEMA:
-        found = _trained_key(record)
+        found = _trained_key(record, spec)
     elif record.schema is not None and record.schema > SCHEMA:
         raise PlainError(f"{record.schema} is of a later version of lifelong-moe; this one reads {SCHEMA}", ".schema")
     else:
@@ -41,12 +45,12 @@ def require_own_key(record: StageRecord) -> None:
         raise PlainError(f"{record.key} does not belong to the rest of the file, whose key is {found}", ".key")
 
 
-def _trained_key(record: StageRecord) -> str:
+def _trained_key(record: StageRecord, spec: Mapping[str, Any]) -> str:
     if {*record.spec.uses} != {*record.data}:
         raise PlainError(f"must name {', '.join(record.spec.uses)}", ".data")
     architecture = record.architecture
     data = DataIdentity(record.data, record.tokenizer, architecture.vocab_size, architecture.bos_id)
-    return stage_key(record.spec, record.parent, data)
+    return stored_key(spec, record.spec, record.parent, data)
 
 
 def measured(metrics: Any, record: StageRecord) -> dict[str, Any]:

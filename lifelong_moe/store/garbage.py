@@ -42,6 +42,8 @@ TOKENS_SECONDS = 30 * 24 * 3600.0
 """A month since they were last opened; token shards can be made again from their text."""
 KEY = re.compile(r"[0-9a-f]{64}")
 """A content key: SHA-256 in hexadecimal."""
+OURS = re.compile(r"[0-9a-f]{16}(-[0-9a-f]{16})?")
+"""Names of the folders that work and tokens are kept in. Whatever has another name is not ours to remove."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,8 @@ def collect(root: Path, cache: Path, now: float, grace: float = GRACE_SECONDS) -
         for path in sorted(root.glob("runs/*/")):
             held.enter_context(locked(path / ".lock", f"run {path.name}"))
         for path in sorted(root.glob("work/*/")):
-            held.enter_context(locked(path / ".lock", f"stage {path.name}"))
+            if OURS.fullmatch(path.name):
+                held.enter_context(locked(path / ".lock", f"stage {path.name}"))
         garbage = find_garbage(root, cache, now, grace)
         for stored in (*garbage.evaluations, *garbage.heldout):
             stored.path.unlink(missing_ok=True)
@@ -273,11 +276,11 @@ def _signatures(root: Path) -> list[Stored]:
 
 
 def _work(root: Path) -> list[Stored]:
-    return [_stored(path, path.name) for path in sorted(root.glob("work/[!.]*/"))]
+    return [_stored(path, path.name) for path in sorted(root.glob("work/*/")) if OURS.fullmatch(path.name)]
 
 
 def _heldout(root: Path) -> list[Stored]:
-    return [_stored(path, path.stem) for path in sorted(root.glob("heldout/[!.]*.jsonl"))]
+    return [_stored(path, path.stem) for path in sorted(root.glob("heldout/*.jsonl")) if KEY.fullmatch(path.stem)]
 
 
 def _batches(root: Path) -> list[Stored]:
@@ -293,7 +296,7 @@ def _removable_texts(root: Path) -> list[Stored]:
 
 
 def _tokens(cache: Path) -> list[Stored]:
-    return [_stored(path, path.name) for path in sorted(cache.glob("tokens/[!.]*/"))]
+    return [_stored(path, path.name) for path in sorted(cache.glob("tokens/*/")) if OURS.fullmatch(path.name)]
 
 
 def _stored(path: Path, key: str) -> Stored:

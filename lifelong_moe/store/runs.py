@@ -9,11 +9,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+from lifelong_moe.config.names import require_name
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.redaction import redacted
 from lifelong_moe.storage.files import append_line, write_atomic
 from lifelong_moe.storage.keys import canonical_json
 from lifelong_moe.storage.opening import read_bounded
+from lifelong_moe.storage.plain_files import corrupt_if_irregular
 from lifelong_moe.storage.stored import MOST_BYTES, read_stored
 from lifelong_moe.storage.temporary import GRACE_SECONDS
 from lifelong_moe.store.head import RunHead
@@ -34,10 +36,14 @@ def latest_timestamp() -> str:
 
 
 class RunRecord:
-    """The directory ``mlruns/runs/<run>/``."""
+    """The directory ``mlruns/runs/<run>/``.
+
+    Raises:
+        ConfigError: If ``run`` is no name: it could lead out of the store.
+    """
 
     def __init__(self, root: Path, run: str) -> None:
-        self.run = run
+        self.run = require_name(run, "run")
         self.path = root / "runs" / run
 
     @property
@@ -81,7 +87,8 @@ class RunRecord:
         path, found = self.path / "ledger.jsonl", []
         # A crash can tear a line, even within a character: such lines are skipped.
         try:
-            text = read_bounded(path, MOST_BYTES, follow=False).decode("utf-8", errors="replace")
+            with corrupt_if_irregular(path):
+                text = read_bounded(path, MOST_BYTES, follow=False).decode("utf-8", errors="replace")
         except FileNotFoundError:
             return []
         for line in text.split("\n"):

@@ -208,7 +208,7 @@ def _read(files: VerifiedDirectory) -> CommittedStage:
     weights_hash = files.manifest.files[WEIGHTS].sha256
     with naming(files.path / CONFIG):
         stage = CommittedStage.from_json(config, path=files.path, metrics={}, weights_hash=weights_hash)
-        require_own_key(stage)
+        require_own_key(stage, config["spec"])
     with naming(files.path / METRICS):
         return replace(stage, metrics=measured(metrics, stage))
 

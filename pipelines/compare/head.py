@@ -13,7 +13,7 @@ from pathlib import Path
 from lifelong_moe.errors import LockedError
 from lifelong_moe.storage.files import write_atomic
 from lifelong_moe.storage.grammars import Key, Name, RunId
-from lifelong_moe.storage.locks import locked
+from lifelong_moe.storage.locks import WAIT_SECONDS, locked
 from lifelong_moe.storage.plain import from_plain
 from lifelong_moe.storage.stored import read_stored
 
@@ -54,15 +54,19 @@ def head_to_change(folder: Path) -> Iterator[ComparisonHead]:
 
     Raises:
         CorruptError: If the file is damaged.
+        LockedError: If another process holds the lock for ``WAIT_SECONDS``.
     """
     path = folder / "head.json"
     with ExitStack() as stack:
+        deadline = time.monotonic() + WAIT_SECONDS
         while True:
             try:
                 stack.enter_context(locked(folder / ".lock", "the comparison"))
                 break
             # A run's lock is refused at once; this one is held only while recording, so wait for it.
             except LockedError:
+                if time.monotonic() > deadline:
+                    raise
                 time.sleep(LOCK_SECONDS)
         head = _read(path)
         yield head

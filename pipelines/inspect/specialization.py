@@ -28,7 +28,7 @@ from lifelong_moe.evaluation.probing import (
 from lifelong_moe.evaluation.routed_text import html_page, route_text
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.architecture import Architecture
-from lifelong_moe.reports.figures.specialization import inspection_figures
+from lifelong_moe.reports.figures.specialization import FIGURES, inspection_figures
 from lifelong_moe.reports.inspection import Readings, build_inspection
 from lifelong_moe.storage.files import write_atomic
 from lifelong_moe.storage.tables import write_parquet
@@ -146,8 +146,8 @@ def _keep(
     known, plotted = (one.is_file() and one.read_text(encoding="utf-8") == text for one in (path, copy))
     folder.mkdir(exist_ok=True)
     # The last inspection may have drawn more figures, of more stages or more layers.
-    for drawn in folder.glob("*.png"):
-        drawn.unlink()
+    for name in FIGURES:
+        (folder / f"{name}.png").unlink(missing_ok=True)
     for name, figure in inspection_figures(result, result["stage"]).items():
         figure.savefig(folder / f"{name}.png")
         if not known:

@@ -10,6 +10,8 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from lifelong_moe.config.names import require_name
+
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, such as configs/quickstart.yaml.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as seed=1.")]
 ComparisonOverrides = Annotated[
@@ -28,9 +30,27 @@ DocumentHash = Annotated[
     str | None,
     typer.Option("--document", metavar="HASH", help="Show the experts that saw the document with this SHA-256."),
 ]
-RunName = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run.")]
+
+
+def _named(what: str) -> Callable[[Any], Any]:
+    """A check of names on the command line, one or several, or none."""
+
+    def check(given: Any) -> Any:
+        for name in given if isinstance(given, (list, tuple)) else [given]:
+            if name is not None:
+                require_name(name, what)
+        return given
+
+    return check
+
+
+RunName = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run.", callback=_named("RUN"))]
+RunNames = Annotated[list[str], typer.Argument(metavar="RUN...", help="Names of runs.", callback=_named("RUN"))]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
-StageName = Annotated[str | None, typer.Option("--stage", help="A committed stage of the run; the last by default.")]
+StageName = Annotated[
+    str | None,
+    typer.Option("--stage", help="A committed stage of the run; the last by default.", callback=_named("--stage")),
+]
 Label = Annotated[str | None, typer.Option("--label", help="Domain of the text, for routing by label.")]
 Int8 = Annotated[bool, typer.Option("--int8", help="Hold the weight matrices in 8 bits, with one scale per row.")]
 OwnRouter = Annotated[

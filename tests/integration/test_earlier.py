@@ -102,7 +102,7 @@ def test_a_new_stage_goes_on_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """As retraining does: from the first stage, whose centroids it holds itself, and from the second."""
     trained: list[LanguageModel] = []
     # The stages trained here have keys of the test's own.
-    monkeypatch.setattr("lifelong_moe.store.stages.require_own_key", lambda record: None)
+    monkeypatch.setattr("lifelong_moe.store.stages.require_own_key", lambda *_: None)
 
     def seen(model: LanguageModel, trunk: TrunkConfig | None) -> None:
         trained.append(model)

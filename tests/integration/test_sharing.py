@@ -40,7 +40,7 @@ BUNDLES = {"bundles": "cluster", "chunk_tokens": 4, "clusters": 2}
 @pytest.fixture(autouse=True)
 def any_key(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stages have keys of the tests' own, or of settings that the tests treat as an earlier version did."""
-    monkeypatch.setattr("lifelong_moe.store.stages.require_own_key", lambda record: None)
+    monkeypatch.setattr("lifelong_moe.store.stages.require_own_key", lambda *_: None)
 
 
 def stage_of(prepared: Prepared, spec: StageSpec, key: str, parent: CommittedStage | None = None) -> CommittedStage:

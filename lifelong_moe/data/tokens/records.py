@@ -19,8 +19,8 @@ from lifelong_moe.storage.files import write_atomic
 from lifelong_moe.storage.grammars import Prefix, Sha256
 from lifelong_moe.storage.keys import canonical_json, file_sha256
 from lifelong_moe.storage.modes import SHARED
-from lifelong_moe.storage.opening import open_regular
 from lifelong_moe.storage.plain import from_plain
+from lifelong_moe.storage.plain_files import open_stored
 from lifelong_moe.storage.stored import naming, parse_json
 
 DIGITS = 16
@@ -96,7 +96,7 @@ class HeldoutStore:
         """
         path = self.path(address)
         try:
-            with open_regular(path, follow=False) as file:
+            with open_stored(path) as file:
                 data = file.read()
         except FileNotFoundError:
             raise CorruptError(f"{path}: missing, but a run refers to it.") from None

@@ -25,6 +25,10 @@ NUMBERED_EXPERTS = 8
 Matrix = Sequence[Sequence[float | None]]
 
 
+FIGURES = ("information", "coactivation", "similarity", "leak", "saturation")
+"""Names of all figures that an inspection may have."""
+
+
 def inspection_figures(inspection: Mapping[str, Any], stage: str) -> dict[str, Figure]:
     """All figures of an inspection that have data, by file name without suffix.
 

@@ -155,13 +155,14 @@ def test_evaluations_and_work_go_with_their_stages(store: Store) -> None:
 
 def test_tokens_stay_for_a_month_after_they_were_opened(store: Store) -> None:
     store.head(age=0.0)
-    for name, age in (("old", 30.1), ("new", 29.9)):
+    old, new = f"{'0' * 16}-{'1' * 16}", f"{'0' * 16}-{'2' * 16}"
+    for name, age in ((old, 30.1), (new, 29.9), ("holiday pictures", 30.1)):
         path = store.cache / "tokens" / name / "tokens.bin"
         path.parent.mkdir(parents=True)
         path.write_bytes(b"x" * 7)
         os.utime(path, (NOW - age * DAY,) * 2)
     found = store.found()
-    assert [stored.path.name for stored in found.tokens] == ["old"] and found.bytes == 7
+    assert [stored.path.name for stored in found.tokens] == [old] and found.bytes == 7
 
 
 @pytest.mark.parametrize(
