@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from lifelong_moe.errors import CorruptError
 from lifelong_moe.storage import temporary as module
 from lifelong_moe.storage.directories import new_directory
 from lifelong_moe.storage.files import append_line, write_atomic
@@ -78,7 +79,7 @@ def test_what_is_written_is_for_its_owner_and_group(tmp_path: Path, umask: int, 
 def test_lines_are_appended_to_no_link(tmp_path: Path) -> None:
     (tmp_path / "startup").write_text("ours\n")
     (tmp_path / "lines").symlink_to("startup")
-    with pytest.raises(OSError, match="symbolic links"):
+    with pytest.raises(CorruptError, match="symbolic link"):
         append_line(tmp_path / "lines", "theirs")
     assert (tmp_path / "startup").read_text() == "ours\n"
 
