@@ -27,6 +27,7 @@ from rich.progress import Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from lifelong_moe.errors import visible
 from pipelines.cli import COMMANDS, app, exit_code
 from pipelines.shared import output
 from pipelines.shared.output import SafeConsole
@@ -159,7 +160,7 @@ def test_tracebacks_logs_and_what_libraries_print(name: str, tmp_path: Path) -> 
         found = seen()
     assert not steering(found) and found.count("RuntimeError: ") == 2
     (logged,) = [line for line in found.splitlines() if "hook failed" in line]
-    assert logged.startswith("WARNING: hook failed: ")
+    assert logged == f"WARNING: hook failed: {visible(text, keep='')}"
 
 
 def test_warnings_and_an_uncaught_error_of_a_process() -> None:
