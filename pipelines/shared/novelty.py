@@ -17,6 +17,7 @@ from lifelong_moe.config.run import RunConfig
 from lifelong_moe.data.text.batches import BatchStore
 from lifelong_moe.data.text.documents import Document, documents_hash, normalized_hash
 from lifelong_moe.data.text.inbox import Inbox, read_inbox
+from lifelong_moe.data.text.limits import MAX_INBOX_BYTES, Quota
 from lifelong_moe.data.text.near_copies import near_copies
 from lifelong_moe.data.tokens import prepare
 from lifelong_moe.data.tokens.prepare import Texts
@@ -110,7 +111,7 @@ def _arrived(inbox: InboxConfig) -> Inbox | None:
         return read_inbox(Path(inbox.path), source)
     from lifelong_moe.data.text.hub import hub_documents
 
-    documents = hub_documents(source)
+    documents = hub_documents(source, Quota(MAX_INBOX_BYTES, "the inbox"))
     return Inbox(documents, [{"name": f"{inbox.hf}@{inbox.revision}"}], None) if documents else None
 
 

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lifelong_moe.data.tokens import components
-from lifelong_moe.data.tokens.tokenizer import Tokenizer, train_tokenizer
+from lifelong_moe.data.tokens.tokenizer import Tokenizer, _panics_told, train_tokenizer
 from lifelong_moe.errors import ConfigError, CorruptError
 
 TRAINED = train_tokenizer(["the cat sat on the mat, and the dog did not"] * 20, 300)
@@ -238,3 +240,62 @@ def test_growth_is_that_of_the_library() -> None:
         assert isinstance(bound, float)
         for text in worst:
             assert len(part.normalize_str(text).encode()) <= bound * len(text.encode()), (name, text)
+
+
+TEXTS = st.text(alphabet=st.sampled_from("aab ▁\n\ufdfa\u1d1c0\u0dddȾ漢é\u0390İ"), min_size=1, max_size=12)
+PATTERNS = st.one_of(
+    st.builds(lambda text: {"String": text}, st.text(alphabet="ab ▁", max_size=3)),
+    st.sampled_from([{"Regex": regex} for regex in ("a*", "a|b", "", r"\s", "[^a]", "a{2}", ".", "(?=a)")]),
+)
+CONTENTS = st.text(alphabet="ab▁ \ufdfa", max_size=6)
+NORMALIZERS = st.one_of(
+    st.builds(
+        lambda kind: {"type": kind}, st.sampled_from(["NFC", "NFD", "NFKC", "NFKD", "Lowercase", "ByteLevel", "Nmt"])
+    ),
+    st.builds(lambda text: {"type": "Prepend", "prepend": text}, CONTENTS),
+    st.builds(lambda text, content: {"type": "Replace", "pattern": text, "content": content}, PATTERNS, CONTENTS),
+    st.just(
+        {
+            "type": "BertNormalizer",
+            "clean_text": True,
+            "handle_chinese_chars": True,
+            "strip_accents": True,
+            "lowercase": True,
+        }
+    ),
+)
+PRE_TOKENIZERS = st.one_of(
+    st.builds(lambda first: {**BYTES, "add_prefix_space": first}, st.booleans()),
+    st.builds(
+        lambda scheme: {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": True},
+        st.sampled_from(["always", "never", "first"]),
+    ),
+    st.builds(lambda pattern: {**split(""), "pattern": pattern}, PATTERNS),
+    st.just({"type": "Digits", "individual_digits": True}),
+)
+
+
+@settings(max_examples=200)
+@given(st.lists(NORMALIZERS, max_size=4), st.lists(PRE_TOKENIZERS, max_size=3), TEXTS)
+def test_what_is_accepted_grows_no_more_than_is_said(
+    normalizers: list[dict[str, Any]], pre_tokenizers: list[dict[str, Any]], text: str
+) -> None:
+    """The library's own result, for parts and texts made to grow."""
+    from tokenizers import Tokenizer as Backend
+
+    content = {
+        **json.loads(TRAINED.text),
+        "normalizer": {"type": "Sequence", "normalizers": normalizers},
+        "pre_tokenizer": after(*pre_tokenizers),
+    }
+    try:
+        components.require_bounded(content)
+        # The library itself panics on some chains, such as of matches without length.
+        with _panics_told():
+            backend = Backend.from_str(json.dumps(content))
+            normalized = backend.normalizer.normalize_str(text)
+            pieces = backend.pre_tokenizer.pre_tokenize_str(normalized)
+    except ConfigError:
+        return
+    size = max(len(normalized.encode()), sum(len(piece.encode()) for piece, _ in pieces))
+    assert size <= components.MAX_GROWTH * len(text.encode())

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 from lifelong_moe.config.data import SourceConfig
 from lifelong_moe.data.text.documents import Document
 from lifelong_moe.data.text.jsonl import document_from
+from lifelong_moe.data.text.limits import DOCUMENT_BYTES, MAX_LINE_BYTES, Portion, Quota
 from lifelong_moe.errors import DataError, ResourceError, TryAgainError, disk_is_full
 
 _MAX_REASON_CHARS = 300
 
 
-def hub_documents(config: SourceConfig) -> list[Document]:
+def hub_documents(config: SourceConfig, quota: Quota | None = None) -> list[Document]:
     """Download (or find in the cache) one split and read its documents.
 
     Args:
         config: ``hf``, ``name``, ``split``, ``revision``, ``text_field``, ``source_field``.
+        quota: Limits of what is read; None for those of a distribution.
 
     Raises:
-        DataError: The dataset cannot be had (unknown, gated, or not in the cache while offline) or a row has no usable
-            text.
+        DataError: The dataset cannot be had (unknown, gated, or not in the cache while offline), a row has no usable
+            text, or there is more than may be read.
         ResourceError: The disk is full.
         TryAgainError: The hub cannot be reached, or asks to come back later.
     """
@@ -54,10 +57,15 @@ def hub_documents(config: SourceConfig) -> list[Document]:
     read = (config.text_field, config.source_field, config.answer_field)
     # Other columns, such as images, would be decoded for each row.
     rows = rows.select_columns([name for name in read if name in names])
-    return [
-        document_from(row, f"{place}:{number}", config.text_field, config.source_field, config.answer_field)
-        for number, row in enumerate(rows, start=1)
-    ]
+    portion, documents = Portion(Path(place), 0, quota or Quota()), []
+    for number, row in enumerate(rows, start=1):
+        where = f"{place}:{number}"
+        lengths = [len(value) for value in row.values() if isinstance(value, str)]
+        if any(length > MAX_LINE_BYTES for length in lengths):
+            raise DataError(f"{where}: text is longer than {MAX_LINE_BYTES >> 20} MiB.")
+        portion.hold(sum(lengths) + DOCUMENT_BYTES)
+        documents.append(document_from(row, where, config.text_field, config.source_field, config.answer_field))
+    return documents
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -7,11 +7,13 @@ arrays and a manifest of their sizes and hashes. A directory appears by rename, 
 from __future__ import annotations
 
 import bisect
+import hashlib
 import itertools
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, overload
 
@@ -22,11 +24,13 @@ from lifelong_moe.data.tokens.tokenizer import Tokenizer
 from lifelong_moe.errors import CorruptError
 from lifelong_moe.storage.directories import new_directory, remove_directory
 from lifelong_moe.storage.keys import SHORT, canonical_json, file_sha256
+from lifelong_moe.storage.opening import open_regular
 from lifelong_moe.storage.stored import read_json
 
 # Part of each manifest: a part of another version is made again instead of read wrongly.
 FORMAT_VERSION = 1
 _FILES = ("tokens.bin", "offsets.bin", "text_bytes.bin")
+_MAX_MANIFEST_BYTES = 1 << 16
 _BATCH_BYTES = 4 << 20
 """Text encoded at a time; bounds memory."""
 
@@ -151,10 +155,10 @@ def open_or_tokenize(
         mode: Permissions of the arrays, from which the text can be had again.
     """
     directory = cache / "tokens" / f"{key[:SHORT]}-{tokenizer.hash[:SHORT]}"
-    shard = _open(directory)
+    shard = _open(directory, tokenizer.vocab_size)
     if shard is None:
         _build(documents, directory, tokenizer, mode)
-        shard = _open(directory)
+        shard = _open(directory, tokenizer.vocab_size)
         if shard is None:
             raise OSError(f"{directory}: what was written a moment ago does not verify")
     # Garbage collection removes parts that nobody opened for long. Another user's cache cannot be touched.
@@ -163,27 +167,49 @@ def open_or_tokenize(
     return shard
 
 
-def _open(directory: Path) -> TokenShard | None:
-    """Map a part into memory if its manifest verifies."""
+def _open(directory: Path, vocab_size: int) -> TokenShard | None:
+    """Map a part into memory if its manifest verifies, and if its numbers are those of tokens."""
     manifest = _read_manifest(directory)
     if manifest is None:
         return None
-    for name in _FILES:
-        # Size before hash: a truncated file is rejected without reading gigabytes.
-        path, entry = directory / name, manifest["files"][name]
-        if not path.is_file() or path.stat().st_size != entry["size"] or file_sha256(path) != entry["sha256"]:
+    with ExitStack() as stack:
+        files = []
+        for name in _FILES:
+            entry = manifest["files"][name]
+            try:
+                # Opened once: what is hashed is what is mapped.
+                file = stack.enter_context(open_regular(directory / name, follow=False))
+            except OSError:
+                return None
+            # Size before hash: a truncated file is rejected without reading gigabytes.
+            if os.fstat(file.fileno()).st_size != entry["size"] or _sha256(file) != entry["sha256"]:
+                return None
+            files.append(file)
+        tokens, offsets, text_bytes = files
+        try:
+            shard = TokenShard(
+                # Only tokens are mapped, which may exceed memory; the other arrays have one number per document.
+                tokens=np.memmap(tokens, dtype=manifest["dtype"], mode="r"),
+                offsets=np.fromfile(offsets, dtype="<i8"),
+                text_bytes=np.fromfile(text_bytes, dtype="<i8"),
+            )
+        except ValueError:  # no whole number of tokens, or none
             return None
-    offsets, lengths = (np.fromfile(directory / name, dtype="<i8") for name in ("offsets.bin", "text_bytes.bin"))
-    # Hashes tell damage alone: with numbers that do not belong together, a reader would leave the file.
-    fits = len(offsets) == len(lengths) + 1 and offsets[0] == 0 and (np.diff(offsets) > 0).all()
-    if not fits or offsets[-1] * np.dtype(manifest["dtype"]).itemsize != manifest["files"]["tokens.bin"]["size"]:
-        return None
-    return TokenShard(
-        # Only tokens are mapped, which may exceed memory; the other arrays have one number per document.
-        tokens=np.memmap(directory / "tokens.bin", dtype=manifest["dtype"], mode="r"),
-        offsets=offsets,
-        text_bytes=lengths,
-    )
+    return shard if _is_consistent(shard, vocab_size) else None
+
+
+def _sha256(file: BufferedReader) -> str:
+    digest = hashlib.file_digest(file, "sha256").hexdigest()
+    file.seek(0)
+    return digest
+
+
+def _is_consistent(shard: TokenShard, vocab_size: int) -> bool:
+    """Whether documents lie one after the other and tokens are of the vocabulary, so that no index leads elsewhere."""
+    offsets = shard.offsets
+    if len(offsets) != shard.num_documents + 1 or offsets[0] != 0 or offsets[-1] != shard.num_tokens:
+        return False
+    return bool((np.diff(offsets) > 0).all()) and int(shard.tokens.max()) < vocab_size
 
 
 def _read_manifest(directory: Path) -> dict[str, Any] | None:
@@ -208,7 +234,7 @@ def _build(documents: Sequence[Document], directory: Path, tokenizer: Tokenizer,
         files = {name: {"size": (work / name).stat().st_size, "sha256": file_sha256(work / name)} for name in _FILES}
         manifest = canonical_json({"version": FORMAT_VERSION, "dtype": dtype, "files": files})
         (work / "manifest.json").write_text(manifest, encoding="utf-8")
-        if directory.exists() and _open(directory) is None:
+        if directory.exists() and _open(directory, tokenizer.vocab_size) is None:
             # Damaged. A whole one was written meanwhile by another process, and is kept.
             remove_directory(directory)
 

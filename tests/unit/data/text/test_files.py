@@ -257,3 +257,17 @@ def test_a_row_s_fault_is_said_with_its_number(tmp_path: Path, monkeypatch: pyte
     parquet.write_table(pyarrow.table({"text": whole}), path)
     with pytest.raises(DataError, match=r"a\.parquet:2: invalid UTF-8 at byte 3 of a text"):
         read_documents(str(path), CONFIG)
+
+
+def test_a_dataset_of_the_hub_is_bounded_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    rows = datasets.Dataset.from_dict({"text": ["one", "three"]})
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: rows)
+    size = 2 * limits.DOCUMENT_BYTES + len("onethree")
+    assert len(hub_documents(HUB, limits.Quota(size))) == 2
+    with pytest.raises(DataError, match="hf=some/data@01234567: the inbox may hold"):
+        hub_documents(HUB, limits.Quota(size - 1, "the inbox"))
+    monkeypatch.setattr("lifelong_moe.data.text.hub.MAX_LINE_BYTES", 4)
+    with pytest.raises(DataError, match="hf=some/data@01234567:2: text is longer than"):
+        hub_documents(HUB)

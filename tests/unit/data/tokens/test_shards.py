@@ -1,6 +1,7 @@
 """What stands in a shard, and what happens when its files are damaged."""
 
 import errno
+import hashlib
 import json
 from pathlib import Path
 
@@ -101,6 +102,35 @@ def test_damaged_part_is_made_again_and_the_other_left_alone(
     assert path.read_bytes() == data
     assert other.stat().st_ino == untouched
     assert sorted(entry.name for entry in (tmp_path / "tokens").iterdir()) == sorted([path.parent.name, other.name])
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokens.bin", np.full(4, 60_000, "<u2")),  # no token of the vocabulary
+        ("offsets.bin", np.array([0, 1 << 40], "<i8")),
+        ("offsets.bin", np.array([0, -1, 4], "<i8")),
+        ("text_bytes.bin", np.array([], "<i8")),
+    ],
+)
+def test_numbers_that_are_no_tokens_are_made_again_whatever_the_manifest_says(
+    corpus: Corpus, tokenizer: Tokenizer, tmp_path: Path, name: str, content: np.ndarray
+) -> None:
+    first = tokenize_corpus(corpus, tokenizer, tmp_path)
+    directory = _directory(tmp_path, corpus.train_hash)
+    manifest = json.loads((directory / "manifest.json").read_text())
+    data = content.tobytes()
+    (directory / name).unlink()
+    (directory / name).write_bytes(data)
+    manifest["files"][name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (directory / "manifest.json").write_text(json.dumps(manifest))
+    assert _same(first, tokenize_corpus(corpus, tokenizer, tmp_path))
+    (directory / "manifest.json").write_text("[" * 60_000)
+    assert _same(first, tokenize_corpus(corpus, tokenizer, tmp_path))
+    (directory / name).rename(directory / "elsewhere")
+    (directory / name).symlink_to("elsewhere")
+    assert _same(first, tokenize_corpus(corpus, tokenizer, tmp_path))
+    assert not (directory / name).is_symlink()
 
 
 def test_manifest(corpus: Corpus, tokenizer: Tokenizer, tmp_path: Path) -> None:
