@@ -176,14 +176,15 @@ def _verified(folder: Path, bundle: _Bundle, key: Path) -> dict[str, str]:
     """SHA-256 of each signed file, once the library has found nothing wrong."""
     from model_signing.verifying import Config
 
+    # Strict: a decoder that passes over foreign characters might see another text than the library's.
+    payload = base64.b64decode(bundle.dsseEnvelope.payload, validate=True)
     verifying = Config().use_elliptic_key_verifier(public_key=key).set_hashing_config(_every_file())
     # A copy of what was read above, so that the library and we read the same, whatever stands there by now.
     with tempfile.TemporaryDirectory() as private:
         copy = Path(private) / "bundle.sig"
         copy.write_text(json.dumps(dataclasses.asdict(bundle)), encoding="utf-8")
         verifying.verify(folder, copy)
-    statement = json.loads(base64.b64decode(bundle.dsseEnvelope.payload))
-    return {file["name"]: file["digest"] for file in statement["predicate"]["resources"]}
+    return {file["name"]: file["digest"] for file in json.loads(payload)["predicate"]["resources"]}
 
 
 def fingerprint(key: EllipticCurvePublicKey) -> str:

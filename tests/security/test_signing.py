@@ -162,6 +162,14 @@ def test_no_signature_at_all_is_refused_in_one_line(folder: Path, signature: Pat
         pair.keys().verify(folder, signature)
 
 
+def test_characters_that_some_decoders_pass_over_are_refused(folder: Path, signature: Path, pair: Pair) -> None:
+    bundle = json.loads(signature.read_text())
+    bundle["dsseEnvelope"]["payload"] = "[]" + bundle["dsseEnvelope"]["payload"]
+    signature.write_text(json.dumps(bundle))
+    with pytest.raises(CorruptError, match="not what"):
+        pair.keys().verify(folder, signature)
+
+
 def test_a_link_or_a_pipe_for_a_signature_is_refused_without_waiting(
     folder: Path, signature: Path, pair: Pair, tmp_path: Path
 ) -> None:
