@@ -43,7 +43,7 @@ class TeacherCache:
         self._hidden, self._known = (self._opened(p) for p in (path, path.with_suffix(".known")))
 
     def _opened(self, path: Path) -> int:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, SHARED)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, SHARED)
         weakref.finalize(self, os.close, descriptor)
         return descriptor
 

@@ -14,9 +14,8 @@ import torch
 from lifelong_moe.data.text.batches import BatchStore
 from lifelong_moe.data.text.documents import Document
 from lifelong_moe.storage.modes import SHARED, as_private_as, folder_mode, make_folder
+from pipelines import cli
 from tests.retrain_lab import arrive, make_base, tick
-
-LOCKS = {".lock", "spool.lock", "delivery.lock"}
 
 
 @pytest.fixture(scope="module")
@@ -48,16 +47,14 @@ def write_corpora(root: Path) -> None:
 
 
 def modes(*folders: Path) -> dict[str, int]:
-    paths = [path for folder in folders for path in folder.rglob("*") if path.name not in LOCKS]
+    paths = [path for folder in folders for path in folder.rglob("*")]
     assert paths
     return {str(path): stat.S_IMODE(path.lstat().st_mode) for path in paths}
 
 
 def test_nothing_is_for_everybody(lab: Path) -> None:
-    # Folders that a lock was the first to need hold names only; see `locks`.
-    made_by_locks = {str(lab / "mlruns" / name) for name in ("runs", "runs/tiny", "work")}
-    found = modes(lab / "mlruns", lab / "data").items()
-    assert {path: oct(mode) for path, mode in found if mode & 0o027 and path not in made_by_locks} == {}
+    wide = {path: oct(mode) for path, mode in modes(lab / "mlruns", lab / "data").items() if mode & 0o027}
+    assert wide == {}
 
 
 def test_a_private_inbox_makes_a_private_batch(lab: Path) -> None:
@@ -94,6 +91,20 @@ def test_text_that_arrives_again_is_as_private_as_then(tmp_path: Path) -> None:
 def test_a_copy_is_as_private_as_its_source(source: int, ours: int) -> None:
     assert as_private_as(source) == ours
     assert folder_mode(ours) == (0o750 if ours & 0o040 else 0o700)
+
+
+def test_what_libraries_write_is_not_for_everybody_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow's database and artifacts have whatever permissions the umask leaves."""
+    monkeypatch.setattr("pipelines.cli.output.make_robust", lambda: None)
+    monkeypatch.setattr("pipelines.cli.threads.configure", lambda: None)
+    monkeypatch.setattr("pipelines.cli.exit_code", lambda _: 0)
+    before = os.umask(0o022)
+    try:
+        with pytest.raises(SystemExit):
+            cli.main()
+        assert os.umask(0) == 0o027
+    finally:
+        os.umask(before)
 
 
 def test_folders_are_entered_by_those_who_read(tmp_path: Path) -> None:

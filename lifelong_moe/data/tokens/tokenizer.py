@@ -16,6 +16,7 @@ from lifelong_moe.data.tokens.components import MAX_TOKEN_BYTES, require_bounded
 from lifelong_moe.errors import ConfigError, CorruptError, DataError, LifelongError
 from lifelong_moe.storage.files import write_atomic
 from lifelong_moe.storage.keys import SHORT, canonical_json, content_key, text_sha256
+from lifelong_moe.storage.opening import read_bounded
 
 if TYPE_CHECKING:
     import tokenizers
@@ -282,9 +283,13 @@ def trained_tokenizer(
 
 def _cached(path: Path) -> Tokenizer | None:
     try:
-        text = path.read_text(encoding="utf-8")
-        if path.with_suffix(".sha256").read_text(encoding="ascii") == text_sha256(text):
+        text, digest = (
+            read_bounded(one, MAX_TOKENIZER_BYTES, follow=False).decode("utf-8")
+            for one in (path, path.with_suffix(".sha256"))
+        )
+        if digest == text_sha256(text):
             return Tokenizer.from_text(text)
-    except (FileNotFoundError, UnicodeDecodeError, ConfigError):
+    # Missing, damaged, or no file at all: it is trained again.
+    except (OSError, UnicodeDecodeError, ConfigError):
         pass
     return None
