@@ -13,6 +13,9 @@ from lifelong_moe.config.routing.modes import stored_routing
 from lifelong_moe.storage.grammars import Name
 from lifelong_moe.storage.plain import PlainError, from_plain
 
+MOST_EXPERTS = 10_000_000
+"""Most experts of a stored model, over all layers: each has a name in lineage, and names alone could fill memory."""
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -148,6 +151,8 @@ def _check(architecture: Architecture) -> None:
             raise PlainError(f"not numbers of experts in {layers} layers", f".generations[{place}]")
     if not born:
         raise PlainError("a model has at least one", ".generations")
+    if layers * sum(one.experts for one in architecture.generations) > MOST_EXPERTS:
+        raise PlainError(f"more than {MOST_EXPERTS:,} experts", ".generations")
     places = {".frozen": (architecture.frozen, born + 1), ".continued": (architecture.continued or 0, born)}
     places |= {f".labels.{name}": (place, born) for name, place in architecture.labels}
     places |= {".bos_id": (architecture.bos_id, architecture.vocab_size)}

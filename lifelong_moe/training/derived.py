@@ -21,6 +21,7 @@ from lifelong_moe.plan.spec import StageSpec
 from lifelong_moe.storage.keys import content_key
 from lifelong_moe.store.record import StageRecord
 from lifelong_moe.store.stages import CommittedStage, StageStore
+from lifelong_moe.training.restore import load_model
 
 
 def derived_stage(store: StageStore, source: CommittedStage, name: str) -> CommittedStage:
@@ -39,6 +40,7 @@ def derived_stage(store: StageStore, source: CommittedStage, name: str) -> Commi
     if (found := store.find(key)) is not None:
         return found
     generation = generation_of(source.architecture, name)
+    load_model(store, source)  # only for its errors: tensors that are not those of the architecture
     architecture, left = remove_generation(source.architecture, store.tensors(source), generation)
     return commit_derived(store, source, identity, f"{name}.dropped", architecture, left)
 

@@ -13,18 +13,27 @@ from lifelong_moe.config.routing.shared import TextClusterConfig
 from lifelong_moe.data.tokens.shards import TokenizedCorpus
 from lifelong_moe.model.transformer import LanguageModel, initialize
 from lifelong_moe.plan.architecture import Architecture
+from lifelong_moe.storage.stored import naming
 from lifelong_moe.store.stages import CommittedStage, StageStore
 from lifelong_moe.training.first_centroids import FIRST_CENTROIDS, first_centroids
+from lifelong_moe.training.fitting import require_fitting
 
 
 def load_model(store: StageStore, stage: CommittedStage) -> LanguageModel:
-    """The model as a stage committed it, on the CPU."""
-    return build_model(stage.architecture, store.tensors(stage))
+    """The model as a stage committed it, on the CPU.
+
+    Raises:
+        CorruptError: If the stage's tensors are not those of its architecture.
+    """
+    tensors = store.tensors(stage)
+    with naming(stage.path):
+        return build_model(stage.architecture, tensors)
 
 
 def build_model(architecture: Architecture, tensors: Mapping[str, Tensor]) -> LanguageModel:
     """A model from stored tensors, on the CPU."""
     model = LanguageModel(architecture)
+    require_fitting(model, tensors)
     model.load_state_dict(tensors, strict=True)
     return model
 

@@ -32,11 +32,12 @@ ARGUMENTS: dict[str, list[str]] = {
 """Arguments of every command, for a store with a run `old`."""
 
 
-def outcome(command: str, *more: str) -> tuple[int, str]:
+def outcome(command: str, *more: str, arguments: list[str] | None = None) -> tuple[int, str]:
     """Exit code of a command in this process, and all that it printed to standard error; a bug of ours is raised."""
+    given = ARGUMENTS[command] if arguments is None else arguments
     out, error = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(error):
-        code = exit_code(lambda: app([command, *ARGUMENTS[command], *more], prog_name="lifelong-moe"))
+        code = exit_code(lambda: app([command, *given, *more], prog_name="lifelong-moe"))
     return code, error.getvalue().strip()
 
 

@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 TENSORS, STATE = "state.safetensors", "state.json"
 NAME = re.compile(r"step-([0-9]-)?[0-9]{8,12}")
 """Of a checkpoint's directory; see :func:`checkpoint_path`. In earlier versions the phase was not part of it."""
+PARTS = ("state_dict", "optimizer_states", "lr_schedulers", "loops", "callbacks", "global_step")
+"""What Lightning reads of every checkpoint."""
 LAYOUT = 2
 """Layout of optimizer states; since 2 a generation's experts share one state a matrix."""
 
@@ -94,8 +96,13 @@ class SafeCheckpointIO(CheckpointIO):
         directory = Path(path)
         files = verify_directory(directory)
         state = parse_json(files.read(STATE), directory / STATE, finite=False)
-        del state["layout"]
-        return restore(state, load_weights(files, TENSORS))
+        try:
+            checkpoint = restore(state, load_weights(files, TENSORS))
+            del checkpoint["layout"]
+            return {**checkpoint, **{name: checkpoint[name] for name in PARTS}}
+        # A name that is no tensor's, a key that cannot be one, or something else than a mapping.
+        except (KeyError, TypeError, ValueError) as error:
+            raise CorruptError(f"{directory / STATE}: not a step checkpoint ({error!r}).") from None
 
     def remove_checkpoint(self, path: Any) -> None:
         """Remove a checkpoint."""
