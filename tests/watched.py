@@ -1,0 +1,175 @@
+"""A command in a forked child that is watched: it may not write, connect or start anything outside its directory."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import sys
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipelines.cli import app, exit_code
+from pipelines.exit_codes import MEANINGS
+
+CPU_SECONDS, WAIT_SECONDS = 20, 120
+"""Longest computing and waiting of a command on a tiny store: a cycle that is followed for ever, or a FIFO that is
+opened, ends here."""
+MEMORY = 4 << 30
+"""Most bytes that a command may take beyond what the process has."""
+CANARY = "canary-secret"
+"""A secret of the user, in the environment variable ``CANARY``."""
+
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+"""Characters that move a terminal's cursor, change its colours or reverse its text; not tab and line feed."""
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A working directory with a store in it, and its surroundings, which no command may change."""
+
+    work: Path
+    outside: Path
+
+    @property
+    def store(self) -> Path:
+        """The ``mlruns/`` directory."""
+        return self.work / "mlruns"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command left."""
+
+    code: int
+    """Exit code; -1 if it did not end by itself, 99 after a traceback."""
+    out: str
+    err: str
+    forbidden: list[str]
+    """What it tried outside its working directory."""
+
+
+def surroundings(outside: Path) -> None:
+    """Make the directory that no command may change: a start file of a shell, pictures, old folders, a module."""
+    (outside / "folder" / "step-1").mkdir(parents=True)
+    for name in ("file", ".bashrc", "folder/picture.png", "folder/head.json", "folder/step-1/state.json"):
+        (outside / name).write_text("{}\n")
+    (outside / "evil_router.py").write_text(f"open({str(outside / 'imported')!r}, 'w').close()\n")
+    for path in (outside / "folder", outside / "folder/step-1"):
+        os.utime(path, (0, 0))
+
+
+def fingerprint(outside: Path) -> str:
+    """A hash of names, kinds, modes, times and contents."""
+    found = hashlib.sha256()
+    for path in sorted(outside.rglob("*")):
+        state = path.lstat()
+        content = path.read_bytes() if path.is_file() and not path.is_symlink() else b""
+        found.update(
+            f"{path.relative_to(outside)} {state.st_mode} {state.st_mtime_ns} {len(content)} ".encode() + content
+        )
+    return found.hexdigest()
+
+
+def attempt(arguments: list[str], directory: Path, outside: Path) -> Outcome:
+    """Carry out a command in a directory, watched, in a forked child; its ``HOME`` is ``outside``."""
+    log = directory.parent / f"log-{random.SystemRandom().randrange(1 << 40):x}"
+    log.mkdir()
+    pid = os.fork()
+    if not pid:
+        _become_command(arguments, directory, outside, log)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    read = {name: (log / name).read_text(errors="replace") for name in ("out", "err", "forbidden")}
+    shutil.rmtree(log)
+    forbidden = read["forbidden"].splitlines()
+    return Outcome(
+        -1 if code in (-signal.SIGALRM, -signal.SIGXCPU, -signal.SIGKILL) else code, read["out"], read["err"], forbidden
+    )
+
+
+def complaint(outcome: Outcome) -> str | None:
+    """What is wrong with the way a command ended; None if nothing is.
+
+    A command may succeed, where it does not need what was changed; otherwise it ends with one line and an exit code of
+    :mod:`pipelines.exit_codes`. It never changes anything elsewhere, and prints neither control characters nor secrets.
+    """
+    if outcome.code == -1:
+        return f"it did not end within {CPU_SECONDS} s of computing or {WAIT_SECONDS} s of waiting"
+    if outcome.code not in MEANINGS or outcome.code in (1, 130) or "Traceback" in outcome.err:
+        return f"exit code {outcome.code}: {outcome.err[-600:]}"
+    if outcome.forbidden:
+        return f"it reached outside: {outcome.forbidden[0]}"
+    if CANARY in outcome.out + outcome.err:
+        return "it printed a secret"
+    if found := CONTROL.search(outcome.out + outcome.err):
+        return f"it printed the control character {found[0]!r}"
+    if outcome.code and not re.fullmatch(r"\w+: [^\n]+", (outcome.err.splitlines() or [""])[-1]):
+        return f"exit code {outcome.code} without one clear line: {outcome.err[-600:]!r}"
+    return None
+
+
+def _become_command(arguments: list[str], directory: Path, outside: Path, log: Path) -> None:
+    code = 99
+    try:
+        os.chdir(directory)
+        for number, name in ((1, "out"), (2, "err")):
+            os.dup2(os.open(log / name, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", encoding="utf-8", errors="replace") for number in (1, 2))
+        os.environ |= {"HOME": str(outside), "TMPDIR": str(directory), "CANARY": CANARY}
+        sys.path.append(str(outside))
+        sys.dont_write_bytecode = True
+        sys.argv = ["lifelong-moe", *arguments]
+        torch.set_num_threads(1)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(WAIT_SECONDS)
+        resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
+        _watch(directory, os.open(log / "forbidden", os.O_CREAT | os.O_WRONLY | os.O_APPEND))
+        code = exit_code(app)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(BaseException):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+
+
+WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+CHANGES = ("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.chmod", "os.symlink", "os.link", "os.truncate")
+STARTS = ("socket.connect", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn")
+
+
+def _watch(directory: Path, report: int) -> None:
+    """Report every change outside a directory, every connection and every process, from now on."""
+    allowed = os.path.realpath(directory)
+
+    def is_outside(path: Any) -> bool:
+        if not isinstance(path, (str, bytes, os.PathLike)):
+            return False
+        real = os.path.realpath(os.fsdecode(path))
+        return real != "/dev/null" and not real.startswith(("/proc/self/", "/dev/shm/")) and not (
+            real == allowed or real.startswith(allowed + "/")
+        )  # fmt: skip
+
+    def watch(event: str, args: tuple[Any, ...]) -> None:
+        if event == "open" and isinstance(args[2], int) and args[2] & WRITES and is_outside(args[0]):
+            os.write(report, f"open for writing {args[0]!r}\n".encode())
+        # With a folder's descriptor a path is relative to it, and that folder was opened before.
+        elif event in CHANGES and args[-1] in (-1, None) and is_outside(args[0]):
+            os.write(report, f"{event} {args[0]!r}\n".encode())
+        elif event in STARTS:
+            os.write(report, f"{event} {args[:2]!r}\n".encode())
+
+    sys.addaudithook(watch)
