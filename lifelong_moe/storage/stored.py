@@ -6,6 +6,7 @@ Every error is a :class:`CorruptError` of one line that names the file and, wher
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -45,7 +46,7 @@ def parse_json(data: bytes, path: Path, *, finite: bool = True) -> Any:
     """Parse what was read of a file; see :func:`read_json`."""
     try:
         text = data.decode("utf-8")
-        value = json.loads(text, parse_constant=_refuse if finite else None)
+        value = json.loads(text, parse_constant=_refuse, parse_float=_finite) if finite else json.loads(text)
         # Half a surrogate pair is a text that can neither be printed nor written again.
         if _SURROGATE.search(text):
             json.dumps(value, ensure_ascii=False).encode("utf-8")
@@ -81,7 +82,13 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is no number of JSON")
+    raise ValueError(f"{constant} is no number that we write")
+
+
+def _finite(number: str) -> float:
+    value = float(number)
+    # Python reads a number beyond the range of floats, such as 1e999, as an infinity.
+    return _refuse(number) if math.isinf(value) else value
 
 
 def _deeper(value: Any, most: int) -> bool:

@@ -1,7 +1,8 @@
 """Attack a store for hours: ``python -m tests.benchmarks.fuzz_store ATTEMPTS [SEED]``.
 
 Each attempt copies a small store with its configurations, applies one attack of :mod:`tests.hostile` drawn at random,
-and carries out one command that it concerns. What is wrong is printed at once; the last line counts the attempts by exit code.
+and carries out one command that it concerns. What is wrong is printed at once; the last line counts the attempts by
+exit code.
 """
 
 from __future__ import annotations
