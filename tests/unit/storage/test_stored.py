@@ -18,12 +18,13 @@ def test_numbers_are_finite(number: str, tmp_path: Path) -> None:
     assert read_json(path, finite=False).keys() == {"loss"}
 
 
-@pytest.mark.parametrize(
-    "text", ["", "{", "[" * 100_000 + "]" * 100_000, "[" * 100 + "]" * 100, '"\\ud800"', "7" * 5000]
-)
+NESTED = ["[" * depth + "]" * depth for depth in (100, 100_000)]
+
+
+@pytest.mark.parametrize("text", ["", "{", *NESTED, '"\\ud800"', "7" * 5000])
 def test_what_is_not_json_that_we_write_is_one_line(text: str, tmp_path: Path) -> None:
     path = tmp_path / "head.json"
     path.write_text(text)
 
-    with pytest.raises(CorruptError, match="head.json: not JSON"):
+    with pytest.raises(CorruptError, match=r"head\.json: not JSON"):
         read_json(path)
