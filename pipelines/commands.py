@@ -50,8 +50,10 @@ def run(
 ) -> None:
     """Train the stages that are not committed, evaluate each, and report."""
     from lifelong_moe.config.load import read_config
+    from pipelines.preflight import check_memory
 
     loaded = read_config(config, overrides or [])
+    check_memory(loaded.config)
     from pipelines.run.run import run as run_stages
 
     silence_libraries()
@@ -63,8 +65,10 @@ def run(
 def plan(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Show what a run would do and what it would cost; train nothing."""
     from lifelong_moe.config.load import read_config
+    from pipelines.preflight import check_memory
 
     loaded = read_config(config, overrides or [])
+    check_memory(loaded.config)
     from pipelines.run.plan import plan as show_plan
 
     finish(show_plan(loaded, console(as_json)), as_json)
@@ -95,8 +99,10 @@ def compare(
 def prepare(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Fetch and tokenize everything that a run reads, so that training needs no network; train nothing."""
     from lifelong_moe.config.load import read_config
+    from pipelines.preflight import check_memory
 
     loaded = read_config(config, overrides or [])
+    check_memory(loaded.config)
     from pipelines.run.prepare import prepare as prepare_data
 
     finish(prepare_data(loaded, console(as_json)), as_json)

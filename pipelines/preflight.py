@@ -5,6 +5,8 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 
 from lifelong_moe.config.names import require_name
+from lifelong_moe.config.run import RunConfig
+from lifelong_moe.plan.memory import require_memory
 from lifelong_moe.plan.retraining import read_gate
 from lifelong_moe.storage.locks import locked
 from lifelong_moe.store.runs import RunRecord, require_head
@@ -17,6 +19,11 @@ def check_stage(run: str, stage: str, gate: list[str] | None) -> list[str]:
     read_gate(gate or [])
     require_head(ROOT, run).require_stage(require_name(stage, "STAGE"))
     return gate or []
+
+
+def check_memory(config: RunConfig) -> None:
+    """Check that this machine can hold what a run needs, before text is read, torch imported or a process started."""
+    require_memory(config)
 
 
 def run_lock(run: str) -> AbstractContextManager[None]:

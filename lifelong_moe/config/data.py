@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from enum import StrEnum
 
+from lifelong_moe.config.routing.bounds import require_bounded
 from lifelong_moe.errors import ConfigError
 
 # A given tokenizer.json is held to it, too: its highest token id decides the size of the embedding.
@@ -56,6 +57,7 @@ class SourceConfig:
     """Keep about this many UTF-8 bytes of documents at most, as whole source units in hash order. Null keeps all."""
 
     def __post_init__(self) -> None:
+        require_bounded(self, "")
         given = [key for key in ("builtin", "files", "hf") if getattr(self, key) is not None]
         if len(given) != 1:
             raise ConfigError(

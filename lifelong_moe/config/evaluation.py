@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from lifelong_moe.config.routing.bounds import require_bounded
 from lifelong_moe.errors import ConfigError
 
 
@@ -22,6 +23,7 @@ class EvaluateConfig:
     files are gone. If false, a distribution is no longer measured once its files are gone."""
 
     def __post_init__(self) -> None:
+        require_bounded(self, "evaluate.")
         for key in ("tokens", "batch_tokens"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"evaluate.{key}={getattr(self, key)} must be positive.")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from lifelong_moe.config.routing.bounds import require_bounded
 from lifelong_moe.errors import ConfigError
 
 
@@ -65,6 +66,7 @@ class GrowConfig:
     """Warn if a new expert gets less than this fraction of the new data's assignments at the end of its stage."""
 
     def __post_init__(self) -> None:
+        require_bounded(self, "grow.")
         if self.experts < 0:
             raise ConfigError(f"grow.experts={self.experts} must not be negative.")
         if self.noise < 0:

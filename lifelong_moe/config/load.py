@@ -18,12 +18,13 @@ from lifelong_moe.config.data import SourceConfig
 from lifelong_moe.config.methods import refuse_idle_method, refuse_moving_trunk, refuse_unfit_mode
 from lifelong_moe.config.names import require_known
 from lifelong_moe.config.references import note_secrets, with_numbers
+from lifelong_moe.config.routing.bounds import MOST_DISTRIBUTIONS, MOST_STAGES
 from lifelong_moe.config.routing.modes import settings_of
 from lifelong_moe.config.routing.switching import drop_foreign_keys, drop_keys_of_old_mode
 from lifelong_moe.config.rules import require_consistent
 from lifelong_moe.config.run import Method, PublishedConfig, RunConfig, StageConfig
 from lifelong_moe.config.sections import errors_under, require_finite, section, sections_of, structured
-from lifelong_moe.config.yaml_file import apply_override, read_yaml
+from lifelong_moe.config.yaml_file import apply_override, read_yaml, require_short
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.redaction import note_address, say_openly, shown_address, without_credentials
 
@@ -71,7 +72,8 @@ def configure(file: DictConfig, overrides: Sequence[str], path: str) -> LoadedCo
     """
     raw = overridden(file, overrides)
     config = build_config(raw)
-    ignored = sorted(set(file.get("routing") or ()) - set(raw.get("routing") or ()))
+    with errors_under(""):
+        ignored = sorted(set(file.get("routing") or ()) - set(raw.get("routing") or ()))
     if not ignored:
         return LoadedConfig(raw, config)
     keys, mode = ", ".join(f"routing.{key}" for key in ignored), raw.routing.get("mode")
@@ -80,13 +82,15 @@ def configure(file: DictConfig, overrides: Sequence[str], path: str) -> LoadedCo
 
 def overridden(file: DictConfig, overrides: Sequence[str]) -> DictConfig:
     """Copy a file's content and apply overrides, which may switch the routing's mode; nothing is validated."""
+    require_short(overrides)
     raw = file.copy()
     for override in overrides:
         apply_override(raw, override)
     # Last, since any of the overrides may have set the mode.
-    drop_keys_of_old_mode(raw, file, overrides)
-    # Before anything is built from it: the first error may quote a secret.
-    note_secrets(raw)
+    with errors_under(""):
+        drop_keys_of_old_mode(raw, file, overrides)
+        # Before anything is built from it: the first error may quote a secret.
+        note_secrets(raw)
     return raw
 
 
@@ -119,6 +123,11 @@ def build_config(raw: DictConfig, *, is_stored: bool = False) -> RunConfig:
         # In an existing run the two may contradict each other; see `stored_routing`. The caller's `raw` stays.
         raw = raw.copy()
         del raw.routing.balance_scope
+    with errors_under(""):  # a section may be an interpolation that refers to nothing, or to itself
+        return _built(raw, is_stored=is_stored)
+
+
+def _built(raw: DictConfig, *, is_stored: bool) -> RunConfig:
     known = {f.name for f in dataclasses.fields(RunConfig)} | {"stage_defaults"}
     for key in raw:
         require_known(str(key), known, "key")
@@ -129,6 +138,8 @@ def build_config(raw: DictConfig, *, is_stored: bool = False) -> RunConfig:
     nodes["routing"] = _of_its_mode(*nodes["routing"], is_stored=is_stored)
     values: dict[str, Any] = {name: section(cls, node, name) for name, (cls, node) in nodes.items()}
     sources = _mapping(raw, "distributions")
+    if len(sources) > MOST_DISTRIBUTIONS:
+        raise ConfigError(f"distributions holds {len(sources):,}; there may be at most {MOST_DISTRIBUTIONS:,}.")
     # YAML reads a name such as 2024 as a number, under which OmegaConf finds the node.
     names = {str(key): key for key in sources}
     values["distributions"] = {
@@ -213,6 +224,9 @@ def _stages(raw: DictConfig) -> list[StageConfig]:
     stages = raw.get("stages")
     if not isinstance(stages, ListConfig):
         raise ConfigError("stages must be a list, such as stages: [{data: english_docs}, {data: python_code}].")
+    # Before any is built: building a stage takes some milliseconds.
+    if len(stages) > MOST_STAGES:
+        raise ConfigError(f"stages holds {len(stages):,}; there may be at most {MOST_STAGES:,}.")
     defaults = raw.get("stage_defaults") or OmegaConf.create({})
     if not isinstance(defaults, DictConfig):
         raise ConfigError("stage_defaults must be a mapping.")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from lifelong_moe.config.routing.bounds import require_bounded
 from lifelong_moe.errors import ConfigError
 
 
@@ -110,6 +111,7 @@ class ModelConfig:
     whose authors initialize them differently (``switch``, ``base``, ``vmoe``)."""
 
     def __post_init__(self) -> None:
+        require_bounded(self, "model.")
         for key in ("layers", "width", "heads", "kv_heads", "expert_width", "context", "moe_every"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"model.{key}={getattr(self, key)} must be at least 1.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from lifelong_moe.config.routing.bounds import require_bounded
 from lifelong_moe.errors import ConfigError
 
 # Here and not in the room `retention`, since plans count its forward passes without torch.
@@ -57,6 +58,7 @@ class TrunkConfig:
     """``train=deltas``: rank of each low-rank change."""
 
     def __post_init__(self) -> None:
+        require_bounded(self, "trunk.")
         if not 0.0 < self.lr_scale <= 1.0:
             raise ConfigError(f"trunk.lr_scale={self.lr_scale} must lie in (0, 1].")
         if self.rank < 1:
@@ -100,6 +102,7 @@ class DistillConfig:
     Null: all layers."""
 
     def __post_init__(self) -> None:
+        require_bounded(self, "distill.")
         if not 0.0 < self.until <= 1.0:
             raise ConfigError(f"distill.until={self.until} must lie in (0, 1].")
         if self.student is not None and (not self.student or sorted(set(self.student)) != list(self.student)):
@@ -126,6 +129,7 @@ class ReplayConfig:
     """Tokens of stored text to replay from, per earlier distribution. Null: all of it."""
 
     def __post_init__(self) -> None:
+        require_bounded(self, "replay.")
         # At 1 a stage would train on no new text.
         if not 0.0 <= self.fraction < 1.0:
             raise ConfigError(f"replay.fraction={self.fraction} must lie in [0, 1).")
@@ -157,6 +161,7 @@ class PenaltyConfig:
     ``replay.source=generated``, generated tokens in all."""
 
     def __post_init__(self) -> None:
+        require_bounded(self, "penalty.")
         if self.weight is not None and self.weight < 0:
             raise ConfigError(f"penalty.weight={self.weight} must not be negative.")
         if self.fisher_tokens < 1:

@@ -13,6 +13,7 @@ from lifelong_moe.config.model import ModelConfig
 from lifelong_moe.config.names import NAME
 from lifelong_moe.config.retention import DistillConfig, PenaltyConfig, ReplayConfig, ReviewConfig, TrunkConfig
 from lifelong_moe.config.routing.base import RoutingConfig
+from lifelong_moe.config.routing.bounds import require_bounded
 from lifelong_moe.config.routing.topk import LearnedConfig
 from lifelong_moe.config.tracking import TrackingConfig
 from lifelong_moe.config.training import CheckpointConfig, FinetuneConfig, FrozenConfig, OptimConfig, TrainerConfig
@@ -74,6 +75,7 @@ class StageConfig:
     """Optimizer and schedule."""
 
     def __post_init__(self) -> None:
+        require_bounded(self, "")
         if self.tokens < 1:
             raise ConfigError(f"tokens={self.tokens} must be positive.")
         if self.name is not None and not NAME.fullmatch(self.name):

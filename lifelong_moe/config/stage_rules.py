@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import isqrt
+
 from lifelong_moe.config.growth import ExpertInit, FrozenWeights
 from lifelong_moe.config.methods import require_text
 from lifelong_moe.config.names import require_known
@@ -50,7 +52,7 @@ def _check_batch(run: RunConfig, i: int, stage: StageConfig) -> None:
         raise ConfigError(
             f"trainer.accumulate_grad_batches={accumulate} must divide the {sequences} sequences of a step "
             f"(stages[{i}].optim.batch_tokens / model.context); valid are "
-            f"{', '.join(str(d) for d in range(1, sequences + 1) if sequences % d == 0)}."
+            f"{', '.join(map(str, _divisors(sequences)))}."
         )
     # Equal numbers, since Lightning and DDP take plain means over micro-batches and processes.
     micro, processes = sequences // accumulate, run.trainer.processes
@@ -58,8 +60,14 @@ def _check_batch(run: RunConfig, i: int, stage: StageConfig) -> None:
         raise ConfigError(
             f"trainer.devices={processes} must divide the {micro} sequences of a micro-batch "
             f"(stages[{i}].optim.batch_tokens / model.context / trainer.accumulate_grad_batches); valid are "
-            f"{', '.join(str(d) for d in range(1, micro + 1) if micro % d == 0)}."
+            f"{', '.join(map(str, _divisors(micro)))}."
         )
+
+
+def _divisors(number: int) -> list[int]:
+    """All divisors in ascending order."""
+    small = [d for d in range(1, isqrt(number) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
 
 
 def _check_tokens(run: RunConfig, i: int, stage: StageConfig) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from lifelong_moe.config.model import ExpertsImplementation
 from lifelong_moe.config.parts import Part
+from lifelong_moe.config.routing.bounds import LARGEST, require_bounded
 from lifelong_moe.errors import ConfigError
 
 
@@ -51,6 +52,7 @@ class OptimConfig:
     """Decay rate of AdamW's second moment."""
 
     def __post_init__(self) -> None:
+        require_bounded(self, "optim.")
         for key in ("lr", "rewarm"):
             if getattr(self, key) <= 0:
                 raise ConfigError(f"optim.{key}={getattr(self, key)} must be positive.")
@@ -139,12 +141,17 @@ class TrainerConfig:
     """Lightning's profiler: ``simple``, ``advanced`` or ``pytorch``. Null: none."""
 
     def __post_init__(self) -> None:
+        require_bounded(self, "trainer.")
         if self.precision not in PRECISIONS:
             raise ConfigError(f"trainer.precision={self.precision} is unknown; there are {', '.join(PRECISIONS)}.")
         if self.profiler is not None and self.profiler not in PROFILERS:
             raise ConfigError(f"trainer.profiler={self.profiler} is unknown; there are {', '.join(PROFILERS)}.")
         if not isinstance(self.devices, (int, str, list)):
             raise ConfigError(f"trainer.devices={self.devices} must be a number, a list or a string.")
+        # Also of a number that is written as a string, or of a list.
+        is_long = isinstance(self.devices, str) and len(self.devices) > 20
+        if is_long or self.processes > LARGEST["devices"]:
+            raise ConfigError(f"trainer.devices={self.devices} must be at most {LARGEST['devices']:,} devices.")
         if self.num_nodes > 1:
             raise ConfigError(f"trainer.num_nodes={self.num_nodes}: a run is on one machine so far. Set it to 1.")
         # Lightning would start processes of its own; ours are forked once the main process has loaded model and text.
@@ -189,6 +196,7 @@ class CheckpointConfig:
     """Number of newest checkpoints to keep; older ones are removed."""
 
     def __post_init__(self) -> None:
+        require_bounded(self, "checkpoint.")
         for key in ("every_steps", "keep"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"checkpoint.{key}={getattr(self, key)} must be at least 1.")
@@ -238,6 +246,7 @@ class FinetuneConfig:
     """``patience``: tokens of held-out answers that a measurement scores."""
 
     def __post_init__(self) -> None:
+        require_bounded(self, "finetune.")
         if not 0.0 <= self.expert_dropout < 1.0:
             raise ConfigError(f"finetune.expert_dropout={self.expert_dropout} must lie in [0, 1).")
         for key in ("every_steps", "held_out_tokens"):

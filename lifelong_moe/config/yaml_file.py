@@ -6,8 +6,11 @@ import difflib
 import errno
 import io
 import re
+from collections.abc import Sequence
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -19,7 +22,9 @@ from lifelong_moe.storage.opening import read_bounded, read_given
 # Ten times our largest; a file that is longer was given by mistake, such as one of text.
 MAX_CONFIG_BYTES = 1 << 16
 MAX_YAML_DEPTH = 32
-"""Deepest nesting of a configuration; ours has five levels."""
+"""Deepest nesting of a configuration, its keys and its interpolations; ours has five levels."""
+MAX_BITS = 63
+"""Of a whole number. Python writes longer ones slowly, or not at all."""
 
 
 def read_yaml(path: Path, *, is_base: bool = False) -> DictConfig:
@@ -49,6 +54,7 @@ def read_yaml(path: Path, *, is_base: bool = False) -> DictConfig:
         text = data.decode("utf-8-sig")
         _require_shallow(text)
         loaded = OmegaConf.load(io.StringIO(text))
+        _require_short_numbers(OmegaConf.to_container(loaded, resolve=False))
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise ConfigError(f"{path}:{line}: invalid UTF-8 at byte {error.start}.") from None
@@ -74,8 +80,37 @@ def _require_shallow(text: str) -> None:
     depth = 0
     for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > MAX_YAML_DEPTH:
+        # OmegaConf parses interpolations recursively.
+        inner = _depth(event.value) if isinstance(event, yaml.ScalarEvent) and "${" in event.value else 0
+        if depth + inner > MAX_YAML_DEPTH:
             raise yaml.MarkedYAMLError(problem=f"nested over {MAX_YAML_DEPTH} deep", problem_mark=event.start_mark)
+
+
+def _depth(text: str) -> int:
+    """The most brackets that are open at once."""
+    levels = accumulate((char in "{[(") - (char in "}])") for char in text)
+    return max(levels, default=0)
+
+
+def _require_short_numbers(value: Any) -> None:
+    """Reject whole numbers of more than 63 bits: hexadecimal ones may have any number of digits."""
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    if isinstance(value, list):
+        for one in value:
+            _require_short_numbers(one)
+    elif isinstance(value, int) and value.bit_length() > MAX_BITS:
+        raise ValueError(f"a whole number of {value.bit_length():,} bits; at most {MAX_BITS} are read")
+
+
+def require_short(overrides: Sequence[str]) -> None:
+    """Reject overrides that are together longer than a file may be.
+
+    Raises:
+        ConfigError: With both lengths.
+    """
+    if (length := sum(map(len, overrides))) > MAX_CONFIG_BYTES:
+        raise ConfigError(f"overrides have {length:,} characters; at most {MAX_CONFIG_BYTES:,} are read.")
 
 
 def apply_override(raw: DictConfig, override: str) -> None:
@@ -83,11 +118,15 @@ def apply_override(raw: DictConfig, override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"override {override!r} must have the form key=value.")
+    if key.count(".") + key.count("[") >= MAX_YAML_DEPTH:
+        raise ConfigError(f"override {override!r}: its key is over {MAX_YAML_DEPTH} deep.")
     try:
         # Read by the same composer as a file.
         _require_shallow(value)
         # The node and not its value, so that an interpolation stays unresolved.
-        parsed = OmegaConf.from_dotlist([f"value={value}"])._get_node("value")
+        read = OmegaConf.from_dotlist([f"value={value}"])
+        _require_short_numbers(OmegaConf.to_container(read, resolve=False))
+        parsed = read._get_node("value")
         # Keys that the file lacks are added; the section rejects those that do not exist.
         OmegaConf.update(raw, key, parsed, force_add=True)
     except (OmegaConfBaseException, yaml.YAMLError, AttributeError, IndexError, TypeError, ValueError) as error:

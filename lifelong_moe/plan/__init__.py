@@ -1,1 +1,1 @@
-"""A configuration resolved into stages: methods, specifications, keys, parameters, FLOPs, disk, advice. Torch-free."""
+"""A configuration resolved into stages: methods, specifications, keys, sizes, FLOPs, disk, memory; advice. No torch."""

@@ -38,6 +38,13 @@ class Generation:
             return self.by_layer[layer]
         return self.experts if self.layers is None or layer in self.layers else 0
 
+    def experts_by_layer(self, num_layers: int) -> list[int]:
+        """Numbers in all layers."""
+        if self.by_layer is not None:
+            return list(self.by_layer)
+        grown = range(num_layers) if self.layers is None else set(self.layers)
+        return [self.experts if layer in grown else 0 for layer in range(num_layers)]
+
 
 def first_generation(stage: str, model: ModelConfig) -> Generation:
     """The experts of the first stage."""

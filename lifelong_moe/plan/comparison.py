@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,14 @@ from lifelong_moe.config.names import NAME, require_known
 from lifelong_moe.config.references import note_secrets
 from lifelong_moe.config.run import RunConfig
 from lifelong_moe.config.sections import section
-from lifelong_moe.config.yaml_file import apply_override, first_key, read_yaml
+from lifelong_moe.config.yaml_file import apply_override, first_key, read_yaml, require_short
 from lifelong_moe.errors import ConfigError
+from lifelong_moe.plan.memory import require_memory
 
 MAX_RUN_NAME = 64
+MOST_ARMS = 1_000
+MOST_RUNS = 10_000
+"""Arms times seeds. All are planned before the first one trains."""
 SET_BY_US = ("run", "seed")
 
 
@@ -138,6 +143,7 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
         ConfigError: One line; it names the arm if the mistake is in one.
     """
     path = Path(path)
+    require_short(overrides)
     raw, known = read_yaml(path), {f.name for f in dataclasses.fields(ComparisonConfig)}
     # An override of the comparison, such as seeds=[0], would be an unknown key to a run.
     own = [override for override in overrides if first_key(override) in known]
@@ -163,6 +169,11 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
 
 def _check(comparison: Comparison) -> None:
     settings, names = comparison.settings, [arm.name for arm in comparison.arms]
+    if len(names) > MOST_ARMS or len(names) * len(settings.seeds) > MOST_RUNS:
+        raise ConfigError(
+            f"arms and seeds make {len(names):,} arms and {len(names) * len(settings.seeds):,} runs; there may be at "
+            f"most {MOST_ARMS:,} and {MOST_RUNS:,}."
+        )
     for arm in comparison.arms:
         if names.count(arm.name) > 1:
             raise ConfigError(f"arm {arm.name} is there twice; choose another name for one of them.")
@@ -183,6 +194,7 @@ def _check(comparison: Comparison) -> None:
     for arm in comparison.arms:
         try:
             configs[arm.name] = comparison.configure(comparison.overrides(arm, settings.seeds[0])).config
+            require_memory(configs[arm.name])
         except ConfigError as error:
             raise ConfigError(f"arm {arm.name}: {error}") from None
     require_equal_measures({name: measures(configs[name]) for name in [comparison.reference, *configs]})
@@ -241,6 +253,9 @@ def _arms(name: str, entry: Any) -> list[Arm]:
     for key, values in grid.items():
         if not isinstance(values, list) or not values or any(isinstance(v, list | dict) for v in values):
             raise ConfigError(f"arms.{name}.grid.{key} must be a list of numbers, words or null; got {values!r}.")
+    # Counted before any is made: lists multiply.
+    if (number := prod(len(values) for values in grid.values())) > MOST_ARMS:
+        raise ConfigError(f"arms.{name}.grid has {number:,} combinations; there may be at most {MOST_ARMS:,}.")
     shared, labels = _overrides(entry.get("set", []), f"arms.{name}.set"), _labels([str(key) for key in grid])
     arms = []
     for values in itertools.product(*grid.values()):

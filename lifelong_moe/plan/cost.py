@@ -30,7 +30,7 @@ class ParameterCount:
 def parameters_by_part(architecture: Architecture) -> dict[tuple[Part, int | None], int]:
     """Parameters of each part of a model and of each generation; None is shared by all generations."""
     config = architecture.model
-    head_width, layers = config.attention_width, range(config.layers)
+    head_width, mixtures = config.attention_width, len(config.moe_layers)
     attention = 2 * config.width * head_width * (config.heads + config.kv_heads) + _qk_norm_parameters(config)
     table = architecture.vocab_size * config.width
     counts: Counter[tuple[Part, int | None]] = Counter()
@@ -40,13 +40,13 @@ def parameters_by_part(architecture: Architecture) -> dict[tuple[Part, int | Non
     counts[Part.attention, None] = config.layers * attention
     # Two norms per layer, four with sandwich norms, and the last one.
     counts[Part.norm, None] = config.width * (config.layers * (4 if config.sandwich_norms else 2) + 1)
-    for layer in layers:
-        part = Part.shared if layer in config.moe_layers else Part.dense
-        counts[part, None] += _shared_parameters(architecture, layer)
+    # Multiplied and not summed: a thousand layers times a thousand generations would take minutes.
+    counts[Part.shared, None] = mixtures * _shared_parameters(architecture)
+    counts[Part.dense, None] = (config.layers - mixtures) * _dense_parameters(architecture)
     per_expert = _feed_forward(config.width, config.expert_width, config.activation)
     row = rows_an_expert(architecture)
     for g, generation in enumerate(architecture.generations):
-        experts = [generation.experts_in(layer) for layer in layers]
+        experts = generation.experts_by_layer(config.layers)
         counts[Part.expert, g] = sum(experts) * per_expert
         counts[Part.router, g] = (sum(experts) * row + group_rows(architecture, experts)) * config.width
         for part, numbers in _delta_parameters_per_rank(architecture).items():
@@ -90,12 +90,16 @@ def _qk_norm_parameters(config: ModelConfig) -> int:
     return heads * config.attention_width
 
 
-def _shared_parameters(architecture: Architecture, layer: int) -> int:
-    """A layer's parameters for every token besides attention: a dense network, or shared experts and their mix."""
+def _dense_parameters(architecture: Architecture) -> int:
+    """Parameters of the network of a layer without experts."""
     config = architecture.model
-    if layer not in config.moe_layers:
-        dense_width = config.dense_width or config.expert_width * architecture.routing.top_k
-        return _feed_forward(config.width, dense_width, config.dense_activation)
+    dense_width = config.dense_width or config.expert_width * architecture.routing.top_k
+    return _feed_forward(config.width, dense_width, config.dense_activation)
+
+
+def _shared_parameters(architecture: Architecture) -> int:
+    """Parameters of a layer with experts that every token uses: shared experts and their mix with the routed ones."""
+    config = architecture.model
     mix = 2 * config.width + 2 if config.shared_mix == SharedMix.learned else 0
     return _feed_forward(config.width, config.shared_experts * config.expert_width, config.activation) + mix
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import replace
 
+from lifelong_moe.config.names import require_known
 from lifelong_moe.config.run import PublishedConfig, RunConfig
 from lifelong_moe.plan.architecture import Architecture, first_generation
 from lifelong_moe.plan.cost import ParameterCount, count_parameters
@@ -21,6 +22,10 @@ def published_architecture(config: RunConfig) -> Architecture:
     """
     published = config.published
     assert published is not None
+    for section, keys in (("model", published.model), ("routing", published.routing)):
+        known = {field.name for field in dataclasses.fields(getattr(config, section))}
+        for key in keys:
+            require_known(str(key), known, f"published.{section}")
     model = replace(config.model, **published.model)
     routing = replace(config.routing, **published.routing)
     # The id of BOS has no influence on the count.

@@ -23,14 +23,16 @@ from lifelong_moe.config.references import as_text, note_secrets
 from lifelong_moe.config.retraining.operation import HooksConfig, InboxConfig, LimitsConfig, ProbeConfig, TriggerConfig
 from lifelong_moe.config.retraining.policy import HELDOUT_SOURCES, DecisionConfig, DriftConfig, GateConfig
 from lifelong_moe.config.run import Method, RunConfig
-from lifelong_moe.config.sections import require_finite, section, sections_of
-from lifelong_moe.config.yaml_file import apply_override, first_key, read_yaml
+from lifelong_moe.config.sections import errors_under, require_finite, section, sections_of
+from lifelong_moe.config.yaml_file import apply_override, first_key, read_yaml, require_short
 from lifelong_moe.errors import ConfigError
+from lifelong_moe.plan.memory import require_memory
 from lifelong_moe.plan.methods import stage_specs
 from lifelong_moe.redaction import note_address, redact
 
 BATCH_NAME = "batch"
 MAX_DAYS = 3650
+MOST_WAYS = 100
 
 
 @dataclass(kw_only=True)
@@ -158,14 +160,16 @@ def load_retraining(path: str | Path, overrides: Sequence[str] = ()) -> Retraini
         ConfigError: One line with the full key or file and line, what was required and what came.
     """
     path = Path(path)
+    require_short(overrides)
     raw, known = read_yaml(path), {f.name for f in dataclasses.fields(RetrainConfig)}
     own = [override for override in overrides if first_key(override) in known]
     for override in own:
         apply_override(raw, override)
     for key in raw:
         require_known(str(key), known, "key")
-    note_secrets(raw)
-    settings = _settings(raw)
+    with errors_under(""):  # a section may be an interpolation that refers to nothing, or to itself
+        note_secrets(raw)
+        settings = _settings(raw)
     note_address(settings.hooks.url or "")
     _refuse_secret_arguments(settings.hooks)
     file = read_yaml(path.parent / settings.base, is_base=True)
@@ -226,6 +230,8 @@ def _refuse_secret_arguments(hooks: HooksConfig) -> None:
 
 def _check_stages(retraining: Retraining, names: list[str]) -> None:
     """Build each kind of stage once, so that a mistake in the file is found before documents are read."""
+    if (number := len(retraining.settings.probe.grow)) > MOST_WAYS:
+        raise ConfigError(f"probe.grow holds {number:,} ways to grow; there may be at most {MOST_WAYS}.")
     ways = [(f"probe.grow[{i}]", None, way) for i, way in enumerate(retraining.settings.probe.grow)]
     for what, continues, grow in (("when_growing", None, None), ("when_continuing", names[0], None), *ways):
         try:
@@ -233,6 +239,7 @@ def _check_stages(retraining: Retraining, names: list[str]) -> None:
         except ConfigError as error:
             message = str(error).replace(f"stages[{len(names)}]", what)
             raise ConfigError(f"{message} (of a stage that retraining adds)") from None
+        require_memory(config)
         _refuse_replay_of_removed(retraining.settings, config, what)
         if continues is None and not config.stages[-1].grow.experts:
             key = f"{what}.grow" if grow is None else what

@@ -8,11 +8,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from lifelong_moe.config.parts import Part
 from lifelong_moe.config.routing.base import Bundles, Centroids, RoutingConfig
 from lifelong_moe.config.routing.shared import TextClusterConfig
 from lifelong_moe.data.tokens.shards import TokenizedCorpus
+from lifelong_moe.errors import CorruptError
 from lifelong_moe.model.transformer import LanguageModel, initialize
 from lifelong_moe.plan.architecture import Architecture
+from lifelong_moe.plan.cost import parameters_by_part
 from lifelong_moe.storage.stored import naming
 from lifelong_moe.store.stages import CommittedStage, StageStore
 from lifelong_moe.training.first_centroids import FIRST_CENTROIDS, first_centroids
@@ -31,7 +34,16 @@ def load_model(store: StageStore, stage: CommittedStage) -> LanguageModel:
 
 
 def build_model(architecture: Architecture, tensors: Mapping[str, Tensor]) -> LanguageModel:
-    """A model from stored tensors, on the CPU."""
+    """A model from stored tensors, on the CPU.
+
+    Raises:
+        CorruptError: If the architecture has more parameters than the tensors: building it could exhaust the memory.
+    """
+    counts = parameters_by_part(architecture)
+    # Routers are left out: one of the user's own has as many parameters as it likes.
+    needed = sum(number for (part, _), number in counts.items() if part != Part.router)
+    if needed > (there := sum(tensor.numel() for tensor in tensors.values())):
+        raise CorruptError(f"a stored architecture has {needed:,} parameters, and its tensors hold {there:,}.")
     model = LanguageModel(architecture)
     require_fitting(model, tensors)
     model.load_state_dict(tensors, strict=True)

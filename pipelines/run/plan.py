@@ -13,6 +13,7 @@ from lifelong_moe.data.tokens.packing import epochs
 from lifelong_moe.plan.advice import growth_advice, idle_retention, noncausal_routing
 from lifelong_moe.plan.cost import count_parameters
 from lifelong_moe.plan.disk import run_need
+from lifelong_moe.plan.memory import memory_need
 from lifelong_moe.plan.planned import PlannedStage
 from lifelong_moe.plan.published import sentence as published_sentence
 from lifelong_moe.plan.stages import stage_need
@@ -101,6 +102,7 @@ def _row(i: int, prepared: Prepared, store: StageStore) -> dict[str, Any]:
         "teacher_tokens": spec.teacher_tokens,
         "active_flops": planned.flops,
         "disk_bytes": stage_need(planned, prepared.config).total,
+        "memory_bytes": memory_need(spec, planned.architecture, prepared.config.trainer).total,
     }
 
 
@@ -133,6 +135,8 @@ def _print(console: Console, rows: list[dict[str, Any]], disk: int, speed: list[
     todo = [row for row in rows if row["action"] == "train"]
     tokens = sum(row["tokens"] for row in todo)
     text = f"{len(todo)} of {len(rows)} stages to train: {tokens:,} tokens, at most {disk / 1e6:,.1f} MB of disk"
+    if todo:
+        text += f", at least {max(row['memory_bytes'] for row in todo) / 1e6:,.1f} MB of memory for tensors"
     if speed and todo:
         text += f", about {tokens / (sum(speed) / len(speed)):.0f} s at the speed of the stages committed so far"
     console.print(text + ".")

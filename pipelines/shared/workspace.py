@@ -16,6 +16,7 @@ from lifelong_moe.data.tokens.records import Remembered
 from lifelong_moe.errors import DataError
 from lifelong_moe.plan.disk import require_space, run_need, used_space
 from lifelong_moe.plan.key import SCHEMA
+from lifelong_moe.plan.memory import require_memory
 from lifelong_moe.plan.planned import PlannedStage
 from lifelong_moe.plan.stages import check_clusters, plan_stages, stage_need
 from lifelong_moe.routing.registry import build_router
@@ -64,6 +65,7 @@ def prepare(loaded: LoadedConfig, memory: dict[str, PreparedData] | None = None)
         DataError: If a stage that is not committed needs text that is gone.
     """
     config = loaded.config
+    require_memory(config)
     allow_router(config.routing.mode)  # its user gave the configuration to this command
     # Only for its errors: a router class of the user's own that cannot be built is reported before data is read.
     build_router(config.routing, width=config.model.width, layer=0)

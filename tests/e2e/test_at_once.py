@@ -77,6 +77,9 @@ def test_mistakes_about_runs(trained: Path, tmp_path: Path) -> None:
         ("consolidate", "tiny", "sea"): there,
         ("compare", "nosuch.yaml"): "ConfigError: nosuch.yaml: no such file.",
         ("prepare", "tiny.yaml", "seed=x"): "ConfigError: seed: ",
+        ("run", "tiny.yaml", "model.width=1000000"): "ConfigError: stage fruit needs at least ",
+        ("plan", "tiny.yaml", "model.layers=1000000000"): "model.layers=1000000000 must be at most 1,000.",
+        ("prepare", "tiny.yaml", "trainer.num_workers=100000"): "trainer.num_workers=100000 must be at most 1,024.",
         ("retrain", "nosuch.yaml"): "ConfigError: nosuch.yaml: no such file.",
         (
             "retrain",

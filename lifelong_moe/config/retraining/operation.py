@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lifelong_moe.config.data import KeepText
+from lifelong_moe.config.routing.bounds import require_bounded
 from lifelong_moe.errors import ConfigError
 
 
@@ -59,6 +60,7 @@ class TriggerConfig:
     """Fewest documents that a tick looks at."""
 
     def __post_init__(self) -> None:
+        require_bounded(self, "trigger.")
         for key in ("min_tokens", "least_documents"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"trigger.{key}={getattr(self, key)} must be at least 1.")
@@ -100,6 +102,7 @@ class LimitsConfig:
     """Promotions in any seven days."""
 
     def __post_init__(self) -> None:
+        require_bounded(self, "limits.")
         for key in ("tokens", "hours", "disk_bytes", "experts", "promotions_per_week"):
             value = getattr(self, key)
             if value is not None and value <= 0:

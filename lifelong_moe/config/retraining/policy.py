@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from lifelong_moe.config.routing.bounds import require_bounded
 from lifelong_moe.errors import ConfigError
 
 # The gate computes no bounds from fewer (lifelong_moe.retraining.bounds.LEAST_SOURCES).
@@ -26,6 +27,7 @@ class DriftConfig:
     """Most documents to read on each side, spread evenly over sources."""
 
     def __post_init__(self) -> None:
+        require_bounded(self, "drift.")
         _require("drift.auc", self.auc, 0.5 <= self.auc < 1, "must lie in [0.5, 1)")
         _require("drift.quantile", self.quantile, 0.5 <= self.quantile < 1, "must lie in [0.5, 1)")
         # A quantile needs 1 / (1 - quantile) labellings; twice as many, since with as many new sources as old ones the
@@ -85,6 +87,7 @@ class GateConfig:
     """Largest router leak of an old distribution: share of its tokens routed to experts added after it was learned."""
 
     def __post_init__(self) -> None:
+        require_bounded(self, "gate.")
         _require("gate.min_gain", self.min_gain, self.min_gain >= 0, "must not be negative")
         _require("gate.tolerance", self.tolerance, self.tolerance >= 0, "must not be negative")
         _require("gate.level", self.level, 0 < self.level < 0.5, "must lie between 0 and 0.5")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, ClassVar, Self
 
+from lifelong_moe.config.routing.bounds import require_bounded
 from lifelong_moe.config.routing.capacity import CapacityConfig
 from lifelong_moe.errors import ConfigError
 
@@ -178,6 +179,7 @@ class RoutingConfig:
     """Recorded values of keys that the mode lacks, where they differ from ``STORED``."""
 
     def __post_init__(self) -> None:
+        require_bounded(self, "routing.")
         # A mode has only some of the keys that the three tuples name.
         for key, value in self.settings().items():
             if key in NOT_NEGATIVE and value < 0:

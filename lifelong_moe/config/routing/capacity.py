@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from lifelong_moe.config.routing.bounds import require_bounded
 from lifelong_moe.errors import ConfigError
 
 
@@ -69,6 +70,7 @@ class CapacityConfig:
     token's next choice that has room, with that expert's gate weight, which lets later tokens change earlier ones."""
 
     def __post_init__(self) -> None:
+        require_bounded(self, "routing.capacity.")
         for key in ("factor", "eval_factor"):
             # Written so that NaN is rejected as well.
             if not getattr(self, key) > 0:

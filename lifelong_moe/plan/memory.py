@@ -1,0 +1,177 @@
+"""Memory that training holds at once, estimated before any is taken. Torch-free.
+
+An estimate from below: only tensors that must be there together are counted, so what is refused could not have run.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from lifelong_moe.config.growth import FrozenWeights
+from lifelong_moe.config.parts import Part
+from lifelong_moe.config.run import RunConfig
+from lifelong_moe.config.training import TrainerConfig
+from lifelong_moe.errors import ConfigError
+from lifelong_moe.plan.architecture import Architecture
+from lifelong_moe.plan.cost import parameters_by_part
+from lifelong_moe.plan.disk import BYTES, TOKEN_BYTES
+from lifelong_moe.plan.methods import stage_specs
+from lifelong_moe.plan.planned import trainable_parameters
+from lifelong_moe.plan.spec import StageSpec
+
+CHUNK_TOKENS = 1024
+"""Tokens whose logits are there at once; :data:`lifelong_moe.ops.losses.CHUNK_TOKENS`."""
+LOADER_BYTES = 10_000_000
+"""Of a process that loads data, beyond what it shares with the one that started it."""
+# Smaller tokenizers than this one do not exist: 256 bytes and the document separator.
+LEAST_VOCABULARY = 257
+_SOURCES = {
+    Part.expert: "model.experts, model.expert_width or grow.experts",
+    Part.router: "model.experts or grow.experts",
+    Part.embedding: "tokenizer.vocab_size or model.width",
+    Part.head: "tokenizer.vocab_size or model.width",
+    Part.shared: "model.shared_experts or model.expert_width",
+    Part.dense: "model.dense_width or model.expert_width",
+}
+"""Keys that decide how many parameters a part has; the width and the number of layers do so everywhere."""
+_CGROUPS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+
+
+@dataclass(frozen=True)
+class MemoryNeed:
+    """Lower bound of the bytes that a stage's training holds at once, over all of its processes."""
+
+    weights: int
+    """Of all parameters, frozen ones included."""
+    training: int
+    """Gradients and AdamW's two moments of the trainable parameters."""
+    activations: int
+    """What a micro-batch leaves for the backward pass."""
+    logits: int
+    """Of a chunk of tokens, in float32, and their gradient."""
+    text: int
+    """Text that the model writes."""
+    loaders: int
+    """Of processes that load data."""
+    most: str
+    """Keys that most of its parameters come from."""
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.training + self.activations + self.logits + self.text + self.loaders
+
+    @property
+    def remedy(self) -> str:
+        """Keys to set lower, or higher, for the stage to need less."""
+        keys = {
+            self.weights + self.training: f"{self.most} lower",
+            self.activations: "optim.batch_tokens lower, or trainer.accumulate_grad_batches higher",
+            self.logits: "tokenizer.vocab_size lower",
+            self.text: "replay.fraction or penalty.fisher_tokens lower",
+            self.loaders: "trainer.num_workers lower",
+        }
+        return keys[max(keys)]
+
+
+def memory_need(spec: StageSpec, architecture: Architecture, trainer: TrainerConfig) -> MemoryNeed:
+    """Estimate what training a stage holds at once, on the device that trains.
+
+    Args:
+        spec: The stage.
+        architecture: At its end.
+        trainer: How many processes train and load data, and whether activations are recomputed.
+    """
+    size, counts = BYTES[spec.precision], parameters_by_part(architecture)
+    trainable = trainable_parameters(spec, architecture)
+    sources: Counter[str] = Counter()
+    for (part, generation), number in counts.items():
+        # Of attention, embedding and head a generation owns its low-rank changes.
+        is_delta = generation is not None and not part.is_routed
+        sources["trunk.rank" if is_delta else _SOURCES.get(part, "model.width or model.layers")] += number
+    # A process has a gradient and moments of its own; frozen weights stay shared after the fork.
+    own = size * trainable * trainer.processes
+    frozen = 1 if spec.grow is not None and spec.grow.frozen_weights == FrozenWeights.int8 else size
+    tokens = spec.optim.batch_tokens // spec.accumulate
+    kept = 4 if spec.precision == "32-true" else 2
+    return MemoryNeed(
+        weights=frozen * (sum(counts.values()) - trainable) + own,
+        training=3 * own,
+        activations=kept * tokens * _kept_numbers(spec, architecture, trainer),
+        logits=2 * 4 * min(CHUNK_TOKENS, tokens) * architecture.vocab_size,
+        text=TOKEN_BYTES * architecture.model.context * sum(spec.written_blocks),
+        loaders=LOADER_BYTES * trainer.num_workers * trainer.processes,
+        most=max(sources, key=lambda keys: sources[keys]),
+    )
+
+
+def _kept_numbers(spec: StageSpec, architecture: Architecture, trainer: TrainerConfig) -> int:
+    """Numbers that a token's forward pass leaves for the backward pass, at least."""
+    # A trunk that is frozen as a whole below the lowest layer that grows leaves nothing there.
+    grow, frozen_trunk = spec.grow, spec.trunk is not None and spec.trunk.is_frozen and not spec.delta_rank
+    first = min(grow.layers) if grow is not None and grow.layers and grow.freezes and frozen_trunk else 0
+    config = architecture.model
+    # Recomputed otherwise: only what goes into a block is kept.
+    block = config.width
+    if not trainer.activation_checkpointing:
+        # Inputs of both sublayers and their norms; queries, keys, values and their sum; an expert's hidden units.
+        attention = config.attention_width * (2 * config.heads + 2 * config.kv_heads)
+        block = 4 * config.width + attention + config.expert_width
+    return (config.layers - first) * block
+
+
+def memory_needs(config: RunConfig) -> Iterator[tuple[str, MemoryNeed]]:
+    """What each stage of a run would hold, with its name, before any text is read.
+
+    Without text the vocabulary is as configured, or, with a tokenizer's file, the smallest possible.
+    """
+    vocabulary = config.tokenizer.vocab_size if config.tokenizer.file is None else LEAST_VOCABULARY
+    architectures: list[Architecture] = []
+    for spec in stage_specs(config):
+        parent = None if spec.parent is None else architectures[spec.parent]
+        architectures.append(spec.architecture(parent, vocabulary, 0))
+        yield spec.name, memory_need(spec, architectures[-1], config.trainer)
+
+
+def require_memory(config: RunConfig) -> None:
+    """Refuse a run that this machine's memory cannot hold.
+
+    On a GPU only weights are compared, which pass through main memory; there, what does not fit is found out later.
+
+    Raises:
+        ConfigError: Naming the first such stage, what it needs, and the keys to set lower.
+    """
+    there = machine_bytes()
+    for name, need in memory_needs(config):
+        bytes_needed = need.weights if _trains_elsewhere(config.trainer) else need.total
+        if bytes_needed > there:
+            raise ConfigError(
+                f"stage {name} needs at least {_gigabytes(bytes_needed)} of memory, and this machine has "
+                f"{_gigabytes(there)}. Set {need.remedy}."
+            )
+
+
+def machine_bytes() -> int:
+    """Main memory of this machine, or of the container that limits it."""
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for path in _CGROUPS:
+        # Without a limit it says "max", or a number beyond any machine.
+        if path.is_file() and (text := path.read_text(encoding="ascii").strip()).isdecimal():
+            found.append(int(text))
+    return min(found)
+
+
+def _trains_elsewhere(trainer: TrainerConfig) -> bool:
+    """Whether training runs on an accelerator with memory of its own."""
+    # torch would know, but its import takes longer than a mistake should; with `auto`, a driver stands for a GPU.
+    return trainer.accelerator != "cpu" and (
+        trainer.accelerator != "auto" or Path("/proc/driver/nvidia/version").exists()
+    )
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:,.1f} GB"
