@@ -65,19 +65,19 @@ def stored_config(config: Mapping[str, Any]) -> DictConfig:
     Args:
         config: As in a run's head.
     """
-    return OmegaConf.create(_escaped(config, config))
+    return OmegaConf.create(_without_references(config, config))
 
 
 def as_text(value: Any) -> Any:
     """Plain data as part of a configuration in which nothing is resolved, such as names that a store holds."""
-    return _escaped(value, {})
+    return _without_references(value, {})
 
 
-def _escaped(value: Any, root: Mapping[str, Any]) -> Any:
+def _without_references(value: Any, root: Mapping[str, Any]) -> Any:
     if isinstance(value, Mapping):
-        return {key: _escaped(child, root) for key, child in value.items()}
+        return {key: _without_references(child, root) for key, child in value.items()}
     if isinstance(value, list | tuple):
-        return [_escaped(child, root) for child in value]
+        return [_without_references(child, root) for child in value]
     if not isinstance(value, str) or "${" not in value:
         return value
     # One step to a scalar: references to references could grow without bound.
@@ -87,8 +87,8 @@ def _escaped(value: Any, root: Mapping[str, Any]) -> Any:
             found = found.get(part) if isinstance(found, Mapping) else None
         if isinstance(found, int | float) or (isinstance(found, str) and "${" not in found):
             return found
-    # OmegaConf takes a backslash before "${" for an escape, and two of them for a backslash.
-    return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", value)
+    # No escape: OmegaConf removes it where a text stands for a section, and then resolves what is left.
+    return value.replace("${", "$ {")
 
 
 def _references(node: Any) -> Iterator[tuple[Any, Any, str]]:

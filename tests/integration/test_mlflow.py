@@ -184,7 +184,7 @@ def test_unreachable_server_is_told_within_ten_seconds(dead_port: int, tmp_path:
     assert time.monotonic() - started_at < 10
     assert tracker.experiment_id is None and tracker.ui_url() == ""
     assert tracker.problem is not None and "\n" not in tracker.problem
-    assert f"http://127.0.0.1:{dead_port}" in tracker.problem and "secret" not in tracker.problem
+    assert f"127.0.0.1:{dead_port}" in tracker.problem and "secret" not in tracker.problem
 
 
 def test_store_that_dies_later_is_reported_once(root: Path, tracker: Tracker, caplog: pytest.LogCaptureFixture) -> None:
