@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lifelong_moe.storage.modes import SHARED
+from lifelong_moe.errors import CorruptError
+from lifelong_moe.storage.plain_files import open_to_write
 
 MARK = 4
 """Bytes of a block's mark: the width of its hidden states, 0 if they are not cached."""
@@ -39,11 +40,11 @@ class TeacherCache:
             path: A file in the stage's working folder; a second file beside it marks the cached blocks.
             context: Tokens per block (S).
         """
-        self.context = context
+        self.context, self._path = context, path
         self._hidden, self._known = (self._opened(p) for p in (path, path.with_suffix(".known")))
 
     def _opened(self, path: Path) -> int:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, SHARED)
+        descriptor = open_to_write(path)
         weakref.finalize(self, os.close, descriptor)
         return descriptor
 
@@ -62,8 +63,10 @@ class TeacherCache:
         width = int.from_bytes(os.pread(self._known, MARK, block * MARK), "little")
         if width:  # a hole reads as zeros, past the end nothing is read: neither is a mark
             size = 4 * self.context * width
-            kept = np.frombuffer(os.pread(self._hidden, size, block * size), dtype=np.float32)
-            return kept.reshape(self.context, width)
+            kept = os.pread(self._hidden, size, block * size)
+            if len(kept) != size:
+                raise CorruptError(f"{self._path}: holds no block {block}; remove it to compute it again.")
+            return np.frombuffer(kept, dtype=np.float32).reshape(self.context, width)
         answer = ask()[0].float().cpu().numpy()
         # The mark comes last: a process that is killed in between leaves the block unmarked.
         write_all(self._hidden, answer.tobytes(), block * answer.nbytes)

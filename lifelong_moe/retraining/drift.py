@@ -20,6 +20,7 @@ from scipy.stats import rankdata
 from threadpoolctl import ThreadpoolController
 
 from lifelong_moe.config.retraining.policy import DriftConfig
+from lifelong_moe.retraining.drifted import Drift
 
 Floats = NDArray[np.floating[Any]]
 Ints = NDArray[np.integer[Any]]
@@ -36,25 +37,6 @@ TIE = 1e-6
 
 # Made once: looking for the libraries takes longer than the test.
 _THREADS = ThreadpoolController()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Drift:
-    """Result of the drift test."""
-
-    auc: float | None
-    """Cross-validated AUC of telling new sources from old ones; None if a side has a single source."""
-    null_quantile: float | None
-    """Configured quantile of the AUC under permuted labels; None if there are too few sources for a test."""
-    # Reported only: its bias is known for independent documents, and documents of one source are not.
-    psi: float
-    """Population stability index over clusters without its bias, in nats: the size of the shift."""
-    new_sources: int
-    old_sources: int
-    drifted: bool
-    """Whether the test found drift; False if there are too few sources for a test."""
-    words: str
-    """The result as a sentence."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,8 @@ from lifelong_moe.data.text.jsonl import own_unit
 from lifelong_moe.data.tokens.shards import TokenShard
 from lifelong_moe.data.tokens.windows import evaluation_windows
 from lifelong_moe.evaluation.documents import DocumentMeasures, generation_shares, measure_documents
-from lifelong_moe.retraining.drift import DocumentSample, Drift, choose_documents, measure_drift
+from lifelong_moe.retraining.drift import DocumentSample, choose_documents, measure_drift
+from lifelong_moe.retraining.drifted import Drift
 from lifelong_moe.retraining.looks import Looks, look_at
 from lifelong_moe.retraining.mixtures import draw_mixture, nearest_shares
 from pipelines.versions.candidates import Candidate, CandidateTrainer

@@ -12,7 +12,7 @@ from lifelong_moe.config.retraining.operation import LimitsConfig
 from lifelong_moe.plan.methods import stage_specs
 from lifelong_moe.plan.retraining import Retraining
 from lifelong_moe.retraining.decision import Action, Decision, decide
-from lifelong_moe.retraining.drift import Drift
+from lifelong_moe.retraining.drifted import Drift
 from lifelong_moe.storage.files import write_atomic
 from lifelong_moe.storage.keys import SHORT, content_key
 from lifelong_moe.store.head import RunHead

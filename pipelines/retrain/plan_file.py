@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Literal, Self
 
-from lifelong_moe.errors import ConfigError, StalePlanError
+from lifelong_moe.errors import ConfigError, CorruptError, StalePlanError
 from lifelong_moe.retraining.decision import Action
+from lifelong_moe.retraining.drifted import Drift
 from lifelong_moe.retraining.looks import Looks
 from lifelong_moe.retraining.predicted import Power
+from lifelong_moe.storage.grammars import Key, Name, Prefix, Sha256
 from lifelong_moe.storage.opening import read_bounded
-
-if TYPE_CHECKING:  # imports scipy, which takes longer than a mistyped path should take to report
-    from lifelong_moe.retraining.drift import Drift
+from lifelong_moe.storage.plain import PlainError, from_plain
+from lifelong_moe.storage.stored import parse_json
 
 MAX_PLAN_BYTES = 16 << 20
 """Longest plan; one names each stage that it reads, and has some kilobytes."""
@@ -27,7 +27,7 @@ class Serving:
     """The champion that a plan was made for."""
 
     version: int
-    key: str
+    key: Key
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ class Decided:
 class StageFacts:
     """A planned stage and its cost."""
 
-    name: str
-    key: str
-    continues: str | None
+    name: Name
+    key: Key
+    continues: Name | None
     grow: dict[str, Any] | None
     """Settings of growth over the configured ones."""
     tokens: int
@@ -76,20 +76,20 @@ class PlanFacts:
     """Contents of a plan's file."""
 
     # Fields with a default are missing in plans of earlier versions.
-    run: str = ""
+    run: Name | Literal[""] = ""
     made_at: str = ""
     expires: str
     champion: Serving
-    batch: str
+    batch: Sha256
     """Hash of the batch's documents."""
-    sources: str | None = None
+    sources: Prefix | None = None
     """Copy of the batch, if it came before with other sources."""
-    data: str = ""
+    data: Name | Literal[""] = ""
     """Name of the batch's distribution."""
     documents: int = 0
     near_copies: dict[str, int] | None = None
     """Documents left out, by what they are near copies of."""
-    settings: str
+    settings: Key
     """Hash of the retraining file and its base."""
     drift: dict[str, Drift] = field(default_factory=dict)
     decision: Decided
@@ -99,18 +99,12 @@ class PlanFacts:
     exceeded: list[str]
     """Limits that forbid what the text calls for, a sentence each."""
     gate: dict[str, float] = field(default_factory=dict)
-    reads: list[str] = field(default_factory=list)
+    reads: list[Key] = field(default_factory=list)
     """Stages that must stay in the store while the plan is there."""
-    stages: list[str] = field(default_factory=list)
+    stages: list[Key] = field(default_factory=list)
     """Keys of the stages that it would add."""
     power: Power | None = None
     looks: Looks | None = None
-
-    def __post_init__(self) -> None:
-        # Dataclasses check no types, and a plan's file may hold any JSON.
-        texts = (self.batch, self.settings, self.made_at, self.expires, self.champion.key)
-        if not all(isinstance(text, str) for text in texts) or not isinstance(self.exceeded, list):
-            raise TypeError("a plan's texts are no texts")
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON data; infinities, which JSON lacks, become null."""
@@ -120,23 +114,13 @@ class PlanFacts:
         return plain
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Self:
+    def from_json(cls, values: Any) -> Self:
         """From plain JSON data.
 
         Raises:
-            KeyError, TypeError, ValueError: If it is something else.
+            PlainError: If it is something else.
         """
-        from lifelong_moe.retraining.drift import Drift  # late: see the top of this file
-
-        decision = values["decision"]
-        parts: dict[str, Any] = {
-            "champion": Serving(**values["champion"]),
-            "drift": {name: Drift(**one) for name, one in values.get("drift", {}).items()},
-            "decision": Decided(**decision | {"action": Action(decision["action"])}),
-        }
-        for name, kind in (("stage", StageFacts), ("power", Power), ("looks", Looks)):
-            parts[name] = kind(**values[name]) if values.get(name) is not None else None
-        return cls(**values | parts)
+        return from_plain(cls, values)
 
     def postponed(self, reason: str) -> PlanFacts:
         """The plan with the decision to wait, after a gate that left the question open."""
@@ -151,8 +135,8 @@ def read_plan(path: Path) -> PlanFacts:
         ConfigError: If it is absent or not a plan.
     """
     try:
-        return PlanFacts.from_json(json.loads(read_bounded(path, MAX_PLAN_BYTES, follow=True).decode("utf-8")))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return PlanFacts.from_json(parse_json(read_bounded(path, MAX_PLAN_BYTES, follow=True), path))
+    except (OSError, CorruptError, PlainError):
         raise ConfigError(f"{path}: not a plan of lifelong-moe retrain.") from None
 
 

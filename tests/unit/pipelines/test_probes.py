@@ -17,7 +17,7 @@ from lifelong_moe.config.retraining.operation import LimitsConfig
 from lifelong_moe.config.retraining.policy import GateConfig
 from lifelong_moe.retraining.bounds import DocumentLosses
 from lifelong_moe.retraining.decision import Action
-from lifelong_moe.retraining.drift import Drift
+from lifelong_moe.retraining.drifted import Drift
 from lifelong_moe.retraining.predicted import Power
 from lifelong_moe.store.head import RunHead
 from lifelong_moe.store.runs import timestamp

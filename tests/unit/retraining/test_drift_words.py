@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from lifelong_moe.data.text.documents import Document
 from lifelong_moe.data.text.jsonl import own_unit
-from lifelong_moe.retraining.drift import Drift
+from lifelong_moe.retraining.drifted import Drift
 from pipelines.retrain.drifting import TOGETHER, drift_notes, has_drifted
 
 DRIFTED = Drift(auc=0.9, null_quantile=0.7, psi=0.0, new_sources=9, old_sources=9, drifted=True, words="Drift.")
