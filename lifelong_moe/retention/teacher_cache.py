@@ -63,10 +63,11 @@ class TeacherCache:
         width = int.from_bytes(os.pread(self._known, MARK, block * MARK), "little")
         if width:  # a hole reads as zeros, past the end nothing is read: neither is a mark
             size = 4 * self.context * width
-            kept = os.pread(self._hidden, size, block * size)
-            if len(kept) != size:
+            # Before memory is taken for it, which a false mark could make any amount.
+            if os.fstat(self._hidden).st_size < (block + 1) * size:
                 raise CorruptError(f"{self._path}: holds no block {block}; remove it to compute it again.")
-            return np.frombuffer(kept, dtype=np.float32).reshape(self.context, width)
+            kept = np.frombuffer(os.pread(self._hidden, size, block * size), dtype=np.float32)
+            return kept.reshape(self.context, width)
         answer = ask()[0].float().cpu().numpy()
         # The mark comes last: a process that is killed in between leaves the block unmarked.
         write_all(self._hidden, answer.tobytes(), block * answer.nbytes)

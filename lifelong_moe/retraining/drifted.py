@@ -15,8 +15,8 @@ class Drift:
     """Configured quantile of the AUC under permuted labels; None if there are too few sources for a test."""
     # Reported only: its bias is known for independent documents, and documents of one source are not.
     psi: float | None
-    """Population stability index over clusters without its bias, in nats: the size of the shift. None in a stored plan if
-    it is not finite."""
+    """Population stability index over clusters without its bias, in nats: the size of the shift. None in a stored plan
+    where it is not finite."""
     new_sources: int
     old_sources: int
     drifted: bool
