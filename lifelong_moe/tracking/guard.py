@@ -1,4 +1,4 @@
-"""Run a command that ends with its starter, however that ends: ``python -m lifelong_moe.tracking.guard COMMAND…``.
+"""Run a command that ends with its starter, however that ends: ``python guard.py COMMAND…``. Needs nothing but Python.
 
 The starter holds the other end of our standard input. The system closes it with the starter, also at a SIGKILL or when
 a terminal is closed; then the command and everything that it started is ended.

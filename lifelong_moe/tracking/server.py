@@ -14,8 +14,8 @@ from pathlib import Path
 
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.redaction import shown_address
+from lifelong_moe.tracking import guard
 from lifelong_moe.tracking.connection import is_server, probe, resolve_uri, sqlite_path
-from lifelong_moe.tracking.guard import GRACE_SECONDS
 
 
 def serve_command(uri: str | None, root: Path, port: int, host: str = "127.0.0.1") -> tuple[list[str], dict[str, str]]:
@@ -71,7 +71,8 @@ def serving(command: Sequence[str], environment: Mapping[str, str]) -> Iterator[
     Yields:
         A process that ends with the server, and with its exit code.
     """
-    guarded = [sys.executable, "-P", "-m", "lifelong_moe.tracking.guard", *command]
+    # By its path, which is found whatever the environment says.
+    guarded = [sys.executable, "-P", guard.__file__, *command]
     # At the root of the file system, because servers look for modules and settings in their working directory.
     server = subprocess.Popen(
         guarded, env=environment, stdin=subprocess.PIPE, start_new_session=True, cwd=os.path.abspath(os.sep)
@@ -82,7 +83,7 @@ def serving(command: Sequence[str], environment: Mapping[str, str]) -> Iterator[
     finally:
         server.stdin.close()
         with suppress(subprocess.TimeoutExpired):
-            server.wait(GRACE_SECONDS + 2)
+            server.wait(guard.GRACE_SECONDS + 2)
         # If somebody has ended the guard alone, what it guarded is still there.
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(server.pid, signal.SIGKILL)

@@ -283,7 +283,7 @@ def test_unreachable_server_stops_nothing_and_a_later_start_records(lab: Path, c
     began = time.monotonic()
     report, printed = train("tiny.yaml", f"tracking.uri=http://me:canary@127.0.0.1:{port}")
     assert time.monotonic() - began < 60  # without a limit of ours, MLflow asks again for minutes
-    told = [line for line in printed.splitlines() if f"http://127.0.0.1:{port}" in line]
+    told = [line for line in printed.splitlines() if f"http://***@127.0.0.1:{port}" in line]
     assert len(told) == 1 and "records are kept under mlruns/spool" in told[0]
     assert "canary" not in printed and len(report["stages"]) == 2
     spooled = lines(lab)
