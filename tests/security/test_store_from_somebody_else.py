@@ -1,6 +1,6 @@
 """A store from somebody else: attacks of every kind, at places drawn from all places, against every command.
 
-``python -m tests.benchmarks.fuzz_store`` goes on for hours; here each command meets each kind of attack.
+``python -m tests.benchmarks.fuzz_store`` goes on for hours; here each command meets each kind of link, and some of them each kind of value.
 """
 
 from __future__ import annotations
@@ -14,6 +14,11 @@ import pytest
 from tests.hostile import COMMANDS, HOSTILE, configuration_attacks, copy_scene, json_attacks, link_attacks, make_store
 from tests.watched import attempt, complaint, fingerprint
 
+# The run was moved on by `drop`; only a learned router without bundles can be consolidated; the spool's address is not
+# the user's, so its records stay.
+ENDS = {"run": 2, "consolidate": 2, "sync": 75}
+SAMPLE = 5
+"""Commands that meet each kind of value; 0.2 s each."""
 LINKS = ("a link to the outside", "a link to nothing", "a link to itself", "a link to a copy", "a FIFO", "a new link")
 
 
@@ -34,8 +39,7 @@ def test_an_intact_store_serves(command: str, intact: Path, tmp_path: Path) -> N
 
     outcome = attempt(COMMANDS[command], scene.work, scene.outside)
 
-    # The run was moved on by `drop`, and only a learned router without bundles can be consolidated.
-    assert (outcome.code, complaint(outcome)) == (2 if command in ("run", "consolidate") else 0, None)
+    assert (outcome.code, complaint(outcome)) == (ENDS.get(command, 0), None)
     assert fingerprint(scene.outside) == before
 
 
@@ -57,7 +61,7 @@ def test_no_link_of_a_store_is_followed(kind: str, intact: Path, tmp_path: Path)
 @pytest.mark.parametrize("kind", [*HOSTILE, "nothing", "no text", "a cycle"])
 def test_no_value_of_a_store_leads_out_of_it(kind: str, intact: Path, tmp_path: Path) -> None:
     attacks = [one for one in json_attacks(intact / "mlruns") if one.kind == kind]
-    for number, command in enumerate(COMMANDS):
+    for number, command in enumerate(random.Random(kind).sample(list(COMMANDS), SAMPLE)):
         attack = random.Random(f"{kind} {command}").choice(attacks)
         scene = copy_scene(intact, tmp_path / str(number))
         attack.apply(scene.store)
