@@ -1,6 +1,7 @@
 """A store from somebody else: attacks of every kind, at places drawn from all places, against every command.
 
-``python -m tests.benchmarks.fuzz_store`` goes on for hours; here each command meets each kind of link, and some of them each kind of value.
+``python -m tests.benchmarks.fuzz_store`` goes on for hours; here each command meets each kind of link, and some of them
+each kind of value.
 """
 
 from __future__ import annotations
@@ -78,7 +79,9 @@ def test_no_value_of_a_store_leads_out_of_it(kind: str, intact: Path, tmp_path: 
 def test_no_value_of_a_configuration_ends_in_a_traceback(kind: str, intact: Path, tmp_path: Path) -> None:
     attacks = [one for one in configuration_attacks(intact) if one.kind == kind]
     for number, command in enumerate(("run", "plan", "retrain")):
-        attack = random.Random(f"{kind} {command}").choice([one for one in attacks if one.concerns(COMMANDS[command])])
+        # A name is no secret, wherever it came from: a run may well be called after `${oc.env:USER}`.
+        fitting = [a for a in attacks if a.concerns(COMMANDS[command]) and not a.place.endswith((":run", ".data"))]
+        attack = random.Random(f"{kind} {command}").choice(fitting)
         scene = copy_scene(intact, tmp_path / str(number))
         attack.apply(scene.store)
 
