@@ -40,7 +40,7 @@ BESIDES = {
     "generate": (7,),
     "inspect": (7, 75),
     "sync": (7, 75),
-    "ui": (75,),
+    "ui": (7, 75),
 }
 """Further exit codes by command, in the order of the help."""
 OUTCOMES = {"rejected": 3, "over budget": 4}
