@@ -13,8 +13,8 @@ MEANINGS = {
     5: "the plan (`--plan`) is stale: champion, data or settings have changed, its files are gone, it has "
     "expired, or it allows what the configuration does not",
     6: "training diverged: it was rolled back twice and failed again; the stage was not committed",
-    7: "the store is damaged or not one of ours: a file no longer matches its hash or a trusted signature, says what no "
-    "such file says, or is a link; the line names it",
+    7: "the store is damaged or not one of ours: a file no longer matches its hash or a trusted signature, says "
+    "what no such file says, or is a link; the line names it",
     8: "not enough disk or memory; committed stages are intact",
     # EX_TEMPFAIL of sysexits.h: schedulers and mailers know it as "retry".
     75: "try again later: another process holds the lock, a server cannot be reached, or SIGTERM arrived (training has "
