@@ -803,7 +803,7 @@ def test_a_hugging_face_inbox(monkeypatch: pytest.MonkeyPatch) -> None:
 
     arrive("sea")
     rows = [json.loads(line)["text"] for line in Path("inbox/new.jsonl").read_text().splitlines()]
-    monkeypatch.setattr(hub, "hub_documents", lambda config: [Document(text, text[:9]) for text in rows])
+    monkeypatch.setattr(hub, "hub_documents", lambda *_: [Document(text, text[:9]) for text in rows])
     revision = "a" * 40
     result = tick("inbox.path=null", "inbox.hf=team/sea", f"inbox.revision={revision}", dry_run=True)
     assert (result["outcome"], result["action"]) == ("planned", "grow")
@@ -877,8 +877,8 @@ def test_text_of_a_version_that_was_rolled_back_can_be_looked_at_again(after_gro
 @pytest.mark.parametrize(("key", "value"), [("batch", 1), ("expires", 5), ("decision", []), ("exceeded", None)])
 def test_a_plan_that_was_edited_is_refused(tmp_path: Path, key: str, value: Any) -> None:
     facts: dict[str, Any] = {
-        "batch": "b", "settings": "s", "expires": "e", "stage": None, "decision": {"action": "skip"}, "exceeded": [],
-        "champion": {"version": 0, "key": "k"},
+        "batch": "b" * 64, "settings": "5" * 64, "expires": "e", "stage": None, "decision": {"action": "skip"},
+        "exceeded": [], "champion": {"version": 0, "key": "1" * 64},
     }  # fmt: skip
     path = tmp_path / "plan.json"
     path.write_text(json.dumps(facts))
