@@ -139,7 +139,7 @@ def test_a_terminal_shows_colours_and_obeys_nothing_in_the_text(here: Path) -> N
         (("tiny", "--text", "a", "--save", "t.csv"), "a file that ends in .parquet"),
         (("tiny", "--text", "a", "--html", ""), "a file that ends in .html"),
         (("tiny", "--text", "a", "--html", "mlruns"), "a file that ends in .html"),
-        (("tiny", "--text-file", "mlruns"), "Is a directory"),
+        (("tiny", "--text-file", "mlruns"), "a directory, neither a file nor a pipe"),
     ],
 )
 def test_mistakes_cost_one_line(here: Path, cli: Cli, arguments: tuple[str, ...], reason: str) -> None:

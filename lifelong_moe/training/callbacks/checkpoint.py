@@ -98,7 +98,7 @@ class SafeCheckpointIO(CheckpointIO):
         state = parse_json(files.read(STATE), directory / STATE, finite=False)
         try:
             checkpoint = restore(state, load_weights(files, TENSORS))
-            del checkpoint["layout"]
+            checkpoint.pop("layout", None)
             return {**checkpoint, **{name: checkpoint[name] for name in PARTS}}
         # A name that is no tensor's, a key that cannot be one, or something else than a mapping.
         except (KeyError, TypeError, ValueError) as error:

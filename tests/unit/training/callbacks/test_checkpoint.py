@@ -12,6 +12,7 @@ import torch
 
 from lifelong_moe.errors import CorruptError
 from lifelong_moe.training.callbacks.checkpoint import (
+    PARTS,
     STATE,
     SafeCheckpointIO,
     checkpoint_path,
@@ -103,7 +104,7 @@ def test_an_ordered_dictionary_is_plain() -> None:
 
 def test_files(tmp_path: Path) -> None:
     io, path = SafeCheckpointIO(), checkpoint_path(tmp_path, 1, 25)
-    io.save_checkpoint({"state": {"w": torch.ones(2)}, "epoch": 0, 3: (1,)}, path)
+    io.save_checkpoint({**dict.fromkeys(PARTS, 0), "state": {"w": torch.ones(2)}, 3: (1,)}, path)
     assert path.name == "step-1-00000025"
     assert {p.suffix for p in path.iterdir()} == {".safetensors", ".json"}
     back = io.load_checkpoint(path)
