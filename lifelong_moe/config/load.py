@@ -177,7 +177,8 @@ def whole_config(raw: DictConfig) -> dict[str, Any]:
     # Nodes throughout: access by key would resolve an interpolation, which may refer to a secret.
     found = _unresolved(_Scalars, OmegaConf.masked_copy(raw, ["run", "method", "seed"]))
     parts = {name: (cls, raw._get_node(name)) for name, cls in sections_of(RunConfig).items()}
-    parts["routing"] = _of_its_mode(*parts["routing"])
+    # As stored: what was refused was refused when the configuration was read; an earlier version's run may hold more.
+    parts["routing"] = _of_its_mode(*parts["routing"], is_stored=True)
     found |= {name: _unresolved(cls, node) for name, (cls, node) in parts.items()}
     nodes: list[Any] = [raw._get_node(key) for key in ("distributions", "stages", "stage_defaults")]
     sources, stages, defaults = nodes

@@ -17,7 +17,7 @@ from lifelong_moe.config.retention import (
     TrunkConfig,
 )
 from lifelong_moe.config.routing.base import Bundles, RoutingConfig
-from lifelong_moe.config.routing.modes import ROUTERS
+from lifelong_moe.config.routing.modes import is_mode, settings_of
 from lifelong_moe.config.routing.switching import valid_routing
 from lifelong_moe.errors import ConfigError
 
@@ -134,9 +134,9 @@ def refuse_unfit_mode(raw: DictConfig) -> None:
     if not isinstance(routing, Mapping) or not isinstance(plain.get("stages"), list):
         return
     mode, needed = routing.get("mode", "learned"), []
-    if not isinstance(mode, str) or mode not in ROUTERS:
+    if not is_mode(mode):
         return
-    if not ROUTERS[mode].settings.supports_bundles:
+    if not settings_of(mode).supports_bundles:
         if routing.get("bundles", "none") != "none":
             needed.append("routing.bundles=none")
         if plain.get("method", "lifelong") == "lifelong" and "deltas" in _later(plain, "trunk.train", None):

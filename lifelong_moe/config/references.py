@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -12,8 +13,16 @@ from omegaconf.resolvers import oc
 
 from lifelong_moe.redaction import is_setting, note, note_variable, say_openly
 
+log = logging.getLogger(__name__)
+
+OF_THE_MACHINE = ("trainer", "evaluate")
+"""Sections that say how a machine works, not what is learned: a stored one does without what it cannot know."""
+
 _TO_A_VALUE = re.compile(r"\$\{([\w.]+)\}")
 """A text that is nothing but a reference to another key."""
+
+_UNKNOWN = "$ {"
+"""How a reference that is not resolved begins where it is text."""
 
 
 def _environment(key: str, *default: Any) -> str | None:
@@ -60,12 +69,21 @@ def stored_config(config: Mapping[str, Any]) -> DictConfig:
     """A stored configuration as OmegaConf reads it, in which nothing is resolved.
 
     A store may come from somebody else, and a reference in it would put a secret of this machine where they want it.
-    What it says is plain text here, but for a whole value that refers to a plain value of the same configuration.
+    What it says is plain text here, but for a whole value that refers to a plain value of the same configuration. In
+    the sections of :data:`OF_THE_MACHINE` a text would be no valid value: there the key's default applies, with a
+    warning.
 
     Args:
         config: As in a run's head.
     """
-    return OmegaConf.create(_without_references(config, config))
+    found = _without_references(config, config)
+    for name in OF_THE_MACHINE:
+        if isinstance(section := found.get(name), dict):
+            unknown = [key for key, value in section.items() if any(_UNKNOWN in text for text in _texts(value))]
+            for key in unknown:
+                del section[key]
+                log.warning("%s.%s of the stored run refers to its own machine; the default is used.", name, key)
+    return OmegaConf.create(found)
 
 
 def as_text(value: Any) -> Any:
@@ -88,7 +106,7 @@ def _without_references(value: Any, root: Mapping[str, Any]) -> Any:
         if isinstance(found, int | float) or (isinstance(found, str) and "${" not in found):
             return found
     # No escape: OmegaConf removes it where a text stands for a section, and then resolves what is left.
-    return value.replace("${", "$ {")
+    return value.replace("${", _UNKNOWN)
 
 
 def _references(node: Any) -> Iterator[tuple[Any, Any, str]]:

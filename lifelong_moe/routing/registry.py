@@ -11,6 +11,15 @@ from lifelong_moe.config.routing.topk import CustomRouterConfig
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.routing.base import Causality, Router
 
+_RENAMED = {
+    "begin": "initialize",
+    "begun_parameters": "preset_parameters",
+    "holding_down": "masking_newest",
+    "choosable": "available",
+    "num_choosable": "num_available",
+}
+"""Methods of a router under the names of earlier versions, which nothing calls any more."""
+
 
 def build_router(config: RoutingConfig, *, width: int, layer: int, causal: bool = True) -> Router:
     """Build one layer's router.
@@ -22,8 +31,8 @@ def build_router(config: RoutingConfig, *, width: int, layer: int, causal: bool 
         causal: Whether it is for a decoder, where a token must not see what follows.
 
     Raises:
-        ConfigError: If a dotted path was not named by the user, cannot be imported, is no :class:`Router`, or breaks
-            causality.
+        ConfigError: If a dotted path was not named by the user, cannot be imported, is no :class:`Router` or one of an
+            earlier version, or breaks causality.
     """
     if isinstance(config, CustomRouterConfig):
         require_allowed(config.mode)
@@ -38,6 +47,9 @@ def build_router(config: RoutingConfig, *, width: int, layer: int, causal: bool 
         raise ConfigError(f"routing.mode={config.mode} cannot be built: {error}.") from None
     if not isinstance(router, Router):
         raise ConfigError(f"routing.mode={config.mode} must build a lifelong_moe.routing.base.Router.")
+    # Under its old name an override would be ignored without a word.
+    for old in (name for name in _RENAMED if hasattr(router, name)):
+        raise ConfigError(f"routing.mode={config.mode} defines {old}, which is {_RENAMED[old]} now. Rename it there.")
     # In an encoder every token may see all others, so only a decoder is held to causality.
     if causal and not config.allow_noncausal and router.causality in (Causality.leaks_when_full, Causality.leaks):
         raise ConfigError(

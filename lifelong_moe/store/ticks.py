@@ -18,11 +18,10 @@ class SettledBatch:
     reason: str
     at: str
     """Time of the decision, ISO 8601, UTC."""
-    heldout_fraction: float
+    heldout_fraction: float | None = None
     """As in :class:`~lifelong_moe.store.versions.VersionStage`; so are the next two."""
     heldout_sources: int = 1
     sources: Prefix | None = None
-    """As in :class:`~lifelong_moe.store.versions.VersionStage`."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from lifelong_moe.config.load import build_config
 from lifelong_moe.config.references import stored_config
+from lifelong_moe.config.retraining.operation import InboxConfig
 from lifelong_moe.data.text.batches import BatchStore
 from lifelong_moe.data.tokens.prepare import read_texts
 from lifelong_moe.data.tokens.records import DIGITS, HeldoutStore
@@ -113,7 +114,9 @@ def _holders(head: RunHead, digest: str) -> tuple[list[Holder], list[str]]:
             # Hashes outlive removed text, so this much can still be told.
             found += _removed_holders(head, settled.name, batches.identities(batch, settled.sources), digest)
         else:
-            split = settled.heldout_fraction, settled.heldout_sources
+            # What the first versions did not record is the default, as where the stage is planned anew.
+            share = settled.heldout_fraction
+            split = InboxConfig.heldout_fraction if share is None else share, settled.heldout_sources
             sources[settled.name] = batch_source(str(batches.path(batch, settled.sources)), *split)
     known = remembered(head, head.config)
     texts = read_texts(sources, [], CACHE, known)

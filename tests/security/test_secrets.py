@@ -350,6 +350,16 @@ def test_no_reference_of_a_store_is_resolved(finished: Path, monkeypatch: pytest
             assert CANARY not in str(build_config(stored_config(changed), is_stored=True)), last
 
 
+def test_what_a_stored_run_left_to_its_machine_has_defaults(caplog: pytest.LogCaptureFixture) -> None:
+    machine = {"trainer": {"devices": "${oc.env:GIVEN}", "precision": "bf16-mixed"}, "evaluate": {"tokens": "${.x}"}}
+    found = stored_config(machine)
+    assert found == {"trainer": {"precision": "bf16-mixed"}, "evaluate": {}}
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{key} of the stored run refers to its own machine; the default is used."
+        for key in ("trainer.devices", "evaluate.tokens")
+    ]
+
+
 def test_commands_resolve_nothing_that_a_store_holds(command: Tell, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GIVEN", CANARY)
     resolved: list[str] = []

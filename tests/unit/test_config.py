@@ -189,7 +189,7 @@ def test_an_unknown_key_near_nothing_lists_what_there_is(load: Load) -> None:
         ),
         ("routing.score=sigmoyd", "routing.score: Invalid value 'sigmoyd', expected one of [softmax, sigmoid]"),
         ("routing.level=document", "routing.level is for routing.mode=cluster, not for learned. Leave it out."),
-        ("routing.second=all", "routing.second is for routing.mode=gshard, not for learned. Leave it out."),
+        ("routing.second=random", "routing.second is for routing.mode=gshard, not for learned. Leave it out."),
         (
             "routing={mode: hash, bias_rate: 1}",
             "routing.bias_rate is for routing.mode=learned or switch, not for hash. Leave it out.",
@@ -474,6 +474,15 @@ def test_the_whole_configuration_is_the_same_configuration(
     copy = tmp_path / "whole.yaml"
     copy.write_text(yaml.safe_dump(whole, sort_keys=False), encoding="utf-8")
     assert read_config(copy).config == build_config(raw)
+
+
+def test_the_whole_configuration_of_an_earlier_run_is_written(tmp_path: Path) -> None:
+    """Earlier versions took keys of other modes, which had no effect."""
+    path = tmp_path / "old.yaml"
+    path.write_text(YAML + "routing: {mode: hash, jitter: 0.1}\n", encoding="utf-8")
+    raw = read_yaml(path)
+    assert build_config(raw, is_stored=True).routing.mode == "hash"
+    assert "jitter" not in whole_config(raw)["routing"]
 
 
 def test_the_whole_configuration_resolves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

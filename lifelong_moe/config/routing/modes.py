@@ -69,6 +69,12 @@ FOR_ENCODERS = ("soft",)
 """Modes that no run can have: for the encoder of ``lifelong_moe/model/encoder.py``, which no pipeline trains."""
 
 
+def is_mode(mode: object) -> bool:
+    """Whether something names a mode: one of the registry, or by dotted path a router of the user's own."""
+    # Not imported: plans are made without torch, and `build_router` finds out whether it exists.
+    return isinstance(mode, str) and (mode in ROUTERS or "." in mode)
+
+
 def settings_of(mode: object) -> type[RoutingConfig]:
     """The dataclass of a mode's settings.
 
@@ -77,8 +83,7 @@ def settings_of(mode: object) -> type[RoutingConfig]:
     """
     if isinstance(mode, str) and mode in ROUTERS:
         return ROUTERS[mode].settings
-    # Not imported yet, as plans are made without torch: `build_router` finds out whether it exists.
-    if isinstance(mode, str) and "." in mode:
+    if is_mode(mode):
         return CustomRouterConfig
     modes = [mode for mode in ROUTERS if mode not in FOR_ENCODERS]
     near = difflib.get_close_matches(str(mode), modes, n=1)

@@ -8,8 +8,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lifelong_moe.config.routing.base import RoutingConfig
-from lifelong_moe.config.routing.modes import ROUTERS, keys_of, settings_of
+from lifelong_moe.config.routing.base import STORED, RoutingConfig
+from lifelong_moe.config.routing.modes import ROUTERS, is_mode, keys_of, settings_of
 from lifelong_moe.errors import ConfigError
 
 GROUPS = {"expert_groups", "top_groups"}
@@ -19,7 +19,8 @@ FITTING = [{"top_k"}, {"balance_scope"}, {"top_k", "balance_scope"}]
 
 
 def drop_foreign_keys(written: DictConfig, *, is_stored: bool = False) -> DictConfig:
-    """Copy a section without keys of other modes whose values ask for nothing: a coefficient of 0, ``false``, ``null``.
+    """Copy a section without keys of other modes whose values ask for nothing: a coefficient of 0, ``false``, ``null``,
+    or the value that earlier versions recorded for every mode.
 
     Args:
         written: The section, not yet validated.
@@ -30,12 +31,14 @@ def drop_foreign_keys(written: DictConfig, *, is_stored: bool = False) -> DictCo
     """
     mode = written.get("mode", "learned")
     plain, own = _plain(written), keys_of(mode)
-    for key in set(plain) - own:
+    for key in sorted(set(plain) - own):
         modes = [name for name in ROUTERS if key in keys_of(name)]
         if not modes and key != "options":
             continue  # no key of any mode: OmegaConf rejects it
         # A file that is used with several modes may turn off what only some of them have.
         nothing = plain[key] is None or plain[key] is False or (key.endswith("_loss") and plain[key] == 0)
+        # So may the configuration that an earlier version logged for this mode.
+        nothing = nothing or (key in STORED and plain[key] == STORED[key])
         if not nothing and not is_stored:
             whose = f"routing.mode={' or '.join(modes)}" if modes else "routers named by dotted path"
             raise ConfigError(f"routing.{key} is for {whose}, not for {mode}. Leave it out.")
@@ -57,7 +60,7 @@ def drop_keys_of_old_mode(raw: DictConfig, before: DictConfig, overrides: Sequen
     """
     old, new = _plain(before._get_node("routing")), _plain(raw._get_node("routing"))
     mode = new.get("mode", "learned")
-    if mode == old.get("mode", "learned") or not (isinstance(mode, str) and mode in ROUTERS):
+    if mode == old.get("mode", "learned") or not is_mode(mode):
         return
     theirs = set(old) & set(new) - _asked(overrides)
     gone = {key for key in theirs if key not in keys_of(mode) or key in GROUPS or (mode, key) == ("label", "bundles")}

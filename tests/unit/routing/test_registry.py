@@ -56,6 +56,13 @@ class TwoLayers(FirstExperts):
         self.offsets.append(nn.Parameter(torch.zeros(num, 1)))
 
 
+class Earlier(FirstExperts):
+    """Written for an earlier version."""
+
+    def begin(self, generator: torch.Generator | None = None) -> None:
+        """Nothing calls this any more."""
+
+
 class Capacity(FirstExperts):
     causality = Causality.leaks_when_full
 
@@ -72,7 +79,7 @@ class Ordered(FirstExperts):
 def my_package(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The classes above, importable as ``mine.routers.NAME``."""
     module = ModuleType("mine.routers")
-    vars(module).update(First=FirstExperts, Two=TwoLayers, C=Capacity, D=ExpertChoice, B=Ordered)
+    vars(module).update(First=FirstExperts, Two=TwoLayers, C=Capacity, E=Earlier, D=ExpertChoice, B=Ordered)
     vars(module).update(number=3, make=lambda *a, **k: 3)
     monkeypatch.setitem(sys.modules, "mine", ModuleType("mine"))
     monkeypatch.setitem(sys.modules, "mine.routers", module)
@@ -135,6 +142,7 @@ def test_what_leaks_the_future_is_refused(letter: str) -> None:
         ("..All", {}, "cannot be built"),
         ("mine.routers.number", {}, "not callable"),
         ("mine.routers.First", {"jump": 1}, "unexpected keyword argument 'jump'"),
+        ("mine.routers.E", {}, "defines begin, which is initialize now"),
         ("mine.routers.make", {}, "must build a lifelong_moe.routing.base.Router"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import yaml
 
 from lifelong_moe.config.load import read_config
+from lifelong_moe.config.routing.base import STORED
 from lifelong_moe.config.routing.modes import FOR_ENCODERS, ROUTERS
 from lifelong_moe.config.run import RunConfig
 from lifelong_moe.errors import ConfigError
@@ -142,6 +144,24 @@ def test_stages_with_deltas_of_their_own_are_named(load: Load) -> None:
     assert str(caught.value) == (
         "routing.mode=hash needs more than one key here. Add routing.bundles=none stages[1].trunk.train=full."
     )
+
+
+def test_a_router_of_ones_own_is_switched_to_like_any_other(load: Load) -> None:
+    found = load("{mode: relu, top_k: 2, allow_noncausal: false}", "routing.mode=mine.Router").routing
+    assert (found.mode, found.top_k) == ("mine.Router", 2)
+    with pytest.raises(ConfigError) as caught:
+        load("{bundles: cluster, chunk_tokens: 8}", "routing.mode=mine.Router", "stages[1].trunk={train: deltas}")
+    assert str(caught.value) == (
+        "routing.mode=mine.Router needs more than one key here. Add routing.bundles=none stages[1].trunk.train=full."
+    )
+
+
+def test_what_every_mode_once_recorded_may_stand_at_its_value(load: Load) -> None:
+    """Earlier versions logged every key for every mode; such a file is read again, one with another value is not."""
+    every = STORED | {"mode": "hash"}
+    assert load(json.dumps(every)).routing == load("{mode: hash}").routing
+    with pytest.raises(ConfigError, match=r"routing\.jitter is for .*, not for hash"):
+        load(json.dumps(every | {"jitter": 0.1, "scale": 3.0}))
 
 
 @pytest.mark.parametrize("mode", ["[hash]", "{hash: 1}", "1", "null", "nothing"])

@@ -41,6 +41,12 @@ def written(head: RunHead) -> dict[str, Any]:
     return json.loads(json.dumps(head.to_json()))  # type: ignore[no-any-return]
 
 
+def test_a_batch_of_the_first_versions_has_no_fraction() -> None:
+    old = written(replace(HEAD, batches={BATCH: SettledBatch(name="n", outcome="skipped", reason="", at="")}))
+    del old["batches"][BATCH]["heldout_fraction"]
+    assert RunHead.from_json(old).batches[BATCH].heldout_fraction is None
+
+
 def test_a_head_comes_back_from_disk_as_it_was(head: RunHead) -> None:
     whole = replace(
         head,
