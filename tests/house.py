@@ -30,7 +30,7 @@ FLOORS = [
     {"config"},
     {"config/retraining"},
     {"routing", "clustering", "data", "data/text"},
-    {"routing/routers", "data/tokens"},
+    {"routing/routers", "data/tokens", "interop/layout"},
     {"plan", "tracking", "retraining"},
     {"model", "store"},
     {"growth", "retention", "evaluation", "interop"},

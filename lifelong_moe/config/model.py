@@ -49,6 +49,69 @@ class QKNorm(StrEnum):
     full = "full"
 
 
+class RopeType(StrEnum):
+    """How rotary frequencies are slowed for a context that is longer than that of pretraining."""
+
+    linear = "linear"
+    llama3 = "llama3"
+    yarn = "yarn"
+
+
+_ROPE_KEYS = {
+    RopeType.linear: (),
+    RopeType.llama3: ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+    RopeType.yarn: ("original_max_position_embeddings", "beta_fast", "beta_slow", "truncate", "attention_factor"),
+}
+"""What each type reads besides ``factor``."""
+
+
+@dataclass(kw_only=True)
+class RopeScaling:
+    """Slower rotary frequencies, which reach further than those of pretraining; its keys are those of Hugging Face's
+    ``rope_parameters``."""
+
+    rope_type: RopeType = RopeType.linear
+    """``linear`` slows all frequencies alike, ``llama3`` and ``yarn`` the low ones more than the high ones."""
+    factor: float = 1.0
+    """How many times slower the slowest are; at least 1."""
+    original_max_position_embeddings: int | None = None
+    """``llama3`` and ``yarn``, which need it: tokens of a context in pretraining."""
+    low_freq_factor: float = 1.0
+    """``llama3``: frequencies of fewer turns in a context of pretraining are slowed by ``factor``."""
+    high_freq_factor: float = 4.0
+    """``llama3``: frequencies of more turns than this stay as they are."""
+    beta_fast: float = 32.0
+    """``yarn``: frequencies of more turns than this stay as they are."""
+    beta_slow: float = 1.0
+    """``yarn``: frequencies of fewer turns are slowed by ``factor``."""
+    truncate: bool = True
+    """``yarn``: move both borders to whole frequencies."""
+    attention_factor: float | None = None
+    """``yarn``: factor on queries and keys. Null: ``0.1 ln(factor) + 1``."""
+
+    def __post_init__(self) -> None:
+        require_bounded(self, "model.rope_scaling.")
+        read = ("rope_type", "factor", *_ROPE_KEYS[RopeType(self.rope_type)])
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name not in read and value != field.default:
+                raise ConfigError(f"model.rope_scaling.{field.name}={value} has no effect on {self.rope_type}.")
+            # Written so that NaN is rejected as well.
+            if isinstance(value, (int, float)) and not isinstance(value, bool) and not value > 0:
+                raise ConfigError(f"model.rope_scaling.{field.name}={value} must be positive.")
+        if not self.factor >= 1:
+            raise ConfigError(f"model.rope_scaling.factor={self.factor} must be at least 1.")
+        if "original_max_position_embeddings" in read and self.original_max_position_embeddings is None:
+            raise ConfigError(f"model.rope_scaling.rope_type={self.rope_type} needs original_max_position_embeddings.")
+        for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
+            if not getattr(self, low) < getattr(self, high):
+                raise ConfigError(f"model.rope_scaling.{low}={getattr(self, low)} must be below {high}.")
+
+
+LATER = ("rope_scaling", "attention_bias", "qkv_clip", "window")
+"""Keys of ``model`` that stages from before them do not name, whose own keys must not change; off by default."""
+
+
 @dataclass(kw_only=True)
 class ModelConfig:
     """Mixtral's shape by default: RMSNorm, RoPE, grouped-query attention, SwiGLU experts in every layer, no biases."""
@@ -87,6 +150,8 @@ class ModelConfig:
     """Tokens in a training block and in an evaluation window."""
     rope_base: float = 10_000.0
     """Base of the rotary position frequencies."""
+    rope_scaling: RopeScaling | None = None
+    """Slower frequencies for a longer context, a section of its own. Null: as they are."""
     norm_eps: float = 1e-5
     """Added to the mean square in RMSNorm."""
     head_width: int | None = None
@@ -94,6 +159,12 @@ class ModelConfig:
     qk_norm: QKNorm = QKNorm.none
     """Normalize queries and keys over each ``head`` (Qwen3), over the ``full`` projection (OLMoE), or not at all
     (``none``)."""
+    attention_bias: bool = False
+    """Add biases to queries, keys and values (Qwen2)."""
+    qkv_clip: float | None = None
+    """Cut queries, keys and values to this size, either sign (OLMo). Null: no cut."""
+    window: int | None = None
+    """Tokens that a token attends to, itself and those right before it (Mistral). Null: all of its context."""
     attention_softcap: float | None = None
     """Bound ``c`` on attention logits, which become ``c tanh(logits / c)`` (Grok-1: 30). Null: no bound."""
     embedding_scale: float = 1.0
@@ -124,8 +195,10 @@ class ModelConfig:
             # Written so that NaN is rejected as well.
             if not getattr(self, key) >= least:
                 raise ConfigError(f"model.{key}={getattr(self, key)} must be at least {least}.")
-        if self.attention_softcap is not None and not self.attention_softcap > 0:
-            raise ConfigError(f"model.attention_softcap={self.attention_softcap} must be positive.")
+        for key in ("attention_softcap", "qkv_clip", "window"):
+            value = getattr(self, key)
+            if value is not None and not value > 0:
+                raise ConfigError(f"model.{key}={value} must be positive.")
         if self.head_width is None and (self.width % self.heads or (self.width // self.heads) % 2):
             raise ConfigError(
                 f"model.width={self.width} must be an even multiple of model.heads={self.heads} (rotary pairs)."
@@ -159,6 +232,10 @@ class ModelConfig:
             )
         if min(numbers) < 1:
             raise ConfigError(f"model.experts={self.experts} must be at least 1.")
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON data, without the keys of :data:`LATER` that are off."""
+        return {key: value for key, value in dataclasses.asdict(self).items() if value or key not in LATER}
 
     def effective(self) -> ModelConfig:
         """A copy with every key that has no effect at its default: equal work, equal keys."""

@@ -1,1 +1,1 @@
-"""Conversion to and from Mixtral checkpoints of transformers."""
+"""Checkpoints of transformers in and out."""

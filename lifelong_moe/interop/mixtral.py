@@ -1,51 +1,22 @@
-"""Convert to and from Mixtral checkpoints, as transformers, vLLM and lm-evaluation-harness read them from disk.
-
-Both directions work on plain data and do not need transformers. In memory, transformers 5 fuses a layer's experts into
-3-D tensors; on disk, each expert has its own ``w1`` (gate), ``w2`` (down) and ``w3`` (up).
-
-Legend: D model width, E experts, F expert width.
-"""
+"""Models as Mixtral checkpoints, which transformers, vLLM and lm-evaluation-harness read."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from lifelong_moe.config.model import ModelConfig
+from lifelong_moe.config.model import LATER, ModelConfig
 from lifelong_moe.config.routing.topk import LearnedConfig
-from lifelong_moe.errors import CheckpointError, ConfigError
-from lifelong_moe.model.moe import MoELayer
+from lifelong_moe.errors import ConfigError
+from lifelong_moe.interop.checkpoint import tensors_of, written
+from lifelong_moe.interop.layout.families import read_family
 from lifelong_moe.model.transformer import LanguageModel
-from lifelong_moe.plan.architecture import Architecture, Generation
+from lifelong_moe.plan.architecture import Architecture
 
-BLOCK_NAMES = {
-    "attention_norm.weight": "input_layernorm.weight",
-    "attention.query.weight": "self_attn.q_proj.weight",
-    "attention.key.weight": "self_attn.k_proj.weight",
-    "attention.value.weight": "self_attn.v_proj.weight",
-    "attention.output.weight": "self_attn.o_proj.weight",
-    "moe_norm.weight": "post_attention_layernorm.weight",
-}
-"""Name of a block's tensor here → in Mixtral."""
-REQUIRED = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "num_local_experts",
-    "num_experts_per_tok",
-    "max_position_embeddings",
-    "bos_token_id",
-)
-"""Keys that a Mixtral config must have; all are integers."""
 ONLY_PLAIN = (
     "activation", "moe_every", "dense_layers", "shared_experts", "head_width", "qk_norm", "attention_softcap",
-    "embedding_scale", "logit_scale", "sandwich_norms",
+    "embedding_scale", "logit_scale", "sandwich_norms", *LATER,
 )  # fmt: skip
 """Keys of ``model`` that must have their defaults, since Mixtral lacks these features."""
 
@@ -63,12 +34,10 @@ def to_mixtral(model: LanguageModel) -> tuple[dict[str, Any], dict[str, Tensor]]
         ConfigError: If Mixtral cannot express the model.
     """
     _require_expressible(model.architecture)
-    tensors = {name: _copy(tensor) for name, tensor in _shared_tensors(model)}
-    for i, layer in enumerate(model.moe_layers()):
-        # Experts of all generations in order of creation, as their rows.
-        tensors[f"{_moe_prefix(i)}.gate.weight"] = _copy(torch.cat(list(layer.router.rows)))  # type: ignore[arg-type]
-        tensors |= {name: _copy(tensor) for name, tensor in _expert_tensors(i, layer)}
-    return _mixtral_config(model.architecture), tensors
+    config, ours = _mixtral_config(model.architecture), model.state_dict()
+    # Experts of all generations in order of creation, as their rows.
+    family = read_family(config, "Mixtral's form of this model")
+    return config, {one.name: written(one, ours) for one in tensors_of(model, family)}
 
 
 def _require_expressible(architecture: Architecture) -> None:
@@ -96,71 +65,6 @@ def _require_expressible(architecture: Architecture) -> None:
         raise ConfigError("routing.renormalize=false has no Mixtral form: Mixtral always renormalizes gate weights.")
 
 
-def from_mixtral(config: Mapping[str, Any], state_dict: Mapping[str, Tensor], stage: str = "mixtral") -> LanguageModel:
-    """Convert a Mixtral checkpoint to a model whose experts are all of the first generation.
-
-    Args:
-        config: The checkpoint's ``config.json``.
-        state_dict: Its tensors under their names on disk, any floating-point type; the model is float32.
-        stage: Name of the stage that the experts are attributed to.
-
-    Returns:
-        A model on the CPU, all of it trainable.
-
-    Raises:
-        ConfigError: If the config needs a feature that our decoder lacks.
-        CheckpointError: If a tensor is missing, unknown or of the wrong shape.
-    """
-    model = LanguageModel(_architecture(config, stage))
-    # Views of the model's own parameters, under the names that the checkpoint must have.
-    expected = dict(_shared_tensors(model))
-    found = dict(state_dict)
-    if model.architecture.model.tie_embeddings:
-        found.pop("lm_head.weight", None)  # some writers store the copy
-    for i, layer in enumerate(model.moe_layers()):
-        expected[f"{_moe_prefix(i)}.gate.weight"] = layer.router.rows[0]  # type: ignore[index]
-        expected |= _expert_tensors(i, layer)
-    # Names before shapes: a missing tensor explains more than a wrong one.
-    _check_names(set(expected), set(found))
-    with torch.no_grad():
-        for name, target in expected.items():
-            if found[name].shape != target.shape:
-                raise CheckpointError(
-                    f"{name} has shape {tuple(found[name].shape)}, but its config asks for {tuple(target.shape)}."
-                )
-            target.copy_(found[name])
-    return model
-
-
-def _shared_tensors(model: LanguageModel) -> Iterator[tuple[str, Tensor]]:
-    """Tensors of everything but experts and routers, under Mixtral's names."""
-    yield "model.embed_tokens.weight", model.embedding.weight
-    for i, block in enumerate(model.blocks):
-        for ours, theirs in BLOCK_NAMES.items():
-            yield f"model.layers.{i}.{theirs}", block.get_parameter(ours)
-    yield "model.norm.weight", model.norm.weight
-    if not model.architecture.model.tie_embeddings:
-        yield "lm_head.weight", model.head.weight
-
-
-def _moe_prefix(layer: int) -> str:
-    return f"model.layers.{layer}.block_sparse_moe"
-
-
-def _expert_tensors(index: int, layer: MoELayer) -> Iterator[tuple[str, Tensor]]:
-    """A layer's expert matrices under Mixtral's names: views of our own."""
-    for e, (gate_up, down_DF) in enumerate(layer.banks.matrices()):
-        # Our gate and up projections are one matrix, gate first.
-        gate_FD, up_FD = gate_up.chunk(2)
-        for name, tensor in (("w1", gate_FD), ("w2", down_DF), ("w3", up_FD)):
-            yield f"{_moe_prefix(index)}.experts.{e}.{name}.weight", tensor
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    # Contiguous: safetensors refuses views.
-    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-
-
 def _mixtral_config(architecture: Architecture) -> dict[str, Any]:
     model = architecture.model
     return {
@@ -186,62 +90,3 @@ def _mixtral_config(architecture: Architecture) -> dict[str, Any]:
         "eos_token_id": architecture.bos_id,
         "dtype": "float32",
     }
-
-
-def _architecture(config: Mapping[str, Any], stage: str) -> Architecture:
-    """The architecture of a Mixtral config; every key that changes the computation is checked."""
-    for key, wanted in {"model_type": "mixtral", "hidden_act": "silu"}.items():
-        if config.get(key) != wanted:
-            raise ConfigError(f"Mixtral config: {key}={config.get(key)} is not supported; only {wanted} is.")
-    # Ignoring either of these would load, and compute something else.
-    for key in ("sliding_window", "quantization_config"):
-        if config.get(key) is not None:
-            raise ConfigError(f"Mixtral config: {key}={config[key]} is not supported; it must be null.")
-    for key in REQUIRED:
-        if not isinstance(config.get(key), int):
-            raise ConfigError(f"Mixtral config: {key}={config.get(key)} must be an integer.")
-    head_width = config["hidden_size"] // config["num_attention_heads"]
-    if config.get("head_dim") not in (None, head_width):
-        raise ConfigError(
-            f"Mixtral config: head_dim={config['head_dim']} is not supported; it must be hidden_size / "
-            f"num_attention_heads = {head_width}."
-        )
-    return Architecture(
-        model=ModelConfig(
-            layers=config["num_hidden_layers"],
-            width=config["hidden_size"],
-            heads=config["num_attention_heads"],
-            kv_heads=config["num_key_value_heads"],
-            expert_width=config["intermediate_size"],
-            experts=config["num_local_experts"],
-            context=config["max_position_embeddings"],
-            rope_base=_rope_base(config),
-            norm_eps=config.get("rms_norm_eps", 1e-5),
-            tie_embeddings=config.get("tie_word_embeddings", False),
-            init_std=config.get("initializer_range", 0.02),
-        ),
-        routing=LearnedConfig(top_k=config["num_experts_per_tok"]),
-        vocab_size=config["vocab_size"],
-        bos_id=config["bos_token_id"],
-        generations=(Generation(stage, config["num_local_experts"]),),
-    )
-
-
-def _rope_base(config: Mapping[str, Any]) -> float:
-    """The rotary base."""
-    # Transformers 5 writes ``rope_parameters``, earlier versions ``rope_theta`` and ``rope_scaling``.
-    rope = config.get("rope_parameters") or {}
-    kind = rope.get("rope_type", "default")
-    scaling = config.get("rope_scaling")
-    if kind != "default" or (scaling and scaling.get("rope_type", scaling.get("type")) != "default"):
-        raise ConfigError(f"Mixtral config: rotary scaling {scaling or rope} is not supported; it must be the default.")
-    return float(rope.get("rope_theta", config.get("rope_theta", 1e6)))
-
-
-def _check_names(expected: set[str], found: set[str]) -> None:
-    if missing := sorted(expected - found):
-        fused = any(".mlp.experts." in name for name in found)
-        hint = " Its experts are fused, as in memory; pass the tensors of a saved checkpoint." if fused else ""
-        raise CheckpointError(f"{len(missing)} of {len(expected)} tensors are missing, such as {missing[0]}.{hint}")
-    if unknown := sorted(found - expected):
-        raise CheckpointError(f"{unknown[0]} is not a tensor of a Mixtral with this config.")

@@ -1,62 +1,30 @@
 """Grouped-query attention with rotary positions.
 
-Legend: B batch, S sequence, D model width, H query heads, J key and value heads, P positions in the cache.
+Legend: B batch, S sequence, D model width, H query heads, J key and value heads, P positions in the cache, A angles.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lifelong_moe.config.model import ModelConfig, QKNorm
+from lifelong_moe.config.model import ModelConfig, QKNorm, RopeScaling, RopeType
 from lifelong_moe.model.cache import LayerCache
 from lifelong_moe.model.deltas import DeltaLinear, GenerationSlices
 from lifelong_moe.ops.causal_attention import causal_attention, is_faster_here
 from lifelong_moe.ops.document_attention import Documents, document_attention
 from lifelong_moe.ops.norm import RMSNorm
-
-
-def rotary_tables(num_positions: int, head_width: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary angles, float32 ``(num_positions, head_width)`` each.
-
-    Source:
-        RoFormer (arXiv:2104.09864), eq. 34, with the halves rotated as in Llama and Mixtral.
-    """
-    exponents = torch.arange(0, head_width, 2, dtype=torch.float32, device=device) / head_width
-    angles = torch.arange(num_positions, dtype=torch.float32, device=device).outer(base**-exponents)
-    angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos(), angles.sin()
-
-
-class _Rotate(torch.autograd.Function):
-    """A rotation's gradient is the rotation back."""
-
-    @staticmethod
-    def forward(ctx: Any, x_BHSP: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _rotated(x_BHSP, cos, sin)
-
-    @staticmethod
-    def backward(ctx: Any, grad_BHSP: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _rotated(grad_BHSP, cos, -sin), None, None
-
-
-def _rotated(x_BHSP: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    half = x_BHSP.shape[-1] // 2
-    out = x_BHSP * cos
-    out[..., :half].addcmul_(x_BHSP[..., half:], sin[..., :half], value=-1)
-    out[..., half:].addcmul_(x_BHSP[..., :half], sin[..., half:])
-    return out.to(x_BHSP.dtype)
-
-
-def rotate(x_BHSP: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each head's halves against each other by position; both halves of the tables are the same."""
-    return _Rotate.apply(x_BHSP, cos, sin)
+from lifelong_moe.ops.rotary import (
+    inverse_frequencies,
+    llama3_frequencies,
+    rotary_tables,
+    rotate,
+    yarn_attention_factor,
+    yarn_frequencies,
+)
 
 
 def softcapped_attention(
@@ -128,16 +96,41 @@ class AttentionContext:
     """The B·S tokens sorted by generation, if the trunk has deltas."""
 
 
+def position_tables(config: ModelConfig, num_positions: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of a model's rotary angles, float32 ``(num_positions, head_width)`` each."""
+    frequencies_A = inverse_frequencies(config.attention_width, config.rope_base, device)
+    frequencies_A, factor = _scaled(frequencies_A, config.rope_scaling, config.rope_base)
+    return rotary_tables(num_positions, frequencies_A, factor)
+
+
+def _scaled(frequencies_A: Tensor, scaling: RopeScaling | None, base: float) -> tuple[Tensor, float]:
+    """Frequencies for a longer context, and the factor on cosines and sines that goes with them."""
+    if scaling is None:
+        return frequencies_A, 1.0
+    if scaling.rope_type == RopeType.linear:
+        return frequencies_A / scaling.factor, 1.0
+    original = scaling.original_max_position_embeddings
+    assert original is not None  # the section requires it
+    if scaling.rope_type == RopeType.llama3:
+        turns = scaling.low_freq_factor, scaling.high_freq_factor
+        return llama3_frequencies(frequencies_A, scaling.factor, turns, original), 1.0
+    turns = scaling.beta_slow, scaling.beta_fast
+    slowed_A = yarn_frequencies(frequencies_A, scaling.factor, turns, original, base=base, truncate=scaling.truncate)
+    return slowed_A, scaling.attention_factor or yarn_attention_factor(scaling.factor)
+
+
 class Attention(nn.Module):
-    """Causal self-attention; ``heads`` queries share ``kv_heads`` keys and values. No biases."""
+    """Causal self-attention; ``heads`` queries share ``kv_heads`` keys and values."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.heads, self.kv_heads = config.heads, config.kv_heads
         self.head_width, self.softcap = config.attention_width, config.attention_softcap
-        self.query = DeltaLinear(config.width, self.heads * self.head_width)
-        self.key = DeltaLinear(config.width, self.kv_heads * self.head_width)
-        self.value = DeltaLinear(config.width, self.kv_heads * self.head_width)
+        self.clip = config.qkv_clip
+        bias = config.attention_bias
+        self.query = DeltaLinear(config.width, self.heads * self.head_width, bias=bias)
+        self.key = DeltaLinear(config.width, self.kv_heads * self.head_width, bias=bias)
+        self.value = DeltaLinear(config.width, self.kv_heads * self.head_width, bias=bias)
         self.output = DeltaLinear(self.heads * self.head_width, config.width)
         widths = {QKNorm.head: (self.head_width, self.head_width)}
         widths[QKNorm.full] = (self.heads * self.head_width, self.kv_heads * self.head_width)
@@ -154,9 +147,12 @@ class Attention(nn.Module):
         shape = (batch, length, -1, self.head_width)
         query = self._normalized(self.query(x_BSD, generations), self.query_norm, shape)
         key = self._normalized(self.key(x_BSD, generations), self.key_norm, shape)
+        value = self.value(x_BSD, generations).view(shape)
+        if self.clip is not None:
+            query, key, value = (x.clamp(-self.clip, self.clip) for x in (query, key, value))
         # shape: (B, H, S, W) and (B, J, S, W)
         query, key = (rotate(x.transpose(1, 2), *context.rotary) for x in (query, key))
-        value = self.value(x_BSD, generations).view(shape).transpose(1, 2)
+        value = value.transpose(1, 2)
         # After rotation: cached keys keep the angles of their own positions. shape: (B, J, P, W)
         if cache is not None:
             key, value = cache.extend(key, value)

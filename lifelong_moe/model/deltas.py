@@ -108,10 +108,10 @@ class Deltas(nn.ModuleDict):
 
 
 class DeltaLinear(nn.Linear):
-    """A linear map without bias, whose weight may have deltas."""
+    """A linear map whose weight may have deltas; a bias, where there is one, is the same for all generations."""
 
-    def __init__(self, columns: int, rows: int) -> None:
-        super().__init__(columns, rows, bias=False)
+    def __init__(self, columns: int, rows: int, *, bias: bool = False) -> None:
+        super().__init__(columns, rows, bias=bias)
         self.deltas = Deltas()
 
     def add_generation(self, rank: int) -> None:
@@ -125,9 +125,11 @@ class DeltaLinear(nn.Linear):
     def forward(self, x: Tensor, generations: GenerationSlices | None = None) -> Tensor:
         """``(…, I)`` to ``(…, O)``; the leading dimensions are the tokens that ``generations`` sorts."""
         if generations is None or not self.deltas:
-            return linear(x, self.weight)
-        out_TO = generations.apply(x.flatten(0, -2), lambda g, rows: linear(rows, self.weight_of(g)))
-        return out_TO.view(*x.shape[:-1], -1)
+            out = linear(x, self.weight)
+        else:
+            out_TO = generations.apply(x.flatten(0, -2), lambda g, rows: linear(rows, self.weight_of(g)))
+            out = out_TO.view(*x.shape[:-1], -1)
+        return out if self.bias is None else out + self.bias
 
 
 class DeltaEmbedding(nn.Embedding):

@@ -18,7 +18,7 @@ from lifelong_moe.config.model import ModelConfig
 from lifelong_moe.config.parts import Part, Place
 from lifelong_moe.config.routing.routers import ClusterConfig
 from lifelong_moe.data.tokens.shards import TokenShard
-from lifelong_moe.model.attention import AttentionContext, rotary_tables
+from lifelong_moe.model.attention import AttentionContext, position_tables
 from lifelong_moe.model.block import Block
 from lifelong_moe.model.buckets import add_missing_tables, table_names
 from lifelong_moe.model.cache import KeyValueCache
@@ -28,6 +28,7 @@ from lifelong_moe.model.head import LinearHead
 from lifelong_moe.model.mixture import CompetingBlock, MixtureHead
 from lifelong_moe.model.moe import MoELayer
 from lifelong_moe.model.tokens import TokenBatch
+from lifelong_moe.ops.causal_attention import window_mask
 from lifelong_moe.ops.document_attention import Documents
 from lifelong_moe.ops.norm import RMSNorm
 from lifelong_moe.plan.architecture import Architecture, Generation
@@ -224,13 +225,17 @@ class LanguageModel(nn.Module):
         if self.separates_documents and batch.document_ids_BS is not None:
             documents_BS = batch.document_ids_BS
             mask = Documents.of(documents_BS) if cache is None else cache.within_documents(documents_BS)
+        positions = length if cache is None else cache.length + length
+        if config.window is not None and positions > config.window:
+            seen, within = window_mask(length, positions, config.window, device), mask
+            within = within.mask if isinstance(within, Documents) else within
+            mask = seen if within is None else seen & within
         # Sorted once, for all layers.
         generations = self.embedding.deltas.slices(batch.domain_ids_BS)
         if cache is None:
-            rotary = rotary_tables(length, config.attention_width, config.rope_base, device)
-            return AttentionContext(rotary, mask, generations)
+            return AttentionContext(position_tables(config, length, device), mask, generations)
         if cache.rotary is None:  # computed once for all positions, not at every step
-            cache.rotary = rotary_tables(cache.room, config.attention_width, config.rope_base, device)
+            cache.rotary = position_tables(config, cache.room, device)
         cos, sin = (table[cache.length : cache.length + length] for table in cache.rotary)
         return AttentionContext((cos, sin), mask, generations)
 
@@ -254,6 +259,7 @@ def initialize(model: LanguageModel, seed: int) -> None:
 
     ==============================  ==========================================================
     norms                           1
+    biases of attention             0
     ``up`` of a delta               0, so that it changes nothing yet
     ``down`` of a delta             normal, deviation ``1 / sqrt(columns)``
     a noisy router's noise          0, as the router made it
@@ -270,6 +276,7 @@ def initialize(model: LanguageModel, seed: int) -> None:
     deltas = {delta.down: delta for delta in model.modules() if isinstance(delta, LowRank)}
     as_made = {p for layer in model.moe_layers() for p in layer.router.preset_parameters()}
     as_made |= {delta.up for delta in deltas.values()}
+    biases = {one.bias for one in model.modules() if isinstance(one, DeltaLinear) and one.bias is not None}
     residual = {weight for block in model.blocks for weight in block.residual_weights()}  # type: ignore[operator]
     banks = [layer.banks for layer in model.moe_layers()]
     drawn_by_turns = {experts.into: experts.down for one in banks for experts in one.born}
@@ -283,6 +290,8 @@ def initialize(model: LanguageModel, seed: int) -> None:
                 for i, matrix in enumerate(matrices):
                     std = initial_std(model.architecture.model, residual=i == 1)
                     nn.init.normal_(matrix, std=std, generator=generator)
+        elif parameter in biases:
+            nn.init.zeros_(parameter)
         elif parameter.dim() == 1:
             nn.init.ones_(parameter)
         elif parameter not in as_made:

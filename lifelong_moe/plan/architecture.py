@@ -127,7 +127,7 @@ class Architecture:
 
     def to_json(self) -> dict[str, object]:
         """As plain JSON data."""
-        data = dataclasses.asdict(self) | {"routing": self.routing.to_json()}
+        data = dataclasses.asdict(self) | {"model": self.model.to_json(), "routing": self.routing.to_json()}
         # Left out where it is None, as in stages from before the field existed, whose keys must not change.
         if self.continued is None:
             del data["continued"]

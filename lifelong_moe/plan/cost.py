@@ -32,6 +32,7 @@ def parameters_by_part(architecture: Architecture) -> dict[tuple[Part, int | Non
     config = architecture.model
     head_width, mixtures = config.attention_width, len(config.moe_layers)
     attention = 2 * config.width * head_width * (config.heads + config.kv_heads) + _qk_norm_parameters(config)
+    attention += head_width * (config.heads + 2 * config.kv_heads) if config.attention_bias else 0
     table = architecture.vocab_size * config.width
     counts: Counter[tuple[Part, int | None]] = Counter()
     counts[Part.embedding, None] = table

@@ -241,7 +241,7 @@ class StageSpec:
 
     def to_json(self) -> dict[str, object]:
         """As plain JSON data."""
-        data = dataclasses.asdict(self) | {"routing": self.routing.to_json()}
+        data = dataclasses.asdict(self) | {"model": self.model.to_json(), "routing": self.routing.to_json()}
         # Flat, as in stages from before replay was a section, whose keys must not change.
         replay = data.pop("replay")
         return data | {name: replay[key] for name, key in _REPLAY.items()}

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.attention import varlen
 
 from lifelong_moe.config.model import ModelConfig
-from lifelong_moe.model.attention import Attention, AttentionContext, rotary_tables
+from lifelong_moe.model.attention import Attention, AttentionContext
 from lifelong_moe.ops.document_attention import (
     Documents,
     Kernel,
@@ -27,6 +27,7 @@ from lifelong_moe.ops.document_attention import (
     packed_options,
     packed_runs,
 )
+from lifelong_moe.ops.rotary import inverse_frequencies, rotary_tables
 
 WIDTH = 8
 ATOL = {torch.float64: 1e-12, torch.float32: 2e-6}
@@ -208,7 +209,7 @@ def test_a_layer_with_documents_equals_one_with_their_mask(softcap: float | None
     for i, parameter in enumerate(layer.parameters()):
         torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(i))
     x = torch.randn(2, 256, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
-    cos, sin = (table.double() for table in rotary_tables(256, 16, 10_000.0, torch.device("cpu")))
+    cos, sin = (table.double() for table in rotary_tables(256, inverse_frequencies(16, 10_000.0)))
     rotary = cos, sin
     documents = Documents.of((torch.arange(256) // 32).expand(2, -1))
     assert choose_kernel(torch.zeros(2, 4, 256, 16), documents) == Kernel.by_length

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lifelong_moe.model.attention import rotary_tables, rotate
 from lifelong_moe.ops.causal_attention import LONGEST, SHORTEST, causal_attention, is_faster_here
 from lifelong_moe.ops.norm import RMSNorm
+from lifelong_moe.ops.rotary import inverse_frequencies, rotary_tables, rotate
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -64,7 +64,7 @@ def test_it_is_chosen_for_training_short_sequences() -> None:
 
 
 def test_rotation() -> None:
-    cos, sin = (table.double() for table in rotary_tables(7, 6, 10_000.0, torch.device("cpu")))
+    cos, sin = (table.double() for table in rotary_tables(7, inverse_frequencies(6, 10_000.0)))
 
     def readable(x: Tensor) -> Tensor:
         first, second = x.chunk(2, dim=-1)

@@ -83,6 +83,10 @@ class LearnedRouter(LinearRouter):
             ranks_TE = self._ranks(logits_TE, scores_TE)
             expert_ids_TK = ranks_TE.topk(min(config.top_k, self.num_available), dim=-1).indices
             weights_TK = self._weights(logits_TE, scores_TE, expert_ids_TK)
+            # Where a generation has fewer experts than top_k, such as a dense model's one, others weigh 0: none runs.
+            is_short = allowed_TE is not None and min(self.available) < config.top_k
+            if allowed_TE is not None and is_short:
+                expert_ids_TK = expert_ids_TK.where(allowed_TE.gather(1, expert_ids_TK), -1)
             losses = {}
             if self.training:
                 counted_TK = self._counted(logits_TE, expert_ids_TK)
@@ -92,7 +96,8 @@ class LearnedRouter(LinearRouter):
                 losses = balance_losses(config, self.generations, made, context) | z_losses(config, logits_TE, context)
             used_TK = self.used(expert_ids_TK, weights_TK)
         if config.capacity is None:
-            return Routing(used_TK, weights_TK, self.num_experts, losses, ragged=used_TK is not expert_ids_TK)
+            ragged = is_short or used_TK is not expert_ids_TK
+            return Routing(used_TK, weights_TK, self.num_experts, losses, ragged=ragged)
         kept_TK, dropped = apply_capacity(
             config.capacity, used_TK, ranks_TE, scores_TE, context, training=self.training
         )

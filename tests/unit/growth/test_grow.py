@@ -129,6 +129,20 @@ def test_no_bit_of_the_logits_depends_on_what_came_later(
         assert torch.equal(sample_logits(model, sample), before)
 
 
+def test_text_of_a_dense_model_uses_its_one_network_with_weight_1_whatever_grows(
+    make_model: Make, make_batch: Batch
+) -> None:
+    model, sample = make_model("labelled_bundles", (1,)), make_batch()
+    before = sample_logits(model, sample)
+    add(model, GrowConfig(experts=3), sample, seed=0)
+    assert torch.equal(sample_logits(model, sample), before)
+    decided = behavior(model, sample).decisions.values()
+    for x_TD, _, routing in decided:
+        # top_k is 2: no expert of another generation runs in the place of a second one.
+        assert routing.counts_E.tolist() == [len(x_TD), 0, 0, 0]
+        assert torch.equal(routing.weights_TK, torch.tensor([[1.0, 0.0]]).expand(len(x_TD), 2))
+
+
 def tied(make_model: Make) -> LanguageModel:
     """Experts 0 and 1, and 2 and 3, have equal logits, and are nothing like each other.
 

@@ -9,13 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lifelong_moe.config.model import Activation, ModelConfig, QKNorm, SharedMix
+from lifelong_moe.config.model import Activation, ModelConfig, QKNorm, RopeScaling, RopeType, SharedMix
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.model.attention import softcapped_attention
 from lifelong_moe.model.cache import KeyValueCache
 from lifelong_moe.model.feedforward import FeedForward, feed_forward
 from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel, initialize
+from lifelong_moe.ops.causal_attention import window_mask
 from lifelong_moe.plan.architecture import Architecture, Generation, first_generation
 from lifelong_moe.plan.cost import count_parameters, forward_flops_per_token
 from tests.conftest import VOCAB, routing_of
@@ -32,6 +33,13 @@ SHAPES: dict[str, dict[str, Any]] = {
     "residual": {"shared_experts": 1, "shared_mix": SharedMix.learned, "activation": Activation.relu},
     "wide heads": {"head_width": 6, "qk_norm": QKNorm.head},
     "normalized queries": {"qk_norm": QKNorm.full},
+    "biases": {"attention_bias": True},
+    "cut queries": {"qk_norm": QKNorm.full, "qkv_clip": 0.7},
+    "window": {"window": 5},
+    "window and bounds": {"window": 3, "attention_softcap": 5.0},
+    "longer context": {
+        "rope_scaling": RopeScaling(rope_type=RopeType.yarn, factor=4.0, original_max_position_embeddings=8)
+    },
     "grok": {
         "activation": Activation.geglu,
         "attention_softcap": 30.0,
@@ -198,8 +206,49 @@ def test_scales_scale() -> None:
         ({"shared_mix": SharedMix.learned}, r"set model\.shared_experts above 0"),
         ({"attention_softcap": 0.0}, r"model\.attention_softcap=0\.0 must be positive"),
         ({"dense_width": 0}, r"model\.dense_width=0 must be at least 1"),
+        ({"qkv_clip": 0.0}, r"model\.qkv_clip=0\.0 must be positive"),
+        ({"window": 0}, r"model\.window=0 must be positive"),
     ],
 )
 def test_mistakes(shape: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         architecture(shape)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"factor": 0.5}, r"model\.rope_scaling\.factor=0\.5 must be at least 1"),
+        ({"factor": float("nan")}, r"model\.rope_scaling\.factor=nan must be positive"),
+        ({"rope_type": RopeType.llama3}, "rope_type=llama3 needs original_max_position_embeddings"),
+        ({"truncate": False}, r"rope_scaling\.truncate=False has no effect on linear"),
+        ({"rope_type": RopeType.llama3, "beta_fast": 9.0}, r"rope_scaling\.beta_fast=9\.0 has no effect on llama3"),
+        (
+            {"rope_type": RopeType.yarn, "original_max_position_embeddings": 8, "beta_slow": 40.0},
+            r"rope_scaling\.beta_slow=40\.0 must be below beta_fast",
+        ),
+    ],
+)
+def test_mistakes_of_a_longer_context(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        RopeScaling(**keys)
+
+
+def test_biases_begin_at_zero() -> None:
+    model = model_of(architecture({"attention_bias": True}))
+    assert not any(p.any() for name, p in model.named_parameters() if name.endswith("bias"))
+
+
+@pytest.mark.parametrize("before", [0, 4])
+def test_a_window_by_hand(before: int) -> None:
+    mask = window_mask(3, 3 + before, 2, torch.device("cpu"))
+    assert mask.shape == (1, 1, 3, 3 + before)
+    for query in range(3):
+        seen = mask[0, 0, query].nonzero().flatten().tolist()
+        assert seen == [at for at in (before + query - 1, before + query) if at >= 0]
+
+
+def test_a_window_as_long_as_the_text_changes_no_bit() -> None:
+    plain, wide = (model_of(architecture(shape)) for shape in ({}, {"window": 16}))
+    with torch.no_grad():
+        assert torch.equal(plain(TokenBatch(tokens())).hidden_BSD, wide(TokenBatch(tokens())).hidden_BSD)

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lifelong_moe.model.attention import rotary_tables, rotate
 from lifelong_moe.model.cache import KeyValueCache
 from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel, initialize
 from lifelong_moe.ops.document_attention import document_attention_mask
+from lifelong_moe.ops.rotary import inverse_frequencies, rotary_tables, rotate
 from lifelong_moe.plan.architecture import Architecture, Generation
 from lifelong_moe.routing.base import Router
 from lifelong_moe.routing.routers.cluster import TokenClusterRouter
@@ -51,7 +51,7 @@ def test_the_mask_by_hand() -> None:
 
 
 def test_rotary_angles_by_hand() -> None:
-    cos, sin = rotary_tables(3, 4, 100.0, torch.device("cpu"))
+    cos, sin = rotary_tables(3, inverse_frequencies(4, 100.0))
     angles = torch.tensor([[0.0, 0.0], [1.0, 0.1], [2.0, 0.2]]).repeat(1, 2)
     torch.testing.assert_close(cos, angles.cos())
     torch.testing.assert_close(sin, angles.sin())

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from lifelong_moe.config.model import LATER, RopeScaling
 from lifelong_moe.config.retention import ReplayConfig, ReplaySource
 from lifelong_moe.config.routing.capacity import CapacityConfig
 from lifelong_moe.config.run import RunConfig
@@ -89,6 +90,16 @@ def test_every_field_of_the_stage_is_in_the_key(later: StageSpec, field: str) ->
         assert key_of(dataclasses.replace(later, **{field: SCALARS[field]})) != key_of(later)
     else:  # sections: key by key in test_effective.py; processes: below
         assert field in {"optim", "model", "routing", "processes"}
+
+
+@pytest.mark.parametrize("key", LATER)
+def test_a_later_key_of_the_model_is_in_the_key_where_it_is_set(later: StageSpec, key: str) -> None:
+    # Stages from before it do not name it, and keep their keys.
+    assert key not in later.model.to_json()
+    values = {"attention_bias": True, "qkv_clip": 2.0, "window": 4, "rope_scaling": RopeScaling(factor=2.0)}
+    changed = dataclasses.replace(later, model=dataclasses.replace(later.model, **{key: values[key]}))
+    assert key_of(changed) != key_of(later)
+    assert StageSpec.from_json(json.loads(json.dumps(changed.to_json()))) == changed
 
 
 @pytest.mark.parametrize("change", [{"fraction": 0.3}, {"source": ReplaySource.generated}, {"buffer_tokens": 64}])

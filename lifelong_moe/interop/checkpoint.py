@@ -1,0 +1,98 @@
+"""Checkpoints of transformers to models and back, in memory: ``config.json`` as data, tensors by their names on disk.
+
+Neither direction needs transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lifelong_moe.errors import CheckpointError
+from lifelong_moe.interop.layout.families import Family, read_family
+from lifelong_moe.interop.layout.tensors import Stored, require_names, stored_tensors
+from lifelong_moe.model.transformer import LanguageModel
+from lifelong_moe.plan.architecture import Architecture, first_generation
+
+
+def architecture_of(family: Family, stage: str) -> Architecture:
+    """The architecture of a checkpoint.
+
+    Args:
+        family: Keys of its ``config.json``.
+        stage: Name of the stage that its experts are attributed to, as one generation.
+    """
+    model = family.model()
+    first = (first_generation(stage, model),)
+    return Architecture(model, family.routing(), family.vocab_size, family.separator, first)
+
+
+def from_checkpoint(config: Mapping[str, Any], tensors: Mapping[str, Tensor], stage: str = "base") -> LanguageModel:
+    """Convert a checkpoint to a model whose experts are all of the first generation.
+
+    Args:
+        config: Its ``config.json``.
+        tensors: By their names on disk, or with fused experts as in transformers' memory; of any floating-point type.
+        stage: Name of the stage that the experts are attributed to.
+
+    Returns:
+        A float32 model on the CPU, all of it trainable.
+
+    Raises:
+        ConfigError: If we cannot express what the config asks for.
+        CheckpointError: If a tensor is missing, unknown or of the wrong shape.
+    """
+    family = read_family(config, "config.json")
+    model = LanguageModel(architecture_of(family, stage))
+    expected = tensors_of(model, family, tensors)
+    require_names(expected, tensors, model.architecture.model, "the checkpoint")
+    ours = model.state_dict()
+    for one in expected:
+        found = tensors[one.name]
+        if found.shape != one.shape:
+            raise CheckpointError(f"{one.name} has shape {tuple(found.shape)}, and its config asks for {one.shape}.")
+        for target, source in zip(pieces(one, ours), found if one.stacked else [found], strict=True):
+            target.copy_(source)
+    begin_unread(model, family)
+    return model
+
+
+def tensors_of(model: LanguageModel, family: Family, names: Iterable[str] = ()) -> list[Stored]:
+    """A model's tensors as a checkpoint of a family has them; fused where ``names`` are those of such a file."""
+    architecture = model.architecture
+    experts = [architecture.experts_in(layer) for layer in range(architecture.model.layers)]
+    fused = any(name.endswith(".mlp.experts.gate_up_proj") for name in names)
+    return list(
+        stored_tensors(family, architecture.model, experts, generations=len(architecture.generations), fused=fused)
+    )
+
+
+def pieces(stored: Stored, ours: Mapping[str, Tensor]) -> list[Tensor]:
+    """Views of what a checkpoint's tensor is of our tensors: one below the other, or stacked, they are that tensor."""
+    found = [ours[name] for name in stored.ours]
+    return found if stored.half is None else [one.chunk(2)[stored.half] for one in found]
+
+
+def written(stored: Stored, ours: Mapping[str, Tensor]) -> Tensor:
+    """A copy on the CPU of a tensor as a checkpoint has it, ready for ``safetensors.torch.save_file``."""
+    found = pieces(stored, ours)
+    whole = torch.stack(found) if stored.stacked else torch.cat(found)
+    # Contiguous, and no view: safetensors refuses both.
+    return whole.detach().cpu().clone(memory_format=torch.contiguous_format)
+
+
+@torch.no_grad()
+def begin_unread(model: LanguageModel, family: Family) -> None:
+    """Initialize what a checkpoint does not have: a dense model's router rows, one a layer.
+
+    While there is one expert, its weight is 1 whatever its row is. Rows of later generations compete with it.
+    """
+    if family.is_mixture:
+        return
+    generator = torch.Generator().manual_seed(0)
+    for layer in model.moe_layers():
+        for rows in layer.router.row_generations():
+            nn.init.normal_(rows, std=model.architecture.model.init_std, generator=generator)
