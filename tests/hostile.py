@@ -9,8 +9,9 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from lifelong_moe.tracking.spool import Spool
 from pipelines.versions.drop import drop
 from tests.retrain_lab import arrive, base_config, tick, write_retraining
 from tests.tiny import CONTEXT, SEQUENCES, STEPS, train, write_config, write_corpora
-from tests.watched import Scene, surroundings
+from tests.watched import Outcome, Scene, attempt, complaint, fingerprint, import_as, surroundings
 
 ESCAPE = "\x1b[31mred\x9b1m"
 """Colours a terminal, in both forms that terminals know."""
@@ -55,13 +56,17 @@ class Attack:
     place: str
     """File, and place in its JSON."""
     kind: str
-    apply: Callable[[Path], None]
-    """Applies it to the ``mlruns/`` directory."""
+    apply: Callable[[Scene], object]
+
+    @property
+    def is_of_user(self) -> bool:
+        """Whether a configuration was changed: what a user writes may name other folders and addresses."""
+        return ".yaml:" in self.place
 
     def concerns(self, command: list[str]) -> bool:
         """Whether a command may read what was changed: each may read the store, but a configuration only if named."""
         changed = self.place.partition(":")[0]
-        return not changed.endswith(".yaml") or changed in command or (changed, command[0]) == ("tiny.yaml", "retrain")
+        return not self.is_of_user or changed in command or (changed, command[0]) == ("tiny.yaml", "retrain")
 
     def __str__(self) -> str:
         return f"{self.kind} at {self.place}"
@@ -88,54 +93,74 @@ def make_store(root: Path) -> None:
     Spool(Path("mlruns"), "http://127.0.0.1:9").append({"do": "log_metrics", "run": "0" * 32, "metrics": []})
 
 
-def copy_scene(intact: Path, into: Path) -> Scene:
-    """A copy of the store, with fresh surroundings."""
-    shutil.copytree(intact, into / "work", symlinks=True)
-    (into / "outside").mkdir(parents=True)
-    surroundings(into / "outside")
-    return Scene(into / "work", into / "outside")
-
-
-def link_attacks(root: Path, outside: Path) -> Iterator[Attack]:
-    """Replace each file and folder by a link, and each file by a FIFO.
+def carry_out(command: str, intact: Path, into: Path, *attacks: Attack) -> tuple[Outcome, str | None]:
+    """Carry out a command on an attacked copy of a store, with fresh surroundings.
 
     Args:
-        root: An intact ``mlruns/`` directory.
-        outside: A directory that no command may change; see :func:`surroundings`.
+        command: One of :data:`COMMANDS`.
+        intact: Where :func:`make_store` worked.
+        into: A directory for the copy; there is none yet.
+
+    Returns:
+        What the command left, and what is wrong with it; None if nothing is.
     """
+    scene = Scene(into / "work", into / "outside")
+    shutil.copytree(intact, scene.work, symlinks=True)
+    scene.outside.mkdir()
+    surroundings(scene.outside)
+    for attack in attacks:
+        attack.apply(scene)
+    before = fingerprint(scene.outside)
+    outcome = attempt(COMMANDS[command], scene.work, scene.outside)
+    if any(attack.is_of_user for attack in attacks):
+        return outcome, complaint(replace(outcome, forbidden=[]))
+    wrong = complaint(outcome)
+    return outcome, "it changed its surroundings" if not wrong and fingerprint(scene.outside) != before else wrong
+
+
+def import_all(intact: Path) -> None:
+    """Import in this process what the commands import, for the sake of all attempts to come."""
+    with tempfile.TemporaryDirectory(dir=intact.parent) as folder:
+        for command in COMMANDS:
+            import_as(carry_out(command, intact, Path(folder, command))[0])
+
+
+def link_attacks(root: Path) -> Iterator[Attack]:
+    """Replace each file and folder of an intact ``mlruns/`` directory by a link, and each file by a FIFO."""
     for path in sorted(root.rglob("*")):
         name = str(path.relative_to(root))
-        target = outside / ("folder" if path.is_dir() else "file")
-        for kind, to in (
-            ("a link to the outside", target),
-            ("a link to nothing", outside / "absent"),
-            ("a link to itself", Path(path.name)),
-        ):
-            yield Attack(name, kind, _replaced(name, lambda place, to=to: place.symlink_to(to)))  # type: ignore[misc]
+        target = "folder" if path.is_dir() else "file"
+        yield Attack(name, "a link to the outside", _linked(name, target))
+        yield Attack(name, "a link to nothing", _linked(name, "absent"))
+        yield Attack(name, "a link to itself", _replaced(name, lambda place: place.symlink_to(place.name)))
         # What looks intact to a reader may still be written to elsewhere.
-        yield Attack(name, "a link to a copy", _moved(name, outside))
+        yield Attack(name, "a link to a copy", _moved(name))
         if path.is_file():
             yield Attack(name, "a FIFO", _replaced(name, os.mkfifo))
     for name in ("work", "evaluations", "inspection", "spool", "artifacts", "batches", "heldout"):
         if not (root / name).exists():
-            yield Attack(name, "a new link", lambda base, name=name: (base / name).symlink_to(outside / "folder"))  # type: ignore[misc]
+            yield Attack(name, "a new link", _linked(name, "folder"))
 
 
-def _replaced(name: str, make: Callable[[Path], object]) -> Callable[[Path], None]:
-    def apply(root: Path) -> None:
-        path = root / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+def _replaced(name: str, make: Callable[[Path], object]) -> Callable[[Scene], None]:
+    def apply(scene: Scene) -> None:
+        path = scene.store / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         make(path)
 
     return apply
 
 
-def _moved(name: str, outside: Path) -> Callable[[Path], None]:
-    def apply(root: Path) -> None:
-        kept = outside / "copy"
+def _linked(name: str, target: str) -> Callable[[Scene], None]:
+    return lambda scene: _replaced(name, lambda place: place.symlink_to(scene.outside / target))(scene)
+
+
+def _moved(name: str) -> Callable[[Scene], None]:
+    def apply(scene: Scene) -> None:
+        kept = scene.outside / "copy"
         kept.mkdir()
-        shutil.move(root / name, kept / "it")
-        (root / name).symlink_to(kept / "it")
+        shutil.move(scene.store / name, kept / "it")
+        (scene.store / name).symlink_to(kept / "it")
 
     return apply
 
@@ -188,16 +213,19 @@ def json_attacks(root: Path) -> Iterator[Attack]:
                     if key != value:
                         at = f"{name}:{'.'.join(map(str, place))}"
                         yield Attack(at, "a cycle", _put(name, place, json.dumps(key)))
-        yield Attack(name, "nothing", lambda base, name=name: (base / name).write_text(""))  # type: ignore[misc]
-        yield Attack(name, "no text", lambda base, name=name: (base / name).write_bytes(b"\xff\xfe\0"))  # type: ignore[misc]
+        yield Attack(name, "nothing", _replaced(name, lambda place: place.write_text("")))
+        yield Attack(name, "no text", _replaced(name, lambda place: place.write_bytes(b"\xff\xfe\0")))
 
 
 def configuration_attacks(work: Path) -> Iterator[Attack]:
     """Put each hostile value at each place of the configurations in a working directory."""
     for path in sorted(work.glob("*.yaml")):
         for place, _ in places(yaml.safe_load(path.read_text(encoding="utf-8"))):
+            at = f"{path.name}:{'.'.join(map(str, place))}"
             for kind, text in HOSTILE.items():
-                yield Attack(f"{path.name}:{'.'.join(map(str, place))}", kind, _put(f"../{path.name}", place, text))
+                # A name is no secret, wherever it came from: a run may well be called after `${oc.env:USER}`.
+                if kind != "a secret's name" or not at.endswith((":run", ".data")):
+                    yield Attack(at, kind, _put(f"../{path.name}", place, text))
 
 
 def places(value: Any, at: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], Any]]:
@@ -218,9 +246,9 @@ def _load(path: Path) -> Any:
     return [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
 
 
-def _put(name: str, place: tuple[str | int, ...], text: str) -> Callable[[Path], None]:
-    def apply(root: Path) -> None:
-        path = root / name
+def _put(name: str, place: tuple[str | int, ...], text: str) -> Callable[[Scene], None]:
+    def apply(scene: Scene) -> None:
+        path = scene.store / name
         value = _load(path)
         changed = _with(value, place)
         # Put in as text, since some values are not what Python's writer writes.

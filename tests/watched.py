@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
+import importlib
 import os
 import random
 import re
@@ -12,14 +14,19 @@ import shutil
 import signal
 import sys
 import traceback
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from typer.main import get_command
 
 from pipelines.cli import app, exit_code
 from pipelines.exit_codes import MEANINGS
+
+COMMAND_LINE = get_command(app)
+"""Made once: it takes as long as many a command."""
 
 CPU_SECONDS, WAIT_SECONDS = 20, 120
 """Longest computing and waiting of a command on a tiny store: a cycle that is followed for ever, or a FIFO that is
@@ -57,6 +64,8 @@ class Outcome:
     err: str
     forbidden: list[str]
     """What it tried outside its working directory."""
+    imported: list[str]
+    """Modules that this process has not, by name."""
 
 
 def surroundings(outside: Path) -> None:
@@ -81,20 +90,34 @@ def fingerprint(outside: Path) -> str:
     return found.hexdigest()
 
 
+WRITTEN = ("out", "err", "forbidden", "imported")
+"""Files that an attempt leaves for its parent."""
+
+
 def attempt(arguments: list[str], directory: Path, outside: Path) -> Outcome:
     """Carry out a command in a directory, watched, in a forked child; its ``HOME`` is ``outside``."""
     log = directory.parent / f"log-{random.SystemRandom().randrange(1 << 40):x}"
     log.mkdir()
+    # Else the child's first collection would write to each of our objects, and so copy the memory they lie in.
+    gc.freeze()
     pid = os.fork()
     if not pid:
         _become_command(arguments, directory, outside, log)
+    gc.unfreeze()
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    read = {name: (log / name).read_text(errors="replace") for name in ("out", "err", "forbidden")}
+    out, err, *lists = (log.joinpath(name).read_text(errors="replace") for name in WRITTEN)
     shutil.rmtree(log)
-    forbidden = read["forbidden"].splitlines()
-    return Outcome(
-        -1 if code in (-signal.SIGALRM, -signal.SIGXCPU, -signal.SIGKILL) else code, read["out"], read["err"], forbidden
-    )
+    ended = -1 if code in (-signal.SIGALRM, -signal.SIGXCPU, -signal.SIGKILL) else code
+    return Outcome(ended, out, err, *(text.splitlines() for text in lists))
+
+
+def import_as(outcome: Outcome) -> None:
+    """Import here what a command imported, so that no later one needs to: the longest part of most attempts."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in outcome.imported:
+            with contextlib.suppress(ImportError):
+                importlib.import_module(name)
 
 
 def complaint(outcome: Outcome) -> str | None:
@@ -119,11 +142,12 @@ def complaint(outcome: Outcome) -> str | None:
 
 
 def _become_command(arguments: list[str], directory: Path, outside: Path, log: Path) -> None:
-    code = 99
+    code, known = 99, set(sys.modules)
+    out, err, forbidden, imported = (os.open(log / name, os.O_CREAT | os.O_WRONLY | os.O_APPEND) for name in WRITTEN)
     try:
         os.chdir(directory)
-        for number, name in ((1, "out"), (2, "err")):
-            os.dup2(os.open(log / name, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
+        os.dup2(out, 1)
+        os.dup2(err, 2)
         sys.stdout, sys.stderr = (os.fdopen(number, "w", encoding="utf-8", errors="replace") for number in (1, 2))
         os.environ |= {"HOME": str(outside), "TMPDIR": str(directory), "CANARY": CANARY}
         sys.path.append(str(outside))
@@ -135,14 +159,15 @@ def _become_command(arguments: list[str], directory: Path, outside: Path, log: P
         resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
-        _watch(directory, os.open(log / "forbidden", os.O_CREAT | os.O_WRONLY | os.O_APPEND))
-        code = exit_code(app)
+        _watch(directory, forbidden)
+        code = exit_code(COMMAND_LINE)
     except BaseException:
         traceback.print_exc()
     finally:
         with contextlib.suppress(BaseException):
             sys.stdout.flush()
             sys.stderr.flush()
+            os.write(imported, "\n".join(sys.modules.keys() - known).encode())
         os._exit(code)
 
 

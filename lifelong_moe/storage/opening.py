@@ -95,7 +95,7 @@ def read_bounded(path: Path, most_bytes: int, *, follow: bool) -> bytes:
         OSError: As :func:`open_regular`, or the file is longer.
     """
     with open_regular(path, follow=follow) as file:
-        return _read_at_most(file, most_bytes, path)
+        return _read(file, most_bytes, path)
 
 
 def read_given(path: Path, most_bytes: int) -> bytes:
@@ -115,12 +115,22 @@ def read_given(path: Path, most_bytes: int) -> bytes:
     # From here on a pipe may be waited for: somebody has it open for writing, or it ends at once.
     os.set_blocking(descriptor, True)
     with os.fdopen(descriptor, "rb") as file:
-        return _read_at_most(file, most_bytes, path)
+        return _read(file, most_bytes, path)
 
 
-def _read_at_most(file: BufferedReader, most_bytes: int, path: Path) -> bytes:
-    # One byte more than allowed shows that a file is too long, also one that grows or whose size is not stated.
-    data = file.read(most_bytes + 1)
+def read_up_to(file: BufferedReader, most_bytes: int) -> bytes:
+    """Read to the end of an open file, or one byte beyond ``most_bytes``.
+
+    That byte shows that a file is too long, also one that grows or whose size is not stated.
+    """
+    # Python takes as much memory as it is asked to read, however short the file.
+    stated = os.fstat(file.fileno()).st_size
+    data = file.read(min(stated, most_bytes) + 1)
+    return data + file.read(most_bytes - stated) if stated < len(data) <= most_bytes else data
+
+
+def _read(file: BufferedReader, most_bytes: int, path: Path) -> bytes:
+    data = read_up_to(file, most_bytes)
     if len(data) > most_bytes:
         most = f"{most_bytes >> 20} MiB" if most_bytes >> 20 else f"{most_bytes:,} bytes"
         raise OSError(errno.EFBIG, f"longer than {most}", str(path))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import socket
 import threading
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 
-from lifelong_moe.storage.opening import read_given
+from lifelong_moe.storage.opening import read_given, read_up_to
 from pipelines.cli import app, exit_code
 from tests.retrain_lab import write_retraining
 from tests.tiny import tiny_config, write_config, write_corpora
@@ -158,3 +159,26 @@ def test_a_pipe_into_which_somebody_writes_is_read_to_its_end_and_an_endless_one
         read_given(Path(f"/dev/fd/{reading}"), 100)
     os.close(reading)
     thread.join()
+
+
+def test_reading_takes_no_more_memory_than_the_file_has(tmp_path: Path) -> None:
+    """Python takes as much as it is asked to read: 4 GiB for each file of an inbox."""
+    (tmp_path / "small").write_bytes(b"text")
+    with (tmp_path / "small").open("rb") as file:
+        tracemalloc.start()
+        try:
+            assert read_up_to(file, 256 << 20) == b"text"
+            assert tracemalloc.get_traced_memory()[1] < 1 << 20
+        finally:
+            tracemalloc.stop()
+
+
+@pytest.mark.parametrize("stated", [0, 3, 4, 9])
+def test_what_a_file_states_of_its_size_may_be_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stated: int
+) -> None:
+    (tmp_path / "grows").write_bytes(b"text")
+    monkeypatch.setattr(os, "fstat", lambda _: os.stat_result((0,) * 6 + (stated,) + (0,) * 3))
+    for most, read in ((9, b"text"), (4, b"text"), (3, b"text"), (2, b"tex")):
+        with (tmp_path / "grows").open("rb") as file:
+            assert read_up_to(file, most) == read

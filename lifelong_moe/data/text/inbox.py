@@ -29,7 +29,7 @@ from lifelong_moe.data.text.streams import OpenFile, decode, unpacked, unreadabl
 from lifelong_moe.data.text.strict_json import parse_object
 from lifelong_moe.errors import DataError, one_line
 from lifelong_moe.storage.modes import SHARED, as_private_as
-from lifelong_moe.storage.opening import open_below
+from lifelong_moe.storage.opening import open_below, read_up_to
 
 MANIFEST = "manifest.json"
 # Room for about a hundred thousand files; the manifest is parsed whole in memory.
@@ -149,7 +149,7 @@ class _Arrivals:
                 # By its size first, so that a file of any size takes no memory.
                 is_too_large = stat.st_size > most_bytes
                 # Into memory: a writer who kept the file open could change it between hashing and parsing.
-                data = b"" if is_too_large else file.read(most_bytes + 1)
+                data = b"" if is_too_large else read_up_to(file, most_bytes)
         except OSError as error:
             raise unreadable(shown, error) from error
         if is_too_large or len(data) > most_bytes:
