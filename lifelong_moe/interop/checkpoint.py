@@ -5,15 +5,14 @@ Neither direction needs transformers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lifelong_moe.errors import CheckpointError
 from lifelong_moe.interop.layout.families import Family, read_family
-from lifelong_moe.interop.layout.tensors import Stored, require_names, stored_tensors
+from lifelong_moe.interop.layout.tensors import Stored, has_fused_experts, matched, stored_tensors
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.architecture import Architecture, first_generation
 
@@ -47,27 +46,21 @@ def from_checkpoint(config: Mapping[str, Any], tensors: Mapping[str, Tensor], st
     """
     family = read_family(config, "config.json")
     model = LanguageModel(architecture_of(family, stage))
-    expected = tensors_of(model, family, tensors)
-    require_names(expected, tensors, model.architecture.model, "the checkpoint")
-    ours = model.state_dict()
-    for one in expected:
+    shapes, ours = {name: tuple(tensor.shape) for name, tensor in tensors.items()}, model.state_dict()
+    expected = tensors_of(model, family, fused=has_fused_experts(tensors))
+    for one in matched(expected, shapes, model.architecture.model, "the checkpoint"):
         found = tensors[one.name]
-        if found.shape != one.shape:
-            raise CheckpointError(f"{one.name} has shape {tuple(found.shape)}, and its config asks for {one.shape}.")
         for target, source in zip(pieces(one, ours), found if one.stacked else [found], strict=True):
             target.copy_(source)
     begin_unread(model, family)
     return model
 
 
-def tensors_of(model: LanguageModel, family: Family, names: Iterable[str] = ()) -> list[Stored]:
-    """A model's tensors as a checkpoint of a family has them; fused where ``names`` are those of such a file."""
-    architecture = model.architecture
-    experts = [architecture.experts_in(layer) for layer in range(architecture.model.layers)]
-    fused = any(name.endswith(".mlp.experts.gate_up_proj") for name in names)
-    return list(
-        stored_tensors(family, architecture.model, experts, generations=len(architecture.generations), fused=fused)
-    )
+def tensors_of(model: LanguageModel, family: Family, *, fused: bool = False) -> Iterator[Stored]:
+    """A model's tensors as a checkpoint of a family has them."""
+    shape, born = model.architecture.model, len(model.architecture.generations)
+    experts = [model.architecture.experts_in(layer) for layer in range(shape.layers)]
+    return stored_tensors(family, shape, experts, generations=born, fused=fused)
 
 
 def pieces(stored: Stored, ours: Mapping[str, Tensor]) -> list[Tensor]:

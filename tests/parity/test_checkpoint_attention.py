@@ -16,75 +16,9 @@ from lifelong_moe.model.attention import position_tables
 from lifelong_moe.model.cache import KeyValueCache
 from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel
+from tests.checkpoints import CHECKPOINTS, CONTEXT, LLAMA3, VOCAB, YARN, made
 
 transformers = pytest.importorskip("transformers", reason="parity needs the extra `transformers`")
-
-VOCAB, CONTEXT = 61, 48
-SHARED: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "hidden_size": 24,
-    "intermediate_size": 20,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 3,
-    "max_position_embeddings": CONTEXT,
-    # Larger weights make larger logits, which differ by more than 1e-5 through rounding alone.
-    "initializer_range": 0.15,
-    "bos_token_id": 1,
-}
-LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
-YARN = {"factor": 4.0, "original_max_position_embeddings": 12}
-CHECKPOINTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("Llama", {}),
-    "llama_tied": ("Llama", {"tie_word_embeddings": True, "rms_norm_eps": 1e-4}),
-    "llama_wide_heads": ("Llama", {"head_dim": 10, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}),
-    "llama_llama3": ("Llama", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 900.0, **LLAMA3}}),
-    "llama_linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
-    "llama_yarn": ("Llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, **YARN}}),
-    "mistral": ("Mistral", {"sliding_window": 5}),
-    "mistral_without_window": ("Mistral", {"sliding_window": None, "head_dim": 8}),
-    "qwen2": ("Qwen2", {}),
-    "qwen2_window": ("Qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0}),
-    "qwen3": ("Qwen3", {"head_dim": 6}),
-    "mixtral": ("Mixtral", {"num_local_experts": 5, "num_experts_per_tok": 3}),
-    "olmoe": ("Olmoe", {"num_experts": 6, "num_experts_per_tok": 3, "clip_qkv": 0.5, "norm_topk_prob": False}),
-    "olmoe_renormalized": ("Olmoe", {"num_experts": 6, "num_experts_per_tok": 3, "norm_topk_prob": True}),
-    "qwen3_moe": (
-        "Qwen3Moe",
-        {
-            "head_dim": 6,
-            "num_experts": 5,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 16,
-            "norm_topk_prob": True,
-        },
-    ),
-    "qwen3_moe_some_dense": (
-        "Qwen3Moe",
-        {
-            "head_dim": 4,
-            "num_experts": 5,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 16,
-            "norm_topk_prob": False,
-            "mlp_only_layers": [0],
-        },
-    ),
-}
-
-
-def made(name: str, **more: Any) -> Any:
-    """A random model of transformers; norms and biases are random as well."""
-    kind, keys = CHECKPOINTS[name]
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{kind}Config")(**{**SHARED, **keys, **more})
-    config._attn_implementation = "eager"
-    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.add_(0.3 * torch.randn(parameter.shape))
-    return model
 
 
 def ours_of(theirs: Any) -> LanguageModel:

@@ -143,9 +143,9 @@ def test_tensors_that_do_not_fit(make_model: Make) -> None:
     config, tensors = to_mixtral(make_model())
     name = "model.layers.1.block_sparse_moe.experts.2.w2.weight"
     without = {n: t for n, t in tensors.items() if n != name}
-    with pytest.raises(CheckpointError, match=rf"{name} is missing, and 0 of 41 others are"):
+    with pytest.raises(CheckpointError, match=rf"{name} is missing"):
         from_checkpoint(config, without)
-    with pytest.raises(CheckpointError, match=rf"{name} has shape \(2, 2\), and its config asks for \(16, 8\)"):
+    with pytest.raises(CheckpointError, match=rf"{name} has shape \(2, 2\), its config asks for \(16, 8\)"):
         from_checkpoint(config, without | {name: torch.zeros(2, 2)})
-    with pytest.raises(CheckpointError, match=r"odd\.bias is no tensor of a model with this config"):
+    with pytest.raises(CheckpointError, match=r"odd\.bias is no tensor of a model with its config"):
         from_checkpoint(config, tensors | {"odd.bias": torch.zeros(2)})

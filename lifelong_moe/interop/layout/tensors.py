@@ -7,7 +7,7 @@ Legend: V vocabulary, D model width, E experts, F expert width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from lifelong_moe.config.model import ModelConfig, QKNorm
@@ -110,18 +110,38 @@ def _experts(
     yield Stored(f"{theirs}.down_proj", (len(born), *shape[::-1]), down, stacked=True)
 
 
-def require_names(expected: Iterable[Stored], found: Iterable[str], model: ModelConfig, source: str) -> None:
-    """Require that a checkpoint has every tensor, and no other.
+def has_fused_experts(names: Iterable[str]) -> bool:
+    """Whether a checkpoint with these tensors has a layer's experts in two tensors."""
+    return any(name.endswith(".mlp.experts.gate_up_proj") for name in names)
+
+
+def matched(
+    expected: Iterable[Stored], found: Mapping[str, tuple[int, ...]], model: ModelConfig, source: str
+) -> list[Stored]:
+    """The expected tensors, each of which a checkpoint must have in its shape, and no other.
 
     Rotary frequencies, which early files of Llama hold, and a tied head stored beside the embedding may be there.
+
+    Args:
+        expected: Asked for one by one: what a hostile config asks for ends with the first that the files lack.
+        found: Shapes of the checkpoint's tensors.
+        model: Its shape.
+        source: What messages call it.
 
     Raises:
         CheckpointError: With the name of a tensor.
     """
-    names, there = {one.name for one in expected}, set(found)
-    if missing := sorted(names - there):
-        raise CheckpointError(f"{source}: {missing[0]} is missing, and {len(missing) - 1} of {len(names)} others are.")
-    for name in sorted(there - names):
-        is_copy = name == "lm_head.weight" and model.tie_embeddings
-        if not is_copy and not name.endswith(".rotary_emb.inv_freq"):
-            raise CheckpointError(f"{source}: {name} is no tensor of a model with this config.json.")
+    there = []
+    for one in expected:
+        if one.name not in found:
+            raise CheckpointError(f"{source}: {one.name} is missing.")
+        if found[one.name] != one.shape:
+            raise CheckpointError(f"{source}: {one.name} has shape {found[one.name]}, its config asks for {one.shape}.")
+        there.append(one)
+    if extra := sorted(found.keys() - {one.name for one in there}):
+        for name in extra:
+            # The embedding is the first.
+            is_copy = name == "lm_head.weight" and model.tie_embeddings and found[name] == there[0].shape
+            if not is_copy and not name.endswith(".rotary_emb.inv_freq"):
+                raise CheckpointError(f"{source}: {name} is no tensor of a model with its config.")
+    return there

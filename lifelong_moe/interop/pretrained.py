@@ -1,0 +1,91 @@
+"""Models of checkpoints' folders, read straight into the model's memory: nothing is held twice."""
+
+from __future__ import annotations
+
+from io import BufferedReader
+
+import torch
+from torch import Tensor
+
+from lifelong_moe.errors import CheckpointError
+from lifelong_moe.interop.checkpoint import architecture_of, begin_unread, pieces
+from lifelong_moe.interop.layout.folder import Checkpoint, opened
+from lifelong_moe.interop.layout.safetensors import Extent
+from lifelong_moe.model.transformer import LanguageModel
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+CHUNK = 1 << 18
+"""Numbers that are converted, compared or looked at in one go."""
+
+
+def load_pretrained(checkpoint: Checkpoint, stage: str = "base") -> LanguageModel:
+    """Make a model of a checkpoint; all of it trains, and all experts are of the first generation.
+
+    Args:
+        checkpoint: A folder that was looked through.
+        stage: Name of the stage that the experts are attributed to.
+
+    Returns:
+        On the CPU, its numbers as they are stored; where they are of several kinds, in the one that holds all.
+
+    Raises:
+        CheckpointError: A number is not finite, a tied head is not the embedding, or a file has changed meanwhile.
+    """
+    model = empty_model(checkpoint, stage)
+    ours = model.state_dict()
+    for stored, extent in checkpoint.tensors:
+        with opened(extent.path) as file:
+            file.seek(extent.start)
+            for piece in pieces(stored, ours):
+                _fill(piece, file, extent, stored.name)
+    if checkpoint.head_copy is not None:
+        _require_equal(ours["embedding.weight"], checkpoint.head_copy)
+    begin_unread(model, checkpoint.family)
+    return model
+
+
+def empty_model(checkpoint: Checkpoint, stage: str) -> LanguageModel:
+    """The checkpoint's model, uninitialized."""
+    kinds = {DTYPES[kind] for kind in checkpoint.dtypes}
+    # Neither half holds the other's numbers.
+    dtype = kinds.pop() if len(kinds) == 1 else torch.float32
+    # Without memory at first, so that no time goes into numbers that are replaced. A learned router has no buffers,
+    # which would be lost.
+    with torch.device("meta"):
+        model = LanguageModel(architecture_of(checkpoint.family, stage)).to(dtype)
+    model.to_empty(device="cpu")
+    if checkpoint.model.tie_embeddings:  # two tensors of one memory are two here
+        model.head.weight = model.embedding.weight
+    return model
+
+
+def _fill(target: Tensor, file: BufferedReader, extent: Extent, name: str) -> None:
+    """Read the next numbers of a file into a contiguous tensor."""
+    for part in target.view(-1).split(CHUNK):
+        stored = part if part.dtype == DTYPES[extent.dtype] else torch.empty(len(part), dtype=DTYPES[extent.dtype])
+        _read(stored, file, extent)
+        if not bool(stored.isfinite().all()):
+            raise CheckpointError(f"{extent.path}: {name} holds a number that is not finite.")
+        if stored is not part:
+            part.copy_(stored)
+
+
+def _read(target: Tensor, file: BufferedReader, extent: Extent) -> None:
+    # Raw bytes: NumPy has no bfloat16.
+    into = target.view(torch.uint8).numpy()
+    if file.readinto(into.data) != into.size:
+        raise CheckpointError(f"{extent.path}: became shorter while it was read.")
+
+
+def _require_equal(embedding_VD: Tensor, extent: Extent) -> None:
+    """Require that a tied head which is stored is the embedding."""
+    with opened(extent.path) as file:
+        file.seek(extent.start)
+        for part in embedding_VD.view(-1).split(CHUNK):
+            stored = torch.empty(len(part), dtype=DTYPES[extent.dtype])
+            _read(stored, file, extent)
+            if not torch.equal(stored.to(part.dtype), part):
+                raise CheckpointError(
+                    f"{extent.path}: lm_head.weight differs from model.embed_tokens.weight, although "
+                    f"tie_word_embeddings=True."
+                )
