@@ -86,7 +86,7 @@ def test_theirs_read_by_us(tmp_path: Path) -> None:
         num_key_value_heads=3,
         num_local_experts=5,
         max_position_embeddings=32,
-        initializer_range=0.15,  # larger logits differ by more than 1e-5 through rounding alone
+        initializer_range=0.1,  # at 0.15 some processors' rounding alone exceeds 1e-5
         rope_parameters={"rope_type": "default", "rope_theta": 750.0},
     )
     theirs = transformers.MixtralForCausalLM(config)

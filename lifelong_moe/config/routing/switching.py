@@ -30,7 +30,7 @@ def drop_foreign_keys(written: DictConfig, *, is_stored: bool = False) -> DictCo
         ConfigError: If such a key has another value, since the mode would ignore it.
     """
     mode = written.get("mode", "learned")
-    plain, own = _plain(written), keys_of(mode)
+    plain, own, recorded = _plain(written), keys_of(mode), STORED | settings_of(mode).stored
     for key in sorted(set(plain) - own):
         modes = [name for name in ROUTERS if key in keys_of(name)]
         if not modes and key != "options":
@@ -38,7 +38,7 @@ def drop_foreign_keys(written: DictConfig, *, is_stored: bool = False) -> DictCo
         # A file that is used with several modes may turn off what only some of them have.
         nothing = plain[key] is None or plain[key] is False or (key.endswith("_loss") and plain[key] == 0)
         # So may the configuration that an earlier version logged for this mode.
-        nothing = nothing or (key in STORED and plain[key] == STORED[key])
+        nothing = nothing or (key in recorded and plain[key] == recorded[key])
         if not nothing and not is_stored:
             whose = f"routing.mode={' or '.join(modes)}" if modes else "routers named by dotted path"
             raise ConfigError(f"routing.{key} is for {whose}, not for {mode}. Leave it out.")

@@ -11,7 +11,6 @@ import pytest
 import yaml
 
 from lifelong_moe.config.load import read_config
-from lifelong_moe.config.routing.base import STORED
 from lifelong_moe.config.routing.modes import FOR_ENCODERS, ROUTERS
 from lifelong_moe.config.run import RunConfig
 from lifelong_moe.errors import ConfigError
@@ -158,7 +157,7 @@ def test_a_router_of_ones_own_is_switched_to_like_any_other(load: Load) -> None:
 
 def test_what_every_mode_once_recorded_may_stand_at_its_value(load: Load) -> None:
     """Earlier versions logged every key for every mode; such a file is read again, one with another value is not."""
-    every = STORED | {"mode": "hash"}
+    every = load("{mode: hash}").routing.to_json()
     assert load(json.dumps(every)).routing == load("{mode: hash}").routing
     with pytest.raises(ConfigError, match=r"routing\.jitter is for .*, not for hash"):
         load(json.dumps(every | {"jitter": 0.1, "scale": 3.0}))
