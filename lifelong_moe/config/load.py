@@ -76,7 +76,7 @@ def configure(file: DictConfig, overrides: Sequence[str], path: str) -> LoadedCo
         ignored = sorted(set(file.get("routing") or ()) - set(raw.get("routing") or ()))
     if not ignored:
         return LoadedConfig(raw, config)
-    keys, mode = ", ".join(f"routing.{key}" for key in ignored), raw.routing.get("mode")
+    keys, mode = ", ".join(f"routing.{key}" for key in ignored), config.routing.mode
     return LoadedConfig(raw, config, (f"routing.mode={mode} does without {keys} of {path}; docs/systems.md",))
 
 

@@ -18,7 +18,7 @@ from lifelong_moe.config.retention import (
 )
 from lifelong_moe.config.routing.base import Bundles, RoutingConfig
 from lifelong_moe.config.routing.modes import is_mode, settings_of
-from lifelong_moe.config.routing.switching import valid_routing
+from lifelong_moe.config.routing.switching import FITTING, valid_routing
 from lifelong_moe.errors import ConfigError
 
 DEFINING = {
@@ -145,8 +145,12 @@ def refuse_unfit_mode(raw: DictConfig) -> None:
             share = ReplayConfig().fraction
             if not any(_later(plain, "replay.fraction", share)):
                 needed += overrides(plain, "replay.fraction", share)
-    built = valid_routing(routing)
-    if built is not None and built.noncausal_by and not built.allow_noncausal:
+    # Without keys whose values the mode does not allow; its own stand for them.
+    for unfit in (set[str](), *FITTING):
+        if (built := valid_routing(routing, unfit)) is not None:
+            needed += [f"routing.{key}={built.settings()[key]}" for key in sorted(unfit & routing.keys())]
+            break
+    if built is not None and built.noncausal_by and not routing.get("allow_noncausal"):
         needed.append("routing.allow_noncausal=true")
     if len(needed) > 1:
         raise ConfigError(f"routing.mode={mode} needs more than one key here. Add {' '.join(needed)}.")

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, Node, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers import oc
 
@@ -21,6 +21,14 @@ OF_THE_MACHINE = ("trainer", "evaluate")
 _TO_A_VALUE = re.compile(r"\$\{([\w.]+)\}")
 """A text that is nothing but a reference to another key."""
 
+_KEY = re.compile(r"\$\{(?:oc\.[\w.]+:)?([^{}:,$]*)")
+"""The key that a reference names, also as the first argument of a resolver such as ``oc.select``."""
+
+MOST_RESOLVED = 1 << 20
+"""Characters and values of a configuration whose references are resolved: sixteen times the longest file."""
+MOST_STEPS = 64
+"""Most containers and references behind one another."""
+
 _UNKNOWN = "$ {"
 """How a reference that is not resolved begins where it is text."""
 
@@ -32,6 +40,56 @@ def _environment(key: str, *default: Any) -> str | None:
 
 
 OmegaConf.register_resolver("oc.env", _environment, replace=True)
+
+
+def require_bounded(raw: Node) -> None:
+    """Reject references that multiply, such as ``a: ${b}${b}, b: ${c}${c}, …``: resolved, they would take all memory.
+
+    Nothing is resolved here, so what a resolver such as ``oc.env`` will find counts as nothing.
+
+    Raises:
+        ValueError: With the key, and the most that is resolved.
+    """
+    sizes: dict[int, tuple[int, int]] = {}
+
+    def measured(node: Any) -> tuple[int, int]:
+        """Characters and values of a resolved node, and how many nodes stand behind one another in it."""
+        if not isinstance(node, Node):
+            return 0, 0
+        if id(node) in sizes:
+            return sizes[id(node)]
+        sizes[id(node)] = 0, 0  # meanwhile: a circle, which OmegaConf reports
+        value, inner = node._value(), list[Any]()
+        if isinstance(value, str) and "${" in value:
+            inner = [_target(node, key) for key in _KEY.findall(value)]
+        elif isinstance(value, dict | list):
+            inner = list(value.values() if isinstance(value, dict) else value)
+        found = [measured(one) for one in inner]
+        total = 1 + (len(value) if isinstance(value, str) else 0) + sum(size for size, _ in found)
+        depth = 1 + max((below for _, below in found), default=0)
+        if total > MOST_RESOLVED or depth > MOST_STEPS:
+            what = f"over {MOST_RESOLVED:,} characters" if total > MOST_RESOLVED else f"over {MOST_STEPS} steps"
+            raise ValueError(f"with its references {node._get_full_key(None) or 'the whole'} comes to {what}")
+        sizes[id(node)] = total, depth
+        return total, depth
+
+    measured(raw)
+
+
+def _target(node: Any, key: str) -> Any:
+    """The node that a reference within another node names, or the reference on the way to it; None without one."""
+    # A dot at the beginning is the node's own container, each further one the next.
+    ups = len(key) - len(key.lstrip("."))
+    found = node if ups else node._get_root()
+    for _ in range(ups):
+        found = found and found._get_parent()
+    for step in filter(None, re.split(r"[.\[\]]+", key)):
+        if not isinstance(found, DictConfig | ListConfig) or found._is_interpolation():
+            break
+        content = found._content
+        is_there = step in content if isinstance(content, dict) else step.isdigit() and int(step) < len(content or ())
+        found = content[step if isinstance(content, dict) else int(step)] if is_there else None  # type: ignore[index]
+    return found
 
 
 def note_secrets(raw: DictConfig) -> None:

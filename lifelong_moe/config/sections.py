@@ -13,6 +13,14 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from lifelong_moe.errors import ConfigError
 
 T = TypeVar("T")
+_WORDS = (
+    (re.compile(r"Key (.+) not in '\w+'"), r"there is no key \1"),
+    (re.compile(r"[\w ]+: \w+ is not a subclass of \w+\. value: (.*)"), r"must be a mapping; got \1"),
+    (re.compile(r"Incompatible value 'None' for field of type '.+'|field '.+' is not Optional"), "must not be null"),
+    (re.compile(r"'ListConfig'"), "'list'"),
+    (re.compile(r"'DictConfig'"), "'mapping'"),
+)
+"""What OmegaConf says in the names of classes, and how we say it."""
 _SCHEMAS: dict[type, DictConfig] = {}
 
 
@@ -79,6 +87,8 @@ class errors_under:  # noqa: N801 - a context manager, named like the statement 
             lines = ["is required."] if missing else str(getattr(error, "msg", None) or error).splitlines()
             extra = re.compile(r"\s*(full_key|object_type|reference_type)")
             text = " ".join(line.strip() for line in lines if not extra.match(line))
+            for theirs, ours in _WORDS:
+                text = theirs.sub(ours, text)
             dot = "." if self.path and key and not str(key).startswith("[") else ""
             where = f"{self.path}{dot}{key}" or "config"
             raise ConfigError(f"{where}: {text}") from None

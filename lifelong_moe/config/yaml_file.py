@@ -16,6 +16,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from lifelong_moe.config.references import require_bounded
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.storage.opening import read_bounded, read_given
 
@@ -55,6 +56,7 @@ def read_yaml(path: Path, *, is_base: bool = False) -> DictConfig:
         _require_shallow(text)
         loaded = OmegaConf.load(io.StringIO(text))
         _require_short_numbers(OmegaConf.to_container(loaded, resolve=False))
+        require_bounded(loaded)
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise ConfigError(f"{path}:{line}: invalid UTF-8 at byte {error.start}.") from None
@@ -68,8 +70,10 @@ def read_yaml(path: Path, *, is_base: bool = False) -> DictConfig:
         if mark and "\t" in re.match(r"\s*", text.split("\n")[mark.line])[0]:  # type: ignore[index]
             raise ConfigError(f"{where}: indented with a tab; YAML takes spaces only.") from None
         raise ConfigError(f"{where}: {(getattr(error, 'problem', None) or 'not YAML').rstrip('.')}.") from None
-    except (OmegaConfBaseException, OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: {str(error).splitlines()[0] if str(error) else 'too deeply nested'}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: too deeply nested.") from None
+    except (OmegaConfBaseException, OSError, ValueError) as error:
+        raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from None
     if not isinstance(loaded, DictConfig) or not loaded:
         raise ConfigError(f"{path}: must hold a mapping such as run: NAME; it is empty or a list.")
     return loaded
@@ -129,6 +133,8 @@ def apply_override(raw: DictConfig, override: str) -> None:
         parsed = read._get_node("value")
         # Keys that the file lacks are added; the section rejects those that do not exist.
         OmegaConf.update(raw, key, parsed, force_add=True)
+        # Now, since the next override may name what lies behind a reference.
+        require_bounded(raw)
     except (OmegaConfBaseException, yaml.YAMLError, AttributeError, IndexError, TypeError, ValueError) as error:
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(f"override {override!r} cannot be applied: {text}") from None

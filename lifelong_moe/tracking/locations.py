@@ -1,7 +1,8 @@
 """Where the artifacts of a store's own database go: below ``mlruns/artifacts``, whatever the database says.
 
 The database may come with somebody else's store, and MLflow writes a run's artifacts to whatever folder or address
-stands in its tables. Databases elsewhere, and servers, are the user's own and say themselves where artifacts go.
+stands in its tables, and fetches models from there. Databases elsewhere, and servers, are the user's own and say
+themselves where artifacts go.
 """
 
 from __future__ import annotations
@@ -15,12 +16,19 @@ from contextlib import closing
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from lifelong_moe.redaction import without_credentials
 from lifelong_moe.tracking.connection import sqlite_path
 from lifelong_moe.tracking.spool import RefusedError
 
 ARTIFACTS = "artifacts"
 READ_SECONDS = 10.0
 """Longest time for reading the locations; a hostile database could make it endless."""
+_MODELS = (
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+    ("logged_models", "artifact_location"),
+)
+"""From where MLflow's server fetches what a browser asks of a model, with this user's credentials."""
 # Ids of runs and experiments, as MLflow makes them; "artifacts" ends a run's folder.
 _TAIL = re.compile(r"(?:/\w+)*")
 
@@ -33,10 +41,10 @@ def keep_artifacts_within(uri: str, root: Path) -> None:
         root: The ``mlruns/`` directory.
 
     Raises:
-        RefusedError: If a run keeps its artifacts elsewhere.
+        RefusedError: If a run keeps its artifacts elsewhere or a model at another address.
         sqlite3.Error, OSError: If the database cannot be read.
     """
-    path = _own_database(uri, root)
+    path = own_database(uri, root)
     if path is None:
         return
     # What is not our user's to change may still be read, as long as nothing has to move.
@@ -55,6 +63,9 @@ def keep_artifacts_within(uri: str, root: Path) -> None:
                 )
         used = "SELECT artifact_location FROM experiments WHERE experiment_id IN (SELECT experiment_id FROM runs)"
         _require_all((str(one) for (one,) in connection.execute(f"{used} UNION SELECT artifact_uri FROM runs")), root)
+        for table, column in _MODELS:
+            if table in tables:
+                _require_no_address(str(one) for (one,) in connection.execute(f"SELECT DISTINCT {column} FROM {table}"))
 
 
 def require_within(uri: str, root: Path, location: str) -> None:
@@ -68,7 +79,7 @@ def require_within(uri: str, root: Path, location: str) -> None:
     Raises:
         RefusedError: If it is elsewhere.
     """
-    if _own_database(uri, root) is not None:
+    if own_database(uri, root) is not None:
         _require_all([location], root)
 
 
@@ -78,7 +89,15 @@ def _require_all(locations: Iterable[str], root: Path) -> None:
             raise RefusedError(f"it keeps artifacts in {location}, which is not below {root / ARTIFACTS}")
 
 
-def _own_database(uri: str, root: Path) -> Path | None:
+def _require_no_address(locations: Iterable[str]) -> None:
+    """Require that models are in files or artifacts of this store, to which no request goes."""
+    for location in locations:
+        parts = urlsplit(location)
+        if parts.scheme not in ("", "file", "runs", "models", "mlflow-artifacts") or parts.netloc:
+            raise RefusedError(f"it keeps a model at another address, {without_credentials(location)}")
+
+
+def own_database(uri: str, root: Path) -> Path | None:
     """The database of a tracking URI if it is part of the store."""
     path = sqlite_path(uri)
     if path is None or not path.is_file():

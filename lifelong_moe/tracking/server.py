@@ -16,6 +16,14 @@ from lifelong_moe.errors import ConfigError
 from lifelong_moe.redaction import shown_address
 from lifelong_moe.tracking import guard
 from lifelong_moe.tracking.connection import is_server, probe, resolve_uri, sqlite_path
+from lifelong_moe.tracking.locations import own_database
+
+SILENT = {
+    # Each call of a webhook checks its address against these: none is left.
+    "MLFLOW_WEBHOOK_ALLOWED_SCHEMES": "none",
+    "MLFLOW_ENABLE_AI_GATEWAY": "false",
+}
+"""Settings of a server whose database came with a store: it may hold webhooks and endpoints of somebody else."""
 
 
 def serve_command(uri: str | None, root: Path, port: int, host: str = "127.0.0.1") -> tuple[list[str], dict[str, str]]:
@@ -57,7 +65,7 @@ def serve_command(uri: str | None, root: Path, port: int, host: str = "127.0.0.1
         # Not used by us, and it makes the start 36 s instead of 14 s.
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     }
-    return argv, environment
+    return argv, environment | (SILENT if own_database(uri, root) is not None else {})
 
 
 @contextmanager

@@ -70,9 +70,11 @@ GateSettings = Annotated[
 class SamplingOptions:
     """How the next tokens are sampled."""
 
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.", min=1)] = 100
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.", min=1, max=1 << 20)] = 100
     temperature: Annotated[float, typer.Option(help="0 takes the most probable token.", min=0.0)] = 0.8
-    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens, up to this mass.", min=0.01)] = 0.95
+    top_p: Annotated[
+        float, typer.Option(help="Sample from the likeliest tokens, up to this mass.", min=0.01, max=1.0)
+    ] = 0.95
     seed: Annotated[int, typer.Option(help="Seed of the sampling.", min=0, max=2**63 - 1)] = 0
 
 

@@ -241,7 +241,17 @@ def test_generate(trained: Path, cli: Cli) -> None:
     longer = cli("generate", "tiny", "apple", "--max-new-tokens", str(2 * CONTEXT), "--temperature", "0", "--json")
     assert longer.code == 0, longer.err
     assert cli("generate", "tiny", "", "--max-new-tokens", "4").code == 0
-    assert cli("generate", "tiny", "apple", "--max-new-tokens", "0").code == 2
+    for option, value in (
+        ("max-new-tokens", "0"),
+        ("max-new-tokens", "9" * 20),
+        ("top-p", "2"),
+        ("top-p", "nan"),
+        ("temperature", "-1"),
+        ("temperature", "nan"),
+        ("seed", "-1"),
+    ):
+        refused = cli("generate", "tiny", "apple", f"--{option}={value}")
+        assert refused.code == 2 and f"Invalid value for '--{option}'" in refused.err
 
 
 BAD_LINES = {

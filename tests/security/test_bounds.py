@@ -228,6 +228,45 @@ def test_a_file_that_is_deep_or_multiplies_costs_one_line(text: str) -> None:
     assert str(caught.value).startswith("hostile.yaml") and "\n" not in str(caught.value)
 
 
+NAMES = [f"k{i}" for i in range(41)]
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "'${{{0}}}${{{0}}}'",
+        "'${{oc.select:{0}}}-${{oc.select:{0}}}'",
+        "['${{{0}}}', '${{{0}}}']",
+        "{{x: '${{{0}}}', y: '${{{0}}}'}}",
+    ],
+)
+def test_references_that_double_cost_one_line(
+    written: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forty levels come to a million million characters."""
+    lines = [f"{a}: {written.format(b)}" for a, b in pairwise(NAMES)]
+    given = [f"{a}={written.format(b)}" for a, b in pairwise(NAMES)]
+    texts = {name: Path(f"{name}.yaml").read_text() for name in ("tiny", "compare", "retrain")}
+    for command, name in (("plan", "tiny"), ("compare", "compare"), ("retrain", "retrain")):
+        Path("hostile.yaml").write_text("\n".join([texts[name], *lines, f"{NAMES[-1]}: x", ""]))
+        assert "comes to over 1,048,576 characters" in cost(capsys, monkeypatch, command, "hostile.yaml")
+    for command, name in (("plan", "tiny"), ("compare", "compare")):
+        said = cost(capsys, monkeypatch, command, f"{name}.yaml", f"{NAMES[-1]}=x", *reversed(given), "k0.a=1")
+        assert "comes to over" in said or "key" in said
+
+
+def test_references_that_add_up_to_little_are_resolved() -> None:
+    config = read_config("tiny.yaml", ["method=lifelong", "seed=7", "run='${method}-${seed}-${seed}'"]).config
+    assert config.run == "lifelong-7-7"
+
+
+def test_references_in_a_long_row_cost_one_line() -> None:
+    row = [f"k{i}: ${{k{i + 1}}}" for i in range(3000)]
+    Path("hostile.yaml").write_text("\n".join([Path("tiny.yaml").read_text(), *row, "k3000: x"]))
+    with pytest.raises(ConfigError, match=r"^hostile\.yaml: [^\n]+$"):
+        read_config("hostile.yaml")
+
+
 def test_a_stored_model_larger_than_its_tensors_is_not_built() -> None:
     """Within all bounds it has some 10**18 parameters; the file beside it has those of two small layers."""
     small = build_model()

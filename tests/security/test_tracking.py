@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 import sqlite3
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 from lifelong_moe.config.tracking import TrackingConfig
 from lifelong_moe.storage.keys import text_sha256
 from lifelong_moe.tracking.operations import local_id, operation
+from lifelong_moe.tracking.server import serve_command
 from lifelong_moe.tracking.spool import Spool
 from lifelong_moe.tracking.sync import sync
 from lifelong_moe.tracking.tracker import Tracker
@@ -234,3 +236,72 @@ def test_an_endless_database_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     problem = Tracker.connect(TrackingConfig(), ROOT).problem
     assert problem is not None and "\n" not in problem
+
+
+def called(environment: dict[str, str], address: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the listener hears when a model is registered through a server of this environment."""
+    from mlflow.entities.webhook import WebhookAction, WebhookEntity, WebhookEvent
+    from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore
+    from mlflow.webhooks import delivery
+
+    event = WebhookEvent(WebhookEntity.REGISTERED_MODEL, WebhookAction.CREATED)
+    Listener.calls.clear()
+    with monkeypatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        # Futures instead of threads that nobody waits for, and no webhooks of an earlier call.
+        with ThreadPoolExecutor(1) as executor:
+            patch.setattr(delivery, "_webhook_delivery_executor", executor)
+            patch.setattr(delivery, "_webhook_cache", None)
+            store = SqlAlchemyStore(own_uri())
+            delivery.deliver_webhook(event=event, payload={"name": "m"}, store=store)
+    return list(Listener.calls)
+
+
+def test_the_server_of_a_store_calls_no_webhook(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow.environment_variables import MLFLOW_ENABLE_AI_GATEWAY
+
+    # So that a listener on this machine would be called at all.
+    allowing = {"MLFLOW_WEBHOOK_ALLOWED_SCHEMES": "http", "MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS": "true"}
+    for name, value in allowing.items():
+        monkeypatch.setenv(name, value)
+    execute("INSERT INTO webhooks (webhook_id, name, url, status) VALUES ('w', 'w', ?, 'ACTIVE')", address)
+    execute("INSERT INTO webhook_events (webhook_id, entity, action) VALUES ('w', 'registered_model', 'created')")
+    assert called({}, address, monkeypatch)
+    _, environment = serve_command(None, ROOT, 5000)
+    assert called(environment, address, monkeypatch) == []
+    with monkeypatch.context() as patch:
+        patch.setenv("MLFLOW_ENABLE_AI_GATEWAY", environment["MLFLOW_ENABLE_AI_GATEWAY"])
+        assert MLFLOW_ENABLE_AI_GATEWAY.get() is False
+    # A database of the user's own, elsewhere, may call what it likes.
+    shutil.copy(ROOT / "mlflow.db", "own.db")
+    _, environment = serve_command("sqlite:///own.db", ROOT, 5000)
+    assert environment["MLFLOW_WEBHOOK_ALLOWED_SCHEMES"] == "http"
+
+
+def test_recording_in_a_database_calls_no_webhook(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_WEBHOOK_ALLOWED_SCHEMES", "http")
+    monkeypatch.setenv("MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS", "true")
+    execute("INSERT INTO webhooks (webhook_id, name, url, status) VALUES ('w', 'w', ?, 'ACTIVE')", address)
+    for entity in ("registered_model", "model_version", "model_version_alias", "model_version_tag"):
+        execute("INSERT INTO webhook_events (webhook_id, entity, action) VALUES ('w', ?, 'created')", entity)
+    spool, run = Spool(ROOT, own_uri()), local_id()
+    spool.append(operation("start", run, **GOOD["start"]))
+    spool.append(operation("version", run, **GOOD["version"] | {"tags": {"stage_key": "0" * 64}}))
+    (outcome,) = sync(ROOT)
+    assert (outcome.delivered.operations, Listener.calls) == (2, [])
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "INSERT INTO model_versions (name, version, source) VALUES ('m', 1, 'http://example.org/x')",
+        "INSERT INTO model_versions (name, version, storage_location) VALUES ('m', 1, 's3://theirs/x')",
+        "INSERT INTO model_versions (name, version, source) VALUES ('m', 1, 'mlflow-artifacts://example.org/x')",
+    ],
+)
+def test_a_database_whose_models_are_elsewhere_is_not_used(statement: str) -> None:
+    execute("INSERT INTO registered_models (name, workspace) VALUES ('m', 'default')")
+    execute(statement)
+    problem = Tracker.connect(TrackingConfig(), ROOT).problem
+    assert problem is not None and "it keeps a model at another address" in problem and "\n" not in problem

@@ -137,28 +137,28 @@ def test_only_plain_dataclasses_come_out(load: Load) -> None:
     ("override", "expected"),
     [
         ("modle.layers=3", "key modle is unknown. Did you mean model?"),
-        ("model.layer=3", "model.layer: Key 'layer' not in 'ModelConfig'. Did you mean: 'layers'?"),
-        ("routing.topk=3", "routing.topk: Key 'topk' not in 'LearnedConfig'. Did you mean: 'top_k'?"),
+        ("model.layer=3", "model.layer: there is no key 'layer'. Did you mean: 'layers'?"),
+        ("routing.topk=3", "routing.topk: there is no key 'topk'. Did you mean: 'top_k'?"),
         (
             "trainer.precisoin=x",
-            "trainer.precisoin: Key 'precisoin' not in 'TrainerConfig'. Did you mean: 'precision'?",
+            "trainer.precisoin: there is no key 'precisoin'. Did you mean: 'precision'?",
         ),
         (
             "stages[1].grow.expert=3",
-            "stages[1].grow.expert: Key 'expert' not in 'GrowConfig'. Did you mean: 'experts'?",
+            "stages[1].grow.expert: there is no key 'expert'. Did you mean: 'experts'?",
         ),
         (
             "trainer.gradient_clip_val=1",
-            "trainer.gradient_clip_val: Key 'gradient_clip_val' not in 'TrainerConfig'. Did you mean: 'gradient_clip'?",
+            "trainer.gradient_clip_val: there is no key 'gradient_clip_val'. Did you mean: 'gradient_clip'?",
         ),
-        ("stages[0].token=3", "stages[0].token: Key 'token' not in 'StageConfig'. Did you mean: 'tokens'?"),
+        ("stages[0].token=3", "stages[0].token: there is no key 'token'. Did you mean: 'tokens'?"),
         (
             "stage_defaults.grow.expert=3",
-            "stage_defaults.grow.expert: Key 'expert' not in 'GrowConfig'. Did you mean: 'experts'?",
+            "stage_defaults.grow.expert: there is no key 'expert'. Did you mean: 'experts'?",
         ),
         (
             "distributions.english.bultin=x",
-            "distributions.english.bultin: Key 'bultin' not in 'SourceConfig'. Did you mean: 'builtin'?",
+            "distributions.english.bultin: there is no key 'bultin'. Did you mean: 'builtin'?",
         ),
         ("stages[0].data=englsh", "stages[0].data=englsh is unknown. Did you mean english?"),
         ("evaluate.also=[python, pyton]", "evaluate.also[1]=pyton is unknown. Did you mean python?"),
@@ -180,8 +180,13 @@ def test_an_unknown_key_near_nothing_lists_what_there_is(load: Load) -> None:
         ("seed=1.5", "seed: Value '1.5' of type 'float' could not be converted to Integer"),
         ("seed=true", "seed: Value 'True' of type 'bool' could not be converted to Integer"),
         ("model.layers=two", "model.layers: Value 'two' of type 'str' could not be converted to Integer"),
-        ("model.layers=null", "model.layers: Incompatible value 'None' for field of type 'int'"),
-        ("run=", "run: Incompatible value 'None' for field of type 'str'"),
+        ("model.layers=null", "model.layers: must not be null"),
+        ("run=", "run: must not be null"),
+        ("method=null", "method: must not be null"),
+        ("stages[0].grow=null", "stages[0].grow: must not be null"),
+        ("stages[0].optim=7", "stages[0]: must be a mapping; got 7"),
+        ("model.layers=[2]", "model.layers: Value '[2]' of type 'list' could not be converted to Integer"),
+        ("model.layers={a: 2}", "model.layers: Value '{'a': 2}' of type 'mapping' could not be converted to Integer"),
         (
             "method=lifelnog",
             "method: Invalid value 'lifelnog', expected one of [lifelong, sequential, static_moe, replay, "

@@ -122,6 +122,9 @@ def test_a_file_is_taken_at_its_word(load: Load) -> None:
     assert str(caught.value) == (
         "routing.mode=vmoe needs more than one key here. Add routing.bundles=none routing.allow_noncausal=true."
     )
+    with pytest.raises(ConfigError) as caught:
+        load("{mode: base, top_k: 2, bundles: cluster}")
+    assert str(caught.value).endswith("Add routing.bundles=none routing.top_k=1 routing.allow_noncausal=true.")
     with pytest.raises(ConfigError, match=r"routing\.chunk_tokens is for .*, not for hash"):
         load("{mode: hash, chunk_tokens: 8}", "routing.mode=hash")  # the same mode
 
@@ -135,6 +138,12 @@ def test_what_is_left_out_is_said(tmp_path: Path) -> None:
         f"routing.mode=relu does without routing.score of {path}; docs/systems.md",
     )
     assert read_config(path, ["routing.top_k=3"]).left_behind == ()
+
+
+def test_a_section_that_an_override_removes_is_the_default(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(FILE.replace("ROUTING", "{top_k: 1, renormalize: false}"), encoding="utf-8")
+    loaded = read_config(tmp_path / "run.yaml", ["routing=null"])
+    assert (loaded.config.routing.mode, loaded.config.routing.settings()["top_k"]) == ("learned", 2)
 
 
 def test_stages_with_deltas_of_their_own_are_named(load: Load) -> None:
