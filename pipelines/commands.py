@@ -50,9 +50,10 @@ def run(
 ) -> None:
     """Train the stages that are not committed, evaluate each, and report."""
     from lifelong_moe.config.load import read_config
+    from lifelong_moe.interop.layout.complete import with_checkpoint
     from pipelines.preflight import check_memory
 
-    loaded = read_config(config, overrides or [])
+    loaded = read_config(config, overrides or [], with_checkpoint)
     check_memory(loaded.config)
     from pipelines.run.run import run as run_stages
 
@@ -65,9 +66,10 @@ def run(
 def plan(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Show what a run would do and what it would cost; train nothing."""
     from lifelong_moe.config.load import read_config
+    from lifelong_moe.interop.layout.complete import with_checkpoint
     from pipelines.preflight import check_memory
 
-    loaded = read_config(config, overrides or [])
+    loaded = read_config(config, overrides or [], with_checkpoint)
     check_memory(loaded.config)
     from pipelines.run.plan import plan as show_plan
 
@@ -99,9 +101,10 @@ def compare(
 def prepare(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Fetch and tokenize everything that a run reads, so that training needs no network; train nothing."""
     from lifelong_moe.config.load import read_config
+    from lifelong_moe.interop.layout.complete import with_checkpoint
     from pipelines.preflight import check_memory
 
-    loaded = read_config(config, overrides or [])
+    loaded = read_config(config, overrides or [], with_checkpoint)
     check_memory(loaded.config)
     from pipelines.run.prepare import prepare as prepare_data
 

@@ -17,6 +17,7 @@ import torch
 import yaml
 
 from lifelong_moe.config.load import read_config
+from lifelong_moe.interop.layout.complete import with_checkpoint
 from lifelong_moe.store.stages import StageStore
 from pipelines.cli import exit_code
 from pipelines.run.run import run
@@ -87,7 +88,7 @@ def write_config(config: dict[str, Any], path: str = "tiny.yaml") -> str:
 def train(path: str = "tiny.yaml", *overrides: str, replace: bool = False) -> tuple[dict[str, Any], str]:
     """Run in this process; returns the report and what was printed."""
     printed = io.StringIO()
-    report = run(read_config(path, overrides), replace, SafeConsole(printed, width=200))
+    report = run(read_config(path, overrides, with_checkpoint), replace, SafeConsole(printed, width=200))
     return json.loads(json.dumps(report.to_json())), printed.getvalue()
 
 

@@ -82,6 +82,28 @@ class SourceConfig:
 
 
 @dataclass(kw_only=True)
+class BaseConfig:
+    """The checkpoint that a run begins with. ``model.from`` fills this section and the keys of ``model``; do not write
+    it yourself."""
+
+    path: str | None = None
+    """Folder of the checkpoint; read until its model is in the store. Null: the run begins with random weights."""
+    sha256: str | None = None
+    """Of its configuration and its weights."""
+    vocab_size: int = 0
+    """Rows of its embedding, of which a tokenizer may use fewer."""
+
+    def __post_init__(self) -> None:
+        if (self.path is None) != (self.sha256 is None) or (self.path is None) != (self.vocab_size == 0):
+            raise ConfigError("base is filled by model.from: write model.from=FOLDER and leave base out.")
+
+    @property
+    def is_given(self) -> bool:
+        """Whether there is one."""
+        return self.path is not None
+
+
+@dataclass(kw_only=True)
 class TokenizerConfig:
     """Byte-level BPE, trained once on the first stage's training text and never changed again."""
 

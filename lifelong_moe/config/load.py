@@ -7,7 +7,7 @@ packages see plain dataclasses only.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,28 +49,42 @@ class LoadedConfig:
     """Messages on keys of the file that do not apply to the routing mode set by an override."""
 
 
-def read_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig:
+def as_it_is(raw: DictConfig) -> DictConfig:
+    """No change: what a configuration is completed with where it names no checkpoint."""
+    return raw
+
+
+def read_config(
+    path: str | Path, overrides: Sequence[str] = (), complete: Callable[[DictConfig], DictConfig] = as_it_is
+) -> LoadedConfig:
     """Read a YAML file, apply ``key=value`` overrides, validate, and build the run's configuration.
 
     Args:
         path: YAML file, or ``-`` for standard input.
         overrides: Such as ``seed=1`` or ``stages[1].grow.experts=4``; the value is YAML.
+        complete: Fills in what the configuration refers to, such as ``model.from``.
 
     Raises:
         ConfigError: With the full key or file and line, what was required and what came, on one line.
     """
-    return configure(read_yaml(Path(path)), overrides, str(path))
+    return configure(read_yaml(Path(path)), overrides, str(path), complete)
 
 
-def configure(file: DictConfig, overrides: Sequence[str], path: str) -> LoadedConfig:
+def configure(
+    file: DictConfig,
+    overrides: Sequence[str],
+    path: str,
+    complete: Callable[[DictConfig], DictConfig] = as_it_is,
+) -> LoadedConfig:
     """Build a configuration from a file that was read before, such as the one that all runs of a comparison share.
 
     Args:
         file: As from :func:`~lifelong_moe.config.yaml_file.read_yaml`; left unchanged.
         overrides: See :func:`read_config`.
         path: What messages call the file.
+        complete: See :func:`read_config`.
     """
-    raw = overridden(file, overrides)
+    raw = complete(overridden(file, overrides))
     config = build_config(raw)
     with errors_under(""):
         ignored = sorted(set(file.get("routing") or ()) - set(raw.get("routing") or ()))
@@ -159,7 +173,7 @@ def _built(raw: DictConfig, *, is_stored: bool) -> RunConfig:
     if not is_stored:
         config.routing.require_gate_gradient()
         refuse_idle_method(config.method, config.routing, config.stages, raw)
-        refuse_moving_trunk(config.method, config.routing, config.stages)
+        refuse_moving_trunk(config.method, config.routing, config.stages, 0 if config.base.is_given else 1)
     # YAML can write .nan and .inf, and NaN passes checks such as `lr <= 0`.
     require_finite(config, "")
     return config

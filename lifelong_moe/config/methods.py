@@ -165,19 +165,20 @@ def _later(plain: Any, key: str, default: object) -> list[Any]:
     return [section.get(name, known[0].get(name, default)) for section in known[1:]]
 
 
-def refuse_moving_trunk(method: str, routing: RoutingConfig, stages: Sequence[Stage]) -> None:
+def refuse_moving_trunk(method: str, routing: RoutingConfig, stages: Sequence[Stage], first: int = 1) -> None:
     """Reject training the trunk beside frozen generations: their tokens use it, so old text would be forgotten.
 
     Args:
         method: The run's method; all but ``lifelong`` train every parameter and have no generations to protect.
         routing: The run's routing.
         stages: All stages.
+        first: The first that continues a model.
     """
     if method != "lifelong" or routing.bundles == Bundles.none:
         return
     # Until a stage grows there is one generation, which trains on together with the trunk.
     grown = 0
-    for i, stage in enumerate(stages[1:], start=1):
+    for i, stage in enumerate(stages[first:], start=first):
         grown += stage.grow.experts
         moves = not stage.trunk.is_frozen and not (stage.kind == "finetune" and stage.finetune.trainable == "moe")
         if grown and moves:

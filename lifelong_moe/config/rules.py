@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from lifelong_moe.config.model import ExpertsImplementation
 from lifelong_moe.config.names import NAME, SCRATCH, require_known
-from lifelong_moe.config.routing.base import Bundles
+from lifelong_moe.config.routing.base import Bundles, Centroids, Score
 from lifelong_moe.config.routing.modes import FOR_ENCODERS
+from lifelong_moe.config.routing.topk import LearnedConfig
 from lifelong_moe.config.run import Method, RunConfig
 from lifelong_moe.config.stage_rules import require_consistent_stage
 from lifelong_moe.config.training import Offload
@@ -19,6 +20,8 @@ def require_consistent(run: RunConfig) -> None:
         ConfigError: With the full key, what was required and what came.
     """
     _check_execution(run)
+    if run.base.is_given:
+        _check_base(run)
     for i, stage in enumerate(run.stages):
         require_consistent_stage(run, i, stage)
     _check_evaluated(run)
@@ -53,6 +56,27 @@ def _check_execution(run: RunConfig) -> None:
                     f"frozen.offload=cpu with trainer.{key}=true: a layer would be computed again without its "
                     f"weights. Set one of them off."
                 )
+
+
+def _check_base(run: RunConfig) -> None:
+    """Require a method and a router that leave a checkpoint's model as it is, and need no text of its pretraining."""
+    if run.method in (Method.static_moe, Method.joint, Method.unrestrained):
+        raise ConfigError(f"method={run.method} begins with random weights, and model.from with a checkpoint.")
+    for i, stage in enumerate(run.stages):
+        if stage.name == "base":
+            raise ConfigError(f"stages[{i}].name=base is the name of the checkpoint's experts; set another one.")
+    routing = run.routing
+    if not isinstance(routing, LearnedConfig) or routing.score != Score.softmax or routing.gate_scale != 1:
+        raise ConfigError(
+            "model.from needs routing.mode=learned with score=softmax and gate_scale=1, as checkpoints have it."
+        )
+    if routing.capacity is not None or routing.bias_rate or routing.expert_groups > 1:
+        raise ConfigError("model.from needs routing without capacity, bias_rate and expert_groups.")
+    if routing.bundles == Bundles.cluster and routing.centroids == Centroids.fitted:
+        raise ConfigError(
+            "routing.bundles=cluster tells generations apart by text of each, and model.from brings none of its own. "
+            "Set routing.bundles=label, or none."
+        )
 
 
 def _check_evaluated(run: RunConfig) -> None:
@@ -122,6 +146,8 @@ def _check_number_of_experts(run: RunConfig) -> None:
         )
     # A dense model that is going to be upcycled has one expert, whatever `top_k` its later stages use.
     dense = run.model.most_experts == 1 and run.routing.mode == "learned" and not run.routing.by_generation
+    # A checkpoint that is dense stays so for its own text, whatever else uses several.
+    dense |= run.base.is_given and run.model.most_experts == 1
     if run.routing.top_k > run.model.fewest_experts and not dense:
         raise ConfigError(f"routing.top_k={run.routing.top_k} must not exceed model.experts={run.model.experts}.")
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from lifelong_moe.config.data import SourceConfig, TokenizerConfig
+from lifelong_moe.config.data import BaseConfig, SourceConfig, TokenizerConfig
 from lifelong_moe.config.evaluation import EvaluateConfig
 from lifelong_moe.config.growth import GrowConfig
 from lifelong_moe.config.model import ModelConfig
@@ -122,6 +122,8 @@ class RunConfig:
     """Every distribution to train on or to evaluate, by name."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The transformer's shape."""
+    base: BaseConfig = field(default_factory=BaseConfig)
+    """The checkpoint that it begins with, as ``model.from`` found it."""
     # `load.py` takes the dataclass of `routing.mode` in place of this default's.
     routing: RoutingConfig = field(default_factory=LearnedConfig)
     """How tokens reach experts."""
@@ -152,6 +154,10 @@ class RunConfig:
             if not NAME.fullmatch(name):
                 raise ConfigError(f"distributions.{name} may hold letters, digits, '_', '-' and '.' only.")
         self._name_stages()
+
+    def continues(self, i: int) -> bool:
+        """Whether the ``i``-th stage continues a model: that of the stage before it, or a checkpoint."""
+        return i > 0 or self.base.is_given
 
     def _name_stages(self) -> None:
         taken: set[str] = set()

@@ -27,7 +27,7 @@ def require_consistent_stage(run: RunConfig, i: int, stage: StageConfig) -> None
     _check_finetuning(run, i, stage)
     _check_experts(run, i, stage)
     # Other methods use none of these sections as they are in the configuration.
-    if i and run.method == Method.lifelong:
+    if run.continues(i) and run.method == Method.lifelong:
         require_text(stage.distill, stage.replay, i)
         _check_student(run, i, stage)
         _check_growth(run, i, stage)
@@ -99,7 +99,7 @@ def _check_finetuning(run: RunConfig, i: int, stage: StageConfig) -> None:
         raise ConfigError(
             f"stages[{i}].kind=finetune needs prompts and answers: set distributions.{stage.data}.answer_field."
         )
-    if i == 0:
+    if not run.continues(i):
         raise ConfigError("stages[0].kind=finetune: there is no model yet to fine-tune.")
     if stage.finetune.patience is not None and run.trainer.processes > 1:
         raise ConfigError(f"stages[{i}].finetune.patience needs trainer.devices=1.")
@@ -107,16 +107,16 @@ def _check_finetuning(run: RunConfig, i: int, stage: StageConfig) -> None:
 
 def _check_experts(run: RunConfig, i: int, stage: StageConfig) -> None:
     """Require ``top_k`` experts for each cluster, label or generation."""
-    experts = run.model.fewest_experts if i == 0 else stage.grow.experts
+    experts = stage.grow.experts if run.continues(i) else run.model.fewest_experts
     by_group = run.routing.by_label or run.routing.by_document
     # Other methods add no experts after the first stage.
-    grows = i == 0 or run.method == Method.lifelong
+    grows = not run.continues(i) or run.method == Method.lifelong
     if not by_group or not grows or experts == 0:
         return
     routing = run.routing
     groups = 1 if routing.by_generation or not isinstance(routing, ClusterConfig) else (routing.clusters or 1)
     if experts < groups * run.routing.top_k:
-        key = "model.experts" if i == 0 else f"stages[{i}].grow.experts"
+        key = f"stages[{i}].grow.experts" if run.continues(i) else "model.experts"
         raise ConfigError(
             f"{key}={experts} is too few: {groups} group(s) of routing.top_k={run.routing.top_k} experts each "
             f"need {groups * run.routing.top_k}."
@@ -191,7 +191,7 @@ def _check_student(run: RunConfig, i: int, stage: StageConfig) -> None:
 
 def _check_upcycling(run: RunConfig, i: int, stage: StageConfig) -> None:
     """Require a dense model before upcycling, and gates that sum to 1, so that copies leave outputs unchanged."""
-    routing, before = run.routing, [s.grow.experts for s in run.stages[1:i]]
+    routing, before = run.routing, [s.grow.experts for j, s in enumerate(run.stages[:i]) if run.continues(j)]
     if run.model.most_experts > 1 or any(before):
         raise ConfigError(
             f"stages[{i}].grow.init=upcycle copies a dense model: set model.experts=1, and no growth before it."

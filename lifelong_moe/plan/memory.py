@@ -20,8 +20,8 @@ from lifelong_moe.plan.architecture import Architecture
 from lifelong_moe.plan.cost import parameters_by_part
 from lifelong_moe.plan.disk import BYTES, TOKEN_BYTES
 from lifelong_moe.plan.methods import stage_specs
-from lifelong_moe.plan.planned import trainable_parameters
-from lifelong_moe.plan.spec import StageSpec
+from lifelong_moe.plan.planned import planned_base, trainable_parameters
+from lifelong_moe.plan.spec import BASE, StageSpec
 
 CHUNK_TOKENS = 1024
 """Tokens whose logits are there at once; :data:`lifelong_moe.ops.losses.CHUNK_TOKENS`."""
@@ -130,11 +130,12 @@ def memory_needs(config: RunConfig) -> Iterator[tuple[str, MemoryNeed]]:
     Without text the vocabulary is as configured, or, with a tokenizer's file, the smallest possible.
     """
     vocabulary = config.tokenizer.vocab_size if config.tokenizer.file is None else LEAST_VOCABULARY
-    architectures: list[Architecture] = []
-    for spec in stage_specs(config):
+    base = planned_base(config, 0)
+    architectures = {} if base is None else {BASE: base.architecture}
+    for i, spec in enumerate(stage_specs(config)):
         parent = None if spec.parent is None else architectures[spec.parent]
-        architectures.append(spec.architecture(parent, vocabulary, 0))
-        yield spec.name, memory_need(spec, architectures[-1], config.trainer)
+        architectures[i] = spec.architecture(parent, vocabulary, 0)
+        yield spec.name, memory_need(spec, architectures[i], config.trainer)
 
 
 def require_memory(config: RunConfig) -> None:

@@ -36,7 +36,7 @@ from lifelong_moe.config.names import SCRATCH
 from lifelong_moe.config.retention import DistillText, PenaltyKind, ReplayConfig, ReplaySource
 from lifelong_moe.config.rules import require_consistent
 from lifelong_moe.config.run import Method, RunConfig, StageConfig, StageKind
-from lifelong_moe.plan.spec import StageSpec
+from lifelong_moe.plan.spec import BASE, BASE_NAME, StageSpec
 
 MOST_TURNS = 1000
 """Longest round of turns of the joint stage's distributions; shares that would need more are rounded."""
@@ -98,7 +98,7 @@ def _require_groups(config: RunConfig, recipe: Recipe) -> None:
     for num in sorted(set(config.model.experts_by_layer) - {0}):
         config.routing.require_groups(num, "model.experts", is_first=True)
     for i, stage in enumerate(config.stages):
-        if _grows(recipe, i, stage):
+        if config.continues(i) and _grows(recipe, stage):
             key = f"stages[{i}].grow.experts"
             config.routing.require_groups(stage.grow.experts, key, is_first=False)
 
@@ -120,7 +120,7 @@ def earlier_distributions(config: RunConfig, i: int) -> tuple[str, ...]:
 
 def _spec(config: RunConfig, recipe: Recipe, i: int, stage: StageConfig, gone: Collection[str] = ()) -> StageSpec:
     # Only mechanisms that have an effect are set, so that equal work has equal keys.
-    later = i > 0
+    later = config.continues(i)
     earlier = earlier_distributions(config, i)
     if stage.replay.source == ReplaySource.stored:
         earlier = tuple(name for name in earlier if name not in gone)
@@ -135,13 +135,13 @@ def _spec(config: RunConfig, recipe: Recipe, i: int, stage: StageConfig, gone: C
     measures = penalty.kind == PenaltyKind.ewc
     holds = penalty.kind != PenaltyKind.none and penalty.factor > 0 and (bool(earlier) or not measures)
     penalizes = later and recipe.penalty and holds
-    grows = _grows(recipe, i, stage)
-    grown = any(_grows(recipe, j, earlier) for j, earlier in enumerate(config.stages[: i + 1]))
+    grows = later and _grows(recipe, stage)
+    grown = any(config.continues(j) and _grows(recipe, one) for j, one in enumerate(config.stages[: i + 1]))
     fisher_data = earlier if penalizes and measures and stage.replay.source == ReplaySource.stored else ()
     uses_old_text = bool(replayed) or (penalizes and measures)
     return replace(
         _plain(config, stage, grown),
-        parent=i - 1 if later else None,
+        parent=(i - 1 if i else BASE) if later else None,
         replayed=replayed,
         replay_weights=(1,) * len(replayed),
         replay=ReplayConfig(
@@ -159,10 +159,10 @@ def _spec(config: RunConfig, recipe: Recipe, i: int, stage: StageConfig, gone: C
     ).effective()
 
 
-def _grows(recipe: Recipe, i: int, stage: StageConfig) -> bool:
-    """Whether the ``i``-th stage adds experts."""
+def _grows(recipe: Recipe, stage: StageConfig) -> bool:
+    """Whether a stage that continues a model adds experts."""
     trains_old = stage.continues is not None or stage.kind == StageKind.finetune or stage.distill.student is not None
-    return i > 0 and recipe.grow and bool(stage.grow.experts) and not trains_old
+    return recipe.grow and bool(stage.grow.experts) and not trains_old
 
 
 def _plain(config: RunConfig, stage: StageConfig, grown: bool) -> StageSpec:
@@ -194,6 +194,11 @@ def _plain(config: RunConfig, stage: StageConfig, grown: bool) -> StageSpec:
         accumulate=config.trainer.accumulate_grad_batches,
         processes=config.trainer.processes,
     )
+
+
+def base_spec(config: RunConfig) -> StageSpec:
+    """What the record of a checkpoint's stage says of its training here: none."""
+    return replace(_plain(config, StageConfig(data=BASE_NAME, name=BASE_NAME), grown=False), tokens=0, seed=0)
 
 
 def _first(config: RunConfig, stage: StageConfig, name: str) -> StageSpec:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from lifelong_moe.config.routing.base import Bundles
 from lifelong_moe.config.routing.routers import ClusterConfig
+from lifelong_moe.config.run import RunConfig
 from lifelong_moe.data.tokens.identity import DataIdentity
 from lifelong_moe.errors import ConfigError
-from lifelong_moe.plan.architecture import Architecture
+from lifelong_moe.plan.architecture import Architecture, first_generation
 from lifelong_moe.plan.cost import ParameterCount, count_parameters, parameters_by_part
 from lifelong_moe.plan.flops import stage_flops
 from lifelong_moe.plan.key import stage_key
-from lifelong_moe.plan.spec import StageSpec
+from lifelong_moe.plan.spec import BASE_NAME, StageSpec
+from lifelong_moe.storage.keys import content_key
 
 
 @dataclass(frozen=True)
@@ -87,3 +91,34 @@ def trainable_parameters(spec: StageSpec, architecture: Architecture) -> int:
     """Parameters that a stage trains."""
     counts = parameters_by_part(architecture)
     return sum(num for (part, generation), num in counts.items() if spec.trains_part(architecture, part, generation))
+
+
+@dataclass(frozen=True)
+class PlannedBase:
+    """A checkpoint's model before anything is trained."""
+
+    identity: Mapping[str, Any]
+    """What its key is a hash of: the checkpoint's files, and what the run makes of them."""
+    architecture: Architecture
+
+    @property
+    def key(self) -> str:
+        """Its content address."""
+        return content_key(self.identity)
+
+
+def planned_base(config: RunConfig, bos_id: int) -> PlannedBase | None:
+    """The checkpoint of a run; None if it begins with random weights.
+
+    Args:
+        config: The run.
+        bos_id: The document separator.
+    """
+    if not config.base.is_given:
+        return None
+    routing = config.routing.effective(grown=False)
+    first = (first_generation(BASE_NAME, config.model),)
+    architecture = Architecture(config.model, routing, config.base.vocab_size, bos_id, first)
+    # A run's context and masks are the model's, and each later stage's architecture is its parent's.
+    identity = {"derived": "import", "from": None, "sha256": config.base.sha256, "model": architecture.to_json()}
+    return PlannedBase(identity, architecture)

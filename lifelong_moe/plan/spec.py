@@ -29,6 +29,10 @@ from lifelong_moe.plan.phase import Phase, Trains
 from lifelong_moe.storage.grammars import Name
 from lifelong_moe.storage.plain import PlainError, from_plain
 
+BASE = -1
+"""In place of a stage's index: the checkpoint that a run begins with."""
+BASE_NAME = "base"
+"""The stage that a checkpoint's experts are attributed to."""
 HASH_WARMUP = 0.1
 """Share of the first stage that trains with hash routing before centroids of hidden states are fitted."""
 _REPLAY = {"replay_fraction": "fraction", "replay_source": "source", "replay_buffer": "buffer_tokens"}
@@ -43,7 +47,7 @@ class StageSpec:
     data: Name
     """The distribution it learns."""
     parent: int | None
-    """Index of the stage it continues; None begins from random weights."""
+    """Index of the stage it continues, :data:`BASE` for a checkpoint; None begins from random weights."""
     replayed: tuple[Name, ...]
     """Earlier distributions whose text is mixed in; without a parent, those that are learned at the same time."""
     replay_weights: tuple[int, ...]

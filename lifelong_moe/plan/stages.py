@@ -11,18 +11,22 @@ from lifelong_moe.errors import ConfigError
 from lifelong_moe.plan.architecture import Architecture
 from lifelong_moe.plan.disk import DiskNeed, disk_need
 from lifelong_moe.plan.methods import stage_specs
-from lifelong_moe.plan.planned import PlannedStage
+from lifelong_moe.plan.planned import PlannedStage, planned_base
+from lifelong_moe.plan.spec import BASE
 
 
 def plan_stages(config: RunConfig, data: DataIdentity) -> list[PlannedStage]:
     """Resolve all stages of a run on its data."""
     planned: list[PlannedStage] = []
+    base = planned_base(config, data.bos_id)
+    # Depth, key and architecture by index; specs come in order of training, so the parent is there already.
+    known = {} if base is None else {BASE: (0, base.key, base.architecture)}
     for index, spec in enumerate(stage_specs(config)):
-        # Specs come in order of training, so the parent has its key already.
-        parent = None if spec.parent is None else planned[spec.parent]
-        depth = parent.depth + 1 if parent else 0
-        before = (parent.key, parent.architecture) if parent else None
-        planned.append(PlannedStage.of(spec, index, depth, before, data))
+        parent = None if spec.parent is None else known[spec.parent]
+        depth = parent[0] + 1 if parent else 0
+        stage = PlannedStage.of(spec, index, depth, parent[1:] if parent else None, data)
+        known[index] = depth, stage.key, stage.architecture
+        planned.append(stage)
     return planned
 
 
@@ -39,7 +43,7 @@ def plan_next(
         gone: Distributions whose training text was removed, which are not replayed.
     """
     spec, index = stage_specs(config, gone)[-1], len(config.stages) - 1
-    return PlannedStage.of(spec, index, index, (parent_key, parent), data)
+    return PlannedStage.of(spec, index, index + config.base.is_given, (parent_key, parent), data)
 
 
 def chain(planned: list[PlannedStage]) -> list[PlannedStage]:

@@ -16,6 +16,7 @@ from lifelong_moe.plan.disk import run_need
 from lifelong_moe.plan.memory import memory_need
 from lifelong_moe.plan.planned import PlannedStage
 from lifelong_moe.plan.published import sentence as published_sentence
+from lifelong_moe.plan.spec import BASE
 from lifelong_moe.plan.stages import stage_need
 from lifelong_moe.storage.keys import SHORT
 from lifelong_moe.store.runs import RunRecord
@@ -83,7 +84,10 @@ def _divergence(prepared: Prepared) -> dict[str, dict[str, float]]:
 def _row(i: int, prepared: Prepared, store: StageStore) -> dict[str, Any]:
     planned = prepared.plan[i]
     spec, count, committed = planned.spec, planned.parameters, store.find(planned.key)
-    before = count_parameters(prepared.plan[spec.parent].architecture) if spec.parent is not None else None
+    before = None
+    if spec.parent is not None:
+        base = prepared.base if spec.parent == BASE else None
+        before = count_parameters((base or prepared.plan[spec.parent]).architecture)
     return {
         "name": spec.name,
         "key": planned.key,

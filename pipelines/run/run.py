@@ -20,6 +20,7 @@ from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.advice import idle_retention, noncausal_routing
 from lifelong_moe.plan.methods import RECIPES
 from lifelong_moe.plan.planned import PlannedStage
+from lifelong_moe.plan.spec import BASE, BASE_NAME
 from lifelong_moe.plan.stages import chain
 from lifelong_moe.reports.report import Report, RunResults, ScratchReport, StageReport, build_report
 from lifelong_moe.storage.keys import SHORT, content_key
@@ -30,6 +31,7 @@ from lifelong_moe.store.stages import CommittedStage, StageStore
 from lifelong_moe.tracking.tracker import Tracker
 from lifelong_moe.training.callbacks.interrupt import Interrupt, handling_sigterm
 from lifelong_moe.training.first_centroids import first_centroids, needs_first_centroids
+from lifelong_moe.training.imported import imported_stage
 from lifelong_moe.training.loop.context import StageEnvironment
 from lifelong_moe.training.loop.device import configured_device
 from lifelong_moe.training.loop.trainer import build_trainer
@@ -125,8 +127,11 @@ def _run_stages(
     committed: dict[int, CommittedStage] = {}
     report: Report | None = None
     try:
-        # Forward transfer is measured against the untrained model.
-        with console.status("untrained model: evaluating"):
+        if prepared.base is not None:
+            with console.status("checkpoint: reading"):
+                committed[BASE] = imported_stage(store, prepared.base, config, prepared.data)
+        # Forward transfer is measured against the untrained model, or the checkpoint as it came.
+        with console.status("before training: evaluating"):
             init = measurements.evaluations(_init_key(prepared), distributions)
         results = _no_results(config, distributions, init)
         for planned in prepared.plan:
@@ -140,7 +145,7 @@ def _run_stages(
             clear_abandoned(ROOT / "work" / planned.key[:SHORT])
             committed[planned.index] = stage
             # While the text is there: centroids that a later stage needs cannot be fitted once it is gone.
-            if planned.index == 0:
+            if planned.index == 0 and prepared.base is None:
                 _fit_first(stage, prepared, store, opened)
             with console.status(f"{planned.spec.name}: evaluating"):
                 measured = measurements.evaluations(planned.key, distributions)
@@ -241,7 +246,7 @@ def _fit_first(stage: CommittedStage, prepared: Prepared, store: StageStore, ope
 
 def _model(prepared: Prepared, store: StageStore, key: str) -> LanguageModel:
     """The model of a committed stage by its key, or the untrained one, on the device of evaluation."""
-    if key == _init_key(prepared):
+    if prepared.base is None and key == _init_key(prepared):
         model = initial_model(prepared.plan[0].architecture, prepared.config.seed)
     else:
         model = load_model(store, store.get(key))
@@ -249,15 +254,17 @@ def _model(prepared: Prepared, store: StageStore, key: str) -> LanguageModel:
 
 
 def _init_key(prepared: Prepared) -> str:
-    """The key under which evaluations of the untrained model are stored."""
+    """The key under which evaluations of the untrained model, or of the checkpoint, are stored."""
+    if prepared.base is not None:
+        return prepared.base.key
     # No stage has it: the untrained model is a function of its architecture and the seed.
     architecture = prepared.plan[0].architecture
     return content_key({"init": architecture.to_json(), "seed": prepared.config.seed})
 
 
 def stage_births(stage: CommittedStage, plan: list[PlannedStage]) -> list[list[int]]:
-    """For each layer, the place in the chain of each expert's birth stage."""
-    place = {planned.spec.name: planned.depth for planned in chain(plan)}
+    """For each layer, the place in the chain of each expert's birth stage; a checkpoint's is before the first."""
+    place = {BASE_NAME: -1} | {planned.spec.name: i for i, planned in enumerate(chain(plan))}
     layers = range(stage.architecture.model.layers)
     return [[place[name] for name in stage.architecture.expert_births(layer)] for layer in layers]
 

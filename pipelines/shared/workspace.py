@@ -17,7 +17,7 @@ from lifelong_moe.errors import DataError
 from lifelong_moe.plan.disk import require_space, run_need, used_space
 from lifelong_moe.plan.key import SCHEMA
 from lifelong_moe.plan.memory import require_memory
-from lifelong_moe.plan.planned import PlannedStage
+from lifelong_moe.plan.planned import PlannedBase, PlannedStage, planned_base
 from lifelong_moe.plan.stages import check_clusters, plan_stages, stage_need
 from lifelong_moe.routing.registry import build_router
 from lifelong_moe.storage.keys import SHORT
@@ -47,6 +47,11 @@ class Prepared:
     loaded: LoadedConfig
     data: PreparedData
     plan: list[PlannedStage]
+
+    @property
+    def base(self) -> PlannedBase | None:
+        """The checkpoint that the first stage continues."""
+        return planned_base(self.config, self.data.tokenizer.bos_id)
 
     @property
     def config(self) -> RunConfig:

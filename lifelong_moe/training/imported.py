@@ -1,0 +1,55 @@
+"""The model of a checkpoint as a committed stage: what a run's first stage continues."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lifelong_moe.config.data import BaseConfig
+from lifelong_moe.config.run import RunConfig
+from lifelong_moe.data.tokens.prepare import PreparedData
+from lifelong_moe.errors import CheckpointError
+from lifelong_moe.interop.layout.complete import checkpoint_hash
+from lifelong_moe.interop.layout.folder import Checkpoint, read_checkpoint
+from lifelong_moe.interop.pretrained import load_pretrained
+from lifelong_moe.plan.methods import base_spec
+from lifelong_moe.plan.planned import PlannedBase
+from lifelong_moe.plan.spec import BASE_NAME
+from lifelong_moe.store.record import StageRecord
+from lifelong_moe.store.stages import CommittedStage, StageStore
+
+
+def imported_stage(store: StageStore, planned: PlannedBase, config: RunConfig, data: PreparedData) -> CommittedStage:
+    """Commit a checkpoint's model, or find it committed; then its folder is not looked at.
+
+    Args:
+        store: Where the stages are.
+        planned: The model.
+        config: The run that begins with it.
+        data: For the tokenizer, which the stage keeps for all that continue it.
+
+    Raises:
+        CheckpointError: The folder is gone, or holds another checkpoint than it did.
+    """
+    if (found := store.find(planned.key)) is not None:
+        return found
+    model = load_pretrained(_unchanged(config.base), BASE_NAME)
+    record = StageRecord(
+        key=planned.key,
+        name=BASE_NAME,
+        parent=None,
+        spec=base_spec(config),
+        architecture=planned.architecture,
+        data={},
+        split={},
+        tokenizer=data.identity.tokenizer,
+        derived=dict(planned.identity),
+    )
+    return store.commit(record, {}, model.state_dict(), data.tokenizer.text)
+
+
+def _unchanged(base: BaseConfig) -> Checkpoint:
+    assert base.path is not None
+    found = read_checkpoint(Path(base.path))
+    if checkpoint_hash(found) != base.sha256:
+        raise CheckpointError(f"model.from={base.path} holds another checkpoint than when this run was configured.")
+    return found

@@ -1,0 +1,153 @@
+"""Runs that begin with a checkpoint: it is generation 0, as it came, and stays so."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lifelong_moe.data.tokens.tokenizer import train_tokenizer
+from lifelong_moe.errors import LifelongError
+from lifelong_moe.interop.layout.folder import read_checkpoint
+from lifelong_moe.interop.pretrained import load_pretrained
+from lifelong_moe.model.tokens import TokenBatch
+from lifelong_moe.model.transformer import LanguageModel
+from lifelong_moe.store.stages import StageStore
+from lifelong_moe.training.restore import load_model
+from tests.checkpoints import made
+from tests.tiny import hashes, tiny_config, train, write_config
+
+transformers = pytest.importorskip("transformers", reason="checkpoints are made by the extra `transformers`")
+
+IDS = torch.randint(1, 250, (2, 32), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    """No progress bars of transformers."""
+    transformers.utils.logging.disable_progress_bar()
+    yield
+    transformers.utils.logging.enable_progress_bar()
+
+
+def write_checkpoint(name: str, folder: str = "ck", dtype: torch.dtype = torch.float32) -> None:
+    texts = [json.loads(line)["text"] for line in Path("fruit.jsonl").read_text(encoding="utf-8").splitlines()]
+    tokenizer = train_tokenizer(texts, 300)
+    # More rows than tokens, as Qwen has.
+    theirs = made(name, vocab_size=304, bos_token_id=0, max_position_embeddings=64).to(dtype)
+    theirs.save_pretrained(folder)
+    tokenizer.save(Path(folder) / "tokenizer.json")
+
+
+def config_of(*, bundles: bool = False) -> dict[str, Any]:
+    """Two stages after a checkpoint; with bundles, old text is read by the checkpoint alone, whatever they learn."""
+    config = tiny_config()
+    config |= {"tokenizer": {}, "routing": {"bundles": "label"} if bundles else {}}
+    config["model"] = {"from": "ck", "context": 32, "document_mask": bundles}
+    config["stage_defaults"] |= {
+        "grow": {"experts": 3, "sample_tokens": 512},
+        "replay": {"fraction": 0.0},
+        "distill": {"text": "new", "weight": 0.0 if bundles else 0.5},
+        "trunk": {"train": "frozen" if bundles else "gentle"},
+    }
+    return config
+
+
+def logits(model: LanguageModel, domain: int = 0) -> Tensor:
+    domains = torch.full_like(IDS, domain)
+    with torch.no_grad():
+        batch = TokenBatch(IDS, domain_ids_BS=domains)
+        return model.eval().head.logits(model(batch).hidden_BSD, domains)
+
+
+@pytest.mark.parametrize("name", ["llama_tied", "qwen2", "mixtral", "qwen3_moe_some_dense"])
+def test_generation_0_keeps_the_bits_of_the_checkpoint(lab: Path, name: str) -> None:
+    write_checkpoint(name)
+    report, _ = train(write_config(config_of(bundles=True)))
+    assert [stage["name"] for stage in report["stages"]] == ["fruit", "code"]
+    head = json.loads(Path("mlruns/runs/tiny/head.json").read_text())
+    store = StageStore(Path("mlruns"))
+    chain = store.chain(head["stages"][-1])
+    assert [stage.name for stage in chain] == ["base", "fruit", "code"]
+    theirs, ours = load_pretrained(read_checkpoint(Path("ck"))), load_model(store, chain[-1])
+    assert torch.equal(logits(ours), logits(theirs))
+    assert not torch.equal(logits(ours, 1), logits(theirs))
+    # Text that no stage has learned is evaluated by the checkpoint, before anything trains and afterwards.
+    assert report["loss_nats_per_token"][0][1] == report["loss_at_init"][1]
+    assert chain[-1].borrowed["embedding.weight"] == chain[0].key  # stored once
+    assert "Nothing to train" in train("tiny.yaml")[1]
+
+
+@pytest.mark.parametrize("name", ["llama", "olmoe"])
+def test_without_bundles_a_checkpoint_grows_and_is_distilled(lab: Path, name: str) -> None:
+    write_checkpoint(name)
+    report, _ = train(write_config(config_of()))
+    assert [stage["experts_per_layer"] for stage in report["stages"]] == ([4, 7] if name == "llama" else [9, 12])
+
+
+def test_halves_are_stored_as_they_came_and_continued(lab: Path) -> None:
+    write_checkpoint("llama", dtype=torch.bfloat16)
+    train(write_config(config_of(bundles=True)))
+    (stored,) = Path("mlruns/stages").glob("base-*/model.safetensors")
+    with safe_open(stored, "pt") as file:
+        assert {str(file.get_slice(name).get_dtype()) for name in file.keys()} == {"BF16"}  # noqa: SIM118
+    store = StageStore(Path("mlruns"))
+    chain = store.chain(json.loads(Path("mlruns/runs/tiny/head.json").read_text())["stages"][-1])
+    assert chain[-1].borrowed["embedding.weight"] == chain[0].key
+    theirs = load_pretrained(read_checkpoint(Path("ck"))).float()
+    assert torch.equal(logits(load_model(store, chain[-1])), logits(theirs))
+
+
+def test_a_checkpoint_is_known_by_its_numbers_and_not_by_its_place(lab: Path) -> None:
+    write_checkpoint("llama")
+    train(write_config(config_of(bundles=True)))
+    before = hashes()
+    shutil.move("ck", "elsewhere")
+    with pytest.raises(LifelongError, match="ck: no such folder"):
+        train("tiny.yaml")
+    assert "Nothing to train" in train("tiny.yaml", "model.from=elsewhere")[1] and hashes() == before
+    weights = load_file("elsewhere/model.safetensors")
+    weights["model.norm.weight"][0] += 1
+    save_file(weights, "elsewhere/model.safetensors")
+    with pytest.raises(LifelongError, match=r"run=tiny exists with another configuration"):
+        train("tiny.yaml", "model.from=elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["model.from=3"], r"model\.from=3 must be the folder"),
+        (["model.width=32"], r"model\.width=32 differs from model\.from, which has 24; leave it out"),
+        (["model.shared_experts=1"], r"model\.shared_experts=1 differs from model\.from, which has 0"),
+        (["model.window=4"], r"model\.window=4 is nothing that the checkpoint of model\.from has"),
+        (["model.context=128"], r"model\.context=128 is above the 64 of ck"),
+        (["routing.top_k=2"], r"routing\.top_k=2 differs from model\.from, which has 3"),
+        (["routing.mode=hash"], r"routing\.mode=hash differs from model\.from, which has learned"),
+        (["routing.gate_scale=2.0"], r"needs routing\.mode=learned with score=softmax and gate_scale=1"),
+        (["routing.bundles=cluster", "model.document_mask=true"], "routing.bundles=cluster tells generations apart by"),
+        (["method=joint"], r"method=joint begins with random weights"),
+        (["stages[0].name=base"], r"stages\[0\]\.name=base is the name of the checkpoint's experts"),
+        (["tokenizer.from=ck"], r"tokenizer\.from=ck must be model"),
+    ],
+)
+def test_what_does_not_go_with_a_checkpoint(lab: Path, change: list[str], message: str) -> None:
+    write_checkpoint("olmoe")
+    with pytest.raises(LifelongError, match=message) as caught:
+        train(write_config(config_of()), *change)
+    assert caught.value.exit_code == 2 and not Path("mlruns").exists()
+
+
+def test_a_tokenizer_has_to_be_there_or_named(lab: Path) -> None:
+    write_checkpoint("llama")
+    shutil.move("ck/tokenizer.json", "other.json")
+    with pytest.raises(LifelongError, match=r"ck has no tokenizer\.json; name one by tokenizer\.file"):
+        train(write_config(config_of()))
+    train("tiny.yaml", "tokenizer.file=other.json", "stages=[{data: fruit}]")
