@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from lifelong_moe.config.retention import DistillText, PenaltyKind
+from lifelong_moe.config.retention import DistillText, PenaltyKind, ReplaySource
 from lifelong_moe.config.run import Method, RunConfig, StageConfig
 from lifelong_moe.plan.methods import RECIPES, Recipe, earlier_distributions
 from lifelong_moe.plan.planned import PlannedStage
@@ -60,8 +60,16 @@ def idle_retention(config: RunConfig) -> list[str]:
     if config.method == Method.joint:
         return []
     recipe, found = RECIPES[config.method], []
-    for i, stage in enumerate(config.stages[1:], start=1):
-        if (asked := _asked(recipe, stage)) and not earlier_distributions(config, i):
+    for i, stage in enumerate(config.stages):
+        writes = config.base.is_given and stage.replay.source == ReplaySource.generated
+        if writes or not config.continues(i):
+            continue
+        if i == 0 and (asked := _asked(recipe, stage)):
+            found.append(
+                f"stages[0] ({stage.name}): {', '.join(asked)}: off, because no text of the checkpoint is here. "
+                f"replay.source=generated, distill.text=new, penalty.kind=l2 and bundles by label need none."
+            )
+        elif (asked := _asked(recipe, stage)) and not earlier_distributions(config, i):
             found.append(
                 f"stages[{i}] ({stage.name}): {', '.join(asked)}: off, because no earlier stage learned anything but "
                 f"{stage.data}."

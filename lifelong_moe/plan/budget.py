@@ -9,6 +9,7 @@ from lifelong_moe.errors import ConfigError
 from lifelong_moe.plan.cost import forward_flops_per_token
 from lifelong_moe.plan.flops import stage_flops
 from lifelong_moe.plan.planned import PlannedStage
+from lifelong_moe.plan.spec import BASE
 
 
 def tokens_within(arm: list[PlannedStage], reference: list[PlannedStage], tokens: dict[str, int]) -> dict[str, int]:
@@ -42,6 +43,8 @@ def tokens_within(arm: list[PlannedStage], reference: list[PlannedStage], tokens
 def _steps_within(arm: list[PlannedStage], index: int, flops: int) -> int:
     """The largest number of steps whose FLOPs do not exceed ``flops``."""
     stage = arm[index]
+    if stage.spec.parent == BASE:
+        raise ConfigError("budget=flops is not worked out for runs with model.from; use budget=tokens.")
     parent = None if stage.spec.parent is None else arm[stage.spec.parent].architecture
 
     def cost(steps: int) -> int:

@@ -26,6 +26,7 @@ from lifelong_moe.config.run import RunConfig
 from lifelong_moe.config.sections import section
 from lifelong_moe.config.yaml_file import apply_override, first_key, read_yaml, require_short
 from lifelong_moe.errors import ConfigError
+from lifelong_moe.interop.layout.complete import with_checkpoint
 from lifelong_moe.plan.memory import require_memory
 
 MAX_RUN_NAME = 64
@@ -118,7 +119,7 @@ class Comparison:
 
     def configure(self, overrides: Sequence[str]) -> LoadedConfig:
         """The base file's configuration with overrides."""
-        return configure(self.file, overrides, str(self.base))
+        return configure(self.file, overrides, str(self.base), with_checkpoint)
 
     def select(self, only: Sequence[str]) -> tuple[Arm, ...]:
         """Arms by name, or by the name of the grid that they come from; all if nothing is named.

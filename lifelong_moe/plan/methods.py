@@ -124,6 +124,9 @@ def _spec(config: RunConfig, recipe: Recipe, i: int, stage: StageConfig, gone: C
     earlier = earlier_distributions(config, i)
     if stage.replay.source == ReplaySource.stored:
         earlier = tuple(name for name in earlier if name not in gone)
+    elif config.base.is_given:
+        # Of a checkpoint there is no text, but what it writes itself.
+        earlier = (BASE_NAME, *earlier)
     reviews = later and recipe.review and stage.review.fraction > 0 and bool(earlier)
     replays = later and recipe.replay and stage.replay.fraction > 0 and bool(earlier)
     replayed = earlier if replays or reviews else ()

@@ -124,12 +124,9 @@ def _run_stages(
     distributions = measurements.known([_init_key(prepared), *keys])
     content = content_key([keys, [measurements.key(name) for name in distributions]])
     mlflow = MlflowRecord(tracker, prepared, opened, content, parent_run)
-    committed: dict[int, CommittedStage] = {}
     report: Report | None = None
     try:
-        if prepared.base is not None:
-            with console.status("checkpoint: reading"):
-                committed[BASE] = imported_stage(store, prepared.base, config, prepared.data)
+        committed = _begun(prepared, store, console)
         # Forward transfer is measured against the untrained model, or the checkpoint as it came.
         with console.status("before training: evaluating"):
             init = measurements.evaluations(_init_key(prepared), distributions)
@@ -170,6 +167,14 @@ def _run_stages(
         mlflow.ended_by(error)
         raise
     return report
+
+
+def _begun(prepared: Prepared, store: StageStore, console: Console) -> dict[int, CommittedStage]:
+    """What is there before the first stage: the checkpoint's model, if the run begins with one."""
+    if prepared.base is None:
+        return {}
+    with console.status("checkpoint: reading"):
+        return {BASE: imported_stage(store, prepared.base, prepared.config, prepared.data)}
 
 
 def _no_results(config: RunConfig, distributions: list[str], init: dict[str, Evaluation]) -> RunResults:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,10 @@ from lifelong_moe.interop.pretrained import load_pretrained
 from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.store.stages import StageStore
+from lifelong_moe.training.loop.module import StageModule
 from lifelong_moe.training.restore import load_model
 from tests.checkpoints import made
-from tests.tiny import hashes, tiny_config, train, write_config
+from tests.tiny import STEPS, fork, hashes, kill_self, tiny_config, train, write_config
 
 transformers = pytest.importorskip("transformers", reason="checkpoints are made by the extra `transformers`")
 
@@ -91,6 +93,44 @@ def test_without_bundles_a_checkpoint_grows_and_is_distilled(lab: Path, name: st
     write_checkpoint(name)
     report, _ = train(write_config(config_of()))
     assert [stage["experts_per_layer"] for stage in report["stages"]] == ([4, 7] if name == "llama" else [9, 12])
+
+
+def test_a_checkpoint_writes_the_text_that_it_is_replayed(lab: Path) -> None:
+    write_checkpoint("llama")
+    config = config_of()
+    config["stage_defaults"] |= {"replay": {"fraction": 0.25}, "distill": {"text": "replay", "weight": 1.0}}
+    _, printed = train(write_config(config))
+    assert (
+        "stages[0] (fruit): replay, distillation on replayed text: off, because no text of the checkpoint is here"
+        in (" ".join(printed.split()))
+    )
+    config["stage_defaults"]["replay"]["source"] = "generated"
+    _, printed = train(write_config(config), replace=True)
+    assert "off, because" not in printed
+    head = json.loads(Path("mlruns/runs/tiny/head.json").read_text())
+    first = StageStore(Path("mlruns")).get(head["stages"][0])
+    assert first.spec.replayed == ("base",) and first.spec.distill is not None and first.metrics["active_flops"] > 0
+
+
+@pytest.mark.parametrize("at", [2, STEPS + 3])
+def test_a_killed_run_goes_on_bit_for_bit(lab: Path, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    write_checkpoint("llama")
+    write_config(config_of())
+    train()
+    whole = hashes()
+    shutil.rmtree("mlruns")
+    steps, step = iter(range(10**6)), StageModule.on_before_optimizer_step
+
+    def die(self: StageModule, *args: Any) -> None:
+        if next(steps) == at:
+            kill_self()
+        step(self, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(StageModule, "on_before_optimizer_step", die)
+        assert fork(train).wait() == -signal.SIGKILL
+    train()
+    assert hashes() == whole
 
 
 def test_halves_are_stored_as_they_came_and_continued(lab: Path) -> None:

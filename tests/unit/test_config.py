@@ -170,7 +170,7 @@ def test_a_typo_shows_the_full_path_and_what_was_meant(load: Load, override: str
 
 def test_an_unknown_key_near_nothing_lists_what_there_is(load: Load) -> None:
     message = error(load, "zzz=3")
-    assert message.startswith("key zzz is unknown. There are checkpoint, distributions, ")
+    assert message.startswith("key zzz is unknown. There are base, checkpoint, distributions, ")
 
 
 @pytest.mark.parametrize(
