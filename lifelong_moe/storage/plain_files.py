@@ -19,10 +19,15 @@ from lifelong_moe.storage.opening import kind_of, open_descriptor, open_regular
 
 # Of a directory that is opened for writing, and of a socket, the system does not show the kind.
 _IRREGULAR = (errno.ELOOP, errno.EINVAL, errno.EISDIR, errno.ENXIO, errno.EFBIG)
+_JOURNAL = "-journal"
+_NAMES_ANOTHER = bytes.fromhex("d9d505f920a163d7")
+"""Ends a SQLite journal that holds the path of a super-journal."""
 
 
 def require_plain_files(root: Path) -> None:
     """Require that nothing but directories and regular files is below a directory, which may itself be a link to one.
+
+    Nor may a database's journal name another file: whoever opens the database deletes that file.
 
     Raises:
         CorruptError: If there is something else; names it.
@@ -39,6 +44,8 @@ def require_plain_files(root: Path) -> None:
                         open_.append(entry.path)
                     elif not entry.is_file(follow_symlinks=False):
                         raise CorruptError(_refused(entry))
+                    elif entry.name.lower().endswith(_JOURNAL):
+                        _require_alone(Path(entry.path))
         # Not there yet; or the folder of another process that is done with it.
         except FileNotFoundError:
             continue
@@ -48,6 +55,23 @@ def _refused(entry: os.DirEntry[str]) -> str:
     kind = "a symbolic link" if entry.is_symlink() else kind_of(entry.stat(follow_symlinks=False).st_mode)
     hint = " Put what it leads to in its place." if entry.is_symlink() else ""
     return f"{entry.path}: {kind}; a store holds directories and regular files only.{hint}"
+
+
+def _require_alone(journal: Path) -> None:
+    """Require that a SQLite journal names no super-journal, which only transactions over several databases have.
+
+    A killed process leaves a journal, from which SQLite restores the database. It then deletes the super-journal, which
+    may be any file of this user's. A write-ahead log (``-wal``) names nothing.
+    """
+    try:
+        with open_stored(journal) as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - len(_NAMES_ANOTHER)))
+            is_alone = file.read() != _NAMES_ANOTHER
+    except FileNotFoundError:  # its transaction is over
+        return
+    if not is_alone:
+        raise CorruptError(f"{journal}: opening its database would delete the file that it names; remove it.")
 
 
 def open_stored(path: Path) -> BufferedReader:
