@@ -16,7 +16,6 @@ from lifelong_moe.model.cache import LayerCache
 from lifelong_moe.model.deltas import DeltaLinear, GenerationSlices
 from lifelong_moe.ops.causal_attention import causal_attention, is_faster_here
 from lifelong_moe.ops.document_attention import Documents, document_attention
-from lifelong_moe.ops.norm import RMSNorm
 from lifelong_moe.ops.rotary import (
     inverse_frequencies,
     llama3_frequencies,
@@ -134,10 +133,10 @@ class Attention(nn.Module):
         self.output = DeltaLinear(self.heads * self.head_width, config.width)
         widths = {QKNorm.head: (self.head_width, self.head_width)}
         widths[QKNorm.full] = (self.heads * self.head_width, self.kv_heads * self.head_width)
-        self.query_norm: RMSNorm | None = None
-        self.key_norm: RMSNorm | None = None
+        self.query_norm: nn.RMSNorm | None = None
+        self.key_norm: nn.RMSNorm | None = None
         if config.qk_norm in widths:
-            self.query_norm, self.key_norm = (RMSNorm(w, eps=config.norm_eps) for w in widths[config.qk_norm])
+            self.query_norm, self.key_norm = (nn.RMSNorm(w, eps=config.norm_eps) for w in widths[config.qk_norm])
         self.normalizes_heads = config.qk_norm == QKNorm.head
 
     def forward(self, x_BSD: Tensor, context: AttentionContext, cache: LayerCache | None = None) -> Tensor:
@@ -168,7 +167,7 @@ class Attention(nn.Module):
             mixed = softcapped_attention(query, key, value, mask, self.softcap, is_causal=is_causal)
         return self.output(mixed.transpose(1, 2).reshape(batch, length, -1), generations)
 
-    def _normalized(self, x_BSO: Tensor, norm: RMSNorm | None, shape: tuple[int, int, int, int]) -> Tensor:
+    def _normalized(self, x_BSO: Tensor, norm: nn.RMSNorm | None, shape: tuple[int, int, int, int]) -> Tensor:
         """Heads ``(B, S, H, head_width)``, normalized each by itself, or all together before they are divided."""
         if norm is None:
             return x_BSO.view(shape)

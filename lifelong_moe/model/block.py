@@ -16,7 +16,6 @@ from lifelong_moe.model.cache import LayerCache
 from lifelong_moe.model.experts import ExpertBanks, ExpertGeneration
 from lifelong_moe.model.feedforward import FeedForward
 from lifelong_moe.model.moe import DenseLayer, MoELayer
-from lifelong_moe.ops.norm import RMSNorm
 from lifelong_moe.plan.architecture import Architecture
 from lifelong_moe.routing.base import Routing, RoutingContext
 from lifelong_moe.routing.registry import build_router
@@ -28,15 +27,15 @@ class Block(nn.Module):
     def __init__(self, architecture: Architecture, layer: int, *, causal: bool = True) -> None:
         super().__init__()
         config = architecture.model
-        self.attention_norm = RMSNorm(config.width, eps=config.norm_eps)
+        self.attention_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.attention = Attention(config)
-        self.moe_norm = RMSNorm(config.width, eps=config.norm_eps)
+        self.moe_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.moe = build_moe(architecture, layer, causal=causal)
-        self.attention_out_norm: RMSNorm | None = None
-        self.moe_out_norm: RMSNorm | None = None
+        self.attention_out_norm: nn.RMSNorm | None = None
+        self.moe_out_norm: nn.RMSNorm | None = None
         if config.sandwich_norms:
-            self.attention_out_norm = RMSNorm(config.width, eps=config.norm_eps)
-            self.moe_out_norm = RMSNorm(config.width, eps=config.norm_eps)
+            self.attention_out_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+            self.moe_out_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
 
         self.recomputes = False
         """Whether attention is recomputed in the backward pass."""
@@ -46,7 +45,7 @@ class Block(nn.Module):
         found = self.moe.places(layer)
         found |= dict.fromkeys(self.attention.parameters(), Place(Part.attention, layer))
         for module in self.children():
-            if isinstance(module, RMSNorm):
+            if isinstance(module, nn.RMSNorm):
                 found |= dict.fromkeys(module.parameters(), Place(Part.norm, layer))
         return found
 

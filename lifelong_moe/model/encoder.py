@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from lifelong_moe.model.attention import AttentionContext
 from lifelong_moe.model.block import Block
-from lifelong_moe.ops.norm import RMSNorm
 from lifelong_moe.plan.architecture import Architecture
 from lifelong_moe.routing.base import Routing, RoutingContext
 
@@ -36,7 +35,7 @@ class Encoder(nn.Module):
         self.patches = nn.Linear(patch_width, config.width)
         self.positions = nn.Parameter(torch.randn(config.context, config.width) * config.init_std)
         self.blocks = nn.ModuleList(Block(architecture, layer, causal=False) for layer in range(config.layers))
-        self.norm = RMSNorm(config.width, eps=config.norm_eps)
+        self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.head = nn.Linear(config.width, architecture.vocab_size)
         for layer, block in enumerate(self.blocks):
             for generation in architecture.generations:

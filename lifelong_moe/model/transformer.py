@@ -30,7 +30,6 @@ from lifelong_moe.model.moe import MoELayer
 from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.ops.causal_attention import window_mask
 from lifelong_moe.ops.document_attention import Documents
-from lifelong_moe.ops.norm import RMSNorm
 from lifelong_moe.plan.architecture import Architecture, Generation
 from lifelong_moe.routing.base import Routing, RoutingContext
 
@@ -63,7 +62,7 @@ class LanguageModel(nn.Module):
         self.embedding = DeltaEmbedding(architecture.vocab_size, config.width)
         self.blocks = nn.ModuleList(Block(architecture, layer) for layer in range(config.layers - 1))
         self.blocks.append((CompetingBlock if routing.competitive else Block)(architecture, config.layers - 1))
-        self.norm = RMSNorm(config.width, eps=config.norm_eps)
+        self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.head = (MixtureHead if routing.competitive else LinearHead)(config.width, architecture.vocab_size)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight

@@ -7,10 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from lifelong_moe.ops.causal_attention import LONGEST, SHORTEST, causal_attention, is_faster_here
-from lifelong_moe.ops.norm import RMSNorm
 from lifelong_moe.ops.rotary import inverse_frequencies, rotary_tables, rotate
 
 
@@ -71,19 +70,3 @@ def test_rotation() -> None:
         return x * cos + torch.cat([-second, first], dim=-1) * sin
 
     check(lambda x: rotate(x, cos, sin), readable, draw(2, 3, 7, 6))
-
-
-@pytest.mark.parametrize("shape", [(5, 6), (2, 3, 6), (2, 3, 4, 6)])
-def test_normalization(shape: tuple[int, ...]) -> None:
-    ours, theirs = RMSNorm(6, eps=1e-5).double(), nn.RMSNorm(6, eps=1e-5).double()
-    weight = draw(6, seed=3)
-
-    def with_weight(norm: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
-        def apply(x: Tensor, w: Tensor) -> Tensor:
-            return torch.func.functional_call(norm, {"weight": w}, (x,))
-
-        return apply
-
-    check(with_weight(ours), with_weight(theirs), 3.0 * draw(*shape), weight)
-    half = draw(*shape).bfloat16()
-    assert torch.equal(ours.bfloat16()(half), theirs.bfloat16()(half))  # there, as everywhere else, it is PyTorch's
