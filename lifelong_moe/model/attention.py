@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from lifelong_moe.config.model import ModelConfig, QKNorm, RopeScaling, RopeType
 from lifelong_moe.model.cache import LayerCache
 from lifelong_moe.model.deltas import DeltaLinear, GenerationSlices
-from lifelong_moe.ops.causal_attention import causal_attention, is_faster_here
 from lifelong_moe.ops.document_attention import Documents, document_attention
 from lifelong_moe.ops.rotary import (
     inverse_frequencies,
@@ -71,8 +70,6 @@ def grouped_query_attention(query_BHSW: Tensor, key_BJPW: Tensor, value_BJPW: Te
         query_BJGW = query_BHSW.reshape(batch, -1, sharing, width)
         mixed_BJGW = F.scaled_dot_product_attention(query_BJGW, key_BJPW, value_BJPW, attn_mask=mask)
         return mixed_BJGW.reshape(query_BHSW.shape)
-    if mask is None and is_faster_here(query_BHSW):
-        return causal_attention(query_BHSW, key_BJPW, value_BJPW)
     # On CUDA the fused kernels that know groups take half precision and no mask; without one, logits are in memory.
     has_gqa = query_BHSW.device.type == "cpu" or (mask is None and query_BHSW.dtype != torch.float32)
     if not has_gqa:

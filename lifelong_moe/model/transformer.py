@@ -28,8 +28,8 @@ from lifelong_moe.model.head import LinearHead
 from lifelong_moe.model.mixture import CompetingBlock, MixtureHead
 from lifelong_moe.model.moe import MoELayer
 from lifelong_moe.model.tokens import TokenBatch
-from lifelong_moe.ops.causal_attention import window_mask
 from lifelong_moe.ops.document_attention import Documents
+from lifelong_moe.ops.window import window_mask
 from lifelong_moe.plan.architecture import Architecture, Generation
 from lifelong_moe.routing.base import Routing, RoutingContext
 

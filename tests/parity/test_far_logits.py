@@ -14,7 +14,6 @@ from torch import Tensor
 from lifelong_moe.config.routing.base import Score
 from lifelong_moe.model.attention import softcapped_attention
 from lifelong_moe.model.mixture import MixtureHead, pack
-from lifelong_moe.ops.causal_attention import causal_attention
 from lifelong_moe.ops.document_attention import Documents, Kernel, document_attention
 from lifelong_moe.ops.jacobs import competitive_loss
 from lifelong_moe.ops.losses import TeacherTargets, distillation_loss, linear_losses
@@ -199,7 +198,6 @@ def test_attention(far: float) -> None:
 
         return attend
 
-    compared(causal_attention, defined(later), query, key, value)
     apart = later | ~documents.mask
     for kernel in (Kernel.by_length, Kernel.mask):
         compared(

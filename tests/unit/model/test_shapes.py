@@ -16,7 +16,7 @@ from lifelong_moe.model.cache import KeyValueCache
 from lifelong_moe.model.feedforward import FeedForward, feed_forward
 from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel, initialize
-from lifelong_moe.ops.causal_attention import window_mask
+from lifelong_moe.ops.window import window_mask
 from lifelong_moe.plan.architecture import Architecture, Generation, first_generation
 from lifelong_moe.plan.cost import count_parameters, forward_flops_per_token
 from tests.conftest import VOCAB, routing_of
