@@ -92,6 +92,8 @@ class BaseConfig:
     """Of its configuration and its weights."""
     vocab_size: int = 0
     """Rows of its embedding, of which a tokenizer may use fewer."""
+    bos_id: int = 0
+    """The token that its own files begin a document with."""
 
     def __post_init__(self) -> None:
         if (self.path is None) != (self.sha256 is None) or (self.path is None) != (self.vocab_size == 0):

@@ -54,6 +54,21 @@ def noncausal_routing(config: RunConfig) -> list[str]:
     return [f"{key} lets later tokens change earlier ones, {when}: its losses say little of generation."]
 
 
+def other_separator(config: RunConfig, bos_id: int) -> list[str]:
+    """A warning if documents begin with another token than the checkpoint's own did.
+
+    Args:
+        config: The run.
+        bos_id: The tokenizer's document separator.
+    """
+    if not config.base.is_given or config.base.bos_id == bos_id:
+        return []
+    return [
+        f"documents begin with token {bos_id} of the tokenizer, and with {config.base.bos_id} by the files of "
+        f"{config.base.path}: its losses may be far off."
+    ]
+
+
 def idle_retention(config: RunConfig) -> list[str]:
     """One sentence per stage whose retention settings have no effect, since no earlier stage had other text."""
     # Only sections that the method takes from the configuration count as asked for.

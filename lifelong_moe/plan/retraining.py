@@ -26,6 +26,7 @@ from lifelong_moe.config.run import Method, RunConfig
 from lifelong_moe.config.sections import errors_under, require_finite, section, sections_of
 from lifelong_moe.config.yaml_file import apply_override, first_key, read_yaml, require_short
 from lifelong_moe.errors import ConfigError
+from lifelong_moe.interop.layout.complete import with_checkpoint
 from lifelong_moe.plan.memory import require_memory
 from lifelong_moe.plan.methods import stage_specs
 from lifelong_moe.redaction import note_address, redact
@@ -173,7 +174,7 @@ def load_retraining(path: str | Path, overrides: Sequence[str] = ()) -> Retraini
     note_address(settings.hooks.url or "")
     _refuse_secret_arguments(settings.hooks)
     file = read_yaml(path.parent / settings.base, is_base=True)
-    base = overridden(file, [override for override in overrides if override not in own])
+    base = with_checkpoint(overridden(file, [override for override in overrides if override not in own]))
     config = build_config(base, is_stored=True)  # of a run that exists already
     if config.method != Method.lifelong:
         raise ConfigError(f"method={config.method}: retraining continues and grows, so it needs method=lifelong.")

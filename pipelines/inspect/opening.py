@@ -46,7 +46,9 @@ def check_label(stage: CommittedStage, label: str | None, console: Console) -> N
         if label is not None:
             raise ConfigError(f"--label={label}: routing.mode={routing.mode} ignores labels; leave it out.")
     elif label is None:
-        console.print(f"no --label: routed as {known[0]}; there are {', '.join(known)}")
+        # A checkpoint's text has no label.
+        oldest = next((name for name, domain in architecture.labels if domain == 0), architecture.generations[0].stage)
+        console.print(f"no --label: routed as {oldest}; there are {', '.join(known)}")
     elif label not in known:
         raise ConfigError(f"--label={label} is unknown to stage {stage.name}; there are {', '.join(known)}.")
 

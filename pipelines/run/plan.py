@@ -10,7 +10,7 @@ from rich.table import Table
 from lifelong_moe.clustering.unigrams import unigram_divergence
 from lifelong_moe.config.load import LoadedConfig
 from lifelong_moe.data.tokens.packing import epochs
-from lifelong_moe.plan.advice import growth_advice, idle_retention, noncausal_routing
+from lifelong_moe.plan.advice import growth_advice, idle_retention, noncausal_routing, other_separator
 from lifelong_moe.plan.cost import count_parameters
 from lifelong_moe.plan.disk import run_need
 from lifelong_moe.plan.memory import memory_need
@@ -44,6 +44,7 @@ def plan(loaded: LoadedConfig, console: Console) -> dict[str, Any]:
     if published := published_sentence(prepared.config):
         console.print(published)
     warnings = [*prepared.loaded.left_behind, *noncausal_routing(prepared.config), *idle_retention(prepared.config)]
+    warnings += other_separator(prepared.config, prepared.data.tokenizer.bos_id)
     for sentence in warnings:
         console.print(sentence, style="yellow")
     advice = growth_advice(prepared.plan, _divergence(prepared))

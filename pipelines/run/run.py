@@ -17,7 +17,7 @@ from lifelong_moe.errors import TryAgainError
 from lifelong_moe.evaluation.loss import Evaluation
 from lifelong_moe.evaluation.measurements import Measurements
 from lifelong_moe.model.transformer import LanguageModel
-from lifelong_moe.plan.advice import idle_retention, noncausal_routing
+from lifelong_moe.plan.advice import idle_retention, noncausal_routing, other_separator
 from lifelong_moe.plan.methods import RECIPES
 from lifelong_moe.plan.planned import PlannedStage
 from lifelong_moe.plan.spec import BASE, BASE_NAME
@@ -96,6 +96,7 @@ def _announce(console: Console, prepared: Prepared) -> None:
         *prepared.loaded.left_behind,
         *noncausal_routing(prepared.config),
         *idle_retention(prepared.config),
+        *other_separator(prepared.config, prepared.data.tokenizer.bos_id),
     ):
         console.print(sentence, style="yellow")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import signal
@@ -24,7 +25,10 @@ from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.store.stages import StageStore
 from lifelong_moe.training.loop.module import StageModule
 from lifelong_moe.training.restore import load_model
+from pipelines.inspect.opening import check_label
+from pipelines.shared.output import SafeConsole
 from tests.checkpoints import made
+from tests.retrain_lab import TOKENS, arrive, tick, write_retraining
 from tests.tiny import STEPS, fork, hashes, kill_self, tiny_config, train, write_config
 
 transformers = pytest.importorskip("transformers", reason="checkpoints are made by the extra `transformers`")
@@ -185,9 +189,45 @@ def test_what_does_not_go_with_a_checkpoint(lab: Path, change: list[str], messag
     assert caught.value.exit_code == 2 and not Path("mlruns").exists()
 
 
+def test_another_beginning_of_documents_is_told(lab: Path) -> None:
+    write_checkpoint("llama")
+    write_config(config_of())
+    assert "documents begin with" not in train("tiny.yaml", "stages=[{data: fruit}]")[1]
+    keys = json.loads(Path("ck/config.json").read_text())
+    Path("ck/config.json").write_text(json.dumps(keys | {"bos_token_id": 7}))
+    _, printed = train("tiny.yaml", "stages=[{data: fruit}]", replace=True)
+    assert "documents begin with token 0 of the tokenizer, and with 7 by the files of ck" in " ".join(printed.split())
+
+
 def test_a_tokenizer_has_to_be_there_or_named(lab: Path) -> None:
     write_checkpoint("llama")
     shutil.move("ck/tokenizer.json", "other.json")
     with pytest.raises(LifelongError, match=r"ck has no tokenizer\.json; name one by tokenizer\.file"):
         train(write_config(config_of()))
     train("tiny.yaml", "tokenizer.file=other.json", "stages=[{data: fruit}]")
+
+
+def test_text_without_a_label_is_the_checkpoint_s(lab: Path) -> None:
+    write_checkpoint("llama")
+    train(write_config(config_of(bundles=True)))
+    store = StageStore(Path("mlruns"))
+    stage = store.get(json.loads(Path("mlruns/runs/tiny/head.json").read_text())["stages"][-1])
+    printed = io.StringIO()
+    check_label(stage, None, SafeConsole(printed, width=200))
+    assert printed.getvalue().strip() == "no --label: routed as base; there are fruit, code"
+
+
+def test_a_tick_goes_on_from_a_checkpoint_s_run(lab: Path) -> None:
+    write_checkpoint("llama")
+    config = config_of()
+    config["stage_defaults"] |= {"tokens": TOKENS, "replay": {"fraction": 0.25}}
+    config["evaluate"] = {"tokens": 2_000}
+    train(write_config(config))
+    write_retraining()
+    Path("inbox").mkdir()
+    arrive("sea")
+    # Without bundles old text loses something and leaks, which is not the point here.
+    outcome = tick("gate.tolerance=9", "gate.max_leak=1.0")
+    assert outcome["outcome"] == "promoted", outcome
+    chain = StageStore(Path("mlruns")).chain(outcome["champion"]["key"])
+    assert [stage.name for stage in chain][:3] == ["base", "fruit", "code"] and len(chain) == 4

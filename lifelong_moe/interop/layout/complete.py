@@ -42,7 +42,9 @@ def with_checkpoint(raw: DictConfig) -> DictConfig:
         routing = found.family.routing()
         _merge(raw, "routing", {"mode": "learned", "top_k": routing.top_k, "renormalize": routing.renormalize}, ())
     raw.tokenizer = _tokenizer(raw.get("tokenizer") or {}, found)
-    raw.base = {"path": path, "sha256": checkpoint_hash(found), "vocab_size": found.family.vocab_size}
+    family = found.family
+    raw.base = {"path": path, "sha256": checkpoint_hash(found)}
+    raw.base |= {"vocab_size": family.vocab_size, "bos_id": family.separator}
     return raw
 
 
