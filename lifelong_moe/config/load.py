@@ -20,10 +20,10 @@ from lifelong_moe.config.names import require_known
 from lifelong_moe.config.references import note_secrets, with_numbers
 from lifelong_moe.config.routing.bounds import MOST_DISTRIBUTIONS, MOST_STAGES
 from lifelong_moe.config.routing.modes import settings_of
-from lifelong_moe.config.routing.switching import drop_foreign_keys, drop_keys_of_old_mode
+from lifelong_moe.config.routing.switching import drop_foreign_keys, drop_keys_of_old_mode, structured
 from lifelong_moe.config.rules import require_consistent
 from lifelong_moe.config.run import Method, PublishedConfig, RunConfig, StageConfig
-from lifelong_moe.config.sections import errors_under, require_finite, section, sections_of, structured
+from lifelong_moe.config.sections import errors_under, require_finite, require_fit, section, sections_of
 from lifelong_moe.config.yaml_file import apply_override, read_yaml, require_short
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.redaction import note_address, say_openly, shown_address, without_credentials
@@ -246,8 +246,7 @@ def _stages(raw: DictConfig) -> list[StageConfig]:
     if not isinstance(defaults, DictConfig):
         raise ConfigError("stage_defaults must be a mapping.")
     # Merged by themselves first, so that a mistake in them is reported under their name, not the first stage's.
-    with errors_under("stage_defaults"):
-        OmegaConf.merge(structured(StageConfig), defaults)
+    require_fit(StageConfig, defaults, "stage_defaults")
     built = []
     for i, stage in enumerate(stages):
         if not isinstance(stage, DictConfig):

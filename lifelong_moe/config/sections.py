@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import re
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from lifelong_moe.config.routing.switching import structured
 from lifelong_moe.errors import ConfigError
 
 T = TypeVar("T")
@@ -21,7 +24,8 @@ _WORDS = (
     (re.compile(r"'DictConfig'"), "'mapping'"),
 )
 """What OmegaConf says in the names of classes, and how we say it."""
-_SCHEMAS: dict[type, DictConfig] = {}
+MOST_REMEMBERED = 1_000
+_REMEMBERED: dict[tuple[Callable[[DictConfig], object], type, str], Any] = {}
 
 
 def sections_of(cls: type) -> dict[str, type]:
@@ -36,16 +40,35 @@ def section(cls: type[T], node: Any, path: str, under: DictConfig | None = None)
     if not isinstance(node, DictConfig):
         raise ConfigError(f"{path} must be a mapping; got {node!r}.")
     with errors_under(path):
-        # Later ones take precedence. The dataclass comes first, so that OmegaConf rejects keys that it lacks.
-        parts = [structured(cls), *([under] if under else []), node]
-        return OmegaConf.to_object(OmegaConf.merge(*parts))  # type: ignore[return-value]
+        parts = [under, node] if under else [node]
+        return _merged(OmegaConf.to_object, cls, *parts)
 
 
-def structured(cls: type) -> DictConfig:
-    """The OmegaConf schema of a dataclass, built once; merging copies it."""
-    if cls not in _SCHEMAS:
-        _SCHEMAS[cls] = OmegaConf.structured(cls)
-    return _SCHEMAS[cls]
+def require_fit(cls: type, node: DictConfig, path: str) -> None:
+    """Require that a node could be merged over a dataclass, which may still need other keys.
+
+    Raises:
+        ConfigError: With the full key.
+    """
+    with errors_under(path):
+        _merged(bool, cls, node)
+
+
+def _merged(make: Callable[[DictConfig], object], cls: type, *parts: DictConfig) -> Any:
+    """Merge nodes over a dataclass, later ones over earlier ones, and make something of the result."""
+    # A merge takes milliseconds, and a tick of retraining reads the same sections dozens of times. What is written
+    # decides the result, unless it refers to something else; the caller gets a copy, which it may change.
+    text = repr([OmegaConf.to_container(part, resolve=False) for part in parts])
+    key = (make, cls, text)
+    if key in _REMEMBERED:
+        return copy.deepcopy(_REMEMBERED[key])
+    # The dataclass comes first, so that OmegaConf rejects keys that it lacks.
+    made = make(OmegaConf.merge(structured(cls), *parts))  # type: ignore[arg-type]
+    if "${" not in text and "???" not in text:
+        if len(_REMEMBERED) >= MOST_REMEMBERED:
+            _REMEMBERED.clear()
+        _REMEMBERED[key] = copy.deepcopy(made)
+    return made
 
 
 def require_finite(value: Any, path: str) -> None:

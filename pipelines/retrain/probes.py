@@ -42,9 +42,9 @@ def require_room_for(trainer: CandidateTrainer, candidates: list[Candidate]) -> 
         ResourceError: If there is too little.
     """
     # Checked before the first probe: space that runs out after hours of probes is found out too late.
+    probes = [shortened(trainer, one).planned for one in candidates]
     for candidate in candidates:
-        stages = [*(shortened(trainer, one).planned for one in candidates), candidate.planned]
-        todo = [stage for stage in stages if trainer.store.find(stage.key) is None]
+        todo = [stage for stage in (*probes, candidate.planned) if trainer.store.find(stage.key) is None]
         require_room(todo, candidate.config)
 
 

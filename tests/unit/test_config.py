@@ -126,6 +126,21 @@ def test_later_overrides_win(load: Load) -> None:
     assert load("seed=1", "seed=2").seed == 2
 
 
+def test_what_was_built_before_is_built_again(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = load()
+    width, tokens = first.model.width, first.stages[0].tokens
+    first.model.width, first.stages[0].tokens = -1, -1  # whoever has one may change it
+    assert (load().model.width, load().stages[0].tokens) == (width, tokens)
+    monkeypatch.setenv("WIDTH", "32")
+    assert load("model.width=${oc.env:WIDTH}").model.width == 32
+    monkeypatch.setenv("WIDTH", "48")  # what is written is the same, what it says is not
+    assert load("model.width=${oc.env:WIDTH}").model.width == 48
+    assert load("seed=1", "stages[0].grow.experts=1").stages[0].grow.experts == 1
+    for _ in range(2):  # true equals 1, but is no number; and what was refused is refused again
+        with pytest.raises(ConfigError, match="could not be converted"):
+            load("stages[0].grow.experts=true")
+
+
 def test_only_plain_dataclasses_come_out(load: Load) -> None:
     config = load("routing.mode=a.b.C", "routing.options={x: {y: [1]}}")
     assert type(config.routing.options) is dict and type(config.routing.options["x"]["y"]) is list

@@ -16,6 +16,7 @@ GROUPS = {"expert_groups", "top_groups"}
 """Keys whose meaning differs between the modes that have them."""
 FITTING = [{"top_k"}, {"balance_scope"}, {"top_k", "balance_scope"}]
 """Keys that modes share but not all values of which each mode allows."""
+_SCHEMAS: dict[type, DictConfig] = {}
 
 
 def drop_foreign_keys(written: DictConfig, *, is_stored: bool = False) -> DictConfig:
@@ -72,6 +73,13 @@ def drop_keys_of_old_mode(raw: DictConfig, before: DictConfig, overrides: Sequen
         del raw.routing[key]
 
 
+def structured(cls: type) -> DictConfig:
+    """The OmegaConf schema of a dataclass, built once; merging copies it."""
+    if cls not in _SCHEMAS:
+        _SCHEMAS[cls] = OmegaConf.structured(cls)
+    return _SCHEMAS[cls]
+
+
 def valid_routing(written: Mapping[str, Any], without: Collection[str] = ()) -> RoutingConfig | None:
     """Build a section's settings without ``bundles``, as for a new run; None if they are not valid.
 
@@ -83,7 +91,7 @@ def valid_routing(written: Mapping[str, Any], without: Collection[str] = ()) -> 
         # Bundles stay out of the question: whether to give them up is for the user to say.
         node = drop_foreign_keys(OmegaConf.create({k: v for k, v in written.items() if k not in {"bundles", *without}}))
         cls = settings_of(node.get("mode", "learned"))
-        config: RoutingConfig = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), node))  # type: ignore[assignment]
+        config: RoutingConfig = OmegaConf.to_object(OmegaConf.merge(structured(cls), node))  # type: ignore[assignment]
         config.require_gate_gradient()
     except (ConfigError, OmegaConfBaseException):
         return None
