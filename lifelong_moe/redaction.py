@@ -7,6 +7,7 @@ configuration says openly, the names in it, and the working directory are no sec
 
 from __future__ import annotations
 
+import base64
 import html
 import json
 import logging
@@ -15,7 +16,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any
-from urllib.parse import quote, quote_plus, unquote
+from urllib.parse import quote, quote_plus, unquote, unquote_plus
 
 MASK = "***"
 # A shorter text stands in too many others by chance; a password of an address is removed with its address anyway.
@@ -29,14 +30,19 @@ _CLIENTS = r"(?:MLFLOW|DATABRICKS|HF|HUGGING_?FACE(?:_HUB)?|AWS|AZURE|GOOGLE|PG|
 _USUAL_PATHS = {"", "mlflow", "ml", "tracking", "api"}
 _WORD = re.compile("[a-z]{1,10}")
 _READ_BY_CLIENTS = re.compile(
-    rf"{_CLIENTS}(?:.*_)?(?:TOKEN|PASSWORD|PASSPHRASE|PWD|SECRET|CREDENTIALS?|ACCESS_KEY|API_KEY|SECRET_KEY|HEADERS?|"
-    rf"CONNECTION_STRING)(?:_.*)?"
+    rf"{_CLIENTS}(?:.*_)?(?:TOKEN|PASSWORD|PASSPHRASE|PWD|SECRET|CREDENTIALS?|KEY|HEADERS?|CONNECTION_STRING)"
+    rf"(?:_.*)?"
 )
 _ADDRESS = re.compile(r"(?:MLFLOW|DATABRICKS|HF)_(?:.*_)?(?:URI|URL|HOST|ENDPOINT)")
 """Variables that name a server of ours, in whose path too a secret may stand."""
-# The last "@" counts: a database's password may hold "/", "#", "?" and "@". A path of this machine has no user.
-_USER = re.compile(r"(?<=://)(?!/)[^\s\"'<>]*@")
-_QUERY = re.compile(r"(://[^?\s]*)\?\S*")
+# One pass, however many "://" a hostile text holds.
+_URL = re.compile(r"://([^\s\"'<>?]*)(?:\?(\S*))?")
+# Of a connection string such as ODBC's, ``PWD={a;b};UID=me``, or of headers.
+_WITHIN = re.compile(r"(?:^|[;,])[^=;,]*=\s*(?:\{([^}]*)\}|([^;,]*))")
+_QUOTES = re.compile("[\"'<>]")
+_ESCAPED = re.compile("%[0-9A-F]{2}")
+_OF_A_LOGIN = ("HOME", "PATH", "PWD", "SHELL", "USER", "LOGNAME", "LANG", "TMPDIR")
+"""Variables that every process has: their values are no secret to a program on this machine."""
 
 
 class _Known:
@@ -45,8 +51,6 @@ class _Known:
     def __init__(self) -> None:
         self.shown: dict[str, str] = {}
         """By secret, what is shown in its place."""
-        self.variables: set[str] = set()
-        """Environment variables that a configuration refers to."""
         self.said = ""
         """What is no secret, nor is any part of it, a line each."""
 
@@ -62,14 +66,12 @@ def note(secret: str, shown: str = MASK) -> None:
         shown: What stands in its place, such as the reference that it came from.
     """
     keep_out_of_logs()
-    for line in {secret, *secret.splitlines()}:
-        _known.shown.setdefault(line, shown)
+    _known.shown.setdefault(secret, shown)
 
 
 def note_variable(name: str) -> None:
     """Note the value of an environment variable to which a configuration refers; absent ones have none."""
     if (value := os.environ.get(name)) is not None:
-        _known.variables.add(name)
         note(value, f"${{oc.env:{name}}}")
         if "://" in value:
             note_address(value)
@@ -94,10 +96,24 @@ def redact(text: str, uri: str = "") -> str:
         text: What is to be printed or stored.
         uri: Address that the text is about; then all its parts go, such as a path that is a word.
     """
+    return _without(_secrets() | {part: MASK for part in _secret_parts(uri)}, text)
+
+
+def shortened(text: str, most: int) -> str:
+    """A text of at most so many characters, without known secrets: of one that is cut, a part would stay."""
+    return redact(text)[:most]
+
+
+def _secrets() -> dict[str, str]:
+    """All that is secret now, with what is shown in its place."""
     known = dict(_of_environment()) | _known.shown
     said = f"{_known.said}\n{_working_directory()}"
-    secrets = {one: shown for one, shown in known.items() if _is_secret(one) and one not in said}
-    secrets |= {part: MASK for part in _secret_parts(uri) if part}
+    # Clients send a value without the blanks around it, and a tool may print one line of it.
+    lines = {line.strip(): shown for one, shown in known.items() for line in (one, *one.splitlines())}
+    return {one: shown for one, shown in lines.items() if _is_secret(one) and one not in said}
+
+
+def _without(secrets: Mapping[str, str], text: str) -> str:
     if not secrets:
         return text
     # Longest first: a password may be a part of the address that is noted too.
@@ -122,8 +138,21 @@ def without_credentials(text: str, mask: str = "") -> str:
         text: A URL, or a message that contains some.
         mask: Their replacement, to show that something was there.
     """
-    text = _USER.sub(f"{mask}@" if mask else "", text)
-    return _QUERY.sub(rf"\1?{mask}" if mask else r"\1", text)
+    return _URL.sub(lambda found: f"://{_open_part(found[1], found[2], mask)}", text)
+
+
+def _open_part(place: str, query: str | None, mask: str) -> str:
+    """What may be shown of an address, after its scheme."""
+    is_local = place.startswith("/")  # a path of this machine, which has no user
+    if not is_local and query and "@" in query and not _QUOTES.search(query):
+        if "=" in query.rpartition("@")[0]:
+            return mask  # whether this "@" ends a user's password or is in that of the query, nobody can tell
+        # The last "@" counts: a database's password may hold "/", "#", "?" and "@".
+        place, separator, query = f"{place}?{query}".rpartition("@")[2].partition("?")
+        place, query = f"@{place}", query if separator else None
+    _, at, host = ("", "", place) if is_local else place.rpartition("@")
+    shown = f"{mask}@{host}" if at and mask else host
+    return shown if query is None or not mask else f"{shown}?{mask}"
 
 
 def shown_address(uri: str) -> str:
@@ -152,27 +181,50 @@ def is_setting(text: str) -> bool:
 
 def environment_without_secrets() -> dict[str, str]:
     """The environment for a program that is not ours, without the variables that hold secrets of ours."""
-    ours = {*_known.variables, *(name for name in os.environ if _READ_BY_CLIENTS.fullmatch(name))}
-    # An address stays unless it holds a secret.
-    ours |= {name for name, value in os.environ.items() if _ADDRESS.fullmatch(name) and _secret_parts(value)}
-    return {name: value for name, value in os.environ.items() if name not in ours}
+    kept = {name: value for name, value in os.environ.items() if name in _OF_A_LOGIN}
+    secrets = {one: shown for one, shown in _secrets().items() if one not in kept.values()}
+    others = {name: value for name, value in os.environ.items() if not _READ_BY_CLIENTS.fullmatch(name)}
+    return kept | {name: value for name, value in others.items() if _without(secrets, value) == value}
 
 
 def _secret_parts(uri: str) -> list[str]:
     """Parts of an address that may be secret, as they stand in it and decoded."""
-    _, separator, rest = uri.partition("://")
-    if not separator or rest.startswith("/"):
+    _, separator, whole = uri.partition("://")
+    if not separator:
         return []
-    user, _, rest = rest.rpartition("@")
+    # What has no host has no user, though a path may hold "@".
+    user, _, rest = ("", "", whole) if whole.startswith("/") else whole.rpartition("@")
     name, colon, password = user.partition(":")
     # A lone name may be a token. Clients that take another "@" or "/" for the end quote parts of a password.
-    parts = [user, password, *re.split(r"[/@#?:]", password)] if colon else [name]
-    rest, _, query = rest.partition("?")
-    parts += [query, *(value for pair in query.split("&") for value in [pair.partition("=")[2]])]
+    parts: list[str] = [user, password, *re.split(r"[/@#?:]", password)] if colon else [name]
+    parts += [_basic(unquote(name), unquote(password))] if user else []
+    # An "@" may stand in the query too.
+    for one in (whole, rest):
+        parts += _in_query(one.partition("?")[2])
     if is_web(uri):
-        path = rest.partition("/")[2]
+        path = rest.partition("?")[0].partition("/")[2]
         parts += [path, *path.split("/")]
-    return [spelled for part in parts if part for spelled in {part, unquote(part)}]
+    return [spelled for part in parts for spelled in {part, unquote(part)} if spelled]
+
+
+def _in_query(query: str) -> Iterator[str]:
+    """A query, its values, and values within them."""
+    yield query
+    for pair in re.split("[&#]", query):
+        value = unquote_plus(raw := pair.partition("=")[2])
+        yield from (raw, value, *value.split("@"))
+        yield from _within(value)
+
+
+def _within(value: str) -> Iterator[str]:
+    """Values within a connection string or headers."""
+    for braced, plain in _WITHIN.findall(value):
+        yield braced or plain
+
+
+def _basic(name: str, password: str) -> str:
+    """User and password as HTTP's basic authorization sends them."""
+    return base64.b64encode(f"{name}:{password}".encode()).decode()
 
 
 def _told_apart(uri: str) -> list[str]:
@@ -183,14 +235,22 @@ def _told_apart(uri: str) -> list[str]:
 
 def _of_environment() -> Iterator[tuple[str, str]]:
     """Secrets that clients of servers find in the environment, as it is now."""
+    user, password = (os.environ.get(f"MLFLOW_TRACKING_{name}", "") for name in ("USERNAME", "PASSWORD"))
+    if password:
+        yield _basic(user, password), "$MLFLOW_TRACKING_PASSWORD"
     for name, value in os.environ.items():
         if _READ_BY_CLIENTS.fullmatch(name):
             yield value, f"${name}"
+            yield from ((part, f"${name}") for part in _within(value) if not _WORD.fullmatch(part))
         elif _ADDRESS.fullmatch(name):
             yield from ((part, f"${name}") for part in _told_apart(value))
         elif "://" in value and "@" in value:
             # Of others, such as a proxy or a database, the password alone: their paths are none of ours.
             yield from ((part, f"${name}") for part in _told_apart(value.rpartition("@")[0] + "@"))
+
+
+def _small(found: re.Match[str]) -> str:
+    return found[0].lower()
 
 
 def _is_secret(text: str) -> bool:
@@ -208,8 +268,12 @@ def _working_directory() -> str:
 def _spellings(secret: str) -> tuple[str, ...]:
     """A secret as it stands in plain text, in JSON, in a URL, in HTML and in Python."""
     as_json = json.dumps(secret)[1:-1], json.dumps(secret, ensure_ascii=False)[1:-1]
-    in_url = quote(secret), quote(secret, safe=""), quote_plus(secret), unquote(secret)
-    return tuple({secret, *as_json, *in_url, html.escape(secret), repr(secret)[1:-1]} - {""})
+    in_url = quote(secret), quote(secret, safe=""), quote_plus(secret)
+    # Other writers of JSON escape "/", of URLs write small digits, and Python an apostrophe if quotes are in the text.
+    others = *(one.replace("/", "\\/") for one in as_json), *(_ESCAPED.sub(_small, one) for one in in_url)
+    as_bytes = repr(secret.encode(errors="replace"))[2:-1]
+    in_python = repr(secret)[1:-1], repr(f'{secret}"')[1:-2], ascii(secret)[1:-1], as_bytes
+    return tuple({secret, *as_json, *in_url, *others, *in_python, unquote(secret), html.escape(secret)} - {""})
 
 
 @lru_cache(maxsize=64)

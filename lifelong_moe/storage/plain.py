@@ -15,6 +15,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints, is_typeddict
 
 from lifelong_moe.errors import LifelongError
+from lifelong_moe.redaction import redacted
 from lifelong_moe.storage.grammars import Grammar
 
 T = TypeVar("T")
@@ -190,4 +191,4 @@ def _words(hint: Any) -> str:
 
 def _wrong(words: str, value: Any) -> PlainError:
     # Shortened: a hostile file may hold anything, of any size.
-    return PlainError(f"must be {words}, not {reprlib.repr(value)}")
+    return PlainError(f"must be {words}, not {reprlib.repr(redacted(value))}")

@@ -11,6 +11,7 @@ from enum import Enum
 from typing import Any
 
 from lifelong_moe.errors import TryAgainError
+from lifelong_moe.redaction import redact
 
 # Limits of MLflow's database schema; longer texts are refused.
 PARAM_CHARACTERS = 6000
@@ -47,6 +48,8 @@ def cut(text: str, limit: int) -> str:
     Returns:
         ``text`` itself if it fits, else its beginning and a marker with the number of characters cut.
     """
+    # Before it is cut: half a secret would not be known as one.
+    text = redact(text)
     if len(text) <= limit:
         return text
     # The marker names the original length, which does not depend on how long the marker is.

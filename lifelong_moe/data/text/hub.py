@@ -11,6 +11,7 @@ from lifelong_moe.data.text.documents import Document
 from lifelong_moe.data.text.jsonl import document_from
 from lifelong_moe.data.text.limits import DOCUMENT_BYTES, MAX_LINE_BYTES, Portion, Quota
 from lifelong_moe.errors import DataError, ResourceError, TryAgainError, disk_is_full
+from lifelong_moe.redaction import shortened
 
 _MAX_REASON_CHARS = 300
 
@@ -38,7 +39,7 @@ def hub_documents(config: SourceConfig, quota: Quota | None = None) -> list[Docu
     try:
         rows = datasets.load_dataset(config.hf, config.name, split=config.split, revision=config.revision)
     except Exception as error:  # the hub's errors share no base class; each is the user's to read
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:_MAX_REASON_CHARS]
+        reason = shortened(" ".join(f"{type(error).__name__}: {error}".split()), _MAX_REASON_CHARS)
         if any(disk_is_full(cause) for cause in _causes(error)):
             raise ResourceError(f"{place}: no space left in the cache of datasets: {reason}") from error
         passes = any(_passes(cause) for cause in _causes(error))

@@ -10,6 +10,7 @@ from lifelong_moe.data.text.jsonl import document_from
 from lifelong_moe.data.text.limits import MAX_LINE_BYTES, Portion, Quota
 from lifelong_moe.data.text.streams import OpenFile
 from lifelong_moe.errors import DataError
+from lifelong_moe.redaction import shortened
 
 _ROWS = 64
 """Rows unpacked at a time: a dictionary may repeat one long text in each."""
@@ -43,7 +44,8 @@ def read_parquet(
             for number, row in enumerate(_rows(file, table, columns), start=1):
                 yield document_from(row, f"{path}:{number}", text_field, source_field, answer_field)
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a readable Parquet file: {' '.join(str(error).split())[:300]}") from error
+        reason = shortened(" ".join(str(error).split()), 300)
+        raise DataError(f"{path}: not a readable Parquet file: {reason}") from error
 
 
 def _columns(file: OpenFile, metadata: Any, fields: list[str]) -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lifelong_moe.errors import DataError
+from lifelong_moe.redaction import shortened
 
 _MAX_DIGITS = 1000
 """Longer integers are quadratic to read, and no document needs one."""
@@ -49,7 +50,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         for key, _ in pairs:
             if key in seen:
-                raise _RefusedError(f"key {key[:80]!a} occurs twice; the last would silently win.")
+                raise _RefusedError(f"key {shortened(key, 80)!a} occurs twice; the last would silently win.")
             seen.add(key)
     return row
 
@@ -64,7 +65,7 @@ def _number(digits: str) -> float:
     value = float(digits)
     # 1e999 is valid JSON and reads as infinity, which no canonical JSON can hold.
     if not math.isfinite(value):
-        raise _RefusedError(f"number {digits[:40]} is not finite.")
+        raise _RefusedError(f"number {shortened(digits, 40)} is not finite.")
     return value
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from lifelong_moe.errors import ConfigError
+from lifelong_moe.redaction import shortened
 
 MAX_GROWTH = 72
 """Most bytes that a byte of text may become on its way to the model, or one of a token on its way back. Published
@@ -208,7 +209,9 @@ def _require_tame(pattern: str) -> None:
             inner = groups.pop()
         repeats, position = _quantifier(pattern, position)
         if inner and repeats:
-            raise ConfigError(f"a regular expression repeats what repeats, which takes for ever: {pattern[:80]}")
+            raise ConfigError(
+                f"a regular expression repeats what repeats, which takes for ever: {shortened(pattern, 80)}"
+            )
         groups[-1] |= inner or repeats
 
 
