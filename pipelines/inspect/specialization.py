@@ -190,7 +190,7 @@ def _heldout_windows(
         ConfigError: If the tokenizer has changed since the stage was trained.
         DataError: If all held-out text is gone.
     """
-    run, data = head.run, read_data(config, known=remembered(head, head.config))
+    run, data = head.run, read_data(config, known=remembered(head, None))
     if data.tokenizer.hash != committed.tokenizer.hash:
         raise ConfigError(
             f"run {run}: text or tokenizer has changed since stage {committed.name} was trained, so token ids have "

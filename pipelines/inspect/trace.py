@@ -15,7 +15,7 @@ from lifelong_moe.config.retraining.operation import InboxConfig
 from lifelong_moe.data.text.batches import BatchStore
 from lifelong_moe.data.tokens.prepare import read_texts
 from lifelong_moe.data.tokens.records import DIGITS, HeldoutStore
-from lifelong_moe.errors import ConfigError
+from lifelong_moe.errors import ConfigError, LifelongError
 from lifelong_moe.storage.keys import SHORT
 from lifelong_moe.store.head import RunHead
 from lifelong_moe.store.runs import require_head
@@ -79,8 +79,8 @@ def document(run: str, digest: str, console: Console) -> Mapping[str, Any]:
         raise ConfigError(f"--document={digest}: give at least {LEAST_DIGITS} hexadecimal digits of its SHA-256.")
     head, store = require_head(ROOT, run), StageStore(ROOT)
     holders, gone = _holders(head, digest)
-    if gone:
-        console.print(f"the text of {', '.join(gone)} is gone: only held-out documents could be searched")
+    for name, error in gone.items():
+        console.print(f"{name}: only held-out documents could be searched, for its text is not read: {error}")
     if not holders:
         raise ConfigError(f"--document={digest}: no text that run {run} reads holds such a document.")
     # A stage that reads the distribution did not train on a document which is a near copy of held-out text.
@@ -98,11 +98,11 @@ def document(run: str, digest: str, console: Console) -> Mapping[str, Any]:
     return {"document": digest, "held_by": held_by, "stages": stages}
 
 
-def _holders(head: RunHead, digest: str) -> tuple[list[Holder], list[str]]:
+def _holders(head: RunHead, digest: str) -> tuple[list[Holder], dict[str, LifelongError]]:
     """Search the text of the run's distributions and batches.
 
     Returns:
-        Where the document was found, and the names of distributions whose text is gone.
+        Where the document was found, and why text of other distributions was not read.
     """
     config, batches = build_config(stored_config(head.config), is_stored=True), BatchStore(ROOT)
     sources = {name: config.distributions[name] for name in config.evaluated}
@@ -118,7 +118,7 @@ def _holders(head: RunHead, digest: str) -> tuple[list[Holder], list[str]]:
             share = settled.heldout_fraction
             split = InboxConfig.heldout_fraction if share is None else share, settled.heldout_sources
             sources[settled.name] = batch_source(str(batches.path(batch, settled.sources)), *split)
-    known = remembered(head, head.config)
+    known = remembered(head, None)
     texts = read_texts(sources, [], CACHE, known)
     for name, heldout in texts.heldout.items():
         corpus = texts.corpora.get(name)
@@ -131,7 +131,7 @@ def _holders(head: RunHead, digest: str) -> tuple[list[Holder], list[str]]:
             for held in documents:
                 if held.hash.startswith(digest):
                     found.append(Holder(name, part, held.hash, of.train_hash, of.split_hash))
-    return found, list(texts.gone)
+    return found, texts.gone
 
 
 def _removed_holders(head: RunHead, name: str, identities: set[tuple[str, str]], digest: str) -> list[Holder]:

@@ -15,7 +15,7 @@ from lifelong_moe.store.versions import Version
 from pipelines.shared.remembering import keep_texts, remembered
 
 
-def remembered_by(head: RunHead, written: Mapping[str, Any], version: Version, store: StageStore) -> Remembered:
+def remembered_by(head: RunHead, written: Mapping[str, Any] | None, version: Version, store: StageStore) -> Remembered:
     """Records of text that may be gone, including that of a version's batches.
 
     Args:

@@ -4,29 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lifelong_moe.data.tokens.records import HeldoutStore, Remembered, TextRecord
 from lifelong_moe.store.head import RunHead
 from lifelong_moe.store.stages import StageStore
-from pipelines.shared.places import ROOT
+from pipelines.shared.places import CACHE, ROOT
 
 if TYPE_CHECKING:
     from lifelong_moe.data.tokens.prepare import PreparedData
 
 
-def remembered(head: RunHead | None, written: Mapping[str, Any]) -> Remembered:
+def remembered(head: RunHead | None, written: Mapping[str, Any] | None) -> Remembered:
     """What a run knows about its text without reading it.
 
     Args:
         head: The run's head; None before the first start.
         written: The configuration now, as written. A record counts only if its distribution is still configured alike.
+            None for the head's own, which may be somebody else's: it chooses files below this directory only.
     """
     before: Mapping[str, Any] = head.config if head is not None else {}
+    # `mlruns`, where batches are, and the cache may be links.
+    within = None if written is not None else (Path(), ROOT, CACHE)
+    written = before if written is None else written
     now, then = (config.get("distributions") for config in (written, before))
     if head is None or not isinstance(now, Mapping) or not isinstance(then, Mapping):
         # An interpolation of the whole section: what it meant then cannot be compared.
-        return Remembered()
+        return Remembered(within=within)
     records = {name: record for name, record in head.texts.items() if name in now and now[name] == then.get(name)}
 
     def tokenizer() -> str | None:
@@ -37,7 +42,7 @@ def remembered(head: RunHead | None, written: Mapping[str, Any]) -> Remembered:
         first = store.find(head.plan[0]) if head.plan else None
         return None if first is None else store.tokenizer(first)
 
-    return Remembered(records, HeldoutStore(ROOT), tokenizer)
+    return Remembered(records, HeldoutStore(ROOT), tokenizer, within)
 
 
 def _tokenizer_file(config: Mapping[str, Any]) -> Any:

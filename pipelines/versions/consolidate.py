@@ -57,6 +57,8 @@ def consolidate(run: str, stage: str, experts: int, console: Console, overrides:
         before = head.champion
         source = store.get(before.key)
         served = served_measurements(head, before, store)
+        for name, error in served.data.gone.items():
+            console.print(f"{name}: held-out text, if kept, says how experts are used: {error}")
         with console.status(f"{stage}: looking for experts that are alike"):
             made, merged = _merged(store, source, served, before, stage, experts)
         verdict = gate_derived(store, before, made, served, None, settings, console)

@@ -40,7 +40,7 @@ def served_measurements(head: RunHead, version: Version, store: StageStore, with
     # No retraining file is read: drop and consolidate know only the run, so defaults stand in.
     retraining = Retraining(RetrainConfig(base=""), stored_config(head.config), head.run)
     config = retraining.config(*served_stages(version, store))
-    known = remembered_by(head, head.config, version, store)
+    known = remembered_by(head, None, version, store)
     data, models = read_data(config, None, known), model_loader(store, config.trainer)
     wait_for_text(data)
     served = Measurements(config, data, EvaluationStore(ROOT), models)

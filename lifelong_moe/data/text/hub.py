@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 from lifelong_moe.config.data import SourceConfig
 from lifelong_moe.data.text.documents import Document
@@ -16,12 +18,13 @@ from lifelong_moe.redaction import shortened
 _MAX_REASON_CHARS = 300
 
 
-def hub_documents(config: SourceConfig, quota: Quota | None = None) -> list[Document]:
+def hub_documents(config: SourceConfig, quota: Quota | None = None, *, asks: bool = True) -> list[Document]:
     """Download (or find in the cache) one split and read its documents.
 
     Args:
         config: ``hf``, ``name``, ``split``, ``revision``, ``text_field``, ``source_field``.
         quota: Limits of what is read; None for those of a distribution.
+        asks: Whether the hub may be asked; otherwise only its cache is read, and nothing is sent.
 
     Raises:
         DataError: The dataset cannot be had (unknown, gated, or not in the cache while offline), a row has no usable
@@ -37,12 +40,18 @@ def hub_documents(config: SourceConfig, quota: Quota | None = None) -> list[Docu
 
     place = f"hf={config.hf}" + (f"/{config.name}" if config.name else "") + f"@{(config.revision or '')[:8]}"
     try:
-        rows = datasets.load_dataset(config.hf, config.name, split=config.split, revision=config.revision)
+        with nullcontext() if asks else _offline():
+            rows = datasets.load_dataset(config.hf, config.name, split=config.split, revision=config.revision)
     except Exception as error:  # the hub's errors share no base class; each is the user's to read
         reason = shortened(" ".join(f"{type(error).__name__}: {error}".split()), _MAX_REASON_CHARS)
         if any(disk_is_full(cause) for cause in _causes(error)):
             raise ResourceError(f"{place}: no space left in the cache of datasets: {reason}") from error
         passes = any(_passes(cause) for cause in _causes(error))
+        if passes and not asks:
+            raise DataError(
+                f"{place}: split {config.split} is not in the cache of datasets; a store's datasets are not fetched.",
+                is_missing=True,
+            ) from error
         if passes and datasets.config.HF_HUB_OFFLINE:  # which no time changes
             raise DataError(
                 f"{place}: split {config.split} is not in the cache, and HF_HUB_OFFLINE or HF_DATASETS_OFFLINE forbids "
@@ -67,6 +76,24 @@ def hub_documents(config: SourceConfig, quota: Quota | None = None) -> list[Docu
         portion.hold(sum(lengths) + DOCUMENT_BYTES)
         documents.append(document_from(row, where, config.text_field, config.source_field, config.answer_field))
     return documents
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """Let the libraries of the hub send nothing, as HF_HUB_OFFLINE does for a process that has not imported them."""
+    import datasets
+    from huggingface_hub import constants
+
+    # Each has its own copy of the variable, which it looks at before each request.
+    places: tuple[Any, ...] = (constants, datasets.config)
+    before = [place.HF_HUB_OFFLINE for place in places]
+    try:
+        for place in places:
+            place.HF_HUB_OFFLINE = True
+        yield
+    finally:
+        for place, was in zip(places, before, strict=True):
+            place.HF_HUB_OFFLINE = was
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

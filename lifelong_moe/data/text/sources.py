@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from lifelong_moe.config.data import SourceConfig
 from lifelong_moe.data.text.documents import Corpus, Document, build_corpus, heldout_part
+from lifelong_moe.errors import DataError
 from lifelong_moe.storage.modes import SHARED
 
 
-def read_corpus(name: str, config: SourceConfig, cache: Path) -> Corpus:
+def read_corpus(name: str, config: SourceConfig, cache: Path, within: Sequence[Path] | None = None) -> Corpus:
     """Read, check and split the documents of one distribution.
 
     Args:
         name: The distribution; used in messages and in the corpus.
         config: Where its documents come from.
         cache: Directory for what is expensive to extract again.
+        within: Where a store, which may come from somebody else, chose the source: files elsewhere count as missing,
+            and so does what the hub's cache does not hold, for no hub is asked. None where the user chose it.
 
     Returns:
         Documents in canonical order, train and held-out apart.
@@ -24,6 +29,8 @@ def read_corpus(name: str, config: SourceConfig, cache: Path) -> Corpus:
     Raises:
         DataError: Documents are missing, malformed, duplicated or too few.
     """
+    if within is not None:
+        _require_within(config, within)
     if config.builtin is not None:
         from lifelong_moe.data.text.builtin import builtin_documents
 
@@ -37,10 +44,10 @@ def read_corpus(name: str, config: SourceConfig, cache: Path) -> Corpus:
         return replace(corpus, mode=mode)
     from lifelong_moe.data.text.hub import hub_documents
 
-    return build_corpus(name, hub_documents(config), config)
+    return build_corpus(name, hub_documents(config, asks=within is None), config)
 
 
-def heldout_documents(config: SourceConfig) -> list[Document] | None:
+def heldout_documents(config: SourceConfig, within: Sequence[Path] | None = None) -> list[Document] | None:
     """Return the documents of ``heldout_files`` in order of hash; None if the key is not set.
 
     Raises:
@@ -48,6 +55,33 @@ def heldout_documents(config: SourceConfig) -> list[Document] | None:
     """
     if config.heldout_files is None:
         return None
+    if within is not None:
+        _require_within(config, within)
     from lifelong_moe.data.text.files import read_documents
 
     return heldout_part(read_documents(config.heldout_files, config))
+
+
+def lies_within(path: Path, folders: Iterable[Path]) -> bool:
+    """Whether a path leads to a place below one of these folders, whatever links and ".." it holds."""
+    return any(path.resolve().is_relative_to(folder.resolve()) for folder in folders)
+
+
+def _require_within(config: SourceConfig, folders: Sequence[Path]) -> None:
+    """Require that a source is nothing but files below these folders, or a dataset of the hub.
+
+    Raises:
+        DataError: It is something else, which counts as missing.
+    """
+    from lifelong_moe.data.text.files import matching_files
+
+    for pattern in filter(None, (config.files, config.heldout_files)):
+        # Before anything is listed; and then each file, since what a pattern matches may be a link.
+        is_within = lies_within(Path(pattern), folders)
+        if not is_within or not all(lies_within(path, folders) for path in matching_files(pattern)):
+            raise DataError(
+                f"files={pattern}: not below {Path.cwd()}; what a store names elsewhere is not opened.", is_missing=True
+            )
+    # The library also takes folders and names of its own readers, some of which load pickles.
+    if config.hf is not None and (not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", config.hf) or Path(config.hf).exists()):
+        raise DataError(f"hf={config.hf}: not OWNER/NAME of a dataset; a store may name no other.", is_missing=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from lifelong_moe.config.data import SourceConfig, TokenizerConfig
 from lifelong_moe.data.text.documents import Corpus, Document, documents_hash, normalized_hash
 from lifelong_moe.data.text.near_copies import without_near_copies
-from lifelong_moe.data.text.sources import heldout_documents, read_corpus
+from lifelong_moe.data.text.sources import heldout_documents, lies_within, read_corpus
 from lifelong_moe.data.tokens.identity import DataIdentity, TokenizerIdentity
 from lifelong_moe.data.tokens.pairs import with_answers, with_heldout_answers
 from lifelong_moe.data.tokens.records import DIGITS, Remembered, TextRecord
@@ -23,7 +23,7 @@ from lifelong_moe.data.tokens.shards import (
     tokenize_documents,
 )
 from lifelong_moe.data.tokens.tokenizer import Tokenizer, recipe, trained_tokenizer
-from lifelong_moe.errors import ConfigError, DataError, LifelongError, TryAgainError
+from lifelong_moe.errors import ConfigError, CorruptError, DataError, LifelongError, TryAgainError
 from lifelong_moe.storage.modes import PRIVATE
 
 log = logging.getLogger(__name__)
@@ -159,7 +159,7 @@ def _read_all(
     # A user's own files first: a mistake in them is found before the builtin text is extracted.
     for name in sorted(sources, key=lambda name: sources[name].builtin is not None):
         try:
-            splits[name] = read_corpus(name, sources[name], cache)
+            splits[name] = read_corpus(name, sources[name], cache, remembered.within)
         except (ConfigError, DataError, TryAgainError) as error:
             told = _of_distribution(name, error)
             if name not in remembered.records or not _is_missing(error):
@@ -192,13 +192,21 @@ def _kept(name: str, source: SourceConfig, remembered: Remembered) -> list[Docum
     """Held-out documents of a distribution whose text is gone: those that were kept, else those in a file of their own.
 
     Raises:
+        CorruptError: If those that were kept are others than the record says.
         DataError: If that file holds others than it did.
     """
     record = remembered.records[name]
     if record.kept is not None and remembered.heldout is not None:
-        return remembered.heldout.documents(record.kept)
+        kept = remembered.heldout.documents(record.kept)
+        # Its tokens are cached by the hash that the record says.
+        if (found := documents_hash(kept)) != record.heldout_hash:
+            raise CorruptError(
+                f"distributions.{name}: its kept held-out text was {record.heldout_hash[:DIGITS]} and is "
+                f"{found[:DIGITS]} (SHA-256)."
+            )
+        return kept
     try:
-        documents = heldout_documents(source)
+        documents = heldout_documents(source, remembered.within)
     except DataError as error:
         if error.is_missing:
             return None
@@ -230,10 +238,14 @@ def _given_tokenizer(config: TokenizerConfig, remembered: Remembered) -> Tokeniz
     """The tokenizer that is named, or that a run was begun with if its file is gone; None if none is named."""
     if config.file is None:
         return None
+    path, within = Path(config.file), remembered.within
+    is_elsewhere = within is not None and not lies_within(path, within)
     # The file wins if it is there: a changed one must change the stage keys, not be ignored.
-    if not Path(config.file).exists() and (text := remembered.tokenizer()) is not None:
+    if (is_elsewhere or not path.exists()) and (text := remembered.tokenizer()) is not None:
         return Tokenizer.stored(text)
-    return Tokenizer.load(Path(config.file))
+    if is_elsewhere:
+        raise ConfigError(f"tokenizer.file={path}: not below {Path.cwd()}; what a store names elsewhere is not opened.")
+    return Tokenizer.load(path)
 
 
 def _stored_tokenizer(remembered: Remembered, error: LifelongError) -> Tokenizer:

@@ -117,3 +117,5 @@ class Remembered:
     heldout: HeldoutStore | None = None
     tokenizer: Callable[[], str | None] = lambda: None
     """Text of the ``tokenizer.json`` of the run's first stage; None if that is not committed."""
+    within: tuple[Path, ...] | None = None
+    """See :func:`lifelong_moe.data.text.sources.read_corpus`."""
