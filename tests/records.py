@@ -37,6 +37,6 @@ def made_record(key: str, name: str = "one", **changes: Any) -> StageRecord:
     architecture = Architecture(spec.model, spec.routing, 300, 0, (first_generation(name, spec.model),))
     plain: dict[str, Any] = {
         "key": key, "name": name, "parent": None, "spec": spec, "architecture": architecture, "data": {}, "split": {},
-        "tokenizer": TokenizerIdentity({"vocab_size": 300}, "7" * 64), "schema": 1,
+        "tokenizer": TokenizerIdentity({"vocab_size": 300}, "7" * 64), "schema": 4,
     }  # fmt: skip
     return StageRecord(**plain | changes)

@@ -109,7 +109,7 @@ def _steps(
     length, bos_id = 1 + len(prompts[0]), model.architecture.bos_id
     ids_BN = np.full((len(prompts), length + max_new_tokens), bos_id, dtype=np.int64)
     ids_BN[:, 1:length] = prompts
-    texts = _Texts(model, distribution)
+    texts = _Texts(model, distribution, ids_BN.shape[1])
     for end in range(length, length + max_new_tokens):
         logits_BV = texts.next_logits(ids_BN[:, :end])
         if temperature < SHARPEST:
@@ -122,9 +122,11 @@ def _steps(
 
 
 class _Texts:
-    """Texts of equal length in progress: their key-value cache, and the domains of their tokens."""
+    """Texts of equal length in progress, up to a length: their key-value cache, and the domains of their tokens."""
 
-    def __init__(self, model: LanguageModel, distribution: str | None) -> None:
+    def __init__(self, model: LanguageModel, distribution: str | None, longest: int) -> None:
+        # A context may be far longer than any text.
+        self.room = min(longest, model.architecture.model.context)
         self.model, self.label_domain = model, label_domain(model.architecture, distribution)
         self.cache: KeyValueCache | None = None
         self.domains_BN = np.empty((0, 0), dtype=np.int64)
@@ -136,7 +138,7 @@ class _Texts:
             self.domains_BN, kept = self._domains(ids_BN), [*range(ids_BN.shape[1])]
             if len(kept) > context:  # BOS and the newest half, so that most of a context of new tokens fits
                 kept = [0, *kept[-(context // 2) :]]
-            self.cache = KeyValueCache(len(self.model.blocks), context)
+            self.cache = KeyValueCache(len(self.model.blocks), self.room)
             return self._read(ids_BN[:, kept], self.domains_BN[:, kept])
         if self.model.document_clusters and (ids_BN.shape[1] - 1) % self.model.architecture.routing.chunk_tokens == 0:
             self.domains_BN = self._domains(ids_BN)

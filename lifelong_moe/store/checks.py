@@ -18,7 +18,8 @@ MEASURED = ("tokens", "seconds", "tokens_per_second", "epochs", "trainable_param
 def require_own_key(record: StageRecord, spec: Mapping[str, Any]) -> None:
     """Compute a stage's key again, and require that it is the one that its record names.
 
-    Stages of earlier versions, whose keys were hashes of something else, are taken at their word.
+    Stages of earlier versions, whose keys were hashes of something else, are taken at their word; their records have a
+    form that no later one has.
 
     Args:
         record: The stage.
@@ -40,9 +41,18 @@ def require_own_key(record: StageRecord, spec: Mapping[str, Any]) -> None:
     elif record.schema is not None and record.schema > SCHEMA:
         raise PlainError(f"{record.schema} is of a later version of lifelong-moe; this one reads {SCHEMA}", ".schema")
     else:
+        _require_earlier_form(record, spec)
         return
     if found != record.key:
         raise PlainError(f"{record.key} does not belong to the rest of the file, whose key is {found}", ".key")
+
+
+def _require_earlier_form(record: StageRecord, spec: Mapping[str, Any]) -> None:
+    # Records name the schema since its number 4, the split and the processes since later.
+    if record.schema is None and (not record.read_near_copies or "processes" in spec):
+        raise PlainError("missing", ".schema")
+    if record.schema not in (None, 4):
+        raise PlainError(f"{record.schema}, which no version has written", ".schema")
 
 
 def _trained_key(record: StageRecord, spec: Mapping[str, Any]) -> str:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from lifelong_moe.config.parts import Part
 from lifelong_moe.config.routing.base import Bundles, Centroids, RoutingConfig
 from lifelong_moe.config.routing.shared import TextClusterConfig
+from lifelong_moe.config.routing.topk import CustomRouterConfig
 from lifelong_moe.data.tokens.shards import TokenizedCorpus
 from lifelong_moe.errors import CorruptError
 from lifelong_moe.model.transformer import LanguageModel, initialize
 from lifelong_moe.plan.architecture import Architecture
-from lifelong_moe.plan.cost import parameters_by_part
 from lifelong_moe.storage.stored import naming
 from lifelong_moe.store.stages import CommittedStage, StageStore
 from lifelong_moe.training.first_centroids import FIRST_CENTROIDS, first_centroids
@@ -37,17 +37,26 @@ def build_model(architecture: Architecture, tensors: Mapping[str, Tensor]) -> La
     """A model from stored tensors, on the CPU.
 
     Raises:
-        CorruptError: If the architecture has more parameters than the tensors: building it could exhaust the memory.
+        CorruptError: If the tensors are not those of the architecture.
     """
-    counts = parameters_by_part(architecture)
-    # Routers are left out: one of the user's own has as many parameters as it likes.
-    needed = sum(number for (part, _), number in counts.items() if part != Part.router)
-    if needed > (there := sum(tensor.numel() for tensor in tensors.values())):
-        raise CorruptError(f"a stored architecture has {needed:,} parameters, and its tensors hold {there:,}.")
-    model = LanguageModel(architecture)
+    layers, born = architecture.model.layers, architecture.generations
+    # Each of these has a tensor of its own, so what is left takes no longer than the file that holds them.
+    for count, what in ((layers, "layers"), (len(born), "generations"), (_experts(architecture), "experts")):
+        if count > len(tensors):
+            raise CorruptError(f"a stored architecture has {count:,} {what}, but {len(tensors):,} tensors.")
+    # First without memory: what is stored may name a model that no machine holds. The user's own router may need
+    # numbers to be built, and is code that the user trusts.
+    own = isinstance(architecture.routing, CustomRouterConfig)
+    with nullcontext() if own else torch.device("meta"):
+        model = LanguageModel(architecture)
     require_fitting(model, tensors)
+    model = model if own else LanguageModel(architecture)
     model.load_state_dict(tensors, strict=True)
     return model
+
+
+def _experts(architecture: Architecture) -> int:
+    return sum(architecture.experts_in(layer) for layer in range(architecture.model.layers))
 
 
 def initial_model(architecture: Architecture, seed: int) -> LanguageModel:

@@ -272,6 +272,15 @@ def test_a_stored_model_larger_than_its_tensors_is_not_built() -> None:
     small = build_model()
     restored = restore(small.architecture, small.state_dict())
     assert restored.state_dict().keys() == small.state_dict().keys()
-    shape = {"layers": 1000, "width": 1_000_000, "expert_width": 1_000_000}
-    with pytest.raises(CorruptError, match=r"a stored architecture has [\d,]{20,} parameters, and its tensors hold"):
-        restore(build_architecture(model=shape), small.state_dict())
+    wide = {"width": 1_000_000, "expert_width": 1_000_000}
+    for architecture, message in (
+        (build_architecture(model=wide), r"tensor \S+ is "),
+        (build_architecture(model={"layers": 1000}), r"has 1,000 layers, but \d+ tensors"),
+        (build_architecture(generations=(1000,)), r"has 2,000 experts, but \d+ tensors"),
+    ):
+        with pytest.raises(CorruptError, match=message):
+            restore(architecture, small.state_dict())
+    first = small.architecture.generations[0]
+    many = dataclasses.replace(small.architecture, generations=(first, *[dataclasses.replace(first, experts=0)] * 1000))
+    with pytest.raises(CorruptError, match=r"has 1,001 generations"):
+        restore(many, small.state_dict())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lifelong_moe.config.model import ModelConfig
+from lifelong_moe.config.routing.routers import ClusterConfig
 from lifelong_moe.errors import CorruptError
+from lifelong_moe.model.attention import position_tables
 from lifelong_moe.storage.keys import file_sha256
 from lifelong_moe.storage.stored import MOST_DEEP, parse_json, read_json
 from lifelong_moe.storage.verified import verify_directory
 from lifelong_moe.store.stages import StageStore
+from lifelong_moe.training.restore import build_model
 from tests.records import METRICS, made_record
 from tests.security.hostile import ARGUMENTS, outcome, snapshot
 
@@ -123,6 +128,9 @@ def test_a_stage_says_what_a_stage_says(store: Path, command: str, change: str, 
         ("tokenizer.hash=5", "tokenizer.hash: must be a text"),
         ("schema=6", "schema: 6 is of a later version"),
         ("schema=5", "key: "),
+        ("schema=3", "schema: 3, which no version has written"),
+        ("split={}", "schema: missing"),
+        ("spec.processes=1", "schema: missing"),
         ('derived={"from": "x"}', "parent: is not what the stage was derived from"),
         ("more=1", "more: no such field"),
     ],
@@ -214,6 +222,31 @@ def test_tensors_are_those_of_the_architecture(store: Path, change: Any, message
     change_weights(change)
     code, error = outcome("generate", "--stage", "fruit")
     assert code == 7 and message in error and error.startswith(f"CorruptError: {FIRST}: ") and "\n" not in error
+
+
+def test_a_model_takes_no_memory_until_its_tensors_fit(store: Path) -> None:
+    """Neither does its router, which may say that it has as many centroids as it likes."""
+    stages = StageStore(Path("mlruns"))
+    stage = stages.get(json.loads(Path(HEAD).read_text())["stages"][0])
+    huge = ClusterConfig(clusters=10**6, feature_width=10**6)
+    with pytest.raises(CorruptError, match=r"tensor .* is "):
+        build_model(replace(stage.architecture, routing=huge), stages.tensors(stage))
+
+
+def test_a_long_context_takes_no_memory_until_it_is_used(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def counted(config: ModelConfig, num_positions: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        asked.append(num_positions)
+        return position_tables(config, num_positions, device)
+
+    monkeypatch.setattr("lifelong_moe.model.transformer.position_tables", counted)
+    for stage in (FIRST, SECOND):
+        rewrite(f"{stage}/config.json", put(f"architecture.model.context={1 << 24}"))
+    for command in ("generate", "evaluate"):
+        code, error = outcome(command, *(["--max-new-tokens", "3"] if command == "generate" else []))
+        assert (code, error) == (0, "")
+    assert asked and max(asked) < 1000
 
 
 @pytest.mark.parametrize("command", ["status", "lineage", "drop", "generate", "evaluate", "inspect", "rollback"])
