@@ -1,8 +1,8 @@
 """Where the artifacts of a store's own database go: below ``mlruns/artifacts``, whatever the database says.
 
 The database may come with somebody else's store, and MLflow writes a run's artifacts to whatever folder or address
-stands in its tables, and fetches models from there. Databases elsewhere, and servers, are the user's own and say
-themselves where artifacts go.
+stands in its tables, serves files from there, and deletes them. Databases elsewhere, and servers, are the user's own
+and say themselves where artifacts go.
 """
 
 from __future__ import annotations
@@ -11,37 +11,54 @@ import os
 import re
 import sqlite3
 import time
-from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
-from lifelong_moe.redaction import without_credentials
+from lifelong_moe.errors import one_line
 from lifelong_moe.tracking.connection import sqlite_path
 from lifelong_moe.tracking.spool import RefusedError
 
 ARTIFACTS = "artifacts"
 READ_SECONDS = 10.0
 """Longest time for reading the locations; a hostile database could make it endless."""
-_MODELS = (
-    ("model_versions", "source"),
-    ("model_versions", "storage_location"),
-    ("logged_models", "artifact_location"),
+
+# Experiments that MLflow itself makes have their number as folder.
+_FOLDERS = rf"{ARTIFACTS}|[0-9]{{1,20}}"
+LOCATIONS = {
+    ("experiments", "artifact_location"): _FOLDERS,
+    ("runs", "artifact_uri"): _FOLDERS,
+    ("logged_models", "artifact_location"): _FOLDERS,
+    ("trace_tags", "value"): _FOLDERS,
+    ("workspaces", "default_artifact_root"): _FOLDERS,
+    ("workspaces", "trace_archival_location"): _FOLDERS,
+    # A version of ours is a stage.
+    ("model_versions", "source"): rf"{_FOLDERS}|stages",
+    ("model_versions", "storage_location"): rf"{_FOLDERS}|stages",
+}
+"""Columns of MLflow's tables that say where files are, and the folders of a store that they may name."""
+LOCATION_TAGS = ("mlflow.artifactLocation", "mlflow.trace.archiveLocation")
+"""Keys of ``trace_tags`` whose values do so."""
+# What computes when it is read or written is none of MLflow's, except for one trigger. The text decides what SQLite
+# makes of a row of its schema, not the type that the row states.
+_SCHEMA = re.compile(
+    r"CREATE (?:TABLE|(?:UNIQUE )?INDEX|TRIGGER prevent_secrets_aad_mutation\s+BEFORE UPDATE ON secrets)\s"
 )
-"""From where MLflow's server fetches what a browser asks of a model, with this user's credentials."""
-# Ids of runs and experiments, as MLflow makes them; "artifacts" ends a run's folder.
-_TAIL = re.compile(r"(?:/\w+)*")
+# What parsers of addresses drop, or take for an end, is in no path.
+_LOCAL = re.compile(r"(?:file://)?(/[^/\x00-\x1f\x7f-\x9f?#][^\x00-\x1f\x7f-\x9f?#]*)")
+_TAIL = r"(?:/[\w-][\w.-]*)*"
+# MLflow finds the place of these in the tables above.
+_REFERENCE = re.compile(r"(?:runs|models):(?:/[\w-][\w.@ -]*)+")
 
 
 def keep_artifacts_within(uri: str, root: Path) -> None:
-    """Require that all artifacts of a store's own database are below the store; those of a store that moved, move too.
+    """Require that all files of a store's own database are below the store; those of a store that moved, move too.
 
     Args:
         uri: Tracking URI.
         root: The ``mlruns/`` directory.
 
     Raises:
-        RefusedError: If a run keeps its artifacts elsewhere or a model at another address.
+        RefusedError: If it is no database of MLflow's, or names a place that is elsewhere.
         sqlite3.Error, OSError: If the database cannot be read.
     """
     path = own_database(uri, root)
@@ -51,21 +68,14 @@ def keep_artifacts_within(uri: str, root: Path) -> None:
     with closing(sqlite3.connect(path, timeout=READ_SECONDS)) as connection:
         deadline = time.monotonic() + READ_SECONDS
         connection.set_progress_handler(lambda: time.monotonic() > deadline, 100_000)
-        tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-        if not {"experiments", "runs"} <= tables:
-            return  # no database of MLflow's, which it says itself
-        for table, column in (("experiments", "artifact_location"), ("runs", "artifact_uri")):
-            found = connection.execute(f"SELECT DISTINCT {column} FROM {table}")
-            moved = {old: new for (old,) in found if old and (new := _moved(str(old), root)) is not None}
+        _require_schema(connection)
+        for (table, column), folders in LOCATIONS.items():
+            outside = _outside(connection, table, column, root)
+            moved = [(new, old) for _, old in outside if (new := _moved(str(old), root, folders)) is not None]
             with connection:
-                connection.executemany(
-                    f"UPDATE {table} SET {column} = ? WHERE {column} = ?", [(new, old) for old, new in moved.items()]
-                )
-        used = "SELECT artifact_location FROM experiments WHERE experiment_id IN (SELECT experiment_id FROM runs)"
-        _require_all((str(one) for (one,) in connection.execute(f"{used} UNION SELECT artifact_uri FROM runs")), root)
-        for table, column in _MODELS:
-            if table in tables:
-                _require_no_address(str(one) for (one,) in connection.execute(f"SELECT DISTINCT {column} FROM {table}"))
+                connection.executemany(f"UPDATE {table} SET {column} = ? WHERE {column} = ?", moved)
+            for row, location in _outside(connection, table, column, root) if outside else ():
+                raise _refusal(f"row {row} of its {table} has the {column}", location, root)
 
 
 def require_within(uri: str, root: Path, location: str) -> None:
@@ -79,22 +89,8 @@ def require_within(uri: str, root: Path, location: str) -> None:
     Raises:
         RefusedError: If it is elsewhere.
     """
-    if own_database(uri, root) is not None:
-        _require_all([location], root)
-
-
-def _require_all(locations: Iterable[str], root: Path) -> None:
-    for location in locations:
-        if not _is_within(location, root):
-            raise RefusedError(f"it keeps artifacts in {location}, which is not below {root / ARTIFACTS}")
-
-
-def _require_no_address(locations: Iterable[str]) -> None:
-    """Require that models are in files or artifacts of this store, to which no request goes."""
-    for location in locations:
-        parts = urlsplit(location)
-        if parts.scheme not in ("", "file", "runs", "models", "mlflow-artifacts") or parts.netloc:
-            raise RefusedError(f"it keeps a model at another address, {without_credentials(location)}")
+    if own_database(uri, root) is not None and not _is_within(location, root, _FOLDERS):
+        raise _refusal("it keeps artifacts in", location, root)
 
 
 def own_database(uri: str, root: Path) -> Path | None:
@@ -105,32 +101,64 @@ def own_database(uri: str, root: Path) -> Path | None:
     return path if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root)) else None
 
 
-def _is_within(location: str, root: Path) -> bool:
+def _require_schema(connection: sqlite3.Connection) -> None:
+    """Require a database of MLflow's that holds what stands in its tables, and computes nothing."""
+    for name, sql in connection.execute("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL"):
+        if _SCHEMA.match(str(sql)) is None:
+            raise RefusedError(f"its {one_line(str(name))!r} is neither a table nor an index, and not MLflow's.")
+    for table, column in LOCATIONS:
+        if not _has(connection, table, column) and table in ("experiments", "runs"):
+            raise RefusedError("it is not a database of MLflow's.")
+        # SQLite reads what is in an index from there, which need not be what is in the table.
+        for _, index, *_ in connection.execute(f"PRAGMA index_list({table})").fetchall():
+            named = connection.execute("SELECT 1 FROM pragma_index_xinfo(?) WHERE lower(name) = ?", (index, column))
+            if named.fetchone() is not None:
+                raise RefusedError(f"its index {one_line(str(index))!r} of {table}.{column} is not MLflow's.")
+
+
+def _has(connection: sqlite3.Connection, table: str, column: str) -> bool:
+    """Whether a database has a column, which those of other versions of MLflow may lack."""
+    return column in {str(name).lower() for _, name, *_ in connection.execute(f"PRAGMA table_xinfo({table})")}
+
+
+def _outside(connection: sqlite3.Connection, table: str, column: str, root: Path) -> list[tuple[int, object]]:
+    """Rows of a table whose locations are not below the store, each with its location."""
+    if not _has(connection, table, column):
+        return []
+    only = f"key IN {LOCATION_TAGS}" if column == "value" else f"{column} IS NOT NULL"
+    rows = connection.execute(f"SELECT rowid, {column} FROM {table} WHERE {only}")
+    return [row for row in rows if not _is_within(str(row[1]), root, LOCATIONS[table, column])]
+
+
+def _refusal(what: str, location: object, root: Path) -> RefusedError:
+    return RefusedError(f"{what} {one_line(str(location))}, which is not below {root / ARTIFACTS}")
+
+
+def _is_within(location: str, root: Path, folders: str) -> bool:
+    if "stages" in folders and _REFERENCE.fullmatch(location):
+        return True
     path = _local(location)
     if path is None:
         return False
-    # MLflow decodes some locations and not others: both must be within.
-    for spelled in {path, unquote(path)}:
-        real, store = Path(os.path.realpath(spelled)), Path(os.path.realpath(root))
-        # Experiments that MLflow itself makes have their number as folder.
-        parts = real.relative_to(store).parts if real.is_relative_to(store) else ()
-        if not parts or not (parts[0] == ARTIFACTS or re.fullmatch(r"\d{1,20}", parts[0])):
-            return False
-    return True
+    real, store = Path(os.path.realpath(path)), Path(os.path.realpath(root))
+    first = real.relative_to(store).parts[:1] if real.is_relative_to(store) else ()
+    return bool(first) and re.fullmatch(folders, first[0]) is not None
 
 
-def _moved(location: str, root: Path) -> str | None:
-    """The same place in the store as it is now, if a location is in a store of another path; else None."""
+def _moved(location: str, root: Path, folders: str) -> str | None:
+    """The same place in the store as it is now, if a location elsewhere is in a store of another path; else None."""
     path = _local(location)
-    if path is None or _is_within(location, root):
+    if path is None:
         return None
-    before, found, tail = path.partition(f"/{root.name}/{ARTIFACTS}")
-    return f"{root.absolute() / ARTIFACTS}{tail}" if found and before and _TAIL.fullmatch(tail) else None
+    found = re.fullmatch(rf"/.+?/{re.escape(root.name)}/((?:{folders}){_TAIL})", path)
+    return str(root.absolute() / found[1]) if found else None
 
 
 def _local(location: str) -> str | None:
-    """The path of a location on this machine; None for any other."""
-    parts = urlsplit(location)
-    if parts.scheme not in ("", "file") or parts.netloc not in ("", "localhost") or parts.query or parts.fragment:
+    """The path of a location on this machine, if everybody who parses it reads the same; None for any other."""
+    from mlflow.utils.file_utils import local_file_uri_to_path
+
+    found = _LOCAL.fullmatch(location)
+    if found is None:
         return None
-    return parts.path if parts.path.startswith("/") else None
+    return found[1] if os.path.normpath(found[1]) == found[1] == local_file_uri_to_path(location) else None

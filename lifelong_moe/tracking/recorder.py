@@ -21,7 +21,7 @@ from lifelong_moe.tracking.connection import (
     resolve_uri,
 )
 from lifelong_moe.tracking.failures import failures, one_line, unusable
-from lifelong_moe.tracking.spool import SPOOL, Operation, Spool
+from lifelong_moe.tracking.spool import SPOOL, Operation, RefusedError, Spool
 from lifelong_moe.tracking.store import Store
 
 log = logging.getLogger(__name__)
@@ -41,6 +41,8 @@ class Recorder:
 
     problem: str | None
     """Why nothing is recorded in MLflow, in one line; None while it is."""
+    is_refused = False
+    """Whether the reason is what the store's own database holds, which may be somebody else's."""
 
     def __init__(self, experiment: str, uri: str, spool: Spool | None, problem: str | None) -> None:
         """Use :meth:`connect` instead."""
@@ -82,6 +84,7 @@ class Recorder:
             # Before anything new is recorded, so that MLflow gets operations in the order in which they were made.
             self._spool.deliver(store.deliver, DELIVERY_SECONDS)
         except failures() as error:
+            self.is_refused = isinstance(error, RefusedError)
             return one_line(error, self._uri)
         except ImportError as error:  # the database's driver is not installed
             return str(error)

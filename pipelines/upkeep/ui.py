@@ -7,7 +7,7 @@ import webbrowser
 from rich.console import Console
 
 from lifelong_moe.config.tracking import TrackingConfig
-from lifelong_moe.errors import ConfigError, TryAgainError
+from lifelong_moe.errors import ConfigError, CorruptError, TryAgainError
 from lifelong_moe.tracking.links import ui_url
 from lifelong_moe.tracking.server import require_free, serve_command, serving, wait_until_up
 from lifelong_moe.tracking.tracker import Tracker
@@ -23,12 +23,14 @@ def ui(port: int, host: str, browser: bool, experiment: str, console: Console) -
 
     Raises:
         ConfigError: If the port is taken, or there is no database.
+        CorruptError: If the store's database is not MLflow's, or names files outside of the store.
         TryAgainError: If the server does not answer in time, or SIGTERM arrived.
     """
     require_free(host, port)
     tracker = Tracker.connect(TrackingConfig(experiment=experiment), ROOT)
     if tracker.experiment_id is None:
-        raise ConfigError(tracker.problem or "nothing is tracked.")
+        refused = CorruptError if tracker.is_refused else ConfigError
+        raise refused(tracker.problem or "nothing is tracked.")
     command, environment = serve_command(None, ROOT, port, host)
     base = f"http://{host}:{port}"
     url = ui_url(base, tracker.experiment_id)

@@ -53,7 +53,8 @@ class Server:
 
 @pytest.fixture(scope="session")
 def one_server(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    root = tmp_path_factory.mktemp("server")
+    root = tmp_path_factory.mktemp("server") / "mlruns"
+    root.mkdir()
     shutil.copy(template, root / "mlflow.db")
     server = Server(root)
     yield server

@@ -290,18 +290,3 @@ def test_recording_in_a_database_calls_no_webhook(address: str, monkeypatch: pyt
     spool.append(operation("version", run, **GOOD["version"] | {"tags": {"stage_key": "0" * 64}}))
     (outcome,) = sync(ROOT)
     assert (outcome.delivered.operations, Listener.calls) == (2, [])
-
-
-@pytest.mark.parametrize(
-    "statement",
-    [
-        "INSERT INTO model_versions (name, version, source) VALUES ('m', 1, 'http://example.org/x')",
-        "INSERT INTO model_versions (name, version, storage_location) VALUES ('m', 1, 's3://theirs/x')",
-        "INSERT INTO model_versions (name, version, source) VALUES ('m', 1, 'mlflow-artifacts://example.org/x')",
-    ],
-)
-def test_a_database_whose_models_are_elsewhere_is_not_used(statement: str) -> None:
-    execute("INSERT INTO registered_models (name, workspace) VALUES ('m', 'default')")
-    execute(statement)
-    problem = Tracker.connect(TrackingConfig(), ROOT).problem
-    assert problem is not None and "it keeps a model at another address" in problem and "\n" not in problem
