@@ -51,7 +51,7 @@ class TrunkConfig:
     train: TrunkTraining = TrunkTraining.full
     """``frozen``; ``gentle``, at ``lr_scale`` times the learning rate; ``full``; or ``deltas``: the trunk is frozen,
     and each stage trains low-rank changes of attention, embedding and head that only its own generation's tokens
-    use."""
+    use. A matrix that embedding and head share has one for each use."""
     lr_scale: float = 0.1
     """``train=gentle``: learning-rate factor of the trunk, above 0 and at most 1."""
     rank: int = 16

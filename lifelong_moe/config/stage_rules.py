@@ -143,7 +143,7 @@ def _check_growth(run: RunConfig, i: int, stage: StageConfig) -> None:
 
 
 def _check_deltas(run: RunConfig, i: int, stage: StageConfig) -> None:
-    """Require generations, and an untied head, for low-rank changes."""
+    """Require generations for low-rank changes."""
     grow = stage.grow
     if stage.trunk.train != TrunkTraining.deltas:
         return
@@ -152,8 +152,6 @@ def _check_deltas(run: RunConfig, i: int, stage: StageConfig) -> None:
             f"stages[{i}].trunk.train=deltas changes the trunk for the tokens of one bundle. Set "
             f"routing.bundles=cluster (or label, or routing.mode=label) and stages[{i}].grow.experts above 0."
         )
-    if run.model.tie_embeddings:
-        raise ConfigError(f"stages[{i}].trunk.train=deltas needs model.tie_embeddings=false.")
 
 
 def _check_grown_layers(run: RunConfig, i: int, stage: StageConfig) -> None:

@@ -167,9 +167,11 @@ class TokenProducts:
         """Logits: one product, or one for each competing expert."""
         config, last = self.config, self.config.layers - 1
         times = self.architecture.experts_in(last) if self.architecture.routing.competitive else 1
-        part = Part.embedding if config.tie_embeddings else Part.head
         size = times * self.architecture.vocab_size * config.width
-        self._add(size, self._trained(part), self.flows or self.trains(Part.norm, None))
+        # A tied matrix is the embedding's, but the head's low-rank changes of it are the head's own.
+        is_whole = config.tie_embeddings and self.trains(Part.embedding, None)
+        trained = 1.0 if is_whole else self._trained(Part.head)
+        self._add(size, trained, self.flows or self.trains(Part.norm, None))
 
 
 def rows_an_expert(architecture: Architecture) -> int:

@@ -74,10 +74,21 @@ def logits(model: LanguageModel, domain: int = 0) -> Tensor:
         return model.eval().head.logits(model(batch).hidden_BSD, domains)
 
 
-@pytest.mark.parametrize("name", ["llama_tied", "qwen2", "mixtral", "qwen3_moe_some_dense"])
-def test_generation_0_keeps_the_bits_of_the_checkpoint(lab: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "trunk"),
+    [
+        ("llama_tied", "deltas"),
+        ("llama_tied", "frozen"),
+        ("qwen2", "frozen"),
+        ("mixtral", "frozen"),
+        ("qwen3_moe_some_dense", "frozen"),
+    ],
+)
+def test_generation_0_keeps_the_bits_of_the_checkpoint(lab: Path, name: str, trunk: str) -> None:
     write_checkpoint(name)
-    report, _ = train(write_config(config_of(bundles=True)))
+    config = config_of(bundles=True)
+    config["stage_defaults"]["trunk"] = {"train": trunk}
+    report, _ = train(write_config(config))
     assert [stage["name"] for stage in report["stages"]] == ["fruit", "code"]
     head = json.loads(Path("mlruns/runs/tiny/head.json").read_text())
     store = StageStore(Path("mlruns"))

@@ -73,11 +73,12 @@ def test_embedding(bundles: Tensor) -> None:
     check(filled(DeltaEmbedding(9, 5)), torch.tensor([[0, 8, 3, 3], [1, 0, 8, 2]]), bundles)
 
 
+@pytest.mark.parametrize("tied", [False, True])
 def test_the_whole_model(
-    make_model: Callable[..., LanguageModel], bundles: Tensor, monkeypatch: pytest.MonkeyPatch
+    make_model: Callable[..., LanguageModel], bundles: Tensor, monkeypatch: pytest.MonkeyPatch, tied: bool
 ) -> None:
     """Embedding, attention and head together, through training's loss."""
-    model = make_model("labelled_bundles", BORN).requires_grad_(True)
+    model = make_model("labelled_bundles", BORN, model={"tie_embeddings": tied}).requires_grad_(True)
     ids = torch.randint(1, 61, (2, 9), generator=torch.Generator().manual_seed(3))
     domains_BS, target_T = bundles.view(2, 4).repeat_interleave(2, dim=1), ids[:, 1:].flatten()
 
@@ -104,3 +105,26 @@ def test_the_whole_model(
     used = {g for g in bundles.tolist() if g < 3}
     for bundle in (1, 2):
         assert any(f".deltas.{bundle}." in name for name in touched) is (bundle in used)
+
+
+def test_each_use_of_a_tied_matrix_has_changes_of_its_own(make_model: Callable[..., LanguageModel]) -> None:
+    model = make_model("labelled_bundles", BORN, model={"tie_embeddings": True})
+    ids, hidden = torch.arange(8).unsqueeze(0), torch.randn(1, 8, 16, generator=torch.Generator().manual_seed(4))
+    domains = [torch.full((1, 8), bundle) for bundle in range(3)]
+
+    def both() -> tuple[list[Tensor], list[Tensor]]:
+        slices = [model.embedding.deltas.slices(one) for one in domains]
+        return [model.embedding(ids, one) for one in slices], [model.head.logits(hidden, one) for one in domains]
+
+    with torch.no_grad():
+        vectors, logits = both()
+        for name, parameter in model.head.deltas.named_parameters():
+            parameter.add_(1.0 if name.startswith("1.") else 0.0)
+        same, changed = both()
+        assert all(map(torch.equal, vectors, same))
+        assert [torch.equal(*pair) for pair in zip(logits, changed, strict=True)] == [True, False, True]
+        for name, parameter in model.embedding.deltas.named_parameters():
+            parameter.add_(1.0 if name.startswith("2.") else 0.0)
+        moved, kept = both()
+        assert all(map(torch.equal, changed, kept))
+        assert [torch.equal(*pair) for pair in zip(vectors, moved, strict=True)] == [True, True, False]

@@ -40,6 +40,7 @@ def test_counts_are_those_of_the_model(make_model: Make, top_k_kind: str, shape:
     assert count.unfrozen == sum(p.numel() for layer in layers for p in layer.parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("frozen", [0, 1, 2])
 @pytest.mark.parametrize(
     ("kind", "second", "third"),
@@ -56,9 +57,11 @@ def test_counts_of_deltas_and_of_layers_that_did_not_grow(
     second: dict[str, Any],
     third: dict[str, Any],
     frozen: int,
+    tied: bool,
 ) -> None:
     born = (4, Generation("s1", 2, **second), Generation("s2", 3, **third))
-    architecture = replace(make_architecture(kind, born, model={"layers": 3, "kv_heads": 1}), frozen=frozen)
+    shape = {"layers": 3, "kv_heads": 1, "tie_embeddings": tied}
+    architecture = replace(make_architecture(kind, born, model=shape), frozen=frozen)
     model, count = LanguageModel(architecture), count_parameters(architecture)
     assert count.total == sum(p.numel() for p in model.parameters())
     assert count.trunk == sum(p.numel() for p in model.trunk_parameters().values())

@@ -194,6 +194,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "deltas": DELTAS,
     "deltas in two micro-batches": (*DELTAS, "trainer.accumulate_grad_batches=2"),
     "tied": ("model.tie_embeddings=true",), "tied, frozen": ("model.tie_embeddings=true", FROZEN),
+    "tied deltas": (*DELTAS, "model.tie_embeddings=true"),
     "deltas, replay": (*DELTAS, "stage_defaults.replay.fraction=0.25"),
     "deltas, taught": (*DELTAS, *TAUGHT),
     "deltas by label": ("routing.mode=label", ATTENTION, DELTAS[2]),
