@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -16,6 +17,11 @@ from lifelong_moe.storage.modes import SHARED, folder_mode
 GRACE_SECONDS = 24 * 3600.0
 """Grace period: nothing younger than a day is collected."""
 _TMP = ".tmp-"
+# After a token and a machine, as earlier versions named them: for a process, a host's process, a spool's and MLflow's.
+_NAME = re.compile(
+    rf"{re.escape(_TMP)}(?:[0-9a-f]{{16}}(?:@.+)?|\d+-[0-9a-f]{{16}}|[^@]+-\d+-[0-9a-f]{{8}}|"
+    r"\d+-(?:address|[0-9a-f]{64})|mlflow\.db)"
+)
 # As deep as any folder that we write to, such as `spool/<key>/files`; what lies deeper is not ours.
 _DEPTH = 3
 """Most folders between a root and a temporary folder."""
@@ -55,7 +61,8 @@ def remove_temporary(root: Path) -> int:
     once nothing in them has changed for a day.
     """
     patterns = ["*/" * depth + _TMP + "*" for depth in range(_DEPTH + 1)]
-    return sum(_remove_abandoned(path) for pattern in patterns for path in root.glob(pattern))
+    found = (path for pattern in patterns for path in root.glob(pattern) if _NAME.fullmatch(path.name))
+    return sum(_remove_abandoned(path) for path in found)
 
 
 def _machine() -> str:

@@ -7,6 +7,7 @@ may have left text, oldest first (``open``), the one that waits (``waiting``), a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from lifelong_moe.storage.directories import remove_directory
 from lifelong_moe.storage.keys import SHORT
 from lifelong_moe.store.head import RunHead
 from lifelong_moe.store.runs import require_head
+
+_OF_ANY_TOKENIZER = re.compile(r"[0-9a-f]{16}-[0-9a-f]{16}")
 
 
 def removable(head: RunHead, *, working: bool = False) -> Iterator[str]:
@@ -76,8 +79,9 @@ def remove_batch_text(root: Path, cache: Path, batch: str, head: RunHead) -> int
     # Shards are found by the hash of the text, which the head still knows.
     freed = BatchStore(root).remove_text(batch)
     for record in _records(head, batch):
-        for path in cache.glob(f"tokens/{record.train_hash[:SHORT]}-*/"):  # of any tokenizer
-            remove_directory(path)
+        for path in cache.glob(f"tokens/{record.train_hash[:SHORT]}-*/"):
+            if _OF_ANY_TOKENIZER.fullmatch(path.name):
+                remove_directory(path)
     return freed
 
 

@@ -26,7 +26,7 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
-from lifelong_moe.data.text.batches import BatchStore, read_manifest
+from lifelong_moe.data.text.batches import COPY, MANIFEST, BatchStore, read_manifest
 from lifelong_moe.errors import CorruptError
 from lifelong_moe.storage.directories import remove_directory
 from lifelong_moe.storage.grammars import Key
@@ -43,7 +43,7 @@ TOKENS_SECONDS = 30 * 24 * 3600.0
 KEY = re.compile(r"[0-9a-f]{64}")
 """A content key: SHA-256 in hexadecimal."""
 OURS = re.compile(r"[0-9a-f]{16}(-[0-9a-f]{16})?")
-"""Names of the folders that work and tokens are kept in. Whatever has another name is not ours to remove."""
+"""Names of the folders that work and tokens are kept in. Whatever has another name than ours is not ours to remove."""
 
 
 @dataclass(frozen=True)
@@ -267,12 +267,13 @@ def _evaluations(root: Path) -> list[Stored]:
             stored = read_stored(path, partial(from_plain, StoredEvaluation))
         except CorruptError:
             continue  # A damaged file is replaced when its stage is evaluated again.
-        found.append(_stored(path, stored.stage))
+        if path.stem == f"{stored.stage[:SHORT]}-{stored.data[:SHORT]}":
+            found.append(_stored(path, stored.stage))
     return found
 
 
 def _signatures(root: Path) -> list[Stored]:
-    return [_stored(path, path.stem) for path in sorted(root.glob("signatures/[!.]*.sig"))]
+    return [_stored_file(path) for path in sorted(root.glob("signatures/*.sig")) if KEY.fullmatch(path.stem)]
 
 
 def _work(root: Path) -> list[Stored]:
@@ -280,12 +281,13 @@ def _work(root: Path) -> list[Stored]:
 
 
 def _heldout(root: Path) -> list[Stored]:
-    return [_stored(path, path.stem) for path in sorted(root.glob("heldout/*.jsonl")) if KEY.fullmatch(path.stem)]
+    return [_stored_file(path) for path in sorted(root.glob("heldout/*.jsonl")) if KEY.fullmatch(path.stem)]
 
 
 def _batches(root: Path) -> list[Stored]:
     """Directories of all batches, each under its hash."""
-    manifests = {path.parent: read_manifest(path) for path in sorted(root.glob("batches/[!.]*/manifest.json"))}
+    folders = [path.parent for path in sorted(root.glob("batches/*/manifest.json")) if COPY.fullmatch(path.parent.name)]
+    manifests = {path: read_manifest(path / MANIFEST) for path in folders}
     return [_stored(path, manifest.hash) for path, manifest in manifests.items()]
 
 
@@ -297,6 +299,13 @@ def _removable_texts(root: Path) -> list[Stored]:
 
 def _tokens(cache: Path) -> list[Stored]:
     return [_stored(path, path.name) for path in sorted(cache.glob("tokens/*/")) if OURS.fullmatch(path.name)]
+
+
+def _stored_file(path: Path) -> Stored:
+    # A folder there would be found out only after other files were removed.
+    if not path.is_file():
+        raise CorruptError(f"{path}: not a file, so nothing is removed.")
+    return _stored(path, path.stem)
 
 
 def _stored(path: Path, key: str) -> Stored:

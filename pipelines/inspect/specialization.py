@@ -31,6 +31,7 @@ from lifelong_moe.plan.architecture import Architecture
 from lifelong_moe.reports.figures.specialization import FIGURES, inspection_figures
 from lifelong_moe.reports.inspection import Readings, build_inspection
 from lifelong_moe.storage.files import write_atomic
+from lifelong_moe.storage.plain_files import corrupt_if_irregular
 from lifelong_moe.storage.tables import write_parquet
 from lifelong_moe.store.head import RunHead
 from lifelong_moe.store.runs import RunRecord, require_head
@@ -147,7 +148,8 @@ def _keep(
     folder.mkdir(exist_ok=True)
     # The last inspection may have drawn more figures, of more stages or more layers.
     for name in FIGURES:
-        (folder / f"{name}.png").unlink(missing_ok=True)
+        with corrupt_if_irregular(folder / f"{name}.png"):
+            (folder / f"{name}.png").unlink(missing_ok=True)
     for name, figure in inspection_figures(result, result["stage"]).items():
         figure.savefig(folder / f"{name}.png")
         if not known:

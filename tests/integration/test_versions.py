@@ -221,7 +221,7 @@ def test_tokens_that_nobody_opened_for_a_month_are_collected() -> None:
     opened = {str(path) for path in caches if (path / "manifest.json").stat().st_mtime > time.time() - DAY}
     assert len(opened) == 6 and unused == {str(path) for path in caches} - opened
     assert all(path.is_dir() for path in caches)
-    left_over = CACHE / "tokens/.tmp-0123@elsewhere"
+    left_over = CACHE / "tokens/.tmp-0123456789abcdef@elsewhere"
     left_over.mkdir()
     os.utime(left_over, (0, 0))
     assert {entry["path"] for entry in gc(True, SILENT)["tokens"]} == unused

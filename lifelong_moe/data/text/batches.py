@@ -10,6 +10,7 @@ batch, ``batches/<hash16>-<sources8>/``.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -33,6 +34,7 @@ from lifelong_moe.storage.stored import read_stored
 
 DOCUMENTS, MANIFEST, REMOVED = "documents.jsonl", "manifest.json", "removed.json"
 SOURCES = 8
+COPY = re.compile(r"[0-9a-f]{16}(-[0-9a-f]{8})?")
 """Hexadecimal digits that tell the copies of a batch apart."""
 
 
@@ -164,7 +166,8 @@ class BatchStore:
 
     def copies(self, batch: str) -> list[Path]:
         """Files of a batch's documents that are there, whatever sources they name."""
-        return sorted(self.root.glob(f"{batch[:SHORT]}*/{DOCUMENTS}"))
+        found = sorted(self.root.glob(f"{batch[:SHORT]}*/{DOCUMENTS}"))
+        return [path for path in found if COPY.fullmatch(path.parent.name) and path.is_file()]
 
     def remove_text(self, batch: str) -> int:
         """Remove the text of a batch in all its copies, but not what its documents are known by; returns the bytes.

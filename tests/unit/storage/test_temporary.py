@@ -156,7 +156,8 @@ def test_our_own_directory_is_not_removed_by_ourselves(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [".tmp-0123456789abcdef@elsewhere", ".tmp-host-123-0123abcd", ".tmp-123-0123456789abcdef", ".tmp-0123"]
+    "name",
+    [".tmp-0123456789abcdef@elsewhere", ".tmp-host-123-0123abcd", ".tmp-123-0123456789abcdef", ".tmp-0123456789abcdef"],
 )
 def test_what_others_left_goes_after_a_day(tmp_path: Path, name: str) -> None:
     """Of other machines, and of names as they once were."""
@@ -168,7 +169,7 @@ def test_what_others_left_goes_after_a_day(tmp_path: Path, name: str) -> None:
 
 
 def test_what_is_dated_in_the_future_goes_a_day_from_now(tmp_path: Path) -> None:
-    path = left_behind(tmp_path / ".tmp-0123@elsewhere", -3650 * 24 * HOUR)
+    path = left_behind(tmp_path / ".tmp-0123456789abcdef@elsewhere", -3650 * 24 * HOUR)
     assert remove_temporary(tmp_path) == 0
     assert max(entry.stat().st_mtime for entry in (path, path / "file")) < time.time() + HOUR
     for entry in (path / "file", path):
@@ -183,6 +184,14 @@ def test_files_of_earlier_versions_go_as_well(tmp_path: Path) -> None:
     assert remove_temporary(tmp_path) == 1 and not path.exists()
 
 
+@pytest.mark.parametrize(
+    "name", [".tmp-notes", ".tmp-0123", ".tmp-2024-notes", ".tmp-0123456789abcdef.bak", ".tmp-my-0123abcd", "tmp-1"]
+)
+def test_what_has_no_name_of_ours_stays(tmp_path: Path, name: str) -> None:
+    path = left_behind(tmp_path / "stages" / name, 400 * 24 * HOUR)
+    assert remove_temporary(tmp_path) == 0 and (path / "file").exists()
+
+
 def test_age_decides_where_there_are_no_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
@@ -190,7 +199,7 @@ def test_age_decides_where_there_are_no_locks(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(fcntl, "flock", refuse)
     with temporary(tmp_path) as work:
         assert "@" not in work.name and remove_temporary(tmp_path) == 0
-    path = left_behind(tmp_path / ".tmp-0123@here", 23 * HOUR)
+    path = left_behind(tmp_path / ".tmp-0123456789abcdef@here", 23 * HOUR)
     monkeypatch.setattr(module, "_machine", lambda: "@here")
     assert remove_temporary(tmp_path) == 0  # perhaps its writer could lock it
     left_behind(path / "inner", 0)
@@ -203,7 +212,7 @@ def test_age_decides_where_there_are_no_locks(tmp_path: Path, monkeypatch: pytes
 
 def test_what_cannot_be_looked_at_or_removed_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another user's, whose directory we may read only."""
-    left = tmp_path / ".tmp-otherhost-1-x"
+    left = tmp_path / ".tmp-otherhost-1-0123abcd"
     left.mkdir()
 
     def refuse(*args: Any, **kwargs: Any) -> None:
@@ -221,12 +230,12 @@ def test_what_cannot_be_looked_at_or_removed_is_left(tmp_path: Path, monkeypatch
 
 def test_what_lies_deeper_than_anything_of_ours_is_not_ours(tmp_path: Path) -> None:
     for depth, number in (("a/b/c", 1), ("a/b/c/d", 0)):
-        left_behind(tmp_path / depth / ".tmp-0123@elsewhere", 25 * HOUR)
+        left_behind(tmp_path / depth / ".tmp-0123456789abcdef@elsewhere", 25 * HOUR)
         assert remove_temporary(tmp_path) == number
 
 
 def test_looking_makes_nothing_younger(tmp_path: Path) -> None:
     """Else what is looked at every night would never be a day old."""
-    path = left_behind(tmp_path / ".tmp-0123@elsewhere", 23 * HOUR)
+    path = left_behind(tmp_path / ".tmp-0123456789abcdef@elsewhere", 23 * HOUR)
     before = (path / "file").stat().st_mtime
     assert remove_temporary(tmp_path) == 0 and (path / "file").stat().st_mtime == before

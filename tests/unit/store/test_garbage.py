@@ -19,6 +19,11 @@ KEYS = {name: content_key(name) for name in "abcdefg"}
 DATA = "9" * 64
 
 
+def evaluation(stage: str) -> str:
+    """Name of the file of a stage's evaluation."""
+    return f"evaluations/{stage[:16]}-{DATA[:16]}.json"
+
+
 class Store:
     """``mlruns`` and ``data/cache``, each file dated."""
 
@@ -134,10 +139,8 @@ def test_evaluations_and_work_go_with_their_stages(store: Store) -> None:
     store.stage("a", 9 * DAY, spec=spec, architecture=architecture)
     store.head("a")
     untrained = content_key({"init": architecture, "seed": 3})
-    for name, stage, age in (
-        ("live", KEYS["a"], 9), ("untrained", untrained, 9), ("gone", KEYS["b"], 9), ("young", KEYS["c"], 0.9),
-    ):  # fmt: skip
-        store.write(f"evaluations/{name}.json", {"stage": stage, "data": DATA, "result": {}}, age * DAY, size=100)
+    for stage, age in ((KEYS["a"], 9), (untrained, 9), (KEYS["b"], 9), (KEYS["c"], 0.9)):
+        store.write(evaluation(stage), {"stage": stage, "data": DATA, "result": {}}, age * DAY, size=100)
     store.write("evaluations/damaged.json", "{", 9 * DAY)
     for name, age in ((KEYS["a"], 9), (KEYS["b"], 9), (KEYS["c"], 0.9)):
         store.write(f"work/{name[:16]}/step", "x" * 50, age * DAY)
@@ -146,10 +149,11 @@ def test_evaluations_and_work_go_with_their_stages(store: Store) -> None:
     (empty / ".lock").touch()
     os.utime(empty, (NOW - 9 * DAY,) * 2)
     found = store.found()
-    assert [stored.path.name for stored in found.evaluations] == ["gone.json"]
+    gone, young = evaluation(KEYS["b"]), evaluation(KEYS["c"])
+    assert [stored.path for stored in found.evaluations] == [store.root / gone]
     assert sorted(stored.key for stored in found.work) == sorted([KEYS["b"][:16], KEYS["d"][:16]])
-    assert {stored.path.name for stored in found.young} == {"young.json", KEYS["c"][:16]}
-    size = (store.root / "evaluations/gone.json").stat().st_size
+    assert {stored.path for stored in found.young} == {store.root / young, store.root / "work" / KEYS["c"][:16]}
+    size = (store.root / gone).stat().st_size
     assert found.bytes == size + 50 + empty.stat().st_size  # an empty folder has the size of a folder
 
 
@@ -192,7 +196,7 @@ def test_what_was_found_is_removed_and_nothing_else_unless_somebody_works(store:
     store.stage("a", 9 * DAY)
     store.stage("b", 9 * DAY, parent="a")
     store.head("a")
-    store.write("evaluations/e.json", {"stage": KEYS["b"], "data": DATA, "result": {}}, 9 * DAY)
+    store.write(evaluation(KEYS["b"]), {"stage": KEYS["b"], "data": DATA, "result": {}}, 9 * DAY)
     store.write(f"work/{KEYS['b'][:16]}/step", "x", 9 * DAY)
     pid = os.fork()  # POSIX locks do not exclude their own process
     if not pid:
@@ -212,3 +216,40 @@ def test_what_was_found_is_removed_and_nothing_else_unless_somebody_works(store:
     collect(store.root, store.cache, NOW)
     assert [path.name[0] for path in store.root.glob("stages/*")] == ["a"]
     assert list(store.root.glob("work/*")) == list(store.root.glob("evaluations/*")) == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "signatures/mine.sig",
+        f"signatures/{KEYS['a'][:16]}.sig",
+        f"signatures/.{KEYS['a']}.sig",
+        "heldout/mine.jsonl",
+        "evaluations/mine.json",
+        f"evaluations/{KEYS['a'][:16]}-{DATA[:16]}.bak.json",
+        "batches/mine/manifest.json",
+        f"batches/{DATA[:16]}-mine/manifest.json",
+        f"batches/{DATA[:16]}-mine/documents.jsonl",
+        f"work/{KEYS['a'][:16]}.bak/file",
+        f"../cache/tokens/{DATA[:16]}-mine/tokens.bin",
+    ],
+)
+def test_what_has_no_name_of_ours_stays(store: Store, name: str) -> None:
+    """However old it is, and whatever it holds."""
+    store.stage("b", 0)
+    content: Any = {"stage": KEYS["a"], "data": DATA, "result": {}}
+    if name.startswith("batches"):
+        content = {"hash": DATA, "documents": [DATA], "files": []}
+    path = store.write(name, content, 100 * DAY)
+    collect(store.root, store.cache, NOW)
+    assert path.exists()
+
+
+@pytest.mark.parametrize("name", [f"signatures/{KEYS['a']}.sig", f"heldout/{DATA}.jsonl"])
+def test_a_folder_in_place_of_a_file_is_refused_before_anything_is_removed(store: Store, name: str) -> None:
+    store.stage("b", 0)
+    other = store.write(f"heldout/{KEYS['c']}.jsonl", "", 100 * DAY)
+    store.write(f"{name}/file", "", 100 * DAY)
+    with pytest.raises(CorruptError, match="not a file, so nothing is removed"):
+        collect(store.root, store.cache, NOW)
+    assert other.exists()
