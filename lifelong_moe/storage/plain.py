@@ -61,6 +61,16 @@ def from_plain(kind: type[T], data: object) -> T:
         raise PlainError(str(error)) from None
 
 
+def require_same(field: str, within: str, of_the_file: str) -> None:
+    """Require that what a file says of itself is what it, or its folder, is called.
+
+    Raises:
+        PlainError: If the two differ.
+    """
+    if within != of_the_file:
+        raise PlainError(f"{reprlib.repr(within)}, but it is stored as {of_the_file}", f".{field}")
+
+
 @cache
 def _hints(kind: Any) -> Mapping[str, Any]:
     """Types of a dataclass's fields, grammars included."""

@@ -32,7 +32,7 @@ from lifelong_moe.storage.directories import remove_directory
 from lifelong_moe.storage.grammars import Key
 from lifelong_moe.storage.keys import SHORT, content_key
 from lifelong_moe.storage.locks import locked
-from lifelong_moe.storage.plain import PlainError, from_plain
+from lifelong_moe.storage.plain import PlainError, from_plain, require_same
 from lifelong_moe.storage.stored import naming, read_json, read_stored
 from lifelong_moe.storage.temporary import GRACE_SECONDS
 from lifelong_moe.store.batch_text import read_heads, removable_texts, remove_batch_text
@@ -255,6 +255,7 @@ def _stages(root: Path) -> Iterator[_StageNode]:
         config = _read(directory / "config.json")
         with naming(directory / "config.json"):
             named = _Named.read(config)
+            require_same("key", named.key[:SHORT], directory.name.rpartition("-")[2])
         needs = {*named.borrowed.values(), *filter(None, [named.parent])}
         init = {"init": config.get("architecture"), "seed": named.seed}
         yield _StageNode(_stored(directory, named.key), needs, content_key(init))

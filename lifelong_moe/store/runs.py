@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lifelong_moe.config.names import require_name
-from lifelong_moe.errors import ConfigError
+from lifelong_moe.errors import ConfigError, CorruptError
 from lifelong_moe.redaction import redacted
 from lifelong_moe.storage.files import append_line, write_atomic
 from lifelong_moe.storage.keys import canonical_json
 from lifelong_moe.storage.opening import read_bounded
+from lifelong_moe.storage.plain import require_same
 from lifelong_moe.storage.plain_files import corrupt_if_irregular
-from lifelong_moe.storage.stored import MOST_BYTES, read_stored
+from lifelong_moe.storage.stored import MOST_BYTES, parse_json, read_stored
 from lifelong_moe.storage.temporary import GRACE_SECONDS
 from lifelong_moe.store.head import RunHead
 
@@ -88,19 +89,26 @@ class RunRecord:
         # A crash can tear a line, even within a character: such lines are skipped.
         try:
             with corrupt_if_irregular(path):
-                text = read_bounded(path, MOST_BYTES, follow=False).decode("utf-8", errors="replace")
+                data = read_bounded(path, MOST_BYTES, follow=False)
         except FileNotFoundError:
             return []
-        for line in text.split("\n"):
-            with suppress(ValueError, RecursionError):
-                entry = json.loads(line)
+        for line in data.split(b"\n"):
+            with suppress(CorruptError):
+                entry = parse_json(line, path)
                 if isinstance(entry, dict) and entry.get("event") == event:
                     found.append(entry.get(field))
         return found
 
     def _read(self, name: str, build: Callable[[Any], T]) -> T | None:
+        def of_this_run(data: Any) -> T:
+            built = build(data)
+            # What is recorded elsewhere goes by the name within.
+            if isinstance(data, Mapping) and isinstance(data.get("run"), str):
+                require_same("run", data["run"], self.run)
+            return built
+
         try:
-            return read_stored(self.path / name, build)
+            return read_stored(self.path / name, of_this_run)
         except FileNotFoundError:
             return None
 

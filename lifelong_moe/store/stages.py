@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from lifelong_moe.errors import CorruptError
 from lifelong_moe.storage.directories import write_directory
 from lifelong_moe.storage.keys import SHORT, canonical_json
+from lifelong_moe.storage.plain import require_same
 from lifelong_moe.storage.signing import SigningKeys, signed_by
 from lifelong_moe.storage.stored import naming, parse_json
 from lifelong_moe.storage.verified import VerifiedDirectory, verify_directory
@@ -209,6 +210,7 @@ def _read(files: VerifiedDirectory) -> CommittedStage:
     with naming(files.path / CONFIG):
         stage = CommittedStage.from_json(config, path=files.path, metrics={}, weights_hash=weights_hash)
         require_own_key(stage, config["spec"])
+        require_same("name", f"{stage.name}-{stage.key[:SHORT]}", files.path.name)
     with naming(files.path / METRICS):
         return replace(stage, metrics=measured(metrics, stage))
 

@@ -26,12 +26,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
-from lifelong_moe.errors import one_line
+from lifelong_moe.errors import CorruptError, one_line
 from lifelong_moe.redaction import is_web, shown_address, without_credentials
 from lifelong_moe.storage.files import append_line, rename, write_atomic
 from lifelong_moe.storage.keys import SHORT, text_sha256
 from lifelong_moe.storage.locks import locked_when_free
 from lifelong_moe.storage.opening import open_regular, read_bounded
+from lifelong_moe.storage.stored import parse_json
 
 log = logging.getLogger(__name__)
 
@@ -159,9 +160,9 @@ class Spool:
     def _tell_line(self, line: bytes, perform: Perform) -> bool:
         try:
             try:
-                operation = json.loads(line)
+                operation = parse_json(line, self._pending)
                 content = self._read(operation["file"]) if "file" in operation else None
-            except (ValueError, TypeError, RecursionError, OSError) as error:
+            except (CorruptError, ValueError, TypeError, OSError) as error:
                 raise RefusedError(f"the record is damaged: {error}") from error
             perform(operation, content)
         except RefusedError as error:

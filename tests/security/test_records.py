@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from lifelong_moe.config.model import ModelConfig
 from lifelong_moe.config.routing.routers import ClusterConfig
+from lifelong_moe.data.text.batches import BatchStore
+from lifelong_moe.data.text.documents import Document
 from lifelong_moe.errors import CorruptError
 from lifelong_moe.model.attention import position_tables
 from lifelong_moe.storage.keys import file_sha256
@@ -139,6 +141,56 @@ def test_a_record_is_refused_by_its_field(store: Path, change: str, message: str
     rewrite(f"{SECOND}/config.json", put(change))
     code, error = outcome("lineage")
     assert code == 7 and error.startswith(f"CorruptError: {SECOND}/config.json: {message}") and "\n" not in error
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "file"),
+    [
+        ("mlruns/runs/old", "mlruns/runs/other", "head.json: run: 'old', but it is stored as other"),
+        (SECOND, "mlruns/stages/evil-4ed82e7e9bdf14b8", "config.json: name: 'code-4ed82e7e9bdf14b8', but it is stored"),
+    ],
+)
+def test_what_has_a_name_in_two_places_has_the_same(store: Path, before: str, after: str, file: str) -> None:
+    Path(before).rename(after)
+    run = "other" if "runs" in after else "old"
+    for command in ("status", "generate", "lineage"):
+        code, error = outcome(command, arguments=[run, *ARGUMENTS[command][1:]])
+        assert code == 7 and error.startswith(f"CorruptError: {after}/{file}") and "\n" not in error
+
+
+def test_a_stage_under_the_key_of_another_is_not_collected(store: Path) -> None:
+    Path(SECOND).rename("mlruns/stages/code-0000000000000000")
+    code, error = outcome("gc")
+    assert code == 7 and "config.json: key: '4ed82e7e9bdf14b8', but it is stored as 0000000000000000" in error
+
+
+def test_a_report_is_of_its_run(store: Path) -> None:
+    rewrite("mlruns/runs/old/report.json", put('run="other"'))
+    code, error = outcome("report")
+    assert (code, error) == (
+        7, "CorruptError: mlruns/runs/old/report.json: run: 'other', but it is stored as old."
+    )  # fmt: skip
+
+
+def test_a_batch_is_its_documents_and_has_their_hash(tmp_path: Path) -> None:
+    documents = [Document(text, "s") for text in ("a", "b")]
+    batches = BatchStore(tmp_path)
+    batch = batches.add(documents, [])
+    manifest = tmp_path / "batches" / batch[:16] / "manifest.json"
+    written = manifest.read_text()
+    for change, message in (
+        (lambda data: data["documents"].pop(), "hash: "),
+        (lambda data: data.update(hash="0" * 64), "hash: "),
+    ):
+        data = json.loads(written)
+        change(data)
+        manifest.write_text(json.dumps(data))
+        with pytest.raises(CorruptError, match=message):
+            batches.manifest(batch)
+    manifest.write_text(written)
+    manifest.parent.rename(tmp_path / "batches" / "0000000000000000")
+    with pytest.raises(CorruptError, match="but it is stored as 0000000000000000"):
+        batches.holding(documents[0].hash)
 
 
 def test_a_stage_that_is_its_own_ancestor_ends_every_command(store: Path) -> None:

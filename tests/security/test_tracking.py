@@ -127,7 +127,18 @@ EITHER = {("start", "parent"): [None], ("version", "alias"): [None], ("version",
 
 def test_a_record_of_another_shape_is_refused_and_put_aside() -> None:
     spool, run = Spool(ROOT, own_uri()), local_id()
-    lines = ["[]", "null", "1", '"x"', "{}", "[" * 5000, "\ud800x", json.dumps({"do": "format", "run": run, "time": 1})]
+    lines = [
+        "NaN",
+        '{"do": 1e999}',
+        "[]",
+        "null",
+        "1",
+        '"x"',
+        "{}",
+        "[" * 5000,
+        "\ud800x",
+        json.dumps({"do": "format", "run": run, "time": 1}),
+    ]
     for do, fields in GOOD.items():
         good = operation(do, run, **fields)
         for field in good:

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lifelong_moe.data.text.documents import Document, documents_hash, normalized_hash
+from lifelong_moe.data.text.documents import Document, documents_hash, hash_of_hashes, normalized_hash
 from lifelong_moe.data.text.jsonl import read_jsonl
 from lifelong_moe.data.text.limits import Portion, Quota
 from lifelong_moe.data.text.streams import OpenFile
@@ -29,7 +29,7 @@ from lifelong_moe.storage.grammars import Sha256
 from lifelong_moe.storage.keys import SHORT, canonical_json, file_sha256, text_sha256
 from lifelong_moe.storage.modes import SHARED
 from lifelong_moe.storage.opening import open_regular
-from lifelong_moe.storage.plain import from_plain
+from lifelong_moe.storage.plain import from_plain, require_same
 from lifelong_moe.storage.stored import read_stored
 
 DOCUMENTS, MANIFEST, REMOVED = "documents.jsonl", "manifest.json", "removed.json"
@@ -211,9 +211,17 @@ def read_manifest(path: Path) -> BatchManifest:
         CorruptError: If it is absent or damaged.
     """
     try:
-        return read_stored(path, partial(from_plain, BatchManifest))
+        return read_stored(path, partial(_of_its_folder, path.parent.name))
     except FileNotFoundError:
         raise CorruptError(f"{path}: missing.") from None
+
+
+def _of_its_folder(folder: str, data: Any) -> BatchManifest:
+    manifest = from_plain(BatchManifest, data)
+    # What a batch is known by is made of what its documents are known by.
+    require_same("hash", manifest.hash, hash_of_hashes(manifest.documents))
+    require_same("hash", manifest.hash[:SHORT], folder.partition("-")[0])
+    return manifest
 
 
 def _write(work: Path, batch: str, documents: Sequence[Document], files: Sequence[dict[str, Any]]) -> None:

@@ -68,7 +68,12 @@ class Corpus:
 
 def documents_hash(documents: Iterable[Document]) -> str:
     """Return one SHA-256 for a set of documents, whatever their order, names and files."""
-    return text_sha256("\n".join(sorted(document.hash for document in documents)))
+    return hash_of_hashes(document.hash for document in documents)
+
+
+def hash_of_hashes(hashes: Iterable[str]) -> str:
+    """:func:`documents_hash`, of which only the documents' own hashes are left."""
+    return text_sha256("\n".join(sorted(hashes)))
 
 
 def normalized_hash(text: str) -> str:

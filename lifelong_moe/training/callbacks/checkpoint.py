@@ -119,6 +119,11 @@ def checkpoint_path(work: Path, phase: int, step: int) -> Path:
     return work / f"step-{phase}-{step:08d}"
 
 
+def step_of(path: Path) -> int:
+    """Steps of its phase that were taken before a checkpoint."""
+    return int(path.name.rpartition("-")[2])
+
+
 def checkpoints(work: Path) -> list[Path]:
     """Step checkpoints of a stage, oldest first."""
     return sorted(path for path in work.glob("step-*") if NAME.fullmatch(path.name))

@@ -99,9 +99,10 @@ class Meter(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue the clock."""
-        self.seconds, self.data_seconds = state_dict["seconds"], state_dict["data_seconds"]
-        self.energy.joules = state_dict.get("joules")  # a checkpoint of an earlier version did not measure it
-        self.last = state_dict["last"]
+        self.seconds, self.data_seconds = float(state_dict["seconds"]), float(state_dict["data_seconds"])
+        joules = state_dict.get("joules")  # a checkpoint of an earlier version did not measure it
+        self.energy.joules = None if joules is None else float(joules)
+        self.last = {str(name): float(value) for name, value in state_dict["last"].items()}
 
 
 class ProgressReport(Callback):

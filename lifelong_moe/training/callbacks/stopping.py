@@ -86,7 +86,7 @@ class EarlyStopping(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the measurements."""
-        self.best_step, self.waited = state_dict["best_step"], state_dict["waited"]
+        self.best_step, self.waited = int(state_dict["best_step"]), int(state_dict["waited"])
         self.curve = [(int(step), float(loss)) for step, loss in state_dict["curve"]]
         self.best = min((loss for _, loss in self.curve), default=float("inf"))
 

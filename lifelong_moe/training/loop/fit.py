@@ -20,6 +20,7 @@ from lifelong_moe.training.loop.execution import keep_freed_memory
 from lifelong_moe.training.loop.module import StageModule
 from lifelong_moe.training.loop.random_state import seed_rank
 from lifelong_moe.training.loop.ranks import run_ranks
+from lifelong_moe.training.loop.resuming import Resumption
 from lifelong_moe.training.loop.rollback import NonfiniteStepsError
 from lifelong_moe.training.loop.trainer import build_trainer
 
@@ -50,14 +51,17 @@ class PhaseFit:
         """Take the steps in this process."""
         run, environment, steps = self.run, self.run.stage.environment, self.run.phase.steps
         logger = BatchedLogger(run.stage.spec.name, environment.run_id, send, run.first_step) if rank == 0 else None
-        trainer = build_trainer(environment.trainer, steps, self._callbacks(rank, interrupt), logger)
+        resumption = Resumption(run.resume)
+        callbacks = [resumption, *self._callbacks(rank, interrupt)]
+        trainer = build_trainer(environment.trainer, steps, callbacks, logger)
         keep_freed_memory()
         if rank and run.resume is None:
             # It was forked with rank 0's generator, and would draw the same noise.
             seed_rank(run.seed, rank)
         offloads = environment.frozen.offload == Offload.cpu
         # Before fit, whose setup moves the whole module to the device.
-        with self.module.offloaded(streamer_to(trainer.strategy.root_device) if offloads else None):
+        offloaded = self.module.offloaded(streamer_to(trainer.strategy.root_device) if offloads else None)
+        with resumption.blamed(), offloaded:
             trainer.fit(self.module, self.data, ckpt_path=run.resume, weights_only=True)
         # Lightning can end training early without an error; a stage with fewer steps must not be committed.
         if trainer.global_step != steps and not (self.stopping is not None and trainer.should_stop):

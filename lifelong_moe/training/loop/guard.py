@@ -101,4 +101,5 @@ class StepGuard:
 
     def load_state_dict(self, state: GuardState) -> None:
         """Restore the state."""
-        vars(self).update({**state, "losses": deque(state["losses"], maxlen=WINDOW)})
+        counts = {name: int(state[name]) for name in vars(self) if name != "losses"}  # type: ignore[literal-required]
+        vars(self).update(counts, losses=deque(map(float, state["losses"]), maxlen=WINDOW))

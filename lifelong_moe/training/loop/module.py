@@ -263,7 +263,10 @@ class StageModule(LightningModule):
             )
         self.guard.load_state_dict(checkpoint["guard"])
         self._random_states = checkpoint["random_states"]
-        self.assignments_before = checkpoint["assignments_before"]
+        before = checkpoint["assignments_before"]
+        if not (before is None or (isinstance(before, Tensor) and self.spec.routing.clusters_hidden)):
+            raise TypeError("assignments_before is no tensor of a stage with centroids")
+        self.assignments_before = before
 
 
 def router_losses(routings: list[Routing]) -> dict[str, tuple[Tensor, Tensor]]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lifelong_moe.clustering.kmeans import churn
 from lifelong_moe.data.tokens.shards import TokenizedCorpus
-from lifelong_moe.errors import ResourceError, memory_is_full
+from lifelong_moe.errors import CorruptError, ResourceError, memory_is_full
 from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.flops import loop_flops
@@ -26,6 +26,7 @@ from lifelong_moe.training.loop.fit import PhaseFit
 from lifelong_moe.training.loop.measure import PhaseMeasures
 from lifelong_moe.training.loop.module import StageModule
 from lifelong_moe.training.loop.optimizer import phase_parameters, training_only
+from lifelong_moe.training.loop.resuming import Resumption
 
 
 def train_phase(module: StageModule, models: StageModels, run: PhaseRun) -> PhaseMeasures:
@@ -73,8 +74,8 @@ def _restore_or_seed(module: StageModule, run: PhaseRun) -> None:
     if run.resume is not None:
         run.stage.environment.console.print(f"{spec.name}: continuing from {run.resume.name}")
         # Lightning loads it again in fit, with optimizer and loop. Centroids are needed earlier, to make the data.
-        state = SafeCheckpointIO().load_checkpoint(run.resume)["state_dict"]
-        module.load_state_dict(state, strict=False)
+        with Resumption(run.resume).blamed():
+            module.load_state_dict(SafeCheckpointIO().load_checkpoint(run.resume)["state_dict"], strict=False)
     else:
         # Of noise, jitter and dropout. Every phase seeds anew, so that it does not depend on the draws before it.
         torch.manual_seed(run.seed)
@@ -138,7 +139,9 @@ def _churn(module: StageModule, run: PhaseRun) -> float | None:
         return None
     spec = run.stage.spec
     after = _sample_assignments(module.model, spec, run.stage.corpora[spec.data])
-    assert after is not None
+    # Those of before may have come from a step checkpoint.
+    if after is None or after.shape != module.assignments_before.shape:
+        raise CorruptError(f"{run.stage.work}: its step checkpoints are not of this stage; remove it to begin again.")
     return churn(module.assignments_before.flatten().numpy(), after.flatten().numpy())
 
 
