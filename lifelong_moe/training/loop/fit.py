@@ -13,6 +13,7 @@ from lifelong_moe.training.callbacks.collapse import collapse_warning
 from lifelong_moe.training.callbacks.interrupt import Interrupt
 from lifelong_moe.training.callbacks.logger import BatchedLogger, Send
 from lifelong_moe.training.callbacks.progress import Meter, ProgressReport, StepCheckpoint
+from lifelong_moe.training.callbacks.resuming import Resumption
 from lifelong_moe.training.callbacks.stopping import EarlyStopping
 from lifelong_moe.training.loop.context import PhaseRun
 from lifelong_moe.training.loop.data import StageData
@@ -20,7 +21,6 @@ from lifelong_moe.training.loop.execution import keep_freed_memory
 from lifelong_moe.training.loop.module import StageModule
 from lifelong_moe.training.loop.random_state import seed_rank
 from lifelong_moe.training.loop.ranks import run_ranks
-from lifelong_moe.training.loop.resuming import Resumption
 from lifelong_moe.training.loop.rollback import NonfiniteStepsError
 from lifelong_moe.training.loop.trainer import build_trainer
 

@@ -18,6 +18,7 @@ from lifelong_moe.plan.spec import StageSpec
 from lifelong_moe.retention.teacher_cache import TeacherCache
 from lifelong_moe.training.callbacks.checkpoint import SafeCheckpointIO
 from lifelong_moe.training.callbacks.progress import Meter
+from lifelong_moe.training.callbacks.resuming import Resumption
 from lifelong_moe.training.callbacks.stopping import early_stopping
 from lifelong_moe.training.loop.context import PhaseRun, StageModels
 from lifelong_moe.training.loop.data import StageData, phase_dataset, text_sample
@@ -26,7 +27,6 @@ from lifelong_moe.training.loop.fit import PhaseFit
 from lifelong_moe.training.loop.measure import PhaseMeasures
 from lifelong_moe.training.loop.module import StageModule
 from lifelong_moe.training.loop.optimizer import phase_parameters, training_only
-from lifelong_moe.training.loop.resuming import Resumption
 
 
 def train_phase(module: StageModule, models: StageModels, run: PhaseRun) -> PhaseMeasures:
