@@ -57,6 +57,7 @@ MODEL = [
     *both("model.", "layers=3", "width=32", "heads=2", "kv_heads=4", "expert_width=16", "experts=5", "moe_every=2"),
     *both("model.", "activation=gelu", "dense_layers=1", "shared_experts=1", "context=32", "rope_base=100.0"),
     *both("model.", "norm_eps=1e-6", "head_width=8", "qk_norm=head", "attention_softcap=30.0", "embedding_scale=2.0"),
+    *both("model.", "attention_bias=true", "qkv_clip=0.5", "window=8", "rope_scaling={factor: 2.0}"),
     *both("model.", "logit_scale=0.5", "sandwich_norms=true", "tie_embeddings=true", "document_mask=true"),
     *both("model.", "init_std=0.1"),
     *both("model.", "shared_mix=learned", context=("model.shared_experts=1",)),
