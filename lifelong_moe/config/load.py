@@ -208,7 +208,8 @@ def _unresolved(cls: type, node: Any, under: DictConfig | None = None) -> Any:
     """Merge a node over its dataclass, as plain data that keeps interpolations."""
     if _refers(node):
         return node._value()
-    parts = [part for part in (structured(cls), under, node) if part is not None]
+    # A section that is written as null is the default one.
+    parts = [part for part in (structured(cls), under, node) if part is not None and not part._is_none()]
     return OmegaConf.to_container(OmegaConf.merge(*parts), resolve=False, enum_to_str=True)
 
 

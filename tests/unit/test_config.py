@@ -18,6 +18,7 @@ from lifelong_moe.config.routing.base import Level
 from lifelong_moe.config.run import Method, RunConfig
 from lifelong_moe.config.yaml_file import read_yaml
 from lifelong_moe.errors import ConfigError
+from tests.tiny import tiny_config, write_config
 
 YAML = """\
 run: tiny
@@ -572,3 +573,14 @@ def test_what_is_offloaded_is_not_in_eight_bits_too(load: Load) -> None:
 def test_what_cannot_be_computed_is_said(load: Load, overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load(*overrides)
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "evaluate", "tracking", "trainer", "routing", "frozen"])
+def test_a_section_that_is_null_is_the_default_one(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is built, so it is written out for MLflow."""
+    monkeypatch.chdir(tmp_path)
+    config = tiny_config()
+    write_config({key: value for key, value in config.items() if key != name})
+    default = whole_config(read_config("tiny.yaml").raw)
+    write_config(config | {name: None})
+    assert whole_config(read_config("tiny.yaml").raw) == default
