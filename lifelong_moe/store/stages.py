@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
+from lifelong_moe.data.tokens.tokenizer import Tokenizer
 from lifelong_moe.errors import CorruptError
 from lifelong_moe.storage.directories import write_directory
 from lifelong_moe.storage.keys import SHORT, canonical_json
@@ -170,13 +171,28 @@ class StageStore:
             found[parent] = self.get(parent)
         return list(found.values())[::-1]
 
-    def tokenizer(self, stage: CommittedStage) -> str:
-        """Text of the ``tokenizer.json`` that a stage was trained with, kept by its oldest ancestor."""
+    def tokenizer(self, stage: CommittedStage) -> Tokenizer:
+        """The tokenizer that a stage was trained with, kept by its oldest ancestor.
+
+        Raises:
+            CorruptError: If it is missing, or not the one that the stage's record says.
+        """
         first = self.chain(stage.key)[0]
+        path = first.path / TOKENIZER
         try:
-            return self._files[first.key].read(TOKENIZER).decode("utf-8")
+            tokenizer = Tokenizer.stored(self._files[first.key].read(TOKENIZER).decode("utf-8"))
         except UnicodeDecodeError as error:
-            raise CorruptError(f"{first.path / TOKENIZER}: {error}.") from None
+            raise CorruptError(f"{path}: {error}.") from None
+        # A manifest can be mended, and the tokens of another tokenizer would be read as other text.
+        if tokenizer.hash != (wanted := stage.tokenizer.hash):
+            raise CorruptError(
+                f"{path}: is {tokenizer.hash[:SHORT]}, but stage {stage.name} was trained with {wanted[:SHORT]}."
+            )
+        if tokenizer.vocab_size > (known := stage.architecture.vocab_size):
+            raise CorruptError(
+                f"{path}: has {tokenizer.vocab_size:,} entries, and stage {stage.name}'s model {known:,}."
+            )
+        return tokenizer
 
     def _signature(self, key: str) -> Path:
         return self._signatures / f"{key}.sig"

@@ -11,7 +11,6 @@ from rich.console import Console
 from lifelong_moe.config.data import SourceConfig
 from lifelong_moe.data.text.files import read_documents
 from lifelong_moe.data.tokens.shards import tokenize_documents
-from lifelong_moe.data.tokens.tokenizer import Tokenizer
 from pipelines.inspect.opening import check_label, load_on_device, open_stage
 
 EVALUATED_TOKENS = 8192
@@ -37,7 +36,7 @@ def evaluate_text(
     from lifelong_moe.data.tokens.windows import evaluation_windows
     from lifelong_moe.evaluation.loss import evaluate
 
-    shard = tokenize_documents(documents, Tokenizer.stored(store.tokenizer(committed)))
+    shard = tokenize_documents(documents, store.tokenizer(committed))
     model = load_on_device(run, store, committed, int8=int8)
     context = model.architecture.model.context
     # sys.maxsize: the user named this text, so all of it is scored.

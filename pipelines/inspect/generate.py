@@ -9,7 +9,6 @@ from typing import Any
 from rich.console import Console
 
 from lifelong_moe.data.text.jsonl import SEPARATOR
-from lifelong_moe.data.tokens.tokenizer import Tokenizer
 from lifelong_moe.errors import ConfigError
 from pipelines.inspect.opening import check_label, load_on_device, open_stage
 from pipelines.shared.options import SamplingOptions
@@ -44,7 +43,7 @@ def generate_text(
     check_label(committed, label, console)
     from lifelong_moe.model.sampling import sample
 
-    tokenizer = Tokenizer.stored(store.tokenizer(committed))
+    tokenizer = store.tokenizer(committed)
     model = load_on_device(run, store, committed, int8=int8)
     ids: list[int] = []
     shown = ""

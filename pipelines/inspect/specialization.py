@@ -64,7 +64,7 @@ def on_text(
     Raises:
         ConfigError: If the text is empty.
     """
-    tokenizer = Tokenizer.stored(store.tokenizer(committed))
+    tokenizer = store.tokenizer(committed)
     model = load_model(store, committed)
     architecture, token_ids = model.architecture, tokenizer.encode(text)
     if not token_ids:

@@ -14,7 +14,6 @@ from lifelong_moe.config.retraining.policy import HELDOUT_SOURCES
 from lifelong_moe.data.text.batches import BatchStore
 from lifelong_moe.data.text.documents import Document
 from lifelong_moe.data.tokens.shards import tokenize_documents
-from lifelong_moe.data.tokens.tokenizer import Tokenizer
 from lifelong_moe.errors import ConfigError, LifelongError, as_ours, one_line
 from lifelong_moe.plan.retraining import Retraining
 from lifelong_moe.store.batch_text import read_heads, removable_texts, remove_batch_text
@@ -108,7 +107,7 @@ class Tick(OpenRun):
         """Number of tokens of documents by the champion's tokenizer."""
         if not documents:
             return 0
-        tokenizer = Tokenizer.stored(self.store.tokenizer(self.store.get(self.head.champion.key)))
+        tokenizer = self.store.tokenizer(self.store.get(self.head.champion.key))
         return tokenize_documents(documents, tokenizer).num_tokens
 
     def trained(self, stage: CommittedStage) -> None:

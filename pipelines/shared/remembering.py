@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lifelong_moe.data.tokens.records import HeldoutStore, Remembered, TextRecord
+from lifelong_moe.data.tokens.tokenizer import Tokenizer
 from lifelong_moe.store.head import RunHead
 from lifelong_moe.store.stages import StageStore
 from pipelines.shared.places import CACHE, ROOT
@@ -34,7 +35,7 @@ def remembered(head: RunHead | None, written: Mapping[str, Any] | None) -> Remem
         return Remembered(within=within)
     records = {name: record for name, record in head.texts.items() if name in now and now[name] == then.get(name)}
 
-    def tokenizer() -> str | None:
+    def tokenizer() -> Tokenizer | None:
         # The first stage stores the former file's tokenizer, and the new file may hold another.
         if _tokenizer_file(written) != _tokenizer_file(before):
             return None

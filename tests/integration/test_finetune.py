@@ -17,7 +17,6 @@ from rich.console import Console
 
 from lifelong_moe.config.load import read_config
 from lifelong_moe.data.tokens.pairs import SEPARATOR, precedes_answer
-from lifelong_moe.data.tokens.tokenizer import Tokenizer
 from lifelong_moe.errors import ConfigError, DataError
 from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.plan.cost import forward_flops_per_token
@@ -111,7 +110,7 @@ def test_a_model_ends_its_answers_and_is_asked_as_it_was_taught(lab: Path) -> No
     }  # fmt: skip
     train(write_config(config))
     store, tuned = StageStore(Path("mlruns")), stages()[1]
-    model, tokenizer = load_model(store, tuned).eval(), Tokenizer.from_text(store.tokenizer(tuned))
+    model, tokenizer = load_model(store, tuned).eval(), store.tokenizer(tuned)
     for prompt, answer in SUMS.items():
         ids = [tokenizer.bos_id, *tokenizer.encode(f"{prompt}\x1e{answer}")]
         with torch.no_grad():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +18,7 @@ from hypothesis import strategies as st
 from lifelong_moe.data.tokens import components
 from lifelong_moe.data.tokens.tokenizer import Tokenizer, _panics_told, train_tokenizer
 from lifelong_moe.errors import ConfigError, CorruptError
+from tests.e2e.conftest import Cli
 
 TRAINED = train_tokenizer(["the cat sat on the mat, and the dog did not"] * 20, 300)
 GPT4 = (
@@ -299,3 +302,26 @@ def test_what_is_accepted_grows_no_more_than_is_said(
         return
     size = max(len(normalized.encode()), sum(len(piece.encode()) for piece, _ in pieces))
     assert size <= components.MAX_GROWTH * len(text.encode())
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["generate", "tiny", "a"], ["evaluate", "tiny", "--data", "fruit.jsonl"], ["inspect", "tiny", "--text", "a"]],
+)
+def test_a_stage_is_read_with_its_own_tokenizer(
+    command: list[str], trained_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli
+) -> None:
+    shutil.copytree(trained_once, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    path = next(Path("mlruns/stages").glob("fruit-*/tokenizer.json"))
+    content = json.loads(path.read_text(encoding="utf-8"))
+    # The same entries under each other's ids: another text would come out of a stage that "is verified".
+    vocabulary = content["model"]["vocab"]
+    content["model"]["vocab"] = {**vocabulary, "a": vocabulary["b"], "b": vocabulary["a"]}
+    data = json.dumps(content).encode()
+    path.write_bytes(data)
+    manifest = json.loads(path.with_name("manifest.json").read_text())
+    manifest["files"][path.name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    path.with_name("manifest.json").write_text(json.dumps(manifest))
+    result = cli(*command)
+    assert (result.code, "tokenizer.json: is" in " ".join(result.err.split())) == (7, True), result.err

@@ -241,18 +241,18 @@ def _given_tokenizer(config: TokenizerConfig, remembered: Remembered) -> Tokeniz
     path, within = Path(config.file), remembered.within
     is_elsewhere = within is not None and not lies_within(path, within)
     # The file wins if it is there: a changed one must change the stage keys, not be ignored.
-    if (is_elsewhere or not path.exists()) and (text := remembered.tokenizer()) is not None:
-        return Tokenizer.stored(text)
+    if (is_elsewhere or not path.exists()) and (begun := remembered.tokenizer()) is not None:
+        return begun
     if is_elsewhere:
         raise ConfigError(f"tokenizer.file={path}: not below {Path.cwd()}; what a store names elsewhere is not opened.")
     return Tokenizer.load(path)
 
 
 def _stored_tokenizer(remembered: Remembered, error: LifelongError) -> Tokenizer:
-    if (text := remembered.tokenizer()) is None:
+    if (begun := remembered.tokenizer()) is None:
         # No stage is committed yet that could have stored it.
         raise error
-    return Tokenizer.stored(text)
+    return begun
 
 
 def _require_disjoint(heldout: Mapping[str, list[Document]], trained: Mapping[str, Corpus]) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from lifelong_moe.data.text.documents import Corpus, Document
 from lifelong_moe.data.tokens.shards import TokenizedCorpus
+from lifelong_moe.data.tokens.tokenizer import Tokenizer
 from lifelong_moe.errors import CorruptError
 from lifelong_moe.storage.files import write_atomic
 from lifelong_moe.storage.grammars import Prefix, Sha256
@@ -115,7 +116,7 @@ class Remembered:
     records: Mapping[str, TextRecord] = field(default_factory=dict)
     """By distribution; only of those whose entry in the configuration is the same as then."""
     heldout: HeldoutStore | None = None
-    tokenizer: Callable[[], str | None] = lambda: None
-    """Text of the ``tokenizer.json`` of the run's first stage; None if that is not committed."""
+    tokenizer: Callable[[], Tokenizer | None] = lambda: None
+    """The tokenizer of the run's first stage; None if that is not committed."""
     within: tuple[Path, ...] | None = None
     """See :func:`lifelong_moe.data.text.sources.read_corpus`."""
