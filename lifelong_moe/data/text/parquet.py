@@ -40,7 +40,7 @@ def read_parquet(
         metadata = parquet.read_metadata(file.data)
         columns = _columns(file, metadata, fields)
         # Dictionaries are kept as such: one may repeat a long text in each row.
-        with parquet.ParquetFile(file.data, metadata=metadata, read_dictionary=_leaves(metadata, columns)) as table:
+        with parquet.ParquetFile(file.data, metadata=metadata, read_dictionary=columns) as table:
             for number, row in enumerate(_rows(file, table, columns), start=1):
                 yield document_from(row, f"{path}:{number}", text_field, source_field, answer_field)
     except (pyarrow.ArrowException, OSError) as error:
@@ -49,14 +49,18 @@ def read_parquet(
 
 
 def _columns(file: OpenFile, metadata: Any, fields: list[str]) -> list[str]:
-    """The columns to read, each there once and of a size that text has; the first field must be there."""
-    path, names = file.path, metadata.schema.to_arrow_schema().names
+    """The columns to read, each there once, of text and of a size that text has; the first field must be there."""
+    path, schema = file.path, metadata.schema.to_arrow_schema()
+    names = schema.names
     if fields[0] not in names:
         raise DataError(f'{path}: there is no column "{fields[0]}"; columns: {", ".join(names[:8])}.')
     columns = [name for name in fields if name in names]
     for name in columns:
         if names.count(name) > 1:
             raise DataError(f'{path}: column "{name}" occurs twice; one would silently win.')
+        # One row may hold a list of a billion values, whose size nothing states.
+        if not _is_text(schema.field(name).type):
+            raise DataError(f'{path}: column "{name}" is of {str(schema.field(name).type)[:80]}, not of strings.')
     # Counted apart, since these bytes are not read yet.
     stated = Portion(path, file.portion.packed_bytes, Quota())
     for group in range(metadata.num_row_groups):
@@ -68,10 +72,14 @@ def _columns(file: OpenFile, metadata: Any, fields: list[str]) -> list[str]:
     return columns
 
 
-def _leaves(metadata: Any, columns: list[str]) -> list[str]:
-    """Those of the columns that are no structs or lists, which have no values of their own."""
-    paths = {metadata.schema.column(index).path for index in range(metadata.num_columns)}
-    return [name for name in columns if name in paths]
+def _is_text(kind: Any) -> bool:
+    """Whether an Arrow type is one of strings, each, once or not at all; no list or struct is."""
+    from pyarrow import types
+
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    return any(
+        matches(kind) for matches in (types.is_string, types.is_large_string, types.is_string_view, types.is_null)
+    )
 
 
 def _rows(file: OpenFile, table: Any, columns: list[str]) -> Iterator[dict[str, Any]]:
