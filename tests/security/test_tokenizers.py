@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lifelong_moe.data.tokens import components
-from lifelong_moe.data.tokens.tokenizer import Tokenizer, _panics_told, train_tokenizer
+from lifelong_moe.data.tokens.tokenizer import _PROBE, Tokenizer, _failures_told, train_tokenizer
 from lifelong_moe.errors import ConfigError, CorruptError
 from tests.e2e.conftest import Cli
 
@@ -170,6 +170,9 @@ def test_a_post_processor_repeats_nothing() -> None:
         ({"decoder": {"type": "Sequence", "decoders": [{"type": "Fuse"}] * 65}}, "more than 64"),
         ({"model": {"type": "Nonsense"}}, "the model is of no known type"),
         ({"model": []}, "the model is of no known type"),
+        ({"model": {**json.loads(TRAINED.text)["model"], "dropout": 0.5}}, "model.dropout=0.5: text must have one"),
+        ({"model": {**json.loads(TRAINED.text)["model"], "dropout": "x"}}, "model.dropout=x: text must have one"),
+        ({"model": {"type": "WordLevel", "vocab": {}, "unk_token": 1}}, "it cannot be built: "),
         ({"pre_tokenizer": split("a" * 5000)}, "a regular expression of 5,000 characters"),
     ],
 )
@@ -215,6 +218,37 @@ def test_a_panic_becomes_an_error() -> None:
     assert run.returncode == 2, run.stderr
     assert run.stderr.splitlines()[-1].startswith("ConfigError: tokenizer: it fails on this text: Onig: Regex search")
     assert "Traceback" not in run.stderr
+
+
+CHARACTERS = {"<|bos|>": 0} | {char: place for place, char in enumerate(sorted(set(_PROBE + "<|bos|>")), start=1)}
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"type": "WordLevel", "vocab": CHARACTERS, "unk_token": "[UNK]"},
+        {
+            "type": "WordPiece", "vocab": CHARACTERS, "unk_token": "[UNK]", "continuing_subword_prefix": "",
+            "max_input_chars_per_word": 100,
+        },
+        {"type": "Unigram", "unk_id": None, "vocab": [[char, -1.0] for char in CHARACTERS]},
+        {"type": "BPE", "vocab": CHARACTERS, "merges": [], "unk_token": "[UNK]"},
+    ],
+    ids=lambda model: model["type"],
+)  # fmt: skip
+def test_a_model_that_lacks_an_entry_fails_in_a_line(model: dict[str, Any], tmp_path: Path) -> None:
+    """Each knows all that it is asked before it is used, and nothing else."""
+    text = changed(model=model, pre_tokenizer=split("(?m:.)"), decoder={"type": "Fuse"})
+    (tmp_path / "tokenizer.json").write_text(text, encoding="utf-8")
+    tokenizer = Tokenizer.load(tmp_path / "tokenizer.json")
+    with pytest.raises(ConfigError, match=r"^tokenizer: it fails on this text: .*(unk|UNK|Unk).*\.$"):
+        tokenizer.encode("§")
+
+
+@pytest.mark.parametrize("dropout", [None, 0, 0.0])
+def test_a_model_without_dropout_is_read(dropout: float | None) -> None:
+    model = {**json.loads(TRAINED.text)["model"], "dropout": dropout}
+    assert Tokenizer.from_text(changed(model=model)).encode("cat") == TRAINED.encode("cat")
 
 
 def test_a_store_s_tokenizer_is_damage_and_no_mistake_of_the_user() -> None:
@@ -294,7 +328,7 @@ def test_what_is_accepted_grows_no_more_than_is_said(
     try:
         components.require_bounded(content)
         # The library itself panics on some chains, such as of matches without length.
-        with _panics_told():
+        with _failures_told("it fails"):
             backend = Backend.from_str(json.dumps(content))
             normalized = backend.normalizer.normalize_str(text)
             pieces = backend.pre_tokenizer.pre_tokenize_str(normalized)

@@ -41,6 +41,9 @@ def require_bounded(tokenizer: Part) -> None:
     model = tokenizer.get("model")
     if not isinstance(model, Mapping) or model.get("type") not in MODELS:
         raise ConfigError(f"the model is of no known type; there are {', '.join(filter(None, MODELS))}.")
+    # It leaves out merges at random, so that equal texts would have other tokens under one hash.
+    if model.get("dropout"):
+        raise ConfigError(f"model.dropout={str(model['dropout'])[:20]}: text must have one encoding; set it to null.")
     parts = {
         "normalizer": list(_parts(tokenizer.get("normalizer"), "normalizer", "normalizers")),
         "pre_tokenizer": list(_parts(tokenizer.get("pre_tokenizer"), "pre_tokenizer", "pretokenizers")),

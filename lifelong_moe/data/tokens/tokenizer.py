@@ -33,6 +33,7 @@ RECIPE_VERSION = 1
 
 _PROBE = "A tokenizer must give back {every: character};\n\tgrüße, naïve, 漢字, λx.x+1, 🙂 0123456789!"
 """What a given tokenizer is asked to encode and decode without loss."""
+_FAILS = "tokenizer: it fails on this text"
 
 
 class Tokenizer:
@@ -113,7 +114,7 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Encode texts without adding any special token; special-token strings in them are plain text."""
-        with _panics_told():
+        with _failures_told(_FAILS):
             encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
@@ -125,7 +126,7 @@ class Tokenizer:
         """Return the text of token ids, leaving out document separators."""
         # Left out by id and not by `skip_special_tokens`, which would drop a given tokenizer's other tokens too.
         kept = [int(index) for index in ids if int(index) != self._bos_id]
-        with _panics_told():
+        with _failures_told(_FAILS):
             return str(self._backend.decode(kept, skip_special_tokens=False))
 
     def name(self, token_id: int) -> str:
@@ -174,12 +175,12 @@ class Tokenizer:
             require_bounded(content)
             # What was checked, and not the text, which another parser might read in another way.
             text = canonical_json(content)
-            with _panics_told():
+            with _failures_told("it cannot be built"):
                 backend = tokenizers.Tokenizer.from_str(text)
-                return cls(backend, text)
+            return cls(backend, text)
         except LifelongError as error:
             raise ConfigError(f"not a usable tokenizer.json: {error}") from error
-        except Exception as error:  # tokenizers raises bare Exception for whatever is wrong with the text
+        except Exception as error:  # an empty vocabulary, a number out of range
             raise ConfigError(f"not a usable tokenizer.json: {' '.join(str(error).split())}.") from error
 
     @classmethod
@@ -200,16 +201,18 @@ class Tokenizer:
 
 
 @contextmanager
-def _panics_told() -> Iterator[None]:
-    """Turn a panic of the library, such as of a regular expression that gives up, into an error of ours."""
+def _failures_told(what: str) -> Iterator[None]:
+    """Turn what the library raises into an error of ours that begins with ``what``.
+
+    It panics where a regular expression gives up, and raises bare exceptions where a model lacks an entry.
+    """
     try:
         yield
     except BaseException as error:
-        # By name, since no module exports it; it is no Exception, so that few catch it.
-        if type(error).__name__ != "PanicException":
+        # A panic by name, since no module exports it; it is no Exception, so that few catch it.
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
             raise
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"tokenizer: it fails on this text: {reason}.") from None
+        raise ConfigError(f"{what}: {' '.join(str(error).split())}.") from None
 
 
 def _read_text(path: Path) -> str:
