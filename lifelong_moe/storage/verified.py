@@ -13,9 +13,10 @@ from typing import BinaryIO
 
 from lifelong_moe.errors import CorruptError
 from lifelong_moe.storage.grammars import FileName, Sha256
+from lifelong_moe.storage.opening import read_bounded
 from lifelong_moe.storage.plain import PlainError, from_plain
-from lifelong_moe.storage.plain_files import open_stored
-from lifelong_moe.storage.stored import read_stored
+from lifelong_moe.storage.plain_files import corrupt_if_irregular, open_stored
+from lifelong_moe.storage.stored import MOST_BYTES, read_stored
 
 MANIFEST = "manifest.json"
 _DESCRIPTORS = Path("/proc/self/fd")
@@ -84,9 +85,9 @@ class VerifiedDirectory:
                 _compare(path, file, self.manifest.files[name])
 
     def read(self, name: str) -> bytes:
-        """The bytes of a small file; errors as for :meth:`opened`."""
-        with self.opened(name) as path:
-            return path.read_bytes()
+        """The bytes of a small file; errors as for :meth:`opened`, and if it is no small one."""
+        with self.opened(name) as path, corrupt_if_irregular(self.path / name):
+            return read_bounded(path, MOST_BYTES, follow=True)  # a descriptor's name is a link
 
 
 def read_manifest(directory: Path) -> Manifest:

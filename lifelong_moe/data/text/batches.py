@@ -20,6 +20,7 @@ from typing import Any
 
 from lifelong_moe.data.text.documents import Document, documents_hash, hash_of_hashes, normalized_hash
 from lifelong_moe.data.text.jsonl import read_jsonl
+from lifelong_moe.data.text.kept import document_rows
 from lifelong_moe.data.text.limits import Portion, Quota
 from lifelong_moe.data.text.streams import OpenFile
 from lifelong_moe.errors import CorruptError
@@ -239,5 +240,4 @@ def _write(work: Path, batch: str, documents: Sequence[Document], files: Sequenc
 
 def _rows(documents: Sequence[Document]) -> bytes:
     """The file of documents: a JSON object each, in order of their hash."""
-    rows = sorted(documents, key=lambda document: document.hash)
-    return "".join(canonical_json({"text": row.text, "source": row.source}) + "\n" for row in rows).encode()
+    return document_rows(sorted(documents, key=lambda document: document.hash))

@@ -8,22 +8,28 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import importlib.util
-import json
 import platform
 import sysconfig
 import tokenize
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from lifelong_moe.data.text.documents import Document
 from lifelong_moe.data.text.extraction import header_code, module_prose, pieces, topics, without_docstrings
-from lifelong_moe.errors import DataError
+from lifelong_moe.data.text.kept import document_rows, read_rows
+from lifelong_moe.errors import CorruptError, DataError
 from lifelong_moe.storage.files import write_atomic
+from lifelong_moe.storage.grammars import Sha256
 from lifelong_moe.storage.keys import SHORT, canonical_json, content_key
+from lifelong_moe.storage.plain import PlainError, from_plain
+from lifelong_moe.storage.plain_files import open_stored
+from lifelong_moe.storage.stored import parse_json
 
 EXTRACTION_VERSION = 1
 """Raised whenever the same files would yield other documents."""
+_MOST_HEAD_BYTES = 128
 PROSE_PACKAGES = (
     "torch/nn", "torch/optim", "torch/distributions", "torch/distributed", "torch/utils",
     "numpy", "huggingface_hub", "datasets", "lightning", "omegaconf",
@@ -167,21 +173,25 @@ def _versions(kind: str) -> dict[str, str]:
     return versions
 
 
+@dataclass(frozen=True)
+class _Head:
+    """First line of a file of the cache."""
+
+    sha256: Sha256
+    """Of the rest."""
+
+
 def _write_cache(path: Path, documents: list[Document]) -> None:
-    lines = [canonical_json({"source": document.source, "text": document.text}) for document in documents]
-    body = ("\n".join(lines) + "\n").encode("utf-8")
+    body = document_rows(documents)
     head = canonical_json({"sha256": hashlib.sha256(body).hexdigest()}).encode("ascii") + b"\n"
     write_atomic(path, head + body)
 
 
 def _read_cache(path: Path) -> list[Document] | None:
-    """Read documents back if the hash on the first line is that of the rest."""
+    """Read documents back; None if there are none, or the file is not what was written."""
     try:
-        head, _, body = path.read_bytes().partition(b"\n")
-        if json.loads(head)["sha256"] != hashlib.sha256(body).hexdigest():
-            return None
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        with open_stored(path) as file:
+            head = from_plain(_Head, parse_json(file.readline(_MOST_HEAD_BYTES), path))
+            return read_rows(file, path, head.sha256)
+    except (FileNotFoundError, CorruptError, PlainError):
         return None
-    # Not `splitlines`, which would cut at U+2028 within a text.
-    rows = (json.loads(line) for line in body.decode("utf-8").removesuffix("\n").split("\n"))
-    return [Document(row["text"], row["source"]) for row in rows]

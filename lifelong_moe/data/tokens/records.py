@@ -13,16 +13,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lifelong_moe.data.text.documents import Corpus, Document
+from lifelong_moe.data.text.kept import document_rows, read_rows
 from lifelong_moe.data.tokens.shards import TokenizedCorpus
 from lifelong_moe.data.tokens.tokenizer import Tokenizer
 from lifelong_moe.errors import CorruptError
 from lifelong_moe.storage.files import write_atomic
 from lifelong_moe.storage.grammars import Prefix, Sha256
-from lifelong_moe.storage.keys import canonical_json, file_sha256
+from lifelong_moe.storage.keys import file_sha256
 from lifelong_moe.storage.modes import SHARED
-from lifelong_moe.storage.plain import from_plain
 from lifelong_moe.storage.plain_files import open_stored
-from lifelong_moe.storage.stored import naming, parse_json
 
 DIGITS = 16
 """Hexadecimal digits kept of the hash of each document that was left out."""
@@ -77,8 +76,7 @@ class HeldoutStore:
 
     def add(self, documents: Sequence[Document], mode: int = SHARED) -> str:
         """Keep documents, in the order given, in a file of permissions ``mode``; returns their address."""
-        rows = (canonical_json({"text": document.text, "source": document.source}) for document in documents)
-        data = "".join(f"{row}\n" for row in rows).encode("utf-8")
+        data = document_rows(documents)
         # Named by content, so runs with the same held-out text share one file, and damage shows.
         path = self.path(address := hashlib.sha256(data).hexdigest())
         # A damaged file is written again.
@@ -98,15 +96,9 @@ class HeldoutStore:
         path = self.path(address)
         try:
             with open_stored(path) as file:
-                data = file.read()
+                return read_rows(file, path, address)
         except FileNotFoundError:
             raise CorruptError(f"{path}: missing, but a run refers to it.") from None
-        if (found := hashlib.sha256(data).hexdigest()) != address:
-            raise CorruptError(f"{path}: SHA-256 is {found}.")
-        # Not `splitlines`, which would cut at U+2028 within a text.
-        rows = (parse_json(row, path) for row in data.split(b"\n")[:-1])
-        with naming(path):
-            return [from_plain(Document, row) for row in rows]
 
 
 @dataclass(frozen=True)

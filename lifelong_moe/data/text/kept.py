@@ -1,0 +1,51 @@
+"""Documents in files of ours, a line of JSON each; whoever has changed such a file, it is read as what it must be."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from io import BufferedReader
+from pathlib import Path
+
+from lifelong_moe.data.text.documents import Document
+from lifelong_moe.data.text.limits import MAX_TEXT_FILE_BYTES
+from lifelong_moe.errors import CorruptError
+from lifelong_moe.storage.keys import canonical_json
+from lifelong_moe.storage.plain import from_plain
+from lifelong_moe.storage.stored import naming, parse_json
+
+_MOST_LINE_BYTES = 7 * MAX_TEXT_FILE_BYTES
+"""Longest line: JSON writes a control character in six bytes. A sparse file is one line, however long it says it is."""
+
+
+def document_rows(documents: Iterable[Document]) -> bytes:
+    """Return a line of JSON for each document, in the order given."""
+    rows = (canonical_json({"text": document.text, "source": document.source}) for document in documents)
+    return "".join(f"{row}\n" for row in rows).encode("utf-8")
+
+
+def read_rows(file: BufferedReader, path: Path, digest: str) -> list[Document]:
+    """Read documents from where an open file stands to its end.
+
+    Args:
+        file: What :func:`document_rows` made.
+        path: Its name, for messages.
+        digest: SHA-256 of these bytes.
+
+    Raises:
+        CorruptError: If they are others, or no documents.
+    """
+    start = file.tell()
+    # In constant memory, before anything is held.
+    if (found := hashlib.file_digest(file, "sha256").hexdigest()) != digest:  # type: ignore[arg-type]
+        raise CorruptError(f"{path}: SHA-256 is {found}.")
+    file.seek(start)
+    documents = []
+    # Only a newline ends a line: U+2028 may stand within a text.
+    while row := file.readline(_MOST_LINE_BYTES + 1):
+        if len(row) > _MOST_LINE_BYTES:
+            raise CorruptError(f"{path}: a document of more than {_MOST_LINE_BYTES >> 20} MiB.")
+        content = parse_json(row, path)
+        with naming(path):
+            documents.append(from_plain(Document, content))
+    return documents
