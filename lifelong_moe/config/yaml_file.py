@@ -7,7 +7,6 @@ import errno
 import io
 import re
 from collections.abc import Sequence
-from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -42,8 +41,8 @@ def read_yaml(path: Path, *, is_base: bool = False) -> DictConfig:
         hint = f" Did you mean {path.parent / near[0]}?" if near else ""
         raise ConfigError(f"{path}: no such file.{hint}")
     try:
-        read = partial(read_bounded, follow=True) if is_base else read_given
-        data = read(path, MAX_CONFIG_BYTES)
+        most = MAX_CONFIG_BYTES
+        data = read_bounded(path, most, follow=True) if is_base else read_given(path, most)[0]
     except OSError as error:
         if error.errno == errno.EFBIG:
             raise ConfigError(f"{path}: over {MAX_CONFIG_BYTES:,} bytes; is this a configuration file?") from None

@@ -8,7 +8,7 @@ import stat
 from io import BufferedReader
 from pathlib import Path
 
-from lifelong_moe.storage.modes import SHARED
+from lifelong_moe.storage.modes import SHARED, as_private_as
 
 _KINDS = (
     (stat.S_ISDIR, "a directory"),
@@ -98,11 +98,14 @@ def read_bounded(path: Path, most_bytes: int, *, follow: bool) -> bytes:
         return _read(file, most_bytes, path)
 
 
-def read_given(path: Path, most_bytes: int) -> bytes:
+def read_given(path: Path, most_bytes: int) -> tuple[bytes, int]:
     """Read what the user names on the command line: a regular file, a terminal, or a pipe such as ``<(sed …)``.
 
     A FIFO into which nobody writes is empty and not waited for; a device, which may be endless or act when it is read,
     is refused.
+
+    Returns:
+        The bytes, and permissions of files that are made of them.
 
     Raises:
         OSError: Missing, unreadable, something else, or longer than ``most_bytes``.
@@ -115,7 +118,7 @@ def read_given(path: Path, most_bytes: int) -> bytes:
     # From here on a pipe may be waited for: somebody has it open for writing, or it ends at once.
     os.set_blocking(descriptor, True)
     with os.fdopen(descriptor, "rb") as file:
-        return _read(file, most_bytes, path)
+        return _read(file, most_bytes, path), as_private_as(mode)
 
 
 def read_up_to(file: BufferedReader, most_bytes: int) -> bytes:

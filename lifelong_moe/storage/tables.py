@@ -10,15 +10,17 @@ import numpy as np
 
 from lifelong_moe.storage.files import new_file
 from lifelong_moe.storage.marks import TABLE_MARK
+from lifelong_moe.storage.modes import SHARED
 
 
-def write_parquet(path: Path, parts: Iterable[Mapping[str, Any]]) -> int:
+def write_parquet(path: Path, parts: Iterable[Mapping[str, Any]], mode: int = SHARED) -> int:
     """Write a table part by part, so that it need not fit into memory.
 
     Args:
         path: The file; replaced once the table is complete.
         parts: At least one mapping from column names, the same in all, to columns. A column is a NumPy array
             ``(rows,)``, an array ``(rows, K)`` for lists of K values, or a list of texts.
+        mode: Permissions of the file, less those that the umask takes away.
 
     Returns:
         Rows written.
@@ -28,7 +30,7 @@ def write_parquet(path: Path, parts: Iterable[Mapping[str, Any]]) -> int:
     from pyarrow import parquet
 
     rows, writer = 0, None
-    with new_file(path) as work:
+    with new_file(path, mode) as work:
         try:
             for part in parts:
                 table = pyarrow.table({name: _column(values) for name, values in part.items()})

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from lifelong_moe.data.text.limits import MAX_LINE_BYTES
 from lifelong_moe.errors import ConfigError
+from lifelong_moe.storage.modes import SHARED
 from lifelong_moe.storage.opening import read_given
 from lifelong_moe.store.stages import CommittedStage
 from pipelines.inspect.opening import check_label, open_stage
@@ -37,7 +38,7 @@ def inspect_stage(run: str, stage: str | None, asked: InspectionRequest, console
         check_label(committed, asked.label, console)
         from pipelines.inspect.specialization import on_text
 
-        result = on_text(run, store, committed, given, asked, console)
+        result = on_text(run, store, committed, *given, asked, console)
     else:
         from pipelines.inspect.specialization import on_heldout
 
@@ -53,13 +54,15 @@ def _check_layer(stage: CommittedStage, layer: int | None) -> None:
         raise ConfigError(f"--layer={layer} is dense: it has no experts to choose from.")
 
 
-def _given_text(text: str | None, text_file: str | None) -> str | None:
+def _given_text(text: str | None, text_file: str | None) -> tuple[str, int] | None:
+    """The text, and permissions of files that are made of it; None if none is given."""
     if text is not None and text_file is not None:
         raise ConfigError("--text and --text-file exclude each other; give one.")
     if text_file is not None:
         try:
             # A device may be endless; a text is limited like a document.
-            return read_given(Path(text_file), MAX_LINE_BYTES).decode("utf-8")
+            data, mode = read_given(Path(text_file), MAX_LINE_BYTES)
+            return data.decode("utf-8"), mode
         except FileNotFoundError:
             raise ConfigError(f"--text-file={text_file}: no such file.") from None
         except OSError as error:
@@ -68,4 +71,4 @@ def _given_text(text: str | None, text_file: str | None) -> str | None:
             raise ConfigError(f"--text-file={text_file}: not UTF-8 at byte {error.start}.") from None
     if text is not None and any("\ud800" <= character <= "\udfff" for character in text):
         raise ConfigError("--text is not UTF-8.")
-    return text
+    return None if text is None else (text, SHARED)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator, Mapping
+from operator import and_
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from lifelong_moe.plan.architecture import Architecture
 from lifelong_moe.reports.figures.specialization import FIGURES, inspection_figures
 from lifelong_moe.reports.inspection import Readings, build_inspection
 from lifelong_moe.storage.files import write_atomic
+from lifelong_moe.storage.opening import read_bounded
 from lifelong_moe.storage.plain_files import corrupt_if_irregular
 from lifelong_moe.storage.tables import write_parquet
 from lifelong_moe.store.head import RunHead
@@ -56,10 +59,11 @@ def on_text(
     store: StageStore,
     committed: CommittedStage,
     text: str,
+    mode: int,
     asked: InspectionRequest,
     console: Console,
 ) -> Mapping[str, Any]:
-    """Show which experts each token of a text chooses; ``--html`` and ``--save`` also write files.
+    """Show which experts each token of a text chooses; ``--html`` and ``--save`` write files of permissions ``mode``.
 
     Raises:
         ConfigError: If the text is empty.
@@ -74,10 +78,10 @@ def on_text(
     inspect_tables.text(console, routed)
     require_targets(asked)
     if asked.html is not None:
-        write_atomic(Path(asked.html), html_page(routed, f"{run}, stage {committed.name}"))
+        write_atomic(Path(asked.html), html_page(routed, f"{run}, stage {committed.name}"), mode)
         console.print(f"written: {asked.html}")
     if asked.save is not None:
-        _save(asked.save, architecture, {asked.label or "": seen}, tokenizer, console)
+        _save(asked.save, architecture, {asked.label or "": seen}, tokenizer, mode, console)
     rows = [
         {
             "token_id": token.token_id,
@@ -106,18 +110,18 @@ def on_heldout(
     head, record = require_head(ROOT, run), RunRecord(ROOT, run)
     config = build_config(stored_config(head.config), is_stored=True)
     with console.status("reading held-out text") as status:
-        windows, tokenizer = _heldout_windows(head, config, committed, tokens)
+        windows, tokenizer, mode = _heldout_windows(head, config, committed, tokens)
         if missing := [name for name in config.evaluated if name not in windows]:
             console.print(f"not measured, because the held-out text is gone: {', '.join(missing)}")
         status.update("running the model on it")
         result, observed = _measure(store, committed, config, windows, tokenizer)
     result = {"run": run, "stage": committed.name, "key": committed.key, **result}
-    result = _keep(record, head, config, result, tokens, console)
+    result = _keep(record, head, config, result, tokens, mode, console)
     inspect_tables.heldout(console, result)
     console.print(f"written: {record.path / 'inspection.json'}, {record.path / 'inspection'}/*.png")
     if asked.save is not None:
         require_targets(asked)
-        _save(asked.save, committed.architecture, observed, tokenizer, console)
+        _save(asked.save, committed.architecture, observed, tokenizer, mode, console)
     return result
 
 
@@ -127,6 +131,7 @@ def _keep(
     config: RunConfig,
     result: Mapping[str, Any],
     tokens: int,
+    mode: int,
     console: Console,
 ) -> Mapping[str, Any]:
     """Write the result and its figures to the run's folder, and log them to MLflow unless they are there already.
@@ -144,7 +149,7 @@ def _keep(
     # A copy per stage and number of tokens says which points MLflow has: those cannot be taken back, while
     # inspection.json holds the last inspection only.
     copy = record.path / f"inspection-{result['stage']}-{tokens}.json"
-    known, plotted = (one.is_file() and one.read_text(encoding="utf-8") == text for one in (path, copy))
+    known, plotted = (_holds(one, text) for one in (path, copy))
     folder.mkdir(exist_ok=True)
     # The last inspection may have drawn more figures, of more stages or more layers.
     for name in FIGURES:
@@ -161,9 +166,19 @@ def _keep(
     if tracker.problem and config.tracking.enabled:
         console.print(tracker.problem, style="yellow")
     # Last: if the process dies before, the next inspection logs again rather than never.
-    write_atomic(copy, text)
-    write_atomic(path, text)
+    # Private where the text was: it shows the tokens that experts choose most.
+    write_atomic(copy, text, mode)
+    write_atomic(path, text, mode)
     return result
+
+
+def _holds(path: Path, text: str) -> bool:
+    """Whether a file of the store, which may hold anything, holds this text."""
+    data = text.encode("utf-8")
+    try:
+        return read_bounded(path, len(data), follow=False) == data
+    except OSError:  # also if it is longer
+        return False
 
 
 def _rows(result: Mapping[str, Any], tokens: int, step: int) -> list[Row]:
@@ -185,8 +200,11 @@ def _rows(result: Mapping[str, Any], tokens: int, step: int) -> list[Row]:
 
 def _heldout_windows(
     head: RunHead, config: RunConfig, committed: CommittedStage, tokens: int
-) -> tuple[dict[str, EvaluationSet], Tokenizer]:
+) -> tuple[dict[str, EvaluationSet], Tokenizer, int]:
     """Held-out text of each distribution that still has it, cut into windows as in the run's evaluation.
+
+    Returns:
+        It, its tokenizer, and permissions of files that are made of it.
 
     Raises:
         ConfigError: If the tokenizer has changed since the stage was trained.
@@ -203,7 +221,7 @@ def _heldout_windows(
     if not there:
         raise DataError(f"run {run}: all held-out text is gone; inspect a --text instead.")
     windows = {name: evaluation_windows(data.heldout[name], context, tokens) for name in there}
-    return windows, data.tokenizer
+    return windows, data.tokenizer, functools.reduce(and_, map(data.mode, there))
 
 
 def _measure(
@@ -251,6 +269,7 @@ def _save(
     architecture: Architecture,
     observed: Mapping[str, Observation],
     tokenizer: Tokenizer,
+    mode: int,
     console: Console,
 ) -> None:
     """Write every token's experts as a table, one row per token and layer."""
@@ -260,4 +279,4 @@ def _save(
         for name, seen in observed.items():
             yield from routing_columns(architecture, seen, name, tokenizer.name)
 
-    console.print(f"written: {path} ({write_parquet(Path(path), parts()):,} rows)")
+    console.print(f"written: {path} ({write_parquet(Path(path), parts(), mode):,} rows)")

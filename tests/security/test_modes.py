@@ -6,15 +6,19 @@ import os
 import shutil
 import stat
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
+from lifelong_moe.config.data import TokenizerConfig
 from lifelong_moe.data.text.batches import BatchStore
-from lifelong_moe.data.text.documents import Document
+from lifelong_moe.data.text.documents import Corpus, Document
+from lifelong_moe.data.tokens.tokenizer import trained_tokenizer
 from lifelong_moe.storage.modes import SHARED, as_private_as, folder_mode, make_folder
-from pipelines import cli
+from pipelines.cli import main
+from tests.e2e.conftest import Cli
 from tests.retrain_lab import arrive, make_base, tick
 
 
@@ -80,9 +84,59 @@ def test_text_that_arrives_again_is_as_private_as_then(tmp_path: Path) -> None:
     batches, documents = BatchStore(tmp_path), [Document("one", "a"), Document("two", "b")]
     batch = batches.add(documents, [], 0o600)
     batches.remove_text(batch)
-    assert set(modes(tmp_path / "batches").values()) <= {0o600, 0o640, 0o700}
+    # What is left names their sources.
+    assert set(modes(tmp_path / "batches").values()) == {0o600, 0o700}
     batches.add(documents, [], 0o600)
     assert stat.S_IMODE(batches.path(batch).stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize(("source", "ours"), [(0o600, 0o600), (0o644, 0o640)])
+def test_what_inspect_makes_of_a_text_is_as_private(
+    source: int, ours: int, trained: Path, tmp_path: Path, cli: Cli
+) -> None:
+    text, page, table = tmp_path / "text.txt", tmp_path / "page.html", tmp_path / "table.parquet"
+    text.write_text("apple pear")
+    text.chmod(source)
+    with wide_umask():
+        result = cli("inspect", "tiny", "--text-file", str(text), "--html", str(page), "--save", str(table))
+    assert result.code == 0, result.err
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (page, table)} == {ours}
+
+
+@pytest.mark.parametrize(("source", "ours"), [(0o600, 0o600), (0o644, 0o640)])
+def test_what_inspect_makes_of_held_out_text_is_as_private(
+    source: int, ours: int, trained_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli
+) -> None:
+    work, table = tmp_path / "work", tmp_path / "table.parquet"
+    shutil.copytree(trained_once, work)
+    monkeypatch.chdir(work)
+    Path("fruit.jsonl").chmod(0o644)
+    Path("code.jsonl").chmod(source)
+    Path("mlruns/runs/tiny/inspection.json").write_bytes(b"\xff\xfe")  # no text, so not known: it is written anew
+    with wide_umask():
+        assert cli("inspect", "tiny", "--save", str(table)).code == 0
+    made = [table, *Path("mlruns/runs/tiny").glob("inspection*.json")]
+    assert len(made) == 3 and {stat.S_IMODE(path.stat().st_mode) for path in made} == {ours}
+
+
+def test_a_tokenizer_of_private_text_is_private(tmp_path: Path) -> None:
+    documents = [Document("some words", "a")]
+    with wide_umask():
+        for mode in (0o600, 0o640):
+            corpus = Corpus("fruit", documents, [], f"{mode:064}", "1" * 64, mode=mode)
+            trained_tokenizer(TokenizerConfig(vocab_size=260), corpus, tmp_path)
+    found = modes(tmp_path / "tokenizers")
+    assert sorted(mode for path, mode in found.items() if path.endswith(".json")) == [0o600, 0o640]
+
+
+@contextmanager
+def wide_umask() -> Iterator[None]:
+    """That of a user whose files others may read."""
+    before = os.umask(0o022)
+    try:
+        yield
+    finally:
+        os.umask(before)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +155,7 @@ def test_what_libraries_write_is_not_for_everybody_either(monkeypatch: pytest.Mo
     before = os.umask(0o022)
     try:
         with pytest.raises(SystemExit):
-            cli.main()
+            main()
         assert os.umask(0) == 0o027
     finally:
         os.umask(before)

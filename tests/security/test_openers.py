@@ -142,7 +142,7 @@ def test_a_pipe_into_which_somebody_writes_is_read_to_its_end_and_an_endless_one
     reading, writing = os.pipe()
     with os.fdopen(writing, "wb") as file:
         file.write(b"text")
-    assert read_given(Path(f"/dev/fd/{reading}"), 4) == b"text"
+    assert read_given(Path(f"/dev/fd/{reading}"), 4) == (b"text", 0o600)
     os.close(reading)
     reading, writing = os.pipe()
 

@@ -28,7 +28,7 @@ from lifelong_moe.storage.directories import new_directory
 from lifelong_moe.storage.files import sync, write_atomic
 from lifelong_moe.storage.grammars import Sha256
 from lifelong_moe.storage.keys import SHORT, canonical_json, file_sha256, text_sha256
-from lifelong_moe.storage.modes import SHARED
+from lifelong_moe.storage.modes import SHARED, as_private_as
 from lifelong_moe.storage.opening import open_regular
 from lifelong_moe.storage.plain import from_plain, require_same
 from lifelong_moe.storage.stored import read_stored
@@ -178,12 +178,13 @@ class BatchStore:
         """
         freed = 0
         for path in self.copies(batch):
-            freed += path.stat().st_size
+            state = path.stat()
+            freed += state.st_size
             found = self.documents(batch, path.parent.name[SHORT + 1 :] or None)
             # The normalized hash cannot be computed once the text is gone; it recognizes a document that returns.
             rows = [RemovedDocument(d.hash, normalized_hash(d.text), d.source) for d in found]
             # Written first: it takes effect once the text is gone, so a kill in between loses nothing.
-            write_atomic(path.with_name(REMOVED), canonical_json(list(map(asdict, rows))))
+            write_atomic(path.with_name(REMOVED), canonical_json(list(map(asdict, rows))), as_private_as(state.st_mode))
             path.unlink()
             # Else a power failure may bring the removed text back.
             sync(path.parent)

@@ -16,6 +16,7 @@ from lifelong_moe.data.tokens.components import MAX_TOKEN_BYTES, require_bounded
 from lifelong_moe.errors import ConfigError, CorruptError, DataError, LifelongError
 from lifelong_moe.storage.files import write_atomic
 from lifelong_moe.storage.keys import SHORT, canonical_json, content_key, text_sha256
+from lifelong_moe.storage.modes import SHARED
 from lifelong_moe.storage.opening import read_bounded
 
 if TYPE_CHECKING:
@@ -133,9 +134,9 @@ class Tokenizer:
         """Return a token's text; BOS, which stands for no text, by its name."""
         return BOS if token_id == self._bos_id else self.decode([token_id])
 
-    def save(self, path: Path) -> None:
-        """Write ``tokenizer.json`` atomically; ``tokenizers`` and transformers read it."""
-        write_atomic(Path(path), self._text)
+    def save(self, path: Path, mode: int = SHARED) -> None:
+        """Write ``tokenizer.json`` atomically, with permissions ``mode``; ``tokenizers`` and transformers read it."""
+        write_atomic(Path(path), self._text, mode)
 
     @classmethod
     def load(cls, path: Path) -> Tokenizer:
@@ -278,7 +279,7 @@ def trained_tokenizer(
     tokenizer = found or train_tokenizer((document.text for document in corpus.train), config.vocab_size)
     check(tokenizer)
     if found is None:
-        tokenizer.save(path)
+        tokenizer.save(path, corpus.mode)  # its entries are words of the text
         # After the tokenizer: without its hash a file counts as absent, so a kill in between is harmless.
         write_atomic(path.with_suffix(".sha256"), tokenizer.hash)
     return tokenizer
