@@ -37,7 +37,7 @@ def read_rows(file: BufferedReader, path: Path, digest: str) -> list[Document]:
     """
     start = file.tell()
     # In constant memory, before anything is held.
-    if (found := hashlib.file_digest(file, "sha256").hexdigest()) != digest:  # type: ignore[arg-type]
+    if (found := hashlib.file_digest(file, "sha256").hexdigest()) != digest:
         raise CorruptError(f"{path}: SHA-256 is {found}.")
     file.seek(start)
     documents = []

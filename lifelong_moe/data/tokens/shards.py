@@ -30,7 +30,6 @@ from lifelong_moe.storage.stored import read_json
 # Part of each manifest: a part of another version is made again instead of read wrongly.
 FORMAT_VERSION = 1
 _FILES = ("tokens.bin", "offsets.bin", "text_bytes.bin")
-_MAX_MANIFEST_BYTES = 1 << 16
 _BATCH_BYTES = 4 << 20
 """Text encoded at a time; bounds memory."""
 
