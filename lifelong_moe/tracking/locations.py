@@ -24,6 +24,8 @@ READ_SECONDS = 10.0
 
 # Experiments that MLflow itself makes have their number as folder.
 _FOLDERS = rf"{ARTIFACTS}|[0-9]{{1,20}}"
+# A version of ours is a stage.
+_MODELS = rf"{_FOLDERS}|stages"
 LOCATIONS = {
     ("experiments", "artifact_location"): _FOLDERS,
     ("runs", "artifact_uri"): _FOLDERS,
@@ -31,9 +33,8 @@ LOCATIONS = {
     ("trace_tags", "value"): _FOLDERS,
     ("workspaces", "default_artifact_root"): _FOLDERS,
     ("workspaces", "trace_archival_location"): _FOLDERS,
-    # A version of ours is a stage.
-    ("model_versions", "source"): rf"{_FOLDERS}|stages",
-    ("model_versions", "storage_location"): rf"{_FOLDERS}|stages",
+    ("model_versions", "source"): _MODELS,
+    ("model_versions", "storage_location"): _MODELS,
 }
 """Columns of MLflow's tables that say where files are, and the folders of a store that they may name."""
 LOCATION_TAGS = ("mlflow.artifactLocation", "mlflow.trace.archiveLocation")
@@ -93,6 +94,24 @@ def require_within(uri: str, root: Path, location: str) -> None:
         raise _refusal("it keeps artifacts in", location, root)
 
 
+def model_within(uri: str, root: Path, directory: str) -> str:
+    """The directory of a model that is about to be recorded; that of a store that moved since is where it is now.
+
+    Args:
+        uri: Tracking URI.
+        root: The ``mlruns/`` directory.
+        directory: Its absolute path, as a spool says it.
+
+    Raises:
+        RefusedError: If it is outside of the store, and the store's own database would hold it.
+    """
+    if own_database(uri, root) is None or _is_within(directory, root, _MODELS):
+        return directory
+    if (moved := _moved(directory, root, _MODELS)) is None:
+        raise _refusal("it keeps a model in", directory, root)
+    return moved
+
+
 def own_database(uri: str, root: Path) -> Path | None:
     """The database of a tracking URI if it is part of the store."""
     path = sqlite_path(uri)
@@ -135,7 +154,7 @@ def _refusal(what: str, location: object, root: Path) -> RefusedError:
 
 
 def _is_within(location: str, root: Path, folders: str) -> bool:
-    if "stages" in folders and _REFERENCE.fullmatch(location):
+    if folders == _MODELS and _REFERENCE.fullmatch(location):
         return True
     path = _local(location)
     if path is None:
@@ -150,7 +169,8 @@ def _moved(location: str, root: Path, folders: str) -> str | None:
     path = _local(location)
     if path is None:
         return None
-    found = re.fullmatch(rf"/.+?/{re.escape(root.name)}/((?:{folders}){_TAIL})", path)
+    # MLflow calls its own folder "mlruns" wherever it makes a database.
+    found = re.fullmatch(rf"/.+?/(?:mlruns|{re.escape(root.name)})/((?:{folders}){_TAIL})", path)
     return str(root.absolute() / found[1]) if found else None
 
 

@@ -18,10 +18,11 @@ from collections.abc import Callable, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
+from lifelong_moe.storage.grammars import NAME
 from lifelong_moe.tracking.spool import Operation, RefusedError
 
 MODEL_PREFIX = "lifelong-moe."
-"""Begins the names of our registered models."""
+"""Begins the names of our registered models; that of the run follows."""
 ALIASES = ("champion", "candidate")
 """Aliases of registered versions that we move."""
 LOCAL_PREFIX = "local-"
@@ -96,7 +97,7 @@ def _is_path(value: Any) -> bool:
 
 def _is_model(value: Any) -> bool:
     # Another one of the user's models must not get a version, nor an alias move to it.
-    return isinstance(value, str) and value.startswith(MODEL_PREFIX)
+    return isinstance(value, str) and value.startswith(MODEL_PREFIX) and NAME.allows(value.removeprefix(MODEL_PREFIX))
 
 
 def _are_tags_of_version(value: Any) -> bool:

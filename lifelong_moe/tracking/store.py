@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, TypeVar
 from lifelong_moe.tracking.connection import is_server
 from lifelong_moe.tracking.database import ensure_database
 from lifelong_moe.tracking.failures import one_line
-from lifelong_moe.tracking.locations import keep_artifacts_within, require_within
-from lifelong_moe.tracking.operations import LOCAL_PREFIX, require_ours
+from lifelong_moe.tracking.locations import keep_artifacts_within, model_within, require_within
+from lifelong_moe.tracking.operations import LOCAL_PREFIX, MODEL_PREFIX, require_ours
 from lifelong_moe.tracking.registry import Version, register_version
 from lifelong_moe.tracking.spool import Operation, RefusedError
 
@@ -147,9 +147,14 @@ class Store:
         """Perform an operation from a spool, which somebody else may have written; see :meth:`perform`.
 
         Raises:
-            RefusedError: If it is none of ours, or is about a run that we did not make.
+            RefusedError: If it is none of ours, or is about a run that we did not make or a model of another store's.
         """
         require_ours(asked)
+        if asked["do"] == "version":
+            # Others of the team have models of ours too, behind the same server.
+            run = asked["name"].removeprefix(MODEL_PREFIX)
+            if not (self._root / "runs" / run / "head.json").is_file():
+                raise RefusedError(f"{asked['name']} is the model of no run of this store.")
         for run_id in {asked["run"], asked.get("parent"), asked.get("by")} - {None}:
             run = self._find(run_id)
             tags = {} if run is None else run.data.tags
@@ -264,7 +269,7 @@ class Store:
     def _version(self, asked: Operation) -> str:
         version = Version(
             name=asked["name"],
-            directory=Path(asked["directory"]),
+            directory=Path(model_within(self._uri, self._root, asked["directory"])),
             run_id=self.resolve(asked["run"]),
             tags=asked["tags"],
             description=asked["description"],

@@ -32,7 +32,7 @@ def ui(port: int, host: str, browser: bool, experiment: str, console: Console) -
         refused = CorruptError if tracker.is_refused else ConfigError
         raise refused(tracker.problem or "nothing is tracked.")
     command, environment = serve_command(None, ROOT, port, host)
-    base = f"http://{host}:{port}"
+    base = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     url = ui_url(base, tracker.experiment_id)
     console.print("starting the MLflow UI …")
     # Left running, the server would keep the port: it ends with us, also where we are killed.

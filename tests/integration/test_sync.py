@@ -26,7 +26,8 @@ class Lab:
 
     def __init__(self, template: Path) -> None:
         self.template, self.root, self.database = template, Path("mlruns"), Path("mlruns/mlflow.db")
-        self.root.mkdir()
+        (self.root / "runs/demo").mkdir(parents=True)
+        (self.root / "runs/demo/head.json").touch()
         self.lose()
 
     def lose(self) -> None:
@@ -103,7 +104,12 @@ def record(tracker: Tracker) -> tuple[str, str]:
     for key, alias in (("0123", None), ("4567", "champion")):
         tags = {"stage_key": key}
         tracker.register_version(
-            "lifelong-moe.demo", Path("s"), run_id=child, tags=tags, description="first", alias=alias
+            "lifelong-moe.demo",
+            Path("mlruns/stages/s"),
+            run_id=child,
+            tags=tags,
+            description="first",
+            alias=alias,
         )
     tracker.finish(child)
     assert tracker.start_run("arm", run_id=parent, params={"lr": 0.2, "new": 1}, tags={"a": "2"}) == parent

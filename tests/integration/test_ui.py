@@ -78,6 +78,27 @@ def test_whoever_takes_the_port_meanwhile_is_not_opened(opened: list[str], monke
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a fork does not survive once CUDA is there")
+def test_an_address_of_ipv6_has_brackets(opened: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    try:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6) as free:
+            port = int(free.getsockname()[1])
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    answer_once = f"""
+import socket
+from http.server import HTTPServer, SimpleHTTPRequestHandler
+class Server(HTTPServer):
+    address_family = socket.AF_INET6
+Server(("::1", {port}), SimpleHTTPRequestHandler).handle_request()
+raise SystemExit(3)
+"""
+    monkeypatch.setattr(story, "serve_command", lambda *_: ([sys.executable, "-c", answer_once], dict(os.environ)))
+    monkeypatch.setattr("lifelong_moe.tracking.tracker.Tracker.is_behind", lambda *_: True)
+    assert story.ui(port, "::1", True, "lifelong-moe", Console(file=io.StringIO())) == 3
+    (page,) = opened
+    assert page.startswith(f"http://[::1]:{port}/#/experiments/")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_a_server_does_not_outlive_us(tmp_path: Path, number: signal.Signals) -> None:
     def serve_command(*args: Any) -> tuple[list[str], dict[str, str]]:

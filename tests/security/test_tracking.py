@@ -114,7 +114,8 @@ GOOD: dict[str, dict[str, Any]] = {
     "dataset": {"name": "d", "digest": "0", "context": "training", "source": "s", "profile": {}},
     "tag": {"key": "k", "value": "v"},
     "version": {
-        "name": "lifelong-moe.r", "alias": "champion", "directory": "/s", "tags": {"stage_key": "0"}, "description": ""
+        "name": "lifelong-moe.r", "alias": "champion", "directory": "/x/mlruns/stages/s",
+        "tags": {"stage_key": "0"}, "description": ""
     },
     "finish": {"status": "FINISHED"},
     "replaced": {"by": RUN},
@@ -158,6 +159,31 @@ def test_a_record_of_another_shape_is_refused_and_put_aside() -> None:
     assert outcome.problem is None and spool.empty
     assert execute("SELECT count(*) FROM registered_models") == [(0,)]
     assert outcome.delivered.refused >= len(lines) * 0.9
+
+
+@pytest.mark.parametrize("directory", ["/etc", "mlruns/stages/s", "{}/mlruns/spool", "{}/mlruns/stages/../.."])
+def test_only_stages_of_this_store_become_versions(directory: str) -> None:
+    (ROOT / "runs/r").mkdir(parents=True)
+    (ROOT / "runs/r/head.json").write_text("{}")
+    spool, run = Spool(ROOT, own_uri()), local_id()
+    spool.append(operation("start", run, **GOOD["start"]))
+    spool.append(operation("version", run, **GOOD["version"] | {"directory": directory.format(ROOT.absolute().parent)}))
+    (outcome,) = sync(ROOT)
+    assert (outcome.problem, outcome.delivered.refused) == (None, 1)
+    assert execute("SELECT count(*) FROM model_versions") == [(0,)]
+
+
+@pytest.mark.parametrize(("name", "mine"), [("r", True), ("theirs", False), ("../runs/r", False), ("", False)])
+def test_only_models_of_runs_of_this_store_get_versions(name: str, mine: bool) -> None:
+    (ROOT / "runs/r").mkdir(parents=True)
+    (ROOT / "runs/r/head.json").write_text("{}")
+    (ROOT / "runs/theirs").mkdir()
+    spool, run = Spool(ROOT, own_uri()), local_id()
+    spool.append(operation("start", run, **GOOD["start"]))
+    spool.append(operation("version", run, **GOOD["version"] | {"name": f"lifelong-moe.{name}"}))
+    (outcome,) = sync(ROOT)
+    assert (outcome.problem, outcome.delivered.refused) == (None, 0 if mine else 1)
+    assert execute("SELECT name, alias FROM registered_model_aliases") == [("lifelong-moe.r", "champion")] * mine
 
 
 def test_runs_that_others_made_are_left_alone() -> None:
@@ -296,6 +322,8 @@ def test_recording_in_a_database_calls_no_webhook(address: str, monkeypatch: pyt
     execute("INSERT INTO webhooks (webhook_id, name, url, status) VALUES ('w', 'w', ?, 'ACTIVE')", address)
     for entity in ("registered_model", "model_version", "model_version_alias", "model_version_tag"):
         execute("INSERT INTO webhook_events (webhook_id, entity, action) VALUES ('w', ?, 'created')", entity)
+    (ROOT / "runs/r").mkdir(parents=True)
+    (ROOT / "runs/r/head.json").write_text("{}")
     spool, run = Spool(ROOT, own_uri()), local_id()
     spool.append(operation("start", run, **GOOD["start"]))
     spool.append(operation("version", run, **GOOD["version"] | {"tags": {"stage_key": "0" * 64}}))
