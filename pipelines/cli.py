@@ -34,6 +34,7 @@ COMMANDS = (
     commands.evaluate,
     commands.generate,
     commands.inspect,
+    commands.export,
     commands.sync,
     commands.ui,
 )

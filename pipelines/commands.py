@@ -21,6 +21,7 @@ from pipelines.shared.options import (
     ConfigPath,
     DocumentHash,
     ExpertName,
+    ExportRequest,
     GateSettings,
     InspectionRequest,
     Label,
@@ -315,6 +316,15 @@ def inspect(
     silence_libraries()
     threads.say()
     finish(inspect_stage(run, stage, asked, console(as_json)), as_json)
+
+
+@opens_store
+@with_options
+def export(run: RunName, *, asked: ExportRequest, as_json: AsJson = False) -> None:
+    """Write a model as a checkpoint that transformers, vLLM and llama.cpp's converter read, and compare both sides."""
+    from pipelines.export.export import export_run
+
+    finish(export_run(run, asked, console(as_json)), as_json)
 
 
 @opens_store

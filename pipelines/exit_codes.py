@@ -14,7 +14,8 @@ MEANINGS = {
     "expired, or it allows what the configuration does not",
     6: "training diverged: it was rolled back twice and failed again; the stage was not committed",
     7: "the store is damaged or not one of ours: a file no longer matches its hash or a trusted signature, says "
-    "what no such file says, or is a link; the line names it",
+    "what no such file says, or is a link; the line names it. Or an export does not compute what the model does, and "
+    "was removed",
     8: "not enough disk or memory; committed stages are intact",
     # EX_TEMPFAIL of sysexits.h: schedulers and mailers know it as "retry".
     75: "try again later: another process holds the lock, a server cannot be reached, or SIGTERM arrived (training has "
@@ -40,6 +41,7 @@ BESIDES = {
     "evaluate": (7,),
     "generate": (7,),
     "inspect": (7, 75),
+    "export": (7,),
     "sync": (7, 75),
     "ui": (7, 75),
 }

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from lifelong_moe.data.tokens.tokenizer import train_tokenizer
+from tests.tiny import tiny_config
 
 VOCAB, CONTEXT = 61, 48
 SHARED: dict[str, Any] = {
@@ -74,3 +79,27 @@ def made(name: str, **more: Any) -> Any:
             if parameter.dim() == 1:
                 parameter.add_(0.3 * torch.randn(parameter.shape))
     return model
+
+
+def write_checkpoint(name: str, folder: str = "ck", dtype: torch.dtype = torch.float32) -> None:
+    """Write one whose tokenizer was trained on ``fruit.jsonl``."""
+    texts = [json.loads(line)["text"] for line in Path("fruit.jsonl").read_text(encoding="utf-8").splitlines()]
+    tokenizer = train_tokenizer(texts, 300)
+    # More rows than tokens, as Qwen has.
+    theirs = made(name, vocab_size=304, bos_token_id=0, max_position_embeddings=64).to(dtype)
+    theirs.save_pretrained(folder)
+    tokenizer.save(Path(folder) / "tokenizer.json")
+
+
+def config_of(*, bundles: bool = False) -> dict[str, Any]:
+    """Two stages after a checkpoint; with bundles, old text is read by the checkpoint alone, whatever they learn."""
+    config = tiny_config()
+    config |= {"tokenizer": {}, "routing": {"bundles": "label"} if bundles else {}}
+    config["model"] = {"from": "ck", "context": 32, "document_mask": bundles}
+    config["stage_defaults"] |= {
+        "grow": {"experts": 3, "sample_tokens": 512},
+        "replay": {"fraction": 0.0},
+        "distill": {"text": "new", "weight": 0.0 if bundles else 0.5},
+        "trunk": {"train": "frozen" if bundles else "gentle"},
+    }
+    return config

@@ -40,7 +40,7 @@ FLOORS = [
     {"reports"},
     {"pipelines/shared"},
     {"pipelines/run", "pipelines/versions", "pipelines/upkeep"},
-    {"pipelines/compare", "pipelines/inspect", "pipelines/retrain"},
+    {"pipelines/compare", "pipelines/export", "pipelines/inspect", "pipelines/retrain"},
     {"pipelines"},
 ]
 """The rooms of both packages, lowest first. A room imports from floors below its own, never from its neighbours."""

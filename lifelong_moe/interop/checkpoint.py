@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lifelong_moe.interop.layout.families import Family, read_family
 from lifelong_moe.interop.layout.tensors import Stored, has_fused_experts, matched, stored_tensors
+from lifelong_moe.interop.single import config_of, single_architecture, single_tensors
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.architecture import Architecture, first_generation
 
@@ -47,7 +48,7 @@ def from_checkpoint(config: Mapping[str, Any], tensors: Mapping[str, Tensor], st
     family = read_family(config, "config.json")
     model = LanguageModel(architecture_of(family, stage))
     shapes, ours = {name: tuple(tensor.shape) for name, tensor in tensors.items()}, model.state_dict()
-    expected = tensors_of(model, family, fused=has_fused_experts(tensors))
+    expected = tensors_of(model.architecture, family, fused=has_fused_experts(tensors))
     for one in matched(expected, shapes, model.architecture.model, "the checkpoint"):
         found = tensors[one.name]
         for target, source in zip(pieces(one, ours), found if one.stacked else [found], strict=True):
@@ -56,25 +57,40 @@ def from_checkpoint(config: Mapping[str, Any], tensors: Mapping[str, Tensor], st
     return model
 
 
-def tensors_of(model: LanguageModel, family: Family, *, fused: bool = False) -> Iterator[Stored]:
-    """A model's tensors as a checkpoint of a family has them."""
-    shape, born = model.architecture.model, len(model.architecture.generations)
-    experts = [model.architecture.experts_in(layer) for layer in range(shape.layers)]
-    return stored_tensors(family, shape, experts, generations=born, fused=fused)
+def to_checkpoint(model: LanguageModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Convert a model without bundles to the ``config.json`` and the tensors of the simplest architecture that has it.
+
+    Args:
+        model: With learned routing; not changed.
+
+    Returns:
+        JSON data, and copies of the weights on the CPU, ready for ``safetensors.torch.save_file``.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    single = single_architecture(model.architecture)
+    config = config_of(single, {})
+    ours = single_tensors(model.architecture, model.state_dict())
+    return config, {one.name: written(one, ours) for one in tensors_of(single, read_family(config, "its config.json"))}
+
+
+def tensors_of(single: Architecture, family: Family, *, fused: bool = False) -> Iterator[Stored]:
+    """The tensors of a model of one generation as a checkpoint of a family has them."""
+    return stored_tensors(family, single.model, single.model.experts_by_layer, fused=fused)
 
 
 def pieces(stored: Stored, ours: Mapping[str, Tensor]) -> list[Tensor]:
-    """Views of what a checkpoint's tensor is of our tensors: one below the other, or stacked, they are that tensor."""
+    """Views of what a checkpoint's tensor is of our tensors: one, or experts that are it once they are stacked."""
     found = [ours[name] for name in stored.ours]
     return found if stored.half is None else [one.chunk(2)[stored.half] for one in found]
 
 
-def written(stored: Stored, ours: Mapping[str, Tensor]) -> Tensor:
+def written(stored: Stored, ours: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
     """A copy on the CPU of a tensor as a checkpoint has it, ready for ``safetensors.torch.save_file``."""
-    found = pieces(stored, ours)
-    whole = torch.stack(found) if stored.stacked else torch.cat(found)
+    (whole,) = [torch.stack(pieces(stored, ours))] if stored.stacked else pieces(stored, ours)
     # Contiguous, and no view: safetensors refuses both.
-    return whole.detach().cpu().clone(memory_format=torch.contiguous_format)
+    return whole.detach().cpu().to(dtype).clone(memory_format=torch.contiguous_format)
 
 
 @torch.no_grad()

@@ -12,14 +12,14 @@ from safetensors import SafetensorError
 from lifelong_moe.errors import ResourceError, disk_is_full
 from lifelong_moe.storage.files import rename, sync
 from lifelong_moe.storage.keys import canonical_json, file_sha256
-from lifelong_moe.storage.modes import SHARED, make_folder
+from lifelong_moe.storage.modes import SHARED, folder_mode, make_folder
 from lifelong_moe.storage.temporary import temporary
 from lifelong_moe.storage.verified import MANIFEST
 
 
 @contextmanager
 def new_directory(target: Path, mode: int = SHARED) -> Iterator[Path]:
-    """Yield a folder to fill with files; on leaving it becomes ``target``.
+    """Yield a folder to fill with files and folders of files; on leaving it becomes ``target``.
 
     Everything is flushed to disk before the rename, and then the rename itself. If ``target`` exists by then, another
     process was first with the same content address, and its version stays.
@@ -33,9 +33,9 @@ def new_directory(target: Path, mode: int = SHARED) -> Iterator[Path]:
         yield work
         # The folder's permissions are those that the umask has left.
         mode &= work.stat().st_mode
-        for path in sorted(work.iterdir()):
+        for path in sorted(work.rglob("*"), reverse=True):
             # safetensors makes its files readable by their owner alone, and others follow the umask alone.
-            path.chmod(mode)
+            path.chmod(folder_mode(mode) if path.is_dir() else mode)
             # Contents before the rename: after a power failure the final name must not lead to empty files.
             sync(path)
         sync(work)

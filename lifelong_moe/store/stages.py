@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,6 +96,7 @@ class StageStore:
         metrics: Mapping[str, Any],
         tensors: Mapping[str, Tensor],
         tokenizer: str | None = None,
+        kept: Mapping[str, str] | None = None,
     ) -> CommittedStage:
         """Write a stage atomically.
 
@@ -103,6 +105,7 @@ class StageStore:
             metrics: Plain JSON data.
             tensors: The stage's own tensors by name.
             tokenizer: Text of ``tokenizer.json``; a first stage keeps it for its whole chain.
+            kept: Further texts by file name, which a first stage keeps for its whole chain.
         """
         from safetensors.torch import save_file  # imports torch, which commands that only list stages do without
 
@@ -113,8 +116,9 @@ class StageStore:
             CONFIG: lambda path: _write_json(path, record.to_json()),
             METRICS: lambda path: _write_json(path, metrics),
         }
-        if tokenizer is not None:
-            files[TOKENIZER] = lambda path: path.write_text(tokenizer, encoding="utf-8")
+        for name, text in [(TOKENIZER, tokenizer), *(kept or {}).items()]:
+            if text is not None:
+                files[name] = partial(Path.write_text, data=text, encoding="utf-8")
         # Written aside and renamed: a killed commit leaves no stage.
         target = self.root / f"{record.name}-{record.key[:SHORT]}"
         write_directory(target, files, lambda path: self.keys.sign(path, self._signature(record.key)))
@@ -179,10 +183,7 @@ class StageStore:
         """
         first = self.chain(stage.key)[0]
         path = first.path / TOKENIZER
-        try:
-            tokenizer = Tokenizer.stored(self._files[first.key].read(TOKENIZER).decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise CorruptError(f"{path}: {error}.") from None
+        tokenizer = Tokenizer.stored(self._text(first, TOKENIZER))
         # A manifest can be mended, and the tokens of another tokenizer would be read as other text.
         if tokenizer.hash != (wanted := stage.tokenizer.hash):
             raise CorruptError(
@@ -193,6 +194,17 @@ class StageStore:
                 f"{path}: has {tokenizer.vocab_size:,} entries, and stage {stage.name}'s model {known:,}."
             )
         return tokenizer
+
+    def kept_text(self, stage: CommittedStage, name: str) -> str | None:
+        """Text of a further file that a stage's oldest ancestor keeps; None if it keeps none of this name."""
+        first = self.chain(stage.key)[0]
+        return self._text(first, name) if name in self._files[first.key].manifest.files else None
+
+    def _text(self, stage: CommittedStage, name: str) -> str:
+        try:
+            return self._files[stage.key].read(name).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise CorruptError(f"{stage.path / name}: {error}.") from None
 
     def _signature(self, key: str) -> Path:
         return self._signatures / f"{key}.sig"

@@ -10,6 +10,7 @@ from lifelong_moe.data.tokens.prepare import PreparedData
 from lifelong_moe.errors import CheckpointError
 from lifelong_moe.interop.layout.complete import checkpoint_hash
 from lifelong_moe.interop.layout.folder import Checkpoint, read_checkpoint
+from lifelong_moe.interop.layout.kept import kept_texts
 from lifelong_moe.interop.pretrained import load_pretrained
 from lifelong_moe.plan.methods import base_spec
 from lifelong_moe.plan.planned import PlannedBase
@@ -32,7 +33,8 @@ def imported_stage(store: StageStore, planned: PlannedBase, config: RunConfig, d
     """
     if (found := store.find(planned.key)) is not None:
         return found
-    model = load_pretrained(_unchanged(config.base), BASE_NAME)
+    checkpoint = _unchanged(config.base)
+    model = load_pretrained(checkpoint, BASE_NAME)
     record = StageRecord(
         key=planned.key,
         name=BASE_NAME,
@@ -44,7 +46,7 @@ def imported_stage(store: StageStore, planned: PlannedBase, config: RunConfig, d
         tokenizer=data.identity.tokenizer,
         derived=dict(planned.identity),
     )
-    return store.commit(record, {}, model.state_dict(), data.tokenizer.text)
+    return store.commit(record, {}, model.state_dict(), data.tokenizer.text, kept_texts(checkpoint.path))
 
 
 def _unchanged(base: BaseConfig) -> Checkpoint:

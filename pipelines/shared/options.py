@@ -110,6 +110,24 @@ class InspectionRequest:
     force: Annotated[bool, typer.Option("--force", help="Let --html and --save replace files of other origin.")] = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExportRequest:
+    """What is exported, and where it is written."""
+
+    to: Annotated[str, typer.Option("--to", metavar="DIR", help="Folder to make.")]
+    stage: StageName = None
+    generation: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="With bundles: the generation that this stage added.",
+            callback=_named("--generation"),
+        ),
+    ] = None
+    every: Annotated[bool, typer.Option("--all", help="With bundles: a folder for each generation.")] = False
+    force: Annotated[bool, typer.Option("--force", help="Let an earlier export at DIR be replaced.")] = False
+
+
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
     """Show Typer each field of a command's dataclass parameters as an option of its own, in the parameter's place."""
     # Typer reads a signature, not dataclasses, so the wrapper gets one in which the fields stand side by side.

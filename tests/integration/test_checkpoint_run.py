@@ -16,7 +16,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lifelong_moe.data.tokens.tokenizer import train_tokenizer
 from lifelong_moe.errors import LifelongError
 from lifelong_moe.interop.layout.folder import read_checkpoint
 from lifelong_moe.interop.pretrained import load_pretrained
@@ -27,9 +26,9 @@ from lifelong_moe.training.loop.module import StageModule
 from lifelong_moe.training.restore import load_model
 from pipelines.inspect.opening import check_label
 from pipelines.shared.output import SafeConsole
-from tests.checkpoints import made
+from tests.checkpoints import config_of, write_checkpoint
 from tests.retrain_lab import TOKENS, arrive, tick, write_retraining
-from tests.tiny import STEPS, fork, hashes, kill_self, tiny_config, train, write_config
+from tests.tiny import STEPS, fork, hashes, kill_self, train, write_config
 
 transformers = pytest.importorskip("transformers", reason="checkpoints are made by the extra `transformers`")
 
@@ -42,29 +41,6 @@ def quiet() -> Iterator[None]:
     transformers.utils.logging.disable_progress_bar()
     yield
     transformers.utils.logging.enable_progress_bar()
-
-
-def write_checkpoint(name: str, folder: str = "ck", dtype: torch.dtype = torch.float32) -> None:
-    texts = [json.loads(line)["text"] for line in Path("fruit.jsonl").read_text(encoding="utf-8").splitlines()]
-    tokenizer = train_tokenizer(texts, 300)
-    # More rows than tokens, as Qwen has.
-    theirs = made(name, vocab_size=304, bos_token_id=0, max_position_embeddings=64).to(dtype)
-    theirs.save_pretrained(folder)
-    tokenizer.save(Path(folder) / "tokenizer.json")
-
-
-def config_of(*, bundles: bool = False) -> dict[str, Any]:
-    """Two stages after a checkpoint; with bundles, old text is read by the checkpoint alone, whatever they learn."""
-    config = tiny_config()
-    config |= {"tokenizer": {}, "routing": {"bundles": "label"} if bundles else {}}
-    config["model"] = {"from": "ck", "context": 32, "document_mask": bundles}
-    config["stage_defaults"] |= {
-        "grow": {"experts": 3, "sample_tokens": 512},
-        "replay": {"fraction": 0.0},
-        "distill": {"text": "new", "weight": 0.0 if bundles else 0.5},
-        "trunk": {"train": "frozen" if bundles else "gentle"},
-    }
-    return config
 
 
 def logits(model: LanguageModel, domain: int = 0) -> Tensor:

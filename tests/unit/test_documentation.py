@@ -52,6 +52,7 @@ def test_page_of_commands_has_each_option_that_a_command_takes() -> None:
         assert text.count("\n| `") == len(takes)
         for name in takes:
             said = {"as_json": "--json", "ungated": "--no-gate", "plan_path": "--plan"}.get(name, name)
+            said = {"every": "--all"}.get(said, said)
             said = {"config": "CONFIG", "overrides": "KEY=VALUE", "gate": "gate.KEY=VALUE", "runs": "RUN"}.get(
                 said, said
             )

@@ -31,6 +31,8 @@ class Family:
     qk_norm: ClassVar[QKNorm] = QKNorm.none
     has_bias: ClassVar[bool] = False
     """Whether queries, keys and values have biases."""
+    has_window: ClassVar[bool] = True
+    """Whether its class of transformers looks at ``sliding_window``."""
     is_mixture: ClassVar[bool] = False
     network: ClassVar[str] = "mlp"
     """What a layer calls its feed-forward network, or its mixture."""
@@ -77,7 +79,7 @@ class Family:
     @property
     def window(self) -> int | None:
         """Tokens that a token attends to; None means all."""
-        return self.sliding_window
+        return self.sliding_window if self.has_window else None
 
     @property
     def rope(self) -> tuple[float, RopeScaling | None]:
@@ -128,6 +130,7 @@ class Llama(Family):
 
     model_type: ClassVar[str] = "llama"
     class_name: ClassVar[str] = "LlamaForCausalLM"
+    has_window: ClassVar[bool] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,6 +231,7 @@ class Olmoe(Mixture):
 
     model_type: ClassVar[str] = "olmoe"
     class_name: ClassVar[str] = "OlmoeForCausalLM"
+    has_window: ClassVar[bool] = False
     qk_norm: ClassVar[QKNorm] = QKNorm.full
     rms_norm_eps: float = 1e-5
     sliding_window: None = None

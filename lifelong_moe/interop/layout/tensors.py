@@ -7,6 +7,7 @@ Legend: V vocabulary, D model width, E experts, F expert width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -24,23 +25,27 @@ class Stored:
     """On disk."""
     shape: tuple[int, ...]
     ours: tuple[str, ...]
-    """Names in our state dictionary: one; generations of router rows, one below the other; or experts, stacked."""
+    """Names in our state dictionary: one; or experts, stacked."""
     half: int | None = None
     """Which half of our rows it is, 0 or 1; None is all. Ours hold gate and up matrices as one, gate first."""
     stacked: bool = False
     """Whether the first dimension counts experts, each of which is a tensor of ours."""
 
+    @property
+    def numel(self) -> int:
+        """Its numbers."""
+        return math.prod(self.shape)
+
 
 def stored_tensors(
-    family: Family, model: ModelConfig, experts: Sequence[int], *, generations: int = 1, fused: bool = False
+    family: Family, model: ModelConfig, experts: Sequence[int], *, fused: bool = False
 ) -> Iterator[Stored]:
-    """All tensors of a checkpoint.
+    """All tensors of a checkpoint, which is a model of one generation here.
 
     Args:
         family: Its architecture, for names.
         model: Its shape.
         experts: Experts of each layer; 0 for a dense one, 1 in all layers of a dense model.
-        generations: Generations that our router rows come in.
         fused: Whether a layer's experts are two tensors of three dimensions, as in transformers' memory; if not, they
             have three matrices each, as on its disks.
     """
@@ -52,9 +57,8 @@ def stored_tensors(
         for theirs, ours in (("input_layernorm", "attention_norm"), ("post_attention_layernorm", "moe_norm")):
             yield Stored(f"{prefix}.{theirs}.weight", (model.width,), (f"blocks.{layer}.{ours}.weight",))
         if family.is_mixture and experts[layer]:
-            rows = tuple(router_rows(layer, generation) for generation in range(generations))
             network = f"{prefix}.{'mlp' if fused else family.network}"
-            yield Stored(f"{network}.gate.weight", (experts[layer], model.width), rows)
+            yield Stored(f"{network}.gate.weight", (experts[layer], model.width), (router_rows(layer, 0),))
             yield from _experts(family, model, f"{network}.experts", layer, range(experts[layer]), fused=fused)
         else:
             shared = f"blocks.{layer}.moe.shared.gate_up", f"blocks.{layer}.moe.shared.down"

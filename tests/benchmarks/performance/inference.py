@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lifelong_moe.interop.mixtral import to_mixtral
+from lifelong_moe.interop.checkpoint import to_checkpoint
 from lifelong_moe.model.sampling import sample_batch
 from lifelong_moe.model.transformer import LanguageModel
 from tests.benchmarks.performance.clock import Ratio, ratio, timed
@@ -58,7 +58,7 @@ def build_peer(model: LanguageModel) -> Any:
     """The same weights in transformers."""
     import transformers
 
-    config, tensors = to_mixtral(model)
+    config, tensors = to_checkpoint(model)
     peer = transformers.MixtralForCausalLM._from_config(
         transformers.MixtralConfig(**config), experts_implementation="eager", attn_implementation="sdpa"
     )

@@ -20,7 +20,7 @@ from lifelong_moe.config.load import build_config
 from lifelong_moe.config.model import ModelConfig
 from lifelong_moe.config.retention import DistillConfig, ReplayConfig
 from lifelong_moe.config.routing.topk import LearnedConfig
-from lifelong_moe.interop.mixtral import to_mixtral
+from lifelong_moe.interop.checkpoint import to_checkpoint
 from lifelong_moe.model.transformer import LanguageModel, initialize
 from lifelong_moe.plan.architecture import Architecture, Generation
 from lifelong_moe.plan.methods import stage_specs
@@ -160,7 +160,7 @@ def peer_step(size: Size, implementation: str) -> Step:
     """Transformers' ``MixtralForCausalLM`` with our weights, its router loss, clipping and fused AdamW."""
     import transformers
 
-    config, tensors = to_mixtral(size.model())
+    config, tensors = to_checkpoint(size.model())
     config = {**config, "output_router_logits": True, "use_cache": False}
     model = transformers.MixtralForCausalLM._from_config(
         transformers.MixtralConfig(**config), experts_implementation=implementation, attn_implementation="sdpa"

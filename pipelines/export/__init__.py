@@ -1,0 +1,1 @@
+"""`lifelong-moe export`: a model as a folder that others read."""

@@ -1,0 +1,133 @@
+"""The card of an exported folder, its ``README.md``: where the model comes from, and how to load it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lifelong_moe.errors import LifelongError
+from lifelong_moe.reports.report import Report
+from lifelong_moe.storage.keys import SHORT
+from lifelong_moe.store.lineage import expert_names
+from lifelong_moe.store.runs import RunRecord
+from pipelines.export.export import Order
+from pipelines.export.target import CARD, MARK
+from pipelines.shared.markdown import plain, table_row
+from pipelines.shared.places import ROOT
+
+if TYPE_CHECKING:
+    from pipelines.export.write import Exported
+
+LOADING = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+model = AutoModelForCausalLM.from_pretrained("{folder}")
+ids = tokenizer("Once upon a time", return_tensors="pt")
+print(tokenizer.decode(model.generate(**ids, max_new_tokens=32)[0]))
+```"""
+
+
+def write_card(order: Order, exported: Exported, folder: Path) -> None:
+    """Write the card of a checkpoint."""
+    name = order.asked.to if exported.folder == "." else f"{order.asked.to}/{exported.folder}"
+    what = "" if exported.generation is None else f", generation {exported.generation}"
+    lines = [
+        *_header(order),
+        f"# {plain(order.run)}{plain(what)}",
+        "",
+        MARK,
+        "",
+        f"{exported.architecture}, {exported.dtype}, written by lifelong-moe from stage {plain(order.stage.name)} "
+        f"(`{order.stage.key}`).",
+        *_agreement(exported),
+        "",
+        "## Loading it",
+        "",
+        # A path may hold what would end the block.
+        LOADING.format(folder=name if name.isascii() and '"' not in name and "`" not in name else "FOLDER"),
+        "",
+        *origin(order),
+    ]
+    (folder / CARD).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def write_page(order: Order, exported: Sequence[Exported], folder: Path) -> None:
+    """Write the card of an export of all generations."""
+    lines = [
+        *_header(order),
+        f"# {plain(order.run)}",
+        "",
+        MARK,
+        "",
+        f"All generations of stage {plain(order.stage.name)} (`{order.stage.key}`), written by lifelong-moe, each a "
+        f"checkpoint of its own with a card. A text is read by one of them.",
+        "",
+        "| folder | architecture | largest difference of logits |",
+        "|---|---|---|",
+    ]
+    for one in exported:
+        lines.append(table_row([one.folder, one.architecture, _measured(one)]))
+    (folder / CARD).write_text("\n".join([*lines, "", *origin(order)]) + "\n", encoding="utf-8")
+
+
+def _measured(exported: Exported) -> str:
+    return "not compared" if exported.difference is None else f"{exported.difference:.1e}"
+
+
+def _header(order: Order) -> list[str]:
+    licensed = [] if order.kept.license is None else [f"license: {order.kept.license}"]
+    return ["---", "library_name: transformers", "pipeline_tag: text-generation", *licensed, "---", ""]
+
+
+def _agreement(exported: Exported) -> list[str]:
+    if exported.difference is None:
+        return ["", "It was not compared with the model: transformers was not installed."]
+    return [
+        "",
+        f"Largest difference of two logits, as transformers reads it: {exported.difference:.1e}.",
+    ]
+
+
+def origin(order: Order) -> list[str]:
+    """Lineage, data and losses of an export's stage, and the checkpoint that it grew from."""
+    return [*_base(order), "## Lineage", "", *_lineage(order), "", *_losses(order)]
+
+
+def _base(order: Order) -> list[str]:
+    first = order.store.chain(order.stage.key)[0]
+    if first.derived is None or first.derived.get("derived") != "import":
+        return []
+    licensed = order.kept.license
+    said = "its card names no licence" if licensed is None else f"licence of its card: {plain(licensed)}"
+    return ["## Base", "", f"Grown from a checkpoint with the hash `{first.derived.get('sha256')}`; {said}.", ""]
+
+
+def _lineage(order: Order) -> Iterator[str]:
+    yield "| stage | key | trained on (SHA-256 of the documents) | added experts | weights SHA-256 |"
+    yield "|---|---|---|---|---|"
+    for stage in order.store.chain(order.stage.key):
+        data = ", ".join(f"{name} {digest[:SHORT]}" for name, digest in stage.data.items()) or "–"
+        names = expert_names(stage.architecture, stage.name)
+        yield table_row([stage.name, stage.key[:SHORT], data, names, stage.weights_hash[:SHORT]])
+
+
+def _losses(order: Order) -> list[str]:
+    """Bits per byte after each stage up to this one, as the run's report has them."""
+    try:
+        report = RunRecord(ROOT, order.run).report(Report.from_json)
+    except LifelongError:
+        # Damaged: a card without losses is better than no export.
+        report = None
+    if report is None:
+        return []
+    keys = [stage.key for stage in report.stages]
+    if order.stage.key not in keys:
+        return []
+    last = keys.index(order.stage.key) + 1
+    rows = [("at init", report.bits_per_byte_at_init)]
+    rows += [(stage.name, row) for stage, row in zip(report.stages[:last], report.bits_per_byte, strict=False)]
+    head = ["## Held-out loss, bits per byte", "", table_row(["after", *report.distributions])]
+    head.append("|---" * (len(report.distributions) + 1) + "|")
+    return head + [table_row([name, *(f"{value:.3f}" for value in row)]) for name, row in rows] + [""]
