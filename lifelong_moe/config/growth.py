@@ -45,6 +45,10 @@ class GrowConfig:
     generation, if ``routing.bundles`` is set), plus noise. ``upcycle``: exact copies of a dense model's only expert,
     which leave its outputs unchanged; as published with ``router=random``, ``old_lr_scale=1`` and ``trunk.train=full``,
     where all parameters train. ``random``: as in the first stage."""
+    rank: int = 0
+    """Rank of low-rank experts: each is an older expert, chosen as by ``init=copy``, which stays frozen and is stored
+    once, and a change of this rank of each of its matrices, zero at first. Where the chosen expert has changes of the
+    same rank itself, the new one begins with copies of these. 0 adds whole experts."""
     noise: float = 0.01
     """``init=copy``: standard deviation of the noise, relative to that of the copied matrix."""
     router: RouterInit = RouterInit.centroid
@@ -69,6 +73,13 @@ class GrowConfig:
         require_bounded(self, "grow.")
         if self.experts < 0:
             raise ConfigError(f"grow.experts={self.experts} must not be negative.")
+        if self.rank < 0:
+            raise ConfigError(f"grow.rank={self.rank} must not be negative.")
+        if self.rank and (self.init != ExpertInit.copy or not self.freezes):
+            raise ConfigError(
+                f"grow.rank={self.rank} changes older experts, which stay as they are: set grow.init=copy and "
+                f"grow.old_lr_scale=0."
+            )
         if self.noise < 0:
             raise ConfigError(f"grow.noise={self.noise} must not be negative.")
         if self.sample_tokens < 1:
@@ -88,12 +99,16 @@ class GrowConfig:
         """
         # `min_share` has none either, but its warning needs the value: `stage_key` leaves it out.
         used = {
-            "noise": self.init == ExpertInit.copy,
+            "noise": self.init == ExpertInit.copy and not self.rank,
             "router": has_rows,
             "old_until": not self.freezes,
         }
         defaults: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(self)}
         return dataclasses.replace(self, **{key: defaults[key] for key, is_used in used.items() if not is_used})
+
+    def to_json(self) -> dict[str, object]:
+        """As plain JSON data; without the rank of whole experts, which earlier versions did not write."""
+        return {key: value for key, value in dataclasses.asdict(self).items() if value or key != "rank"}
 
     @property
     def freezes(self) -> bool:

@@ -91,12 +91,18 @@ class TensorName:
             form = f"{form[: match.start(kind)]}{{{kind}}}{form[match.end(kind) :]}"
         return cls(form, **numbers)
 
+    @property
+    def is_base(self) -> bool:
+        """Whether it is the index of the expert that a low-rank expert changes."""
+        return self.form.endswith(".experts.{expert}.base")
+
     def __str__(self) -> str:
         return self.form.format(layer=self.layer, expert=self.expert, generation=self.generation)
 
 
 def expert_tensor(layer: int, expert: int, matrix: str) -> str:
-    """Name of one of an expert's matrices: ``gate_up`` or ``up``, and ``down``."""
+    """Name of one of an expert's matrices: ``gate_up`` or ``up``, and ``down``; of a low-rank one, a factor of each:
+    ``down_a``."""
     return str(TensorName("blocks.{layer}.moe.banks.experts.{expert}." + matrix, layer, expert))
 
 

@@ -183,6 +183,8 @@ def _check_student(run: RunConfig, i: int, stage: StageConfig) -> None:
         raise ConfigError(
             f"stages[{i}].distill.student needs a trained router without bundles, and a mixture in every layer."
         )
+    if any(earlier.grow.rank and earlier.grow.experts for j, earlier in enumerate(run.stages[:i]) if run.continues(j)):
+        raise ConfigError(f"stages[{i}].distill.student has no low-rank experts: leave out grow.rank.")
     if not stage.distill.weight or stage.kind == StageKind.finetune:
         raise ConfigError(f"stages[{i}].distill.student needs distill.weight above 0 and kind=pretrain.")
 

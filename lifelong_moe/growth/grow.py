@@ -17,6 +17,7 @@ from lifelong_moe.config.growth import ExpertInit, GrowConfig, RouterInit
 from lifelong_moe.config.model import ModelConfig
 from lifelong_moe.growth.noop import behavior, check_noop
 from lifelong_moe.growth.observe import Observation, observe
+from lifelong_moe.model.experts import LowRankExperts
 from lifelong_moe.model.moe import MoELayer
 from lifelong_moe.model.transformer import LanguageModel, initial_std
 from lifelong_moe.ops.initializers import fan_in_normal_
@@ -60,7 +61,12 @@ def grow(
             # With bundles, deltas are copied from the previous generation, and its experts trained with those.
             counts_E = of_previous_generation(layer, seen.counts_E) if routing.by_generation else seen.counts_E
             copied = most_used(counts_E, num)
-            _begin_experts(layer, copied, config, model.architecture.model, generator)
+            if generation.rank:
+                # Those of one base stand in a row, and share its products.
+                copied = sorted(copied, key=layer.banks.base_of)
+                _begin_changes(layer, copied, generator)
+            else:
+                _begin_experts(layer, copied, config, model.architecture.model, generator)
             if layer.router.row_generations():
                 layer.router.set_rows(_new_rows(layer, seen, copied, config, generator, seed))
         if generation.delta_rank:
@@ -120,6 +126,19 @@ def _begin_experts(
                 fan_in_normal_(matrix, layer.router.expert_scale, generator)
             else:
                 matrix.copy_(initial_std(shape, residual=i == 1) * noise)
+
+
+def _begin_changes(layer: MoELayer, chosen: list[int], generator: torch.Generator) -> None:
+    """Begin new low-rank experts as the chosen ones, of whose changes only those of the same rank are copied."""
+    new = layer.banks.born[-1]
+    assert isinstance(new, LowRankExperts)
+    new.begin(generator)
+    for place, source in enumerate(chosen):
+        home, its_place = layer.banks.at(source)
+        if isinstance(home, LowRankExperts) and home.rank == new.rank:
+            new.begin_as(place, home, its_place)
+        else:
+            new.base[place] = layer.banks.base_of(source)
 
 
 def _new_rows(

@@ -141,6 +141,8 @@ def _require_mergeable(architecture: Architecture, generation: int, pairs: Mappi
             f"routing.mode={routing.mode}, bundles={routing.bundles}: experts can be merged only under a learned "
             f"router without bundles, biases and expert groups."
         )
+    if any(g.rank for g in architecture.generations):
+        raise ConfigError("grow.rank: low-rank experts cannot be merged, nor what they change.")
     if any(g.by_layer is not None for g in architecture.generations):
         raise ConfigError("model.experts differs by layer (a pyramid): such experts cannot be merged.")
     if generation >= architecture.frozen or born.experts < 2:

@@ -39,7 +39,23 @@ def remove_generation(
     """
     _require_removable(architecture, index)
     names = {name: renamed(architecture, name, index) for name in tensors}
-    return without_generation(architecture, index), {new: tensors[old] for old, new in names.items() if new is not None}
+    kept = {new: _rebased(architecture, old, tensors[old], index) for old, new in names.items() if new is not None}
+    return without_generation(architecture, index), kept
+
+
+def _rebased(architecture: Architecture, name: str, tensor: Tensor, index: int) -> Tensor:
+    """A tensor after a generation is removed: what low-rank experts change has another number then."""
+    here = TensorName.parse(name)
+    if not here.is_base or here.layer is None:
+        return tensor
+    first = sum(one.experts_in(here.layer) for one in architecture.generations[:index])
+    gone = range(first, first + architecture.generations[index].experts_in(here.layer))
+    if int(tensor) in gone:
+        raise ConfigError(
+            f"stage {architecture.generations[index].stage}'s experts are what low-rank experts of a later stage "
+            f"change; remove the newest stage first."
+        )
+    return tensor - len(gone) * (tensor >= gone.stop)
 
 
 def without_generation(architecture: Architecture, index: int) -> Architecture:

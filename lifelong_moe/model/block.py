@@ -13,7 +13,7 @@ from lifelong_moe.config.model import SharedMix
 from lifelong_moe.config.parts import Part, Place
 from lifelong_moe.model.attention import Attention, AttentionContext
 from lifelong_moe.model.cache import LayerCache
-from lifelong_moe.model.experts import ExpertBanks, ExpertGeneration
+from lifelong_moe.model.experts import ExpertBanks, WholeExperts
 from lifelong_moe.model.feedforward import FeedForward
 from lifelong_moe.model.moe import DenseLayer, MoELayer
 from lifelong_moe.plan.architecture import Architecture
@@ -51,7 +51,7 @@ class Block(nn.Module):
 
     def residual_weights(self) -> list[Tensor]:
         """The matrices that write into the residual stream, which are initialized smaller."""
-        feed_forwards = (module for module in self.moe.modules() if isinstance(module, FeedForward | ExpertGeneration))
+        feed_forwards = (module for module in self.moe.modules() if isinstance(module, FeedForward | WholeExperts))
         return [self.attention.output.weight, *(module.down for module in feed_forwards)]
 
     def forward(

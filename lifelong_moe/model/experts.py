@@ -2,20 +2,22 @@
 
 In memory, the experts of a generation share one 3-D Parameter per matrix: they train and freeze together, and a step
 needs only a few calls per generation. In a state dictionary, and so on disk, each expert has its own tensors,
-``experts.<index in the layer>.<matrix>``: single experts can be borrowed, dropped, merged and traced.
+``experts.<index in the layer>.<matrix>``: single experts can be borrowed, dropped, merged and traced. Low-rank experts
+store their factors so, and the index of the whole expert that they change.
 
 Old experts are frozen by ``LanguageModel.freeze_generations``, which calls :meth:`ExpertBanks.freeze` in each layer
 (a phase of training may freeze more, in ``training/loop/optimizer.py``). A frozen generation has
 ``requires_grad=False``, and the optimizer never sees its Parameters.
 
 Legend: N rows handed to experts, D model width, F expert width, E experts, of a generation or of all, G = 2·F where the
-activation is gated, F where not.
+activation is gated, F where not, R rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from lifelong_moe.config.model import Activation, ExpertsImplementation
 from lifelong_moe.model.feedforward import feed_forward, input_matrix
 from lifelong_moe.ops.expert_mlp import Weights, grouped, slices
+from lifelong_moe.ops.low_rank import Change, changed, low_rank
 
 
 class ExpertGeneration(nn.Module):
@@ -33,45 +36,98 @@ class ExpertGeneration(nn.Module):
     Args:
         first: Index in the layer of the first expert; never changes.
         num: Number of experts.
-        width: D.
-        hidden_width: F.
-        activation: Between the two matrices.
+        tensors: Names of their tensors, which each expert stores apart.
     """
 
-    def __init__(self, first: int, num: int, width: int, hidden_width: int, activation: Activation) -> None:
+    def __init__(self, first: int, num: int, tensors: tuple[str, ...]) -> None:
         super().__init__()
         self.indices = range(first, first + num)
         """Their indices in the layer."""
-        self.matrices = input_matrix(activation), "down"
-        """Names of the input matrices, ``(E, G, D)``, and of the output matrices, ``(E, D, F)``."""
-        hidden_rows = (2 if activation.is_gated else 1) * hidden_width
-        self.register_parameter(self.matrices[0], nn.Parameter(torch.empty(num, hidden_rows, width)))
-        self.down = nn.Parameter(torch.empty(num, width, hidden_width))
+        self.tensors = tensors
 
     def __len__(self) -> int:
         return len(self.indices)
-
-    @property
-    def into(self) -> Tensor:
-        """The input matrices, ``(E, G, D)``."""
-        into: Tensor = getattr(self, self.matrices[0])
-        return into
-
-    @property
-    def weights(self) -> tuple[Weights, Weights]:
-        """Both matrices; a matrix held in 8 bits as functions that dequantize one expert each."""
-        held: Any = self._modules.get("parametrizations") or {}
-        into, down = (_makers(held[name]) if name in held else getattr(self, name) for name in self.matrices)
-        return into, down
 
     @property
     def trains(self) -> bool:
         """Whether any of their matrices is trainable."""
         return any(parameter.requires_grad for parameter in self.parameters())
 
-    def stored_names(self, matrix: str) -> list[str]:
-        """Name of each expert's matrix in a state dictionary, relative to the layer's banks."""
-        return [f"experts.{index}.{matrix}" for index in self.indices]
+    def stored_names(self, tensor: str) -> list[str]:
+        """Name of each expert's tensor in a state dictionary, relative to the layer's banks."""
+        return [f"experts.{index}.{tensor}" for index in self.indices]
+
+
+class WholeExperts(ExpertGeneration):
+    """Experts with matrices of their own.
+
+    Args:
+        first: Index in the layer of the first expert.
+        num: Number of experts.
+        width: D.
+        hidden_width: F.
+        activation: Between the two matrices.
+    """
+
+    def __init__(self, first: int, num: int, width: int, hidden_width: int, activation: Activation) -> None:
+        super().__init__(first, num, (input_matrix(activation), "down"))
+        hidden_rows = (2 if activation.is_gated else 1) * hidden_width
+        self.register_parameter(self.tensors[0], nn.Parameter(torch.empty(num, hidden_rows, width)))
+        self.down = nn.Parameter(torch.empty(num, width, hidden_width))
+
+    @property
+    def into(self) -> Tensor:
+        """The input matrices, ``(E, G, D)``."""
+        into: Tensor = getattr(self, self.tensors[0])
+        return into
+
+    @property
+    def weights(self) -> tuple[Weights, Weights]:
+        """Both matrices; a matrix held in 8 bits as functions that dequantize one expert each."""
+        held: Any = self._modules.get("parametrizations") or {}
+        into, down = (_makers(held[name]) if name in held else getattr(self, name) for name in self.tensors)
+        return into, down
+
+
+class LowRankExperts(ExpertGeneration):
+    """Experts that change an older whole expert, which stays frozen, by a product of two factors for each matrix.
+
+    Args:
+        first: Index in the layer of the first expert.
+        num: Number of experts.
+        banks: The layer's experts, for their shape.
+        rank: R.
+    """
+
+    def __init__(self, first: int, num: int, banks: ExpertBanks, rank: int) -> None:
+        name, parts = input_matrix(banks.activation), 2 if banks.activation.is_gated else 1
+        super().__init__(first, num, (f"{name}_a", f"{name}_b", "down_a", "down_b", "base"))
+        self.rank = rank
+        width, hidden_width = banks.width, banks.expert_width
+        shapes = (parts * rank, width), (parts * hidden_width, rank), (rank, hidden_width), (width, rank)
+        for tensor, shape in zip(self.tensors, shapes, strict=False):
+            self.register_parameter(tensor, nn.Parameter(torch.empty(num, *shape)))
+        self.base: Tensor
+        self.register_buffer("base", torch.zeros(num, dtype=torch.int64))
+
+    @property
+    def changes(self) -> tuple[Change, Change]:
+        """Of the input and the output matrices."""
+        into_a, into_b, down_a, down_b = (getattr(self, name) for name in self.tensors[:4])
+        return Change(into_a, into_b), Change(down_a, down_b)
+
+    @torch.no_grad()
+    def begin(self, generator: torch.Generator | None) -> None:
+        """Begin with changes of zero: one factor is zero, and the other random, so that the first gets a gradient."""
+        for change in self.changes:
+            nn.init.normal_(change.a_EPI, std=change.a_EPI.shape[-1] ** -0.5, generator=generator)
+            change.b_EOR.zero_()
+
+    @torch.no_grad()
+    def begin_as(self, place: int, other: LowRankExperts, its_place: int) -> None:
+        """Begin an expert, given its place in this generation, as an expert of another generation of the same rank."""
+        for name in self.tensors:
+            getattr(self, name)[place] = getattr(other, name)[its_place]
 
 
 def _makers(held: ParametrizationList) -> list[Callable[[], Tensor]]:
@@ -111,9 +167,13 @@ class ExpertBanks(nn.Module):
         """The generations, oldest first."""
         return [*self.generations]
 
-    def add(self, num: int) -> None:
-        """Add a generation of ``num`` experts, uninitialized."""
-        born = ExpertGeneration(len(self), num, self.width, self.expert_width, self.activation)
+    def add(self, num: int, rank: int = 0) -> None:
+        """Add a generation of ``num`` experts, uninitialized; with a rank, they are low-rank experts."""
+        born: ExpertGeneration
+        if rank:
+            born = LowRankExperts(len(self), num, self, rank)
+        else:
+            born = WholeExperts(len(self), num, self.width, self.expert_width, self.activation)
         self.generations.append(born.to(next((p.device for p in self.parameters()), None)))
 
     def freeze(self, but: int | None = None) -> None:
@@ -121,31 +181,64 @@ class ExpertBanks(nn.Module):
         for g, generation in enumerate(self.generations):
             generation.requires_grad_(g == but)
 
+    def at(self, index: int) -> tuple[ExpertGeneration, int]:
+        """The generation of an expert, and its place there."""
+        generation = next(one for one in self.born if index in one.indices)
+        return generation, index - generation.indices.start
+
+    def base_of(self, index: int) -> int:
+        """The whole expert that an expert is or changes."""
+        generation, place = self.at(index)
+        return int(generation.base[place]) if isinstance(generation, LowRankExperts) else index
+
+    def has_sound_bases(self) -> bool:
+        """Whether each low-rank expert changes a whole expert that is older."""
+        low = [generation for generation in self.born if isinstance(generation, LowRankExperts)]
+        whole = {i for one in self.born if isinstance(one, WholeExperts) for i in one.indices}
+        return all(b in whole and b < one.indices.start for one in low for b in one.base.tolist())
+
+    def _whole(self, generation: ExpertGeneration) -> Iterator[tuple[Tensor, Tensor]]:
+        """Both matrices of each expert of a generation: its own, or made of what it changes."""
+        if isinstance(generation, WholeExperts):
+            yield from zip(generation.into, generation.down, strict=True)
+        elif isinstance(generation, LowRankExperts):
+            into, down = generation.changes
+            for place, base in enumerate(generation.base.tolist()):
+                home, its_place = self.at(base)
+                assert isinstance(home, WholeExperts)
+                yield (
+                    changed(home.into[its_place], into.a_EPI[place], into.b_EOR[place]),
+                    changed(home.down[its_place], down.a_EPI[place], down.b_EOR[place]),
+                )
+
     def matrices(self) -> list[tuple[Tensor, Tensor]]:
-        """Each expert's two matrices, ``(G, D)`` and ``(D, F)``, as detached views that may be written to."""
-        return [pair for g in self.born for pair in zip(g.into.detach(), g.down.detach(), strict=True)]
+        """Each expert's two matrices, ``(G, D)`` and ``(D, F)``, detached.
+
+        Those of whole experts are views that may be written to.
+        """
+        return [(into.detach(), down.detach()) for g in self.born for into, down in self._whole(g)]
 
     def networks(self) -> list[Callable[[Tensor], Tensor]]:
         """Each expert as a function from ``(N, D)`` to ``(N, D)``: the readable reference."""
         dropout = self.dropout if self.training else 0.0
-        pairs = (pair for g in self.born for pair in zip(g.into, g.down, strict=True))
         return [
             partial(feed_forward, into_GD=into, down_DF=down, activation=self.activation, dropout=dropout)
-            for into, down in pairs
+            for generation in self.born
+            for into, down in self._whole(generation)
         ]
 
     @staticmethod
     def _store_apart(banks: ExpertBanks, state_dict: dict[str, Tensor], prefix: str, _: Any) -> None:
         """Split each generation into one tensor per expert and matrix: views, not copies."""
         for g, generation in enumerate(banks.born):
-            for matrix in generation.matrices:
+            for matrix in generation.tensors:
                 # Absent if held in 8 bits, a form that exists in memory only while a stage trains.
                 whole = state_dict.pop(f"{prefix}generations.{g}.{matrix}", ())
                 state_dict |= zip((prefix + name for name in generation.stored_names(matrix)), whole, strict=False)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         for g, generation in enumerate(self.born):
-            for matrix in generation.matrices:
+            for matrix in generation.tensors:
                 names = [f"{prefix}{name}" for name in generation.stored_names(matrix)]
                 # All or none: what is missing is reported by the strict load below.
                 if all(name in state_dict for name in names):
@@ -169,7 +262,8 @@ class ExpertBanks(nn.Module):
         """The implementation that computes rows of this device and dtype.
 
         ``auto`` is ``grouped_mm`` in bfloat16 on a GPU of compute capability 9, ``slices`` elsewhere. Where
-        ``grouped_mm`` cannot be used, it falls back to ``slices``; dropout within experts is always ``readable``.
+        ``grouped_mm`` cannot be used, as with low-rank experts, it falls back to ``slices``; dropout within experts is
+        always ``readable``.
         """
         how = self.implementation
         # The fast implementations have no dropout.
@@ -185,7 +279,8 @@ class ExpertBanks(nn.Module):
         # From compute capability 10 on, torch's kernel leaves weight gradients of experts without rows unwritten.
         is_sound = device.type != "cuda" or torch.cuda.get_device_capability(device) < (10, 0)
         # Trainable generations must be adjacent, and weights must be tensors, which those held in 8 bits are not.
-        return is_sound and self._around() is not None and not any(is_parametrized(g) for g in self.born)
+        plain = all(isinstance(g, WholeExperts) and not is_parametrized(g) for g in self.born)
+        return is_sound and plain and self._around() is not None
 
     def _fastest(self, rows: Tensor) -> ExpertsImplementation:
         device = rows.device.type
@@ -217,7 +312,7 @@ class ExpertBanks(nn.Module):
         how = self.chosen(rows_ND)
         if how == ExpertsImplementation.grouped_mm:
             around, num_trained = self._around() or ([], 0)
-            ins, outs = [generation.into for generation in around], [generation.down for generation in around]
+            ins, outs = ([getattr(one, one.tensors[i]) for one in around] for i in (0, 1))
             # In the order of the rows, which start at the first trainable expert.
             counts_E = counts_E.roll(-around[0].indices.start)
             return grouped(rows_ND, counts_E, ins, outs, num_trained, self.activation)
@@ -226,5 +321,32 @@ class ExpertBanks(nn.Module):
         if how == ExpertsImplementation.readable:
             parts = zip(self.networks(), rows_ND.split(counts), strict=True)
             return torch.cat([network(part) for network, part in parts])
-        weights = [weight for generation in self.born for weight in generation.weights]
-        return slices(rows_ND, counts, weights, self.activation)
+        return self._in_slices(rows_ND, counts)
+
+    def _in_slices(self, rows_ND: Tensor, counts: list[int]) -> Tensor:
+        """Generations in turn: adjacent ones of whole experts at once, each one of low-rank experts by itself."""
+        born = [one for one in self.born if len(one)]
+        if all(isinstance(one, WholeExperts) for one in born):
+            return self._run(rows_ND, counts, born)
+        adjacent = [[*members] for _, members in groupby(born, lambda one: isinstance(one, WholeExperts))]
+        runs = [run for one in adjacent for run in ([one] if isinstance(one[0], WholeExperts) else [[g] for g in one])]
+        outputs, rest_ND = [], rows_ND
+        for run in runs:
+            here = counts[run[0].indices.start : run[-1].indices.stop]
+            part_ND, rest_ND = rest_ND.split([sum(here), len(rest_ND) - sum(here)])
+            # Without rows only what trains is asked, for its gradient of zero.
+            if len(part_ND) or any(one.trains for one in run):
+                outputs.append(self._run(part_ND, here, run))
+        return torch.cat(outputs) if outputs else rows_ND
+
+    def _run(self, rows_ND: Tensor, counts: list[int], run: list[ExpertGeneration]) -> Tensor:
+        if not isinstance(low := run[0], LowRankExperts):
+            weights = [weight for one in run if isinstance(one, WholeExperts) for weight in one.weights]
+            return slices(rows_ND, counts, weights, self.activation)
+        bases, shared = low.base.tolist(), {}
+        for base in set(bases):
+            home, place = self.at(base)
+            assert isinstance(home, WholeExperts)
+            into, down = home.weights
+            shared[base] = into[place], down[place]
+        return low_rank(rows_ND, counts, bases, shared, low.changes, self.activation)

@@ -41,9 +41,9 @@ class MoELayer(nn.Module):
         self.recomputes = False
         """Whether experts are recomputed in the backward pass."""
 
-    def add_experts(self, num: int) -> None:
-        """Add a generation of experts and their router rows, uninitialized."""
-        self.banks.add(num)
+    def add_experts(self, num: int, rank: int = 0) -> None:
+        """Add a generation of experts, with a rank low-rank ones, and their router rows, uninitialized."""
+        self.banks.add(num, rank)
         self.router.add_experts(num)
 
     def initialize(self, generator: torch.Generator | None = None) -> None:

@@ -24,6 +24,7 @@ from lifelong_moe.model.buckets import add_missing_tables, table_names
 from lifelong_moe.model.cache import KeyValueCache
 from lifelong_moe.model.deltas import DeltaEmbedding, DeltaLinear, GenerationSlices, LowRank
 from lifelong_moe.model.domains import build_document_clusters, shard_domain_ids
+from lifelong_moe.model.experts import LowRankExperts, WholeExperts
 from lifelong_moe.model.head import LinearHead
 from lifelong_moe.model.mixture import CompetingBlock, MixtureHead
 from lifelong_moe.model.moe import MoELayer
@@ -113,7 +114,9 @@ class LanguageModel(nn.Module):
         buffers = {name for name, _ in self.named_buffers()}
         with torch.enable_grad():  # without, an expert's view of its generation's Parameter would look frozen
             stored = self.state_dict(keep_vars=True)
-        return {name for name, tensor in stored.items() if tensor.requires_grad == trained and name not in buffers}
+        # What a low-rank expert changes is a buffer, too, of another name than stored: a whole number.
+        parameters = {name: one for name, one in stored.items() if name not in buffers and one.is_floating_point()}
+        return {name for name, tensor in parameters.items() if tensor.requires_grad == trained}
 
     def moe_layers(self) -> Iterator[MoELayer]:
         """The mixture-of-experts layers, bottom to top; a dense one has no routed experts."""
@@ -123,7 +126,7 @@ class LanguageModel(nn.Module):
     def add_generation(self, generation: Generation) -> None:
         """Add a generation's experts and deltas, uninitialized; the caller updates ``architecture``."""
         for i, layer in enumerate(self.moe_layers()):
-            layer.add_experts(generation.experts_in(i))
+            layer.add_experts(generation.experts_in(i), generation.rank)
         if self.document_clusters is not None:
             self.document_clusters.add(generation.experts)
         for matrix in self.delta_matrices():
@@ -261,6 +264,7 @@ def initialize(model: LanguageModel, seed: int) -> None:
     biases of attention             0
     ``up`` of a delta               0, so that it changes nothing yet
     ``down`` of a delta             normal, deviation ``1 / sqrt(columns)``
+    factors of low-rank experts     the same: ``b`` is 0, ``a`` random
     a noisy router's noise          0, as the router made it
     rows and experts of ``switch``  truncated normal, deviation ``sqrt(0.1 / inputs)``
     rows of ``base``                orthogonal, of length 0.1
@@ -278,11 +282,15 @@ def initialize(model: LanguageModel, seed: int) -> None:
     biases = {one.bias for one in model.modules() if isinstance(one, DeltaLinear) and one.bias is not None}
     residual = {weight for block in model.blocks for weight in block.residual_weights()}  # type: ignore[operator]
     banks = [layer.banks for layer in model.moe_layers()]
-    drawn_by_turns = {experts.into: experts.down for one in banks for experts in one.born}
+    drawn_by_turns = {g.into: g.down for one in banks for g in one.born if isinstance(g, WholeExperts)}
     as_made |= {*drawn_by_turns.values()}
+    low_rank = {g.changes[0].a_EPI: g for one in banks for g in one.born if isinstance(g, LowRankExperts)}
+    as_made |= {p for g in low_rank.values() for p in g.parameters()}
     for parameter in model.parameters():
         if parameter in deltas:
             deltas[parameter].begin(generator)
+        elif parameter in low_rank:
+            low_rank[parameter].begin(generator)
         elif parameter in drawn_by_turns:
             # Expert by expert, both matrices in turn: the order of draws when each expert was a module of its own.
             for matrices in zip(parameter, drawn_by_turns[parameter], strict=True):

@@ -207,12 +207,13 @@ def slices(rows_ND: Tensor, counts: Sequence[int], weights: Sequence[Weights], a
     if not (torch.is_grad_enabled() or torch.is_autocast_enabled(device)):
         used = _used(counts, weights)
         return _forward(rows_ND, used, act, _matrices(used, weights, rows_ND.dtype))[1]
-    rows_ND = _autocast(rows_ND)
+    rows_ND = autocast(rows_ND)
     with torch.autocast(device, enabled=False):
         return _Slices.apply(rows_ND, counts, act, *weights)
 
 
-def _autocast(rows_ND: Tensor) -> Tensor:
+def autocast(rows_ND: Tensor) -> Tensor:
+    """Rows in the type that autocast computes in, if it is on."""
     device = rows_ND.device.type
     return rows_ND.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else rows_ND
 
@@ -268,7 +269,7 @@ def grouped(
         ``(N, D)``. Weight gradients exist for the trained generations only, and are views of one tensor.
     """
     # int32 is the only type that `grouped_mm` takes for offsets.
-    rows_ND, ends_E = _autocast(rows_ND), counts_E.cumsum(0).to(torch.int32)
+    rows_ND, ends_E = autocast(rows_ND), counts_E.cumsum(0).to(torch.int32)
     with torch.autocast(rows_ND.device.type, enabled=False):
         in_EGD, out_EDF = (as_one_tensor(weights).to(rows_ND.dtype) for weights in (ins, outs))
         act, trained = NONLINEARITIES[activation], (*ins[:num_trained], *outs[:num_trained])

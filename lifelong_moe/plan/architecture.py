@@ -10,6 +10,7 @@ from typing import Any
 from lifelong_moe.config.model import ModelConfig
 from lifelong_moe.config.routing.base import RoutingConfig
 from lifelong_moe.config.routing.modes import stored_routing
+from lifelong_moe.errors import ConfigError
 from lifelong_moe.storage.grammars import Name
 from lifelong_moe.storage.plain import PlainError, from_plain
 
@@ -31,6 +32,8 @@ class Generation:
     """Rank of the changes of the trunk that belong to these experts; 0 means none."""
     by_layer: tuple[int, ...] | None = None
     """Number in each layer, if they differ; ``experts`` is then the largest."""
+    rank: int = 0
+    """Rank of the changes of older experts that these are; 0 means whole experts."""
 
     def experts_in(self, layer: int) -> int:
         """Number of experts in a layer."""
@@ -98,9 +101,20 @@ class Architecture:
         return replace(self, generations=(*self.generations, generation), frozen=frozen, continued=continued)
 
     def continuing(self, stage: str) -> Architecture:
-        """With the generation of a stage trainable, and all others frozen."""
+        """With the generation of a stage trainable, and all others frozen.
+
+        Raises:
+            ConfigError: If later experts are low-rank changes of older ones, perhaps of these.
+        """
+        index = self.born_in(stage)
+        changing = [one.stage for one in self.generations[index + 1 :] if one.rank]
+        if changing and not self.generations[index].rank:
+            raise ConfigError(
+                f"stage {stage}'s experts do not train on: the low-rank experts of stage {changing[0]} change them "
+                f"(grow.rank), and would change with them."
+            )
         # All count as frozen, and `continued` is the exception.
-        return replace(self, frozen=len(self.generations), continued=self.born_in(stage))
+        return replace(self, frozen=len(self.generations), continued=index)
 
     def shallow(self, layers: Sequence[int]) -> Architecture:
         """With some of the layers, all of which have a mixture of experts; everything is trainable."""
@@ -128,10 +142,11 @@ class Architecture:
     def to_json(self) -> dict[str, object]:
         """As plain JSON data."""
         data = dataclasses.asdict(self) | {"model": self.model.to_json(), "routing": self.routing.to_json()}
-        # Left out where it is None, as in stages from before the field existed, whose keys must not change.
+        # Left out where it is None or 0, as in stages from before the field existed, whose keys must not change.
         if self.continued is None:
             del data["continued"]
-        return data
+        born = [dataclasses.asdict(one) for one in self.generations]
+        return data | {"generations": [{k: v for k, v in one.items() if v or k != "rank"} for one in born]}
 
     @classmethod
     def from_json(cls, data: Any) -> Architecture:
@@ -151,13 +166,15 @@ def _check(architecture: Architecture) -> None:
     """Require what no type says: that layers, generations and tokens which are named are there."""
     layers, born = architecture.model.layers, len(architecture.generations)
     for place, one in enumerate(architecture.generations):
-        numbers = (one.experts, one.delta_rank, *(one.by_layer or ()))
+        numbers = (one.experts, one.delta_rank, one.rank, *(one.by_layer or ()))
         named = one.layers or ()
         fits = all(0 <= layer < layers for layer in named) and len(one.by_layer or range(layers)) == layers
         if min(numbers) < 0 or not fits:
             raise PlainError(f"not numbers of experts in {layers} layers", f".generations[{place}]")
     if not born:
         raise PlainError("a model has at least one", ".generations")
+    if architecture.generations[0].rank:
+        raise PlainError("the first experts are changes of none", ".generations[0].rank")
     if layers * sum(one.experts for one in architecture.generations) > MOST_EXPERTS:
         raise PlainError(f"more than {MOST_EXPERTS:,} experts", ".generations")
     places = {".frozen": (architecture.frozen, born + 1), ".continued": (architecture.continued or 0, born)}

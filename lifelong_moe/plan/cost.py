@@ -22,7 +22,7 @@ class ParameterCount:
     trunk: int
     """Attention, norms, embedding and head."""
     per_expert: int
-    """One expert."""
+    """One whole expert."""
     unfrozen: int
     """Experts, router rows and deltas of the generations that are not frozen."""
 
@@ -48,7 +48,7 @@ def parameters_by_part(architecture: Architecture) -> dict[tuple[Part, int | Non
     row = rows_an_expert(architecture)
     for g, generation in enumerate(architecture.generations):
         experts = generation.experts_by_layer(config.layers)
-        counts[Part.expert, g] = sum(experts) * per_expert
+        counts[Part.expert, g] = sum(experts) * (_factors(architecture, generation.rank) or per_expert)
         counts[Part.router, g] = (sum(experts) * row + group_rows(architecture, experts)) * config.width
         for part, numbers in _delta_parameters_per_rank(architecture).items():
             counts[part, g] = generation.delta_rank * numbers
@@ -65,12 +65,16 @@ def count_parameters(architecture: Architecture) -> ParameterCount:
         for g in range(len(architecture.generations))
     ]
     per_expert = _feed_forward(config.width, config.expert_width, config.activation)
-    layers = range(config.layers)
-    used = sum(min(architecture.experts_in(layer), _used_experts(architecture, layer)) for layer in layers)
+    used = [min(architecture.experts_in(layer), _used_experts(architecture, layer)) for layer in range(config.layers)]
+    # A low-rank expert is used with the one that it changes; those of the largest rank count here.
+    changes = [
+        max(_factors(architecture, one.rank) for one in architecture.generations if one.experts_in(layer) or not num)
+        for layer, num in enumerate(used)
+    ]
     return ParameterCount(
         total=sum(counts.values()),
         # A token uses one generation's deltas: those of the largest rank.
-        active=trunk + used * per_expert + routers + max(deltas),
+        active=trunk + sum(u * (per_expert + c) for u, c in zip(used, changes, strict=True)) + routers + max(deltas),
         trunk=trunk,
         per_expert=per_expert,
         unfrozen=sum(num for (_, g), num in counts.items() if g is not None and architecture.trains(g)),
@@ -79,6 +83,12 @@ def count_parameters(architecture: Architecture) -> ParameterCount:
 
 def _feed_forward(width: int, hidden_width: int, activation: Activation) -> int:
     return (3 if activation.is_gated else 2) * width * hidden_width
+
+
+def _factors(architecture: Architecture, rank: int) -> int:
+    """Parameters of a low-rank expert: rows and columns of each of the matrices that it changes."""
+    config = architecture.model
+    return (3 if config.activation.is_gated else 2) * rank * (config.width + config.expert_width)
 
 
 def _used_experts(architecture: Architecture, layer: int) -> int:

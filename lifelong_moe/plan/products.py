@@ -122,8 +122,11 @@ class TokenProducts:
         for g, used in self._used(layer).items():
             # A generation may have grown in other layers alone.
             if used:
-                trained = self.trains(Part.expert, g)
-                self.flows |= self._network(config.expert_width, config.activation, used, trained, flows)
+                trained, rank = self.trains(Part.expert, g), self.architecture.generations[g].rank
+                if rank:
+                    self.flows |= self._changed_network(rank, used, trained, flows)
+                else:
+                    self.flows |= self._network(config.expert_width, config.activation, used, trained, flows)
         if config.shared_experts:
             trained, hidden = self.trains(Part.shared, None), config.shared_experts * config.expert_width
             self.flows |= self._network(hidden, config.activation, 1.0, trained, flows)
@@ -135,6 +138,16 @@ class TokenProducts:
         one = used * self.config.width * hidden
         flows = self._add((2 if activation.is_gated else 1) * one, trained, flows)
         return self._add(one, trained, flows)
+
+    def _changed_network(self, rank: int, used: float, trained: bool, flows: bool) -> bool:
+        """Low-rank experts: the frozen network that they change, and both factors of each of its matrices."""
+        width, hidden = self.config.width, self.config.expert_width
+        parts = 2 if self.config.activation.is_gated else 1
+        for inputs, outputs, num in ((width, hidden, parts), (hidden, width, 1)):
+            self._add(used * num * inputs * outputs, 0.0, flows)
+            low = self._add(used * num * rank * inputs, trained, flows)
+            flows = self._add(used * num * rank * outputs, trained, low)
+        return flows
 
     def _route(self, layer: int, flows: bool) -> bool:
         """Products with the router rows of all generations."""

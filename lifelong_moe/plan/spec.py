@@ -205,7 +205,7 @@ class StageSpec:
         layers = None if self.grow.layers is None else tuple(self.grow.layers)
         if layers is None and len(self.model.moe_layers) < self.model.layers:
             layers = self.model.moe_layers
-        return Generation(self.name, self.grow.experts, layers, self.delta_rank)
+        return Generation(self.name, self.grow.experts, layers, self.delta_rank, rank=self.grow.rank)
 
     @property
     def delta_rank(self) -> int:
@@ -246,6 +246,7 @@ class StageSpec:
     def to_json(self) -> dict[str, object]:
         """As plain JSON data."""
         data = dataclasses.asdict(self) | {"model": self.model.to_json(), "routing": self.routing.to_json()}
+        data["grow"] = self.grow and self.grow.to_json()
         # Flat, as in stages from before replay was a section, whose keys must not change.
         replay = data.pop("replay")
         return data | {name: replay[key] for name, key in _REPLAY.items()}

@@ -19,8 +19,6 @@ from lifelong_moe.store.lineage import expert_names, grouped_names
 from lifelong_moe.store.stages import CommittedStage
 
 EXPERT_NAME = re.compile(r"(?P<stage>.+)/L(?P<layer>\d+)/E(?P<expert>\d+)")
-MATRIX = "down"
-"""The matrix that stands for an expert: every kind of expert has it, and a stage holds or borrows experts whole."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +120,7 @@ def _layer_before(stage: CommittedStage, layer: int) -> int:
 
 def _custody(stage: CommittedStage, layer: int, birth: str, place: int) -> Custody:
     index = stage.architecture.expert_births(layer).index(birth) + place
-    name = expert_tensor(layer, index, MATRIX)
+    name = _tensor_of(stage.architecture, layer, index, birth)
     # A trained stage stores exactly the tensors that it changed; a derived one stores some without training them.
     is_trained = name not in stage.borrowed and not stage.derived
     return Custody(
@@ -132,6 +130,12 @@ def _custody(stage: CommittedStage, layer: int, birth: str, place: int) -> Custo
         held_by=stage.borrowed.get(name, stage.key),
         data=stage.data if is_trained else {},
     )
+
+
+def _tensor_of(architecture: Architecture, layer: int, expert: int, birth: str) -> str:
+    """The tensor that stands for an expert: a stage holds or borrows experts whole."""
+    is_low_rank = architecture.generations[architecture.born_in(birth)].rank
+    return expert_tensor(layer, expert, "down_a" if is_low_rank else "down")
 
 
 def trained_experts(stage: CommittedStage) -> str:
@@ -146,7 +150,8 @@ def trained_experts(stage: CommittedStage) -> str:
                 layer: [
                     expert
                     for expert, birth in enumerate(births[layer])
-                    if birth == generation.stage and expert_tensor(layer, expert, MATRIX) not in stage.borrowed
+                    if birth == generation.stage
+                    and _tensor_of(architecture, layer, expert, birth) not in stage.borrowed
                 ]
                 for layer in births
             }

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lifelong_moe.growth.grow import grow
 from lifelong_moe.growth.shallow import shallow_student
+from lifelong_moe.model.experts import LowRankExperts
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.spec import StageSpec
 from lifelong_moe.retention.generated import generate_blocks
@@ -60,7 +61,9 @@ def _freeze(model: LanguageModel, spec: StageSpec) -> None:
 def unchanging_tensors(model: LanguageModel, spec: StageSpec) -> list[Tensor]:
     """Tensors that this stage will not train; the teacher shares them."""
     freezes, places = spec.grow is not None and spec.grow.freezes, model.places()
-    return [p for name, p in model.named_parameters() if not p.requires_grad or (freezes and not places[name].is_trunk)]
+    kept = [p for name, p in model.named_parameters() if not p.requires_grad or (freezes and not places[name].is_trunk)]
+    # What low-rank experts change is fixed at their birth.
+    return kept + [g.base for layer in model.moe_layers() for g in layer.banks.born if isinstance(g, LowRankExperts)]
 
 
 def _grow(model: LanguageModel, run: StageRun) -> None:

@@ -52,6 +52,8 @@ def build_model(architecture: Architecture, tensors: Mapping[str, Tensor]) -> La
     require_fitting(model, tensors)
     model = model if own else LanguageModel(architecture)
     model.load_state_dict(tensors, strict=True)
+    if not all(layer.banks.has_sound_bases() for layer in model.moe_layers()):
+        raise CorruptError("a low-rank expert changes none of the older experts.")
     return model
 
 

@@ -51,19 +51,22 @@ def logits(model: LanguageModel, domain: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("name", "trunk"),
+    ("name", "trunk", "rank"),
     [
-        ("llama_tied", "deltas"),
-        ("llama_tied", "frozen"),
-        ("qwen2", "frozen"),
-        ("mixtral", "frozen"),
-        ("qwen3_moe_some_dense", "frozen"),
+        ("llama_tied", "deltas", 0),
+        ("llama_tied", "deltas", 2),
+        ("llama_tied", "frozen", 0),
+        ("qwen2", "frozen", 0),
+        ("mixtral", "frozen", 0),
+        ("mixtral", "frozen", 2),
+        ("qwen3_moe_some_dense", "frozen", 2),
     ],
 )
-def test_generation_0_keeps_the_bits_of_the_checkpoint(lab: Path, name: str, trunk: str) -> None:
+def test_generation_0_keeps_the_bits_of_the_checkpoint(lab: Path, name: str, trunk: str, rank: int) -> None:
     write_checkpoint(name)
     config = config_of(bundles=True)
     config["stage_defaults"]["trunk"] = {"train": trunk}
+    config["stage_defaults"]["grow"]["rank"] = rank
     report, _ = train(write_config(config))
     assert [stage["name"] for stage in report["stages"]] == ["fruit", "code"]
     head = json.loads(Path("mlruns/runs/tiny/head.json").read_text())
@@ -79,10 +82,11 @@ def test_generation_0_keeps_the_bits_of_the_checkpoint(lab: Path, name: str, tru
     assert "Nothing to train" in train("tiny.yaml")[1]
 
 
+@pytest.mark.parametrize("rank", [0, 2])
 @pytest.mark.parametrize("name", ["llama", "olmoe"])
-def test_without_bundles_a_checkpoint_grows_and_is_distilled(lab: Path, name: str) -> None:
+def test_without_bundles_a_checkpoint_grows_and_is_distilled(lab: Path, name: str, rank: int) -> None:
     write_checkpoint(name)
-    report, _ = train(write_config(config_of()))
+    report, _ = train(write_config(config_of()), f"stage_defaults.grow.rank={rank}")
     assert [stage["experts_per_layer"] for stage in report["stages"]] == ([4, 7] if name == "llama" else [9, 12])
 
 
@@ -103,10 +107,12 @@ def test_a_checkpoint_writes_the_text_that_it_is_replayed(lab: Path) -> None:
     assert first.spec.replayed == ("base",) and first.spec.distill is not None and first.metrics["active_flops"] > 0
 
 
-@pytest.mark.parametrize("at", [2, STEPS + 3])
-def test_a_killed_run_goes_on_bit_for_bit(lab: Path, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+@pytest.mark.parametrize(("at", "rank"), [(2, 0), (STEPS + 3, 0), (STEPS + 6, 2)])
+def test_a_killed_run_goes_on_bit_for_bit(lab: Path, monkeypatch: pytest.MonkeyPatch, at: int, rank: int) -> None:
     write_checkpoint("llama")
-    write_config(config_of())
+    config = config_of()
+    config["stage_defaults"]["grow"]["rank"] = rank
+    write_config(config)
     train()
     whole = hashes()
     shutil.rmtree("mlruns")

@@ -327,6 +327,17 @@ def test_a_value_of_the_wrong_kind(load: Load, override: str, expected: str) -> 
             "stages[1].trunk.train=deltas changes the trunk for the tokens of one bundle. Set routing.bundles=cluster "
             "(or label, or routing.mode=label) and stages[1].grow.experts above 0.",
         ),
+        ("stages[1].grow.rank=-1", "stages[1].grow.rank=-1 must not be negative."),
+        (
+            "stages[1].grow.rank=2 stages[1].grow.init=random",
+            "stages[1].grow.rank=2 changes older experts, which stay as they are: set grow.init=copy and "
+            "grow.old_lr_scale=0.",
+        ),
+        (
+            "stages[1].grow.rank=2 stages[1].grow.old_lr_scale=0.5",
+            "stages[1].grow.rank=2 changes older experts, which stay as they are: set grow.init=copy and "
+            "grow.old_lr_scale=0.",
+        ),
         ("stages[1].grow.layers=[0,2]", "stages[1].grow.layers=[0, 2] must lie in 0 to 1."),
         ("stages[1].grow.layers=[-1,1]", "stages[1].grow.layers=[-1, 1] must lie in 0 to 1."),
         ("stages[1].grow.layers=[]", "stages[1].grow.layers=[] must name layers in ascending order, each once."),

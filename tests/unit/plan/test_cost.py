@@ -49,6 +49,8 @@ def test_counts_are_those_of_the_model(make_model: Make, top_k_kind: str, shape:
         ("label", {"delta_rank": 5}, {"delta_rank": 2}),
         ("learned", {"layers": (1,)}, {"layers": (0, 2)}),
         ("labelled_bundles", {"layers": (2,), "delta_rank": 1}, {}),
+        ("labelled_bundles", {"rank": 2, "delta_rank": 1}, {"rank": 3}),
+        ("learned", {"layers": (2,)}, {"rank": 1}),
     ],
 )
 def test_counts_of_deltas_and_of_layers_that_did_not_grow(
@@ -69,7 +71,8 @@ def test_counts_of_deltas_and_of_layers_that_did_not_grow(
     assert count.trunk + count.unfrozen == sum(trained.values())
     deltas = [sum(p.numel() for n, p in model.named_parameters() if f".deltas.{g}." in n) for g in range(3)]
     rows = sum(p.numel() for layer in model.moe_layers() for p in layer.router.parameters())
-    assert count.active == count.trunk + rows + 3 * 2 * count.per_expert + max(deltas)
+    factors = 3 * max(one.get("rank", 0) for one in (second, third)) * (16 + 8)
+    assert count.active == count.trunk + rows + 3 * 2 * (count.per_expert + factors) + max(deltas)
 
 
 def test_deltas_by_hand(make_architecture: Callable[..., Architecture]) -> None:

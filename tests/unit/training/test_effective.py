@@ -108,11 +108,15 @@ OPTIM = [
     *none("stage_defaults.optim.", "router_until=0.5", context=CLUSTER),
 ]
 GROW = [
-    *second("stage_defaults.grow.", "experts=3", "init=random", "noise=0.5", "router=copy", "sample_tokens=99"),
+    *second(
+        "stage_defaults.grow.", "experts=3", "init=random", "rank=2", "noise=0.5", "router=copy", "sample_tokens=99"
+    ),
     *second("stage_defaults.grow.", "layers=[0]", "frozen_weights=int8", "old_lr_scale=0.1"),
     *second("stage_defaults.grow.", "old_until=0.5", context=("stage_defaults.grow.old_lr_scale=0.1",)),
     *none("stage_defaults.grow.", "layers=[0, 1]", "old_until=0.5", "min_share=0.5"),
     *none("stage_defaults.grow.", "noise=0.5", context=("stage_defaults.grow.init=random",)),
+    *none("stage_defaults.grow.", "noise=0.5", context=("stage_defaults.grow.rank=2",)),
+    *none("stage_defaults.grow.", "rank=0"),
     *none("stage_defaults.grow.", "router=copy", context=CLUSTER),
     *none("stage_defaults.grow.", "experts=3", "init=random", "sample_tokens=99", context=("method=sequential",)),
 ]
