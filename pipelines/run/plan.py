@@ -22,6 +22,7 @@ from lifelong_moe.storage.keys import SHORT
 from lifelong_moe.store.runs import RunRecord
 from lifelong_moe.store.stages import CommittedStage, StageStore
 from pipelines.run import render
+from pipelines.run.sizes import incoming, sentences, sizes
 from pipelines.shared.tables import show
 from pipelines.shared.workspace import ROOT, Prepared, further_training, prepare
 
@@ -36,11 +37,15 @@ def plan(loaded: LoadedConfig, console: Console) -> dict[str, Any]:
     store = StageStore(ROOT)
     head = RunRecord(ROOT, prepared.config.run).head()
     rows = [_row(i, prepared, store) for i in range(len(prepared.plan))]
+    came, found = incoming(prepared), [sizes(prepared, i) for i in range(len(prepared.plan))]
+    rows = [{**row, **one} for row, one in zip(rows, found, strict=True)]
     speed = [s.metrics["tokens_per_second"] for p in prepared.plan if (s := store.find(p.key))]
     render.data_table(console, prepared)
     todo = [stage for stage, row in zip(prepared.plan, rows, strict=True) if row["action"] == "train"]
     disk = run_need([stage_need(stage, prepared.config) for stage in todo])
     _print(console, rows, disk, speed)
+    for sentence in sentences(prepared, came, found):
+        console.print(sentence)
     if published := published_sentence(prepared.config):
         console.print(published)
     warnings = [*prepared.loaded.left_behind, *noncausal_routing(prepared.config), *idle_retention(prepared.config)]
@@ -64,6 +69,7 @@ def plan(loaded: LoadedConfig, console: Console) -> dict[str, Any]:
     return {
         "run": prepared.config.run,
         "method": prepared.config.method.value,
+        "from": came,
         "stages": rows,
         "disk_bytes": disk,
         "warnings": warnings,

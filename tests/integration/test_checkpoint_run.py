@@ -16,7 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lifelong_moe.config.load import read_config
 from lifelong_moe.errors import LifelongError
+from lifelong_moe.interop.layout.complete import with_checkpoint
 from lifelong_moe.interop.layout.folder import read_checkpoint
 from lifelong_moe.interop.pretrained import load_pretrained
 from lifelong_moe.model.tokens import TokenBatch
@@ -25,8 +27,9 @@ from lifelong_moe.store.stages import StageStore
 from lifelong_moe.training.loop.module import StageModule
 from lifelong_moe.training.restore import load_model
 from pipelines.inspect.opening import check_label
+from pipelines.run.plan import plan
 from pipelines.shared.output import SafeConsole
-from tests.checkpoints import config_of, write_checkpoint
+from tests.checkpoints import config_of, made, write_checkpoint
 from tests.retrain_lab import TOKENS, arrive, tick, write_retraining
 from tests.tiny import STEPS, fork, hashes, kill_self, train, write_config
 
@@ -180,6 +183,29 @@ def test_what_does_not_go_with_a_checkpoint(lab: Path, change: list[str], messag
     with pytest.raises(LifelongError, match=message) as caught:
         train(write_config(config_of()), *change)
     assert caught.value.exit_code == 2 and not Path("mlruns").exists()
+
+
+def test_a_plan_says_what_comes_in_and_what_stages_add(lab: Path) -> None:
+    write_checkpoint("llama_tied", dtype=torch.bfloat16)
+    config = config_of(bundles=True)
+    config["stage_defaults"]["grow"]["rank"] = 2
+    out = io.StringIO()
+    found = plan(read_config(write_config(config), (), with_checkpoint), SafeConsole(out, width=300))
+    theirs = sum(p.numel() for p in made("llama_tied", vocab_size=304, max_position_embeddings=64).parameters())
+    came, (first, second) = found["from"], found["stages"]
+    rows = 3 * 24  # of the router, which a dense checkpoint does not have
+    assert came["parameters"] == theirs + rows and came["bytes"] == 2 * theirs and came["context"] == 64
+    # Three layers; three experts of three matrices of 24 by 20; and a row each.
+    new = 3 * 3 * (3 * 2 * (24 + 20) + 24)
+    assert first["parameters_added"] == second["parameters_added"] == first["parameters_trainable"] == new
+    assert first["parameters_frozen"] == came["parameters"]
+    assert sum(first["memory"].values()) == first["memory_bytes"]
+    lines = out.getvalue().splitlines()
+    what = f"ck: LlamaForCausalLM, {came['parameters'] / 1e6:.2f}M parameters, bfloat16 ({2 * theirs / 1e6:.1f} MB)"
+    assert f"{what}, vocabulary 304, context 64 (32 here)" in lines
+    (line,) = [one for one in lines if one.startswith("code: adds")]
+    share = new / (came["parameters"] + new)
+    assert line.startswith(f"code: adds 0.00M parameters ({share:+.1%}), trains 0.00M, freezes 0.02M; holds at least")
 
 
 def test_another_beginning_of_documents_is_told(lab: Path) -> None:
