@@ -22,6 +22,8 @@ def require_consistent(run: RunConfig) -> None:
     _check_execution(run)
     if run.base.is_given:
         _check_base(run)
+    elif isinstance(run.routing, LearnedConfig) and run.routing.sample_tokens != LearnedConfig().sample_tokens:
+        raise ConfigError("routing.sample_tokens counts what a checkpoint writes; it has no effect without model.from.")
     for i, stage in enumerate(run.stages):
         require_consistent_stage(run, i, stage)
     _check_evaluated(run)
@@ -72,10 +74,12 @@ def _check_base(run: RunConfig) -> None:
         )
     if routing.capacity is not None or routing.bias_rate or routing.expert_groups > 1:
         raise ConfigError("model.from needs routing without capacity, bias_rate and expert_groups.")
-    if routing.bundles == Bundles.cluster and routing.centroids == Centroids.fitted:
+    # Each block that it writes begins a document.
+    documents, clusters = max(1, routing.sample_tokens // run.model.context), routing.num_clusters(1)
+    if routing.bundles == Bundles.cluster and routing.centroids == Centroids.fitted and documents < clusters:
         raise ConfigError(
-            "routing.bundles=cluster tells generations apart by text of each, and model.from brings none of its own. "
-            "Set routing.bundles=label, or none."
+            f"routing.sample_tokens={routing.sample_tokens} are {documents} documents of the checkpoint's own, and "
+            f"{clusters} clusters need as many. Set it to {clusters * run.model.context} or more."
         )
 
 

@@ -2,15 +2,18 @@
 
 With one generation there is nothing to choose from, so the first stage is the same with and without
 ``routing.bundles``: it has one key and is trained once. The centroids that tell its text from later text are fitted as
-soon as it is committed, and no later stage needs that text again.
+soon as it is committed, and no later stage needs that text again. Of a checkpoint there is no text: its model writes
+some, from a seed, which is forgotten once the centroids are committed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TypeGuard
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from lifelong_moe.config.parts import document_centroids
 from lifelong_moe.config.routing.base import Bundles, Centroids, RoutingConfig
@@ -18,9 +21,11 @@ from lifelong_moe.config.routing.shared import TextClusterConfig
 from lifelong_moe.data.tokens.shards import ShardDocuments, TokenizedCorpus
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.growth.clusters import unigram_centroids
+from lifelong_moe.retention.generated import generate_blocks
 from lifelong_moe.storage.keys import SHORT, content_key
 from lifelong_moe.store.record import StageRecord
 from lifelong_moe.store.stages import CommittedStage, StageStore
+from lifelong_moe.training.restore import load_model
 
 FIRST_CENTROIDS = document_centroids(0)
 """Name of the tensor, here and in the models of later stages."""
@@ -46,8 +51,9 @@ def first_centroids(
     Args:
         store: Where stages are.
         first: A stage without a parent.
-        routing: With ``bundles=cluster`` and fitted centroids; ``clusters`` and ``feature_width`` matter.
-        corpora: Tokenized text by distribution; read only if there is something to fit.
+        routing: With ``bundles=cluster`` and fitted centroids; ``clusters`` and ``feature_width`` matter, for a
+            checkpoint ``sample_tokens`` as well.
+        corpora: Tokenized text by distribution; read only if there is something to fit, and none for a checkpoint.
 
     Raises:
         ConfigError: If the text is no longer what the stage learned from.
@@ -65,7 +71,11 @@ def first_centroids(
                 f"routing.bundles=none."
             )
     clusters = routing.num_clusters(first.architecture.generations[0].experts)
-    documents = ShardDocuments([corpora[name].train for name in first.spec.learns])
+    documents: Sequence[NDArray[np.integer]]
+    if _was_imported(first):
+        documents = _written_documents(store, first, routing)
+    else:
+        documents = ShardDocuments([corpora[name].train for name in first.spec.learns])
     centroids = unigram_centroids(
         documents,
         first.architecture.vocab_size,
@@ -90,9 +100,28 @@ def first_centroids(
 
 def _identity(first: CommittedStage, routing: TextClusterConfig) -> dict[str, str | int]:
     """What the centroids depend on; their content address."""
-    return {
+    found: dict[str, str | int] = {
         "derived": "centroids",
         "from": first.key,
         "clusters": routing.num_clusters(first.architecture.generations[0].experts),
         "feature_width": routing.feature_width,
     }
+    written: dict[str, str | int] = {"written_tokens": routing.sample_tokens, "seed": first.spec.seed}
+    return found | written if _was_imported(first) else found
+
+
+def _was_imported(first: CommittedStage) -> bool:
+    """Whether it is a checkpoint's model, which learned no text that is here."""
+    return (first.derived or {}).get("derived") == "import"
+
+
+def _written_documents(
+    store: StageStore, first: CommittedStage, routing: TextClusterConfig
+) -> list[NDArray[np.integer]]:
+    """Documents that a checkpoint's model writes, each with its separator first."""
+    context, bos_id = first.architecture.model.context, first.architecture.bos_id
+    model, blocks = load_model(store, first), max(1, routing.sample_tokens // context)
+    rows = generate_blocks(model, blocks, context=context, seed=first.spec.seed)
+    written = (part for row in rows for part in np.split(row, np.flatnonzero(row == bos_id)[1:]))
+    # Two separators in a row are a document without text, by which nothing is recognized.
+    return [document for document in written if len(document) > 1]

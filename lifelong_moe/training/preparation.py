@@ -21,10 +21,11 @@ from lifelong_moe.retention.teacher import make_teacher
 from lifelong_moe.storage.directories import write_directory
 from lifelong_moe.storage.verified import verify_directory
 from lifelong_moe.store.stages import load_weights
+from lifelong_moe.training.continuing import continued_model
 from lifelong_moe.training.loop.context import StageModels, StageRun
 from lifelong_moe.training.loop.data import text_sample, written_sample
 from lifelong_moe.training.loop.optimizer import freeze_for_finetuning, freeze_trunk
-from lifelong_moe.training.restore import continued_model, initial_model
+from lifelong_moe.training.restore import initial_model
 
 
 def prepare_models(run: StageRun) -> StageModels:

@@ -1,7 +1,7 @@
 """One stage from beginning to end.
 
 =========  ==============================================================================
-restore    the parent's model, or a new one (``restore.py``)
+restore    the parent's model, or a new one (``continuing.py``, ``restore.py``)
 freeze     what the stage must not change (``preparation.py``, ``loop/optimizer.py``)
 grow       freeze old experts and add the new generation's (``preparation.py``)
 fit        centroids of the new text, where text selects experts (``growth/clusters.py``)

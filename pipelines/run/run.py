@@ -127,7 +127,7 @@ def _run_stages(
     mlflow = MlflowRecord(tracker, prepared, opened, content, parent_run)
     report: Report | None = None
     try:
-        committed = _begun(prepared, store, console)
+        committed = _begun(prepared, store, opened, console)
         # Forward transfer is measured against the untrained model, or the checkpoint as it came.
         with console.status("before training: evaluating"):
             init = measurements.evaluations(_init_key(prepared), distributions)
@@ -170,12 +170,18 @@ def _run_stages(
     return report
 
 
-def _begun(prepared: Prepared, store: StageStore, console: Console) -> dict[int, CommittedStage]:
+def _begun(prepared: Prepared, store: StageStore, opened: OpenRun, console: Console) -> dict[int, CommittedStage]:
     """What is there before the first stage: the checkpoint's model, if the run begins with one."""
     if prepared.base is None:
         return {}
     with console.status("checkpoint: reading"):
-        return {BASE: imported_stage(store, prepared.base, prepared.config, prepared.data)}
+        base = imported_stage(store, prepared.base, prepared.config, prepared.data)
+    todo = (planned.spec.routing for planned in prepared.plan if store.find(planned.key) is None)
+    if (routing := next(filter(needs_first_centroids, todo), None)) is not None:
+        with console.status(f"checkpoint: writes {routing.sample_tokens:,} tokens, by which its text is recognized"):
+            fitted = first_centroids(store, base, routing, prepared.data.corpora)
+        opened.save(dataclasses.replace(opened.head, centroids=fitted.key))
+    return {BASE: base}
 
 
 def _no_results(config: RunConfig, distributions: list[str], init: dict[str, Evaluation]) -> RunResults:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -23,6 +24,8 @@ from lifelong_moe.interop.layout.folder import read_checkpoint
 from lifelong_moe.interop.pretrained import load_pretrained
 from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel
+from lifelong_moe.retention import generated
+from lifelong_moe.retention.generated import generate_blocks
 from lifelong_moe.store.stages import StageStore
 from lifelong_moe.training.loop.module import StageModule
 from lifelong_moe.training.restore import load_model
@@ -91,6 +94,66 @@ def test_without_bundles_a_checkpoint_grows_and_is_distilled(lab: Path, name: st
     write_checkpoint(name)
     report, _ = train(write_config(config_of()), f"stage_defaults.grow.rank={rank}")
     assert [stage["experts_per_layer"] for stage in report["stages"]] == ([4, 7] if name == "llama" else [9, 12])
+
+
+def clustered(rank: int = 0) -> dict[str, Any]:
+    """Bundles that are told apart by text, of which the checkpoint writes its own."""
+    config = config_of(bundles=True)
+    config["routing"] = {"bundles": "cluster", "sample_tokens": 1_024, "chunk_tokens": 8}
+    config["stage_defaults"]["grow"]["rank"] = rank
+    return config
+
+
+def test_a_checkpoint_s_text_is_recognized_by_what_it_writes(lab: Path) -> None:
+    write_checkpoint("llama")
+    report, _ = train(write_config(clustered(rank=2)))
+    store = StageStore(Path("mlruns"))
+    head = json.loads(Path("mlruns/runs/tiny/head.json").read_text())
+    chain, fitted = store.chain(head["stages"][-1]), store.get(head["centroids"])
+    assert fitted.parent == chain[0].key and fitted.derived is not None and not fitted.data
+    assert (fitted.derived["written_tokens"], fitted.derived["seed"]) == (1_024, 0)
+    model = load_model(store, chain[-1])
+    assert model.document_clusters is not None
+    assert torch.equal(store.tensors(fitted)["document_clusters.centroids_0"], model.document_clusters.centroids_0)
+    assert torch.equal(logits(model), logits(load_pretrained(read_checkpoint(Path("ck")))))
+    # Nothing but a document's first chunk goes to the checkpoint; text that it writes does.
+    tokenizer = store.tokenizer(chain[0])
+    for number, name in enumerate(("fruit", "code"), start=1):
+        line = json.loads(Path(f"{name}.jsonl").read_text().splitlines()[3])["text"]
+        ids = np.array([0, *tokenizer.encode(line)])
+        assert set(model.document_clusters.domain_ids(ids)[8:].tolist()) == {number}
+    (written,) = generate_blocks(load_model(store, chain[0]), 1, context=32, seed=5)
+    assert (model.document_clusters.domain_ids(written) == 0).mean() > 0.9
+    assert report["loss_nats_per_token"][0][1] is not None
+
+
+def test_what_a_checkpoint_writes_is_a_function_of_the_seed_also_after_a_kill(
+    lab: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_checkpoint("llama")
+    write_config(clustered())
+    train()
+    whole, keys = hashes(), json.loads(Path("mlruns/runs/tiny/head.json").read_text())["stages"]
+    shutil.rmtree("mlruns")
+    draws, draw = iter(range(10**6)), generated.sample_tokens
+
+    def die(*args: Any) -> Tensor:
+        if next(draws) == 20:
+            kill_self()
+        return draw(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(generated, "sample_tokens", die)
+        assert fork(train).wait() == -signal.SIGKILL
+    assert [path.name[:4] for path in Path("mlruns/stages").iterdir() if path.is_dir()] == ["base"]
+    # The text of the distributions says nothing of the checkpoint's own.
+    train("tiny.yaml", "stages=[{data: code}]", "run=other")
+    fitted = json.loads(Path("mlruns/runs/other/head.json").read_text())["centroids"]
+    train()
+    assert hashes() == whole and json.loads(Path("mlruns/runs/tiny/head.json").read_text())["centroids"] == fitted
+    # The number of tokens is the user's, and belongs to the stages that it changes.
+    train("tiny.yaml", "run=more", "routing.sample_tokens=2048")
+    assert not set(json.loads(Path("mlruns/runs/more/head.json").read_text())["stages"]) & set(keys)
 
 
 def test_a_checkpoint_writes_the_text_that_it_is_replayed(lab: Path) -> None:
@@ -172,7 +235,10 @@ def test_a_checkpoint_is_known_by_its_numbers_and_not_by_its_place(lab: Path) ->
         (["routing.top_k=2"], r"routing\.top_k=2 differs from model\.from, which has 3"),
         (["routing.mode=hash"], r"routing\.mode=hash differs from model\.from, which has learned"),
         (["routing.gate_scale=2.0"], r"needs routing\.mode=learned with score=softmax and gate_scale=1"),
-        (["routing.bundles=cluster", "model.document_mask=true"], "routing.bundles=cluster tells generations apart by"),
+        (
+            ["routing={bundles: cluster, sample_tokens: 250}", "model.document_mask=true"],
+            r"routing\.sample_tokens=250 are 7 documents .*, and 8 clusters need as many\. Set it to 256 or more",
+        ),
         (["method=joint"], r"method=joint begins with random weights"),
         (["stages[0].name=base"], r"stages\[0\]\.name=base is the name of the checkpoint's experts"),
         (["tokenizer.from=ck"], r"tokenizer\.from=ck must be model"),

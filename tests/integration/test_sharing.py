@@ -25,8 +25,9 @@ from lifelong_moe.plan.spec import StageSpec
 from lifelong_moe.store.garbage import collect
 from lifelong_moe.store.stages import CommittedStage, StageStore
 from lifelong_moe.training.callbacks.interrupt import Interrupt
+from lifelong_moe.training.continuing import continued_model
 from lifelong_moe.training.loop.context import StageEnvironment
-from lifelong_moe.training.restore import continued_model, load_model
+from lifelong_moe.training.restore import load_model
 from lifelong_moe.training.stage import train_stage
 from pipelines.compare.compare import compare
 from pipelines.shared.workspace import Prepared, prepare

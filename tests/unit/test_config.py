@@ -327,6 +327,10 @@ def test_a_value_of_the_wrong_kind(load: Load, override: str, expected: str) -> 
             "stages[1].trunk.train=deltas changes the trunk for the tokens of one bundle. Set routing.bundles=cluster "
             "(or label, or routing.mode=label) and stages[1].grow.experts above 0.",
         ),
+        (
+            "model.document_mask=true routing.bundles=cluster routing.sample_tokens=99",
+            "routing.sample_tokens counts what a checkpoint writes; it has no effect without model.from.",
+        ),
         ("stages[1].grow.rank=-1", "stages[1].grow.rank=-1 must not be negative."),
         (
             "stages[1].grow.rank=2 stages[1].grow.init=random",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from lifelong_moe.config.routing.base import BalanceCounts, RoutingConfig, Score, SecondExpert
+from lifelong_moe.config.routing.base import BalanceCounts, Bundles, Centroids, RoutingConfig, Score, SecondExpert
 from lifelong_moe.config.routing.capacity import CapacityConfig
 from lifelong_moe.config.routing.shared import (
     BalancedConfig,
@@ -66,6 +66,8 @@ class LearnedConfig(GroupsConfig, SigmoidConfig, CountsConfig, TextClusterConfig
 
     renormalize: bool = True
     """Divide the chosen gate weights by their sum (Mixtral)."""
+    sample_tokens: int = 32_768
+    """``bundles=cluster`` after ``model.from``: tokens that the checkpoint writes, by which its text is recognized."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,6 +77,11 @@ class LearnedConfig(GroupsConfig, SigmoidConfig, CountsConfig, TextClusterConfig
                 "routing.renormalize=true with routing.top_k=1 makes every gate weight 1, so the router gets no "
                 "gradient. Set routing.renormalize=false or routing.top_k=2."
             )
+
+    def idle_keys(self) -> set[str]:
+        """Also the number of tokens, where no text is told apart by what it says."""
+        fits = self.bundles == Bundles.cluster and self.centroids == Centroids.fitted
+        return super().idle_keys() | (set() if fits else {"sample_tokens"})
 
     def _check_bundles(self) -> None:
         # Generations share room, biases and groups, so a later one would change what older text uses.

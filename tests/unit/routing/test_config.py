@@ -237,7 +237,7 @@ EVERYTHING: dict[str, Any] = {
             {"bundles": Bundles.cluster, "centroids": Centroids.fitted},
             True,
             {"balance_loss", "z_loss", "balance_over", "balance_scope", "margin", "clusters", "chunk_tokens",
-             "feature_width"},
+             "feature_width", "sample_tokens"},
         ),
         ({"bundles": Bundles.label}, True, {"balance_loss", "z_loss", "balance_over", "balance_scope"}),
         ({"mode": "hash", "table": HashTable.clustered, "top_k": 1}, True, {"feature_width"}),
