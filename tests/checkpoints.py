@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from lifelong_moe.data.tokens.tokenizer import train_tokenizer
+from lifelong_moe.model.transformer import LanguageModel
 from tests.tiny import tiny_config
 
 VOCAB, CONTEXT = 61, 48
@@ -103,3 +104,11 @@ def config_of(*, bundles: bool = False) -> dict[str, Any]:
         "trunk": {"train": "frozen" if bundles else "gentle"},
     }
     return config
+
+
+def fill_changes(model: LanguageModel) -> None:
+    """Random changes of low-rank experts, which begin as changes of zero."""
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if ".banks." in name and name.endswith("_b"):
+            torch.nn.init.normal_(parameter, std=0.3, generator=generator)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lifelong_moe.config.parts import document_centroids
 from lifelong_moe.interop.checkpoint import tensors_of, written
 from lifelong_moe.interop.layout.families import read_family
 from lifelong_moe.interop.layout.folder import CONFIG, INDEX, TOKENIZER, WEIGHTS
@@ -23,6 +25,9 @@ from lifelong_moe.plan.architecture import Architecture
 
 MOST_SHARD_BYTES = 5 * 10**9
 """Bytes of a file of weights, as transformers writes them; a larger model comes in several."""
+
+PAGE = "pick.py"
+"""Picks a generation without our package."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,34 @@ def write_tokenizer(source: Source, config: Mapping[str, Any], folder: Path) -> 
     texts |= default_texts(source.tokenizer, config, source.architecture.bos_id) | source.kept.going_out()
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
+
+
+def write_picker(source: Source, folders: Sequence[str], folder: Path) -> bool:
+    """Write the page that picks a generation, and what it reads: the choice that the model makes by itself.
+
+    Args:
+        source: A model with bundles.
+        folders: Of its generations, oldest first.
+        folder: Theirs.
+
+    Returns:
+        Whether there is anything to pick by: a model whose generations are told apart by label has none.
+    """
+    routing = source.architecture.routing
+    settings: dict[str, Any] = {
+        "folders": list(folders),
+        "labels": {name: folders[i] for name, i in source.architecture.labels},
+    }
+    centroids = [source.tensors.get(document_centroids(i)) for i in range(len(folders))]
+    # Zeros stand for centroids that are not fitted.
+    fitted = [one.float().contiguous() for one in centroids if one is not None and bool(one.any())]
+    if fitted:
+        settings |= {"chunk_tokens": routing.chunk_tokens, "margin": routing.margin}
+        settings |= {"bos_id": source.architecture.bos_id}
+        save_file({f"generation_{i}": one for i, one in enumerate(fitted)}, folder / "centroids.safetensors")
+        (folder / PAGE).write_bytes(resources.files("lifelong_moe.data.tokens").joinpath(PAGE).read_bytes())
+    _write_json(folder / "generations.json", settings)
+    return bool(fitted)
 
 
 def _shards(stored: list[Stored], itemsize: int, most_bytes: int) -> Iterator[list[Stored]]:

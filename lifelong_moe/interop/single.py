@@ -115,19 +115,30 @@ def single_tensors(
     found = {}
     for name, tensor in tensors.items():
         if ".deltas." not in name and ".moe.banks." not in name and ".moe.router." not in name:
-            found[name] = tensor if generation is None else changed(tensors, name, generation)
+            found[name] = tensor if generation is None else with_delta(tensors, name, generation)
     if architecture.model.tie_embeddings and any(born[number].delta_rank for number in numbers):
-        found[HEAD] = changed({HEAD: tensors[EMBEDDING], **tensors}, HEAD, numbers[0])
+        found[HEAD] = with_delta({HEAD: tensors[EMBEDDING], **tensors}, HEAD, numbers[0])
     for layer in architecture.model.moe_layers:
         first = sum(one.experts_in(layer) for one in born[: numbers[0]])
         for new in range(sum(born[number].experts_in(layer) for number in numbers)):
             for matrix in MATRICES:
-                found[expert_tensor(layer, new, matrix)] = tensors[expert_tensor(layer, first + new, matrix)]
+                found[expert_tensor(layer, new, matrix)] = _matrix(tensors, layer, first + new, matrix)
         found[router_rows(layer, 0)] = torch.cat([tensors[router_rows(layer, number)] for number in numbers])
     return {name: tensor for name, tensor in found.items() if not name.startswith("document_clusters.")}
 
 
-def changed(tensors: Mapping[str, Tensor], name: str, generation: int) -> Tensor:
+def _matrix(tensors: Mapping[str, Tensor], layer: int, expert: int, matrix: str) -> Tensor:
+    """A matrix of an expert: its own, or that of the expert which it changes with the change added."""
+    name = expert_tensor(layer, expert, matrix)
+    if name in tensors:
+        return tensors[name]
+    from lifelong_moe.ops.low_rank import changed
+
+    base = int(tensors[expert_tensor(layer, expert, "base")])
+    return changed(tensors[expert_tensor(layer, base, matrix)], tensors[f"{name}_a"], tensors[f"{name}_b"])
+
+
+def with_delta(tensors: Mapping[str, Tensor], name: str, generation: int) -> Tensor:
     """A matrix with a generation's low-rank change added, as :class:`~lifelong_moe.model.deltas.Deltas` adds it."""
     change = f"{name.removesuffix('.weight')}.deltas.{generation}"
     up = tensors.get(f"{change}.up")

@@ -28,41 +28,77 @@ ids = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**ids, max_new_tokens=32)[0]))
 ```"""
 
+LOADING_ADAPTER = """```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained("{base}")
+model = PeftModel.from_pretrained(base, "{folder}")
+```"""
+PICKING = """`python pick.py TEXT` prints the folder whose model goes on with a text, as the whole model chooses itself.
+In Python it is `Picker(folder).pick(text)`, and `chunks(text)` for each chunk. The page needs numpy, safetensors and
+tokenizers alone. Pick again as a text grows: the model does so every few tokens."""
+TOLD = """The model is told which generation reads a text by the name of its distribution: `labels` of
+`generations.json`."""
+
 
 def write_card(order: Order, exported: Exported, folder: Path) -> None:
     """Write the card of a checkpoint."""
     name = order.asked.to if exported.folder == "." else f"{order.asked.to}/{exported.folder}"
     what = "" if exported.generation is None else f", generation {exported.generation}"
     lines = [
-        *_header(order),
+        *_header(order, exported),
         f"# {plain(order.run)}{plain(what)}",
         "",
         MARK,
         "",
-        f"{exported.architecture}, {exported.dtype}, written by lifelong-moe from stage {plain(order.stage.name)} "
-        f"(`{order.stage.key}`).",
+        f"{_kind(exported)}, written by lifelong-moe from stage {plain(order.stage.name)} (`{order.stage.key}`).",
         *_agreement(exported),
         "",
         "## Loading it",
         "",
-        # A path may hold what would end the block.
-        LOADING.format(folder=name if name.isascii() and '"' not in name and "`" not in name else "FOLDER"),
+        (LOADING if exported.base is None else LOADING_ADAPTER).format(folder=_quotable(name), base=base_of(order)),
         "",
         *origin(order),
     ]
     (folder / CARD).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def write_page(order: Order, exported: Sequence[Exported], folder: Path) -> None:
-    """Write the card of an export of all generations."""
+def _kind(exported: Exported) -> str:
+    kind = f"{exported.architecture}, {exported.dtype}"
+    return kind if exported.base is None else f"A PEFT adapter (LoRA) of {kind}, which is the first generation"
+
+
+def _quotable(path: str) -> str:
+    """A path that stands in code; one that could end it is left out."""
+    return path if path.isascii() and path.isprintable() and not {'"', "`", "\\"} & {*path} else "FOLDER"
+
+
+def base_of(order: Order) -> str:
+    """Where the checkpoint of the first generation is, or else its name."""
+    first = order.stage.architecture.generations[0].stage
+    return _quotable(f"{order.asked.to}/{first}") if order.asked.every else first
+
+
+def write_page(order: Order, exported: Sequence[Exported], folder: Path, *, picks: bool) -> None:
+    """Write the card of an export of all generations.
+
+    Args:
+        order: What was asked for.
+        exported: What was written.
+        folder: Where it goes.
+        picks: Whether there is a page that picks a generation.
+    """
     lines = [
         *_header(order),
         f"# {plain(order.run)}",
         "",
         MARK,
         "",
-        f"All generations of stage {plain(order.stage.name)} (`{order.stage.key}`), written by lifelong-moe, each a "
-        f"checkpoint of its own with a card. A text is read by one of them.",
+        f"All generations of stage {plain(order.stage.name)} (`{order.stage.key}`), written by lifelong-moe, each with "
+        f"a card of its own. A text is read by one of them.",
+        "",
+        PICKING if picks else TOLD,
         "",
         "| folder | architecture | largest difference of logits |",
         "|---|---|---|",
@@ -76,9 +112,10 @@ def _measured(exported: Exported) -> str:
     return "not compared" if exported.difference is None else f"{exported.difference:.1e}"
 
 
-def _header(order: Order) -> list[str]:
+def _header(order: Order, exported: Exported | None = None) -> list[str]:
     licensed = [] if order.kept.license is None else [f"license: {order.kept.license}"]
-    return ["---", "library_name: transformers", "pipeline_tag: text-generation", *licensed, "---", ""]
+    library = "transformers" if exported is None or exported.base is None else "peft"
+    return ["---", f"library_name: {library}", "pipeline_tag: text-generation", *licensed, "---", ""]
 
 
 def _agreement(exported: Exported) -> list[str]:
@@ -105,7 +142,7 @@ def _base(order: Order) -> list[str]:
 
 
 def _lineage(order: Order) -> Iterator[str]:
-    yield "| stage | key | trained on (SHA-256 of the documents) | added experts | weights SHA-256 |"
+    yield "| stage | key | trained on (SHA-256 of the documents, 16 digits) | added experts | weights SHA-256 |"
     yield "|---|---|---|---|---|"
     for stage in order.store.chain(order.stage.key):
         data = ", ".join(f"{name} {digest[:SHORT]}" for name, digest in stage.data.items()) or "–"

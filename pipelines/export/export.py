@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from lifelong_moe.errors import ConfigError
+from lifelong_moe.interop.adapter import require_adapter
 from lifelong_moe.interop.layout.kept import Kept
 from lifelong_moe.interop.layout.writing import unread
 from lifelong_moe.interop.single import config_of, single_architecture
@@ -20,7 +21,7 @@ from lifelong_moe.plan.disk import require_space
 from lifelong_moe.store.runs import require_head
 from lifelong_moe.store.stages import CommittedStage, StageStore
 from pipelines.export.target import require_target
-from pipelines.shared.options import ExportRequest
+from pipelines.shared.options import ExportFormat, ExportRequest
 from pipelines.shared.places import ROOT
 
 FLOAT32 = 4
@@ -47,7 +48,7 @@ def export_run(run: str, asked: ExportRequest, console: Console) -> Mapping[str,
 
     Args:
         run: A run.
-        asked: Which of its models, and where.
+        asked: Which of its models, in which form, and where.
         console: Where people read.
 
     Raises:
@@ -69,7 +70,11 @@ def _checked(run: str, asked: ExportRequest) -> Order:
     stage = store.get(require_head(ROOT, run).require_stage(asked.stage))
     kept = Kept(partial(store.kept_text, stage))
     generations = _chosen(stage.architecture, asked)
-    singles = [single_architecture(stage.architecture, one) for one in generations]
+    if asked.format == ExportFormat.peft:
+        for one in generations[asked.every :]:
+            require_adapter(stage.architecture, one)
+    forms = [one if asked.format == ExportFormat.hf else 0 for one in generations]
+    singles = [single_architecture(stage.architecture, one) for one in forms]
     configs = [config_of(single, kept.config) for single in singles]
     target = require_target(asked.to, force=asked.force, signs=store.keys.private is not None)
     needed = sum(count_parameters(single).total for single in singles) * FLOAT32

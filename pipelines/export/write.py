@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,18 @@ from rich.console import Console
 from rich.text import Text
 
 from lifelong_moe.errors import CorruptError
-from lifelong_moe.interop.agreement import MOST, Agreement, compare, read_by_transformers
-from lifelong_moe.interop.export import Source, write_folder
+from lifelong_moe.interop.adapter import apply_adapter, require_only_low_rank, write_adapter
+from lifelong_moe.interop.agreement import MOST, compare, read_by_transformers
+from lifelong_moe.interop.export import Source, write_folder, write_picker
+from lifelong_moe.interop.single import config_of, single_architecture
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.storage.directories import new_directory
+from lifelong_moe.storage.temporary import temporary
 from lifelong_moe.training.restore import build_model
-from pipelines.export.card import write_card, write_page
+from pipelines.export.card import base_of, write_card, write_page
 from pipelines.export.export import Order
 from pipelines.export.target import clear, signature_of
+from pipelines.shared.options import ExportFormat
 
 PROMPT = "The"
 
@@ -35,6 +39,8 @@ class Exported:
     architecture: str
     """Class of transformers."""
     dtype: str
+    base: str | None = None
+    """Where the checkpoint is that an adapter is for; None for a checkpoint."""
     difference: float | None = None
     """Largest of two logits; None if transformers is not installed."""
     ours: str | None = None
@@ -42,32 +48,37 @@ class Exported:
     theirs: str | None = None
 
 
+@dataclass(frozen=True)
+class _Job:
+    """An order under way."""
+
+    order: Order
+    source: Source
+    model: LanguageModel
+    console: Console
+    compares: bool
+    """Whether transformers is installed."""
+
+    def is_adapter(self, generation: int | None) -> bool:
+        """Whether a generation goes out as a change of the first one."""
+        return self.order.asked.format == ExportFormat.peft and bool(generation)
+
+
 def write(order: Order, console: Console) -> Mapping[str, Any]:
     """Carry out an order; see :func:`pipelines.export.export.export_run`."""
     tensors = order.store.tensors(order.stage)
-    architecture = order.stage.architecture
-    source = Source(architecture, tensors, order.store.tokenizer(order.stage).text, order.kept)
-    model = build_model(architecture, tensors)
-    has_transformers = find_spec("transformers") is not None
-    if not has_transformers:
+    source = Source(order.stage.architecture, tensors, order.store.tokenizer(order.stage).text, order.kept)
+    model = build_model(source.architecture, tensors)
+    job = _Job(order, source, model, console, find_spec("transformers") is not None)
+    for generation in filter(job.is_adapter, order.generations):
+        require_only_low_rank(source, generation or 0)
+    if not job.compares:
         console.print("not compared: transformers is not installed (pip install 'lifelong-moe[transformers]')")
-    exported = []
     with new_directory(order.target) as work:
-        for generation in order.generations:
-            name = None if generation is None else architecture.generations[generation].stage
-            folder = work / str(name) if order.asked.every else work
-            folder.mkdir(exist_ok=True)
-            with console.status(f"{name or order.run}: writing"):
-                config = write_folder(source, generation, folder)
-            found = Exported(name, str(folder.relative_to(work)), config["architectures"][0], config["dtype"])
-            if has_transformers:
-                with console.status(f"{name or order.run}: comparing"):
-                    found = _compared(found, order, model, generation or 0, folder)
-                _tell(console, found)
-            write_card(order, found, folder)
-            exported.append(found)
+        exported = [_one(job, generation, work) for generation in order.generations]
         if order.asked.every:
-            write_page(order, exported, work)
+            picks = write_picker(source, [one.folder for one in exported], work)
+            write_page(order, exported, work, picks=picks)
         order.store.keys.sign(work, signature_of(order.target))
         clear(order.target)
     console.print(f"wrote {order.asked.to}")
@@ -81,30 +92,56 @@ def write(order: Order, console: Console) -> Mapping[str, Any]:
     }
 
 
-def _compared(found: Exported, order: Order, model: LanguageModel, generation: int, folder: Path) -> Exported:
+def _one(job: _Job, generation: int | None, work: Path) -> Exported:
+    """Write a generation, or a whole model, and compare it."""
+    order, source = job.order, job.source
+    name = None if generation is None else source.architecture.generations[generation].stage
+    folder = work / str(name) if order.asked.every else work
+    folder.mkdir(exist_ok=True)
+    with job.console.status(f"{name or order.run}: writing"):
+        if job.is_adapter(generation):
+            config: Mapping[str, Any] = config_of(single_architecture(source.architecture, 0), source.kept.config)
+            write_adapter(source, generation or 0, config, base_of(order), folder)
+        else:
+            config = write_folder(source, generation, folder)
+    base = base_of(order) if job.is_adapter(generation) else None
+    found = Exported(name, str(folder.relative_to(work)), config["architectures"][0], config["dtype"], base)
+    if job.compares:
+        with job.console.status(f"{name or order.run}: comparing"):
+            found = _compared(job, found, generation or 0, folder)
+        _tell(job.console, found)
+    write_card(order, found, folder)
+    return found
+
+
+def _compared(job: _Job, found: Exported, generation: int, folder: Path) -> Exported:
     """The same with what a comparison found.
 
     Raises:
         CorruptError: If both sides differ.
     """
-    tokenizer = order.store.tokenizer(order.stage)
-    with read_by_transformers(folder) as theirs:
-        agreement = compare(model, generation, theirs, [tokenizer.bos_id, *tokenizer.encode(PROMPT)])
-    _require_equal(agreement, order)
-    ours, text = (tokenizer.decode(ids) for ids in (agreement.ours, agreement.theirs))
-    return Exported(found.generation, found.folder, found.architecture, found.dtype, agreement.difference, ours, text)
-
-
-def _require_equal(agreement: Agreement, order: Order) -> None:
+    tokenizer = job.order.store.tokenizer(job.order.stage)
+    prompt_ids = [tokenizer.bos_id, *tokenizer.encode(PROMPT)]
+    if found.base is None:
+        with read_by_transformers(folder) as theirs:
+            agreement = compare(job.model, generation, theirs, prompt_ids)
+    else:
+        with temporary(job.order.target.parent) as base:
+            write_folder(job.source, 0, base)
+            with read_by_transformers(base) as theirs:
+                apply_adapter(theirs, folder)
+                agreement = compare(job.model, generation, theirs, prompt_ids)
     # Written so that NaN is refused as well.
     if not agreement.difference <= MOST:
         raise CorruptError(
-            f"--to={order.asked.to}: transformers computes logits of it that differ by up to "
+            f"--to={job.order.asked.to}: transformers computes logits of it that differ by up to "
             f"{agreement.difference:.1e} from the model's; at most {MOST:.0e} is rounding. It was removed."
         )
+    ours, text = (tokenizer.decode(ids) for ids in (agreement.ours, agreement.theirs))
+    return replace(found, difference=agreement.difference, ours=ours, theirs=text)
 
 
 def _tell(console: Console, found: Exported) -> None:
     console.print(f"{found.generation or found.architecture}: largest difference of logits {found.difference:.1e}")
     for side, text in (("ours", found.ours), ("transformers", found.theirs)):
-        console.print(Text(f"  {side}: {PROMPT}{text!r}"))
+        console.print(Text(f"  {side}: {PROMPT + (text or '')!r}"))

@@ -6,6 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields, is_dataclass
+from enum import StrEnum
 from typing import Annotated, Any, get_type_hints
 
 import typer
@@ -66,6 +67,13 @@ GateSettings = Annotated[
 ]
 
 
+class ExportFormat(StrEnum):
+    """What an export is read by: transformers and all that read its checkpoints, or PEFT."""
+
+    hf = "hf"
+    peft = "peft"
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
     """How the next tokens are sampled."""
@@ -112,7 +120,7 @@ class InspectionRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportRequest:
-    """What is exported, and where it is written."""
+    """What is exported, in which form, and where it is written."""
 
     to: Annotated[str, typer.Option("--to", metavar="DIR", help="Folder to make.")]
     stage: StageName = None
@@ -124,7 +132,12 @@ class ExportRequest:
             callback=_named("--generation"),
         ),
     ] = None
-    every: Annotated[bool, typer.Option("--all", help="With bundles: a folder for each generation.")] = False
+    every: Annotated[
+        bool, typer.Option("--all", help="With bundles: a folder for each generation, and how to pick one.")
+    ] = False
+    format: Annotated[
+        ExportFormat, typer.Option(help="Checkpoints, or adapters of the first generation's checkpoint.")
+    ] = ExportFormat.hf
     force: Annotated[bool, typer.Option("--force", help="Let an earlier export at DIR be replaced.")] = False
 
 

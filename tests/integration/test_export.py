@@ -9,19 +9,23 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lifelong_moe.data.tokens.pick import Picker
 from lifelong_moe.errors import ConfigError, CorruptError
 from lifelong_moe.interop.layout.folder import read_checkpoint
 from lifelong_moe.storage.signing import PRIVATE, SigningKeys, fingerprint
+from lifelong_moe.store.stages import StageStore
+from lifelong_moe.training.restore import load_model
 from pipelines.export import write as writing
 from pipelines.export.export import export_run
-from pipelines.shared.options import ExportRequest
+from pipelines.shared.options import ExportFormat, ExportRequest
 from pipelines.shared.output import SafeConsole
 from tests.checkpoints import config_of, write_checkpoint
-from tests.tiny import train, write_config
+from tests.tiny import VOCABULARIES, tiny_config, train, write_config
 
 transformers = pytest.importorskip("transformers", reason="both sides are compared with the extra `transformers`")
 
@@ -207,3 +211,56 @@ def test_all_generations_go_out_in_folders(run: Path) -> None:
     exported(every=True, force=True)
     exported(generation="code", to="one")
     assert {f"code/{name}": data for name, data in files("one").items()}.items() <= files("out").items()
+
+
+def test_a_run_that_picks_goes_out_with_the_page_that_picks(lab: Path) -> None:
+    config = tiny_config(
+        model={"document_mask": True},
+        routing={"top_k": 2, "renormalize": True, "bundles": "cluster", "chunk_tokens": 4, "clusters": 2},
+    )
+    config["stage_defaults"] |= {"trunk": {"train": "deltas", "rank": 2}, "replay": {"fraction": 0.0}}
+    config["stage_defaults"]["distill"] = {"weight": 0.0}
+    train(write_config(config))
+    result, _ = exported(every=True)
+    assert [(one["folder"], one["architecture"]) for one in result["exported"]] == [
+        ("fruit", "MixtralForCausalLM"),
+        ("code", "MixtralForCausalLM"),
+    ]
+    page = Path("out/README.md").read_text(encoding="utf-8")
+    assert "`python pick.py TEXT`" in page and "| code | MixtralForCausalLM |" in page
+    store = StageStore(Path("mlruns"))
+    stage = store.get(json.loads(Path("mlruns/runs/tiny/head.json").read_text())["stages"][-1])
+    clusters, tokenizer = load_model(store, stage).document_clusters, store.tokenizer(stage)
+    assert clusters is not None
+    picker, picked = Picker(Path("out")), []
+    for words in VOCABULARIES.values():
+        ids = np.array([tokenizer.bos_id, *tokenizer.encode(words), 1])
+        picked.append(picker.pick(words))
+        assert picked[-1] == ("fruit", "code")[clusters.domain_ids(ids)[-1]]
+    assert picked[:2] == ["fruit", "code"]
+
+
+def test_adapters_of_a_run(run: Path) -> None:
+    before = {*Path().rglob("*")}
+    with pytest.raises(ConfigError, match="generation fruit has experts of its own") as caught:
+        exported(every=True, format=ExportFormat.peft)
+    assert caught.value.exit_code == 2 and {*Path().rglob("*")} == before
+    config = config_of(bundles=True)
+    config |= {"run": "tiny", "stages": [{"data": "fruit"}]}
+    config["routing"] |= {"top_k": 1, "renormalize": False}
+    config["stage_defaults"]["grow"] |= {"experts": 1, "rank": 2}
+    config["stage_defaults"]["trunk"] = {"train": "deltas", "rank": 3}
+    train(write_config(config), replace=True)
+    result, _ = exported(every=True, format=ExportFormat.peft)
+    assert [one["base"] for one in result["exported"]] == [None, "out/base"]
+    assert all(one["difference"] < 1e-5 for one in result["exported"])
+    assert {path.name for path in Path("out/fruit").iterdir()} == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    card = Path("out/fruit/README.md").read_text(encoding="utf-8")
+    assert "library_name: peft" in card and 'PeftModel.from_pretrained(base, "out/fruit")' in card
+    exported(generation="fruit", format=ExportFormat.peft, to="one")
+    with pytest.raises(ConfigError, match="the first generation is what adapters are for"):
+        exported(generation="base", format=ExportFormat.peft, to="two")

@@ -23,7 +23,7 @@ from lifelong_moe.interop.pretrained import load_pretrained
 from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.architecture import Generation
-from tests.checkpoints import CHECKPOINTS, made
+from tests.checkpoints import CHECKPOINTS, fill_changes, made
 
 transformers = pytest.importorskip("transformers", reason="parity needs the extra `transformers`")
 Make = Callable[..., LanguageModel]
@@ -139,6 +139,18 @@ def test_a_generation_of_bundles_is_a_checkpoint(make_model: Make, tmp_path: Pat
     expected = theirs(tmp_path / "out", ids)
     torch.testing.assert_close(logits(model, ids, generation), expected, atol=1e-5, rtol=0)
     assert (logits(model, ids, (generation + 1) % 3) - expected).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("generation", [0, 1, 2])
+def test_low_rank_experts_go_out_whole(make_model: Make, tmp_path: Path, generation: int) -> None:
+    born = (2, Generation("s1", 3, rank=2), Generation("s2", 2, rank=3, delta_rank=2))
+    model, ids = make_model("labelled_bundles", born), random_ids(61)
+    fill_changes(model)
+    for layer in model.moe_layers():
+        for place, one in enumerate(layer.banks.born[1:]):
+            one.base.copy_(torch.arange(len(one)).add(place) % 2)  # type: ignore[union-attr, operator]
+    written(tmp_path / "out", model, generation)
+    torch.testing.assert_close(logits(model, ids, generation), theirs(tmp_path / "out", ids), atol=1e-5, rtol=0)
 
 
 def test_a_tied_head_that_changes_goes_out_untied(make_model: Make, tmp_path: Path) -> None:
