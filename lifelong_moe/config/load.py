@@ -15,7 +15,12 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from lifelong_moe.config.data import SourceConfig
-from lifelong_moe.config.methods import refuse_idle_method, refuse_moving_trunk, refuse_unfit_mode
+from lifelong_moe.config.methods import (
+    refuse_idle_method,
+    refuse_moving_trunk,
+    refuse_unfit_mode,
+    without_written_text,
+)
 from lifelong_moe.config.names import require_known
 from lifelong_moe.config.references import note_secrets, with_numbers
 from lifelong_moe.config.routing.bounds import MOST_DISTRIBUTIONS, MOST_STAGES
@@ -156,6 +161,8 @@ def _built(raw: DictConfig, *, is_stored: bool) -> RunConfig:
         raise ConfigError(f"distributions holds {len(sources):,}; there may be at most {MOST_DISTRIBUTIONS:,}.")
     # YAML reads a name such as 2024 as a number, under which OmegaConf finds the node.
     names = {str(key): key for key in sources}
+    if not values["base"].is_given:
+        values["routing"] = without_written_text(values["routing"], is_stored=is_stored)
     values["distributions"] = {
         name: section(SourceConfig, sources._get_node(key), f"distributions.{name}") for name, key in names.items()
     }

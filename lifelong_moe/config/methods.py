@@ -16,7 +16,7 @@ from lifelong_moe.config.retention import (
     ReplayConfig,
     TrunkConfig,
 )
-from lifelong_moe.config.routing.base import Bundles, RoutingConfig
+from lifelong_moe.config.routing.base import STORED, Bundles, RoutingConfig
 from lifelong_moe.config.routing.modes import is_mode, settings_of
 from lifelong_moe.config.routing.switching import FITTING, valid_routing
 from lifelong_moe.errors import ConfigError
@@ -187,6 +187,20 @@ def refuse_moving_trunk(method: str, routing: RoutingConfig, stages: Sequence[St
                 f"{routing.bundles} keeps them as they are. Set stages[{i}].trunk.train=deltas (or frozen), or "
                 f"routing.bundles=none and replay."
             )
+
+
+def without_written_text(routing: RoutingConfig, *, is_stored: bool) -> RoutingConfig:
+    """Reject a number of tokens that a checkpoint should write where a run begins with none.
+
+    Runs of earlier versions may have it, when it was a key of every mode: it stays without effect, on keys as well.
+    """
+    plain = routing.with_keys({"sample_tokens"}, STORED) if routing.mode == "learned" else routing
+    if plain != routing and not is_stored:
+        raise ConfigError(
+            "routing.sample_tokens counts what a checkpoint writes; it has no effect without model.from, nor on other "
+            "modes than cluster."
+        )
+    return plain
 
 
 def require_text(distill: DistillConfig, replay: ReplayConfig, i: int) -> None:

@@ -59,7 +59,7 @@ _NAME = re.compile(
     r"""(?: blocks\.(?P<layer>\d+)\. )?
         (?: moe\.banks\.experts\.(?P<expert>\d+)\..+
           | (?: .+\.deltas\. | moe\.router\..+[._] | moe\.banks\.generations\. | document_clusters\.centroids_ )
-            (?P<generation>\d+) (?: \.up | \.down | \.gate_up )?
+            (?P<generation>\d+) (?: \.(?: up | down | gate_up ) (?: _[ab] )? )?
           | .+
         )""",
     re.VERBOSE,

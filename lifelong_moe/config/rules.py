@@ -22,8 +22,6 @@ def require_consistent(run: RunConfig) -> None:
     _check_execution(run)
     if run.base.is_given:
         _check_base(run)
-    elif isinstance(run.routing, LearnedConfig) and run.routing.sample_tokens != LearnedConfig().sample_tokens:
-        raise ConfigError("routing.sample_tokens counts what a checkpoint writes; it has no effect without model.from.")
     for i, stage in enumerate(run.stages):
         require_consistent_stage(run, i, stage)
     _check_evaluated(run)

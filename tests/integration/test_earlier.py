@@ -144,7 +144,8 @@ def test_settings_that_are_refused_today_may_stand_in_a_run_of_then() -> None:
     head["config"].setdefault("routing", {})["sample_tokens"] = 100_000
     path.write_text(json.dumps(head))
     text = json.loads(Path("fruit.jsonl").read_text().splitlines()[0])["text"]
+    assert build_config(OmegaConf.create(head["config"]), is_stored=True).routing.to_json()["sample_tokens"] == 32_768
     found = trace.document("old", hashlib.sha256(text.encode()).hexdigest(), SILENT)
     assert found["held_by"][0]["distribution"] == "fruit"
-    with pytest.raises(ConfigError, match=r"routing\.sample_tokens is for routing\.mode=cluster, not for learned"):
+    with pytest.raises(ConfigError, match=r"routing\.sample_tokens .* has no effect without model\.from"):
         build_config(OmegaConf.create(head["config"]))

@@ -329,7 +329,8 @@ def test_a_value_of_the_wrong_kind(load: Load, override: str, expected: str) -> 
         ),
         (
             "model.document_mask=true routing.bundles=cluster routing.sample_tokens=99",
-            "routing.sample_tokens counts what a checkpoint writes; it has no effect without model.from.",
+            "routing.sample_tokens counts what a checkpoint writes; it has no effect without model.from, nor on other "
+            "modes than cluster.",
         ),
         ("stages[1].grow.rank=-1", "stages[1].grow.rank=-1 must not be negative."),
         (

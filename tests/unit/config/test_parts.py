@@ -43,7 +43,7 @@ def check_names(model: LanguageModel) -> None:
         births = [g for g, generation in enumerate(one.banks.born) for _ in generation.indices]
         for expert, birth in enumerate(births):
             assert births[:expert].count(birth) == expert - births.index(birth)
-            for matrix in one.banks.born[birth].matrices:
+            for matrix in one.banks.born[birth].tensors:
                 assert expert_tensor(layer, expert, matrix) in stored
 
 
@@ -66,6 +66,7 @@ def test_names_and_structure_agree_in_every_preset(path: Path) -> None:
 
 def test_names_and_structure_agree_in_every_router(make_architecture: MakeArchitecture, any_router_kind: str) -> None:
     check_names(skeleton(make_architecture(any_router_kind, (4, 4, 4))))
+    check_names(skeleton(make_architecture(any_router_kind, (4, Generation("b", 4, rank=2), 4))))
 
 
 def test_places_by_hand() -> None:
