@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -40,6 +41,12 @@ torch.set_warn_always(True)  # else only the first test to provoke a warning fai
 # One core, shared: what an example costs says nothing about the code.
 settings.register_profile("tests", deadline=None, derandomize=True, max_examples=25)
 settings.load_profile("tests")
+
+
+def pytest_collection_finish() -> None:
+    """Libraries and tests stay to the end: no collection looks through them again, which took a sixth of the time."""
+    gc.freeze()
+
 
 VOCAB = 61
 TIGHT = CapacityConfig(factor=0.6, eval_factor=0.6)

@@ -98,12 +98,11 @@ def attempt(arguments: list[str], directory: Path, outside: Path) -> Outcome:
     """Carry out a command in a directory, watched, in a forked child; its ``HOME`` is ``outside``."""
     log = directory.parent / f"log-{random.SystemRandom().randrange(1 << 40):x}"
     log.mkdir()
-    # Else the child's first collection would write to each of our objects, and so copy the memory they lie in.
-    gc.freeze()
     pid = os.fork()
     if not pid:
+        # Else the child's first collection would write to each of our objects, and so copy the memory they lie in.
+        gc.freeze()
         _become_command(arguments, directory, outside, log)
-    gc.unfreeze()
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     out, err, *lists = (log.joinpath(name).read_text(errors="replace") for name in WRITTEN)
     shutil.rmtree(log)
