@@ -96,6 +96,7 @@ class BaseConfig:
     """The token that its own files begin a document with."""
 
     def __post_init__(self) -> None:
+        require_bounded(self, "base.")
         if (self.path is None) != (self.sha256 is None) or (self.path is None) != (self.vocab_size == 0):
             raise ConfigError("base is filled by model.from: write model.from=FOLDER and leave base out.")
 

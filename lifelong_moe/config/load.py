@@ -89,7 +89,9 @@ def configure(
         path: What messages call the file.
         complete: See :func:`read_config`.
     """
-    raw = complete(overridden(file, overrides))
+    raw = overridden(file, overrides)
+    with errors_under(""):  # it looks into sections, which may be interpolations
+        raw = complete(raw)
     config = build_config(raw)
     with errors_under(""):
         ignored = sorted(set(file.get("routing") or ()) - set(raw.get("routing") or ()))

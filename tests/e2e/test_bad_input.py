@@ -79,7 +79,7 @@ FILES: dict[str, tuple[str, str | bytes, str]] = {
 }  # fmt: skip
 
 CONFIGS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "an unknown key": (lambda c: c["model"].update(widht=3), "Key 'widht'"),
+    "an unknown key": (lambda c: c["model"].update(widht=3), "no key 'widht'"),
     "an unknown section": (lambda c: c.update(modle={}), "Did you mean model?"),
     "a mistyped value": (lambda c: c["model"].update(width="wide"), "model.width"),
     "infinite": (lambda c: c["stage_defaults"]["optim"].update(lr=float("inf")), "must be finite"),

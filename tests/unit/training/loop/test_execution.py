@@ -141,12 +141,11 @@ def test_freed_memory_is_kept() -> None:
 import resource, torch
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(4): torch.ones(8_000_000)  # 32 MB
+    for _ in range(4): torch.ones(16_000_000)  # 64 MB: up to 32 MiB glibc may begin to keep memory by itself
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 before = faults()
 assert keep_freed_memory()
-faults()
-print(faults() * 10 < before)
+print(min(faults() for _ in range(4)) * 10 < before)  # a round may find its place taken by something small
 """
     assert in_child(faults) == "True"
 
