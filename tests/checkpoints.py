@@ -82,12 +82,15 @@ def made(name: str, **more: Any) -> Any:
     return model
 
 
-def write_checkpoint(name: str, folder: str = "ck", dtype: torch.dtype = torch.float32) -> None:
-    """Write one whose tokenizer was trained on ``fruit.jsonl``."""
-    texts = [json.loads(line)["text"] for line in Path("fruit.jsonl").read_text(encoding="utf-8").splitlines()]
+def write_checkpoint(
+    name: str, folder: str = "ck", dtype: torch.dtype = torch.float32, texts: list[str] | None = None, **more: Any
+) -> None:
+    """Write one with a tokenizer, by default trained on ``fruit.jsonl``."""
+    if texts is None:
+        texts = [json.loads(line)["text"] for line in Path("fruit.jsonl").read_text(encoding="utf-8").splitlines()]
     tokenizer = train_tokenizer(texts, 300)
     # More rows than tokens, as Qwen has.
-    theirs = made(name, vocab_size=304, bos_token_id=0, max_position_embeddings=64).to(dtype)
+    theirs = made(name, **{"vocab_size": 304, "bos_token_id": 0, "max_position_embeddings": 64, **more}).to(dtype)
     theirs.save_pretrained(folder)
     tokenizer.save(Path(folder) / "tokenizer.json")
 

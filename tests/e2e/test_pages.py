@@ -27,8 +27,10 @@ from omegaconf import OmegaConf
 
 from lifelong_moe.config.load import read_config
 from lifelong_moe.data.text import builtin
+from lifelong_moe.interop.layout.complete import with_checkpoint
 from pipelines.cli import app
 from pipelines.upkeep import ui
+from tests.checkpoints import write_checkpoint
 from tests.e2e.conftest import Cli
 from tests.tiny import VOCABULARIES, write_corpus
 
@@ -204,8 +206,16 @@ class Reader:
     def yaml(self, found: Found) -> None:
         """Sections of a run's configuration."""
         Path("snippet.yaml").write_text(found.text, encoding="utf-8")
-        OmegaConf.save(OmegaConf.merge(quickstart(), OmegaConf.load("snippet.yaml")), "snippet.yaml")
-        read_config("snippet.yaml")
+        snippet = OmegaConf.load("snippet.yaml")
+        config = OmegaConf.merge(quickstart(), snippet)
+        if "from" in config.model:  # a reader's own checkpoint, and text of two domains
+            write_checkpoint("llama", config.model["from"], texts=["a text"] * 9, max_position_embeddings=256)
+            config.model, names = snippet.model, [stage.data for stage in snippet.stages]
+            config.distributions = {
+                name: {"builtin": one} for name, one in zip(names, ("english_docs", "python_code"), strict=True)
+            }
+        OmegaConf.save(config, "snippet.yaml")
+        read_config("snippet.yaml", complete=with_checkpoint)
 
     def json(self, found: Found) -> None:
         """Anything."""
