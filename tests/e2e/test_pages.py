@@ -209,8 +209,9 @@ class Reader:
         snippet = OmegaConf.load("snippet.yaml")
         config = OmegaConf.merge(quickstart(), snippet)
         if "from" in config.model:  # a reader's own checkpoint, and text of two domains
-            write_checkpoint("llama", config.model["from"], texts=["a text"] * 9, max_position_embeddings=256)
-            config.model, names = snippet.model, [stage.data for stage in snippet.stages]
+            write_checkpoint("llama", config.model["from"], texts=["a text"] * 9)
+            config.model = {**snippet.model, "context": quickstart().model.context}
+            names = [stage.data for stage in snippet.stages]
             config.distributions = {
                 name: {"builtin": one} for name, one in zip(names, ("english_docs", "python_code"), strict=True)
             }
