@@ -1,27 +1,32 @@
-"""A store from somebody else: one with something of everything, and every kind of attack at every place of it.
+"""A store from somebody else: every kind of attack at every place of the one that :mod:`tests.full_store` makes.
 
 :mod:`tests.watched` carries out a command on the result.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import random
+import re
 import shutil
+import sqlite3
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
-from rich.console import Console
 
-from lifelong_moe.tracking.spool import Spool
-from pipelines.versions.drop import drop
-from tests.retrain_lab import arrive, base_config, tick, write_retraining
-from tests.tiny import CONTEXT, SEQUENCES, STEPS, train, write_config, write_corpora
+from lifelong_moe.data.tokens.identity import DataIdentity
+from lifelong_moe.plan.key import stored_key
+from lifelong_moe.storage.keys import content_key
+from lifelong_moe.store.record import StageRecord
+from tests.full_store import GONE, settle
 from tests.watched import Outcome, Scene, attempt, complaint, fingerprint, import_as, surroundings
 
 ESCAPE = "\x1b[31mred\x9b1m"
@@ -45,8 +50,16 @@ COMMANDS: dict[str, list[str]] = {
     "run": ["run", "tiny.yaml"],
     "plan": ["plan", "tiny.yaml"],
     "retrain": ["retrain", "retrain.yaml", "--dry-run"],
+    "lineage of a document": ["lineage", "tiny", "--document", hashlib.sha256(GONE.encode()).hexdigest()],
+    "compare": ["compare", "compare.yaml"],
+    "run that is recorded": ["run", "plain.yaml"],
+    "drop that is recorded": ["drop", "plain", "fruit", "--no-gate"],
+    "consolidate that is recorded": ["consolidate", "plain", "words", "gate.tolerance=9"],
+    "tick": ["retrain", "retrain.yaml"],
 }
-"""Every command that opens a store, on the run of :func:`make_store`."""
+"""Every command that opens a store, on the runs of :func:`tests.full_store.make_store`."""
+READ_WITH = {"retrain.yaml": "tiny.yaml", "compare.yaml": "arms.yaml"}
+"""By file that a command names, another that this one names."""
 
 
 @dataclass(frozen=True)
@@ -65,32 +78,11 @@ class Attack:
 
     def concerns(self, command: list[str]) -> bool:
         """Whether a command may read what was changed: each may read the store, but a configuration only if named."""
-        changed = self.place.partition(":")[0]
-        return not self.is_of_user or changed in command or (changed, command[0]) == ("tiny.yaml", "retrain")
+        read = {*command, *(READ_WITH.get(word) for word in command)}
+        return not self.is_of_user or self.place.partition(":")[0] in read
 
     def __str__(self) -> str:
         return f"{self.kind} at {self.place}"
-
-
-def make_store(root: Path) -> None:
-    """Three stages, a derived one, two versions, a plan, a batch, and a record that waits for MLflow.
-
-    Args:
-        root: The current directory.
-    """
-    write_corpora(root)
-    config = base_config()
-    config["stage_defaults"]["tokens"] = STEPS * SEQUENCES * CONTEXT
-    config["distributions"]["sea"] = {"files": "sea.jsonl", "heldout_fraction": 0.1}
-    config["stages"] = [{"data": "fruit"}, {"data": "code"}, {"data": "sea"}]
-    write_config(config)
-    train()
-    drop("tiny", "code", Console(quiet=True), ungated=True)
-    write_retraining()
-    Path("inbox").mkdir()
-    arrive("noise")
-    tick(dry_run=True)
-    Spool(Path("mlruns"), "http://127.0.0.1:9").append({"do": "log_metrics", "run": "0" * 32, "metrics": []})
 
 
 def carry_out(command: str, intact: Path, into: Path, *attacks: Attack) -> tuple[Outcome, str | None]:
@@ -110,6 +102,7 @@ def carry_out(command: str, intact: Path, into: Path, *attacks: Attack) -> tuple
     surroundings(scene.outside)
     for attack in attacks:
         attack.apply(scene)
+    settle(scene.store)
     before = fingerprint(scene.outside)
     outcome = attempt(COMMANDS[command], scene.work, scene.outside)
     if any(attack.is_of_user for attack in attacks):
@@ -125,10 +118,19 @@ def import_all(intact: Path) -> None:
             import_as(carry_out(command, intact, Path(folder, command))[0])
 
 
-def link_attacks(root: Path) -> Iterator[Attack]:
-    """Replace each file and folder of an intact ``mlruns/`` directory by a link, and each file by a FIFO."""
-    for path in sorted(root.rglob("*")):
-        name = str(path.relative_to(root))
+STORED = ("mlruns", "data/cache")
+"""Folders that may come from somebody else; :mod:`tests.full_store` makes both."""
+
+
+def stored(work: Path) -> list[Path]:
+    """All that is below them in a working directory."""
+    return sorted(path for folder in STORED for path in (work / folder).rglob("*"))
+
+
+def link_attacks(work: Path) -> Iterator[Attack]:
+    """Replace each file and folder of an intact store by a link, and each file by a FIFO."""
+    for path in stored(work):
+        name = str(path.relative_to(work))
         target = "folder" if path.is_dir() else "file"
         yield Attack(name, "a link to the outside", _linked(name, target))
         yield Attack(name, "a link to nothing", _linked(name, "absent"))
@@ -137,14 +139,14 @@ def link_attacks(root: Path) -> Iterator[Attack]:
         yield Attack(name, "a link to a copy", _moved(name))
         if path.is_file():
             yield Attack(name, "a FIFO", _replaced(name, os.mkfifo))
-    for name in ("work", "evaluations", "inspection", "spool", "artifacts", "batches", "heldout"):
-        if not (root / name).exists():
-            yield Attack(name, "a new link", _linked(name, "folder"))
+    for name in ("work", "artifacts", "spool/new", "mlflow.db-journal", "mlflow.db-wal", "runs/new", "stages/new"):
+        if not (work / "mlruns" / name).exists():
+            yield Attack(f"mlruns/{name}", "a new link", _linked(f"mlruns/{name}", "folder"))
 
 
 def _replaced(name: str, make: Callable[[Path], object]) -> Callable[[Scene], None]:
     def apply(scene: Scene) -> None:
-        path = scene.store / name
+        path = scene.work / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         make(path)
 
@@ -159,8 +161,8 @@ def _moved(name: str) -> Callable[[Scene], None]:
     def apply(scene: Scene) -> None:
         kept = scene.outside / "copy"
         kept.mkdir()
-        shutil.move(scene.store / name, kept / "it")
-        (scene.store / name).symlink_to(kept / "it")
+        shutil.move(scene.work / name, kept / "it")
+        (scene.work / name).symlink_to(kept / "it")
 
     return apply
 
@@ -195,26 +197,79 @@ HOSTILE: dict[str, str] = {
     "a long text": json.dumps("x" * 100_000),
 }
 """JSON texts to put at a place, by kind."""
+LARGE: dict[str, str] = {
+    "2^24": str(1 << 24),
+    "a milliard": str(10**9),
+    "a billion": str(10**12),
+    "a tiny number": "1e-300",
+    "an enormous number": "1e300",
+    "a late date": '"9999-12-31T23:59:59+00:00"',
+}
+"""Numbers and dates that may well be legal, and that no computation should have to bear. What a user writes may ask for
+as much, so that only stores are attacked by them."""
 
 
-def json_attacks(root: Path) -> Iterator[Attack]:
-    """Put each hostile value at each place of each JSON file, and mend the hashes that would show it.
+def json_attacks(work: Path) -> Iterator[Attack]:
+    """Put each hostile value at each place of each JSON file, and mend the hashes and keys that would show it.
 
     Also exchange each key of a stage for that of each other stage, itself included: cycles.
     """
-    keys = sorted(json.loads(path.read_text())["key"] for path in root.glob("stages/*/config.json"))
-    for path in sorted([*root.rglob("*.json"), *root.glob("runs/*/*.jsonl"), *root.glob("spool/*/*.jsonl")]):
-        name = str(path.relative_to(root))
+    files = [path for path in stored(work) if path.suffix in (".json", ".jsonl", ".sig")]
+    keys = sorted(json.loads(path.read_text())["key"] for path in work.glob("mlruns/stages/*/config.json"))
+    for path in files:
+        name = str(path.relative_to(work))
         for place, value in places(_load(path)):
-            for kind, text in HOSTILE.items():
-                yield Attack(f"{name}:{'.'.join(map(str, place))}", kind, _put(name, place, text))
-            if value in keys:
-                for key in keys:
-                    if key != value:
-                        at = f"{name}:{'.'.join(map(str, place))}"
-                        yield Attack(at, "a cycle", _put(name, place, json.dumps(key)))
+            at = f"{name}:{'.'.join(map(str, place))}"
+            for kind, text in (HOSTILE | LARGE).items():
+                yield Attack(at, kind, _put(name, place, text))
+            for key in keys if value in keys else []:
+                if key != value:
+                    yield Attack(at, "a cycle", _put(name, place, json.dumps(key)))
         yield Attack(name, "nothing", _replaced(name, lambda place: place.write_text("")))
         yield Attack(name, "no text", _replaced(name, lambda place: place.write_bytes(b"\xff\xfe\0")))
+
+
+def database_attacks(work: Path) -> Iterator[Attack]:
+    """Put each hostile value into each column of MLflow's tables, in all rows at once, and noise in place of it all."""
+    name = "mlruns/mlflow.db"
+    with closing(sqlite3.connect(work / name)) as database:
+        tables = [name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        filled = [one for one in tables if database.execute(f"SELECT 1 FROM {one} LIMIT 1").fetchone()]
+        columns = [(one, row[1]) for one in filled for row in database.execute(f"PRAGMA table_info({one})")]
+    for table, column in columns:
+        for kind, text in (HOSTILE | LARGE).items():
+            if kind not in ("a deep list", "a lone surrogate", "not a number", "infinity", "a long number"):
+                value = json.loads(text)
+                value = text if isinstance(value, list | dict | bool) or kind == "a huge number" else value
+                yield Attack(f"{name}:{table}.{column}", kind, _update(name, table, column, value))
+    yield Attack(name, "nothing", _replaced(name, lambda place: place.write_text("")))
+    yield Attack(name, "noise", _replaced(name, lambda place: place.write_bytes(bytes(range(256)) * 400)))
+
+
+def _update(name: str, table: str, column: str, value: object) -> Callable[[Scene], None]:
+    def apply(scene: Scene) -> None:
+        with closing(sqlite3.connect(scene.work / name)) as database, database, contextlib.suppress(sqlite3.Error):
+            database.execute(f"UPDATE {table} SET {column} = ?", (value,))  # fails where values must differ
+
+    return apply
+
+
+class Tree:
+    """Attacks by their place, to draw such that no file with many places takes most of the draws."""
+
+    def __init__(self, attacks: Iterable[Attack] = ()) -> None:
+        self.own: list[Attack] = []
+        self.below: dict[str, Tree] = {}
+        for attack in attacks:
+            node = self
+            for step in re.split(r"[/:.]", attack.place):
+                node = node.below.setdefault(step, Tree())
+            node.own.append(attack)
+
+    def draw(self, by: random.Random) -> Attack:
+        """Each step of a path is as likely as those beside it."""
+        step = by.choice([*self.below, *([None] if self.own else [])])
+        return by.choice(self.own) if step is None else self.below[step].draw(by)
 
 
 def configuration_attacks(work: Path) -> Iterator[Attack]:
@@ -225,7 +280,7 @@ def configuration_attacks(work: Path) -> Iterator[Attack]:
             for kind, text in HOSTILE.items():
                 # A name is no secret, wherever it came from: a run may well be called after `${oc.env:USER}`.
                 if kind != "a secret's name" or not at.endswith((":run", ".data")):
-                    yield Attack(at, kind, _put(f"../{path.name}", place, text))
+                    yield Attack(at, kind, _put(path.name, place, text))
 
 
 def places(value: Any, at: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], Any]]:
@@ -248,7 +303,7 @@ def _load(path: Path) -> Any:
 
 def _put(name: str, place: tuple[str | int, ...], text: str) -> Callable[[Scene], None]:
     def apply(scene: Scene) -> None:
-        path = scene.store / name
+        path = scene.work / name
         value = _load(path)
         changed = _with(value, place)
         # Put in as text, since some values are not what Python's writer writes.
@@ -256,6 +311,8 @@ def _put(name: str, place: tuple[str | int, ...], text: str) -> Callable[[Scene]
         written = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
         path.write_text(written.replace(json.dumps(MARK, ensure_ascii=False), text) + "\n", encoding="utf-8")
         _mend(path)
+        if path.parent.parent == scene.store / "stages" and path.name == "config.json":
+            _mend_keys(scene.store)
 
     return apply
 
@@ -269,12 +326,48 @@ def _with(value: Any, place: tuple[str | int, ...]) -> Any:
 
 
 def _mend(path: Path) -> None:
-    """Let the manifest beside a changed file say its new hash, as whoever changed it would."""
+    """Let what keeps the hash of a changed file say its new one, as whoever changed it would."""
+    if path.parent.name == "builtin":
+        _, _, body = path.read_bytes().partition(b"\n")
+        path.write_bytes(json.dumps({"sha256": hashlib.sha256(body).hexdigest()}).encode() + b"\n" + body)
     manifest = path.parent / "manifest.json"
     if path == manifest or not manifest.exists():
         return
     content = json.loads(manifest.read_text())
-    if isinstance(entry := content.get("files", {}).get(path.name), dict):
+    files = content.get("files") if isinstance(content, dict) else None
+    if isinstance(entry := files.get(path.name) if isinstance(files, dict) else None, dict):
         data = path.read_bytes()
         entry |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         manifest.write_text(json.dumps(content))
+
+
+def _mend_keys(store: Path) -> None:
+    """Give stages the keys of what their records say now, children after parents, and let all others name these."""
+    for _ in range(len(list(store.glob("stages/*")))):
+        changed = dict(filter(None, map(_changed_key, store.glob("stages/*/config.json"))))
+        if not changed:
+            return
+        for path in sorted(store.rglob("*"), reverse=True):
+            if path.suffix in (".json", ".jsonl") and path.is_file():
+                text = path.read_text(encoding="utf-8")
+                for old, new in changed.items():
+                    text = text.replace(old, new)
+                path.write_text(text, encoding="utf-8")
+                _mend(path)
+            for old, new in changed.items():
+                if old[:16] in path.name:
+                    path = path.rename(path.with_name(path.name.replace(old, new).replace(old[:16], new[:16])))
+
+
+def _changed_key(path: Path) -> tuple[str, str] | None:
+    """A record's key and the one that it should have; None if they are equal, or it is no record any more."""
+    with contextlib.suppress(Exception):
+        data = json.loads(path.read_text(encoding="utf-8"))
+        record = StageRecord.from_json(data)
+        identity = DataIdentity(
+            record.data, record.tokenizer, record.architecture.vocab_size, record.architecture.bos_id
+        )
+        derived = None if record.derived is None else content_key(record.derived)
+        found = derived or stored_key(data["spec"], record.spec, record.parent, identity)
+        return None if found == record.key else (record.key, found)
+    return None

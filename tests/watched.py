@@ -13,6 +13,7 @@ import resource
 import shutil
 import signal
 import sys
+import tempfile
 import traceback
 import warnings
 from dataclasses import dataclass
@@ -149,6 +150,7 @@ def _become_command(arguments: list[str], directory: Path, outside: Path, log: P
         os.dup2(err, 2)
         sys.stdout, sys.stderr = (os.fdopen(number, "w", encoding="utf-8", errors="replace") for number in (1, 2))
         os.environ |= {"HOME": str(outside), "TMPDIR": str(directory), "CANARY": CANARY}
+        tempfile.tempdir = None  # which knows the parent's
         sys.path.append(str(outside))
         sys.dont_write_bytecode = True
         sys.argv = ["lifelong-moe", *arguments]
