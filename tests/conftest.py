@@ -26,6 +26,7 @@ from lifelong_moe.config.run import RunConfig
 from lifelong_moe.model.transformer import LanguageModel, initialize
 from lifelong_moe.plan.architecture import Architecture, Generation
 from lifelong_moe.routing.routers.cluster import TokenClusterRouter
+from lifelong_moe.storage.locks import locked_when_free
 from lifelong_moe.tracking.connection import prepare_environment
 
 MEMORY = Path("/dev/shm")
@@ -277,12 +278,36 @@ def fitted() -> Callable[[LanguageModel, int], None]:
     return fill_clusters
 
 
-@pytest.fixture(scope="session")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty MLflow database; creating one takes seconds."""
-    prepare_environment()  # before the import: no telemetry from tests either
-    from mlflow import MlflowClient
+MadeOnce = Callable[[str, Callable[[Path], None]], Path]
+"""Name of a directory, and what fills it."""
 
-    database = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    MlflowClient(f"sqlite:///{database}").search_experiments()
-    return database
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
+    """Fill a directory once for all processes of the suite, which only read it from then on."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def call(name: str, make: Callable[[Path], None]) -> Path:
+        root, done = shared / name, shared / f"{name}.done"
+        with locked_when_free(shared / f"{name}.lock"):
+            if not done.exists():
+                root.mkdir()
+                make(root)
+                done.touch()
+        return root
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def template(made_once: MadeOnce) -> Path:
+    """An empty MLflow database; creating one takes seconds."""
+
+    def make(root: Path) -> None:
+        prepare_environment()  # before the import: no telemetry from tests either
+        from mlflow import MlflowClient
+
+        MlflowClient(f"sqlite:///{root / 'mlflow.db'}").search_experiments()
+
+    return made_once("mlflow", make) / "mlflow.db"

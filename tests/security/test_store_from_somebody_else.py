@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import MadeOnce
 from tests.full_store import make_store
 from tests.hostile import (
     COMMANDS,
@@ -35,12 +36,15 @@ LINKS = ("a link to the outside", "a link to nothing", "a link to itself", "a li
 
 
 @pytest.fixture(scope="session")
-def intact(tmp_path_factory: pytest.TempPathFactory, template: Path) -> Path:
+def intact(made_once: MadeOnce, template: Path) -> Path:
     """The directory in which :func:`make_store` worked."""
-    root = tmp_path_factory.mktemp("intact")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-        make_store(root, template)
+
+    def make(root: Path) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(root)
+            make_store(root, template)
+
+    root = made_once("full-store", make)
     import_all(root)
     return root
 
