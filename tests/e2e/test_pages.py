@@ -211,7 +211,7 @@ class Reader:
         if "from" in config.model:  # a reader's own checkpoint, and text of two domains
             write_checkpoint("llama", config.model["from"], texts=["a text"] * 9)
             config.model = {**snippet.model, "context": quickstart().model.context}
-            names = [stage.data for stage in snippet.stages]
+            config.tokenizer, names = {}, [stage.data for stage in snippet.stages]
             config.distributions = {
                 name: {"builtin": one} for name, one in zip(names, ("english_docs", "python_code"), strict=True)
             }
