@@ -13,6 +13,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from lifelong_moe.config.methods import without_written_text
 from lifelong_moe.config.routing.base import RoutingConfig
 from lifelong_moe.config.routing.modes import FOR_ENCODERS, ROUTERS, keys_of, settings_of
 from lifelong_moe.config.routing.switching import drop_foreign_keys
@@ -89,6 +90,7 @@ def build(make_run: Make) -> Callable[..., RunConfig | str]:
                 apply_override(node, one)
             try:
                 routing = section(settings_of(mode), drop_foreign_keys(node), "routing")
+                without_written_text(routing, is_stored=False)
                 routing.require_gate_gradient()
                 made = dataclasses.replace(whole, routing=routing)
                 require_consistent(made)
