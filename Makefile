@@ -34,11 +34,12 @@ quickstart: $(INSTALLED)
 	@echo "To compare both runs in a browser:    $(BIN)/lifelong-moe ui"
 
 # Bytecode is written even where the environment forbids it: many tests start Python anew.
+test: export PYTHONDONTWRITEBYTECODE :=
 test: $(INSTALLED_DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -n auto --dist loadgroup
+	$(BIN)/pytest -n auto --dist loadgroup
 
 bench: $(INSTALLED_DEV)
 	$(BIN)/python -m tests.benchmarks.performance
