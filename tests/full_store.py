@@ -78,7 +78,9 @@ def _sign() -> None:
 
 
 def _compare() -> None:
-    write_config(tiny_config(("fruit",), stage_defaults=SHORT_STAGES), "arms.yaml")
+    # Of two experts others have a form, so that an arm can be exported.
+    routing = {"top_k": 2, "renormalize": True}
+    write_config(tiny_config(("fruit",), stage_defaults=SHORT_STAGES, routing=routing), "arms.yaml")
     arms = {"a": [], "b": ["stage_defaults.optim.lr=0.002"]}
     Path("compare.yaml").write_text(yaml.safe_dump({"compare": "c", "base": "arms.yaml", "arms": arms}))
     compare(load_comparison("compare.yaml", []), [], False, SILENT)

@@ -56,6 +56,7 @@ COMMANDS: dict[str, list[str]] = {
     "drop that is recorded": ["drop", "plain", "fruit", "--no-gate"],
     "consolidate that is recorded": ["consolidate", "plain", "words", "gate.tolerance=9"],
     "tick": ["retrain", "retrain.yaml"],
+    "export": ["export", "c.a.s0", "--to", "out"],
 }
 """Every command that opens a store, on the runs of :func:`tests.full_store.make_store`."""
 READ_WITH = {"retrain.yaml": "tiny.yaml", "compare.yaml": "arms.yaml"}

@@ -237,6 +237,11 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         {"routing": {"renormalize": False}},
         r"Mixtral.* lacks routing\.renormalize=False; Olmoe.* lacks model\.qk_norm=none; Qwen3Moe",
     ),
+    "one": (
+        "learned",
+        {"routing": {"renormalize": False, "top_k": 1}},
+        r"Mixtral.* lacks routing\.renormalize=False with top_k=1; Olmoe",
+    ),
     "activation": (
         "learned",
         {"model": {"activation": Activation.gelu}},

@@ -27,6 +27,7 @@ ARGUMENTS: dict[str, list[str]] = {
     "generate": ["old", "def"],
     "inspect": ["old", "--text", "def"],
     "sync": [],
+    "export": ["old", "--to", "out"],
     "ui": ["--no-browser"],
 }
 """Arguments of every command, for a store with a run `old`."""

@@ -241,6 +241,7 @@ ARGUMENTS = {
         ["old", "--text", "a", "--save", f"{ALL}/x.parquet"],
     ),
     "sync": ([], [ALL]),
+    "export": ([ALL, "--to", "out"], ["old", "--to", f"{ALL}/x"], ["old", "--to", "out", "--generation", ALL]),
     "ui": (["--host", ALL, "--no-browser"], ["--port", ALL]),
 }
 """Arguments of every command in which names, paths and texts of others may stand."""
@@ -334,6 +335,7 @@ def bypasses(text: str) -> Iterator[str]:
 
 def test_nothing_prints_past_the_wall() -> None:
     allowed = {"pipelines/shared/output.py", "pipelines/shared/quiet.py"}
+    allowed.add("lifelong_moe/data/tokens/pick.py")  # goes out with a model, and works without us
     files = [path for package in ("lifelong_moe", "pipelines") for path in sorted((ROOT / package).rglob("*.py"))]
     found = {str(path.relative_to(ROOT)): list(bypasses(path.read_text(encoding="utf-8"))) for path in files}
     assert {name: ways for name, ways in found.items() if ways and name not in allowed} == {}

@@ -52,7 +52,13 @@ def _candidates(model: ModelConfig, preferred: object) -> list[type[Family]]:
 
 def _lacks(config: Mapping[str, Any], model: ModelConfig, routing: LearnedConfig) -> list[str]:
     """Keys of ours that a ``config.json`` does not express, with their values."""
-    family = read_family(config, "its config.json")
+    try:
+        family = read_family(config, "its config.json")
+    except ConfigError:
+        # Mixtral's gates sum to 1, which is refused for a single expert.
+        if routing.top_k > 1 or routing.renormalize:
+            raise
+        return [f"routing.renormalize={routing.renormalize} with top_k={routing.top_k}"]
     # A run's own context may be shorter than that of its checkpoint, which goes out again.
     model = dataclasses.replace(model, context=family.max_position_embeddings)
     pairs: list[tuple[str, Any, Any]] = [("model", family.model().effective(), model.effective())]
