@@ -185,6 +185,8 @@ def _built(raw: DictConfig, *, is_stored: bool) -> RunConfig:
         refuse_moving_trunk(config.method, config.routing, config.stages, 0 if config.base.is_given else 1)
     # YAML can write .nan and .inf, and NaN passes checks such as `lr <= 0`.
     require_finite(config, "")
+    # Also where a text belongs, such as a name: what is stored is JSON, which has no such number.
+    require_finite(OmegaConf.to_container(raw, resolve=False), "")
     return config
 
 

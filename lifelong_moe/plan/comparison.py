@@ -23,7 +23,7 @@ from lifelong_moe.config.load import LoadedConfig, configure
 from lifelong_moe.config.names import NAME, require_known
 from lifelong_moe.config.references import note_secrets
 from lifelong_moe.config.run import RunConfig
-from lifelong_moe.config.sections import section
+from lifelong_moe.config.sections import require_finite, section
 from lifelong_moe.config.yaml_file import apply_override, first_key, read_yaml, require_short
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.interop.layout.complete import with_checkpoint
@@ -157,6 +157,7 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
     for override in common:
         require_known(first_key(override), known | of_runs, "key")
     note_secrets(raw)
+    require_finite(OmegaConf.to_container(raw, resolve=False), "")
     settings = section(ComparisonConfig, raw, "")
     # Unresolved: overrides are recorded, and an interpolation may refer to a secret. Each run resolves its own.
     written: Any = OmegaConf.to_container(raw.arms, resolve=False)

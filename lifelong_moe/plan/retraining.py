@@ -214,6 +214,7 @@ def _settings(raw: DictConfig) -> RetrainConfig:
             raise ConfigError(f"{name} must be a mapping, such as {name}: {{tokens: 200_000}}; got {node!r}.")
     settings = RetrainConfig(base=raw.base, **values)
     require_finite(settings, "")
+    require_finite(OmegaConf.to_container(raw, resolve=False), "")
     if settings.trigger.max_days is not None and settings.trigger.max_days > MAX_DAYS:
         raise ConfigError(f"trigger.max_days={settings.trigger.max_days} must be at most {MAX_DAYS}.")
     return settings

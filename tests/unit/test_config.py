@@ -236,6 +236,8 @@ def test_a_value_of_the_wrong_kind(load: Load, override: str, expected: str) -> 
     [
         ("stage_defaults.optim.lr=.nan", "stages[0].optim.lr=nan must be finite."),
         ("stages[1].optim.lr=.inf", "stages[1].optim.lr=inf must be finite."),
+        ("run=.inf", "run=inf must be finite."),
+        ("tracking.experiment=.nan", "tracking.experiment=nan must be finite."),
         ("routing.z_loss=.nan", "routing.z_loss=nan must be finite."),
         ("routing.mode=a.b routing.options={x: [1, .inf]}", "routing.options.x[1]=inf must be finite."),
         ("seed=-1", "seed=-1 must lie between 0 and 2**32 - 1."),

@@ -133,6 +133,7 @@ MISTAKES: list[tuple[dict[str, Any], tuple[str, ...], str]] = [
     ({"seeds": [1, 1]}, (), r"^seeds=\[1, 1\] must hold"),
     ({"seeds": [-1]}, (), r"^seeds=\[-1\] must lie between"),
     ({"seeds": 3}, (), r"^seeds: "),
+    ({"compare": float("inf")}, (), r"^compare=inf must be finite"),
     ({"budget": "flop"}, (), r"^budget: "),
     # What a token is, and which are counted, is the same for all arms.
     ({"arms": {"a": [], "b": ["tokenizer.vocab_size=512"]}}, (),
