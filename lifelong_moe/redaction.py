@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any
-from urllib.parse import quote, quote_plus, unquote, unquote_plus
+from urllib.parse import unquote, unquote_plus
 
 MASK = "***"
 # A shorter text stands in too many others by chance; a password of an address is removed with its address anyway.
@@ -40,7 +40,6 @@ _URL = re.compile(r"://([^\s\"'<>?]*)(?:\?(\S*))?")
 # Of a connection string such as ODBC's, ``PWD={a;b};UID=me``, or of headers.
 _WITHIN = re.compile(r"(?:^|[;,])[^=;,]*=\s*(?:\{([^}]*)\}|([^;,]*))")
 _QUOTES = re.compile("[\"'<>]")
-_ESCAPED = re.compile("%[0-9A-F]{2}")
 _OF_A_LOGIN = ("HOME", "PATH", "PWD", "SHELL", "USER", "LOGNAME", "LANG", "TMPDIR")
 """Variables that every process has: their values are no secret to a program on this machine."""
 
@@ -118,8 +117,15 @@ def _without(secrets: Mapping[str, str], text: str) -> str:
         return text
     # Longest first: a password may be a part of the address that is noted too.
     found = {spelled: shown for one, shown in secrets.items() for spelled in _spellings(one)}
-    pattern = _pattern(tuple(sorted(found, key=lambda one: (-len(one), one))))
-    return pattern.sub(lambda match: found[match[0]], text)
+    text = _pattern(_longest_first(found)).sub(lambda match: found[match[0]], text)
+    if "%" not in text:
+        return text
+    ordered = _longest_first(secrets)
+    return _percent_pattern(ordered).sub(lambda match: secrets[ordered[(match.lastindex or 1) - 1]], text)
+
+
+def _longest_first(secrets: Iterable[str]) -> tuple[str, ...]:
+    return tuple(sorted(secrets, key=lambda one: (-len(one), one)))
 
 
 def redacted(data: Any) -> Any:
@@ -249,10 +255,6 @@ def _of_environment() -> Iterator[tuple[str, str]]:
             yield from ((part, f"${name}") for part in _told_apart(value.rpartition("@")[0] + "@"))
 
 
-def _small(found: re.Match[str]) -> str:
-    return found[0].lower()
-
-
 def _is_secret(text: str) -> bool:
     return len(text) >= _LEAST and not is_setting(text)
 
@@ -266,21 +268,37 @@ def _working_directory() -> str:
 
 @lru_cache(maxsize=1024)
 def _spellings(secret: str) -> tuple[str, ...]:
-    """A secret as it stands in plain text, in JSON, in a URL, in HTML and in Python."""
+    """A secret as it stands in plain text, in JSON, in a form's data, in HTML and in Python."""
     as_json = json.dumps(secret)[1:-1], json.dumps(secret, ensure_ascii=False)[1:-1]
-    in_url = quote(secret), quote(secret, safe=""), quote_plus(secret)
-    # Other writers of JSON escape "/", of URLs write small digits, and Python an apostrophe if quotes are in the text.
-    others = *(one.replace("/", "\\/") for one in as_json), *(_ESCAPED.sub(_small, one) for one in in_url)
+    # Other writers of JSON escape "/", and Python an apostrophe if quotes are in the text.
+    others = *(one.replace("/", "\\/") for one in as_json), secret.replace(" ", "+")
     as_bytes = repr(secret.encode(errors="replace"))[2:-1]
     in_python = repr(secret)[1:-1], repr(f'{secret}"')[1:-2], ascii(secret)[1:-1], as_bytes
-    return tuple({secret, *as_json, *in_url, *others, *in_python, unquote(secret), html.escape(secret)} - {""})
+    return tuple({secret, *as_json, *others, *in_python, unquote(secret), html.escape(secret)} - {""})
 
 
 @lru_cache(maxsize=64)
 def _pattern(spellings: tuple[str, ...]) -> re.Pattern[str]:
-    whole = r"(?<![A-Za-z0-9]){}(?![A-Za-z0-9])"
-    parts = (re.escape(one) if len(one) >= _ANYWHERE else whole.format(re.escape(one)) for one in spellings)
-    return re.compile("|".join(parts))
+    return re.compile("|".join(_within_words(one, re.escape(one)) for one in spellings))
+
+
+@lru_cache(maxsize=64)
+def _percent_pattern(secrets: tuple[str, ...]) -> re.Pattern[str]:
+    """Secrets, a group each, in URLs: any of their bytes as percent-escapes, which may be escaped again."""
+    return re.compile("|".join(f"({_within_words(one, _in_url(one))})" for one in secrets))
+
+
+def _within_words(secret: str, pattern: str) -> str:
+    """A pattern of a secret; a short one is found only where no word goes on."""
+    return pattern if len(secret) >= _ANYWHERE else rf"(?<![A-Za-z0-9]){pattern}(?![A-Za-z0-9])"
+
+
+def _in_url(secret: str) -> str:
+    found = ""
+    for char in secret:
+        escaped = "".join(f"%(?:25)*(?i:{byte:02x})" for byte in char.encode(errors="replace"))
+        found += rf"(?:{re.escape(char)}|{escaped}{'|[+]' if char == ' ' else ''})"
+    return found
 
 
 def keep_out_of_logs() -> None:

@@ -27,8 +27,8 @@ from pipelines.compare.compare import compare
 from pipelines.inspect.inspect import inspect_stage
 from pipelines.shared.options import InspectionRequest
 from pipelines.versions.drop import drop
-from tests.retrain_lab import arrive, base_config, tick, write_retraining
-from tests.tiny import CONTEXT, SEQUENCES, STEPS, tiny_config, train, write_config, write_corpora
+from tests.retrain_lab import arrive, three_stages, tick, write_retraining
+from tests.tiny import CONTEXT, SEQUENCES, tiny_config, train, write_config, write_corpora
 
 SILENT = Console(quiet=True)
 ROOT = Path("mlruns")
@@ -49,11 +49,7 @@ def make_store(root: Path, template: Path | None = None) -> None:
         template: An empty database of MLflow; None to make one, which takes seconds.
     """
     write_corpora(root)
-    config = base_config()
-    config["stage_defaults"]["tokens"] = STEPS * SEQUENCES * CONTEXT
-    config["distributions"]["sea"] = {"files": "sea.jsonl", "heldout_fraction": 0.1}
-    config["stages"] = [{"data": "fruit"}, {"data": "code"}, {"data": "sea"}]
-    write_config(config)
+    write_config(three_stages())
     train()
     inspect_stage("tiny", None, InspectionRequest(), SILENT)
     drop("tiny", "code", SILENT, ungated=True)

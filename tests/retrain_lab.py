@@ -57,6 +57,14 @@ def base_config(**sections: Any) -> dict[str, Any]:
     return config
 
 
+def three_stages() -> dict[str, Any]:
+    """The same with fewer tokens, and a third stage."""
+    config = base_config()
+    config["stage_defaults"]["tokens"] = STEPS * SEQUENCES * CONTEXT
+    config["distributions"]["sea"] = {"files": "sea.jsonl", "heldout_fraction": 0.1}
+    return config | {"stages": [{"data": "fruit"}, {"data": "code"}, {"data": "sea"}]}
+
+
 def make_base(root: Path, **sections: Any) -> None:
     """Train the base in the current directory, and write ``retrain.yaml``."""
     write_corpora(root)

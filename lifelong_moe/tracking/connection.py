@@ -54,18 +54,6 @@ def local_uri(root: Path) -> str:
     return f"sqlite:///{root.absolute() / 'mlflow.db'}"
 
 
-def is_server(uri: str) -> bool:
-    """Tell a tracking server from a database.
-
-    Args:
-        uri: Tracking URI.
-
-    Returns:
-        True for ``http`` and ``https``.
-    """
-    return is_web(uri)
-
-
 def sqlite_path(uri: str) -> Path | None:
     """Find the file of a SQLite database.
 
@@ -112,7 +100,7 @@ def probe(uri: str, seconds: float = PROBE_SECONDS) -> str | None:
         None if it answers, else one line why not.
     """
     scheme = _scheme(uri)
-    if is_server(uri):
+    if is_web(uri):
         check: Callable[[str, float], str | None] = _probe_server
     elif scheme == "sqlite":
         check = _probe_sqlite

@@ -33,7 +33,7 @@ def unusable(uri: str, reason: str) -> str:
     return f"{reason.rstrip('.')}. If this persists, move {path} away: a new database gets the kept records."
 
 
-def one_line(error: Exception, uri: str = "") -> str:
+def reason_of(error: Exception, uri: str = "") -> str:
     """The first line of an error, without credentials.
 
     Args:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from urllib.parse import quote
 
-from lifelong_moe.redaction import shown_address, without_credentials
-from lifelong_moe.tracking.connection import is_server
+from lifelong_moe.redaction import is_web, shown_address, without_credentials
 
 LOCAL_UI = "http://127.0.0.1:5000"
 """Where ``lifelong-moe ui`` serves a local database by default."""
@@ -23,7 +22,7 @@ def ui_url(uri: str, experiment_id: str, run_ids: Sequence[str] | None = None) -
     Returns:
         A link that opens the charts.
     """
-    base = without_credentials(shown_address(uri)).rstrip("/") if is_server(uri) else LOCAL_UI
+    base = without_credentials(shown_address(uri)).rstrip("/") if is_web(uri) else LOCAL_UI
     # Without the query MLflow opens a page for language-model traces.
     link = f"{base}/#/experiments/{experiment_id}/runs?workflowType=machine_learning&compareRunsMode=CHART"
     if run_ids:

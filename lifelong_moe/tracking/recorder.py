@@ -11,16 +11,15 @@ from pathlib import Path
 from typing import Self
 
 from lifelong_moe.config.tracking import TrackingConfig
-from lifelong_moe.redaction import note_address, redacted, shown_address
+from lifelong_moe.redaction import is_web, note_address, redacted, shown_address
 from lifelong_moe.tracking import links
 from lifelong_moe.tracking.connection import (
-    is_server,
     is_utf8,
     prepare_environment,
     probe,
     resolve_uri,
 )
-from lifelong_moe.tracking.failures import failures, one_line, unusable
+from lifelong_moe.tracking.failures import failures, reason_of, unusable
 from lifelong_moe.tracking.spool import SPOOL, Operation, RefusedError, Spool
 from lifelong_moe.tracking.store import Store
 
@@ -65,7 +64,7 @@ class Recorder:
         if not config.enabled:
             return cls(config.experiment, "", None, "tracking.enabled=false: nothing is recorded in MLflow.")
         uri = resolve_uri(config.uri, root)
-        if not is_utf8(uri if is_server(uri) else f"{uri} {root.absolute()}"):
+        if not is_utf8(uri if is_web(uri) else f"{uri} {root.absolute()}"):
             problem = "the working directory's name is not UTF-8, which MLflow cannot store: nothing is recorded."
             return cls(config.experiment, "", None, problem)
         prepare_environment()
@@ -85,7 +84,7 @@ class Recorder:
             self._spool.deliver(store.deliver, DELIVERY_SECONDS)
         except failures() as error:
             self.is_refused = isinstance(error, RefusedError)
-            return one_line(error, self._uri)
+            return reason_of(error, self._uri)
         except ImportError as error:  # the database's driver is not installed
             return str(error)
         self._store = store
@@ -165,7 +164,7 @@ class Recorder:
         return None
 
     def _fail(self, error: Exception) -> None:
-        self._use_spool("failed", one_line(error, self._uri))
+        self._use_spool("failed", reason_of(error, self._uri))
         log.warning(self.problem)
 
     def _use_spool(self, how: str, reason: str) -> None:

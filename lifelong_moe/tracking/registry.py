@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lifelong_moe.tracking.connection import is_server
+from lifelong_moe.redaction import is_web
 from lifelong_moe.tracking.values import clean_key
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def _create(client: MlflowClient, uri: str, name: str, version: Version) -> str:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
     source = str(version.directory)
-    if is_server(uri):
+    if is_web(uri):
         # A server refuses local paths outside of the run's artifacts: leave a pointer there.
         pointer = f"stages/{version.tags[STAGE_KEY_TAG]}"
         client.log_text(version.run_id, f"{version.directory}\n", f"{pointer}/directory.txt")

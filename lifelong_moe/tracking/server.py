@@ -13,9 +13,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lifelong_moe.errors import ConfigError
-from lifelong_moe.redaction import shown_address
+from lifelong_moe.redaction import is_web, shown_address
 from lifelong_moe.tracking import guard
-from lifelong_moe.tracking.connection import is_server, probe, resolve_uri, sqlite_path
+from lifelong_moe.tracking.connection import probe, resolve_uri, sqlite_path
 from lifelong_moe.tracking.locations import own_database
 
 SILENT = {
@@ -42,7 +42,7 @@ def serve_command(uri: str | None, root: Path, port: int, host: str = "127.0.0.1
         ConfigError: If the URI is a server already.
     """
     uri = resolve_uri(uri, root)
-    if is_server(uri):
+    if is_web(uri):
         raise ConfigError(
             f"tracking.uri={shown_address(uri)} is a server already; open it in a browser, "
             "or unset tracking.uri and MLFLOW_TRACKING_URI to serve the local database."

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, TypeVar
 
-from lifelong_moe.tracking.connection import is_server
+from lifelong_moe.redaction import is_web
 from lifelong_moe.tracking.database import ensure_database
-from lifelong_moe.tracking.failures import one_line
+from lifelong_moe.tracking.failures import reason_of
 from lifelong_moe.tracking.locations import keep_artifacts_within, model_within, require_within
 from lifelong_moe.tracking.operations import LOCAL_PREFIX, MODEL_PREFIX, require_ours
 from lifelong_moe.tracking.registry import Version, register_version
@@ -74,7 +74,7 @@ class Store:
         from mlflow.exceptions import MlflowException
 
         # A server knows its own artifact store; a database needs one, or artifacts go under the working directory.
-        remote = is_server(self._uri) or self._uri.startswith("databricks")
+        remote = is_web(self._uri) or self._uri.startswith("databricks")
         location = None if remote else str(self._root.absolute() / "artifacts")
         found = self.client.get_experiment_by_name(name)
         if found is None:
@@ -170,7 +170,7 @@ class Store:
             return self.find(run_id)
         except MlflowException as error:
             if error.error_code in _REFUSALS:
-                raise RefusedError(one_line(error, self._uri)) from error
+                raise RefusedError(reason_of(error, self._uri)) from error
             raise
 
     def perform(self, asked: Operation, content: bytes | None = None) -> str | None:
@@ -207,7 +207,7 @@ class Store:
             return actions[asked["do"]](asked)
         except MlflowException as error:
             if error.error_code in _REFUSALS:
-                raise RefusedError(one_line(error, self._uri)) from error
+                raise RefusedError(reason_of(error, self._uri)) from error
             raise
 
     def _start(self, asked: Operation) -> str:

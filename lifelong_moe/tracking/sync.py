@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lifelong_moe.redaction import note_address
 from lifelong_moe.tracking.connection import local_uri, prepare_environment, probe, resolve_uri
-from lifelong_moe.tracking.failures import failures, one_line, unusable
+from lifelong_moe.tracking.failures import failures, reason_of, unusable
 from lifelong_moe.tracking.spool import Delivered, Spool, left_for_others
 from lifelong_moe.tracking.store import Store
 
@@ -53,6 +53,6 @@ def _deliver(uri: str, spool: Spool, root: Path) -> Synced:
     try:
         return Synced(spool.address, spool.deliver(Store(uri, root).deliver, math.inf), None)
     except failures() as error:
-        return Synced(spool.address, Delivered(), unusable(uri, one_line(error, uri)))
+        return Synced(spool.address, Delivered(), unusable(uri, reason_of(error, uri)))
     except ImportError as error:  # the database's driver is not installed
         return Synced(spool.address, Delivered(), str(error))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -13,13 +12,9 @@ from pathlib import Path
 from lifelong_moe.errors import LockedError
 from lifelong_moe.storage.files import write_atomic
 from lifelong_moe.storage.grammars import Key, Name, RunId
-from lifelong_moe.storage.locks import WAIT_SECONDS, locked
+from lifelong_moe.storage.locks import locked_when_free
 from lifelong_moe.storage.plain import from_plain
 from lifelong_moe.storage.stored import read_stored
-
-# Another process holds the lock for as long as it takes to draw some figures: about a second.
-LOCK_SECONDS = 0.2
-"""Seconds between two attempts to take the lock."""
 
 
 @dataclass
@@ -58,16 +53,11 @@ def head_to_change(folder: Path) -> Iterator[ComparisonHead]:
     """
     path = folder / "head.json"
     with ExitStack() as stack:
-        deadline = time.monotonic() + WAIT_SECONDS
-        while True:
-            try:
-                stack.enter_context(locked(folder / ".lock", "the comparison"))
-                break
-            # A run's lock is refused at once; this one is held only while recording, so wait for it.
-            except LockedError:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(LOCK_SECONDS)
+        # A run's lock is refused at once; this one is held only while figures are drawn, so wait for it.
+        try:
+            stack.enter_context(locked_when_free(folder / ".lock"))
+        except TimeoutError as error:
+            raise LockedError(f"the comparison is being recorded: {error}; try again later.") from None
         head = _read(path)
         yield head
         write_atomic(path, json.dumps(asdict(head), indent=1, ensure_ascii=False))

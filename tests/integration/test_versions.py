@@ -28,8 +28,8 @@ from pipelines.inspect.status import show_status
 from pipelines.upkeep.gc import gc
 from pipelines.versions.drop import drop
 from pipelines.versions.rollback import rollback
-from tests.retrain_lab import base_config, change_head, head
-from tests.tiny import CONTEXT, SEQUENCES, STEPS, tiny_config, train, write_config, write_corpora
+from tests.retrain_lab import change_head, head, three_stages
+from tests.tiny import tiny_config, train, write_config, write_corpora
 
 SILENT = Console(quiet=True)
 MLRUNS, CACHE = Path("mlruns"), Path("data/cache")
@@ -43,11 +43,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         write_corpora(root)
-        config = base_config()
-        config["stage_defaults"]["tokens"] = STEPS * SEQUENCES * CONTEXT
-        config["distributions"]["sea"] = {"files": "sea.jsonl", "heldout_fraction": 0.1}
-        config["stages"] = [{"data": "fruit"}, {"data": "code"}, {"data": "sea"}]
-        write_config(config)
+        write_config(three_stages())
         train()
         train("tiny.yaml", "run=short", "stages=[{data: fruit}, {data: code}]")
     return root

@@ -310,6 +310,9 @@ def test_a_secret_is_known_however_it_is_written(monkeypatch: pytest.MonkeyPatch
     redaction.note_variable("GIVEN")
     forms = [secret, repr(secret), json.dumps(secret), json.dumps(secret, ensure_ascii=False), quote(secret)]
     forms += [quote(secret, safe=""), quote_plus(secret), html.escape(secret), secret.splitlines()[0]]
+    # Escaped twice; only in part; with small digits.
+    forms += [quote(quote(secret, safe=""), safe=""), secret.replace("@", "%40")]
+    forms += [secret.replace("/", "%2f").replace("\n", "%0a"), quote(secret).replace("%2", "%2525252")]
     for form in forms:
         for text in (form, f"x{form}y", f"{form}{form}"):
             assert "b'c" not in redaction.redact(text) and quote("é&<g>") not in redaction.redact(text), form
