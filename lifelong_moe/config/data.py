@@ -11,6 +11,10 @@ from lifelong_moe.errors import ConfigError
 
 # A given tokenizer.json is held to it, too: its highest token id decides the size of the embedding.
 MAX_VOCAB_SIZE = 1_000_000
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+"""``OWNER/NAME`` on the Hugging Face hub."""
+COMMIT = re.compile(r"[0-9a-f]{40}")
+"""A commit there; a branch or a tag may move."""
 BUILTIN_SOURCES = ("english_docs", "python_code", "cpp_headers")
 
 
@@ -66,7 +70,7 @@ class SourceConfig:
         if self.builtin is not None and self.builtin not in BUILTIN_SOURCES:
             raise ConfigError(f"builtin={self.builtin} is unknown; there are {', '.join(BUILTIN_SOURCES)}.")
         # A commit and not a branch or tag, which may move: the text of a stage that is to be resumed must not change.
-        if self.hf is not None and not re.fullmatch(r"[0-9a-f]{40}", self.revision or ""):
+        if self.hf is not None and not COMMIT.fullmatch(self.revision or ""):
             raise ConfigError(
                 f"hf={self.hf} needs revision=<commit, 40 hexadecimal digits>, so that the text cannot change; "
                 f"got {self.revision}."
@@ -87,7 +91,10 @@ class BaseConfig:
     it yourself."""
 
     path: str | None = None
-    """Folder of the checkpoint; read until its model is in the store. Null: the run begins with random weights."""
+    """Folder of the checkpoint, or its id on the hub; read until its model is in the store. Null: the run begins with
+    random weights."""
+    revision: str | None = None
+    """Commit of the checkpoint on the hub, 40 hexadecimal digits. Null: ``path`` is a folder."""
     sha256: str | None = None
     """Of its configuration and its weights."""
     vocab_size: int = 0
@@ -99,6 +106,9 @@ class BaseConfig:
         require_bounded(self, "base.")
         if (self.path is None) != (self.sha256 is None) or (self.path is None) != (self.vocab_size == 0):
             raise ConfigError("base is filled by model.from: write model.from=FOLDER and leave base out.")
+        is_id = HUB_ID.fullmatch(self.path or "") and COMMIT.fullmatch(self.revision or "")
+        if self.revision is not None and not is_id:
+            raise ConfigError(f"base.path={self.path} and base.revision={self.revision} are no commit on the hub.")
 
     @property
     def is_given(self) -> bool:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from lifelong_moe.config.data import BaseConfig
 from lifelong_moe.config.run import RunConfig
 from lifelong_moe.data.tokens.prepare import PreparedData
@@ -11,6 +9,7 @@ from lifelong_moe.errors import CheckpointError
 from lifelong_moe.interop.layout.complete import checkpoint_hash
 from lifelong_moe.interop.layout.folder import Checkpoint, read_checkpoint
 from lifelong_moe.interop.layout.kept import kept_texts
+from lifelong_moe.interop.layout.place import folder_of
 from lifelong_moe.interop.pretrained import load_pretrained
 from lifelong_moe.plan.methods import base_spec
 from lifelong_moe.plan.planned import PlannedBase
@@ -50,8 +49,7 @@ def imported_stage(store: StageStore, planned: PlannedBase, config: RunConfig, d
 
 
 def _unchanged(base: BaseConfig) -> Checkpoint:
-    assert base.path is not None
-    found = read_checkpoint(Path(base.path))
+    found = read_checkpoint(folder_of(base))
     if checkpoint_hash(found) != base.sha256:
         raise CheckpointError(f"model.from={base.path} holds another checkpoint than when this run was configured.")
     return found

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TypedDict
 
 from lifelong_moe.interop.layout.folder import read_checkpoint
+from lifelong_moe.interop.layout.place import folder_of
 from lifelong_moe.plan.cost import count_parameters
 from lifelong_moe.plan.memory import MemoryNeed, memory_need
 from lifelong_moe.plan.spec import BASE
@@ -51,7 +51,7 @@ def incoming(prepared: Prepared) -> Incoming | None:
     base, path = prepared.base, prepared.config.base.path
     if base is None or path is None:
         return None
-    found = read_checkpoint(Path(path))
+    found = read_checkpoint(folder_of(prepared.config.base))
     return {
         "path": path,
         "architecture": found.family.class_name,

@@ -19,6 +19,7 @@ ONLY_IN = {
     "faiss": "clustering",
     "datasets": "data",
     "tokenizers": "data",
+    "huggingface_hub": "data",
     "mlflow": "tracking",
     "lightning": "training",
     "model_signing": "storage",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,28 +40,9 @@ def hub_documents(config: SourceConfig, quota: Quota | None = None, *, asks: boo
     import datasets
 
     place = f"hf={config.hf}" + (f"/{config.name}" if config.name else "") + f"@{(config.revision or '')[:8]}"
-    try:
-        with nullcontext() if asks else _offline():
-            rows = datasets.load_dataset(config.hf, config.name, split=config.split, revision=config.revision)
-    except Exception as error:  # the hub's errors share no base class; each is the user's to read
-        reason = shortened(" ".join(f"{type(error).__name__}: {error}".split()), _MAX_REASON_CHARS)
-        if any(disk_is_full(cause) for cause in _causes(error)):
-            raise ResourceError(f"{place}: no space left in the cache of datasets: {reason}") from error
-        passes = any(_passes(cause) for cause in _causes(error))
-        if passes and not asks:
-            raise DataError(
-                f"{place}: split {config.split} is not in the cache of datasets; a store's datasets are not fetched.",
-                is_missing=True,
-            ) from error
-        if passes and datasets.config.HF_HUB_OFFLINE:  # which no time changes
-            raise DataError(
-                f"{place}: split {config.split} is not in the cache, and HF_HUB_OFFLINE or HF_DATASETS_OFFLINE forbids "
-                f"to fetch it. Unset that for lifelong-moe prepare.",
-                is_missing=True,
-            ) from error
-        if passes:
-            raise TryAgainError(f"{place}: the hub cannot serve it now: {reason}") from error
-        raise DataError(f"{place}: cannot be loaded, split {config.split}: {reason}", is_missing=True) from error
+    asked = Asked(place, f"split {config.split}", "datasets", asks, "HF_HUB_OFFLINE or HF_DATASETS_OFFLINE")
+    with failures_told(asked, lambda: datasets.config.HF_HUB_OFFLINE), nullcontext() if asks else _offline():
+        rows = datasets.load_dataset(config.hf, config.name, split=config.split, revision=config.revision)
     names = rows.column_names
     if config.text_field not in names:
         raise DataError(f'{place}: there is no field "{config.text_field}"; fields: {", ".join(names[:8])}.')
@@ -76,6 +58,56 @@ def hub_documents(config: SourceConfig, quota: Quota | None = None, *, asks: boo
         portion.hold(sum(lengths) + DOCUMENT_BYTES)
         documents.append(document_from(row, where, config.text_field, config.source_field, config.answer_field))
     return documents
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What was asked of the hub, in words of messages."""
+
+    place: str
+    """What the configuration says."""
+    what: str
+    """The part of it that was wanted."""
+    kind: str
+    """Of things of its kind in a cache."""
+    asks: bool
+    """Whether the hub may be asked."""
+    switch: str
+    """The variable that forbids to."""
+
+
+@contextmanager
+def failures_told(asked: Asked, is_offline: Callable[[], bool]) -> Iterator[None]:
+    """Turn what the hub's libraries raise into one line.
+
+    Raises:
+        DataError: It cannot be had: unknown, gated, or not in the cache where the hub is not asked.
+        ResourceError: The disk is full.
+        TryAgainError: The hub cannot be reached, or asks to come back later.
+    """
+    place, what = asked.place, asked.what
+    try:
+        yield
+    except Exception as error:  # the hub's errors share no base class; each is the user's to read
+        reason = shortened(" ".join(f"{type(error).__name__}: {error}".split()), _MAX_REASON_CHARS)
+        if any(disk_is_full(cause) for cause in _causes(error)):
+            raise ResourceError(f"{place}: no space left in the cache of {asked.kind}: {reason}") from error
+        passes = any(_passes(cause) for cause in _causes(error))
+        # Of a model and not of a dataset, the library says what is not in its cache in a class of its own.
+        if not asked.asks and (passes or type(error).__name__ == "LocalEntryNotFoundError"):
+            raise DataError(
+                f"{place}: {what} is not in the cache of {asked.kind}; a store's {asked.kind} are not fetched.",
+                is_missing=True,
+            ) from error
+        if passes and is_offline():  # which no time changes
+            raise DataError(
+                f"{place}: {what} is not in the cache, and {asked.switch} forbids to fetch it. Unset that for "
+                f"lifelong-moe prepare.",
+                is_missing=True,
+            ) from error
+        if passes:
+            raise TryAgainError(f"{place}: the hub cannot serve it now: {reason}") from error
+        raise DataError(f"{place}: cannot be loaded, {what}: {reason}", is_missing=True) from error
 
 
 @contextmanager
@@ -108,4 +140,7 @@ def _passes(error: BaseException) -> bool:
     """Whether an error is temporary: caused by the network or the hub's load, not by the request."""
     # By attribute: requests, httpx and the hub each have an exception class of their own with a response.
     status = getattr(getattr(error, "response", None), "status_code", 0)
-    return isinstance(error, ConnectionError | TimeoutError) or status in (408, 429) or status >= 500
+    # By name: each of the hub's clients has a class for what the network does.
+    names = {kind.__name__ for kind in type(error).__mro__}
+    is_network = isinstance(error, ConnectionError | TimeoutError) or bool(names & {"TransportError"})
+    return is_network or status in (408, 429) or status >= 500

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from lifelong_moe.config.data import SourceConfig
+from lifelong_moe.config.data import HUB_ID, SourceConfig
 from lifelong_moe.data.text.documents import Corpus, Document, build_corpus, heldout_part
 from lifelong_moe.errors import DataError
 from lifelong_moe.storage.modes import SHARED
@@ -83,5 +82,5 @@ def _require_within(config: SourceConfig, folders: Sequence[Path]) -> None:
                 f"files={pattern}: not below {Path.cwd()}; what a store names elsewhere is not opened.", is_missing=True
             )
     # The library also takes folders and names of its own readers, some of which load pickles.
-    if config.hf is not None and (not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", config.hf) or Path(config.hf).exists()):
+    if config.hf is not None and (not HUB_ID.fullmatch(config.hf) or Path(config.hf).exists()):
         raise DataError(f"hf={config.hf}: not OWNER/NAME of a dataset; a store may name no other.", is_missing=True)

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.interop.layout.folder import CONFIG, TOKENIZER, Checkpoint, opened, read_checkpoint
+from lifelong_moe.interop.layout.place import named_folder
 from lifelong_moe.storage.keys import content_key
 
 OWN = ("context", "document_mask")
@@ -31,10 +32,10 @@ def with_checkpoint(raw: DictConfig) -> DictConfig:
     if not isinstance(model, DictConfig) or "from" not in model:
         return raw
     raw = raw.copy()
-    path = raw.model.pop("from")
+    path, revision = raw.model.pop("from"), raw.model.pop("revision", None)
     if not isinstance(path, str):
-        raise ConfigError(f"model.from={path} must be the folder of a checkpoint.")
-    found = read_checkpoint(Path(path))
+        raise ConfigError(f"model.from={path} must be the folder of a checkpoint, or its OWNER/NAME on the hub.")
+    found = read_checkpoint(named_folder(path, None if revision is None else str(revision)))
     _merge(raw, "model", found.model.to_json(), OWN)
     if raw.model.context > found.model.context:
         raise ConfigError(f"model.context={raw.model.context} is above the {found.model.context} of {path}.")
@@ -43,7 +44,8 @@ def with_checkpoint(raw: DictConfig) -> DictConfig:
         _merge(raw, "routing", {"mode": "learned", "top_k": routing.top_k, "renormalize": routing.renormalize}, ())
     raw.tokenizer = _tokenizer(raw.get("tokenizer") or {}, found)
     family = found.family
-    raw.base = {"path": path, "sha256": checkpoint_hash(found)}
+    raw.base = {"path": path} | ({} if revision is None else {"revision": str(revision)})
+    raw.base |= {"sha256": checkpoint_hash(found)}
     raw.base |= {"vocab_size": family.vocab_size, "bos_id": family.separator}
     return raw
 

@@ -120,18 +120,9 @@ def _extents(path: Path) -> dict[str, Extent]:
     if not (path / INDEX).exists():
         hint = " Pickles such as pytorch_model.bin are never loaded." if any(path.glob("*.bin")) else ""
         raise CheckpointError(f"{path}: has neither {WEIGHTS} nor {INDEX}.{hint}")
-    try:
-        places = from_plain(_Index, _read_json(path / INDEX)).weight_map
-    except PlainError as error:
-        raise CheckpointError(f"{path / INDEX}: {error}.") from None
-    files = sorted(set(places.values()))
-    if len(files) > MOST_SHARDS:
-        raise CheckpointError(f"{path / INDEX}: names {len(files):,} files; there may be at most {MOST_SHARDS:,}.")
+    places = files_of_index(path)
     found: dict[str, Extent] = {}
-    for name in files:
-        # A name with a folder in it could lead anywhere.
-        if Path(name).name != name:
-            raise CheckpointError(f"{path / INDEX}: {name!a} is no name of a file beside it.")
+    for name in sorted(set(places.values())):
         for tensor, extent in _header(path / name).items():
             if places.get(tensor) != name:
                 raise CheckpointError(f"{path / name}: holds {tensor}, which {INDEX} does not place there.")
@@ -139,6 +130,26 @@ def _extents(path: Path) -> dict[str, Extent]:
     if missing := sorted(places.keys() - found.keys()):
         raise CheckpointError(f"{path / places[missing[0]]}: lacks {missing[0]}, which {INDEX} places there.")
     return found
+
+
+def files_of_index(path: Path) -> Mapping[str, str]:
+    """The file of each tensor of a folder with an index, which names files beside it.
+
+    Raises:
+        CheckpointError: It does not, or names too many.
+        DataError: It is not JSON.
+    """
+    try:
+        places = from_plain(_Index, _read_json(path / INDEX)).weight_map
+    except PlainError as error:
+        raise CheckpointError(f"{path / INDEX}: {error}.") from None
+    files = sorted(set(places.values()))
+    if len(files) > MOST_SHARDS:
+        raise CheckpointError(f"{path / INDEX}: names {len(files):,} files; there may be at most {MOST_SHARDS:,}.")
+    # A name with a folder in it could lead anywhere.
+    if odd := [name for name in files if Path(name).name != name]:
+        raise CheckpointError(f"{path / INDEX}: {odd[0]!a} is no name of a file beside it.")
+    return places
 
 
 def _header(path: Path) -> dict[str, Extent]:
