@@ -26,6 +26,13 @@ class KeepText(StrEnum):
     never = "never"
 
 
+class BaseStore(StrEnum):
+    """What a store holds of a checkpoint."""
+
+    copy = "copy"
+    reference = "reference"
+
+
 @dataclass(kw_only=True)
 class SourceConfig:
     """Where a distribution's documents come from: exactly one of ``builtin``, ``files`` and ``hf``."""
@@ -95,6 +102,9 @@ class BaseConfig:
     random weights."""
     revision: str | None = None
     """Commit of the checkpoint on the hub, 40 hexadecimal digits. Null: ``path`` is a folder."""
+    store: BaseStore = BaseStore.copy
+    """What the store holds of its weights: a ``copy``, or a ``reference`` to its files and their hashes, which then
+    must stay. ``model.store`` sets it."""
     sha256: str | None = None
     """Of its configuration and its weights."""
     vocab_size: int = 0

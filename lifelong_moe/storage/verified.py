@@ -13,9 +13,9 @@ from typing import BinaryIO
 
 from lifelong_moe.errors import CorruptError
 from lifelong_moe.storage.grammars import FileName, Sha256
-from lifelong_moe.storage.opening import read_bounded
+from lifelong_moe.storage.opening import open_regular, read_bounded
 from lifelong_moe.storage.plain import PlainError, from_plain
-from lifelong_moe.storage.plain_files import corrupt_if_irregular, open_stored
+from lifelong_moe.storage.plain_files import corrupt_if_irregular
 from lifelong_moe.storage.stored import MOST_BYTES, read_stored
 
 MANIFEST = "manifest.json"
@@ -53,6 +53,10 @@ class VerifiedDirectory:
     manifest: Manifest
     states: Mapping[str, State]
     """Of each file when it was hashed."""
+    follow: bool = False
+    """Whether a file may be a symbolic link, as in a folder that the user names."""
+    lister: str = "the manifest"
+    """What lists the files, for messages."""
 
     def require(self, *names: str) -> None:
         """Require files of these names.
@@ -73,16 +77,16 @@ class VerifiedDirectory:
         """
         self.require(name)
         path = self.path / name
-        with _open(path) as file:
+        with _open(path, self.lister, follow=self.follow) as file:
             state = _state(file)
             if state != self.states.get(name):
-                _compare(path, file, self.manifest.files[name])
+                _compare(path, file, self.manifest.files[name], self.lister)
             # Opened by its descriptor: a name may lead elsewhere a moment later.
             yield _DESCRIPTORS / str(file.fileno()) if _DESCRIPTORS.is_dir() else path
             # Written to meanwhile; or only renamed or linked, which changes a time as well.
             if _state(file) != state:
                 file.seek(0)
-                _compare(path, file, self.manifest.files[name])
+                _compare(path, file, self.manifest.files[name], self.lister)
 
     def read(self, name: str) -> bytes:
         """The bytes of a small file; errors as for :meth:`opened`, and if it is no small one."""
@@ -120,11 +124,31 @@ def verify_directory(directory: Path) -> VerifiedDirectory:
     return VerifiedDirectory(directory, manifest, states)
 
 
-def _open(path: Path) -> BinaryIO:
+def verify_files(directory: Path, files: Mapping[str, Entry], lister: str) -> VerifiedDirectory:
+    """Check files of a folder of the user's, which may hold others besides and whose files may be links.
+
+    Args:
+        directory: The folder.
+        files: What each has to be.
+        lister: What says so, for messages.
+
+    Raises:
+        CorruptError: If a file is missing or differs; names it and both hashes.
+    """
+    states = {}
+    for name, entry in files.items():
+        with _open(directory / name, lister, follow=True) as file:
+            states[name] = _state(file)
+            _compare(directory / name, file, entry, lister)
+    return VerifiedDirectory(directory, Manifest(files), states, follow=True, lister=lister)
+
+
+def _open(path: Path, lister: str = "the manifest", *, follow: bool = False) -> BinaryIO:
     try:
-        return open_stored(path)
+        with corrupt_if_irregular(path):
+            return open_regular(path, follow=follow)
     except FileNotFoundError:
-        raise CorruptError(f"{path}: missing, but the manifest lists it.") from None
+        raise CorruptError(f"{path}: missing, but {lister} lists it.") from None
 
 
 def _state(file: BinaryIO) -> State:
@@ -132,10 +156,10 @@ def _state(file: BinaryIO) -> State:
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
-def _compare(path: Path, file: BinaryIO, entry: Entry) -> None:
+def _compare(path: Path, file: BinaryIO, entry: Entry, lister: str = "the manifest") -> None:
     # Size before hash: what is too long or too short is refused without reading gigabytes.
     if (size := os.fstat(file.fileno()).st_size) != entry.bytes:
-        raise CorruptError(f"{path}: {size} bytes, but the manifest says {entry.bytes}.")
+        raise CorruptError(f"{path}: {size} bytes, but {lister} says {entry.bytes}.")
     found = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
     if found != entry.sha256:
-        raise CorruptError(f"{path}: SHA-256 is {found}, but the manifest says {entry.sha256}.")
+        raise CorruptError(f"{path}: SHA-256 is {found}, but {lister} says {entry.sha256}.")

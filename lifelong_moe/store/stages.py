@@ -16,14 +16,17 @@ from safetensors import SafetensorError
 
 from lifelong_moe.data.tokens.tokenizer import Tokenizer
 from lifelong_moe.errors import CorruptError
+from lifelong_moe.interop.layout.folder import CONFIG as CHECKPOINT_CONFIG
+from lifelong_moe.interop.layout.kept import Kept
 from lifelong_moe.storage.directories import write_directory
 from lifelong_moe.storage.keys import SHORT, canonical_json
-from lifelong_moe.storage.plain import require_same
+from lifelong_moe.storage.plain import from_plain, require_same
 from lifelong_moe.storage.signing import SigningKeys, signed_by
 from lifelong_moe.storage.stored import naming, parse_json
 from lifelong_moe.storage.verified import VerifiedDirectory, verify_directory
 from lifelong_moe.store.checks import measured, require_own_key
 from lifelong_moe.store.record import StageRecord
+from lifelong_moe.store.reference import REFERENCE, Reference, read_referred
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -158,9 +161,16 @@ class StageStore:
         return tensors
 
     def _weights(self, key: str) -> dict[str, Tensor]:
-        """The tensors that a stage holds itself."""
-        self.get(key)
-        return load_weights(self._files[key], WEIGHTS)
+        """The tensors that a stage holds itself, or that a checkpoint's files hold for it."""
+        stage = self.get(key)
+        own = load_weights(self._files[key], WEIGHTS)
+        if REFERENCE not in self._files[key].manifest.files:
+            return own
+        path, kept = stage.path / REFERENCE, Kept(partial(self.kept_text, stage))
+        with naming(path):
+            reference = from_plain(Reference, parse_json(self._files[key].read(REFERENCE), path))
+        sha256 = (stage.derived or {}).get("sha256")
+        return read_referred(reference, kept.text(CHECKPOINT_CONFIG), sha256, str(path)) | own
 
     def chain(self, key: str) -> list[CommittedStage]:
         """The stage's ancestors and the stage itself, oldest first.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from lifelong_moe.config.data import BaseConfig
+from dataclasses import asdict
+
+from lifelong_moe.config.data import BaseConfig, BaseStore
 from lifelong_moe.config.run import RunConfig
 from lifelong_moe.data.tokens.prepare import PreparedData
 from lifelong_moe.errors import CheckpointError
@@ -14,7 +16,9 @@ from lifelong_moe.interop.pretrained import load_pretrained
 from lifelong_moe.plan.methods import base_spec
 from lifelong_moe.plan.planned import PlannedBase
 from lifelong_moe.plan.spec import BASE_NAME
+from lifelong_moe.storage.keys import canonical_json
 from lifelong_moe.store.record import StageRecord
+from lifelong_moe.store.reference import REFERENCE, refer
 from lifelong_moe.store.stages import CommittedStage, StageStore
 
 
@@ -45,7 +49,12 @@ def imported_stage(store: StageStore, planned: PlannedBase, config: RunConfig, d
         tokenizer=data.identity.tokenizer,
         derived=dict(planned.identity),
     )
-    return store.commit(record, {}, model.state_dict(), data.tokenizer.text, kept_texts(checkpoint.path))
+    kept, tensors = kept_texts(checkpoint.path), model.state_dict()
+    if config.base.store == BaseStore.reference:
+        reference = refer(checkpoint, config.base, {name: tuple(one.shape) for name, one in tensors.items()})
+        kept |= {REFERENCE: canonical_json(asdict(reference))}
+        tensors = {name: one for name, one in tensors.items() if name not in reference.tensors}
+    return store.commit(record, {}, tensors, data.tokenizer.text, kept)
 
 
 def _unchanged(base: BaseConfig) -> Checkpoint:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from lifelong_moe.errors import ConfigError
-from lifelong_moe.interop.layout.folder import CONFIG, TOKENIZER, Checkpoint, opened, read_checkpoint
-from lifelong_moe.interop.layout.place import named_folder
+from lifelong_moe.interop.layout.folder import CONFIG, TOKENIZER, Checkpoint, file_entry, read_checkpoint
+from lifelong_moe.interop.layout.place import named_folder, note_folder
 from lifelong_moe.storage.keys import content_key
 
 OWN = ("context", "document_mask")
@@ -32,21 +31,26 @@ def with_checkpoint(raw: DictConfig) -> DictConfig:
     if not isinstance(model, DictConfig) or "from" not in model:
         return raw
     raw = raw.copy()
-    path, revision = raw.model.pop("from"), raw.model.pop("revision", None)
+    written = raw.model._get_node("from")
+    path, revision, kept = (raw.model.pop(key, None) for key in ("from", "revision", "store"))
     if not isinstance(path, str):
         raise ConfigError(f"model.from={path} must be the folder of a checkpoint, or its OWNER/NAME on the hub.")
     found = read_checkpoint(named_folder(path, None if revision is None else str(revision)))
+    # A reference to the environment stays one: what is stored may hold no secret.
+    name = written._value() if written._is_interpolation() else path
     _merge(raw, "model", found.model.to_json(), OWN)
     if raw.model.context > found.model.context:
         raise ConfigError(f"model.context={raw.model.context} is above the {found.model.context} of {path}.")
     if found.family.is_mixture:
         routing = found.family.routing()
         _merge(raw, "routing", {"mode": "learned", "top_k": routing.top_k, "renormalize": routing.renormalize}, ())
-    raw.tokenizer = _tokenizer(raw.get("tokenizer") or {}, found)
+    raw.tokenizer = _tokenizer(raw.get("tokenizer") or {}, found, name if revision is None else None)
     family = found.family
-    raw.base = {"path": path} | ({} if revision is None else {"revision": str(revision)})
-    raw.base |= {"sha256": checkpoint_hash(found)}
-    raw.base |= {"vocab_size": family.vocab_size, "bos_id": family.separator}
+    sha256 = checkpoint_hash(found)
+    note_folder(sha256, found.path)
+    base: dict[str, Any] = {"path": name} | ({} if revision is None else {"revision": str(revision)})
+    base |= {"sha256": sha256} | ({} if kept is None else {"store": kept})
+    raw.base = base | {"vocab_size": family.vocab_size, "bos_id": family.separator}
     return raw
 
 
@@ -62,8 +66,14 @@ def _merge(raw: DictConfig, section: str, found: Mapping[str, Any], own: tuple[s
     raw[section] = {**found, **given}
 
 
-def _tokenizer(given: Any, found: Checkpoint) -> dict[str, Any]:
-    """The tokenizer's section: the checkpoint's own file, unless another one is named."""
+def _tokenizer(given: Any, found: Checkpoint, name: str | None) -> dict[str, Any]:
+    """The tokenizer's section: the checkpoint's own file, unless another one is named.
+
+    Args:
+        given: The section as it is written.
+        found: The checkpoint.
+        name: Its folder as it is written; None if it is in the hub's cache.
+    """
     rest = {str(key): value for key, value in given.items() if key != "from"}
     if given.get("from", "model") != "model":
         raise ConfigError(f"tokenizer.from={given['from']} must be model.")
@@ -71,15 +81,10 @@ def _tokenizer(given: Any, found: Checkpoint) -> dict[str, Any]:
         return rest
     if found.vocabulary is None:
         raise ConfigError(f"model.from={found.path} has no {TOKENIZER}; name one by tokenizer.file.")
-    return rest | {"file": str(found.path / TOKENIZER)}
+    return rest | {"file": str(found.path / TOKENIZER if name is None else Path(name) / TOKENIZER)}
 
 
 def checkpoint_hash(found: Checkpoint) -> str:
     """SHA-256 of a checkpoint: of its configuration and its files of weights, by name; not of where they lie."""
-    weights = sorted({extent.path for _, extent in found.tensors})
-    return content_key({path.name: _sha256(path) for path in (found.path / CONFIG, *weights)})
-
-
-def _sha256(path: Path) -> str:
-    with opened(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    weights = {name: entry.sha256 for name, entry in found.files().items()}
+    return content_key({CONFIG: file_entry(found.path / CONFIG).sha256, **weights})

@@ -5,6 +5,8 @@ Files may be symbolic links, as in the hub's cache: the user names the folder, w
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ from lifelong_moe.interop.layout.safetensors import Extent, read_header
 from lifelong_moe.interop.layout.tensors import Stored, has_fused_experts, matched, stored_tensors
 from lifelong_moe.storage.opening import open_regular, read_bounded
 from lifelong_moe.storage.plain import PlainError, from_plain
+from lifelong_moe.storage.verified import Entry
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
@@ -58,6 +61,10 @@ class Checkpoint:
     def num_bytes(self) -> int:
         """Of all its numbers."""
         return sum(extent.num_bytes for _, extent in self.tensors)
+
+    def files(self) -> dict[str, Entry]:
+        """Each file of weights, hashed."""
+        return {path.name: file_entry(path) for path in sorted({extent.path for _, extent in self.tensors})}
 
     @property
     def dtypes(self) -> set[str]:
@@ -155,6 +162,12 @@ def files_of_index(path: Path) -> Mapping[str, str]:
 def _header(path: Path) -> dict[str, Extent]:
     with opened(path) as file:
         return read_header(file, path)
+
+
+def file_entry(path: Path) -> Entry:
+    """Length and SHA-256 of a file of a checkpoint."""
+    with opened(path) as file:
+        return Entry(os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest())
 
 
 @contextmanager
