@@ -280,7 +280,7 @@ def configuration_attacks(work: Path) -> Iterator[Attack]:
             at = f"{path.name}:{'.'.join(map(str, place))}"
             for kind, text in HOSTILE.items():
                 # A name is no secret, wherever it came from: a run may well be called after `${oc.env:USER}`.
-                if kind != "a secret's name" or not at.endswith((":run", ".data")):
+                if kind != "a secret's name" or not at.endswith((":run", ":compare", ".data")):
                     yield Attack(at, kind, _put(path.name, place, text))
 
 
