@@ -23,6 +23,7 @@ from lifelong_moe.data.tokens.windows import evaluation_windows
 from lifelong_moe.evaluation.documents import measure_documents
 from lifelong_moe.evaluation.loss import EVALUATION_SCHEMA, Evaluation, evaluate
 from lifelong_moe.model.transformer import LanguageModel
+from lifelong_moe.plan.architecture import Architecture
 from lifelong_moe.retraining.bounds import DocumentLosses
 from lifelong_moe.retraining.structure import shuffled_text
 from lifelong_moe.storage.keys import content_key
@@ -47,11 +48,12 @@ class StoredLosses:
     """Assignments of scored tokens per layer and expert."""
 
     @classmethod
-    def read(cls, data: Any, documents: float) -> StoredLosses:
+    def read(cls, data: Any, architecture: Architecture, documents: float) -> StoredLosses:
         """From plain JSON data.
 
         Args:
             data: What was stored.
+            architecture: Of the model that was measured.
             documents: Number of held-out documents; infinite if it is not known.
 
         Raises:
@@ -62,7 +64,29 @@ class StoredLosses:
             raise PlainError("a loss, a number of tokens and a place belong to each document")
         if not all(0 <= place < documents for place in found.document):
             raise PlainError(f"must be below {documents}", ".document")
+        if not found.tokens or min(found.tokens) < 0 or not any(found.tokens):
+            raise PlainError("must count tokens, and some", ".tokens")
+        _require_counts(found.expert_counts, architecture)
         return found
+
+
+def read_evaluation(data: Any, architecture: Architecture) -> Evaluation:
+    """An evaluation from plain JSON data; arguments and errors as for :meth:`StoredLosses.read`."""
+    found = from_plain(Evaluation, data)
+    for name in ("tokens", "bytes", "documents"):
+        if getattr(found, name) < 1:
+            raise PlainError("must be positive", f".{name}")
+    _require_counts(found.expert_counts, architecture)
+    return found
+
+
+def _require_counts(counts: Sequence[Sequence[int]], architecture: Architecture) -> None:
+    """Require assignments in every layer that has experts, a number for each of them."""
+    wanted = [architecture.experts_in(layer) for layer in range(architecture.model.layers)]
+    if [len(layer) for layer in counts] != wanted or any(layer and min(layer) < 0 for layer in counts):
+        raise PlainError(f"must have a count for each of {wanted} experts of the layers", ".expert_counts")
+    if not all(sum(layer) for layer in counts if layer):
+        raise PlainError("must count assignments in each layer with experts", ".expert_counts")
 
 
 @dataclass(frozen=True)
@@ -73,6 +97,8 @@ class Measurements:
     data: PreparedData
     store: EvaluationStore
     load: Load
+    architecture: Callable[[str], Architecture]
+    """Of the model of a key; what is stored of a model with other experts is not believed."""
 
     def measurable(self, without: str | None = None) -> list[str]:
         """Distributions with held-out text, in the run's order, except ``without``."""
@@ -125,7 +151,8 @@ class Measurements:
         return found
 
     def _stored(self, model: str, name: str) -> Evaluation | None:
-        return self.store.find(model, self.key(name), partial(from_plain, Evaluation))
+        read = partial(read_evaluation, architecture=self.architecture(model))
+        return self.store.find(model, self.key(name), read)
 
     def _evaluate(self, model: LanguageModel, name: str) -> Evaluation:
         settings = self.config.evaluate
@@ -160,7 +187,8 @@ class Measurements:
         # Where the documents are gone, only the counts are read.
         there = self.data.heldout_documents.get(distribution)
         known = math.inf if there is None else len(there)
-        if (found := self.store.find(model, key, partial(StoredLosses.read, documents=known))) is not None:
+        read = partial(StoredLosses.read, architecture=self.architecture(model), documents=known)
+        if (found := self.store.find(model, key, read)) is not None:
             return found
         sources = [document.source for document in self.data.heldout_documents[distribution]]
         shard, chosen = spread_shard(self.data.heldout[distribution], sources, self.config.evaluate.tokens)

@@ -18,6 +18,7 @@ from lifelong_moe.data.tokens.tokenizer import Tokenizer
 from lifelong_moe.errors import CorruptError
 from lifelong_moe.interop.layout.folder import CONFIG as CHECKPOINT_CONFIG
 from lifelong_moe.interop.layout.kept import Kept
+from lifelong_moe.plan.architecture import Architecture
 from lifelong_moe.storage.directories import write_directory
 from lifelong_moe.storage.keys import SHORT, canonical_json
 from lifelong_moe.storage.plain import from_plain, require_same
@@ -92,6 +93,10 @@ class StageStore:
         if stage is None:
             raise CorruptError(f"stage {key[:SHORT]} is referred to, but is not in {self.root}.")
         return stage
+
+    def architecture(self, key: str) -> Architecture:
+        """The architecture of a stage's model; errors as for :meth:`get`."""
+        return self.get(key).architecture
 
     def commit(
         self,

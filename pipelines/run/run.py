@@ -121,7 +121,7 @@ def _run_stages(
     config = prepared.config
     tracker = _connect(prepared, console)
     keys = [planned.key for planned in prepared.plan]
-    measurements = Measurements(config, prepared.data, EvaluationStore(ROOT), partial(_model, prepared, store))
+    measurements = _measurements(prepared, store)
     distributions = measurements.known([_init_key(prepared), *keys])
     content = content_key([keys, [measurements.key(name) for name in distributions]])
     mlflow = MlflowRecord(tracker, prepared, opened, content, parent_run)
@@ -254,6 +254,14 @@ def _fit_first(stage: CommittedStage, prepared: Prepared, store: StageStore, ope
     if routing is not None:
         fitted = first_centroids(store, stage, routing, prepared.data.corpora)
         opened.save(dataclasses.replace(opened.head, centroids=fitted.key))
+
+
+def _measurements(prepared: Prepared, store: StageStore) -> Measurements:
+    """What measures the run's stages and its model before training."""
+    architectures = {planned.key: planned.architecture for planned in prepared.plan}
+    architectures[_init_key(prepared)] = (prepared.base or prepared.plan[0]).architecture
+    load = partial(_model, prepared, store)
+    return Measurements(prepared.config, prepared.data, EvaluationStore(ROOT), load, architectures.__getitem__)
 
 
 def _model(prepared: Prepared, store: StageStore, key: str) -> LanguageModel:

@@ -120,7 +120,8 @@ class CandidateTrainer:
         wait_for_text(data, stage_specs(config)[-1].uses)
         self._require_same_model(config, data)
         planned = plan_next(config, self.champion.key, self.architecture, data.identity, data.gone)
-        return Candidate(Measurements(config, data, EvaluationStore(ROOT), self.load), planned, raw, grow)
+        measurements = Measurements(config, data, EvaluationStore(ROOT), self.load, self.store.architecture)
+        return Candidate(measurements, planned, raw, grow)
 
     def _require_same_model(self, config: RunConfig, data: PreparedData) -> None:
         """Refuse a configuration whose model the champion could not become.

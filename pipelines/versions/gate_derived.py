@@ -43,7 +43,7 @@ def served_measurements(head: RunHead, version: Version, store: StageStore, with
     known = remembered_by(head, None, version, store)
     data, models = read_data(config, None, known), model_loader(store, config.trainer)
     wait_for_text(data)
-    served = Measurements(config, data, EvaluationStore(ROOT), models)
+    served = Measurements(config, data, EvaluationStore(ROOT), models, store.architecture)
     if not served.measurable(without):
         raise ConfigError(f"no text of run {head.run} is left to measure on")
     return served
