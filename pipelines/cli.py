@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, NoReturn, cast
 
 import typer
 from typer.core import TyperGroup
@@ -103,12 +103,17 @@ for command in COMMANDS:
 
 def main() -> None:
     """Entry point: a user's mistake prints one line and sets an exit code; only our own bugs show a traceback."""
+    run(app)
+
+
+def run(command: Callable[[], object]) -> NoReturn:
+    """Carry out a command as this process, and end it with the exit code."""
     output.make_robust()
     # Ours are narrower by themselves; MLflow and others write files as wide as the umask allows.
     os.umask(os.umask(0o077) | 0o007)
     # Before a command imports torch: OpenMP reads these settings once.
     threads.configure()
-    sys.exit(exit_code(app))
+    sys.exit(exit_code(command))
 
 
 def exit_code(command: Callable[[], object]) -> int:

@@ -20,6 +20,7 @@ from pipelines.shared.options import (
     ComparisonOverrides,
     ConfigPath,
     DocumentHash,
+    EvaluationRequest,
     ExpertName,
     ExportRequest,
     GateSettings,
@@ -265,17 +266,26 @@ def gc(
 def evaluate(
     run: RunName,
     *,
-    data: Annotated[str, typer.Option("--data", help="Path or glob of .jsonl, .txt or .parquet files.")],
+    asked: EvaluationRequest,
     stage: StageName = None,
     label: Label = None,
     loading: LoadingOptions,
     as_json: AsJson = False,
 ) -> None:
-    """Measure loss and bits per byte of any stage on any text."""
+    """Measure loss and bits per byte of any stage on any text, or all stages on tasks of lm-evaluation-harness."""
     allow_router(loading.router)
-    from pipelines.inspect.evaluate import evaluate_text
+    if (asked.data is None) == (not asked.tasks):
+        raise ConfigError("give either --data or --tasks.")
+    if asked.data is not None:
+        from pipelines.inspect.evaluate import evaluate_text
 
-    finish(evaluate_text(run, stage, data, label, console(as_json), int8=loading.int8), as_json)
+        finish(evaluate_text(run, stage, asked.data, label, console(as_json), int8=loading.int8), as_json)
+        return
+    from pipelines.inspect.tasks import evaluate_tasks
+
+    silence_libraries()
+    threads.say()
+    finish(evaluate_tasks(run, stage, asked.tasks or [], label, console(as_json), int8=loading.int8), as_json)
 
 
 @opens_store

@@ -6,6 +6,7 @@ Legend: B texts, N tokens of each so far, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,6 +21,18 @@ from lifelong_moe.model.transformer import LanguageModel
 
 SHARPEST = 1e-4
 """At a lower temperature sampling is argmax, where dividing by it would overflow."""
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Texts to continue together."""
+
+    ids: Sequence[Sequence[int]]
+    """Tokens of each, BOS first; all of one length."""
+    distribution: str | None = None
+    """Where routing goes by label: whose experts to use."""
+    unread: int = 0
+    """So many of the first tokens are not read by the model; they only help to choose domains."""
 
 
 def sample(
@@ -45,8 +58,8 @@ def sample(
 
     When the text outgrows ``model.context``, the cache is made again from its last half context.
     """
-    generators = [torch.Generator().manual_seed(seed)]
-    for (token,) in _steps(model, [prompt_ids], max_new_tokens, temperature, top_p, generators, distribution):
+    prompts = Prompts([[model.architecture.bos_id, *prompt_ids]], distribution)
+    for (token,) in sample_steps(model, prompts, max_new_tokens, temperature=temperature, top_p=top_p, seed=seed):
         if token == model.architecture.bos_id:
             return
         yield token
@@ -75,8 +88,8 @@ def sample_batch(
     bos_id = model.architecture.bos_id
     texts: list[list[int]] = [[] for _ in prompts]
     going = set(range(len(prompts)))
-    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
-    steps = _steps(model, prompts, max_new_tokens, temperature, top_p, generators, distribution)
+    whole = Prompts([[bos_id, *prompt] for prompt in prompts], distribution)
+    steps = sample_steps(model, whole, max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     while going and (tokens := next(steps, None)) is not None:
         going -= {i for i in going if tokens[i] == bos_id}
         for i in going:
@@ -95,21 +108,25 @@ def sample_token(logits_V: Tensor, temperature: float, top_p: float, generator: 
 
 
 @torch.no_grad()
-def _steps(
-    model: LanguageModel,
-    prompts: Sequence[list[int]],
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    generators: list[torch.Generator],
-    distribution: str | None,
+def sample_steps(
+    model: LanguageModel, prompts: Prompts, max_new_tokens: int, *, temperature: float, top_p: float, seed: int
 ) -> Iterator[list[int]]:
-    """One more token of each text at a time, after its end too."""
+    """Yield one more token of each text at a time, after its end too; whoever asks decides where that is.
+
+    Args:
+        model: On any device; put into evaluation mode.
+        prompts: What is continued.
+        max_new_tokens: At most so many.
+        temperature: 0 takes the most probable token.
+        top_p: Sample from the smallest set of tokens with at least this probability.
+        seed: Of the first text's sampling; each further one's is one more.
+    """
     model.eval()
-    length, bos_id = 1 + len(prompts[0]), model.architecture.bos_id
-    ids_BN = np.full((len(prompts), length + max_new_tokens), bos_id, dtype=np.int64)
-    ids_BN[:, 1:length] = prompts
-    texts = _Texts(model, distribution, ids_BN.shape[1])
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts.ids))]
+    length = len(prompts.ids[0])
+    ids_BN = np.zeros((len(prompts.ids), length + max_new_tokens), dtype=np.int64)
+    ids_BN[:, :length] = prompts.ids
+    texts = _Texts(model, prompts, ids_BN.shape[1])
     for end in range(length, length + max_new_tokens):
         logits_BV = texts.next_logits(ids_BN[:, :end])
         if temperature < SHARPEST:
@@ -124,10 +141,11 @@ def _steps(
 class _Texts:
     """Texts of equal length in progress, up to a length: their key-value cache, and the domains of their tokens."""
 
-    def __init__(self, model: LanguageModel, distribution: str | None, longest: int) -> None:
+    def __init__(self, model: LanguageModel, prompts: Prompts, longest: int) -> None:
         # A context may be far longer than any text.
-        self.room = min(longest, model.architecture.model.context)
-        self.model, self.label_domain = model, label_domain(model.architecture, distribution)
+        self.room = min(longest - prompts.unread, model.architecture.model.context)
+        self.model, self.label_domain = model, label_domain(model.architecture, prompts.distribution)
+        self.unread = prompts.unread
         self.cache: KeyValueCache | None = None
         self.domains_BN = np.empty((0, 0), dtype=np.int64)
 
@@ -135,9 +153,9 @@ class _Texts:
         """Logits ``(B, V)`` of the tokens after these, of which all but the last were read before, if any were."""
         context = self.model.architecture.model.context
         if self.cache is None or self.cache.length >= context:
-            self.domains_BN, kept = self._domains(ids_BN), [*range(ids_BN.shape[1])]
+            self.domains_BN, kept = self._domains(ids_BN), [*range(self.unread, ids_BN.shape[1])]
             if len(kept) > context:  # BOS and the newest half, so that most of a context of new tokens fits
-                kept = [0, *kept[-(context // 2) :]]
+                kept = [self.unread, *kept[-(context // 2) :]]
             self.cache = KeyValueCache(len(self.model.blocks), self.room)
             return self._read(ids_BN[:, kept], self.domains_BN[:, kept])
         if self.model.document_clusters and (ids_BN.shape[1] - 1) % self.model.architecture.routing.chunk_tokens == 0:

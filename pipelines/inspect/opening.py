@@ -1,4 +1,4 @@
-"""Open a stage for the commands that run its model: `evaluate`, `generate` and `inspect`."""
+"""Open stages for the commands that run their models: `evaluate`, `generate` and `inspect`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from rich.console import Console
 from lifelong_moe.config.routing.own import require_allowed
 from lifelong_moe.config.routing.topk import CustomRouterConfig
 from lifelong_moe.errors import ConfigError
+from lifelong_moe.plan.spec import BASE_NAME
+from lifelong_moe.store.head import RunHead
 from lifelong_moe.store.runs import require_head
 from lifelong_moe.store.stages import CommittedStage, StageStore
 from pipelines.shared.places import ROOT
@@ -23,12 +25,38 @@ def open_stage(run: str, stage: str | None) -> tuple[StageStore, CommittedStage]
     Raises:
         ConfigError: If there is no such stage, or it needs a router of somebody's own that the user has not named.
     """
-    key, store = require_head(ROOT, run).require_stage(stage), StageStore(ROOT)
-    committed = store.get(key)
+    head, store = require_head(ROOT, run), StageStore(ROOT)
+    base = _checkpoint(head, store) if stage == BASE_NAME else None
+    committed = base or store.get(head.require_stage(stage))
     # `build_router` asks as well; here it costs no import of torch.
     if isinstance(committed.architecture.routing, CustomRouterConfig):
         require_allowed(committed.architecture.routing.mode)
     return store, committed
+
+
+def open_stages(run: str) -> dict[str, CommittedStage]:
+    """All committed stages of a run by name, oldest first; before them the checkpoint that it began with, if any.
+
+    Raises:
+        ConfigError: As for :func:`open_stage`.
+    """
+    head, store = require_head(ROOT, run), StageStore(ROOT)
+    base = _checkpoint(head, store)
+    names = [*([BASE_NAME] if base is not None else []), *head.committed]
+    return {name: open_stage(run, name)[1] for name in names}
+
+
+def _checkpoint(head: RunHead, store: StageStore) -> CommittedStage | None:
+    """The checkpoint that a run's first stage continues; None if there is none, or a stage has its name."""
+    head.require_stage()
+    first = store.chain(next(iter(head.committed.values())))[0]
+    is_checkpoint = first.name == BASE_NAME and BASE_NAME not in head.committed
+    return first if is_checkpoint else None
+
+
+def step_of(head: RunHead, key: str) -> int:
+    """A stage's step in MLflow's curves over stages; -1 for the checkpoint before them."""
+    return head.stages.index(key) if key in head.stages else -1
 
 
 def check_label(stage: CommittedStage, label: str | None, console: Console) -> None:

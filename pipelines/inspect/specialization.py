@@ -43,6 +43,7 @@ from lifelong_moe.training.callbacks.logger import Row
 from lifelong_moe.training.loop.device import configured_device
 from lifelong_moe.training.restore import load_model
 from pipelines.inspect import tables as inspect_tables
+from pipelines.inspect.opening import step_of
 from pipelines.inspect.targets import require_targets
 from pipelines.shared.options import InspectionRequest
 from pipelines.shared.recorded import tracker_of
@@ -162,7 +163,7 @@ def _keep(
     if not known:
         tracker.log_text(target, text, f"inspection/{result['stage']}/inspection.json")
     if not plotted:
-        tracker.log_metrics(target, _rows(result, tokens, head.stages.index(result["key"])))
+        tracker.log_metrics(target, _rows(result, tokens, step_of(head, result["key"])))
     if tracker.problem and config.tracking.enabled:
         console.print(tracker.problem, style="yellow")
     # Last: if the process dies before, the next inspection logs again rather than never.

@@ -87,6 +87,22 @@ class SamplingOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvaluationRequest:
+    """What an evaluation reads: a text, or tasks."""
+
+    data: Annotated[str | None, typer.Option("--data", help="Path or glob of .jsonl, .txt or .parquet files.")] = None
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tasks",
+            metavar="FILE|NAME[,...]",
+            help="YAML files of tasks, which are code, or names of tasks that lm-evaluation-harness has; for all "
+            "committed stages unless --stage names one.",
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class LoadingOptions:
     """How a stage's model is loaded."""
 

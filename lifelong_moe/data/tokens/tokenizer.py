@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,6 +108,19 @@ class Tokenizer:
     def text(self) -> str:
         """Its ``tokenizer.json``."""
         return self._text
+
+    @cached_property
+    def adds_bos(self) -> bool:
+        """Whether others who read the file, once it is exported, put BOS before a text by themselves.
+
+        One that does not say what stands around a text is exported so that they do.
+        """
+        if json.loads(self._text).get("post_processor") is None:
+            return True
+        with _failures_told(_FAILS):
+            # Around no text there are special tokens alone.
+            around = type(self._backend).from_str(self._text).encode("").ids
+        return bool(around[:1] == [self._bos_id])
 
     @property
     def hash(self) -> str:

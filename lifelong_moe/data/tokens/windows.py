@@ -33,6 +33,8 @@ class EvaluationSet:
     """Targets, and inputs, ``(W,)``; at most S."""
     domain_ids: NDArray[np.integer] | None = None
     """Domain of each token of the shard ``(T,)``; None is domain 0."""
+    repeats_bos: bool = True
+    """Whether a window begins with its document's BOS in place of the token there."""
 
     def __post_init__(self) -> None:
         if self.domain_ids is not None and self.domain_ids.shape != (self.shard.num_tokens,):
@@ -77,7 +79,7 @@ class EvaluationSet:
         # The token before each target; padding reads the document's BOS, so that no index leaves the shard.
         before_BS = np.where(valid_BS, first_B1 + start_B1 - 1 + columns_S, first_B1)
         # Every window begins with the document's BOS, as every text in training does.
-        inputs_BS = np.where(columns_S > 0, before_BS, first_B1)
+        inputs_BS = np.where(columns_S > 0, before_BS, first_B1) if self.repeats_bos else before_BS
         after_BS = before_BS + 1
         is_end_BS = after_BS == self.shard.offsets[document_B + 1, None]
         # At the end of a document its own BOS stands for the next one's: the id is the same.

@@ -62,6 +62,13 @@ class Kept:
         found = _LICENSE_KEY.search(header) if header.startswith("---") else None
         return found[1] if found else None
 
+    @property
+    def ends(self) -> frozenset[int]:
+        """Tokens that end a text where others generate, as its files say; the run's own begin the next one."""
+        text = self.text(GENERATION_CONFIG)
+        found = (self.config if text is None else parse_object(text, Path(GENERATION_CONFIG))).get("eos_token_id")
+        return frozenset(one for one in (found if isinstance(found, list) else [found]) if isinstance(one, int))
+
     def going_out(self) -> dict[str, str]:
         """Texts of :data:`OUT` that were kept, by file name."""
         return {name: text for name in OUT if (text := self.text(name)) is not None}

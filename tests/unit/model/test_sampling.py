@@ -10,7 +10,7 @@ from torch import Tensor
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.model.cache import KeyValueCache
 from lifelong_moe.model.domains import label_domain
-from lifelong_moe.model.sampling import sample, sample_batch, sample_token
+from lifelong_moe.model.sampling import Prompts, sample, sample_batch, sample_steps, sample_token
 from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.architecture import Generation
@@ -171,3 +171,18 @@ def test_what_is_not_continued_together(make_model: Make) -> None:
         sample_batch(make_model(), [[1, 2], [3]], max_new_tokens=2)
     assert sample_batch(make_model(), [], max_new_tokens=2) == []
     assert sample_batch(make_model(), [[], []], max_new_tokens=0) == [[], []]
+
+
+def test_tokens_that_are_not_read_choose_domains_alone(make_model: Make, second: Generation, router_kind: str) -> None:
+    model = make_model(router_kind, (4, second))
+    texts = [[0, *PROMPT, 9, 4], [0, 40, 2, 8, 11, 30]]
+    prompts = Prompts(texts, "d1", unread=2)
+    steps = [*sample_steps(model, prompts, 3, temperature=0.0, top_p=1.0, seed=0)]
+    for i, text in enumerate(texts):
+        ids = [*text]
+        for step in steps:
+            domains = group_row(model, ids, "d1")[:, 2:]
+            with torch.no_grad():
+                hidden = model(TokenBatch(torch.tensor([ids[2:]]), domain_ids_BS=domains)).hidden_BSD
+                assert step[i] == int(model.head.logits(hidden[:, -1], domains[:, -1]).argmax())
+            ids.append(step[i])

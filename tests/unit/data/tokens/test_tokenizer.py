@@ -48,6 +48,29 @@ def test_special_token_in_text_is_plain_text(trained: Tokenizer) -> None:
     assert many.decode(many.encode(BOS * 3)) == BOS * 3
 
 
+def test_whether_others_who_read_the_file_put_bos_before_a_text(trained: Tokenizer) -> None:
+    content = json.loads(trained.text)
+    special = {"SpecialToken": {"id": BOS, "type_id": 0}}
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    named = {BOS: {"id": BOS, "ids": [0], "tokens": [BOS]}}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+
+    def template(*single: object) -> dict[str, object]:
+        return {"type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": named}
+
+    for processor, adds in (
+        (None, True),  # an export says so in its place
+        (template(special, text), True),
+        ({"type": "Sequence", "processors": [byte_level, template(special, text)]}, True),
+        (template(text), False),
+        (template(text, text), False),
+        (byte_level, False),
+    ):
+        tokenizer = Tokenizer.from_text(json.dumps(content | {"post_processor": processor}))
+        assert tokenizer.adds_bos == adds, processor
+        assert tokenizer.encode("the cat") == trained.encode("the cat")
+
+
 def test_saving_and_loading(trained: Tokenizer, tmp_path: Path) -> None:
     trained.save(tmp_path / "tokenizer.json")
     loaded = Tokenizer.load(tmp_path / "tokenizer.json")
