@@ -103,7 +103,7 @@ class HarnessModel(TemplateLM):
             texts.append([*(before or [self.prefix_token_id]), *answer])
             asked.append(Request(place, len(texts[-1]), len(answer)))
         # A text's last token is a target alone.
-        self._say_cut([len(text) - 1 for text in texts], self.max_length)
+        _say_cut(sum(len(text) - 1 > self.max_length for text in texts), len(texts))
         found = score(self.subject.model, texts, asked, self._pass())
         return [*zip(found.nats.tolist(), found.is_greedy.tolist(), strict=True)]
 
@@ -135,16 +135,18 @@ class HarnessModel(TemplateLM):
         prompts = [self.tok_encode(request.args[0]) or [self.prefix_token_id] for request in requests]
         for place, request in enumerate(requests):
             groups[repr(request.args[1]), len(prompts[place])].append(place)
-        texts, seed = [""] * len(requests), 0
+        texts, seed, cut = [""] * len(requests), 0, 0
         for (_, length), places in sorted(groups.items(), key=lambda group: -group[0][1]):
             answer = _Answer.of(requests[places[0]].args[1])
             rows = self.reading.batch_size or max(1, Pass.tokens // (length + answer.max_tokens))
+            cut += len(places) * (length > self.max_length - answer.max_tokens)
             for first in range(0, len(places), rows):
                 batch = places[first : first + rows]
                 for place, text in zip(batch, self._answers([prompts[i] for i in batch], answer, seed), strict=True):
                     texts[place] = text
                 # Equal requests get different texts where they are sampled.
                 seed += len(batch)
+        _say_cut(cut, len(texts))
         return texts
 
     def _answers(self, prompts: list[list[int]], answer: _Answer, seed: int) -> list[str]:
@@ -154,7 +156,6 @@ class HarnessModel(TemplateLM):
             raise ConfigError(
                 f"max_gen_toks={answer.max_tokens} leaves no room for a question: the context is {self.max_length}."
             )
-        self._say_cut([len(prompt) for prompt in prompts], room)
         bos_id = self.eot_token_id
         # What chooses domains is the whole text after BOS, whether or not the model reads its beginning.
         added = [] if prompts[0][0] == bos_id else [bos_id]
@@ -174,12 +175,13 @@ class HarnessModel(TemplateLM):
                 break
         return [str(postprocess_generated_text(tokenizer.decode(one), [*answer.until], None)) for one in ids]
 
-    def _say_cut(self, lengths: Sequence[int], most: int) -> None:
-        if cut := sum(length > most for length in lengths):
-            log.warning("%d of %d texts are longer than %d tokens; they lose their beginning.", cut, len(lengths), most)
-
     def _pass(self) -> Pass:
         return Pass(self.max_length, self.reading.batch_size, distribution=self.reading.label)
+
+
+def _say_cut(cut: int, of: int) -> None:
+    if cut:
+        log.warning("%d of %d texts are longer than the context; they lose their beginning.", cut, of)
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,7 @@ class EvaluationRequest:
         list[str] | None,
         typer.Option(
             "--tasks",
-            metavar="FILE|NAME[,...]",
+            metavar="TASK[,...]",
             help="YAML files of tasks, which are code, or names of tasks that lm-evaluation-harness has; for all "
             "committed stages unless --stage names one.",
         ),

@@ -200,6 +200,18 @@ def test_settings_of_the_checkpoint_go_out_again(tmp_path: Path) -> None:
     assert Kept({"checkpoint-README.md": "license: mit\n"}.get).license is None
 
 
+def test_tokens_that_end_a_text_are_those_that_its_files_name() -> None:
+    config, generation = "checkpoint-config.json", "checkpoint-generation_config.json"
+    cases: list[tuple[dict[str, str], set[int]]] = [
+        ({}, set()),
+        ({config: '{"eos_token_id": 5}'}, {5}),
+        ({config: '{"eos_token_id": 5}', generation: '{"eos_token_id": [7, 9]}'}, {7, 9}),
+        ({config: '{"eos_token_id": 5}', generation: '{"eos_token_id": null}'}, set()),
+    ]
+    for texts, ends in cases:
+        assert Kept(texts.get).ends == ends
+
+
 def test_theirs_read_by_us_in_memory(tmp_path: Path) -> None:
     came = made("mixtral", rope_parameters={"rope_type": "default", "rope_theta": 750.0}, initializer_range=0.1)
     came.save_pretrained(tmp_path)

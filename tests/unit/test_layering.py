@@ -20,6 +20,7 @@ ONLY_IN = {
     "datasets": "data",
     "tokenizers": "data",
     "huggingface_hub": "data",
+    "lm_eval": "evaluation",
     "mlflow": "tracking",
     "lightning": "training",
     "model_signing": "storage",
