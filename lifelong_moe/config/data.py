@@ -137,6 +137,10 @@ class TokenizerConfig:
     stages leaks the future."""
     file: str | None = None
     """Path of a ``tokenizer.json`` to use as it is; it then decides ``vocab_size``. Null trains one."""
+    bos: str | None = None
+    """Special token of ``file`` that begins each document. Null: with ``model.from`` what the checkpoint's files say,
+    else the first of ``<|bos|>``, ``<s>``, ``<|begin_of_text|>``, ``<|startoftext|>``, ``<|endoftext|>``, ``[BOS]`` and
+    ``<bos>`` that it has."""
 
     def __post_init__(self) -> None:
         if not 257 <= self.vocab_size <= MAX_VOCAB_SIZE:
@@ -144,3 +148,5 @@ class TokenizerConfig:
                 f"tokenizer.vocab_size={self.vocab_size} must lie between 257 (256 bytes and the document separator) "
                 f"and {MAX_VOCAB_SIZE:,}."
             )
+        if self.bos is not None and self.file is None:
+            raise ConfigError(f"tokenizer.bos={self.bos} goes with tokenizer.file; one that is trained has its own.")

@@ -54,6 +54,11 @@ def noncausal_routing(config: RunConfig) -> list[str]:
     return [f"{key} lets later tokens change earlier ones, {when}: its losses say little of generation."]
 
 
+def beginning(config: RunConfig, bos_id: int, name: str) -> list[str]:
+    """What documents begin with, where that is a checkpoint's to say; see :func:`other_separator`."""
+    return [f"documents begin with token {bos_id} ({name})"] if config.base.is_given else []
+
+
 def other_separator(config: RunConfig, bos_id: int) -> list[str]:
     """A warning if documents begin with another token than the checkpoint's own did.
 

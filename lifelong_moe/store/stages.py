@@ -198,7 +198,7 @@ class StageStore:
         """
         first = self.chain(stage.key)[0]
         path = first.path / TOKENIZER
-        tokenizer = Tokenizer.stored(self._text(first, TOKENIZER))
+        tokenizer = Tokenizer.stored(self._text(first, TOKENIZER), stage.architecture.bos_id)
         # A manifest can be mended, and the tokens of another tokenizer would be read as other text.
         if tokenizer.hash != (wanted := stage.tokenizer.hash):
             raise CorruptError(

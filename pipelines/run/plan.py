@@ -10,7 +10,7 @@ from rich.table import Table
 from lifelong_moe.clustering.unigrams import unigram_divergence
 from lifelong_moe.config.load import LoadedConfig
 from lifelong_moe.data.tokens.packing import epochs
-from lifelong_moe.plan.advice import growth_advice, idle_retention, noncausal_routing, other_separator
+from lifelong_moe.plan.advice import beginning, growth_advice, idle_retention, noncausal_routing, other_separator
 from lifelong_moe.plan.cost import count_parameters
 from lifelong_moe.plan.disk import run_need
 from lifelong_moe.plan.memory import memory_need
@@ -45,6 +45,8 @@ def plan(loaded: LoadedConfig, console: Console) -> dict[str, Any]:
     disk = run_need([stage_need(stage, prepared.config) for stage in todo])
     _print(console, rows, disk, speed)
     for sentence in sentences(prepared, came, found):
+        console.print(sentence)
+    for sentence in beginning(prepared.config, prepared.data.tokenizer.bos_id, prepared.data.tokenizer.bos_name):
         console.print(sentence)
     if published := published_sentence(prepared.config):
         console.print(published)

@@ -17,7 +17,7 @@ from lifelong_moe.errors import TryAgainError
 from lifelong_moe.evaluation.loss import Evaluation
 from lifelong_moe.evaluation.measurements import Measurements
 from lifelong_moe.model.transformer import LanguageModel
-from lifelong_moe.plan.advice import idle_retention, noncausal_routing, other_separator
+from lifelong_moe.plan.advice import beginning, idle_retention, noncausal_routing, other_separator
 from lifelong_moe.plan.methods import RECIPES
 from lifelong_moe.plan.planned import PlannedStage
 from lifelong_moe.plan.spec import BASE, BASE_NAME
@@ -92,6 +92,8 @@ def run(
 def _announce(console: Console, prepared: Prepared) -> None:
     """Print the data, and warnings about settings without the effect that they suggest."""
     render.data_table(console, prepared)
+    for sentence in beginning(prepared.config, prepared.data.tokenizer.bos_id, prepared.data.tokenizer.bos_name):
+        console.print(sentence)
     for sentence in (
         *prepared.loaded.left_behind,
         *noncausal_routing(prepared.config),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 import shutil
 import signal
 from collections.abc import Iterator
@@ -17,7 +18,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lifelong_moe.config.data import TokenizerConfig
 from lifelong_moe.config.load import read_config
+from lifelong_moe.data.tokens.prepare import prepare_data
+from lifelong_moe.data.tokens.tokenizer import Tokenizer
 from lifelong_moe.errors import LifelongError
 from lifelong_moe.interop.layout.complete import with_checkpoint
 from lifelong_moe.interop.layout.folder import read_checkpoint
@@ -277,11 +281,54 @@ def test_a_plan_says_what_comes_in_and_what_stages_add(lab: Path) -> None:
 def test_another_beginning_of_documents_is_told(lab: Path) -> None:
     write_checkpoint("llama")
     write_config(config_of())
-    assert "documents begin with" not in train("tiny.yaml", "stages=[{data: fruit}]")[1]
+    assert "by the files of" not in train("tiny.yaml", "stages=[{data: fruit}]")[1]
     keys = json.loads(Path("ck/config.json").read_text())
     Path("ck/config.json").write_text(json.dumps(keys | {"bos_token_id": 7}))
     _, printed = train("tiny.yaml", "stages=[{data: fruit}]", replace=True)
     assert "documents begin with token 0 of the tokenizer, and with 7 by the files of ck" in " ".join(printed.split())
+
+
+def test_documents_begin_with_what_the_files_say(lab: Path) -> None:
+    write_checkpoint("llama")
+    usual = Tokenizer.load(Path("ck/tokenizer.json"))
+    content = json.loads(Path("ck/tokenizer.json").read_text())
+    content["added_tokens"].append(content["added_tokens"][0] | {"id": 300, "content": "<|start|>"})
+    Path("ck/tokenizer.json").write_text(json.dumps(content))
+    Path("ck/tokenizer_config.json").write_text(json.dumps({"bos_token": "<|start|>"}))
+    write_config(config_of(bundles=True) | {"stages": [{"data": "fruit"}]})
+    _, printed = train("tiny.yaml", "tokenizer.bos=<|bos|>", "run=other")
+    said = " ".join(printed.split())
+    assert "documents begin with token 0 (<|bos|>)" in said and "and with 300 by the files of ck" in said
+    _, printed = train()
+    said = " ".join(printed.split())
+    assert "documents begin with token 300 (<|start|>)" in said and "by the files of" not in said
+    store = StageStore(Path("mlruns"))
+    stage = store.get(json.loads(Path("mlruns/runs/tiny/head.json").read_text())["stages"][-1])
+    tokenizer = store.tokenizer(stage)
+    assert stage.architecture.bos_id == tokenizer.bos_id == 300 and tokenizer.encode("<|start|>")[0] != 300
+    assert pickle.loads(pickle.dumps(tokenizer)).bos_id == 300
+    # The tokens of both are on disk side by side.
+    read = read_config("tiny.yaml", (), with_checkpoint).config
+    for bos, first in (("<|bos|>", 0), ("<|start|>", 300)):
+        found = prepare_data(
+            read.distributions, TokenizerConfig(file="ck/tokenizer.json", bos=bos), ["fruit"], 32, Path("data/cache")
+        )
+        assert {int(found.corpora["fruit"].train.document(i)[0]) for i in range(3)} == {first}
+    assert usual.bos_id == 0
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "message"),
+    [
+        ({"bos": "<s>"}, r"tokenizer\.bos=<s> is no special token; there are <\|bos\|>"),
+        ({"bos": "a"}, r"tokenizer\.bos=a is no special token"),
+    ],
+)
+def test_what_cannot_begin_a_document(lab: Path, tokenizer: dict[str, str], message: str) -> None:
+    write_checkpoint("llama")
+    with pytest.raises(LifelongError, match=message) as caught:
+        train(write_config(config_of() | {"tokenizer": tokenizer}))
+    assert caught.value.exit_code == 2 and not Path("mlruns/runs").exists()
 
 
 def test_a_tokenizer_has_to_be_there_or_named(lab: Path) -> None:

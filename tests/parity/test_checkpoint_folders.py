@@ -105,12 +105,21 @@ def test_what_early_files_hold_besides_is_passed_over(tmp_path: Path) -> None:
         load_pretrained(read_checkpoint(tmp_path))
 
 
-def write_tokenizer(folder: Path, size: int, **special: Any) -> None:
+def write_tokenizer(folder: Path, size: int, processor: Any = None, **special: Any) -> None:
     words = {f"w{i}": i for i in range(size - 2)}
     added = [{"content": "<s>", "id": size - 2}, {"content": "</s>", "id": size - 1}]
-    text = json.dumps({"model": {"type": "BPE", "vocab": words, "merges": []}, "added_tokens": added})
+    text = json.dumps(
+        {"model": {"type": "BPE", "vocab": words, "merges": []}, "added_tokens": added, "post_processor": processor}
+    )
     (folder / "tokenizer.json").write_text(text)
     (folder / "tokenizer_config.json").write_text(json.dumps(special))
+
+
+TEMPLATE = {
+    "type": "TemplateProcessing",
+    "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+}
+LLAMA_3S = {"type": "Sequence", "processors": [{"type": "ByteLevel"}, TEMPLATE]}
 
 
 @pytest.mark.parametrize(
@@ -121,6 +130,13 @@ def write_tokenizer(folder: Path, size: int, **special: Any) -> None:
         ({"eos_token": "</s>"}, {}, 1),
         ({"eos_token": "</s>"}, {"bos_token_id": None, "eos_token_id": [4, 5]}, VOCAB - 1),
         ({}, {"bos_token_id": None, "eos_token_id": [4, 5]}, 4),
+        # What the tokenizer itself puts before a text goes before what names it.
+        ({"bos_token": "</s>", "processor": {"type": "RobertaProcessing", "cls": ["<s>", 59]}}, {}, VOCAB - 2),
+        ({"bos_token": "</s>", "processor": LLAMA_3S}, {}, VOCAB - 2),
+        ({"bos_token": "</s>", "processor": {"type": "ByteLevel"}}, {}, VOCAB - 1),
+        ({"processor": {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A"}}]}}, {}, 1),
+        # Neither of both in config.json: of generation_config.json, which has 2 and 3.
+        ({}, {"bos_token_id": None}, 2),
     ],
 )
 def test_the_token_that_begins_a_document(
@@ -129,6 +145,7 @@ def test_the_token_that_begins_a_document(
     made("llama").save_pretrained(tmp_path)
     write_tokenizer(tmp_path, VOCAB, **special)
     change_json(tmp_path / "config.json", lambda config: config | keys)
+    (tmp_path / "generation_config.json").write_text('{"bos_token_id": 2, "eos_token_id": 3}')
     found = read_checkpoint(tmp_path)
     assert found.family.separator == expected and found.vocabulary is not None and found.vocabulary.size == VOCAB
 

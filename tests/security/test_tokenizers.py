@@ -253,7 +253,7 @@ def test_a_model_without_dropout_is_read(dropout: float | None) -> None:
 
 def test_a_store_s_tokenizer_is_damage_and_no_mistake_of_the_user() -> None:
     with pytest.raises(CorruptError, match="a committed stage's tokenizer: not a usable tokenizer"):
-        Tokenizer.stored(changed(normalizer=doubled(26)))
+        Tokenizer.stored(changed(normalizer=doubled(26)), 0)
 
 
 def test_a_token_is_no_book(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -245,7 +245,7 @@ def _given_tokenizer(config: TokenizerConfig, remembered: Remembered) -> Tokeniz
         return begun
     if is_elsewhere:
         raise ConfigError(f"tokenizer.file={path}: not below {Path.cwd()}; what a store names elsewhere is not opened.")
-    return Tokenizer.load(path)
+    return Tokenizer.load(path, config.bos)
 
 
 def _stored_tokenizer(remembered: Remembered, error: LifelongError) -> Tokenizer:

@@ -153,7 +153,7 @@ def open_or_tokenize(
         cache: See :func:`tokenize_corpus`.
         mode: Permissions of the arrays, from which the text can be had again.
     """
-    directory = cache / "tokens" / f"{key[:SHORT]}-{tokenizer.hash[:SHORT]}"
+    directory = cache / "tokens" / f"{key[:SHORT]}-{tokenizer.tokens_hash[:SHORT]}"
     shard = _open(directory, tokenizer.vocab_size)
     if shard is None:
         _build(documents, directory, tokenizer, mode)

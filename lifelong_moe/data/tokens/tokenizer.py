@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -41,13 +41,14 @@ _FAILS = "tokenizer: it fails on this text"
 class Tokenizer:
     """Text to token ids and back. Immutable; two with equal ``hash`` are equal."""
 
-    def __init__(self, backend: tokenizers.Tokenizer, text: str | None = None) -> None:
+    def __init__(self, backend: tokenizers.Tokenizer, text: str | None = None, bos: str | int | None = None) -> None:
         """Wrap a ``tokenizers.Tokenizer``.
 
         Args:
             backend: The tokenizer.
             text: Canonical JSON of what it was built from, if any. The hash is of this text and not of how the
                 installed version of ``tokenizers`` would write it, so an upgrade changes no stage key.
+            bos: The special token that begins a document, by name or id; by default the first of ``KNOWN_BOS``.
 
         Raises:
             ConfigError: It has no special token that can begin a document, or text could forge that token.
@@ -72,22 +73,24 @@ class Tokenizer:
             raise ConfigError(
                 f"tokenizer: a token of {self._longest_token_bytes:,} bytes; at most {MAX_TOKEN_BYTES:,}."
             )
-        self._bos_id = self._find_bos()
-
-    def _find_bos(self) -> int:
         added = self._backend.get_added_tokens_decoder().items()
         special = {token.content: index for index, token in added if token.special}
-        for name in KNOWN_BOS:
-            if name not in special:
-                continue
-            # Else a document that contains the name could forge a document border.
-            if special[name] in self.encode(name):
-                raise ConfigError(f"tokenizer: the text {name} encodes as the special token {name}; it must not.")
-            return special[name]
-        raise ConfigError(
-            f"tokenizer: no special token that can begin a document; needs one of {', '.join(KNOWN_BOS)}, "
-            f"has {', '.join(sorted(special)[:8]) or 'none'}."
-        )
+        usual = next((name for name in KNOWN_BOS if name in special), None)
+        # By name, which two ids cannot share.
+        given = next((name for name, index in special.items() if bos in (name, index)), None)
+        if bos is not None and given is None:
+            raise ConfigError(f"tokenizer.bos={bos} is no special token; there are {_listed(special)}.")
+        if (name := given or usual) is None:
+            raise ConfigError(
+                f"tokenizer: no special token that can begin a document; needs one of {', '.join(KNOWN_BOS)}, "
+                f"has {_listed(special)}."
+            )
+        # Else a document that contains the name could forge a document border.
+        if special[name] in self.encode(name):
+            raise ConfigError(f"tokenizer: the text {name} encodes as the special token {name}; it must not.")
+        self._bos_name, self._bos_id = name, special[name]
+        # Of what begins documents in another way, other tokens are on disk.
+        self._tokens_hash = self._hash if name == usual else text_sha256(f"{self._hash} {name}")
 
     @property
     def vocab_size(self) -> int:
@@ -103,6 +106,11 @@ class Tokenizer:
     def bos_id(self) -> int:
         """Id of the token that begins every document."""
         return self._bos_id
+
+    @property
+    def bos_name(self) -> str:
+        """What its file calls that token."""
+        return self._bos_name
 
     @property
     def text(self) -> str:
@@ -126,6 +134,11 @@ class Tokenizer:
     def hash(self) -> str:
         """SHA-256 of the canonical JSON text, which is also what ``save`` writes."""
         return self._hash
+
+    @property
+    def tokens_hash(self) -> str:
+        """Names tokens that it made: :attr:`hash`, unless another token than the usual one begins documents."""
+        return self._tokens_hash
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Encode texts without adding any special token; special-token strings in them are plain text."""
@@ -153,8 +166,8 @@ class Tokenizer:
         write_atomic(Path(path), self._text, mode)
 
     @classmethod
-    def load(cls, path: Path) -> Tokenizer:
-        """Read a ``tokenizer.json``, ours or a given one.
+    def load(cls, path: Path, bos: str | None = None) -> Tokenizer:
+        """Read a ``tokenizer.json``, ours or a given one; ``bos`` as for the constructor.
 
         Raises:
             ConfigError: The file is missing, is no tokenizer, loses text, or has no token that can begin a document.
@@ -164,7 +177,7 @@ class Tokenizer:
         except DataError as error:
             raise ConfigError(f"tokenizer.file={error}") from error
         try:
-            tokenizer = cls.from_text(text)
+            tokenizer = cls.from_text(text, bos)
         except ConfigError as error:
             raise ConfigError(f"tokenizer.file={path}: {error}") from error
         decoded = tokenizer.decode(tokenizer.encode(_PROBE))
@@ -177,8 +190,8 @@ class Tokenizer:
         return tokenizer
 
     @classmethod
-    def from_text(cls, text: str) -> Tokenizer:
-        """Build a tokenizer from the text of a ``tokenizer.json``.
+    def from_text(cls, text: str, bos: str | int | None = None) -> Tokenizer:
+        """Build a tokenizer from the text of a ``tokenizer.json``; ``bos`` as for the constructor.
 
         Raises:
             ConfigError: The text is no tokenizer, or has no token that can begin a document.
@@ -192,27 +205,31 @@ class Tokenizer:
             text = canonical_json(content)
             with _failures_told("it cannot be built"):
                 backend = tokenizers.Tokenizer.from_str(text)
-            return cls(backend, text)
+            return cls(backend, text, bos)
         except LifelongError as error:
             raise ConfigError(f"not a usable tokenizer.json: {error}") from error
         except Exception as error:  # an empty vocabulary, a number out of range
             raise ConfigError(f"not a usable tokenizer.json: {' '.join(str(error).split())}.") from error
 
     @classmethod
-    def stored(cls, text: str) -> Tokenizer:
+    def stored(cls, text: str, bos_id: int) -> Tokenizer:
         """Build the tokenizer of a committed stage; arguments as for :meth:`from_text`.
 
         Raises:
             CorruptError: The text is no tokenizer that a stage could have been committed with.
         """
         try:
-            return cls.from_text(text)
+            return cls.from_text(text, bos_id)
         except ConfigError as error:
             raise CorruptError(f"a committed stage's tokenizer: {error}") from error
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Workers get the text: an unpickled backend would lose `encode_special_tokens`.
-        return (Tokenizer.from_text, (self._text,))
+        return (Tokenizer.from_text, (self._text, self._bos_id))
+
+
+def _listed(special: Mapping[str, int]) -> str:
+    return ", ".join(sorted(special)[:8]) or "none"
 
 
 @contextmanager

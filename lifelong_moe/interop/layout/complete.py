@@ -81,7 +81,10 @@ def _tokenizer(given: Any, found: Checkpoint, name: str | None) -> dict[str, Any
         return rest
     if found.vocabulary is None:
         raise ConfigError(f"model.from={found.path} has no {TOKENIZER}; name one by tokenizer.file.")
-    return rest | {"file": str(found.path / TOKENIZER if name is None else Path(name) / TOKENIZER)}
+    # A token that is not special could stand in a text; `plan` says so.
+    begins = found.vocabulary.special.get(found.family.separator)
+    bos = {"bos": begins} if begins is not None and rest.get("bos") is None else {}
+    return rest | bos | {"file": str(found.path / TOKENIZER if name is None else Path(name) / TOKENIZER)}
 
 
 def checkpoint_hash(found: Checkpoint) -> str:

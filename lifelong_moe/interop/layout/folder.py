@@ -26,7 +26,14 @@ from lifelong_moe.storage.verified import Entry
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
-MOST_BYTES = {CONFIG: 1 << 20, TOKENIZER_CONFIG: 4 << 20, INDEX: 64 << 20, TOKENIZER: 64 << 20}
+GENERATION_CONFIG = "generation_config.json"
+MOST_BYTES = {
+    CONFIG: 1 << 20,
+    GENERATION_CONFIG: 1 << 20,
+    TOKENIZER_CONFIG: 4 << 20,
+    INDEX: 64 << 20,
+    TOKENIZER: 64 << 20,
+}
 """Far above published files, of which the largest tokenizers have 35 MB."""
 MOST_SHARDS = 10_000
 
@@ -40,6 +47,8 @@ class Vocabulary:
     bos_id: int | None
     """The token that it begins a text with."""
     eos_id: int | None
+    special: Mapping[int, str]
+    """Names of special tokens, which no text has."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +104,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder; a checkpoint is a folder with {CONFIG} and {WEIGHTS}.")
     config, vocabulary = _read_json(path / CONFIG), _vocabulary(path)
-    family = read_family(_with_separator(config, vocabulary), str(path / CONFIG))
+    family = read_family(_with_separator(_with_generation(config, path), vocabulary), str(path / CONFIG))
     if vocabulary is not None and vocabulary.size > family.vocab_size:
         raise CheckpointError(
             f"{path / TOKENIZER}: ids reach {vocabulary.size - 1}, and the embedding has vocab_size="
@@ -108,6 +117,15 @@ def read_checkpoint(path: Path) -> Checkpoint:
     found.sort(key=lambda pair: (pair[1].path, pair[1].start))
     head_copy = extents.get("lm_head.weight") if model.tie_embeddings else None
     return Checkpoint(path, family, model, tuple(found), head_copy, vocabulary)
+
+
+def _with_generation(config: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
+    """``config.json`` with the special tokens of ``generation_config.json`` where it names none itself."""
+    keys = ("bos_token_id", "eos_token_id")
+    if any(config.get(key) is not None for key in keys) or not (path / GENERATION_CONFIG).exists():
+        return config
+    found = _read_json(path / GENERATION_CONFIG)
+    return {**config, **{key: found[key] for key in keys if key in found}}
 
 
 def _with_separator(config: Mapping[str, Any], vocabulary: Vocabulary | None) -> Mapping[str, Any]:
@@ -218,7 +236,21 @@ def _vocabulary(path: Path) -> Vocabulary | None:
         raise CheckpointError(f"{path / TOKENIZER}: not all tokens have ids.")
     settings = _read_json(path / TOKENIZER_CONFIG) if (path / TOKENIZER_CONFIG).exists() else {}
     bos_id, eos_id = (ids.get(_content(settings.get(name))) for name in ("bos_token", "eos_token"))
-    return Vocabulary(max(ids.values()) + 1, bos_id, eos_id)
+    first = _put_first(tokenizer.get("post_processor"), ids)
+    special = {int(one["id"]): str(one.get("content")) for one in added if isinstance(one, dict) and one.get("special")}
+    return Vocabulary(max(ids.values()) + 1, bos_id if first is None else first, eos_id, special)
+
+
+def _put_first(processor: object, ids: Mapping[str, int]) -> int | None:
+    """The token that a post-processor puts before each text; None if it puts none there."""
+    if not isinstance(processor, dict):
+        return None
+    if isinstance(inner := processor.get("processors"), list):  # one after the other: the last one's stands first
+        return next((found for one in reversed(inner) if (found := _put_first(one, ids)) is not None), None)
+    single, cls = processor.get("single"), processor.get("cls")
+    if isinstance(single, list) and single and isinstance(single[0], dict):
+        cls = [single[0]["SpecialToken"].get("id")] if isinstance(single[0].get("SpecialToken"), dict) else None
+    return ids.get(str(cls[0])) if isinstance(cls, list) and cls else None
 
 
 def _content(token: object) -> str:

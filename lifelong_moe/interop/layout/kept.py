@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from lifelong_moe.data.text.strict_json import parse_object
-from lifelong_moe.interop.layout.folder import CONFIG, TOKENIZER_CONFIG
+from lifelong_moe.interop.layout.folder import CONFIG, GENERATION_CONFIG, TOKENIZER_CONFIG
 from lifelong_moe.storage.opening import read_bounded
 
-GENERATION_CONFIG, TEMPLATE, CARD, LICENSE = "generation_config.json", "chat_template.jinja", "README.md", "LICENSE"
+TEMPLATE, CARD, LICENSE = "chat_template.jinja", "README.md", "LICENSE"
 OUT = (TOKENIZER_CONFIG, GENERATION_CONFIG, TEMPLATE, LICENSE)
 """Go out as they came in."""
 MOST_BYTES = 4 << 20
