@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from lifelong_moe.config.model import ModelConfig
@@ -12,6 +13,7 @@ from lifelong_moe.data.tokens.identity import TokenizerIdentity
 from lifelong_moe.plan.architecture import Architecture, first_generation
 from lifelong_moe.plan.spec import StageSpec
 from lifelong_moe.store.record import StageRecord
+from lifelong_moe.store.stages import CommittedStage, StageStore
 
 METRICS: dict[str, Any] = {
     "tokens": 1000, "seconds": 2.0, "tokens_per_second": 500.0, "epochs": 0.5, "trainable_parameters": 10,
@@ -40,3 +42,10 @@ def made_record(key: str, name: str = "one", **changes: Any) -> StageRecord:
         "tokenizer": TokenizerIdentity({"vocab_size": 300}, "7" * 64), "schema": 4,
     }  # fmt: skip
     return StageRecord(**plain | changes)
+
+
+def commit_made(root: Path, key: str, name: str = "one") -> CommittedStage:
+    """Put such a stage into the store at ``root``; its weights are no model's."""
+    import torch
+
+    return StageStore(root).commit(made_record(key, name), METRICS, {"w": torch.zeros(1)})

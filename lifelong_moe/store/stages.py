@@ -6,6 +6,7 @@ A stage stores only the tensors that it changed. All others, frozen experts abov
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,7 +21,7 @@ from lifelong_moe.interop.layout.folder import CONFIG as CHECKPOINT_CONFIG
 from lifelong_moe.interop.layout.kept import Kept
 from lifelong_moe.plan.architecture import Architecture
 from lifelong_moe.storage.directories import write_directory
-from lifelong_moe.storage.keys import SHORT, canonical_json
+from lifelong_moe.storage.keys import SHORT, canonical_json, content_key
 from lifelong_moe.storage.plain import from_plain, require_same
 from lifelong_moe.storage.signing import SigningKeys, signed_by
 from lifelong_moe.storage.stored import naming, parse_json
@@ -82,7 +83,7 @@ class StageStore:
             files = verify_directory(path)
             if (stage := _read(files)).key == key:
                 read = {name: entry.sha256 for name, entry in files.manifest.files.items()}
-                self.keys.verify(path, self._signature(key), read)
+                self.keys.verify(path, self.signature(key), read)
                 self._open[key], self._files[key] = stage, files
                 return stage
         return None
@@ -129,22 +130,36 @@ class StageStore:
                 files[name] = partial(Path.write_text, data=text, encoding="utf-8")
         # Written aside and renamed: a killed commit leaves no stage.
         target = self.root / f"{record.name}-{record.key[:SHORT]}"
-        write_directory(target, files, lambda path: self.keys.sign(path, self._signature(record.key)))
+        write_directory(target, files, lambda path: self.keys.sign(path, self.signature(record.key)))
         return self.get(record.key)
 
     def sign(self, *keys: str | None) -> None:
         """Sign stages and all others that they need, if there is a private key; signatures that exist stay."""
-        open_, seen = [key for key in keys if key is not None], set[str]()
-        while open_ and self.keys.private is not None:
-            stage = self.get(open_.pop())
-            seen.add(stage.key)
+        for stage in self.needs(*keys) if self.keys.private is not None else ():
             if self.signed_by(stage.key) is None:
-                self.keys.sign(stage.path, self._signature(stage.key))
-            open_ += {*stage.borrowed.values(), *filter(None, [stage.parent])} - seen
+                self.keys.sign(stage.path, self.signature(stage.key))
+
+    def needs(self, *keys: str | None) -> list[CommittedStage]:
+        """Stages, and all others that they borrow from or descend from, each once.
+
+        Raises:
+            CorruptError: If one is missing or damaged.
+        """
+        open_, found = [key for key in keys if key is not None], dict[str, CommittedStage]()
+        while open_:
+            stage = self.get(open_.pop())
+            found[stage.key] = stage
+            open_ += {*stage.borrowed.values(), *filter(None, [stage.parent])} - {*found}
+        return list(found.values())
+
+    def manifest_hash(self, key: str) -> str:
+        """SHA-256 of the manifest by which a stage was verified, which holds the hashes of all its files."""
+        self.get(key)
+        return content_key(dataclasses.asdict(self._files[key].manifest))
 
     def signed_by(self, key: str) -> str | None:
         """Fingerprint of the key that signed a stage, verified only where public keys are given; None if unsigned."""
-        return signed_by(self._signature(key))
+        return signed_by(self.signature(key))
 
     def tensors(self, stage: CommittedStage) -> dict[str, Tensor]:
         """All tensors of a stage's model, borrowed ones included.
@@ -221,7 +236,8 @@ class StageStore:
         except UnicodeDecodeError as error:
             raise CorruptError(f"{stage.path / name}: {error}.") from None
 
-    def _signature(self, key: str) -> Path:
+    def signature(self, key: str) -> Path:
+        """Where a stage's signature is, if it has one."""
         return self._signatures / f"{key}.sig"
 
     def holder(self, stage: CommittedStage, tensor: str) -> str:

@@ -15,16 +15,16 @@ from contextlib import closing
 from pathlib import Path
 
 from lifelong_moe.errors import one_line
+from lifelong_moe.store.pointer import ARTIFACTS
 from lifelong_moe.tracking.connection import sqlite_path
 from lifelong_moe.tracking.spool import RefusedError
 
-ARTIFACTS = "artifacts"
 READ_SECONDS = 10.0
 """Longest time for reading the locations; a hostile database could make it endless."""
 
 # Experiments that MLflow itself makes have their number as folder.
 _FOLDERS = rf"{ARTIFACTS}|[0-9]{{1,20}}"
-# A version of ours is a stage.
+# A version of an earlier release is a stage.
 _MODELS = rf"{_FOLDERS}|stages"
 LOCATIONS = {
     ("experiments", "artifact_location"): _FOLDERS,
@@ -92,24 +92,6 @@ def require_within(uri: str, root: Path, location: str) -> None:
     """
     if own_database(uri, root) is not None and not _is_within(location, root, _FOLDERS):
         raise _refusal("it keeps artifacts in", location, root)
-
-
-def model_within(uri: str, root: Path, directory: str) -> str:
-    """The directory of a model that is about to be recorded; that of a store that moved since is where it is now.
-
-    Args:
-        uri: Tracking URI.
-        root: The ``mlruns/`` directory.
-        directory: Its absolute path, as a spool says it.
-
-    Raises:
-        RefusedError: If it is outside of the store, and the store's own database would hold it.
-    """
-    if own_database(uri, root) is None or _is_within(directory, root, _MODELS):
-        return directory
-    if (moved := _moved(directory, root, _MODELS)) is None:
-        raise _refusal("it keeps a model in", directory, root)
-    return moved
 
 
 def own_database(uri: str, root: Path) -> Path | None:

@@ -128,7 +128,6 @@ _FIELDS: dict[str, dict[str, Check]] = {
     "version": {
         "name": _is_model,
         "alias": lambda value: value is None or value in ALIASES,
-        "directory": _is_text,
         "tags": _are_tags_of_version,
         "description": _is_text,
     },

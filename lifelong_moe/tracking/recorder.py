@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 DELIVERY_SECONDS = 60.0
 """Longest time that connecting spends on delivering the spool."""
-_OURS = ("do", "run", "time", "rows", "experiment", "parent", "by", "directory", "path", "alias")
+_OURS = ("do", "run", "time", "rows", "experiment", "parent", "by", "path", "alias")
 """Fields of operations that find something again: no text of theirs is a secret, and none may change."""
 
 

@@ -1,20 +1,23 @@
-"""Committed stages as versions in MLflow's model registry."""
+"""Committed stages as versions in MLflow's model registry, each a model that MLflow loads."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lifelong_moe.redaction import is_web
-from lifelong_moe.tracking.values import clean_key
+from lifelong_moe.store.pointer import point_to
+from lifelong_moe.store.stages import CommittedStage, StageStore
+from lifelong_moe.tracking.model_files import DATA, how_to_load, model_files
+from lifelong_moe.tracking.values import DESCRIPTION_CHARACTERS, clean_key, cut
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 STAGE_KEY_TAG = "stage_key"
 DIRECTORY_TAG = "directory"
+MODELS = "models"
+"""Folder of a run's artifacts in which its models are."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +26,9 @@ class Version:
 
     name: str
     """Registered model."""
-    directory: Path
-    """Absolute path of the stage."""
+    store: StageStore
+    """Has the stage."""
+    stage: CommittedStage
     run_id: str
     """Run that trained it."""
     tags: dict[str, str]
@@ -34,52 +38,78 @@ class Version:
     alias: str | None
     """Moved to this version, if given."""
 
+    @property
+    def path(self) -> str:
+        """Of its folder, below the run's artifacts."""
+        return f"{MODELS}/{self.stage.path.name}"
 
-def register_version(client: MlflowClient, uri: str, version: Version) -> str:
-    """Register a stage once.
+
+def register_version(client: MlflowClient, version: Version, *, remote: bool) -> str:
+    """Register a stage once, with a folder among its run's artifacts that MLflow loads.
+
+    Where MLflow keeps its artifacts in this store, the folder refers to the stages of the store; elsewhere it holds a
+    copy of all that the stage needs.
 
     Args:
         client: MLflow client.
-        uri: Its tracking URI.
         version: What to register.
+        remote: Whether artifacts go to a server.
 
     Returns:
         The number of the new version, or of the one with the same stage key that exists already.
     """
     name = re.sub("[/:']", "-", version.name)
     # Looked up by stage key first, so that a repeated delivery registers nothing twice.
-    number = _find(client, name, version.tags[STAGE_KEY_TAG]) or _create(client, uri, name, version)
+    number = _find(client, name, version) or _create(client, name, version, remote=remote)
     if version.alias:
         client.set_registered_model_alias(name, version.alias, number)
     return number
 
 
-def _find(client: MlflowClient, name: str, stage_key: str) -> str | None:
-    found = client.search_model_versions(f"name = '{name}' and tags.{STAGE_KEY_TAG} = '{stage_key}'")
-    return str(min(int(version.version) for version in found)) if found else None
+def _find(client: MlflowClient, name: str, version: Version) -> str | None:
+    key = version.tags[STAGE_KEY_TAG]
+    found = client.search_model_versions(f"name = '{name}' and tags.{STAGE_KEY_TAG} = '{key}'")
+    # Those of earlier releases pointed at the stage itself, which MLflow cannot load.
+    numbers = [int(one.version) for one in found if str(one.source).endswith(f"/{version.path}")]
+    return str(min(numbers)) if numbers else None
 
 
-def _create(client: MlflowClient, uri: str, name: str, version: Version) -> str:
+def _create(client: MlflowClient, name: str, version: Version, *, remote: bool) -> str:
     from mlflow.exceptions import MlflowException
 
+    source = _write(client, version, remote=remote)
     try:
         client.create_registered_model(name)
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    source = str(version.directory)
-    if is_web(uri):
-        # A server refuses local paths outside of the run's artifacts: leave a pointer there.
-        pointer = f"stages/{version.tags[STAGE_KEY_TAG]}"
-        client.log_text(version.run_id, f"{version.directory}\n", f"{pointer}/directory.txt")
-        source = f"runs:/{version.run_id}/{pointer}"
     tags = {clean_key(key): str(value) for key, value in version.tags.items()}
     created = client.create_model_version(
         name,
         source,
         run_id=version.run_id,
-        tags=tags | {DIRECTORY_TAG: str(version.directory)},
-        description=version.description,
-        await_creation_for=0,  # nothing is copied, so there is nothing to wait for
+        tags=tags | {DIRECTORY_TAG: str(version.stage.path.absolute())},
+        await_creation_for=0,  # everything is there, so there is nothing to wait for
     )
-    return str(created.version)
+    # Its number is known only now.
+    number = str(created.version)
+    said = f"{how_to_load(name, number)}\n\n{version.description}".strip()
+    client.update_model_version(name, number, cut(said, DESCRIPTION_CHARACTERS))
+    return number
+
+
+def _write(client: MlflowClient, version: Version, *, remote: bool) -> str:
+    """Write the model's folder; returns its address."""
+    store, run_id = version.store, version.run_id
+    pointer = point_to(store, version.stage.key, None if remote else store.root.parent)
+    if remote:
+        for key in pointer.manifests:
+            path = store.get(key).path
+            client.log_artifacts(run_id, str(path), f"{version.path}/{DATA}/stages/{path.name}")
+            if store.signed_by(key) is not None:
+                client.log_artifact(run_id, str(store.signature(key)), f"{version.path}/{DATA}/signatures")
+    for file, text in model_files(pointer, run_id, version.path).items():
+        client.log_text(run_id, text, f"{version.path}/{file}")
+    # A local path is loaded where it is; the other form would be copied first, away from the store.
+    place = f"runs:/{run_id}" if remote else str(client.get_run(run_id).info.artifact_uri)
+    return f"{place}/{version.path}"

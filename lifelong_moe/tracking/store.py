@@ -7,15 +7,20 @@ import logging
 import re
 import tempfile
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, TypeVar
 
+from lifelong_moe.errors import CorruptError
 from lifelong_moe.redaction import is_web
+from lifelong_moe.storage.keys import SHORT
+from lifelong_moe.store.pointer import ARTIFACTS
+from lifelong_moe.store.stages import StageStore
 from lifelong_moe.tracking.database import ensure_database
 from lifelong_moe.tracking.failures import reason_of
-from lifelong_moe.tracking.locations import keep_artifacts_within, model_within, require_within
+from lifelong_moe.tracking.locations import keep_artifacts_within, require_within
 from lifelong_moe.tracking.operations import LOCAL_PREFIX, MODEL_PREFIX, require_ours
-from lifelong_moe.tracking.registry import Version, register_version
+from lifelong_moe.tracking.registry import STAGE_KEY_TAG, Version, register_version
 from lifelong_moe.tracking.spool import Operation, RefusedError
 
 if TYPE_CHECKING:
@@ -70,12 +75,20 @@ class Store:
             self._experiments[name] = self._find_experiment(name)
         return self._experiments[name]
 
+    @property
+    def _remote(self) -> bool:
+        """Whether artifacts go elsewhere than below the store."""
+        return is_web(self._uri) or self._uri.startswith("databricks")
+
+    @cached_property
+    def _stages(self) -> StageStore:
+        return StageStore(self._root)
+
     def _find_experiment(self, name: str) -> str:
         from mlflow.exceptions import MlflowException
 
         # A server knows its own artifact store; a database needs one, or artifacts go under the working directory.
-        remote = is_web(self._uri) or self._uri.startswith("databricks")
-        location = None if remote else str(self._root.absolute() / "artifacts")
+        location = None if self._remote else str(self._root.absolute() / ARTIFACTS)
         found = self.client.get_experiment_by_name(name)
         if found is None:
             try:
@@ -267,15 +280,25 @@ class Store:
         self.client.set_tag(self.resolve(asked["run"]), asked["key"], asked["value"])
 
     def _version(self, asked: Operation) -> str:
-        version = Version(
-            name=asked["name"],
-            directory=Path(model_within(self._uri, self._root, asked["directory"])),
-            run_id=self.resolve(asked["run"]),
-            tags=asked["tags"],
-            description=asked["description"],
-            alias=asked["alias"],
-        )
-        return register_version(self.client, self._uri, version)
+        run_id, key = self.resolve(asked["run"]), asked["tags"][STAGE_KEY_TAG]
+        require_within(self._uri, self._root, str(self.client.get_run(run_id).info.artifact_uri))
+        try:
+            # By its key alone: what else a spool says of the stage's files is not believed.
+            stage = self._stages.find(key)
+            if stage is None:
+                raise RefusedError(f"there is no stage {key[:SHORT]} in {self._stages.root}.")
+            version = Version(
+                name=asked["name"],
+                store=self._stages,
+                stage=stage,
+                run_id=run_id,
+                tags=asked["tags"],
+                description=asked["description"],
+                alias=asked["alias"],
+            )
+            return register_version(self.client, version, remote=self._remote)
+        except CorruptError as error:
+            raise RefusedError(str(error)) from error
 
     def _finish(self, asked: Operation) -> None:
         self.client.set_terminated(self.resolve(asked["run"]), asked["status"], end_time=asked["time"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import logging
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lifelong_moe.redaction import redact
@@ -135,7 +134,6 @@ class Tracker(Recorder):
     def register_version(
         self,
         name: str,
-        directory: Path,
         *,
         run_id: str | None,
         tags: Mapping[str, str],
@@ -146,9 +144,9 @@ class Tracker(Recorder):
 
         Args:
             name: Registered model; created if missing.
-            directory: The stage's directory of safetensors and JSON; nothing is copied.
             run_id: Run that trained it.
-            tags: Must have ``stage_key``; a version of the model with the same one is returned instead of a new one.
+            tags: Must have ``stage_key``, by which the store has the stage; a version of the model with the same one
+                is returned instead of a new one.
             description: Markdown for the version's page.
             alias: Moved to this version, such as ``champion``.
 
@@ -160,7 +158,6 @@ class Tracker(Recorder):
         if STAGE_KEY_TAG not in tags:
             raise KeyError(STAGE_KEY_TAG)
         given = {
-            "directory": str(directory.absolute()),
             "tags": {key: str(value) for key, value in tags.items()},
             "description": description,
         }

@@ -16,6 +16,7 @@ from lifelong_moe.redaction import redact
 # Limits of MLflow's database schema; longer texts are refused.
 PARAM_CHARACTERS = 6000
 TAG_CHARACTERS = 8000
+DESCRIPTION_CHARACTERS = 5000
 KEY_CHARACTERS = 250
 ABSENT_SUFFIX = "_absent"
 """``<key>_absent`` is 1 at each step where ``<key>`` had no finite value, so that a gap in a chart is explained."""

@@ -8,8 +8,8 @@ from typing import Any
 
 from rich.console import Console
 
-from lifelong_moe.data.text.jsonl import SEPARATOR
 from lifelong_moe.errors import ConfigError
+from lifelong_moe.serving.prompts import prompt_ids
 from pipelines.inspect.opening import check_label, load_on_device, open_stage
 from pipelines.shared.options import SamplingOptions
 from pipelines.shared.output import print_text
@@ -49,9 +49,8 @@ def generate_text(
     shown = ""
     answers = committed.spec.finetune is not None
     print_text(console, prompt + "\n" * answers)
-    # Training pairs were encoded as prompt, separator, answer.
-    prompt_ids = tokenizer.encode(f"{prompt}{SEPARATOR}" if answers and SEPARATOR not in prompt else prompt)
-    for token in sample(model, prompt_ids, distribution=label, **asdict(sampling)):
+    ids_before = prompt_ids(committed, tokenizer, prompt)
+    for token in sample(model, ids_before, distribution=label, **asdict(sampling)):
         ids.append(token)
         text = tokenizer.decode(ids)
         # A character may span several tokens; until it is complete, decoding ends in a replacement character.

@@ -8,8 +8,8 @@ from rich.console import Console
 
 from lifelong_moe.config.routing.own import require_allowed
 from lifelong_moe.config.routing.topk import CustomRouterConfig
-from lifelong_moe.errors import ConfigError
 from lifelong_moe.plan.spec import BASE_NAME
+from lifelong_moe.serving.prompts import require_label
 from lifelong_moe.store.head import RunHead
 from lifelong_moe.store.runs import require_head
 from lifelong_moe.store.stages import CommittedStage, StageStore
@@ -65,20 +65,12 @@ def check_label(stage: CommittedStage, label: str | None, console: Console) -> N
     Raises:
         ConfigError: If the routing ignores labels, or does not know this one.
     """
-    architecture, routing = stage.architecture, stage.architecture.routing
-    known = [name for name, _ in architecture.labels]
-    # With one generation there is nothing to select, so its label is right in any mode.
-    if label in known and len(architecture.generations) == 1:
-        return
-    if not routing.by_label:
-        if label is not None:
-            raise ConfigError(f"--label={label}: routing.mode={routing.mode} ignores labels; leave it out.")
-    elif label is None:
+    require_label(stage, label, "--label")
+    architecture = stage.architecture
+    if label is None and architecture.routing.by_label:
         # A checkpoint's text has no label.
         oldest = next((name for name, domain in architecture.labels if domain == 0), architecture.generations[0].stage)
-        console.print(f"no --label: routed as {oldest}; there are {', '.join(known)}")
-    elif label not in known:
-        raise ConfigError(f"--label={label} is unknown to stage {stage.name}; there are {', '.join(known)}.")
+        console.print(f"no --label: routed as {oldest}; there are {', '.join(name for name, _ in architecture.labels)}")
 
 
 def load_on_device(run: str, store: StageStore, committed: CommittedStage, *, int8: bool) -> LanguageModel:

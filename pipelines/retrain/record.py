@@ -98,7 +98,7 @@ class TickRecord:
         tags = {"stage_key": stage.key, "stage": stage.name, "run": self.opened.head.run, "data": facts.data}
         tags |= {"parent_key": str(stage.parent), "weights_sha256": stage.weights_hash}
         self.tracker.register_version(
-            self.model, stage.path, run_id=self.run_id, tags=tags, description="at the gate", alias="candidate"
+            self.model, run_id=self.run_id, tags=tags, description="at the gate", alias="candidate"
         )
 
     def judged(self, verdict: Verdict) -> None:

@@ -140,8 +140,11 @@ class MlflowRecord:
         if self._open is None:
             self.stage_begins(planned)
         run_id = self.told.stages.get(planned.key)
-        self._summarize(planned, run_id, summary_rows(report, planned.depth))
-        self.tracker.set_note(run_id, render.stage_note(report, planned.depth, shared))
+        # Its place in the report, in which a checkpoint that the run began with is no stage.
+        index = len(report.stages) - 1
+        note = render.stage_note(report, index, shared)
+        self._summarize(planned, run_id, summary_rows(report, index))
+        self.tracker.set_note(run_id, note)
         self._figures(run_id, report)
         config = self.prepared.config
         tags = {"stage_key": planned.key, "stage": planned.spec.name, "run": config.run, "data": planned.spec.data}
@@ -150,10 +153,9 @@ class MlflowRecord:
         tags["weights_sha256"] = stage.weights_hash
         self.tracker.register_version(
             f"lifelong-moe.{config.run}",
-            stage.path,
             run_id=run_id,
             tags=tags,
-            description=render.stage_note(report, planned.depth, shared),
+            description=note,
         )
         self.tracker.finish(run_id)
         self._open = None

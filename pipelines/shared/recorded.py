@@ -88,7 +88,7 @@ def show_champion(head: RunHead, tracker: Tracker) -> str | None:
     if weights is None:
         raise CorruptError(f"{manifest}: lists no {WEIGHTS}.")
     tags = {"stage_key": key, "stage": head.names[-1], "run": head.run, "weights_sha256": weights.sha256}
-    number = tracker.register_version(model, manifest.parent, run_id=run_id, tags=tags, alias="champion")
+    number = tracker.register_version(model, run_id=run_id, tags=tags, alias="champion")
     return tracker.problem if number is None else None
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from safetensors import safe_open
@@ -30,6 +31,7 @@ from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.retention import generated
 from lifelong_moe.retention.generated import generate_blocks
+from lifelong_moe.serving.pyfunc import _load_pyfunc
 from lifelong_moe.store.stages import StageStore
 from lifelong_moe.training.loop.module import StageModule
 from lifelong_moe.training.restore import load_model
@@ -363,3 +365,26 @@ def test_a_tick_goes_on_from_a_checkpoint_s_run(lab: Path) -> None:
     assert outcome["outcome"] == "promoted", outcome
     chain = StageStore(Path("mlruns")).chain(outcome["champion"]["key"])
     assert [stage.name for stage in chain][:3] == ["base", "fruit", "code"] and len(chain) == 4
+
+
+def test_the_stages_after_a_checkpoint_are_recorded(lab: Path, template: Path) -> None:
+    from mlflow import MlflowClient
+
+    write_checkpoint("llama")
+    Path("mlruns").mkdir()
+    shutil.copy(template, "mlruns/mlflow.db")
+    report, _ = train(write_config(config_of(bundles=True) | {"tracking": {"enabled": True}}))
+    client = MlflowClient(f"sqlite:///{Path('mlruns/mlflow.db').absolute()}")
+    versions = sorted(client.search_model_versions("name = 'lifelong-moe.tiny'"), key=lambda one: int(one.version))
+    assert [one.tags["stage_key"] for one in versions] == [stage["key"] for stage in report["stages"]]
+    for version, title in zip(versions, ("Stage 0 **fruit**", "Stage 1 **code**"), strict=True):
+        assert title in version.description
+    (run,) = [one for one in (client.get_run(v.run_id) for v in versions) if one.data.params["stage"] == "2"]
+    history = client.get_metric_history(run.info.run_id, "eval/code/nats_per_token")
+    assert [(point.step, point.value) for point in history] == [(1, report["loss_nats_per_token"][1][1])]
+    # All that the last stage needs: the checkpoint, and the two stages after it.
+    (reference,) = Path("mlruns/artifacts").glob("*/artifacts/models/code-*/data/pointer.json")
+    assert len(json.loads(reference.read_text())["manifests"]) == 3
+    texts = ["1 apple", "def return"]
+    losses = _load_pyfunc(str(reference.parent)).predict(pandas.DataFrame([[t] for t in texts]), {"output": "loss"})
+    assert [0 < loss["nats_per_token"] < 12 for loss in losses] == [True, True]

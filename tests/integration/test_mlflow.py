@@ -17,7 +17,9 @@ from matplotlib.figure import Figure
 
 from lifelong_moe.config.tracking import TrackingConfig
 from lifelong_moe.errors import DivergedError
+from lifelong_moe.store.pointer import open_pointer
 from lifelong_moe.tracking.tracker import Tracker
+from tests.records import commit_made
 
 
 @pytest.fixture(autouse=True)
@@ -115,18 +117,32 @@ def test_figures_and_texts_lie_under_our_root(root: Path, tracker: Tracker) -> N
 
 def test_a_stage_is_registered_once(root: Path, tracker: Tracker) -> None:
     run_id = started(tracker)
-    stage = root / "stages" / "s-0123"
-    tags = {"stage_key": "0123", "gate": "passed"}
+    first, second = (commit_made(root, digits * 16) for digits in ("0123", "4567"))
+    tags = {"stage_key": first.key, "gate": "passed"}
 
     def register(stage_key: str, alias: str | None = None) -> str | None:
         given = tags | {"stage_key": stage_key}
-        return tracker.register_version("demo", stage, run_id=run_id, tags=given, description="first", alias=alias)
+        return tracker.register_version("demo", run_id=run_id, tags=given, description="first", alias=alias)
 
-    assert [register("0123"), register("4567"), register("0123", alias="champion")] == ["1", "2", "1"]
+    assert [register(first.key), register(second.key), register(first.key, alias="champion")] == ["1", "2", "1"]
     version = client(root).get_model_version_by_alias("demo", "champion")
-    assert (str(version.version), version.run_id, version.source, version.status) == ("1", run_id, str(stage), "READY")
-    assert version.tags == tags | {"directory": str(stage)}
-    assert version.description == "first"
+    folder = root / "artifacts" / run_id / "artifacts/models" / first.path.name
+    assert (str(version.version), version.run_id, version.source) == ("1", run_id, str(folder))
+    assert version.status == "READY" and version.tags == tags | {"directory": str(first.path)}
+    assert 'load_model("models:/demo/1")' in version.description and version.description.endswith("first")
+    assert open_pointer(folder / "data")[1].key == first.key
+
+
+def test_a_version_of_an_earlier_release_stays_and_gets_a_loadable_one_beside_it(root: Path, tracker: Tracker) -> None:
+    run_id, stage = started(tracker), commit_made(root, "0123" * 16)
+    tags = {"stage_key": stage.key}
+    client(root).create_registered_model("demo")
+    client(root).create_model_version("demo", str(stage.path), run_id=run_id, tags=tags)
+    client(root).set_registered_model_alias("demo", "champion", "1")
+    given = {"run_id": run_id, "tags": tags, "alias": "champion"}
+    assert [tracker.register_version("demo", **given) for _ in range(2)] == ["2", "2"]
+    assert str(client(root).get_model_version_by_alias("demo", "champion").version) == "2"
+    assert client(root).get_model_version("demo", "1").source == str(stage.path)
 
 
 def test_resuming_takes_up_the_same_run(root: Path, tracker: Tracker) -> None:
@@ -162,7 +178,7 @@ def test_disabled_tracker_does_nothing(tmp_path: Path) -> None:
     tracker.log_figure("a", Figure(), "f.png")
     tracker.set_note("a", "note")
     tracker.finish("a")
-    assert tracker.register_version("m", tmp_path, run_id="a", tags={"stage_key": "0"}) is None
+    assert tracker.register_version("m", run_id="a", tags={"stage_key": "0"}) is None
     assert (tracker.ui_url(), tracker.experiment_id) == ("", None)
     assert not (tmp_path / "mlruns").exists()
 
@@ -228,5 +244,5 @@ def test_deleted_experiment_is_not_revived(root: Path, tracker: Tracker) -> None
 def test_our_own_mistakes_are_raised(tracker: Tracker) -> None:
     run_id = started(tracker)
     with pytest.raises(KeyError, match="stage_key"):
-        tracker.register_version("m", Path(), run_id=run_id, tags={})
+        tracker.register_version("m", run_id=run_id, tags={})
     assert tracker.active

@@ -123,7 +123,7 @@ def test_two_stages(lab: Path, config: dict[str, Any]) -> None:
     versions = sorted(client().search_model_versions("name = 'lifelong-moe.tiny'"), key=lambda v: int(v.version))
     assert [version.tags["stage_key"] for version in versions] == [stage["key"] for stage in report["stages"]]
     assert [version.run_id for version in versions] == [run.info.run_id for run in children]
-    assert all((Path(version.source) / "model.safetensors").is_file() for version in versions)
+    assert all((Path(version.source) / "MLmodel").is_file() for version in versions)
     assert versions[1].tags["parent_key"] == report["stages"][0]["key"]
     assert versions[1].tags["weights_sha256"] == report["stages"][1]["weights_sha256"]
 

@@ -16,9 +16,11 @@ from matplotlib.figure import Figure
 from mlflow import MlflowClient
 
 from lifelong_moe.config.tracking import TrackingConfig
+from lifelong_moe.store.pointer import open_pointer
 from lifelong_moe.tracking.server import serve_command, wait_until_up
 from lifelong_moe.tracking.tracker import Tracker
 from pipelines.cli import app, exit_code
+from tests.records import commit_made
 from tests.tiny import tiny_config, train, write_config
 
 START_SECONDS = 90.0
@@ -97,9 +99,10 @@ def test_runs_aliases_artifacts_and_resuming(server: Server, lab: Path) -> None:
     tracker.log_metrics(child, [("loss", 1 / (1 + step), step) for step in range(1200)])
     tracker.log_figure(child, Figure(), "figures/loss.png")
     tracker.log_text(child, "# r\u00e9sum\u00e9", "report.md")
+    stages = [commit_made(lab / "mlruns", digits * 16) for digits in ("0123", "4567")]
     numbers = [
-        tracker.register_version("lifelong-moe.demo", lab / key, run_id=child, tags={"stage_key": key}, alias=alias)
-        for key, alias in (("0123", "champion"), ("4567", None), ("4567", "champion"))
+        tracker.register_version("lifelong-moe.demo", run_id=child, tags={"stage_key": stage.key}, alias=alias)
+        for stage, alias in ((stages[0], "champion"), (stages[1], None), (stages[1], "champion"))
     ]
     tracker.finish(parent, KeyboardInterrupt())
     again = Tracker.connect(config, lab / "mlruns")
@@ -118,7 +121,13 @@ def test_runs_aliases_artifacts_and_resuming(server: Server, lab: Path) -> None:
     assert Path(client.download_artifacts(child, "report.md", str(lab))).read_text() == "# r\u00e9sum\u00e9"
     assert numbers == ["1", "2", "2"]
     champion = client.get_model_version_by_alias("lifelong-moe.demo", "champion")
-    assert (str(champion.version), champion.tags["directory"]) == ("2", str(lab / "4567"))
+    assert (str(champion.version), champion.tags["directory"]) == ("2", str(stages[1].path))
+    # The server has all that the model is made of, whatever becomes of the store.
+    shutil.rmtree(lab / "mlruns/stages")
+    (lab / "copy").mkdir()
+    folder = client.download_artifacts(child, f"models/{stages[1].path.name}", str(lab / "copy"))
+    store, stage = open_pointer(Path(folder) / "data")
+    assert stage.key == stages[1].key and [*store.tensors(stage)] == ["w"]
 
 
 def test_killed_in_a_run_and_absent_at_the_next_start(

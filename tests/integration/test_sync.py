@@ -19,6 +19,7 @@ from lifelong_moe.tracking.spool import Spool
 from lifelong_moe.tracking.store import Store
 from lifelong_moe.tracking.tracker import Tracker
 from pipelines.cli import app, exit_code
+from tests.records import commit_made
 
 
 class Lab:
@@ -76,7 +77,8 @@ class Lab:
                 "tags": tags,
                 "metrics": {key: sorted((p.step, p.value) for p in points) for key, points in history.items()},
                 "datasets": [(d.dataset.name, d.dataset.digest, d.dataset.profile) for d in run.inputs.dataset_inputs],
-                "artifacts": {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*.*")},
+                # `MLmodel` has no suffix: it names the run and the time.
+                "artifacts": {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*.*") if p.is_file()},
             }
         return shown
 
@@ -102,10 +104,9 @@ def record(tracker: Tracker) -> tuple[str, str]:
     tracker.log_text(child, "# résumé\u2028", "report.md")
     tracker.set_note(child, "note")
     for key, alias in (("0123", None), ("4567", "champion")):
-        tags = {"stage_key": key}
+        tags = {"stage_key": commit_made(Path("mlruns"), key * 16).key}
         tracker.register_version(
             "lifelong-moe.demo",
-            Path("mlruns/stages/s"),
             run_id=child,
             tags=tags,
             description="first",
@@ -136,7 +137,8 @@ def test_late_is_the_same_as_at_once(lab: Lab) -> None:
     assert synced() == 0 and lab.spool().empty
     assert lab.shown() == told
     assert len(told) == 3 and len(told["arm / stage"]["metrics"]["train/loss"]) == 1501
-    assert MlflowClient(lab.uri).get_model_version_by_alias("lifelong-moe.demo", "champion").tags["stage_key"] == "4567"
+    champion = MlflowClient(lab.uri).get_model_version_by_alias("lifelong-moe.demo", "champion")
+    assert champion.tags["stage_key"] == "4567" * 16
     healed = lab.connect()  # and the ids of then are good for ever
     assert all(healed.run_exists(run_id) for run_id in ids)
     assert "local-" not in healed.ui_url(ids)

@@ -1,0 +1,1 @@
+"""Committed stages that answer: prompts, and what MLflow calls to load a registered version."""
