@@ -1,4 +1,4 @@
-"""Settings of growth: how many experts a stage adds, and how they are initialized. Torch-free."""
+"""Settings of growth: experts and tokens that a stage adds, and how they are initialized. Torch-free."""
 
 from __future__ import annotations
 
@@ -114,3 +114,19 @@ class GrowConfig:
     def freezes(self) -> bool:
         """Whether old experts and router rows are frozen for good."""
         return self.old_lr_scale == 0
+
+
+@dataclass(kw_only=True)
+class VocabularyConfig:
+    """Tokens that a stage adds to the vocabulary, for text that its parent's tokenizer cuts finely."""
+
+    add: int = 0
+    """New tokens: merges that byte-pair encoding goes on to learn from the stage's training text, after all that the
+    tokenizer has; fewer where no pair of tokens comes twice. They belong to the stage's generation, whose text alone is
+    read with them. 0 adds none. Needs ``grow.experts`` above 0 and ``routing.bundles=label`` (or
+    ``routing.mode=label``)."""
+
+    def __post_init__(self) -> None:
+        require_bounded(self, "vocabulary.")
+        if self.add < 0:
+            raise ConfigError(f"vocabulary.add={self.add} must not be negative.")

@@ -42,7 +42,8 @@ class Place:
     layer: int | None = None
     """Decoder layer, counted from 0; None outside of the blocks."""
     generation: int | None = None
-    """The only generation that uses it, counted from 0: experts, router rows, and deltas of any part. None: all do."""
+    """The only generation that trains it, counted from 0: experts, router rows, deltas of any part, rows of tokens that
+    it added. None: all do."""
 
     def is_in(self, part: Part | None, generation: int | None) -> bool:
         """Whether it belongs to this part and this generation; None matches any."""
@@ -58,7 +59,8 @@ class Place:
 _NAME = re.compile(
     r"""(?: blocks\.(?P<layer>\d+)\. )?
         (?: moe\.banks\.experts\.(?P<expert>\d+)\..+
-          | (?: .+\.deltas\. | moe\.router\..+[._] | moe\.banks\.generations\. | document_clusters\.centroids_ )
+          | (?: .+\.deltas\. | (?: embedding | head )\.rows\.
+              | moe\.router\..+[._] | moe\.banks\.generations\. | document_clusters\.centroids_ )
             (?P<generation>\d+) (?: \.(?: up | down | gate_up ) (?: _[ab] )? )?
           | .+
         )""",

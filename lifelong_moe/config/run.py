@@ -8,7 +8,7 @@ from typing import Any
 
 from lifelong_moe.config.data import BaseConfig, SourceConfig, TokenizerConfig
 from lifelong_moe.config.evaluation import EvaluateConfig
-from lifelong_moe.config.growth import GrowConfig
+from lifelong_moe.config.growth import GrowConfig, VocabularyConfig
 from lifelong_moe.config.model import ModelConfig
 from lifelong_moe.config.names import NAME
 from lifelong_moe.config.retention import DistillConfig, PenaltyConfig, ReplayConfig, ReviewConfig, TrunkConfig
@@ -58,6 +58,8 @@ class StageConfig:
     """Training tokens, including replayed ones and the padding of short blocks."""
     grow: GrowConfig = field(default_factory=GrowConfig)
     """Growth, from the second stage on."""
+    vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
+    """Tokens that the stage adds, where it continues a model."""
     continues: str | None = None
     """Name of an earlier stage whose generation (experts, router rows, trunk deltas) alone trains on, for more text of
     a known domain; no experts are added then. Null: none."""

@@ -35,6 +35,8 @@ def require_consistent_stage(run: RunConfig, i: int, stage: StageConfig) -> None
         _check_grown_layers(run, i, stage)
         _check_review(run, i, stage)
         _check_retention(run, i, stage)
+    if run.method == Method.lifelong:
+        _check_vocabulary(run, i, stage)
     if stage.continues is not None:
         _check_continued(run, i, stage.continues)
 
@@ -151,6 +153,36 @@ def _check_deltas(run: RunConfig, i: int, stage: StageConfig) -> None:
         raise ConfigError(
             f"stages[{i}].trunk.train=deltas changes the trunk for the tokens of one bundle. Set "
             f"routing.bundles=cluster (or label, or routing.mode=label) and stages[{i}].grow.experts above 0."
+        )
+
+
+def _check_vocabulary(run: RunConfig, i: int, stage: StageConfig) -> None:
+    """Require a generation of the stage's own for new tokens, which no text but the generation's is read with."""
+    key = f"stages[{i}].vocabulary.add={stage.vocabulary.add}"
+    if any(earlier.vocabulary.add for earlier in run.stages[: i + 1]) and run.continues(i) and stage.distill.weight:
+        # The teacher would read the text in other tokens than the student.
+        raise ConfigError(
+            f"stages[{i}].distill.weight={stage.distill.weight:g} compares predictions of one vocabulary, and "
+            f"vocabulary.add gives this run several. Set stages[{i}].distill.weight=0."
+        )
+    if not stage.vocabulary.add:
+        return
+    if not run.continues(i):
+        raise ConfigError(
+            f"{key}: the first stage has a tokenizer of its own, as large as tokenizer.vocab_size says; tokens are "
+            f"added by later stages, or to a checkpoint's (model.from)."
+        )
+    if not stage.grow.experts or stage.continues or stage.kind == StageKind.finetune:
+        raise ConfigError(
+            f"{key}: new tokens belong to a generation of the stage's own. Set stages[{i}].grow.experts above 0, "
+            f"kind=pretrain, and no continues."
+        )
+    if not run.routing.by_label:
+        # Elsewhere one vocabulary would have to read text whose generation is not known before it is read, or one
+        # softmax would take probability from all old text for tokens that it has never seen.
+        raise ConfigError(
+            f"{key}: text of an old generation must not be read in new tokens, so its generation must be known. Set "
+            f"routing.bundles=label, or routing.mode=label."
         )
 
 

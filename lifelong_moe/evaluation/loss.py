@@ -26,7 +26,7 @@ class Evaluation:
     """The measurement of one distribution."""
 
     nats_per_token: float
-    """Mean cross-entropy of the scored tokens."""
+    """Mean cross-entropy of the scored tokens; where stages add tokens, by those of the first vocabulary."""
     bits_per_byte: float
     """Total cross-entropy in bits over the UTF-8 bytes of the source text."""
     tokens: int
@@ -99,3 +99,13 @@ def evaluate(
         documents=windows.num_documents,
         expert_counts=[layer.tolist() for layer in counts or []],
     )
+
+
+def per_token_of(found: Evaluation, tokens: int) -> Evaluation:
+    """The same loss by the tokens of another vocabulary, so that losses of models with different ones compare.
+
+    Args:
+        found: Of the same text.
+        tokens: Scored tokens of the other vocabulary.
+    """
+    return replace(found, nats_per_token=found.nats_per_token * found.tokens / tokens, tokens=tokens)

@@ -19,9 +19,9 @@ from lifelong_moe.data.text.documents import Document
 from lifelong_moe.data.tokens.prepare import PreparedData
 from lifelong_moe.data.tokens.shards import TokenShard, tokenize_documents
 from lifelong_moe.data.tokens.spread import spread_shard
-from lifelong_moe.data.tokens.windows import evaluation_windows
+from lifelong_moe.data.tokens.windows import evaluation_windows, first_documents
 from lifelong_moe.evaluation.documents import measure_documents
-from lifelong_moe.evaluation.loss import EVALUATION_SCHEMA, Evaluation, evaluate
+from lifelong_moe.evaluation.loss import EVALUATION_SCHEMA, Evaluation, evaluate, per_token_of
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.architecture import Architecture
 from lifelong_moe.retraining.bounds import DocumentLosses
@@ -155,9 +155,15 @@ class Measurements:
         return self.store.find(model, self.key(name), read)
 
     def _evaluate(self, model: LanguageModel, name: str) -> Evaluation:
-        settings = self.config.evaluate
+        settings, vocabulary = self.config.evaluate, model.architecture.vocabulary_of(name)
         windows = evaluation_windows(self.data.heldout[name], self.config.model.context, settings.tokens)
-        return evaluate(model, windows, distribution=name, batch_tokens=settings.batch_tokens)
+        if not vocabulary:
+            return evaluate(model, windows, distribution=name, batch_tokens=settings.batch_tokens)
+        # The same documents in other tokens, of which there are fewer.
+        shard = first_documents(self.data.heldout_by(name, vocabulary), windows.shard.num_documents)
+        own = evaluation_windows(shard, self.config.model.context, shard.num_tokens)
+        found = evaluate(model, own, distribution=name, batch_tokens=settings.batch_tokens)
+        return per_token_of(found, windows.num_tokens)
 
     def losses(self, model: str, distribution: str, *, shuffled: bool = False) -> DocumentLosses:
         """A model's loss on each held-out document with a scored token, and the document's source.
@@ -191,12 +197,14 @@ class Measurements:
         if (found := self.store.find(model, key, read)) is not None:
             return found
         sources = [document.source for document in self.data.heldout_documents[distribution]]
-        shard, chosen = spread_shard(self.data.heldout[distribution], sources, self.config.evaluate.tokens)
+        loaded = self.load(model)
+        read = self.data.heldout_by(distribution, loaded.architecture.vocabulary_of(distribution))
+        shard, chosen = spread_shard(read, sources, self.config.evaluate.tokens)
         plain = self._documents(model, distribution) if shuffled else None
         if plain is not None:
             shard = self._shuffled(distribution, shard, chosen)
         measured = measure_documents(
-            self.load(model),
+            loaded,
             evaluation_windows(shard, self.config.model.context, shard.num_tokens),
             distribution=distribution,
             batch_tokens=self.config.evaluate.batch_tokens,

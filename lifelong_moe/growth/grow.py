@@ -7,7 +7,8 @@ Legend: D model width, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -72,6 +73,25 @@ def grow(
         if generation.delta_rank:
             _begin_deltas(model, generator)
     return check_noop(model, sample, before)
+
+
+@torch.no_grad()
+def begin_rows(model: LanguageModel, pieces: Sequence[Sequence[int]]) -> None:
+    """Begin the newest generation's rows of embedding and head, each as the mean of its token's pieces.
+
+    Means are of the rows as that generation uses them, its low-rank changes included.
+
+    Args:
+        model: Grown, its new rows still empty.
+        pieces: For each added token the older ones that it stands for.
+    """
+    newest = len(model.architecture.generations) - 1
+    own, head = model.embedding.rows[str(newest)], model.head.rows[str(newest)]
+    head_VD = model.head.weight_of(newest)
+    # The head first: where it is tied to the embedding, the embedding's means are what remains.
+    for rows, look_up in ((head, head_VD.__getitem__), (own, partial(model.embedding.look_up, newest))):
+        for row, ids in zip(rows, pieces, strict=True):
+            row.copy_(look_up(torch.tensor(ids)).mean(dim=0))
 
 
 def _begin_deltas(model: LanguageModel, generator: torch.Generator) -> None:

@@ -95,6 +95,11 @@ def _require_removable(architecture: Architecture, index: int) -> None:
         raise ConfigError(
             f"stage {architecture.generations[0].stage} is the first, on which all others build; it cannot be removed."
         )
+    if architecture.generations[index].tokens:
+        raise ConfigError(
+            f"stage {architecture.generations[index].stage} added tokens (vocabulary.add), which later stages read; "
+            f"remove the newest stage first."
+        )
     if routing.mode not in ROUTERS:
         raise ConfigError(
             f"routing.mode={routing.mode} is a custom router: which of its tensors belong to a stage is unknown."

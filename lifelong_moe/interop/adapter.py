@@ -46,6 +46,11 @@ def require_adapter(architecture: Architecture, generation: int | None) -> None:
             f"--format=peft: generation {born.stage} has no low-rank changes (trunk.train=deltas or grow.rank)."
         )
     layers = range(architecture.model.layers)
+    if architecture.tokens_of(generation) > architecture.vocab_size:
+        raise ConfigError(
+            f"--format=peft: generation {born.stage} reads tokens added to the vocabulary, and an adapter has "
+            f"the base's; export it by --format=hf."
+        )
     # A change of one expert among several has no form in PEFT's files, whose experts are one tensor.
     alike = all(born.experts_in(layer) == first.experts_in(layer) for layer in layers)
     if not alike or (born.rank and first.experts > 1):

@@ -45,13 +45,14 @@ def compare(model: LanguageModel, generation: int, theirs: Any, prompt_ids: Sequ
     model.eval()
     generator = torch.Generator().manual_seed(0)
     context = model.architecture.model.context
-    ids_BS = torch.randint(model.architecture.vocab_size, (1, min(COMPARED, context)), generator=generator)
+    num_tokens = model.architecture.tokens_of(generation)
+    ids_BS = torch.randint(num_tokens, (1, min(COMPARED, context)), generator=generator)
     ids_BS[0, 0] = model.architecture.bos_id
 
     def logits(ids_BS: Tensor) -> Tensor:
         domains_BS = torch.full_like(ids_BS, generation)
         hidden_BSD = model(TokenBatch(ids_BS, domain_ids_BS=domains_BS)).hidden_BSD
-        return model.head.logits(hidden_BSD, domains_BS)
+        return model.head.logits(hidden_BSD, domains_BS)[..., :num_tokens]
 
     difference = float((logits(ids_BS) - theirs(ids_BS).logits).abs().max())
     num = max(1, min(GENERATED, context - len(prompt_ids)))

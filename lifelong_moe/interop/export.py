@@ -37,8 +37,8 @@ class Source:
     architecture: Architecture
     tensors: Mapping[str, Tensor]
     """As they are stored."""
-    tokenizer: str
-    """Text of ``tokenizer.json``."""
+    tokenizers: Sequence[str]
+    """Text of each vocabulary's ``tokenizer.json``, the oldest first."""
     kept: Kept
     """Of the checkpoint that it was grown from."""
 
@@ -78,14 +78,15 @@ def write_folder(
         total = sum(one.numel for one in stored) * dtype.itemsize
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
     _write_json(folder / CONFIG, config)
-    write_tokenizer(source, config, folder)
+    write_tokenizer(source, generation, config, folder)
     return config
 
 
-def write_tokenizer(source: Source, config: Mapping[str, Any], folder: Path) -> None:
+def write_tokenizer(source: Source, generation: int | None, config: Mapping[str, Any], folder: Path) -> None:
     """Write the tokenizer's files, and how to generate: those of the checkpoint, or what follows from the model."""
-    texts = {TOKENIZER: exported_tokenizer(source.tokenizer, source.architecture.bos_id)}
-    texts |= default_texts(source.tokenizer, config, source.architecture.bos_id) | source.kept.going_out()
+    tokenizer = source.tokenizers[source.architecture.vocabulary(generation or 0)]
+    texts = {TOKENIZER: exported_tokenizer(tokenizer, source.architecture.bos_id)}
+    texts |= default_texts(tokenizer, config, source.architecture.bos_id) | source.kept.going_out()
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
 

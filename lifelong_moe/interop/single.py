@@ -51,7 +51,8 @@ def single_architecture(architecture: Architecture, generation: int | None = Non
     routing = LearnedConfig() if is_alone else LearnedConfig(top_k=min(top_k, numbers[0]), renormalize=renormalize)
     shape = _shape(model, numbers[0], top_k, has_deltas=any(one.delta_rank for one in chosen))
     first = (first_generation(chosen[-1].stage, shape),)
-    return Architecture(shape, routing, architecture.vocab_size, architecture.bos_id, first)
+    num_tokens = architecture.tokens_of(0 if generation is None else generation)
+    return Architecture(shape, routing, num_tokens, architecture.bos_id, first)
 
 
 def _require_plain(routing: RoutingConfig) -> tuple[int, bool]:
@@ -114,10 +115,15 @@ def single_tensors(
     numbers = range(len(born)) if generation is None else (generation,)
     found = {}
     for name, tensor in tensors.items():
-        if ".deltas." not in name and ".moe.banks." not in name and ".moe.router." not in name:
+        if not any(part in name for part in (".deltas.", ".rows.", ".moe.banks.", ".moe.router.")):
             found[name] = tensor if generation is None else with_delta(tensors, name, generation)
     if architecture.model.tie_embeddings and any(born[number].delta_rank for number in numbers):
         found[HEAD] = with_delta({HEAD: tensors[EMBEDDING], **tensors}, HEAD, numbers[0])
+    for table in (EMBEDDING, HEAD):
+        # Where the head is tied, it has the embedding's rows.
+        rows = [token_rows(tensors, table, n) for n in range(1, 1 + numbers[-1]) if born[n].tokens]
+        if table in found and rows:
+            found[table] = torch.cat([found[table], *rows])
     for layer in architecture.model.moe_layers:
         first = sum(one.experts_in(layer) for one in born[: numbers[0]])
         for new in range(sum(born[number].experts_in(layer) for number in numbers)):
@@ -136,6 +142,12 @@ def _matrix(tensors: Mapping[str, Tensor], layer: int, expert: int, matrix: str)
 
     base = int(tensors[expert_tensor(layer, expert, "base")])
     return changed(tensors[expert_tensor(layer, base, matrix)], tensors[f"{name}_a"], tensors[f"{name}_b"])
+
+
+def token_rows(tensors: Mapping[str, Tensor], table: str, generation: int) -> Tensor:
+    """A generation's rows of the embedding or the head."""
+    names = (f"{one.removesuffix('.weight')}.rows.{generation}" for one in (table, EMBEDDING))
+    return next(tensors[name] for name in names if name in tensors)
 
 
 def with_delta(tensors: Mapping[str, Tensor], name: str, generation: int) -> Tensor:

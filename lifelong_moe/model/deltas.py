@@ -1,7 +1,7 @@
-"""Low-rank changes of the trunk that belong to one generation, and are used by its tokens only.
+"""What belongs to one generation of the trunk: low-rank changes of its matrices, and rows for tokens that it added.
 
-A generation is what one stage adds to the model: experts, their router rows, and these deltas. The first stage trains
-the trunk itself and has no deltas.
+A generation is what one stage adds to the model: experts, their router rows, and these. The first stage trains the
+trunk itself and has neither. Low-rank changes are used by the generation's tokens only, rows by later generations too.
 
 Legend: B batch, S sequence, T = B·S tokens, I input width, O output width, R rank, V vocabulary, D model width.
 
@@ -91,12 +91,6 @@ class Deltas(nn.ModuleDict):
             self[str(self.num_generations)] = LowRank(base_OI.shape[0], base_OI.shape[1], rank)
         self.num_generations += 1
 
-    def slices(self, domain_ids: Tensor | None) -> GenerationSlices | None:
-        """Tokens ``(...)`` sorted by generation; None if there are no deltas."""
-        if domain_ids is None or not self:
-            return None
-        return GenerationSlices.of(domain_ids.flatten(), self.num_generations)
-
     def of(self, generation: int) -> LowRank | None:
         """A generation's change; None if it has none."""
         return self._modules.get(str(generation))  # type: ignore[return-value]
@@ -105,6 +99,22 @@ class Deltas(nn.ModuleDict):
         """The matrix that a generation's tokens use."""
         delta = self.of(generation)
         return base_OI if delta is None else base_OI + delta()
+
+
+class TokenRows(nn.ParameterDict):
+    """Rows ``(tokens, D)`` of a matrix ``(V, D)`` for the tokens that generations added, by generation.
+
+    Their ids come after those of the matrix, in the order of the generations.
+    """
+
+    def add_generation(self, generation: int, tokens: int, width: int) -> None:
+        """Add a generation's rows, uninitialized; none are added for no tokens."""
+        if tokens:
+            self[str(generation)] = nn.Parameter(torch.empty(tokens, width))
+
+    def until(self, generation: int) -> list[Tensor]:
+        """The rows of a generation and of those before it, oldest first."""
+        return [rows for born, rows in self.items() if int(born) <= generation]
 
 
 class DeltaLinear(nn.Linear):
@@ -133,23 +143,42 @@ class DeltaLinear(nn.Linear):
 
 
 class DeltaEmbedding(nn.Embedding):
-    """Token vectors that may have deltas."""
+    """Token vectors that may have deltas, and rows for added tokens."""
 
     def __init__(self, vocab_size: int, width: int) -> None:
         super().__init__(vocab_size, width)
-        self.deltas = Deltas()
+        self.deltas, self.rows = Deltas(), TokenRows()
 
     def add_generation(self, rank: int) -> None:
         """Add a generation, with a change of its own if its rank is not 0."""
         self.deltas.add_generation(self.weight, rank)
 
+    def slices(self, domain_ids: Tensor | None) -> GenerationSlices | None:
+        """Tokens ``(...)`` sorted by generation; None if generations have nothing of their own in the trunk."""
+        return generation_slices(self.deltas, self.rows, domain_ids)
+
     def forward(self, token_ids_BS: Tensor, generations: GenerationSlices | None = None) -> Tensor:
         """int64 ``(B, S)`` to ``(B, S, D)``."""
-        if generations is None or not self.deltas:
+        if generations is None or not (self.deltas or self.rows):
             return F.embedding(token_ids_BS, self.weight)
-        out_TD = generations.apply(token_ids_BS.flatten(), self._look_up)
+        out_TD = generations.apply(token_ids_BS.flatten(), self.look_up)
         return out_TD.view(*token_ids_BS.shape, -1)
 
-    def _look_up(self, generation: int, token_ids_N: Tensor) -> Tensor:
-        base_ND, delta = F.embedding(token_ids_N, self.weight), self.deltas.of(generation)
-        return base_ND if delta is None else base_ND + F.embedding(token_ids_N, delta.up) @ delta.down
+    def look_up(self, generation: int, token_ids_N: Tensor) -> Tensor:
+        """Vectors ``(N, D)`` of tokens as a generation uses them."""
+        added, known = self.rows.until(generation), len(self.weight)
+        old_N = token_ids_N.clamp(max=known - 1) if added else token_ids_N
+        base_ND, delta = F.embedding(old_N, self.weight), self.deltas.of(generation)
+        found_ND = base_ND if delta is None else base_ND + F.embedding(old_N, delta.up) @ delta.down
+        if not added:
+            return found_ND
+        # Both are looked up for every token, so that nothing waits for the device to say which are new.
+        new_ND = F.embedding((token_ids_N - known).clamp(min=0), torch.cat(added))
+        return torch.where((token_ids_N < known).unsqueeze(-1), found_ND, new_ND.to(found_ND.dtype))
+
+
+def generation_slices(deltas: Deltas, rows: TokenRows, domain_ids: Tensor | None) -> GenerationSlices | None:
+    """Tokens ``(...)`` sorted by generation; None if no generation has changes or rows of its own."""
+    if domain_ids is None or not (deltas or rows):
+        return None
+    return GenerationSlices.of(domain_ids.flatten(), deltas.num_generations)

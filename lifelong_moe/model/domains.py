@@ -148,7 +148,7 @@ def build_document_clusters(architecture: Architecture) -> DocumentClusters | No
 
 def label_domain(architecture: Architecture, distribution: str | None) -> int:
     """Domain of a distribution under routing by label; an unknown distribution is in domain 0."""
-    return dict(architecture.labels).get(distribution or "", 0)
+    return architecture.label(distribution)
 
 
 def shard_domain_ids(

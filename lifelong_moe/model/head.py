@@ -8,28 +8,62 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from lifelong_moe.model.deltas import DeltaLinear
+from lifelong_moe.model.deltas import DeltaLinear, GenerationSlices, TokenRows, generation_slices
+from lifelong_moe.ops.few_rows import linear
 from lifelong_moe.ops.losses import linear_cross_entropy, token_nats
 from lifelong_moe.routing.base import Routing
 
 
 class LinearHead(DeltaLinear):
-    """Logits are the product of a hidden state and one matrix ``(V, D)``, which may have deltas."""
+    """Logits are the product of a hidden state and one matrix ``(V, D)``, which may have deltas and added rows.
+
+    A generation predicts the tokens of its own vocabulary: its rows, those of the generations before it, and no others,
+    so nothing that is added later takes any of its probability.
+    """
+
+    def __init__(self, columns: int, rows: int) -> None:
+        super().__init__(columns, rows)
+        self.rows = TokenRows()
 
     @property
     def is_one_matrix(self) -> bool:
         """Whether the matrix is the same for every token."""
-        return not self.deltas
+        return not self.deltas and not self.rows
+
+    def slices(self, domain_ids: Tensor | None) -> GenerationSlices | None:
+        """Tokens ``(...)`` sorted by generation; None if all use the same matrix."""
+        return generation_slices(self.deltas, self.rows, domain_ids)
+
+    def weight_of(self, generation: int) -> Tensor:
+        """The weight that a generation's tokens use, as many rows as its vocabulary has tokens."""
+        added = self.rows.until(generation)
+        return torch.cat([super().weight_of(generation), *added]) if added else super().weight_of(generation)
 
     def read(self, hidden_BSD: Tensor, routing: Routing) -> Tensor:
         """What the head reads of the final hidden states and the last layer's routing, one row per token."""
         return hidden_BSD
 
     def logits(self, hidden: Tensor, domain_ids: Tensor | None = None) -> Tensor:
-        """Logits ``(..., V)`` of hidden states ``(..., D)``, whose domains ``(...)`` matter with deltas only."""
-        return self(hidden, self.deltas.slices(domain_ids))
+        """Logits of hidden states ``(..., D)``, whose domains ``(...)`` matter where generations have deltas or rows.
+
+        Returns:
+            ``(..., V)``, V of all vocabularies: minus infinity for tokens of generations after the hidden state's own.
+        """
+        generations = self.slices(domain_ids)
+        if not self.rows:
+            return self(hidden, generations)
+        num_tokens = len(self.weight) + sum(len(rows) for rows in self.rows.values())
+
+        def of(generation: int, hidden_ND: Tensor) -> Tensor:
+            logits_NV = linear(hidden_ND, self.weight_of(generation))
+            return F.pad(logits_NV, (0, num_tokens - logits_NV.shape[-1]), value=float("-inf"))
+
+        hidden_TD = hidden.flatten(0, -2)
+        logits_TV = of(0, hidden_TD) if generations is None else generations.apply(hidden_TD, of)
+        return logits_TV.view(*hidden.shape[:-1], -1)
 
     def cross_entropy(self, hidden_TD: Tensor, target_T: Tensor, domain_ids_T: Tensor | None = None) -> Tensor:
         """Mean next-token loss in nats, scalar float32; all logits are never in memory at once."""
@@ -50,7 +84,7 @@ class LinearHead(DeltaLinear):
 
     def _slices(self, domain_ids_T: Tensor | None) -> Iterator[tuple[int, Tensor | slice, float]]:
         """Each generation in use, its tokens, and their share of all."""
-        generations = self.deltas.slices(domain_ids_T)
+        generations = self.slices(domain_ids_T)
         if generations is None:
             yield 0, slice(None), 1.0
             return

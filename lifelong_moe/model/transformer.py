@@ -93,21 +93,28 @@ class LanguageModel(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         add_missing_tables(state_dict, self.table_names)
-        if self._is_tied and f"{prefix}embedding.weight" in state_dict:
-            state_dict[f"{prefix}head.weight"] = state_dict[f"{prefix}embedding.weight"]
+        for name, other in self._tied_names.items():
+            if f"{prefix}{name}" in state_dict:
+                state_dict[f"{prefix}{other}"] = state_dict[f"{prefix}{name}"]
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     @staticmethod
     def _leave_out_tied_head(
         model: LanguageModel, state_dict: dict[str, Tensor], prefix: str, local_metadata: dict[str, Any]
     ) -> None:
-        if model._is_tied:
-            del state_dict[f"{prefix}head.weight"]
+        for name in model._tied_names.values():
+            del state_dict[f"{prefix}{name}"]
 
     @property
     def _is_tied(self) -> bool:
         """Whether the head is the embedding's own matrix, which is stored once, as the embedding."""
         return self.architecture.model.tie_embeddings
+
+    @property
+    def _tied_names(self) -> dict[str, str]:
+        """The head's names of the embedding's tensors that are its own as well, by the embedding's."""
+        names = ("weight", *(f"rows.{generation}" for generation in self.embedding.rows)) if self._is_tied else ()
+        return {f"embedding.{name}": f"head.{name}" for name in names}
 
     def stored_names(self, *, trained: bool) -> set[str]:
         """Names in the state dictionary of the parameters that train, or of those that are frozen; no buffers."""
@@ -129,8 +136,13 @@ class LanguageModel(nn.Module):
             layer.add_experts(generation.experts_in(i), generation.rank)
         if self.document_clusters is not None:
             self.document_clusters.add(generation.experts)
+        number = self.embedding.deltas.num_generations
         for matrix in self.delta_matrices():
             matrix.add_generation(generation.delta_rank)
+        for table in (self.embedding, self.head) if generation.tokens else ():
+            table.rows.add_generation(number, generation.tokens, self.architecture.model.width)
+        if self._is_tied and generation.tokens:
+            self.head.rows[str(number)] = self.embedding.rows[str(number)]
 
     def delta_matrices(self) -> Iterator[DeltaLinear | DeltaEmbedding]:
         """The matrices of the trunk that may have deltas: embedding, attention, head."""
@@ -145,6 +157,9 @@ class LanguageModel(nn.Module):
         for matrix in self.delta_matrices():
             for generation, delta in matrix.deltas.items():
                 delta.requires_grad_(generation == str(but))
+        for table in (self.embedding, self.head):
+            for generation, rows in table.rows.items():
+                rows.requires_grad_(generation == str(but))
 
     def places(self) -> dict[str, Place]:
         """The place of each parameter by name, as reported by the module that owns it."""
@@ -156,6 +171,8 @@ class LanguageModel(nn.Module):
         for matrix in self.delta_matrices():
             for generation, delta in matrix.deltas.items():
                 found |= {p: replace(found[p], generation=int(generation)) for p in delta.parameters()}
+        for table in (self.head, self.embedding):  # the embedding last, whose rows are the head's too if they are tied
+            found |= {rows: replace(found[rows], generation=int(born)) for born, rows in table.rows.items()}
         return {name: found[parameter] for name, parameter in self.named_parameters()}
 
     def parameters_of(self, part: Part | None = None, generation: int | None = None) -> dict[str, nn.Parameter]:
@@ -233,7 +250,7 @@ class LanguageModel(nn.Module):
             within = within.mask if isinstance(within, Documents) else within
             mask = seen if within is None else seen & within
         # Sorted once, for all layers.
-        generations = self.embedding.deltas.slices(batch.domain_ids_BS)
+        generations = self.embedding.slices(batch.domain_ids_BS)
         if cache is None:
             return AttentionContext(position_tables(config, length, device), mask, generations)
         if cache.rotary is None:  # computed once for all positions, not at every step

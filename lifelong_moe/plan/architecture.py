@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lifelong_moe.config.data import MAX_VOCAB_SIZE
 from lifelong_moe.config.model import ModelConfig
 from lifelong_moe.config.routing.base import RoutingConfig
 from lifelong_moe.config.routing.modes import stored_routing
@@ -34,6 +35,8 @@ class Generation:
     """Number in each layer, if they differ; ``experts`` is then the largest."""
     rank: int = 0
     """Rank of the changes of older experts that these are; 0 means whole experts."""
+    tokens: int = 0
+    """Tokens that it added to the vocabulary, whose rows of the embedding and the head are its own."""
 
     def experts_in(self, layer: int) -> int:
         """Number of experts in a layer."""
@@ -67,6 +70,7 @@ class Architecture:
     model: ModelConfig
     routing: RoutingConfig
     vocab_size: int
+    """Tokens of the first generation's text. Those that later generations added come after them."""
     bos_id: int
     generations: tuple[Generation, ...]
     frozen: int = 0
@@ -80,6 +84,31 @@ class Architecture:
     def num_experts(self) -> int:
         """Experts of the largest layer."""
         return max(self.experts_in(layer) for layer in range(self.model.layers))
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all vocabularies."""
+        return self.tokens_of(len(self.generations) - 1)
+
+    def tokens_of(self, generation: int) -> int:
+        """Tokens that a generation's text may have: those of the generations before it, and its own."""
+        return self.vocab_size + sum(one.tokens for one in self.generations[: generation + 1])
+
+    def label(self, distribution: str | None) -> int:
+        """The generation of a distribution under routing by label; of an unknown one, the first."""
+        return dict(self.labels).get(distribution or "", 0)
+
+    def vocabulary_of(self, distribution: str | None) -> int:
+        """Number of the vocabulary that a distribution's text is read with: 0 is the first, each later one adds to it.
+
+        Args:
+            distribution: Its name; None, and one that no stage has learned, has the first vocabulary.
+        """
+        return self.vocabulary(self.label(distribution))
+
+    def vocabulary(self, generation: int) -> int:
+        """Number of the vocabulary of a generation's text."""
+        return sum(one.tokens > 0 for one in self.generations[: generation + 1])
 
     @property
     def has_deltas(self) -> bool:
@@ -146,7 +175,8 @@ class Architecture:
         if self.continued is None:
             del data["continued"]
         born = [dataclasses.asdict(one) for one in self.generations]
-        return data | {"generations": [{k: v for k, v in one.items() if v or k != "rank"} for one in born]}
+        later = ("rank", "tokens")
+        return data | {"generations": [{k: v for k, v in one.items() if v or k not in later} for one in born]}
 
     @classmethod
     def from_json(cls, data: Any) -> Architecture:
@@ -166,7 +196,7 @@ def _check(architecture: Architecture) -> None:
     """Require what no type says: that layers, generations and tokens which are named are there."""
     layers, born = architecture.model.layers, len(architecture.generations)
     for place, one in enumerate(architecture.generations):
-        numbers = (one.experts, one.delta_rank, one.rank, *(one.by_layer or ()))
+        numbers = (one.experts, one.delta_rank, one.rank, one.tokens, *(one.by_layer or ()))
         named = one.layers or ()
         fits = all(0 <= layer < layers for layer in named) and len(one.by_layer or range(layers)) == layers
         if min(numbers) < 0 or not fits:
@@ -175,6 +205,10 @@ def _check(architecture: Architecture) -> None:
         raise PlainError("a model has at least one", ".generations")
     if architecture.generations[0].rank:
         raise PlainError("the first experts are changes of none", ".generations[0].rank")
+    if architecture.num_tokens > MAX_VOCAB_SIZE or architecture.generations[0].tokens:
+        raise PlainError(f"at most {MAX_VOCAB_SIZE:,} tokens, and none that the first adds", ".generations")
+    if architecture.num_tokens > architecture.vocab_size and not architecture.routing.by_label:
+        raise PlainError("tokens of a generation's own need routing by label", ".generations")
     if layers * sum(one.experts for one in architecture.generations) > MOST_EXPERTS:
         raise PlainError(f"more than {MOST_EXPERTS:,} experts", ".generations")
     places = {".frozen": (architecture.frozen, born + 1), ".continued": (architecture.continued or 0, born)}

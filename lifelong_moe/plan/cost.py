@@ -52,6 +52,9 @@ def parameters_by_part(architecture: Architecture) -> dict[tuple[Part, int | Non
         counts[Part.router, g] = (sum(experts) * row + group_rows(architecture, experts)) * config.width
         for part, numbers in _delta_parameters_per_rank(architecture).items():
             counts[part, g] = generation.delta_rank * numbers
+        rows = generation.tokens * config.width
+        counts[Part.embedding, g] += rows
+        counts[Part.head, g] += 0 if config.tie_embeddings else rows
     return dict(counts)
 
 

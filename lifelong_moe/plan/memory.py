@@ -90,9 +90,10 @@ def memory_need(spec: StageSpec, architecture: Architecture, trainer: TrainerCon
     trainable = trainable_parameters(spec, architecture)
     sources: Counter[str] = Counter()
     for (part, generation), number in counts.items():
-        # Of attention, embedding and head a generation owns its low-rank changes.
+        # Of attention, embedding and head a generation owns its low-rank changes, and rows of its own tokens.
         is_delta = generation is not None and not part.is_routed
-        sources["trunk.rank" if is_delta else _SOURCES.get(part, "model.width or model.layers")] += number
+        source = "trunk.rank" if spec.delta_rank else "vocabulary.add"
+        sources[source if is_delta else _SOURCES.get(part, "model.width or model.layers")] += number
     # A process has a gradient and moments of its own; frozen weights stay shared after the fork.
     own = size * trainable * trainer.processes
     frozen = 1 if spec.grow is not None and spec.grow.frozen_weights == FrozenWeights.int8 else size
@@ -102,7 +103,7 @@ def memory_need(spec: StageSpec, architecture: Architecture, trainer: TrainerCon
         weights=frozen * (sum(counts.values()) - trainable) + own,
         training=3 * own,
         activations=kept * tokens * _kept_numbers(spec, architecture, trainer),
-        logits=2 * 4 * min(CHUNK_TOKENS, tokens) * architecture.vocab_size,
+        logits=2 * 4 * min(CHUNK_TOKENS, tokens) * architecture.num_tokens,
         text=TOKEN_BYTES * architecture.model.context * sum(spec.written_blocks),
         loaders=LOADER_BYTES * trainer.num_workers * trainer.processes,
         most=max(sources, key=lambda keys: sources[keys]),
@@ -134,7 +135,8 @@ def memory_needs(config: RunConfig) -> Iterator[tuple[str, MemoryNeed]]:
     architectures = {} if base is None else {BASE: base.architecture}
     for i, spec in enumerate(stage_specs(config)):
         parent = None if spec.parent is None else architectures[spec.parent]
-        architectures[i] = spec.architecture(parent, vocabulary, 0)
+        added = 0 if spec.vocabulary is None else spec.vocabulary.add
+        architectures[i] = spec.architecture(parent, vocabulary, 0, added)
         yield spec.name, memory_need(spec, architectures[i], config.trainer)
 
 

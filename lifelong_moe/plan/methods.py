@@ -36,6 +36,7 @@ from lifelong_moe.config.names import SCRATCH
 from lifelong_moe.config.retention import DistillText, PenaltyKind, ReplayConfig, ReplaySource
 from lifelong_moe.config.rules import require_consistent
 from lifelong_moe.config.run import Method, RunConfig, StageConfig, StageKind
+from lifelong_moe.data.tokens.identity import AddedVocabulary
 from lifelong_moe.plan.spec import BASE, BASE_NAME, StageSpec
 
 MOST_TURNS = 1000
@@ -154,6 +155,7 @@ def _spec(config: RunConfig, recipe: Recipe, i: int, stage: StageConfig, gone: C
         ),
         fisher_data=fisher_data,
         grow=stage.grow if grows else None,
+        vocabulary=stage.vocabulary if grows and stage.vocabulary.add else None,
         continues=stage.continues if later and recipe.grow else None,
         trunk=stage.trunk if later and recipe.trunk else None,
         distill=distill if distils else None,
@@ -166,6 +168,13 @@ def _grows(recipe: Recipe, stage: StageConfig) -> bool:
     """Whether a stage that continues a model adds experts."""
     trains_old = stage.continues is not None or stage.kind == StageKind.finetune or stage.distill.student is not None
     return recipe.grow and bool(stage.grow.experts) and not trains_old
+
+
+def added_vocabulary(config: RunConfig) -> AddedVocabulary:
+    """What the run's stages add to its first vocabulary."""
+    # Other methods take no part of a stage's growth from the configuration.
+    wanted = tuple(stage.vocabulary.add if RECIPES[config.method].grow else 0 for stage in config.stages)
+    return AddedVocabulary(wanted, config.base.vocab_size) if any(wanted) else AddedVocabulary()
 
 
 def _plain(config: RunConfig, stage: StageConfig, grown: bool) -> StageSpec:

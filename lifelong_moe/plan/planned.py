@@ -49,7 +49,7 @@ class PlannedStage:
         """
         parent_key, before = parent or (None, None)
         # Checked here, where the stage's index is known for the message.
-        after = spec.architecture(before, data.vocab_size, data.bos_id)
+        after = spec.architecture(before, data.vocab_size, data.bos_id, data.tokens_added(index))
         trainable = trainable_parameters(spec, after)
         if not trainable:
             raise ConfigError(
@@ -60,7 +60,7 @@ class PlannedStage:
             index=index,
             depth=depth,
             spec=spec,
-            key=stage_key(spec, parent_key, data),
+            key=stage_key(spec, parent_key, data.at(index)),
             parent_key=parent_key,
             architecture=after,
             parameters=count_parameters(after),
@@ -72,6 +72,11 @@ class PlannedStage:
     def is_from_scratch(self) -> bool:
         """Whether it is a model from scratch, for comparison with a stage of the run's chain."""
         return self.index > 0 and self.spec.parent is None
+
+    @property
+    def tokens_added(self) -> int:
+        """Tokens that it adds to the vocabulary."""
+        return self.architecture.generations[-1].tokens if self.spec.vocabulary is not None else 0
 
     @property
     def tokens(self) -> int:

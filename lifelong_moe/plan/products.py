@@ -86,18 +86,19 @@ class TokenProducts:
 
     def _trained(self, part: Part) -> float:
         """Share of the tokens for which a matrix of this part, or its low-rank change, has a gradient."""
-        # A low-rank change is added to its matrix before the product, so its gradient needs the whole matrix's.
+        # A low-rank change is added to its matrix before the product, so its gradient needs the whole matrix's; rows of
+        # tokens of a generation's own are joined to it.
         if self.trains(part, None):
             return 1.0
-        ranks = (generation.delta_rank for generation in self.architecture.generations)
-        return sum(self.text.shares[g] for g, rank in enumerate(ranks) if rank and self.trains(part, g))
+        owns = [bool(one.delta_rank or (part == Part.head and one.tokens)) for one in self.architecture.generations]
+        return sum(self.text.shares[g] for g, is_own in enumerate(owns) if is_own and self.trains(part, g))
 
     def _embed(self) -> None:
-        """The embedding's low-rank changes."""
+        """The embedding's low-rank changes, and its rows for tokens of a generation's own."""
         # A look-up costs nothing; a low-rank change is a look-up in (V, R) and a product with (R, D).
         for g, share in self.text.shares.items():
-            rank = self.architecture.generations[g].delta_rank
-            trained = bool(rank and share and self.trains(Part.embedding, g))
+            rank, tokens = self.architecture.generations[g].delta_rank, self.architecture.generations[g].tokens
+            trained = bool((rank or tokens) and share and self.trains(Part.embedding, g))
             self.flows |= self._add(share * rank * self.config.width, float(trained), trained)
 
     def _attend(self, layer: int) -> None:
@@ -180,7 +181,9 @@ class TokenProducts:
         """Logits: one product, or one for each competing expert."""
         config, last = self.config, self.config.layers - 1
         times = self.architecture.experts_in(last) if self.architecture.routing.competitive else 1
-        size = times * self.architecture.vocab_size * config.width
+        vocab_size = self.architecture.vocab_size
+        added = sum(share * (self.architecture.tokens_of(g) - vocab_size) for g, share in self.text.shares.items())
+        size = times * (vocab_size + added) * config.width
         # A tied matrix is the embedding's, but the head's low-rank changes of it are the head's own.
         is_whole = config.tie_embeddings and self.trains(Part.embedding, None)
         trained = 1.0 if is_whole else self._trained(Part.head)

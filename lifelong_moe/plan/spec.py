@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lifelong_moe.config.growth import GrowConfig
+from lifelong_moe.config.growth import GrowConfig, VocabularyConfig
 from lifelong_moe.config.model import ModelConfig
 from lifelong_moe.config.parts import Part
 from lifelong_moe.config.retention import (
@@ -79,6 +79,8 @@ class StageSpec:
     # changes rounding alone, unless each process draws noise.
     processes: int
     """Processes that take a step together."""
+    vocabulary: VocabularyConfig | None = None
+    """Tokens that it adds; None adds none."""
 
     @property
     def steps(self) -> int:
@@ -198,23 +200,30 @@ class StageSpec:
         """Layers of the parent that this stage's model keeps, if it is a shallower student."""
         return None if self.distill is None else self.distill.student
 
-    def generation(self) -> Generation | None:
-        """The generation that this stage adds; None without growth."""
+    def generation(self, tokens: int = 0) -> Generation | None:
+        """The generation that this stage adds, with so many tokens of its own; None without growth."""
         if self.grow is None:
             return None
         layers = None if self.grow.layers is None else tuple(self.grow.layers)
         if layers is None and len(self.model.moe_layers) < self.model.layers:
             layers = self.model.moe_layers
-        return Generation(self.name, self.grow.experts, layers, self.delta_rank, rank=self.grow.rank)
+        return Generation(self.name, self.grow.experts, layers, self.delta_rank, rank=self.grow.rank, tokens=tokens)
 
     @property
     def delta_rank(self) -> int:
         """Rank of the trunk's low-rank changes that this stage trains; 0 for none."""
         return self.trunk.rank if self.trunk is not None and self.trunk.train == TrunkTraining.deltas else 0
 
-    def architecture(self, parent: Architecture | None, vocab_size: int, bos_id: int) -> Architecture:
-        """The model at the end of this stage."""
-        generation = self.generation()
+    def architecture(self, parent: Architecture | None, vocab_size: int, bos_id: int, tokens: int = 0) -> Architecture:
+        """The model at the end of this stage.
+
+        Args:
+            parent: The model that it continues.
+            vocab_size: Rows of a first stage's embedding.
+            bos_id: The document separator.
+            tokens: Number of tokens that the stage adds, found in its text.
+        """
+        generation = self.generation(tokens)
         if parent is not None and len(parent.generations) == 1:
             # How to tell generations apart is not settled before there are several.
             parent = replace(parent, routing=self.routing)
@@ -247,6 +256,9 @@ class StageSpec:
         """As plain JSON data."""
         data = dataclasses.asdict(self) | {"model": self.model.to_json(), "routing": self.routing.to_json()}
         data["grow"] = self.grow and self.grow.to_json()
+        # Left out as in stages from before it existed, whose keys must not change.
+        if self.vocabulary is None:
+            del data["vocabulary"]
         # Flat, as in stages from before replay was a section, whose keys must not change.
         replay = data.pop("replay")
         return data | {name: replay[key] for name, key in _REPLAY.items()}

@@ -113,7 +113,8 @@ class StageStore:
             record: Describes the stage, borrowed tensors included.
             metrics: Plain JSON data.
             tensors: The stage's own tensors by name.
-            tokenizer: Text of ``tokenizer.json``; a first stage keeps it for its whole chain.
+            tokenizer: Text of ``tokenizer.json``; a first stage keeps it for its whole chain, and a stage that adds
+                tokens for itself and its descendants.
             kept: Further texts by file name, which a first stage keeps for its whole chain.
         """
         from safetensors.torch import save_file  # imports torch, which commands that only list stages do without
@@ -205,25 +206,48 @@ class StageStore:
             found[parent] = self.get(parent)
         return list(found.values())[::-1]
 
-    def tokenizer(self, stage: CommittedStage) -> Tokenizer:
-        """The tokenizer that a stage was trained with, kept by its oldest ancestor.
+    def tokenizer(self, stage: CommittedStage, label: str | None = None) -> Tokenizer:
+        """The tokenizer that a stage reads a text with.
+
+        Args:
+            stage: The stage.
+            label: The text's distribution, if it is known; only a model to whose vocabulary stages have added looks at
+                it, and reads text of unknown origin with the first one.
 
         Raises:
-            CorruptError: If it is missing, or not the one that the stage's record says.
+            CorruptError: As for :meth:`tokenizers`.
         """
-        first = self.chain(stage.key)[0]
-        path = first.path / TOKENIZER
-        tokenizer = Tokenizer.stored(self._text(first, TOKENIZER), stage.architecture.bos_id)
-        # A manifest can be mended, and the tokens of another tokenizer would be read as other text.
-        if tokenizer.hash != (wanted := stage.tokenizer.hash):
-            raise CorruptError(
-                f"{path}: is {tokenizer.hash[:SHORT]}, but stage {stage.name} was trained with {wanted[:SHORT]}."
-            )
-        if tokenizer.vocab_size > (known := stage.architecture.vocab_size):
-            raise CorruptError(
-                f"{path}: has {tokenizer.vocab_size:,} entries, and stage {stage.name}'s model {known:,}."
-            )
-        return tokenizer
+        return self.tokenizers(stage)[stage.architecture.vocabulary_of(label)]
+
+    def tokenizers(self, stage: CommittedStage) -> list[Tokenizer]:
+        """The tokenizers of a stage's vocabularies, each kept by the ancestor that made it, the oldest first.
+
+        Raises:
+            CorruptError: If one is missing, or not the one that a stage's record says.
+        """
+        chain, architecture = self.chain(stage.key), stage.architecture
+        sizes = [architecture.tokens_of(g) for g, one in enumerate(architecture.generations) if one.tokens or not g]
+        # A derived stage repeats what its source says of training, and adds no tokens.
+        holders = [chain[0], *(one for one in chain[1:] if one.spec.vocabulary is not None and one.derived is None)]
+        found = [Tokenizer.stored(self._text(holder, TOKENIZER), architecture.bos_id) for holder in holders]
+        for number, (tokenizer, holder) in enumerate(zip(found, holders, strict=True)):
+            path = holder.path / TOKENIZER
+            # A manifest can be mended, and the tokens of another tokenizer would be read as other text. The newest one
+            # is what the stage itself names.
+            owner = stage if number == len(found) - 1 else holder
+            if tokenizer.hash != (wanted := owner.tokenizer.hash):
+                raise CorruptError(
+                    f"{path}: is {tokenizer.hash[:SHORT]}, but stage {owner.name} was trained with {wanted[:SHORT]}."
+                )
+            known = sizes[number] if number < len(sizes) else 0
+            # A checkpoint may have rows without a token; a stage adds none of these.
+            if tokenizer.vocab_size > known or (number and tokenizer.vocab_size < known):
+                raise CorruptError(
+                    f"{path}: has {tokenizer.vocab_size:,} entries, and stage {stage.name}'s model {known:,}."
+                )
+        if len(found) < len(sizes):
+            raise CorruptError(f"{stage.path}: has {len(sizes)} vocabularies and {len(found)} {TOKENIZER}.")
+        return found
 
     def kept_text(self, stage: CommittedStage, name: str) -> str | None:
         """Text of a further file that a stage's oldest ancestor keeps; None if it keeps none of this name."""

@@ -37,9 +37,10 @@ def commit_stage(run: StageRun, model: LanguageModel, metrics: StageMetrics) -> 
     for n, tensor in own.items():
         if not bool(torch.isfinite(tensor).all()):
             raise DivergedError(f"stage {name}: {n} holds values that are not finite; nothing was committed.")
-    # Stored once, with the first stage; its descendants find it along the chain.
-    tokenizer = run.data.tokenizer.text if parent is None else None
-    return store.commit(_record(run, model, borrowed), metrics.to_json(), own, tokenizer)
+    # Stored once, with the stage that made it; its descendants find it along the chain.
+    made = run.data.tokenizer if parent is None else run.data.added.get(run.planned.index)
+    text = made.text if made is not None else None
+    return store.commit(_record(run, model, borrowed), metrics.to_json(), own, text)
 
 
 def _record(run: StageRun, model: LanguageModel, borrowed: dict[str, str]) -> StageRecord:
@@ -54,6 +55,6 @@ def _record(run: StageRun, model: LanguageModel, borrowed: dict[str, str]) -> St
         architecture=model.architecture,
         data={name: corpora[name].train_hash for name in spec.uses},
         split={name: corpora[name].split_hash for name in spec.uses},
-        tokenizer=run.data.identity.tokenizer,
+        tokenizer=run.data.identity.at(run.planned.index).tokenizer,
         borrowed=borrowed,
     )

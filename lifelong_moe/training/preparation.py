@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lifelong_moe.growth.grow import grow
+from lifelong_moe.data.tokens.merges import pieces_of
+from lifelong_moe.growth.grow import begin_rows, grow
 from lifelong_moe.growth.shallow import shallow_student
 from lifelong_moe.model.experts import LowRankExperts
 from lifelong_moe.model.transformer import LanguageModel
@@ -33,7 +34,7 @@ def prepare_models(run: StageRun) -> StageModels:
     spec, parent, environment = run.spec, run.parent, run.environment
     if parent is None:
         return StageModels(initial_model(run.architecture, spec.seed))
-    model = continued_model(environment.store, parent, spec.routing, run.corpora)
+    model = continued_model(environment.store, parent, spec.routing, run.corpora_before)
     written = _written_blocks(model, run) if any(spec.written_blocks) else None
     generated = written[: spec.written_blocks[0]] if written is not None and spec.generates else None
     _freeze(model, spec)
@@ -69,11 +70,15 @@ def unchanging_tensors(model: LanguageModel, spec: StageSpec) -> list[Tensor]:
 
 def _grow(model: LanguageModel, run: StageRun) -> None:
     """Add the stage's generation, if it has one, initialized by what the model makes of the new text."""
-    spec, generation = run.spec, run.spec.generation()
+    spec, tokens = run.spec, run.planned.tokens_added
+    generation = spec.generation(tokens)
     if spec.grow is None or generation is None:
         return
-    sample = text_sample(model, spec, run.corpora[spec.data], spec.grow.sample_tokens)
+    sample = text_sample(model, spec, run.corpora_before[spec.data], spec.grow.sample_tokens)
     near_ties = grow(model, generation, spec.grow, sample, run.seed)
+    if tokens:
+        added = run.data.added[run.planned.index]
+        begin_rows(model, pieces_of(added, added.vocab_size - tokens))
     if near_ties:
         run.environment.console.print(
             f"{spec.name}: the check that growth changes nothing met {near_ties} near ties, which rounding decides"
@@ -94,7 +99,7 @@ def _importances(model: LanguageModel, run: StageRun, written: NDArray[np.int64]
     if spec.measures_generated and written is not None:
         return fisher_diagonal(model, written_sample(model, written[spec.written_blocks[0] :]))
     tokens, kept = spec.penalty.fisher_tokens, spec.buffer_blocks
-    samples = (text_sample(model, spec, run.corpora[name], tokens, kept) for name in spec.fisher_data)
+    samples = (text_sample(model, spec, run.corpora_before[name], tokens, kept) for name in spec.fisher_data)
     return mean_fisher([fisher_diagonal(model, sample) for sample in samples])
 
 

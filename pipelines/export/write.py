@@ -67,7 +67,8 @@ class _Job:
 def write(order: Order, console: Console) -> Mapping[str, Any]:
     """Carry out an order; see :func:`pipelines.export.export.export_run`."""
     tensors = order.store.tensors(order.stage)
-    source = Source(order.stage.architecture, tensors, order.store.tokenizer(order.stage).text, order.kept)
+    texts = [one.text for one in order.store.tokenizers(order.stage)]
+    source = Source(order.stage.architecture, tensors, texts, order.kept)
     model = build_model(source.architecture, tensors)
     job = _Job(order, source, model, console, find_spec("transformers") is not None)
     for generation in filter(job.is_adapter, order.generations):
@@ -120,7 +121,8 @@ def _compared(job: _Job, found: Exported, generation: int, folder: Path) -> Expo
     Raises:
         CorruptError: If both sides differ.
     """
-    tokenizer = job.order.store.tokenizer(job.order.stage)
+    number = job.source.architecture.vocabulary(generation)
+    tokenizer = job.order.store.tokenizers(job.order.stage)[number]
     prompt_ids = [tokenizer.bos_id, *tokenizer.encode(PROMPT)]
     if found.base is None:
         with read_by_transformers(folder) as theirs:

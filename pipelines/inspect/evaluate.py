@@ -36,7 +36,7 @@ def evaluate_text(
     from lifelong_moe.data.tokens.windows import evaluation_windows
     from lifelong_moe.evaluation.loss import evaluate
 
-    shard = tokenize_documents(documents, store.tokenizer(committed))
+    shard = tokenize_documents(documents, store.tokenizer(committed, label))
     model = load_on_device(run, store, committed, int8=int8)
     context = model.architecture.model.context
     # sys.maxsize: the user named this text, so all of it is scored.

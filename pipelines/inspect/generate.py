@@ -43,7 +43,7 @@ def generate_text(
     check_label(committed, label, console)
     from lifelong_moe.model.sampling import sample
 
-    tokenizer = store.tokenizer(committed)
+    tokenizer = store.tokenizer(committed, label)
     model = load_on_device(run, store, committed, int8=int8)
     ids: list[int] = []
     shown = ""

@@ -69,7 +69,7 @@ def on_text(
     Raises:
         ConfigError: If the text is empty.
     """
-    tokenizer = store.tokenizer(committed)
+    tokenizer = store.tokenizer(committed, asked.label)
     model = load_model(store, committed)
     architecture, token_ids = model.architecture, tokenizer.encode(text)
     if not token_ids:
@@ -211,7 +211,13 @@ def _heldout_windows(
         ConfigError: If the tokenizer has changed since the stage was trained.
         DataError: If all held-out text is gone.
     """
-    run, data = head.run, read_data(config, known=remembered(head, None))
+    run = head.run
+    if committed.architecture.num_tokens > committed.architecture.vocab_size:
+        raise ConfigError(
+            f"run {run}: stages of it added tokens (vocabulary.add), so not all held-out text is read in the same; "
+            f"inspect a --text."
+        )
+    data = read_data(config, known=remembered(head, None))
     if data.tokenizer.hash != committed.tokenizer.hash:
         raise ConfigError(
             f"run {run}: text or tokenizer has changed since stage {committed.name} was trained, so token ids have "

@@ -50,6 +50,11 @@ def data_table(console: Console, prepared: Prepared) -> None:
             )
     tokenizer = data.tokenizer
     console.print(f"tokenizer: {tokenizer.vocab_size:,} entries, {tokenizer.hash[:12]}")
+    for number, (stage, added) in enumerate(data.identity.added.items(), start=1):
+        name = prepared.config.stages[stage].data
+        there = data.later.corpora.get((name, number))
+        read = "" if there is None else f"; {name} has {there.train.bytes_per_token:.2f} bytes/token with them"
+        console.print(f"stages[{stage}] adds {added.number:,} tokens to it, {added.tokenizer.hash[:12]}{read}")
 
 
 def _gone(name: str, *, is_measured: bool) -> str:

@@ -34,8 +34,10 @@ class Incoming(TypedDict):
 
 
 class Sizes(TypedDict):
-    """Of a stage, in parameters and bytes."""
+    """Of a stage, in tokens, parameters and bytes."""
 
+    tokens_added: int
+    """Tokens that it adds to the vocabulary."""
     parameters_added: int
     parameters_frozen: int
     memory: dict[str, int]
@@ -72,6 +74,7 @@ def sizes(prepared: Prepared, index: int) -> Sizes:
     total = planned.parameters.total
     need = memory_need(planned.spec, planned.architecture, prepared.config.trainer)
     return {
+        "tokens_added": planned.tokens_added,
         "parameters_added": total - before,
         "parameters_frozen": total - planned.trainable,
         "memory": _by_kind(need),
@@ -98,6 +101,7 @@ def sentences(prepared: Prepared, came: Incoming | None, found: list[Sizes]) -> 
             adds = f"begins with {millions(total)} parameters"
         else:
             adds = f"adds {millions(added)} parameters ({added / (total - added):+.1%})"
+            adds += f" and {one['tokens_added']:,} tokens" if one["tokens_added"] else ""
         held = ", ".join(f"{kind} {size / 1e6:,.1f}" for kind, size in one["memory"].items() if size)
         yield (
             f"{planned.spec.name}: {adds}, trains {millions(planned.trainable)}, freezes "

@@ -43,7 +43,12 @@ def remembered(head: RunHead | None, written: Mapping[str, Any] | None) -> Remem
         first = store.find(head.plan[0]) if head.plan else None
         return None if first is None else store.tokenizer(first)
 
-    return Remembered(records, HeldoutStore(ROOT), tokenizer, within)
+    def added(index: int) -> Tokenizer | None:
+        store = StageStore(ROOT)
+        stage = store.find(head.plan[index]) if index < len(head.plan) else None
+        return None if stage is None else store.tokenizers(stage)[-1]
+
+    return Remembered(records, HeldoutStore(ROOT), tokenizer, added, within)
 
 
 def _tokenizer_file(config: Mapping[str, Any]) -> Any:

@@ -17,6 +17,7 @@ from lifelong_moe.errors import DataError
 from lifelong_moe.plan.disk import require_space, run_need, used_space
 from lifelong_moe.plan.key import SCHEMA
 from lifelong_moe.plan.memory import require_memory
+from lifelong_moe.plan.methods import added_vocabulary
 from lifelong_moe.plan.planned import PlannedBase, PlannedStage, planned_base
 from lifelong_moe.plan.stages import check_clusters, plan_stages, stage_need
 from lifelong_moe.routing.registry import build_router
@@ -169,15 +170,16 @@ def read_data(
     trained = [stage.data for stage in config.stages]
     used = {name: config.distributions[name] for name in config.evaluated}
     asked = (used, config.tokenizer, trained, config.model.context)
+    vocabulary = added_vocabulary(config)
     known = known or Remembered()
     if not config.evaluate.keep_heldout:
         known = replace(known, heldout=None)
     memory = {} if memory is None else memory
     # Text that is there is read without records, so runs with different records share it.
-    name = repr(asked)
-    if name not in memory and (name := repr((asked, known.records, known.heldout is None))) not in memory:
-        data = prepare_data(*asked, CACHE, known)
-        memory[name if data.gone else repr(asked)] = data
+    name = repr((asked, vocabulary))
+    if name not in memory and (name := repr((asked, vocabulary, known.records, known.heldout is None))) not in memory:
+        data = prepare_data(*asked, CACHE, known, vocabulary)
+        memory[name if data.gone else repr((asked, vocabulary))] = data
         return data
     return memory[name]
 

@@ -46,7 +46,7 @@ def logits(model: LanguageModel, ids: Tensor, domain: int = 0) -> Tensor:
 
 
 def source(model: LanguageModel, texts: Mapping[str, str] | None = None) -> Source:
-    return Source(model.architecture, model.state_dict(), TOKENIZER, Kept((texts or {}).get))
+    return Source(model.architecture, model.state_dict(), [TOKENIZER], Kept((texts or {}).get))
 
 
 def written(folder: Path, model: LanguageModel, generation: int | None = None, **more: Any) -> dict[str, bytes]:
@@ -164,12 +164,12 @@ def test_halves_stay_halves_until_something_is_added_to_them(make_model: Make, t
     model = make_model("labelled_bundles", (2, Generation("s1", 2, delta_rank=2)))
     tensors = {name: tensor.bfloat16() for name, tensor in model.state_dict().items()}
     (tmp_path / "0").mkdir()
-    write_folder(Source(model.architecture, tensors, TOKENIZER, Kept({}.get)), 0, tmp_path / "0")
+    write_folder(Source(model.architecture, tensors, [TOKENIZER], Kept({}.get)), 0, tmp_path / "0")
     assert {t.dtype for t in load_file(tmp_path / "0" / "model.safetensors").values()} == {torch.bfloat16}
     assert json.loads((tmp_path / "0" / "config.json").read_text())["dtype"] == "bfloat16"
     tensors["blocks.0.attention_norm.weight"] = tensors["blocks.0.attention_norm.weight"].float()
     (tmp_path / "1").mkdir()
-    write_folder(Source(model.architecture, tensors, TOKENIZER, Kept({}.get)), 1, tmp_path / "1")
+    write_folder(Source(model.architecture, tensors, [TOKENIZER], Kept({}.get)), 1, tmp_path / "1")
     assert {t.dtype for t in load_file(tmp_path / "1" / "model.safetensors").values()} == {torch.float32}
 
 

@@ -35,7 +35,7 @@ TOKENIZER = train_tokenizer(TEXTS * 3, 300)
 
 
 def source(model: LanguageModel) -> Source:
-    return Source(model.architecture, model.state_dict(), TOKENIZER.text, Kept({}.get))
+    return Source(model.architecture, model.state_dict(), [TOKENIZER.text], Kept({}.get))
 
 
 def logits(model: LanguageModel, ids: Tensor, domain: int) -> Tensor:
@@ -156,7 +156,7 @@ def test_the_page_picks_as_the_model_does(make_model: Make, tmp_path: Path) -> N
         folder = tmp_path / f"s{i}"
         folder.mkdir()
         (folder / "tokenizer.json").write_text(TOKENIZER.text)
-    full = Source(model.architecture, tensors, TOKENIZER.text, Kept({}.get))
+    full = Source(model.architecture, tensors, [TOKENIZER.text], Kept({}.get))
     assert write_picker(full, ["s0", "s1", "s2"], tmp_path)
     picker, seen = Picker(tmp_path), set()
     for text in [*TEXTS, "", "a", f"{TEXTS[1]} {TEXTS[2]} {TEXTS[0]}", "wave def pear tide value self sail"]:

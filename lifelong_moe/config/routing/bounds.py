@@ -25,6 +25,8 @@ LARGEST = {
     "permutations": 100_000,
     "documents": 1_000_000,
     **dict.fromkeys(("width", "head_width", "expert_width", "dense_width", "rank", "feature_width"), 1_000_000),
+    # The largest vocabulary: `lifelong_moe.config.data.MAX_VOCAB_SIZE`.
+    "add": 1_000_000,
     **dict.fromkeys(("heads", "kv_heads", "experts", "shared_experts", "slots", "clusters"), 1_000_000),
 }
 """By name of the key, in any section."""

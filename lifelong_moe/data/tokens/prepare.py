@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 from lifelong_moe.config.data import SourceConfig, TokenizerConfig
 from lifelong_moe.data.text.documents import Corpus, Document, documents_hash, normalized_hash
 from lifelong_moe.data.text.near_copies import without_near_copies
 from lifelong_moe.data.text.sources import heldout_documents, lies_within, read_corpus
-from lifelong_moe.data.tokens.identity import DataIdentity, TokenizerIdentity
+from lifelong_moe.data.tokens.identity import AddedTokens, AddedVocabulary, DataIdentity, TokenizerIdentity
 from lifelong_moe.data.tokens.pairs import with_answers, with_heldout_answers
 from lifelong_moe.data.tokens.records import DIGITS, Remembered, TextRecord
 from lifelong_moe.data.tokens.shards import (
@@ -23,6 +24,7 @@ from lifelong_moe.data.tokens.shards import (
     tokenize_documents,
 )
 from lifelong_moe.data.tokens.tokenizer import Tokenizer, recipe, trained_tokenizer
+from lifelong_moe.data.tokens.vocabularies import LaterTexts, added_tokenizers, read_later
 from lifelong_moe.errors import ConfigError, CorruptError, DataError, LifelongError, TryAgainError
 from lifelong_moe.storage.modes import PRIVATE
 
@@ -49,7 +51,11 @@ class Texts:
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Tokenizer and tokenized distributions."""
+    """Tokenizer and tokenized distributions.
+
+    Where stages add tokens there are several vocabularies, numbered from 0 in order. Whatever is not said to be of
+    another one is read with the first.
+    """
 
     tokenizer: Tokenizer
     recipe: dict[str, str | int]
@@ -66,6 +72,19 @@ class PreparedData:
     """Why the other distributions' text is not there."""
     modes: Mapping[str, int] = field(default_factory=dict)
     """Permissions of files that are made of text that is there; of other text they are private."""
+    added: Mapping[int, Tokenizer] = field(default_factory=dict)
+    """Tokenizers of the later vocabularies, by the index of the stage that adds their tokens, in order."""
+    later: LaterTexts = field(default_factory=LaterTexts)
+    """What stages train on, read with the later vocabularies."""
+
+    def corpora_by(self, vocabulary_of: Callable[[str], int]) -> dict[str, TokenizedCorpus]:
+        """Distributions whose text is there, each read with the vocabulary of this number."""
+        numbers = {name: vocabulary_of(name) for name in self.corpora}
+        return {name: self.later.corpora[name, v] if v else self.corpora[name] for name, v in numbers.items()}
+
+    def heldout_by(self, name: str, vocabulary: int) -> TokenShard:
+        """Held-out text, read with the vocabulary of this number."""
+        return self.later.heldout[name, vocabulary] if vocabulary else self.heldout[name]
 
     def mode(self, name: str) -> int:
         """Permissions of files that are made of a distribution's text."""
@@ -75,11 +94,17 @@ class PreparedData:
     def identity(self) -> DataIdentity:
         """What plans and stage keys say of it."""
         tokenizer = self.tokenizer
+        each = [tokenizer, *self.added.values()]
+        numbers = [after.num_tokens - before.num_tokens for before, after in pairwise(each)]
         return DataIdentity(
             {name: record.train_hash for name, record in self.records.items()},
             TokenizerIdentity(dict(self.recipe), tokenizer.hash),
             tokenizer.vocab_size,
             tokenizer.bos_id,
+            {
+                stage: AddedTokens(number, TokenizerIdentity(dict(self.recipe), one.hash))
+                for (stage, one), number in zip(self.added.items(), numbers, strict=True)
+            },
         )
 
     def at_hand(self, name: str) -> TokenShard:
@@ -94,6 +119,7 @@ def prepare_data(
     context: int,
     cache: Path,
     remembered: Remembered | None = None,
+    vocabulary: AddedVocabulary | None = None,
 ) -> PreparedData:
     """Read, check and tokenize every distribution; what is in the cache already is only verified.
 
@@ -104,6 +130,7 @@ def prepare_data(
         context: Tokens in a training block; text that is trained on must fill at least one.
         cache: Directory for extracted text, tokenizers and tokens.
         remembered: In place of text that is gone.
+        vocabulary: What the stages add to it; None is nothing.
 
     Raises:
         DataError: If documents cannot be read or are too few, or a training document is held out elsewhere.
@@ -140,7 +167,15 @@ def prepare_data(
         elif source.answer_field is not None and name in heldout:
             heldout[name] = with_heldout_answers(texts.heldout[name], heldout[name], made)
     modes = {name: corpus.mode for name, corpus in texts.corpora.items()}
-    return PreparedData(made, recipe(tokenizer), tokens, records, heldout, texts.heldout, texts.gone, modes)
+    of_stages = [splits[name] if name in splits else texts.gone[name] for name in trained]
+    added = added_tokenizers(made, vocabulary or AddedVocabulary(), of_stages, remembered.added, cache)
+    for stage, by in added.items():
+        _require_blocks({name: text[name] for name in trained[stage : stage + 1] if name in text}, context, by)
+    answers = {name for name, source in sources.items() if source.answer_field is not None}
+    later = read_later(added, trained, {**texts.heldout, **texts.corpora}, answers, context, cache)
+    return PreparedData(
+        made, recipe(tokenizer), tokens, records, heldout, texts.heldout, texts.gone, modes, added, later
+    )
 
 
 def read_texts(

@@ -110,5 +110,7 @@ class Remembered:
     heldout: HeldoutStore | None = None
     tokenizer: Callable[[], Tokenizer | None] = lambda: None
     """The tokenizer of the run's first stage; None if that is not committed."""
+    added: Callable[[int], Tokenizer | None] = lambda stage: None
+    """The newest tokenizer of the stage of this index; None if that is not committed."""
     within: tuple[Path, ...] | None = None
     """See :func:`lifelong_moe.data.text.sources.read_corpus`."""

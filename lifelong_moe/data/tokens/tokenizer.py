@@ -66,6 +66,7 @@ class Tokenizer:
         vocabulary = backend.get_vocab(with_added_tokens=True)
         # Not the number of entries: ids of a given tokenizer may have gaps, and the embedding is indexed by id.
         self._vocab_size = max(vocabulary.values()) + 1
+        self._num_tokens = len(vocabulary)
         self._longest_token_bytes = max(len(token.encode("utf-8")) for token in vocabulary)
         if self._vocab_size > MAX_VOCAB_SIZE:
             raise ConfigError(f"tokenizer: token ids reach {self._vocab_size - 1}; at most {MAX_VOCAB_SIZE:,} entries.")
@@ -96,6 +97,11 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Largest token id + 1, special tokens included."""
         return self._vocab_size
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that there are, special ones included; fewer than ``vocab_size`` where ids have gaps."""
+        return self._num_tokens
 
     @property
     def longest_token_bytes(self) -> int:
@@ -149,6 +155,12 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Encode one text; see ``encode_batch``."""
         return self.encode_batch([text])[0]
+
+    def encode_words(self, texts: Sequence[str]) -> list[tuple[list[int], list[int | None]]]:
+        """Encode texts; with each token comes the number of its word in the text, beyond which nothing is merged."""
+        with _failures_told(_FAILS):
+            encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
+        return [(encoding.ids, encoding.word_ids) for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids, leaving out document separators."""
@@ -303,14 +315,34 @@ def trained_tokenizer(
         cache: ``cache/tokenizers/<key>.json`` holds what was trained. A damaged file is trained again.
         check: Raises if the tokenizer does not do; called before anything is written.
     """
-    key = content_key({"recipe": recipe(config), "train_hash": corpus.train_hash})[:SHORT]
-    path = cache / "tokenizers" / f"{key}.json"
+    identity = {"recipe": recipe(config), "train_hash": corpus.train_hash}
+    texts = (document.text for document in corpus.train)
+    return cached_tokenizer(identity, cache, corpus.mode, lambda: train_tokenizer(texts, config.vocab_size), check)
+
+
+def cached_tokenizer(
+    identity: Mapping[str, Any],
+    cache: Path,
+    mode: int,
+    make: Callable[[], Tokenizer],
+    check: Callable[[Tokenizer], None] = lambda _: None,
+) -> Tokenizer:
+    """A tokenizer that takes time to make, once for all that it depends on.
+
+    Args:
+        identity: All that it depends on.
+        cache: See :func:`trained_tokenizer`.
+        mode: Permissions of its file, whose entries are words of a text.
+        make: Makes it.
+        check: See :func:`trained_tokenizer`.
+    """
+    path = cache / "tokenizers" / f"{content_key(identity)[:SHORT]}.json"
     # The check comes before the tokenizer is saved: a mistake in the text leaves no cache behind.
     found = _cached(path)
-    tokenizer = found or train_tokenizer((document.text for document in corpus.train), config.vocab_size)
+    tokenizer = found or make()
     check(tokenizer)
     if found is None:
-        tokenizer.save(path, corpus.mode)  # its entries are words of the text
+        tokenizer.save(path, mode)
         # After the tokenizer: without its hash a file counts as absent, so a kill in between is harmless.
         write_atomic(path.with_suffix(".sha256"), tokenizer.hash)
     return tokenizer

@@ -121,7 +121,7 @@ def evaluation_windows(shard: TokenShard, context: int, max_tokens: int) -> Eval
     scored_to = np.concatenate([[0], np.cumsum(counted_tokens(shard))])[
         shard.offsets[1:]
     ]  # up to the end of each document
-    shard = _first_documents(shard, min(shard.num_documents, int(np.searchsorted(scored_to, max_tokens)) + 1))
+    shard = first_documents(shard, min(shard.num_documents, int(np.searchsorted(scored_to, max_tokens)) + 1))
     # A pair has one target more: the BOS after its answer.
     targets_D = np.diff(shard.offsets) - (shard.separator is None)
     stride = context // 2
@@ -140,6 +140,7 @@ def evaluation_windows(shard: TokenShard, context: int, max_tokens: int) -> Eval
     return EvaluationSet(shard, document[order], start[order], fresh[order], length[order])
 
 
-def _first_documents(shard: TokenShard, num: int) -> TokenShard:
+def first_documents(shard: TokenShard, num: int) -> TokenShard:
+    """The first ``num`` documents of a shard."""
     offsets = shard.offsets[: num + 1]
     return replace(shard, tokens=shard.tokens[: offsets[-1]], offsets=offsets, text_bytes=shard.text_bytes[:num])

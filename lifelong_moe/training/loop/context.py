@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -58,10 +59,15 @@ class StageRun:
         """What to train."""
         return self.planned.spec
 
-    @property
+    @cached_property
     def corpora(self) -> Mapping[str, TokenizedCorpus]:
-        """Tokenized text by distribution."""
-        return self.data.corpora
+        """Tokenized text by distribution, as the stage's model reads it."""
+        return self.data.corpora_by(self.architecture.vocabulary_of)
+
+    @cached_property
+    def corpora_before(self) -> Mapping[str, TokenizedCorpus]:
+        """The same as the parent's model reads it, which does not know the tokens that the stage adds."""
+        return self.data.corpora if self.before is None else self.data.corpora_by(self.before.vocabulary_of)
 
     @property
     def before(self) -> Architecture | None:
@@ -72,7 +78,7 @@ class StageRun:
     def architecture(self) -> Architecture:
         """The model at the end of the stage."""
         tokenizer = self.data.tokenizer
-        return self.spec.architecture(self.before, tokenizer.vocab_size, tokenizer.bos_id)
+        return self.spec.architecture(self.before, tokenizer.vocab_size, tokenizer.bos_id, self.planned.tokens_added)
 
     @property
     def seed(self) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from lifelong_moe.config.growth import VocabularyConfig
 from lifelong_moe.config.model import LATER, RopeScaling
 from lifelong_moe.config.retention import ReplayConfig, ReplaySource
 from lifelong_moe.config.routing.capacity import CapacityConfig
@@ -81,6 +82,7 @@ SCALARS: dict[str, Any] = {
     "penalty": None,
     "review": None,
     "finetune": FinetuneConfig(),
+    "vocabulary": VocabularyConfig(add=2),
 }
 
 
