@@ -59,7 +59,7 @@ class Place:
 _NAME = re.compile(
     r"""(?: blocks\.(?P<layer>\d+)\. )?
         (?: moe\.banks\.experts\.(?P<expert>\d+)\..+
-          | (?: .+\.deltas\. | (?: embedding | head )\.rows\.
+          | (?: .+\.deltas\. | (?: embedding | head )\.added\.
               | moe\.router\..+[._] | moe\.banks\.generations\. | document_clusters\.centroids_ )
             (?P<generation>\d+) (?: \.(?: up | down | gate_up ) (?: _[ab] )? )?
           | .+

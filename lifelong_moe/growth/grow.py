@@ -26,7 +26,12 @@ from lifelong_moe.plan.architecture import Generation
 
 
 def grow(
-    model: LanguageModel, generation: Generation, config: GrowConfig, sample: Mapping[str, Tensor], seed: int
+    model: LanguageModel,
+    generation: Generation,
+    config: GrowConfig,
+    sample: Mapping[str, Tensor],
+    seed: int,
+    pieces: Sequence[Sequence[int]] = (),
 ) -> int:
     """Freeze all experts, router rows and deltas, then add a new generation.
 
@@ -34,10 +39,11 @@ def grow(
 
     Args:
         model: Changed in place, its architecture included.
-        generation: Number of experts, their layers, the stage that creates them, and the rank of deltas.
+        generation: Number of experts, their layers, the stage that creates them, the rank of deltas, and new tokens.
         config: How new parameters are initialized.
-        sample: Blocks of the new data; see :func:`lifelong_moe.growth.observe.observe`.
+        sample: Blocks of the new data in old tokens; see :func:`lifelong_moe.growth.observe.observe`.
         seed: For noise, random rows and clustering.
+        pieces: For each new token the older ones that it stands for.
 
     Returns:
         Number of near ties in the no-op check; see :func:`lifelong_moe.growth.noop.check_noop`.
@@ -72,6 +78,8 @@ def grow(
                 layer.router.set_rows(_new_rows(layer, seen, copied, config, generator, seed))
         if generation.delta_rank:
             _begin_deltas(model, generator)
+        if generation.tokens:
+            begin_rows(model, pieces)
     return check_noop(model, sample, before)
 
 
@@ -86,7 +94,7 @@ def begin_rows(model: LanguageModel, pieces: Sequence[Sequence[int]]) -> None:
         pieces: For each added token the older ones that it stands for.
     """
     newest = len(model.architecture.generations) - 1
-    own, head = model.embedding.rows[str(newest)], model.head.rows[str(newest)]
+    own, head = model.embedding.added[str(newest)], model.head.added[str(newest)]
     head_VD = model.head.weight_of(newest)
     # The head first: where it is tied to the embedding, the embedding's means are what remains.
     for rows, look_up in ((head, head_VD.__getitem__), (own, partial(model.embedding.look_up, newest))):

@@ -41,16 +41,16 @@ def require_adapter(architecture: Architecture, generation: int | None) -> None:
     if not generation:
         raise ConfigError("--format=peft: the first generation is what adapters are for; export it by --format=hf.")
     born, first = architecture.generations[generation], architecture.generations[0]
-    if not born.delta_rank and not born.rank:
-        raise ConfigError(
-            f"--format=peft: generation {born.stage} has no low-rank changes (trunk.train=deltas or grow.rank)."
-        )
-    layers = range(architecture.model.layers)
     if architecture.tokens_of(generation) > architecture.vocab_size:
         raise ConfigError(
             f"--format=peft: generation {born.stage} reads tokens added to the vocabulary, and an adapter has "
             f"the base's; export it by --format=hf."
         )
+    if not born.delta_rank and not born.rank:
+        raise ConfigError(
+            f"--format=peft: generation {born.stage} has no low-rank changes (trunk.train=deltas or grow.rank)."
+        )
+    layers = range(architecture.model.layers)
     # A change of one expert among several has no form in PEFT's files, whose experts are one tensor.
     alike = all(born.experts_in(layer) == first.experts_in(layer) for layer in layers)
     if not alike or (born.rank and first.experts > 1):

@@ -115,7 +115,7 @@ def single_tensors(
     numbers = range(len(born)) if generation is None else (generation,)
     found = {}
     for name, tensor in tensors.items():
-        if not any(part in name for part in (".deltas.", ".rows.", ".moe.banks.", ".moe.router.")):
+        if not any(part in name for part in (".deltas.", ".added.", ".moe.banks.", ".moe.router.")):
             found[name] = tensor if generation is None else with_delta(tensors, name, generation)
     if architecture.model.tie_embeddings and any(born[number].delta_rank for number in numbers):
         found[HEAD] = with_delta({HEAD: tensors[EMBEDDING], **tensors}, HEAD, numbers[0])
@@ -146,7 +146,7 @@ def _matrix(tensors: Mapping[str, Tensor], layer: int, expert: int, matrix: str)
 
 def token_rows(tensors: Mapping[str, Tensor], table: str, generation: int) -> Tensor:
     """A generation's rows of the embedding or the head."""
-    names = (f"{one.removesuffix('.weight')}.rows.{generation}" for one in (table, EMBEDDING))
+    names = (f"{one.removesuffix('.weight')}.added.{generation}" for one in (table, EMBEDDING))
     return next(tensors[name] for name in names if name in tensors)
 
 

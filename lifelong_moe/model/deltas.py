@@ -147,7 +147,7 @@ class DeltaEmbedding(nn.Embedding):
 
     def __init__(self, vocab_size: int, width: int) -> None:
         super().__init__(vocab_size, width)
-        self.deltas, self.rows = Deltas(), TokenRows()
+        self.deltas, self.added = Deltas(), TokenRows()
 
     def add_generation(self, rank: int) -> None:
         """Add a generation, with a change of its own if its rank is not 0."""
@@ -155,18 +155,18 @@ class DeltaEmbedding(nn.Embedding):
 
     def slices(self, domain_ids: Tensor | None) -> GenerationSlices | None:
         """Tokens ``(...)`` sorted by generation; None if generations have nothing of their own in the trunk."""
-        return generation_slices(self.deltas, self.rows, domain_ids)
+        return generation_slices(self.deltas, self.added, domain_ids)
 
     def forward(self, token_ids_BS: Tensor, generations: GenerationSlices | None = None) -> Tensor:
         """int64 ``(B, S)`` to ``(B, S, D)``."""
-        if generations is None or not (self.deltas or self.rows):
+        if generations is None or not (self.deltas or self.added):
             return F.embedding(token_ids_BS, self.weight)
         out_TD = generations.apply(token_ids_BS.flatten(), self.look_up)
         return out_TD.view(*token_ids_BS.shape, -1)
 
     def look_up(self, generation: int, token_ids_N: Tensor) -> Tensor:
         """Vectors ``(N, D)`` of tokens as a generation uses them."""
-        added, known = self.rows.until(generation), len(self.weight)
+        added, known = self.added.until(generation), len(self.weight)
         old_N = token_ids_N.clamp(max=known - 1) if added else token_ids_N
         base_ND, delta = F.embedding(old_N, self.weight), self.deltas.of(generation)
         found_ND = base_ND if delta is None else base_ND + F.embedding(old_N, delta.up) @ delta.down

@@ -26,20 +26,20 @@ class LinearHead(DeltaLinear):
 
     def __init__(self, columns: int, rows: int) -> None:
         super().__init__(columns, rows)
-        self.rows = TokenRows()
+        self.added = TokenRows()
 
     @property
     def is_one_matrix(self) -> bool:
         """Whether the matrix is the same for every token."""
-        return not self.deltas and not self.rows
+        return not self.deltas and not self.added
 
     def slices(self, domain_ids: Tensor | None) -> GenerationSlices | None:
         """Tokens ``(...)`` sorted by generation; None if all use the same matrix."""
-        return generation_slices(self.deltas, self.rows, domain_ids)
+        return generation_slices(self.deltas, self.added, domain_ids)
 
     def weight_of(self, generation: int) -> Tensor:
         """The weight that a generation's tokens use, as many rows as its vocabulary has tokens."""
-        added = self.rows.until(generation)
+        added = self.added.until(generation)
         return torch.cat([super().weight_of(generation), *added]) if added else super().weight_of(generation)
 
     def read(self, hidden_BSD: Tensor, routing: Routing) -> Tensor:
@@ -53,9 +53,9 @@ class LinearHead(DeltaLinear):
             ``(..., V)``, V of all vocabularies: minus infinity for tokens of generations after the hidden state's own.
         """
         generations = self.slices(domain_ids)
-        if not self.rows:
+        if not self.added:
             return self(hidden, generations)
-        num_tokens = len(self.weight) + sum(len(rows) for rows in self.rows.values())
+        num_tokens = len(self.weight) + sum(len(rows) for rows in self.added.values())
 
         def of(generation: int, hidden_ND: Tensor) -> Tensor:
             logits_NV = linear(hidden_ND, self.weight_of(generation))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from lifelong_moe.model.deltas import TokenRows
 from lifelong_moe.model.experts import ExpertGeneration
 
 LEVELS = 127
@@ -115,6 +116,8 @@ def _owners(model: nn.Module) -> dict[Tensor, list[tuple[nn.Module, str]]]:
     """Every matrix, or 3-D Parameter of experts, and the modules and names under which it is found."""
     found: dict[Tensor, list[tuple[nn.Module, str]]] = {}
     for module in list(model.modules()):
+        if isinstance(module, TokenRows):  # joined to the matrix for every pass; few beside it
+            continue
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.dim() >= 2 and parameter.numel():
                 found.setdefault(parameter, []).append((module, name))

@@ -113,7 +113,7 @@ class LanguageModel(nn.Module):
     @property
     def _tied_names(self) -> dict[str, str]:
         """The head's names of the embedding's tensors that are its own as well, by the embedding's."""
-        names = ("weight", *(f"rows.{generation}" for generation in self.embedding.rows)) if self._is_tied else ()
+        names = ("weight", *(f"added.{generation}" for generation in self.embedding.added)) if self._is_tied else ()
         return {f"embedding.{name}": f"head.{name}" for name in names}
 
     def stored_names(self, *, trained: bool) -> set[str]:
@@ -140,9 +140,9 @@ class LanguageModel(nn.Module):
         for matrix in self.delta_matrices():
             matrix.add_generation(generation.delta_rank)
         for table in (self.embedding, self.head) if generation.tokens else ():
-            table.rows.add_generation(number, generation.tokens, self.architecture.model.width)
+            table.added.add_generation(number, generation.tokens, self.architecture.model.width)
         if self._is_tied and generation.tokens:
-            self.head.rows[str(number)] = self.embedding.rows[str(number)]
+            self.head.added[str(number)] = self.embedding.added[str(number)]
 
     def delta_matrices(self) -> Iterator[DeltaLinear | DeltaEmbedding]:
         """The matrices of the trunk that may have deltas: embedding, attention, head."""
@@ -158,7 +158,7 @@ class LanguageModel(nn.Module):
             for generation, delta in matrix.deltas.items():
                 delta.requires_grad_(generation == str(but))
         for table in (self.embedding, self.head):
-            for generation, rows in table.rows.items():
+            for generation, rows in table.added.items():
                 rows.requires_grad_(generation == str(but))
 
     def places(self) -> dict[str, Place]:
@@ -172,7 +172,7 @@ class LanguageModel(nn.Module):
             for generation, delta in matrix.deltas.items():
                 found |= {p: replace(found[p], generation=int(generation)) for p in delta.parameters()}
         for table in (self.head, self.embedding):  # the embedding last, whose rows are the head's too if they are tied
-            found |= {rows: replace(found[rows], generation=int(born)) for born, rows in table.rows.items()}
+            found |= {rows: replace(found[rows], generation=int(born)) for born, rows in table.added.items()}
         return {name: found[parameter] for name, parameter in self.named_parameters()}
 
     def parameters_of(self, part: Part | None = None, generation: int | None = None) -> dict[str, nn.Parameter]:

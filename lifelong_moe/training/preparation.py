@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lifelong_moe.data.tokens.merges import pieces_of
-from lifelong_moe.growth.grow import begin_rows, grow
+from lifelong_moe.growth.grow import grow
 from lifelong_moe.growth.shallow import shallow_student
 from lifelong_moe.model.experts import LowRankExperts
 from lifelong_moe.model.transformer import LanguageModel
@@ -75,10 +75,9 @@ def _grow(model: LanguageModel, run: StageRun) -> None:
     if spec.grow is None or generation is None:
         return
     sample = text_sample(model, spec, run.corpora_before[spec.data], spec.grow.sample_tokens)
-    near_ties = grow(model, generation, spec.grow, sample, run.seed)
-    if tokens:
-        added = run.data.added[run.planned.index]
-        begin_rows(model, pieces_of(added, added.vocab_size - tokens))
+    added = run.data.added[run.planned.index] if tokens else None
+    pieces = pieces_of(added, added.vocab_size - tokens) if added is not None else []
+    near_ties = grow(model, generation, spec.grow, sample, run.seed, pieces)
     if near_ties:
         run.environment.console.print(
             f"{spec.name}: the check that growth changes nothing met {near_ties} near ties, which rounding decides"
