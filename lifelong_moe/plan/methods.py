@@ -170,11 +170,11 @@ def _grows(recipe: Recipe, stage: StageConfig) -> bool:
     return recipe.grow and bool(stage.grow.experts) and not trains_old
 
 
-def added_vocabulary(config: RunConfig) -> AddedVocabulary:
-    """What the run's stages add to its first vocabulary."""
+def added_vocabulary(config: RunConfig) -> AddedVocabulary | None:
+    """What the run's stages add to its first vocabulary; None if nothing."""
     # Other methods take no part of a stage's growth from the configuration.
     wanted = tuple(stage.vocabulary.add if RECIPES[config.method].grow else 0 for stage in config.stages)
-    return AddedVocabulary(wanted, config.base.vocab_size) if any(wanted) else AddedVocabulary()
+    return AddedVocabulary(wanted, config.base.vocab_size) if any(wanted) else None
 
 
 def _plain(config: RunConfig, stage: StageConfig, grown: bool) -> StageSpec:

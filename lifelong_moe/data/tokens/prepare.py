@@ -160,22 +160,33 @@ def prepare_data(
         for name, documents in texts.heldout.items()
     }
     _warn_if_coarse(records, trained[0])
-    for name, source in sources.items():
-        if source.answer_field is not None and name in tokens:
-            tokens[name] = with_answers(texts.corpora[name], tokens[name], made, context)
-            heldout[name] = tokens[name].heldout
-        elif source.answer_field is not None and name in heldout:
-            heldout[name] = with_heldout_answers(texts.heldout[name], heldout[name], made)
+    answers = [name for name, source in sources.items() if source.answer_field is not None]
+    _mark_answers(answers, texts, tokens, heldout, made, context)
     modes = {name: corpus.mode for name, corpus in texts.corpora.items()}
+    data = PreparedData(made, recipe(tokenizer), tokens, records, heldout, texts.heldout, texts.gone, modes)
+    if vocabulary is None:
+        return data
     of_stages = [splits[name] if name in splits else texts.gone[name] for name in trained]
-    added = added_tokenizers(made, vocabulary or AddedVocabulary(), of_stages, remembered.added, cache)
-    for stage, by in added.items():
-        _require_blocks({name: text[name] for name in trained[stage : stage + 1] if name in text}, context, by)
-    answers = {name for name, source in sources.items() if source.answer_field is not None}
+    added = added_tokenizers(made, vocabulary, of_stages, remembered.added, cache)
     later = read_later(added, trained, {**texts.heldout, **texts.corpora}, answers, context, cache)
-    return PreparedData(
-        made, recipe(tokenizer), tokens, records, heldout, texts.heldout, texts.gone, modes, added, later
-    )
+    return replace(data, added=added, later=later)
+
+
+def _mark_answers(
+    names: list[str],
+    texts: Texts,
+    tokens: dict[str, TokenizedCorpus],
+    heldout: dict[str, TokenShard],
+    tokenizer: Tokenizer,
+    context: int,
+) -> None:
+    """Let only answers count in distributions of prompts and answers."""
+    for name in names:
+        if name in tokens:
+            tokens[name] = with_answers(texts.corpora[name], tokens[name], tokenizer, context)
+            heldout[name] = tokens[name].heldout
+        elif name in heldout:
+            heldout[name] = with_heldout_answers(texts.heldout[name], heldout[name], tokenizer)
 
 
 def read_texts(

@@ -6,7 +6,7 @@ trains on may be read with each of its vocabularies, and all other text with voc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from lifelong_moe.data.tokens.merges import with_added_tokens
 from lifelong_moe.data.tokens.pairs import with_answers, with_heldout_answers
 from lifelong_moe.data.tokens.shards import TokenizedCorpus, TokenShard, open_or_tokenize, tokenize_corpus
 from lifelong_moe.data.tokens.tokenizer import Tokenizer
-from lifelong_moe.errors import LifelongError
+from lifelong_moe.errors import DataError, LifelongError
 from lifelong_moe.storage.modes import PRIVATE
 
 
@@ -69,7 +69,7 @@ def read_later(
     added: Mapping[int, Tokenizer],
     trained: Sequence[str],
     texts: Mapping[str, Corpus | list[Document]],
-    answers: set[str],
+    answers: Collection[str],
     context: int,
     cache: Path,
 ) -> LaterTexts:
@@ -82,6 +82,9 @@ def read_later(
         answers: Distributions of prompts and answers.
         context: Tokens in a training block.
         cache: Directory of tokens.
+
+    Raises:
+        DataError: A text no longer fills a training block.
     """
     corpora: dict[tuple[str, int], TokenizedCorpus] = {}
     heldout: dict[tuple[str, int], TokenShard] = {}
@@ -93,6 +96,11 @@ def read_later(
                 continue
             if isinstance(text, Corpus):
                 tokens = tokenize_corpus(text, by, cache)
+                if tokens.train.num_tokens < context:
+                    raise DataError(
+                        f"distributions.{name}: too few tokens: read with those that are added to the vocabulary, "
+                        f"{tokens.train.num_tokens} of training text do not fill one block of model.context={context}."
+                    )
                 corpora[place] = with_answers(text, tokens, by, context) if name in answers else tokens
                 heldout[place] = corpora[place].heldout
             else:
