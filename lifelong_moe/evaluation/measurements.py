@@ -197,14 +197,13 @@ class Measurements:
         if (found := self.store.find(model, key, read)) is not None:
             return found
         sources = [document.source for document in self.data.heldout_documents[distribution]]
-        loaded = self.load(model)
-        read = self.data.heldout_by(distribution, loaded.architecture.vocabulary_of(distribution))
-        shard, chosen = spread_shard(read, sources, self.config.evaluate.tokens)
+        text = self.data.heldout_by(distribution, self.architecture(model).vocabulary_of(distribution))
+        shard, chosen = spread_shard(text, sources, self.config.evaluate.tokens)
         plain = self._documents(model, distribution) if shuffled else None
         if plain is not None:
             shard = self._shuffled(distribution, shard, chosen)
         measured = measure_documents(
-            loaded,
+            self.load(model),
             evaluation_windows(shard, self.config.model.context, shard.num_tokens),
             distribution=distribution,
             batch_tokens=self.config.evaluate.batch_tokens,

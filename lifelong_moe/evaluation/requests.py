@@ -111,7 +111,7 @@ def _windows(
     documents = [[bos_id] * int(more) + [*text] for text, more in zip(texts, added, strict=True)]
     offsets = np.concatenate([[0], np.cumsum([len(one) for one in documents])]).astype(np.int64)
     tokens = np.concatenate(
-        [np.array(one, dtype=np.min_scalar_type(model.architecture.vocab_size)) for one in documents]
+        [np.array(one, dtype=np.min_scalar_type(model.architecture.num_tokens)) for one in documents]
     )
     document = np.array([one.text for one in requests], dtype=np.int64)
     scored = np.array([one.scored for one in requests], dtype=np.int64)

@@ -17,6 +17,7 @@ from lifelong_moe.config.routing.topk import CustomRouterConfig
 from lifelong_moe.config.training import TrainerConfig
 from lifelong_moe.data.text.documents import Document
 from lifelong_moe.data.tokens.shards import tokenize_documents
+from lifelong_moe.data.tokens.tokenizer import Tokenizer
 from lifelong_moe.data.tokens.windows import evaluation_windows
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.evaluation.loss import evaluate
@@ -67,7 +68,7 @@ class ServedStage:
         if isinstance(stage.architecture.routing, CustomRouterConfig):
             require_allowed(stage.architecture.routing.mode)
         model = load_model(store, stage).requires_grad_(False).eval()
-        self._stage, self._tokenizer = stage, store.tokenizer(stage)
+        self._stage, self._tokenizers = stage, store.tokenizers(stage)
         self._model = model.to(configured_device(TrainerConfig()))
 
     def predict(self, data: Any, params: Mapping[str, object] | None = None) -> list[str] | list[dict[str, float]]:
@@ -96,14 +97,19 @@ class ServedStage:
         sampling = {name: _within(name, given[name]) for name in RANGES}
         return [self._continuation(text, label, sampling) for text in texts]
 
+    def _tokenizer(self, label: str | None) -> Tokenizer:
+        """That of a text, which its label decides where stages added tokens."""
+        return self._tokenizers[self._stage.architecture.vocabulary_of(label)]
+
     def _continuation(self, text: str, label: str | None, sampling: Mapping[str, Any]) -> str:
-        ids = prompt_ids(self._stage, self._tokenizer, text)
-        return self._tokenizer.decode([*sample(self._model, ids, distribution=label, **sampling)])
+        tokenizer = self._tokenizer(label)
+        ids = prompt_ids(self._stage, tokenizer, text)
+        return tokenizer.decode([*sample(self._model, ids, distribution=label, **sampling)])
 
     def _losses(self, text: str, label: str | None) -> dict[str, float]:
         if not text:
             raise ConfigError("a text without a character has no loss.")
-        shard = tokenize_documents([Document(text, "")], self._tokenizer)
+        shard = tokenize_documents([Document(text, "")], self._tokenizer(label))
         windows = evaluation_windows(shard, self._model.architecture.model.context, sys.maxsize)
         found = evaluate(self._model, windows, distribution=label, batch_tokens=EVALUATED_TOKENS)
         return {name: getattr(found, name) for name in LOSSES}

@@ -53,7 +53,7 @@ class LifelongModel(HarnessModel):
         store, self.stage = open_stage(self.run, name)
         check_label(self.stage, reading.get("label"), console(as_json=True))
         rows = None if str(batch_size or "auto").startswith("auto") else int(str(batch_size))
-        subject = subject_of(self.run, store, self.stage)
+        subject = subject_of(self.run, store, self.stage, label=reading.get("label"))
         if device is not None and (device == "cpu" or torch.cuda.is_available()):
             subject.model.to(device)
         super().__init__(subject, Reading(batch_size=rows, **reading))
@@ -63,7 +63,9 @@ class LifelongModel(HarnessModel):
         return {"run": self.run, "stage": self.stage.name, "stage_key": self.stage.key}
 
 
-def subject_of(run: str, store: StageStore, stage: CommittedStage, *, int8: bool = False) -> Subject:
-    """A stage's model on the run's device, its tokenizer, and what ends its texts."""
+def subject_of(
+    run: str, store: StageStore, stage: CommittedStage, *, label: str | None = None, int8: bool = False
+) -> Subject:
+    """A stage's model on the run's device, the tokenizer of texts of this label, and what ends its texts."""
     ends = Kept(partial(store.kept_text, stage)).ends
-    return Subject(load_on_device(run, store, stage, int8=int8), store.tokenizer(stage), ends)
+    return Subject(load_on_device(run, store, stage, int8=int8), store.tokenizer(stage, label), ends)

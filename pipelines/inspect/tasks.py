@@ -125,7 +125,7 @@ def _measured(
                 with console.status(f"{task.name}, stage {name}"):
                     # Loading costs more than most tasks: once a stage, and only if something is missing.
                     if model is None:
-                        subject = subject_of(run, store, stage, int8=int8)
+                        subject = subject_of(run, store, stage, label=label, int8=int8)
                         model = HarnessModel(subject, Reading(label=label))
                     scores = measure_task(model, task)
                 kept.add(stage.key, keys[task.name], asdict(scores))

@@ -56,7 +56,8 @@ def with_added_tokens(tokenizer: Tokenizer, corpus: Corpus, number: int, first: 
     def make() -> Tokenizer:
         return add_tokens(tokenizer, [document.text for document in corpus.train], number, first)
 
-    return cached_tokenizer({**identity, "version": MERGES_VERSION}, cache, corpus.mode, make)
+    identity |= {"version": MERGES_VERSION, "bos_id": tokenizer.bos_id}
+    return cached_tokenizer(identity, cache, corpus.mode, make, bos_id=tokenizer.bos_id)
 
 
 def add_tokens(tokenizer: Tokenizer, texts: Sequence[str], number: int, first: int) -> Tokenizer:
@@ -74,7 +75,7 @@ def add_tokens(tokenizer: Tokenizer, texts: Sequence[str], number: int, first: i
         model["merges"].append(" ".join(pair) if joined else pair)
         names[token] = "".join(pair)
         model["vocab"][names[token]] = token
-    found = Tokenizer.from_text(canonical_json(content))
+    found = Tokenizer.from_text(canonical_json(content), tokenizer.bos_id)
     _require_same_cuts(tokenizer, found, texts[:_CHECKED], first)
     return found
 

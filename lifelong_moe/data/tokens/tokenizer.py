@@ -326,6 +326,7 @@ def cached_tokenizer(
     mode: int,
     make: Callable[[], Tokenizer],
     check: Callable[[Tokenizer], None] = lambda _: None,
+    bos_id: int | None = None,
 ) -> Tokenizer:
     """A tokenizer that takes time to make, once for all that it depends on.
 
@@ -335,10 +336,11 @@ def cached_tokenizer(
         mode: Permissions of its file, whose entries are words of a text.
         make: Makes it.
         check: See :func:`trained_tokenizer`.
+        bos_id: Its token that begins a document; by default the first that is known.
     """
     path = cache / "tokenizers" / f"{content_key(identity)[:SHORT]}.json"
     # The check comes before the tokenizer is saved: a mistake in the text leaves no cache behind.
-    found = _cached(path)
+    found = _cached(path, bos_id)
     tokenizer = found or make()
     check(tokenizer)
     if found is None:
@@ -348,14 +350,14 @@ def cached_tokenizer(
     return tokenizer
 
 
-def _cached(path: Path) -> Tokenizer | None:
+def _cached(path: Path, bos_id: int | None) -> Tokenizer | None:
     try:
         text, digest = (
             read_bounded(one, MAX_TOKENIZER_BYTES, follow=False).decode("utf-8")
             for one in (path, path.with_suffix(".sha256"))
         )
         if digest == text_sha256(text):
-            return Tokenizer.from_text(text)
+            return Tokenizer.from_text(text, bos_id)
     # Missing, damaged, or no file at all: it is trained again.
     except (OSError, UnicodeDecodeError, ConfigError):
         pass
