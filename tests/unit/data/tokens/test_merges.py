@@ -121,7 +121,7 @@ def test_tokens_go_on_from_a_tokenizer_that_was_continued() -> None:
     assert (once.vocab_size, once.num_tokens, twice.vocab_size) == (315, 305, 320)
     assert all(max(pieces) < 315 for pieces in pieces_of(twice, 315))
     assert spelled(twice, twice.encode(NEW[0]), 315) == once.encode(NEW[0])
-    assert Tokenizer.stored(twice.text).hash == twice.hash
+    assert Tokenizer.stored(twice.text, 0).hash == twice.hash
 
 
 def test_merges_written_as_one_text_stay_so() -> None:
