@@ -52,6 +52,16 @@ CHECKPOINTS: dict[str, tuple[str, dict[str, Any]]] = {
             "norm_topk_prob": True,
         },
     ),
+    # Its class adds a shared expert, which we have none of.
+    "qwen2_moe": (
+        "Qwen2Moe",
+        {
+            "num_experts": 5,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 32,
+        },
+    ),
     "qwen3_moe_some_dense": (
         "Qwen3Moe",
         {
@@ -79,6 +89,9 @@ def made(name: str, **more: Any) -> Any:
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.add_(0.3 * torch.randn(parameter.shape))
+        for name, parameter in model.named_parameters():
+            if ".shared_expert" in name:
+                parameter.zero_()
     return model
 
 

@@ -51,15 +51,29 @@ def require_adapter(architecture: Architecture, generation: int | None) -> None:
             f"--format=peft: generation {born.stage} has no low-rank changes (trunk.train=deltas or grow.rank)."
         )
     layers = range(architecture.model.layers)
-    # A change of one expert among several has no form in PEFT's files, whose experts are one tensor.
-    alike = all(born.experts_in(layer) == first.experts_in(layer) for layer in layers)
-    if not alike or (born.rank and first.experts > 1):
-        raise _own_experts(born.stage)
-    if architecture.model.tie_embeddings and born.delta_rank:
+    if born.rank and max(born.experts_in(layer) for layer in layers) > 1:
         raise ConfigError(
-            f"--format=peft: the head and the embedding of generation {born.stage} change apart (trunk.train=deltas), "
-            f"and are one matrix in the base (model.tie_embeddings)."
+            f"--format=peft: generation {born.stage} routes each token to some of several low-rank experts, and an "
+            f"adapter of PEFT changes all tokens alike. Export it by --format=hf, or train it with grow.experts=1."
         )
+    if born.rank and first.experts > 1:
+        raise ConfigError(
+            f"--format=peft: generation {born.stage} has a low-rank expert of one expert among {first.experts}, which "
+            f"PEFT's files have no form for; export it by --format=hf."
+        )
+    if not all(born.experts_in(layer) == first.experts_in(layer) for layer in layers):
+        raise _own_experts(born.stage)
+
+
+def unread_adapter(architecture: Architecture, generation: int) -> list[str]:
+    """What PEFT cannot do with a generation's adapter, a sentence each."""
+    born = architecture.generations[generation]
+    if not (architecture.model.tie_embeddings and born.delta_rank):
+        return []
+    return [
+        f"the head and the embedding of the base are one matrix, and generation {born.stage} changes each by itself: "
+        f"do not merge this adapter into the base (PEFT warns), --format=hf is merged."
+    ]
 
 
 def _own_experts(name: str) -> ConfigError:
@@ -144,6 +158,8 @@ def _changes(source: Source, generation: int, config: Mapping[str, Any]) -> Iter
     single, tensors = single_architecture(source.architecture, 0), source.tensors
     born = source.architecture.generations
     for one in stored_tensors(read_family(config, CONFIG), single.model, single.model.experts_by_layer):
+        if not one.ours:  # zeros of the base
+            continue
         module, name = one.name.removesuffix(".weight"), TensorName.parse(one.ours[0])
         change = f"{one.ours[0].removesuffix('.weight')}.deltas.{generation}"
         if f"{change}.up" in tensors:
@@ -153,6 +169,9 @@ def _changes(source: Source, generation: int, config: Mapping[str, Any]) -> Iter
             up, down = (tensors[f"{dataclasses.replace(name, expert=own)}_{factor}"] for factor in "ba")
             # Gate and up matrices are one tensor of ours, and so are their factors.
             yield module, *((up, down) if one.half is None else (up.chunk(2)[one.half], down.chunk(2)[one.half]))
+    # A tied head is no tensor of the checkpoint, and changes apart from the embedding.
+    if single.model.tie_embeddings and (change := f"head.deltas.{generation}.up") in tensors:
+        yield "lm_head", tensors[change], tensors[f"head.deltas.{generation}.down"]
 
 
 def _named(module: str, up: Tensor, down: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -171,6 +190,8 @@ def apply_adapter(model: Any, folder: Path) -> None:
 
     settings, tensors = json.loads((folder / SETTINGS).read_text(encoding="utf-8")), load_file(folder / WEIGHTS)
     ranks, alphas = settings["rank_pattern"], settings["alpha_pattern"]
+    if model.config.tie_word_embeddings and "lm_head" in settings["target_modules"]:
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
     with torch.no_grad():
         for name, first in tensors.items():
             module, kind = name.removeprefix(PREFIX).removesuffix(".weight").rsplit(".", 1)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lifelong_moe.errors import CheckpointError
 from lifelong_moe.interop.layout.families import Family, read_family
 from lifelong_moe.interop.layout.tensors import Stored, has_fused_experts, matched, stored_tensors
 from lifelong_moe.interop.single import config_of, single_architecture, single_tensors
@@ -51,7 +52,10 @@ def from_checkpoint(config: Mapping[str, Any], tensors: Mapping[str, Tensor], st
     expected = tensors_of(model.architecture, family, fused=has_fused_experts(tensors))
     for one in matched(expected, shapes, model.architecture.model, "the checkpoint"):
         found = tensors[one.name]
-        for target, source in zip(pieces(one, ours), found if one.stacked else [found], strict=True):
+        if not one.ours and bool(found.any()):
+            raise not_zero("the checkpoint", one.name)
+        sources = found if one.stacked else [found] * len(one.ours)
+        for target, source in zip(pieces(one, ours), sources, strict=True):
             target.copy_(source)
     begin_unread(model, family)
     return model
@@ -80,6 +84,11 @@ def tensors_of(single: Architecture, family: Family, *, fused: bool = False) -> 
     return stored_tensors(family, single.model, single.model.experts_by_layer, fused=fused)
 
 
+def not_zero(source: object, name: str) -> CheckpointError:
+    """The refusal of a tensor that we have no place for, and which may be there only if it does nothing."""
+    return CheckpointError(f"{source}: {name} is not all zeros; shared experts of Qwen2-MoE are not supported.")
+
+
 def pieces(stored: Stored, ours: Mapping[str, Tensor]) -> list[Tensor]:
     """Views of what a checkpoint's tensor is of our tensors: one, or experts that are it once they are stacked."""
     found = [ours[name] for name in stored.ours]
@@ -88,6 +97,8 @@ def pieces(stored: Stored, ours: Mapping[str, Tensor]) -> list[Tensor]:
 
 def written(stored: Stored, ours: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
     """A copy on the CPU of a tensor as a checkpoint has it, ready for ``safetensors.torch.save_file``."""
+    if not stored.ours:
+        return torch.zeros(stored.shape, dtype=dtype)
     (whole,) = [torch.stack(pieces(stored, ours))] if stored.stacked else pieces(stored, ours)
     # Contiguous, and no view: safetensors refuses both.
     return whole.detach().cpu().to(dtype).clone(memory_format=torch.contiguous_format)

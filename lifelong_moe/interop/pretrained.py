@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lifelong_moe.errors import CheckpointError
-from lifelong_moe.interop.checkpoint import architecture_of, begin_unread, pieces
+from lifelong_moe.interop.checkpoint import architecture_of, begin_unread, not_zero, pieces
 from lifelong_moe.interop.layout.folder import Checkpoint, opened
 from lifelong_moe.interop.layout.safetensors import Extent
 from lifelong_moe.model.transformer import LanguageModel
@@ -36,6 +36,11 @@ def load_pretrained(checkpoint: Checkpoint, stage: str = "base") -> LanguageMode
     for stored, extent in checkpoint.tensors:
         with opened(extent.path) as file:
             file.seek(extent.start)
+            if not stored.ours:
+                unused = torch.empty(stored.shape)
+                _fill(unused, file, extent, stored.name)
+                if bool(unused.any()):
+                    raise not_zero(extent.path, stored.name)
             for piece in pieces(stored, ours):
                 _fill(piece, file, extent, stored.name)
     if checkpoint.head_copy is not None:

@@ -86,7 +86,7 @@ def refer(checkpoint: Checkpoint, base: BaseConfig, shapes: Mapping[str, tuple[i
     """
     found: dict[str, dict[int, Piece]] = {}
     for stored, extent in checkpoint.tensors:
-        length = extent.num_bytes // len(stored.ours)
+        length = extent.num_bytes // max(1, len(stored.ours))
         for place, name in enumerate(stored.ours):
             piece = Piece(extent.path.name, extent.start + place * length, extent.dtype)  # type: ignore[arg-type]
             found.setdefault(name, {})[stored.half or 0] = piece

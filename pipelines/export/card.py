@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lifelong_moe.errors import LifelongError
+from lifelong_moe.interop.adapter import unread_adapter
 from lifelong_moe.reports.report import Report
 from lifelong_moe.storage.keys import SHORT
 from lifelong_moe.store.lineage import expert_names
@@ -55,6 +56,7 @@ def write_card(order: Order, exported: Exported, folder: Path) -> None:
         f"{_kind(exported)}, written by lifelong-moe from stage {plain(order.stage.name)} (`{order.stage.key}`).",
         *_agreement(exported),
         "",
+        *(line for said in _unread(order, exported) for line in (said, "")),
         "## Loading it",
         "",
         (LOADING if exported.base is None else LOADING_ADAPTER).format(folder=_quotable(name), base=base_of(order)),
@@ -62,6 +64,16 @@ def write_card(order: Order, exported: Exported, folder: Path) -> None:
         *origin(order),
     ]
     (folder / CARD).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _unread(order: Order, exported: Exported) -> list[str]:
+    if exported.base is None:
+        return []
+    names = [one.stage for one in order.stage.architecture.generations]
+    return [
+        f"{plain(said[0].upper() + said[1:])}"
+        for said in unread_adapter(order.stage.architecture, names.index(str(exported.generation)))
+    ]
 
 
 def _kind(exported: Exported) -> str:

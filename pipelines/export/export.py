@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from lifelong_moe.errors import ConfigError
-from lifelong_moe.interop.adapter import require_adapter
+from lifelong_moe.interop.adapter import require_adapter, unread_adapter
 from lifelong_moe.interop.layout.kept import Kept
 from lifelong_moe.interop.layout.writing import unread
 from lifelong_moe.interop.single import config_of, single_architecture
@@ -80,6 +80,8 @@ def _checked(run: str, asked: ExportRequest) -> Order:
     needed = sum(count_parameters(single).total for single in singles) * FLOAT32
     require_space(target.parent, needed, f"--to={asked.to}")
     warnings = list(dict.fromkeys(said for config in configs for said in unread(config)))
+    if asked.format == ExportFormat.peft:
+        warnings += [said for one in generations if one for said in unread_adapter(stage.architecture, one)]
     return Order(run, store, stage, kept, target, generations, asked, warnings)
 
 

@@ -150,6 +150,15 @@ def test_the_token_that_begins_a_document(
     assert found.family.separator == expected and found.vocabulary is not None and found.vocabulary.size == VOCAB
 
 
+def test_a_shared_expert_that_does_something_is_refused(tmp_path: Path) -> None:
+    made("qwen2_moe").save_pretrained(tmp_path)
+    name = "model.layers.1.mlp.shared_expert.down_proj.weight"
+    change_tensors(tmp_path, lambda t: t | {name: t[name].fill_(1e-3)})
+    with pytest.raises(LifelongError, match=rf"{name} is not all zeros; shared experts of Qwen2-MoE are not") as caught:
+        load_pretrained(read_checkpoint(tmp_path))
+    assert caught.value.exit_code == 2
+
+
 def test_an_embedding_may_have_rows_that_no_token_has_and_not_the_other_way_round(tmp_path: Path) -> None:
     made("qwen2").save_pretrained(tmp_path)
     write_tokenizer(tmp_path, VOCAB - 3)

@@ -100,6 +100,9 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "dense_with_norms": ("Qwen3", {"generations": (1,), "model": {"qk_norm": QKNorm.head}}),
     "grown_from_dense": ("Mixtral", {"generations": (1, 3)}),
     "gates_as_they_are": ("Olmoe", {"model": {"qk_norm": QKNorm.full}, "routing": {"renormalize": False}}),
+    "gates_without_norms": ("Qwen2Moe", {"routing": {"renormalize": False}}),
+    "grown_from_qwen2": ("Qwen2Moe", {"generations": (1, 3), "model": {"attention_bias": True}}),
+    "grown_from_qwen2_with_a_window": ("Qwen2Moe", {"model": {"attention_bias": True, "window": 5}}),
     "some_layers_dense": ("Qwen3Moe", {"model": {"qk_norm": QKNorm.head, "dense_layers": 1}}),
 }
 
@@ -246,12 +249,12 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "capacity": ("by_choice", {}, r"routing\.capacity is in no architecture"),
     "gates": (
         "learned",
-        {"routing": {"renormalize": False}},
-        r"Mixtral.* lacks routing\.renormalize=False; Olmoe.* lacks model\.qk_norm=none; Qwen3Moe",
+        {"routing": {"renormalize": False}, "model": {"sandwich_norms": True}},
+        r"Mixtral.* lacks model\.sandwich_norms=True, routing\.renormalize=False; Olmoe.* lacks model\.qk_norm=none,",
     ),
     "one": (
         "learned",
-        {"routing": {"renormalize": False, "top_k": 1}},
+        {"routing": {"renormalize": False, "top_k": 1}, "model": {"sandwich_norms": True}},
         r"Mixtral.* lacks routing\.renormalize=False with top_k=1; Olmoe",
     ),
     "activation": (

@@ -77,6 +77,16 @@ class Family:
         return found
 
     @property
+    def biases(self) -> bool:
+        """Whether queries, keys and values of this model have biases."""
+        return self.has_bias
+
+    @property
+    def unused_width(self) -> int | None:
+        """Width of a shared expert that each mixture has on disk, of zeros; None where there is none."""
+        return None
+
+    @property
     def window(self) -> int | None:
         """Tokens that a token attends to; None means all."""
         return self.sliding_window if self.has_window else None
@@ -108,7 +118,7 @@ class Family:
             rope_scaling=scaling,
             norm_eps=self.rms_norm_eps,
             qk_norm=self.qk_norm,
-            attention_bias=self.has_bias,
+            attention_bias=self.biases,
             window=self.window,
             tie_embeddings=self.tie_word_embeddings,
             init_std=self.initializer_range,
@@ -242,23 +252,14 @@ class Olmoe(Mixture):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Qwen3Moe(Mixture):
-    """``Qwen3MoeForCausalLM``."""
+class QwenMixture(Mixture):
+    """What Qwen's mixtures have in common."""
 
-    model_type: ClassVar[str] = "qwen3_moe"
-    class_name: ClassVar[str] = "Qwen3MoeForCausalLM"
-    qk_norm: ClassVar[QKNorm] = QKNorm.head
-    num_key_value_heads: int | None = 4
     sliding_window: int | None = 4096
     use_sliding_window: bool = False
     moe_intermediate_size: int
     decoder_sparse_step: int = 1
     mlp_only_layers: list[int] | None = None
-
-    @property
-    def window(self) -> int | None:
-        """The window, if it is in use."""
-        return self.sliding_window if self.use_sliding_window else None
 
     def _experts(self) -> dict[str, Any]:
         dense = sorted(set(self.mlp_only_layers or ()) & set(range(self.num_hidden_layers)))
@@ -274,8 +275,55 @@ class Qwen3Moe(Mixture):
         }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Qwen3Moe(QwenMixture):
+    """``Qwen3MoeForCausalLM``."""
+
+    model_type: ClassVar[str] = "qwen3_moe"
+    class_name: ClassVar[str] = "Qwen3MoeForCausalLM"
+    qk_norm: ClassVar[QKNorm] = QKNorm.head
+    num_key_value_heads: int | None = 4
+
+    @property
+    def window(self) -> int | None:
+        """The window, if it is in use."""
+        return self.sliding_window if self.use_sliding_window else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Qwen2Moe(QwenMixture):
+    """``Qwen2MoeForCausalLM`` whose shared experts are zeros: mixtures grown from Qwen2, and of un-normalized gates."""
+
+    model_type: ClassVar[str] = "qwen2_moe"
+    class_name: ClassVar[str] = "Qwen2MoeForCausalLM"
+    num_key_value_heads: int | None = 16
+    shared_expert_intermediate_size: int = 5632
+    qkv_bias: bool = True
+    layer_types: list[str] | None = None
+
+    @property
+    def biases(self) -> bool:
+        """As the file says."""
+        return self.qkv_bias
+
+    @property
+    def unused_width(self) -> int | None:
+        """Its class always adds a shared expert, of which ours have none."""
+        return self.shared_expert_intermediate_size
+
+    @property
+    def window(self) -> int | None:
+        """The window, if all layers have it; by default every second one does."""
+        if not self.use_sliding_window or self.sliding_window is None:
+            return None
+        kinds = self.layer_types
+        if kinds is None or len(kinds) != self.num_hidden_layers or set(kinds) != {"sliding_attention"}:
+            raise PlainError("some layers have a window and others none; all must be alike", ".use_sliding_window")
+        return self.sliding_window
+
+
 FAMILIES: Mapping[str, type[Family]] = {
-    one.model_type: one for one in (Llama, Mistral, Qwen2, Qwen3, Mixtral, Olmoe, Qwen3Moe)
+    one.model_type: one for one in (Llama, Mistral, Qwen2, Qwen3, Mixtral, Olmoe, Qwen3Moe, Qwen2Moe)
 }
 """By ``model_type``."""
 

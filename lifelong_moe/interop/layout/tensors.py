@@ -25,7 +25,7 @@ class Stored:
     """On disk."""
     shape: tuple[int, ...]
     ours: tuple[str, ...]
-    """Names in our state dictionary: one; or experts, stacked."""
+    """Names in our state dictionary: one; or experts, stacked; or none, of what is zeros."""
     half: int | None = None
     """Which half of our rows it is, 0 or 1; None is all. Ours hold gate and up matrices as one, gate first."""
     stacked: bool = False
@@ -60,6 +60,11 @@ def stored_tensors(
             network = f"{prefix}.{'mlp' if fused else family.network}"
             yield Stored(f"{network}.gate.weight", (experts[layer], model.width), (router_rows(layer, 0),))
             yield from _experts(family, model, f"{network}.experts", layer, range(experts[layer]), fused=fused)
+            if (unused := family.unused_width) is not None:
+                shape = (unused, model.width)
+                for one in _network(f"{network}.shared_expert", ("", ""), family.matrices, shape):
+                    yield Stored(one.name, one.shape, ())
+                yield Stored(f"{network}.shared_expert_gate.weight", (1, model.width), ())
         else:
             shared = f"blocks.{layer}.moe.shared.gate_up", f"blocks.{layer}.moe.shared.down"
             inner, width = shared, model.dense_width or 0  # a family that has dense layers says how wide they are

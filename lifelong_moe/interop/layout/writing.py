@@ -9,7 +9,15 @@ from typing import Any
 from lifelong_moe.config.model import ModelConfig, RopeScaling
 from lifelong_moe.config.routing.topk import LearnedConfig
 from lifelong_moe.errors import ConfigError
-from lifelong_moe.interop.layout.families import FAMILIES, Family, Mixtral, Olmoe, Qwen3Moe, read_family
+from lifelong_moe.interop.layout.families import (
+    FAMILIES,
+    Family,
+    Mixtral,
+    Olmoe,
+    Qwen2Moe,
+    QwenMixture,
+    read_family,
+)
 
 KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
 """Keys of an imported checkpoint that say nothing of the shape, and go out as they came in."""
@@ -98,6 +106,8 @@ def _keys(kind: type[Family], model: ModelConfig, routing: LearnedConfig) -> dic
         names = {field.name for field in dataclasses.fields(kind)}
         keys |= {"use_sliding_window": model.window is not None} if "use_sliding_window" in names else {}
         keys |= {"max_window_layers": 0} if "max_window_layers" in names else {}
+        if kind is Qwen2Moe and model.window is not None:  # whose layers take turns otherwise
+            keys |= {"layer_types": ["sliding_attention"] * model.layers}
     return keys | _mixture_keys(kind, model, routing)
 
 
@@ -120,7 +130,9 @@ def _mixture_keys(kind: type[Family], model: ModelConfig, routing: LearnedConfig
     keys |= {"num_experts": model.most_experts, "norm_topk_prob": routing.renormalize}
     if kind is Olmoe:
         return keys | {"clip_qkv": model.qkv_clip}
-    if kind is Qwen3Moe:
+    if kind is Qwen2Moe:
+        keys |= {"qkv_bias": model.attention_bias, "shared_expert_intermediate_size": BLOCK}
+    if issubclass(kind, QwenMixture):
         keys |= {"moe_intermediate_size": model.expert_width, "decoder_sparse_step": model.moe_every}
         keys |= {"intermediate_size": model.dense_width or model.expert_width}
         keys |= {"mlp_only_layers": list(range(model.dense_layers))}
@@ -135,7 +147,9 @@ def unread(config: Mapping[str, Any]) -> list[str]:
     if odd:
         said.append(f"llama.cpp cannot quantize rows that are no multiples of {BLOCK}: {', '.join(odd)}.")
     if config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) > 1:
-        said.append("llama.cpp's Qwen3-MoE has experts in every layer: mlp_only_layers, decoder_sparse_step.")
+        said.append("llama.cpp has Qwen's experts in every layer: mlp_only_layers, decoder_sparse_step.")
+    if config.get("qkv_bias") is False:
+        said.append("not every program reads a Qwen2-MoE without biases: qkv_bias=False.")
     if config.get("clip_qkv") is not None:
         said.append(
             f"not every program cuts queries, keys and values as transformers does: clip_qkv={config['clip_qkv']}."
