@@ -150,6 +150,11 @@ def build_config(raw: DictConfig, *, is_stored: bool = False) -> RunConfig:
 
 def _built(raw: DictConfig, *, is_stored: bool) -> RunConfig:
     known = {f.name for f in dataclasses.fields(RunConfig)} | {"stage_defaults"}
+    if isinstance(raw.get("base"), str):
+        raise ConfigError(
+            f"base={raw.base} names a run's configuration in files of lifelong-moe compare and retrain, and this is a "
+            f"run's own. A checkpoint to begin with is model.from=FOLDER."
+        )
     for key in raw:
         require_known(str(key), known, "key")
     # Before the sections, the first of which would report one of several keys that a mode needs.

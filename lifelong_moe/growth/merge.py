@@ -141,8 +141,11 @@ def _require_mergeable(architecture: Architecture, generation: int, pairs: Mappi
             f"routing.mode={routing.mode}, bundles={routing.bundles}: experts can be merged only under a learned "
             f"router without bundles, biases and expert groups."
         )
-    if any(g.rank for g in architecture.generations):
-        raise ConfigError("grow.rank: low-rank experts cannot be merged, nor what they change.")
+    if low := [g.stage for g in architecture.generations if g.rank]:
+        raise ConfigError(
+            f"grow.rank: experts of {', '.join(low)} are low-rank changes, which cannot be merged, nor can the experts "
+            f"that they change; lifelong-moe drop removes a whole stage."
+        )
     if any(g.by_layer is not None for g in architecture.generations):
         raise ConfigError("model.experts differs by layer (a pyramid): such experts cannot be merged.")
     if generation >= architecture.frozen or born.experts < 2:

@@ -6,13 +6,19 @@ import dataclasses
 from bisect import bisect_right
 
 from lifelong_moe.errors import ConfigError
+from lifelong_moe.plan.architecture import Architecture
 from lifelong_moe.plan.cost import forward_flops_per_token
 from lifelong_moe.plan.flops import stage_flops
 from lifelong_moe.plan.planned import PlannedStage
 from lifelong_moe.plan.spec import BASE
 
 
-def tokens_within(arm: list[PlannedStage], reference: list[PlannedStage], tokens: dict[str, int]) -> dict[str, int]:
+def tokens_within(
+    arm: list[PlannedStage],
+    reference: list[PlannedStage],
+    tokens: dict[str, int],
+    base: Architecture | None = None,
+) -> dict[str, int]:
     """The most tokens per stage, in whole steps, at which none costs more than the reference's of the same name.
 
     The teacher's forward passes count.
@@ -21,6 +27,7 @@ def tokens_within(arm: list[PlannedStage], reference: list[PlannedStage], tokens
         arm: Its stages as configured.
         reference: The reference's.
         tokens: Configured tokens of each of the arm's stages, by name.
+        base: Of the checkpoint that the arm begins with.
 
     Raises:
         ConfigError: If not even one step of a stage fits, or the reference has no such stage.
@@ -28,7 +35,7 @@ def tokens_within(arm: list[PlannedStage], reference: list[PlannedStage], tokens
     allowed = {stage.spec.name: stage.flops for stage in reference if stage.spec.name in tokens}
     # An arm with one joint stage may spend what all stages of the reference do, divided in proportion to `tokens`.
     if len(arm) == 1 and arm[0].spec.name not in allowed:
-        total = _steps_within(arm, 0, sum(allowed.values())) * arm[0].spec.optim.batch_tokens
+        total = _steps_within(arm, 0, sum(allowed.values()), base) * arm[0].spec.optim.batch_tokens
         shares = {name: total * count // sum(tokens.values()) for name, count in tokens.items()}
         # The rounding remainder goes to the last distribution, so that the sum is whole steps.
         last = next(reversed(tokens))
@@ -37,15 +44,16 @@ def tokens_within(arm: list[PlannedStage], reference: list[PlannedStage], tokens
     if missing := [name for name in tokens if name not in allowed or name not in matched]:
         raise ConfigError(f"budget=flops: the reference has no stage {missing[0]} to compare this arm's with.")
     batch = {name: arm[i].spec.optim.batch_tokens for name, i in matched.items()}
-    return {name: _steps_within(arm, i, allowed[name]) * batch[name] for name, i in matched.items()}
+    return {name: _steps_within(arm, i, allowed[name], base) * batch[name] for name, i in matched.items()}
 
 
-def _steps_within(arm: list[PlannedStage], index: int, flops: int) -> int:
+def _steps_within(arm: list[PlannedStage], index: int, flops: int, base: Architecture | None) -> int:
     """The largest number of steps whose FLOPs do not exceed ``flops``."""
     stage = arm[index]
     if stage.spec.parent == BASE:
-        raise ConfigError("budget=flops is not worked out for runs with model.from; use budget=tokens.")
-    parent = None if stage.spec.parent is None else arm[stage.spec.parent].architecture
+        parent = base
+    else:
+        parent = None if stage.spec.parent is None else arm[stage.spec.parent].architecture
 
     def cost(steps: int) -> int:
         spec = dataclasses.replace(stage.spec, tokens=steps * stage.spec.optim.batch_tokens)

@@ -8,11 +8,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
+from lifelong_moe.interop.layout.kept import Kept
 from lifelong_moe.plan.architecture import Architecture
-from lifelong_moe.store.stages import StageStore
+from lifelong_moe.store.stages import CommittedStage, StageStore
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +22,7 @@ class LineageRow:
     """A stage, its training data, and the generation that it added."""
 
     name: str
+    """Of a run that begins with a checkpoint, the first is the checkpoint's."""
     key: str
     parent: str | None
     data: dict[str, str]
@@ -34,6 +37,8 @@ class LineageRow:
     """Fingerprint of the key that signed it; None if it is unsigned."""
     signature_verified: bool
     """Whether the signature was checked, with a key that the user trusts; else it is a claim of the store."""
+    checkpoint: Mapping[str, str] | None
+    """Of a checkpoint its class of transformers, ``architecture``, and the ``sha256`` of its files."""
 
 
 def lineage_rows(store: StageStore, keys: Sequence[str]) -> list[LineageRow]:
@@ -43,6 +48,10 @@ def lineage_rows(store: StageStore, keys: Sequence[str]) -> list[LineageRow]:
         store: Holds the stages.
         keys: Keys of a run's committed stages, oldest first.
     """
+    found = [store.get(key) for key in keys]
+    # The checkpoint is no stage of the run, which begins with it.
+    if found and (first := store.chain(found[0].key)[0]).is_imported and first.key != found[0].key:
+        found.insert(0, first)
     return [
         LineageRow(
             name=stage.name,
@@ -55,9 +64,16 @@ def lineage_rows(store: StageStore, keys: Sequence[str]) -> list[LineageRow]:
             weights_sha256=stage.weights_hash,
             signed_by=store.signed_by(stage.key),
             signature_verified=bool(store.keys.public),
+            checkpoint=_checkpoint(store, stage) if stage.is_imported else None,
         )
-        for stage in map(store.get, keys)
+        for stage in found
     ]
+
+
+def _checkpoint(store: StageStore, stage: CommittedStage) -> dict[str, str]:
+    classes = Kept(partial(store.kept_text, stage)).config.get("architectures")
+    name = classes[0] if isinstance(classes, list) and classes else "unknown"
+    return {"architecture": str(name), "sha256": str((stage.derived or {}).get("sha256"))}
 
 
 def expert_names(architecture: Architecture, stage: str) -> str:

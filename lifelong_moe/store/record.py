@@ -39,6 +39,11 @@ class StageRecord:
     schema: int | None = None
     """Version of the key's recipe; None for a derived stage."""
 
+    @property
+    def is_imported(self) -> bool:
+        """Whether it is the model of a checkpoint, which no text trained here."""
+        return self.derived is not None and self.derived.get("derived") == "import"
+
     def to_json(self) -> dict[str, Any]:
         """As plain JSON data."""
         data = dataclasses.asdict(self) | {"spec": self.spec.to_json(), "architecture": self.architecture.to_json()}

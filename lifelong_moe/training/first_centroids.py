@@ -72,7 +72,7 @@ def first_centroids(
             )
     clusters = routing.num_clusters(first.architecture.generations[0].experts)
     documents: Sequence[NDArray[np.integer]]
-    if _was_imported(first):
+    if first.is_imported:
         documents = _written_documents(store, first, routing)
     else:
         documents = ShardDocuments([corpora[name].train for name in first.spec.learns])
@@ -107,12 +107,8 @@ def _identity(first: CommittedStage, routing: TextClusterConfig) -> dict[str, st
         "feature_width": routing.feature_width,
     }
     written: dict[str, str | int] = {"written_tokens": routing.sample_tokens, "seed": first.spec.seed}
-    return found | written if _was_imported(first) else found
-
-
-def _was_imported(first: CommittedStage) -> bool:
-    """Whether it is a checkpoint's model, which learned no text that is here."""
-    return (first.derived or {}).get("derived") == "import"
+    # A checkpoint's model learned no text that is here.
+    return found | written if first.is_imported else found
 
 
 def _written_documents(

@@ -106,7 +106,8 @@ def _token_overrides(comparison: Comparison, arm: Arm, prepared: dict[str, Prepa
     own, reference = prepared[arm.name], prepared[comparison.reference]
     configured = {str(stage.name): stage.tokens for stage in own.config.stages}
     with _in_arm(arm):
-        allowed = tokens_within(own.plan, reference.plan, configured)
+        base = None if own.base is None else own.base.architecture
+        allowed = tokens_within(own.plan, reference.plan, configured, base)
     return [f"stages[{i}].tokens={allowed[name]}" for i, name in enumerate(configured)]
 
 

@@ -146,7 +146,7 @@ def origin(order: Order) -> list[str]:
 
 def _base(order: Order) -> list[str]:
     first = order.store.chain(order.stage.key)[0]
-    if first.derived is None or first.derived.get("derived") != "import":
+    if first.derived is None or not first.is_imported:
         return []
     licensed = order.kept.license
     said = "its card names no licence" if licensed is None else f"licence of its card: {plain(licensed)}"

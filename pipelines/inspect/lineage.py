@@ -28,6 +28,8 @@ def show_lineage(run: str, console: Console) -> list[Mapping[str, Any]]:
         table.add_column(header)
     for row in rows:
         data = "\n".join(f"{name} {digest[:12]}" for name, digest in row.data.items())
+        if (came := row.checkpoint) is not None:
+            data = f"{came['architecture']}\nfiles {came['sha256'][:12]}"
         parent = (row.parent or "–")[:SHORT]
         cells = [f"{row.name}\n{row.key[:SHORT]}", parent, data, row.experts, row.weights_sha256[:SHORT]]
         table.add_row(*cells, *([_signer(row)] if signed else []))

@@ -24,7 +24,7 @@ from lifelong_moe.config.load import read_config
 from lifelong_moe.data.tokens.prepare import prepare_data
 from lifelong_moe.data.tokens.tokenizer import Tokenizer
 from lifelong_moe.errors import LifelongError
-from lifelong_moe.interop.layout.complete import with_checkpoint
+from lifelong_moe.interop.layout.complete import checkpoint_hash, with_checkpoint
 from lifelong_moe.interop.layout.folder import read_checkpoint
 from lifelong_moe.interop.pretrained import load_pretrained
 from lifelong_moe.model.tokens import TokenBatch
@@ -35,6 +35,7 @@ from lifelong_moe.serving.pyfunc import _load_pyfunc
 from lifelong_moe.store.stages import StageStore
 from lifelong_moe.training.loop.module import StageModule
 from lifelong_moe.training.restore import load_model
+from pipelines.inspect.lineage import show_lineage
 from pipelines.inspect.opening import check_label
 from pipelines.run.plan import plan
 from pipelines.shared.output import SafeConsole
@@ -247,6 +248,7 @@ def test_a_checkpoint_is_known_by_its_numbers_and_not_by_its_place(lab: Path) ->
         ),
         (["method=joint"], r"method=joint begins with random weights"),
         (["stages[0].name=base"], r"stages\[0\]\.name=base is the name of the checkpoint's experts"),
+        (["base={path: ck}"], r"base stands beside model\.from, which fills it in; leave it out"),
         (["tokenizer.from=ck"], r"tokenizer\.from=ck must be model"),
     ],
 )
@@ -339,6 +341,18 @@ def test_a_tokenizer_has_to_be_there_or_named(lab: Path) -> None:
     with pytest.raises(LifelongError, match=r"ck has no tokenizer\.json; name one by tokenizer\.file"):
         train(write_config(config_of()))
     train("tiny.yaml", "tokenizer.file=other.json", "stages=[{data: fruit}]")
+
+
+def test_lineage_begins_with_the_checkpoint(lab: Path) -> None:
+    write_checkpoint("llama")
+    train(write_config(config_of(bundles=True)))
+    printed = io.StringIO()
+    first, second, third = show_lineage("tiny", SafeConsole(printed, width=200))
+    assert (first["name"], first["parent"], first["data"]) == ("base", None, {}) and second["parent"] == first["key"]
+    sha256 = checkpoint_hash(read_checkpoint(Path("ck")))
+    assert first["checkpoint"] == {"architecture": "LlamaForCausalLM", "sha256": sha256}
+    assert second["checkpoint"] is None is third["checkpoint"] and first["experts"] == "base/L0..2/E0"
+    assert "LlamaForCausalLM" in printed.getvalue() and f"files {sha256[:12]}" in printed.getvalue()
 
 
 def test_text_without_a_label_is_the_checkpoint_s(lab: Path) -> None:

@@ -225,6 +225,11 @@ def test_an_unknown_key_near_nothing_lists_what_there_is(load: Load) -> None:
         ("stage_defaults=3", "stage_defaults must be a mapping."),
         ("stages=[english]", "stages[0] must be a mapping with at least data: NAME; got 'english'."),
         ("stages=3", "stages must be a list, such as stages: [{data: english_docs}, {data: python_code}]."),
+        (
+            "base=quickstart.yaml",
+            "base=quickstart.yaml names a run's configuration in files of lifelong-moe compare and retrain, and this "
+            "is a run's own. A checkpoint to begin with is model.from=FOLDER.",
+        ),
     ],
 )
 def test_a_value_of_the_wrong_kind(load: Load, override: str, expected: str) -> None:

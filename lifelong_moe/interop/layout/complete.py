@@ -30,6 +30,8 @@ def with_checkpoint(raw: DictConfig) -> DictConfig:
     model = raw.get("model")
     if not isinstance(model, DictConfig) or "from" not in model:
         return raw
+    if "base" in raw:
+        raise ConfigError("base stands beside model.from, which fills it in; leave it out.")
     raw = raw.copy()
     written = raw.model._get_node("from")
     path, revision, kept = (raw.model.pop(key, None) for key in ("from", "revision", "store"))

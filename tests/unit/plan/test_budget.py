@@ -10,7 +10,7 @@ from lifelong_moe.config.run import Method, RunConfig
 from lifelong_moe.data.tokens.identity import DataIdentity, TokenizerIdentity
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.plan.budget import tokens_within
-from lifelong_moe.plan.planned import PlannedStage
+from lifelong_moe.plan.planned import PlannedStage, planned_base
 from lifelong_moe.plan.stages import plan_stages
 
 MakeRun = Callable[..., RunConfig]
@@ -71,6 +71,22 @@ def test_one_stage_is_measured_against_all(make_run: MakeRun) -> None:
     assert cost <= total < cost * (1 + 2 / 200)
     assert sum(allowed.values()) % BATCH == 0
     assert 0 <= allowed["python"] - allowed["english"] <= 1
+
+
+BASE = ("base.path=ck", f"base.sha256={'0' * 64}", "base.vocab_size=300", "stage_defaults.grow.experts=2")
+
+
+def test_a_first_stage_after_a_checkpoint_is_measured_too(make_run: MakeRun) -> None:
+    """A teacher, which the checkpoint is to its first stage, costs tokens there as well."""
+    reference = planned(make_run, *BASE, "stage_defaults.distill.weight=0")
+    base = planned_base(make_run(*BASE), 0)
+    assert base is not None
+    tokens = {"english": TOKENS, "python": TOKENS}
+    allowed = tokens_within(planned(make_run, *BASE, *HUNGRY), reference, tokens, base.architecture)
+    assert 0.7 < allowed["english"] / TOKENS < 0.9 and allowed["english"] % BATCH == 0
+    assert after(make_run, allowed, *BASE, *HUNGRY)[0] <= reference[0].flops
+    one_more = allowed | {"english": allowed["english"] + BATCH}
+    assert after(make_run, one_more, *BASE, *HUNGRY)[0] > reference[0].flops
 
 
 def test_what_does_not_fit_is_refused(make_run: MakeRun) -> None:
