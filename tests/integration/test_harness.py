@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import random
+import runpy
 import shutil
 import sys
 from dataclasses import replace
@@ -302,6 +303,29 @@ def test_the_example_in_the_documentation(lab: Path) -> None:
     found = result["scores"]["base"]["arithmetic_choices"]
     assert found["documents"] == 200 and 0 <= found["scores"]["acc"] <= 1
     assert found["standard_errors"]["acc"] == pytest.approx(0.03, abs=0.01) and "arithmetic_choices" in printed
+
+
+def test_tasks_of_held_out_text(lab: Path) -> None:
+    """Made of a run's configuration: the right end stands in the text, and the others elsewhere."""
+    config = tiny_config(("fruit", "sea"))
+    for name, source in config["distributions"].items():
+        long = [json.loads(line)["text"] for line in Path(f"{name}.jsonl").read_text().splitlines()]
+        rows = [json.dumps({"text": " ".join(long[i : i + 3])}) for i in range(0, len(long), 3)]
+        Path(f"{name}_long.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+        source |= {"files": f"{name}_long.jsonl", "heldout_fraction": 0.2}
+    made = runpy.run_path(str(ROOT / "configs/tasks/continuations.py"))
+    made["main"](write_config(config, "long.yaml"))
+    files = {path.name: path.read_text() for path in Path("data/tasks").iterdir()}
+    made["main"]("long.yaml")
+    assert files == {path.name: path.read_text() for path in Path("data/tasks").iterdir()}
+    texts = Path("fruit_long.jsonl").read_text()
+    asked = [json.loads(line) for line in files["tiny_fruit.jsonl"].splitlines()]
+    assert len(asked) > 190 and {row["answer"] for row in asked} == {0, 1, 2, 3}
+    for row in asked:
+        ends = [f"{row['text']} {choice}" in texts for choice in row["choices"]]
+        assert ends[row["answer"]] and sum(ends) == 1
+    result, _ = ours("data/tasks/tiny_fruit.yaml", stage="base")
+    assert result["scores"]["base"]["tiny_fruit"]["documents"] == len(asked)
 
 
 def test_the_harness_finds_the_model(
