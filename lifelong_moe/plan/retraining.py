@@ -178,6 +178,7 @@ def load_retraining(path: str | Path, overrides: Sequence[str] = ()) -> Retraini
     config = build_config(base, is_stored=True)  # of a run that exists already
     if config.method != Method.lifelong:
         raise ConfigError(f"method={config.method}: retraining continues and grows, so it needs method=lifelong.")
+    _refuse_added_tokens(config)
     found = Retraining(settings, base, config.run)
     _check_stages(found, [str(stage.name) for stage in config.stages])
     return found
@@ -241,11 +242,22 @@ def _check_stages(retraining: Retraining, names: list[str]) -> None:
         except ConfigError as error:
             message = str(error).replace(f"stages[{len(names)}]", what)
             raise ConfigError(f"{message} (of a stage that retraining adds)") from None
+        _refuse_added_tokens(config)
         require_memory(config)
         _refuse_replay_of_removed(retraining.settings, config, what)
         if continues is None and not config.stages[-1].grow.experts:
             key = f"{what}.grow" if grow is None else what
             raise ConfigError(f"{key}.experts=0 adds no experts; set it above 0.")
+
+
+def _refuse_added_tokens(config: RunConfig) -> None:
+    """Refuse stages with tokens of their own, which neither probes nor the gate read."""
+    for i, stage in enumerate(config.stages):
+        if stage.vocabulary.add:
+            raise ConfigError(
+                f"stages[{i}].vocabulary.add={stage.vocabulary.add}: retraining measures all text in one vocabulary. "
+                f"Leave it out."
+            )
 
 
 def _refuse_replay_of_removed(settings: RetrainConfig, config: RunConfig, what: str) -> None:

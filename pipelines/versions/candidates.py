@@ -129,8 +129,6 @@ class CandidateTrainer:
         Raises:
             ConfigError: Naming what differs.
         """
-        if any(stage.vocabulary.add for stage in config.stages):
-            raise ConfigError("retrain does not go on with stages that add tokens: leave out vocabulary.add.")
         if data.tokenizer.hash != (had := self.parent.tokenizer.hash):
             raise ConfigError(
                 f"tokenizer: it is {data.tokenizer.hash[:16]} now, but the champion was trained with {had[:16]}. Bring "

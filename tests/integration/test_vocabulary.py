@@ -23,6 +23,7 @@ from lifelong_moe.interop.layout.folder import read_checkpoint
 from lifelong_moe.interop.pretrained import load_pretrained
 from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel
+from lifelong_moe.plan.retraining import load_retraining
 from lifelong_moe.store.stages import CommittedStage, StageStore
 from lifelong_moe.training import preparation
 from lifelong_moe.training.callbacks.progress import StepCheckpoint
@@ -298,6 +299,15 @@ def test_what_is_refused_at_once(lab: Path, overrides: list[str], message: str) 
     with pytest.raises(ConfigError, match=message) as caught:
         read_config(write_config(growing(0, 20)), overrides, with_checkpoint)
     assert caught.value.exit_code == 2 and "\n" not in str(caught.value)
+
+
+def test_retraining_is_refused_at_once(lab: Path) -> None:
+    Path("retrain.yaml").write_text("base: tiny.yaml\n")
+    write_config(growing(0, 20))
+    with pytest.raises(ConfigError, match=r"stages\[1\]\.vocabulary\.add=20: retraining measures all text in one"):
+        load_retraining("retrain.yaml")
+    with pytest.raises(ConfigError, match=r"vocabulary\.add=5: retraining measures all text in one vocabulary"):
+        load_retraining("retrain.yaml", ["stages[1].vocabulary.add=0", "when_growing={vocabulary: {add: 5}}"])
 
 
 def test_other_methods_add_no_tokens(lab: Path) -> None:

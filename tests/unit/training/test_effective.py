@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 from omegaconf import OmegaConf
 
-from lifelong_moe.config.growth import GrowConfig
+from lifelong_moe.config.growth import GrowConfig, VocabularyConfig
 from lifelong_moe.config.load import build_config
 from lifelong_moe.config.model import ModelConfig
 from lifelong_moe.config.retention import DistillConfig, PenaltyConfig, ReplayConfig, ReviewConfig, TrunkConfig
@@ -30,6 +30,7 @@ CLUSTERED_TABLE = (*HASH, "routing.table=clustered")
 NOISY = ("routing.mode=noisy_topk",)
 VMOE = ("routing.mode=vmoe", "routing.allow_noncausal=true")
 NO_REPLAY = ("stage_defaults.replay.fraction=0", "stage_defaults.distill.weight=0")
+LABELLED = (*FROZEN, *NO_REPLAY, "routing.bundles=label")
 REVIEW = ("stage_defaults.review.fraction=0.2",)
 PYTHON = "distributions.python."
 PAIRS = (f"{PYTHON}builtin=null", f"{PYTHON}files=p.jsonl", f"{PYTHON}answer_field=a")
@@ -120,6 +121,11 @@ GROW = [
     *none("stage_defaults.grow.", "router=copy", context=CLUSTER),
     *none("stage_defaults.grow.", "experts=3", "init=random", "sample_tokens=99", context=("method=sequential",)),
 ]
+VOCABULARY = [
+    *second("stages[1].vocabulary.", "add=5", context=LABELLED),
+    *none("stages[1].vocabulary.", "add=0", context=LABELLED),
+    *none("stages[1].vocabulary.", "add=5", context=("method=sequential",)),
+]
 HOLD = [
     *second("stage_defaults.trunk.", "train=frozen", "train=full", "lr_scale=0.5"),
     *second("stage_defaults.trunk.", "rank=2", context=(*BUNDLES, "stage_defaults.trunk.train=deltas")),
@@ -159,7 +165,7 @@ RUN = [
     *none("checkpoint.", "every_steps=1", "keep=1"),
     *none("frozen.", "offload=cpu"),
 ]  # fmt: skip
-CASES = [*MODEL, *ROUTING, *OPTIM, *GROW, *HOLD, *FINETUNING, *RUN]
+CASES = [*MODEL, *ROUTING, *OPTIM, *GROW, *VOCABULARY, *HOLD, *FINETUNING, *RUN]
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +201,7 @@ def test_a_key_changes_just_where_its_stage_does(
 
 def test_every_key_of_the_configuration_has_a_case() -> None:
     sections: dict[str, type] = {
-        "model.": ModelConfig, "optim.": OptimConfig, "grow.": GrowConfig,
+        "model.": ModelConfig, "optim.": OptimConfig, "grow.": GrowConfig, "vocabulary.": VocabularyConfig,
         "trunk.": TrunkConfig, "distill.": DistillConfig, "replay.": ReplayConfig, "penalty.": PenaltyConfig,
         "review.": ReviewConfig, "finetune.": FinetuneConfig, "trainer.": TrainerConfig,
         "checkpoint.": CheckpointConfig, "frozen.": FrozenConfig,
