@@ -42,7 +42,7 @@ TITLES = {
     "base.txt": "What lifelong-moe runs with besides torch, and what builds it.",
     "torch.txt": "Torch as the index of packages has it: for Linux with CUDA and its libraries.",
     "torch-cpu.txt": "Torch's CPU build for Linux, in place of torch.txt where pip finds it.",
-    "dev.txt": "The extras dev, transformers and signing, besides base.txt and torch.",
+    "dev.txt": "The extras dev, transformers, gguf and signing, besides base.txt and torch.",
     "release.txt": "The tools of a release, in an environment of their own.",
 }
 
@@ -106,7 +106,7 @@ def main() -> None:
     upgrade = parser.parse_args().upgrade
     known = read(("base.txt", "torch.txt", "dev.txt"))
     build = tomllib.loads(PROJECT.read_text(encoding="utf-8"))["build-system"]["requires"]
-    extras = [f"--extra={name}" for name in ("dev", "transformers", "signing")]
+    extras = [f"--extra={name}" for name in ("dev", "transformers", "gguf", "signing")]
     # All extras together first, so that the base has the same versions with and without them.
     everything = resolve(build, str(PROJECT), *extras, known=known, upgrade=upgrade)
     needed = resolve(build, str(PROJECT), known=everything, upgrade=False)

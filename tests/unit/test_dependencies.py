@@ -68,7 +68,7 @@ def undeclared(found: dict[str, str], names: set[str]) -> list[str]:
 
 
 def test_what_the_packages_import_is_declared_and_nothing_else() -> None:
-    extras = [*EXTRAS["signing"], *EXTRAS["transformers"], *EXTRAS["lm-eval"]]
+    extras = [*EXTRAS["signing"], *EXTRAS["transformers"], *EXTRAS["lm-eval"], *EXTRAS["gguf"]]
     found, names = imported("lifelong_moe", "pipelines"), declared([*PROJECT["dependencies"], *extras])
     assert undeclared(found, names) == []
     provides = packages_distributions()

@@ -23,6 +23,7 @@ ONLY_IN = {
     "lm_eval": "evaluation",
     "mlflow": "tracking",
     "lightning": "training",
+    "gguf": "interop",
     "model_signing": "storage",
     "cryptography": "storage",
     "pytorch_lightning": "training",
