@@ -98,7 +98,7 @@ def convert_gguf(source: Path, target: Path) -> None:
             raise CheckpointError(f"{source}: {str(error).replace(f'{work}/', '')}") from None
 
 
-def _config(file: Gguf) -> dict[str, Any]:
+def _config(file: Gguf) -> Mapping[str, Any]:
     kind = file.keys.get("general.architecture")
     if kind != ARCHITECTURE:
         raise ConfigError(f"{file.path}: general.architecture={kind} is not supported; there is {ARCHITECTURE}.")
