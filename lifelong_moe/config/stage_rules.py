@@ -128,16 +128,20 @@ def _check_experts(run: RunConfig, i: int, stage: StageConfig) -> None:
 def _check_growth(run: RunConfig, i: int, stage: StageConfig) -> None:
     """Require a router that can grow, and frozen weights in a form that the trainer supports."""
     grow = stage.grow
-    if grow.frozen_weights == FrozenWeights.int8 and run.frozen.offload == Offload.cpu:
+    held = f"stages[{i}].grow.frozen_weights={grow.frozen_weights}"
+    if grow.frozen_weights != FrozenWeights.full and run.frozen.offload == Offload.cpu:
         raise ConfigError(
-            f"stages[{i}].grow.frozen_weights=int8 with frozen.offload=cpu: weights in 8 bits are made whole where "
-            f"the backward pass needs them. Set frozen.offload=none or grow.frozen_weights=full."
+            f"{held} with frozen.offload=cpu: weights in fewer bits are made whole where the backward pass needs them. "
+            f"Set frozen.offload=none or grow.frozen_weights=full."
         )
-    if grow.frozen_weights == FrozenWeights.int8 and run.trainer.compile:
+    if grow.frozen_weights != FrozenWeights.full and run.trainer.compile:
         raise ConfigError(
-            f"stages[{i}].grow.frozen_weights=int8 with trainer.compile=true: what makes weights whole is not "
-            f"compiled. Set trainer.compile=false or grow.frozen_weights=full."
+            f"{held} with trainer.compile=true: what makes weights whole is not compiled. Set trainer.compile=false or "
+            f"grow.frozen_weights=full."
         )
+    # Lightning would make these of all numbers, also of those that are held in float16.
+    if grow.frozen_weights == FrozenWeights.half and run.trainer.precision == "bf16-true":
+        raise ConfigError(f"{held} with trainer.precision=bf16-true, where all weights have 16 bits; leave it out.")
     if grow.init == ExpertInit.upcycle and grow.experts:
         _check_upcycling(run, i, stage)
     if grow.experts and not stage.continues and (fixed := run.routing.fixed_by):

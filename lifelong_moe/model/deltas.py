@@ -14,13 +14,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lifelong_moe.ops.dispatch import inverse_permutation, permute, sort_by_expert
+from lifelong_moe.ops.expert_mlp import Weight
 from lifelong_moe.ops.few_rows import linear
+from lifelong_moe.ops.low_rank import product
 
 
 @dataclass(frozen=True)
@@ -132,10 +135,15 @@ class DeltaLinear(nn.Linear):
         """The weight ``(O, I)`` that a generation's tokens use."""
         return self.deltas.weight(self.weight, generation)
 
+    def _held_weight(self) -> Weight:
+        """The weight ``(O, I)``; one held in fewer bits as what makes it whole."""
+        held: Any = self._modules.get("parametrizations")
+        return self.weight if held is None or "weight" not in held else held["weight"]
+
     def forward(self, x: Tensor, generations: GenerationSlices | None = None) -> Tensor:
         """``(…, I)`` to ``(…, O)``; the leading dimensions are the tokens that ``generations`` sorts."""
         if generations is None or not self.deltas:
-            out = linear(x, self.weight)
+            out = product(x, self._held_weight())
         else:
             out_TO = generations.apply(x.flatten(0, -2), lambda g, rows: linear(rows, self.weight_of(g)))
             out = out_TO.view(*x.shape[:-1], -1)

@@ -83,7 +83,7 @@ class WholeExperts(ExpertGeneration):
 
     @property
     def weights(self) -> tuple[Weights, Weights]:
-        """Both matrices; a matrix held in 8 bits as functions that dequantize one expert each."""
+        """Both matrices; a matrix held in fewer bits as functions that make it whole, one expert each."""
         held: Any = self._modules.get("parametrizations") or {}
         into, down = (_makers(held[name]) if name in held else getattr(self, name) for name in self.tensors)
         return into, down
@@ -131,14 +131,15 @@ class LowRankExperts(ExpertGeneration):
 
 
 def _makers(held: ParametrizationList) -> list[Callable[[], Tensor]]:
-    """Functions that dequantize one expert's matrix each."""
-    # Dequantizing a whole generation at once would take the memory that 8 bits save.
+    """Functions that make one expert's matrix each."""
+    # Making a whole generation at once would take the memory that fewer bits save.
+    originals = list(held.parameters())
 
     def make(expert: int) -> Tensor:
-        whole: Tensor = held[0](held.original0[expert], held.original1[expert])  # type: ignore[index]
+        whole: Tensor = held[0](*(original[expert] for original in originals))
         return whole
 
-    return [partial(make, expert) for expert in range(len(held.original0))]  # type: ignore[arg-type]
+    return [partial(make, expert) for expert in range(len(originals[0]))]
 
 
 class ExpertBanks(nn.Module):

@@ -1,6 +1,7 @@
-"""Hold frozen weights in 8 bits, with a scale per row, and dequantize them on use.
+"""Hold frozen weights in 16 or 8 bits, and make them whole on use.
 
-This changes a loaded model in memory only: the stored bits are put back before anything is committed.
+In 16 bits are those that lose nothing by it, as a checkpoint's in bfloat16; in 8 bits, with a scale per row, all. This
+changes a loaded model in memory only: the stored bits are put back before anything is committed.
 
 Legend: O rows, I columns of a matrix.
 """
@@ -13,10 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from lifelong_moe.config.growth import FrozenWeights
 from lifelong_moe.model.deltas import TokenRows
 from lifelong_moe.model.experts import ExpertGeneration
 
 LEVELS = 127
+HALVES = (torch.bfloat16, torch.float16)
 
 
 def quantize_rows(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,15 +60,46 @@ class _Int8(nn.Module):
         return quantize_rows(weight_OI)
 
 
-def hold_in_int8(model: nn.Module, teacher: nn.Module | None = None) -> int:
-    """Quantize every frozen matrix of a model, in place; gradients still flow to earlier layers.
+class _Half(nn.Module):
+    """A parametrization that stores a weight in 16 bits, and computes it in its own type.
 
-    Autograd keeps the dequantized matrix between forward and backward pass, except for experts computed in slices:
-    these are dequantized once more for the backward pass.
+    Args:
+        weight: Is the same in ``half`` and back.
+        half: Of 16 bits.
+    """
+
+    def __init__(self, weight: Tensor, half: torch.dtype) -> None:
+        super().__init__()
+        self.whole, self.half = weight.dtype, half
+
+    def forward(self, held: Tensor) -> Tensor:
+        return held.to(self.whole)
+
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor]:
+        # A tuple: torch lets a single tensor not change its type.
+        return (weight.to(self.half),)
+
+
+def _parametrization(weight: Tensor, kind: FrozenWeights) -> nn.Module | None:
+    """What holds a weight as ``kind`` says; None if it would not be smaller, or would lose by it."""
+    if kind == FrozenWeights.int8:
+        return _Int8()
+    if weight.element_size() <= HALVES[0].itemsize:
+        return None
+    found = [half for half in HALVES if torch.equal(weight.to(half).to(weight.dtype), weight)]
+    return _Half(weight, found[0]) if found else None
+
+
+def hold_frozen(model: nn.Module, kind: FrozenWeights, teacher: nn.Module | None = None) -> int:
+    """Hold every frozen matrix of a model in fewer bits, in place; gradients still flow to earlier layers.
+
+    Matrices of experts computed in slices, and those of linear maps without changes, are made whole once more for the
+    backward pass; of others autograd keeps the whole matrix from one pass to the other.
 
     Args:
         model: Trainable matrices, and those that several of its modules share, stay as they are.
-        teacher: Keeps sharing what it shares with the model, in the same 8 bits.
+        kind: ``half`` or ``int8``.
+        teacher: Keeps sharing what it shares with the model, in the same bits.
 
     Returns:
         Bytes saved.
@@ -75,24 +109,27 @@ def hold_in_int8(model: nn.Module, teacher: nn.Module | None = None) -> int:
     for parameter, places in owners.items():
         if parameter.requires_grad or len(places) > 1:
             continue
-        rows = parameter.numel() // parameter.shape[-1]
-        saved += parameter.numel() * (parameter.element_size() - 1) - parameter.element_size() * rows
+        if (parametrization := _parametrization(parameter, kind)) is None:
+            continue
+        saved += parameter.numel() * parameter.element_size()
         # `unsafe`: torch would otherwise require that quantizing and dequantizing change nothing.
         held = [*places, *sharers.get(parameter, [])]
         for module, name in held:
-            parametrize.register_parametrization(module, name, _Int8(), unsafe=True)
+            parametrize.register_parametrization(module, name, parametrization, unsafe=True)
         first, name = held[0]
+        originals = first.parametrizations[name].parameters()  # type: ignore[index, operator]
+        saved -= sum(one.numel() * one.element_size() for one in originals)
         for module, other in held[1:]:
             module.parametrizations[other] = first.parametrizations[name]  # type: ignore[index, operator]
     return saved
 
 
 def make_whole(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Undo :func:`hold_in_int8`, in place.
+    """Undo :func:`hold_frozen`, in place.
 
     Args:
         model: Its other matrices stay as they are.
-        tensors: The stored tensors by name; the quantized matrices become these again, bit for bit.
+        tensors: The stored tensors by name; the held matrices become these again, bit for bit.
     """
     held = [(prefix, m) for prefix, m in model.named_modules() if isinstance(m, parametrize.ParametrizationList)]
     for prefix, _ in held:

@@ -66,7 +66,7 @@ def low_rank(
 
     def through(x: Tensor, which: int, change: Change) -> Tensor:
         parts = zip(x.split([count for _, count in runs]), runs, strict=True)
-        whole = _one([_product(part, shared[base][which]) for part, (base, _) in parts])
+        whole = _one([product(part, shared[base][which]) for part, (base, _) in parts])
         return whole + _one([_change(part, *one) for part, *one in zip(x.split(counts), *_each(change), strict=True)])
 
     hidden_NF, _ = NONLINEARITIES[activation].hidden(through(rows_ND, 0, into))
@@ -95,7 +95,8 @@ def _change(x_NI: Tensor, a_PI: Tensor, b_OR: Tensor) -> Tensor:
     return found[0] if parts == 1 else torch.cat(found, dim=1)
 
 
-def _product(x_NI: Tensor, weight: Weight) -> Tensor:
+def product(x_NI: Tensor, weight: Weight) -> Tensor:
+    """``x W^T``; a frozen matrix that is made on use is made anew for the backward pass, and not kept until then."""
     return linear(x_NI, weight.to(x_NI.dtype)) if isinstance(weight, Tensor) else _Made.apply(x_NI, weight)
 
 

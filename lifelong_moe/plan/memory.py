@@ -96,7 +96,8 @@ def memory_need(spec: StageSpec, architecture: Architecture, trainer: TrainerCon
         sources[source if is_delta else _SOURCES.get(part, "model.width or model.layers")] += number
     # A process has a gradient and moments of its own; frozen weights stay shared after the fork.
     own = size * trainable * trainer.processes
-    frozen = 1 if spec.grow is not None and spec.grow.frozen_weights == FrozenWeights.int8 else size
+    kind = FrozenWeights.full if spec.grow is None else spec.grow.frozen_weights
+    frozen = {FrozenWeights.full: size, FrozenWeights.half: 2, FrozenWeights.int8: 1}[kind]
     tokens = spec.optim.batch_tokens // spec.accumulate
     kept = 4 if spec.precision == "32-true" else 2
     return MemoryNeed(

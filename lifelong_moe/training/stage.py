@@ -26,7 +26,7 @@ from lifelong_moe.data.tokens.prepare import PreparedData
 from lifelong_moe.data.tokens.shards import ShardDocuments
 from lifelong_moe.errors import TryAgainError
 from lifelong_moe.growth.clusters import fit_clusters
-from lifelong_moe.model.int8 import hold_in_int8, make_whole
+from lifelong_moe.model.int8 import hold_frozen, make_whole
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.phase import Trains
 from lifelong_moe.plan.planned import PlannedStage
@@ -88,13 +88,13 @@ def _train_with_rollbacks(run: StageRun) -> tuple[LanguageModel, StageMetrics]:
 def _restore_and_train(run: StageRun) -> tuple[LanguageModel, StageMetrics]:
     """Prepare the models, train the phases that are left, and measure the stage."""
     models, rollbacks = prepare_models(run), read_rollbacks(run.work)
-    in_int8 = run.spec.grow is not None and run.spec.grow.frozen_weights == FrozenWeights.int8
-    if in_int8:
-        hold_in_int8(models.model, models.teacher)
+    kind = FrozenWeights.full if run.spec.grow is None else run.spec.grow.frozen_weights
+    if kind != FrozenWeights.full:
+        hold_frozen(models.model, kind, models.teacher)
     measured = [_train_or_load(phase, models) for phase in _phase_runs(run, rollbacks)]
     metrics = stage_metrics(models.model, run, measured, rollbacks.count)
-    if in_int8 and run.parent is not None:
-        # The stored bits, not dequantized ones: a commit proves that frozen tensors are unchanged.
+    if kind != FrozenWeights.full and run.parent is not None:
+        # The stored bits, not those made of fewer: a commit proves that frozen tensors are unchanged.
         make_whole(models.model, run.environment.store.tensors(run.parent))
     return models.model, metrics
 

@@ -76,7 +76,8 @@ def check_label(stage: CommittedStage, label: str | None, console: Console) -> N
 def load_on_device(run: str, store: StageStore, committed: CommittedStage, *, int8: bool) -> LanguageModel:
     """A stage's model on the run's device, without gradients."""
     # Imported here: what the user named is checked before torch is imported, which takes seconds.
-    from lifelong_moe.model.int8 import hold_in_int8
+    from lifelong_moe.config.growth import FrozenWeights
+    from lifelong_moe.model.int8 import hold_frozen
     from lifelong_moe.training.loop.device import configured_device
     from lifelong_moe.training.restore import load_model
     from pipelines.shared.workspace import recorded_trainer
@@ -84,5 +85,5 @@ def load_on_device(run: str, store: StageStore, committed: CommittedStage, *, in
     model = load_model(store, committed).requires_grad_(False)
     # Only frozen matrices are quantized, hence no gradients above; on the CPU, so the device holds 8 bits alone.
     if int8:
-        hold_in_int8(model)
+        hold_frozen(model, FrozenWeights.int8)
     return model.to(configured_device(recorded_trainer(run)))

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from lifelong_moe.config.model import Activation, ExpertsImplementation
 from lifelong_moe.model.experts import ExpertBanks
-from lifelong_moe.model.int8 import hold_in_int8
+from lifelong_moe.config.growth import FrozenWeights
+from lifelong_moe.model.int8 import hold_frozen
 from lifelong_moe.ops.dispatch import inverse_permutation, mixture_readable, sort_by_expert
 from lifelong_moe.ops.expert_mlp import slices
 from lifelong_moe.routing.base import Routing
@@ -137,7 +138,7 @@ def test_grouped_is_not_chosen_where_it_would_be_wrong() -> None:
         banks.implementation = ExpertsImplementation.grouped_mm
     assert apart.chosen(x) == ExpertsImplementation.slices and apart.sorted_from(x) == 0
     assert together.chosen(x) == ExpertsImplementation.grouped_mm and together.sorted_from(x) == 1
-    hold_in_int8(together)
+    hold_frozen(together, FrozenWeights.int8)
     assert together.chosen(x) == ExpertsImplementation.slices
 
 
@@ -161,7 +162,7 @@ def test_grouped_is_not_chosen_on_gpus_where_experts_without_rows_get_gradients_
 @pytest.mark.parametrize("rows_learn", [True, False])
 def test_experts_held_in_eight_bits(rows_learn: bool) -> None:
     banks, found = make_banks(5, 3, seed=0), []
-    hold_in_int8(banks)
+    hold_frozen(banks, FrozenWeights.int8)
     rows = torch.randn(8, D, generator=torch.Generator().manual_seed(0))
     for how in (ExpertsImplementation.readable, ExpertsImplementation.slices):
         banks.implementation = how

@@ -16,7 +16,8 @@ from lifelong_moe.errors import ConfigError, CorruptError
 from lifelong_moe.growth.grow import grow
 from lifelong_moe.growth.remove import remove_generation
 from lifelong_moe.model.experts import ExpertBanks, LowRankExperts
-from lifelong_moe.model.int8 import hold_in_int8, make_whole
+from lifelong_moe.config.growth import FrozenWeights
+from lifelong_moe.model.int8 import hold_frozen, make_whole
 from lifelong_moe.model.offload import offloaded
 from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel
@@ -167,7 +168,7 @@ def test_generations_go_unless_others_change_them(make_model: Make) -> None:
 def test_in_eight_bits(make_model: Make) -> None:
     model = stirred(grown(make_model))
     whole, stored = logits(model, 1), {n: t.clone() for n, t in model.state_dict().items()}
-    hold_in_int8(model)
+    hold_frozen(model, FrozenWeights.int8)
     found = logits(model, 1)
     assert 0 < float((found - whole).detach().abs().mean()) < 0.05 * float(whole.detach().abs().mean())
     found.sum().backward()

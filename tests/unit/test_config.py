@@ -570,6 +570,8 @@ def test_what_is_offloaded_is_not_in_eight_bits_too(load: Load) -> None:
     assert load("frozen.offload=cpu").frozen.offload == "cpu"
     with pytest.raises(ConfigError, match=r"stages\[1\]\.grow\.frozen_weights=int8 with frozen\.offload=cpu: "):
         load("frozen.offload=cpu", "stages[1].grow.frozen_weights=int8")
+    with pytest.raises(ConfigError, match=r"stages\[1\]\.grow\.frozen_weights=half with trainer\.precision=bf16-true"):
+        load("trainer.precision=bf16-true", "stages[1].grow.frozen_weights=half")
     with pytest.raises(ConfigError, match=r"stages\[1\]\.grow\.frozen_weights=int8 with trainer\.compile=true: "):
         load("trainer.compile=true", "stages[1].grow.frozen_weights=int8")
 

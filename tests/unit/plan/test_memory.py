@@ -53,6 +53,8 @@ def test_frozen_weights_are_neither_trained_nor_copied(make_run: MakeRun) -> Non
     assert second.training == 3 * 4 * new and second.weights == first.weights + 4 * new
     eighth = needs(make_run(*frozen, "stage_defaults.grow.frozen_weights=int8"))[1]
     assert eighth.weights == first.weights // 4 + 4 * new
+    half = needs(make_run(*frozen, "stage_defaults.grow.frozen_weights=half"))[1]
+    assert half.weights == first.weights // 2 + 4 * new
     # Below the only layer that grows nothing is kept for a backward pass.
     upper = needs(make_run(*frozen, "stage_defaults.grow.layers=[1]"))[1]
     assert 2 * upper.activations == second.activations
