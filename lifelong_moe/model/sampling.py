@@ -171,4 +171,7 @@ class _Texts:
         device = self.model.embedding.weight.device
         ids, domains = torch.from_numpy(ids_BN.copy()).to(device), torch.from_numpy(domains_BN.copy()).to(device)
         hidden_BSD = self.model(TokenBatch(ids, domain_ids_BS=domains), cache=self.cache).hidden_BSD
-        return self.model.head.logits(hidden_BSD[:, -1], domains[:, -1])
+        logits_BV = self.model.head.logits(hidden_BSD[:, -1], domains[:, -1])
+        # Rows without a token; those of tokens that stages add come after them.
+        logits_BV[:, self.model.tokenizer_size : self.model.architecture.vocab_size] = float("-inf")
+        return logits_BV

@@ -60,6 +60,9 @@ class LanguageModel(nn.Module):
         self.architecture = architecture
         self.separates_documents = config.document_mask
         """Whether tokens attend within their own document only; set for pairs whatever ``model.document_mask`` is."""
+        self.tokenizer_size = architecture.vocab_size
+        """Tokens of the tokenizer. A checkpoint's embedding may have more rows: they stand for no text, and are never
+        sampled."""
         self.embedding = DeltaEmbedding(architecture.vocab_size, config.width)
         self.blocks = nn.ModuleList(Block(architecture, layer) for layer in range(config.layers - 1))
         self.blocks.append((CompetingBlock if routing.competitive else Block)(architecture, config.layers - 1))

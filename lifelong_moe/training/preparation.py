@@ -35,6 +35,7 @@ def prepare_models(run: StageRun) -> StageModels:
     if parent is None:
         return StageModels(initial_model(run.architecture, spec.seed))
     model = continued_model(environment.store, parent, spec.routing, run.corpora_before)
+    model.tokenizer_size = environment.store.tokenizer(parent).vocab_size
     written = _written_blocks(model, run) if any(spec.written_blocks) else None
     generated = written[: spec.written_blocks[0]] if written is not None and spec.generates else None
     _freeze(model, spec)

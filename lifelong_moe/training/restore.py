@@ -25,7 +25,9 @@ def load_model(store: StageStore, stage: CommittedStage) -> LanguageModel:
     """
     tensors = store.tensors(stage)
     with naming(stage.path):
-        return build_model(stage.architecture, tensors)
+        model = build_model(stage.architecture, tensors)
+    model.tokenizer_size = store.tokenizer(stage).vocab_size
+    return model
 
 
 def build_model(architecture: Architecture, tensors: Mapping[str, Tensor]) -> LanguageModel:

@@ -18,11 +18,13 @@ import yaml
 
 from lifelong_moe.config.load import build_config, read_config
 from lifelong_moe.config.run import RunConfig
+from lifelong_moe.interop.layout.complete import with_checkpoint
 from lifelong_moe.plan.comparison import load_comparison
 from lifelong_moe.plan.methods import stage_specs
 from lifelong_moe.plan.retraining import NewStage, load_retraining
 from lifelong_moe.reports import report as report_module
 from pipelines.cli import app
+from tests.checkpoints import write_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 # What lies in configs/tasks is for lm-evaluation-harness.
@@ -30,7 +32,9 @@ CONFIGS = sorted(path for path in (ROOT / "configs").glob("**/*.yaml") if path.p
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
-def test_every_configuration_loads(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_configuration_loads(path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    if path.name.startswith("smollm2"):
+        make_smollm2(monkeypatch, tmp_path)
     for name in re.findall(r"oc\.env:(\w+)", "".join(one.read_text(encoding="utf-8") for one in CONFIGS)):
         monkeypatch.setenv(name, "/somewhere")
     for config in run_configurations(path):
@@ -49,6 +53,18 @@ def test_questions_of_the_example_task_are_what_its_script_makes() -> None:
         assert len({*row["choices"]}) == 4
 
 
+def make_smollm2(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """A small model where `make real-model` puts SmolLM2, with as many layers."""
+    pytest.importorskip("transformers", reason="the checkpoint is made with the extra `transformers`")
+    monkeypatch.chdir(folder)
+    (place,) = re.findall(
+        r"^SMOLLM2 := \$\(MODELS\)/(.+)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    (models,) = re.findall(r"^MODELS := (.+)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    sizes = {"max_position_embeddings": 8192, "num_hidden_layers": 30}
+    write_checkpoint("llama_tied", f"{models}/{place}", texts=["one text"], **sizes)
+
+
 def run_configurations(path: Path) -> list[RunConfig]:
     """The run that a file describes, the runs of a comparison's arms, or those that a retraining could lead to."""
     if is_retraining(path):
@@ -56,10 +72,10 @@ def run_configurations(path: Path) -> list[RunConfig]:
         names = [str(stage.name) for stage in build_config(retraining.base).stages]
         return [retraining.config(names, [NewStage("batch", "a.jsonl", name)]) for name in (None, names[0])]
     if not is_comparison(path):
-        return [read_config(path).config]
+        return [read_config(path, (), with_checkpoint).config]
     comparison = load_comparison(path)
     runs = [(arm, seed) for arm in comparison.arms for seed in comparison.settings.seeds[:1]]
-    return [read_config(comparison.base, comparison.overrides(arm, seed)).config for arm, seed in runs]
+    return [read_config(comparison.base, comparison.overrides(arm, seed), with_checkpoint).config for arm, seed in runs]
 
 
 def is_retraining(path: Path) -> bool:

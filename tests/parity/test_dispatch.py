@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lifelong_moe.config.growth import FrozenWeights
 from lifelong_moe.config.model import Activation, ExpertsImplementation
 from lifelong_moe.model.experts import ExpertBanks
-from lifelong_moe.config.growth import FrozenWeights
 from lifelong_moe.model.int8 import hold_frozen
 from lifelong_moe.ops.dispatch import inverse_permutation, mixture_readable, sort_by_expert
 from lifelong_moe.ops.expert_mlp import slices

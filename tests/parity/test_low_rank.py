@@ -10,13 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lifelong_moe.config.growth import GrowConfig
+from lifelong_moe.config.growth import FrozenWeights, GrowConfig
 from lifelong_moe.config.model import Activation, ExpertsImplementation
 from lifelong_moe.errors import ConfigError, CorruptError
 from lifelong_moe.growth.grow import grow
 from lifelong_moe.growth.remove import remove_generation
 from lifelong_moe.model.experts import ExpertBanks, LowRankExperts
-from lifelong_moe.config.growth import FrozenWeights
 from lifelong_moe.model.int8 import hold_frozen, make_whole
 from lifelong_moe.model.offload import offloaded
 from lifelong_moe.model.tokens import TokenBatch

@@ -117,6 +117,18 @@ def test_it_stops_at_the_document_s_end(make_model: Make) -> None:
     assert list(sample(model, PROMPT, max_new_tokens=9, temperature=0)) == []  # argmax of equal logits is BOS, 0
 
 
+def test_rows_that_stand_for_no_token_are_never_sampled(make_model: Make) -> None:
+    model = make_model()
+    with torch.no_grad():
+        model.head.weight[40:] *= 100
+    drawn = dict(max_new_tokens=12, seed=1)
+    assert max(max(sample(model, PROMPT, temperature=one, **drawn)) for one in (0.0, 1.0)) >= 40
+    model.tokenizer_size = 40
+    for temperature in (0.0, 1.0):
+        assert max(sample(model, PROMPT, temperature=temperature, **drawn)) < 40
+        assert max(map(max, sample_batch(model, [PROMPT] * 3, temperature=temperature, **drawn))) < 40
+
+
 def test_seeds_decide(make_model: Make) -> None:
     model = make_model()
     texts = [list(sample(model, PROMPT, max_new_tokens=12, temperature=2.0, top_p=1.0, seed=s)) for s in (1, 1, 2)]
