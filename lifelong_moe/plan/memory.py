@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lifelong_moe.config.growth import FrozenWeights
+from lifelong_moe.config.model import ModelConfig
 from lifelong_moe.config.parts import Part
+from lifelong_moe.config.routing.topk import LearnedConfig
 from lifelong_moe.config.run import RunConfig
 from lifelong_moe.config.training import TrainerConfig
 from lifelong_moe.errors import ConfigError
@@ -120,10 +122,23 @@ def _kept_numbers(spec: StageSpec, architecture: Architecture, trainer: TrainerC
     # Recomputed otherwise: only what goes into a block is kept.
     block = config.width
     if not trainer.activation_checkpointing:
-        # Inputs of both sublayers and their norms; queries, keys, values and their sum; an expert's hidden units.
+        # Inputs of both sublayers and their norms; queries, keys, values and their sum; what a network keeps.
         attention = config.attention_width * (2 * config.heads + 2 * config.kv_heads)
-        block = 4 * config.width + attention + config.expert_width
+        block = 4 * config.width + attention + _networks(spec, architecture) * _kept_by_a_network(config)
     return (config.layers - first) * block
+
+
+def _networks(spec: StageSpec, architecture: Architecture) -> int:
+    """Feed-forward networks that read a token in a layer, at least."""
+    # Others than learned routers may leave a token to fewer, and a generation may have fewer.
+    num = spec.routing.top_k if isinstance(spec.routing, LearnedConfig) and not spec.routing.capacity else 1
+    return min(num, max(1, architecture.generations[-1].experts))
+
+
+def _kept_by_a_network(config: ModelConfig) -> int:
+    """Its input and output; before its activation, of which a gated one has two halves, and after."""
+    hidden = 3 if config.activation.is_gated else 2
+    return 2 * config.width + hidden * min(config.expert_width, config.dense_width or config.expert_width)
 
 
 def memory_needs(config: RunConfig) -> Iterator[tuple[str, MemoryNeed]]:

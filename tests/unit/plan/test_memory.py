@@ -28,7 +28,7 @@ def test_a_first_stage_by_hand(make_run: MakeRun) -> None:
     parameters = count_parameters(stage_specs(config)[0].architecture(None, 300, 0)).total
     need = needs(config)[0]
     assert (need.weights, need.training) == (4 * parameters, 3 * 4 * parameters)
-    assert need.activations == 4 * 64 * 2 * (4 * 16 + 4 * (2 * 4 + 2 * 2) + 8)
+    assert need.activations == 4 * 64 * 2 * (4 * 16 + 4 * (2 * 4 + 2 * 2) + config.routing.top_k * (2 * 16 + 3 * 8))
     assert need.logits == 2 * 4 * 64 * 300 and (need.text, need.loaders) == (0, 0)
     assert need.total == need.weights + need.training + need.activations + need.logits
 
