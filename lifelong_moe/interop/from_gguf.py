@@ -19,9 +19,16 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from lifelong_moe.errors import CheckpointError, ConfigError
-from lifelong_moe.interop.layout.folder import CONFIG, TOKENIZER, TOKENIZER_CONFIG, WEIGHTS, read_checkpoint
+from lifelong_moe.interop.layout.folder import (
+    CONFIG,
+    GENERATION_CONFIG,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    WEIGHTS,
+    read_checkpoint,
+)
 from lifelong_moe.interop.layout.gguf import Block, Gguf, read_gguf
-from lifelong_moe.interop.layout.kept import CARD, GENERATION_CONFIG, TEMPLATE
+from lifelong_moe.interop.layout.kept import CARD, TEMPLATE
 from lifelong_moe.interop.layout.texts import exported_tokenizer
 from lifelong_moe.storage.directories import new_directory
 
