@@ -70,14 +70,14 @@ class _Half(nn.Module):
 
     def __init__(self, weight: Tensor, half: torch.dtype) -> None:
         super().__init__()
-        self.whole, self.half = weight.dtype, half
+        self.computed, self.stored = weight.dtype, half
 
     def forward(self, held: Tensor) -> Tensor:
-        return held.to(self.whole)
+        return held.to(self.computed)
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor]:
         # A tuple: torch lets a single tensor not change its type.
-        return (weight.to(self.half),)
+        return (weight.to(self.stored),)
 
 
 def _parametrization(weight: Tensor, kind: FrozenWeights) -> nn.Module | None:
@@ -117,7 +117,7 @@ def hold_frozen(model: nn.Module, kind: FrozenWeights, teacher: nn.Module | None
         for module, name in held:
             parametrize.register_parametrization(module, name, parametrization, unsafe=True)
         first, name = held[0]
-        originals = first.parametrizations[name].parameters()  # type: ignore[index, operator]
+        originals = first.parametrizations[name].parameters()  # type: ignore[index, union-attr]
         saved -= sum(one.numel() * one.element_size() for one in originals)
         for module, other in held[1:]:
             module.parametrizations[other] = first.parametrizations[name]  # type: ignore[index, operator]
