@@ -162,7 +162,36 @@ SOURCE = {
     "text_bytes": ("bytes of text", "{:,}"),
     "taken": ("what was taken", "{}"),
 }
+REAL = read("results/real_model")
+REAL_STAGE = {
+    "arm": ("", "{}"),
+    "tokens": ("tokens", "{:,}"),
+    "rate": ("rate", "{}"),
+    "added": ("parameters added", "{}"),
+    "own_before": ("its text, before", "{:.3f}"),
+    "own": ("after", "{:.3f}"),
+    "english_before": ("English, before", "{:.4f}"),
+    "english": ("after", "{:.4f}"),
+    "seconds": ("seconds of training", "{:.0f}"),
+}
+"""What one stage of an arm learns, and what it costs English."""
+REAL_SAME = {
+    "who": ("", "{}"),
+    "bits_per_byte": ("bits per byte", "{:.7f}"),
+    "logits": ("largest difference of logits", "{}"),
+}
+REAL_READING = {"what": ("", "{}"), "asked": ("asked", "{}"), "measured": ("measured", "{}")}
+REAL_MEMORY = {
+    "what": ("", "{}"),
+    "planned": ("tensors, at least, as `plan` says, MB", "{:,.0f}"),
+    "measured": ("largest resident size of the process, MB", "{:,.0f}"),
+}
 TABLES: dict[str, Callable[[], list[str]]] = {
+    "real-same": partial(listed, REAL["same"], REAL_SAME),
+    "real-reading": partial(listed, REAL["reading"], REAL_READING),
+    "real-german": partial(listed, REAL["german"], REAL_STAGE),
+    "real-too-fast": partial(listed, REAL["too_fast"], REAL_STAGE),
+    "real-memory": partial(listed, REAL["memory"], REAL_MEMORY),
     "quickstart": others.quickstart,
     "main": partial(kinds.main_comparison, MAIN),
     "bench": partial(kinds.arms, "results/bench", [name for name in BENCH if name not in ASSIGNED[1:]]),
