@@ -71,6 +71,9 @@ class StageConfig:
     """Replay of earlier stages' text, from the second stage on."""
     penalty: PenaltyConfig = field(default_factory=PenaltyConfig)
     """Penalty on the distance to the previous stage's weights, from the second stage on."""
+    average: float = 0.0
+    """Share of the previous stage's weights in an average with the trained ones that is taken at the end of the stage
+    (WiSE-FT, arXiv:2109.01903), from the second stage on; 0 turns it off. What the stage adds has none."""
     review: ReviewConfig = field(default_factory=ReviewConfig)
     """A last phase for the router alone, from the second stage on."""
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -80,6 +83,9 @@ class StageConfig:
         require_bounded(self, "")
         if self.tokens < 1:
             raise ConfigError(f"tokens={self.tokens} must be positive.")
+        # At 1 nothing of the training would be left. Written so that NaN is rejected as well.
+        if not 0.0 <= self.average < 1.0:
+            raise ConfigError(f"average={self.average} must lie in [0, 1).")
         if self.name is not None and not NAME.fullmatch(self.name):
             raise ConfigError(f"name={self.name} may hold letters, digits, '_', '-' and '.' only.")
 

@@ -267,13 +267,22 @@ def _check_review(run: RunConfig, i: int, stage: StageConfig) -> None:
 
 
 def _check_retention(run: RunConfig, i: int, stage: StageConfig) -> None:
-    """Require trainable old weights for a penalty, and no labels for generated text."""
+    """Require trainable old weights for a penalty and an average, and no labels for generated text."""
     trunk_trains = stage.trunk.train in (TrunkTraining.full, TrunkTraining.gentle)
     # Without new experts none is frozen, so the old ones train.
-    if stage.penalty.kind != PenaltyKind.none and not trunk_trains and stage.grow.experts and stage.grow.freezes:
+    old_train = trunk_trains or not stage.grow.experts or not stage.grow.freezes
+    asked = [(f"penalty.kind={stage.penalty.kind}", "penalty.kind=none", stage.penalty.kind != PenaltyKind.none)]
+    asked.append((f"average={stage.average}", "average=0", bool(stage.average)))
+    for key, remedy, is_on in asked:
+        if is_on and not old_train:
+            raise ConfigError(
+                f"stages[{i}].{key} holds old weights that train, and none does: the trunk is {stage.trunk.train} and "
+                f"old experts are frozen. Set {remedy}."
+            )
+    if stage.average and stage.distill.student is not None:
         raise ConfigError(
-            f"stages[{i}].penalty.kind={stage.penalty.kind} holds old weights that train, and none does: the trunk "
-            f"is {stage.trunk.train} and old experts are frozen. Set penalty.kind=none."
+            f"stages[{i}].average={stage.average} with distill.student: a student has fewer layers than the model that "
+            f"it begins with. Set average=0."
         )
     # At factor 0 no Fisher information is measured, so no old text is needed.
     measures = stage.penalty.kind == PenaltyKind.ewc and stage.penalty.factor > 0

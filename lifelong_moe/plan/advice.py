@@ -87,7 +87,7 @@ def idle_retention(config: RunConfig) -> list[str]:
         if i == 0 and (asked := _asked(recipe, stage)):
             found.append(
                 f"stages[0] ({stage.name}): {', '.join(asked)}: off, because no text of the checkpoint is here. "
-                f"replay.source=generated, distill.text=new, penalty.kind=l2 and bundles need none."
+                f"replay.source=generated, distill.text=new, penalty.kind=l2, average and bundles need none."
             )
         elif (asked := _asked(recipe, stage)) and not earlier_distributions(config, i):
             found.append(

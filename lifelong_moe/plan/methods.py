@@ -1,6 +1,7 @@
 """From a run's configuration to the stages that its method trains. Pure.
 
-A method says which of a stage's sections it takes from the configuration; the rest stays off.
+A method says which of a stage's sections it takes from the configuration; the rest stays off. ``average`` is
+``lifelong``'s alone.
 
 ================  =====  =====  =======  ======  =======  ======  ==============================================
 method            grow   trunk  distill  replay  penalty  review  stages
@@ -56,13 +57,14 @@ class Recipe:
     penalty: bool = False
     penalty_kind: PenaltyKind | None = None
     """Kind of the penalty, in place of the configured one."""
+    average: bool = False
     review: bool = False
     all_experts: bool = False
     """Begin with all experts that the stages would add."""
 
 
 RECIPES = {
-    Method.lifelong: Recipe(grow=True, trunk=True, distill=True, replay=True, penalty=True, review=True),
+    Method.lifelong: Recipe(grow=True, trunk=True, distill=True, replay=True, penalty=True, average=True, review=True),
     Method.sequential: Recipe(),
     Method.static_moe: Recipe(all_experts=True),
     Method.replay: Recipe(replay=True),
@@ -160,6 +162,7 @@ def _spec(config: RunConfig, recipe: Recipe, i: int, stage: StageConfig, gone: C
         trunk=stage.trunk if later and recipe.trunk else None,
         distill=distill if distils else None,
         penalty=penalty if penalizes else None,
+        average=stage.average if later and recipe.average else 0.0,
         review=stage.review if reviews else None,
     ).effective()
 

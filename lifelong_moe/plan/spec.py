@@ -64,6 +64,8 @@ class StageSpec:
     """None trains the shared parts like everything else."""
     distill: DistillConfig | None
     penalty: PenaltyConfig | None
+    average: float = 0.0
+    """Share of the parent's weights in the average at the end; 0 is none."""
     review: ReviewConfig | None
     optim: OptimConfig
     finetune: FinetuneConfig | None
@@ -261,6 +263,8 @@ class StageSpec:
             del data["vocabulary"]
         # Flat, as in stages from before replay was a section, whose keys must not change.
         replay = data.pop("replay")
+        if not self.average:  # as in stages from before there was one
+            del data["average"]
         return data | {name: replay[key] for name, key in _REPLAY.items()}
 
     @classmethod

@@ -16,6 +16,7 @@ from lifelong_moe.growth.shallow import shallow_student
 from lifelong_moe.model.experts import LowRankExperts
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.spec import StageSpec
+from lifelong_moe.retention.average import old_trainable
 from lifelong_moe.retention.generated import generate_blocks
 from lifelong_moe.retention.penalty import WeightAnchor, fisher_diagonal, make_anchor, mean_fisher
 from lifelong_moe.retention.teacher import make_teacher
@@ -39,8 +40,9 @@ def prepare_models(run: StageRun) -> StageModels:
     written = _written_blocks(model, run) if any(spec.written_blocks) else None
     generated = written[: spec.written_blocks[0]] if written is not None and spec.generates else None
     _freeze(model, spec)
+    holds = spec.penalty is not None or spec.average
     # After freezing, since Fisher information of frozen weights is not needed; before growth, which moves the weights.
-    old_weights = {name: p.detach().clone() for name, p in model.named_parameters()} if spec.penalty else {}
+    old_weights = {name: p.detach().clone() for name, p in model.named_parameters()} if holds else {}
     importances = _importances(model, run, written) if spec.fisher_measured_tokens else None
     if spec.student is not None:
         student = shallow_student(model, spec.student)
@@ -50,7 +52,8 @@ def prepare_models(run: StageRun) -> StageModels:
     _grow(model, run)
     # Also without growth: a stage that continues an older generation freezes others, and labels get a new entry.
     model.architecture = run.architecture
-    return StageModels(model, teacher, _anchor(model, spec, old_weights, importances), generated)
+    start = old_trainable(model, old_weights) if spec.average else {}
+    return StageModels(model, teacher, _anchor(model, spec, old_weights, importances), generated, start)
 
 
 def _freeze(model: LanguageModel, spec: StageSpec) -> None:

@@ -7,6 +7,7 @@ grow       freeze old experts and add the new generation's (``preparation.py``)
 fit        centroids of the new text, where text selects experts (``growth/clusters.py``)
 assign     each token of the text to a generation (``loop/generations.py``)
 train      phase by phase (``loop/phase.py``), in the order of samples of ``loop/data.py``
+average    with the weights of the beginning, if that is asked for (``retention/average.py``)
 commit     what changed, and where the rest is stored (``commit.py``)
 =========  ==============================================================================
 """
@@ -30,6 +31,7 @@ from lifelong_moe.model.int8 import hold_frozen, make_whole
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.phase import Trains
 from lifelong_moe.plan.planned import PlannedStage
+from lifelong_moe.retention.average import average_with
 from lifelong_moe.storage.locks import locked
 from lifelong_moe.store.stages import CommittedStage
 from lifelong_moe.training.callbacks.checkpoint import newest_checkpoint, set_earlier_aside
@@ -92,6 +94,8 @@ def _restore_and_train(run: StageRun) -> tuple[LanguageModel, StageMetrics]:
     if kind != FrozenWeights.full:
         hold_frozen(models.model, kind, models.teacher)
     measured = [_train_or_load(phase, models) for phase in _phase_runs(run, rollbacks)]
+    # After the last step and not before a checkpoint of it, so that an interrupted stage averages once.
+    average_with(models.model, models.start, run.spec.average)
     metrics = stage_metrics(models.model, run, measured, rollbacks.count)
     if kind != FrozenWeights.full and run.parent is not None:
         # The stored bits, not those made of fewer: a commit proves that frozen tensors are unchanged.

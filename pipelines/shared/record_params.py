@@ -43,7 +43,8 @@ def run_params(prepared: Prepared) -> dict[str, Any]:
 def stage_params(planned: PlannedStage) -> dict[str, Any]:
     """A stage's resolved settings under the configuration's keys, and the sizes that follow from them."""
     spec = planned.spec
-    plain = {key: value for key, value in spec.to_json().items() if key not in ("name", "parent")}
+    # Zero is left out of a specification, whose key must not change.
+    plain = {"average": 0.0} | {key: value for key, value in spec.to_json().items() if key not in ("name", "parent")}
     return {
         "stage": planned.depth,
         "experts_per_layer": planned.architecture.num_experts,

@@ -343,6 +343,41 @@ def test_a_tokenizer_has_to_be_there_or_named(lab: Path) -> None:
     train("tiny.yaml", "tokenizer.file=other.json", "stages=[{data: fruit}]")
 
 
+def test_a_stage_is_averaged_with_the_checkpoint(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also after a kill, and as a stage of another key than without."""
+    write_checkpoint("llama")
+    config = config_of() | {"stages": [{"data": "fruit"}]}
+    config["stage_defaults"] |= {"grow": {"experts": 0}, "trunk": {"train": "full"}, "distill": {"weight": 0.0}}
+    write_config(config)
+    tensors = {}
+    for share in (0.0, 0.5):
+        train("tiny.yaml", f"stage_defaults.average={share}", f"run=r{share}")
+        store = StageStore(Path("mlruns"))
+        chain = store.chain(json.loads(Path(f"mlruns/runs/r{share}/head.json").read_text())["stages"][0])
+        tensors[share] = store.tensors(chain[-1])
+    before = store.tensors(chain[0])
+    assert any(not torch.equal(tensors[0.0][name], before[name]) for name in before)
+    for name, old in before.items():
+        torch.testing.assert_close(tensors[0.5][name], (tensors[0.0][name] + old) / 2, atol=1e-7, rtol=0)
+    whole = hashes(run_name="r0.5")
+    shutil.rmtree("mlruns")
+    steps, step = iter(range(10**6)), StageModule.on_before_optimizer_step
+
+    def die(self: StageModule, *args: Any) -> None:
+        if next(steps) == STEPS - 2:
+            kill_self()
+        step(self, *args)
+
+    def again() -> None:
+        train("tiny.yaml", "stage_defaults.average=0.5", "run=r0.5")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(StageModule, "on_before_optimizer_step", die)
+        assert fork(again).wait() == -signal.SIGKILL
+    again()
+    assert hashes(run_name="r0.5") == whole
+
+
 def test_lineage_begins_with_the_checkpoint(lab: Path) -> None:
     write_checkpoint("llama")
     train(write_config(config_of(bundles=True)))

@@ -386,6 +386,11 @@ def test_a_value_of_the_wrong_kind(load: Load, override: str, expected: str) -> 
             "experts are frozen. Set penalty.kind=none.",
         ),
         (
+            "stages[1].average=0.5 stages[1].trunk.train=frozen",
+            "stages[1].average=0.5 holds old weights that train, and none does: the trunk is frozen and old "
+            "experts are frozen. Set average=0.",
+        ),
+        (
             "stages[1].replay.source=generated routing.mode=label",
             "stages[1].replay.source=generated: text that a model wrote has no label, which this routing needs. Set "
             "replay.source=stored.",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
+from torch import Tensor
 
 from lifelong_moe.config.training import CheckpointConfig, FrozenConfig, TrainerConfig
 from lifelong_moe.data.tokens.prepare import PreparedData
@@ -105,6 +106,8 @@ class StageModels:
     """The old weights, to which the penalty pulls."""
     generated: NDArray[np.int64] | None = None
     """Blocks that the parent's model wrote, if they are replayed in place of stored text."""
+    start: Mapping[str, Tensor] = field(default_factory=dict)
+    """The old weights, if the trained ones are averaged with them."""
 
 
 @dataclass(frozen=True)

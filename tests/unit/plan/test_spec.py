@@ -65,6 +65,7 @@ def test_earlier_versions_trained_in_one_process_and_measured_on_the_text_they_n
 
 
 SCALARS: dict[str, Any] = {
+    "average": 0.5,
     "name": "other",
     "replayed": (),
     "replay_weights": (2,),
