@@ -167,6 +167,12 @@ class RunConfig:
         """Whether the ``i``-th stage continues a model: that of the stage before it, or a checkpoint."""
         return i > 0 or self.base.is_given
 
+    def generations(self, stages: int) -> list[str]:
+        """Names of those of the first so many stages that have a generation of experts, oldest first."""
+        # The first stage has one without growth, unless a checkpoint has it.
+        kept = enumerate(self.stages[:stages])
+        return [str(s.name) for i, s in kept if not self.continues(i) or (s.grow.experts and not s.continues)]
+
     def _name_stages(self) -> None:
         taken: set[str] = set()
         for i, stage in enumerate(self.stages):

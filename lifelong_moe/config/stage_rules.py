@@ -242,9 +242,7 @@ def _check_upcycling(run: RunConfig, i: int, stage: StageConfig) -> None:
 
 def _check_continued(run: RunConfig, i: int, name: str) -> None:
     """Require that a continued stage is one that created experts."""
-    # The first stage has a generation without growth; one that continues another has none of its own.
-    born = [s.name for j, s in enumerate(run.stages[:i]) if j == 0 or (s.grow.experts and not s.continues)]
-    require_known(name, born, f"stages[{i}].continues")
+    require_known(name, run.generations(i), f"stages[{i}].continues")
 
 
 def _check_review(run: RunConfig, i: int, stage: StageConfig) -> None:

@@ -135,15 +135,21 @@ class Architecture:
         Raises:
             ConfigError: If later experts are low-rank changes of older ones, perhaps of these.
         """
+        if (why := self.why_fixed(stage)) is not None:
+            raise ConfigError(f"{why}.")
+        # All count as frozen, and `continued` is the exception.
+        return replace(self, frozen=len(self.generations), continued=self.born_in(stage))
+
+    def why_fixed(self, stage: str) -> str | None:
+        """Why a stage's experts cannot train on, in words; None if they can."""
         index = self.born_in(stage)
         changing = [one.stage for one in self.generations[index + 1 :] if one.rank]
-        if changing and not self.generations[index].rank:
-            raise ConfigError(
-                f"stage {stage}'s experts do not train on: the low-rank experts of stage {changing[0]} change them "
-                f"(grow.rank), and would change with them."
-            )
-        # All count as frozen, and `continued` is the exception.
-        return replace(self, frozen=len(self.generations), continued=index)
+        if not changing or self.generations[index].rank:
+            return None
+        return (
+            f"stage {stage}'s experts do not train on: the low-rank experts of stage {changing[0]} change them "
+            f"(grow.rank), and would change with them"
+        )
 
     def shallow(self, layers: Sequence[int]) -> Architecture:
         """With some of the layers, all of which have a mixture of experts; everything is trainable."""

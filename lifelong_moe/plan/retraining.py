@@ -236,7 +236,10 @@ def _check_stages(retraining: Retraining, names: list[str]) -> None:
     if (number := len(retraining.settings.probe.grow)) > MOST_WAYS:
         raise ConfigError(f"probe.grow holds {number:,} ways to grow; there may be at most {MOST_WAYS}.")
     ways = [(f"probe.grow[{i}]", None, way) for i, way in enumerate(retraining.settings.probe.grow)]
-    for what, continues, grow in (("when_growing", None, None), ("when_continuing", names[0], None), *ways):
+    # The newest experts, which no later ones are changes of; a checkpoint's own never train on.
+    born = retraining.config(names, []).generations(len(names))
+    continuing = [("when_continuing", name, None) for name in born[-1:]]
+    for what, continues, grow in (("when_growing", None, None), *continuing, *ways):
         try:
             config = retraining.config(names, [NewStage(BATCH_NAME, "inbox.jsonl", continues, None, grow)])
         except ConfigError as error:

@@ -97,7 +97,7 @@ def decide(
     Args:
         continued: Probe of continuing; None if it was not run.
         grown: Probes of growing, each with its name in words ("Growing by 4 experts"); empty without drift.
-        drifted: Whether the new documents drifted; growing is considered only then.
+        drifted: Whether the new documents drifted, or no experts can train on; growing is considered only then.
         config: Prices and limits.
         gate: Limits of the gate that a candidate will meet.
         untested: Why drift could not be tested, in words; the text then waits and is not skipped.

@@ -65,6 +65,15 @@ def remove_temporary(root: Path) -> int:
     return sum(_remove_abandoned(path) for path in found)
 
 
+def remove_dead(folder: Path) -> int:
+    """Remove the half-written folders that killed processes of this machine left in a folder of the user's.
+
+    Only what has the whole name of ours, directly in the folder; returns their number.
+    """
+    ours = re.compile(rf"{re.escape(_TMP)}[0-9a-f]{{16}}{re.escape(_machine())}")
+    return sum(_remove_abandoned(path) for path in folder.glob(f"{_TMP}*") if ours.fullmatch(path.name))
+
+
 def _machine() -> str:
     """Name the running kernel, within which every process sees the locks. Containers of one machine share it, while a
     host name changes with the pod, and two machines may have the same one."""

@@ -30,7 +30,7 @@ class Birth:
     data: dict[str, str]
     """Hash of each distribution's training documents."""
     began: str
-    """Initialization of its weights: ``grow.init``, or ``random`` in a first stage."""
+    """Initialization of its weights: ``grow.init``, or ``random`` in a first stage, or ``imported`` by a checkpoint."""
     weights_sha256: str
 
 
@@ -40,8 +40,9 @@ class Custody:
 
     stage: str
     key: str
-    tensors: Literal["trained", "borrowed", "moved"]
-    """``moved``: stored again by a derived stage under another number, without training."""
+    tensors: Literal["trained", "borrowed", "moved", "imported"]
+    """``moved``: stored again by a derived stage under another number, without training; ``imported``: as a checkpoint
+    had it."""
     held_by: str
     """Key of the stage that holds the tensors."""
     data: dict[str, str]
@@ -92,7 +93,7 @@ def trace_expert(chain: Sequence[CommittedStage], name: str) -> ExpertTrace:
         stages.insert(0, _custody(stage, layer, stage_name, place))
         layer = _layer_before(stage, layer)
     born = chain[birth]
-    began = born.spec.grow.init.value if born.spec.grow else "random"
+    began = "imported" if _came_in(born) else born.spec.grow.init.value if born.spec.grow else "random"
     first = Birth(stage=born.name, key=born.key, data=born.data, began=began, weights_sha256=born.weights_hash)
     return ExpertTrace(expert=name, born=first, stages=stages)
 
@@ -122,14 +123,25 @@ def _custody(stage: CommittedStage, layer: int, birth: str, place: int) -> Custo
     index = stage.architecture.expert_births(layer).index(birth) + place
     name = _tensor_of(stage.architecture, layer, index, birth)
     # A trained stage stores exactly the tensors that it changed; a derived one stores some without training them.
-    is_trained = name not in stage.borrowed and not stage.derived
+    how = _tensors(stage, name)
     return Custody(
         stage=stage.name,
         key=stage.key,
-        tensors="trained" if is_trained else "borrowed" if name in stage.borrowed else "moved",
+        tensors=how,
         held_by=stage.borrowed.get(name, stage.key),
-        data=stage.data if is_trained else {},
+        data=stage.data if how == "trained" else {},
     )
+
+
+def _tensors(stage: CommittedStage, name: str) -> Literal["trained", "borrowed", "moved", "imported"]:
+    if name in stage.borrowed:
+        return "borrowed"
+    return "imported" if _came_in(stage) else "moved" if stage.derived else "trained"
+
+
+def _came_in(stage: CommittedStage) -> bool:
+    """Whether it is a checkpoint as it came."""
+    return stage.derived is not None and stage.derived.get("derived") == "import"
 
 
 def _tensor_of(architecture: Architecture, layer: int, expert: int, birth: str) -> str:

@@ -18,7 +18,7 @@ from lifelong_moe.interop.export import Source, write_folder, write_picker
 from lifelong_moe.interop.single import config_of, single_architecture
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.storage.directories import new_directory
-from lifelong_moe.storage.temporary import temporary
+from lifelong_moe.storage.temporary import remove_dead, temporary
 from lifelong_moe.training.restore import build_model
 from pipelines.export.card import base_of, write_card, write_page
 from pipelines.export.export import Order
@@ -75,6 +75,8 @@ def write(order: Order, console: Console) -> Mapping[str, Any]:
         require_only_low_rank(source, generation or 0)
     if not job.compares:
         console.print("not compared: transformers is not installed (pip install 'lifelong-moe[transformers]')")
+    # A killed export leaves all that it has written, which may be as large as the model.
+    remove_dead(order.target.parent)
     with new_directory(order.target) as work:
         exported = [_one(job, generation, work) for generation in order.generations]
         if order.asked.every:

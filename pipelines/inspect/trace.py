@@ -54,7 +54,8 @@ def expert(run: str, name: str, console: Console) -> Mapping[str, Any]:
         raise ConfigError(f"run {run} has no committed stage yet.")
     found = trace_expert(store.chain(head.stages[-1]), name)
     born = found.born
-    texts = ", ".join(f"{name} {digest[:12]}" for name, digest in born.data.items())
+    # No text that is known made a checkpoint's experts.
+    texts = ", ".join(f"{name} {digest[:12]}" for name, digest in born.data.items()) or "a checkpoint"
     console.print(
         f"{name}: created by stage {born.stage} ({born.key[:SHORT]}) from {texts}; initialized: {born.began}",
     )

@@ -50,8 +50,8 @@ def measure_batch(
     Features are the mean final hidden states of the champion over a document's first ``model.context`` tokens.
 
     Returns:
-        The drift from each distribution and, if there are several, from ``TOGETHER``; and the stage whose experts get
-        most of the batch's tokens.
+        The drift from each distribution and, if there are several, from ``TOGETHER``; and the stage whose experts are
+        nearest: they get most of the batch's tokens or, where labels decide, are those of the most alike distribution.
     """
     new = _view(trainer, candidate, trainer.new, config, seed)
     views = {
@@ -68,7 +68,7 @@ def measure_batch(
         drifts[name] = replace(drift, words=words)
     if len(views) > 1:
         drifts[TOGETHER] = _from_mixture(new.sample, {name: view.sample for name, view in views.items()}, config, seed)
-    return drifts, _nearest_stage(trainer, new.measured)
+    return drifts, _nearest_stage(trainer, new.measured, drifts)
 
 
 def has_drifted(drifts: Mapping[str, Drift]) -> bool:
@@ -191,7 +191,14 @@ def first_tokens(shard: TokenShard, documents: NDArray[np.int64], tokens: int) -
     return replace(shard, tokens=np.concatenate(rows), offsets=offsets, text_bytes=shard.text_bytes[documents])
 
 
-def _nearest_stage(trainer: CandidateTrainer, measured: DocumentMeasures) -> str:
-    """The stage whose generation gets the largest share of the batch's tokens."""
-    shares = generation_shares(measured.expert_counts, trainer.architecture)
+def _nearest_stage(trainer: CandidateTrainer, measured: DocumentMeasures, drifts: Mapping[str, Drift]) -> str:
+    """The stage whose generation the batch is nearest to; see :func:`measure_batch`."""
+    architecture = trainer.architecture
+    if architecture.routing.by_label:
+        # A batch has no label yet, so all of it was read by the first generation, whatever it is like.
+        labels = dict(architecture.labels)
+        aucs = {name: one.auc for name, one in drifts.items() if name in labels and one.auc is not None}
+        if aucs:
+            return architecture.generations[labels[min(aucs, key=lambda name: aucs[name])]].stage
+    shares = generation_shares(measured.expert_counts, architecture)
     return max(shares, key=lambda stage: shares[stage])

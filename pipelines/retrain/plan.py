@@ -66,15 +66,19 @@ def make_plan(trainer: CandidateTrainer, new: NewDocuments, head: RunHead) -> Ti
     seed = grows.config.seed
     with trainer.console.status(f"{trainer.new}: measuring drift"):
         drifts, nearest = measure_batch(trainer, grows, settings.drift, seed)
-    options = _options(trainer, trainer.plan(nearest), grows, has_drifted(drifts), head)
+    fixed = why_fixed(trainer, nearest)
+    options = _options(trainer, None if fixed else trainer.plan(nearest), grows, has_drifted(drifts), head)
     require_room_for(trainer, [*options.continuing, *options.affordable])
     decision = _decide(trainer, options, drifts)
     chosen = options.chosen(decision)
     corpus = trainer.texts.corpora[trainer.new]
-    notes = drift_notes([*corpus.train, *corpus.heldout], drifts)
-    notes += _lost_text(options.continues, *options.affordable)
+    # Where nothing can train on, growing is considered whatever the drift is.
+    notes = drift_notes([*corpus.train, *corpus.heldout], {} if fixed else drifts)
+    notes += [f"Continuing is not considered, and growing takes its place: {fixed}."] if fixed else []
+    notes += grows.measurements.unmeasurable() + _lost_text(options)
     notes += _not_considered(options)
-    decided = Decided(decision.action, {**decision.terms}, [*notes, *decision.reasons])
+    terms = {**decision.terms, "drifted": float(options.drifted)}
+    decided = Decided(decision.action, {**terms}, [*notes, *decision.reasons])
     facts = plan_facts(trainer, new, drifts, decided, chosen, options.exceeded(decision))
     power = None if chosen is None else predicted_power(trainer, shortened(trainer, chosen))
     looks = look_at_batch(trainer, settings.drift.documents, seed)
@@ -86,18 +90,24 @@ class _Options:
     """Candidates of a tick, and what the limits forbid."""
 
     drifted: bool
-    continues: Candidate
+    continues: Candidate | None
+    """None if those experts cannot train on."""
     growing: list[Candidate]
-    """Ways to grow that ``limits.experts`` allows; none without drift."""
+    """Ways to grow that ``limits.experts`` allows; none where growing is not considered."""
     over: dict[str, list[str]]
     """Sentences on exceeded limits, by key of the candidate's stage."""
     full: list[str]
     """A sentence, if ``limits.experts`` forbids a way to grow."""
 
     @property
+    def wants_growth(self) -> bool:
+        """Whether growing is considered: the text drifted, or there is nothing that could train on."""
+        return self.drifted or self.continues is None
+
+    @property
     def continuing(self) -> list[Candidate]:
         """The candidate that continues, if it is affordable."""
-        return [] if self.over[self.continues.planned.key] else [self.continues]
+        return [] if self.continues is None or self.over[self.continues.planned.key] else [self.continues]
 
     @property
     def affordable(self) -> list[Candidate]:
@@ -107,7 +117,7 @@ class _Options:
     @property
     def probes(self) -> int:
         """Number of probes that the estimates of cost count."""
-        return 1 + len(self.growing)
+        return (self.continues is not None) + len(self.growing)
 
     def chosen(self, decision: Decision) -> Candidate | None:
         """The candidate to train; None to train nothing."""
@@ -121,26 +131,31 @@ class _Options:
     def exceeded(self, decision: Decision) -> list[str]:
         """Why the limits, and not the probes, made the decision; empty if they did not."""
         # Nothing was said of growing, for which the text calls: it stays open until a limit is raised.
-        if decision.action == Action.skip and self.drifted and not self.affordable:
+        if decision.action == Action.skip and self.wants_growth and not self.affordable:
             return self.over[self.growing[0].planned.key] if self.growing else self.full
-        return [] if self.affordable else self.over[self.continues.planned.key]
+        return [] if self.affordable or self.continues is None else self.over[self.continues.planned.key]
+
+
+def why_fixed(trainer: CandidateTrainer, stage: str) -> str | None:
+    """Why the experts of a generation cannot train on, in words; None if they can."""
+    if stage not in {one.name for one in trainer.champion.stages}:
+        return "the nearest experts are the checkpoint's, which stay as they came"
+    return trainer.architecture.why_fixed(stage)
 
 
 def _options(
-    trainer: CandidateTrainer, continues: Candidate, grows: Candidate, drifted: bool, head: RunHead
+    trainer: CandidateTrainer, continues: Candidate | None, grows: Candidate, drifted: bool, head: RunHead
 ) -> _Options:
     """The candidates, with what each would exceed."""
     settings = trainer.retraining.settings
     limits = settings.limits
     ways = [trainer.plan(None, grow=way) for way in settings.probe.grow] or [grows]
     rooms = [limits.experts is None or way.planned.architecture.num_experts <= limits.experts for way in ways]
-    growing = [way for way, room in zip(ways, rooms, strict=True) if drifted and room]
-    probes = 1 + len(growing)
+    wanted = drifted or continues is None
+    growing = [way for way, room in zip(ways, rooms, strict=True) if wanted and room]
+    tried = [*filter(None, [continues]), *growing]
     # What cannot be afforded is not probed either.
-    over = {
-        way.planned.key: exceeded_limits(limits, stage_facts(trainer, way), head, probes)
-        for way in (continues, *growing)
-    }
+    over = {way.planned.key: exceeded_limits(limits, stage_facts(trainer, way), head, len(tried)) for way in tried}
     return _Options(drifted, continues, growing, over, [] if all(rooms) else [no_room(limits.experts)])
 
 
@@ -179,7 +194,7 @@ def _decide(trainer: CandidateTrainer, options: _Options, drifts: dict[str, Drif
     return decide(
         continued=continued[0] if continued else None,
         grown=list(zip(_names(options.affordable), grown, strict=True)),
-        drifted=options.drifted,
+        drifted=options.wants_growth,
         config=settings.decision,
         gate=settings.gate,
         untested=untested(drifts),
@@ -202,10 +217,11 @@ def _way(grows: Candidate) -> str:
     return f"Growing by {generation.experts} experts{where}"
 
 
-def _lost_text(continues: Candidate, *growing: Candidate) -> list[str]:
-    """Text that can no longer be measured or replayed, a sentence each."""
-    notes = continues.measurements.unmeasurable()
-    for what, candidate in (("Continuing", continues), *(("Growing", way) for way in growing[:1])):
+def _lost_text(options: _Options) -> list[str]:
+    """Text that can no longer be replayed, a sentence each."""
+    notes = []
+    continuing = [("Continuing", one) for one in filter(None, [options.continues])]
+    for what, candidate in (*continuing, *(("Growing", way) for way in options.affordable[:1])):
         gone = candidate.data.gone
         if lost := [name for name in stage_specs(candidate.config)[-1].uses if name in gone]:
             notes.append(f"{what} replays nothing of {', '.join(lost)}, as it would otherwise: the text is gone.")

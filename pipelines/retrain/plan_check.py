@@ -14,7 +14,7 @@ from lifelong_moe.errors import StalePlanError
 from lifelong_moe.retraining.decision import Action
 from lifelong_moe.storage.keys import SHORT
 from lifelong_moe.store.runs import OpenRun, RunRecord, latest_timestamp, timestamp
-from pipelines.retrain.plan import VALID_DAYS, TickPlan, exceeded_limits, no_room, plan_facts, settings_hash
+from pipelines.retrain.plan import VALID_DAYS, TickPlan, exceeded_limits, no_room, plan_facts, settings_hash, why_fixed
 from pipelines.retrain.plan_file import PlanFacts, read_plan
 from pipelines.retrain.probes import stage_facts
 from pipelines.shared.novelty import NewDocuments
@@ -100,8 +100,9 @@ def _require_within_limits(
     if candidate is None:
         return
     limits = trainer.retraining.settings.limits
-    # At least these probes were made: the one that continues, and the one of a way to grow.
-    probes = 2 if facts.decision.action == Action.grow else 1
+    # At least these probes were made: the one that continues, where all experts can, and the one of a way to grow.
+    continued = not any(why_fixed(trainer, one.stage) for one in trainer.architecture.generations)
+    probes = 1 + (facts.decision.action == Action.grow and continued)
     found = exceeded_limits(limits, stage_facts(trainer, candidate), run.head, probes)
     experts = candidate.planned.architecture.num_experts
     if facts.decision.action == Action.grow and limits.experts is not None and experts > limits.experts:

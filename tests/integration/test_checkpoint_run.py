@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import shlex
 import shutil
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from lifelong_moe.config.data import TokenizerConfig
 from lifelong_moe.config.load import read_config
 from lifelong_moe.data.tokens.prepare import prepare_data
 from lifelong_moe.data.tokens.tokenizer import Tokenizer
-from lifelong_moe.errors import LifelongError
+from lifelong_moe.errors import ConfigError, LifelongError
 from lifelong_moe.interop.layout.complete import checkpoint_hash, with_checkpoint
 from lifelong_moe.interop.layout.folder import read_checkpoint
 from lifelong_moe.interop.pretrained import load_pretrained
@@ -37,6 +39,7 @@ from lifelong_moe.training.loop.module import StageModule
 from lifelong_moe.training.restore import load_model
 from pipelines.inspect.lineage import show_lineage
 from pipelines.inspect.opening import check_label
+from pipelines.inspect.trace import expert
 from pipelines.run.plan import plan
 from pipelines.shared.output import SafeConsole
 from tests.checkpoints import config_of, made, write_checkpoint
@@ -437,3 +440,45 @@ def test_the_stages_after_a_checkpoint_are_recorded(lab: Path, template: Path) -
     texts = ["1 apple", "def return"]
     losses = _load_pyfunc(str(reference.parent)).predict(pandas.DataFrame([[t] for t in texts]), {"output": "loss"})
     assert [0 < loss["nats_per_token"] < 12 for loss in losses] == [True, True]
+
+
+def test_a_tick_trains_the_nearest_label_on_and_its_hook_exports_the_champion(
+    lab: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_checkpoint("llama")
+    config = config_of(bundles=True)
+    config["stage_defaults"]["grow"] |= {"experts": 2, "rank": 2}
+    config["evaluate"] = {"tokens": 2_000}
+    train(write_config(config))
+    export = f"{shlex.quote(sys.executable)} -m pipelines.cli export tiny --generation code --to out --force"
+    # As docs/scheduling.md has it.
+    script = f'if grep -q "\\"outcome\\": \\"promoted\\""; then exec {export}; fi'
+    write_retraining(stage={"tokens": TOKENS}, hooks={"command": ["sh", "-c", script], "seconds": 120})
+    Path("inbox").mkdir()
+    arrive("code")
+    # All of it is read by the checkpoint's own experts, which never train on: it has no label yet.
+    outcome = tick("gate.tolerance=9")
+    assert (outcome["outcome"], outcome["action"]) == ("promoted", "continue"), outcome
+    stage = StageStore(Path("mlruns")).get(outcome["champion"]["key"])
+    assert stage.spec.continues == "code" and dict(stage.architecture.labels)[stage.spec.data] == 2
+    assert stage.key[:16] in Path("out/README.md").read_text(), capfd.readouterr().err
+
+
+def test_only_generations_of_the_run_train_on(lab: Path) -> None:
+    write_checkpoint("llama")
+    config = config_of()
+    config["stages"] = [{"data": "fruit", "grow": {"experts": 0}}, {"data": "code", "continues": "fruit"}]
+    with pytest.raises(ConfigError, match=r"stages\[1\]\.continues=fruit is unknown"):
+        train(write_config(config))
+
+
+def test_a_checkpoint_s_experts_are_traced_as_imported(lab: Path) -> None:
+    write_checkpoint("llama")
+    train(write_config(config_of(bundles=True)))
+    printed = io.StringIO()
+    found = expert("tiny", "base/L1/E0", SafeConsole(printed, width=200))
+    assert (found["born"]["began"], [one["tensors"] for one in found["stages"]]) == (
+        "imported",
+        ["imported", "borrowed", "borrowed"],
+    )
+    assert "from a checkpoint; initialized: imported" in printed.getvalue()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import os
 import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +29,7 @@ from pipelines.export.export import export_run
 from pipelines.shared.options import ExportFormat, ExportRequest
 from pipelines.shared.output import SafeConsole
 from tests.checkpoints import config_of, write_checkpoint
-from tests.tiny import VOCABULARIES, tiny_config, train, write_config
+from tests.tiny import VOCABULARIES, fork, kill_self, tiny_config, train, write_config
 
 transformers = pytest.importorskip("transformers", reason="both sides are compared with the extra `transformers`")
 
@@ -264,3 +268,27 @@ def test_adapters_of_a_run(run: Path) -> None:
     exported(generation="fruit", format=ExportFormat.peft, to="one")
     with pytest.raises(ConfigError, match="the first generation is what adapters are for"):
         exported(generation="base", format=ExportFormat.peft, to="two")
+
+
+def test_a_killed_export_leaves_nothing_for_long(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path(".tmp-0123456789abcdef").mkdir()  # of somebody else, since no machine is named
+    with monkeypatch.context() as patched:
+        patched.setattr(writing, "write_card", lambda *args: kill_self())
+        assert fork(lambda: exported(generation="base")).wait() == -signal.SIGKILL
+    (left,) = Path().glob(".tmp-*@*")
+    assert (left / "model.safetensors").is_file() and not Path("out").exists()
+    with locked_directory(left):  # as one that is under way
+        exported(generation="base")
+    assert left.is_dir()
+    exported(generation="base", force=True)
+    assert [path.name for path in Path().glob(".tmp-*")] == [".tmp-0123456789abcdef"]
+
+
+@contextmanager
+def locked_directory(path: Path) -> Iterator[None]:
+    descriptor = os.open(path, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        os.close(descriptor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -12,7 +13,8 @@ from lifelong_moe.store.trace import trace_expert
 from lifelong_moe.training.derived import derived_stage
 from lifelong_moe.training.restore import load_model
 from pipelines.inspect.evaluate import evaluate_text
-from tests.tiny import tiny_config, train, write_config
+from tests.retrain_lab import arrive, base_config, tick_and_text, write_retraining
+from tests.tiny import CONTEXT, SEQUENCES, STEPS, tiny_config, train, write_config
 
 NAMES = ("base", "down_a", "down_b", "gate_up_a", "gate_up_b")
 
@@ -33,3 +35,23 @@ def test_low_rank_experts_are_stored_traced_evaluated_and_dropped(lab: Path) -> 
     left = derived_stage(store, third, "code")
     architecture = load_model(store, left).architecture
     assert [(one.stage, one.rank) for one in architecture.generations] == [("fruit", 0), ("sea", 2)]
+
+
+def test_text_of_experts_that_low_rank_ones_change_is_grown_for(lab: Path) -> None:
+    config = base_config()
+    config["stage_defaults"]["tokens"] = STEPS * SEQUENCES * CONTEXT
+    config["stages"][1]["grow"] = {"rank": 2}
+    train(write_config(config))
+    write_retraining(stage={"grow": {"rank": 2}})
+    Path("inbox").mkdir()
+    arrive("fruit")
+    # So low a limit that nothing has to be probed.
+    outcome, printed = tick_and_text("limits.experts=4")
+    assert outcome["outcome"] == "over budget" and "more than limits.experts=4" in outcome["reason"]
+    assert "Continuing is not considered, and growing takes its place: stage fruit's experts do not train on" in printed
+    assert "the new data did not drift" not in printed
+    facts = json.loads(Path(outcome["plan"]).read_text())
+    assert facts["decision"]["terms"]["drifted"] == 0
+    # As for every batch above a limit, a plan of it is no plan to train.
+    outcome, printed = tick_and_text("limits.experts=9", dry_run=True)
+    assert "Growing gains" in printed and "Continuing gains" not in printed
