@@ -93,8 +93,10 @@ def _create(client: MlflowClient, name: str, version: Version, *, remote: bool) 
     )
     # Its number is known only now.
     number = str(created.version)
-    said = f"{how_to_load(name, number)}\n\n{version.description}".strip()
-    client.update_model_version(name, number, cut(said, DESCRIPTION_CHARACTERS))
+    how = how_to_load(name, number)
+    # First what the version is, of which MLflow's list of versions shows the beginning.
+    note = cut(version.description, DESCRIPTION_CHARACTERS - len(how) - 2)
+    client.update_model_version(name, number, f"{note}\n\n{how}".strip())
     return number
 
 

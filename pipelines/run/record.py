@@ -108,7 +108,8 @@ class MlflowRecord:
         spec = planned.spec
         tags = {"lifelong.run": self.prepared.config.run, "lifelong.kind": "stage", "lifelong.stage_key": planned.key}
         params = stage_params(planned)
-        name = f"{self.prepared.config.run} · {planned.depth} {spec.name}"
+        # As reports count the stages, without a checkpoint that the run began with.
+        name = f"{self.prepared.config.run} · {planned.depth - self.prepared.config.base.is_given} {spec.name}"
         # The same as for the parent: the id is persisted before MLflow hears of it.
         known = self.told.stages.get(planned.key) or local_id()
         self._tell(stages={**self.told.stages, planned.key: known})

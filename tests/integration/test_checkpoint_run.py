@@ -431,7 +431,9 @@ def test_the_stages_after_a_checkpoint_are_recorded(lab: Path, template: Path) -
     assert [one.tags["stage_key"] for one in versions] == [stage["key"] for stage in report["stages"]]
     for version, title in zip(versions, ("Stage 0 **fruit**", "Stage 1 **code**"), strict=True):
         assert title in version.description
-    (run,) = [one for one in (client.get_run(v.run_id) for v in versions) if one.data.params["stage"] == "2"]
+    runs = [client.get_run(version.run_id) for version in versions]
+    assert [run.info.run_name for run in runs] == ["tiny · 0 fruit", "tiny · 1 code"]
+    (run,) = [one for one in runs if one.data.params["stage"] == "2"]
     history = client.get_metric_history(run.info.run_id, "eval/code/nats_per_token")
     assert [(point.step, point.value) for point in history] == [(1, report["loss_nats_per_token"][1][1])]
     # All that the last stage needs: the checkpoint, and the two stages after it.

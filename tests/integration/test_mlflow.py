@@ -129,8 +129,17 @@ def test_a_stage_is_registered_once(root: Path, tracker: Tracker) -> None:
     folder = root / "artifacts" / run_id / "artifacts/models" / first.path.name
     assert (str(version.version), version.run_id, version.source) == ("1", run_id, str(folder))
     assert version.status == "READY" and version.tags == tags | {"directory": str(first.path)}
-    assert 'load_model("models:/demo/1")' in version.description and version.description.endswith("first")
+    assert version.description.startswith("first\n") and 'load_model("models:/demo/1")' in version.description
     assert open_pointer(folder / "data")[1].key == first.key
+
+
+def test_a_long_note_leaves_room_for_how_to_load(root: Path, tracker: Tracker) -> None:
+    stage = commit_made(root, "0123" * 16)
+    tracker.register_version(
+        "demo", run_id=started(tracker), tags={"stage_key": stage.key}, description="| a |\n" * 2000
+    )
+    said = client(root).get_model_version("demo", "1").description
+    assert len(said) == 5000 and "[cut, 12000 characters]" in said and "mlflow models serve" in said
 
 
 def test_a_version_of_an_earlier_release_stays_and_gets_a_loadable_one_beside_it(root: Path, tracker: Tracker) -> None:
