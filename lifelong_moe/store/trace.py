@@ -93,7 +93,7 @@ def trace_expert(chain: Sequence[CommittedStage], name: str) -> ExpertTrace:
         stages.insert(0, _custody(stage, layer, stage_name, place))
         layer = _layer_before(stage, layer)
     born = chain[birth]
-    began = "imported" if _came_in(born) else born.spec.grow.init.value if born.spec.grow else "random"
+    began = "imported" if born.is_imported else born.spec.grow.init.value if born.spec.grow else "random"
     first = Birth(stage=born.name, key=born.key, data=born.data, began=began, weights_sha256=born.weights_hash)
     return ExpertTrace(expert=name, born=first, stages=stages)
 
@@ -136,12 +136,7 @@ def _custody(stage: CommittedStage, layer: int, birth: str, place: int) -> Custo
 def _tensors(stage: CommittedStage, name: str) -> Literal["trained", "borrowed", "moved", "imported"]:
     if name in stage.borrowed:
         return "borrowed"
-    return "imported" if _came_in(stage) else "moved" if stage.derived else "trained"
-
-
-def _came_in(stage: CommittedStage) -> bool:
-    """Whether it is a checkpoint as it came."""
-    return stage.derived is not None and stage.derived.get("derived") == "import"
+    return "imported" if stage.is_imported else "moved" if stage.derived else "trained"
 
 
 def _tensor_of(architecture: Architecture, layer: int, expert: int, birth: str) -> str:
