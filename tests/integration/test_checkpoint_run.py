@@ -459,7 +459,7 @@ def test_a_tick_trains_the_nearest_label_on_and_its_hook_exports_the_champion(
     Path("inbox").mkdir()
     arrive("code")
     # All of it is read by the checkpoint's own experts, which never train on: it has no label yet.
-    outcome = tick("gate.tolerance=9")
+    outcome = tick("gate.tolerance=9", "decision.min_structure=0.01")
     assert (outcome["outcome"], outcome["action"]) == ("promoted", "continue"), outcome
     stage = StageStore(Path("mlruns")).get(outcome["champion"]["key"])
     assert stage.spec.continues == "code" and dict(stage.architecture.labels)[stage.spec.data] == 2
