@@ -13,7 +13,7 @@ from rich.text import Text
 
 from lifelong_moe.errors import CorruptError
 from lifelong_moe.interop.adapter import apply_adapter, require_only_low_rank, write_adapter
-from lifelong_moe.interop.agreement import MOST, compare, read_by_transformers
+from lifelong_moe.interop.agreement import compare, read_by_transformers
 from lifelong_moe.interop.export import Source, write_folder, write_picker
 from lifelong_moe.interop.single import config_of, single_architecture
 from lifelong_moe.model.transformer import LanguageModel
@@ -136,10 +136,10 @@ def _compared(job: _Job, found: Exported, generation: int, folder: Path) -> Expo
                 apply_adapter(theirs, folder)
                 agreement = compare(job.model, generation, theirs, prompt_ids)
     # Written so that NaN is refused as well.
-    if not agreement.difference <= MOST:
+    if not agreement.difference <= agreement.allowed:
         raise CorruptError(
             f"--to={job.order.asked.to}: transformers computes logits of it that differ by up to "
-            f"{agreement.difference:.1e} from the model's; at most {MOST:.0e} is rounding. It was removed."
+            f"{agreement.difference:.1e} from the model's; at most {agreement.allowed:.0e} is rounding. It was removed."
         )
     ours, text = (tokenizer.decode(ids) for ids in (agreement.ours, agreement.theirs))
     return replace(found, difference=agreement.difference, ours=ours, theirs=text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from lifelong_moe.data.tokens.pick import Picker
 from lifelong_moe.data.tokens.tokenizer import train_tokenizer
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.interop import adapter
-from lifelong_moe.interop.agreement import compare, read_by_transformers
+from lifelong_moe.interop.agreement import compare, read_by_transformers, rounding
 from lifelong_moe.interop.export import Source, write_folder, write_picker
 from lifelong_moe.interop.layout.kept import Kept
 from lifelong_moe.model.tokens import TokenBatch
@@ -194,3 +195,8 @@ def test_labels_are_told_and_not_picked(make_model: Make, tmp_path: Path) -> Non
         "labels": {"d0": "s0", "d1": "s1"},
     }
     assert [path.name for path in tmp_path.iterdir()] == ["generations.json"]
+
+
+def test_rounding_grows_with_the_numbers_and_has_a_bound() -> None:
+    assert [rounding(largest) for largest in (0.0, 1.0, 30.0, math.inf)] == pytest.approx([1e-4, 1e-4, 3e-4, 1e-2])
+    assert not math.inf <= rounding(math.inf) and not math.nan <= rounding(math.nan)
