@@ -118,7 +118,8 @@ def documented() -> list[tuple[str, str]]:
     ]
 
 
-def test_commands_in_the_documentation_parse(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_in_the_documentation_parse(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    make_smollm2(monkeypatch, tmp_path)
     monkeypatch.setenv("LIFELONG_DATA", "/somewhere")
     group = typer.main.get_command(app)
     assert hasattr(group, "resolve_command")
@@ -136,8 +137,11 @@ def test_commands_in_the_documentation_parse(monkeypatch: pytest.MonkeyPatch) ->
         path = parsed.params.get("config")
         if path is not None and (ROOT / path).is_file():
             asked = ROOT / path
-            load = load_retraining if is_retraining(asked) else load_comparison if is_comparison(asked) else read_config
-            load(asked, list(parsed.params.get("overrides") or []))
+            overrides = list(parsed.params.get("overrides") or [])
+            if is_retraining(asked) or is_comparison(asked):
+                (load_retraining if is_retraining(asked) else load_comparison)(asked, overrides)
+            else:
+                read_config(asked, overrides, with_checkpoint)
         elif path is not None and path.startswith("configs/"):
             pytest.fail(f"{where}: {path} does not exist")
 

@@ -70,6 +70,13 @@ def artifacts(run: Any) -> set[str]:
 
 
 FIGURES = {"figures/loss_matrix.png", "figures/curves.png", "figures/expert_load.png"}
+MODEL = {"MLmodel", "requirements.txt", "conda.yaml", "python_env.yaml", "data/pointer.json"}
+"""Files of a registered version, in a folder of its stage's name."""
+
+
+def of_stage(directory: str) -> set[str]:
+    """Artifacts of a stage's run."""
+    return FIGURES | {f"models/{directory}/{name}" for name in MODEL}
 
 
 def test_two_stages(lab: Path, config: dict[str, Any]) -> None:
@@ -114,7 +121,8 @@ def test_two_stages(lab: Path, config: dict[str, Any]) -> None:
     assert contexts(children[0]) == {"fruit": {"training"}}
     assert contexts(children[1]) == {"code": {"training"}, "fruit": {"replay"}}
     assert artifacts(parent) == FIGURES | {"config.yaml", "report.json"}
-    assert artifacts(children[0]) == artifacts(children[1]) == FIGURES
+    for child, stage in zip(children, report["stages"], strict=True):
+        assert artifacts(child) == of_stage(f"{stage['name']}-{stage['key'][:16]}")
     stored = json.loads((lab / f"mlruns/artifacts/{parent.info.run_id}/artifacts/report.json").read_text())
     assert stored == report
     for run in (parent, *children):
@@ -397,9 +405,9 @@ def test_database_that_dies_in_the_run(lab: Path, config: dict[str, Any], monkey
     (parent,), children = runs()
     assert [run.info.run_name for run in children] == ["tiny · 0 fruit", "tiny · 1 code"]
     assert {run.info.status for run in (parent, *children)} == {"FINISHED"}
-    for child in children:
+    for child, stage in zip(children, report["stages"], strict=True):
         assert [step for step, _ in points(child, "train/loss")] == [4, 8, 12]
-        assert artifacts(child) == FIGURES
+        assert artifacts(child) == of_stage(f"{stage['name']}-{stage['key'][:16]}")
     assert [step for step, _ in points(parent, "eval/fruit/nats_per_token")] == [0, 1]
     assert artifacts(parent) == FIGURES | {"config.yaml", "report.json"}
     assert len(client().search_model_versions("name = 'lifelong-moe.tiny'")) == 2

@@ -155,6 +155,8 @@ FINETUNING = [
 RUN = [
     *both("", "seed=1", "stage_defaults.tokens=704", "trainer.precision=bf16-mixed", "trainer.gradient_clip=0.5"),
     *both("", "trainer.accumulate_grad_batches=2"),
+    *second("", "stages[1].average=0.5"),
+    *none("", "stages[1].average=0.5", context=("method=sequential",)),
     *second("", "stages[1].name=other", "stages[1].data=english", "stages[1].continues=english"),
     *none("", "run=other", "stage_defaults.tokens=641"),
     *none("", "method=sequential", context=(*NO_GROWTH, *NO_REPLAY, "stage_defaults.trunk.train=full")),
