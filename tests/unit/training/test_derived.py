@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,8 +34,11 @@ KEY, HOLDER = "ab" * 32, "cd" * 32
 
 
 @pytest.fixture
-def source(tmp_path: Path, make_model: Callable[..., LanguageModel]) -> tuple[StageStore, CommittedStage]:
+def source(
+    tmp_path: Path, make_model: Callable[..., LanguageModel], monkeypatch: pytest.MonkeyPatch
+) -> tuple[StageStore, CommittedStage]:
     """A model of two generations of two experts, its embedding held by another stage."""
+    monkeypatch.setattr(StageStore, "tokenizer", lambda _, stage: SimpleNamespace(vocab_size=61))
     store, model = StageStore(tmp_path), make_model("learned", (2, 2))
     tensors = dict(model.state_dict())
     if model.architecture.model.tie_embeddings:
