@@ -186,7 +186,9 @@ REAL_MEMORY = {
     "planned": ("tensors, at least, as `plan` says, MB", "{:,.0f}"),
     "measured": ("largest resident size of the process, MB", "{:,.0f}"),
 }
+REAL_STREAM = {"what": ("", "{}")} | {name: (name, "{:.3f}") for name in ("german", "spanish", "french", "english")}
 TABLES: dict[str, Callable[[], list[str]]] = {
+    "real-stream": partial(listed, REAL["stream"], REAL_STREAM),
     "real-same": partial(listed, REAL["same"], REAL_SAME),
     "real-reading": partial(listed, REAL["reading"], REAL_READING),
     "real-german": partial(listed, REAL["german"], REAL_STAGE),
