@@ -69,7 +69,12 @@ def count_parameters(architecture: Architecture) -> ParameterCount:
     ]
     per_expert = _feed_forward(config.width, config.expert_width, config.activation)
     used = [min(architecture.experts_in(layer), _used_experts(architecture, layer)) for layer in range(config.layers)]
-    # A low-rank expert is used with the one that it changes; those of the largest rank count here.
+    # Low-rank experts are used with the whole ones that they change, of which several may change the same one.
+    whole = [
+        sum(one.experts_in(layer) for one in architecture.generations if not one.rank) for layer in range(config.layers)
+    ]
+    experts = sum(min(u, w) for u, w in zip(used, whole, strict=True)) * per_expert
+    # Those of the largest rank count here.
     changes = [
         max(_factors(architecture, one.rank) for one in architecture.generations if one.experts_in(layer) or not num)
         for layer, num in enumerate(used)
@@ -77,7 +82,7 @@ def count_parameters(architecture: Architecture) -> ParameterCount:
     return ParameterCount(
         total=sum(counts.values()),
         # A token uses one generation's deltas: those of the largest rank.
-        active=trunk + sum(u * (per_expert + c) for u, c in zip(used, changes, strict=True)) + routers + max(deltas),
+        active=trunk + experts + sum(u * c for u, c in zip(used, changes, strict=True)) + routers + max(deltas),
         trunk=trunk,
         per_expert=per_expert,
         unfrozen=sum(num for (_, g), num in counts.items() if g is not None and architecture.trains(g)),

@@ -130,3 +130,11 @@ def test_attention_flops_are_those_that_torch_counts(make_model: Make) -> None:
     ours = forward_flops_per_token(model.architecture)
     attention = 2 * 2 * 16 * 16
     assert counter.get_total_flops() == 16 * (ours + attention // 2)
+
+
+def test_what_low_rank_experts_share_is_active_once(make_model: Callable[..., LanguageModel]) -> None:
+    """Of a dense model that has grown: two experts a token, each a change of its only feed-forward network."""
+    count = count_parameters(make_model("learned", (1, Generation("s1", 4, rank=2))).architecture)
+    config = make_model("learned", (1,)).architecture.model
+    factors, rows = 3 * 2 * (config.width + config.expert_width), config.layers * 5 * config.width
+    assert count.active == count.trunk + rows + config.layers * (count.per_expert + 2 * factors) < count.total
