@@ -35,9 +35,9 @@ from tests.hostile import (
 MEMORY = "/dev/shm"
 EVERY = 1000
 """Attempts from one line of counts to the next."""
-SELDOM = {"inspect": 0.1, "tick": 0.1, "compare": 0.25, "sync": 0.5}
-SELDOM |= {name: 0.1 for name in COMMANDS if "recorded" in name}
-"""How often a command is drawn, for each time that others are: pictures, training and databases take seconds."""
+SELDOM = {"inspect": 0.05, "tick": 0.1, "compare": 0.3, "retrain": 0.3, "sync": 0.4, "export": 0.4, "consolidate": 0.4}
+SELDOM |= {name: 0.2 for name in COMMANDS if "recorded" in name}
+"""How often a command is drawn, for each time that others are: what takes longer than most is drawn less often."""
 
 
 def main(attempts: int, *seeds: int) -> int:
