@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from lifelong_moe.config.routing.bounds import require_bounded
@@ -111,6 +111,8 @@ class BaseConfig:
     """Rows of its embedding, of which a tokenizer may use fewer."""
     bos_id: int = 0
     """The token that its own files begin a document with."""
+    ends: list[int] = field(default_factory=list)
+    """Other tokens that its own files end a text with: where its model writes text, a document ends there."""
 
     def __post_init__(self) -> None:
         require_bounded(self, "base.")

@@ -164,6 +164,7 @@ def _spec(config: RunConfig, recipe: Recipe, i: int, stage: StageConfig, gone: C
         penalty=penalty if penalizes else None,
         average=stage.average if later and recipe.average else 0.0,
         review=stage.review if reviews else None,
+        text_ends=tuple(config.base.ends),
     ).effective()
 
 
@@ -213,7 +214,8 @@ def _plain(config: RunConfig, stage: StageConfig, grown: bool) -> StageSpec:
 
 def base_spec(config: RunConfig) -> StageSpec:
     """What the record of a checkpoint's stage says of its training here: none."""
-    return replace(_plain(config, StageConfig(data=BASE_NAME, name=BASE_NAME), grown=False), tokens=0, seed=0)
+    plain = _plain(config, StageConfig(data=BASE_NAME, name=BASE_NAME), grown=False)
+    return replace(plain, tokens=0, seed=0, text_ends=tuple(config.base.ends))
 
 
 def _first(config: RunConfig, stage: StageConfig, name: str) -> StageSpec:

@@ -83,6 +83,9 @@ class StageSpec:
     """Processes that take a step together."""
     vocabulary: VocabularyConfig | None = None
     """Tokens that it adds; None adds none."""
+    text_ends: tuple[int, ...] = ()
+    """Tokens besides BOS that end a document in text that the parent's model writes, for it descends from a checkpoint
+    that ends text so. Also of the checkpoint's own record."""
 
     @property
     def steps(self) -> int:
@@ -263,8 +266,10 @@ class StageSpec:
             del data["vocabulary"]
         # Flat, as in stages from before replay was a section, whose keys must not change.
         replay = data.pop("replay")
-        if not self.average:  # as in stages from before there was one
-            del data["average"]
+        # As in stages from before there were such.
+        for name in ("average", "text_ends"):
+            if not data[name]:
+                del data[name]
         return data | {name: replay[key] for name, key in _REPLAY.items()}
 
     @classmethod
@@ -305,4 +310,5 @@ class StageSpec:
             penalty=self.penalty and self.penalty.effective(),
             finetune=self.finetune and self.finetune.effective(),
             processes=self.processes if self.varies_by_process else 1,
+            text_ends=self.text_ends if any(self.written_blocks) else (),
         )

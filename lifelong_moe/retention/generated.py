@@ -5,7 +5,7 @@ Legend: B blocks written at a time, S tokens fed to a block, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import numpy as np
 import torch
@@ -29,14 +29,16 @@ def generate_blocks(
     *,
     context: int,
     seed: int,
-    temperature: float = 1.0,
     batch_size: int = WRITTEN_AT_ONCE,
+    ends: Collection[int] = (),
     domain_ids_of: DomainIdsOf | None = None,
 ) -> NDArray[np.int64]:
     """Sample packed blocks: BOS, then the model's text; a sampled BOS starts a new document.
 
-    With ``model.document_mask`` documents do not see each other, as in training; positions count through the block
-    either way. The end of a block cuts its last document.
+    Documents end as the model's training text did, since the next document's BOS is the target of a document's last
+    token. With ``model.document_mask`` they do not see each other, as in training; positions count through the block
+    either way. The end of a block cuts its last document. Training text runs on in the next block; here each block
+    begins with BOS, and blocks that run on kept as much of the old text (docs/results.md).
 
     A pure function of weights and arguments on one device. Each block has its own random numbers, so that neither
     ``num_blocks`` nor ``batch_size`` changes it, except for rounding in products of another size.
@@ -46,8 +48,9 @@ def generate_blocks(
         num_blocks: How many.
         context: Tokens of a training block (S). It costs ``num_blocks * context`` tokens' forward passes.
         seed: Of the sampling, not negative.
-        temperature: Divides the logits; 1 samples from the model's distribution.
         batch_size: Blocks written at a time; bounds memory.
+        ends: Tokens besides BOS with which a model that others trained ends its documents. BOS is written in their
+            place: here the next document's BOS ends one, and what such a model writes after its own end is no text.
         domain_ids_of: Returns domains where routing has them (``DocumentClusters.domain_ids``, or a label's constant);
             asked every ``routing.chunk_tokens`` tokens of a document only. None means domain 0.
 
@@ -55,14 +58,14 @@ def generate_blocks(
         int64 ``(num_blocks, context + 1)``: inputs are all columns but the last, targets all but the first.
 
     Raises:
-        ValueError: If ``context``, ``temperature`` or ``batch_size`` is not positive.
+        ValueError: If ``context`` or ``batch_size`` is not positive.
 
     Source:
         Sun et al. 2020 (LAMOL, arXiv:1909.03329): a language model replays text of its own. There it learns to
         write whole examples from a task's own start token; here it begins at BOS like any document.
     """
-    if context < 1 or batch_size < 1 or not temperature > 0:
-        raise ValueError(f"context={context}, batch_size={batch_size} and temperature={temperature} must be positive")
+    if context < 1 or batch_size < 1:
+        raise ValueError(f"context={context} and batch_size={batch_size} must be positive")
     blocks = np.full((num_blocks, context + 1), model.architecture.bos_id, dtype=np.int64)
     training = model.training
     model.eval()
@@ -71,7 +74,7 @@ def generate_blocks(
             part = blocks[start : start + batch_size]
             numbers = range(start, start + len(part))
             uniform_BS = np.stack([_uniform(seed, number, context) for number in numbers])
-            _fill(model, part, uniform_BS, temperature, domain_ids_of)
+            _fill(model, part, uniform_BS, list(ends), domain_ids_of)
     finally:
         model.train(training)
     return blocks
@@ -86,7 +89,7 @@ def _fill(
     model: LanguageModel,
     tokens: NDArray[np.int64],
     uniform_BS: NDArray[np.float32],
-    temperature: float,
+    ends: list[int],
     domain_ids_of: DomainIdsOf | None,
 ) -> None:
     """Fill all columns of ``(B, S + 1)`` but the first, which is BOS, from left to right."""
@@ -96,7 +99,8 @@ def _fill(
     for t in range(uniform_BS.shape[1]):
         documents.read(tokens, t)
         logits_BV = _next_logits(model, tokens[:, t], documents, cache)
-        tokens[:, t + 1] = sample_tokens(logits_BV / temperature, uniform[:, t]).cpu().numpy()
+        sampled_B = sample_tokens(logits_BV, uniform[:, t]).cpu().numpy()
+        tokens[:, t + 1] = np.where(np.isin(sampled_B, ends), model.architecture.bos_id, sampled_B)
 
 
 def _next_logits(

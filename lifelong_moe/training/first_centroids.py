@@ -98,15 +98,17 @@ def first_centroids(
     return store.commit(record, {}, {FIRST_CENTROIDS: torch.from_numpy(centroids)})
 
 
-def _identity(first: CommittedStage, routing: TextClusterConfig) -> dict[str, str | int]:
+def _identity(first: CommittedStage, routing: TextClusterConfig) -> dict[str, str | int | list[int]]:
     """What the centroids depend on; their content address."""
-    found: dict[str, str | int] = {
+    found: dict[str, str | int | list[int]] = {
         "derived": "centroids",
         "from": first.key,
         "clusters": routing.num_clusters(first.architecture.generations[0].experts),
         "feature_width": routing.feature_width,
     }
-    written: dict[str, str | int] = {"written_tokens": routing.sample_tokens, "seed": first.spec.seed}
+    written: dict[str, str | int | list[int]] = {"written_tokens": routing.sample_tokens, "seed": first.spec.seed}
+    # Left out as in centroids from before there were such.
+    written |= {"text_ends": list(first.spec.text_ends)} if first.spec.text_ends else {}
     # A checkpoint's model learned no text that is here.
     return found | written if first.is_imported else found
 
@@ -117,7 +119,7 @@ def _written_documents(
     """Documents that a checkpoint's model writes, each with its separator first."""
     context, bos_id = first.architecture.model.context, first.architecture.bos_id
     model, blocks = load_model(store, first), max(1, routing.sample_tokens // context)
-    rows = generate_blocks(model, blocks, context=context, seed=first.spec.seed)
+    rows = generate_blocks(model, blocks, context=context, seed=first.spec.seed, ends=first.spec.text_ends)
     written = (part for row in rows for part in np.split(row, np.flatnonzero(row == bos_id)[1:]))
     # Two separators in a row are a document without text, by which nothing is recognized.
     return [document for document in written if len(document) > 1]

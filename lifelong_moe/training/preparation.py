@@ -120,6 +120,7 @@ def _written_blocks(model: LanguageModel, run: StageRun) -> NDArray[np.int64]:
                 blocks,
                 context=context,
                 seed=run.seed,
+                ends=spec.text_ends,
                 domain_ids_of=None if clusters is None else clusters.domain_ids,
             )
         write_directory(path, {"blocks.safetensors": partial(save_file, {"blocks": torch.from_numpy(rows)})})

@@ -122,6 +122,8 @@ def test_a_checkpoint_s_text_is_recognized_by_what_it_writes(lab: Path) -> None:
     chain, fitted = store.chain(head["stages"][-1]), store.get(head["centroids"])
     assert fitted.parent == chain[0].key and fitted.derived is not None and not fitted.data
     assert (fitted.derived["written_tokens"], fitted.derived["seed"]) == (1_024, 0)
+    # Its files end a text with another token than the one that begins a document.
+    assert fitted.derived["text_ends"] == [2] and list(chain[0].spec.text_ends) == [2]
     model = load_model(store, chain[-1])
     assert model.document_clusters is not None
     assert torch.equal(store.tensors(fitted)["document_clusters.centroids_0"], model.document_clusters.centroids_0)
@@ -181,6 +183,7 @@ def test_a_checkpoint_writes_the_text_that_it_is_replayed(lab: Path) -> None:
     head = json.loads(Path("mlruns/runs/tiny/head.json").read_text())
     first = StageStore(Path("mlruns")).get(head["stages"][0])
     assert first.spec.replayed == ("base",) and first.spec.distill is not None and first.metrics["active_flops"] > 0
+    assert first.spec.text_ends == (2,)
 
 
 @pytest.mark.parametrize(("at", "rank"), [(2, 0), (STEPS + 3, 0), (STEPS + 6, 2)])

@@ -150,6 +150,15 @@ def test_the_token_that_begins_a_document(
     assert found.family.separator == expected and found.vocabulary is not None and found.vocabulary.size == VOCAB
 
 
+@pytest.mark.parametrize(
+    ("ends", "expected"), [(2, [2]), ([5, 2, 2], [2, 5]), (1, []), ([1, 3], [3]), (None, []), ([VOCAB, 2], [2])]
+)
+def test_the_other_tokens_that_end_a_text(tmp_path: Path, ends: Any, expected: list[int]) -> None:
+    made("llama").save_pretrained(tmp_path)
+    change_json(tmp_path / "config.json", lambda config: config | {"bos_token_id": 1, "eos_token_id": ends})
+    assert read_checkpoint(tmp_path).family.ends == expected
+
+
 def test_a_shared_expert_that_does_something_is_refused(tmp_path: Path) -> None:
     made("qwen2_moe").save_pretrained(tmp_path)
     name = "model.layers.1.mlp.shared_expert.down_proj.weight"

@@ -209,6 +209,7 @@ def test_commands_of_earlier_defaults_give_the_shapes_of_then(monkeypatch: pytes
         "by-document": (249_856, [4, 6, 10], "5.18"),
         "four-earlier": (399_360, [4, 6, 8, 10], "5.18"),
         "four-naive": (399_360, [4, 4, 4, 4], "2.82"),
+        "written": (598_016, [8, 8], "4.40"),
         # Without the rows of tokens that are added, whose number is found in the text.
         **dict.fromkeys(("german", "german-2000", "german-2000-text"), (399_360, [8, 12], "6.50")),
     }

@@ -52,6 +52,7 @@ def with_checkpoint(raw: DictConfig) -> DictConfig:
     note_folder(sha256, found.path)
     base: dict[str, Any] = {"path": name} | ({} if revision is None else {"revision": str(revision)})
     base |= {"sha256": sha256} | ({} if kept is None else {"store": kept})
+    base |= {"ends": family.ends} if family.ends else {}
     raw.base = base | {"vocab_size": family.vocab_size, "bos_id": family.separator}
     return raw
 

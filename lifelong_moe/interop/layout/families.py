@@ -77,6 +77,12 @@ class Family:
         return found
 
     @property
+    def ends(self) -> list[int]:
+        """Tokens that end a text, but for the one that begins a document."""
+        found = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
+        return sorted({one for one in found if one is not None and 0 <= one < self.vocab_size} - {self.separator})
+
+    @property
     def biases(self) -> bool:
         """Whether queries, keys and values of this model have biases."""
         return self.has_bias

@@ -64,6 +64,7 @@ def test_earlier_versions_trained_in_one_process_and_measured_on_the_text_they_n
     assert (read.processes, read.measures_generated) == (1, False)
 
 
+WRITTEN = ReplayConfig(fraction=0.5, source=ReplaySource.generated)
 SCALARS: dict[str, Any] = {
     "average": 0.5,
     "name": "other",
@@ -84,15 +85,25 @@ SCALARS: dict[str, Any] = {
     "review": None,
     "finetune": FinetuneConfig(),
     "vocabulary": VocabularyConfig(add=2),
+    "text_ends": (3,),
 }
 
 
 @pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(StageSpec) if f.name not in ("parent", "data")])
 def test_every_field_of_the_stage_is_in_the_key(later: StageSpec, field: str) -> None:
+    # Text that nobody writes has no ends, and all other stages the keys that they had.
+    before = dataclasses.replace(later, replay=WRITTEN) if field == "text_ends" else later
     if field in SCALARS:
-        assert key_of(dataclasses.replace(later, **{field: SCALARS[field]})) != key_of(later)
+        assert key_of(dataclasses.replace(before, **{field: SCALARS[field]})) != key_of(before)
     else:  # sections: key by key in test_effective.py; processes: below
         assert field in {"optim", "model", "routing", "processes"}
+
+
+def test_where_nobody_writes_text_its_ends_have_no_effect(later: StageSpec) -> None:
+    changed = dataclasses.replace(later, text_ends=(3,))
+    assert key_of(changed) == key_of(later) and "text_ends" not in later.to_json()
+    writes = dataclasses.replace(changed, replay=WRITTEN)
+    assert StageSpec.from_json(json.loads(json.dumps(writes.to_json()))) == writes
 
 
 @pytest.mark.parametrize("key", LATER)
