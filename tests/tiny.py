@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -9,10 +10,11 @@ import random
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+import pytest
 import torch
 import yaml
 
@@ -35,6 +37,21 @@ VOCABULARIES = {
     "code": "def return self value index for in range import yield lambda x y = == ( ) :",
     "sea": "wave tide salt sail anchor harbour gull reef storm the of under beyond drifts",
 }
+
+
+@contextlib.contextmanager
+def working_in(root: Path) -> Iterator[pytest.MonkeyPatch]:
+    """Work in a directory with one thread; what a run changes for its process is put back."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(root)
+            patch.setenv("TOKENIZERS_PARALLELISM", "false")
+            yield patch
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(False)  # Lightning turns it on for the process
 
 
 def write_corpus(path: Path, words: list[str], seed: int, documents: int = 160) -> None:

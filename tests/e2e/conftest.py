@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,7 +11,11 @@ import pytest
 import torch
 
 from pipelines.cli import app, exit_code
+from tests.known_stages import known_stages, use_known_stages
+from tests.pictures import draw_once
 from tests.tiny import tiny_config, train, write_config, write_corpora
+
+__all__ = ["known_stages"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,12 @@ class Result:
 
 
 Cli = Callable[..., Result]
+
+
+@pytest.fixture(autouse=True)
+def pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each kind is drawn once; what is in them is tested elsewhere."""
+    draw_once(monkeypatch)
 
 
 @pytest.fixture(autouse=True)
@@ -66,15 +75,14 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(scope="session")
 def trained_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory in which ``tiny`` and ``naive`` have been run."""
-    before, root = os.getcwd(), tmp_path_factory.mktemp("trained")
-    os.chdir(root)
-    try:
+    root = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        use_known_stages(patch, tmp_path_factory)
         write_corpora(root)
         write_config(tiny_config())
         train()
         train("tiny.yaml", "run=naive", "method=sequential")
-    finally:
-        os.chdir(before)
     return root
 
 

@@ -17,6 +17,7 @@ from pipelines.cli import app
 from tests.e2e.conftest import Cli
 from tests.tiny import CONTEXT, SEQUENCES, STEPS, TOKENS, tiny_config, write_config
 
+pytestmark = pytest.mark.usefixtures("known_stages")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 COMMANDS = sorted(str(command.name or command.callback.__name__) for command in app.registered_commands)  # type: ignore[union-attr]
 HEAVY = ("torch", "lightning", "mlflow", "transformers", "datasets", "faiss", "tokenizers", "matplotlib")

@@ -14,6 +14,8 @@ import yaml
 from lifelong_moe.reports import comparison as comparison_module
 from tests.e2e.conftest import Cli
 
+pytestmark = pytest.mark.usefixtures("known_stages")
+
 
 @pytest.fixture
 def compare_yaml(lab: Path) -> Path:

@@ -19,6 +19,7 @@ import typer
 import yaml
 
 from pipelines.cli import app
+from tests.known_stages import use_known_stages
 from tests.retrain_lab import RETRAIN, make_base
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,6 +45,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
+        use_known_stages(patch, tmp_path_factory)
         make_base(root)
     (root / "configs").mkdir()
     (root / "configs/retrain.yaml").write_text(yaml.safe_dump({**RETRAIN, "base": "../tiny.yaml"}))

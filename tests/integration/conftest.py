@@ -10,8 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.known_stages import known_stages, use_known_stages
+from tests.pictures import draw_once
 from tests.retrain_lab import arrive, make_base, tick
 from tests.tiny import write_corpora
+
+__all__ = ["known_stages"]
+
+
+@pytest.fixture(autouse=True)
+def pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each kind is drawn once; what is in them is tested elsewhere."""
+    draw_once(monkeypatch)
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +43,7 @@ def retraining_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("base")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
+        use_known_stages(patch, tmp_path_factory)
         make_base(root)
     return root
 
@@ -44,6 +55,7 @@ def grown(retraining_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     shutil.copytree(retraining_base, root)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
+        use_known_stages(patch, tmp_path_factory)
         arrive("sea")
         assert tick()["outcome"] == "promoted"
     return root

@@ -22,10 +22,14 @@ from pipelines.shared.recorded import tracker_of, tracking_of
 from pipelines.versions.consolidate import consolidate
 from pipelines.versions.drop import drop
 from pipelines.versions.rollback import rollback
+from tests.known_stages import use_known_stages
 from tests.retrain_lab import arrive, base_config, head, make_base, tick, write_retraining
 from tests.tiny import STEPS, train, write_config
 
-pytestmark = pytest.mark.xdist_group("champion alias")  # one process trains what all of them begin with
+pytestmark = [
+    pytest.mark.xdist_group("champion alias"),  # one process trains what all of them begin with
+    pytest.mark.usefixtures("known_stages"),
+]
 
 SILENT = Console(quiet=True)
 DATABASE = Path("mlruns/mlflow.db")
@@ -66,6 +70,7 @@ def base(tmp_path_factory: pytest.TempPathFactory, template: Path) -> Path:
     shutil.copy(template, root / DATABASE)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
+        use_known_stages(patch, tmp_path_factory)
         make_base(root, tracking={"enabled": True})
         arrive("sea")
     return root
@@ -78,6 +83,7 @@ def grown(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(base, root)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
+        use_known_stages(patch, tmp_path_factory)
         assert tick()["outcome"] == "promoted"
     return root
 

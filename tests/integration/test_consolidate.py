@@ -22,6 +22,7 @@ from pipelines.inspect.inspect import inspect_stage
 from pipelines.shared.options import InspectionRequest, SamplingOptions
 from pipelines.versions.consolidate import consolidate
 from pipelines.versions.rollback import rollback
+from tests.known_stages import use_known_stages
 from tests.retrain_lab import head
 from tests.tiny import tiny_config, train, write_config, write_corpora
 
@@ -35,6 +36,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("consolidate")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
+        use_known_stages(patch, tmp_path_factory)
         write_corpora(root)
         write_config(tiny_config(("fruit", "code", "fruit")))
         train()

@@ -29,7 +29,7 @@ from pipelines.export.export import export_run
 from pipelines.shared.options import ExportFormat, ExportRequest
 from pipelines.shared.output import SafeConsole
 from tests.checkpoints import config_of, write_checkpoint
-from tests.tiny import VOCABULARIES, fork, kill_self, tiny_config, train, write_config
+from tests.tiny import VOCABULARIES, fork, kill_self, tiny_config, train, working_in, write_config, write_corpora
 
 transformers = pytest.importorskip("transformers", reason="both sides are compared with the extra `transformers`")
 
@@ -56,21 +56,13 @@ def bundled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _trained(root: Path, **keys: Any) -> Path:
-    from tests.tiny import write_corpora
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-        patch.setenv("TOKENIZERS_PARALLELISM", "false")
+    with working_in(root):
         write_corpora(root)
         write_checkpoint("llama")
         Path("ck/README.md").write_text("---\nlicense: apache-2.0\n---\n")
         config = config_of(**keys)
         config["stage_defaults"]["trunk"] = {"train": "deltas", "rank": 2}
         train(write_config(config))
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(False)
     return root
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness (the extra `lm-eval`) is not installed")
@@ -34,7 +33,7 @@ from pipelines.lm_eval import MODEL, command_line
 from pipelines.shared.options import ExportRequest
 from pipelines.shared.output import SafeConsole, silent
 from tests.checkpoints import config_of, write_checkpoint
-from tests.tiny import CONTEXT, VOCABULARIES, tiny_config, train, write_config, write_corpora
+from tests.tiny import CONTEXT, VOCABULARIES, tiny_config, train, working_in, write_config, write_corpora
 
 ROOT = Path(__file__).parents[2]
 TASKS = ("choice", "write", "sampled", "roll")
@@ -106,11 +105,7 @@ def grown(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that grew a generation on a checkpoint, and the export of it; to be copied."""
     root = tmp_path_factory.mktemp("grown") / "lab"
     root.mkdir()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-        patch.setenv("TOKENIZERS_PARALLELISM", "false")
+    with working_in(root):
         write_corpora(root)
         write_checkpoint("llama")
         config = config_of(bundles=True)
@@ -119,8 +114,6 @@ def grown(tmp_path_factory: pytest.TempPathFactory) -> Path:
         train(write_config(config))
         export_run("tiny", ExportRequest(to="out", generation="code"), silent())
         write_tasks()
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(False)
     return root
 
 

@@ -34,7 +34,7 @@ NO_REPLAY = {"when_continuing": {"replay": {"fraction": 0.0}, "distill": {"weigh
 
 
 @pytest.fixture(autouse=True)
-def lab(retraining_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def lab(retraining_base: Path, known_stages: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of it to work in."""
     root = tmp_path / "lab"
     shutil.copytree(retraining_base, root)

@@ -47,7 +47,7 @@ def write(path: str, texts: list[str]) -> None:
 
 
 @pytest.fixture
-def lab(retraining_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def lab(retraining_base: Path, known_stages: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A copy of it to work in."""
     shutil.copytree(retraining_base, tmp_path / "lab")
     monkeypatch.chdir(tmp_path / "lab")

@@ -40,6 +40,7 @@ from pipelines.retrain.plan_file import read_plan
 from pipelines.versions.candidates import served_stages
 from pipelines.versions.drop import drop
 from pipelines.versions.rollback import rollback
+from tests.known_stages import train_all_stages
 from tests.retrain_lab import (
     TOKENS,
     arrive,
@@ -58,7 +59,7 @@ SILENT = Console(quiet=True)
 
 
 @pytest.fixture(autouse=True)
-def lab(retraining_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def lab(retraining_base: Path, known_stages: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of it to work in."""
     root = tmp_path / "lab"
     shutil.copytree(retraining_base, root)
@@ -608,6 +609,7 @@ def test_a_batch_that_an_earlier_version_learned_is_split_by_that_versions_rule(
 
 
 def test_a_plan_is_carried_out_as_it_stands(after_growth: Path, lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train_all_stages(monkeypatch)
     undisturbed = head()["stages"][-1], weights(head()["stages"][-1])
     monkeypatch.chdir(lab)
     arrive("sea")
@@ -729,6 +731,7 @@ KILLS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
 
 @pytest.mark.parametrize("when", KILLS)
 def test_a_killed_tick_is_done_again(when: str, after_growth: Path, lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train_all_stages(monkeypatch)
     undisturbed = head()["stages"], weights(head()["stages"][-1])
     monkeypatch.chdir(lab)
     arrive("sea")

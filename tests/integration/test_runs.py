@@ -20,8 +20,10 @@ from lifelong_moe.errors import ConfigError, CorruptError, TryAgainError
 from lifelong_moe.storage.locks import locked
 from lifelong_moe.store.runs import RunRecord, require_head
 from pipelines.cli import exit_code
+from tests.known_stages import train_all_stages
 from tests.tiny import fork, hashes, tiny_config, train, write_config
 
+pytestmark = pytest.mark.usefixtures("known_stages")
 needs_fork = pytest.mark.skipif(torch.cuda.is_available(), reason="autograd does not survive a fork once CUDA is there")
 
 
@@ -230,7 +232,8 @@ def test_stage_that_another_run_trains(lab: Path) -> None:
 
 
 @needs_fork
-def test_simultaneous_starts_never_corrupt(lab: Path) -> None:
+def test_simultaneous_starts_never_corrupt(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train_all_stages(monkeypatch)
     write_config(tiny_config(("fruit",)))
     children = [fork(lambda: train()) for _ in range(4)]
     codes = sorted(child.wait() for child in children)
@@ -267,6 +270,7 @@ def test_training_touches_no_network(lab: Path, monkeypatch: pytest.MonkeyPatch)
     def connect(*args: Any) -> None:
         raise AssertionError(f"connected to {args[1:]}")
 
+    train_all_stages(monkeypatch)
     monkeypatch.setattr(socket.socket, "connect", connect)
     write_config(tiny_config(("fruit",)))
     report, _ = train()

@@ -28,6 +28,7 @@ from pipelines.inspect.status import show_status
 from pipelines.upkeep.gc import gc
 from pipelines.versions.drop import drop
 from pipelines.versions.rollback import rollback
+from tests.known_stages import use_known_stages
 from tests.retrain_lab import change_head, head, three_stages
 from tests.tiny import tiny_config, train, write_config, write_corpora
 
@@ -42,6 +43,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("versions")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
+        use_known_stages(patch, tmp_path_factory)
         write_corpora(root)
         write_config(three_stages())
         train()
@@ -50,7 +52,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def lab(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def lab(base: Path, known_stages: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of it to work in."""
     root = tmp_path / "lab"
     shutil.copytree(base, root)

@@ -6,7 +6,6 @@ import io
 import json
 import shutil
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,7 @@ from pipelines.shared.options import ExportFormat, ExportRequest, InspectionRequ
 from pipelines.shared.output import SafeConsole
 from pipelines.versions.drop import drop
 from tests.checkpoints import config_of, write_checkpoint
-from tests.tiny import fork, hashes, kill_self, tiny_config, train, write_config, write_corpora
+from tests.tiny import fork, hashes, kill_self, tiny_config, train, working_in, write_config, write_corpora
 
 SILENT = Console(quiet=True)
 NAMES = ("fruit", "code", "sea")
@@ -66,20 +65,14 @@ def logits(model: LanguageModel, domain: int) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, Any]]]:
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """A run whose second and third stage add 20 and 10 tokens, and its report; to be copied."""
     root = tmp_path_factory.mktemp("vocabulary") / "lab"
     root.mkdir()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-        patch.setenv("TOKENIZERS_PARALLELISM", "false")
+    with working_in(root):
         write_corpora(root)
         report, _ = train(write_config(growing(0, 20, 10)))
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(False)
-    yield root, report
+    return root, report
 
 
 @pytest.fixture

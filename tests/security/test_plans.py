@@ -16,6 +16,7 @@ from lifelong_moe.errors import StalePlanError
 from lifelong_moe.plan.retraining import load_retraining
 from lifelong_moe.store.runs import timestamp
 from pipelines.retrain.plan import settings_hash
+from tests.known_stages import use_known_stages
 from tests.retrain_lab import arrive, ledger, make_base, stages, tick
 
 DAY = 86400.0
@@ -29,6 +30,7 @@ def planned_once(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         patch.setenv("TOKENIZERS_PARALLELISM", "false")
+        use_known_stages(patch, tmp_path_factory)
         make_base(root)
         arrive("sea")
         plan = str(tick(dry_run=True)["plan"])

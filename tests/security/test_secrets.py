@@ -42,7 +42,7 @@ from lifelong_moe.tracking.values import cut
 from pipelines.cli import app, exit_code
 from pipelines.shared import output
 from tests.retrain_lab import arrive, base_config, change_head, head, write_retraining
-from tests.tiny import train, write_config, write_corpora
+from tests.tiny import train, working_in, write_config, write_corpora
 
 CANARY = "canary-7f3a"
 NAMES = ("run", r"stages\[\d\]\.(name|data|continues)", r"tracking\.experiment", r"distributions\.\w+\.name")
@@ -57,11 +57,8 @@ Path(sys.argv[1]).write_text(json.dumps([sys.argv, dict(os.environ), sys.stdin.r
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two short stages, its retraining file and text in the inbox; nothing is tracked."""
-    root, threads = tmp_path_factory.mktemp("secrets"), torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-        patch.setenv("TOKENIZERS_PARALLELISM", "false")
+    root = tmp_path_factory.mktemp("secrets")
+    with working_in(root):
         write_corpora(root)
         config = base_config(stage_defaults={"tokens": 512}, evaluate={"tokens": 600})
         write_config(config)
@@ -69,8 +66,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_retraining()
         Path("inbox").mkdir()
         arrive("sea")
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(False)
     return root
 
 

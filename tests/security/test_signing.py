@@ -21,6 +21,7 @@ from lifelong_moe.storage.verified import MANIFEST
 from lifelong_moe.store.garbage import collect
 from lifelong_moe.store.stages import WEIGHTS, StageStore
 from tests.e2e.conftest import Cli
+from tests.known_stages import use_known_stages
 from tests.records import METRICS, made_record
 from tests.retrain_lab import arrive, make_base, stages, tick
 
@@ -243,6 +244,7 @@ def signed_once(tmp_path_factory: pytest.TempPathFactory, pair: Pair) -> Path:
     root = tmp_path_factory.mktemp("signed")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
+        use_known_stages(patch, tmp_path_factory)
         make_base(root)
         assert not Path("mlruns/signatures").exists()
         patch.setenv(PRIVATE, str(pair.private))
