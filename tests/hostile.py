@@ -27,7 +27,7 @@ from lifelong_moe.plan.key import stored_key
 from lifelong_moe.storage.keys import content_key
 from lifelong_moe.store.record import StageRecord
 from tests.full_store import GONE, settle
-from tests.watched import Outcome, Scene, attempt, complaint, fingerprint, import_as, surroundings
+from tests.watched import Outcome, Scene, attempt, complaint, fingerprint, import_named, surroundings
 
 ESCAPE = "\x1b[31mred\x9b1m"
 """Colours a terminal, in both forms that terminals know."""
@@ -116,7 +116,7 @@ def import_all(intact: Path) -> None:
     """Import in this process what the commands import, for the sake of all attempts to come."""
     with tempfile.TemporaryDirectory(dir=intact.parent) as folder:
         for command in COMMANDS:
-            import_as(carry_out(command, intact, Path(folder, command))[0])
+            import_named(carry_out(command, intact, Path(folder, command))[0].imported)
 
 
 STORED = ("mlruns", "data/cache")

@@ -11,9 +11,10 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
 
 import pytest
@@ -121,23 +122,24 @@ ROOMS = (
     "storage",
     "clustering",
 )
-_original: dict[tuple[str, str], Any] = {}
+PACKAGES = tuple(f"lifelong_moe.{room}" for room in ROOMS)
+_seen: dict[str, list[tuple[Mapping[str, Any], str, Any]]] = {}
+"""By module: where a name stands, the name, and what it was when it was first seen."""
 
 
 def _is_changed() -> bool:
     """Whether a function, method or constant of what trains is another one than when it was first seen."""
-    return any(_original.setdefault(place, value) is not value for place, value in _values())
+    for name in [name for name in sys.modules if name.startswith(PACKAGES) and name not in _seen]:
+        _seen[name] = [*_values(sys.modules[name])]
+    return any(place.get(key) is not value for values in _seen.values() for place, key, value in values)
 
 
-def _values() -> Iterator[tuple[tuple[str, str], Any]]:
-    modules = tuple(f"lifelong_moe.{room}" for room in ROOMS)
-    for name, module in sorted(sys.modules.items()):
-        if name.startswith(modules):
-            for key, value in vars(module).items():
-                if not key.startswith("__") and (callable(value) or isinstance(value, str | int | float | tuple)):
-                    yield (name, key), value
-                if isinstance(value, type) and value.__module__ == name:
-                    yield from (((name, f"{key}.{k}"), v) for k, v in vars(value).items() if callable(v))
+def _values(module: ModuleType) -> Iterator[tuple[Mapping[str, Any], str, Any]]:
+    for key, value in vars(module).items():
+        if not key.startswith("__") and (callable(value) or isinstance(value, str | int | float | tuple)):
+            yield vars(module), key, value
+        if isinstance(value, type) and value.__module__ == module.__name__:
+            yield from ((vars(value), k, v) for k, v in vars(value).items() if callable(v))
 
 
 _is_changed()

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import traceback
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,11 +112,11 @@ def attempt(arguments: list[str], directory: Path, outside: Path) -> Outcome:
     return Outcome(ended, out, err, *(text.splitlines() for text in lists))
 
 
-def import_as(outcome: Outcome) -> None:
+def import_named(modules: Iterable[str]) -> None:
     """Import here what a command imported, so that no later one needs to: the longest part of most attempts."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for name in outcome.imported:
+        for name in modules:
             with contextlib.suppress(ImportError):
                 importlib.import_module(name)
 

@@ -25,7 +25,10 @@ from lifelong_moe.plan.stages import stage_need
 from pipelines.cli import exit_code
 from pipelines.shared.workspace import prepare
 from pipelines.upkeep.sync import sync
+from tests.known_stages import train_all_stages
 from tests.tiny import fork, tiny_config, train, write_config
+
+pytestmark = pytest.mark.usefixtures("known_stages")
 
 
 @pytest.fixture
@@ -79,7 +82,8 @@ def of_stage(directory: str) -> set[str]:
     return FIGURES | {f"models/{directory}/{name}" for name in MODEL}
 
 
-def test_two_stages(lab: Path, config: dict[str, Any]) -> None:
+def test_two_stages(lab: Path, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    train_all_stages(monkeypatch)  # curves of each step come to MLflow
     planned = prepare(read_config("tiny.yaml"))
     report, printed = train()
     left = sum(path.stat().st_size for path in Path("mlruns").rglob("*") if path.is_file())
@@ -322,6 +326,7 @@ def test_password_from_the_environment_is_in_no_file(
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
+    train_all_stages(monkeypatch)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:canary@127.0.0.1:{port}/?token=canary")
     config["stages"].pop()
     write_config(config)

@@ -731,7 +731,6 @@ KILLS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
 
 @pytest.mark.parametrize("when", KILLS)
 def test_a_killed_tick_is_done_again(when: str, after_growth: Path, lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    train_all_stages(monkeypatch)
     undisturbed = head()["stages"], weights(head()["stages"][-1])
     monkeypatch.chdir(lab)
     arrive("sea")

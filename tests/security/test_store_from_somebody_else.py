@@ -6,8 +6,10 @@ each kind of value.
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,10 +22,10 @@ from tests.hostile import (
     Tree,
     carry_out,
     configuration_attacks,
-    import_all,
     json_attacks,
     link_attacks,
 )
+from tests.watched import import_named
 
 # The run was moved on by `drop`; only a learned router without bundles can be consolidated; the address of one spool is
 # not the user's, so its records stay; no run has learned a batch that was put beside them.
@@ -36,7 +38,7 @@ LINKS = ("a link to the outside", "a link to nothing", "a link to itself", "a li
 
 
 @pytest.fixture(scope="session")
-def intact(made_once: MadeOnce, template: Path) -> Path:
+def untouched(made_once: MadeOnce, template: Path) -> Path:
     """The directory in which :func:`make_store` worked."""
 
     def make(root: Path) -> None:
@@ -44,15 +46,39 @@ def intact(made_once: MadeOnce, template: Path) -> Path:
             patch.chdir(root)
             make_store(root, template)
 
-    root = made_once("full-store", make)
-    import_all(root)
-    return root
+    return made_once("full-store", make)
+
+
+Served = dict[str, dict[str, Any]]
+
+
+@pytest.fixture(scope="session")
+def served(untouched: Path, made_once: MadeOnce) -> Served:
+    """What each command did with it, once for all processes: exit code, what is wrong, and what it imported."""
+
+    def make(root: Path) -> None:
+        found: Served = {}
+        for number, command in enumerate(COMMANDS):
+            outcome, wrong = carry_out(command, untouched, root / f"copy-{number}")
+            import_named(outcome.imported)
+            found[command] = {"code": outcome.code, "wrong": wrong, "imported": outcome.imported}
+        (root / "served.json").write_text(json.dumps(found))
+
+    found: Served = json.loads((made_once("full-store-served", make) / "served.json").read_text())
+    return found
+
+
+@pytest.fixture(scope="session")
+def intact(untouched: Path, served: Served) -> Path:
+    """The same, to be copied by attempts that need not import anything."""
+    for one in served.values():
+        import_named(one["imported"])
+    return untouched
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_an_intact_store_serves(command: str, intact: Path, tmp_path: Path) -> None:
-    outcome, wrong = carry_out(command, intact, tmp_path / "copy")
-    assert (outcome.code, wrong) == (ENDS.get(command, 0), None)
+def test_an_intact_store_serves(command: str, served: Served) -> None:
+    assert (served[command]["code"], served[command]["wrong"]) == (ENDS.get(command, 0), None)
 
 
 @pytest.mark.parametrize("kind", LINKS)
