@@ -18,6 +18,11 @@ class EvaluateConfig:
     """Held-out tokens per distribution; whole documents are scored, so slightly more."""
     batch_tokens: int = 8192
     """Tokens per forward pass; affects memory and speed, not results."""
+    watch: float = 0.02
+    """Share of a stage's FLOPs that may be spent on a warning of forgetting while it trains, from the second stage on:
+    at most nine quick looks at excerpts of held-out text, of each distribution that the model knew and of the stage's
+    own. A stage of few tokens, or after many distributions, affords fewer and shorter looks, or none. 0 turns it off.
+    What is trained does not depend on it."""
     keep_heldout: bool = True
     """Keep a copy of the held-out documents in ``mlruns/heldout``, so that forgetting can still be measured once their
     files are gone. If false, a distribution is no longer measured once its files are gone."""
@@ -27,3 +32,6 @@ class EvaluateConfig:
         for key in ("tokens", "batch_tokens"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"evaluate.{key}={getattr(self, key)} must be positive.")
+        # Written so that NaN is rejected as well.
+        if not 0.0 <= self.watch <= 1.0:
+            raise ConfigError(f"evaluate.watch={self.watch} must lie in [0, 1].")

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ from lifelong_moe.errors import DivergedError, LockedError
 from lifelong_moe.plan.comparison import Comparison
 from lifelong_moe.store.runs import RunRecord
 from lifelong_moe.tracking.tracker import Tracker
+from lifelong_moe.training.callbacks import watch
 from lifelong_moe.training.callbacks.interrupt import handling_sigterm
 from pipelines.compare import render as render_comparison
 from pipelines.compare.jobs import Job, Memory, plan_jobs, refuse_taken_names
@@ -55,7 +57,8 @@ def compare(comparison: Comparison, only: list[str], replace: bool, console: Con
         record = ComparisonRecord(comparison, jobs, Tracker.connect(jobs[0].prepared.config.tracking, ROOT))
         try:
             train = partial(run, memory=memory, parent_run=record.parent)
-            failed = _work(wanted, train, record, replace, console)
+            with _without_warnings():
+                failed = _work(wanted, train, record, replace, console)
             found = record.update()
             render_comparison.terminal(console, found)
             if failed:
@@ -67,6 +70,16 @@ def compare(comparison: Comparison, only: list[str], replace: bool, console: Con
             raise
         record.finish(console)
     return found
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Context in which nobody is warned of forgetting: some arms are there to forget, and MLflow has the curves."""
+    watch.log.disabled = True
+    try:
+        yield
+    finally:
+        watch.log.disabled = False
 
 
 def _work(

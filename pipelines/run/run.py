@@ -235,6 +235,7 @@ def _train(
         console=console,
         send=lambda points: mlflow.curves(run_id, points),
         run_id=run_id,
+        watch=config.evaluate.watch,
     )
     parent = None if spec.parent is None else committed[spec.parent]
     return train_stage(planned, parent, data, environment)

@@ -163,6 +163,7 @@ class CandidateTrainer:
             console=self.console,
             send=send,
             run_id=run_id,
+            watch=config.evaluate.watch,
         )
         return train_stage(planned, self.parent, data, environment)
 

@@ -43,6 +43,8 @@ class StageEnvironment:
     send: Send
     """Receives training curves."""
     run_id: str | None = None
+    watch: float = 0.0
+    """``evaluate.watch``."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,17 @@ class StageRun:
     def corpora_before(self) -> Mapping[str, TokenizedCorpus]:
         """The same as the parent's model reads it, which does not know the tokens that the stage adds."""
         return self.data.corpora if self.before is None else self.data.corpora_by(self.before.vocabulary_of)
+
+    @cached_property
+    def known(self) -> list[str]:
+        """Distributions with held-out text that the parent's model has learned, oldest first, but the stage's own."""
+        chain = [] if self.parent is None else self.environment.store.chain(self.parent.key)
+        made = [stage.derived or {} for stage in chain]
+        dropped = {one.get("stage") for one in made if one.get("derived") == "drop"}
+        # A derived stage repeats its source's specification, and a checkpoint's says nothing of its text.
+        learned = [s.spec.learns for s in chain if s.derived is None and s.name not in dropped]
+        names = dict.fromkeys(name for names in learned for name in names if name in self.data.heldout)
+        return [name for name in names if name not in self.spec.learns]
 
     @property
     def before(self) -> Architecture | None:

@@ -15,6 +15,7 @@ from lifelong_moe.training.callbacks.logger import BatchedLogger, Send
 from lifelong_moe.training.callbacks.progress import Meter, ProgressReport, StepCheckpoint
 from lifelong_moe.training.callbacks.resuming import Resumption
 from lifelong_moe.training.callbacks.stopping import EarlyStopping
+from lifelong_moe.training.callbacks.watch import ForgettingWatch
 from lifelong_moe.training.loop.context import PhaseRun
 from lifelong_moe.training.loop.data import StageData
 from lifelong_moe.training.loop.execution import keep_freed_memory
@@ -34,6 +35,7 @@ class PhaseFit:
     data: StageData
     meter: Meter
     stopping: EarlyStopping | None
+    watch: ForgettingWatch | None = None
 
     def fit(self) -> None:
         """Take all steps.
@@ -73,6 +75,9 @@ class PhaseFit:
         config, checkpoint, spec = environment.trainer, environment.checkpoint, run.stage.spec
         title = spec.name if run.phase.name == "train" else f"{spec.name} ({run.phase.name})"
         return [
+            # In rank 0 alone: a forward pass in evaluation mode needs no other rank. Before the meter, which takes what
+            # comes after it for waiting for data.
+            *([] if self.watch is None or rank else [self.watch]),
             self.meter,
             ProgressReport(title, environment.console, config.enable_progress_bar and rank == 0, self.meter),
             *([] if self.stopping is None else [self.stopping]),

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from lifelong_moe.clustering.kmeans import churn
+from lifelong_moe.data.tokens.excerpts import excerpts
 from lifelong_moe.data.tokens.shards import TokenizedCorpus
+from lifelong_moe.data.tokens.windows import evaluation_windows
 from lifelong_moe.errors import CorruptError, ResourceError, memory_is_full
 from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel
@@ -17,9 +19,11 @@ from lifelong_moe.plan.flops import loop_flops
 from lifelong_moe.plan.spec import StageSpec
 from lifelong_moe.retention.teacher_cache import TeacherCache
 from lifelong_moe.training.callbacks.checkpoint import SafeCheckpointIO
+from lifelong_moe.training.callbacks.looks import stage_looks
 from lifelong_moe.training.callbacks.progress import Meter
 from lifelong_moe.training.callbacks.resuming import Resumption
 from lifelong_moe.training.callbacks.stopping import early_stopping
+from lifelong_moe.training.callbacks.watch import ForgettingWatch, Watched
 from lifelong_moe.training.loop.context import PhaseRun, StageModels
 from lifelong_moe.training.loop.data import StageData, phase_dataset, text_sample
 from lifelong_moe.training.loop.execution import execution_options, expert_dropout, isolated_documents
@@ -49,9 +53,10 @@ def train_phase(module: StageModule, models: StageModels, run: PhaseRun) -> Phas
     # After restoring: centroids in the checkpoint decide the generation of each token of the data.
     data = StageData(phase_dataset(models, spec, run.phase, run.stage.corpora, run.seed), run)
     meter, stopping = _meter(models, run), early_stopping(spec, corpus, run.stage.work)
+    watch = _watch(model, run)
     model.train()
     with _training_context(models, run), _explained_full_memory(spec):
-        PhaseFit(run, module, data, meter, stopping).fit()
+        PhaseFit(run, module, data, meter, stopping, watch).fit()
     # Clusters of the next phase, measurements and the commit are computed on the CPU.
     model.cpu()
     if stopping is not None:
@@ -87,6 +92,31 @@ def _meter(models: StageModels, run: PhaseRun) -> Meter:
     flops = loop_flops(spec, models.model.architecture, teacher.architecture if teacher else None)
     every_steps = run.stage.environment.trainer.log_every_n_steps
     return Meter(spec.optim.batch_tokens, flops / spec.steps, every_steps, run.rollbacks.count)
+
+
+def _watch(model: LanguageModel, run: PhaseRun) -> ForgettingWatch | None:
+    """What warns of forgetting in the phase; None where nothing was learned before, or the stage affords no look."""
+    stage, spec, before = run.stage, run.stage.spec, run.stage.before
+    names = [name for name in (*stage.known, spec.data) if name in stage.data.heldout]
+    # Without its own text there is nothing to compare predictions on.
+    if before is None or spec.data not in names:
+        return None
+    looks = stage_looks(stage.environment.watch, spec, model.architecture, before, len(names))
+    if looks is None:
+        return None
+    context, vocabulary_of = spec.model.context, model.architecture.vocabulary_of
+    parts = {name: excerpts(stage.data.heldout_by(name, vocabulary_of(name)), context, looks.tokens) for name in names}
+    watched = Watched(
+        stage=spec.name,
+        own=spec.data,
+        texts={name: evaluation_windows(part, context, part.num_tokens) for name, part in parts.items()},
+        steps=spec.steps,
+        after=looks.steps(spec.steps),
+        # No more than a step's, whose activations need more memory than those of a look.
+        batch_tokens=spec.optim.batch_tokens // (spec.accumulate * spec.processes),
+    )
+    # Of other excerpts where the setting has changed meanwhile.
+    return ForgettingWatch(watched, run.first_step, stage.work / f"watch-{looks.tokens}")
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 from omegaconf import OmegaConf
 
+from lifelong_moe.config.evaluation import EvaluateConfig
 from lifelong_moe.config.growth import GrowConfig, VocabularyConfig
 from lifelong_moe.config.load import build_config
 from lifelong_moe.config.model import ModelConfig
@@ -166,6 +167,7 @@ RUN = [
     *none("trainer.", "detect_anomaly=true", "profiler=simple"),
     *none("checkpoint.", "every_steps=1", "keep=1"),
     *none("frozen.", "offload=cpu"),
+    *none("evaluate.", "also=[python]", "tokens=9", "batch_tokens=9", "watch=0.5", "keep_heldout=false"),
 ]  # fmt: skip
 CASES = [*MODEL, *ROUTING, *OPTIM, *GROW, *VOCABULARY, *HOLD, *FINETUNING, *RUN]
 
@@ -206,7 +208,7 @@ def test_every_key_of_the_configuration_has_a_case() -> None:
         "model.": ModelConfig, "optim.": OptimConfig, "grow.": GrowConfig, "vocabulary.": VocabularyConfig,
         "trunk.": TrunkConfig, "distill.": DistillConfig, "replay.": ReplayConfig, "penalty.": PenaltyConfig,
         "review.": ReviewConfig, "finetune.": FinetuneConfig, "trainer.": TrainerConfig,
-        "checkpoint.": CheckpointConfig, "frozen.": FrozenConfig,
+        "checkpoint.": CheckpointConfig, "frozen.": FrozenConfig, "evaluate.": EvaluateConfig,
     }  # fmt: skip
     wanted = {f"{name}{f.name}" for name, section in sections.items() for f in dataclasses.fields(section)}
     wanted |= {f"routing.{key}" for mode in (*ROUTERS, "a.Router") for key in keys_of(mode)}
