@@ -1,8 +1,8 @@
-"""The average of a stage's trained weights with those that it began with."""
+"""The average of a stage's trained weights with those that it began with, and the way from these to those."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -38,3 +38,48 @@ def average_with(model: nn.Module, start: Mapping[str, Tensor], share: float) ->
         # In float32: half precision would round twice.
         new = parameters[name].float()
         parameters[name].copy_(new.lerp(old.to(new.device, torch.float32), share))
+
+
+def moved_since(model: nn.Module, previous: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Previous values of the parameters that existed before, in their shape, and have changed.
+
+    Args:
+        model: At the end of a stage.
+        previous: The previous stage's parameters by name.
+    """
+    there = {name: p for name, p in model.named_parameters() if name in previous and previous[name].shape == p.shape}
+    # Compared in one kind of numbers: a checkpoint's may be halves.
+    return {name: previous[name].detach() for name, p in there.items() if not torch.equal(previous[name].to(p), p)}
+
+
+def between(model: nn.Module, start: Mapping[str, Tensor], shares: Sequence[float]) -> Iterator[float]:
+    """Give a model one mixture of its weights and earlier ones after the other: ``(1 - a) * start + a * theta``.
+
+    Args:
+        model: Changed in place while its mixtures are asked for; at the end, or on an error, it is what it was.
+            Parameters without a value in ``start`` stay.
+        start: By name, from :func:`moved_since`.
+        shares: ``a`` of each mixture, 0 to 1.
+
+    Yields:
+        Each of the shares, while the model has its mixture.
+
+    Source:
+        Wortsman et al. 2022, as for :func:`average_with`, figure 1: one curve shows what is kept, and at which price.
+    """
+    parameters = {name: p for name, p in model.named_parameters() if name in start}
+    end = {name: p.detach().clone() for name, p in parameters.items()}
+
+    def return_to_end() -> None:
+        with torch.no_grad():
+            for name, p in parameters.items():
+                p.copy_(end[name])
+
+    try:
+        for share in shares:
+            # From the end each time, so that no mixture has another one's rounding.
+            return_to_end()
+            average_with(model, start, 1 - share)
+            yield share
+    finally:
+        return_to_end()

@@ -31,10 +31,17 @@ def inspect_stage(run: str, stage: str | None, asked: InspectionRequest, console
     for option, value in (("--layer", asked.layer), ("--html", asked.html), ("--label", asked.label)):
         if given is None and value is not None:
             raise ConfigError(f"{option}={value} needs a text: give --text or --text-file.")
+    if asked.interpolate and (given is not None or asked.save is not None):
+        raise ConfigError("--interpolate reads held-out text and writes no table; leave out the text and --save.")
     require_targets(asked)
     store, committed = open_stage(run, stage)
     _check_layer(committed, asked.layer)
-    if given is not None:
+    if asked.interpolate:
+        _require_trained_on(committed)
+        from pipelines.inspect.interpolation import interpolate
+
+        result = interpolate(run, store, committed, asked, console)
+    elif given is not None:
         check_label(committed, asked.label, console)
         from pipelines.inspect.specialization import on_text
 
@@ -44,6 +51,23 @@ def inspect_stage(run: str, stage: str | None, asked: InspectionRequest, console
 
         result = on_heldout(run, store, committed, asked, console)
     return {"run": run, "stage": committed.name, "key": committed.key, **result}
+
+
+def _require_trained_on(committed: CommittedStage) -> None:
+    """Require a stage that trained the weights of another one.
+
+    Raises:
+        ConfigError: If it is no such stage.
+    """
+    why = None
+    if committed.derived is not None:
+        why = "was not trained, but derived"
+    elif committed.parent is None:
+        why = "began with random weights"
+    elif committed.spec.student is not None:
+        why = "is a student, whose layers are not those of its teacher"
+    if why:
+        raise ConfigError(f"--interpolate: stage {committed.name} {why}; choose another one with --stage.")
 
 
 def _check_layer(stage: CommittedStage, layer: int | None) -> None:

@@ -111,7 +111,7 @@ def on_heldout(
     head, record = require_head(ROOT, run), RunRecord(ROOT, run)
     config = build_config(stored_config(head.config), is_stored=True)
     with console.status("reading held-out text") as status:
-        windows, tokenizer, mode = _heldout_windows(head, config, committed, tokens)
+        windows, tokenizer, mode = heldout_windows(head, config, committed, tokens)
         if missing := [name for name in config.evaluated if name not in windows]:
             console.print(f"not measured, because the held-out text is gone: {', '.join(missing)}")
         status.update("running the model on it")
@@ -150,7 +150,7 @@ def _keep(
     # A copy per stage and number of tokens says which points MLflow has: those cannot be taken back, while
     # inspection.json holds the last inspection only.
     copy = record.path / f"inspection-{result['stage']}-{tokens}.json"
-    known, plotted = (_holds(one, text) for one in (path, copy))
+    known, plotted = (holds(one, text) for one in (path, copy))
     folder.mkdir(exist_ok=True)
     # The last inspection may have drawn more figures, of more stages or more layers.
     for name in FIGURES:
@@ -173,7 +173,7 @@ def _keep(
     return result
 
 
-def _holds(path: Path, text: str) -> bool:
+def holds(path: Path, text: str) -> bool:
     """Whether a file of the store, which may hold anything, holds this text."""
     data = text.encode("utf-8")
     try:
@@ -199,7 +199,7 @@ def _rows(result: Mapping[str, Any], tokens: int, step: int) -> list[Row]:
     return rows
 
 
-def _heldout_windows(
+def heldout_windows(
     head: RunHead, config: RunConfig, committed: CommittedStage, tokens: int
 ) -> tuple[dict[str, EvaluationSet], Tokenizer, int]:
     """Held-out text of each distribution that still has it, cut into windows as in the run's evaluation.

@@ -130,6 +130,14 @@ class InspectionRequest:
     tokens: Annotated[
         int | None, typer.Option(help="Held-out tokens per distribution, 8192 by default; not with a text.", min=1)
     ] = None
+    interpolate: Annotated[
+        bool,
+        typer.Option(
+            "--interpolate",
+            help="Instead: the losses of five mixtures of the weights that the stage began with and those it learned, "
+            "on as many tokens as reports use.",
+        ),
+    ] = False
     label: Label = None
     force: Annotated[bool, typer.Option("--force", help="Let --html and --save replace files of other origin.")] = False
 

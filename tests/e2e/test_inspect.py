@@ -16,6 +16,7 @@ from pipelines.inspect import tables as inspect_tables
 from pipelines.inspect.inspect import inspect_stage
 from pipelines.shared.options import InspectionRequest
 from tests.e2e.conftest import Cli
+from tests.tiny import train
 
 # One expert a token: none is chosen together with another.
 FIGURES = ["information", "leak", "saturation", "similarity"]
@@ -76,6 +77,39 @@ def test_tables_and_repetition(here: Path, cli: Cli) -> None:
     assert json.loads(begun.out)["saturation"] == {}
     # One generation of experts: nothing can leak.
     assert all(set(layer["leak"].values()) == {0.0} for layer in json.loads(begun.out)["layers"])
+
+
+def test_the_way_from_a_stage_s_first_weights_to_its_last(here: Path, cli: Cli) -> None:
+    result = cli("inspect", "naive", "--interpolate", "--json")
+    assert result.code == 0, result.err
+    found, folder = json.loads(result.out), here / "mlruns/runs/naive"
+    report = json.loads((folder / "report.json").read_text())
+    assert (found["began_with"], found["learned"], found["shares"]) == ("fruit", ["code"], [0.0, 0.25, 0.5, 0.75, 1.0])
+    # Without growth the ends are the models that the report is about.
+    for place, row in ((0, 0), (-1, 1)):
+        ends = [found["bits_per_byte"][name][place] for name in report["distributions"]]
+        assert ends == pytest.approx(report["bits_per_byte"][row], rel=1e-6)
+    assert len({round(loss, 6) for loss in found["bits_per_byte"]["fruit"]}) == 5
+    kept = json.loads((folder / "interpolation/code.json").read_text())
+    assert kept["bits_per_byte"] == found["bits_per_byte"] and kept["stage_key"] == found["key"]
+    assert (folder / "interpolation/code.png").read_bytes().startswith(b"\x89PNG")
+    shown = cli("inspect", "naive", "--interpolate", "--tokens", "200").out
+    assert "code (learned here)" in shown and "0.75" in shown and "average=S" in shown
+
+
+def test_new_experts_stay_at_both_ends_of_the_way(here: Path, cli: Cli) -> None:
+    found = json.loads(cli("inspect", "tiny", "--interpolate", "--json").out)
+    report = json.loads((here / "mlruns/runs/tiny/report.json").read_text())
+    for name, losses in zip(report["distributions"], zip(*report["bits_per_byte"], strict=True), strict=True):
+        assert found["bits_per_byte"][name][-1] == pytest.approx(losses[1], rel=1e-6)
+        assert abs(found["bits_per_byte"][name][0] - losses[0]) > 1e-4
+
+
+def test_where_no_weight_changed_there_is_no_way(here: Path, cli: Cli) -> None:
+    train("tiny.yaml", "run=still", "stage_defaults.trunk.train=frozen")
+    result = cli("inspect", "still", "--interpolate")
+    assert result.code == 2 and "no weight of stage fruit changed in stage code" in result.err
+    assert result.err.count("\n") == 1 and not (here / "mlruns/runs/still/interpolation").exists()
 
 
 TEXT = "apple <b> & [bold]pear[/bold] 漢"
@@ -139,6 +173,9 @@ def test_a_terminal_shows_colours_and_obeys_nothing_in_the_text(here: Path) -> N
         (("tiny", "--text", "a", "--save", "t.csv"), "a file that ends in .parquet"),
         (("tiny", "--text", "a", "--html", ""), "a file that ends in .html"),
         (("tiny", "--text", "a", "--html", "mlruns"), "a file that ends in .html"),
+        (("tiny", "--interpolate", "--text", "a"), "--interpolate reads held-out text"),
+        (("tiny", "--interpolate", "--save", "t.parquet"), "--interpolate reads held-out text"),
+        (("tiny", "--interpolate", "--stage", "fruit"), "stage fruit began with random weights"),
         (("tiny", "--text-file", "mlruns"), "a directory, neither a file nor a pipe"),
     ],
 )

@@ -38,6 +38,10 @@ def test_figures_and_curves_are_with_the_run_once(lab: Path, template: Path) -> 
     (cost,) = client.get_metric_history(run_id, "inspection/200_tokens/fruit/cost_of_shuffling")
     assert cost.value == losses["shuffled_nats_per_token"] - losses["nats_per_token"]
     assert client.get_run(run_id).info.status == "FINISHED"
+    way = inspected(interpolate=True)
+    assert inspected(interpolate=True) == way
+    there = lab / f"mlruns/artifacts/{run_id}/artifacts/interpolation"
+    assert {path.name for path in there.iterdir()} == {"code.png", "code.json"}
 
 
 def test_no_step_of_a_curve_has_two_points(lab: Path, template: Path) -> None:
