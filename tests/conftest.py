@@ -58,7 +58,7 @@ ROUTER_KINDS: dict[str, dict[str, Any]] = {
     "document": {"mode": "cluster", "level": Level.document},
     "label": {"mode": "label"},
     "hash": {"mode": "hash"},
-    "bundles": {"bundles": Bundles.cluster, "margin": 0.0, "clusters": 2},
+    "bundles": {"bundles": Bundles.cluster, "mixture": None, "margin": 0.0, "clusters": 2},
     "labelled_bundles": {"bundles": Bundles.label},
     "sigmoid": {"score": Score.sigmoid, "bias_rate": 0.01, "balance_scope": BalanceScope.sequence},
     "switch": {"mode": "switch", "top_k": 1, "renormalize": False, "capacity": TIGHT},

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from lifelong_moe.data.tokens.windows import EvaluationSet
-from lifelong_moe.evaluation.loss import forward_windows
+from lifelong_moe.evaluation.reading import read_windows
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.architecture import Architecture
 
@@ -28,9 +28,9 @@ class DocumentMeasures:
     tokens: NDArray[np.int64]
     """Scored tokens ``(N,)``."""
     features: NDArray[np.float64]
-    """Mean final hidden state ``(N, D)``."""
-    expert_counts: list[list[int]]
-    """Assignments of scored tokens per layer and expert, over all documents."""
+    """Mean final hidden state ``(N, D)``; a mixture's generations count by their weights."""
+    expert_counts: list[list[float]]
+    """Assignments of scored tokens per layer and expert, over all documents, in a mixture by weight."""
 
 
 @torch.no_grad()
@@ -41,24 +41,20 @@ def measure_documents(
     documents, place_W = np.unique(windows.document, return_inverse=True)
     nats, tokens = np.zeros(len(documents)), np.zeros(len(documents), dtype=np.int64)
     sums: NDArray[np.float64] = np.zeros((len(documents), model.architecture.model.width))
-    counts: list[NDArray[np.int64]] | None = None
-    row = 0
-    for arrays, output in forward_windows(model, windows, distribution=distribution, batch_tokens=batch_tokens):
-        scored = arrays["scored"]
-        targets_T, domains_T = arrays["target_ids"][scored], arrays["domain_ids"][scored]
-        nats_T = model.head.token_nats(output.hidden_BSD[scored], targets_T, domains_T)
-        # Windows are consecutive, so the rows of this batch follow those of the last.
-        of_window = place_W[row : row + len(scored)]
-        of_token = of_window[scored.nonzero()[:, 0].cpu().numpy()]
+    counts: list[NDArray[np.float64]] | None = None
+    for batch in read_windows(model, windows, distribution=distribution, batch_tokens=batch_tokens):
+        of_window = place_W[batch.places_B]
+        of_token = of_window[batch.arrays["scored"].nonzero()[:, 0].cpu().numpy()]
         # add.at accumulates repeated indices, which += would drop; float64, since a document sums many tokens.
-        np.add.at(nats, of_token, nats_T.double().cpu().numpy())
+        np.add.at(nats, of_token, batch.nats_T.cpu().numpy())
         np.add.at(tokens, of_token, 1)
-        # Scored tokens alone: padding and tokens scored in another window have no weight. shape: (B, D)
-        hidden_BD = (output.hidden_BSD.double() * scored.unsqueeze(-1)).sum(dim=1)
-        np.add.at(sums, of_window, hidden_BD.cpu().numpy())
-        found = [r.counts_of(scored.flatten()).cpu().numpy() for r in output.routings]
+        for member, has_part_RP, _ in batch.shares():
+            # Scored tokens alone: padding and tokens scored in another window have no weight. shape: (R, D)
+            weights_RP1 = (member.weights_RP * has_part_RP).unsqueeze(-1)
+            hidden_RD = (member.output.hidden_BSD.double() * weights_RP1).sum(dim=1)
+            np.add.at(sums, of_window[member.windows_R.cpu().numpy()], hidden_RD.cpu().numpy())
+        found = [layer.cpu().numpy() for layer in batch.loads()]
         counts = found if counts is None else [a + b for a, b in zip(counts, found, strict=True)]
-        row += len(scored)
     return DocumentMeasures(
         document=documents,
         nats=nats,
@@ -68,16 +64,16 @@ def measure_documents(
     )
 
 
-def generation_shares(expert_counts: list[list[int]], architecture: Architecture) -> dict[str, float]:
+def generation_shares(expert_counts: list[list[float]], architecture: Architecture) -> dict[str, float]:
     """Share of assignments that go to each generation's experts, over all layers, by birth stage.
 
     Args:
         expert_counts: Assignments per layer and expert.
         architecture: Of the model that made them.
     """
-    totals = {generation.stage: 0 for generation in architecture.generations}
+    totals = {generation.stage: 0.0 for generation in architecture.generations}
     for layer, counts in enumerate(expert_counts):
         for birth, count in zip(architecture.expert_births(layer), counts, strict=True):
             totals[birth] += count
-    total = max(1, sum(totals.values()))
+    total = sum(totals.values()) or 1.0
     return {stage: count / total for stage, count in totals.items()}

@@ -19,7 +19,8 @@ from lm_eval.utils import get_rolling_token_windows
 from lifelong_moe.data.tokens.tokenizer import Tokenizer
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.evaluation.requests import Pass, Request, score
-from lifelong_moe.model.sampling import Prompts, sample_steps
+from lifelong_moe.model.next_token import Prompts
+from lifelong_moe.model.sampling import sample_steps
 from lifelong_moe.model.transformer import LanguageModel
 
 log = logging.getLogger(__name__)

@@ -1,21 +1,19 @@
 """Held-out loss of a model on one distribution: each token is scored once, from the tokens before it alone.
 
-Legend: W windows, S window length, T scored tokens, L layers, E experts.
+Legend: T scored tokens, G generations.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lifelong_moe.data.tokens.windows import EvaluationSet
-from lifelong_moe.model.tokens import TokenBatch
-from lifelong_moe.model.transformer import LanguageModel, ModelOutput
+from lifelong_moe.evaluation.reading import read_windows
+from lifelong_moe.model.transformer import LanguageModel
 
 EVALUATION_SCHEMA = 2
 """Version of the measurement; a change invalidates every stored evaluation."""
@@ -35,42 +33,18 @@ class Evaluation:
     """UTF-8 bytes of their text."""
     documents: int
     """Documents that they come from."""
-    expert_counts: list[list[int]]
-    """Assignments of scored tokens per layer and expert."""
+    expert_counts: list[list[float]]
+    """Assignments of scored tokens per layer and expert; a mixture counts those of each generation by its weight."""
+    shares: list[float] = field(default_factory=list)
+    """Mean weight of each generation in a mixture of them, oldest first; empty without a mixture."""
+    readers: float = 1.0
+    """Generations that a token is predicted by, in the mean."""
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON data."""
         return asdict(self)
 
 
-@torch.no_grad()
-def forward_windows(
-    model: LanguageModel, windows: EvaluationSet, *, distribution: str | None, batch_tokens: int
-) -> Iterator[tuple[dict[str, Tensor], ModelOutput]]:
-    """Run held-out windows through a model, batch by batch, in evaluation mode; arguments as for :func:`evaluate`.
-
-    Yields:
-        The batch, ``token_ids``, ``target_ids``, ``scored``, ``valid`` and ``domain_ids`` ``(B, S)`` of consecutive
-        windows, and what the model made of it.
-    """
-    # The mode is restored below: training may continue with the model.
-    training, device = model.training, model.embedding.weight.device
-    windows = replace(windows, domain_ids=model.domain_ids(windows.shard, distribution))
-    # A batch has at least one window, even if a window is longer than the batch should be.
-    rows = max(1, batch_tokens // int(windows.length[0]))
-    model.eval()
-    try:
-        for first in range(0, len(windows), rows):
-            batch = windows.batch(slice(first, first + rows))
-            arrays = {name: torch.from_numpy(array).to(device) for name, array in batch.items()}
-            # A window holds one document.
-            token_ids, one_document = arrays["token_ids"], torch.zeros_like(arrays["token_ids"])
-            yield arrays, model(TokenBatch(token_ids, one_document, arrays["domain_ids"], arrays["valid"]))
-    finally:
-        model.train(training)
-
-
-@torch.no_grad()
 def evaluate(
     model: LanguageModel, windows: EvaluationSet, *, distribution: str | None, batch_tokens: int
 ) -> Evaluation:
@@ -82,22 +56,26 @@ def evaluate(
         distribution: The text's distribution if it is known; only routing by label looks at it.
         batch_tokens: Tokens a forward pass.
     """
-    total, counts = 0.0, None
-    for arrays, output in forward_windows(model, windows, distribution=distribution, batch_tokens=batch_tokens):
-        scored = arrays["scored"]
-        targets_T, domains_T = arrays["target_ids"][scored], arrays["domain_ids"][scored]
-        nats_T = model.head.token_nats(output.hidden_BSD[scored], targets_T, domains_T)
+    mixes, num_generations = model.architecture.mixture is not None, len(model.architecture.generations)
+    total, loads, shares_G, readers = 0.0, None, torch.zeros(num_generations, dtype=torch.float64), 0
+    for batch in read_windows(model, windows, distribution=distribution, batch_tokens=batch_tokens):
         # float64: a sum over millions of tokens must not depend on the size of a batch.
-        total += float(nats_T.double().sum())
-        batch_counts = [routing.counts_of(scored.flatten()) for routing in output.routings]
-        counts = batch_counts if counts is None else [a + b for a, b in zip(counts, batch_counts, strict=True)]
+        total += float(batch.nats_T.sum())
+        batch_loads = batch.loads()
+        loads = batch_loads if loads is None else [a + b for a, b in zip(loads, batch_loads, strict=True)]
+        if mixes:
+            weights_TG = batch.weights(num_generations)
+            shares_G += weights_TG.sum(dim=0).cpu()
+            readers += int((weights_TG > 0).sum())
     return Evaluation(
         nats_per_token=total / windows.num_tokens,
         bits_per_byte=total / math.log(2) / windows.num_bytes,
         tokens=windows.num_tokens,
         bytes=windows.num_bytes,
         documents=windows.num_documents,
-        expert_counts=[layer.tolist() for layer in counts or []],
+        expert_counts=[layer.tolist() for layer in loads or []],
+        shares=(shares_G / windows.num_tokens).tolist() if mixes else [],
+        readers=readers / windows.num_tokens if mixes else 1.0,
     )
 
 

@@ -44,7 +44,7 @@ class StoredLosses:
     """Scored tokens of each document."""
     document: list[int]
     """Place of each among the distribution's held-out documents."""
-    expert_counts: list[list[int]]
+    expert_counts: list[list[float]]
     """Assignments of scored tokens per layer and expert."""
 
     @classmethod
@@ -80,7 +80,7 @@ def read_evaluation(data: Any, architecture: Architecture) -> Evaluation:
     return found
 
 
-def _require_counts(counts: Sequence[Sequence[int]], architecture: Architecture) -> None:
+def _require_counts(counts: Sequence[Sequence[float]], architecture: Architecture) -> None:
     """Require assignments in every layer that has experts, a number for each of them."""
     wanted = [architecture.experts_in(layer) for layer in range(architecture.model.layers)]
     if [len(layer) for layer in counts] != wanted or any(layer and min(layer) < 0 for layer in counts):
@@ -183,7 +183,7 @@ class Measurements:
             [heldout[found.document[i]].source for i in scored],
         )
 
-    def expert_counts(self, model: str, distribution: str) -> list[list[int]]:
+    def expert_counts(self, model: str, distribution: str) -> list[list[float]]:
         """Assignments of the held-out documents' scored tokens, per layer and expert."""
         return self._documents(model, distribution).expert_counts
 

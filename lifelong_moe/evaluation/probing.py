@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lifelong_moe.data.tokens.shards import TokenShard
 from lifelong_moe.data.tokens.windows import EvaluationSet, evaluation_windows
-from lifelong_moe.evaluation.loss import forward_windows
+from lifelong_moe.evaluation.reading import WindowBatch, forward_selected, read_windows
 from lifelong_moe.evaluation.specialization import derangement, output_similarity
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.architecture import Architecture
@@ -42,6 +42,9 @@ class Observation:
     """For each layer the chosen experts ``(T, K)``."""
     weights: list[NDArray[np.float32]]
     """For each layer their gate weights ``(T, K)``."""
+    shares_TG: NDArray[np.float64] | None = None
+    """In a mixture the weight of each generation in the prediction of the next token; experts are then those of the
+    generation that weighs most."""
 
     def __len__(self) -> int:
         return len(self.token_ids_T)
@@ -54,6 +57,7 @@ class Observation:
             self.token_ids_T[chosen],
             [ids[chosen] for ids in self.expert_ids],
             [weights[chosen] for weights in self.weights],
+            None if self.shares_TG is None else self.shares_TG[chosen],
         )
 
 
@@ -73,23 +77,39 @@ def observe(model: LanguageModel, windows: EvaluationSet, *, distribution: str |
         windows: Overlapping windows, each beginning with BOS.
         distribution: The text's distribution if it is known; only routing by label looks at it.
     """
+    mixes, num_generations = model.architecture.mixture is not None, len(model.architecture.generations)
     parts: list[Observation] = []
-    row = 0
-    for arrays, output in forward_windows(model, windows, distribution=distribution, batch_tokens=BATCH_TOKENS):
-        scored, tokens = arrays["scored"].cpu(), arrays["token_ids"].cpu()
+    for batch in read_windows(model, windows, distribution=distribution, batch_tokens=BATCH_TOKENS):
+        scored, tokens = batch.arrays["scored"].cpu(), batch.arrays["token_ids"].cpu()
         rows, offsets = (place.numpy() for place in scored.nonzero(as_tuple=True))
-        mask = arrays["scored"].flatten()
+        of_T = batch.places_B[rows]
+        expert_ids, weights = zip(*(_chosen(batch, layer) for layer in range(len(model.blocks))), strict=True)
         parts.append(
             Observation(
-                windows.document[row + rows],
-                windows.start[row + rows] + offsets - 1,  # inputs lie one position before their targets
+                windows.document[of_T],
+                windows.start[of_T] + offsets - 1,  # inputs lie one position before their targets
                 tokens[scored].numpy(),
-                [routing.expert_ids_TK[mask].cpu().numpy() for routing in output.routings],
-                [r.weights_TK.masked_fill(r.expert_ids_TK < 0, 0)[mask].float().cpu().numpy() for r in output.routings],
+                list(expert_ids),
+                list(weights),
+                batch.weights(num_generations).cpu().numpy() if mixes else None,
             )
         )
-        row += len(tokens)
     return _in_reading_order(parts)
+
+
+def _chosen(batch: WindowBatch, layer: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Experts and gate weights of each scored token in a layer, ``(T, K)``, by the member that weighs most for it."""
+    shape = len(batch.nats_T), batch.members[0].output.routings[layer].expert_ids_TK.shape[1]
+    expert_ids, weights = np.full(shape, -1, dtype=np.int64), np.zeros(shape, dtype=np.float32)
+    heaviest = np.zeros(len(batch.nats_T))
+    for member, has_part_RP, places in batch.shares():
+        routing, mask = member.output.routings[layer], has_part_RP.flatten()
+        weight, of = member.weights_RP[has_part_RP].double().cpu().numpy(), places.cpu().numpy()
+        more = weight > heaviest[of]
+        gates_TK = routing.weights_TK.masked_fill(routing.expert_ids_TK < 0, 0)[mask].float()
+        expert_ids[of[more]] = routing.expert_ids_TK[mask].cpu().numpy()[more]
+        weights[of[more]], heaviest[of[more]] = gates_TK.cpu().numpy()[more], weight[more]
+    return expert_ids, weights
 
 
 def observe_text(model: LanguageModel, token_ids: Sequence[int], *, distribution: str | None) -> Observation:
@@ -204,7 +224,7 @@ def _layer_inputs(model: LanguageModel, texts: Sequence[tuple[EvaluationSet, str
     try:
         for windows, distribution in texts:
             missing = share
-            for arrays, _ in forward_windows(model, windows, distribution=distribution, batch_tokens=BATCH_TOKENS):
+            for _, arrays, _ in forward_selected(model, windows, distribution=distribution, batch_tokens=BATCH_TOKENS):
                 places = arrays["scored"].flatten().nonzero().squeeze(1)[:missing]
                 for x_TD, parts in zip(latest, kept, strict=True):
                     parts.append(x_TD[places])
@@ -223,10 +243,12 @@ def _in_reading_order(parts: Sequence[Observation]) -> Observation:
     # Windows come longest first, so those of a document are apart.
     order = np.lexsort((position_T, document_T))
     layers = range(len(parts[0].expert_ids))
+    shares = [part.shares_TG for part in parts if part.shares_TG is not None]
     return Observation(
         document_T[order],
         position_T[order],
         np.concatenate([part.token_ids_T for part in parts])[order],
         [np.concatenate([part.expert_ids[layer] for part in parts])[order] for layer in layers],
         [np.concatenate([part.weights[layer] for part in parts])[order] for layer in layers],
+        np.concatenate(shares)[order] if shares else None,
     )

@@ -16,7 +16,7 @@ from torch import Tensor
 from lifelong_moe.data.tokens.shards import TokenShard
 from lifelong_moe.data.tokens.windows import EvaluationSet
 from lifelong_moe.errors import ConfigError
-from lifelong_moe.evaluation.loss import forward_windows
+from lifelong_moe.evaluation.reading import WindowBatch, read_windows
 from lifelong_moe.model.transformer import LanguageModel
 
 LOGITS_AT_ONCE = 1024
@@ -81,24 +81,19 @@ def score(model: LanguageModel, texts: Sequence[Sequence[int]], requests: Sequen
     windows, order = _windows(texts, requests, how.context, model)
     longest = int(windows.length[0])
     batch_tokens = how.tokens if how.rows is None else how.rows * longest
-    done = 0
-    for arrays, output in forward_windows(model, windows, distribution=how.distribution, batch_tokens=batch_tokens):
-        scored = arrays["scored"]
-        hidden_TD, targets_T = output.hidden_BSD[scored], arrays["target_ids"][scored]
-        domains_T = arrays["domain_ids"][scored]
-        nats_T = model.head.token_nats(hidden_TD, targets_T, domains_T)
-        of_T = order[done : done + len(scored)][scored.nonzero()[:, 0].cpu().numpy()]
+    for batch in read_windows(model, windows, distribution=how.distribution, batch_tokens=batch_tokens):
+        of_T = order[batch.places_B][batch.arrays["scored"].nonzero()[:, 0].cpu().numpy()]
         # float64, and `at`, since a request has many tokens.
-        np.subtract.at(nats, of_T, nats_T.double().cpu().numpy())
-        np.logical_and.at(greedy, of_T, _is_greedy(model, hidden_TD, targets_T, domains_T).cpu().numpy())
-        done += len(scored)
+        np.subtract.at(nats, of_T, batch.nats_T.cpu().numpy())
+        np.logical_and.at(greedy, of_T, _is_greedy(model, batch).cpu().numpy())
     return Likelihoods(nats, greedy)
 
 
-def _is_greedy(model: LanguageModel, hidden_TD: Tensor, targets_T: Tensor, domains_T: Tensor) -> Tensor:
-    """Which targets are the most probable tokens, bool ``(T,)``."""
-    parts = zip(*(one.split(LOGITS_AT_ONCE) for one in (hidden_TD, targets_T, domains_T)), strict=True)
-    return torch.cat([model.head.logits(h, domains).argmax(dim=-1) == targets for h, targets, domains in parts])
+def _is_greedy(model: LanguageModel, batch: WindowBatch) -> Tensor:
+    """Which scored targets are the most probable tokens, bool ``(T,)``."""
+    targets_T = batch.arrays["target_ids"][batch.arrays["scored"]]
+    parts = torch.arange(len(targets_T), device=targets_T.device).split(LOGITS_AT_ONCE)
+    return torch.cat([batch.log_probabilities(model, part).argmax(dim=-1) == targets_T[part] for part in parts])
 
 
 def _windows(
@@ -124,4 +119,5 @@ def _windows(
     order = np.argsort(-length, kind="stable")
     shard = TokenShard(tokens, offsets, np.zeros(len(documents), dtype=np.int64))
     document, start, fresh, length = (one[order] for one in (document, first + 1, end - scored, length))
-    return EvaluationSet(shard, document, start, fresh, length, repeats_bos=False), order
+    # A stretch's windows tell by all that they hold whose text it is, and not by what another request's hold.
+    return EvaluationSet(shard, document, start, fresh, length, repeats_bos=False, evidence=start), order

@@ -30,7 +30,7 @@ class RoutingStatistics:
 
 
 def routing_statistics(
-    counts: Sequence[Sequence[int]], births: Sequence[Sequence[int]], learned_in: int
+    counts: Sequence[Sequence[float]], births: Sequence[Sequence[int]], learned_in: int
 ) -> RoutingStatistics:
     """Summarize assignment counts; layers may differ in their number of experts.
 
@@ -53,7 +53,9 @@ def routing_statistics(
     )
 
 
-def _layer_statistics(counts: Sequence[int], births: Sequence[int], learned_in: int) -> tuple[float, float, int, float]:
+def _layer_statistics(
+    counts: Sequence[float], births: Sequence[int], learned_in: int
+) -> tuple[float, float, int, float]:
     counts_E: NDArray[np.float64] = np.asarray(counts, dtype=np.float64)
     if not counts_E.sum() > 0:
         raise ValueError("every layer needs at least one assignment")
@@ -65,7 +67,7 @@ def _layer_statistics(counts: Sequence[int], births: Sequence[int], learned_in: 
     return -float((share_E * log_E).sum()), float(share_E.max() * len(share_E)), unused, float(share_E[later_E].sum())
 
 
-def dead_experts(counts: Iterable[Sequence[Sequence[int]]]) -> int:
+def dead_experts(counts: Iterable[Sequence[Sequence[float]]]) -> int:
     """Number of experts, over all layers, that no distribution uses.
 
     Args:

@@ -38,6 +38,11 @@ class LayerCache:
         self.length = end
         return self._held[0][:, :, :end], self._held[1][:, :, :end]
 
+    def keep(self, rows: Tensor) -> None:
+        """Forget all rows of the batch but these, int64 ascending."""
+        if self._held is not None:
+            self._held = self._held[0][rows], self._held[1][rows]
+
 
 class KeyValueCache:
     """Keys and values of a batch of texts of equal length, for all layers.
@@ -59,6 +64,13 @@ class KeyValueCache:
     def length(self) -> int:
         """Positions so far."""
         return self.layers[0].length
+
+    def keep(self, rows: Tensor) -> None:
+        """Forget all texts but these, int64 ascending."""
+        for layer in self.layers:
+            layer.keep(rows)
+        if self.document_ids_BP is not None:
+            self.document_ids_BP = self.document_ids_BP[rows]
 
     def within_documents(self, document_ids_BS: Tensor) -> Tensor:
         """Append the next positions' documents; return the mask by which each attends to its own document up to itself.

@@ -6,33 +6,17 @@ Legend: B texts, N tokens of each so far, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from lifelong_moe.errors import ConfigError
-from lifelong_moe.model.cache import KeyValueCache
-from lifelong_moe.model.domains import label_domain
-from lifelong_moe.model.tokens import TokenBatch
+from lifelong_moe.model.next_token import Prompts, texts_of
 from lifelong_moe.model.transformer import LanguageModel
 
 SHARPEST = 1e-4
 """At a lower temperature sampling is argmax, where dividing by it would overflow."""
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """Texts to continue together."""
-
-    ids: Sequence[Sequence[int]]
-    """Tokens of each, BOS first; all of one length."""
-    distribution: str | None = None
-    """Where routing goes by label: whose experts to use."""
-    unread: int = 0
-    """So many of the first tokens are not read by the model; they only help to choose domains."""
 
 
 def sample(
@@ -126,7 +110,7 @@ def sample_steps(
     length = len(prompts.ids[0])
     ids_BN = np.zeros((len(prompts.ids), length + max_new_tokens), dtype=np.int64)
     ids_BN[:, :length] = prompts.ids
-    texts = _Texts(model, prompts, ids_BN.shape[1])
+    texts = texts_of(model, prompts, ids_BN.shape[1])
     for end in range(length, length + max_new_tokens):
         logits_BV = texts.next_logits(ids_BN[:, :end])
         if temperature < SHARPEST:
@@ -136,42 +120,3 @@ def sample_steps(
             tokens = [sample_token(logits_V, temperature, top_p, generator) for logits_V, generator in rows]
         ids_BN[:, end] = tokens
         yield tokens
-
-
-class _Texts:
-    """Texts of equal length in progress, up to a length: their key-value cache, and the domains of their tokens."""
-
-    def __init__(self, model: LanguageModel, prompts: Prompts, longest: int) -> None:
-        # A context may be far longer than any text.
-        self.room = min(longest - prompts.unread, model.architecture.model.context)
-        self.model, self.label_domain = model, label_domain(model.architecture, prompts.distribution)
-        self.unread = prompts.unread
-        self.cache: KeyValueCache | None = None
-        self.domains_BN = np.empty((0, 0), dtype=np.int64)
-
-    def next_logits(self, ids_BN: NDArray[np.int64]) -> Tensor:
-        """Logits ``(B, V)`` of the tokens after these, of which all but the last were read before, if any were."""
-        context = self.model.architecture.model.context
-        if self.cache is None or self.cache.length >= context:
-            self.domains_BN, kept = self._domains(ids_BN), [*range(self.unread, ids_BN.shape[1])]
-            if len(kept) > context:  # BOS and the newest half, so that most of a context of new tokens fits
-                kept = [self.unread, *kept[-(context // 2) :]]
-            self.cache = KeyValueCache(len(self.model.blocks), self.room)
-            return self._read(ids_BN[:, kept], self.domains_BN[:, kept])
-        if self.model.document_clusters and (ids_BN.shape[1] - 1) % self.model.architecture.routing.chunk_tokens == 0:
-            self.domains_BN = self._domains(ids_BN)
-        return self._read(ids_BN[:, -1:], self.domains_BN[:, -1:])
-
-    def _domains(self, ids_BN: NDArray[np.int64]) -> NDArray[np.int64]:
-        if self.model.document_clusters is None:
-            return np.full_like(ids_BN, self.label_domain)
-        return np.concatenate([*self.model.document_clusters.domain_id_batches(ids_BN)]).reshape(ids_BN.shape)
-
-    def _read(self, ids_BN: NDArray[np.int64], domains_BN: NDArray[np.int64]) -> Tensor:
-        device = self.model.embedding.weight.device
-        ids, domains = torch.from_numpy(ids_BN.copy()).to(device), torch.from_numpy(domains_BN.copy()).to(device)
-        hidden_BSD = self.model(TokenBatch(ids, domain_ids_BS=domains), cache=self.cache).hidden_BSD
-        logits_BV = self.model.head.logits(hidden_BSD[:, -1], domains[:, -1])
-        # Rows without a token; those of tokens that stages add come after them.
-        logits_BV[:, self.model.tokenizer_size : self.model.architecture.vocab_size] = float("-inf")
-        return logits_BV

@@ -10,6 +10,7 @@ from typing import Any
 from lifelong_moe.config.data import MAX_VOCAB_SIZE
 from lifelong_moe.config.model import ModelConfig
 from lifelong_moe.config.routing.base import RoutingConfig
+from lifelong_moe.config.routing.mixture import MixtureConfig
 from lifelong_moe.config.routing.modes import stored_routing
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.storage.grammars import Name
@@ -109,6 +110,11 @@ class Architecture:
     def vocabulary(self, generation: int) -> int:
         """Number of the vocabulary of a generation's text."""
         return sum(one.tokens > 0 for one in self.generations[: generation + 1])
+
+    @property
+    def mixture(self) -> MixtureConfig | None:
+        """How its generations predict together; None if one is selected, or if there is no other."""
+        return self.routing.mixture if self.routing.mixes and len(self.generations) > 1 else None
 
     @property
     def has_deltas(self) -> bool:

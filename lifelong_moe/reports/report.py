@@ -106,7 +106,7 @@ class Report:
     bytes_per_token: Mapping[str, float]
     stages: tuple[StageReport, ...]
     routing: Mapping[str, RoutingStatistics]
-    expert_counts: Mapping[str, Sequence[Sequence[int]]]
+    expert_counts: Mapping[str, Sequence[Sequence[float]]]
     dead_experts: int | None = None
 
     @classmethod

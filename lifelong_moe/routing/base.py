@@ -131,6 +131,13 @@ class Routing:
         """Assignments that each expert has from some of the tokens, int64 ``(E,)``."""
         return choice_counts(self.expert_ids_TK, mask_T, self.num_experts)
 
+    def loads_of(self, weight_T: Tensor) -> Tensor:
+        """The same where each token counts by a weight: float64 ``(E,)``, or int64 if the weights are bool."""
+        weight_T = weight_T.double() if weight_T.is_floating_point() else weight_T.long()
+        weights_TK = weight_T.unsqueeze(1) * (self.expert_ids_TK >= 0)
+        loads_E = weights_TK.new_zeros(self.num_experts)
+        return loads_E.scatter_add(0, self.expert_ids_TK.clamp_min(0).flatten(), weights_TK.flatten())
+
 
 class Router(nn.Module):
     """Base of all routers. Each stage adds one generation of experts; generations are ordered by age.

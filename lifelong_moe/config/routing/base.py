@@ -10,10 +10,11 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 from lifelong_moe.config.routing.bounds import require_bounded
 from lifelong_moe.config.routing.capacity import CapacityConfig
+from lifelong_moe.config.routing.mixture import MixtureConfig
 from lifelong_moe.errors import ConfigError
 
 BALANCE_KEYS = ("balance_loss", "balance_counts", "balance_scope", "balance_over")
@@ -136,6 +137,8 @@ STORED: dict[str, Any] = {
     "options": {},
 }
 """Values that stages and their keys record for every mode, even for keys that it lacks."""
+ABSENT: dict[str, Any] = {"mixture": None}
+"""Values of keys that are recorded only where they differ: stages of earlier versions lack them."""
 
 # 0 switches each of these off.
 NOT_NEGATIVE = ("balance_loss", "z_loss", "margin", "importance_loss", "load_loss", "bias_rate", "jitter")
@@ -165,6 +168,7 @@ class RoutingConfig:
     margin = 4.0
     chunk_tokens = 64
     sample_tokens = 32_768
+    mixture = cast("MixtureConfig | None", None)
 
     # Class variables are facts about a mode, not keys: no configuration sets them.
     supports_bundles: ClassVar[bool] = False
@@ -249,6 +253,11 @@ class RoutingConfig:
         return self.bundles == Bundles.cluster
 
     @property
+    def mixes(self) -> bool:
+        """Whether the generations of a model predict together, see :mod:`.mixture`."""
+        return False
+
+    @property
     def is_clustered(self) -> bool:
         """Whether a stage fits centroids, or a table, before it trains."""
         return self.by_document or self.has_table
@@ -271,7 +280,7 @@ class RoutingConfig:
         """
         # In a model of one generation nothing is left to choose between.
         found = self if grown else self.with_keys({"bundles", "balance_over"}, STORED)
-        found = found.with_keys(found.idle_keys(), STORED)
+        found = found.with_keys(found.idle_keys(), STORED | ABSENT)
         # A permission, where one is needed.
         return found.with_keys({"allow_noncausal"}, {"allow_noncausal": self.noncausal_by is not None})
 
@@ -295,4 +304,5 @@ class RoutingConfig:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON data in one flat form for all modes; read by :func:`.modes.stored_routing`."""
-        return STORED | self.stored | dataclasses.asdict(self)
+        written = STORED | self.stored | dataclasses.asdict(self)
+        return {key: value for key, value in written.items() if key not in ABSENT or value != ABSENT[key]}

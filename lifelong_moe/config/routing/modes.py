@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, NamedTuple
 
-from lifelong_moe.config.routing.base import STORED, BalanceScope, RoutingConfig
+from lifelong_moe.config.routing.base import ABSENT, STORED, BalanceScope, RoutingConfig
 from lifelong_moe.config.routing.routers import (
     BaseConfig,
     ClusterConfig,
@@ -110,7 +110,7 @@ def stored_routing(data: Any) -> RoutingConfig:
         raise PlainError("must be an object with named fields", ".routing")
     own = {f.name for f in fields(cls)}
     # Earlier versions wrote every key for every mode; those that a mode does not read are left out.
-    values = {key: value for key, value in (STORED | dict(data)).items() if key in own}
+    values = {key: value for key, value in (STORED | ABSENT | dict(data)).items() if key in own}
     if values.get("capacity") and values.get("balance_scope") != BalanceScope.sequence:
         # An earlier version's scope may contradict its capacity; such a stage no longer trains.
         values["balance_scope"] = None

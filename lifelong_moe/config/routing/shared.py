@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from lifelong_moe.config.routing.base import (
@@ -15,6 +15,7 @@ from lifelong_moe.config.routing.base import (
     RoutingConfig,
 )
 from lifelong_moe.config.routing.capacity import CapacityConfig, Priority
+from lifelong_moe.config.routing.mixture import MixtureConfig
 from lifelong_moe.errors import ConfigError
 
 
@@ -153,6 +154,9 @@ class GroupsConfig(ChoosingConfig):
 class TextClusterConfig(ChoosingConfig):
     """Modes that may cluster text: with ``bundles=cluster``, or ``cluster`` itself."""
 
+    mixture: MixtureConfig | None = field(default_factory=MixtureConfig)
+    """``bundles=cluster``: how generations predict together, a section of its own. Null: one generation is selected for
+    each chunk of a text."""
     margin: float = 4.0
     """``bundles=cluster``: nats by which a newer generation must explain the preceding text better than an older one to
     be selected."""
@@ -170,6 +174,12 @@ class TextClusterConfig(ChoosingConfig):
 
     supports_bundles: ClassVar[bool] = True
 
+    @property
+    def mixes(self) -> bool:
+        """Whether generations predict together. A hash of the text, the baseline of FAISS, selects one."""
+        is_selected = self.bundles == Bundles.cluster and self.centroids == Centroids.fitted
+        return is_selected and self.mixture is not None
+
     def num_clusters(self, num_experts: int) -> int:
         """Number of clusters of text in a generation of ``num_experts`` experts, where :attr:`by_document` holds."""
         # Without bundles a cluster owns as many experts as a token uses, so that all of them run.
@@ -179,6 +189,7 @@ class TextClusterConfig(ChoosingConfig):
     def idle_keys(self) -> set[str]:
         """Also the keys of clusters of text where there are none, and of fitting where they are drawn."""
         idle = super().idle_keys() | (set() if self.bundles == Bundles.cluster else {"margin"})
+        idle |= set() if self.mixes else {"mixture"}
         if not self.by_document:
             return idle | {"centroids", "clusters", "chunk_tokens", "feature_width"}
         # Random clusters are hashes: no features, hence no width.

@@ -35,6 +35,9 @@ class EvaluationSet:
     """Domain of each token of the shard ``(T,)``; None is domain 0."""
     repeats_bos: bool = True
     """Whether a window begins with its document's BOS in place of the token there."""
+    evidence: NDArray[np.int64] | None = None
+    """Position of the first target that tells a mixture which generations explain the window's text ``(W,)``; then each
+    window is a text of its own. None: ``fresh``, and a document's windows are one text."""
 
     def __post_init__(self) -> None:
         if self.domain_ids is not None and self.domain_ids.shape != (self.shard.num_tokens,):
@@ -64,13 +67,25 @@ class EvaluationSet:
         """Included documents that have a token to score."""
         return len(np.unique(self.document))
 
-    def batch(self, rows: slice) -> dict[str, NDArray[np.int64] | NDArray[np.bool_]]:
+    def texts(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The text that each window belongs to, and its number among that text's windows, int64 ``(W,)`` each."""
+        if self.evidence is not None:
+            return np.arange(len(self)), np.zeros(len(self), dtype=np.int64)
+        text_W = np.unique(self.document, return_inverse=True)[1]
+        order = np.lexsort((self.start, text_W))
+        first_W = np.searchsorted(text_W[order], text_W[order])
+        number_W = np.empty_like(text_W)
+        number_W[order] = np.arange(len(self)) - first_W
+        return text_W, number_W
+
+    def batch(self, rows: slice | NDArray[np.int64]) -> dict[str, NDArray[np.int64] | NDArray[np.bool_]]:
         """Fill some windows, as long as the longest of them, ``(B, S)`` each.
 
         Returns:
             ``token_ids`` and ``target_ids``, int64; ``valid``, False on padding, which holds 0 and lies at the end of
-            a row; ``scored``, where a target counts, which each token does in one window; ``domain_ids``, int64, of
-            which a repeated BOS carries what the document's own BOS carries.
+            a row; ``scored``, where a target counts, which each token does in one window; ``evidence``, where a target
+            tells whose text it is, which all that are scored do; ``domain_ids``, int64, of which a repeated BOS carries
+            what the document's own BOS carries.
         """
         document_B, start_B1, length_B1 = self.document[rows], self.start[rows, None], self.length[rows, None]
         tokens, first_B1 = self.shard.tokens, self.shard.offsets[document_B, None]
@@ -86,11 +101,13 @@ class EvaluationSet:
         targets_BS = tokens[np.where(is_end_BS, first_B1, after_BS)]
         domains_BS = np.zeros_like(before_BS) if self.domain_ids is None else self.domain_ids[inputs_BS]
         fresh_BS = start_B1 + columns_S >= self.fresh[rows, None]
+        told_BS = fresh_BS if self.evidence is None else start_B1 + columns_S >= self.evidence[rows, None]
         return {
             "token_ids": np.where(valid_BS, tokens[inputs_BS], 0).astype(np.int64),
             "target_ids": np.where(valid_BS, targets_BS, 0).astype(np.int64),
             "valid": valid_BS,
             "scored": valid_BS & fresh_BS & self.counted[before_BS],
+            "evidence": valid_BS & told_BS,
             "domain_ids": np.where(valid_BS, domains_BS, 0).astype(np.int64),
         }
 

@@ -1,8 +1,10 @@
 """The generation whose experts each chunk of training text uses.
 
-Text is assigned to generations by :meth:`~lifelong_moe.model.transformer.LanguageModel.domain_ids`, each chunk by what
-precedes it (:func:`lifelong_moe.clustering.unigrams.prefix_generations` decides). Training text gets the same ids, but
-for the first chunk of each document that the stage learns.
+Where generations predict together, each of them reads a whole text: what a stage learns is its own generation's from the
+first token on. Where one is selected, text is assigned to generations by
+:meth:`~lifelong_moe.model.transformer.LanguageModel.domain_ids`, each chunk by what precedes it
+(:func:`lifelong_moe.clustering.unigrams.prefix_generations` decides), and training text gets the same ids, but for the
+first chunk of each document that the stage learns.
 """
 
 from __future__ import annotations
@@ -26,11 +28,14 @@ def training_domain_ids(model: LanguageModel, spec: StageSpec, shard: TokenShard
         shard: Training text of ``spec.data``.
 
     Returns:
-        As ``model.domain_ids``, but the first chunk of a document belongs to the generation that this stage trains;
-        None if routing has no domains.
+        In a mixture the generation that this stage trains. Else as ``model.domain_ids``, but the first chunk of a
+        document belongs to that generation; None if routing has no domains.
     """
-    ids, architecture = model.domain_ids(shard, spec.data), model.architecture
+    architecture = model.architecture
     trained = len(architecture.generations) - 1 if spec.grow is not None else architecture.continued
+    if architecture.mixture is not None and trained is not None:
+        return np.full(shard.num_tokens, trained, np.min_scalar_type(trained))
+    ids = model.domain_ids(shard, spec.data)
     if ids is None or architecture.routing.bundles != Bundles.cluster or trained is None:
         return ids
     # No text precedes a first chunk, so evaluation and sampling give it to the first generation. That one is frozen and

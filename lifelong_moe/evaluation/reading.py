@@ -1,0 +1,262 @@
+"""Held-out windows as a model predicts them: by a generation that is selected for each token, or by a mixture of all.
+
+Legend: B windows of a batch, S positions, R of the windows, P of the positions, G generations, E experts, D model
+width, V vocabulary, T scored tokens of the batch in reading order of its rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lifelong_moe.config.routing.mixture import MixtureConfig
+from lifelong_moe.data.tokens.windows import EvaluationSet
+from lifelong_moe.model.tokens import TokenBatch
+from lifelong_moe.model.transformer import LanguageModel, ModelOutput
+from lifelong_moe.ops.posterior import log_weights
+
+FIRST = 32
+"""Positions of a text that every generation reads before those that have no weight left are spared the rest."""
+
+Arrays = dict[str, Tensor]
+
+
+@dataclass
+class Member:
+    """What one member of the mixture made of some windows of a batch; a selected generation is the only member."""
+
+    windows_R: Tensor
+    """The windows that it read, int64 places in the batch."""
+    domain_ids_RP: Tensor
+    """Generation, or other domain, of each token that it read."""
+    output: ModelOutput
+    weights_RP: Tensor
+    """Its weight in the prediction of each target, float64, or bool where it is selected; 0 where another window scores
+    the target."""
+
+
+@dataclass
+class WindowBatch:
+    """Some windows of a set, and what each member of the mixture made of them."""
+
+    places_B: NDArray[np.int64]
+    """The windows' places in the set."""
+    arrays: Arrays
+    """Their tokens ``(B, S)``; see :meth:`lifelong_moe.data.tokens.windows.EvaluationSet.batch`."""
+    members: list[Member]
+    """At least one; a selected generation has all of the weight."""
+    nats_T: Tensor
+    """Loss of each scored token, float64."""
+
+    def shares(self) -> Iterator[tuple[Member, Tensor, Tensor]]:
+        """Each member with the scored tokens that it has a weight in.
+
+        Yields:
+            The member, which of its own tokens these are, bool ``(R, P)``, and which of the batch's, int64 places in T.
+        """
+        scored_BS = self.arrays["scored"]
+        number_BS = scored_BS.flatten().cumsum(0).view_as(scored_BS) - 1
+        for member in self.members:
+            here, width = member.windows_R, member.weights_RP.shape[1]
+            has_part_RP = scored_BS[here, :width] & (member.weights_RP > 0)
+            yield member, has_part_RP, number_BS[here, :width][has_part_RP]
+
+    def loads(self) -> list[Tensor]:
+        """Assignments of scored tokens by layer and expert, ``(E,)``: float64 by the members' weights, or int64."""
+        parts = [
+            [one.loads_of((has_part_RP * member.weights_RP).flatten()) for one in member.output.routings]
+            for member, has_part_RP, _ in self.shares()
+        ]
+        return [torch.stack(layer).sum(dim=0) for layer in zip(*parts, strict=True)]
+
+    def weights(self, num_generations: int) -> Tensor:
+        """Weight of each generation in the prediction of each scored token, float64 ``(T, G)``."""
+        found_TG = torch.zeros(len(self.nats_T), num_generations, dtype=torch.float64, device=self.nats_T.device)
+        for member, has_part_RP, places in self.shares():
+            found_TG[places, member.domain_ids_RP[has_part_RP]] = member.weights_RP[has_part_RP]
+        return found_TG
+
+    def log_probabilities(self, model: LanguageModel, part_T: Tensor) -> Tensor:
+        """Log probabilities of all next tokens, for some of the scored tokens, float32 ``(len(part_T), V)``.
+
+        Args:
+            model: That read the windows.
+            part_T: Which, int64 ascending places in T.
+        """
+        mixed = torch.full((len(part_T), model.architecture.num_tokens), -math.inf, device=self.nats_T.device)
+        for member, has_part_RP, places in self.shares():
+            wanted = torch.isin(places, part_T)
+            hidden_ND = member.output.hidden_BSD[has_part_RP][wanted]
+            logits_NV = model.head.logits(hidden_ND, member.domain_ids_RP[has_part_RP][wanted])
+            logs_N1 = member.weights_RP[has_part_RP][wanted].log().float().unsqueeze(1)
+            rows = torch.searchsorted(part_T, places[wanted])
+            mixed[rows] = torch.logaddexp(mixed[rows], logits_NV.float().log_softmax(dim=-1) + logs_N1)
+        return mixed
+
+
+@torch.no_grad()
+def read_windows(
+    model: LanguageModel, windows: EvaluationSet, *, distribution: str | None, batch_tokens: int
+) -> Iterator[WindowBatch]:
+    """Read held-out windows in evaluation mode, batch by batch.
+
+    A mixture's weights for a target depend on the tokens before it alone, also on those in earlier windows of its text.
+
+    Args:
+        model: On any device; left in the mode it was in.
+        windows: Of any order; each is in one batch.
+        distribution: The text's distribution if it is known; only routing by label looks at it.
+        batch_tokens: Tokens a forward pass, or those of one window if it is longer.
+    """
+    mixture = model.architecture.mixture
+    if mixture is None:
+        yield from _selected(model, windows, distribution, batch_tokens)
+    else:
+        with _evaluating(model):
+            yield from _mixed(model, windows, mixture, batch_tokens)
+
+
+@torch.no_grad()
+def forward_selected(
+    model: LanguageModel, windows: EvaluationSet, *, distribution: str | None, batch_tokens: int
+) -> Iterator[tuple[NDArray[np.int64], Arrays, ModelOutput]]:
+    """Run windows through the generations that are selected for their tokens; arguments as for :func:`read_windows`.
+
+    Yields:
+        Places of consecutive windows, their arrays, and what the model made of them.
+    """
+    windows = replace(windows, domain_ids=model.domain_ids(windows.shard, distribution))
+    with _evaluating(model):
+        for places_B in _batches(windows, np.arange(len(windows)), batch_tokens):
+            arrays = _arrays(model, windows, places_B)
+            yield places_B, arrays, _forward(model, arrays, arrays["domain_ids"])
+
+
+@contextmanager
+def _evaluating(model: LanguageModel) -> Iterator[None]:
+    """In evaluation mode; training may continue with the model."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def _selected(
+    model: LanguageModel, windows: EvaluationSet, distribution: str | None, batch_tokens: int
+) -> Iterator[WindowBatch]:
+    passes = forward_selected(model, windows, distribution=distribution, batch_tokens=batch_tokens)
+    for places_B, arrays, output in passes:
+        scored, domain_ids = arrays["scored"], arrays["domain_ids"]
+        nats_T = model.head.token_nats(output.hidden_BSD[scored], arrays["target_ids"][scored], domain_ids[scored])
+        all_B = torch.arange(len(places_B), device=scored.device)
+        member = Member(all_B, domain_ids, output, arrays["evidence"])
+        yield WindowBatch(places_B, arrays, [member], nats_T.double())
+
+
+def _batches(windows: EvaluationSet, places: NDArray[np.int64], batch_tokens: int) -> Iterator[NDArray[np.int64]]:
+    """Windows in order, as many at a time as the tokens of a pass allow, and at least one."""
+    first = 0
+    while first < len(places):
+        rows = max(1, batch_tokens // int(windows.length[places[first]]))
+        yield places[first : first + rows]
+        first += rows
+
+
+def _arrays(model: LanguageModel, windows: EvaluationSet, places_B: NDArray[np.int64]) -> Arrays:
+    device = model.embedding.weight.device
+    return {name: torch.from_numpy(array).to(device) for name, array in windows.batch(places_B).items()}
+
+
+def _forward(model: LanguageModel, arrays: Arrays, domain_ids: Tensor) -> ModelOutput:
+    token_ids = arrays["token_ids"]
+    # A window holds one document.
+    return model(TokenBatch(token_ids, torch.zeros_like(token_ids), domain_ids, arrays["valid"]))
+
+
+def _mixed(
+    model: LanguageModel, windows: EvaluationSet, mixture: MixtureConfig, batch_tokens: int
+) -> Iterator[WindowBatch]:
+    texts = _Texts(model, windows, mixture)
+    # A text's windows one after another: what the earlier ones say decides the weights in the later ones.
+    for number in range(int(texts.number_W.max(initial=-1)) + 1):
+        for places_B in _batches(windows, np.flatnonzero(texts.number_W == number), batch_tokens):
+            yield texts.read(places_B)
+
+
+class _Texts:
+    """Texts as far as they have been read: which generations are left, and how likely each found them."""
+
+    def __init__(self, model: LanguageModel, windows: EvaluationSet, mixture: MixtureConfig) -> None:
+        self.model, self.windows, self.mixture = model, windows, mixture
+        self.text_W, self.number_W = windows.texts()
+        shape = int(self.text_W.max(initial=-1)) + 1, len(model.architecture.generations)
+        self.alive = torch.ones(shape, dtype=torch.bool)
+        self.nats = torch.zeros(shape, dtype=torch.float64)
+        """What the text so far cost each generation; those that are out, only as far as they read it."""
+        self.clusters_NG = model.prefix_likelihoods(windows.shard) if mixture.clusters else None
+        """Log likelihood of each text up to each token of the shard under the generations' clusters."""
+
+    def read(self, places_B: NDArray[np.int64]) -> WindowBatch:
+        """Read some windows, no two of one text."""
+        arrays, text_B = _arrays(self.model, self.windows, places_B), torch.from_numpy(self.text_W[places_B])
+        evidence_BS = arrays["evidence"].cpu()
+        left_BG = self.alive[text_B]
+        # Not a number where a generation does not read.
+        nats_BSG = torch.full((*evidence_BS.shape, left_BG.shape[1]), math.nan, dtype=torch.float64)
+        begun: list[Member] = []
+        if evidence_BS.shape[1] > 2 * FIRST and bool((left_BG.sum(dim=1) > 1).any()):
+            begun = list(self._passes(arrays, left_BG, FIRST, nats_BSG))
+            left_BG = self._weigh(places_B, evidence_BS[:, :FIRST], nats_BSG[:, :FIRST])[1]
+        members = [*begun, *self._passes(arrays, left_BG, evidence_BS.shape[1], nats_BSG)]
+        weights_BSG, self.alive[text_B] = self._weigh(places_B, evidence_BS, nats_BSG)
+        self.nats[text_B] += nats_BSG.nan_to_num().sum(dim=1)
+        for i, member in enumerate(members):
+            here, generation = member.windows_R.cpu(), int(member.domain_ids_RP[0, 0])
+            weights_RP = weights_BSG[here, : member.weights_RP.shape[1], generation]
+            if i < len(begun):  # what was read again to the end counts there
+                weights_RP = weights_RP * ~left_BG[here, generation, None]
+            member.weights_RP = weights_RP.to(member.weights_RP.device)
+        scored_BS = arrays["scored"].cpu()
+        # Without a weight the cost is not a number, either.
+        logs_TG = (weights_BSG[scored_BS].log() - nats_BSG[scored_BS]).nan_to_num(-math.inf, neginf=-math.inf)
+        return WindowBatch(places_B, arrays, members, -logs_TG.logsumexp(dim=1).to(arrays["scored"].device))
+
+    def _passes(self, arrays: Arrays, left_BG: Tensor, width: int, nats_BSG: Tensor) -> Iterator[Member]:
+        """Let each generation read the first positions of the windows that it is left in, and note what they cost."""
+        for generation in left_BG.any(dim=0).nonzero().flatten().tolist():
+            here = left_BG[:, generation].nonzero().squeeze(1)
+            part = {name: array[here.to(array.device), :width] for name, array in arrays.items()}
+            domain_ids, heard = torch.full_like(part["token_ids"], generation), part["evidence"]
+            output = _forward(self.model, part, domain_ids)
+            nats = self.model.head.token_nats(output.hidden_BSD[heard], part["target_ids"][heard], domain_ids[heard])
+            cost_RP = torch.full(heard.shape, math.nan, dtype=torch.float64)
+            cost_RP[heard.cpu()] = nats.double().cpu()
+            nats_BSG[here, :width, generation] = cost_RP
+            yield Member(here.to(heard.device), domain_ids, output, torch.zeros_like(domain_ids, dtype=torch.float64))
+
+    def _weigh(self, places_B: NDArray[np.int64], evidence_BS: Tensor, nats_BSG: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights in each prediction ``(B, S, G)``, and the generations that are left afterwards ``(B, G)``."""
+        weights_BSG = torch.zeros_like(nats_BSG)
+        left_BG = self.alive[self.text_W[places_B]].clone()
+        windows, likelihood = self.windows, self.mixture.likelihood
+        first_B = windows.shard.offsets[windows.document[places_B]] + windows.start[places_B] - 1
+        for row in range(len(places_B)):
+            heard, text = evidence_BS[row].nonzero().squeeze(1), self.text_W[places_B[row]]
+            nats_TG = nats_BSG[row, heard]
+            costs_TG = nats_TG.nan_to_num()
+            score_TG = -likelihood * (self.nats[text] + costs_TG.cumsum(dim=0) - costs_TG)
+            if self.clusters_NG is not None:
+                score_TG += self.mixture.clusters * torch.from_numpy(self.clusters_NG[first_B[row] + heard.numpy()])
+            score_TG = score_TG.masked_fill(nats_TG.isnan(), -math.inf)
+            logs_TG, left_BG[row] = log_weights(score_TG, left_BG[row], self.mixture.drop)
+            weights_BSG[row, heard] = logs_TG.exp()
+        return weights_BSG, left_BG
