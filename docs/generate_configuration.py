@@ -13,6 +13,7 @@ from typing import Any, get_args, get_type_hints
 
 from lifelong_moe.config.routing.base import RoutingConfig
 from lifelong_moe.config.routing.capacity import CapacityConfig
+from lifelong_moe.config.routing.mixture import MixtureConfig
 from lifelong_moe.config.routing.modes import ROUTERS
 from lifelong_moe.config.routing.topk import CustomRouterConfig
 from lifelong_moe.config.run import RunConfig
@@ -75,6 +76,8 @@ def routing_section() -> list[str]:
         }
         for field in dataclasses.fields(cls):
             default = "learned" if field.name == "mode" else default_text(field)
+            if field.name == "mixture":
+                default = "the section below"
             if field.name == "capacity":
                 made = cls().capacity
                 default = "null" if made is None else brought(made)
@@ -94,7 +97,14 @@ def routing_section() -> list[str]:
         "| key | modes | default | |",
         "|---|---|---|---|",
     ]
-    return [*head, *lines, "", *section(CapacityConfig, "routing.capacity", "")]
+    return [
+        *head,
+        *lines,
+        "",
+        *section(CapacityConfig, "routing.capacity", ""),
+        "",
+        *section(MixtureConfig, "routing.mixture", ""),
+    ]
 
 
 def brought(capacity: CapacityConfig) -> str:

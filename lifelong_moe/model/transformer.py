@@ -20,7 +20,6 @@ from lifelong_moe.config.routing.routers import ClusterConfig
 from lifelong_moe.data.tokens.shards import TokenShard
 from lifelong_moe.model.attention import AttentionContext, position_tables
 from lifelong_moe.model.block import Block
-from lifelong_moe.model.buckets import add_missing_tables, table_names
 from lifelong_moe.model.cache import KeyValueCache
 from lifelong_moe.model.deltas import DeltaEmbedding, DeltaLinear, GenerationSlices, LowRank
 from lifelong_moe.model.domains import GenerationClusters, build_document_clusters, shard_domain_ids
@@ -33,6 +32,7 @@ from lifelong_moe.ops.document_attention import Documents
 from lifelong_moe.ops.window import window_mask
 from lifelong_moe.plan.architecture import Architecture, Generation
 from lifelong_moe.routing.base import Routing, RoutingContext
+from lifelong_moe.routing.buckets import add_missing_tables, table_names
 
 
 @dataclass

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from lifelong_moe.errors import CorruptError
-from lifelong_moe.model.buckets import add_missing_tables
 from lifelong_moe.model.transformer import LanguageModel
+from lifelong_moe.routing.buckets import add_missing_tables
 
 
 def require_fitting(model: LanguageModel, tensors: Mapping[str, Tensor]) -> None:

@@ -1,7 +1,7 @@
 """The generation whose experts each chunk of training text uses.
 
-Where generations predict together, each of them reads a whole text: what a stage learns is its own generation's from the
-first token on. Where one is selected, text is assigned to generations by
+Where generations predict together, each of them reads a whole text: what a stage learns is its own generation's from
+the first token on. Where one is selected, text is assigned to generations by
 :meth:`~lifelong_moe.model.transformer.LanguageModel.domain_ids`, each chunk by what precedes it
 (:func:`lifelong_moe.clustering.unigrams.prefix_generations` decides), and training text gets the same ids, but for the
 first chunk of each document that the stage learns.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from lifelong_moe.config.routing.base import (
     SecondExpert,
 )
 from lifelong_moe.config.routing.capacity import CapacityConfig, Counts, Overflow, Priority, Rounding
+from lifelong_moe.config.routing.mixture import MixtureConfig
 from lifelong_moe.config.routing.modes import keys_of, stored_routing
 from lifelong_moe.errors import ConfigError
 from tests.conftest import build_run, routing_of
@@ -208,7 +210,7 @@ def test_clusters_of_a_generation() -> None:
 EVERYTHING: dict[str, Any] = {
     "balance_loss": 0.5, "z_loss": 0.5, "balance_over": BalanceOver.active, "balance_scope": BalanceScope.sequence,
     "margin": 1.0, "scale": 2.0, "centroids": Centroids.random, "clusters": 3, "chunk_tokens": 7, "feature_width": 9,
-    "sample_tokens": 11, "features": Features.hidden, "level": Level.document,
+    "sample_tokens": 11, "features": Features.hidden, "level": Level.document, "mixture": MixtureConfig(drop=0.5),
 }  # fmt: skip
 """Of each key another value than its default."""
 
@@ -237,7 +239,7 @@ EVERYTHING: dict[str, Any] = {
             {"bundles": Bundles.cluster, "centroids": Centroids.fitted},
             True,
             {"balance_loss", "z_loss", "balance_over", "balance_scope", "margin", "clusters", "chunk_tokens",
-             "feature_width", "sample_tokens"},
+             "feature_width", "sample_tokens", "mixture"},
         ),
         ({"bundles": Bundles.label}, True, {"balance_loss", "z_loss", "balance_over", "balance_scope"}),
         ({"mode": "hash", "table": HashTable.clustered, "top_k": 1}, True, {"feature_width"}),
@@ -248,8 +250,18 @@ def test_keys_that_shape_something_are_kept_and_no_others(values: dict[str, Any]
     own = keys_of(values.get("mode", "learned"))
     written = routing_of(**{key: value for key, value in {**EVERYTHING, **values}.items() if key in own})
     found = written.effective(grown=grown).to_json()
-    assert {key for key in EVERYTHING if found[key] != STORED[key]} == keeps
-    assert all(found[key] == getattr(written, key) for key in keeps)
+    assert {key for key in EVERYTHING if key in found and found[key] != STORED.get(key)} == keeps
+    assert all(found[key] == asdict(written)[key] for key in keeps)
+
+
+def test_stages_of_earlier_versions_select_a_generation() -> None:
+    routing = {"mode": "learned", "bundles": "cluster"}
+    assert stored_routing(routing).mixture is None
+    assert routing_of(bundles=Bundles.cluster).mixture == MixtureConfig()
+    # Their keys and records stay as they are.
+    assert "mixture" not in stored_routing(routing).to_json()
+    again = stored_routing(routing_of(bundles=Bundles.cluster).to_json())
+    assert again == routing_of(bundles=Bundles.cluster)
 
 
 def test_what_is_read_has_the_types_that_were_written() -> None:
