@@ -42,7 +42,8 @@ def base_config(**sections: Any) -> dict[str, Any]:
     """Two stages with bundles, on which nothing that comes later can make the old text worse."""
     config = tiny_config(("fruit", "code"))
     config["model"] |= {"document_mask": True, "experts": 4}
-    config["routing"] |= {"bundles": "cluster", "chunk_tokens": 4}
+    # One generation is selected for each chunk, so that what each action does to old text can be told beforehand.
+    config["routing"] |= {"bundles": "cluster", "mixture": None, "chunk_tokens": 4}
     config["stage_defaults"] |= {
         "tokens": TOKENS,
         "trunk": {"train": "deltas", "rank": 4},

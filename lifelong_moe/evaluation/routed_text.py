@@ -1,7 +1,8 @@
 """A text whose tokens are coloured by their experts, as data and as a self-contained HTML page.
 
 In one layer, a token's owner is the expert with the largest gate weight. In the whole model, it is the generation whose
-experts have the largest gate weights, summed over layers. In a tie the older one wins.
+experts have the largest gate weights, summed over layers, or in a mixture of generations the one that weighs most in
+the prediction of the next token. In a tie the older one wins.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import colorsys
 import html
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -36,6 +37,8 @@ class RoutedToken:
     """Index in the owners of its :class:`RoutedText`."""
     experts: list[list[tuple[str, float]]]
     """For each layer shown, the chosen experts' names and gate weights, heaviest first."""
+    generations: list[tuple[str, float]] = field(default_factory=list)
+    """In a mixture the generations that predict the next token and their weights, heaviest first."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,8 @@ class RoutedText:
     tokens: list[RoutedToken]
     layer: int | None = None
     """The layer whose experts own tokens; None if stages do."""
+    is_mixture: bool = False
+    """Whether the generations predict together."""
 
     @property
     def colours(self) -> list[str]:
@@ -60,6 +65,8 @@ class RoutedText:
         """The rule of ownership, as a sentence."""
         if self.layer is not None:
             return f"Each token has the colour of its heaviest expert of layer {self.layer}."
+        if self.is_mixture:
+            return "Each token has the colour of the stage whose generation weighs most in predicting the next one."
         return "Each token has the colour of the stage whose experts weigh most for it, over all layers."
 
     @property
@@ -83,7 +90,10 @@ def route_text(
     names = {shown: expert_names(architecture, shown) for shown in layers}
     if layer is None:
         owners = [generation.stage for generation in architecture.generations]
-        owner_T = _heaviest_stage(architecture, seen, owners)
+        shares_TG = seen.shares_TG
+        owner_T = (
+            _heaviest_stage(architecture, seen, owners) if shares_TG is None else shares_TG.argmax(axis=1).tolist()
+        )
     else:
         owners = names[layer]
         heaviest_T1 = seen.weights[layer].argmax(axis=1, keepdims=True)
@@ -91,10 +101,16 @@ def route_text(
         owner_T = np.take_along_axis(seen.expert_ids[layer], heaviest_T1, axis=1)[:, 0].clip(0).tolist()
     pieces = token_pieces(seen.token_ids_T.tolist(), decode)
     tokens = [
-        RoutedToken(int(seen.token_ids_T[t]), pieces[t], owner_T[t], [_choices(seen, i, t, names[i]) for i in layers])
+        RoutedToken(
+            int(seen.token_ids_T[t]),
+            pieces[t],
+            owner_T[t],
+            [_choices(seen, i, t, names[i]) for i in layers],
+            _predictors(architecture, seen, t),
+        )
         for t in range(len(seen))
     ]
-    return RoutedText(owners, layers, tokens, layer)
+    return RoutedText(owners, layers, tokens, layer, seen.shares_TG is not None)
 
 
 def token_pieces(token_ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> list[str]:
@@ -116,8 +132,9 @@ def token_pieces(token_ids: Sequence[int], decode: Callable[[Sequence[int]], str
 
 
 def describe(routed: RoutedText, token: RoutedToken) -> str:
-    """A line a layer: the experts of a token with their gate weights."""
-    return "\n".join(", ".join(f"{name} {weight:.3f}" for name, weight in chosen) for chosen in token.experts)
+    """A line a layer: the experts of a token with their gate weights; in a mixture first the generations."""
+    lines = [*([token.generations] if token.generations else []), *token.experts]
+    return "\n".join(", ".join(f"{name} {weight:.3f}" for name, weight in chosen) for chosen in lines)
 
 
 def html_page(routed: RoutedText, title: str) -> str:
@@ -129,7 +146,8 @@ def html_page(routed: RoutedText, title: str) -> str:
         for i, (name, count) in enumerate(zip(routed.owners, routed.counts, strict=True))
         if count
     )
-    hint = f"{routed.rule} Point at a token to see its experts and their gate weights, a line a layer."
+    first = "the generations that predict what follows it with their weights, then " if routed.is_mixture else ""
+    hint = f"{routed.rule} Point at a token to see {first}its experts and their gate weights, a line a layer."
     body = "".join(
         f'<span class="o{token.owner}" title="{_attribute(describe(routed, token))}">{_text(token.text)}</span>'
         for token in routed.tokens
@@ -151,6 +169,14 @@ def _heaviest_stage(architecture: Architecture, seen: Observation, owners: Seque
         for stage in range(len(owners)):
             weight_TO[:, stage] += np.where(stage_E[ids_TK] == stage, weights_TK, 0.0).sum(axis=1)
     return [int(owner) for owner in weight_TO.argmax(axis=1)]
+
+
+def _predictors(architecture: Architecture, seen: Observation, token: int) -> list[tuple[str, float]]:
+    if seen.shares_TG is None:
+        return []
+    names = [generation.stage for generation in architecture.generations]
+    shares_G = seen.shares_TG[token]
+    return [(names[g], float(shares_G[g])) for g in np.argsort(-shares_G, kind="stable") if shares_G[g] > 0]
 
 
 def _choices(seen: Observation, layer: int, token: int, names: Sequence[str]) -> list[tuple[str, float]]:

@@ -22,6 +22,8 @@ for each stage and a column for each distribution:
 ``stages``                   a list of the stages: see :class:`StageReport`
 ``routing``                  {distribution: {``entropy``, ``max_over_mean``, ``unused_experts``, ``leak``}} after the
                              last stage
+``mixture``                  {distribution: {``shares``: {stage: mean weight of its generation}, ``readers``: mean
+                             number of generations that read a token}} after the last stage; empty where one is selected
 ``expert_counts``            {distribution: assignments per layer and expert} after the last stage
 ``dead_experts``             number of experts, over all layers, that no distribution uses after the last stage
 ===========================  ==================================================================================
@@ -86,6 +88,16 @@ class ScratchReport:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MixtureUse:
+    """How a model's generations predict a distribution together."""
+
+    shares: Mapping[Name, float]
+    """Mean weight of each generation, by the stage that it was born in."""
+    readers: float
+    """Generations that read a token, in the mean: what predicting costs, in forward passes of one generation."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report:
     """The content of ``report.json``; the table above explains the fields."""
 
@@ -107,6 +119,7 @@ class Report:
     stages: tuple[StageReport, ...]
     routing: Mapping[str, RoutingStatistics]
     expert_counts: Mapping[str, Sequence[Sequence[float]]]
+    mixture: Mapping[str, MixtureUse] = field(default_factory=dict)
     dead_experts: int | None = None
 
     @classmethod
@@ -208,6 +221,8 @@ def build_report(results: RunResults, births: Sequence[Sequence[int]]) -> Report
     nats = [[row[name].nats_per_token for name in distributions] for row in evaluations]
     init_nats = [init[name].nats_per_token for name in distributions]
     counts = {name: evaluations[-1][name].expert_counts for name in distributions}
+    # Each generation has experts in some layer.
+    born = [results.stages[i].name for i in sorted({birth for layer in births for birth in layer})]
     # A distribution that no stage learned counts as learned after the last: then no expert is born later, none leaks.
     never = [len(results.stages)]
     return Report(
@@ -230,5 +245,10 @@ def build_report(results: RunResults, births: Sequence[Sequence[int]]) -> Report
             name: routing_statistics(counts[name], births, learned.get(name, never)[-1]) for name in distributions
         },
         expert_counts=counts,
+        mixture={
+            name: MixtureUse(shares=dict(zip(born, found.shares, strict=True)), readers=found.readers)
+            for name, found in evaluations[-1].items()
+            if found.shares
+        },
         dead_experts=dead_experts(list(counts.values())),
     )

@@ -36,9 +36,10 @@ from transformers import AutoModelForCausalLM
 base = AutoModelForCausalLM.from_pretrained("{base}")
 model = PeftModel.from_pretrained(base, "{folder}")
 ```"""
-PICKING = """`python pick.py TEXT` prints the folder whose model goes on with a text, as the whole model chooses itself.
+PICKING = """`python pick.py TEXT` prints the folder whose model best goes on with a text, by its tokens' frequencies.
 In Python it is `Picker(folder).pick(text)`, and `chunks(text)` for each chunk. The page needs numpy, safetensors and
-tokenizers alone. Pick again as a text grows: the model does so every few tokens."""
+tokenizers alone. Pick again as a text grows. lifelong-moe itself weighs the predictions of all of these models, unless
+`routing.mixture` is null; it then picks as the page does, every few tokens."""
 TOLD = """The model is told which generation reads a text by the name of its distribution: `labels` of
 `generations.json`."""
 

@@ -58,9 +58,11 @@ def heldout(console: Console, result: Mapping[str, Any]) -> None:
 
 
 def _token_table(console: Console, routed: RoutedText) -> None:
-    table = _table("Tokens", "token", "sent to", *(f"L{layer}" for layer in routed.layers))
+    mixed = ["next predicted by"] if routed.is_mixture else []
+    table = _table("Tokens", "token", "sent to", *mixed, *(f"L{layer}" for layer in routed.layers))
     for token in routed.tokens:
-        chosen = (", ".join(f"{name} {weight:.2f}" for name, weight in layer) for layer in token.experts)
+        rows = [*([token.generations] if routed.is_mixture else []), *token.experts]
+        chosen = (", ".join(f"{name} {weight:.2f}" for name, weight in row) for row in rows)
         table.add_row(repr(token.text), routed.owners[token.owner], *chosen)
     show(console, table)
 

@@ -254,6 +254,9 @@ def summary_rows(report: Report, index: int) -> list[Row]:
         rows += [
             (f"routing/{name}/{key}", float(value), index) for key, value in dataclasses.asdict(statistics).items()
         ]
+    for name, use in report.mixture.items():
+        rows.append((f"mixture/{name}/readers", use.readers, index))
+        rows += [(f"mixture/{name}/share/{born}", share, index) for born, share in use.shares.items()]
     transfers = {"backward_transfer": report.backward_transfer, "forward_transfer": report.forward_transfer}
     rows += [(f"summary/{key}", value, index) for key, value in transfers.items() if value is not None]
     if report.distributions:

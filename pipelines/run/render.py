@@ -148,7 +148,15 @@ def summary_lines(one: Report) -> list[tuple[str, str]]:
         ("active FLOPs", f"{sum(stage.active_flops for stage in one.stages):.2e}"),
         ("training seconds", f"{sum(stage.seconds for stage in one.stages):.0f}"),
     ]
-    lines += [(f"router leak of {name}", f"{row.leak:.1%}") for name, row in one.routing.items()]
+    if one.mixture:
+        for name, use in one.mixture.items():
+            shares = ", ".join(f"{stage} {share:.1%}" for stage, share in use.shares.items())
+            lines.append((f"generations that predict {name}", shares))
+        readers = [use.readers for use in one.mixture.values()]
+        cost = f"{sum(readers) / len(readers):.2f}, {max(readers):.2f}"
+        lines.append(("generations a token, mean and worst", cost))
+    else:
+        lines += [(f"router leak of {name}", f"{row.leak:.1%}") for name, row in one.routing.items()]
     churn = [s.training["assignment_churn"] for s in one.stages if "assignment_churn" in s.training]
     if churn:
         lines.append(("churn of assignments, by stage", ", ".join(f"{value:.0%}" for value in churn)))

@@ -168,7 +168,12 @@ class CandidateTrainer:
         return train_stage(planned, self.parent, data, environment)
 
     def leak(self, stage: CommittedStage, candidate: Candidate, distribution: str) -> float:
-        """Router leak: share of a distribution's tokens that are routed to generations later than its stage."""
+        """Router leak: share of a distribution's tokens that are routed to generations later than its stage.
+
+        In a mixture that is 0: a later generation weighs as much as it explains the text better, which is no harm.
+        """
+        if stage.architecture.mixture is not None:
+            return 0.0
         counts = candidate.measurements.expert_counts(stage.key, distribution)
         shares = generation_shares(counts, stage.architecture)
         known = self._generations_known(distribution)
