@@ -13,7 +13,6 @@ import hashlib
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lifelong_moe.clustering.balanced import balanced_kmeans
 from lifelong_moe.clustering.batches import TokenIds
@@ -93,22 +92,6 @@ def prefix_generations(documents: Sequence[TokenIds], centroids: Sequence[Floats
         held_C[taken_C] = generation
         best_C = np.where(taken_C, likelihood_C, best_C)
     return held_C
-
-
-def prefix_likelihoods(token_ids_N: TokenIds, centroids: Sequence[Floats]) -> NDArray[np.float64]:
-    """Log likelihood of a document up to each of its tokens under each generation's best centroid.
-
-    Args:
-        token_ids_N: Token ids in order, integer ``(N,)``.
-        centroids: Each generation's log probabilities ``(K, V)``, oldest first.
-
-    Returns:
-        float64 nats ``(N, G)``. No row changes with any later token.
-    """
-    # A row for each position and one after the last, which is a chunk that only a further token would begin.
-    ended = np.append(token_ids_N, token_ids_N[-1:])
-    sums = [prefix_sums([ended], centroids_KV.T, 1)[1:].max(axis=1) for centroids_KV in centroids]
-    return np.stack(sums, axis=1)
 
 
 def hashed_domains(token_ids_N: TokenIds, num_domains: int, chunk: int) -> Labels:

@@ -202,8 +202,6 @@ class _Texts:
         self.alive = torch.ones(shape, dtype=torch.bool)
         self.nats = torch.zeros(shape, dtype=torch.float64)
         """What the text so far cost each generation; those that are out, only as far as they read it."""
-        self.clusters_NG = model.prefix_likelihoods(windows.shard) if mixture.clusters else None
-        """Log likelihood of each text up to each token of the shard under the generations' clusters."""
 
     def read(self, places_B: NDArray[np.int64]) -> WindowBatch:
         """Read some windows, no two of one text."""
@@ -247,15 +245,11 @@ class _Texts:
         """Weights in each prediction ``(B, S, G)``, and the generations that are left afterwards ``(B, G)``."""
         weights_BSG = torch.zeros_like(nats_BSG)
         left_BG = self.alive[self.text_W[places_B]].clone()
-        windows, likelihood = self.windows, self.mixture.likelihood
-        first_B = windows.shard.offsets[windows.document[places_B]] + windows.start[places_B] - 1
         for row in range(len(places_B)):
             heard, text = evidence_BS[row].nonzero().squeeze(1), self.text_W[places_B[row]]
             nats_TG = nats_BSG[row, heard]
             costs_TG = nats_TG.nan_to_num()
-            score_TG = -likelihood * (self.nats[text] + costs_TG.cumsum(dim=0) - costs_TG)
-            if self.clusters_NG is not None:
-                score_TG += self.mixture.clusters * torch.from_numpy(self.clusters_NG[first_B[row] + heard.numpy()])
+            score_TG = -self.mixture.likelihood * (self.nats[text] + costs_TG.cumsum(dim=0) - costs_TG)
             score_TG = score_TG.masked_fill(nats_TG.isnan(), -math.inf)
             logs_TG, left_BG[row] = log_weights(score_TG, left_BG[row], self.mixture.drop)
             weights_BSG[row, heard] = logs_TG.exp()

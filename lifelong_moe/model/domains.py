@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lifelong_moe.clustering.batches import batches
 from lifelong_moe.clustering.documents import num_chunks, prefix_features
 from lifelong_moe.clustering.kmeans import assign
-from lifelong_moe.clustering.unigrams import hashed_domains, prefix_generations, prefix_likelihoods
+from lifelong_moe.clustering.unigrams import hashed_domains, prefix_generations
 from lifelong_moe.config.routing.base import Centroids
 from lifelong_moe.config.routing.shared import TextClusterConfig
 from lifelong_moe.data.tokens.shards import ShardDocuments, TokenShard
@@ -137,16 +137,6 @@ class GenerationClusters(DocumentClusters):
     def nearest(self, documents: list[NDArray[np.integer]], centroids: list[NDArray[np.float32]]) -> NDArray[np.int64]:
         """The generation under which the preceding tokens are most probable."""
         return prefix_generations(documents, centroids, self.routing.chunk_tokens, self.routing.margin)
-
-    def prefix_likelihoods(self, token_ids_N: NDArray[np.integer]) -> NDArray[np.float64]:
-        """Log likelihood of a document up to each token under each generation's clusters, ``(N, G)``.
-
-        A generation whose clusters are not fitted yet knows nothing about any text: zeros for all.
-        """
-        centroids = [c.cpu().numpy() for c in self.all_centroids()]
-        if not all(c.any() for c in centroids):
-            return np.zeros((len(token_ids_N), len(centroids)))
-        return prefix_likelihoods(token_ids_N, centroids)
 
 
 def build_document_clusters(architecture: Architecture) -> DocumentClusters | None:

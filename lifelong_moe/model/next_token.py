@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lifelong_moe.config.routing.mixture import MixtureConfig
 from lifelong_moe.model.cache import KeyValueCache
-from lifelong_moe.model.domains import GenerationClusters, label_domain
+from lifelong_moe.model.domains import label_domain
 from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.ops.posterior import log_weights, next_log_weights
@@ -134,7 +134,7 @@ class MixedTexts:
             newest_R = torch.from_numpy(ids_BN[:, -1])[pairs_R2[:, 0]].to(self.next_RV.device)
             nats_R = -self.next_RV.gather(1, newest_R.unsqueeze(1)).squeeze(1)
             self.nats_BG[self.left_BG] += nats_R.double().cpu()
-            score_BG = self._score(self.nats_BG, self._clusters(ids_BN, [-1])[:, 0])
+            score_BG = -self.mixture.likelihood * self.nats_BG
             self.logs_BG, self.left_BG = next_log_weights(score_BG, self.left_BG, self.mixture.drop)
             self.reading.keep(self.left_BG[pairs_R2[:, 0], pairs_R2[:, 1]])
             columns = self.reading.columns(ids_BN.shape[1])
@@ -161,23 +161,12 @@ class MixedTexts:
         # What each prediction is weighed by: the targets before it. shape: (B, S, G)
         paid_RS = F.pad(nats_RS.double().cpu().cumsum(dim=1), (1, 0))
         paid_BSG = paid_RS.view(*self.left_BG.shape, -1).transpose(1, 2)
-        score_BSG = self._score(paid_BSG, self._clusters(ids_BN, columns))
         self.nats_BG = paid_BSG[:, -1].clone()
-        for text, score_SG in enumerate(score_BSG):
+        for text, paid_SG in enumerate(paid_BSG):
+            score_SG = -self.mixture.likelihood * paid_SG
             logs_SG, self.left_BG[text] = log_weights(score_SG, self.left_BG[text], self.mixture.drop)
             self.logs_BG[text] = logs_SG[-1]
         return self.left_BG[pairs_R2[:, 0], pairs_R2[:, 1]]
-
-    def _score(self, nats: Tensor, clusters: Tensor) -> Tensor:
-        return clusters * self.mixture.clusters - nats * self.mixture.likelihood
-
-    def _clusters(self, ids_BN: NDArray[np.int64], columns: list[int]) -> Tensor:
-        """Log likelihood of each text up to each of these tokens under the generations' clusters, ``(B, S, G)``."""
-        if not self.mixture.clusters:
-            return torch.zeros(len(ids_BN), len(columns), self.left_BG.shape[1], dtype=torch.float64)
-        clusters = self.model.document_clusters
-        assert isinstance(clusters, GenerationClusters)
-        return torch.from_numpy(np.stack([clusters.prefix_likelihoods(ids_N)[columns] for ids_N in ids_BN]))
 
     def _mix(self, logits_RV: Tensor, pairs_R2: Tensor) -> Tensor:
         assert self.next_RV is not None

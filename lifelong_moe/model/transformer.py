@@ -22,7 +22,7 @@ from lifelong_moe.model.attention import AttentionContext, position_tables
 from lifelong_moe.model.block import Block
 from lifelong_moe.model.cache import KeyValueCache
 from lifelong_moe.model.deltas import DeltaEmbedding, DeltaLinear, GenerationSlices, LowRank
-from lifelong_moe.model.domains import GenerationClusters, build_document_clusters, shard_domain_ids
+from lifelong_moe.model.domains import build_document_clusters, shard_domain_ids
 from lifelong_moe.model.experts import LowRankExperts, WholeExperts
 from lifelong_moe.model.head import LinearHead
 from lifelong_moe.model.mixture import CompetingBlock, MixtureHead
@@ -200,12 +200,6 @@ class LanguageModel(nn.Module):
     def domain_ids(self, shard: TokenShard, distribution: str | None) -> NDArray[np.integer] | None:
         """Domain of each token of a shard; see :func:`lifelong_moe.model.domains.shard_domain_ids`."""
         return shard_domain_ids(self.architecture, self.document_clusters, shard, distribution)
-
-    def prefix_likelihoods(self, shard: TokenShard) -> NDArray[np.float64]:
-        """Log likelihood of each document up to each of its tokens under each generation's clusters, ``(N, G)``."""
-        assert isinstance(self.document_clusters, GenerationClusters)
-        parts = [self.document_clusters.prefix_likelihoods(shard.document(i)) for i in range(shard.num_documents)]
-        return np.concatenate(parts)
 
     def forward(
         self,

@@ -222,7 +222,7 @@ def build_report(results: RunResults, births: Sequence[Sequence[int]]) -> Report
     init_nats = [init[name].nats_per_token for name in distributions]
     counts = {name: evaluations[-1][name].expert_counts for name in distributions}
     # Each generation has experts in some layer.
-    born = [results.stages[i].name for i in sorted({birth for layer in births for birth in layer})]
+    born = sorted({birth for layer in births for birth in layer})
     # A distribution that no stage learned counts as learned after the last: then no expert is born later, none leaks.
     never = [len(results.stages)]
     return Report(
@@ -246,7 +246,10 @@ def build_report(results: RunResults, births: Sequence[Sequence[int]]) -> Report
         },
         expert_counts=counts,
         mixture={
-            name: MixtureUse(shares=dict(zip(born, found.shares, strict=True)), readers=found.readers)
+            name: MixtureUse(
+                shares={results.stages[i].name: share for i, share in zip(born, found.shares, strict=True)},
+                readers=found.readers,
+            )
             for name, found in evaluations[-1].items()
             if found.shares
         },

@@ -16,17 +16,14 @@ class MixtureConfig:
     generation explains soon costs what that generation costs.
     """
 
-    likelihood: float = 0.3
-    """How much a generation's own likelihood of the text so far counts for its weight: the power that it is raised to.
-    1 is Bayes' rule; less keeps several generations in play for longer."""
-    clusters: float = 0.0
-    """The same for the likelihood of the text so far under the generation's FAISS clusters, which costs nothing."""
+    likelihood: float = 0.1
+    """Power to which a generation's likelihood of the text so far is raised to give its weight. 1 is Bayes' rule; less
+    keeps several generations in play for longer, which costs more."""
     drop: float = 0.01
     """A generation whose weight falls under this share of the largest one reads no more of the text."""
 
     def __post_init__(self) -> None:
-        for key in ("likelihood", "clusters"):
-            if not 0 <= getattr(self, key) <= 1:
-                raise ConfigError(f"routing.mixture.{key}={getattr(self, key)} must lie in 0 to 1.")
+        if not 0 <= self.likelihood <= 1:
+            raise ConfigError(f"routing.mixture.likelihood={self.likelihood} must lie in 0 to 1.")
         if not 0 <= self.drop < 1:
             raise ConfigError(f"routing.mixture.drop={self.drop} must be at least 0 and below 1.")

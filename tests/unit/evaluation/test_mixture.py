@@ -20,7 +20,6 @@ from lifelong_moe.evaluation.loss import evaluate
 from lifelong_moe.evaluation.probing import observe
 from lifelong_moe.evaluation.reading import read_windows
 from lifelong_moe.evaluation.requests import Pass, Request, score
-from lifelong_moe.model.domains import GenerationClusters
 from lifelong_moe.model.next_token import Prompts
 from lifelong_moe.model.sampling import sample, sample_batch, sample_steps
 from lifelong_moe.model.tokens import TokenBatch
@@ -33,10 +32,10 @@ CONTEXT, VOCABULARY = 16, 61
 BORN = (4, Generation("s1", 2, delta_rank=3), Generation("s2", 2, delta_rank=3))
 
 
-@pytest.fixture(params=[(0.5, 0.0, 0.05), (0.3, 0.4, 0.2), (1.0, 0.0, 0.0)], ids=["own", "clusters", "all"])
+@pytest.fixture(params=[(0.5, 0.05), (1.0, 0.0)], ids=["dropping", "all"])
 def mixture(request: pytest.FixtureRequest) -> MixtureConfig:
-    likelihood, clusters, drop = request.param
-    return MixtureConfig(likelihood=likelihood, clusters=clusters, drop=drop)
+    likelihood, drop = request.param
+    return MixtureConfig(likelihood=likelihood, drop=drop)
 
 
 @pytest.fixture
@@ -65,16 +64,13 @@ def one_by_one(
         document: BOS first.
         read: Which tokens are read to predict the token at a position.
     """
-    mixture, clusters = model.architecture.mixture, model.document_clusters
-    assert mixture is not None and isinstance(clusters, GenerationClusters)
+    mixture = model.architecture.mixture
+    assert mixture is not None
     generations = len(model.architecture.generations)
     nats_G, left_G = torch.zeros(generations, dtype=torch.float64), torch.ones(generations, dtype=torch.bool)
     logs, weights = [], []
     for t in range(1, len(document)):
-        known_GV = [torch.from_numpy(c.numpy().astype(np.float64)) for c in clusters.all_centroids()]
-        known_G = torch.stack([c[:, list(document[:t])].sum(dim=1).max() for c in known_GV])
-        score_G = mixture.clusters * known_G - mixture.likelihood * nats_G
-        log_weight_G, left_G = next_log_weights(score_G, left_G, mixture.drop)
+        log_weight_G, left_G = next_log_weights(-mixture.likelihood * nats_G, left_G, mixture.drop)
         ids = torch.tensor([read(t)])
         own = []
         for generation in range(generations):
@@ -156,7 +152,6 @@ def test_no_later_token_changes_a_loss_or_a_weight(model: LanguageModel) -> None
 
 def test_what_is_certain_is_the_generation_s_own(model: LanguageModel) -> None:
     """Of two generations that are equal but for a text that one can only just write, the other alone counts."""
-    assert isinstance(model.document_clusters, GenerationClusters)
     sure = replace(model.architecture.routing, mixture=MixtureConfig(likelihood=1.0, drop=0.9))
     model.architecture = replace(model.architecture, routing=sure)
     windows = windows_of(random_documents([30]))
@@ -216,7 +211,7 @@ def test_a_generation_that_is_out_is_not_read(model: LanguageModel, mixture: Mix
     assert (rows[-1] == 3) == (not mixture.drop) or rows[-1] < 3
 
 
-@pytest.mark.parametrize("keys", [{"likelihood": -0.1}, {"clusters": 1.1}, {"drop": 1.0}, {"likelihood": math.nan}])
+@pytest.mark.parametrize("keys", [{"likelihood": -0.1}, {"drop": 1.0}, {"likelihood": math.nan}])
 def test_keys_have_bounds(keys: dict[str, float]) -> None:
     with pytest.raises(Exception, match=rf"routing\.mixture\.{next(iter(keys))}="):
         MixtureConfig(**keys)
