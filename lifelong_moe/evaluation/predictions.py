@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lifelong_moe.data.tokens.windows import EvaluationSet
-from lifelong_moe.evaluation.loss import forward_windows
+from lifelong_moe.evaluation.reading import read_windows
 from lifelong_moe.model.transformer import LanguageModel
 
 KEPT = 256
@@ -43,13 +45,16 @@ class Predictions:
         """What a model predicts; arguments as for :func:`lifelong_moe.evaluation.loss.evaluate`."""
         # A generation may not predict the tokens that later ones added, so of its own text all kept logs are finite.
         kept = min(KEPT, model.architecture.vocab_size)
-        ids, logs, rest = [], [], []
-        for logs_CV in _log_probs(model, windows, distribution, batch_tokens):
+        tokens, ids, logs, rest = [], [], [], []
+        for tokens_C, logs_CV in _log_probs(model, windows, distribution, batch_tokens):
             top = logs_CV.topk(kept)
+            tokens.append(tokens_C)
             ids.append(top.indices)
             logs.append(top.values)
             rest.append(_log_rest(logs_CV, top.indices).exp())
-        return cls(torch.cat(ids).cpu(), torch.cat(logs).cpu(), torch.cat(rest).cpu())
+        # In the order of the text: which windows a model reads first depends on its generations.
+        order = torch.from_numpy(np.argsort(np.concatenate(tokens)))
+        return cls(*(torch.cat(one).cpu()[order] for one in (ids, logs, rest)))
 
     def divergence(
         self, model: LanguageModel, windows: EvaluationSet, *, distribution: str | None, batch_tokens: int
@@ -62,16 +67,15 @@ class Predictions:
         Source:
             arXiv:2509.04259: on the text of a new task, this divergence from the old model predicts forgetting.
         """
-        total, first = 0.0, 0
-        for logs_CV in _log_probs(model, windows, distribution, batch_tokens):
-            rows = slice(first, first + len(logs_CV))
+        total, scored_T = 0.0, np.flatnonzero(windows.counted)
+        for tokens_C, logs_CV in _log_probs(model, windows, distribution, batch_tokens):
+            rows = torch.from_numpy(np.searchsorted(scored_T, tokens_C))
             ids_CK, old_CK, rest_C = (x[rows].to(logs_CV.device) for x in (self.ids_TK, self.logs_TK, self.rest_T))
             kl_C = (old_CK.exp() * (old_CK - logs_CV.gather(1, ids_CK))).sum(dim=1)
             # Where nothing is left over, 0 times minus infinity would be NaN.
             of_rest_C = rest_C * (rest_C.log() - _log_rest(logs_CV, ids_CK))
             total += float((kl_C + of_rest_C.where(rest_C > 0, 0.0)).double().sum())
-            first += len(logs_CV)
-        return total / first
+        return total / len(scored_T)
 
 
 def _log_rest(logs_CV: Tensor, ids_CK: Tensor) -> Tensor:
@@ -83,10 +87,9 @@ def _log_rest(logs_CV: Tensor, ids_CK: Tensor) -> Tensor:
 @torch.no_grad()
 def _log_probs(
     model: LanguageModel, windows: EvaluationSet, distribution: str | None, batch_tokens: int
-) -> Iterator[Tensor]:
-    """Logarithms of next-token probabilities, float32 ``(C, V)``, of the scored tokens in order."""
-    for arrays, output in forward_windows(model, windows, distribution=distribution, batch_tokens=batch_tokens):
-        scored = arrays["scored"]
-        hidden_T, domains_T = output.hidden_BSD[scored], arrays["domain_ids"][scored]
-        for hidden_C, domains_C in zip(hidden_T.split(CHUNK_TOKENS), domains_T.split(CHUNK_TOKENS), strict=True):
-            yield model.head.logits(hidden_C, domains_C).float().log_softmax(dim=-1)
+) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
+    """Tokens ``(C,)`` and logarithms of the probabilities of what follows them, float32 ``(C, V)``."""
+    for batch in read_windows(model, windows, distribution=distribution, batch_tokens=batch_tokens):
+        tokens_T = batch.tokens(windows)
+        for part_C in torch.arange(len(tokens_T), device=batch.nats_T.device).split(CHUNK_TOKENS):
+            yield tokens_T[part_C.cpu().numpy()], batch.log_probabilities(model, part_C)

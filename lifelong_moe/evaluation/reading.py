@@ -68,6 +68,12 @@ class WindowBatch:
             has_part_RP = scored_BS[here, :width] & (member.weights_RP > 0)
             yield member, has_part_RP, number_BS[here, :width][has_part_RP]
 
+    def tokens(self, windows: EvaluationSet) -> NDArray[np.int64]:
+        """The token before each scored target, as a place in the set's shard ``(T,)``; each stands in one batch."""
+        rows, columns = (place.cpu().numpy() for place in self.arrays["scored"].nonzero(as_tuple=True))
+        first_B = windows.shard.offsets[windows.document[self.places_B]] + windows.start[self.places_B] - 1
+        return first_B[rows] + columns
+
     def loads(self) -> list[Tensor]:
         """Assignments of scored tokens by layer and expert, ``(E,)``: float64 by the members' weights, or int64."""
         parts = [

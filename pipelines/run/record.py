@@ -231,7 +231,7 @@ class MlflowRecord:
                     self.tracker.finish(run_id, error)
 
 
-def aligned_counts(counts: Sequence[Sequence[int]], architecture: Architecture) -> NDArray[np.float64]:
+def aligned_counts(counts: Sequence[Sequence[float]], architecture: Architecture) -> NDArray[np.float64]:
     """Counts by layer with a column for each expert of each generation; NaN where a layer did not grow."""
     columns = [[e < g.experts_in(layer) for g in architecture.generations for e in range(g.experts)]
                for layer in range(len(counts))]  # fmt: skip

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from lifelong_moe.config.routing.mixture import MixtureConfig
 from lifelong_moe.data.tokens.shards import TokenShard
 from lifelong_moe.data.tokens.windows import EvaluationSet, evaluation_windows
 from lifelong_moe.evaluation import predictions
-from lifelong_moe.evaluation.loss import forward_windows
 from lifelong_moe.evaluation.predictions import Predictions
+from lifelong_moe.evaluation.reading import read_windows
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.ops.losses import distillation_loss
 from lifelong_moe.plan.architecture import Generation
@@ -30,13 +31,10 @@ def windows() -> EvaluationSet:
 
 
 def logits(model: LanguageModel, windows: EvaluationSet, distribution: str | None) -> Tensor:
-    """Of all scored tokens, at once."""
-
-    def each() -> Iterator[Tensor]:
-        for arrays, output in forward_windows(model, windows, distribution=distribution, batch_tokens=1000):
-            yield model.head.logits(output.hidden_BSD, arrays["domain_ids"])[arrays["scored"]]
-
-    return torch.cat(list(each())).detach()
+    """Log probabilities of all scored tokens, in the order of the text."""
+    parts = [*read_windows(model, windows, distribution=distribution, batch_tokens=1000)]
+    order = torch.from_numpy(np.argsort(np.concatenate([one.tokens(windows) for one in parts])))
+    return torch.cat([one.log_probabilities(model, torch.arange(len(one.nats_T))) for one in parts])[order].detach()
 
 
 def moved(model: LanguageModel, factor: float = 1.2) -> LanguageModel:
@@ -47,12 +45,13 @@ def moved(model: LanguageModel, factor: float = 1.2) -> LanguageModel:
     return model
 
 
-@pytest.mark.parametrize("kind", ["learned", "bundles", "labelled_bundles", "dense"])
+@pytest.mark.parametrize("kind", ["learned", "bundles", "mixture", "labelled_bundles", "dense"])
 def test_it_is_the_divergence_of_all_probabilities_where_all_are_kept(
     make_model: Make, windows: EvaluationSet, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(predictions, "CHUNK_TOKENS", 7)
-    model = make_model(kind, (4, 2))
+    kind, routing = ("bundles", {"mixture": MixtureConfig()}) if kind == "mixture" else (kind, {})
+    model = make_model(kind, (4, 2), routing=routing)
     before = logits(model, windows, "d1")
     kept = Predictions.of(model, windows, distribution="d1", batch_tokens=32)
     assert kept.ids_TK.shape == (53, 61) and not kept.rest_T.any()
