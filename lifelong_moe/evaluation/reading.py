@@ -99,6 +99,8 @@ class WindowBatch:
         mixed = torch.full((len(part_T), model.architecture.num_tokens), -math.inf, device=self.nats_T.device)
         for member, has_part_RP, places in self.shares():
             wanted = torch.isin(places, part_T)
+            if not bool(wanted.any()):
+                continue
             hidden_ND = member.output.hidden_BSD[has_part_RP][wanted]
             logits_NV = model.head.logits(hidden_ND, member.domain_ids_RP[has_part_RP][wanted])
             logs_N1 = member.weights_RP[has_part_RP][wanted].log().float().unsqueeze(1)

@@ -44,7 +44,10 @@ MODES: dict[str, dict[str, Any]] = {
     "switch": {"routing": {**EVEN, "mode": "switch", "jitter": 0.3, "capacity": {"factor": 1.0}}},
     "relu": {"routing": {**EVEN, "mode": "relu"}},
     "biased": {"routing": {**EVEN, "score": "sigmoid", "bias_rate": 0.01}},
-    "bundles": {**BUNDLES, "routing": {**EVEN, "bundles": "cluster", "chunk_tokens": 4, "clusters": 2}},
+    "bundles": {
+        **BUNDLES,
+        "routing": {**EVEN, "bundles": "cluster", "mixture": None, "chunk_tokens": 4, "clusters": 2},
+    },
     "labels": {**BUNDLES, "routing": {**EVEN, "bundles": "label"}},
     "int8": {
         "routing": {**EVEN, "bundles": "label"},
@@ -121,6 +124,11 @@ def test_what_is_trained_does_not_depend_on_it(
 def test_a_run_whose_old_weights_are_frozen_is_quiet(lab: Path, caplog: pytest.LogCaptureFixture) -> None:
     train(configure(1.0, **MODES["labels"]))
     assert warned(caplog) == []
+
+
+def test_a_mixture_reads_old_text_with_what_is_frozen(lab: Path, curves: Callable[[], list[Row]]) -> None:
+    train(configure(1.0, **{**BUNDLES, "routing": {**EVEN, "bundles": "cluster", "clusters": 2}}))
+    assert curves() == []
 
 
 @pytest.mark.parametrize("method", ["joint", "unrestrained"])

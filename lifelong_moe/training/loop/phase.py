@@ -95,11 +95,15 @@ def _meter(models: StageModels, run: PhaseRun) -> Meter:
 
 
 def _watch(model: LanguageModel, run: PhaseRun) -> ForgettingWatch | None:
-    """What warns of forgetting in the phase; None where nothing was learned before, or the stage affords no look."""
+    """What warns of forgetting in the phase; None where there is nothing to lose, or the stage affords no look."""
     stage, spec, before = run.stage, run.stage.spec, run.stage.before
     names = [name for name in (*stage.known, spec.data) if name in stage.data.heldout]
     # Without its own text there is nothing to compare predictions on.
     if before is None or spec.data not in names:
+        return None
+    # What a mixture reads old text with is frozen. A new generation begins as a copy that doubles another's weight, so
+    # that its going its own way would look like a loss.
+    if model.architecture.mixture is not None and spec.grow is not None:
         return None
     looks = stage_looks(stage.environment.watch, spec, model.architecture, before, len(names))
     if looks is None:

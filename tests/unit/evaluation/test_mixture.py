@@ -15,6 +15,7 @@ from lifelong_moe.config.routing.mixture import MixtureConfig
 from lifelong_moe.data.tokens.shards import TokenShard
 from lifelong_moe.data.tokens.windows import EvaluationSet, evaluation_windows
 from lifelong_moe.evaluation import reading
+from lifelong_moe.evaluation import requests as scoring
 from lifelong_moe.evaluation.documents import measure_documents
 from lifelong_moe.evaluation.loss import evaluate
 from lifelong_moe.evaluation.probing import observe
@@ -166,7 +167,7 @@ def test_what_is_certain_is_the_generation_s_own(model: LanguageModel) -> None:
     assert last.nats_T.equal(own.double())
 
 
-def test_requests_are_scored_by_the_text_that_they_read(model: LanguageModel) -> None:
+def test_requests_are_scored_by_the_text_that_they_read(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     texts, wanted, greedy = random_documents([9, 14, 6], seed=3), [], []
     requests = [Request(0, 9, 3), Request(1, 14, 13), Request(2, 6, 1), Request(1, 10, 2)]
     for one in requests:
@@ -175,7 +176,8 @@ def test_requests_are_scored_by_the_text_that_they_read(model: LanguageModel) ->
         targets = torch.tensor(text[-one.scored :])
         wanted.append(float(logs_TV[torch.arange(one.scored), targets].sum()))
         greedy.append(bool((logs_TV.argmax(dim=1) == targets).all()))
-    for tokens in (16, 1000):
+    for tokens, at_once in ((16, 1), (1000, 3), (1000, 1000)):
+        monkeypatch.setattr(scoring, "LOGITS_AT_ONCE", at_once)  # tokens that some generation does not read
         found = score(model, texts, requests, Pass(CONTEXT, tokens=tokens))
         assert found.nats.tolist() == pytest.approx(wanted, abs=1e-4)
         assert found.is_greedy.tolist() == greedy
