@@ -207,6 +207,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "capacity8-paired": partial(kinds.differences, "results/capacity8", ("static8", "bundles8", "bundles8_alone")),
     "capacity8-flops": partial(kinds.arms, "results/capacity8_flops"),
     "assignment": others.assignment,
+    "mixture-weights": others.mixture_weights,
     "assignment-chunks": partial(others.assignment_by, "chunk_tokens", "chunk, tokens", {"margin": 4}),
     "three-seeds": partial(
         listed,

@@ -48,6 +48,27 @@ def assignment_by(key: str, header: str, fixed: Mapping[str, float]) -> list[str
     return markdown([header, f"{first} to newer generations", f"own generation: {' / '.join(others)}"], rows)
 
 
+def mixture_weights() -> list[str]:
+    """Losses of mixtures of generations by their keys, with the generations that read a token."""
+    found = read("results/mixture_weights")
+    names = list(found["selected"])
+    rows = [
+        [words, "", *(f"{found[key][name]:.4f}" for name in names), f"{_mean(found[key].values()):.4f}"]
+        for key, words in (("selected", "selected"), ("best_single", "best single"))
+    ]
+    for one in found["settings"]:
+        by = one["found"]
+        cells = [f"{by[name]['nats_per_token']:.4f} ({by[name]['readers']:.2f})" for name in names]
+        nats, readers = (_mean(by[name][key] for name in names) for key in ("nats_per_token", "readers"))
+        rows.append([f"{one['likelihood']:g}", f"{one['drop']:g}", *cells, f"{nats:.4f} ({readers:.2f})"])
+    return markdown(["likelihood", "drop", *names, "mean"], rows)
+
+
+def _mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return sum(found) / len(found)
+
+
 def matrix(rows: Sequence[Row]) -> list[str]:
     """Losses after each stage; the distribution just learned is bold."""
     names = [key for key in rows[0] if key != "after"]

@@ -9,6 +9,7 @@ quantities decide:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -127,14 +128,22 @@ def _capacity(ratio: float) -> str:
 
 def _shift(stage: PlannedStage, against: Mapping[str, float]) -> str:
     nearest = min(against, key=lambda name: against[name])
-    # Chunks are assigned once the log-likelihood ratio of the preceding text exceeds routing.margin, in nats.
-    nats, margin = against[nearest], stage.spec.routing.margin
+    nats, routing = against[nearest], stage.spec.routing
     if nats < CLOSE:
         return (
             f"{stage.spec.name}: {nats:.2f} nats a token from {nearest}, the same kind of text: train on "
             f"(grow.experts=0); a bundle of its own could not be told apart."
         )
+    begins = f"{stage.spec.name}: {nats:.2f} nats a token from {nearest}"
+    if (mixture := routing.mixture) is not None and routing.mixes and mixture.drop and mixture.likelihood:
+        # Models tell text apart at least as fast as frequencies of tokens do.
+        tokens = math.ceil(-math.log(mixture.drop) / (mixture.likelihood * nats))
+        return (
+            f"{begins}: the generation that does not know a text leaves it within about {tokens:,} tokens "
+            f"(routing.mixture), so bundles can keep old text."
+        )
+    # Chunks are assigned once the log-likelihood ratio of the preceding text exceeds routing.margin, in nats.
     return (
-        f"{stage.spec.name}: {nats:.2f} nats a token from {nearest}: told apart after about "
-        f"{max(1, round(margin / nats)):,} tokens (routing.margin={margin:g}), so bundles can keep old text exactly."
+        f"{begins}: told apart after about {max(1, round(routing.margin / nats)):,} tokens "
+        f"(routing.margin={routing.margin:g}), so bundles can keep old text exactly."
     )

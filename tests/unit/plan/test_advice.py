@@ -36,6 +36,14 @@ def test_few_tokens_a_parameter_do_not_bind(make_run: MakeRun) -> None:
     assert "told apart after about 5 tokens" in shift  # a margin of 4 nats over 0.8
 
 
+def test_a_mixture_says_how_long_two_generations_read_a_text(make_run: MakeRun) -> None:
+    bundles = ("routing.bundles=cluster", "model.document_mask=true", "stage_defaults.trunk.train=deltas")
+    run = make_run(*bundles, "routing.mixture={likelihood: 0.5, drop: 0.1}")
+    # ln 10 nats over a power of 0.5 and 0.8 nats a token: 5.8
+    assert "leaves it within about 6 tokens" in advice(run, nats=0.8)[1]
+    assert "told apart after about 5 tokens" in advice(make_run(*bundles, "routing.mixture=null"), nats=0.8)[1]
+
+
 def test_many_tokens_bind_and_like_text_is_trained_on(make_run: MakeRun) -> None:
     capacity, shift = advice(make_run("stage_defaults.tokens=64000000"), nats=0.05)
     assert "capacity binds" in capacity and "train on" in shift
