@@ -34,7 +34,7 @@ from pipelines.shared.places import ROOT
 from pipelines.shared.workspace import prepare
 
 DOCUMENTS, TOKENS = 60, 12_000
-LIKELIHOODS, DROPS = (1.0, 0.5, 0.3, 0.2, 0.1, 0.05), (0.1, 0.01, 0.0)
+LIKELIHOODS, DROPS = (1.0, 0.5, 0.3, 0.2, 0.1, 0.05), (0.01, 0.001, 0.0)
 
 
 def main(config: str, *overrides: str) -> None:

@@ -19,6 +19,7 @@ from rich.console import Console
 
 import pipelines.retrain.retrain as story
 from lifelong_moe.config.retraining.policy import GateConfig
+from lifelong_moe.config.routing.mixture import MixtureConfig
 from lifelong_moe.data.text import batches
 from lifelong_moe.data.text.batches import BatchStore
 from lifelong_moe.data.text.documents import Document
@@ -301,6 +302,23 @@ def test_a_known_kind_that_is_not_learned_yet_continues_its_experts(
     assert stage.spec.continues == "code" and head()["versions"][1]["stages"][-1]["action"] == "continue"
     assert stage.spec.replay.fraction == 0.25  # of when_continuing
     assert head()["best"]["code"]["key"] == result["candidate"]
+
+
+def test_generations_that_predict_together_are_gated_by_what_they_predict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "mixture"
+    root.mkdir()
+    monkeypatch.chdir(root)
+    make_base(root, routing={"mixture": {}})
+    arrive("sea")
+    result, text = tick_and_text()
+    assert result["outcome"] == "promoted", result
+    # A later generation may weigh more where it explains more.
+    assert "0.0% of fruit goes to experts born after it" in text
+    stage = StageStore(Path("mlruns")).get(result["candidate"])
+    assert stage.architecture.mixture == MixtureConfig()
+    assert head()["champion"] == 1 and tick()["outcome"] == "idle"
 
 
 def test_growth_stops_at_the_limit_of_experts() -> None:

@@ -54,7 +54,7 @@ def by_token(stage: PlannedStage) -> float:
 @pytest.mark.parametrize(
     ("overrides", "keys"),
     [
-        ((), ("b8d880872ad592c6", "8bc23f2d217c40eb", "9f39447889a6e936")),
+        ((), ("b8d880872ad592c6", "028bc9c9de7ae685", "8e5ebc6e46796bfd")),
         (("routing.mixture=null",), ("b8d880872ad592c6", "7fd689ee6fd81f3c", "bde627caa958fbcb")),
         (REPLAY, ("b8d880872ad592c6", "5220ac69510e93b2", "4c0cf3c75d78bcd6")),
         (EWC, ("b8d880872ad592c6", "8a591c007bc2cdc6", "8d383fb1946bbd35")),

@@ -16,10 +16,10 @@ class MixtureConfig:
     generation explains soon costs what that generation costs.
     """
 
-    likelihood: float = 0.1
+    likelihood: float = 0.3
     """Power to which a generation's likelihood of the text so far is raised to give its weight. 1 is Bayes' rule; less
     keeps several generations in play for longer, which costs more."""
-    drop: float = 0.01
+    drop: float = 0.001
     """A generation whose weight falls under this share of the largest one reads no more of the text."""
 
     def __post_init__(self) -> None:
