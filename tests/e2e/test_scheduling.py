@@ -22,6 +22,8 @@ from pipelines.cli import app
 from tests.known_stages import use_known_stages
 from tests.retrain_lab import RETRAIN, make_base
 
+pytestmark = pytest.mark.xdist_group("scheduling")  # one process trains what all of them begin with
+
 ROOT = Path(__file__).resolve().parents[2]
 FILES = ROOT / "docs/scheduling"
 HOME = "/srv/lifelong-moe"

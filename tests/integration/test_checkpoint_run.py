@@ -43,8 +43,11 @@ from pipelines.inspect.trace import expert
 from pipelines.run.plan import plan
 from pipelines.shared.output import SafeConsole
 from tests.checkpoints import config_of, made, write_checkpoint
+from tests.known_stages import train_all_stages
 from tests.retrain_lab import TOKENS, arrive, tick, write_retraining
 from tests.tiny import STEPS, fork, hashes, kill_self, train, write_config
+
+pytestmark = pytest.mark.usefixtures("known_stages")
 
 transformers = pytest.importorskip("transformers", reason="checkpoints are made by the extra `transformers`")
 
@@ -78,7 +81,10 @@ def logits(model: LanguageModel, domain: int = 0) -> Tensor:
         ("qwen3_moe_some_dense", "frozen", 2),
     ],
 )
-def test_generation_0_keeps_the_bits_of_the_checkpoint(lab: Path, name: str, trunk: str, rank: int) -> None:
+def test_generation_0_keeps_the_bits_of_the_checkpoint(
+    lab: Path, monkeypatch: pytest.MonkeyPatch, name: str, trunk: str, rank: int
+) -> None:
+    train_all_stages(monkeypatch)
     write_checkpoint(name)
     config = config_of(bundles=True)
     config["stage_defaults"]["trunk"] = {"train": trunk}
@@ -142,6 +148,7 @@ def test_a_checkpoint_s_text_is_recognized_by_what_it_writes(lab: Path) -> None:
 def test_what_a_checkpoint_writes_is_a_function_of_the_seed_also_after_a_kill(
     lab: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    train_all_stages(monkeypatch)
     write_checkpoint("llama")
     write_config(clustered())
     train()
@@ -188,6 +195,7 @@ def test_a_checkpoint_writes_the_text_that_it_is_replayed(lab: Path) -> None:
 
 @pytest.mark.parametrize(("at", "rank"), [(2, 0), (STEPS + 3, 0), (STEPS + 6, 2)])
 def test_a_killed_run_goes_on_bit_for_bit(lab: Path, monkeypatch: pytest.MonkeyPatch, at: int, rank: int) -> None:
+    train_all_stages(monkeypatch)
     write_checkpoint("llama")
     config = config_of()
     config["stage_defaults"]["grow"]["rank"] = rank
@@ -351,6 +359,7 @@ def test_a_tokenizer_has_to_be_there_or_named(lab: Path) -> None:
 
 def test_a_stage_is_averaged_with_the_checkpoint(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also after a kill, and as a stage of another key than without."""
+    train_all_stages(monkeypatch)
     write_checkpoint("llama")
     config = config_of() | {"stages": [{"data": "fruit"}]}
     config["stage_defaults"] |= {"grow": {"experts": 0}, "trunk": {"train": "full"}, "distill": {"weight": 0.0}}

@@ -31,6 +31,8 @@ from pipelines.shared.output import SafeConsole
 from tests.checkpoints import config_of, write_checkpoint
 from tests.tiny import VOCABULARIES, fork, kill_self, tiny_config, train, working_in, write_config, write_corpora
 
+pytestmark = pytest.mark.xdist_group("export")  # one process trains what most of them copy
+
 transformers = pytest.importorskip("transformers", reason="both sides are compared with the extra `transformers`")
 
 

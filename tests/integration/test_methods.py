@@ -17,6 +17,8 @@ from pipelines.run.run import stage_births
 from pipelines.shared.workspace import prepare
 from tests.tiny import CONTEXT, SEQUENCES, tiny_config, train, write_config, write_corpora
 
+pytestmark = pytest.mark.xdist_group("methods")  # one process trains each method
+
 STREAM = ("fruit", "code", "sea")
 STEPS = 6
 TOKENS = STEPS * SEQUENCES * CONTEXT

@@ -168,6 +168,7 @@ def test_killed_between_ledger_report_and_head(lab: Path, expected: list[str]) -
     assert {event["name"] for event in events} == {"fruit", "code"}
 
 
+@pytest.mark.usefixtures("known_stages")
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
 def test_flipped_byte_in_a_committed_stage(lab: Path, capsys: pytest.CaptureFixture[str], file: str) -> None:
     write_config(tiny_config(("fruit",)))
@@ -185,6 +186,7 @@ def test_flipped_byte_in_a_committed_stage(lab: Path, capsys: pytest.CaptureFixt
     }
 
 
+@pytest.mark.usefixtures("known_stages")
 def test_manifest_gone_or_file_gone(lab: Path) -> None:
     write_config(tiny_config(("fruit",)))
     train()
@@ -329,6 +331,7 @@ def test_pickles_are_never_loaded(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.usefixtures("known_stages")
 def test_a_borrowed_tensor_that_is_not_there(lab: Path) -> None:
     write_config(tiny_config())
     report, _ = train()
@@ -387,6 +390,7 @@ def test_single_steps_without_a_finite_gradient_are_skipped(
     assert all(bool(tensor.isfinite().all()) for tensor in weights.values())
 
 
+@pytest.mark.usefixtures("known_stages")
 def test_another_vocabulary_than_the_parents_is_refused(lab: Path) -> None:
     train(write_config(tiny_config(("fruit",))))
     given = lab / "given.json"

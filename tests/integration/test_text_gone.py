@@ -155,6 +155,7 @@ def test_what_is_not_kept_is_measured_no_more(text: Path, keeping: tuple[dict[st
     assert train("tiny.yaml")[0] == back  # every stage was measured on both before
 
 
+@pytest.mark.usefixtures("known_stages")
 def test_text_that_a_new_stage_needs_is_asked_for(text: Path) -> None:
     """One line, and nothing is written: to replay text, to learn it otherwise, to fit what tells it apart."""
     train(write_run(1))
@@ -174,6 +175,7 @@ def test_text_that_a_new_stage_needs_is_asked_for(text: Path) -> None:
         assert sorted(Path("mlruns").rglob("*")) == before
 
 
+@pytest.mark.usefixtures("known_stages")
 def test_text_that_came_back_otherwise_is_refused(text: Path) -> None:
     train(write_run(1))
     forget("fruit")
@@ -182,6 +184,7 @@ def test_text_that_came_back_otherwise_is_refused(text: Path) -> None:
         train(write_run(2))
 
 
+@pytest.mark.usefixtures("known_stages")
 def test_a_tokenizer_whose_file_is_gone_is_not_that_of_another_name(text: Path) -> None:
     train(write_run(1))
     made = next(Path("data/cache/tokenizers").glob("*.json")).read_bytes()
@@ -197,6 +200,7 @@ def test_a_tokenizer_whose_file_is_gone_is_not_that_of_another_name(text: Path) 
     assert sorted(Path("mlruns").rglob("*")) == before
 
 
+@pytest.mark.usefixtures("known_stages")
 def test_a_kept_set_that_is_lost_is_told_and_one_that_nobody_names_is_garbage(text: Path) -> None:
     train(write_run(1))
     (kept,) = Path("mlruns/heldout").iterdir()

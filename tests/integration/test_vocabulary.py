@@ -39,6 +39,8 @@ from pipelines.versions.drop import drop
 from tests.checkpoints import config_of, write_checkpoint
 from tests.tiny import fork, hashes, kill_self, tiny_config, train, working_in, write_config, write_corpora
 
+pytestmark = pytest.mark.xdist_group("vocabulary")  # one process trains what most of them copy
+
 SILENT = Console(quiet=True)
 NAMES = ("fruit", "code", "sea")
 IDS = torch.randint(1, 300, (2, 32), generator=torch.Generator().manual_seed(1))

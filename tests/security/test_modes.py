@@ -21,6 +21,8 @@ from pipelines.cli import main
 from tests.e2e.conftest import Cli
 from tests.retrain_lab import arrive, make_base, tick
 
+pytestmark = pytest.mark.xdist_group("modes")  # one process trains what most of them look at
+
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:

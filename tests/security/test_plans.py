@@ -19,6 +19,8 @@ from pipelines.retrain.plan import settings_hash
 from tests.known_stages import use_known_stages
 from tests.retrain_lab import arrive, ledger, make_base, stages, tick
 
+pytestmark = pytest.mark.xdist_group("plans")  # one process trains and plans what all of them edit
+
 DAY = 86400.0
 Facts = dict[str, Any]
 
