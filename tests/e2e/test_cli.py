@@ -308,16 +308,20 @@ def test_own_bug_keeps_its_traceback(lab: Path, cli: Cli, monkeypatch: pytest.Mo
 
 
 def test_installed_command(lab: Path) -> None:
+    """A profiler reports on standard error, as all that libraries say; before its report there is nothing."""
     command = Path(sys.executable).parent / "lifelong-moe"
     if not command.is_file():
         pytest.skip("the package is not installed here")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [command, "run", "tiny.yaml", "stages=[{data: fruit}]"], capture_output=True, text=True, env=environment
-    )
+        [command, "run", "tiny.yaml", "stages=[{data: fruit}]", "trainer.profiler=simple"],
+        capture_output=True, text=True, env=environment, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "tiny (lifelong)" in done.stdout
-    assert [line for line in done.stderr.splitlines() if not line.startswith("WARNING: code has")] == []
+    before, _, report = done.stderr.partition("FIT Profiler Report")
+    assert [line for line in before.splitlines() if line and not line.startswith("WARNING: code has")] == []
+    assert "run_training_batch" in report
 
 
 @pytest.mark.parametrize(

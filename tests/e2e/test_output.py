@@ -52,15 +52,6 @@ def encoded(encoding: str, path: Path) -> Iterator[TextIO]:
     os.close(number)
 
 
-def test_a_profiler_reports(lab: Path) -> None:
-    """On standard error, as all that libraries say; in a process of its own, whose log pytest does not take."""
-    write_config(tiny_config(("fruit",), trainer={"profiler": "simple"}))
-    run = subprocess.run(
-        [*LIFELONG, "run", "tiny.yaml"], capture_output=True, text=True, env=environment(), check=False
-    )
-    assert run.returncode == 0 and "FIT Profiler Report" in run.stderr and "run_training_batch" in run.stderr
-
-
 def test_training_outlives_the_reader_of_its_output(lab: Path) -> None:
     """``run tiny.yaml 2>&1 | head -1``."""
     write_config(tiny_config(("fruit",), tracking={"enabled": False}))
