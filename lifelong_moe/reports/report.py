@@ -22,9 +22,9 @@ for each stage and a column for each distribution:
 ``stages``                   a list of the stages: see :class:`StageReport`
 ``routing``                  {distribution: {``entropy``, ``max_over_mean``, ``unused_experts``, ``leak``}} after the
                              last stage
+``expert_counts``            {distribution: assignments per layer and expert} after the last stage
 ``mixture``                  {distribution: {``shares``: {stage: mean weight of its generation}, ``readers``: mean
                              number of generations that read a token}} after the last stage; empty where one is selected
-``expert_counts``            {distribution: assignments per layer and expert} after the last stage
 ``dead_experts``             number of experts, over all layers, that no distribution uses after the last stage
 ===========================  ==================================================================================
 """

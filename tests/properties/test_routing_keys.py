@@ -23,6 +23,7 @@ from lifelong_moe.config.sections import section
 from lifelong_moe.config.yaml_file import apply_override
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.growth.clusters import fit_clusters
+from lifelong_moe.model.next_token import Prompts, texts_of
 from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel, initialize
 from lifelong_moe.plan.architecture import Architecture, Generation, first_generation
@@ -59,6 +60,7 @@ VALUES: dict[str, list[tuple[str, tuple[str, ...]]]] = {
     "balance_over": [("active", BALANCED)],
     "z_loss": [("1.0", NOTHING)],
     "bundles": [("label", NOTHING), ("cluster", NOTHING)],
+    "mixture": [("null", BUNDLES), ("{likelihood: 0.5, drop: 0.5}", BUNDLES)],
     "margin": [("400.0", BUNDLES)],
     "level": [("document", ("chunk_tokens=4",))],
     "features": [("hidden", NOTHING)],
@@ -159,6 +161,9 @@ def answers(config: RunConfig, generations: int) -> list[Tensor]:
     found += [p.grad for p in model.parameters() if p.grad is not None]
     found += [buffer for _, buffer in sorted(model.named_buffers()) if buffer.is_floating_point()]
     model.eval()
+    with torch.no_grad():  # by all generations of a mixture
+        prompts = Prompts([row.tolist() for row in rows])
+        found.append(texts_of(model, prompts, LENGTH + 1).next_logits(np.stack(rows)).softmax(dim=-1))
     return [*found, model(TokenBatch(ids, document_ids_BS=torch.zeros_like(ids), domain_ids_BS=domains)).hidden_BSD]
 
 

@@ -85,7 +85,9 @@ ROUTING = [
     # With one generation of experts there is nothing to tell apart.
     *second("routing.", "bundles=cluster", "bundles=label", context=FROZEN),
     *second("routing.", "margin=1.0", "clusters=2", "chunk_tokens=8", "feature_width=8", context=BUNDLES),
+    *second("routing.", "mixture=null", "mixture.likelihood=0.5", "mixture.drop=0.5", context=BUNDLES),
     *second("routing.", "centroids=random", context=BUNDLES),
+    *none("routing.", "mixture=null", "mixture.drop=0.5"),
     *second("routing.", "balance_over=active"),
     *none("routing.", "bundles=cluster", context=(*MASKED, "method=sequential")),
     *none("routing.", "bundles=cluster", context=(*MASKED, *NO_GROWTH)),
