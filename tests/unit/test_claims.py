@@ -54,7 +54,7 @@ def by_token(stage: PlannedStage) -> float:
 @pytest.mark.parametrize(
     ("overrides", "keys"),
     [
-        ((), ("b8d880872ad592c6", "2888b5b0bf4bdfaf", "234d2517b9579a84")),
+        ((), ("b8d880872ad592c6", "dc6a0a286fec6fd6", "8cbc8c24e7a39090")),
         (("routing.mixture=null",), ("b8d880872ad592c6", "76f505df53c85e93", "b2027ac3827c2b15")),
         (REPLAY, ("b8d880872ad592c6", "273f4c59f0fb725f", "bf3597e41a1837a8")),
         (EWC, ("b8d880872ad592c6", "8a591c007bc2cdc6", "8d383fb1946bbd35")),

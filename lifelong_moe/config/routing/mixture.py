@@ -19,7 +19,7 @@ class MixtureConfig:
     likelihood: float = 0.3
     """Power to which a generation's likelihood of the text so far is raised to give its weight. 1 is Bayes' rule; less
     keeps several generations in play for longer, which costs more."""
-    drop: float = 0.001
+    drop: float = 1e-6
     """A generation whose weight falls under this share of the largest one reads no more of the text."""
 
     def __post_init__(self) -> None:
