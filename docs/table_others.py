@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from table_kinds import ROOT, Row, listed, markdown, percent, read
 
 OTHER_MACHINE = (
-    "Levels depend on the machine's floating point, differences less: on an AMD EPYC, commit `99c3eeb`, which selected\n"
-    "one generation for each chunk and grew by four experts, printed 2.281\n"
+    "Levels depend on the machine's floating point, differences less: on an AMD EPYC, commit `99c3eeb`, which\n"
+    "selected one generation for each chunk and grew by four experts, printed 2.281\n"
     "and 2.195 (newly learned), 2.442 and 2.682 (final mean), and +1.543 (what the naive run forgets of python_code);\n"
     "the naive run learned the new text 0.09 better there."
 )
