@@ -27,6 +27,7 @@ from pipelines.compare.compare import compare
 from pipelines.inspect.inspect import inspect_stage
 from pipelines.shared.options import InspectionRequest
 from pipelines.versions.drop import drop
+from tests.checkpoints import config_of, write_checkpoint
 from tests.retrain_lab import arrive, three_stages, tick, write_retraining
 from tests.tiny import CONTEXT, SEQUENCES, tiny_config, train, write_config, write_corpora
 
@@ -42,7 +43,8 @@ SHORT_STAGES = {"tokens": 2 * SEQUENCES * CONTEXT}
 def make_store(root: Path, template: Path | None = None) -> None:
     """Runs with derived stages, versions and reports, a plan, batches, an inspection, a comparison, records that wait.
 
-    The run ``tiny`` is in no MLflow; ``plain`` is in the store's own database, and its third stage is untrained.
+    The run ``tiny`` is in no MLflow; ``plain`` is in the store's own database, and its third stage is untrained; the
+    first stage of ``held`` says where a checkpoint lies.
 
     Args:
         root: The current directory.
@@ -61,6 +63,7 @@ def make_store(root: Path, template: Path | None = None) -> None:
     batches.remove_text(batches.add([Document(GONE, "source"), Document("gone too", "source")], []))
     _compare()
     _record(template)
+    _refer()
     _sign()
 
 
@@ -80,6 +83,14 @@ def _compare() -> None:
     arms = {"a": [], "b": ["stage_defaults.optim.lr=0.002"]}
     Path("compare.yaml").write_text(yaml.safe_dump({"compare": "c", "base": "arms.yaml", "arms": arms}))
     compare(load_comparison("compare.yaml", []), [], False, SILENT)
+
+
+def _refer() -> None:
+    write_checkpoint("llama_tied")
+    config = config_of(bundles=True) | {"run": "held", "stages": [{"data": "fruit"}]}
+    config["model"]["store"] = "reference"
+    config["stage_defaults"] |= SHORT_STAGES
+    train(write_config(config, "held.yaml"))
 
 
 def _record(template: Path | None) -> None:
