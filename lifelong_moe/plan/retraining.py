@@ -174,7 +174,8 @@ def load_retraining(path: str | Path, overrides: Sequence[str] = ()) -> Retraini
     note_address(settings.hooks.url or "")
     _refuse_secret_arguments(settings.hooks)
     file = read_yaml(path.parent / settings.base, is_base=True)
-    base = with_checkpoint(overridden(file, [override for override in overrides if override not in own]))
+    with errors_under(""):  # it looks into sections, which may be interpolations
+        base = with_checkpoint(overridden(file, [override for override in overrides if override not in own]))
     config = build_config(base, is_stored=True)  # of a run that exists already
     if config.method != Method.lifelong:
         raise ConfigError(f"method={config.method}: retraining continues and grows, so it needs method=lifelong.")

@@ -273,6 +273,21 @@ def test_what_does_not_go_with_a_checkpoint(lab: Path, change: list[str], messag
     assert caught.value.exit_code == 2 and not Path("mlruns").exists()
 
 
+@pytest.mark.parametrize("value", ["x", "\x1b[31m", ["x"], 7, True, "${oc.env:ABSENT_HERE}", {"x": ["x"]}])
+def test_no_section_beside_a_checkpoint_ends_in_a_traceback(lab: Path, value: object) -> None:
+    write_checkpoint("olmoe")
+    for key in ("model", "routing", "tokenizer", "base", "model.context", "model.revision", "model.store", "routing.mode"):
+        config = config_of()
+        section, _, name = key.partition(".")
+        if name:
+            config[section][name] = value
+        else:
+            config[section] = value
+        with pytest.raises(LifelongError) as refused:
+            read_config(write_config(config), [], with_checkpoint)
+        assert "\n" not in str(refused.value)
+
+
 def test_a_plan_says_what_comes_in_and_what_stages_add(lab: Path) -> None:
     write_checkpoint("llama_tied", dtype=torch.bfloat16)
     config = config_of(bundles=True)

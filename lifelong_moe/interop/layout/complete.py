@@ -8,6 +8,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from lifelong_moe.config.model import ModelConfig
+from lifelong_moe.config.sections import section
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.interop.layout.folder import CONFIG, TOKENIZER, Checkpoint, file_entry, read_checkpoint
 from lifelong_moe.interop.layout.place import named_folder, note_folder
@@ -41,12 +43,12 @@ def with_checkpoint(raw: DictConfig) -> DictConfig:
     # A reference to the environment stays one: what is stored may hold no secret.
     name = written._value() if written._is_interpolation() else path
     _merge(raw, "model", found.model.to_json(), OWN)
-    if raw.model.context > found.model.context:
-        raise ConfigError(f"model.context={raw.model.context} is above the {found.model.context} of {path}.")
+    if (context := section(ModelConfig, raw.model, "model").context) > found.model.context:
+        raise ConfigError(f"model.context={context} is above the {found.model.context} of {path}.")
     if found.family.is_mixture:
         routing = found.family.routing()
         _merge(raw, "routing", {"mode": "learned", "top_k": routing.top_k, "renormalize": routing.renormalize}, ())
-    raw.tokenizer = _tokenizer(raw.get("tokenizer") or {}, found, name if revision is None else None)
+    raw.tokenizer = _tokenizer(_written(raw, "tokenizer"), found, name if revision is None else None)
     family = found.family
     sha256 = checkpoint_hash(found)
     note_folder(sha256, found.path)
@@ -57,19 +59,29 @@ def with_checkpoint(raw: DictConfig) -> DictConfig:
     return raw
 
 
-def _merge(raw: DictConfig, section: str, found: Mapping[str, Any], own: tuple[str, ...]) -> None:
+def _written(raw: DictConfig, name: str) -> dict[str, Any]:
+    """The keys of a section as it is written, what it refers to put in."""
+    node = raw.get(name)
+    if node is None:
+        return {}
+    if not isinstance(node, DictConfig):
+        raise ConfigError(f"{name} must be a mapping; got {node!r}.")
+    plain: Any = OmegaConf.to_container(node, resolve=True)
+    return {str(key): value for key, value in plain.items()}
+
+
+def _merge(raw: DictConfig, name: str, found: Mapping[str, Any], own: tuple[str, ...]) -> None:
     """Fill a section with a checkpoint's values; other values than those are refused, but for the run's own keys."""
-    plain: Any = OmegaConf.to_container(raw.get(section) or OmegaConf.create({}), resolve=True)
-    given = {str(key): value for key, value in plain.items()}
+    given = _written(raw, name)
     for key, value in given.items():
         if key in found and key not in own and value != found[key]:
-            raise ConfigError(f"{section}.{key}={value} differs from model.from, which has {found[key]}; leave it out.")
-        if section == "model" and key not in found:
+            raise ConfigError(f"{name}.{key}={value} differs from model.from, which has {found[key]}; leave it out.")
+        if name == "model" and key not in found:
             raise ConfigError(f"model.{key}={value} is nothing that the checkpoint of model.from has; leave it out.")
-    raw[section] = {**found, **given}
+    raw[name] = {**found, **given}
 
 
-def _tokenizer(given: Any, found: Checkpoint, name: str | None) -> dict[str, Any]:
+def _tokenizer(given: dict[str, Any], found: Checkpoint, name: str | None) -> dict[str, Any]:
     """The tokenizer's section: the checkpoint's own file, unless another one is named.
 
     Args:
@@ -77,7 +89,7 @@ def _tokenizer(given: Any, found: Checkpoint, name: str | None) -> dict[str, Any
         found: The checkpoint.
         name: Its folder as it is written; None if it is in the hub's cache.
     """
-    rest = {str(key): value for key, value in given.items() if key != "from"}
+    rest = {key: value for key, value in given.items() if key != "from"}
     if given.get("from", "model") != "model":
         raise ConfigError(f"tokenizer.from={given['from']} must be model.")
     if rest.get("file") is not None:
