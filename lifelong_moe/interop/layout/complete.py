@@ -59,7 +59,7 @@ def with_checkpoint(raw: DictConfig) -> DictConfig:
     return raw
 
 
-def _written(raw: DictConfig, name: str) -> dict[str, Any]:
+def _written(raw: DictConfig, name: str) -> Mapping[str, object]:
     """The keys of a section as it is written, what it refers to put in."""
     node = raw.get(name)
     if node is None:
@@ -81,7 +81,7 @@ def _merge(raw: DictConfig, name: str, found: Mapping[str, Any], own: tuple[str,
     raw[name] = {**found, **given}
 
 
-def _tokenizer(given: dict[str, Any], found: Checkpoint, name: str | None) -> dict[str, Any]:
+def _tokenizer(given: Mapping[str, object], found: Checkpoint, name: str | None) -> dict[str, Any]:
     """The tokenizer's section: the checkpoint's own file, unless another one is named.
 
     Args:
