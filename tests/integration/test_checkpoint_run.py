@@ -276,7 +276,8 @@ def test_what_does_not_go_with_a_checkpoint(lab: Path, change: list[str], messag
 @pytest.mark.parametrize("value", ["x", "\x1b[31m", ["x"], 7, True, "${oc.env:ABSENT_HERE}", {"x": ["x"]}])
 def test_no_section_beside_a_checkpoint_ends_in_a_traceback(lab: Path, value: object) -> None:
     write_checkpoint("olmoe")
-    for key in ("model", "routing", "tokenizer", "base", "model.context", "model.revision", "model.store", "routing.mode"):
+    keys = ("model", "routing", "tokenizer", "base", "model.context", "model.revision", "model.store", "routing.mode")
+    for key in keys:
         config = config_of()
         section, _, name = key.partition(".")
         if name:
