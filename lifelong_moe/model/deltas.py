@@ -79,6 +79,15 @@ class LowRank(nn.Module):
         """The change, ``(O, I)``."""
         return self.up @ self.down
 
+    def apply_to(self, x_NI: Tensor) -> Tensor:
+        """``x (up down)^T``, ``(N, O)``, without the change itself."""
+        return F.linear(F.linear(x_NI, self.down), self.up)
+
+    def suits(self, num_rows: int) -> bool:
+        """Whether :meth:`apply_to` takes fewer multiply-adds for so many rows than making the change, whatever its rank."""
+        (rows, _), (_, columns) = self.up.shape, self.down.shape
+        return num_rows * (rows + columns) < rows * columns
+
 
 class Deltas(nn.ModuleDict):
     """The low-rank changes of one matrix, by generation."""
@@ -102,6 +111,14 @@ class Deltas(nn.ModuleDict):
         """The matrix that a generation's tokens use."""
         delta = self.of(generation)
         return base_OI if delta is None else base_OI + delta()
+
+    def product(self, x_NI: Tensor, base_OI: Tensor, generation: int) -> Tensor:
+        """``(N, O)``: a generation's tokens times the matrix that they use."""
+        delta = self.of(generation)
+        # Only without gradients: a stage's weights do not depend on how many rows of a batch are of which generation.
+        if delta is None or torch.is_grad_enabled() or not delta.suits(len(x_NI)):
+            return linear(x_NI, self.weight(base_OI, generation))
+        return linear(x_NI, base_OI) + delta.apply_to(x_NI)
 
 
 class TokenRows(nn.ParameterDict):
@@ -145,7 +162,7 @@ class DeltaLinear(nn.Linear):
         if generations is None or not self.deltas:
             out = product(x, self._held_weight())
         else:
-            out_TO = generations.apply(x.flatten(0, -2), lambda g, rows: linear(rows, self.weight_of(g)))
+            out_TO = generations.apply(x.flatten(0, -2), lambda g, rows: self.deltas.product(rows, self.weight, g))
             out = out_TO.view(*x.shape[:-1], -1)
         return out if self.bias is None else out + self.bias
 

@@ -142,7 +142,10 @@ def forward_flops_per_token(architecture: Architecture, first_block: int = 0) ->
 
 
 def pass_flops(architecture: Architecture, text: Text) -> int:
-    """FLOPs of one forward pass that do not depend on its tokens: each low-rank change is added to its matrix once."""
+    """FLOPs of one forward pass that do not depend on its tokens: each low-rank change is added to its matrix once.
+
+    A pass without gradients over few tokens takes less: :meth:`lifelong_moe.model.deltas.Deltas.product`.
+    """
     return round(2 * pass_products(architecture, nothing, text))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lifelong_moe.config.growth import GrowConfig, RouterInit
 from lifelong_moe.growth.grow import grow
-from lifelong_moe.model.deltas import DeltaEmbedding, DeltaLinear, GenerationSlices
+from lifelong_moe.model.deltas import DeltaEmbedding, DeltaLinear, GenerationSlices, LowRank
 from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.architecture import Generation
@@ -73,6 +73,24 @@ def test_a_linear_map_by_hand() -> None:
     slices = GenerationSlices.of(torch.tensor([0, 1]), 2)
     assert linear(x_BSI, slices).tolist() == [[[3, 7], [13, 7]]]
     assert linear(x_BSI).tolist() == [[[3, 7], [3, 7]]]
+
+
+@pytest.mark.parametrize("num_rows", [1, 3, 4, 9])
+def test_few_rows_are_multiplied_by_the_factors(num_rows: int) -> None:
+    torch.manual_seed(0)
+    linear, x_NI = DeltaLinear(6, 12), torch.randn(num_rows, 6)
+    for rank in (0, 5):
+        linear.add_generation(rank)
+    delta = linear.deltas.of(1)
+    assert delta is not None
+    torch.nn.init.normal_(delta.up)
+    torch.nn.init.normal_(delta.down)
+    slices = GenerationSlices.of(torch.ones(num_rows, dtype=torch.int64), 2)
+    with_gradients = linear(x_NI, slices)
+    with torch.no_grad():
+        assert torch.allclose(linear(x_NI, slices), with_gradients, atol=1e-5)
+    # 6 * 12 = 72 multiply-adds a rank for the change itself, 6 + 12 = 18 a rank and row without it: 4 rows are as dear.
+    assert delta.suits(num_rows) == (num_rows < 4)
 
 
 def test_an_embedding_by_hand() -> None:
