@@ -84,7 +84,7 @@ class LowRank(nn.Module):
         return F.linear(F.linear(x_NI, self.down), self.up)
 
     def suits(self, num_rows: int) -> bool:
-        """Whether :meth:`apply_to` takes fewer multiply-adds for so many rows than making the change, whatever its rank."""
+        """Whether :meth:`apply_to` takes fewer multiply-adds for so many rows than making the change."""
         (rows, _), (_, columns) = self.up.shape, self.down.shape
         return num_rows * (rows + columns) < rows * columns
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lifelong_moe.config.growth import GrowConfig, RouterInit
 from lifelong_moe.growth.grow import grow
-from lifelong_moe.model.deltas import DeltaEmbedding, DeltaLinear, GenerationSlices, LowRank
+from lifelong_moe.model.deltas import DeltaEmbedding, DeltaLinear, GenerationSlices
 from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.architecture import Generation
