@@ -126,8 +126,8 @@ def exit_code(command: Callable[[], object]) -> int:
             raise
         output.tell(f"{type(told).__name__}: {told}")
         return told.exit_code
-    except KeyboardInterrupt:
-        output.tell("interrupted")
+    except KeyboardInterrupt as error:
+        output.tell(f"interrupted: {error}" if str(error) else "interrupted")
         return 130
     # Typer ends every command with SystemExit; a code that is not a number is a message.
     except SystemExit as stop:

@@ -21,7 +21,7 @@ MEANINGS = {
     75: "try again later: another process holds the lock, a server cannot be reached, or SIGTERM arrived (training has "
     "then saved a checkpoint)",
     # 128 + SIGINT, as shells report it.
-    130: "Ctrl-C; committed stages are intact",
+    130: "Ctrl-C; committed stages are intact, and training has saved a checkpoint unless it was pressed twice",
 }
 OF_ALL = (0, 1, 2, 8, 130)
 """Any command can end with these: disks fill up and arguments are mistyped everywhere."""

@@ -61,6 +61,7 @@ def train_stage(
 
     Raises:
         TryAgainError: If another process trains this stage, or after SIGTERM; a checkpoint is committed by then.
+        KeyboardInterrupt: After Ctrl-C, likewise.
         DivergedError: If loss or gradient stays non-finite after the allowed rollbacks.
         ResourceError: If the disk or the device's memory is full.
     """

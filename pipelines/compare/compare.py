@@ -20,7 +20,7 @@ from lifelong_moe.plan.comparison import Comparison
 from lifelong_moe.store.runs import RunRecord
 from lifelong_moe.tracking.tracker import Tracker
 from lifelong_moe.training.callbacks import watch
-from lifelong_moe.training.callbacks.interrupt import handling_sigterm
+from lifelong_moe.training.callbacks.interrupt import handling_signals
 from pipelines.compare import render as render_comparison
 from pipelines.compare.jobs import Job, Memory, plan_jobs, refuse_taken_names
 from pipelines.compare.record import ComparisonRecord
@@ -46,8 +46,9 @@ def compare(comparison: Comparison, only: list[str], replace: bool, console: Con
         ConfigError: If anything about any arm is wrong; nothing was trained then.
         DivergedError: At the end, if runs diverged; the others are committed and compared.
         TryAgainError: If SIGTERM came.
+        KeyboardInterrupt: After Ctrl-C; a checkpoint is committed by then.
     """
-    with handling_sigterm():
+    with handling_signals():
         chosen, memory = comparison.select(only), Memory()
         with console.status("reading and tokenizing the distributions, planning all arms"):
             jobs = plan_jobs(comparison, memory)

@@ -27,7 +27,7 @@ from lifelong_moe.store.stages import CommittedStage, StageStore
 from lifelong_moe.store.versions import Action as StageAction
 from lifelong_moe.store.versions import VersionStage
 from lifelong_moe.tracking.tracker import Tracker
-from lifelong_moe.training.callbacks.interrupt import Interrupt, handling_sigterm
+from lifelong_moe.training.callbacks.interrupt import Interrupt, handling_signals
 from lifelong_moe.training.loop.trainer import build_trainer
 from pipelines.retrain.outcome import TickOutcome
 from pipelines.retrain.plan import TickPlan, make_plan
@@ -68,12 +68,13 @@ def retrain(
         DataError: If the inbox holds something unusable.
         StalePlanError: If the plan no longer fits.
         TryAgainError: If another process works on the run, or SIGTERM came.
+        KeyboardInterrupt: After Ctrl-C; a checkpoint is committed by then.
     """
     # Mistakes of the user are raised before the lock file is made.
     require_head(ROOT, retraining.run)
     if plan_path is not None:
         read_plan(Path(plan_path))
-    with handling_sigterm() as interrupt:
+    with handling_signals() as interrupt:
         record, store = RunRecord(ROOT, retraining.run), StageStore(ROOT)
         with locked(record.lock_path, f"run {record.run}"):
             remove_abandoned()

@@ -29,7 +29,7 @@ from lifelong_moe.store.evaluations import EvaluationStore
 from lifelong_moe.store.runs import OpenRun, RunRecord
 from lifelong_moe.store.stages import CommittedStage, StageStore
 from lifelong_moe.tracking.tracker import Tracker
-from lifelong_moe.training.callbacks.interrupt import Interrupt, handling_sigterm
+from lifelong_moe.training.callbacks.interrupt import Interrupt, handling_signals
 from lifelong_moe.training.first_centroids import first_centroids, needs_first_centroids
 from lifelong_moe.training.imported import imported_stage
 from lifelong_moe.training.loop.context import StageEnvironment
@@ -66,9 +66,10 @@ def run(
     Raises:
         ConfigError: If the run's name belongs to another configuration.
         TryAgainError: If another process works on this run, or SIGTERM came.
+        KeyboardInterrupt: After Ctrl-C; a checkpoint is committed by then.
         ResourceError: If disk or memory does not suffice.
     """
-    with handling_sigterm() as interrupt:
+    with handling_signals() as interrupt:
         remove_abandoned()
         # A device that this machine lacks is refused before anything is written.
         build_trainer(loaded.config.trainer, 1)

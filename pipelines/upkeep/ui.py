@@ -11,7 +11,7 @@ from lifelong_moe.errors import ConfigError, CorruptError, TryAgainError
 from lifelong_moe.tracking.links import ui_url
 from lifelong_moe.tracking.server import require_free, serve_command, serving, wait_until_up
 from lifelong_moe.tracking.tracker import Tracker
-from lifelong_moe.training.callbacks.interrupt import handling_sigterm
+from lifelong_moe.training.callbacks.interrupt import handling_signals
 from pipelines.shared.places import ROOT
 
 START_SECONDS = 90.0
@@ -36,7 +36,7 @@ def ui(port: int, host: str, browser: bool, experiment: str, console: Console) -
     url = ui_url(base, tracker.experiment_id)
     console.print("starting the MLflow UI …")
     # Left running, the server would keep the port: it ends with us, also where we are killed.
-    with handling_sigterm(), serving(command, environment) as server:
+    with handling_signals(), serving(command, environment) as server:
         try:
             # Another server may have taken the port since: it answers until ours has failed to bind.
             if not wait_until_up(base, START_SECONDS, server, lambda: tracker.is_behind(base)):

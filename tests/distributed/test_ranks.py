@@ -230,25 +230,39 @@ def test_a_rank_that_hangs_ends_all(
     assert hashes() == uninterrupted
 
 
-def ask_to_stop(pid: int) -> None:
-    """SIGTERM, and wait until this rank has it too."""
-    os.kill(pid, signal.SIGTERM)
+def ask_to_stop(pid: int, number: int = signal.SIGTERM) -> None:
+    """Send a signal, and wait until this rank has the request too."""
+    os.kill(pid, number)
     began = time.monotonic()
     while signal.SIGTERM not in signal.sigpending() and time.monotonic() - began < 10:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("whom", [os.getppid, os.getpid], ids=["the main process", "a rank"])
-def test_sigterm_checkpoints_all_ranks_at_the_same_step(
-    lab: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted: list[str], whom: Callable[[], int]
+@pytest.mark.parametrize(
+    ("whom", "number", "code", "told"),
+    [
+        (os.getppid, signal.SIGTERM, TryAgainError.exit_code, "TryAgainError"),
+        (os.getppid, signal.SIGINT, 130, "interrupted"),
+        (os.getpid, signal.SIGTERM, TryAgainError.exit_code, "TryAgainError"),
+    ],
+    ids=["the main process", "the main process, by Ctrl-C", "a rank"],
+)
+def test_a_signal_checkpoints_all_ranks_at_the_same_step(
+    lab: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    uninterrupted: list[str],
+    whom: Callable[[], int],
+    number: signal.Signals,
+    code: int,
+    told: str,
 ) -> None:
     configure(("fruit",))
     with monkeypatch.context() as patch:
-        at(patch, 1, lambda: ask_to_stop(whom()))
+        at(patch, 1, lambda: ask_to_stop(whom(), number))
         child = fork(train)
-        assert child.wait() == TryAgainError.exit_code, child.output
+        assert child.wait() == code, child.output
     assert child.output.splitlines()[-1] == (
-        "TryAgainError: stopped by SIGTERM after step 6, which is checkpointed; run the same command again to continue."
+        f"{told}: stopped after step 6, which is checkpointed; run the same command again to continue."
     )
     _, printed = train()
     assert "fruit: continuing from step-0-00000006" in printed
@@ -323,9 +337,9 @@ def end_main(*signals: signal.Signals) -> None:
     [
         ((signal.SIGTERM, signal.SIGTERM), TryAgainError.exit_code),
         ((signal.SIGKILL,), -signal.SIGKILL),
-        ((signal.SIGINT,), 130),
+        ((signal.SIGINT, signal.SIGINT), 130),
     ],
-    ids=["a second SIGTERM", "SIGKILL", "Ctrl-C"],
+    ids=["a second SIGTERM", "SIGKILL", "a second Ctrl-C"],
 )
 def test_ranks_end_with_the_main_process(
     lab: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted: list[str], signals: tuple[signal.Signals], code: int

@@ -19,6 +19,7 @@ import pipelines.compare.compare as story
 from lifelong_moe.config.load import LoadedConfig, read_config
 from lifelong_moe.errors import DivergedError, LockedError, TryAgainError
 from lifelong_moe.plan.comparison import load_comparison
+from lifelong_moe.training.callbacks.progress import StepCheckpoint
 from pipelines.compare.compare import compare
 from tests.tiny import fork, tiny_config, write_config
 
@@ -176,14 +177,27 @@ def test_two_processes_share_the_work(lab: Path, setup: Callable[..., None], mon
 
 
 @needs_fork
+@pytest.mark.parametrize(
+    ("number", "code", "told"),
+    [
+        (signal.SIGTERM, TryAgainError.exit_code, "TryAgainError: stopped by SIGTERM"),
+        (signal.SIGINT, 130, "interrupted: stopped by Ctrl-C"),
+    ],
+)
 @pytest.mark.parametrize("function", ["run", "_wait"])
-def test_sigterm_stops_with_75(
-    lab: Path, setup: Callable[..., None], monkeypatch: pytest.MonkeyPatch, function: str
+def test_a_signal_stops_it(
+    lab: Path,
+    setup: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    function: str,
+    number: signal.Signals,
+    code: int,
+    told: str,
 ) -> None:
     setup(("fruit",))
 
     def terminated(*args: Any, **kwargs: Any) -> None:
-        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(number)
 
     def locked(*args: Any, **kwargs: Any) -> None:
         raise LockedError("run is being worked on by process 1; try again later.")
@@ -191,5 +205,26 @@ def test_sigterm_stops_with_75(
     monkeypatch.setattr(story, "run", locked)
     monkeypatch.setattr(story, function, terminated)
     child = fork(start)
-    assert child.wait() == TryAgainError.exit_code, child.output
-    assert child.output.splitlines()[-1].startswith("TryAgainError: stopped by SIGTERM")
+    assert child.wait() == code, child.output
+    assert child.output.splitlines()[-1].startswith(told)
+
+
+@needs_fork
+def test_ctrl_c_saves_what_an_arm_has_trained(
+    lab: Path, setup: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup(("fruit",))
+    original = StepCheckpoint.on_train_batch_end
+
+    def on_train_batch_end(self: StepCheckpoint, trainer: Any, *args: Any) -> None:
+        if trainer.global_step == 6:
+            signal.raise_signal(signal.SIGINT)
+        original(self, trainer, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StepCheckpoint, "on_train_batch_end", on_train_batch_end)
+        child = fork(start)
+        assert child.wait() == 130, child.output
+    assert child.output.splitlines()[-1].startswith("interrupted: stopped after step 6, which is checkpointed; run")
+    found, printed = start()
+    assert "fruit: continuing from step-0-00000006" in printed and set(statuses(found).values()) == {"committed"}

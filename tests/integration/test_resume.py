@@ -277,14 +277,35 @@ def terminate() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-@pytest.mark.parametrize("mode", ["learned", "accumulating"])
-def test_sigterm_checkpoints_and_continues(
-    lab: Path, uninterrupted: Callable[[str], tuple[list[str], dict[str, Any]]], mode: str
+def press_ctrl_c() -> None:
+    """What a terminal does: SIGINT to this process, which leads a group of its own, and to all that it started."""
+    os.killpg(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    ("mode", "workers", "ask", "code", "told"),
+    [
+        ("learned", 0, terminate, TryAgainError.exit_code, "TryAgainError"),
+        ("accumulating", 0, terminate, TryAgainError.exit_code, "TryAgainError"),
+        ("accumulating", 0, press_ctrl_c, 130, "interrupted"),
+        ("learned", 2, press_ctrl_c, 130, "interrupted"),
+    ],
+    ids=["SIGTERM", "SIGTERM within a step", "Ctrl-C within a step", "Ctrl-C with data workers"],
+)
+def test_a_signal_checkpoints_and_the_run_continues(
+    lab: Path,
+    uninterrupted: Callable[[str], tuple[list[str], dict[str, Any]]],
+    mode: str,
+    workers: int,
+    ask: Callable[[], None],
+    code: int,
+    told: str,
 ) -> None:
     expected, expected_report = uninterrupted(mode)
     write_config(tiny_config(**MODES[mode]))
 
     def action() -> None:
+        os.setpgid(0, 0)
         start = StepCheckpoint.on_train_batch_start
 
         def on_train_batch_start(
@@ -292,16 +313,17 @@ def test_sigterm_checkpoints_and_continues(
         ) -> None:
             here = (pl_module.spec.name, trainer.global_step) == ("code", 5)
             if here and not self.interrupt.requested:  # with accumulation: in the middle of a step
-                terminate()
+                ask()
             start(self, trainer, pl_module, batch, batch_idx)
 
         StepCheckpoint.on_train_batch_start = on_train_batch_start  # type: ignore[method-assign]
-        train()
+        train("tiny.yaml", f"trainer.num_workers={workers}")
 
     child = fork(action)
-    assert child.wait() == TryAgainError.exit_code, child.output
+    assert child.wait() == code, child.output
+    assert "stopping after this step; a second one ends at once" in child.output and "Traceback" not in child.output
     assert child.output.splitlines()[-1] == (
-        "TryAgainError: stopped by SIGTERM after step 6, which is checkpointed; run the same command again to continue."
+        f"{told}: stopped after step 6, which is checkpointed; run the same command again to continue."
     )
     report, printed = train()
     assert "code: continuing from step-0-00000006" in printed
@@ -325,13 +347,17 @@ def test_sigint_that_was_ignored_stays_ignored(
     assert hashes() == uninterrupted("learned")[0]
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, TryAgainError.exit_code), (signal.SIGINT, 130)])
 @pytest.mark.parametrize("function", ["pipelines.run.run.prepare", "pipelines.run.run.build_report"])
-def test_sigterm_outside_of_training(lab: Path, monkeypatch: pytest.MonkeyPatch, function: str) -> None:
+def test_a_signal_outside_of_training(
+    lab: Path, monkeypatch: pytest.MonkeyPatch, function: str, number: signal.Signals, code: int
+) -> None:
     write_config(tiny_config(("fruit",)))
-    monkeypatch.setattr(function, lambda *args, **kwargs: terminate())
+    monkeypatch.setattr(function, lambda *args, **kwargs: os.kill(os.getpid(), number))
     child = fork(train)
-    assert child.wait() == TryAgainError.exit_code, child.output
+    assert child.wait() == code, child.output
     assert "Traceback" not in child.output
+    assert child.output.splitlines()[-1].endswith("two steps of work; run the same command again to continue.")
     monkeypatch.undo()
     monkeypatch.chdir(lab)
     train()
@@ -356,15 +382,23 @@ def test_sigterm_after_the_last_step_stops_before_the_next_stage(lab: Path) -> N
     assert "fruit: continuing from step-0-00000012" in printed
 
 
-def test_second_sigterm_exits_at_once(lab: Path) -> None:
+@pytest.mark.parametrize(
+    ("signals", "code"),
+    [
+        ((signal.SIGTERM, signal.SIGTERM), TryAgainError.exit_code),
+        ((signal.SIGINT, signal.SIGINT), 130),
+        ((signal.SIGTERM, signal.SIGINT), 130),
+    ],
+)
+def test_a_second_signal_exits_at_once(lab: Path, signals: tuple[signal.Signals, ...], code: int) -> None:
     write_config(tiny_config(("fruit",)))
 
     def action() -> None:
-        at(("fruit", "train", 6), lambda: (terminate(), terminate()), saved=False)
+        at(("fruit", "train", 6), lambda: [os.kill(os.getpid(), one) for one in signals], saved=False)
         train()
 
     child = fork(action)
-    assert child.wait() == TryAgainError.exit_code, child.output
-    assert "stopped by SIGTERM" not in child.output
+    assert child.wait() == code, child.output
+    assert "is checkpointed" not in child.output
     assert [path.name for path in (lab / "mlruns").glob("work/*/step-*")] == ["step-0-00000004"]
     train()

@@ -7,7 +7,9 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -718,15 +720,19 @@ def test_corrected_sources_count_until_a_batch_is_learned_and_after_reopening() 
 # Kills
 
 
-def kill_at_step(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """Die at a step of the whole tick, probes included."""
+def kill_at_step(
+    monkeypatch: pytest.MonkeyPatch, number: int, end: Callable[[], object] = kill_self, *, saved: bool = True
+) -> None:
+    """Die at a step of the whole tick, probes included; before its checkpoint, or after."""
     original, seen = StepCheckpoint.on_train_batch_end, [0]
 
     def on_train_batch_end(self: StepCheckpoint, *args: Any) -> None:
-        original(self, *args)
         seen[0] += 1
-        if seen[0] == number:
-            kill_self()
+        if seen[0] == number and not saved:
+            end()
+        original(self, *args)
+        if seen[0] == number and saved:
+            end()
 
     monkeypatch.setattr(StepCheckpoint, "on_train_batch_end", on_train_batch_end)
 
@@ -758,6 +764,21 @@ def test_a_killed_tick_is_done_again(when: str, after_growth: Path, lab: Path, m
     assert (head()["stages"], weights(head()["stages"][-1])) == undisturbed
     assert ledger()[-1]["outcome"] == result["outcome"]
     assert not [*Path("mlruns").rglob(".tmp-*"), *Path("data/cache").rglob(".tmp-*")]
+
+
+def test_ctrl_c_saves_what_a_tick_has_trained(after_growth: Path, lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    undisturbed = head()["stages"], weights(head()["stages"][-1])
+    monkeypatch.chdir(lab)
+    arrive("sea")
+    ledger_before = ledger()
+    with monkeypatch.context() as patch:
+        kill_at_step(patch, 70, lambda: os.kill(os.getpid(), signal.SIGINT), saved=False)
+        child = fork(tick)
+        assert child.wait() == 130, child.output
+    assert re.search(r"interrupted: stopped after step \d+, which is checkpointed; run the same", child.output)
+    assert ledger() == ledger_before and list(Path("mlruns/work").glob("*/step-*"))
+    assert tick()["outcome"] == "promoted"
+    assert (head()["stages"], weights(head()["stages"][-1])) == undisturbed
 
 
 def test_two_ticks_at_once() -> None:

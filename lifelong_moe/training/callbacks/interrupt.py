@@ -1,41 +1,52 @@
-"""SIGTERM as a request: training checkpoints at its next step boundary; other work stops at once."""
+"""SIGTERM and Ctrl-C as requests: training checkpoints at its next step boundary; other work stops at once."""
 
 from __future__ import annotations
 
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
 
 from lifelong_moe.errors import TryAgainError
 
-EXIT_CODE = TryAgainError.exit_code
+# 128 + SIGINT, as shells report it.
+EXIT_CODES = {signal.SIGTERM: TryAgainError.exit_code, signal.SIGINT: 130}
+"""Exit code of a process that stopped on a signal."""
+NAMES = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
 
 
 class Interrupt:
-    """A request to stop, from SIGTERM."""
+    """A request to stop, from SIGTERM or Ctrl-C."""
 
     def __init__(self) -> None:
         self.requested = False
         self.deferred = False
+        self._signal = signal.SIGTERM
+        """The one that requested it."""
 
     @contextmanager
     def until_step_boundary(self) -> Iterator[None]:
-        """Context in which SIGTERM only sets ``requested``, for the code within to check.
+        """Context in which a signal only sets ``requested``, for the code within to check.
 
         Raises:
-            TryAgainError: On leaving, if the request came after the last check.
-            KeyboardInterrupt: In place of the SystemExit that Lightning makes of it.
+            TryAgainError: On leaving, if SIGTERM came after the last check.
+            KeyboardInterrupt: After Ctrl-C, in place of any TryAgainError, and of the SystemExit that Lightning makes
+                of a KeyboardInterrupt.
         """
-        self.deferred = True
+        self.deferred, before = True, signal.getsignal(signal.SIGINT)
         try:
             yield
+        except TryAgainError as error:
+            # Not raised before: Lightning answers it with an exit, and a rank's error is what it sends.
+            if self.requested and self._signal == signal.SIGINT:
+                raise KeyboardInterrupt(str(error)) from None
+            raise
         except SystemExit as stop:
             # Lightning turns Ctrl-C into an exit with code 1, which would hide it from the command's own handling.
             if isinstance(stop.__context__, KeyboardInterrupt):
-                signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning has set it to be ignored
+                signal.signal(signal.SIGINT, before)  # Lightning has set it to be ignored
                 raise KeyboardInterrupt from None
             if not self.requested:
                 raise
@@ -53,13 +64,18 @@ class Interrupt:
         """Signal handler: the first signal is a request, a second one ends the process at once."""
         if self.requested:
             # Without cleanup: everything on disk is whole or absent, so a kill at any point is safe.
-            os._exit(EXIT_CODE)
-        self.requested = True
+            os._exit(EXIT_CODES[signal.Signals(signum)])
+        self.requested, self._signal = True, signal.Signals(signum)
         if not self.deferred:
             self._stop()
+        # A step may take a minute. Python's own streams may be in the middle of a line, and are not reentrant.
+        with suppress(OSError):
+            os.write(2, f"\n{NAMES[self._signal]}: stopping after this step; a second one ends at once\n".encode())
 
     def _stop(self) -> NoReturn:
-        raise TryAgainError("stopped by SIGTERM between two steps of work; run the same command again to continue.")
+        told = f"stopped by {NAMES[self._signal]} between two steps of work; run the same command again to continue."
+        # Not an error of ours: whoever pressed Ctrl-C needs no failed tick in the ledger and no hook's message.
+        raise KeyboardInterrupt(told) if self._signal == signal.SIGINT else TryAgainError(told)
 
 
 class PendingInterrupt(Interrupt):
@@ -78,11 +94,15 @@ class PendingInterrupt(Interrupt):
 
 
 @contextmanager
-def handling_sigterm() -> Iterator[Interrupt]:
-    """Context with the handler installed; the old one is restored at its end."""
+def handling_signals() -> Iterator[Interrupt]:
+    """Context with the handler installed for SIGTERM and Ctrl-C; the old ones are restored at its end."""
     interrupt = Interrupt()
-    previous = signal.signal(signal.SIGTERM, interrupt.handle)
+    previous = {signal.SIGTERM: signal.signal(signal.SIGTERM, interrupt.handle)}
+    # Ignored by nohup, and by shells without job control for what goes on in the background.
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        previous[signal.SIGINT] = signal.signal(signal.SIGINT, interrupt.handle)
     try:
         yield interrupt
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -200,5 +200,5 @@ class StepCheckpoint(Callback):
                     shutil.rmtree(old, ignore_errors=True)
         if requested:
             raise TryAgainError(
-                f"stopped by SIGTERM after step {step}, which is checkpointed; run the same command again to continue."
+                f"stopped after step {step}, which is checkpointed; run the same command again to continue."
             )

@@ -8,6 +8,7 @@ step on.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Mapping
 from itertools import chain
 
@@ -75,6 +76,7 @@ class StageData(LightningDataModule):
             self.dataset,
             batch_sampler=_Phase(samplers, run.phase.steps * config.accumulate_grad_batches),
             num_workers=config.num_workers,
+            worker_init_fn=_ignore_ctrl_c,
             pin_memory=self.trainer.strategy.root_device.type == "cuda",
         )
 
@@ -96,6 +98,11 @@ class StageData(LightningDataModule):
             replayed_B, ordinal_B = torch.tensor([self.dataset.place(n) for n in samples]).t()
             self._tally = step, Tally.of(real_B, scored_B, replayed_B.bool(), ordinal_B, self.spec.distill)
         return self._tally[1]
+
+
+def _ignore_ctrl_c(worker: int) -> None:
+    """Leave Ctrl-C, which a terminal sends to data workers too, to the main process, which needs them for its step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class _Phase:

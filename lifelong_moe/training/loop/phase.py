@@ -125,7 +125,7 @@ def _watch(model: LanguageModel, run: PhaseRun) -> ForgettingWatch | None:
 
 @contextmanager
 def _training_context(models: StageModels, run: PhaseRun) -> Iterator[None]:
-    """Context with the phase's settings on the models, in which SIGTERM waits for the end of a step."""
+    """Context with the phase's settings on the models, in which SIGTERM and Ctrl-C wait for the end of a step."""
     spec, environment = run.stage.spec, run.stage.environment
     both = [model for model in (models.model, models.teacher) if model is not None]
     with (

@@ -126,7 +126,8 @@ def _supervise(ranks: list[_Rank], interrupt: Interrupt, send: Send) -> None:
     while any(rank.code is None or not rank.pipe.closed for rank in ranks):
         for pipe in wait([rank.pipe for rank in ranks if not rank.pipe.closed], POLL_SECONDS):
             next(rank for rank in ranks if rank.pipe is pipe).listen(send)
-        # Once: all ranks agree at their next step boundary, where any one request is enough.
+        # Once: all ranks agree at their next step boundary, where any one request is enough. After Ctrl-C it is SIGTERM
+        # too: they need not know which, and the main process tells it.
         if interrupt.requested and not asked:
             asked = True
             for rank in ranks:
@@ -192,7 +193,7 @@ def _prepare(rank: int, parent: int) -> None:
     _prctl_pr_set_pdeathsig(signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the main process too, which ends the ranks
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the main process too, which asks the ranks to stop
     # Threads do not survive a fork: the first use of a pool that the main process had started would hang.
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"

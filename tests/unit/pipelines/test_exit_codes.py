@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import re
+import signal
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from lifelong_moe import errors
-from lifelong_moe.training.callbacks.interrupt import EXIT_CODE as AFTER_SIGTERM
+from lifelong_moe.training.callbacks.interrupt import EXIT_CODES as ON_SIGNALS
 from pipelines.cli import app
 from pipelines.exit_codes import BESIDES, MEANINGS, OF_ALL, OUTCOMES
 
@@ -122,8 +123,8 @@ def codes_of(piece: ast.AST) -> set[int]:
     for node in code(piece):
         if isinstance(node, ast.Raise) and node.exc is not None:
             found |= {ERRORS[n.id] for n in ast.walk(node.exc) if isinstance(n, ast.Name) and n.id in ERRORS}
-        elif isinstance(node, ast.Name) and node.id == "handling_sigterm":
-            found.add(AFTER_SIGTERM)
+        elif isinstance(node, ast.Name) and node.id == "handling_signals":
+            found.add(ON_SIGNALS[signal.SIGTERM])
         elif isinstance(node, ast.Constant) and node.value in OUTCOMES:
             found.add(OUTCOMES[node.value])
     return found

@@ -1,4 +1,4 @@
-"""SIGTERM as a request: at once, or at the next step boundary."""
+"""SIGTERM and Ctrl-C as requests: at once, or at the next step boundary."""
 
 from __future__ import annotations
 
@@ -10,15 +10,33 @@ import pytest
 
 from lifelong_moe.errors import TryAgainError
 from lifelong_moe.training.callbacks import interrupt as module
-from lifelong_moe.training.callbacks.interrupt import EXIT_CODE, Interrupt, PendingInterrupt, handling_sigterm
+from lifelong_moe.training.callbacks.interrupt import EXIT_CODES, Interrupt, PendingInterrupt, handling_signals
 
 
-def test_outside_of_training_a_request_stops_at_once() -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(TryAgainError, match="stopped by SIGTERM"), handling_sigterm() as interrupt:
+@pytest.mark.parametrize(
+    ("number", "error", "told"),
+    [(signal.SIGTERM, TryAgainError, "stopped by SIGTERM"), (signal.SIGINT, KeyboardInterrupt, "stopped by Ctrl-C")],
+)
+def test_outside_of_training_a_request_stops_at_once(
+    number: signal.Signals, error: type[BaseException], told: str
+) -> None:
+    before = signal.getsignal(number)
+    with pytest.raises(error, match=told), handling_signals() as interrupt:
         assert not interrupt.requested
-        os.kill(os.getpid(), signal.SIGTERM)
-    assert interrupt.requested and signal.getsignal(signal.SIGTERM) is before
+        os.kill(os.getpid(), number)
+    assert interrupt.requested and signal.getsignal(number) is before
+
+
+def test_after_ctrl_c_the_checkpoint_s_message_is_that_of_ctrl_c() -> None:
+    interrupt = Interrupt()
+    with pytest.raises(KeyboardInterrupt, match="^after step 6$"), interrupt.until_step_boundary():
+        interrupt.handle(signal.SIGINT, None)
+        raise TryAgainError("after step 6")
+    with pytest.raises(TryAgainError), Interrupt().until_step_boundary():
+        raise TryAgainError("another process has the lock")
+    interrupt = Interrupt()
+    with pytest.raises(KeyboardInterrupt), interrupt.until_step_boundary():
+        interrupt.handle(signal.SIGINT, None)  # and nobody looked
 
 
 def test_in_training_it_waits_for_who_looks_and_is_raised_if_nobody_did() -> None:
@@ -34,15 +52,16 @@ def test_in_training_it_waits_for_who_looks_and_is_raised_if_nobody_did() -> Non
         interrupt.handle(signal.SIGTERM, None)
 
 
-def test_a_second_signal_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_the_process(monkeypatch: pytest.MonkeyPatch, number: signal.Signals) -> None:
     codes: list[int] = []
     monkeypatch.setattr(module.os, "_exit", codes.append)
     interrupt = Interrupt()
-    with pytest.raises(TryAgainError), interrupt.until_step_boundary():
+    with pytest.raises((TryAgainError, KeyboardInterrupt)), interrupt.until_step_boundary():
         interrupt.handle(signal.SIGTERM, None)
         assert codes == []
-        interrupt.handle(signal.SIGTERM, None)
-    assert codes == [EXIT_CODE]
+        interrupt.handle(number, None)
+    assert codes == [EXIT_CODES[number]]
 
 
 def test_what_lightning_makes_of_ctrl_c_is_ctrl_c_again(monkeypatch: pytest.MonkeyPatch) -> None:
