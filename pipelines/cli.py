@@ -55,7 +55,11 @@ class Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Parse the command's arguments, and run it."""
         with _visible_mistakes():
-            return super().invoke(ctx)
+            try:
+                return super().invoke(ctx)
+            # Typer would end without a word.
+            except KeyboardInterrupt as error:
+                raise typer.Exit(interrupted(error)) from error
 
 
 @contextmanager
@@ -116,6 +120,12 @@ def run(command: Callable[[], object]) -> NoReturn:
     sys.exit(exit_code(command))
 
 
+def interrupted(error: KeyboardInterrupt) -> int:
+    """Say on standard error that Ctrl-C ended a command, and how to go on where that is known; returns the code."""
+    output.tell(f"interrupted: {error}" if str(error) else "interrupted")
+    return 130
+
+
 def exit_code(command: Callable[[], object]) -> int:
     """Run a command; our errors become one line on standard error and an exit code."""
     try:
@@ -127,8 +137,7 @@ def exit_code(command: Callable[[], object]) -> int:
         output.tell(f"{type(told).__name__}: {told}")
         return told.exit_code
     except KeyboardInterrupt as error:
-        output.tell(f"interrupted: {error}" if str(error) else "interrupted")
-        return 130
+        return interrupted(error)
     # Typer ends every command with SystemExit; a code that is not a number is a message.
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 1

@@ -229,6 +229,18 @@ def test_an_override_that_is_not_utf8(lab: Path, cli: Cli) -> None:
     assert "caf\\udce9" in refused(cli, lab, "run", "tiny.yaml", files)
 
 
+def test_what_ctrl_c_says_is_printed(
+    lab: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt("stopped after step 6")
+
+    monkeypatch.setattr("lifelong_moe.config.load.read_config", stop)
+    monkeypatch.setattr("sys.argv", ["lifelong-moe", "plan", "tiny.yaml"])
+    assert exit_code(app) == 130
+    assert capsys.readouterr().err == "interrupted: stopped after step 6\n"
+
+
 @pytest.mark.parametrize("error", [KeyError("\udcff"), RuntimeError("two\nlines"), KeyboardInterrupt(), MemoryError()])
 def test_whatever_fails_the_last_line_of_a_tick_is_json(
     error: BaseException, lab: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

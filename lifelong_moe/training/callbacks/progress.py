@@ -154,7 +154,14 @@ class ProgressReport(Callback):
         return f"loss {pl_module.means.values.get('loss', math.nan):.3f}, {speed:,.0f} tokens/s"
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Remove the bar, also after an error."""
+        """Remove the bar."""
+        self._remove()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Remove the bar, and show the cursor again: after an error Lightning calls no ``teardown``."""
+        self._remove()
+
+    def _remove(self) -> None:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None

@@ -29,3 +29,14 @@ def test_no_number_beside_the_bar_is_cut(monkeypatch: pytest.MonkeyPatch, width:
     report.teardown(trainer, trainer, "fit")
     shown = file.getvalue()
     assert all(number in shown for number in ("1/31250", "4.261", "65,536")) and "…" not in shown
+
+
+def test_after_an_error_the_cursor_is_there_again() -> None:
+    file = io.StringIO()
+    meter: Any = SimpleNamespace(step_tokens=4096, seconds=0.0625)
+    report = ProgressReport("english_docs", Console(file=file, force_terminal=True, width=80), True, meter)
+    trainer: Any = SimpleNamespace(global_step=1, max_steps=31250)
+    report.on_train_start(trainer, trainer)
+    assert file.getvalue().rfind("\x1b[?25h") < file.getvalue().rfind("\x1b[?25l")
+    report.on_exception(trainer, trainer, KeyboardInterrupt())
+    assert file.getvalue().rfind("\x1b[?25h") > file.getvalue().rfind("\x1b[?25l")
