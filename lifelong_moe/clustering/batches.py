@@ -6,10 +6,13 @@ Shapes: N documents of a batch, V vocabulary size.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import csr_array
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
 
 TokenIds = NDArray[np.integer]
 
@@ -59,6 +62,8 @@ def token_matrix(documents: list[TokenIds], vocab_size: int) -> csr_array:
     Raises:
         ValueError: If a token id is outside the vocabulary.
     """
+    from scipy.sparse import csr_array  # here, since most commands need no sparse matrix
+
     ids = checked_ids(np.concatenate(documents), vocab_size)
     borders = np.concatenate([[0], np.cumsum([len(document) for document in documents])])
     # Duplicates stay: a row is summed in reading order, one token after the other.

@@ -7,15 +7,17 @@ linear before the last normalization, so a text's feature is the normalized sum 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import csr_array, vstack
-from sklearn.utils.extmath import randomized_svd
 
 from lifelong_moe.clustering.batches import TokenIds, batches, checked_ids, count_matrix, token_matrix
 from lifelong_moe.clustering.kmeans import Floats, one_thread, unit_rows
 from lifelong_moe.errors import DataError
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
 
 NOISE = 1e-6
 """Directions whose singular value is below this share of the largest are rounding errors, and are left out."""
@@ -49,6 +51,9 @@ def fit_tfidf(documents: Iterable[TokenIds], vocab_size: int, width: int, *, see
     Source:
         c-BTM (arXiv:2303.14177), section 3.1; scikit-learn's smooth idf; Halko et al. 2011.
     """
+    # Imported where something is fitted: features of a text are only sums of rows.
+    from sklearn.utils.extmath import randomized_svd
+
     if width < 1:
         raise ValueError(f"width must be at least 1, got {width}")
     weighted_NV = _counts(documents, vocab_size)
@@ -148,6 +153,8 @@ def num_chunks(documents: Sequence[TokenIds], chunk: int) -> NDArray[np.int64]:
 
 def _counts(documents: Iterable[TokenIds], vocab_size: int) -> csr_array:
     """Token counts, float64 sparse ``(N, V)`` with sorted, distinct columns."""
+    from scipy.sparse import csr_array, vstack
+
     matrices = [count_matrix(batch, vocab_size) for batch in batches(d for d in documents if len(d))]
     if not matrices:
         raise DataError("no document holds a token, so there is nothing to fit document features on.")

@@ -8,10 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import faiss
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import csr_array
 from threadpoolctl import threadpool_limits
 
 from lifelong_moe.errors import DataError
@@ -138,6 +136,8 @@ def similarity(unit_ND: NDArray[np.floating], unit_KD: NDArray[np.floating]) -> 
 
 def mean_directions(unit_ND: NDArray[np.floating], labels_N: Labels, num_clusters: int) -> Floats:
     """Normalized sum of each cluster's rows, float32 ``(K, D)``; zeros where there are none or they cancel out."""
+    from scipy.sparse import csr_array  # as for faiss below
+
     ones_N, rows_N = np.ones(len(labels_N)), np.arange(len(labels_N))
     members_KN = csr_array((ones_N, (labels_N, rows_N)), shape=(num_clusters, len(labels_N)))
     return unit_rows(members_KN @ np.asarray(unit_ND, np.float64))
@@ -151,6 +151,9 @@ def one_thread() -> Iterator[None]:
 
 
 def _fit(unit_ND: Floats, k: int, seed: int, iterations: int) -> Floats:
+    # Imported where text is clustered: a model that was clustered long ago is opened without.
+    import faiss
+
     # FAISS returns the rows themselves when there are exactly k; doubling all of them keeps to the one path.
     rows_ND = np.concatenate([unit_ND, unit_ND]) if len(unit_ND) == k else unit_ND
     kmeans = faiss.Kmeans(

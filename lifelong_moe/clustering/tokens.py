@@ -5,13 +5,16 @@ Shapes: N tokens of the stream, V vocabulary size, D width.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import coo_array, csr_array
-from sklearn.utils.extmath import randomized_svd
 
 from lifelong_moe.clustering.kmeans import Floats, one_thread, unit_rows
 from lifelong_moe.errors import DataError
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
 
 SMOOTHING = 0.75
 """Exponent on context counts; without it rare contexts get the largest mutual information."""
@@ -44,6 +47,8 @@ def token_embedding(
     Source:
         Levy & Goldberg 2014 (factorization of PPMI) and Levy, Goldberg & Dagan 2015 (smoothing 0.75, ``sqrt(S)``).
     """
+    from sklearn.utils.extmath import randomized_svd  # as in ``documents.py``
+
     if width < 1 or window < 1:
         raise ValueError(f"width and window must be at least 1, got {width} and {window}")
     if len(token_stream) < 2:
@@ -66,6 +71,8 @@ def token_embedding(
 
 def _pair_counts(token_ids_N: NDArray[np.int64], vocab_size: int, window: int) -> csr_array:
     """How often two tokens stand at most ``window`` apart, float64 sparse ``(V, V)``, symmetric."""
+    from scipy.sparse import coo_array, csr_array
+
     total_VV = csr_array((vocab_size, vocab_size), dtype=np.float64)
     for distance in range(1, min(window, len(token_ids_N) - 1) + 1):
         pairs = (token_ids_N[:-distance], token_ids_N[distance:])
@@ -75,6 +82,8 @@ def _pair_counts(token_ids_N: NDArray[np.int64], vocab_size: int, window: int) -
 
 
 def _ppmi(pairs_VV: csr_array) -> csr_array:
+    from scipy.sparse import csr_array
+
     count_V = np.asarray(pairs_VV.sum(axis=1)).ravel()
     context_V = count_V**SMOOTHING
     context_V /= context_V.sum()

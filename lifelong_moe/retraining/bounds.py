@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import norm, t
 
 # With two or three sources the truth is missed half again as often as the level states (simulated by
 # tests/benchmarks/simulate_gate.py).
@@ -107,6 +106,8 @@ def difference_bounds(
     means_R = (drawn_RS @ nats_S) / (drawn_RS @ tokens_S)
     # "lower" and "higher" instead of interpolation: a bound errs towards the wider interval.
     lowest, highest = np.quantile(means_R, level, method="lower"), np.quantile(means_R, 1 - level, method="higher")
+    from scipy.stats import norm, t  # on use: most commands have no bound to compute, and importing it takes long
+
     freedom = effective_sources(tokens_S) - 1
     widening = math.sqrt((freedom + 1) / freedom) * t.ppf(level, freedom) / norm.ppf(level)
     return Bounds(mean, *(float(mean + widening * (bound - mean)) for bound in (lowest, highest)))

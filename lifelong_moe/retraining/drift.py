@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import rankdata
 from threadpoolctl import ThreadpoolController
 
 from lifelong_moe.config.retraining.policy import DriftConfig
@@ -193,6 +192,8 @@ def area_under_curve(scores_NP: Floats, labels_NP: Floats) -> NDArray[np.float64
         scores_NP: Scores ``(N, P)``.
         labels_NP: 1 for positives, 0 for negatives; each column has both.
     """
+    from scipy.stats import rankdata  # on use, as in ``bounds.py``
+
     positives_P = labels_NP.sum(axis=0)
     rank_sums_P = (rankdata(scores_NP, axis=0) * labels_NP).sum(axis=0)
     return (rank_sums_P - positives_P * (positives_P + 1) / 2) / (positives_P * (len(labels_NP) - positives_P))

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-from scipy.optimize import nnls
 
 from lifelong_moe.retraining.drift import DocumentSample, source_means
 
@@ -26,6 +25,8 @@ def nearest_shares(new: DocumentSample, old: Mapping[str, DocumentSample]) -> di
     Means are over sources, in units of the features' standard deviation over all sources; shares are at least 0 and
     sum to 1.
     """
+    from scipy.optimize import nnls  # on use, as in ``bounds.py``
+
     # Means suffice: the drift test's classifier is linear, so this mixture is the hardest for it to tell apart.
     sides_SD = []
     for side in (new, *old.values()):

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import norm, t
 
 from lifelong_moe.retraining.bounds import LEAST_SOURCES, Bounds, DocumentLosses, effective_sources, has_enough_sources
 
@@ -34,6 +33,8 @@ def sources_needed(num_checks: int, level: float) -> float:
         num_checks: K.
         level: Of each check.
     """
+    from scipy.stats import norm  # on use, as in ``bounds.py``
+
     quantile = -norm.ppf(level)
     each = norm.ppf(PASSING ** (1 / max(1, num_checks)))
     return float(LEAST_SOURCES * ((quantile + each) / (quantile + norm.ppf(PASSING))) ** 2)
@@ -120,6 +121,8 @@ def worst_member(
     Returns:
         Name and bounds; the bounds are infinite if no member has two sources, and NaN if a loss is not finite.
     """
+    from scipy.stats import t
+
     changes = {name: _by_source(after[name], before[name]) for name in pool}
     means = {name: float(changed_S @ sizes_S / sizes_S.sum()) for name, (changed_S, sizes_S) in changes.items()}
     # Members are too small for variances of their own, so the variance within members is pooled (one-way ANOVA).

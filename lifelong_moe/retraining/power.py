@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 
 import numpy as np
-from scipy.stats import nct, t
 
 from lifelong_moe.config.retraining.policy import GateConfig
 from lifelong_moe.retraining.bounds import DocumentLosses, effective_sources, has_enough_sources
@@ -43,6 +42,8 @@ def passing_chances(
 
 
 def _power(after: DocumentLosses, before: DocumentLosses, config: GateConfig) -> float:
+    from scipy.stats import nct, t  # on use, as in ``bounds.py``
+
     sizes_S = after.sizes
     source = np.unique(np.array(after.sources), return_inverse=True)[1]
     lost_S = np.bincount(source, np.asarray(after.nats) - np.asarray(before.nats))

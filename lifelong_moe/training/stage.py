@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import suppress
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,7 +23,6 @@ import torch
 from lifelong_moe.config.growth import FrozenWeights
 from lifelong_moe.data.tokens.prepare import PreparedData
 from lifelong_moe.data.tokens.shards import ShardDocuments
-from lifelong_moe.errors import TryAgainError
 from lifelong_moe.growth.clusters import fit_clusters
 from lifelong_moe.model.int8 import hold_frozen, make_whole
 from lifelong_moe.model.transformer import LanguageModel
@@ -73,7 +70,7 @@ def train_stage(
         set_earlier_aside(run.work)
         model, metrics = _train_with_rollbacks(run)
         stage = commit_stage(run, model, metrics)
-        # After the commit, not before: a process killed in between leaves work that clear_abandoned removes.
+        # After the commit, not before: a process killed in between leaves work that `abandoned.py` removes.
         shutil.rmtree(run.work, ignore_errors=True)
     return stage
 
@@ -149,10 +146,3 @@ def _fit_clusters(model: LanguageModel, run: StageRun) -> None:
     # Centroids are fitted on a prefix of the stream, so every distribution's share comes before any of the rest.
     heads, rests = [c.train.tokens[:share] for c in corpora], [c.train.tokens[share:] for c in corpora]
     fit_clusters(model, documents, np.concatenate([*heads, *rests]), sample, run.seed)
-
-
-def clear_abandoned(work: Path) -> None:
-    """Remove the work of a process that was killed right after its commit, unless another one is using it."""
-    if work.exists():
-        with suppress(TryAgainError), locked(work / ".lock", "a stage"):
-            shutil.rmtree(work, ignore_errors=True)

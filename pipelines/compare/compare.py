@@ -6,6 +6,7 @@ A run that another process has locked is tried again later. So the same command,
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +20,6 @@ from lifelong_moe.errors import DivergedError, LockedError
 from lifelong_moe.plan.comparison import Comparison
 from lifelong_moe.store.runs import RunRecord
 from lifelong_moe.tracking.tracker import Tracker
-from lifelong_moe.training.callbacks import watch
 from lifelong_moe.training.callbacks.interrupt import handling_signals
 from pipelines.compare import render as render_comparison
 from pipelines.compare.jobs import Job, Memory, plan_jobs, refuse_taken_names
@@ -76,11 +76,13 @@ def compare(comparison: Comparison, only: list[str], replace: bool, console: Con
 @contextmanager
 def _without_warnings() -> Iterator[None]:
     """Context in which nobody is warned of forgetting: some arms are there to forget, and MLflow has the curves."""
-    watch.log.disabled = True
+    # By its name, since the module is imported only where something is trained.
+    log = logging.getLogger("lifelong_moe.training.callbacks.watch")
+    log.disabled = True
     try:
         yield
     finally:
-        watch.log.disabled = False
+        log.disabled = False
 
 
 def _work(

@@ -14,7 +14,7 @@ from lifelong_moe.plan.comparison import Arm, Budget, Comparison, require_equal_
 from lifelong_moe.reports.report import as_written
 from lifelong_moe.storage.keys import SHORT
 from lifelong_moe.store.runs import RunRecord
-from lifelong_moe.training.loop.trainer import build_trainer
+from lifelong_moe.training.loop.device import require_trainer
 from pipelines.shared.workspace import ROOT, Prepared, prepare
 
 Memory = dict[str, PreparedData]
@@ -60,7 +60,7 @@ def plan_jobs(comparison: Comparison, memory: Memory) -> list[Job]:
     for arm in comparison.arms:
         # A device that this machine lacks is refused before hours of training on the other arms.
         with _in_arm(arm):
-            build_trainer(first[arm.name].config.trainer, 1)
+            require_trainer(first[arm.name].config.trainer)
     require_equal_measures({name: _measures(first[name]) for name in [comparison.reference, *first]})
     tokens = {arm.name: _token_overrides(comparison, arm, first) for arm in comparison.arms}
     jobs = []

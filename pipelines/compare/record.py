@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib.figure import Figure
 from rich.console import Console
 
 from lifelong_moe.plan.comparison import Comparison
@@ -26,6 +25,9 @@ from pipelines.compare import render as render_comparison
 from pipelines.compare.head import ComparisonMlflow, head_to_change
 from pipelines.compare.jobs import Job
 from pipelines.shared.workspace import ROOT
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class ComparisonRecord:

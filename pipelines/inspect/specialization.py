@@ -39,7 +39,7 @@ from lifelong_moe.storage.tables import write_parquet
 from lifelong_moe.store.head import RunHead
 from lifelong_moe.store.runs import RunRecord, require_head
 from lifelong_moe.store.stages import CommittedStage, StageStore
-from lifelong_moe.training.callbacks.logger import Row
+from lifelong_moe.training.callbacks.points import Row
 from lifelong_moe.training.loop.device import configured_device
 from lifelong_moe.training.restore import load_model
 from pipelines.inspect import tables as inspect_tables

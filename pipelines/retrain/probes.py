@@ -11,7 +11,7 @@ from lifelong_moe.retraining.bounds import Bounds, DocumentLosses, difference_bo
 from lifelong_moe.retraining.decision import ProbeResult
 from lifelong_moe.retraining.gate import forgetting_bounds
 from lifelong_moe.retraining.pooling import pooled_losses
-from lifelong_moe.training.callbacks.logger import Row
+from lifelong_moe.training.callbacks.points import Row
 from pipelines.retrain.plan_file import StageFacts
 from pipelines.shared.workspace import require_room
 from pipelines.versions.candidates import Candidate, CandidateTrainer

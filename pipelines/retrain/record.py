@@ -14,7 +14,7 @@ from lifelong_moe.store.runs import OpenRun
 from lifelong_moe.store.stages import CommittedStage
 from lifelong_moe.tracking.operations import local_id
 from lifelong_moe.tracking.tracker import Tracker
-from lifelong_moe.training.callbacks.logger import Row
+from lifelong_moe.training.callbacks.points import Row
 from pipelines.retrain.outcome import TickOutcome
 from pipelines.retrain.plan_file import PlanFacts
 from pipelines.retrain.render import tick_note

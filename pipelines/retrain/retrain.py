@@ -28,7 +28,7 @@ from lifelong_moe.store.versions import Action as StageAction
 from lifelong_moe.store.versions import VersionStage
 from lifelong_moe.tracking.tracker import Tracker
 from lifelong_moe.training.callbacks.interrupt import Interrupt, handling_signals
-from lifelong_moe.training.loop.trainer import build_trainer
+from lifelong_moe.training.loop.device import require_trainer
 from pipelines.retrain.outcome import TickOutcome
 from pipelines.retrain.plan import TickPlan, make_plan
 from pipelines.retrain.plan_check import check_plan
@@ -83,7 +83,7 @@ def retrain(
             allow_router(tick.config.routing.mode)  # its user gave the base to this command
             try:
                 # An accelerator or strategy that this machine lacks is refused before anything is written.
-                build_trainer(tick.config.trainer, 1)
+                require_trainer(tick.config.trainer)
                 if not dry_run:
                     tick.remove_text(working=True)  # left by a killed tick
                 if reopen is not None:

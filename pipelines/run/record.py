@@ -22,7 +22,7 @@ from lifelong_moe.store.runs import OpenRun
 from lifelong_moe.store.stages import CommittedStage
 from lifelong_moe.tracking.operations import local_id
 from lifelong_moe.tracking.tracker import Tracker
-from lifelong_moe.training.callbacks.logger import Row
+from lifelong_moe.training.callbacks.points import Row
 from pipelines.run import render
 from pipelines.shared.record_params import CONFIG, config_yaml, run_params, stage_params
 from pipelines.shared.recorded import show_champion

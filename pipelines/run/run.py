@@ -29,18 +29,18 @@ from lifelong_moe.store.evaluations import EvaluationStore
 from lifelong_moe.store.runs import OpenRun, RunRecord
 from lifelong_moe.store.stages import CommittedStage, StageStore
 from lifelong_moe.tracking.tracker import Tracker
+from lifelong_moe.training.abandoned import clear_abandoned
 from lifelong_moe.training.callbacks.interrupt import Interrupt, handling_signals
 from lifelong_moe.training.first_centroids import first_centroids, needs_first_centroids
 from lifelong_moe.training.imported import imported_stage
 from lifelong_moe.training.loop.context import StageEnvironment
-from lifelong_moe.training.loop.device import configured_device
-from lifelong_moe.training.loop.trainer import build_trainer
+from lifelong_moe.training.loop.device import configured_device, require_trainer
 from lifelong_moe.training.restore import initial_model, load_model
-from lifelong_moe.training.stage import clear_abandoned, train_stage
 from pipelines.run import render
 from pipelines.run.opening import open_run
 from pipelines.run.record import MlflowRecord
 from pipelines.shared.places import remove_abandoned
+from pipelines.shared.training import train_stage
 from pipelines.shared.workspace import ROOT, Prepared, prepare, require_room
 
 log = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ def run(
     with handling_signals() as interrupt:
         remove_abandoned()
         # A device that this machine lacks is refused before anything is written.
-        build_trainer(loaded.config.trainer, 1)
+        require_trainer(loaded.config.trainer)
         with console.status("reading and tokenizing the distributions"):
             prepared = prepare(loaded, memory)
         record, store = RunRecord(ROOT, prepared.config.run), StageStore(ROOT)

@@ -29,14 +29,14 @@ from lifelong_moe.store.evaluations import EvaluationStore
 from lifelong_moe.store.stages import CommittedStage, StageStore
 from lifelong_moe.store.versions import Version
 from lifelong_moe.training.callbacks.interrupt import Interrupt
-from lifelong_moe.training.callbacks.logger import Send
+from lifelong_moe.training.callbacks.points import Send
 from lifelong_moe.training.loop.context import StageEnvironment
 from lifelong_moe.training.loop.device import configured_device
 from lifelong_moe.training.restore import load_model
-from lifelong_moe.training.stage import train_stage
 from pipelines.shared.kept_text import wait_for_text
 from pipelines.shared.novelty import read_texts
 from pipelines.shared.places import ROOT
+from pipelines.shared.training import train_stage
 from pipelines.shared.workspace import read_data, require_room
 
 

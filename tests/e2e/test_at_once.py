@@ -1,17 +1,20 @@
-"""What needs no model is answered without importing what only models need; asked in other processes, for we have it."""
+"""Commands import what they need and no more; asked in other processes, since this one has it all."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 HEAVY = (
-    "torch", "lightning", "pytorch_lightning", "mlflow", "faiss", "sklearn", "scipy", "transformers", "datasets",
-    "tokenizers", "matplotlib", "pandas", "pyarrow",
+    "torch", "torch._dynamo", "lightning", "pytorch_lightning", "mlflow", "faiss", "sklearn", "scipy", "scipy.stats",
+    "scipy.sparse", "transformers", "datasets", "tokenizers", "matplotlib", "pandas", "pyarrow",
 )  # fmt: skip
 ASK = """
 import contextlib, io, json, sys
@@ -23,7 +26,7 @@ for arguments in commands:
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = exit_code(app)
-    heavy = sorted({name.partition(".")[0] for name in sys.modules} & set(heavy_names))
+    heavy = sorted(set(sys.modules) & set(heavy_names))
     answers.append({"code": code, "out": out.getvalue(), "err": err.getvalue(), "heavy": heavy})
 print(json.dumps(answers))
 """
@@ -53,7 +56,31 @@ def test_questions_about_runs(trained: Path) -> None:
     assert [answer["code"] for answer in answers] == [0] * len(commands), answers
     # A document's lineage looks for near copies, by sparse matrices; what comes after it in the process has them too.
     place = next(i for i, command in enumerate(commands) if "--document" in command)
-    assert [answer["heavy"] for answer in answers] == [[]] * place + [["scipy"]] * (len(commands) - place)
+    assert [answer["heavy"] for answer in answers] == [[]] * place + [["scipy", "scipy.sparse"]] * (
+        len(commands) - place
+    )
+
+
+@pytest.mark.parametrize(
+    ("command", "needs"),
+    [
+        ("evaluate tiny --data sea.jsonl", ["tokenizers"]),
+        ("generate tiny apple --max-new-tokens 1", ["tokenizers"]),
+        # The text is tokenized, but its near copies of held-out text are counted again.
+        ("run tiny.yaml", ["scipy", "scipy.sparse", "tokenizers"]),
+        ("retrain retrain.yaml --dry-run", ["scipy", "scipy.sparse"]),
+    ],
+)
+def test_what_trains_nothing_needs_torch_alone(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, needs: list[str]
+) -> None:
+    shutil.copytree(trained, tmp_path / "lab")
+    monkeypatch.chdir(tmp_path / "lab")
+    Path("inbox").mkdir()
+    Path("retrain.yaml").write_text("base: tiny.yaml\ninbox: {path: inbox}\n")
+    (answer,) = ask(tuple(command.split()))
+    # Lightning with all that it imports takes longer than torch, and a finished run or an empty inbox needs none of it.
+    assert answer["code"] == 0 and answer["heavy"] == sorted(["torch", *needs]), answer
 
 
 def test_mistakes_about_runs(trained: Path, tmp_path: Path) -> None:

@@ -307,21 +307,22 @@ def test_own_bug_keeps_its_traceback(lab: Path, cli: Cli, monkeypatch: pytest.Mo
         cli("run", "tiny.yaml")
 
 
-def test_installed_command(lab: Path) -> None:
-    """A profiler reports on standard error, as all that libraries say; before its report there is nothing."""
+@pytest.mark.parametrize("profiler", ["simple", "null"])
+def test_installed_command(lab: Path, profiler: str) -> None:
+    """A profiler reports once on standard error, as all that libraries say; besides its report there is nothing."""
     command = Path(sys.executable).parent / "lifelong-moe"
     if not command.is_file():
         pytest.skip("the package is not installed here")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [command, "run", "tiny.yaml", "stages=[{data: fruit}]", "trainer.profiler=simple"],
+        [command, "run", "tiny.yaml", "stages=[{data: fruit}]", f"trainer.profiler={profiler}"],
         capture_output=True, text=True, env=environment, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "tiny (lifelong)" in done.stdout
     before, _, report = done.stderr.partition("FIT Profiler Report")
     assert [line for line in before.splitlines() if line and not line.startswith("WARNING: code has")] == []
-    assert "run_training_batch" in report
+    assert report.count("run_training_batch") == (profiler == "simple")
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch.loggers import Logger
 
-Row = tuple[str, float, int]
-Send = Callable[[list[Row]], None]
+from lifelong_moe.training.callbacks.points import Row, Send
+
 FLUSH_ROWS = 500
 """Points in a batch; MLflow takes at most 1,000 metrics in one request."""
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,8 +25,10 @@ from lifelong_moe.retention.penalty import WeightAnchor
 from lifelong_moe.storage.keys import SHORT
 from lifelong_moe.store.stages import CommittedStage, StageStore
 from lifelong_moe.training.callbacks.interrupt import Interrupt
-from lifelong_moe.training.callbacks.logger import Send
-from lifelong_moe.training.loop.rollback import Rollbacks
+from lifelong_moe.training.callbacks.points import Send
+
+if TYPE_CHECKING:
+    from lifelong_moe.training.loop.rollback import Rollbacks  # which needs Lightning
 
 
 @dataclass(frozen=True)

@@ -1,27 +1,56 @@
-"""The device on which a run's models are evaluated, inspected and sampled from."""
+"""The devices of a run: whether this machine has those that train, and the one that reads and writes text.
+
+Without Lightning, which takes longer to import than torch: it is asked only about a trainer that few machines can have.
+"""
 
 from __future__ import annotations
 
 import logging
 
 import torch
-from lightning.fabric import Fabric
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lifelong_moe.config.training import TrainerConfig
+from lifelong_moe.training.callbacks.late import importing_lightning
 
 log = logging.getLogger(__name__)
 CPU = torch.device("cpu")
 
 
+def require_trainer(config: TrainerConfig) -> None:
+    """Require that this machine can do what ``trainer`` asks for, before anything is written.
+
+    Raises:
+        ConfigError: If it cannot.
+    """
+    every_machine_has_it = config.devices == 1 and config.accelerator in ("auto", "cpu")
+    is_plain = config.strategy in ("auto", "ddp") and not config.benchmark and not config.detect_anomaly
+    if not (every_machine_has_it and is_plain and config.deterministic is None and config.profiler is None):
+        with importing_lightning():
+            from lifelong_moe.training.loop.trainer import build_trainer
+
+        build_trainer(config, 1)
+        return
+    # As Lightning's Trainer does, but `use_deterministic_algorithms` would import the compiler, which takes a second.
+    on_cpu = config.accelerator == "cpu" or not torch.cuda.is_available()
+    torch.set_deterministic_debug_mode("error" if on_cpu else "default")
+
+
 def configured_device(trainer: TrainerConfig) -> torch.device:
-    """The first device of ``trainer``, as Lightning resolves it; the CPU if this machine has none or it is not CUDA."""
+    """The first device of ``trainer``, as Lightning counts them; the CPU if this machine has none or it is not CUDA."""
+    index, there = _first_index(trainer.devices), torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if trainer.accelerator in ("auto", "gpu", "cuda") and index is not None and 0 <= index < there:
+        return torch.device("cuda", index)
+    # No error: the run may have been trained on another machine. On MPS neither, which lacks the losses' float64.
+    if trainer.accelerator not in ("auto", "cpu") or index != 0:
+        how = f"{trainer.accelerator}, trainer.devices={trainer.devices}"
+        log.warning("trainer.accelerator=%s: using the CPU instead: this machine has %d CUDA devices", how, there)
+    return CPU
+
+
+def _first_index(devices: int | str | list[int]) -> int | None:
+    """Index of the first device: a list names devices, also as "1,2"; a number and "auto" count them."""
+    named = devices if isinstance(devices, list) else str(devices).split(",") if "," in str(devices) else [0]
     try:
-        device = Fabric(accelerator=trainer.accelerator, devices=trainer.devices).device
-    except (MisconfigurationException, RuntimeError, TypeError, ValueError, ImportError) as error:
-        # No error: the run may have been trained on another machine.
-        how, reason = f"{trainer.accelerator}, trainer.devices={trainer.devices}", " ".join(str(error).split())
-        log.warning("trainer.accelerator=%s: using the CPU instead: %s", how, reason)
-        return CPU
-    # Losses are summed in float64, which MPS, for one, lacks.
-    return device if device.type == "cuda" else CPU
+        return int(named[0])
+    except (ValueError, TypeError, IndexError):
+        return None

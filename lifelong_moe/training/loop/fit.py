@@ -11,7 +11,8 @@ from lifelong_moe.model.offload import streamer_to
 from lifelong_moe.training.callbacks.checkpoint import SafeCheckpointIO, checkpoint_path
 from lifelong_moe.training.callbacks.collapse import collapse_warning
 from lifelong_moe.training.callbacks.interrupt import Interrupt
-from lifelong_moe.training.callbacks.logger import BatchedLogger, Send
+from lifelong_moe.training.callbacks.logger import BatchedLogger
+from lifelong_moe.training.callbacks.points import Send
 from lifelong_moe.training.callbacks.progress import Meter, ProgressReport, StepCheckpoint
 from lifelong_moe.training.callbacks.resuming import Resumption
 from lifelong_moe.training.callbacks.stopping import EarlyStopping

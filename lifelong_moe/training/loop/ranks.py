@@ -26,7 +26,7 @@ from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-d
 from lifelong_moe import errors
 from lifelong_moe.errors import LifelongError, TryAgainError
 from lifelong_moe.training.callbacks.interrupt import Interrupt, PendingInterrupt
-from lifelong_moe.training.callbacks.logger import Row, Send
+from lifelong_moe.training.callbacks.points import Row, Send
 
 TIMEOUT_SECONDS = 300.0
 """Time that a rank waits for the others; rank 0 writes checkpoints and waits for MLflow within it."""

@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.fabric.accelerators import cuda as lightning_cuda
-from lightning.fabric.accelerators.cuda import CUDAAccelerator
 
 from lifelong_moe.config.training import TrainerConfig
 from lifelong_moe.training.loop.device import configured_device
@@ -16,8 +14,8 @@ from lifelong_moe.training.loop.device import configured_device
 
 @pytest.fixture
 def four_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(CUDAAccelerator, "is_available", lambda: True)
-    monkeypatch.setattr(lightning_cuda, "num_cuda_devices", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
 
 
 @pytest.mark.usefixtures("four_gpus")
