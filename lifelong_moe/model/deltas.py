@@ -42,6 +42,11 @@ class GenerationSlices:
         order_T, counts = sort_by_expert(known_T, num_generations)
         return cls(order_T, inverse_permutation(order_T), counts.tolist())
 
+    @property
+    def present(self) -> frozenset[int]:
+        """Generations that have tokens."""
+        return frozenset(generation for generation, count in enumerate(self.counts) if count)
+
     def apply(self, x_TI: Tensor, function: Callable[[int, Tensor], Tensor]) -> Tensor:
         """Apply ``function(generation, rows)`` to each generation's rows, and restore the order of the tokens."""
         # One generation has all tokens: nothing to reorder.

@@ -219,7 +219,8 @@ class LanguageModel(nn.Module):
             below_BSD: ``(B, S, D)``, from another model's call with the same ``split``: blocks below it are skipped. A
                 teacher starts where it begins to differ from its student.
         """
-        attention, routing = self._attention_context(batch, cache), self._routing_context(batch)
+        attention = self._attention_context(batch, cache)
+        routing = self._routing_context(batch, attention.generations)
         caches = [None] * len(self.blocks) if cache is None else cache.layers
         routings: list[Routing] = []
         # shape: (B, S, D)
@@ -261,12 +262,13 @@ class LanguageModel(nn.Module):
         cos, sin = (table[cache.length : cache.length + length] for table in cache.rotary)
         return AttentionContext((cos, sin), mask, generations)
 
-    def _routing_context(self, batch: TokenBatch) -> RoutingContext:
+    def _routing_context(self, batch: TokenBatch, generations: GenerationSlices | None) -> RoutingContext:
         token_ids_T, mask_BS, domains_BS = batch.ids_BS.flatten(), batch.mask_BS, batch.domain_ids_BS
         return RoutingContext(
             token_ids_T=token_ids_T,
             mask_T=torch.ones_like(token_ids_T, dtype=torch.bool) if mask_BS is None else mask_BS.flatten(),
             domain_ids_T=torch.zeros_like(token_ids_T) if domains_BS is None else domains_BS.flatten(),
+            present=None if generations is None else generations.present,
             old_text_T=None if batch.old_text_BS is None else batch.old_text_BS.flatten(),
             features_TF=None if self.token_features is None else self.token_features[token_ids_T],
             buckets_of={num: getattr(self, name)[token_ids_T] for num, name in self.table_names.items()},

@@ -38,6 +38,8 @@ class RoutingContext:
     """True for real tokens, bool ``(T,)``."""
     domain_ids_T: Tensor
     """Domain of each token (document cluster, label, or generation), int64 ``(T,)``; zeros where routing has none."""
+    present: frozenset[int] | None = None
+    """Generations that tokens belong to, where domains are generations and the host knows them; None means any."""
     old_text_T: Tensor | None = None
     """True for text of earlier stages, bool ``(T,)``; given in a review only."""
     features_TF: Tensor | None = None

@@ -5,6 +5,7 @@ Legend: T tokens, D model width, E experts, K experts per token.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -42,13 +43,29 @@ class LinearRouter(Router):
         with torch.no_grad():
             self.rows[-1].copy_(rows_ED)
 
-    def logits(self, x_TD: Tensor) -> Tensor:
-        """float32 ``(T, E)``, of the experts among which tokens choose."""
-        return self.products(x_TD, self.rows)
+    def logits(self, x_TD: Tensor, present: frozenset[int] | None = None) -> Tensor:
+        """float32 ``(T, E)``, of the experts among which tokens choose.
 
-    def products(self, x_TD: Tensor, generations: Iterable[Tensor]) -> Tensor:
-        """Products with each available generation's rows, side by side."""
+        Args:
+            x_TD: Tokens ``(T, D)``.
+            present: As in :class:`RoutingContext`: no token may choose an expert of another generation, whose logits
+                need not be computed and are ``-inf``. So the cost does not grow with the number of generations.
+        """
+        # A token of a generation that is masked chooses among the first's.
+        known = present is not None and all(generation < len(self.available) for generation in present)
+        return self.products(x_TD, self.rows, present if known else None)
+
+    def products(self, x_TD: Tensor, generations: Iterable[Tensor], present: frozenset[int] | None = None) -> Tensor:
+        """Products with each available generation's rows, side by side; ``-inf`` for those that are not present."""
+
+        def of(generation: int, rows_ED: Tensor) -> Tensor:
+            # Rows that train have a gradient, if one of zero, which processes that train together rely on.
+            trains = rows_ED.requires_grad and torch.is_grad_enabled()
+            if present is None or generation in present or trains:
+                return F.linear(x_TD.float(), rows_ED.float())
+            return torch.full((len(x_TD), len(rows_ED)), -math.inf, device=x_TD.device)
+
         # A product for each generation: kernels round differently for another number of rows, and a token on the edge
         # between two experts would move when the model grows.
         unmasked = list(generations)[: len(self.available)]
-        return torch.cat([F.linear(x_TD.float(), rows_ED.float()) for rows_ED in unmasked], dim=-1)
+        return torch.cat([of(generation, rows_ED) for generation, rows_ED in enumerate(unmasked)], dim=-1)

@@ -76,7 +76,7 @@ class LearnedRouter(LinearRouter):
         config, allowed_TE = self.config, self.allowed(context)
         # float32 throughout: in bfloat16 close logits tie, and a tie chooses another expert.
         with torch.autocast(x_TD.device.type, enabled=False):
-            logits_TE = self.logits(self._jittered(x_TD.float()))
+            logits_TE = self.logits(self._jittered(x_TD.float()), context.present)
             if allowed_TE is not None:
                 logits_TE = logits_TE.masked_fill(~allowed_TE, -math.inf)
             scores_TE = logits_TE.softmax(dim=-1) if config.score == Score.softmax else logits_TE.sigmoid()

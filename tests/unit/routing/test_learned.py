@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -132,6 +133,27 @@ def grown(make_router: Make, **config: object) -> Router:
         for rows, filled in zip(router.parameters(), (ROWS, 9 * torch.ones(2, 3), 10 * torch.ones(1, 3)), strict=True):
             rows.copy_(filled)
     return router
+
+
+@pytest.mark.parametrize("groups", [[0] * 4, [1] * 4, [2, 2, 0, 2]], ids=["first", "second", "two"])
+@pytest.mark.parametrize("masks_newest", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_generations_without_tokens_need_no_logits(
+    make_router: Make, make_context: Context, groups: list[int], masks_newest: bool, training: bool
+) -> None:
+    router = grown(make_router, z_loss=0.1).train(training)
+    router.rows[0].requires_grad_(False)
+    router.masks_newest = masks_newest
+    context, x_TD = make_context(4, groups=groups), torch.randn(4, 3, generator=torch.Generator().manual_seed(1))
+    found = []
+    for present in (None, frozenset(groups)):
+        routing = router(x_TD.requires_grad_(), replace(context, present=present))
+        loss = routing.weights_TK[:, 0].sum() + sum(one.value for one in routing.losses.values())
+        gradients = torch.autograd.grad(loss, [x_TD, router.rows[1]], allow_unused=True, materialize_grads=True)
+        found.append((routing.expert_ids_TK, routing.weights_TK, loss, *gradients))
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+    logits_TE = router.eval().logits(x_TD, frozenset([1]))
+    assert logits_TE[:, :3].isinf().all() and logits_TE[:, 3:5].isfinite().all()
 
 
 def test_a_bundle_has_its_own_experts_alone(make_router: Make, make_context: Context) -> None:
