@@ -13,6 +13,7 @@ import torch
 
 from lifelong_moe.data.tokens.windows import EvaluationSet
 from lifelong_moe.evaluation.reading import read_windows
+from lifelong_moe.evaluation.readings import Readings
 from lifelong_moe.model.transformer import LanguageModel
 
 EVALUATION_SCHEMA = 2
@@ -46,7 +47,12 @@ class Evaluation:
 
 
 def evaluate(
-    model: LanguageModel, windows: EvaluationSet, *, distribution: str | None, batch_tokens: int
+    model: LanguageModel,
+    windows: EvaluationSet,
+    *,
+    distribution: str | None,
+    batch_tokens: int,
+    readings: Readings | None = None,
 ) -> Evaluation:
     """Score held-out windows.
 
@@ -55,10 +61,11 @@ def evaluate(
         windows: Overlapping windows, each beginning with BOS.
         distribution: The text's distribution if it is known; only routing by label looks at it.
         batch_tokens: Tokens a forward pass.
+        readings: See :func:`~lifelong_moe.evaluation.reading.read_windows`.
     """
     mixes, num_generations = model.architecture.mixture is not None, len(model.architecture.generations)
     total, loads, shares_G, readers = 0.0, None, torch.zeros(num_generations, dtype=torch.float64), 0
-    for batch in read_windows(model, windows, distribution=distribution, batch_tokens=batch_tokens):
+    for batch in read_windows(model, windows, distribution=distribution, batch_tokens=batch_tokens, readings=readings):
         # float64: a sum over millions of tokens must not depend on the size of a batch.
         total += float(batch.nats_T.sum())
         batch_loads = batch.loads()

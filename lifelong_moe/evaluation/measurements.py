@@ -6,22 +6,24 @@ Models are named by their keys; a model is loaded only if a measurement is missi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from lifelong_moe.config.run import RunConfig
 from lifelong_moe.data.text.documents import Document
 from lifelong_moe.data.tokens.prepare import PreparedData
 from lifelong_moe.data.tokens.shards import TokenShard, tokenize_documents
 from lifelong_moe.data.tokens.spread import spread_shard
-from lifelong_moe.data.tokens.windows import evaluation_windows, first_documents
+from lifelong_moe.data.tokens.windows import EvaluationSet, evaluation_windows, first_documents
 from lifelong_moe.evaluation.documents import measure_documents
 from lifelong_moe.evaluation.loss import EVALUATION_SCHEMA, Evaluation, evaluate, per_token_of
+from lifelong_moe.evaluation.readings import Reading, Readings, reader_hashes
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.architecture import Architecture
 from lifelong_moe.retraining.bounds import DocumentLosses
@@ -29,6 +31,7 @@ from lifelong_moe.retraining.structure import shuffled_text
 from lifelong_moe.storage.keys import content_key
 from lifelong_moe.storage.plain import PlainError, from_plain
 from lifelong_moe.store.evaluations import EvaluationStore
+from lifelong_moe.store.readings import ReadingCache
 
 Load = Callable[[str], LanguageModel]
 """Returns the model of a key, on the device where it is measured."""
@@ -80,6 +83,12 @@ def read_evaluation(data: Any, architecture: Architecture) -> Evaluation:
     return found
 
 
+def _readings(wanted: Collection[int], architecture: Architecture, tensors: Mapping[str, Tensor]) -> dict[int, Reading]:
+    """What stored tensors hold of some generations; raises a ValueError if they are something else."""
+    there = {generation for generation in wanted if f"places.{generation}" in tensors}
+    return {generation: Reading.from_tensors(tensors, generation, architecture) for generation in there}
+
+
 def _require_counts(counts: Sequence[Sequence[float]], architecture: Architecture) -> None:
     """Require assignments in every layer that has experts, a number for each of them."""
     wanted = [architecture.experts_in(layer) for layer in range(architecture.model.layers)]
@@ -99,6 +108,8 @@ class Measurements:
     load: Load
     architecture: Callable[[str], Architecture]
     """Of the model of a key; what is stored of a model with other experts is not believed."""
+    cache: ReadingCache
+    """What generations of mixtures said of held-out text."""
 
     def measurable(self, without: str | None = None) -> list[str]:
         """Distributions with held-out text, in the run's order, except ``without``."""
@@ -140,12 +151,16 @@ class Measurements:
 
     def evaluations(self, model: str, distributions: Sequence[str]) -> dict[str, Evaluation]:
         """A model's loss on each of these distributions."""
-        loaded, found = None, {}
+        loaded, readers, found = None, [], {}
         for name in distributions:
             if (result := self._stored(model, name)) is None:
                 # Loading costs more than measuring: once, and only if something is missing.
-                loaded = self.load(model) if loaded is None else loaded
-                result = self._evaluate(loaded, name)
+                if loaded is None:
+                    loaded = self.load(model)
+                    mixture = loaded.architecture.mixture
+                    # Where nobody is ever left out, no weight says how far a generation was heard.
+                    readers = reader_hashes(loaded) if mixture is not None and mixture.drop else []
+                result = self._evaluate(loaded, readers, name)
                 self.store.add(model, self.key(name), result.to_json())
             found[name] = result
         return found
@@ -154,9 +169,11 @@ class Measurements:
         read = partial(read_evaluation, architecture=self.architecture(model))
         return self.store.find(model, self.key(name), read)
 
-    def _evaluate(self, model: LanguageModel, name: str) -> Evaluation:
+    def _evaluate(self, model: LanguageModel, readers: list[str], name: str) -> Evaluation:
         settings, vocabulary = self.config.evaluate, model.architecture.vocabulary_of(name)
         windows = evaluation_windows(self.data.heldout[name], self.config.model.context, settings.tokens)
+        if readers:
+            return self._evaluate_mixture(model, readers, name, windows)
         if not vocabulary:
             return evaluate(model, windows, distribution=name, batch_tokens=settings.batch_tokens)
         # The same documents in other tokens, of which there are fewer.
@@ -164,6 +181,25 @@ class Measurements:
         own = evaluation_windows(shard, self.config.model.context, shard.num_tokens)
         found = evaluate(model, own, distribution=name, batch_tokens=settings.batch_tokens)
         return per_token_of(found, windows.num_tokens)
+
+    def _evaluate_mixture(
+        self, model: LanguageModel, readers: list[str], name: str, windows: EvaluationSet
+    ) -> Evaluation:
+        """Let only those generations read of which it is not known what they say of the text."""
+        key, known = self.key(name), dict[int, Reading]()
+        # A mixture of the first n of these generations: what it heard of each, the one with one more needs to hear.
+        for number in range(len(readers), 0, -1):
+            missing = set(range(number)) - known.keys()
+            known |= self.cache.find(key, readers[:number], partial(_readings, missing, model.architecture)) or {}
+            if not missing:
+                break
+        readings = Readings(windows, model.architecture, known)
+        tokens = self.config.evaluate.batch_tokens
+        found = evaluate(model, windows, distribution=name, batch_tokens=tokens, readings=readings)
+        made = [reading.tensors(generation) for generation, reading in readings.made().items()]
+        if made:
+            self.cache.add(key, readers, {name: tensor for one in made for name, tensor in one.items()})
+        return found
 
     def losses(self, model: str, distribution: str, *, shuffled: bool = False) -> DocumentLosses:
         """A model's loss on each held-out document with a scored token, and the document's source.

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lifelong_moe.config.routing.mixture import MixtureConfig
 from lifelong_moe.data.tokens.windows import EvaluationSet
+from lifelong_moe.evaluation.readings import Readings
 from lifelong_moe.model.tokens import TokenBatch
 from lifelong_moe.model.transformer import LanguageModel, ModelOutput
 from lifelong_moe.ops.posterior import log_weights
@@ -111,7 +112,12 @@ class WindowBatch:
 
 @torch.no_grad()
 def read_windows(
-    model: LanguageModel, windows: EvaluationSet, *, distribution: str | None, batch_tokens: int
+    model: LanguageModel,
+    windows: EvaluationSet,
+    *,
+    distribution: str | None,
+    batch_tokens: int,
+    readings: Readings | None = None,
 ) -> Iterator[WindowBatch]:
     """Read held-out windows in evaluation mode, batch by batch.
 
@@ -122,13 +128,15 @@ def read_windows(
         windows: Of any order; each is in one batch.
         distribution: The text's distribution if it is known; only routing by label looks at it.
         batch_tokens: Tokens a forward pass, or those of one window if it is longer.
+        readings: What generations of a mixture said of these windows before; what others say is added. Of the members
+            that are known, losses and loads can be asked, and no hidden states.
     """
     mixture = model.architecture.mixture
     if mixture is None:
         yield from _selected(model, windows, distribution, batch_tokens)
     else:
         with _evaluating(model):
-            yield from _mixed(model, windows, mixture, batch_tokens)
+            yield from _mixed(_Texts(model, windows, mixture, readings), windows, batch_tokens)
 
 
 @torch.no_grad()
@@ -190,10 +198,7 @@ def _forward(model: LanguageModel, arrays: Arrays, domain_ids: Tensor) -> ModelO
     return model(TokenBatch(token_ids, torch.zeros_like(token_ids), domain_ids, arrays["valid"]))
 
 
-def _mixed(
-    model: LanguageModel, windows: EvaluationSet, mixture: MixtureConfig, batch_tokens: int
-) -> Iterator[WindowBatch]:
-    texts = _Texts(model, windows, mixture)
+def _mixed(texts: _Texts, windows: EvaluationSet, batch_tokens: int) -> Iterator[WindowBatch]:
     # A text's windows one after another: what the earlier ones say decides the weights in the later ones.
     for number in range(int(texts.number_W.max(initial=-1)) + 1):
         for places_B in _batches(windows, np.flatnonzero(texts.number_W == number), batch_tokens):
@@ -203,8 +208,11 @@ def _mixed(
 class _Texts:
     """Texts as far as they have been read: which generations are left, and how likely each found them."""
 
-    def __init__(self, model: LanguageModel, windows: EvaluationSet, mixture: MixtureConfig) -> None:
-        self.model, self.windows, self.mixture = model, windows, mixture
+    def __init__(
+        self, model: LanguageModel, windows: EvaluationSet, mixture: MixtureConfig, readings: Readings | None
+    ) -> None:
+        self.model, self.windows, self.mixture, self.readings = model, windows, mixture, readings
+        self.known = frozenset[int]() if readings is None else readings.known
         self.text_W, self.number_W = windows.texts()
         shape = int(self.text_W.max(initial=-1)) + 1, len(model.architecture.generations)
         self.alive = torch.ones(shape, dtype=torch.bool)
@@ -218,6 +226,11 @@ class _Texts:
         left_BG = self.alive[text_B]
         # Not a number where a generation does not read.
         nats_BSG = torch.full((*evidence_BS.shape, left_BG.shape[1]), math.nan, dtype=torch.float64)
+        known = [generation for generation in sorted(self.known) if bool(left_BG[:, generation].any())]
+        for generation in known:
+            assert self.readings is not None
+            costs_BS = self.readings.nats(generation, torch.from_numpy(places_B), evidence_BS.shape[1])
+            nats_BSG[:, :, generation] = costs_BS.masked_fill(~evidence_BS, math.nan)
         begun: list[Member] = []
         if evidence_BS.shape[1] > 2 * FIRST and bool((left_BG.sum(dim=1) > 1).any()):
             begun = list(self._passes(arrays, left_BG, FIRST, nats_BSG))
@@ -231,14 +244,35 @@ class _Texts:
             if i < len(begun):  # what was read again to the end counts there
                 weights_RP = weights_RP * ~left_BG[here, generation, None]
             member.weights_RP = weights_RP.to(member.weights_RP.device)
+            if self.readings is not None:
+                costs_RP = nats_BSG[here, : weights_RP.shape[1], generation]
+                places_R = torch.from_numpy(places_B)[here]
+                self.readings.note(generation, places_R, weights_RP > 0, costs_RP, member.output)
+        members += self._known_members(known, places_B, arrays, weights_BSG)
         scored_BS = arrays["scored"].cpu()
         # Without a weight the cost is not a number, either.
         logs_TG = (weights_BSG[scored_BS].log() - nats_BSG[scored_BS]).nan_to_num(-math.inf, neginf=-math.inf)
         return WindowBatch(places_B, arrays, members, -logs_TG.logsumexp(dim=1).to(arrays["scored"].device))
 
+    def _known_members(
+        self, known: list[int], places_B: NDArray[np.int64], arrays: Arrays, weights_BSG: Tensor
+    ) -> Iterator[Member]:
+        """Of the generations that need not read, each with the windows in which it has a weight."""
+        for generation in known:
+            here = (weights_BSG[:, :, generation] > 0).any(dim=1).nonzero().squeeze(1)
+            if len(here):
+                assert self.readings is not None
+                places_R, like = torch.from_numpy(places_B)[here], arrays["token_ids"]
+                output = self.readings.output(generation, places_R, like.shape[1], self.model.norm.weight)
+                domain_ids = torch.full_like(like[here.to(like.device)], generation)
+                weights_RP = weights_BSG[here, :, generation].to(like.device)
+                yield Member(here.to(like.device), domain_ids, output, weights_RP)
+
     def _passes(self, arrays: Arrays, left_BG: Tensor, width: int, nats_BSG: Tensor) -> Iterator[Member]:
         """Let each generation read the first positions of the windows that it is left in, and note what they cost."""
         for generation in left_BG.any(dim=0).nonzero().flatten().tolist():
+            if generation in self.known:
+                continue
             here = left_BG[:, generation].nonzero().squeeze(1)
             part = {name: array[here.to(array.device), :width] for name, array in arrays.items()}
             domain_ids, heard = torch.full_like(part["token_ids"], generation), part["evidence"]

@@ -6,7 +6,7 @@ Removed are:
   period reaches them, directly or as a parent or holder of borrowed tensors;
 - evaluations, signatures and work directories of stages that are gone, and held-out text that no head and no live plan
   names;
-- token shards that were not opened for a month;
+- token shards, and what generations said of held-out text, that were not opened for a month;
 - the text of batches that no head and no live plan names, or that every run which knows the batch lets go.
 
 Grace period: nothing younger than a day is collected, but for shards and text that runs let go. Age is measured by two
@@ -38,12 +38,12 @@ from lifelong_moe.storage.temporary import GRACE_SECONDS
 from lifelong_moe.store.batch_text import read_heads, removable_texts, remove_batch_text
 from lifelong_moe.store.evaluations import StoredEvaluation
 
-TOKENS_SECONDS = 30 * 24 * 3600.0
-"""A month since they were last opened; token shards can be made again from their text."""
+CACHE_SECONDS = 30 * 24 * 3600.0
+"""A month since it was last opened; what is in the cache can be made again from its text."""
 KEY = re.compile(r"[0-9a-f]{64}")
 """A content key: SHA-256 in hexadecimal."""
 OURS = re.compile(r"[0-9a-f]{16}(-[0-9a-f]{16})?")
-"""Names of the folders that work and tokens are kept in. Whatever has another name than ours is not ours to remove."""
+"""Names of what work, tokens and readings are kept in. Whatever has another name than ours is not ours to remove."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,8 @@ class Garbage:
     """Files of held-out documents."""
     tokens: list[Stored]
     """Directories of token shards."""
+    readings: list[Stored]
+    """Files of what generations said of held-out text."""
     texts: list[Stored]
     """Text of batches: the whole directory of an unknown batch, else the file of documents that its runs let go."""
     young: list[Stored]
@@ -77,8 +79,8 @@ class Garbage:
     @property
     def bytes(self) -> int:
         """Disk space that the removal frees."""
-        kinds = (self.stages, self.evaluations, self.signatures, self.work, self.heldout, self.tokens, self.texts)
-        return sum(stored.bytes for found in kinds for stored in found)
+        kinds = (self.stages, self.evaluations, self.signatures, self.work, self.heldout, self.tokens, self.readings)
+        return sum(stored.bytes for found in (*kinds, self.texts) for stored in found)
 
 
 def mentioned(value: Any) -> set[str]:
@@ -150,7 +152,8 @@ def find_garbage(root: Path, cache: Path, now: float, grace: float = GRACE_SECON
         signatures=[s for s in signatures if s.changed <= limit],
         work=[s for s in work if s.changed <= limit],
         heldout=[s for s in heldout if s.changed <= limit],
-        tokens=[s for s in _tokens(cache) if s.changed < clock - TOKENS_SECONDS],
+        tokens=[s for s in _tokens(cache) if s.changed < clock - CACHE_SECONDS],
+        readings=[s for s in _readings(cache) if s.changed < clock - CACHE_SECONDS],
         texts=[*(s for s in unknown if s.changed <= limit), *_removable_texts(root)],
         young=[
             *(stages[key] for key in sorted(stages.keys() & live - held)),
@@ -173,7 +176,7 @@ def collect(root: Path, cache: Path, now: float, grace: float = GRACE_SECONDS) -
             if OURS.fullmatch(path.name):
                 held.enter_context(locked(path / ".lock", f"stage {path.name}"))
         garbage = find_garbage(root, cache, now, grace)
-        for stored in (*garbage.evaluations, *garbage.heldout):
+        for stored in (*garbage.evaluations, *garbage.heldout, *garbage.readings):
             stored.path.unlink(missing_ok=True)
         heads = read_heads(root)
         # Text goes by what the heads say now, under all locks, and takes its token shards along.
@@ -300,6 +303,10 @@ def _removable_texts(root: Path) -> list[Stored]:
 
 def _tokens(cache: Path) -> list[Stored]:
     return [_stored(path, path.name) for path in sorted(cache.glob("tokens/*/")) if OURS.fullmatch(path.name)]
+
+
+def _readings(cache: Path) -> list[Stored]:
+    return [_stored_file(path) for path in sorted(cache.glob("readings/*.safetensors")) if OURS.fullmatch(path.stem)]
 
 
 def _stored_file(path: Path) -> Stored:

@@ -26,6 +26,7 @@ from lifelong_moe.reports.report import Report, RunResults, ScratchReport, Stage
 from lifelong_moe.storage.keys import SHORT, content_key
 from lifelong_moe.storage.locks import locked
 from lifelong_moe.store.evaluations import EvaluationStore
+from lifelong_moe.store.readings import ReadingCache
 from lifelong_moe.store.runs import OpenRun, RunRecord
 from lifelong_moe.store.stages import CommittedStage, StageStore
 from lifelong_moe.tracking.tracker import Tracker
@@ -41,7 +42,7 @@ from pipelines.run.opening import open_run
 from pipelines.run.record import MlflowRecord
 from pipelines.shared.places import remove_abandoned
 from pipelines.shared.training import train_stage
-from pipelines.shared.workspace import ROOT, Prepared, prepare, require_room
+from pipelines.shared.workspace import CACHE, ROOT, Prepared, prepare, require_room
 
 log = logging.getLogger(__name__)
 
@@ -265,7 +266,9 @@ def _measurements(prepared: Prepared, store: StageStore) -> Measurements:
     architectures = {planned.key: planned.architecture for planned in prepared.plan}
     architectures[_init_key(prepared)] = (prepared.base or prepared.plan[0]).architecture
     load = partial(_model, prepared, store)
-    return Measurements(prepared.config, prepared.data, EvaluationStore(ROOT), load, architectures.__getitem__)
+    return Measurements(
+        prepared.config, prepared.data, EvaluationStore(ROOT), load, architectures.__getitem__, ReadingCache(CACHE)
+    )
 
 
 def _model(prepared: Prepared, store: StageStore, key: str) -> LanguageModel:

@@ -27,7 +27,7 @@ def gc(apply: bool, console: Console) -> Mapping[str, Any]:
     if apply:
         remove_abandoned()
     _print(console, garbage, apply)
-    names = ("stages", "evaluations", "signatures", "work", "heldout", "tokens", "texts", "young")
+    names = ("stages", "evaluations", "signatures", "work", "heldout", "tokens", "readings", "texts", "young")
     kinds = {name: getattr(garbage, name) for name in names}
     listed = {kind: [{"path": str(s.path), "bytes": s.bytes} for s in found] for kind, found in kinds.items()}
     return {"removed": apply, "bytes": garbage.bytes, **listed}
@@ -36,7 +36,8 @@ def gc(apply: bool, console: Console) -> Mapping[str, Any]:
 def _print(console: Console, garbage: Garbage, applied: bool) -> None:
     kinds = [("stage", garbage.stages), ("evaluation", garbage.evaluations), ("signature", garbage.signatures)]
     kinds += [("work", garbage.work)]
-    kinds += [("held-out set", garbage.heldout), ("token cache", garbage.tokens), ("batch text", garbage.texts)]
+    kinds += [("held-out set", garbage.heldout), ("token cache", garbage.tokens)]
+    kinds += [("reading", garbage.readings), ("batch text", garbage.texts)]
     table = Table(title="removed" if applied else "nothing refers to", title_justify="left")
     for header in ("", "path", "MB"):
         table.add_column(header, justify="right" if header == "MB" else "left")

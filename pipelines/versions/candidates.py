@@ -26,6 +26,7 @@ from lifelong_moe.plan.planned import PlannedStage
 from lifelong_moe.plan.retraining import NewStage, Retraining
 from lifelong_moe.plan.stages import plan_next
 from lifelong_moe.store.evaluations import EvaluationStore
+from lifelong_moe.store.readings import ReadingCache
 from lifelong_moe.store.stages import CommittedStage, StageStore
 from lifelong_moe.store.versions import Version
 from lifelong_moe.training.callbacks.interrupt import Interrupt
@@ -35,7 +36,7 @@ from lifelong_moe.training.loop.device import configured_device
 from lifelong_moe.training.restore import load_model
 from pipelines.shared.kept_text import wait_for_text
 from pipelines.shared.novelty import read_texts
-from pipelines.shared.places import ROOT
+from pipelines.shared.places import CACHE, ROOT
 from pipelines.shared.training import train_stage
 from pipelines.shared.workspace import read_data, require_room
 
@@ -120,7 +121,9 @@ class CandidateTrainer:
         wait_for_text(data, stage_specs(config)[-1].uses)
         self._require_same_model(config, data)
         planned = plan_next(config, self.champion.key, self.architecture, data.identity, data.gone)
-        measurements = Measurements(config, data, EvaluationStore(ROOT), self.load, self.store.architecture)
+        measurements = Measurements(
+            config, data, EvaluationStore(ROOT), self.load, self.store.architecture, ReadingCache(CACHE)
+        )
         return Candidate(measurements, planned, raw, grow)
 
     def _require_same_model(self, config: RunConfig, data: PreparedData) -> None:

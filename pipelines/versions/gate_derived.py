@@ -15,10 +15,11 @@ from lifelong_moe.retraining.checks import Verdict
 from lifelong_moe.retraining.gate import judge_derived
 from lifelong_moe.store.evaluations import EvaluationStore
 from lifelong_moe.store.head import RunHead
+from lifelong_moe.store.readings import ReadingCache
 from lifelong_moe.store.stages import CommittedStage, StageStore
 from lifelong_moe.store.versions import Version
 from pipelines.shared.kept_text import remembered_by, wait_for_text
-from pipelines.shared.places import ROOT
+from pipelines.shared.places import CACHE, ROOT
 from pipelines.shared.workspace import read_data
 from pipelines.versions.candidates import model_loader, served_stages
 from pipelines.versions.gating import kinds_of_text
@@ -43,7 +44,7 @@ def served_measurements(head: RunHead, version: Version, store: StageStore, with
     known = remembered_by(head, None, version, store)
     data, models = read_data(config, None, known), model_loader(store, config.trainer)
     wait_for_text(data)
-    served = Measurements(config, data, EvaluationStore(ROOT), models, store.architecture)
+    served = Measurements(config, data, EvaluationStore(ROOT), models, store.architecture, ReadingCache(CACHE))
     if not served.measurable(without):
         raise ConfigError(f"no text of run {head.run} is left to measure on")
     return served

@@ -15,7 +15,7 @@ import pytest
 
 from lifelong_moe.plan.comparison import ComparisonConfig, load_comparison
 from lifelong_moe.storage.temporary import GRACE_SECONDS
-from lifelong_moe.store.garbage import TOKENS_SECONDS
+from lifelong_moe.store.garbage import CACHE_SECONDS
 from pipelines.cli import app
 from pipelines.commands import gc
 
@@ -69,7 +69,7 @@ def test_what_must_be_there_is_said_where_one_begins() -> None:
 
 
 def test_times_after_which_things_are_removed_are_said() -> None:
-    assert (GRACE_SECONDS, TOKENS_SECONDS) == (24 * 3600, 30 * 24 * 3600)
+    assert (GRACE_SECONDS, CACHE_SECONDS) == (24 * 3600, 30 * 24 * 3600)
     (row,) = re.findall(r"^\| `lifelong-moe gc .*", (ROOT / "docs/usage.md").read_text("utf-8"), flags=re.MULTILINE)
     for text in (row, str(gc.__doc__)):
         assert "a day old" in text and "30 days" in text

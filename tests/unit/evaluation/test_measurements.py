@@ -32,7 +32,7 @@ def test_what_earlier_versions_measured_is_found_again(what: What, by_label: boo
     records = {"wiki": SimpleNamespace(heldout_hash="ab" * 32)}
     data: Any = SimpleNamespace(records=records, tokenizer=SimpleNamespace(hash="cd" * 32))
     nothing: Any = None
-    assert Measurements(config, data, nothing, nothing, nothing).key("wiki", what).startswith(key)
+    assert Measurements(config, data, nothing, nothing, nothing, nothing).key("wiki", what).startswith(key)
 
 
 MODEL = ModelConfig(layers=2, experts=2, moe_every=2, dense_layers=0)

@@ -157,7 +157,7 @@ def test_evaluations_and_work_go_with_their_stages(store: Store) -> None:
     assert found.bytes == size + 50 + empty.stat().st_size  # an empty folder has the size of a folder
 
 
-def test_tokens_stay_for_a_month_after_they_were_opened(store: Store) -> None:
+def test_the_cache_stays_for_a_month_after_they_were_opened(store: Store) -> None:
     store.head(age=0.0)
     old, new = f"{'0' * 16}-{'1' * 16}", f"{'0' * 16}-{'2' * 16}"
     for name, age in ((old, 30.1), (new, 29.9), ("holiday pictures", 30.1)):
@@ -165,8 +165,15 @@ def test_tokens_stay_for_a_month_after_they_were_opened(store: Store) -> None:
         path.parent.mkdir(parents=True)
         path.write_bytes(b"x" * 7)
         os.utime(path, (NOW - age * DAY,) * 2)
+        reading = store.cache / f"readings/{name}.safetensors"
+        reading.parent.mkdir(exist_ok=True)
+        reading.write_bytes(b"x" * 5)
+        os.utime(reading, (NOW - age * DAY,) * 2)
     found = store.found()
-    assert [stored.path.name for stored in found.tokens] == [old] and found.bytes == 7
+    assert [stored.path.name for stored in found.tokens] == [old]
+    assert [stored.path.stem for stored in found.readings] == [old] and found.bytes == 7 + 5
+    collect(store.root, store.cache, NOW)
+    assert {path.stem for path in store.cache.glob("*/*")} == {new, "holiday pictures"}
 
 
 @pytest.mark.parametrize(
@@ -232,6 +239,7 @@ def test_what_was_found_is_removed_and_nothing_else_unless_somebody_works(store:
         f"batches/{DATA[:16]}-mine/documents.jsonl",
         f"work/{KEYS['a'][:16]}.bak/file",
         f"../cache/tokens/{DATA[:16]}-mine/tokens.bin",
+        f"../cache/readings/{DATA[:16]}-mine.safetensors",
     ],
 )
 def test_what_has_no_name_of_ours_stays(store: Store, name: str) -> None:

@@ -1,0 +1,161 @@
+"""What each generation said of a text, kept, so that a model with one more generation asks only that one.
+
+A mixture leaves a generation out of a text for good once its weight falls under a share of the largest one. One more
+generation can only raise the largest, so all others are left out as early as before, or earlier: what they said until
+then is all that is asked of them. Weights and losses are computed from it anew.
+
+Legend: W windows, S positions, B windows of a batch, N places where a generation had a weight, K experts per token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lifelong_moe.config.parts import TensorName
+from lifelong_moe.data.tokens.windows import EvaluationSet
+from lifelong_moe.model.transformer import LanguageModel, ModelOutput
+from lifelong_moe.plan.architecture import Architecture
+from lifelong_moe.routing.base import Routing
+from lifelong_moe.storage.keys import content_key
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one generation said of the windows of a set."""
+
+    places_N: Tensor
+    """Window times S plus position, int64 and ascending ``(N,)``."""
+    nats_N: Tensor
+    """What each target cost, float32 ``(N,)``."""
+    experts_NK: list[Tensor]
+    """Experts that each token used, int16 ``(N, K)``; -1 for none. One tensor for each layer."""
+
+    @classmethod
+    def joined(cls, parts: Sequence[Reading]) -> Reading:
+        """Of all windows, from those of some of them each."""
+        places_N = torch.cat([part.places_N for part in parts])
+        order_N = places_N.argsort()
+        layers = zip(*(part.experts_NK for part in parts), strict=True)
+        return cls(
+            places_N[order_N],
+            torch.cat([part.nats_N for part in parts])[order_N],
+            [torch.cat(layer)[order_N] for layer in layers],
+        )
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], generation: int, architecture: Architecture) -> Reading:
+        """From stored tensors.
+
+        Raises:
+            ValueError: If they are not what :meth:`tensors` makes.
+        """
+        try:
+            places_N, nats_N = tensors[f"places.{generation}"], tensors[f"nats.{generation}"]
+            experts = [tensors[f"experts.{layer}.{generation}"] for layer in range(architecture.model.layers)]
+        except KeyError as error:
+            raise ValueError(f"no tensor {error}") from None
+        shapes = [places_N.shape, nats_N.shape, *(layer.shape[:1] for layer in experts)]
+        kinds = [places_N.dtype, nats_N.dtype, *(layer.dtype for layer in experts)]
+        if set(shapes) != {(len(nats_N),)} or kinds != [torch.int64, torch.float32, *[torch.int16] * len(experts)]:
+            raise ValueError("tensors of other shapes or types")
+        if bool((places_N.diff() <= 0).any()) or bool((places_N < 0).any()) or not bool(nats_N.isfinite().all()):
+            raise ValueError("places that do not ascend, or costs that are not finite")
+        for number, layer in enumerate(experts):
+            if bool((layer < -1).any()) or bool((layer >= architecture.experts_in(number)).any()):
+                raise ValueError("experts that the model does not have")
+        return cls(places_N, nats_N, experts)
+
+    def tensors(self, generation: int) -> dict[str, Tensor]:
+        """By name, to be stored."""
+        experts = {f"experts.{layer}.{generation}": ids_NK for layer, ids_NK in enumerate(self.experts_NK)}
+        return {f"places.{generation}": self.places_N, f"nats.{generation}": self.nats_N, **experts}
+
+
+class Readings:
+    """Readings of one set of windows: those that are known, and those that are made."""
+
+    def __init__(self, windows: EvaluationSet, architecture: Architecture, known: Mapping[int, Reading]) -> None:
+        """Known ones that do not fit these windows are left aside."""
+        self.width, self.num_windows = int(windows.length.max(initial=1)), len(windows)
+        self.num_experts = [architecture.experts_in(layer) for layer in range(architecture.model.layers)]
+        self._known = {generation: self._padded(one) for generation, one in known.items() if self._fits(one)}
+        # shape: (W, S), each place's row in the reading; -1, the padding at its end, where it says nothing
+        self._rows = {generation: self._rows_of(known[generation]) for generation in self._known}
+        self._parts: dict[int, list[Reading]] = {}
+
+    def _fits(self, reading: Reading) -> bool:
+        return not len(reading.places_N) or int(reading.places_N[-1]) < self.num_windows * self.width
+
+    def _padded(self, reading: Reading) -> Reading:
+        costs_N = torch.cat([reading.nats_N, torch.tensor([torch.nan])])
+        return Reading(reading.places_N, costs_N, [F.pad(one, (0, 0, 0, 1), value=-1) for one in reading.experts_NK])
+
+    def _rows_of(self, reading: Reading) -> Tensor:
+        rows = torch.full((self.num_windows * self.width,), -1, dtype=torch.int32)
+        rows[reading.places_N] = torch.arange(len(reading.places_N), dtype=torch.int32)
+        return rows.view(-1, self.width)
+
+    @property
+    def known(self) -> frozenset[int]:
+        """Generations that need not read."""
+        return frozenset(self._known)
+
+    def nats(self, generation: int, places_B: Tensor, length: int) -> Tensor:
+        """What targets cost a known generation, float64 ``(B, length)``; not a number where it had no weight."""
+        return self._known[generation].nats_N[self._rows[generation][places_B, :length]].double()
+
+    def output(self, generation: int, places_B: Tensor, length: int, like: Tensor) -> ModelOutput:
+        """What a known generation made of windows, as far as it is known: the experts of each token, on a device."""
+        rows_T = self._rows[generation][places_B, :length].flatten()
+        routings = []
+        for num_experts, ids_NK in zip(self.num_experts, self._known[generation].experts_NK, strict=True):
+            ids_TK = ids_NK[rows_T].long().to(like.device)
+            routings.append(Routing(ids_TK, torch.ones_like(ids_TK, dtype=torch.float32), num_experts, ragged=True))
+        # Hidden states are not kept: nothing that is measured with readings asks for them.
+        return ModelOutput(like.new_empty(len(places_B), length, 0), routings)
+
+    def note(
+        self, generation: int, places_R: Tensor, has_weight_RP: Tensor, nats_RP: Tensor, made: ModelOutput
+    ) -> None:
+        """Keep what a generation made of some windows, where it had a weight."""
+        row_N, column_N = has_weight_RP.nonzero(as_tuple=True)
+        token_N = row_N * has_weight_RP.shape[1] + column_N
+        places_N = places_R[row_N] * self.width + column_N
+        experts = [one.expert_ids_TK[token_N].to("cpu", torch.int16) for one in made.routings]
+        part = Reading(places_N, nats_RP[row_N, column_N].float(), experts)
+        self._parts.setdefault(generation, []).append(part)
+
+    def made(self) -> dict[int, Reading]:
+        """Of the generations that did read."""
+        return {generation: Reading.joined(parts) for generation, parts in sorted(self._parts.items())}
+
+
+def reader_hashes(model: LanguageModel) -> list[str]:
+    """For each generation a hash of all that what it says of a text depends on, and of older generations.
+
+    What stages share counts for all of them: where a stage trains the trunk, no reading is found again.
+    """
+    architecture, places = model.architecture, model.places()
+    shared = {"model": architecture.model.to_json(), "routing": architecture.routing.to_json()}
+    tensors: list[list[tuple[str, Tensor]]] = [[] for _ in range(1 + len(architecture.generations))]
+    named: Iterable[tuple[str, Tensor]] = (*model.named_parameters(), *model.named_buffers())
+    for name, tensor in named:
+        # Clusters choose generations where one is selected; a mixture does not ask them.
+        if not name.startswith("document_clusters."):
+            place = places.get(name)
+            generation = TensorName.parse(name).generation if place is None else place.generation
+            tensors[0 if generation is None else 1 + generation].append((name, tensor))
+    digest, found = hashlib.sha256(content_key(shared).encode()), []
+    for number, group in enumerate(tensors):
+        for name, tensor in sorted(group, key=lambda one: one[0]):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        if number:
+            found.append(digest.hexdigest())
+    return found

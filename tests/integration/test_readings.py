@@ -1,0 +1,52 @@
+"""A run's later stages are measured by what is new in them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lifelong_moe.evaluation import reading
+from lifelong_moe.store.readings import ReadingCache
+from tests.tiny import CONTEXT, SEQUENCES, tiny_config, train, write_config, write_corpora
+
+
+@pytest.fixture
+def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Three stages whose generations predict together."""
+    monkeypatch.chdir(tmp_path)
+    write_corpora(tmp_path)
+    config = tiny_config(
+        ("fruit", "code", "sea"),
+        routing={"bundles": "cluster", "chunk_tokens": 8},
+        model={"document_mask": True},
+        stage_defaults={
+            "tokens": 4 * SEQUENCES * CONTEXT,
+            "replay": {"fraction": 0.0},
+            "distill": {"weight": 0.0},
+            "trunk": {"train": "deltas", "rank": 4},
+        },
+    )
+    write_config(config)
+    return tmp_path
+
+
+def test_old_generations_read_no_text_again(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, int]] = []
+    forward = reading._forward
+
+    def noted(model: Any, arrays: Any, domain_ids: Any) -> Any:
+        seen.append((len(model.architecture.generations), int(domain_ids.max())))
+        return forward(model, arrays, domain_ids)
+
+    monkeypatch.setattr(reading, "_forward", noted)
+    report, _ = train()
+    assert {pair for pair in seen if pair[0] == 3} == {(3, 2)}  # of three generations the newest alone
+    assert len(list(Path("data/cache/readings").iterdir())) == 2 * 3  # two mixtures, three distributions
+    shutil.rmtree("mlruns")
+    monkeypatch.setattr(ReadingCache, "find", lambda *_: None)
+    expected, _ = train()
+    for stage, other in zip(report["loss_nats_per_token"], expected["loss_nats_per_token"], strict=True):
+        assert stage == pytest.approx(other, rel=1e-6)

@@ -1,0 +1,146 @@
+"""What generations said of a text is kept, and asked again of nobody: losses, weights and loads stay what they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lifelong_moe.config.routing.mixture import MixtureConfig
+from lifelong_moe.data.tokens.shards import TokenShard
+from lifelong_moe.data.tokens.windows import EvaluationSet, evaluation_windows
+from lifelong_moe.evaluation import reading
+from lifelong_moe.evaluation.loss import Evaluation, evaluate
+from lifelong_moe.evaluation.readings import Reading, Readings, reader_hashes
+from lifelong_moe.model.transformer import LanguageModel
+from lifelong_moe.plan.architecture import Generation
+from lifelong_moe.store.readings import ReadingCache
+
+Make = Callable[..., LanguageModel]
+BORN = (4, Generation("s1", 2, delta_rank=3), Generation("s2", 2, delta_rank=3))
+CONTEXT, VOCABULARY = 16, 61
+
+
+@pytest.fixture
+def windows() -> EvaluationSet:
+    rng = np.random.default_rng(0)
+    lengths = [40, 7, 17, 2, 16, 40, 33]
+    tokens = np.concatenate([[0, *rng.integers(1, VOCABULARY, size=n - 1)] for n in lengths]).astype(np.uint16)
+    return evaluation_windows(TokenShard(tokens, np.cumsum([0, *lengths]), np.array(lengths)), CONTEXT, 10**9)
+
+
+@pytest.fixture
+def models(make_model: Make) -> tuple[LanguageModel, LanguageModel]:
+    """A model of two generations, and the same with a third."""
+    routing = {"mixture": MixtureConfig(likelihood=0.5, drop=0.05)}
+    before, after = (make_model("bundles", BORN[:number], routing=routing).eval() for number in (2, 3))
+    before.load_state_dict({name: tensor for name, tensor in after.state_dict().items() if name in before.state_dict()})
+    return before, after
+
+
+def measured(model: LanguageModel, windows: EvaluationSet, readings: Readings | None = None) -> Evaluation:
+    return evaluate(model, windows, distribution=None, batch_tokens=40, readings=readings)
+
+
+def who_reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The generations of all forward passes to come."""
+    seen, forward = list[int](), reading._forward
+
+    def noted(model: LanguageModel, arrays: Any, domain_ids: torch.Tensor) -> Any:
+        seen.extend(domain_ids.unique().tolist())
+        return forward(model, arrays, domain_ids)
+
+    monkeypatch.setattr(reading, "_forward", noted)
+    return seen
+
+
+@pytest.mark.parametrize("first", [2, 32])
+def test_one_more_generation_is_all_that_reads(
+    models: tuple[LanguageModel, LanguageModel], windows: EvaluationSet, first: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "FIRST", first)
+    before, after = models
+    asked = Readings(windows, before.architecture, {})
+    assert measured(before, windows, asked) == measured(before, windows)
+    expected, seen = measured(after, windows), who_reads(monkeypatch)
+    assert 1 < expected.readers < 2.9  # somebody is left out, and not everybody
+    known = Readings(windows, after.architecture, asked.made())
+    found = measured(after, windows, known)
+    assert set(seen) == {2} and set(known.made()) == {2}
+    for name in ("nats_per_token", "bits_per_byte", "shares", "readers"):
+        assert getattr(found, name) == pytest.approx(getattr(expected, name), rel=1e-6), name
+    assert np.allclose(found.expert_counts, expected.expert_counts)
+    # All three are known now.
+    seen.clear()
+    again = Readings(windows, after.architecture, asked.made() | known.made())
+    assert measured(after, windows, again).nats_per_token == pytest.approx(found.nats_per_token) and not seen
+
+
+def test_readings_go_through_a_file(
+    models: tuple[LanguageModel, LanguageModel], windows: EvaluationSet, tmp_path: Path
+) -> None:
+    before, after = models
+    asked = Readings(windows, before.architecture, {})
+    measured(before, windows, asked)
+    cache, readers = ReadingCache(tmp_path), reader_hashes(after)
+    tensors = {name: one for g, made in asked.made().items() for name, one in made.tensors(g).items()}
+    cache.add("ab" * 32, readers[:2], tensors)
+    for generation in (0, 1):
+        found = cache.find(
+            "ab" * 32, readers[:2], lambda read, g=generation: Reading.from_tensors(read, g, before.architecture)
+        )
+        assert found is not None and torch.equal(found.nats_N, asked.made()[generation].nats_N)
+    assert cache.find("ab" * 32, readers, dict) is None  # of other generations
+    [path] = tmp_path.rglob("*.safetensors")
+    path.write_bytes(path.read_bytes()[:100])
+    assert cache.find("ab" * 32, readers[:2], dict) is None
+
+
+def test_what_a_reading_depends_on(models: tuple[LanguageModel, LanguageModel]) -> None:
+    before, after = models
+    first, second, third = reader_hashes(after)
+    assert reader_hashes(before) == [first, second]
+    with torch.no_grad():
+        after.head.deltas["1"].up.add_(1)
+        changed = reader_hashes(after)
+        assert changed[0] == first and second != changed[1] and third != changed[2]
+        after.document_clusters.centroids_0.add_(1)  # type: ignore[union-attr,operator]
+        assert reader_hashes(after) == changed
+        after.norm.weight.add_(1)
+        assert all(one != other for one, other in zip(reader_hashes(after), changed, strict=True))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"places.0": torch.tensor([1, 1])},
+        {"places.0": torch.tensor([-1, 1])},
+        {"places.0": torch.tensor([0, 1], dtype=torch.int32)},
+        {"nats.0": torch.tensor([1.0, torch.nan])},
+        {"nats.0": torch.tensor([1.0])},
+        {"experts.1.0": torch.tensor([[0], [4]], dtype=torch.int16)},
+        {"experts.1.0": torch.tensor([[0], [-2]], dtype=torch.int16)},
+        {"experts.1.0": torch.tensor([0], dtype=torch.int16)},
+        {"experts.1.0": None},
+    ],
+    ids=str,
+)
+def test_tensors_that_are_no_reading(make_model: Make, wrong: dict[str, Any]) -> None:
+    architecture = make_model("bundles", (4,)).architecture
+    experts = torch.tensor([[0], [3]], dtype=torch.int16)
+    tensors: dict[str, Any] = Reading(torch.tensor([0, 1]), torch.ones(2), [experts, experts]).tensors(0)
+    assert len(Reading.from_tensors(tensors, 0, architecture).places_N) == 2
+    tensors |= wrong
+    with pytest.raises(ValueError, match=r"tensor|ascend|experts"):
+        Reading.from_tensors({name: one for name, one in tensors.items() if one is not None}, 0, architecture)
+
+
+def test_readings_of_other_windows_are_left_aside(
+    models: tuple[LanguageModel, LanguageModel], windows: EvaluationSet
+) -> None:
+    beyond = Reading(torch.tensor([10**6]), torch.ones(1), [torch.zeros(1, 2, dtype=torch.int16)] * 2)
+    assert not Readings(windows, models[0].architecture, {0: beyond}).known
