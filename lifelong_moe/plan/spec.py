@@ -98,6 +98,11 @@ class StageSpec:
         return round(self.steps * self.review.fraction) if self.review else 0
 
     @property
+    def peak_lr(self) -> float:
+        """Learning rate after the warm-up, of parameters that train at the full rate."""
+        return self.optim.lr * (self.optim.rewarm if self.parent is not None else 1.0)
+
+    @property
     def global_batch(self) -> int:
         """Sequences a step."""
         return self.optim.batch_tokens // self.model.context

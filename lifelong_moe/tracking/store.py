@@ -239,7 +239,9 @@ class Store:
                 tags=tags | {LOCAL_ID_TAG: asked["run"]},
             )
         else:
-            self.client.update_run(run.info.run_id, status="RUNNING")
+            # MLflow shows the time from start to end as a duration, so what only adds to a finished run keeps its end.
+            if not (asked.get("adds") is True and run.info.status == "FINISHED"):
+                self.client.update_run(run.info.run_id, status="RUNNING")
             self.client.log_batch(run.info.run_id, tags=[RunTag(key, value) for key, value in tags.items()])
         run_id = str(run.info.run_id)
         # MLflow refuses to change a param, so a resumed run keeps those of its start.
@@ -301,7 +303,9 @@ class Store:
             raise RefusedError(str(error)) from error
 
     def _finish(self, asked: Operation) -> None:
-        self.client.set_terminated(self.resolve(asked["run"]), asked["status"], end_time=asked["time"])
+        run_id = self.resolve(asked["run"])
+        if self.client.get_run(run_id).info.status != "FINISHED":
+            self.client.set_terminated(run_id, asked["status"], end_time=asked["time"])
 
     def _replaced(self, asked: Operation) -> None:
         run = self.find(asked["run"])

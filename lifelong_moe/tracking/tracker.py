@@ -37,6 +37,7 @@ class Tracker(Recorder):
         params: Mapping[str, Any] | None = None,
         tags: Mapping[str, str] | None = None,
         note: str = "",
+        adds: bool = False,
     ) -> str | None:
         """Create or resume a run.
 
@@ -48,6 +49,7 @@ class Tracker(Recorder):
             params: Settings, nested at will; flattened to ``a.b.c``. Existing params of the run stay.
             tags: Tags to set.
             note: Markdown shown on the run's page; empty leaves it as it is.
+            adds: Nothing is trained in the run from now on: one that is finished stays so, and keeps its end.
 
         Returns:
             The id of the run: the given one if it exists or MLflow is unavailable; None if nothing is recorded.
@@ -62,6 +64,7 @@ class Tracker(Recorder):
             parent=parent_id,
             params=flatten_params(params or {}),
             tags=legal_tags,
+            adds=adds,
         )
         # Spooled, the operation has no answer yet, and its own id stands for the run.
         return self._record(asked) or (asked["run"] if self.active else None)
@@ -164,7 +167,7 @@ class Tracker(Recorder):
         return self._record(operation("version", run_id, name=name, alias=alias, **given))
 
     def finish(self, run_id: str | None, error: BaseException | None = None) -> None:
-        """End a run.
+        """End a run; one that is finished keeps its end.
 
         Args:
             run_id: The run.

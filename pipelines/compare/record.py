@@ -63,7 +63,8 @@ class ComparisonRecord:
             "arms": {arm.name: " ".join(_shown(arm.overrides)) for arm in self.comparison.arms},
         }
         tags = {"lifelong.kind": "comparison", "lifelong.comparison": settings.compare}
-        return self.tracker.start_run(settings.compare, run_id=known, params=params, tags=tags) or known
+        adds = all(job.report() is not None for job in self.jobs)
+        return self.tracker.start_run(settings.compare, run_id=known, params=params, tags=tags, adds=adds) or known
 
     def record_failure(self, job: Job, reason: str) -> None:
         """Record that a run failed, and why."""
@@ -132,7 +133,7 @@ class ComparisonRecord:
             if run_id is None or numbers.items() <= old.items() or not self.tracker.run_exists(run_id):
                 continue
             tags = {"lifelong.comparison": found["compare"]}
-            self.tracker.start_run(run["run"], run_id=run_id, parent_id=self.parent, tags=tags)
+            self.tracker.start_run(run["run"], run_id=run_id, parent_id=self.parent, tags=tags, adds=True)
             self.tracker.log_metrics(run_id, [(k, v, 0) for k, v in numbers.items() if old.get(k) != v])
             self.tracker.finish(run_id)
             mlflow.logged[run["run"]] = {"id": run_id, **numbers}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +23,7 @@ from lifelong_moe.tracking.operations import local_id
 from lifelong_moe.tracking.tracker import Tracker
 from lifelong_moe.training.callbacks.points import Row
 from pipelines.run import render
+from pipelines.run.rows import cost_rows, summary_rows, usage_rows
 from pipelines.shared.record_params import CONFIG, config_yaml, run_params, stage_params
 from pipelines.shared.recorded import show_champion
 from pipelines.shared.workspace import Prepared
@@ -37,6 +37,7 @@ class MlflowRecord:
         prepared: The run.
         opened: Its head holds what was logged.
         content: Key of everything to be recorded: stages and evaluations.
+        trains: Whether stages are left to train.
         parent_run: MLflow run under which this one is shown, such as a comparison's.
     """
 
@@ -46,6 +47,7 @@ class MlflowRecord:
         prepared: Prepared,
         opened: OpenRun,
         content: str,
+        trains: bool,
         parent_run: str | None = None,
     ) -> None:
         self.tracker, self.prepared, self.opened, self.content = tracker, prepared, opened, content
@@ -56,7 +58,7 @@ class MlflowRecord:
         known = self.told.run if self.told.content == content else None
         self.active = tracker.active and not (known and tracker.run_exists(known))
         if self.active:
-            self._start(parent_run)
+            self._start(parent_run, adds=not trains)
 
     @property
     def told(self) -> MlflowState:
@@ -66,14 +68,16 @@ class MlflowRecord:
     def _tell(self, **changes: Any) -> None:
         self.opened.save(self.opened.head.with_mlflow(**changes))
 
-    def _start(self, parent_run: str | None) -> None:
+    def _start(self, parent_run: str | None, *, adds: bool) -> None:
         config = self.prepared.config
         params = run_params(self.prepared)
         tags = {"lifelong.run": config.run, "lifelong.kind": "run", "lifelong.method": config.method.value}
         known = self.told.run or local_id()
         # Persist the id first, so a killed process can resume this MLflow run.
         self._tell(run=known)
-        run_id = self.tracker.start_run(config.run, run_id=known, parent_id=parent_run, params=params, tags=tags)
+        run_id = self.tracker.start_run(
+            config.run, run_id=known, parent_id=parent_run, params=params, tags=tags, adds=adds
+        )
         if run_id is None:
             return
         # Runs that --replace started over stay in MLflow, marked with their successor.
@@ -101,8 +105,8 @@ class MlflowRecord:
         }
         self.tracker.log_dataset(run_id, name=name, digest=digest[:32], context=context, source=source, profile=profile)
 
-    def stage_begins(self, planned: PlannedStage) -> str | None:
-        """Start the stage's child run, or resume it."""
+    def stage_begins(self, planned: PlannedStage, *, adds: bool = False) -> str | None:
+        """Start the stage's child run, or resume it; ``adds`` if the stage is committed already."""
         if not self.active:
             return None
         spec = planned.spec
@@ -113,7 +117,9 @@ class MlflowRecord:
         # The same as for the parent: the id is persisted before MLflow hears of it.
         known = self.told.stages.get(planned.key) or local_id()
         self._tell(stages={**self.told.stages, planned.key: known})
-        run_id = self.tracker.start_run(name, run_id=known, parent_id=self.told.run, params=params, tags=tags)
+        run_id = self.tracker.start_run(
+            name, run_id=known, parent_id=self.told.run, params=params, tags=tags, adds=adds
+        )
         if run_id is None:
             return None
         self._open = run_id
@@ -139,12 +145,15 @@ class MlflowRecord:
             return
         # No child run is open if this process did not train the stage: it is shared, or was committed before a kill.
         if self._open is None:
-            self.stage_begins(planned)
+            self.stage_begins(planned, adds=True)
         run_id = self.told.stages.get(planned.key)
         # Its place in the report, in which a checkpoint that the run began with is no stage.
         index = len(report.stages) - 1
         note = render.stage_note(report, index, shared)
-        self._summarize(planned, run_id, summary_rows(report, index))
+        own, so_far = report.stages[index], report.stages[: index + 1]
+        self._log(planned, [self.told.run, run_id], summary_rows(report, index))
+        self._log(planned, [run_id], [*cost_rows([own], index), *usage_rows(own, index)])
+        self._log(planned, [self.told.run], cost_rows(so_far, index), "run/")
         self.tracker.set_note(run_id, note)
         self._figures(run_id, report)
         config = self.prepared.config
@@ -161,32 +170,38 @@ class MlflowRecord:
         self.tracker.finish(run_id)
         self._open = None
 
-    def scratch_done(self, planned: PlannedStage, own: Evaluation | None) -> None:
+    def scratch_done(self, planned: PlannedStage, stage: CommittedStage, own: Evaluation | None) -> None:
         """Log a model trained from scratch: its distribution's loss, on the parent and on a child of its own.
+
+        Its cost is on the child alone: reports count it apart from the run's.
 
         Args:
             planned: The stage that begins from scratch.
+            stage: It, committed.
             own: Its evaluation; None once the held-out text is gone, and then no loss is logged.
         """
         if not self.active:
             return
         if self._open is None:
-            self.stage_begins(planned)
+            self.stage_begins(planned, adds=True)
         run_id, data = self.told.stages.get(planned.key), planned.spec.data
         losses = {} if own is None else {"nats_per_token": own.nats_per_token, "bits_per_byte": own.bits_per_byte}
-        self._summarize(planned, run_id, [(f"from_scratch/{data}/{key}", loss, 0) for key, loss in losses.items()])
+        rows = [(f"from_scratch/{data}/{key}", loss, 0) for key, loss in losses.items()]
+        self._log(planned, [self.told.run, run_id], rows)
+        costs = {"tokens": planned.tokens, "flops": planned.flops, "seconds": stage.metrics["seconds"]}
+        self._log(planned, [run_id], [(f"cost/{key}", float(value), 0) for key, value in costs.items()])
         self.tracker.finish(run_id)
         self._open = None
 
-    def _summarize(self, planned: PlannedStage, run_id: str | None, rows: list[Row]) -> None:
-        """Log to parent and child the points that they do not have yet."""
+    def _log(self, planned: PlannedStage, targets: list[str | None], rows: list[Row], place: str = "") -> None:
+        """Log the points that MLflow does not have yet; ``place`` tells the run's from the stage's own of one name."""
         logged = self.told.logged.get(planned.key, {})
         # MLflow keeps every point, so one logged again would appear twice in its charts.
-        new = [row for row in rows if logged.get(row[0]) != row[1]]
-        for target in (self.told.run, run_id):
+        new = [row for row in rows if logged.get(place + row[0]) != row[1]]
+        for target in targets:
             self.tracker.log_metrics(target, new)
-        if self.tracker.active:
-            now = {**logged, **{key: value for key, value, _ in new}}
+        if new and self.tracker.active:
+            now = {**logged, **{place + key: value for key, value, _ in new}}
             self._tell(logged={**self.told.logged, planned.key: now})
 
     def _figures(self, run_id: str | None, report: Report) -> None:
@@ -240,35 +255,3 @@ def aligned_counts(counts: Sequence[Sequence[float]], architecture: Architecture
     for row, present, layer in zip(array, columns, counts, strict=True):
         row[np.flatnonzero(present)] = layer
     return array
-
-
-def summary_rows(report: Report, index: int) -> list[Row]:
-    """A stage's summary as points at step = stage index, the same on parent and child."""
-    rows: list[Row] = []
-    stage, last = report.stages[index], index
-    for j, name in enumerate(report.distributions):
-        rows.append((f"eval/{name}/nats_per_token", report.loss_nats_per_token[last][j], index))
-        rows.append((f"eval/{name}/bits_per_byte", report.bits_per_byte[last][j], index))
-    rows += [(f"forgetting/{name}", value, index) for name, value in report.forgetting.items()]
-    for name, statistics in report.routing.items():
-        rows += [
-            (f"routing/{name}/{key}", float(value), index) for key, value in dataclasses.asdict(statistics).items()
-        ]
-    for name, use in report.mixture.items():
-        rows.append((f"mixture/{name}/readers", use.readers, index))
-        rows += [(f"mixture/{name}/share/{born}", share, index) for born, share in use.shares.items()]
-    transfers = {"backward_transfer": report.backward_transfer, "forward_transfer": report.forward_transfer}
-    rows += [(f"summary/{key}", value, index) for key, value in transfers.items() if value is not None]
-    if report.distributions:
-        mean = sum(report.bits_per_byte[last]) / len(report.distributions)
-        rows.append(("summary/mean_bits_per_byte", mean, index))
-    for key in ("experts_per_layer", "parameters_total", "parameters_active", "parameters_trainable"):
-        rows.append((f"size/{key}", float(getattr(stage, key)), index))
-    for key in ("tokens_per_second", "seconds", "active_flops"):
-        rows.append((f"usage/{key}", float(getattr(stage, key)), index))
-    counted = ("nonfinite_steps", "skipped_spikes", "rollbacks")
-    cost = ("flops_per_second", "energy_joules", "joules_per_token")
-    for key in ("data_fraction", *counted, *cost, "new_expert_share", "assignment_churn"):
-        if key in stage.training:
-            rows.append((f"usage/{key}", float(stage.training[key]), index))
-    return rows

@@ -128,7 +128,8 @@ def _run_stages(
     measurements = _measurements(prepared, store)
     distributions = measurements.known([_init_key(prepared), *keys])
     content = content_key([keys, [measurements.key(name) for name in distributions]])
-    mlflow = MlflowRecord(tracker, prepared, opened, content, parent_run)
+    trains = any(store.find(key) is None for key in keys)
+    mlflow = MlflowRecord(tracker, prepared, opened, content, trains, parent_run)
     report: Report | None = None
     try:
         committed = _begun(prepared, store, opened, console)
@@ -155,7 +156,7 @@ def _run_stages(
             if planned.is_from_scratch:
                 if planned.spec.data in measured:
                     results.from_scratch[planned.spec.data] = _scratch_row(planned, measured[planned.spec.data])
-                mlflow.scratch_done(planned, measured.get(planned.spec.data))
+                mlflow.scratch_done(planned, stage, measured.get(planned.spec.data))
                 _note_commit(opened, planned)
                 continue
             results.evaluations.append(measured)

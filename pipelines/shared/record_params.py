@@ -52,6 +52,8 @@ def stage_params(planned: PlannedStage) -> dict[str, Any]:
         "parameters_active": planned.parameters.active,
         "parameters_trainable": planned.trainable,
         "tokens_trained": planned.tokens,
+        # `optim.lr` is the first stage's; with `optim.rewarm` later ones have another.
+        "lr": spec.peak_lr,
     } | {KEYS.get(key, key): OFF[key] if value is None and key in OFF else value for key, value in plain.items()}
 
 

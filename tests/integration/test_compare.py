@@ -108,6 +108,25 @@ def test_one_parent_with_the_arms_under_it(lab: Path, template: Path, setup: Cal
     assert {run.info.status for run in runs().values()} == {"FINISHED"}
 
 
+def test_an_arm_that_gets_more_numbers_keeps_its_end(lab: Path, template: Path, setup: Callable[..., None]) -> None:
+    (lab / "mlruns").mkdir()
+    shutil.copy(template, lab / "mlruns/mlflow.db")
+    setup(tracking={"enabled": True})
+    start()
+    before = recorded(lab)
+    assert "compare/oracle_gap" not in before["c.naive.s0"].data.metrics
+    start("arms.joint=[method=joint]")
+    after = recorded(lab)
+    assert "compare/oracle_gap" in after["c.naive.s0"].data.metrics
+    assert {n: r.info.end_time for n, r in after.items() if n in before and n != "c"} == {
+        n: r.info.end_time for n, r in before.items() if n != "c"
+    }
+    for name in ("c.naive.s0", "c.lifelong.s0"):
+        metrics = after[name].data.metrics
+        for ours, theirs in (("tokens", "tokens"), ("active_flops", "flops"), ("seconds", "seconds")):
+            assert metrics[f"compare/{ours}"] == metrics[f"cost/{theirs}"]
+
+
 def test_equal_flops(setup: Callable[..., None]) -> None:
     setup(stage_defaults=tiny_config()["stage_defaults"] | {"distill": {"text": "new"}})
     found, _ = start("budget=flops")

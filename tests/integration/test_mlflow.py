@@ -169,6 +169,27 @@ def test_resuming_takes_up_the_same_run(root: Path, tracker: Tracker) -> None:
     assert again.problem is None
 
 
+def test_what_only_adds_to_a_finished_run_keeps_its_end(root: Path, tracker: Tracker) -> None:
+    done, stopped = started(tracker, "done"), started(tracker, "stopped")
+    tracker.finish(done)
+    tracker.finish(stopped, KeyboardInterrupt())
+    end = client(root).get_run(done).info.end_time
+    client(root).set_terminated(done, "FINISHED", end_time=end - 5000)
+    for run_id in (done, stopped):
+        started(tracker, run_id=run_id, parent_id=stopped, tags={"a": "1"}, adds=True)
+    info = client(root).get_run(done).info
+    assert (info.status, info.end_time) == ("FINISHED", end - 5000)
+    assert client(root).get_run(stopped).info.status == "RUNNING"  # what was stopped is not finished yet
+    for run_id in (done, stopped):
+        tracker.finish(run_id)
+    runs = [client(root).get_run(run_id) for run_id in (done, stopped)]
+    assert [run.info.status for run in runs] == ["FINISHED"] * 2 and runs[0].info.end_time == end - 5000
+    assert runs[0].data.tags["a"] == "1" and runs[0].data.tags["mlflow.parentRunId"] == stopped
+    started(tracker, run_id=done)  # to train in it
+    tracker.finish(done)
+    assert client(root).get_run(done).info.end_time >= end
+
+
 def test_a_run_that_is_gone_is_created_anew(root: Path, tracker: Tracker) -> None:
     deleted = started(tracker)
     client(root).delete_run(deleted)

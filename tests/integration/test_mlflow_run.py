@@ -112,12 +112,18 @@ def test_two_stages(lab: Path, config: dict[str, Any], monkeypatch: pytest.Monke
         rate, tera = training["flops_per_second"], points(child, "speed/tflops_per_second")[-1][1]
         assert 1e12 * tera == pytest.approx(rate)
         assert points(child, "usage/flops_per_second") == [(index, rate)]
-        for key in ("energy_joules", "joules_per_token"):
-            assert points(child, f"usage/{key}") == ([(index, training[key])] if key in training else [])
+        for key, shown in (("energy_joules", "cost/joules"), ("joules_per_token", "usage/joules_per_token")):
+            assert points(child, shown) == ([(index, training[key])] if key in training else [])
         assert points(child, "train/loss")[-1] == (12, pytest.approx(final))
     assert [stage["active_flops"] for stage in report["stages"]] == [
         p.flops for p in prepare(read_config("tiny.yaml")).plan
     ]
+    for key, name in (("tokens", "tokens"), ("active_flops", "flops"), ("seconds", "seconds")):
+        own = [float(stage[key]) for stage in report["stages"]]
+        assert [points(child, f"cost/{name}") for child in children] == [[(0, own[0])], [(1, own[1])]]
+        assert points(parent, f"cost/{name}") == [(0, own[0]), (1, own[0] + own[1])]
+    # What is a stage's alone would be taken for the run's there.
+    assert not [key for key in parent.data.metrics if key.startswith("usage/")]
     assert not points(parent, "train/loss")
     assert parent.data.params["routing.mode"] == "learned" and parent.data.params["model.width"] == "32"
     assert children[1].data.params["experts_per_layer"] == "4"
@@ -141,7 +147,7 @@ def test_two_stages(lab: Path, config: dict[str, Any], monkeypatch: pytest.Monke
 
 
 def test_settings_are_shown_as_they_were_in_effect(lab: Path, config: dict[str, Any]) -> None:
-    config["stages"][1]["grow"] = {"init": "random", "experts": 3}
+    config["stages"][1] |= {"grow": {"init": "random", "experts": 3}, "optim": {"rewarm": 2.0}}
     train(write_config(config))
     train("tiny.yaml", "run=naive", "method=sequential")
     (parent, naive), (first, second, _, trained_on) = runs()
@@ -151,6 +157,7 @@ def test_settings_are_shown_as_they_were_in_effect(lab: Path, config: dict[str, 
         ("replay.fraction", "0.0", "0.25"),
         ("replay.distributions", "[]", '["fruit"]'),
         ("optim.lr", "0.003", "0.003"),  # of stage_defaults
+        ("lr", "0.003", "0.006"),  # the peak, rewarmed
         ("optim.beta2", "0.95", "0.95"),  # a default
         ("model.rope_base", "10000.0", "10000.0"),
         ("routing.top_k", "1", "1"),
@@ -194,6 +201,41 @@ def test_repeating_adds_nothing_and_another_arm_adds_its_own(lab: Path, config: 
     assert [step for step, _ in points(parents[0], "eval/code/bits_per_byte")][-1] == 2
 
 
+def test_what_is_only_added_to_keeps_its_end(lab: Path, config: dict[str, Any]) -> None:
+    """MLflow shows the time from a run's start to its end as its duration."""
+
+    def ends() -> dict[str, tuple[str, int]]:
+        return {run.info.run_name: (run.info.status, run.info.end_time) for found in runs() for run in found}
+
+    train()
+    before = ends()
+    config["distributions"]["sea"] = {"files": "sea.jsonl", "heldout_fraction": 0.1}
+    config["evaluate"]["also"] = ["sea"]
+    train(write_config(config))
+    (parent,), children = runs()
+    assert ends() == before and all(points(run, "eval/sea/nats_per_token") for run in (parent, *children))
+    config["stages"].append({"data": "fruit"})
+    train(write_config(config))
+    after = ends()
+    assert {name: after[name] for name in before if name != "tiny"} == {n: e for n, e in before.items() if n != "tiny"}
+    assert after["tiny"][0] == "FINISHED" and after["tiny"][1] > before["tiny"][1]  # more was trained in it
+
+
+def test_costs_are_told_to_a_run_of_an_earlier_version(lab: Path, config: dict[str, Any]) -> None:
+    train()
+    path = lab / "mlruns/runs/tiny/head.json"
+    head = json.loads(path.read_text())
+    for logged in head["mlflow"]["logged"].values():
+        for key in [key for key in logged if "cost/" in key]:
+            del logged[key]
+        logged["usage/seconds"] = 1.0
+    path.write_text(json.dumps(head))
+    config["stages"].append({"data": "fruit"})
+    report, _ = train(write_config(config))
+    (parent,), _ = runs()
+    assert points(parent, "cost/tokens")[-1] == (2, float(sum(stage["tokens"] for stage in report["stages"])))
+
+
 def test_a_distribution_from_scratch_has_a_run_of_its_own(lab: Path, config: dict[str, Any]) -> None:
     report, _ = train("tiny.yaml", "method=unrestrained")
     (parent,), children = runs()
@@ -205,6 +247,8 @@ def test_a_distribution_from_scratch_has_a_run_of_its_own(lab: Path, config: dic
     assert points(parent, "from_scratch/code/nats_per_token") == alone
     assert points(children[1], "train/loss") and not points(children[1], "eval/code/nats_per_token")
     assert [step for step, _ in points(parent, "eval/code/nats_per_token")] == [0, 1]
+    assert points(children[1], "cost/tokens") == [(0, float(report["from_scratch"]["code"]["tokens"]))]
+    assert points(parent, "cost/tokens")[-1] == (1, float(sum(stage["tokens"] for stage in report["stages"])))
     assert contexts(children[1]) == {"code": {"training"}}
     assert len(client().search_model_versions("name = 'lifelong-moe.tiny'")) == 2  # of the chain alone
     before = (lab / "mlruns/mlflow.db").read_bytes()

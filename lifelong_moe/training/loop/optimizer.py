@@ -135,7 +135,7 @@ def build_optimizer(model: LanguageModel, spec: StageSpec, phase: Phase) -> tupl
             "nothing is left to train: the trunk is frozen and no experts are added. Set trunk.train=full, or "
             "grow.experts above 0."
         )
-    peak = config.lr * phase.lr_scale * (config.rewarm if spec.parent is not None else 1.0)
+    peak = spec.peak_lr * phase.lr_scale
     optimizer = AdamW(
         [
             {"params": parameters, "lr": peak * rate.scale, "weight_decay": decay}
