@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from lifelong_moe.reports.report import Report, StageReport
-from lifelong_moe.training.callbacks.logger import Row
+from lifelong_moe.training.callbacks.points import Row
 
 
 def summary_rows(report: Report, index: int) -> list[Row]:
@@ -36,14 +36,13 @@ def summary_rows(report: Report, index: int) -> list[Row]:
 
 def cost_rows(stages: Sequence[StageReport], index: int) -> list[Row]:
     """What stages cost together, at step = stage index; energy is absent unless all of it was measured."""
-    costs = {
+    costs: dict[str, float] = {
         "tokens": sum(stage.tokens for stage in stages),
         "flops": sum(stage.active_flops for stage in stages),
         "seconds": sum(stage.seconds for stage in stages),
     }
-    joules = [stage.training.get("energy_joules") for stage in stages]
-    if None not in joules:
-        costs["joules"] = sum(joules)
+    if all("energy_joules" in stage.training for stage in stages):
+        costs["joules"] = sum(float(stage.training["energy_joules"]) for stage in stages)
     return [(f"cost/{key}", float(value), index) for key, value in costs.items()]
 
 
