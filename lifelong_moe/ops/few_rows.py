@@ -5,12 +5,16 @@ Legend: N rows, I input width, O output width.
 
 from __future__ import annotations
 
+import platform
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 FEW = 8
-"""Up to so many rows the matrix goes first. Measured with MKL on one thread: 1.4 to 3 times faster; slower at 12."""
+"""Up to so many rows the matrix goes first. Measured with MKL on one thread of an AMD EPYC: 1.4 to 3 times faster;
+slower at 12."""
 LARGE = 1 << 18
 """Elements from which on a matrix is worth the additional calls."""
 
@@ -27,7 +31,22 @@ def are_few(x: Tensor, weight_OI: Tensor) -> bool:
     # Measured in float32 on CPUs; elsewhere the kernels differ.
     if x.device.type != "cpu" or x.dtype != torch.float32 or weight_OI.numel() < LARGE:
         return False
-    return 0 < x.numel() <= FEW * x.shape[-1]
+    return 0 < x.numel() <= FEW * x.shape[-1] and has_slow_kernel()
+
+
+@cache
+def has_slow_kernel() -> bool:
+    """Whether MKL's own kernel for few rows is the slow one that it has for other processors than Intel's.
+
+    On Intel's :func:`matrix_first` takes twice the time of ``F.linear`` for one row and for two. By the processor's
+    maker and not by a timing, so that a machine computes the same bits at each start.
+    """
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            maker = file.read(1024)
+    except OSError:  # not Linux
+        maker = platform.processor()
+    return torch.backends.mkl.is_available() and "AuthenticAMD" in maker
 
 
 def matrix_first(x_NI: Tensor, weight_OI: Tensor) -> Tensor:
