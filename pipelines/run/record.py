@@ -140,7 +140,7 @@ class MlflowRecord:
             self.tracker.log_metrics(run_id, points)
 
     def stage_done(self, planned: PlannedStage, stage: CommittedStage, report: Report, shared: bool) -> None:
-        """Log summaries on parent and child and figures so far, and register the stage as a model version."""
+        """Log summaries on parent and child, and register the stage as a model version."""
         if not self.active:
             return
         # No child run is open if this process did not train the stage: it is shared, or was committed before a kill.
@@ -155,7 +155,6 @@ class MlflowRecord:
         self._log(planned, [run_id], [*cost_rows([own], index), *usage_rows(own, index)])
         self._log(planned, [self.told.run], cost_rows(so_far, index), "run/")
         self.tracker.set_note(run_id, note)
-        self._figures(run_id, report)
         config = self.prepared.config
         tags = {"stage_key": planned.key, "stage": planned.spec.name, "run": config.run, "data": planned.spec.data}
         if planned.parent_key:
@@ -204,7 +203,9 @@ class MlflowRecord:
             now = {**logged, **{place + key: value for key, value, _ in new}}
             self._tell(logged={**self.told.logged, planned.key: now})
 
-    def _figures(self, run_id: str | None, report: Report) -> None:
+    def _figures(self, report: Report) -> None:
+        # Once a run: to draw them costs what stages times distributions cost, and each shows all of the earlier ones.
+        run_id = self.told.run
         stages, distributions = [stage.name for stage in report.stages], report.distributions
         loss, init = np.array(report.bits_per_byte), np.array(report.bits_per_byte_at_init)
         last = list(report.learned_last().values())
@@ -224,7 +225,7 @@ class MlflowRecord:
     def run_done(self, report: Report, console: Console) -> None:
         """Log the parent's note, figures and report, and finish it."""
         if self.active:
-            self._figures(self.told.run, report)
+            self._figures(report)
             self.tracker.set_note(self.told.run, render.run_note(report))
             self.tracker.log_text(self.told.run, render.report_json(report), "report.json")
             self.tracker.finish(self.told.run)

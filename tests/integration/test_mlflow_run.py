@@ -79,7 +79,7 @@ MODEL = {"MLmodel", "requirements.txt", "conda.yaml", "python_env.yaml", "data/p
 
 def of_stage(directory: str) -> set[str]:
     """Artifacts of a stage's run."""
-    return FIGURES | {f"models/{directory}/{name}" for name in MODEL}
+    return {f"models/{directory}/{name}" for name in MODEL}
 
 
 def test_two_stages(lab: Path, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ def interpolation_figure(
     Returns:
         The figure; a large marker shows each line's lowest loss.
     """
-    figure, (axes,) = _figure(7.6, 4.6)
+    figure, axes = _figure(7.6, 4.6)
     for index, (name, values) in enumerate(losses.items()):
         loss = np.asarray(values, dtype=np.float64)
         # Distributions differ in difficulty by more than any mixture changes one of them.

@@ -26,6 +26,8 @@ SMALLEST_SPREAD = 0.1
 """Least range of a column's colour scale, as a fraction of its best value, so that noise does not look dramatic."""
 MARKERS = "osD^vP*Xhp"
 MAX_INCHES = 18.0
+MOST_NUMBERED = 30
+"""Columns of a loss matrix up to which its cells hold numbers."""
 
 
 def loss_matrix_figure(
@@ -58,11 +60,12 @@ def loss_matrix_figure(
     """
     values, rows = _with_init(matrix, stages, distributions, init)
     trained = _trained_rows(stages, distributions, learned_after, offset=0 if init is None else 1)
-    figure, (axes,) = _figure(2.6 + 1.15 * len(distributions), 1.7 + 0.62 * len(rows))
+    figure, axes = _figure(2.6 + 1.15 * len(distributions), 1.7 + 0.62 * len(rows))
     # Distributions differ in difficulty, so colours compare stages, not distributions.
     scaled = _per_column(values, first=len(rows) - len(stages))
     image = _heat_map(axes, scaled, LOSS_COLOURS, 0.0, 1.0)
-    for (row, column), value in np.ndenumerate(values):
+    # Beyond, the cells are too narrow for numbers, and a number costs as much time as all colours together.
+    for (row, column), value in np.ndenumerate(values) if len(distributions) <= MOST_NUMBERED else ():
         text = f"{value:.3f}" if np.isfinite(value) else "–"
         if column in trained and row > trained[column]:
             change = value - values[trained[column], column]
@@ -108,7 +111,7 @@ def curves_figure(
     """
     values, points = _with_init(matrix, stages, distributions, init)
     trained = _trained_rows(stages, distributions, learned_after, offset=0 if init is None else 1)
-    figure, (axes,) = _figure(4.5 + 0.9 * len(points), 4.4)
+    figure, axes = _figure(4.5 + 0.9 * len(points), 4.4)
     for column, name in enumerate(distributions):
         marker = MARKERS[column % len(MARKERS)]
         style = "-" if column < 10 else "--"  # the colour cycle repeats after ten
@@ -136,7 +139,7 @@ def expert_load_figure(counts: Mapping[str, NDArray[Any]], births: Sequence[str]
         births: Birth stage of each expert; experts of one stage stand side by side.
 
     Returns:
-        The figure: a panel per distribution, sharing one colour scale; each row (layer) sums to 100 %.
+        The figure: a row for each distribution and layer, which sums to 100 %.
 
     Raises:
         ValueError: If there is no distribution, or a shape does not fit ``births``.
@@ -146,33 +149,34 @@ def expert_load_figure(counts: Mapping[str, NDArray[Any]], births: Sequence[str]
     for name, table in counts.items():
         if table.ndim != 2 or table.shape[1] != len(births):
             raise ValueError(f"counts[{name!r}] must be (layers, {len(births)}), got {table.shape}")
-    shares = {name: _shares(table) for name, table in counts.items()}
-    layers = max(len(share) for share in shares.values())
-    width, height = 2.4 + 0.5 * len(births), len(shares) * (1.1 + 0.32 * layers)
-    figure, panels = _figure(width, height, panels=len(shares))
-    top = max((float(np.nanmax(share)) for share in shares.values() if np.isfinite(share).any()), default=1.0)
-    for axes, (name, share) in zip(panels, shares.items(), strict=True):
-        image = _heat_map(axes, share, LOAD_COLOURS, 0.0, top)
-        if 0.5 * len(births) + 2.4 <= MAX_INCHES:  # beyond, the cells are too narrow for numbers
-            for (row, column), value in np.ndenumerate(share):
-                text = f"{100 * value:.0f}" if np.isfinite(value) else "–"
-                axes.text(column, row, text, ha="center", va="center", fontsize=8, color=_ink(image, float(value)))
-        _name_births(axes, births)
-        axes.set_yticks(range(len(share)), [f"L{layer}" for layer in range(len(share))])
-        axes.set_ylabel(name, fontsize=10)
-    panels[-1].set_xlabel("expert")
-    figure.suptitle("share of assignments, % of each layer (top: stage that the experts were born in)", fontsize=10)
-    figure.colorbar(image, ax=list(panels), shrink=0.8, format=lambda share, _: f"{100 * share:.3g} %")
+    layers = max(len(table) for table in counts.values())
+    # shape: (distributions * layers, experts), the layers of a distribution below each other
+    share = np.concatenate([_shares(table) for table in counts.values()])
+    figure, axes = _figure(2.4 + 0.5 * len(births), 1.6 + 0.32 * len(share))
+    finite = share[np.isfinite(share)]
+    image = _heat_map(axes, share, LOAD_COLOURS, 0.0, float(finite.max()) if finite.size else 1.0)
+    if 0.5 * len(births) + 2.4 <= MAX_INCHES and len(share) <= 2 * MAX_INCHES / 0.32:  # else too small for numbers
+        for (row, column), value in np.ndenumerate(share):
+            text = f"{100 * value:.0f}" if np.isfinite(value) else "–"
+            axes.text(column, row, text, ha="center", va="center", fontsize=8, color=_ink(image, float(value)))
+    _name_births(axes, births)
+    for border in range(layers, len(share), layers):
+        axes.axhline(border - 0.5, color="black", linewidth=1.5)
+    axes.set_yticks(np.arange(len(counts)) * layers + (layers - 1) / 2, list(counts))
+    axes.set_ylabel("distribution, layers downwards" if layers > 1 else "distribution")
+    axes.set_xlabel("expert")
+    axes.set_title("share of each layer's assignments, %\n(top: stage that the experts were born in)", fontsize=10)
+    figure.colorbar(image, ax=axes, shrink=0.8, format=lambda share, _: f"{100 * share:.3g} %")
     return figure
 
 
-def _figure(width: float, height: float, panels: int = 1) -> tuple[Figure, list[Axes]]:
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     from matplotlib.figure import Figure
 
     # Bounded, because a long chain of stages would otherwise make an image too large to open.
     size = (min(width, MAX_INCHES), min(height, 2 * MAX_INCHES))
     figure = Figure(figsize=size, dpi=DPI, layout="constrained")
-    return figure, list(np.atleast_1d(figure.subplots(panels, 1)))
+    return figure, figure.subplots()
 
 
 def _heat_map(axes: Axes, values: Floats, colours: str, low: float, high: float) -> AxesImage:

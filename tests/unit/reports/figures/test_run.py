@@ -77,11 +77,18 @@ def test_expert_load_is_a_share_of_each_layer() -> None:
     counts = {"english_docs": np.array([[3, 1, 0], [0, 0, 0]]), "python_code": np.array([[1, 1, 2], [0, 5, 5]])}
     figure = expert_load_figure(counts, births)
     draw(figure)
-    assert cells(figure) == ["75", "25", "0", "–", "–", "–"]
-    panel = figure.axes[1]
-    assert [text.get_text() for text in panel.texts] == ["25", "25", "50", "0", "50", "50"]
-    assert panel.get_ylabel() == "python_code"
-    assert [float(np.ravel(line.get_xdata())[0]) for line in panel.lines] == [1.5]
+    assert cells(figure) == ["75", "25", "0", "–", "–", "–", "25", "25", "50", "0", "50", "50"]
+    axes = figure.axes[0]
+    names = {label.get_text(): label.get_position()[1] for label in axes.get_yticklabels()}
+    assert names == {"english_docs": 0.5, "python_code": 2.5}  # each beside its two layers
+    across, down = (line for line in axes.lines)
+    assert (np.ravel(across.get_xdata())[0], np.ravel(down.get_ydata())[0]) == (1.5, 1.5)
+
+
+def test_many_columns_have_no_numbers() -> None:
+    names = [f"d{i}" for i in range(31)]
+    assert len(cells(loss_matrix_figure(np.ones((2, 30)), names[:2], names[:30]))) == 60
+    assert not cells(loss_matrix_figure(np.ones((2, 31)), names[:2], names))
 
 
 def test_large_and_degenerate_inputs_draw() -> None:
