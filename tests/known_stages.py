@@ -26,7 +26,7 @@ from lifelong_moe.data.tokens.prepare import PreparedData
 from lifelong_moe.plan.planned import PlannedStage
 from lifelong_moe.storage.keys import SHORT, content_key
 from lifelong_moe.storage.signing import SigningKeys
-from lifelong_moe.store.evaluations import EvaluationStore
+from lifelong_moe.store.evaluations import EvaluationStore, StoredEvaluation
 from lifelong_moe.store.stages import CommittedStage
 from lifelong_moe.training.loop.context import StageEnvironment
 from lifelong_moe.training.stage import train_stage
@@ -87,16 +87,21 @@ class KnownEvaluations(EvaluationStore):
 
     def find(self, stage_key: str, data_key: str, build: Callable[[Any], T]) -> T | None:
         """As for any store."""
-        path = self._path(stage_key, data_key)
+        path = self._path(StoredEvaluation(stage_key, data_key, None))
         if (self.folder / path.name).exists() and not path.exists() and not _is_changed():
             path.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(self.folder / path.name, path)
         return super().find(stage_key, data_key, build)
 
-    def add(self, stage_key: str, data_key: str, result: dict[str, Any]) -> None:
+    def add_together(self, stage_key: str, results: Mapping[str, Mapping[str, Any]]) -> None:
+        """One by one, since other tests may ask for some of them only."""
+        for data_key, result in results.items():
+            self.add(stage_key, data_key, result)
+
+    def add(self, stage_key: str, data_key: str, result: Mapping[str, Any]) -> None:
         """As for any store."""
         super().add(stage_key, data_key, result)
-        path = self._path(stage_key, data_key)
+        path = self._path(StoredEvaluation(stage_key, data_key, None))
         if not _is_changed():
             with tempfile.TemporaryDirectory(dir=self.folder) as folder:
                 Path(shutil.copy(path, folder)).replace(self.folder / path.name)

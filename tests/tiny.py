@@ -20,6 +20,7 @@ import yaml
 
 from lifelong_moe.config.load import read_config
 from lifelong_moe.interop.layout.complete import with_checkpoint
+from lifelong_moe.store.evaluations import StoredTogether, read_evaluations
 from lifelong_moe.store.stages import StageStore
 from pipelines.cli import exit_code
 from pipelines.run.run import run
@@ -114,6 +115,13 @@ def hashes(root: Path = Path(), run_name: str = "tiny") -> list[str]:
     head = json.loads((root / f"mlruns/runs/{run_name}/head.json").read_text())
     store = StageStore(root / "mlruns")
     return [store.get(key).weights_hash for key in head["stages"]]
+
+
+def stored_evaluations(pattern: str = "*.json") -> list[dict[str, Any]]:
+    """Results under ``mlruns/evaluations/``."""
+    read = [read_evaluations(path) for path in Path("mlruns/evaluations").glob(pattern)]
+    each = (one.results.values() if isinstance(one, StoredTogether) else [one.result] for one in read)
+    return [dict(result) for results in each for result in results]
 
 
 class Child:

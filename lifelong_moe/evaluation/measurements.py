@@ -6,6 +6,7 @@ Models are named by their keys; a model is loaded only if a measurement is missi
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -35,6 +36,8 @@ from lifelong_moe.store.readings import ReadingCache
 
 Load = Callable[[str], LanguageModel]
 """Returns the model of a key, on the device where it is measured."""
+KEPT_SECONDS = 60.0
+"""After this much time what was measured is stored, though more is to be measured."""
 What = Literal["distribution", "documents", "shuffled documents"]
 
 
@@ -151,7 +154,8 @@ class Measurements:
 
     def evaluations(self, model: str, distributions: Sequence[str]) -> dict[str, Evaluation]:
         """A model's loss on each of these distributions."""
-        loaded, readers, found = None, [], {}
+        loaded, readers, found, new = None, [], dict[str, Evaluation](), dict[str, dict[str, Any]]()
+        saved = time.monotonic()
         for name in distributions:
             if (result := self._stored(model, name)) is None:
                 # Loading costs more than measuring: once, and only if something is missing.
@@ -161,8 +165,15 @@ class Measurements:
                     # Where nobody is ever left out, no weight says how far a generation was heard.
                     readers = reader_hashes(loaded) if mixture is not None and mixture.drop else []
                 result = self._evaluate(loaded, readers, name)
-                self.store.add(model, self.key(name), result.to_json())
+                new[self.key(name)] = result.to_json()
             found[name] = result
+            # A kill may cost a minute of measuring, not all of it.
+            if new and time.monotonic() > saved + KEPT_SECONDS:
+                self.store.add_together(model, new)
+                saved, new = time.monotonic(), {}
+        # In one file, since the disk is waited for with each.
+        if new:
+            self.store.add_together(model, new)
         return found
 
     def _stored(self, model: str, name: str) -> Evaluation | None:

@@ -21,7 +21,6 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
@@ -33,10 +32,10 @@ from lifelong_moe.storage.grammars import Key
 from lifelong_moe.storage.keys import SHORT, content_key
 from lifelong_moe.storage.locks import locked
 from lifelong_moe.storage.plain import PlainError, from_plain, require_same
-from lifelong_moe.storage.stored import naming, read_json, read_stored
+from lifelong_moe.storage.stored import naming, read_json
 from lifelong_moe.storage.temporary import GRACE_SECONDS
 from lifelong_moe.store.batch_text import read_heads, removable_texts, remove_batch_text
-from lifelong_moe.store.evaluations import StoredEvaluation
+from lifelong_moe.store.evaluations import read_evaluations
 
 CACHE_SECONDS = 30 * 24 * 3600.0
 """A month since it was last opened; what is in the cache can be made again from its text."""
@@ -268,10 +267,10 @@ def _evaluations(root: Path) -> list[Stored]:
     found = []
     for path in sorted(root.glob("evaluations/[!.]*.json")):
         try:
-            stored = read_stored(path, partial(from_plain, StoredEvaluation))
+            stored = read_evaluations(path)
         except CorruptError:
             continue  # A damaged file is replaced when its stage is evaluated again.
-        if path.stem == f"{stored.stage[:SHORT]}-{stored.data[:SHORT]}":
+        if path.stem == stored.name:
             found.append(_stored(path, stored.stage))
     return found
 

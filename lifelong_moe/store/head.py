@@ -32,7 +32,8 @@ class MlflowState:
     stages: Mapping[Key, RunId] = field(default_factory=dict)
     """Id of each stage's child run, by the stage's key."""
     logged: Mapping[Key, Mapping[str, float]] = field(default_factory=dict)
-    """Summary metrics that each stage's child run holds, by the stage's key."""
+    """Summary metrics that each stage's child run holds, by the stage's key, where an earlier version noted them: they
+    are in files of their own now (``logged.py``)."""
     ticks: Mapping[Sha256, RunId] = field(default_factory=dict)
     """Id of each tick's run, by the hash of its batch."""
     content: Key | None = None

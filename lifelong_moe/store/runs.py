@@ -62,8 +62,7 @@ class RunRecord:
 
     def set_head(self, head: RunHead) -> None:
         """Replace the head atomically."""
-        text = json.dumps(head.to_json(), indent=1, ensure_ascii=False, allow_nan=False)
-        write_atomic(self.path / "head.json", text)
+        self._write("head.json", head.to_json())
 
     def report(self, build: Callable[[Any], T]) -> T | None:
         """What ``build`` makes of the last report; None before the first stage is evaluated.
@@ -75,7 +74,7 @@ class RunRecord:
 
     def set_report(self, report: Mapping[str, Any]) -> None:
         """Replace the report atomically."""
-        write_atomic(self.path / "report.json", json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False))
+        self._write("report.json", report)
 
     def log(self, event: str, **fields: Any) -> None:
         """Append a line to the ledger and flush it to disk."""
@@ -98,6 +97,14 @@ class RunRecord:
                 if isinstance(entry, dict) and entry.get("event") == event:
                     found.append(entry.get(field))
         return found
+
+    def _write(self, name: str, data: Mapping[str, Any]) -> None:
+        path, text = self.path / name, json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False).encode()
+        # A run that is continued says much again, and each write waits for the disk.
+        with suppress(FileNotFoundError), corrupt_if_irregular(path):
+            if read_bounded(path, MOST_BYTES, follow=False) == text:
+                return
+        write_atomic(path, text)
 
     def _read(self, name: str, build: Callable[[Any], T]) -> T | None:
         def of_this_run(data: Any) -> T:

@@ -17,6 +17,7 @@ from lifelong_moe.plan.stages import chain
 from lifelong_moe.reports.figures import run as figures
 from lifelong_moe.reports.report import Report
 from lifelong_moe.store.head import MlflowState
+from lifelong_moe.store.logged import LoggedMetrics, read_logged, write_logged
 from lifelong_moe.store.runs import OpenRun
 from lifelong_moe.store.stages import CommittedStage
 from lifelong_moe.tracking.operations import local_id
@@ -194,14 +195,18 @@ class MlflowRecord:
 
     def _log(self, planned: PlannedStage, targets: list[str | None], rows: list[Row], place: str = "") -> None:
         """Log the points that MLflow does not have yet; ``place`` tells the run's from the stage's own of one name."""
-        logged = self.told.logged.get(planned.key, {})
+        if self.told.run is None:
+            return
+        folder = self.opened.record.path / "logged"
+        # Those that an earlier version noted in the head stay there, and are logged no second time either.
+        logged = {**self.told.logged.get(planned.key, {}), **read_logged(folder, self.told.run, planned.key)}
         # MLflow keeps every point, so one logged again would appear twice in its charts.
         new = [row for row in rows if logged.get(place + row[0]) != row[1]]
         for target in targets:
             self.tracker.log_metrics(target, new)
         if new and self.tracker.active:
             now = {**logged, **{place + key: value for key, value, _ in new}}
-            self._tell(logged={**self.told.logged, planned.key: now})
+            write_logged(folder, LoggedMetrics(self.told.run, planned.key, now))
 
     def _figures(self, report: Report) -> None:
         # Once a run: to draw them costs what stages times distributions cost, and each shows all of the earlier ones.

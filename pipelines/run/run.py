@@ -163,10 +163,10 @@ def _run_stages(
             results.stages.append(_stage_row(planned, stage, shared))
             report = build_report(results, stage_births(stage, prepared.plan))
             # Files before MLflow: the report is complete even if MLflow is unreachable.
-            opened.record.set_report(report.to_json())
-            _note_commit(opened, planned)
+            _note_commit(opened, planned, report)
             mlflow.stage_done(planned, stage, report, shared)
         assert report is not None, "every plan has a stage on its chain"
+        opened.record.set_report(report.to_json())
         mlflow.run_done(report, console)
     # After Ctrl-C and SIGTERM too: MLflow would show an unfinished run as running for ever.
     except BaseException as error:
@@ -332,9 +332,11 @@ def _stage_row(planned: PlannedStage, stage: CommittedStage, shared: bool) -> St
     )
 
 
-def _note_commit(opened: OpenRun, planned: PlannedStage) -> None:
-    """Record a commit in the ledger and the head."""
-    # The ledger first: after a crash in between, the next start repeats its line; the other way round it would be lost.
+def _note_commit(opened: OpenRun, planned: PlannedStage, report: Report | None = None) -> None:
+    """Record a commit in report, ledger and head."""
     if planned.key not in opened.head.stages:
+        if report is not None:
+            opened.record.set_report(report.to_json())
+        # The ledger before the head: killed in between, the next start repeats its line, which would else be lost.
         opened.record.log("stage", name=planned.spec.name, key=planned.key)
         opened.save(opened.head.with_committed(planned.key))

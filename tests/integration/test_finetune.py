@@ -26,7 +26,18 @@ from lifelong_moe.training.restore import load_model
 from pipelines.inspect.generate import generate_text
 from pipelines.shared.options import SamplingOptions
 from pipelines.shared.workspace import prepare
-from tests.tiny import CONTEXT, SEQUENCES, VOCABULARIES, fork, hashes, kill_self, tiny_config, train, write_config
+from tests.tiny import (
+    CONTEXT,
+    SEQUENCES,
+    VOCABULARIES,
+    fork,
+    hashes,
+    kill_self,
+    stored_evaluations,
+    tiny_config,
+    train,
+    write_config,
+)
 
 STEPS = 24
 
@@ -84,8 +95,9 @@ def test_answers_are_learned_and_scored_alone(monkeypatch: pytest.MonkeyPatch) -
     assert after < before - 1
     rows = [json.loads(line) for line in Path("pairs.jsonl").read_text().splitlines()]
     # Bytes are those of answers alone.
-    evaluations = [json.loads(p.read_text())["result"] for p in Path("mlruns/evaluations").glob("*.json")]
-    of_pairs = [e for e in evaluations if e["documents"] > 0 and e["bytes"] < sum(len(r["answer"]) for r in rows)]
+    of_pairs = [
+        e for e in stored_evaluations() if e["documents"] > 0 and e["bytes"] < sum(len(r["answer"]) for r in rows)
+    ]
     assert of_pairs and all(e["bytes"] / e["documents"] < 15 for e in of_pairs)
     share = torch.cat([scored.flatten() for _, scored in seen]).float().mean()
     assert 0.1 < float(share) < 0.6
@@ -192,8 +204,8 @@ def test_it_stops_when_it_gets_no_better_and_keeps_the_best() -> None:
     assert told["active_flops"] == forward * (3 * tokens + tokens // 4)  # a teacher of its shape sees replayed text
     assert told["tokens_per_second"] == pytest.approx(tokens / told["seconds"])
     assert told["flops_per_second"] == pytest.approx(told["active_flops"] / told["seconds"])
-    measured = [json.loads(p.read_text()) for p in Path("mlruns/evaluations").glob(f"{tuned.key[:16]}-*.json")]
-    assert min(losses) in [pytest.approx(one["result"]["nats_per_token"], abs=1e-6) for one in measured]
+    measured = stored_evaluations(f"{tuned.key[:16]}-*.json")
+    assert min(losses) in [pytest.approx(one["nats_per_token"], abs=1e-6) for one in measured]
 
 
 @pytest.mark.usefixtures("pairs")

@@ -34,7 +34,7 @@ from lifelong_moe.training.loop.module import StageModule
 from lifelong_moe.training.preparation import _importances
 from lifelong_moe.training.restore import load_model
 from pipelines.shared.workspace import prepare
-from tests.tiny import CONTEXT, STEPS, fork, kill_self, tiny_config, train, write_config
+from tests.tiny import CONTEXT, STEPS, fork, kill_self, stored_evaluations, tiny_config, train, write_config
 
 ONE = {"top_k": 1, "renormalize": False}
 
@@ -323,8 +323,9 @@ def test_only_some_layers_grow(lab: Path) -> None:
 
 def documents_per_token(nats_per_token: float) -> float:
     """Of the held-out text on which a stage had this loss."""
-    found = [json.loads(path.read_text())["result"] for path in Path("mlruns/evaluations").glob("*.json")]
-    [ratio] = {one["documents"] / one["tokens"] for one in found if one.get("nats_per_token") == nats_per_token}
+    [ratio] = {
+        one["documents"] / one["tokens"] for one in stored_evaluations() if one.get("nats_per_token") == nats_per_token
+    }
     return float(ratio)
 
 

@@ -6,7 +6,9 @@ import io
 import json
 import os
 import re
+import shutil
 import socket
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,12 +62,45 @@ def test_two_arms_share_their_first_stage(lab: Path) -> None:
     assert "fruit (shared)" in printed
 
 
-def test_repeating_trains_nothing_and_changes_nothing(lab: Path) -> None:
+@contextmanager
+def waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Path]]:
+    """What is flushed to disk within: files and folders, as far as the system tells their paths."""
+    waited: list[Path] = []
+    fsync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        path = Path(f"/proc/self/fd/{descriptor}")
+        waited.append(path.readlink() if path.is_symlink() else path)
+        fsync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", noted)
+        yield waited
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="the system does not tell what is flushed")
+def test_a_stage_waits_for_the_disk_as_often_whatever_is_measured(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train_all_stages(monkeypatch)  # and measure them, as no test did before
+    write_config(tiny_config(("fruit", "code", "sea")))
+    train("tiny.yaml", "stages=[{data: fruit}]", "evaluate.also=[code, sea]")  # tokenizes the text
+    counts = []
+    for also in ("[]", "[code, sea]"):
+        shutil.rmtree("mlruns")
+        with waiting_for_the_disk(monkeypatch) as waited:
+            train("tiny.yaml", "stages=[{data: fruit}]", f"evaluate.also={also}")
+        counts.append(Counter(path.relative_to(lab / "mlruns").parts[0] for path in waited))
+    # Each distribution's held-out text is kept once. Else a file and its folder, of the untrained model and the stage.
+    assert [count.pop("heldout") for count in counts] == [2, 6] and counts[0] == counts[1]
+    assert counts[0]["evaluations"] == 4
+
+
+def test_repeating_trains_nothing_and_changes_nothing(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_config(tiny_config())
     report, _ = train()
     before, events = snapshot(lab / "mlruns/stages") | snapshot(lab / "mlruns/evaluations"), ledger()
-    again, printed = train()
-    assert again == report
+    with waiting_for_the_disk(monkeypatch) as waited:
+        again, printed = train()
+    assert again == report and waited == []
     assert snapshot(lab / "mlruns/stages") | snapshot(lab / "mlruns/evaluations") == before
     assert ledger() == events and [event["name"] for event in events] == ["fruit", "code"]
     assert "Nothing to train: all 2 stages of tiny are committed." in printed

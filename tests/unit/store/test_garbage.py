@@ -12,6 +12,7 @@ import pytest
 from lifelong_moe.errors import CorruptError, LockedError
 from lifelong_moe.storage.keys import content_key
 from lifelong_moe.storage.locks import locked
+from lifelong_moe.store.evaluations import StoredTogether
 from lifelong_moe.store.garbage import collect, dependants_first, find_garbage, mentioned, reachable
 
 DAY, NOW = 86400.0, 1_800_000_000.0
@@ -141,6 +142,8 @@ def test_evaluations_and_work_go_with_their_stages(store: Store) -> None:
     untrained = content_key({"init": architecture, "seed": 3})
     for stage, age in ((KEYS["a"], 9), (untrained, 9), (KEYS["b"], 9), (KEYS["c"], 0.9)):
         store.write(evaluation(stage), {"stage": stage, "data": DATA, "result": {}}, age * DAY, size=100)
+    together = StoredTogether(KEYS["b"], {DATA: {}})
+    several = store.write(f"evaluations/{together.name}.json", vars(together), 9 * DAY)
     store.write("evaluations/damaged.json", "{", 9 * DAY)
     for name, age in ((KEYS["a"], 9), (KEYS["b"], 9), (KEYS["c"], 0.9)):
         store.write(f"work/{name[:16]}/step", "x" * 50, age * DAY)
@@ -150,10 +153,10 @@ def test_evaluations_and_work_go_with_their_stages(store: Store) -> None:
     os.utime(empty, (NOW - 9 * DAY,) * 2)
     found = store.found()
     gone, young = evaluation(KEYS["b"]), evaluation(KEYS["c"])
-    assert [stored.path for stored in found.evaluations] == [store.root / gone]
+    assert [stored.path for stored in found.evaluations] == [store.root / gone, several]
     assert sorted(stored.key for stored in found.work) == sorted([KEYS["b"][:16], KEYS["d"][:16]])
     assert {stored.path for stored in found.young} == {store.root / young, store.root / "work" / KEYS["c"][:16]}
-    size = (store.root / gone).stat().st_size
+    size = (store.root / gone).stat().st_size + several.stat().st_size
     assert found.bytes == size + 50 + empty.stat().st_size  # an empty folder has the size of a folder
 
 
