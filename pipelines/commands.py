@@ -162,11 +162,17 @@ def report(runs: RunNames, as_json: AsJson = False) -> None:
 
 
 @opens_store
-def status(run: RunName, as_json: AsJson = False) -> None:
+def status(
+    run: RunName,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read all files of the stages again, also those that nothing has touched.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Show which stages are committed, under way and to do."""
     from pipelines.inspect.status import show_status
 
-    finish(show_status(run, console(as_json)), as_json)
+    finish(show_status(run, console(as_json), verify=verify), as_json)
 
 
 @opens_store

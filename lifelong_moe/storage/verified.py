@@ -16,13 +16,12 @@ from lifelong_moe.storage.grammars import FileName, Sha256
 from lifelong_moe.storage.opening import open_regular, read_bounded
 from lifelong_moe.storage.plain import PlainError, from_plain
 from lifelong_moe.storage.plain_files import corrupt_if_irregular
+from lifelong_moe.storage.remembered import Remembered, Seen, State
 from lifelong_moe.storage.stored import MOST_BYTES, read_stored
 
 MANIFEST = "manifest.json"
 _DESCRIPTORS = Path("/proc/self/fd")
 """Where Linux shows what this process has opened."""
-State = tuple[int, ...]
-"""What changes if a file is written or replaced: device, inode, size and times."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +106,12 @@ def read_manifest(directory: Path) -> Manifest:
         raise CorruptError(f"{path}: missing; the directory is damaged.") from None
 
 
-def verify_directory(directory: Path) -> VerifiedDirectory:
+def verify_directory(directory: Path, remembered: Remembered | None = None) -> VerifiedDirectory:
     """Check every file against the manifest.
+
+    Args:
+        directory: The directory.
+        remembered: What was verified before and need not be read again; None reads everything.
 
     Raises:
         CorruptError: If a file is missing, is not listed, or its hash differs; names the file and both hashes.
@@ -118,9 +121,16 @@ def verify_directory(directory: Path) -> VerifiedDirectory:
         path = directory / name
         with _open(path) as file:
             states[name] = _state(file)
+            seen = Seen(states[name], entry.sha256)
+            if remembered is not None and remembered.knows(name, seen):
+                continue
             _compare(path, file, entry)
+            if remembered is not None:
+                remembered.note(name, seen)
     for name in sorted(set(os.listdir(directory)) - {MANIFEST, *manifest.files}):
         raise CorruptError(f"{directory / name}: not in the directory's manifest.")
+    if remembered is not None:
+        remembered.save()
     return VerifiedDirectory(directory, manifest, states)
 
 

@@ -32,6 +32,7 @@ from lifelong_moe.storage.grammars import Key
 from lifelong_moe.storage.keys import SHORT, content_key
 from lifelong_moe.storage.locks import locked
 from lifelong_moe.storage.plain import PlainError, from_plain, require_same
+from lifelong_moe.storage.remembered import VERIFIED
 from lifelong_moe.storage.stored import naming, read_json
 from lifelong_moe.storage.temporary import GRACE_SECONDS
 from lifelong_moe.store.batch_text import read_heads, removable_texts, remove_batch_text
@@ -185,6 +186,8 @@ def collect(root: Path, cache: Path, now: float, grace: float = GRACE_SECONDS) -
         folders = [stored for stored in garbage.texts if stored.path.is_dir()]
         for stored in (*garbage.work, *garbage.stages, *garbage.tokens, *folders):
             remove_directory(stored.path)
+        for stored in garbage.stages:
+            (root / VERIFIED / f"{stored.key}.json").unlink(missing_ok=True)
         # After their stages: a stage that is left by a kill is still signed.
         for stored in garbage.signatures:
             stored.path.unlink(missing_ok=True)

@@ -60,7 +60,8 @@ def open_pointer(folder: Path) -> tuple[StageStore, CommittedStage]:
     root = _root_of(folder.absolute(), pointer)
     for part in ("stages", "signatures"):
         require_plain_files(root / part)
-    store = StageStore(root)
+    # No note of the store: the pointer says what bytes it has to have, and may come from elsewhere.
+    store = StageStore(root, reads_all=True)
     if store.find(pointer.stage) is None:
         raise CorruptError(
             f"{path}: its stage {pointer.stage[:SHORT]} is not in {root}: it was removed there, or the store is "

@@ -23,6 +23,7 @@ from lifelong_moe.plan.architecture import Architecture
 from lifelong_moe.storage.directories import write_directory
 from lifelong_moe.storage.keys import SHORT, canonical_json, content_key
 from lifelong_moe.storage.plain import from_plain, require_same
+from lifelong_moe.storage.remembered import VERIFIED, Remembered
 from lifelong_moe.storage.signing import SigningKeys, signed_by
 from lifelong_moe.storage.stored import naming, parse_json
 from lifelong_moe.storage.verified import VerifiedDirectory, verify_directory
@@ -55,17 +56,21 @@ class StageStore:
     Args:
         root: The ``mlruns/`` directory.
         keys: Keys to sign and to verify stages with; by default those that the environment names.
+        reads_all: Hash every file, also those that were verified before and that nothing has touched since.
 
     Raises:
         ConfigError: If the environment names unusable keys.
     """
 
-    def __init__(self, root: Path, keys: SigningKeys | None = None) -> None:
+    def __init__(self, root: Path, keys: SigningKeys | None = None, *, reads_all: bool = False) -> None:
         self.root = root / "stages"
         # Apart from the stages, whose manifests list their files and whose content does not depend on who signs.
         self._signatures = root / "signatures"
         # From the environment here, where every reader of stages passes, so that none can forget to verify.
         self.keys = SigningKeys.from_environment() if keys is None else keys
+        self._verified = root / VERIFIED
+        # A signature covers what the files hold now, which no note of the store may replace.
+        self._reads_all = reads_all or bool(self.keys.public)
         # Stages are immutable, so a process verifies each of them once.
         self._open: dict[str, CommittedStage] = {}
         self._files: dict[str, VerifiedDirectory] = {}
@@ -80,7 +85,8 @@ class StageStore:
             return self._open[key]
         # Directory names end in 16 digits of the key, so the full key inside decides.
         for path in self.root.glob(f"*-{key[:SHORT]}"):
-            files = verify_directory(path)
+            remembered = None if self._reads_all else Remembered(self._verified / f"{key}.json")
+            files = verify_directory(path, remembered)
             if (stage := _read(files)).key == key:
                 read = {name: entry.sha256 for name, entry in files.manifest.files.items()}
                 self.keys.verify(path, self.signature(key), read)

@@ -30,9 +30,18 @@ class StageStatus:
     """Optimizer step of the last checkpoint of a stage under way."""
 
 
-def show_status(run: str, console: Console) -> Mapping[str, Any]:
-    """Show which stages are committed, under way and to do; returns the same for ``--json``."""
-    head, store = require_head(ROOT, run), StageStore(ROOT)
+def show_status(run: str, console: Console, *, verify: bool = False) -> Mapping[str, Any]:
+    """Show which stages are committed, under way and to do; returns the same for ``--json``.
+
+    Args:
+        run: A run.
+        console: Where people read.
+        verify: Read all files of the stages, also those that were verified before.
+
+    Raises:
+        CorruptError: If a stage is damaged.
+    """
+    head, store = require_head(ROOT, run), StageStore(ROOT, reads_all=verify)
     stages = []
     for name, key in zip(head.names, head.plan, strict=True):
         stage = store.find(key)
