@@ -294,8 +294,7 @@ class ExpertBanks(nn.Module):
 
     def sorted_from(self, x: Tensor) -> int:
         """The expert whose rows must come first: with ``grouped_mm`` the first trainable one, else 0."""
-        around = self._around()
-        if self.chosen(x) != ExpertsImplementation.grouped_mm or not around or not around[0]:
+        if self.chosen(x) != ExpertsImplementation.grouped_mm or not (around := self._around()) or not around[0]:
             return 0
         return around[0][0].indices.start
 
@@ -326,19 +325,17 @@ class ExpertBanks(nn.Module):
 
     def _in_slices(self, rows_ND: Tensor, counts: list[int]) -> Tensor:
         """Generations in turn: adjacent ones of whole experts at once, each one of low-rank experts by itself."""
-        born = [one for one in self.born if len(one)]
-        if all(isinstance(one, WholeExperts) for one in born):
-            return self._run(rows_ND, counts, born)
-        adjacent = [[*members] for _, members in groupby(born, lambda one: isinstance(one, WholeExperts))]
-        runs = [run for one in adjacent for run in ([one] if isinstance(one[0], WholeExperts) else [[g] for g in one])]
-        outputs, rest_ND = [], rows_ND
-        for run in runs:
-            here = counts[run[0].indices.start : run[-1].indices.stop]
-            part_ND, rest_ND = rest_ND.split([sum(here), len(rest_ND) - sum(here)])
-            # Without rows only what trains is asked, for its gradient of zero.
-            if len(part_ND) or any(one.trains for one in run):
-                outputs.append(self._run(part_ND, here, run))
-        return torch.cat(outputs) if outputs else rows_ND
+        each = ((one, counts[one.indices.start : one.indices.stop]) for one in self.born if len(one))
+        # Without rows only what trains is asked, for its gradient of zero: old generations cost nothing here.
+        asked = [(one, here) for one, here in each if any(here) or (torch.is_grad_enabled() and one.trains)]
+        runs: list[list[tuple[ExpertGeneration, list[int]]]] = []
+        for is_whole, members in groupby(asked, lambda pair: isinstance(pair[0], WholeExperts)):
+            run = [*members]
+            runs += [run] if is_whole else [[one] for one in run]
+        numbers = [[count for _, here in run for count in here] for run in runs]
+        parts = zip(rows_ND.split([sum(number) for number in numbers]), numbers, runs, strict=True)
+        outputs = [self._run(part_ND, number, [one for one, _ in run]) for part_ND, number, run in parts]
+        return outputs[0] if len(outputs) == 1 else torch.cat([*outputs, rows_ND[:0]])
 
     def _run(self, rows_ND: Tensor, counts: list[int], run: list[ExpertGeneration]) -> Tensor:
         if not isinstance(low := run[0], LowRankExperts):

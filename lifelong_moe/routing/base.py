@@ -38,8 +38,6 @@ class RoutingContext:
     """True for real tokens, bool ``(T,)``."""
     domain_ids_T: Tensor
     """Domain of each token (document cluster, label, or generation), int64 ``(T,)``; zeros where routing has none."""
-    present: frozenset[int] | None = None
-    """Generations that tokens belong to, where domains are generations and the host knows them; None means any."""
     old_text_T: Tensor | None = None
     """True for text of earlier stages, bool ``(T,)``; given in a review only."""
     features_TF: Tensor | None = None
@@ -50,6 +48,8 @@ class RoutingContext:
     """Sequences that the T tokens are, of equal length, one after the other; capacity counts in each by itself."""
     full_length: int | None = None
     """Tokens of a full sequence (``model.context``), of which capacity is a share; the length at hand by default."""
+    present: frozenset[int] | None = None
+    """Generations that tokens belong to, where domains are generations and the host knows them; None means any."""
 
     @property
     def sequence_T(self) -> Tensor:  # noqa: N802 - named as the tensor that it is

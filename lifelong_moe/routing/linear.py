@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -52,20 +53,25 @@ class LinearRouter(Router):
                 need not be computed and are ``-inf``. So the cost does not grow with the number of generations.
         """
         # A token of a generation that is masked chooses among the first's.
-        known = present is not None and all(generation < len(self.available) for generation in present)
-        return self.products(x_TD, self.rows, present if known else None)
-
-    def products(self, x_TD: Tensor, generations: Iterable[Tensor], present: frozenset[int] | None = None) -> Tensor:
-        """Products with each available generation's rows, side by side; ``-inf`` for those that are not present."""
-
-        def of(generation: int, rows_ED: Tensor) -> Tensor:
+        if present is None or any(generation >= len(self.available) for generation in present):
+            return self.products(x_TD, self.rows)
+        needed = {*present}
+        if torch.is_grad_enabled():
             # Rows that train have a gradient, if one of zero, which processes that train together rely on.
-            trains = rows_ED.requires_grad and torch.is_grad_enabled()
-            if present is None or generation in present or trains:
-                return F.linear(x_TD.float(), rows_ED.float())
-            return torch.full((len(x_TD), len(rows_ED)), -math.inf, device=x_TD.device)
+            needed |= {generation for generation, rows_ED in enumerate(self.rows) if rows_ED.requires_grad}
+        columns = []
+        for is_needed, group in groupby(range(len(self.available)), needed.__contains__):
+            members = [*group]
+            if is_needed:
+                columns.append(self.products(x_TD, [self.rows[generation] for generation in members]))
+            else:
+                width = sum(self.available[generation] for generation in members)
+                columns.append(torch.full((len(x_TD), width), -math.inf, device=x_TD.device))
+        return torch.cat(columns, dim=-1)
 
+    def products(self, x_TD: Tensor, generations: Iterable[Tensor]) -> Tensor:
+        """Products with each available generation's rows, side by side."""
         # A product for each generation: kernels round differently for another number of rows, and a token on the edge
         # between two experts would move when the model grows.
         unmasked = list(generations)[: len(self.available)]
-        return torch.cat([of(generation, rows_ED) for generation, rows_ED in enumerate(unmasked)], dim=-1)
+        return torch.cat([F.linear(x_TD.float(), rows_ED.float()) for rows_ED in unmasked], dim=-1)

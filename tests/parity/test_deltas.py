@@ -28,6 +28,9 @@ MIXES = {
 class Readable:
     """In the place of :class:`GenerationSlices`."""
 
+    present = None
+    """Routers compute the logits of all generations."""
+
     def __init__(self, domain_ids_T: Tensor, num_generations: int) -> None:
         self.domain_ids_T, self.num_generations = domain_ids_T, num_generations
 

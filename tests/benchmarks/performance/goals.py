@@ -19,6 +19,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "startup": ("P11",),
     "inference": ("P12",),
     "attention_by_document": (),
+    "years": ("P17", "P18"),
 }
 """Every part, in the order in which they run, and the goals that it answers; one may be answered by several figures,
 named "P6 data" and so on."""

@@ -164,7 +164,7 @@ def test_residual_layer_by_hand() -> None:
     assert layer.shared is not None and layer.mix is not None
     x, context = (
         torch.randn(32, 16, generator=torch.Generator().manual_seed(0)),
-        model._routing_context(TokenBatch(tokens())),
+        model._routing_context(TokenBatch(tokens()), None),
     )
     routing = layer.router(x, context)
     routed = routing.combine(layer.banks(routing.dispatch(x), routing.counts_E))
