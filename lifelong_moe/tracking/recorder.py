@@ -6,7 +6,6 @@ The next start or ``lifelong-moe sync`` delivers the spool. Once spooling, a pro
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
@@ -127,11 +126,21 @@ class Recorder:
         # Without MLflow nobody can tell; a run taken to exist is resumed, never created twice.
         return self.active
 
-    def ui_url(self, run_ids: Sequence[str] | None = None) -> str:
+    def has_model(self, name: str) -> bool:
+        """Whether MLflow's registry has a model; False while MLflow is unavailable."""
+        try:
+            return self._store is not None and self._store.has_model(name)
+        except failures() as error:
+            self._fail(error)
+            return False
+
+    def ui_url(self, run_id: str | None = None, *, tag: tuple[str, str] | None = None, order: str | None = None) -> str:
         """Link to the charts; for a local database, on the server that ``lifelong-moe ui`` starts.
 
         Args:
-            run_ids: Runs to compare; None shows all of the experiment.
+            run_id: Show this run alone.
+            tag: Show the runs with this tag: its key, a word, and its value, a name. Neither shows all.
+            order: See :func:`lifelong_moe.tracking.links.ui_url`.
 
         Returns:
             The link; empty while MLflow is unavailable.
@@ -139,8 +148,10 @@ class Recorder:
         if self._store is None:
             return ""
         try:
-            known = None if run_ids is None else [self._store.resolve(run_id) for run_id in run_ids]
-            return links.ui_url(self._uri, self._store.experiment_id(self._experiment), known)
+            search = None if tag is None else f"tags.{tag[0]}='{tag[1]}'"
+            if run_id is not None:
+                search = f"attributes.run_id='{self._store.resolve(run_id)}'"
+            return links.ui_url(self._uri, self._store.experiment_id(self._experiment), search, order)
         except failures() as error:
             self._fail(error)
             return ""

@@ -44,6 +44,11 @@ class Version:
         return f"{MODELS}/{self.stage.path.name}"
 
 
+def registered_name(name: str) -> str:
+    """A model's name without characters that MLflow refuses there, or that would end a filter."""
+    return re.sub("[/:']", "-", name)
+
+
 def register_version(client: MlflowClient, version: Version, *, remote: bool) -> str:
     """Register a stage once, with a folder among its run's artifacts that MLflow loads.
 
@@ -58,7 +63,7 @@ def register_version(client: MlflowClient, version: Version, *, remote: bool) ->
     Returns:
         The number of the new version, or of the one with the same stage key that exists already.
     """
-    name = re.sub("[/:']", "-", version.name)
+    name = registered_name(version.name)
     # Looked up by stage key first, so that a repeated delivery registers nothing twice.
     number = _find(client, name, version) or _create(client, name, version, remote=remote)
     if version.alias:

@@ -20,7 +20,7 @@ from lifelong_moe.tracking.database import ensure_database
 from lifelong_moe.tracking.failures import reason_of
 from lifelong_moe.tracking.locations import keep_artifacts_within, require_within
 from lifelong_moe.tracking.operations import LOCAL_PREFIX, MODEL_PREFIX, require_ours
-from lifelong_moe.tracking.registry import STAGE_KEY_TAG, Version, register_version
+from lifelong_moe.tracking.registry import STAGE_KEY_TAG, Version, register_version, registered_name
 from lifelong_moe.tracking.spool import Operation, RefusedError
 
 if TYPE_CHECKING:
@@ -146,6 +146,10 @@ class Store:
         experiments = [experiment.experiment_id for experiment in self.client.search_experiments()]
         found = self.client.search_runs(experiments, f"tags.`{LOCAL_ID_TAG}` = '{run_id}'", max_results=1)
         return found[0] if found else None
+
+    def has_model(self, name: str) -> bool:
+        """Whether the registry has a model."""
+        return bool(self.client.search_registered_models(f"name = '{registered_name(name)}'", max_results=1))
 
     def resolve(self, run_id: str) -> str:
         """MLflow's id of a run; the given id if there is no such run, which MLflow then refuses."""

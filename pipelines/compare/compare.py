@@ -57,7 +57,7 @@ def compare(comparison: Comparison, only: list[str], replace: bool, console: Con
             refuse_taken_names(wanted)
         record = ComparisonRecord(comparison, jobs, Tracker.connect(jobs[0].prepared.config.tracking, ROOT))
         try:
-            train = partial(run, memory=memory, parent_run=record.parent)
+            train = partial(run, memory=memory)
             with _without_warnings():
                 failed = _work(wanted, train, record, replace, console)
             found = record.update()
@@ -100,7 +100,7 @@ def _work(
             # A complete run trains nothing, but may still owe MLflow something; its tables were printed before.
             quiet = silent() if complete else console
             # Replacing a run that this plan continues would start its record in MLflow over.
-            train(job.prepared.loaded, replace and job.is_taken(), quiet)
+            train(job.prepared.loaded, replace and job.is_taken(), quiet, compared=record.place(job))
         except LockedError as error:
             console.print(f"{error} Going on with others.")
             queue.append(job)

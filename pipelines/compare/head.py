@@ -16,6 +16,8 @@ from lifelong_moe.storage.locks import locked_when_free
 from lifelong_moe.storage.plain import from_plain
 from lifelong_moe.storage.stored import read_stored
 
+Logged = Mapping[str, str | float]
+
 
 @dataclass
 class ComparisonMlflow:
@@ -25,8 +27,12 @@ class ComparisonMlflow:
     """Id of the parent run."""
     content: Key | None = None
     """Key of the comparison that the parent run shows."""
-    logged: dict[Name, Mapping[str, str | float]] = field(default_factory=dict)
-    """By name of an arm's run: its MLflow ``id``, and the numbers logged there."""
+    logged: dict[Name, Logged] = field(default_factory=dict)
+    """By name of an arm's run: its MLflow ``id``, its ``arm``, and the numbers logged there."""
+    arms: dict[Name, Logged] = field(default_factory=dict)
+    """By name of an arm: the MLflow ``id`` of the run with its means over seeds, and the numbers logged there."""
+    own: Logged = field(default_factory=dict)
+    """The ``id`` of the parent run, and the numbers logged there."""
 
 
 @dataclass

@@ -18,16 +18,22 @@ from lifelong_moe.reports.comparison import SCHEMA, ArmResult, build_comparison
 from lifelong_moe.reports.figures.comparison import comparison_figures
 from lifelong_moe.storage.files import write_atomic
 from lifelong_moe.storage.keys import content_key
-from lifelong_moe.store.runs import RunRecord
 from lifelong_moe.tracking.operations import local_id
 from lifelong_moe.tracking.tracker import Tracker
 from pipelines.compare import render as render_comparison
 from pipelines.compare.head import ComparisonMlflow, head_to_change
 from pipelines.compare.jobs import Job
+from pipelines.compare.numbers import MEANS, log_means, log_progress, log_runs
+from pipelines.run.compared import COMPARISON, Compared
 from pipelines.shared.workspace import ROOT
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+RECORD = 2
+"""Raised where MLflow gets more of a comparison than before, so that it gets it of earlier ones too."""
+ARM = "params.`arm`"
+"""Order of the rows. MLflow nests runs under their parents, folded, where they are ordered by time."""
 
 
 class ComparisonRecord:
@@ -66,6 +72,18 @@ class ComparisonRecord:
         adds = all(job.report() is not None for job in self.jobs)
         return self.tracker.start_run(settings.compare, run_id=known, params=params, tags=tags, adds=adds) or known
 
+    def place(self, job: Job) -> Compared:
+        """A run's place in the comparison."""
+        config = job.prepared.config
+        return Compared(
+            comparison=self.comparison.settings.compare,
+            parent=self.parent,
+            arm=job.arm.name,
+            seed=job.seed,
+            method=config.method.value,
+            routing=config.routing.mode,
+        )
+
     def record_failure(self, job: Job, reason: str) -> None:
         """Record that a run failed, and why."""
         with head_to_change(self.path) as head:
@@ -78,7 +96,7 @@ class ComparisonRecord:
             # A later attempt may have committed what failed before.
             head.failed = {run: reason for run, reason in head.failed.items() if run not in reports}
             found = self._compare(reports, head.failed)
-            content = content_key(found)
+            content = content_key([RECORD, found])
             stale, unseen = head.content != content, head.mlflow.content != content
             if stale or (unseen and self.tracker.active):
                 figures = comparison_figures(found)
@@ -122,21 +140,13 @@ class ComparisonRecord:
             figure.savefig(self.path / "figures" / name)
 
     def _log(self, found: Mapping[str, Any], figures: Mapping[str, Figure], mlflow: ComparisonMlflow) -> None:
-        """Log numbers on each arm's run, figures and tables on the parent."""
-        for run in (run for arm in found["arms"] for run in arm["runs"] if run["status"] == "committed"):
-            head = RunRecord(ROOT, run["run"]).head()
-            run_id = head.mlflow.run if head else None
-            numbers = {f"compare/{key}": float(value) for key, value in run["numbers"].items() if value is not None}
-            logged = mlflow.logged.get(run["run"], {})
-            # A run that was started over has another id and none of the numbers yet.
-            old = logged if logged.get("id") == run_id else {}
-            if run_id is None or numbers.items() <= old.items() or not self.tracker.run_exists(run_id):
-                continue
-            tags = {"lifelong.comparison": found["compare"]}
-            self.tracker.start_run(run["run"], run_id=run_id, parent_id=self.parent, tags=tags, adds=True)
-            self.tracker.log_metrics(run_id, [(k, v, 0) for k, v in numbers.items() if old.get(k) != v])
-            self.tracker.finish(run_id)
-            mlflow.logged[run["run"]] = {"id": run_id, **numbers}
+        """Log numbers on the arms' runs, figures and tables on the parent."""
+        if not self.tracker.active:
+            return
+        places = {job.run: self.place(job) for job in self.jobs}
+        log_runs(self.tracker, found, places, mlflow)
+        log_means(self.tracker, found, places, mlflow)
+        log_progress(self.tracker, self.parent, found, mlflow)
         for name, figure in figures.items():
             self.tracker.log_figure(self.parent, figure, f"figures/{name}")
         table = render_comparison.markdown(found)
@@ -148,11 +158,11 @@ class ComparisonRecord:
         """End the parent run, as failed if there is an error, and print where the results are."""
         self.tracker.finish(self.parent, error)
         console.print(f"Comparison: {self.path / 'comparison.md'}, comparison.json and figures/")
-        heads = [RunRecord(ROOT, job.run).head() for job in self.jobs]
-        ids = [head.mlflow.run for head in heads if head and head.mlflow.run]
-        if self.parent and (link := self.tracker.ui_url(ids or [self.parent])):
+        name = self.comparison.settings.compare
+        if self.parent and (link := self.tracker.ui_url(tag=(COMPARISON, name), order=ARM)):
             console.print(f"MLflow: {link}  (start it with: lifelong-moe ui)")
-            console.print("Unfold the comparison there (the + before its name), and its arms are in the charts.")
+            if len(self.comparison.settings.seeds) > 1:
+                console.print(f"Means over seeds: {self.tracker.ui_url(tag=(MEANS, name), order=ARM)}")
         elif self.tracker.problem:
             console.print(self.tracker.problem, style="yellow")
 

@@ -19,7 +19,7 @@ from pipelines.retrain.outcome import TickOutcome
 from pipelines.retrain.plan_file import PlanFacts
 from pipelines.retrain.render import tick_note
 from pipelines.shared.record_params import CONFIG, config_yaml, stage_params
-from pipelines.shared.recorded import show_champion
+from pipelines.shared.recorded import model_name, show_champion
 from pipelines.versions.candidates import Candidate
 
 # The others hold paths, commands and addresses, which may name secrets.
@@ -42,7 +42,7 @@ class TickRecord:
     @property
     def model(self) -> str:
         """Name of the registered model."""
-        return f"lifelong-moe.{self.opened.head.run}"
+        return model_name(self.opened.head)
 
     def begin(self, name: str, batch: str, corpus: Corpus, settings: RetrainConfig) -> None:
         """Start or resume the batch's MLflow run."""

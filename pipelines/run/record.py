@@ -20,10 +20,11 @@ from lifelong_moe.store.head import MlflowState
 from lifelong_moe.store.logged import LoggedMetrics, read_logged, write_logged
 from lifelong_moe.store.runs import OpenRun
 from lifelong_moe.store.stages import CommittedStage
-from lifelong_moe.tracking.operations import local_id
+from lifelong_moe.tracking.operations import MODEL_PREFIX, local_id
 from lifelong_moe.tracking.tracker import Tracker
 from lifelong_moe.training.callbacks.points import Row
 from pipelines.run import render
+from pipelines.run.compared import Compared
 from pipelines.run.rows import cost_rows, summary_rows, usage_rows
 from pipelines.shared.record_params import CONFIG, config_yaml, run_params, stage_params
 from pipelines.shared.recorded import show_champion
@@ -39,7 +40,8 @@ class MlflowRecord:
         opened: Its head holds what was logged.
         content: Key of everything to be recorded: stages and evaluations.
         trains: Whether stages are left to train.
-        parent_run: MLflow run under which this one is shown, such as a comparison's.
+        compared: The run's place in a comparison, if it belongs to one. Its stages are then not registered: a
+            comparison makes many models, of which most are made to be compared.
     """
 
     def __init__(
@@ -49,9 +51,10 @@ class MlflowRecord:
         opened: OpenRun,
         content: str,
         trains: bool,
-        parent_run: str | None = None,
+        compared: Compared | None = None,
     ) -> None:
         self.tracker, self.prepared, self.opened, self.content = tracker, prepared, opened, content
+        self.compared = compared
         self._open: str | None = None
         # Printed already when the connection was made; `run_done` prints only another one.
         self._told = tracker.problem
@@ -59,7 +62,7 @@ class MlflowRecord:
         known = self.told.run if self.told.content == content else None
         self.active = tracker.active and not (known and tracker.run_exists(known))
         if self.active:
-            self._start(parent_run, adds=not trains)
+            self._start(adds=not trains)
 
     @property
     def told(self) -> MlflowState:
@@ -69,16 +72,18 @@ class MlflowRecord:
     def _tell(self, **changes: Any) -> None:
         self.opened.save(self.opened.head.with_mlflow(**changes))
 
-    def _start(self, parent_run: str | None, *, adds: bool) -> None:
-        config = self.prepared.config
+    def _start(self, *, adds: bool) -> None:
+        config, compared = self.prepared.config, self.compared
         params = run_params(self.prepared)
         tags = {"lifelong.run": config.run, "lifelong.kind": "run", "lifelong.method": config.method.value}
+        name, parent = config.run, None
+        if compared is not None:
+            name, parent = compared.name, compared.parent
+            params, tags = params | compared.settings, tags | compared.tags
         known = self.told.run or local_id()
         # Persist the id first, so a killed process can resume this MLflow run.
         self._tell(run=known)
-        run_id = self.tracker.start_run(
-            config.run, run_id=known, parent_id=parent_run, params=params, tags=tags, adds=adds
-        )
+        run_id = self.tracker.start_run(name, run_id=known, parent_id=parent, params=params, tags=tags, adds=adds)
         if run_id is None:
             return
         # Runs that --replace started over stay in MLflow, marked with their successor.
@@ -114,7 +119,8 @@ class MlflowRecord:
         tags = {"lifelong.run": self.prepared.config.run, "lifelong.kind": "stage", "lifelong.stage_key": planned.key}
         params = stage_params(planned)
         # As reports count the stages, without a checkpoint that the run began with.
-        name = f"{self.prepared.config.run} · {planned.depth - self.prepared.config.base.is_given} {spec.name}"
+        title = self.prepared.config.run if self.compared is None else self.compared.title
+        name = f"{title} · {planned.depth - self.prepared.config.base.is_given} {spec.name}"
         # The same as for the parent: the id is persisted before MLflow hears of it.
         known = self.told.stages.get(planned.key) or local_id()
         self._tell(stages={**self.told.stages, planned.key: known})
@@ -161,12 +167,9 @@ class MlflowRecord:
         if planned.parent_key:
             tags["parent_key"] = planned.parent_key
         tags["weights_sha256"] = stage.weights_hash
-        self.tracker.register_version(
-            f"lifelong-moe.{config.run}",
-            run_id=run_id,
-            tags=tags,
-            description=note,
-        )
+        if self.compared is None:
+            model = f"{MODEL_PREFIX}{config.run}"
+            self.tracker.register_version(model, run_id=run_id, tags=tags, description=note)
         self.tracker.finish(run_id)
         self._open = None
 
@@ -237,9 +240,11 @@ class MlflowRecord:
             # Last, so a process killed before logs the rest when it continues.
             self._tell(content=self.content if self.tracker.active else None)
         # The spool got the request when the run was new; asking again would only repeat it.
-        if self.active or self.tracker.connected:
+        if self.compared is None and (self.active or self.tracker.connected):
             show_champion(self.opened.head, self.tracker)
-        if self.told.run and (link := self.tracker.ui_url([self.told.run])):
+        # A comparison prints the address of all its runs.
+        shown = self.told.run if self.compared is None else None
+        if shown and (link := self.tracker.ui_url(shown)):
             console.print(f"MLflow: {link}  (start it with: lifelong-moe ui)")
         elif self.tracker.problem != self._told:
             console.print(self.tracker.problem, style="yellow")

@@ -38,6 +38,7 @@ from lifelong_moe.training.loop.context import StageEnvironment
 from lifelong_moe.training.loop.device import configured_device, require_trainer
 from lifelong_moe.training.restore import initial_model, load_model
 from pipelines.run import render
+from pipelines.run.compared import Compared
 from pipelines.run.opening import open_run
 from pipelines.run.record import MlflowRecord
 from pipelines.shared.places import remove_abandoned
@@ -53,7 +54,7 @@ def run(
     console: Console,
     *,
     memory: dict[str, PreparedData] | None = None,
-    parent_run: str | None = None,
+    compared: Compared | None = None,
 ) -> Report:
     """Run or continue a run; returns its report.
 
@@ -62,7 +63,7 @@ def run(
         replace: Let the run's name refer to other stages than before.
         console: Where people read.
         memory: Data that was read before; see :func:`pipelines.shared.workspace.prepare`.
-        parent_run: MLflow run that this one is shown under.
+        compared: Its place in a comparison, if it belongs to one.
 
     Raises:
         ConfigError: If the run's name belongs to another configuration.
@@ -82,7 +83,7 @@ def run(
         with locked(record.lock_path, f"run {record.run}"):
             opened = open_run(record, prepared, replace)
             _announce(console, prepared)
-            report = _run_stages(prepared, store, opened, interrupt, console, parent_run)
+            report = _run_stages(prepared, store, opened, interrupt, console, compared)
             # Stages that were there may have been committed before there was a key.
             store.sign(*opened.head.stages, opened.head.centroids)
     render.report(console, [report])
@@ -119,7 +120,7 @@ def _run_stages(
     opened: OpenRun,
     interrupt: Interrupt,
     console: Console,
-    parent_run: str | None,
+    compared: Compared | None,
 ) -> Report:
     """Restore or train, evaluate, record: stage after stage. Returns the report."""
     config = prepared.config
@@ -129,7 +130,7 @@ def _run_stages(
     distributions = measurements.known([_init_key(prepared), *keys])
     content = content_key([keys, [measurements.key(name) for name in distributions]])
     trains = any(store.find(key) is None for key in keys)
-    mlflow = MlflowRecord(tracker, prepared, opened, content, trains, parent_run)
+    mlflow = MlflowRecord(tracker, prepared, opened, content, trains, compared)
     report: Report | None = None
     try:
         committed = _begun(prepared, store, opened, console)

@@ -21,6 +21,7 @@ from lifelong_moe.storage.verified import read_manifest
 from lifelong_moe.store.head import RunHead
 from lifelong_moe.store.runs import RunRecord, require_head
 from lifelong_moe.store.stages import WEIGHTS
+from lifelong_moe.tracking.operations import MODEL_PREFIX
 from lifelong_moe.tracking.tracker import Tracker
 from pipelines.shared.places import ROOT
 
@@ -64,12 +65,18 @@ def tracker_of(head: RunHead) -> Tracker:
     return Tracker.connect(config, ROOT)
 
 
-def show_champion(head: RunHead, tracker: Tracker) -> str | None:
+def model_name(head: RunHead) -> str:
+    """Name of a run's model in MLflow's registry."""
+    return f"{MODEL_PREFIX}{head.run}"
+
+
+def show_champion(head: RunHead, tracker: Tracker, *, registers: bool = True) -> str | None:
     """Set the alias to the serving stage, which is registered first if MLflow does not know it.
 
     Args:
         head: The run's head.
         tracker: Connection to MLflow; without one, the spool keeps the request.
+        registers: Whether a run without any version gets one; arms of a comparison have none unless somebody asks.
 
     Returns:
         Why the alias is not set, or not yet; None if it is, or if there is nothing to set: MLflow has no record of the
@@ -78,12 +85,14 @@ def show_champion(head: RunHead, tracker: Tracker) -> str | None:
     known = _runs(head)
     if not known or not tracker.active or not head.is_finished:
         return None
-    key, model = head.plan[-1], f"lifelong-moe.{head.run}"
+    key, model = head.plan[-1], model_name(head)
     run_id = next((run for run in known if tracker.run_exists(run)), None)
     manifest = next((ROOT / "stages").glob(f"*-{key[:SHORT]}/manifest.json"), None)
     if run_id is None or manifest is None:
         missing = "MLflow has no record of the run" if run_id is None else f"stage {key[:SHORT]} is not in the store"
         return f"MLflow's alias champion of {model} is unchanged: {missing}."
+    if not registers and not tracker.has_model(model):
+        return None
     weights = read_manifest(manifest.parent).files.get(WEIGHTS)
     if weights is None:
         raise CorruptError(f"{manifest}: lists no {WEIGHTS}.")
@@ -116,7 +125,7 @@ def follow_champion(head: RunHead, console: Console) -> None:
 
 
 def follow_champions() -> dict[str, str]:
-    """Correct the alias of every run whose MLflow answers.
+    """Correct the alias of every run whose MLflow answers and has a model of it.
 
     Returns:
         For each run whose alias may still be wrong, the reason.
@@ -135,7 +144,8 @@ def follow_champions() -> dict[str, str]:
                     if where not in trackers:
                         trackers[where] = tracker_of(head)
                     tracker = trackers[where]
-                    problems[record.run] = show_champion(head, tracker) if tracker.connected else tracker.problem
+                    connected, problem = tracker.connected, tracker.problem
+                    problems[record.run] = show_champion(head, tracker, registers=False) if connected else problem
         # The process that works on the run updates the alias itself.
         except LockedError:
             continue

@@ -9,6 +9,7 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 import torch
@@ -21,7 +22,9 @@ from lifelong_moe.errors import DivergedError, LockedError, TryAgainError
 from lifelong_moe.plan.comparison import load_comparison
 from lifelong_moe.training.callbacks.progress import StepCheckpoint
 from pipelines.compare.compare import compare
-from tests.tiny import fork, tiny_config, write_config
+from pipelines.shared.output import SafeConsole
+from pipelines.upkeep.sync import sync
+from tests.tiny import fork, tiny_config, train, write_config
 
 needs_fork = pytest.mark.skipif(torch.cuda.is_available(), reason="autograd does not survive a fork once CUDA is there")
 
@@ -82,7 +85,7 @@ def test_one_parent_with_the_arms_under_it(lab: Path, template: Path, setup: Cal
 
     first, points = runs(), logged()
     parent = first["c"]
-    arms = {"c.naive.s0": found["arms"][0], "c.lifelong.s0": found["arms"][1]}
+    arms = {"naive s0 · c": found["arms"][0], "lifelong s0 · c": found["arms"][1]}
     assert {run.info.status for run in first.values()} == {"FINISHED"}
     assert {n for n, run in first.items() if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id} == set(arms)
     for name, arm in arms.items():
@@ -91,11 +94,11 @@ def test_one_parent_with_the_arms_under_it(lab: Path, template: Path, setup: Cal
         assert seen == pytest.approx(known)
     assert parent.data.params["budget"] == "tokens" and parent.data.params["arms.naive"] == "method=sequential"
     assert parent.data.params["overrides"] == '["stage_defaults.grow.noise=0.02"]'
-    grown, trained_on = (first[f"c.{arm}.s0 · 1 code"].data.params for arm in ("lifelong", "naive"))
+    grown, trained_on = (first[f"{arm} s0 · 1 code"].data.params for arm in ("lifelong", "naive"))
     assert (grown["grow.experts"], grown["grow.noise"], trained_on["grow.experts"]) == ("2", "0.02", "0")
     for name in arms:
         kept = lab / "mlruns/artifacts" / first[name].info.run_id / "artifacts/config.yaml"
-        assert read_config(kept).config.run == name
+        assert read_config(kept).config.run == f"c.{name.split()[0]}.s0"
     assert "### Results" in parent.data.tags["mlflow.note.content"]
     artifacts = lab / "mlruns/artifacts" / parent.info.run_id / "artifacts"
     stored = {str(path.relative_to(artifacts)) for path in artifacts.rglob("*") if path.is_file()}
@@ -108,20 +111,130 @@ def test_one_parent_with_the_arms_under_it(lab: Path, template: Path, setup: Cal
     assert {run.info.status for run in runs().values()} == {"FINISHED"}
 
 
+def test_a_comparison_can_be_judged_in_mlflow(lab: Path, template: Path, setup: Callable[..., None]) -> None:
+    from mlflow import MlflowClient
+
+    (lab / "mlruns").mkdir()
+    shutil.copy(template, lab / "mlruns/mlflow.db")
+    setup(tracking={"enabled": True})
+    found, printed = start("seeds=[0,1]")
+    client, runs = MlflowClient(f"sqlite:///{(lab / 'mlruns/mlflow.db').absolute()}"), recorded(lab)
+    links = [word for word in printed.split() if word.startswith("http://")]
+    shown = []
+    for link in links:
+        assert len(link) < 200
+        # Any order but that by time: there MLflow shows what is below a comparison only after it is unfolded.
+        query = parse_qs(urlsplit(urlsplit(link).fragment).query)
+        order = f"{query['orderByKey'][0]} {'ASC' if query['orderByAsc'] == ['true'] else 'DESC'}"
+        rows = client.search_runs([runs["c"].info.experiment_id], query["searchFilter"][0], order_by=[order])
+        shown.append([run.info.run_name for run in rows])
+    seeds = ["lifelong s1 · c", "lifelong s0 · c", "naive s1 · c", "naive s0 · c"]
+    means = ["lifelong · mean over seeds · c", "naive · mean over seeds · c"]
+    assert shown == [seeds, means]
+    for name in seeds:
+        place = {"arm": name.split()[0], "seed": name.split()[1][1], "routing": "learned"}
+        place["method"] = "sequential" if place["arm"] == "naive" else "lifelong"
+        data = runs[name].data
+        assert place.items() <= data.params.items() and place.items() <= data.tags.items()
+    for arm, name in zip(reversed(found["arms"]), means, strict=True):
+        summary, metrics = arm["summary"]["final_mean_bits_per_byte"], runs[name].data.metrics
+        assert metrics["compare/final_mean_bits_per_byte"] == summary["mean"]
+        for end in ("low", "high"):
+            assert metrics[f"interval/final_mean_bits_per_byte_{end}"] == summary[end]
+        assert runs[name].data.tags["mlflow.parentRunId"] == runs["c"].info.run_id
+        assert runs["c"].data.metrics[f"final_mean_bits_per_byte/{arm['name']}"] == summary["mean"]
+    difference = found["arms"][1]["differences"]["final_mean_bits_per_byte"]
+    metrics = runs[means[0]].data.metrics
+    assert metrics["difference/final_mean_bits_per_byte"] == difference["mean"]
+    assert metrics["difference_interval/final_mean_bits_per_byte_p"] == difference["p"]
+    assert not [key for key in runs[means[1]].data.metrics if key.startswith("difference")]  # the reference
+    assert runs["c"].data.metrics["runs/committed"] == 4 and runs["c"].data.metrics["runs/absent"] == 0
+    before = (lab / "mlruns/mlflow.db").read_bytes()
+    start("seeds=[0,1]")
+    assert (lab / "mlruns/mlflow.db").read_bytes() == before
+
+
+def test_a_comparison_that_waits_in_the_spool_arrives_whole(
+    lab: Path, template: Path, setup: Callable[..., None]
+) -> None:
+    (lab / "mlruns").mkdir()
+    (lab / "mlruns/mlflow.db").write_bytes(b"no database" * 1000)
+    setup(("fruit",), tracking={"enabled": True})
+    found, printed = start("seeds=[0,1]")
+    assert "records are kept under mlruns/spool" in printed
+    shutil.copy(template, lab / "mlruns/mlflow.db")
+    sync(SafeConsole(io.StringIO()))
+    runs = recorded(lab)
+    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+    assert runs["naive s1 · c"].data.tags["comparison"] == "c" and runs["c"].data.metrics["runs/committed"] == 4
+    summary = found["arms"][0]["summary"]["final_mean_nats"]
+    assert runs["naive · mean over seeds · c"].data.metrics["compare/final_mean_nats"] == summary["mean"]
+    assert not list((lab / "mlruns/spool").glob("*/refused.jsonl"))
+    start("seeds=[0,1]")
+    assert set(recorded(lab)) == set(runs)  # none twice
+
+
+def test_arms_are_registered_only_where_asked(lab: Path, template: Path, setup: Callable[..., None]) -> None:
+    from mlflow import MlflowClient
+
+    (lab / "mlruns").mkdir()
+    shutil.copy(template, lab / "mlruns/mlflow.db")
+    setup(("fruit",), tracking={"enabled": True})
+    start()
+    client = MlflowClient(f"sqlite:///{(lab / 'mlruns/mlflow.db').absolute()}")
+    assert not client.search_registered_models()
+    sync(SafeConsole(io.StringIO()))
+    assert not client.search_registered_models()
+    kept = lab / "mlruns/artifacts" / recorded(lab)["lifelong s0 · c"].info.run_id / "artifacts/config.yaml"
+    train(str(kept))
+    assert [model.name for model in client.search_registered_models()] == ["lifelong-moe.c.lifelong.s0"]
+    version = client.get_model_version_by_alias("lifelong-moe.c.lifelong.s0", "champion")
+    assert version.tags["stage_key"] == json.loads(Path("mlruns/runs/c.lifelong.s0/head.json").read_text())["stages"][0]
+    start()
+    assert len(client.search_model_versions()) == 1
+
+
+def test_what_an_earlier_version_recorded_gets_its_place(lab: Path, template: Path, setup: Callable[..., None]) -> None:
+    """Its runs had neither arm nor seed, and its comparison no numbers; their names, numbers and models stay."""
+    from mlflow import MlflowClient
+
+    (lab / "mlruns").mkdir()
+    shutil.copy(template, lab / "mlruns/mlflow.db")
+    setup(("fruit",), tracking={"enabled": True})
+    start()
+    client = MlflowClient(f"sqlite:///{(lab / 'mlruns/mlflow.db').absolute()}")
+    run_id = recorded(lab)["naive s0 · c"].info.run_id
+    client.update_run(run_id, name="c.naive.s0")
+    for tag in ("arm", "seed", "method", "routing", "comparison"):
+        client.delete_tag(run_id, tag)
+    path = lab / "mlruns/comparisons/c/head.json"
+    head = json.loads(path.read_text())
+    head["content"] = head["mlflow"]["content"] = "0" * 64
+    del head["mlflow"]["arms"], head["mlflow"]["own"]
+    for logged in head["mlflow"]["logged"].values():
+        del logged["arm"]
+    path.write_text(json.dumps(head))
+    before = recorded(lab)["c.naive.s0"]
+    start()
+    after = recorded(lab)["c.naive.s0"]
+    assert after.data.tags["comparison"] == "c" and after.data.tags["arm"] == "naive"
+    assert after.data.metrics == before.data.metrics and after.info.end_time == before.info.end_time
+
+
 def test_an_arm_that_gets_more_numbers_keeps_its_end(lab: Path, template: Path, setup: Callable[..., None]) -> None:
     (lab / "mlruns").mkdir()
     shutil.copy(template, lab / "mlruns/mlflow.db")
     setup(tracking={"enabled": True})
     start()
     before = recorded(lab)
-    assert "compare/oracle_gap" not in before["c.naive.s0"].data.metrics
+    assert "compare/oracle_gap" not in before["naive s0 · c"].data.metrics
     start("arms.joint=[method=joint]")
     after = recorded(lab)
-    assert "compare/oracle_gap" in after["c.naive.s0"].data.metrics
+    assert "compare/oracle_gap" in after["naive s0 · c"].data.metrics
     assert {n: r.info.end_time for n, r in after.items() if n in before and n != "c"} == {
         n: r.info.end_time for n, r in before.items() if n != "c"
     }
-    for name in ("c.naive.s0", "c.lifelong.s0"):
+    for name in ("naive s0 · c", "lifelong s0 · c"):
         metrics = after[name].data.metrics
         for ours, theirs in (("tokens", "tokens"), ("active_flops", "flops"), ("seconds", "seconds")):
             assert metrics[f"compare/{ours}"] == metrics[f"cost/{theirs}"]
@@ -157,7 +270,7 @@ def test_an_arm_that_diverges_does_not_stop_the_others(
     found = json.loads(Path("mlruns/comparisons/c/comparison.json").read_text())
     assert statuses(found) == {"c.naive.s0": "failed", "c.lifelong.s0": "committed"}
     assert found["arms"][0]["runs"][0]["reason"].startswith("stage fruit: no finite gradient")
-    shown = {"c": "FAILED", "c.lifelong.s0": "FINISHED", "c.lifelong.s0 · 0 fruit": "FINISHED"}
+    shown = {"c": "FAILED", "lifelong s0 · c": "FINISHED", "lifelong s0 · 0 fruit": "FINISHED"}
     assert {name: run.info.status for name, run in recorded(lab).items()} == shown
     monkeypatch.setattr(story, "run", trains)
     found, _ = start()

@@ -141,7 +141,7 @@ def test_late_is_the_same_as_at_once(lab: Lab) -> None:
     assert champion.tags["stage_key"] == "4567" * 16
     healed = lab.connect()  # and the ids of then are good for ever
     assert all(healed.run_exists(run_id) for run_id in ids)
-    assert "local-" not in healed.ui_url(ids)
+    assert "local-" not in healed.ui_url(ids[0])
     healed.log_metrics(ids[1], [("late", 1.0, 0)])
     assert healed.problem is None and lab.shown()["arm / stage"]["metrics"]["late"] == [(0, 1.0)]
 

@@ -120,8 +120,11 @@ def test_a_port_that_is_taken_is_refused(listener: socket.socket) -> None:
 def test_links_open_the_charts() -> None:
     query = "#/experiments/7/runs?workflowType=machine_learning&compareRunsMode=CHART"
     assert ui_url("sqlite:////x/mlflow.db", "7") == f"http://127.0.0.1:5000/{query}"
-    chosen = ui_url("https://user:secret@host/mlflow/", "7", ["a", "b"])
-    assert chosen == f"https://host/mlflow/{query}&searchFilter=attributes.run_id%20IN%20%28%27a%27%2C%20%27b%27%29"
+    chosen = ui_url("https://user:secret@host/mlflow/", "7", "tags.a='b'", "params.`arm`")
+    assert (
+        chosen
+        == f"https://host/mlflow/{query}&searchFilter=tags.a%3D%27b%27&orderByKey=params.%60arm%60&orderByAsc=true"
+    )
 
 
 def test_importing_the_package_does_not_import_mlflow() -> None:
