@@ -76,6 +76,13 @@ class BlockSource:
         begin, end = self.borders[index : index + 2]
         return int(np.count_nonzero(self.answered[begin:end]))
 
+    def documents(self, blocks: Sequence[int]) -> np.ndarray:
+        """Documents of which some blocks have tokens, by number in the shard, int64 and ascending."""
+        begins, ends = (self.borders[np.array(blocks, dtype=np.int64) + i] for i in (0, 1))
+        first = np.searchsorted(self.shard.offsets, begins, side="right") - 1
+        last = np.searchsorted(self.shard.offsets, ends, side="left")
+        return np.unique(np.concatenate([np.arange(a, b) for a, b in zip(first, last, strict=True)]))
+
     @cached_property
     def borders(self) -> np.ndarray:
         """Where blocks begin, and the end, int64."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import chain
 
 import numpy as np
@@ -21,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from lifelong_moe.data.tokens.blocks import BlockDataset, BlockSource, RowSource
 from lifelong_moe.data.tokens.order import SampleOrder, StepBatchSampler
-from lifelong_moe.data.tokens.shards import TokenizedCorpus
+from lifelong_moe.data.tokens.shards import TokenizedCorpus, TokenShard
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.phase import Phase
 from lifelong_moe.plan.spec import StageSpec
@@ -167,11 +168,27 @@ def text_sample(
         tokens: Wanted number, rounded down to whole blocks; at least one block.
         limit: Draw from the first blocks only, as many as replay keeps.
     """
-    shard, context = corpus.train, spec.model.context
-    source = BlockSource(shard, context, model.architecture.bos_id, model.domain_ids(shard, corpus.name), limit=limit)
+    shard, bos_id = corpus.train, model.architecture.bos_id
+    source = BlockSource(shard, spec.model.context, bos_id, limit=limit)
     # The first blocks of a random permutation, not of the text, whose beginning may be one long document.
     order = SampleOrder([len(source)], 0.0, spec.seed)
-    dataset = BlockDataset([source], order)
-    count = min(len(source), max(1, tokens // context))
+    count = min(len(source), max(1, tokens // spec.model.context))
+    wanted_D = source.documents([order.at(n)[1] for n in range(count)])
+    dataset = BlockDataset([replace(source, domain_ids=_domains_of(model, corpus.name, shard, wanted_D))], order)
     samples = [dataset[n] for n in range(count)]
     return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
+
+
+def _domains_of(
+    model: LanguageModel, distribution: str, shard: TokenShard, wanted_D: NDArray[np.int64]
+) -> NDArray[np.integer] | None:
+    """Domain of each token of some documents of a shard; tokens of all others, which nobody asks for, have 0."""
+    documents = [shard.document(number) for number in wanted_D]
+    offsets = np.cumsum([0, *map(len, documents)])
+    part = TokenShard(np.concatenate(documents), offsets, shard.text_bytes[wanted_D])
+    if (ids := model.domain_ids(part, distribution)) is None:
+        return None
+    found = np.zeros(shard.num_tokens, ids.dtype)
+    for number, begin, end in zip(wanted_D, offsets[:-1], offsets[1:], strict=True):
+        found[shard.offsets[number] : shard.offsets[number + 1]] = ids[begin:end]
+    return found

@@ -23,6 +23,8 @@ def test_block(make_shard: MakeShard) -> None:
     shard = make_shard([[0, 5, 6], [0, 7], [0, 8, 9, 10]])  # 0 5 6 0 7 0 8 9 10
     source = BlockSource(shard, context=4, bos_id=0, domain_ids=np.arange(9, dtype=np.int32))
     assert len(source) == 3
+    found = [source.documents(blocks).tolist() for blocks in ([0], [1], [2], [2, 0])]
+    assert found == [[0, 1], [1, 2], [2], [0, 1, 2]]
     first, second, rest = (source.block(i) for i in range(3))
     assert first["token_ids"].tolist() == [0, 5, 6, 0]
     assert first["target_ids"].tolist() == [5, 6, 0, 7]

@@ -132,6 +132,27 @@ def test_a_text_sample_is_evenly_drawn_and_whole_blocks(make_run: Any, make_mode
     assert len(everything) == 25 and sorted(everything[:, 0].tolist()) == sorted([0, 16, 32, 48] * 6 + [0])
 
 
+def test_a_text_sample_assigns_the_documents_that_are_drawn(
+    make_run: Any, make_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sets = ("model.document_mask=true", "routing.bundles=cluster", "stage_defaults.trunk.train=frozen")
+    spec, model, text = stage_specs(make_run(*sets))[1], make_model("bundles", (2, 2)), corpus("python")
+    whole, asked = model.domain_ids(text.train, "python"), list[int]()
+    assert whole is not None and len(set(whole.tolist())) == 2
+    assign = LanguageModel.domain_ids
+
+    def noted(model: LanguageModel, shard: TokenShard, name: str) -> Any:
+        asked.append(shard.num_documents)
+        return assign(model, shard, name)
+
+    monkeypatch.setattr(LanguageModel, "domain_ids", noted)
+    for tokens in (16, 64, 10**6):
+        sample = text_sample(model, spec, text, tokens)
+        for number, domains_S in zip(sample["block"].tolist(), sample["domain_ids"], strict=True):
+            assert domains_S.tolist() == whole[number * 16 : number * 16 + 16].tolist()
+    assert asked[0] <= 2 < asked[-1] == text.train.num_documents
+
+
 def test_routing_without_domains_has_none(make_model: Any) -> None:
     assert make_model().domain_ids(corpus("a").train, "a") is None
 
