@@ -138,8 +138,8 @@ def test_a_store_that_moved_is_found_and_one_that_is_gone_is_named(trained: Path
     assert json.loads((away / POINTER).read_text())["store"] == str(trained / "mlruns")
     (kept,) = store.glob("stages/code-*")
     # Downloaded to another place, it finds the store by the path that it names.
-    assert _load_pyfunc(str(away))._stage.path.is_relative_to(trained)
-    assert _load_pyfunc(str(folder_of(store, "code")))._stage.path.is_relative_to(store.absolute())
+    assert _load_pyfunc(str(away))._model.stage.path.is_relative_to(trained)
+    assert _load_pyfunc(str(folder_of(store, "code")))._model.stage.path.is_relative_to(store.absolute())
     named = json.loads((away / POINTER).read_text()) | {"store": str(store.absolute())}
     (away / POINTER).write_text(json.dumps(named))
     shutil.rmtree(kept)
