@@ -71,13 +71,15 @@ def imports(tree: ast.Module) -> Iterator[tuple[int, str]]:
 
 
 def import_violations(room: str, tree: ast.Module) -> Iterator[tuple[int, str]]:
+    # What the package itself offers stands above all of its rooms, and below the commands.
+    floor = FLOOR.get(room, FLOOR["serving"] + 1)
     if room and room not in FLOOR:
         yield 1, f"room {room} is not in the table of floors"
     for line, name in imports(tree):
         package, target = name.split(".")[0], room_of(name)
         if name.startswith("."):
             yield line, f"relative import of {name}"
-        elif target is not None and target != room and FLOOR.get(target, len(FLOORS)) >= FLOOR.get(room, 0):
+        elif target is not None and target != room and FLOOR.get(target, len(FLOORS)) >= floor:
             yield line, f"{room or 'lifelong_moe'} imports {target}, which is not below it"
         elif room.split("/")[0] not in (ONLY_IN.get(package, room.split("/")[0]), ""):
             yield line, f"{package} is imported outside {ONLY_IN[package]}"
