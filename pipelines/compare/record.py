@@ -152,7 +152,10 @@ class ComparisonRecord:
         table = render_comparison.markdown(found)
         self.tracker.log_text(self.parent, table, "comparison.md")
         self.tracker.log_text(self.parent, json.dumps(found, indent=1, ensure_ascii=False), "comparison.json")
-        self.tracker.set_note(self.parent, table)
+        # Whoever comes upon this page has not seen the addresses that the command printed. First: MLflow cuts notes.
+        name = found["compare"]
+        searches = f"search for `tags.{COMPARISON}='{name}'`, and with several seeds `tags.{MEANS}='{name}'`"
+        self.tracker.set_note(self.parent, f"In the list of runs, {searches}.\n\n{table}")
 
     def finish(self, console: Console, error: BaseException | None = None) -> None:
         """End the parent run, as failed if there is an error, and print where the results are."""

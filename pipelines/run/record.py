@@ -25,7 +25,7 @@ from lifelong_moe.tracking.tracker import Tracker
 from lifelong_moe.training.callbacks.points import Row
 from pipelines.run import render
 from pipelines.run.compared import Compared
-from pipelines.run.rows import cost_rows, summary_rows, usage_rows
+from pipelines.run.rows import cost, cost_rows, summary_rows, usage_rows
 from pipelines.shared.record_params import CONFIG, config_yaml, run_params, stage_params
 from pipelines.shared.recorded import show_champion
 from pipelines.shared.workspace import Prepared
@@ -191,8 +191,7 @@ class MlflowRecord:
         losses = {} if own is None else {"nats_per_token": own.nats_per_token, "bits_per_byte": own.bits_per_byte}
         rows = [(f"from_scratch/{data}/{key}", loss, 0) for key, loss in losses.items()]
         self._log(planned, [self.told.run, run_id], rows)
-        costs = {"tokens": planned.tokens, "flops": planned.flops, "seconds": stage.metrics["seconds"]}
-        self._log(planned, [run_id], [(f"cost/{key}", float(value), 0) for key, value in costs.items()])
+        self._log(planned, [run_id], cost(planned.tokens, planned.flops, stage.metrics["seconds"], 0))
         self.tracker.finish(run_id)
         self._open = None
 

@@ -36,14 +36,16 @@ def summary_rows(report: Report, index: int) -> list[Row]:
 
 def cost_rows(stages: Sequence[StageReport], index: int) -> list[Row]:
     """What stages cost together, at step = stage index; energy is absent unless all of it was measured."""
-    costs: dict[str, float] = {
-        "tokens": sum(stage.tokens for stage in stages),
-        "flops": sum(stage.active_flops for stage in stages),
-        "seconds": sum(stage.seconds for stage in stages),
-    }
+    tokens, flops = sum(stage.tokens for stage in stages), sum(stage.active_flops for stage in stages)
+    rows = cost(tokens, flops, sum(stage.seconds for stage in stages), index)
     if all("energy_joules" in stage.training for stage in stages):
-        costs["joules"] = sum(float(stage.training["energy_joules"]) for stage in stages)
-    return [(f"cost/{key}", float(value), index) for key, value in costs.items()]
+        rows.append(("cost/joules", sum(float(stage.training["energy_joules"]) for stage in stages), index))
+    return rows
+
+
+def cost(tokens: int, flops: float, seconds: float, step: int) -> list[Row]:
+    """Points of a cost, of one stage or of several."""
+    return [("cost/tokens", float(tokens), step), ("cost/flops", float(flops), step), ("cost/seconds", seconds, step)]
 
 
 def usage_rows(stage: StageReport, index: int) -> list[Row]:
