@@ -10,7 +10,6 @@ from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits
 
 from lifelong_moe.errors import DataError
 
@@ -146,6 +145,8 @@ def mean_directions(unit_ND: NDArray[np.floating], labels_N: Labels, num_cluster
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Hold native code (FAISS, BLAS) to one thread: the same bits everywhere, and faster for small jobs."""
+    from threadpoolctl import threadpool_limits
+
     with threadpool_limits(limits=1):
         yield
 

@@ -117,7 +117,9 @@ def _work(
             failed.append(job.run)
         # Meanwhile a locked run may have become free.
         turned_away = 0
-        record.update()
+        # What was complete before is compared at the end, once.
+        if not complete:
+            record.update()
     return failed
 
 

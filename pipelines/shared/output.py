@@ -113,6 +113,8 @@ class SafeConsole(Console):
 
     def print(self, *objects: Any, **options: Any) -> None:
         """Print; a string is one line, whatever line ends it holds, so that none can be forged."""
+        if self.quiet:  # of which rich would think only after it has rendered everything
+            return
         super().print(*(visible(redact(one), keep="\t") if isinstance(one, str) else one for one in objects), **options)
 
     def render_str(self, text: str, **options: Any) -> Text:

@@ -17,6 +17,9 @@ def show(console: Console, table: Table) -> None:
 
     Cells are wrapped between words, so no number is cut unless a single word is wider than the terminal.
     """
+    # rich would render it and then throw it away, and a comparison says nothing of hundreds of complete runs.
+    if console.quiet:
+        return
     spans = [_span(console, column) for column in table.columns]
     room = console.width - 1  # the line that ends the table
     if sum(span.maximum + EDGE for span in spans) <= room:
