@@ -65,7 +65,7 @@ class Remembered:
     def __init__(self, path: Path) -> None:
         self._path, self._new = path, dict[str, Seen]()
         self._known: Mapping[str, Seen] = {}
-        with suppress(FileNotFoundError, CorruptError):
+        with suppress(OSError, CorruptError):
             self._known = read_stored(path, partial(from_plain, _Notes)).files
 
     def knows(self, name: str, seen: Seen) -> bool:

@@ -115,6 +115,12 @@ def test_notes_that_are_none_are_written_anew(root: Path, hashed: list[str], tex
     assert StageStore(root).find(KEY) is not None and hashed == []
 
 
+def test_a_file_in_place_of_the_notes_is_passed_over(root: Path, hashed: list[str]) -> None:
+    shutil.rmtree(root / "verified")
+    (root / "verified").touch()
+    assert StageStore(root).find(KEY) is not None and WEIGHTS in hashed
+
+
 def test_a_store_that_cannot_be_written_to_is_read_again(
     root: Path, hashed: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
