@@ -30,6 +30,9 @@ from pipelines.shared.record_params import CONFIG, config_yaml, run_params, stag
 from pipelines.shared.recorded import show_champion
 from pipelines.shared.workspace import Prepared
 
+RECORD = 2
+"""Raised where MLflow gets more of a run than before, so that it gets it of earlier ones too."""
+
 
 class MlflowRecord:
     """Logs a run; the run's head holds what was logged, so continuing appends and repeating adds nothing.

@@ -40,7 +40,7 @@ from lifelong_moe.training.restore import initial_model, load_model
 from pipelines.run import render
 from pipelines.run.compared import Compared
 from pipelines.run.opening import open_run
-from pipelines.run.record import MlflowRecord
+from pipelines.run.record import RECORD, MlflowRecord
 from pipelines.shared.places import remove_abandoned
 from pipelines.shared.training import train_stage
 from pipelines.shared.workspace import CACHE, ROOT, Prepared, prepare, require_room
@@ -128,7 +128,7 @@ def _run_stages(
     keys = [planned.key for planned in prepared.plan]
     measurements = _measurements(prepared, store)
     distributions = measurements.known([_init_key(prepared), *keys])
-    content = content_key([keys, [measurements.key(name) for name in distributions]])
+    content = content_key([RECORD, keys, [measurements.key(name) for name in distributions]])
     trains = any(store.find(key) is None for key in keys)
     mlflow = MlflowRecord(tracker, prepared, opened, content, trains, compared)
     report: Report | None = None

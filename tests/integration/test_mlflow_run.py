@@ -222,18 +222,32 @@ def test_what_is_only_added_to_keeps_its_end(lab: Path, config: dict[str, Any]) 
 
 
 def test_costs_are_told_to_a_run_of_an_earlier_version(lab: Path, config: dict[str, Any]) -> None:
+    """A finished one too: it is started again, trains nothing, and keeps its end."""
+    report, _ = train()
+    record = lab / "mlruns/runs/tiny"
+    head = json.loads((record / "head.json").read_text())
+    kept = {path: json.loads(path.read_text()) for path in (record / "logged").iterdir()}
+    # Such a version noted in the head what it had logged, and had another key for all of it.
+    head["mlflow"]["content"] = "0" * 64
+    head["mlflow"]["logged"] = {
+        one["stage"]: {key: value for key, value in one["metrics"].items() if "cost/" not in key}
+        for one in kept.values()
+    }
+    (record / "head.json").write_text(json.dumps(head))
+    shutil.rmtree(record / "logged")
+    with sqlite3.connect(lab / "mlruns/mlflow.db") as database:
+        for table in ("metrics", "latest_metrics"):
+            database.execute(f"DELETE FROM {table} WHERE key LIKE 'cost/%'")
+    database.close()
+    (before,), _ = runs()
+    assert "cost/tokens" not in before.data.metrics
     train()
-    path = lab / "mlruns/runs/tiny/head.json"
-    head = json.loads(path.read_text())
-    for logged in head["mlflow"]["logged"].values():
-        for key in [key for key in logged if "cost/" in key]:
-            del logged[key]
-        logged["usage/seconds"] = 1.0
-    path.write_text(json.dumps(head))
-    config["stages"].append({"data": "fruit"})
-    report, _ = train(write_config(config))
-    (parent,), _ = runs()
-    assert points(parent, "cost/tokens")[-1] == (2, float(sum(stage["tokens"] for stage in report["stages"])))
+    (after,), children = runs()
+    tokens = [float(stage["tokens"]) for stage in report["stages"]]
+    assert points(after, "cost/tokens") == [(0, tokens[0]), (1, sum(tokens))]
+    assert [points(child, "cost/tokens") for child in children] == [[(0, tokens[0])], [(1, tokens[1])]]
+    assert points(after, "eval/code/nats_per_token") == points(before, "eval/code/nats_per_token")  # none twice
+    assert after.info.end_time == before.info.end_time
 
 
 def test_a_distribution_from_scratch_has_a_run_of_its_own(lab: Path, config: dict[str, Any]) -> None:
