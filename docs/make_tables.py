@@ -303,6 +303,8 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "attention": others.attention,
     "generation": others.generation,
     "waiting-threads": others.waiting_threads,
+    "idle": others.idle,
+    "idle-writes": others.idle_writes,
     "floors": house.short_floors,
     "house-floors": house.floors,
     "house-figures": house.figures,

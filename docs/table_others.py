@@ -234,3 +234,34 @@ def waiting_threads() -> list[str]:
         rows.append([label, *(f"{value:.2f}" for value in values)])
     header = ["waiting", "steps/s, idle", "over default", "processor s a step", "steps/s beside a busy process"]
     return markdown([*header, "over one thread", "processor s a step"], rows)
+
+
+def idle() -> list[str]:
+    """Commands that train nothing, of two checkouts."""
+    found = read("results/idle")["checkouts"]
+    now, before = (found[name]["seconds"] for name in ("now", "before"))
+    torch = now["import torch"]["median"]
+    rows = []
+    for what, one in now.items():
+        old, new, (low, high) = before[what]["median"], one["median"], one["quartiles"]
+        label = "`python -c 'import torch'`" if what == "import torch" else f"`{what.split(',')[0]}`"
+        detail = what.partition(",")[2]
+        rows.append(
+            [label + ("," if detail else "") + detail, f"{old:.2f} s", f"{new:.2f} s", f"{low:.2f} – {high:.2f}"]
+        )
+        rows[-1].append(f"{new / torch:.2f}")
+    return markdown(["command", "before", "now", "quartiles, now", "over importing torch"], rows, "lrrlr")
+
+
+def idle_writes() -> list[str]:
+    """What a run of many stages writes, of two checkouts."""
+    result = read("results/idle")
+    now, before = (result["checkouts"][name] for name in ("now", "before"))
+    lines = {
+        "flushes": "waits for the disk, all stages",
+        "flushes_of_a_run_with_nothing_to_do": "waits for the disk, a second `run`",
+        "head_bytes": "bytes of `head.json`",
+        "files": "files below `mlruns`",
+    }
+    rows = [[text, f"{before[key]:,}", f"{now[key]:,}"] for key, text in lines.items()]
+    return markdown([f"{result['stages']} stages and distributions", "before", "now"], rows, "lrr")
