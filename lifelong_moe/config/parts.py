@@ -61,7 +61,7 @@ _NAME = re.compile(
         (?: moe\.banks\.experts\.(?P<expert>\d+)\..+
           | (?: .+\.deltas\. | (?: embedding | head )\.added\.
               | moe\.router\..+[._] | moe\.banks\.generations\. | document_clusters\.centroids_ )
-            (?P<generation>\d+) (?: \.(?: up | down | gate_up ) (?: _[ab] )? )?
+            (?P<generation>\d+) (?: \.(?: (?: up | down | gate_up ) (?: _[ab] )? | base ) )?
           | .+
         )""",
     re.VERBOSE,

@@ -200,10 +200,9 @@ class Measurements:
         key, known = self.key(name), dict[int, Reading]()
         # A mixture of the first n of these generations: what it heard of each, the one with one more needs to hear.
         for number in range(len(readers), 0, -1):
-            missing = set(range(number)) - known.keys()
-            known |= self.cache.find(key, readers[:number], partial(_readings, missing, model.architecture)) or {}
-            if not missing:
+            if not (missing := set(range(number)) - known.keys()):
                 break
+            known |= self.cache.find(key, readers[:number], partial(_readings, missing, model.architecture)) or {}
         readings = Readings(windows, model.architecture, known)
         tokens = self.config.evaluate.batch_tokens
         found = evaluate(model, windows, distribution=name, batch_tokens=tokens, readings=readings)

@@ -205,6 +205,39 @@ def _mixed(texts: _Texts, windows: EvaluationSet, batch_tokens: int) -> Iterator
             yield texts.read(places_B)
 
 
+@dataclass
+class _Hearing:
+    """Windows of a batch while generations read them."""
+
+    places_B: NDArray[np.int64]
+    arrays: Arrays
+    evidence_BS: Tensor
+    """As in ``arrays``, on the CPU, where weights are computed."""
+    nats_BSG: Tensor
+    """What each target costs each generation, float64; not a number where that is not known."""
+    until_BG: Tensor
+    """Positions that each generation has read itself; 0 where it has not, though a reading may know its costs."""
+    members: list[Member]
+
+    @classmethod
+    def of(cls, places_B: NDArray[np.int64], arrays: Arrays, left_BG: Tensor) -> _Hearing:
+        """Before anybody read."""
+        evidence_BS = arrays["evidence"].cpu()
+        shape = *evidence_BS.shape, left_BG.shape[1]
+        nats_BSG = torch.full(shape, math.nan, dtype=torch.float64)
+        return cls(places_B, arrays, evidence_BS, nats_BSG, torch.zeros_like(left_BG, dtype=torch.int64), [])
+
+    @property
+    def length(self) -> int:
+        """Positions of the longest window."""
+        return self.evidence_BS.shape[1]
+
+    def lacking(self, weights_BSG: Tensor) -> Tensor:
+        """Which generations have a weight, in the first positions, beyond what is known of them, bool ``(B, G)``."""
+        beyond_BSG = (weights_BSG > 0) & self.nats_BSG[:, : weights_BSG.shape[1]].isnan()
+        return beyond_BSG.any(dim=1) & (self.until_BG == 0)
+
+
 class _Texts:
     """Texts as far as they have been read: which generations are left, and how likely each found them."""
 
@@ -222,77 +255,85 @@ class _Texts:
     def read(self, places_B: NDArray[np.int64]) -> WindowBatch:
         """Read some windows, no two of one text."""
         arrays, text_B = _arrays(self.model, self.windows, places_B), torch.from_numpy(self.text_W[places_B])
-        evidence_BS = arrays["evidence"].cpu()
         left_BG = self.alive[text_B]
-        # Not a number where a generation does not read.
-        nats_BSG = torch.full((*evidence_BS.shape, left_BG.shape[1]), math.nan, dtype=torch.float64)
+        now = _Hearing.of(places_B, arrays, left_BG)
+        known = self._recall(now, left_BG)
+        known_G = torch.zeros_like(left_BG[0]).index_fill(0, torch.tensor(known, dtype=torch.int64), True)
+        is_long = now.length > 2 * FIRST and bool((left_BG.sum(dim=1) > 1).any())
+        for width in (FIRST, now.length) if is_long else (now.length,):
+            self._pass(now, left_BG & ~known_G, width)
+            weights_BSG, left_BG = self._weigh(now, width)
+            # A reading may end too early: whoever left the generation out then may now be left out before.
+            while bool((lacking_BG := now.lacking(weights_BSG)).any()):
+                self._pass(now, lacking_BG, now.length)
+                weights_BSG, left_BG = self._weigh(now, width)
+        self.alive[text_B] = left_BG
+        self.nats[text_B] += now.nats_BSG.nan_to_num().sum(dim=1)
+        for member in now.members:
+            here, generation = member.windows_R.cpu(), int(member.domain_ids_RP[0, 0])
+            weights_RP = weights_BSG[here, : member.weights_RP.shape[1], generation]
+            # What was read again to the end counts there.
+            weights_RP = weights_RP * (now.until_BG[here, generation, None] == weights_RP.shape[1])
+            member.weights_RP = weights_RP.to(member.weights_RP.device)
+            if self.readings is not None:
+                costs_RP = now.nats_BSG[here, : weights_RP.shape[1], generation]
+                places_R = torch.from_numpy(places_B)[here]
+                self.readings.note(generation, places_R, weights_RP > 0, costs_RP, member.output)
+        members = [*now.members, *self._known_members(known, now, weights_BSG)]
+        scored_BS = arrays["scored"].cpu()
+        # Without a weight the cost is not a number, either.
+        logs_TG = (weights_BSG[scored_BS].log() - now.nats_BSG[scored_BS]).nan_to_num(-math.inf, neginf=-math.inf)
+        return WindowBatch(places_B, arrays, members, -logs_TG.logsumexp(dim=1).to(arrays["scored"].device))
+
+    def _recall(self, now: _Hearing, left_BG: Tensor) -> list[int]:
+        """Note what windows cost the known generations; returns these, but those that are left in no window."""
         known = [generation for generation in sorted(self.known) if bool(left_BG[:, generation].any())]
         for generation in known:
             assert self.readings is not None
-            costs_BS = self.readings.nats(generation, torch.from_numpy(places_B), evidence_BS.shape[1])
-            nats_BSG[:, :, generation] = costs_BS.masked_fill(~evidence_BS, math.nan)
-        begun: list[Member] = []
-        if evidence_BS.shape[1] > 2 * FIRST and bool((left_BG.sum(dim=1) > 1).any()):
-            begun = list(self._passes(arrays, left_BG, FIRST, nats_BSG))
-            left_BG = self._weigh(places_B, evidence_BS[:, :FIRST], nats_BSG[:, :FIRST])[1]
-        members = [*begun, *self._passes(arrays, left_BG, evidence_BS.shape[1], nats_BSG)]
-        weights_BSG, self.alive[text_B] = self._weigh(places_B, evidence_BS, nats_BSG)
-        self.nats[text_B] += nats_BSG.nan_to_num().sum(dim=1)
-        for i, member in enumerate(members):
-            here, generation = member.windows_R.cpu(), int(member.domain_ids_RP[0, 0])
-            weights_RP = weights_BSG[here, : member.weights_RP.shape[1], generation]
-            if i < len(begun):  # what was read again to the end counts there
-                weights_RP = weights_RP * ~left_BG[here, generation, None]
-            member.weights_RP = weights_RP.to(member.weights_RP.device)
-            if self.readings is not None:
-                costs_RP = nats_BSG[here, : weights_RP.shape[1], generation]
-                places_R = torch.from_numpy(places_B)[here]
-                self.readings.note(generation, places_R, weights_RP > 0, costs_RP, member.output)
-        members += self._known_members(known, places_B, arrays, weights_BSG)
-        scored_BS = arrays["scored"].cpu()
-        # Without a weight the cost is not a number, either.
-        logs_TG = (weights_BSG[scored_BS].log() - nats_BSG[scored_BS]).nan_to_num(-math.inf, neginf=-math.inf)
-        return WindowBatch(places_B, arrays, members, -logs_TG.logsumexp(dim=1).to(arrays["scored"].device))
+            costs_BS = self.readings.nats(generation, torch.from_numpy(now.places_B), now.length)
+            now.nats_BSG[:, :, generation] = costs_BS.masked_fill(~now.evidence_BS, math.nan)
+        return known
 
-    def _known_members(
-        self, known: list[int], places_B: NDArray[np.int64], arrays: Arrays, weights_BSG: Tensor
-    ) -> Iterator[Member]:
+    def _known_members(self, known: list[int], now: _Hearing, weights_BSG: Tensor) -> Iterator[Member]:
         """Of the generations that need not read, each with the windows in which it has a weight."""
         for generation in known:
-            here = (weights_BSG[:, :, generation] > 0).any(dim=1).nonzero().squeeze(1)
+            has_weight_B = (weights_BSG[:, :, generation] > 0).any(dim=1) & (now.until_BG[:, generation] == 0)
+            here = has_weight_B.nonzero().squeeze(1)
             if len(here):
                 assert self.readings is not None
-                places_R, like = torch.from_numpy(places_B)[here], arrays["token_ids"]
+                places_R, like = torch.from_numpy(now.places_B)[here], now.arrays["token_ids"]
                 output = self.readings.output(generation, places_R, like.shape[1], self.model.norm.weight)
                 domain_ids = torch.full_like(like[here.to(like.device)], generation)
                 weights_RP = weights_BSG[here, :, generation].to(like.device)
                 yield Member(here.to(like.device), domain_ids, output, weights_RP)
 
-    def _passes(self, arrays: Arrays, left_BG: Tensor, width: int, nats_BSG: Tensor) -> Iterator[Member]:
-        """Let each generation read the first positions of the windows that it is left in, and note what they cost."""
-        for generation in left_BG.any(dim=0).nonzero().flatten().tolist():
-            if generation in self.known:
-                continue
-            here = left_BG[:, generation].nonzero().squeeze(1)
-            part = {name: array[here.to(array.device), :width] for name, array in arrays.items()}
+    def _pass(self, now: _Hearing, asked_BG: Tensor, width: int) -> None:
+        """Let generations read the first positions of some windows each, and note what they cost."""
+        for generation in asked_BG.any(dim=0).nonzero().flatten().tolist():
+            here = asked_BG[:, generation].nonzero().squeeze(1)
+            part = {name: array[here.to(array.device), :width] for name, array in now.arrays.items()}
             domain_ids, heard = torch.full_like(part["token_ids"], generation), part["evidence"]
             output = _forward(self.model, part, domain_ids)
             nats = self.model.head.token_nats(output.hidden_BSD[heard], part["target_ids"][heard], domain_ids[heard])
             cost_RP = torch.full(heard.shape, math.nan, dtype=torch.float64)
             cost_RP[heard.cpu()] = nats.double().cpu()
-            nats_BSG[here, :width, generation] = cost_RP
-            yield Member(here.to(heard.device), domain_ids, output, torch.zeros_like(domain_ids, dtype=torch.float64))
+            now.nats_BSG[here, :width, generation] = cost_RP
+            now.until_BG[here, generation] = width
+            no_weight_RP = torch.zeros_like(domain_ids, dtype=torch.float64)
+            now.members.append(Member(here.to(heard.device), domain_ids, output, no_weight_RP))
 
-    def _weigh(self, places_B: NDArray[np.int64], evidence_BS: Tensor, nats_BSG: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights in each prediction ``(B, S, G)``, and the generations that are left afterwards ``(B, G)``."""
-        weights_BSG = torch.zeros_like(nats_BSG)
-        left_BG = self.alive[self.text_W[places_B]].clone()
-        for row in range(len(places_B)):
-            heard, text = evidence_BS[row].nonzero().squeeze(1), self.text_W[places_B[row]]
-            nats_TG = nats_BSG[row, heard]
+    def _weigh(self, now: _Hearing, width: int) -> tuple[Tensor, Tensor]:
+        """Weights in each prediction of the first positions, ``(B, width, G)``, and the generations that are left
+        afterwards ``(B, G)``."""
+        weights_BSG = torch.zeros_like(now.nats_BSG[:, :width])
+        left_BG = self.alive[self.text_W[now.places_B]].clone()
+        for row, place in enumerate(now.places_B):
+            heard, text = now.evidence_BS[row, :width].nonzero().squeeze(1), self.text_W[place]
+            nats_TG = now.nats_BSG[row, heard]
             costs_TG = nats_TG.nan_to_num()
             score_TG = -self.mixture.likelihood * (self.nats[text] + costs_TG.cumsum(dim=0) - costs_TG)
-            score_TG = score_TG.masked_fill(nats_TG.isnan(), -math.inf)
+            # Who stopped reading was out by then. Where a reading ends, weights must say whether it was.
+            score_TG = score_TG.masked_fill(nats_TG.isnan() & (now.until_BG[row] > 0), -math.inf)
             logs_TG, left_BG[row] = log_weights(score_TG, left_BG[row], self.mixture.drop)
             weights_BSG[row, heard] = logs_TG.exp()
         return weights_BSG, left_BG

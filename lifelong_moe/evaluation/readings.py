@@ -1,8 +1,9 @@
 """What each generation said of a text, kept, so that a model with one more generation asks only that one.
 
 A mixture leaves a generation out of a text for good once its weight falls under a share of the largest one. One more
-generation can only raise the largest, so all others are left out as early as before, or earlier: what they said until
-then is all that is asked of them. Weights and losses are computed from it anew.
+generation mostly raises the largest, so that all others are left out as early as before, or earlier: what they said
+until then is all that is asked of them. Weights and losses are computed from it anew. But the new one may also leave
+out who has left out others before: these keep a weight for longer than they were heard, and read such windows again.
 
 Legend: W windows, S positions, B windows of a batch, N places where a generation had a weight, K experts per token.
 """
@@ -38,10 +39,12 @@ class Reading:
 
     @classmethod
     def joined(cls, parts: Sequence[Reading]) -> Reading:
-        """Of all windows, from those of some of them each."""
+        """Of all windows, from those of some of them each; where two say something of a place, the later one counts."""
         places_N = torch.cat([part.places_N for part in parts])
-        order_N = places_N.argsort()
-        layers = zip(*(part.experts_NK for part in parts), strict=True)
+        order_N = places_N.argsort(stable=True)
+        is_last_N = F.pad(places_N[order_N].diff() > 0, (0, 1), value=True)[: len(order_N)]
+        order_N = order_N[is_last_N]
+        layers = [_padded(layer) for layer in zip(*(part.experts_NK for part in parts), strict=True)]
         return cls(
             places_N[order_N],
             torch.cat([part.nats_N for part in parts])[order_N],
@@ -60,9 +63,11 @@ class Reading:
             experts = [tensors[f"experts.{layer}.{generation}"] for layer in range(architecture.model.layers)]
         except KeyError as error:
             raise ValueError(f"no tensor {error}") from None
-        shapes = [places_N.shape, nats_N.shape, *(layer.shape[:1] for layer in experts)]
+        shapes = {places_N.shape, *(layer.shape[:1] for layer in experts)}
         kinds = [places_N.dtype, nats_N.dtype, *(layer.dtype for layer in experts)]
-        if set(shapes) != {(len(nats_N),)} or kinds != [torch.int64, torch.float32, *[torch.int16] * len(experts)]:
+        are_tables = nats_N.ndim == 1 and all(layer.ndim == 2 for layer in experts)
+        are_ours = kinds == [torch.int64, torch.float32, *[torch.int16] * len(experts)]
+        if not are_tables or shapes != {nats_N.shape} or not are_ours:
             raise ValueError("tensors of other shapes or types")
         if bool((places_N.diff() <= 0).any()) or bool((places_N < 0).any()) or not bool(nats_N.isfinite().all()):
             raise ValueError("places that do not ascend, or costs that are not finite")
@@ -75,6 +80,12 @@ class Reading:
         """By name, to be stored."""
         experts = {f"experts.{layer}.{generation}": ids_NK for layer, ids_NK in enumerate(self.experts_NK)}
         return {f"places.{generation}": self.places_N, f"nats.{generation}": self.nats_N, **experts}
+
+
+def _padded(parts: Sequence[Tensor]) -> list[Tensor]:
+    """Experts of tokens, as wide as the widest: a layer of few experts has fewer than a token uses, until it grows."""
+    widest = max(ids_NK.shape[1] for ids_NK in parts)
+    return [F.pad(ids_NK, (0, widest - ids_NK.shape[1]), value=-1) for ids_NK in parts]
 
 
 class Readings:
@@ -132,8 +143,16 @@ class Readings:
         self._parts.setdefault(generation, []).append(part)
 
     def made(self) -> dict[int, Reading]:
-        """Of the generations that did read."""
-        return {generation: Reading.joined(parts) for generation, parts in sorted(self._parts.items())}
+        """Of the generations that did read, each with what was known of it."""
+        return {
+            generation: Reading.joined([*self._before(generation), *parts])
+            for generation, parts in sorted(self._parts.items())
+        }
+
+    def _before(self, generation: int) -> list[Reading]:
+        if (known := self._known.get(generation)) is None:
+            return []
+        return [Reading(known.places_N, known.nats_N[:-1], [ids_NK[:-1] for ids_NK in known.experts_NK])]
 
 
 def reader_hashes(model: LanguageModel) -> list[str]:

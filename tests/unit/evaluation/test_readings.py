@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from lifelong_moe.data.tokens.windows import EvaluationSet, evaluation_windows
 from lifelong_moe.evaluation import reading
 from lifelong_moe.evaluation.loss import Evaluation, evaluate
 from lifelong_moe.evaluation.readings import Reading, Readings, reader_hashes
+from lifelong_moe.model.head import LinearHead
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.architecture import Generation
 from lifelong_moe.store.readings import ReadingCache
@@ -80,6 +82,44 @@ def test_one_more_generation_is_all_that_reads(
     assert measured(after, windows, again).nats_per_token == pytest.approx(found.nats_per_token) and not seen
 
 
+def test_who_is_heard_longer_than_before_reads_on(
+    models: tuple[LanguageModel, LanguageModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The newest generation leaves out the first, which has left out the second: now the second keeps a weight."""
+    costs_GV = torch.zeros(3, VOCABULARY)
+    costs_GV[:, 1:4] = torch.tensor([[2.0, 0.0, 9.0], [1.0, 2.0, 0.0], [0.0, 3.0, 1.0]])
+    monkeypatch.setattr(LinearHead, "token_nats", lambda _, __, targets, domains: costs_GV[domains, targets])
+    # The second reads on in the first two, over several windows in one of them; the last needs nobody again.
+    texts = [[0, *[1] * 3, *[2] * 4, *[3] * tail] for tail in (40, 5)] + [[0, *[1] * 9]]
+    lengths, tokens = [len(text) for text in texts], np.concatenate(texts).astype(np.uint16)
+    windows = evaluation_windows(TokenShard(tokens, np.cumsum([0, *lengths]), np.array(lengths)), CONTEXT, 10**9)
+    mixture = MixtureConfig(likelihood=1.0, drop=0.01)
+    for model in models:
+        model.architecture = replace(model.architecture, routing=replace(model.architecture.routing, mixture=mixture))
+    before, after = models
+    for first in (2, 4, 32):
+        monkeypatch.setattr(reading, "FIRST", first)
+        asked = Readings(windows, before.architecture, {})
+        measured(before, windows, asked)
+        expected = measured(after, windows)
+        known = Readings(windows, after.architecture, asked.made())
+        found = measured(after, windows, known)
+        for name in ("nats_per_token", "shares", "readers"):
+            assert getattr(found, name) == pytest.approx(getattr(expected, name), rel=1e-6), name
+        assert np.allclose(found.expert_counts, expected.expert_counts)
+        assert set(known.made()) == {1, 2}
+        # What is kept of the second covers all texts, so that another mixture asks nothing of it.
+        with monkeypatch.context() as patch:
+            seen, again = who_reads(patch), Readings(windows, after.architecture, asked.made() | known.made())
+            assert measured(after, windows, again).nats_per_token == pytest.approx(found.nats_per_token) and not seen
+
+
+def test_a_layer_that_grew_has_more_experts_for_a_token() -> None:
+    one, two = (torch.zeros(1, num, dtype=torch.int16) for num in (1, 2))
+    parts = [Reading(torch.tensor([place]), torch.ones(1), [ids_NK]) for place, ids_NK in ((0, one), (1, two))]
+    assert Reading.joined(parts).experts_NK[0].tolist() == [[0, -1], [0, 0]]
+
+
 def test_readings_go_through_a_file(
     models: tuple[LanguageModel, LanguageModel], windows: EvaluationSet, tmp_path: Path
 ) -> None:
@@ -114,6 +154,18 @@ def test_what_a_reading_depends_on(models: tuple[LanguageModel, LanguageModel]) 
         assert all(one != other for one, other in zip(reader_hashes(after), changed, strict=True))
 
 
+def test_a_low_rank_generation_changes_no_older_reader(make_model: Make) -> None:
+    born = (4, Generation("s1", 2, delta_rank=3, rank=2), Generation("s2", 2, delta_rank=3, rank=2))
+    before, after = (make_model("bundles", born[:number]).eval() for number in (2, 3))
+    before.load_state_dict({name: tensor for name, tensor in after.state_dict().items() if name in before.state_dict()})
+    first, second, third = reader_hashes(after)
+    assert reader_hashes(before) == [first, second]
+    experts = next(after.moe_layers()).banks.born[1]
+    experts.base.add_(1)  # type: ignore[union-attr,operator]
+    changed = reader_hashes(after)
+    assert changed[0] == first and second != changed[1] and third != changed[2]
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -122,9 +174,11 @@ def test_what_a_reading_depends_on(models: tuple[LanguageModel, LanguageModel]) 
         {"places.0": torch.tensor([0, 1], dtype=torch.int32)},
         {"nats.0": torch.tensor([1.0, torch.nan])},
         {"nats.0": torch.tensor([1.0])},
+        {"nats.0": torch.tensor(1.0)},
         {"experts.1.0": torch.tensor([[0], [4]], dtype=torch.int16)},
         {"experts.1.0": torch.tensor([[0], [-2]], dtype=torch.int16)},
         {"experts.1.0": torch.tensor([0], dtype=torch.int16)},
+        {"experts.1.0": torch.tensor([0, 0], dtype=torch.int16)},
         {"experts.1.0": None},
     ],
     ids=str,
