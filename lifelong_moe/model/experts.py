@@ -335,7 +335,9 @@ class ExpertBanks(nn.Module):
         numbers = [[count for _, here in run for count in here] for run in runs]
         parts = zip(rows_ND.split([sum(number) for number in numbers]), numbers, runs, strict=True)
         outputs = [self._run(part_ND, number, [one for one, _ in run]) for part_ND, number, run in parts]
-        return outputs[0] if len(outputs) == 1 else torch.cat([*outputs, rows_ND[:0]])
+        if len(outputs) > 1:
+            return torch.cat(outputs)
+        return outputs[0] if outputs else rows_ND
 
     def _run(self, rows_ND: Tensor, counts: list[int], run: list[ExpertGeneration]) -> Tensor:
         if not isinstance(low := run[0], LowRankExperts):

@@ -83,6 +83,15 @@ def test_in_sixteen_bits(implementation: ExpertsImplementation) -> None:
     torch.testing.assert_close(out.float(), expected, atol=0.3, rtol=0.05)
 
 
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS.keys())
+def test_a_row_is_as_exact_whoever_else_has_rows(counts: list[int]) -> None:
+    """Sums of experts' outputs are made in their type: it must not depend on the generations of a batch."""
+    banks, x = banks_of(Activation.swiglu, (4,)), torch.randn(sum(counts), 6)
+    banks.implementation = ExpertsImplementation.slices
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.inference_mode():
+        assert not sum(counts) or banks(x, torch.tensor(counts)).dtype == torch.bfloat16
+
+
 def logits(model: LanguageModel, domain: int = 0, seed: int = 3) -> Tensor:
     ids = torch.randint(1, 61, (2, 12), generator=torch.Generator().manual_seed(seed))
     domains = torch.full_like(ids, domain)
