@@ -44,8 +44,8 @@ def _version_key(head: RunHead, version: int | str) -> str:
         # Until something is promoted or dropped, a finished run's last stage serves.
         head.require_finished()
         return head.champion.key if head.versions else head.stages[-1]
-    known = {one.id: one for one in head.versions}
-    if not isinstance(version, int) or version not in known:
-        there = ", ".join(map(str, known)) or "none yet"
+    known = {str(one.id): one for one in head.versions}
+    if str(version) not in known:
+        there = ", ".join(known) or "none yet"
         raise ConfigError(f"run {head.run} has no version {version}; there are {there}, and {CHAMPION}.")
-    return known[version].key
+    return known[str(version)].key

@@ -84,8 +84,8 @@ def test_versions_are_named(trained: Path, tmp_path: Path, monkeypatch: pytest.M
     shutil.copytree(trained, tmp_path / "copy")
     monkeypatch.chdir(tmp_path / "copy")
     drop("tiny", "code", Console(quiet=True), ungated=True)
-    names = [lifelong_moe.load("tiny", version=version).stage.name for version in (0, 1, "champion")]
-    assert names == ["code", "fruit", "fruit"]
+    names = [lifelong_moe.load("tiny", version=version).stage.name for version in (0, 1, "1", "champion")]
+    assert names == ["code", "fruit", "fruit", "fruit"]
 
 
 @pytest.mark.parametrize(
@@ -95,6 +95,7 @@ def test_versions_are_named(trained: Path, tmp_path: Path, monkeypatch: pytest.M
         ({"run": "tiny", "stage": "none"}, "no committed stage none; there are fruit, code"),
         ({"run": "tiny", "version": 7}, "no version 7"),
         ({"run": "tiny", "version": "best"}, "no version best"),
+        ({"run": "tiny", "version": False}, "no version False"),
         ({"run": "tiny", "stage": "fruit", "version": 0}, "both name a model"),
     ],
 )
