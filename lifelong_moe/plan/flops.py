@@ -6,15 +6,13 @@ and a document mask make the real number smaller, recomputation makes it larger.
 
 from __future__ import annotations
 
-import math
-
 from lifelong_moe.config.parts import Part
 from lifelong_moe.config.retention import WRITTEN_AT_ONCE, DistillText
 from lifelong_moe.config.routing.topk import LearnedConfig
 from lifelong_moe.plan.architecture import Architecture
 from lifelong_moe.plan.cost import forward_flops_per_token, pass_flops
 from lifelong_moe.plan.phase import Phase, Trains
-from lifelong_moe.plan.products import IsTrainable, Text, TokenProducts, pass_products
+from lifelong_moe.plan.products import IsTrainable, Text, TokenProducts, few_rows_products, pass_products
 from lifelong_moe.plan.spec import StageSpec
 
 
@@ -40,9 +38,10 @@ def _preparation_flops(spec: StageSpec, parent: Architecture) -> int:
     """FLOPs of the parent's model before the loop: for generated text, and for the Fisher information."""
     blocks, context = sum(spec.written_blocks), spec.model.context
     mixed = Text.mixed(parent)
-    # A pass writes one token of each of WRITTEN_AT_ONCE blocks.
-    passes = math.ceil(blocks / WRITTEN_AT_ONCE) * context
-    written = blocks * context * forward_flops_per_token(parent) + passes * pass_flops(parent, mixed)
+    # A pass writes one token of each of WRITTEN_AT_ONCE blocks, the last ones fewer.
+    whole, rest = divmod(blocks, WRITTEN_AT_ONCE)
+    changes = whole * few_rows_products(parent, mixed, WRITTEN_AT_ONCE) + few_rows_products(parent, mixed, rest)
+    written = context * round(blocks * forward_flops_per_token(parent) + 2 * changes)
     before = parent if spec.continues is None else parent.continuing(spec.continues)
     # Fisher information is squared per sequence, so each pass has one.
     measured = spec.fisher_measured_tokens

@@ -217,3 +217,19 @@ def pass_products(
         rank = architecture.generations[g].delta_rank if share else 0
         total += sum(rank * sizes[part] * (3 if trains(part, g) else 1) for part in parts)
     return total
+
+
+def few_rows_products(architecture: Architecture, text: Text, rows: int) -> float:
+    """Multiply-adds that low-rank changes take of a pass without gradients over so many tokens.
+
+    Where a generation has few of them, its factors are applied to these one after the other, and not made a matrix
+    first (:meth:`lifelong_moe.model.deltas.Deltas.product`).
+    """
+    config, total = architecture.model, 0.0
+    wide, narrow = (heads * config.attention_width for heads in (config.heads, config.kv_heads))
+    # Rows of each matrix that has changes, and how many have so many rows or columns beside the model's width.
+    matrices = ((wide, 2 * config.layers), (narrow, 2 * config.layers), (architecture.vocab_size, 1))
+    for g, share in text.shares.items():
+        rank, own = architecture.generations[g].delta_rank, rows * share
+        total += sum(rank * num * min(size * config.width, own * (size + config.width)) for size, num in matrices)
+    return total
