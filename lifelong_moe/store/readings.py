@@ -48,8 +48,8 @@ class ReadingCache:
                 if os.fstat(file.fileno()).st_size > MOST_BYTES:
                     return None
                 found = build(load(file.read()))
-        # A cache is made again, and never an error.
-        except (OSError, CorruptError, SafetensorError, ValueError):
+        # A cache is made again, and never an error; a KeyError is a type of numbers that torch does not have.
+        except (OSError, CorruptError, SafetensorError, KeyError, ValueError):
             return None
         # Garbage collection removes what nobody opened for long. Another user's cache cannot be touched.
         with suppress(OSError):
@@ -57,7 +57,11 @@ class ReadingCache:
         return found
 
     def add(self, data_key: str, readers: Sequence[str], tensors: Mapping[str, Tensor]) -> None:
-        """Store tensors atomically."""
+        """Store tensors atomically, where the cache can be written to and :meth:`find` would read so many."""
         from safetensors.torch import save
 
-        write_atomic(self._path(data_key, readers), save({name: one.contiguous() for name, one in tensors.items()}))
+        content = save({name: one.contiguous() for name, one in tensors.items()})
+        if len(content) <= MOST_BYTES:
+            # Measuring goes on without a cache, which may be another user's.
+            with suppress(OSError):
+                write_atomic(self._path(data_key, readers), content)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save
 
 from lifelong_moe.config.routing.mixture import MixtureConfig
 from lifelong_moe.data.tokens.shards import TokenShard
@@ -20,6 +21,7 @@ from lifelong_moe.evaluation.readings import Reading, Readings, reader_hashes
 from lifelong_moe.model.head import LinearHead
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.architecture import Generation
+from lifelong_moe.store import readings
 from lifelong_moe.store.readings import ReadingCache
 
 Make = Callable[..., LanguageModel]
@@ -44,8 +46,8 @@ def models(make_model: Make) -> tuple[LanguageModel, LanguageModel]:
     return before, after
 
 
-def measured(model: LanguageModel, windows: EvaluationSet, readings: Readings | None = None) -> Evaluation:
-    return evaluate(model, windows, distribution=None, batch_tokens=40, readings=readings)
+def measured(model: LanguageModel, windows: EvaluationSet, known: Readings | None = None) -> Evaluation:
+    return evaluate(model, windows, distribution=None, batch_tokens=40, readings=known)
 
 
 def who_reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -136,8 +138,18 @@ def test_readings_go_through_a_file(
         assert found is not None and torch.equal(found.nats_N, asked.made()[generation].nats_N)
     assert cache.find("ab" * 32, readers, dict) is None  # of other generations
     [path] = tmp_path.rglob("*.safetensors")
-    path.write_bytes(path.read_bytes()[:100])
-    assert cache.find("ab" * 32, readers[:2], dict) is None
+    whole = path.read_bytes()
+    for damaged in (whole[:100], save({"places.0": torch.zeros(0)}).replace(b'"F32"', b'"F4" ')):  # no type of torch's
+        path.write_bytes(damaged)
+        assert cache.find("ab" * 32, readers[:2], dict) is None
+
+
+def test_where_no_cache_can_be_written_measuring_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    ReadingCache(tmp_path / "file").add("ab" * 32, ["one"], {"places.0": torch.zeros(2)})
+    monkeypatch.setattr(readings, "MOST_BYTES", 10)
+    ReadingCache(tmp_path).add("ab" * 32, ["one"], {"places.0": torch.zeros(2)})
+    assert not [*tmp_path.rglob("*.safetensors")]  # nobody would read it
 
 
 def test_what_a_reading_depends_on(models: tuple[LanguageModel, LanguageModel]) -> None:
