@@ -34,16 +34,14 @@ def with_tables(text: str) -> str:
 BENCH = [arm["name"] for arm in read("results/bench")["arms"]]
 ASSIGNED = ["joint", *(name for name in BENCH if name.startswith("joint_"))]
 MAIN = {
-    "naive": ("`sequential` (naive)", "none"),
-    "replay5": ("5 % replay", "yes"),
-    "replay25": ("25 % replay", "yes"),
-    "kl_replay25": ("25 % replay, distillation on it, no growth", "yes"),
-    "static22_kl_replay25": ("the same, with as many experts as bundles has in the end, from the start", "yes"),
-    "grow_kl_replay25": ("25 % replay, distillation, growth, one router", "yes"),
-    "bundles": ("**`lifelong` (bundles, no old text)**", "none"),
-    "joint": ("all text at once", "all"),
+    "naive": ("all parameters train on (naive)", "none"),
+    "replay25": ("25 % replay, distillation on it", "yes"),
+    "lora_sequential": ("one low-rank change of every layer, trained on and on (LoRA)", "none"),
+    "lora": ("a low-rank change of every layer for each distribution, read as a mixture", "none"),
+    "lifelong": ("**`lifelong`: experts and changes of the trunk for each, read as a mixture**", "none"),
 }
 """Arms of README's table, and what old text each stores."""
+TRAINED_BASE = [arm["name"] for arm in read("results/trained_base")["arms"]]
 PAIRED = ("joint", "naive", "replay25", "grow_kl_replay25", "kl_replay25", "bundles", "naive8", "static22_kl_replay25")
 AGAIN = ("joint", "naive", "replay5", "replay25", "kl_replay25", "static22_kl_replay25", "grow_kl_replay25", "bundles")
 ROUTERS = {
@@ -195,7 +193,9 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "real-too-fast": partial(listed, REAL["too_fast"], REAL_STAGE),
     "real-memory": partial(listed, REAL["memory"], REAL_MEMORY),
     "quickstart": others.quickstart,
-    "main": partial(kinds.main_comparison, MAIN),
+    "main": partial(kinds.main_comparison, "results/trained_base", MAIN),
+    "trained-base": partial(kinds.arms, "results/trained_base"),
+    "trained-base-learned": partial(kinds.learned_and_kept, "results/trained_base", TRAINED_BASE),
     "bench": partial(kinds.arms, "results/bench", [name for name in BENCH if name not in ASSIGNED[1:]]),
     "bench-paired": partial(kinds.differences, "results/bench", PAIRED),
     "bench-bundles": partial(kinds.curves, "results/bench", "bundles"),

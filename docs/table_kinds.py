@@ -81,13 +81,13 @@ def arms(file: str, names: Iterable[str] | None = None) -> list[str]:
     return markdown(["arm", "seeds", *(header for header, _, _ in NUMBERS.values())], rows)
 
 
-def main_comparison(labels: Mapping[str, tuple[str, str]]) -> list[str]:
-    """Some arms of the bench under descriptive names, with the old text that each stores."""
+def main_comparison(file: str, labels: Mapping[str, tuple[str, str]]) -> list[str]:
+    """Some arms of a comparison under descriptive names, with the old text that each stores."""
     keys = ("forgetting_max", "plasticity_gap", "final_mean_bits_per_byte", "parameters_total", "active_flops")
     rows = []
-    for arm in chosen("results/bench", labels):
-        (label, stored), cells = labels[arm["name"]], [number(arm, key) for key in keys]
-        rows.append([f"{label} ({seeds(arm)} seeds)", *cells[:3], stored, *cells[3:]])
+    for arm in chosen(file, labels):
+        (label, stored), cells, num = labels[arm["name"]], [number(arm, key) for key in keys], seeds(arm)
+        rows.append([f"{label} ({num} seed{'s' * (num > 1)})", *cells[:3], stored, *cells[3:]])
     header = ("", "forgetting, worst, %", "plasticity gap, worst, %", "final mean, bits per byte", "stored old text")
     return markdown([*header, "parameters", "active FLOPs"], rows, "lrrrl")
 
@@ -100,6 +100,20 @@ def differences(file: str, names: Sequence[str]) -> list[str]:
         interval = f"{found['mean']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}]"
         rows.append([f"`{arm['name']}`", str(found["n"]), interval, f"{found['p']:.2g}"])
     return markdown(["arm", "seeds", "mean [95 % interval]", "p"], rows)
+
+
+def learned_and_kept(file: str, names: Iterable[str]) -> list[str]:
+    """Bits per byte of each distribution right after its stage and at the end, means over seeds."""
+    rows, distributions = [], list(read(file)["distributions"])
+    for arm in chosen(file, names):
+        runs = [run["curves"] for run in arm["runs"] if run["status"] == "committed"]
+        cells = []
+        for name in distributions:
+            after = arm["learned_after"][name]
+            own, last = (sum(run[name][i] for run in runs) / len(runs) for i in (after, -1))
+            cells.append(f"{own:.3f}" if after == len(arm["stages"]) - 1 else f"{own:.3f} → {last:.3f}")
+        rows.append([f"`{arm['name']}`", str(len(runs)), *cells])
+    return markdown(["arm", "seeds", *distributions], rows)
 
 
 def curves(file: str, name: str) -> list[str]:
