@@ -2,10 +2,13 @@
 
 Steps and tokens are those of the quickstart's size: old generations are frozen, and the text is the newest one's. The
 run is tiny: as many stages as distributions, each of some steps, with records in MLflow.
+
+    OMP_NUM_THREADS=1 .venv/bin/python -m tests.benchmarks.performance.years --rounds 5 --stages 20
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import json
@@ -206,7 +209,11 @@ def measure(rounds: int = 9, stages: int = STAGES) -> dict[str, Any]:
 
 def main() -> None:
     """Print what was measured as one line."""
-    print(json.dumps(measure()))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--stages", type=int, default=STAGES, help="of the long run, at least 12")
+    given = parser.parse_args()
+    print(json.dumps(measure(given.rounds, given.stages)))
 
 
 if __name__ == "__main__":
