@@ -158,7 +158,33 @@ def test_what_distillation_leaves_of_forgetting() -> None:
     assert f"at a cost of {points:.1f} points of plasticity (`kl` against `replay5`)" in text
 
 
+def test_what_is_said_of_a_base_that_has_learned_something() -> None:
+    measured, text, results = arms("trained_base"), page("README.md"), page("docs/results.md")
+
+    def interval(found: dict[str, float], scale: float, form: str) -> tuple[str, str]:
+        return format(scale * found["mean"], form), format(scale * (found["high"] - found["mean"]), form)
+
+    own, naive, replay = (measured[name]["summary"] for name in ("lifelong", "naive", "replay25"))
+    learned = "{} ± {} %".format(*interval(own["plasticity_gap_mean"], 100, ".1f"))
+    assert (
+        f"learned to within {learned} of the perplexity" in text
+        and f"{learned} of perplexity behind `naive`" in results
+    )
+    ahead = measured["lifelong"]["differences"]["final_mean_bits_per_byte"]
+    mean, half = interval(ahead, 1, ".3f")
+    assert f"ends {mean.removeprefix('-')} ± {half} bits per byte behind (p = {ahead['p']:.4f})" in text
+    assert f"95 % interval {-ahead['high']:.3f} to {-ahead['low']:.3f}, three seeds, p = {ahead['p']:.4f})" in results
+    assert f"perplexity rose by {100 * own['forgetting_max']['mean']:.1f} %" in text
+    assert 20 <= 1 + naive["forgetting_max"]["mean"] < 21 and "raised it twentyfold" in text
+    assert "loses {} ± {} % of perplexity".format(*interval(replay["forgetting_max"], 100, ".0f")) in results
+    gaps = [run["numbers"]["final_mean_bits_per_byte"] for run in measured["lora"]["runs"]]
+    ours = [run["numbers"]["final_mean_bits_per_byte"] for run in measured["lifelong"]["runs"]]
+    apart = " and ".join(f"{a - b:.3f}" for a, b in zip(gaps, ours, strict=False))
+    assert f"`lora` and `lifelong` end {apart} bits per byte apart on two seeds" in results
+
+
 FILES = {
+    "trained_base": ("trained_base.yaml", "trained_base_arms.yaml", []),
     "bench": ("bench.yaml", "bench_arms.yaml", ["stage_defaults.tokens=200_000"]),
     "capacity": ("capacity.yaml", "capacity_arms.yaml", []),
     "capacity8": ("capacity.yaml", "capacity_arms.yaml", []),
