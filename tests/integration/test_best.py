@@ -44,7 +44,7 @@ def candidate_of(*names: str) -> Any:
     config: Any = SimpleNamespace(evaluated=names)
     data: Any = SimpleNamespace(records=CORPORA, heldout={"fruit": 0, "code": 0, "also": 0, "new": 0})
     nothing: Any = None
-    return SimpleNamespace(measurements=MadeUp(config, data, nothing, nothing, nothing))
+    return SimpleNamespace(measurements=MadeUp(config, data, nothing, nothing, nothing, nothing))
 
 
 def test_what_has_no_held_out_text_is_left_out_and_said() -> None:

@@ -76,18 +76,7 @@ def test_a_stage_with_fewer_experts_serves_and_can_be_undone() -> None:
     assert consolidate("tiny", "fruit", 1, SILENT, ["gate.tolerance=9"])["key"] == result["key"]  # found again
 
 
-def test_models_are_read_on_the_device_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[str, object]] = []
-
-    class Here:
-        """In place of a machine with that device."""
-
-        device = torch.device("cpu")
-
-        def __init__(self, *, accelerator: str, devices: object) -> None:
-            asked.append((accelerator, devices))
-
-    monkeypatch.setattr("lifelong_moe.training.loop.device.Fabric", Here)
+def test_models_are_read_on_the_device_of_the_run(caplog: pytest.LogCaptureFixture) -> None:
     path = Path("mlruns/runs/tiny/head.json")
     recorded = json.loads(path.read_text())
     recorded["config"]["trainer"] |= {"accelerator": "gpu", "devices": [1]}
@@ -99,9 +88,11 @@ def test_models_are_read_on_the_device_of_the_run(monkeypatch: pytest.MonkeyPatc
         lambda: inspect_stage("tiny", None, InspectionRequest(tokens=200), SILENT),
         lambda: consolidate("tiny", "fruit", 1, SILENT, ["gate.tolerance=9"]),
     ):
-        asked.clear()
+        caplog.clear()
         read()
-        assert asked and all(one == ("gpu", [1]) for one in asked)
+        # It is asked for, and told where a machine does not have it.
+        told = [message for message in caplog.messages if "using the CPU instead" in message]
+        assert told and all("trainer.accelerator=gpu, trainer.devices=[1]" in message for message in told)
 
 
 def test_what_gets_worse_does_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:

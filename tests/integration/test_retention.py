@@ -391,8 +391,8 @@ def test_a_router_that_collapses_is_named_while_it_trains(
 
     whole = LinearRouter.logits
 
-    def to_one(self: LinearRouter, x_TD: torch.Tensor) -> torch.Tensor:
-        logits_TE = whole(self, x_TD)
+    def to_one(self: LinearRouter, x_TD: torch.Tensor, present: frozenset[int] | None = None) -> torch.Tensor:
+        logits_TE = whole(self, x_TD, present)
         return logits_TE + 99.0 * (torch.arange(logits_TE.shape[1]) == 0) * (self.layer == 1)
 
     monkeypatch.setattr(LinearRouter, "logits", to_one)

@@ -5,12 +5,21 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Iterator
 
 import pytest
 
 from lifelong_moe.errors import TryAgainError
 from lifelong_moe.training.callbacks import interrupt as module
 from lifelong_moe.training.callbacks.interrupt import EXIT_CODES, Interrupt, PendingInterrupt, handling_signals
+
+
+@pytest.fixture(autouse=True)
+def in_the_foreground() -> Iterator[None]:
+    """A shell starts what runs in its background with SIGINT ignored, which is then respected."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize(
