@@ -132,8 +132,14 @@ class StageModel:
         Args:
             token_ids: Of :meth:`tokenizer`, without BOS, which is put before them.
             label: See the class.
+
+        Raises:
+            ConfigError: If the model has no such token.
         """
         require_label(self.stage, label, "label")
+        most = self.model.architecture.num_tokens
+        if wrong := [token for token in token_ids if not 0 <= token < most]:
+            raise ConfigError(f"token {wrong[0]}: the model has tokens 0 to {most - 1:,}.")
         bos = self.model.architecture.bos_id
         # A closing BOS gives the last token a target; no row depends on its own target.
         document = np.array([bos, *token_ids, bos], dtype=np.int64)

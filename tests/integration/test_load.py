@@ -109,6 +109,9 @@ def test_what_cannot_be_asked(model: StageModel) -> None:
     for ask in (model.loss, model.experts):
         with pytest.raises(ConfigError, match="without a character"):
             ask("")
+    for token in (-1, model.model.architecture.num_tokens):
+        with pytest.raises(ConfigError, match=f"token {token}: the model has tokens 0 to"):
+            model.logits([1, token])
     with pytest.raises(ConfigError, match="label=fruit"):
         model.loss(TEXT, label="fruit")
 
