@@ -8,7 +8,8 @@ from typing import Any, get_args, get_type_hints
 
 import typer
 
-from pipelines.cli import app
+from pipelines.cli import GROUPS, app
+from pipelines.examples import EXAMPLES
 from pipelines.exit_codes import BESIDES, MEANINGS, OF_ALL
 
 INTRODUCTION = """# Commands
@@ -20,6 +21,12 @@ Made from the code by `python docs/generate_commands.py`; a test keeps it true. 
 def commands() -> dict[str, Any]:
     """The commands of ``lifelong-moe`` by name, in the order of the code."""
     return dict(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+
+
+def groups() -> list[str]:
+    """A line for each group of commands."""
+    named = {group: ", ".join(f"`{command.__name__}`" for command in those) for group, those in GROUPS.items()}
+    return [*(f"- {group}: {those}" for group, those in named.items()), ""]
 
 
 def exit_codes() -> list[str]:
@@ -64,6 +71,8 @@ def section(name: str, command: Any) -> list[str]:
         inspect.cleandoc(command.help or ""),
         *(["", "| | default | |", "|---|---|---|", *rows] if rows else []),
         "",
+        *(f"    lifelong-moe {example}" for example in EXAMPLES[name]),
+        "",
         f"Exit codes besides those of all commands: {codes}.",
         "",
     ]
@@ -72,7 +81,7 @@ def section(name: str, command: Any) -> list[str]:
 def page() -> str:
     """The whole page."""
     lines = [line for name, command in commands().items() for line in section(name, command)]
-    return "\n".join([INTRODUCTION, *exit_codes(), *lines]).rstrip() + "\n"
+    return "\n".join([INTRODUCTION, *groups(), *exit_codes(), *lines]).rstrip() + "\n"
 
 
 if __name__ == "__main__":

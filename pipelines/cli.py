@@ -14,31 +14,27 @@ from typer.core import TyperGroup
 from lifelong_moe.errors import as_ours, one_line
 from lifelong_moe.storage.signing import SigningKeys
 from pipelines import commands
-from pipelines.exit_codes import epilog
+from pipelines.examples import help_end
 from pipelines.shared import output, threads
 
 ABOUT = "Keep one mixture-of-experts language model learning along a stream of data distributions."
-COMMANDS = (
-    commands.run,
-    commands.plan,
-    commands.compare,
-    commands.prepare,
-    commands.retrain,
-    commands.report,
-    commands.status,
-    commands.lineage,
-    commands.rollback,
-    commands.drop,
-    commands.consolidate,
-    commands.gc,
-    commands.evaluate,
-    commands.generate,
-    commands.inspect,
-    commands.export,
-    commands.sync,
-    commands.ui,
-)
-"""All commands, in the order in which the help lists them."""
+GROUPS = {
+    "Train": (commands.run, commands.plan, commands.prepare, commands.compare, commands.retrain),
+    "Look": (
+        commands.runs,
+        commands.status,
+        commands.report,
+        commands.lineage,
+        commands.evaluate,
+        commands.inspect,
+        commands.generate,
+        commands.ui,
+    ),
+    "Serve": (commands.rollback, commands.drop, commands.consolidate, commands.export),
+    "Keep": (commands.gc, commands.sync),
+}
+"""All commands by what they are for, in the order in which the help lists them."""
+COMMANDS = tuple(command for group in GROUPS.values() for command in group)
 
 USAGE_ERROR = cast(type[Exception], typer.BadParameter.__mro__[1])
 """The base of all errors in a command's use, to which Typer gives no name of its own."""
@@ -101,8 +97,9 @@ def without_command(
     SigningKeys.from_environment()
 
 
-for command in COMMANDS:
-    app.command(epilog=epilog(command.__name__))(command)
+for group, grouped in GROUPS.items():
+    for command in grouped:
+        app.command(epilog=help_end(command.__name__), rich_help_panel=group)(command)
 
 
 def main() -> None:

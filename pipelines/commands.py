@@ -154,6 +154,14 @@ def retrain(
 
 
 @opens_store
+def runs(as_json: AsJson = False) -> None:
+    """Show all runs of this directory, the newest first: how far each is, when it changed, how large and how good."""
+    from pipelines.inspect.runs import show_runs
+
+    finish(show_runs(console(as_json)), as_json)
+
+
+@opens_store
 def report(runs: RunNames, as_json: AsJson = False) -> None:
     """Show the tables of runs side by side."""
     from pipelines.inspect.report import show_report

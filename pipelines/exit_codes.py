@@ -28,22 +28,23 @@ OF_ALL = (0, 1, 2, 8, 130)
 BESIDES = {
     "run": (6, 7, 75),
     "plan": (7, 75),
-    "compare": (6, 7, 75),
     "prepare": (7, 75),
+    "compare": (6, 7, 75),
     "retrain": (3, 4, 5, 6, 7, 75),
-    "report": (7,),
+    "runs": (7,),
     "status": (7,),
+    "report": (7,),
     "lineage": (7, 75),
+    "evaluate": (7,),
+    "inspect": (7, 75),
+    "generate": (7,),
+    "ui": (7, 75),
     "rollback": (7, 75),
     "drop": (3, 7, 75),
     "consolidate": (3, 7, 75),
-    "gc": (7, 75),
-    "evaluate": (7,),
-    "generate": (7,),
-    "inspect": (7, 75),
     "export": (7,),
+    "gc": (7, 75),
     "sync": (7, 75),
-    "ui": (7, 75),
 }
 """Further exit codes by command, in the order of the help."""
 OUTCOMES = {"rejected": 3, "over budget": 4}
@@ -51,7 +52,7 @@ OUTCOMES = {"rejected": 3, "over budget": 4}
 
 
 def epilog(command: str) -> str:
-    """The end of a command's help: a line for each exit code of its own."""
+    """A line for each exit code of a command's own."""
     # A blank line between codes: Typer joins lines that a single line break separates. Backticks are Markdown for
     # docs/commands.md, and a terminal would show them.
     return "\n\n".join(f"Exit code {code}: {MEANINGS[code].replace('`', '')}." for code in BESIDES[command])

@@ -35,6 +35,7 @@ MARKUP = "[/x][red]"
 """Markup of the library that prints; the first tag closes what was never opened."""
 COMMANDS: dict[str, list[str]] = {
     "status": ["status", "tiny"],
+    "runs": ["runs"],
     "report": ["report", "tiny"],
     "lineage": ["lineage", "tiny"],
     "lineage of an expert": ["lineage", "tiny", "--expert", "fruit/L0/E0"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -13,6 +14,7 @@ from lifelong_moe.config.names import require_name
 from lifelong_moe.errors import ConfigError, CorruptError
 from lifelong_moe.redaction import redacted
 from lifelong_moe.storage.files import append_line, write_atomic
+from lifelong_moe.storage.grammars import NAME
 from lifelong_moe.storage.keys import canonical_json
 from lifelong_moe.storage.opening import read_bounded
 from lifelong_moe.storage.plain import require_same
@@ -22,6 +24,7 @@ from lifelong_moe.storage.temporary import GRACE_SECONDS
 from lifelong_moe.store.head import RunHead
 
 T = TypeVar("T")
+TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", re.ASCII)
 
 
 def timestamp(seconds: float | None = None) -> str:
@@ -84,6 +87,18 @@ class RunRecord:
 
     def logged(self, event: str, field: str) -> list[Any]:
         """A field of every ledger entry of an event, oldest first."""
+        return [entry.get(field) for entry in self._entries() if entry.get("event") == event]
+
+    def changed(self) -> str:
+        """When something was last recorded of the run, ISO 8601, UTC."""
+        times = [str(entry.get("time")) for entry in self._entries()]
+        # A copy of a store has new file times, so that the ledger knows better; but a crash may have left none.
+        return max(filter(TIMESTAMP.fullmatch, times), default="") or timestamp(
+            (self.path / "head.json").lstat().st_mtime
+        )
+
+    def _entries(self) -> list[Mapping[str, Any]]:
+        """All entries of the ledger, oldest first."""
         path, found = self.path / "ledger.jsonl", []
         # A crash can tear a line, even within a character: such lines are skipped.
         try:
@@ -94,8 +109,8 @@ class RunRecord:
         for line in data.split(b"\n"):
             with suppress(CorruptError):
                 entry = parse_json(line, path)
-                if isinstance(entry, dict) and entry.get("event") == event:
-                    found.append(entry.get(field))
+                if isinstance(entry, dict):
+                    found.append(entry)
         return found
 
     def _write(self, name: str, data: Mapping[str, Any]) -> None:
@@ -146,7 +161,13 @@ def require_head(root: Path, run: str) -> RunHead:
     """
     head = RunRecord(root, run).head()
     if head is None:
-        there = sorted(p.parent.name for p in (root / "runs").glob("*/head.json"))
+        there = run_names(root)
         known = f"There are {', '.join(there)}." if there else "There are none yet."
         raise ConfigError(f"run {run} does not exist under {root / 'runs'}. {known}")
     return head
+
+
+def run_names(root: Path) -> list[str]:
+    """Names of all runs of a store, sorted; a folder that no run can be called like is none."""
+    there = (path.parent.name for path in (root / "runs").glob("*/head.json"))
+    return sorted(name for name in there if NAME.allows(name))

@@ -44,6 +44,7 @@ def ask(*commands: tuple[str, ...]) -> list[dict[str, Any]]:
 def test_questions_about_runs(trained: Path) -> None:
     text = json.loads(Path("fruit.jsonl").read_text().splitlines()[0])["text"]
     commands = (
+        ("runs",),
         ("status", "tiny"),
         ("report", "tiny", "naive", "--json"),
         ("lineage", "tiny"),

@@ -6,18 +6,27 @@ import json
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
-from pipelines.cli import app
+from lifelong_moe.config.load import read_config
+from lifelong_moe.plan.comparison import load_comparison
+from lifelong_moe.plan.retraining import load_retraining
+from lifelong_moe.store.head import RunHead
+from lifelong_moe.store.runs import RunRecord, timestamp
+from pipelines.cli import GROUPS, app
+from pipelines.examples import EXAMPLES
 from tests.e2e.conftest import Cli
 from tests.tiny import CONTEXT, SEQUENCES, STEPS, TOKENS, tiny_config, write_config
 
 pytestmark = pytest.mark.usefixtures("known_stages")
+ROOT = Path(__file__).resolve().parents[2]
 SHA256 = re.compile(r"[0-9a-f]{64}")
 COMMANDS = sorted(str(command.name or command.callback.__name__) for command in app.registered_commands)  # type: ignore[union-attr]
 HEAVY = ("torch", "lightning", "mlflow", "transformers", "datasets", "faiss", "tokenizers", "matplotlib")
@@ -181,6 +190,61 @@ def test_status_of_what_is_done_under_way_and_to_do(lab: Path, cli: Cli, monkeyp
     shown = cli("status", "tiny").out
     assert "committed" in shown and "under way" in shown and "step 8" in shown and "to do" in shown
     assert cli("status", "tony").code == 2
+
+
+def test_runs_says_what_is_there(trained: Path, cli: Cli) -> None:
+    found = json.loads(cli("runs", "--json").out)
+    reports = {name: json.loads(Path(f"mlruns/runs/{name}/report.json").read_text()) for name in ("tiny", "naive")}
+    assert {row["run"] for row in found["runs"]} == set(reports)
+    assert [row["changed"] for row in found["runs"]] == sorted((row["changed"] for row in found["runs"]), reverse=True)
+    assert found["stages"] == len(list(Path("mlruns/stages").glob("*-*")))
+    for row in found["runs"]:
+        report = reports[row["run"]]
+        assert (row["method"], row["stages_committed"], row["stages"]) == (report["method"], 2, 2)
+        assert row["bits_per_byte"] == pytest.approx(
+            sum(report["bits_per_byte"][-1]) / len(report["bits_per_byte"][-1])
+        )
+        assert row["forgetting"] == max(report["forgetting"].values()) == report["forgetting"][row["forgotten"]]
+        assert row["parameters"] == report["stages"][-1]["parameters_total"]
+        folders = [f"mlruns/stages/{stage['name']}-{stage['key'][:16]}" for stage in report["stages"]]
+        assert row["bytes"] == sum(path.stat().st_size for one in folders for path in Path(one).iterdir())
+        # The ledger's time, which a copy of the store keeps.
+        last = Path(f"mlruns/runs/{row['run']}/ledger.jsonl").read_text().splitlines()[-1]
+        assert row["changed"] == json.loads(last)["time"]
+    shown = cli("runs").out
+    assert "lifelong" in shown and "2 of 2" in shown and "sequential" in shown
+
+
+def test_runs_of_an_empty_directory_and_of_a_run_under_way(lab: Path, cli: Cli) -> None:
+    empty = cli("runs")
+    assert empty.code == 0 and "no runs" in empty.out and not (lab / "mlruns").exists()
+    assert json.loads(cli("runs", "--json").out) == {"runs": [], "stages": 0, "bytes": 0}
+    head = RunHead(run="begun", method="lifelong", seed=0, config={}, plan=("a" * 64,), names=("fruit",))
+    RunRecord(lab / "mlruns", "begun").set_head(head)
+    (lab / "mlruns/runs/.tmp-x").mkdir()
+    (row,) = json.loads(cli("runs", "--json").out)["runs"]
+    assert (row["stages_committed"], row["stages"], row["bytes"], row["bits_per_byte"]) == (0, 1, 0, None)
+    assert row["changed"] == timestamp((lab / "mlruns/runs/begun/head.json").stat().st_mtime)
+    assert "0 of 1" in cli("runs").out
+
+
+def test_help_has_groups_and_examples_that_can_be_read(monkeypatch: pytest.MonkeyPatch, cli: Cli) -> None:
+    assert list(GROUPS) == re.findall(r"╭─ (\w+) ─", cli("--help").out)[1:]
+    assert set(EXAMPLES) == set(COMMANDS)
+    monkeypatch.chdir(ROOT)
+    known: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    for command, examples in EXAMPLES.items():
+        shown = " ".join(cli(command, "--help").out.split())
+        for example in examples:
+            assert f"Example: lifelong-moe {example}" in shown
+            name, *arguments = shlex.split(example)
+            assert name == command
+            asked = known[name].make_context(name, list(arguments)).params
+            if (config := asked.get("config")) is not None:
+                read = {"compare": load_comparison, "retrain": load_retraining}.get(name, read_config)
+                read(config, asked["overrides"] or [])
+            for file in asked.get("tasks") or []:
+                assert Path(file).is_file()
 
 
 def test_lineage(trained: Path, cli: Cli) -> None:

@@ -16,6 +16,7 @@ ARGUMENTS: dict[str, list[str]] = {
     "compare": ["compare.yaml"],
     "prepare": ["old.yaml"],
     "retrain": ["retrain.yaml"],
+    "runs": [],
     "report": ["old"],
     "status": ["old"],
     "lineage": ["old"],

@@ -225,6 +225,7 @@ ARGUMENTS = {
     "compare": ([ALL], ["compare.yaml", "--only", ALL]),
     "prepare": ([ALL], ["tiny.yaml", f"tokenizer.path={ALL}"]),
     "retrain": ([ALL], ["retrain.yaml", "--plan", ALL], ["retrain.yaml", "--reopen", ALL]),
+    "runs": ([], [ALL]),
     "report": ([ALL],),
     "status": ([ALL], ["old", ALL]),
     "lineage": ([ALL], ["old", "--expert", ALL], ["old", "--expert", f"{ALL}/L0/E0"], ["old", "--document", ALL]),
@@ -293,8 +294,9 @@ def test_every_text_of_a_store(call: Callable[..., tuple[int, str]]) -> None:
             inner = inner[step]
         inner[place[-1]] = ALL
         path.write_text(json.dumps(value), encoding="utf-8")
-        code, _ = call(readers.get(path.name, "lineage"), "old")
-        assert code in (0, 2, 7), (name, place)
+        for arguments in ((readers.get(path.name, "lineage"), "old"), *([("runs",)] if path.name in readers else [])):
+            code, _ = call(*arguments)
+            assert code in (0, 2, 7), (name, place)
         shutil.copyfile(EARLIER / name, path)
 
 
