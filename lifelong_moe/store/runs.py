@@ -99,7 +99,8 @@ class RunRecord:
 
     def _entries(self) -> list[Mapping[str, Any]]:
         """All entries of the ledger, oldest first."""
-        path, found = self.path / "ledger.jsonl", []
+        found: list[Mapping[str, Any]] = []
+        path = self.path / "ledger.jsonl"
         # A crash can tear a line, even within a character: such lines are skipped.
         try:
             with corrupt_if_irregular(path):
