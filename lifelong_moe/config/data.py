@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import re
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 from lifelong_moe.config.routing.bounds import require_bounded
 from lifelong_moe.errors import ConfigError
@@ -16,6 +18,13 @@ HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 COMMIT = re.compile(r"[0-9a-f]{40}")
 """A commit there; a branch or a tag may move."""
 BUILTIN_SOURCES = ("english_docs", "python_code", "cpp_headers")
+ENCODINGS = (
+    *(f"cp125{number}" for number in range(9)),
+    *("iso8859-1", "iso8859-2", "iso8859-15", "koi8-r", "koi8-u", "mac-roman"),
+    *("shift_jis", "euc_jp", "gb18030", "big5", "euc_kr", "utf-16-le", "utf-16-be"),
+)
+"""Encodings of text files besides UTF-8, and UTF-16 with a byte order mark, by Python's names."""
+MOST_PATTERNS = 1_000
 
 
 class KeepText(StrEnum):
@@ -39,11 +48,18 @@ class SourceConfig:
 
     builtin: str | None = None
     """Text that comes with every installation: ``english_docs``, ``python_code`` or ``cpp_headers``. Null: not used."""
-    files: str | None = None
-    """Path or glob of ``.jsonl``, ``.txt`` or ``.parquet`` files; the first two also as ``.gz`` or ``.zst``. Null: not
-    used."""
-    heldout_files: str | None = None
-    """Path or glob of the held-out documents, with ``files`` only. Null: ``heldout_fraction`` splits them off."""
+    files: Any = None
+    """Path or glob, or a list of them, of ``.jsonl``, ``.parquet`` or text: ``.txt``, ``.md``, ``.rst``, ``.html`` and
+    source code, each file a document; all but ``.parquet`` also as ``.gz`` or ``.zst``. ``~`` is your home directory.
+    Null: not used."""
+    heldout_files: Any = None
+    """Path or glob, or a list of them, of the held-out documents, with ``files`` only. Null: ``heldout_fraction``
+    splits them off."""
+    encoding: str | None = None
+    """Encoding of text files that are not UTF-8 and have no byte order mark, such as ``cp1252``, with ``files`` only.
+    Null: they are left out and named, but for HTML pages that declare theirs."""
+    min_chars: int = 0
+    """Fewest characters of a document, with ``files`` only; shorter ones are left out. 0 keeps all."""
     hf: str | None = None
     """Id of a Hugging Face dataset. Null: not used."""
     name: str | None = None
@@ -82,14 +98,44 @@ class SourceConfig:
                 f"hf={self.hf} needs revision=<commit, 40 hexadecimal digits>, so that the text cannot change; "
                 f"got {self.revision}."
             )
-        if self.heldout_files is not None and self.files is None:
-            raise ConfigError("heldout_files goes with files only.")
+        for key in ("heldout_files", "encoding", "min_chars"):
+            if getattr(self, key) and self.files is None:
+                raise ConfigError(f"{key} goes with files only.")
+        for key in ("files", "heldout_files"):
+            if getattr(self, key) is not None:
+                _require_patterns(key, getattr(self, key))
+        if self.encoding is not None and not is_known_encoding(self.encoding):
+            raise ConfigError(f"encoding={self.encoding} is unknown; there are {', '.join(ENCODINGS)}.")
+        if self.min_chars < 0:
+            raise ConfigError(f"min_chars={self.min_chars} must not be negative.")
         if not 0.0 < self.heldout_fraction < 1.0:
             raise ConfigError(f"heldout_fraction={self.heldout_fraction} must lie between 0 and 1.")
         if self.heldout_sources < 1:
             raise ConfigError(f"heldout_sources={self.heldout_sources} must be at least 1.")
         if self.max_bytes is not None and self.max_bytes < 1:
             raise ConfigError(f"max_bytes={self.max_bytes} must be positive.")
+
+
+def is_known_encoding(name: str) -> bool:
+    """Whether an encoding is one of :data:`ENCODINGS`, by whichever of its names."""
+    try:
+        return codecs.lookup(name).name in ENCODINGS
+    # LookupError: no such encoding; ValueError: no name at all.
+    except (LookupError, ValueError):
+        return False
+
+
+def patterns(given: Any) -> tuple[str, ...]:
+    """The paths and globs of ``files`` or ``heldout_files``; none where the key is null."""
+    return () if given is None else tuple(given) if isinstance(given, list) else (given,)
+
+
+def _require_patterns(key: str, given: Any) -> None:
+    found = patterns(given)
+    if not found or not all(isinstance(one, str) and one for one in found):
+        raise ConfigError(f"{key}={given} must be a path or glob, or a list of them.")
+    if len(found) > MOST_PATTERNS:
+        raise ConfigError(f"{key} names {len(found):,} paths; there may be at most {MOST_PATTERNS:,}.")
 
 
 @dataclass(kw_only=True)

@@ -9,7 +9,8 @@ from typing import Any
 from rich.console import Console
 
 from lifelong_moe.config.data import SourceConfig
-from lifelong_moe.data.text.files import read_documents
+from lifelong_moe.data.formats.outcomes import Outcome, sentence
+from lifelong_moe.data.text.files import read_files
 from lifelong_moe.data.tokens.shards import tokenize_documents
 from pipelines.inspect.opening import check_label, load_on_device, open_stage
 
@@ -32,7 +33,9 @@ def evaluate_text(
     """
     store, committed = open_stage(run, stage)
     check_label(committed, label, console)
-    documents = read_documents(data, SourceConfig(files=data))
+    documents, files = read_files(data, SourceConfig(files=data))
+    if any(file.outcome != Outcome.used for file in files):
+        console.print(f"{data}: {sentence(files)}", style="yellow")
     from lifelong_moe.data.tokens.windows import evaluation_windows
     from lifelong_moe.evaluation.loss import evaluate
 

@@ -22,6 +22,7 @@ from lifelong_moe.storage.keys import SHORT
 from lifelong_moe.store.runs import RunRecord
 from lifelong_moe.store.stages import CommittedStage, StageStore
 from pipelines.run import render
+from pipelines.run.file_list import show_data
 from pipelines.run.sizes import incoming, sentences, sizes
 from pipelines.shared.tables import show
 from pipelines.shared.workspace import ROOT, Prepared, further_training, prepare
@@ -40,7 +41,7 @@ def plan(loaded: LoadedConfig, console: Console) -> dict[str, Any]:
     came, found = incoming(prepared), [sizes(prepared, i) for i in range(len(prepared.plan))]
     rows = [{**row, **one} for row, one in zip(rows, found, strict=True)]
     speed = [s.metrics["tokens_per_second"] for p in prepared.plan if (s := store.find(p.key))]
-    render.data_table(console, prepared)
+    files = show_data(console, prepared)
     todo = [stage for stage, row in zip(prepared.plan, rows, strict=True) if row["action"] == "train"]
     disk = run_need([stage_need(stage, prepared.config) for stage in todo])
     _print(console, rows, disk, speed)
@@ -72,6 +73,7 @@ def plan(loaded: LoadedConfig, console: Console) -> dict[str, Any]:
         "run": prepared.config.run,
         "method": prepared.config.method.value,
         "from": came,
+        "files": files,
         "stages": rows,
         "disk_bytes": disk,
         "warnings": warnings,

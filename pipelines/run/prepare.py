@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 
 from lifelong_moe.config.load import LoadedConfig
-from pipelines.run import render
+from pipelines.run.file_list import show_data
 from pipelines.shared.workspace import prepare as prepare_run
 
 
@@ -15,7 +15,7 @@ def prepare(loaded: LoadedConfig, console: Console) -> dict[str, Any]:
     """Fill the cache; returns tokens and fingerprints by distribution."""
     with console.status("reading and tokenizing the distributions"):
         prepared = prepare_run(loaded)
-    render.data_table(console, prepared)
+    files = show_data(console, prepared)
     return {
         "run": prepared.config.run,
         "tokenizer": prepared.data.tokenizer.hash,
@@ -28,6 +28,7 @@ def prepare(loaded: LoadedConfig, console: Console) -> dict[str, Any]:
                 "train_hash": record.train_hash,
                 "heldout_hash": record.heldout_hash,
                 "text_is_there": name in prepared.data.corpora,
+                "files": files.get(name, {}),
             }
             for name, record in prepared.data.records.items()
         },

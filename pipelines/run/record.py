@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
+from lifelong_moe.config.data import patterns
 from lifelong_moe.config.load import whole_config, written_config
 from lifelong_moe.evaluation.loss import Evaluation
 from lifelong_moe.plan.architecture import Architecture
@@ -105,7 +106,8 @@ class MlflowRecord:
         # As written: an interpolation of a secret must not be resolved into MLflow.
         source = sources[name]
         if not isinstance(source, str):
-            source = source.get("builtin") or source.get("files") or f"{source['hf']}@{source['revision']}"
+            named = ", ".join(patterns(source.get("files")))
+            source = source.get("builtin") or named or f"{source['hf']}@{source['revision']}"
         profile = {
             "documents": record.documents,
             "tokens": record.tokens,

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 from rich.console import Console
 
@@ -39,6 +40,7 @@ from lifelong_moe.training.loop.device import configured_device, require_trainer
 from lifelong_moe.training.restore import initial_model, load_model
 from pipelines.run import render
 from pipelines.run.compared import Compared
+from pipelines.run.file_list import show_data
 from pipelines.run.opening import open_run
 from pipelines.run.record import RECORD, MlflowRecord
 from pipelines.shared.places import remove_abandoned
@@ -82,7 +84,7 @@ def run(
         require_room(todo, prepared.config)
         with locked(record.lock_path, f"run {record.run}"):
             opened = open_run(record, prepared, replace)
-            _announce(console, prepared)
+            _announce(console, prepared, record.path)
             report = _run_stages(prepared, store, opened, interrupt, console, compared)
             # Stages that were there may have been committed before there was a key.
             store.sign(*opened.head.stages, opened.head.centroids)
@@ -92,9 +94,9 @@ def run(
     return report
 
 
-def _announce(console: Console, prepared: Prepared) -> None:
-    """Print the data, and warnings about settings without the effect that they suggest."""
-    render.data_table(console, prepared)
+def _announce(console: Console, prepared: Prepared, folder: Path) -> None:
+    """Print the data, and warnings about settings without the effect that they suggest; list files in ``folder``."""
+    show_data(console, prepared, folder)
     for sentence in beginning(prepared.config, prepared.data.tokenizer.bos_id, prepared.data.tokenizer.bos_name):
         console.print(sentence)
     for sentence in (

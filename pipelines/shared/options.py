@@ -90,7 +90,7 @@ class SamplingOptions:
 class EvaluationRequest:
     """What an evaluation reads: a text, or tasks."""
 
-    data: Annotated[str | None, typer.Option("--data", help="Path or glob of .jsonl, .txt or .parquet files.")] = None
+    data: Annotated[str | None, typer.Option("--data", help="Path or glob of .jsonl, .parquet or text files.")] = None
     tasks: Annotated[
         list[str] | None,
         typer.Option(

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from lifelong_moe.config.data import SourceConfig
+from lifelong_moe.data.formats.outcomes import FileOutcome
 from lifelong_moe.errors import DataError
 from lifelong_moe.storage.keys import text_sha256
 from lifelong_moe.storage.modes import SHARED
@@ -59,6 +60,10 @@ class Corpus:
     """Left out of ``train`` because they are near copies of held-out text, of this or another distribution."""
     mode: int = SHARED
     """Permissions of files that are made of this text: as private as each of those it came from."""
+    files: tuple[FileOutcome, ...] = field(default=(), compare=False)
+    """What became of each file that was read for it; see :func:`lifelong_moe.data.text.files.settled`."""
+    beyond: frozenset[str] = field(default=frozenset(), compare=False)
+    """Origins of documents that ``max_bytes`` left out."""
 
     @property
     def split_hash(self) -> str:
@@ -146,25 +151,24 @@ def build_corpus(
         DataError: Over half the documents are duplicates, too few documents or units, or a training document is in
             the held-out set.
     """
-    if heldout is not None:
-        train, held = _distinct(documents), _distinct(heldout)
-        duplicates = len(documents) - len(train) + len(heldout) - len(held)
-        # Before the cap: a training document that is also held out is an error even if the cap would drop it.
-        _refuse_overlap(train, held)
-        if config.max_bytes is not None:
-            train = _capped(train, config.max_bytes, least=1)
+    distinct, held = _distinct(documents), _distinct(heldout or [])
+    duplicates = len(documents) - len(distinct) + len(heldout or []) - len(held)
+    # Before the cap: a training document that is also held out is an error even if the cap would drop it.
+    _refuse_overlap(distinct, held)
+    beyond = frozenset[str]()
+    if config.max_bytes is not None:
+        # Where documents are yet to be split at least two units, so that each side has one.
+        train = _capped(distinct, config.max_bytes, least=2 if heldout is None else 1)
+        beyond = frozenset(d.origin for d in distinct) - {d.origin for d in train}
     else:
-        distinct = _distinct(documents)
-        duplicates = len(documents) - len(distinct)
-        if config.max_bytes is not None:
-            # At least two units, so that each side of the split has one.
-            distinct = _capped(distinct, config.max_bytes, least=2)
-        train, held = _split(distinct, config.heldout_fraction, config.heldout_sources)
-    for side, kept in (("training", train), ("held-out", held)):
-        if not kept:
+        train = distinct
+    if heldout is None:
+        train, held = _split(train, config.heldout_fraction, config.heldout_sources)
+    for side, part in (("training", train), ("held-out", held)):
+        if not part:
             raise DataError(f"there are no {side} documents.")
     hashes = documents_hash(train), documents_hash(held)
-    return Corpus(name, _in_hash_order(train), _in_hash_order(held), *hashes, duplicates)
+    return Corpus(name, _in_hash_order(train), _in_hash_order(held), *hashes, duplicates, beyond=beyond)
 
 
 def heldout_part(documents: Sequence[Document]) -> list[Document]:

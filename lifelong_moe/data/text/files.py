@@ -1,62 +1,141 @@
-"""A user's own files: JSONL, plain text and Parquet, named by a path or glob."""
+"""A user's own files, named by paths or globs: JSONL and Parquet, and texts of which each file is a document.
+
+A malformed JSONL or Parquet file is a mistake. Text that people have lying about is of many kinds: what a glob matches
+besides text, or in an encoding that nobody stated, is left out, counted and named; only a file that is named by itself
+must be text.
+"""
 
 from __future__ import annotations
 
 import glob
-from collections.abc import Callable, Iterator
+import itertools
+import os
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from lifelong_moe.config.data import SourceConfig
+from lifelong_moe.config.data import SourceConfig, patterns
+from lifelong_moe.data.formats.encodings import UTF8, declared_by, decoded
+from lifelong_moe.data.formats.html import text_of_html
+from lifelong_moe.data.formats.outcomes import FileOutcome, LeftOutError, Outcome, sentence
 from lifelong_moe.data.text.compression import COMPRESSED
-from lifelong_moe.data.text.documents import Document
+from lifelong_moe.data.text.documents import Corpus, Document
 from lifelong_moe.data.text.jsonl import own_unit, read_jsonl
-from lifelong_moe.data.text.limits import MAX_TEXT_FILE_BYTES, Quota
+from lifelong_moe.data.text.limits import MAX_HTML_BYTES, MAX_SOURCE_FILES, MAX_TEXT_FILE_BYTES, Quota
 from lifelong_moe.data.text.parquet import read_parquet
-from lifelong_moe.data.text.streams import OpenFile, check_text, decode, open_file, read_whole, refuse_pickled
+from lifelong_moe.data.text.streams import OpenFile, check_text, open_file, read_bytes, refuse_pickled
 from lifelong_moe.errors import DataError
 from lifelong_moe.storage.modes import SHARED, as_private_as
 
-READABLE = ".jsonl and .txt (both also .gz or .zst) and .parquet"
+PROSE = (".txt", ".md", ".markdown", ".rst", ".tex", ".org", ".adoc")
+HTML = (".html", ".htm", ".xhtml")
+SOURCE = (
+    *(".py", ".pyi", ".pyx", ".c", ".h", ".cc", ".cpp", ".cxx", ".hh", ".hpp", ".hxx", ".cu", ".cuh", ".mm"),
+    *(".java", ".kt", ".kts", ".scala", ".groovy", ".cs", ".fs", ".vb", ".go", ".rs", ".zig", ".swift", ".nim", ".js"),
+    *(".mjs", ".cjs", ".jsx", ".ts", ".tsx", ".vue", ".svelte", ".css", ".scss", ".php", ".pl", ".pm", ".rb", ".lua"),
+    *(".tcl", ".r", ".jl", ".f90", ".f95", ".ada", ".pas", ".sh", ".bash", ".zsh", ".fish", ".ps1", ".sql", ".hs"),
+    *(".ml", ".mli", ".ex", ".exs", ".erl", ".clj", ".cljs", ".lisp", ".el", ".scm", ".rkt", ".asm", ".vhd", ".proto"),
+    *(".cmake"),
+)
+"""Endings of source code, which is read as it is."""
+READABLE = ".jsonl, .txt, .md, .rst, .html, source code such as .py (all also .gz or .zst) and .parquet"
 Reader = Callable[[OpenFile, SourceConfig], Iterator[Document]]
 
 
-def read_documents(pattern: str, config: SourceConfig) -> list[Document]:
-    """Read all documents of the files that match.
+def read_documents(named: Any, config: SourceConfig) -> list[Document]:
+    """The documents alone of :func:`read_files`."""
+    return read_files(named, config)[0]
+
+
+def read_files(named: Any, config: SourceConfig) -> tuple[list[Document], list[FileOutcome]]:
+    """Read all documents of the files that match, and tell what became of each file.
 
     Args:
-        pattern: Path or glob relative to the current directory; ``**`` crosses folders.
-        config: ``text_field`` and ``source_field``.
+        named: Paths or globs, as of ``files``, relative to the current directory; ``**`` crosses folders.
+        config: ``text_field``, ``source_field``, ``encoding`` and ``min_chars``.
 
     Raises:
-        DataError: Nothing matches, a file is of a kind that is not read, or ``file:line: reason``.
+        DataError: Nothing matches, nothing that matches gives a document, a file that is named by itself is no text,
+            or ``file:line: reason``.
     """
+    alone = {Path(one) for one in map(expanded, patterns(named)) if _exists(one)}
     # Every file's kind is checked before the first is read, which may take minutes.
-    readers = [(path, reader_of(path)) for path in matching_files(pattern)]
+    readers = [(path, _reader_or_none(path, is_alone=path in alone)) for path in matching_files(named)]
     # One quota for all of them: many small files are as much as a large one.
     documents: list[Document] = []
+    outcomes: list[FileOutcome] = []
     quota = Quota()
     for path, reader in readers:
-        with open_file(path, quota) as file:
-            documents += reader(file, config)
+        if reader is None:
+            outcomes.append(FileOutcome(str(path), Outcome.unknown))
+            continue
+        try:
+            with open_file(path, quota) as file:
+                found = list(reader(file, config))
+        except LeftOutError as error:
+            if path in alone:
+                raise
+            outcomes.append(FileOutcome(str(path), error.outcome, note=str(error)))
+            continue
+        long = [document for document in found if len(document.text.strip()) >= config.min_chars]
+        documents += long
+        outcome = Outcome.used if long else Outcome.too_short if found else Outcome.empty
+        outcomes.append(FileOutcome(str(path), outcome, len(long), "; ".join(file.notes)))
     if not documents:
-        raise DataError(f"files={pattern}: there are no documents in its {len(readers)} file(s).")
-    return documents
+        raise DataError(
+            f"files={', '.join(patterns(named))}: there are no documents in its {len(readers)} file(s). "
+            f"{sentence(outcomes)}."
+        )
+    return documents, outcomes
 
 
-def matching_files(pattern: str) -> list[Path]:
-    """Return what a path or glob names, in order of name. Folders that a glob also matches are passed over.
+def settled(corpus: Corpus) -> tuple[FileOutcome, ...]:
+    """What became of a corpus's files, now that duplicates, near copies and what is too much are left out of it."""
+    files = {file.file: file for file in corpus.files}
+    kept = {_file_of(document.origin, files) for document in (*corpus.train, *corpus.heldout)}
+    near = {_file_of(document.origin, files) for document in corpus.near_copies}
+    beyond = {_file_of(origin, files) for origin in corpus.beyond}
+
+    def now(file: FileOutcome) -> FileOutcome:
+        if file.outcome != Outcome.used or file.file in kept:
+            return file
+        why = Outcome.near_copy if file.file in near else Outcome.beyond if file.file in beyond else Outcome.duplicate
+        return replace(file, outcome=why)
+
+    return tuple(map(now, files.values()))
+
+
+def _file_of(origin: str, files: Mapping[str, FileOutcome]) -> str:
+    """The file of a document, whose origin is the file or a line in it."""
+    return origin if origin in files else origin.rpartition(":")[0]
+
+
+def matching_files(named: Any) -> list[Path]:
+    """Return what paths or globs name, each once, in order of name. Folders that a glob also matches are passed over.
 
     Raises:
-        DataError: Nothing matches, or only folders do.
+        DataError: Nothing matches one of them, or only folders do, or they are too many.
     """
+    # The order of a single pattern's files is that of earlier versions.
+    each = [_matching(pattern) for pattern in patterns(named)]
+    found = each[0] if len(each) == 1 else sorted(set().union(*each))
+    if len(found) > MAX_SOURCE_FILES:
+        raise DataError(f"files={named}: {len(found):,} files; there may be at most {MAX_SOURCE_FILES:,}.")
+    return found
+
+
+def _matching(pattern: str) -> list[Path]:
+    pattern = expanded(pattern)
     try:
         # First as a plain path: a file's own name may hold `[` or `*`.
         if Path(pattern).exists():
             found = [Path(pattern)]
         else:
             # `**` can yield one path twice, and glob's order is the file system's.
-            found = sorted({Path(name) for name in glob.glob(pattern, recursive=True)})
+            names = itertools.islice(glob.iglob(pattern, recursive=True), 2 * MAX_SOURCE_FILES)
+            found = sorted({Path(name) for name in names})
     # Too long a name, or one that holds NUL.
     except (OSError, ValueError) as error:
         raise DataError(f"files={pattern}: {error}.") from None
@@ -69,14 +148,25 @@ def matching_files(pattern: str) -> list[Path]:
     return files
 
 
-def mode_of(pattern: str) -> int:
+def expanded(pattern: str) -> str:
+    """A path or glob with the home directory in place of ``~``, unless a file is called so."""
+    return pattern if not pattern.startswith("~") or _exists(pattern) else os.path.expanduser(pattern)
+
+
+def _exists(pattern: str) -> bool:
+    with suppress(OSError, ValueError):
+        return Path(pattern).exists()
+    return False
+
+
+def mode_of(named: Any) -> int:
     """Permissions of copies of text of the files that match: as private as each of them.
 
     Raises:
         DataError: Nothing matches.
     """
     mode = SHARED
-    for path in matching_files(pattern):
+    for path in matching_files(named):
         # A file that has gone meanwhile is no one's text; whoever reads it says so.
         with suppress(OSError):
             mode &= as_private_as(path.stat().st_mode)
@@ -93,7 +183,9 @@ def reader_of(path: Path) -> Reader:
     kind = (path.with_suffix("") if packed else path).suffix.lower()
     if kind == ".jsonl":
         return _jsonl_documents
-    if kind == ".txt":
+    if kind in HTML:
+        return _html_documents
+    if kind in PROSE or kind in SOURCE:
         return _text_documents
     if kind == ".parquet" and not packed:
         return _parquet_documents
@@ -107,12 +199,51 @@ def _jsonl_documents(file: OpenFile, config: SourceConfig) -> Iterator[Document]
 
 def _text_documents(file: OpenFile, config: SourceConfig) -> Iterator[Document]:
     """Yield a text file as one document, which is its own source unit."""
-    path = file.path
-    if (data := read_whole(file, MAX_TEXT_FILE_BYTES)) is None:
-        raise DataError(f"{path}: one document of more than {MAX_TEXT_FILE_BYTES >> 20} MiB; cut it, or use .jsonl.")
-    text = check_text(decode(data, str(path)), str(path))
-    yield Document(text, own_unit(text), str(path))
+    text = _text(file, _content(file, MAX_TEXT_FILE_BYTES), config.encoding)
+    yield Document(text, own_unit(text), str(file.path))
+
+
+def _html_documents(file: OpenFile, config: SourceConfig) -> Iterator[Document]:
+    """Yield a page's text as one document."""
+    data = _content(file, MAX_HTML_BYTES)
+    page = _text(file, data, config.encoding or declared_by(data))
+    if text := text_of_html(page):
+        yield Document(text, own_unit(text), str(file.path))
+    else:
+        raise LeftOutError(f"{file.path}: there is no text on the page.", Outcome.empty)
+
+
+def _content(file: OpenFile, most_bytes: int) -> bytes:
+    if (data := read_bytes(file, most_bytes)) is None:
+        reason = f"{file.path}: one document of more than {most_bytes >> 20} MiB; cut it, or use .jsonl."
+        raise LeftOutError(reason, Outcome.too_long)
+    return data
+
+
+def _text(file: OpenFile, data: bytes, otherwise: str | None) -> str:
+    """Decode a file, and note an encoding that its reader may not expect."""
+    where = str(file.path)
+    text, encoding = decoded(data, where, otherwise)
+    if not text.strip():
+        raise LeftOutError(f"{where}: the text is blank.", Outcome.empty)
+    try:
+        text = check_text(text, where)
+    except DataError as error:
+        raise LeftOutError(str(error), Outcome.binary) from None
+    if encoding != UTF8:
+        file.notes.append(f"read as {encoding}")
+    return text
 
 
 def _parquet_documents(file: OpenFile, config: SourceConfig) -> Iterator[Document]:
     return read_parquet(file, config.text_field, config.source_field, config.answer_field)
+
+
+def _reader_or_none(path: Path, *, is_alone: bool) -> Reader | None:
+    """How a file is read; None if it is of another kind and was found with others."""
+    try:
+        return reader_of(path)
+    except DataError:
+        if is_alone:
+            raise
+        return None

@@ -13,7 +13,11 @@ from lifelong_moe.errors import DataError
 MAX_LINE_BYTES = 16 << 20
 """Longest JSONL line, and longest text of a Parquet file."""
 MAX_TEXT_FILE_BYTES = 256 << 20
-"""Longest ``.txt`` file; it is one document."""
+"""Longest ``.txt`` file, or other text; it is one document."""
+MAX_HTML_BYTES = 16 << 20
+"""Longest HTML page: its tags are read one by one, which takes a second a MiB."""
+MAX_SOURCE_FILES = 1_000_000
+"""Most files of a distribution; a pattern such as ``/**`` would list a whole disk."""
 MAX_RATIO = 200
 """Highest ratio of unpacked to packed bytes; text reaches about 20. Applies beyond :data:`ALLOWANCE_BYTES`."""
 ALLOWANCE_BYTES = 64 << 20

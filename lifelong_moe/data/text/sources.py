@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from lifelong_moe.config.data import HUB_ID, SourceConfig
+from lifelong_moe.config.data import HUB_ID, SourceConfig, patterns
 from lifelong_moe.data.text.documents import Corpus, Document, build_corpus, heldout_part
 from lifelong_moe.errors import DataError
 from lifelong_moe.storage.modes import SHARED
@@ -35,12 +35,13 @@ def read_corpus(name: str, config: SourceConfig, cache: Path, within: Sequence[P
 
         return build_corpus(name, builtin_documents(config.builtin, cache), config)
     if config.files is not None:
-        from lifelong_moe.data.text.files import mode_of, read_documents
+        from lifelong_moe.data.text.files import mode_of, read_files
 
-        heldout = None if config.heldout_files is None else read_documents(config.heldout_files, config)
-        corpus = build_corpus(name, read_documents(config.files, config), config, heldout)
+        heldout, theirs = (None, []) if config.heldout_files is None else read_files(config.heldout_files, config)
+        documents, files = read_files(config.files, config)
+        corpus = build_corpus(name, documents, config, heldout)
         mode = mode_of(config.files) & (mode_of(config.heldout_files) if config.heldout_files is not None else SHARED)
-        return replace(corpus, mode=mode)
+        return replace(corpus, mode=mode, files=(*files, *theirs))
     from lifelong_moe.data.text.hub import hub_documents
 
     return build_corpus(name, hub_documents(config, asks=within is None), config)
@@ -72,11 +73,11 @@ def _require_within(config: SourceConfig, folders: Sequence[Path]) -> None:
     Raises:
         DataError: It is something else, which counts as missing.
     """
-    from lifelong_moe.data.text.files import matching_files
+    from lifelong_moe.data.text.files import expanded, matching_files
 
-    for pattern in filter(None, (config.files, config.heldout_files)):
+    for pattern in (*patterns(config.files), *patterns(config.heldout_files)):
         # Before anything is listed; and then each file, since what a pattern matches may be a link.
-        is_within = lies_within(Path(pattern), folders)
+        is_within = lies_within(Path(expanded(pattern)), folders)
         if not is_within or not all(lies_within(path, folders) for path in matching_files(pattern)):
             raise DataError(
                 f"files={pattern}: not below {Path.cwd()}; what a store names elsewhere is not opened.", is_missing=True

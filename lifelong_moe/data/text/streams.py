@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,6 +35,8 @@ class OpenFile:
     """Its share of what may be read."""
     mode: int = SHARED
     """Permissions of copies of its text: as private as the file."""
+    notes: list[str] = field(default_factory=list)
+    """What its reader found out that people should know."""
 
 
 @contextlib.contextmanager
@@ -71,11 +73,7 @@ def unpacked(file: OpenFile) -> ByteStream:
     Raises:
         DataError: UTF-16, or compressed but damaged or unpacking beyond the limits.
     """
-    if file.path.suffix.lower() in COMPRESSED:
-        stream = unpack(file.path, file.data, file.portion)
-    else:
-        file.portion.take(file.portion.packed_bytes)
-        stream = file.data
+    stream = _stream(file)
     # Peeked, not read: a stream of unpacked text cannot seek back.
     head = stream.peek(4)[:4]
     if head.startswith((b"\xff\xfe", b"\xfe\xff")) or head[:1] == b"\0" or head[1:2] == b"\0":
@@ -83,6 +81,23 @@ def unpacked(file: OpenFile) -> ByteStream:
     if head.startswith(_UTF8_BOM):
         stream.read(len(_UTF8_BOM))
     return stream
+
+
+def _stream(file: OpenFile) -> ByteStream:
+    if file.path.suffix.lower() in COMPRESSED:
+        return unpack(file.path, file.data, file.portion)
+    file.portion.take(file.portion.packed_bytes)
+    return file.data
+
+
+def read_bytes(file: OpenFile, most_bytes: int) -> bytes | None:
+    """The file's content, ``.gz`` and ``.zst`` unpacked; None if it is longer than ``most_bytes``.
+
+    Raises:
+        DataError: Compressed but damaged, or unpacking beyond the limits.
+    """
+    data = _stream(file).read(most_bytes + 1)
+    return data if len(data) <= most_bytes else None
 
 
 def read_whole(file: OpenFile, most_bytes: int) -> bytes | None:

@@ -10,7 +10,9 @@ from itertools import pairwise
 from pathlib import Path
 
 from lifelong_moe.config.data import SourceConfig, TokenizerConfig
+from lifelong_moe.data.formats.outcomes import FileOutcome
 from lifelong_moe.data.text.documents import Corpus, Document, documents_hash, normalized_hash
+from lifelong_moe.data.text.files import settled
 from lifelong_moe.data.text.near_copies import without_near_copies
 from lifelong_moe.data.text.sources import heldout_documents, lies_within, read_corpus
 from lifelong_moe.data.tokens.identity import AddedTokens, AddedVocabulary, DataIdentity, TokenizerIdentity
@@ -76,6 +78,8 @@ class PreparedData:
     """Tokenizers of the later vocabularies, by the index of the stage that adds their tokens, in order."""
     later: LaterTexts = field(default_factory=LaterTexts)
     """What stages train on, read with the later vocabularies."""
+    files: Mapping[str, tuple[FileOutcome, ...]] = field(default_factory=dict)
+    """What became of the user's own files, of distributions that are there."""
 
     def corpora_by(self, vocabulary_of: Callable[[str], int]) -> dict[str, TokenizedCorpus]:
         """Distributions whose text is there, each read with the vocabulary of this number."""
@@ -164,6 +168,7 @@ def prepare_data(
     _mark_answers(answers, texts, tokens, heldout, made, context)
     modes = {name: corpus.mode for name, corpus in texts.corpora.items()}
     data = PreparedData(made, recipe(tokenizer), tokens, records, heldout, texts.heldout, texts.gone, modes)
+    data = replace(data, files={name: settled(corpus) for name, corpus in texts.corpora.items() if corpus.files})
     if vocabulary is None:
         return data
     of_stages = [splits[name] if name in splits else texts.gone[name] for name in trained]

@@ -55,10 +55,21 @@ def test_pickles_are_refused(tmp_path: Path, name: str) -> None:
         read_documents(str(tmp_path / name), CONFIG)
 
 
-def test_unknown_kind_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+def test_a_file_that_is_named_by_itself_must_be_text(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b"broken")
     (tmp_path / "b.csv").write_bytes(b"x")
+    # Before anything is read: the broken file would else be named.
     with pytest.raises(DataError, match=r"b\.csv: unknown kind of file; .*\.parquet are read"):
+        read_documents([str(tmp_path / "*"), str(tmp_path / "b.csv")], CONFIG)
+    (tmp_path / "c.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(DataError, match=r"c\.txt: invalid UTF-8 at byte 3 \(0xe9\)\. Set encoding"):
+        read_documents(str(tmp_path / "c.txt"), CONFIG)
+
+
+def test_a_broken_file_of_rows_is_a_mistake_among_others_too(tmp_path: Path) -> None:
+    _jsonl(tmp_path / "a.jsonl", ["one"])
+    (tmp_path / "b.jsonl").write_bytes(b"broken")
+    with pytest.raises(DataError, match=r"b\.jsonl:1"):
         read_documents(str(tmp_path / "*"), CONFIG)
 
 
@@ -73,7 +84,7 @@ def test_text_files_are_documents_whatever_their_names(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("data", "reason"),
-    [(b"a\xff", r"invalid UTF-8 at byte 1"), (b" \n", "blank"), (b"abc\0", "NUL"), (b"\xff\xfea\0", "UTF-16")],
+    [(b"a\xff", r"invalid UTF-8 at byte 1"), (b" \n", "blank"), (b"abc\0", "NUL"), (b"\xff\xfea", "UTF-16")],
 )
 def test_bad_text_files(tmp_path: Path, data: bytes, reason: str) -> None:
     (tmp_path / "a.txt").write_bytes(data)

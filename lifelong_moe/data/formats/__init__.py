@@ -1,0 +1,1 @@
+"""From the bytes of a file to its text: kinds of files, encodings, and the text of HTML. Pure."""
