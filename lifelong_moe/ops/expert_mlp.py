@@ -106,14 +106,14 @@ class _Slices(torch.autograd.Function):
             if grad_rows_ND is None and into is None and down is None:
                 continue
             grad_NG, hidden_NF = ctx.act.hidden_backward(
-                grad_ND[part] @ _whole(matrices[2 * i + 1], rows_ND.dtype), pre_NG[part], value_NF
+                grad_ND[part] @ whole(matrices[2 * i + 1], rows_ND.dtype), pre_NG[part], value_NF
             )
             if down is not None:
                 _multiply(grad_ND[part].t(), hidden_NF, out=down[where.expert])
             if into is not None:
                 _multiply(grad_NG.t(), rows_ND[part], out=into[where.expert])
             if grad_rows_ND is not None:
-                torch.mm(grad_NG, _whole(matrices[2 * i], rows_ND.dtype), out=grad_rows_ND[part])
+                torch.mm(grad_NG, whole(matrices[2 * i], rows_ND.dtype), out=grad_rows_ND[part])
         _zero_unused(grads, ctx.used)
         return grad_rows_ND, None, None, *grads
 
@@ -150,21 +150,22 @@ def _forward(
     values = []
     pre_NG, out_ND = rows_ND.new_empty(len(rows_ND), 0), rows_ND.new_empty(rows_ND.shape)
     for i, (_, _, part) in enumerate(used):
-        into_GD = _whole(matrices[2 * i], rows_ND.dtype)
+        into_GD = whole(matrices[2 * i], rows_ND.dtype)
         if not pre_NG.shape[1]:  # known from the first that has rows
             pre_NG = rows_ND.new_empty(len(rows_ND), len(into_GD))
-        _multiply_transposed(rows_ND[part], into_GD, pre_NG[part])
+        multiply_transposed(rows_ND[part], into_GD, pre_NG[part])
         hidden_NF, value_NF = act.hidden(pre_NG[part])
-        _multiply_transposed(hidden_NF, _whole(matrices[2 * i + 1], rows_ND.dtype), out_ND[part])
+        multiply_transposed(hidden_NF, whole(matrices[2 * i + 1], rows_ND.dtype), out_ND[part])
         values.append(value_NF)
     return pre_NG, out_ND, values
 
 
-def _whole(weight: Weight, dtype: torch.dtype) -> Tensor:
+def whole(weight: Weight, dtype: torch.dtype) -> Tensor:
+    """A matrix, made first where it is made on use."""
     return weight if isinstance(weight, Tensor) else weight().to(dtype)
 
 
-def _multiply_transposed(rows: Tensor, matrix: Tensor, out: Tensor) -> None:
+def multiply_transposed(rows: Tensor, matrix: Tensor, out: Tensor) -> None:
     """``rows matrix^T`` into ``out``."""
     if are_few(rows, matrix):
         out.copy_(matrix_first(rows, matrix))

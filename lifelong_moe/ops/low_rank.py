@@ -12,7 +12,7 @@ Source:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lifelong_moe.ops.expert_mlp import NONLINEARITIES, Weight, autocast
+from lifelong_moe.ops.expert_mlp import NONLINEARITIES, Nonlinearity, Weight, autocast, multiply_transposed, whole
 from lifelong_moe.ops.few_rows import linear
 
 
@@ -61,38 +61,155 @@ def low_rank(
     Returns:
         ``(N, D)``. An expert without rows gets gradients of zero.
     """
-    rows_ND, (into, down) = autocast(rows_ND), changes
-    runs = [(base, sum(count for _, count in run)) for base, run in groupby(zip(bases, counts, strict=True), _base)]
-
-    def through(x: Tensor, which: int, change: Change) -> Tensor:
-        parts = zip(x.split([count for _, count in runs]), runs, strict=True)
-        whole = _one([product(part, shared[base][which]) for part, (base, _) in parts])
-        return whole + _one([_change(part, *one) for part, *one in zip(x.split(counts), *_each(change), strict=True)])
-
-    hidden_NF, _ = NONLINEARITIES[activation].hidden(through(rows_ND, 0, into))
-    return through(hidden_NF, 1, down)
-
-
-def _base(pair: tuple[int, int]) -> int:
-    return pair[0]
-
-
-def _one(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat([*parts])
+    device, act = rows_ND.device.type, NONLINEARITIES[activation]
+    runs = _runs(counts, bases)
+    matrices = [shared[base][which] for which in (0, 1) for base, _ in runs]
+    # What is made on use is no tensor, and autograd need not know of it.
+    tensors = [*changes[0], *changes[1], *(m if isinstance(m, Tensor) else None for m in matrices)]
+    made = [None if isinstance(m, Tensor) else m for m in matrices]
+    layout = _Layout(counts, [rows for _, rows in runs], made, act)
+    # As in `slices`: decoding has too few rows for the cost of either.
+    if not (torch.is_grad_enabled() or torch.is_autocast_enabled(device)):
+        return _forward(rows_ND, layout, tensors)[-1]
+    rows_ND = autocast(rows_ND)
+    with torch.autocast(device, enabled=False):
+        return _LowRank.apply(rows_ND, layout, *tensors)
 
 
-def _each(change: Change) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    # Not indexed: each index would have a gradient of the size of all experts, most of it zeros.
-    return change.a_EPI.unbind(), change.b_EOR.unbind()
+def _runs(counts: Sequence[int], bases: Sequence[int]) -> list[tuple[int, slice]]:
+    """Shared networks, and the rows of the experts in a row that change them; no network without rows."""
+    runs, start = [], 0
+    for base, run in groupby(zip(bases, counts, strict=True), lambda pair: pair[0]):
+        stop = start + sum(count for _, count in run)
+        if stop > start:
+            runs.append((base, slice(start, stop)))
+        start = stop
+    return runs
 
 
-def _change(x_NI: Tensor, a_PI: Tensor, b_OR: Tensor) -> Tensor:
-    """``x (b a)^T``, ``(N, O)``."""
-    parts = len(a_PI) // b_OR.shape[1]
-    low_NP = F.linear(x_NI, a_PI.to(x_NI.dtype))
-    halves = zip(low_NP.chunk(parts, dim=1), b_OR.to(x_NI.dtype).chunk(parts), strict=True)
-    found = [F.linear(low_NR, b) for low_NR, b in halves]
-    return found[0] if parts == 1 else torch.cat(found, dim=1)
+class _Layout(NamedTuple):
+    """Which rows go where."""
+
+    counts: Sequence[int]
+    rows: Sequence[slice]
+    """Of each shared network."""
+    made: Sequence[Callable[[], Tensor] | None]
+    """Of the matrices into the networks, then of those out of them: a function where they are made on use."""
+    act: Nonlinearity
+
+    def products(self, tensors: Sequence[Tensor | None], dtype: torch.dtype) -> tuple[_Product, _Product]:
+        """With the matrices into experts and with those out of them."""
+        factors, given = tensors[:4], zip(tensors[4:], self.made, strict=True)
+        weights: list[Any] = [made if tensor is None else tensor.to(dtype) for tensor, made in given]
+        into, down = weights[: len(self.rows)], weights[len(self.rows) :]
+        a, b, c, d = (factor.to(dtype) for factor in factors if factor is not None)
+        shared = [[*zip(self.rows, which, strict=True)] for which in (into, down)]
+        return _Product(self.counts, shared[0], Change(a, b)), _Product(self.counts, shared[1], Change(c, d))
+
+
+class _Product(NamedTuple):
+    """The products of rows sorted by expert with one changed matrix of each expert."""
+
+    counts: Sequence[int]
+    shared: Sequence[tuple[slice, Weight]]
+    change: Change
+
+    def forward(self, x_NI: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """``x (W + b a)^T``, ``(N, O)``, and ``x a^T`` of each expert, ``(n, P·R)``."""
+        out_NO, lows = x_NI.new_empty(len(x_NI), self.change.b_EOR.shape[1]), []
+        for rows, weight in self.shared:
+            multiply_transposed(x_NI[rows], whole(weight, x_NI.dtype), out_NO[rows])
+        for x, out, a_PI, b_OR in zip(*self._each(x_NI, out_NO), *self.change, strict=True):
+            lows.append(x @ a_PI.t())
+            # Added to what the shared matrix gave: nothing as large is made beside it.
+            for out_part, low_nR, b_part in _parts(out, lows[-1], b_OR):
+                out_part.addmm_(low_nR, b_part.t())
+        return out_NO, lows
+
+    def backward(self, grad_NO: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Gradients of the rows ``(N, I)`` and of the low products."""
+        grad_NI = grad_NO.new_empty(len(grad_NO), self.change.a_EPI.shape[2])
+        for rows, weight in self.shared:
+            torch.mm(grad_NO[rows], whole(weight, grad_NO.dtype), out=grad_NI[rows])
+        lows = []
+        for grad_in, grad, a_PI, b_OR in zip(*self._each(grad_NI, grad_NO), *self.change, strict=True):
+            lows.append(grad.new_empty(len(grad), len(a_PI)))
+            for grad_part, low_nR, b_part in _parts(grad, lows[-1], b_OR):
+                torch.mm(grad_part, b_part, out=low_nR)
+            grad_in.addmm_(lows[-1], a_PI)
+        return grad_NI, lows
+
+    def change_gradients(
+        self, x_NI: Tensor, lows: Sequence[Tensor], grad_NO: Tensor, grad_lows: Sequence[Tensor]
+    ) -> Change:
+        """Gradients of both factors; zero for an expert without rows."""
+        grads = Change(*(torch.empty_like(factor) for factor in self.change))
+        parts = zip(*self._each(x_NI, grad_NO), lows, grad_lows, *grads, strict=True)
+        for x, grad, low_nP, grad_low_nP, grad_a, grad_b in parts:
+            torch.mm(grad_low_nP.t(), x, out=grad_a)
+            for grad_part, low_nR, grad_b_part in _parts(grad, low_nP, grad_b):
+                torch.mm(grad_part.t(), low_nR, out=grad_b_part)
+        return grads
+
+    def shared_gradients(self, x_NI: Tensor, grad_NO: Tensor, needed: Sequence[bool]) -> list[Tensor | None]:
+        """Gradients of the shared matrices that train."""
+        pairs = zip(self.shared, needed, strict=True)
+        return [grad_NO[rows].t() @ x_NI[rows] if is_needed else None for (rows, _), is_needed in pairs]
+
+    def _each(self, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+        """Each expert's rows of each tensor."""
+        return [tensor.split(self.counts) for tensor in tensors]
+
+
+def _parts(out_NO: Tensor, low_NP: Tensor, b_OR: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Columns of the outputs and of the low products, and rows of the second factor, that belong together."""
+    num = low_NP.shape[1] // b_OR.shape[1]
+    return zip(out_NO.chunk(num, dim=1), low_NP.chunk(num, dim=1), b_OR.chunk(num), strict=True)
+
+
+def _forward(
+    rows_ND: Tensor, layout: _Layout, tensors: Sequence[Tensor | None]
+) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
+    """Pre-activations ``(N, G)``, low products of both matrices, and outputs ``(N, D)``."""
+    into, down = layout.products(tensors, rows_ND.dtype)
+    pre_NG, into_lows = into.forward(rows_ND)
+    out_ND, down_lows = down.forward(layout.act.hidden(pre_NG)[0])
+    return pre_NG, into_lows, down_lows, out_ND
+
+
+class _LowRank(torch.autograd.Function):
+    """Keeps rows, pre-activations and low products. Hidden units, which autograd would keep twice, are made again."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_ND: Tensor, layout: _Layout, *tensors: Tensor | None) -> Tensor:
+        pre_NG, into_lows, down_lows, out_ND = _forward(rows_ND, layout, tensors)
+        ctx.save_for_backward(rows_ND, pre_NG, *into_lows, *down_lows, *tensors)
+        ctx.layout = layout
+        return out_ND
+
+    @staticmethod
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Any, ...]:
+        layout, num, (rows_ND, pre_NG, *rest) = ctx.layout, len(ctx.layout.counts), ctx.saved_tensors
+        into_lows, down_lows, tensors = rest[:num], rest[num : 2 * num], rest[2 * num :]
+        into, down = layout.products(tensors, rows_ND.dtype)
+        grad_ND, num_shared = grad_ND.contiguous(), len(layout.rows)
+        needs_into, needs_down = ctx.needs_input_grad[6 : 6 + num_shared], ctx.needs_input_grad[6 + num_shared :]
+        grad_NF, grad_down_lows = down.backward(grad_ND)
+        grad_NG, hidden_NF = layout.act.hidden_backward(grad_NF, pre_NG, layout.act.hidden(pre_NG)[1])
+        grad_rows_ND, grad_into_lows = into.backward(grad_NG)
+        # Factors of a frozen generation, which old text may still reach, need none.
+        grads: list[Tensor | None] = [None] * 4
+        if any(ctx.needs_input_grad[2:6]):
+            grads = [
+                *into.change_gradients(rows_ND, into_lows, grad_NG, grad_into_lows),
+                *down.change_gradients(hidden_NF, down_lows, grad_ND, grad_down_lows),
+            ]
+        grads += [
+            *into.shared_gradients(rows_ND, grad_NG, needs_into),
+            *down.shared_gradients(hidden_NF, grad_ND, needs_down),
+        ]
+        cast = (None if g is None else g.to(t.dtype) for g, t in zip(grads, tensors, strict=True))
+        return (grad_rows_ND, None, *cast)
 
 
 def product(x_NI: Tensor, weight: Weight) -> Tensor:
