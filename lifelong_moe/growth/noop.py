@@ -10,7 +10,7 @@ Legend: T tokens, E experts, K experts per token.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
@@ -28,8 +28,8 @@ TOLERANCE = 1e-5
 class Behavior:
     """What a model computes on a sample, in evaluation mode."""
 
-    logits: Tensor
-    """float32 ``(B, S, V)``."""
+    logits: list[Tensor]
+    """Of each block, float32 ``(S, V)``."""
     decisions: dict[Router, tuple[Tensor, RoutingContext, Routing]]
     """Each router's inputs and its answer, bottom to top."""
 
@@ -41,7 +41,7 @@ def behavior(model: LanguageModel, sample: Mapping[str, Tensor]) -> Behavior:
     def keep(router: Router, given: tuple[Tensor, RoutingContext], routing: Routing) -> None:
         decisions[router] = (*given, routing)
 
-    return Behavior(_logits(model, sample, keep), decisions)
+    return Behavior([*_logits(model, sample, keep)], decisions)
 
 
 def check_noop(model: LanguageModel, sample: Mapping[str, Tensor], before: Behavior) -> int:
@@ -77,20 +77,23 @@ def check_noop(model: LanguageModel, sample: Mapping[str, Tensor], before: Behav
     with ExitStack() as masked:
         for layer in model.moe_layers():
             masked.enter_context(layer.router.masking_newest())
-        # Without tokens that the new generation added, which the sample's generations do not predict.
-        now = _logits(model, sample, decide_as_before)[..., : before.logits.shape[-1]]
-        drift = _drift(now, before.logits)
-    if not drift <= TOLERANCE:
-        raise RuntimeError(f"growth changed the logits by {drift:.2e} with new experts masked; at most 1e-5 is allowed")
+        for now_SV, before_SV in zip(_logits(model, sample, decide_as_before), before.logits, strict=True):
+            # Without tokens that the new generation added, which the sample's generations do not predict.
+            if not (drift := _drift(now_SV[:, : before_SV.shape[1]], before_SV)) <= TOLERANCE:
+                raise RuntimeError(
+                    f"growth changed the logits by {drift:.2e} with new experts masked; at most 1e-5 is allowed"
+                )
     return near_ties
 
 
-def _logits(model: LanguageModel, sample: Mapping[str, Tensor], hook: Callable[..., Routing | None]) -> Tensor:
-    """Logits of the sample's first blocks; the hook sees each router's answer, and may replace it."""
+def _logits(
+    model: LanguageModel, sample: Mapping[str, Tensor], hook: Callable[..., Routing | None]
+) -> Iterator[Tensor]:
+    """Logits of each of the sample's first blocks; the hook sees each router's answer, and may replace it."""
     with ExitStack() as hooked:
         for layer in model.moe_layers():
             hooked.callback(layer.router.register_forward_hook(hook).remove)
-        return sample_logits(model, sample)
+        yield from sample_logits(model, sample)
 
 
 def _gates(routing: Routing, num_experts: int) -> Tensor:

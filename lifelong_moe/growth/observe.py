@@ -5,7 +5,7 @@ Legend: B batch, S sequence, N sampled tokens, D model width, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -65,12 +65,17 @@ def observe(model: LanguageModel, sample: Mapping[str, Tensor]) -> list[Observat
 
 
 @torch.no_grad()
-def sample_logits(model: LanguageModel, sample: Mapping[str, Tensor], blocks: int = 4) -> Tensor:
-    """Logits of the sample's first blocks, float32, in evaluation mode."""
+def sample_logits(model: LanguageModel, sample: Mapping[str, Tensor], blocks: int = 4) -> Iterator[Tensor]:
+    """Logits of each of the sample's first blocks, float32 ``(S, V)``, in evaluation mode.
+
+    A block's at a time: those of a large vocabulary take more memory than the rest of the pass.
+    """
     training = model.training
     model.eval()
     batch = TokenBatch.of(sample)[:blocks]
     try:
-        return model.head.logits(model(batch).hidden_BSD, batch.domain_ids_BS).float()
+        for row, hidden_SD in enumerate(model(batch).hidden_BSD):
+            domains_BS = None if batch.domain_ids_BS is None else batch.domain_ids_BS[row : row + 1]
+            yield model.head.logits(hidden_SD.unsqueeze(0), domains_BS).float().squeeze(0)
     finally:
         model.train(training)

@@ -49,7 +49,9 @@ def build_model(architecture: Architecture, tensors: Mapping[str, Tensor]) -> La
     with nullcontext() if own else _without_memory():
         model = LanguageModel(architecture)
     require_fitting(model, tensors)
-    model = model if own else LanguageModel(architecture)
+    if not own:
+        with _Undrawn():  # each weight is about to be overwritten
+            model = LanguageModel(architecture)
     model.load_state_dict(tensors, strict=True)
     if not all(layer.banks.has_sound_bases() for layer in model.moe_layers()):
         raise CorruptError("a low-rank expert changes none of the older experts.")
