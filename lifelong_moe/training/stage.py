@@ -132,6 +132,7 @@ def _train_or_load(run: PhaseRun, models: StageModels) -> PhaseMeasures:
             _fit_clusters(models.model, run.stage)  # a checkpoint of the phase already holds the centroids
         module = StageModule(models.model, run.stage.spec, run.phase, models.teacher, models.anchor)
         train_phase(module, models, run).save(run.stage.work, run.number)
+        module.release()
     # From the file also when it was just written, so that an interrupted stage reports the same numbers.
     return PhaseMeasures.load(run.stage.work, run.number)
 

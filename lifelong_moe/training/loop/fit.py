@@ -66,6 +66,8 @@ class PhaseFit:
         offloaded = self.module.offloaded(streamer_to(trainer.strategy.root_device) if offloads else None)
         with resumption.blamed(), offloaded:
             trainer.fit(self.module, self.data, ckpt_path=run.resume, weights_only=True)
+        # Trainer and module refer to each other: what they hold would stay until Python looks for cycles.
+        trainer.strategy.optimizers, trainer.strategy.lr_scheduler_configs = [], []
         # Lightning can end training early without an error; a stage with fewer steps must not be committed.
         if trainer.global_step != steps and not (self.stopping is not None and trainer.should_stop):
             raise RuntimeError(f"stage {run.stage.spec.name}: trained {trainer.global_step} of {steps} steps")

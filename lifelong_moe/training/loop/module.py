@@ -95,6 +95,12 @@ class StageModule(LightningModule):
         models = [model for model in (self.model, *self._teacher) if model is not None]
         return offloaded(models, self._own, streamer)
 
+    def release(self) -> None:
+        """Forget the models, once no more steps are taken."""
+        # Evaluation reads the committed stage anew, and both would be in memory together.
+        del self.model
+        self._own, self._teacher, self._anchor, self.teacher_cache = [], (None,), None, None
+
     def on_fit_start(self) -> None:
         """Move the teacher and the anchor to the device."""
         # Lightning moves submodules only. Tensors that the teacher shares are there already, or offloaded.
