@@ -200,6 +200,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "real-too-fast": partial(listed, REAL["too_fast"], REAL_STAGE),
     "real-memory": partial(listed, REAL["memory"], REAL_MEMORY),
     "quickstart": others.quickstart,
+    "measures": others.measures,
     "main": partial(kinds.main_comparison, "results/trained_base", MAIN),
     "periods": partial(kinds.learned_and_kept, "results/periods", ("naive", "replay25", "lifelong")),
     "trained-base": partial(kinds.arms, "results/trained_base"),

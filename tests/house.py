@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("lifelong_moe", "pipelines")
 FLOORS = [
     {"redaction"},
-    {"errors"},
+    {"errors", "measures"},
     {"ops", "storage"},
     {"config/routing"},
     {"config"},

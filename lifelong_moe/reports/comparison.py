@@ -1,6 +1,7 @@
 """Compare arms by their runs' reports. Pure: plain JSON data in and out.
 
-Keys of ``comparison.json`` (schema 1). A value that needs an absent run or reference is null.
+Keys of ``comparison.json`` (schema 1; earlier versions wrote no range over seeds, and no ``…_bits_per_byte`` of
+forgetting and gaps). A value that needs an absent run or reference is null.
 
 =====================  ========================================================================================
 ``schema``             1
@@ -20,10 +21,12 @@ Keys of ``comparison.json`` (schema 1). A value that needs an absent run or refe
                        reference with the same seeds, below}; null for the reference)
 ``runs``               ``run``, ``seed``, ``status`` (``committed``, ``failed``, ``absent``), ``reason`` (why it
                        failed), and where committed: ``numbers`` (below), ``forgetting``, ``plasticity_gap``,
-                       ``oracle_gap`` ({distribution: nats per token}), ``leak`` ({distribution: share}),
+                       ``oracle_gap`` ({distribution: nats per token}), ``forgetting_bits_per_byte`` (the same in that
+                       unit), ``leak`` ({distribution: share}; without those that no later experts could take text of),
                        ``final_bits_per_byte`` ({distribution: after the last stage}) and ``curves``
                        ({distribution: bits per byte after each stage})
-over seeds             {``mean``, ``low``, ``high``, ``n``}: mean and 95 % t-interval; the interval is null for n = 1
+over seeds             {``mean``, ``low``, ``high``, ``n``, ``lowest``, ``highest``}: mean, 95 % t-interval (null for
+                       n = 1) and range
 differences            the same of the paired differences, and ``p`` of the paired t-test; null for fewer than two
                        common seeds, where seeds count in which both arms' number is one over the same
                        distributions. Many arms make many tests: p is not corrected for that
@@ -31,27 +34,33 @@ differences            the same of the paired differences, and ``p`` of the pair
 
 ``numbers`` of a run. A gap is a relative rise of perplexity, ``exp(nats per token) − 1``; positive is worse:
 
-==============================  ===============================================================================
-``forgetting_max``              of the largest ``R[last, j] − R[j, j]`` over old distributions, those that the last
-                                stage did not learn; null with one stage
-``forgetting_mean``             of their mean
-``plasticity_gap``              of the largest ``R[j, j] − R_unrestrained[j, j]`` over what was learned from the
-                                second stage on, same seed
-``plasticity_gap_mean``         of their mean
-``oracle_gap``                  of the mean of ``R[last, j] − R_joint[j]`` over learned distributions, same seed
-``final_mean_nats``             mean over distributions of nats per token after the last stage
-``final_mean_bits_per_byte``    the same in bits per byte of source text
-``leak_max``                    largest router leak of an old distribution; null with one stage
-``tokens``                      trained on by the arm's chain of stages, replayed ones included
-``active_flops``                of training them, the teacher's included
-``scratch_tokens``              trained on by models from scratch beside the chain (method ``unrestrained``), which no
-                                other number includes
-``scratch_active_flops``        of training those
-``parameters_total``            of the final model
-``parameters_active``           of them, used by one token
-``epochs_max``                  most passes over a stage's own text
-``seconds``                     of training, shared stages included
-==============================  ===============================================================================
+=====================================  ================================================================================
+``forgetting_max``                     of the largest ``R[last, j] − R[j, j]`` over old distributions, those that the
+                                       last stage did not learn; null with one stage
+``forgetting_mean``                    of their mean
+``plasticity_gap``                     of the largest ``R[j, j] − R_unrestrained[j, j]`` over what was learned from the
+                                       second stage on, same seed
+``plasticity_gap_mean``                of their mean
+``oracle_gap``                         of the mean of ``R[last, j] − R_joint[j]`` over learned distributions, same seed
+``forgetting_max_bits_per_byte``       as ``forgetting_max``, as a difference of bits per byte of source text, and so
+                                       are the next four
+``forgetting_mean_bits_per_byte``      as ``forgetting_mean``
+``plasticity_gap_bits_per_byte``       as ``plasticity_gap``
+``plasticity_gap_mean_bits_per_byte``  as ``plasticity_gap_mean``
+``oracle_gap_bits_per_byte``           as ``oracle_gap``
+``final_mean_nats``                    mean over distributions of nats per token after the last stage
+``final_mean_bits_per_byte``           the same in bits per byte of source text
+``leak_max``                           largest router leak of an old distribution; null where the model did not grow
+``tokens``                             trained on by the arm's chain of stages, replayed ones included
+``active_flops``                       of training them, the teacher's included
+``scratch_tokens``                     trained on by models from scratch beside the chain (method ``unrestrained``),
+                                       which no other number includes
+``scratch_active_flops``               of training those
+``parameters_total``                   of the final model
+``parameters_active``                  of them, used by one token
+``epochs_max``                         most passes over a stage's own text
+``seconds``                            of training, shared stages included
+=====================================  ================================================================================
 """
 
 from __future__ import annotations
@@ -67,6 +76,8 @@ from lifelong_moe.reports.seeds import PairedDifference, over_seeds, paired
 
 SCHEMA = 1
 Report = Mapping[str, Any]
+NATS, BITS = "loss_nats_per_token", "bits_per_byte"
+"""The loss matrices of a report."""
 OVER = {
     "forgetting_max": "forgetting",
     "forgetting_mean": "forgetting",
@@ -78,6 +89,7 @@ OVER = {
     "leak_max": "forgetting",
 }
 """For numbers that summarize distributions, the part of a run's measures that names them."""
+OVER |= {f"{key}_bits_per_byte": part for key, part in OVER.items() if not key.startswith(("final", "leak"))}
 
 
 @dataclass(frozen=True)
@@ -103,6 +115,7 @@ class RunMeasures:
     forgetting: Mapping[str, float]
     plasticity_gap: Mapping[str, float] | None
     oracle_gap: Mapping[str, float] | None
+    forgetting_bits_per_byte: Mapping[str, float]
     leak: Mapping[str, float]
     final_bits_per_byte: Mapping[str, float]
     curves: Mapping[str, Sequence[float]]
@@ -200,10 +213,17 @@ def measure(report: Report, free: Report | None, oracle: Report | None) -> RunMe
     names, stages = report["distributions"], report["stages"]
     # What the last stage learned has not been followed by anything, so it cannot be forgotten yet.
     forgetting = {name: value for name, value in report["forgetting"].items() if name in old_distributions(report)}
-    plasticity = _plasticity_gap(report, free) if free else None
-    above = _oracle_gap(report, oracle) if oracle else None
-    leak = {name: report["routing"][name]["leak"] for name in report["forgetting"]}
+    rows = learned_rows(report)
+    lost = {name: _loss(report, -1, name, BITS) - _loss(report, rows[name], name, BITS) for name in forgetting}
+    plasticity, plasticity_bits = (_plasticity_gap(report, free, unit) if free else None for unit in (NATS, BITS))
+    above, above_bits = (_oracle_gap(report, oracle, unit) if oracle else None for unit in (NATS, BITS))
+    leak = {name: report["routing"][name]["leak"] for name in _left_to_later_experts(report)}
     numbers = {
+        "forgetting_max_bits_per_byte": _over(max, lost),
+        "forgetting_mean_bits_per_byte": _over(_mean, lost),
+        "plasticity_gap_bits_per_byte": _over(max, plasticity_bits),
+        "plasticity_gap_mean_bits_per_byte": _over(_mean, plasticity_bits),
+        "oracle_gap_bits_per_byte": _over(_mean, above_bits),
         "forgetting_max": _relative(max, forgetting),
         "forgetting_mean": _relative(_mean, forgetting),
         "plasticity_gap": _relative(max, plasticity),
@@ -211,7 +231,7 @@ def measure(report: Report, free: Report | None, oracle: Report | None) -> RunMe
         "oracle_gap": _relative(_mean, above),
         "final_mean_nats": _mean(report["loss_nats_per_token"][-1]),
         "final_mean_bits_per_byte": _mean(report["bits_per_byte"][-1]),
-        "leak_max": max((leak[name] for name in forgetting), default=None),
+        "leak_max": max(leak.values(), default=None),
         "tokens": sum(stage["tokens"] for stage in stages),
         "active_flops": sum(stage["active_flops"] for stage in stages),
         "scratch_tokens": _total(report["from_scratch"], "tokens"),
@@ -226,6 +246,7 @@ def measure(report: Report, free: Report | None, oracle: Report | None) -> RunMe
         forgetting=forgetting,
         plasticity_gap=plasticity,
         oracle_gap=above,
+        forgetting_bits_per_byte=lost,
         leak=leak,
         final_bits_per_byte=dict(zip(names, report["bits_per_byte"][-1], strict=True)),
         curves={name: [row[j] for row in report["bits_per_byte"]] for j, name in enumerate(names)},
@@ -245,30 +266,43 @@ def old_distributions(report: Report) -> list[str]:
     return [name for name, row in learned_rows(report).items() if row < last]
 
 
-def _plasticity_gap(report: Report, free: Report) -> dict[str, float]:
-    """``R[j, j] − R_unrestrained[j, j]`` in nats of what both learned from their second stage on."""
+def _left_to_later_experts(report: Report) -> list[str]:
+    """Distributions after which the model grew: for any other, no expert is a later one."""
+    # Where generations predict together, a text is no generation's own.
+    if report.get("mixture"):
+        return []
+    experts = [stage["experts_per_layer"] for stage in report["stages"]]
+    return [name for name, row in learned_rows(report).items() if experts[-1] > experts[row]]
+
+
+def _plasticity_gap(report: Report, free: Report, unit: str) -> dict[str, float]:
+    """``R[j, j] − R_unrestrained[j, j]`` of what both learned from their second stage on."""
     rows, free_rows = learned_rows(report), learned_rows(free)
     # The first stage has nothing to retain, so no method holds it back.
     common = [name for name, row in rows.items() if row > 0 and free_rows.get(name, 0) > 0]
-    return {name: _loss(report, rows[name], name) - _loss(free, free_rows[name], name) for name in common}
+    return {name: _loss(report, rows[name], name, unit) - _loss(free, free_rows[name], name, unit) for name in common}
 
 
-def _oracle_gap(report: Report, oracle: Report) -> dict[str, float] | None:
-    """``R[last, j] − R_joint[j]`` in nats; None unless the joint run learned all that this one did."""
+def _oracle_gap(report: Report, oracle: Report, unit: str) -> dict[str, float] | None:
+    """``R[last, j] − R_joint[j]``; None unless the joint run learned all that this one did."""
     names = list(report["forgetting"])
     # A joint run that learned less had more tokens for each distribution: no upper bound.
     if not set(names) <= set(oracle["forgetting"]):
         return None
-    return {name: _loss(report, -1, name) - _loss(oracle, -1, name) for name in names}
+    return {name: _loss(report, -1, name, unit) - _loss(oracle, -1, name, unit) for name in names}
 
 
-def _loss(report: Report, row: int, name: str) -> float:
-    return report["loss_nats_per_token"][row][report["distributions"].index(name)]
+def _loss(report: Report, row: int, name: str, unit: str) -> float:
+    return report[unit][row][report["distributions"].index(name)]
 
 
 def _relative(reduce: Any, nats: Mapping[str, float] | None) -> float | None:
     # expm1: exact also for the small differences that a good method shows.
-    return math.expm1(reduce(nats.values())) if nats else None
+    return None if (found := _over(reduce, nats)) is None else math.expm1(found)
+
+
+def _over(reduce: Any, values: Mapping[str, float] | None) -> float | None:
+    return reduce(values.values()) if values else None
 
 
 def _total(models: Mapping[str, Mapping[str, Any]], field: str) -> Any:

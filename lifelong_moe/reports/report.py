@@ -1,38 +1,46 @@
 """The report of a run (``report.json``), built from evaluations and facts about its stages. Pure.
 
-Keys of schema 3 (in schema 2, each distribution's ``unused_experts`` was called ``dead_experts``); matrices have a row
-for each stage and a column for each distribution:
+Keys of schema 4 (schema 3 had no ``…_bits_per_byte`` of forgetting and transfer; in schema 2, each distribution's
+``unused_experts`` was called ``dead_experts``); matrices have a row for each stage and a column for each distribution.
+An old distribution is one that a stage before the last one learned, and no later one:
 
-===========================  ==================================================================================
-``schema``                   3
-``run``, ``method``          names
-``seed``                     of the run
-``distributions``            columns: trained distributions in order of first use, then those only evaluated
-``not_measured``             distributions without a column because their held-out text is gone
-``loss_at_init``             nats per token of the untrained model, by column
-``bits_per_byte_at_init``    the same in bits per byte of source text
-``loss_nats_per_token``      the loss matrix R
-``bits_per_byte``            the same in bits per byte
-``forgetting``               {distribution: R[last, j] − R[j, j]} in nats, trained distributions
-``backward_transfer``        mean over earlier distributions of R[j, j] − R[last, j]; null with one stage
-``forward_transfer``         mean over later distributions of R_init[j] − R[j−1, j]; null with one stage
-``bytes_per_token``          {distribution: bytes of text a token}, held-out text
-``from_scratch``             {distribution: {``nats_per_token``, ``bits_per_byte``, ``tokens``, ``active_flops``}} of
-                             models that learned only this one, from as many tokens; only for ``unrestrained``
-``stages``                   a list of the stages: see :class:`StageReport`
-``routing``                  {distribution: {``entropy``, ``max_over_mean``, ``unused_experts``, ``leak``}} after the
-                             last stage
-``expert_counts``            {distribution: assignments per layer and expert} after the last stage
-``mixture``                  {distribution: {``shares``: {stage: mean weight of its generation}, ``readers``: mean
-                             number of generations that read a token}} after the last stage; empty where one is selected
-``dead_experts``             number of experts, over all layers, that no distribution uses after the last stage
-===========================  ==================================================================================
+==================================  ===================================================================================
+``schema``                          4
+``run``, ``method``                 names
+``seed``                            of the run
+``distributions``                   columns: trained distributions in order of first use, then those only evaluated
+``not_measured``                    distributions without a column because their held-out text is gone
+``loss_at_init``                    nats per token of the untrained model, by column
+``bits_per_byte_at_init``           the same in bits per byte of source text
+``loss_nats_per_token``             the loss matrix R
+``bits_per_byte``                   the same in bits per byte
+``forgetting_bits_per_byte``        {old distribution: loss after the last stage − loss after it was last learned}
+``forward_transfer_bits_per_byte``  mean over later distributions of the loss of the untrained model − that just before
+                                    the first training; null with one stage
+``forgetting``                      {distribution: R[last, j] − R[j, j]} in nats, trained distributions; 0 for those of
+                                    the last stage
+``backward_transfer``               mean over old distributions of R[j, j] − R[last, j] in nats; null with one stage
+``forward_transfer``                as above, in nats
+``bytes_per_token``                 {distribution: bytes of text a token}, held-out text
+``from_scratch``                    {distribution: {``nats_per_token``, ``bits_per_byte``, ``tokens``,
+                                    ``active_flops``}} of models that learned only this one, from as many tokens; only
+                                    for ``unrestrained``
+``stages``                          a list of the stages: see :class:`StageReport`
+``routing``                         {distribution: {``entropy``, ``max_over_mean``, ``unused_experts``, ``leak``}} after
+                                    the last stage
+``expert_counts``                   {distribution: assignments per layer and expert} after the last stage
+``mixture``                         {distribution: {``shares``: {stage: mean weight of its generation}, ``readers``:
+                                    mean number of generations that read a token}} after the last stage; empty where
+                                    one is selected
+``dead_experts``                    number of experts, over all layers, that no distribution uses after the last stage
+==================================  ===================================================================================
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from lifelong_moe.evaluation.routing import RoutingStatistics, dead_experts, routing_statistics
@@ -43,8 +51,10 @@ from lifelong_moe.storage.plain import PlainError, from_plain
 if TYPE_CHECKING:  # torch is imported there
     from lifelong_moe.evaluation.loss import Evaluation
 
-SCHEMA = 3
+SCHEMA = 4
 """Version of the layout of ``report.json``."""
+SINCE_BITS = 4
+"""The first schema with forgetting in bits per byte."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +124,8 @@ class Report:
     forgetting: Mapping[str, float]
     backward_transfer: float | None
     forward_transfer: float | None
+    forgetting_bits_per_byte: Mapping[str, float] = field(default_factory=dict)
+    forward_transfer_bits_per_byte: float | None = None
     from_scratch: Mapping[str, ScratchReport]
     bytes_per_token: Mapping[str, float]
     stages: tuple[StageReport, ...]
@@ -138,7 +150,7 @@ class Report:
             )
         report = from_plain(cls, {**data, "routing": _renamed(data.get("routing"))})
         _check(report)
-        return report
+        return report if schema >= SINCE_BITS else replace(report, **report._in_bits())
 
     def to_json(self) -> Mapping[str, Any]:
         """Plain JSON data, in the order of the table above."""
@@ -147,6 +159,28 @@ class Report:
     def learned_last(self) -> dict[str, int]:
         """For each measured distribution that a stage learned, the index of the last such stage."""
         return {name: places[-1] for name, places in _learned_after(self.distributions, self.stages).items()}
+
+    def forgetting_rise(self) -> dict[str, float]:
+        """Forgetting of each old distribution as a relative rise of perplexity."""
+        return {name: math.expm1(self.forgetting[name]) for name in self.forgetting_bits_per_byte}
+
+    def learned(self) -> dict[str, float]:
+        """Bits per byte right after it was last learned, of each distribution that a stage after the first learned."""
+        # Of the first stage's alone: nothing was there that could have held it back.
+        column = {name: j for j, name in enumerate(self.distributions)}
+        return {name: self.bits_per_byte[i][column[name]] for name, i in self.learned_last().items() if i > 0}
+
+    def leaks(self) -> dict[str, float]:
+        """Router leak of each distribution after which the model grew; any other has 0 by definition."""
+        experts = [stage.experts_per_layer for stage in self.stages]
+        # Where generations predict together, a text is no generation's own.
+        grown = {} if self.mixture else {n: i for n, i in self.learned_last().items() if experts[-1] > experts[i]}
+        return {name: self.routing[name].leak for name in grown}
+
+    def _in_bits(self) -> dict[str, Any]:
+        """The fields that reports of earlier versions lack."""
+        after = _learned_after(self.distributions, self.stages)
+        return _in_bits(after, self.bits_per_byte, self.bits_per_byte_at_init)
 
 
 def as_written(data: Any) -> Mapping[str, Any]:
@@ -187,6 +221,19 @@ def _learned_after(distributions: Sequence[str], stages: Sequence[StageReport]) 
     return {name: places for name, places in after.items() if places}
 
 
+def _in_bits(
+    after: Mapping[str, Sequence[int]], matrix: Sequence[Sequence[float]], init: Sequence[float]
+) -> dict[str, Any]:
+    """Forgetting and forward transfer in bits per byte, by field; ``after`` has the learned columns, the first ones."""
+    lost = forgetting(matrix, [places[-1] for places in after.values()]).tolist()
+    # What the last stage learned was not followed by anything.
+    old = {
+        name: value for (name, places), value in zip(after.items(), lost, strict=True) if places[-1] < len(matrix) - 1
+    }
+    forward = forward_transfer(matrix, init, [places[0] for places in after.values()])
+    return {"forgetting_bits_per_byte": old, "forward_transfer_bits_per_byte": forward}
+
+
 @dataclass(kw_only=True)
 class RunResults:
     """The results of a run so far; grows stage by stage."""
@@ -219,6 +266,8 @@ def build_report(results: RunResults, births: Sequence[Sequence[int]]) -> Report
     # Forward transfer looks at the first training on a distribution, forgetting at the last.
     first, last = [places[0] for places in learned.values()], [places[-1] for places in learned.values()]
     nats = [[row[name].nats_per_token for name in distributions] for row in evaluations]
+    bits = [[row[name].bits_per_byte for name in distributions] for row in evaluations]
+    init_bits = [init[name].bits_per_byte for name in distributions]
     init_nats = [init[name].nats_per_token for name in distributions]
     counts = {name: evaluations[-1][name].expert_counts for name in distributions}
     # Each generation has experts in some layer.
@@ -232,12 +281,13 @@ def build_report(results: RunResults, births: Sequence[Sequence[int]]) -> Report
         distributions=list(distributions),
         not_measured=list(results.not_measured),
         loss_at_init=init_nats,
-        bits_per_byte_at_init=[init[name].bits_per_byte for name in distributions],
+        bits_per_byte_at_init=init_bits,
         loss_nats_per_token=nats,
-        bits_per_byte=[[row[name].bits_per_byte for name in distributions] for row in evaluations],
+        bits_per_byte=bits,
         forgetting=dict(zip(learned, forgetting(nats, last).tolist(), strict=True)),
         backward_transfer=backward_transfer(nats, last),
         forward_transfer=forward_transfer(nats, init_nats, first),
+        **_in_bits(learned, bits, init_bits),
         from_scratch=dict(results.from_scratch),
         bytes_per_token={name: init[name].bytes / init[name].tokens for name in distributions},
         stages=tuple(results.stages),

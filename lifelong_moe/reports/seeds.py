@@ -11,16 +11,20 @@ from scipy.special import stdtr, stdtrit
 
 CONFIDENCE = 0.95
 """Of the two-sided interval."""
+FEW = 2
+"""Seeds up to which the range says more: a t-interval of two values is 13 times as wide."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over seeds with its 95 % t-interval; no interval for one seed."""
+    """A mean over seeds with its 95 % t-interval, which one seed has not, and the range."""
 
     mean: float
     low: float | None
     high: float | None
     n: int
+    lowest: float
+    highest: float
 
 
 @dataclass(frozen=True)
@@ -38,10 +42,10 @@ def over_seeds(values: Sequence[float | None]) -> Interval | None:
         return None
     mean = float(known.mean())
     if n == 1:
-        return Interval(mean, None, None, 1)
+        return Interval(mean, None, None, 1, mean, mean)
     # Few seeds: Student's t with n - 1 degrees of freedom, not the normal distribution.
     half = float(stdtrit(n - 1, (1 + CONFIDENCE) / 2) * known.std(ddof=1) / math.sqrt(n))
-    return Interval(mean, mean - half, mean + half, n)
+    return Interval(mean, mean - half, mean + half, n, float(known.min()), float(known.max()))
 
 
 def paired(values: Mapping[int, float | None], reference: Mapping[int, float | None]) -> PairedDifference | None:
@@ -63,4 +67,4 @@ def paired(values: Mapping[int, float | None], reference: Mapping[int, float | N
     # As scipy.stats.ttest_rel, which warns and returns NaN without spread.
     t = abs(found.mean) / (spread / math.sqrt(found.n)) if spread else None
     p = None if t is None else float(2 * stdtr(found.n - 1, -t))
-    return PairedDifference(found.mean, found.low, found.high, found.n, p)
+    return PairedDifference(**vars(found), p=p)

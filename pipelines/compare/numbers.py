@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from lifelong_moe.measures import MEASURES, Measure
+from lifelong_moe.reports.seeds import FEW
 from lifelong_moe.storage.keys import text_sha256
 from lifelong_moe.store.runs import RunRecord
 from lifelong_moe.tracking.operations import LOCAL_PREFIX
@@ -17,8 +19,10 @@ MEANS = "comparison_means"
 """Tag of the runs that hold an arm's means over seeds: the comparison's name."""
 Places = Mapping[str, Compared]
 """By name of a run."""
-HEADLINE = "final_mean_bits_per_byte"
-"""The number of each arm that the comparison's own run shows."""
+HEADLINE, HEADLINE_METRIC = "final_mean_bits_per_byte", "heldout_mean_bits_per_byte"
+"""The number of each arm that the comparison's own run shows, and its name there."""
+REFERENCES = {"plasticity_gap": "unrestrained", "oracle_gap": "joint"}
+"""For numbers that compare with an arm, by the beginning of their names, the role of that arm."""
 
 
 def log_runs(tracker: Tracker, found: Mapping[str, Any], places: Places, told: ComparisonMlflow) -> None:
@@ -33,7 +37,7 @@ def log_runs(tracker: Tracker, found: Mapping[str, Any], places: Places, told: C
     for run in _committed(found):
         place, head = places[run["run"]], RunRecord(ROOT, run["run"]).head()
         run_id = head.mlflow.run if head else None
-        numbers: Logged = {f"compare/{key}": float(value) for key, value in run["numbers"].items() if value is not None}
+        numbers = dict(_beside_others(run["numbers"], found, place))
         logged = told.logged.get(run["run"], {})
         # A run that was started over has another id and none of the numbers yet.
         old = logged if logged.get("id") == run_id else {}
@@ -63,8 +67,8 @@ def log_means(tracker: Tracker, found: Mapping[str, Any], places: Places, told: 
             continue  # of one seed the run itself shows all
         place, old = places[arm["runs"][0]["run"]], told.arms.get(arm["name"], {})
         numbers = {
-            **dict(_spread("compare", "interval", arm["summary"])),
-            **dict(_spread("difference", "difference_interval", arm["differences"] or {})),
+            **dict(_spread(arm["summary"], found, place)),
+            **dict(_differences(arm["differences"] or {})),
         }
         if numbers.items() <= old.items() and tracker.run_exists(str(old.get("id", ""))):
             continue
@@ -100,7 +104,7 @@ def log_progress(tracker: Tracker, parent: str | None, found: Mapping[str, Any],
         numbers[f"runs/{run['status']}"] += 1.0
     for arm in found["arms"]:
         if (mean := arm["summary"].get(HEADLINE)) is not None:
-            numbers[f"{HEADLINE}/{arm['name']}"] = float(mean["mean"])
+            numbers[f"{HEADLINE_METRIC}/{arm['name']}"] = float(mean["mean"])
     _log_changed(tracker, parent, numbers, told.own if told.own.get("id") == parent else {})
     told.own = {"id": parent or "", **numbers}
 
@@ -109,15 +113,56 @@ def _committed(found: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     return (run for arm in found["arms"] for run in arm["runs"] if run["status"] == "committed")
 
 
+def is_by_definition(number: str, found: Mapping[str, Any], arm: str) -> bool:
+    """Whether a number is 0 by definition, since the arm is itself what it compares with."""
+    return any(number.startswith(key) and found[role] == arm for key, role in REFERENCES.items())
+
+
+def _beside_others(numbers: Mapping[str, float | None], found: Mapping[str, Any], place: Compared) -> Logged:
+    """What a run cannot know by itself; its own page has all else."""
+    return {
+        MEASURES[key].metric: MEASURES[key].scale * value
+        for key, value in numbers.items()
+        # Without models from scratch, their cost is 0.
+        if value and key.startswith((*REFERENCES, "scratch")) and not is_by_definition(key, found, place.arm)
+    }
+
+
 def _spread(
-    section: str, intervals: str, summary: Mapping[str, Mapping[str, Any] | None]
+    summary: Mapping[str, Mapping[str, Any] | None], found: Mapping[str, Any], place: Compared
 ) -> Iterator[tuple[str, float]]:
-    """Means, the ends of their intervals and p by the name of the metric, whose first part is a section of charts."""
-    for key, found in summary.items():
-        names = {f"{section}/{key}": "mean", f"{intervals}/{key}_low": "low", f"{intervals}/{key}_high": "high"}
-        for metric, name in (names | {f"{intervals}/{key}_p": "p"}).items():
-            if found is not None and found.get(name) is not None:
-                yield metric, float(found[name])
+    """Means over seeds under the names that the runs' own pages have, and the ends of their intervals."""
+    for key, spread in summary.items():
+        if key not in MEASURES or spread is None or is_by_definition(key, found, place.arm):
+            continue
+        if key.startswith("scratch") and not spread["mean"]:
+            continue
+        measure = MEASURES[key]
+        yield measure.metric, measure.scale * spread["mean"]
+        yield from _ends("interval", measure, spread)
+
+
+def _differences(differences: Mapping[str, Mapping[str, Any] | None]) -> Iterator[tuple[str, float]]:
+    """Mean differences from the reference, the ends of their intervals, and p, in sections of their own."""
+    for key, spread in differences.items():
+        if key not in MEASURES or spread is None:
+            continue
+        measure, name = MEASURES[key], _last(MEASURES[key])
+        yield f"difference/{name}", measure.scale * spread["mean"]
+        yield from _ends("difference_interval", measure, spread)
+        if spread["n"] > FEW and spread["p"] is not None:
+            yield f"difference_interval/{name}_p", spread["p"]
+
+
+def _ends(section: str, measure: Measure, spread: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """The two ends: of the interval, or of the range where an interval over so few seeds would say nothing."""
+    names = ("lowest", "highest") if spread["n"] <= FEW else ("low", "high")
+    for name in names:
+        yield f"{section}/{_last(measure)}_{name}", measure.scale * spread[name]
+
+
+def _last(measure: Measure) -> str:
+    return measure.metric.rpartition("/")[2]
 
 
 def _log_changed(tracker: Tracker, run_id: str | None, numbers: Logged, old: Logged) -> None:

@@ -30,7 +30,7 @@ from pipelines.shared.workspace import ROOT
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-RECORD = 2
+RECORD = 3
 """Raised where MLflow gets more of a comparison than before, so that it gets it of earlier ones too."""
 ARM = "params.`arm`"
 """Order of the rows. MLflow nests runs under their parents, folded, where they are ordered by time."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from lifelong_moe.measures import MEASURES, Measure
+from lifelong_moe.reports.seeds import FEW
+from pipelines.compare.numbers import is_by_definition
 from pipelines.run.render import millions
 from pipelines.shared.markdown import plain, table_row
 from pipelines.shared.tables import show
@@ -16,22 +19,26 @@ from pipelines.shared.tables import show
 Arm = Mapping[str, Any]
 ABSENT = "–"
 COLUMNS = {
-    "forgetting_max": ("forgetting, worst, %", 100, "{:+.2f}"),
-    "forgetting_mean": ("forgetting, mean, %", 100, "{:+.2f}"),
-    "plasticity_gap": ("plasticity gap, worst, %", 100, "{:+.2f}"),
-    "oracle_gap": ("oracle gap, %", 100, "{:+.2f}"),
-    "leak_max": ("leak, worst, %", 100, "{:.1f}"),
-    "final_mean_nats": ("final nats/token", 1, "{:.3f}"),
-    "final_mean_bits_per_byte": ("final bits/byte", 1, "{:.4f}"),
+    "forgetting_max_bits_per_byte": "forgetting_max",
+    "forgetting_mean_bits_per_byte": "forgetting_mean",
+    "plasticity_gap_bits_per_byte": "plasticity_gap",
+    "oracle_gap_bits_per_byte": "oracle_gap",
+    "final_mean_bits_per_byte": None,
+    "leak_max": None,
 }
-"""Header, scale and format of each number."""
-COMPARED = ("forgetting_max", "plasticity_gap", "oracle_gap", "final_mean_bits_per_byte")
+"""Each number of the first table, and the one that stands beside it in brackets, in %."""
+COMPARED = (
+    "forgetting_max_bits_per_byte",
+    "plasticity_gap_bits_per_byte",
+    "oracle_gap_bits_per_byte",
+    "final_mean_bits_per_byte",
+)
 """Numbers whose differences from the reference are shown."""
 EXPLANATION = (
-    "Forgetting and gaps are relative increases of perplexity; positive is worse. Forgetting compares with the loss "
-    "right after learning, the plasticity gap with an unrestrained run of the same seed, the oracle gap with a joint "
-    "run. Tokens and FLOPs are those of an arm's stages; models trained from scratch are counted apart. "
-    "Means over seeds ± 95 % t-interval (none for one seed); – is unknown."
+    "Forgetting compares with the loss right after learning, the plasticity gap with an unrestrained run of the same "
+    "seed, the oracle gap with a joint run; positive is worse. In brackets: the same as a rise of perplexity. Tokens "
+    "and FLOPs are those of an arm's stages; models trained from scratch are counted apart. Means over seeds ± 95 % "
+    "t-interval; of two seeds both values, of one its own. – is unknown, or 0 by definition."
 )
 
 
@@ -52,7 +59,9 @@ def grids(comparison: Mapping[str, Any]) -> list[Grid]:
     compared = [arm for arm in arms if arm["differences"] and any(arm["differences"].values())]
     found = [
         Grid(
-            "Results", ("arm", "seeds", *(header for header, _, _ in COLUMNS.values())), [_results(arm) for arm in arms]
+            "Results",
+            ("arm", "seeds", *(MEASURES[key].title for key in COLUMNS)),
+            [_results(arm, comparison) for arm in arms],
         ),
         Grid(
             "Cost",
@@ -60,11 +69,10 @@ def grids(comparison: Mapping[str, Any]) -> list[Grid]:
             [_cost(arm) for arm in arms],
         ),
         Grid(
-            "Final bits per byte",
+            "Held-out loss at the end (bits/byte)",
             ("arm", *names),
-            [_by_name(arm, "final_bits_per_byte", names, "{:.4f}") for arm in arms],
+            [_by_name(arm, "final_bits_per_byte", names, "{:.3f}") for arm in arms],
         ),
-        Grid("Router leak", ("arm", *names), [_by_name(arm, "leak", names, "{:.1%}") for arm in arms]),
     ]
     # Inserted before the table of differences, which comes in front of it and would shift its place.
     if with_scratch := [arm for arm in arms if (arm["summary"].get("scratch_tokens") or {"mean": 0})["mean"]]:
@@ -78,11 +86,12 @@ def grids(comparison: Mapping[str, Any]) -> list[Grid]:
             ),
         )
     if compared:
-        title = (
-            f"Differences from {reference} with the same seeds (points where %; p of the paired t-test, not corrected)"
-        )
-        found.insert(
-            1, Grid(title, ("arm", *(COLUMNS[key][0] for key in COMPARED)), [_difference(arm) for arm in compared])
+        title = f"Differences from {reference} with the same seeds (p of the paired t-test, not corrected)"
+        titles = ("arm", *(MEASURES[key].title for key in COMPARED))
+        found.insert(1, Grid(title, titles, [_difference(arm, comparison) for arm in compared]))
+    if any("leak_max" in arm["summary"] and arm["summary"]["leak_max"] for arm in arms):
+        found.append(
+            Grid("Router leak (%)", ("arm", *names), [_by_name(arm, "leak", names, "{:.1f}", 100) for arm in arms])
         )
     return found
 
@@ -146,13 +155,16 @@ def absent(comparison: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _results(arm: Arm) -> list[str]:
+def _results(arm: Arm, comparison: Mapping[str, Any]) -> list[str]:
     done = sum(run["status"] == "committed" for run in arm["runs"])
-    return [
-        arm["name"],
-        f"{done}/{len(arm['runs'])}",
-        *(_value(arm["summary"].get(key), form, scale) for key, (_, scale, form) in COLUMNS.items()),
-    ]
+    cells = [arm["name"], f"{done}/{len(arm['runs'])}"]
+    for key, beside in COLUMNS.items():
+        found = None if is_by_definition(key, comparison, arm["name"]) else arm["summary"].get(key)
+        cell = _value(found, MEASURES[key])
+        if found and beside and (rise := arm["summary"].get(beside)):
+            cell += f" ({MEASURES[beside].show(rise['mean'])} %)"
+        cells.append(cell)
+    return cells
 
 
 def _cost(arm: Arm) -> list[str]:
@@ -176,13 +188,13 @@ def _scratch_cost(arm: Arm) -> list[str]:
     return [arm["name"], *(forms[key].format(found["mean"]) if found else ABSENT for key, found in means.items())]
 
 
-def _difference(arm: Arm) -> list[str]:
+def _difference(arm: Arm, comparison: Mapping[str, Any]) -> list[str]:
     cells = [arm["name"]]
     # A difference shows its sign: positive is worse than the reference for each of these numbers.
     for key in COMPARED:
-        found, (_, scale, form) = arm["differences"].get(key), COLUMNS[key]
-        cell = _value(found, form.replace("{:.", "{:+."), scale)
-        cells.append(f"{cell}, p {_p(found['p'])}" if found else cell)
+        found = None if is_by_definition(key, comparison, arm["name"]) else arm["differences"].get(key)
+        cell = _value(found, replace(MEASURES[key], signed=True))
+        cells.append(f"{cell}, p {_p(found['p'])}" if found and found["n"] > FEW else cell)
     return cells
 
 
@@ -191,22 +203,25 @@ def _p(value: float | None) -> str:
     return ABSENT if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def _by_name(arm: Arm, field: str, names: Sequence[str], form: str) -> list[str]:
+def _by_name(arm: Arm, field: str, names: Sequence[str], form: str, scale: float = 1.0) -> list[str]:
     """A mean over seeds for each distribution."""
     cells = [arm["name"]]
     for name in names:
         found = [run[field][name] for run in arm["runs"] if name in run.get(field, {})]
-        cells.append(form.format(sum(found) / len(found)) if found else ABSENT)
+        cells.append(form.format(scale * sum(found) / len(found)) if found else ABSENT)
     return cells
 
 
-def _value(found: Mapping[str, Any] | None, form: str, scale: float) -> str:
-    """``mean ± half of the interval``."""
+def _value(found: Mapping[str, Any] | None, measure: Measure) -> str:
+    """``mean ± half of the interval``; of two seeds both values, which say more than an interval over two."""
     if found is None:
         return ABSENT
-    shown = form.format(scale * found["mean"])
-    if found["high"] is None:
-        return shown
+    if found["n"] == FEW:
+        return f"{measure.show(found['lowest'])} … {measure.show(found['highest'])}"
+    shown = measure.show(found["mean"])
     # The half width with as many digits as the mean.
-    digits = form.partition(".")[2][0]
-    return f"{shown} ± {scale * (found['high'] - found['mean']):.{digits}f}"
+    return (
+        shown
+        if found["high"] is None
+        else f"{shown} ± {replace(measure, signed=False).show(found['high'] - found['mean'])}"
+    )

@@ -18,7 +18,7 @@ from lifelong_moe.training.callbacks.points import Row
 from pipelines.retrain.outcome import TickOutcome
 from pipelines.retrain.plan_file import PlanFacts
 from pipelines.retrain.render import tick_note
-from pipelines.run.rows import cost
+from pipelines.run.rows import usage_rows
 from pipelines.shared.record_params import CONFIG, config_yaml, stage_params
 from pipelines.shared.recorded import model_name, show_champion
 from pipelines.versions.candidates import Candidate
@@ -97,7 +97,8 @@ class TickRecord:
     def candidate(self, stage: CommittedStage, facts: PlanFacts) -> None:
         """Log what the candidate cost, and register it as a model version, before the gate and whatever its verdict."""
         spent = stage.metrics
-        self.tracker.log_metrics(self.run_id, cost(spent["tokens"], spent["active_flops"], spent["seconds"], 0))
+        rows = usage_rows(spent["tokens"], spent["active_flops"], spent["seconds"], 0, spent)
+        self.tracker.log_metrics(self.run_id, rows)
         tags = {"stage_key": stage.key, "stage": stage.name, "run": self.opened.head.run, "data": facts.data}
         tags |= {"parent_key": str(stage.parent), "weights_sha256": stage.weights_hash}
         self.tracker.register_version(

@@ -12,6 +12,7 @@ from rich.console import Console
 from lifelong_moe.config.data import patterns
 from lifelong_moe.config.load import whole_config, written_config
 from lifelong_moe.evaluation.loss import Evaluation
+from lifelong_moe.measures import MEASURES
 from lifelong_moe.plan.architecture import Architecture
 from lifelong_moe.plan.planned import PlannedStage
 from lifelong_moe.plan.stages import chain
@@ -26,12 +27,12 @@ from lifelong_moe.tracking.tracker import Tracker
 from lifelong_moe.training.callbacks.points import Row
 from pipelines.run import render
 from pipelines.run.compared import Compared
-from pipelines.run.rows import cost, cost_rows, summary_rows, usage_rows
+from pipelines.run.rows import cost_rows, row, summary_rows, usage_rows
 from pipelines.shared.record_params import CONFIG, config_yaml, run_params, stage_params
 from pipelines.shared.recorded import show_champion
 from pipelines.shared.workspace import Prepared
 
-RECORD = 2
+RECORD = 3
 """Raised where MLflow gets more of a run than before, so that it gets it of earlier ones too."""
 
 
@@ -60,6 +61,10 @@ class MlflowRecord:
         self.tracker, self.prepared, self.opened, self.content = tracker, prepared, opened, content
         self.compared = compared
         self._open: str | None = None
+        self._tokens = 0
+        """Trained on in all stages before the one that is trained now."""
+        self._step_tokens = 0
+        """Of a step of that stage; 0 for a model from scratch beside the run."""
         # Printed already when the connection was made; `run_done` prints only another one.
         self._told = tracker.problem
         # If MLflow has exactly this content, nothing is sent at all.
@@ -121,6 +126,7 @@ class MlflowRecord:
         if not self.active:
             return None
         spec = planned.spec
+        self._step_tokens = 0 if planned.is_from_scratch else spec.optim.batch_tokens
         tags = {"lifelong.run": self.prepared.config.run, "lifelong.kind": "stage", "lifelong.stage_key": planned.key}
         params = stage_params(planned)
         # As reports count the stages, without a checkpoint that the run began with.
@@ -150,9 +156,18 @@ class MlflowRecord:
         """Log training curves of a stage."""
         if self.active:
             self.tracker.log_metrics(run_id, points)
+            self.tracker.log_metrics(self.told.run, self._over_tokens(points))
+
+    def _over_tokens(self, points: list[Row]) -> list[Row]:
+        """The loss of a stage's points once more, at the number of tokens that the run has trained on by then."""
+        return [
+            row("train_over_tokens", value, self._tokens + step * self._step_tokens)
+            for key, value, step in points
+            if key == MEASURES["loss"].metric and self._step_tokens
+        ]
 
     def stage_done(self, planned: PlannedStage, stage: CommittedStage, report: Report, shared: bool) -> None:
-        """Log summaries on parent and child, and register the stage as a model version."""
+        """Log what the run has reached and the stage used, and register the stage as a model version."""
         if not self.active:
             return
         # No child run is open if this process did not train the stage: it is shared, or was committed before a kill.
@@ -163,10 +178,12 @@ class MlflowRecord:
         index = len(report.stages) - 1
         note = render.stage_note(report, index, shared)
         own, so_far = report.stages[index], report.stages[: index + 1]
-        self._log(planned, [self.told.run, run_id], summary_rows(report, index))
-        self._log(planned, [run_id], [*cost_rows([own], index), *usage_rows(own, index)])
+        # The run's alone: a stage's page begins with its curves, and copies of these points would stand before them.
+        self._log(planned, [self.told.run], summary_rows(report))
         self._log(planned, [self.told.run], cost_rows(so_far, index), "run/")
+        self._log(planned, [run_id], usage_rows(own.tokens, own.active_flops, own.seconds, index, own.training))
         self.tracker.set_note(run_id, note)
+        self._tokens = sum(stage.tokens for stage in so_far)
         config = self.prepared.config
         tags = {"stage_key": planned.key, "stage": planned.spec.name, "run": config.run, "data": planned.spec.data}
         if planned.parent_key:
@@ -179,9 +196,9 @@ class MlflowRecord:
         self._open = None
 
     def scratch_done(self, planned: PlannedStage, stage: CommittedStage, own: Evaluation | None) -> None:
-        """Log a model trained from scratch: its distribution's loss, on the parent and on a child of its own.
+        """Log a model trained from scratch: its distribution's loss, on the parent; its cost, on a child of its own.
 
-        Its cost is on the child alone: reports count it apart from the run's.
+        Reports count the cost apart from the run's.
 
         Args:
             planned: The stage that begins from scratch.
@@ -193,10 +210,10 @@ class MlflowRecord:
         if self._open is None:
             self.stage_begins(planned, adds=True)
         run_id, data = self.told.stages.get(planned.key), planned.spec.data
-        losses = {} if own is None else {"nats_per_token": own.nats_per_token, "bits_per_byte": own.bits_per_byte}
-        rows = [(f"from_scratch/{data}/{key}", loss, 0) for key, loss in losses.items()]
-        self._log(planned, [self.told.run, run_id], rows)
-        self._log(planned, [run_id], cost(planned.tokens, planned.flops, stage.metrics["seconds"], 0))
+        self._log(planned, [self.told.run], [] if own is None else [row("from_scratch", own.bits_per_byte, 0, data)])
+        self._log(
+            planned, [run_id], usage_rows(planned.tokens, planned.flops, stage.metrics["seconds"], 0, stage.metrics)
+        )
         self.tracker.finish(run_id)
         self._open = None
 
@@ -267,6 +284,6 @@ def aligned_counts(counts: Sequence[Sequence[float]], architecture: Architecture
                for layer in range(len(counts))]  # fmt: skip
     # shape: (layers, experts of all generations)
     array = np.full((len(counts), len(columns[0])), np.nan)
-    for row, present, layer in zip(array, columns, counts, strict=True):
-        row[np.flatnonzero(present)] = layer
+    for line, present, layer in zip(array, columns, counts, strict=True):
+        line[np.flatnonzero(present)] = layer
     return array

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lifelong_moe.evaluation.routing import dead_experts
+from lifelong_moe.measures import MEASURES
 from lifelong_moe.plan.planned import PlannedStage
 from lifelong_moe.reports.report import Report
 from lifelong_moe.store.stages import CommittedStage
@@ -136,12 +137,11 @@ def summary_lines(one: Report) -> list[tuple[str, str]]:
         if i > 0 and stage.data in one.distributions
     ]
     lines = [("method", one.method), ("routing", last.routing), ("seed", str(one.seed))]
-    lines += [(f"forgetting of {name} (nats/token)", f"{value:+.3f}") for name, value in one.forgetting.items()]
+    lines += _forgetting_lines(one)
     lines += [
-        ("backward transfer (nats/token)", _signed(one.backward_transfer)),
-        ("forward transfer (nats/token)", _signed(one.forward_transfer)),
+        _line("forward_transfer_bits_per_byte", one.forward_transfer_bits_per_byte),
         ("newly learned, mean (bits/byte)", f"{sum(learned) / len(learned):.3f}" if learned else "–"),
-        ("final mean (bits/byte)", f"{sum(final) / len(final):.3f}" if final else "–"),
+        _line("final_mean_bits_per_byte", sum(final) / len(final) if final else None),
         ("experts per layer", str(last.experts_per_layer)),
         ("parameters total / active", f"{millions(last.parameters_total)} / {millions(last.parameters_active)}"),
         ("tokens", f"{sum(stage.tokens for stage in one.stages):,}"),
@@ -156,13 +156,34 @@ def summary_lines(one: Report) -> list[tuple[str, str]]:
         cost = f"{sum(readers) / len(readers):.2f}, {max(readers):.2f}"
         lines.append(("generations a token, mean and worst", cost))
     else:
-        lines += [(f"router leak of {name}", f"{row.leak:.1%}") for name, row in one.routing.items()]
+        shown = MEASURES["leak"]
+        lines += [(f"{shown.words} of {name} ({shown.unit})", shown.show(leak)) for name, leak in one.leaks().items()]
     churn = [s.training["assignment_churn"] for s in one.stages if "assignment_churn" in s.training]
     if churn:
         lines.append(("churn of assignments, by stage", ", ".join(f"{value:.0%}" for value in churn)))
     # Counted anew: reports of earlier versions also counted experts that only other distributions use.
     lines.append(("experts that no distribution uses", str(dead_experts(one.expert_counts.values()))))
     return lines
+
+
+def _forgetting_lines(one: Report) -> list[tuple[str, str]]:
+    """Forgetting of each old distribution, then the worst and the mean: bits per byte, and the rise of perplexity."""
+    lost, rises = one.forgetting_bits_per_byte, one.forgetting_rise()
+    measure, rise = MEASURES["forgetting_bits_per_byte"], MEASURES["forgetting_rise"]
+
+    def cell(bits: float, risen: float) -> str:
+        return f"{measure.show(bits)} ({rise.show(risen)} %)"
+
+    lines = [(f"{measure.words} of {name} ({measure.unit})", cell(lost[name], rises[name])) for name in lost]
+    if len(lost) > 1:  # of one distribution it would say the same
+        worst, mean = (MEASURES[f"forgetting_{kind}_bits_per_byte"].title for kind in ("max", "mean"))
+        means = [sum(values.values()) / len(values) for values in (lost, rises)]
+        lines += [(worst, cell(max(lost.values()), max(rises.values()))), (mean, cell(*means))]
+    return lines
+
+
+def _line(key: str, value: float | None) -> tuple[str, str]:
+    return MEASURES[key].title, "–" if value is None else MEASURES[key].show(value)
 
 
 def _summary_table(reports: list[Report]) -> Table:
@@ -218,7 +239,3 @@ def report_json(one: Report) -> str:
 def millions(count: int) -> str:
     """Format a count in millions, such as ``1.23M``."""
     return f"{count / 1e6:.2f}M"
-
-
-def _signed(value: float | None) -> str:
-    return "–" if value is None else f"{value:+.3f}"

@@ -1,59 +1,85 @@
-"""Points of a stage in MLflow: what it measured, what it cost, and how it used the device."""
+"""Points of a run and its stages in MLflow; names and units are those of :mod:`lifelong_moe.measures`."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from lifelong_moe.measures import MEASURES, Measure
 from lifelong_moe.reports.report import Report, StageReport
 from lifelong_moe.training.callbacks.points import Row
 
 
-def summary_rows(report: Report, index: int) -> list[Row]:
-    """A stage's summary as points at step = stage index, the same on parent and child."""
-    rows: list[Row] = []
-    stage, last = report.stages[index], index
-    for j, name in enumerate(report.distributions):
-        rows.append((f"eval/{name}/nats_per_token", report.loss_nats_per_token[last][j], index))
-        rows.append((f"eval/{name}/bits_per_byte", report.bits_per_byte[last][j], index))
-    rows += [(f"forgetting/{name}", value, index) for name, value in report.forgetting.items()]
-    for name, statistics in report.routing.items():
-        rows += [
-            (f"routing/{name}/{key}", float(value), index) for key, value in dataclasses.asdict(statistics).items()
-        ]
-    for name, use in report.mixture.items():
-        rows.append((f"mixture/{name}/readers", use.readers, index))
-        rows += [(f"mixture/{name}/share/{born}", share, index) for born, share in use.shares.items()]
-    transfers = {"backward_transfer": report.backward_transfer, "forward_transfer": report.forward_transfer}
-    rows += [(f"summary/{key}", value, index) for key, value in transfers.items() if value is not None]
-    if report.distributions:
-        mean = sum(report.bits_per_byte[last]) / len(report.distributions)
-        rows.append(("summary/mean_bits_per_byte", mean, index))
+def row(key: str, value: float, step: int, distribution: str = "") -> Row:
+    """A point of a measure, in its unit; ``value`` as reports have it, where shares are fractions."""
+    measure: Measure = MEASURES[key]
+    return measure.of(distribution), measure.scale * value, step
+
+
+def summary_rows(report: Report) -> list[Row]:
+    """What the run has reached after its last stage, for the run's page, at step = stage index."""
+    index = len(report.stages) - 1
+    losses = report.bits_per_byte[index]
+    rows = [row("bits_per_byte", loss, index, name) for name, loss in zip(report.distributions, losses, strict=True)]
+    lost, rises = report.forgetting_bits_per_byte, report.forgetting_rise()
+    rows += [row("forgetting_bits_per_byte", value, index, name) for name, value in lost.items()]
+    rows += [row("forgetting_rise", value, index, name) for name, value in rises.items()]
+    for unit, values in (("_bits_per_byte", lost), ("", rises)):
+        if values:
+            rows.append(row(f"forgetting_max{unit}", max(values.values()), index))
+            rows.append(row(f"forgetting_mean{unit}", sum(values.values()) / len(values), index))
+    if report.forward_transfer_bits_per_byte is not None:
+        rows.append(row("forward_transfer_bits_per_byte", report.forward_transfer_bits_per_byte, index))
+    if losses:
+        mean, tokens = sum(losses) / len(losses), sum(stage.tokens for stage in report.stages)
+        rows += [row("final_mean_bits_per_byte", mean, index), row("heldout_over_tokens", mean, tokens)]
     for key in ("experts_per_layer", "parameters_total", "parameters_active", "parameters_trainable"):
-        rows.append((f"size/{key}", float(getattr(stage, key)), index))
+        rows.append(row(key, float(getattr(report.stages[index], key)), index))
+    return rows + _routing_rows(report, index)
+
+
+def _routing_rows(report: Report, index: int) -> list[Row]:
+    """How text is spread over experts and generations; the leak only where later experts could take text."""
+    rows: list[Row] = []
+    for name, statistics in report.routing.items():
+        spread = dataclasses.asdict(statistics)
+        rows += [row(key, float(spread[key]), index, name) for key in ("entropy", "max_over_mean", "unused_experts")]
+    leaks = report.leaks()
+    rows += [row("leak", leak, index, name) for name, leak in leaks.items()]
+    if leaks:
+        rows.append(row("leak_max", max(leaks.values()), index))
+    for name, use in report.mixture.items():
+        rows.append(row("readers", use.readers, index, name))
+        for born, share in use.shares.items():
+            metric, value, step = row("share", share, index, name)
+            rows.append((metric.replace("STAGE", born), value, step))
     return rows
 
 
 def cost_rows(stages: Sequence[StageReport], index: int) -> list[Row]:
     """What stages cost together, at step = stage index; energy is absent unless all of it was measured."""
-    tokens, flops = sum(stage.tokens for stage in stages), sum(stage.active_flops for stage in stages)
-    rows = cost(tokens, flops, sum(stage.seconds for stage in stages), index)
+    sums = {"tokens": "tokens", "active_flops": "active_flops", "seconds": "seconds"}
+    rows = [row(key, float(sum(getattr(stage, field) for stage in stages)), index) for key, field in sums.items()]
     if all("energy_joules" in stage.training for stage in stages):
-        rows.append(("cost/joules", sum(float(stage.training["energy_joules"]) for stage in stages), index))
+        rows.append(row("joules", sum(float(stage.training["energy_joules"]) for stage in stages), index))
     return rows
 
 
-def cost(tokens: int, flops: float, seconds: float, step: int) -> list[Row]:
-    """Points of a cost, of one stage or of several."""
-    return [("cost/tokens", float(tokens), step), ("cost/flops", float(flops), step), ("cost/seconds", seconds, step)]
+def usage_rows(tokens: int, flops: float, seconds: float, step: int, training: Mapping[str, object]) -> list[Row]:
+    """What one stage used, and what no curve of its training says.
 
-
-def usage_rows(stage: StageReport, index: int) -> list[Row]:
-    """How a stage used the device and its text, at step = stage index."""
-    rows: list[Row] = [("usage/tokens_per_second", float(stage.tokens_per_second), index)]
-    counted = ("nonfinite_steps", "skipped_spikes", "rollbacks")
-    rates = ("flops_per_second", "joules_per_token")
-    for key in ("data_fraction", *counted, *rates, "new_expert_share", "assignment_churn"):
-        if key in stage.training:
-            rows.append((f"usage/{key}", float(stage.training[key]), index))
+    Args:
+        tokens: Trained on.
+        flops: Of training.
+        seconds: Of training.
+        step: Of the points.
+        training: Everything else that training measured.
+    """
+    rows = [row("own_tokens", float(tokens), step), row("own_flops", flops, step), row("own_seconds", seconds, step)]
+    others = {"energy_joules": "own_joules"} | {
+        key: key for key in ("joules_per_token", "new_expert_share", "assignment_churn")
+    }
+    for field, key in others.items():
+        if isinstance(value := training.get(field), (int, float)):
+            rows.append(row(key, float(value), step))
     return rows

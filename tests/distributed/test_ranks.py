@@ -412,7 +412,7 @@ def test_curves_are_sent_once(lab: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     train()
     steps = Counter((key, step) for key, _, step in sent)
     assert {step for _, step in steps} == {4, 8, 12} and set(steps.values()) == {1}
-    assert ("train/loss", 12) in steps and ("train/grad_norm", 4) in steps
+    assert ("train/loss_nats_per_token", 12) in steps and ("train/grad_norm", 4) in steps
 
 
 def test_a_pool_of_threads_does_not_reach_the_ranks() -> None:

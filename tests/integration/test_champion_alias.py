@@ -119,7 +119,7 @@ def test_promotion_rollback_drop_and_consolidation(lab: None, monkeypatch: pytes
     (of_tick,) = (run for run in runs().values() if run.data.tags["lifelong.kind"] == "tick")
     trained, metrics = StageStore(Path("mlruns")).get(serving()).metrics, of_tick.data.metrics
     for key, name in (("tokens", "tokens"), ("active_flops", "flops"), ("seconds", "seconds")):
-        assert metrics[f"cost/{name}"] == trained[key]
+        assert metrics[f"usage/{name}"] == trained[key]
     known = len(client().search_model_versions("name = 'lifelong-moe.tiny'"))
     assert known == 3  # fruit, code and the batch
     assert SHOWN in said(lambda console: drop("tiny", "code", console, ungated=True))

@@ -89,9 +89,18 @@ def test_one_parent_with_the_arms_under_it(lab: Path, template: Path, setup: Cal
     assert {run.info.status for run in first.values()} == {"FINISHED"}
     assert {n for n, run in first.items() if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id} == set(arms)
     for name, arm in arms.items():
-        known = {f"compare/{k}": v for k, v in arm["runs"][0]["numbers"].items() if v is not None}
-        seen = {key: value for key, value in first[name].data.metrics.items() if key.startswith("compare/")}
-        assert seen == pytest.approx(known)
+        numbers, metrics = arm["runs"][0]["numbers"], first[name].data.metrics
+        seen = {key: value for key, value in metrics.items() if key.startswith("compare/")}
+        # The reference's own gap is 0 by definition.
+        assert seen == ({} if arm["name"] == "naive" else pytest.approx({
+            "compare/plasticity_gap_worst_bits_per_byte": numbers["plasticity_gap_bits_per_byte"],
+            "compare/plasticity_gap_worst_percent": 100 * numbers["plasticity_gap"],
+            "compare/plasticity_gap_mean_bits_per_byte": numbers["plasticity_gap_mean_bits_per_byte"],
+            "compare/plasticity_gap_mean_percent": 100 * numbers["plasticity_gap_mean"],
+        }))  # fmt: skip
+        # All else stands on the run's own page, under the same name for any run.
+        assert metrics["all/forgetting_worst_bits_per_byte"] == pytest.approx(numbers["forgetting_max_bits_per_byte"])
+        assert metrics["all/forgetting_worst_percent"] == pytest.approx(100 * numbers["forgetting_max"])
     assert parent.data.params["budget"] == "tokens" and parent.data.params["arms.naive"] == "method=sequential"
     assert parent.data.params["overrides"] == '["stage_defaults.grow.noise=0.02"]'
     grown, trained_on = (first[f"{arm} s0 · 1 code"].data.params for arm in ("lifelong", "naive"))
@@ -138,15 +147,16 @@ def test_a_comparison_can_be_judged_in_mlflow(lab: Path, template: Path, setup: 
         assert place.items() <= data.params.items() and place.items() <= data.tags.items()
     for arm, name in zip(reversed(found["arms"]), means, strict=True):
         summary, metrics = arm["summary"]["final_mean_bits_per_byte"], runs[name].data.metrics
-        assert metrics["compare/final_mean_bits_per_byte"] == summary["mean"]
-        for end in ("low", "high"):
-            assert metrics[f"interval/final_mean_bits_per_byte_{end}"] == summary[end]
+        assert metrics["all/heldout_mean_bits_per_byte"] == summary["mean"]
+        for end in ("lowest", "highest"):  # of two seeds, an interval says nothing
+            assert metrics[f"interval/heldout_mean_bits_per_byte_{end}"] == summary[end]
         assert runs[name].data.tags["mlflow.parentRunId"] == runs["c"].info.run_id
-        assert runs["c"].data.metrics[f"final_mean_bits_per_byte/{arm['name']}"] == summary["mean"]
+        assert runs["c"].data.metrics[f"heldout_mean_bits_per_byte/{arm['name']}"] == summary["mean"]
     difference = found["arms"][1]["differences"]["final_mean_bits_per_byte"]
     metrics = runs[means[0]].data.metrics
-    assert metrics["difference/final_mean_bits_per_byte"] == difference["mean"]
-    assert metrics["difference_interval/final_mean_bits_per_byte_p"] == difference["p"]
+    assert metrics["difference/heldout_mean_bits_per_byte"] == difference["mean"]
+    assert metrics["difference_interval/heldout_mean_bits_per_byte_highest"] == difference["highest"]
+    assert "difference_interval/heldout_mean_bits_per_byte_p" not in metrics
     assert not [key for key in runs[means[1]].data.metrics if key.startswith("difference")]  # the reference
     assert runs["c"].data.metrics["runs/committed"] == 4 and runs["c"].data.metrics["runs/absent"] == 0
     before = (lab / "mlruns/mlflow.db").read_bytes()
@@ -167,8 +177,8 @@ def test_a_comparison_that_waits_in_the_spool_arrives_whole(
     runs = recorded(lab)
     assert {run.info.status for run in runs.values()} == {"FINISHED"}
     assert runs["naive s1 · c"].data.tags["comparison"] == "c" and runs["c"].data.metrics["runs/committed"] == 4
-    summary = found["arms"][0]["summary"]["final_mean_nats"]
-    assert runs["naive · mean over seeds · c"].data.metrics["compare/final_mean_nats"] == summary["mean"]
+    summary = found["arms"][0]["summary"]["final_mean_bits_per_byte"]
+    assert runs["naive · mean over seeds · c"].data.metrics["all/heldout_mean_bits_per_byte"] == summary["mean"]
     assert not list((lab / "mlruns/spool").glob("*/refused.jsonl"))
     start("seeds=[0,1]")
     assert set(recorded(lab)) == set(runs)  # none twice
@@ -227,17 +237,18 @@ def test_an_arm_that_gets_more_numbers_keeps_its_end(lab: Path, template: Path, 
     setup(tracking={"enabled": True})
     start()
     before = recorded(lab)
-    assert "compare/oracle_gap" not in before["naive s0 · c"].data.metrics
-    start("arms.joint=[method=joint]")
+    assert "compare/oracle_gap_bits_per_byte" not in before["naive s0 · c"].data.metrics
+    found, _ = start("arms.joint=[method=joint]")
     after = recorded(lab)
-    assert "compare/oracle_gap" in after["naive s0 · c"].data.metrics
+    assert "compare/oracle_gap_bits_per_byte" in after["naive s0 · c"].data.metrics
     assert {n: r.info.end_time for n, r in after.items() if n in before and n != "c"} == {
         n: r.info.end_time for n, r in before.items() if n != "c"
     }
     for name in ("naive s0 · c", "lifelong s0 · c"):
         metrics = after[name].data.metrics
+        numbers = next(arm for arm in found["arms"] if name.startswith(arm["name"]))["runs"][0]["numbers"]
         for ours, theirs in (("tokens", "tokens"), ("active_flops", "flops"), ("seconds", "seconds")):
-            assert metrics[f"compare/{ours}"] == metrics[f"cost/{theirs}"]
+            assert numbers[ours] == metrics[f"cost/{theirs}"]
 
 
 def test_equal_flops(setup: Callable[..., None]) -> None:

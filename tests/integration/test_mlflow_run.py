@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import math
 import shutil
 import signal
 import socket
@@ -95,36 +96,54 @@ def test_two_stages(lab: Path, config: dict[str, Any], monkeypatch: pytest.Monke
     assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
     assert [run.data.tags["lifelong.stage_key"] for run in children] == [stage["key"] for stage in report["stages"]]
     for j, name in enumerate(report["distributions"]):
-        nats = [(i, row[j]) for i, row in enumerate(report["loss_nats_per_token"])]
-        assert points(parent, f"eval/{name}/nats_per_token") == nats
-        for i, child in enumerate(children):
-            assert points(child, f"eval/{name}/nats_per_token") == [nats[i]]
-        assert [step for step, _ in points(parent, f"routing/{name}/leak")] == [0, 1]
-    assert points(parent, "forgetting/fruit")[-1] == (1, report["forgetting"]["fruit"])
+        losses = [(i, row[j]) for i, row in enumerate(report["bits_per_byte"])]
+        assert points(parent, f"heldout_bits_per_byte/{name}") == losses
+        assert [step for step, _ in points(parent, f"routing_entropy_nats/{name}")] == [0, 1]
+    lost, rise = report["forgetting_bits_per_byte"]["fruit"], 100 * math.expm1(report["forgetting"]["fruit"])
+    # Only what can be another value than 0: not before the second stage, and not of what the last one learned.
+    for kind in ("forgetting_bits_per_byte/fruit", "all/forgetting_worst_bits_per_byte"):
+        assert points(parent, kind) == [(1, lost)]
+    for kind in ("forgetting_percent/fruit", "all/forgetting_mean_percent"):
+        assert points(parent, kind) == [(1, pytest.approx(rise))]
+    leak = 100 * report["routing"]["fruit"]["leak"]
+    assert points(parent, "routing_leak_percent/fruit") == [(1, leak)]
+    assert {key for key in parent.data.metrics if "forgetting" in key and "code" in key} == set()
+    assert "routing_leak_percent/code" not in parent.data.metrics
     assert points(parent, "size/experts_per_layer") == [(0, 2.0), (1, 4.0)]
-    assert points(parent, "summary/backward_transfer") == [(1, report["backward_transfer"])]
+    forward = report["forward_transfer_bits_per_byte"]
+    assert points(parent, "all/forward_transfer_bits_per_byte") == [(1, forward)]
     for child in children:
-        speeds = ("speed/tokens_per_second", "speed/tflops_per_second")
-        for key in ("train/loss", "train/learning_rate", "train/grad_norm", *speeds):
+        speeds = ("train_speed/tokens_per_second", "train_speed/tflops_per_second")
+        for key in ("train/loss_nats_per_token", "train/learning_rate", "train/grad_norm", *speeds):
             assert [step for step, _ in points(child, key)] == [4, 8, 12], key
         training = report["stages"][children.index(child)]["training"]
         final, index = training["final"]["train/loss"], children.index(child)
-        rate, tera = training["flops_per_second"], points(child, "speed/tflops_per_second")[-1][1]
+        rate, tera = training["flops_per_second"], points(child, "train_speed/tflops_per_second")[-1][1]
         assert 1e12 * tera == pytest.approx(rate)
-        assert points(child, "usage/flops_per_second") == [(index, rate)]
-        for key, shown in (("energy_joules", "cost/joules"), ("joules_per_token", "usage/joules_per_token")):
+        for key, shown in (("energy_joules", "usage/joules"), ("joules_per_token", "usage/joules_per_token")):
             assert points(child, shown) == ([(index, training[key])] if key in training else [])
-        assert points(child, "train/loss")[-1] == (12, pytest.approx(final))
+        assert points(child, "train/loss_nats_per_token")[-1] == (12, pytest.approx(final))
     assert [stage["active_flops"] for stage in report["stages"]] == [
         p.flops for p in prepare(read_config("tiny.yaml")).plan
     ]
     for key, name in (("tokens", "tokens"), ("active_flops", "flops"), ("seconds", "seconds")):
         own = [float(stage[key]) for stage in report["stages"]]
-        assert [points(child, f"cost/{name}") for child in children] == [[(0, own[0])], [(1, own[1])]]
+        assert [points(child, f"usage/{name}") for child in children] == [[(0, own[0])], [(1, own[1])]]
         assert points(parent, f"cost/{name}") == [(0, own[0]), (1, own[0] + own[1])]
     # What is a stage's alone would be taken for the run's there.
     assert not [key for key in parent.data.metrics if key.startswith("usage/")]
-    assert not points(parent, "train/loss")
+    assert not points(parent, "train/loss_nats_per_token")
+    # A stage's page begins with its curves, and repeats nothing of the run's.
+    sections = [sorted({key.rpartition("/")[0] for key in child.data.metrics}) for child in children]
+    known = ["train", "train_speed", "usage", "watch", "watch_bits_per_byte"]
+    assert all(found[:3] == known[:3] and set(found) <= set(known) for found in sections)
+    # The run's page has the loss of all stages in a row, by the tokens so far: 128 a step, 1,536 in the first stage.
+    curves = [points(child, "train/loss_nats_per_token") for child in children]
+    assert points(parent, "over_tokens/train_loss_nats_per_token") == [
+        (1536 * stage + 128 * step, loss) for stage, curve in enumerate(curves) for step, loss in curve
+    ]
+    means = [(1536 * (i + 1), pytest.approx(sum(row) / 2)) for i, row in enumerate(report["bits_per_byte"])]
+    assert points(parent, "over_tokens/heldout_mean_bits_per_byte") == means
     assert parent.data.params["routing.mode"] == "learned" and parent.data.params["model.width"] == "32"
     assert children[1].data.params["experts_per_layer"] == "4"
     assert contexts(parent) == {"fruit": {"training"}, "code": {"training"}}
@@ -193,12 +212,12 @@ def test_repeating_adds_nothing_and_another_arm_adds_its_own(lab: Path, config: 
     assert [run.info.run_name for run in parents] == ["tiny", "naive"]
     assert [run.info.run_name for run in children][2:] == ["naive · 0 fruit", "naive · 1 code"]
     assert "trained by another run and shared" in children[2].data.tags["mlflow.note.content"]
-    assert not points(children[2], "train/loss") and points(children[3], "train/loss")
+    assert not points(children[2], "train/loss_nats_per_token") and points(children[3], "train/loss_nats_per_token")
     config["stages"].append({"data": "fruit"})
     train(write_config(config))
     parents, children = runs()
     assert len(parents) == 2 and [run.info.run_name for run in children][4:] == ["tiny · 2 fruit-2"]
-    assert [step for step, _ in points(parents[0], "eval/code/bits_per_byte")][-1] == 2
+    assert [step for step, _ in points(parents[0], "heldout_bits_per_byte/code")][-1] == 2
 
 
 def test_what_is_only_added_to_keeps_its_end(lab: Path, config: dict[str, Any]) -> None:
@@ -212,8 +231,8 @@ def test_what_is_only_added_to_keeps_its_end(lab: Path, config: dict[str, Any]) 
     config["distributions"]["sea"] = {"files": "sea.jsonl", "heldout_fraction": 0.1}
     config["evaluate"]["also"] = ["sea"]
     train(write_config(config))
-    (parent,), children = runs()
-    assert ends() == before and all(points(run, "eval/sea/nats_per_token") for run in (parent, *children))
+    (parent,), _ = runs()
+    assert ends() == before and [step for step, _ in points(parent, "heldout_bits_per_byte/sea")] == [0, 1]
     config["stages"].append({"data": "fruit"})
     train(write_config(config))
     after = ends()
@@ -245,8 +264,8 @@ def test_costs_are_told_to_a_run_of_an_earlier_version(lab: Path, config: dict[s
     (after,), children = runs()
     tokens = [float(stage["tokens"]) for stage in report["stages"]]
     assert points(after, "cost/tokens") == [(0, tokens[0]), (1, sum(tokens))]
-    assert [points(child, "cost/tokens") for child in children] == [[(0, tokens[0])], [(1, tokens[1])]]
-    assert points(after, "eval/code/nats_per_token") == points(before, "eval/code/nats_per_token")  # none twice
+    assert [points(child, "usage/tokens") for child in children] == [[(0, tokens[0])], [(1, tokens[1])]]
+    assert points(after, "heldout_bits_per_byte/code") == points(before, "heldout_bits_per_byte/code")  # none twice
     assert after.info.end_time == before.info.end_time
 
 
@@ -256,12 +275,15 @@ def test_a_distribution_from_scratch_has_a_run_of_its_own(lab: Path, config: dic
     names = ["tiny · 0 fruit", "tiny · 0 code.scratch", "tiny · 1 code"]
     assert [run.info.run_name for run in children] == names
     assert {run.info.status for run in (parent, *children)} == {"FINISHED"}
-    alone = [(0, report["from_scratch"]["code"]["nats_per_token"])]
-    assert points(parent, "from_scratch/code/nats_per_token") == points(children[1], "from_scratch/code/nats_per_token")
-    assert points(parent, "from_scratch/code/nats_per_token") == alone
-    assert points(children[1], "train/loss") and not points(children[1], "eval/code/nats_per_token")
-    assert [step for step, _ in points(parent, "eval/code/nats_per_token")] == [0, 1]
-    assert points(children[1], "cost/tokens") == [(0, float(report["from_scratch"]["code"]["tokens"]))]
+    alone = [(0, report["from_scratch"]["code"]["bits_per_byte"])]
+    assert points(parent, "from_scratch_bits_per_byte/code") == alone
+    assert points(children[1], "train/loss_nats_per_token")
+    assert [step for step, _ in points(parent, "heldout_bits_per_byte/code")] == [0, 1]
+    # Its loss is no part of the run's, whose second stage goes on where the first one ended.
+    assert [step for step, _ in points(parent, "over_tokens/train_loss_nats_per_token")] == [
+        *range(512, 1537, 512), *range(2048, 3073, 512),
+    ]  # fmt: skip
+    assert points(children[1], "usage/tokens") == [(0, float(report["from_scratch"]["code"]["tokens"]))]
     assert points(parent, "cost/tokens")[-1] == (1, float(sum(stage["tokens"] for stage in report["stages"])))
     assert contexts(children[1]) == {"code": {"training"}}
     assert len(client().search_model_versions("name = 'lifelong-moe.tiny'")) == 2  # of the chain alone
@@ -297,8 +319,9 @@ def test_killed_run_is_taken_up_again(lab: Path, config: dict[str, Any]) -> None
     assert parent.info.run_id == ids["run"]
     assert [run.info.run_id for run in children] == list(ids["stages"].values())
     assert {run.info.status for run in (parent, *children)} == {"FINISHED"}
-    assert [step for step, _ in points(children[1], "train/loss")] == [4, 8, 12]  # none lost, none twice
-    assert [step for step, _ in points(parent, "eval/code/nats_per_token")] == [0, 1]
+    assert [step for step, _ in points(children[1], "train/loss_nats_per_token")] == [4, 8, 12]  # none lost, none twice
+    assert [s for s, _ in points(parent, "over_tokens/train_loss_nats_per_token")] == list(range(512, 3073, 512))
+    assert [step for step, _ in points(parent, "heldout_bits_per_byte/code")] == [0, 1]
     assert len(client().search_model_versions("name = 'lifelong-moe.tiny'")) == 2
     assert len(report["stages"]) == 2
 
@@ -364,7 +387,7 @@ def test_unreachable_server_stops_nothing_and_a_later_start_records(lab: Path, c
     assert "Nothing to train" in printed and again == report and lines(lab) == spooled
     (parent,), children = runs()
     assert len(children) == 2
-    assert [step for step, _ in points(parent, "eval/fruit/nats_per_token")] == [0, 1]
+    assert [step for step, _ in points(parent, "heldout_bits_per_byte/fruit")] == [0, 1]
 
 
 def lines(lab: Path) -> int:
@@ -422,7 +445,7 @@ def test_no_kill_leaves_a_run_that_nobody_knows(lab: Path, config: dict[str, Any
     (parent,), children = runs()
     assert [run.info.run_name for run in (parent, *children)] == ["tiny", "tiny · 0 fruit", "tiny · 1 code"]
     assert {run.info.status for run in (parent, *children)} == {"FINISHED"}
-    assert [step for step, _ in points(children[0], "train/loss")] == [4, 8, 12]
+    assert [step for step, _ in points(children[0], "train/loss_nats_per_token")] == [4, 8, 12]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="autograd does not survive a fork once CUDA is there")
@@ -469,9 +492,9 @@ def test_database_that_dies_in_the_run(lab: Path, config: dict[str, Any], monkey
     assert [run.info.run_name for run in children] == ["tiny · 0 fruit", "tiny · 1 code"]
     assert {run.info.status for run in (parent, *children)} == {"FINISHED"}
     for child, stage in zip(children, report["stages"], strict=True):
-        assert [step for step, _ in points(child, "train/loss")] == [4, 8, 12]
+        assert [step for step, _ in points(child, "train/loss_nats_per_token")] == [4, 8, 12]
         assert artifacts(child) == of_stage(f"{stage['name']}-{stage['key'][:16]}")
-    assert [step for step, _ in points(parent, "eval/fruit/nats_per_token")] == [0, 1]
+    assert [step for step, _ in points(parent, "heldout_bits_per_byte/fruit")] == [0, 1]
     assert artifacts(parent) == FIGURES | {"config.yaml", "report.json"}
     assert len(client().search_model_versions("name = 'lifelong-moe.tiny'")) == 2
 

@@ -165,10 +165,10 @@ def test_killed_in_a_run_and_absent_at_the_next_start(
     assert {run.info.status for run in found.values()} == {"FINISHED"}
     for stage in ("tiny · 0 fruit", "tiny · 1 code"):
         assert found[stage].data.tags["mlflow.parentRunId"] == found["tiny"].info.run_id
-        assert [step for step, _ in points(server, found[stage], "train/loss")] == [4, 8, 12]
+        assert [step for step, _ in points(server, found[stage], "train/loss_nats_per_token")] == [4, 8, 12]
     for j, name in enumerate(report["distributions"]):
-        losses = [(i, row[j]) for i, row in enumerate(report["loss_nats_per_token"])]
-        assert points(server, found["tiny"], f"eval/{name}/nats_per_token") == losses
+        losses = [(i, row[j]) for i, row in enumerate(report["bits_per_byte"])]
+        assert points(server, found["tiny"], f"heldout_bits_per_byte/{name}") == losses
     client = MlflowClient(server.uri)
     for run in (found["tiny"], found["later"]):
         assert {item.path for item in client.list_artifacts(run.info.run_id)} >= {"figures"}

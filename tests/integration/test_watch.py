@@ -69,12 +69,12 @@ def configure(watch: float, name: str = "tiny", stages: tuple[str, ...] = ("frui
 
 @pytest.fixture
 def curves(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[Row]]:
-    """What was sent to MLflow under ``watch/``, sorted, since the last call."""
+    """What was sent to MLflow under ``watch…/``, sorted, since the last call."""
     sent: list[Row] = []
     monkeypatch.setattr(MlflowRecord, "curves", lambda self, run_id, rows: sent.extend(rows))
 
     def call() -> list[Row]:
-        found = sorted(row for row in sent if row[0].startswith("watch/"))
+        found = sorted(row for row in sent if row[0].startswith("watch"))
         sent.clear()
         return found
 
@@ -95,10 +95,10 @@ def test_a_naive_run_is_warned_of_what_falls_while_it_falls(
     assert any(line.startswith("stage sea, ") and "on code" in line for line in others)
     keys = {(key, step) for key, _, step in curves()}
     assert {key for key, _ in keys} == {
-        *(f"watch/{name}/bits_per_byte" for name in ("fruit", "code", "sea")), "watch/kl_nats",
+        *(f"watch_bits_per_byte/{name}" for name in ("fruit", "code", "sea")), "watch/kl_nats_per_token",
     }  # fmt: skip
     # Three texts are read in each look of the second stage, four in each of the third: five looks and three.
-    assert sorted(step for key, step in keys if key == "watch/fruit/bits_per_byte") == sorted({0, 2, 4, 6, 8, 10, 3, 9})
+    assert sorted(step for key, step in keys if key == "watch_bits_per_byte/fruit") == sorted({0, 2, 4, 6, 8, 10, 3, 9})
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -112,12 +112,13 @@ def test_what_is_trained_does_not_depend_on_it(
     report, _ = train(configure(1.0, **MODES[mode]))
     assert hashes() == expected and json.loads(Path("mlruns/runs/tiny/head.json").read_text())["stages"] == keys
     found = curves()
-    assert {key for key, _, _ in found} >= {"watch/fruit/bits_per_byte", "watch/code/bits_per_byte", "watch/kl_nats"}
+    curves = {"watch_bits_per_byte/fruit", "watch_bits_per_byte/code", "watch/kl_nats_per_token"}
+    assert {key for key, _, _ in found} >= curves
     assert len({step for _, _, step in found}) > 3
     # Under frozen generations the old text is predicted as before, and the new text is not.
     if mode == "labels":
-        assert len({value for key, value, _ in found if key == "watch/fruit/bits_per_byte"}) == 1
-        assert max(value for key, value, _ in found if key == "watch/kl_nats") > 0.001
+        assert len({value for key, value, _ in found if key == "watch_bits_per_byte/fruit"}) == 1
+        assert max(value for key, value, _ in found if key == "watch/kl_nats_per_token") > 0.001
     assert len(report["stages"]) == 2
 
 
@@ -138,9 +139,8 @@ def test_without_a_model_before_there_is_nothing_to_forget(
     train(configure(1.0, method=method))
     found = {key for key, _, _ in curves()}
     # The chain of `unrestrained` is naive training, and its models from scratch continue nothing.
-    assert found == (
-        {"watch/fruit/bits_per_byte", "watch/code/bits_per_byte", "watch/kl_nats"} if method != "joint" else set()
-    )
+    looks = {"watch_bits_per_byte/fruit", "watch_bits_per_byte/code", "watch/kl_nats_per_token"}
+    assert found == (looks if method != "joint" else set())
 
 
 def test_a_short_stage_affords_no_look(lab: Path, curves: Callable[[], list[Row]]) -> None:
@@ -226,7 +226,7 @@ def test_a_distribution_that_is_learned_again_is_the_stage_s_own(lab: Path, curv
     train("tiny.yaml", "stages[1].tokens=128")
     # The second stage, of one step, affords no look.
     assert {key for key, _, _ in curves()} == {
-        "watch/fruit/bits_per_byte", "watch/code/bits_per_byte", "watch/kl_nats",
+        "watch_bits_per_byte/fruit", "watch_bits_per_byte/code", "watch/kl_nats_per_token",
     }  # fmt: skip
 
 
@@ -236,7 +236,7 @@ def test_text_that_is_gone_is_watched_by_what_was_kept(lab: Path, curves: Callab
     (lab / "fruit.jsonl").unlink()
     shutil.rmtree("data", ignore_errors=True)
     train(configure(1.0, **NAIVE))
-    assert "watch/fruit/bits_per_byte" in {key for key, _, _ in curves()}
+    assert "watch_bits_per_byte/fruit" in {key for key, _, _ in curves()}
 
 
 @pytest.mark.parametrize("bundles", [False, True])
@@ -249,11 +249,11 @@ def test_of_a_checkpoint_whose_text_is_not_there_only_the_divergence_is_known(
     config["evaluate"]["watch"] = 1.0
     config["stages"] = config["stages"][:1]
     train(write_config(config))
-    assert {key for key, _, _ in curves()} == {"watch/fruit/bits_per_byte", "watch/kl_nats"}
+    assert {key for key, _, _ in curves()} == {"watch_bits_per_byte/fruit", "watch/kl_nats_per_token"}
     config["stages"].append({"data": "code"})
     train(write_config(config))
     assert {key for key, _, _ in curves()} == {
-        "watch/fruit/bits_per_byte", "watch/code/bits_per_byte", "watch/kl_nats",
+        "watch_bits_per_byte/fruit", "watch_bits_per_byte/code", "watch/kl_nats_per_token",
     }  # fmt: skip
 
 
@@ -267,7 +267,7 @@ def test_fine_tuning_is_watched_on_answers_and_on_what_came_before(lab: Path, cu
     config["evaluate"]["watch"] = 1.0
     train(write_config(config))
     assert {key for key, _, _ in curves()} == {
-        "watch/fruit/bits_per_byte", "watch/pairs/bits_per_byte", "watch/kl_nats",
+        "watch_bits_per_byte/fruit", "watch_bits_per_byte/pairs", "watch/kl_nats_per_token",
     }  # fmt: skip
 
 

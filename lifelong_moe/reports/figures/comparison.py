@@ -23,6 +23,8 @@ Arm = Mapping[str, Any]
 
 LARGEST_DOT = 420.0
 """Area of the largest dot, that of the arm with most FLOPs, in square points; smaller for many arms."""
+# In bits per byte: in percent of perplexity, the worst arms would push all others into one corner.
+FORGETTING, GAP = "forgetting_max_bits_per_byte", "plasticity_gap_bits_per_byte"
 MANY_ARMS = 10
 PANELS_A_ROW = 3
 LABEL_ANGLES = (0, 180, 35, -35, 145, -145, 90, -90, 62, -62, 118, -118)
@@ -43,11 +45,10 @@ def pareto_figure(comparison: Comparison) -> Figure | None:
     """Draw forgetting against plasticity; None unless an arm has both.
 
     Returns:
-        The figure, in nats per token: a dot an arm, its area in proportion to active FLOPs, and a line through the arms
+        The figure, in bits per byte: a dot an arm, its area in proportion to active FLOPs, and a line through the arms
         that no other one beats in both.
     """
-    arms = [arm for arm in comparison["arms"] if _mean(arm, "forgetting_max") is not None]
-    arms = [arm for arm in arms if _mean(arm, "plasticity_gap") is not None]
+    arms = [arm for arm in comparison["arms"] if None not in (_mean(arm, FORGETTING), _mean(arm, GAP))]
     if not arms:
         return None
     roomy = len(arms) > MANY_ARMS
@@ -55,19 +56,19 @@ def pareto_figure(comparison: Comparison) -> Figure | None:
     style = _styles(comparison)
     flops = {arm["name"]: _mean(arm, "active_flops") or 0.0 for arm in arms}
     most = max(flops.values()) or 1.0
-    points = np.array([[np.mean(_nats(arm, key)) for key in ("forgetting_max", "plasticity_gap")] for arm in arms])
+    points = np.array([[np.mean(_values(arm, key)) for key in (FORGETTING, GAP)] for arm in arms])
     # The total area stays that of MANY_ARMS dots, or they would cover each other.
     largest = min(LARGEST_DOT, MANY_ARMS * LARGEST_DOT / len(arms))
     areas = [largest * flops[arm["name"]] / most for arm in arms]
     for arm, (x, y), area in zip(arms, points, areas, strict=True):
         colour, marker = style[arm["name"]]
-        bars = [_bar(arm, key) for key in ("forgetting_max", "plasticity_gap")]
+        bars = [_bar(arm, key) for key in (FORGETTING, GAP)]
         axes.errorbar(x, y, xerr=bars[0], yerr=bars[1], color=colour, linewidth=1, capsize=2, zorder=2)
         axes.scatter([x], [y], s=area, color=[colour], marker=marker, edgecolor="black", linewidth=0.6, zorder=3)
     front = points[_front(points)]
     axes.plot(front[:, 0], front[:, 1], color="black", linewidth=1, linestyle="--", alpha=0.5, zorder=1)
-    axes.set_xlabel("forgetting: the worst old distribution, nats per token above its own loss (lower is better)")
-    axes.set_ylabel("plasticity gap: the worst new distribution,\nnats per token above unrestrained (lower is better)")
+    axes.set_xlabel("forgetting: the worst old distribution, bits per byte above its own loss (lower is better)")
+    axes.set_ylabel("plasticity gap: the worst new distribution,\nbits per byte above unrestrained (lower is better)")
     note = f"dot area: active FLOPs (largest {most:.2g}); dashed: arms that no other beats in both"
     axes.set_title(f"{comparison['compare']}: forgetting against plasticity\n{note}", fontsize=10)
     axes.grid(alpha=0.3)
@@ -112,10 +113,10 @@ def curves_figure(comparison: Comparison) -> Figure | None:
 
 
 def leak_figure(comparison: Comparison) -> Figure | None:
-    """Draw the router leak by arm and distribution; None before the first run is committed.
+    """Draw the router leak by arm and distribution; None unless an arm that is committed can have any.
 
     Returns:
-        The figure: a heat map, an arm a row; grey where the arm did not learn the distribution.
+        The figure: a heat map, an arm a row; grey where no expert was born after the distribution was learned.
     """
     names, arms = comparison["distributions"], [arm for arm in comparison["arms"] if _committed(arm)]
     if not arms:
@@ -124,6 +125,8 @@ def leak_figure(comparison: Comparison) -> Figure | None:
     for (i, arm), (j, name) in product(enumerate(arms), enumerate(names)):
         known = [run["leak"][name] for run in _committed(arm) if name in run["leak"]]
         leaks[i, j] = np.mean(known) if known else np.nan
+    if np.isnan(leaks).all():
+        return None
     longest = max(len(arm["name"]) for arm in arms)
     figure, axes = _figure(2.6 + 0.075 * longest + 1.2 * len(names), 1.5 + 0.32 * len(arms))
     image = _heat_map(axes, leaks, LOSS_COLOURS, 0.0, max(SMALLEST_LEAK, float(np.nanmax(leaks, initial=0.0))))
@@ -255,16 +258,15 @@ def _mean(arm: Arm, key: str) -> float | None:
 
 
 def _bar(arm: Arm, key: str) -> Floats | None:
-    """Distances in nats from the mean to the lowest and the highest seed; None with one seed."""
-    values = _nats(arm, key)
+    """Distances from the mean to the lowest and the highest seed; None with one seed."""
+    values = _values(arm, key)
     mean = np.mean(values)
     return np.array([[mean - min(values)], [max(values) - mean]]) if len(values) > 1 else None
 
 
-def _nats(arm: Arm, key: str) -> list[float]:
-    """A relative rise of perplexity as nats per token, by seed."""
-    # The logarithm: in percent, the worst arms would push all others into one corner.
-    return [float(np.log1p(run["numbers"][key])) for run in _committed(arm) if run["numbers"][key] is not None]
+def _values(arm: Arm, key: str) -> list[float]:
+    """A number of each seed that has it."""
+    return [float(run["numbers"][key]) for run in _committed(arm) if run["numbers"][key] is not None]
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:

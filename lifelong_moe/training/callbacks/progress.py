@@ -14,12 +14,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column
 
 from lifelong_moe.errors import TryAgainError, visible
+from lifelong_moe.measures import MEASURES
 from lifelong_moe.training.callbacks.checkpoint import checkpoint_path, checkpoints
 from lifelong_moe.training.callbacks.energy import READ_SECONDS, EnergyMeter, energy_counters
 from lifelong_moe.training.callbacks.interrupt import Interrupt
 
 LOG_SECONDS, BAR_SECONDS = 15.0, 1.0
 """Between two lines, and between two updates of the bar."""
+IN_NATS = ("train/loss", "train/old_loss", "train/distill_loss")
+"""Curves whose names get their unit in MLflow; stages keep their last points under these names. Others have none."""
 WORDS = 72
 """Columns of the terminal for the text beside a bar."""
 
@@ -81,11 +84,12 @@ class Meter(Callback):
             "train/skipped_spikes": float(module.guard.skipped_spikes),
             "train/rollbacks": float(self.rollbacks),
             # Since the beginning of the phase, also over interruptions.
-            "speed/tokens_per_second": step * self.step_tokens / self.seconds,
-            "speed/tflops_per_second": step * self.step_flops / self.seconds / 1e12,
-            "speed/data_fraction": self.data_seconds / self.seconds,
+            MEASURES["tokens_per_second"].metric: step * self.step_tokens / self.seconds,
+            MEASURES["tflops_per_second"].metric: step * self.step_flops / self.seconds / 1e12,
+            MEASURES["data_fraction"].metric: self.data_seconds / self.seconds,
         }
-        trainer.logger.log_metrics({**self.last, **extra}, step=step)
+        curves = {f"{key}_nats_per_token" if key in IN_NATS else key: value for key, value in self.last.items()}
+        trainer.logger.log_metrics({**curves, **extra}, step=step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read the energy counters a last time."""

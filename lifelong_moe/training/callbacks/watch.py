@@ -23,6 +23,7 @@ from lifelong_moe.errors import CorruptError
 from lifelong_moe.evaluation.documents import DocumentMeasures, measure_documents
 from lifelong_moe.evaluation.predictions import Predictions
 from lifelong_moe.evaluation.rise import Rise, paired_rise
+from lifelong_moe.measures import MEASURES
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.storage.directories import write_directory
 from lifelong_moe.storage.verified import verify_directory
@@ -169,10 +170,10 @@ class ForgettingWatch(Callback):
         if trainer.logger is None:
             return
         points = {
-            f"watch/{name}/bits_per_byte": float(nats_N.sum()) / np.log(2) / self.watched.texts[name].num_bytes
+            MEASURES["watched"].of(name): float(nats_N.sum()) / np.log(2) / self.watched.texts[name].num_bytes
             for name, nats_N in nats.items()
         }
-        trainer.logger.log_metrics({**points, "watch/kl_nats": kl}, step=trainer.global_step)
+        trainer.logger.log_metrics({**points, MEASURES["kl"].metric: kl}, step=trainer.global_step)
 
     def _warn(self, step: int, rises: Mapping[str, Rise], kl: float) -> None:
         """Name the distributions that fall, in one line."""

@@ -24,6 +24,7 @@ def report(
     names: Sequence[str] = NAMES,
     learns: Sequence[Sequence[str]] = (("a",), ("b",), ("c",)),
     leak: Mapping[str, float] | None = None,
+    grows: bool = True,
 ) -> dict[str, Any]:
     """What a comparison reads of a report; stage i costs i + 1 of everything."""
     after = {name: max(i for i, of in enumerate(learns) if name in of) for of in learns for name in of}
@@ -40,6 +41,7 @@ def report(
                 "name": f"s{i}", "data": of[0], "learns": list(of),
                 "tokens": 100 * (i + 1), "active_flops": 10 * (i + 1), "seconds": 2.0 * (i + 1),
                 "parameters_total": 7 + i, "parameters_active": 3 + i, "epochs": 1.0 / (i + 1),
+                "experts_per_layer": 2 + (i if grows else 0),
             }
             for i, of in enumerate(learns)
         ],
@@ -60,6 +62,10 @@ def test_one_run_by_hand() -> None:
     assert found.forgetting == pytest.approx({"a": 0.3, "b": 0.1})  # c is not old
     assert numbers["forgetting_max"] == pytest.approx(math.exp(0.3) - 1)
     assert numbers["forgetting_mean"] == pytest.approx(math.exp(0.2) - 1)
+    assert found.forgetting_bits_per_byte == pytest.approx({"a": 0.15, "b": 0.05})
+    in_bits = {"forgetting_max": 0.15, "forgetting_mean": 0.1, "plasticity_gap": 0.1, "plasticity_gap_mean": 0.075}
+    in_bits["oracle_gap"] = 0.5 / 6
+    assert {key: numbers[f"{key}_bits_per_byte"] for key in in_bits} == pytest.approx(in_bits)
     assert found.plasticity_gap == pytest.approx({"b": 0.2, "c": 0.1})  # a was learned first: nothing to hold
     assert numbers["plasticity_gap"] == pytest.approx(math.exp(0.2) - 1)
     assert numbers["plasticity_gap_mean"] == pytest.approx(math.exp(0.15) - 1)
@@ -67,7 +73,7 @@ def test_one_run_by_hand() -> None:
     assert numbers["oracle_gap"] == pytest.approx(math.exp(0.5 / 3) - 1)
     assert numbers["final_mean_nats"] == pytest.approx((2.3 + 3.1 + 4.0) / 3)
     assert numbers["final_mean_bits_per_byte"] == pytest.approx((2.3 + 3.1 + 4.0) / 6)
-    assert numbers["leak_max"] == 0.5 and found.leak == {"a": 0.2, "b": 0.5, "c": 0.9}
+    assert numbers["leak_max"] == 0.5 and found.leak == {"a": 0.2, "b": 0.5}  # no expert is born after c
     assert [numbers[key] for key in ("tokens", "active_flops", "seconds")] == [600, 60, 12.0]
     assert [numbers[key] for key in ("parameters_total", "parameters_active", "epochs_max")] == [9, 5, 1.0]
     assert found.final_bits_per_byte == {"a": 1.15, "b": 1.55, "c": 2.0}
@@ -90,6 +96,10 @@ def test_what_is_not_there_is_null() -> None:
     joint = measure(JOINT, FREE, JOINT).numbers
     assert joint["forgetting_max"] is joint["plasticity_gap"] is joint["leak_max"] is None
     assert joint["oracle_gap"] == 0.0
+    flat = report(FREE["loss_nats_per_token"], grows=False)  # no expert is a later one
+    assert measure(flat, None, None).leak == {} and measure(flat, None, None).numbers["leak_max"] is None
+    mixture = HELD | {"mixture": {"a": {"shares": {}, "readers": 1.0}}}
+    assert measure(mixture, None, None).leak == {}
 
 
 def test_a_distribution_that_comes_back_was_learned_last() -> None:
@@ -104,19 +114,19 @@ def test_distributions_only_evaluated_count_in_the_mean_alone() -> None:
     wide = report([[2.0, 9.0], [2.5, 8.0]], names=["a", "other"], learns=(("a",), ("a",)))
     found = measure(wide, None, None)
     assert found.numbers["final_mean_nats"] == pytest.approx(5.25)
-    assert found.forgetting == {} and list(found.leak) == ["a"]
+    assert found.forgetting == {} and found.leak == {}
 
 
 def test_interval_over_seeds_by_hand() -> None:
     # 1, 2, 3: deviation 1, t(0.975, 2) = 4.302653, half = 4.302653 / sqrt(3).
     assert asdict(over_seeds([1.0, 2.0, 3.0])) == pytest.approx(
-        {"mean": 2.0, "low": -0.484138, "high": 4.484138, "n": 3}
+        {"mean": 2.0, "low": -0.484138, "high": 4.484138, "n": 3, "lowest": 1.0, "highest": 3.0}
     )
     # Two seeds: t(0.975, 1) = 12.706205 times |difference| / 2.
     assert asdict(over_seeds([1.0, None, 2.0])) == pytest.approx(
-        {"mean": 1.5, "low": -4.853102, "high": 7.853102, "n": 2}
+        {"mean": 1.5, "low": -4.853102, "high": 7.853102, "n": 2, "lowest": 1.0, "highest": 2.0}
     )
-    assert over_seeds([4.0]) == Interval(4.0, None, None, 1)
+    assert over_seeds([4.0]) == Interval(4.0, None, None, 1, 4.0, 4.0)
     assert over_seeds([None, None]) is None and over_seeds([]) is None
 
 
@@ -124,14 +134,15 @@ def test_paired_differences_by_hand() -> None:
     # Differences 1, 2, 3: t = 2 / (1 / sqrt 3) = 3.464102, p = 0.074180 with 2 degrees of freedom.
     found = paired({0: 11.0, 1: 22.0, 2: 33.0, 3: 5.0}, {2: 30.0, 1: 20.0, 0: 10.0})
     assert asdict(found) == pytest.approx(
-        {"mean": 2.0, "low": -0.484138, "high": 4.484138, "n": 3, "p": 0.0741799}, abs=1e-6
+        {"mean": 2.0, "low": -0.484138, "high": 4.484138, "n": 3, "lowest": 1.0, "highest": 3.0, "p": 0.0741799},
+        abs=1e-6,
     )
     lower = paired({0: 10.0, 1: 20.0, 2: 30.0}, {0: 11.0, 1: 22.0, 2: 33.0})
     assert lower is not None and lower.mean == -2.0 and lower.p == pytest.approx(0.0741799, abs=1e-6)
     assert paired({0: 1.0, 1: 2.0}, {0: 1.0}) is None
     assert paired({0: 1.0, 1: None}, {0: 1.0, 1: 2.0}) is None
     even = paired({0: 2.0, 1: 3.0}, {0: 1.0, 1: 2.0})
-    assert even == PairedDifference(1.0, 1.0, 1.0, 2, None)
+    assert even == PairedDifference(1.0, 1.0, 1.0, 2, 1.0, 1.0, None)
 
 
 def arm(name: str, method: str, *reports: dict[str, Any], failed: Mapping[int, str] | None = None) -> ArmResult:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -57,8 +58,10 @@ def test_two_stages_by_hand() -> None:
     assert found["loss_at_init"] == [8.0] * 3 and found["bits_per_byte_at_init"] == [4.0] * 3
     assert found["forgetting"] == {"english": 0.5, "python": 0.0}
     assert found["backward_transfer"] == -0.5 and found["forward_transfer"] == 2.0
+    assert found["forgetting_bits_per_byte"] == {"english": 0.25}  # what the last stage learned cannot be forgotten yet
+    assert found["forward_transfer_bits_per_byte"] == 1.0
     assert found["bytes_per_token"] == dict.fromkeys(NAMES, 4.0)
-    assert found["schema"] == 3 and found["from_scratch"] == {}
+    assert found["schema"] == 4 and found["from_scratch"] == {}
     # Expert 1 was born in stage 1: foreign to English, not to Python, nor to what no stage learned.
     assert [found["routing"][name]["leak"] for name in NAMES] == [0.25, 0.0, 0.0]
     assert found["dead_experts"] == 0 and found["routing"]["english"]["unused_experts"] == 0
@@ -73,6 +76,7 @@ def test_one_stage_has_no_transfer() -> None:
 def test_a_distribution_that_comes_back() -> None:
     found = report(["english", "python", "english"], [[2.0, 6.0, 7.0], [2.5, 3.0, 6.5], [2.25, 3.25, 6.0]])
     assert found["forgetting"] == {"english": 0.0, "python": 0.25}
+    assert found["forgetting_bits_per_byte"] == {"python": 0.125}
     assert found["routing"]["english"]["leak"] == 0.0
 
 
@@ -99,6 +103,21 @@ def test_a_report_of_an_earlier_version_is_read() -> None:
     assert found.schema == 2 and found.dead_experts is None and list(found.not_measured) == []
     assert found.routing["fruit"].unused_experts == old["routing"]["fruit"]["dead_experts"]
     assert found.stages[1].tokens == old["stages"][1]["tokens"] and found.learned_last() == {"fruit": 0, "code": 1}
+    bits = old["bits_per_byte"]
+    assert "forgetting_bits_per_byte" not in old
+    assert found.forgetting_bits_per_byte == {"fruit": bits[1][0] - bits[0][0]}
+    assert found.forgetting_rise() == {"fruit": pytest.approx(math.exp(old["forgetting"]["fruit"]) - 1)}
+    assert found.forward_transfer_bits_per_byte == old["bits_per_byte_at_init"][1] - bits[0][1]
+    assert found.learned() == {"code": bits[1][1]}
+
+
+def test_a_leak_is_one_only_where_the_model_grew_later() -> None:
+    plain = report(["english", "python"], [[2.0, 6.0, 7.0], [2.5, 3.0, 6.5]])
+    assert Report.from_json(plain).leaks() == {}  # both stages have two experts
+    plain["stages"][1]["experts_per_layer"] = 4
+    assert Report.from_json(plain).leaks() == {"english": 0.25}
+    plain["mixture"] = {"english": {"shares": {"english": 1.0}, "readers": 1.0}}
+    assert Report.from_json(plain).leaks() == {}
 
 
 def test_a_report_of_a_later_version_is_refused() -> None:

@@ -37,7 +37,10 @@ def made(matrix: list[list[float]], learns: list[list[str]], flops: float = 1.0,
         "forgetting": {n: matrix[-1][NAMES.index(n)] - matrix[i][NAMES.index(n)] for n, i in after.items()},
         "routing": {name: {"leak": leak} for name in NAMES},
         "from_scratch": {},
-        "stages": [{"name": of[0], "data": of[0], "learns": of, "seconds": 1.0, **cost} for of in learns],
+        "stages": [
+            {"name": of[0], "data": of[0], "learns": of, "seconds": 1.0, "experts_per_layer": 2 + i, **cost}
+            for i, of in enumerate(learns)
+        ],
     }
 
 
@@ -104,8 +107,8 @@ def test_leak(few: dict[str, Any]) -> None:
     assert figure is not None
     image = figure.axes[0].images[0].get_array()
     assert image is not None and image.shape == (4, 3)
-    assert image[1].tolist() == [0.75] * 3
-    assert [text.get_text() for text in figure.axes[0].texts][3:6] == ["75.0"] * 3
+    assert image[1].tolist() == [0.75, 0.75, None]  # no experts came after mail
+    assert [text.get_text() for text in figure.axes[0].texts][3:6] == ["75.0", "75.0", "–"]
     draw(figure)
 
 

@@ -67,9 +67,9 @@ def test_a_point_of_the_curves_by_hand(clock: Clock) -> None:
     steps.take(7)
     assert [step for step, _ in steps.points] == [3, 6, 7]  # and the last one
     assert steps.points[0][1] == {
-        "train/loss": 1.5, "train/learning_rate": 0.25, "train/tokens": 1920.0, "train/grad_norm": 0.75,
+        "train/loss_nats_per_token": 1.5, "train/learning_rate": 0.25, "train/tokens": 1920.0, "train/grad_norm": 0.75,
         "train/nonfinite_steps": 2.0, "train/skipped_spikes": 3.0, "train/rollbacks": 1.0,
-        "speed/tokens_per_second": 64.0, "speed/tflops_per_second": 4.0, "speed/data_fraction": 0.4,
+        "train_speed/tokens_per_second": 64.0, "train_speed/tflops_per_second": 4.0, "train_speed/data_fraction": 0.4,
     }  # fmt: skip
     assert (meter.seconds, meter.data_seconds, meter.last) == (70.0, 28.0, {"train/loss": 1.5})
     meter.on_train_end(steps.trainer, steps.module)
@@ -90,7 +90,7 @@ def test_an_interrupted_stage_counts_all_of_it(clock: Clock) -> None:
     second.on_train_start(steps.trainer, steps.module)
     steps.take(2)
     assert [step for step, _ in steps.points] == [3, 6]
-    assert steps.points[-1][1]["speed/tokens_per_second"] == 64.0
+    assert steps.points[-1][1]["train_speed/tokens_per_second"] == 64.0
     assert second.state_dict()["joules"] == 300.0
     second.load_state_dict({key: value for key, value in state.items() if key != "joules"})
     assert second.energy.joules is None  # of an earlier version: a part of it would pass for the whole

@@ -69,9 +69,9 @@ def test_it_looks_at_the_start_and_once_after_each_step_that_is_due(stage: Stage
     stage.begin()
     stage.take(1, 20)
     assert [step for step, _ in stage.points] == [0, 5, 10, 15]
-    names = {f"watch/{name}/bits_per_byte" for name in TEXTS} | {"watch/kl_nats"}
+    names = {f"watch_bits_per_byte/{name}" for name in TEXTS} | {"watch/kl_nats_per_token"}
     assert all(set(found) == names for _, found in stage.points)
-    kl = [found["watch/kl_nats"] for _, found in stage.points]
+    kl = [found["watch/kl_nats_per_token"] for _, found in stage.points]
     assert kl[0] == 0 and kl == sorted(kl) and kl[-1] > kl[1] > 0
     assert stage.model.training
 
@@ -82,7 +82,7 @@ def test_numbers_are_those_of_the_whole_text(stage: Stage) -> None:
     stage.begin()
     for name, windows in TEXTS.items():
         found = evaluate(stage.model, windows, distribution=name, batch_tokens=999)
-        assert stage.points[0][1][f"watch/{name}/bits_per_byte"] == pytest.approx(found.bits_per_byte, rel=1e-6)
+        assert stage.points[0][1][f"watch_bits_per_byte/{name}"] == pytest.approx(found.bits_per_byte, rel=1e-6)
 
 
 def test_a_falling_distribution_is_named_when_it_begins_and_when_it_is_twice_as_bad(
@@ -139,7 +139,7 @@ def test_an_interrupted_stage_compares_with_what_it_began_with(stage: Stage, tmp
     again.take(8, 20)
     assert [step for step, _ in again.points] == [10, 15]
     # Not with the weights that it continues with, from which step 10 is three steps away.
-    assert again.points[0][1]["watch/kl_nats"] > stage.points[1][1]["watch/kl_nats"]
+    assert again.points[0][1]["watch/kl_nats_per_token"] > stage.points[1][1]["watch/kl_nats_per_token"]
     # A later phase counts the steps before it, and begins with nothing of its own.
     review = Stage(stage.model, tmp_path / "watch", first_step=12)
     review.begin()
@@ -201,4 +201,7 @@ def test_with_nothing_known_before_only_the_divergence_is_there(
     stage = Stage(make_model(), tmp_path / "watch", texts={"czech": TEXTS["czech"]})
     stage.begin()
     stage.take(1, 20)
-    assert {key for _, found in stage.points for key in found} == {"watch/czech/bits_per_byte", "watch/kl_nats"}
+    assert {key for _, found in stage.points for key in found} == {
+        "watch_bits_per_byte/czech",
+        "watch/kl_nats_per_token",
+    }
