@@ -150,7 +150,11 @@ class Report:
             )
         report = from_plain(cls, {**data, "routing": _renamed(data.get("routing"))})
         _check(report)
-        return report if schema >= SINCE_BITS else replace(report, **report._in_bits())
+        if schema >= SINCE_BITS:
+            return report
+        after = _learned_after(report.distributions, report.stages)
+        lost, forward = _in_bits(after, report.bits_per_byte, report.bits_per_byte_at_init)
+        return replace(report, forgetting_bits_per_byte=lost, forward_transfer_bits_per_byte=forward)
 
     def to_json(self) -> Mapping[str, Any]:
         """Plain JSON data, in the order of the table above."""
@@ -176,11 +180,6 @@ class Report:
         # Where generations predict together, a text is no generation's own.
         grown = {} if self.mixture else {n: i for n, i in self.learned_last().items() if experts[-1] > experts[i]}
         return {name: self.routing[name].leak for name in grown}
-
-    def _in_bits(self) -> dict[str, Any]:
-        """The fields that reports of earlier versions lack."""
-        after = _learned_after(self.distributions, self.stages)
-        return _in_bits(after, self.bits_per_byte, self.bits_per_byte_at_init)
 
 
 def as_written(data: Any) -> Mapping[str, Any]:
@@ -223,15 +222,15 @@ def _learned_after(distributions: Sequence[str], stages: Sequence[StageReport]) 
 
 def _in_bits(
     after: Mapping[str, Sequence[int]], matrix: Sequence[Sequence[float]], init: Sequence[float]
-) -> dict[str, Any]:
-    """Forgetting and forward transfer in bits per byte, by field; ``after`` has the learned columns, the first ones."""
+) -> tuple[dict[str, float], float | None]:
+    """Forgetting and forward transfer in bits per byte; ``after`` has the learned columns, which are the first ones."""
     lost = forgetting(matrix, [places[-1] for places in after.values()]).tolist()
     # What the last stage learned was not followed by anything.
     old = {
         name: value for (name, places), value in zip(after.items(), lost, strict=True) if places[-1] < len(matrix) - 1
     }
     forward = forward_transfer(matrix, init, [places[0] for places in after.values()])
-    return {"forgetting_bits_per_byte": old, "forward_transfer_bits_per_byte": forward}
+    return old, forward
 
 
 @dataclass(kw_only=True)
@@ -269,6 +268,7 @@ def build_report(results: RunResults, births: Sequence[Sequence[int]]) -> Report
     bits = [[row[name].bits_per_byte for name in distributions] for row in evaluations]
     init_bits = [init[name].bits_per_byte for name in distributions]
     init_nats = [init[name].nats_per_token for name in distributions]
+    lost, forward = _in_bits(learned, bits, init_bits)
     counts = {name: evaluations[-1][name].expert_counts for name in distributions}
     # Each generation has experts in some layer.
     born = sorted({birth for layer in births for birth in layer})
@@ -287,7 +287,8 @@ def build_report(results: RunResults, births: Sequence[Sequence[int]]) -> Report
         forgetting=dict(zip(learned, forgetting(nats, last).tolist(), strict=True)),
         backward_transfer=backward_transfer(nats, last),
         forward_transfer=forward_transfer(nats, init_nats, first),
-        **_in_bits(learned, bits, init_bits),
+        forgetting_bits_per_byte=lost,
+        forward_transfer_bits_per_byte=forward,
         from_scratch=dict(results.from_scratch),
         bytes_per_token={name: init[name].bytes / init[name].tokens for name in distributions},
         stages=tuple(results.stages),

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from rich.console import Console
 from rich.table import Table
 
+from lifelong_moe.measures import MEASURES
 from lifelong_moe.plan.disk import used_space
 from lifelong_moe.reports.report import Report
 from lifelong_moe.storage.keys import SHORT
@@ -19,7 +20,7 @@ from pipelines.shared.tables import show
 
 EXPLANATION = (
     "bits/byte is the mean over a run's distributions after its last stage, so runs on other text do not compare; "
-    "forgetting, in nats/token, is that of the distribution which lost most. Stages that runs share count in each."
+    "forgetting, in bits/byte too, is that of the distribution which lost most. Stages that runs share count in each."
 )
 
 
@@ -42,8 +43,8 @@ class RunRow:
     """Disk space of the stages that the run names, earlier versions included."""
     bits_per_byte: float | None
     """Mean over the distributions after the last stage."""
-    forgetting: float | None
-    """The largest of all distributions, in nats per token; None too if no distribution was left."""
+    forgetting_bits_per_byte: float | None
+    """The largest of all old distributions; None too if there is none."""
     forgotten: str | None
     """The distribution that lost so much."""
 
@@ -73,7 +74,8 @@ def show_runs(console: Console) -> Mapping[str, object]:
 
 
 def _cells(row: RunRow) -> list[str]:
-    lost = "–" if row.forgetting is None else f"{row.forgetting:+.3f} {row.forgotten}"
+    measure, value = MEASURES["forgetting_bits_per_byte"], row.forgetting_bits_per_byte
+    lost = "–" if value is None else f"{measure.show(value)} {row.forgotten}"
     return [
         row.run,
         row.method,
@@ -97,7 +99,7 @@ def _row(run: str, sizes: Mapping[str, int]) -> RunRow:
     head, record = require_head(ROOT, run), RunRecord(ROOT, run)
     report = record.report(Report.from_json)
     final = report.bits_per_byte[-1] if report else []
-    forgetting = report.forgetting if report else {}
+    forgetting = report.forgetting_bits_per_byte if report else {}
     worst = max(forgetting, key=forgetting.__getitem__, default=None)
     return RunRow(
         run=run,
@@ -109,7 +111,7 @@ def _row(run: str, sizes: Mapping[str, int]) -> RunRow:
         parameters=report.stages[-1].parameters_total if report else None,
         bytes=sum(sizes.get(key[:SHORT], 0) for key in _keys(head)),
         bits_per_byte=sum(final) / len(final) if final else None,
-        forgetting=None if worst is None else forgetting[worst],
+        forgetting_bits_per_byte=None if worst is None else forgetting[worst],
         forgotten=worst,
     )
 

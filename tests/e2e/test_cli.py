@@ -200,11 +200,12 @@ def test_runs_says_what_is_there(trained: Path, cli: Cli) -> None:
     assert found["stages"] == len(list(Path("mlruns/stages").glob("*-*")))
     for row in found["runs"]:
         report = reports[row["run"]]
+        lost = report["forgetting_bits_per_byte"]
         assert (row["method"], row["stages_committed"], row["stages"]) == (report["method"], 2, 2)
         assert row["bits_per_byte"] == pytest.approx(
             sum(report["bits_per_byte"][-1]) / len(report["bits_per_byte"][-1])
         )
-        assert row["forgetting"] == max(report["forgetting"].values()) == report["forgetting"][row["forgotten"]]
+        assert row["forgetting_bits_per_byte"] == max(lost.values()) == lost[row["forgotten"]]
         assert row["parameters"] == report["stages"][-1]["parameters_total"]
         folders = [f"mlruns/stages/{stage['name']}-{stage['key'][:16]}" for stage in report["stages"]]
         assert row["bytes"] == sum(path.stat().st_size for one in folders for path in Path(one).iterdir())

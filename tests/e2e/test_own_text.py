@@ -22,9 +22,7 @@ def write_folder(folder: Path, vocabulary: str, number: int, kinds: tuple[str, .
         (folder / f"{i}.{kinds[i % len(kinds)]}").write_text(text, encoding="utf-8")
 
 
-def test_what_became_of_files_is_counted_and_listed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli
-) -> None:
+def test_what_became_of_files_is_counted_and_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli) -> None:
     monkeypatch.chdir(tmp_path)
     write_folder(Path("notes"), "fruit", 12, ("md", "html", "py"))
     Path("notes/old.txt").write_bytes("Größe".encode("cp1252"))
