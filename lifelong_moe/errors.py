@@ -132,10 +132,16 @@ def one_line(text: str) -> str:
     Secrets and credentials are left out.
     """
     text = without_credentials(redact(text), mask=MASK)
-    # Both ends are kept: a message begins with a key or path and ends with the remedy.
-    if len(text) > _MAX_CHARS:
-        text = f"{text[: _MAX_CHARS // 2]} … {text[-_MAX_CHARS // 2 :]}"
-    return visible(text, keep="")
+    # A message begins with a key or path and ends with the remedy.
+    return visible(both_ends(text, _MAX_CHARS), keep="")
+
+
+def both_ends(text: str, most: int) -> str:
+    """A text of at most so many characters: a long one without its middle, since long names differ in their ends."""
+    if len(text) <= most:
+        return text
+    end = (most - 1) // 2
+    return f"{text[: most - 1 - end]}…{text[len(text) - end :]}"
 
 
 def disk_is_full(error: BaseException) -> bool:

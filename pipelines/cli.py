@@ -36,6 +36,7 @@ GROUPS = {
 """All commands by what they are for, in the order in which the help lists them."""
 COMMANDS = tuple(command for group in GROUPS.values() for command in group)
 
+ASKS_JSON = "lifelong_moe.asks_json"
 USAGE_ERROR = cast(type[Exception], typer.BadParameter.__mro__[1])
 """The base of all errors in a command's use, to which Typer gives no name of its own."""
 
@@ -43,18 +44,23 @@ USAGE_ERROR = cast(type[Exception], typer.BadParameter.__mro__[1])
 class Commands(TyperGroup):
     """All commands; errors in their use quote arguments, which may be names of files that somebody else has made."""
 
-    def make_context(self, *args: Any, **options: Any) -> Any:
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         """Parse what stands before a command."""
+        # Before the parser takes them: an error in a command's options comes before it has any.
+        asks_json = "--json" in args[: args.index("--") if "--" in args else None]
         with _visible_mistakes():
-            return super().make_context(*args, **options)
+            context = super().make_context(info_name, args, parent, **extra)
+        context.meta[ASKS_JSON] = asks_json
+        return context
 
     def invoke(self, ctx: Any) -> Any:
         """Parse the command's arguments, and run it."""
-        with _visible_mistakes():
+        with _visible_mistakes(), _told_as_json(ctx.meta[ASKS_JSON]):
             try:
                 return super().invoke(ctx)
             # Typer would end without a word.
             except KeyboardInterrupt as error:
+                output.finish(failure(error) | {"exit_code": 130}, ctx.meta[ASKS_JSON])
                 raise typer.Exit(interrupted(error)) from error
 
 
@@ -66,6 +72,26 @@ def _visible_mistakes() -> Iterator[None]:
         # Typer prints it in a frame, by a console of its own.
         error.message = one_line(error.message)  # type: ignore[attr-defined]
         raise
+
+
+@contextmanager
+def _told_as_json(asked: bool) -> Iterator[None]:
+    """With ``--json``, let an error be the one object on standard output; it is told on standard error as ever."""
+    try:
+        yield
+    except typer.Exit:  # what there was to print is printed, or it was Ctrl-C
+        raise
+    except BaseException as error:
+        output.finish(failure(error), asked)
+        raise
+
+
+def failure(error: BaseException) -> dict[str, str | int]:
+    """What ``--json`` prints in place of a result."""
+    told = as_ours(error) or error
+    # Typer's own errors have a code as well; what has none is a bug of ours.
+    code = getattr(told, "exit_code", 1)
+    return {"error": type(told).__name__, "reason": one_line(str(told)), "exit_code": code}
 
 
 app = typer.Typer(

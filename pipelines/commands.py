@@ -14,7 +14,7 @@ import typer
 from lifelong_moe.config.routing.own import allow_router
 from lifelong_moe.errors import ConfigError, as_ours, one_line
 from pipelines.exit_codes import OUTCOMES
-from pipelines.shared import threads
+from pipelines.shared import completion, threads
 from pipelines.shared.options import (
     AsJson,
     ComparisonOverrides,
@@ -219,7 +219,10 @@ def rollback(
 @opens_store
 def drop(
     run: RunName,
-    stage: Annotated[str, typer.Argument(metavar="STAGE", help="Name of a stage of the champion.")],
+    stage: Annotated[
+        str,
+        typer.Argument(metavar="STAGE", help="Name of a stage of the champion.", autocompletion=completion.stages),
+    ],
     gate: GateSettings = None,
     ungated: Annotated[bool, typer.Option("--no-gate", help="Promote without asking the gate.")] = False,
     router: OwnRouter = None,
@@ -240,7 +243,12 @@ def drop(
 @opens_store
 def consolidate(
     run: RunName,
-    stage: Annotated[str, typer.Argument(metavar="STAGE", help="Stage of the champion whose experts are merged.")],
+    stage: Annotated[
+        str,
+        typer.Argument(
+            metavar="STAGE", help="Stage of the champion whose experts are merged.", autocompletion=completion.stages
+        ),
+    ],
     gate: GateSettings = None,
     experts: Annotated[int, typer.Option(help="Experts to remove from each layer.", min=1)] = 1,
     router: OwnRouter = None,

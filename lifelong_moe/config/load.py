@@ -21,15 +21,14 @@ from lifelong_moe.config.methods import (
     refuse_unfit_mode,
     without_written_text,
 )
-from lifelong_moe.config.names import require_known
 from lifelong_moe.config.references import note_secrets, with_numbers
 from lifelong_moe.config.routing.bounds import MOST_DISTRIBUTIONS, MOST_STAGES
 from lifelong_moe.config.routing.modes import settings_of
 from lifelong_moe.config.routing.switching import drop_foreign_keys, drop_keys_of_old_mode, structured
 from lifelong_moe.config.rules import require_consistent
 from lifelong_moe.config.run import Method, PublishedConfig, RunConfig, StageConfig
-from lifelong_moe.config.sections import errors_under, require_finite, require_fit, section, sections_of
-from lifelong_moe.config.yaml_file import apply_override, read_yaml, require_short
+from lifelong_moe.config.sections import errors_under, require_finite, require_fit, require_key, section, sections_of
+from lifelong_moe.config.yaml_file import apply_override, read_yaml, require_kind, require_short
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.redaction import note_address, say_openly, shown_address, without_credentials
 
@@ -89,6 +88,7 @@ def configure(
         path: What messages call the file.
         complete: See :func:`read_config`.
     """
+    require_kind(file, "run", path)
     raw = overridden(file, overrides)
     with errors_under(""):  # it looks into sections, which may be interpolations
         raw = complete(raw)
@@ -156,7 +156,7 @@ def _built(raw: DictConfig, *, is_stored: bool) -> RunConfig:
             f"run's own. A checkpoint to begin with is model.from=FOLDER."
         )
     for key in raw:
-        require_known(str(key), known, "key")
+        require_key(_first_path(str(key), raw._get_node(key)), known)
     # Before the sections, the first of which would report one of several keys that a mode needs.
     if not is_stored:
         refuse_unfit_mode(raw)
@@ -193,6 +193,14 @@ def _built(raw: DictConfig, *, is_stored: bool) -> RunConfig:
     # Also where a text belongs, such as a name: what is stored is JSON, which has no such number.
     require_finite(OmegaConf.to_container(raw, resolve=False), "")
     return config
+
+
+def _first_path(key: str, node: Any) -> str:
+    """The full name of the first key that stands under one: ``optim.lr`` of ``{optim: {lr: 1}}``."""
+    while isinstance(node, DictConfig) and not node._is_none() and not _refers(node) and len(node) > 0:
+        first: Any = next(iter(node))
+        key, node = f"{key}.{first}", node._get_node(first)
+    return key
 
 
 def whole_config(raw: DictConfig) -> dict[str, Any]:

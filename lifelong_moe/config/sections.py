@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
+from lifelong_moe.config.data import SourceConfig
+from lifelong_moe.config.names import require_known
+from lifelong_moe.config.routing.modes import ROUTERS, keys_of
 from lifelong_moe.config.routing.switching import structured
+from lifelong_moe.config.run import RunConfig, StageConfig
 from lifelong_moe.errors import ConfigError
 
 T = TypeVar("T")
@@ -24,13 +29,81 @@ _WORDS = (
     (re.compile(r"'DictConfig'"), "'mapping'"),
 )
 """What OmegaConf says in the names of classes, and how we say it."""
-MOST_REMEMBERED = 1_000
+MOST_REMEMBERED, MOST_SUGGESTED = 1_000, 3
 _REMEMBERED: dict[tuple[Callable[[DictConfig], object], type, str], Any] = {}
 
 
 def sections_of(cls: type) -> dict[str, type]:
     """The optional sections of a configuration, by name: fields whose default is a dataclass."""
     return {f.name: f.default_factory for f in dataclasses.fields(cls) if dataclasses.is_dataclass(f.default_factory)}  # type: ignore[misc]
+
+
+def keys_below(cls: type, prefix: str = "") -> Iterator[str]:
+    """Full names of all keys of a dataclass and of the sections within it."""
+    inner = sections_of(cls)
+    for field in dataclasses.fields(cls):
+        yield f"{prefix}{field.name}"
+        if field.name in inner:
+            yield from keys_below(inner[field.name], f"{prefix}{field.name}.")
+
+
+@functools.cache
+def run_keys() -> frozenset[str]:
+    """Full names of all keys that a run's file can have; those of a stage stand under ``stage_defaults``."""
+    # `base` is filled in by us.
+    own = {key for key in keys_below(RunConfig) if not key.startswith("base")} | {"stage_defaults"}
+    routing = {f"routing.{key}" for mode in ROUTERS for key in keys_of(mode)}
+    stage, source = keys_below(StageConfig, "stage_defaults."), keys_below(SourceConfig, "distributions.NAME.")
+    return frozenset({*own, *routing, *stage, *source})
+
+
+def suggestion(key: str, more: Collection[str] = (), *, whole: bool = False) -> str:
+    """A question that names keys in other sections which end as an unknown one does; empty if there are none.
+
+    Args:
+        key: Its full name, such as ``optim.lr`` or ``stages[0].lr``.
+        more: Keys that the file can have besides those of a run.
+        whole: Whether all of it must be such an end, and not just its last parts.
+    """
+    stage = re.match(r"(stages\[\d+\]|stage_defaults)\.", key)
+    where = stage[1] if stage else "stage_defaults"
+    parts = key[stage.end() :].split(".") if stage else key.split(".")
+    for start in range(1 if whole else len(parts)):
+        end = ".".join(parts[start:])
+        found = [known for known in (*run_keys(), *more) if f".{known}".endswith(f".{end}")]
+        # Who writes in a stage means the stage.
+        found = [known for known in found if stage and known.startswith("stage_defaults.")] or found
+        if found:
+            near = sorted(found, key=lambda known: (known.count("."), known))[:MOST_SUGGESTED]
+            *others, last = [known.replace("stage_defaults", where) for known in near]
+            return f" Did you mean {', '.join(others)}{' or ' if others else ''}{last}?"
+    return ""
+
+
+def require_key(key: str, known: Collection[str], more: Collection[str] = ()) -> None:
+    """Require that a file can have the section in which a key stands.
+
+    Args:
+        key: Its full name, as far as it is known.
+        known: Names of the file's sections.
+        more: See :func:`suggestion`.
+
+    Raises:
+        ConfigError: With the key's place in another section if there is one, else with the nearest section.
+    """
+    first = re.split(r"[.\[]", key)[0]
+    if first in known:
+        return
+    if hint := suggestion(key, more, whole=True):
+        raise ConfigError(f"key {first} is unknown.{hint}")
+    try:
+        require_known(first, known, "key")
+    except ConfigError as error:
+        hint = suggestion(key, more)
+        # A section that is spelt alike is likelier than a key elsewhere that has the same name.
+        if not hint or "Did you mean" in str(error):
+            raise
+        raise ConfigError(f"key {first} is unknown.{hint}") from None
 
 
 def section(cls: type[T], node: Any, path: str, under: DictConfig | None = None) -> T:
@@ -114,6 +187,9 @@ class errors_under:  # noqa: N801 - a context manager, named like the statement 
                 text = theirs.sub(ours, text)
             dot = "." if self.path and key and not str(key).startswith("[") else ""
             where = f"{self.path}{dot}{key}" or "config"
+            # OmegaConf asks for a key of the same section that is spelt alike.
+            if isinstance(error, ConfigKeyError) and "Did you mean" not in text:
+                text += "." + hint if (hint := suggestion(where)) else ""
             raise ConfigError(f"{where}: {text}") from None
         if isinstance(error, ConfigError):
             text = str(error)

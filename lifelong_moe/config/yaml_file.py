@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import glob
 import io
 import re
 from collections.abc import Sequence
@@ -23,6 +24,12 @@ from lifelong_moe.storage.opening import read_bounded, read_given
 MAX_CONFIG_BYTES = 1 << 16
 MAX_YAML_DEPTH = 32
 """Deepest nesting of a configuration, its keys and its interpolations; ours has five levels."""
+KINDS = {
+    "run": {"run", "stages", "distributions"},
+    "compare": {"compare", "arms"},
+    "retrain": {"inbox", "trigger", "drift", "probe", "decision", "gate", "limits", "hooks", "when_growing"},
+}
+"""By command that a file is for, keys that no other kind of file has."""
 MAX_BITS = 63
 """Of a whole number. Python writes longer ones slowly, or not at all."""
 
@@ -38,7 +45,9 @@ def read_yaml(path: Path, *, is_base: bool = False) -> DictConfig:
     # Not `is_file`, which a pipe such as <(sed …) is not.
     if path.is_dir() or not path.exists():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
-        hint = f" Did you mean {path.parent / near[0]}?" if near else ""
+        # Where ours stand; who types the name of a run means its file.
+        there = [path.parent / near[0]] if near else [*Path("configs").glob(f"{glob.escape(path.stem)}.yaml")]
+        hint = f" Did you mean {there[0]}?" if there else ""
         raise ConfigError(f"{path}: no such file.{hint}")
     try:
         most = MAX_CONFIG_BYTES
@@ -104,6 +113,29 @@ def _require_short_numbers(value: Any) -> None:
             _require_short_numbers(one)
     elif isinstance(value, int) and value.bit_length() > MAX_BITS:
         raise ValueError(f"a whole number of {value.bit_length():,} bits; at most {MAX_BITS} are read")
+
+
+def require_kind(file: DictConfig, kind: str, path: str) -> None:
+    """Refuse a file that is for another command, and name that command.
+
+    Args:
+        file: As from :func:`read_yaml`.
+        kind: One of :data:`KINDS`.
+        path: What messages call the file.
+
+    Raises:
+        ConfigError: If its keys are those of another kind alone.
+    """
+    content: Any = OmegaConf.to_container(file, resolve=False)
+    found = {name: sorted(keys & {*content}) for name, keys in KINDS.items() if keys & {*content}}
+    if kind in found or not found:
+        return
+    other, keys = next(iter(found.items()))
+    base = content.get("base")
+    # The files of both other commands name a run's own file, which may be what was meant.
+    names_one = kind == "run" and isinstance(base, str)
+    hint = f" A run's own file is its base, {Path(path).parent / base}." if names_one else ""
+    raise ConfigError(f"{path}: has {', '.join(keys[:3])}, so it is a file for lifelong-moe {other}.{hint}")
 
 
 def require_short(overrides: Sequence[str]) -> None:

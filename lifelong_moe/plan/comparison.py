@@ -23,8 +23,8 @@ from lifelong_moe.config.load import LoadedConfig, configure
 from lifelong_moe.config.names import NAME, require_known
 from lifelong_moe.config.references import note_secrets
 from lifelong_moe.config.run import RunConfig
-from lifelong_moe.config.sections import require_finite, section
-from lifelong_moe.config.yaml_file import apply_override, first_key, read_yaml, require_short
+from lifelong_moe.config.sections import require_finite, require_key, section
+from lifelong_moe.config.yaml_file import apply_override, first_key, read_yaml, require_kind, require_short
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.interop.layout.complete import with_checkpoint
 from lifelong_moe.plan.memory import require_memory
@@ -146,6 +146,7 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
     path = Path(path)
     require_short(overrides)
     raw, known = read_yaml(path), {f.name for f in dataclasses.fields(ComparisonConfig)}
+    require_kind(raw, "compare", str(path))
     # An override of the comparison, such as seeds=[0], would be an unknown key to a run.
     own = [override for override in overrides if first_key(override) in known]
     common = tuple(override for override in overrides if override not in own)
@@ -155,7 +156,7 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
     for key in raw:
         require_known(str(key), known, "key")
     for override in common:
-        require_known(first_key(override), known | of_runs, "key")
+        require_key(override.partition("=")[0], known | of_runs)
     note_secrets(raw)
     require_finite(OmegaConf.to_container(raw, resolve=False), "")
     settings = section(ComparisonConfig, raw, "")
@@ -164,7 +165,9 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
     settings = dataclasses.replace(settings, arms={str(name): entry for name, entry in written.items()})
     arms = tuple(arm for name, entry in settings.arms.items() for arm in _arms(name, entry))
     base = path.parent / settings.base
-    comparison = Comparison(settings, base, arms, common, read_yaml(base, is_base=True))
+    file = read_yaml(base, is_base=True)
+    require_kind(file, "run", str(base))
+    comparison = Comparison(settings, base, arms, common, file)
     _check(comparison)
     return comparison
 

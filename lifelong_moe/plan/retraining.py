@@ -23,8 +23,8 @@ from lifelong_moe.config.references import as_text, note_secrets
 from lifelong_moe.config.retraining.operation import HooksConfig, InboxConfig, LimitsConfig, ProbeConfig, TriggerConfig
 from lifelong_moe.config.retraining.policy import HELDOUT_SOURCES, DecisionConfig, DriftConfig, GateConfig
 from lifelong_moe.config.run import Method, RunConfig
-from lifelong_moe.config.sections import errors_under, require_finite, section, sections_of
-from lifelong_moe.config.yaml_file import apply_override, first_key, read_yaml, require_short
+from lifelong_moe.config.sections import errors_under, keys_below, require_finite, require_key, section, sections_of
+from lifelong_moe.config.yaml_file import apply_override, first_key, read_yaml, require_kind, require_short
 from lifelong_moe.errors import ConfigError
 from lifelong_moe.interop.layout.complete import with_checkpoint
 from lifelong_moe.plan.memory import require_memory
@@ -163,17 +163,22 @@ def load_retraining(path: str | Path, overrides: Sequence[str] = ()) -> Retraini
     path = Path(path)
     require_short(overrides)
     raw, known = read_yaml(path), {f.name for f in dataclasses.fields(RetrainConfig)}
+    require_kind(raw, "retrain", str(path))
     own = [override for override in overrides if first_key(override) in known]
     for override in own:
         apply_override(raw, override)
     for key in raw:
         require_known(str(key), known, "key")
+    of_runs = {f.name for f in dataclasses.fields(RunConfig)} | {"stage_defaults"}
+    for override in overrides:
+        require_key(override.partition("=")[0], known | of_runs, [*keys_below(RetrainConfig)])
     with errors_under(""):  # a section may be an interpolation that refers to nothing, or to itself
         note_secrets(raw)
         settings = _settings(raw)
     note_address(settings.hooks.url or "")
     _refuse_secret_arguments(settings.hooks)
     file = read_yaml(path.parent / settings.base, is_base=True)
+    require_kind(file, "run", str(path.parent / settings.base))
     with errors_under(""):  # it looks into sections, which may be interpolations
         base = with_checkpoint(overridden(file, [override for override in overrides if override not in own]))
     config = build_config(base, is_stored=True)  # of a run that exists already

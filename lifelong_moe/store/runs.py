@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -163,7 +164,9 @@ def require_head(root: Path, run: str) -> RunHead:
     head = RunRecord(root, run).head()
     if head is None:
         there = run_names(root)
+        near = get_close_matches(run, there, n=1)
         known = f"There are {', '.join(there)}." if there else "There are none yet."
+        known = f"Did you mean {near[0]}? {known}" if near else known
         raise ConfigError(f"run {run} does not exist under {root / 'runs'}. {known}")
     return head
 

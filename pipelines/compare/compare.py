@@ -95,7 +95,7 @@ def _work(
         job = queue.popleft()
         complete = job.report() is not None
         how = "committed" if complete else "training"
-        console.rule(f"{job.run}: {how} ({len(jobs) - len(queue)} of {len(jobs)})", align="left", style="dim")
+        render_comparison.heading(console, job.run, f"{how} ({len(jobs) - len(queue)} of {len(jobs)})")
         try:
             # A complete run trains nothing, but may still owe MLflow something; its tables were printed before.
             quiet = silent() if complete else console

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from lifelong_moe.errors import both_ends
 from lifelong_moe.measures import MEASURES, Measure
 from lifelong_moe.reports.seeds import FEW
 from pipelines.compare.numbers import is_by_definition
@@ -17,6 +18,8 @@ from pipelines.shared.markdown import plain, table_row
 from pipelines.shared.tables import show
 
 Arm = Mapping[str, Any]
+RULE, LEAST_NAME = 6, 16
+"""Columns of a terminal: of what else is on a run's heading, and of the run's name at least."""
 ABSENT = "–"
 COLUMNS = {
     "forgetting_max_bits_per_byte": "forgetting_max",
@@ -94,6 +97,13 @@ def grids(comparison: Mapping[str, Any]) -> list[Grid]:
             Grid("Router leak (%)", ("arm", *names), [_by_name(arm, "leak", names, "{:.1f}", 100) for arm in arms])
         )
     return found
+
+
+def heading(console: Console, run: str, how: str) -> None:
+    """Print a line on which a run begins."""
+    # rich would cut the end, where seeds and the arms of a grid differ.
+    name = both_ends(run, max(LEAST_NAME, console.width - len(how) - RULE))
+    console.rule(f"{name}: {how}", align="left", style="dim")
 
 
 def terminal(console: Console, comparison: Mapping[str, Any]) -> None:

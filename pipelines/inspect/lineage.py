@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -17,7 +16,7 @@ from pipelines.shared.places import ROOT
 from pipelines.shared.tables import show
 
 
-def show_lineage(run: str, console: Console) -> list[Mapping[str, Any]]:
+def show_lineage(run: str, console: Console) -> Mapping[str, object]:
     """Show which stage created which experts, and from what data, with hashes."""
     rows = lineage_rows(StageStore(ROOT), require_head(ROOT, run).stages)
     table = Table(title=f"lineage of {run}", title_justify="left")
@@ -34,7 +33,7 @@ def show_lineage(run: str, console: Console) -> list[Mapping[str, Any]]:
         cells = [f"{row.name}\n{row.key[:SHORT]}", parent, data, row.experts, row.weights_sha256[:SHORT]]
         table.add_row(*cells, *([_signer(row)] if signed else []))
     show(console, table)
-    return [asdict(row) for row in rows]
+    return {"run": run, "stages": [asdict(row) for row in rows]}
 
 
 def _signer(row: LineageRow) -> str:

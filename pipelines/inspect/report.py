@@ -14,8 +14,8 @@ from pipelines.run import render
 from pipelines.shared.places import ROOT
 
 
-def show_report(runs: list[str], console: Console) -> list[Mapping[str, Any]]:
-    """Show the tables of runs side by side; returns their ``report.json``."""
+def show_report(runs: list[str], console: Console) -> Mapping[str, object]:
+    """Show the tables of runs side by side; returns their ``report.json`` as ``reports``."""
     reports: list[Mapping[str, Any]] = []
     for run in runs:
         require_head(ROOT, run)
@@ -25,4 +25,4 @@ def show_report(runs: list[str], console: Console) -> list[Mapping[str, Any]]:
         reports.append(found)
     # Printed through the type, returned as written: scripts get every key of an earlier version's report.
     render.report(console, [Report.from_json(one) for one in reports])
-    return reports
+    return {"reports": reports}

@@ -12,6 +12,8 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from lifelong_moe.config.names import require_name
+from lifelong_moe.errors import ConfigError
+from pipelines.shared import completion
 
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, such as configs/quickstart.yaml.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as seed=1.")]
@@ -38,6 +40,8 @@ def _named(what: str) -> Callable[[Any], Any]:
 
     def check(given: Any) -> Any:
         for name in given if isinstance(given, (list, tuple)) else [given]:
+            if name is not None and what == "RUN" and name.endswith((".yaml", ".yml")):
+                raise ConfigError(f"RUN={name}: a run's name and not its file; lifelong-moe runs lists the names.")
             if name is not None:
                 require_name(name, what)
         return given
@@ -45,14 +49,28 @@ def _named(what: str) -> Callable[[Any], Any]:
     return check
 
 
-RunName = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run.", callback=_named("RUN"))]
-RunNames = Annotated[list[str], typer.Argument(metavar="RUN...", help="Names of runs.", callback=_named("RUN"))]
+RunName = Annotated[
+    str,
+    typer.Argument(metavar="RUN", help="Name of a run.", callback=_named("RUN"), autocompletion=completion.runs),
+]
+RunNames = Annotated[
+    list[str],
+    typer.Argument(metavar="RUN...", help="Names of runs.", callback=_named("RUN"), autocompletion=completion.runs),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
 StageName = Annotated[
     str | None,
-    typer.Option("--stage", help="A committed stage of the run; the last by default.", callback=_named("--stage")),
+    typer.Option(
+        "--stage",
+        help="A committed stage of the run; the last by default.",
+        callback=_named("--stage"),
+        autocompletion=completion.stages,
+    ),
 ]
-Label = Annotated[str | None, typer.Option("--label", help="Domain of the text, for routing by label.")]
+Label = Annotated[
+    str | None,
+    typer.Option("--label", help="Domain of the text, for routing by label.", autocompletion=completion.distributions),
+]
 Int8 = Annotated[bool, typer.Option("--int8", help="Hold the weight matrices in 8 bits, with one scale per row.")]
 OwnRouter = Annotated[
     str | None,
@@ -154,6 +172,7 @@ class ExportRequest:
             metavar="NAME",
             help="With bundles: the generation that this stage added.",
             callback=_named("--generation"),
+            autocompletion=completion.stages,
         ),
     ] = None
     every: Annotated[

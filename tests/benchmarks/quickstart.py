@@ -47,7 +47,7 @@ def main() -> None:
         shown = subprocess.run(
             [*command, "report", *NAMES, "--json"], cwd=folder, env=environment, check=True, stdout=subprocess.PIPE
         )
-    reports = json.loads(shown.stdout)
+    reports = json.loads(shown.stdout)["reports"]
     keep(out, {"runs": NAMES, "side_by_side": side_by_side(reports), "reports": reports}, origin)
 
 

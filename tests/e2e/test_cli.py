@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -9,6 +10,7 @@ import re
 import shlex
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -74,11 +76,25 @@ def test_help_of_every_command(cli: Cli) -> None:
         (("run", "tiny.yaml", "seed"), "ConfigError: override 'seed' must have the form key=value."),
         (("run", "tiny.yaml", "method=magic"), "ConfigError: method: "),
         (("run", "tiny.yaml", "trainer.devices=3"), "ConfigError: trainer.devices=3 "),
+        (("run", "arms.yaml"), "ConfigError: arms.yaml: has arms, compare, so it is a file for lifelong-moe compare. A "
+         "run's own file is its base, tiny.yaml.\n"),
+        (("plan", "ticks.yaml"), "ConfigError: ticks.yaml: has inbox, so it is a file for lifelong-moe retrain."),
+        (("compare", "tiny.yaml"), "ConfigError: tiny.yaml: has distributions, run, stages, so it is a file for "
+         "lifelong-moe run.\n"),
+        (("compare", "nested.yaml"), "ConfigError: arms.yaml: has arms, compare, so it is a file for lifelong-moe c"),
+        (("compare", "arms.yaml", "optim.lr=1"), "ConfigError: key optim is unknown. Did you mean stage_defaults.op"),
+        (("report", "tiny.yaml"), "ConfigError: RUN=tiny.yaml: a run's name and not its file; lifelong-moe runs"),
+        (("run", "small"), "ConfigError: small: no such file. Did you mean configs/small.yaml?"),
     ],
-)
+)  # fmt: skip
 def test_mistakes_in_a_configuration_cost_one_line(
     lab: Path, cli: Cli, arguments: tuple[str, ...], message: str
 ) -> None:
+    Path("arms.yaml").write_text("compare: c\nbase: tiny.yaml\narms: {a: []}\n")
+    Path("nested.yaml").write_text("compare: c\nbase: arms.yaml\narms: {a: []}\n")
+    Path("ticks.yaml").write_text("base: tiny.yaml\ninbox: {path: inbox}\n")
+    Path("configs").mkdir()
+    Path("configs/small.yaml").write_text("run: small\n")
     before = files(lab)
     result = cli(*arguments)
     assert result.code == 2
@@ -158,7 +174,7 @@ def test_report_of_two_runs(trained: Path, cli: Cli) -> None:
     assert result.code == 0
     for text in ("tiny (lifelong)", "naive (sequential)", "Side by side", "forgetting of fruit", "(untrained)"):
         assert text in result.out
-    reports = json.loads(cli("report", "tiny", "naive", "--json").out)
+    reports = json.loads(cli("report", "tiny", "naive", "--json").out)["reports"]
     assert [report["run"] for report in reports] == ["tiny", "naive"]
     unknown = cli("report", "tiny", "tony")
     assert unknown.code == 2 and unknown.err.count("\n") == 1 and "There are naive, tiny." in unknown.err
@@ -190,6 +206,91 @@ def test_status_of_what_is_done_under_way_and_to_do(lab: Path, cli: Cli, monkeyp
     shown = cli("status", "tiny").out
     assert "committed" in shown and "under way" in shown and "step 8" in shown and "to do" in shown
     assert cli("status", "tony").code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "reason"),
+    [
+        (("status", "tony"), "ConfigError", "run tony does not exist"),
+        (("status", "TINY"), "ConfigError", "run TINY does not exist"),
+        (("report", "-x"), "NoSuchOption", "No such option: -x"),
+        (("reprt", "tiny"), "UsageError", "No such command"),
+        (("generate", "tiny"), "MissingParameter", ""),
+        (("run", "tiny.yaml", "optim.lr=1"), "ConfigError", "key optim is unknown. Did you mean stage_defaults."),
+    ],
+)
+def test_an_error_is_an_object_too(
+    trained: Path, cli: Cli, arguments: tuple[str, ...], error: str, reason: str
+) -> None:
+    result = cli(*arguments, "--json")
+    found = json.loads(result.out)
+    assert set(found) == {"error", "reason", "exit_code"} and result.out.count("\n") == 1
+    assert (found["error"], found["exit_code"]) == (error, 2) == (error, result.code)
+    assert found["reason"].startswith(reason) and result.err
+    assert cli(*arguments).out == ""
+
+
+def test_a_bug_and_ctrl_c_are_objects_too(trained: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(error: BaseException) -> None:
+        def broken(*_: object, **__: object) -> None:
+            raise error
+
+        monkeypatch.setattr("pipelines.inspect.runs.show_runs", broken)
+
+    fail(KeyboardInterrupt("go on"))
+    result = cli("runs", "--json")
+    assert (result.code, result.err) == (130, "interrupted: go on\n")
+    assert json.loads(result.out) == {"error": "KeyboardInterrupt", "reason": "go on", "exit_code": 130}
+    fail(ZeroDivisionError("a bug"))
+    with pytest.raises(ZeroDivisionError), redirect_stdout(io.StringIO()) as out:
+        app(["runs", "--json"], standalone_mode=False)
+    assert json.loads(out.getvalue()) == {"error": "ZeroDivisionError", "reason": "a bug", "exit_code": 1}
+
+
+def test_results_are_objects(trained: Path, cli: Cli) -> None:
+    """Of each command that only looks."""
+    for asked in ("runs", "status tiny", "report tiny naive", "lineage tiny", "gc", "sync", "plan tiny.yaml"):
+        assert type(json.loads(cli(*asked.split(), "--json").out)) is dict, asked
+
+
+def completed(typed: str) -> list[str]:
+    """What a shell is told when the user asks for the rest of a command line."""
+    words = typed.split(" ")
+    asked = {"COMP_WORDS": typed, "COMP_CWORD": str(len(words) - 1), "_LIFELONG_MOE_COMPLETE": "complete_bash"}
+    code = (
+        "import sys\nfrom pipelines.cli import main\nsys.argv = ['lifelong-moe']\n"
+        f"try:\n    main()\nfinally:\n    assert not set(sys.modules) & set({HEAVY!r})\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=os.environ | asked
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout.split()
+
+
+@pytest.mark.parametrize(
+    ("typed", "names"),
+    [
+        ("lifelong-moe status ", ["naive", "tiny"]),
+        ("lifelong-moe report naive t", ["tiny"]),
+        ("lifelong-moe drop tiny ", ["code", "fruit"]),
+        ("lifelong-moe generate tiny --stage f", ["fruit"]),
+        ("lifelong-moe inspect naive --label ", ["code", "fruit"]),
+        ("lifelong-moe consolidate nosuch ", []),
+        ("lifelong-moe consolidate ../tiny ", []),
+    ],
+)
+def test_a_shell_completes_names(trained: Path, typed: str, names: list[str]) -> None:
+    assert completed(typed) == names
+
+
+def test_a_damaged_store_completes_nothing(lab: Path) -> None:
+    Path("mlruns/runs/x").mkdir(parents=True)
+    Path("mlruns/runs/x/head.json").write_text("{")
+    assert completed("lifelong-moe status ") == ["x"]
+    assert completed("lifelong-moe drop x ") == []
+    Path("mlruns/runs/y").symlink_to("/")
+    assert completed("lifelong-moe status ") == []
 
 
 def test_runs_says_what_is_there(trained: Path, cli: Cli) -> None:
@@ -249,7 +350,7 @@ def test_help_has_groups_and_examples_that_can_be_read(monkeypatch: pytest.Monke
 
 
 def test_lineage(trained: Path, cli: Cli) -> None:
-    rows = json.loads(cli("lineage", "tiny", "--json").out)
+    rows = json.loads(cli("lineage", "tiny", "--json").out)["stages"]
     assert [row["name"] for row in rows] == ["fruit", "code"]
     assert [row["experts"] for row in rows] == ["fruit/L0..1/E0..1", "code/L0..1/E2..3"]
     assert rows[0]["parent"] is None and rows[1]["parent"] == rows[0]["key"]

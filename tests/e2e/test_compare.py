@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from rich.console import Console
 
 from lifelong_moe.reports import comparison as comparison_module
+from pipelines.compare.render import heading
 from tests.e2e.conftest import Cli
 
 pytestmark = pytest.mark.usefixtures("known_stages")
@@ -109,6 +112,21 @@ def check_numbers(found: dict[str, Any], reports: dict[tuple[str, int], dict[str
     ]
     assert lifelong["differences"]["final_mean_nats"]["mean"] == pytest.approx(sum(gaps) / 2)
     assert lifelong["summary"]["leak_max"]["n"] == 2 and naive["summary"]["leak_max"] is None  # it did not grow
+
+
+@pytest.mark.parametrize("width", [140, 80, 50])
+def test_headings_of_runs_differ_at_any_width(width: int) -> None:
+    names = [f"languages.grown_experts_and_replay_of_text.experts-{number}.s{number}" for number in (4, 8)]
+    shown = []
+    for name in names:
+        file = io.StringIO()
+        heading(Console(file=file, width=width), name, "training (12 of 40)")
+        shown.append(file.getvalue())
+        assert (
+            f"experts-{name[-1]}.s{name[-1]}: training (12 of 40) ─" in file.getvalue().replace("…", "") or width < 80
+        )
+        assert f"{name[-2:]}: training (12 of 40)" in file.getvalue()
+    assert shown[0] != shown[1] and shown[0].startswith("languages")
 
 
 def test_only_some_arms(compare_yaml: Path, lab: Path, cli: Cli) -> None:

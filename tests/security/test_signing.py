@@ -328,12 +328,12 @@ def test_a_planted_stage_is_not_taken_for_a_candidate(signed: Path) -> None:
 def test_all_that_a_champion_needs_is_signed_and_lineage_says_by_whom(
     signed: Path, pair: Pair, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = json.loads(cli("lineage", "tiny", "--json").out)
+    rows = json.loads(cli("lineage", "tiny", "--json").out)["stages"]
     assert [row["signed_by"] for row in rows] == [pair.fingerprint] * 3
     assert all(row["signature_verified"] for row in rows)
     assert "verified" in cli("lineage", "tiny").out
     monkeypatch.delenv(PUBLIC)
-    rows = json.loads(cli("lineage", "tiny", "--json").out)
+    rows = json.loads(cli("lineage", "tiny", "--json").out)["stages"]
     assert [(row["signed_by"], row["signature_verified"]) for row in rows] == [(pair.fingerprint, False)] * 3
     assert "not verified" in cli("lineage", "tiny").out
 

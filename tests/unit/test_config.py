@@ -16,6 +16,7 @@ from lifelong_moe.config.growth import ExpertInit
 from lifelong_moe.config.load import build_config, overridden, read_config, whole_config, written_config
 from lifelong_moe.config.routing.base import Level
 from lifelong_moe.config.run import Method, RunConfig
+from lifelong_moe.config.sections import run_keys, suggestion
 from lifelong_moe.config.yaml_file import read_yaml
 from lifelong_moe.errors import ConfigError
 from tests.tiny import tiny_config, write_config
@@ -182,6 +183,33 @@ def test_only_plain_dataclasses_come_out(load: Load) -> None:
 )
 def test_a_typo_shows_the_full_path_and_what_was_meant(load: Load, override: str, expected: str) -> None:
     assert error(load, override) == expected
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("optim.lr=1", "key optim is unknown. Did you mean stage_defaults.optim.lr?"),
+        ("optm={lr: 1}", "key optm is unknown. Did you mean stage_defaults.optim.lr?"),
+        ("tokens=5", "key tokens is unknown. Did you mean evaluate.tokens or stage_defaults.tokens?"),
+        ("top_k=2", "key top_k is unknown. Did you mean routing.top_k?"),
+        ("files=x", "key files is unknown. Did you mean distributions.NAME.files?"),
+        ("stages[0].lr=1", "stages[0].lr: there is no key 'lr'. Did you mean stages[0].optim.lr?"),
+        ("stage_defaults.lr=1", "stage_defaults.lr: there is no key 'lr'. Did you mean stage_defaults.optim.lr?"),
+        ("stages[1].optim.experts=1", "stages[1].optim.experts: there is no key 'experts'. Did you mean "
+         "stages[1].grow.experts?"),
+        ("model.lr=1", "model.lr: there is no key 'lr'. Did you mean stage_defaults.optim.lr?"),
+        ("model.zzz=1", "model.zzz: there is no key 'zzz'"),
+    ],
+)  # fmt: skip
+def test_a_key_of_another_section_is_found(load: Load, override: str, expected: str) -> None:
+    assert error(load, override) == expected
+
+
+def test_suggested_keys_are_keys() -> None:
+    """Each can be set where it is said to stand, whatever else may then be missing."""
+    assert {"stage_defaults.optim.lr", "routing.chunk_tokens", "trainer.devices"} <= run_keys()
+    assert not [key for key in run_keys() if key.startswith("base")]
+    assert all(suggestion(key, whole=True).startswith(" Did you mean") for key in run_keys())
 
 
 def test_an_unknown_key_near_nothing_lists_what_there_is(load: Load) -> None:

@@ -10,7 +10,7 @@ import unicodedata
 import pytest
 import torch
 
-from lifelong_moe.errors import AccessError, DataError, ResourceError, as_ours, one_line, visible
+from lifelong_moe.errors import AccessError, DataError, ResourceError, as_ours, both_ends, one_line, visible
 from pipelines.cli import exit_code
 
 
@@ -94,3 +94,10 @@ def test_no_steering_character_of_unicode_is_left(category: str) -> None:
 def test_one_line_can_be_encoded() -> None:
     assert one_line("a\nb\udcff\x1b") == "a\\nb\\udcff\\x1b"
     assert len(one_line("x" * 5000)) < 1100
+
+
+def test_a_long_name_keeps_both_ends() -> None:
+    assert both_ends("wikipedia_2024_english_2", 24) == "wikipedia_2024_english_2"
+    assert both_ends("wikipedia_2024_english_2", 11) == "wikip…ish_2"
+    assert both_ends("wikipedia_2024_english_2", 10) == "wikip…sh_2"
+    assert both_ends("abc", 1) == "…"

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
-from lifelong_moe.errors import TryAgainError, visible
+from lifelong_moe.errors import TryAgainError, both_ends, visible
 from lifelong_moe.measures import MEASURES
 from lifelong_moe.training.callbacks.checkpoint import checkpoint_path, checkpoints
 from lifelong_moe.training.callbacks.energy import READ_SECONDS, EnergyMeter, energy_counters
@@ -25,6 +25,8 @@ IN_NATS = ("train/loss", "train/old_loss", "train/distill_loss")
 """Curves whose names get their unit in MLflow; stages keep their last points under these names. Others have none."""
 WORDS = 72
 """Columns of the terminal for the text beside a bar."""
+LEAST_TITLE = 16
+"""Columns of it for the name of the stage, at least: a longer one would break the line."""
 
 
 class Meter(Callback):
@@ -132,9 +134,10 @@ class ProgressReport(Callback):
         )
         self._bar = Progress(*columns, console=self.console, transient=True)
         self._bar.start()
+        title = both_ends(self.title, max(LEAST_TITLE, self.console.width - WORDS))
         # rich drops some control characters instead of showing them.
         self._task = self._bar.add_task(
-            visible(self.title, keep=""), total=trainer.max_steps, completed=trainer.global_step, text="starting"
+            visible(title, keep=""), total=trainer.max_steps, completed=trainer.global_step, text="starting"
         )
 
     def on_train_batch_end(

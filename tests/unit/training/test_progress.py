@@ -31,6 +31,18 @@ def test_no_number_beside_the_bar_is_cut(monkeypatch: pytest.MonkeyPatch, width:
     assert all(number in shown for number in ("1/31250", "4.261", "65,536")) and "…" not in shown
 
 
+def test_names_that_differ_at_the_end_differ_beside_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    meter: Any = SimpleNamespace(step_tokens=4096, seconds=0.0625)
+    trainer: Any = SimpleNamespace(global_step=1, max_steps=31250)
+    for width, shown in ((80, "wikipedi…-first."), (140, "wikipedia-2024-january-english-first.")):
+        file = io.StringIO()
+        name = "wikipedia-2024-january-english-first."
+        report = ProgressReport(name, Console(file=file, force_terminal=True, width=width), True, meter)
+        report.on_train_start(trainer, trainer)
+        report.teardown(trainer, trainer, "fit")
+        assert shown in file.getvalue()
+
+
 def test_after_an_error_the_cursor_is_there_again() -> None:
     file = io.StringIO()
     meter: Any = SimpleNamespace(step_tokens=4096, seconds=0.0625)
