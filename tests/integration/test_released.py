@@ -14,9 +14,7 @@ from tests.tiny import tiny_config, train, write_config
 
 
 @pytest.mark.parametrize("changes", [{}, {"distill": {"weight": 0.5}}, {"average": 0.25}], ids=str)
-def test_models_and_optimizer_are_gone(
-    lab: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
-) -> None:
+def test_models_and_optimizer_are_gone(lab: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
     held: list[weakref.ref[Any]] = []
     commit, train_stage = stages.commit_stage, stages.train_stage
 
