@@ -360,8 +360,10 @@ def _mend_keys(store: Path) -> None:
                 path.write_text(text, encoding="utf-8")
                 _mend(path)
             for old, new in changed.items():
-                if old[:16] in path.name:
-                    path = path.rename(path.with_name(path.name.replace(old, new).replace(old[:16], new[:16])))
+                renamed = path.with_name(path.name.replace(old, new).replace(old[:16], new[:16]))
+                # Where an attack made two stages alike, one folder has the name already.
+                if renamed != path and not renamed.exists():
+                    path = path.rename(renamed)
 
 
 def _changed_key(path: Path) -> tuple[str, str] | None:
