@@ -12,7 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK_TOKENS = 1024
+CHUNK_TOKENS, CHUNK_LOGITS = 1024, 1 << 24
+"""Most tokens whose logits are there at once, and most numbers that these are: 64 MB in float32."""
+
+
+def chunk_tokens(vocabulary: int) -> int:
+    """Tokens whose logits are there at once."""
+    return max(1, min(CHUNK_TOKENS, CHUNK_LOGITS // vocabulary))
 
 
 @dataclass(frozen=True)
@@ -148,7 +154,7 @@ def linear_losses(
     head_VD: Tensor,
     target_T: Tensor,
     teacher: TeacherTargets | None = None,
-    chunk: int = CHUNK_TOKENS,
+    chunk: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Cross-entropy of ``hidden @ head.T`` and KL to a teacher, in one pass over the vocabulary, without full logits.
 
@@ -160,7 +166,7 @@ def linear_losses(
         head_VD: Output head ``(V, D)``.
         target_T: Next tokens, int64 ``(T,)``; every one counts.
         teacher: What the teacher says, if it says anything; no gradient flows into it.
-        chunk: Tokens whose logits exist at a time.
+        chunk: Tokens whose logits exist at a time; by default :func:`chunk_tokens` of the vocabulary.
 
     Returns:
         Three scalars in float32 (float64 for float64): ``nats + weight * kl``, which alone carries gradients; the
@@ -168,17 +174,18 @@ def linear_losses(
     """
     if not torch.is_grad_enabled():  # a function of autograd's does not see that, and would make gradients
         hidden_TD, head_VD = hidden_TD.detach(), head_VD.detach()
-    return _LinearLoss.apply(hidden_TD, head_VD, target_T, teacher, chunk)
+    return _LinearLoss.apply(hidden_TD, head_VD, target_T, teacher, chunk or chunk_tokens(len(head_VD)))
 
 
-def linear_cross_entropy(hidden_TD: Tensor, head_VD: Tensor, target_T: Tensor, chunk: int = CHUNK_TOKENS) -> Tensor:
+def linear_cross_entropy(hidden_TD: Tensor, head_VD: Tensor, target_T: Tensor, chunk: int | None = None) -> Tensor:
     """Mean cross-entropy of :func:`linear_losses` alone: a scalar in float32, nats per token."""
     return linear_losses(hidden_TD, head_VD, target_T, chunk=chunk)[0]
 
 
 @torch.no_grad()
-def token_nats(hidden_TD: Tensor, head_VD: Tensor, target_T: Tensor, chunk: int = CHUNK_TOKENS) -> Tensor:
+def token_nats(hidden_TD: Tensor, head_VD: Tensor, target_T: Tensor, chunk: int | None = None) -> Tensor:
     """Cross-entropy of each token in nats, float32 ``(T,)``; no gradient."""
+    chunk = chunk or chunk_tokens(len(head_VD))
     parts = [
         F.cross_entropy((h @ head_VD.t()).float(), t, reduction="none")
         for h, t in zip(hidden_TD.split(chunk), target_T.split(chunk), strict=True)

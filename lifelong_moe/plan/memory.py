@@ -25,8 +25,10 @@ from lifelong_moe.plan.methods import stage_specs
 from lifelong_moe.plan.planned import planned_base, trainable_parameters
 from lifelong_moe.plan.spec import BASE, StageSpec
 
-CHUNK_TOKENS = 1024
-"""Tokens whose logits are there at once; :data:`lifelong_moe.ops.losses.CHUNK_TOKENS`."""
+CHUNK_TOKENS, CHUNK_LOGITS = 1024, 1 << 24
+"""Bounds of the logits that are there at once; those of :mod:`lifelong_moe.ops.losses`, which needs torch."""
+LIBRARIES_BYTES = 650_000_000
+"""What Python, torch, Lightning and MLflow take of a process before its first tensor. Measured on Linux, no bound."""
 LOADER_BYTES = 10_000_000
 """Of a process that loads data, beyond what it shares with the one that started it."""
 # Smaller tokenizers than this one do not exist: 256 bytes and the document separator.
@@ -80,6 +82,11 @@ class MemoryNeed:
         return keys[max(keys)]
 
 
+def chunk_tokens(vocabulary: int) -> int:
+    """Tokens whose logits are there at once; as :func:`lifelong_moe.ops.losses.chunk_tokens`."""
+    return max(1, min(CHUNK_TOKENS, CHUNK_LOGITS // vocabulary))
+
+
 def memory_need(spec: StageSpec, architecture: Architecture, trainer: TrainerConfig) -> MemoryNeed:
     """Estimate what training a stage holds at once, on the device that trains.
 
@@ -106,7 +113,7 @@ def memory_need(spec: StageSpec, architecture: Architecture, trainer: TrainerCon
         weights=frozen * (sum(counts.values()) - trainable) + own,
         training=3 * own,
         activations=kept * tokens * _kept_numbers(spec, architecture, trainer),
-        logits=2 * 4 * min(CHUNK_TOKENS, tokens) * architecture.num_tokens,
+        logits=2 * 4 * min(chunk_tokens(architecture.num_tokens), tokens) * architecture.num_tokens,
         text=TOKEN_BYTES * architecture.model.context * sum(spec.written_blocks),
         loaders=LOADER_BYTES * trainer.num_workers * trainer.processes,
         most=max(sources, key=lambda keys: sources[keys]),

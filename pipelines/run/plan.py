@@ -13,7 +13,7 @@ from lifelong_moe.data.tokens.packing import epochs
 from lifelong_moe.plan.advice import beginning, growth_advice, idle_retention, noncausal_routing, other_separator
 from lifelong_moe.plan.cost import count_parameters
 from lifelong_moe.plan.disk import run_need
-from lifelong_moe.plan.memory import memory_need
+from lifelong_moe.plan.memory import LIBRARIES_BYTES, memory_need
 from lifelong_moe.plan.planned import PlannedStage
 from lifelong_moe.plan.published import sentence as published_sentence
 from lifelong_moe.plan.spec import BASE
@@ -152,6 +152,7 @@ def _print(console: Console, rows: list[dict[str, Any]], disk: int, speed: list[
     text = f"{len(todo)} of {len(rows)} stages to train: {tokens:,} tokens, at most {disk / 1e6:,.1f} MB of disk"
     if todo:
         text += f", at least {max(row['memory_bytes'] for row in todo) / 1e6:,.1f} MB of memory for tensors"
+        text += f" and about {LIBRARIES_BYTES / 1e6:,.0f} MB for Python and its libraries"
     if speed and todo:
         text += f", about {tokens / (sum(speed) / len(speed)):.0f} s at the speed of the stages committed so far"
     console.print(text + ".")

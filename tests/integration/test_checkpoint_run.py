@@ -413,7 +413,7 @@ def test_lineage_begins_with_the_checkpoint(lab: Path) -> None:
     write_checkpoint("llama")
     train(write_config(config_of(bundles=True)))
     printed = io.StringIO()
-    first, second, third = show_lineage("tiny", SafeConsole(printed, width=200))
+    first, second, third = show_lineage("tiny", SafeConsole(printed, width=200))["stages"]
     assert (first["name"], first["parent"], first["data"]) == ("base", None, {}) and second["parent"] == first["key"]
     sha256 = checkpoint_hash(read_checkpoint(Path("ck")))
     assert first["checkpoint"] == {"architecture": "LlamaForCausalLM", "sha256": sha256}

@@ -121,8 +121,8 @@ def test_keys_weights_and_losses_are_those_of_a_run_that_keeps_its_text(
     again, printed = train("tiny.yaml")
     assert again == reports[-1] and "Nothing to train" in printed
     assert [row["state"] for row in told(show_status, "tiny")[0]["stages"]] == ["committed"] * 3
-    assert told(show_report, ["tiny"])[0] == [again]
-    assert [row["name"] for row in told(show_lineage, "tiny")[0]] == list(NAMES)
+    assert told(show_report, ["tiny"])[0] == {"reports": [again]}
+    assert [row["name"] for row in told(show_lineage, "tiny")[0]["stages"]] == list(NAMES)
     assert told(gc, True)[0]["bytes"] == 0
     seen, _ = told(lambda console: inspect_stage("tiny", None, InspectionRequest(tokens=64), console))
     assert list(seen["tokens"]) == list(NAMES)

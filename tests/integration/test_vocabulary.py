@@ -161,7 +161,7 @@ def test_commands_read_a_text_with_the_vocabulary_of_its_label(run: dict[str, An
     assert max(token["token_id"] for token in result["tokens"]) >= 300
     with pytest.raises(ConfigError, match=r"stages of it added tokens \(vocabulary\.add\).*inspect a --text"):
         inspect_stage("tiny", None, InspectionRequest(), SILENT)
-    assert len({row["tokenizer"] for row in show_lineage("tiny", SILENT)}) == 3
+    assert len({row["tokenizer"] for row in show_lineage("tiny", SILENT)["stages"]}) == 3
 
 
 def test_an_old_generation_writes_no_new_token(run: dict[str, Any]) -> None:

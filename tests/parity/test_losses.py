@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lifelong_moe.ops import losses
 from lifelong_moe.ops.losses import TeacherTargets, distillation_loss, linear_cross_entropy, linear_losses, token_nats
 
 
@@ -127,6 +128,15 @@ def test_token_nats_are_the_cross_entropies() -> None:
     expected = F.cross_entropy(hidden @ head.t(), target, reduction="none")
     torch.testing.assert_close(token_nats(hidden, head, target, chunk=3), expected)
     assert token_nats(hidden[:0], head, target[:0]).shape == (0,)
+
+
+def test_a_large_vocabulary_is_read_few_tokens_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, softmax = [], losses._softmax
+    monkeypatch.setattr(losses, "CHUNK_LOGITS", 33)
+    monkeypatch.setattr(losses, "_softmax", lambda logits: (seen.append(len(logits)), softmax(logits))[1])
+    hidden, head, target = inputs(10, 4, 11)
+    torch.testing.assert_close(linear_cross_entropy(hidden, head, target), plain(hidden, head, target))
+    assert seen == [3, 3, 3, 1]
 
 
 STUDENT = torch.tensor([[1.0, -1.0, 0.5], [0.0, 2.0, -3.0]])

@@ -112,4 +112,6 @@ def test_a_container_s_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_chunks_are_those_of_the_loss() -> None:
-    assert memory.CHUNK_TOKENS == losses.CHUNK_TOKENS
+    expected = {1: 1024, 16_384: 1024, 49_152: 341, 1 << 30: 1}
+    assert {vocabulary: losses.chunk_tokens(vocabulary) for vocabulary in expected} == expected
+    assert {vocabulary: memory.chunk_tokens(vocabulary) for vocabulary in expected} == expected
