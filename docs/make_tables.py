@@ -201,6 +201,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "real-memory": partial(listed, REAL["memory"], REAL_MEMORY),
     "quickstart": others.quickstart,
     "measures": others.measures,
+    "verdict": others.verdict,
     "main": partial(kinds.main_comparison, "results/trained_base", MAIN),
     "periods": partial(kinds.learned_and_kept, "results/periods", ("naive", "replay25", "lifelong")),
     "trained-base": partial(kinds.arms, "results/trained_base"),

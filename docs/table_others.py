@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 from table_kinds import ROOT, Row, listed, markdown, percent, read
 
 from lifelong_moe.measures import MEASURES
+from lifelong_moe.reports.report import Report
+from lifelong_moe.reports.verdict import report_verdict
 
 OTHER_MACHINE = (
     "Levels depend on the machine's floating point, differences less: on an AMD EPYC, commit `99c3eeb`, which\n"
@@ -26,6 +28,12 @@ def quickstart() -> list[str]:
         threads = {None: "as many threads as there are", "1": "one thread"}.get(n := run["threads"], f"{n} threads")
         made += f", {threads} of {run['cpu']} ({run['cores']} cores), Python {run['python']}, torch {run['torch']}"
     return [*markdown(["", *found["runs"]], found["side_by_side"]), "", f"{made}.", *OTHER_MACHINE.splitlines()]
+
+
+def verdict() -> list[str]:
+    """The last words of ``lifelong-moe report`` on the quickstart's runs."""
+    reports = [Report.from_json(one) for one in read("results/quickstart")["reports"]]
+    return ["    " + sentence for sentence in report_verdict(reports)]
 
 
 def measures() -> list[str]:

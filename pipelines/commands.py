@@ -24,6 +24,7 @@ from pipelines.shared.options import (
     ExpertName,
     ExportRequest,
     GateSettings,
+    Glossary,
     InspectionRequest,
     Label,
     LoadingOptions,
@@ -162,8 +163,8 @@ def runs(as_json: AsJson = False) -> None:
 
 
 @opens_store
-def report(runs: RunNames, as_json: AsJson = False) -> None:
-    """Show the tables of runs side by side."""
+def report(runs: RunNames, glossary: Glossary = False, as_json: AsJson = False) -> None:
+    """Show the tables of runs side by side, and what they have shown in words."""
     from pipelines.inspect.report import show_report
 
     finish(show_report(runs, console(as_json)), as_json)

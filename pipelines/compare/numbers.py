@@ -7,12 +7,14 @@ from typing import Any
 
 from lifelong_moe.measures import MEASURES, Measure
 from lifelong_moe.reports.seeds import FEW
+from lifelong_moe.reports.verdict import comparison_verdict
 from lifelong_moe.storage.keys import text_sha256
 from lifelong_moe.store.runs import RunRecord
 from lifelong_moe.tracking.operations import LOCAL_PREFIX
 from lifelong_moe.tracking.tracker import Tracker
 from pipelines.compare.head import ComparisonMlflow, Logged
 from pipelines.run.compared import Compared
+from pipelines.shared.markdown import plain
 from pipelines.shared.workspace import ROOT
 
 MEANS = "comparison_means"
@@ -62,6 +64,7 @@ def log_means(tracker: Tracker, found: Mapping[str, Any], places: Places, told: 
         places: Of the runs.
         told: What MLflow was told; changed.
     """
+    verdicts = comparison_verdict(found)
     for arm in found["arms"]:
         if sum(run["status"] == "committed" for run in arm["runs"]) < 2:
             continue  # of one seed the run itself shows all
@@ -82,6 +85,7 @@ def log_means(tracker: Tracker, found: Mapping[str, Any], places: Places, told: 
             parent_id=place.parent,
             params=params,
             tags=tags | place.settings | {"seed": "all"},
+            note="\n\n".join(map(plain, verdicts[arm["name"]])),
             adds=True,
         )
         _log_changed(tracker, run_id, numbers, old if run_id == known else {})

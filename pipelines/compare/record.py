@@ -155,7 +155,9 @@ class ComparisonRecord:
         # Whoever comes upon this page has not seen the addresses that the command printed. First: MLflow cuts notes.
         name = found["compare"]
         searches = f"search for `tags.{COMPARISON}='{name}'`, and with several seeds `tags.{MEANS}='{name}'`"
-        self.tracker.set_note(self.parent, f"In the list of runs, {searches}.\n\n{table}")
+        # The verdict before all else, as on a run's page.
+        said, _, rest = table.partition("\n\n")
+        self.tracker.set_note(self.parent, f"{said}\n\nIn the list of runs, {searches}.\n\n{rest}")
 
     def finish(self, console: Console, error: BaseException | None = None) -> None:
         """End the parent run, as failed if there is an error, and print where the results are."""

@@ -12,8 +12,9 @@ from rich.table import Table
 from lifelong_moe.errors import both_ends
 from lifelong_moe.measures import MEASURES, Measure
 from lifelong_moe.reports.seeds import FEW
+from lifelong_moe.reports.verdict import comparison_verdict
 from pipelines.compare.numbers import is_by_definition
-from pipelines.run.render import millions
+from pipelines.run.render import millions, tell
 from pipelines.shared.markdown import plain, table_row
 from pipelines.shared.tables import show
 
@@ -118,11 +119,21 @@ def terminal(console: Console, comparison: Mapping[str, Any]) -> None:
     console.print(EXPLANATION)
     for line in absent(comparison):
         console.print(line, style="yellow")
+    tell(console, sentences(comparison))
+
+
+def sentences(comparison: Mapping[str, Any]) -> list[str]:
+    """What was shown in words: of each arm against the reference, or of the reference if there is no other."""
+    found = comparison_verdict(comparison)
+    others = [said for name, said in found.items() if name != comparison["reference"]]
+    return [sentence for said in others or found.values() for sentence in said]
 
 
 def markdown(comparison: Mapping[str, Any]) -> str:
     """The tables for ``comparison.md`` and the comparison's page in MLflow."""
     lines = [
+        *(f"- {plain(sentence)}" for sentence in sentences(comparison)),
+        "",
         f"**{plain(comparison['compare'])}** · base {plain(comparison['base'])} · equal {comparison['budget']} · "
         f"seeds {', '.join(map(str, comparison['seeds']))} · reference {plain(comparison['reference'])}",
         "",

@@ -24,5 +24,7 @@ def show_report(runs: list[str], console: Console) -> Mapping[str, object]:
             raise ConfigError(f"run {run} has no report yet: no stage is committed and evaluated.")
         reports.append(found)
     # Printed through the type, returned as written: scripts get every key of an earlier version's report.
-    render.report(console, [Report.from_json(one) for one in reports])
+    read = [Report.from_json(one) for one in reports]
+    render.report(console, read)
+    render.verdict(console, read)
     return {"reports": reports}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -14,6 +14,7 @@ from lifelong_moe.evaluation.routing import dead_experts
 from lifelong_moe.measures import MEASURES
 from lifelong_moe.plan.planned import PlannedStage
 from lifelong_moe.reports.report import Report
+from lifelong_moe.reports.verdict import report_verdict
 from lifelong_moe.store.stages import CommittedStage
 from pipelines.shared.markdown import plain, table_row
 from pipelines.shared.tables import show
@@ -89,6 +90,20 @@ def report(console: Console, reports: list[Report]) -> None:
             console.print(f"{one.run}: no longer measured: {', '.join(one.not_measured)}")
         show(console, _stages_table(one))
     show(console, _summary_table(reports))
+
+
+def verdict(console: Console, reports: list[Report]) -> None:
+    """Print what runs have shown, in words."""
+    tell(console, report_verdict(reports))
+    if len(reports) == 1:
+        console.print(f"Beside another run: lifelong-moe report {reports[0].run} OTHER", style="dim")
+
+
+def tell(console: Console, sentences: Iterable[str]) -> None:
+    """Print sentences of a verdict, and where their words are explained."""
+    for sentence in sentences:
+        console.print(sentence, style="bold")
+    console.print("What the words mean: lifelong-moe report --glossary", style="dim")
 
 
 def _matrix_table(one: Report) -> Table:
@@ -200,7 +215,8 @@ def _summary_table(reports: list[Report]) -> Table:
 
 def run_note(one: Report) -> str:
     """Markdown for the run's MLflow page."""
-    lines = [f"**{plain(one.run)}** · {plain(one.method)} · seed {one.seed}", "", "Held-out bits per byte:", ""]
+    lines = [*(plain(sentence) for sentence in report_verdict([one])), ""]
+    lines += [f"**{plain(one.run)}** · {plain(one.method)} · seed {one.seed}", "", "Held-out bits per byte:", ""]
     lines += _markdown_matrix(one)
     lines += ["", "| | |", "|---|---|", *map(table_row, summary_lines(one))]
     return "\n".join(lines)

@@ -91,6 +91,8 @@ def run(
     render.report(console, [report])
     if not todo:
         console.print(f"Nothing to train: all {len(prepared.plan)} stages of {record.run} are committed.")
+    if compared is None:  # a comparison ends with a verdict on all of its arms
+        render.verdict(console, [report])
     return report
 
 

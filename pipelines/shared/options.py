@@ -14,6 +14,7 @@ import typer
 from lifelong_moe.config.names import require_name
 from lifelong_moe.errors import ConfigError
 from pipelines.shared import completion
+from pipelines.shared.output import console
 
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, such as configs/quickstart.yaml.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as seed=1.")]
@@ -182,6 +183,21 @@ class ExportRequest:
         ExportFormat, typer.Option(help="Checkpoints, or adapters of the first generation's checkpoint.")
     ] = ExportFormat.hf
     force: Annotated[bool, typer.Option("--force", help="Let an earlier export at DIR be replaced.")] = False
+
+
+def _explain(asked: bool) -> None:
+    if asked:
+        from lifelong_moe.reports.verdict import GLOSSARY
+
+        for word, meaning in GLOSSARY.items():
+            console().print(f"{word}: {meaning}")
+        raise typer.Exit
+
+
+Glossary = Annotated[
+    bool,
+    typer.Option("--glossary", help="Only explain the words of a verdict.", is_eager=True, callback=_explain),
+]
 
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:

@@ -174,10 +174,21 @@ def test_report_of_two_runs(trained: Path, cli: Cli) -> None:
     assert result.code == 0
     for text in ("tiny (lifelong)", "naive (sequential)", "Side by side", "forgetting of fruit", "(untrained)"):
         assert text in result.out
+    said = result.out.splitlines()[-2]  # the verdict, against the run without retention, and where its words are told
+    assert said.startswith(("tiny ", "Experts that were born later")) and "FLOPs." in result.out
+    assert " where naive " in result.out and result.out.endswith("report --glossary\n")
+    alone = cli("report", "tiny").out
+    assert "Beside another run: lifelong-moe report tiny OTHER" in alone and " where " not in alone.splitlines()[-4]
     reports = json.loads(cli("report", "tiny", "naive", "--json").out)["reports"]
     assert [report["run"] for report in reports] == ["tiny", "naive"]
     unknown = cli("report", "tiny", "tony")
     assert unknown.code == 2 and unknown.err.count("\n") == 1 and "There are naive, tiny." in unknown.err
+
+
+def test_the_words_of_a_verdict_on_demand(lab: Path, cli: Cli) -> None:
+    told = cli("report", "--glossary")
+    assert told.code == 0 and len(told.out.splitlines()) == 5 and "forgetting: " in told.out
+    assert "routing.bundles=cluster" in told.out.splitlines()[-1]  # a leak, and what to do about it
 
 
 def test_status_of_what_is_done_under_way_and_to_do(lab: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,12 +72,14 @@ def test_two_arms_two_seeds(compare_yaml: Path, lab: Path, cli: Cli) -> None:
     assert [stage["shared"] for stage in reports["naive", 0]["stages"]] == [False, False]
     assert [stage["shared"] for stage in reports["lifelong", 0]["stages"]] == [True, False]
     check_numbers(found, reports)
-    assert (home / "comparison.md").read_text().startswith("**two** · base tiny.yaml")
+    page = (home / "comparison.md").read_text()
+    assert page.startswith("- lifelong ") and "\n\n**two** · base tiny.yaml" in page
     assert sorted(path.name for path in (home / "figures").iterdir()) == ["curves.png", "leak.png", "pareto.png"]
     written = (home / "comparison.json").stat().st_mtime_ns
 
     again = cli("compare", "compare.yaml")
     assert again.code == 0 and stages(lab) == committed
+    assert "\nlifelong " in again.out and " where naive " in again.out and "± " not in again.out  # of two seeds
     assert "training" not in "".join(line for line in again.out.splitlines() if line.startswith("two."))
     assert (home / "comparison.json").stat().st_mtime_ns == written
 

@@ -108,7 +108,8 @@ def test_one_parent_with_the_arms_under_it(lab: Path, template: Path, setup: Cal
     for name in arms:
         kept = lab / "mlruns/artifacts" / first[name].info.run_id / "artifacts/config.yaml"
         assert read_config(kept).config.run == f"c.{name.split()[0]}.s0"
-    assert "### Results" in parent.data.tags["mlflow.note.content"]
+    note = parent.data.tags["mlflow.note.content"]
+    assert note.startswith("- lifelong ") and " where naive " in note.splitlines()[0] and "### Results" in note
     artifacts = lab / "mlruns/artifacts" / parent.info.run_id / "artifacts"
     stored = {str(path.relative_to(artifacts)) for path in artifacts.rglob("*") if path.is_file()}
     assert stored == {f"figures/{n}.png" for n in ("pareto", "curves", "leak")} | {"comparison.md", "comparison.json"}
@@ -151,6 +152,7 @@ def test_a_comparison_can_be_judged_in_mlflow(lab: Path, template: Path, setup: 
         for end in ("lowest", "highest"):  # of two seeds, an interval says nothing
             assert metrics[f"interval/heldout_mean_bits_per_byte_{end}"] == summary[end]
         assert runs[name].data.tags["mlflow.parentRunId"] == runs["c"].info.run_id
+        assert runs[name].data.tags["mlflow.note.content"].startswith(f"{arm['name']} ")  # its verdict
         assert runs["c"].data.metrics[f"heldout_mean_bits_per_byte/{arm['name']}"] == summary["mean"]
     difference = found["arms"][1]["differences"]["final_mean_bits_per_byte"]
     metrics = runs[means[0]].data.metrics

@@ -157,6 +157,10 @@ def test_two_stages(lab: Path, config: dict[str, Any], monkeypatch: pytest.Monke
     for run in (parent, *children):
         note = run.data.tags["mlflow.note.content"]
         assert "| after | fruit | code |" in note and "tiny" in note
+    verdict = parent.data.tags["mlflow.note.content"].splitlines()[0]
+    assert (
+        verdict.startswith(("tiny kept fruit", "tiny lost", "tiny improved fruit")) and "it learned code to" in verdict
+    )
     versions = sorted(client().search_model_versions("name = 'lifelong-moe.tiny'"), key=lambda v: int(v.version))
     assert [version.tags["stage_key"] for version in versions] == [stage["key"] for stage in report["stages"]]
     assert [version.run_id for version in versions] == [run.info.run_id for run in children]
