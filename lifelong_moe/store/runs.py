@@ -171,6 +171,22 @@ def require_head(root: Path, run: str) -> RunHead:
     return head
 
 
+def trained_by(root: Path, stage: str) -> RunHead | None:
+    """The head of the run that trained a stage; None if no run that can be read says so.
+
+    Args:
+        root: The store.
+        stage: Key of the stage.
+    """
+    for name in run_names(root):
+        # What is damaged there is told by commands that name that run.
+        with suppress(CorruptError):
+            head = RunRecord(root, name).head()
+            if head is not None and stage in head.trained:
+                return head
+    return None
+
+
 def run_names(root: Path) -> list[str]:
     """Names of all runs of a store, sorted; a folder that no run can be called like is none."""
     there = (path.parent.name for path in (root / "runs").glob("*/head.json"))

@@ -10,6 +10,16 @@ LOCAL_UI = "http://127.0.0.1:5000"
 """Where ``lifelong-moe ui`` serves a local database by default."""
 
 
+def run_page(experiment_id: str, run_id: str) -> str:
+    """Address of a run's page from any other page of the same MLflow.
+
+    Args:
+        experiment_id: MLflow's experiment id.
+        run_id: MLflow's run id.
+    """
+    return f"#/experiments/{quote(experiment_id)}/runs/{quote(run_id)}"
+
+
 def ui_url(uri: str, experiment_id: str, search: str | None = None, order: str | None = None) -> str:
     """Link to the chart comparison of an experiment.
 

@@ -156,6 +156,15 @@ class Recorder:
             self._fail(error)
             return ""
 
+    def run_page(self, run_id: str) -> str:
+        """Address of a run's page, for notes of other runs; empty if MLflow is unavailable or has no such run."""
+        try:
+            run = None if self._store is None else self._store.find(run_id)
+        except failures() as error:
+            self._fail(error)
+            return ""
+        return "" if run is None else links.run_page(run.info.experiment_id, run.info.run_id)
+
     def _record(self, asked: Operation, content: bytes | None = None) -> str | None:
         """Perform an operation, or append it to the spool."""
         asked = {name: value if name in _OURS else redacted(value) for name, value in asked.items()}

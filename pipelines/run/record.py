@@ -20,7 +20,7 @@ from lifelong_moe.reports.figures import run as figures
 from lifelong_moe.reports.report import Report
 from lifelong_moe.store.head import MlflowState
 from lifelong_moe.store.logged import LoggedMetrics, read_logged, write_logged
-from lifelong_moe.store.runs import OpenRun
+from lifelong_moe.store.runs import OpenRun, trained_by
 from lifelong_moe.store.stages import CommittedStage
 from lifelong_moe.tracking.operations import MODEL_PREFIX, local_id
 from lifelong_moe.tracking.tracker import Tracker
@@ -28,9 +28,10 @@ from lifelong_moe.training.callbacks.points import Row
 from pipelines.run import render
 from pipelines.run.compared import Compared
 from pipelines.run.rows import cost_rows, row, summary_rows, usage_rows
+from pipelines.shared.markdown import plain
 from pipelines.shared.record_params import CONFIG, config_yaml, run_params, stage_params
 from pipelines.shared.recorded import show_champion
-from pipelines.shared.workspace import Prepared
+from pipelines.shared.workspace import ROOT, Prepared
 
 RECORD = 3
 """Raised where MLflow gets more of a run than before, so that it gets it of earlier ones too."""
@@ -176,14 +177,18 @@ class MlflowRecord:
         run_id = self.told.stages.get(planned.key)
         # Its place in the report, in which a checkpoint that the run began with is no stage.
         index = len(report.stages) - 1
-        note = render.stage_note(report, index, shared)
+        note = render.stage_note(report, index, self._origin(planned.key) if shared else "")
         own, so_far = report.stages[index], report.stages[: index + 1]
         # The run's alone: a stage's page begins with its curves, and copies of these points would stand before them.
         self._log(planned, [self.told.run], summary_rows(report))
         self._log(planned, [self.told.run], cost_rows(so_far, index), "run/")
+        self._tokens = sum(stage.tokens for stage in so_far)
+        final = own.training.get("final", {}).get("train/loss")
+        if shared and final is not None:
+            # Its curve stands in the other run; here at least where it ended, so that later stages go on from there.
+            self._log(planned, [self.told.run], [row("train_over_tokens", final, self._tokens)])
         self._log(planned, [run_id], usage_rows(own.tokens, own.active_flops, own.seconds, index, own.training))
         self.tracker.set_note(run_id, note)
-        self._tokens = sum(stage.tokens for stage in so_far)
         config = self.prepared.config
         tags = {"stage_key": planned.key, "stage": planned.spec.name, "run": config.run, "data": planned.spec.data}
         if planned.parent_key:
@@ -194,6 +199,15 @@ class MlflowRecord:
             self.tracker.register_version(model, run_id=run_id, tags=tags, description=note)
         self.tracker.finish(run_id)
         self._open = None
+
+    def _origin(self, stage: str) -> str:
+        """Markdown that names the run which trained a stage, with a link to the page that has its curves."""
+        head = trained_by(ROOT, stage)
+        if head is None:
+            return "another run"
+        name, known = plain(head.run), head.mlflow.stages.get(stage)
+        page = self.tracker.run_page(known) if known else ""
+        return f"[{name}]({page})" if page else name
 
     def scratch_done(self, planned: PlannedStage, stage: CommittedStage, own: Evaluation | None) -> None:
         """Log a model trained from scratch: its distribution's loss, on the parent; its cost, on a child of its own.

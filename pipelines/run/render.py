@@ -222,12 +222,12 @@ def run_note(one: Report) -> str:
     return "\n".join(lines)
 
 
-def stage_note(one: Report, index: int, shared: bool) -> str:
-    """Markdown for a stage's MLflow page and model version."""
+def stage_note(one: Report, index: int, origin: str) -> str:
+    """Markdown for a stage's MLflow page and model version; ``origin`` says who trained it, if another run did."""
     stage = one.stages[index]
     lines = [
         f"Stage {index} **{plain(stage.name)}** of {plain(one.run)} · `{stage.key[:16]}`"
-        + (" · trained by another run and shared" if shared else ""),
+        + (f" · trained by {origin} and shared" if origin else ""),
         "",
         f"{stage.experts_per_layer} experts a layer · {millions(stage.parameters_total)} parameters, "
         f"{millions(stage.parameters_active)} active, {millions(stage.parameters_trainable)} trained · "

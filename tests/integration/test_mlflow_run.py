@@ -215,7 +215,12 @@ def test_repeating_adds_nothing_and_another_arm_adds_its_own(lab: Path, config: 
     parents, children = runs()
     assert [run.info.run_name for run in parents] == ["tiny", "naive"]
     assert [run.info.run_name for run in children][2:] == ["naive · 0 fruit", "naive · 1 code"]
-    assert "trained by another run and shared" in children[2].data.tags["mlflow.note.content"]
+    # A shared stage has no curves of its own: its page links to that of the run which trained it.
+    page = f"#/experiments/{children[0].info.experiment_id}/runs/{children[0].info.run_id}"
+    assert f"trained by [tiny]({page}) and shared" in children[2].data.tags["mlflow.note.content"]
+    over = points(parents[1], "over_tokens/train_loss_nats_per_token")
+    assert [step for step, _ in over] == [1536, 2048, 2560, 3072]
+    assert over[0][1] == points(children[0], "train/loss_nats_per_token")[-1][1]
     assert not points(children[2], "train/loss_nats_per_token") and points(children[3], "train/loss_nats_per_token")
     config["stages"].append({"data": "fruit"})
     train(write_config(config))

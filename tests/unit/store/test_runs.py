@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from lifelong_moe.store.runs import (
     latest_timestamp,
     require_head,
     timestamp,
+    trained_by,
 )
 
 KEYS = ("1" * 64, "2" * 64)
@@ -64,3 +66,15 @@ def test_a_head_is_what_was_set_and_one_that_is_missing_or_none_is_said(tmp_path
     (record.path / "head.json").write_text("{")
     with pytest.raises(CorruptError, match="not JSON"):
         record.head()
+
+
+def test_who_trained_a_stage_and_a_run_that_cannot_be_read(tmp_path: Path) -> None:
+    assert trained_by(tmp_path, KEYS[0]) is None
+    RunRecord(tmp_path, "shares").set_head(replace(HEAD, run="shares"))
+    RunRecord(tmp_path, "trains").set_head(replace(HEAD, run="trains", trained=KEYS[:1]))
+    damaged = RunRecord(tmp_path, "damaged")
+    damaged.set_head(HEAD)
+    (damaged.path / "head.json").write_text("{")
+    found = trained_by(tmp_path, KEYS[0])
+    assert found is not None and found.run == "trains"
+    assert trained_by(tmp_path, KEYS[1]) is None
