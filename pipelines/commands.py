@@ -129,14 +129,13 @@ def retrain(
     try:
         # Here and not around the command: that the store is refused stands in the last line too.
         require_plain_store()
-        from lifelong_moe.plan.retraining import load_retraining
-        from pipelines.preflight import run_lock
+        from pipelines.preflight import read_retraining, run_lock
         from pipelines.retrain.plan_file import read_plan
 
         # A file that is not a plan is refused before the lock, which the tick holds from its first look to its end.
         if plan_path is not None:
             read_plan(Path(plan_path))
-        retraining = load_retraining(config, overrides or [])
+        retraining = read_retraining(config, overrides or [])
         with run_lock(retraining.run):
             from pipelines.retrain.retrain import retrain as run_tick
 

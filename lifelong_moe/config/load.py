@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,13 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from lifelong_moe.config.data import SourceConfig
 from lifelong_moe.config.methods import (
+    refuse_forgetting,
     refuse_idle_method,
     refuse_moving_trunk,
     refuse_unfit_mode,
+    stands_alone,
+    with_rank,
+    with_recommended,
     without_written_text,
 )
 from lifelong_moe.config.references import note_secrets, with_numbers
@@ -51,6 +56,8 @@ class LoadedConfig:
     """The validated dataclasses built from ``raw``."""
     left_behind: tuple[str, ...] = ()
     """Messages on keys of the file that do not apply to the routing mode set by an override."""
+    literal: Callable[[], LoadedConfig] | None = None
+    """Where the word ``method: lifelong`` decided: the same as an earlier version read it, for runs that it began."""
 
 
 def as_it_is(raw: DictConfig) -> DictConfig:
@@ -79,6 +86,8 @@ def configure(
     overrides: Sequence[str],
     path: str,
     complete: Callable[[DictConfig], DictConfig] = as_it_is,
+    *,
+    is_literal: bool = False,
 ) -> LoadedConfig:
     """Build a configuration from a file that was read before, such as the one that all runs of a comparison share.
 
@@ -87,26 +96,41 @@ def configure(
         overrides: See :func:`read_config`.
         path: What messages call the file.
         complete: See :func:`read_config`.
+        is_literal: See :func:`overridden`.
     """
     require_kind(file, "run", path)
-    raw = overridden(file, overrides)
+    raw = overridden(file, overrides, is_literal=is_literal)
     with errors_under(""):  # it looks into sections, which may be interpolations
         raw = complete(raw)
     config = build_config(raw)
     with errors_under(""):
         ignored = sorted(set(file.get("routing") or ()) - set(raw.get("routing") or ()))
+        by_word = not is_literal and stands_alone(file)
+    literal = partial(configure, file, overrides, path, complete, is_literal=True) if by_word else None
     if not ignored:
-        return LoadedConfig(raw, config)
+        return LoadedConfig(raw, config, literal=literal)
     keys, mode = ", ".join(f"routing.{key}" for key in ignored), config.routing.mode
-    return LoadedConfig(raw, config, (f"routing.mode={mode} does without {keys} of {path}; docs/systems.md",))
+    return LoadedConfig(raw, config, (f"routing.mode={mode} does without {keys} of {path}; docs/systems.md",), literal)
 
 
-def overridden(file: DictConfig, overrides: Sequence[str]) -> DictConfig:
-    """Copy a file's content and apply overrides, which may switch the routing's mode; nothing is validated."""
+def overridden(file: DictConfig, overrides: Sequence[str], *, is_literal: bool = False) -> DictConfig:
+    """Copy a file's content and apply overrides, which may switch the routing's mode; nothing is validated.
+
+    Args:
+        file: As from :func:`~lifelong_moe.config.yaml_file.read_yaml`; left unchanged.
+        overrides: See :func:`read_config`.
+        is_literal: Leave out what the word ``method: lifelong`` alone stands for, as earlier versions did.
+    """
     require_short(overrides)
+    with errors_under(""):  # a section may be an interpolation that refers to nothing
+        by_word = not is_literal and stands_alone(file)
+        # Before the overrides: they change one key of the whole, and do not take the word from it.
+        file = with_recommended(file) if by_word else file
     raw = file.copy()
     for override in overrides:
         apply_override(raw, override)
+    if by_word:
+        with_rank(raw)
     # Last, since any of the overrides may have set the mode.
     with errors_under(""):
         drop_keys_of_old_mode(raw, file, overrides)
@@ -188,6 +212,7 @@ def _built(raw: DictConfig, *, is_stored: bool) -> RunConfig:
         config.routing.require_gate_gradient()
         refuse_idle_method(config.method, config.routing, config.stages, raw)
         refuse_moving_trunk(config.method, config.routing, config.stages, 0 if config.base.is_given else 1)
+        refuse_forgetting(config.method, config.stages, raw)
     # YAML can write .nan and .inf, and NaN passes checks such as `lr <= 0`.
     require_finite(config, "")
     # Also where a text belongs, such as a name: what is stored is JSON, which has no such number.

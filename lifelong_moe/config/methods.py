@@ -14,6 +14,7 @@ from lifelong_moe.config.retention import (
     PenaltyConfig,
     PenaltyKind,
     ReplayConfig,
+    ReviewConfig,
     TrunkConfig,
 )
 from lifelong_moe.config.routing.base import STORED, Bundles, RoutingConfig
@@ -29,6 +30,23 @@ DEFINING = {
     "lwf": ("distill.weight", DistillConfig().weight),
 }
 """By method, the stage's key that makes it more than ``sequential``, and the value that a refusal of 0 recommends."""
+
+RECOMMENDED: dict[str, Any] = {
+    "model": {"document_mask": True},
+    "routing": {"bundles": "cluster"},
+    "stage_defaults": {
+        "grow": {"router": "copy"},
+        "trunk": {"train": "deltas"},
+        "distill": {"weight": 0.0},
+        "replay": {"fraction": 0.0},
+        "optim": {"rewarm": 2.0},
+    },
+}
+"""What ``method: lifelong`` stands for alone: a generation a stage, which predict together; no old text is kept."""
+RANK_SHARE = 110 / 128
+"""The rank of a generation's low-rank changes by the model's width, as in the measured configurations."""
+_HOLDING = ("distill", "replay", "penalty", "review", "average")
+"""Sections and keys of a stage by which a file says itself what holds old text."""
 
 
 class Growth(Protocol):
@@ -52,6 +70,10 @@ class Stage(Protocol):
     replay: ReplayConfig
     penalty: PenaltyConfig
     trunk: TrunkConfig
+    review: ReviewConfig
+    average: float
+    data: str
+    continues: str | None
 
     @property
     def kind(self) -> str:
@@ -210,3 +232,108 @@ def require_text(distill: DistillConfig, replay: ReplayConfig, i: int) -> None:
             f"stages[{i}].distill.text=replay needs stages[{i}].replay.fraction above 0. Set it, or distill.text=new, "
             f"or distill.weight=0."
         )
+
+
+def stands_alone(file: DictConfig) -> bool:
+    """Whether a file names ``method: lifelong`` and leaves to it how old text is held: see :data:`RECOMMENDED`.
+
+    A file that says anything of that itself, as files of earlier versions do, is taken at its word.
+    """
+    plain: Any = OmegaConf.to_container(file, resolve=False)
+    # Anything of another form is left to the sections, which report it.
+    routing, stages = plain.get("routing") or {}, plain.get("stages")
+    each = [plain.get("stage_defaults") or {}, *(stages if isinstance(stages, list) else [])]
+    if plain.get("method") != "lifelong" or not all(isinstance(one, Mapping) for one in (routing, *each)):
+        return False
+    if routing.get("mode", "learned") != "learned" or "bundles" in routing:
+        return False
+    return not any(_says(stage) for stage in each)
+
+
+def _says(stage: Mapping[str, Any]) -> bool:
+    """Whether a stage as written says how old text is held: how the trunk trains, or a mechanism, or no growth."""
+    trunk, grow = stage.get("trunk") or {}, stage.get("grow") or {}
+    # References may hold anything.
+    if not isinstance(trunk, Mapping) or not isinstance(grow, Mapping):
+        return True
+    return "train" in trunk or grow.get("experts") == 0 or any(key in stage for key in _HOLDING)
+
+
+def with_recommended(file: DictConfig) -> DictConfig:
+    """Fill in what ``method: lifelong`` stands for in a file for which :func:`stands_alone` holds."""
+    return OmegaConf.merge(RECOMMENDED, file)  # type: ignore[return-value]
+
+
+def with_rank(raw: DictConfig) -> None:
+    """Fill in the rank of low-rank changes by the model's width, once overrides are applied."""
+    width = OmegaConf.select(raw, "model.width", default=None)
+    # The width of a checkpoint is not known yet, and its changes are small beside it.
+    if (
+        isinstance(width, int)
+        and not isinstance(width, bool)
+        and OmegaConf.select(raw, "stage_defaults.trunk.rank") is None
+    ):
+        raw.stage_defaults.trunk.rank = max(1, round(RANK_SHARE * width))
+
+
+def refuse_forgetting(method: str, stages: Sequence[Stage], raw: DictConfig) -> None:
+    """Reject ``method=lifelong`` where all experts train on and nothing holds what earlier stages learned: fine-tuning.
+
+    Args:
+        method: The run's method.
+        stages: All stages.
+        raw: The configuration as written, for the keys to set.
+    """
+    if method != "lifelong":
+        return
+    for i, stage in enumerate(stages):
+        something_old = any(other.data != stage.data for other in stages[:i])
+        # Once a stage has grown, the experts before it stay as they are, and the trunk if it is frozen.
+        grown = any(other.grow.experts for other in stages[1 : i + 1]) and stage.trunk.is_frozen
+        trains_part = stage.grow.experts or stage.continues is not None or grown or stage.kind == "finetune"
+        if not something_old or trains_part or holds_old_text(stage):
+            continue
+        plain = OmegaConf.to_container(raw, resolve=False)
+        raise ConfigError(
+            f"stages[{i}]: what earlier stages learned trains on and nothing holds it, so method=lifelong would be "
+            f"method=sequential. Add {' '.join(replaying(plain))}, or set method=sequential."
+        )
+
+
+def replaying(raw: Any) -> list[str]:
+    """List the overrides by which every later stage replays a quarter, distilled lightly.
+
+    Args:
+        raw: The configuration as written, plain data.
+    """
+    share, weight = ReplayConfig().fraction, DistillConfig().weight
+    return [*overrides(raw, "replay.fraction", share), *overrides(raw, "distill.weight", weight)]
+
+
+def training_on(raw: Any) -> list[str]:
+    """List the overrides by which later stages add nothing and all train on, with what then has to hold old text."""
+    found = overrides(raw, "grow.experts", 0)
+    # Without experts of its own a stage has no generation that low-rank changes could belong to.
+    found += [] if set(_later(raw, "trunk.train", "full")) == {"full"} else overrides(raw, "trunk.train", "full")
+    bundles = raw.get("routing", {}).get("bundles", "none")
+    return [*found, *([] if bundles == "none" else ["routing.bundles=none"]), *replaying(raw)]
+
+
+def in_generations(raw: Any) -> list[str]:
+    """List the overrides by which each later stage gets a generation of its own, and no old text is kept.
+
+    Args:
+        raw: The configuration as written, plain data.
+    """
+    found = ["routing.bundles=cluster", "model.document_mask=true"]
+    if 0 in _later(raw, "grow.experts", 2):
+        found += overrides(raw, "grow.experts", 2)
+    for key, value in (("trunk.train", "deltas"), ("replay.fraction", 0), ("distill.weight", 0)):
+        found += overrides(raw, key, value)
+    return found
+
+
+def holds_old_text(stage: Stage) -> bool:
+    """Whether a stage has a mechanism against forgetting besides freezing what is old."""
+    penalizes = stage.penalty.kind != PenaltyKind.none and stage.penalty.factor > 0
+    return bool(stage.replay.fraction or stage.distill.weight or penalizes or stage.average or stage.review.fraction)

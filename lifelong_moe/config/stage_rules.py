@@ -156,7 +156,8 @@ def _check_deltas(run: RunConfig, i: int, stage: StageConfig) -> None:
     if not (grow.experts or stage.continues) or not run.routing.by_generation:
         raise ConfigError(
             f"stages[{i}].trunk.train=deltas changes the trunk for the tokens of one bundle. Set "
-            f"routing.bundles=cluster (or label, or routing.mode=label) and stages[{i}].grow.experts above 0."
+            f"routing.bundles=cluster (or label, or routing.mode=label) and stages[{i}].grow.experts above 0, "
+            f"or stages[{i}].continues to the stage whose bundle trains on."
         )
 
 

@@ -12,9 +12,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
+from lifelong_moe.config.methods import holds_old_text, in_generations, replaying, training_on
 from lifelong_moe.config.retention import DistillText, PenaltyKind, ReplaySource
-from lifelong_moe.config.run import Method, RunConfig, StageConfig
+from lifelong_moe.config.run import Method, RunConfig, StageConfig, StageKind
 from lifelong_moe.plan.methods import RECIPES, Recipe, earlier_distributions
 from lifelong_moe.plan.planned import PlannedStage
 from lifelong_moe.plan.stages import chain
@@ -26,12 +28,15 @@ CLOSE = 0.1
 """Nats per token below which two distributions count as the same kind of text."""
 
 
-def growth_advice(planned: list[PlannedStage], divergence: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """Sentences on whether to grow.
+def growth_advice(
+    planned: list[PlannedStage], divergence: Mapping[str, Mapping[str, float]], raw: Mapping[str, Any]
+) -> list[str]:
+    """Sentences on whether to grow, each with all the keys that it takes: a half of them may forget.
 
     Args:
         planned: The run's stages.
         divergence: For each later stage's distribution, nats per token against each earlier one.
+        raw: The run's configuration as written, plain data.
 
     Returns:
         One sentence on capacity and one per later stage on its text; none for a single stage.
@@ -40,8 +45,23 @@ def growth_advice(planned: list[PlannedStage], divergence: Mapping[str, Mapping[
     if len(stages) < 2:
         return []
     ratio = sum(stage.tokens for stage in stages) / stages[0].parameters.total
-    return [_capacity(ratio)] + [
-        _shift(stage, divergence[stage.spec.data]) for stage in stages[1:] if divergence.get(stage.spec.data)
+    return [_capacity(ratio, stages, raw)] + [
+        _shift(i, stages, divergence[stage.spec.data])
+        for i, stage in enumerate(stages)
+        if i and divergence.get(stage.spec.data)
+    ]
+
+
+def unheld(config: RunConfig, raw: Mapping[str, Any]) -> list[str]:
+    """One sentence per stage that adds experts while the rest trains on, and nothing else holds what it knew."""
+    if config.method != Method.lifelong or config.routing.by_generation:
+        return []
+    return [
+        f"stages[{i}] ({stage.name}): old experts are frozen, but trunk and router train on and nothing holds old "
+        f"text, which will be forgotten. Add {' '.join(replaying(raw))}, or {' '.join(in_generations(raw))}."
+        for i, stage in enumerate(config.stages)
+        if earlier_distributions(config, i) and stage.grow.experts and not stage.continues
+        if not stage.trunk.is_frozen and not holds_old_text(stage) and stage.kind != StageKind.finetune
     ]
 
 
@@ -114,27 +134,32 @@ def _asked(recipe: Recipe, stage: StageConfig) -> list[str]:
     return [name for name, asked in wanted.items() if asked]
 
 
-def _capacity(ratio: float) -> str:
+def _capacity(ratio: float, stages: list[PlannedStage], raw: Mapping[str, Any]) -> str:
     seen = f"{ratio:.2g} training tokens a parameter of the first stage"
     if ratio < FEW_TOKENS:
+        grown = any(stage.spec.routing.by_generation for stage in stages)
+        keys = "as here" if grown else f"add {' '.join(_as_lifelong(raw, in_generations(raw)))}"
         return (
-            f"{seen}: capacity will hardly bind. More experts earn little; grow to keep old text (routing.bundles), "
-            f"or keep all experts trainable (grow.experts=0) with replay and distillation."
+            f"{seen}: capacity will hardly bind. More experts earn little; grow to keep old text ({keys}), or keep all "
+            f"experts trainable with replay and distillation (add {' '.join(_as_lifelong(raw, training_on(raw)))})."
         )
     if ratio > MANY_TOKENS:
         return f"{seen}: capacity binds. Begin with more experts (model.experts) if you can, or grow."
     return f"{seen}: whether capacity binds was not measured there; compare grow.experts=0 with a larger model.experts."
 
 
-def _shift(stage: PlannedStage, against: Mapping[str, float]) -> str:
+def _as_lifelong(raw: Mapping[str, Any], keys: list[str]) -> list[str]:
+    """Overrides that only this method reads."""
+    return keys if raw.get("method", "lifelong") == "lifelong" else ["method=lifelong", *keys]
+
+
+def _shift(i: int, stages: list[PlannedStage], against: Mapping[str, float]) -> str:
+    stage = stages[i]
     nearest = min(against, key=lambda name: against[name])
     nats, routing = against[nearest], stage.spec.routing
-    if nats < CLOSE:
-        return (
-            f"{stage.spec.name}: {nats:.2f} nats a token from {nearest}, the same kind of text: train on "
-            f"(grow.experts=0); a bundle of its own could not be told apart."
-        )
     begins = f"{stage.spec.name}: {nats:.2f} nats a token from {nearest}"
+    if nats < CLOSE:
+        return f"{begins}, the same kind of text: {_train_on(i, stages, nearest)}"
     if (mixture := routing.mixture) is not None and routing.mixes and mixture.drop and mixture.likelihood:
         # Models tell text apart at least as fast as frequencies of tokens do.
         tokens = math.ceil(-math.log(mixture.drop) / (mixture.likelihood * nats))
@@ -147,3 +172,20 @@ def _shift(stage: PlannedStage, against: Mapping[str, float]) -> str:
         f"{begins}: told apart after about {max(1, round(routing.margin / nats)):,} tokens "
         f"(routing.margin={routing.margin:g}), so bundles can keep old text exactly."
     )
+
+
+def _train_on(i: int, stages: list[PlannedStage], nearest: str) -> str:
+    """What trains the model on with text that it knows, and what then has to hold the rest."""
+    spec = stages[i].spec
+    if spec.continues or spec.grow is None:
+        return "train on, as here."
+    if spec.routing.by_generation:
+        # The generation that knows this kind of text; all others stay as they are.
+        born = [
+            one.spec.name for one in stages[:i] if one.spec.data == nearest and (one.spec.grow or not one.spec.parent)
+        ]
+        if born:
+            return f"train on (add stages[{i}].continues={born[-1]}); a generation of its own could not be told apart."
+        return "a generation of its own could not be told apart."
+    held = "" if spec.replay.fraction or spec.distill or spec.penalty else f" stages[{i}].replay.fraction=0.25"
+    return f"train on (add stages[{i}].grow.experts=0{held})."

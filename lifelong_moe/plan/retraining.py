@@ -150,12 +150,13 @@ class Retraining:
         return cast(Mapping[str, Any], OmegaConf.to_container(self.base, resolve=False))
 
 
-def load_retraining(path: str | Path, overrides: Sequence[str] = ()) -> Retraining:
+def load_retraining(path: str | Path, overrides: Sequence[str] = (), *, is_literal: bool = False) -> Retraining:
     """Read a retraining file and its base, and validate the stages that a tick could add.
 
     Args:
         path: YAML file.
         overrides: ``key=value``, for this file or for the base; see the module.
+        is_literal: For a run that an earlier version began; see :func:`lifelong_moe.config.load.overridden`.
 
     Raises:
         ConfigError: One line with the full key or file and line, what was required and what came.
@@ -180,7 +181,8 @@ def load_retraining(path: str | Path, overrides: Sequence[str] = ()) -> Retraini
     file = read_yaml(path.parent / settings.base, is_base=True)
     require_kind(file, "run", str(path.parent / settings.base))
     with errors_under(""):  # it looks into sections, which may be interpolations
-        base = with_checkpoint(overridden(file, [override for override in overrides if override not in own]))
+        theirs = [override for override in overrides if override not in own]
+        base = with_checkpoint(overridden(file, theirs, is_literal=is_literal))
     config = build_config(base, is_stored=True)  # of a run that exists already
     if config.method != Method.lifelong:
         raise ConfigError(f"method={config.method}: retraining continues and grows, so it needs method=lifelong.")

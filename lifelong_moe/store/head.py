@@ -118,6 +118,13 @@ class RunHead:
         return replace(head, versions=tuple(_with_split(version, head.batches) for version in head.versions))
 
     @property
+    def names_bundles(self) -> bool:
+        """Whether its configuration says if generations are kept apart, as the word ``method: lifelong`` now does."""
+        routing = self.config.get("routing")
+        # Of another form it is somebody else's, or a reference: taken as it is.
+        return not isinstance(routing, Mapping | None) or "bundles" in (routing or {})
+
+    @property
     def committed(self) -> dict[str, str]:
         """Keys of the committed stages by name, oldest first."""
         there = set(self.stages)

@@ -8,9 +8,16 @@ from rich.console import Console
 from rich.table import Table
 
 from lifelong_moe.clustering.unigrams import unigram_divergence
-from lifelong_moe.config.load import LoadedConfig
+from lifelong_moe.config.load import LoadedConfig, written_config
 from lifelong_moe.data.tokens.packing import epochs
-from lifelong_moe.plan.advice import beginning, growth_advice, idle_retention, noncausal_routing, other_separator
+from lifelong_moe.plan.advice import (
+    beginning,
+    growth_advice,
+    idle_retention,
+    noncausal_routing,
+    other_separator,
+    unheld,
+)
 from lifelong_moe.plan.cost import count_parameters
 from lifelong_moe.plan.disk import run_need
 from lifelong_moe.plan.memory import LIBRARIES_BYTES, memory_need
@@ -53,9 +60,11 @@ def plan(loaded: LoadedConfig, console: Console) -> dict[str, Any]:
         console.print(published)
     warnings = [*prepared.loaded.left_behind, *noncausal_routing(prepared.config), *idle_retention(prepared.config)]
     warnings += other_separator(prepared.config, prepared.data.tokenizer.bos_id)
+    written = written_config(prepared.loaded.raw)
+    warnings += unheld(prepared.config, written)
     for sentence in warnings:
         console.print(sentence, style="yellow")
-    advice = growth_advice(prepared.plan, _divergence(prepared))
+    advice = growth_advice(prepared.plan, _divergence(prepared), written)
     gone = [stage.data for stage in prepared.config.stages if stage.data in prepared.data.gone]
     if gone and any(row["action"] == "train" for row in rows):
         names = ", ".join(dict.fromkeys(gone))

@@ -11,14 +11,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from lifelong_moe.config.load import LoadedConfig
+from lifelong_moe.config.load import LoadedConfig, written_config
 from lifelong_moe.config.run import RunConfig
 from lifelong_moe.data.tokens.prepare import PreparedData
 from lifelong_moe.errors import TryAgainError
 from lifelong_moe.evaluation.loss import Evaluation
 from lifelong_moe.evaluation.measurements import Measurements
 from lifelong_moe.model.transformer import LanguageModel
-from lifelong_moe.plan.advice import beginning, idle_retention, noncausal_routing, other_separator
+from lifelong_moe.plan.advice import beginning, idle_retention, noncausal_routing, other_separator, unheld
 from lifelong_moe.plan.methods import RECIPES
 from lifelong_moe.plan.planned import PlannedStage
 from lifelong_moe.plan.spec import BASE, BASE_NAME
@@ -106,6 +106,7 @@ def _announce(console: Console, prepared: Prepared, folder: Path) -> None:
         *noncausal_routing(prepared.config),
         *idle_retention(prepared.config),
         *other_separator(prepared.config, prepared.data.tokenizer.bos_id),
+        *unheld(prepared.config, written_config(prepared.loaded.raw)),
     ):
         console.print(sentence, style="yellow")
 

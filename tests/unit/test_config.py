@@ -355,12 +355,14 @@ def test_a_value_of_the_wrong_kind(load: Load, override: str, expected: str) -> 
         (
             "stages[1].trunk.train=deltas",
             "stages[1].trunk.train=deltas changes the trunk for the tokens of one bundle. Set routing.bundles=cluster "
-            "(or label, or routing.mode=label) and stages[1].grow.experts above 0.",
+            "(or label, or routing.mode=label) and stages[1].grow.experts above 0, or stages[1].continues to the stage "
+            "whose bundle trains on.",
         ),
         (
             "stages[1].trunk.train=deltas routing.mode=label stages[1].grow.experts=0",
             "stages[1].trunk.train=deltas changes the trunk for the tokens of one bundle. Set routing.bundles=cluster "
-            "(or label, or routing.mode=label) and stages[1].grow.experts above 0.",
+            "(or label, or routing.mode=label) and stages[1].grow.experts above 0, or stages[1].continues to the stage "
+            "whose bundle trains on.",
         ),
         (
             "model.document_mask=true routing.bundles=cluster routing.sample_tokens=99",

@@ -18,7 +18,7 @@ TOKENIZER = TokenizerIdentity({"vocab_size": 300}, "t")
 
 def advice(config: RunConfig, nats: float) -> list[str]:
     plan = plan_stages(config, DataIdentity({"english": "e", "python": "p"}, TOKENIZER, vocab_size=300, bos_id=0))
-    return growth_advice(plan, {"python": {"english": nats}})
+    return growth_advice(plan, {"python": {"english": nats}}, {"stages": [{}, {}]})
 
 
 def test_divergence_by_hand() -> None:

@@ -188,7 +188,7 @@ def test_a_plan_without_growth(make_run: MakeRun) -> None:
         # Experts a layer: 4, then 2, then 2; a frozen trunk leaves experts and rows alone.
         ([], [4, 2, 2]),
         (["stages[2].grow.experts=0"], [4, 2, 2]),  # nothing new: the newest go on
-        (["stages[1].grow.experts=0"], [4, 4, 2]),
+        (["stages[1].grow.experts=0", "stages[1].average=0.1"], [4, 4, 2]),
         (["stage_defaults.grow.old_lr_scale=0.1"], [4, 6, 8]),
         (["stages[2].grow.old_lr_scale=0.1"], [4, 2, 4]),  # the second stage froze the first one's, for good
         (["stage_defaults.grow.layers=[1]"], [4, 1, 1]),  # two experts in one of two layers
