@@ -6,7 +6,10 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from statistics import fmean
 from typing import Any
+
+from lifelong_moe.reports.seeds import FEW, over_seeds
 
 ROOT = Path(__file__).resolve().parents[1]
 ABSENT = "–"
@@ -52,13 +55,16 @@ WITHOUT_INTERVAL = ("leak_max", "parameters_total", "active_flops")
 
 
 def number(arm: Row, key: str) -> str:
-    """``mean ± half of the interval`` over seeds."""
+    """``mean ± half of the interval`` over seeds; of two seeds both values, as an interval over two says little."""
     found, (_, scale, form) = arm["summary"][key], NUMBERS[key]
     if found is None:
         return ABSENT
     shown = format(scale * found["mean"], form) + (" M" if key == "parameters_total" else "")
     if found["high"] is None or key in WITHOUT_INTERVAL:
         return shown
+    if found["n"] == FEW:
+        both = sorted(run["numbers"][key] for run in arm["runs"] if (run.get("numbers") or {}).get(key) is not None)
+        return " … ".join(format(scale * value, form) for value in both)
     return f"{shown} ± {scale * (found['high'] - found['mean']):{form.removeprefix('+')}}"
 
 
@@ -83,13 +89,47 @@ def arms(file: str, names: Iterable[str] | None = None) -> list[str]:
 
 def main_comparison(file: str, labels: Mapping[str, tuple[str, str]]) -> list[str]:
     """Some arms of a comparison under descriptive names, with the old text that each stores."""
-    keys = ("forgetting_max", "plasticity_gap", "final_mean_bits_per_byte", "parameters_total", "active_flops")
+    keys = ("final_mean_bits_per_byte", "parameters_total", "active_flops")
+    [free] = chosen(file, [read(file)["unrestrained"]])
     rows = []
     for arm in chosen(file, labels):
         (label, stored), cells, num = labels[arm["name"]], [number(arm, key) for key in keys], seeds(arm)
-        rows.append([f"{label} ({num} seed{'s' * (num > 1)})", *cells[:3], stored, *cells[3:]])
-    header = ("", "forgetting, worst, %", "plasticity gap, worst, %", "final mean, bits per byte", "stored old text")
-    return markdown([*header, "parameters", "active FLOPs"], rows, "lrrrl")
+        lost = _in_bits(arm, "forgetting_max", _forgotten(arm))
+        gap = ABSENT if arm is free else _in_bits(arm, "plasticity_gap", _behind(arm, free))
+        rows.append([f"{label} ({num} seed{'s' * (num > 1)})", lost, gap, cells[0], stored, *cells[1:]])
+    header = [
+        "",
+        *(f"{name}, worst, bits per byte" for name in ("forgetting", "plasticity gap")),
+        "final mean, bits per byte",
+    ]
+    return markdown([*header, "stored old text", "parameters", "active FLOPs"], rows, "lrrrl")
+
+
+def _forgotten(arm: Row) -> list[float]:
+    """Bits per byte that the worst old distribution has lost at the end, by seed."""
+    after, last = arm["learned_after"], len(arm["stages"]) - 1
+    return [max(of[n][-1] - of[n][i] for n, i in after.items() if i < last) for of in _curves(arm).values()]
+
+
+def _behind(arm: Row, free: Row) -> list[float]:
+    """Bits per byte by which the worst new distribution is learned less well than by the arm that may forget."""
+    theirs, new = _curves(free), {name: i for name, i in arm["learned_after"].items() if i > 0}
+    return [max(of[n][i] - theirs[seed][n][free["learned_after"][n]] for n, i in new.items())
+            for seed, of in _curves(arm).items()]  # fmt: skip
+
+
+def _curves(arm: Row) -> dict[int, Mapping[str, Sequence[float]]]:
+    return {run["seed"]: run["curves"] for run in arm["runs"] if run["status"] == "committed"}
+
+
+def _in_bits(arm: Row, key: str, values: Sequence[float]) -> str:
+    """Bits per byte over seeds, of two seeds both values, and in brackets the mean rise of perplexity."""
+    shown = [f"{value:+.2f}" if abs(value) >= 0.005 else "0.00" for value in (fmean(values), min(values), max(values))]
+    spread = f"{shown[1]} … {shown[2]}" if len(values) == FEW else shown[0]
+    if len(values) > FEW:
+        found = over_seeds(values)
+        spread += f" ± {found.high - found.mean:.2f}" if found is not None and found.high is not None else ""
+    return f"{spread} ({100 * arm['summary'][key]['mean']:+.1f} %)"
 
 
 def differences(file: str, names: Sequence[str]) -> list[str]:

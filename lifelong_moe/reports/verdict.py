@@ -236,13 +236,15 @@ def _cost(ours: float, theirs: float) -> str:
 
 def _leak(one: Outcome) -> list[str]:
     """A leak never stands without what it means and what to do."""
-    name = max(one.leaks, key=lambda name: one.leaks[name], default="")
-    if not name or one.leaks[name] < LEAKS:
+    leaking = [name for name, leak in one.leaks.items() if leak >= LEAKS]
+    # One that has lost something comes before one that leaks more and has kept all.
+    harmed = [name for name in leaking if name in one.forgetting and _mean(one.forgetting[name]) >= CLEAR]
+    if not leaking:
         return []
-    found = f"Experts that were born later take {one.leaks[name]:.0%} of {name}'s tokens (router leak)"
-    lost = name in one.forgetting and _mean(one.forgetting[name]) >= CLEAR
-    if not lost:
-        return [f"{found}, and it lost nothing by that: nothing to do."]
+    name = max(harmed or leaking, key=lambda name: one.leaks[name])
+    found = f"{one.leaks[name]:.0%} of {name} goes to experts that were born later (router leak)"
+    if not harmed:
+        return [f"{found}, which cost it nothing: nothing to do."]
     return [
         f"{found}, and it lost by that or by a trunk that moved: keep generations apart (routing.bundles=cluster "
         f"trunk.train=deltas), let the router review old text (review.fraction), or replay more (replay.fraction)."

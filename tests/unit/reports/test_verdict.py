@@ -125,14 +125,12 @@ def test_many_distributions_are_summed_up() -> None:
 
 def test_a_leak_comes_with_what_to_do() -> None:
     harmless = outcome("a", {"docs": [0.0]}, leaks={"docs": 0.75, "code": 0.2})
-    assert verdict(harmless)[1] == (
-        "Experts that were born later take 75% of docs's tokens (router leak), and it lost nothing by that: "
-        "nothing to do."
-    )
-    (_, harmful) = verdict(outcome("a", {"docs": [0.4]}, leaks={"docs": 0.75}))
-    assert (
-        "take 75% of docs's tokens" in harmful and "routing.bundles=cluster" in harmful and "replay.fraction" in harmful
-    )
+    said = "75% of docs goes to experts that were born later (router leak), which cost it nothing: nothing to do."
+    assert verdict(harmless)[1] == said
+    # Of two, the one that has lost something.
+    (_, harmful) = verdict(outcome("a", {"docs": [0.4], "code": [0.0]}, leaks={"docs": 0.6, "code": 0.9}))
+    assert harmful.startswith("60% of docs goes to experts that were born later (router leak), and it lost by that")
+    assert all(key in harmful for key in ("routing.bundles=cluster", "review.fraction", "replay.fraction"))
     assert len(verdict(outcome("a", {"docs": [0.4]}, leaks={"docs": 0.04}))) == 1
 
 
