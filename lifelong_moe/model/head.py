@@ -34,7 +34,13 @@ class LinearHead(DeltaLinear):
         return not self.deltas and not self.added
 
     def slices(self, domain_ids: Tensor | None) -> GenerationSlices | None:
-        """Tokens ``(...)`` sorted by generation; None if all use the same matrix."""
+        """Tokens ``(...)`` sorted by generation; None if all use the same matrix.
+
+        Raises:
+            ValueError: If generations have changes or rows, and nothing says which one each token belongs to.
+        """
+        if domain_ids is None and not self.is_one_matrix:
+            raise ValueError("generations have heads of their own: give the domain_ids that the model has read.")
         return generation_slices(self.deltas, self.added, domain_ids)
 
     def weight_of(self, generation: int) -> Tensor:

@@ -21,7 +21,7 @@ class TokenBatch:
     """Document of each token, int64; needed where the model separates documents only. With a cache in every call or in
     none, where each text is one document."""
     domain_ids_BS: Tensor | None = None
-    """Document cluster, generation or label of each token, int64; zeros by default."""
+    """Document cluster, generation or label of each token, int64; needed where a model has several of them."""
     mask_BS: Tensor | None = None
     """True for real tokens; all by default. Padding must be on the right."""
     old_text_BS: Tensor | None = None

@@ -218,7 +218,11 @@ class LanguageModel(nn.Module):
             split: The input of this block is returned as ``below_BSD``.
             below_BSD: ``(B, S, D)``, from another model's call with the same ``split``: blocks below it are skipped. A
                 teacher starts where it begins to differ from its student.
+
+        Raises:
+            ValueError: If tokens have domains, and the batch does not say which.
         """
+        self._require_domains(batch)
         attention = self._attention_context(batch, cache)
         routing = self._routing_context(batch, attention.generations)
         caches = [None] * len(self.blocks) if cache is None else cache.layers
@@ -235,6 +239,19 @@ class LanguageModel(nn.Module):
         if self.architecture.model.logit_scale != 1:  # logits are linear in what the head reads
             hidden_BSD = hidden_BSD * self.architecture.model.logit_scale
         return ModelOutput(self.head.read(hidden_BSD, routings[-1]), routings, below_BSD)
+
+    def _require_domains(self, batch: TokenBatch) -> None:
+        architecture, clusters = self.architecture, self.document_clusters
+        # Without generations that tokens belong to, clusters of text may still choose the experts.
+        num = 1 if clusters is None else clusters.num_domains()
+        if architecture.routing.by_generation or architecture.has_deltas:
+            num = len(architecture.generations)
+        if batch.domain_ids_BS is None and num > 1:
+            raise ValueError(
+                f"a token of this model belongs to one of {num} domains, which decides its experts and changes, and "
+                f"the batch does not say which: give domain_ids_BS, as LanguageModel.domain_ids finds them, or read "
+                f"texts with the model that lifelong_moe.load(run) returns."
+            )
 
     def _embed(self, batch: TokenBatch, generations: GenerationSlices | None) -> Tensor:
         x_BSD, scale = self.embedding(batch.ids_BS, generations), self.architecture.model.embedding_scale

@@ -1,12 +1,17 @@
-"""``lifelong_moe.load``: a run's model in Python reads a text as the commands do."""
+"""Python's front: ``lifelong_moe.load``, ``report`` and ``run`` do what the commands do."""
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from rich.console import Console
 
 import lifelong_moe
@@ -127,3 +132,66 @@ def test_the_package_has_a_version_and_nothing_else() -> None:
     assert lifelong_moe.__version__.count(".") == 2
     with pytest.raises(AttributeError, match="no attribute 'none'"):
         _ = lifelong_moe.none
+
+
+def test_a_report_is_data_frames(trained: Path) -> None:
+    written = json.loads((trained / "mlruns/runs/tiny/report.json").read_text())
+    found = lifelong_moe.report("tiny", store=trained / "mlruns")
+    assert repr(found) == "RunTables(tiny: bits_per_byte, nats_per_token, stages, distributions)"
+    for frame, key in ((found.bits_per_byte, "bits_per_byte"), (found.nats_per_token, "loss_nats_per_token")):
+        assert list(frame.index) == ["(untrained)", "fruit", "code"] and list(frame.columns) == ["fruit", "code"]
+        assert frame.iloc[1:].to_numpy().tolist() == written[key]
+    assert found.bits_per_byte.iloc[0].tolist() == written["bits_per_byte_at_init"]
+    assert found.stages.index.tolist() == ["fruit", "code"]
+    assert found.stages["tokens"].tolist() == [stage["tokens"] for stage in written["stages"]]
+    assert "training" not in found.stages.columns
+    row = found.distributions.loc["fruit"]
+    assert row["forgetting_bits_per_byte"] == written["forgetting_bits_per_byte"]["fruit"]
+    assert row["final_bits_per_byte"] == written["bits_per_byte"][-1][0]
+    # Nothing came after the last one that could be forgotten.
+    assert found.distributions["forgetting_bits_per_byte"].isna().tolist() == [False, True]
+
+
+def test_what_is_not_there_has_no_report(trained: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"run tinny does not exist under .*\. Did you mean tiny\?"):
+        lifelong_moe.report("tinny", store=trained / "mlruns")
+    (tmp_path / "mlruns").mkdir()
+    (tmp_path / "mlruns/x").symlink_to("/")
+    with pytest.raises(CorruptError, match="a symbolic link"):
+        lifelong_moe.report("tiny", store=tmp_path / "mlruns")
+
+
+def test_a_run_in_python_is_that_of_the_command(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(trained)
+    before = {path.name for path in Path("mlruns/stages").iterdir()}
+    again = lifelong_moe.run("tiny.yaml", quiet=True)
+    assert capsys.readouterr().out == ""
+    assert again.bits_per_byte.equals(lifelong_moe.report("tiny").bits_per_byte)
+    content = yaml.safe_load(Path("tiny.yaml").read_text())
+    # A file's content, and overrides; its stages are those that are there.
+    other = lifelong_moe.run(content, "run=other")
+    assert other.run == "other" and other.bits_per_byte.equals(again.bits_per_byte)
+    assert "Nothing to train: all 2 stages of other are committed." in capsys.readouterr().out
+    assert {path.name for path in Path("mlruns/stages").iterdir()} == before
+    for config, more, message in (
+        (content, "optim.lr=1", "key optim is unknown. Did you mean stage_defaults.optim.lr"),
+        ({**content, "seed": "x"}, "run=y", "seed: Value 'x'"),
+        ({"arms": {}}, "run=y", "config: has arms, so it is a file for lifelong-moe compare"),
+        ({"run": object()}, "seed=1", "run: Value 'object' is not"),
+        ("nosuch.yaml", "seed=1", "nosuch.yaml: no such file"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            lifelong_moe.run(config, more)
+    with pytest.raises(ConfigError, match="or --replace"):
+        lifelong_moe.run("tiny.yaml", "seed=1")
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, lifelong_moe\nassert dir(lifelong_moe) == ['__version__', 'load', 'report', 'run']\n"
+        "lifelong_moe.report\nassert not {'torch', 'pandas', 'mlflow', 'lightning'} & set(sys.modules)\n"
+        "lifelong_moe.run\nassert not {'torch', 'pandas', 'mlflow', 'lightning'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

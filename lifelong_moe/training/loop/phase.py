@@ -187,5 +187,5 @@ def _sample_assignments(model: LanguageModel, spec: StageSpec, corpus: Tokenized
     sample = text_sample(model, spec, corpus, 4 * spec.model.context)
     model.eval()
     with torch.no_grad():
-        output = model(TokenBatch(sample["token_ids"], sample["document_ids"], mask_BS=sample["mask"]))
+        output = model(TokenBatch.of(sample))
     return torch.stack([r.expert_ids_TK[:, 0][sample["mask"].flatten()] for r in output.routings])

@@ -189,10 +189,13 @@ def test_without_groups_or_deltas_there_is_one_head(make_model: Make) -> None:
     model, plain = make_model("labelled_bundles", (4, SECOND)), make_model("labelled_bundles", (4, 2))
     hidden_TD, target_T = torch.randn(5, 16), torch.arange(5)
     ones_T = torch.ones(5, dtype=torch.int64)
-    for one in (model, plain):
+    for one, first_T in ((model, 0 * ones_T), (plain, None)):
         base = F.cross_entropy(hidden_TD @ one.head.weight.t(), target_T)
-        torch.testing.assert_close(one.head.cross_entropy(hidden_TD, target_T), base)
-        assert torch.equal(one.head.logits(hidden_TD), F.linear(hidden_TD, one.head.weight))
+        torch.testing.assert_close(one.head.cross_entropy(hidden_TD, target_T, first_T), base)
+        torch.testing.assert_close(one.head.logits(hidden_TD, first_T), F.linear(hidden_TD, one.head.weight))
+    for ask in (model.head.logits, lambda one: model.head.token_nats(one, target_T)):
+        with pytest.raises(ValueError, match="give the domain_ids that the model has read"):
+            ask(hidden_TD)
     nats = plain.head.cross_entropy(hidden_TD, target_T)
     assert torch.equal(plain.head.cross_entropy(hidden_TD, target_T, ones_T), nats)
-    assert not torch.equal(model.head.logits(hidden_TD, ones_T), model.head.logits(hidden_TD))
+    assert not torch.allclose(model.head.logits(hidden_TD, ones_T), model.head.logits(hidden_TD, 0 * ones_T))

@@ -80,12 +80,13 @@ def test_cached_logits_of_packed_documents(make_model: Make, kind: str, model_ke
     ids = torch.randint(1, 61, (3, 12), generator=torch.Generator().manual_seed(0))
     ids[:, 0] = ids[0, 3] = ids[0, 8] = ids[1, 6] = 0  # before the first step with a cache, and after
     documents = (ids == 0).cumsum(dim=1)
+    domains = torch.zeros_like(ids)
     with torch.no_grad():
-        full, without = model(TokenBatch(ids, document_ids_BS=documents)).hidden_BSD, model(TokenBatch(ids)).hidden_BSD
-        alone = model(TokenBatch(ids[:1, 8:])).hidden_BSD  # positions are relative
+        full, without = (model(TokenBatch(ids, one, domains)).hidden_BSD for one in (documents, None))
+        alone = model(TokenBatch(ids[:1, 8:], domain_ids_BS=domains[:1, 8:])).hidden_BSD  # positions are relative
         cache, found = KeyValueCache(len(model.blocks), 12), []
         for part in (slice(0, 5), *(slice(t, t + 1) for t in range(5, 12))):
-            found.append(model(TokenBatch(ids[:, part], document_ids_BS=documents[:, part]), cache=cache).hidden_BSD)
+            found.append(model(TokenBatch(ids[:, part], documents[:, part], domains[:, part]), cache=cache).hidden_BSD)
     torch.testing.assert_close(torch.cat(found, dim=1), full, atol=1e-5, rtol=0)
     torch.testing.assert_close(torch.cat(found, dim=1)[:1, 8:], alone, atol=1e-5, rtol=0)
     assert float((full - without).abs().max()) > 0.1

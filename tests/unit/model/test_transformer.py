@@ -26,14 +26,19 @@ def random_ids(*shape: int, seed: int = 0) -> Tensor:
     return torch.randint(1, 61, shape, generator=torch.Generator().manual_seed(seed))
 
 
+def first_domain(ids: Tensor, **more: Tensor) -> TokenBatch:
+    """Tokens of the first generation or cluster, if a model has several."""
+    return TokenBatch(ids, domain_ids_BS=torch.zeros_like(ids), **more)
+
+
 def test_documents_of_a_block_do_not_see_each_other(make_model: Make, router_kind: str) -> None:
     model = make_model(router_kind, (4, 2), model={"document_mask": True}).eval()
     ids = random_ids(1, 12)
     documents = torch.tensor([[0] * 5 + [1] * 4 + [2] * 3])
     with torch.no_grad():
-        packed = model(TokenBatch(ids, document_ids_BS=documents)).hidden_BSD
+        packed = model(first_domain(ids, document_ids_BS=documents)).hidden_BSD
         # Rotary positions only matter by their differences, so a document may begin at any of them.
-        alone = torch.cat([model(TokenBatch(part)).hidden_BSD for part in ids.split([5, 4, 3], dim=1)], dim=1)
+        alone = torch.cat([model(first_domain(part)).hidden_BSD for part in ids.split([5, 4, 3], dim=1)], dim=1)
     torch.testing.assert_close(packed, alone, atol=1e-5, rtol=0)
 
 
@@ -43,6 +48,19 @@ def test_without_the_mask_a_block_is_one_sequence(make_model: Make) -> None:
     with torch.no_grad():
         together = model(TokenBatch(ids)).hidden_BSD
         assert torch.equal(model(TokenBatch(ids, document_ids_BS=documents)).hidden_BSD, together)
+
+
+@pytest.mark.parametrize("kind", ["document", "label", "bundles", "labelled_bundles"])
+def test_tokens_of_no_domain_are_an_error_and_not_the_first_generation_s(make_model: Make, kind: str) -> None:
+    model, ids = make_model(kind, (4, 2)).eval(), random_ids(2, 8)
+    with pytest.raises(
+        ValueError, match=r"give domain_ids_BS, .* or read texts with the model that lifelong_moe\.load"
+    ):
+        model(TokenBatch(ids))
+    assert model(first_domain(ids)).hidden_BSD.isfinite().all()
+    if kind != "document":  # one generation has no other
+        alone = make_model(kind, (4,)).eval()
+        assert torch.equal(alone(TokenBatch(ids)).hidden_BSD, alone(first_domain(ids)).hidden_BSD)
 
 
 def test_the_mask_by_hand() -> None:
@@ -65,8 +83,8 @@ def test_right_padding_changes_nothing(make_model: Make, router_kind: str) -> No
     padded = F.pad(ids, (0, 3))
     mask = torch.arange(13).expand(2, 13) < 10
     with torch.no_grad():
-        found = model(TokenBatch(padded, mask_BS=mask)).hidden_BSD[:, :10]
-        torch.testing.assert_close(found, model(TokenBatch(ids)).hidden_BSD, atol=1e-5, rtol=0)
+        found = model(first_domain(padded, mask_BS=mask)).hidden_BSD[:, :10]
+        torch.testing.assert_close(found, model(first_domain(ids)).hidden_BSD, atol=1e-5, rtol=0)
 
 
 def test_tied_embeddings_are_one_tensor(make_model: Make) -> None:
@@ -134,7 +152,7 @@ def test_weights_survive_a_state_dict(make_model: Make, make_architecture: MakeA
     again = LanguageModel(make_architecture(router_kind, (4, 2))).eval()
     again.load_state_dict(model.state_dict(), strict=True)
     with torch.no_grad():
-        assert torch.equal(model(TokenBatch(ids)).hidden_BSD, again(TokenBatch(ids)).hidden_BSD)
+        assert torch.equal(model(first_domain(ids)).hidden_BSD, again(first_domain(ids)).hidden_BSD)
     routers: list[Router] = [layer.router for layer in again.moe_layers()]
     assert not any(isinstance(router, TokenClusterRouter) and router.hashing for router in routers)
 
