@@ -24,6 +24,7 @@ from lifelong_moe.training.callbacks.interrupt import handling_signals
 from pipelines.compare import render as render_comparison
 from pipelines.compare.jobs import Job, Memory, plan_jobs, refuse_taken_names
 from pipelines.compare.record import ComparisonRecord
+from pipelines.run.file_list import show_data
 from pipelines.run.run import run
 from pipelines.shared.output import silent
 from pipelines.shared.workspace import ROOT
@@ -55,6 +56,8 @@ def compare(comparison: Comparison, only: list[str], replace: bool, console: Con
         wanted = [job for job in jobs if job.arm in chosen]
         if not replace:
             refuse_taken_names(wanted)
+        if any(job.report() is None for job in wanted):
+            show_data(console, jobs[0].prepared)
         record = ComparisonRecord(comparison, jobs, Tracker.connect(jobs[0].prepared.config.tracking, ROOT))
         try:
             train = partial(run, memory=memory)
@@ -97,7 +100,7 @@ def _work(
         how = "committed" if complete else "training"
         render_comparison.heading(console, job.run, f"{how} ({len(jobs) - len(queue)} of {len(jobs)})")
         try:
-            # A complete run trains nothing, but may still owe MLflow something; its tables were printed before.
+            # A complete run trains nothing, but may still owe MLflow something; what it reached was printed before.
             quiet = silent() if complete else console
             # Replacing a run that this plan continues would start its record in MLflow over.
             train(job.prepared.loaded, replace and job.is_taken(), quiet, compared=record.place(job))

@@ -33,19 +33,19 @@ def evaluate_text(
     """
     store, committed = open_stage(run, stage)
     check_label(committed, label, console)
-    documents, files = read_files(data, SourceConfig(files=data))
+    with console.status(f"reading {data}"):
+        documents, files = read_files(data, SourceConfig(files=data))
     if any(file.outcome != Outcome.used for file in files):
         console.print(f"{data}: {sentence(files)}", style="yellow")
     from lifelong_moe.data.tokens.windows import evaluation_windows
     from lifelong_moe.evaluation.loss import evaluate
 
-    shard = tokenize_documents(documents, store.tokenizer(committed, label))
-    model = load_on_device(run, store, committed, int8=int8)
-    context = model.architecture.model.context
-    # sys.maxsize: the user named this text, so all of it is scored.
-    result = evaluate(
-        model, evaluation_windows(shard, context, sys.maxsize), distribution=label, batch_tokens=EVALUATED_TOKENS
-    ).to_json()
+    with console.status(f"{committed.name}: evaluating"):
+        shard = tokenize_documents(documents, store.tokenizer(committed, label))
+        model = load_on_device(run, store, committed, int8=int8)
+        # sys.maxsize: the user named this text, so all of it is scored.
+        windows = evaluation_windows(shard, model.architecture.model.context, sys.maxsize)
+        result = evaluate(model, windows, distribution=label, batch_tokens=EVALUATED_TOKENS).to_json()
     # A number per layer and expert: `inspect` shows it by name.
     del result["expert_counts"]
     console.print(

@@ -24,6 +24,7 @@ from lifelong_moe.plan.planned import PlannedStage
 from lifelong_moe.plan.spec import BASE, BASE_NAME
 from lifelong_moe.plan.stages import chain
 from lifelong_moe.reports.report import Report, RunResults, ScratchReport, StageReport, build_report
+from lifelong_moe.reports.verdict import report_verdict
 from lifelong_moe.storage.keys import SHORT, content_key
 from lifelong_moe.storage.locks import locked
 from lifelong_moe.store.evaluations import EvaluationStore
@@ -35,7 +36,7 @@ from lifelong_moe.training.abandoned import clear_abandoned
 from lifelong_moe.training.callbacks.interrupt import Interrupt, handling_signals
 from lifelong_moe.training.first_centroids import first_centroids, needs_first_centroids
 from lifelong_moe.training.imported import imported_stage
-from lifelong_moe.training.loop.context import StageEnvironment
+from lifelong_moe.training.loop.context import Outlook, StageEnvironment
 from lifelong_moe.training.loop.device import configured_device, require_trainer
 from lifelong_moe.training.restore import initial_model, load_model
 from pipelines.run import render
@@ -43,6 +44,7 @@ from pipelines.run.compared import Compared
 from pipelines.run.file_list import show_data
 from pipelines.run.opening import open_run
 from pipelines.run.record import RECORD, MlflowRecord
+from pipelines.shared.output import silent
 from pipelines.shared.places import remove_abandoned
 from pipelines.shared.training import train_stage
 from pipelines.shared.workspace import CACHE, ROOT, Prepared, prepare, require_room
@@ -84,15 +86,18 @@ def run(
         require_room(todo, prepared.config)
         with locked(record.lock_path, f"run {record.run}"):
             opened = open_run(record, prepared, replace)
-            _announce(console, prepared, record.path)
+            # A comparison shows the data once, and its arms differ on purpose.
+            _announce(console if compared is None else silent(), prepared, record.path)
             report = _run_stages(prepared, store, opened, interrupt, console, compared)
             # Stages that were there may have been committed before there was a key.
             store.sign(*opened.head.stages, opened.head.centroids)
+    if compared is not None:  # a comparison ends with the tables of all its arms
+        console.print(" ".join(report_verdict([report])))
+        return report
     render.report(console, [report])
     if not todo:
         console.print(f"Nothing to train: all {len(prepared.plan)} stages of {record.run} are committed.")
-    if compared is None:  # a comparison ends with a verdict on all of its arms
-        render.verdict(console, [report])
+    render.verdict(console, [report])
     return report
 
 
@@ -245,9 +250,17 @@ def _train(
         send=lambda points: mlflow.curves(run_id, points),
         run_id=run_id,
         watch=config.evaluate.watch,
+        outlook=_outlook(planned, prepared.plan, store),
     )
     parent = None if spec.parent is None else committed[spec.parent]
     return train_stage(planned, parent, data, environment)
+
+
+def _outlook(planned: PlannedStage, plan: list[PlannedStage], store: StageStore) -> Outlook:
+    """A stage's place, and what the stages cost that are trained after it."""
+    place = plan.index(planned)
+    later = [one.flops for one in plan[place + 1 :] if store.find(one.key) is None]
+    return Outlook(place + 1, len(plan), sum(later))
 
 
 def _fit_first(stage: CommittedStage, prepared: Prepared, store: StageStore, opened: OpenRun) -> None:

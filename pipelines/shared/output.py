@@ -11,6 +11,8 @@ import io
 import json
 import os
 import sys
+import threading
+import time
 from collections.abc import Iterable
 from typing import Any, TextIO
 
@@ -25,6 +27,10 @@ from lifelong_moe.redaction import keep_out_of_logs, redact, redacted
 
 GONE = (errno.EPIPE, errno.EIO, errno.ECONNRESET)
 """Errors of a descriptor that nobody reads any more: ``head`` has ended, a terminal was closed, a connection lost."""
+
+
+PATIENCE_SECONDS, AGAIN_SECONDS = 2.0, 15.0
+"""After which a log says what is under way, and says so again."""
 
 
 class Outlet(io.FileIO):
@@ -103,13 +109,15 @@ class SafeConsole(Console):
     Args:
         file: Where to print.
         raw: Whether :func:`print_text` prints its texts as they are.
+        patience: Seconds without a word, where no spinner turns, after which what is under way is named; None never
+            names it.
         options: As of rich's own console.
     """
 
-    def __init__(self, file: TextIO, *, raw: bool = False, **options: Any) -> None:
+    def __init__(self, file: TextIO, *, raw: bool = False, patience: float | None = None, **options: Any) -> None:
         # The file is named, so that it stays the same while a spinner has replaced `sys.stdout`.
         super().__init__(file=file, highlight=False, **options)
-        self.raw = raw
+        self.raw, self.patience = raw, patience
 
     def print(self, *objects: Any, **options: Any) -> None:
         """Print; a string is one line, whatever line ends it holds, so that none can be forged."""
@@ -132,10 +140,35 @@ class SafeConsole(Console):
 
 
 class _Status(Status):
-    """A spinner whose text is no markup."""
+    """A spinner whose text is no markup; in a log, a line where something takes its time."""
 
-    def __init__(self, status: RenderableType, **options: Any) -> None:
-        super().__init__(_plain(status), **options)
+    def __init__(self, status: RenderableType, *, console: SafeConsole, **options: Any) -> None:
+        super().__init__(_plain(status), console=console, **options)
+        self._patience = None if console.is_terminal or console.quiet else console.patience
+        self._ended = threading.Event()
+        self._speaker: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Turn, or wait for the time to speak."""
+        super().start()
+        if self._patience is not None:
+            self._ended.clear()
+            self._speaker = threading.Thread(target=self._speak, args=(self._patience,), daemon=True)
+            self._speaker.start()
+
+    def stop(self) -> None:
+        """End."""
+        self._ended.set()
+        if self._speaker is not None:  # else its line might follow the next one
+            self._speaker.join()
+        super().stop()
+
+    def _speak(self, patience: float) -> None:
+        began, pause = time.monotonic(), patience
+        while not self._ended.wait(pause):
+            spent = f" ({time.monotonic() - began:.0f} s)" if pause == AGAIN_SECONDS else ""
+            self.console.print(f"{self.status} …{spent}")
+            pause = AGAIN_SECONDS
 
     def update(self, status: RenderableType | None = None, **options: Any) -> None:
         """Change the text, or else the spinner."""
@@ -158,7 +191,9 @@ def console(as_json: bool = False, *, raw: bool = False) -> Console:
     file = sys.stderr if as_json else sys.stdout
     terminal = file.isatty()
     # In a pipe or a log, rich would fold lines at 80 columns.
-    return SafeConsole(file, raw=raw, soft_wrap=not terminal, width=None if terminal else 140)
+    return SafeConsole(
+        file, raw=raw, patience=PATIENCE_SECONDS, soft_wrap=not terminal, width=None if terminal else 140
+    )
 
 
 def silent() -> Console:

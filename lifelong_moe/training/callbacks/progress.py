@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column
 
 from lifelong_moe.errors import TryAgainError, both_ends, visible
@@ -111,11 +111,33 @@ class Meter(Callback):
         self.last = {str(name): float(value) for name, value in state_dict["last"].items()}
 
 
-class ProgressReport(Callback):
-    """A bar on a terminal; a plain line every 15 seconds elsewhere."""
+def duration(seconds: float) -> str:
+    """A time as a person says it, in one unit or two."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 100:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours < 48 else f"{hours / 24:.0f} days"
 
-    def __init__(self, title: str, console: Console, enabled: bool, meter: Meter) -> None:
+
+class ProgressReport(Callback):
+    """A bar on a terminal; a plain line every 15 seconds elsewhere.
+
+    Args:
+        title: What is trained.
+        console: Where people read.
+        enabled: Whether anything is shown.
+        meter: Of the same training.
+        later_flops: Of what the run trains afterwards; None where nobody knows.
+    """
+
+    def __init__(
+        self, title: str, console: Console, enabled: bool, meter: Meter, later_flops: float | None = None
+    ) -> None:
         self.title, self.console, self.enabled, self.meter = title, console, enabled, meter
+        self.later_flops = later_flops
         self._bar: Progress | None = None
         self._task: Any = None
         self._said = 0.0
@@ -130,7 +152,6 @@ class ProgressReport(Callback):
             BarColumn(bar_width=max(4, min(40, self.console.width - WORDS))),
             MofNCompleteColumn(),
             TextColumn("steps · {task.fields[text]}", markup=False, table_column=Column(overflow="fold")),
-            TimeRemainingColumn(),
         )
         self._bar = Progress(*columns, console=self.console, transient=True)
         self._bar.start()
@@ -157,8 +178,16 @@ class ProgressReport(Callback):
             )
 
     def _text(self, trainer: Trainer, pl_module: Any) -> str:
-        speed = trainer.global_step * self.meter.step_tokens / max(self.meter.seconds, 1e-9)
-        return f"loss {pl_module.means.values.get('loss', math.nan):.3f}, {speed:,.0f} tokens/s"
+        step_seconds = max(self.meter.seconds, 1e-9) / max(1, trainer.global_step)
+        text = f"loss {pl_module.means.values.get('loss', math.nan):.3f}"
+        text += f", {self.meter.step_tokens / step_seconds:,.0f} tokens/s"
+        left = (trainer.max_steps - trainer.global_step) * step_seconds
+        text += f", {duration(left)} left"
+        if self.later_flops:
+            # At this stage's speed; evaluation comes on top, as it does after this stage.
+            later = self.later_flops / self.meter.step_flops * step_seconds
+            text += f", {duration(left + later)} for all stages"
+        return text
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Remove the bar."""

@@ -32,6 +32,17 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Outlook:
+    """A stage's place in the run that trains it."""
+
+    place: int
+    """From 1."""
+    stages: int
+    later_flops: float
+    """Of the stages that are trained after it."""
+
+
+@dataclass(frozen=True)
 class StageEnvironment:
     """Everything around a stage on which its result does not depend."""
 
@@ -48,6 +59,8 @@ class StageEnvironment:
     run_id: str | None = None
     watch: float = 0.0
     """``evaluate.watch``."""
+    outlook: Outlook | None = None
+    """None where a stage stands alone."""
 
 
 @dataclass(frozen=True)

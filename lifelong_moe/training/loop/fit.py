@@ -77,12 +77,20 @@ class PhaseFit:
         run, environment = self.run, self.run.stage.environment
         config, checkpoint, spec = environment.trainer, environment.checkpoint, run.stage.spec
         title = spec.name if run.phase.name == "train" else f"{spec.name} ({run.phase.name})"
+        if (outlook := environment.outlook) is not None:
+            title += f", stage {outlook.place} of {outlook.stages}"
         return [
             # In rank 0 alone: a forward pass in evaluation mode needs no other rank. Before the meter, which takes what
             # comes after it for waiting for data.
             *([] if self.watch is None or rank else [self.watch]),
             self.meter,
-            ProgressReport(title, environment.console, config.enable_progress_bar and rank == 0, self.meter),
+            ProgressReport(
+                title,
+                environment.console,
+                config.enable_progress_bar and rank == 0,
+                self.meter,
+                None if environment.outlook is None else environment.outlook.later_flops,
+            ),
             *([] if self.stopping is None else [self.stopping]),
             *collapse_warning(spec, config.log_every_n_steps if rank == 0 else None),
             # Last, so that a checkpoint holds the state of all others after this step.
