@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import stdtr, stdtrit
 
 CONFIDENCE = 0.95
 """Of the two-sided interval."""
@@ -43,6 +42,8 @@ def over_seeds(values: Sequence[float | None]) -> Interval | None:
     mean = float(known.mean())
     if n == 1:
         return Interval(mean, None, None, 1, mean, mean)
+    from scipy.special import stdtrit  # here, since most commands compare no seeds
+
     # Few seeds: Student's t with n - 1 degrees of freedom, not the normal distribution.
     half = float(stdtrit(n - 1, (1 + CONFIDENCE) / 2) * known.std(ddof=1) / math.sqrt(n))
     return Interval(mean, mean - half, mean + half, n, float(known.min()), float(known.max()))
@@ -62,6 +63,8 @@ def paired(values: Mapping[int, float | None], reference: Mapping[int, float | N
     differences = [a - b for a, b in pairs if a is not None and b is not None]
     if len(differences) < 2:
         return None
+    from scipy.special import stdtr
+
     found, spread = over_seeds(differences), float(np.std(differences, ddof=1))
     assert found is not None
     # As scipy.stats.ttest_rel, which warns and returns NaN without spread.
