@@ -6,6 +6,7 @@ outside of what their spread explains (a 95 % interval without 0). Anything less
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -25,6 +26,7 @@ LOSING = ("lost", "may have lost")
 NAIVE = ("unrestrained", "sequential")
 """Methods without retention, which others are compared with."""
 BySeed = Mapping[int, float]
+FIRST_AMOUNT = re.compile(r"(\d\.\d\d) (better|worse)")
 GLOSSARY: Mapping[str, str] = {
     "bits per byte": (
         "loss on held-out text over the bytes of that text, so that tokenizers compare. Lower is better; differences "
@@ -128,7 +130,10 @@ def verdict(one: Outcome, reference: Outcome | None = None) -> list[str]:
     parts = [_kept(one, beside), _learned(one, beside)]
     if beside is not None:
         parts += [_in_the_mean(one, beside), _cost(one.flops, beside.flops)]
-    return [f"{one.name} {'; '.join(filter(None, parts))}.", *_leak(one)]
+    said = "; ".join(filter(None, parts))
+    if "bits per byte" not in said:  # where nothing was kept or lost
+        said = FIRST_AMOUNT.sub(r"\1 bits per byte \2", said, count=1)
+    return [f"{one.name} {said}.", *_leak(one)]
 
 
 def _by_distribution(runs: Mapping[int, Mapping[str, float]]) -> dict[str, BySeed]:

@@ -192,10 +192,10 @@ def _rows(result: Mapping[str, Any], tokens: int, step: int) -> list[Row]:
             if layer[kind] is not None:
                 # What is above chance: shuffled labels have positive mutual information too.
                 excess = layer[kind]["nats"] - layer[kind]["null_mean"]
-                rows.append((f"{prefix}/{kind}_information/L{layer['layer']}", excess, step))
+                rows.append((f"{prefix}/{kind}_information_nats/L{layer['layer']}", excess, step))
     for name, losses in result["shuffled"].items():
         cost = losses["shuffled_nats_per_token"] - losses["nats_per_token"]
-        rows.append((f"{prefix}/{name}/cost_of_shuffling", cost, step))
+        rows.append((f"{prefix}/{name}/cost_of_shuffling_nats_per_token", cost, step))
     return rows
 
 

@@ -154,7 +154,7 @@ def _cell(scores: TaskScores, metric: str) -> str:
 
 
 def _record(head: RunHead, keys: Mapping[str, str], matrix: Matrix, console: Console) -> None:
-    """Log scores to the run's MLflow run and its stages' at step = stage index, unless they are there already."""
+    """Log scores to the run's MLflow run at step = stage index, unless they are there already."""
     tracker, path = tracker_of(head), RunRecord(ROOT, head.run).path / "tasks.json"
     run_id = head.mlflow.run
     target = run_id if run_id and tracker.run_exists(run_id) else None
@@ -169,8 +169,8 @@ def _record(head: RunHead, keys: Mapping[str, str], matrix: Matrix, console: Con
         found = {f"tasks/{task}/{metric}": value for task, one in row.items() for metric, value in one.scores.items()}
         logged = points.setdefault(key, {})
         rows = [(one, value, step_of(head, key)) for one, value in found.items() if logged.get(one) != value]
-        for where in dict.fromkeys((target, head.mlflow.stages.get(key))) if target else ():
-            tracker.log_metrics(where, rows)
+        # The run's page alone: a stage's begins with its training curves.
+        tracker.log_metrics(target, rows)
         logged |= found
     if tracker.problem and tracking_of(head).enabled:
         console.print(tracker.problem, style="yellow")

@@ -229,6 +229,8 @@ def stage_note(one: Report, index: int, origin: str) -> str:
         f"Stage {index} **{plain(stage.name)}** of {plain(one.run)} · `{stage.key[:16]}`"
         + (f" · trained by {origin} and shared" if origin else ""),
         "",
+        "So far: " + plain(" ".join(report_verdict([one]))),
+        "",
         f"{stage.experts_per_layer} experts a layer · {millions(stage.parameters_total)} parameters, "
         f"{millions(stage.parameters_active)} active, {millions(stage.parameters_trainable)} trained · "
         f"{stage.tokens:,} tokens",

@@ -31,11 +31,11 @@ def test_figures_and_curves_are_with_the_run_once(lab: Path, template: Path) -> 
     kept = {path.name for path in (lab / f"mlruns/artifacts/{run_id}/artifacts/inspection/code").iterdir()}
     names = ("information", "similarity", "leak", "saturation")  # one expert a token: no co-activation
     assert kept == {f"{name}.png" for name in names} | {"inspection.json"}
-    history = client.get_metric_history(run_id, "inspection/200_tokens/token_information/L0")
+    history = client.get_metric_history(run_id, "inspection/200_tokens/token_information_nats/L0")
     token = found["layers"][0]["token"]
     assert [(point.step, point.value) for point in history] == [(1, token["nats"] - token["null_mean"])]
     losses = found["shuffled"]["fruit"]
-    (cost,) = client.get_metric_history(run_id, "inspection/200_tokens/fruit/cost_of_shuffling")
+    (cost,) = client.get_metric_history(run_id, "inspection/200_tokens/fruit/cost_of_shuffling_nats_per_token")
     assert cost.value == losses["shuffled_nats_per_token"] - losses["nats_per_token"]
     assert client.get_run(run_id).info.status == "FINISHED"
     way = inspected(interpolate=True)
@@ -56,7 +56,7 @@ def test_no_step_of_a_curve_has_two_points(lab: Path, template: Path) -> None:
     assert inspected(tokens=200) == few and inspected(tokens=400) == more  # what was in between is forgotten by then
     run_id, client = few["mlflow_run"], MlflowClient(f"sqlite:///{lab / 'mlruns/mlflow.db'}")
     for tokens, results in ((200, (first, few)), (400, (more,))):
-        history = client.get_metric_history(run_id, f"inspection/{tokens}_tokens/token_information/L0")
+        history = client.get_metric_history(run_id, f"inspection/{tokens}_tokens/token_information_nats/L0")
         excess = [found["layers"][0]["token"]["nats"] - found["layers"][0]["token"]["null_mean"] for found in results]
         assert [point.value for point in sorted(history, key=lambda point: point.step)] == excess
         assert len({point.step for point in history}) == len(history)

@@ -157,6 +157,7 @@ def test_two_stages(lab: Path, config: dict[str, Any], monkeypatch: pytest.Monke
     for run in (parent, *children):
         note = run.data.tags["mlflow.note.content"]
         assert "| after | fruit | code |" in note and "tiny" in note
+    assert "So far: tiny could forget nothing" in children[0].data.tags["mlflow.note.content"]
     verdict = parent.data.tags["mlflow.note.content"].splitlines()[0]
     assert (
         verdict.startswith(("tiny kept fruit", "tiny lost", "tiny improved fruit")) and "it learned code to" in verdict

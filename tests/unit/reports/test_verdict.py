@@ -105,7 +105,7 @@ def test_noise_over_seeds(lost: list[float], said: str) -> None:
 def test_differences_are_paired_by_seed() -> None:
     # Levels differ by a whole bit between seeds, the arms by 0.1 within each.
     ours, theirs = (outcome(n, {}, {"new": [1.0 + d, 2.0 + d, 3.0 + d]}) for n, d in (("a", 0.1), ("b", 0.0)))
-    assert "it learned new 0.10 worse" in verdict(ours, theirs)[0]
+    assert "it learned new 0.10 bits per byte worse; in the mean" in verdict(ours, theirs)[0]
     mixed = outcome("a", {}, {"new": [1.3, 1.9, 3.02]})
     assert "it learned new as well" in verdict(mixed, theirs)[0]
 
