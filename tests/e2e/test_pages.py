@@ -41,6 +41,7 @@ from tests.tiny import VOCABULARIES, write_corpus
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ("README.md", "docs/usage.md")
 FENCE = re.compile(r"^\s*```(.*)$")
+NOTEBOOK = ROOT / "docs/python.ipynb"
 PLACEHOLDER = re.compile(r"\b[A-Z]{2,}\b|\[|…")
 MAY_REJECT = ("retrain",)
 """Commands whose exit code 3 is as good an outcome as any on so little text."""
@@ -315,6 +316,40 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return pages
 
 
+def code_cells() -> list[str]:
+    """The notebook's code, cell by cell."""
+    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+
+
+def test_the_notebook_holds_no_results() -> None:
+    """They would be those of another day, and of another version."""
+    book = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
+    assert (book["nbformat"], len(code_cells())) == (4, 7)
+    assert all(cell.get("outputs", []) == [] and cell.get("execution_count") is None for cell in book["cells"])
+    assert len({cell["id"] for cell in book["cells"]}) == len(book["cells"])
+    assert all("".join(cell["source"]).strip() for cell in book["cells"])
+
+
+def test_the_container_is_for_both_commands() -> None:
+    """It is not built here, where no daemon is; what it names is there."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    both = [one.text.split("#")[0].strip() for one in found_on("README.md", readme) if one.kind == "command"][:2]
+    lines = [line for line in (ROOT / "docs/Dockerfile").read_text(encoding="utf-8").splitlines() if line]
+    comments = [line for line in lines if line.startswith("#")]
+    assert both == ["make quickstart", "make test"] and all(one in "\n".join(comments) for one in both)
+    assert f"CMD {json.dumps(both[0].split())}" in lines
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    venv = re.search(r"^VENV := (.+)$", makefile, flags=re.MULTILINE)
+    (installs,) = [line.split()[2:] for line in lines if line.startswith("RUN make ")]
+    for target in installs:
+        assert venv and re.search(rf"^\w+ := {re.escape(target.replace(venv[1], '$(VENV)'))}$", makefile, re.MULTILINE)
+    python = re.search(r"^FROM python:(3\.\d+)-", "\n".join(lines), flags=re.MULTILINE)
+    assert python and python[1] in ("3.11", "3.12", "3.13")  # those that requirements/ locks
+    for name in ("data/cache", "data/models", "mlruns/*"):
+        assert name in (ROOT / "docs/Dockerfile.dockerignore").read_text(encoding="utf-8").splitlines()
+
+
 def draw_nothing(figure: matplotlib.figure.Figure, file: Any, **_: Any) -> None:
     """In place of pictures, which take two thirds of the time and are tested elsewhere."""
     if isinstance(file, str | Path):
@@ -329,6 +364,10 @@ def test_the_pages_run_as_written(folder: Path, cli: Cli, opened: list[str], mon
     for page in PAGES:
         for found in found_on(page, (ROOT / page).read_text(encoding="utf-8")):
             reader.do(found)
+    shared: dict[str, object] = {}
+    for number, text in enumerate(code_cells()):
+        exec(compile(text, f"{NOTEBOOK.name}, cell {number}", "exec"), shared)
+    assert repr(shared["model"]).startswith("StageModel(cpp_headers, ")
     names = {shlex.split(asked)[0] for asked in reader.done}
     assert names >= {"run", "plan", "compare", "report", "retrain", "inspect", "evaluate", "generate", "lineage", "ui"}
     assert len(opened) == 1 and "/experiments/" in opened[0]
