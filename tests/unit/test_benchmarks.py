@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.benchmarks.performance.__main__ import outcome, record, run_part, without_paths
+from tests.benchmarks.performance import __main__ as performance
+from tests.benchmarks.performance.__main__ import QUICK, outcome, record, run_part, without_paths
 from tests.benchmarks.performance.clock import ratio
 from tests.benchmarks.performance.figures import draw, fraction
 from tests.benchmarks.performance.goals import PARTS, bound, judged, page, rows
@@ -111,3 +112,14 @@ def test_figures_of_what_there_is(tmp_path: Path) -> None:
     drawn = draw({"parts": {**parts, "profile": {"goals": {}, "detail": shares}}}, tmp_path, "cpu")
     assert [path.name for path in drawn] == ["cpu-goals.png", "cpu-growth.png", "cpu-profile.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
+
+
+def test_a_quick_bench_prints_its_parts_and_writes_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(performance, "run_part", lambda name: asked.append(name) or {"goals": STARTUP})
+    monkeypatch.setattr(performance, "record", lambda *_: pytest.fail("it writes"))
+    monkeypatch.setattr("sys.argv", ["performance", "--quick"])
+    assert performance.main() == 1  # these parts report other goals than those
+    assert tuple(asked) == QUICK and "P11 help" in capsys.readouterr().out

@@ -30,6 +30,8 @@ ROOT = Path(__file__).resolve().parents[3]
 FOLDER = ROOT / "docs/performance"
 THREADED = ("clustering",)
 """Parts whose goal is for all cores."""
+QUICK = ("layer", "lifelong", "text", "startup")
+"""Parts that together take some five minutes of an idle core, and say most of a machine."""
 LONGEST = 2 * 3600.0
 """Seconds after which a part is given up."""
 
@@ -38,7 +40,11 @@ def main() -> int:
     """Run the parts, write what they found, print the table; 1 if anything was not measured."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.performance", description=__doc__)
     parser.add_argument("--only", nargs="+", choices=list(PARTS), metavar="PART", help=", ".join(PARTS))
-    only = parser.parse_args().only
+    parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}: print, and write nothing")
+    asked = parser.parse_args()
+    if asked.quick:
+        return quick(Console())
+    only = asked.only
     console, names = Console(), [name for name in PARTS if only is None or name in only]
     command = " ".join(["python -m tests.benchmarks.performance", *(["--only", *only] if only else [])])
     machine = hardware()
@@ -57,6 +63,16 @@ def main() -> int:
     parts = json.loads(path.read_text(encoding="utf-8"))["parts"]
     path.with_suffix(".md").write_text(page(parts), encoding="utf-8")
     console.print(f"written: {path.relative_to(ROOT)}, the table beside it, and its figures")
+    return int(any(row[1].startswith(NOT_MEASURED) for row in rows(found)))
+
+
+def quick(console: Console) -> int:
+    """What this machine does, in minutes, beside the goals; 1 if anything was not measured."""
+    found = {}
+    for name in QUICK:
+        console.print(f"{name} …")
+        found[name] = run_part(name)
+    console.print(table(found, hardware()))
     return int(any(row[1].startswith(NOT_MEASURED) for row in rows(found)))
 
 
