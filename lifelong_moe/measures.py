@@ -132,6 +132,10 @@ MEASURES: Mapping[str, Measure] = {
     "parameters_trainable": Measure("parameters, trainable", "", "size/parameters_trainable", "in the stage"),
     "loss": Measure("training loss", "nats/token", "train/loss_nats_per_token", "without other losses", "lower"),
     "data_fraction": Measure("wait for data", "", "train_speed/data_fraction", "share of the seconds so far", "lower"),
+    "memory": Measure(
+        "memory", "MB", "train_speed/peak_memory_megabytes",
+        "most that the process has held so far, or on a GPU its tensors", "lower", 0,
+    ),
     "tflops_per_second": Measure(
         "speed", "TFLOP/s", "train_speed/tflops_per_second", "from the model's shape, a teacher included", "higher"
     ),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lifelong_moe.redaction import redact
 from lifelong_moe.tracking.operations import local_id, operation
+from lifelong_moe.tracking.provenance import provenance
 from lifelong_moe.tracking.recorder import Recorder
 from lifelong_moe.tracking.registry import STAGE_KEY_TAG
 from lifelong_moe.tracking.store import SOURCE
@@ -54,7 +55,9 @@ class Tracker(Recorder):
         Returns:
             The id of the run: the given one if it exists or MLflow is unavailable; None if nothing is recorded.
         """
-        given = _SOURCE_TAGS | dict(tags or {}) | ({"mlflow.note.content": note} if note else {})
+        # Who adds to a finished run has not trained it.
+        made = {} if adds else provenance()
+        given = _SOURCE_TAGS | made | dict(tags or {}) | ({"mlflow.note.content": note} if note else {})
         legal_tags = {clean_key(key): cut(str(value), TAG_CHARACTERS) for key, value in given.items()}
         asked = operation(
             "start",

@@ -10,7 +10,7 @@ from lifelong_moe.tracking.values import clean_key
 UNITS = {
     "bits/byte": "bits_per_byte", "nats/token": "nats_per_token", "%": "percent", "nats": "nats", "FLOPs": "flops",
     "tokens": "tokens", "s": "seconds", "J": "joules", "J/token": "joules_per_token", "tokens/s": "tokens_per_second",
-    "TFLOP/s": "tflops_per_second",
+    "TFLOP/s": "tflops_per_second", "MB": "megabytes",
 }  # fmt: skip
 """How MLflow's names write each unit."""
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import resource
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -27,6 +30,14 @@ WORDS = 72
 """Columns of the terminal for the text beside a bar."""
 LEAST_TITLE = 16
 """Columns of it for the name of the stage, at least: a longer one would break the line."""
+
+
+def peak_megabytes(device: torch.device) -> float:
+    """Most memory that tensors have taken on a GPU so far, or this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    # In kilobytes, but on macOS in bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
 
 
 class Meter(Callback):
@@ -89,6 +100,7 @@ class Meter(Callback):
             MEASURES["tokens_per_second"].metric: step * self.step_tokens / self.seconds,
             MEASURES["tflops_per_second"].metric: step * self.step_flops / self.seconds / 1e12,
             MEASURES["data_fraction"].metric: self.data_seconds / self.seconds,
+            MEASURES["memory"].metric: peak_megabytes(trainer.strategy.root_device),
         }
         curves = {f"{key}_nats_per_token" if key in IN_NATS else key: value for key, value in self.last.items()}
         trainer.logger.log_metrics({**curves, **extra}, step=step)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from lifelong_moe.errors import TryAgainError
 from lifelong_moe.training.callbacks import progress as callbacks
@@ -33,6 +34,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     monkeypatch.setattr(time, "monotonic", found)
     counter = EnergyCounter(lambda: round(10 * found.now), 0.5)  # five watts
     monkeypatch.setattr(callbacks, "energy_counters", lambda device: [counter])
+    monkeypatch.setattr(callbacks, "peak_megabytes", lambda device: 512.0)
     return found
 
 
@@ -70,6 +72,7 @@ def test_a_point_of_the_curves_by_hand(clock: Clock) -> None:
         "train/loss_nats_per_token": 1.5, "train/learning_rate": 0.25, "train/tokens": 1920.0, "train/grad_norm": 0.75,
         "train/nonfinite_steps": 2.0, "train/skipped_spikes": 3.0, "train/rollbacks": 1.0,
         "train_speed/tokens_per_second": 64.0, "train_speed/tflops_per_second": 4.0, "train_speed/data_fraction": 0.4,
+        "train_speed/peak_memory_megabytes": 512.0,
     }  # fmt: skip
     assert (meter.seconds, meter.data_seconds, meter.last) == (70.0, 28.0, {"train/loss": 1.5})
     meter.on_train_end(steps.trainer, steps.module)
@@ -94,6 +97,16 @@ def test_an_interrupted_stage_counts_all_of_it(clock: Clock) -> None:
     assert second.state_dict()["joules"] == 300.0
     second.load_state_dict({key: value for key, value in state.items() if key != "joules"})
     assert second.energy.joules is None  # of an earlier version: a part of it would pass for the whole
+
+
+def test_a_process_s_peak_never_falls() -> None:
+    cpu = torch.device("cpu")
+    before = callbacks.peak_megabytes(cpu)
+    held = bytearray(b"x" * 300_000_000)
+    after = callbacks.peak_megabytes(cpu)
+    del held
+    # Libraries alone take more than 100 MB; a machine has less than a terabyte.
+    assert 100 < before <= after == callbacks.peak_megabytes(cpu) < 1e6 and after >= 300
 
 
 class Saving:
