@@ -13,6 +13,7 @@ from pathlib import Path
 from rich.console import Console
 
 from lifelong_moe.data.formats.outcomes import FileOutcome, Outcome, counted, sentence
+from lifelong_moe.redaction import redact
 from lifelong_moe.storage.files import write_atomic
 from lifelong_moe.storage.opening import open_regular
 from lifelong_moe.storage.plain_files import corrupt_if_irregular
@@ -43,7 +44,8 @@ def show_data(console: Console, prepared: Prepared, folder: Path | None = None) 
         listed = {name: [asdict(file) for file in files] for name, files in found.items()}
         # Names tell of the text: those may read the list who may read all of the files.
         mode = reduce(and_, map(prepared.data.mode, found))
-        _write(path, json.dumps(listed, indent=1).encode(), mode)
+        # A place may come from a variable of the user's.
+        _write(path, redact(json.dumps(listed, indent=1)).encode(), mode)
         console.print(f"What became of each file: {path}")
     return {name: counted(files) for name, files in found.items()}
 
