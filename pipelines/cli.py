@@ -19,7 +19,7 @@ from pipelines.shared import output, threads
 
 ABOUT = "Keep one mixture-of-experts language model learning along a stream of data distributions."
 GROUPS = {
-    "Train": (commands.run, commands.plan, commands.prepare, commands.compare, commands.retrain),
+    "Train": (commands.init, commands.run, commands.plan, commands.prepare, commands.compare, commands.retrain),
     "Look": (
         commands.runs,
         commands.status,

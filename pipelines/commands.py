@@ -80,6 +80,18 @@ def plan(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = Fals
 
 
 @opens_store
+def init(
+    folders: Annotated[list[str], typer.Argument(metavar="FOLDER...", help="Folders of text, in the order to learn.")],
+    to: Annotated[str, typer.Option("--to", metavar="FILE", help="The file to write; it must not exist.")] = "own.yaml",
+    as_json: AsJson = False,
+) -> None:
+    """Write a commented configuration that learns your own folders of text, one after the other."""
+    from pipelines.run.init import init as write_config
+
+    finish(write_config(folders, to, console(as_json)), as_json)
+
+
+@opens_store
 def compare(
     config: Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, such as configs/compare.yaml.")],
     overrides: ComparisonOverrides = None,

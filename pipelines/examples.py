@@ -5,6 +5,7 @@ from __future__ import annotations
 from pipelines.exit_codes import epilog
 
 EXAMPLES = {
+    "init": ("init notes src", "init notes ~/articles --to articles.yaml"),
     "run": (
         "run configs/quickstart.yaml",
         "run configs/quickstart.yaml run=longer stage_defaults.tokens=500_000",

@@ -26,6 +26,7 @@ MEANINGS = {
 OF_ALL = (0, 1, 2, 8, 130)
 """Any command can end with these: disks fill up and arguments are mistyped everywhere."""
 BESIDES = {
+    "init": (7,),
     "run": (6, 7, 75),
     "plan": (7, 75),
     "prepare": (7, 75),

@@ -28,7 +28,7 @@ FLOORS = [
     {"ops", "storage"},
     {"config/routing"},
     {"config"},
-    {"config/retraining", "data/formats"},
+    {"config/initial", "config/retraining", "data/formats"},
     {"routing", "clustering", "data", "data/text"},
     {"routing/routers", "data/tokens", "interop/layout"},
     {"plan", "retraining"},

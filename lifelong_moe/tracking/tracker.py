@@ -114,7 +114,12 @@ class Tracker(Recorder):
             # Rendered at once, since the spool keeps bytes.
             image = io.BytesIO()
             figure.savefig(image, format="png", dpi=figure.dpi)
-            self._record(operation("artifact", run_id, path=artifact_path), image.getvalue())
+            self.log_image(run_id, image.getvalue(), artifact_path)
+
+    def log_image(self, run_id: str | None, image: bytes, artifact_path: str) -> None:
+        """Store a picture with the run, as the bytes of its file."""
+        if run_id is not None and self.active:
+            self._record(operation("artifact", run_id, path=artifact_path), image)
 
     def log_text(self, run_id: str | None, text: str, artifact_path: str) -> None:
         """Store a text with the run.

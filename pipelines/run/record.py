@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from rich.console import Console
 
 from lifelong_moe.config.data import patterns
 from lifelong_moe.config.load import whole_config, written_config
 from lifelong_moe.evaluation.loss import Evaluation
 from lifelong_moe.measures import MEASURES
-from lifelong_moe.plan.architecture import Architecture
 from lifelong_moe.plan.planned import PlannedStage
-from lifelong_moe.plan.stages import chain
-from lifelong_moe.reports.figures import run as figures
 from lifelong_moe.reports.report import Report
 from lifelong_moe.store.head import MlflowState
 from lifelong_moe.store.logged import LoggedMetrics, read_logged, write_logged
@@ -27,6 +21,7 @@ from lifelong_moe.tracking.tracker import Tracker
 from lifelong_moe.training.callbacks.points import Row
 from pipelines.run import render
 from pipelines.run.compared import Compared
+from pipelines.run.pictures import FOLDER, PAGE, drawn, is_written, write_pages
 from pipelines.run.rows import cost_rows, row, summary_rows, usage_rows
 from pipelines.shared.markdown import plain
 from pipelines.shared.record_params import CONFIG, config_yaml, run_params, stage_params
@@ -246,29 +241,20 @@ class MlflowRecord:
             now = {**logged, **{place + key: value for key, value, _ in new}}
             write_logged(folder, LoggedMetrics(self.told.run, planned.key, now))
 
-    def _figures(self, report: Report) -> None:
-        # Once a run: to draw them costs what stages times distributions cost, and each shows all of the earlier ones.
-        run_id = self.told.run
-        stages, distributions = [stage.name for stage in report.stages], report.distributions
-        loss, init = np.array(report.bits_per_byte), np.array(report.bits_per_byte_at_init)
-        last = list(report.learned_last().values())
-        architecture = chain(self.prepared.plan)[len(stages) - 1].architecture
-        for draw, path in ((figures.loss_matrix_figure, "loss_matrix"), (figures.curves_figure, "curves")):
-            figure = draw(loss, stages, distributions, init=init, learned_after=last)
-            self.tracker.log_figure(run_id, figure, f"figures/{path}.png")
-        self.tracker.log_figure(
-            run_id,
-            figures.expert_load_figure(
-                {name: aligned_counts(counts, architecture) for name, counts in report.expert_counts.items()},
-                [generation.stage for generation in architecture.generations for _ in range(generation.experts)],
-            ),
-            "figures/expert_load.png",
-        )
-
     def run_done(self, report: Report, console: Console) -> None:
-        """Log the parent's note, figures and report, and finish it."""
+        """Write pictures and report to the run's folder, log them and the parent's note, and finish it."""
+        folder, images = self.opened.record.path, []
+        keeps = self.compared is None and not is_written(folder, report)
+        # Once a run: to draw them costs what stages times distributions cost.
+        if self.active or keeps:
+            images = list(drawn(report, self.prepared.plan))
+        if keeps:
+            write_pages(folder, report, images)
+        if self.compared is None:
+            console.print(f"Report: {folder / PAGE} and report.json; pictures: {folder / FOLDER}/")
         if self.active:
-            self._figures(report)
+            for name, image in images:
+                self.tracker.log_image(self.told.run, image, f"figures/{name}")
             self.tracker.set_note(self.told.run, render.run_note(report))
             self.tracker.log_text(self.told.run, render.report_json(report), "report.json")
             self.tracker.finish(self.told.run)
@@ -290,14 +276,3 @@ class MlflowRecord:
             for run_id in (self._open, self.told.run):
                 if run_id is not None:
                     self.tracker.finish(run_id, error)
-
-
-def aligned_counts(counts: Sequence[Sequence[float]], architecture: Architecture) -> NDArray[np.float64]:
-    """Counts by layer with a column for each expert of each generation; NaN where a layer did not grow."""
-    columns = [[e < g.experts_in(layer) for g in architecture.generations for e in range(g.experts)]
-               for layer in range(len(counts))]  # fmt: skip
-    # shape: (layers, experts of all generations)
-    array = np.full((len(counts), len(columns[0])), np.nan)
-    for line, present, layer in zip(array, columns, counts, strict=True):
-        line[np.flatnonzero(present)] = layer
-    return array

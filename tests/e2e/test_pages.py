@@ -205,7 +205,11 @@ class Reader:
         if program == "make":
             assert words[0] in targets(), found
             return
-        command: Any = typer.main.get_command(app).commands[words[0]]  # type: ignore[attr-defined]
+        whole: Any = typer.main.get_command(app)
+        if words[0].startswith("--"):  # an option of the program itself
+            assert words[0] in {name for one in whole.params for name in one.opts}, found
+            return
+        command: Any = whole.commands[words[0]]
         required = [one for one in command.params if one.param_type_name == "argument" and one.required]
         if PLACEHOLDER.search(" ".join(words[1:])):
             check_pattern(found, command, words[1:])
@@ -294,6 +298,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: Path) -> P
         OmegaConf.merge(OmegaConf.load(ROOT / "configs/compare.yaml"), {"seeds": [0]}), "configs/compare.yaml"
     )
     OmegaConf.save(OmegaConf.merge(OmegaConf.load(ROOT / "configs/retrain.yaml"), RETRAIN), "configs/retrain.yaml")
+    for name, kind in (("notes", "md"), ("src", "py")):
+        Path(name).mkdir()
+        for number in range(12):
+            Path(name, f"{number}.{kind}").write_text(f"{name} {number} {VOCABULARIES['fruit']} {number}\n" * 20)
     write_corpus(Path("my/text.jsonl"), VOCABULARIES["sea"].split(), 0, documents=5)
     write_corpus(Path("data/inbox/new.jsonl"), VOCABULARIES["fruit"].split(), 1, documents=60)
     extract = dict(builtin._EXTRACT)

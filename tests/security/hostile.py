@@ -11,6 +11,7 @@ from pathlib import Path
 from pipelines.cli import app, exit_code
 
 ARGUMENTS: dict[str, list[str]] = {
+    "init": ["."],
     "run": ["old.yaml"],
     "plan": ["old.yaml"],
     "compare": ["compare.yaml"],

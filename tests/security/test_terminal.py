@@ -220,6 +220,7 @@ def call(
 
 
 ARGUMENTS = {
+    "init": ([ALL], ["."], [".", "--to", ALL]),
     "run": ([ALL], ["tiny.yaml", f"run={ALL}"]),
     "plan": ([ALL], ["tiny.yaml", f"{ALL}=1"], ["tiny.yaml", f"distributions.x.files={ALL}"]),
     "compare": ([ALL], ["compare.yaml", "--only", ALL]),

@@ -1,0 +1,1 @@
+"""The first configuration for somebody's own text. Pure, torch-free."""
