@@ -62,6 +62,15 @@ def test_questions_about_runs(trained: Path) -> None:
     )
 
 
+def test_a_first_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("notes").mkdir()
+    for number in range(12):
+        Path("notes", f"{number}.md").write_text(f"{number} is a text that is long enough\n" * 9, encoding="utf-8")
+    (answer,) = ask(("init", "notes"))
+    assert (answer["code"], answer["heavy"]) == (0, []), answer
+
+
 @pytest.mark.parametrize(
     ("command", "needs"),
     [
