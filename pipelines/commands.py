@@ -81,7 +81,7 @@ def plan(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = Fals
 
 @opens_store
 def init(
-    folders: Annotated[list[str], typer.Argument(metavar="FOLDER...", help="Folders of text, in the order to learn.")],
+    folders: Annotated[list[str], typer.Argument(metavar="FOLDERS...", help="Folders of text, in the order to learn.")],
     to: Annotated[str, typer.Option("--to", metavar="FILE", help="The file to write; it must not exist.")] = "own.yaml",
     as_json: AsJson = False,
 ) -> None:
