@@ -35,6 +35,7 @@ from lifelong_moe.training.callbacks.checkpoint import newest_checkpoint, set_ea
 from lifelong_moe.training.commit import commit_stage
 from lifelong_moe.training.loop.context import PhaseRun, StageEnvironment, StageModels, StageRun
 from lifelong_moe.training.loop.data import text_sample
+from lifelong_moe.training.loop.execution import give_back_memory
 from lifelong_moe.training.loop.measure import PhaseMeasures, StageMetrics, stage_metrics
 from lifelong_moe.training.loop.module import StageModule
 from lifelong_moe.training.loop.phase import train_phase
@@ -70,6 +71,8 @@ def train_stage(
         set_earlier_aside(run.work)
         model, metrics = _train_with_rollbacks(run)
         stage = commit_stage(run, model, metrics)
+        del model
+        give_back_memory()
         # After the commit, not before: a process killed in between leaves work that `abandoned.py` removes.
         shutil.rmtree(run.work, ignore_errors=True)
     return stage

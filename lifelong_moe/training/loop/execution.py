@@ -36,6 +36,13 @@ def keep_freed_memory() -> bool:
     return bool(library.mallopt(M_MMAP_MAX, 0) and library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
 
 
+def give_back_memory() -> None:
+    """Return to the system what :func:`keep_freed_memory` has kept: a stage has ended, and another model is read."""
+    library = ctypes.CDLL(None)
+    if hasattr(library, "malloc_trim"):
+        library.malloc_trim(0)
+
+
 @contextmanager
 def execution_options(models: Iterable[LanguageModel], config: TrainerConfig) -> Iterator[None]:
     """Context in which models compute as ``trainer`` says; none of it changes results beyond rounding.

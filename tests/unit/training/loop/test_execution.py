@@ -150,6 +150,21 @@ print(min(faults() for _ in range(4)) * 10 < before)  # a round may find its pla
     assert in_child(faults) == "True"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc only")
+def test_kept_memory_is_given_back() -> None:
+    held = """
+import torch
+from lifelong_moe.training.loop.execution import give_back_memory
+def resident(): return int(open("/proc/self/statm").read().split()[1]) * 4096 // 1_000_000
+keep_freed_memory()
+for _ in range(2): torch.ones(64_000_000)  # 256 MB
+before = resident()
+give_back_memory()
+print(before - resident() > 200)
+"""
+    assert in_child(held) == "True"
+
+
 def test_whoever_set_up_the_allocator_has_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.mmap_max=10")
     assert not keep_freed_memory()
