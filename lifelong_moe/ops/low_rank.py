@@ -126,18 +126,23 @@ class _Product(NamedTuple):
                 out_part.addmm_(low_nR, b_part.t())
         return out_NO, lows
 
-    def backward(self, grad_NO: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Gradients of the rows ``(N, I)`` and of the low products."""
-        grad_NI = grad_NO.new_empty(len(grad_NO), self.change.a_EPI.shape[2])
-        for rows, weight in self.shared:
-            torch.mm(grad_NO[rows], whole(weight, grad_NO.dtype), out=grad_NI[rows])
+    def low_gradients(self, grad_NO: Tensor) -> list[Tensor]:
+        """Gradients of each expert's low products."""
         lows = []
-        for grad_in, grad, a_PI, b_OR in zip(*self._each(grad_NI, grad_NO), *self.change, strict=True):
+        for grad, a_PI, b_OR in zip(*self._each(grad_NO), *self.change, strict=True):
             lows.append(grad.new_empty(len(grad), len(a_PI)))
             for grad_part, low_nR, b_part in _parts(grad, lows[-1], b_OR):
                 torch.mm(grad_part, b_part, out=low_nR)
-            grad_in.addmm_(lows[-1], a_PI)
-        return grad_NI, lows
+        return lows
+
+    def input_gradient(self, grad_NO: Tensor, grad_lows: Sequence[Tensor]) -> Tensor:
+        """Gradient of the rows, ``(N, I)``."""
+        grad_NI = grad_NO.new_empty(len(grad_NO), self.change.a_EPI.shape[2])
+        for rows, weight in self.shared:
+            torch.mm(grad_NO[rows], whole(weight, grad_NO.dtype), out=grad_NI[rows])
+        for grad, low_nP, a_PI in zip(*self._each(grad_NI), grad_lows, self.change.a_EPI, strict=True):
+            grad.addmm_(low_nP, a_PI)
+        return grad_NI
 
     def change_gradients(
         self, x_NI: Tensor, lows: Sequence[Tensor], grad_NO: Tensor, grad_lows: Sequence[Tensor]
@@ -194,9 +199,12 @@ class _LowRank(torch.autograd.Function):
         into, down = layout.products(tensors, rows_ND.dtype)
         grad_ND, num_shared = grad_ND.contiguous(), len(layout.rows)
         needs_into, needs_down = ctx.needs_input_grad[6 : 6 + num_shared], ctx.needs_input_grad[6 + num_shared :]
-        grad_NF, grad_down_lows = down.backward(grad_ND)
+        grad_down_lows = down.low_gradients(grad_ND)
+        grad_NF = down.input_gradient(grad_ND, grad_down_lows)
         grad_NG, hidden_NF = layout.act.hidden_backward(grad_NF, pre_NG, layout.act.hidden(pre_NG)[1])
-        grad_rows_ND, grad_into_lows = into.backward(grad_NG)
+        grad_into_lows = into.low_gradients(grad_NG)
+        # The lowest layer's rows need none where all below is frozen.
+        grad_rows_ND = into.input_gradient(grad_NG, grad_into_lows) if ctx.needs_input_grad[0] else None
         # Factors of a frozen generation, which old text may still reach, need none.
         grads: list[Tensor | None] = [None] * 4
         if any(ctx.needs_input_grad[2:6]):

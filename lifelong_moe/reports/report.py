@@ -1,7 +1,8 @@
 """The report of a run (``report.json``), built from evaluations and facts about its stages. Pure.
 
-Keys of schema 4 (schema 3 had no ``…_bits_per_byte`` of forgetting and transfer; in schema 2, each distribution's
-``unused_experts`` was called ``dead_experts``); matrices have a row for each stage and a column for each distribution.
+Keys of schema 4 (schema 3 had no ``…_bits_per_byte`` of forgetting and transfer; in schema 2, each one's
+number ``unused_experts`` was called ``dead_experts``); matrices have a row for each stage and a column for each
+distribution.
 An old distribution is one that a stage before the last one learned, and no later one:
 
 ==================================  ===================================================================================
