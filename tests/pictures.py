@@ -13,14 +13,15 @@ _drawn: dict[tuple[object, ...], bytes] = {}
 
 
 def draw_once(patch: pytest.MonkeyPatch) -> None:
-    """From now on a figure with titles and axes of one that this process has drawn is saved as a copy of that one.
+    """From now on a figure with axes of one that this process has drawn is saved as a copy of that one.
 
     ``tests/unit/reports/figures`` draws every kind with data of all sorts, and ``tests/security`` with hostile names.
     """
     draw = Figure.savefig
 
     def savefig(self: Figure, target: str | Path | IO[bytes], **options: Any) -> None:
-        texts = ((axes.get_title(), axes.get_xlabel(), axes.get_ylabel()) for axes in self.axes)
+        # Titles tell of a run's name and numbers.
+        texts = ((axes.get_xlabel(), axes.get_ylabel()) for axes in self.axes)
         kind = (*texts, *sorted(options.items()))
         if kind not in _drawn:
             picture = io.BytesIO()

@@ -107,7 +107,8 @@ def _keep(head: RunHead, stage: CommittedStage, result: Mapping[str, Any], conso
     target = head.mlflow.run if head.mlflow.run and tracker.run_exists(head.mlflow.run) else None
     # With the MLflow run's id: once the run has another one, all is logged to that one.
     text = json.dumps({"stage_key": stage.key, "mlflow_run": target, **result}, indent=1, ensure_ascii=False)
-    figure = interpolation_figure(result["shares"], result["bits_per_byte"], result["learned"], stage.name)
+    losses, learned = result["bits_per_byte"], result["learned"]
+    figure = interpolation_figure(head.run, result["shares"], losses, learned, stage.name)
     written = folder / f"{stage.name}.json"
     known = holds(written, text)
     write_atomic(folder / f"{stage.name}.png", _png(figure))

@@ -35,10 +35,10 @@ def drawn(report: Report, plan: Sequence[PlannedStage]) -> Iterator[tuple[str, b
     born = [generation.stage for generation in architecture.generations for _ in range(generation.experts)]
     for name in NAMES:
         if name == "expert_load.png":
-            figure = figures.expert_load_figure(load, born)
+            figure = figures.expert_load_figure(report.run, load, born)
         else:
             draw = figures.loss_matrix_figure if name == "loss_matrix.png" else figures.curves_figure
-            figure = draw(loss, stages, distributions, init=init, learned_after=last)
+            figure = draw(report.run, loss, stages, distributions, init=init, learned_after=last)
         image = io.BytesIO()
         figure.savefig(image, format="png", dpi=figure.dpi)
         yield name, image.getvalue()

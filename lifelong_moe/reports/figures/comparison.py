@@ -6,17 +6,38 @@ and marker in every figure.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lifelong_moe.reports.figures.run import DPI, LOSS_COLOURS, MARKERS, MAX_INCHES, Floats, _heat_map, _ink
+from lifelong_moe.reports.figures.drawing import (
+    DPI,
+    LEGEND_CHARS,
+    LINE,
+    LOSS_COLOURS,
+    PANEL_CHARS,
+    PLOT_INCHES,
+    TICK_CHARS,
+    Floats,
+    canvas,
+    colour_bar,
+    entitle,
+    heat_map,
+    legend_inches,
+    line_style,
+    shown,
+    signed,
+    ticks_across,
+    ticks_beside,
+    write_in,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 Comparison = Mapping[str, Any]
 Arm = Mapping[str, Any]
@@ -25,12 +46,17 @@ LARGEST_DOT = 420.0
 """Area of the largest dot, that of the arm with most FLOPs, in square points; smaller for many arms."""
 # In bits per byte: in percent of perplexity, the worst arms would push all others into one corner.
 FORGETTING, GAP = "forgetting_max_bits_per_byte", "plasticity_gap_bits_per_byte"
+FINAL = "final_mean_bits_per_byte"
 MANY_ARMS = 10
+"""Beyond, names would cover each other, and the dots have numbers."""
 PANELS_A_ROW = 3
+PANEL_INCHES = 3.6
 LABEL_ANGLES = (0, 180, 35, -35, 145, -145, 90, -90, 62, -62, 118, -118)
 LABEL_POINTS = 8
 LABEL_DISTANCES = (3, 10, 20, 34, 52, 74, 104, 140)
 """Distances from the edge of the dot at which a label is tried, in points."""
+LEAK_INCHES = 0.36
+"""Least width of a cell that holds a percentage."""
 SMALLEST_LEAK = 0.1
 """The colour scale reaches at least this leak, so that noise does not look dramatic."""
 
@@ -51,30 +77,41 @@ def pareto_figure(comparison: Comparison) -> Figure | None:
     arms = [arm for arm in comparison["arms"] if None not in (_mean(arm, FORGETTING), _mean(arm, GAP))]
     if not arms:
         return None
-    roomy = len(arms) > MANY_ARMS
-    figure, axes = _figure(11.5 if roomy else 8.4, 8.0 if roomy else 6.0)
-    style = _styles(comparison)
+    style, names = _styles(comparison), [arm["name"] for arm in arms]
+    numbered = len(arms) > MANY_ARMS or max(map(len, names)) > TICK_CHARS
+    labels = {name: str(number) if numbered else shown(name) for number, name in enumerate(names, 1)}
+    beside = legend_inches(names, "99  ") if numbered else 0.0
+    figure, (axes,) = canvas(7.6 + beside, max(5.4, LINE * len(arms)))
     flops = {arm["name"]: _mean(arm, "active_flops") or 0.0 for arm in arms}
     most = max(flops.values()) or 1.0
     points = np.array([[np.mean(_values(arm, key)) for key in (FORGETTING, GAP)] for arm in arms])
     # The total area stays that of MANY_ARMS dots, or they would cover each other.
     largest = min(LARGEST_DOT, MANY_ARMS * LARGEST_DOT / len(arms))
-    areas = [largest * flops[arm["name"]] / most for arm in arms]
+    areas = [largest * flops[name] / most for name in names]
     for arm, (x, y), area in zip(arms, points, areas, strict=True):
-        colour, marker = style[arm["name"]]
+        colour, marker = style[arm["name"]]["color"], style[arm["name"]]["marker"]
         bars = [_bar(arm, key) for key in (FORGETTING, GAP)]
         axes.errorbar(x, y, xerr=bars[0], yerr=bars[1], color=colour, linewidth=1, capsize=2, zorder=2)
         axes.scatter([x], [y], s=area, color=[colour], marker=marker, edgecolor="black", linewidth=0.6, zorder=3)
     front = points[_front(points)]
     axes.plot(front[:, 0], front[:, 1], color="black", linewidth=1, linestyle="--", alpha=0.5, zorder=1)
-    axes.set_xlabel("forgetting: the worst old distribution, bits per byte above its own loss (lower is better)")
-    axes.set_ylabel("plasticity gap: the worst new distribution,\nbits per byte above unrestrained (lower is better)")
-    note = f"dot area: active FLOPs (largest {most:.2g}); dashed: arms that no other beats in both"
-    axes.set_title(f"{comparison['compare']}: forgetting against plasticity\n{note}", fontsize=10)
+    axes.set_xlabel("forgetting: the worst old distribution, bits per byte above its own loss")
+    axes.set_ylabel("plasticity gap: the worst new distribution,\nbits per byte above unrestrained")
     axes.grid(alpha=0.3)
     # Room for the labels, which are placed within the frame.
     axes.margins(0.12)
-    _label(figure, axes, points, np.sqrt(areas) / 2, [arm["name"] for arm in arms])
+    lines = []
+    if numbered:
+        look = {name: {**style[name], "linestyle": "", "fillstyle": "full"} for name in names}
+        lines = [_sample(f"{labels[name]}  {shown(name, LEGEND_CHARS)}", **look[name]) for name in names]
+    note = f"lower is better; dot area: active FLOPs (largest {most:.2g}); dashed: arms that no other beats in both"
+    least = int(points[:, 0].argmin())
+    message = (
+        f"{shown(names[least])} forgets least, {signed(points[least, 0])} bits per byte, "
+        f"at a plasticity gap of {signed(points[least, 1])}"
+    )
+    entitle(figure, comparison["compare"], message, note, lines=lines)
+    _label(figure, axes, points, np.sqrt(areas) / 2, list(labels.values()))
     return figure
 
 
@@ -89,26 +126,32 @@ def curves_figure(comparison: Comparison) -> Figure | None:
         return None
     columns = 2 if len(names) == 4 else min(len(names), PANELS_A_ROW)
     rows = -(-len(names) // columns)
-    # The legend has a line per arm.
-    height = max(3.5 * rows, 1.0 + 0.17 * len(arms))
-    figure, panels = _panels(4.1 * columns + 2.2, height, rows, columns)
     # A joint arm has one stage; the longest chain names the axis.
     style, stages = _styles(comparison), max((arm["stages"] for arm in arms), key=len)
-    tilt = 30 if max(map(len, stages)) > 8 else 0
+    below = ticks_across(stages, 0.85 * PANEL_INCHES / len(stages), "stages", overhang=PANEL_INCHES / 2)
+    # The legend has a line per arm.
+    height = max((2.6 + below.inches) * rows, LINE * len(arms)) + 0.5
+    width = PANEL_INCHES * columns + 1.0 + legend_inches(arm["name"] for arm in arms)
+    figure, panels = canvas(width, height, rows, columns)
+    # More bands would cover each other.
+    is_banded = len(arms) <= MANY_ARMS
     for axes, name in zip(panels, names, strict=False):
-        kept = [_curve(axes, arm, name, len(stages), *style[arm["name"]]) for arm in arms]
+        kept = [_curve(axes, arm, name, len(stages), style[arm["name"]], is_banded) for arm in arms]
         _frame(axes, np.concatenate(kept))
-        axes.set_title(name, fontsize=10)
-        axes.set_xticks(range(len(stages)), stages, rotation=tilt, ha="right" if tilt else "center", fontsize=8)
+        axes.set_title(shown(name, PANEL_CHARS), fontsize=10)
+        below.put(axes.xaxis)
         axes.margins(x=0.08)
         axes.grid(alpha=0.3)
     for axes in panels[len(names) :]:
         axes.remove()
-    panels[0].set_ylabel("held-out bits per byte")
-    note = "band: lowest to highest seed; before it is learned, a loss may lie beyond the frame"
-    title = f"{comparison['compare']}: held-out loss after each stage (lower is better)\n{note}"
-    figure.suptitle(title, fontsize=10, x=0.02, ha="left")
-    _legend(figure, [(arm["name"], *style[arm["name"]], len(arm["stages"]) == 1 < len(stages)) for arm in arms])
+    for axes in panels[: len(names) : columns]:
+        axes.set_ylabel("held-out bits per byte")
+    for axes in panels[max(0, len(names) - columns) : len(names)]:
+        axes.set_xlabel("after stage")
+    lines = [_entry(arm, style[arm["name"]], len(stages)) for arm in arms]
+    band = "band: lowest to highest seed; " if is_banded else ""
+    note = f"held-out loss (lower is better); {band}before it is learned, a loss may lie beyond the frame"
+    entitle(figure, comparison["compare"], _lowest(arms), note, [below.key], lines)
     return figure
 
 
@@ -127,20 +170,27 @@ def leak_figure(comparison: Comparison) -> Figure | None:
         leaks[i, j] = np.mean(known) if known else np.nan
     if np.isnan(leaks).all():
         return None
-    longest = max(len(arm["name"]) for arm in arms)
-    figure, axes = _figure(2.6 + 0.075 * longest + 1.2 * len(names), 1.5 + 0.32 * len(arms))
-    image = _heat_map(axes, leaks, LOSS_COLOURS, 0.0, max(SMALLEST_LEAK, float(np.nanmax(leaks, initial=0.0))))
-    for (row, column), value in np.ndenumerate(leaks):
-        text = f"{100 * value:.1f}" if np.isfinite(value) else "–"
-        axes.text(column, row, text, ha="center", va="center", fontsize=8, color=_ink(image, float(value)))
-    axes.set_yticks(range(len(arms)), [arm["name"] for arm in arms], fontsize=9)
-    axes.set_xticks(range(len(names)), names, rotation=30, ha="right", rotation_mode="anchor", fontsize=9)
-    axes.set_title("router leak: % of tokens sent to experts\nborn after their stage", fontsize=10)
-    figure.colorbar(image, ax=axes, shrink=0.8, format=lambda share, _: f"{100 * share:.0f} %")
+    beside = ticks_beside([arm["name"] for arm in arms], 0.3, "arms")
+    below = ticks_across(names, width := min(1.0, PLOT_INCHES / len(names)), "distributions")
+    figure, (axes,) = canvas(beside.inches + width * len(names) + 1.6, 0.6 + below.inches + 0.3 * len(arms))
+    image = heat_map(axes, leaks, LOSS_COLOURS, 0.0, max(SMALLEST_LEAK, float(np.nanmax(leaks, initial=0.0))))
+    if width >= LEAK_INCHES:
+        write_in(axes, image, [[f"{100 * one:.1f}" if np.isfinite(one) else "–" for one in row] for row in leaks])
+    beside.put(axes.yaxis)
+    below.put(axes.xaxis)
+    axes.set_xlabel("held-out text")
+    axes.set_ylabel("arm")
+    colour_bar(figure, image, axes, format=lambda share, _: f"{100 * share:.0f} %")
+    worst, text = divmod(int(np.nanargmax(leaks)), len(names))
+    message = (
+        f"most leaks from {shown(names[text])} with {shown(arms[worst]['name'])}, {100 * leaks[worst, text]:.1f} %"
+    )
+    note = "router leak: % of tokens sent to experts born after their stage"
+    entitle(figure, comparison["compare"], message, note, (below.key, beside.key))
     return figure
 
 
-def _curve(axes: Axes, arm: Arm, name: str, stages: int, colour: Any, marker: str) -> Floats:
+def _curve(axes: Axes, arm: Arm, name: str, stages: int, style: Mapping[str, Any], is_banded: bool) -> Floats:
     """Draw one arm in one panel; return its losses since it learned the distribution, over all seeds."""
     found = [run["curves"][name] for run in _committed(arm) if name in run["curves"]]
     if not found:
@@ -148,11 +198,11 @@ def _curve(axes: Axes, arm: Arm, name: str, stages: int, colour: Any, marker: st
     curves = np.array(found)
     mean, steps = curves.mean(axis=0), np.arange(curves.shape[1])
     if len(steps) == 1 < stages:
-        axes.axhline(float(mean[0]), color=colour, linewidth=1.5, linestyle=":")
+        axes.axhline(float(mean[0]), color=style["color"], linewidth=1.5, linestyle=":")
         return curves.ravel()
-    axes.plot(steps, mean, color=colour, marker=marker, markersize=4, linewidth=1.3)
-    if len(curves) > 1:
-        axes.fill_between(steps, curves.min(axis=0), curves.max(axis=0), color=colour, alpha=0.15, linewidth=0)
+    axes.plot(steps, mean, **style, markersize=4, linewidth=1.3)
+    if is_banded and len(curves) > 1:
+        axes.fill_between(steps, curves.min(axis=0), curves.max(axis=0), color=style["color"], alpha=0.15, linewidth=0)
     return curves[:, arm["learned_after"].get(name, 0) :].ravel()
 
 
@@ -164,14 +214,25 @@ def _frame(axes: Axes, values: Floats) -> None:
         axes.set_ylim(float(values.min()) - margin, float(values.max()) + margin)
 
 
-def _legend(figure: Figure, entries: Iterable[tuple[str, Any, str, bool]]) -> None:
+def _entry(arm: Arm, style: Mapping[str, Any], stages: int) -> Line2D:
+    """An arm in the legend; one with a single stage is a level, not a curve."""
+    level = {"marker": "", "linestyle": ":"} if len(arm["stages"]) == 1 < stages else {}
+    return _sample(shown(arm["name"], LEGEND_CHARS), **{**style, **level})
+
+
+def _sample(label: str, **style: Any) -> Line2D:
     from matplotlib.lines import Line2D
 
-    handles = [
-        Line2D([], [], color=colour, marker="" if level else marker, linestyle=":" if level else "-", label=name)
-        for name, colour, marker, level in entries
-    ]
-    figure.legend(handles=handles, loc="outside right upper", fontsize=8, frameon=False)
+    return Line2D([], [], label=label, **style)
+
+
+def _lowest(arms: Sequence[Arm]) -> str:
+    """The arm with the lowest mean loss at the end."""
+    final = {arm["name"]: found for arm in arms if (found := _mean(arm, FINAL)) is not None}
+    if not final:
+        return "no final loss yet"
+    best = min(final, key=lambda name: final[name])
+    return f"{shown(best)} ends lowest, {final[best]:.2f} bits per byte in the mean"
 
 
 def _label(figure: Figure, axes: Axes, points: Floats, radii: Floats, names: Sequence[str]) -> None:
@@ -235,17 +296,9 @@ def _front(points: Floats) -> list[int]:
     return front
 
 
-def _styles(comparison: Comparison) -> dict[str, tuple[Any, str]]:
+def _styles(comparison: Comparison) -> Mapping[str, Mapping[str, Any]]:
     """Colour and marker by arm."""
-    from matplotlib import colormaps
-
-    shades = list(colormaps["tab20"].colors)  # type: ignore[attr-defined]
-    colours = shades[::2] + shades[1::2]  # tab20 alternates dark and light: dark ones first
-    names = [arm["name"] for arm in comparison["arms"]]
-    markers = [
-        MARKERS[(i + i // len(colours)) % len(MARKERS)] for i in range(len(names))
-    ]  # shifted each round, so no pair repeats
-    return {name: (colours[i % len(colours)], markers[i]) for i, name in enumerate(names)}
+    return {arm["name"]: line_style(index) for index, arm in enumerate(comparison["arms"])}
 
 
 def _committed(arm: Arm) -> list[Mapping[str, Any]]:
@@ -267,15 +320,3 @@ def _bar(arm: Arm, key: str) -> Floats | None:
 def _values(arm: Arm, key: str) -> list[float]:
     """A number of each seed that has it."""
     return [float(run["numbers"][key]) for run in _committed(arm) if run["numbers"][key] is not None]
-
-
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    figure, axes = _panels(width, height, 1, 1)
-    return figure, axes[0]
-
-
-def _panels(width: float, height: float, rows: int, columns: int) -> tuple[Figure, list[Axes]]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(min(width, MAX_INCHES), min(height, MAX_INCHES)), dpi=DPI, layout="constrained")
-    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)

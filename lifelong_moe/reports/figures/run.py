@@ -11,30 +11,46 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lifelong_moe.reports.figures.drawing import (
+    LEGEND_CHARS,
+    LINE,
+    LOAD_COLOURS,
+    LOSS_COLOURS,
+    PLOT_INCHES,
+    Floats,
+    canvas,
+    colour_bar,
+    entitle,
+    heat_map,
+    legend_inches,
+    line_style,
+    shown,
+    signed,
+    ticks_across,
+    ticks_beside,
+    write_in,
+)
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.image import AxesImage
+    from matplotlib.lines import Line2D
 
-Floats = NDArray[np.floating[Any]]
-
-DPI = 110
-LOSS_COLOURS = "YlOrRd"
-LOAD_COLOURS = "Blues"
-ABSENT_COLOUR = "#dddddd"
 SMALLEST_SPREAD = 0.1
 """Least range of a column's colour scale, as a fraction of its best value, so that noise does not look dramatic."""
-MARKERS = "osD^vP*Xhp"
-MAX_INCHES = 18.0
-MOST_NUMBERED = 30
-"""Columns of a loss matrix up to which its cells hold numbers."""
+NUMBER_INCHES = 0.58
+"""Least width of a cell of a loss matrix that holds numbers."""
+SHARE_INCHES = 0.3
+"""Least width of a cell that holds a percentage."""
+LARGE: Mapping[str, Any] = {"markersize": 12, "fillstyle": "full", "mec": "black", "mew": 1.5, "linestyle": ""}
+"""The marker of a point that is spoken of."""
 
 
 def loss_matrix_figure(
+    run: str,
     matrix: Floats,
     stages: Sequence[str],
     distributions: Sequence[str],
-    unit: str = "bits per byte",
     init: Floats | None = None,
     learned_after: Sequence[int] | None = None,
 ) -> Figure:
@@ -44,10 +60,10 @@ def loss_matrix_figure(
     that last trained on a distribution is outlined; cells below it also show the change since then, in brackets.
 
     Args:
-        matrix: Loss ``(stages, distributions)``; NaN where nothing was measured.
+        run: Name of the run.
+        matrix: Bits per byte ``(stages, distributions)``; NaN where nothing was measured.
         stages: Name of each row.
         distributions: Name of each column.
-        unit: Unit of the losses.
         init: Loss per distribution before the first stage, drawn as a first row.
         learned_after: For each of the first columns, the last stage that trained it; by default the last stage of the
             distribution's name, or the diagonal if no stage is named like a distribution.
@@ -60,45 +76,47 @@ def loss_matrix_figure(
     """
     values, rows = _with_init(matrix, stages, distributions, init)
     trained = _trained_rows(stages, distributions, learned_after, offset=0 if init is None else 1)
-    figure, axes = _figure(2.6 + 1.15 * len(distributions), 1.7 + 0.62 * len(rows))
+    width, height = min(1.15, PLOT_INCHES / len(distributions)), min(0.5, 2 * PLOT_INCHES / len(rows))
+    below = ticks_across(distributions, width, "distributions")
+    beside = ticks_beside(rows, height, "stages")
+    size = (width * len(distributions) + beside.inches + 2.2, height * len(rows) + below.inches + 0.6)
+    figure, (axes,) = canvas(*size)
     # Distributions differ in difficulty, so colours compare stages, not distributions.
     scaled = _per_column(values, first=len(rows) - len(stages))
-    image = _heat_map(axes, scaled, LOSS_COLOURS, 0.0, 1.0)
-    # Beyond, the cells are too narrow for numbers, and a number costs as much time as all colours together.
-    for (row, column), value in np.ndenumerate(values) if len(distributions) <= MOST_NUMBERED else ():
-        text = f"{value:.3f}" if np.isfinite(value) else "–"
-        if column in trained and row > trained[column]:
-            change = value - values[trained[column], column]
-            text += f"\n({change:+.3f})" if np.isfinite(change) else ""
-        axes.text(
-            column, row, text, ha="center", va="center", fontsize=9, color=_ink(image, float(scaled[row, column]))
-        )
+    image = heat_map(axes, scaled, LOSS_COLOURS, 0.0, 1.0)
+    # Else the cells are too narrow, and a number costs as much time as all colours together.
+    if width >= NUMBER_INCHES and height > 2 * LINE:
+        write_in(axes, image, [[_cell(values, trained, i, j) for j in range(len(values[0]))] for i in range(len(rows))])
     for column, row in trained.items():
         _outline(axes, row, column)
-    _name_axes(axes, rows, distributions)
+    below.put(axes.xaxis)
+    beside.put(axes.yaxis)
+    axes.set_xlabel("held-out text")
     axes.set_ylabel("after stage")
-    note = "outlined: last trained in this stage; in brackets: change since"
-    axes.set_title(f"held-out loss in {unit} (lower is better)\n{note}", fontsize=10)
-    bar = figure.colorbar(image, ax=axes, ticks=[0, 1], shrink=0.8)
+    bar = colour_bar(figure, image, axes, ticks=[0, 1])
     bar.ax.set_yticklabels(["best of\ncolumn", f"worst of\ncolumn (≥ +{100 * SMALLEST_SPREAD:.0f} %)"], fontsize=8)
+    note = (
+        "held-out loss in bits per byte (lower is better); outlined: last trained in this stage; brackets: change since"
+    )
+    entitle(figure, run, _worst(values, distributions, trained), note, (below.key, beside.key))
     return figure
 
 
 def curves_figure(
+    run: str,
     matrix: Floats,
     stages: Sequence[str],
     distributions: Sequence[str],
-    unit: str = "bits per byte",
     init: Floats | None = None,
     learned_after: Sequence[int] | None = None,
 ) -> Figure:
     """Draw one line per distribution over the stages.
 
     Args:
-        matrix: Loss ``(stages, distributions)``; NaN where nothing was measured leaves a gap.
+        run: Name of the run.
+        matrix: Bits per byte ``(stages, distributions)``; NaN where nothing was measured leaves a gap.
         stages: Name of each stage.
         distributions: Name of each line.
-        unit: Unit of the losses.
         init: Loss per distribution before the first stage, drawn as a first point.
         learned_after: For each of the first columns, the last stage that trained it; by default the last stage of the
             distribution's name, or the diagonal if no stage is named like a distribution.
@@ -111,30 +129,36 @@ def curves_figure(
     """
     values, points = _with_init(matrix, stages, distributions, init)
     trained = _trained_rows(stages, distributions, learned_after, offset=0 if init is None else 1)
-    figure, axes = _figure(4.5 + 0.9 * len(points), 4.4)
+    room = max(min(1.2, PLOT_INCHES / len(points)), 4.0 / len(points))
+    below = ticks_across(points, room, "stages")
+    size = (
+        room * len(points) + 1.0 + legend_inches(distributions),
+        max(max(3.6, 0.35 * room * len(points)) + below.inches, LINE * len(distributions)),
+    )
+    figure, (axes,) = canvas(*size)
+    lines: list[Line2D] = []
     for column, name in enumerate(distributions):
-        marker = MARKERS[column % len(MARKERS)]
-        style = "-" if column < 10 else "--"  # the colour cycle repeats after ten
-        (line,) = axes.plot(values[:, column], style, marker=marker, markersize=4, label=name)
+        style = line_style(column)
+        lines += axes.plot(values[:, column], **style, markersize=5, label=shown(name, LEGEND_CHARS))
         if column in trained:
             row = trained[column]
-            axes.plot(row, values[row, column], marker, markersize=12, color=line.get_color(), mec="black", mew=1.5)
-    axes.set_xticks(range(len(points)), points, rotation=_tilt(points), ha=_side(points))
+            axes.plot(row, values[row, column], **{**style, **LARGE})
+    below.put(axes.xaxis)
     axes.set_xlabel("after stage")
-    axes.set_ylabel(f"held-out loss ({unit})")
-    title = "large marker: last trained in this stage"
+    axes.set_ylabel("held-out loss (bits per byte)")
+    note = "held-out loss (lower is better); large marker: last trained in this stage"
     if _frame_stages(axes, values, first=len(points) - len(stages)):
-        title += "\ninit lies beyond the frame; the loss matrix has its values"
-    axes.set_title(title, fontsize=10)
+        note += "; init lies beyond the frame, and the loss matrix has its values"
     axes.grid(alpha=0.3)
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9, frameon=False)
+    entitle(figure, run, _worst(values, distributions, trained), note, [below.key], lines)
     return figure
 
 
-def expert_load_figure(counts: Mapping[str, NDArray[Any]], births: Sequence[str]) -> Figure:
+def expert_load_figure(run: str, counts: Mapping[str, NDArray[Any]], births: Sequence[str]) -> Figure:
     """Draw which experts each distribution uses.
 
     Args:
+        run: Name of the run.
         counts: Assignments per expert ``(layers, experts)``, by distribution; all of one shape.
         births: Birth stage of each expert; experts of one stage stand side by side.
 
@@ -152,45 +176,59 @@ def expert_load_figure(counts: Mapping[str, NDArray[Any]], births: Sequence[str]
     layers = max(len(table) for table in counts.values())
     # shape: (distributions * layers, experts), the layers of a distribution below each other
     share = np.concatenate([_shares(table) for table in counts.values()])
-    figure, axes = _figure(2.4 + 0.5 * len(births), 1.6 + 0.32 * len(share))
+    width, height = min(0.5, PLOT_INCHES / len(births)), min(0.3, 2 * PLOT_INCHES / len(share))
+    beside = ticks_beside(list(counts), height * layers, "distributions", _middles(len(counts), layers))
+    figure, (axes,) = canvas(width * len(births) + beside.inches + 2.0, height * len(share) + 1.6)
     finite = share[np.isfinite(share)]
-    image = _heat_map(axes, share, LOAD_COLOURS, 0.0, float(finite.max()) if finite.size else 1.0)
-    if 0.5 * len(births) + 2.4 <= MAX_INCHES and len(share) <= 2 * MAX_INCHES / 0.32:  # else too small for numbers
-        for (row, column), value in np.ndenumerate(share):
-            text = f"{100 * value:.0f}" if np.isfinite(value) else "–"
-            axes.text(column, row, text, ha="center", va="center", fontsize=8, color=_ink(image, float(value)))
-    _name_births(axes, births)
+    image = heat_map(axes, share, LOAD_COLOURS, 0.0, float(finite.max()) if finite.size else 1.0)
+    if width >= SHARE_INCHES and height > LINE:  # else too small for numbers
+        write_in(axes, image, [[f"{100 * one:.0f}" if np.isfinite(one) else "–" for one in row] for row in share])
+    key = _name_births(axes, births, width)
     for border in range(layers, len(share), layers):
         axes.axhline(border - 0.5, color="black", linewidth=1.5)
-    axes.set_yticks(np.arange(len(counts)) * layers + (layers - 1) / 2, list(counts))
-    axes.set_ylabel("distribution, layers downwards" if layers > 1 else "distribution")
+    beside.put(axes.yaxis)
+    axes.set_ylabel("distribution, layer" if layers > 1 else "distribution")
     axes.set_xlabel("expert")
-    axes.set_title("share of each layer's assignments, %\n(top: stage that the experts were born in)", fontsize=10)
-    figure.colorbar(image, ax=axes, shrink=0.8, format=lambda share, _: f"{100 * share:.3g} %")
+    colour_bar(figure, image, axes, format=lambda share, _: f"{100 * share:.3g} %")
+    note = "share of each layer's assignments, %; top: stage that the experts were born in"
+    entitle(figure, run, _busiest(share, list(counts), layers), note, (beside.key, key))
     return figure
 
 
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    from matplotlib.figure import Figure
-
-    # Bounded, because a long chain of stages would otherwise make an image too large to open.
-    size = (min(width, MAX_INCHES), min(height, 2 * MAX_INCHES))
-    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
-    return figure, figure.subplots()
-
-
-def _heat_map(axes: Axes, values: Floats, colours: str, low: float, high: float) -> AxesImage:
-    from matplotlib import colormaps
-
-    palette = colormaps[colours].with_extremes(bad=ABSENT_COLOUR)
-    return axes.imshow(np.ma.masked_invalid(values), cmap=palette, vmin=low, vmax=high, aspect="auto")
+def _cell(values: Floats, trained: Mapping[int, int], row: int, column: int) -> str:
+    """A loss, and below it the change since its distribution was last trained."""
+    value = values[row, column]
+    text = f"{value:.3f}" if np.isfinite(value) else "–"
+    if column in trained and row > trained[column]:
+        change = value - values[trained[column], column]
+        text += f"\n({change:+.3f})" if np.isfinite(change) else ""
+    return text
 
 
-def _ink(image: AxesImage, value: float) -> str:
-    """Choose black or white text, whichever is legible on the cell."""
-    red, green, blue, _ = image.to_rgba(np.ma.masked_invalid([[value]]))[0, 0]
-    # Luma of Rec. 601: the perceived brightness of a colour.
-    return "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "white"
+def _worst(values: Floats, distributions: Sequence[str], trained: Mapping[int, int]) -> str:
+    """What became of the worst old distribution, or without one the mean loss."""
+    changes = {name: float(values[-1, column] - values[trained[column], column])
+               for column, name in enumerate(distributions)
+               if trained.get(column, len(values)) < len(values) - 1}  # fmt: skip
+    changes = {name: change for name, change in changes.items() if np.isfinite(change)}
+    if changes:
+        name = max(changes, key=lambda name: changes[name])
+        return f"worst old text {shown(name)} {signed(changes[name])} bits per byte"
+    known = values[-1][np.isfinite(values[-1])]
+    return (
+        f"mean held-out loss {known.mean():.2f} bits per byte"
+        if known.size
+        else "nothing measured after the last stage"
+    )
+
+
+def _busiest(share: Floats, distributions: Sequence[str], layers: int) -> str:
+    """The largest share that an expert has."""
+    if not np.isfinite(share).any():
+        return "no assignments"
+    row, expert = divmod(int(np.nanargmax(share)), share.shape[1])
+    name, layer = shown(distributions[row // layers]), row % layers
+    return f"the busiest expert, {expert} of layer {layer}, takes {100 * share[row, expert]:.0f} % of {name}"
 
 
 def _outline(axes: Axes, row: int, column: int) -> None:
@@ -202,12 +240,13 @@ def _outline(axes: Axes, row: int, column: int) -> None:
     )
 
 
-def _name_axes(axes: Axes, rows: Sequence[str], columns: Sequence[str]) -> None:
-    axes.set_xticks(range(len(columns)), columns, rotation=_tilt(columns), ha=_side(columns), rotation_mode="anchor")
-    axes.set_yticks(range(len(rows)), rows)
+def _middles(num: int, size: int) -> list[float]:
+    """The middle of each of ``num`` groups of ``size`` rows."""
+    return [group * size + (size - 1) / 2 for group in range(num)]
 
 
-def _name_births(axes: Axes, births: Sequence[str]) -> None:
+def _name_births(axes: Axes, births: Sequence[str], width: float) -> str:
+    """Number the experts, and name their generations above; returns the key of what has no room for names."""
     axes.set_xticks(range(0, len(births), -(-len(births) // 40)))  # more than 40 labels overlap
     # Experts stand in the order of birth, so a generation is a contiguous range.
     borders = [i for i in range(1, len(births)) if births[i] != births[i - 1]]
@@ -215,10 +254,13 @@ def _name_births(axes: Axes, births: Sequence[str]) -> None:
         axes.axvline(border - 0.5, color="black", linewidth=1.5)
     # Each generation is named once, above the middle of its experts.
     starts, ends = [0, *borders], [*borders, len(births)]
-    names = [births[start] for start in starts]
+    middles = [(start + end - 1) / 2 for start, end in zip(starts, ends, strict=True)]
+    room = width * float(np.diff(middles).min() if borders else len(births))
+    above = ticks_across([births[start] for start in starts], room, "stages", middles)
     top = axes.secondary_xaxis("top")
-    top.set_xticks([(start + end - 1) / 2 for start, end in zip(starts, ends, strict=True)], names, fontsize=8)
+    above.put(top.xaxis, side="left")
     top.tick_params(length=0)
+    return above.key
 
 
 def _per_column(values: Floats, first: int) -> Floats:
@@ -280,11 +322,3 @@ def _trained_rows(
     last = {name: row for row, name in enumerate(stages)}
     named = {column: last[name] + offset for column, name in enumerate(distributions) if name in last}
     return named or {i: i + offset for i in range(min(len(stages), len(distributions)))}
-
-
-def _tilt(names: Sequence[str]) -> int:
-    return 30 if max(map(len, names)) > 12 else 0
-
-
-def _side(names: Sequence[str]) -> str:
-    return "right" if _tilt(names) else "center"

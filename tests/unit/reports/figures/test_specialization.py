@@ -34,7 +34,7 @@ def images(figure: Figure) -> list[np.ndarray]:
 
 def test_information_draws_measured_values_over_the_null() -> None:
     values = [{"nats": 0.5, "null_mean": 0.1, "null_95": 0.2}, {"nats": 0.7, "null_mean": 0.1, "null_95": 0.3}]
-    figure = information_figure({"token id": values, "distribution": values[:1]})
+    figure = information_figure("r", {"token id": values, "distribution": values[:1]})
     draw(figure)
     first, second = figure.axes
     assert (first.get_xlabel(), first.get_ylabel()) == ("layer", "mutual information (nats)")
@@ -44,7 +44,7 @@ def test_information_draws_measured_values_over_the_null() -> None:
 
 def test_layers_of_different_size_have_a_panel_each() -> None:
     matrices: list[Any] = [[[None, 0.5, 0.5], [1.0, None, 0.0], [None] * 3], [[None, 0.25], [0.25, None]]]
-    figure = coactivation_figure(matrices, BIRTHS)
+    figure = coactivation_figure("r", matrices, BIRTHS)
     draw(figure)
     shown = images(figure)
     assert [image.shape for image in shown] == [(3, 3), (2, 2)]
@@ -56,14 +56,16 @@ def test_layers_of_different_size_have_a_panel_each() -> None:
 
 
 def test_similarity_has_zero_in_the_middle() -> None:
-    figure = similarity_figure([[[1.0, -0.5], [-0.5, 1.0]]], [["old", "new"]])
+    figure = similarity_figure("r", [[[1.0, -0.5], [-0.5, 1.0]]], [["old", "new"]])
     draw(figure)
     assert figure.axes[0].images[0].get_clim() == (-1.0, 1.0)
     assert [text.get_text() for text in figure.axes[0].texts] == ["1.00", "-0.50", "-0.50", "1.00"]
 
 
 def test_saturation_ends_at_one() -> None:
-    figure = saturation_figure({"a": {"x": [0.5, 0.25], "y": [0.0, 0.5]}, "b": {"x": [0.75, 0.5], "y": [1, 1]}}, "c")
+    figure = saturation_figure(
+        "r", {"a": {"x": [0.5, 0.25], "y": [0.0, 0.5]}, "b": {"x": [0.75, 0.5], "y": [1, 1]}}, "c"
+    )
     draw(figure)
     assert [axes.get_title() for axes in figure.axes] == ["x", "y"]
     assert [np.asarray(line.get_ydata()).tolist() for line in figure.axes[0].lines] == [[0.5, 0.75, 1], [0.25, 0.5, 1]]
@@ -71,7 +73,7 @@ def test_saturation_ends_at_one() -> None:
 
 
 def test_leak_is_written_in_percent() -> None:
-    figure = leak_figure({"english": [0.25, 0.5], "python": [0.0, 0.0]})
+    figure = leak_figure("r", {"english": [0.25, 0.5], "python": [0.0, 0.0]})
     draw(figure)
     assert [text.get_text() for text in figure.axes[0].texts] == ["25", "50", "0", "0"]
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["english", "python"]
@@ -87,15 +89,15 @@ def test_only_what_there_is_gets_a_figure(saturation: dict[str, Any]) -> None:
         "coactivation": [[None, 1.0], [1.0, None]],
         "similarity": [[1.0, 0.0], [0.0, 1.0]],
     }
-    figures = inspection_figures({"tokens": {"x": 9}, "layers": [layer], "saturation": saturation}, "new")
+    figures = inspection_figures({"run": "r", "tokens": {"x": 9}, "layers": [layer], "saturation": saturation}, "new")
     assert set(figures) == {"information", "coactivation", "similarity", "leak"} | set(saturation and ["saturation"])
     assert len(figures["information"].axes) == 1
     # One expert a token is never chosen together with another, and one generation has nothing younger to leak to.
     alone = layer | {"experts": ["old/L0/E0", "old/L0/E1"], "coactivation": [[None, 0.0], [None, None]]}
-    figures = inspection_figures({"tokens": {"x": 9}, "layers": [alone], "saturation": saturation}, "new")
+    figures = inspection_figures({"run": "r", "tokens": {"x": 9}, "layers": [alone], "saturation": saturation}, "new")
     assert set(figures) == {"information", "similarity"} | set(saturation and ["saturation"])
 
 
 def test_many_layers_and_experts_draw() -> None:
-    draw(similarity_figure([np.eye(40).tolist()] * 9, [["s"] * 40] * 9))
-    draw(coactivation_figure([[[None]]], [["s"]]))
+    draw(similarity_figure("r", [np.eye(40).tolist()] * 9, [["s"] * 40] * 9))
+    draw(coactivation_figure("r", [[[None]]], [["s"]]))
