@@ -94,8 +94,8 @@ def main_comparison(file: str, labels: Mapping[str, tuple[str, str]]) -> list[st
     rows = []
     for arm in chosen(file, labels):
         (label, stored), cells, num = labels[arm["name"]], [number(arm, key) for key in keys], seeds(arm)
-        lost = _in_bits(arm, "forgetting_max", _forgotten(arm))
-        gap = ABSENT if arm is free else _in_bits(arm, "plasticity_gap", _behind(arm, free))
+        lost = _in_bits(arm, "forgetting_max", forgotten(arm))
+        gap = ABSENT if arm is free else _in_bits(arm, "plasticity_gap", behind(arm, free))
         rows.append([f"{label} ({num} seed{'s' * (num > 1)})", lost, gap, cells[0], stored, *cells[1:]])
     header = [
         "",
@@ -105,13 +105,13 @@ def main_comparison(file: str, labels: Mapping[str, tuple[str, str]]) -> list[st
     return markdown([*header, "stored old text", "parameters", "active FLOPs"], rows, "lrrrl")
 
 
-def _forgotten(arm: Row) -> list[float]:
+def forgotten(arm: Row) -> list[float]:
     """Bits per byte that the worst old distribution has lost at the end, by seed."""
     after, last = arm["learned_after"], len(arm["stages"]) - 1
     return [max(of[n][-1] - of[n][i] for n, i in after.items() if i < last) for of in _curves(arm).values()]
 
 
-def _behind(arm: Row, free: Row) -> list[float]:
+def behind(arm: Row, free: Row) -> list[float]:
     """Bits per byte by which the worst new distribution is learned less well than by the arm that may forget."""
     theirs, new = _curves(free), {name: i for name, i in arm["learned_after"].items() if i > 0}
     return [max(of[n][i] - theirs[seed][n][free["learned_after"][n]] for n, i in new.items())

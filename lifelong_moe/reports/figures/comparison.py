@@ -47,8 +47,12 @@ LARGEST_DOT = 420.0
 # In bits per byte: in percent of perplexity, the worst arms would push all others into one corner.
 FORGETTING, GAP = "forgetting_max_bits_per_byte", "plasticity_gap_bits_per_byte"
 FINAL = "final_mean_bits_per_byte"
+CLEAR = 0.01
+"""Bits per byte: what is less is noise, as for a verdict."""
 MANY_ARMS = 10
 """Beyond, names would cover each other, and the dots have numbers."""
+KEY_CHARS = 80
+"""Of a name beside its number: there is room, and this is the only place where it stands."""
 PANELS_A_ROW = 3
 PANEL_INCHES = 3.6
 LABEL_ANGLES = (0, 180, 35, -35, 145, -145, 90, -90, 62, -62, 118, -118)
@@ -80,7 +84,7 @@ def pareto_figure(comparison: Comparison) -> Figure | None:
     style, names = _styles(comparison), [arm["name"] for arm in arms]
     numbered = len(arms) > MANY_ARMS or max(map(len, names)) > TICK_CHARS
     labels = {name: str(number) if numbered else shown(name) for number, name in enumerate(names, 1)}
-    beside = legend_inches(names, "99  ") if numbered else 0.0
+    beside = legend_inches(names, "99  ", KEY_CHARS) if numbered else 0.0
     figure, (axes,) = canvas(7.6 + beside, max(5.4, LINE * len(arms)))
     flops = {arm["name"]: _mean(arm, "active_flops") or 0.0 for arm in arms}
     most = max(flops.values()) or 1.0
@@ -103,15 +107,17 @@ def pareto_figure(comparison: Comparison) -> Figure | None:
     lines = []
     if numbered:
         look = {name: {**style[name], "linestyle": "", "fillstyle": "full"} for name in names}
-        lines = [_sample(f"{labels[name]}  {shown(name, LEGEND_CHARS)}", **look[name]) for name in names]
+        lines = [_sample(f"{labels[name]}  {shown(name, KEY_CHARS)}", **look[name]) for name in names]
     note = f"lower is better; dot area: active FLOPs (largest {most:.2g}); dashed: arms that no other beats in both"
-    least = int(points[:, 0].argmin())
+    # Of those that do not differ clearly in forgetting, the one that learned best.
+    least = int(np.where(points[:, 0] < points[:, 0].min() + CLEAR, points[:, 1], np.inf).argmin())
     message = (
-        f"{shown(names[least])} forgets least, {signed(points[least, 0])} bits per byte, "
+        f"{shown(names[least])} forgets as little as any, {signed(points[least, 0])} bits per byte, "
         f"at a plasticity gap of {signed(points[least, 1])}"
     )
     entitle(figure, comparison["compare"], message, note, lines=lines)
-    _label(figure, axes, points, np.sqrt(areas) / 2, list(labels.values()))
+    # The half diagonal of a square, the farthest that a marker reaches.
+    _label(figure, axes, points, np.sqrt(areas) / np.sqrt(2), list(labels.values()))
     return figure
 
 

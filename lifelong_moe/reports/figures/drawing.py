@@ -174,9 +174,9 @@ def few(num: int) -> range:
     return range(0, num, -(-num // 16))
 
 
-def legend_inches(names: Iterable[str], extra: str = "") -> float:
-    """Width of a legend of these names, each with ``extra``."""
-    return max(_inches(shown(name, LEGEND_CHARS) + extra, SMALL_POINTS) for name in names) + SAMPLE_INCHES
+def legend_inches(names: Iterable[str], extra: str = "", most: int = LEGEND_CHARS) -> float:
+    """Width of a legend of these names in at most so many characters, each with ``extra``."""
+    return max(_inches(shown(name, most) + extra, SMALL_POINTS) for name in names) + SAMPLE_INCHES
 
 
 def heat_map(axes: Axes, values: Floats, colours: str, low: float, high: float) -> AxesImage:

@@ -89,6 +89,17 @@ def test_pareto(few: dict[str, Any]) -> None:
     draw(figure)
 
 
+def test_of_equal_forgetting_the_title_names_what_learned_best() -> None:
+    arms = {
+        "naive": {0: report(0.1, 0.0, 1.0)},
+        "one": {0: report(0.01, 0.08, 1.0)},
+        "two": {0: report(0.012, 0.05, 1.0)},
+    }
+    figure = pareto_figure(comparison(arms))
+    said = "c: two forgets as little as any, +0.02 bits per byte, at a plasticity gap of +0.05"
+    assert figure is not None and figure.get_suptitle().startswith(said)
+
+
 def test_curves_begin_where_the_distribution_is_learned(few: dict[str, Any]) -> None:
     figure = curves_figure(few)
     assert figure is not None
