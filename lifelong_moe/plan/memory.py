@@ -131,7 +131,7 @@ def _kept_numbers(spec: StageSpec, architecture: Architecture, trainer: TrainerC
     if not trainer.activation_checkpointing:
         # Inputs of both sublayers and their norms; queries, keys, values and their sum; what a network keeps.
         attention = config.attention_width * (2 * config.heads + 2 * config.kv_heads)
-        block = 4 * config.width + attention + _networks(spec, architecture) * _kept_by_a_network(config)
+        block = 4 * config.width + attention + _networks(spec, architecture) * _kept_by_a_network(spec, config)
     return (config.layers - first) * block
 
 
@@ -142,9 +142,11 @@ def _networks(spec: StageSpec, architecture: Architecture) -> int:
     return min(num, max(1, architecture.generations[-1].experts))
 
 
-def _kept_by_a_network(config: ModelConfig) -> int:
+def _kept_by_a_network(spec: StageSpec, config: ModelConfig) -> int:
     """Its input and output; before its activation, of which a gated one has two halves, and after."""
     hidden = 3 if config.activation.is_gated else 2
+    # Low-rank experts make the latter again.
+    hidden -= spec.grow is not None and spec.grow.rank > 0
     return 2 * config.width + hidden * min(config.expert_width, config.dense_width or config.expert_width)
 
 

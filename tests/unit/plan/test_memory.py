@@ -58,6 +58,10 @@ def test_frozen_weights_are_neither_trained_nor_copied(make_run: MakeRun) -> Non
     # Below the only layer that grows nothing is kept for a backward pass.
     upper = needs(make_run(*frozen, "stage_defaults.grow.layers=[1]"))[1]
     assert 2 * upper.activations == second.activations
+    # Low-rank experts do not keep hidden units, of which there are 8 a token and expert.
+    low = needs(make_run(*frozen, "stage_defaults.grow.rank=2", "routing.top_k=2"))[1]
+    whole = needs(make_run(*frozen, "routing.top_k=2"))[1]
+    assert whole.activations - low.activations == 4 * 64 * 2 * 2 * 8
 
 
 def test_text_that_the_model_writes_is_counted(make_run: MakeRun) -> None:
