@@ -45,7 +45,7 @@ FILES: dict[str, tuple[str, str | bytes, str]] = {
     "an empty line": ("bad.jsonl", GOOD + "\n" + GOOD, "bad.jsonl:2: line is empty"),
     "invalid UTF-8": ("bad.jsonl", GOOD.encode() + b'{"text": "\xff"}\n', "bad.jsonl:2: "),
     "UTF-16": ("bad.jsonl", GOOD.encode("utf-16"), "bad.jsonl"),
-    "UTF-16 text": ("bad.txt", "apple".encode("utf-16"), "bad.txt"),
+    "UTF-16 text without its mark": ("bad.txt", "apple".encode("utf-16-le"), "bad.txt"),
     "a line without end": ("bad.jsonl", '{"text": "' + "a" * (16 << 20) + '"}', "1: line is longer than 16 MiB"),
     "deep nesting": ("bad.jsonl", '{"text": "a", "x": ' + "[" * 100_000 + "]" * 100_000 + "}\n", "nested too deeply"),
     "a huge integer": ("bad.jsonl", '{"text": "a", "n": ' + "9" * 5000 + "}\n", "integer of 5000 digits"),
@@ -248,7 +248,7 @@ def test_whatever_fails_the_last_line_of_a_tick_is_json(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("lifelong_moe.plan.retraining.load_retraining", fail)
+    monkeypatch.setattr("pipelines.preflight.load_retraining", fail)
     monkeypatch.setattr("sys.argv", ["lifelong-moe", "retrain", "retrain.yaml"])
     if isinstance(error, KeyError | RuntimeError):
         with pytest.raises(type(error)):

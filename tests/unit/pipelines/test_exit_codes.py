@@ -23,9 +23,11 @@ ERRORS = {
     for name, kind in vars(errors).items()
     if isinstance(kind, type) and issubclass(kind, errors.LifelongError) and kind is not errors.LifelongError
 }
-NOT_REACHED = {("drop", 6), ("consolidate", 6), *((command, 75) for command in ("evaluate", "generate", "export"))}
+OFFLINE = ("init", "evaluate", "generate", "export")
+NOT_REACHED = {("drop", 6), ("consolidate", 6), *((command, 75) for command in OFFLINE)}
 """The first two hold a bench of candidates; its ``train`` is not called, but modules have a method of that name, too.
-The others look for a model of the hub in its cache alone, and the same code asks the hub for other commands."""
+The others read folders, or look for a model of the hub in its cache alone; the same code asks the hub for other
+commands."""
 Place = tuple[str, str]
 
 

@@ -162,7 +162,7 @@ RUN = [
     *none("", "stages[1].average=0.5", context=("method=sequential",)),
     *second("", "stages[1].name=other", "stages[1].data=english", "stages[1].continues=english"),
     *none("", "run=other", "stage_defaults.tokens=641"),
-    *none("", "method=sequential", context=(*NO_GROWTH, *NO_REPLAY, "stage_defaults.trunk.train=full")),
+    *none("", "method=replay", context=(*NO_GROWTH, *NO_REPLAY[1:], "stage_defaults.trunk.train=full")),
     *none("trainer.", "accelerator=cpu", "devices=2", "strategy=ddp", "experts_implementation=readable"),
     *none("trainer.", "cache_teacher=true", "activation_checkpointing=true", "compile=true", "num_workers=1"),
     *none("trainer.", "log_every_n_steps=1", "enable_progress_bar=false", "deterministic=true", "benchmark=true"),
