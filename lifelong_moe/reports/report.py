@@ -56,6 +56,8 @@ SCHEMA = 4
 """Version of the layout of ``report.json``."""
 SINCE_BITS = 4
 """The first schema with forgetting in bits per byte."""
+MOST_NATS = 700
+"""Largest forgetting of a token whose rise of perplexity is a number."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,11 +153,12 @@ class Report:
             )
         report = from_plain(cls, {**data, "routing": _renamed(data.get("routing"))})
         _check(report)
-        if schema >= SINCE_BITS:
-            return report
-        after = _learned_after(report.distributions, report.stages)
-        lost, forward = _in_bits(after, report.bits_per_byte, report.bits_per_byte_at_init)
-        return replace(report, forgetting_bits_per_byte=lost, forward_transfer_bits_per_byte=forward)
+        if schema < SINCE_BITS:
+            after = _learned_after(report.distributions, report.stages)
+            lost, forward = _in_bits(after, report.bits_per_byte, report.bits_per_byte_at_init)
+            report = replace(report, forgetting_bits_per_byte=lost, forward_transfer_bits_per_byte=forward)
+        _check_forgetting(report)
+        return report
 
     def to_json(self) -> Mapping[str, Any]:
         """Plain JSON data, in the order of the table above."""
@@ -213,6 +216,15 @@ def _check(report: Report) -> None:
     for name in ("bytes_per_token", "routing", "expert_counts"):
         if set(getattr(report, name)) != set(report.distributions):
             raise PlainError("must have an entry for each distribution", f".{name}")
+
+
+def _check_forgetting(report: Report) -> None:
+    """Require that what was forgotten is of old distributions, and no more than a perplexity can rise."""
+    old = {name for name, last in report.learned_last().items() if last < len(report.stages) - 1}
+    if set(report.forgetting_bits_per_byte) != old:
+        raise PlainError("must have an entry for each old distribution", ".forgetting_bits_per_byte")
+    if not old <= set(report.forgetting) or any(abs(nats) > MOST_NATS for nats in report.forgetting.values()):
+        raise PlainError(f"must have at most {MOST_NATS} nats for each old distribution", ".forgetting")
 
 
 def _learned_after(distributions: Sequence[str], stages: Sequence[StageReport]) -> dict[str, list[int]]:

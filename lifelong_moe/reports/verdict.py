@@ -233,6 +233,8 @@ def _in_the_mean(one: Outcome, reference: Outcome) -> str:
 
 
 def _cost(ours: float, theirs: float) -> str:
+    if not theirs:  # of a report that counted none
+        return ""
     percent = 100 * (ours / theirs - 1)
     if abs(percent) < 0.5:
         return "as many FLOPs"
@@ -243,15 +245,17 @@ def _leak(one: Outcome) -> list[str]:
     """A leak never stands without what it means and what to do."""
     leaking = [name for name, leak in one.leaks.items() if leak >= LEAKS]
     # One that has lost something comes before one that leaks more and has kept all.
-    harmed = [name for name in leaking if name in one.forgetting and _mean(one.forgetting[name]) >= CLEAR]
+    lost = {name for verb, values in _by_verb(one.forgetting).items() if verb in LOSING for name in values}
+    harmed = [name for name in leaking if name in lost]
     if not leaking:
         return []
     name = max(harmed or leaking, key=lambda name: one.leaks[name])
     found = f"{one.leaks[name]:.0%} of {name} goes to experts that were born later (router leak)"
     if not harmed:
         return [f"{found}, which cost it nothing: nothing to do."]
+    lost_by = "and it lost by that" if _is_clear([*one.forgetting[name].values()]) else "and if it lost, then by that"
     return [
-        f"{found}, and it lost by that or by a trunk that moved: keep generations apart (routing.bundles=cluster "
+        f"{found}, {lost_by} or by a trunk that moved: keep generations apart (routing.bundles=cluster "
         f"trunk.train=deltas), let the router review old text (review.fraction), or replay more (replay.fraction)."
     ]
 

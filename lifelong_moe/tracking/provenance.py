@@ -26,13 +26,18 @@ def provenance() -> dict[str, str]:
     # Without a name in the environment or the password database, as in some containers.
     with suppress(KeyError, OSError):
         found["mlflow.user"] = getpass.getuser()
-    if (commit := commit_of(Path.cwd())) is not None:
-        found["mlflow.source.git.commit"] = commit
+    # In a working directory that is gone.
+    with suppress(FileNotFoundError):
+        if (commit := commit_of(Path.cwd())) is not None:
+            found["mlflow.source.git.commit"] = commit
     return found
 
 
 def commit_of(folder: Path) -> str | None:
-    """The commit that is checked out around a folder, from git's files; None if there is none."""
+    """The commit that is checked out around a folder, from git's files; None if there is none.
+
+    Of the working directory it is the commit of the configuration; the code has its own version.
+    """
     for place in (folder, *folder.parents):
         git = place / ".git"
         # A worktree has a file that names its folder.
@@ -45,7 +50,7 @@ def commit_of(folder: Path) -> str | None:
 
 def _head(git: Path) -> str | None:
     text = _read(git / "HEAD")
-    if (reference := re.fullmatch(r"ref: (refs/[\w./-]+)", text)) is not None:
+    if (reference := re.fullmatch(r"ref: (refs(?:/(?!\.)[\w.-]+)+)", text)) is not None:
         # Branches of a worktree lie in the repository's own folder.
         shared = git / (_read(git / "commondir") or ".")
         packed = re.search(rf"^(\w+) {re.escape(reference[1])}$", _read(shared / "packed-refs"), re.MULTILINE)
@@ -67,6 +72,8 @@ def _machine() -> str:
 
 def _read(path: Path) -> str:
     """The beginning of a text file; empty if there is none."""
+    if not path.is_file():  # a FIFO would be waited for
+        return ""
     try:
         with path.open(encoding="utf-8", errors="replace") as file:
             return file.read(MOST_CHARACTERS).strip()

@@ -141,3 +141,18 @@ def test_a_report_of_a_later_version_is_refused() -> None:
 def test_what_is_no_report_is_said_by_its_field(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(PlainError, match=message):
         Report.from_json(report(["english"], [[2.0, 6.0, 7.0]]) | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"forgetting_bits_per_byte": {"poems": 1.0}}, r"^forgetting_bits_per_byte: must have an entry for each old"),
+        ({"forgetting_bits_per_byte": {}}, r"^forgetting_bits_per_byte: must have an entry for each old"),
+        ({"forgetting": {}}, "^forgetting: must have at most 700 nats for each old distribution$"),
+        ({"forgetting": {"english": 1000}}, "^forgetting: must have at most 700 nats"),
+        ({"schema": 3, "forgetting": {}}, "^forgetting: must have at most 700 nats"),
+    ],
+)
+def test_what_was_forgotten_is_of_old_distributions(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(PlainError, match=message):
+        Report.from_json(report(["english", "python"], [[2.0, 6.0, 7.0], [2.5, 3.0, 6.5]]) | changes)

@@ -132,6 +132,13 @@ def test_a_leak_comes_with_what_to_do() -> None:
     assert harmful.startswith("60% of docs goes to experts that were born later (router leak), and it lost by that")
     assert all(key in harmful for key in ("routing.bundles=cluster", "review.fraction", "replay.fraction"))
     assert len(verdict(outcome("a", {"docs": [0.4]}, leaks={"docs": 0.04}))) == 1
+    said, unsure = verdict(outcome("a", {"docs": [0.5, -0.5, 0.1]}, leaks={"docs": 0.3}))
+    assert said.startswith("a may have lost 0.03") and "(router leak), and if it lost, then by that or by" in unsure
+
+
+def test_a_run_without_flops_has_no_cost_to_compare() -> None:
+    (said,) = verdict(outcome("a", {"docs": [0.0]}), outcome("b", {"docs": [0.4]}, flops=0.0))
+    assert "FLOPs" not in said
 
 
 def read(stages: list[str | list[str]], rows: list[list[float]], name: str, method: str) -> Report:

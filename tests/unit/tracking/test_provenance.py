@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -41,6 +42,16 @@ def test_the_commit_is_git_s(repository: Path) -> None:
     assert commit_of(repository) == git(repository, "rev-parse", "HEAD")
 
 
+def test_nothing_else_is_read_or_waited_for(repository: Path) -> None:
+    (repository / "secret").write_text("5" * 40)
+    (repository / ".git/refs/x").mkdir()
+    (repository / ".git/HEAD").write_text("ref: refs/x/../../../secret")
+    assert commit_of(repository) is None
+    (repository / ".git/HEAD").unlink()
+    os.mkfifo(repository / ".git/HEAD")
+    assert commit_of(repository) is None
+
+
 @pytest.mark.parametrize("head", ["", "ref: refs/../../../etc/passwd", "ref: /etc/passwd", "nonsense", "a" * 39])
 def test_what_git_does_not_write_is_no_commit(repository: Path, head: str) -> None:
     (repository / ".git/HEAD").write_text(head)
@@ -57,3 +68,5 @@ def test_what_is_not_known_is_absent(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     found = provenance.__wrapped__()
     assert set(found) == {"lifelong.python", "lifelong.machine", "lifelong.version.torch"}
     assert " cores" in found["lifelong.machine"]
+    tmp_path.rmdir()
+    assert set(provenance.__wrapped__()) == set(found)
