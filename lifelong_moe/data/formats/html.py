@@ -13,8 +13,14 @@ from __future__ import annotations
 import html
 import re
 
-# Possessive (`*+`), so that a tag without an end is not tried again from each of its quotes.
-_TAG = re.compile(r"""<(/?)([A-Za-z][^\s/>]*+)((?:[^>"']|"[^"]*+"|'[^']*+')*+)>""")
+# A quote opens a string only as the first of a value: elsewhere it is a letter of a name or of a value without quotes.
+# Possessive (`*+`), so that a tag without an end is not tried again from each of its attributes. The last alternative
+# is a name without a value; where a `=` comes next, what follows is a string without an end.
+_TAG = re.compile(
+    r"""<(/?)([A-Za-z][^\t\n\f\r />]*+)"""
+    r"""((?:[\t\n\f\r /]|[^\t\n\f\r />][^\t\n\f\r />=]*+"""
+    r"""(?:[\t\n\f\r ]*+=[\t\n\f\r ]*+(?:"[^"]*+"|'[^']*+'|(?!["'])[^\t\n\f\r >]*+)|(?![\t\n\f\r ]*+=)))*+)>"""
+)
 _MARKUP = re.compile(r"<(?=[A-Za-z/!?])")
 _LONG_NUMBER = re.compile(r"&#[0-9]{20,};?")
 """No character has so large a number, which Python also refuses to read."""
@@ -76,7 +82,9 @@ def _end_of_markup(page: str, start: int, reader: _Reader) -> int | None:
 
 
 def _is_end_tag(page: str, start: int) -> bool:
-    return page.startswith("/", start + 1) and page[start + 2 : start + 3].isalpha()
+    letter = page[start + 2 : start + 3]
+    # A letter beyond ASCII begins no name, but a comment.
+    return page.startswith("/", start + 1) and letter.isascii() and letter.isalpha()
 
 
 def _after(page: str, end: str, start: int) -> int | None:

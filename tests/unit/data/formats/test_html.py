@@ -22,8 +22,17 @@ from lifelong_moe.data.formats.html import text_of_html
         ("a<svg><svg/><text>no</text><svg></svg></svg>b<template>no", "ab"),
         ("a&nbsp;b&#x41;&#66;&notanentity; &", "a\xa0bAB&notanentity; &".replace("&notanentity", "¬anentity")),
         (f"a&#{'9' * 5000};b", "a\ufffdb"),  # Python reads no number of so many digits
+        # A quote opens a string only right after `=` and white space.
+        ('<p>a</p><a href="x"">link</a><p>rest</p>', "a\n\nlink\n\nrest"),
+        ("<p title=it's>one</p><p>two</p>", "one\n\ntwo"),
+        ('<a href=a"b>hello</a>"', 'hello"'),
+        ("<a \"x' = '>' b=>c<i '>d<i a = \n\">\"/b=c>e<i =\">f", "cdef"),
+        ("a</é>b", "ab"),
         # What has no end lasts to the end of the page.
-        *((f"a{bad}", "a") for bad in ("<!-- x", "<script>x", "<a href='>x", "<b", "</b", "<!doctype", "<style")),
+        *(
+            (f"a{bad}", "a")
+            for bad in ("<!-- x", "<script>x", "<a href='>x", '<a b =">x', "<b", "</b", "<!doctype", "<style")
+        ),
         ("", ""),
     ],
 )
@@ -32,7 +41,11 @@ def test_text(page: str, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "piece", ["<", "<a", '<a "', "<a '", "<!--", "<!", "</", "</x", "<script>", "<svg>", "<pre>", "<p>", "&#", "&#9"]
+    "piece",
+    [
+        *("<", "<a", '<a "', "<a '", '<a b="', "<a b = ", "<a =", "<!--", "<!", "</", "</x", "<script>", "<svg>"),
+        *("<pre>", "<p>", "&#", "&#9"),
+    ],
 )
 def test_time_grows_with_the_page_and_not_with_its_square(piece: str) -> None:
     page = piece * (200_000 // len(piece))
