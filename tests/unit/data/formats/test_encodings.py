@@ -39,6 +39,16 @@ def test_stated_encodings() -> None:
     assert all(is_known_encoding(name) for name in ENCODINGS)
 
 
+@pytest.mark.parametrize("name", ["utf-16-le", "utf-16-be", "UTF_16LE"])
+def test_stated_utf_16_is_used_for_latin_letters_which_are_valid_utf_8_too(name: str) -> None:
+    assert decoded("Hello\n".encode(name), "a.txt", name) == ("Hello\n", name)
+    # Without zero bytes it is a text in UTF-8 among the others.
+    assert decoded("Größe\n".encode(), "a.txt", name) == ("Größe\n", "utf-8")
+    with pytest.raises(LeftOutError, match=r"invalid UTF.16.* at byte 10 \(0x..\)\.$") as error:
+        decoded("Hello\n".encode(name)[:-1], "a.txt", name)
+    assert error.value.outcome == Outcome.other_encoding
+
+
 @pytest.mark.parametrize(
     ("page", "name"),
     [
@@ -47,6 +57,7 @@ def test_stated_encodings() -> None:
         (b"<meta charset=latin1>", "cp1252"),
         (b"<meta charset=utf-7>", None),
         (b"<meta charset=nothing>", None),
+        (b"<meta charset=utf-16le>", None),
         (b" " * 1024 + b"<meta charset=koi8-r>", None),
     ],
 )
