@@ -7,10 +7,12 @@ must be text.
 
 from __future__ import annotations
 
+import errno
 import glob
 import itertools
 import os
-from collections.abc import Callable, Iterator, Mapping
+import stat
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +30,7 @@ from lifelong_moe.data.text.parquet import read_parquet
 from lifelong_moe.data.text.streams import OpenFile, check_text, open_file, read_bytes, refuse_pickled
 from lifelong_moe.errors import DataError
 from lifelong_moe.storage.modes import SHARED, as_private_as
+from lifelong_moe.storage.opening import kind_of
 
 PROSE = (".txt", ".md", ".markdown", ".rst", ".tex", ".org", ".adoc")
 HTML = (".html", ".htm", ".xhtml")
@@ -60,12 +63,14 @@ def read_files(named: Any, config: SourceConfig) -> tuple[list[Document], list[F
         DataError: Nothing matches, nothing that matches gives a document, a file that is named by itself is no text,
             or ``file:line: reason``.
     """
-    alone = {Path(one) for one in map(expanded, patterns(named)) if _exists(one)}
+    alone = {Path(one) for one in map(expanded, patterns(named)) if os.path.lexists(one)}
+    paths = matching_files(named)
+    outcomes = _passed_over(paths, alone)
+    passed = {file.file for file in outcomes}
     # Every file's kind is checked before the first is read, which may take minutes.
-    readers = [(path, _reader_or_none(path, is_alone=path in alone)) for path in matching_files(named)]
+    readers = [(path, _reader_or_none(path, is_alone=path in alone)) for path in paths if str(path) not in passed]
     # One quota for all of them: many small files are as much as a large one.
     documents: list[Document] = []
-    outcomes: list[FileOutcome] = []
     quota = Quota()
     for path, reader in readers:
         if reader is None:
@@ -85,10 +90,35 @@ def read_files(named: Any, config: SourceConfig) -> tuple[list[Document], list[F
         outcomes.append(FileOutcome(str(path), outcome, len(long), "; ".join(file.notes)))
     if not documents:
         raise DataError(
-            f"files={', '.join(patterns(named))}: there are no documents in its {len(readers)} file(s). "
+            f"files={', '.join(patterns(named))}: there are no documents in its {len(paths)} file(s). "
             f"{sentence(outcomes)}."
         )
-    return documents, outcomes
+    return documents, sorted(outcomes, key=lambda file: Path(file.file))
+
+
+def _passed_over(paths: Sequence[Path], alone: Set[Path]) -> list[FileOutcome]:
+    """What is not opened: what a glob found that is no file, and files that are found by another path too.
+
+    A link to a folder above itself leads to each file some forty times. Of the paths of one file the one that is named
+    by itself is read, or else the one through the fewest folders, the first by name.
+    """
+    found: list[FileOutcome] = []
+    first: dict[str, Path] = {}
+    for path in sorted(paths, key=lambda one: (one not in alone, len(one.parts), one)):
+        if path not in alone and (reason := _no_file(path)) is not None:
+            found.append(FileOutcome(str(path), Outcome.unknown, note=reason))
+        elif (other := first.setdefault(os.path.realpath(path), path)) != path:
+            found.append(FileOutcome(str(path), Outcome.duplicate, note=f"the same file as {other}"))
+    return found
+
+
+def _no_file(path: Path) -> str | None:
+    """Why nothing can be read there; None for a file, and for what only opening it tells, such as permissions."""
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        return "a link that leads nowhere" if error.errno in (errno.ENOENT, errno.ELOOP) and path.is_symlink() else None
+    return None if stat.S_ISREG(mode) else kind_of(mode)
 
 
 def settled(corpus: Corpus) -> tuple[FileOutcome, ...]:

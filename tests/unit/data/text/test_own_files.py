@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import gzip
+import os
 from pathlib import Path
 
 import pytest
 
 from lifelong_moe.config.data import SourceConfig
-from lifelong_moe.data.formats.outcomes import counted, sentence
+from lifelong_moe.data.formats.outcomes import Outcome, counted, sentence
 from lifelong_moe.data.text import files as module
 from lifelong_moe.data.text.documents import Corpus
 from lifelong_moe.data.text.files import matching_files, read_documents, read_files, settled
@@ -188,3 +189,42 @@ def test_texts_and_patterns_without_an_end(folder: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(module, "MAX_SOURCE_FILES", 2)
     with pytest.raises(DataError, match="3 files; there may be at most 2"):
         matching_files("my/*.*")
+
+
+def test_what_a_glob_finds_that_is_no_file_is_left_out_and_named(folder: Path) -> None:
+    write({"a.md": b"one text", "b.md": b"another text"})
+    Path("my/gone.md").symlink_to("nowhere")
+    Path("my/round.jsonl").symlink_to("round.jsonl")
+    os.mkfifo("my/pipe.md")
+    files = {Path(file.file).name: file for file in read_files("my/**/*", SourceConfig(files="x"))[1]}
+    assert list(files) == ["a.md", "b.md", "gone.md", "pipe.md", "round.jsonl"]
+    unread = {name: file.note for name, file in files.items() if file.outcome == Outcome.unknown}
+    assert unread == {
+        "gone.md": "a link that leads nowhere",
+        "pipe.md": "a FIFO",
+        "round.jsonl": "a link that leads nowhere",
+    }
+    for name in unread:
+        # Whoever names one by itself wants its text.
+        with pytest.raises(DataError, match=f"my/{name}: (cannot be read|is a FIFO)"):
+            read_files(["my/*.md", f"my/{name}"], SourceConfig(files="x"))
+
+
+def test_a_file_is_read_by_one_path_however_many_links_lead_to_it(folder: Path) -> None:
+    write({"a.md": b"one text", "sub/b.jsonl": b'{"text": "another"}\n{"text": "third"}\n'})
+    Path("my/again").symlink_to(".")
+    Path("my/sub/0.md").symlink_to("../a.md")
+    # A folder elsewhere that only a link leads to is read.
+    Path("other").mkdir()
+    Path("other/c.md").write_text("far text")
+    Path("my/linked").symlink_to("../other")
+    documents, files = read_files("my/**/*", SourceConfig(files="x"))
+    assert [document.text for document in documents] == ["one text", "far text", "another", "third"]
+    used = [file.file for file in files if file.outcome == Outcome.used]
+    assert used == ["my/a.md", "my/linked/c.md", "my/sub/b.jsonl"]
+    notes = {file.file: file.note for file in files if file.outcome == Outcome.duplicate}
+    assert len(notes) > 100 and {file.note for file in files} == {*notes.values(), "", "a link that leads nowhere"}
+    assert notes["my/sub/0.md"] == notes["my/again/a.md"] == "the same file as my/a.md"
+    # The one that is named by itself is the one that counts.
+    _, files = read_files(["my/*.md", "my/sub/0.md"], SourceConfig(files="x"))
+    assert {file.file: file.outcome for file in files} == {"my/a.md": "duplicate", "my/sub/0.md": "used"}
