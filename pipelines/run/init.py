@@ -21,6 +21,7 @@ from lifelong_moe.config.routing.bounds import MOST_STAGES
 from lifelong_moe.data.formats.outcomes import Outcome, counted, sentence
 from lifelong_moe.data.text.files import settled
 from lifelong_moe.data.text.sources import read_corpus
+from lifelong_moe.data.tokens.prepare import prepare_data
 from lifelong_moe.errors import ConfigError, DataError
 from lifelong_moe.storage.files import write_atomic
 from pipelines.shared.places import CACHE
@@ -39,7 +40,8 @@ def init(folders: Sequence[str], target: str, console: Console) -> dict[str, Any
 
     Raises:
         ConfigError: The file exists, or a folder is none, twice or within another; nothing was written.
-        DataError: A folder has too little text, or a file in it is malformed.
+        DataError: A folder has too little text, a file in it is malformed, or one folder trains on what another one
+            holds out; nothing was written.
     """
     path = Path(target)
     # A link that leads nowhere is something, too.
@@ -56,6 +58,9 @@ def init(folders: Sequence[str], target: str, console: Console) -> dict[str, Any
     written = config_text(run, found, sizes)
     # What is written must run as it stands.
     config = configure(OmegaConf.create(written), [], target).config  # type: ignore[arg-type]
+    with console.status("tokenizing the text"):
+        # Refuses what `plan` would, such as text that fills no block; what it caches is what `plan` needs next.
+        prepare_data(config.distributions, config.tokenizer, names, config.model.context, CACHE)
     write_atomic(path, written)
     console.print(
         f"Wrote {target}: {len(found)} stage(s), {sum(sizes.tokens):,} training tokens, a model of width {sizes.width}."

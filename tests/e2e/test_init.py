@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from lifelong_moe.config.initial.sizes import LEAST_STEPS, MOST_TOKENS, FolderTe
 from lifelong_moe.config.load import read_config
 from tests.e2e.conftest import Cli
 from tests.e2e.test_own_text import write_folder
+from tests.tiny import VOCABULARIES
 
 TINY = (
     "model={layers: 1, width: 16, heads: 2, kv_heads: 1, expert_width: 8, experts: 2, context: 32}",
@@ -64,6 +66,12 @@ def test_mistakes_cost_a_line_and_nothing_is_written(folder: Path, cli: Cli) -> 
     Path("link.yaml").symlink_to("nowhere")
     Path("few").mkdir()
     Path("few/one.txt").write_text("a single text that is long enough")
+    Path("short").mkdir()
+    for i in range(12):
+        Path(f"short/{i}.md").write_text(f"quick brown fox{i} jumped")
+    Path("two").mkdir()
+    for i in range(2):
+        Path(f"two/{i}.md").write_text(f"some text number {i} of a few words")
     Path("none").mkdir()
     Path("${x}").mkdir()
     before = sorted(Path().rglob("*"))
@@ -76,11 +84,26 @@ def test_mistakes_cost_a_line_and_nothing_is_written(folder: Path, cli: Cli) -> 
         ("src", "./src"): "one is within the other",
         ("${x}",): "cannot stand in a configuration",
         ("src", "few"): "few: 1 distinct document(s) in 1 source unit(s) are too few to split",
+        ("short",): "short: too few tokens: 42 of training text do not fill one block of model.context=128",
+        ("src", "two"): "two: too few tokens",
         ("none",): "none: files=none/**/*: no such file, and nothing matches",
     }.items():
         result = cli("init", *arguments)
         assert result.code == 2 and reason in result.err and result.err.count("\n") == 1, result.err
     assert sorted(Path().rglob("*")) == before
+
+
+def test_plan_takes_what_init_writes_of_little_text(folder: Path, cli: Cli) -> None:
+    Path("little").mkdir()
+    words = VOCABULARIES["fruit"].split()
+    for i in range(4):
+        Path(f"little/{i}.md").write_text(" ".join(words[i * j % len(words)] + str(j) for j in range(60)))
+    Path("little/gone.md").symlink_to("nowhere")
+    os.mkfifo("little/pipe.md")
+    result = cli("init", "src", "little", "--to", "own.yaml")
+    assert result.code == 0 and "little: 6 files: 4 used, 2 of a kind that is not read" in result.out, result.err
+    planned = cli("plan", "own.yaml")
+    assert planned.code == 0, planned.err
 
 
 @pytest.mark.parametrize(
