@@ -129,10 +129,12 @@ def overridden(file: DictConfig, overrides: Sequence[str], *, is_literal: bool =
     raw = file.copy()
     for override in overrides:
         apply_override(raw, override)
-    if by_word:
-        with_rank(raw)
     # Last, since any of the overrides may have set the mode.
     with errors_under(""):
+        if by_word:
+            # Again, for an override may empty a section.
+            raw = with_recommended(raw)
+            with_rank(raw)
         drop_keys_of_old_mode(raw, file, overrides)
         # Before anything is built from it: the first error may quote a secret.
         note_secrets(raw)
@@ -292,7 +294,7 @@ def _stages(raw: DictConfig) -> list[StageConfig]:
     # Before any is built: building a stage takes some milliseconds.
     if len(stages) > MOST_STAGES:
         raise ConfigError(f"stages holds {len(stages):,}; there may be at most {MOST_STAGES:,}.")
-    defaults = raw.get("stage_defaults") or OmegaConf.create({})
+    defaults = OmegaConf.create({}) if raw.get("stage_defaults") is None else raw.stage_defaults
     if not isinstance(defaults, DictConfig):
         raise ConfigError("stage_defaults must be a mapping.")
     # Merged by themselves first, so that a mistake in them is reported under their name, not the first stage's.

@@ -240,9 +240,10 @@ def stands_alone(file: DictConfig) -> bool:
     A file that says anything of that itself, as files of earlier versions do, is taken at its word.
     """
     plain: Any = OmegaConf.to_container(file, resolve=False)
-    # Anything of another form is left to the sections, which report it.
-    routing, stages = plain.get("routing") or {}, plain.get("stages")
-    each = [plain.get("stage_defaults") or {}, *(stages if isinstance(stages, list) else [])]
+    # Anything of another form is left to the sections, which report it; one without content is as none.
+    routing, stages = ({} if plain.get(key) is None else plain[key] for key in ("routing", "stages"))
+    defaults = {} if plain.get("stage_defaults") is None else plain["stage_defaults"]
+    each = [defaults, *(stages if isinstance(stages, list) else [])]
     if plain.get("method") != "lifelong" or not all(isinstance(one, Mapping) for one in (routing, *each)):
         return False
     if routing.get("mode", "learned") != "learned" or "bundles" in routing:
@@ -259,21 +260,38 @@ def _says(stage: Mapping[str, Any]) -> bool:
     return "train" in trunk or grow.get("experts") == 0 or any(key in stage for key in _HOLDING)
 
 
-def with_recommended(file: DictConfig) -> DictConfig:
-    """Fill in what ``method: lifelong`` stands for in a file for which :func:`stands_alone` holds."""
-    return OmegaConf.merge(RECOMMENDED, file)  # type: ignore[return-value]
+def with_recommended(raw: DictConfig) -> DictConfig:
+    """Fill in what ``method: lifelong`` stands for, in a file for which :func:`stands_alone` holds or after overrides.
+
+    Sections without content are filled as absent ones; those of a wrong form stay, for the sections report them.
+    """
+    plain: Any = OmegaConf.to_container(raw, resolve=False)
+    return OmegaConf.create(dict(_filled(plain, RECOMMENDED)))
+
+
+def _filled(given: Mapping[str, object], recommended: Mapping[str, object]) -> Mapping[str, object]:
+    """The given keys, and the recommended ones that are absent, in sections too."""
+    filled = dict(given)
+    for key, value in recommended.items():
+        own = filled.get(key, {})
+        if not isinstance(value, Mapping):
+            filled.setdefault(key, value)
+        elif own is None or isinstance(own, Mapping):
+            filled[key] = _filled(own or {}, value)
+    return filled
 
 
 def with_rank(raw: DictConfig) -> None:
     """Fill in the rank of low-rank changes by the model's width, once overrides are applied."""
-    width = OmegaConf.select(raw, "model.width", default=None)
+    model, trunk = raw.get("model"), raw
+    for part in ("stage_defaults", "trunk"):
+        # What is no mapping, the section reports.
+        if not isinstance(trunk := trunk.get(part), DictConfig):
+            return
+    width = model.get("width") if isinstance(model, DictConfig) else None
     # The width of a checkpoint is not known yet, and its changes are small beside it.
-    if (
-        isinstance(width, int)
-        and not isinstance(width, bool)
-        and OmegaConf.select(raw, "stage_defaults.trunk.rank") is None
-    ):
-        raw.stage_defaults.trunk.rank = max(1, round(RANK_SHARE * width))
+    if isinstance(width, int) and not isinstance(width, bool) and trunk.get("rank") is None:
+        trunk.rank = max(1, round(RANK_SHARE * width))
 
 
 def refuse_forgetting(method: str, stages: Sequence[Stage], raw: DictConfig) -> None:

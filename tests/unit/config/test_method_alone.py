@@ -66,6 +66,25 @@ def test_an_override_changes_a_key_of_it_and_not_the_method(
     assert of_second(config.stages[1]) and config.routing.mixes
 
 
+@pytest.mark.parametrize("section", ["stage_defaults", "stage_defaults.trunk", "stage_defaults.optim", "routing"])
+def test_an_empty_section_is_as_an_absent_one(read: Read, section: str) -> None:
+    first, _, second = section.partition(".")
+    for loaded in (read(f"{section}=null"), read(**{first: {second: None} if second else None})):
+        assert loaded.config == read().config
+
+
+@pytest.mark.parametrize("value", [[], 3, "x"])
+@pytest.mark.parametrize(
+    "section", ["model", "routing", "stage_defaults", "stage_defaults.trunk", "stage_defaults.grow"]
+)
+def test_a_section_of_a_wrong_type_costs_a_line(read: Read, section: str, value: object) -> None:
+    first, _, second = section.partition(".")
+    for overrides, sections in (([f"{section}={value}"], {}), ([], {first: {second: value} if second else value})):
+        with pytest.raises(ConfigError, match=first) as error:
+            read(*overrides, **sections)
+        assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     "sections",
     [
