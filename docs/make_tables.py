@@ -191,9 +191,11 @@ REAL_MEMORY = {
     "planned": ("tensors, at least, as `plan` says, MB", "{:,.0f}"),
     "measured": ("largest resident size of the process, MB", "{:,.0f}"),
 }
+SMOLLM2 = ("naive", "naive_gentle", "naive_gentlest", "low_rank", "changes", "whole")
 REAL_STREAM = {"what": ("", "{}")} | {name: (name, "{:.3f}") for name in ("german", "spanish", "french", "english")}
 TABLES: dict[str, Callable[[], list[str]]] = {
     "real-stream": partial(listed, REAL["stream"], REAL_STREAM),
+    "real-arms": partial(kinds.learned_and_kept, "results/smollm2", SMOLLM2),
     "real-same": partial(listed, REAL["same"], REAL_SAME),
     "real-reading": partial(listed, REAL["reading"], REAL_READING),
     "real-german": partial(listed, REAL["german"], REAL_STAGE),
