@@ -52,11 +52,9 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Train the stages that are not committed, evaluate each, and report."""
-    from lifelong_moe.config.load import read_config
-    from lifelong_moe.interop.layout.complete import with_checkpoint
-    from pipelines.preflight import check_memory
+    from pipelines.preflight import check_memory, read_run
 
-    loaded = read_config(config, overrides or [], with_checkpoint)
+    loaded = read_run(config, overrides or [])
     check_memory(loaded.config)
     from pipelines.run.run import run as run_stages
 
@@ -68,11 +66,9 @@ def run(
 @opens_store
 def plan(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Show what a run would do and what it would cost; train nothing."""
-    from lifelong_moe.config.load import read_config
-    from lifelong_moe.interop.layout.complete import with_checkpoint
-    from pipelines.preflight import check_memory
+    from pipelines.preflight import check_memory, read_run
 
-    loaded = read_config(config, overrides or [], with_checkpoint)
+    loaded = read_run(config, overrides or [])
     check_memory(loaded.config)
     from pipelines.run.plan import plan as show_plan
 
@@ -101,8 +97,9 @@ def compare(
 ) -> None:
     """Train several arms with several seeds and compare them; started twice, two processes share the work."""
     from lifelong_moe.plan.comparison import load_comparison
+    from pipelines.preflight import begun
 
-    comparison = load_comparison(config, overrides or [])
+    comparison = load_comparison(config, overrides or [], begun)
     # Only for its errors: an unknown --only is reported before torch is imported.
     comparison.select(only or [])
     from pipelines.compare.compare import compare as run_comparison
@@ -115,11 +112,9 @@ def compare(
 @opens_store
 def prepare(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Fetch and tokenize everything that a run reads, so that training needs no network; train nothing."""
-    from lifelong_moe.config.load import read_config
-    from lifelong_moe.interop.layout.complete import with_checkpoint
-    from pipelines.preflight import check_memory
+    from pipelines.preflight import check_memory, read_run
 
-    loaded = read_config(config, overrides or [], with_checkpoint)
+    loaded = read_run(config, overrides or [])
     check_memory(loaded.config)
     from pipelines.run.prepare import prepare as prepare_data
 

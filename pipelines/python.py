@@ -12,7 +12,7 @@ from lifelong_moe.config.sections import errors_under
 from lifelong_moe.interop.layout.complete import with_checkpoint
 from lifelong_moe.reports.frames import RunTables, tables
 from lifelong_moe.storage.signing import SigningKeys
-from pipelines.preflight import check_memory
+from pipelines.preflight import begun, check_memory
 from pipelines.shared.output import console, silent
 from pipelines.shared.places import require_plain_store
 from pipelines.shared.quiet import silence_libraries
@@ -42,9 +42,9 @@ def run(
     if isinstance(config, Mapping):
         with errors_under(""):
             content = OmegaConf.create(dict(config))
-        loaded = configure(content, overrides, "config", with_checkpoint)
+        loaded = configure(content, overrides, "config", with_checkpoint, begun)
     else:
-        loaded = read_config(config, overrides, with_checkpoint)
+        loaded = read_config(config, overrides, with_checkpoint, begun)
     check_memory(loaded.config)
     from pipelines.run.run import run as run_stages
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
@@ -55,9 +56,12 @@ class LoadedConfig:
     config: RunConfig
     """The validated dataclasses built from ``raw``."""
     left_behind: tuple[str, ...] = ()
-    """Messages on keys of the file that do not apply to the routing mode set by an override."""
-    literal: Callable[[], LoadedConfig] | None = None
-    """Where the word ``method: lifelong`` decided: the same as an earlier version read it, for runs that it began."""
+    """Messages on keys of the file that do not apply to the routing mode set by an override, or on how it was read."""
+
+
+T = TypeVar("T")
+Begun = Callable[[RunConfig], bool | None]
+"""Whether the run that a configuration names was begun with these stages; None if there is no such run."""
 
 
 def as_it_is(raw: DictConfig) -> DictConfig:
@@ -65,8 +69,16 @@ def as_it_is(raw: DictConfig) -> DictConfig:
     return raw
 
 
+def none_begun(config: RunConfig) -> bool | None:
+    """No run exists: how a configuration is read where no store is at hand."""
+    return None
+
+
 def read_config(
-    path: str | Path, overrides: Sequence[str] = (), complete: Callable[[DictConfig], DictConfig] = as_it_is
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    complete: Callable[[DictConfig], DictConfig] = as_it_is,
+    begun: Begun = none_begun,
 ) -> LoadedConfig:
     """Read a YAML file, apply ``key=value`` overrides, validate, and build the run's configuration.
 
@@ -74,11 +86,12 @@ def read_config(
         path: YAML file, or ``-`` for standard input.
         overrides: Such as ``seed=1`` or ``stages[1].grow.experts=4``; the value is YAML.
         complete: Fills in what the configuration refers to, such as ``model.from``.
+        begun: Tells which reading of ``method: lifelong`` alone the run was begun with, by this or an earlier version.
 
     Raises:
         ConfigError: With the full key or file and line, what was required and what came, on one line.
     """
-    return configure(read_yaml(Path(path)), overrides, str(path), complete)
+    return configure(read_yaml(Path(path)), overrides, str(path), complete, begun)
 
 
 def configure(
@@ -86,8 +99,7 @@ def configure(
     overrides: Sequence[str],
     path: str,
     complete: Callable[[DictConfig], DictConfig] = as_it_is,
-    *,
-    is_literal: bool = False,
+    begun: Begun = none_begun,
 ) -> LoadedConfig:
     """Build a configuration from a file that was read before, such as the one that all runs of a comparison share.
 
@@ -96,21 +108,63 @@ def configure(
         overrides: See :func:`read_config`.
         path: What messages call the file.
         complete: See :func:`read_config`.
-        is_literal: See :func:`overridden`.
+        begun: See :func:`read_config`.
     """
     require_kind(file, "run", path)
+    return as_begun(partial(_configure, file, overrides, path, complete), lambda loaded: begun(loaded.config))
+
+
+def as_begun(read: Callable[[bool], T], begun: Callable[[T], bool | None]) -> T:
+    """Read a file as its run was begun: an earlier version took ``method: lifelong`` alone for another method.
+
+    Args:
+        read: Reads it; the argument is ``is_literal`` of :func:`overridden`.
+        begun: As :data:`Begun`, of what was read.
+
+    Raises:
+        ConfigError: If today's reading is refused, and no run was begun with the earlier one.
+    """
+    found, refused = None, None
+    try:
+        found = read(False)
+    except ConfigError as error:
+        refused = error  # a rule on keys that an earlier version did not fill in must not stop what it began
+    if found is None or begun(found) is False:
+        with suppress(ConfigError):
+            literal = read(True)
+            if begun(literal):
+                return literal
+    if found is None:
+        assert refused is not None
+        raise refused
+    return found
+
+
+def _configure(
+    file: DictConfig,
+    overrides: Sequence[str],
+    path: str,
+    complete: Callable[[DictConfig], DictConfig],
+    is_literal: bool,
+) -> LoadedConfig:
+    """Build a configuration in one of both readings; see :func:`overridden`."""
     raw = overridden(file, overrides, is_literal=is_literal)
     with errors_under(""):  # it looks into sections, which may be interpolations
         raw = complete(raw)
     config = build_config(raw)
     with errors_under(""):
         ignored = sorted(set(file.get("routing") or ()) - set(raw.get("routing") or ()))
-        by_word = not is_literal and stands_alone(file)
-    literal = partial(configure, file, overrides, path, complete, is_literal=True) if by_word else None
-    if not ignored:
-        return LoadedConfig(raw, config, literal=literal)
-    keys, mode = ", ".join(f"routing.{key}" for key in ignored), config.routing.mode
-    return LoadedConfig(raw, config, (f"routing.mode={mode} does without {keys} of {path}; docs/systems.md",), literal)
+        is_earlier = is_literal and stands_alone(file)
+    messages = []
+    if ignored:
+        keys, mode = ", ".join(f"routing.{key}" for key in ignored), config.routing.mode
+        messages.append(f"routing.mode={mode} does without {keys} of {path}; docs/systems.md")
+    if is_earlier:
+        messages.append(
+            f"run={config.run} was begun when method: lifelong alone meant replay and distillation without bundles, "
+            f"and goes on so; another run=NAME has what it stands for now."
+        )
+    return LoadedConfig(raw, config, tuple(messages))
 
 
 def overridden(file: DictConfig, overrides: Sequence[str], *, is_literal: bool = False) -> DictConfig:

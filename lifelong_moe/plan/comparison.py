@@ -19,7 +19,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from lifelong_moe.config.load import LoadedConfig, configure
+from lifelong_moe.config.load import Begun, LoadedConfig, configure, none_begun
 from lifelong_moe.config.names import NAME, require_known
 from lifelong_moe.config.references import note_secrets
 from lifelong_moe.config.run import RunConfig
@@ -102,6 +102,8 @@ class Comparison:
     """Overrides of every arm, from the command line."""
     file: DictConfig
     """What the base file holds, read once for all runs."""
+    begun: Begun = none_begun
+    """How the runs were begun; see :func:`lifelong_moe.config.load.read_config`."""
 
     @property
     def reference(self) -> str:
@@ -119,7 +121,7 @@ class Comparison:
 
     def configure(self, overrides: Sequence[str]) -> LoadedConfig:
         """The base file's configuration with overrides."""
-        return configure(self.file, overrides, str(self.base), with_checkpoint)
+        return configure(self.file, overrides, str(self.base), with_checkpoint, self.begun)
 
     def select(self, only: Sequence[str]) -> tuple[Arm, ...]:
         """Arms by name, or by the name of the grid that they come from; all if nothing is named.
@@ -133,12 +135,13 @@ class Comparison:
         return tuple(arm for arm in self.arms if not only or arm.name in only or arm.entry in only)
 
 
-def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparison:
+def load_comparison(path: str | Path, overrides: Sequence[str] = (), begun: Begun = none_begun) -> Comparison:
     """Read a comparison file and validate the configuration of every arm.
 
     Args:
         path: YAML file.
         overrides: ``key=value``, for the comparison or for every arm; see the module.
+        begun: See :func:`lifelong_moe.config.load.read_config`.
 
     Raises:
         ConfigError: One line; it names the arm if the mistake is in one.
@@ -167,7 +170,7 @@ def load_comparison(path: str | Path, overrides: Sequence[str] = ()) -> Comparis
     base = path.parent / settings.base
     file = read_yaml(base, is_base=True)
     require_kind(file, "run", str(base))
-    comparison = Comparison(settings, base, arms, common, file)
+    comparison = Comparison(settings, base, arms, common, file, begun)
     _check(comparison)
     return comparison
 

@@ -70,7 +70,6 @@ def prepare(loaded: LoadedConfig, memory: dict[str, PreparedData] | None = None)
     Raises:
         DataError: If a stage that is not committed needs text that is gone.
     """
-    loaded = _as_begun(loaded)
     config = loaded.config
     require_memory(config)
     allow_router(config.routing.mode)  # its user gave the configuration to this command
@@ -82,19 +81,6 @@ def prepare(loaded: LoadedConfig, memory: dict[str, PreparedData] | None = None)
     check_clusters(plan, {name: record.documents for name, record in data.records.items()})
     require_text(plan, data, head)
     return Prepared(loaded, data, plan)
-
-
-def _as_begun(loaded: LoadedConfig) -> LoadedConfig:
-    """The configuration as its run was begun: an earlier version took ``method: lifelong`` alone for another method."""
-    head = RunRecord(ROOT, loaded.config.run).head()
-    if loaded.literal is None or head is None or head.names_bundles:
-        return loaded
-    literal = loaded.literal()
-    message = (
-        f"run={head.run} was begun when method: lifelong alone meant replay and distillation without bundles, and goes "
-        f"on so; another run=NAME has what it stands for now."
-    )
-    return replace(literal, left_behind=(*literal.left_behind, message))
 
 
 def require_text(plan: Sequence[PlannedStage], data: PreparedData, head: RunHead | None) -> None:

@@ -105,13 +105,16 @@ def test_a_file_that_says_how_is_taken_at_its_word(sections: dict[str, object]) 
     assert not stands_alone(OmegaConf.create(without))
 
 
-def test_what_an_earlier_version_read_is_still_there(read: Read) -> None:
-    loaded = read("stage_defaults.tokens=40_000")
-    assert loaded.literal is not None
-    earlier = loaded.literal()
-    assert earlier.literal is None and earlier.config.routing.bundles == "none"
-    assert earlier.config.stages[1].replay.fraction == 0.25 and earlier.config.stages[1].tokens == 40_000
-    assert read(routing={"bundles": "none"}).literal is None
+@pytest.mark.parametrize("overrides", [["stage_defaults.tokens=40_000"], ["stages[1].grow.experts=0"]])
+def test_what_an_earlier_version_began_is_read_as_it_was(read: Read, tmp_path: Path, overrides: list[str]) -> None:
+    read()
+    earlier = read_config(tmp_path / "own.yaml", overrides, begun=lambda config: config.routing.bundles == "none")
+    assert earlier.config.routing.bundles == "none" and earlier.config.stages[1].replay.fraction == 0.25
+    assert "was begun when method: lifelong alone meant replay" in earlier.left_behind[0]
+    # Other stages than both readings have: today's is told.
+    with pytest.raises(ConfigError, match="unknown"):
+        read_config(tmp_path / "own.yaml", ["nothing=1"], begun=lambda config: False)
+    assert read_config(tmp_path / "own.yaml", begun=lambda config: False).config.routing.bundles == "cluster"
 
 
 def test_training_on_with_nothing_that_holds_old_text_is_refused(read: Read) -> None:
