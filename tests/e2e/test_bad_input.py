@@ -232,10 +232,10 @@ def test_an_override_that_is_not_utf8(lab: Path, cli: Cli) -> None:
 def test_what_ctrl_c_says_is_printed(
     lab: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def stop(*_: object) -> None:
+    def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt("stopped after step 6")
 
-    monkeypatch.setattr("lifelong_moe.config.load.read_config", stop)
+    monkeypatch.setattr("pipelines.preflight.read_config", stop)
     monkeypatch.setattr("sys.argv", ["lifelong-moe", "plan", "tiny.yaml"])
     assert exit_code(app) == 130
     assert capsys.readouterr().err == "interrupted: stopped after step 6\n"
@@ -245,7 +245,7 @@ def test_what_ctrl_c_says_is_printed(
 def test_whatever_fails_the_last_line_of_a_tick_is_json(
     error: BaseException, lab: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setattr("pipelines.preflight.load_retraining", fail)

@@ -375,6 +375,8 @@ def test_the_pages_run_as_written(folder: Path, cli: Cli, opened: list[str], mon
     shared: dict[str, object] = {}
     for number, text in enumerate(code_cells()):
         exec(compile(text, f"{NOTEBOOK.name}, cell {number}", "exec"), shared)
+    # A notebook's figures stay with pyplot, where tests of ours look for figures that they have left.
+    sys.modules["matplotlib.pyplot"].close("all")  # type: ignore[attr-defined]
     assert repr(shared["model"]).startswith("StageModel(cpp_headers, ")
     names = {shlex.split(asked)[0] for asked in reader.done}
     assert names >= {"run", "plan", "compare", "report", "retrain", "inspect", "evaluate", "generate", "lineage", "ui"}
