@@ -90,13 +90,20 @@ class Attack:
         return f"{self.kind} at {self.place}"
 
 
-def carry_out(command: str, intact: Path, into: Path, *attacks: Attack) -> tuple[Outcome, str | None]:
+Attempt = Callable[[list[str], Path, Path], Outcome]
+
+
+def carry_out(
+    command: str, intact: Path, into: Path, *attacks: Attack, by: Attempt = attempt
+) -> tuple[Outcome, str | None]:
     """Carry out a command on an attacked copy of a store, with fresh surroundings.
 
     Args:
         command: One of :data:`COMMANDS`.
         intact: Where :func:`make_store` worked.
         into: A directory for the copy; there is none yet.
+        attacks: What is changed before.
+        by: How: in a process of its own, or in this one.
 
     Returns:
         What the command left, and what is wrong with it; None if nothing is.
@@ -109,7 +116,7 @@ def carry_out(command: str, intact: Path, into: Path, *attacks: Attack) -> tuple
         attack.apply(scene)
     settle(scene.store)
     before = fingerprint(scene.outside)
-    outcome = attempt(COMMANDS[command], scene.work, scene.outside)
+    outcome = by(COMMANDS[command], scene.work, scene.outside)
     if any(attack.is_of_user for attack in attacks):
         return outcome, complaint(replace(outcome, forbidden=[]))
     wrong = complaint(outcome)

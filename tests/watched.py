@@ -98,18 +98,43 @@ WRITTEN = ("out", "err", "forbidden", "imported")
 
 def attempt(arguments: list[str], directory: Path, outside: Path) -> Outcome:
     """Carry out a command in a directory, watched, in a forked child; its ``HOME`` is ``outside``."""
-    log = directory.parent / f"log-{random.SystemRandom().randrange(1 << 40):x}"
-    log.mkdir()
+    log = _new_log(directory)
     pid = os.fork()
     if not pid:
-        # Else the child's first collection would write to each of our objects, and so copy the memory they lie in.
-        gc.freeze()
-        _become_command(arguments, directory, outside, log)
+        code = 99
+        try:
+            # Else the child's first collection would write to each of our objects, and so copy the memory they lie in.
+            gc.freeze()
+            code = _carry_out(arguments, directory, outside, log)
+        finally:
+            os._exit(code)
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return _left_in(log, -1 if code in ENDED else code)
+
+
+def attempt_here(arguments: list[str], directory: Path, outside: Path) -> Outcome:
+    """The same in this process, a forked child, which the deadlines of :func:`attempt` end.
+
+    What one command leaves in the process another one meets, so that a fault has to be repeated by :func:`attempt`.
+    """
+    log = _new_log(directory)
+    return _left_in(log, _carry_out(arguments, directory, outside, log))
+
+
+ENDED = (-signal.SIGALRM, -signal.SIGXCPU, -signal.SIGKILL)
+"""How a process ends at a deadline."""
+
+
+def _new_log(directory: Path) -> Path:
+    log = directory.parent / f"log-{random.SystemRandom().randrange(1 << 40):x}"
+    log.mkdir()
+    return log
+
+
+def _left_in(log: Path, code: int) -> Outcome:
     out, err, *lists = (log.joinpath(name).read_text(errors="replace") for name in WRITTEN)
     shutil.rmtree(log)
-    ended = -1 if code in (-signal.SIGALRM, -signal.SIGXCPU, -signal.SIGKILL) else code
-    return Outcome(ended, out, err, *(text.splitlines() for text in lists))
+    return Outcome(code, out, err, *(text.splitlines() for text in lists))
 
 
 def import_named(modules: Iterable[str]) -> None:
@@ -142,26 +167,25 @@ def complaint(outcome: Outcome) -> str | None:
     return None
 
 
-def _become_command(arguments: list[str], directory: Path, outside: Path, log: Path) -> None:
+def _carry_out(arguments: list[str], directory: Path, outside: Path, log: Path) -> int:
+    """Carry out a command in this process, which keeps its directory, environment and limits; returns the exit code."""
     code, known = 99, set(sys.modules)
     out, err, forbidden, imported = (os.open(log / name, os.O_CREAT | os.O_WRONLY | os.O_APPEND) for name in WRITTEN)
     try:
         os.chdir(directory)
         os.dup2(out, 1)
         os.dup2(err, 2)
-        sys.stdout, sys.stderr = (os.fdopen(number, "w", encoding="utf-8", errors="replace") for number in (1, 2))
+        sys.stdout, sys.stderr = (
+            os.fdopen(number, "w", encoding="utf-8", errors="replace", closefd=False) for number in (1, 2)
+        )
         os.environ |= {"HOME": str(outside), "TMPDIR": str(directory), "CANARY": CANARY}
         tempfile.tempdir = None  # which knows the parent's
         sys.path.append(str(outside))
         sys.dont_write_bytecode = True
         sys.argv = ["lifelong-moe", *arguments]
         torch.set_num_threads(1)
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(WAIT_SECONDS)
-        resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
-        _watch(directory, forbidden)
+        _set_deadlines()
+        WATCH.begin(directory, forbidden)
         code = exit_code(COMMAND_LINE)
     except BaseException:
         traceback.print_exc()
@@ -170,7 +194,25 @@ def _become_command(arguments: list[str], directory: Path, outside: Path, log: P
             sys.stdout.flush()
             sys.stderr.flush()
             os.write(imported, "\n".join(sys.modules.keys() - known).encode())
-        os._exit(code)
+        WATCH.end()
+        sys.path.remove(str(outside))
+        for number in (out, err, forbidden, imported):
+            os.close(number)
+    return code
+
+
+def _set_deadlines() -> None:
+    """Bound what a command may compute, wait and take, beyond what this process has."""
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(WAIT_SECONDS)
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    _limit(resource.RLIMIT_CPU, int(usage.ru_utime + usage.ru_stime) + CPU_SECONDS)
+    _limit(resource.RLIMIT_AS, int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + MEMORY)
+
+
+def _limit(what: int, most: int) -> None:
+    # The hard limit stays, as it could not be raised for the next command in this process.
+    resource.setrlimit(what, (most, resource.getrlimit(what)[1]))
 
 
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -178,25 +220,44 @@ CHANGES = ("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.chmod", "os.sym
 STARTS = ("socket.connect", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn")
 
 
-def _watch(directory: Path, report: int) -> None:
-    """Report every change outside a directory, every connection and every process, from now on."""
-    allowed = os.path.realpath(directory)
+class _Watch:
+    """Reports every change outside a directory, every connection and every process, while a command is carried out."""
 
-    def is_outside(path: Any) -> bool:
+    def __init__(self) -> None:
+        self.is_added = False
+        self.allowed: str | None = None
+        self.report = -1
+
+    def begin(self, directory: Path, report: int) -> None:
+        """From now on, to this descriptor."""
+        self.allowed, self.report = os.path.realpath(directory), report
+        if not self.is_added:  # it cannot be removed
+            sys.addaudithook(self._hear)
+            self.is_added = True
+
+    def end(self) -> None:
+        """Until :meth:`begin`."""
+        self.allowed = None
+
+    def _is_outside(self, path: Any) -> bool:
         if not isinstance(path, (str, bytes, os.PathLike)):
             return False
         real = os.path.realpath(os.fsdecode(path))
-        return real != "/dev/null" and not real.startswith(("/proc/self/", "/dev/shm/")) and not (
-            real == allowed or real.startswith(allowed + "/")
-        )  # fmt: skip
+        # Semaphores lie in /dev/shm itself; the store that is attacked may lie in a folder there.
+        if real == "/dev/null" or real.startswith("/proc/self/") or os.path.dirname(real) == "/dev/shm":
+            return False
+        return real != self.allowed and not real.startswith(f"{self.allowed}/")
 
-    def watch(event: str, args: tuple[Any, ...]) -> None:
-        if event == "open" and isinstance(args[2], int) and args[2] & WRITES and is_outside(args[0]):
-            os.write(report, f"open for writing {args[0]!r}\n".encode())
+    def _hear(self, event: str, args: tuple[Any, ...]) -> None:
+        if self.allowed is None:
+            return
+        if event == "open" and isinstance(args[2], int) and args[2] & WRITES and self._is_outside(args[0]):
+            os.write(self.report, f"open for writing {args[0]!r}\n".encode())
         # With a folder's descriptor a path is relative to it, and that folder was opened before.
-        elif event in CHANGES and args[-1] in (-1, None) and is_outside(args[0]):
-            os.write(report, f"{event} {args[0]!r}\n".encode())
+        elif event in CHANGES and args[-1] in (-1, None) and self._is_outside(args[0]):
+            os.write(self.report, f"{event} {args[0]!r}\n".encode())
         elif event in STARTS:
-            os.write(report, f"{event} {args[:2]!r}\n".encode())
+            os.write(self.report, f"{event} {args[:2]!r}\n".encode())
 
-    sys.addaudithook(watch)
+
+WATCH = _Watch()
