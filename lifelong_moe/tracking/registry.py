@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lifelong_moe.store.pointer import point_to
@@ -13,6 +15,7 @@ from lifelong_moe.tracking.values import DESCRIPTION_CHARACTERS, clean_key, cut
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.store.artifact.artifact_repo import ArtifactRepository
 
 STAGE_KEY_TAG = "stage_key"
 DIRECTORY_TAG = "directory"
@@ -49,7 +52,7 @@ def registered_name(name: str) -> str:
     return re.sub("[/:']", "-", name)
 
 
-def register_version(client: MlflowClient, version: Version, *, remote: bool) -> str:
+def register_version(client: MlflowClient, artifacts: ArtifactRepository, version: Version, *, remote: bool) -> str:
     """Register a stage once, with a folder among its run's artifacts that MLflow loads.
 
     Where MLflow keeps its artifacts in this store, the folder refers to the stages of the store; elsewhere it holds a
@@ -57,6 +60,7 @@ def register_version(client: MlflowClient, version: Version, *, remote: bool) ->
 
     Args:
         client: MLflow client.
+        artifacts: Of the run that trained it.
         version: What to register.
         remote: Whether artifacts go to a server.
 
@@ -65,7 +69,7 @@ def register_version(client: MlflowClient, version: Version, *, remote: bool) ->
     """
     name = registered_name(version.name)
     # Looked up by stage key first, so that a repeated delivery registers nothing twice.
-    number = _find(client, name, version) or _create(client, name, version, remote=remote)
+    number = _find(client, name, version) or _create(client, artifacts, name, version, remote=remote)
     if version.alias:
         client.set_registered_model_alias(name, version.alias, number)
     return number
@@ -79,10 +83,10 @@ def _find(client: MlflowClient, name: str, version: Version) -> str | None:
     return str(min(numbers)) if numbers else None
 
 
-def _create(client: MlflowClient, name: str, version: Version, *, remote: bool) -> str:
+def _create(client: MlflowClient, artifacts: ArtifactRepository, name: str, version: Version, *, remote: bool) -> str:
     from mlflow.exceptions import MlflowException
 
-    source = _write(client, version, remote=remote)
+    source = _write(artifacts, version, remote=remote)
     try:
         client.create_registered_model(name)
     except MlflowException as error:
@@ -105,18 +109,22 @@ def _create(client: MlflowClient, name: str, version: Version, *, remote: bool) 
     return number
 
 
-def _write(client: MlflowClient, version: Version, *, remote: bool) -> str:
+def _write(artifacts: ArtifactRepository, version: Version, *, remote: bool) -> str:
     """Write the model's folder; returns its address."""
     store, run_id = version.store, version.run_id
     pointer = point_to(store, version.stage.key, None if remote else store.root.parent)
     if remote:
         for key in pointer.manifests:
             path = store.get(key).path
-            client.log_artifacts(run_id, str(path), f"{version.path}/{DATA}/stages/{path.name}")
+            artifacts.log_artifacts(str(path), f"{version.path}/{DATA}/stages/{path.name}")
             if store.signed_by(key) is not None:
-                client.log_artifact(run_id, str(store.signature(key)), f"{version.path}/{DATA}/signatures")
-    for file, text in model_files(pointer, run_id, version.path).items():
-        client.log_text(run_id, text, f"{version.path}/{file}")
+                artifacts.log_artifact(str(store.signature(key)), f"{version.path}/{DATA}/signatures")
+    with tempfile.TemporaryDirectory() as folder:
+        for file, text in model_files(pointer, run_id, version.path).items():
+            path = Path(folder, file)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        artifacts.log_artifacts(folder, version.path)
     # A local path is loaded where it is; the other form would be copied first, away from the store.
-    place = f"runs:/{run_id}" if remote else str(client.get_run(run_id).info.artifact_uri)
+    place = f"runs:/{run_id}" if remote else artifacts.artifact_uri
     return f"{place}/{version.path}"

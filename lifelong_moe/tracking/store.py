@@ -25,6 +25,7 @@ from lifelong_moe.tracking.spool import Operation, RefusedError
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
+    from mlflow.store.artifact.artifact_repo import ArtifactRepository
 
 T = TypeVar("T")
 
@@ -273,21 +274,34 @@ class Store:
         self.client.log_inputs(self.resolve(asked["run"]), [given])
 
     def _artifact(self, asked: Operation, content: bytes) -> None:
-        path, run_id = PurePosixPath(asked["path"]), self.resolve(asked["run"])
-        require_within(self._uri, self._root, str(self.client.get_run(run_id).info.artifact_uri))
-        # The client takes files only, and names the artifact like the file.
+        path, artifacts = PurePosixPath(asked["path"]), self._artifacts(self.resolve(asked["run"]))
+        # Only files are taken, and the artifact is named like the file.
         with tempfile.TemporaryDirectory() as folder:
             local = Path(folder) / path.name
             local.write_bytes(content)
             parent = None if path.parent == PurePosixPath(".") else str(path.parent)
-            self.client.log_artifact(run_id, str(local), parent)
+            artifacts.log_artifact(str(local), parent)
+
+    def _artifacts(self, run_id: str) -> ArtifactRepository:
+        """Where a run's artifacts go, as the database says it now.
+
+        A client would remember it by the run's id alone, and write what belongs to a copy of a store to the original.
+        """
+        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+        from mlflow.utils.uri import add_databricks_profile_info_to_artifact_uri
+
+        location = str(self.client.get_run(run_id).info.artifact_uri)
+        require_within(self._uri, self._root, location)
+        return get_artifact_repository(
+            add_databricks_profile_info_to_artifact_uri(location, self._uri), tracking_uri=self._uri
+        )
 
     def _tag(self, asked: Operation) -> None:
         self.client.set_tag(self.resolve(asked["run"]), asked["key"], asked["value"])
 
     def _version(self, asked: Operation) -> str:
         run_id, key = self.resolve(asked["run"]), asked["tags"][STAGE_KEY_TAG]
-        require_within(self._uri, self._root, str(self.client.get_run(run_id).info.artifact_uri))
+        artifacts = self._artifacts(run_id)
         try:
             # By its key alone: what else a spool says of the stage's files is not believed.
             stage = self._stages.find(key)
@@ -302,7 +316,7 @@ class Store:
                 description=asked["description"],
                 alias=asked["alias"],
             )
-            return register_version(self.client, version, remote=self._remote)
+            return register_version(self.client, artifacts, version, remote=self._remote)
         except CorruptError as error:
             raise RefusedError(str(error)) from error
 

@@ -115,6 +115,23 @@ def test_figures_and_texts_lie_under_our_root(root: Path, tracker: Tracker) -> N
     assert {item.path for item in client(root).list_artifacts(run_id)} == {"figures", "report.md"}
 
 
+def test_a_copy_of_a_store_keeps_its_own_artifacts(
+    root: Path, tracker: Tracker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_id, stage = started(tracker), commit_made(root, "0123" * 16)
+    tracker.log_text(run_id, "of the original", "note.md")
+    shutil.copytree(root, tmp_path / "copy" / root.name)
+    monkeypatch.chdir(tmp_path / "copy")
+    copy = Path(root.name).absolute()
+    other = Tracker.connect(TrackingConfig(), copy)
+    # Both have this run; the client of this process has seen the original's.
+    other.log_text(run_id, "of the copy", "note.md")
+    other.register_version("demo", run_id=run_id, tags={"stage_key": stage.key}, description="d")
+    note, models = f"artifacts/{run_id}/artifacts/note.md", f"artifacts/{run_id}/artifacts/models"
+    assert (root / note).read_text() == "of the original" and not (root / models).exists()
+    assert (copy / note).read_text() == "of the copy" and (copy / models).is_dir()
+
+
 def test_a_stage_is_registered_once(root: Path, tracker: Tracker) -> None:
     run_id = started(tracker)
     first, second = (commit_made(root, digits * 16) for digits in ("0123", "4567"))

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 
 from lifelong_moe.errors import CorruptError
 from lifelong_moe.store.pointer import open_pointer
@@ -20,21 +21,10 @@ RUN = "0" * 32
 
 
 class Server:
-    """Keeps what a client logs below a folder; has no model yet."""
+    """A client whose artifacts are kept below a folder; has no model yet."""
 
     def __init__(self, root: Path) -> None:
-        self.root, self.source, self.aliases = root, "", dict[str, str]()
-
-    def log_artifacts(self, run_id: str, folder: str, path: str) -> None:
-        shutil.copytree(folder, self.root / path)
-
-    def log_artifact(self, run_id: str, file: str, path: str) -> None:
-        (self.root / path).mkdir(parents=True, exist_ok=True)
-        shutil.copy(file, self.root / path)
-
-    def log_text(self, run_id: str, text: str, path: str) -> None:
-        (self.root / path).parent.mkdir(parents=True, exist_ok=True)
-        (self.root / path).write_text(text)
+        self.artifacts, self.source, self.aliases = LocalArtifactRepository(str(root)), "", dict[str, str]()
 
     def search_model_versions(self, asked: str) -> list[Any]:
         return [SimpleNamespace(version="7", source=self.source)] if self.source else []
@@ -64,7 +54,7 @@ def registered(root: Path, server: Server) -> str:
     stage = two_stages(root)
     tags = {"stage_key": stage.key}
     version = Version("lifelong-moe.r", StageStore(root), stage, RUN, tags, "note", "champion")
-    return register_version(server, version, remote=True)  # type: ignore[arg-type]
+    return register_version(server, server.artifacts, version, remote=True)  # type: ignore[arg-type]
 
 
 def test_a_server_gets_all_that_a_stage_needs_once(tmp_path: Path) -> None:
