@@ -119,12 +119,18 @@ def _write(artifacts: ArtifactRepository, version: Version, *, remote: bool) -> 
             artifacts.log_artifacts(str(path), f"{version.path}/{DATA}/stages/{path.name}")
             if store.signed_by(key) is not None:
                 artifacts.log_artifact(str(store.signature(key)), f"{version.path}/{DATA}/signatures")
-    with tempfile.TemporaryDirectory() as folder:
-        for file, text in model_files(pointer, run_id, version.path).items():
-            path = Path(folder, file)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
-        artifacts.log_artifacts(folder, version.path)
+    for file, text in model_files(pointer, run_id, version.path).items():
+        write_artifact(artifacts, f"{version.path}/{file}", text.encode())
     # A local path is loaded where it is; the other form would be copied first, away from the store.
     place = f"runs:/{run_id}" if remote else artifacts.artifact_uri
     return f"{place}/{version.path}"
+
+
+def write_artifact(artifacts: ArtifactRepository, path: str, content: bytes) -> None:
+    """Put a file at a path below a run's artifacts."""
+    folder, _, name = path.rpartition("/")
+    # Only files are taken, and the artifact is named like the file.
+    with tempfile.TemporaryDirectory() as temporary:
+        file = Path(temporary, name)
+        file.write_bytes(content)
+        artifacts.log_artifact(str(file), folder or None)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import re
-import tempfile
 from collections.abc import Iterable, Sequence
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from lifelong_moe.errors import CorruptError
@@ -20,7 +19,7 @@ from lifelong_moe.tracking.database import ensure_database
 from lifelong_moe.tracking.failures import reason_of
 from lifelong_moe.tracking.locations import keep_artifacts_within, require_within
 from lifelong_moe.tracking.operations import LOCAL_PREFIX, MODEL_PREFIX, require_ours
-from lifelong_moe.tracking.registry import STAGE_KEY_TAG, Version, register_version, registered_name
+from lifelong_moe.tracking.registry import STAGE_KEY_TAG, Version, register_version, registered_name, write_artifact
 from lifelong_moe.tracking.spool import Operation, RefusedError
 
 if TYPE_CHECKING:
@@ -274,13 +273,7 @@ class Store:
         self.client.log_inputs(self.resolve(asked["run"]), [given])
 
     def _artifact(self, asked: Operation, content: bytes) -> None:
-        path, artifacts = PurePosixPath(asked["path"]), self._artifacts(self.resolve(asked["run"]))
-        # Only files are taken, and the artifact is named like the file.
-        with tempfile.TemporaryDirectory() as folder:
-            local = Path(folder) / path.name
-            local.write_bytes(content)
-            parent = None if path.parent == PurePosixPath(".") else str(path.parent)
-            artifacts.log_artifact(str(local), parent)
+        write_artifact(self._artifacts(self.resolve(asked["run"])), asked["path"], content)
 
     def _artifacts(self, run_id: str) -> ArtifactRepository:
         """Where a run's artifacts go, as the database says it now.
