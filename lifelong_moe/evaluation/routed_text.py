@@ -1,4 +1,4 @@
-"""A text whose tokens are coloured by their experts, as data and as a self-contained HTML page.
+"""A text whose tokens are coloured by their experts.
 
 In one layer, a token's owner is the expert with the largest gate weight. In the whole model, it is the generation whose
 experts have the largest gate weights, summed over layers, or in a mixture of generations the one that weighs most in
@@ -8,22 +8,13 @@ the prediction of the next token. In a tie the older one wins.
 from __future__ import annotations
 
 import colorsys
-import html
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from lifelong_moe.errors import visible
 from lifelong_moe.evaluation.probing import Observation, expert_names
 from lifelong_moe.plan.architecture import Architecture
-from lifelong_moe.storage.marks import PAGE_BEGINS
-
-STYLE = (
-    "body{font:16px/1.7 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em;color:#111;background:#fff}"
-    "pre{white-space:pre-wrap;overflow-wrap:anywhere;font:15px/1.9 ui-monospace,monospace}"
-    "span{border-radius:3px;padding:1px 0}.legend span{padding:2px 8px;margin-right:8px;white-space:nowrap}"
-)
 
 
 @dataclass(frozen=True)
@@ -64,10 +55,15 @@ class RoutedText:
     def rule(self) -> str:
         """The rule of ownership, as a sentence."""
         if self.layer is not None:
-            return f"Each token has the colour of its heaviest expert of layer {self.layer}."
+            return f"A token belongs to its heaviest expert of layer {self.layer}."
         if self.is_mixture:
-            return "Each token has the colour of the stage whose generation weighs most in predicting the next one."
-        return "Each token has the colour of the stage whose experts weigh most for it, over all layers."
+            return "A token belongs to the stage whose generation weighs most in predicting the next one."
+        return "A token belongs to the stage whose experts weigh most for it, over all layers."
+
+    def begins(self) -> list[bool]:
+        """For each token whether its owner is another one than that of the token before it."""
+        owners = [token.owner for token in self.tokens]
+        return [i == 0 or owner != owners[i - 1] for i, owner in enumerate(owners)]
 
     @property
     def counts(self) -> list[int]:
@@ -137,29 +133,6 @@ def describe(routed: RoutedText, token: RoutedToken) -> str:
     return "\n".join(", ".join(f"{name} {weight:.3f}" for name, weight in chosen) for chosen in lines)
 
 
-def html_page(routed: RoutedText, title: str) -> str:
-    """A page without scripts or links: the text in colours, experts and gate weights on hovering, a legend on top."""
-    # Classes, not inline styles: a page has thousands of tokens and few owners.
-    rules = "".join(f".o{i}{{background:{colour}}}" for i, colour in enumerate(routed.colours))
-    legend = "\n".join(
-        f'<span class="o{i}">{_text(name)} ({count})</span>'
-        for i, (name, count) in enumerate(zip(routed.owners, routed.counts, strict=True))
-        if count
-    )
-    first = "the generations that predict what follows it with their weights, then " if routed.is_mixture else ""
-    hint = f"{routed.rule} Point at a token to see {first}its experts and their gate weights, a line a layer."
-    body = "".join(
-        f'<span class="o{token.owner}" title="{_attribute(describe(routed, token))}">{_text(token.text)}</span>'
-        for token in routed.tokens
-    )
-    return (
-        f"{PAGE_BEGINS}<title>{_text(title)}</title>\n"
-        f"<style>{STYLE}{rules}</style></head><body>\n<h1>{_text(title)}</h1>\n"
-        f"<p>{hint}</p>\n"
-        f'<p class="legend">{legend}</p>\n<pre>\n{body}</pre>\n</body></html>\n'
-    )
-
-
 def _heaviest_stage(architecture: Architecture, seen: Observation, owners: Sequence[str]) -> list[int]:
     """Index of each token's stage, by gate weight summed over layers."""
     weight_TO = np.zeros((len(seen), len(owners)))
@@ -190,12 +163,3 @@ def _colour(index: int, num: int) -> str:
     # Light and saturated enough that black text stays legible on every hue.
     channels = colorsys.hls_to_rgb(index / num, (0.72, 0.85)[index % 2], 0.75)
     return "#" + "".join(f"{round(255 * channel):02x}" for channel in channels)
-
-
-def _text(text: str) -> str:
-    # Bidirectional overrides would reorder what a browser shows.
-    return html.escape(visible(text))
-
-
-def _attribute(text: str) -> str:
-    return _text(text).replace("\n", "&#10;")

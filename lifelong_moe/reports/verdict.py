@@ -153,7 +153,7 @@ def _kept(one: Outcome, reference: Outcome | None) -> str:
         if reference is not None and theirs:
             clause += f" where {reference.name} {_same(verb, theirs)}"
         clauses.append(clause)
-    return ", and ".join(clauses)
+    return ", and ".join([", ".join(clauses[:-1]), clauses[-1]] if len(clauses) > 1 else clauses)
 
 
 def _by_verb(forgetting: Mapping[str, BySeed]) -> dict[str, dict[str, BySeed]]:

@@ -6,8 +6,12 @@ from pathlib import Path
 
 from lifelong_moe.storage.opening import open_regular
 
-PAGE_BEGINS = '<!doctype html>\n<html><head><meta charset="utf-8"><meta name="generator" content="lifelong-moe">'
+PAGE_BEGINS = (
+    '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="generator" content="lifelong-moe">'
+)
 """How each HTML page of ours begins."""
+EARLIER_PAGE_BEGINS = PAGE_BEGINS.replace(' lang="en"', "")
+"""How pages of earlier versions begin."""
 TABLE_MARK = {b"generator": b"lifelong-moe"}
 """What each Parquet file of ours has in its footer."""
 
@@ -19,7 +23,8 @@ def is_our_page(path: Path) -> bool:
         OSError: If it is no regular file, or cannot be read.
     """
     with open_regular(path, follow=False) as file:
-        return file.read(len(PAGE_BEGINS)) == PAGE_BEGINS.encode()
+        found = file.read(len(PAGE_BEGINS))
+    return found.startswith((PAGE_BEGINS.encode(), EARLIER_PAGE_BEGINS.encode()))
 
 
 def is_our_table(path: Path) -> bool:

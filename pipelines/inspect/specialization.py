@@ -27,11 +27,12 @@ from lifelong_moe.evaluation.probing import (
     routing_columns,
     shuffled_experts,
 )
-from lifelong_moe.evaluation.routed_text import html_page, route_text
+from lifelong_moe.evaluation.routed_text import route_text
 from lifelong_moe.model.transformer import LanguageModel
 from lifelong_moe.plan.architecture import Architecture
 from lifelong_moe.reports.figures.specialization import FIGURES, inspection_figures
 from lifelong_moe.reports.inspection import Readings, build_inspection
+from lifelong_moe.reports.pages.routed_text import text_page
 from lifelong_moe.storage.files import write_atomic
 from lifelong_moe.storage.opening import read_bounded
 from lifelong_moe.storage.plain_files import corrupt_if_irregular
@@ -79,7 +80,7 @@ def on_text(
     inspect_tables.text(console, routed)
     require_targets(asked)
     if asked.html is not None:
-        write_atomic(Path(asked.html), html_page(routed, f"{run}, stage {committed.name}"), mode)
+        write_atomic(Path(asked.html), text_page(routed, f"{run}, stage {committed.name}"), mode)
         console.print(f"written: {asked.html}")
     if asked.save is not None:
         _save(asked.save, architecture, {asked.label or "": seen}, tokenizer, mode, console)

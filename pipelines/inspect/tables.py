@@ -24,28 +24,34 @@ SHOWN_TOKENS = 5
 
 
 def text(console: Console, routed: RoutedText) -> None:
-    """Print the text, each token in the colour of its owner; as a table if there are too few colours."""
-    legend, body = Text(), Text()
+    """Print the text once, each token in the colour of its owner; where there are too few colours, with its number.
+
+    The experts of each token are in the page of ``--html``, the table of ``--save`` and ``--json``.
+    """
     few = console.color_system in ("standard", "windows")
     colours = ANSI if few else routed.colours
     plain = console.color_system is None or len(routed.owners) > len(colours)
+    legend, body = Text(), Text()
     for index, (name, count) in enumerate(zip(routed.owners, routed.counts, strict=True)):
         if count:
-            legend.append(f" {visible(name)} ", style="" if plain else f"black on {colours[index]}").append(
-                f" {count}  "
-            )
-    if plain:
-        console.print(legend, soft_wrap=True)
-        _token_table(console, routed)
-        return
-    console.print(routed.rule)
-    for token in routed.tokens:
+            shown = f"{_number(index)} {visible(name)}" if plain else f" {visible(name)} "
+            legend.append("  " if legend else "")
+            legend.append(shown, style="" if plain else f"black on {colours[index]}").append(f" {count}")
+    for token, begins in zip(routed.tokens, routed.begins(), strict=True):
         # A bare line end has no background to colour.
-        shown = visible(token.text).replace("\n", "⏎\n")
-        body.append(shown, style=f"black on {colours[token.owner]}")
-    console.print(legend)
+        shown = visible(token.text) if plain else visible(token.text).replace("\n", "⏎\n")
+        body.append(_number(token.owner) if plain and begins else "")
+        body.append(shown, style="" if plain else f"black on {colours[token.owner]}")
+    how = "Its number stands where it takes over." if plain else "Colours tell whose a token is."
+    console.print(f"{routed.rule} {how} Each token's experts: --html FILE, --save FILE.parquet or --json")
+    console.print(legend, soft_wrap=True)
     console.print()
     console.print(body, soft_wrap=True)
+
+
+def _number(owner: int) -> str:
+    """The mark of an owner in a text without colours."""
+    return f"⟨{owner + 1}⟩"
 
 
 def heldout(console: Console, result: Mapping[str, Any]) -> None:
@@ -55,16 +61,6 @@ def heldout(console: Console, result: Mapping[str, Any]) -> None:
     if result["saturation"]:
         show(console, _saturation(result))
     show(console, _top_tokens(result))
-
-
-def _token_table(console: Console, routed: RoutedText) -> None:
-    mixed = ["next predicted by"] if routed.is_mixture else []
-    table = _table("Tokens", "token", "sent to", *mixed, *(f"L{layer}" for layer in routed.layers))
-    for token in routed.tokens:
-        rows = [*([token.generations] if routed.is_mixture else []), *token.experts]
-        chosen = (", ".join(f"{name} {weight:.2f}" for name, weight in row) for row in rows)
-        table.add_row(repr(token.text), routed.owners[token.owner], *chosen)
-    show(console, table)
 
 
 def _layers(result: Mapping[str, Any]) -> Table:

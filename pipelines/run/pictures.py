@@ -1,9 +1,9 @@
-"""A run's pictures and its report as pages, in the run's folder."""
+"""A run's pictures and its page, in the run's folder."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,15 +14,15 @@ from lifelong_moe.plan.architecture import Architecture
 from lifelong_moe.plan.planned import PlannedStage
 from lifelong_moe.plan.stages import chain
 from lifelong_moe.reports.figures import run as figures
+from lifelong_moe.reports.pages.run import page_begins, run_page
 from lifelong_moe.reports.report import Report
 from lifelong_moe.storage.files import write_atomic
-from lifelong_moe.storage.opening import read_bounded
+from lifelong_moe.storage.opening import open_regular
 from lifelong_moe.storage.plain_files import corrupt_if_irregular
-from lifelong_moe.storage.stored import MOST_BYTES
-from pipelines.run import render
+from lifelong_moe.store.lineage import LineageRow
 
 NAMES = ("loss_matrix.png", "curves.png", "expert_load.png")
-FOLDER, PAGE = "figures", "report.md"
+FOLDER, PAGE = "figures", "report.html"
 
 
 def drawn(report: Report, plan: Sequence[PlannedStage]) -> Iterator[tuple[str, bytes]]:
@@ -45,19 +45,18 @@ def drawn(report: Report, plan: Sequence[PlannedStage]) -> Iterator[tuple[str, b
 
 
 def is_written(folder: Path, report: Report) -> bool:
-    """Whether a run's folder holds the pages of this report; drawing takes a second or more."""
-    page = folder / PAGE
-    with suppress(FileNotFoundError), corrupt_if_irregular(page):
-        is_same = read_bounded(page, MOST_BYTES, follow=False) == render.run_note(report).encode()
-        return is_same and all((folder / FOLDER / name).is_file() for name in NAMES)
+    """Whether a run's folder holds the pictures and the page of this report; drawing takes a second or more."""
+    page, begins = folder / PAGE, page_begins(report).encode()
+    with suppress(FileNotFoundError), corrupt_if_irregular(page), open_regular(page, follow=False) as file:
+        return file.read(len(begins)) == begins and all((folder / FOLDER / name).is_file() for name in NAMES)
     return False
 
 
-def write_pages(folder: Path, report: Report, images: Sequence[tuple[str, bytes]]) -> None:
+def write_pages(folder: Path, report: Report, lineage: Sequence[LineageRow], images: Mapping[str, bytes]) -> None:
     """Write the pictures, and last the page: see :func:`is_written`."""
-    for name, image in images:
+    for name, image in images.items():
         write_atomic(folder / FOLDER / name, image)
-    write_atomic(folder / PAGE, render.run_note(report))
+    write_atomic(folder / PAGE, run_page(report, lineage, images))
 
 
 def aligned_counts(counts: Sequence[Sequence[float]], architecture: Architecture) -> NDArray[np.float64]:

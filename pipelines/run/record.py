@@ -13,9 +13,10 @@ from lifelong_moe.measures import MEASURES
 from lifelong_moe.plan.planned import PlannedStage
 from lifelong_moe.reports.report import Report
 from lifelong_moe.store.head import MlflowState
+from lifelong_moe.store.lineage import lineage_rows
 from lifelong_moe.store.logged import LoggedMetrics, read_logged, write_logged
 from lifelong_moe.store.runs import OpenRun, trained_by
-from lifelong_moe.store.stages import CommittedStage
+from lifelong_moe.store.stages import CommittedStage, StageStore
 from lifelong_moe.tracking.operations import MODEL_PREFIX, local_id
 from lifelong_moe.tracking.tracker import Tracker
 from lifelong_moe.training.callbacks.points import Row
@@ -243,17 +244,17 @@ class MlflowRecord:
 
     def run_done(self, report: Report, console: Console) -> None:
         """Write pictures and report to the run's folder, log them and the parent's note, and finish it."""
-        folder, images = self.opened.record.path, []
-        keeps = self.compared is None and not is_written(folder, report)
+        folder, images = self.opened.record.path, dict[str, bytes]()
+        keeps = not is_written(folder, report)
         # Once a run: to draw them costs what stages times distributions cost.
         if self.active or keeps:
-            images = list(drawn(report, self.prepared.plan))
+            images = dict(drawn(report, self.prepared.plan))
         if keeps:
-            write_pages(folder, report, images)
+            write_pages(folder, report, lineage_rows(StageStore(ROOT), self.opened.head.stages), images)
         if self.compared is None:
             console.print(f"Report: {folder / PAGE} and report.json; pictures: {folder / FOLDER}/")
         if self.active:
-            for name, image in images:
+            for name, image in images.items():
                 self.tracker.log_image(self.told.run, image, f"figures/{name}")
             self.tracker.set_note(self.told.run, render.run_note(report))
             self.tracker.log_text(self.told.run, render.report_json(report), "report.json")

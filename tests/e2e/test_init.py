@@ -52,8 +52,8 @@ def test_what_init_writes_runs_as_it_stands(folder: Path, cli: Cli) -> None:
     ran = cli("run", "own.yaml", *TINY)
     assert ran.code == 0, ran.err
     assert "What became of each file: mlruns/runs/own/files.json" in ran.out
-    assert "Report: mlruns/runs/own/report.md and report.json; pictures: mlruns/runs/own/figures/" in ran.out
-    for name in ("report.md", "figures/loss_matrix.png", "figures/curves.png", "figures/expert_load.png"):
+    assert "Report: mlruns/runs/own/report.html and report.json; pictures: mlruns/runs/own/figures/" in ran.out
+    for name in ("report.html", "figures/loss_matrix.png", "figures/curves.png", "figures/expert_load.png"):
         assert Path("mlruns/runs/own", name).stat().st_size
     pictures = {path: path.stat().st_mtime_ns for path in Path("mlruns/runs/own").rglob("[!.]*.*")}
     again = cli("run", "own.yaml", *TINY)

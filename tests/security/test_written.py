@@ -7,9 +7,11 @@ import os
 import re
 import shutil
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pytest
@@ -20,11 +22,16 @@ from markdown_it import MarkdownIt
 from pyarrow import parquet
 
 from lifelong_moe.errors import ConfigError, visible
-from lifelong_moe.evaluation.routed_text import RoutedText, RoutedToken, html_page
+from lifelong_moe.evaluation.routed_text import RoutedText, RoutedToken
+from lifelong_moe.reports.pages.routed_text import text_page
+from lifelong_moe.reports.pages.run import CURVES, LOAD, run_page
+from lifelong_moe.reports.report import Report
+from lifelong_moe.store.lineage import LineageRow
 from pipelines.inspect.inspect import inspect_stage
 from pipelines.shared.markdown import plain, table_row
 from pipelines.shared.options import InspectionRequest
 from pipelines.shared.output import SafeConsole
+from tests.unit.reports.test_report import report as whole_report
 
 EARLIER = Path(__file__).parents[1] / "integration/earlier"
 ENDINGS = {"html": ".html", "save": ".parquet"}
@@ -130,11 +137,13 @@ class Page(HTMLParser):
     def __init__(self, page: str) -> None:
         super().__init__()
         self.tags: set[str] = set()
+        self.attributes: list[tuple[str, str | None]] = []
         self.texts: list[str] = []
         self.feed(page)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.add(tag)
+        self.attributes += attrs
 
     def handle_data(self, data: str) -> None:
         self.texts.append(data)
@@ -156,10 +165,52 @@ def test_a_line_of_its_own_begins_no_block() -> None:
         assert Page(MARKDOWN.render(plain(text))).tags == {"p"}, text
 
 
+TAGS = (
+    "html head meta title style body main h1 h2 p span pre sup ol li nav ul a section details summary dl dt dd "
+    "code figure figcaption div img table thead tbody tfoot tr th td small wbr"
+)
+
+ATTRIBUTES = (
+    "lang charset name http-equiv content class id href src alt role tabindex title scope value aria-label "
+    "aria-labelledby"
+)
+
+
+def is_inert(page: str) -> bool:
+    """Whether a page has our tags alone, runs nothing, and names no address but places and pictures within itself."""
+    found = Page(page)
+    inner = all(str(value).startswith(("#", "data:image/png;base64,"))
+                for name, value in found.attributes if name in ("href", "src"))  # fmt: skip
+    known = found.tags <= set(TAGS.split()) and {name for name, _ in found.attributes} <= set(ATTRIBUTES.split())
+    shown = {char for char in page if unicodedata.category(char) in ("Cc", "Cf")} <= {"\n"}
+    policy = "default-src 'none'" in page.split("<title>")[0]
+    return inner and known and shown and policy and not re.search(r"url\(|@import", page)
+
+
 def test_html_holds_text_of_others_as_text() -> None:
     tokens = [RoutedToken(1, MARKUP, 0, [[(MARKUP, 1.0)]])]
-    page = html_page(RoutedText([MARKUP], [0], tokens), MARKUP)
-    found = Page(page)
-    assert found.tags <= {"html", "head", "meta", "title", "style", "body", "h1", "p", "span", "pre"}
-    assert {char for char in page if unicodedata.category(char) in ("Cc", "Cf")} == {"\n"}
-    assert not re.search(r"<script|href|url\(|@import", page) and MARKUP[:40] in "".join(found.texts)
+    page = text_page(RoutedText([MARKUP], [0], tokens), MARKUP)
+    assert is_inert(page) and MARKUP[:40] in "".join(Page(page).texts)
+
+
+def test_the_page_of_a_run_holds_text_of_others_as_text() -> None:
+    """Whatever a store of somebody else holds: names, routing, hashes and experts."""
+    found = Report.from_json(whole_report(["english", "python"], [[2.0, 6.0, 7.0], [2.5, 3.0, 6.5]]))
+    names = dict(zip(found.distributions, (MARKUP, f"{MARKUP}2", f"{MARKUP}3"), strict=True))
+
+    def renamed(by_name: Mapping[str, Any]) -> dict[str, Any]:
+        return {names[name]: value for name, value in by_name.items()}
+
+    stages = [replace(one, name=names[one.name], learns=[names[n] for n in one.learns], key=MARKUP, routing=MARKUP)
+              for one in found.stages]  # fmt: skip
+    fields = ("forgetting", "forgetting_bits_per_byte", "bytes_per_token", "routing", "expert_counts")
+    changed = {name: renamed(getattr(found, name)) for name in fields}
+    row = LineageRow(
+        name=MARKUP, key=MARKUP, parent=MARKUP, data={MARKUP: MARKUP}, tokenizer=MARKUP, experts=MARKUP,
+        borrowed_tensors=0, weights_sha256=MARKUP, signed_by=MARKUP, signature_verified=False,
+        checkpoint={"architecture": MARKUP, "sha256": MARKUP},
+    )  # fmt: skip
+    hostile = replace(found, run=MARKUP, method=MARKUP, distributions=list(names.values()), stages=tuple(stages),
+                      not_measured=[MARKUP], **changed)  # fmt: skip
+    page = run_page(hostile, [row], {CURVES: b"\x89PNG", LOAD: b"\x89PNG"})
+    assert is_inert(page) and "".join(Page(page).texts).count(MARKUP[:40]) > 20

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
-from html.parser import HTMLParser
 
 import numpy as np
 
 from lifelong_moe.data.tokens.tokenizer import train_tokenizer
 from lifelong_moe.evaluation.probing import Observation
-from lifelong_moe.evaluation.routed_text import RoutedText, describe, html_page, route_text, token_pieces
+from lifelong_moe.evaluation.routed_text import RoutedText, describe, route_text, token_pieces
 from lifelong_moe.plan.architecture import Architecture
 
 Make = Callable[..., Architecture]
@@ -49,39 +47,9 @@ def test_of_the_model_the_heaviest_stage_owns_a_token(make_architecture: Make) -
     assert describe(whole, whole.tokens[0]) == "s0/L0/E0 0.600, s1/L0/E2 0.400\ns1/L1/E3 0.700, s0/L1/E1 0.300"
 
 
-class Reader(HTMLParser):
-    def __init__(self) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.titles: list[str] = []
-        self.text = ""
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.titles += [value or "" for name, value in attrs if name == "title"]
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-
-def test_a_page_says_it_all_and_runs_nothing(make_architecture: Make) -> None:
-    whole = routed(make_architecture, None)
-    page = html_page(whole, "a <title> & more")
-    reader = Reader()
-    reader.feed(page)
-    assert reader.tags.count("b") == 0 and "\x1b" not in page
-    assert '<b>"&\n\\x1b[31m' in reader.text and "a <title> & more" in reader.text
-    assert reader.titles == [describe(whole, token) for token in whole.tokens]
-    assert not re.search(r"<script|href|src=|url\(|@import", page)
-    assert whole.rule in reader.text and "s0 (2)" in reader.text and "s1 (1)" in reader.text
-
-
-def test_each_owner_has_a_colour_that_black_text_is_legible_on() -> None:
-    colours = RoutedText([str(i) for i in range(64)], [0], []).colours
-    assert len(set(colours)) == 64
-    for colour in colours:
-        red, green, blue = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
-        assert 0.299 * red + 0.587 * green + 0.114 * blue > 0.5
+def test_where_another_owner_begins(make_architecture: Make) -> None:
+    assert routed(make_architecture, None).begins() == [True, True, False]
+    assert RoutedText(["s0"], [0], []).begins() == []
 
 
 def test_pieces_are_the_whole_text_and_whole_characters() -> None:
